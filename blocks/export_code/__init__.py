@@ -1,0 +1,4 @@
+"""The two files that travel with every exported child. They import transformers and torch, never puzzle.
+
+puzzle itself runs children through these same files, so what is trained and measured is what is shipped.
+"""

@@ -1,0 +1,267 @@
+"""A causal language model whose layers differ: each has its own attention and FFN subblock, a linear one, or none.
+
+The parts (attention, MLP, norms, rotary, embedding) are those of the parent's family in transformers, so a child made
+of the parent's own blocks gives the parent's logits bit for bit. Only the layer and the loop over layers are ours.
+Linear subblocks bear the weight names that TensorRT-LLM reads: `self_attn.linear_attn`, `mlp.linear_mlp`.
+"""
+
+import copy
+import importlib
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .configuration_decilm import DeciLMConfig
+
+# family -> (module under transformers.models, prefix of its classes)
+FAMILIES = {
+    "llama": ("llama", "Llama"),
+    "mistral": ("mistral", "Mistral"),
+    "qwen2": ("qwen2", "Qwen2"),
+    "qwen3": ("qwen3", "Qwen3"),
+    "gemma3_text": ("gemma3", "Gemma3"),
+}
+
+
+def family_class(base_model_type: str, suffix: str) -> Any:
+    """Class `<Prefix><suffix>` of a family, e.g. ("llama", "DecoderLayer") -> LlamaDecoderLayer."""
+    module, prefix = FAMILIES[base_model_type]
+    return getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), prefix + suffix)
+
+
+class LinearAttention(nn.Module):
+    """One matrix in the place of an attention: every token sees itself only."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear_attn = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return self.linear_attn(hidden_states), None
+
+
+class LinearMLP(nn.Module):
+    """One matrix in the place of an FFN."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear_mlp = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear_mlp(hidden_states)
+
+
+class DeciLMDecoderLayer(nn.Module):
+    """One layer: `h + attention(h)`, then `h + ffn(h)`; a no-op subblock is absent, norms included.
+
+    Norms before a subblock, and for Gemma 3 also after it, bear the parent's names.
+    """
+
+    def __init__(self, base_config: Any, base_model_type: str, block: Any, layer: int) -> None:
+        super().__init__()
+        attention, ffn = block["attention"], block["ffn"]
+        config = copy.copy(base_config)
+        if attention.get("num_key_value_heads"):
+            config.num_key_value_heads = attention["num_key_value_heads"]
+        if ffn.get("intermediate_size"):
+            config.intermediate_size = ffn["intermediate_size"]
+        with torch.device("meta"):
+            whole = family_class(base_model_type, "DecoderLayer")(config, layer)
+        whole = whole.to_empty(device=torch.get_default_device())
+        sandwich = hasattr(whole, "pre_feedforward_layernorm")
+        self.attention_norms = ("input_layernorm", "post_attention_layernorm" if sandwich else None)
+        self.ffn_norms = (
+            ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+            if sandwich
+            else ("post_attention_layernorm", None)
+        )
+        self.self_attn = self._subblock(attention, whole.self_attn, LinearAttention, config.hidden_size)
+        self.mlp = self._subblock(ffn, whole.mlp, LinearMLP, config.hidden_size)
+        for names, subblock in ((self.attention_norms, self.self_attn), (self.ffn_norms, self.mlp)):
+            for name in names:
+                if name is not None and subblock is not None:
+                    setattr(self, name, getattr(whole, name))
+
+    @staticmethod
+    def _subblock(entry: Any, parents: nn.Module, linear: type[nn.Module], hidden_size: int) -> nn.Module | None:
+        if entry["no_op"]:
+            return None
+        return linear(hidden_size) if entry["replace_with_linear"] else parents
+
+    def attention(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor | None:
+        """Output of the attention subblock before the residual add, None for a no-op. (B, T, D) -> (B, T, D)"""
+        if self.self_attn is None:
+            return None
+        before, after = self.attention_norms
+        out, _ = self.self_attn(hidden_states=getattr(self, before)(hidden_states), **kwargs)
+        return out if after is None else getattr(self, after)(out)
+
+    def ffn(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Output of the FFN subblock before the residual add, None for a no-op. (B, T, D) -> (B, T, D)"""
+        if self.mlp is None:
+            return None
+        before, after = self.ffn_norms
+        out = self.mlp(getattr(self, before)(hidden_states))
+        return out if after is None else getattr(self, after)(out)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        for out in (self.attention(hidden_states, **kwargs),):
+            hidden_states = hidden_states if out is None else hidden_states + out
+        out = self.ffn(hidden_states)
+        return hidden_states if out is None else hidden_states + out
+
+
+class DeciLMPreTrainedModel(PreTrainedModel):
+    config_class = DeciLMConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["DeciLMDecoderLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # from_pretrained builds on the meta device: buffers that no checkpoint holds are made again here.
+        super()._init_weights(module)
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            fresh = type(module)(config=module.config)
+            for name, buffer in fresh.named_buffers():
+                getattr(module, name).copy_(buffer)
+        if hasattr(module, "embed_scale") and isinstance(module, nn.Embedding):
+            module.embed_scale.fill_(self.config.hidden_size**0.5)
+
+
+class DeciLMModel(DeciLMPreTrainedModel):
+    def __init__(self, config: DeciLMConfig) -> None:
+        super().__init__(config)
+        base, family = config.base_config(), config.base_model_type
+        base._attn_implementation = config._attn_implementation
+        self.base, self.family = base, family
+        self.embed_tokens = build_embedding(base, family)
+        self.layers = nn.ModuleList(
+            [DeciLMDecoderLayer(base, family, block, layer) for layer, block in enumerate(config.block_configs)]
+        )
+        self.norm = family_class(family, "RMSNorm")(base.hidden_size, eps=base.rms_norm_eps)
+        self.rotary_emb = family_class(family, "RotaryEmbedding")(config=base)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen).unsqueeze(0)
+        # engines switch the attention implementation on the outer config only
+        self.base._attn_implementation = self.config._attn_implementation
+        contexts = layer_contexts(
+            self.config, self.rotary_emb, hidden, position_ids, attention_mask, past_key_values, self.family
+        )
+        states = []
+        for layer, kind in zip(self.layers, self.config.parent_layer_types, strict=True):
+            if output_hidden_states:
+                states.append(hidden)
+            hidden = layer(hidden, position_ids=position_ids, past_key_values=past_key_values, **contexts[kind])
+        hidden = self.norm(hidden)
+        if output_hidden_states:
+            states.append(hidden)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )
+
+
+def build_embedding(base: Any, family: str) -> nn.Embedding:
+    """The family's input embedding; Gemma 3 scales it by sqrt(hidden_size)."""
+    sizes = (base.vocab_size, base.hidden_size, base.pad_token_id)
+    if family == "gemma3_text":
+        return family_class(family, "TextScaledWordEmbedding")(*sizes, embed_scale=base.hidden_size**0.5)
+    return nn.Embedding(*sizes)
+
+
+def layer_contexts(
+    config: Any,
+    rotary: nn.Module,
+    hidden: torch.Tensor,
+    position_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    family: str,
+) -> dict[str, dict[str, Any]]:
+    """Mask and rotary embeddings per attention type that occurs in the parent."""
+    arguments = {
+        "config": config,
+        "inputs_embeds": hidden,
+        "attention_mask": attention_mask,
+        "past_key_values": past_key_values,
+        "position_ids": position_ids,
+    }
+    makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+    per_type = family == "gemma3_text"
+    contexts = {}
+    for kind in sorted(set(config.parent_layer_types)):
+        # a type that no layer of the child still uses has no KV cache to size its mask by, and needs none
+        used = past_key_values is None or kind in config.layer_types
+        contexts[kind] = {
+            "attention_mask": makers[kind](**arguments) if used else None,
+            "position_embeddings": rotary(hidden, position_ids, kind) if per_type else rotary(hidden, position_ids),
+        }
+    return contexts
+
+
+class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: DeciLMConfig) -> None:
+        super().__init__(config)
+        self.model = DeciLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, keep, :])
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+        )

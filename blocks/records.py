@@ -1,0 +1,227 @@
+"""The data contracts: small frozen values that stages hand to each other, JSON both ways.
+
+Tensors travel as a `Ref`: a path relative to the workspace and the sha256 of the file.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Subblock = Literal["attention", "ffn"]
+SUBBLOCKS: tuple[Subblock, ...] = ("attention", "ffn")
+
+
+class Value(BaseModel):
+    """Frozen, strict base of all contracts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Ref(Value):
+    """A file by content. `path` is relative to the workspace."""
+
+    path: str
+    sha256: str
+
+
+class ParentInfo(Value):
+    """The parent, normalised to a Hugging Face folder inside the workspace (config.json, model.safetensors, tokenizer).
+
+    fingerprint: sha256 over config and weights; part of every cache key.
+    """
+
+    name: str
+    folder: str
+    fingerprint: str
+    source: str
+    revision: str = ""
+
+
+class CorpusInfo(Value):
+    """Packed token ids: one safetensors file with int32 `train`, `validation`, `test`, each (sequences, length)."""
+
+    tokens: Ref
+    fingerprint: str
+    sequence_length: int
+    train_sequences: int
+    validation_sequences: int
+    test_sequences: int
+    documents: int
+    description: str = ""
+
+
+class LayerRecord(Value):
+    """What recording left of one layer.
+
+    boundary: hidden states that enter the layer, `train` (S, T, D) and `validation` (S, T, D), float32.
+    statistics: Gram matrices and channel contributions, see tasks/record.py.
+    """
+
+    layer: int
+    boundary: Ref
+    statistics: Ref
+    seconds: float
+
+
+class BlockRecord(Value):
+    """What distilling one variant left; weights stay in the block library (None for parent and no-op).
+
+    nMSE = MSE(o_parent, o_variant) / MSE(o_parent, 0) on held-out tokens (Puzzle, section 3).
+    """
+
+    key: str
+    layer: int
+    subblock: Subblock | Literal["block"]
+    variant: str
+    status: Literal["trained", "free", "failed"]
+    reason: str = ""
+    weights: Ref | None = None
+    nmse_start: float | None = None
+    nmse_closed_form: float | None = None
+    nmse_after: float | None = None
+    tokens: int = 0
+    steps: int = 0
+    learning_rate: float = 0.0
+    attempts: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    seed: int = 0
+
+
+class Score(Value):
+    """Replace-1-block score of one variant: KL(parent || child) and rise of the LM loss, nats per token.
+
+    Standard errors are over sequences. The parent's own subblock scores exactly 0.
+    """
+
+    layer: int
+    subblock: Subblock | Literal["block"]
+    variant: str
+    kl: float
+    kl_se: float
+    lm_loss: float
+    lm_loss_se: float
+    tokens: int
+    kl_per_sequence: tuple[float, ...]
+    lm_loss_per_sequence: tuple[float, ...]
+    seconds: float = 0.0
+
+
+class Cost(Value):
+    """Measured cost of one variant of one subblock, at one scenario and batch size (same for every layer).
+
+    spread: half the interquartile range over the median of the rounds.
+    """
+
+    subblock: Subblock
+    variant: str
+    scenario: str
+    batch_size: int
+    prefill_seconds: float
+    decode_seconds_per_token: float
+    prefill_spread: float
+    decode_spread: float
+    parameters: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+
+
+class NonBlockCost(Value):
+    """Embedding, final norm, head: taken off the budget before the MIP, added back after."""
+
+    scenario: str
+    batch_size: int
+    prefill_seconds: float
+    decode_seconds_per_token: float
+    parameters: int
+    weight_bytes: int
+
+
+class CostTable(Value):
+    """All measured costs of one parent on one hardware target."""
+
+    hardware: dict[str, str]
+    costs: tuple[Cost, ...]
+    non_block: tuple[NonBlockCost, ...]
+    num_hidden_layers: int
+    measured_at: str
+    parent_measured: tuple[NonBlockCost, ...] = ()
+
+
+class LayerChoice(Value):
+    """The variants that stand in one layer."""
+
+    attention: str = "parent"
+    ffn: str = "parent"
+
+
+class Totals(Value):
+    """Predicted totals of an architecture at one scenario and batch size, non-block part included."""
+
+    scenario: str
+    batch_size: int
+    prefill_seconds: float
+    decode_seconds_per_token: float
+    runtime_seconds: float
+    tokens_per_second: float
+    memory_bytes: int
+    parameters: int
+
+
+class Architecture(Value):
+    """One variant per subblock per layer, with what was predicted and how sure the solver is."""
+
+    method: str
+    layers: tuple[LayerChoice, ...]
+    score: float
+    score_se: float
+    totals: tuple[Totals, ...]
+    parent_totals: tuple[Totals, ...]
+    status: str
+    bound: float
+    gap: float
+    solve_seconds: float = 0.0
+
+
+class Metric(Value):
+    """A measured figure with its standard error and sample size."""
+
+    value: float
+    se: float
+    n: int
+
+
+class Candidate(Value):
+    """One row of the final table: parent, child or a baseline, before or after GKD."""
+
+    name: str
+    stage: Literal["parent", "assembled", "distilled"]
+    parameters: int
+    weight_bytes: int
+    memory_bytes: int
+    prefill_tokens_per_second: Metric | None = None
+    decode_tokens_per_second: Metric | None = None
+    loss: Metric | None = None
+    kl: Metric | None = None
+    top1_agreement: Metric | None = None
+    benchmarks: dict[str, Metric] = {}
+    retention: Metric | None = None
+    predicted_kl: float | None = None
+    gkd_tokens: int = 0
+
+
+class ChildReport(Value):
+    """What a run leaves: predicted beside measured, parent beside child beside baselines."""
+
+    profile: str
+    parent: ParentInfo
+    corpus: CorpusInfo
+    architecture: Architecture
+    candidates: tuple[Candidate, ...]
+    child_folder: str
+    failed_variants: tuple[str, ...] = ()
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    prefect_run_id: str = ""
+    mlflow_run_id: str = ""

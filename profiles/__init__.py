@@ -1,0 +1,1 @@
+"""What is wanted: deployment profiles (YAML -> frozen pydantic values). No torch, no Prefect in here."""
