@@ -5,8 +5,8 @@ class PuzzleError(Exception):
     """What is wrong, what is allowed, what to do."""
 
 
-class ProfileError(PuzzleError):
-    """A profile that cannot be used."""
+class UnknownVariant(PuzzleError):
+    """A variant label that this parent cannot have."""
 
 
 class ParentError(PuzzleError):

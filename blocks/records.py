@@ -91,6 +91,8 @@ class BlockRecord(Value):
 class Score(Value):
     """Replace-1-block score of one variant: KL(parent || child) and rise of the LM loss, nats per token.
 
+    A coupled block has subblock "block" and the variant label "<attention>+<ffn>".
+
     Standard errors are over sequences. The parent's own subblock scores exactly 0.
     """
 
@@ -149,10 +151,11 @@ class CostTable(Value):
 
 
 class LayerChoice(Value):
-    """The variants that stand in one layer."""
+    """The variants that stand in one layer. `coupled`: both were distilled together, as one block."""
 
     attention: str = "parent"
     ffn: str = "parent"
+    coupled: bool = False
 
 
 class Totals(Value):

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from blocks.errors import ProfileError
+from blocks.errors import UnknownVariant
 from blocks.records import Subblock
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class VariantKind(ABC):
     def parse(self, label: str, config: Any) -> Variant | None:
         """The variant that `label` names for a parent with this config, None when it is not of this kind.
 
-        Raises ProfileError when it is, but this parent cannot have it.
+        Raises UnknownVariant when it is, but this parent cannot have it.
         """
 
     @abstractmethod
@@ -103,7 +103,7 @@ def kind_of(variant: Variant) -> VariantKind:
 
 
 def parse_label(subblock: Subblock, label: str, config: Any) -> Variant:
-    """The variant a label names; ProfileError names what this parent can have."""
+    """The variant a label names; UnknownVariant names what this parent can have."""
     for kind in kinds(subblock):
         variant = kind.parse(label, config)
         if variant is not None:
@@ -111,7 +111,7 @@ def parse_label(subblock: Subblock, label: str, config: Any) -> Variant:
     allowed = [example for kind in kinds(subblock) for example in kind.examples(config)]
     near = difflib.get_close_matches(label, allowed, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise ProfileError(f"unknown {subblock} variant {label!r}; this parent can have {', '.join(allowed)}.{hint}")
+    raise UnknownVariant(f"unknown {subblock} variant {label!r}; this parent can have {', '.join(allowed)}.{hint}")
 
 
 def parse_labels(subblock: Subblock, labels: Iterable[str], config: Any) -> list[Variant]:
