@@ -1,0 +1,118 @@
+"""Attention with fewer KV heads (grouped-query attention with larger groups).
+
+Start: the K and V heads of each merged group are mean-pooled (puzzle.md). Closed form: `o_proj` is fitted by ridge
+regression to the parent's attention output, given the contexts that the pooled heads produce.
+
+H = query heads, K = KV heads, C = head_dim, D = hidden_size.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from blocks.errors import UnknownVariant
+from blocks.fit import FitContext, ridge_solve
+from blocks.parent import load_subblock, subblock_state
+from blocks.records import Subblock
+from blocks.variant import Variant, VariantKind, register
+
+
+def head_dim(config: Any) -> int:
+    """Channels of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def attention_entry(config: Any, num_key_value_heads: int) -> dict[str, Any]:
+    """`block_configs` entry of an attention with this many KV heads."""
+    return {
+        "no_op": False,
+        "replace_with_linear": False,
+        "n_heads_in_group": config.num_attention_heads // num_key_value_heads,
+        "num_key_value_heads": num_key_value_heads,
+    }
+
+
+def attention_flops(config: Any, num_key_value_heads: int, context_tokens: int) -> int:
+    """FLOPs of one token through an attention: projections, scores, weighted sum."""
+    width = config.num_attention_heads * head_dim(config)
+    projections = config.hidden_size * (2 * width + 2 * num_key_value_heads * head_dim(config))
+    return 2 * projections + 4 * width * context_tokens
+
+
+@register
+class KVHeads(VariantKind):
+    """`kv<N>`: N KV heads, N divides the parent's and is smaller."""
+
+    subblock: ClassVar[Subblock] = "attention"
+    name = "kv_heads"
+
+    def parse(self, label: str, config: Any) -> Variant | None:
+        match = re.fullmatch(r"kv(\d+)", label)
+        if not match:
+            return None
+        if label not in self.examples(config):
+            raise UnknownVariant(
+                f"{label}: a parent with {config.num_key_value_heads} KV heads can have "
+                f"{', '.join(self.examples(config)) or 'no fewer'} (a smaller divisor)"
+            )
+        return Variant(subblock="attention", kind=self.name, size=int(match[1]))
+
+    def label(self, variant: Variant) -> str:
+        return f"kv{variant.size}"
+
+    def examples(self, config: Any) -> list[str]:
+        heads = config.num_key_value_heads
+        return [f"kv{n}" for n in range(1, heads) if heads % n == 0]
+
+    def block_entry(self, variant: Variant, config: Any) -> dict[str, Any]:
+        assert variant.size is not None
+        return attention_entry(config, variant.size)
+
+    def flops_per_token(self, variant: Variant, config: Any, context_tokens: int) -> int:
+        assert variant.size is not None
+        return attention_flops(config, variant.size, context_tokens)
+
+    def kv_elements_per_token(self, variant: Variant, config: Any) -> int:
+        assert variant.size is not None
+        return 2 * variant.size * head_dim(config)
+
+    def initialise(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
+        assert variant.size is not None
+        state = dict(subblock_state(context.parent_layer, "attention"))
+        for name in state:
+            if name.startswith(("self_attn.k_proj.", "self_attn.v_proj.")):
+                state[name] = mean_pool_heads(state[name], context.config.num_key_value_heads, variant.size)
+        load_subblock(module, "attention", state)  # type: ignore[arg-type]
+
+    def closed_form(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
+        attention: Any = module.self_attn
+        inputs: list[Tensor] = []
+        hook = attention.o_proj.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+        gram, cross = None, None
+        parents: Any = context.parent_layer.self_attn
+        before = getattr(context.parent_layer, context.parent_layer.attention_norms[0])
+        try:
+            with torch.no_grad():
+                for hidden in context.hidden_batches():
+                    normed = before(hidden)
+                    attention(hidden_states=normed, **context.context)
+                    x = inputs.pop().flatten(0, -2)
+                    y = parents(hidden_states=normed, **context.context)[0].flatten(0, -2)
+                    y = y if attention.o_proj.bias is None else y - attention.o_proj.bias
+                    gram = x.T @ x if gram is None else gram + x.T @ x
+                    cross = x.T @ y if cross is None else cross + x.T @ y
+        finally:
+            hook.remove()
+        assert gram is not None and cross is not None
+        weight = attention.o_proj.weight.data
+        weight.copy_(ridge_solve(gram, cross, weight.T, context.ridge).T)
+
+
+def mean_pool_heads(tensor_KC: Tensor, heads: int, kept: int) -> Tensor:
+    """Mean of the heads of each merged group. (heads * C, ...) -> (kept * C, ...), weights and biases alike."""
+    grouped = tensor_KC.unflatten(0, (kept, heads // kept, -1))
+    return grouped.mean(1).flatten(0, 1)

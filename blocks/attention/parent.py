@@ -1,0 +1,37 @@
+"""The parent's own attention: always a choice, needs no training, scores 0."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from blocks.attention.kv_heads import attention_entry, attention_flops, head_dim
+from blocks.records import Subblock
+from blocks.variant import Variant, VariantKind, register
+
+
+@register
+class ParentAttention(VariantKind):
+    """`parent`: as many KV heads as the parent has."""
+
+    subblock: ClassVar[Subblock] = "attention"
+    name = "parent"
+    trainable = False
+
+    def parse(self, label: str, config: Any) -> Variant | None:
+        own = label in ("parent", f"kv{config.num_key_value_heads}")
+        return Variant(subblock="attention", kind=self.name) if own else None
+
+    def label(self, variant: Variant) -> str:
+        return "parent"
+
+    def examples(self, config: Any) -> list[str]:
+        return ["parent"]
+
+    def block_entry(self, variant: Variant, config: Any) -> dict[str, Any]:
+        return attention_entry(config, config.num_key_value_heads)
+
+    def flops_per_token(self, variant: Variant, config: Any, context_tokens: int) -> int:
+        return attention_flops(config, config.num_key_value_heads, context_tokens)
+
+    def kv_elements_per_token(self, variant: Variant, config: Any) -> int:
+        return 2 * config.num_key_value_heads * head_dim(config)

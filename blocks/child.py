@@ -1,0 +1,45 @@
+"""Assemble: an architecture and the block library become a model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from blocks.errors import DamagedBlock
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.library import read_tensors
+from blocks.parent import Parent, load_subblock
+from blocks.records import SUBBLOCKS, Architecture, BlockRecord
+
+Library = Mapping[tuple[int, str, str], BlockRecord]
+
+
+def library_of(records: list[BlockRecord]) -> dict[tuple[int, str, str], BlockRecord]:
+    """Records by (layer, subblock, variant)."""
+    return {(record.layer, record.subblock, record.variant): record for record in records}
+
+
+def assemble(parent: Parent, library: Library, architecture: Architecture, workspace: Path) -> DeciLMForCausalLM:
+    """The child: the parent's non-block weights, its own subblocks where chosen, trained variants elsewhere.
+
+    With every choice "parent" the logits are the parent's bit for bit. Raises DamagedBlock when a block is missing or
+    does not match its digest.
+    """
+    model = parent.model(architecture.layers)
+    for layer, choice in enumerate(architecture.layers):
+        module = model.model.layers[layer]
+        if choice.coupled:
+            module.load_state_dict(_weights(library, layer, "block", f"{choice.attention}+{choice.ffn}", workspace))
+            continue
+        for subblock in SUBBLOCKS:
+            variant = getattr(choice, subblock)
+            if variant not in ("parent", "no_op"):
+                load_subblock(module, subblock, _weights(library, layer, subblock, variant, workspace))
+    return model
+
+
+def _weights(library: Library, layer: int, subblock: str, variant: str, workspace: Path) -> dict[str, Tensor]:
+    record = library.get((layer, subblock, variant))
+    if record is None or record.weights is None:
+        raise DamagedBlock(f"the library has no trained block for layer {layer} {subblock} {variant}: run again")
+    return read_tensors(workspace, record.weights)

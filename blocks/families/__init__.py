@@ -1,0 +1,24 @@
+"""Model families: what must be known of a parent beyond its config. One small class each, see docs/add-a-family.md."""
+
+from typing import Any
+
+from blocks.errors import ParentError
+from blocks.families.base import Family
+from blocks.families.gemma3 import Gemma3
+from blocks.families.llama import Llama
+from blocks.families.mistral import Mistral
+from blocks.families.qwen import Qwen2, Qwen3
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (Llama(), Mistral(), Qwen2(), Qwen3(), Gemma3())}
+
+
+def family_of(config: Any) -> Family:
+    """The family of a parent's config; ParentError for one that is unknown or has a feature not carried through."""
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ParentError(
+            f"model_type {config.model_type!r} is not known here; allowed: {', '.join(FAMILIES)}. "
+            "To add a family see docs/add-a-family.md."
+        )
+    family.check(config)
+    return family

@@ -1,0 +1,34 @@
+"""The parent's own FFN: always a choice, needs no training, scores 0."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from blocks.ffn.width import ffn_entry
+from blocks.records import Subblock
+from blocks.variant import Variant, VariantKind, register
+
+
+@register
+class ParentFFN(VariantKind):
+    """`parent`: as wide as the parent's."""
+
+    subblock: ClassVar[Subblock] = "ffn"
+    name = "parent"
+    trainable = False
+
+    def parse(self, label: str, config: Any) -> Variant | None:
+        own = label in ("parent", f"ffn{config.intermediate_size}", "ffn100pct")
+        return Variant(subblock="ffn", kind=self.name) if own else None
+
+    def label(self, variant: Variant) -> str:
+        return "parent"
+
+    def examples(self, config: Any) -> list[str]:
+        return ["parent"]
+
+    def block_entry(self, variant: Variant, config: Any) -> dict[str, Any]:
+        return ffn_entry(config, config.intermediate_size)
+
+    def flops_per_token(self, variant: Variant, config: Any, context_tokens: int) -> int:
+        return 2 * 3 * config.hidden_size * config.intermediate_size

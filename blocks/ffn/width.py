@@ -1,0 +1,90 @@
+"""A narrower FFN: some of the parent's intermediate channels, `down_proj` refitted.
+
+Start: the channels with the highest contribution C_i = mean |X_i| * ||W_down[:, i]|| (puzzle.md). Closed form: the
+channels are chosen again by backward elimination with refit (blocks/fit.py), which measures better than contribution
+(benchmarks/bld.md), and down_proj is the ridge solution from the shared Gram matrix: its sub-matrix serves any width.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from blocks.errors import UnknownVariant
+from blocks.fit import FitContext, contribution_order, ridge_solve
+from blocks.parent import load_subblock, subblock_state
+from blocks.records import Subblock
+from blocks.variant import Variant, VariantKind, register
+
+
+def ffn_entry(config: Any, intermediate_size: int) -> dict[str, Any]:
+    """`block_configs` entry of an FFN of this width. ffn_mult as DeciLM engines read it: 2/3 of a multiple of D."""
+    return {
+        "no_op": False,
+        "replace_with_linear": False,
+        "ffn_mult": intermediate_size * 3 / (2 * config.hidden_size),
+        "intermediate_size": intermediate_size,
+    }
+
+
+@register
+class Width(VariantKind):
+    """`ffn<N>`: N intermediate channels; `ffn<P>pct`: P % of the parent's, rounded to a multiple of 8."""
+
+    subblock: ClassVar[Subblock] = "ffn"
+    name = "width"
+
+    def parse(self, label: str, config: Any) -> Variant | None:
+        match = re.fullmatch(r"ffn(\d+)(pct)?", label)
+        if not match:
+            return None
+        size = int(match[1])
+        if match[2]:
+            size = max(8, round(size / 100 * config.intermediate_size / 8) * 8)
+        if not 0 < size < config.intermediate_size:
+            raise UnknownVariant(
+                f"{label}: a narrower FFN needs 1 to {config.intermediate_size - 1} channels "
+                f"(the parent has {config.intermediate_size}), or ffn1pct to ffn99pct"
+            )
+        return Variant(subblock="ffn", kind=self.name, size=size)
+
+    def label(self, variant: Variant) -> str:
+        return f"ffn{variant.size}"
+
+    def examples(self, config: Any) -> list[str]:
+        return [f"ffn{config.intermediate_size * part // 4}" for part in (3, 2, 1)]
+
+    def block_entry(self, variant: Variant, config: Any) -> dict[str, Any]:
+        assert variant.size is not None
+        return ffn_entry(config, variant.size)
+
+    def flops_per_token(self, variant: Variant, config: Any, context_tokens: int) -> int:
+        assert variant.size is not None
+        return 2 * 3 * config.hidden_size * variant.size
+
+    def initialise(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
+        self._keep(module, context, contribution_order(context.statistics["ffn_contribution"])[: variant.size])
+
+    def closed_form(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
+        channels = context.statistics["ffn_order"][: variant.size].sort().values
+        self._keep(module, context, channels)
+        gram, mlp = context.statistics["ffn_gram"], module.mlp
+        whole: Tensor = context.parent_layer.mlp.down_proj.weight.data  # type: ignore[union-attr]
+        fitted = ridge_solve(
+            gram[channels][:, channels], gram[channels] @ whole.T, whole[:, channels].T, context.ridge
+        )
+        mlp.down_proj.weight.data.copy_(fitted.T)  # type: ignore[union-attr]
+
+    @staticmethod
+    def _keep(module: nn.Module, context: FitContext, channels: Tensor) -> None:
+        """Copy the parent's FFN with these channels only."""
+        state = dict(subblock_state(context.parent_layer, "ffn"))
+        channels = channels.sort().values
+        for name in state:
+            if name.startswith(("mlp.gate_proj.", "mlp.up_proj.")):
+                state[name] = state[name][channels]
+            elif name == "mlp.down_proj.weight":
+                state[name] = state[name][:, channels]
+        load_subblock(module, "ffn", state)  # type: ignore[arg-type]

@@ -1,0 +1,174 @@
+"""The parent on disk: its config, its tensors by name, its layers built one at a time.
+
+A layer is built only when asked for, so recording a parent of any depth holds one layer in memory.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from blocks.errors import ParentError
+from blocks.export_code.configuration_decilm import DeciLMConfig
+from blocks.export_code.modeling_decilm import (
+    DeciLMDecoderLayer,
+    DeciLMForCausalLM,
+    build_embedding,
+    family_class,
+    layer_contexts,
+)
+from blocks.families import Family, family_of
+from blocks.records import LayerChoice, Subblock
+from blocks.variant import kind_of, parse_label
+
+
+class Parent:
+    """A normalised Hugging Face folder (tasks/parent.py makes it)."""
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.folder, self.device = folder, device
+        self.config: Any = AutoConfig.from_pretrained(folder)
+        self.family: Family = family_of(self.config)
+        self.config._attn_implementation = "sdpa"
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return self.config.num_hidden_layers
+
+    @cached_property
+    def attention_types(self) -> list[str]:
+        """Attention type of each layer."""
+        return self.family.attention_types(self.config)
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.exists():
+            return {name: self.folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        whole = self.folder / "model.safetensors"
+        with safe_open(whole, framework="pt") as file:
+            return dict.fromkeys(file.keys(), whole)
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors whose name starts with `prefix`, the prefix cut off, float32."""
+        names = [name for name in self._files if name.startswith(prefix)]
+        if not names:
+            raise ParentError(f"{self.folder} has no tensor named {prefix}*: is it a whole {self.family.model_type}?")
+        found = {}
+        for path in dict.fromkeys(self._files[name] for name in names):
+            with safe_open(path, framework="pt") as file:
+                for name in names:
+                    if self._files[name] == path:
+                        found[name.removeprefix(prefix)] = file.get_tensor(name).to(self.device, torch.float32)
+        return found
+
+    def block_entry(self, choice: LayerChoice) -> dict[str, Any]:
+        """The `block_configs` entry of a layer."""
+        entry = {}
+        for subblock in ("attention", "ffn"):
+            variant = parse_label(subblock, getattr(choice, subblock), self.config)
+            entry[subblock] = kind_of(variant).block_entry(variant, self.config)
+        return entry
+
+    def child_config(self, layers: Sequence[LayerChoice]) -> DeciLMConfig:
+        """Config of a child with these choices, all other fields the parent's."""
+        left_out = ("architectures", "model_type", "layer_types", "transformers_version", "_name_or_path")
+        fields = {key: value for key, value in self.config.to_dict().items() if key not in left_out}
+        return DeciLMConfig(
+            block_configs=[self.block_entry(choice) for choice in layers],
+            base_model_type=self.config.model_type,
+            parent_layer_types=self.attention_types,
+            **fields,
+        )
+
+    def empty_layer(self, layer: int, choice: LayerChoice) -> DeciLMDecoderLayer:
+        """A layer with these variants; its weights are not set."""
+        return DeciLMDecoderLayer(self.config, self.config.model_type, self.block_entry(choice), layer).to(self.device)
+
+    def layer(self, layer: int) -> DeciLMDecoderLayer:
+        """The parent's own layer with its weights, in evaluation mode, without gradients."""
+        module = self.empty_layer(layer, LayerChoice())
+        module.load_state_dict(self.tensors(f"model.layers.{layer}."))
+        return module.eval().requires_grad_(False)
+
+    def embedding(self) -> nn.Embedding:
+        """The input embedding."""
+        module = build_embedding(self.config, self.config.model_type).to(self.device)
+        module.load_state_dict(self.tensors("model.embed_tokens."), strict=False)
+        return module.requires_grad_(False)
+
+    def norm(self) -> nn.Module:
+        """The final norm."""
+        module = family_class(self.config.model_type, "RMSNorm")(self.config.hidden_size, eps=self.config.rms_norm_eps)
+        module.load_state_dict(self.tensors("model.norm."))
+        return module.to(self.device).requires_grad_(False)
+
+    def head_weight(self) -> Tensor:
+        """(vocab_size, D) weight of the head; the embedding when tied."""
+        tied = self.config.tie_word_embeddings or "lm_head.weight" not in self._files
+        return self.tensors("model.embed_tokens." if tied else "lm_head.")["weight"]
+
+    @cached_property
+    def _rotary(self) -> nn.Module:
+        return family_class(self.config.model_type, "RotaryEmbedding")(config=self.config).to(self.device)
+
+    def contexts(self, hidden: Tensor) -> list[dict[str, Any]]:
+        """Per layer, the keyword arguments of its attention for whole sequences (B, T, D) without a cache."""
+        positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+        config = self.child_config([LayerChoice()] * self.depth)
+        config._attn_implementation = "sdpa"
+        per_type = layer_contexts(config, self._rotary, hidden, positions, None, None, self.config.model_type)
+        return [per_type[kind] for kind in self.attention_types]
+
+    def model(self, layers: Sequence[LayerChoice] | None = None) -> DeciLMForCausalLM:
+        """A whole model with these choices; non-block weights and the parent's own subblocks are loaded."""
+        choices = list(layers or [LayerChoice()] * self.depth)
+        model = DeciLMForCausalLM(self.child_config(choices)).to(self.device)
+        model.model.embed_tokens.load_state_dict(self.tensors("model.embed_tokens."), strict=False)
+        model.model.norm.load_state_dict(self.tensors("model.norm."))
+        if not self.config.tie_word_embeddings:
+            model.lm_head.weight.data.copy_(self.head_weight())
+        for layer, choice in enumerate(choices):
+            kept = [subblock for subblock in ("attention", "ffn") if getattr(choice, subblock) == "parent"]
+            if kept:
+                whole = self.layer(layer)
+                for subblock in kept:
+                    load_subblock(model.model.layers[layer], subblock, subblock_state(whole, subblock))
+        return model.eval()
+
+
+def subblock_prefixes(layer: DeciLMDecoderLayer, subblock: Subblock) -> tuple[str, ...]:
+    """Names of the modules of a layer that belong to a subblock: its core and its norms."""
+    norms = layer.attention_norms if subblock == "attention" else layer.ffn_norms
+    return ("self_attn" if subblock == "attention" else "mlp", *(name for name in norms if name))
+
+
+def subblock_state(layer: DeciLMDecoderLayer, subblock: Subblock) -> dict[str, Tensor]:
+    """Weights of one subblock, norms included, named as in the layer."""
+    prefixes = subblock_prefixes(layer, subblock)
+    return {name: tensor for name, tensor in layer.state_dict().items() if name.split(".")[0] in prefixes}
+
+
+def load_subblock(layer: DeciLMDecoderLayer, subblock: Subblock, state: dict[str, Tensor]) -> None:
+    """Set the weights of one subblock; ValueError when a name is missing, left over or of another shape."""
+    wanted = subblock_state(layer, subblock)
+    if set(wanted) != set(state):
+        raise ValueError(f"{subblock} weights differ in names: {sorted(set(wanted) ^ set(state))}")
+    for name, tensor in wanted.items():
+        if tensor.shape != state[name].shape:
+            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, the subblock needs {tuple(tensor.shape)}")
+        tensor.copy_(state[name])
+
+
+def run_subblock(
+    layer: DeciLMDecoderLayer, subblock: Subblock, hidden: Tensor, context: dict[str, Any]
+) -> Tensor | None:
+    """Output of one subblock before the residual add, None for a no-op. (B, T, D) -> (B, T, D)"""
+    return layer.attention(hidden, **context) if subblock == "attention" else layer.ffn(hidden)

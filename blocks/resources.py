@@ -1,0 +1,47 @@
+"""What a variant needs, from the parent's config alone: parameters, bytes, KV cache, FLOPs. Exact; allocates nothing.
+
+Parameters are counted on a layer built on the meta device, so a new kind or family needs no formula of its own.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
+from blocks.parent import Parent
+from blocks.variant import Variant, kind_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """parameters: norms included. weight_bytes and kv_bytes_per_token at the given precision. FLOPs at a context."""
+
+    parameters: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    flops_per_token: int
+
+
+def resources(parent: Parent, variant: Variant, context_tokens: int, bytes_per_element: int) -> Resources:
+    """Resources of one subblock variant of this parent (same for every layer)."""
+    kind = kind_of(variant)
+    parameters = parameters_of(parent, variant)
+    return Resources(
+        parameters=parameters,
+        weight_bytes=parameters * bytes_per_element,
+        kv_bytes_per_token=kind.kv_elements_per_token(variant, parent.config) * bytes_per_element,
+        flops_per_token=kind.flops_per_token(variant, parent.config, context_tokens),
+    )
+
+
+@lru_cache(maxsize=1024)
+def parameters_of(parent: Parent, variant: Variant) -> int:
+    """Parameters of a subblock, its norms included."""
+    none = {"no_op": True, "replace_with_linear": False}
+    block: dict[str, Any] = {"attention": none, "ffn": none}
+    block[variant.subblock] = kind_of(variant).block_entry(variant, parent.config)
+    with torch.device("meta"):
+        layer = DeciLMDecoderLayer(parent.config, parent.config.model_type, block, 0)
+    return sum(parameter.numel() for parameter in layer.parameters())

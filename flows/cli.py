@@ -1,0 +1,127 @@
+"""The command line: `puzzle optimize | validate | show`.
+
+Exit code 0: done. 2: the input is wrong, one sentence, no traceback. 1: something failed; what, where the log is, how
+to go on. Heavy imports happen inside commands, after the process is configured.
+"""
+
+import logging
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blocks.errors import PuzzleError
+from blocks.runtime import configure
+from profiles.load import ProfileError, load_profile
+from profiles.schema import Profile
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+ProfileFile = Annotated[Path, typer.Argument(metavar="PROFILE", help="a profile (YAML), e.g. profiles/tiny.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH.TO.KEY=VALUE", help="override a field of the profile")
+]
+WorkspaceOption = Annotated[
+    Path | None, typer.Option("--workspace", metavar="DIR", help="where everything is kept [workspace/<profile name>]")
+]
+
+
+@app.command()
+def optimize(profile: ProfileFile, workspace: WorkspaceOption = None, set_: Overrides = None) -> None:
+    """Make a faster child of the profile's parent. Run again after a crash: finished work is kept."""
+    wanted = load_profile(profile, set_ or [])
+    folder = (workspace or Path("workspace") / wanted.name).resolve()
+    prepare_workspace(folder)
+    report = run_logged(folder, lambda: _optimize(wanted, folder))
+    typer.echo(f"child: {report}")
+
+
+def _optimize(profile: Profile, folder: Path) -> str:
+    from flows.optimize import run_optimize
+
+    return str(folder / run_optimize(profile, folder).child_folder)
+
+
+@app.command()
+def validate(profile: ProfileFile, set_: Overrides = None) -> None:
+    """Check a profile without downloading or computing anything."""
+    wanted = load_profile(profile, set_ or [])
+    typer.echo(f"{profile}: a valid profile named {wanted.name!r}")
+
+
+@app.command()
+def show(workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="the folder of a run")]) -> None:
+    """Print the table of the last finished run of a workspace."""
+    reports = sorted(workspace.glob("runs/*/report.json"), key=lambda path: path.stat().st_mtime)
+    if not reports:
+        raise PuzzleError(
+            f"{workspace} holds no finished run; start one with `puzzle optimize PROFILE --workspace {workspace}`"
+        )
+    configure()
+    from rich.console import Console
+
+    from blocks.library import read_value
+    from blocks.records import ChildReport
+    from tasks.report import comparison_table
+
+    report = read_value(reports[-1], ChildReport)
+    Console(soft_wrap=True).print(comparison_table(report))
+    typer.echo(f"child: {workspace.resolve() / report.child_folder}")
+
+
+def prepare_workspace(folder: Path) -> None:
+    """Make the folder; keep Prefect's and MLflow's state in it; no server to start by hand."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PuzzleError(f"cannot write to {folder}: {error.strerror}. Choose another with --workspace.") from error
+    configure()
+    settings = {
+        "PREFECT_HOME": str(folder / "prefect"),
+        "PREFECT_LOCAL_STORAGE_PATH": str(folder / "prefect" / "storage"),
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "240",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_LEVEL": "WARNING",
+        "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
+def run_logged(folder: Path, work: Callable[[], str]) -> str:
+    """Run with a log file in the workspace; a failure is one sentence, the traceback goes to the log."""
+    log = folder / "puzzle.log"
+    handler = logging.FileHandler(log)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        return work()
+    except (PuzzleError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        with log.open("a") as file:
+            file.write(traceback.format_exc())
+        again = shlex.join(["puzzle", *sys.argv[1:]])
+        typer.echo(f"puzzle failed: {type(error).__name__}: {error}", err=True)
+        typer.echo(f"The log is {log}. Finished work is kept; to go on: {again}", err=True)
+        raise SystemExit(1) from error
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+def main() -> None:
+    """Entry point of the `puzzle` command."""
+    try:
+        app()
+    except (ProfileError, PuzzleError) as error:
+        typer.echo(f"puzzle: {error}", err=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped; run the same command again to go on where it stopped", err=True)
+        raise SystemExit(130) from None

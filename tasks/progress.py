@@ -1,0 +1,72 @@
+"""Progress and ETA of a stage: a live bar on a terminal, a line every few seconds elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_EVERY_SECONDS = 10.0
+
+
+class Stage:
+    """One stage on the console. Use as a context manager; call with (done, total, text)."""
+
+    def __init__(self, name: str, console: Console) -> None:
+        self.name, self.console = name, console
+        self.started = self.last = time.monotonic()
+        self.live: Progress | None = None
+        self.done = 0
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self.live = Progress(
+                TextColumn("{task.description:<12}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+                console=self.console,
+                transient=True,
+            )
+            self.live.start()
+            self.bar = self.live.add_task(self.name, total=None, text="")
+        return self
+
+    def __call__(self, done: int, total: int, text: str = "") -> None:
+        """Tell how far the stage is."""
+        self.done = done
+        now = time.monotonic()
+        if self.live is not None:
+            self.live.update(self.bar, completed=done, total=total, text=text)
+        elif done < total and now - self.last >= LINE_EVERY_SECONDS:
+            left = (now - self.started) / max(done, 1) * (total - done)
+            self.console.print(f"{self.name:<12} {done}/{total}  ETA {_clock(left)}  {text}".rstrip(), highlight=False)
+            self.last = now
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live is not None:
+            self.live.stop()
+        if kind is None:
+            took = _clock(time.monotonic() - self.started)
+            self.console.print(f"{self.name:<12} done in {took}", highlight=False)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+@contextmanager
+def stage(name: str) -> Iterator[Stage]:
+    """Show a stage on standard output."""
+    with Stage(name, Console(file=sys.stdout, soft_wrap=True)) as shown:
+        yield shown

@@ -1,0 +1,150 @@
+"""Record: one streamed pass over the parent, a layer in memory at a time.
+
+Per layer it leaves the hidden states that enter it (for a bounded number of sequences) and the statistics that
+initialisation and closed-form fits need. A layer is recorded once; a killed pass goes on at the layer where it stopped.
+
+Legend: S = sequences, T = tokens, D = hidden_size, F = intermediate_size.
+"""
+
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
+from blocks.fit import elimination_order
+from blocks.library import digest_of, is_whole, read_tensors, read_value, remember, write_tensors, write_value
+from blocks.parent import Parent
+from blocks.records import CorpusInfo, LayerRecord, ParentInfo, Ref
+from profiles.schema import Record
+
+VERSION = 1
+BATCH = 8
+
+
+def record_key(parent: ParentInfo, corpus: CorpusInfo, settings: Record, ridge: float) -> str:
+    """Digest of everything a recording depends on."""
+    return digest_of(
+        parent=parent.fingerprint, corpus=corpus.fingerprint, settings=settings, ridge=ridge, version=VERSION
+    )
+
+
+@lru_cache(maxsize=2)
+def open_parent(folder: Path, device: str = "cpu") -> Parent:
+    """The parent's reader, kept open."""
+    return Parent(folder, device)
+
+
+def record_layer(
+    layer: int, parent: ParentInfo, corpus: CorpusInfo, settings: Record, ridge: float, workspace: Path
+) -> LayerRecord:
+    """Record one layer; returns the stored record when its files are whole."""
+    folder = f"record/{record_key(parent, corpus, settings, ridge)}"
+    manifest = workspace / folder / f"layer_{layer:03d}.json"
+    stored = remember(manifest, LayerRecord, lambda record: [record.boundary, record.statistics], workspace)
+    if stored is not None:
+        return stored
+    started = time.perf_counter()
+    reader = open_parent(workspace / parent.folder)
+    hidden = _entering(reader, layer, corpus, settings, workspace, folder)
+    module = reader.layer(layer)
+    kept = torch.cat([hidden[: settings.hidden_sequences], hidden[settings.statistics_sequences :]])
+    boundary = write_tensors(
+        workspace,
+        f"{folder}/boundary_{layer:03d}.safetensors",
+        {"train": kept[: settings.hidden_sequences], "validation": kept[settings.hidden_sequences :]},
+    )
+    after, statistics = _pass(reader, module, layer, hidden, settings.statistics_sequences)
+    if module.mlp is not None:
+        down: Any = module.mlp.down_proj
+        statistics["ffn_order"] = elimination_order(statistics["ffn_gram"], down.weight, ridge, chunk=32)
+    reference = write_tensors(workspace, f"{folder}/statistics_{layer:03d}.safetensors", statistics)
+    _write_entering(workspace, folder, layer + 1, after)
+    record = LayerRecord(
+        layer=layer, boundary=boundary, statistics=reference, seconds=time.perf_counter() - started
+    )
+    write_value(manifest, record)
+    for leftover in _rolling(workspace, folder, layer):
+        leftover.unlink(missing_ok=True)
+    return record
+
+
+def _rolling(workspace: Path, folder: str, layer: int) -> tuple[Path, Path]:
+    stem = workspace / folder / f"entering_{layer:03d}"
+    return stem.with_suffix(".safetensors"), stem.with_suffix(".json")
+
+
+def _write_entering(workspace: Path, folder: str, layer: int, hidden: Tensor) -> None:
+    """Keep all states that enter `layer` until that layer is recorded."""
+    data, manifest = _rolling(workspace, folder, layer)
+    write_value(manifest, write_tensors(workspace, f"{folder}/{data.name}", {"hidden": hidden}))
+
+
+def _entering(
+    reader: Parent, layer: int, corpus: CorpusInfo, settings: Record, workspace: Path, folder: str
+) -> Tensor:
+    """States (S, T, D) that enter a layer: from the rolling file, else replayed from the embedding."""
+    _, manifest = _rolling(workspace, folder, layer)
+    if manifest.exists():
+        reference = read_value(manifest, Ref)
+        if is_whole(workspace, reference):
+            return read_tensors(workspace, reference)["hidden"]
+    tokens = read_tensors(workspace, corpus.tokens)
+    chosen = torch.cat(
+        [tokens["train"][: settings.statistics_sequences], tokens["validation"][: settings.validation_sequences]]
+    )
+    with torch.inference_mode():
+        hidden = reader.embedding()(chosen.long())
+    for earlier in range(layer):
+        hidden, _ = _pass(reader, reader.layer(earlier), earlier, hidden, 0)
+    return hidden.clone()
+
+
+@torch.inference_mode()
+def _pass(
+    reader: Parent, module: DeciLMDecoderLayer, layer: int, hidden: Tensor, counted: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run a layer over (S, T, D); statistics over the first `counted` sequences."""
+    sums: dict[str, Tensor] = {}
+    parts = []
+    core: Any = module.mlp
+    attention: Any = module.self_attn
+    seen: list[Tensor] = []
+    hook = core.down_proj.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    for segment, counts in ((hidden[:counted], True), (hidden[counted:], False)):
+        for batch in segment.split(BATCH) if len(segment) else ():
+            context = reader.contexts(batch)[layer]
+            normed = getattr(module, module.attention_norms[0])(batch)
+            mixed = attention(hidden_states=normed, **context)[0]
+            middle = batch + _after(module, module.attention_norms[1], mixed)
+            ffn_in = getattr(module, module.ffn_norms[0])(middle)
+            ffn_out = core(ffn_in)
+            channels = seen.pop().flatten(0, 1)
+            parts.append(middle + _after(module, module.ffn_norms[1], ffn_out))
+            if counts:
+                _accumulate(sums, "attention_in", normed, mixed)
+                _accumulate(sums, "ffn_in", ffn_in, ffn_out)
+                _add(sums, "ffn_gram", channels.T @ channels)
+                _add(sums, "ffn_contribution", channels.abs().sum(0))
+    hook.remove()
+    if "ffn_contribution" in sums:
+        norms = core.down_proj.weight.norm(dim=0)
+        sums["ffn_contribution"] = sums["ffn_contribution"] / (counted * hidden.shape[1]) * norms
+    return torch.cat(parts), sums
+
+
+def _after(module: DeciLMDecoderLayer, norm: str | None, out: Tensor) -> Tensor:
+    return out if norm is None else getattr(module, norm)(out)
+
+
+def _accumulate(sums: dict[str, Tensor], name: str, inputs: Tensor, outputs: Tensor) -> None:
+    x, y = inputs.flatten(0, 1), outputs.flatten(0, 1)
+    _add(sums, f"{name}_gram", x.T @ x)
+    _add(sums, f"{name}_cross", x.T @ y)
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    sums[name] = sums[name] + value if name in sums else value

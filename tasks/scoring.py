@@ -1,0 +1,182 @@
+"""Replace-1-block scores (Puzzle, section 3): put one variant into the parent, measure KL(parent || child) and the
+rise of the LM loss on held-out sequences. Lower is better; the parent's own subblock scores exactly 0.
+
+Replacing layer i leaves everything before it as it was, so a score starts from the recorded states that enter the
+layer, and the variants of a layer run through the rest of the parent as one batch. The divergence needs no vocabulary
+sized target (blocks/divergence.py).
+
+S = sequences, T = tokens, D = hidden_size.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blocks.divergence import Targets, kl_per_token, targets_of
+from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
+from blocks.library import digest_of, read_tensors, read_value, write_value
+from blocks.parent import Parent, load_subblock, run_subblock
+from blocks.records import BlockRecord, CorpusInfo, LayerChoice, LayerRecord, ParentInfo, Score, Subblock
+from tasks.record import open_parent
+
+VERSION = 1
+BATCH_SEQUENCES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParentSuffix:
+    """The whole parent in memory, with its targets on the scored sequences."""
+
+    reader: Parent
+    layers: list[DeciLMDecoderLayer]
+    norm: nn.Module
+    head: Tensor
+    targets: Targets
+    labels: Tensor  # (S, T - 1) token that follows each position
+    contexts: list[dict[str, Any]]
+
+    def finish(self, hidden: Tensor, layer: int) -> Tensor:
+        """States (B, T, D) that leave `layer` -> states after the final norm."""
+        for module, context in zip(self.layers[layer + 1 :], self.contexts[layer + 1 :], strict=True):
+            hidden = module(hidden, **context)
+        out: Tensor = self.norm(hidden)
+        return out
+
+
+@lru_cache(maxsize=1)
+def open_suffix(folder: Path, workspace: Path, corpus: CorpusInfo, last: LayerRecord, sequences: int) -> ParentSuffix:
+    """Load the parent and compute its targets from the states that enter its last layer."""
+    reader = open_parent(folder)
+    layers = nn.ModuleList([reader.layer(layer) for layer in range(reader.depth)])
+    hidden = read_tensors(workspace, last.boundary, ["validation"])["validation"][:sequences]
+    contexts = reader.contexts(hidden[:1])
+    norm, head = reader.norm(), reader.head_weight()
+    with torch.no_grad():
+        final = norm(layers[-1](hidden, **contexts[-1])).flatten(0, 1)
+    tokens = read_tensors(workspace, corpus.tokens, ["validation"])["validation"][:sequences].long()
+    return ParentSuffix(
+        reader=reader,
+        layers=list(layers),  # type: ignore[arg-type]
+        norm=norm,
+        head=head,
+        targets=targets_of(final, head),
+        labels=tokens[:, 1:],
+        contexts=contexts,
+    )
+
+
+def score_key(record: BlockRecord, sequences: int) -> str:
+    """Content address of a score: the block (which carries parent and corpus) and the sequences."""
+    return digest_of(block=record.key, sequences=sequences, version=VERSION)
+
+
+def score_layer(
+    records: Sequence[BlockRecord],
+    layer: LayerRecord,
+    last: LayerRecord,
+    parent: ParentInfo,
+    corpus: CorpusInfo,
+    sequences: int,
+    workspace: Path,
+) -> list[Score]:
+    """Scores of all usable variants of one layer, each stored as soon as it is known."""
+    usable = [record for record in records if record.status != "failed"]
+    folder = workspace / "scores"
+    found = {record.key: _stored(folder / f"{score_key(record, sequences)}.json") for record in usable}
+    missing = [record for record in usable if found[record.key] is None]
+    if missing:
+        suffix = open_suffix(workspace / parent.folder, workspace, corpus, last, sequences)
+        hidden = read_tensors(workspace, layer.boundary, ["validation"])["validation"][:sequences]
+        group = max(1, BATCH_SEQUENCES // len(hidden))
+        for start in range(0, len(missing), group):
+            batch = missing[start : start + group]
+            for record, score in zip(batch, score_batch(suffix, batch, hidden, workspace), strict=True):
+                found[record.key] = score
+                write_value(folder / f"{score_key(record, sequences)}.json", score)
+    return [score for score in found.values() if score is not None]
+
+
+def _stored(path: Path) -> Score | None:
+    return read_value(path, Score) if path.exists() else None
+
+
+@torch.no_grad()
+def score_batch(
+    suffix: ParentSuffix, records: Sequence[BlockRecord], hidden: Tensor, workspace: Path
+) -> list[Score]:
+    """Scores of several variants of one layer; `hidden` (S, T, D) enters that layer."""
+    started = time.perf_counter()
+    layer = records[0].layer
+    after = torch.cat([_replaced(suffix, record, hidden, workspace) for record in records])
+    final = suffix.finish(after, layer)
+    scores = []
+    for record, states in zip(records, final.split(len(hidden)), strict=True):
+        scores.append(_score(suffix, record, states, (time.perf_counter() - started) / len(records)))
+    return scores
+
+
+def _replaced(suffix: ParentSuffix, record: BlockRecord, hidden: Tensor, workspace: Path) -> Tensor:
+    """States that leave the layer when the variant stands in it."""
+    module, context = suffix.layers[record.layer], suffix.contexts[record.layer]
+    variant = load_variant(suffix.reader, record, workspace)
+    if record.subblock == "block":
+        return variant(hidden, **context)  # type: ignore[no-any-return]
+    subblocks: tuple[Subblock, ...] = ("attention", "ffn")
+    for subblock in subblocks:
+        source = variant if subblock == record.subblock else module
+        out = run_subblock(source, subblock, hidden, context)
+        hidden = hidden if out is None else hidden + out
+    return hidden
+
+
+def load_variant(reader: Parent, record: BlockRecord, workspace: Path) -> DeciLMDecoderLayer:
+    """A layer that holds a record's trained subblock (both of a coupled one); the rest is left out."""
+    if record.subblock == "block":
+        attention, ffn = record.variant.split("+")
+        choice = LayerChoice(attention=attention, ffn=ffn)
+    else:
+        choice = LayerChoice(**{"attention": "no_op", "ffn": "no_op", record.subblock: record.variant})
+    module = reader.empty_layer(record.layer, choice).requires_grad_(False)
+    if record.weights is not None:
+        module.load_state_dict(read_tensors(workspace, record.weights))
+    elif record.variant == "parent":
+        whole = reader.layer(record.layer).state_dict()
+        load_subblock(module, record.subblock, {n: whole[n] for n in module.state_dict()})  # type: ignore[arg-type]
+    return module.eval()
+
+
+def _score(suffix: ParentSuffix, record: BlockRecord, states: Tensor, seconds: float) -> Score:
+    count, length = states.shape[:2]
+    flat = states.flatten(0, 1)
+    kl, rise = kl_per_token(flat, suffix.targets, suffix.head)
+    kl, rise = kl.view(count, length), rise.view(count, length)[:, :-1]
+    shift = (suffix.targets.hidden.view_as(states) - states)[:, :-1].double()
+    lm = rise + (shift * suffix.head[suffix.labels].double()).sum(-1)
+    kl_mean, kl_se, kl_each = _over_sequences(kl)
+    lm_mean, lm_se, lm_each = _over_sequences(lm)
+    return Score(
+        layer=record.layer,
+        subblock=record.subblock,
+        variant=record.variant,
+        kl=kl_mean,
+        kl_se=kl_se,
+        lm_loss=lm_mean,
+        lm_loss_se=lm_se,
+        tokens=count * length,
+        kl_per_sequence=kl_each,
+        lm_loss_per_sequence=lm_each,
+        seconds=seconds,
+    )
+
+
+def _over_sequences(values: Tensor) -> tuple[float, float, tuple[float, ...]]:
+    """(S, T) -> mean over tokens, standard error over sequences, mean of each sequence."""
+    each = values.mean(1)
+    error = (each.std() / len(each) ** 0.5).item() if len(each) > 1 else 0.0
+    return each.mean().item(), error, tuple(each.tolist())

@@ -1,0 +1,302 @@
+"""The Prefect tasks: each wraps one plain function of this package, adds a name, a cache key, retries.
+
+The cache key of a task is the content address of what it makes. Prefect's own record of a result is not trusted alone:
+a task whose files are missing or damaged runs again (`refresh_cache`), one whose files are whole is `Cached`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
+from prefect.futures import PrefectFuture
+from prefect.tasks import Task, exponential_backoff
+
+from blocks.errors import PuzzleError
+from blocks.library import BlockLibrary, digest_of
+from blocks.parent import Parent
+from blocks.records import (
+    SUBBLOCKS,
+    Architecture,
+    BlockRecord,
+    CorpusInfo,
+    CostTable,
+    LayerRecord,
+    ParentInfo,
+    Score,
+)
+from blocks.variant import kind_of, parse_label, parse_labels
+from profiles.schema import Profile
+from tasks import compare, costs, gkd, scoring
+from tasks.baselines import baseline
+from tasks.bld import Job, distill
+from tasks.choose import choose, make_problem
+from tasks.corpus import iterate_documents, prepare_corpus
+from tasks.parent import prepare_parent
+from tasks.progress import stage
+from tasks.record import open_parent, record_key, record_layer
+from tasks.totals import Problem
+
+ResultT = TypeVar("ResultT")
+
+
+def worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
+    """Retry what may pass (disk, memory, network); a user's mistake or a bug fails at once."""
+    try:
+        state.result()
+    except (OSError, MemoryError, TimeoutError):
+        return True
+    except RuntimeError as error:
+        return "memory" in str(error).lower()
+    except BaseException:
+        return False
+    return False
+
+
+def _task(name: str, run_name: str, key: Callable[[Any, dict[str, Any]], str] | None) -> Callable[[Any], Task[Any, Any]]:
+    """A task that is retried with back-off, and cached by `key` where there is one."""
+    return task(
+        name=name,
+        task_run_name=run_name,
+        cache_policy=CacheKeyFnPolicy(cache_key_fn=key) if key else NO_CACHE,
+        persist_result=key is not None,
+        result_serializer="json",
+        retries=2,
+        retry_delay_seconds=exponential_backoff(backoff_factor=5),
+        retry_jitter_factor=0.2,
+        retry_condition_fn=worth_retrying,
+    )
+
+
+@_task("record layer", "record layer {layer:02d}", lambda _, p: f"{p['key']}-{p['layer']}")
+def record_task(layer: int, key: str, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: str) -> Any:
+    """See tasks.record.record_layer."""
+    return record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, Path(workspace))
+
+
+@_task("distill", "distill layer {job.layer:02d} {job.subblock} {job.variant}", lambda _, p: p["job"].key)
+def distill_task(job: Job, workspace: str) -> Any:
+    """See tasks.bld.distill."""
+    return distill(job, Path(workspace))
+
+
+@_task("score layer", "score layer {layer.layer:02d}", lambda _, p: _scores_key(p["records"], p["sequences"]))
+def score_task(
+    records: list[BlockRecord],
+    layer: LayerRecord,
+    last: LayerRecord,
+    parent: ParentInfo,
+    corpus: CorpusInfo,
+    sequences: int,
+    workspace: str,
+) -> Any:
+    """See tasks.scoring.score_layer."""
+    return scoring.score_layer(records, layer, last, parent, corpus, sequences, Path(workspace))
+
+
+def _scores_key(records: Sequence[BlockRecord], sequences: int) -> str:
+    return digest_of(scores=[scoring.score_key(record, sequences) for record in records])
+
+
+def prepare(profile: Profile, workspace: Path) -> tuple[ParentInfo, CorpusInfo]:
+    """Parent and corpus, normalised and fingerprinted; both are remembered by content."""
+    with stage("parent"):
+        parent: ParentInfo = _task("prepare parent", "prepare parent", None)(prepare_parent)(
+            profile.parent, workspace, lambda: iterate_documents(profile.corpus)
+        )
+    with stage("corpus"):
+        corpus: CorpusInfo = _task("prepare corpus", "prepare corpus", None)(prepare_corpus)(
+            profile.corpus, workspace / parent.folder, parent.fingerprint, workspace
+        )
+    return parent, corpus
+
+
+def layers_of(profile: Profile, reader: Parent) -> list[int]:
+    """The layers that are searched."""
+    return list(range(reader.depth)) if profile.search_space.layers is None else sorted(profile.search_space.layers)
+
+
+def check_search_space(profile: Profile, reader: Parent) -> None:
+    """UnknownVariant or PuzzleError for a search space this parent cannot have."""
+    for subblock in SUBBLOCKS:
+        parse_labels(subblock, getattr(profile.search_space, subblock), reader.config)
+        parse_labels(subblock, getattr(profile.bld, f"coupled_{subblock}"), reader.config)
+    outside = [layer for layer in profile.search_space.layers or () if not 0 <= layer < reader.depth]
+    if outside:
+        raise PuzzleError(f"search_space.layers names {outside}, but the parent's layers are 0 to {reader.depth - 1}")
+
+
+def record(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, workspace: Path) -> list[LayerRecord]:
+    """Record every layer, one after the other."""
+    reader = open_parent(workspace / parent.folder)
+    check_search_space(profile, reader)
+    key = record_key(parent, corpus, profile.record, profile.bld.ridge)
+    records = []
+    with stage("record") as tell:
+        for layer in range(reader.depth):
+            whole = is_recorded(workspace, key, layer)
+            records.append(
+                record_task.with_options(refresh_cache=not whole)(
+                    layer, key, parent, corpus, profile, str(workspace)
+                )
+            )
+            tell(layer + 1, reader.depth)
+    return records
+
+
+def is_recorded(workspace: Path, key: str, layer: int) -> bool:
+    """True when a layer's record and its files are whole."""
+    from blocks.library import remember
+
+    path = workspace / "record" / key / f"layer_{layer:03d}.json"
+    return remember(path, LayerRecord, lambda r: [r.boundary, r.statistics], workspace) is not None
+
+
+def jobs_of(profile: Profile, parent: ParentInfo, records: Sequence[LayerRecord], key: str, reader: Parent) -> list[Job]:
+    """Every (layer, subblock, variant) of the search space but the parent's own."""
+    jobs = []
+    for layer in layers_of(profile, reader):
+        for subblock in SUBBLOCKS:
+            for variant in parse_labels(subblock, getattr(profile.search_space, subblock), reader.config)[1:]:
+                jobs.append(
+                    Job(
+                        parent=parent,
+                        record=records[layer],
+                        record_key=key,
+                        layer=layer,
+                        subblock=subblock,
+                        variant=variant.label,
+                        settings=profile.bld,
+                        seed=profile.seed,
+                    )
+                )
+    return jobs
+
+
+def coupled_jobs(profile: Profile, jobs: Sequence[Job], blocks: Sequence[BlockRecord], reader: Parent) -> list[Job]:
+    """Second stage: whole blocks over the reduced space, started from the decoupled subblocks."""
+    settings = profile.bld
+    done = {(block.layer, block.subblock, block.variant): block for block in blocks if block.status == "trained"}
+    spaces = {part: parse_labels(part, getattr(settings, f"coupled_{part}"), reader.config) for part in SUBBLOCKS}
+    coupled = []
+    for layer in sorted({job.layer for job in jobs}):
+        model = next(job for job in jobs if job.layer == layer)
+        for attention in spaces["attention"]:
+            for ffn in spaces["ffn"]:
+                if not (kind_of(attention).trainable or kind_of(ffn).trainable):
+                    continue  # nothing to train: the additive score stands
+                starts = [done.get((layer, v.subblock, v.label)) for v in (attention, ffn)]
+                coupled.append(
+                    model.model_copy(
+                        update={
+                            "subblock": "block",
+                            "variant": f"{attention.label}+{ffn.label}",
+                            "warm_start": tuple(start for start in starts if start is not None),
+                        }
+                    )
+                )
+    return coupled
+
+
+def distill_all(
+    profile: Profile, parent: ParentInfo, corpus: CorpusInfo, records: Sequence[LayerRecord], workspace: Path
+) -> list[BlockRecord]:
+    """BLD of the whole search space; a variant that fails is left out and named, the run goes on."""
+    reader = open_parent(workspace / parent.folder)
+    key = record_key(parent, corpus, profile.record, profile.bld.ridge)
+    jobs = jobs_of(profile, parent, records, key, reader)
+    blocks = _distill(jobs, "distill", workspace)
+    if profile.bld.coupled:
+        blocks += _distill(coupled_jobs(profile, jobs, blocks, reader), "coupled", workspace)
+    return blocks
+
+
+def _distill(jobs: Sequence[Job], name: str, workspace: Path) -> list[BlockRecord]:
+    library = BlockLibrary(workspace)
+    futures = [
+        distill_task.with_options(refresh_cache=library.find(job.key) is None).submit(job, str(workspace))
+        for job in jobs
+    ]
+    return wait(futures, name, lambda block: f"layer {block.layer} {block.subblock} {block.variant}")
+
+
+def wait(futures: Sequence[PrefectFuture[Any]], name: str, text: Callable[[Any], str]) -> list[Any]:
+    """Results in order, with progress; the first failure is raised."""
+    results = []
+    with stage(name) as tell:
+        for done, future in enumerate(futures, start=1):
+            results.append(future.result())
+            tell(done, len(futures), text(results[-1]))
+    return results
+
+
+def score_all(
+    profile: Profile,
+    parent: ParentInfo,
+    corpus: CorpusInfo,
+    records: Sequence[LayerRecord],
+    blocks: Iterable[BlockRecord],
+    workspace: Path,
+) -> list[Score]:
+    """Replace-1-block scores of every block that did not fail."""
+    by_layer: dict[int, list[BlockRecord]] = {}
+    for block in blocks:
+        if block.status != "failed":
+            by_layer.setdefault(block.layer, []).append(block)
+    sequences = profile.scoring.sequences
+    futures = []
+    for layer, members in by_layer.items():
+        paths = [workspace / "scores" / f"{scoring.score_key(block, sequences)}.json" for block in members]
+        whole = all(path.exists() for path in paths)
+        futures.append(
+            score_task.with_options(refresh_cache=not whole).submit(
+                members, records[layer], records[-1], parent, corpus, sequences, str(workspace)
+            )
+        )
+    scores = wait(futures, "score", lambda found: f"layer {found[0].layer}")
+    return [score for found in scores for score in found]
+
+
+def measure(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable:
+    """Costs of every variant on the hardware target."""
+    with stage("measure") as tell:
+        table: CostTable = _task("measure costs", "measure costs", None)(costs.measure_costs)(
+            parent,
+            profile.search_space,
+            profile.scenarios,
+            profile.hardware,
+            profile.measure,
+            workspace,
+            lambda done, total: tell(done, total),
+        )
+    return table
+
+
+def choose_child(profile: Profile, scores: Sequence[Score], table: CostTable) -> tuple[Problem, Architecture]:
+    """The MIP under the profile's budget."""
+    with stage("choose"):
+        problem = make_problem(scores, table, profile.budget, profile.scenarios, profile.search, profile.scoring.metric)
+        architecture: Architecture = _task("choose", "choose", None)(choose)(problem)
+    return problem, architecture
+
+
+def choose_baselines(profile: Profile, problem: Problem) -> dict[str, Architecture]:
+    """The simple searches under the same budget; one that cannot keep it is left out and named."""
+    found = {}
+    for name in profile.evaluate.baselines:
+        try:
+            found[name] = baseline(name, problem, profile.seed)
+        except PuzzleError as error:
+            print_line(f"baseline {name} left out: {error}")
+    return found
+
+
+def print_line(text: str) -> None:
+    """A line for the person at the console."""
+    from rich.console import Console
+
+    Console(soft_wrap=True).print(text, highlight=False)
+
+
+__all__ = ["compare", "gkd", "parse_label"]

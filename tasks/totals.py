@@ -1,0 +1,341 @@
+"""What an architecture costs and scores: the sums of the MIP (Puzzle, appendix B), written once without a solver.
+
+    runtime = prefill + generated tokens x decode per token            seconds for one batch
+    memory  = weights + KV bytes per token x batch x (prompt + generated) tokens
+    score   = sum of replace-1-block scores
+
+The non-block part (embedding, final norm, head) stands in every total. The limits of a budget are derived from the
+parent's totals *at the same scenario and batch size*.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from blocks.errors import PuzzleError
+from blocks.records import (
+    SUBBLOCKS,
+    Architecture,
+    Cost,
+    CostTable,
+    LayerChoice,
+    NonBlockCost,
+    Score,
+    Subblock,
+    Totals,
+)
+from profiles.schema import Budget, Scenario, Search
+
+Metric = Literal["kl", "lm_loss"]
+Quantity = Literal["runtime", "memory", "parameters", "layer_parameters"]
+Batches = tuple[int, ...]
+
+MAX_BATCH_CHOICES = 256
+TOLERANCE = 1e-6  # relative: what a sum of measured floats may differ by before a limit counts as broken
+
+
+class InconsistentTables(PuzzleError):
+    """Scores and costs that do not belong to one parent, or do not cover what the profile asks for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Everything the search needs: scores and costs of one library, the budget, the scenarios, the solver's limits."""
+
+    scores: tuple[Score, ...]
+    costs: CostTable
+    budget: Budget
+    scenarios: tuple[Scenario, ...]
+    search: Search = Search()
+    metric: Metric = "kl"
+
+    @cached_property
+    def cost_table(self) -> dict[tuple[str, str, str, int], Cost]:
+        """Costs by (subblock, variant, scenario, batch size)."""
+        return {(cost.subblock, cost.variant, cost.scenario, cost.batch_size): cost for cost in self.costs.costs}
+
+    @cached_property
+    def non_block_table(self) -> dict[tuple[str, int], NonBlockCost]:
+        """Costs of the non-block part by (scenario, batch size)."""
+        return {(cost.scenario, cost.batch_size): cost for cost in self.costs.non_block}
+
+    @cached_property
+    def score_table(self) -> dict[tuple[int, str], dict[str, Score]]:
+        """Scores by (layer, subblock or "block"), then variant."""
+        table: dict[tuple[int, str], dict[str, Score]] = {}
+        for score in self.scores:
+            table.setdefault((score.layer, score.subblock), {})[score.variant] = score
+        return table
+
+    @property
+    def parent(self) -> tuple[LayerChoice, ...]:
+        """The parent as a choice: its own subblocks in every layer."""
+        return (LayerChoice(),) * self.costs.num_hidden_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """One row of the budget at one scenario and batch size: a quantity that may not pass `most`.
+
+    at_least: the budget names a floor that falls as the quantity grows (speedup, tokens per second).
+    """
+
+    field: str
+    scenario: int
+    quantity: Quantity
+    at_least: bool
+    asked: float
+    most: float
+
+    def reached(self, usage: float) -> float:
+        """The value of the budget field at which the quantity is `usage` x `most`; inf for a floor at usage 0."""
+        if not self.at_least:
+            return self.asked * usage
+        return self.asked / usage if usage > 0 else math.inf
+
+
+def make_problem(
+    scores: Iterable[Score],
+    costs: CostTable,
+    budget: Budget,
+    scenarios: Iterable[Scenario],
+    search: Search | None = None,
+    metric: Metric = "kl",
+) -> Problem:
+    """Gather and check the inputs of the search.
+
+    Raises InconsistentTables when the parent or the non-block part lacks a cost, when scores name layers the parent
+    does not have or cover different numbers of sequences, or when there are too many combinations of batch sizes.
+    """
+    problem = Problem(
+        scores=tuple(scores),
+        costs=costs,
+        budget=budget,
+        scenarios=tuple(scenarios),
+        search=search or Search(),
+        metric=metric,
+    )
+    _check_scores(problem)
+    _check_parent_costs(problem)
+    combinations = math.prod(len(set(scenario.batch_sizes)) for scenario in problem.scenarios)
+    if combinations > MAX_BATCH_CHOICES:
+        raise InconsistentTables(
+            f"the scenarios have {combinations} combinations of batch sizes, at most {MAX_BATCH_CHOICES} are searched: "
+            "name fewer batch_sizes per scenario."
+        )
+    return problem
+
+
+def _check_scores(problem: Problem) -> None:
+    layers = problem.costs.num_hidden_layers
+    beyond = sorted({score.layer for score in problem.scores if not 0 <= score.layer < layers})
+    if beyond:
+        raise InconsistentTables(f"there are scores of layers {beyond}, but the costs are of a parent with {layers}.")
+    lengths = sorted({len(getattr(score, f"{problem.metric}_per_sequence")) for score in problem.scores})
+    if len(lengths) > 1:
+        raise InconsistentTables(f"scores cover different numbers of sequences ({lengths}): score the library again.")
+
+
+def _check_parent_costs(problem: Problem) -> None:
+    for scenario in problem.scenarios:
+        for batch_size in scenario.batch_sizes:
+            place = (scenario.name, batch_size)
+            missing = [f"parent {part}" for part in SUBBLOCKS if (part, "parent", *place) not in problem.cost_table]
+            missing += ["non-block part"] if place not in problem.non_block_table else []
+            if missing:
+                raise InconsistentTables(
+                    f"the cost table lacks {' and '.join(missing)} at scenario {scenario.name}, batch size "
+                    f"{batch_size}: measure the costs of this profile again."
+                )
+
+
+def batch_choices(problem: Problem) -> list[Batches]:
+    """All combinations of one batch size per scenario, larger ones first."""
+    sizes = [sorted(set(scenario.batch_sizes)) for scenario in problem.scenarios]
+    return sorted(itertools.product(*sizes), key=lambda batches: (sum(batches), batches), reverse=True)
+
+
+def totals_of(problem: Problem, layers: Sequence[LayerChoice], batches: Batches) -> tuple[Totals, ...]:
+    """Predicted totals, one per scenario at its batch size.
+
+    Raises InconsistentTables when a variant was not measured there.
+    """
+    return tuple(
+        _totals(problem, layers, scenario, batch_size)
+        for scenario, batch_size in zip(problem.scenarios, batches, strict=True)
+    )
+
+
+def _totals(problem: Problem, layers: Sequence[LayerChoice], scenario: Scenario, batch_size: int) -> Totals:
+    blocks = [cost_of(problem, part, label, scenario, batch_size) for part, label in _subblocks(layers)]
+    outside = problem.non_block_table[scenario.name, batch_size]
+    parts: list[Cost | NonBlockCost] = [outside, *blocks]
+    prefill = math.fsum(cost.prefill_seconds for cost in parts)
+    decode = math.fsum(cost.decode_seconds_per_token for cost in parts)
+    runtime = prefill + scenario.generated_tokens * decode
+    tokens = batch_size * (scenario.prompt_tokens + scenario.generated_tokens)
+    kv_bytes = sum(cost.kv_bytes_per_token for cost in blocks) * tokens
+    return Totals(
+        scenario=scenario.name,
+        batch_size=batch_size,
+        prefill_seconds=prefill,
+        decode_seconds_per_token=decode,
+        runtime_seconds=runtime,
+        tokens_per_second=tokens / runtime,
+        memory_bytes=sum(cost.weight_bytes for cost in parts) + kv_bytes,
+        parameters=sum(cost.parameters for cost in parts),
+    )
+
+
+def _subblocks(layers: Iterable[LayerChoice]) -> list[tuple[Subblock, str]]:
+    return [(part, getattr(choice, part)) for choice in layers for part in SUBBLOCKS]
+
+
+def cost_of(problem: Problem, subblock: Subblock, variant: str, scenario: Scenario, batch_size: int) -> Cost:
+    """The measured cost of a variant; InconsistentTables when there is none."""
+    cost = problem.cost_table.get((subblock, variant, scenario.name, batch_size))
+    if cost is None:
+        raise InconsistentTables(
+            f"{subblock} variant {variant} has no cost at scenario {scenario.name}, batch size {batch_size}: "
+            "measure it, or choose another."
+        )
+    return cost
+
+
+def limits_of(problem: Problem, batches: Batches) -> tuple[Limit, ...]:
+    """The rows of the budget: runtime and memory once per scenario, parameters once."""
+    totals = totals_of(problem, problem.parent, batches)
+    rows = [row for index, total in enumerate(totals) for row in _scenario_limits(problem, index, total)]
+    outside = problem.non_block_table[totals[0].scenario, totals[0].batch_size].parameters
+    budget, parameters = problem.budget, totals[0].parameters
+    rows += _ceiling("parameters", 0, "parameters", budget.parameters, 1)
+    rows += _ceiling("parameters_fraction", 0, "parameters", budget.parameters_fraction, parameters)
+    share = budget.layer_parameters_fraction
+    return (*rows, *_ceiling("layer_parameters_fraction", 0, "layer_parameters", share, parameters - outside))
+
+
+def _scenario_limits(problem: Problem, index: int, parent: Totals) -> list[Limit]:
+    budget, scenario = problem.budget, problem.scenarios[index]
+    tokens = parent.batch_size * (scenario.prompt_tokens + scenario.generated_tokens)
+    return [
+        *_floor("speedup", index, budget.speedup, parent.runtime_seconds),
+        *_floor("min_tokens_per_second", index, budget.min_tokens_per_second, tokens),
+        *_ceiling("max_latency_seconds", index, "runtime", budget.max_latency_seconds, 1),
+        *_ceiling("memory_fraction", index, "memory", budget.memory_fraction, parent.memory_bytes),
+        *_ceiling("memory_gib", index, "memory", budget.memory_gib, 2**30),
+    ]
+
+
+def _ceiling(field: str, scenario: int, quantity: Quantity, asked: float | None, reference: float) -> list[Limit]:
+    if asked is None:
+        return []
+    most = asked * reference
+    return [Limit(field=field, scenario=scenario, quantity=quantity, at_least=False, asked=asked, most=most)]
+
+
+def _floor(field: str, scenario: int, asked: float | None, reference: float) -> list[Limit]:
+    if asked is None:
+        return []
+    most = reference / asked
+    return [Limit(field=field, scenario=scenario, quantity="runtime", at_least=True, asked=asked, most=most)]
+
+
+def broken_limits(problem: Problem, layers: Sequence[LayerChoice], batches: Batches) -> tuple[Limit, ...]:
+    """The rows of the budget that a choice passes by more than the tolerance, summed layer by layer in float64."""
+    totals = totals_of(problem, layers, batches)
+    return tuple(
+        limit
+        for limit in limits_of(problem, batches)
+        if _value(problem, totals[limit.scenario], limit.quantity) > limit.most * (1 + TOLERANCE)
+    )
+
+
+def _value(problem: Problem, totals: Totals, quantity: Quantity) -> float:
+    if quantity == "runtime":
+        return totals.runtime_seconds
+    if quantity == "memory":
+        return totals.memory_bytes
+    outside = problem.non_block_table[totals.scenario, totals.batch_size].parameters
+    return totals.parameters - (outside if quantity == "layer_parameters" else 0)
+
+
+def fitting_batches(problem: Problem, layers: Sequence[LayerChoice]) -> Batches | None:
+    """The largest combination of batch sizes at which a choice keeps the whole budget, None when there is none."""
+    return next((batches for batches in batch_choices(problem) if not broken_limits(problem, layers, batches)), None)
+
+
+def within_budget(problem: Problem, layers: Sequence[LayerChoice]) -> bool:
+    """True when a choice keeps the whole budget at some combination of the profile's batch sizes."""
+    return fitting_batches(problem, layers) is not None
+
+
+def score_of(problem: Problem, layers: Sequence[LayerChoice]) -> tuple[float, float]:
+    """Predicted score of a choice and its standard error, nats per token.
+
+    All scores are means over the same sequences, so their errors are correlated: the error is that of the mean of the
+    per-sequence sums, not the root of the sum of squares. It is 0 where fewer than two sequences were kept.
+    """
+    chosen = [score for layer, choice in enumerate(layers) for score in _scores(problem, layer, choice)]
+    value = math.fsum(getattr(score, problem.metric) for score in chosen)
+    summed = np.sum([getattr(score, f"{problem.metric}_per_sequence") for score in chosen], axis=0, dtype=np.float64)
+    if np.size(summed) < 2:
+        return value, 0.0
+    return value, float(summed.std(ddof=1) / math.sqrt(summed.size))
+
+
+def _scores(problem: Problem, layer: int, choice: LayerChoice) -> list[Score]:
+    """The listed scores behind one layer's choice; a parent's subblock that is not listed scores 0 and adds none."""
+    wanted: list[tuple[str, str]] = [*_subblocks([choice])]
+    if choice.coupled:
+        wanted = [("block", f"{choice.attention}+{choice.ffn}")]
+    found = []
+    for part, label in wanted:
+        score = problem.score_table.get((layer, part), {}).get(label)
+        if score is not None:
+            found.append(score)
+        elif label != "parent":
+            raise InconsistentTables(f"layer {layer} has no score of {part} variant {label}: choose another.")
+    return found
+
+
+def predicted(
+    problem: Problem, layers: Sequence[LayerChoice], method: str, batches: Batches | None = None
+) -> Architecture:
+    """The architecture of a given choice, at `batches` or else at the largest batch sizes at which it fits.
+
+    No solver stands behind it: status is "heuristic" and `bound` is the sum of the lowest scores of every layer, which
+    no choice can pass.
+    """
+    at = batches or fitting_batches(problem, layers) or batch_choices(problem)[0]
+    score, error = score_of(problem, layers)
+    bound = math.fsum(_lowest(problem, layer) for layer in range(problem.costs.num_hidden_layers))
+    return Architecture(
+        method=method,
+        layers=tuple(layers),
+        score=score,
+        score_se=error,
+        totals=totals_of(problem, layers, at),
+        parent_totals=totals_of(problem, problem.parent, at),
+        status="heuristic",
+        bound=min(bound, score),
+        gap=gap_between(score, bound),
+    )
+
+
+def _lowest(problem: Problem, layer: int) -> float:
+    lowest = {part: 0.0 for part in (*SUBBLOCKS, "block")}
+    for part in lowest:
+        scores = problem.score_table.get((layer, part), {})
+        lowest[part] = min([0.0, *(getattr(score, problem.metric) for score in scores.values())])
+    return min(lowest["attention"] + lowest["ffn"], lowest["block"])
+
+
+def gap_between(score: float, bound: float) -> float:
+    """Relative distance of a score from a lower bound; 0 when they meet."""
+    distance = score - bound
+    return distance / max(abs(score), 1e-9) if distance > 0 else 0.0
