@@ -24,7 +24,7 @@ from blocks.export_code.modeling_decilm import (
     layer_contexts,
 )
 from blocks.families import Family, family_of
-from blocks.records import LayerChoice, Subblock
+from blocks.records import SUBBLOCKS, LayerChoice, Subblock
 from blocks.variant import kind_of, parse_label
 
 
@@ -130,18 +130,20 @@ class Parent:
     def model(self, layers: Sequence[LayerChoice] | None = None) -> DeciLMForCausalLM:
         """A whole model with these choices; non-block weights and the parent's own subblocks are loaded."""
         choices = list(layers or [LayerChoice()] * self.depth)
-        model = DeciLMForCausalLM(self.child_config(choices)).to(self.device)
+        model: Any = DeciLMForCausalLM(self.child_config(choices))
+        model = model.to(self.device)
         model.model.embed_tokens.load_state_dict(self.tensors("model.embed_tokens."), strict=False)
         model.model.norm.load_state_dict(self.tensors("model.norm."))
         if not self.config.tie_word_embeddings:
             model.lm_head.weight.data.copy_(self.head_weight())
         for layer, choice in enumerate(choices):
-            kept = [subblock for subblock in ("attention", "ffn") if getattr(choice, subblock) == "parent"]
+            kept = [subblock for subblock in SUBBLOCKS if getattr(choice, subblock) == "parent"]
             if kept:
                 whole = self.layer(layer)
                 for subblock in kept:
                     load_subblock(model.model.layers[layer], subblock, subblock_state(whole, subblock))
-        return model.eval()
+        whole_model: DeciLMForCausalLM = model.eval()
+        return whole_model
 
 
 def subblock_prefixes(layer: DeciLMDecoderLayer, subblock: Subblock) -> tuple[str, ...]:

@@ -157,6 +157,11 @@ class LayerChoice(Value):
     ffn: str = "parent"
     coupled: bool = False
 
+    @classmethod
+    def alone(cls, subblock: Subblock, variant: str) -> "LayerChoice":
+        """A layer that holds one subblock only."""
+        return cls(attention=variant, ffn="no_op") if subblock == "attention" else cls(attention="no_op", ffn=variant)
+
 
 class Totals(Value):
     """Predicted totals of an architecture at one scenario and batch size, non-block part included."""

@@ -71,10 +71,12 @@ class VariantKind(ABC):
         return 0
 
     def initialise(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
-        """Copy what the parent has into `module` (puzzle.md, initialisation)."""
+        """Copy what the parent has into `module` (puzzle.md, initialisation). Kinds that train must have it."""
+        raise NotImplementedError(f"{self.subblock} {self.name} has nothing to initialise")
 
     def closed_form(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
         """Ridge regression on the parent's activations, where the kind has one; may replace `initialise`'s choice."""
+        raise NotImplementedError(f"{self.subblock} {self.name} has nothing to fit")
 
 
 _KINDS: dict[tuple[Subblock, str], VariantKind] = {}

@@ -63,10 +63,10 @@ def show(workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="th
         )
     configure()
     from rich.console import Console
+    from tasks.report import comparison_table
 
     from blocks.library import read_value
     from blocks.records import ChildReport
-    from tasks.report import comparison_table
 
     report = read_value(reports[-1], ChildReport)
     Console(soft_wrap=True).print(comparison_table(report))

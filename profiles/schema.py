@@ -95,9 +95,7 @@ class PythonStdlibSource(Section):
     max_files: PositiveInt = 400
 
 
-CorpusSource = Annotated[
-    TextSource | HubSource | WikipediaDumpSource | PythonStdlibSource, Field(discriminator="kind")
-]
+CorpusSource = Annotated[TextSource | HubSource | WikipediaDumpSource | PythonStdlibSource, Field(discriminator="kind")]
 
 
 class Corpus(Section):

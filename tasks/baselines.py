@@ -21,6 +21,7 @@ from tasks.totals import Problem, batch_choices, predicted
 
 _ATTEMPTS = 64  # random: draws before a combination of batch sizes is given up
 _FULL = 0.98  # random: share of the tightest limit at which filling up may stop
+_NEEDS = {"depth": " (it drops layers that have no_op as attention and as ffn, nothing else)"}
 
 Pair = tuple[str | None, str | None]
 Method = Callable[[Grid, np.random.Generator], Integers | None]
@@ -44,8 +45,8 @@ def baseline(name: BaselineName, problem: Problem, seed: int = 0) -> Architectur
             break
     if best is None:
         raise InfeasibleBudget(
-            f"The {name} baseline finds no architecture within the budget: ease the budget, add variants to "
-            f"search_space, or take {name} out of evaluate.baselines."
+            f"The {name} baseline finds no architecture within the budget{_NEEDS.get(name, '')}: ease the budget, add "
+            f"variants to search_space, or take {name} out of evaluate.baselines."
         )
     _, grid, selection = best
     return predicted(problem, grid.choice(selection), name, grid.batches)
@@ -138,14 +139,14 @@ def _random(grid: Grid, generator: np.random.Generator) -> Integers | None:
 def _repair(grid: Grid, selection: Integers, generator: np.random.Generator) -> bool:
     """Swap random layers of `selection`, in place, to their cheapest option until it fits; False when it never does.
 
-    With several limits "cheapest" weighs them at random, so that attempts differ in the limit they favour.
+    With several limits "cheapest" weighs them anew at random in every layer: the limits may want different variants.
     """
-    weights = generator.dirichlet(np.ones(len(grid.limits)))
-    slots, price = _slots(grid), weights @ grid.usage
+    slots = _slots(grid)
     for layer in generator.permutation(len(slots)):
         if fits(grid, selection):
             return True
-        selection[layer] = slots[layer][price[slots[layer]].argmin()]
+        price = generator.dirichlet(np.ones(len(grid.limits))) @ grid.usage[:, slots[layer]]
+        selection[layer] = slots[layer][price.argmin()]
     return fits(grid, selection)
 
 

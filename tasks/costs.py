@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def measure_costs(
     shapes = [(scenario, batch) for scenario in scenarios for batch in scenario.batch_sizes]
     bench = _Bench(reader, variants, hardware, measure)
     for index, (scenario, batch) in enumerate(shapes):
-        timings = bench.run(scenario, batch, lambda done, total, i=index: tell(i * total + done, len(shapes) * total))
+        timings = bench.run(scenario, batch, partial(_tell_part, tell, index, len(shapes)))
         costs += [
             _cost(reader, variant, scenario, batch, timings[variant.subblock, variant.label], hardware.precision)
             for variant in variants
@@ -113,6 +114,10 @@ def measure_costs(
     )
     write_value(path, table)
     return table
+
+
+def _tell_part(tell: Tell, part: int, parts: int, done: int, total: int) -> None:
+    tell(part * total + done, parts * total)
 
 
 def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timing: _Timing, precision: str) -> Cost:
@@ -164,16 +169,17 @@ class _Bench:
             if variant.kind != "no_op"
         }
         self.free = [(variant.subblock, variant.label) for variant in variants if variant.kind == "no_op"]
-        self.parent = reader.model().to(self.device, self.dtype)
+        model: Any = reader.model()
+        self.parent = model.to(self.device, self.dtype)
 
     def _stack(self, variant: Variant, generator: torch.Generator) -> DeciLMModel:
         """A model of `copies` layers that hold this subblock alone; weights are noise, time does not depend on it."""
-        alone = LayerChoice(**{"attention": "no_op", "ffn": "no_op", variant.subblock: variant.label})
+        alone = LayerChoice.alone(variant.subblock, variant.label)
         config = self.reader.child_config([alone] * self.copies)
         config.vocab_size = 8  # the embedding is not run
         config.pad_token_id = None
         config._attn_implementation = "sdpa"
-        stack = DeciLMModel(config)
+        stack: Any = DeciLMModel(config)
         for parameter in stack.parameters():
             parameter.data.normal_(0, 0.02, generator=generator)
         return stack.to(self.device, self.dtype).eval()
@@ -186,8 +192,7 @@ class _Bench:
         done = 0
         for number in range(self.measure.rounds + 1):
             jobs: list[tuple[tuple[str, str], Callable[[], tuple[float, float]]]] = [
-                (name, lambda stack=stack: self._time(stack, scenario, batch, self.copies))
-                for name, stack in self.stacks.items()
+                (name, partial(self._time, stack, scenario, batch, self.copies)) for name, stack in self.stacks.items()
             ]
             jobs.append((("non_block", ""), lambda: self._time_non_block(scenario, batch)))
             jobs.append((("parent", ""), lambda: self._time(self.parent, scenario, batch, 1)))
@@ -260,5 +265,3 @@ def _median(values: list[float]) -> tuple[float, float]:
     middle = statistics.median(values)
     low, _, high = statistics.quantiles(values, n=4)
     return middle, (high - low) / 2 / middle
-
-

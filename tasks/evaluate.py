@@ -251,7 +251,9 @@ def _quiet() -> Iterator[None]:
     import lm_eval.models.huggingface
     from tqdm import tqdm
 
-    silent = partial(tqdm, disable=True)
+    def silent(*arguments: Any, **settings: Any) -> Any:
+        return tqdm(*arguments, **{**settings, "disable": True})
+
     logger = logging.getLogger("lm_eval")
     level, bars_off = logger.level, datasets.are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)

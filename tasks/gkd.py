@@ -103,9 +103,7 @@ def rows_of_step(step: int, size: int, available: int) -> list[int]:
     return [(step * size + row) % available for row in range(size)]
 
 
-def _record_batch(
-    model: DeciLMForCausalLM, tokens: Tensor, layers: tuple[int, ...], workspace: Path, stem: str
-) -> Ref:
+def _record_batch(model: DeciLMForCausalLM, tokens: Tensor, layers: tuple[int, ...], workspace: Path, stem: str) -> Ref:
     """Targets of one batch: states in bfloat16 (a cosine does not see the difference), the rest in float32."""
     manifest = workspace / f"{stem}.json"
     stored = remember(manifest, Ref, lambda ref: [ref], workspace)
@@ -236,5 +234,3 @@ def validation_kl(model: DeciLMForCausalLM, teacher: TeacherRecord, workspace: P
     batch = read_tensors(workspace, teacher.validation)
     hidden = model.model(batch["tokens"].long()).last_hidden_state.flatten(0, 1)
     return kl_per_token(hidden, _targets(batch), model.lm_head.weight)[0].mean().item()
-
-

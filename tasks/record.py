@@ -63,9 +63,7 @@ def record_layer(
         statistics["ffn_order"] = elimination_order(statistics["ffn_gram"], down.weight, ridge, chunk=32)
     reference = write_tensors(workspace, f"{folder}/statistics_{layer:03d}.safetensors", statistics)
     _write_entering(workspace, folder, layer + 1, after)
-    record = LayerRecord(
-        layer=layer, boundary=boundary, statistics=reference, seconds=time.perf_counter() - started
-    )
+    record = LayerRecord(layer=layer, boundary=boundary, statistics=reference, seconds=time.perf_counter() - started)
     write_value(manifest, record)
     for leftover in _rolling(workspace, folder, layer):
         leftover.unlink(missing_ok=True)
@@ -83,9 +81,7 @@ def _write_entering(workspace: Path, folder: str, layer: int, hidden: Tensor) ->
     write_value(manifest, write_tensors(workspace, f"{folder}/{data.name}", {"hidden": hidden}))
 
 
-def _entering(
-    reader: Parent, layer: int, corpus: CorpusInfo, settings: Record, workspace: Path, folder: str
-) -> Tensor:
+def _entering(reader: Parent, layer: int, corpus: CorpusInfo, settings: Record, workspace: Path, folder: str) -> Tensor:
     """States (S, T, D) that enter a layer: from the rolling file, else replayed from the embedding."""
     _, manifest = _rolling(workspace, folder, layer)
     if manifest.exists():

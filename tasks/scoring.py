@@ -107,9 +107,7 @@ def _stored(path: Path) -> Score | None:
 
 
 @torch.no_grad()
-def score_batch(
-    suffix: ParentSuffix, records: Sequence[BlockRecord], hidden: Tensor, workspace: Path
-) -> list[Score]:
+def score_batch(suffix: ParentSuffix, records: Sequence[BlockRecord], hidden: Tensor, workspace: Path) -> list[Score]:
     """Scores of several variants of one layer; `hidden` (S, T, D) enters that layer."""
     started = time.perf_counter()
     layer = records[0].layer
@@ -126,7 +124,7 @@ def _replaced(suffix: ParentSuffix, record: BlockRecord, hidden: Tensor, workspa
     module, context = suffix.layers[record.layer], suffix.contexts[record.layer]
     variant = load_variant(suffix.reader, record, workspace)
     if record.subblock == "block":
-        return variant(hidden, **context)  # type: ignore[no-any-return]
+        return variant(hidden, **context)
     subblocks: tuple[Subblock, ...] = ("attention", "ffn")
     for subblock in subblocks:
         source = variant if subblock == record.subblock else module
@@ -141,7 +139,7 @@ def load_variant(reader: Parent, record: BlockRecord, workspace: Path) -> DeciLM
         attention, ffn = record.variant.split("+")
         choice = LayerChoice(attention=attention, ffn=ffn)
     else:
-        choice = LayerChoice(**{"attention": "no_op", "ffn": "no_op", record.subblock: record.variant})
+        choice = LayerChoice.alone(record.subblock, record.variant)
     module = reader.empty_layer(record.layer, choice).requires_grad_(False)
     if record.weights is not None:
         module.load_state_dict(read_tensors(workspace, record.weights))

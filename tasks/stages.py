@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 from prefect import task
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.futures import PrefectFuture
-from prefect.tasks import Task, exponential_backoff
+from prefect.tasks import exponential_backoff
+from rich.console import Console
 
 from blocks.errors import PuzzleError
-from blocks.library import BlockLibrary, digest_of
+from blocks.library import BlockLibrary, digest_of, remember
 from blocks.parent import Parent
 from blocks.records import (
     SUBBLOCKS,
@@ -26,17 +27,20 @@ from blocks.records import (
     ParentInfo,
     Score,
 )
-from blocks.variant import kind_of, parse_label, parse_labels
+from blocks.runtime import set_threads
+from blocks.variant import kind_of, parse_labels
 from profiles.schema import Profile
 from tasks import compare, costs, gkd, scoring
 from tasks.baselines import baseline
 from tasks.bld import Job, distill
-from tasks.choose import choose, make_problem
+from tasks.choose import choose
+from tasks.compare import Contender, Evaluation
 from tasks.corpus import iterate_documents, prepare_corpus
 from tasks.parent import prepare_parent
 from tasks.progress import stage
 from tasks.record import open_parent, record_key, record_layer
-from tasks.totals import Problem
+from tasks.throughput import Throughput
+from tasks.totals import Problem, make_problem
 
 ResultT = TypeVar("ResultT")
 
@@ -54,7 +58,7 @@ def worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
     return False
 
 
-def _task(name: str, run_name: str, key: Callable[[Any, dict[str, Any]], str] | None) -> Callable[[Any], Task[Any, Any]]:
+def _task(name: str, run_name: str, key: Callable[[Any, dict[str, Any]], str] | None) -> Callable[[Any], Any]:
     """A task that is retried with back-off, and cached by `key` where there is one."""
     return task(
         name=name,
@@ -137,9 +141,7 @@ def record(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, workspace: 
         for layer in range(reader.depth):
             whole = is_recorded(workspace, key, layer)
             records.append(
-                record_task.with_options(refresh_cache=not whole)(
-                    layer, key, parent, corpus, profile, str(workspace)
-                )
+                record_task.with_options(refresh_cache=not whole)(layer, key, parent, corpus, profile, str(workspace))
             )
             tell(layer + 1, reader.depth)
     return records
@@ -147,13 +149,13 @@ def record(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, workspace: 
 
 def is_recorded(workspace: Path, key: str, layer: int) -> bool:
     """True when a layer's record and its files are whole."""
-    from blocks.library import remember
-
     path = workspace / "record" / key / f"layer_{layer:03d}.json"
     return remember(path, LayerRecord, lambda r: [r.boundary, r.statistics], workspace) is not None
 
 
-def jobs_of(profile: Profile, parent: ParentInfo, records: Sequence[LayerRecord], key: str, reader: Parent) -> list[Job]:
+def jobs_of(
+    profile: Profile, parent: ParentInfo, records: Sequence[LayerRecord], key: str, reader: Parent
+) -> list[Job]:
     """Every (layer, subblock, variant) of the search space but the parent's own."""
     jobs = []
     for layer in layers_of(profile, reader):
@@ -283,20 +285,100 @@ def choose_child(profile: Profile, scores: Sequence[Score], table: CostTable) ->
 
 def choose_baselines(profile: Profile, problem: Problem) -> dict[str, Architecture]:
     """The simple searches under the same budget; one that cannot keep it is left out and named."""
-    found = {}
+    found: dict[str, Architecture] = {}
     for name in profile.evaluate.baselines:
         try:
             found[name] = baseline(name, problem, profile.seed)
         except PuzzleError as error:
-            print_line(f"baseline {name} left out: {error}")
+            Console(soft_wrap=True).print(f"baseline {name} left out: {error}", highlight=False, markup=False)
     return found
 
 
-def print_line(text: str) -> None:
-    """A line for the person at the console."""
-    from rich.console import Console
+@_task("record the parent for GKD", "record the parent for GKD", None)
+def teacher_task(parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: str, tell: Any) -> Any:
+    """See tasks.gkd.record_teacher."""
+    return gkd.record_teacher(parent, corpus, profile.gkd, Path(workspace), tell)
 
-    Console(soft_wrap=True).print(text, highlight=False)
+
+@_task("GKD", "GKD of {which.name}", None)
+def gkd_task(
+    which: Contender, teacher: gkd.TeacherRecord, parent: ParentInfo, profile: Profile, workspace: str, tell: Any
+) -> Any:
+    """See tasks.compare.distill_contender."""
+    return compare.distill_contender(which, teacher, parent, profile.gkd, Path(workspace), tell)
 
 
-__all__ = ["compare", "gkd", "parse_label"]
+@_task("evaluate", "evaluate {which.name} ({which.stage})", None)
+def evaluate_task(which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: str) -> Any:
+    """See tasks.compare.evaluate_contender."""
+    return compare.evaluate_contender(which, parent, corpus, profile.evaluate, Path(workspace))
+
+
+@_task("throughput", "throughput of {count} models", None)
+def throughput_task(
+    contenders: list[Contender], count: int, parent: ParentInfo, profile: Profile, workspace: str
+) -> Any:
+    """See tasks.compare.throughput_of."""
+    rounds = profile.evaluate.throughput_rounds
+    return compare.throughput_of(contenders, parent, profile.scenarios[0], rounds, Path(workspace))
+
+
+def evaluate_all(
+    contenders: Sequence[Contender], parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path
+) -> list[Evaluation]:
+    """Evaluations in order, with progress."""
+    found = []
+    with stage("evaluate") as tell:
+        for done, which in enumerate(contenders, start=1):
+            found.append(evaluate_task(which, parent, corpus, profile, str(workspace)))
+            tell(done, len(contenders), f"{which.name} KL {found[-1].quality.kl.value:.3f}")
+    return found
+
+
+def distill_globally(
+    contenders: Sequence[Contender], parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path
+) -> list[Contender]:
+    """GKD of each contender on the same tokens; the parent is recorded once for all."""
+    if not profile.gkd.steps:
+        return []
+    with stage("GKD parent") as tell:
+        teacher = teacher_task(parent, corpus, profile, str(workspace), tell)
+    distilled = []
+    for which in contenders:
+        with stage(f"GKD {which.name}") as tell:
+            distilled.append(gkd_task(which, teacher, parent, profile, str(workspace), tell))
+    return distilled
+
+
+def measure_speed(
+    contenders: Sequence[Contender], parent: ParentInfo, profile: Profile, workspace: Path
+) -> dict[str, Throughput]:
+    """Prefill and decode throughput end to end, all models in turns in one run."""
+    with stage("throughput"):
+        speed: dict[str, Throughput] = throughput_task(
+            list(contenders), len(contenders), parent, profile, str(workspace)
+        )
+    return speed
+
+
+def prepare_process(profile: Profile, workspace: Path) -> None:
+    """Threads, and no server left over from a killed run of this workspace."""
+    set_threads(profile.hardware.threads)
+    stop_orphaned_servers(workspace / "prefect")
+
+
+def stop_orphaned_servers(prefect_home: Path) -> int:
+    """End the Prefect servers that a killed process of this workspace left behind. Returns how many."""
+    import psutil
+
+    stopped = 0
+    for process in psutil.process_iter(["ppid", "cmdline"]):
+        if process.info["ppid"] != 1 or "prefect.server" not in " ".join(process.info["cmdline"] or []):
+            continue
+        try:
+            if process.environ().get("PREFECT_HOME") == str(prefect_home):
+                process.kill()
+                stopped += 1
+        except psutil.Error:  # gone already, or somebody else's
+            continue
+    return stopped

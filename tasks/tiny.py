@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -46,7 +47,7 @@ def make_tiny_parent(spec: TinyParent, folder: Path, texts: Iterable[str]) -> No
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per UTF-8 byte, then <bos>, <eos>, <pad>: 259 tokens; decodes to the very text."""
+    """One token per UTF-8 byte, then <bos>, <|endoftext|>, <pad>: 259 tokens; decodes to the very text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     # GPT-2's trick: every byte has a printable stand-in, so that bytes can be a vocabulary of strings
@@ -57,7 +58,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<bos>",
-        eos_token="<eos>",
+        eos_token="<|endoftext|>",  # Qwen2Tokenizer, forced on every qwen2 folder, would add it
         pad_token="<pad>",
         model_max_length=CONTEXT_TOKENS,
         clean_up_tokenization_spaces=False,
@@ -65,14 +66,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def family_config(spec: TinyParent, vocab_size: int) -> PreTrainedConfig:
-    """The family's own config in the sizes of the spec. Raises ParentError when the heads do not divide."""
+    """The family's own config in the sizes of the spec; the last three ids are bos, eos and pad.
+
+    Raises ParentError when the heads do not divide.
+    """
     hidden, heads, key_values = spec.hidden_size, spec.num_attention_heads, spec.num_key_value_heads
     if hidden % (2 * heads) or heads % key_values:
         raise ParentError(
             f"parent sizes do not fit: hidden_size {hidden} must be a multiple of 2 x num_attention_heads ({heads}), "
             f"and num_attention_heads a multiple of num_key_value_heads ({key_values})."
         )
-    fields = {
+    fields: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": hidden,
         "intermediate_size": spec.intermediate_size,
@@ -81,9 +85,9 @@ def family_config(spec: TinyParent, vocab_size: int) -> PreTrainedConfig:
         "num_key_value_heads": key_values,
         "head_dim": hidden // heads,
         "max_position_embeddings": CONTEXT_TOKENS,
-        "bos_token_id": 256,
-        "eos_token_id": 257,
-        "pad_token_id": 258,
+        "bos_token_id": vocab_size - 3,
+        "eos_token_id": vocab_size - 2,
+        "pad_token_id": vocab_size - 1,
         "tie_word_embeddings": True,
     }
     if spec.family == "gemma3_text":
@@ -98,13 +102,21 @@ def family_config(spec: TinyParent, vocab_size: int) -> PreTrainedConfig:
     return CONFIG_MAPPING[spec.family](**fields)
 
 
-def token_stream(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> torch.Tensor:
-    """Token ids of the first million characters of `texts`, an eos after each: int64 (N,)."""
-    ids: list[int] = []
+def training_texts(texts: Iterable[str]) -> Iterator[str]:
+    """The part of `texts` that a tiny parent is trained on: the first million characters."""
+    left = TRAIN_CHARACTERS
     for text in texts:
-        ids += tokenizer(text[: TRAIN_CHARACTERS - len(ids)], verbose=False)["input_ids"] + [tokenizer.eos_token_id]
-        if len(ids) >= TRAIN_CHARACTERS:
-            break
+        yield text[:left]
+        left -= len(text)
+        if left <= 0:
+            return
+
+
+def token_stream(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> torch.Tensor:
+    """Token ids of the training texts, an eos after each: int64 (N,). Raises CorpusError for too little text."""
+    ids: list[int] = []
+    for text in training_texts(texts):
+        ids += [*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]
     if len(ids) <= TRAIN_TOKENS:
         raise CorpusError(
             f"a tiny parent needs more than {TRAIN_TOKENS} bytes of text to train on, the corpus has {len(ids)}: "

@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,7 +36,7 @@ SEQUENCES = 5
 
 def score(layer: int, subblock: Any, variant: str, generator: np.random.Generator, mean: float | None = None) -> Score:
     kl = generator.gamma(2.0, 0.01 if mean is None else mean / 2, SEQUENCES)
-    loss = kl + generator.normal(0, 0.005, SEQUENCES)
+    loss = kl + generator.normal(-0.02, 0.02, SEQUENCES)
     return Score(
         layer=layer,
         subblock=subblock,
@@ -51,7 +51,7 @@ def score(layer: int, subblock: Any, variant: str, generator: np.random.Generato
     )
 
 
-def costs_of(labels: dict[Any, Sequence[str]], scenarios: Sequence[Scenario], layers: int, seed: int) -> CostTable:
+def costs_of(labels: Mapping[Any, Sequence[str]], scenarios: Sequence[Scenario], layers: int, seed: int) -> CostTable:
     """Random costs, falling from the parent's (the first label) to near nothing, never in proportion to each other."""
     generator = np.random.default_rng(seed)
     size = {(part, name): generator.uniform(0.8, 1.2) * (1 - i / len(names)) for part, names in labels.items()
@@ -182,7 +182,7 @@ def layer_options(problem: Problem, layer: int) -> list[tuple[str, str, float]]:
         for a, f in itertools.product(ATTENTIONS, FFNS)
         if (a == "parent" or ("attention", a) in known) and (f == "parent" or ("ffn", f) in known)
     ]
-    return pairs + [(*name.split("+"), value) for (part, name), value in known.items() if part == "block"]  # type: ignore[misc]
+    return pairs + [(*name.split("+"), value) for (part, name), value in known.items() if part == "block"]
 
 
 BUDGETS: dict[str, dict[str, Any]] = {
@@ -258,7 +258,7 @@ def test_bigger_budget_is_never_worse() -> None:
     problem = random_problem(2, Budget(parameters_fraction=1.0), layers=4)
     scores = [
         choose(replace(problem, budget=Budget(parameters_fraction=fraction))).score
-        for fraction in (0.45, 0.55, 0.65, 0.75, 0.85, 1.0)
+        for fraction in (0.48, 0.55, 0.65, 0.75, 0.85, 1.0)
     ]
     assert scores == sorted(scores, reverse=True)
     assert scores[0] > scores[3] > scores[-1] == 0
@@ -271,7 +271,7 @@ def test_a_layer_that_was_not_searched_keeps_the_parent() -> None:
 
 
 def test_variant_without_cost_or_score_is_not_a_choice() -> None:
-    problem = random_problem(4, Budget(layer_parameters_fraction=0.3))
+    problem = random_problem(4, Budget(layer_parameters_fraction=0.4))
     assert any(choice.ffn == "no_op" for choice in choose(problem).layers)
     kept = tuple(cost for cost in problem.costs.costs if (cost.subblock, cost.variant) != ("ffn", "no_op"))
     without_cost = replace(problem, costs=problem.costs.model_copy(update={"costs": kept}))

@@ -20,6 +20,7 @@ from transformers import (
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.export_code.modeling_decilm import FAMILIES as MODELING_FAMILIES
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.families import FAMILIES as BLOCKS_FAMILIES
 
 SIZES = {
     "vocab_size": 64,
@@ -110,8 +111,8 @@ def token_ids(batch: int, length: int) -> torch.Tensor:
     return torch.randint(3, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(2))
 
 
-def test_every_family_of_the_modeling_code_is_tested() -> None:
-    assert set(FAMILIES) == set(MODELING_FAMILIES)
+def test_every_family_is_tested() -> None:
+    assert set(FAMILIES) == set(MODELING_FAMILIES) == set(BLOCKS_FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -138,7 +139,8 @@ def test_hidden_states_are_the_parents(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_generation_with_cache_equals_generation_without(family: str) -> None:
-    child, ids = tiny_child(tiny_parent(family), mixed_blocks()), token_ids(2, 12)
+    child: Any = tiny_child(tiny_parent(family), mixed_blocks())
+    ids = token_ids(2, 12)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     settings: dict[str, Any] = {

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 
-class AttributeDict(dict):
+class AttributeDict(dict[str, Any]):
     """A JSON-serialisable dict whose keys are also attributes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -110,8 +110,8 @@ class DeciLMDecoderLayer(nn.Module):
         return out if after is None else getattr(self, after)(out)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        for out in (self.attention(hidden_states, **kwargs),):
-            hidden_states = hidden_states if out is None else hidden_states + out
+        out = self.attention(hidden_states, **kwargs)
+        hidden_states = hidden_states if out is None else hidden_states + out
         out = self.ffn(hidden_states)
         return hidden_states if out is None else hidden_states + out
 
@@ -124,7 +124,7 @@ class DeciLMPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         # from_pretrained builds on the meta device: buffers that no checkpoint holds are made again here.
         super()._init_weights(module)
         if type(module).__name__.endswith("RotaryEmbedding"):

@@ -12,6 +12,9 @@ from blocks.families.qwen import Qwen2, Qwen3
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (Llama(), Mistral(), Qwen2(), Qwen3(), Gemma3())}
 
 
+__all__ = ["FAMILIES", "Family", "family_of"]
+
+
 def family_of(config: Any) -> Family:
     """The family of a parent's config; ParentError for one that is unknown or has a feature not carried through."""
     family = FAMILIES.get(config.model_type)

@@ -20,13 +20,14 @@ from blocks.variant import Variant, VariantKind, register
 
 
 def ffn_entry(config: Any, intermediate_size: int) -> dict[str, Any]:
-    """`block_configs` entry of an FFN of this width. ffn_mult as DeciLM engines read it: 2/3 of a multiple of D."""
-    return {
-        "no_op": False,
-        "replace_with_linear": False,
-        "ffn_mult": intermediate_size * 3 / (2 * config.hidden_size),
-        "intermediate_size": intermediate_size,
-    }
+    """`block_configs` entry of an FFN of this width.
+
+    DeciLM engines prefer ffn_mult (width = 2/3 * ffn_mult * D, rounded up to a multiple of 256) to intermediate_size,
+    so it stands only where it gives the width back.
+    """
+    entry = {"no_op": False, "replace_with_linear": False, "intermediate_size": intermediate_size}
+    mult = intermediate_size * 3 / (2 * config.hidden_size)
+    return entry if intermediate_size % 256 else entry | {"ffn_mult": mult}
 
 
 @register
@@ -70,12 +71,13 @@ class Width(VariantKind):
     def closed_form(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
         channels = context.statistics["ffn_order"][: variant.size].sort().values
         self._keep(module, context, channels)
-        gram, mlp = context.statistics["ffn_gram"], module.mlp
-        whole: Tensor = context.parent_layer.mlp.down_proj.weight.data  # type: ignore[union-attr]
-        fitted = ridge_solve(
-            gram[channels][:, channels], gram[channels] @ whole.T, whole[:, channels].T, context.ridge
-        )
-        mlp.down_proj.weight.data.copy_(fitted.T)  # type: ignore[union-attr]
+        gram = context.statistics["ffn_gram"]
+        down: Any = module.mlp.down_proj  # type: ignore[union-attr]
+        parents: Any = context.parent_layer.mlp
+        whole: Tensor = parents.down_proj.weight
+        prior = whole[:, channels].T
+        fitted = ridge_solve(gram[channels][:, channels], gram[channels] @ whole.T, prior, context.ridge)
+        down.weight.data.copy_(fitted.T)
 
     @staticmethod
     def _keep(module: nn.Module, context: FitContext, channels: Tensor) -> None:

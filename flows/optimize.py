@@ -1,0 +1,56 @@
+"""Flow `optimize`: a profile in, a measured child out. Reads like the paper: record, BLD, score, measure, MIP, GKD."""
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from blocks.records import ChildReport
+from profiles.schema import Profile
+from tasks import stages
+from tasks.compare import contender, parent_contender
+from tasks.finish import best_baseline, open_run
+
+
+@flow(name="optimize", flow_run_name="optimize {profile.name}")
+def optimize(profile: Profile, workspace: str) -> ChildReport:
+    """Make a faster child of a parent.
+
+    Args:
+        profile: what is wanted: parent, corpus, search space, scenarios, budget.
+        workspace: folder that keeps the block library, Prefect's and MLflow's state and the child.
+    """
+    folder = Path(workspace)
+    with open_run(profile, folder) as run:
+        parent, corpus = stages.prepare(profile, folder)
+        records = stages.record(profile, parent, corpus, folder)
+        blocks = stages.distill_all(profile, parent, corpus, records, folder)
+        scores = stages.score_all(profile, parent, corpus, records, blocks, folder)
+        costs = stages.measure(profile, parent, folder)
+        run.log_library(parent, corpus, blocks, scores, costs)
+
+        problem, architecture = stages.choose_child(profile, scores, costs)
+        run.log_architecture(architecture)
+        rivals = stages.choose_baselines(profile, problem)
+        own, child = parent_contender(architecture), contender("child", architecture, blocks)
+        baselines = [contender(name, rival, blocks) for name, rival in rivals.items()]
+        assembled = [own, child, *baselines]
+        found = stages.evaluate_all(assembled, parent, corpus, profile, folder)
+
+        best = best_baseline(baselines, found[2:]) if profile.evaluate.distill_best_baseline else []
+        distilled = stages.distill_globally([child, *best], parent, corpus, profile, folder)
+        found += stages.evaluate_all(distilled, parent, corpus, profile, folder)
+        speed = stages.measure_speed(assembled, parent, profile, folder)
+
+        failed = [block for block in blocks if block.status == "failed"]
+        final = distilled[0] if distilled else child
+        return run.finish(final, assembled + distilled, found, speed, (parent, corpus), failed)
+
+
+def run_optimize(profile: Profile, workspace: Path) -> ChildReport:
+    """Run the flow in this process, with as many workers as the profile says."""
+    stages.prepare_process(profile, workspace)
+    runner: Any = ThreadPoolTaskRunner(max_workers=profile.orchestration.max_workers)
+    report: ChildReport = optimize.with_options(task_runner=runner)(profile, str(workspace))
+    return report

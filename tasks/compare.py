@@ -1,0 +1,186 @@
+"""Parent, child and baselines side by side: the same text, the same benchmark items, the same GKD tokens, in turns.
+
+A contender is an architecture with the trained blocks it is made of, before or after GKD. Its evaluation is stored
+under a content address, so a killed run evaluates nothing twice.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from blocks.child import assemble, library_of
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.library import digest_of, read_tensors, read_value, write_value
+from blocks.records import Architecture, BlockRecord, Candidate, CorpusInfo, LayerChoice, ParentInfo, Value
+from profiles.schema import GKD, Evaluate, Scenario
+from tasks.evaluate import (
+    BenchmarkResult,
+    ParentTargets,
+    Quality,
+    measure_quality,
+    parent_targets,
+    retention,
+    run_benchmarks,
+)
+from tasks.gkd import GKDResult, TeacherRecord, Tell, distill_globally
+from tasks.record import open_parent
+from tasks.throughput import Throughput, measure_throughput
+
+VERSION = 1
+
+
+class Contender(Value):
+    """A model that is compared. `blocks`: the trained blocks of its architecture."""
+
+    name: str
+    architecture: Architecture
+    blocks: tuple[BlockRecord, ...]
+    gkd: GKDResult | None = None
+
+    @property
+    def stage(self) -> Literal["parent", "assembled", "distilled"]:
+        """Parent, or a child before or after GKD."""
+        return "parent" if self.name == "parent" else "distilled" if self.gkd else "assembled"
+
+    @property
+    def key(self) -> str:
+        """Digest of what the model is: choices, blocks, GKD weights. Not its name."""
+        return digest_of(
+            layers=self.architecture.layers,
+            blocks=[block.key for block in self.blocks],
+            gkd=self.gkd.weights.sha256 if self.gkd else "",
+            version=VERSION,
+        )
+
+
+class Evaluation(Value):
+    """Quality on test sequences and results per benchmark."""
+
+    quality: Quality
+    benchmarks: dict[str, BenchmarkResult]
+
+
+def contender(name: str, architecture: Architecture, blocks: Sequence[BlockRecord]) -> Contender:
+    """A contender before GKD, with those of `blocks` that its architecture uses."""
+    wanted = set()
+    for layer, choice in enumerate(architecture.layers):
+        if choice.coupled:
+            wanted.add((layer, "block", f"{choice.attention}+{choice.ffn}"))
+        else:
+            wanted |= {(layer, "attention", choice.attention), (layer, "ffn", choice.ffn)}
+    used = [block for where, block in library_of(list(blocks)).items() if where in wanted]
+    return Contender(name=name, architecture=architecture, blocks=tuple(used))
+
+
+def parent_contender(architecture: Architecture) -> Contender:
+    """The parent as a contender; `architecture` gives its totals."""
+    own = architecture.model_copy(
+        update={
+            "method": "parent",
+            "layers": (LayerChoice(),) * len(architecture.layers),
+            "score": 0.0,
+            "score_se": 0.0,
+            "totals": architecture.parent_totals,
+        }
+    )
+    return Contender(name="parent", architecture=own, blocks=())
+
+
+def build(which: Contender, parent: ParentInfo, workspace: Path) -> DeciLMForCausalLM:
+    """The contender as a model, GKD weights included."""
+    reader = open_parent(workspace / parent.folder)
+    model = assemble(reader, library_of(list(which.blocks)), which.architecture, workspace)
+    if which.gkd is not None:
+        model.model.layers.load_state_dict(read_tensors(workspace, which.gkd.weights))
+    return model
+
+
+def distill_contender(
+    which: Contender,
+    teacher: TeacherRecord,
+    parent: ParentInfo,
+    settings: GKD,
+    workspace: Path,
+    tell: Tell = lambda done, total, text: None,
+) -> Contender:
+    """GKD of a contender; stored under its content, the teacher's and the settings."""
+    model = build(which, parent, workspace)
+    key = digest_of(model=which.key, teacher=teacher.validation.sha256, steps=len(teacher.steps), settings=settings)
+    return which.model_copy(update={"gkd": distill_globally(model, teacher, settings, workspace, key, tell)})
+
+
+@lru_cache(maxsize=1)
+def _test_targets(parent: ParentInfo, corpus: CorpusInfo, sequences: int, workspace: Path) -> ParentTargets:
+    return parent_targets(open_parent(workspace / parent.folder).model(), _test_tokens(corpus, sequences, workspace))
+
+
+def _test_tokens(corpus: CorpusInfo, sequences: int, workspace: Path) -> Tensor:
+    return read_tensors(workspace, corpus.tokens, ["test"])["test"][:sequences]
+
+
+def evaluation_path(which: Contender, parent: ParentInfo, corpus: CorpusInfo, settings: Evaluate) -> str:
+    """Where a contender's evaluation lies, relative to the workspace."""
+    asked = settings.model_dump(include={"sequences", "benchmarks", "benchmark_limit", "benchmark_package"})
+    key = digest_of(model=which.key, parent=parent.fingerprint, corpus=corpus.fingerprint, asked=asked)
+    return f"evaluations/{key}.json"
+
+
+def evaluate_contender(
+    which: Contender, parent: ParentInfo, corpus: CorpusInfo, settings: Evaluate, workspace: Path
+) -> Evaluation:
+    """Loss, KL and agreement on the test split, and the benchmarks."""
+    path = workspace / evaluation_path(which, parent, corpus, settings)
+    if path.exists():
+        return read_value(path, Evaluation)
+    model = build(which, parent, workspace)
+    targets = _test_targets(parent, corpus, settings.sequences, workspace)
+    found = Evaluation(
+        quality=measure_quality(model, targets, _test_tokens(corpus, settings.sequences, workspace)),
+        benchmarks=run_benchmarks(
+            model,
+            workspace / parent.folder,
+            settings.benchmarks,
+            settings.benchmark_limit,
+            settings.benchmark_package,
+        )
+        if settings.benchmarks
+        else {},
+    )
+    write_value(path, found)
+    return found
+
+
+def throughput_of(
+    contenders: Sequence[Contender], parent: ParentInfo, scenario: Scenario, rounds: int, workspace: Path
+) -> dict[str, Throughput]:
+    """End-to-end speed of all contenders in turns, at the batch size the architecture was chosen for."""
+    models = {which.name: build(which, parent, workspace) for which in contenders}
+    batch = next(totals.batch_size for totals in contenders[-1].architecture.totals if totals.scenario == scenario.name)
+    return measure_throughput(models, scenario, batch, rounds)
+
+
+def candidate(
+    which: Contender, found: Evaluation, parents: Evaluation, speed: Mapping[str, Throughput], bytes_per_parameter: int
+) -> Candidate:
+    """One row of the final table."""
+    totals = which.architecture.totals[0]
+    fast = speed.get(which.name)
+    return Candidate(
+        name=which.name,
+        stage=which.stage,
+        parameters=totals.parameters,
+        weight_bytes=totals.parameters * bytes_per_parameter,
+        memory_bytes=totals.memory_bytes,
+        prefill_tokens_per_second=fast.prefill_tokens_per_second if fast else None,
+        decode_tokens_per_second=fast.decode_tokens_per_second if fast else None,
+        loss=found.quality.loss,
+        kl=found.quality.kl,
+        top1_agreement=found.quality.top1_agreement,
+        benchmarks={name: result.metric for name, result in found.benchmarks.items()},
+        retention=retention(found.benchmarks, parents.benchmarks) if found.benchmarks else None,
+        predicted_kl=None if which.stage == "parent" else which.architecture.score,
+        gkd_tokens=which.gkd.tokens if which.gkd else 0,
+    )

@@ -1,0 +1,178 @@
+"""One optimisation in MLflow and on the console: opened first, told what each stage left, closed with the report."""
+
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefect import runtime
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.client.orchestration import get_client
+from rich.console import Console
+
+from blocks.library import digest_of
+from blocks.records import (
+    Architecture,
+    BlockRecord,
+    ChildReport,
+    CorpusInfo,
+    CostTable,
+    ParentInfo,
+    Score,
+)
+from profiles.schema import Profile
+from tasks import tracking
+from tasks.compare import Contender, Evaluation, build, candidate
+from tasks.costs import BYTES
+from tasks.export import export_child, model_card
+from tasks.report import comparison_table, report_markdown, verdict, write_report
+from tasks.throughput import Throughput
+from tasks.usage import Usage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """An optimisation under way: its profile, its MLflow run, its Prefect run."""
+
+    profile: Profile
+    workspace: Path
+    tracking: tracking.Tracking
+    mlflow_run_id: str
+    prefect_run_id: str
+    usage: Usage = field(default_factory=Usage.start)
+
+    def log_library(
+        self,
+        parent: ParentInfo,
+        corpus: CorpusInfo,
+        blocks: Sequence[BlockRecord],
+        scores: Sequence[Score],
+        costs: CostTable,
+    ) -> None:
+        """What was asked, and the block library as tables: BLD losses, scores, costs; a nested run per stage."""
+        tracking.log_params(self.tracking, self.mlflow_run_id, tracking.run_params(self.profile, parent, corpus))
+        failed = [block for block in blocks if block.status == "failed"]
+        self._stage(
+            "distill",
+            {"variants": len(blocks), "failed": len(failed), "seconds": sum(block.seconds for block in blocks)},
+            {"bld_losses": blocks},
+        )
+        self._stage("score", {"variants": len(scores)}, {"scores": scores})
+        self._stage("measure", {"variants": len(costs.costs)}, {"costs": costs.costs, "non_block": costs.non_block})
+        for block in failed:
+            tell(f"left out: layer {block.layer} {block.subblock} {block.variant}: {block.reason}")
+
+    def log_architecture(self, architecture: Architecture) -> None:
+        """The solver's answer."""
+        figures = {"score": architecture.score, "score_se": architecture.score_se, "gap": architecture.gap}
+        self._stage("choose", figures, {"architecture": list(architecture.layers)})
+
+    def _stage(self, name: str, metrics: dict[str, float], tables: dict[str, Any]) -> None:
+        tags = {"prefect.flow_run_id": self.prefect_run_id}
+        tracking.log_stage(self.tracking, name, self.mlflow_run_id, tags, metrics, tables)
+
+    def finish(
+        self,
+        final: Contender,
+        contenders: Sequence[Contender],
+        found: Sequence[Evaluation],
+        speed: dict[str, Throughput],
+        source: tuple[ParentInfo, CorpusInfo],
+        failed: Sequence[BlockRecord],
+    ) -> ChildReport:
+        """Export the child, write and log the report, print the table. `contenders[0]` is the parent."""
+        parent, corpus = source
+        folder = self.workspace / "runs" / f"{self.profile.name}-{digest_of(child=final.key)[:12]}"
+        size = BYTES[self.profile.hardware.precision]
+        report = ChildReport(
+            profile=self.profile.name,
+            parent=parent,
+            corpus=corpus,
+            architecture=final.architecture,
+            candidates=tuple(
+                candidate(which, evaluation, found[0], speed, size)
+                for which, evaluation in zip(contenders, found, strict=True)
+            ),
+            child_folder=str((folder / "child").relative_to(self.workspace)),
+            failed_variants=tuple(f"layer {block.layer} {block.subblock} {block.variant}" for block in failed),
+            seconds=self.usage.seconds(),
+            cpu_seconds=self.usage.cpu_seconds(),
+            peak_memory_bytes=self.usage.peak_memory_bytes(),
+            prefect_run_id=self.prefect_run_id,
+            mlflow_run_id=self.mlflow_run_id,
+        )
+        markdown = report_markdown(report)
+        model: Any = build(final, parent, self.workspace)
+        command = shlex.join(["puzzle", *sys.argv[1:]])
+        card = model_card(parent, corpus, model.config, markdown, command)
+        export_child(model, parent, self.workspace, folder / "child", card)
+        tracking.log_report(self.tracking, self.mlflow_run_id, report, write_report(report, folder))
+        if self.prefect_run_id:
+            create_markdown_artifact(key="report", markdown=markdown, description=verdict(report))
+            url = tracking.run_url(self.tracking, self.mlflow_run_id)
+            create_link_artifact(key="mlflow-run", link=url, description="this run in MLflow")
+        self._print(report, folder)
+        return report
+
+    def _print(self, report: ChildReport, folder: Path) -> None:
+        console = Console(soft_wrap=True)
+        console.print(comparison_table(report))
+        console.print(verdict(report), highlight=False)
+        console.print(
+            f"took {report.seconds / 60:.1f} min, {report.cpu_seconds:,.0f} CPU-seconds, "
+            f"peak memory {report.peak_memory_bytes / 2**30:.1f} GiB",
+            highlight=False,
+        )
+        for line in ui_commands(self):
+            console.print(line, highlight=False, markup=False)
+        console.print(f"report and pictures: {folder}", highlight=False, markup=False)
+
+
+def ui_commands(run: Run) -> list[str]:
+    """The two commands that open this very run in Prefect's and MLflow's UI."""
+    prefect = Path(sys.executable).parent / "prefect"
+    home = shlex.quote(str(run.workspace / "prefect"))
+    return [
+        f"Prefect: PREFECT_HOME={home} {prefect} server start",
+        f"         http://127.0.0.1:4200/runs/flow-run/{run.prefect_run_id}",
+        f"MLflow:  {tracking.mlflow_ui_command(run.workspace)}",
+        f"         {tracking.run_url(run.tracking, run.mlflow_run_id)}",
+    ]
+
+
+def tell(text: str) -> None:
+    """A line for the person at the console."""
+    Console(soft_wrap=True).print(text, highlight=False, markup=False)
+
+
+@contextmanager
+def open_run(profile: Profile, workspace: Path) -> Iterator[Run]:
+    """Open the MLflow run of this profile, or go on with the one a killed process left; closed at the end."""
+    kept = workspace / "mlflow-runs" / digest_of(profile=profile)
+    open_tracking = tracking.open_tracking(workspace)
+    left = kept.read_text() if kept.exists() else None
+    prefect_run_id = str(runtime.flow_run.id or "")
+    tags = {"prefect.flow_run_id": prefect_run_id, "prefect.flow_run_name": runtime.flow_run.name}
+    with tracking.run_started(open_tracking, profile.name, tags=tags, run_id=left) as mlflow_run_id:
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(mlflow_run_id)
+        if prefect_run_id:
+            with get_client(sync_client=True) as client:
+                client.update_flow_run(runtime.flow_run.id, tags=[f"mlflow.run_id:{mlflow_run_id}"])
+        yield Run(
+            profile=profile,
+            workspace=workspace,
+            tracking=open_tracking,
+            mlflow_run_id=mlflow_run_id,
+            prefect_run_id=prefect_run_id,
+        )
+    kept.unlink(missing_ok=True)
+
+
+def best_baseline(baselines: Sequence[Contender], found: Sequence[Evaluation]) -> list[Contender]:
+    """The baseline with the lowest measured KL, in a list; empty when there is none."""
+    ranked = sorted(zip(baselines, found, strict=True), key=lambda pair: pair[1].quality.kl.value)
+    return [ranked[0][0]] if ranked else []

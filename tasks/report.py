@@ -1,0 +1,301 @@
+"""The report of a run: parent, child and baselines side by side, predicted beside measured, the winner as it is.
+
+One list of rows feeds both the terminal's table and the Markdown (report.md, the child's model card).
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from blocks.library import atomic_path, write_text, write_value
+from blocks.records import Architecture, Candidate, ChildReport, Metric
+from tasks.picture import draw_architecture, draw_comparison, ratio_of
+
+MIB = 2**20
+BEST = "★"
+LEGEND = (
+    "± is one standard error: over test sequences, benchmark items or rounds of the speed measurement. KL is to the "
+    "parent; loss and KL are nats per token; gain is the speed over the parent's."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure of all candidates. `best`: places of the best candidates, the parent apart; empty when all tie."""
+
+    label: str
+    cells: tuple[str, ...]
+    best: frozenset[int]
+
+
+def rounded(metric: Metric, scale: float = 1.0) -> str:
+    """`value ±error` with the error to two figures; an error of 0 (exact, or one sample) is left out."""
+    value, error = metric.value * scale, metric.se * scale
+    if error <= 0:
+        return plain(value)
+    decimals = min(6, max(0, 1 - math.floor(math.log10(error))))
+    return f"{value:,.{decimals}f} ±{error:,.{decimals}f}"
+
+
+def plain(value: float) -> str:
+    """Four figures, without powers of ten for everyday sizes."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def parent_of(report: ChildReport) -> Candidate | None:
+    """The parent's row."""
+    return next((candidate for candidate in report.candidates if candidate.stage == "parent"), None)
+
+
+def final_of(candidates: Sequence[Candidate], name: str) -> Candidate | None:
+    """The last stage of a name: distilled if there is one, else assembled."""
+    own = [candidate for candidate in candidates if candidate.name == name and candidate.stage != "parent"]
+    return next((candidate for candidate in own if candidate.stage == "distilled"), own[0] if own else None)
+
+
+def _title(candidate: Candidate) -> str:
+    return candidate.name if candidate.stage == "parent" else f"{candidate.name} ({candidate.stage})"
+
+
+def comparison_rows(report: ChildReport) -> list[Row]:
+    """The rows of the comparison, columns in the order of `report.candidates`; what nobody measured is left out."""
+    candidates, parent = report.candidates, parent_of(report)
+
+    def share(value: Callable[[Candidate], int]) -> Callable[[Candidate], Metric | None]:
+        return lambda own: None if parent is None else Metric(value=value(own) / value(parent), se=0, n=1)
+
+    def speedup(field: str) -> Callable[[Candidate], Metric | None]:
+        return lambda own: _speedup(own, parent, field)
+
+    prefill, decode = "prefill_tokens_per_second", "decode_tokens_per_second"
+    rows = [
+        _row("parameters, M", candidates, lambda own: _exact(own.parameters / 1e6), less=True),
+        _row("params/parent", candidates, share(lambda own: own.parameters), less=True),
+        _row("memory, MiB", candidates, lambda own: _exact(own.memory_bytes / MIB), less=True),
+        _row("memory/parent", candidates, share(lambda own: own.memory_bytes), less=True),
+        _row("prefill, tok/s", candidates, lambda own: own.prefill_tokens_per_second),
+        _row("prefill gain", candidates, speedup(prefill)),
+        _row("decode, tok/s", candidates, lambda own: own.decode_tokens_per_second),
+        _row("decode gain", candidates, speedup(decode)),
+        _row("loss, nats", candidates, lambda own: own.loss, less=True),
+        _row("KL, nats", candidates, lambda own: own.kl, less=True),
+        _row("predicted KL", candidates, lambda own: _exact(own.predicted_kl), less=None),
+        _row("top-1 agree, %", candidates, lambda own: own.top1_agreement, scale=100),
+    ]
+    for name in dict.fromkeys(name for candidate in candidates for name in candidate.benchmarks):
+        rows.append(_row(f"{name}, %", candidates, lambda own, name=name: own.benchmarks.get(name), scale=100))  # type: ignore[misc]
+    rows.append(_row("retention, %", candidates, lambda own: own.retention, scale=100))
+    return [row for row in rows if any(cell != "–" for cell in row.cells)]
+
+
+def _speedup(own: Candidate, parent: Candidate | None, field: str) -> Metric | None:
+    """Tokens per second over the parent's; the parent over itself is exactly 1."""
+    figure: Metric | None = getattr(own, field)
+    if parent is None or figure is None:
+        return None
+    return _exact(1.0) if own is parent else ratio_of(figure, getattr(parent, field))
+
+
+def _exact(value: float | None) -> Metric | None:
+    return None if value is None else Metric(value=value, se=0, n=1)
+
+
+def _row(
+    label: str,
+    candidates: Sequence[Candidate],
+    figure: Callable[[Candidate], Metric | None],
+    less: bool | None = False,
+    scale: float = 1.0,
+) -> Row:
+    """`less`: less is better; None where there is no better."""
+    figures = [figure(candidate) for candidate in candidates]
+    rivals = {
+        place: found.value
+        for place, (candidate, found) in enumerate(zip(candidates, figures, strict=True))
+        if candidate.stage != "parent" and found is not None
+    }
+    top = (min if less else max)(rivals.values()) if rivals else None
+    best = frozenset(place for place, value in rivals.items() if value == top)
+    return Row(
+        label=label,
+        cells=tuple("–" if found is None else rounded(found, scale) for found in figures),
+        best=frozenset() if less is None or len(best) == len(rivals) else best,
+    )
+
+
+def verdict(report: ChildReport) -> str:
+    """Who wins, in a sentence: the lowest measured KL among the last stages of child and baselines.
+
+    A lead of less than two standard errors of the difference (errors taken as independent) is called no clear one.
+    """
+    names = dict.fromkeys(candidate.name for candidate in report.candidates if candidate.stage != "parent")
+    finals = [own for name in names if (own := final_of(report.candidates, name)) is not None and own.kl is not None]
+    child = next((own for own in finals if own.name == "child"), None)
+    rivals = sorted((own for own in finals if own.name != "child"), key=_kl)
+    if child is None or child.kl is None:
+        return "The child's KL was not measured."
+    if not rivals or rivals[0].kl is None:
+        return f"The child's KL is {rounded(child.kl)}; no baseline was measured beside it."
+    rival = rivals[0]
+    difference = abs(_kl(child) - _kl(rival))
+    clear = difference > 2 * math.hypot(child.kl.se, rivals[0].kl.se)
+    winner, loser = (child, rival) if _kl(child) <= _kl(rival) else (rival, child)
+    against = "the best baseline," if winner is child else "the"
+    figures = f"KL {_kl_text(winner)} against {_kl_text(loser)} of {against} {_title(loser)}"
+    subject = f"the {_title(winner)}" if winner is child else f"the baseline {_title(winner)}"
+    if not clear:
+        return f"No clear winner: {subject} leads by less than two standard errors ({figures})."
+    return f"Winner: {subject}, {figures}."
+
+
+def _kl(candidate: Candidate) -> float:
+    return math.inf if candidate.kl is None else candidate.kl.value
+
+
+def _kl_text(candidate: Candidate) -> str:
+    return "?" if candidate.kl is None else rounded(candidate.kl)
+
+
+def comparison_table(report: ChildReport) -> Table:
+    """The comparison for the terminal: a column per candidate, the best of each row (parent apart) marked."""
+    table = Table(
+        title=f"{report.profile}: {report.parent.name} and its children",
+        caption=f"{verdict(report)}\n{BEST} best of its row, the parent apart. {LEGEND}",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+    )
+    table.add_column("", no_wrap=True)
+    for candidate in report.candidates:
+        header = f"{candidate.name} +GKD" if candidate.stage == "distilled" else candidate.name
+        table.add_column(header, justify="right", overflow="fold")
+    for row in comparison_rows(report):
+        cells = [
+            Text(f"{BEST}{cell}", style="bold green") if place in row.best else Text(cell)
+            for place, cell in enumerate(row.cells)
+        ]
+        table.add_row(row.label, *cells)
+    return table
+
+
+def report_markdown(report: ChildReport) -> str:
+    """The report as Markdown: verdict, comparison, predicted beside measured, architecture, how it was made."""
+    parts = [
+        f"# {report.profile}: a child of {report.parent.name}",
+        verdict(report),
+        "## Comparison",
+        _markdown_table(
+            ["", *(_title(candidate) for candidate in report.candidates)],
+            [
+                [row.label, *(f"**{cell}**" if place in row.best else cell for place, cell in enumerate(row.cells))]
+                for row in comparison_rows(report)
+            ],
+        ),
+        f"Bold: best of its row, the parent apart. {LEGEND}",
+        "## Predicted and measured",
+        _predicted_markdown(report),
+        "## Architecture",
+        _architecture_markdown(report.architecture),
+        "## How it was made",
+        _facts_markdown(report),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _predicted_markdown(report: ChildReport) -> str:
+    """What the search promised at each scenario, beside what the assembled child did."""
+    rows = []
+    for totals in report.architecture.totals:
+        case = f"{totals.scenario}, batch {totals.batch_size}"
+        decode_rate = (
+            "–" if totals.decode_seconds_per_token <= 0 else plain(totals.batch_size / totals.decode_seconds_per_token)
+        )
+        parents = [
+            own
+            for own in report.architecture.parent_totals
+            if (own.scenario, own.batch_size) == (totals.scenario, totals.batch_size)
+        ]
+        gain = plain(parents[0].runtime_seconds / totals.runtime_seconds) if parents else "–"
+        rows.append([case, plain(totals.runtime_seconds), gain, decode_rate, plain(totals.memory_bytes / MIB)])
+    predicted = _markdown_table(
+        ["predicted", "request, s", "request speed-up", "decode, tokens/s", "memory, MiB"], rows
+    )
+    child, parent = final_of(report.candidates, "child"), parent_of(report)
+    if child is None or parent is None:
+        return predicted
+    measured = []
+    for label, field in (("prefill", "prefill_tokens_per_second"), ("decode", "decode_tokens_per_second")):
+        ratio = ratio_of(getattr(child, field), getattr(parent, field))
+        if ratio is not None:
+            measured.append(f"{label} {rounded(ratio)}×")
+    return f"{predicted}\n\nMeasured speed-up: {', '.join(measured)}." if measured else predicted
+
+
+def _architecture_markdown(architecture: Architecture) -> str:
+    """Layers with the same choice are put together."""
+    rows, first = [], 0
+    for choice, run in itertools.groupby(architecture.layers):
+        last = first + len(list(run)) - 1
+        where = str(first) if first == last else f"{first}–{last}"
+        rows.append([where, choice.attention, choice.ffn + (" (coupled)" if choice.coupled else "")])
+        first = last + 1
+    score = rounded(Metric(value=architecture.score, se=architecture.score_se, n=1))
+    certificate = f"Found by {architecture.method}: status {architecture.status}, predicted score {score}, lower bound "
+    certificate += f"{plain(architecture.bound)}, gap {architecture.gap:.2g}."
+    return f"{certificate}\n\n{_markdown_table(['layers', 'attention', 'ffn'], rows)}"
+
+
+def _facts_markdown(report: ChildReport) -> str:
+    parent, corpus = report.parent, report.corpus
+    child = final_of(report.candidates, "child")
+    facts = [
+        f"parent: {parent.name} ({parent.source}{', ' + parent.revision if parent.revision else ''}), "
+        f"fingerprint `{parent.fingerprint[:16]}`",
+        f"corpus: {corpus.description or f'{corpus.documents} documents'}, {corpus.train_sequences} train sequences of "
+        f"{corpus.sequence_length} tokens, fingerprint `{corpus.fingerprint[:16]}`",
+        f"time: {report.seconds / 60:.1f} min, {report.cpu_seconds / 60:.1f} CPU-minutes, peak memory "
+        f"{report.peak_memory_bytes / 2**30:.2f} GiB",
+    ]
+    if child is not None and child.gkd_tokens:
+        facts.append(f"GKD: {child.gkd_tokens:,} tokens")
+    if report.failed_variants:
+        facts.append(f"variants left out because they failed: {', '.join(report.failed_variants)}")
+    for label, run in (("Prefect flow run", report.prefect_run_id), ("MLflow run", report.mlflow_run_id)):
+        if run:
+            facts.append(f"{label}: `{run}`")
+    return "\n".join(f"* {fact}" for fact in facts)
+
+
+def write_report(report: ChildReport, folder: Path) -> list[Path]:
+    """report.json, report.md, architecture.png and comparison.png, each written atomically. Returns the paths."""
+    child = final_of(report.candidates, "child")
+    pictures = {
+        "architecture.png": draw_architecture(report.architecture, parent_of(report), child),
+        "comparison.png": draw_comparison(report.candidates),
+    }
+    markdown = report_markdown(report) + "".join(f"\n![{Path(name).stem}]({name})\n" for name in pictures)
+    write_value(folder / "report.json", report)
+    write_text(folder / "report.md", markdown)
+    for name, figure in pictures.items():
+        save_figure(figure, folder / name)
+    return [folder / name for name in ("report.json", "report.md", *pictures)]
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a PNG atomically."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+    return path

@@ -1,0 +1,80 @@
+"""A tiny chain for tests: parent, corpus, recording, distilled blocks, scores; made once per session."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from blocks.parent import Parent
+from blocks.records import BlockRecord, CorpusInfo, LayerRecord, ParentInfo, Score, Subblock
+from profiles.schema import BLD, Corpus, PythonStdlibSource, Record, SearchSpace, TinyParent
+from tasks.bld import Job, distill
+from tasks.corpus import iterate_documents, prepare_corpus
+from tasks.parent import prepare_parent
+from tasks.record import open_parent, record_key, record_layer
+from tasks.scoring import score_layer
+
+SPACE = SearchSpace(attention=("kv1", "linear", "no_op"), ffn=("ffn32", "linear", "no_op"))
+CORPUS = Corpus(
+    sources=(PythonStdlibSource(kind="python_stdlib", max_files=40),),
+    sequence_length=32,
+    train_sequences=48,
+    validation_sequences=8,
+    test_sequences=8,
+)
+RECORD = Record(statistics_sequences=32, hidden_sequences=16, validation_sequences=6)
+SETTINGS = BLD(steps=6, batch_sequences=4, learning_rate=2e-3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """Everything up to the scores."""
+
+    workspace: Path
+    parent: ParentInfo
+    corpus: CorpusInfo
+    reader: Parent
+    records: list[LayerRecord]
+    blocks: list[BlockRecord]
+    scores: list[Score]
+
+    def job(self, layer: int, subblock: Subblock, variant: str, settings: BLD = SETTINGS) -> Job:
+        """One distillation of this chain."""
+        return Job(
+            parent=self.parent,
+            record=self.records[layer],
+            record_key=record_key(self.parent, self.corpus, RECORD, SETTINGS.ridge),
+            layer=layer,
+            subblock=subblock,
+            variant=variant,
+            settings=settings,
+            seed=0,
+        )
+
+
+def prepare(workspace: Path, family: str = "llama", train_steps: int = 40) -> tuple[ParentInfo, CorpusInfo]:
+    """A briefly trained tiny parent and its corpus."""
+    source = TinyParent(
+        family=family,  # type: ignore[arg-type]
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        train_steps=train_steps,
+    )
+    parent = prepare_parent(source, workspace, lambda: iterate_documents(CORPUS))
+    return parent, prepare_corpus(CORPUS, workspace / parent.folder, parent.fingerprint, workspace)
+
+
+def make_chain(workspace: Path) -> Chain:
+    """Record, distil and score the whole space of the tiny parent."""
+    parent, corpus = prepare(workspace)
+    reader = open_parent(workspace / parent.folder)
+    records = [record_layer(i, parent, corpus, RECORD, SETTINGS.ridge, workspace) for i in range(reader.depth)]
+    chain = Chain(
+        workspace=workspace, parent=parent, corpus=corpus, reader=reader, records=records, blocks=[], scores=[]
+    )
+    for layer in range(reader.depth):
+        members = []
+        for subblock, labels in (("attention", SPACE.attention), ("ffn", SPACE.ffn)):
+            members += [distill(chain.job(layer, subblock, label), workspace) for label in labels]  # type: ignore[arg-type]
+        chain.blocks.extend(members)
+        chain.scores.extend(score_layer(members, records[layer], records[-1], parent, corpus, 6, workspace))
+    return chain

