@@ -142,6 +142,7 @@ class Scoring(Section):
     """Replace-1-block scores on held-out (validation) sequences."""
 
     sequences: PositiveInt = 8
+    tokens_per_sequence: PositiveInt | None = Field(default=None, description="the first so many; all when absent")
     metric: Literal["kl", "lm_loss"] = "kl"
 
 
@@ -209,6 +210,7 @@ class GKD(Section):
     evaluate_every: PositiveInt = 12
     patience: PositiveInt = Field(default=2, description="evaluations without a better validation KL before it stops")
     validation_sequences: PositiveInt = 8
+    seed: int = Field(default=0, description="order of the train sequences")
 
 
 BaselineName = Literal["uniform", "depth", "greedy", "random"]
@@ -268,6 +270,11 @@ class Profile(Section):
                 "validation_sequences",
             ),
             "scoring.sequences": (self.scoring.sequences, record.validation_sequences, "record.validation_sequences"),
+            "scoring.tokens_per_sequence": (
+                self.scoring.tokens_per_sequence or 1,
+                corpus.sequence_length,
+                "corpus.sequence_length",
+            ),
             "evaluate.sequences": (self.evaluate.sequences, corpus.test_sequences, "test_sequences"),
             "gkd.validation_sequences": (
                 self.gkd.validation_sequences,

@@ -156,7 +156,7 @@ def load_tokenizer(folder: Path) -> DocumentTokenizer:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises nothing more precise
         raise CorpusError(
             f"the tokenizer in {folder} cannot be loaded ({_first_line(error)}): check the parent."
         ) from error
@@ -165,7 +165,8 @@ def load_tokenizer(folder: Path) -> DocumentTokenizer:
 
     def encode(text: str) -> list[int]:
         # verbose=False: a document may well be longer than the parent's context, it is packed to shorter sequences
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
 
     return DocumentTokenizer(encode, start, end)
 

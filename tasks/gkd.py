@@ -59,7 +59,7 @@ def cosine_layers(depth: int, every: int) -> tuple[int, ...]:
 
 def teacher_key(parent: ParentInfo, corpus: CorpusInfo, settings: GKD) -> str:
     """Digest of what the targets depend on. The learning rate is not among them."""
-    fields = settings.model_dump(include={"steps", "batch_sequences", "cosine_every", "validation_sequences"})
+    fields = settings.model_dump(exclude={"learning_rate", "evaluate_every", "patience"})
     return digest_of(parent=parent.fingerprint, corpus=corpus.fingerprint, settings=fields, version=VERSION)
 
 
@@ -83,7 +83,7 @@ def record_teacher(
     tokens = read_tensors(workspace, corpus.tokens)
     references = []
     for step in range(settings.steps):
-        batch = tokens["train"][rows_of_step(step, settings.batch_sequences, len(tokens["train"]))]
+        batch = tokens["train"][rows_of_step(step, settings, len(tokens["train"]))]
         references.append(_record_batch(model, batch, layers, workspace, f"{folder}/step_{step:05d}"))
         tell(step + 1, settings.steps, "parent")
     validation = tokens["validation"][: settings.validation_sequences]
@@ -98,9 +98,11 @@ def record_teacher(
     return record
 
 
-def rows_of_step(step: int, size: int, available: int) -> list[int]:
-    """Train sequences of a step: the corpus is shuffled already, so in order and around again."""
-    return [(step * size + row) % available for row in range(size)]
+def rows_of_step(step: int, settings: GKD, available: int) -> list[int]:
+    """Train sequences of a step: a seeded order of the corpus, around again when it ends."""
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    first = step * settings.batch_sequences
+    return [order[(first + row) % available] for row in range(settings.batch_sequences)]
 
 
 def _record_batch(model: DeciLMForCausalLM, tokens: Tensor, layers: tuple[int, ...], workspace: Path, stem: str) -> Ref:

@@ -210,7 +210,7 @@ def check_parent(folder: Path) -> None:
     try:
         config = AutoConfig.from_pretrained(folder)
         AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # tokenizers raises nothing more precise
         raise ParentError(f"config or tokenizer of the parent cannot be loaded: {_first_line(error)}") from error
     family_of(config)
     shapes = _shapes(folder)
@@ -323,7 +323,7 @@ def _convert_gguf(path: Path, folder: Path, package: str) -> str:
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    except (ValueError, OSError, KeyError, ImportError) as error:
+    except Exception as error:  # tokenizers raises nothing more precise
         raise ParentError(f"{path.name} cannot be read as GGUF: {_first_line(error)}") from error
     # the weights are plain float32 by now, but transformers still takes the model for a quantised one
     model.hf_quantizer, model.is_quantized = None, False

@@ -26,7 +26,8 @@ from blocks.records import BlockRecord, CorpusInfo, LayerChoice, LayerRecord, Pa
 from tasks.record import open_parent
 
 VERSION = 1
-BATCH_SEQUENCES = 16
+BATCH_TOKENS = 4096
+Shape = tuple[int, int]  # scored sequences, tokens of each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +51,16 @@ class ParentSuffix:
 
 
 @lru_cache(maxsize=1)
-def open_suffix(folder: Path, workspace: Path, corpus: CorpusInfo, last: LayerRecord, sequences: int) -> ParentSuffix:
+def open_suffix(folder: Path, workspace: Path, corpus: CorpusInfo, last: LayerRecord, shape: Shape) -> ParentSuffix:
     """Load the parent and compute its targets from the states that enter its last layer."""
     reader = open_parent(folder)
     layers = nn.ModuleList([reader.layer(layer) for layer in range(reader.depth)])
-    hidden = read_tensors(workspace, last.boundary, ["validation"])["validation"][:sequences]
+    hidden = read_tensors(workspace, last.boundary, ["validation"])["validation"][: shape[0], : shape[1]]
     contexts = reader.contexts(hidden[:1])
     norm, head = reader.norm(), reader.head_weight()
     with torch.no_grad():
         final = norm(layers[-1](hidden, **contexts[-1])).flatten(0, 1)
-    tokens = read_tensors(workspace, corpus.tokens, ["validation"])["validation"][:sequences].long()
+    tokens = read_tensors(workspace, corpus.tokens, ["validation"])["validation"][: shape[0], : shape[1]].long()
     return ParentSuffix(
         reader=reader,
         layers=list(layers),  # type: ignore[arg-type]
@@ -71,9 +72,9 @@ def open_suffix(folder: Path, workspace: Path, corpus: CorpusInfo, last: LayerRe
     )
 
 
-def score_key(record: BlockRecord, sequences: int) -> str:
-    """Content address of a score: the block (which carries parent and corpus) and the sequences."""
-    return digest_of(block=record.key, sequences=sequences, version=VERSION)
+def score_key(record: BlockRecord, shape: Shape) -> str:
+    """Content address of a score: the block (which carries parent and corpus) and the scored tokens."""
+    return digest_of(block=record.key, shape=shape, version=VERSION)
 
 
 def score_layer(
@@ -82,23 +83,24 @@ def score_layer(
     last: LayerRecord,
     parent: ParentInfo,
     corpus: CorpusInfo,
-    sequences: int,
+    shape: Shape,
     workspace: Path,
 ) -> list[Score]:
-    """Scores of all usable variants of one layer, each stored as soon as it is known."""
+    """Scores of all usable variants of one layer on the first `shape` (sequences, tokens) of the recorded validation
+    states, each stored as soon as it is known."""
     usable = [record for record in records if record.status != "failed"]
     folder = workspace / "scores"
-    found = {record.key: _stored(folder / f"{score_key(record, sequences)}.json") for record in usable}
+    found = {record.key: _stored(folder / f"{score_key(record, shape)}.json") for record in usable}
     missing = [record for record in usable if found[record.key] is None]
     if missing:
-        suffix = open_suffix(workspace / parent.folder, workspace, corpus, last, sequences)
-        hidden = read_tensors(workspace, layer.boundary, ["validation"])["validation"][:sequences]
-        group = max(1, BATCH_SEQUENCES // len(hidden))
+        suffix = open_suffix(workspace / parent.folder, workspace, corpus, last, shape)
+        hidden = read_tensors(workspace, layer.boundary, ["validation"])["validation"][: shape[0], : shape[1]]
+        group = max(1, BATCH_TOKENS // (shape[0] * shape[1]))
         for start in range(0, len(missing), group):
             batch = missing[start : start + group]
             for record, score in zip(batch, score_batch(suffix, batch, hidden, workspace), strict=True):
                 found[record.key] = score
-                write_value(folder / f"{score_key(record, sequences)}.json", score)
+                write_value(folder / f"{score_key(record, shape)}.json", score)
     return [score for score in found.values() if score is not None]
 
 

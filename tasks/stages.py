@@ -85,22 +85,22 @@ def distill_task(job: Job, workspace: str) -> Any:
     return distill(job, Path(workspace))
 
 
-@_task("score layer", "score layer {layer.layer:02d}", lambda _, p: _scores_key(p["records"], p["sequences"]))
+@_task("score layer", "score layer {layer.layer:02d}", lambda _, p: _scores_key(p["records"], p["shape"]))
 def score_task(
     records: list[BlockRecord],
     layer: LayerRecord,
     last: LayerRecord,
     parent: ParentInfo,
     corpus: CorpusInfo,
-    sequences: int,
+    shape: tuple[int, int],
     workspace: str,
 ) -> Any:
     """See tasks.scoring.score_layer."""
-    return scoring.score_layer(records, layer, last, parent, corpus, sequences, Path(workspace))
+    return scoring.score_layer(records, layer, last, parent, corpus, shape, Path(workspace))
 
 
-def _scores_key(records: Sequence[BlockRecord], sequences: int) -> str:
-    return digest_of(scores=[scoring.score_key(record, sequences) for record in records])
+def _scores_key(records: Sequence[BlockRecord], shape: tuple[int, int]) -> str:
+    return digest_of(scores=[scoring.score_key(record, shape) for record in records])
 
 
 def prepare(profile: Profile, workspace: Path) -> tuple[ParentInfo, CorpusInfo]:
@@ -246,14 +246,14 @@ def score_all(
     for block in blocks:
         if block.status != "failed":
             by_layer.setdefault(block.layer, []).append(block)
-    sequences = profile.scoring.sequences
+    shape = (profile.scoring.sequences, profile.scoring.tokens_per_sequence or corpus.sequence_length)
     futures = []
     for layer, members in by_layer.items():
-        paths = [workspace / "scores" / f"{scoring.score_key(block, sequences)}.json" for block in members]
+        paths = [workspace / "scores" / f"{scoring.score_key(block, shape)}.json" for block in members]
         whole = all(path.exists() for path in paths)
         futures.append(
             score_task.with_options(refresh_cache=not whole).submit(
-                members, records[layer], records[-1], parent, corpus, sequences, str(workspace)
+                members, records[layer], records[-1], parent, corpus, shape, str(workspace)
             )
         )
     scores = wait(futures, "score", lambda found: f"layer {found[0].layer}")

@@ -76,5 +76,5 @@ def make_chain(workspace: Path) -> Chain:
         for subblock, labels in (("attention", SPACE.attention), ("ffn", SPACE.ffn)):
             members += [distill(chain.job(layer, subblock, label), workspace) for label in labels]  # type: ignore[arg-type]
         chain.blocks.extend(members)
-        chain.scores.extend(score_layer(members, records[layer], records[-1], parent, corpus, 6, workspace))
+        chain.scores.extend(score_layer(members, records[layer], records[-1], parent, corpus, (6, 32), workspace))
     return chain

@@ -271,7 +271,7 @@ def test_suffix_scores_equal_full_forwards(chain: Chain, layer: int, subblock: S
 
 def test_the_parents_own_subblock_scores_exactly_zero(chain: Chain) -> None:
     last = chain.records[-1]
-    suffix = open_suffix(chain.workspace / chain.parent.folder, chain.workspace, chain.corpus, last, 6)
+    suffix = open_suffix(chain.workspace / chain.parent.folder, chain.workspace, chain.corpus, last, (6, 32))
     for layer in range(chain.reader.depth):
         for subblock in SUBBLOCKS:
             own = distill(chain.job(layer, subblock, "parent"), chain.workspace)

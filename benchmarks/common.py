@@ -1,0 +1,107 @@
+"""What the benchmarks share: a prepared workspace of a profile, and a header that says how a table was made."""
+
+import argparse
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from blocks.runtime import configure
+
+configure()
+
+from blocks.library import write_text  # noqa: E402
+from blocks.parent import Parent  # noqa: E402
+from blocks.records import CorpusInfo, LayerRecord, ParentInfo  # noqa: E402
+from blocks.runtime import set_threads  # noqa: E402
+from profiles.load import load_profile  # noqa: E402
+from profiles.schema import Profile  # noqa: E402
+from tasks.corpus import iterate_documents, prepare_corpus  # noqa: E402
+from tasks.costs import _processor as processor  # noqa: E402
+from tasks.parent import prepare_parent  # noqa: E402
+from tasks.record import open_parent, record_key, record_layer  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A profile with its parent, corpus and recording, made or found in a workspace."""
+
+    profile: Profile
+    workspace: Path
+    parent: ParentInfo
+    corpus: CorpusInfo
+    reader: Parent
+    records: list[LayerRecord]
+    record_key: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Scored sequences and tokens of each."""
+        scoring = self.profile.scoring
+        return scoring.sequences, scoring.tokens_per_sequence or self.corpus.sequence_length
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--profile", default="profiles/smollm2-cpu.yaml")
+    parser.add_argument("--workspace", type=Path, help="[workspace/<profile name>]; finished stages are reused")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH.TO.KEY=VALUE")
+    return parser
+
+
+def open_bench(options: argparse.Namespace) -> Bench:
+    """Prepare parent, corpus and recording by the plain functions; what is stored is reused."""
+    profile = load_profile(options.profile, options.set)
+    workspace = (options.workspace or ROOT / "workspace" / profile.name).resolve()
+    workspace.mkdir(parents=True, exist_ok=True)
+    set_threads(profile.hardware.threads)
+    parent = prepare_parent(profile.parent, workspace, lambda: iterate_documents(profile.corpus))
+    corpus = prepare_corpus(profile.corpus, workspace / parent.folder, parent.fingerprint, workspace)
+    reader = open_parent(workspace / parent.folder)
+    records = [
+        record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, workspace)
+        for layer in range(reader.depth)
+    ]
+    key = record_key(parent, corpus, profile.record, profile.bld.ridge)
+    return Bench(
+        profile=profile,
+        workspace=workspace,
+        parent=parent,
+        corpus=corpus,
+        reader=reader,
+        records=records,
+        record_key=key,
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table, figures right-aligned."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def write_page(name: str, title: str, parts: Sequence[str]) -> None:
+    """Write benchmarks/<name>.md, and print it."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "--", "blocks", "tasks", "flows", "profiles"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    ).stdout
+    module = Path(sys.argv[0]).stem
+    own = [word for word in sys.argv[1:] if not word.startswith("/")]
+    command = " ".join([".venv/bin/python -m", f"benchmarks.{module}", *own]).replace(" --workspace", "")
+    made = (
+        f"`{command}`, commit {commit.strip()}{' with local changes' if changed else ''}, "
+        f"{processor()} ({platform.machine()}), {datetime.now(UTC):%Y-%m-%d}"
+    )
+    text = "\n\n".join([f"# {title}", made, *parts]) + "\n"
+    write_text(ROOT / "benchmarks" / f"{name}.md", text)
+    print(text)

@@ -1,0 +1,141 @@
+"""What Prefect and MLflow cost: the flow against the same plain functions in a loop, over a finished library.
+
+    .venv/bin/python -m benchmarks.orchestration
+
+Both find every block, score, cost, GKD and evaluation stored, so what differs is orchestration alone: the server's
+start, task runs and their persisted results, tracking. Prefect's own state is set aside, so that no task is cached.
+The difference is set against the wall time of the run that made the library.
+"""
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.common import ROOT, Bench, arguments, open_bench, table, write_page
+from blocks.library import read_value
+from blocks.records import SUBBLOCKS, BlockRecord, ChildReport, Score
+from profiles.load import load_profile
+from profiles.schema import Profile
+
+
+def main() -> None:
+    """Time both as processes of their own, in turns."""
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--plain", action="store_true", help="run the plain loop in this process and end")
+    options = parser.parse_args()
+    profile = load_profile(options.profile, options.set)
+    workspace = (options.workspace or ROOT / "workspace" / profile.name).resolve()
+    if options.plain:
+        plain(profile, workspace)
+        return
+    reports = sorted(workspace.glob("runs/*/report.json"), key=lambda path: path.stat().st_mtime)
+    whole = max(read_value(path, ChildReport).seconds for path in reports)
+    overrides = [word for item in options.set for word in ("--set", item)]
+    where = ["--workspace", str(workspace), *overrides]
+    ways = {
+        "flow": [sys.executable, "-c", "from flows.cli import main; main()", "optimize", options.profile, *where],
+        "plain loop": [
+            sys.executable,
+            "-m",
+            "benchmarks.orchestration",
+            "--plain",
+            "--profile",
+            options.profile,
+            *where,
+        ],
+    }
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(options.rounds):
+        for name, command in ways.items():
+            aside = workspace / "prefect-aside"
+            if name == "flow" and (workspace / "prefect").exists():
+                shutil.rmtree(aside, ignore_errors=True)
+                (workspace / "prefect").rename(aside)
+            started = time.perf_counter()
+            subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+            took[name].append(time.perf_counter() - started)
+            if name == "flow" and aside.exists():
+                shutil.rmtree(workspace / "prefect")
+                aside.rename(workspace / "prefect")
+    medians = {name: sorted(values)[len(values) // 2] for name, values in took.items()}
+    more = medians["flow"] - medians["plain loop"]
+    rows = [[name, f"{medians[name]:.1f}", " ".join(f"{v:.1f}" for v in took[name])] for name in ways]
+    tasks = sum(1 for _ in (workspace / "library").glob("*.json"))
+    write_page(
+        "orchestration",
+        "What orchestration costs",
+        [
+            f"Profile {profile.name}, {tasks} blocks in the library, everything stored. Seconds of wall time, "
+            "process start and imports included; median of the rounds.",
+            table(["way", "median", "rounds"], rows),
+            f"The flow takes {more:.1f} s more. The run that made this library took {whole:.0f} s: "
+            f"{100 * more / (whole - more):.1f} % more than the same functions in a plain loop.",
+        ],
+    )
+
+
+def plain(profile: Profile, workspace: Path) -> None:
+    """The chain of flows/optimize.py without Prefect and MLflow."""
+    from tasks import compare, gkd
+    from tasks.baselines import baseline
+    from tasks.choose import choose
+    from tasks.costs import measure_costs
+    from tasks.export import export_child, model_card
+    from tasks.totals import make_problem
+
+    options = arguments("").parse_args(["--workspace", str(workspace)])
+    bench = open_bench(options)
+    blocks, scores = library(bench)
+    costs = measure_costs(
+        bench.parent, profile.search_space, profile.scenarios, profile.hardware, profile.measure, workspace
+    )
+    problem = make_problem(scores, costs, profile.budget, profile.scenarios, profile.search, profile.scoring.metric)
+    best = choose(problem)
+    child = compare.contender("child", best, blocks)
+    rivals = [
+        compare.contender(name, baseline(name, problem, profile.seed), blocks) for name in profile.evaluate.baselines
+    ]
+    everyone = [compare.parent_contender(best), child, *rivals]
+    found = [
+        compare.evaluate_contender(which, bench.parent, bench.corpus, profile.evaluate, workspace) for which in everyone
+    ]
+    second = min(zip(rivals, found[2:], strict=True), key=lambda pair: pair[1].quality.kl.value)[0]
+    teacher = gkd.record_teacher(bench.parent, bench.corpus, profile.gkd, workspace)
+    distilled = [
+        compare.distill_contender(which, teacher, bench.parent, profile.gkd, workspace) for which in (child, second)
+    ]
+    for which in distilled:
+        compare.evaluate_contender(which, bench.parent, bench.corpus, profile.evaluate, workspace)
+    compare.throughput_of(everyone, bench.parent, profile.scenarios[0], profile.evaluate.throughput_rounds, workspace)
+    model = compare.build(distilled[0], bench.parent, workspace)
+    card = model_card(bench.parent, bench.corpus, model.config, "", "plain loop")  # type: ignore[arg-type]
+    export_child(model, bench.parent, workspace, workspace / "plain-child", card)
+    shutil.rmtree(workspace / "plain-child")
+
+
+def library(bench: Bench) -> tuple[list[BlockRecord], list[Score]]:
+    """All blocks and scores of the profile's space."""
+    from benchmarks.bld import job
+    from tasks.bld import distill
+    from tasks.scoring import score_layer
+
+    blocks: list[BlockRecord] = []
+    scores: list[Score] = []
+    for layer, record in enumerate(bench.records):
+        members = [
+            distill(job(bench, layer, subblock, label, bench.profile.bld), bench.workspace)
+            for subblock in SUBBLOCKS
+            for label in getattr(bench.profile.search_space, subblock)
+        ]
+        blocks += members
+        scores += score_layer(
+            members, record, bench.records[-1], bench.parent, bench.corpus, bench.shape, bench.workspace
+        )
+    return blocks, scores
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The command line on the tiny profile, as a user starts it: the whole flow, a crash, another budget, wrong input."""
+
+import hashlib
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from blocks.library import read_value
+from blocks.records import ChildReport
+from flows import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+PUZZLE = [sys.executable, "-c", "from flows.cli import main; main()"]
+SMALLER = [
+    "--set",
+    "corpus.sources=[{kind: python_stdlib, max_files: 80}]",
+    "--set",
+    "evaluate.throughput_rounds=1",
+    "--set",
+    "search_space.ffn=[ffn96, no_op]",
+    "--set",
+    "hardware.threads=1",
+]
+
+
+def start(workspace: Path, *more: str) -> subprocess.Popen[str]:
+    command = [*PUZZLE, "optimize", "profiles/tiny.yaml", "--workspace", str(workspace), *SMALLER, *more]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finished(workspace: Path, *more: str) -> str:
+    process = start(workspace, *more)
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output
+    return output
+
+
+def child_of(output: str) -> Path:
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("child: ")
+    return Path(last.removeprefix("child: "))
+
+
+def digests(child: Path) -> dict[str, str]:
+    names = ("config.json", "model.safetensors", "tokenizer.json")
+    return {name: hashlib.sha256((child / name).read_bytes()).hexdigest() for name in names}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    workspace = tmp_path_factory.mktemp("flow")
+    return workspace, finished(workspace)
+
+
+def report_of(workspace: Path) -> ChildReport:
+    newest = max(workspace.glob("runs/*/report.json"), key=lambda path: path.stat().st_mtime)
+    return read_value(newest, ChildReport)
+
+
+def test_it_ends_with_a_table_and_the_child(run: tuple[Path, str]) -> None:
+    workspace, output = run
+    report = report_of(workspace)
+    stages = {(candidate.name, candidate.stage) for candidate in report.candidates}
+    assert {("parent", "parent"), ("child", "assembled"), ("child", "distilled"), ("uniform", "assembled")} <= stages
+    own = next(c for c in report.candidates if c.name == "parent")
+    assert own.kl is not None and own.kl.value == 0 and own.top1_agreement is not None
+    assert own.top1_agreement.value == 1
+    for text in ("prefect server start", "mlflow server", "retention" if own.benchmarks else "KL, nats"):
+        assert text in output
+    for name in ("report.json", "report.md", "architecture.png", "comparison.png", "child/README.md"):
+        assert (workspace / "runs").glob(f"*/{name}")
+    assert all((child_of(output).parent / name).stat().st_size > 500 for name in ("architecture.png", "report.md"))
+
+
+def test_the_child_keeps_its_budget_by_its_real_weights(run: tuple[Path, str]) -> None:
+    from safetensors import safe_open
+
+    workspace, output = run
+    report = report_of(workspace)
+
+    def layer_parameters(file: Path) -> int:
+        with safe_open(file, framework="pt") as tensors:
+            shapes = [tensors.get_slice(name).get_shape() for name in list(tensors.keys()) if ".layers." in name]
+        return sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in shapes)
+
+    child = layer_parameters(child_of(output) / "model.safetensors")
+    parent = layer_parameters(workspace / report.parent.folder / "model.safetensors")
+    assert 0.4 * parent < child <= 0.6 * parent  # the profile's budget binds
+    assert report.architecture.status == "optimal"
+
+
+def test_prefect_and_mlflow_carry_each_other(run: tuple[Path, str]) -> None:
+    workspace, _ = run
+    report = report_of(workspace)
+    with sqlite3.connect(workspace / "prefect" / "prefect.db") as database:
+        (tags,) = database.execute("select tags from flow_run where id = ?", (report.prefect_run_id,)).fetchone()
+    assert f"mlflow.run_id:{report.mlflow_run_id}" in json.loads(tags)
+    with sqlite3.connect(workspace / "mlflow.db") as database:
+        rows = dict(database.execute("select key, value from tags where run_uuid = ?", (report.mlflow_run_id,)))
+        names = {name for (name,) in database.execute("select name from runs")}
+        metrics = {key for (key,) in database.execute("select distinct key from metrics")}
+    assert rows["prefect.flow_run_id"] == report.prefect_run_id
+    assert {"tiny", "distill", "score", "measure", "choose"} <= names
+    assert {"child/kl", "child/loss", "parent/loss", "child/speedup_prefill", "search/score"} <= metrics
+
+
+def test_another_budget_reuses_the_library_within_a_minute(run: tuple[Path, str]) -> None:
+    workspace, first = run
+    library = {path: path.stat().st_mtime_ns for path in (workspace / "library").iterdir()}
+    started = time.monotonic()
+    process = start(workspace, "--set", "budget.layer_parameters_fraction=0.45", "--set", "gkd.steps=0")
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output
+    assert time.monotonic() - started < 60
+    assert {path: path.stat().st_mtime_ns for path in (workspace / "library").iterdir()} == library
+    assert child_of(output) != child_of(first)
+    with sqlite3.connect(workspace / "prefect" / "prefect.db") as database:
+        (cached,) = database.execute("select count(*) from task_run where state_name = 'Cached'").fetchone()
+    distilled = sum(path.suffix == ".json" for path in library)
+    assert cached >= distilled
+
+
+def killed_when(workspace: Path, ready: Callable[[], bool]) -> None:
+    """Start, wait for the moment, kill -9."""
+    process = start(workspace)
+    deadline = time.monotonic() + 200
+    while not ready():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the moment never came"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_twice_and_started_again_it_makes_the_same_child(run: tuple[Path, str], tmp_path: Path) -> None:
+    """Nothing finished is done twice; the child is the same bit for bit as the uninterrupted run's."""
+    killed_when(tmp_path, lambda: len(list((tmp_path / "library").glob("*.json"))) >= 5)
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "library").glob("*.json")}
+    recorded = {path: path.stat().st_mtime_ns for path in tmp_path.glob("record/*/layer_*.json")}
+    killed_when(tmp_path, lambda: len(list(tmp_path.glob("gkd/teacher-*/step_*.json"))) >= 3)
+    output = finished(tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert {path: path.stat().st_mtime_ns for path in recorded} == recorded
+    assert digests(child_of(output)) == digests(child_of(run[1]))
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        (runs,) = database.execute("select count(*) from runs where name = 'tiny'").fetchone()
+    assert runs == 1  # the killed runs went on as the same MLflow run
+
+
+def cli_fails(*arguments: str) -> str:
+    process = subprocess.run([*PUZZLE, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 2, process.stdout + process.stderr
+    assert "Traceback" not in process.stderr + process.stdout
+    return process.stderr
+
+
+def test_an_impossible_budget_names_the_nearest_reachable_one(run: tuple[Path, str]) -> None:
+    message = cli_fails(
+        *("optimize", "profiles/tiny.yaml", "--workspace", str(run[0]), *SMALLER, "--set", "budget.speedup=500")
+    )
+    assert "500" in message and "reachable" in message
+
+
+def test_a_mistyped_key_is_one_sentence_before_any_work(tmp_path: Path) -> None:
+    message = cli_fails(
+        *("optimize", "profiles/tiny.yaml", "--workspace", str(tmp_path / "w"), "--set", "budget.sped_up=2")
+    )
+    assert "sped_up" in message and "speedup" in message
+    assert not (tmp_path / "w").exists()
+
+
+def test_show_and_validate(run: tuple[Path, str], tmp_path: Path) -> None:
+    shown = subprocess.run([*PUZZLE, "show", str(run[0])], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0 and "child: " in shown.stdout, shown.stderr
+    valid = subprocess.run(
+        [*PUZZLE, "validate", "profiles/smollm2-cpu.yaml"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert valid.returncode == 0 and "valid profile" in valid.stdout
+    assert "holds no finished run" in cli_fails("show", str(tmp_path))
+
+
+def test_a_failure_names_the_log_and_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken() -> str:
+        raise OSError("no space left on device")
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run_logged(tmp_path, broken)
+    told = capsys.readouterr().err
+    assert stopped.value.code == 1
+    assert "no space left" in told and str(tmp_path / "puzzle.log") in told and "to go on" in told
+    assert "Traceback" in (tmp_path / "puzzle.log").read_text()
