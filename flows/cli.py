@@ -62,14 +62,13 @@ def show(workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="th
             f"{workspace} holds no finished run; start one with `puzzle optimize PROFILE --workspace {workspace}`"
         )
     configure()
-    from rich.console import Console
-    from tasks.report import comparison_table
-
     from blocks.library import read_value
     from blocks.records import ChildReport
+    from tasks.finish import wide_console
+    from tasks.report import comparison_table
 
     report = read_value(reports[-1], ChildReport)
-    Console(soft_wrap=True).print(comparison_table(report))
+    wide_console().print(comparison_table(report))
     typer.echo(f"child: {workspace.resolve() / report.child_folder}")
 
 

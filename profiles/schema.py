@@ -15,7 +15,7 @@ Label = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
 class Section(BaseModel):
     """Base of every part of a profile: unknown keys are refused, values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class FolderParent(Section):

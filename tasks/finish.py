@@ -118,7 +118,7 @@ class Run:
         return report
 
     def _print(self, report: ChildReport, folder: Path) -> None:
-        console = Console(soft_wrap=True)
+        console = wide_console()
         console.print(comparison_table(report))
         console.print(verdict(report), highlight=False)
         console.print(
@@ -141,6 +141,11 @@ def ui_commands(run: Run) -> list[str]:
         f"MLflow:  {tracking.mlflow_ui_command(run.workspace)}",
         f"         {tracking.run_url(run.tracking, run.mlflow_run_id)}",
     ]
+
+
+def wide_console() -> Console:
+    """Standard output; where it is no terminal, wide enough for the table."""
+    return Console(soft_wrap=True) if sys.stdout.isatty() else Console(soft_wrap=True, width=160)
 
 
 def tell(text: str) -> None:

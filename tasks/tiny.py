@@ -89,6 +89,8 @@ def family_config(spec: TinyParent, vocab_size: int) -> PreTrainedConfig:
         "eos_token_id": vocab_size - 2,
         "pad_token_id": vocab_size - 1,
         "tie_word_embeddings": True,
+        # at this width the usual 0.02 leaves layers that add next to nothing, and then nothing is worth keeping
+        "initializer_range": hidden**-0.5,
     }
     if spec.family == "gemma3_text":
         kinds = itertools.cycle(("sliding_attention", "full_attention"))

@@ -59,6 +59,12 @@ class DeciLMConfig(PreTrainedConfig):
         self.base_model_type = base_model_type
         self.parent_layer_types = types
         super().__init__(**kwargs)
+        self.use_cache = kwargs.get("use_cache", True) and self.has_attention
+
+    @property
+    def has_attention(self) -> bool:
+        """True when at least one layer has a KV cache."""
+        return any(kind != "moe" for kind in self.layer_types)
 
     def base_config(self) -> PreTrainedConfig:
         """The parent's own config, as its family's class."""

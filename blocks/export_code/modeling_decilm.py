@@ -161,6 +161,8 @@ class DeciLMModel(DeciLMPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if not self.config.has_attention:  # nothing to cache, and no position that anyone would see
+            use_cache, past_key_values = False, None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
