@@ -53,7 +53,8 @@ def main() -> None:
         f"{options.steps} AdamW steps of {base.batch_sequences * bench.corpus.sequence_length:,} tokens at "
         f"{base.learning_rate:g}, seed {bench.profile.seed}. nMSE on {bench.profile.record.validation_sequences} "
         "held-out sequences; KL = replace-1-block score on "
-        f"{bench.shape[0]} x {bench.shape[1]} held-out tokens; CPU-seconds of one variant, loading included. "
+        f"{bench.shape[0]} x {bench.shape[1]} held-out tokens; CPU-seconds of one variant, loading included; the "
+        "closed form's Gram matrices and channel order are made in the record stage, once per layer. "
         "When steps end above the closed form, the closed form is what is kept."
     )
     write_page(

@@ -3,19 +3,22 @@
     .venv/bin/python -m benchmarks.orchestration
 
 Both find every block, score, cost, GKD and evaluation stored, so what differs is orchestration alone: the server's
-start, task runs and their persisted results, tracking. Prefect's own state is set aside, so that no task is cached.
+start, task runs and their persisted results, tracking. Each runs on a copy without Prefect's state: no task is cached.
 The difference is set against the wall time of the run that made the library.
 """
 
+import argparse
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from benchmarks.common import ROOT, Bench, arguments, open_bench, table, write_page
 from blocks.library import read_value
-from blocks.records import SUBBLOCKS, BlockRecord, ChildReport, Score
+from blocks.records import BlockRecord, ChildReport, Score
 from profiles.load import load_profile
 from profiles.schema import Profile
 
@@ -29,40 +32,22 @@ def main() -> None:
     profile = load_profile(options.profile, options.set)
     workspace = (options.workspace or ROOT / "workspace" / profile.name).resolve()
     if options.plain:
-        plain(profile, workspace)
+        plain(profile, workspace, options)
         return
     reports = sorted(workspace.glob("runs/*/report.json"), key=lambda path: path.stat().st_mtime)
-    whole = max(read_value(path, ChildReport).seconds for path in reports)
-    overrides = [word for item in options.set for word in ("--set", item)]
-    where = ["--workspace", str(workspace), *overrides]
-    ways = {
-        "flow": [sys.executable, "-c", "from flows.cli import main; main()", "optimize", options.profile, *where],
-        "plain loop": [
-            sys.executable,
-            "-m",
-            "benchmarks.orchestration",
-            "--plain",
-            "--profile",
-            options.profile,
-            *where,
-        ],
-    }
-    took: dict[str, list[float]] = {name: [] for name in ways}
+    whole = read_value(reports[-1], ChildReport).seconds
+    took: dict[str, list[float]] = {"flow": [], "plain loop": []}
     for _ in range(options.rounds):
-        for name, command in ways.items():
-            aside = workspace / "prefect-aside"
-            if name == "flow" and (workspace / "prefect").exists():
-                shutil.rmtree(aside, ignore_errors=True)
-                (workspace / "prefect").rename(aside)
-            started = time.perf_counter()
-            subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-            took[name].append(time.perf_counter() - started)
-            if name == "flow" and aside.exists():
-                shutil.rmtree(workspace / "prefect")
-                aside.rename(workspace / "prefect")
+        for name, seconds in took.items():
+            with tempfile.TemporaryDirectory(dir=workspace.parent) as place:
+                copy = copy_of(workspace, Path(place) / "copy")
+                where = ["--workspace", str(copy), *(word for item in options.set for word in ("--set", item))]
+                started = time.perf_counter()
+                subprocess.run(command_of(name, options.profile, where), cwd=ROOT, check=True, capture_output=True)
+                seconds.append(time.perf_counter() - started)
     medians = {name: sorted(values)[len(values) // 2] for name, values in took.items()}
     more = medians["flow"] - medians["plain loop"]
-    rows = [[name, f"{medians[name]:.1f}", " ".join(f"{v:.1f}" for v in took[name])] for name in ways]
+    rows = [[name, f"{medians[name]:.1f}", " ".join(f"{v:.1f}" for v in took[name])] for name in took]
     tasks = sum(1 for _ in (workspace / "library").glob("*.json"))
     write_page(
         "orchestration",
@@ -72,12 +57,27 @@ def main() -> None:
             "process start and imports included; median of the rounds.",
             table(["way", "median", "rounds"], rows),
             f"The flow takes {more:.1f} s more. The run that made this library took {whole:.0f} s: "
-            f"{100 * more / (whole - more):.1f} % more than the same functions in a plain loop.",
+            f"{100 * more / (whole - more):.1f} % more than the same functions in a plain loop, if the server and "
+            "the threads take nothing from the computation while it runs, which this does not measure.",
         ],
     )
 
 
-def plain(profile: Profile, workspace: Path) -> None:
+def copy_of(workspace: Path, target: Path) -> Path:
+    """The finished stages as hard links (files are replaced, never changed in place); no Prefect or MLflow state."""
+    left_out = shutil.ignore_patterns("prefect", "mlflow*", "mlartifacts", "runs", ".lock", "*.log")
+    shutil.copytree(workspace, target, copy_function=os.link, ignore=left_out)
+    return target
+
+
+def command_of(name: str, profile: str, where: list[str]) -> list[str]:
+    """The flow as a user starts it, or the plain loop, each a process of its own."""
+    if name == "flow":
+        return [sys.executable, "-c", "from flows.cli import main; main()", "optimize", profile, *where]
+    return [sys.executable, "-m", "benchmarks.orchestration", "--plain", "--profile", profile, *where]
+
+
+def plain(profile: Profile, workspace: Path, options: argparse.Namespace) -> None:
     """The chain of flows/optimize.py without Prefect and MLflow."""
     from tasks import compare, gkd
     from tasks.baselines import baseline
@@ -86,7 +86,6 @@ def plain(profile: Profile, workspace: Path) -> None:
     from tasks.export import export_child, model_card
     from tasks.totals import make_problem
 
-    options = arguments("").parse_args(["--workspace", str(workspace)])
     bench = open_bench(options)
     blocks, scores = library(bench)
     costs = measure_costs(
@@ -109,7 +108,14 @@ def plain(profile: Profile, workspace: Path) -> None:
     ]
     for which in distilled:
         compare.evaluate_contender(which, bench.parent, bench.corpus, profile.evaluate, workspace)
-    compare.throughput_of(everyone, bench.parent, profile.scenarios[0], profile.evaluate.throughput_rounds, workspace)
+    compare.throughput_of(
+        everyone,
+        bench.parent,
+        profile.scenarios[0],
+        profile.evaluate.throughput_rounds,
+        profile.hardware,
+        workspace,
+    )
     model = compare.build(distilled[0], bench.parent, workspace)
     card = model_card(bench.parent, bench.corpus, model.config, "", "plain loop")  # type: ignore[arg-type]
     export_child(model, bench.parent, workspace, workspace / "plain-child", card)
@@ -118,22 +124,19 @@ def plain(profile: Profile, workspace: Path) -> None:
 
 def library(bench: Bench) -> tuple[list[BlockRecord], list[Score]]:
     """All blocks and scores of the profile's space."""
-    from benchmarks.bld import job
     from tasks.bld import distill
     from tasks.scoring import score_layer
+    from tasks.stages import jobs_of
 
-    blocks: list[BlockRecord] = []
+    jobs = jobs_of(bench.profile, bench.parent, bench.records, bench.record_key, bench.reader)
+    blocks = [distill(job, bench.workspace) for job in jobs]
     scores: list[Score] = []
     for layer, record in enumerate(bench.records):
-        members = [
-            distill(job(bench, layer, subblock, label, bench.profile.bld), bench.workspace)
-            for subblock in SUBBLOCKS
-            for label in getattr(bench.profile.search_space, subblock)
-        ]
-        blocks += members
-        scores += score_layer(
-            members, record, bench.records[-1], bench.parent, bench.corpus, bench.shape, bench.workspace
-        )
+        members = [block for block in blocks if block.layer == layer]
+        if members:
+            scores += score_layer(
+                members, record, bench.records[-1], bench.parent, bench.corpus, bench.shape, bench.workspace
+            )
     return blocks, scores
 
 

@@ -2,8 +2,8 @@
 
     .venv/bin/python -m benchmarks.quality
 
-Seeds change the order of the GKD text (and the random baseline's draw), for the child and the best baseline. The
-library is one: BLD is seeded too, but was run once.
+Seeds change the order, and so the choice, of the GKD text, for the child and the best baseline. Library and scores are
+one: BLD is seeded too, but was run once.
 """
 
 import statistics
@@ -106,7 +106,7 @@ def after(
     """Equal GKD for all; further seeds for the child and the best baseline."""
     everyone = contenders(bench, problem, blocks)
     start = {which.name: kl_of(bench, which, evaluate) for which in everyone}
-    best = min((which.name for which in everyone[1:]), key=lambda name: start[name].value)
+    best = min((which.name for which in everyone[1:]), key=lambda name: start[name].value, default="")
     rows = []
     for which in everyone:
         count = seeds if which.name in ("child", best) else 1

@@ -107,7 +107,7 @@ def suffix_scores(bench: Bench, blocks: dict[int, list[BlockRecord]]) -> tuple[d
             for start in range(0, len(members), 4):
                 batch = members[start : start + 4]
                 scores = score_batch(suffix, batch, boundary[:sequences, :length], bench.workspace)
-                found |= {(s.layer, s.subblock, s.variant): s.kl for s in scores}
+                found |= {(s.layer, s.subblock, s.variant): s.kl for s in scores if s is not None}
         clock.stop()
     return found, clock
 
@@ -148,7 +148,7 @@ def swapped_kl(bench: Bench, model: Any, layer: int, block: BlockRecord, tokens:
     norm = "input_layernorm" if block.subblock == "attention" else "post_attention_layernorm"
     kept = {name: getattr(module, name) for name in (core, norm)}
     for name in kept:
-        setattr(module, name, getattr(stand_in, name, None) or Nothing(core))
+        setattr(module, name, getattr(stand_in, name, None) or (Nothing(core) if name == core else torch.nn.Identity()))
     child = log_probs(model, tokens)
     for name, part in kept.items():
         setattr(module, name, part)

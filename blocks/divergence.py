@@ -32,27 +32,35 @@ class Targets:
         return Targets(hidden=self.hidden[rows], moment=self.moment[rows], lse=self.lse[rows])
 
 
+def _exponentials(hidden_ND: Tensor, head_VD: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(logits - top) of one chunk, their sums (n, 1), and top (n, 1). The one way logits are made here.
+
+    Parent and child take the same steps, so equal states give equal bits and a divergence of exactly 0.
+    """
+    logits = torch.mm(hidden_ND, head_VD.T, out=buffer[: len(hidden_ND)])
+    top = logits.amax(1, keepdim=True)
+    weights = logits.sub_(top).exp_()
+    return weights, weights.sum(1, keepdim=True), top
+
+
 @torch.no_grad()
 def logsumexp(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
     """logsumexp over the vocabulary of head @ hidden, chunk by chunk. (N, D), (V, D) -> (N,)"""
-    out = []
     buffer = hidden_ND.new_empty(min(CHUNK, len(hidden_ND)), len(head_VD))
-    for chunk in hidden_ND.split(CHUNK):
-        logits = torch.mm(chunk, head_VD.T, out=buffer[: len(chunk)])
-        top = logits.amax(1, keepdim=True)
-        out.append(logits.sub_(top).exp_().sum(1).log_() + top.squeeze(1))
-    return torch.cat(out)
+    parts = (_exponentials(chunk, head_VD, buffer) for chunk in hidden_ND.split(CHUNK))
+    return torch.cat([(sums.log() + top).squeeze(1) for _, sums, top in parts])
 
 
 @torch.no_grad()
 def targets_of(hidden_ND: Tensor, head_VD: Tensor) -> Targets:
     """The parent's targets from its hidden states after the final norm."""
-    moments, sums = [], []
+    buffer = hidden_ND.new_empty(min(CHUNK, len(hidden_ND)), len(head_VD))
+    moments, sums_of = [], []
     for chunk in hidden_ND.split(CHUNK):
-        logits = chunk @ head_VD.T
-        moments.append(torch.softmax(logits, dim=-1) @ head_VD)
-    sums.append(logsumexp(hidden_ND, head_VD))
-    return Targets(hidden=hidden_ND, moment=torch.cat(moments), lse=torch.cat(sums))
+        weights, sums, top = _exponentials(chunk, head_VD, buffer)
+        moments.append((weights @ head_VD).div_(sums))
+        sums_of.append((sums.log() + top).squeeze(1))
+    return Targets(hidden=hidden_ND, moment=torch.cat(moments), lse=torch.cat(sums_of))
 
 
 @torch.no_grad()
@@ -72,12 +80,10 @@ class _KL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, parent_ND: Tensor, moment_ND: Tensor, lse_N: Tensor, head: Tensor) -> Any:
         gradients, total = [], hidden_ND.new_zeros(())
+        buffer = hidden_ND.new_empty(min(CHUNK, len(hidden_ND)), len(head))
         parts = zip(*(tensor.split(CHUNK) for tensor in (hidden_ND, parent_ND, moment_ND, lse_N)), strict=True)
         for hidden, parent, moment, lse in parts:
-            logits = hidden @ head.T
-            top = logits.amax(1, keepdim=True)
-            weights = logits.sub_(top).exp_()
-            sums = weights.sum(1, keepdim=True)
+            weights, sums, top = _exponentials(hidden, head, buffer)
             total += ((parent - hidden) * moment).sum() + (sums.log() + top).sum() - lse.sum()
             gradients.append((weights @ head).div_(sums).sub_(moment))
         ctx.save_for_backward(torch.cat(gradients).div_(len(hidden_ND)))

@@ -1,4 +1,4 @@
-"""The family of errors that are the user's to mend: one sentence, exit code 2, no traceback."""
+"""Errors that a person reads: one sentence, no traceback. Exit code 2 for wrong input, 1 for a PuzzleFailure."""
 
 
 class PuzzleError(Exception):
@@ -21,5 +21,9 @@ class InfeasibleBudget(PuzzleError):
     """No architecture of the library keeps the budget."""
 
 
-class DamagedBlock(PuzzleError):
+class PuzzleFailure(PuzzleError):
+    """Something failed that is not the user's input: exit code 1, still one sentence."""
+
+
+class DamagedBlock(PuzzleFailure):
     """A stored tensor file is missing or its digest differs from the one in its record."""

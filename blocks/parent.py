@@ -84,7 +84,7 @@ class Parent:
         return DeciLMConfig(
             block_configs=[self.block_entry(choice) for choice in layers],
             base_model_type=self.config.model_type,
-            parent_layer_types=self.attention_types,
+            parent_layer_types=self.attention_types[: len(layers)],
             **fields,
         )
 

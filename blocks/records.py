@@ -209,6 +209,7 @@ class Candidate(Value):
     memory_bytes: int
     prefill_tokens_per_second: Metric | None = None
     decode_tokens_per_second: Metric | None = None
+    runtime_seconds: Metric | None = None
     loss: Metric | None = None
     kl: Metric | None = None
     top1_agreement: Metric | None = None

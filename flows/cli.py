@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from blocks.errors import PuzzleError
+from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.runtime import configure
 from profiles.load import ProfileError, load_profile
 from profiles.schema import Profile
@@ -89,8 +89,7 @@ def prepare_workspace(folder: Path) -> None:
         "DO_NOT_TRACK": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
+    os.environ.update(settings)
 
 
 def run_logged(folder: Path, work: Callable[[], str]) -> str:
@@ -101,17 +100,27 @@ def run_logged(folder: Path, work: Callable[[], str]) -> str:
     logging.getLogger().addHandler(handler)
     try:
         return work()
-    except (PuzzleError, KeyboardInterrupt):
-        raise
+    except KeyboardInterrupt:
+        typer.echo("stopped; run the same command again to go on where it stopped", err=True)
+        raise SystemExit(130) from None
+    except PuzzleError as error:
+        if not isinstance(error, PuzzleFailure):
+            raise
+        raise _failed(log, error) from error
     except Exception as error:
-        with log.open("a") as file:
-            file.write(traceback.format_exc())
-        again = shlex.join(["puzzle", *sys.argv[1:]])
-        typer.echo(f"puzzle failed: {type(error).__name__}: {error}", err=True)
-        typer.echo(f"The log is {log}. Finished work is kept; to go on: {again}", err=True)
-        raise SystemExit(1) from error
+        raise _failed(log, error) from error
     finally:
         logging.getLogger().removeHandler(handler)
+
+
+def _failed(log: Path, error: Exception) -> SystemExit:
+    """Traceback to the log, a sentence to the console."""
+    with log.open("a") as file:
+        file.write("".join(traceback.format_exception(error)))
+    again = shlex.join(["puzzle", *sys.argv[1:]])
+    typer.echo(f"puzzle failed: {type(error).__name__}: {error}", err=True)
+    typer.echo(f"The log is {log}. Finished work is kept; to go on: {again}", err=True)
+    return SystemExit(1)
 
 
 def main() -> None:
@@ -120,7 +129,4 @@ def main() -> None:
         app()
     except (ProfileError, PuzzleError) as error:
         typer.echo(f"puzzle: {error}", err=True)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        typer.echo("stopped; run the same command again to go on where it stopped", err=True)
-        raise SystemExit(130) from None
+        raise SystemExit(1 if isinstance(error, PuzzleFailure) else 2) from None

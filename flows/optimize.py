@@ -32,7 +32,7 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
 
         problem, architecture = stages.choose_child(profile, scores, costs)
         run.log_architecture(architecture)
-        rivals = stages.choose_baselines(profile, problem)
+        rivals = stages.choose_baselines(profile, problem, architecture)
         own, child = parent_contender(architecture), contender("child", architecture, blocks)
         baselines = [contender(name, rival, blocks) for name, rival in rivals.items()]
         assembled = [own, child, *baselines]
@@ -50,7 +50,7 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
 
 def run_optimize(profile: Profile, workspace: Path) -> ChildReport:
     """Run the flow in this process, with as many workers as the profile says."""
-    stages.prepare_process(profile, workspace)
     runner: Any = ThreadPoolTaskRunner(max_workers=profile.orchestration.max_workers)
-    report: ChildReport = optimize.with_options(task_runner=runner)(profile, str(workspace))
+    with stages.process_of(profile, workspace):
+        report: ChildReport = optimize.with_options(task_runner=runner)(profile, str(workspace))
     return report

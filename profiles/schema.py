@@ -112,7 +112,9 @@ class SearchSpace(Section):
     """Which variants are tried in every layer; the parent's own subblock is always a choice."""
 
     attention: tuple[Label, ...] = Field(default=("kv1", "linear", "no_op"), description="kv<N>, linear, no_op")
-    ffn: tuple[Label, ...] = Field(default=("ffn50", "ffn25", "linear", "no_op"), description="ffn<width>, ...")
+    ffn: tuple[Label, ...] = Field(
+        default=("ffn50pct", "ffn25pct", "linear", "no_op"), description="ffn<width>, ffn<N>pct, linear, no_op"
+    )
     layers: tuple[int, ...] | None = Field(default=None, description="layers to search; all when absent")
 
 
@@ -136,6 +138,12 @@ class BLD(Section):
     coupled: bool = Field(default=False, description="a second stage trains whole blocks over `coupled_attention/ffn`")
     coupled_attention: tuple[Label, ...] = ()
     coupled_ffn: tuple[Label, ...] = ()
+
+    @model_validator(mode="after")
+    def _coupled_space(self) -> Self:
+        if self.coupled and not (self.coupled_attention and self.coupled_ffn):
+            raise ValueError("coupled: true needs coupled_attention and coupled_ffn, the reduced space of whole blocks")
+        return self
 
 
 class Scoring(Section):
@@ -163,7 +171,6 @@ class Scenario(Section):
     batch_sizes: tuple[PositiveInt, ...] = (1,)
     prompt_tokens: PositiveInt = 256
     generated_tokens: PositiveInt = 64
-    weight: float = Field(default=1.0, gt=0)
 
 
 class Measure(Section):
@@ -233,8 +240,6 @@ class Orchestration(Section):
     """How the flow runs its tasks."""
 
     max_workers: PositiveInt = Field(default=1, description="variant tasks at a time")
-    retries: int = Field(default=2, ge=0)
-    retry_backoff_seconds: float = Field(default=5.0, gt=0)
 
 
 class Profile(Section):
@@ -269,6 +274,8 @@ class Profile(Section):
                 corpus.validation_sequences,
                 "validation_sequences",
             ),
+            "bld.batch_sequences": (self.bld.batch_sequences, record.hidden_sequences, "record.hidden_sequences"),
+            "gkd.batch_sequences": (self.gkd.batch_sequences, corpus.train_sequences, "corpus.train_sequences"),
             "scoring.sequences": (self.scoring.sequences, record.validation_sequences, "record.validation_sequences"),
             "scoring.tokens_per_sequence": (
                 self.scoring.tokens_per_sequence or 1,

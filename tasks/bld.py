@@ -24,7 +24,7 @@ from blocks.variant import kind_of, parse_label
 from profiles.schema import BLD
 from tasks.record import open_parent
 
-VERSION = 1
+VERSION = 2
 RISE = 1.05  # held-out loss after the steps over the loss before them that counts as rising
 
 
@@ -122,7 +122,7 @@ def distill(job: Job, workspace: Path) -> BlockRecord:
     data = layer_data(workspace / job.parent.folder, workspace, job.record)
     variants = [parse_label(part, getattr(job.choice, part), reader.config) for part in job.parts]
     trainable = any(kind_of(variant).trainable for variant in variants)
-    module = reader.empty_layer(job.layer, job.choice)
+    module = reader.empty_layer(job.layer, job.choice).eval()  # as it is measured: no dropout
     fitted = _start(job, reader, data, module, workspace)
     attempt = _Attempt(loss=fitted.get("closed_form", math.nan))
     if trainable:
@@ -177,6 +177,7 @@ def _start(job: Job, reader: Parent, data: LayerData, module: DeciLMDecoderLayer
         elif variant.kind != "no_op":
             kind_of(variant).initialise(variant, module, context)
     losses = {"start": held_out_loss(job, data, module)}
+    pruned = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     for part in job.parts:
         variant = parse_label(part, getattr(job.choice, part), reader.config)
         warm = next((record for record in job.warm_start if record.subblock == part and record.weights), None)
@@ -185,6 +186,9 @@ def _start(job: Job, reader: Parent, data: LayerData, module: DeciLMDecoderLayer
         elif job.settings.closed_form and kind_of(variant).trainable:
             kind_of(variant).closed_form(variant, module, context)
     losses["closed_form"] = held_out_loss(job, data, module)
+    if math.isfinite(losses["start"]) and not losses["closed_form"] <= losses["start"]:
+        module.load_state_dict(pruned)  # a fit that harms on held-out tokens is not where the steps begin
+        losses["closed_form"] = losses["start"]
     return {name: loss for name, loss in losses.items() if math.isfinite(loss)}
 
 

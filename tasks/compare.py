@@ -7,15 +7,17 @@ under a content address, so a killed run evaluates nothing twice.
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from blocks.child import assemble, library_of
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
-from blocks.library import digest_of, read_tensors, read_value, write_value
+from blocks.library import digest_of, read_tensors, remember, write_value
 from blocks.records import Architecture, BlockRecord, Candidate, CorpusInfo, LayerChoice, ParentInfo, Value
-from profiles.schema import GKD, Evaluate, Scenario
+from profiles.schema import GKD, Evaluate, Hardware, Scenario
+from tasks import gkd
 from tasks.evaluate import (
     BenchmarkResult,
     ParentTargets,
@@ -108,7 +110,9 @@ def distill_contender(
 ) -> Contender:
     """GKD of a contender; stored under its content, the teacher's and the settings."""
     model = build(which, parent, workspace)
-    key = digest_of(model=which.key, teacher=teacher.validation.sha256, steps=len(teacher.steps), settings=settings)
+    key = digest_of(
+        model=which.key, teacher=teacher.validation.sha256, steps=len(teacher.steps), settings=settings, v=gkd.VERSION
+    )
     return which.model_copy(update={"gkd": distill_globally(model, teacher, settings, workspace, key, tell)})
 
 
@@ -124,7 +128,7 @@ def _test_tokens(corpus: CorpusInfo, sequences: int, workspace: Path) -> Tensor:
 def evaluation_path(which: Contender, parent: ParentInfo, corpus: CorpusInfo, settings: Evaluate) -> str:
     """Where a contender's evaluation lies, relative to the workspace."""
     asked = settings.model_dump(include={"sequences", "benchmarks", "benchmark_limit", "benchmark_package"})
-    key = digest_of(model=which.key, parent=parent.fingerprint, corpus=corpus.fingerprint, asked=asked)
+    key = digest_of(model=which.key, parent=parent.fingerprint, corpus=corpus.fingerprint, asked=asked, v=VERSION)
     return f"evaluations/{key}.json"
 
 
@@ -133,8 +137,9 @@ def evaluate_contender(
 ) -> Evaluation:
     """Loss, KL and agreement on the test split, and the benchmarks."""
     path = workspace / evaluation_path(which, parent, corpus, settings)
-    if path.exists():
-        return read_value(path, Evaluation)
+    stored = remember(path, Evaluation, lambda _: [], workspace)
+    if stored is not None:
+        return stored
     model = build(which, parent, workspace)
     targets = _test_targets(parent, corpus, settings.sequences, workspace)
     found = Evaluation(
@@ -154,16 +159,29 @@ def evaluate_contender(
 
 
 def throughput_of(
-    contenders: Sequence[Contender], parent: ParentInfo, scenario: Scenario, rounds: int, workspace: Path
+    contenders: Sequence[Contender],
+    parent: ParentInfo,
+    scenario: Scenario,
+    rounds: int,
+    hardware: Hardware,
+    workspace: Path,
 ) -> dict[str, Throughput]:
     """End-to-end speed of all contenders in turns, at the batch size the architecture was chosen for."""
-    models = {which.name: build(which, parent, workspace) for which in contenders}
-    batch = next(totals.batch_size for totals in contenders[-1].architecture.totals if totals.scenario == scenario.name)
+    dtype = getattr(torch, hardware.precision)
+    models: dict[str, Any] = {which.name: build(which, parent, workspace) for which in contenders}
+    models = {name: model.to(hardware.device, dtype) for name, model in models.items()}
+    child = next(which for which in contenders if which.name == "child")
+    batch = next(totals.batch_size for totals in child.architecture.totals if totals.scenario == scenario.name)
     return measure_throughput(models, scenario, batch, rounds)
 
 
 def candidate(
-    which: Contender, found: Evaluation, parents: Evaluation, speed: Mapping[str, Throughput], bytes_per_parameter: int
+    which: Contender,
+    found: Evaluation,
+    parents: Evaluation,
+    speed: Mapping[str, Throughput],
+    bytes_per_parameter: int,
+    scored_by: str,
 ) -> Candidate:
     """One row of the final table."""
     totals = which.architecture.totals[0]
@@ -181,6 +199,7 @@ def candidate(
         top1_agreement=found.quality.top1_agreement,
         benchmarks={name: result.metric for name, result in found.benchmarks.items()},
         retention=retention(found.benchmarks, parents.benchmarks) if found.benchmarks else None,
-        predicted_kl=None if which.stage == "parent" else which.architecture.score,
+        predicted_kl=which.architecture.score if which.stage == "assembled" and scored_by == "kl" else None,
+        runtime_seconds=fast.runtime_seconds if fast else None,
         gkd_tokens=which.gkd.tokens if which.gkd else 0,
     )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM, DeciLMModel, layer_contexts
-from blocks.library import digest_of, read_value, write_value
+from blocks.library import digest_of, remember, write_value
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Cost, CostTable, LayerChoice, NonBlockCost, ParentInfo
 from blocks.resources import resources
@@ -30,7 +30,7 @@ from blocks.variant import Variant, parse_labels
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.record import open_parent
 
-VERSION = 1
+VERSION = 2
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Tell = Callable[[int, int], None]
 
@@ -86,8 +86,9 @@ def measure_costs(
         version=VERSION,
     )
     path = workspace / "costs" / f"{key}.json"
-    if path.exists():
-        return read_value(path, CostTable)
+    stored = remember(path, CostTable, lambda _: [], workspace)
+    if stored is not None:
+        return stored
     reader = open_parent(workspace / parent.folder)
     names = {subblock: parse_labels(subblock, getattr(space, subblock), reader.config) for subblock in SUBBLOCKS}
     variants = [variant for subblock in SUBBLOCKS for variant in names[subblock]]
@@ -215,10 +216,15 @@ class _Bench:
         started = self._now()
         step(model, batch, scenario.prompt_tokens, 0, cache)
         prefilled = self._now()
+        # a token of the middle of the generation is the average one: the cache grows to there untimed
+        middle = scenario.prompt_tokens + max(0, (scenario.generated_tokens - self.measure.decode_steps) // 2)
+        if middle > scenario.prompt_tokens:
+            step(model, batch, middle - scenario.prompt_tokens, scenario.prompt_tokens, cache)
+        halfway = self._now()
         for offset in range(self.measure.decode_steps):
-            step(model, batch, 1, scenario.prompt_tokens + offset, cache)
+            step(model, batch, 1, middle + offset, cache)
         ended = self._now()
-        return (prefilled - started) / copies, (ended - prefilled) / copies / self.measure.decode_steps
+        return (prefilled - started) / copies, (ended - halfway) / copies / self.measure.decode_steps
 
     def _whole_step(self, model: Any, batch: int, tokens: int, position: int, cache: DynamicCache) -> None:
         ids = torch.full((batch, tokens), 7 % self.reader.config.vocab_size, device=self.device)

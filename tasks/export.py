@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from blocks import export_code
-from blocks.errors import PuzzleError
+from blocks.errors import PuzzleFailure
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM, family_class
 from blocks.records import CorpusInfo, ParentInfo
@@ -65,7 +65,7 @@ ENGINE_GAPS: dict[str, frozenset[str]] = {
 }
 
 
-class ExportError(PuzzleError):
+class ExportError(PuzzleFailure):
     """The written folder does not give the logits of the model in memory."""
 
 

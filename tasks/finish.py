@@ -13,6 +13,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.client.orchestration import get_client
 from rich.console import Console
 
+from blocks.errors import PuzzleFailure
 from blocks.library import digest_of
 from blocks.records import (
     Architecture,
@@ -20,6 +21,7 @@ from blocks.records import (
     ChildReport,
     CorpusInfo,
     CostTable,
+    NonBlockCost,
     ParentInfo,
     Score,
 )
@@ -53,7 +55,14 @@ class Run:
         costs: CostTable,
     ) -> None:
         """What was asked, and the block library as tables: BLD losses, scores, costs; a nested run per stage."""
-        tracking.log_params(self.tracking, self.mlflow_run_id, tracking.run_params(self.profile, parent, corpus))
+        params = tracking.run_params(self.profile, parent, corpus)
+        try:
+            tracking.log_params(self.tracking, self.mlflow_run_id, params)
+        except tracking.TrackingError as error:
+            kept_run(self.profile, self.workspace).unlink(missing_ok=True)
+            raise PuzzleFailure(
+                f"parent or corpus changed since the run that was killed ({error}). Start again, as a new MLflow run."
+            ) from error
         failed = [block for block in blocks if block.status == "failed"]
         self._stage(
             "distill",
@@ -62,6 +71,11 @@ class Run:
         )
         self._stage("score", {"variants": len(scores)}, {"scores": scores})
         self._stage("measure", {"variants": len(costs.costs)}, {"costs": costs.costs, "non_block": costs.non_block})
+        for whole in costs.parent_measured:
+            tell(sum_beside_whole(costs, whole))
+        missing = {where(score) for score in scores} ^ {where(block) for block in blocks if block not in failed}
+        for place in sorted(missing):
+            tell(f"left out: layer {place[0]} {place[1]} {place[2]}: its score is not a number")
         for block in failed:
             tell(f"left out: layer {block.layer} {block.subblock} {block.variant}: {block.reason}")
 
@@ -93,7 +107,7 @@ class Run:
             corpus=corpus,
             architecture=final.architecture,
             candidates=tuple(
-                candidate(which, evaluation, found[0], speed, size)
+                candidate(which, evaluation, found[0], speed, size, self.profile.scoring.metric)
                 for which, evaluation in zip(contenders, found, strict=True)
             ),
             child_folder=str((folder / "child").relative_to(self.workspace)),
@@ -120,15 +134,32 @@ class Run:
     def _print(self, report: ChildReport, folder: Path) -> None:
         console = wide_console()
         console.print(comparison_table(report))
-        console.print(verdict(report), highlight=False)
         console.print(
-            f"took {report.seconds / 60:.1f} min, {report.cpu_seconds:,.0f} CPU-seconds, "
+            f"took {report.seconds / 60:.1f} min, {report.cpu_seconds:,.0f} CPU-seconds of this process, "
             f"peak memory {report.peak_memory_bytes / 2**30:.1f} GiB",
             highlight=False,
         )
         for line in ui_commands(self):
             console.print(line, highlight=False, markup=False)
         console.print(f"report and pictures: {folder}", highlight=False, markup=False)
+
+
+def where(item: BlockRecord | Score) -> tuple[int, str, str]:
+    """Layer, subblock and variant."""
+    return item.layer, item.subblock, item.variant
+
+
+def sum_beside_whole(costs: CostTable, whole: NonBlockCost) -> str:
+    """The parent as the sum of its measured blocks, beside the parent measured end to end in the same rounds."""
+    at = (whole.scenario, whole.batch_size)
+    outside = next(cost for cost in costs.non_block if (cost.scenario, cost.batch_size) == at)
+    own = [c for c in costs.costs if c.variant == "parent" and (c.scenario, c.batch_size) == at]
+    prefill = outside.prefill_seconds + costs.num_hidden_layers * sum(cost.prefill_seconds for cost in own)
+    decode = outside.decode_seconds_per_token + costs.num_hidden_layers * sum(c.decode_seconds_per_token for c in own)
+    return (
+        f"{whole.scenario}, batch {whole.batch_size}: sum of the parent's blocks / parent end to end: "
+        f"prefill {prefill / whole.prefill_seconds:.3f}, decode {decode / whole.decode_seconds_per_token:.3f}"
+    )
 
 
 def ui_commands(run: Run) -> list[str]:
@@ -153,10 +184,15 @@ def tell(text: str) -> None:
     Console(soft_wrap=True).print(text, highlight=False, markup=False)
 
 
+def kept_run(profile: Profile, workspace: Path) -> Path:
+    """Holds the id of the MLflow run of a profile while it is not finished."""
+    return workspace / "mlflow-runs" / digest_of(profile=profile)
+
+
 @contextmanager
 def open_run(profile: Profile, workspace: Path) -> Iterator[Run]:
     """Open the MLflow run of this profile, or go on with the one a killed process left; closed at the end."""
-    kept = workspace / "mlflow-runs" / digest_of(profile=profile)
+    kept = kept_run(profile, workspace)
     open_tracking = tracking.open_tracking(workspace)
     left = kept.read_text() if kept.exists() else None
     prefect_run_id = str(runtime.flow_run.id or "")

@@ -24,7 +24,7 @@ from blocks.records import CorpusInfo, ParentInfo, Ref, Value
 from profiles.schema import GKD
 from tasks.record import open_parent
 
-VERSION = 1
+VERSION = 2
 Tell = Callable[[int, int, str], None]
 
 
@@ -58,8 +58,8 @@ def cosine_layers(depth: int, every: int) -> tuple[int, ...]:
 
 
 def teacher_key(parent: ParentInfo, corpus: CorpusInfo, settings: GKD) -> str:
-    """Digest of what the targets depend on. The learning rate is not among them."""
-    fields = settings.model_dump(exclude={"learning_rate", "evaluate_every", "patience"})
+    """Digest of what the targets of a step depend on: more steps or another rate reuse them."""
+    fields = settings.model_dump(exclude={"learning_rate", "evaluate_every", "patience", "steps"})
     return digest_of(parent=parent.fingerprint, corpus=corpus.fingerprint, settings=fields, version=VERSION)
 
 
@@ -73,7 +73,7 @@ def record_teacher(
     """Run the parent once over all GKD batches; finished steps of a killed run are not done again."""
     started = time.perf_counter()
     folder = f"gkd/teacher-{teacher_key(parent, corpus, settings)}"
-    manifest = workspace / folder / "teacher.json"
+    manifest = workspace / folder / f"teacher-{settings.steps}.json"
     stored = remember(manifest, TeacherRecord, lambda record: [*record.steps, record.validation], workspace)
     if stored is not None:
         return stored
@@ -133,10 +133,28 @@ class _Best:
 
     def see(self, kl: float, step: int, model: DeciLMForCausalLM) -> None:
         if kl < self.kl:
-            self.kl, self.step, self.waited = kl, step, 0
-            self.state = {name: tensor.clone() for name, tensor in model.model.layers.state_dict().items()}
+            self.keep(kl, step, model)
         else:
             self.waited += 1
+
+    def keep(self, kl: float, step: int, model: DeciLMForCausalLM) -> None:
+        self.kl, self.step, self.waited = kl, step, 0
+        self.state = {name: tensor.clone() for name, tensor in model.model.layers.state_dict().items()}
+
+
+def _watch(
+    best: _Best,
+    curve: list[tuple[int, float]],
+    step: int,
+    model: DeciLMForCausalLM,
+    teacher: TeacherRecord,
+    workspace: Path,
+) -> None:
+    """Measure the validation KL; one that is not a number counts as worse than any, and is no point of the curve."""
+    kl = validation_kl(model, teacher, workspace)
+    best.see(kl, step, model)
+    if math.isfinite(kl):
+        curve.append((step, kl))
 
 
 def distill_globally(
@@ -159,20 +177,23 @@ def distill_globally(
         return stored
     started, cpu = time.perf_counter(), time.process_time()
     best = _Best(kl=math.inf, step=0, state={})
-    curve = [(0, validation_kl(model, teacher, workspace))]
-    best.see(curve[0][1], 0, model)
+    curve: list[tuple[int, float]] = []
+    best.keep(math.inf, 0, model)
+    _watch(best, curve, 0, model, teacher, workspace)
     losses: list[float] = []
     stopped = "all steps done"
     for step, loss in _steps(model, teacher, settings, workspace):
         losses.append(loss)
-        tell(step, settings.steps, f"loss {loss:.3f}, validation KL {curve[-1][1]:.3f}")
+        tell(step, settings.steps, f"loss {loss:.3f}, best validation KL {best.kl:.3f}")
         if step % settings.evaluate_every == 0 or step == settings.steps:
-            curve.append((step, validation_kl(model, teacher, workspace)))
-            best.see(curve[-1][1], step, model)
-        if not math.isfinite(loss) or best.waited > settings.patience:
+            _watch(best, curve, step, model, teacher, workspace)
+        if not math.isfinite(loss) or best.waited >= settings.patience:
             stopped = f"no better validation KL since step {best.step}" if math.isfinite(loss) else f"loss is {loss}"
             break
+    model.requires_grad_(False)
     model.model.layers.load_state_dict(best.state)
+    if not math.isfinite(best.kl):
+        raise RuntimeError("the child's validation KL is not a number before any GKD step: its blocks are damaged")
     result = GKDResult(
         weights=write_tensors(workspace, f"{folder}/layers.safetensors", best.state),
         best_step=best.step,
@@ -206,7 +227,6 @@ def _steps(model: DeciLMForCausalLM, teacher: TeacherRecord, settings: GKD, work
         optimizer.step()
         schedule.step()
         yield step, loss.item()
-    model.requires_grad_(False)
 
 
 def _rate(step: int, steps: int) -> float:

@@ -62,7 +62,8 @@ def record_layer(
         down: Any = module.mlp.down_proj
         statistics["ffn_order"] = elimination_order(statistics["ffn_gram"], down.weight, ridge, chunk=32)
     reference = write_tensors(workspace, f"{folder}/statistics_{layer:03d}.safetensors", statistics)
-    _write_entering(workspace, folder, layer + 1, after)
+    if layer + 1 < reader.depth:
+        _write_entering(workspace, folder, layer + 1, after)
     record = LayerRecord(layer=layer, boundary=boundary, statistics=reference, seconds=time.perf_counter() - started)
     write_value(manifest, record)
     for leftover in _rolling(workspace, folder, layer):

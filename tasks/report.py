@@ -74,6 +74,9 @@ def comparison_rows(report: ChildReport) -> list[Row]:
     def speedup(field: str) -> Callable[[Candidate], Metric | None]:
         return lambda own: _speedup(own, parent, field)
 
+    def slowdown(field: str) -> Callable[[Candidate], Metric | None]:
+        return lambda own: None if parent is None else _speedup(parent, own, field)
+
     prefill, decode = "prefill_tokens_per_second", "decode_tokens_per_second"
     rows = [
         _row("parameters, M", candidates, lambda own: _exact(own.parameters / 1e6), less=True),
@@ -84,6 +87,8 @@ def comparison_rows(report: ChildReport) -> list[Row]:
         _row("prefill gain", candidates, speedup(prefill)),
         _row("decode, tok/s", candidates, lambda own: own.decode_tokens_per_second),
         _row("decode gain", candidates, speedup(decode)),
+        _row("request, s", candidates, lambda own: own.runtime_seconds, less=True),
+        _row("request gain", candidates, slowdown("runtime_seconds")),
         _row("loss, nats", candidates, lambda own: own.loss, less=True),
         _row("KL, nats", candidates, lambda own: own.kl, less=True),
         _row("predicted KL", candidates, lambda own: _exact(own.predicted_kl), less=None),

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from blocks.divergence import Targets, kl_per_token, targets_of
 from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
-from blocks.library import digest_of, read_tensors, read_value, write_value
+from blocks.library import digest_of, read_tensors, remember, write_value
 from blocks.parent import Parent, load_subblock, run_subblock
 from blocks.records import BlockRecord, CorpusInfo, LayerChoice, LayerRecord, ParentInfo, Score, Subblock
 from tasks.record import open_parent
 
-VERSION = 1
+VERSION = 2
 BATCH_TOKENS = 4096
 Shape = tuple[int, int]  # scored sequences, tokens of each
 
@@ -90,7 +90,10 @@ def score_layer(
     states, each stored as soon as it is known."""
     usable = [record for record in records if record.status != "failed"]
     folder = workspace / "scores"
-    found = {record.key: _stored(folder / f"{score_key(record, shape)}.json") for record in usable}
+    found = {
+        record.key: remember(folder / f"{score_key(record, shape)}.json", Score, lambda _: [], workspace)
+        for record in usable
+    }
     missing = [record for record in usable if found[record.key] is None]
     if missing:
         suffix = open_suffix(workspace / parent.folder, workspace, corpus, last, shape)
@@ -99,23 +102,22 @@ def score_layer(
         for start in range(0, len(missing), group):
             batch = missing[start : start + group]
             for record, score in zip(batch, score_batch(suffix, batch, hidden, workspace), strict=True):
-                found[record.key] = score
-                write_value(folder / f"{score_key(record, shape)}.json", score)
+                if score is not None:
+                    found[record.key] = score
+                    write_value(folder / f"{score_key(record, shape)}.json", score)
     return [score for score in found.values() if score is not None]
 
 
-def _stored(path: Path) -> Score | None:
-    return read_value(path, Score) if path.exists() else None
-
-
 @torch.no_grad()
-def score_batch(suffix: ParentSuffix, records: Sequence[BlockRecord], hidden: Tensor, workspace: Path) -> list[Score]:
-    """Scores of several variants of one layer; `hidden` (S, T, D) enters that layer."""
+def score_batch(
+    suffix: ParentSuffix, records: Sequence[BlockRecord], hidden: Tensor, workspace: Path
+) -> list[Score | None]:
+    """Scores of several variants of one layer, None where a KL is not a number; `hidden` (S, T, D) enters the layer."""
     started = time.perf_counter()
     layer = records[0].layer
     after = torch.cat([_replaced(suffix, record, hidden, workspace) for record in records])
     final = suffix.finish(after, layer)
-    scores = []
+    scores: list[Score | None] = []
     for record, states in zip(records, final.split(len(hidden)), strict=True):
         scores.append(_score(suffix, record, states, (time.perf_counter() - started) / len(records)))
     return scores
@@ -151,10 +153,12 @@ def load_variant(reader: Parent, record: BlockRecord, workspace: Path) -> DeciLM
     return module.eval()
 
 
-def _score(suffix: ParentSuffix, record: BlockRecord, states: Tensor, seconds: float) -> Score:
+def _score(suffix: ParentSuffix, record: BlockRecord, states: Tensor, seconds: float) -> Score | None:
     count, length = states.shape[:2]
     flat = states.flatten(0, 1)
     kl, rise = kl_per_token(flat, suffix.targets, suffix.head)
+    if not kl.isfinite().all():
+        return None
     kl, rise = kl.view(count, length), rise.view(count, length)[:, :-1]
     shift = (suffix.targets.hidden.view_as(states) - states)[:, :-1].double()
     lm = rise + (shift * suffix.head[suffix.labels].double()).sum(-1)

@@ -4,10 +4,14 @@ The cache key of a task is the content address of what it makes. Prefect's own r
 a task whose files are missing or damaged runs again (`refresh_cache`), one whose files are whole is `Cached`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
+from filelock import FileLock, Timeout
 from prefect import task
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.futures import PrefectFuture
@@ -29,7 +33,7 @@ from blocks.records import (
 )
 from blocks.runtime import set_threads
 from blocks.variant import kind_of, parse_labels
-from profiles.schema import Profile
+from profiles.schema import Profile, SearchSpace
 from tasks import compare, costs, gkd, scoring
 from tasks.baselines import baseline
 from tasks.bld import Job, distill
@@ -40,7 +44,7 @@ from tasks.parent import prepare_parent
 from tasks.progress import stage
 from tasks.record import open_parent, record_key, record_layer
 from tasks.throughput import Throughput
-from tasks.totals import Problem, make_problem
+from tasks.totals import Problem, make_problem, predicted
 
 ResultT = TypeVar("ResultT")
 
@@ -109,6 +113,7 @@ def prepare(profile: Profile, workspace: Path) -> tuple[ParentInfo, CorpusInfo]:
         parent: ParentInfo = _task("prepare parent", "prepare parent", None)(prepare_parent)(
             profile.parent, workspace, lambda: iterate_documents(profile.corpus)
         )
+    check_search_space(profile, open_parent(workspace / parent.folder))
     with stage("corpus"):
         corpus: CorpusInfo = _task("prepare corpus", "prepare corpus", None)(prepare_corpus)(
             profile.corpus, workspace / parent.folder, parent.fingerprint, workspace
@@ -134,7 +139,6 @@ def check_search_space(profile: Profile, reader: Parent) -> None:
 def record(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, workspace: Path) -> list[LayerRecord]:
     """Record every layer, one after the other."""
     reader = open_parent(workspace / parent.folder)
-    check_search_space(profile, reader)
     key = record_key(parent, corpus, profile.record, profile.bld.ridge)
     records = []
     with stage("record") as tell:
@@ -144,6 +148,8 @@ def record(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, workspace: 
                 record_task.with_options(refresh_cache=not whole)(layer, key, parent, corpus, profile, str(workspace))
             )
             tell(layer + 1, reader.depth)
+    for leftover in (workspace / "record" / key).glob("entering_*"):
+        leftover.unlink()
     return records
 
 
@@ -220,7 +226,9 @@ def _distill(jobs: Sequence[Job], name: str, workspace: Path) -> list[BlockRecor
         distill_task.with_options(refresh_cache=library.find(job.key) is None).submit(job, str(workspace))
         for job in jobs
     ]
-    return wait(futures, name, lambda block: f"layer {block.layer} {block.subblock} {block.variant}")
+    blocks = wait(futures, name, lambda block: f"layer {block.layer} {block.subblock} {block.variant}")
+    # Prefect may hold an older record of a block that was made again since: the library has the last word
+    return [library.find(job.key) or block for job, block in zip(jobs, blocks, strict=True)]
 
 
 def wait(futures: Sequence[PrefectFuture[Any]], name: str, text: Callable[[Any], str]) -> list[Any]:
@@ -260,12 +268,23 @@ def score_all(
     return [score for found in scores for score in found]
 
 
+def measured_space(profile: Profile) -> SearchSpace:
+    """The search space with the labels that only whole, coupled blocks use."""
+    space, settings = profile.search_space, profile.bld
+    if not settings.coupled:
+        return space
+    attention = tuple(dict.fromkeys(space.attention + settings.coupled_attention))
+    return space.model_copy(
+        update={"attention": attention, "ffn": tuple(dict.fromkeys(space.ffn + settings.coupled_ffn))}
+    )
+
+
 def measure(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable:
     """Costs of every variant on the hardware target."""
     with stage("measure") as tell:
         table: CostTable = _task("measure costs", "measure costs", None)(costs.measure_costs)(
             parent,
-            profile.search_space,
+            measured_space(profile),
             profile.scenarios,
             profile.hardware,
             profile.measure,
@@ -283,12 +302,16 @@ def choose_child(profile: Profile, scores: Sequence[Score], table: CostTable) ->
     return problem, architecture
 
 
-def choose_baselines(profile: Profile, problem: Problem) -> dict[str, Architecture]:
-    """The simple searches under the same budget; one that cannot keep it is left out and named."""
+def choose_baselines(profile: Profile, problem: Problem, child: Architecture) -> dict[str, Architecture]:
+    """The simple searches under the same budget, their totals at the child's batch sizes; one that cannot keep the
+    budget is left out and named.
+    """
+    batches = tuple(totals.batch_size for totals in child.totals)
     found: dict[str, Architecture] = {}
     for name in profile.evaluate.baselines:
         try:
-            found[name] = baseline(name, problem, profile.seed)
+            layers = baseline(name, problem, profile.seed).layers
+            found[name] = predicted(problem, layers, name, batches)
         except PuzzleError as error:
             Console(soft_wrap=True).print(f"baseline {name} left out: {error}", highlight=False, markup=False)
     return found
@@ -320,7 +343,7 @@ def throughput_task(
 ) -> Any:
     """See tasks.compare.throughput_of."""
     rounds = profile.evaluate.throughput_rounds
-    return compare.throughput_of(contenders, parent, profile.scenarios[0], rounds, Path(workspace))
+    return compare.throughput_of(contenders, parent, profile.scenarios[0], rounds, profile.hardware, Path(workspace))
 
 
 def evaluate_all(
@@ -361,22 +384,31 @@ def measure_speed(
     return speed
 
 
-def prepare_process(profile: Profile, workspace: Path) -> None:
-    """Threads, and no server left over from a killed run of this workspace."""
-    set_threads(profile.hardware.threads)
-    stop_orphaned_servers(workspace / "prefect")
+@contextmanager
+def process_of(profile: Profile, workspace: Path) -> Iterator[None]:
+    """This process as the only one at work in a workspace: threads set, leftovers of killed runs cleared."""
+    lock = FileLock(workspace / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise PuzzleError(f"another run is at work in {workspace}: wait for it, or name another --workspace") from error
+    with lock:
+        set_threads(profile.hardware.threads)
+        stop_orphaned_servers(workspace / "prefect")
+        for leftover in workspace.rglob(".*.part"):
+            leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
+        yield
 
 
 def stop_orphaned_servers(prefect_home: Path) -> int:
-    """End the Prefect servers that a killed process of this workspace left behind. Returns how many."""
-    import psutil
-
+    """End the ephemeral Prefect servers that a killed process of this workspace left behind. Returns how many."""
     stopped = 0
     for process in psutil.process_iter(["ppid", "cmdline"]):
         if process.info["ppid"] != 1 or "prefect.server" not in " ".join(process.info["cmdline"] or []):
             continue
         try:
-            if process.environ().get("PREFECT_HOME") == str(prefect_home):
+            own = process.environ()
+            if own.get("PREFECT_HOME") == str(prefect_home) and own.get("PREFECT__SERVER_EPHEMERAL"):
                 process.kill()
                 stopped += 1
         except psutil.Error:  # gone already, or somebody else's

@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from blocks.errors import PuzzleError
+from blocks.errors import PuzzleFailure
 from blocks.records import (
     SUBBLOCKS,
     Architecture,
@@ -39,7 +39,7 @@ MAX_BATCH_CHOICES = 256
 TOLERANCE = 1e-6  # relative: what a sum of measured floats may differ by before a limit counts as broken
 
 
-class InconsistentTables(PuzzleError):
+class InconsistentTables(PuzzleFailure):
     """Scores and costs that do not belong to one parent, or do not cover what the profile asks for."""
 
 

@@ -243,6 +243,7 @@ def _candidate_figures(candidate: Candidate, parent: Candidate | None) -> dict[s
         for name in (
             "prefill_tokens_per_second",
             "decode_tokens_per_second",
+            "runtime_seconds",
             "loss",
             "kl",
             "top1_agreement",

@@ -227,7 +227,7 @@ def test_coupled_distillation_starts_from_the_decoupled_blocks(chain: Chain) -> 
     )
     data = layer_data(chain.workspace / chain.parent.folder, chain.workspace, chain.records[1])
     module = child.model.layers[1]
-    assert bld.held_out_loss(job, data, module) == pytest.approx(block.nmse_after, rel=1e-5)  # type: ignore[arg-type]
+    assert bld.held_out_loss(job, data, module) == pytest.approx(block.nmse_after, rel=1e-5)
 
 
 # --- scoring
@@ -277,7 +277,7 @@ def test_the_parents_own_subblock_scores_exactly_zero(chain: Chain) -> None:
             own = distill(chain.job(layer, subblock, "parent"), chain.workspace)
             hidden = read_tensors(chain.workspace, chain.records[layer].boundary)["validation"][:6]
             (score,) = score_batch(suffix, [own], hidden, chain.workspace)
-            assert (score.kl, score.lm_loss) == (0.0, 0.0)
+            assert score is not None and (score.kl, score.lm_loss) == (0.0, 0.0)
 
 
 # --- assembly and GKD

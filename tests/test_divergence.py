@@ -50,8 +50,8 @@ def test_gradient_equals_autograd_through_the_plain_softmax() -> None:
     head, parent, child = states(3)
     ours, theirs = child.clone().requires_grad_(), child.clone().requires_grad_()
     loss = 3 * kl_loss(ours, targets_of(parent, head), head)
-    loss.backward()  # type: ignore[no-untyped-call]
-    (3 * plain_kl(head, parent, theirs).mean()).backward()  # type: ignore[no-untyped-call]
+    loss.backward()
+    (3 * plain_kl(head, parent, theirs).mean()).backward()
     assert ours.grad is not None and theirs.grad is not None
     torch.testing.assert_close(loss, 3 * plain_kl(head, parent, child).mean(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)

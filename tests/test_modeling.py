@@ -190,7 +190,13 @@ def test_no_op_and_linear_subblocks_hold_only_their_own_weights(family: str) -> 
 def test_a_child_without_any_attention_generates_alike_with_and_without_a_cache() -> None:
     nothing = {"no_op": True, "replace_with_linear": False}
     ffn = {"no_op": False, "replace_with_linear": False, "intermediate_size": 16}
-    sizes = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    sizes: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
     config = DeciLMConfig(block_configs=[{"attention": nothing, "ffn": ffn}] * 2, intermediate_size=48, **sizes)
     model: Any = DeciLMForCausalLM(config).eval()
     ids = torch.arange(5).unsqueeze(0)

@@ -131,7 +131,7 @@ class DeciLMPreTrainedModel(PreTrainedModel):
             fresh = type(module)(config=module.config)
             for name, buffer in fresh.named_buffers():
                 getattr(module, name).copy_(buffer)
-        if hasattr(module, "embed_scale") and isinstance(module, nn.Embedding):
+        if hasattr(module, "embed_scale"):
             module.embed_scale.fill_(self.config.hidden_size**0.5)
 
 
