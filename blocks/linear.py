@@ -6,30 +6,42 @@ from the normed input to the core's output over the calibration tokens.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
 from blocks.fit import FitContext, ridge_solve
 from blocks.parent import load_subblock, subblock_prefixes, subblock_state
-from blocks.records import Subblock
-
-ENTRY: dict[str, Any] = {"no_op": False, "replace_with_linear": True}
+from blocks.variant import SizelessKind, Variant
 
 
-def set_matrix(module: Any, subblock: Subblock, matrix_DD: Tensor, context: FitContext) -> None:
-    """Give a linear subblock its matrix and the parent's norms."""
-    core = subblock_prefixes(context.parent_layer, subblock)[0]
-    state = subblock_state(context.parent_layer, subblock)
-    norms = {name: tensor for name, tensor in state.items() if not name.startswith(core)}
-    weight = "self_attn.linear_attn.weight" if subblock == "attention" else "mlp.linear_mlp.weight"
-    load_subblock(module, subblock, norms | {weight: matrix_DD})
+class LinearKind(SizelessKind):
+    """`linear`: one (D, D) matrix."""
 
+    name = "linear"
 
-def fit_matrix(module: DeciLMDecoderLayer, subblock: Subblock, context: FitContext) -> None:
-    """Replace the matrix by the ridge solution, shrunk towards what it is now."""
-    core: Any = module.self_attn if subblock == "attention" else module.mlp
-    weight = (core.linear_attn if subblock == "attention" else core.linear_mlp).weight.data
-    gram, cross = (context.statistics[f"{subblock}_in_{part}"] for part in ("gram", "cross"))
-    weight.copy_(ridge_solve(gram, cross, weight.T, context.ridge).T)
+    @abstractmethod
+    def product(self, context: FitContext) -> Tensor:
+        """(D, D) product of the parent's matrices that the kind starts from."""
+
+    def block_entry(self, variant: Variant, config: Any) -> dict[str, Any]:
+        return {"no_op": False, "replace_with_linear": True}
+
+    def flops_per_token(self, variant: Variant, config: Any, context_tokens: int) -> int:
+        return 2 * config.hidden_size**2
+
+    def initialise(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
+        """The product, and the parent's norms."""
+        core = subblock_prefixes(context.parent_layer, self.subblock)[0]
+        state = subblock_state(context.parent_layer, self.subblock)
+        norms = {name: tensor for name, tensor in state.items() if not name.startswith(core)}
+        weight = "self_attn.linear_attn.weight" if self.subblock == "attention" else "mlp.linear_mlp.weight"
+        load_subblock(module, self.subblock, norms | {weight: self.product(context)})  # type: ignore[arg-type]
+
+    def closed_form(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
+        """The ridge solution, shrunk towards the product."""
+        core: Any = module.self_attn if self.subblock == "attention" else module.mlp
+        weight = (core.linear_attn if self.subblock == "attention" else core.linear_mlp).weight.data
+        gram, cross = (context.statistics[f"{self.subblock}_in_{part}"] for part in ("gram", "cross"))
+        weight.copy_(ridge_solve(gram, cross, weight.T, context.ridge).T)

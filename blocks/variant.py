@@ -79,6 +79,32 @@ class VariantKind(ABC):
         raise NotImplementedError(f"{self.subblock} {self.name} has nothing to fit")
 
 
+class SizelessKind(VariantKind):
+    """A kind whose only label is its name."""
+
+    def parse(self, label: str, config: Any) -> Variant | None:
+        return Variant(subblock=self.subblock, kind=self.name) if label == self.name else None
+
+    def label(self, variant: Variant) -> str:
+        return self.name
+
+    def examples(self, config: Any) -> list[str]:
+        return [self.name]
+
+
+class NoOpKind(SizelessKind):
+    """`no_op`: nothing in the subblock's place, the residual passes through. Needs no training, costs nothing."""
+
+    name = "no_op"
+    trainable = False
+
+    def block_entry(self, variant: Variant, config: Any) -> dict[str, Any]:
+        return {"no_op": True, "replace_with_linear": False}
+
+    def flops_per_token(self, variant: Variant, config: Any, context_tokens: int) -> int:
+        return 0
+
+
 _KINDS: dict[tuple[Subblock, str], VariantKind] = {}
 
 

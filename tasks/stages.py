@@ -17,6 +17,7 @@ from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.futures import PrefectFuture
 from prefect.tasks import exponential_backoff
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from blocks.errors import PuzzleError
 from blocks.library import BlockLibrary, digest_of, remember
@@ -394,6 +395,7 @@ def process_of(profile: Profile, workspace: Path) -> Iterator[None]:
         raise PuzzleError(f"another run is at work in {workspace}: wait for it, or name another --workspace") from error
     with lock:
         set_threads(profile.hardware.threads)
+        disable_progress_bar()  # transformers' own bars: ours tell the stage
         stop_orphaned_servers(workspace / "prefect")
         for leftover in workspace.rglob(".*.part"):
             leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)

@@ -17,6 +17,8 @@ from blocks.library import read_value
 from blocks.records import ChildReport
 from flows import cli
 
+pytestmark = pytest.mark.timeout(900)  # whole runs, each with a server of its own
+
 ROOT = Path(__file__).resolve().parent.parent
 PUZZLE = [sys.executable, "-c", "from flows.cli import main; main()"]
 SMALLER = [

@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 from blocks.attention.kv_heads import attention_entry, attention_flops, head_dim
 from blocks.records import Subblock
-from blocks.variant import Variant, VariantKind, register
+from blocks.variant import SizelessKind, Variant, register
 
 
 @register
-class ParentAttention(VariantKind):
+class ParentAttention(SizelessKind):
     """`parent`: as many KV heads as the parent has."""
 
     subblock: ClassVar[Subblock] = "attention"
@@ -20,12 +20,6 @@ class ParentAttention(VariantKind):
     def parse(self, label: str, config: Any) -> Variant | None:
         own = label in ("parent", f"kv{config.num_key_value_heads}")
         return Variant(subblock="attention", kind=self.name) if own else None
-
-    def label(self, variant: Variant) -> str:
-        return "parent"
-
-    def examples(self, config: Any) -> list[str]:
-        return ["parent"]
 
     def block_entry(self, variant: Variant, config: Any) -> dict[str, Any]:
         return attention_entry(config, config.num_key_value_heads)

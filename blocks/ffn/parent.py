@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 from blocks.ffn.width import ffn_entry
 from blocks.records import Subblock
-from blocks.variant import Variant, VariantKind, register
+from blocks.variant import SizelessKind, Variant, register
 
 
 @register
-class ParentFFN(VariantKind):
+class ParentFFN(SizelessKind):
     """`parent`: as wide as the parent's."""
 
     subblock: ClassVar[Subblock] = "ffn"
@@ -20,12 +20,6 @@ class ParentFFN(VariantKind):
     def parse(self, label: str, config: Any) -> Variant | None:
         own = label in ("parent", f"ffn{config.intermediate_size}", "ffn100pct")
         return Variant(subblock="ffn", kind=self.name) if own else None
-
-    def label(self, variant: Variant) -> str:
-        return "parent"
-
-    def examples(self, config: Any) -> list[str]:
-        return ["parent"]
 
     def block_entry(self, variant: Variant, config: Any) -> dict[str, Any]:
         return ffn_entry(config, config.intermediate_size)
