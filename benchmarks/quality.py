@@ -30,7 +30,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=12, help="GKD steps of every contender")
     parser.add_argument("--long-steps", type=int, default=80, help="GKD steps of the child at 0.7")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.5], help="budgets with GKD")
+    parser.add_argument("--budgets", type=float, nargs="*", default=[0.7, 0.5], help="budgets with GKD")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     bench = open_bench(options)
