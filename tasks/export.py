@@ -87,6 +87,8 @@ def export_child(model: DeciLMForCausalLM, parent: ParentInfo, workspace: Path, 
         write_checkpoint(model, part)
         copy_parent_files(workspace / parent.folder, part)
         (part / "README.md").write_text(card, encoding="utf-8")
+        for file in part.iterdir():
+            file.chmod(0o644)  # safetensors writes for its owner alone; an engine runs as somebody else
         verify_checkpoint(model, part)
         _sync(part)
         if target.exists():
