@@ -20,7 +20,7 @@ from blocks.runtime import set_threads  # noqa: E402
 from profiles.load import load_profile  # noqa: E402
 from profiles.schema import Profile  # noqa: E402
 from tasks.corpus import iterate_documents, prepare_corpus  # noqa: E402
-from tasks.costs import _processor as processor  # noqa: E402
+from tasks.costs import processor  # noqa: E402
 from tasks.parent import prepare_parent  # noqa: E402
 from tasks.record import open_parent, record_key, record_layer  # noqa: E402
 

@@ -29,7 +29,7 @@ def assemble(parent: Parent, library: Library, architecture: Architecture, works
     for layer, choice in enumerate(architecture.layers):
         module = model.model.layers[layer]
         if choice.coupled:
-            module.load_state_dict(_weights(library, layer, "block", f"{choice.attention}+{choice.ffn}", workspace))
+            module.load_state_dict(_weights(library, layer, "block", choice.block_label, workspace))
             continue
         for subblock in SUBBLOCKS:
             variant = getattr(choice, subblock)

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig
+from transformers.initialization import no_init_weights
 
 from blocks.errors import ParentError
 from blocks.export_code.configuration_decilm import DeciLMConfig
@@ -119,18 +120,25 @@ class Parent:
     def _rotary(self) -> nn.Module:
         return family_class(self.config.model_type, "RotaryEmbedding")(config=self.config).to(self.device)
 
+    @cached_property
+    def _own_config(self) -> DeciLMConfig:
+        """The parent in the child's schema; masks are made from it."""
+        config = self.child_config([LayerChoice()] * self.depth)
+        config._attn_implementation = "sdpa"
+        return config
+
     def contexts(self, hidden: Tensor) -> list[dict[str, Any]]:
         """Per layer, the keyword arguments of its attention for whole sequences (B, T, D) without a cache."""
         positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
-        config = self.child_config([LayerChoice()] * self.depth)
-        config._attn_implementation = "sdpa"
-        per_type = layer_contexts(config, self._rotary, hidden, positions, None, None, self.config.model_type)
+        per_type = layer_contexts(self._own_config, self._rotary, hidden, positions, None, None, self.config.model_type)
         return [per_type[kind] for kind in self.attention_types]
 
     def model(self, layers: Sequence[LayerChoice] | None = None) -> DeciLMForCausalLM:
         """A whole model with these choices; non-block weights and the parent's own subblocks are loaded."""
         choices = list(layers or [LayerChoice()] * self.depth)
-        model: Any = DeciLMForCausalLM(self.child_config(choices))
+        with no_init_weights():  # all are loaded: here, or by whoever asked for variants (blocks/child.py)
+            model: Any = DeciLMForCausalLM(self.child_config(choices))
+        model.tie_weights()  # is left out with the initialisation
         model = model.to(self.device)
         model.model.embed_tokens.load_state_dict(self.tensors("model.embed_tokens."), strict=False)
         model.model.norm.load_state_dict(self.tensors("model.norm."))

@@ -158,9 +158,17 @@ class LayerChoice(Value):
     coupled: bool = False
 
     @classmethod
-    def alone(cls, subblock: Subblock, variant: str) -> "LayerChoice":
-        """A layer that holds one subblock only."""
+    def alone(cls, subblock: Subblock | Literal["block"], variant: str) -> "LayerChoice":
+        """A layer that holds one subblock only, or both of a coupled block ("<attention>+<ffn>")."""
+        if subblock == "block":
+            attention, ffn = variant.split("+")
+            return cls(attention=attention, ffn=ffn, coupled=True)
         return cls(attention=variant, ffn="no_op") if subblock == "attention" else cls(attention="no_op", ffn=variant)
+
+    @property
+    def block_label(self) -> str:
+        """Variant label of the coupled block: "<attention>+<ffn>"."""
+        return f"{self.attention}+{self.ffn}"
 
 
 class Totals(Value):

@@ -64,7 +64,7 @@ def show(workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="th
     configure()
     from blocks.library import read_value
     from blocks.records import ChildReport
-    from tasks.finish import wide_console
+    from tasks.progress import wide_console
     from tasks.report import comparison_table
 
     report = read_value(reports[-1], ChildReport)

@@ -60,9 +60,6 @@ class Job(Value):
     @property
     def choice(self) -> LayerChoice:
         """The variant as a layer; the other subblock is left out of a decoupled one."""
-        if self.subblock == "block":
-            attention, ffn = self.variant.split("+")
-            return LayerChoice(attention=attention, ffn=ffn, coupled=True)
         return LayerChoice.alone(self.subblock, self.variant)
 
     @property

@@ -70,7 +70,7 @@ def contender(name: str, architecture: Architecture, blocks: Sequence[BlockRecor
     wanted = set()
     for layer, choice in enumerate(architecture.layers):
         if choice.coupled:
-            wanted.add((layer, "block", f"{choice.attention}+{choice.ffn}"))
+            wanted.add((layer, "block", choice.block_label))
         else:
             wanted |= {(layer, "attention", choice.attention), (layer, "ffn", choice.ffn)}
     used = [block for where, block in library_of(list(blocks)).items() if where in wanted]

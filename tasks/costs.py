@@ -20,6 +20,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
+from transformers.initialization import no_init_weights
 
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM, DeciLMModel, layer_contexts
 from blocks.library import digest_of, remember, write_value
@@ -50,7 +51,7 @@ def hardware_description(hardware: Hardware) -> dict[str, str]:
     return {
         "name": hardware.name,
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor(),
         "engine": f"torch {torch.__version__}",
         "transformers": transformers.__version__,
         "device": hardware.device,
@@ -59,7 +60,8 @@ def hardware_description(hardware: Hardware) -> dict[str, str]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's name, as the system tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -180,7 +182,8 @@ class _Bench:
         config.vocab_size = 8  # the embedding is not run
         config.pad_token_id = None
         config._attn_implementation = "sdpa"
-        stack: Any = DeciLMModel(config)
+        with no_init_weights():
+            stack: Any = DeciLMModel(config)
         for parameter in stack.parameters():
             parameter.data.normal_(0, 0.02, generator=generator)
         return stack.to(self.device, self.dtype).eval()

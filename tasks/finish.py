@@ -11,7 +11,6 @@ from typing import Any
 from prefect import runtime
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.client.orchestration import get_client
-from rich.console import Console
 
 from blocks.errors import PuzzleFailure
 from blocks.library import digest_of
@@ -30,6 +29,7 @@ from tasks import tracking
 from tasks.compare import Contender, Evaluation, build, candidate
 from tasks.costs import BYTES
 from tasks.export import export_child, model_card
+from tasks.progress import say, wide_console
 from tasks.report import comparison_table, report_markdown, verdict, write_report
 from tasks.throughput import Throughput
 from tasks.usage import Usage
@@ -72,12 +72,12 @@ class Run:
         self._stage("score", {"variants": len(scores)}, {"scores": scores})
         self._stage("measure", {"variants": len(costs.costs)}, {"costs": costs.costs, "non_block": costs.non_block})
         for whole in costs.parent_measured:
-            tell(sum_beside_whole(costs, whole))
+            say(sum_beside_whole(costs, whole))
         missing = {where(score) for score in scores} ^ {where(block) for block in blocks if block not in failed}
         for place in sorted(missing):
-            tell(f"left out: layer {place[0]} {place[1]} {place[2]}: its score is not a number")
+            say(f"left out: layer {place[0]} {place[1]} {place[2]}: its score is not a number")
         for block in failed:
-            tell(f"left out: layer {block.layer} {block.subblock} {block.variant}: {block.reason}")
+            say(f"left out: layer {block.layer} {block.subblock} {block.variant}: {block.reason}")
 
     def log_architecture(self, architecture: Architecture) -> None:
         """The solver's answer."""
@@ -172,16 +172,6 @@ def ui_commands(run: Run) -> list[str]:
         f"MLflow:  {tracking.mlflow_ui_command(run.workspace)}",
         f"         {tracking.run_url(run.tracking, run.mlflow_run_id)}",
     ]
-
-
-def wide_console() -> Console:
-    """Standard output; where it is no terminal, wide enough for the table."""
-    return Console(soft_wrap=True) if sys.stdout.isatty() else Console(soft_wrap=True, width=160)
-
-
-def tell(text: str) -> None:
-    """A line for the person at the console."""
-    Console(soft_wrap=True).print(text, highlight=False, markup=False)
 
 
 def kept_run(profile: Profile, workspace: Path) -> Path:

@@ -65,6 +65,16 @@ def _clock(seconds: float) -> str:
     return f"{minutes}:{rest:02d}"
 
 
+def wide_console() -> Console:
+    """Standard output; where it is no terminal, wide enough for the table."""
+    return Console(soft_wrap=True) if sys.stdout.isatty() else Console(soft_wrap=True, width=160)
+
+
+def say(text: str) -> None:
+    """A line for the person at the console."""
+    wide_console().print(text, highlight=False, markup=False)
+
+
 @contextmanager
 def stage(name: str) -> Iterator[Stage]:
     """Show a stage on standard output."""

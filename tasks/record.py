@@ -38,15 +38,25 @@ def open_parent(folder: Path, device: str = "cpu") -> Parent:
     return Parent(folder, device)
 
 
+def _manifest(layer: int, key: str, workspace: Path) -> Path:
+    return workspace / "record" / key / f"layer_{layer:03d}.json"
+
+
+def recorded(layer: int, key: str, workspace: Path) -> LayerRecord | None:
+    """The stored record of a layer when its files are whole, else None."""
+    path = _manifest(layer, key, workspace)
+    return remember(path, LayerRecord, lambda record: [record.boundary, record.statistics], workspace)
+
+
 def record_layer(
     layer: int, parent: ParentInfo, corpus: CorpusInfo, settings: Record, ridge: float, workspace: Path
 ) -> LayerRecord:
     """Record one layer; returns the stored record when its files are whole."""
-    folder = f"record/{record_key(parent, corpus, settings, ridge)}"
-    manifest = workspace / folder / f"layer_{layer:03d}.json"
-    stored = remember(manifest, LayerRecord, lambda record: [record.boundary, record.statistics], workspace)
+    key = record_key(parent, corpus, settings, ridge)
+    stored = recorded(layer, key, workspace)
     if stored is not None:
         return stored
+    folder = f"record/{key}"
     started = time.perf_counter()
     reader = open_parent(workspace / parent.folder)
     hidden = _entering(reader, layer, corpus, settings, workspace, folder)
@@ -65,7 +75,7 @@ def record_layer(
     if layer + 1 < reader.depth:
         _write_entering(workspace, folder, layer + 1, after)
     record = LayerRecord(layer=layer, boundary=boundary, statistics=reference, seconds=time.perf_counter() - started)
-    write_value(manifest, record)
+    write_value(_manifest(layer, key, workspace), record)
     for leftover in _rolling(workspace, folder, layer):
         leftover.unlink(missing_ok=True)
     return record

@@ -22,7 +22,8 @@ from blocks.divergence import Targets, kl_per_token, targets_of
 from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
 from blocks.library import digest_of, read_tensors, remember, write_value
 from blocks.parent import Parent, load_subblock, run_subblock
-from blocks.records import BlockRecord, CorpusInfo, LayerChoice, LayerRecord, ParentInfo, Score, Subblock
+from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, LayerChoice, LayerRecord, ParentInfo, Score
+from tasks.evaluate import mean_metric
 from tasks.record import open_parent
 
 VERSION = 2
@@ -77,6 +78,15 @@ def score_key(record: BlockRecord, shape: Shape) -> str:
     return digest_of(block=record.key, shape=shape, version=VERSION)
 
 
+def _score_path(record: BlockRecord, shape: Shape, workspace: Path) -> Path:
+    return workspace / "scores" / f"{score_key(record, shape)}.json"
+
+
+def stored_score(record: BlockRecord, shape: Shape, workspace: Path) -> Score | None:
+    """The score of a block that was measured before, None when it was not or its file is damaged."""
+    return remember(_score_path(record, shape, workspace), Score, lambda _: [], workspace)
+
+
 def score_layer(
     records: Sequence[BlockRecord],
     layer: LayerRecord,
@@ -89,11 +99,7 @@ def score_layer(
     """Scores of all usable variants of one layer on the first `shape` (sequences, tokens) of the recorded validation
     states, each stored as soon as it is known."""
     usable = [record for record in records if record.status != "failed"]
-    folder = workspace / "scores"
-    found = {
-        record.key: remember(folder / f"{score_key(record, shape)}.json", Score, lambda _: [], workspace)
-        for record in usable
-    }
+    found = {record.key: stored_score(record, shape, workspace) for record in usable}
     missing = [record for record in usable if found[record.key] is None]
     if missing:
         suffix = open_suffix(workspace / parent.folder, workspace, corpus, last, shape)
@@ -104,7 +110,7 @@ def score_layer(
             for record, score in zip(batch, score_batch(suffix, batch, hidden, workspace), strict=True):
                 if score is not None:
                     found[record.key] = score
-                    write_value(folder / f"{score_key(record, shape)}.json", score)
+                    write_value(_score_path(record, shape, workspace), score)
     return [score for score in found.values() if score is not None]
 
 
@@ -129,8 +135,7 @@ def _replaced(suffix: ParentSuffix, record: BlockRecord, hidden: Tensor, workspa
     variant = load_variant(suffix.reader, record, workspace)
     if record.subblock == "block":
         return variant(hidden, **context)
-    subblocks: tuple[Subblock, ...] = ("attention", "ffn")
-    for subblock in subblocks:
+    for subblock in SUBBLOCKS:
         source = variant if subblock == record.subblock else module
         out = run_subblock(source, subblock, hidden, context)
         hidden = hidden if out is None else hidden + out
@@ -139,11 +144,7 @@ def _replaced(suffix: ParentSuffix, record: BlockRecord, hidden: Tensor, workspa
 
 def load_variant(reader: Parent, record: BlockRecord, workspace: Path) -> DeciLMDecoderLayer:
     """A layer that holds a record's trained subblock (both of a coupled one); the rest is left out."""
-    if record.subblock == "block":
-        attention, ffn = record.variant.split("+")
-        choice = LayerChoice(attention=attention, ffn=ffn)
-    else:
-        choice = LayerChoice.alone(record.subblock, record.variant)
+    choice = LayerChoice.alone(record.subblock, record.variant)
     module = reader.empty_layer(record.layer, choice).requires_grad_(False)
     if record.weights is not None:
         module.load_state_dict(read_tensors(workspace, record.weights))
@@ -162,25 +163,18 @@ def _score(suffix: ParentSuffix, record: BlockRecord, states: Tensor, seconds: f
     kl, rise = kl.view(count, length), rise.view(count, length)[:, :-1]
     shift = (suffix.targets.hidden.view_as(states) - states)[:, :-1].double()
     lm = rise + (shift * suffix.head[suffix.labels].double()).sum(-1)
-    kl_mean, kl_se, kl_each = _over_sequences(kl)
-    lm_mean, lm_se, lm_each = _over_sequences(lm)
+    kl_each, lm_each = kl.mean(1), lm.mean(1)
+    kl_mean, lm_mean = mean_metric(kl_each), mean_metric(lm_each)
     return Score(
         layer=record.layer,
         subblock=record.subblock,
         variant=record.variant,
-        kl=kl_mean,
-        kl_se=kl_se,
-        lm_loss=lm_mean,
-        lm_loss_se=lm_se,
+        kl=kl_mean.value,
+        kl_se=kl_mean.se,
+        lm_loss=lm_mean.value,
+        lm_loss_se=lm_mean.se,
         tokens=count * length,
-        kl_per_sequence=kl_each,
-        lm_loss_per_sequence=lm_each,
+        kl_per_sequence=tuple(kl_each.tolist()),
+        lm_loss_per_sequence=tuple(lm_each.tolist()),
         seconds=seconds,
     )
-
-
-def _over_sequences(values: Tensor) -> tuple[float, float, tuple[float, ...]]:
-    """(S, T) -> mean over tokens, standard error over sequences, mean of each sequence."""
-    each = values.mean(1)
-    error = (each.std() / len(each) ** 0.5).item() if len(each) > 1 else 0.0
-    return each.mean().item(), error, tuple(each.tolist())

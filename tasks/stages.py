@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
@@ -16,11 +16,10 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.futures import PrefectFuture
 from prefect.tasks import exponential_backoff
-from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from blocks.errors import PuzzleError
-from blocks.library import BlockLibrary, digest_of, remember
+from blocks.library import BlockLibrary, digest_of
 from blocks.parent import Parent
 from blocks.records import (
     SUBBLOCKS,
@@ -28,6 +27,7 @@ from blocks.records import (
     BlockRecord,
     CorpusInfo,
     CostTable,
+    LayerChoice,
     LayerRecord,
     ParentInfo,
     Score,
@@ -42,12 +42,10 @@ from tasks.choose import choose
 from tasks.compare import Contender, Evaluation
 from tasks.corpus import iterate_documents, prepare_corpus
 from tasks.parent import prepare_parent
-from tasks.progress import stage
-from tasks.record import open_parent, record_key, record_layer
+from tasks.progress import say, stage
+from tasks.record import open_parent, record_key, record_layer, recorded
 from tasks.throughput import Throughput
 from tasks.totals import Problem, make_problem, predicted
-
-ResultT = TypeVar("ResultT")
 
 
 def worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
@@ -144,20 +142,14 @@ def record(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, workspace: 
     records = []
     with stage("record") as tell:
         for layer in range(reader.depth):
-            whole = is_recorded(workspace, key, layer)
+            missing = recorded(layer, key, workspace) is None
             records.append(
-                record_task.with_options(refresh_cache=not whole)(layer, key, parent, corpus, profile, str(workspace))
+                record_task.with_options(refresh_cache=missing)(layer, key, parent, corpus, profile, str(workspace))
             )
             tell(layer + 1, reader.depth)
     for leftover in (workspace / "record" / key).glob("entering_*"):
         leftover.unlink()
     return records
-
-
-def is_recorded(workspace: Path, key: str, layer: int) -> bool:
-    """True when a layer's record and its files are whole."""
-    path = workspace / "record" / key / f"layer_{layer:03d}.json"
-    return remember(path, LayerRecord, lambda r: [r.boundary, r.statistics], workspace) is not None
 
 
 def jobs_of(
@@ -200,7 +192,7 @@ def coupled_jobs(profile: Profile, jobs: Sequence[Job], blocks: Sequence[BlockRe
                     model.model_copy(
                         update={
                             "subblock": "block",
-                            "variant": f"{attention.label}+{ffn.label}",
+                            "variant": LayerChoice(attention=attention.label, ffn=ffn.label).block_label,
                             "warm_start": tuple(start for start in starts if start is not None),
                         }
                     )
@@ -258,14 +250,13 @@ def score_all(
     shape = (profile.scoring.sequences, profile.scoring.tokens_per_sequence or corpus.sequence_length)
     futures = []
     for layer, members in by_layer.items():
-        paths = [workspace / "scores" / f"{scoring.score_key(block, shape)}.json" for block in members]
-        whole = all(path.exists() for path in paths)
+        missing = any(scoring.stored_score(block, shape, workspace) is None for block in members)
         futures.append(
-            score_task.with_options(refresh_cache=not whole).submit(
+            score_task.with_options(refresh_cache=missing).submit(
                 members, records[layer], records[-1], parent, corpus, shape, str(workspace)
             )
         )
-    scores = wait(futures, "score", lambda found: f"layer {found[0].layer}")
+    scores = wait(futures, "score", lambda found: f"layer {found[0].layer}" if found else "")
     return [score for found in scores for score in found]
 
 
@@ -314,7 +305,7 @@ def choose_baselines(profile: Profile, problem: Problem, child: Architecture) ->
             layers = baseline(name, problem, profile.seed).layers
             found[name] = predicted(problem, layers, name, batches)
         except PuzzleError as error:
-            Console(soft_wrap=True).print(f"baseline {name} left out: {error}", highlight=False, markup=False)
+            say(f"baseline {name} left out: {error}")
     return found
 
 

@@ -292,7 +292,7 @@ def _scores(problem: Problem, layer: int, choice: LayerChoice) -> list[Score]:
     """The listed scores behind one layer's choice; a parent's subblock that is not listed scores 0 and adds none."""
     wanted: list[tuple[str, str]] = [*_subblocks([choice])]
     if choice.coupled:
-        wanted = [("block", f"{choice.attention}+{choice.ffn}")]
+        wanted = [("block", choice.block_label)]
     found = []
     for part, label in wanted:
         score = problem.score_table.get((layer, part), {}).get(label)
