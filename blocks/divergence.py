@@ -6,7 +6,9 @@ With parent probabilities p = softmax(W h_p) and a child that shares the parent'
                = (h_p - h_c) . m + lse(W h_c) - lse(W h_p),    m = W^T p
 
 so the parent's whole distribution enters as its moment m, D numbers a token in the place of V, computed once for all
-variants and steps. Of the child only logsumexp is needed, chunk by chunk; its gradient in h_c is W^T q - m.
+variants and steps. Of the child only logsumexp is needed; its gradient in h_c is W^T q - m. Both are summed over slices
+of the vocabulary as they pass (online softmax: Milakov and Gimelshein, arXiv 1805.02867), so that a slice of logits
+stays in the cache.
 
 N = tokens, D = hidden_size, V = vocab_size.
 """
@@ -17,7 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 256
+from blocks.packed import packed_product
+
+CHUNK = 1024  # tokens
+SLICE = 4096  # vocabulary entries: CHUNK x SLICE logits are 16 MB
+
+
+class Head:
+    """A frozen head: weight (V, D), and its slices made ready for many products."""
+
+    def __init__(self, weight_VD: Tensor) -> None:
+        self.weight = weight_VD.detach()
+        self.slices = [(part, packed_product(part)) for part in self.weight.split(SLICE)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,61 +45,65 @@ class Targets:
         return Targets(hidden=self.hidden[rows], moment=self.moment[rows], lse=self.lse[rows])
 
 
-def _exponentials(hidden_ND: Tensor, head_VD: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(logits - top) of one chunk, their sums (n, 1), and top (n, 1). The one way logits are made here.
+def _sweep(hidden_ND: Tensor, head: Head, want_moment: bool) -> tuple[Tensor, Tensor | None]:
+    """logsumexp (N,) over the vocabulary and, if wanted, head.T @ softmax (N, D). The one way logits are made here.
 
     Parent and child take the same steps, so equal states give equal bits and a divergence of exactly 0.
     """
-    logits = torch.mm(hidden_ND, head_VD.T, out=buffer[: len(hidden_ND)])
-    top = logits.amax(1, keepdim=True)
-    weights = logits.sub_(top).exp_()
-    return weights, weights.sum(1, keepdim=True), top
+    parts = [_sweep_chunk(chunk, head, want_moment) for chunk in hidden_ND.split(CHUNK)]
+    moment = torch.cat([moment for _, moment in parts]) if want_moment else None
+    return torch.cat([lse for lse, _ in parts]), moment
+
+
+def _sweep_chunk(hidden_ND: Tensor, head: Head, want_moment: bool) -> tuple[Tensor, Tensor]:
+    top = hidden_ND.new_full((len(hidden_ND), 1), -torch.inf)
+    total = torch.zeros_like(top)
+    moment = torch.zeros_like(hidden_ND if want_moment else top)
+    for weight, product in head.slices:
+        logits = product(hidden_ND)
+        higher = torch.maximum(top, logits.amax(1, keepdim=True))
+        weights, kept = logits.sub_(higher).exp_(), (top - higher).exp_()
+        total = total.mul_(kept).add_(weights.sum(1, keepdim=True))
+        if want_moment:
+            moment.mul_(kept).addmm_(weights, weight)
+        top = higher
+    return (total.log() + top).squeeze(1), moment.div_(total)
 
 
 @torch.no_grad()
-def logsumexp(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
-    """logsumexp over the vocabulary of head @ hidden, chunk by chunk. (N, D), (V, D) -> (N,)"""
-    buffer = hidden_ND.new_empty(min(CHUNK, len(hidden_ND)), len(head_VD))
-    parts = (_exponentials(chunk, head_VD, buffer) for chunk in hidden_ND.split(CHUNK))
-    return torch.cat([(sums.log() + top).squeeze(1) for _, sums, top in parts])
+def logsumexp(hidden_ND: Tensor, head: Head) -> Tensor:
+    """logsumexp over the vocabulary of the head's logits. (N, D) -> (N,)"""
+    return _sweep(hidden_ND, head, want_moment=False)[0]
 
 
 @torch.no_grad()
-def targets_of(hidden_ND: Tensor, head_VD: Tensor) -> Targets:
+def targets_of(hidden_ND: Tensor, head: Head) -> Targets:
     """The parent's targets from its hidden states after the final norm."""
-    buffer = hidden_ND.new_empty(min(CHUNK, len(hidden_ND)), len(head_VD))
-    moments, sums_of = [], []
-    for chunk in hidden_ND.split(CHUNK):
-        weights, sums, top = _exponentials(chunk, head_VD, buffer)
-        moments.append((weights @ head_VD).div_(sums))
-        sums_of.append((sums.log() + top).squeeze(1))
-    return Targets(hidden=hidden_ND, moment=torch.cat(moments), lse=torch.cat(sums_of))
+    lse, moment = _sweep(hidden_ND, head, want_moment=True)
+    assert moment is not None
+    return Targets(hidden=hidden_ND, moment=moment, lse=lse)
 
 
 @torch.no_grad()
-def kl_per_token(hidden_ND: Tensor, targets: Targets, head_VD: Tensor) -> tuple[Tensor, Tensor]:
+def kl_per_token(hidden_ND: Tensor, targets: Targets, head: Head) -> tuple[Tensor, Tensor]:
     """KL(parent || child) of every token, and the rise of logsumexp that the LM loss needs too. Both (N,), float64.
 
     The parent's own hidden states give exactly 0.
     """
-    rise = logsumexp(hidden_ND, head_VD).double() - targets.lse.double()
+    rise = logsumexp(hidden_ND, head).double() - targets.lse.double()
     shift = ((targets.hidden - hidden_ND).double() * targets.moment.double()).sum(1)
     return shift + rise, rise
 
 
 class _KL(torch.autograd.Function):
-    """Mean KL over tokens; the gradient is made in the forward pass, one chunk of logits alive at a time."""
+    """Mean KL over tokens; the gradient is made in the forward pass, one slice of logits alive at a time."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, parent_ND: Tensor, moment_ND: Tensor, lse_N: Tensor, head: Tensor) -> Any:
-        gradients, total = [], hidden_ND.new_zeros(())
-        buffer = hidden_ND.new_empty(min(CHUNK, len(hidden_ND)), len(head))
-        parts = zip(*(tensor.split(CHUNK) for tensor in (hidden_ND, parent_ND, moment_ND, lse_N)), strict=True)
-        for hidden, parent, moment, lse in parts:
-            weights, sums, top = _exponentials(hidden, head, buffer)
-            total += ((parent - hidden) * moment).sum() + (sums.log() + top).sum() - lse.sum()
-            gradients.append((weights @ head).div_(sums).sub_(moment))
-        ctx.save_for_backward(torch.cat(gradients).div_(len(hidden_ND)))
+    def forward(ctx: Any, hidden_ND: Tensor, parent_ND: Tensor, moment_ND: Tensor, lse_N: Tensor, head: Head) -> Any:
+        lse, moment = _sweep(hidden_ND, head, want_moment=True)
+        assert moment is not None
+        total = ((parent_ND - hidden_ND) * moment_ND).sum() + (lse - lse_N).sum()
+        ctx.save_for_backward(moment.sub_(moment_ND).div_(len(hidden_ND)))
         return total / len(hidden_ND)
 
     @staticmethod
@@ -95,7 +112,7 @@ class _KL(torch.autograd.Function):
         return gradient * gradients[0], None, None, None, None
 
 
-def kl_loss(hidden_ND: Tensor, targets: Targets, head_VD: Tensor) -> Tensor:
+def kl_loss(hidden_ND: Tensor, targets: Targets, head: Head) -> Tensor:
     """Differentiable mean KL(parent || child) in nats per token; the head is frozen."""
-    loss: Tensor = _KL.apply(hidden_ND, targets.hidden, targets.moment, targets.lse, head_VD)
+    loss: Tensor = _KL.apply(hidden_ND, targets.hidden, targets.moment, targets.lse, head)
     return loss

@@ -8,23 +8,22 @@ vocabulary while embedding and head stay frozen. Validation KL is watched, the b
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blocks.divergence import Targets, kl_loss, kl_per_token, targets_of
+from blocks.divergence import Head, Targets, kl_loss, kl_per_token, targets_of
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import digest_of, read_tensors, remember, write_tensors, write_value
 from blocks.records import CorpusInfo, ParentInfo, Ref, Value
 from profiles.schema import GKD
 from tasks.record import open_parent
 
-VERSION = 2
+VERSION = 3
 Tell = Callable[[int, int, str], None]
 
 
@@ -79,17 +78,18 @@ def record_teacher(
         return stored
     reader = open_parent(workspace / parent.folder)
     model = reader.model()
+    head = Head(model.lm_head.weight)
     layers = cosine_layers(reader.depth, settings.cosine_every)
     tokens = read_tensors(workspace, corpus.tokens)
     references = []
     for step in range(settings.steps):
         batch = tokens["train"][rows_of_step(step, settings, len(tokens["train"]))]
-        references.append(_record_batch(model, batch, layers, workspace, f"{folder}/step_{step:05d}"))
+        references.append(_record_batch(model, head, batch, layers, workspace, f"{folder}/step_{step:05d}"))
         tell(step + 1, settings.steps, "parent")
     validation = tokens["validation"][: settings.validation_sequences]
     record = TeacherRecord(
         steps=tuple(references),
-        validation=_record_batch(model, validation, (), workspace, f"{folder}/validation"),
+        validation=_record_batch(model, head, validation, (), workspace, f"{folder}/validation"),
         layers=layers,
         tokens=settings.steps * settings.batch_sequences * corpus.sequence_length,
         seconds=time.perf_counter() - started,
@@ -105,7 +105,9 @@ def rows_of_step(step: int, settings: GKD, available: int) -> list[int]:
     return [order[(first + row) % available] for row in range(settings.batch_sequences)]
 
 
-def _record_batch(model: DeciLMForCausalLM, tokens: Tensor, layers: tuple[int, ...], workspace: Path, stem: str) -> Ref:
+def _record_batch(
+    model: DeciLMForCausalLM, head: Head, tokens: Tensor, layers: tuple[int, ...], workspace: Path, stem: str
+) -> Ref:
     """Targets of one batch: states in bfloat16 (a cosine does not see the difference), the rest in float32."""
     manifest = workspace / f"{stem}.json"
     stored = remember(manifest, Ref, lambda ref: [ref], workspace)
@@ -113,7 +115,7 @@ def _record_batch(model: DeciLMForCausalLM, tokens: Tensor, layers: tuple[int, .
         return stored
     with torch.inference_mode():
         states = model.model(tokens.long(), output_hidden_states=True).hidden_states
-        targets = targets_of(states[-1].flatten(0, 1), model.lm_head.weight)
+        targets = targets_of(states[-1].flatten(0, 1), head)
     # hidden_states[i] enters layer i, so layer i's output is [i + 1]; the last one is taken after the final norm
     tensors = {f"layer_{layer}": states[layer + 1].flatten(0, 1).bfloat16() for layer in layers}
     tensors |= {"hidden": targets.hidden, "moment": targets.moment, "lse": targets.lse, "tokens": tokens}
@@ -147,11 +149,12 @@ def _watch(
     curve: list[tuple[int, float]],
     step: int,
     model: DeciLMForCausalLM,
+    head: Head,
     teacher: TeacherRecord,
     workspace: Path,
 ) -> None:
     """Measure the validation KL; one that is not a number counts as worse than any, and is no point of the curve."""
-    kl = validation_kl(model, teacher, workspace)
+    kl = validation_kl(model, head, teacher, workspace)
     best.see(kl, step, model)
     if math.isfinite(kl):
         curve.append((step, kl))
@@ -176,17 +179,17 @@ def distill_globally(
         model.model.layers.load_state_dict(read_tensors(workspace, stored.weights))
         return stored
     started, cpu = time.perf_counter(), time.process_time()
-    best = _Best(kl=math.inf, step=0, state={})
+    best, head = _Best(kl=math.inf, step=0, state={}), Head(model.lm_head.weight)
     curve: list[tuple[int, float]] = []
     best.keep(math.inf, 0, model)
-    _watch(best, curve, 0, model, teacher, workspace)
+    _watch(best, curve, 0, model, head, teacher, workspace)
     losses: list[float] = []
     stopped = "all steps done"
-    for step, loss in _steps(model, teacher, settings, workspace):
+    for step, loss in _steps(model, head, teacher, settings, workspace):
         losses.append(loss)
         tell(step, settings.steps, f"loss {loss:.3f}, best validation KL {best.kl:.3f}")
         if step % settings.evaluate_every == 0 or step == settings.steps:
-            _watch(best, curve, step, model, teacher, workspace)
+            _watch(best, curve, step, model, head, teacher, workspace)
         if not math.isfinite(loss) or best.waited >= settings.patience:
             stopped = f"no better validation KL since step {best.step}" if math.isfinite(loss) else f"loss is {loss}"
             break
@@ -211,7 +214,9 @@ def distill_globally(
     return result
 
 
-def _steps(model: DeciLMForCausalLM, teacher: TeacherRecord, settings: GKD, workspace: Path) -> Any:
+def _steps(
+    model: DeciLMForCausalLM, head: Head, teacher: TeacherRecord, settings: GKD, workspace: Path
+) -> Iterator[tuple[int, float]]:
     """AdamW with a short warm-up and a cosine decay; yields (step, loss)."""
     model.requires_grad_(False)
     parameters = list(model.model.layers.requires_grad_(True).parameters())
@@ -220,7 +225,7 @@ def _steps(model: DeciLMForCausalLM, teacher: TeacherRecord, settings: GKD, work
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
     for step, reference in enumerate(teacher.steps, start=1):
-        loss = gkd_loss(model, read_tensors(workspace, reference), teacher.layers)
+        loss = gkd_loss(model, head, read_tensors(workspace, reference), teacher.layers)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -236,10 +241,10 @@ def _rate(step: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def gkd_loss(model: DeciLMForCausalLM, batch: dict[str, Tensor], layers: tuple[int, ...]) -> Tensor:
+def gkd_loss(model: DeciLMForCausalLM, head: Head, batch: dict[str, Tensor], layers: tuple[int, ...]) -> Tensor:
     """Sum over the compared layers of (1 - cosine), mean over tokens, plus the exact KL. Scalar."""
     states = model.model(batch["tokens"].long(), output_hidden_states=True).hidden_states
-    total = kl_loss(states[-1].flatten(0, 1), _targets(batch), model.lm_head.weight)
+    total = kl_loss(states[-1].flatten(0, 1), _targets(batch), head)
     for layer in layers:
         cosine = F.cosine_similarity(states[layer + 1].flatten(0, 1), batch[f"layer_{layer}"].float(), dim=-1)
         total = total + (1 - cosine).mean()
@@ -251,8 +256,8 @@ def _targets(batch: dict[str, Tensor]) -> Targets:
 
 
 @torch.no_grad()
-def validation_kl(model: DeciLMForCausalLM, teacher: TeacherRecord, workspace: Path) -> float:
+def validation_kl(model: DeciLMForCausalLM, head: Head, teacher: TeacherRecord, workspace: Path) -> float:
     """KL(parent || child) in nats per token on the recorded validation sequences."""
     batch = read_tensors(workspace, teacher.validation)
     hidden = model.model(batch["tokens"].long()).last_hidden_state.flatten(0, 1)
-    return kl_per_token(hidden, _targets(batch), model.lm_head.weight)[0].mean().item()
+    return kl_per_token(hidden, _targets(batch), head)[0].mean().item()

@@ -17,11 +17,12 @@ from torch import Tensor
 from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
 from blocks.fit import elimination_order
 from blocks.library import digest_of, is_whole, read_tensors, read_value, remember, write_tensors, write_value
+from blocks.packed import pack_linears
 from blocks.parent import Parent
 from blocks.records import CorpusInfo, LayerRecord, ParentInfo, Ref
 from profiles.schema import Record
 
-VERSION = 1
+VERSION = 2
 BATCH = 8
 
 
@@ -61,6 +62,9 @@ def record_layer(
     reader = open_parent(workspace / parent.folder)
     hidden = _entering(reader, layer, corpus, settings, workspace, folder)
     module = reader.layer(layer)
+    core: Any = module.mlp
+    down: Tensor = core.down_proj.weight.data
+    pack_linears(module)  # as scoring does: the parent's own block then repeats these states to the bit
     kept = torch.cat([hidden[: settings.hidden_sequences], hidden[settings.statistics_sequences :]])
     boundary = write_tensors(
         workspace,
@@ -68,9 +72,8 @@ def record_layer(
         {"train": kept[: settings.hidden_sequences], "validation": kept[settings.hidden_sequences :]},
     )
     after, statistics = _pass(reader, module, layer, hidden, settings.statistics_sequences)
-    if module.mlp is not None:
-        down: Any = module.mlp.down_proj
-        statistics["ffn_order"] = elimination_order(statistics["ffn_gram"], down.weight, ridge, chunk=32)
+    statistics["ffn_contribution"] = statistics["ffn_contribution"] * down.norm(dim=0)
+    statistics["ffn_order"] = elimination_order(statistics["ffn_gram"], down, ridge, chunk=32)
     reference = write_tensors(workspace, f"{folder}/statistics_{layer:03d}.safetensors", statistics)
     if layer + 1 < reader.depth:
         _write_entering(workspace, folder, layer + 1, after)
@@ -106,7 +109,9 @@ def _entering(reader: Parent, layer: int, corpus: CorpusInfo, settings: Record, 
     with torch.inference_mode():
         hidden = reader.embedding()(chosen.long())
     for earlier in range(layer):
-        hidden, _ = _pass(reader, reader.layer(earlier), earlier, hidden, 0)
+        module = reader.layer(earlier)
+        pack_linears(module)
+        hidden, _ = _pass(reader, module, earlier, hidden, 0)
     return hidden.clone()
 
 
@@ -138,8 +143,7 @@ def _pass(
                 _add(sums, "ffn_contribution", channels.abs().sum(0))
     hook.remove()
     if "ffn_contribution" in sums:
-        norms = core.down_proj.weight.norm(dim=0)
-        sums["ffn_contribution"] = sums["ffn_contribution"] / (counted * hidden.shape[1]) * norms
+        sums["ffn_contribution"] /= counted * hidden.shape[1]
     return torch.cat(parts), sums
 
 

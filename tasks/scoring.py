@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blocks.divergence import Targets, kl_per_token, targets_of
+from blocks.divergence import Head, Targets, kl_per_token, targets_of
 from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
 from blocks.library import digest_of, read_tensors, remember, write_value
+from blocks.packed import pack_linears
 from blocks.parent import Parent, load_subblock, run_subblock
 from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, LayerChoice, LayerRecord, ParentInfo, Score
 from tasks.evaluate import mean_metric
 from tasks.record import open_parent
 
-VERSION = 2
+VERSION = 3
 BATCH_TOKENS = 4096
 Shape = tuple[int, int]  # scored sequences, tokens of each
 
@@ -38,7 +39,7 @@ class ParentSuffix:
     reader: Parent
     layers: list[DeciLMDecoderLayer]
     norm: nn.Module
-    head: Tensor
+    head: Head
     targets: Targets
     labels: Tensor  # (S, T - 1) token that follows each position
     contexts: list[dict[str, Any]]
@@ -56,9 +57,10 @@ def open_suffix(folder: Path, workspace: Path, corpus: CorpusInfo, last: LayerRe
     """Load the parent and compute its targets from the states that enter its last layer."""
     reader = open_parent(folder)
     layers = nn.ModuleList([reader.layer(layer) for layer in range(reader.depth)])
+    pack_linears(layers)
     hidden = read_tensors(workspace, last.boundary, ["validation"])["validation"][: shape[0], : shape[1]]
     contexts = reader.contexts(hidden[:1])
-    norm, head = reader.norm(), reader.head_weight()
+    norm, head = reader.norm(), Head(reader.head_weight())
     with torch.no_grad():
         final = norm(layers[-1](hidden, **contexts[-1])).flatten(0, 1)
     tokens = read_tensors(workspace, corpus.tokens, ["validation"])["validation"][: shape[0], : shape[1]].long()
@@ -133,6 +135,7 @@ def _replaced(suffix: ParentSuffix, record: BlockRecord, hidden: Tensor, workspa
     """States that leave the layer when the variant stands in it."""
     module, context = suffix.layers[record.layer], suffix.contexts[record.layer]
     variant = load_variant(suffix.reader, record, workspace)
+    pack_linears(variant)
     if record.subblock == "block":
         return variant(hidden, **context)
     for subblock in SUBBLOCKS:
@@ -162,7 +165,7 @@ def _score(suffix: ParentSuffix, record: BlockRecord, states: Tensor, seconds: f
         return None
     kl, rise = kl.view(count, length), rise.view(count, length)[:, :-1]
     shift = (suffix.targets.hidden.view_as(states) - states)[:, :-1].double()
-    lm = rise + (shift * suffix.head[suffix.labels].double()).sum(-1)
+    lm = rise + (shift * suffix.head.weight[suffix.labels].double()).sum(-1)
     kl_each, lm_each = kl.mean(1), lm.mean(1)
     kl_mean, lm_mean = mean_metric(kl_each), mean_metric(lm_each)
     return Score(

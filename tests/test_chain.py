@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from blocks.child import assemble, library_of
+from blocks.divergence import Head
 from blocks.library import read_tensors
 from blocks.parent import Parent, load_subblock
 from blocks.records import SUBBLOCKS, Architecture, LayerChoice, Subblock
@@ -316,7 +317,9 @@ def test_gkd_lowers_the_validation_kl_and_is_repeatable(chain: Chain) -> None:
     assert results[0].best_kl < 0.97 * results[0].curve[0][1]
     assert results[0].best_kl == min(kl for _, kl in results[0].curve)
     assert results[0].weights.sha256 == results[1].weights.sha256
-    assert gkd.validation_kl(child, teacher, chain.workspace) == pytest.approx(results[1].best_kl, rel=1e-6)
+    assert gkd.validation_kl(child, Head(child.lm_head.weight), teacher, chain.workspace) == pytest.approx(
+        results[1].best_kl, rel=1e-6
+    )
 
 
 def test_gkd_that_harms_gives_back_the_child_it_was_given(chain: Chain) -> None:
@@ -337,7 +340,7 @@ def test_gkd_loss_against_plain_formulas(chain: Chain) -> None:
     child = assemble(chain.reader, library_of(chain.blocks), architecture(child_layers()), chain.workspace)
     ids = batch["tokens"].long()
     with torch.no_grad():
-        ours = gkd.gkd_loss(child, batch, teacher.layers).item()
+        ours = gkd.gkd_loss(child, Head(child.lm_head.weight), batch, teacher.layers).item()
         outputs = [m.model(ids, output_hidden_states=True).hidden_states for m in (chain.reader.model(), child)]
         p, q = (F.log_softmax(states[-1] @ child.lm_head.weight.T, -1) for states in outputs)
         wanted = (p.exp() * (p - q)).sum(-1).mean()

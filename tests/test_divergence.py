@@ -3,9 +3,9 @@
 import torch
 from torch.nn import functional as F
 
-from blocks.divergence import CHUNK, kl_loss, kl_per_token, logsumexp, targets_of
+from blocks.divergence import CHUNK, SLICE, Head, kl_loss, kl_per_token, logsumexp, targets_of
 
-N, D, V = CHUNK + 37, 16, 101  # more than one chunk
+N, D, V = CHUNK + 37, 16, SLICE + 101  # more than one chunk, more than one slice
 
 
 def states(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -22,7 +22,7 @@ def plain_kl(head: torch.Tensor, parent: torch.Tensor, child: torch.Tensor) -> t
 
 def test_kl_equals_the_plain_softmax() -> None:
     head, parent, child = states(0)
-    kl, _ = kl_per_token(child, targets_of(parent, head), head)
+    kl, _ = kl_per_token(child, targets_of(parent, Head(head)), Head(head))
     wanted = plain_kl(head.double(), parent.double(), child.double())
     assert wanted.mean() > 0.1
     torch.testing.assert_close(kl, wanted, rtol=1e-4, atol=2e-5)  # float32 logits of size ~10
@@ -30,7 +30,7 @@ def test_kl_equals_the_plain_softmax() -> None:
 
 def test_the_parent_scores_exactly_zero() -> None:
     head, parent, _ = states(1)
-    kl, rise = kl_per_token(parent.clone(), targets_of(parent, head), head)
+    kl, rise = kl_per_token(parent.clone(), targets_of(parent, Head(head)), Head(head))
     assert kl.abs().max().item() == 0.0
     assert rise.abs().max().item() == 0.0
 
@@ -38,7 +38,7 @@ def test_the_parent_scores_exactly_zero() -> None:
 def test_lm_loss_rise_follows_from_the_same_parts() -> None:
     head, parent, child = states(2)
     labels = torch.arange(N) % V
-    _, rise = kl_per_token(child, targets_of(parent, head), head)
+    _, rise = kl_per_token(child, targets_of(parent, Head(head)), Head(head))
     delta = rise + ((parent - child) * head[labels]).sum(-1).double()
     wanted = F.cross_entropy(child @ head.T, labels, reduction="none") - F.cross_entropy(
         parent @ head.T, labels, reduction="none"
@@ -49,7 +49,7 @@ def test_lm_loss_rise_follows_from_the_same_parts() -> None:
 def test_gradient_equals_autograd_through_the_plain_softmax() -> None:
     head, parent, child = states(3)
     ours, theirs = child.clone().requires_grad_(), child.clone().requires_grad_()
-    loss = 3 * kl_loss(ours, targets_of(parent, head), head)
+    loss = 3 * kl_loss(ours, targets_of(parent, Head(head)), Head(head))
     loss.backward()
     (3 * plain_kl(head, parent, theirs).mean()).backward()
     assert ours.grad is not None and theirs.grad is not None
@@ -59,4 +59,4 @@ def test_gradient_equals_autograd_through_the_plain_softmax() -> None:
 
 def test_logsumexp_survives_large_logits() -> None:
     hidden, head = torch.full((3, 1), 200.0), torch.tensor([[1.0], [0.5]])
-    torch.testing.assert_close(logsumexp(hidden, head), torch.full((3,), 200.0))
+    torch.testing.assert_close(logsumexp(hidden, Head(head)), torch.full((3,), 200.0))
