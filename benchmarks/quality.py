@@ -6,6 +6,7 @@ Seeds change the order, and so the choice, of the GKD text, for the child and th
 one: BLD is seeded too, but was run once.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -107,7 +108,7 @@ def after(
     everyone = contenders(bench, problem, blocks)
     start = {which.name: kl_of(bench, which, evaluate) for which in everyone}
     best = min((which.name for which in everyone[1:]), key=lambda name: start[name].value, default="")
-    rows = []
+    rows, ranked = [], []
     for which in everyone:
         count = seeds if which.name in ("child", best) else 1
         values = [kl_of(bench, distilled(bench, which, steps, seed), evaluate) for seed in range(count)]
@@ -115,10 +116,17 @@ def after(
         mean = statistics.mean(v.value for v in values)
         each = " / ".join(f"{v.value:.3f}" for v in values)
         rows.append([which.name, text(start[which.name]), f"{mean:.3f}", f"± {values[0].se:.3f}", spread, each])
-    winner = min(rows, key=lambda row: float(str(row[2])))[0]
+        ranked.append((mean, values[0].se, which.name))
     header = ["contender", "before GKD", "after", "over sequences", "over seeds", "each seed"]
     tokens = steps * bench.profile.gkd.batch_sequences * bench.corpus.sequence_length
-    return f"{tokens:,} tokens each. Lowest: **{winner}**.\n\n" + table(header, rows)
+    return f"{tokens:,} tokens each. {lowest(ranked)}\n\n" + table(header, rows)
+
+
+def lowest(found: Sequence[tuple[float, float, str]]) -> str:
+    """Who is lowest, and who lies within one standard error of the difference. found: (KL, error, name)."""
+    (best, error, name), *others = sorted(found)
+    level = [other for value, se, other in others if value - best < math.hypot(error, se)]
+    return f"Lowest: **{name}**{', level within the error with ' + ' and '.join(level) if level else ''}."
 
 
 def distilled(bench: Bench, which: Contender, steps: int, seed: int) -> Contender:

@@ -1,4 +1,4 @@
-"""The command line: `puzzle optimize | validate | show`.
+"""The command line: `puzzle optimize | validate | show | choose | explain | sweep | confidence`.
 
 Exit code 0: done. 2: the input is wrong, one sentence, no traceback. 1: something failed; what, where the log is, how
 to go on. Heavy imports happen inside commands, after the process is configured.
@@ -17,6 +17,7 @@ import typer
 
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.runtime import configure
+from flows import search
 from profiles.load import ProfileError, load_profile
 from profiles.schema import Profile
 
@@ -70,6 +71,10 @@ def show(workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="th
     report = read_value(reports[-1], ChildReport)
     wide_console().print(comparison_table(report))
     typer.echo(f"child: {workspace.resolve() / report.child_folder}")
+
+
+for name, command in search.commands():
+    app.command(name)(command)
 
 
 def prepare_workspace(folder: Path) -> None:

@@ -3,22 +3,22 @@
     min  sum_ij score_ij x_ij    s.t.  sum_j x_ij = 1 for every slot i,   usage x <= 1 - non-block share,   x in {0, 1}
 
 A slot is one subblock of a layer; where coupled blocks were scored it is the whole layer, and its options are pairs.
-The batch sizes are an outer loop. What the solver answers is checked again by sums that share no code with it.
+The batch sizes are an outer loop; tasks/mip.py solves. What it answers is checked again by sums that share no code with
+it.
 """
 
 import math
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from blocks.errors import InfeasibleBudget, PuzzleError
+from blocks.errors import InfeasibleBudget
 from blocks.records import SUBBLOCKS, Architecture, LayerChoice, Subblock
 from profiles.schema import Scenario, Search
+from tasks.mip import ROOM, Answer, Floats, Integers, Program, least_usage, minimise
 from tasks.totals import (
     Batches,
     Limit,
@@ -32,15 +32,7 @@ from tasks.totals import (
 )
 
 # N = options, S = slots, R = rows of the budget
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
-
-ROOM = 1e-9  # how far, of a whole limit, the solver may overstep; the check afterwards allows 1e-6
 _COLUMNS = {"runtime": 0, "memory": 1, "parameters": 2, "layer_parameters": 2}
-
-
-class SolverStopped(PuzzleError):
-    """The solver gave up before it had any answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +60,11 @@ class Grid:
     scores: Floats
     usage: Floats
     fixed: Floats
+
+    @property
+    def program(self) -> Program:
+        """The same as numbers only."""
+        return Program(scores=self.scores, starts=self.starts, usage=self.usage, room=1 - self.fixed)
 
     def choice(self, selection: Integers) -> tuple[LayerChoice, ...]:
         """The choice per layer behind the selected option indices, (S,)."""
@@ -174,13 +171,10 @@ def _outside(problem: Problem, scenario: Scenario, batch_size: int) -> tuple[flo
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Solution:
-    """What the solver found: the option of every slot, (S,), the objective and a proven lower bound of it."""
+    """What the solver found at one combination of batch sizes."""
 
     grid: Grid
-    selection: Integers
-    objective: float
-    bound: float
-    status: str
+    answer: Answer
 
 
 def choose(problem: Problem) -> Architecture:
@@ -198,9 +192,9 @@ def choose(problem: Problem) -> Architecture:
         raise InfeasibleBudget(explain_infeasible(problem))
     best = solutions[0]
     for solution in solutions[1:]:
-        if solution.objective < best.objective - _tie(best.objective, problem.search):
+        if solution.answer.objective < best.answer.objective - _tie(best.answer.objective, problem.search):
             best = solution
-    bound = min(solution.bound for solution in solutions)
+    bound = min(solution.answer.bound for solution in solutions)
     return _verified(problem, best, bound, time.perf_counter() - started)
 
 
@@ -211,107 +205,25 @@ def _tie(objective: float, search: Search) -> float:
 
 def _verified(problem: Problem, best: Solution, bound: float, seconds: float) -> Architecture:
     """The architecture of a solution, its limits and score summed again without the matrices of the MIP."""
-    layers = best.grid.choice(best.selection)
+    layers = best.grid.choice(best.answer.selection)
     architecture = predicted(problem, layers, "mip", best.grid.batches)
     broken = broken_limits(problem, layers, best.grid.batches)
     problems = [f"{limit.field} is broken" for limit in broken]
     if len(layers) != problem.costs.num_hidden_layers:
         problems.append(f"{len(layers)} of {problem.costs.num_hidden_layers} layers have a choice")
-    if not math.isclose(architecture.score, best.objective, rel_tol=1e-6, abs_tol=1e-9):
-        problems.append(f"the score is {architecture.score}, not {best.objective}")
+    if not math.isclose(architecture.score, best.answer.objective, rel_tol=1e-6, abs_tol=1e-9):
+        problems.append(f"the score is {architecture.score}, not {best.answer.objective}")
     if problems:
         raise AssertionError(f"the solver's answer fails its own check, a bug of puzzle: {'; '.join(problems)}")
     proven = min(bound, architecture.score)
-    certificate = {"status": best.status, "bound": proven, "gap": gap_between(architecture.score, proven)}
+    certificate = {"status": best.answer.status, "bound": proven, "gap": gap_between(architecture.score, proven)}
     return architecture.model_copy(update={**certificate, "solve_seconds": seconds})
 
 
 def minimise_score(grid: Grid, search: Search) -> Solution | None:
     """Lowest summed score within every limit of the grid; None when it is proven that nothing fits."""
-    import cvxpy as cp
-
-    x = cp.Variable(len(grid.options), boolean=True)
-    # Absolute tolerances of the solver are meant for values around 1, replace-1-block scores may be far smaller.
-    scale = float(np.abs(grid.scores).max()) or 1.0
-    constraints: list[Any] = [_one_per_slot(grid) @ x == 1, grid.usage @ x <= 1 - grid.fixed]
-    found = _run(cp.Problem(cp.Minimize((grid.scores / scale) @ x), constraints), search)
-    if found is None:
-        return None
-    status, bound = found
-    selection = _selection(grid, x.value)
-    objective = math.fsum(grid.scores[selection])
-    bound = min(bound * scale, objective)
-    return Solution(grid=grid, selection=selection, objective=objective, bound=bound, status=status)
-
-
-def least_usage(grid: Grid, relaxed: Sequence[int], kept: Sequence[int], search: Search) -> float | None:
-    """Least possible usage of the worst of the `relaxed` rows while the `kept` rows hold; None when those cannot."""
-    import cvxpy as cp
-
-    x, worst = cp.Variable(len(grid.options), boolean=True), cp.Variable()
-    constraints: list[Any] = [_one_per_slot(grid) @ x == 1, grid.usage[relaxed] @ x + grid.fixed[relaxed] <= worst]
-    if kept:
-        constraints.append(grid.usage[kept] @ x <= 1 - grid.fixed[kept])
-    if _run(cp.Problem(cp.Minimize(worst), constraints), search) is None:
-        return None
-    selection = _selection(grid, x.value)
-    return float((grid.usage[relaxed][:, selection].sum(axis=1) + grid.fixed[relaxed]).max())
-
-
-def _one_per_slot(grid: Grid) -> Any:
-    """(S, N) sparse matrix that sums the options of every slot."""
-    from scipy.sparse import csr_array
-
-    count = len(grid.options)
-    bounds = np.append(grid.starts, count)
-    return csr_array((np.ones(count), np.arange(count), bounds), shape=(len(grid.starts), count))
-
-
-def _run(program: Any, search: Search) -> tuple[str, float] | None:
-    """Solve; the status and the proven bound of the objective, None when infeasible.
-
-    HiGHS through cvxpy answers x = 0 with status `user_limit` when time is up before a first solution, so at a limit
-    only a finite gap counts as an answer (and sums of 1 per slot, which `_selection` checks).
-    """
-    import cvxpy as cp
-
-    with warnings.catch_warnings():
-        # cvxpy warns at every limit; here the status and the gap travel with the answer instead.
-        warnings.filterwarnings("ignore", message="Solution may be inaccurate")
-        program.solve(
-            solver=cp.HIGHS,
-            mip_rel_gap=search.gap,
-            mip_abs_gap=1e-9,
-            time_limit=search.time_limit_seconds,
-            # Tighter than the check afterwards, since the errors of many options add up.
-            mip_feasibility_tolerance=ROOM,
-            primal_feasibility_tolerance=ROOM,
-        )
-    if program.status.startswith("infeasible"):
-        return None
-    info = getattr(program.solver_stats, "extra_stats", None)
-    gap, bound = getattr(info, "mip_gap", math.inf), getattr(info, "mip_dual_bound", math.nan)
-    if program.value is None or (program.status != "optimal" and not math.isfinite(gap)):
-        raise _stopped(program.status, search)
-    if not math.isfinite(bound):
-        bound = program.value - search.gap * abs(program.value)
-    return program.status, float(bound)
-
-
-def _stopped(status: str, search: Search) -> SolverStopped:
-    return SolverStopped(
-        f"the solver had no architecture after {search.time_limit_seconds:g} s (status {status}): raise "
-        "search.time_limit_seconds, search fewer variants, or ease the budget."
-    )
-
-
-def _selection(grid: Grid, x: Floats | None) -> Integers:
-    """The chosen option of every slot, (S,); AssertionError when a slot has not exactly one."""
-    if x is None or not np.allclose(np.add.reduceat(x, grid.starts), 1, atol=1e-4):
-        raise AssertionError("the solver's answer has slots without exactly one option, a bug of puzzle or HiGHS")
-    ends = np.append(grid.starts[1:], len(x))
-    picks = [start + int(np.argmax(x[start:end])) for start, end in zip(grid.starts, ends, strict=True)]
-    return np.array(picks, dtype=np.int64)
+    answer = minimise(grid.program, search)
+    return None if answer is None else Solution(grid=grid, answer=answer)
 
 
 def explain_infeasible(problem: Problem) -> str:
@@ -340,8 +252,8 @@ def _nearest(grids: Iterable[Grid], limit: Limit, search: Search, keep_others: b
     for grid in grids:
         rows = [row for row, other in enumerate(grid.limits) if other.field == limit.field]
         others = [row for row in range(len(grid.limits)) if row not in rows] if keep_others else []
-        usage = least_usage(grid, rows, others, search)
-        least = least if usage is None else min(least, usage)
+        overrun = least_usage(grid.program, rows, others, search)
+        least = least if overrun is None else min(least, 1 + overrun)
     return least
 
 

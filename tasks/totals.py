@@ -280,7 +280,7 @@ def score_of(problem: Problem, layers: Sequence[LayerChoice]) -> tuple[float, fl
     All scores are means over the same sequences, so their errors are correlated: the error is that of the mean of the
     per-sequence sums, not the root of the sum of squares. It is 0 where fewer than two sequences were kept.
     """
-    chosen = [score for layer, choice in enumerate(layers) for score in _scores(problem, layer, choice)]
+    chosen = [score for layer, choice in enumerate(layers) for score in scores_behind(problem, layer, choice)]
     value = math.fsum(getattr(score, problem.metric) for score in chosen)
     summed = np.sum([getattr(score, f"{problem.metric}_per_sequence") for score in chosen], axis=0, dtype=np.float64)
     if np.size(summed) < 2:
@@ -288,7 +288,7 @@ def score_of(problem: Problem, layers: Sequence[LayerChoice]) -> tuple[float, fl
     return value, float(summed.std(ddof=1) / math.sqrt(summed.size))
 
 
-def _scores(problem: Problem, layer: int, choice: LayerChoice) -> list[Score]:
+def scores_behind(problem: Problem, layer: int, choice: LayerChoice) -> list[Score]:
     """The listed scores behind one layer's choice; a parent's subblock that is not listed scores 0 and adds none."""
     wanted: list[tuple[str, str]] = [*_subblocks([choice])]
     if choice.coupled:

@@ -14,7 +14,8 @@ import pytest
 from blocks.errors import InfeasibleBudget
 from blocks.records import SUBBLOCKS, Architecture, Cost, CostTable, LayerChoice, NonBlockCost, Score
 from profiles.schema import Budget, Scenario, Search
-from tasks.choose import SolverStopped, choose, make_grid
+from tasks.choose import choose, make_grid
+from tasks.mip import SolverStopped
 from tasks.totals import (
     InconsistentTables,
     Problem,

@@ -16,6 +16,8 @@ import pytest
 from blocks.library import read_value
 from blocks.records import ChildReport
 from flows import cli
+from tasks.interchange import open_library, read_library
+from tasks.joint import Request, choose_joint
 
 pytestmark = pytest.mark.timeout(900)  # whole runs, each with a server of its own
 
@@ -97,6 +99,19 @@ def test_the_child_keeps_its_budget_by_its_real_weights(run: tuple[Path, str]) -
     parent = layer_parameters(workspace / report.parent.folder / "model.safetensors")
     assert 0.4 * parent < child <= 0.6 * parent  # the profile's budget binds
     assert report.architecture.status == "optimal"
+
+
+def test_the_library_it_leaves_chooses_the_same_child(run: tuple[Path, str]) -> None:
+    """`puzzle choose` on the workspace, with the profile's budget in other words."""
+    architecture = report_of(run[0]).architecture
+    library = open_library(run[0], "chat", architecture.totals[0].batch_size)
+    fixed = library.fixed["num_params"]
+    limit = fixed + 0.6 * (library.of_parent("num_params") - fixed)
+    (choice,) = choose_joint(library, Request(num_params=limit))
+    assert 0 < choice.objective == pytest.approx(architecture.score, rel=1e-5)
+    assert choice.memory_mib * 2**20 == pytest.approx(architecture.totals[0].memory_bytes)
+    library_tables = read_library(run[0] / "tables" / "tiny")
+    assert len(library_tables.variants) == 4 * (2 + 3) and len(library_tables.scores) == 4 * (3 + 4)
 
 
 def test_prefect_and_mlflow_carry_each_other(run: tuple[Path, str]) -> None:

@@ -1,0 +1,298 @@
+"""The mixed-integer program alone, in numbers: pick one option of every slot, lowest sum of scores, within all rows.
+
+    min  scores @ x    s.t.  one option per slot,   usage @ x <= room,   at most `max_types` types in use,   x in {0, 1}
+
+Most options can be proven useless before the solver starts. With the duals of the LP relaxation as prices, L is a lower
+bound of any answer, and L + d_j one of any answer that uses option j, d_j being what j costs above its slot's cheapest
+at those prices. The solver sees a core of options with small d; what it finds rules out every option with L + d_j
+above it, and when none is left outside the core the answer is optimal for the whole (the core idea of Pisinger, EJOR
+83, 1995; exact, the certificate covers all options). Scores and rows may have any scale and sign.
+"""
+
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blocks.errors import PuzzleError
+from profiles.schema import Search
+
+# N = options, S = slots, R = rows
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+ROOM = 1e-9  # how far, of a whole limit, the solver may overstep; the check afterwards allows 1e-6
+_FIRST_CORE = 4  # options per slot that the solver sees first
+
+
+class SolverStopped(PuzzleError):
+    """The solver gave up before it had any answer."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Program:
+    """options slot after slot: scores (N,), starts (S,) first option of each slot, usage (R, N) <= room (R,) in sum.
+
+    types: (N,) type of every option, needed with max_types alone. Rows should be scaled so that a limit is about 1.
+    """
+
+    scores: Floats
+    starts: Integers
+    usage: Floats
+    room: Floats
+    types: Integers | None = None
+    max_types: int | None = None
+
+    @property
+    def slot_of(self) -> Integers:
+        """(N,) slot of every option."""
+        sizes = np.diff(np.append(self.starts, len(self.scores)))
+        return np.repeat(np.arange(len(self.starts)), sizes)
+
+    def only(self, kept: Flags) -> "Program":
+        """The program over the options where `kept` (N,) is true; every slot must keep one."""
+        slots = self.slot_of[kept]
+        starts = np.searchsorted(slots, np.arange(len(self.starts)))
+        types = None if self.types is None else self.types[kept]
+        return replace(self, scores=self.scores[kept], starts=starts, usage=self.usage[:, kept], types=types)
+
+    def with_row(self, usage: Floats, room: float) -> "Program":
+        """The program with one more row."""
+        return replace(self, usage=np.vstack([self.usage, usage]), room=np.append(self.room, room))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answer:
+    """selection (S,) option indices; objective, a proven lower bound of it, and the solver's status."""
+
+    selection: Integers
+    objective: float
+    bound: float
+    status: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Relaxation:
+    """The LP: bound, prices (R,) of the rows (>= 0), distance (N,) by which the bound rises when an option is used."""
+
+    bound: float
+    prices: Floats
+    distance: Floats
+
+
+def minimise(program: Program, search: Search) -> Answer | None:
+    """The best answer within gap and time of `search`; None when it is proven that nothing fits.
+
+    Raises SolverStopped when time ran out without any answer.
+    """
+    ends = time.perf_counter() + search.time_limit_seconds
+    useful = possible(program)
+    if not useful.all():
+        if not np.logical_or.reduceat(useful, program.starts).all():
+            return None
+        answer = minimise(program.only(useful), search)
+        return answer and replace(answer, selection=np.flatnonzero(useful)[answer.selection])
+    relaxed = relaxation(program, search)
+    if relaxed is None:
+        return None
+    core = _first_core(program, relaxed.distance)
+    while True:
+        part = program.only(core)
+        answer = _solve(part, search, max(ends - time.perf_counter(), 1e-9))
+        if answer is None:
+            if core.all():
+                return None
+            core = np.ones_like(core)
+            continue
+        answer = replace(answer, selection=np.flatnonzero(core)[answer.selection])
+        useful = relaxed.bound + relaxed.distance < answer.objective - search.gap * abs(answer.objective)
+        if answer.status != "optimal" or not (useful & ~core).any():
+            outside = relaxed.distance[~core].min(initial=math.inf)
+            return replace(answer, bound=min(answer.bound, relaxed.bound + outside, answer.objective))
+        core |= useful
+
+
+def possible(program: Program) -> Flags:
+    """(N,) false for options that break a row even with the cheapest of every other slot.
+
+    They cannot be chosen, and numbers far beyond a limit are what a solver fails on.
+    """
+    least = np.minimum.reduceat(program.usage, program.starts, axis=1)
+    others = least.sum(axis=1, keepdims=True) - least[:, program.slot_of]
+    return np.asarray((program.usage + others <= program.room[:, None] + ROOM).all(axis=0))
+
+
+def _first_core(program: Program, distance: Floats) -> Flags:
+    """The closest options; all of them when types are limited, since the LP's prices know nothing of types."""
+    count = _FIRST_CORE * len(program.starts)
+    if program.max_types is not None or count >= len(distance):
+        return np.ones(len(distance), dtype=bool)
+    core = distance <= np.partition(distance, count)[count]
+    core |= distance <= np.minimum.reduceat(distance, program.starts)[program.slot_of]
+    return core
+
+
+def relaxation(program: Program, search: Search) -> Relaxation | None:
+    """The LP relaxation without the limit on types; None when even that is infeasible."""
+    import cvxpy as cp
+
+    x = cp.Variable(len(program.scores), nonneg=True)
+    scale = _scale(program.scores)
+    constraints: list[Any] = [_one_per_slot(program) @ x == 1]
+    if len(program.room):
+        constraints.append(program.usage @ x <= program.room)
+    model = cp.Problem(cp.Minimize((program.scores / scale) @ x), constraints)
+    _run(model, search, search.time_limit_seconds)
+    if model.status.startswith("infeasible"):
+        return None
+    dual = constraints[1].dual_value if len(program.room) and model.status == "optimal" else None
+    prices = np.zeros(len(program.room)) if dual is None else np.maximum(dual, 0.0) * scale
+    # Any prices >= 0 give a valid bound: nothing here rests on the solver's tolerances.
+    reduced = program.scores + prices @ program.usage
+    least = np.minimum.reduceat(reduced, program.starts)
+    bound = math.fsum(least) - float(prices @ program.room)
+    return Relaxation(bound=bound, prices=prices, distance=reduced - least[program.slot_of])
+
+
+def least_usage(program: Program, rows: Sequence[int], kept: Sequence[int], search: Search) -> float | None:
+    """Least possible overrun, max over `rows` of usage - room, while the `kept` rows hold; None when those cannot."""
+    import cvxpy as cp
+
+    if kept:
+        useful = possible(replace(program, usage=program.usage[kept], room=program.room[kept]))
+        if not np.logical_or.reduceat(useful, program.starts).all():
+            return None
+        program = program.only(useful)
+    worst = cp.Variable()
+    x, constraints = _variables(program)
+    scale = max(float(np.abs(program.usage[rows]).max()), 1.0)
+    constraints.append(program.usage[rows] / scale @ x - program.room[rows] / scale <= worst)
+    if kept:
+        constraints.append(program.usage[kept] @ x <= program.room[kept])
+    model = cp.Problem(cp.Minimize(worst), constraints)
+    if _certificate(model, search, search.time_limit_seconds) is None:
+        return None
+    selection = _selection(program, x.value)
+    return float((program.usage[rows][:, selection].sum(axis=1) - program.room[rows]).max())
+
+
+def fewest_types(program: Program, search: Search) -> int:
+    """How many types an answer needs at least; ValueError when the rows alone are infeasible."""
+    import cvxpy as cp
+
+    x, y, rows = _typed(program)
+    rows += [_one_per_slot(program) @ x == 1, program.usage @ x <= program.room]
+    model = cp.Problem(cp.Minimize(y.sum()), rows)
+    if _certificate(model, search, search.time_limit_seconds) is None:
+        raise ValueError("nothing fits, whatever the number of types")
+    return round(model.value)
+
+
+def _solve(program: Program, search: Search, seconds: float) -> Answer | None:
+    """The solver on all options of the program."""
+    import cvxpy as cp
+
+    x, constraints = _variables(program)
+    # Absolute tolerances of the solver are meant for values around 1, replace-1-block scores may be far smaller.
+    scale = _scale(program.scores)
+    if len(program.room):
+        constraints.append(program.usage @ x <= program.room)
+    found = _certificate(cp.Problem(cp.Minimize((program.scores / scale) @ x), constraints), search, seconds)
+    if found is None:
+        return None
+    status, bound = found
+    selection = _selection(program, x.value)
+    objective = math.fsum(program.scores[selection])
+    return Answer(selection=selection, objective=objective, bound=min(bound * scale, objective), status=status)
+
+
+def _scale(scores: Floats) -> float:
+    return float(np.abs(scores).max()) or 1.0
+
+
+def _typed(program: Program) -> tuple[Any, Any, list[Any]]:
+    """x (N,), y (types,) and x_j <= y_type(j)."""
+    import cvxpy as cp
+    from scipy.sparse import csr_array
+
+    assert program.types is not None
+    names, column = np.unique(program.types, return_inverse=True)
+    count = len(program.types)
+    of_option = csr_array((np.ones(count), (np.arange(count), column)), shape=(count, len(names)))
+    x, y = cp.Variable(count, boolean=True), cp.Variable(len(names), boolean=True)
+    return x, y, [x <= of_option @ y]
+
+
+def _variables(program: Program) -> tuple[Any, list[Any]]:
+    """x (N,) and the constraints that every integer model has: one option per slot, few enough types."""
+    import cvxpy as cp
+
+    rows: list[Any] = []
+    if program.max_types is None:
+        x = cp.Variable(len(program.scores), boolean=True)
+    else:
+        x, y, rows = _typed(program)
+        rows.append(y.sum() <= program.max_types)
+    return x, [*rows, _one_per_slot(program) @ x == 1]
+
+
+def _one_per_slot(program: Program) -> Any:
+    """(S, N) sparse matrix that sums the options of every slot."""
+    from scipy.sparse import csr_array
+
+    count = len(program.scores)
+    bounds = np.append(program.starts, count)
+    return csr_array((np.ones(count), np.arange(count), bounds), shape=(len(program.starts), count))
+
+
+def _run(model: Any, search: Search, seconds: float) -> None:
+    import cvxpy as cp
+
+    tolerances: dict[str, float] = {"primal_feasibility_tolerance": ROOM}
+    if model.is_mixed_integer():
+        # Tighter than the check afterwards, since the errors of many options add up.
+        tolerances |= {"mip_rel_gap": search.gap, "mip_abs_gap": 1e-9, "mip_feasibility_tolerance": ROOM}
+    with warnings.catch_warnings():
+        # cvxpy warns at every limit; here the status and the gap travel with the answer instead.
+        warnings.filterwarnings("ignore", message="Solution may be inaccurate")
+        model.solve(solver=cp.HIGHS, time_limit=seconds, **tolerances)
+
+
+def _certificate(model: Any, search: Search, seconds: float) -> tuple[str, float] | None:
+    """Solve; the status and the proven bound of the objective, None when infeasible.
+
+    HiGHS through cvxpy answers x = 0 with status `user_limit` when time is up before a first solution, so at a limit
+    only a finite gap counts as an answer (and sums of 1 per slot, which `_selection` checks).
+    """
+    _run(model, search, seconds)
+    if model.status.startswith("infeasible"):
+        return None
+    info = getattr(model.solver_stats, "extra_stats", None)
+    gap, bound = getattr(info, "mip_gap", math.inf), getattr(info, "mip_dual_bound", math.nan)
+    if model.value is None or (model.status != "optimal" and not math.isfinite(gap)):
+        raise _stopped(model.status, search)
+    if not math.isfinite(bound):
+        bound = model.value - search.gap * abs(model.value)
+    return model.status, float(bound)
+
+
+def _stopped(status: str, search: Search) -> SolverStopped:
+    return SolverStopped(
+        f"the solver had no architecture after {search.time_limit_seconds:g} s (status {status}): raise "
+        "search.time_limit_seconds, search fewer variants, or ease the budget."
+    )
+
+
+def _selection(program: Program, x: Floats | None) -> Integers:
+    """The chosen option of every slot, (S,); AssertionError when a slot has not exactly one."""
+    if x is None or not np.allclose(np.add.reduceat(x, program.starts), 1, atol=1e-4):
+        raise AssertionError("the solver's answer has slots without exactly one option, a bug of puzzle or HiGHS")
+    ends = np.append(program.starts[1:], len(x))
+    picks = [start + int(np.argmax(x[start:end])) for start, end in zip(program.starts, ends, strict=True)]
+    return np.array(picks, dtype=np.int64)

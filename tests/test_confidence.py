@@ -1,0 +1,120 @@
+"""The bootstrap against exact enumeration, its laws, and the robust objective against brute force."""
+
+import itertools
+import math
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from profiles.schema import Budget
+from tasks.confidence import bootstrap
+from tasks.interchange import joint_view
+from tasks.joint import JointLibrary, JointOption, LibraryFileError, Request, choose_joint
+from tests.test_choose import EXACT, random_problem
+from tests.test_interchange import stored
+from tests.test_nvlabs import puzzle
+
+
+def library(samples: dict[str, list[float]], layers: int = 1) -> JointLibrary:
+    """Every layer has the same options; the first takes the whole budget, the others half of it."""
+    options = [
+        JointOption(
+            layer=f"layer_{layer}",
+            label=label,
+            metrics={"kl_div": float(np.mean(values))},
+            samples={"kl_div": np.array(values)},
+            costs={"memory_mib": 2.0 if label == "parent" else 1.0, "runtime_ms": 1.0},
+        )
+        for layer in range(layers)
+        for label, values in samples.items()
+    ]
+    return JointLibrary(layers=tuple(f"layer_{i}" for i in range(layers)), options=tuple(options))
+
+
+SAMPLES = {"parent": [0.0, 0.0, 0.0], "a": [0.1, 0.5, 0.2], "b": [0.4, 0.1, 0.25]}
+
+
+def test_recurrence_like_all_27_draws() -> None:
+    """One layer, three sequences: every draw can be listed."""
+    found = bootstrap(library(SAMPLES), Request(memory_mib=1.0), draws=500, seed=1)
+    draws = [np.array(draw) for draw in itertools.product(range(3), repeat=3)]
+    best = [min("ab", key=lambda label: np.array(SAMPLES[label])[draw].mean()) for draw in draws]
+    regret = [
+        np.array(SAMPLES["b"])[draw].mean() / min(np.array(SAMPLES[label])[draw].mean() for label in "ab") - 1
+        for draw in draws
+    ]
+    assert found.chosen == {"layer_0": "b"} and found.sequences == 3
+    for label, count in Counter(best).items():
+        share = count / 27
+        assert 0.2 < share < 0.8
+        assert found.recurrence["layer_0"][label] == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 500))
+    assert found.agreement == found.recurrence["layer_0"]["b"]
+    assert found.regret == pytest.approx(np.mean(regret), abs=4 * np.std(regret) / math.sqrt(500))
+    assert found.within_1_percent == pytest.approx(np.mean(np.array(regret) <= 0.01), abs=0.1)
+
+
+def test_no_noise_no_doubt() -> None:
+    """Sequences that all say the same: the choice always recurs, nothing is regretted or too good to be true."""
+    found = bootstrap(library({"parent": [0.0] * 6, "a": [0.2] * 6, "b": [0.3] * 6}, 3), Request(memory_mib=4.0), 30)
+    assert found.low == pytest.approx(found.high) == pytest.approx(found.objective)
+    assert found.regret == pytest.approx(0, abs=1e-9) and found.within_1_percent == 1
+    assert found.optimism == pytest.approx(0, abs=1e-9)
+
+
+def test_the_winners_curse_is_seen() -> None:
+    """Many equal options, noise alone tells them apart: what was chosen is worse on the sequences left out."""
+    generator = np.random.default_rng(0)
+    noisy = {f"v{i}": list(generator.gamma(2, 0.1, 12)) for i in range(20)}
+    found = bootstrap(library({"parent": [0.0] * 12, **noisy}, 2), Request(memory_mib=2.0), 100)
+    assert found.optimism > 0.1 and found.regret > 0
+
+
+def test_a_seed_repeats_and_another_does_not() -> None:
+    runs = [bootstrap(library(SAMPLES), Request(memory_mib=1.0), draws=50, seed=seed) for seed in (3, 3, 4)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_draws_keep_the_budget_and_sum_to_one() -> None:
+    view = joint_view(stored(random_problem(2, Budget(speedup=1.2))))
+    request = Request(num_params=0.6 * view.of_parent("num_params"))
+    seen: list[tuple[int, int]] = []
+    found = bootstrap(view, request, draws=20, tell=lambda done, total: seen.append((done, total)))
+    assert seen == [(i + 1, 20) for i in range(20)]
+    assert list(found.recurrence) == list(view.layers)
+    assert all(sum(shares.values()) == pytest.approx(1) for shares in found.recurrence.values())
+    assert found.low <= found.high and found.regret >= -1e-9
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0, 5.0])
+def test_robust_like_brute_force(factor: float) -> None:
+    """mean + factor x se: with a large factor the steady variant wins over the one that is better on average."""
+    samples = {"parent": [0.0] * 4, "wild": [0.0, 0.0, 0.0, 0.5], "steady": [0.15, 0.16, 0.15, 0.16]}
+    view = library(samples, 2)
+    (choice,) = choose_joint(view, Request(memory_mib=2.0, robust=factor, search=EXACT))
+    value = {name: np.mean(x) + factor * np.std(x, ddof=1) / 2 for name, x in samples.items()}
+    assert choice.objective == pytest.approx(2 * min(value["wild"], value["steady"]))
+    label = "wild" if factor == 0 else "steady"
+    assert set(choice.layers.values()) == {label}
+    assert choice.score == pytest.approx(2 * np.mean(samples[label]))
+
+
+def test_without_scores_per_sequence_it_says_so() -> None:
+    view = library(SAMPLES)
+    bare = replace(view, options=tuple(replace(option, samples={}) for option in view.options))
+    for call in (
+        lambda: bootstrap(bare, Request(memory_mib=1.0)),
+        lambda: choose_joint(bare, Request(memory_mib=1.0, robust=1.0)),
+    ):
+        with pytest.raises(LibraryFileError, match="keeps no kl_div per sequence"):
+            call()
+
+
+def test_the_command_tells_every_layer(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    from tasks.interchange import write_library
+
+    write_library(tmp_path, stored(random_problem(2, Budget(speedup=1.2))))
+    code, out, err = puzzle("confidence", "--library", tmp_path, "--num-params", "70%", "--draws", 5)
+    assert code == 0, err
+    assert all(word in out for word in ("regret", "optimism", "agreement", "5 draws over 5 sequences", "layer_2"))

@@ -1,0 +1,148 @@
+"""The open format: what is written is read, damage is told, the joint view chooses what the additive MIP chooses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from blocks.library import sha256_of
+from blocks.records import BlockRecord
+from profiles.schema import Budget
+from tasks.choose import choose
+from tasks.interchange import Description, StoredLibrary, joint_view, open_library, read_library, write_library
+from tasks.joint import LibraryFileError, Request, choose_joint
+from tasks.totals import Problem, totals_of
+from tests.test_choose import CHAT, EXACT, LONG, random_problem
+from tests.test_nvlabs import answers, puzzle
+
+
+def stored(problem: Problem) -> StoredLibrary:
+    described = Description(
+        profile="p",
+        parent="random",
+        parent_fingerprint="f" * 8,
+        corpus="none",
+        num_hidden_layers=problem.costs.num_hidden_layers,
+        hardware={"name": "here"},
+        measured_at="never",
+        scenarios=problem.scenarios,
+    )
+    trained = BlockRecord(key="k", layer=0, subblock="ffn", variant="ffn50", status="trained", nmse_after=0.5, steps=8)
+    free = BlockRecord(key="n", layer=0, subblock="ffn", variant="no_op", status="free")
+    costs = problem.costs.model_copy(update={"hardware": {"name": "here"}})
+    return StoredLibrary(description=described, variants=(trained, free), scores=problem.scores, costs=costs)
+
+
+@pytest.fixture
+def library() -> StoredLibrary:
+    return stored(random_problem(0, Budget(speedup=1.2), scenarios=(CHAT, LONG)))
+
+
+def test_what_is_written_is_read(tmp_path: Path, library: StoredLibrary) -> None:
+    write_library(tmp_path, library)
+    write_library(tmp_path, library)  # again over itself
+    again = read_library(tmp_path)
+    assert again.scores == library.scores and again.costs == library.costs and again.variants == library.variants
+    assert again.description.model_copy(update={"tables": {}}) == library.description
+    assert all(len(digest) == 64 for digest in again.description.tables.values())
+
+
+@pytest.mark.parametrize("table", ["variants", "scores", "costs", "non_block"])
+def test_a_flipped_bit_or_a_lost_table_is_told(tmp_path: Path, library: StoredLibrary, table: str) -> None:
+    write_library(tmp_path, library)
+    path = tmp_path / f"{table}.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(LibraryFileError, match=f"{table}.parquet is not the table that library.json names"):
+        read_library(tmp_path)
+    path.unlink()
+    with pytest.raises(LibraryFileError, match=f"{table}.parquet is missing"):
+        read_library(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"version": 2}, "version"),
+        ({"format": "other"}, "format"),
+        ({"surprise": 1}, "surprise"),
+        ({"num_hidden_layers": "many"}, "num_hidden_layers"),
+    ],
+)
+def test_another_format_is_told(tmp_path: Path, library: StoredLibrary, change: dict[str, Any], told: str) -> None:
+    write_library(tmp_path, library)
+    path = tmp_path / "library.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    code, out, err = puzzle("choose", "--library", tmp_path, "--num-params", "80%")
+    assert (code, out) == (2, "") and told in err
+
+
+def test_a_wrong_column_is_told(tmp_path: Path, library: StoredLibrary) -> None:
+    write_library(tmp_path, library)
+    frame = pd.read_parquet(tmp_path / "scores.parquet").assign(kl="much")
+    frame.to_parquet(tmp_path / "scores.parquet")
+    described = json.loads((tmp_path / "library.json").read_text())
+    described["tables"]["scores"] = sha256_of(tmp_path / "scores.parquet")
+    (tmp_path / "library.json").write_text(json.dumps(described))
+    with pytest.raises(LibraryFileError, match="scores.parquet: kl: "):
+        read_library(tmp_path)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("scenario", [CHAT, LONG])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_joint_view_chooses_what_the_mip_chooses(seed: int, scenario: Any, coupled: bool) -> None:
+    """Same budgets in other words: the same objective, the same architecture, the same totals."""
+    budget = Budget(max_latency_seconds=0.16 if scenario is LONG else 0.12, memory_fraction=0.75)
+    problem = random_problem(seed, budget, scenarios=(scenario,), coupled=coupled)
+    architecture = choose(problem)
+    totals = architecture.totals[0]
+    view = joint_view(stored(problem))
+    request = Request(
+        memory_mib=0.75 * view.of_parent("memory_mib"),
+        runtime_ms=1000 * (budget.max_latency_seconds or 0),
+        search=EXACT,
+    )
+    (choice,) = choose_joint(view, request)
+    assert 0 < choice.objective == pytest.approx(architecture.score, rel=1e-9)
+    assert choice.score_se == pytest.approx(architecture.score_se, rel=1e-9)
+    assert choice.memory_mib * 2**20 == pytest.approx(totals.memory_bytes, rel=1e-9)
+    assert choice.runtime_ms / 1000 == pytest.approx(totals.runtime_seconds, rel=1e-9)
+    assert choice.num_params == pytest.approx(totals.parameters)
+    for layer, chosen in enumerate(architecture.layers):
+        label = f"attention = {chosen.attention} && ffn = {chosen.ffn}{' (coupled)' if chosen.coupled else ''}"
+        assert choice.layers[f"layer_{layer}"] == label
+
+
+def test_shares_are_of_the_parent(tmp_path: Path) -> None:
+    problem = random_problem(1, Budget(speedup=1.2))
+    write_library(tmp_path / "tables" / "p", stored(problem))
+    parent = totals_of(problem, problem.parent, (1,))[0]
+    for share in (60, 90):
+        choice = answers("choose", "--library", tmp_path, "--num-params", f"{share}%")
+        assert 0.5 * share / 100 * parent.parameters < choice["num_params"] <= share / 100 * parent.parameters
+    same = answers("choose", "--library", tmp_path / "tables" / "p", "--runtime-ms", "100%")
+    assert same["objective"] == 0 and same["runtime_ms"] == pytest.approx(1000 * parent.runtime_seconds)
+
+
+def test_scenarios_and_batch_sizes(tmp_path: Path, library: StoredLibrary) -> None:
+    write_library(tmp_path, library)
+    runtimes = [
+        answers("choose", "--library", tmp_path, "--runtime-ms", "100%", "--scenario", name)["runtime_ms"]
+        for name in ("chat", "long")
+    ]
+    assert runtimes[0] != runtimes[1]
+    assert "it has chat, long" in puzzle("choose", "--library", tmp_path, "--scenario", "x", "--runtime-ms", 1)[2]
+    assert "but at 1" in puzzle("choose", "--library", tmp_path, "--batch-size", 3, "--runtime-ms", 1)[2]
+
+
+def test_a_workspace_with_two_libraries_asks_which(tmp_path: Path, library: StoredLibrary) -> None:
+    for name in ("a", "b"):
+        write_library(tmp_path / "tables" / name, library)
+    with pytest.raises(LibraryFileError, match="several libraries, name one"):
+        open_library(tmp_path)
+    with pytest.raises(LibraryFileError, match="is no block library"):
+        open_library(tmp_path / "tables")

@@ -1,0 +1,176 @@
+"""The program in numbers: against brute force with every kind of constraint, against SCIP, and its laws."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from profiles.schema import Search
+from tasks.mip import Answer, Program, SolverStopped, fewest_types, least_usage, minimise, relaxation
+
+EXACT = Search(gap=1e-9, time_limit_seconds=60)
+
+
+def instance(slots: int, options: int, seed: int, rows: int, room: float = 0.6) -> Program:
+    """Cheaper options score worse, by a slot's own weight; the first option of a slot takes most and scores 0.
+
+    room: of the sum of the first options. Every row is drawn for itself, so that all of them bind.
+    """
+    generator = np.random.default_rng(seed)
+    share = -np.sort(-generator.uniform(0, 1, (slots, options)), axis=1)
+    share[:, 0] = 1
+    weight = generator.uniform(0.2, 3, (slots, 1))
+    scores = weight * (1 - share) ** 2 * generator.lognormal(0, 0.3, share.shape)
+    usage = share * generator.uniform(0.6, 1.4, (rows, *share.shape))
+    usage /= room * usage[:, :, :1].sum(axis=1, keepdims=True)
+    return Program(
+        scores=scores.ravel(),
+        starts=np.arange(slots) * options,
+        usage=usage.reshape(rows, slots * options),
+        room=np.ones(rows),
+        types=np.tile(np.arange(options), slots),
+    )
+
+
+def every_selection(program: Program) -> list[tuple[int, ...]]:
+    ends = np.append(program.starts[1:], len(program.scores))
+    return list(itertools.product(*(range(a, b) for a, b in zip(program.starts, ends, strict=True))))
+
+
+def fits(program: Program, selection: tuple[int, ...]) -> bool:
+    chosen = list(selection)
+    if program.max_types is not None:
+        assert program.types is not None
+        if len(set(program.types[chosen].tolist())) > program.max_types:
+            return False
+    return bool((program.usage[:, chosen].sum(axis=1) <= program.room + 1e-12).all())
+
+
+def best_of_all(program: Program) -> float | None:
+    found = [math.fsum(program.scores[list(one)]) for one in every_selection(program) if fits(program, one)]
+    return min(found, default=None)
+
+
+def check(program: Program, answer: Answer | None, best: float | None) -> None:
+    assert (answer is None) == (best is None)
+    if answer is None or best is None:
+        return
+    assert fits(program, tuple(answer.selection.tolist()))
+    assert answer.objective == pytest.approx(best, rel=1e-7, abs=1e-10)
+    assert answer.bound <= best + 1e-9
+    assert answer.objective - answer.bound <= 1e-6 * max(1.0, abs(best))
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("max_types", [None, 2])
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_like_brute_force(seed: int, max_types: int | None, rows: int) -> None:
+    """Also where nothing fits: at a tenth of the room some of these have no answer."""
+    program = instance(4, 5, seed, rows, room=(0.6, 0.25, 0.1)[seed % 3])
+    program = replace(program, max_types=max_types, scores=program.scores - (0.5 if seed % 2 else 0.0))
+    check(program, minimise(program, EXACT), best_of_all(program))
+
+
+def test_brute_force_saw_both_sides() -> None:
+    """The instances above: some have an answer, some none, and in most the rows bind."""
+    bests = [best_of_all(instance(4, 5, seed, 3, room=(0.6, 0.25, 0.1)[seed % 3])) for seed in range(12)]
+    assert any(best is None for best in bests)
+    assert sum(best is not None and best > 0 for best in bests) >= 4
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_that_force_a_difference(seed: int) -> None:
+    """A diversity row: the second answer differs from the first in 3 of 4 slots and is the best of those."""
+    program = instance(4, 5, seed, 2)
+    first = minimise(program, EXACT)
+    assert first is not None
+    same = np.zeros(len(program.scores))
+    same[first.selection] = 1
+    second = program.with_row(same / 4, 1 / 4)
+    answer = minimise(second, EXACT)
+    check(second, answer, best_of_all(second))
+    assert answer is None or (answer.selection == first.selection).sum() <= 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_option_costs_at_least_its_distance(seed: int) -> None:
+    """bound <= optimum, and bound + distance_j <= the optimum that uses option j: what the core's proof rests on."""
+    program = instance(4, 4, seed, 2)
+    relaxed = relaxation(program, EXACT)
+    assert relaxed is not None and (relaxed.prices >= 0).all() and relaxed.prices.any()
+    for option in range(len(program.scores)):
+        found = [
+            math.fsum(program.scores[list(one)])
+            for one in every_selection(program)
+            if option in one and fits(program, one)
+        ]
+        assert min(found, default=math.inf) >= relaxed.bound + relaxed.distance[option] - 1e-9
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_core_is_grown_until_it_proves(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a core of one option a slot the answer is still that of all options."""
+    monkeypatch.setattr("tasks.mip._FIRST_CORE", 1)
+    program = instance(5, 5, seed, 2, room=0.45)
+    check(program, minimise(program, EXACT), best_of_all(program))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_least_usage_like_brute_force(seed: int) -> None:
+    program = instance(4, 5, seed, 3, room=0.15)
+    overruns = program.usage[:, np.array(every_selection(program))].sum(axis=2) - 1
+    keeps = overruns[2] <= 0
+    expected = overruns[:2].max(axis=0)[keeps].min() if keeps.any() else None
+    assert least_usage(program, [0, 1], [2], EXACT) == (None if expected is None else pytest.approx(expected, abs=1e-6))
+    assert least_usage(program, [0], [], EXACT) == pytest.approx(overruns[0].min(), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_fewest_types_like_brute_force(seed: int) -> None:
+    program = instance(4, 5, seed, 2, room=0.6)
+    generator = np.random.default_rng(seed)
+    types = generator.integers(0, 6, len(program.scores))
+    program = replace(program, types=types)
+    expected = min(len(set(types[list(one)].tolist())) for one in every_selection(program) if fits(program, one))
+    assert fewest_types(program, EXACT) == expected
+
+
+@pytest.mark.parametrize("seed", [0, 2])  # benchmarks/search.py does twenty
+def test_like_scip_on_80_by_16_with_three_budgets(seed: int) -> None:
+    program = instance(80, 16, seed, 3)
+    answer = minimise(program, EXACT)
+    assert answer is not None
+    used = program.usage[:, answer.selection].sum(axis=1)
+    assert (used <= 1 + 1e-9).all() and (used > 0.99).all()
+    assert answer.objective == pytest.approx(scip(program), abs=1e-6)
+
+
+def scip(program: Program) -> float:
+    """The same program, written again for another solver."""
+    import pyscipopt
+
+    model = pyscipopt.Model()
+    model.hideOutput()
+    x = [model.addVar(vtype="B", obj=float(score)) for score in program.scores]
+    for row in np.split(np.arange(len(x)), program.starts[1:]):
+        model.addCons(pyscipopt.quicksum(x[j] for j in row) == 1)
+    for usage, room in zip(program.usage, program.room, strict=True):
+        model.addCons(pyscipopt.quicksum(float(used) * x[j] for j, used in enumerate(usage)) <= float(room))
+    model.setParam("limits/gap", 1e-9)
+    model.optimize()
+    assert model.getStatus() in ("optimal", "gaplimit")
+    return math.fsum(score * round(model.getVal(one)) for score, one in zip(program.scores, x, strict=True))
+
+
+def test_no_time_is_told() -> None:
+    with pytest.raises(SolverStopped, match=r"raise search\.time_limit_seconds"):
+        minimise(instance(80, 40, 0, 3, room=0.4), Search(time_limit_seconds=1e-6))
+
+
+def test_scale_does_not_matter() -> None:
+    """Scores of a tiny model or a huge one: the same choice."""
+    program = instance(20, 6, 1, 2)
+    selections = [minimise(replace(program, scores=program.scores * by), EXACT) for by in (1e-7, 1.0, 1e7)]
+    assert all(one is not None and (one.selection == selections[1].selection).all() for one in selections)  # type: ignore[union-attr]

@@ -1,0 +1,365 @@
+"""Libraries in NVlabs' format: the command against brute force, what it says, and 200 broken files and budgets."""
+
+import copy
+import itertools
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from flows import cli
+
+ATTENTION = {"8 kv heads": 1.0, "2 kv heads": 0.55, "no_op": 0.0}
+FFN = {"intermediate size 29e3": 1.0, "intermediate size 14e3": 0.5, "no_op": 0.0}
+LAYERS = 4
+
+
+def label(attention: str, ffn: str) -> str:
+    """As NVlabs writes it, tabs included."""
+    return f"attention = {attention} (parent * {ATTENTION[attention]:.0%})\t&&\tffn = {ffn} (parent * {FFN[ffn]:.0%})"
+
+
+def library(seed: int = 0, layers: int = LAYERS) -> dict[str, Any]:
+    draw = random.Random(seed)
+    found: dict[str, Any] = {}
+    for layer in range(layers):
+        weight = draw.uniform(0.5, 2)
+        variants = {}
+        for (attention, a), (ffn, f) in itertools.product(ATTENTION.items(), FFN.items()):
+            hurt = weight * ((1 - a) ** 2 * draw.uniform(0.5, 1.5) + (1 - f) ** 2 * draw.uniform(0.5, 1.5))
+            stats = {
+                "num_kv_heads": round(8 * a),
+                "ffn_intermediate_size": round(28672 * f),
+                "memory_mib": 600 * a * draw.uniform(0.9, 1.1) + 1000 * f,
+                "runtime_ms": 300 * a + 500 * f * draw.uniform(0.9, 1.1),
+                "num_params": round(1e8 * (a + 4 * f)),
+            }
+            variants[label(attention, ffn)] = {"stats": stats, "metrics": {"kl_div": hurt, "lm_loss": 2 + hurt**2}}
+        found[f"layer_{layer}"] = variants
+    return found
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "block_library.json"
+    path.write_text(json.dumps(library()))
+    return path
+
+
+def puzzle(*words: Any) -> tuple[int, str, str]:
+    """Exit code, output and errors as main() gives them; a traceback would be an exception here."""
+    runner = CliRunner()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["puzzle", *map(str, words)])
+        with runner.isolation() as (out, err, _):
+            try:
+                cli.main()
+                code: Any = 0
+            except SystemExit as end:
+                code = end.code or 0
+            return code, out.getvalue().decode(), err.getvalue().decode()
+
+
+def answers(*words: Any) -> Any:
+    code, out, err = puzzle(*words, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def selections(data: dict[str, Any]) -> list[list[tuple[str, Any]]]:
+    return [list(one) for one in itertools.product(*(variants.items() for variants in data.values()))]
+
+
+def total(selection: list[tuple[str, Any]], part: str, name: str) -> float:
+    return math.fsum(variant[part][name] for _, variant in selection)
+
+
+@pytest.mark.parametrize("metric", ["kl_div", "lm_loss"])
+@pytest.mark.parametrize(
+    ("memory", "runtime", "types", "forbid"),
+    [
+        (4000, None, None, None),
+        (None, 1800, None, None),
+        (4000, 1700, None, None),
+        (4000, 1700, 2, None),
+        (4000, 1700, None, "no_op"),
+        (4000, 2000, None, "attention=no_op"),
+        (4000, 2000, 3, label("2 kv heads", "intermediate size 14e3")),
+    ],
+)
+def test_like_brute_force(
+    file: Path, metric: str, memory: int | None, runtime: int | None, types: int | None, forbid: str | None
+) -> None:
+    words: list[Any] = ["choose", "--library", file, "--metric", metric]
+    words += ["--memory-mib", memory] * (memory is not None) + ["--runtime-ms", runtime] * (runtime is not None)
+    words += ["--max-block-types", types] * (types is not None) + ["--forbid", forbid] * (forbid is not None)
+    fitting = [
+        total(one, "metrics", metric)
+        for one in selections(library())
+        if total(one, "stats", "memory_mib") <= (memory or math.inf)
+        and total(one, "stats", "runtime_ms") <= (runtime or math.inf)
+        and len({name for name, _ in one}) <= (types or LAYERS)
+        and not (forbid == "no_op" and any("no_op" in name for name, _ in one))
+        and not (forbid == "attention=no_op" and any("attention = no_op" in name for name, _ in one))
+        and not any(name == forbid for name, _ in one)
+    ]
+    answer = answers(*words)
+    assert answer["objective"] == pytest.approx(min(fitting), abs=1e-6)
+    assert answer["status"] == "optimal" and answer["objective"] - 1e-5 <= answer["bound"] <= answer["objective"]
+    chosen = [(name, library()[layer][name]) for layer, name in answer["layers"].items()]
+    assert len(chosen) == LAYERS
+    for figure, part, name in (
+        ("objective", "metrics", metric),
+        *((n, "stats", n) for n in ("memory_mib", "runtime_ms")),
+    ):
+        assert answer[figure] == pytest.approx(total(chosen, part, name), rel=1e-12)
+
+
+def test_diverse_answers_are_the_best_that_differ(file: Path) -> None:
+    found = answers(
+        "choose", "--library", file, "--memory-mib", 4000, "--runtime-ms", 1800, "--diverse", 3, "--min-different", 2
+    )
+    assert len(found) == 3
+    chosen = [tuple(one["layers"].values()) for one in found]
+    for one, other in itertools.combinations(chosen, 2):
+        assert sum(a != b for a, b in zip(one, other, strict=True)) >= 2
+    for place in range(3):
+        left = [
+            total(one, "metrics", "kl_div")
+            for one in selections(library())
+            if total(one, "stats", "memory_mib") <= 4000
+            and total(one, "stats", "runtime_ms") <= 1800
+            and all(sum(a != b for (a, _), b in zip(one, c, strict=True)) >= 2 for c in chosen[:place])
+        ]
+        assert found[place]["objective"] == pytest.approx(min(left), abs=1e-6)
+
+
+def test_one_of_one_is_a_list_only_when_several_were_asked_for(file: Path) -> None:
+    found = answers("choose", "--library", file, "--memory-mib", 1e6, "--diverse", 2, "--min-different", LAYERS)
+    assert isinstance(found, list) and found[0]["objective"] == 0
+    assert isinstance(answers("choose", "--library", file, "--memory-mib", 1e6), dict)
+
+
+def test_told_to_a_person(file: Path) -> None:
+    code, out, _ = puzzle("choose", "--library", file, "--memory-mib", 4000)
+    answer = answers("choose", "--library", file, "--memory-mib", 4000)
+    assert code == 0
+    assert f"objective  {answer['objective']:.6f} (kl_div, sum over 4 layers)" in out
+    assert "optimal" in out and "gap" in out and "of 4000 MiB" in out
+    assert all(f"layer_{layer}" in out for layer in range(LAYERS))
+
+
+def test_layers_come_in_the_order_of_the_model(file: Path) -> None:
+    names = {f"layer_{i}": variants for i, variants in enumerate(library(layers=11).values())}
+    file.write_text(json.dumps(dict(sorted(names.items()))))
+    assert list(names) != sorted(names)
+    assert list(answers("choose", "--library", file, "--memory-mib", 9000)["layers"]) == list(names)
+
+
+# --- when nothing fits
+
+
+def reachable(file: Path, **budgets: float) -> bool:
+    words = [word for name, limit in budgets.items() for word in (f"--{name.replace('_', '-')}", limit)]
+    code, _, err = puzzle("choose", "--library", file, *words)
+    assert code == 0 or "No architecture" in err
+    return code == 0
+
+
+def test_a_budget_out_of_reach_names_the_cheapest_child(file: Path) -> None:
+    """With every no-op forbidden; the value that is named works, a hair less does not."""
+    words = ("choose", "--library", file, "--forbid", "no_op")
+    code, out, err = puzzle(*words, "--memory-mib", 100)
+    assert (code, out) == (2, "") and "cheapest child takes" in err
+    named = float(err.partition("cheapest child takes ")[2].split()[0])
+    assert puzzle(*words, "--memory-mib", named)[0] == 0
+    assert puzzle(*words, "--memory-mib", named * (1 - 1e-4))[0] == 2
+
+
+def test_a_conflict_names_what_easing_one_alone_takes(file: Path) -> None:
+    """Heavy variants are quick and light ones slow: each budget is reachable, both are not."""
+    data = library()
+    for variants in data.values():
+        for variant in variants.values():
+            variant["stats"]["runtime_ms"] = 1000 - variant["stats"]["memory_mib"] / 2
+    file.write_text(json.dumps(data))
+    assert reachable(file, memory_mib=1000) and reachable(file, runtime_ms=2500)
+    code, _, err = puzzle("choose", "--library", file, "--memory-mib", 1000, "--runtime-ms", 2500)
+    assert code == 2 and "together" in err
+    memory = float(err.partition("memory_mib to ")[2].split()[0])
+    runtime = float(err.partition("runtime_ms to ")[2].split()[0])
+    assert reachable(file, memory_mib=memory, runtime_ms=2500)
+    assert not reachable(file, memory_mib=memory * (1 - 1e-4), runtime_ms=2500)
+    assert reachable(file, memory_mib=1000, runtime_ms=runtime)
+    assert not reachable(file, memory_mib=1000, runtime_ms=runtime * (1 - 1e-4))
+
+
+def test_too_few_block_types_are_counted(file: Path) -> None:
+    data = library()
+    for layer in ("layer_0", "layer_1"):  # these two share no label with the rest
+        data[layer] = {f"{layer} {name}": variant for name, variant in data[layer].items()}
+    file.write_text(json.dumps(data))
+    code, _, err = puzzle("choose", "--library", file, "--memory-mib", 5000, "--max-block-types", 2)
+    assert code == 2 and "at least 3 are needed" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--memory-mib", 4000, "--forbid", "mamba"], "nothing in the library is called 'mamba'; kinds there:"),
+        (["--memory-mib", 4000, "--metric", "mmlu"], "has no metric 'mmlu'"),
+        ([], "a budget is needed"),
+        (["--memory-mib", 0], "--memory-mib: a finite number greater than 0, not 0"),
+        (["--memory-mib", "nan"], "--memory-mib:"),
+        (["--memory-mib", 4000, "--min-different", 5, "--diverse", 2], "there are 4 layers to differ in"),
+        (
+            ["--memory-mib", 4000, "--forbid", "no_op", "--forbid", "attention=8 kv heads", "--forbid", "2 kv heads"],
+            "forbids every variant of layer_0",
+        ),
+    ],
+)
+def test_what_cannot_be_asked(file: Path, words: list[Any], told: str) -> None:
+    code, out, err = puzzle("choose", "--library", file, *words)
+    assert (code, out) == (2, "")
+    assert told in err and "Traceback" not in err
+
+
+# --- explain and sweep
+
+
+def test_prices_are_what_the_next_unit_buys(file: Path) -> None:
+    words = ("--library", file, "--memory-mib", 4000, "--runtime-ms", 2600)
+    best = answers("choose", *words)
+    for price in answers("explain", *words)["prices"]:
+        moved = dict(zip(words[2::2], words[3::2], strict=True))
+        for step, objective in price["resolved"].items():
+            limit = price["limit"] * (1 + float(step.rstrip("%")) / 100)
+            at = {**moved, f"--{price['budget'].replace('_', '-')}": limit}
+            again = answers("choose", "--library", file, *itertools.chain(*at.items()))
+            assert objective == pytest.approx(again["objective"], abs=1e-6)
+        assert price["per_unit"] <= 0 and price["used"] <= price["limit"]
+        assert price["resolved"]["-5%"] >= best["objective"] - 1e-9 >= price["resolved"]["+5%"] - 2e-9
+    assert "one MiB more" in puzzle("explain", *words)[1]
+
+
+def test_sweep_falls_and_ends_at_the_parent(file: Path) -> None:
+    points = answers("sweep", "--library", file, "--over", "memory-mib", "--points", 9, "--runtime-ms", 3000)
+    assert [point["status"] for point in points].count("infeasible") < 9
+    found = [point["objective"] for point in points if "objective" in point]
+    assert found == sorted(found, reverse=True) and found[0] > found[-1]
+    for point in points:
+        if "objective" in point:
+            alone = answers("choose", "--library", file, "--memory-mib", point["limit"], "--runtime-ms", 3000)
+            assert point["objective"] == pytest.approx(alone["objective"], abs=1e-6)
+    assert "objective" in puzzle("sweep", "--library", file, "--points", 3)[1]
+
+
+# --- 200 broken files and budgets
+
+JUNK: list[Any] = [None, "", "x", -1, -1e-9, 0, 1e308, 1e-308, True, [], {}, {"a": 1}, [1], math.nan, math.inf, 10**400]
+
+
+def broken(seed: int) -> tuple[str, list[Any]]:
+    """A library file with up to three things wrong (or merely odd) and budgets from sensible to absurd."""
+    draw = random.Random(seed)
+    data: Any = copy.deepcopy(library(seed, layers=3))
+    for _ in range(draw.choice([0, 0, 1, 1, 2, 3])):
+        spoil(data, draw)
+    text = json.dumps(data)
+    if draw.random() < 0.08:
+        text = text[: draw.randrange(len(text))]
+    if draw.random() < 0.1:
+        text = text.replace('"layer_1"', '"layer_0"')
+    return text, odd_request(draw)
+
+
+def spoil(data: Any, draw: random.Random) -> None:
+    """One change somewhere; where an earlier one left no such place, none."""
+    layer = draw.choice(list(data))
+    if not isinstance(data[layer], dict) or not data[layer]:
+        return
+    name = draw.choice(list(data[layer]))
+    variant = data[layer][name]
+    kind = draw.choice(["layer", "drop variant", "variant", "part", "value", "drop value", "rename"])
+    if kind == "layer":
+        data[layer] = draw.choice(JUNK)
+    elif kind == "drop variant":
+        del data[layer][name]
+    elif kind == "variant":
+        data[layer][name] = draw.choice(JUNK)
+    elif kind == "rename":
+        data[draw.choice(["", "layer_7", "x"])] = data.pop(layer)
+    elif isinstance(variant, dict):
+        spoil_variant(variant, kind, draw)
+
+
+def spoil_variant(variant: Any, kind: str, draw: random.Random) -> None:
+    part = draw.choice(["stats", "metrics"])
+    if kind == "part":
+        variant[part] = draw.choice(JUNK)
+    elif isinstance(variant.get(part), dict) and variant[part]:
+        value = draw.choice(list(variant[part]))
+        if kind == "value":
+            variant[part][value] = draw.choice(JUNK)
+        else:
+            del variant[part][value]
+
+
+def odd_request(draw: random.Random) -> list[Any]:
+    words: list[Any] = []
+    for budget in ("--memory-mib", "--runtime-ms"):
+        if draw.random() < 0.8:
+            odd = draw.random() < 0.12
+            words += [budget, draw.choice([1e-9, 1e12, -1, 0, "x"]) if odd else draw.uniform(500, 4500)]
+    if draw.random() < 0.3:
+        words += ["--max-block-types", draw.choice([1, 2, 2, 3, 0, 10**9])]
+    if draw.random() < 0.3:
+        words += ["--forbid", draw.choice(["no_op", "ffn=no_op", "linear", ""])]
+    if draw.random() < 0.3:
+        words += ["--diverse", 2, "--min-different", draw.choice([1, 2, 3, 4])]
+    return words
+
+
+@pytest.mark.parametrize("tens", range(20))
+def test_broken_files_and_budgets(tmp_path: Path, tens: int) -> None:
+    """Each: a clear error (2, a sentence, no traceback), or the right answer within its budget."""
+    file = tmp_path / "block_library.json"
+    for seed in range(10 * tens, 10 * tens + 10):
+        text, words = broken(seed)
+        file.write_text(text)
+        code, out, err = puzzle("choose", "--library", file, *words, "--json")
+        assert code in (0, 2), (seed, err)
+        assert "Traceback" not in err and "a bug of puzzle" not in err, (seed, err)
+        if code == 2:
+            assert out == "" and len(err.strip()) > 20, (seed, err)
+        else:
+            check_answer(json.loads(text), json.loads(out), dict(zip(words[::2], words[1::2], strict=True)), seed)
+
+
+def check_answer(data: Any, answer: Any, asked: dict[str, Any], seed: int) -> None:
+    best = answer[0] if isinstance(answer, list) else answer
+    memory, runtime = asked.get("--memory-mib", math.inf), asked.get("--runtime-ms", math.inf)
+    assert best["memory_mib"] <= memory * (1 + 1e-9) and best["runtime_ms"] <= runtime * (1 + 1e-9), seed
+    fitting = [
+        total(one, "metrics", "kl_div")
+        for one in selections(data)
+        if total(one, "stats", "memory_mib") <= memory
+        and total(one, "stats", "runtime_ms") <= runtime
+        and len({name for name, _ in one}) <= asked.get("--max-block-types", math.inf)
+        and not ("--forbid" in asked and any(asked["--forbid"].replace("=", " = ") in name for name, _ in one))
+    ]
+    assert best["objective"] == pytest.approx(min(fitting), rel=1e-6, abs=1e-9), seed
+
+
+def test_the_broken_files_are_of_both_kinds(tmp_path: Path) -> None:
+    file = tmp_path / "block_library.json"
+    codes = []
+    for seed in range(40):
+        text, words = broken(seed)
+        file.write_text(text)
+        codes.append(puzzle("choose", "--library", file, *words)[0])
+    assert codes.count(0) >= 8 and codes.count(2) >= 8
