@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.initialization import no_init_weights
 
-from blocks.export_code.modeling_decilm import DeciLMForCausalLM, DeciLMModel, layer_contexts
+from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM, DeciLMModel, layer_contexts
 from blocks.library import digest_of, remember, write_value
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Cost, CostTable, LayerChoice, NonBlockCost, ParentInfo
@@ -231,14 +231,14 @@ class _Bench:
 
     def _whole_step(self, model: Any, batch: int, tokens: int, position: int, cache: DynamicCache) -> None:
         ids = torch.full((batch, tokens), 7 % self.reader.config.vocab_size, device=self.device)
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
 
     def _stack_step(self, model: Any, batch: int, tokens: int, position: int, cache: DynamicCache) -> None:
         hidden = self._hidden(batch, tokens)
         positions = torch.arange(position, position + tokens, device=self.device).unsqueeze(0)
         contexts = self._contexts(model, hidden, positions, cache)
         for layer, kind in zip(model.layers, model.config.parent_layer_types, strict=False):
-            hidden = layer(hidden, position_ids=positions, past_key_values=cache, **contexts[kind])
+            hidden = layer(hidden, position_ids=positions, **{CACHE: cache}, **contexts[kind])
 
     def _contexts(self, model: Any, hidden: Tensor, positions: Tensor, cache: DynamicCache) -> dict[str, Any]:
         return layer_contexts(model.config, model.rotary_emb, hidden, positions, None, cache, model.family)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blocks.export_code.modeling_decilm import CACHE
 from blocks.records import Metric, Value
 from profiles.schema import Scenario
 
@@ -100,7 +101,7 @@ def _request(model: Any, prompt: Tensor, steps: int) -> _Turn:
             step = out
             for _ in range(steps):
                 token = step.logits[:, -1:].argmax(dim=-1)
-                step = model(token, past_key_values=step.past_key_values, use_cache=True, logits_to_keep=1)
+                step = model(token, **{CACHE: getattr(step, CACHE)}, use_cache=True, logits_to_keep=1)
 
         _, whole, whole_cpu = _timed(decode, device)
     model.train(training)

@@ -7,6 +7,7 @@ Linear subblocks bear the weight names that TensorRT-LLM reads: `self_attn.linea
 
 import copy
 import importlib
+import inspect
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ FAMILIES = {
     "qwen3": ("qwen3", "Qwen3"),
     "gemma3_text": ("gemma3", "Gemma3"),
 }
+
+# transformers 5.24 renamed `past_key_values` to `cache`; forward takes either, so a child runs on both sides of it
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 def family_class(base_model_type: str, suffix: str) -> Any:
@@ -158,33 +162,35 @@ class DeciLMModel(DeciLMPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        cache = past_key_values if cache is None else cache
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if not self.config.has_attention:  # nothing to cache, and no position that anyone would see
-            use_cache, past_key_values = False, None
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            use_cache, cache = False, None
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen).unsqueeze(0)
         # engines switch the attention implementation on the outer config only
         self.base._attn_implementation = self.config._attn_implementation
         contexts = layer_contexts(
-            self.config, self.rotary_emb, hidden, position_ids, attention_mask, past_key_values, self.family
+            self.config, self.rotary_emb, hidden, position_ids, attention_mask, cache, self.family
         )
         states = []
         for layer, kind in zip(self.layers, self.config.parent_layer_types, strict=True):
             if output_hidden_states:
                 states.append(hidden)
-            hidden = layer(hidden, position_ids=position_ids, past_key_values=past_key_values, **contexts[kind])
+            hidden = layer(hidden, position_ids=position_ids, **{CACHE: cache}, **contexts[kind])
         hidden = self.norm(hidden)
         if output_hidden_states:
             states.append(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=past_key_values,
             hidden_states=tuple(states) if output_hidden_states else None,
+            **{CACHE: cache},  # type: ignore[arg-type]
         )
 
 
@@ -202,7 +208,7 @@ def layer_contexts(
     hidden: torch.Tensor,
     position_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     family: str,
 ) -> dict[str, dict[str, Any]]:
     """Mask and rotary embeddings per attention type that occurs in the parent."""
@@ -210,7 +216,7 @@ def layer_contexts(
         "config": config,
         "inputs_embeds": hidden,
         "attention_mask": attention_mask,
-        "past_key_values": past_key_values,
+        CACHE: cache,
         "position_ids": position_ids,
     }
     makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -218,7 +224,7 @@ def layer_contexts(
     contexts = {}
     for kind in sorted(set(config.parent_layer_types)):
         # a type that no layer of the child still uses has no KV cache to size its mask by, and needs none
-        used = past_key_values is None or kind in config.layer_types
+        used = cache is None or kind in config.layer_types
         contexts[kind] = {
             "attention_mask": makers[kind](**arguments) if used else None,
             "position_embeddings": rotary(hidden, position_ids, kind) if per_type else rotary(hidden, position_ids),
@@ -245,13 +251,14 @@ class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -265,5 +272,5 @@ class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+            loss=loss, logits=logits, hidden_states=out.hidden_states, **{CACHE: getattr(out, CACHE)}
         )
