@@ -22,7 +22,7 @@ from tasks.joint import (
     prices,
     sweep,
 )
-from tasks.progress import stage
+from tasks.progress import shown
 
 LibraryPath = Annotated[
     Path,
@@ -140,7 +140,7 @@ def sweep_command(
     limits = _limits(opened, name, points)
     kept = {"memory_mib": memory_mib, "runtime_ms": runtime_ms, "num_params": num_params, name: str(limits[0])}
     request = _request(opened, kept, metric=metric)
-    with stage("sweep", beside=True) as tell:
+    with shown("sweep", beside=True) as tell:
         found = sweep(opened, request, name, limits, tell)
     if as_json:
         rows = [{"limit": at, **_or_infeasible(choice)} for at, choice in zip(limits, found, strict=True)]
@@ -181,7 +181,7 @@ def confidence_command(
         max_block_types=max_block_types,
         forbid=tuple(forbid or ()),
     )
-    with stage("bootstrap", beside=True) as tell:
+    with shown("bootstrap", beside=True) as tell:
         found = bootstrap(opened, request, draws, seed, tell)
     typer.echo(found.model_dump_json(indent=1) if as_json else _sure(found, request))
 

@@ -76,7 +76,7 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def stage(name: str, beside: bool = False) -> Iterator[Stage]:
+def shown(name: str, beside: bool = False) -> Iterator[Stage]:
     """Show a stage on standard output; `beside`: on standard error, where the output is an answer."""
-    with Stage(name, Console(file=sys.stderr if beside else sys.stdout, soft_wrap=True)) as shown:
-        yield shown
+    with Stage(name, Console(file=sys.stderr if beside else sys.stdout, soft_wrap=True)) as bar:
+        yield bar

@@ -32,7 +32,7 @@ from blocks.records import (
     ParentInfo,
     Score,
 )
-from blocks.runtime import set_threads
+from blocks.runtime import release_memory, set_threads
 from blocks.variant import kind_of, parse_labels
 from profiles.schema import Profile, SearchSpace
 from tasks import compare, costs, gkd, scoring
@@ -42,10 +42,20 @@ from tasks.choose import choose
 from tasks.compare import Contender, Evaluation
 from tasks.corpus import iterate_documents, prepare_corpus
 from tasks.parent import prepare_parent
-from tasks.progress import say, stage
+from tasks.progress import Stage, say, shown
 from tasks.record import open_parent, record_key, record_layer, recorded
 from tasks.throughput import Throughput
 from tasks.totals import Problem, make_problem, predicted
+
+
+@contextmanager
+def stage(name: str) -> Iterator[Stage]:
+    """A stage on the console. What it freed is given back at its end, or the peaks of all stages would add up."""
+    try:
+        with shown(name) as tell:
+            yield tell
+    finally:
+        release_memory()
 
 
 def worth_retrying(_task: Any, _run: Any, state: Any) -> bool:

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from blocks.export_code.configuration_decilm import DeciLMConfig
-from blocks.export_code.modeling_decilm import FAMILIES as MODELING_FAMILIES
 from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM
+from blocks.export_code.modeling_decilm import FAMILIES as MODELING_FAMILIES
 from blocks.families import FAMILIES as BLOCKS_FAMILIES
 
 SIZES = {
