@@ -29,7 +29,7 @@ from tasks import tracking
 from tasks.compare import Contender, Evaluation, build, candidate
 from tasks.costs import BYTES
 from tasks.export import export_child, model_card
-from tasks.interchange import StoredLibrary, describe, write_library
+from tasks.interchange import StoredLibrary, describe, sizes_of, write_library
 from tasks.progress import say, wide_console
 from tasks.report import comparison_table, report_markdown, verdict, write_report
 from tasks.throughput import Throughput
@@ -64,7 +64,8 @@ class Run:
             raise PuzzleFailure(
                 f"parent or corpus changed since the run that was killed ({error}). Start again, as a new MLflow run."
             ) from error
-        described = describe(self.profile, parent, corpus, costs)
+        sizes = sizes_of(self.workspace / parent.folder / "config.json")
+        described = describe(self.profile, parent, corpus, costs, sizes)
         library = StoredLibrary(description=described, variants=tuple(blocks), scores=tuple(scores), costs=costs)
         write_library(self.workspace / "tables" / self.profile.name, library)
         failed = [block for block in blocks if block.status == "failed"]
