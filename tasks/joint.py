@@ -70,6 +70,8 @@ class JointLibrary:
                 f"{missing[0]} has no variant marked as the parent's, so a share of the parent cannot be taken: give "
                 f"{budget} in {BUDGETS[budget]}."
             )
+        if any(budget not in option.costs for option in parents.values()):
+            raise LibraryFileError(f"the library does not say {budget} for every variant: budget something else.")
         return self.fixed.get(budget, 0.0) + math.fsum(option.costs[budget] for option in parents.values())
 
 

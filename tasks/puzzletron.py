@@ -142,7 +142,7 @@ def _costs(statistics: Statistics, layer: int, block: dict[str, Config], place: 
     """Summed over the subblocks; a cost that one of them lacks is not known of the block."""
     found = []
     for part, config in block.items():
-        costs = statistics.of(config, layer, place)
+        costs = statistics.of(part, config, layer, place)
         if costs is None:
             raise LibraryFileError(
                 f"{where}: layer {layer} has no statistics of its {part} {short(config)} at {place}."

@@ -21,6 +21,8 @@ COSTS = {
 }
 _LARGER_IS_BETTER = ("token_accuracy", "greedy_teacher_prediction")
 Config = dict[str, Any]
+Key = tuple[str, str, int | None]  # kind of subblock, its config as text, layer
+_KINDS = {"AttentionConfig": "attention", "FFNConfig": "ffn"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,17 +39,17 @@ class Replacement:
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """Costs by place, then by subblock config and layer (None: any layer); what lies outside the blocks."""
+    """Costs by place, then by subblock kind, config and layer (None: any layer); what lies outside the blocks."""
 
     places: tuple[Place, ...]
-    costs: dict[Place, dict[tuple[str, int | None], dict[str, float]]]
+    costs: dict[Place, dict[Key, dict[str, float]]]
     outside: dict[Place, dict[str, float]]
     args: Mapping[str, Any]
 
-    def of(self, config: Config, layer: int, place: Place) -> dict[str, float] | None:
+    def of(self, part: str, config: Config, layer: int, place: Place) -> dict[str, float] | None:
         """Costs of a subblock in a layer, None where there are none."""
-        table = self.costs[place]
-        return table.get((canonical(config), layer), table.get((canonical(config), None)))
+        table, kind, text = self.costs[place], str(config.get("kind") or part), canonical(config)
+        return table.get((kind, text, layer), table.get((kind, text, None)))
 
 
 @dataclass
@@ -77,7 +79,7 @@ def read_statistics(file: Path) -> Statistics:
     entries = [mapping(entry, f"{file}: entry {i}") for i, entry in enumerate(sequence(read_json(file), str(file)))]
     arguments = [mapping(entry.get("args"), f"{file}: entry {i}: args") for i, entry in enumerate(entries)]
     widths = {str(args.get("n_embd")) for args in arguments}
-    costs: dict[Place, dict[tuple[str, int | None], dict[str, float]]] = {}
+    costs: dict[Place, dict[Key, dict[str, float]]] = {}
     outside: dict[Place, dict[str, float]] = {}
     for i, (entry, args) in enumerate(zip(entries, arguments, strict=True)):
         where = f"{file}: entry {i}"
@@ -100,8 +102,8 @@ def _place(args: Config, where: str, several_widths: bool) -> Place:
     return Place(scenario=f"{prefill}+{generation} tokens, {precision}{width}", batch_size=size)
 
 
-def _subblock_costs(entry: Config, where: str) -> dict[tuple[str, int | None], dict[str, float]]:
-    found: dict[tuple[str, int | None], dict[str, float]] = {}
+def _subblock_costs(entry: Config, where: str) -> dict[Key, dict[str, float]]:
+    found: dict[Key, dict[str, float]] = {}
     for i, item in enumerate(sequence(entry.get("subblocks"), f"{where}: subblocks")):
         here = f"{where}: subblock {i}"
         stats = mapping(item, here)
@@ -109,7 +111,8 @@ def _subblock_costs(entry: Config, where: str) -> dict[tuple[str, int | None], d
         given = stats.get("parent_layer_index")
         layer = None if given is None else int(number(stats, "parent_layer_index", here))
         costs = _costs(stats, here)
-        key = (canonical(config), layer)
+        named = str(stats.get("subblock_config_class"))
+        key = (str(config.get("kind") or _KINDS.get(named, named)), canonical(config), layer)
         if found.setdefault(key, costs) != costs:
             raise LibraryFileError(f"{here}: layer {layer} has {short(config)} twice, at different costs.")
     return found
