@@ -169,7 +169,7 @@ def _is_dark(colour: str) -> bool:
 def _strip_axes(axes: Axes, row: range, subblocks: Sequence[str], across: int) -> None:
     axes.set_xlim(0, across)
     axes.set_ylim(0, len(subblocks))
-    every = 1 if len(row) <= 16 else 4
+    every = 1 if across <= 16 else 4
     axes.set_xticks(
         [place + 0.5 for place in range(0, len(row), every)], [str(row[i]) for i in range(0, len(row), every)]
     )
@@ -221,7 +221,7 @@ class Front:
 
 
 def draw_front(front: Front) -> Figure:
-    """The front at the limits that were solved, simple searches as marks, the choice as a star; shares of the parent above."""
+    """The front at the limits that were solved, simple searches as marks, the choice as a star."""
     figure = _figure(4.0)
     axes = figure.subplots()
     scale = 1e-6 if front.unit == "parameters" else 1.0
@@ -232,10 +232,8 @@ def draw_front(front: Front) -> Figure:
         colour, marker = BASELINES[name]
         shown = [(x * scale, y) for x, y in points if y > 0 or not logarithmic]
         if shown:
-            line = ":" if name != "uniform" else ""
-            axes.plot(
-                *zip(*sorted(shown), strict=True), marker, ls=line, lw=1, color=colour, ms=4.5, label=name, alpha=0.9
-            )
+            style = {"ls": "", "markevery": 1} if name == "uniform" else {"ls": ":", "markevery": -(-len(shown) // 12)}
+            axes.plot(*zip(*sorted(shown), strict=True), marker, lw=1, color=colour, ms=4.5, label=name, **style)
     steps = sorted((x * scale, y) for x, y in front.front if y > 0 or not logarithmic)
     if steps:
         axes.plot(*zip(*steps, strict=True), "o-", color=INK, ms=3.5, lw=1.6, label="front (MIP)")
