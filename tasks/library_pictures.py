@@ -4,18 +4,21 @@ One column wide, so that they read on a phone. Colours are told apart by the col
 shades of one hue for sizes.
 """
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from blocks.records import TruthPoint
 from tasks.confidence import Confidence
@@ -31,6 +34,20 @@ RAMPS = {
     "ffn": LinearSegmentedColormap.from_list("ffn", ["#c8eadf", "#00795a"]),
 }
 BASELINES = {"uniform": ("#0072b2", "s"), "depth": ("#cc79a7", "v"), "greedy": ("#009e73", "D")}
+
+
+FigureOf = TypeVar("FigureOf", bound=Callable[..., Figure])
+
+
+def _as_written(draw: FigureOf) -> FigureOf:
+    """Labels are what somebody called a variant: a $ in them is no mathematics."""
+
+    @functools.wraps(draw)
+    def drawn(*args: Any, **kwargs: Any) -> Figure:
+        with rc_context({"text.parse_math": False}):
+            return draw(*args, **kwargs)
+
+    return cast(FigureOf, drawn)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +122,13 @@ def _figure(height: float) -> Figure:
     return figure
 
 
+def _plain_logarithm(axis: Axis, set_scale: Callable[[str], None]) -> None:
+    """0.01 instead of a power of ten, which would need mathematics in its label."""
+    set_scale("log")
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _quiet(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -115,6 +139,7 @@ def _quiet(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
+@_as_written
 def draw_strip(layers: Mapping[str, str]) -> Figure:
     """Layers across, a cell per subblock, in rows of at most PER_ROW layers; how often each variant stands below."""
     cells = [cells_of(label) for label in layers.values()]
@@ -220,6 +245,7 @@ class Front:
     baselines: dict[str, tuple[tuple[float, float], ...]]
 
 
+@_as_written
 def draw_front(front: Front) -> Figure:
     """The front at the limits that were solved, simple searches as marks, the choice as a star."""
     figure = _figure(4.0)
@@ -241,7 +267,7 @@ def draw_front(front: Front) -> Figure:
         x, y = front.chosen
         axes.plot(x * scale, y, "*", ms=16, color=CHOSEN, markeredgecolor="white", label="the choice", zorder=5)
     if logarithmic:
-        axes.set_yscale("log")
+        _plain_logarithm(axes.yaxis, axes.set_yscale)
     unit = "million parameters" if front.unit == "parameters" else front.unit
     axes.set_xlabel(f"{front.over.rpartition('_')[0] or front.over}, {unit}", color=INK, fontsize=10)
     axes.set_ylabel(f"sum of {front.metric} (less is better)", color=INK, fontsize=10)
@@ -263,6 +289,7 @@ def _typical(front: Front) -> float:
     return heights[len(heights) // 2]
 
 
+@_as_written
 def draw_confidence(found: Confidence) -> Figure:
     """Per layer the share of draws that chose what was chosen, and what the best other choice had."""
     figure = _figure(2.9)
@@ -289,6 +316,7 @@ def draw_confidence(found: Confidence) -> Figure:
     return figure
 
 
+@_as_written
 def draw_truth(points: Sequence[TruthPoint]) -> Figure:
     """Sums of block scores against what the assembled models measure; on the line the two agree."""
     figure = _figure(4.2)
@@ -310,8 +338,8 @@ def draw_truth(points: Sequence[TruthPoint]) -> Figure:
         label="architectures, ± one standard error",
     )
     if logarithmic:
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        _plain_logarithm(axes.xaxis, axes.set_xscale)
+        _plain_logarithm(axes.yaxis, axes.set_yscale)
     for point in points if len(points) <= 10 else ():
         axes.annotate(
             point.name, (point.predicted, point.true), (5, -9), textcoords="offset points", fontsize=8, color=INK
