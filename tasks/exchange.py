@@ -144,10 +144,8 @@ def _label(attention: str, ffn: str, coupled: bool) -> str:
 def summarise(path: Path) -> Summary:
     """What a library holds: layers, variants, scores, costs at every place, and what it does not know."""
     found = read_source(path)
-    places = _places(found)
-    view = joint_view if isinstance(found, StoredLibrary) else joint_of
-    joints = {place: view(found, place.scenario, place.batch_size) for place in places}  # type: ignore[operator]
-    first = joints[places[0]]
+    joints, unusable = _joints(found)
+    first = next(iter(joints.values()))
     options = options_of(first)
     described = found.description
     per_layer = Counter(option.layer for option in options)
@@ -164,8 +162,22 @@ def summarise(path: Path) -> Summary:
         scores={metric: _span(options, metric) for metric in first.metrics},
         costs={str(place): _shares(joint) for place, joint in joints.items()},
         hardware=described.hardware,
-        missing=tuple(_missing(found, first)),
+        missing=(*unusable, *_missing(found, first)),
     )
+
+
+def _joints(library: StoredLibrary | OptionLibrary) -> tuple[dict[Place, JointLibrary], list[str]]:
+    """The library at every place where it can be used, and why it cannot elsewhere."""
+    view = joint_view if isinstance(library, StoredLibrary) else joint_of
+    found, unusable = {}, []
+    for place in _places(library):
+        try:
+            found[place] = view(library, place.scenario, place.batch_size)  # type: ignore[operator]
+        except LibraryFileError as error:
+            unusable.append(f"{place}: {error}")
+    if not found:
+        raise LibraryFileError(unusable[0])
+    return found, unusable
 
 
 def _places(library: StoredLibrary | OptionLibrary) -> tuple[Place, ...]:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from tasks.joint import LibraryFileError
 
@@ -65,7 +65,7 @@ def cost(values: dict[str, Any], name: str, where: str) -> float:
     return value
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """True for a finite number of a size that sums keep; True and False are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 

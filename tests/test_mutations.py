@@ -1,6 +1,8 @@
-"""Library files with something wrong, or merely odd, in the open format (both versions) and puzzletron's; NVlabs' are in
-test_nvlabs.py. Each: a clear error (2, one sentence), or the right answer within its budget, summed again from the
-files by code of its own; never a traceback."""
+"""Library files with something wrong, or merely odd: the open format in both versions, and puzzletron's.
+
+Each: a clear error (2, one sentence), or the right answer within its budget, summed again from the files by code of its
+own; never a traceback. NVlabs' files are in test_nvlabs.py.
+"""
 
 import copy
 import itertools
@@ -48,8 +50,8 @@ def request(draw: random.Random) -> list[Any]:
     for flag in FLAGS.values():
         if draw.random() < 0.5:
             odd = draw.random() < 0.1
-            words += [flag, draw.choice(["x", -1, 0, "nan", 1e-9, "1e400"]) if odd else f"{draw.uniform(20, 110):.3f}%"]
-    return words
+            words += [flag, draw.choice(["x", -1, 0, "nan", 1e-9, "1e400"]) if odd else f"{draw.uniform(30, 110):.3f}%"]
+    return words or ["--num-params", "70%"]
 
 
 def ask(folder: Path, words: list[Any], seed: int) -> Any:
@@ -59,9 +61,10 @@ def ask(folder: Path, words: list[Any], seed: int) -> Any:
     assert "Traceback" not in err and "a bug of puzzle" not in err, (seed, err)
     if code == 2:
         assert out == "" and len(err.strip()) > 20 and err.count("\n") == 1, (seed, err)
-    shown, _, told = puzzle("library", "show", folder)
-    assert shown in (0, 2) and "Traceback" not in told, (seed, told)
-    assert not (code == 0 and shown == 2), (seed, told)
+    if seed % 2:
+        shown, _, told = puzzle("library", "show", folder)
+        assert shown in (0, 2) and "Traceback" not in told, (seed, told)
+        assert not (code == 0 and shown == 2), (seed, told)
     return json.loads(out) if code == 0 else None
 
 
@@ -109,7 +112,7 @@ def mutated(source: Path, target: Path, draw: random.Random) -> None:
     """A copy with up to two things changed; digests follow, most of the time."""
     described: Any = json.loads((source / "library.json").read_text())
     tables = {path.stem: pd.read_parquet(path) for path in source.glob("*.parquet")}
-    for _ in range(draw.choice([0, 1, 1, 1, 2])):
+    for _ in range(draw.choice([0, 0, 1, 1, 1, 2])):
         if draw.random() < 0.25:
             spoil_json(described, draw)
         else:
@@ -237,7 +240,7 @@ def run_table(folder: Path) -> tuple[Table, dict[str, float]]:
 @pytest.mark.parametrize("kind", ["run", "joint", "additive"])
 def test_mutated_open_format(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
     codes = []
-    for seed in range(60):
+    for seed in range(40):
         draw = random.Random(f"{kind}{seed}")
         folder = tmp_path / str(seed)
         mutated(folders[kind], folder, draw)
@@ -247,7 +250,7 @@ def test_mutated_open_format(folders: dict[str, Path], tmp_path: Path, kind: str
         if answer is not None:
             table, outside = run_table(folder) if kind == "run" else options_table(folder)
             check(answer, table, outside, words, seed)
-    assert codes.count(True) >= 15 and codes.count(False) >= 8, "the files are of both kinds"
+    assert codes.count(True) >= 10 and codes.count(False) >= 8, "the files are of both kinds"
 
 
 # --- puzzletron
@@ -281,10 +284,10 @@ def spoil(value: Any, draw: random.Random) -> Any:
 def test_mutated_puzzletron(tmp_path: Path, one_subblock: bool) -> None:
     """What is answered is what the open format answers after an import, whose sums are checked above."""
     codes = []
-    for seed in range(50):
+    for seed in range(40):
         draw = random.Random(f"{one_subblock}{seed}")
         stats, scores = puzzletron.statistics(seed, 2)[1:], puzzletron.solutions(seed, 2, one_subblock)
-        for _ in range(draw.choice([0, 1, 1, 2])):
+        for _ in range(draw.choice([0, 0, 1, 1, 2])):
             spoil(stats if draw.random() < 0.4 else scores, draw)
         folder = tmp_path / str(seed)
         puzzletron.write(folder, stats, scores, one_subblock)
@@ -295,4 +298,4 @@ def test_mutated_puzzletron(tmp_path: Path, one_subblock: bool) -> None:
             assert puzzle("library", "import", folder, folder / "open")[0] == 0
             table, outside = options_table(folder / "open")
             check(answer, table, outside, words, seed)
-    assert codes.count(True) >= 10 and codes.count(False) >= 5, "the files are of both kinds"
+    assert codes.count(True) >= 10 and codes.count(False) >= 8, "the files are of both kinds"
