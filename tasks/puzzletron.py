@@ -193,7 +193,7 @@ class _Labels:
             return f"{experts} experts{labels.share(experts, every)}"
         multiple, own = config.get("ffn_mult"), teacher.get("ffn_mult")
         if is_number(multiple):
-            return f"ffn_mult {multiple:g}{labels.share(multiple, own if is_number(own) else 0)}"
+            return f"ffn_mult {multiple:g}{labels.share(multiple, float(own) if is_number(own) else 0.0)}"
         return str(config.get("kind") or "unnamed")
 
     def _heads(self, config: Config) -> int:
