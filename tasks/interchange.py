@@ -10,7 +10,6 @@ Columns are the fields of the contracts in blocks/records.py. Every run writes o
 """
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -25,26 +24,18 @@ from blocks.records import (
     CorpusInfo,
     Cost,
     CostTable,
-    LayerChoice,
     NonBlockCost,
     ParentInfo,
     Score,
     Value,
 )
 from profiles.schema import Budget, Profile, Scenario
-from tasks.choose import Option, make_grid
-from tasks.joint import JointLibrary, JointOption, LibraryFileError
-from tasks.mip import Floats
+from tasks.joint import JointLibrary, LibraryFileError
 from tasks.nvlabs import read_nvlabs
-from tasks.totals import Problem, make_problem, scores_behind
+from tasks.totals import make_problem
+from tasks.view import library_of
 
 TABLES = ("variants", "scores", "costs", "non_block")
-# budget of a joint library -> the field of `Budget` behind it and its unit in that field's
-_UNITS = {
-    "memory_mib": ("memory_gib", 1024),
-    "runtime_ms": ("max_latency_seconds", 1000),
-    "num_params": ("parameters", 1),
-}
 ValueT = TypeVar("ValueT", bound=Value)
 
 
@@ -157,77 +148,23 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and np.isnan(value) else value
 
 
-def joint_view(library: StoredLibrary, scenario: str | None = None, batch_size: int | None = None) -> JointLibrary:
-    """The library at one scenario and batch size, a slot per layer: every pair of an attention and an FFN.
-
-    Scores of a pair are the sum of its subblocks', unless both were distilled as one block. Labels read as NVlabs
-    writes them. scenario, batch_size: the first and the smallest when not given.
-    """
-    problem = _problem(library, scenario, batch_size)
-    grid = make_grid(problem, problem.scenarios[0].batch_sizes, joint=True)
-    rows = {limit.field: row for row, limit in enumerate(grid.limits)}
-    usage = {name: grid.usage[rows[field]] * scale for name, (field, scale) in _UNITS.items()}
-    options = [
-        _joint_option(problem, option, {name: float(values[i]) for name, values in usage.items()})
-        for i, option in enumerate(grid.options)
-    ]
-    fixed = {name: float(grid.fixed[rows[field]]) * scale for name, (field, scale) in _UNITS.items()}
+def joint_view(library: StoredLibrary) -> JointLibrary:
+    """The library as one search sees it: a slot per layer, every pair of an attention and an FFN."""
     described = library.description
-    measured = {"scenario": problem.scenarios[0].name, "batch_size": grid.batches[0], **described.hardware}
-    layers = tuple(f"layer_{layer}" for layer in range(described.num_hidden_layers))
-    return JointLibrary(layers=layers, options=tuple(options), fixed=fixed, measured=measured)
+    # the search's own limits come with what is asked; this one is never looked at
+    problem = make_problem(library.scores, library.costs, Budget(parameters=1), described.scenarios)
+    return library_of(problem)
 
 
 def open_library(path: Path, scenario: str | None = None, batch_size: int | None = None) -> JointLibrary:
-    """A joint library from NVlabs' file, a folder in the open format, or a workspace that keeps one."""
+    """A joint library from NVlabs' file, a folder in the open format, or a workspace that keeps one.
+
+    scenario, batch_size: only what was measured there; everything when not given.
+    """
     if path.is_file() and path.name != "library.json":
-        if scenario or batch_size:
-            raise LibraryFileError(f"{path} was measured at one scenario, which cannot be chosen.")
-        return read_nvlabs(path)
+        return read_nvlabs(path).measured_at(scenario, batch_size)
     folder = path.parent if path.is_file() else path
     kept = sorted(found.parent for found in (folder / "tables").glob("*/library.json"))
     if len(kept) > 1:
         raise LibraryFileError(f"{folder} keeps several libraries, name one: {', '.join(map(str, kept))}.")
-    return joint_view(read_library(kept[0] if kept else folder), scenario, batch_size)
-
-
-def _joint_option(problem: Problem, option: Option, costs: dict[str, float]) -> JointOption:
-    attention, ffn = str(option.attention), str(option.ffn)
-    chosen = LayerChoice(attention=attention, ffn=ffn, coupled=option.coupled)
-    scores = scores_behind(problem, option.layer, chosen)
-    return JointOption(
-        layer=f"layer_{option.layer}",
-        label=f"attention = {attention} && ffn = {ffn}{' (coupled)' if option.coupled else ''}",
-        metrics={
-            "kl_div": math.fsum(score.kl for score in scores),
-            "lm_loss": math.fsum(score.lm_loss for score in scores),
-        },
-        costs=costs,
-        is_parent=attention == ffn == "parent",
-        samples={
-            "kl_div": _summed(problem, [score.kl_per_sequence for score in scores]),
-            "lm_loss": _summed(problem, [score.lm_loss_per_sequence for score in scores]),
-        },
-    )
-
-
-def _summed(problem: Problem, per_sequence: Sequence[tuple[float, ...]]) -> Floats:
-    """(T,) sum over the scores; the parent's own blocks score 0 on every sequence."""
-    length = max((len(score.kl_per_sequence) for score in problem.scores), default=0)
-    return np.array([*per_sequence, np.zeros(length)]).sum(axis=0)
-
-
-def _problem(library: StoredLibrary, name: str | None, batch_size: int | None) -> Problem:
-    """The library's tables with budgets of 1 GiB, 1 s and 1 parameter, so that shares of them are plain units."""
-    scenarios = {scenario.name: scenario for scenario in library.description.scenarios}
-    name = name or next(iter(scenarios))
-    if name not in scenarios:
-        raise LibraryFileError(f"the library has no scenario {name!r}; it has {', '.join(scenarios)}.")
-    scenario = scenarios[name]
-    size = batch_size or min(scenario.batch_sizes)
-    if size not in scenario.batch_sizes:
-        measured = ", ".join(map(str, scenario.batch_sizes))
-        raise LibraryFileError(f"scenario {name} was not measured at batch size {size}, but at {measured}.")
-    at = scenario.model_copy(update={"batch_sizes": (size,)})
-    units = Budget(memory_gib=1, max_latency_seconds=1, parameters=1)
-    return make_problem(library.scores, library.costs, units, [at])
+    return joint_view(read_library(kept[0] if kept else folder)).measured_at(scenario, batch_size)

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tasks.joint import BUDGETS, JointLibrary, JointOption, LibraryFileError
+from tasks.joint import JointLibrary, JointOption, LibraryFileError, Place
 
+_COSTS = ("memory_mib", "runtime_ms", "num_params")
+_SIZES = {"num_kv_heads": "num_key_value_heads", "ffn_intermediate_size": "intermediate_size"}
 _LARGEST = 1e12  # larger ones are no MiB, ms or nats, and leave nothing of the others in a sum
 
 
@@ -22,7 +24,17 @@ def read_nvlabs(path: Path) -> JointLibrary:
     options = [option for layer in _ordered(layers) for option in _options(path, layer, layers[layer])]
     beside = path.with_name("measurement_info.json")
     measured = _mapping(_json(beside), str(beside)) if beside.exists() else {}
-    return JointLibrary(layers=tuple(_ordered(layers)), options=tuple(options), measured=measured)
+    place = Place(
+        batch_size=_whole(measured, "batch_size") or 1,
+        prompt_tokens=_whole(measured, "sequence_length"),  # the file does not say how many of them are generated
+    )
+    return JointLibrary(layers=tuple(_ordered(layers)), options=tuple(options), measured=measured, places=(place,))
+
+
+def _whole(values: dict[str, Any], name: str) -> int:
+    """A count; 0 where the file does not say."""
+    value = values.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < _LARGEST else 0
 
 
 def _json(path: Path) -> Any:
@@ -67,8 +79,10 @@ def _options(path: Path, layer: str, variants: Any) -> Iterator[JointOption]:
         parts = _mapping(variant, where)
         stats, metrics = (_mapping(parts.get(name), f"{where}: {name}") for name in ("stats", "metrics"))
         # memory and runtime stand in every such file; parameters may
-        names = [name for name in BUDGETS if name in stats or name != "num_params"]
+        names = [name for name in _COSTS if name in stats or name != "num_params"]
         costs = {name: _number(stats, name, where) for name in names}
+        if "num_params" in costs:
+            costs |= {name: costs["num_params"] for name in ("active_params", "layer_params")}  # dense blocks alone
         negative = [name for name, cost in costs.items() if cost < 0]
         if negative:
             raise LibraryFileError(f"{where}: {negative[0]} is {costs[negative[0]]}, it cannot be below 0.")
@@ -78,7 +92,8 @@ def _options(path: Path, layer: str, variants: Any) -> Iterator[JointOption]:
             layer=layer,
             label=label,
             metrics=scores,
-            costs=costs,
+            costs=dict(costs),
+            sizes={ours: size for name, ours in _SIZES.items() if (size := _whole(stats, name))},
             is_parent=parts_kept > 0 and parts_kept == label.count("&&") + 1,
         )
 
