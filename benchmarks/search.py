@@ -18,8 +18,10 @@ import numpy as np
 
 from benchmarks.common import table, write_page
 from profiles.schema import Search
-from tasks.joint import JointLibrary, JointOption, Request, sweep
+from tasks.joint import JointLibrary, JointOption
 from tasks.mip import Floats, Program, minimise
+from tasks.request import Request, limits
+from tasks.solve import front
 from tests.test_mip import instance, scip
 
 THREE = ("memory_mib", "runtime_ms", "parameters")
@@ -97,9 +99,9 @@ def timed_sweep(points: int) -> tuple[float, int]:
     library = joint(shared(80, 6, 9, 0), 80)
     runtimes = [[o.costs["runtime_ms"] for o in library.options if o.layer == layer] for layer in library.layers]
     low, high = sum(map(min, runtimes)), sum(map(max, runtimes))
-    limits = list(np.linspace(low + 0.02 * (high - low), high, points))
+    values = list(np.linspace(low + 0.02 * (high - low), high, points))
     started = time.perf_counter()
-    choices = sweep(library, Request(memory_mib=1.0, runtime_ms=limits[0]), "runtime_ms", limits)
+    choices = front(library, Request(limits=limits(memory_mib=1.0)), "runtime_ms", values)
     return time.perf_counter() - started, sum(choice is not None for choice in choices)
 
 

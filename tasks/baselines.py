@@ -16,7 +16,7 @@ import numpy as np
 from blocks.errors import InfeasibleBudget
 from blocks.records import Architecture
 from profiles.schema import BaselineName
-from tasks.choose import Grid, Option, make_grid
+from tasks.grid import Grid, Option, make_grid
 from tasks.mip import ROOM, Floats, Integers
 from tasks.totals import Problem, batch_choices, predicted
 

@@ -11,22 +11,23 @@ import numpy as np
 
 from blocks.errors import PuzzleError
 from blocks.records import Value
-from tasks.interchange import StoredLibrary, joint_view, read_source, write_library
-from tasks.joint import BUDGETS, JointLibrary, LibraryFileError, standard_error
+from tasks.interchange import StoredLibrary, joint_at, joint_view, read_source, write_library
+from tasks.joint import QUANTITIES, JointLibrary, LibraryFileError, standard_error
 from tasks.labels import run_labels
 from tasks.nvlabs import write_nvlabs
 from tasks.option_tables import write_options
 from tasks.options import (
     BETWEEN,
     BLOCK,
+    COSTS,
     OptionLibrary,
     OptionsDescription,
     Place,
     ScoredVariant,
     crossed,
-    joint_of,
-    joint_place,
+    named_places,
     options_of,
+    outside_of,
 )
 
 COUPLED = " (coupled)"
@@ -71,9 +72,8 @@ def export_library(source: Path, target: Path, scenario: str | None = None, batc
     """Write a library in the format that `target` names: a folder in the open format, a .json file in NVlabs'."""
     found = read_source(source)
     if target.suffix == ".json":
-        options = as_options(found, scenario, batch_size) if isinstance(found, StoredLibrary) else found
-        with_place = (None, None) if isinstance(found, StoredLibrary) else (scenario, batch_size)
-        _writing(target, lambda: write_nvlabs(target, options, *with_place))
+        options = as_options(found) if isinstance(found, StoredLibrary) else found
+        _writing(target, lambda: write_nvlabs(target, options, scenario, batch_size))
         return
     if scenario or batch_size:
         raise LibraryFileError("the open format holds every scenario: name one only for NVlabs' format (a .json file).")
@@ -102,10 +102,9 @@ def _writing(target: Path, write: Callable[[], None]) -> None:
         raise PuzzleError(f"cannot write {target}: {error.strerror}. Choose another place.") from error
 
 
-def as_options(library: StoredLibrary, scenario: str | None = None, batch_size: int | None = None) -> OptionLibrary:
-    """What a run measured as whole blocks at one place, labels with sizes in NVlabs' manner."""
-    view = joint_view(library, scenario, batch_size)
-    place = joint_place(view)
+def as_options(library: StoredLibrary) -> OptionLibrary:
+    """What a run measured as whole blocks, labels with sizes in NVlabs' manner."""
+    view = joint_view(library)
     variants = options_of(view)
     parts = [_parts(variant.label) for variant in variants]
     named = run_labels(
@@ -118,13 +117,13 @@ def as_options(library: StoredLibrary, scenario: str | None = None, batch_size: 
             parent=described.parent,
             hardware=described.hardware,
             layers=view.layers,
-            places=(place,),
+            places=tuple(named_places(view)),
         ),
         variants=tuple(
             replace(variant, label=_label(named["attention", attention], named["ffn", ffn], coupled))
             for variant, (attention, ffn, coupled) in zip(variants, parts, strict=True)
         ),
-        outside={place: dict(view.fixed)} if view.fixed else {},
+        outside=outside_of(view),
     )
 
 
@@ -145,7 +144,7 @@ def summarise(path: Path) -> Summary:
     """What a library holds: layers, variants, scores, costs at every place, and what it does not know."""
     found = read_source(path)
     joints, unusable = _joints(found)
-    first = next(iter(joints.values()))
+    first = joints[0]
     options = options_of(first)
     described = found.description
     per_layer = Counter(option.layer for option in options)
@@ -160,19 +159,18 @@ def summarise(path: Path) -> Summary:
         options_per_layer=(min(per_layer.values()), max(per_layer.values())),
         labels=len({option.label for option in options}),
         scores={metric: _span(options, metric) for metric in first.metrics},
-        costs={str(place): _shares(joint) for place, joint in joints.items()},
+        costs={str(named_places(joint)[0]): _shares(joint) for joint in joints},
         hardware=described.hardware,
         missing=(*unusable, *_missing(found, first)),
     )
 
 
-def _joints(library: StoredLibrary | OptionLibrary) -> tuple[dict[Place, JointLibrary], list[str]]:
+def _joints(library: StoredLibrary | OptionLibrary) -> tuple[list[JointLibrary], list[str]]:
     """The library at every place where it can be used, and why it cannot elsewhere."""
-    view = joint_view if isinstance(library, StoredLibrary) else joint_of
-    found, unusable = {}, []
+    found, unusable = [], []
     for place in _places(library):
         try:
-            found[place] = view(library, place.scenario, place.batch_size)  # type: ignore[operator]
+            found.append(joint_at(library, place.scenario, place.batch_size))
         except LibraryFileError as error:
             unusable.append(f"{place}: {error}")
     if not found:
@@ -180,14 +178,8 @@ def _joints(library: StoredLibrary | OptionLibrary) -> tuple[dict[Place, JointLi
     return found, unusable
 
 
-def _places(library: StoredLibrary | OptionLibrary) -> tuple[Place, ...]:
-    if isinstance(library, OptionLibrary):
-        return library.description.places
-    return tuple(
-        Place(scenario=scenario.name, batch_size=size)
-        for scenario in library.description.scenarios
-        for size in sorted(set(scenario.batch_sizes))
-    )
+def _places(library: StoredLibrary | OptionLibrary) -> list[Place]:
+    return list(library.description.places) if isinstance(library, OptionLibrary) else named_places(joint_view(library))
 
 
 def _span(options: Sequence[ScoredVariant], metric: str) -> Span:
@@ -204,22 +196,17 @@ def _span(options: Sequence[ScoredVariant], metric: str) -> Span:
 
 
 def _shares(library: JointLibrary) -> dict[str, Share]:
-    """Costs that every option has."""
+    """Costs that every option has, of a library at one place."""
     options = options_of(library)
-    outside = library.fixed
+    outside = next(iter(outside_of(library).values()), {})
     found = {}
-    for name, unit in BUDGETS.items():
+    for name in (cost for cost in COSTS if library.knows(cost)):
         by_layer: dict[str, list[float]] = {}
         for option in options:
-            for costs in option.costs.values():
-                if name in costs:
-                    by_layer.setdefault(option.layer, []).append(costs[name])
-        if sum(map(len, by_layer.values())) < len(options):
-            continue
-        parents = {option.layer for option in options if option.is_parent}
+            by_layer.setdefault(option.layer, []).extend(costs[name] for costs in option.costs.values())
         found[name] = Share(
-            unit=unit,
-            parent=library.of_parent(name) if parents == set(library.layers) else None,
+            unit=QUANTITIES[name].unit,
+            parent=library.of_parent(name) if set(library.parents) == set(library.layers) else None,
             cheapest_child=outside.get(name, 0.0) + math.fsum(map(min, by_layer.values())),
             outside_blocks=outside.get(name),
         )
@@ -229,13 +216,13 @@ def _shares(library: JointLibrary) -> dict[str, Share]:
 def _missing(library: StoredLibrary | OptionLibrary, joint: JointLibrary) -> list[str]:
     options = options_of(joint)
     shares = _shares(joint)
-    found = [f"{name}: not known of every variant, so it cannot be budgeted" for name in BUDGETS if name not in shares]
+    found = [f"{name}: not known of every variant, so it cannot be budgeted" for name in COSTS if name not in shares]
     found += [
         f"{name} outside the blocks (embedding, head): take it off your budget first"
         for name, share in shares.items()
         if share.outside_blocks is None
     ]
-    if {option.layer for option in options if option.is_parent} != set(joint.layers):
+    if set(joint.parents) != set(joint.layers):
         found.append("the parent's own block in every layer: budgets cannot be shares of the parent")
     if any(not option.samples for option in options):
         found.append("scores per sequence: no errors, no confidence, no --robust")

@@ -9,9 +9,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tasks.joint import BUDGETS, JointChoice, JointLibrary, LibraryFileError, Request, program_of, sweep
+from tasks.joint import QUANTITIES, JointLibrary, JointOption, LibraryFileError
 from tasks.library_pictures import Front, cells_of
 from tasks.mip import ROOM, Floats, Integers, Program
+from tasks.request import Limit, Request
+from tasks.solve import Case, JointChoice, cases_of, front, front_values, reached, totals
 
 Points = tuple[tuple[float, float], ...]
 
@@ -24,61 +26,84 @@ def front_of(
     points: int = 20,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Front:
-    """Solve at `points` limits of the budget `over` between the cheapest child and the dearest, the others kept.
+    """Solve at `points` limits of the quantity `over`, the other budgets kept; less of it must be better.
 
     The simple searches stand there only where they keep the other budgets.
     """
-    options, program = program_of(library, request)
-    row, limit = list(request.budgets).index(over), request.budgets[over]
-    costs, outside = program.usage[row] * limit, (1 - program.room[row]) * limit
-    least, most = _ends(program, costs)
-    if not outside + most:
+    if over not in QUANTITIES or over == "score" or QUANTITIES[over].floor:
+        names = [name for name, kind in QUANTITIES.items() if name != "score" and not kind.floor]
+        raise LibraryFileError(f"a front is drawn over one of {', '.join(names)}, not {over!r}.")
+    values = front_values(library, request, over, points)
+    if not values[-1]:
         raise LibraryFileError(f"nothing in the library takes any {over}: there is no front over it.")
-    low = max(outside + least, 1e-6 * (outside + most)) * (1 + 1e-9)
-    found = sweep(library, request, over, [float(at) for at in np.linspace(low, outside + most, points)], tell)
-    empty = np.array([all(cell.kind == "no_op" for cell in cells_of(option.label).values()) for option in options])
-    plane = _Plane(program, row, limit)
+    found = [one for one in front(library, request, over, values, tell) if one is not None]
+    plane = _Plane(library, request, over, values[-1], choice)
     return Front(
         over=over,
-        unit=BUDGETS[over],
+        unit=QUANTITIES[over].unit,
         metric=request.metric,
-        parent=_parent(library, over),
-        chosen=(float(getattr(choice, over)), choice.objective),
-        front=tuple((float(getattr(one, over)), one.objective) for one in found if one is not None),
-        baselines={
-            "uniform": plane.kept(_uniform(program)),
-            "depth": plane.kept(_depth(program, empty)),
-            "greedy": plane.kept(_greedy(program, costs)),
-        },
+        parent=plane.parent,
+        chosen=(plane.of(choice), choice.objective),
+        front=tuple((plane.of(one), one.objective) for one in found),
+        baselines=plane.baselines(),
     )
 
 
-def _parent(library: JointLibrary, over: str) -> float | None:
-    try:
-        return library.of_parent(over)
-    except LibraryFileError:
-        return None
-
-
-def _ends(program: Program, costs: Floats) -> tuple[float, float]:
-    least, most = np.minimum.reduceat(costs, program.starts), np.maximum.reduceat(costs, program.starts)
-    return float(least.sum()), float(most.sum())
-
-
 class _Plane:
-    """Selections as points of used budget and objective."""
+    """Architectures as points of what they use of a quantity and their objective, at the choice's batch sizes."""
 
-    def __init__(self, program: Program, row: int, limit: float) -> None:
-        self.program, self.row, self.limit = program, row, limit
+    def __init__(self, library: JointLibrary, request: Request, over: str, most: float, choice: JointChoice) -> None:
+        self.library, self.limit = library, Limit(quantity=over, asked=most, name=over)
+        others = tuple(limit for limit in request.limits if limit.quantity != over)
+        self.request = request.model_copy(update={"limits": (*others, self.limit)})
+        self.options, cases = cases_of(library, self.request)
+        self.case = next((case for case in cases if self._places(case) == _places(choice)), cases[0])
+        self.by_name = {(option.layer, option.label): option for option in library.options}
 
-    def kept(self, selections: list[Integers]) -> Points:
+    def _places(self, case: Case) -> list[tuple[str, int]]:
+        places = [self.library.places[index] for index in case.combination]
+        return [(place.scenario, place.batch_size) for place in places]
+
+    def of(self, choice: JointChoice) -> float:
+        """What a choice uses."""
+        chosen = [self.by_name[name] for name in choice.layers.items()]
+        return reached(self.library, self.request, self.limit, chosen, choice.scenarios)
+
+    @property
+    def parent(self) -> float | None:
+        """What the parent uses, None where the library lacks its blocks."""
+        parents = [self.library.parents[layer] for layer in self.library.layers if layer in self.library.parents]
+        return self._used(parents) if len(parents) == len(self.library.layers) else None
+
+    def _used(self, chosen: list[JointOption]) -> float:
+        scenarios = [totals(self.library, chosen, index) for index in self.case.combination]
+        return reached(self.library, self.request, self.limit, chosen, scenarios)
+
+    def baselines(self) -> dict[str, Points]:
+        """The simple searches by name."""
+        program, row = self.case.program, self.case.rows.index(self.limit)
+        empty = np.array([all(c.kind == "no_op" for c in cells_of(option.label).values()) for option in self.options])
+        return {
+            "uniform": self._kept(_uniform(program)),
+            "depth": self._kept(_depth(program, empty)),
+            "greedy": self._kept(_greedy(program, program.usage[row])),
+        }
+
+    def _kept(self, selections: list[Integers]) -> Points:
         """Points of the selections that keep every other budget."""
+        program = self.case.program
+        others = np.array([limit is not self.limit for limit in self.case.rows])
         found = []
         for selection in selections:
-            used = self.program.usage[:, selection].sum(axis=1) + 1 - self.program.room
-            if np.all(np.delete(used, self.row) <= 1 + ROOM):
-                found.append((float(used[self.row] * self.limit), float(self.program.scores[selection].sum())))
+            used = program.usage[:, selection].sum(axis=1) + 1 - program.room
+            if np.all(used[others] <= 1 + ROOM):
+                chosen = [self.options[index] for index in selection]
+                found.append((self._used(chosen), float(program.scores[selection].sum())))
         return tuple(found)
+
+
+def _places(choice: JointChoice) -> list[tuple[str, int]]:
+    return [(found.scenario, found.batch_size) for found in choice.scenarios]
 
 
 def _uniform(program: Program) -> list[Integers]:

@@ -11,12 +11,8 @@ What others measured is version 2 of the format, tasks/option_tables.py.
 """
 
 import json
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from blocks.library import write_value
 from blocks.records import (
@@ -24,31 +20,23 @@ from blocks.records import (
     CorpusInfo,
     Cost,
     CostTable,
-    LayerChoice,
     NonBlockCost,
     ParentInfo,
     Score,
     Value,
 )
 from profiles.schema import Budget, Profile, Scenario
-from tasks.choose import Option, make_grid
-from tasks.joint import JointLibrary, JointOption, LibraryFileError
+from tasks.joint import JointLibrary, LibraryFileError
 from tasks.labels import INTERMEDIATE, KV_HEADS
-from tasks.mip import Floats
 from tasks.nvlabs import options_from_nvlabs
 from tasks.option_tables import read_options
 from tasks.options import OptionLibrary, joint_of
 from tasks.puzzletron import is_puzzletron, options_from_puzzletron
 from tasks.reading import LARGEST
 from tasks.tables import read_description, read_table, validated, write_tables
-from tasks.totals import InconsistentTables, Problem, make_problem, scores_behind
+from tasks.totals import InconsistentTables, make_problem
+from tasks.view import library_of
 
-# budget of a joint library -> the field of `Budget` behind it and its unit in that field's
-_UNITS = {
-    "memory_mib": ("memory_gib", 1024),
-    "runtime_ms": ("max_latency_seconds", 1000),
-    "num_params": ("parameters", 1),
-}
 COST_LIMIT = 1e18  # bytes, seconds, parameters
 
 
@@ -166,32 +154,35 @@ def _check(folder: Path, library: StoredLibrary) -> None:
         raise LibraryFileError(f"{folder}/library.json: names no layer, or no scenario that costs were taken at.")
 
 
-def joint_view(library: StoredLibrary, scenario: str | None = None, batch_size: int | None = None) -> JointLibrary:
-    """The library at one scenario and batch size, a slot per layer: every pair of an attention and an FFN.
+def joint_view(library: StoredLibrary) -> JointLibrary:
+    """The library as one search sees it: a slot per layer, every pair of an attention and an FFN.
 
-    Scores of a pair are the sum of its subblocks', unless both were distilled as one block. Labels read as NVlabs
-    writes them. scenario, batch_size: the first and the smallest when not given.
+    Raises LibraryFileError when the tables do not belong together.
     """
-    problem = _problem(library, scenario, batch_size)
-    grid = make_grid(problem, problem.scenarios[0].batch_sizes, joint=True)
-    rows = {limit.field: row for row, limit in enumerate(grid.limits)}
-    usage = {name: grid.usage[rows[field]] * scale for name, (field, scale) in _UNITS.items()}
-    options = [
-        _joint_option(problem, option, {name: float(values[i]) for name, values in usage.items()})
-        for i, option in enumerate(grid.options)
-    ]
-    fixed = {name: float(grid.fixed[rows[field]]) * scale for name, (field, scale) in _UNITS.items()}
     described = library.description
-    measured = {"scenario": problem.scenarios[0].name, "batch_size": grid.batches[0], **described.hardware}
-    layers = tuple(f"layer_{layer}" for layer in range(described.num_hidden_layers))
-    return JointLibrary(layers=layers, options=tuple(options), fixed=fixed, measured=measured)
+    try:
+        # the search's own limits come with what is asked; this one is never looked at
+        problem = make_problem(library.scores, library.costs, Budget(parameters=1), described.scenarios)
+        return library_of(problem)
+    except InconsistentTables as error:
+        raise LibraryFileError(f"the tables of this library do not belong together: {error}") from error
 
 
 def open_library(path: Path, scenario: str | None = None, batch_size: int | None = None) -> JointLibrary:
-    """A joint library from any source that `read_source` reads, at one scenario and batch size."""
-    found = read_source(path)
-    view = joint_view if isinstance(found, StoredLibrary) else joint_of
-    return view(found, scenario, batch_size)  # type: ignore[operator]
+    """A joint library from any source that `read_source` reads.
+
+    scenario, batch_size: only what was measured there; everything when not given.
+    """
+    return joint_at(read_source(path), scenario, batch_size)
+
+
+def joint_at(
+    found: StoredLibrary | OptionLibrary, scenario: str | None = None, batch_size: int | None = None
+) -> JointLibrary:
+    """A library that was read, for the search; at one scenario or batch size where they are named."""
+    if isinstance(found, OptionLibrary):
+        return joint_of(found, scenario, batch_size)
+    return joint_view(found).measured_at(scenario, batch_size)
 
 
 def read_source(path: Path, scores: Path | None = None) -> StoredLibrary | OptionLibrary:
@@ -216,48 +207,3 @@ def kept_library(folder: Path) -> Path:
     if len(kept) > 1:
         raise LibraryFileError(f"{folder} keeps several libraries, name one: {', '.join(map(str, kept))}.")
     return kept[0] if kept else folder
-
-
-def _joint_option(problem: Problem, option: Option, costs: dict[str, float]) -> JointOption:
-    attention, ffn = str(option.attention), str(option.ffn)
-    chosen = LayerChoice(attention=attention, ffn=ffn, coupled=option.coupled)
-    scores = scores_behind(problem, option.layer, chosen)
-    return JointOption(
-        layer=f"layer_{option.layer}",
-        label=f"attention = {attention} && ffn = {ffn}{' (coupled)' if option.coupled else ''}",
-        metrics={
-            "kl_div": math.fsum(score.kl for score in scores),
-            "lm_loss": math.fsum(score.lm_loss for score in scores),
-        },
-        costs=costs,
-        is_parent=attention == ffn == "parent",
-        samples={
-            "kl_div": _summed(problem, [score.kl_per_sequence for score in scores]),
-            "lm_loss": _summed(problem, [score.lm_loss_per_sequence for score in scores]),
-        },
-    )
-
-
-def _summed(problem: Problem, per_sequence: Sequence[tuple[float, ...]]) -> Floats:
-    """(T,) sum over the scores; the parent's own blocks score 0 on every sequence."""
-    length = max((len(score.kl_per_sequence) for score in problem.scores), default=0)
-    return np.array([*per_sequence, np.zeros(length)]).sum(axis=0)
-
-
-def _problem(library: StoredLibrary, name: str | None, batch_size: int | None) -> Problem:
-    """The library's tables with budgets of 1 GiB, 1 s and 1 parameter, so that shares of them are plain units."""
-    scenarios = {scenario.name: scenario for scenario in library.description.scenarios}
-    name = name or next(iter(scenarios))
-    if name not in scenarios:
-        raise LibraryFileError(f"the library has no scenario {name!r}; it has {', '.join(scenarios)}.")
-    scenario = scenarios[name]
-    size = batch_size or min(scenario.batch_sizes)
-    if size not in scenario.batch_sizes:
-        measured = ", ".join(map(str, scenario.batch_sizes))
-        raise LibraryFileError(f"scenario {name} was not measured at batch size {size}, but at {measured}.")
-    at = scenario.model_copy(update={"batch_sizes": (size,)})
-    units = Budget(memory_gib=1, max_latency_seconds=1, parameters=1)
-    try:
-        return make_problem(library.scores, library.costs, units, [at])
-    except InconsistentTables as error:
-        raise LibraryFileError(f"the tables of this library do not belong together: {error}") from error

@@ -251,14 +251,15 @@ def draw_front(front: Front) -> Figure:
     figure = _figure(4.0)
     axes = figure.subplots()
     scale = 1e-6 if front.unit == "parameters" else 1.0
-    every = [front.front, (front.chosen,), *front.baselines.values()]
+    every = [(front.chosen,), front.front, *front.baselines.values()]
     heights = [height for points in every for _, height in points]
     logarithmic = min(heights) >= 0 and max(heights) > 30 * max(1e-12, _typical(front))
     for name, points in front.baselines.items():
         colour, marker = BASELINES[name]
         shown = [(x * scale, y) for x, y in points if y > 0 or not logarithmic]
         if shown:
-            style = {"ls": "", "markevery": 1} if name == "uniform" else {"ls": ":", "markevery": -(-len(shown) // 12)}
+            dots: dict[str, Any] = {"ls": "", "markevery": 1}
+            style = dots if name == "uniform" else {"ls": ":", "markevery": -(-len(shown) // 12)}
             axes.plot(*zip(*sorted(shown), strict=True), marker, lw=1, color=colour, ms=4.5, label=name, **style)
     steps = sorted((x * scale, y) for x, y in front.front if y > 0 or not logarithmic)
     if steps:
@@ -269,12 +270,19 @@ def draw_front(front: Front) -> Figure:
     if logarithmic:
         _plain_logarithm(axes.yaxis, axes.set_yscale)
     unit = "million parameters" if front.unit == "parameters" else front.unit
-    axes.set_xlabel(f"{front.over.rpartition('_')[0] or front.over}, {unit}", color=INK, fontsize=10)
+    axes.set_xlabel(f"{front.over.removesuffix('_mib').removesuffix('_ms')}, {unit}", color=INK, fontsize=10)
     axes.set_ylabel(f"sum of {front.metric} (less is better)", color=INK, fontsize=10)
     _quiet(axes)
     if front.parent:
         whole = front.parent * scale
-        top = axes.secondary_xaxis("top", functions=(lambda x: 100 * x / whole, lambda x: x * whole / 100))
+
+        def to_percent(value: Any) -> Any:
+            return 100 * value / whole
+
+        def from_percent(value: Any) -> Any:
+            return value * whole / 100
+
+        top = axes.secondary_xaxis("top", functions=(to_percent, from_percent))
         top.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
         top.tick_params(colors=INK, labelsize=9, length=3)
         top.spines["top"].set_color(FAINT)

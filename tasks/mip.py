@@ -1,6 +1,7 @@
 """The mixed-integer program alone, in numbers: pick one option of every slot, lowest sum of scores, within all rows.
 
-    min  scores @ x    s.t.  one option per slot,   usage @ x <= room,   at most `max_types` types in use,   x in {0, 1}
+    min  scores @ x    s.t.  one option per slot,   usage @ x <= room,   x in {0, 1},
+                             at most `max_types` types in use, at most `max_groups` runs of equal types
 
 Most options can be proven useless before the solver starts. With the duals of the LP relaxation as prices, L is a lower
 bound of any answer, and L + d_j one of any answer that uses option j, d_j being what j costs above its slot's cheapest
@@ -39,7 +40,8 @@ class SolverStopped(PuzzleError):
 class Program:
     """options slot after slot: scores (N,), starts (S,) first option of each slot, usage (R, N) <= room (R,) in sum.
 
-    types: (N,) type of every option, needed with max_types alone. Rows should be scaled so that a limit is about 1.
+    types: (N,) type of every option, different within a slot; needed with max_types and max_groups alone. Rows should
+    be scaled so that a limit is about 1.
     """
 
     scores: Floats
@@ -48,6 +50,7 @@ class Program:
     room: Floats
     types: Integers | None = None
     max_types: int | None = None
+    max_groups: int | None = None
 
     @property
     def slot_of(self) -> Integers:
@@ -129,9 +132,9 @@ def possible(program: Program) -> Flags:
 
 
 def _first_core(program: Program, distance: Floats) -> Flags:
-    """The closest options; all of them when types are limited, since the LP's prices know nothing of types."""
+    """The closest options; all of them when types count, since the LP's prices know nothing of types."""
     count = _FIRST_CORE * len(program.starts)
-    if program.max_types is not None or count >= len(distance):
+    if program.max_types is not None or program.max_groups is not None or count >= len(distance):
         return np.ones(len(distance), dtype=bool)
     core = distance <= np.partition(distance, count)[count]
     core |= distance <= np.minimum.reduceat(distance, program.starts)[program.slot_of]
@@ -139,7 +142,7 @@ def _first_core(program: Program, distance: Floats) -> Flags:
 
 
 def relaxation(program: Program, search: Search) -> Relaxation | None:
-    """The LP relaxation without the limit on types; None when even that is infeasible."""
+    """The LP relaxation without the limits on types and groups; None when even that is infeasible."""
     import cvxpy as cp
 
     x = cp.Variable(len(program.scores), nonneg=True)
@@ -194,6 +197,20 @@ def fewest_types(program: Program, search: Search) -> int:
     return round(model.value)
 
 
+def fewest_groups(program: Program, search: Search) -> int:
+    """How many runs of equal types an answer needs at least; ValueError when the rows alone are infeasible."""
+    import cvxpy as cp
+
+    x, rows = _variables(replace(program, max_groups=None))
+    stays, links = _stays(program, x)
+    if len(program.room):
+        rows.append(program.usage @ x <= program.room)
+    model = cp.Problem(cp.Minimize(len(program.starts) - stays), [*rows, *links])
+    if _certificate(model, search, search.time_limit_seconds) is None:
+        raise ValueError("nothing fits, whatever the number of groups")
+    return round(model.value)
+
+
 def _solve(program: Program, search: Search, seconds: float) -> Answer | None:
     """The solver on all options of the program."""
     import cvxpy as cp
@@ -230,7 +247,7 @@ def _typed(program: Program) -> tuple[Any, Any, list[Any]]:
 
 
 def _variables(program: Program) -> tuple[Any, list[Any]]:
-    """x (N,) and the constraints that every integer model has: one option per slot, few enough types."""
+    """x (N,) and the constraints that every integer model has: one option per slot, few enough types and groups."""
     import cvxpy as cp
 
     rows: list[Any] = []
@@ -239,7 +256,24 @@ def _variables(program: Program) -> tuple[Any, list[Any]]:
     else:
         x, y, rows = _typed(program)
         rows.append(y.sum() <= program.max_types)
+    if program.max_groups is not None:
+        stays, links = _stays(program, x)
+        rows += [*links, stays >= len(program.starts) - program.max_groups]
     return x, [*rows, _one_per_slot(program) @ x == 1]
+
+
+def _stays(program: Program, x: Any) -> tuple[Any, list[Any]]:
+    """How many slots have the type of the slot before them, at most, and the constraints that make it so."""
+    import cvxpy as cp
+
+    assert program.types is not None
+    place = {pair: j for j, pair in enumerate(zip(program.slot_of.tolist(), program.types.tolist(), strict=True))}
+    pairs = [(place[slot - 1, kind], j) for (slot, kind), j in place.items() if (slot - 1, kind) in place]
+    if not pairs:
+        return cp.Constant(0), []
+    before, here = map(list, zip(*pairs, strict=True))
+    stay = cp.Variable(len(pairs), nonneg=True)
+    return stay.sum(), [stay <= x[before], stay <= x[here]]
 
 
 def _one_per_slot(program: Program) -> Any:

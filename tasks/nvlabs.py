@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from blocks.library import write_text
-from tasks.joint import BUDGETS, JointLibrary, LibraryFileError
+from tasks.joint import JointLibrary, LibraryFileError
 from tasks.options import (
+    COSTS,
     OptionLibrary,
     OptionsDescription,
     Place,
@@ -22,9 +23,9 @@ from tasks.options import (
     checked,
     crossed,
     joint_of,
-    place_of,
+    places_of,
 )
-from tasks.reading import cost, is_number, mapping, number, read_json
+from tasks.reading import LARGEST, cost, is_number, mapping, number, read_json
 
 SOURCE = "NVlabs/puzzle block_library.json"
 _NEEDED = ("memory_mib", "runtime_ms")  # stand in every such file; parameters may
@@ -59,11 +60,24 @@ def options_from_nvlabs(path: Path) -> OptionLibrary:
 
 
 def _place(measured: dict[str, Any]) -> Place:
-    """Batch size and sequence length as `measurement_info.json` tells them; 1 and no name where it does not."""
-    size, length = measured.get("batch_size"), measured.get("sequence_length")
-    whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
-    scenario = str(measured.get("scenario") or (f"{length} tokens" if length else "measured"))
-    return Place(scenario=scenario, batch_size=size if whole and isinstance(size, int) else 1)
+    """Batch size and sequence length as `measurement_info.json` tells them; 1 and no name where it does not.
+
+    How many of the tokens are generated it does not say.
+    """
+    length = _count(measured, "sequence_length")
+    scenario = measured.get("scenario")
+    return Place(
+        scenario=scenario if isinstance(scenario, str) and scenario else f"{length} tokens" if length else "measured",
+        batch_size=_count(measured, "batch_size") or 1,
+        prompt_tokens=_count(measured, "prompt_tokens") or length,
+        generated_tokens=_count(measured, "generated_tokens"),
+    )
+
+
+def _count(values: dict[str, Any], name: str) -> int:
+    """A count; 0 where the file does not say."""
+    value = values.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < LARGEST else 0
 
 
 def _ordered(layers: dict[str, Any]) -> list[str]:
@@ -92,7 +106,7 @@ def _variants(path: Path, layer: str, variants: Any, place: Place) -> Iterator[S
 
 def _stats(stats: dict[str, Any], where: str, needed: tuple[str, ...]) -> dict[str, float]:
     """Budgets are checked; other figures are kept where they are figures."""
-    found = {name: cost(stats, name, where) for name in BUDGETS if name in stats or name in needed}
+    found = {name: cost(stats, name, where) for name in COSTS if name in stats or name in needed}
     others = {name: float(value) for name, value in stats.items() if name not in found and is_number(value)}
     return found | {name: value for name, value in others.items() if value >= 0}
 
@@ -104,7 +118,7 @@ def write_nvlabs(
 
     Errors and scores per sequence have no place there. Raises LibraryFileError when memory or runtime is not known.
     """
-    place = place_of(library.description.places, scenario, batch_size)
+    place = places_of(library.description.places, scenario, batch_size)[0]
     layers: dict[str, dict[str, Any]] = {layer: {} for layer in library.description.layers}
     for variant in crossed(library):
         stats = variant.costs.get(place, {})
@@ -131,7 +145,7 @@ def _plain(stats: dict[str, float]) -> dict[str, float]:
 
 def _measured(library: OptionLibrary, place: Place) -> dict[str, Any]:
     described = library.description
-    noted = {"batch_size": place.batch_size, "scenario": place.scenario, **described.hardware}
+    noted: dict[str, Any] = {**place.model_dump(), **described.hardware}
     if described.source == SOURCE:
         noted = dict(described.measured)
     outside = library.outside.get(place)

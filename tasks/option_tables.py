@@ -74,9 +74,7 @@ def write_options(folder: Path, library: OptionLibrary) -> None:
             "options": [OptionRow(**_name(v), is_parent=v.is_parent) for v in library.variants],
             "metrics": [row for variant in library.variants for row in _metric_rows(variant)],
             "usage": [
-                UsageRow(
-                    **_name(v), scenario=place.scenario, batch_size=place.batch_size, cost=cost, value=value
-                )
+                UsageRow(**_name(v), scenario=place.scenario, batch_size=place.batch_size, cost=cost, value=value)
                 for v in library.variants
                 for place, costs in v.costs.items()
                 for cost, value in costs.items()

@@ -2,7 +2,7 @@
 
 A variant is a whole block with a joint score (NVlabs' manner), or one subblock with a score of its own that is added to
 those of the other subblocks of its layer (Model-Optimizer's puzzletron). A library may hold both: a block that was
-scored as such takes the place of the sum. `joint_of` and `options_of` alone know how tasks/joint.py keeps all this.
+scored as such takes the place of the sum. `joint_of`, `options_of` and `outside_of` know how tasks/joint.py keeps it.
 """
 
 import itertools
@@ -15,18 +15,23 @@ import numpy as np
 from pydantic import Field, JsonValue
 
 from blocks.records import Value
-from tasks.joint import BUDGETS, JointLibrary, JointOption, LibraryFileError
+from tasks import joint
+from tasks.joint import JointLibrary, JointOption, LibraryFileError
 from tasks.reading import LARGEST
 
 BLOCK = "block"
 BETWEEN = " && "
+COSTS = ("memory_mib", "runtime_ms", "ttft_ms", "num_params", "active_params")
+SIZES = {"num_kv_heads": "num_key_value_heads", "ffn_intermediate_size": "intermediate_size"}
 
 
 class Place(Value):
-    """Where costs were taken: a scenario by name, and the sequences that run at once."""
+    """Where costs were taken: a scenario by name, the sequences that run at once, tokens of one; 0 is unknown."""
 
     scenario: str
     batch_size: int = Field(ge=1)
+    prompt_tokens: int = Field(default=0, ge=0)
+    generated_tokens: int = Field(default=0, ge=0)
 
     def __str__(self) -> str:
         return f"{self.scenario}, batch {self.batch_size}"
@@ -158,47 +163,68 @@ def _sum_costs(costs: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def joint_of(library: OptionLibrary, scenario: str | None = None, batch_size: int | None = None) -> JointLibrary:
-    """The library for the search, at one place: the first, unless scenario or batch size are named."""
-    place = place_of(library.description.places, scenario, batch_size)
-    options = tuple(
+    """The library for the search, at every place; at those of a scenario or batch size where one is named.
+
+    A cost that is not known at all of these places is not known.
+    """
+    places = places_of(library.description.places, scenario, batch_size)
+    options = [
         JointOption(
             layer=variant.layer,
             label=variant.label,
             metrics=variant.metrics,
-            costs=_budgeted(variant.costs.get(place, {})),
+            costs=_joint_costs(variant.costs, places),
             is_parent=variant.is_parent,
             samples={name: np.array(values) for name, values in variant.samples.items()},
+            sizes=_sizes(variant),
         )
         for variant in crossed(library)
-    )
+    ]
+    outside = _joint_costs(library.outside, places)
     return JointLibrary(
         layers=library.description.layers,
-        options=options,
-        fixed=_budgeted(library.outside.get(place, {})),
-        measured={"scenario": place.scenario, "batch_size": place.batch_size, **library.description.hardware},
+        options=tuple(options),
+        fixed={**outside, "layer_params": 0.0} if outside else {},
+        measured=dict(library.description.hardware),
+        places=tuple(joint.Place(**place.model_dump()) for place in places),
     )
 
 
-def _budgeted(costs: dict[str, float]) -> dict[str, float]:
-    return {name: costs[name] for name in BUDGETS if name in costs}
+def _joint_costs(costs: dict[Place, dict[str, float]], places: Sequence[Place]) -> dict[str, joint.Cost]:
+    """One figure where it is the same everywhere. Blocks are dense unless the library says otherwise."""
+    found: dict[str, joint.Cost] = {}
+    for name in COSTS:
+        values = tuple(costs[place][name] for place in places if name in costs.get(place, {}))
+        if len(values) == len(places):
+            found[name] = values[0] if len(set(values)) == 1 else values
+    if "num_params" in found:
+        found["layer_params"] = found["num_params"]
+        found.setdefault("active_params", found["num_params"])
+    return found
 
 
-def place_of(places: Sequence[Place], scenario: str | None, batch_size: int | None) -> Place:
-    """The first place that fits; LibraryFileError names those there are."""
+def _sizes(variant: ScoredVariant) -> dict[str, int]:
+    """Sizes that a library tells as figures of a variant, in the words of config.json."""
+    told = next(iter(variant.costs.values()), {})
+    return {name: int(told[theirs]) for theirs, name in SIZES.items() if told.get(theirs)}
+
+
+def places_of(places: Sequence[Place], scenario: str | None, batch_size: int | None) -> list[Place]:
+    """The places that fit; LibraryFileError names those there are."""
     named = [place for place in places if scenario in (None, place.scenario)]
     if not named:
         known = ", ".join(dict.fromkeys(place.scenario for place in places))
         raise LibraryFileError(f"the library has no scenario {scenario!r}; it has {known}.")
     fitting = [place for place in named if batch_size in (None, place.batch_size)]
-    if not fitting:
-        known = ", ".join(str(place.batch_size) for place in named)
+    if len({place.scenario for place in fitting}) < len({place.scenario for place in named}):
+        known = ", ".join(map(str, sorted({place.batch_size for place in named})))
         raise LibraryFileError(f"the library was not measured at batch size {batch_size}, but at {known}.")
-    return fitting[0]
+    return fitting
 
 
 def options_of(library: JointLibrary) -> list[ScoredVariant]:
-    """The options of a joint library as they are, whole blocks at the place it stands for."""
-    place = joint_place(library)
+    """The options of a joint library as they are, whole blocks at all its places."""
+    places = named_places(library)
     return [
         ScoredVariant(
             layer=option.layer,
@@ -207,14 +233,30 @@ def options_of(library: JointLibrary) -> list[ScoredVariant]:
             is_parent=option.is_parent,
             metrics=option.metrics,
             samples={name: tuple(map(float, values)) for name, values in option.samples.items() if len(values)},
-            costs={place: option.costs},
+            costs={place: _placed(option.costs, index) for index, place in enumerate(places)},
         )
         for option in library.options
     ]
 
 
-def joint_place(library: JointLibrary) -> Place:
-    """The scenario and batch size that a joint library stands for."""
-    scenario, batch_size = library.measured.get("scenario"), library.measured.get("batch_size")
-    known = isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size >= 1
-    return Place(scenario=str(scenario or "measured"), batch_size=batch_size if known else 1)
+def outside_of(library: JointLibrary) -> dict[Place, dict[str, float]]:
+    """Costs of the non-block part per place, empty where the library does not know any."""
+    found = {place: _placed(library.fixed, index) for index, place in enumerate(named_places(library))}
+    return {place: costs for place, costs in found.items() if costs}
+
+
+def _placed(costs: dict[str, joint.Cost], index: int) -> dict[str, float]:
+    return {name: joint.at(costs[name], index) for name in COSTS if name in costs}
+
+
+def named_places(library: JointLibrary) -> list[Place]:
+    """The places of a joint library; a scenario without a name is called "measured"."""
+    return [
+        Place(
+            scenario=place.scenario or "measured",
+            batch_size=place.batch_size,
+            prompt_tokens=place.prompt_tokens,
+            generated_tokens=place.generated_tokens,
+        )
+        for place in library.places
+    ]

@@ -4,7 +4,7 @@ Pictures are inline SVG that follows the page's colours; nothing is loaded from 
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from blocks.library import write_text
 from blocks.records import ChildReport, TruthPoint
 from tasks.confidence import Confidence, bootstrap
 from tasks.front import front_of
-from tasks.joint import BUDGETS, JointChoice, JointLibrary, LibraryFileError, Price, Request, choose_joint, prices
+from tasks.joint import QUANTITIES, JointLibrary, LibraryFileError, at
 from tasks.library_pictures import Front, draw_confidence, draw_front, draw_strip, draw_truth
 from tasks.picture import draw_comparison
 from tasks.progress import shown
 from tasks.reading import read_json
 from tasks.report import BEST, LEGEND, comparison_rows, save_figure, verdict
+from tasks.request import Request
+from tasks.solve import JointChoice, Price, choose_joint, prices
 from tasks.svg import inline_svg
 from tasks.tables import validated
 
@@ -64,9 +66,8 @@ def study_choice(title: str, library: JointLibrary, request: Request, extent: Ex
     Raises InfeasibleBudget when nothing fits.
     """
     choice = choose_joint(library, request.model_copy(update={"diverse": 1}))[0]
-    over = extent.over or max(request.budgets, key=lambda name: getattr(choice, name) / request.budgets[name])
-    if over not in request.budgets:
-        raise LibraryFileError(f"the front is drawn over a budget that was given: {', '.join(request.budgets)}.")
+    priced = prices(library, request)
+    over = extent.over or _axis(request, priced)
     with shown("sweep", beside=True) as tell:
         front = front_of(library, request, choice, over, extent.points, tell)
     sure = None
@@ -79,10 +80,20 @@ def study_choice(title: str, library: JointLibrary, request: Request, extent: Ex
         request=request,
         choice=choice,
         front=front,
-        prices=tuple(prices(library, request)),
+        prices=tuple(priced),
         confidence=sure,
         **parts,
     )
+
+
+def _axis(request: Request, priced: Sequence[Price]) -> str:
+    """The quantity of which the choice uses most of its limit; where that is a floor, the cost behind it."""
+    used = [
+        (price.limit / price.used if limit.kind.floor else price.used / price.limit, limit.kind.cost)
+        for price, limit in zip(priced, request.limits, strict=True)
+        if limit.kind.cost and price.used
+    ]
+    return max(used)[1] if used else "memory_mib"
 
 
 def read_truth(path: Path) -> tuple[TruthPoint, ...]:
@@ -129,13 +140,15 @@ def render(study: Study, figures: dict[str, Figure]) -> str:
         choice=study.choice,
         request=study.request,
         front=study.front,
+        over=_words(study.front.over),
         prices=[_priced(price, study.choice) for price in study.prices],
         sure=study.confidence,
         truth=study.truth,
         facts=study.facts,
         missing=study.missing,
         pictures={name: Markup(inline_svg(figure, names[name])) for name, figure in figures.items()},  # noqa: S704
-        budgets=[_budget(study, name) for name in BUDGETS if _known(study, name)],
+        budgets=[*_budgets(study)],
+        scenarios=study.choice.scenarios if len(study.choice.scenarios) > 1 else (),
         runs=_runs(study.choice.layers),
         types=len(set(study.choice.layers.values())),
         error="" if study.choice.score_se is None else f"{study.choice.score_se:.2g}",
@@ -148,29 +161,52 @@ def render(study: Study, figures: dict[str, Figure]) -> str:
     )
 
 
-def _known(study: Study, name: str) -> bool:
-    """Costs that every option has."""
-    return all(name in option.costs for option in study.library.options)
+def _budgets(study: Study) -> Iterator[dict[str, str]]:
+    """What the choice takes of everything that the library knows or the request limits."""
+    library, choice = study.library, study.choice
+    limited = {price.budget: price for price in study.prices}
+    for name in ("memory_mib", "runtime_ms", "num_params"):
+        value = getattr(choice, name)
+        if value is not None:
+            yield _tile(name, value, limited.pop(name, None), library, choice)
+    for price in limited.values():
+        yield _tile(price.budget, price.used, price, library, choice)
 
 
-def _budget(study: Study, name: str) -> dict[str, str]:
-    """One budget in words: what the choice takes, of which limit, as a share of the parent's."""
-    value, limit = float(getattr(study.choice, name)), study.request.budgets.get(name)
-    try:
-        parent = study.library.of_parent(name)
-    except LibraryFileError:
-        parent = 0.0
-    outside = study.library.fixed.get(name)
+def _tile(name: str, value: float, price: Price | None, library: JointLibrary, choice: JointChoice) -> dict[str, str]:
+    quantity, _, scenario = name.partition(" of ")
+    kind = QUANTITIES[quantity]
+    share = outside = ""
+    if len(choice.scenarios) == 1 and kind.cost == quantity:
+        places = [(place.scenario, place.batch_size) for place in library.places]
+        index = places.index((choice.scenarios[0].scenario, choice.scenarios[0].batch_size))
+        parents = set(library.parents) == set(library.layers)
+        parent = library.of_parent(quantity, index) if parents and not (price and price.share) else 0.0
+        share = f"{100 * value / parent:.1f} % of the parent" if parent else ""
+        known = quantity in library.fixed
+        outside = f"{figure(at(library.fixed[quantity], index), kind.unit)} outside the blocks" if known else ""
+    told = figure(value, kind.unit)
+    if price is not None and price.share and value == price.used:
+        told = f"{100 * value:.1f} % of the parent's"
     return {
-        "name": {"memory_mib": "memory", "runtime_ms": "runtime", "num_params": "parameters"}.get(
-            name, name.rpartition("_")[0].replace("_", " ")
-        ),
-        "value": figure(value, BUDGETS[name]),
-        "limit": "" if limit is None else figure(limit, BUDGETS[name]),
-        "used": "" if limit is None else f"{100 * value / limit:.1f}",
-        "share": f"{100 * value / parent:.1f} % of the parent" if parent else "",
-        "outside": "" if outside is None else f"{figure(outside, BUDGETS[name])} outside the blocks",
+        "name": _words(quantity) + (f", {scenario}" if scenario else ""),
+        "value": told,
+        "limit": "" if price is None else _limit(price),
+        "used": "" if price is None else f"{100 * price.used / price.limit:.1f}",
+        "share": share,
+        "outside": outside,
     }
+
+
+def _words(quantity: str) -> str:
+    """memory_mib -> memory, num_params -> parameters, ttft_ms -> time to first token."""
+    told = {"num_params": "parameters", "ttft_ms": "time to first token", "tokens_per_second": "tokens per second"}
+    return told.get(quantity, quantity.removesuffix("_mib").removesuffix("_ms").replace("_params", " parameters"))
+
+
+def _limit(price: Price) -> str:
+    least = "at least " if QUANTITIES[price.budget.partition(" of ")[0]].floor else ""
+    return least + (f"{100 * price.limit:.4g} % of the parent's" if price.share else figure(price.limit, price.unit))
 
 
 def figure(value: float, unit: str) -> str:
@@ -181,8 +217,7 @@ def figure(value: float, unit: str) -> str:
 
 
 def _priced(price: Price, choice: JointChoice) -> dict[str, Any]:
-    """What a budget is worth; per million where the unit is a parameter."""
-    unit = BUDGETS[price.budget]
+    """What a budget is worth; per million where the unit is a parameter, per percent where it is a share."""
     moves = [
         (
             step,
@@ -191,12 +226,15 @@ def _priced(price: Price, choice: JointChoice) -> dict[str, Any]:
         )
         for step, value in price.resolved.items()
     ]
+    quantity, _, scenario = price.budget.partition(" of ")
+    many = price.unit == "parameters"
+    unit, scale = ("% of the parent's", 0.01) if price.share else ("million", 1e6) if many else (price.unit, 1.0)
     return {
-        "budget": price.budget.rpartition("_")[0].replace("num", "parameters") or price.budget,
+        "budget": _words(quantity) + (f", {scenario}" if scenario else ""),
         "used": f"{100 * price.used / price.limit:.1f} %",
-        "limit": figure(price.limit, unit),
-        "unit": "million" if unit == "parameters" else unit,
-        "per_unit": f"{price.per_unit * (1e6 if unit == 'parameters' else 1):+.3g}",
+        "limit": _limit(price),
+        "unit": unit,
+        "per_unit": f"{price.per_unit * scale:+.3g}",
         "moves": moves,
     }
 

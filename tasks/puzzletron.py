@@ -117,7 +117,10 @@ def _variants(found: Found, statistics: Statistics, depth: int, where: str) -> I
                 is_parent=all(_same(config, teacher.get(part)) for part, config in block.items()),
                 metrics=replacement.metrics,
                 samples=replacement.samples,
-                costs={place: _costs(statistics, layer, block, place, where) for place in statistics.places},
+                costs={
+                    place: _costs(statistics, layer, block, place, where) | named.sizes(block)
+                    for place in statistics.places
+                },
             )
 
 
@@ -195,6 +198,13 @@ class _Labels:
         if is_number(multiple):
             return f"ffn_mult {multiple:g}{labels.share(multiple, float(own) if is_number(own) else 0.0)}"
         return str(config.get("kind") or "unnamed")
+
+    def sizes(self, block: dict[str, Config]) -> dict[str, float]:
+        """KV heads and intermediate size of a block, as NVlabs' statistics name them."""
+        return {
+            "num_kv_heads": float(sum(self._heads(config) for config in block.values())),
+            "ffn_intermediate_size": float(sum(_whole(config, "intermediate_size") for config in block.values())),
+        }
 
     def _heads(self, config: Config) -> int:
         """KV heads; older configs tell how many query heads share one."""

@@ -99,7 +99,12 @@ def _place(args: Config, where: str, several_widths: bool) -> Place:
     width = f", width {args.get('n_embd')}" if several_widths else ""
     if size < 1:
         raise LibraryFileError(f"{where}: batch_size must be at least 1.")
-    return Place(scenario=f"{prefill}+{generation} tokens, {precision}{width}", batch_size=size)
+    return Place(
+        scenario=f"{prefill}+{generation} tokens, {precision}{width}",
+        batch_size=size,
+        prompt_tokens=prefill,
+        generated_tokens=generation,
+    )
 
 
 def _subblock_costs(entry: Config, where: str) -> dict[Key, dict[str, float]]:

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from blocks.errors import PuzzleError
-from blocks.records import ChildReport, Totals
+from blocks.records import ChildReport
 from tasks.exchange import Summary, summarise
 from tasks.interchange import open_library
-from tasks.joint import JointLibrary, Request
+from tasks.joint import JointLibrary
 from tasks.page import Extent, Study, study_choice, truth_of, write_page
+from tasks.request import Limit, Request
 
 IN_A_RUN = Extent(points=12, draws=40)  # seconds, not minutes, at 30 layers
 
@@ -16,11 +16,9 @@ IN_A_RUN = Extent(points=12, draws=40)  # seconds, not minutes, at 30 layers
 def write_run_page(workspace: Path, report: ChildReport, target: Path) -> list[Path]:
     """Write the page at the end of a run; its library is the one of the report's profile."""
     tables = workspace / "tables" / report.profile
-    totals = totals_of_run(report)
-    opened = open_library(tables, totals.scenario, totals.batch_size)
-    request = budget_of_run(totals, {})
-    study = study_of(tables, opened, request, IN_A_RUN, truth=truth_of(workspace), report=report)
-    return write_page(study, target)
+    opened = open_library(tables, batch_size=batch_of_run(report))
+    request = Request(limits=limits_of_run(report))
+    return write_page(study_of(tables, opened, request, IN_A_RUN, truth=truth_of(workspace), report=report), target)
 
 
 def study_of(source: Path, opened: JointLibrary, request: Request, extent: Extent, **parts: Any) -> Study:
@@ -36,37 +34,35 @@ def facts_of(described: Summary, opened: JointLibrary) -> tuple[tuple[str, str],
     """What the page says of the library, by name."""
     least, most = described.options_per_layer
     per_layer = str(least) if least == most else f"{least} to {most}"
-    at = [
-        f"{name.replace('_', ' ')} {opened.measured[name]}"
-        for name in ("scenario", "batch_size")
-        if name in opened.measured
-    ]
+    places = [f"{place.scenario or 'one scenario'}, batch {place.batch_size}" for place in opened.places]
     hardware = ", ".join(f"{name} {value}" for name, value in described.hardware.items())
     return (
         ("source", described.source),
         ("parent", described.parent or "not named"),
         ("layers", f"{described.layers}, each with {per_layer} variants of its block"),
-        ("costs at", ", ".join(at) or "one scenario"),
+        ("costs at", "; ".join(places)),
         ("hardware", hardware or "not named"),
     )
 
 
-def totals_of_run(report: ChildReport, scenario: str | None = None, batch_size: int | None = None) -> Totals:
-    """What the run's architecture was predicted to take, at the scenario named or its first."""
-    every = report.architecture.totals
-    fitting = [t for t in every if scenario in (None, t.scenario) and batch_size in (None, t.batch_size)]
-    if not fitting:
-        places = ", ".join(f"{totals.scenario} at batch size {totals.batch_size}" for totals in every)
-        raise PuzzleError(f"the run chose its architecture at {places}: name one of these, or budgets of your own.")
-    return fitting[0]
+def batch_of_run(report: ChildReport) -> int | None:
+    """The batch size that the run chose in all its scenarios, None where they differ."""
+    sizes = {totals.batch_size for totals in report.architecture.totals}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
-def budget_of_run(totals: Totals, fields: dict[str, Any]) -> Request:
-    """No more memory, runtime and parameters than the architecture that the run chose."""
+def limits_of_run(report: ChildReport) -> tuple[Limit, ...]:
+    """No more memory and runtime in any scenario, and no more parameters, than the run's architecture takes."""
     slack = 1 + 1e-6  # the same sums in another order
-    limits = {
-        "memory_mib": totals.memory_bytes / 2**20,
-        "runtime_ms": 1000 * totals.runtime_seconds,
-        "num_params": float(totals.parameters),
-    }
-    return Request.model_validate({**fields, **{name: limit * slack for name, limit in limits.items()}})
+    every = report.architecture.totals
+    found = []
+    for totals in every:
+        scenario = totals.scenario if len(every) > 1 else None
+        for quantity, value in (
+            ("memory_mib", totals.memory_bytes / 2**20),
+            ("runtime_ms", 1000 * totals.runtime_seconds),
+        ):
+            name = f"{quantity} of {scenario}" if scenario else quantity
+            found.append(Limit(quantity=quantity, asked=value * slack, scenario=scenario, name=name))
+    parameters = float(every[0].parameters) * slack
+    return (*found, Limit(quantity="num_params", asked=parameters, name="num_params"))

@@ -9,11 +9,13 @@ import pytest
 from profiles.schema import Budget
 from tasks.exchange import as_options, export_library, import_library, summarise
 from tasks.interchange import StoredLibrary, open_library, read_library, write_library
-from tasks.joint import JointLibrary, Request, choose_joint
+from tasks.joint import JointLibrary
 from tasks.labels import intermediate_size, kv_heads, needs_exact, run_labels, share
 from tasks.nvlabs import read_nvlabs
 from tasks.option_tables import read_options, write_options
 from tasks.options import options_of
+from tasks.request import Request, limits
+from tasks.solve import choose_joint
 from tests import puzzletron, test_nvlabs
 from tests.test_choose import CHAT, LONG, random_problem
 from tests.test_interchange import stored
@@ -42,7 +44,7 @@ def same_choices(one: JointLibrary, other: JointLibrary) -> None:
     for name in ("memory_mib", "runtime_ms", "num_params"):
         for part in (0.5, 0.7, 0.9):
             limit = part * one.of_parent(name)
-            request = Request.model_validate({name: limit})
+            request = Request(limits=limits(**{name: limit}))
             first, second = (choose_joint(library, request)[0] for library in (one, other))
             assert first.objective == pytest.approx(second.objective, rel=1e-12)
             for field in ("memory_mib", "runtime_ms", "num_params"):

@@ -17,7 +17,8 @@ from blocks.library import read_value
 from blocks.records import ChildReport
 from flows import cli
 from tasks.interchange import open_library, read_library
-from tasks.joint import Request, choose_joint
+from tasks.request import Request, limits
+from tasks.solve import choose_joint
 
 pytestmark = pytest.mark.timeout(900)  # whole runs, each with a server of its own
 
@@ -105,11 +106,15 @@ def test_the_library_it_leaves_chooses_the_same_child(run: tuple[Path, str]) -> 
     """`puzzle choose` on the workspace, with the profile's budget in other words."""
     architecture = report_of(run[0]).architecture
     library = open_library(run[0], "chat", architecture.totals[0].batch_size)
-    fixed = library.fixed["num_params"]
+    fixed = library.outside("num_params", 0)
     limit = fixed + 0.6 * (library.of_parent("num_params") - fixed)
-    (choice,) = choose_joint(library, Request(num_params=limit))
+    (choice,) = choose_joint(library, Request(limits=limits(num_params=limit)))
+    (same,) = choose_joint(library, Request(limits=limits(layer_params="60%")))
+    assert same == choice
     assert 0 < choice.objective == pytest.approx(architecture.score, rel=1e-5)
-    assert choice.memory_mib * 2**20 == pytest.approx(architecture.totals[0].memory_bytes)
+    assert choice.memory_mib is not None and choice.memory_mib * 2**20 == pytest.approx(
+        architecture.totals[0].memory_bytes
+    )
     tables = read_library(run[0] / "tables" / "tiny")
     assert len(tables.variants) == len(tables.scores) == 4 * (3 + 2)
 
