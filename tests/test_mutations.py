@@ -196,13 +196,14 @@ def whole_blocks(rows: dict[tuple[str, str], Any]) -> dict[str, Any]:
 
 
 def run_table(folder: Path) -> tuple[Table, dict[str, float]]:
-    """Version 1, at the first scenario and its smallest batch size."""
+    """Version 1, at one scenario and batch size; a variant must have been measured at all of them."""
     described = json.loads((folder / "library.json").read_text())
     scores, costs, non_block = (
         pd.read_parquet(folder / f"{name}.parquet") for name in ("scores", "costs", "non_block")
     )
-    scenario = described["scenarios"][0]
-    size = min(scenario["batch_sizes"])
+    scenario = next(one for one in described["scenarios"] if one["name"] == CHAT.name)
+    size = min(CHAT.batch_sizes)
+    places = {(one["name"], own) for one in described["scenarios"] for own in one["batch_sizes"]}
     tokens = size * (scenario["prompt_tokens"] + scenario["generated_tokens"])
 
     def plain(row: Any, kv: float) -> dict[str, float]:
@@ -213,7 +214,14 @@ def run_table(folder: Path) -> tuple[Table, dict[str, float]]:
     def at(table: pd.DataFrame) -> Any:
         return table[(table["scenario"] == scenario["name"]) & (table["batch_size"] == size)].itertuples()
 
-    priced = {(row.subblock, row.variant): plain(row, row.kv_bytes_per_token) for row in at(costs)}
+    measured: dict[tuple[str, str], set[tuple[str, int]]] = {}
+    for row in costs.itertuples():
+        measured.setdefault((row.subblock, row.variant), set()).add((row.scenario, row.batch_size))
+    priced = {
+        (row.subblock, row.variant): plain(row, row.kv_bytes_per_token)
+        for row in at(costs)
+        if measured[row.subblock, row.variant] >= places
+    }
     (outside,) = (plain(row, 0) for row in at(non_block))
     found: Table = {}
     for layer in range(described["num_hidden_layers"]):
@@ -245,7 +253,8 @@ def test_mutated_open_format(folders: dict[str, Path], tmp_path: Path, kind: str
         folder = tmp_path / str(seed)
         mutated(folders[kind], folder, draw)
         words = request(draw)
-        answer = ask(folder, words, seed)
+        at = ["--scenario", CHAT.name, "--batch-size", min(CHAT.batch_sizes)] if kind == "run" else []
+        answer = ask(folder, [*words, *at], seed)
         codes.append(answer is None)
         if answer is not None:
             table, outside = run_table(folder) if kind == "run" else options_table(folder)
