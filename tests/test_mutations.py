@@ -105,6 +105,10 @@ def limit(word: Any, parent: float) -> float:
     return float(word.rstrip("%")) / 100 * parent if "%" in str(word) else float(word)
 
 
+def rows_of(table: pd.DataFrame) -> Any:
+    return table.itertuples()
+
+
 # --- the open format
 
 
@@ -171,7 +175,7 @@ def options_table(folder: Path) -> tuple[Table, dict[str, float]]:
     found: Table = {}
     for layer in described["layers"]:
         rows: dict[tuple[str, str], tuple[float, dict[str, float]]] = {}
-        for option in options[options["layer"] == layer].itertuples():
+        for option in rows_of(options[options["layer"] == layer]):
             own = metrics[
                 (metrics["layer"] == layer) & (metrics["part"] == option.part) & (metrics["label"] == option.label)
             ]
@@ -215,7 +219,7 @@ def run_table(folder: Path) -> tuple[Table, dict[str, float]]:
         return table[(table["scenario"] == scenario["name"]) & (table["batch_size"] == size)].itertuples()
 
     measured: dict[tuple[str, str], set[tuple[str, int]]] = {}
-    for row in costs.itertuples():
+    for row in rows_of(costs):
         measured.setdefault((row.subblock, row.variant), set()).add((row.scenario, row.batch_size))
     priced = {
         (row.subblock, row.variant): plain(row, row.kv_bytes_per_token)
@@ -226,7 +230,7 @@ def run_table(folder: Path) -> tuple[Table, dict[str, float]]:
     found: Table = {}
     for layer in range(described["num_hidden_layers"]):
         own = scores[scores["layer"] == layer] if len(scores.columns) else scores
-        listed = [] if own.empty else [(r.subblock, r.variant, r.kl) for r in own.itertuples()]
+        listed = [] if own.empty else [(r.subblock, r.variant, r.kl) for r in rows_of(own)]
         parts = {name: {"parent": 0.0} | {v: kl for s, v, kl in listed if s == name} for name in ("attention", "ffn")}
         rows = {
             f"attention = {a} && ffn = {f}": (parts["attention"][a] + parts["ffn"][f], a, f)

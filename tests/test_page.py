@@ -90,6 +90,15 @@ def test_a_library_alone(tmp_path: Path, nvlabs: Path) -> None:
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
 
 
+def test_a_floor_is_a_budget_too(tmp_path: Path, nvlabs: Path) -> None:
+    """At least so much throughput; the front goes down to a child that takes no time at all, endlessly fast."""
+    page, _ = page_of(tmp_path, "--library", nvlabs, "--tokens-per-second", "160%", "--memory-mib", "90%")
+    told = " ".join(page.words)
+    assert "at least 160 % of the parent's" in told and "Pareto front over runtime" in told
+    nothing = answers("choose", "--library", nvlabs, "--tokens-per-second", "160%", "--memory-mib", 1e-6)
+    assert nothing["runtime_ms"] == 0
+
+
 def test_confidence_where_the_library_can_tell(tmp_path: Path) -> None:
     write_library(tmp_path / "tables" / "p", stored(random_problem(0, Budget(speedup=1.2))))
     page, _ = page_of(tmp_path, "--library", tmp_path, "--num-params", "70%")
