@@ -17,54 +17,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from blocks.errors import PuzzleError
 from profiles.schema import Search
-
-# N = options, S = slots, R = rows
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
-Flags = NDArray[np.bool_]
-
-ROOM = 1e-9  # how far, of a whole limit, the solver may overstep; the check afterwards allows 1e-6
-_FIRST_CORE = 4  # options per slot that the solver sees first
+from tasks.branch import Found, branch, nearest
+from tasks.program import ROOM as ROOM
+from tasks.program import Flags as Flags
+from tasks.program import Floats as Floats
+from tasks.program import Integers as Integers
+from tasks.program import Program as Program
+from tasks.program import Relaxation as Relaxation
+from tasks.program import possible as possible
 
 
 class SolverStopped(PuzzleError):
     """The solver gave up before it had any answer."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Program:
-    """options slot after slot: scores (N,), starts (S,) first option of each slot, usage (R, N) <= room (R,) in sum.
-
-    types: (N,) type of every option, needed with max_types alone. Rows should be scaled so that a limit is about 1.
-    """
-
-    scores: Floats
-    starts: Integers
-    usage: Floats
-    room: Floats
-    types: Integers | None = None
-    max_types: int | None = None
-
-    @property
-    def slot_of(self) -> Integers:
-        """(N,) slot of every option."""
-        sizes = np.diff(np.append(self.starts, len(self.scores)))
-        return np.repeat(np.arange(len(self.starts)), sizes)
-
-    def only(self, kept: Flags) -> "Program":
-        """The program over the options where `kept` (N,) is true; every slot must keep one."""
-        slots = self.slot_of[kept]
-        starts = np.searchsorted(slots, np.arange(len(self.starts)))
-        types = None if self.types is None else self.types[kept]
-        return replace(self, scores=self.scores[kept], starts=starts, usage=self.usage[:, kept], types=types)
-
-    def with_row(self, usage: Floats, room: float) -> "Program":
-        """The program with one more row."""
-        return replace(self, usage=np.vstack([self.usage, usage]), room=np.append(self.room, room))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,15 +42,6 @@ class Answer:
     objective: float
     bound: float
     status: str
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Relaxation:
-    """The LP: bound, prices (R,) of the rows (>= 0), distance (N,) by which the bound rises when an option is used."""
-
-    bound: float
-    prices: Floats
-    distance: Floats
 
 
 def minimise(program: Program, search: Search) -> Answer | None:
@@ -101,41 +59,55 @@ def minimise(program: Program, search: Search) -> Answer | None:
     relaxed = relaxation(program, search)
     if relaxed is None:
         return None
-    core = _first_core(program, relaxed.distance)
+    if program.max_types is not None:
+        return _solved(program, relaxed, None, search, ends)
+    found = branch(program, relaxed, search.gap, ends)
+    if not found.finished:
+        return _solved(program, relaxed, found, search, ends)
+    if found.selection is None:
+        return None
+    return Answer(selection=found.selection, objective=found.objective, bound=found.bound, status="optimal")
+
+
+def _solved(program: Program, relaxed: Relaxation, found: Found | None, search: Search, ends: float) -> Answer | None:
+    """HiGHS on a core of options that is grown until it proves; what is already `found` narrows it."""
+    known = None
+    core = nearest(program, relaxed.distance) if program.max_types is None else np.ones(len(program.scores), dtype=bool)
+    if found is not None and found.selection is not None:
+        known = Answer(selection=found.selection, objective=found.objective, bound=found.bound, status="user_limit")
+        core = relaxed.useful(found.objective, search.gap)
     while True:
-        part = program.only(core)
-        answer = _solve(part, search, max(ends - time.perf_counter(), 1e-9))
-        if answer is None:
+        try:
+            answer = _solve(program.only(core), search, max(ends - time.perf_counter(), 1e-9))
+        except SolverStopped:
+            if known is None:
+                raise
+            return known
+        outside = relaxed.bound + relaxed.distance[~core].min(initial=math.inf)
+        if answer is None and known is None:
             if core.all():
                 return None
             core = np.ones_like(core)
             continue
-        answer = replace(answer, selection=np.flatnonzero(core)[answer.selection])
-        useful = relaxed.bound + relaxed.distance < answer.objective - search.gap * abs(answer.objective)
+        answer = _better(answer and replace(answer, selection=np.flatnonzero(core)[answer.selection]), known, outside)
+        useful = relaxed.useful(answer.objective, search.gap)
         if answer.status != "optimal" or not (useful & ~core).any():
-            outside = relaxed.distance[~core].min(initial=math.inf)
-            return replace(answer, bound=min(answer.bound, relaxed.bound + outside, answer.objective))
+            return answer
         core |= useful
 
 
-def possible(program: Program) -> Flags:
-    """(N,) false for options that break a row even with the cheapest of every other slot.
-
-    They cannot be chosen, and numbers far beyond a limit are what a solver fails on.
-    """
-    least = np.minimum.reduceat(program.usage, program.starts, axis=1)
-    others = least.sum(axis=1, keepdims=True) - least[:, program.slot_of]
-    return np.asarray((program.usage + others <= program.room[:, None] + ROOM).all(axis=0))
-
-
-def _first_core(program: Program, distance: Floats) -> Flags:
-    """The closest options; all of them when types are limited, since the LP's prices know nothing of types."""
-    count = _FIRST_CORE * len(program.starts)
-    if program.max_types is not None or count >= len(distance):
-        return np.ones(len(distance), dtype=bool)
-    core = distance <= np.partition(distance, count)[count]
-    core |= distance <= np.minimum.reduceat(distance, program.starts)[program.slot_of]
-    return core
+def _better(answer: Answer | None, known: Answer | None, outside: float) -> Answer:
+    """The better of two, with the better of their bounds; outside: a bound of what the solver did not see."""
+    if answer is None:  # nothing among what could beat the known one
+        assert known is not None
+        return replace(known, bound=min(outside, known.objective), status="optimal")
+    answer = replace(answer, bound=min(answer.bound, outside, answer.objective))
+    if known is None:
+        return answer
+    bound = max(answer.bound, known.bound)
+    if known.objective < answer.objective:
+        answer = replace(known, status=answer.status)
+    return replace(answer, bound=min(bound, answer.objective))
 
 
 def relaxation(program: Program, search: Search) -> Relaxation | None:

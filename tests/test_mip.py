@@ -112,7 +112,7 @@ def test_every_option_costs_at_least_its_distance(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_the_core_is_grown_until_it_proves(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a core of one option a slot the answer is still that of all options."""
-    monkeypatch.setattr("tasks.mip._FIRST_CORE", 1)
+    monkeypatch.setattr("tasks.branch._FIRST_CORE", 1)
     program = instance(5, 5, seed, 2, room=0.45)
     check(program, minimise(program, EXACT), best_of_all(program))
 
