@@ -84,8 +84,7 @@ def branch(program: Program, relaxed: Relaxation, gap: float, ends: float) -> Fo
     Unfinished when it is too hard for the purse; what was found and proven holds all the same.
     """
     near = nearest(program, relaxed.distance)
-    purse = Purse(choices=4 * _FIRST * len(program.starts), block=_FIRST, ends=ends)
-    first = Branching(program.only(near), relaxed.only(near), gap).run(purse).among(near)
+    first = quick(program, relaxed, gap, ends)
     useful = relaxed.useful(first.objective, gap)
     outside = relaxed.bound + float(relaxed.distance[~useful].min(initial=math.inf))
     if not useful.any() or (first.finished and not (useful & ~near).any()):
@@ -94,6 +93,13 @@ def branch(program: Program, relaxed: Relaxation, gap: float, ends: float) -> Fo
     second = Branching(program.only(useful), relaxed.only(useful), gap, below=first.objective).run(purse).among(useful)
     selection = first.selection if second.selection is None else second.selection
     return replace(second, selection=selection, bound=min(second.bound, outside))
+
+
+def quick(program: Program, relaxed: Relaxation, gap: float, ends: float) -> Found:
+    """A good choice in some hundredths of a second; what it proves holds for the options closest to the LP's alone."""
+    near = nearest(program, relaxed.distance)
+    purse = Purse(choices=4 * _FIRST * len(program.starts), block=_FIRST, ends=ends)
+    return Branching(program.only(near), relaxed.only(near), gap).run(purse).among(near)
 
 
 def nearest(program: Program, distance: Floats) -> Flags:

@@ -2,11 +2,12 @@
 
     min  scores @ x    s.t.  one option per slot,   usage @ x <= room,   at most `max_types` types in use,   x in {0, 1}
 
-Most options can be proven useless before the solver starts. With the duals of the LP relaxation as prices, L is a lower
+Most options can be proven useless before any search. With the duals of the LP relaxation as prices, L is a lower
 bound of any answer, and L + d_j one of any answer that uses option j, d_j being what j costs above its slot's cheapest
-at those prices. The solver sees a core of options with small d; what it finds rules out every option with L + d_j
-above it, and when none is left outside the core the answer is optimal for the whole (the core idea of Pisinger, EJOR
-83, 1995; exact, the certificate covers all options). Scores and rows may have any scale and sign.
+at those prices. A search of a core of options with small d finds an answer, and that rules out every option with
+L + d_j above it (the core idea of Pisinger, EJOR 83, 1995; exact, the certificate covers all options). tasks/branch.py
+searches; HiGHS takes over where that is too hard, and where types are limited. Scores and rows may have any scale and
+sign.
 """
 
 import math
@@ -20,7 +21,7 @@ import numpy as np
 
 from blocks.errors import PuzzleError
 from profiles.schema import Search
-from tasks.branch import Found, branch, nearest
+from tasks.branch import Found, branch, nearest, quick
 from tasks.program import ROOM as ROOM
 from tasks.program import Flags as Flags
 from tasks.program import Floats as Floats
@@ -28,6 +29,8 @@ from tasks.program import Integers as Integers
 from tasks.program import Program as Program
 from tasks.program import Relaxation as Relaxation
 from tasks.program import possible as possible
+
+_ROUNDS = 12  # sets of types that are tried before the solver starts
 
 
 class SolverStopped(PuzzleError):
@@ -56,11 +59,12 @@ def minimise(program: Program, search: Search) -> Answer | None:
             return None
         answer = minimise(program.only(useful), search)
         return answer and replace(answer, selection=np.flatnonzero(useful)[answer.selection])
+    if program.max_types is not None and program.max_types < len(np.unique(program.types)):
+        return _minimise_typed(program, search, ends)
+    program = replace(program, max_types=None)
     relaxed = relaxation(program, search)
     if relaxed is None:
         return None
-    if program.max_types is not None:
-        return _solved(program, relaxed, None, search, ends)
     found = branch(program, relaxed, search.gap, ends)
     if not found.finished:
         return _solved(program, relaxed, found, search, ends)
@@ -69,21 +73,29 @@ def minimise(program: Program, search: Search) -> Answer | None:
     return Answer(selection=found.selection, objective=found.objective, bound=found.bound, status="optimal")
 
 
-def _solved(program: Program, relaxed: Relaxation, found: Found | None, search: Search, ends: float) -> Answer | None:
+def _minimise_typed(program: Program, search: Search, ends: float) -> Answer | None:
+    """As `minimise`: a good answer by swaps of types, then HiGHS on the options that could still beat it."""
+    relaxed = _typed_relaxation(program, search)
+    return relaxed and _solved(program, relaxed, _swap_types(program, relaxed, search, ends), search, ends)
+
+
+def _solved(program: Program, relaxed: Relaxation, found: Found, search: Search, ends: float) -> Answer | None:
     """HiGHS on a core of options that is grown until it proves; what is already `found` narrows it."""
     known = None
     core = nearest(program, relaxed.distance) if program.max_types is None else np.ones(len(program.scores), dtype=bool)
-    if found is not None and found.selection is not None:
+    if found.selection is not None:
         known = Answer(selection=found.selection, objective=found.objective, bound=found.bound, status="user_limit")
         core = relaxed.useful(found.objective, search.gap)
     while True:
+        outside = relaxed.bound + relaxed.distance[~core].min(initial=math.inf)
+        if not np.logical_or.reduceat(core, program.starts).all():
+            return _better(None, known, outside)
         try:
             answer = _solve(program.only(core), search, max(ends - time.perf_counter(), 1e-9))
         except SolverStopped:
             if known is None:
                 raise
             return known
-        outside = relaxed.bound + relaxed.distance[~core].min(initial=math.inf)
         if answer is None and known is None:
             if core.all():
                 return None
@@ -130,6 +142,87 @@ def relaxation(program: Program, search: Search) -> Relaxation | None:
     least = np.minimum.reduceat(reduced, program.starts)
     bound = math.fsum(least) - float(prices @ program.room)
     return Relaxation(bound=bound, prices=prices, distance=reduced - least[program.slot_of])
+
+
+def _typed_relaxation(program: Program, search: Search) -> Relaxation | None:
+    """The LP relaxation with the limit on types; `distance` is 0 for what the K best types use.
+
+    With prices of the rows and a worth of every slot, a type in use gains the sum of what its options cost less than
+    their slots' worth, and at best the K types of largest gain are in use (the Lagrangian of the K-median problem).
+    """
+    import cvxpy as cp
+
+    assert program.max_types is not None
+    x, y, rows = _typed(program, boolean=False)
+    scale, types = _scale(program.scores), np.unique(program.types, return_inverse=True)[1]
+    constraints = [_one_per_slot(program) @ x == 1, *rows, y.sum() <= program.max_types]
+    if len(program.room):
+        constraints.append(program.usage @ x <= program.room)
+    model = cp.Problem(cp.Minimize((program.scores / scale) @ x), constraints)
+    _run(model, search, search.time_limit_seconds)
+    if model.status.startswith("infeasible"):
+        return None
+    solved = model.status == "optimal"
+    prices = np.maximum(constraints[-1].dual_value, 0.0) * scale if solved and len(program.room) else 0 * program.room
+    reduced = program.scores + prices @ program.usage
+    worth = -constraints[0].dual_value * scale if solved else np.minimum.reduceat(reduced, program.starts)
+    above = reduced - worth[program.slot_of]
+    gains = np.bincount(types, weights=np.maximum(-above, 0.0), minlength=int(types.max()) + 1)
+    last = np.sort(gains)[::-1][: program.max_types]
+    bound = math.fsum(worth) - math.fsum(last) - float(prices @ program.room)
+    distance = np.maximum(last[-1] - gains, 0.0)[types] + np.maximum(above, 0.0)
+    return Relaxation(bound=bound, prices=prices, distance=distance)
+
+
+def _swap_types(program: Program, relaxed: Relaxation, search: Search, ends: float) -> Found:
+    """A good answer: K types by swaps at prices of the rows, the program of those alone, its own prices, and again."""
+    generator = np.random.default_rng(0)
+    best = Found(selection=None, objective=math.inf, bound=relaxed.bound, finished=False)
+    names, types = np.unique(program.types, return_inverse=True)
+    prices, untyped, tried = relaxed.prices, replace(program, max_types=None), set[bytes]()
+    for _ in range(_ROUNDS):
+        chosen = _cheapest_types(program, prices, types, len(names))
+        kept = np.isin(types, chosen)
+        if time.perf_counter() > ends:
+            break
+        again = kept.tobytes() in tried
+        tried.add(kept.tobytes())
+        if again or not np.logical_or.reduceat(kept, program.starts).all():
+            prices = prices * generator.lognormal(0, 0.3, len(prices))
+            continue
+        part = relaxation(untyped.only(kept), search)
+        if part is None:
+            prices = prices * 1.5
+            continue
+        found = quick(untyped.only(kept), part, search.gap, ends).among(kept)
+        prices = (prices + part.prices) / 2
+        if found.objective < best.objective:
+            best = replace(best, selection=found.selection, objective=found.objective)
+    return best
+
+
+def _cheapest_types(program: Program, prices: Floats, types: Integers, count: int) -> list[int]:
+    """At most K types (K-median of the slots at these prices): added greedily, then swapped while that helps."""
+    assert program.max_types is not None
+    reduced = program.scores + prices @ program.usage
+    costs = np.full((len(program.starts), count), 1e6 * _scale(reduced))
+    np.minimum.at(costs, (program.slot_of, types), reduced)
+    nothing = costs.max(axis=1, keepdims=True)
+
+    def added(kept: list[int]) -> Floats:
+        """(types,) the costs of `kept` and one more."""
+        return np.minimum(costs, np.hstack([nothing, costs[:, kept]]).min(axis=1, keepdims=True)).sum(axis=0)
+
+    chosen: list[int] = []
+    for _ in range(min(program.max_types, count)):
+        chosen.append(int(added(chosen).argmin()))
+    total = math.inf
+    while (now := float(added(chosen[1:])[chosen[0]])) < total - 1e-12 * abs(now):
+        total = now
+        for at in range(len(chosen)):
+            others = chosen[:at] + chosen[at + 1 :]
+            chosen[at] = int(added(others).argmin())
+    return chosen
 
 
 def least_usage(program: Program, rows: Sequence[int], kept: Sequence[int], search: Search) -> float | None:
@@ -188,7 +281,7 @@ def _scale(scores: Floats) -> float:
     return float(np.abs(scores).max()) or 1.0
 
 
-def _typed(program: Program) -> tuple[Any, Any, list[Any]]:
+def _typed(program: Program, boolean: bool = True) -> tuple[Any, Any, list[Any]]:
     """x (N,), y (types,) and x_j <= y_type(j)."""
     import cvxpy as cp
     from scipy.sparse import csr_array
@@ -197,8 +290,11 @@ def _typed(program: Program) -> tuple[Any, Any, list[Any]]:
     names, column = np.unique(program.types, return_inverse=True)
     count = len(program.types)
     of_option = csr_array((np.ones(count), (np.arange(count), column)), shape=(count, len(names)))
-    x, y = cp.Variable(count, boolean=True), cp.Variable(len(names), boolean=True)
-    return x, y, [x <= of_option @ y]
+    if boolean:
+        x, y = cp.Variable(count, boolean=True), cp.Variable(len(names), boolean=True)
+        return x, y, [x <= of_option @ y]
+    x, y = cp.Variable(count, nonneg=True), cp.Variable(len(names), nonneg=True)
+    return x, y, [x <= of_option @ y, y <= 1]
 
 
 def _variables(program: Program) -> tuple[Any, list[Any]]:
