@@ -190,10 +190,10 @@ class Branching:
         origin, pick = np.nonzero(keep)
         floor, option = floor[keep], slot[pick]
         sums = block.sums[:, origin] + self.columns[:, option]
-        fits = (sums[1:] + self.least[:, depth : depth + 1] <= self.program.room[:, None] + ROOM).all(axis=0)
+        fits = sums[1:] + self.least[:, depth : depth + 1] <= self.program.room[:, None] + ROOM
         bound = (self.weights @ sums + self.rest[:, depth : depth + 1]).max(axis=0, initial=-math.inf)
         children = _Block(depth=depth, sums=sums, floor=floor, bound=bound, up=block, origin=origin, option=option)
-        return self._kept(children.only(fits))
+        return self._kept(children.only(np.asarray(fits.all(axis=0))))
 
     def _finish(self, block: _Block) -> None:
         """The cheapest of the complete choices, when it is the best so far."""

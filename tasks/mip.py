@@ -56,7 +56,7 @@ def minimise(program: Program, search: Search) -> Answer | None:
         return answer and replace(answer, selection=np.flatnonzero(useful)[answer.selection])
     if program.max_groups is not None and program.max_groups < len(program.starts):
         return _minimise_grouped(program, search, ends)
-    if program.max_types is not None and program.max_types < len(np.unique(program.types)):
+    if program.max_types is not None and program.max_types < len(_types(program)[0]):
         return _minimise_typed(program, search, ends)
     program = replace(program, max_types=None, max_groups=None)
     relaxed = relaxation(program, search)
@@ -82,7 +82,9 @@ def _minimise_grouped(program: Program, search: Search, ends: float) -> Answer |
 def _minimise_typed(program: Program, search: Search, ends: float) -> Answer | None:
     """As `minimise`: a good answer by swaps of types, then HiGHS on the options that could still beat it."""
     relaxed = _typed_relaxation(program, search)
-    return relaxed and _solved(program, relaxed, _swap_types(program, relaxed, search, ends), search, ends)
+    if relaxed is None:
+        return None
+    return _solved(program, relaxed, _swap_types(program, relaxed, search, ends), search, ends)
 
 
 def _solved(program: Program, relaxed: Relaxation, found: Found, search: Search, ends: float) -> Answer | None:
@@ -161,7 +163,7 @@ def _typed_relaxation(program: Program, search: Search) -> Relaxation | None:
 
     assert program.max_types is not None
     x, y, rows = _typed(program, boolean=False)
-    scale, types = _scale(program.scores), np.unique(program.types, return_inverse=True)[1]
+    scale, types = _scale(program.scores), _types(program)[1]
     constraints = [_one_per_slot(program) @ x == 1, *rows, y.sum() <= program.max_types]
     if len(program.room):
         constraints.append(program.usage @ x <= program.room)
@@ -185,7 +187,7 @@ def _swap_types(program: Program, relaxed: Relaxation, search: Search, ends: flo
     """A good answer: K types by swaps at prices of the rows, the program of those alone, its own prices, and again."""
     generator = np.random.default_rng(0)
     best = Found(selection=None, objective=math.inf, bound=relaxed.bound, finished=False)
-    names, types = np.unique(program.types, return_inverse=True)
+    names, types = _types(program)
     prices, untyped, tried = relaxed.prices, replace(program, max_types=None), set[bytes]()
     for _ in range(_ROUNDS):
         chosen = _cheapest_types(program, prices, types, len(names))
@@ -302,14 +304,20 @@ def _scale(scores: Floats) -> float:
     return float(np.abs(scores).max()) or 1.0
 
 
+def _types(program: Program) -> tuple[Integers, Integers]:
+    """The types there are, and (N,) the place of every option's type among them."""
+    assert program.types is not None, "a limit on types needs the options' types"
+    names, place = np.unique(program.types, return_inverse=True)
+    return names, place
+
+
 def _typed(program: Program, boolean: bool = True) -> tuple[Any, Any, list[Any]]:
     """x (N,), y (types,) and x_j <= y_type(j)."""
     import cvxpy as cp
     from scipy.sparse import csr_array
 
-    assert program.types is not None
-    names, column = np.unique(program.types, return_inverse=True)
-    count = len(program.types)
+    names, column = _types(program)
+    count = len(column)
     of_option = csr_array((np.ones(count), (np.arange(count), column)), shape=(count, len(names)))
     if boolean:
         x, y = cp.Variable(count, boolean=True), cp.Variable(len(names), boolean=True)
