@@ -17,7 +17,7 @@ from blocks.errors import InfeasibleBudget
 from blocks.records import Architecture
 from profiles.schema import BaselineName
 from tasks.grid import Grid, Option, make_grid
-from tasks.mip import ROOM, Floats, Integers
+from tasks.program import ROOM, Floats, Integers
 from tasks.totals import Problem, batch_choices, predicted
 
 _ATTEMPTS = 64  # random: draws before a combination of batch sizes is given up

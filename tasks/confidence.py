@@ -12,7 +12,7 @@ import numpy as np
 
 from blocks.records import Value
 from tasks.joint import JointLibrary, JointOption, LibraryFileError, samples_of
-from tasks.mip import Floats, Integers
+from tasks.program import Floats, Integers
 from tasks.request import Request
 from tasks.solve import Case, best_of, cases_of, choose_joint
 

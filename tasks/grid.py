@@ -13,7 +13,7 @@ import numpy as np
 
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock
 from profiles.schema import Scenario
-from tasks.mip import Floats, Integers, Program
+from tasks.program import Floats, Integers, Program
 from tasks.totals import Batches, Limit, Problem, cost_of, limits_of
 
 # N = options, S = slots, R = rows of the budget

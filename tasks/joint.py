@@ -16,7 +16,7 @@ import numpy as np
 
 from blocks.errors import PuzzleError
 from blocks.records import LayerChoice
-from tasks.mip import Floats
+from tasks.program import Floats
 
 # N = options, S = scenarios
 Cost = float | tuple[float, ...]  # the same everywhere, or one value per place of the library

@@ -14,7 +14,8 @@ from blocks.errors import InfeasibleBudget
 from blocks.records import Value
 from profiles.schema import Search
 from tasks.joint import QUANTITIES, JointLibrary, JointOption, Place, at, standard_error
-from tasks.mip import Answer, Floats, Program, minimise, possible, relaxation
+from tasks.mip import Answer, minimise, relaxation
+from tasks.program import Floats, Program, possible
 from tasks.request import Limit, Request, allowed, check, objective_of
 from tasks.totals import gap_between
 

@@ -15,7 +15,7 @@ from profiles.schema import Scenario, ScenarioBudget
 from tasks import joint
 from tasks.grid import slots_of
 from tasks.joint import JointLibrary, JointOption, Place
-from tasks.mip import Floats
+from tasks.program import Floats
 from tasks.request import Limit, Request
 from tasks.totals import Problem, cost_of, scores_behind
 
