@@ -207,6 +207,15 @@ class Metric(Value):
     n: int
 
 
+class TruthPoint(Value):
+    """An architecture by name: its predicted score (sum of block scores), and what the assembled model measures."""
+
+    name: str
+    predicted: float
+    true: float
+    true_se: float = 0.0
+
+
 class Candidate(Value):
     """One row of the final table: parent, child or a baseline, before or after GKD."""
 

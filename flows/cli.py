@@ -17,7 +17,7 @@ import typer
 
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.runtime import configure
-from flows import search
+from flows import library, page, search
 from profiles.load import ProfileError, load_profile
 from profiles.schema import Profile
 
@@ -75,6 +75,8 @@ def show(workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="th
 
 for name, command in search.commands():
     app.command(name)(command)
+app.command("report")(page.report_command)
+app.add_typer(library.app, name="library")
 
 
 def prepare_workspace(folder: Path) -> None:

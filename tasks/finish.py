@@ -12,7 +12,7 @@ from prefect import runtime
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.client.orchestration import get_client
 
-from blocks.errors import PuzzleFailure
+from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.library import digest_of
 from blocks.records import (
     Architecture,
@@ -29,9 +29,10 @@ from tasks import tracking
 from tasks.compare import Contender, Evaluation, build, candidate
 from tasks.costs import BYTES
 from tasks.export import export_child, model_card
-from tasks.interchange import StoredLibrary, describe, write_library
+from tasks.interchange import StoredLibrary, describe, sizes_of, write_library
 from tasks.progress import say, wide_console
 from tasks.report import comparison_table, report_markdown, verdict, write_report
+from tasks.run_page import write_run_page
 from tasks.throughput import Throughput
 from tasks.usage import Usage
 
@@ -64,7 +65,8 @@ class Run:
             raise PuzzleFailure(
                 f"parent or corpus changed since the run that was killed ({error}). Start again, as a new MLflow run."
             ) from error
-        described = describe(self.profile, parent, corpus, costs)
+        sizes = sizes_of(self.workspace / parent.folder / "config.json")
+        described = describe(self.profile, parent, corpus, costs, sizes)
         library = StoredLibrary(description=described, variants=tuple(blocks), scores=tuple(scores), costs=costs)
         write_library(self.workspace / "tables" / self.profile.name, library)
         failed = [block for block in blocks if block.status == "failed"]
@@ -127,13 +129,22 @@ class Run:
         command = shlex.join(["puzzle", *sys.argv[1:]])
         card = model_card(parent, corpus, model.config, markdown, command)
         export_child(model, parent, self.workspace, folder / "child", card)
-        tracking.log_report(self.tracking, self.mlflow_run_id, report, write_report(report, folder))
+        files = [*write_report(report, folder), *self._page(report, folder)]
+        tracking.log_report(self.tracking, self.mlflow_run_id, report, files)
         if self.prefect_run_id:
             create_markdown_artifact(key="report", markdown=markdown, description=verdict(report))
             url = tracking.run_url(self.tracking, self.mlflow_run_id)
             create_link_artifact(key="mlflow-run", link=url, description="this run in MLflow")
         self._print(report, folder)
         return report
+
+    def _page(self, report: ChildReport, folder: Path) -> list[Path]:
+        """The HTML page; a run that has all its results does not fail for a picture of them."""
+        try:
+            return write_run_page(self.workspace, report, folder / "report.html")
+        except PuzzleError as error:
+            say(f"no report.html: {error}")
+            return []
 
     def _print(self, report: ChildReport, folder: Path) -> None:
         console = wide_console()

@@ -387,9 +387,9 @@ def reached(
 
 
 def _ratio(value: float, base: float) -> float:
-    if base:
-        return value / base
-    return 1.0 if value == base else math.inf
+    if value == base:
+        return 1.0
+    return value / base if base else math.inf
 
 
 def _index(library: JointLibrary, found: PlaceTotals) -> int:
@@ -422,7 +422,9 @@ def _values(
             if limit.scenario in (None, found.scenario):
                 # tokens cancel in a share, so throughput is 1 / runtime where their number is unknown
                 value = getattr(found, limit.quantity)
-                yield 1 / (found.runtime_ms or math.inf) if value is None else value
+                if value is None:  # or nothing is left that takes time
+                    value = 1 / found.runtime_ms if found.runtime_ms else math.inf
+                yield value
 
 
 def _broken(
