@@ -4,20 +4,26 @@
     depth     whole layers dropped, those with the lowest summed score first
     greedy    an equal budget per layer, savings carried on (F.2.2)
     random    random choices, brought within the budget and filled up to it
+    no_op_only       the MIP over the parent's own subblocks and no-ops alone
+    max_params       as many parameters as the budget allows, whatever they score
+    evolutionary     differential evolution on the summed score (tasks/black_box.py)
+    policy_gradient  REINFORCE on the summed score (tasks/black_box.py)
 
 Every layer is one slot here, its options are pairs (attention, ffn). Like the MIP, a baseline is tried at every
 combination of batch sizes and the best is kept; random keeps the first that works.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from blocks.errors import InfeasibleBudget
 from blocks.records import Architecture
-from profiles.schema import BaselineName
+from profiles.schema import BaselineName, Search
+from tasks.black_box import evolve, reinforce
 from tasks.choose import Grid, Option, make_grid
-from tasks.mip import ROOM, Floats, Integers
+from tasks.mip import ROOM, Floats, Integers, minimise
 from tasks.totals import Problem, batch_choices, predicted
 
 _ATTEMPTS = 64  # random: draws before a combination of batch sizes is given up
@@ -29,7 +35,7 @@ Method = Callable[[Grid, np.random.Generator], Integers | None]
 
 
 def baseline(name: BaselineName, problem: Problem, seed: int = 0) -> Architecture:
-    """The architecture of one baseline; `seed` matters for random alone.
+    """The architecture of one baseline; `seed` matters for random, evolutionary and policy_gradient.
 
     Raises InfeasibleBudget when the method finds none within the budget, even where the MIP does.
     """
@@ -170,4 +176,34 @@ def _fill(grid: Grid, selection: Integers, generator: np.random.Generator) -> No
         selection[slot_of[swap]] = swap
 
 
-_METHODS: dict[str, Method] = {"uniform": _uniform, "depth": _depth, "greedy": _greedy, "random": _random}
+def _no_op_only(grid: Grid, _: np.random.Generator) -> Integers | None:
+    """The paper's ablation: subblocks are kept or removed, nothing in between."""
+    kept = np.array([set(_pair(option)) <= {"parent", "no_op"} for option in grid.options])
+    answer = minimise(grid.program.only(kept), Search())
+    return None if answer is None else np.flatnonzero(kept)[answer.selection]
+
+
+def _max_params(grid: Grid, _: np.random.Generator) -> Integers | None:
+    """The paper's ablation: the scores are not looked at."""
+    answer = minimise(replace(grid.program, scores=-grid.parameters), Search())
+    return None if answer is None else answer.selection
+
+
+def _evolutionary(grid: Grid, generator: np.random.Generator) -> Integers | None:
+    return evolve(grid.program, generator)
+
+
+def _policy_gradient(grid: Grid, generator: np.random.Generator) -> Integers | None:
+    return reinforce(grid.program, generator)
+
+
+_METHODS: dict[str, Method] = {
+    "uniform": _uniform,
+    "depth": _depth,
+    "greedy": _greedy,
+    "random": _random,
+    "no_op_only": _no_op_only,
+    "max_params": _max_params,
+    "evolutionary": _evolutionary,
+    "policy_gradient": _policy_gradient,
+}

@@ -51,6 +51,7 @@ class Grid:
 
     options: N of them, slot after slot. starts: (S,) index of the first option of every slot. scores: (N,).
     usage: (R, N) what an option takes of every limit, `fixed`: (R,) what the non-block part takes; a whole limit is 1.
+    parameters: (N,).
     """
 
     batches: Batches
@@ -60,6 +61,7 @@ class Grid:
     scores: Floats
     usage: Floats
     fixed: Floats
+    parameters: Floats
 
     @property
     def program(self) -> Program:
@@ -91,6 +93,7 @@ def make_grid(problem: Problem, batches: Batches, joint: bool = False) -> Grid:
         scores=np.array([_score(problem, option) for option in options]),
         usage=usage,
         fixed=fixed,
+        parameters=_resources(problem, problem.scenarios[0], batches[0], options)[:, _COLUMNS["parameters"]],
     )
 
 

@@ -149,3 +149,22 @@ def test_the_best_batch_size_is_kept(name: BaselineName) -> None:
         architecture = baseline(name, problem)
         assert architecture.score == pytest.approx(alone[best])
         assert architecture.totals[0].batch_size == best
+
+
+def test_no_op_only_keeps_or_removes_and_is_the_best_that_does() -> None:
+    problem = random_problem(6, Budget(layer_parameters_fraction=0.6), layers=3)
+    pairs = [LayerChoice(attention=a, ffn=f) for a in ("parent", "no_op") for f in ("parent", "no_op")]
+    fitting = [c for c in itertools.product(pairs, repeat=3) if within_budget(problem, c)]
+    expected = min(sum(summed(problem, layer, choice) for layer, choice in enumerate(c)) for c in fitting)
+    architecture = baseline("no_op_only", problem)
+    assert {label for c in architecture.layers for label in (c.attention, c.ffn)} <= {"parent", "no_op"}
+    assert 0 < architecture.score == pytest.approx(expected)
+
+
+def test_max_params_takes_all_the_parameters_it_can() -> None:
+    problem = random_problem(6, Budget(speedup=1.4), layers=3)
+    pairs = [LayerChoice(attention=a, ffn=f) for a, f in itertools.product(ATTENTIONS, FFNS)]
+    fitting = [c for c in itertools.product(pairs, repeat=3) if within_budget(problem, c)]
+    most = max(predicted(problem, c, "x").totals[0].parameters for c in fitting)
+    architecture = baseline("max_params", problem)
+    assert architecture.totals[0].parameters == most < predicted(problem, problem.parent, "x").totals[0].parameters
