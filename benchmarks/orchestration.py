@@ -80,7 +80,7 @@ def command_of(name: str, profile: str, where: list[str]) -> list[str]:
 def plain(profile: Profile, workspace: Path, options: argparse.Namespace) -> None:
     """The chain of flows/optimize.py without Prefect and MLflow."""
     from tasks import compare, gkd
-    from tasks.baselines import baseline
+    from tasks.peers import find
     from tasks.choose import choose
     from tasks.costs import measure_costs
     from tasks.export import export_child, model_card
@@ -95,7 +95,7 @@ def plain(profile: Profile, workspace: Path, options: argparse.Namespace) -> Non
     best = choose(problem)
     child = compare.contender("child", best, blocks)
     rivals = [
-        compare.contender(name, baseline(name, problem, profile.seed), blocks) for name in profile.evaluate.baselines
+        compare.contender(name, find(name, problem, profile.seed), blocks) for name in profile.evaluate.baselines
     ]
     everyone = [compare.parent_contender(best), child, *rivals]
     found = [

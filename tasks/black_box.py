@@ -1,94 +1,197 @@
-"""Searches that see of an architecture its summed score and what it overruns, nothing of the sum's structure.
+"""Searches that see of an architecture what an objective says of it, nothing of how it is made up.
 
-Both work on the numbers of tasks/mip.py and answer with the best selection they met that keeps every row, or None.
-Options of a slot are ordered by what they take, so that neighbours are alike.
+The objective may be the summed scores or a measured KL. Every selection is brought within the budget first
+(tasks/repair.py), evaluated once, and counted. Both searches may start from selections that are known to be good.
+B = selections, S = slots, N = options.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from tasks.mip import ROOM, Floats, Integers, Program
+from blocks.errors import PuzzleError
+from tasks.mip import Floats, Integers, Program
+from tasks.repair import draw, keeps, within
 
-GENERATIONS, POPULATION = 300, 10  # of differential evolution; the population is POPULATION x slots
-STEPS, BATCH, RATE = 400, 256, 0.1  # of the policy gradient
-_PENALTY = 10.0  # of overrunning all rows by a whole limit, in units of the spread of scores
+Objective = Callable[[Integers], Floats]  # (B, S) option indices that keep the budget -> (B,), less is better
 
-
-class _Met:
-    """Remembers the best selection so far; gives every selection its penalised score."""
-
-    def __init__(self, program: Program) -> None:
-        sizes = np.diff(np.append(program.starts, len(program.scores)))
-        taken = program.usage.sum(axis=0) if len(program.room) else program.scores
-        self.order = np.lexsort((taken, program.slot_of))
-        self.program, self.sizes = program, sizes
-        lows, highs = (np.array([f(s) for s in np.split(program.scores, program.starts[1:])]) for f in (np.min, np.max))
-        self.scale = float((highs - lows).sum()) or 1.0
-        self.best, self.objective = None, np.inf
-
-    def selection(self, picks: Integers) -> Integers:
-        """Option indices (B, S) of places (B, S) within the slots."""
-        return np.asarray(self.order[self.program.starts + picks])
-
-    def __call__(self, picks: Integers) -> Floats:
-        """(B,) score / scale + penalty of places (B, S)."""
-        selection = self.selection(picks)
-        scores = self.program.scores[selection].sum(axis=1)
-        overrun = self.program.usage[:, selection].sum(axis=2) - self.program.room[:, None]  # (R, B)
-        keeps = (overrun <= ROOM).all(axis=0)
-        if keeps.any():
-            at = int(np.where(keeps, scores, np.inf).argmin())
-            if scores[at] < self.objective:
-                self.best, self.objective = selection[at].copy(), float(scores[at])
-        return np.asarray(scores / self.scale + _PENALTY * np.maximum(overrun, 0).sum(axis=0))
+POPULATION, STALE = 100, 60  # most selections of a generation; generations without a better one before it stops
+BATCH = 64  # most selections of a step of the policy gradient
+TRAVEL = 15.0  # steps x learning rate, so that few steps still move the policy
+SEEN = 1.5  # policy gradient: logit that a start's option gets above the others, if all starts have it
+_FILLED = 0.5  # share of the repaired selections that are filled up: dearer is often better, not always
 
 
-def evolve(program: Program, generator: np.random.Generator) -> Integers | None:
-    """Differential evolution (scipy) over one integer per slot."""
-    from scipy.optimize import differential_evolution
+@dataclass(kw_only=True, eq=False)
+class BlackBox:
+    """What such a search is given: the budget's rows, an objective, how many selections it may evaluate, known starts.
 
-    met = _Met(program)
-    free = np.flatnonzero(met.sizes > 1)
-    if not len(free):
-        met(np.zeros((1, len(met.sizes)), dtype=np.int64))
-        return met.best
+    program: scores are not looked at. starts: (K, S) selections that keep the rows. tell: (done, total).
+    """
 
-    def penalised(x: Floats) -> Floats:
-        picks = np.zeros((x.shape[1], len(met.sizes)), dtype=np.int64)
-        picks[:, free] = np.rint(x.T).astype(np.int64)
-        return met(picks)
+    program: Program
+    objective: Objective
+    evaluations: int
+    generator: np.random.Generator
+    starts: Integers | None = None
+    tell: Callable[[int, int], None] = lambda done, total: None
+    known: dict[bytes, float] = field(default_factory=dict)
+    best: Integers | None = None
+    value: float = np.inf
 
-    differential_evolution(
-        penalised,
-        bounds=[(0, int(size) - 1) for size in met.sizes[free]],
-        integrality=np.ones(len(free), dtype=bool),
-        maxiter=GENERATIONS,
-        popsize=POPULATION,
-        tol=0,
-        polish=False,
-        vectorized=True,
-        updating="deferred",
-        rng=generator,
+    @property
+    def spent(self) -> bool:
+        """True when no further selection may be evaluated."""
+        return len(self.known) >= self.evaluations
+
+    def begin(self, count: int) -> Integers:
+        """Up to `count` (B, S) to begin with: the starts first, then random ones within the budget; may be empty."""
+        drawn, kept = within(self.program, draw(self.program, count, self.generator), self.generator, _FILLED)
+        drawn = drawn[kept]
+        if self.starts is not None and len(self.starts):
+            near = self.starts[self.generator.integers(0, len(self.starts), len(drawn))]
+            # half of every drawn one is a start's, so that the first generation is about the starts
+            mixed = np.where(self.generator.random(drawn.shape) < 0.5, drawn, near)
+            mixed, kept = within(self.program, mixed, self.generator, _FILLED)
+            drawn = np.concatenate([self.starts, mixed[kept]])
+        return drawn[:count]
+
+    def __call__(self, selections: Integers) -> Floats:
+        """(B,) objective; inf where rows are broken or nothing may be evaluated any more."""
+        selections = np.ascontiguousarray(selections, dtype=np.int64)
+        kept = keeps(self.program, selections)
+        fresh: dict[bytes, Integers] = {}
+        for one in selections[kept]:
+            if one.tobytes() not in self.known and len(self.known) + len(fresh) < self.evaluations:
+                fresh.setdefault(one.tobytes(), one)
+        if fresh:
+            values = self.objective(np.array(list(fresh.values())))
+            self.known |= dict(zip(fresh, values.tolist(), strict=True))
+            at = int(values.argmin())
+            if values[at] < self.value:
+                self.best, self.value = list(fresh.values())[at].copy(), float(values[at])
+            self.tell(len(self.known), self.evaluations)
+        found = [self.known.get(one.tobytes(), np.inf) for one in selections]
+        return np.where(kept, found, np.inf)
+
+
+def evolve(box: BlackBox) -> Integers | None:
+    """A genetic algorithm over one option per slot (pymoo): uniform crossover, random resets, repair to the budget.
+
+    Returns the best selection it met, None when no drawn one could be brought within the budget.
+    """
+    size = int(np.clip(box.evaluations // 6, 4, POPULATION))
+    first = box.begin(size)
+    if len(first) < 2 or box.evaluations < 2:
+        return _only(box, first)
+    algorithm = _genetic(box, first, size)
+    stale, best = 0, np.inf
+    while algorithm.has_next() and not box.spent and stale < STALE:
+        algorithm.next()
+        stale = 0 if box.value < best else stale + 1
+        best = box.value
+    return box.best
+
+
+def _only(box: BlackBox, selections: Integers) -> Integers | None:
+    if len(selections):
+        box(selections)
+    return box.best
+
+
+def _genetic(box: BlackBox, first: Integers, size: int) -> Any:
+    """pymoo's algorithm, set up on the box."""
+    try:
+        from pymoo.algorithms.soo.nonconvex.ga import GA
+        from pymoo.core.mutation import Mutation
+        from pymoo.core.problem import Problem
+        from pymoo.core.repair import Repair
+        from pymoo.core.termination import NoTermination
+        from pymoo.operators.crossover.ux import UX
+    except ImportError as error:
+        raise PuzzleError("the evolutionary search needs pymoo: pip install 'puzzle[search]', or leave it out.") from error
+
+    slots, last = len(box.program.starts), len(box.program.scores) - 1
+
+    class Selections(Problem):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(n_var=slots, n_obj=1, xl=0, xu=last, vtype=int)
+
+        def _evaluate(self, x: Integers, out: dict[str, Any], *_: Any, **__: Any) -> None:
+            out["F"] = box(x)
+
+    class Resets(Mutation):  # type: ignore[misc]
+        def _do(self, problem: Any, x: Integers, **_: Any) -> Integers:
+            share = np.minimum(box.generator.geometric(0.5, (len(x), 1)) / slots, 1.0)
+            drawn = draw(box.program, len(x), box.generator)
+            return np.where(box.generator.random(x.shape) < share, drawn, x)
+
+    class Within(Repair):  # type: ignore[misc]
+        def _do(self, problem: Any, x: Integers, **_: Any) -> Integers:
+            return within(box.program, np.asarray(x, dtype=np.int64), box.generator, _FILLED)[0]
+
+    algorithm = GA(
+        pop_size=size,
+        n_offsprings=size,
+        sampling=first,
+        crossover=UX(prob=0.6),
+        mutation=Resets(),
+        repair=Within(),
+        eliminate_duplicates=True,
     )
-    return met.best
+    algorithm.setup(Selections(), termination=NoTermination(), seed=int(box.generator.integers(2**31)), verbose=False)
+    return algorithm
 
 
-def reinforce(program: Program, generator: np.random.Generator) -> Integers | None:
-    """REINFORCE (Williams, 1992), a batch's mean as baseline: one softmax per slot, sampled and pushed by reward."""
+def reinforce(box: BlackBox) -> Integers | None:
+    """REINFORCE (Williams, 1992), a batch's mean as baseline: one softmax per slot, sampled and pushed by reward.
+
+    What is rewarded is the selection after repair. Returns the best one it met, None when none could be repaired.
+    """
     import torch
 
-    met = _Met(program)
-    width = int(met.sizes.max())
-    blocked = torch.arange(width) >= torch.tensor(met.sizes)[:, None]  # (S, W)
-    logits = torch.zeros(len(met.sizes), width, requires_grad=True)
-    optimizer = torch.optim.Adam([logits], lr=RATE)
-    draws = torch.Generator().manual_seed(int(generator.integers(2**31)))
-    for _ in range(STEPS):
+    size = int(np.clip(box.evaluations // 8, 4, BATCH))
+    first = box.begin(size)
+    if not len(first):
+        return None
+    box(first)
+    sizes = np.diff(np.append(box.program.starts, len(box.program.scores)))
+    width = int(sizes.max())
+    blocked = torch.arange(width) >= torch.from_numpy(sizes)[:, None]  # (S, W)
+    logits = _initial_logits(box, width).requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=min(0.5, TRAVEL * size / box.evaluations))
+    draws = torch.Generator().manual_seed(int(box.generator.integers(2**31)))
+    stale = 0
+    while not box.spent and stale < STALE:
+        before = box.value, len(box.known)
         policy = logits.masked_fill(blocked, -torch.inf).log_softmax(dim=1)
-        picks = torch.multinomial(policy.detach().exp(), BATCH, replacement=True, generator=draws)  # (S, B)
-        reward = -torch.from_numpy(met(picks.T.numpy())).float()
+        picks = torch.multinomial(policy.detach().exp(), size, replacement=True, generator=draws).T.numpy()
+        selections, kept = within(box.program, box.program.starts + picks, box.generator, _FILLED)
+        values = box(selections)
+        usable = kept & np.isfinite(values)
+        stale = 0 if box.value < before[0] else stale + 1
+        if usable.sum() < 2:
+            continue
+        reward = -torch.from_numpy(values[usable]).float()
         advantage = (reward - reward.mean()) / (reward.std() + 1e-8)
-        loss = -(policy.gather(1, picks).sum(dim=0) * advantage).mean()
+        places = torch.from_numpy(selections[usable] - box.program.starts)  # (B, S)
+        chosen = policy.gather(1, places.T)  # (S, B)
         optimizer.zero_grad()
-        loss.backward()
+        (-(chosen.sum(dim=0) * advantage).mean()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    return met.best
+    return box.best
+
+
+def _initial_logits(box: BlackBox, width: int) -> Any:
+    """(S, W): zeros; an option of the starts begins higher, by how many of them have it."""
+    import torch
+
+    logits = torch.zeros(len(box.program.starts), width)
+    if box.starts is not None and len(box.starts):
+        places = box.starts - box.program.starts
+        for slot in range(logits.shape[0]):
+            share = np.bincount(places[:, slot], minlength=width) / len(places)
+            logits[slot] += torch.from_numpy(2 * SEEN * share).float()
+    return logits

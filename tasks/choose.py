@@ -76,6 +76,16 @@ class Grid:
             chosen.setdefault(option.layer, {}).update({name: value for name, value in parts.items() if value})
         return tuple(LayerChoice(**chosen[layer]) for layer in sorted(chosen))
 
+    def selection(self, layers: Sequence[LayerChoice]) -> Integers | None:
+        """The option indices, (S,), of a choice per layer; None when a slot does not have what it asks for."""
+        places = {(o.layer, o.attention, o.ffn, o.coupled): index for index, o in enumerate(self.options)}
+        found = []
+        for option in (self.options[start] for start in self.starts):
+            choice = layers[option.layer]
+            pair = (option.attention and choice.attention, option.ffn and choice.ffn)
+            found.append(places.get((option.layer, *pair, choice.coupled)))
+        return None if None in found else np.array(found, dtype=np.int64)
+
 
 def make_grid(problem: Problem, batches: Batches, joint: bool = False) -> Grid:
     """The choices of every layer with a score and a cost at these batch sizes. `joint`: a slot is always a layer."""
