@@ -7,7 +7,7 @@
     no_op_only  the MIP over the parent's own subblocks and no-ops alone
     max_params  as many parameters as the budget allows, whatever they score
 
-Each takes a grid whose slots are whole layers, options pairs (attention, ffn). tasks/peers.py lists them and calls them.
+Each takes a grid whose slots are whole layers, options pairs (attention, ffn); tasks/peers.py calls them by name.
 """
 
 from dataclasses import dataclass, replace

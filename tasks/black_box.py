@@ -111,7 +111,9 @@ def _genetic(box: BlackBox, first: Integers, size: int) -> Any:
         from pymoo.core.termination import NoTermination
         from pymoo.operators.crossover.ux import UX
     except ImportError as error:
-        raise PuzzleError("the evolutionary search needs pymoo: pip install 'puzzle[search]', or leave it out.") from error
+        raise PuzzleError(
+            "the evolutionary search needs pymoo: pip install 'puzzle[search]', or leave it out."
+        ) from error
 
     slots, last = len(box.program.starts), len(box.program.scores) - 1
 
@@ -141,6 +143,7 @@ def _genetic(box: BlackBox, first: Integers, size: int) -> Any:
         repair=Within(),
         eliminate_duplicates=True,
     )
+    algorithm.mating.n_max_iterations = 8  # drawing until no child is a twin: in a small space there are no others
     algorithm.setup(Selections(), termination=NoTermination(), seed=int(box.generator.integers(2**31)), verbose=False)
     return algorithm
 

@@ -5,8 +5,8 @@
     evolutionary     a genetic algorithm                        tasks/black_box.py
     policy_gradient  REINFORCE                                  tasks/black_box.py
 
-The last two may be given another objective than the summed scores, such as a measured KL. Every search is tried at every
-combination of batch sizes and the lowest sum is kept; random keeps the first that works.
+The last two may be given another objective than the summed scores, such as a measured KL. Every search is tried at
+every combination of batch sizes and the lowest sum is kept; random keeps the first that works.
 """
 
 import time

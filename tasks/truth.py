@@ -14,9 +14,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,15 +26,15 @@ from blocks.library import digest_of, read_tensors, remember, write_value
 from blocks.packed import pack_linears
 from blocks.parent import Parent, run_subblock
 from blocks.records import SUBBLOCKS, BlockRecord, LayerChoice, Value
+from tasks.additivity import Layers, Truth
 from tasks.compare import blocks_of
 from tasks.finished import Finished
+from tasks.mip import Floats
 from tasks.record import open_parent
 from tasks.scoring import load_variant
 
 VERSION = 1
 STATES_BYTES = 256 << 20  # of hidden states kept for architectures that begin alike
-
-Layers = tuple[LayerChoice, ...]
 
 
 class TrueKL(Value):
@@ -76,13 +76,11 @@ def other_sequences(finished: Finished, most: int) -> Sequences:
 class Meter:
     """Measures architectures of one library on some sequences; each is measured once per workspace.
 
-    The layers' states of recent architectures are kept: a swap in a late layer costs the layers behind it. measured:
-    forward passes made by this meter.
+    The layers' states of recent architectures are kept: a swap in a late layer costs the layers behind it.
     """
 
     finished: Finished
     sequences: Sequences
-    measured: int = 0
     _states: "OrderedDict[Layers, Tensor]" = field(default_factory=OrderedDict)
     _modules: "OrderedDict[tuple[int, str, str], nn.Module]" = field(default_factory=OrderedDict)
 
@@ -113,7 +111,6 @@ class Meter:
         kl = kl_per_token(final, self._targets, self._head)[0].view(-1, self.sequences.tokens)
         if not kl.isfinite().all():
             raise PuzzleFailure("the KL of an architecture is not a number: leave out the variants that overflow.")
-        self.measured += 1
         took = time.perf_counter() - started
         return TrueKL(per_sequence=tuple(kl.mean(1).tolist()), tokens=kl.numel(), seconds=took)
 
@@ -191,3 +188,21 @@ class Meter:
     def _targets(self) -> Targets:
         parent = (LayerChoice(),) * self._reader.depth
         return targets_of(self._norm(self._entering(parent, len(parent))).flatten(0, 1), self._head)
+
+
+def truth_of(finished: Finished, others: int) -> tuple[Meter, Meter]:
+    """A meter for the scored sequences and one for up to `others` other ones."""
+    scored, rest = scored_sequences(finished), other_sequences(finished, others)
+    meter = Meter(finished=finished, sequences=scored)
+    return meter, meter if rest == scored else Meter(finished=finished, sequences=rest)
+
+
+def measured_truth(finished: Finished, others: int) -> tuple[tuple[Meter, Meter], Truth]:
+    """The two meters, and both as one function for tasks/additivity.py."""
+    scored, rest = truth_of(finished, others)
+
+    def truth(layers: Layers, only_scored: bool = False) -> tuple[Floats, Floats]:
+        other = () if only_scored else rest(layers).per_sequence
+        return np.array(scored(layers).per_sequence), np.array(other)
+
+    return (scored, rest), truth

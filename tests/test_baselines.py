@@ -11,7 +11,7 @@ from blocks.errors import InfeasibleBudget
 from blocks.records import LayerChoice
 from profiles.schema import BaselineName, Budget
 from tasks.choose import choose
-from tasks.peers import PEERS, find
+from tasks.peers import find
 from tasks.totals import Problem, predicted, within_budget
 from tests.test_choose import ATTENTIONS, CHAT, FFNS, random_problem
 
