@@ -67,8 +67,8 @@ def check_verdict(check: Check) -> list[str]:
     chosen = "misleads" if check.choice_misleads else "stands"
     lines = [
         f"forecast {forecast}: true / predicted over the top {check.top} is {told(check.ratio, 3)}, same sequences",
-        f"ranking: rank correlation {told(check.rank, 2)} within the top {check.top}, {told(check.rank_all, 2)} over all "
-        f"{check.rank_all.n} measured, other sequences",
+        f"ranking: rank correlation {told(check.rank, 2)} within the top {check.top}, {told(check.rank_all, 2)} over "
+        f"all {check.rank_all.n} measured, other sequences",
         f"correction: {_correction(check)}",
         f"swaps: {len(check.steps)} kept beyond noise"
         + "".join(f"; true KL {step.true_change:+.4f} ± {step.se:.4f}" for step in check.steps),
@@ -96,12 +96,9 @@ def aligned(header: Sequence[str], rows: Rows) -> str:
     """A table for the console, first column left, figures right."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if n < 1 else cell.rjust(w) for n, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    cells = [zip(line, widths, strict=True) for line in lines]
+    sides = [[cell.rjust(w) if n else cell.ljust(w) for n, (cell, w) in enumerate(line)] for line in cells]
+    return "\n".join("  ".join(line).rstrip() for line in sides)
 
 
 def check_figures(check: Check) -> dict[str, float]:
