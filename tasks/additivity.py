@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from blocks.errors import PuzzleError
 from blocks.records import Architecture, LayerChoice, Metric, Value
@@ -268,15 +268,17 @@ def _ratio(measured: Sequence[Measured]) -> Metric:
 
 def _rank(measured: Sequence[Measured]) -> Metric:
     """Spearman's correlation of the summed scores with the true KL on the other sequences, error by bootstrap."""
-    scores = [m.score for m in measured]
+    scores = np.array([m.score for m in measured])
     true = np.array([m.true_others for m in measured])
-    generator, count = np.random.default_rng(_SEED), true.shape[1]
-    draws = [_spearman(scores, true[:, generator.integers(0, count, count)].mean(axis=1)) for _ in range(_DRAWS)]
-    return Metric(value=_spearman(scores, true.mean(axis=1)), se=float(np.std(draws)), n=len(measured))
+    count = true.shape[1]
+    drawn = np.random.default_rng(_SEED).multinomial(count, np.full(count, 1 / count), _DRAWS)
+    draws = _spearman(scores, true @ drawn.T)
+    value = float(_spearman(scores, true.mean(axis=1, keepdims=True))[0])
+    return Metric(value=value, se=float(draws.std()), n=len(measured))
 
 
-def _spearman(first: Sequence[float], second: Floats) -> float:
-    """0 where one of the two does not vary: they tell nothing of each other."""
-    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
-        return 0.0
-    return float(spearmanr(first, second).statistic)
+def _spearman(scores: Floats, true: Floats) -> Floats:
+    """(D,) rank correlations of scores (K,) with every column of true (K, D); 0 where one of the two does not vary."""
+    first, second = rankdata(scores) - (len(scores) + 1) / 2, rankdata(true, axis=0) - (len(scores) + 1) / 2
+    spread = np.sqrt((first**2).sum() * (second**2).sum(axis=0))
+    return np.divide(first @ second, spread, out=np.zeros(true.shape[1]), where=spread > 0)

@@ -17,6 +17,7 @@ import numpy as np
 
 from blocks.records import Value
 from tasks.mip import Floats
+from tasks.swaps import beyond_noise
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 PARTS = 3  # of the depth
@@ -59,13 +60,13 @@ def fit_correction(contributions: Floats, truth: Floats) -> Correction:
         "neighbours": beside(contributions)[:, None],
     }
     total = contributions.sum(axis=1)
-    errors = {"as scored": _root(total / truth - 1)}
-    errors |= {name: _root(_left_out(total, extra, truth)) for name, extra in features.items()}
+    off = {"as scored": total / truth - 1}
+    off |= {name: _left_out(total, extra, truth) for name, extra in features.items()}
     fitted = {name: _solve(total, extra, truth, _strength(total, extra, truth)) for name, extra in features.items()}
     common, thirds = fitted["depth"][0], fitted["depth"][1:]
     return Correction(
-        kind=_kind(errors),
-        errors=errors,
+        kind=_kind(off),
+        errors={name: _root(values) for name, values in off.items()},
         architectures=count,
         common=float(fitted["scale"][0]),
         scales=tuple(np.maximum(common + thirds, _FLOOR * abs(common))[parts].tolist()),
@@ -79,11 +80,12 @@ def beside(contributions: Floats) -> Floats:
     return np.asarray((roots[:, 1:] * roots[:, :-1]).sum(axis=1))
 
 
-def _kind(errors: dict[str, float]) -> str:
-    """The plain scale only needs to be better than nothing; what changes the choice must be clearly better than it."""
-    plain = min("as scored", "scale", key=lambda name: errors[name])
-    best = min("depth", "neighbours", key=lambda name: errors[name])
-    return best if errors[best] < WORTH * errors[plain] else plain
+def _kind(off: dict[str, Floats]) -> str:
+    """From the left-out errors (K,) of each kind: what changes the choice must be better by much and beyond noise."""
+    plain = min("as scored", "scale", key=lambda name: _root(off[name]))
+    best = min("depth", "neighbours", key=lambda name: _root(off[name]))
+    worth = _root(off[best]) < WORTH * _root(off[plain]) and beyond_noise(off[best] ** 2 - off[plain] ** 2, 2)
+    return best if worth else plain
 
 
 def _root(values: Floats) -> float:

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from tasks.record import open_parent
 from tasks.scoring import load_variant
 
 VERSION = 1
+LAYERS_KEPT = 4  # variants of a layer in memory, on average
 STATES_BYTES = 256 << 20  # of hidden states kept for architectures that begin alike
 
 
@@ -73,6 +75,49 @@ def other_sequences(finished: Finished, most: int) -> Sequences:
 
 
 @dataclass(kw_only=True, eq=False)
+class Modules:
+    """Layers of a finished library in memory, packed for forward passes, the latest few per layer."""
+
+    finished: Finished
+    _kept: "OrderedDict[tuple[int, str, str], nn.Module]" = field(default_factory=OrderedDict)
+
+    def __call__(self, layer: int, part: str, variant: str) -> nn.Module:
+        """A layer that holds a trained variant of a part; part "layer": the parent's own, whole."""
+        place = (layer, part, variant)
+        if place not in self._kept:
+            whole = part == "layer"
+            module = self.reader.layer(layer) if whole else load_variant(self.reader, *self._stored(place))
+            pack_linears(module)
+            self._kept[place] = module
+            if len(self._kept) > LAYERS_KEPT * self.reader.depth:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(place)
+        return self._kept[place]
+
+    def _stored(self, place: tuple[int, str, str]) -> tuple[BlockRecord, Path]:
+        return self._records[place], self.finished.workspace
+
+    @cached_property
+    def reader(self) -> Parent:
+        """The parent on disk."""
+        return open_parent(self.finished.workspace / self.finished.parent.folder)
+
+    @cached_property
+    def norm(self) -> nn.Module:
+        """The final norm."""
+        return self.reader.norm()
+
+    @cached_property
+    def head(self) -> Head:
+        """The parent's head."""
+        return Head(self.reader.head_weight())
+
+    @cached_property
+    def _records(self) -> dict[tuple[int, str, str], BlockRecord]:
+        return {(block.layer, block.subblock, block.variant): block for block in self.finished.blocks}
+
+
+@dataclass(kw_only=True, eq=False)
 class Meter:
     """Measures architectures of one library on some sequences; each is measured once per workspace.
 
@@ -81,8 +126,8 @@ class Meter:
 
     finished: Finished
     sequences: Sequences
+    modules: Modules
     _states: "OrderedDict[Layers, Tensor]" = field(default_factory=OrderedDict)
-    _modules: "OrderedDict[tuple[int, str, str], nn.Module]" = field(default_factory=OrderedDict)
 
     def __call__(self, layers: Sequence[LayerChoice]) -> TrueKL:
         """The true KL of a choice per layer; PuzzleFailure when it is not a number."""
@@ -107,8 +152,8 @@ class Meter:
     @torch.no_grad()
     def _measure(self, layers: Layers) -> TrueKL:
         started = time.perf_counter()
-        final = self._norm(self._entering(layers, len(layers))).flatten(0, 1)
-        kl = kl_per_token(final, self._targets, self._head)[0].view(-1, self.sequences.tokens)
+        final = self.modules.norm(self._entering(layers, len(layers))).flatten(0, 1)
+        kl = kl_per_token(final, self._targets, self.modules.head)[0].view(-1, self.sequences.tokens)
         if not kl.isfinite().all():
             raise PuzzleFailure("the KL of an architecture is not a number: leave out the variants that overflow.")
         took = time.perf_counter() - started
@@ -128,73 +173,42 @@ class Meter:
     def _through(self, layer: int, choice: LayerChoice, hidden: Tensor) -> Tensor:
         context = self._contexts[layer]
         if choice.coupled:
-            out: Tensor = self._module(layer, "block", choice.block_label)(hidden, **context)
+            out: Tensor = self.modules(layer, "block", choice.block_label)(hidden, **context)
             return out
         for subblock in SUBBLOCKS:
             variant = getattr(choice, subblock)
             if variant == "no_op":
                 continue
-            module: Any = self._module(layer, subblock if variant != "parent" else "layer", variant)
+            module: Any = self.modules(layer, subblock if variant != "parent" else "layer", variant)
             change = run_subblock(module, subblock, hidden, context)
             hidden = hidden if change is None else hidden + change
         return hidden
-
-    def _module(self, layer: int, part: str, variant: str) -> nn.Module:
-        """A packed layer that holds a variant, or the parent's own; the latest few per layer are kept."""
-        place = (layer, part, variant)
-        if place not in self._modules:
-            module = (
-                self._reader.layer(layer)
-                if part == "layer"
-                else load_variant(self._reader, self._records[place], self.finished.workspace)
-            )
-            pack_linears(module)
-            self._modules[place] = module
-            if len(self._modules) > 4 * self._reader.depth:
-                self._modules.popitem(last=False)
-        self._modules.move_to_end(place)
-        return self._modules[place]
-
-    @cached_property
-    def _reader(self) -> Parent:
-        return open_parent(self.finished.workspace / self.finished.parent.folder)
-
-    @cached_property
-    def _records(self) -> dict[tuple[int, str, str], BlockRecord]:
-        return {(block.layer, block.subblock, block.variant): block for block in self.finished.blocks}
 
     @cached_property
     @torch.no_grad()
     def _embedded(self) -> Tensor:
         tokens = read_tensors(self.finished.workspace, self.finished.corpus.tokens, ["validation"])["validation"]
         chosen = tokens[self.sequences.first : self.sequences.last, : self.sequences.tokens]
-        hidden: Tensor = self._reader.embedding()(chosen.long())
+        hidden: Tensor = self.modules.reader.embedding()(chosen.long())
         return hidden
 
     @cached_property
     def _contexts(self) -> list[dict[str, Any]]:
-        return self._reader.contexts(self._embedded[:1])
-
-    @cached_property
-    def _norm(self) -> nn.Module:
-        return self._reader.norm()
-
-    @cached_property
-    def _head(self) -> Head:
-        return Head(self._reader.head_weight())
+        return self.modules.reader.contexts(self._embedded[:1])
 
     @cached_property
     @torch.no_grad()
     def _targets(self) -> Targets:
-        parent = (LayerChoice(),) * self._reader.depth
-        return targets_of(self._norm(self._entering(parent, len(parent))).flatten(0, 1), self._head)
+        parent = (LayerChoice(),) * self.modules.reader.depth
+        return targets_of(self.modules.norm(self._entering(parent, len(parent))).flatten(0, 1), self.modules.head)
 
 
 def truth_of(finished: Finished, others: int) -> tuple[Meter, Meter]:
     """A meter for the scored sequences and one for up to `others` other ones."""
     scored, rest = scored_sequences(finished), other_sequences(finished, others)
-    meter = Meter(finished=finished, sequences=scored)
-    return meter, meter if rest == scored else Meter(finished=finished, sequences=rest)
+    modules = Modules(finished=finished)
+    meter = Meter(finished=finished, sequences=scored, modules=modules)
+    return meter, meter if rest == scored else Meter(finished=finished, sequences=rest, modules=modules)
 
 
 def measured_truth(finished: Finished, others: int) -> tuple[tuple[Meter, Meter], Truth]:
