@@ -5,6 +5,7 @@
 Works on a workspace whose run is finished (`puzzle optimize` with the same profile). What was measured once is stored.
 """
 
+import argparse
 import time
 from pathlib import Path
 
@@ -28,22 +29,24 @@ def main() -> None:
     """Both studies at every budget."""
     parser = arguments(__doc__)
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.7, 0.5])
-    parser.add_argument("--true-kl", type=int, default=30, help="measured KLs of evolution and of the policy gradient")
+    parser.add_argument(
+        "--true-kl", type=int, nargs="*", default=[30, 16], help="measured KLs of evolution, of the policy gradient"
+    )
     parser.add_argument("--top", type=int, default=8)
-    parser.add_argument("--swaps", type=int, default=24)
+    parser.add_argument("--swaps", type=int, nargs="*", default=[24, 16], help="per budget")
     parser.add_argument("--min-different", type=int, default=6)
     parser.add_argument("--threads", type=int, help="of the measuring; the costs' own when absent")
     options = parser.parse_args()
     parts: list[str] = []
     started = time.perf_counter(), time.process_time()
-    for fraction in options.budgets:
+    for fraction, true_kl, swaps in zip(options.budgets, options.true_kl, options.swaps, strict=True):
         budget = f"budget={{layer_parameters_fraction: {fraction}}}"
         profile = load_profile(options.profile, [*options.set, budget])
         set_threads(profile.hardware.threads)  # the costs are found by it
         finished = open_finished(profile, (options.workspace or ROOT / "workspace" / profile.name).resolve())
         if options.threads:
             torch.set_num_threads(options.threads)
-        parts += [f"## {fraction:.0%} of the layers' parameters", *section(finished, fraction, options)]
+        parts += [f"## {fraction:.0%} of the layers' parameters", *section(finished, fraction, options, true_kl, swaps)]
     wall, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
     intro = (
         f"{finished.parent.name}; corpus: {finished.corpus.description}. One library, one seed of every search that "
@@ -54,9 +57,9 @@ def main() -> None:
     write_page("peers", "Searches side by side, and what additive scores are worth", [intro, *parts])
 
 
-def section(finished: Finished, fraction: float, options: object) -> list[str]:
+def section(finished: Finished, fraction: float, options: argparse.Namespace, true_kl: int, swaps: int) -> list[str]:
     """One budget."""
-    true_kl, top, swaps, different = (getattr(options, name) for name in ("true_kl", "top", "swaps", "min_different"))
+    top, different = options.top, options.min_different
     (scored, others), truth = measured_truth(finished, 8)
     problem = finished.problem
     ask = Ask(true_evaluations=true_kl, min_different=different)
