@@ -117,20 +117,20 @@ def _genetic(box: BlackBox, first: Integers, size: int) -> Any:
 
     slots, last = len(box.program.starts), len(box.program.scores) - 1
 
-    class Selections(Problem):  # type: ignore[misc]
+    class Selections(Problem):
         def __init__(self) -> None:
             super().__init__(n_var=slots, n_obj=1, xl=0, xu=last, vtype=int)
 
         def _evaluate(self, x: Integers, out: dict[str, Any], *_: Any, **__: Any) -> None:
             out["F"] = box(x)
 
-    class Resets(Mutation):  # type: ignore[misc]
+    class Resets(Mutation):
         def _do(self, problem: Any, x: Integers, **_: Any) -> Integers:
             share = np.minimum(box.generator.geometric(0.5, (len(x), 1)) / slots, 1.0)
             drawn = draw(box.program, len(x), box.generator)
             return np.where(box.generator.random(x.shape) < share, drawn, x)
 
-    class Within(Repair):  # type: ignore[misc]
+    class Within(Repair):
         def _do(self, problem: Any, x: Integers, **_: Any) -> Integers:
             return within(box.program, np.asarray(x, dtype=np.int64), box.generator, _FILLED)[0]
 
@@ -182,7 +182,7 @@ def reinforce(box: BlackBox) -> Integers | None:
         places = torch.from_numpy(selections[usable] - box.program.starts)  # (B, S)
         chosen = policy.gather(1, places.T)  # (S, B)
         optimizer.zero_grad()
-        (-(chosen.sum(dim=0) * advantage).mean()).backward()  # type: ignore[no-untyped-call]
+        (-(chosen.sum(dim=0) * advantage).mean()).backward()
         optimizer.step()
     return box.best
 

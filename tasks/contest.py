@@ -19,7 +19,7 @@ from tasks.swaps import beyond_noise, paired
 from tasks.totals import Problem, predicted, within_budget
 from tasks.truth import Meter
 
-SUMS, TRUE = "summed scores", "true KL"
+SUMS, TRUE, NOTHING = "summed scores", "true KL", "nothing"
 
 
 class Entry(Value):
@@ -37,6 +37,11 @@ class Entry(Value):
     true: tuple[float, ...]
     evaluations: int
     seconds: float
+
+    @property
+    def title(self) -> str:
+        """The search and what it looked at; the untouched parent is no search."""
+        return f"{self.name} on {self.on}" if self.on != NOTHING else self.name
 
     @property
     def kl(self) -> Metric:
@@ -94,7 +99,7 @@ def contest(
         tell(done, total, f"{name} KL {entries[-1].kl.value:.4f}")
     if within_budget(problem, problem.parent):
         untouched = predicted(problem, problem.parent, "parent")
-        entries.append(_entry(untouched, "parent", "nothing", 0.0, 0.0, others))
+        entries.append(_entry(untouched, "parent", NOTHING, 0.0, 0.0, others))
     if ask.true_evaluations:
         for place, name in enumerate(black_boxes):
             before = len(NAMES) + place * ask.true_evaluations
@@ -154,10 +159,10 @@ def _on_truth(
 def _ranked(
     problem: Problem, scored: Meter, others: Meter, entries: list[Entry], left_out: Mapping[str, str]
 ) -> Contest:
-    ranked = sorted(entries, key=lambda entry: entry.kl.value)
+    ranked = sorted(entries, key=lambda entry: (entry.kl.value, entry.name != "parent"))
     first = ranked[0]
     level = [
-        f"{entry.name} on {entry.on}"
+        entry.title
         for entry in ranked[1:]
         if entry.layers == first.layers or not beyond_noise(np.array(first.true) - np.array(entry.true))
     ]
@@ -166,7 +171,7 @@ def _ranked(
         scored=str(scored.sequences),
         others=str(others.sequences),
         entries=tuple(ranked),
-        winner=f"{first.name} on {first.on}",
+        winner=first.title,
         level=tuple(level),
         prune=all(entry.name != "parent" for entry in ranked),
         left_out=dict(left_out),

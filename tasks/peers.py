@@ -155,7 +155,7 @@ def _refused(name: str) -> InfeasibleBudget:
 def top(problem: Problem, count: int, min_different: int, batches: Batches) -> list[tuple[LayerChoice, ...]]:
     """Up to `count` architectures, best summed score first, any two of them different in `min_different` slots."""
     grid = make_grid(problem, batches)
-    program, found = grid.program, []
+    program, found = grid.program, list[tuple[LayerChoice, ...]]()
     same = max(len(grid.starts) - min_different, 0)
     while len(found) < count:
         answer = minimise(program, problem.search)
