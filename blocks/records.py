@@ -185,7 +185,10 @@ class Totals(Value):
 
 
 class Architecture(Value):
-    """One variant per subblock per layer, with what was predicted and how sure the solver is."""
+    """One variant per subblock per layer, with what was predicted and how sure the solver is.
+
+    evaluations: whole architectures whose objective was looked at to find it; 0 where a solver did without.
+    """
 
     method: str
     layers: tuple[LayerChoice, ...]
@@ -197,6 +200,7 @@ class Architecture(Value):
     bound: float
     gap: float
     solve_seconds: float = 0.0
+    evaluations: int = 0
 
 
 class Metric(Value):

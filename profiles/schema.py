@@ -242,7 +242,9 @@ class GKD(Section):
     seed: int = Field(default=0, description="order of the train sequences")
 
 
-BaselineName = Literal["uniform", "depth", "greedy", "random"]
+BaselineName = Literal[
+    "uniform", "depth", "greedy", "random", "no_op_only", "max_params", "evolutionary", "policy_gradient"
+]
 BenchmarkName = Literal["hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande"]
 
 

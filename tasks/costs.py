@@ -68,6 +68,26 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
+def costs_path(
+    parent: ParentInfo,
+    space: SearchSpace,
+    scenarios: Sequence[Scenario],
+    hardware: Hardware,
+    measure: Measure,
+    workspace: Path,
+) -> Path:
+    """Where the table of these costs lies, measured or not."""
+    key = digest_of(
+        parent=parent.fingerprint,
+        space=[space.attention, space.ffn],
+        scenarios=scenarios,
+        hardware=hardware_description(hardware),
+        measure=measure,
+        version=VERSION,
+    )
+    return workspace / "costs" / f"{key}.json"
+
+
 def measure_costs(
     parent: ParentInfo,
     space: SearchSpace,
@@ -78,16 +98,7 @@ def measure_costs(
     tell: Tell = lambda done, total: None,
 ) -> CostTable:
     """Costs of every variant of the search space; the stored table when nothing it depends on has changed."""
-    description = hardware_description(hardware)
-    key = digest_of(
-        parent=parent.fingerprint,
-        space=[space.attention, space.ffn],
-        scenarios=scenarios,
-        hardware=description,
-        measure=measure,
-        version=VERSION,
-    )
-    path = workspace / "costs" / f"{key}.json"
+    path = costs_path(parent, space, scenarios, hardware, measure, workspace)
     stored = remember(path, CostTable, lambda _: [], workspace)
     if stored is not None:
         return stored
@@ -108,7 +119,7 @@ def measure_costs(
         non_block.append(_non_block(reader, scenario, batch, timings["non_block", ""], hardware.precision))
         whole.append(_non_block(reader, scenario, batch, timings["parent", ""], hardware.precision))
     table = CostTable(
-        hardware=description,
+        hardware=hardware_description(hardware),
         costs=tuple(costs),
         non_block=tuple(non_block),
         num_hidden_layers=reader.depth,

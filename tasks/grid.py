@@ -37,6 +37,7 @@ class Grid:
 
     options: N of them, slot after slot. starts: (S,) index of the first option of every slot. scores: (N,).
     usage: (R, N) what an option takes of every limit, `fixed`: (R,) what the non-block part takes; a whole limit is 1.
+    parameters: (N,).
     """
 
     batches: Batches
@@ -46,6 +47,7 @@ class Grid:
     scores: Floats
     usage: Floats
     fixed: Floats
+    parameters: Floats
 
     @property
     def program(self) -> Program:
@@ -59,6 +61,16 @@ class Grid:
             parts = {"attention": option.attention, "ffn": option.ffn, "coupled": option.coupled}
             chosen.setdefault(option.layer, {}).update({name: value for name, value in parts.items() if value})
         return tuple(LayerChoice(**chosen[layer]) for layer in sorted(chosen))
+
+    def selection(self, layers: Sequence[LayerChoice]) -> Integers | None:
+        """The option indices, (S,), of a choice per layer; None when a slot does not have what it asks for."""
+        places = {(o.layer, o.attention, o.ffn, o.coupled): index for index, o in enumerate(self.options)}
+        found = []
+        for option in (self.options[start] for start in self.starts):
+            choice = layers[option.layer]
+            pair = (option.attention and choice.attention, option.ffn and choice.ffn)
+            found.append(places.get((option.layer, *pair, choice.coupled)))
+        return None if None in found else np.array(found, dtype=np.int64)
 
 
 def make_grid(problem: Problem, batches: Batches, joint: bool = False) -> Grid:
@@ -77,11 +89,14 @@ def make_grid(problem: Problem, batches: Batches, joint: bool = False) -> Grid:
         scores=np.array([_score(problem, option) for option in options]),
         usage=usage,
         fixed=fixed,
+        parameters=_resources(problem, problem.scenarios[0], batches[0], options)[:, _COLUMNS["parameters"]],
     )
 
 
 def slots_of(problem: Problem, layer: int, places: Places, joint: bool) -> list[list[Option]]:
-    """The slots of a layer, attention and ffn or both as one; choices that are scored, and measured at all places."""
+    """The slots of a layer, attention and ffn or both as one; choices that are scored, and measured at all places, and
+    not ruled out by the profile's search.
+    """
     attentions = _labels(problem, layer, "attention", places)
     ffns = _labels(problem, layer, "ffn", places)
     coupled = _coupled(problem, layer, places)
@@ -95,7 +110,17 @@ def slots_of(problem: Problem, layer: int, places: Places, joint: bool) -> list[
 
 def _labels(problem: Problem, layer: int, subblock: Subblock, places: Places) -> list[str]:
     scored = problem.score_table.get((layer, subblock), {})
-    return [name for name in dict.fromkeys(["parent", *scored]) if _measured(problem, subblock, name, places)]
+    names = dict.fromkeys(["parent", *scored])
+    return [n for n in names if _permitted(problem, layer, subblock, n) and _measured(problem, subblock, n, places)]
+
+
+def _permitted(problem: Problem, layer: int, subblock: Subblock, label: str) -> bool:
+    """False for what the profile's search forbids in every architecture."""
+    search, width = problem.search, label.removeprefix("ffn")
+    if label == "parent":
+        return not {"parent", f"{subblock}=parent"} & set(search.forbid)
+    narrow = width.isdigit() and int(width) % search.width_multiple != 0
+    return layer not in search.keep_layers and not narrow and not {label, f"{subblock}={label}"} & set(search.forbid)
 
 
 def _coupled(problem: Problem, layer: int, places: Places) -> list[Option]:
@@ -103,7 +128,10 @@ def _coupled(problem: Problem, layer: int, places: Places) -> list[Option]:
     return [
         Option(layer=layer, attention=attention, ffn=ffn, coupled=True)
         for attention, ffn in pairs
-        if _measured(problem, "attention", attention, places) and _measured(problem, "ffn", ffn, places)
+        if _permitted(problem, layer, "attention", attention)
+        and _permitted(problem, layer, "ffn", ffn)
+        and _measured(problem, "attention", attention, places)
+        and _measured(problem, "ffn", ffn, places)
     ]
 
 

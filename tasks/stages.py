@@ -36,12 +36,12 @@ from blocks.runtime import release_memory, set_threads
 from blocks.variant import kind_of, parse_labels
 from profiles.schema import Profile, SearchSpace
 from tasks import compare, costs, gkd, scoring
-from tasks.baselines import baseline
 from tasks.bld import Job, distill
 from tasks.choose import choose
 from tasks.compare import Contender, Evaluation
 from tasks.corpus import iterate_documents, prepare_corpus
 from tasks.parent import prepare_parent
+from tasks.peers import find
 from tasks.progress import Stage, say, shown
 from tasks.record import open_parent, record_key, record_layer, recorded
 from tasks.throughput import Throughput
@@ -312,7 +312,7 @@ def choose_baselines(profile: Profile, problem: Problem, child: Architecture) ->
     found: dict[str, Architecture] = {}
     for name in profile.evaluate.baselines:
         try:
-            layers = baseline(name, problem, profile.seed).layers
+            layers = find(name, problem, profile.seed).layers
             found[name] = predicted(problem, layers, name, batches)
         except PuzzleError as error:
             say(f"baseline {name} left out: {error}")

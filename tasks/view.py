@@ -6,12 +6,13 @@ distilled as one block. Labels read as NVlabs writes them.
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from blocks.records import SUBBLOCKS, Cost, LayerChoice, NonBlockCost
-from profiles.schema import Scenario, ScenarioBudget
+from profiles.schema import Scenario, ScenarioBudget, Search
 from tasks import joint
 from tasks.grid import slots_of
 from tasks.joint import JointLibrary, JointOption, Place
@@ -39,10 +40,11 @@ _FIELDS: dict[str, tuple[str, bool, float]] = {
 
 def library_of(problem: Problem) -> JointLibrary:
     """All choices that are scored, and measured at every scenario and batch size of the problem."""
+    free = replace(problem, search=Search())  # what the profile rules out is the request's to tell
     places = [(scenario, size) for scenario in problem.scenarios for size in sorted(set(scenario.batch_sizes))]
     options = []
     for layer in range(problem.costs.num_hidden_layers):
-        (slot,) = slots_of(problem, layer, places, joint=True)
+        (slot,) = slots_of(free, layer, places, joint=True)
         for option in slot:
             chosen = LayerChoice(attention=str(option.attention), ffn=str(option.ffn), coupled=option.coupled)
             options.append(_option(problem, layer, chosen, places))

@@ -17,6 +17,7 @@ from blocks.library import read_value
 from blocks.records import ChildReport
 from flows import cli
 from tasks.interchange import open_library, read_library
+from tasks.peers import NAMES
 from tasks.request import Request, limits
 from tasks.solve import choose_joint
 
@@ -117,6 +118,36 @@ def test_the_library_it_leaves_chooses_the_same_child(run: tuple[Path, str]) -> 
     )
     tables = read_library(run[0] / "tables" / "tiny")
     assert len(tables.variants) == len(tables.scores) == 4 * (3 + 2)
+
+
+def study(workspace: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [*PUZZLE, words[0], "profiles/tiny.yaml", "--workspace", str(workspace), *SMALLER, *words[1:]]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+
+
+def test_the_library_it_leaves_is_checked_against_true_kl(run: tuple[Path, str]) -> None:
+    """Every search side by side, predicted against true; what they leave; a profile that was never run."""
+    workspace, _ = run
+    peers = study(workspace, "peers", "--evaluations", "500", "--true-kl", "4")
+    assert peers.returncode == 0, peers.stderr
+    assert "lowest true KL: " in peers.stdout and "peers        done in" in peers.stderr
+    kept = json.loads(next(workspace.glob("studies/peers-tiny-*/study.json")).read_text())
+    assert {entry["name"] for entry in kept["entries"]} | set(kept["left_out"]) == set(NAMES)
+    kls = [sum(entry["true"]) for entry in kept["entries"]]
+    assert kls == sorted(kls)
+
+    check = study(workspace, "check", "--top", "4", "--swaps", "4")
+    assert check.returncode == 0, check.stderr
+    assert "rank correlation" in check.stdout and "swaps: " in check.stdout
+    (folder,) = workspace.glob("studies/check-tiny-*")
+    assert (folder / "predicted-against-true.png").stat().st_size > 10_000
+    child = json.loads((folder / "study.json").read_text())["measured"][0]
+    assert child["layers"] == [choice.model_dump() for choice in report_of(workspace).architecture.layers]
+
+    other = study(workspace, "check", "--set", "search_space.ffn=[ffn64, no_op]")
+    assert other.returncode == 2 and "4 of" in other.stderr and "run `puzzle optimize`" in other.stderr
+    nowhere = study(workspace / "nowhere", "peers")
+    assert nowhere.returncode == 2 and "is no workspace" in nowhere.stderr and not (workspace / "nowhere").exists()
 
 
 def test_prefect_and_mlflow_carry_each_other(run: tuple[Path, str]) -> None:
