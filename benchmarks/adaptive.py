@@ -1,43 +1,165 @@
-"""Adaptive scoring replayed on fully scored sequences.
+"""Adaptive scoring against full scoring, replayed on sequences that were all scored once.
 
-.venv/bin/python -m benchmarks.adaptive
+.venv/bin/python -m benchmarks.adaptive --workspace workspace/smollm2-cpu
+
+The workspace holds a finished library. Its validation text is cut into windows; the KL of every variant on every window
+is kept there, so that a second run only replays.
 """
 
+import argparse
 import json
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import arguments
+from benchmarks.common import arguments, table, write_page
 from blocks.library import read_tensors, read_value, write_text
 from blocks.packed import pack_linears
 from blocks.parent import Parent
-from blocks.records import BlockRecord, CorpusInfo, ParentInfo
+from blocks.records import Architecture, BlockRecord, Score
 from blocks.runtime import set_threads
 from profiles.load import load_profile
+from profiles.schema import Adaptive, Budget, Profile
+from tasks.adaptive import Key, score_adaptively
+from tasks.choose import choose
 from tasks.corpus import iterate_documents, prepare_corpus
-from tasks.interchange import read_library
+from tasks.evaluate import mean_metric
+from tasks.interchange import StoredLibrary, read_library
+from tasks.mip import Floats
 from tasks.parent import prepare_parent
 from tasks.progress import shown
 from tasks.record import open_parent
 from tasks.scoring import ParentSuffix, Sequences, batches_of, make_suffix, score_batch
+from tasks.totals import Problem, make_problem, score_of
 
 PART = 8  # windows scored at a time
-WINDOW = 128  # tokens: a validation sequence gives several windows
 
 
 def main() -> None:
-    options = arguments(__doc__).parse_args()
+    """Score everything once, then replay adaptive scoring at several budgets and orders of the windows."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--window", type=int, default=128, help="tokens from the start of one window to the next")
+    parser.add_argument("--tokens", type=int, default=32, help="scored tokens of each window, from its start")
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--orders", type=int, default=8, help="random orders of the windows")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.7, 0.5])
+    parser.add_argument("--tolerances", type=float, nargs="+", default=[0.01, 0.005])
+    options = parser.parse_args()
     profile = load_profile(options.profile, options.set)
-    workspace: Path = options.workspace
     set_threads(profile.hardware.threads)
-    parent = prepare_parent(profile.parent, workspace, lambda: iterate_documents(profile.corpus))
-    corpus = prepare_corpus(profile.corpus, workspace / parent.folder, parent.fingerprint, workspace)
-    library = read_library(workspace / "tables" / profile.name)
-    blocks = [read_value(workspace / "library" / f"{block.key}.json", BlockRecord) for block in library.variants]
-    full_values(parent, corpus, blocks, 32, workspace)
+    library = read_library(options.workspace / "tables" / profile.name)
+    values = full_values(profile, library, options)
+    rows = []
+    with shown("replay") as tell:
+        for budget in options.budgets:
+            case = case_of(library, values, Budget(layer_parameters_fraction=budget))
+            for tolerance in options.tolerances:
+                settings = Adaptive(tolerance=tolerance)
+                rows.append(line(budget, settings, [replay(case, settings, order) for order in range(options.orders)]))
+                tell(len(rows), len(options.budgets) * len(options.tolerances))
+    write(library, values, options, rows)
+
+
+def write(
+    library: StoredLibrary, values: Mapping[Key, Floats], options: argparse.Namespace, rows: list[list[str]]
+) -> None:
+    """benchmarks/adaptive.md"""
+    windows, start = len(next(iter(values.values()))), Adaptive().start_sequences
+    intro = (
+        f"{len(values)} variants of {library.description.parent}; full scoring is {windows} windows of "
+        f"{options.tokens} held-out tokens for each, {len(values) * windows * options.tokens:,} tokens in all. "
+        f"Adaptive scoring (`tasks/adaptive.py`, {start} windows first) sees the windows in {options.orders} random "
+        "orders. *Worse*: objective of its choice under full scores, above that of full scoring's own choice, mean and "
+        "largest over the orders. *Uniform*: the same for as many tokens spread evenly over all variants, the choice "
+        "made on plain means. *Expected*: what adaptive scoring itself expected to lose when it stopped."
+    )
+    header = ["layer parameters", "tolerance", "tokens, of full", "fewer", "looks", "expected", "worse", "worst",
+              "uniform", "worst"]  # fmt: skip
+    write_page("adaptive", "Adaptive scoring", [intro, table(header, rows)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A budget with everything scored: the problem under full scores and its best architecture."""
+
+    values: Mapping[Key, Floats]
+    full: Problem
+    best: Architecture
+
+    def problem(self, scores: Iterable[Score]) -> Problem:
+        """The same problem under other scores."""
+        full = self.full
+        return make_problem(scores, full.costs, full.budget, full.scenarios, full.search)
+
+    def worse(self, scores: Iterable[Score]) -> float:
+        """The objective of these scores' choice under full scores, above the best, as a share of it."""
+        return score_of(self.full, choose(self.problem(scores)).layers)[0] / self.best.score - 1
+
+
+def case_of(library: StoredLibrary, values: Mapping[Key, Floats], budget: Budget) -> Case:
+    """Full scoring's choice at a budget."""
+    scores = [score(key, row) for key, row in values.items()]
+    full = make_problem(scores, library.costs, budget, library.description.scenarios)
+    return Case(values=values, full=full, best=choose(full))
+
+
+def score(key: Key, row: Floats) -> Score:
+    """A score from its values per window; the LM loss is not looked at."""
+    found: Any = mean_metric(torch.tensor(row))
+    return Score(
+        layer=key[0],
+        subblock=key[1],  # type: ignore[arg-type]
+        variant=key[2],
+        kl=found.value,
+        kl_se=found.se,
+        lm_loss=found.value,
+        lm_loss_se=found.se,
+        tokens=len(row),
+        kl_per_sequence=tuple(row.tolist()),
+        lm_loss_per_sequence=tuple(row.tolist()),
+    )
+
+
+Replay = tuple[float, int, float, float, float]  # share of tokens, looks, expected, worse, uniform's worse
+
+
+def replay(case: Case, settings: Adaptive, seed: int) -> Replay:
+    """Adaptive scoring with the windows in one order, and as many tokens spread evenly."""
+    windows = len(next(iter(case.values.values())))
+    order = np.random.default_rng(seed).permutation(windows)
+
+    def measure(depths: Mapping[Key, int]) -> dict[Key, Score]:
+        return {key: score(key, case.values[key][order[:depth]]) for key, depth in depths.items()}
+
+    found = score_adaptively(list(case.values), case.problem, settings, windows, measure)
+    last = found.rounds[-1]
+    evenly = measure(dict.fromkeys(case.values, max(2, round(last.spent * windows))))
+    expected = last.expected_loss / last.objective
+    return last.spent, len(found.rounds), expected, case.worse(found.scores), case.worse(evenly.values())
+
+
+def line(budget: float, settings: Adaptive, runs: list[Replay]) -> list[str]:
+    """Means and largest over the orders."""
+    spent, looks, expected, worse, uniform = ([run[i] for run in runs] for i in range(5))
+    tokens = statistics.fmean(spent)
+    return [
+        f"{budget:.0%}",
+        f"{settings.tolerance:.1%}",
+        f"{tokens:.1%}",
+        f"{1 / tokens:.1f}x",
+        f"{statistics.fmean(looks):.1f}",
+        f"{statistics.fmean(expected):.2%}",
+        f"{statistics.fmean(worse):.2%}",
+        f"{max(worse):.2%}",
+        f"{statistics.fmean(uniform):.2%}",
+        f"{max(uniform):.2%}",
+    ]
 
 
 @torch.inference_mode()
@@ -51,42 +173,47 @@ def entering(reader: Parent, tokens: Tensor) -> Iterator[Tensor]:
         hidden = module(hidden, **reader.contexts(hidden)[layer])
 
 
-def full_values(
-    parent: ParentInfo, corpus: CorpusInfo, blocks: list[BlockRecord], length: int, workspace: Path
-) -> dict[str, list[float]]:
-    """KL of every block on every window, by key; what was scored before is read."""
+def full_values(profile: Profile, library: StoredLibrary, options: argparse.Namespace) -> dict[Key, Floats]:
+    """KL of every usable variant on every window; what was scored before is read."""
+    workspace: Path = options.workspace
+    folder = workspace / "benchmark-adaptive"
+    parent = prepare_parent(profile.parent, workspace, lambda: iterate_documents(profile.corpus))
+    corpus = prepare_corpus(profile.corpus, workspace / parent.folder, parent.fingerprint, workspace)
+    blocks = [read_value(workspace / "library" / f"{block.key}.json", BlockRecord) for block in library.variants]
     reader = open_parent(workspace / parent.folder)
     tokens = read_tensors(workspace, corpus.tokens, ["validation"])["validation"].long()
-    tokens = tokens.unflatten(1, (-1, WINDOW)).flatten(0, 1)[:, :length]
-    states = list(entering(reader, tokens))
-    suffix = make_suffix(reader, tokens, states[-1])
+    tokens = tokens.unflatten(1, (-1, options.window)).flatten(0, 1)[: options.windows, : options.tokens]
     parts = [tuple(range(len(tokens)))[first : first + PART] for first in range(0, len(tokens), PART)]
-    found: dict[str, list[float]] = {block.key: [] for block in blocks}
-    with shown("full scores") as tell:
-        for index, part in enumerate(parts):
-            for layer, hidden in enumerate(states):
-                path = (
-                    workspace / "benchmark-adaptive" / f"{corpus.fingerprint}-{length}-{part[0]:03d}-{layer:03d}.json"
-                )
+    paths = {
+        (part, layer): folder / f"{corpus.fingerprint}-{options.window}-{options.tokens}-{part[0]:03d}-{layer:03d}.json"
+        for part in parts
+        for layer in range(reader.depth)
+    }
+    if not all(path.exists() for path in paths.values()):
+        states = list(entering(reader, tokens))
+        suffix = make_suffix(reader, tokens, states[-1])
+        with shown("full scores") as tell:
+            for done, ((part, layer), path) in enumerate(paths.items(), start=1):
                 if not path.exists():
-                    write_text(
-                        path,
-                        json.dumps(scored(suffix, [b for b in blocks if b.layer == layer], hidden, part, workspace)),
-                    )
-                for key, values in json.loads(path.read_text()).items():
-                    found[key] += values
-                tell(index * len(states) + layer + 1, len(parts) * len(states))
-    return found
+                    members = [block for block in blocks if block.layer == layer and block.status != "failed"]
+                    write_text(path, json.dumps(scored(suffix, members, states[layer], part, workspace)))
+                tell(done, len(paths))
+    rows: dict[str, list[float]] = {}
+    for path in paths.values():
+        for key, values in json.loads(path.read_text()).items():
+            rows.setdefault(key, []).extend(values)
+    return {(b.layer, b.subblock, b.variant): np.array(rows[b.key]) for b in blocks if b.key in rows}
 
 
 def scored(
     suffix: ParentSuffix, blocks: list[BlockRecord], hidden: Tensor, part: Sequences, workspace: Path
 ) -> dict[str, list[float]]:
+    """KL of blocks of one layer on some windows, by the block's key."""
     values: dict[str, list[float]] = {}
     for batch, sequences in batches_of([(block, part) for block in blocks], hidden.shape[1]):
-        for block, scores in zip(batch, score_batch(suffix, batch, hidden, sequences, workspace), strict=True):
-            assert scores is not None
-            values.setdefault(block.key, []).extend(scores.kl)
+        for block, found in zip(batch, score_batch(suffix, batch, hidden, sequences, workspace), strict=True):
+            if found is not None:
+                values.setdefault(block.key, []).extend(found.kl)
     return values
 
 

@@ -195,6 +195,7 @@ def test_it_never_asks_for_less_and_ends_below_the_limit() -> None:
         return {key: scored(key, values[key][:depth]) for key, depth in depths.items()}
 
     found = score_adaptively(KEYS, problem_of, Adaptive(growth=1.5), SEQUENCES, measure)
+    assert all(look.expected_loss > 0.01 * look.objective for look in found.rounds[:-1])  # not a look too many
     for before, after in zip(asked, asked[1:], strict=False):
         assert all(before[key] <= after[key] <= SEQUENCES for key in KEYS) and before != after
     assert [look.open_variants > 0 for look in found.rounds] == [True] * (len(asked) - 1) + [False]
