@@ -7,6 +7,8 @@ is kept there, so that a second run only replays.
 """
 
 import argparse
+import hashlib
+import itertools
 import json
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import arguments, table, write_page
-from blocks.library import read_tensors, read_value, write_text
+from blocks.library import digest_of, read_tensors, read_value, write_text
 from blocks.packed import pack_linears
 from blocks.parent import Parent
 from blocks.records import Architecture, BlockRecord, Score
@@ -42,46 +44,79 @@ PART = 8  # windows scored at a time
 
 
 def main() -> None:
-    """Score everything once, then replay adaptive scoring at several budgets and orders of the windows."""
+    """Score everything once, then replay adaptive scoring at several budgets and orders of the sequences."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--window", type=int, default=128, help="tokens from the start of one window to the next")
     parser.add_argument("--tokens", type=int, default=32, help="scored tokens of each window, from its start")
-    parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--orders", type=int, default=8, help="random orders of the windows")
+    parser.add_argument("--windows", type=int, default=32, help="0 leaves this table out")
+    parser.add_argument("--drawn", type=int, default=32, help="sequences of the drawn table")
+    parser.add_argument("--starts", type=int, nargs="+", default=[4, 2], help="sequences before the first look")
+    parser.add_argument("--orders", type=int, default=4, help="random orders of the sequences")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.7, 0.5])
-    parser.add_argument("--tolerances", type=float, nargs="+", default=[0.01, 0.005])
     options = parser.parse_args()
     profile = load_profile(options.profile, options.set)
     set_threads(profile.hardware.threads)
     library = read_library(options.workspace / "tables" / profile.name)
-    values = full_values(profile, library, options)
-    rows = []
-    with shown("replay") as tell:
-        for budget in options.budgets:
-            case = case_of(library, values, Budget(layer_parameters_fraction=budget))
-            for tolerance in options.tolerances:
-                settings = Adaptive(tolerance=tolerance)
-                rows.append(line(budget, settings, [replay(case, settings, order) for order in range(options.orders)]))
-                tell(len(rows), len(options.budgets) * len(options.tolerances))
-    write(library, values, options, rows)
+    stored = {(s.layer, s.subblock, s.variant): np.array(s.kl_per_sequence) for s in library.scores}
+    parts = [intro(library, options)]
+    if options.windows:
+        values = full_values(profile, library, options)
+        count = len(next(iter(values.values())))
+        parts += [f"## {count} windows of {options.tokens} tokens", replays(library, values, options)]
+    count = len(library.scores[0].kl_per_sequence)
+    shape = f"{count} x {library.scores[0].tokens // count} tokens"
+    parts += [
+        f"## {options.drawn} sequences drawn like the {shape} of the profile's own scores",
+        replays(library, drawn(stored, options.drawn), options),
+    ]
+    if options.windows:
+        write_page("adaptive", "Adaptive scoring", parts)
+    else:
+        print("\n\n".join(parts))
 
 
-def write(
-    library: StoredLibrary, values: Mapping[Key, Floats], options: argparse.Namespace, rows: list[list[str]]
-) -> None:
-    """benchmarks/adaptive.md"""
-    windows, start = len(next(iter(values.values()))), Adaptive().start_sequences
-    intro = (
-        f"{len(values)} variants of {library.description.parent}; full scoring is {windows} windows of "
-        f"{options.tokens} held-out tokens for each, {len(values) * windows * options.tokens:,} tokens in all. "
-        f"Adaptive scoring (`tasks/adaptive.py`, {start} windows first) sees the windows in {options.orders} random "
-        "orders. *Worse*: objective of its choice under full scores, above that of full scoring's own choice, mean and "
-        "largest over the orders. *Uniform*: the same for as many tokens spread evenly over all variants, the choice "
-        "made on plain means. *Expected*: what adaptive scoring itself expected to lose when it stopped."
+def intro(library: StoredLibrary, options: argparse.Namespace) -> str:
+    """What the tables say."""
+    return (
+        f"{len(library.scores)} variants of {library.description.parent}, all scored on all sequences once. Adaptive "
+        f"scoring (`tasks/adaptive.py`, tolerance {Adaptive().tolerance:.0%}, a few sequences *first*) then sees them "
+        f"in {options.orders} random orders. *Worse*: objective of its choice under full scores, above that of full "
+        "scoring's own choice, mean and largest over the orders. *Uniform*: the same for as many tokens spread evenly "
+        "over all variants, the choice made on plain means. *Expected*: what adaptive scoring itself expected to lose "
+        "when it stopped. Windows are cut from held-out text; the drawn table is synthetic, lognormal with the means "
+        "and the covariance (of logarithms, over sequences) of real scores."
     )
-    header = ["layer parameters", "tolerance", "tokens, of full", "fewer", "looks", "expected", "worse", "worst",
-              "uniform", "worst"]  # fmt: skip
-    write_page("adaptive", "Adaptive scoring", [intro, table(header, rows)])
+
+
+def drawn(values: Mapping[Key, Floats], count: int) -> dict[Key, Floats]:
+    """Sequences drawn from a lognormal with the covariance of the given ones, and 10 % of each variant's own."""
+    generator = np.random.default_rng(0)
+    logs = np.log(np.maximum(np.array(list(values.values())), 1e-6))
+    middle = logs.mean(1, keepdims=True)
+    mixing = generator.normal(size=(logs.shape[1], count)) / np.sqrt(logs.shape[1] - 1)
+    found = np.exp(middle + (logs - middle) @ mixing + generator.normal(size=(len(logs), count)) * 0.1)
+    return dict(zip(values, found, strict=True))
+
+
+def replays(library: StoredLibrary, values: Mapping[Key, Floats], options: argparse.Namespace) -> str:
+    """A table with a row per budget; a replay that was made before is read."""
+    rows: list[list[str]] = []
+    digest = hashlib.sha256(np.array(list(values.values())).tobytes()).hexdigest()
+    cases = {budget: case_of(library, values, Budget(layer_parameters_fraction=budget)) for budget in options.budgets}
+    with shown("replay") as tell:
+        for start, budget in itertools.product(options.starts, options.budgets):
+            settings, runs = Adaptive(start_sequences=start), []
+            for order in range(options.orders):
+                key = digest_of(values=digest, budget=budget, settings=settings, order=order, version=2)
+                path = options.workspace / "benchmark-adaptive" / f"replay-{key}.json"
+                if not path.exists():
+                    write_text(path, json.dumps(replay(cases[budget], settings, order)))
+                runs.append(json.loads(path.read_text()))
+                tell(len(rows) * options.orders + order + 1, len(options.starts) * len(cases) * options.orders)
+            rows.append([f"{budget:.0%}", str(start), *line(runs)])
+    header = ["layer parameters", "first", "tokens, of full", "fewer", "looks", "expected", "worse", "worst", "uniform",
+              "worst"]  # fmt: skip
+    return table(header, rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,13 +179,11 @@ def replay(case: Case, settings: Adaptive, seed: int) -> Replay:
     return last.spent, len(found.rounds), expected, case.worse(found.scores), case.worse(evenly.values())
 
 
-def line(budget: float, settings: Adaptive, runs: list[Replay]) -> list[str]:
+def line(runs: list[Replay]) -> list[str]:
     """Means and largest over the orders."""
     spent, looks, expected, worse, uniform = ([run[i] for run in runs] for i in range(5))
     tokens = statistics.fmean(spent)
     return [
-        f"{budget:.0%}",
-        f"{settings.tolerance:.1%}",
         f"{tokens:.1%}",
         f"{1 / tokens:.1f}x",
         f"{statistics.fmean(looks):.1f}",
