@@ -57,7 +57,7 @@ def main() -> None:
     profile = load_profile(options.profile, options.set)
     set_threads(profile.hardware.threads)
     library = read_library(options.workspace / "tables" / profile.name)
-    stored = {(s.layer, s.subblock, s.variant): np.array(s.kl_per_sequence) for s in library.scores}
+    stored: dict[Key, Floats] = {(s.layer, s.subblock, s.variant): np.array(s.kl_per_sequence) for s in library.scores}
     parts = [intro(library, options)]
     if options.windows:
         values = full_values(profile, library, options)

@@ -40,11 +40,14 @@ Measure = Callable[[Mapping[Key, int]], Mapping[Key, Score]]
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One look: share of full scoring's tokens spent, objective, expected loss of stopping, variants to go on with."""
+    """One look: share of full scoring's tokens spent, objective, expected loss of stopping and how much of it (as a
+    share of the objective) is tolerated, variants to go on with.
+    """
 
     spent: float
     objective: float
     expected_loss: float
+    tolerance: float
     open_variants: int
 
 
@@ -110,7 +113,15 @@ def score_adaptively(
         deeper = _deeper(doubts, limit, table, settings.growth)
         spent = int(table.depths.sum()) / (len(depths) * sequences)
         loss = math.fsum(doubt.gain for doubt in doubts)
-        rounds.append(Round(spent=spent, objective=objective, expected_loss=loss, open_variants=len(deeper)))
+        rounds.append(
+            Round(
+                spent=spent,
+                objective=objective,
+                expected_loss=loss,
+                tolerance=settings.tolerance,
+                open_variants=len(deeper),
+            )
+        )
         tell(rounds[-1])
         if not deeper:
             return AdaptiveScores(scores=tuple(scores), rounds=tuple(rounds))
@@ -118,13 +129,13 @@ def score_adaptively(
         depths |= {names[index]: depth for index, depth in deeper.items()}
 
 
-def told(look: Round, settings: Adaptive) -> str:
+def told(look: Round) -> str:
     """One look in a line."""
     going_on = f"{look.open_variants} variants get more" if look.open_variants else "no more is needed"
     return (
         f"score        {look.spent:.0%} of full scoring's tokens; expected loss "
         f"{look.expected_loss / max(abs(look.objective), _LEAST):.1%} of the objective {look.objective:.4g} "
-        f"(asked {settings.tolerance:.1%}): {going_on}"
+        f"(asked {look.tolerance:.1%}): {going_on}"
     )
 
 
@@ -193,7 +204,7 @@ def comparable(scores: Sequence[Score]) -> list[Score]:
     """
     filled = {}
     for metric in ("kl", "lm_loss"):
-        table = table_of(scores, metric, 0)  # type: ignore[arg-type]
+        table = table_of(scores, metric, 0)
         filled[metric] = [_filled(table, index) for index in range(len(scores))]
     found = []
     for index, score in enumerate(scores):

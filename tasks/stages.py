@@ -258,9 +258,11 @@ def score_all(
     """Replace-1-block scores of every block that did not fail; `costs` matter to adaptive scoring alone."""
     settings = profile.scoring
     shape = (settings.sequences, settings.tokens_per_sequence or corpus.sequence_length)
-    usable = {(block.layer, block.subblock, block.variant): block for block in blocks if block.status != "failed"}
+    usable: dict[Key, BlockRecord] = {
+        (block.layer, block.subblock, block.variant): block for block in blocks if block.status != "failed"
+    }
 
-    def score(wanted: Mapping[Key, scoring.Sequences], name: str) -> dict[Key, Score]:
+    def score(wanted: Mapping[Key, scoring.Sequences]) -> dict[Key, Score]:
         by_layer: dict[int, list[scoring.Work]] = {}
         for key, sequences in wanted.items():
             by_layer.setdefault(key[0], []).append((usable[key], sequences))
@@ -270,19 +272,19 @@ def score_all(
             )
             for layer, work in by_layer.items()
         ]
-        scores = wait(futures, name, lambda found: f"layer {found[0].layer}" if found else "")
+        scores = wait(futures, "score", lambda found: f"layer {found[0].layer}" if found else "")
         return {(one.layer, one.subblock, one.variant): one for found in scores for one in found}
 
     if settings.adaptive is None:
-        return list(score(dict.fromkeys(usable, tuple(range(shape[0]))), "score").values())
+        return list(score(dict.fromkeys(usable, tuple(range(shape[0])))).values())
     order = tuple(np.random.default_rng(profile.seed).permutation(shape[0]).tolist())
     found = score_adaptively(
         list(usable),
         lambda scores: problem_of(profile, scores, costs),
         settings.adaptive,
         shape[0],
-        lambda depths: score({key: order[:depth] for key, depth in depths.items()}, "score"),
-        lambda look: say(told(look, settings.adaptive)),
+        lambda depths: score({key: order[:depth] for key, depth in depths.items()}),
+        lambda look: say(told(look)),
     )
     return list(found.scores)
 

@@ -26,7 +26,7 @@ LAYERS, SEQUENCES = 12, 32
 BUDGET = Budget(parameters_fraction=0.6)
 
 
-def scored(key: Key, kl: Sequence[float], lm_loss: Sequence[float] | None = None) -> Score:
+def scored(key: Key, kl: Floats, lm_loss: Floats | None = None) -> Score:
     lm_loss = kl if lm_loss is None else lm_loss
     return Score(
         layer=key[0],
@@ -264,8 +264,8 @@ def test_pieces_give_the_values_of_whole_scoring(chain: Chain, workspace: Path) 
     whole = [score for score in chain.scores if score.layer == 1]
     order = (4, 1, 5, 0, 3, 2)
     count = len(whole)
-    first = {index: order[:2] for index in range(count)}
-    then = {index: order if index % 2 else order[:3] for index in range(count)}
+    first: dict[int, tuple[int, ...]] = {index: order[:2] for index in range(count)}
+    then: dict[int, tuple[int, ...]] = {index: order if index % 2 else order[:3] for index in range(count)}
     for index, score in enumerate(in_pieces(chain, workspace, [first, then])):
         used = then[index]
         assert score.tokens == 32 * len(used)
