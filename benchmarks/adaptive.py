@@ -84,7 +84,8 @@ def intro(library: StoredLibrary, options: argparse.Namespace) -> str:
         "scoring's own choice, mean and largest over the orders. *Uniform*: the same for as many tokens spread evenly "
         "over all variants, the choice made on plain means. *Expected*: what adaptive scoring itself expected to lose "
         "when it stopped. Windows are cut from held-out text; the drawn table is synthetic, lognormal with the means "
-        "and the covariance (of logarithms, over sequences) of real scores."
+        "and the covariance (of logarithms, over sequences) of real scores. The first look alone costs *first* / "
+        "sequences of full scoring, so few sequences leave little to save."
     )
 
 
