@@ -93,7 +93,8 @@ class Score(Value):
 
     A coupled block has subblock "block" and the variant label "<attention>+<ffn>".
 
-    Standard errors are over sequences. The parent's own subblock scores exactly 0.
+    Standard errors are over sequences. The parent's own subblock scores exactly 0. tokens: really scored; where scoring
+    was adaptive, values of sequences beyond those are filled in (tasks/adaptive.py).
     """
 
     layer: int

@@ -6,7 +6,7 @@ named in the error that asks for it.
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Label = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
@@ -146,12 +146,26 @@ class BLD(Section):
         return self
 
 
+class Adaptive(Section):
+    """Few sequences for every variant, more only where they can still change the choice under this budget."""
+
+    start_sequences: int = Field(default=4, ge=2, description="for every variant, before the first look")
+    growth: float = Field(default=2.0, gt=1, description="times as many for variants that are still in question")
+    tolerance: Fraction = Field(default=0.01, description="expected loss of the objective at which scoring stops")
+
+
 class Scoring(Section):
     """Replace-1-block scores on held-out (validation) sequences."""
 
-    sequences: PositiveInt = 8
+    sequences: PositiveInt = Field(default=8, description="of every variant; at most, where scoring is adaptive")
     tokens_per_sequence: PositiveInt | None = Field(default=None, description="the first so many; all when absent")
     metric: Literal["kl", "lm_loss"] = "kl"
+    adaptive: Adaptive | None = Field(default=None, description="true for the defaults")
+
+    @field_validator("adaptive", mode="before")
+    @classmethod
+    def _defaults_when_true(cls, value: object) -> object:
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
 
 class Hardware(Section):

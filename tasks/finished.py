@@ -1,5 +1,6 @@
 """A finished block library, found again through the content keys of a profile; nothing of it is made here."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from blocks.records import BlockRecord, CorpusInfo, CostTable, LayerRecord, Pare
 from profiles.schema import Profile
 from tasks.corpus import iterate_documents, prepare_corpus
 from tasks.costs import costs_path
+from tasks.interchange import read_library
 from tasks.parent import prepare_parent
 from tasks.record import open_parent, record_key, recorded
 from tasks.scoring import stored_score
@@ -59,10 +61,7 @@ def open_finished(profile: Profile, workspace: Path) -> Finished:
     corpus = prepare_corpus(profile.corpus, workspace / parent.folder, parent.fingerprint, workspace)
     reader = open_parent(workspace / parent.folder)
     blocks = _blocks(profile, workspace, parent, corpus, reader)
-    shape = (profile.scoring.sequences, profile.scoring.tokens_per_sequence or corpus.sequence_length)
-    # a score that is not a number is not kept (tasks/scoring.py), so some may lack; all of them means: never scored
-    scores = [stored_score(block, shape, workspace) for block in blocks if block.status != "failed"]
-    found = tuple(score for score in scores if score is not None)
+    found = _scores(profile, workspace, corpus, blocks)
     if not found:
         raise _unfinished(profile, workspace, "no scores")
     space, scenarios = measured_space(profile), profile.scenarios
@@ -79,6 +78,17 @@ def open_finished(profile: Profile, workspace: Path) -> Finished:
         scores=found,
         costs=costs,
     )
+
+
+def _scores(profile: Profile, workspace: Path, corpus: CorpusInfo, blocks: Sequence[BlockRecord]) -> tuple[Score, ...]:
+    """What was scored; a score that is not a number is not kept (tasks/scoring.py), so some may lack."""
+    if profile.scoring.adaptive is not None:  # of unequal depth, made comparable by the run
+        tables = workspace / "tables" / profile.name
+        return read_library(tables).scores if tables.exists() else ()
+    sequences = range(profile.scoring.sequences)
+    length = profile.scoring.tokens_per_sequence or corpus.sequence_length
+    scores = [stored_score(block, sequences, length, workspace) for block in blocks if block.status != "failed"]
+    return tuple(score for score in scores if score is not None)
 
 
 def _blocks(

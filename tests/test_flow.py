@@ -181,6 +181,18 @@ def test_another_budget_reuses_the_library_within_a_minute(run: tuple[Path, str]
     assert cached >= distilled
 
 
+def test_adaptive_scoring_reuses_what_is_scored_and_chooses_as_well(run: tuple[Path, str]) -> None:
+    """On a library whose scores are there, in the profile's own order of stages: nothing is scored again."""
+    workspace, _ = run
+    before = {path: path.stat().st_mtime_ns for path in (workspace / "scores").iterdir()}
+    output = finished(workspace, "--set", "scoring.adaptive={start_sequences: 2}", "--set", "gkd.steps=0")
+    assert {path: path.stat().st_mtime_ns for path in (workspace / "scores").iterdir()} == before
+    assert "25% of full scoring's tokens" in output and "no more is needed" in output
+    reports = [read_value(child_of(text).parent / "report.json", ChildReport) for text in (run[1], output)]
+    full, adaptive = (report.architecture.score for report in reports)
+    assert adaptive == pytest.approx(full, rel=0.2)
+
+
 def killed_when(workspace: Path, ready: Callable[[], bool]) -> None:
     """Start, wait for the moment, kill -9."""
     process = start(workspace)
