@@ -140,8 +140,9 @@ class NonBlockCost(Value):
 
 
 class CostTable(Value):
-    """All measured costs of one parent on one hardware target."""
+    """All costs of one parent on one hardware target: measured on it, or modelled for it. Never both in one table."""
 
+    kind: Literal["measured", "modelled"] = "measured"
     hardware: dict[str, str]
     costs: tuple[Cost, ...]
     non_block: tuple[NonBlockCost, ...]
@@ -227,6 +228,14 @@ class Candidate(Value):
     gkd_tokens: int = 0
 
 
+class StageTime(Value):
+    """What one stage of a run took: wall seconds, CPU seconds of the process (all threads)."""
+
+    name: str
+    seconds: float
+    cpu_seconds: float
+
+
 class ChildReport(Value):
     """What a run leaves: predicted beside measured, parent beside child beside baselines."""
 
@@ -237,6 +246,7 @@ class ChildReport(Value):
     candidates: tuple[Candidate, ...]
     child_folder: str
     failed_variants: tuple[str, ...] = ()
+    stages: tuple[StageTime, ...] = ()
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     peak_memory_bytes: int = 0

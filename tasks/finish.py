@@ -116,6 +116,7 @@ class Run:
             ),
             child_folder=str((folder / "child").relative_to(self.workspace)),
             failed_variants=tuple(f"layer {block.layer} {block.subblock} {block.variant}" for block in failed),
+            stages=tuple(self.usage.stages),
             seconds=self.usage.seconds(),
             cpu_seconds=self.usage.cpu_seconds(),
             peak_memory_bytes=self.usage.peak_memory_bytes(),

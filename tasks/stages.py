@@ -34,6 +34,7 @@ from blocks.records import (
 )
 from blocks.runtime import release_memory, set_threads
 from blocks.variant import kind_of, parse_labels
+from profiles.hardware import load_target
 from profiles.schema import Profile, SearchSpace
 from tasks import compare, costs, gkd, scoring
 from tasks.baselines import baseline
@@ -44,15 +45,20 @@ from tasks.corpus import iterate_documents, prepare_corpus
 from tasks.parent import prepare_parent
 from tasks.progress import Stage, say, shown
 from tasks.record import open_parent, record_key, record_layer, recorded
+from tasks.roofline import modelled_costs, setting_of
 from tasks.throughput import Throughput
 from tasks.totals import Problem, make_problem, predicted
+from tasks.usage import noted
+
 
 
 @contextmanager
 def stage(name: str) -> Iterator[Stage]:
-    """A stage on the console. What it freed is given back at its end, or the peaks of all stages would add up."""
+    """A stage on the console, its time noted. What it freed is given back at its end, or the peaks of all stages would
+    add up.
+    """
     try:
-        with shown(name) as tell:
+        with noted(name), shown(name) as tell:
             yield tell
     finally:
         release_memory()
@@ -282,7 +288,13 @@ def measured_space(profile: Profile) -> SearchSpace:
 
 
 def measure(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable:
-    """Costs of every variant on the hardware target."""
+    """Costs of every variant on the hardware target: measured, or modelled where the profile says so."""
+    if profile.hardware.engine == "roofline":
+        say(f"costs of {profile.hardware.name} are modelled by the roofline, not measured; no speed is measured either")
+        setting = setting_of(profile.hardware, load_target(profile.hardware.name))
+        return modelled_costs(
+            open_parent(workspace / parent.folder), measured_space(profile), profile.scenarios, setting
+        )
     with stage("measure") as tell:
         table: CostTable = _task("measure costs", "measure costs", None)(costs.measure_costs)(
             parent,
@@ -378,7 +390,9 @@ def distill_globally(
 def measure_speed(
     contenders: Sequence[Contender], parent: ParentInfo, profile: Profile, workspace: Path
 ) -> dict[str, Throughput]:
-    """Prefill and decode throughput end to end, all models in turns in one run."""
+    """Prefill and decode throughput end to end, all models in turns in one run; none on a target that is not here."""
+    if profile.hardware.engine == "roofline":
+        return {}
     with stage("throughput"):
         speed: dict[str, Throughput] = throughput_task(
             list(contenders), len(contenders), parent, profile, str(workspace)
