@@ -42,8 +42,8 @@ def plan_command(
     if rates is None:
         if wanted.hardware.device != "cpu":
             raise PuzzleError(
-                f"only the CPU of this machine can be measured, the profile computes on {wanted.hardware.device}: name a "
-                "hardware target with --on, for example --on h100."
+                f"only the CPU of this machine can be measured, the profile computes on {wanted.hardware.device}: name "
+                "a hardware target with --on, for example --on h100."
             )
         threads = wanted.hardware.threads or os.cpu_count() or 1
         precision = wanted.hardware.precision if wanted.hardware.engine == "torch" else "float32"
@@ -69,7 +69,10 @@ def told(plan: "Plan") -> str:
     cost = "" if plan.money is None else f", {plan.money:,.2f} at the given price"
     lines.append(f"{plan.seconds / 3600:.2f} hours, {plan.core_hours:.2f} core- or device-hours{cost}")
     modelled = plan.costs_of
-    lines += ["", f"children  times are modelled (roofline: {modelled['name']}, {modelled['precision']}, {modelled['rates']})"]
+    lines += [
+        "",
+        f"children  times are modelled (roofline: {modelled['name']}, {modelled['precision']}, {modelled['rates']})",
+    ]
     if plan.infeasible:
         lines.append(f"no child keeps the budget: {plan.infeasible}")
     for child in plan.children:
@@ -80,7 +83,9 @@ def told(plan: "Plan") -> str:
 def _machine(plan: "Plan") -> str:
     if not plan.machine_measured:
         return f"{plan.machine}, by its data sheet and achievable shares"
-    load = "; others are busy on it: rates from CPU time, the plan is for the idle machine" if plan.machine_loaded else ""
+    load = (
+        "; others are busy on it: rates from CPU time, the plan is for the idle machine" if plan.machine_loaded else ""
+    )
     return f"this machine with {plan.threads} threads, measured now{load}"
 
 

@@ -5,15 +5,15 @@ kernels mask) plus 10 D + 6 F floats of element-wise work; a step is three forwa
 the weights) plus AdamW's passes over weights and moments. The head counts 2 V D for its logits, as much again where the
 moment of the distribution is taken (blocks/divergence.py), and element-wise passes over the logits. On top of that:
 
-    record    forward with packed weights; Gram matrices of the FFN's channels and of both inputs and cross terms; backward
-              elimination (blocks/fit.py) in float64, whose inverse is rewritten every round; states stored, read, hashed
-    distill   the layer's own forward once; per variant its closed form (VariantKind.fit_flops), three held-out losses, steps
+    record    forward with packed weights; Gram matrices of the FFN's channels, of both inputs and cross terms; backward
+              elimination (blocks/fit.py) in float64, whose inverse is rewritten every round; states stored and hashed
+    distill   the layer's own forward once; per variant its closed form (VariantKind.fit_flops), held-out losses, steps
     score     layers after the replaced one and the head, for every variant at once, with packed weights
     evaluate  models once over the test sequences, both heads; benchmark items at their mean length
-    GKD       the parent's states and moments once; per child steps through all layers and the head, validation between
+    GKD       the parent's states and moments once; per child steps through layers and head, validation between
 
-Four rates turn counts into seconds (tasks/machine.py). What is left are constants of this program's own overheads, below:
-measured once on the main job (README), the same for every parent and machine.
+A few rates turn counts into seconds (tasks/machine.py). What is left are constants of this program's own overheads,
+below: set once from the main job, the same for every parent and machine.
 """
 
 import math

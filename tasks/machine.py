@@ -36,8 +36,8 @@ EAGER_OPERATIONS = 12  # small operations' time behind one counted kernel in eag
 @dataclass(frozen=True, kw_only=True)
 class Rates:
     """product, packed: float32 FLOP/s of plain products and of frozen, packed weights. serving: the same at the
-    precision that costs are measured in. solve: float64 FLOP/s of dense solves. stream: bytes/s of element-wise work, read
-    and written. weights: bytes/s of a matrix times one vector. disk: bytes/s written or read, with the digest.
+    precision that costs are measured in. solve: float64 FLOP/s of dense solves. stream: bytes/s of element-wise work,
+    read and written. weights: bytes/s of matrices times one vector. disk: bytes/s written or read, with the digest.
     floor: seconds of a small operation.
     """
 

@@ -1,8 +1,8 @@
 """What a run will take and can give, from the profile and the parent's config alone: no weights, no data, no Prefect.
 
-Work per stage is counted in tasks/effort.py; costs of children come from the roofline, of the hardware target or of this
-machine as it was measured. What the budget allows at best is a MIP of its own: the child that keeps most parameters, and
-the fastest of the space. Which of them is *good* only the search can tell.
+Work per stage is counted in tasks/effort.py; costs of children come from the roofline, of the hardware target or of
+this machine as it was measured. What the budget allows at best is a MIP of its own: the child that keeps most
+parameters, and the fastest of the space. Which of them is *good* only the search can tell.
 """
 
 import math
@@ -23,7 +23,7 @@ from tasks.effort import FLOAT, Shape, Work, shape_of
 from tasks.machine import Rates, rates_of, target_of
 from tasks.parent import write_config
 from tasks.roofline import Setting, decode_of, modelled_costs, non_block_seconds, prefill_of, setting_of
-from tasks.stages import measured_space
+from tasks.space import check_search_space, layers_of, measured_space
 from tasks.throughput import MAX_DECODE_STEPS
 from tasks.totals import Batches, Problem, batch_choices, make_problem, totals_of
 
@@ -88,14 +88,15 @@ def config_parent(source: ParentSource) -> Parent:
 
 def plan_of(profile: Profile, parent: Parent, rates: Rates, price_per_hour: float | None = None) -> Plan:
     """The plan of a profile on a machine with these rates. Raises what the search space or hardware make invalid."""
+    check_search_space(profile, parent)
     shape = shape_of(profile, parent)
-    searched = searched_layers(profile, parent.depth)
-    target = load_target(profile.hardware.name) if profile.hardware.engine == "roofline" else None
-    setting = setting_of(profile.hardware, target or target_of(rates, profile.hardware.precision))
+    searched = layers_of(profile, parent)
+    modelled = profile.hardware.engine == "roofline"
+    setting = setting_of(profile.hardware, _serving(profile, rates))
     problem = bounds_problem(profile, parent, setting, searched)
     children, infeasible = children_of(problem)
     share = share_of(children, shape) if children else TYPICAL_SHARE
-    stages = stages_of(shape, searched, share, rates, None if target else setting)
+    stages = stages_of(shape, searched, share, rates, None if modelled else setting)
     seconds = sum(stage.seconds for stage in stages)
     options = [len(shape.variants[part]) for part in SUBBLOCKS]
     blocks = len(searched) * (sum(options) - 2)
@@ -140,10 +141,11 @@ def machine_rates(profile: Profile, on: str | None) -> Rates | None:
     return rates_of(target, precision if precision in target.peak_tflops else "float32")
 
 
-def searched_layers(profile: Profile, depth: int) -> list[int]:
-    """The layers that the profile searches."""
-    named = profile.search_space.layers
-    return list(range(depth)) if named is None else sorted(layer for layer in named if 0 <= layer < depth)
+def _serving(profile: Profile, rates: Rates) -> HardwareTarget:
+    """What the children are served on: the profile's target, or, where costs will be measured, the run's machine."""
+    if profile.hardware.engine == "roofline":
+        return load_target(profile.hardware.name)
+    return target_of(rates, profile.hardware.precision) if rates.measured else load_target(rates.name)
 
 
 def bounds_problem(profile: Profile, parent: Parent, setting: Setting, searched: Sequence[int]) -> Problem:
@@ -327,8 +329,10 @@ def disk_bytes(shape: Shape, layers: int, share: float) -> int:
     kept = record.hidden_sequences + record.validation_sequences
     total = effort.model_bytes(shape)
     total += shape.depth * (shape.states(kept) + effort.statistics_bytes(shape))
-    total += layers * FLOAT * sum(
-        shape.parameters(v) for part in SUBBLOCKS for v in shape.variants[part][1:] if v.kind != "no_op"
+    total += (
+        layers
+        * FLOAT
+        * sum(shape.parameters(v) for part in SUBBLOCKS for v in shape.variants[part][1:] if v.kind != "no_op")
     )
     if profile.gkd.steps:
         rivals = 1 if profile.evaluate.baselines and profile.evaluate.distill_best_baseline else 0
@@ -356,5 +360,3 @@ def memory_bytes(shape: Shape, share: float) -> int:
 
 def _measures(profile: Profile) -> bool:
     return profile.hardware.engine != "roofline"
-
-

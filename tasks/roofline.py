@@ -144,17 +144,13 @@ def non_block_seconds(parent: Parent, work: Pass, setting: Setting) -> float:
     return embedding + head + 2 * setting.floor + setting.all_reduce(work.sequences * vocabulary * size / 2)
 
 
-def modelled_costs(
-    parent: Parent, space: SearchSpace, scenarios: Sequence[Scenario], setting: Setting
-) -> CostTable:
+def modelled_costs(parent: Parent, space: SearchSpace, scenarios: Sequence[Scenario], setting: Setting) -> CostTable:
     """The cost table of a parent known by its config alone, of kind "modelled".
 
     Memory is that of one device: `weight_bytes` and `kv_bytes_per_token` are what each of them holds; parameters are
     the model's.
     """
-    variants = [
-        variant for part in SUBBLOCKS for variant in parse_labels(part, getattr(space, part), parent.config)
-    ]
+    variants = [variant for part in SUBBLOCKS for variant in parse_labels(part, getattr(space, part), parent.config)]
     shapes = [(scenario, batch) for scenario in scenarios for batch in scenario.batch_sizes]
     return CostTable(
         kind="modelled",
@@ -210,5 +206,3 @@ def _non_block(parent: Parent, scenario: Scenario, batch: int, setting: Setting)
         parameters=parameters,
         weight_bytes=-(-parameters * BYTES[setting.half] // setting.devices),
     )
-
-

@@ -35,7 +35,7 @@ from blocks.records import (
 from blocks.runtime import release_memory, set_threads
 from blocks.variant import kind_of, parse_labels
 from profiles.hardware import load_target
-from profiles.schema import Profile, SearchSpace
+from profiles.schema import Profile
 from tasks import compare, costs, gkd, scoring
 from tasks.baselines import baseline
 from tasks.bld import Job, distill
@@ -46,10 +46,10 @@ from tasks.parent import prepare_parent
 from tasks.progress import Stage, say, shown
 from tasks.record import open_parent, record_key, record_layer, recorded
 from tasks.roofline import modelled_costs, setting_of
+from tasks.space import check_search_space, layers_of, measured_space
 from tasks.throughput import Throughput
 from tasks.totals import Problem, make_problem, predicted
 from tasks.usage import noted
-
 
 
 @contextmanager
@@ -134,21 +134,6 @@ def prepare(profile: Profile, workspace: Path) -> tuple[ParentInfo, CorpusInfo]:
             profile.corpus, workspace / parent.folder, parent.fingerprint, workspace
         )
     return parent, corpus
-
-
-def layers_of(profile: Profile, reader: Parent) -> list[int]:
-    """The layers that are searched."""
-    return list(range(reader.depth)) if profile.search_space.layers is None else sorted(profile.search_space.layers)
-
-
-def check_search_space(profile: Profile, reader: Parent) -> None:
-    """UnknownVariant or PuzzleError for a search space this parent cannot have."""
-    for subblock in SUBBLOCKS:
-        parse_labels(subblock, getattr(profile.search_space, subblock), reader.config)
-        parse_labels(subblock, getattr(profile.bld, f"coupled_{subblock}"), reader.config)
-    outside = [layer for layer in profile.search_space.layers or () if not 0 <= layer < reader.depth]
-    if outside:
-        raise PuzzleError(f"search_space.layers names {outside}, but the parent's layers are 0 to {reader.depth - 1}")
 
 
 def record(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, workspace: Path) -> list[LayerRecord]:
@@ -274,17 +259,6 @@ def score_all(
         )
     scores = wait(futures, "score", lambda found: f"layer {found[0].layer}" if found else "")
     return [score for found in scores for score in found]
-
-
-def measured_space(profile: Profile) -> SearchSpace:
-    """The search space with the labels that only whole, coupled blocks use."""
-    space, settings = profile.search_space, profile.bld
-    if not settings.coupled:
-        return space
-    attention = tuple(dict.fromkeys(space.attention + settings.coupled_attention))
-    return space.model_copy(
-        update={"attention": attention, "ffn": tuple(dict.fromkeys(space.ffn + settings.coupled_ffn))}
-    )
 
 
 def measure(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable:

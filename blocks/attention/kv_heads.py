@@ -111,7 +111,6 @@ class KVHeads(VariantKind):
         weight = attention.o_proj.weight.data
         weight.copy_(ridge_solve(gram, cross, weight.T, context.ridge).T)
 
-
     def fit_flops(self, variant: Variant, config: Any, tokens: int) -> tuple[int, int]:
         assert variant.size is not None
         width = config.num_attention_heads * head_dim(config)
