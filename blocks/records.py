@@ -142,13 +142,17 @@ class NonBlockCost(Value):
 class CostTable(Value):
     """All costs of one parent on one hardware target: measured on it, or modelled for it. Never both in one table."""
 
-    kind: Literal["measured", "modelled"] = "measured"
     hardware: dict[str, str]
     costs: tuple[Cost, ...]
     non_block: tuple[NonBlockCost, ...]
     num_hidden_layers: int
     measured_at: str
     parent_measured: tuple[NonBlockCost, ...] = ()
+
+    @property
+    def modelled(self) -> bool:
+        """True for a table of the roofline. What names the hardware tells it, wherever the table goes."""
+        return self.hardware.get("engine") == "roofline"
 
 
 class LayerChoice(Value):

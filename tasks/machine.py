@@ -150,10 +150,17 @@ class _Clock:
             cpu.append((time.process_time() - b) / sharers)
         took = time.perf_counter() - started
         others = _busy_seconds() - busy - (time.process_time() - own)
-        if others > LOADED * took * (os.cpu_count() or 1):
-            self.loaded = True
-            return max(min(cpu), 1e-9)
-        return min(wall)
+        seconds, loaded = machine_share(wall, cpu, others, took, os.cpu_count() or 1)
+        self.loaded |= loaded
+        return max(seconds, 1e-9)
+
+
+def machine_share(
+    wall: list[float], cpu: list[float], others: float, took: float, processors: int
+) -> tuple[float, bool]:
+    """The best wall time, or, where others took too much of the processors meanwhile, the best CPU time."""
+    loaded = others > LOADED * took * processors
+    return (min(cpu), True) if loaded else (min(wall), False)
 
 
 def _busy_seconds() -> float:

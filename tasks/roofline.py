@@ -145,7 +145,7 @@ def non_block_seconds(parent: Parent, work: Pass, setting: Setting) -> float:
 
 
 def modelled_costs(parent: Parent, space: SearchSpace, scenarios: Sequence[Scenario], setting: Setting) -> CostTable:
-    """The cost table of a parent known by its config alone, of kind "modelled".
+    """The cost table of a parent known by its config alone; nothing in it is measured.
 
     Memory is that of one device: `weight_bytes` and `kv_bytes_per_token` are what each of them holds; parameters are
     the model's.
@@ -153,7 +153,6 @@ def modelled_costs(parent: Parent, space: SearchSpace, scenarios: Sequence[Scena
     variants = [variant for part in SUBBLOCKS for variant in parse_labels(part, getattr(space, part), parent.config)]
     shapes = [(scenario, batch) for scenario in scenarios for batch in scenario.batch_sizes]
     return CostTable(
-        kind="modelled",
         hardware=described(setting),
         costs=tuple(_cost(parent, variant, *shape, setting) for shape in shapes for variant in variants),
         non_block=tuple(_non_block(parent, *shape, setting) for shape in shapes),
