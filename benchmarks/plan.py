@@ -28,18 +28,20 @@ def main() -> None:
     options = arguments(__doc__ or "").parse_args()
     profile = load_profile(options.profile, options.set)
     workspace = (options.workspace or ROOT / "workspace" / profile.name).resolve()
-    report = last_report(workspace)
+    report = whole_report(workspace)
     plan, rates = plan_here(profile)
     write_page("plan", "What was planned and what it took", page(plan, rates, report, disk_of(workspace)))
 
 
-def last_report(workspace: Path) -> ChildReport:
-    """The last report with times per stage. Raises PuzzleError when there is none."""
-    paths = sorted(workspace.glob("runs/*/report.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    reports = [report for path in paths if (report := read_value(path, ChildReport)).stages]
+def whole_report(workspace: Path) -> ChildReport:
+    """The report whose stages took longest: later runs find most of theirs finished. Raises PuzzleError when there is
+    none with times per stage.
+    """
+    reports = [read_value(path, ChildReport) for path in workspace.glob("runs/*/report.json")]
+    reports = [report for report in reports if report.stages]
     if not reports:
         raise PuzzleError(f"{workspace} holds no finished run that noted its stages: run `puzzle optimize` there first")
-    return reports[0]
+    return max(reports, key=lambda report: sum(stage.seconds for stage in report.stages))
 
 
 def plan_here(profile: Profile) -> tuple[Plan, Rates]:

@@ -141,7 +141,8 @@ class _Clock:
         """Best of several, after one that warms up. threads: how many of them do the work, all unless told."""
         sharers = threads or self.threads
         work()
-        wall, cpu = [], []
+        wall: list[float] = []
+        cpu: list[float] = []
         started, busy, own = time.perf_counter(), _busy_seconds(), time.process_time()
         while len(wall) < ROUNDS and (len(wall) < 2 or time.perf_counter() - started < SECONDS_EACH):
             a, b = time.perf_counter(), time.process_time()

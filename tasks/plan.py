@@ -210,12 +210,11 @@ def fastest_of(problem: Problem) -> tuple[LayerChoice, ...]:
                 seconds[cost.subblock, cost.variant] = seconds.get((cost.subblock, cost.variant), 0.0) + runtime
     layers = []
     for layer in range(problem.costs.num_hidden_layers):
-        chosen = {
-            part: min(labels, key=lambda label, part=part: seconds[part, label])  # type: ignore[misc]
-            for part in SUBBLOCKS
-            if (labels := problem.score_table.get((layer, part)))
-        }
-        layers.append(LayerChoice(**chosen))
+        parts: dict[Subblock, str] = dict.fromkeys(SUBBLOCKS, "parent")
+        for part in SUBBLOCKS:
+            options = {label: seconds[part, label] for label in problem.score_table.get((layer, part), {})}
+            parts[part] = min(options, key=options.__getitem__, default="parent")
+        layers.append(LayerChoice(attention=parts["attention"], ffn=parts["ffn"]))
     return tuple(layers)
 
 
