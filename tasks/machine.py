@@ -122,8 +122,8 @@ def _calibrate(width: int, inner: int, precision: Precision, threads: int) -> Ra
         packed=max(product, flops / clock.seconds(lambda: packed(x))),
         serving=product if precision == "float32" else flops / clock.seconds(lambda: F.linear(low_x, low_weight)),
         solve=(2 * size**3 / 3 + 2 * size**3) / clock.seconds(lambda: torch.linalg.solve(gram, sides)),
-        stream=2 * states.nbytes / clock.seconds(lambda: F.silu(states)),
-        weights=count * low_weight.nbytes / clock.seconds(lambda: [F.linear(one, matrix) for matrix in matrices]),
+        stream=2 * states.nbytes / clock.seconds(lambda: F.silu(states), threads=1),
+        weights=count * low_weight.nbytes / clock.seconds(lambda: [F.linear(one, m) for m in matrices], threads=1),
         disk=_disk_rate(clock),
         floor=clock.seconds(lambda: [small + 1 for _ in range(100)], threads=1) / 100,
         threads=threads,
@@ -138,7 +138,10 @@ class _Clock:
         self.threads, self.loaded = threads, False
 
     def seconds(self, work: Callable[[], Any], threads: int | None = None) -> float:
-        """Best of several, after one that warms up. threads: how many of them do the work, all unless told."""
+        """Best of several, after one that warms up.
+
+        threads: how many share CPU time on a loaded machine, all unless told. Memory serves one about as fast as all.
+        """
         sharers = threads or self.threads
         work()
         wall: list[float] = []
