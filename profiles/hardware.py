@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from profiles.load import ProfileError
-from profiles.schema import Fraction, Precision, Section
+from profiles.schema import Fraction, Hardware, Precision, Section
 
 FOLDER = Path(__file__).parent / "hardware"
 
@@ -78,6 +78,23 @@ def load_target(name: str) -> HardwareTarget:
         return HardwareTarget.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (ValidationError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ProfileError(f"{file} is no valid hardware target: {_told(error)}.") from None
+
+
+def target_for(hardware: Hardware) -> HardwareTarget:
+    """The target that a profile's hardware section names for the roofline. Raises ProfileError when it cannot do it."""
+    target = load_target(hardware.name)
+    check_use(target, hardware)
+    return target
+
+
+def check_use(target: HardwareTarget, hardware: Hardware) -> None:
+    """ProfileError unless the target has the precisions and the group size that are asked for."""
+    target.flops_per_second(hardware.precision)
+    if hardware.tensor_parallel > target.max_tensor_parallel:
+        raise ProfileError(
+            f"hardware target {target.name} is linked in groups of at most {target.max_tensor_parallel}, not "
+            f"{hardware.tensor_parallel}: lower hardware.tensor_parallel, or take another target."
+        )
 
 
 def _told(error: Exception) -> str:

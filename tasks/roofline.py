@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from blocks.attention.kv_heads import head_dim
-from blocks.errors import PuzzleError
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Cost, CostTable, NonBlockCost
 from blocks.resources import resources
 from blocks.variant import Variant, kind_of, parse_labels
-from profiles.hardware import HardwareTarget
+from profiles.hardware import HardwareTarget, check_use
 from profiles.schema import Hardware, Precision, Scenario, SearchSpace
 from tasks.costs import BYTES, non_block_parameters
 
@@ -82,13 +81,8 @@ class Pass:
 
 
 def setting_of(hardware: Hardware, target: HardwareTarget) -> Setting:
-    """How a profile's hardware section uses a target. Raises PuzzleError when the target cannot."""
-    if hardware.tensor_parallel > target.max_tensor_parallel:
-        raise PuzzleError(
-            f"hardware target {target.name} is linked in groups of at most {target.max_tensor_parallel}, not "
-            f"{hardware.tensor_parallel}: lower hardware.tensor_parallel, or take another target."
-        )
-    target.flops_per_second(hardware.precision)  # raises for a precision the target does not have
+    """How a profile's hardware section uses a target. Raises ProfileError when the target cannot."""
+    check_use(target, hardware)
     return Setting(
         target=target,
         precision=hardware.precision,

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 
 from benchmarks.hardware import BLOCKS, FITTED, LLAMA_70B, nemotron, unit_of_work
-from blocks.errors import PuzzleError
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock
 from blocks.resources import parameters_of
 from blocks.variant import parse_label
 from profiles.hardware import FOLDER, HardwareTarget, load_target, shipped_targets
-from profiles.load import ProfileError
+from profiles.load import ProfileError, load_profile
 from profiles.schema import Budget, Hardware, Scenario, SearchSpace
 from tasks.costs import non_block_parameters
 from tasks.roofline import (
@@ -64,8 +63,11 @@ def test_a_group_needs_a_link_and_an_unknown_target_names_the_known() -> None:
         load_target("h1000")
     with pytest.raises(ProfileError, match="no float8: set hardware.precision to float32"):
         setting_of(Hardware(name="a100", engine="roofline", precision="float8"), load_target("a100"))
-    with pytest.raises(PuzzleError, match="at most 8"):
+    with pytest.raises(ProfileError, match="at most 8"):
         setting(devices=16)
+    with pytest.raises(ProfileError, match="name one of a100"):  # told before anything is computed
+        load_profile("tiny", ["hardware={name: h1000, engine: roofline}"])
+    assert load_profile("tiny", ["hardware={name: h100, engine: roofline}"]).hardware.name == "h100"
     with pytest.raises(ValueError, match="engine: roofline"):
         Hardware(precision="float8")
 
