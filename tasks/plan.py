@@ -29,7 +29,6 @@ from tasks.totals import Batches, Problem, batch_choices, make_problem, totals_o
 
 PROCESS_BYTES = 1 << 30  # this program with torch, transformers, MLflow and Prefect, before any tensor
 STATE_BYTES = 40 << 20  # Prefect's and MLflow's databases, logs, reports
-TYPICAL_SHARE = 0.6  # of a layer's cost that a variant keeps on average, where no budget names a share
 
 
 class StagePlan(Value):
@@ -95,7 +94,7 @@ def plan_of(profile: Profile, parent: Parent, rates: Rates, price_per_hour: floa
     setting = setting_of(profile.hardware, _serving(profile, rates))
     problem = bounds_problem(profile, parent, setting, searched)
     children, infeasible = children_of(problem)
-    share = share_of(children, shape) if children else TYPICAL_SHARE
+    share = share_of(children, shape)
     stages = stages_of(shape, searched, share, rates, None if modelled else setting)
     seconds = sum(stage.seconds for stage in stages)
     options = [len(shape.variants[part]) for part in SUBBLOCKS]

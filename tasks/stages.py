@@ -264,7 +264,6 @@ def score_all(
 def measure(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable:
     """Costs of every variant on the hardware target: measured, or modelled where the profile says so."""
     if profile.hardware.engine == "roofline":
-        say(f"costs of {profile.hardware.name} are modelled by the roofline, not measured; no speed is measured either")
         setting = setting_of(profile.hardware, load_target(profile.hardware.name))
         return modelled_costs(
             open_parent(workspace / parent.folder), measured_space(profile), profile.scenarios, setting
