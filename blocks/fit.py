@@ -52,6 +52,17 @@ def ridge_solve(gram_KK: Tensor, cross_KD: Tensor, prior_KD: Tensor, ridge: floa
     return torch.linalg.solve(left, cross_KD.double() + lam * prior_KD.double()).float()
 
 
+def solve_flops(width: int, columns: int) -> int:
+    """FLOPs of `ridge_solve` for a (width, width) Gram and so many columns: LU, two triangular solves."""
+    return 2 * width**3 // 3 + 2 * width**2 * columns
+
+
+def elimination_flops(count: int, columns: int, chunk: int) -> int:
+    """FLOPs of `elimination_order` over `count` channels: the inverse, then a rank-`chunk` update per round."""
+    rounds = count // chunk
+    return 2 * count**3 + 2 * chunk * rounds * (count**2 // 3 + columns * count // 2)
+
+
 def elimination_order(gram_FF: Tensor, down_DF: Tensor, ridge: float, chunk: int = 16) -> Tensor:
     """Channels of an FFN from the most to the least useful, by backward elimination with refit.
 

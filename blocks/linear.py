@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from blocks.fit import FitContext, ridge_solve
+from blocks.fit import FitContext, ridge_solve, solve_flops
 from blocks.parent import load_subblock, subblock_prefixes, subblock_state
 from blocks.variant import SizelessKind, Variant
 
@@ -38,6 +38,9 @@ class LinearKind(SizelessKind):
         norms = {name: tensor for name, tensor in state.items() if not name.startswith(core)}
         weight = "self_attn.linear_attn.weight" if self.subblock == "attention" else "mlp.linear_mlp.weight"
         load_subblock(module, self.subblock, norms | {weight: self.product(context)})  # type: ignore[arg-type]
+
+    def fit_flops(self, variant: Variant, config: Any, tokens: int) -> tuple[int, int]:
+        return 0, solve_flops(config.hidden_size, config.hidden_size)
 
     def closed_form(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
         """The ridge solution, shrunk towards the product."""

@@ -141,7 +141,7 @@ class NonBlockCost(Value):
 
 
 class CostTable(Value):
-    """All measured costs of one parent on one hardware target."""
+    """All costs of one parent on one hardware target: measured on it, or modelled for it. Never both in one table."""
 
     hardware: dict[str, str]
     costs: tuple[Cost, ...]
@@ -149,6 +149,11 @@ class CostTable(Value):
     num_hidden_layers: int
     measured_at: str
     parent_measured: tuple[NonBlockCost, ...] = ()
+
+    @property
+    def modelled(self) -> bool:
+        """True for a table of the roofline. What names the hardware tells it, wherever the table goes."""
+        return self.hardware.get("engine") == "roofline"
 
 
 class LayerChoice(Value):
@@ -241,6 +246,14 @@ class Candidate(Value):
     gkd_tokens: int = 0
 
 
+class StageTime(Value):
+    """What one stage of a run took: wall seconds, CPU seconds of the process (all threads)."""
+
+    name: str
+    seconds: float
+    cpu_seconds: float
+
+
 class ChildReport(Value):
     """What a run leaves: predicted beside measured, parent beside child beside baselines."""
 
@@ -251,6 +264,7 @@ class ChildReport(Value):
     candidates: tuple[Candidate, ...]
     child_folder: str
     failed_variants: tuple[str, ...] = ()
+    stages: tuple[StageTime, ...] = ()
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     peak_memory_bytes: int = 0

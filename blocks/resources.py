@@ -16,32 +16,44 @@ from blocks.variant import Variant, kind_of
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """parameters: norms included. weight_bytes and kv_bytes_per_token at the given precision. FLOPs at a context."""
+    """parameters: norms included. weight_bytes and kv_bytes_per_token at the given precision. FLOPs at a context.
+
+    kernels: launches of one forward at least: one per norm and matrix, one for an attention's scores.
+    """
 
     parameters: int
     weight_bytes: int
     kv_bytes_per_token: int
     flops_per_token: int
+    kernels: int
 
 
 def resources(parent: Parent, variant: Variant, context_tokens: int, bytes_per_element: int) -> Resources:
     """Resources of one subblock variant of this parent (same for every layer)."""
     kind = kind_of(variant)
-    parameters = parameters_of(parent, variant)
+    parameters, modules = _counts(parent, variant)
+    kv_elements = kind.kv_elements_per_token(variant, parent.config)
     return Resources(
         parameters=parameters,
         weight_bytes=parameters * bytes_per_element,
-        kv_bytes_per_token=kind.kv_elements_per_token(variant, parent.config) * bytes_per_element,
+        kv_bytes_per_token=kv_elements * bytes_per_element,
         flops_per_token=kind.flops_per_token(variant, parent.config, context_tokens),
+        kernels=modules + (1 if kv_elements else 0),
     )
 
 
-@lru_cache(maxsize=1024)
 def parameters_of(parent: Parent, variant: Variant) -> int:
     """Parameters of a subblock, its norms included."""
+    return _counts(parent, variant)[0]
+
+
+@lru_cache(maxsize=1024)
+def _counts(parent: Parent, variant: Variant) -> tuple[int, int]:
+    """Parameters of a subblock, and how many of its modules hold any."""
     none = {"no_op": True, "replace_with_linear": False}
     block: dict[str, Any] = {"attention": none, "ffn": none}
     block[variant.subblock] = kind_of(variant).block_entry(variant, parent.config)
     with torch.device("meta"):
         layer = DeciLMDecoderLayer(parent.config, parent.config.model_type, block, 0)
-    return sum(parameter.numel() for parameter in layer.parameters())
+    modules = sum(1 for module in layer.modules() if next(module.parameters(recurse=False), None) is not None)
+    return sum(parameter.numel() for parameter in layer.parameters()), modules

@@ -78,6 +78,10 @@ class VariantKind(ABC):
         """Ridge regression on the parent's activations, where the kind has one; may replace `initialise`'s choice."""
         raise NotImplementedError(f"{self.subblock} {self.name} has nothing to fit")
 
+    def fit_flops(self, variant: Variant, config: Any, tokens: int) -> tuple[int, int]:
+        """FLOPs of `closed_form` over so many recorded tokens, for plans: float32 products, float64 solves."""
+        return 0, 0
+
 
 class SizelessKind(VariantKind):
     """A kind whose only label is its name."""

@@ -58,12 +58,17 @@ def load_profile(path: Path | str, overrides: Sequence[str] = ()) -> Profile:
     for override in overrides:
         _override(tree, override)
     try:
-        return Profile.model_validate(tree)
+        profile = Profile.model_validate(tree)
     except ValidationError as error:
         found = [details for details in error.errors(include_url=False) if not _is_echo(details)]
         problems = [_problem(details) for details in found]
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise ProfileError("\n  ".join([f"{file} is not a valid profile, {count}:", *problems])) from None
+    if profile.hardware.engine == "roofline":
+        from profiles.hardware import target_for  # which needs this file for its errors
+
+        target_for(profile.hardware)
+    return profile
 
 
 def _find(path: Path | str) -> Path:

@@ -168,14 +168,31 @@ class Scoring(Section):
         return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
 
-class Hardware(Section):
-    """The hardware target costs are measured on."""
+Precision = Literal["float32", "bfloat16", "float16", "float8"]
 
-    name: str = "this-machine"
-    engine: Literal["torch"] = "torch"
+
+class Hardware(Section):
+    """The hardware target: costs are measured on it, or, engine `roofline`, modelled from `profiles/hardware/`."""
+
+    name: str = Field(default="this-machine", description="with engine roofline: a target of profiles/hardware/")
+    engine: Literal["torch", "roofline"] = "torch"
     device: str = "cpu"
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Precision = Field(default="float32", description="of weights and products; float8 is modelled only")
+    kv_precision: Precision | None = Field(default=None, description="of the KV cache, modelled only; as the weights")
+    tensor_parallel: PositiveInt = Field(default=1, description="devices that share every layer, modelled only")
     threads: PositiveInt | None = Field(default=None, description="intra-op threads; all cores when absent")
+
+    @model_validator(mode="after")
+    def _modelled_only(self) -> Self:
+        asked = {
+            "precision: float8": self.precision == "float8",
+            "kv_precision": self.kv_precision is not None,
+            "tensor_parallel": self.tensor_parallel > 1,
+        }
+        if self.engine == "torch" and any(asked.values()):
+            names = ", ".join(name for name, is_asked in asked.items() if is_asked)
+            raise ValueError(f"{names} can be modelled, not measured in torch: set engine: roofline, or leave it out")
+        return self
 
 
 class ScenarioBudget(Section):

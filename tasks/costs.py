@@ -32,7 +32,7 @@ from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.record import open_parent
 
 VERSION = 2
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 Tell = Callable[[int, int], None]
 
 

@@ -77,6 +77,8 @@ class Run:
         )
         self._stage("score", {"variants": len(scores)}, {"scores": scores})
         self._stage("measure", {"variants": len(costs.costs)}, {"costs": costs.costs, "non_block": costs.non_block})
+        if costs.modelled:
+            say(f"costs of {costs.hardware['name']} are modelled by the roofline, not measured; nor is any speed")
         for whole in costs.parent_measured:
             say(sum_beside_whole(costs, whole))
         missing = {where(score) for score in scores} ^ {where(block) for block in blocks if block not in failed}
@@ -118,6 +120,7 @@ class Run:
             ),
             child_folder=str((folder / "child").relative_to(self.workspace)),
             failed_variants=tuple(f"layer {block.layer} {block.subblock} {block.variant}" for block in failed),
+            stages=tuple(self.usage.stages),
             seconds=self.usage.seconds(),
             cpu_seconds=self.usage.cpu_seconds(),
             peak_memory_bytes=self.usage.peak_memory_bytes(),

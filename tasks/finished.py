@@ -15,7 +15,8 @@ from tasks.interchange import read_library
 from tasks.parent import prepare_parent
 from tasks.record import open_parent, record_key, recorded
 from tasks.scoring import stored_score
-from tasks.stages import coupled_jobs, jobs_of, measured_space
+from tasks.space import measured_space
+from tasks.stages import coupled_jobs, jobs_of
 from tasks.totals import Problem, make_problem
 
 

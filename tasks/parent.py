@@ -21,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 
 from blocks.errors import ParentError
 from blocks.families import FAMILIES, family_of
-from blocks.library import digest_of, is_whole, remember, sha256_of, write_value
+from blocks.library import digest_of, is_whole, remember, sha256_of, write_text, write_value
 from blocks.records import ParentInfo, Ref, Value
 from profiles.schema import FolderParent, HubParent, PackageParent, ParentSource, TinyParent
 from tasks.corpus import TOKENIZER_FILES, installed_file
-from tasks.tiny import make_tiny_parent, training_texts
+from tasks.tiny import byte_tokenizer, family_config, make_tiny_parent, training_texts
 
 VERSION = 1  # raise it when the same source would give another folder
 INDEX = "model.safetensors.index.json"
@@ -72,6 +72,35 @@ def prepare_parent(
         _install(folder, workspace, made)
     write_value(manifest, made)
     return made.parent
+
+
+def write_config(source: ParentSource, folder: Path) -> None:
+    """The config.json that `prepare_parent` would leave, without weights: nothing is converted, trained or downloaded
+    but that file. Raises ParentError.
+    """
+    if isinstance(source, TinyParent):
+        family_config(source, len(byte_tokenizer())).save_pretrained(folder)
+    elif isinstance(source, PackageParent):
+        _gguf_config(_gguf_file(source)).save_pretrained(folder)
+    else:
+        found = _download(source, config_only=True) if isinstance(source, HubParent) else _source_folder(source)
+        values = _read_json(found / "config.json")
+        check_config(values, source.trust_remote_code)
+        write_text(folder / "config.json", json.dumps(values))
+
+
+def _gguf_config(path: Path) -> Any:
+    """The config that the metadata of a GGUF file stands for; its tensors are not read."""
+    from transformers import AutoConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    except Exception as error:  # nothing more precise is raised
+        raise ParentError(f"{path.name} cannot be read as GGUF: {_first_line(error)}") from error
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        with suppress(AttributeError):
+            delattr(config, name)
+    return config
 
 
 def _texts_for(source: ParentSource, corpus_text: Callable[[], Iterable[str]] | None) -> list[str]:
@@ -290,7 +319,7 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _download(source: HubParent) -> Path:
+def _download(source: HubParent, config_only: bool = False) -> Path:
     """The hub's snapshot folder, named by its commit; only the files that are needed."""
     from huggingface_hub import snapshot_download
 
@@ -303,6 +332,8 @@ def _download(source: HubParent) -> Path:
                 "Check id, revision, network and, for a gated model, `hf auth login`."
             ) from error
 
+    if config_only:
+        return fetch(source.revision, ["config.json"])
     code = ["*.py"] if source.trust_remote_code else []
     snapshot = fetch(source.revision, [*SMALL_FILES, *code])
     check_config(_read_json(snapshot / "config.json"), source.trust_remote_code)

@@ -24,6 +24,7 @@ from profiles.schema import Record
 
 VERSION = 2
 BATCH = 8
+CHUNK = 32  # channels that the elimination takes out at a time
 
 
 def record_key(parent: ParentInfo, corpus: CorpusInfo, settings: Record, ridge: float) -> str:
@@ -73,7 +74,7 @@ def record_layer(
     )
     after, statistics = _pass(reader, module, layer, hidden, settings.statistics_sequences)
     statistics["ffn_contribution"] = statistics["ffn_contribution"] * down.norm(dim=0)
-    statistics["ffn_order"] = elimination_order(statistics["ffn_gram"], down, ridge, chunk=32)
+    statistics["ffn_order"] = elimination_order(statistics["ffn_gram"], down, ridge, chunk=CHUNK)
     reference = write_tensors(workspace, f"{folder}/statistics_{layer:03d}.safetensors", statistics)
     if layer + 1 < reader.depth:
         _write_entering(workspace, folder, layer + 1, after)

@@ -35,7 +35,8 @@ from blocks.records import (
 )
 from blocks.runtime import release_memory, set_threads
 from blocks.variant import kind_of, parse_labels
-from profiles.schema import Profile, SearchSpace
+from profiles.hardware import load_target
+from profiles.schema import Profile
 from tasks import compare, costs, gkd, scoring
 from tasks.adaptive import Key, score_adaptively, told
 from tasks.bld import Job, distill
@@ -46,15 +47,20 @@ from tasks.parent import prepare_parent
 from tasks.peers import find
 from tasks.progress import Stage, say, shown
 from tasks.record import open_parent, record_key, record_layer, recorded
+from tasks.roofline import modelled_costs, setting_of
+from tasks.space import check_search_space, layers_of, measured_space
 from tasks.throughput import Throughput
 from tasks.totals import Problem, make_problem, predicted
+from tasks.usage import noted
 
 
 @contextmanager
 def stage(name: str) -> Iterator[Stage]:
-    """A stage on the console. What it freed is given back at its end, or the peaks of all stages would add up."""
+    """A stage on the console, its time noted. What it freed is given back at its end, or the peaks of all stages would
+    add up.
+    """
     try:
-        with shown(name) as tell:
+        with noted(name), shown(name) as tell:
             yield tell
     finally:
         release_memory()
@@ -130,21 +136,6 @@ def prepare(profile: Profile, workspace: Path) -> tuple[ParentInfo, CorpusInfo]:
             profile.corpus, workspace / parent.folder, parent.fingerprint, workspace
         )
     return parent, corpus
-
-
-def layers_of(profile: Profile, reader: Parent) -> list[int]:
-    """The layers that are searched."""
-    return list(range(reader.depth)) if profile.search_space.layers is None else sorted(profile.search_space.layers)
-
-
-def check_search_space(profile: Profile, reader: Parent) -> None:
-    """UnknownVariant or PuzzleError for a search space this parent cannot have."""
-    for subblock in SUBBLOCKS:
-        parse_labels(subblock, getattr(profile.search_space, subblock), reader.config)
-        parse_labels(subblock, getattr(profile.bld, f"coupled_{subblock}"), reader.config)
-    outside = [layer for layer in profile.search_space.layers or () if not 0 <= layer < reader.depth]
-    if outside:
-        raise PuzzleError(f"search_space.layers names {outside}, but the parent's layers are 0 to {reader.depth - 1}")
 
 
 def record(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, workspace: Path) -> list[LayerRecord]:
@@ -298,19 +289,13 @@ def problem_of(profile: Profile, scores: Iterable[Score], table: CostTable) -> P
     return make_problem(scores, table, profile.budget, profile.scenarios, profile.search, profile.scoring.metric)
 
 
-def measured_space(profile: Profile) -> SearchSpace:
-    """The search space with the labels that only whole, coupled blocks use."""
-    space, settings = profile.search_space, profile.bld
-    if not settings.coupled:
-        return space
-    attention = tuple(dict.fromkeys(space.attention + settings.coupled_attention))
-    return space.model_copy(
-        update={"attention": attention, "ffn": tuple(dict.fromkeys(space.ffn + settings.coupled_ffn))}
-    )
-
-
 def measure(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable:
-    """Costs of every variant on the hardware target."""
+    """Costs of every variant on the hardware target: measured, or modelled where the profile says so."""
+    if profile.hardware.engine == "roofline":
+        setting = setting_of(profile.hardware, load_target(profile.hardware.name))
+        return modelled_costs(
+            open_parent(workspace / parent.folder), measured_space(profile), profile.scenarios, setting
+        )
     with stage("measure") as tell:
         table: CostTable = _task("measure costs", "measure costs", None)(costs.measure_costs)(
             parent,
@@ -406,7 +391,9 @@ def distill_globally(
 def measure_speed(
     contenders: Sequence[Contender], parent: ParentInfo, profile: Profile, workspace: Path
 ) -> dict[str, Throughput]:
-    """Prefill and decode throughput end to end, all models in turns in one run."""
+    """Prefill and decode throughput end to end, all models in turns in one run; none on a target that is not here."""
+    if profile.hardware.engine == "roofline":
+        return {}
     with stage("throughput"):
         speed: dict[str, Throughput] = throughput_task(
             list(contenders), len(contenders), parent, profile, str(workspace)

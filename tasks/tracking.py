@@ -203,7 +203,7 @@ def run_params(profile: Profile, parent: ParentInfo, corpus: CorpusInfo) -> dict
         "parent": parent.name,
         "parent_fingerprint": parent.fingerprint,
         "corpus_fingerprint": corpus.fingerprint,
-        "hardware": profile.hardware.name,
+        "hardware": profile.hardware.name + (" (modelled)" if profile.hardware.engine == "roofline" else ""),
     }
     params |= {f"budget/{key}": value for key, value in profile.budget.model_dump(exclude_none=True).items()}
     for scenario in profile.scenarios:

@@ -1,23 +1,33 @@
-"""What a run took: wall time, CPU seconds, peak memory."""
+"""What a run took: wall time, CPU seconds, peak memory; the same of every stage."""
 
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Self
+
+from blocks.records import StageTime
+
+_CURRENT: ContextVar["Usage | None"] = ContextVar("usage of the run under way", default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Clock readings at the start of a run."""
+    """Clock readings at the start of a run, and what its stages took since."""
 
     wall: float
     cpu: float
+    stages: list[StageTime] = field(default_factory=list)
 
     @classmethod
     def start(cls) -> Self:
-        """Now, counted from the start of the process for CPU time."""
-        return cls(wall=time.monotonic(), cpu=time.process_time())
+        """Now, counted from the start of the process for CPU time. Stages that follow are noted here."""
+        usage = cls(wall=time.monotonic(), cpu=time.process_time())
+        _CURRENT.set(usage)
+        return usage
 
     def seconds(self) -> float:
         """Wall seconds since the start."""
@@ -32,3 +42,14 @@ class Usage:
         """Highest resident size of this process so far."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def noted(name: str) -> Iterator[None]:
+    """Note what the stage inside takes with the run under way, if there is one; one that fails is not noted."""
+    wall, cpu = time.monotonic(), time.process_time()
+    yield
+    usage = _CURRENT.get()
+    if usage is not None:
+        took = {"seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
+        usage.stages.append(StageTime(name=name, **took))

@@ -16,6 +16,7 @@ import pytest
 from blocks.library import read_value
 from blocks.records import ChildReport
 from flows import cli
+from profiles.load import load_profile
 from tasks.interchange import open_library, read_library
 from tasks.peers import NAMES
 from tasks.request import Request, limits
@@ -84,6 +85,28 @@ def test_it_ends_with_a_table_and_the_child(run: tuple[Path, str]) -> None:
     for name in ("report.json", "report.md", "architecture.png", "comparison.png", "child/README.md"):
         assert (workspace / "runs").glob(f"*/{name}")
     assert all((child_of(output).parent / name).stat().st_size > 500 for name in ("architecture.png", "report.md"))
+
+
+def test_the_stages_it_notes_are_those_of_its_plan(run: tuple[Path, str]) -> None:
+    """Names, tasks and tokens of the plan against the report, the block library and the tables of the run."""
+    from benchmarks.plan import pairs
+    from tasks.plan import config_parent, machine_rates, plan_of
+
+    profile = load_profile(ROOT / "profiles" / "tiny.yaml", SMALLER[1::2])
+    rates = machine_rates(profile, "cpu")
+    assert rates is not None
+    plan, report = plan_of(profile, config_parent(profile.parent), rates), report_of(run[0])
+    matched = pairs(plan.stages, report.stages)
+    assert len(matched) == len(plan.stages) and all(planned is not None for _, planned, _ in matched)
+    library, tasks = read_library(run[0] / "tables" / "tiny"), {stage.name: stage.tasks for stage in plan.stages}
+    assert plan.blocks == len(library.variants) == tasks["distill"]
+    tokens = {stage.name: stage.tokens for stage in plan.stages}
+    assert tokens["distill"] == sum(block.tokens for block in library.variants)
+    assert tokens["score"] == sum(score.tokens for score in library.scores)
+    assert plan.parent_parameters == report.candidates[0].parameters
+    assert report.stages[2].cpu_seconds > 0 and sum(s.seconds for s in report.stages) <= report.seconds
+    child = next(child for child in plan.children if child.name == "largest within the budget")
+    assert child.parameters >= next(c for c in report.candidates if c.name == "child").parameters
 
 
 def test_the_child_keeps_its_budget_by_its_real_weights(run: tuple[Path, str]) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from blocks.errors import CorpusError, ParentError
 from blocks.library import sha256_of
 from blocks.records import ParentInfo
-from profiles.schema import FolderParent, HubParent, PackageParent, TinyParent
+from profiles.schema import FolderParent, HubParent, PackageParent, ParentSource, TinyParent
 from tasks import parent as module
-from tasks.parent import prepare_parent
+from tasks.parent import prepare_parent, write_config
 from tasks.tiny import byte_tokenizer, make_tiny_parent
 from tests.tiny import FAMILIES, tiny_model, tiny_parent, tiny_tokens
 
@@ -25,6 +25,19 @@ TEXTS = [f"def function_{index}(a, b):\n    return a + b * {index}\n" for index 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return tiny_parent(tmp_path / "source", layers=2)
+
+
+def assert_config_alone_is_the_same(source: ParentSource, workspace: Path, info: ParentInfo) -> None:
+    """What a plan reads of a source is the config that the prepared parent has."""
+    folder = workspace / "config-alone"
+    folder.mkdir()
+    write_config(source, folder)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    left_out = ("transformers_version", "architectures", "dtype", "_name_or_path")
+    alone, whole = (AutoConfig.from_pretrained(f).to_dict() for f in (folder, workspace / info.folder))
+    assert {k: v for k, v in alone.items() if k not in left_out} == {
+        k: v for k, v in whole.items() if k not in left_out
+    }
 
 
 def prepared(folder: Path, workspace: Path, **options: Any) -> ParentInfo:
@@ -186,6 +199,8 @@ def test_hub_fetches_what_is_needed_at_one_commit(
     assert weights.samefile(blob)
     assert prepare_parent(parent, tmp_path, None) == info
     assert len(calls) == 2
+    assert_config_alone_is_the_same(parent, tmp_path, info)
+    assert calls[2] == ("main", ["config.json"]), "a plan fetches nothing else"
 
 
 def test_hub_trouble_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,6 +272,7 @@ def test_gguf_in_a_package_becomes_a_float_folder(tmp_path: Path, gguf_package: 
     assert torch.equal(model.model.embed_tokens.weight, gguf_package)
     assert model.lm_head.weight.dtype == torch.float32
     assert prepare_parent(parent, tmp_path, None) == info
+    assert_config_alone_is_the_same(parent, tmp_path, info)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -267,6 +283,7 @@ def test_tiny_parents_of_all_families(tmp_path: Path, family: Any) -> None:
     text = "Größe = 3\n\t# ✓  ok"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer) == 259
+    assert_config_alone_is_the_same(spec, tmp_path, info)
 
 
 def test_tiny_parent_is_the_same_bytes_and_follows_spec_and_text(tmp_path: Path) -> None:

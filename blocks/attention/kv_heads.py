@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from blocks.errors import UnknownVariant
-from blocks.fit import FitContext, ridge_solve
+from blocks.fit import FitContext, ridge_solve, solve_flops
 from blocks.parent import load_subblock, subblock_state
 from blocks.records import Subblock
 from blocks.variant import Variant, VariantKind, register
@@ -110,6 +110,12 @@ class KVHeads(VariantKind):
         assert gram is not None and cross is not None
         weight = attention.o_proj.weight.data
         weight.copy_(ridge_solve(gram, cross, weight.T, context.ridge).T)
+
+    def fit_flops(self, variant: Variant, config: Any, tokens: int) -> tuple[int, int]:
+        assert variant.size is not None
+        width = config.num_attention_heads * head_dim(config)
+        forward = sum(attention_flops(config, heads, 0) for heads in (variant.size, config.num_key_value_heads))
+        return tokens * (forward + 2 * width * (width + config.hidden_size)), solve_flops(width, config.hidden_size)
 
 
 def mean_pool_heads(tensor_KC: Tensor, heads: int, kept: int) -> Tensor:

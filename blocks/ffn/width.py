@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from blocks.errors import UnknownVariant
-from blocks.fit import FitContext, contribution_order, ridge_solve
+from blocks.fit import FitContext, contribution_order, ridge_solve, solve_flops
 from blocks.parent import load_subblock, subblock_state
 from blocks.records import Subblock
 from blocks.variant import Variant, VariantKind, register
@@ -78,6 +78,11 @@ class Width(VariantKind):
         prior = whole[:, channels].T
         fitted = ridge_solve(gram[channels][:, channels], gram[channels] @ whole.T, prior, context.ridge)
         down.weight.data.copy_(fitted.T)
+
+    def fit_flops(self, variant: Variant, config: Any, tokens: int) -> tuple[int, int]:
+        assert variant.size is not None
+        cross = 2 * variant.size * config.intermediate_size * config.hidden_size
+        return cross, solve_flops(variant.size, config.hidden_size)
 
     @staticmethod
     def _keep(module: nn.Module, context: FitContext, channels: Tensor) -> None:

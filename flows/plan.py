@@ -1,0 +1,113 @@
+"""`puzzle plan`: what a run will take and what its budget allows, before anything is spent."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from blocks.errors import PuzzleError
+from blocks.runtime import configure
+from profiles.load import load_profile
+
+if TYPE_CHECKING:
+    from tasks.plan import ChildPlan, Plan
+
+GIB = 2**30
+
+
+def plan_command(
+    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="a profile (YAML), or the name of a shipped one")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="PATH.TO.KEY=VALUE", help="override a field of the profile")
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option("--on", metavar="TARGET", help="plan the run on a hardware target [this machine, measured]"),
+    ] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option("--price-per-hour", min=0, help="money for one hour of the machine")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one object with every figure")] = False,
+) -> None:
+    """Search space, tasks, time per stage, disk, memory, money, and what the budget allows; from the config alone."""
+    wanted = load_profile(profile, set_ or [])
+    configure()
+    from tasks.machine import calibrate
+    from tasks.plan import config_parent, machine_rates, plan_of
+
+    parent = config_parent(wanted.parent)
+    rates = machine_rates(wanted, on)
+    if rates is None:
+        if wanted.hardware.device != "cpu":
+            raise PuzzleError(
+                f"only the CPU of this machine can be measured, the profile computes on {wanted.hardware.device}: name "
+                "a hardware target with --on, for example --on h100."
+            )
+        threads = wanted.hardware.threads or os.cpu_count() or 1
+        precision = wanted.hardware.precision if wanted.hardware.engine == "torch" else "float32"
+        rates = calibrate(parent.config.hidden_size, parent.config.intermediate_size, precision, threads)
+    plan = plan_of(wanted, parent, rates, price_per_hour)
+    typer.echo(plan.model_dump_json(indent=1, exclude={"children": {"__all__": {"layers"}}}) if as_json else told(plan))
+
+
+def told(plan: "Plan") -> str:
+    """The plan as text."""
+    lines = [
+        f"parent    {plan.parent_parameters / 1e6:,.1f} M parameters, {plan.layers} layers",
+        f"search    {plan.attention_variants} attention x {plan.ffn_variants} FFN variants in {plan.layers_searched} "
+        f"layers: 10^{plan.architectures_log10:.1f} architectures from {plan.blocks} distilled blocks",
+        f"machine   {_machine(plan)}",
+        f"disk      {plan.disk_bytes / GIB:.1f} GiB in the workspace at the end",
+        f"memory    {plan.memory_bytes / GIB:.1f} GiB at the peak",
+        "",
+        f"{'stage':<18} {'tasks':>6} {'tokens':>12} {'time':>8}",
+    ]
+    lines += [f"{s.name:<18} {s.tasks:>6} {s.tokens or '':>12} {_clock(s.seconds):>8}" for s in plan.stages]
+    lines += [f"{'all':<18} {plan.tasks:>6} {plan.tokens:>12} {_clock(plan.seconds):>8}", ""]
+    cost = "" if plan.money is None else f", {plan.money:,.2f} at the given price"
+    lines.append(f"{plan.seconds / 3600:.2f} hours, {plan.core_hours:.2f} core- or device-hours{cost}")
+    modelled = plan.costs_of
+    lines += [
+        "",
+        f"children  times are modelled (roofline: {modelled['name']}, {modelled['precision']}, {modelled['rates']})",
+    ]
+    if plan.infeasible:
+        lines.append(f"no child keeps the budget: {plan.infeasible}")
+    for child in plan.children:
+        lines += _child(child, plan.parent_parameters)
+    return "\n".join(lines)
+
+
+def _machine(plan: "Plan") -> str:
+    if not plan.machine_measured:
+        return f"{plan.machine}, by its data sheet and achievable shares"
+    load = (
+        "; others are busy on it: rates from CPU time, the plan is for the idle machine" if plan.machine_loaded else ""
+    )
+    return f"this machine with {plan.threads} threads, measured now{load}"
+
+
+def _clock(seconds: float) -> str:
+    """m:ss, or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _child(child: "ChildPlan", parent_parameters: int) -> list[str]:
+    share = child.parameters / parent_parameters
+    lines = [f"  {child.name}: {child.parameters / 1e6:,.1f} M parameters ({share:.1%} of the parent's)"]
+    for own, parent in zip(child.totals, child.parent_totals, strict=True):
+        lines.append(
+            f"    {own.scenario}, batch {own.batch_size}: memory {own.memory_bytes / GIB:.3f} GiB "
+            f"({own.memory_bytes / parent.memory_bytes:.1%}), {own.tokens_per_second:,.0f} tokens/s "
+            f"({parent.runtime_seconds / own.runtime_seconds:.2f}x)"
+        )
+    return lines
+
+
+def commands() -> Sequence[tuple[str, Any]]:
+    """Name and function of every command here."""
+    return (("plan", plan_command),)

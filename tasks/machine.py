@@ -1,0 +1,185 @@
+"""How fast a machine is, in the few rates that the time of a run is modelled from.
+
+This machine is measured for about two seconds, on products of the parent's own sizes. On an idle machine that is wall
+time, the best of several. Where others take a good part of the processors, wall time would tell of them: then the CPU
+time of this process, shared by its threads, stands for what the same work takes on the idle machine, and `loaded` says
+so. Another device's rates come from its hardware target; the search itself computes in float32 there as well.
+"""
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch.nn import functional as F
+
+from blocks.packed import packed_product
+from profiles.hardware import HardwareTarget
+from profiles.schema import Precision
+
+TOKENS = 1024  # rows of the measured products
+LARGEST = 4096  # columns and inner length at most: 64 MB of noise, whatever the parent
+ROUNDS, SECONDS_EACH = 9, 0.2  # repeats of one measurement, until its time is up
+LOADED = 0.15  # share of the processors taken by others from which wall time is not trusted
+HASH_BYTES = 8 << 20
+WEIGHT_BYTES = 192 << 20
+DISK_BYTES_PER_SECOND = 1e9  # write or read, and the digest, on a machine that is not measured
+EAGER_OPERATIONS = 12  # small operations' time behind one counted kernel in eager torch: Python, reshapes, rotary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """product, packed: float32 FLOP/s of plain products and of frozen, packed weights. serving: the same at the
+    precision that costs are measured in. solve: float64 FLOP/s of dense solves. stream: bytes/s of element-wise work,
+    read and written. weights: bytes/s of matrices times one vector. disk: bytes/s written or read, with the digest.
+    floor: seconds of a small operation.
+    """
+
+    name: str
+    measured: bool
+    product: float
+    packed: float
+    serving: float
+    solve: float
+    stream: float
+    weights: float
+    disk: float
+    floor: float
+    threads: int = 1
+    loaded: bool = False
+
+
+def rates_of(target: HardwareTarget, precision: Precision) -> Rates:
+    """Rates of a device that is not here, by its hardware target."""
+    product = target.flops_per_second("float32")
+    solve = target.peak_tflops.get("float64", target.peak_tflops["float32"] / 2) * 1e12 * target.achievable_compute
+    return Rates(
+        name=target.name,
+        measured=False,
+        product=product,
+        packed=product,
+        serving=target.flops_per_second(precision),
+        solve=solve,
+        stream=target.bytes_per_second,
+        weights=target.bytes_per_second,
+        disk=DISK_BYTES_PER_SECOND,
+        floor=target.kernel_floor_microseconds * 1e-6,
+    )
+
+
+def target_of(rates: Rates, precision: Precision) -> HardwareTarget:
+    """This machine as a hardware target: what was measured is achievable, so the shares are 1."""
+    return HardwareTarget(
+        name="this-machine",
+        description=f"measured, {rates.threads} threads",
+        kind="cpu",
+        peak_tflops={precision: rates.serving / 1e12},
+        memory_gb_per_second=rates.weights / 1e9,
+        memory_gib=psutil.virtual_memory().total / 2**30,
+        kernel_floor_microseconds=EAGER_OPERATIONS * rates.floor * 1e6,
+        achievable_compute=1.0,
+        achievable_bandwidth=1.0,
+    )
+
+
+def calibrate(hidden_size: int, intermediate_size: int, precision: Precision, threads: int) -> Rates:
+    """Measure this machine with so many threads; the process keeps the number it had."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            return _calibrate(min(hidden_size, LARGEST), min(intermediate_size, LARGEST), precision, threads)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _calibrate(width: int, inner: int, precision: Precision, threads: int) -> Rates:
+    noise = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(TOKENS, width, generator=noise), torch.randn(inner, width, generator=noise)
+    dtype = getattr(torch, precision)
+    low_x, low_weight = x.to(dtype), weight.to(dtype)
+    size = min(inner, 1024)
+    gram = torch.eye(size, dtype=torch.float64) * 2 + 1e-3
+    sides = torch.ones(size, size, dtype=torch.float64)
+    states = torch.ones(32 << 18)  # 32 MB: more than the caches of a core
+    count = max(2, WEIGHT_BYTES // low_weight.nbytes)  # more than the caches hold, in the sizes of a model
+    matrices, one = [torch.ones_like(low_weight) for _ in range(count)], low_x[:1]
+    small = torch.ones(1, 64)
+    packed = packed_product(weight)
+    clock = _Clock(threads)
+    flops = 2.0 * TOKENS * width * inner
+    product = flops / clock.seconds(lambda: F.linear(x, weight))
+    return Rates(
+        name="this machine",
+        measured=True,
+        product=product,
+        packed=max(product, flops / clock.seconds(lambda: packed(x))),
+        serving=product if precision == "float32" else flops / clock.seconds(lambda: F.linear(low_x, low_weight)),
+        solve=(2 * size**3 / 3 + 2 * size**3) / clock.seconds(lambda: torch.linalg.solve(gram, sides)),
+        stream=2 * states.nbytes / clock.seconds(lambda: F.silu(states), threads=1),
+        weights=count * low_weight.nbytes / clock.seconds(lambda: [F.linear(one, m) for m in matrices], threads=1),
+        disk=_disk_rate(clock),
+        floor=clock.seconds(lambda: [small + 1 for _ in range(100)], threads=1) / 100,
+        threads=threads,
+        loaded=clock.loaded,
+    )
+
+
+class _Clock:
+    """Times work; remembers whether others were busy meanwhile."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads, self.loaded = threads, False
+
+    def seconds(self, work: Callable[[], Any], threads: int | None = None) -> float:
+        """Best of several, after one that warms up.
+
+        threads: how many share CPU time on a loaded machine, all unless told. Memory serves one about as fast as all.
+        """
+        sharers = threads or self.threads
+        work()
+        wall: list[float] = []
+        cpu: list[float] = []
+        started, busy, own = time.perf_counter(), _busy_seconds(), time.process_time()
+        while len(wall) < ROUNDS and (len(wall) < 2 or time.perf_counter() - started < SECONDS_EACH):
+            a, b = time.perf_counter(), time.process_time()
+            work()
+            wall.append(time.perf_counter() - a)
+            cpu.append((time.process_time() - b) / sharers)
+        took = time.perf_counter() - started
+        others = _busy_seconds() - busy - (time.process_time() - own)
+        seconds, loaded = machine_share(wall, cpu, others, took, os.cpu_count() or 1)
+        self.loaded |= loaded
+        return max(seconds, 1e-9)
+
+
+def machine_share(
+    wall: list[float], cpu: list[float], others: float, took: float, processors: int
+) -> tuple[float, bool]:
+    """The best wall time, or, where others took too much of the processors meanwhile, the best CPU time."""
+    loaded = others > LOADED * took * processors
+    return (min(cpu), True) if loaded else (min(wall), False)
+
+
+def _busy_seconds() -> float:
+    """Processor seconds that anybody took since the machine started."""
+    times = psutil.cpu_times()
+    return float(times.user + times.system + getattr(times, "nice", 0.0))
+
+
+def _disk_rate(clock: _Clock) -> float:
+    """Bytes per second written to a temporary file with their digest, as every stored tensor is."""
+    data = os.urandom(HASH_BYTES)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def store() -> None:
+            (Path(folder) / "probe").write_bytes(data)
+            hashlib.sha256(data).digest()
+
+        return HASH_BYTES / clock.seconds(store, threads=1)

@@ -1,0 +1,222 @@
+"""The plan: its counts are a real chain's counts, it needs no weights, its bounds are the budget's."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from typer.testing import CliRunner
+
+from blocks import parent as parent_module
+from blocks.records import SUBBLOCKS, StageTime
+from flows import cli
+from flows.plan import told
+from profiles.load import load_profile
+from profiles.schema import Evaluate, FolderParent, Profile, TinyParent
+from tasks import effort
+from tasks.effort import Work, shape_of
+from tasks.machine import Rates, calibrate, machine_share
+from tasks.plan import Plan, config_parent, plan_of
+from tasks.usage import Usage, noted
+from tests.chain import CORPUS, RECORD, SETTINGS, SPACE, Chain
+from tests.tiny import tiny_model
+
+RATES = Rates(
+    name="this machine",
+    measured=True,
+    product=1e10,
+    packed=2e10,
+    serving=1e10,
+    solve=1e9,
+    stream=1e9,
+    weights=1e9,
+    disk=1e8,
+    floor=1e-6,
+)
+
+
+def chain_profile(**changes: Any) -> Profile:
+    """The profile that tests/chain.py goes through by hand."""
+    source = TinyParent(hidden_size=32, intermediate_size=64, num_hidden_layers=3, train_steps=40)
+    fields: dict[str, Any] = {
+        "name": "chain",
+        "parent": source,
+        "corpus": CORPUS,
+        "record": RECORD,
+        "bld": SETTINGS,
+        "search_space": SPACE,
+        "scoring": {"sequences": 6},
+        "budget": {"layer_parameters_fraction": 0.6},
+        "gkd": {"validation_sequences": 4, "steps": 4},
+        "evaluate": Evaluate(sequences=8),
+    }
+    return Profile.model_validate(fields | changes)
+
+
+def planned(profile: Profile) -> Plan:
+    return plan_of(profile, config_parent(profile.parent), RATES)
+
+
+def stage(plan: Plan, name: str) -> Any:
+    return next(stage for stage in plan.stages if stage.name == name)
+
+
+def test_counts_are_those_of_a_real_chain(chain: Chain) -> None:
+    plan = planned(chain_profile())
+    assert plan.blocks == len(chain.blocks) == stage(plan, "distill").tasks
+    assert stage(plan, "distill").tokens == sum(block.tokens for block in chain.blocks)
+    assert stage(plan, "score").tokens == sum(score.tokens for score in chain.scores)
+    assert stage(plan, "score").tasks == stage(plan, "record").tasks == plan.layers == len(chain.records)
+    model: Any = chain.reader.model()
+    model.tie_weights()
+    assert plan.parent_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert plan.architectures_log10 == pytest.approx(math.log10(((3 + 1) * (3 + 1)) ** 3))
+
+
+def test_disk_is_what_the_chain_left(chain: Chain) -> None:
+    profile = chain_profile()
+    shape = shape_of(profile, chain.reader)
+
+    def size(pattern: str) -> int:
+        return sum(path.stat().st_size for path in chain.workspace.glob(pattern))
+
+    statistics = 3 * effort.statistics_bytes(shape)
+    assert statistics == pytest.approx(size("record/*/statistics_*.safetensors"), rel=0.1)  # headers of small files
+    kept = RECORD.hidden_sequences + RECORD.validation_sequences
+    assert 3 * shape.states(kept) == pytest.approx(size("record/*/boundary_*.safetensors"), rel=0.02)
+    assert effort.model_bytes(shape) == pytest.approx(size(f"{chain.parent.folder}/model.safetensors"), rel=0.1)
+
+
+def test_gkd_targets_are_as_large_as_planned(chain: Chain, tmp_path: Path) -> None:
+    from tasks.gkd import record_teacher
+
+    profile = chain_profile()
+    record = record_teacher(chain.parent, chain.corpus, profile.gkd, chain.workspace)
+    there = sum((chain.workspace / ref.path).stat().st_size for ref in (*record.steps, record.validation))
+    assert effort.teacher_bytes(shape_of(profile, chain.reader)) == pytest.approx(there, rel=0.05)
+
+
+class NoMemory(TorchDispatchMode):
+    """Fails at the first tensor that is more than a few numbers and not on the meta device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                assert tensor.is_meta or tensor.numel() <= 64, f"{func} made {tuple(tensor.shape)}"
+        return out
+
+
+def test_a_plan_needs_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with config.json alone; no tensor is made, no weight file opened."""
+    config = tiny_model("llama", vocab_size=640).config.to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(parent_module, "safe_open", lambda *_, **__: pytest.fail("a plan opened a weight file"))
+    space = {"attention": ["kv1", "linear", "no_op"], "ffn": ["ffn32", "linear", "no_op"]}
+    with NoMemory():
+        plan = planned(chain_profile(parent=FolderParent(path=str(tmp_path)), search_space=space))
+    assert plan.parent_parameters > 0 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_largest_child_fills_the_budget_and_the_fastest_is_as_small_as_it_gets() -> None:
+    plan = planned(chain_profile())
+    largest, fastest = plan.children
+    parent = config_parent(chain_profile().parent)
+    shape = shape_of(chain_profile(), parent)
+    limit = 0.6 * 3 * shape.layer_parameters
+    own = largest.parameters - shape.outside_parameters
+    assert own <= limit
+    # one step up anywhere breaks the limit: swapping any subblock for the parent's
+    for layer in largest.layers:
+        for part in SUBBLOCKS:
+            label = getattr(layer, part)
+            if label != "parent":
+                variants = {v.label: shape.parameters(v) for v in shape.variants[part]}
+                assert own - variants[label] + variants["parent"] > limit
+    assert fastest.parameters == shape.outside_parameters  # no-ops everywhere
+    assert largest.totals[0].runtime_seconds > fastest.totals[0].runtime_seconds
+
+
+def test_a_budget_out_of_reach_is_told() -> None:
+    plan = planned(chain_profile(budget={"speedup": 1000.0}))
+    assert [child.name for child in plan.children] == ["fastest of the space"]
+    assert "speedup" in plan.infeasible and "no child keeps the budget" in told(plan)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "name"),
+    [
+        ("record", {"statistics_sequences": 48, "hidden_sequences": 16, "validation_sequences": 6}, "record"),
+        ("bld", {"steps": 12, "batch_sequences": 4}, "distill"),
+        ("scoring", {"sequences": 3}, "score"),
+        ("gkd", {"validation_sequences": 4, "steps": 8}, "GKD child"),
+        ("evaluate", {"sequences": 4}, "evaluate"),
+    ],
+)
+def test_a_setting_moves_its_own_stage_alone(path: str, value: dict[str, Any], name: str) -> None:
+    before, after = planned(chain_profile()), planned(chain_profile(**{path: value}))
+    moved = {a.name for a, b in zip(before.stages, after.stages, strict=True) if a.seconds != b.seconds}
+    assert name in moved
+    assert {part.split()[0] for part in moved} == {name.split()[0]}
+
+
+def test_without_gkd_or_baselines_their_stages_are_gone() -> None:
+    names = [s.name for s in planned(chain_profile(gkd={"steps": 0, "validation_sequences": 4})).stages]
+    assert not [name for name in names if name.startswith("GKD")] and names.count("evaluate") == 1
+    alone = planned(chain_profile(evaluate={"sequences": 8, "baselines": []}))
+    assert stage(alone, "evaluate").tasks == 2 and "GKD best baseline" not in [s.name for s in alone.stages]
+
+
+def test_work_adds_and_takes_time_by_its_rates() -> None:
+    work = Work(product=1e10, packed=2e10, solve=1e9, stream=1e9, disk=1e8, fixed=1.0)
+    assert work.seconds(RATES) == pytest.approx(6.0)
+    assert (work + work).seconds(RATES) == pytest.approx(12.0) == (work * 2).seconds(RATES)
+
+
+def test_this_machine_is_measured_in_seconds() -> None:
+    started = time.perf_counter()
+    rates = calibrate(64, 192, "float32", threads=1)
+    assert time.perf_counter() - started < 30
+    assert rates.measured and min(rates.product, rates.packed, rates.solve, rates.stream, rates.disk) > 1e6
+    assert torch.get_num_threads() == 1
+
+
+def test_cpu_time_stands_for_wall_time_where_others_are_busy() -> None:
+    assert machine_share(wall=[2.0, 3.0], cpu=[2.0, 1.9], others=0.0, took=5.0, processors=2) == (2.0, False)
+    assert machine_share(wall=[2.0, 3.0], cpu=[1.0, 0.9], others=5.0, took=5.0, processors=2) == (0.9, True)
+
+
+def test_stages_are_noted_with_the_run_under_way() -> None:
+    usage = Usage.start()
+    with noted("first"):
+        sum(range(200_000))
+    with pytest.raises(ValueError), noted("broken"):
+        raise ValueError
+    assert [entry.name for entry in usage.stages] == ["first"]
+    assert isinstance(usage.stages[0], StageTime) and usage.stages[0].cpu_seconds > 0
+
+
+def test_the_command_prints_a_table_or_json() -> None:
+    runner = CliRunner()
+    text = runner.invoke(cli.app, ["plan", "tiny", "--on", "h100", "--price-per-hour", "3"])
+    assert text.exit_code == 0, text.output
+    assert "architectures" in text.output and "GKD child" in text.output and "at the given price" in text.output
+    answer = json.loads(runner.invoke(cli.app, ["plan", "tiny", "--on", "cpu", "--json"]).stdout)
+    assert answer["money"] is None and answer["children"] and answer["blocks"] == 28
+
+
+def test_a_profile_on_a_target_that_is_not_here_is_planned_there() -> None:
+    changes = ["hardware={name: a100, engine: roofline, precision: bfloat16}", "budget.speedup=1.2"]
+    profile = load_profile("tiny", changes)
+    from tasks.plan import machine_rates
+
+    rates = machine_rates(profile, None)
+    assert rates is not None and rates.name == "a100" and machine_rates(profile, "this-machine") is None
+    plan = plan_of(profile, config_parent(profile.parent), rates)
+    assert plan.costs_of["name"] == "a100"
+    assert {"measure", "throughput"} & {s.name for s in plan.stages if s.seconds} == set()
