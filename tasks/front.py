@@ -11,7 +11,7 @@ import numpy as np
 
 from tasks.joint import QUANTITIES, JointLibrary, JointOption, LibraryFileError
 from tasks.library_pictures import Front, cells_of
-from tasks.mip import ROOM, Floats, Integers, Program
+from tasks.program import ROOM, Floats, Integers, Program
 from tasks.request import Limit, Request
 from tasks.solve import Case, JointChoice, cases_of, front, front_values, reached, totals
 
