@@ -249,11 +249,6 @@ def _runs(layers: dict[str, str]) -> list[tuple[str, str]]:
 
 
 def truth_of(folder: Path) -> tuple[TruthPoint, ...]:
-    """Points of every studies/*.json of a folder that holds such; files of another kind are left alone."""
-    found: Sequence[TruthPoint] = ()
-    for path in sorted((folder / "studies").glob("*.json")):
-        try:
-            found = [*found, *read_truth(path)]
-        except LibraryFileError:
-            continue
-    return tuple(found)
+    """Points of the newest `puzzle check` of a workspace; none where there was none."""
+    kept = sorted((folder / "studies").glob("*/truth.json"), key=lambda path: path.stat().st_mtime)
+    return read_truth(kept[-1]) if kept else ()

@@ -1,12 +1,13 @@
 """Contests and checks in words and tables, and what a workspace keeps of them."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from blocks.library import atomic_path, digest_of, write_text, write_value
-from blocks.records import Metric, Value
+from blocks.records import Metric, TruthPoint, Value
 from tasks import tracking
 from tasks.additivity import Check, Difference, Measured
 from tasks.contest import Contest, Entry
@@ -127,13 +128,28 @@ def contest_figures(contest: Contest) -> dict[str, float]:
     }
 
 
+def truth_points(check: Check) -> list[TruthPoint]:
+    """Predicted and true on the scored sequences, where they are of the same tokens; for `puzzle report`."""
+    return [
+        TruthPoint(
+            name=one.name,
+            predicted=one.figure("predicted").value,
+            true=one.figure("true_scored").value,
+            true_se=one.figure("true_scored").se,
+        )
+        for one in check.measured
+    ]
+
+
 def keep(
     workspace: Path, name: str, value: Value, text: str, figures: Mapping[str, float], picture: Figure | None = None
 ) -> Path:
     """Write a study to `studies/<name>-<digest>/` and log it as an MLflow run of its own. Returns the folder."""
     folder = workspace / "studies" / f"{name}-{digest_of(value=value)[:12]}"
-    files = [write_value(folder / "study.json", value)]
-    files.append(write_text(folder / "study.txt", text + "\n"))
+    files = [write_value(folder / "study.json", value), write_text(folder / "study.txt", text + "\n")]
+    if isinstance(value, Check):
+        points = [point.model_dump() for point in truth_points(value)]
+        files.append(write_text(folder / "truth.json", json.dumps(points, indent=1) + "\n"))
     if picture is not None:
         with atomic_path(folder / "predicted-against-true.png") as temporary:
             picture.savefig(temporary, format="png")

@@ -18,6 +18,7 @@ from blocks.records import ChildReport
 from flows import cli
 from profiles.load import load_profile
 from tasks.interchange import open_library, read_library
+from tasks.page import read_truth, truth_of
 from tasks.peers import NAMES
 from tasks.request import Request, limits
 from tasks.solve import choose_joint
@@ -164,6 +165,8 @@ def test_the_library_it_leaves_is_checked_against_true_kl(run: tuple[Path, str])
     assert "rank correlation" in check.stdout and "swaps: " in check.stdout
     (folder,) = workspace.glob("studies/check-tiny-*")
     assert (folder / "predicted-against-true.png").stat().st_size > 10_000
+    points = read_truth(folder / "truth.json")
+    assert len(points) >= 4 and all(point.true > 0 for point in points) and truth_of(workspace) == points
     child = json.loads((folder / "study.json").read_text())["measured"][0]
     assert child["layers"] == [choice.model_dump() for choice in report_of(workspace).architecture.layers]
 
