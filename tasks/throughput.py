@@ -37,7 +37,7 @@ class Throughput(Value):
     cpu_seconds: Metric
 
 
-class _Turn(Value):
+class Turn(Value):
     """One request of one model, in seconds: wall and CPU of the prefill and of one decode step (B tokens)."""
 
     prefill: float
@@ -67,16 +67,16 @@ def measure_throughput(
     prompt = torch.randint(vocabulary, (batch_size, scenario.prompt_tokens), generator=generator)
     steps = min(scenario.generated_tokens, MAX_DECODE_STEPS)
     order = list(models)
-    turns: dict[str, list[_Turn]] = {name: [] for name in order}
+    turns: dict[str, list[Turn]] = {name: [] for name in order}
     for model in models.values():
-        _request(model, prompt, min(steps, 2))
+        request_of(model, prompt, min(steps, 2))
     for number in range(rounds):
         for name in reversed(order) if number % 2 else order:
-            turns[name].append(_request(models[name], prompt, steps))
+            turns[name].append(request_of(models[name], prompt, steps))
     return {name: _summary(own, scenario, batch_size) for name, own in turns.items()}
 
 
-def _summary(turns: Sequence[_Turn], scenario: Scenario, batch_size: int) -> Throughput:
+def _summary(turns: Sequence[Turn], scenario: Scenario, batch_size: int) -> Throughput:
     prompt_tokens, generated = scenario.prompt_tokens * batch_size, scenario.generated_tokens
     return Throughput(
         scenario=scenario.name,
@@ -88,7 +88,7 @@ def _summary(turns: Sequence[_Turn], scenario: Scenario, batch_size: int) -> Thr
     )
 
 
-def _request(model: Any, prompt: Tensor, steps: int) -> _Turn:
+def request_of(model: Any, prompt: Tensor, steps: int) -> Turn:
     """One prefill of `prompt` (B, P) with cache, then `steps` greedy decode steps."""
     device = next(model.parameters()).device
     ids = prompt.to(device)
@@ -105,7 +105,7 @@ def _request(model: Any, prompt: Tensor, steps: int) -> _Turn:
 
         _, whole, whole_cpu = _timed(decode, device)
     model.train(training)
-    return _Turn(prefill=prefill, step=whole / steps, prefill_cpu=prefill_cpu, step_cpu=whole_cpu / steps)
+    return Turn(prefill=prefill, step=whole / steps, prefill_cpu=prefill_cpu, step_cpu=whole_cpu / steps)
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float, float]:
