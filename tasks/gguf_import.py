@@ -64,8 +64,10 @@ def read_gguf(path: Path) -> DeciLMForCausalLM:
     """The child of a GGUF file, float32, in evaluation mode. Raises GgufError."""
     file = GgufFile(path)
     if file.architecture not in ARCHITECTURES:
-        raise GgufError(f"{path.name} is of the architecture {file.architecture}: only {' and '.join(ARCHITECTURES)} "
-                        "can be read as a child.")
+        raise GgufError(
+            f"{path.name} is of the architecture {file.architecture}: only {' and '.join(ARCHITECTURES)} "
+            "can be read as a child."
+        )
     own = file.fields.get(CONFIG_KEY)
     config = DeciLMConfig(**_constructor_fields(json.loads(own))) if own else _foreign_config(file)
     layers = packed(config) if own else _one_to_one(file, config)
@@ -107,7 +109,7 @@ def _foreign_config(file: GgufFile) -> DeciLMConfig:
     return DeciLMConfig(
         block_configs=_foreign_blocks(file, heads),
         base_model_type="llama",
-        vocab_size=file.tensors["token_embd.weight"].shape[1],
+        vocab_size=int(file.tensors["token_embd.weight"].shape[1]),
         hidden_size=hidden,
         intermediate_size=max(file.per_layer("feed_forward_length")),
         num_attention_heads=most,
@@ -127,7 +129,9 @@ def _foreign_config(file: GgufFile) -> DeciLMConfig:
 def _foreign_blocks(file: GgufFile, heads: list[int]) -> list[dict[str, Any]]:
     blocks = []
     widths = file.per_layer("feed_forward_length")
-    for index, (query, kv, width) in enumerate(zip(heads, file.per_layer("attention.head_count_kv"), widths, strict=True)):
+    for index, (query, kv, width) in enumerate(
+        zip(heads, file.per_layer("attention.head_count_kv"), widths, strict=True)
+    ):
         nothing = {"no_op": True, "replace_with_linear": False}
         attention: dict[str, Any] = nothing
         if width and kv:

@@ -9,6 +9,7 @@ others use too, only an interleaved order is fair: in every round each model has
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,17 +67,27 @@ def measure_throughput(
     vocabulary = min(model.config.vocab_size for model in models.values())
     prompt = torch.randint(vocabulary, (batch_size, scenario.prompt_tokens), generator=generator)
     steps = min(scenario.generated_tokens, MAX_DECODE_STEPS)
-    order = list(models)
-    turns: dict[str, list[Turn]] = {name: [] for name in order}
     for model in models.values():
         request_of(model, prompt, min(steps, 2))
+    turns = in_turns({name: partial(request_of, model, prompt, steps) for name, model in models.items()}, rounds)
+    return {name: summary_of(own, scenario, batch_size) for name, own in turns.items()}
+
+
+def in_turns(
+    requests: Mapping[str, Callable[[], Turn]], rounds: int, tell: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, list[Turn]]:
+    """So many turns of every request, in rounds: each once a round, every other round backwards."""
+    order = list(requests)
+    turns: dict[str, list[Turn]] = {name: [] for name in order}
     for number in range(rounds):
-        for name in reversed(order) if number % 2 else order:
-            turns[name].append(request_of(models[name], prompt, steps))
-    return {name: _summary(own, scenario, batch_size) for name, own in turns.items()}
+        for place, name in enumerate(reversed(order) if number % 2 else order, start=1):
+            turns[name].append(requests[name]())
+            tell(number * len(order) + place, rounds * len(order))
+    return turns
 
 
-def _summary(turns: Sequence[Turn], scenario: Scenario, batch_size: int) -> Throughput:
+def summary_of(turns: Sequence[Turn], scenario: Scenario, batch_size: int) -> Throughput:
+    """Medians of one model's turns."""
     prompt_tokens, generated = scenario.prompt_tokens * batch_size, scenario.generated_tokens
     return Throughput(
         scenario=scenario.name,

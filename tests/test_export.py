@@ -28,9 +28,9 @@ from tasks.export import (
     model_card,
     native_config,
     verify_checkpoint,
-    width_of,
     write_checkpoint,
 )
+from tasks.engines.limits import width_of
 from tests.test_modeling import FAMILIES, LINEAR, NO_OP, attention, ffn, mixed_blocks, tiny_child, tiny_parent
 
 PARENT = ParentInfo(name="tiny", folder="parent", fingerprint="f" * 8, source="made in a test", revision="r1")

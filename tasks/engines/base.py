@@ -25,6 +25,8 @@ class Load:
 class Session(ABC):
     """One loaded model."""
 
+    vocab_size: int
+
     @abstractmethod
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """(T, vocabulary) float32 logits of one sequence of T tokens."""

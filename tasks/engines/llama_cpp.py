@@ -44,7 +44,7 @@ class LlamaSession(Session):
         if not self.model:
             raise EngineFailed(f"llama.cpp ({library.origin}) cannot load {path.name}: is it a whole GGUF file?")
         self.vocabulary = self.c.llama_model_get_vocab(self.model)
-        self.vocab_size: int = self.c.llama_vocab_n_tokens(self.vocabulary)
+        self.vocab_size = self.c.llama_vocab_n_tokens(self.vocabulary)
         self.context = self._open(how.batch_size, how.context_tokens)
         self.room = how.batch_size * how.context_tokens
         self.batch: Any = self.c.llama_batch_init(self.room, 0, 1)

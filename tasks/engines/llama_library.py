@@ -23,7 +23,11 @@ INSTALL = (
     f"libllama in {LIBRARY_VARIABLE}"
 )
 F32 = 0  # ggml_type
-_BLOB_BYTES = 512  # more than either struct takes: what is passed by value lies on the stack, a longer tail harms nobody
+# import name, distribution, folder of the library inside the package
+_PACKAGES = (("llama_cpp", "llama-cpp-python", "lib"), ("xllamacpp", "xllamacpp", "."))
+_BLOB_BYTES = (
+    512  # more than either struct takes: what is passed by value lies on the stack, a longer tail harms nobody
+)
 _HEAD = (512, 2048, 512, 1)  # n_ctx, n_batch, n_ubatch, n_seq_max
 _THREADS = (4, 4)  # n_threads, n_threads_batch
 _ENUMS = (-1, -1, -1, -1)  # rope scaling, pooling, attention, flash attention
@@ -153,24 +157,20 @@ def _candidates() -> list[tuple[Path, str]]:
     if named:
         found += [(path, LIBRARY_VARIABLE) for path in _libraries(Path(named))]
         if not found:
-            raise EngineMissing(f"{LIBRARY_VARIABLE} names {named}, which holds no libllama: name its folder, or unset it")
-    for package, pattern in (("llama_cpp", "lib"), ("xllamacpp", ".")):
+            raise EngineMissing(
+                f"{LIBRARY_VARIABLE} names {named}, which holds no libllama: name its folder, or unset it"
+            )
+    for package, distribution, inside in _PACKAGES:
         spec = importlib.util.find_spec(package)
         for folder in spec.submodule_search_locations or [] if spec else []:
-            origin = f"{package} {_version(package)}"
-            found += [(path, origin) for path in _libraries(Path(folder) / pattern)]
+            origin = f"{distribution} {metadata.version(distribution)}"
+            found += [(path, origin) for path in _libraries(Path(folder) / inside)]
     return found
 
 
 def _libraries(folder: Path) -> list[Path]:
     patterns = ("libllama.so", "libllama.dylib", "llama.dll", "libllama.v*.so", "xllamacpp*.so", "xllamacpp*.pyd")
     return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
-
-
-def _version(package: str) -> str:
-    for distribution in metadata.packages_distributions().get(package, [package]):
-        return metadata.version(distribution)
-    return ""
 
 
 def library_path() -> Path | None:

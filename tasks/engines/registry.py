@@ -1,0 +1,29 @@
+"""The engines by name."""
+
+from tasks.engines.base import Engine
+from tasks.engines.limits import UnknownEngine, limits_of
+from tasks.engines.llama_cpp import LlamaCpp
+from tasks.engines.llama_library import EngineMissing
+from tasks.engines.torch_engine import Torch
+
+ENGINES: dict[str, Engine] = {engine.name: engine for engine in (Torch(), LlamaCpp())}
+
+
+def engine_of(name: str) -> Engine:
+    """An engine that can be driven from here, installed or not. Raises UnknownEngine."""
+    limits = limits_of(name)
+    if name not in ENGINES:
+        raise UnknownEngine(
+            f"{limits.title} is known by its limits only, it is not driven from here: export to {limits.format} and "
+            f"run it there. Engines that run here: {', '.join(ENGINES)}."
+        )
+    return ENGINES[name]
+
+
+def installed_engine(name: str) -> Engine:
+    """An engine that can run now. Raises UnknownEngine, EngineMissing with what to install."""
+    engine = engine_of(name)
+    missing = engine.missing()
+    if missing:
+        raise EngineMissing(f"{missing}.")
+    return engine
