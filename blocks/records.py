@@ -207,6 +207,15 @@ class Metric(Value):
     n: int
 
 
+class Turn(Value):
+    """One request of one model, in seconds: wall and CPU of the prefill and of one decode step (B tokens)."""
+
+    prefill: float
+    step: float
+    prefill_cpu: float
+    step_cpu: float
+
+
 class Candidate(Value):
     """One row of the final table: parent, child or a baseline, before or after GKD."""
 

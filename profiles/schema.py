@@ -154,11 +154,17 @@ class Scoring(Section):
     metric: Literal["kl", "lm_loss"] = "kl"
 
 
+EngineName = Literal["torch", "llama.cpp", "vllm", "tensorrt-llm", "sglang"]
+
+
 class Hardware(Section):
     """The hardware target costs are measured on."""
 
     name: str = "this-machine"
-    engine: Literal["torch"] = "torch"
+    engine: Literal["torch", "llama.cpp"] = Field(default="torch", description="what costs are measured in")
+    must_run: tuple[EngineName, ...] = Field(
+        default=(), description="engines that have to run the child too: what they cannot is never chosen"
+    )
     device: str = "cpu"
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: PositiveInt | None = Field(default=None, description="intra-op threads; all cores when absent")

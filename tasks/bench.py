@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from blocks.errors import PuzzleError
-from blocks.records import Metric, Value
+from blocks.records import Metric, Turn, Value
 from profiles.schema import Scenario
 from tasks.children import open_child, origin_of
 from tasks.engines.base import Load
@@ -28,7 +28,7 @@ from tasks.engines.worker import Worker
 from tasks.formats import find_tokenizer, precision_of, refuse
 from tasks.gguf_export import write_gguf
 from tasks.picture import COLOURS, INK, figure_of, plain_axes
-from tasks.throughput import MAX_DECODE_STEPS, Throughput, Turn, in_turns, median_metric, summary_of
+from tasks.throughput import MAX_DECODE_STEPS, Throughput, in_turns, median_metric, summary_of
 
 PARENT, CHILD = "parent", "child"
 Tell = Callable[[int, int], None]
@@ -120,6 +120,8 @@ def bench(
             context_tokens=max(point.prompt_tokens + point.steps for point in points),
         )
         workers = {name: stack.enter_context(Worker(engine, path, how)) for name, path in paths.items()}
+        for worker in workers.values():
+            worker.load()
         turns = []
         for index, point in enumerate(points):
             turns.append(_turns(workers, point, rounds, partial(_tell_part, tell, index, len(points))))

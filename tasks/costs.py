@@ -37,7 +37,7 @@ Tell = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Timing:
+class Timing:
     """Medians over rounds and half the interquartile range over the median."""
 
     prefill: float
@@ -52,12 +52,19 @@ def hardware_description(hardware: Hardware) -> dict[str, str]:
         "name": hardware.name,
         "machine": platform.machine(),
         "processor": processor(),
-        "engine": f"torch {torch.__version__}",
-        "transformers": transformers.__version__,
+        **_engine_description(hardware),
         "device": hardware.device,
         "precision": hardware.precision,
         "threads": str(hardware.threads or torch.get_num_threads()),
     }
+
+
+def _engine_description(hardware: Hardware) -> dict[str, str]:
+    if hardware.engine == "torch":
+        return {"engine": f"torch {torch.__version__}", "transformers": transformers.__version__}
+    from tasks.engines.registry import installed_engine
+
+    return {"engine": installed_engine(hardware.engine).version()}
 
 
 def processor() -> str:
@@ -98,7 +105,7 @@ def measure_costs(
     non_block: list[NonBlockCost] = []
     whole: list[NonBlockCost] = []
     shapes = [(scenario, batch) for scenario in scenarios for batch in scenario.batch_sizes]
-    bench = _Bench(reader, variants, hardware, measure)
+    bench = _bench(reader, variants, hardware, measure)
     for index, (scenario, batch) in enumerate(shapes):
         timings = bench.run(scenario, batch, partial(_tell_part, tell, index, len(shapes)))
         costs += [
@@ -119,11 +126,20 @@ def measure_costs(
     return table
 
 
+def _bench(reader: Parent, variants: Sequence[Variant], hardware: Hardware, measure: Measure) -> Any:
+    """What times variants in the profile's engine: `run(scenario, batch, tell)`."""
+    if hardware.engine == "torch":
+        return _Bench(reader, variants, hardware, measure)
+    from tasks.engine_costs import EngineBench
+
+    return EngineBench(reader, variants, hardware, measure)
+
+
 def _tell_part(tell: Tell, part: int, parts: int, done: int, total: int) -> None:
     tell(part * total + done, parts * total)
 
 
-def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timing: _Timing, precision: str) -> Cost:
+def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timing: Timing, precision: str) -> Cost:
     needs = resources(reader, variant, scenario.prompt_tokens, BYTES[precision])
     return Cost(
         subblock=variant.subblock,
@@ -140,7 +156,7 @@ def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timi
     )
 
 
-def _non_block(reader: Parent, scenario: Scenario, batch: int, timing: _Timing, precision: str) -> NonBlockCost:
+def _non_block(reader: Parent, scenario: Scenario, batch: int, timing: Timing, precision: str) -> NonBlockCost:
     parameters = non_block_parameters(reader.config)
     return NonBlockCost(
         scenario=scenario.name,
@@ -189,7 +205,7 @@ class _Bench:
         return stack.to(self.device, self.dtype).eval()
 
     @torch.inference_mode()
-    def run(self, scenario: Scenario, batch: int, tell: Tell) -> dict[tuple[str, str], _Timing]:
+    def run(self, scenario: Scenario, batch: int, tell: Tell) -> dict[tuple[str, str], Timing]:
         """Rounds over all stacks, non-block parts and the whole parent, in turns."""
         rounds: dict[tuple[str, str], list[tuple[float, float]]] = {}
         total = (self.measure.rounds + 1) * (len(self.stacks) + 2)
@@ -206,7 +222,7 @@ class _Bench:
                     rounds.setdefault(name, []).append(figures)
                 done += 1
                 tell(done, total)
-        free = _Timing(prefill=0.0, decode=0.0, prefill_spread=0.0, decode_spread=0.0)
+        free = Timing(prefill=0.0, decode=0.0, prefill_spread=0.0, decode_spread=0.0)
         return {name: _summary(figures) for name, figures in rounds.items()} | dict.fromkeys(self.free, free)
 
     def _time(
@@ -265,9 +281,9 @@ class _Bench:
         return time.perf_counter()
 
 
-def _summary(figures: list[tuple[float, float]]) -> _Timing:
+def _summary(figures: list[tuple[float, float]]) -> Timing:
     (prefill, prefill_spread), (decode, decode_spread) = (_median([f[i] for f in figures]) for i in (0, 1))
-    return _Timing(prefill=prefill, decode=decode, prefill_spread=prefill_spread, decode_spread=decode_spread)
+    return Timing(prefill=prefill, decode=decode, prefill_spread=prefill_spread, decode_spread=decode_spread)
 
 
 def _median(values: list[float]) -> tuple[float, float]:

@@ -41,6 +41,7 @@ from tasks.bld import Job, distill
 from tasks.choose import choose
 from tasks.compare import Contender, Evaluation
 from tasks.corpus import iterate_documents, prepare_corpus
+from tasks.engines.limits import check_parent, refusal
 from tasks.parent import prepare_parent
 from tasks.progress import Stage, say, shown
 from tasks.record import open_parent, record_key, record_layer, recorded
@@ -143,6 +144,12 @@ def check_search_space(profile: Profile, reader: Parent) -> None:
     outside = [layer for layer in profile.search_space.layers or () if not 0 <= layer < reader.depth]
     if outside:
         raise PuzzleError(f"search_space.layers names {outside}, but the parent's layers are 0 to {reader.depth - 1}")
+    check_parent(target_engines(profile), reader.config)
+
+
+def target_engines(profile: Profile) -> tuple[str, ...]:
+    """The engines that have to run the child."""
+    return tuple(dict.fromkeys((profile.hardware.engine, *profile.hardware.must_run)))
 
 
 def record(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, workspace: Path) -> list[LayerRecord]:
@@ -170,6 +177,9 @@ def jobs_of(
     for layer in layers_of(profile, reader):
         for subblock in SUBBLOCKS:
             for variant in parse_labels(subblock, getattr(profile.search_space, subblock), reader.config)[1:]:
+                choice = LayerChoice(**{subblock: variant.label})
+                if refusal(target_engines(profile), reader.config, layer, choice.attention, choice.ffn):
+                    continue  # the target could not run it: not trained, not scored, never chosen
                 jobs.append(
                     Job(
                         parent=parent,
@@ -197,6 +207,8 @@ def coupled_jobs(profile: Profile, jobs: Sequence[Job], blocks: Sequence[BlockRe
             for ffn in spaces["ffn"]:
                 if not (kind_of(attention).trainable or kind_of(ffn).trainable):
                     continue  # nothing to train: the additive score stands
+                if refusal(target_engines(profile), reader.config, layer, attention.label, ffn.label):
+                    continue
                 starts = [done.get((layer, v.subblock, v.label)) for v in (attention, ffn)]
                 coupled.append(
                     model.model_copy(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from blocks.export_code.modeling_decilm import CACHE
-from blocks.records import Metric, Value
+from blocks.records import Metric, Turn, Value
 from profiles.schema import Scenario
 
 MAX_DECODE_STEPS = 32  # decoding is measured over at most so many tokens, then extrapolated to the whole request
@@ -36,15 +36,6 @@ class Throughput(Value):
     decode_tokens_per_second: Metric
     runtime_seconds: Metric
     cpu_seconds: Metric
-
-
-class Turn(Value):
-    """One request of one model, in seconds: wall and CPU of the prefill and of one decode step (B tokens)."""
-
-    prefill: float
-    step: float
-    prefill_cpu: float
-    step_cpu: float
 
 
 def median_metric(values: Sequence[float]) -> Metric:

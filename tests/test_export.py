@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.records import CorpusInfo, ParentInfo, Ref
+from tasks.engines.limits import width_of
 from tasks.export import (
     ExportError,
     engine_gaps,
@@ -30,7 +31,6 @@ from tasks.export import (
     verify_checkpoint,
     write_checkpoint,
 )
-from tasks.engines.limits import width_of
 from tests.test_modeling import FAMILIES, LINEAR, NO_OP, attention, ffn, mixed_blocks, tiny_child, tiny_parent
 
 PARENT = ParentInfo(name="tiny", folder="parent", fingerprint="f" * 8, source="made in a test", revision="r1")

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tasks.throughput import Turn
+from blocks.records import Turn
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,12 @@ table. How each row is known stands in `known_by`: engines that run here are hel
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from blocks.errors import PuzzleError
 from blocks.families import family_of
-from blocks.records import LayerChoice, Score
 from blocks.variant import kind_of, parse_label
 
 LINEAR = "linear subblocks"
@@ -107,23 +106,18 @@ def runnable(engine: str, config: Any, layer: int, attention_label: str, ffn_lab
     return f"{limits.title} cannot run {found[0]}" if found else None
 
 
-def runnable_scores(engine: str, config: Any, scores: Iterable[Score]) -> tuple[list[Score], dict[str, str]]:
-    """The scores of variants that an engine can run, and `layer N variant` -> reason of those it cannot.
+def refusal(engines: Iterable[str], config: Any, layer: int, attention_label: str, ffn_label: str) -> str | None:
+    """The first reason why one of several engines cannot run these two variants in a layer, None when all can."""
+    reasons = (runnable(engine, config, layer, attention_label, ffn_label) for engine in engines)
+    return next((reason for reason in reasons if reason is not None), None)
 
-    What is left out here the search never chooses. EngineLimit when the engine cannot run the parent's own blocks.
-    """
-    kept, refused = [], {}
-    for score in scores:
-        choice = LayerChoice(**{score.subblock: score.variant}) if score.subblock != "block" else None
-        choice = choice or LayerChoice.alone("block", score.variant)
-        reason = runnable(engine, config, score.layer, choice.attention, choice.ffn)
-        if reason is None:
-            kept.append(score)
-            continue
-        if score.variant == "parent":
-            raise EngineLimit(f"{reason}, which the parent itself has: take another engine.")
-        refused[f"layer {score.layer} {score.subblock} {score.variant}"] = reason
-    return kept, refused
+
+def check_parent(engines: Sequence[str], config: Any) -> None:
+    """EngineLimit when an engine that has to run the child cannot run its parent's own blocks."""
+    for layer in range(config.num_hidden_layers):
+        reason = refusal(engines, config, layer, "parent", "parent")
+        if reason is not None:
+            raise EngineLimit(f"{reason}, which layer {layer} of the parent has: take another hardware.engine.")
 
 
 def gaps(engine: str, config: Any) -> list[str]:

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from blocks.records import Turn
 from tasks.engines.base import Engine, Load, Session
 from tasks.engines.llama_library import F32, INSTALL, Batch, EngineFailed, LlamaLibrary, library_path, llama_library
-from tasks.throughput import Turn
 
 _PAGE = 256  # llama.cpp rounds a sequence's context up to this
 
@@ -111,7 +111,8 @@ class LlamaSession(Session):
             found.append(int(self._row(0).argmax()))
         return found
 
-    def request(self, prompt: Tensor, steps: int) -> Turn:
+    def request(self, prompt: Tensor, steps: int, grow: int = 0) -> Turn:
+        """As every engine's; `grow` tokens a sequence are run untimed between the prompt and the timed steps."""
         self._fresh()
         batch, length = prompt.shape
         rows = prompt.tolist()
@@ -119,9 +120,11 @@ class LlamaSession(Session):
         self._decode(rows, 0)
         prefill, prefill_cpu = time.perf_counter() - wall, time.process_time() - cpu
         last = [self._row((sequence + 1) * length - 1) for sequence in range(batch)]
+        if grow:
+            self._decode([row[:1] * grow for row in rows], length)
         wall, cpu = time.perf_counter(), time.process_time()
         for step in range(steps):
-            self._decode([[int(row.argmax())] for row in last], length + step)
+            self._decode([[int(row.argmax())] for row in last], length + grow + step)
             last = [self._row(sequence) for sequence in range(batch)]
         return Turn(
             prefill=prefill,

@@ -1,12 +1,12 @@
-"""The engines by name."""
+"""The engines by name. Each is imported when it is asked for: a worker that runs one does not load the others."""
+
+import importlib
 
 from tasks.engines.base import Engine
 from tasks.engines.limits import UnknownEngine, limits_of
-from tasks.engines.llama_cpp import LlamaCpp
 from tasks.engines.llama_library import EngineMissing
-from tasks.engines.torch_engine import Torch
 
-ENGINES: dict[str, Engine] = {engine.name: engine for engine in (Torch(), LlamaCpp())}
+ENGINES = {"torch": ("tasks.engines.torch_engine", "Torch"), "llama.cpp": ("tasks.engines.llama_cpp", "LlamaCpp")}
 
 
 def engine_of(name: str) -> Engine:
@@ -17,7 +17,9 @@ def engine_of(name: str) -> Engine:
             f"{limits.title} is known by its limits only, it is not driven from here: export to {limits.format} and "
             f"run it there. Engines that run here: {', '.join(ENGINES)}."
         )
-    return ENGINES[name]
+    module, cls = ENGINES[name]
+    engine: Engine = getattr(importlib.import_module(module), cls)()
+    return engine
 
 
 def installed_engine(name: str) -> Engine:

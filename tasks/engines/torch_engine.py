@@ -8,9 +8,10 @@ import torch
 import transformers
 from torch import Tensor
 
+from blocks.records import Turn
 from tasks.children import open_child
 from tasks.engines.base import Engine, Load, Session
-from tasks.throughput import Turn, request_of
+from tasks.throughput import request_of
 
 
 class Torch(Engine):

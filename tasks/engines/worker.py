@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -22,8 +23,6 @@ class Worker:
     """A process that holds one model in one engine. Use as a context manager."""
 
     def __init__(self, engine: str, path: Path, how: Any) -> None:
-        import dataclasses
-
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         environment |= {"OMP_NUM_THREADS": str(how.threads)}
         self.process = subprocess.Popen(
@@ -47,7 +46,7 @@ class Worker:
 
     def request(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> Any:
         """Time one request of random prompts. Returns a Turn."""
-        from tasks.throughput import Turn
+        from blocks.records import Turn
 
         shape = {"batch_size": batch_size, "prompt_tokens": prompt_tokens, "steps": steps, "seed": seed}
         return Turn(**self._ask({"request": shape}))
