@@ -59,8 +59,15 @@ class BenchRow(Value):
     first_token_seconds: Metric
     output_token_seconds: Metric
     request_tokens_per_second: Metric
+    prefill_cpu_seconds: Metric
+    step_cpu_seconds: Metric
     memory_bytes: int
     gains: Gains | None = None
+
+    def cpu_speeds(self) -> tuple[float, float]:
+        """Prefill and decode tokens per CPU-second."""
+        prompt = self.batch_size * self.prompt_tokens
+        return prompt / self.prefill_cpu_seconds.value, self.batch_size / self.step_cpu_seconds.value
 
 
 class Point(Value):
@@ -192,6 +199,8 @@ def _row(name: str, point: Point, turns: Mapping[str, Sequence[Turn]], memory: i
         first_token_seconds=median_metric([turn.prefill for turn in own]),
         output_token_seconds=median_metric([turn.step for turn in own]),
         request_tokens_per_second=median_metric([tokens / (turn.prefill + generated * turn.step) for turn in own]),
+        prefill_cpu_seconds=median_metric([turn.prefill_cpu for turn in own]),
+        step_cpu_seconds=median_metric([turn.step_cpu for turn in own]),
         memory_bytes=memory,
         gains=gains_of(turns[PARENT], own, generated) if PARENT in turns and name != PARENT else None,
     )

@@ -34,7 +34,7 @@ KL_TOLERANCE = {"float16": 1e-4, "bfloat16": 5e-3, "q8_0": 2e-2}
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Logits of an engine beside torch's on the same weights: the largest difference, mean KL in nats, top-1 agreement."""
+    """Logits of an engine beside torch's on the same weights: largest difference, mean KL in nats, top-1 agreement."""
 
     most: float
     kl: float
@@ -115,8 +115,8 @@ def _refuse_widths(config: Any) -> None:
         layer, width = next(iter(wrong.items()))
         raise EngineLimit(
             f"nemotron-nas needs FFN widths that are multiples of 256; layer {layer} has {width}"
-            f"{f', {len(wrong) - 1} more are wrong' if len(wrong) > 1 else ''}: take transformers, which vLLM reads too, "
-            "or search over widths that are multiples of 256."
+            f"{f', {len(wrong) - 1} more are wrong' if len(wrong) > 1 else ''}: take transformers, which vLLM reads "
+            "too, or search over widths that are multiples of 256."
         )
 
 

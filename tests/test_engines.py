@@ -1,4 +1,4 @@
-"""Engines: limits as data, llama.cpp's logits and text against torch's, workers, costs that add up to what they were."""
+"""Engines: limits as data, llama.cpp's logits and text against torch's, workers, costs that add up."""
 
 import importlib.util
 import json
@@ -40,6 +40,7 @@ from tests.test_modeling import FAMILIES, NO_OP, attention, ffn, mixed_blocks, p
 
 MISSING = LlamaCpp().missing()
 needs_llama_cpp = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
 ROPES: list[dict[str, Any]] = [
     {"rope_type": "linear", "rope_theta": 5e3, "factor": 4.0},
     {

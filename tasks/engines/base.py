@@ -39,6 +39,7 @@ class Session(ABC):
     def generate(self, tokens: Sequence[int], steps: int) -> list[int]:
         """The next `steps` tokens of one sequence, greedy."""
 
+    @abstractmethod
     def close(self) -> None:
         """Give back what the engine holds."""
 

@@ -51,3 +51,6 @@ class TorchSession(Session):
             torch.tensor([tokens]), max_new_tokens=steps, min_new_tokens=steps, do_sample=False
         )
         return made[0, len(tokens) :].tolist()
+
+    def close(self) -> None:
+        del self.model

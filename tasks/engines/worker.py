@@ -32,11 +32,12 @@ class Worker:
             env=environment,
             text=True,
         )
-        self.version = str(
-            self._ask({"load": {"engine": engine, "path": str(path.resolve()), "how": dataclasses.asdict(how)}})[
-                "version"
-            ]
-        )
+        self.what = {"engine": engine, "path": str(path.resolve()), "how": dataclasses.asdict(how)}
+        self.version = ""
+
+    def load(self) -> None:
+        """Load the model. Apart from the start, so that several workers can start at the same time."""
+        self.version = str(self._ask({"load": self.what})["version"])
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,228 @@
+"""SmolLM2 and the child of a finished run on each engine that runs here: speed, memory, logits, prediction.
+
+    .venv/bin/python -m benchmarks.serving --workspace workspace/smollm2-cpu [--costs]
+
+Parent and child take turns in each engine, one thread, every figure in CPU time too: gains are of pairs.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import table, write_page
+from blocks.library import read_value
+from blocks.records import Architecture, ChildReport, CostTable, Totals
+from blocks.runtime import set_threads
+from profiles.schema import Hardware, Measure, Scenario, SearchSpace
+from tasks.bench import BenchRow, Point, bench
+from tasks.children import open_child
+from tasks.costs import measure_costs
+from tasks.engines.limits import LIMITS, gaps
+from tasks.engines.llama_cpp import LlamaCpp
+from tasks.formats import Difference, compare_logits, export_as
+from tasks.gguf_import import read_gguf
+from tasks.progress import say, shown
+
+CASES = (
+    ("torch", "float32"),
+    ("torch", "bfloat16"),
+    ("llama.cpp", "float32"),
+    ("llama.cpp", "bfloat16"),
+    ("llama.cpp", "q8_0"),
+)
+
+
+def main() -> None:
+    """Write benchmarks/serving.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workspace", type=Path, default=Path("workspace/smollm2-cpu"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--load", default="1x256x64")
+    parser.add_argument("--costs", action="store_true", help="block costs in llama.cpp, their sum beside the measured")
+    options = parser.parse_args()
+    set_threads(1)
+    report = read_value(sorted(options.workspace.glob("runs/*/report.json"))[-1], ChildReport)
+    child = options.workspace / report.child_folder
+    parent = options.workspace / report.parent.folder
+    point = Point.parse(options.load)
+    with tempfile.TemporaryDirectory(prefix="puzzle-serving-") as temporary:
+        files, logits = _exports({"parent": parent, "child": child}, Path(temporary))
+        rows = _rows({"parent": parent, "child": child}, files, point, options.rounds)
+    parts = [_intro(report, child), _speed(rows), _prediction(report, rows), _logits(logits), _limits(child)]
+    if options.costs:
+        parts.insert(3, _costs(options, report, point, rows))
+    write_page("serving", "A child in the engines that serve it", parts)
+
+
+def _exports(sources: dict[str, Path], folder: Path) -> tuple[dict[tuple[str, str], Path], list[list[str]]]:
+    """GGUF files by (model, precision), each compared with torch: exact and as llama.cpp runs by default."""
+    files, lines = {}, []
+    for name, source in sources.items():
+        for precision in ("float32", "bfloat16", "q8_0"):
+            path = export_as(source, "gguf", precision, folder / f"{name}.{precision}.gguf").path
+            files[name, precision] = path
+            model: Any = read_gguf(path)
+            found = [compare_logits(model, path, 64, exact) for exact in (True, False)]
+            lines.append([f"{name}, {precision}", f"{path.stat().st_size / 2**20:.0f}", *_differences(found)])
+            say(f"{path.name}: {lines[-1]}")
+    return files, lines
+
+
+def _differences(found: Sequence[Difference]) -> list[str]:
+    return [cell for one in found for cell in (f"{one.most:.1e}", f"{one.kl:.1e}", f"{one.agreement:.0%}")]
+
+
+def _rows(folders: dict[str, Path], files: dict[tuple[str, str], Path], point: Point, rounds: int) -> list[BenchRow]:
+    rows: list[BenchRow] = []
+    for engine, precision in CASES:
+        sources = folders if engine == "torch" else {name: files[name, precision] for name in folders}
+        with shown(f"{engine} {precision}") as tell:
+            rows += bench(sources, engine, [point], precision, rounds, 1, tell)
+    return rows
+
+
+def _intro(report: ChildReport, child: Path) -> str:
+    own = {candidate.stage: candidate for candidate in report.candidates if candidate.name in ("parent", "child")}
+    sizes = f"{own['parent'].parameters / 1e6:.1f} M parameters, the child {own['assembled'].parameters / 1e6:.1f} M"
+    return (
+        f"Parent: {report.parent.name}, {sizes} ({child.parent.name}). One thread; other processes kept this machine "
+        "busy, so gains are of pairs in one run (parent's time over child's, medians over the rounds with standard "
+        "errors) and stand in CPU time as well. Memory is the process's peak less what it held before the load."
+    )
+
+
+def _speed(rows: Sequence[BenchRow]) -> str:
+    header = [
+        "engine",
+        "model",
+        "prefill tok/CPU s",
+        "decode tok/CPU s",
+        "prefill gain",
+        "in CPU",
+        "decode gain",
+        "in CPU",
+        "MiB",
+    ]
+    lines = []
+    for row in rows:
+        gains, speed = row.gains, row.throughput
+        shown_gains = ["", "", "", ""]
+        if gains is not None:
+            found = (gains.prefill, gains.prefill_cpu, gains.decode, gains.decode_cpu)
+            shown_gains = [f"{gain.value:.2f} ±{gain.se:.2f}" for gain in found]
+        prefill, decode = row.cpu_speeds()
+        lines.append(
+            [
+                f"{row.version}, {row.precision}",
+                row.model,
+                f"{prefill:.0f}",
+                f"{decode:.1f}",
+                *shown_gains,
+                f"{row.memory_bytes / 2**20:.0f}",
+            ]
+        )
+    load = f"{rows[0].batch_size} x {rows[0].prompt_tokens} x {rows[0].generated_tokens}"
+    return (
+        f"## Speed\n\nLoad (batch x prompt x generated): {load}; {rows[0].throughput.cpu_seconds.n} rounds.\n\n"
+        + table(header, lines)
+    )
+
+
+def _gain(ours: Totals, theirs: Totals) -> tuple[float, float]:
+    return (
+        theirs.prefill_seconds / ours.prefill_seconds,
+        theirs.decode_seconds_per_token / ours.decode_seconds_per_token,
+    )
+
+
+def _prediction(report: ChildReport, rows: Sequence[BenchRow]) -> str:
+    """The search's own prediction, from costs measured in torch, beside what each engine makes of the child."""
+    prefill, decode = _gain(report.architecture.totals[0], report.architecture.parent_totals[0])
+    lines = []
+    for row in rows:
+        if row.gains is not None:
+            found = (row.gains.prefill_cpu.value, row.gains.decode_cpu.value)
+            errors = [
+                f"{predicted / measured - 1:+.1%}" for predicted, measured in zip((prefill, decode), found, strict=True)
+            ]
+            lines.append([f"{row.engine} {row.precision}", f"{found[0]:.2f}", errors[0], f"{found[1]:.2f}", errors[1]])
+    header = ["engine", "prefill measured", "prediction off by", "decode measured", "prediction off by"]
+    return (
+        f"## Predicted from costs in torch (float32)\n\nThe search predicted gains of {prefill:.2f} (prefill) and "
+        f"{decode:.2f} (decode); measured gains in CPU time:\n\n" + table(header, lines)
+    )
+
+
+def _logits(lines: Sequence[Sequence[str]]) -> str:
+    header = ["file", "MiB", "most", "KL, nats", "top-1", "most (default)", "KL (default)", "top-1 (default)"]
+    return (
+        f"## Logits of {LlamaCpp().version()} against torch on the same weights\n\n64 random tokens; exact: no flash "
+        "attention, float32 KV cache; default: as llama.cpp runs by itself.\n\n" + table(header, lines)
+    )
+
+
+def _limits(child: Path) -> str:
+    config = open_child(child).config
+    lines = [[limits.title, "; ".join(gaps(name, config)) or "yes", limits.known_by] for name, limits in LIMITS.items()]
+    return "## Engines that can run this child\n\n" + table(
+        ["engine", "runs it, or what is missing", "known by"], lines
+    )
+
+
+def _costs(options: argparse.Namespace, report: ChildReport, point: Point, rows: Sequence[BenchRow]) -> str:
+    """Costs measured in llama.cpp, summed over the child, beside the child measured in the same engine."""
+    used = {
+        part: {getattr(choice, part) for choice in report.architecture.layers} - {"parent"}
+        for part in ("attention", "ffn")
+    }
+    space = SearchSpace(**{part: tuple(sorted(labels)) for part, labels in used.items()})
+    scenario = Scenario(name="load", prompt_tokens=point.prompt_tokens, generated_tokens=point.generated_tokens)
+    hardware = Hardware(engine="llama.cpp", precision="bfloat16", threads=1)
+    measure = Measure(rounds=3, decode_steps=16)
+    with shown("costs in llama.cpp") as tell, tempfile.TemporaryDirectory() as folder:
+        workspace = Path(folder)
+        (workspace / "parent").symlink_to((options.workspace / "parent").resolve())
+        found = measure_costs(report.parent, space, [scenario], hardware, measure, workspace, tell)
+    predicted = _sums(found, report.architecture)
+    row = next(row for row in rows if (row.engine, row.precision, row.model) == ("llama.cpp", "bfloat16", "child"))
+    assert row.gains is not None
+    measured = (row.gains.prefill_cpu.value, row.gains.decode_cpu.value)
+    lines = [
+        [phase, f"{own:.2f}", f"{theirs:.2f}", f"{own / theirs - 1:+.1%}"]
+        for phase, own, theirs in zip(("prefill", "decode"), predicted, measured, strict=True)
+    ]
+    each = [
+        [
+            f"{cost.subblock} {cost.variant}",
+            f"{cost.prefill_seconds * 1e3:.2f}",
+            f"{cost.decode_seconds_per_token * 1e3:.3f}",
+        ]
+        for cost in found.costs
+    ]
+    return (
+        "## Costs measured in llama.cpp (bfloat16)\n\nFull-depth models of one repeated layer, each in turns with the "
+        "parent (`tasks/engine_costs.py`); gains that their sums predict for this child:\n\n"
+        + table(["", "predicted", "measured", "off by"], lines)
+        + "\n\n"
+        + table(["block", "prefill, CPU ms", "decode, CPU ms a token"], each)
+    )
+
+
+def _sums(costs: CostTable, architecture: Architecture) -> tuple[float, float]:
+    """Predicted gains (prefill, decode) of an architecture: the parent measured whole over the sum of the child."""
+    by = {(cost.subblock, cost.variant): cost for cost in costs.costs}
+    layers = architecture.layers
+    chosen = [by[part, getattr(choice, part)] for choice in layers for part in ("attention", "ffn")]  # type: ignore[index]
+    own = [by[part, "parent"] for _ in layers for part in ("attention", "ffn")]  # type: ignore[index]
+    fixed = costs.non_block[0]
+    prefill = [fixed.prefill_seconds + sum(cost.prefill_seconds for cost in these) for these in (own, chosen)]
+    decode = [
+        fixed.decode_seconds_per_token + sum(cost.decode_seconds_per_token for cost in these) for these in (own, chosen)
+    ]
+    return prefill[0] / prefill[1], decode[0] / decode[1]
+
+
+if __name__ == "__main__":
+    main()
