@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.common import table, write_page
 from blocks.library import read_value
-from blocks.records import Architecture, ChildReport, CostTable, Totals
+from blocks.records import SUBBLOCKS, Architecture, ChildReport, Cost, CostTable, NonBlockCost, Totals
 from blocks.runtime import set_threads
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.bench import BenchRow, Point, bench
@@ -94,40 +94,23 @@ def _intro(report: ChildReport, child: Path) -> str:
 
 
 def _speed(rows: Sequence[BenchRow]) -> str:
-    header = [
-        "engine",
-        "model",
-        "prefill tok/CPU s",
-        "decode tok/CPU s",
-        "prefill gain",
-        "in CPU",
-        "decode gain",
-        "in CPU",
-        "MiB",
-    ]
-    lines = []
-    for row in rows:
-        gains, speed = row.gains, row.throughput
-        shown_gains = ["", "", "", ""]
-        if gains is not None:
-            found = (gains.prefill, gains.prefill_cpu, gains.decode, gains.decode_cpu)
-            shown_gains = [f"{gain.value:.2f} ±{gain.se:.2f}" for gain in found]
-        prefill, decode = row.cpu_speeds()
-        lines.append(
-            [
-                f"{row.version}, {row.precision}",
-                row.model,
-                f"{prefill:.0f}",
-                f"{decode:.1f}",
-                *shown_gains,
-                f"{row.memory_bytes / 2**20:.0f}",
-            ]
-        )
-    load = f"{rows[0].batch_size} x {rows[0].prompt_tokens} x {rows[0].generated_tokens}"
-    return (
-        f"## Speed\n\nLoad (batch x prompt x generated): {load}; {rows[0].throughput.cpu_seconds.n} rounds.\n\n"
-        + table(header, lines)
-    )
+    header = ["engine", "model", "prefill tok/CPU s", "decode tok/CPU s"]
+    header += ["prefill gain", "in CPU time", "decode gain", "in CPU time", "MiB"]
+    first = rows[0]
+    load = f"{first.batch_size} x {first.prompt_tokens} x {first.generated_tokens}"
+    rounds = first.throughput.cpu_seconds.n
+    lines = [_speed_cells(row) for row in rows]
+    return f"## Speed\n\nLoad (batch x prompt x generated): {load}; {rounds} rounds.\n\n" + table(header, lines)
+
+
+def _speed_cells(row: BenchRow) -> list[str]:
+    cells = ["", "", "", ""]
+    if row.gains is not None:
+        found = (row.gains.prefill, row.gains.prefill_cpu, row.gains.decode, row.gains.decode_cpu)
+        cells = [f"{gain.value:.2f} ±{gain.se:.2f}" for gain in found]
+    prefill, decode = row.cpu_speeds()
+    memory = f"{row.memory_bytes / 2**20:.0f}"
+    return [f"{row.version}, {row.precision}", row.model, f"{prefill:.0f}", f"{decode:.1f}", *cells, memory]
 
 
 def _gain(ours: Totals, theirs: Totals) -> tuple[float, float]:
@@ -165,7 +148,7 @@ def _logits(lines: Sequence[Sequence[str]]) -> str:
 
 def _limits(child: Path) -> str:
     config = open_child(child).config
-    lines = [[limits.title, "; ".join(gaps(name, config)) or "yes", limits.known_by] for name, limits in LIMITS.items()]
+    lines = [[one.title, "; ".join(gaps(name, config)) or "yes", one.known_by] for name, one in LIMITS.items()]
     return "## Engines that can run this child\n\n" + table(
         ["engine", "runs it, or what is missing", "known by"], lines
     )
@@ -210,18 +193,23 @@ def _costs(options: argparse.Namespace, report: ChildReport, point: Point, rows:
     )
 
 
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f}"
+
+
+def _seconds(cost: Cost | NonBlockCost) -> tuple[float, float]:
+    return cost.prefill_seconds, cost.decode_seconds_per_token
+
+
 def _sums(costs: CostTable, architecture: Architecture) -> tuple[float, float]:
-    """Predicted gains (prefill, decode) of an architecture: the parent measured whole over the sum of the child."""
+    """Predicted gains (prefill, decode) of an architecture: the sum of the parent over the sum of the child."""
     by = {(cost.subblock, cost.variant): cost for cost in costs.costs}
     layers = architecture.layers
-    chosen = [by[part, getattr(choice, part)] for choice in layers for part in ("attention", "ffn")]  # type: ignore[index]
-    own = [by[part, "parent"] for _ in layers for part in ("attention", "ffn")]  # type: ignore[index]
-    fixed = costs.non_block[0]
-    prefill = [fixed.prefill_seconds + sum(cost.prefill_seconds for cost in these) for these in (own, chosen)]
-    decode = [
-        fixed.decode_seconds_per_token + sum(cost.decode_seconds_per_token for cost in these) for these in (own, chosen)
-    ]
-    return prefill[0] / prefill[1], decode[0] / decode[1]
+    own = [_seconds(by[part, "parent"]) for part in SUBBLOCKS for _ in layers]
+    chosen = [_seconds(by[part, getattr(choice, part)]) for part in SUBBLOCKS for choice in layers]
+    fixed = _seconds(costs.non_block[0])
+    sums = [[fixed[phase] + sum(cost[phase] for cost in these) for phase in (0, 1)] for these in (own, chosen)]
+    return sums[0][0] / sums[1][0], sums[0][1] / sums[1][1]
 
 
 if __name__ == "__main__":
