@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import table, write_page
-from blocks.library import read_value
-from blocks.records import SUBBLOCKS, Architecture, ChildReport, Cost, CostTable, NonBlockCost, Totals
+from blocks.library import read_value, write_value
+from blocks.records import SUBBLOCKS, Architecture, ChildReport, Cost, CostTable, NonBlockCost, Totals, Value
 from blocks.runtime import set_threads
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.bench import BenchRow, Point, bench
@@ -25,42 +25,67 @@ from tasks.formats import Difference, compare_logits, export_as
 from tasks.gguf_import import read_gguf
 from tasks.progress import say, shown
 
-CASES = (
-    ("torch", "float32"),
-    ("torch", "bfloat16"),
-    ("llama.cpp", "float32"),
-    ("llama.cpp", "bfloat16"),
-    ("llama.cpp", "q8_0"),
-)
+CASES = ("torch:float32", "llama.cpp:float32", "llama.cpp:bfloat16", "llama.cpp:q8_0")
+
+
+class Kept(Value):
+    """What was measured, kept so that a page can be written again."""
+
+    rows: tuple[BenchRow, ...]
+    logits: tuple[tuple[str, ...], ...]
 
 
 def main() -> None:
     """Write benchmarks/serving.md."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workspace", type=Path, default=Path("workspace/smollm2-cpu"))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--load", default="1x256x64")
-    parser.add_argument("--costs", action="store_true", help="block costs in llama.cpp, their sum beside the measured")
-    options = parser.parse_args()
+    options = _options()
     set_threads(1)
     report = read_value(sorted(options.workspace.glob("runs/*/report.json"))[-1], ChildReport)
-    child = options.workspace / report.child_folder
-    parent = options.workspace / report.parent.folder
+    sources = {"parent": options.workspace / report.parent.folder, "child": options.workspace / report.child_folder}
     point = Point.parse(options.load)
+    if options.stage in ("all", "speed"):
+        write_value(options.keep / "rows.json", _measured(sources, point, options))
+    if options.stage in ("all", "costs"):
+        write_value(options.keep / "costs.json", _cost_table(options, report, point))
+    if options.stage in ("all", "page"):
+        kept = read_value(options.keep / "rows.json", Kept)
+        parts = [_intro(report, sources["child"]), _speed(kept.rows), _prediction(report, kept.rows)]
+        parts.append(_costs(read_value(options.keep / "costs.json", CostTable), report, kept.rows))
+        write_page(
+            "serving", "A child in the engines that serve it", [*parts, _logits(kept), _limits(sources["child"])]
+        )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workspace", type=Path, default=Path("workspace/smollm2-cpu"))
+    parser.add_argument("--keep", type=Path, default=Path("workspace/serving"), help="what was measured is kept here")
+    parser.add_argument("--stage", choices=("all", "speed", "costs", "page"), default="all")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--load", default="1x256x64")
+    parser.add_argument("--cases", nargs="+", default=CASES, metavar="ENGINE:PRECISION")
+    return parser.parse_args()
+
+
+def _measured(sources: dict[str, Path], point: Point, options: argparse.Namespace) -> Kept:
+    cases = [tuple(case.split(":")) for case in options.cases]
+    precisions = [precision for engine, precision in cases if engine == "llama.cpp"]
+    rows: list[BenchRow] = []
     with tempfile.TemporaryDirectory(prefix="puzzle-serving-") as temporary:
-        files, logits = _exports({"parent": parent, "child": child}, Path(temporary))
-        rows = _rows({"parent": parent, "child": child}, files, point, options.rounds)
-    parts = [_intro(report, child), _speed(rows), _prediction(report, rows), _logits(logits), _limits(child)]
-    if options.costs:
-        parts.insert(3, _costs(options, report, point, rows))
-    write_page("serving", "A child in the engines that serve it", parts)
+        files, logits = _exports(sources, precisions, Path(temporary))
+        for engine, precision in cases:
+            own = sources if engine == "torch" else {name: files[name, precision] for name in sources}
+            with shown(f"{engine} {precision}") as tell:
+                rows += bench(own, engine, [point], precision, options.rounds, 1, tell)
+    return Kept(rows=tuple(rows), logits=tuple(map(tuple, logits)))
 
 
-def _exports(sources: dict[str, Path], folder: Path) -> tuple[dict[tuple[str, str], Path], list[list[str]]]:
+def _exports(
+    sources: dict[str, Path], precisions: Sequence[str], folder: Path
+) -> tuple[dict[tuple[str, str], Path], list[list[str]]]:
     """GGUF files by (model, precision), each compared with torch: exact and as llama.cpp runs by default."""
     files, lines = {}, []
     for name, source in sources.items():
-        for precision in ("float32", "bfloat16", "q8_0"):
+        for precision in precisions:
             path = export_as(source, "gguf", precision, folder / f"{name}.{precision}.gguf").path
             files[name, precision] = path
             model: Any = read_gguf(path)
@@ -72,15 +97,6 @@ def _exports(sources: dict[str, Path], folder: Path) -> tuple[dict[tuple[str, st
 
 def _differences(found: Sequence[Difference]) -> list[str]:
     return [cell for one in found for cell in (f"{one.most:.1e}", f"{one.kl:.1e}", f"{one.agreement:.0%}")]
-
-
-def _rows(folders: dict[str, Path], files: dict[tuple[str, str], Path], point: Point, rounds: int) -> list[BenchRow]:
-    rows: list[BenchRow] = []
-    for engine, precision in CASES:
-        sources = folders if engine == "torch" else {name: files[name, precision] for name in folders}
-        with shown(f"{engine} {precision}") as tell:
-            rows += bench(sources, engine, [point], precision, rounds, 1, tell)
-    return rows
 
 
 def _intro(report: ChildReport, child: Path) -> str:
@@ -138,11 +154,11 @@ def _prediction(report: ChildReport, rows: Sequence[BenchRow]) -> str:
     )
 
 
-def _logits(lines: Sequence[Sequence[str]]) -> str:
+def _logits(kept: Kept) -> str:
     header = ["file", "MiB", "most", "KL, nats", "top-1", "most (default)", "KL (default)", "top-1 (default)"]
     return (
         f"## Logits of {LlamaCpp().version()} against torch on the same weights\n\n64 random tokens; exact: no flash "
-        "attention, float32 KV cache; default: as llama.cpp runs by itself.\n\n" + table(header, lines)
+        "attention, float32 KV cache; default: as llama.cpp runs by itself.\n\n" + table(header, kept.logits)
     )
 
 
@@ -154,20 +170,21 @@ def _limits(child: Path) -> str:
     )
 
 
-def _costs(options: argparse.Namespace, report: ChildReport, point: Point, rows: Sequence[BenchRow]) -> str:
-    """Costs measured in llama.cpp, summed over the child, beside the child measured in the same engine."""
-    used = {
-        part: {getattr(choice, part) for choice in report.architecture.layers} - {"parent"}
-        for part in ("attention", "ffn")
-    }
+def _cost_table(options: argparse.Namespace, report: ChildReport, point: Point) -> CostTable:
+    """Costs in llama.cpp of what stands in the child."""
+    layers = report.architecture.layers
+    used = {part: {getattr(choice, part) for choice in layers} - {"parent"} for part in SUBBLOCKS}
     space = SearchSpace(**{part: tuple(sorted(labels)) for part, labels in used.items()})
     scenario = Scenario(name="load", prompt_tokens=point.prompt_tokens, generated_tokens=point.generated_tokens)
     hardware = Hardware(engine="llama.cpp", precision="bfloat16", threads=1)
-    measure = Measure(rounds=3, decode_steps=16)
     with shown("costs in llama.cpp") as tell, tempfile.TemporaryDirectory() as folder:
-        workspace = Path(folder)
-        (workspace / "parent").symlink_to((options.workspace / "parent").resolve())
-        found = measure_costs(report.parent, space, [scenario], hardware, measure, workspace, tell)
+        (Path(folder) / "parent").symlink_to((options.workspace / "parent").resolve())
+        measure = Measure(rounds=options.rounds, decode_steps=16)
+        return measure_costs(report.parent, space, [scenario], hardware, measure, Path(folder), tell)
+
+
+def _costs(found: CostTable, report: ChildReport, rows: Sequence[BenchRow]) -> str:
+    """Costs measured in llama.cpp, summed over the child, beside the child measured in the same engine."""
     predicted = _sums(found, report.architecture)
     row = next(row for row in rows if (row.engine, row.precision, row.model) == ("llama.cpp", "bfloat16", "child"))
     assert row.gains is not None

@@ -20,9 +20,9 @@ from rich.table import Table
 from blocks.errors import PuzzleError
 from blocks.records import Metric, Turn, Value
 from profiles.schema import Scenario
-from tasks.children import open_child, origin_of
+from tasks.children import config_of, open_child, origin_of
 from tasks.engines.base import Load
-from tasks.engines.limits import gaps, limits_of
+from tasks.engines.limits import limits_of
 from tasks.engines.registry import installed_engine
 from tasks.engines.worker import Worker
 from tasks.formats import find_tokenizer, precision_of, refuse
@@ -155,21 +155,19 @@ def ready(
     with tempfile.TemporaryDirectory(prefix="puzzle-bench-") as temporary:
         paths = {}
         for name, source in sources.items():
+            if source.is_dir():
+                _check_length(config_of(source), name, points)
             if form != "gguf" or source.is_file():
                 paths[name] = source
                 continue
             model: Any = open_child(source)
-            _check(model.config, name, engine, points)
             refuse(model.config, form)
             tokenizer, _ = find_tokenizer(source, model.config.vocab_size, origin_of(source), None)
             paths[name] = write_gguf(model, Path(temporary) / f"{name}.gguf", precision, tokenizer, name)
         yield paths
 
 
-def _check(config: Any, name: str, engine: str, points: Sequence[Point]) -> None:
-    missing = gaps(engine, config)
-    if missing:
-        raise PuzzleError(f"{engine} cannot run the {name}: {'; '.join(missing)}.")
+def _check_length(config: Any, name: str, points: Sequence[Point]) -> None:
     longest = max(point.prompt_tokens + point.generated_tokens for point in points)
     if longest > config.max_position_embeddings:
         raise PuzzleError(

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from transformers import AutoConfig
 
 from blocks.errors import PuzzleError
+from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import read_value
 from blocks.parent import Parent
@@ -33,16 +35,22 @@ def open_child(path: Path, dtype: torch.dtype | None = None) -> DeciLMForCausalL
     """The model of a child's folder, a parent's folder or a GGUF file, in evaluation mode. Raises ChildError."""
     if path.is_file():
         return in_precision(read_gguf(path), dtype)
-    config = path / "config.json"
-    if not config.is_file():
-        raise ChildError(f"{path} is no child: name a folder with config.json and *.safetensors, or a .gguf file.")
-    if json.loads(config.read_text(encoding="utf-8")).get("model_type") != "nemotron-nas":
+    if config_of(path).model_type != "nemotron-nas":
         return in_precision(Parent(path).model(), dtype)
     try:
         loaded: Any = DeciLMForCausalLM.from_pretrained(path, dtype=dtype or "auto", attn_implementation="sdpa")
     except (OSError, RuntimeError, ValueError) as error:
         raise ChildError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
     return loaded.eval()
+
+
+def config_of(folder: Path) -> Any:
+    """Config of a child's or a parent's folder. Raises ChildError."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ChildError(f"{folder} is no child: name a folder with config.json and *.safetensors, or a .gguf file.")
+    own = json.loads(path.read_text(encoding="utf-8")).get("model_type") == "nemotron-nas"
+    return DeciLMConfig.from_pretrained(folder) if own else AutoConfig.from_pretrained(folder)
 
 
 def in_precision(model: DeciLMForCausalLM, dtype: torch.dtype | None) -> DeciLMForCausalLM:

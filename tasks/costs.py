@@ -109,7 +109,7 @@ def measure_costs(
     for index, (scenario, batch) in enumerate(shapes):
         timings = bench.run(scenario, batch, partial(_tell_part, tell, index, len(shapes)))
         costs += [
-            _cost(reader, variant, scenario, batch, timings[variant.subblock, variant.label], hardware.precision)
+            _cost(reader, variant, scenario, batch, timings[variant.subblock, variant.label], hardware)
             for variant in variants
         ]
         non_block.append(_non_block(reader, scenario, batch, timings["non_block", ""], hardware.precision))
@@ -139,8 +139,10 @@ def _tell_part(tell: Tell, part: int, parts: int, done: int, total: int) -> None
     tell(part * total + done, parts * total)
 
 
-def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timing: Timing, precision: str) -> Cost:
-    needs = resources(reader, variant, scenario.prompt_tokens, BYTES[precision])
+def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timing: Timing, hardware: Hardware) -> Cost:
+    needs = resources(reader, variant, scenario.prompt_tokens, BYTES[hardware.precision])
+    kv_precision = "float16" if hardware.engine == "llama.cpp" else hardware.precision  # its default for any weights
+    cache = resources(reader, variant, scenario.prompt_tokens, BYTES[kv_precision]).kv_bytes_per_token
     return Cost(
         subblock=variant.subblock,
         variant=variant.label,
@@ -152,7 +154,7 @@ def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timi
         decode_spread=timing.decode_spread,
         parameters=needs.parameters,
         weight_bytes=needs.weight_bytes,
-        kv_bytes_per_token=needs.kv_bytes_per_token,
+        kv_bytes_per_token=cache,
     )
 
 

@@ -359,7 +359,7 @@ def test_gains_are_of_pairs() -> None:
 def test_loads_are_read() -> None:
     assert Point.parse("2x8x4").label == "2x8x4"
     for wrong in ("2x8", "0x8x4", "axbxc"):
-        with pytest.raises(Exception, match="1x256x64"):
+        with pytest.raises(PuzzleError, match="1x256x64"):
             Point.parse(wrong)
 
 
@@ -383,6 +383,10 @@ def test_bench_refuses_what_it_cannot_run(folders: dict[str, Path]) -> None:
     alone = run("bench", str(folders["child"]))
     assert alone.exit_code != 0 and "Traceback" not in alone.output
     assert "--parent" in str(alone.exception)
+    with pytest.raises(PuzzleError, match="longer than the child's context of 128"):
+        bench({"child": folders["child"]}, "torch", [Point.parse("1x128x8")])
+    with pytest.raises(formats.UnknownPrecision, match="f32, f16, bf16"):
+        bench({"child": folders["child"]}, "torch", [Point.parse("1x8x8")], "q8_0")
 
 
 class Exact(EngineBench):
@@ -427,7 +431,8 @@ def test_costs_in_llama_cpp_are_a_cost_table(tmp_path: Path) -> None:
     assert len(table.costs) == 2 * 8 and len(table.parent_measured) == 2
     costs = {(cost.subblock, cost.variant, cost.batch_size): cost for cost in table.costs}
     assert costs["attention", "no_op", 1].prefill_seconds == 0
-    assert costs["ffn", "parent", 2].prefill_seconds > 0
+    assert all(cost.prefill_seconds >= 0 for cost in table.costs)  # at these sizes noise, cut at 0
+    assert table.parent_measured[1].prefill_seconds > table.parent_measured[0].prefill_seconds > 0
     assert measure_costs(parent, SPACE, scenarios, hardware, measure, tmp_path) == table
 
 
