@@ -135,11 +135,11 @@ def _foreign_blocks(file: GgufFile, heads: list[int]) -> list[dict[str, Any]]:
         nothing = {"no_op": True, "replace_with_linear": False}
         attention: dict[str, Any] = nothing
         if width and kv:
-            whole = {"no_op": False, "replace_with_linear": False}
+            whole: dict[str, Any] = {"no_op": False, "replace_with_linear": False}
             attention = whole | {"num_key_value_heads": kv, "n_heads_in_group": query // kv}
         elif width and query:
             attention = {"no_op": False, "replace_with_linear": True}
-        ffn = nothing
+        ffn: dict[str, Any] = nothing
         if width and file.tensor(f"blk.{index}.ffn_down.weight").any():
             ffn = {"no_op": False, "replace_with_linear": False, "intermediate_size": width}
         blocks.append({"attention": attention, "ffn": ffn})

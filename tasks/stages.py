@@ -177,7 +177,7 @@ def jobs_of(
     for layer in layers_of(profile, reader):
         for subblock in SUBBLOCKS:
             for variant in parse_labels(subblock, getattr(profile.search_space, subblock), reader.config)[1:]:
-                choice = LayerChoice(**{subblock: variant.label})
+                choice = LayerChoice().model_copy(update={subblock: variant.label})
                 if refusal(target_engines(profile), reader.config, layer, choice.attention, choice.ffn):
                     continue  # the target could not run it: not trained, not scored, never chosen
                 jobs.append(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from blocks.errors import PuzzleError
 from blocks.records import Turn
 from blocks.variant import parse_labels
 from flows import cli
@@ -28,7 +29,7 @@ from tasks.engines.registry import ENGINES, engine_of, installed_engine
 from tasks.engines.torch_engine import Torch
 from tasks.export import ExportError, export_folder
 from tasks.formats import KL_TOLERANCE, LOGITS_TOLERANCE, compare_logits, export_as, precision_of
-from tasks.gguf_export import PRECISIONS, write_gguf
+from tasks.gguf_export import PRECISIONS, UnknownPrecision, write_gguf
 from tasks.gguf_import import read_gguf
 from tasks.gguf_layout import FILLER_WIDTH, packed
 from tasks.gguf_tokenizer import converted_tokenizer
@@ -337,7 +338,7 @@ def test_export_and_its_refusals_on_the_command_line(folders: dict[str, Path], t
     for words in (["--format", "guf"], ["--format", "gguf", "--precision", "q9"], ["--format", "native"]):
         refused = run("export", str(folders["child"]), *words, "--out", str(tmp_path / "no"))
         assert refused.exit_code != 0 and "Traceback" not in refused.output
-    with pytest.raises(formats.UnknownPrecision, match="f32, f16, bf16, q8_0"):
+    with pytest.raises(UnknownPrecision, match="f32, f16, bf16, q8_0"):
         precision_of("q9", "gguf")
 
 
@@ -385,7 +386,7 @@ def test_bench_refuses_what_it_cannot_run(folders: dict[str, Path]) -> None:
     assert "--parent" in str(alone.exception)
     with pytest.raises(PuzzleError, match="longer than the child's context of 128"):
         bench({"child": folders["child"]}, "torch", [Point.parse("1x128x8")])
-    with pytest.raises(formats.UnknownPrecision, match="f32, f16, bf16"):
+    with pytest.raises(UnknownPrecision, match="f32, f16, bf16"):
         bench({"child": folders["child"]}, "torch", [Point.parse("1x8x8")], "q8_0")
 
 
@@ -408,7 +409,7 @@ SPACE = SearchSpace(attention=("kv1", "linear", "no_op"), ffn=("ffn32", "linear"
 def test_whole_models_are_taken_apart_exactly(tmp_path: Path) -> None:
     parent, _ = prepare(tmp_path, train_steps=0)
     reader = open_parent(tmp_path / parent.folder)
-    variants = [v for part in ("attention", "ffn") for v in parse_labels(part, getattr(SPACE, part), reader.config)]  # type: ignore[arg-type]
+    variants = [v for part in ("attention", "ffn") for v in parse_labels(part, getattr(SPACE, part), reader.config)]
     exact = Exact(reader, variants, Hardware(engine="llama.cpp", threads=1), Measure(rounds=3))
     assert FIRST in {whole.name for whole in exact.wholes()}
     times = {whole.name: (exact.seconds(whole.repeated), 0.0) for whole in exact.wholes()}
