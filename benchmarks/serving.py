@@ -7,9 +7,9 @@ Parent and child take turns in each engine, one thread, every figure in CPU time
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.common import table, write_page
 from blocks.library import read_value, write_value
@@ -25,74 +25,85 @@ from tasks.formats import Difference, compare_logits, export_as
 from tasks.gguf_import import read_gguf
 from tasks.progress import say, shown
 
+ValueT = TypeVar("ValueT", bound=Value)
 CASES = ("torch:float32", "llama.cpp:float32", "llama.cpp:bfloat16", "llama.cpp:q8_0")
 
 
-class Kept(Value):
-    """What was measured, kept so that a page can be written again."""
+class Measured(Value):
+    """What one case gave, kept so that a run can be taken up again."""
 
     rows: tuple[BenchRow, ...]
-    logits: tuple[tuple[str, ...], ...]
+
+
+class Logits(Value):
+    """What one file's logits gave: cells of the table."""
+
+    cells: tuple[str, ...]
 
 
 def main() -> None:
-    """Write benchmarks/serving.md."""
+    """Measure what is not kept yet, then write benchmarks/serving.md."""
     options = _options()
     set_threads(1)
     report = read_value(sorted(options.workspace.glob("runs/*/report.json"))[-1], ChildReport)
     sources = {"parent": options.workspace / report.parent.folder, "child": options.workspace / report.child_folder}
+    cases = [tuple(case.split(":")) for case in options.cases]
+    files = [(name, precision) for engine, precision in cases if engine == "llama.cpp" for name in sources]
     point = Point.parse(options.load)
-    if options.stage in ("all", "speed"):
-        write_value(options.keep / "rows.json", _measured(sources, point, options))
-    if options.stage in ("all", "costs"):
-        write_value(options.keep / "costs.json", _cost_table(options, report, point))
-    if options.stage in ("all", "page"):
-        kept = read_value(options.keep / "rows.json", Kept)
-        parts = [_intro(report, sources["child"]), _speed(kept.rows), _prediction(report, kept.rows)]
-        parts.append(_costs(read_value(options.keep / "costs.json", CostTable), report, kept.rows))
-        write_page(
-            "serving", "A child in the engines that serve it", [*parts, _logits(kept), _limits(sources["child"])]
-        )
+    rows = [row for engine, precision in cases for row in _rows(options, sources, engine, precision, point).rows]
+    logits = [_logits_of(options, sources, name, precision).cells for name, precision in files]
+    costs = _once(options.keep / "costs.json", CostTable, lambda: _cost_table(options, report, point))
+    parts = [_intro(report, sources["child"]), _speed(rows), _prediction(report, rows)]
+    parts += [_costs(costs, report, rows), _logits(logits), _limits(sources["child"])]
+    write_page("serving", "A child in the engines that serve it", parts)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workspace", type=Path, default=Path("workspace/smollm2-cpu"))
-    parser.add_argument("--keep", type=Path, default=Path("workspace/serving"), help="what was measured is kept here")
-    parser.add_argument("--stage", choices=("all", "speed", "costs", "page"), default="all")
+    parser.add_argument("--keep", type=Path, default=Path("workspace/serving"), help="files and figures are kept here")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--load", default="1x256x64")
     parser.add_argument("--cases", nargs="+", default=CASES, metavar="ENGINE:PRECISION")
     return parser.parse_args()
 
 
-def _measured(sources: dict[str, Path], point: Point, options: argparse.Namespace) -> Kept:
-    cases = [tuple(case.split(":")) for case in options.cases]
-    precisions = [precision for engine, precision in cases if engine == "llama.cpp"]
-    rows: list[BenchRow] = []
-    with tempfile.TemporaryDirectory(prefix="puzzle-serving-") as temporary:
-        files, logits = _exports(sources, precisions, Path(temporary))
-        for engine, precision in cases:
-            own = sources if engine == "torch" else {name: files[name, precision] for name in sources}
-            with shown(f"{engine} {precision}") as tell:
-                rows += bench(own, engine, [point], precision, options.rounds, 1, tell)
-    return Kept(rows=tuple(rows), logits=tuple(map(tuple, logits)))
+def _once(path: Path, kind: type[ValueT], make: Callable[[], ValueT]) -> ValueT:
+    """A kept value, made and kept where there is none."""
+    if not path.is_file():
+        write_value(path, make())
+    return read_value(path, kind)
 
 
-def _exports(
-    sources: dict[str, Path], precisions: Sequence[str], folder: Path
-) -> tuple[dict[tuple[str, str], Path], list[list[str]]]:
-    """GGUF files by (model, precision), each compared with torch: exact and as llama.cpp runs by default."""
-    files, lines = {}, []
-    for name, source in sources.items():
-        for precision in precisions:
-            path = export_as(source, "gguf", precision, folder / f"{name}.{precision}.gguf").path
-            files[name, precision] = path
-            model: Any = read_gguf(path)
-            found = [compare_logits(model, path, 64, exact) for exact in (True, False)]
-            lines.append([f"{name}, {precision}", f"{path.stat().st_size / 2**20:.0f}", *_differences(found)])
-            say(f"{path.name}: {lines[-1]}")
-    return files, lines
+def _file(options: argparse.Namespace, sources: dict[str, Path], name: str, precision: str) -> Path:
+    path: Path = options.keep / f"{name}.{precision}.gguf"
+    if not path.is_file():
+        for note in export_as(sources[name], "gguf", precision, path).notes:
+            say(f"{path.name}: {note}")
+    return path
+
+
+def _rows(options: argparse.Namespace, sources: dict[str, Path], engine: str, precision: str, point: Point) -> Measured:
+    def measure() -> Measured:
+        own = sources
+        if engine == "llama.cpp":
+            own = {name: _file(options, sources, name, precision) for name in sources}
+        with shown(f"{engine} {precision}") as tell:
+            return Measured(rows=tuple(bench(own, engine, [point], precision, options.rounds, 1, tell)))
+
+    return _once(options.keep / f"{engine}.{precision}.json", Measured, measure)
+
+
+def _logits_of(options: argparse.Namespace, sources: dict[str, Path], name: str, precision: str) -> Logits:
+    """llama.cpp beside torch on one file: exact, and as llama.cpp runs by default."""
+
+    def measure() -> Logits:
+        path = _file(options, sources, name, precision)
+        model: Any = read_gguf(path)
+        found = [compare_logits(model, path, 64, exact) for exact in (True, False)]
+        return Logits(cells=(f"{name}, {precision}", f"{path.stat().st_size / 2**20:.0f}", *_differences(found)))
+
+    return _once(options.keep / f"logits.{name}.{precision}.json", Logits, measure)
 
 
 def _differences(found: Sequence[Difference]) -> list[str]:
@@ -154,11 +165,11 @@ def _prediction(report: ChildReport, rows: Sequence[BenchRow]) -> str:
     )
 
 
-def _logits(kept: Kept) -> str:
+def _logits(lines: Sequence[Sequence[str]]) -> str:
     header = ["file", "MiB", "most", "KL, nats", "top-1", "most (default)", "KL (default)", "top-1 (default)"]
     return (
         f"## Logits of {LlamaCpp().version()} against torch on the same weights\n\n64 random tokens; exact: no flash "
-        "attention, float32 KV cache; default: as llama.cpp runs by itself.\n\n" + table(header, kept.logits)
+        "attention, float32 KV cache; default: as llama.cpp runs by itself.\n\n" + table(header, lines)
     )
 
 
