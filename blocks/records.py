@@ -226,6 +226,15 @@ class TruthPoint(Value):
     true_se: float = 0.0
 
 
+class Turn(Value):
+    """One request of one model, in seconds: wall and CPU of the prefill and of one decode step (B tokens)."""
+
+    prefill: float
+    step: float
+    prefill_cpu: float
+    step_cpu: float
+
+
 class Candidate(Value):
     """One row of the final table: parent, child or a baseline, before or after GKD."""
 

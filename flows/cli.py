@@ -17,7 +17,7 @@ import typer
 
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.runtime import configure
-from flows import library, page, plan, search, truth
+from flows import library, page, plan, search, serving, truth
 from profiles.load import ProfileError, load_profile
 from profiles.schema import Profile
 
@@ -73,7 +73,7 @@ def show(workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="th
     typer.echo(f"child: {workspace.resolve() / report.child_folder}")
 
 
-for name, command in (*search.commands(), *truth.commands(), *plan.commands()):
+for name, command in (*search.commands(), *truth.commands(), *plan.commands(), *serving.commands()):
     app.command(name)(command)
 app.command("report")(page.report_command)
 app.add_typer(library.app, name="library")

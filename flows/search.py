@@ -65,6 +65,9 @@ def asked(
         list[int] | None, typer.Option("--keep", metavar="LAYER", help="a layer that stays as it is")
     ] = None,
     width_multiple: Annotated[int, typer.Option("--width-multiple", help="of every FFN width")] = 1,
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="use only what it can run: llama.cpp, vllm, tensorrt-llm, sglang")
+    ] = None,
     time_limit: Annotated[float, typer.Option("--time-limit", help="seconds the solver may take, at most")] = 60.0,
 ) -> tuple[JointLibrary, Request]:
     """What every command here is asked: a library, budgets, constraints."""
@@ -79,6 +82,7 @@ def asked(
             forbid=tuple(forbid or ()),
             keep_layers=tuple(keep or ()),
             width_multiple=width_multiple,
+            engine=engine,  # type: ignore[arg-type]  # checked by pydantic
             time_limit_seconds=time_limit,
         )
         request = Request(limits=tuple(found), metric=metric, traffic=_traffic(traffic or []), search=search)

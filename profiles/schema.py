@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
+EngineName = Literal["torch", "llama.cpp", "vllm", "tensorrt-llm", "sglang"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Label = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
 
@@ -175,7 +176,10 @@ class Hardware(Section):
     """The hardware target: costs are measured on it, or, engine `roofline`, modelled from `profiles/hardware/`."""
 
     name: str = Field(default="this-machine", description="with engine roofline: a target of profiles/hardware/")
-    engine: Literal["torch", "roofline"] = "torch"
+    engine: Literal["torch", "llama.cpp", "roofline"] = Field(default="torch", description="what costs are measured in")
+    must_run: tuple[EngineName, ...] = Field(
+        default=(), description="engines that have to run the child too: what they cannot is never chosen"
+    )
     device: str = "cpu"
     precision: Precision = Field(default="float32", description="of weights and products; float8 is modelled only")
     kv_precision: Precision | None = Field(default=None, description="of the KV cache, modelled only; as the weights")
@@ -258,6 +262,7 @@ class Search(Section):
         default=(), description="layers that stay the parent's"
     )
     width_multiple: PositiveInt = Field(default=1, description="FFN widths must be a multiple of this")
+    engine: EngineName | None = Field(default=None, description="blocks that this engine cannot run are not used")
 
 
 class GKD(Section):

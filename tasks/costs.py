@@ -37,7 +37,7 @@ Tell = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Timing:
+class Timing:
     """Medians over rounds and half the interquartile range over the median."""
 
     prefill: float
@@ -52,12 +52,19 @@ def hardware_description(hardware: Hardware) -> dict[str, str]:
         "name": hardware.name,
         "machine": platform.machine(),
         "processor": processor(),
-        "engine": f"torch {torch.__version__}",
-        "transformers": transformers.__version__,
+        **_engine_description(hardware),
         "device": hardware.device,
         "precision": hardware.precision,
         "threads": str(hardware.threads or torch.get_num_threads()),
     }
+
+
+def _engine_description(hardware: Hardware) -> dict[str, str]:
+    if hardware.engine == "torch":
+        return {"engine": f"torch {torch.__version__}", "transformers": transformers.__version__}
+    from tasks.engines.registry import installed_engine
+
+    return {"engine": installed_engine(hardware.engine).version()}
 
 
 def processor() -> str:
@@ -109,11 +116,11 @@ def measure_costs(
     non_block: list[NonBlockCost] = []
     whole: list[NonBlockCost] = []
     shapes = [(scenario, batch) for scenario in scenarios for batch in scenario.batch_sizes]
-    bench = _Bench(reader, variants, hardware, measure)
+    bench = _bench(reader, variants, hardware, measure)
     for index, (scenario, batch) in enumerate(shapes):
         timings = bench.run(scenario, batch, partial(_tell_part, tell, index, len(shapes)))
         costs += [
-            _cost(reader, variant, scenario, batch, timings[variant.subblock, variant.label], hardware.precision)
+            _cost(reader, variant, scenario, batch, timings[variant.subblock, variant.label], hardware)
             for variant in variants
         ]
         non_block.append(_non_block(reader, scenario, batch, timings["non_block", ""], hardware.precision))
@@ -130,12 +137,23 @@ def measure_costs(
     return table
 
 
+def _bench(reader: Parent, variants: Sequence[Variant], hardware: Hardware, measure: Measure) -> Any:
+    """What times variants in the profile's engine: `run(scenario, batch, tell)`."""
+    if hardware.engine == "torch":
+        return _Bench(reader, variants, hardware, measure)
+    from tasks.engine_costs import EngineBench
+
+    return EngineBench(reader, variants, hardware, measure)
+
+
 def _tell_part(tell: Tell, part: int, parts: int, done: int, total: int) -> None:
     tell(part * total + done, parts * total)
 
 
-def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timing: _Timing, precision: str) -> Cost:
-    needs = resources(reader, variant, scenario.prompt_tokens, BYTES[precision])
+def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timing: Timing, hardware: Hardware) -> Cost:
+    needs = resources(reader, variant, scenario.prompt_tokens, BYTES[hardware.precision])
+    kv_precision = "float16" if hardware.engine == "llama.cpp" else hardware.precision  # its default for any weights
+    cache = resources(reader, variant, scenario.prompt_tokens, BYTES[kv_precision]).kv_bytes_per_token
     return Cost(
         subblock=variant.subblock,
         variant=variant.label,
@@ -147,11 +165,11 @@ def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timi
         decode_spread=timing.decode_spread,
         parameters=needs.parameters,
         weight_bytes=needs.weight_bytes,
-        kv_bytes_per_token=needs.kv_bytes_per_token,
+        kv_bytes_per_token=cache,
     )
 
 
-def _non_block(reader: Parent, scenario: Scenario, batch: int, timing: _Timing, precision: str) -> NonBlockCost:
+def _non_block(reader: Parent, scenario: Scenario, batch: int, timing: Timing, precision: str) -> NonBlockCost:
     parameters = non_block_parameters(reader.config)
     return NonBlockCost(
         scenario=scenario.name,
@@ -200,7 +218,7 @@ class _Bench:
         return stack.to(self.device, self.dtype).eval()
 
     @torch.inference_mode()
-    def run(self, scenario: Scenario, batch: int, tell: Tell) -> dict[tuple[str, str], _Timing]:
+    def run(self, scenario: Scenario, batch: int, tell: Tell) -> dict[tuple[str, str], Timing]:
         """Rounds over all stacks, non-block parts and the whole parent, in turns."""
         rounds: dict[tuple[str, str], list[tuple[float, float]]] = {}
         total = (self.measure.rounds + 1) * (len(self.stacks) + 2)
@@ -217,7 +235,7 @@ class _Bench:
                     rounds.setdefault(name, []).append(figures)
                 done += 1
                 tell(done, total)
-        free = _Timing(prefill=0.0, decode=0.0, prefill_spread=0.0, decode_spread=0.0)
+        free = Timing(prefill=0.0, decode=0.0, prefill_spread=0.0, decode_spread=0.0)
         return {name: _summary(figures) for name, figures in rounds.items()} | dict.fromkeys(self.free, free)
 
     def _time(
@@ -276,9 +294,9 @@ class _Bench:
         return time.perf_counter()
 
 
-def _summary(figures: list[tuple[float, float]]) -> _Timing:
+def _summary(figures: list[tuple[float, float]]) -> Timing:
     (prefill, prefill_spread), (decode, decode_spread) = (_median([f[i] for f in figures]) for i in (0, 1))
-    return _Timing(prefill=prefill, decode=decode, prefill_spread=prefill_spread, decode_spread=decode_spread)
+    return Timing(prefill=prefill, decode=decode, prefill_spread=prefill_spread, decode_spread=decode_spread)
 
 
 def _median(values: list[float]) -> tuple[float, float]:

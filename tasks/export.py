@@ -25,6 +25,7 @@ from blocks.errors import PuzzleFailure
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM, family_class
 from blocks.records import CorpusInfo, ParentInfo
+from tasks.engines.limits import gaps, is_whole, limits_of
 
 AUTO_MAP = {
     "AutoConfig": "configuration_decilm.DeciLMConfig",
@@ -49,20 +50,8 @@ PARENT_FILES = (
     "USE_POLICY*",
 )
 
-LINEAR = "linear subblocks"
-BARE_START = "layer 0 without attention"
-MIXED_KV = "different numbers of KV heads"
-WINDOW = "a sliding window"
-WRONG_MULT = "an FFN width that ffn_mult cannot give (not a multiple of 256)"
-NO_MULT = "FFN widths without ffn_mult"
-FOREIGN = "biases, norms or scales that Llama does not have"
-
-# engine -> what it cannot run of a nemotron-nas model; read from the engines' sources, vLLM 0.32 also run
-ENGINE_GAPS: dict[str, frozenset[str]] = {
-    "vLLM": frozenset({LINEAR, BARE_START, WRONG_MULT, FOREIGN}),
-    "TensorRT-LLM": frozenset({WINDOW, WRONG_MULT, NO_MULT, FOREIGN}),
-    "SGLang": frozenset({LINEAR, BARE_START, MIXED_KV, WINDOW, WRONG_MULT, NO_MULT, FOREIGN}),
-}
+# serving engines that read the nemotron-nas schema, as the card names them
+CARD_ENGINES = ("vllm", "tensorrt-llm", "sglang")
 
 
 class ExportError(PuzzleFailure):
@@ -70,11 +59,18 @@ class ExportError(PuzzleFailure):
 
 
 def export_child(model: DeciLMForCausalLM, parent: ParentInfo, workspace: Path, target: Path, card: str) -> Path:
-    """Write `model` to the folder `target` and return it; `card` becomes its README.md.
+    """Write a child of a workspace's parent to the folder `target` and return it; `card` becomes its README.md."""
+    return export_folder(model, workspace / parent.folder, target, card)
 
-    The folder is written and verified under another name beside `target`, then moved there: an export that fails or is
-    killed leaves what stood at `target`. Raises ExportError when the reloaded folder's logits are not exactly the
-    model's.
+
+def export_folder(
+    model: DeciLMForCausalLM, files_from: Path, target: Path, card: str, heterogeneous: bool = False
+) -> Path:
+    """Write `model` to the folder `target` with tokenizer and licence files of another folder.
+
+    heterogeneous: in the nemotron-nas schema even when all layers are alike. The folder is written and verified under
+    another name beside `target`, then moved there: an export that fails or is killed leaves what stood at `target`.
+    Raises ExportError when the reloaded folder's logits are not exactly the model's.
     """
     target = target.absolute()
     part, old = target.with_name(f".{target.name}.part"), target.with_name(f".{target.name}.old")
@@ -84,8 +80,8 @@ def export_child(model: DeciLMForCausalLM, parent: ParentInfo, workspace: Path, 
         shutil.rmtree(leftover, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        write_checkpoint(model, part)
-        copy_parent_files(workspace / parent.folder, part)
+        write_checkpoint(model, part, heterogeneous)
+        copy_parent_files(files_from, part)
         (part / "README.md").write_text(card, encoding="utf-8")
         for file in part.iterdir():
             file.chmod(0o644)  # safetensors writes for its owner alone; an engine runs as somebody else
@@ -132,19 +128,15 @@ def _layer_sizes(config: DeciLMConfig, layer: int) -> tuple[int | None, int | No
     kv_heads = block["attention"].get("num_key_value_heads") or config.num_key_value_heads
     width = block["ffn"].get("intermediate_size") or config.intermediate_size
     return (
-        kv_heads if _is_whole(block["attention"]) else None,
-        width if _is_whole(block["ffn"]) else None,
+        kv_heads if is_whole(block["attention"]) else None,
+        width if is_whole(block["ffn"]) else None,
     )
 
 
-def _is_whole(entry: dict[str, Any]) -> bool:
-    return not entry["no_op"] and not entry["replace_with_linear"]
-
-
-def write_checkpoint(model: DeciLMForCausalLM, folder: Path) -> None:
+def write_checkpoint(model: DeciLMForCausalLM, folder: Path, heterogeneous: bool = False) -> None:
     """Weights (tied ones once), config and generation config of a child; its code unless the native class will do."""
     model.save_pretrained(folder)
-    native = native_config(cast(DeciLMConfig, model.config))
+    native = None if heterogeneous else native_config(cast(DeciLMConfig, model.config))
     if native is not None:
         native.dtype = model.dtype
         native.save_pretrained(folder)
@@ -220,25 +212,7 @@ def _private_code_cache() -> Iterator[None]:
 
 def engine_gaps(config: DeciLMConfig) -> dict[str, list[str]]:
     """For each serving engine, what of this heterogeneous child it cannot run; an empty list: it can."""
-    blocks, types = config.block_configs, config.layer_types
-    subblocks = [entry for block in blocks for entry in (block["attention"], block["ffn"])]
-    widths = [block["ffn"] for block in blocks if _is_whole(block["ffn"])]
-    mults = [(ffn.get("ffn_mult"), ffn.get("intermediate_size", config.intermediate_size)) for ffn in widths]
-    needs = {
-        LINEAR: any(entry["replace_with_linear"] for entry in subblocks),
-        BARE_START: blocks[0]["attention"]["no_op"],
-        MIXED_KV: len({_layer_sizes(config, layer)[0] for layer in range(len(blocks))} - {None}) > 1,
-        WINDOW: "sliding_attention" in types,
-        WRONG_MULT: any(mult is not None and width_of(mult, config.hidden_size) != width for mult, width in mults),
-        NO_MULT: any(mult is None for mult, _ in mults),
-        FOREIGN: config.base_model_type not in ("llama", "mistral"),
-    }
-    return {engine: [need for need in needs if needs[need] and need in gaps] for engine, gaps in ENGINE_GAPS.items()}
-
-
-def width_of(ffn_mult: float, hidden_size: int) -> int:
-    """Intermediate size that engines read from `ffn_mult`: 2/3 of the multiple, rounded up to a multiple of 256."""
-    return -(-int(2 * ffn_mult * hidden_size / 3) // 256) * 256
+    return {limits_of(engine).title: gaps(engine, config) for engine in CARD_ENGINES}
 
 
 def model_card(parent: ParentInfo, corpus: CorpusInfo, config: DeciLMConfig, figures: str, command: str) -> str:
@@ -312,6 +286,6 @@ def _loading(config: DeciLMConfig) -> list[str]:
     if native is not None:
         return [*snippet, f"All layers are alike: a plain `{_native_name(config)}`, for any engine that runs one."]
     engines = ["| engine | runs it |", "|---|---|", "| transformers >= 5 | yes |"]
-    for engine, gaps in engine_gaps(config).items():
-        engines.append(f"| {engine} | {'no: ' + '; '.join(gaps) if gaps else 'yes, as DeciLMForCausalLM'} |")
+    for engine, missing in engine_gaps(config).items():
+        engines.append(f"| {engine} | {'no: ' + '; '.join(missing) if missing else 'yes, as DeciLMForCausalLM'} |")
     return [*snippet, *engines]

@@ -63,13 +63,14 @@ def variant_colours(labels: Sequence[str]) -> dict[str, str]:
     return colours
 
 
-def _figure(width: float, height: float) -> Figure:
+def figure_of(width: float, height: float) -> Figure:
+    """An empty figure, inches, that needs no display."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _plain(axes: Axes) -> None:
+def plain_axes(axes: Axes) -> None:
     """No box around the axes, quiet ticks."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -87,7 +88,7 @@ def draw_architecture(
     """
     depth = len(architecture.layers)
     width = min(30.0, max(12.0, 5.5 + 0.4 * depth))
-    figure = _figure(width, 5.0)
+    figure = figure_of(width, 5.0)
     cells, bars = figure.subplots(1, 2, width_ratios=[width - 4.5, 4.5])
     _draw_cells(figure, cells, architecture.layers, (width - 6.0) / depth)
     _draw_costs(bars, architecture, parent, child)
@@ -213,7 +214,7 @@ def _draw_costs(axes: Axes, architecture: Architecture, parent: Candidate | None
     if measured:
         handles.append(Patch(color=COLOURS["child"], label="measured"))
     axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1.0), ncols=2, frameon=False, fontsize=9)
-    _plain(axes)
+    plain_axes(axes)
 
 
 def _predicted_shares(architecture: Architecture) -> dict[str, float]:
@@ -267,7 +268,7 @@ def draw_comparison(candidates: Sequence[Candidate]) -> Figure:
     rows = ["kl"]
     if any(candidate.retention is not None for candidate in others):
         rows.append("retention")
-    figure = _figure(11, 1.2 + 4.2 * len(rows))
+    figure = figure_of(11, 1.2 + 4.2 * len(rows))
     grid = figure.subplots(len(rows), 2, squeeze=False, sharex="col", sharey="row")
     for row, quality in enumerate(rows):
         for column, speed in enumerate(("prefill", "decode")):
@@ -316,7 +317,7 @@ def _draw_plane(axes: Axes, parent: Candidate | None, others: Sequence[Candidate
     axes.grid(color="#e4e7eb", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
-    _plain(axes)
+    plain_axes(axes)
 
 
 def _scale(axes: Axes, quality: str, heights: Sequence[float]) -> None:

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from blocks.errors import InfeasibleBudget, PuzzleError
 from profiles.schema import Search, Section
+from tasks.engines.limits import refused_label
 from tasks.joint import (
     QUANTITIES,
     JointLibrary,
@@ -178,16 +179,27 @@ def allowed(library: JointLibrary, request: Request) -> list[int]:
         if not (option.names & set(search.forbid))
         and (option.is_parent or option.layer not in kept_layers)
         and (option.is_parent or option.sizes.get("intermediate_size", 0) % search.width_multiple == 0)
+        and (search.engine is None or _runs(library, option, search.engine))
     ]
     emptied = [layer for layer in library.layers if layer not in {library.options[index].layer for index in left}]
     if emptied:
         told = [*search.forbid, *(["keep_layers"] if search.keep_layers else [])]
         told += ["width_multiple"] if search.width_multiple > 1 else []
+        told += [f"what {search.engine} can run"] if search.engine else []
         raise InfeasibleBudget(
             f"{' and '.join(told)} forbids every variant of {', '.join(emptied[:5])}"
             f"{' and more' if len(emptied) > 5 else ''}: forbid less, or add variants there."
         )
     return left
+
+
+def _runs(library: JointLibrary, option: JointOption, engine: str) -> bool:
+    """Whether an engine can run a block, as far as its label and sizes tell."""
+    parent = library.parents.get(option.layer, option).sizes
+    width, heads = option.sizes.get("intermediate_size", 0), option.sizes.get("num_key_value_heads", 0)
+    mixed = bool(heads) and heads != parent.get("num_key_value_heads", heads)
+    layer = library.layers.index(option.layer)
+    return refused_label(engine, layer, kinds_in(option.label), 0 if option.is_parent else width, mixed) is None
 
 
 def _check_names(library: JointLibrary, search: Search) -> None:

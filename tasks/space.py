@@ -5,6 +5,7 @@ from blocks.parent import Parent
 from blocks.records import SUBBLOCKS
 from blocks.variant import parse_labels
 from profiles.schema import Profile, SearchSpace
+from tasks.engines.limits import check_parent
 
 
 def layers_of(profile: Profile, reader: Parent) -> list[int]:
@@ -20,6 +21,13 @@ def check_search_space(profile: Profile, reader: Parent) -> None:
     outside = [layer for layer in profile.search_space.layers or () if not 0 <= layer < reader.depth]
     if outside:
         raise PuzzleError(f"search_space.layers names {outside}, but the parent's layers are 0 to {reader.depth - 1}")
+    check_parent(target_engines(profile), reader.config)
+
+
+def target_engines(profile: Profile) -> tuple[str, ...]:
+    """The engines that have to run the child; a roofline runs nothing."""
+    hardware = profile.hardware
+    return tuple(name for name in dict.fromkeys((hardware.engine, *hardware.must_run)) if name != "roofline")
 
 
 def measured_space(profile: Profile) -> SearchSpace:

@@ -43,12 +43,13 @@ from tasks.bld import Job, distill
 from tasks.choose import choose
 from tasks.compare import Contender, Evaluation
 from tasks.corpus import iterate_documents, prepare_corpus
+from tasks.engines.limits import refusal
 from tasks.parent import prepare_parent
 from tasks.peers import find
 from tasks.progress import Stage, say, shown
 from tasks.record import open_parent, record_key, record_layer, recorded
 from tasks.roofline import modelled_costs, setting_of
-from tasks.space import check_search_space, layers_of, measured_space
+from tasks.space import check_search_space, layers_of, measured_space, target_engines
 from tasks.throughput import Throughput
 from tasks.totals import Problem, make_problem, predicted
 from tasks.usage import noted
@@ -163,6 +164,9 @@ def jobs_of(
     for layer in layers_of(profile, reader):
         for subblock in SUBBLOCKS:
             for variant in parse_labels(subblock, getattr(profile.search_space, subblock), reader.config)[1:]:
+                choice = LayerChoice().model_copy(update={subblock: variant.label})
+                if refusal(target_engines(profile), reader.config, layer, choice.attention, choice.ffn):
+                    continue  # the target could not run it: not trained, not scored, never chosen
                 jobs.append(
                     Job(
                         parent=parent,
@@ -190,6 +194,8 @@ def coupled_jobs(profile: Profile, jobs: Sequence[Job], blocks: Sequence[BlockRe
             for ffn in spaces["ffn"]:
                 if not (kind_of(attention).trainable or kind_of(ffn).trainable):
                     continue  # nothing to train: the additive score stands
+                if refusal(target_engines(profile), reader.config, layer, attention.label, ffn.label):
+                    continue
                 starts = [done.get((layer, v.subblock, v.label)) for v in (attention, ffn)]
                 coupled.append(
                     model.model_copy(

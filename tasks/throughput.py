@@ -9,13 +9,14 @@ others use too, only an interleaved order is fair: in every round each model has
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from blocks.export_code.modeling_decilm import CACHE
-from blocks.records import Metric, Value
+from blocks.records import Metric, Turn, Value
 from profiles.schema import Scenario
 
 MAX_DECODE_STEPS = 32  # decoding is measured over at most so many tokens, then extrapolated to the whole request
@@ -35,15 +36,6 @@ class Throughput(Value):
     decode_tokens_per_second: Metric
     runtime_seconds: Metric
     cpu_seconds: Metric
-
-
-class _Turn(Value):
-    """One request of one model, in seconds: wall and CPU of the prefill and of one decode step (B tokens)."""
-
-    prefill: float
-    step: float
-    prefill_cpu: float
-    step_cpu: float
 
 
 def median_metric(values: Sequence[float]) -> Metric:
@@ -66,17 +58,27 @@ def measure_throughput(
     vocabulary = min(model.config.vocab_size for model in models.values())
     prompt = torch.randint(vocabulary, (batch_size, scenario.prompt_tokens), generator=generator)
     steps = min(scenario.generated_tokens, MAX_DECODE_STEPS)
-    order = list(models)
-    turns: dict[str, list[_Turn]] = {name: [] for name in order}
     for model in models.values():
-        _request(model, prompt, min(steps, 2))
+        request_of(model, prompt, min(steps, 2))
+    turns = in_turns({name: partial(request_of, model, prompt, steps) for name, model in models.items()}, rounds)
+    return {name: summary_of(own, scenario, batch_size) for name, own in turns.items()}
+
+
+def in_turns(
+    requests: Mapping[str, Callable[[], Turn]], rounds: int, tell: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, list[Turn]]:
+    """So many turns of every request, in rounds: each once a round, every other round backwards."""
+    order = list(requests)
+    turns: dict[str, list[Turn]] = {name: [] for name in order}
     for number in range(rounds):
-        for name in reversed(order) if number % 2 else order:
-            turns[name].append(_request(models[name], prompt, steps))
-    return {name: _summary(own, scenario, batch_size) for name, own in turns.items()}
+        for place, name in enumerate(reversed(order) if number % 2 else order, start=1):
+            turns[name].append(requests[name]())
+            tell(number * len(order) + place, rounds * len(order))
+    return turns
 
 
-def _summary(turns: Sequence[_Turn], scenario: Scenario, batch_size: int) -> Throughput:
+def summary_of(turns: Sequence[Turn], scenario: Scenario, batch_size: int) -> Throughput:
+    """Medians of one model's turns."""
     prompt_tokens, generated = scenario.prompt_tokens * batch_size, scenario.generated_tokens
     return Throughput(
         scenario=scenario.name,
@@ -88,7 +90,7 @@ def _summary(turns: Sequence[_Turn], scenario: Scenario, batch_size: int) -> Thr
     )
 
 
-def _request(model: Any, prompt: Tensor, steps: int) -> _Turn:
+def request_of(model: Any, prompt: Tensor, steps: int) -> Turn:
     """One prefill of `prompt` (B, P) with cache, then `steps` greedy decode steps."""
     device = next(model.parameters()).device
     ids = prompt.to(device)
@@ -105,7 +107,7 @@ def _request(model: Any, prompt: Tensor, steps: int) -> _Turn:
 
         _, whole, whole_cpu = _timed(decode, device)
     model.train(training)
-    return _Turn(prefill=prefill, step=whole / steps, prefill_cpu=prefill_cpu, step_cpu=whole_cpu / steps)
+    return Turn(prefill=prefill, step=whole / steps, prefill_cpu=prefill_cpu, step_cpu=whole_cpu / steps)
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float, float]:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.records import CorpusInfo, ParentInfo, Ref
+from tasks.engines.limits import width_of
 from tasks.export import (
     ExportError,
     engine_gaps,
@@ -28,7 +29,6 @@ from tasks.export import (
     model_card,
     native_config,
     verify_checkpoint,
-    width_of,
     write_checkpoint,
 )
 from tests.test_modeling import FAMILIES, LINEAR, NO_OP, attention, ffn, mixed_blocks, tiny_child, tiny_parent

@@ -1,0 +1,91 @@
+"""`puzzle export | bench`: a finished child in the formats of engines, and its speed in them beside its parent's."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from blocks.errors import PuzzleError
+from blocks.runtime import configure
+from tasks.progress import say, shown, wide_console
+
+ChildPath = Annotated[
+    Path, typer.Argument(metavar="CHILD", help="a child's folder (a parent's will do), or a .gguf file")
+]
+Precision = Annotated[str, typer.Option("--precision", help="f32, f16, bf16; q8_0 in GGUF and llama.cpp")]
+
+
+def export_command(
+    child: ChildPath,
+    form: Annotated[str, typer.Option("--format", help="gguf, nemotron-nas, transformers or native")],
+    out: Annotated[Path, typer.Option("--out", metavar="PATH", help="the file (gguf) or folder to write")],
+    precision: Precision = "f32",
+    tokenizer_from: Annotated[
+        Path | None, typer.Option("--tokenizer-from", metavar="GGUF", help="copy the tokenizer of this GGUF file")
+    ] = None,
+) -> None:
+    """Write a child for an engine, and check that the engine gives the same logits."""
+    _quiet()
+    from tasks.formats import export_as
+
+    done = export_as(child, form, precision, out, tokenizer_from)
+    for note in done.notes:
+        say(note)
+    typer.echo(f"{form}: {done.path.resolve()}")
+
+
+def bench_command(
+    child: ChildPath,
+    engine: Annotated[str, typer.Option("--engine", help="torch or llama.cpp")] = "torch",
+    parent: Annotated[
+        Path | None, typer.Option("--parent", metavar="PATH", help="folder or .gguf [the parent of the child's run]")
+    ] = None,
+    load: Annotated[
+        list[str] | None, typer.Option("--load", metavar="BxPxG", help="batch x prompt x generated tokens [1x256x64]")
+    ] = None,
+    precision: Precision = "f32",
+    rounds: Annotated[int, typer.Option(min=1, help="turns of each model, interleaved")] = 5,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    picture: Annotated[Path | None, typer.Option("--picture", metavar="PNG", help="draw the figures")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="the rows as a list")] = False,
+) -> None:
+    """Parent and child in turns under the same load: prefill, decode, memory, gains of pairs."""
+    _quiet()
+    from tasks.bench import CHILD, PARENT, Point, bench, bench_table, draw_bench
+    from tasks.engines.registry import installed_engine
+
+    installed_engine(engine)
+    sources = {PARENT: parent or _parent_of(child), CHILD: child}
+    points = [Point.parse(text) for text in load or ["1x256x64"]]
+    with shown("bench", beside=True) as tell:
+        rows = bench(sources, engine, points, precision, rounds, threads, tell)
+    if picture is not None:
+        draw_bench(rows).savefig(picture)
+    if as_json:
+        typer.echo(json.dumps([row.model_dump() for row in rows], indent=1))
+    else:
+        wide_console().print(bench_table(rows))
+
+
+def _quiet() -> None:
+    """Settings of the process; transformers' own bars off, ours tell the stage."""
+    configure()
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
+def _parent_of(child: Path) -> Path:
+    from tasks.children import origin_of
+
+    folder = origin_of(child).parent_folder
+    if folder is None:
+        raise PuzzleError(f"no run's report lies beside {child}, so its parent is not known: name it with --parent.")
+    return folder
+
+
+def commands() -> Sequence[tuple[str, Any]]:
+    """Name and function of every command here."""
+    return (("export", export_command), ("bench", bench_command))

@@ -1,0 +1,64 @@
+"""What every engine is here: a class that says whether it is installed, and loads an export; a session that runs it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor
+
+from blocks.records import Turn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """How an export is loaded. exact: full float32 inside the engine where it has a choice, for comparing logits."""
+
+    precision: str = "float32"
+    threads: int = 1
+    batch_size: int = 1
+    context_tokens: int = 512
+    exact: bool = False
+
+
+class Session(ABC):
+    """One loaded model."""
+
+    vocab_size: int
+
+    @abstractmethod
+    def logits(self, tokens: Sequence[int]) -> Tensor:
+        """(T, vocabulary) float32 logits of one sequence of T tokens."""
+
+    @abstractmethod
+    def request(self, prompt: Tensor, steps: int) -> Turn:
+        """Time one prefill of `prompt` (B, P), then `steps` greedy decode steps of B tokens each."""
+
+    @abstractmethod
+    def generate(self, tokens: Sequence[int], steps: int) -> list[int]:
+        """The next `steps` tokens of one sequence, greedy."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the engine holds."""
+
+
+class Engine(ABC):
+    """One engine. `format` is the export it loads, `precisions` those that its exports can have here."""
+
+    name: ClassVar[str]
+    format: ClassVar[str]
+    precisions: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def missing(self) -> str | None:
+        """What to install, None when the engine is there."""
+
+    @abstractmethod
+    def version(self) -> str:
+        """Name and version of what would run. Raises EngineMissing."""
+
+    @abstractmethod
+    def load(self, path: Path, how: Load) -> Session:
+        """Load an export. Raises EngineMissing, EngineFailed."""

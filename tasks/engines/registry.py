@@ -1,0 +1,31 @@
+"""The engines by name. Each is imported when it is asked for: a worker that runs one does not load the others."""
+
+import importlib
+
+from tasks.engines.base import Engine
+from tasks.engines.limits import UnknownEngine, limits_of
+from tasks.engines.llama_library import EngineMissing
+
+ENGINES = {"torch": ("tasks.engines.torch_engine", "Torch"), "llama.cpp": ("tasks.engines.llama_cpp", "LlamaCpp")}
+
+
+def engine_of(name: str) -> Engine:
+    """An engine that can be driven from here, installed or not. Raises UnknownEngine."""
+    limits = limits_of(name)
+    if name not in ENGINES:
+        raise UnknownEngine(
+            f"{limits.title} is known by its limits only, it is not driven from here: export to {limits.format} and "
+            f"run it there. Engines that run here: {', '.join(ENGINES)}."
+        )
+    module, cls = ENGINES[name]
+    engine: Engine = getattr(importlib.import_module(module), cls)()
+    return engine
+
+
+def installed_engine(name: str) -> Engine:
+    """An engine that can run now. Raises UnknownEngine, EngineMissing with what to install."""
+    engine = engine_of(name)
+    missing = engine.missing()
+    if missing:
+        raise EngineMissing(f"{missing}.")
+    return engine

@@ -1,0 +1,143 @@
+"""One engine with one model in a process of its own: its memory is its own, its threads meet nobody's.
+
+`python -m tasks.engines.worker` reads one JSON object a line and answers with one: {"load": ...} first, then
+{"request": ...} as often as wanted. `Worker` is the other end.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Self
+
+from blocks.errors import PuzzleError
+from blocks.runtime import configure
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Worker:
+    """A process that holds one model in one engine. Use as a context manager."""
+
+    def __init__(self, engine: str, path: Path, how: Any) -> None:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        environment |= {"OMP_NUM_THREADS": str(how.threads)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tasks.engines.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+        self.what = {"engine": engine, "path": str(path.resolve()), "how": dataclasses.asdict(how)}
+        self.version = ""
+
+    def load(self) -> None:
+        """Load the model. Apart from the start, so that several workers can start at the same time."""
+        self.version = str(self._ask({"load": self.what})["version"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def request(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> Any:
+        """Time one request of random prompts. Returns a Turn."""
+        from blocks.records import Turn
+
+        shape = {"batch_size": batch_size, "prompt_tokens": prompt_tokens, "steps": steps, "seed": seed}
+        return Turn(**self._ask({"request": shape}))
+
+    def memory_bytes(self) -> int:
+        """Highest resident size so far, less what the process held before the model was loaded."""
+        return int(self._ask({"memory": {}})["bytes"])
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=30)
+        if self.process.poll() is None:
+            self.process.kill()
+
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        from tasks.engines.llama_library import EngineFailed
+
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(question) + "\n")
+            self.process.stdin.flush()
+        except OSError:
+            pass  # it has ended: the empty answer below says so
+        line = self.process.stdout.readline()
+        if not line:
+            raise EngineFailed(f"the engine's process ended with status {self.process.wait()}: its error stands above")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise EngineFailed(str(answer["error"]))
+        return answer
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS or VmHWM of this process; where the system does not tell, its peak."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    from tasks.usage import Usage
+
+    return Usage.peak_memory_bytes()
+
+
+class _Server:
+    """The worker's side: answers questions by name."""
+
+    def __init__(self) -> None:
+        self.before = 0
+        self.session: Any = None
+
+    def load(self, engine: str, path: str, how: dict[str, Any]) -> dict[str, Any]:
+        from tasks.engines.base import Load
+        from tasks.engines.registry import installed_engine
+
+        found = installed_engine(engine)
+        version = found.version()
+        self.before = resident_bytes("VmRSS")
+        self.session = found.load(Path(path), Load(**how))
+        return {"version": version}
+
+    def request(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> dict[str, Any]:
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+        prompt = torch.randint(self.session.vocab_size, (batch_size, prompt_tokens), generator=generator)
+        return dict(self.session.request(prompt, steps).model_dump())
+
+    def memory(self) -> dict[str, Any]:
+        return {"bytes": max(0, resident_bytes("VmHWM") - self.before)}
+
+
+def main() -> None:
+    """Answer until the questions end. What libraries print goes to standard error."""
+    configure()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    server = _Server()
+    for line in sys.stdin:
+        ((name, arguments),) = json.loads(line).items()
+        try:
+            answer = getattr(server, name)(**arguments)
+        except PuzzleError as error:
+            answer = {"error": str(error)}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Bench in worker processes, costs measured in llama.cpp, and a search that keeps to what its engine can run."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blocks.errors import PuzzleError
+from blocks.records import LayerRecord, Ref, Turn
+from blocks.variant import parse_labels
+from profiles.load import load_profile
+from profiles.schema import Hardware, Measure, Scenario, SearchSpace
+from tasks.bench import BenchRow, Point, bench, bench_table, draw_bench, gains_of
+from tasks.costs import measure_costs
+from tasks.engine_costs import FIRST, EngineBench
+from tasks.gguf_export import UnknownPrecision
+from tasks.record import open_parent
+from tasks.space import check_search_space
+from tasks.stages import jobs_of
+from tests.chain import prepare
+from tests.test_engines import folders, needs_llama_cpp, run
+
+__all__ = ["folders"]  # a fixture
+
+
+def turn(prefill: float, step: float) -> Turn:
+    return Turn(prefill=prefill, step=step, prefill_cpu=prefill / 2, step_cpu=step / 2)
+
+
+def test_gains_are_of_pairs() -> None:
+    parents, own = [turn(2, 1), turn(40, 20), turn(4, 2)], [turn(1, 1), turn(20, 20), turn(2, 1)]
+    gains = gains_of(parents, own, generated=2)
+    assert (gains.prefill.value, gains.prefill.se) == (2, 0)
+    assert gains.decode.value == 1
+    assert gains.request.value == pytest.approx(4 / 3)
+
+
+def test_loads_are_read() -> None:
+    assert Point.parse("2x8x4").label == "2x8x4"
+    for wrong in ("2x8", "0x8x4", "axbxc"):
+        with pytest.raises(PuzzleError, match="1x256x64"):
+            Point.parse(wrong)
+
+
+@pytest.mark.parametrize("engine", ["torch", pytest.param("llama.cpp", marks=needs_llama_cpp)])
+def test_bench_measures_parent_and_child_in_turns(engine: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    points = [Point.parse("1x8x4"), Point.parse("2x8x3")]
+    rows = bench(folders, engine, points, rounds=2, tell=lambda *done: told.append(done))
+    assert [(row.model, row.batch_size) for row in rows] == [("child", 1), ("parent", 1), ("child", 2), ("parent", 2)]
+    assert told == [(done, 8) for done in range(1, 9)]
+    for row in rows:
+        assert (row.gains is None) == (row.model == "parent")
+        assert row.memory_bytes > 2**20 and engine in row.version
+        assert row.throughput.decode_tokens_per_second.n == 2
+    assert bench_table(rows).row_count == 4
+    draw_bench(rows).savefig(tmp_path / "b.png")
+    assert BenchRow.model_validate_json(rows[0].model_dump_json()) == rows[0]
+
+
+def test_bench_refuses_what_it_cannot_run(folders: dict[str, Path]) -> None:
+    alone = run("bench", str(folders["child"]))
+    assert alone.exit_code != 0 and "Traceback" not in alone.output
+    assert "--parent" in str(alone.exception)
+    with pytest.raises(PuzzleError, match="longer than the child's context of 128"):
+        bench({"child": folders["child"]}, "torch", [Point.parse("1x128x8")])
+    with pytest.raises(UnknownPrecision, match="f32, f16, bf16"):
+        bench({"child": folders["child"]}, "torch", [Point.parse("1x8x8")], "q8_0")
+
+
+class Exact(EngineBench):
+    """Times that are sums of made-up costs, so that taking them apart must give these back."""
+
+    made_up = {"parent": 8.0, "kv1": 5.0, "linear": 2.0, "no_op": 0.0}
+    widths = {"parent": 6.0, "ffn32": 3.0, "linear": 2.5, "no_op": 0.25}
+
+    def seconds(self, repeated: Any) -> float:
+        whole = 100.0 + self.made_up["parent"] + self.widths["parent"]
+        if repeated is None:
+            return whole
+        return whole + (self.reader.depth - 1) * (self.made_up[repeated.attention] + self.widths[repeated.ffn])
+
+
+SPACE = SearchSpace(attention=("kv1", "linear", "no_op"), ffn=("ffn32", "linear", "no_op"))
+
+
+def test_whole_models_are_taken_apart_exactly(tmp_path: Path) -> None:
+    parent, _ = prepare(tmp_path, train_steps=0)
+    reader = open_parent(tmp_path / parent.folder)
+    variants = [v for part in ("attention", "ffn") for v in parse_labels(part, getattr(SPACE, part), reader.config)]
+    exact = Exact(reader, variants, Hardware(engine="llama.cpp", threads=1), Measure(rounds=3))
+    assert FIRST in {whole.name for whole in exact.wholes()}
+    times = {whole.name: (exact.seconds(whole.repeated), 0.0) for whole in exact.wholes()}
+    found = exact._one_phase(times, (1.0, 0.0))
+    for label, seconds in exact.made_up.items():
+        assert found["attention", label][0] == pytest.approx(seconds)
+    for label, seconds in exact.widths.items():
+        assert found["ffn", label][0] == pytest.approx(seconds)
+    assert found["non_block", ""][0] == pytest.approx(100.0)
+
+
+@needs_llama_cpp
+def test_costs_in_llama_cpp_are_a_cost_table(tmp_path: Path) -> None:
+    parent, _ = prepare(tmp_path, train_steps=0)
+    scenarios = (Scenario(batch_sizes=(1, 2), prompt_tokens=8, generated_tokens=6),)
+    hardware = Hardware(threads=1, engine="llama.cpp")
+    measure = Measure(rounds=3, decode_steps=2)
+    table = measure_costs(parent, SPACE, scenarios, hardware, measure, tmp_path)
+    assert "llama.cpp" in table.hardware["engine"] and table.hardware["threads"] == "1"
+    assert len(table.costs) == 2 * 8 and len(table.parent_measured) == 2
+    costs = {(cost.subblock, cost.variant, cost.batch_size): cost for cost in table.costs}
+    assert costs["attention", "no_op", 1].prefill_seconds == 0
+    assert all(cost.prefill_seconds >= 0 for cost in table.costs)  # at these sizes noise, cut at 0
+    assert table.parent_measured[1].prefill_seconds > table.parent_measured[0].prefill_seconds > 0
+    assert measure_costs(parent, SPACE, scenarios, hardware, measure, tmp_path) == table
+
+
+def test_a_search_for_an_engine_leaves_out_what_it_cannot_run(tmp_path: Path) -> None:
+    parent, _ = prepare(tmp_path, train_steps=0)
+    reader = open_parent(tmp_path / parent.folder)
+    root = Path(importlib.util.find_spec("profiles").submodule_search_locations[0])  # type: ignore[union-attr,index]
+    wanted = ['search_space.attention=["linear","no_op"]', 'search_space.ffn=["linear","ffn32"]']
+    ref = Ref(path="x", sha256="0")
+    records = [LayerRecord(layer=layer, boundary=ref, statistics=ref, seconds=0) for layer in range(reader.depth)]
+    found = {}
+    for must in ("[]", '["vllm"]'):
+        profile = load_profile(root / "tiny.yaml", [*wanted, f"hardware.must_run={must}"])
+        check_search_space(profile, reader)
+        jobs = jobs_of(profile, parent, records, "key", reader)
+        found[must] = {(job.layer, job.subblock, job.variant) for job in jobs}
+    assert len(found["[]"]) == 4 * reader.depth
+    kept = {(layer, "attention", "no_op") for layer in range(1, reader.depth)}
+    assert found['["vllm"]'] == kept | {(layer, "ffn", "ffn32") for layer in range(reader.depth)}

@@ -1,0 +1,183 @@
+"""GGUF without an engine: the packing against a model of llama.cpp's deci layer, round trips, tokenizers."""
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.library import write_text
+from tasks.gguf_export import PRECISIONS, UnknownPrecision, interleaved, rotate_half, write_gguf
+from tasks.gguf_import import GgufError, GgufFile, read_gguf
+from tasks.gguf_layout import FILLER_WIDTH, packed
+from tasks.gguf_tokenizer import NO_TOKENIZER, converted_tokenizer, copied_tokenizer
+from tests.test_modeling import LINEAR, NO_OP, attention, ffn, mixed_blocks, tiny_child, tiny_parent, token_ids
+
+
+def child_of(family: str = "llama", blocks: list[dict[str, Any]] | None = None, **changes: Any) -> DeciLMForCausalLM:
+    fields = {"attention_bias": False} if family == "llama" else {}
+    return tiny_child(tiny_parent(family, **(fields | changes)), blocks or mixed_blocks())
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(token_ids(1, 20)).logits
+
+
+def written(model: Any, folder: Path, precision: str = "float32", tokenizer: dict[str, Any] = NO_TOKENIZER) -> Path:
+    return write_gguf(model, folder / "child.gguf", precision, tokenizer, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"tie_word_embeddings": True, "head_dim": 16}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e3, "factor": 4.0}}),
+        ("qwen2", {}),
+    ],
+)
+def test_round_trip(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    child = child_of(family, **changes)
+    back = read_gguf(written(child, tmp_path))
+    assert back.config.block_configs == child.config.block_configs
+    assert back.config.base_model_type == family
+    own = child.state_dict()
+    assert set(back.state_dict()) == set(own)
+    assert all(torch.equal(own[name], tensor) for name, tensor in back.state_dict().items())
+    assert torch.equal(logits(back), logits(child))
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("float16", 1e-3), ("bfloat16", 6e-3), ("q8_0", 2e-2)])
+def test_rounded_weights_come_back_rounded(precision: str, allowed: float, tmp_path: Path) -> None:
+    child = child_of()
+    path = written(child, tmp_path, precision)
+    back, own = read_gguf(path).state_dict(), child.state_dict()
+    errors = {name: float((own[name] - tensor).norm() / own[name].norm()) for name, tensor in back.items()}
+    assert all(error == 0 for name, error in errors.items() if "norm" in name)
+    assert 0 < max(errors.values()) < allowed
+    kinds = {name: tensor.tensor_type for name, tensor in GgufFile(path).tensors.items()}
+    wanted = PRECISIONS[precision][0]
+    assert kinds["blk.2.attn_q.weight"] == wanted
+    # 48 columns hold no whole number of 32-blocks
+    down = next(
+        name for name in kinds if name.endswith("ffn_down.weight") and GgufFile(path).tensors[name].shape[0] == 48
+    )
+    assert kinds[down] == (gguf.GGMLQuantizationType.F16 if precision == "q8_0" else wanted)
+
+
+def runs_as_deci(layers: list[Any]) -> list[tuple[str, str]]:
+    """What llama.cpp's deci graph makes of GGUF layers: (kind, source) of every sub-layer that is computed."""
+    done = []
+    for layer in layers:
+        sources = {entry.name: entry.source for entry in layer.entries}
+        if layer.feed_forward_length == 0:
+            continue  # the whole layer is dropped
+        if layer.head_count and layer.head_count_kv:
+            done.append(("attention", sources["attn_q.weight"]))
+        elif layer.head_count and sources["attn_output.weight"]:
+            done.append(("linear", sources["attn_output.weight"]))
+        if sources["ffn_down.weight"]:
+            done.append(("swiglu", sources["ffn_down.weight"]))
+    return done
+
+
+def expected_order(blocks: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    order = []
+    for index, block in enumerate(blocks):
+        at = f"model.layers.{index}."
+        names = {
+            "attention": ("attention", "self_attn.q_proj", "self_attn.linear_attn"),
+            "ffn": ("swiglu", "mlp.down_proj", "mlp.linear_mlp"),
+        }
+        for subblock, (kind, whole, linear) in names.items():
+            if not block[subblock]["no_op"]:
+                is_linear = block[subblock]["replace_with_linear"]
+                order.append(("linear" if is_linear else kind, f"{at}{linear if is_linear else whole}.weight"))
+    return order
+
+
+def test_any_order_of_sublayers_is_packed_so_that_deci_runs_all_in_order() -> None:
+    kinds = list(product((attention(2), attention(1), LINEAR, NO_OP), (ffn(48), LINEAR, NO_OP)))
+    config = child_of().config
+    for first, second in product(kinds, kinds):
+        config.block_configs = [{"attention": pair[0], "ffn": pair[1]} for pair in (first, second)]
+        layers = packed(config)
+        assert runs_as_deci(layers) == expected_order(config.block_configs)
+        assert layers[0].head_count == config.num_attention_heads  # the head size is read off it
+        assert all(layer.feed_forward_length >= FILLER_WIDTH for layer in layers)
+
+
+def test_whole_layers_are_packed_one_to_one() -> None:
+    layers = packed(child_of(blocks=[{"attention": attention(2), "ffn": ffn(48)}] * 6).config)
+    assert [(layer.head_count, layer.head_count_kv, layer.feed_forward_length) for layer in layers] == [(4, 2, 48)] * 6
+
+
+def test_rows_are_interleaved_per_head() -> None:
+    rows = torch.arange(8).float()[:, None]  # 2 heads of 4: first half 0 1, second half 2 3
+    assert interleaved(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert torch.equal(rotate_half(interleaved(rows, 2), 2), rows)
+
+
+def test_a_file_without_puzzles_config_is_read_from_its_metadata(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = child_of()
+    monkeypatch.setattr("tasks.gguf_export.CONFIG_KEY", "somebody.elses")
+    back = read_gguf(written(child, tmp_path))
+    torch.testing.assert_close(logits(back), logits(child), rtol=0, atol=1e-5)  # linear FFNs are layers of their own
+    assert len(back.config.block_configs) == len(packed(child.config))
+    assert back.config.block_configs[1]["attention"]["replace_with_linear"]
+
+
+def test_what_is_no_gguf_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(GgufError, match=r"cannot be read as GGUF"):
+        read_gguf(write_text(tmp_path / "x.gguf", "not a model"))
+    writer = gguf.GGUFWriter(tmp_path / "y.gguf", "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(GgufError, match="architecture mamba: only deci and llama"):
+        read_gguf(tmp_path / "y.gguf")
+    with pytest.raises(UnknownPrecision, match="q8_0"):
+        written(child_of(), tmp_path, "q4_k")
+
+
+def bpe_folder(folder: Path, pre: Any, special: str = "<|end|>") -> Path:
+    letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=letters | {"ab": 256, "abc": 257}, merges=[("a", "b"), ("ab", "c")]))
+    tokenizer.pre_tokenizer = pre
+    tokenizer.add_special_tokens([special])
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_text(folder / "tokenizer_config.json", json.dumps({"eos_token": special, "chat_template": "{{ x }}"}))
+    return folder
+
+
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
+DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES])
+
+
+def test_tokenizers_are_converted_where_their_split_is_known_and_copied_from_a_gguf(tmp_path: Path) -> None:
+    fields = converted_tokenizer(bpe_folder(tmp_path / "a", BYTES), 260)
+    assert fields is not None
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    assert fields["tokenizer.ggml.tokens"][256:] == ["ab", "abc", "<|end|>", "[PAD259]"]
+    assert fields["tokenizer.ggml.token_type"][256:] == [1, 1, 3, 4]
+    assert fields["tokenizer.ggml.merges"] == ["a b", "ab c"]
+    assert (fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.chat_template"]) == (258, "{{ x }}")
+    digits = converted_tokenizer(bpe_folder(tmp_path / "b", DIGITS), 259)
+    assert digits is not None and digits["tokenizer.ggml.pre"] == "smollm"
+    no_regex = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for unknown in (no_regex, pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=True)):
+        assert converted_tokenizer(bpe_folder(tmp_path / "c", unknown), 259) is None
+    assert converted_tokenizer(tmp_path, 259) is None
+    path = written(child_of(), tmp_path, tokenizer=fields)
+    assert copied_tokenizer(path) == fields
