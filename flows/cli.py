@@ -4,7 +4,6 @@ Exit code 0: done. 2: the input is wrong, one sentence, no traceback. 1: somethi
 to go on. Heavy imports happen inside commands, after the process is configured.
 """
 
-import logging
 import os
 import shlex
 import sys
@@ -18,8 +17,11 @@ import typer
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.runtime import configure
 from flows import search
+from flows.doctor import doctor_command
+from flows.serve import serve_command
 from profiles.load import ProfileError, load_profile
 from profiles.schema import Profile
+from tasks.progress import logged
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 ProfileFile = Annotated[Path, typer.Argument(metavar="PROFILE", help="a profile (YAML), e.g. profiles/tiny.yaml")]
@@ -75,6 +77,8 @@ def show(workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="th
 
 for name, command in search.commands():
     app.command(name)(command)
+app.command("doctor")(doctor_command)
+app.command("serve")(serve_command)
 
 
 def prepare_workspace(folder: Path) -> None:
@@ -99,23 +103,18 @@ def prepare_workspace(folder: Path) -> None:
 
 def run_logged(folder: Path, work: Callable[[], str]) -> str:
     """Run with a log file in the workspace; a failure is one sentence, the traceback goes to the log."""
-    log = folder / "puzzle.log"
-    handler = logging.FileHandler(log)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
-    try:
-        return work()
-    except KeyboardInterrupt:
-        typer.echo("stopped; run the same command again to go on where it stopped", err=True)
-        raise SystemExit(130) from None
-    except PuzzleError as error:
-        if not isinstance(error, PuzzleFailure):
-            raise
-        raise _failed(log, error) from error
-    except Exception as error:
-        raise _failed(log, error) from error
-    finally:
-        logging.getLogger().removeHandler(handler)
+    with logged(folder) as log:
+        try:
+            return work()
+        except KeyboardInterrupt:
+            typer.echo("stopped; run the same command again to go on where it stopped", err=True)
+            raise SystemExit(130) from None
+        except PuzzleError as error:
+            if not isinstance(error, PuzzleFailure):
+                raise
+            raise _failed(log, error) from error
+        except Exception as error:
+            raise _failed(log, error) from error
 
 
 def _failed(log: Path, error: Exception) -> SystemExit:

@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
-from blocks.errors import PuzzleError
 from tasks.confidence import Confidence, bootstrap
 from tasks.interchange import open_library
 from tasks.joint import (
@@ -23,6 +21,7 @@ from tasks.joint import (
     sweep,
 )
 from tasks.progress import shown
+from tasks.sweeping import limits_between, request_for
 
 LibraryPath = Annotated[
     Path,
@@ -67,7 +66,7 @@ def choose_command(
 ) -> None:
     """The best architecture of a block library within your budgets, with its certificate."""
     opened = open_library(library, scenario, batch_size)
-    request = _request(
+    request = request_for(
         opened,
         {"memory_mib": memory_mib, "runtime_ms": runtime_ms, "num_params": num_params},
         metric=metric,
@@ -102,7 +101,7 @@ def explain_command(
 ) -> None:
     """What each budget costs: how much of it is used, its marginal price, the objective at 5 % less and more."""
     opened = open_library(library, scenario, batch_size)
-    request = _request(
+    request = request_for(
         opened,
         {"memory_mib": memory_mib, "runtime_ms": runtime_ms, "num_params": num_params},
         metric=metric,
@@ -137,9 +136,9 @@ def sweep_command(
     if name not in BUDGETS:
         raise LibraryFileError(f"cannot sweep over {over!r}: it is one of {', '.join(BUDGETS)}.")
     opened = open_library(library, scenario, batch_size)
-    limits = _limits(opened, name, points)
+    limits = limits_between(opened, name, points)
     kept = {"memory_mib": memory_mib, "runtime_ms": runtime_ms, "num_params": num_params, name: str(limits[0])}
-    request = _request(opened, kept, metric=metric)
+    request = request_for(opened, kept, metric=metric)
     with shown("sweep", beside=True) as tell:
         found = sweep(opened, request, name, limits, tell)
     if as_json:
@@ -173,7 +172,7 @@ def confidence_command(
 ) -> None:
     """How sure the choice is: the whole search again on resampled sequences, how often each layer's choice recurs."""
     opened = open_library(library, scenario, batch_size)
-    request = _request(
+    request = request_for(
         opened,
         {"memory_mib": memory_mib, "runtime_ms": runtime_ms, "num_params": num_params},
         metric=metric,
@@ -188,41 +187,6 @@ def confidence_command(
 
 def _or_infeasible(choice: JointChoice | None) -> dict[str, Any]:
     return {"status": "infeasible"} if choice is None else choice.model_dump()
-
-
-def _limits(library: JointLibrary, name: str, points: int) -> list[float]:
-    """Evenly spaced from the sum of every layer's cheapest to that of its dearest variant."""
-    costs = {layer: [o.costs.get(name, 0.0) for o in library.options if o.layer == layer] for layer in library.layers}
-    fixed = library.fixed.get(name, 0.0)
-    low, high = fixed + sum(map(min, costs.values())), fixed + sum(map(max, costs.values()))
-    low = max(low, high * 1e-6)
-    if not high:
-        raise LibraryFileError(f"nothing in the library takes any {name}: sweep over another budget.")
-    return [low + (high - low) * i / (points - 1) for i in range(points)]
-
-
-def _request(library: JointLibrary, budgets: dict[str, str | None], **fields: Any) -> Request:
-    fields |= {name: _limit(library, name, text) for name, text in budgets.items() if text is not None}
-    try:
-        return Request(**fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise PuzzleError(f"{_flag(first['loc'][0])}: {first['msg'][0].lower()}{first['msg'][1:]}.") from None
-
-
-def _limit(library: JointLibrary, name: str, text: str) -> float:
-    share = text.strip().endswith("%")
-    try:
-        value = float(text.strip().removesuffix("%"))
-    except ValueError:
-        raise PuzzleError(f"{_flag(name)}: a number, or one with % of the parent's, not {text!r}.") from None
-    if not 0 < value < float("inf"):
-        raise PuzzleError(f"{_flag(name)}: a finite number greater than 0, not {text}.")
-    return value / 100 * library.of_parent(name) if share else value
-
-
-def _flag(name: Any) -> str:
-    return f"--{str(name).replace('_', '-')}"
 
 
 def _told(choice: JointChoice, library: JointLibrary, request: Request) -> str:

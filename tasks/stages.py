@@ -8,9 +8,8 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import psutil
 from filelock import FileLock, Timeout
 from prefect import task
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
@@ -36,23 +35,39 @@ from blocks.runtime import release_memory, set_threads
 from blocks.variant import kind_of, parse_labels
 from profiles.schema import Profile, SearchSpace
 from tasks import compare, costs, gkd, scoring
+from tasks.artifacts import stage_bar
 from tasks.baselines import baseline
 from tasks.bld import Job, distill
 from tasks.choose import choose
 from tasks.compare import Contender, Evaluation
 from tasks.corpus import iterate_documents, prepare_corpus
 from tasks.parent import prepare_parent
-from tasks.progress import Stage, say, shown
+from tasks.progress import say, shown
 from tasks.record import open_parent, record_key, record_layer, recorded
+from tasks.servers import stop_orphaned_servers
 from tasks.throughput import Throughput
 from tasks.totals import Problem, make_problem, predicted
 
 
+class Tell(Protocol):
+    """How far a stage is."""
+
+    def __call__(self, done: int, total: int, text: str = "") -> None:
+        """So many of so many, and what was done last."""
+
+
 @contextmanager
-def stage(name: str) -> Iterator[Stage]:
-    """A stage on the console. What it freed is given back at its end, or the peaks of all stages would add up."""
+def stage(name: str) -> Iterator[Tell]:
+    """A stage on the console and in Prefect's UI. What it freed is given back at its end, or the peaks of all stages
+    would add up.
+    """
     try:
-        with shown(name) as tell:
+        with shown(name) as console, stage_bar(name) as bar:
+
+            def tell(done: int, total: int, text: str = "") -> None:
+                console(done, total, text)
+                bar(done, total, text)
+
             yield tell
     finally:
         release_memory()
@@ -401,19 +416,3 @@ def process_of(profile: Profile, workspace: Path) -> Iterator[None]:
         for leftover in workspace.rglob(".*.part"):
             leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
         yield
-
-
-def stop_orphaned_servers(prefect_home: Path) -> int:
-    """End the ephemeral Prefect servers that a killed process of this workspace left behind. Returns how many."""
-    stopped = 0
-    for process in psutil.process_iter(["ppid", "cmdline"]):
-        if process.info["ppid"] != 1 or "prefect.server" not in " ".join(process.info["cmdline"] or []):
-            continue
-        try:
-            own = process.environ()
-            if own.get("PREFECT_HOME") == str(prefect_home) and own.get("PREFECT__SERVER_EPHEMERAL"):
-                process.kill()
-                stopped += 1
-        except psutil.Error:  # gone already, or somebody else's
-            continue
-    return stopped
