@@ -50,6 +50,39 @@ def _optimize(profile: Profile, folder: Path) -> str:
 
 
 @app.command()
+def reoptimize(
+    profile: ProfileFile,
+    workspace: WorkspaceOption = None,
+    set_: Overrides = None,
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="measure the costs again first")] = False,
+) -> None:
+    """Make a challenger if anything changed, compare it with the champion, move the alias if it is better."""
+    wanted = load_profile(profile, set_ or [])
+    folder = (workspace or Path("workspace") / wanted.name).resolve()
+    prepare_workspace(folder)
+    typer.echo(run_logged(folder, lambda: _reoptimize(wanted, folder, remeasure)))
+
+
+def _reoptimize(profile: Profile, folder: Path, remeasure: bool) -> str:
+    from flows.reoptimize import run_reoptimize
+
+    return run_reoptimize(profile, folder, remeasure).outcome
+
+
+@app.command()
+def rollback(profile: ProfileFile, workspace: WorkspaceOption = None, set_: Overrides = None) -> None:
+    """Give the alias `champion` back to the version that had it before."""
+    from tasks import registry
+    from tasks.tracking import open_tracking
+
+    wanted = load_profile(profile, set_ or [])
+    folder = (workspace or Path("workspace") / wanted.name).resolve()
+    prepare_workspace(folder)
+    left, now = registry.rollback(open_tracking(folder), registry.model_name(wanted.name))
+    typer.echo(f"champion of {now.name}: version {now.version} again, instead of {left.version}")
+
+
+@app.command()
 def validate(profile: ProfileFile, set_: Overrides = None) -> None:
     """Check a profile without downloading or computing anything."""
     wanted = load_profile(profile, set_ or [])

@@ -110,7 +110,7 @@ def deployments(wanted: list[Profile], reoptimize_at: str | None = None) -> list
     made = []
     for profile in wanted:
         own = {"profile": profile.model_dump(mode="json"), "workspace": profile.name}
-        for flow in (served.optimize, served.measure_hardware, served.sweep):
+        for flow in (served.optimize, served.reoptimize, served.measure_hardware, served.sweep):
             made.append(
                 flow.to_deployment(
                     name=profile.name,
@@ -118,6 +118,7 @@ def deployments(wanted: list[Profile], reoptimize_at: str | None = None) -> list
                     description=f"{profile.description}\n\n{flow.description}",
                     tags=["puzzle"],
                     paused=False,  # stopping `puzzle serve` pauses them
+                    cron=reoptimize_at if flow is served.reoptimize else None,
                     entrypoint_type=EntrypointType.MODULE_PATH,
                 )
             )

@@ -10,15 +10,18 @@ from blocks.runtime import configure
 
 configure()  # before torch is imported: a served run is a process of its own
 
-from prefect import flow  # noqa: E402
+from prefect import State, flow  # noqa: E402
+from prefect.states import Completed  # noqa: E402
 from pydantic import Field  # noqa: E402
 
 from blocks.records import ChildReport, CostTable  # noqa: E402
 from flows.optimize import optimize as pipeline  # noqa: E402
+from flows.reoptimize import reoptimize as challenge  # noqa: E402
 from profiles.schema import Profile  # noqa: E402
 from tasks import sweeping  # noqa: E402
 from tasks.admission import Roots, WorkspaceName, admitted_workspace  # noqa: E402
 from tasks.artifacts import show_table  # noqa: E402
+from tasks.champion import Judgement  # noqa: E402
 from tasks.finish import COST_COLUMNS  # noqa: E402
 from tasks.served import at_work, default_profile  # noqa: E402
 from tasks.stages import measure, prepare  # noqa: E402
@@ -39,6 +42,22 @@ def optimize(profile: Profile = DEFAULT, workspace: WorkspaceName = DEFAULT.name
     with at_work(profile, workspace) as folder:
         report: ChildReport = pipeline.fn(profile, str(folder))
     return report
+
+
+@flow(name="reoptimize", flow_run_name="reoptimize {profile.name} in {workspace}")
+def reoptimize(
+    profile: Profile = DEFAULT, workspace: WorkspaceName = DEFAULT.name, remeasure: bool = False
+) -> State[Judgement]:
+    """If anything changed that the child depends on, make a challenger and compare it with the champion.
+
+    Args:
+        profile: What is wanted; its champion section is the rule.
+        workspace: Name of the folder that keeps the block library and the children.
+        remeasure: Measure the costs again first; they count as changed if one has moved beyond its spread.
+    """
+    with at_work(profile, workspace) as folder:
+        found = challenge.fn(profile, str(folder), remeasure)
+    return Completed(name=found.outcome.capitalize(), message=found.reason, data=found)
 
 
 @flow(name="measure-hardware", flow_run_name="measure {profile.hardware.name} for {profile.name}")

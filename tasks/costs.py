@@ -32,6 +32,7 @@ from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.record import open_parent
 
 VERSION = 2
+DRIFT, DRIFT_SPREADS = 0.1, 3.0  # a cost has moved when it differs by 10 % and by three times both spreads
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Tell = Callable[[int, int], None]
 
@@ -68,6 +69,26 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
+def costs_path(
+    parent: ParentInfo,
+    space: SearchSpace,
+    scenarios: Sequence[Scenario],
+    hardware: Hardware,
+    measure: Measure,
+    workspace: Path,
+) -> Path:
+    """Where the costs lie that were measured of this on this machine."""
+    key = digest_of(
+        parent=parent.fingerprint,
+        space=[space.attention, space.ffn],
+        scenarios=scenarios,
+        hardware=hardware_description(hardware),
+        measure=measure,
+        version=VERSION,
+    )
+    return workspace / "costs" / f"{key}.json"
+
+
 def measure_costs(
     parent: ParentInfo,
     space: SearchSpace,
@@ -78,16 +99,7 @@ def measure_costs(
     tell: Tell = lambda done, total: None,
 ) -> CostTable:
     """Costs of every variant of the search space; the stored table when nothing it depends on has changed."""
-    description = hardware_description(hardware)
-    key = digest_of(
-        parent=parent.fingerprint,
-        space=[space.attention, space.ffn],
-        scenarios=scenarios,
-        hardware=description,
-        measure=measure,
-        version=VERSION,
-    )
-    path = workspace / "costs" / f"{key}.json"
+    path = costs_path(parent, space, scenarios, hardware, measure, workspace)
     stored = remember(path, CostTable, lambda _: [], workspace)
     if stored is not None:
         return stored
@@ -108,7 +120,7 @@ def measure_costs(
         non_block.append(_non_block(reader, scenario, batch, timings["non_block", ""], hardware.precision))
         whole.append(_non_block(reader, scenario, batch, timings["parent", ""], hardware.precision))
     table = CostTable(
-        hardware=description,
+        hardware=hardware_description(hardware),
         costs=tuple(costs),
         non_block=tuple(non_block),
         num_hidden_layers=reader.depth,
@@ -117,6 +129,21 @@ def measure_costs(
     )
     write_value(path, table)
     return table
+
+
+def drift(before: CostTable, now: CostTable) -> list[str]:
+    """Costs that moved by more than DRIFT and by more than their spreads explain, in words."""
+    old = {(cost.subblock, cost.variant, cost.scenario, cost.batch_size): cost for cost in before.costs}
+    moved = []
+    for cost in now.costs:
+        was = old.get((cost.subblock, cost.variant, cost.scenario, cost.batch_size))
+        for phase, field in (("prefill", "prefill_seconds"), ("decode", "decode_seconds_per_token")):
+            first, second = (getattr(was, field), getattr(cost, field)) if was else (0.0, 0.0)
+            noise = getattr(was, f"{phase}_spread") + getattr(cost, f"{phase}_spread") if was else 0.0
+            if first > 0 and abs(second / first - 1) > max(DRIFT, DRIFT_SPREADS * noise):
+                where = f"{cost.scenario}, batch {cost.batch_size}"
+                moved.append(f"{cost.subblock} {cost.variant} {phase} ({where}): {second / first - 1:+.0%}")
+    return moved
 
 
 def _tell_part(tell: Tell, part: int, parts: int, done: int, total: int) -> None:

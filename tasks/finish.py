@@ -13,7 +13,7 @@ from prefect import runtime
 from prefect.client.orchestration import get_client
 
 from blocks.errors import PuzzleFailure
-from blocks.library import digest_of
+from blocks.library import digest_of, write_value
 from blocks.records import (
     Architecture,
     BlockRecord,
@@ -27,7 +27,7 @@ from blocks.records import (
 from profiles.schema import Profile
 from tasks import tracking
 from tasks.artifacts import show_link, show_markdown, show_picture, show_table
-from tasks.compare import Contender, Evaluation, build, candidate
+from tasks.compare import LINEAGE, Contender, Evaluation, Lineage, build, candidate
 from tasks.costs import BYTES
 from tasks.export import export_child, model_card
 from tasks.interchange import StoredLibrary, describe, write_library
@@ -138,8 +138,10 @@ class Run:
         markdown = report_markdown(report)
         model: Any = build(final, parent, self.workspace)
         card = model_card(parent, corpus, model.config, markdown, command_of(self.profile))
+        write_value(folder / LINEAGE, Lineage(parent=parent, corpus=corpus, child=final))
         export_child(model, parent, self.workspace, folder / "child", card)
-        tracking.log_report(self.tracking, self.mlflow_run_id, report, write_report(report, folder))
+        files = [*write_report(report, folder), folder / LINEAGE]
+        tracking.log_report(self.tracking, self.mlflow_run_id, report, files)
         show_markdown("report", markdown, verdict(report))
         for name in ("architecture", "comparison"):
             show_picture(name, folder / f"{name}.png", f"{name} of {self.profile.name}'s child")

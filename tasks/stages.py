@@ -18,7 +18,7 @@ from prefect.tasks import exponential_backoff
 from transformers.utils.logging import disable_progress_bar
 
 from blocks.errors import PuzzleError
-from blocks.library import BlockLibrary, digest_of
+from blocks.library import BlockLibrary, digest_of, remember, write_value
 from blocks.parent import Parent
 from blocks.records import (
     SUBBLOCKS,
@@ -309,6 +309,28 @@ def measure(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable:
             lambda done, total: tell(done, total),
         )
     return table
+
+
+def stored_costs(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable | None:
+    """The costs that `measure` would not measure again, None where there are none."""
+    path = _costs_path(profile, parent, workspace)
+    return remember(path, CostTable, lambda _: [], workspace)
+
+
+def _costs_path(profile: Profile, parent: ParentInfo, workspace: Path) -> Path:
+    space = measured_space(profile)
+    return costs.costs_path(parent, space, profile.scenarios, profile.hardware, profile.measure, workspace)
+
+
+def measure_again(profile: Profile, parent: ParentInfo, workspace: Path) -> list[str]:
+    """Measure costs that are stored already; new ones replace them only if any has moved. Returns those, in words."""
+    path, before = _costs_path(profile, parent, workspace), stored_costs(profile, parent, workspace)
+    path.unlink(missing_ok=True)
+    now = measure(profile, parent, workspace)
+    moved = costs.drift(before, now) if before else []
+    if before and not moved:
+        write_value(path, before)
+    return moved
 
 
 def choose_child(profile: Profile, scores: Sequence[Score], table: CostTable) -> tuple[Problem, Architecture]:

@@ -59,6 +59,8 @@ def _client(uri: str) -> Any:
     # read when mlflow is imported for the first time
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
 
     for noisy in ("alembic", "mlflow"):
@@ -119,6 +121,11 @@ def _close_left_over(client: Any, tracking: Tracking, run_id: str) -> None:
     )
     for run in nested:
         client.set_terminated(run.info.run_id, status="KILLED")
+
+
+def client_of(tracking: Tracking) -> Any:
+    """A client of the store that a workspace logs to."""
+    return _client(tracking.uri)
 
 
 @contextmanager
