@@ -1,5 +1,6 @@
 """A run that Prefect's UI, API or schedule started: admitted first, then the same process as `puzzle optimize`'s."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ def at_work(profile: Profile, workspace: str) -> Iterator[Path]:
     folder = admitted_workspace(workspace, roots)
     admit(profile, roots)
     folder.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("puzzle").setLevel(logging.INFO)  # Prefect hands on what passes, and leaves the level as it is
     with process_of(profile, folder), logged(folder), workers(profile.orchestration.max_workers):
         yield folder
 
