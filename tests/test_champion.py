@@ -1,18 +1,21 @@
 """The champion: what counts as changed, the paired rule, the budget, the registry's aliases, a rollback."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from scipy import stats
 
 from blocks.records import Architecture, Cost, CostTable, LayerChoice, NonBlockCost, Totals
 from profiles.load import load_profile
-from profiles.schema import Champion, Profile
+from profiles.schema import Budget, Champion, Profile, Scenario
 from tasks import champion, registry
 from tasks.champion import basis, changes, decide
 from tasks.compare import Lineage, contender
 from tasks.costs import drift
+from tasks.totals import make_problem
 from tasks.tracking import Tracking, client_of, open_tracking
 from tests.chain import Chain
 
@@ -225,3 +228,42 @@ def test_a_kill_between_reign_and_alias_loses_nothing(store: Tracking) -> None:
         registry.rollback(store, "puzzle-y")
     registry.crown(store, second)
     assert registry.rollback(store, "puzzle-y") == (second, first)
+
+
+def test_a_tighter_budget_or_dearer_costs_break_the_champion(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = (LayerChoice(), LayerChoice(ffn="no_op"), LayerChoice())
+    attention = [cost.model_copy(update={"subblock": "attention"}) for cost in table().costs]
+
+    def under(budget: Budget, scale: float = 1.0, layers: tuple[LayerChoice, ...] = layers) -> str:
+        measured = table(scale)
+        measured = measured.model_copy(update={"costs": (*measured.costs, *attention)})
+        scenario = Scenario(name="chat", batch_sizes=(1,), prompt_tokens=4, generated_tokens=2)
+        problem = make_problem([], measured, budget, [scenario])
+        monkeypatch.setattr(champion, "problem_of", lambda *_: problem)
+        return champion.broken_budget(layers, profile_with(), chain.workspace)
+
+    # layers hold 6 subblocks of 10 parameters; the child 5, no_op costs half a subblock's time
+    assert under(Budget(layer_parameters_fraction=1.0)) == ""
+    assert under(Budget(layer_parameters_fraction=0.9)) == "layer_parameters_fraction 0.9"
+    assert under(Budget(speedup=1.05)) == "" and under(Budget(speedup=1.1)) == "speedup 1.1"
+    assert under(Budget(speedup=1.05), scale=1.8) == "speedup 1.05"  # the same child on hardware that changed
+    assert under(Budget(speedup=9), layers=(LayerChoice(ffn="ffn7"),) * 3) == ""  # measured no more: nobody can tell
+
+
+def test_the_served_child_completes_as_its_logits_say(chain: Chain) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tasks.pyfunc_child import Child, Completion
+
+    folder = chain.workspace / chain.parent.folder
+    child = Child()
+    child.load_context(SimpleNamespace(artifacts={"checkpoint": str(folder)}))
+    said = child.predict([Completion(prompt="import", max_new_tokens=5), Completion(prompt="x", max_new_tokens=1)])
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer("import", return_tensors="pt")["input_ids"]
+    start = ids.shape[1]
+    for _ in range(5):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert said[0] == tokenizer.decode(ids[0, start:], skip_special_tokens=True) and len(said) == 2
+    with pytest.raises(ValidationError):
+        Completion(prompt="x", max_new_tokens=0)
