@@ -20,12 +20,14 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from benchmarks.common import ROOT, table, write_page
+from tasks.doctor import at_work
 from tasks.servers import LOOPBACK, free_port, running, stop
 
 PROFILE = ROOT / "benchmarks" / "operate.yaml"
@@ -35,7 +37,7 @@ OVER = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 def main() -> None:
     """Serve, operate, stop; write benchmarks/operate.md."""
     with tempfile.TemporaryDirectory(prefix="puzzle-operate-") as place, served(Path(place)) as site:
-        for step in (refused, optimized, escaped, cancelled, crowned, completed, scheduled):
+        for step in (refused, optimized, escaped, cancelled, suspended, crowned, completed, scheduled):
             started = time.monotonic()
             said = step(site)
             site.rows.append(
@@ -227,6 +229,33 @@ def cancelled(site: Site) -> str:
         f"Cancelled after {took:.0f} s with {len(done)} whole blocks; started again none of them was made anew, the "
         "child is the uninterrupted run's bit for bit"
     )
+
+
+def suspended(site: Site) -> str:
+    """Suspended through the API in mid-distillation, then resumed."""
+    workspace = site.root / "suspended"
+    run = site.start("optimize", "suspended")
+    while not list(workspace.glob("library/*.json")):
+        assert site.state(run)["type"] not in OVER
+        time.sleep(0.05)
+    until = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    details = {"pause_reschedule": True, "pause_timeout": until}
+    site.call(
+        f"/flow_runs/{run}/set_state", {"state": {"type": "PAUSED", "name": "Suspended", "state_details": details}}
+    )
+    asked = time.monotonic()
+    while at_work(workspace):
+        assert time.monotonic() < asked + 120, "the suspended run holds its workspace"
+        time.sleep(0.2)
+    took = time.monotonic() - asked
+    done = {path: path.stat().st_mtime_ns for path in workspace.glob("library/*.json")}
+    assert site.state(run)["type"] == "PAUSED"
+    status, said = site.call(f"/flow_runs/{run}/resume", {})
+    assert status in (200, 201), said
+    site.finished(run)
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert child_digest(workspace) == site.children["first"]
+    return f"its process was gone after {took:.0f} s with {len(done)} whole blocks; resumed, the same child bit for bit"
 
 
 def crowned(site: Site) -> str:

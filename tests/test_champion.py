@@ -86,7 +86,8 @@ def test_parent_corpus_and_costs_count_and_the_hour_does_not(chain: Chain) -> No
     assert changes(before, basis(profile_with(), chain.parent, text, table())) == ("corpus",)
     assert changes(before, basis(profile_with(), chain.parent, chain.corpus, table(2.0))) == ("costs",)
     assert changes(before, basis(profile_with(), chain.parent, chain.corpus, None)) == ("costs",)
-    later = basis(profile_with("name=other", "evaluate.throughput_rounds=9"), chain.parent, chain.corpus, table())
+    again = table(measured_at="an hour later")
+    later = basis(profile_with("name=other", "evaluate.throughput_rounds=9"), chain.parent, chain.corpus, again)
     assert changes(before, later) == ()
     assert changes({}, before) == tuple(champion.NAMES)
 
