@@ -40,7 +40,8 @@ def reoptimize(profile: Profile, workspace: str, remeasure: bool = False) -> Jud
     run_folder = str(Path(report.child_folder).parent)
     challenger = champion.lineage_of(folder, run_folder)
     with stages.stage("judge"):
-        found = champion.judge(reigning and reigning.run_folder, challenger, profile, folder, changed)
+        against = reigning.run_folder if reigning else None
+        found = champion.judge(against, challenger, profile, folder, changed)
     if not found.same_child:
         version = registry.register(store, report, run_folder, folder, found.reason)
         if found.outcome in ("first", "moved"):

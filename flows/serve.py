@@ -103,7 +103,7 @@ def offer(wanted: list[Profile], runs: int, reoptimize_at: str | None) -> None:
 
 def deployments(wanted: list[Profile], reoptimize_at: str | None = None) -> list[Any]:
     """One deployment per flow and profile, named after the profile, with the profile's values in the form."""
-    from prefect.deployments.runner import EntrypointType
+    from prefect.types.entrypoint import EntrypointType
 
     from flows import served
 

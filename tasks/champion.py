@@ -175,10 +175,11 @@ def decide(ours: Tensor, theirs: Tensor, rule: Champion, changed: tuple[str, ...
     quantile = float(stats.t.ppf(rule.confidence, gain.n - 1)) if gain.n > 1 else float("inf")
     lower = gain.value - quantile * gain.se if gain.n > 1 else float("-inf")
     moved = lower > rule.min_improvement
-    unit = UNITS[rule.metric]
+    size = rounded(gain.model_copy(update={"value": abs(gain.value)}))
     reason = (
-        f"{rule.metric} better by {rounded(gain)} {unit} over {gain.n} paired sequences, at least {lower:.3g} with "
-        f"{rule.confidence:.0%} confidence; the rule asks for more than {rule.min_improvement:g}"
+        f"{rule.metric} {'better' if gain.value >= 0 else 'worse'} by {size} {UNITS[rule.metric]} over {gain.n} paired "
+        f"sequences, lower bound of the gain {lower:.3g} at {rule.confidence:.0%}; the rule asks for more than "
+        f"{rule.min_improvement:g}"
     )
     return Judgement(
         outcome="moved" if moved else "kept",

@@ -88,9 +88,10 @@ def python_version() -> Iterator[Finding]:
 
 def _distribution_metadata(field: str, otherwise: str) -> str:
     try:
-        return metadata.metadata("puzzle").get(field) or otherwise
+        found = metadata.metadata("puzzle")
     except metadata.PackageNotFoundError:
         return otherwise
+    return (found.get_all(field) or [otherwise])[0]
 
 
 def _required() -> list[Requirement]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pydantic
 from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel
+from mlflow.pyfunc.model import PythonModel
 
 
 class Completion(pydantic.BaseModel):
@@ -31,7 +31,7 @@ class Child(PythonModel):
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         self.model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 
-    def predict(self, model_input: list[Completion]) -> list[str]:
+    def predict(self, model_input: list[Completion]) -> list[str]:  # type: ignore[override]
         """The continuation of every prompt, without the prompt."""
         return [self._complete(asked) for asked in model_input]
 
@@ -43,8 +43,7 @@ class Child(PythonModel):
         torch.manual_seed(asked.seed)
         with torch.inference_mode():
             tokens = self.model.generate(**encoded, max_new_tokens=asked.max_new_tokens, **sampled)
-        text: str = self.tokenizer.decode(tokens[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-        return text
+        return str(self.tokenizer.decode(tokens[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 set_model(Child())

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from prefect.context import FlowRunContext
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -37,7 +38,8 @@ def workers(count: int) -> Iterator[None]:
     context = FlowRunContext.get()
     if context is None:
         raise RuntimeError("workers() is for the inside of a flow run")
-    with ThreadPoolTaskRunner(max_workers=count) as runner, context.model_copy(update={"task_runner": runner}):
+    pool: Any = ThreadPoolTaskRunner(max_workers=count)
+    with pool as runner, context.model_copy(update={"task_runner": runner}):
         yield
 
 
