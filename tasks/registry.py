@@ -71,7 +71,6 @@ def register(tracking: Tracking, report: ChildReport, run_folder: str, workspace
         "puzzle.parent": report.parent.name,
         "puzzle.parent_fingerprint": report.parent.fingerprint,
         "puzzle.corpus_fingerprint": report.corpus.fingerprint,
-        "puzzle.judgement": reason,
         "prefect.flow_run_id": report.prefect_run_id,
     }
     with _fluent(tracking, run_id):
@@ -83,7 +82,9 @@ def register(tracking: Tracking, report: ChildReport, run_folder: str, workspace
         )
     client = client_of(tracking)
     _known(client, name)
-    made = client.create_model_version(name, logged.model_uri, run_id, tags=tags, model_id=logged.model_id)
+    made = client.create_model_version(
+        name, logged.model_uri, run_id, tags=tags, description=reason, model_id=logged.model_id
+    )
     client.set_registered_model_alias(name, CHALLENGER, made.version)
     return _version(client.get_model_version(name, made.version))
 
