@@ -59,7 +59,7 @@ class Roots:
 def admitted_workspace(name: str, roots: Roots) -> Path:
     """The folder of a workspace; Refused when it is not a plain folder right below the root."""
     folder = roots.workspaces / name
-    if folder.resolve().parent != roots.workspaces or folder.is_symlink():
+    if folder.resolve().parent != roots.workspaces:
         raise Refused(f"workspace {name!r} is no folder right below {roots.workspaces}: give a plain name")
     return folder
 

@@ -80,11 +80,12 @@ def register(tracking: Tracking, report: ChildReport, run_folder: str, workspace
             artifacts={"checkpoint": str(workspace / report.child_folder)},
             pip_requirements=requirements,
         )
-    client = client_of(tracking)
-    _known(client, name)
-    made = client.create_model_version(
-        name, logged.model_uri, run_id, tags=tags, description=reason, model_id=logged.model_id
-    )
+        client = client_of(tracking)
+        _known(client, name)
+        # in here too: a registry without a server looks a logged model up where MLflow's global URI points
+        made = client.create_model_version(
+            name, logged.model_uri, run_id, tags=tags, description=reason, model_id=logged.model_id
+        )
     client.set_registered_model_alias(name, CHALLENGER, made.version)
     return _version(client.get_model_version(name, made.version))
 
@@ -109,11 +110,7 @@ def _fluent(tracking: Tracking, run_id: str) -> Iterator[None]:
         with mlflow.start_run(run_id=run_id):
             yield
     finally:
-        if before is None:
-            mlflow.set_tracking_uri("")
-            os.environ.pop("MLFLOW_TRACKING_URI", None)
-        else:
-            mlflow.set_tracking_uri(before)
+        mlflow.set_tracking_uri(before)  # type: ignore[arg-type]
 
 
 def crown(tracking: Tracking, version: Version) -> None:

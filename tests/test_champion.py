@@ -1,6 +1,8 @@
 """The champion: what counts as changed, the paired rule, the budget, the registry's aliases, a rollback."""
 
 import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from scipy import stats
 
-from blocks.records import Architecture, Cost, CostTable, LayerChoice, NonBlockCost, Totals
+from blocks.records import Architecture, ChildReport, Cost, CostTable, LayerChoice, NonBlockCost, Totals
 from profiles.load import load_profile
 from profiles.schema import Budget, Champion, Profile, Scenario
 from tasks import champion, registry
@@ -219,6 +221,33 @@ def test_reigns_and_rollbacks(store: Tracking) -> None:
         registry.rollback(store, "puzzle-x")
     registry.remember_judged(store, "puzzle-x", {"parent": "a"})
     assert registry.judged(store, "puzzle-x") == {"parent": "a"}
+
+
+def test_a_registered_child_loads_from_the_registry_alone(
+    store: Tracking, chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    run_id = client_of(store).create_run(store.experiment_id).info.run_id
+    report = ChildReport(
+        profile="z",
+        parent=chain.parent,
+        corpus=chain.corpus,
+        architecture=architecture((LayerChoice(),) * 3),
+        candidates=(),
+        child_folder=chain.parent.folder,  # any folder that transformers loads
+        mlflow_run_id=run_id,
+    )
+    made = registry.register(store, report, "runs/z", chain.workspace, "the first champion")
+    registry.crown(store, made)
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+    found = client_of(store).get_model_version_by_alias("puzzle-z", "champion")
+    assert (found.run_id, found.description, found.tags[registry.FOLDER]) == (run_id, "the first champion", "runs/z")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
+    folder = Path(mlflow.artifacts.download_artifacts("models:/puzzle-z@champion"))
+    assert not list(folder.rglob("*.pkl"))  # code and safetensors, no pickle
+    (text,) = mlflow.pyfunc.load_model(str(folder)).predict([{"prompt": "import", "max_new_tokens": 3}])
+    assert isinstance(text, str)
 
 
 def test_a_kill_between_reign_and_alias_loses_nothing(store: Tracking) -> None:
