@@ -97,10 +97,9 @@ def score(bench: Bench, blocks: Sequence[BlockRecord]) -> list[float]:
     suffix = open_suffix(
         bench.workspace / bench.parent.folder, bench.workspace, bench.corpus, bench.records[-1], bench.shape
     )
-    boundary = read_tensors(bench.workspace, bench.records[blocks[0].layer].boundary, ["validation"])
-    return [
-        found.kl for found in score_batch(suffix, blocks, boundary["validation"][:sequences, :length], bench.workspace)
-    ]
+    boundary = read_tensors(bench.workspace, bench.records[blocks[0].layer].boundary, ["validation"])["validation"]
+    found = score_batch(suffix, blocks, boundary[:, :length], tuple(range(sequences)), bench.workspace)
+    return [statistics.fmean(score.kl) for score in found if score is not None]
 
 
 @torch.no_grad()

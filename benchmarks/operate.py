@@ -116,15 +116,19 @@ class Site:
 
 
 def request(url: str, body: Any = None, method: str | None = None) -> tuple[int, Any]:
-    """Status and JSON."""
+    """Status and JSON; asked again while the server says that it is busy."""
     data = None if body is None else json.dumps(body).encode()
     asked = urllib.request.Request(url, data=data, headers={"content-type": "application/json"}, method=method)
-    try:
-        with urllib.request.urlopen(asked, timeout=120) as response:
-            text = response.read()
-            return response.status, json.loads(text) if text else None
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
+    for _ in range(20):
+        try:
+            with urllib.request.urlopen(asked, timeout=120) as response:
+                text = response.read()
+                return response.status, json.loads(text) if text else None
+        except urllib.error.HTTPError as error:
+            if error.code != 503:  # SQLite is busy: Prefect's own client asks again too
+                return error.code, error.read().decode()
+            time.sleep(0.5)
+    return 503, "still busy"
 
 
 @contextmanager

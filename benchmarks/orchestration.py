@@ -80,10 +80,10 @@ def command_of(name: str, profile: str, where: list[str]) -> list[str]:
 def plain(profile: Profile, workspace: Path, options: argparse.Namespace) -> None:
     """The chain of flows/optimize.py without Prefect and MLflow."""
     from tasks import compare, gkd
-    from tasks.baselines import baseline
     from tasks.choose import choose
     from tasks.costs import measure_costs
     from tasks.export import export_child, model_card
+    from tasks.peers import find
     from tasks.totals import make_problem
 
     bench = open_bench(options)
@@ -94,9 +94,7 @@ def plain(profile: Profile, workspace: Path, options: argparse.Namespace) -> Non
     problem = make_problem(scores, costs, profile.budget, profile.scenarios, profile.search, profile.scoring.metric)
     best = choose(problem)
     child = compare.contender("child", best, blocks)
-    rivals = [
-        compare.contender(name, baseline(name, problem, profile.seed), blocks) for name in profile.evaluate.baselines
-    ]
+    rivals = [compare.contender(name, find(name, problem, profile.seed), blocks) for name in profile.evaluate.baselines]
     everyone = [compare.parent_contender(best), child, *rivals]
     found = [
         compare.evaluate_contender(which, bench.parent, bench.corpus, profile.evaluate, workspace) for which in everyone

@@ -16,10 +16,10 @@ from blocks.errors import PuzzleError
 from blocks.records import BlockRecord, Metric, Score
 from profiles.schema import Budget, Evaluate
 from tasks import gkd
-from tasks.baselines import baseline
 from tasks.choose import choose
 from tasks.compare import Contender, contender, distill_contender, evaluate_contender
 from tasks.costs import measure_costs
+from tasks.peers import find
 from tasks.totals import Problem, make_problem
 
 PROTOTYPE = {0.9: 0.22, 0.7: 0.85, 0.5: 1.65}  # KL of the throwaway prototype of the design notes, before GKD
@@ -71,7 +71,7 @@ def contenders(bench: Bench, problem: Problem, blocks: Sequence[BlockRecord]) ->
     found = [contender("child", choose(problem), blocks)]
     for name in bench.profile.evaluate.baselines:
         try:
-            found.append(contender(name, baseline(name, problem, bench.profile.seed), blocks))
+            found.append(contender(name, find(name, problem, bench.profile.seed), blocks))
         except PuzzleError as error:
             print(f"{name} left out: {error}")
     return found

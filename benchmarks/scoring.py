@@ -106,8 +106,12 @@ def suffix_scores(bench: Bench, blocks: dict[int, list[BlockRecord]]) -> tuple[d
             boundary = read_tensors(bench.workspace, bench.records[layer].boundary, ["validation"])["validation"]
             for start in range(0, len(members), 4):
                 batch = members[start : start + 4]
-                scores = score_batch(suffix, batch, boundary[:sequences, :length], bench.workspace)
-                found |= {(s.layer, s.subblock, s.variant): s.kl for s in scores if s is not None}
+                scores = score_batch(suffix, batch, boundary[:, :length], tuple(range(sequences)), bench.workspace)
+                found |= {
+                    (block.layer, block.subblock, block.variant): statistics.fmean(score.kl)
+                    for block, score in zip(batch, scores, strict=True)
+                    if score is not None
+                }
         clock.stop()
     return found, clock
 

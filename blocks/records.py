@@ -93,7 +93,8 @@ class Score(Value):
 
     A coupled block has subblock "block" and the variant label "<attention>+<ffn>".
 
-    Standard errors are over sequences. The parent's own subblock scores exactly 0.
+    Standard errors are over sequences. The parent's own subblock scores exactly 0. tokens: really scored; where scoring
+    was adaptive, values of sequences beyond those are filled in (tasks/adaptive.py).
     """
 
     layer: int
@@ -185,7 +186,10 @@ class Totals(Value):
 
 
 class Architecture(Value):
-    """One variant per subblock per layer, with what was predicted and how sure the solver is."""
+    """One variant per subblock per layer, with what was predicted and how sure the solver is.
+
+    evaluations: whole architectures whose objective was looked at to find it; 0 where a solver did without.
+    """
 
     method: str
     layers: tuple[LayerChoice, ...]
@@ -197,6 +201,7 @@ class Architecture(Value):
     bound: float
     gap: float
     solve_seconds: float = 0.0
+    evaluations: int = 0
 
 
 class Metric(Value):
@@ -205,6 +210,15 @@ class Metric(Value):
     value: float
     se: float
     n: int
+
+
+class TruthPoint(Value):
+    """An architecture by name: its predicted score (sum of block scores), and what the assembled model measures."""
+
+    name: str
+    predicted: float
+    true: float
+    true_se: float = 0.0
 
 
 class Candidate(Value):

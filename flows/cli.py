@@ -1,4 +1,4 @@
-"""The command line: `puzzle optimize | validate | show | choose | explain | sweep | confidence`.
+"""The command line: `puzzle optimize | validate | show | choose | explain | sweep | confidence | peers | check`.
 
 Exit code 0: done. 2: the input is wrong, one sentence, no traceback. 1: something failed; what, where the log is, how
 to go on. Heavy imports happen inside commands, after the process is configured.
@@ -16,7 +16,7 @@ import typer
 
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.runtime import configure
-from flows import search
+from flows import library, page, search, truth
 from flows.doctor import doctor_command
 from flows.serve import serve_command
 from profiles.load import ProfileError, load_profile
@@ -108,10 +108,12 @@ def show(workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="th
     typer.echo(f"child: {workspace.resolve() / report.child_folder}")
 
 
-for name, command in search.commands():
+for name, command in (*search.commands(), *truth.commands()):
     app.command(name)(command)
 app.command("doctor")(doctor_command)
 app.command("serve")(serve_command)
+app.command("report")(page.report_command)
+app.add_typer(library.app, name="library")
 
 
 def prepare_workspace(folder: Path) -> None:

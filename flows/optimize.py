@@ -1,4 +1,4 @@
-"""Flow `optimize`: a profile in, a measured child out. Reads like the paper: record, BLD, score, measure, MIP, GKD."""
+"""Flow `optimize`: a profile in, a measured child out. Reads like the paper: record, BLD, measure, score, MIP, GKD."""
 
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         parent, corpus = stages.prepare(profile, folder)
         records = stages.record(profile, parent, corpus, folder)
         blocks = stages.distill_all(profile, parent, corpus, records, folder)
-        scores = stages.score_all(profile, parent, corpus, records, blocks, folder)
         costs = stages.measure(profile, parent, folder)
+        scores = stages.score_all(profile, parent, corpus, records, blocks, costs, folder)
         run.log_library(parent, corpus, blocks, scores, costs)
 
         problem, architecture = stages.choose_child(profile, scores, costs)

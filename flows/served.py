@@ -84,7 +84,7 @@ Share = Annotated[
 @flow(name="sweep", flow_run_name="sweep {over} in {workspace}")
 def sweep(
     workspace: WorkspaceName = DEFAULT.name,
-    over: Literal["runtime_ms", "memory_mib", "num_params"] = "runtime_ms",
+    over: Literal["runtime_ms", "ttft_ms", "tokens_per_second", "memory_mib", "num_params"] = "runtime_ms",
     points: Annotated[int, Field(ge=2, le=1000)] = 20,
     memory_mib: Share = None,
     runtime_ms: Share = None,

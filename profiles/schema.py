@@ -6,7 +6,7 @@ named in the error that asks for it.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, PositiveInt, field_validator, model_validator
 from pydantic_core import CoreSchema
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -167,12 +167,26 @@ class BLD(Section):
         return self
 
 
+class Adaptive(Section):
+    """Few sequences for every variant, more only where they can still change the choice under this budget."""
+
+    start_sequences: int = Field(default=4, ge=2, description="for every variant, before the first look")
+    growth: float = Field(default=2.0, gt=1, description="times as many for variants that are still in question")
+    tolerance: Fraction = Field(default=0.01, description="expected loss of the objective at which scoring stops")
+
+
 class Scoring(Section):
     """Replace-1-block scores on held-out (validation) sequences."""
 
-    sequences: PositiveInt = Field(default=8, description="validation sequences per score")
+    sequences: PositiveInt = Field(default=8, description="of every variant; at most, where scoring is adaptive")
     tokens_per_sequence: PositiveInt | None = Field(default=None, description="the first so many; all when absent")
     metric: Literal["kl", "lm_loss"] = Field(default="kl", description="what the search minimises the sum of")
+    adaptive: Adaptive | None = Field(default=None, description="true for the defaults")
+
+    @field_validator("adaptive", mode="before")
+    @classmethod
+    def _defaults_when_true(cls, value: object) -> object:
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
 
 class Hardware(Section):
@@ -187,6 +201,18 @@ class Hardware(Section):
     threads: PositiveInt | None = Field(default=None, description="intra-op threads; all cores when absent")
 
 
+class ScenarioBudget(Section):
+    """Limits that hold in a scenario, absolute or relative to the parent at the same batch size."""
+
+    speedup: float | None = Field(default=None, gt=1, description="parent runtime / child runtime")
+    memory_fraction: Fraction | None = Field(default=None, description="weights + KV cache, of the parent's")
+    memory_gib: float | None = Field(default=None, gt=0, description="weights + KV cache, GiB")
+    min_tokens_per_second: float | None = Field(default=None, gt=0, description="batch x (prompt + generated) / s")
+    max_latency_seconds: float | None = Field(default=None, gt=0, description="one batch, prompt and generation")
+    max_time_to_first_token_seconds: float | None = Field(default=None, gt=0, description="prefill of one batch")
+    time_to_first_token_fraction: Fraction | None = Field(default=None, description="prefill, of the parent's")
+
+
 class Scenario(Section):
     """One traffic shape. `batch_sizes` is the outer loop of the MIP: the best of them is taken."""
 
@@ -194,6 +220,12 @@ class Scenario(Section):
     batch_sizes: tuple[PositiveInt, ...] = (1,)
     prompt_tokens: PositiveInt = 256
     generated_tokens: PositiveInt = 64
+    weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="share of the requests; where scenarios have weights, the budget's times hold for their mean",
+    )
+    budget: ScenarioBudget = Field(default=ScenarioBudget(), description="further limits, in this scenario alone")
 
 
 class Measure(Section):
@@ -204,17 +236,13 @@ class Measure(Section):
     decode_steps: PositiveInt = Field(default=8, description="tokens generated per round")
 
 
-class Budget(Section):
-    """Limits the child must keep, absolute or relative to the parent. At least one."""
+class Budget(ScenarioBudget):
+    """Limits the child must keep in every scenario, absolute or relative to the parent. At least one."""
 
-    speedup: float | None = Field(default=None, gt=1, description="parent runtime / child runtime, every scenario")
-    memory_fraction: Fraction | None = Field(default=None, description="weights + KV cache, of the parent's")
-    memory_gib: float | None = Field(default=None, gt=0)
     parameters_fraction: Fraction | None = Field(default=None, description="all parameters, of the parent's")
     layer_parameters_fraction: Fraction | None = Field(default=None, description="parameters of the layers only")
-    parameters: PositiveInt | None = None
-    min_tokens_per_second: float | None = Field(default=None, gt=0, description="batch x (prompt + generated) / s")
-    max_latency_seconds: float | None = Field(default=None, gt=0, description="one batch, prompt and generation")
+    parameters: PositiveInt | None = Field(default=None, description="all parameters")
+    active_parameters: PositiveInt | None = Field(default=None, description="parameters a token passes through")
 
     @model_validator(mode="after")
     def _some_limit(self) -> Self:
@@ -224,10 +252,18 @@ class Budget(Section):
 
 
 class Search(Section):
-    """Limits of the solver."""
+    """Limits of the solver, and constraints on the architecture that are no budget."""
 
     gap: float = Field(default=1e-6, ge=0, description="relative MIP gap at which the solver may stop")
-    time_limit_seconds: float = Field(default=60, gt=0)
+    time_limit_seconds: float = Field(default=60, gt=0, description="for each combination of batch sizes")
+    robust: float = Field(default=0, ge=0, description="minimise mean + this many standard errors of every score")
+    max_block_types: PositiveInt | None = Field(default=None, description="distinct blocks in one architecture")
+    max_groups: PositiveInt | None = Field(default=None, description="contiguous groups of equal blocks")
+    forbid: tuple[str, ...] = Field(default=(), description="kinds (no_op, attention=no_op) or labels not to be used")
+    keep_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(), description="layers that stay the parent's"
+    )
+    width_multiple: PositiveInt = Field(default=1, description="FFN widths must be a multiple of this")
 
 
 class GKD(Section):
@@ -243,7 +279,9 @@ class GKD(Section):
     seed: int = Field(default=0, description="order of the train sequences")
 
 
-BaselineName = Literal["uniform", "depth", "greedy", "random"]
+BaselineName = Literal[
+    "uniform", "depth", "greedy", "random", "no_op_only", "max_params", "evolutionary", "policy_gradient"
+]
 BenchmarkName = Literal["hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande"]
 
 

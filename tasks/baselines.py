@@ -1,66 +1,45 @@
 """Baselines of the search: what simpler ways make of the same library and the same budget (Puzzle, appendix F).
 
-    uniform   the same attention and the same ffn in every layer
-    depth     whole layers dropped, those with the lowest summed score first
-    greedy    an equal budget per layer, savings carried on (F.2.2)
-    random    random choices, brought within the budget and filled up to it
+    uniform     the same attention and the same ffn in every layer
+    depth       whole layers dropped, those with the lowest summed score first
+    greedy      an equal budget per layer, savings carried on (F.2.2)
+    random      random choices, brought within the budget and filled up to it
+    no_op_only  the MIP over the parent's own subblocks and no-ops alone
+    max_params  as many parameters as the budget allows, whatever they score
 
-Every layer is one slot here, its options are pairs (attention, ffn). Like the MIP, a baseline is tried at every
-combination of batch sizes and the best is kept; random keeps the first that works.
+Each takes a grid whose slots are whole layers, options pairs (attention, ffn); tasks/peers.py calls them by name.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from blocks.errors import InfeasibleBudget
-from blocks.records import Architecture
-from profiles.schema import BaselineName
-from tasks.choose import Grid, Option, make_grid
-from tasks.mip import ROOM, Floats, Integers
-from tasks.totals import Problem, batch_choices, predicted
+from profiles.schema import Search
+from tasks.grid import Grid, Option
+from tasks.mip import minimise
+from tasks.program import ROOM, Floats, Integers
+from tasks.repair import draw, keeps, taken, within
 
 _ATTEMPTS = 64  # random: draws before a combination of batch sizes is given up
-_FULL = 0.98  # random: share of the tightest limit at which filling up may stop
-_NEEDS = {"depth": " (it drops layers that have no_op as attention and as ffn, nothing else)"}
 
 Pair = tuple[str | None, str | None]
-Method = Callable[[Grid, np.random.Generator], Integers | None]
 
 
-def baseline(name: BaselineName, problem: Problem, seed: int = 0) -> Architecture:
-    """The architecture of one baseline; `seed` matters for random alone.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ask:
+    """What a search gets beside the grid: a seeded generator, the solver's limits, evaluations it may spend."""
 
-    Raises InfeasibleBudget when the method finds none within the budget, even where the MIP does.
-    """
-    best: tuple[float, Grid, Integers] | None = None
-    for batches in batch_choices(problem):
-        grid = make_grid(problem, batches, joint=True)
-        selection = _METHODS[name](grid, np.random.default_rng(seed))
-        if selection is None:
-            continue
-        score = float(grid.scores[selection].sum())
-        if best is None or score < best[0]:
-            best = score, grid, selection
-        if name == "random":
-            break
-    if best is None:
-        raise InfeasibleBudget(
-            f"The {name} baseline finds no architecture within the budget{_NEEDS.get(name, '')}: ease the budget, add "
-            f"variants to search_space, or take {name} out of evaluate.baselines."
-        )
-    _, grid, selection = best
-    return predicted(problem, grid.choice(selection), name, grid.batches)
+    generator: np.random.Generator
+    search: Search
+    evaluations: int
 
 
-def fits(grid: Grid, selection: Integers) -> bool:
-    """True when the selected options, (S,), keep every limit of the grid."""
-    return bool((_taken(grid, selection) <= 1 - grid.fixed + ROOM).all())
+# the selection, (S,), and how many whole architectures it was picked from; None when none keeps the budget
+Picked = tuple[Integers, int] | None
 
 
-def _taken(grid: Grid, selection: Integers) -> Floats:
-    """What the selected options take of every limit, (R,)."""
-    return grid.usage[:, selection].sum(axis=1)
+def _fits(grid: Grid, selection: Integers) -> bool:
+    return bool(keeps(grid.program, selection[None])[0])
 
 
 def _slots(grid: Grid) -> list[Integers]:
@@ -78,12 +57,13 @@ def _best_of(grid: Grid, slot: Integers, pair: Pair) -> int | None:
     return min(found, key=lambda index: grid.scores[index], default=None)
 
 
-def _uniform(grid: Grid, _: np.random.Generator) -> Integers | None:
+def uniform(grid: Grid, _: Ask) -> Picked:
     """The best-scoring pair of labels that fits; layers that are not searched keep the parent's."""
     pairs = dict.fromkeys(_pair(option) for option in grid.options)
     everywhere = [selection for pair in pairs if (selection := _in_all_layers(grid, pair)) is not None]
-    within = [selection for selection in everywhere if fits(grid, selection)]
-    return min(within, key=lambda selection: float(grid.scores[selection].sum()), default=None)
+    fitting = [selection for selection in everywhere if _fits(grid, selection)]
+    best = min(fitting, key=lambda selection: float(grid.scores[selection].sum()), default=None)
+    return None if best is None else (best, len(fitting))
 
 
 def _in_all_layers(grid: Grid, pair: Pair) -> Integers | None:
@@ -91,19 +71,19 @@ def _in_all_layers(grid: Grid, pair: Pair) -> Integers | None:
     return None if None in picks else np.array(picks)
 
 
-def _depth(grid: Grid, _: np.random.Generator) -> Integers | None:
+def depth(grid: Grid, _: Ask) -> Picked:
     """Drop whole layers, lowest score first, until the rest fits; only layers with both no-ops can go."""
     selection = grid.starts.copy()
     dropped = {layer: _best_of(grid, slot, ("no_op", "no_op")) for layer, slot in enumerate(_slots(grid))}
     droppable = {layer: index for layer, index in dropped.items() if index is not None}
     for layer, index in sorted(droppable.items(), key=lambda item: float(grid.scores[item[1]])):
-        if fits(grid, selection):
+        if _fits(grid, selection):
             break
         selection[layer] = index
-    return selection if fits(grid, selection) else None
+    return (selection, 1) if _fits(grid, selection) else None
 
 
-def _greedy(grid: Grid, _: np.random.Generator) -> Integers | None:
+def greedy(grid: Grid, _: Ask) -> Picked:
     """Equal budget per searched layer, layers by mean score ascending; the lowest score within it, the rest carried on.
 
     A layer where nothing fits takes what overruns least, and the next layers owe the difference.
@@ -112,13 +92,13 @@ def _greedy(grid: Grid, _: np.random.Generator) -> Integers | None:
     slots = _slots(grid)
     searched = sorted((i for i, slot in enumerate(slots) if len(slot) > 1), key=lambda i: grid.scores[slots[i]].mean())
     kept = grid.starts[[len(slot) == 1 for slot in slots]]
-    share = (1 - grid.fixed - _taken(grid, kept)) / max(len(searched), 1)
+    share = (1 - grid.fixed - taken(grid.program, kept[None])[0]) / max(len(searched), 1)
     carried = np.zeros_like(share)
     for layer in searched:
         available = share + carried
         selection[layer] = _lowest_within(grid, slots[layer], available)
         carried = available - grid.usage[:, selection[layer]]
-    return selection if fits(grid, selection) else None
+    return (selection, 1) if _fits(grid, selection) else None
 
 
 def _lowest_within(grid: Grid, slot: Integers, available: Floats) -> int:
@@ -127,47 +107,27 @@ def _lowest_within(grid: Grid, slot: Integers, available: Floats) -> int:
     return int(within[grid.scores[within].argmin()]) if len(within) else int(slot[overrun.argmin()])
 
 
-def _random(grid: Grid, generator: np.random.Generator) -> Integers | None:
-    """Random choices; random layers are made cheap until all fits, then others dearer until the budget is used."""
-    for _ in range(_ATTEMPTS):
-        selection = np.array([generator.choice(slot) for slot in _slots(grid)])
-        if _repair(grid, selection, generator):
-            _fill(grid, selection, generator)
-            return selection
+def random(grid: Grid, ask: Ask) -> Picked:
+    """The first of some random choices that can be brought within the budget."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        drawn, kept = within(grid.program, draw(grid.program, 1, ask.generator), ask.generator)
+        if kept[0]:
+            return drawn[0], attempt
     return None
 
 
-def _repair(grid: Grid, selection: Integers, generator: np.random.Generator) -> bool:
-    """Swap random layers of `selection`, in place, to their cheapest option until it fits; False when it never does.
+def no_op_only(grid: Grid, ask: Ask) -> Picked:
+    """The paper's ablation: subblocks are kept or removed, nothing in between."""
+    kept = np.array([set(_pair(option)) <= {"parent", "no_op"} for option in grid.options])
+    answer = minimise(grid.program.only(kept), ask.search)
+    return None if answer is None else (np.flatnonzero(kept)[answer.selection], 0)
 
-    With several limits "cheapest" weighs them anew at random in every layer: the limits may want different variants.
+
+def max_params(grid: Grid, ask: Ask) -> Picked:
+    """The paper's ablation: the scores are not looked at.
+
+    Very many choices come close to filling a budget, and no solver tells them apart in time: a gap of 1e-4 is enough.
     """
-    slots = _slots(grid)
-    for layer in generator.permutation(len(slots)):
-        if fits(grid, selection):
-            return True
-        price = generator.dirichlet(np.ones(len(grid.limits))) @ grid.usage[:, slots[layer]]
-        selection[layer] = slots[layer][price.argmin()]
-    return fits(grid, selection)
-
-
-def _fill(grid: Grid, selection: Integers, generator: np.random.Generator) -> None:
-    """Swap random layers, in place, to random dearer options that fit, until the tightest limit is nearly used.
-
-    Each swap takes more of the limit that is tightest, so it ends.
-    """
-    slot_of = np.repeat(np.arange(len(grid.starts)), [len(slot) for slot in _slots(grid)])
-    room = 1 - grid.fixed
-    while True:
-        taken = _taken(grid, selection)
-        tightest = int((taken / room).argmax())
-        after = taken[:, None] + grid.usage - grid.usage[:, selection[slot_of]]
-        dearer = after[tightest] > taken[tightest] + ROOM
-        swaps = np.flatnonzero(dearer & (after <= room[:, None] + ROOM).all(axis=0))
-        if taken[tightest] >= _FULL * room[tightest] or not len(swaps):
-            return
-        swap = int(generator.choice(swaps))
-        selection[slot_of[swap]] = swap
-
-
-_METHODS: dict[str, Method] = {"uniform": _uniform, "depth": _depth, "greedy": _greedy, "random": _random}
+    search = ask.search.model_copy(update={"gap": max(ask.search.gap, 1e-4)})
+    answer = minimise(replace(grid.program, scores=-grid.parameters), search)
+    return None if answer is None else (answer.selection, 0)

@@ -76,16 +76,20 @@ class Evaluation(Value):
     benchmarks: dict[str, BenchmarkResult]
 
 
-def contender(name: str, architecture: Architecture, blocks: Sequence[BlockRecord]) -> Contender:
-    """A contender before GKD, with those of `blocks` that its architecture uses."""
+def blocks_of(layers: Sequence[LayerChoice], blocks: Sequence[BlockRecord]) -> tuple[BlockRecord, ...]:
+    """Those of `blocks` that a choice per layer uses."""
     wanted = set()
-    for layer, choice in enumerate(architecture.layers):
+    for layer, choice in enumerate(layers):
         if choice.coupled:
             wanted.add((layer, "block", choice.block_label))
         else:
             wanted |= {(layer, "attention", choice.attention), (layer, "ffn", choice.ffn)}
-    used = [block for where, block in library_of(list(blocks)).items() if where in wanted]
-    return Contender(name=name, architecture=architecture, blocks=tuple(used))
+    return tuple(block for where, block in library_of(list(blocks)).items() if where in wanted)
+
+
+def contender(name: str, architecture: Architecture, blocks: Sequence[BlockRecord]) -> Contender:
+    """A contender before GKD, with those of `blocks` that its architecture uses."""
+    return Contender(name=name, architecture=architecture, blocks=blocks_of(architecture.layers, blocks))
 
 
 def parent_contender(architecture: Architecture) -> Contender:

@@ -11,8 +11,10 @@ from dataclasses import replace
 import numpy as np
 
 from blocks.records import Value
-from tasks.joint import JointLibrary, JointOption, Request, choose_joint, program_of, samples_of
-from tasks.mip import Floats, Integers, Program, minimise
+from tasks.joint import JointLibrary, JointOption, LibraryFileError, samples_of
+from tasks.program import Floats, Integers
+from tasks.request import Request
+from tasks.solve import Case, best_of, cases_of, choose_joint
 
 
 class Confidence(Value):
@@ -48,7 +50,9 @@ def bootstrap(
 
     Raises InfeasibleBudget when nothing fits, LibraryFileError when the library keeps no scores per sequence.
     """
-    options, program = program_of(library, request)
+    options, cases = cases_of(library, request)
+    if request.minimise != "score" or any(limit.quantity == "score" for limit in request.limits):
+        raise LibraryFileError("the confidence is that of a search for the lowest score: do not limit the score.")
     samples = samples_of(options, request.metric)
     choice = choose_joint(library, request.model_copy(update={"diverse": 1}))[0]
     place = {(option.layer, option.label): index for index, option in enumerate(options)}
@@ -57,7 +61,7 @@ def bootstrap(
     objectives, bests, optimisms, picks = np.empty(draws), np.empty(draws), np.full(draws, np.nan), []
     for draw in range(draws):
         counts = generator.multinomial(samples.shape[1], np.full(samples.shape[1], 1 / samples.shape[1]))
-        selection, bests[draw] = _best(program, samples, counts, request)
+        selection, bests[draw] = _best(cases, samples, counts, request)
         objectives[draw] = _scores(samples, counts, request)[chosen].sum()
         optimisms[draw] = _optimism(samples[selection].sum(axis=0), counts)
         picks.append(selection)
@@ -81,19 +85,20 @@ def bootstrap(
 
 def _scores(samples: Floats, counts: Integers, request: Request) -> Floats:
     """(N,) objective of every option on the sequences of one draw, counted (T,) times each."""
-    total = counts.sum()
+    total, robust = counts.sum(), request.search.robust
     mean = samples @ counts / total
-    if not request.robust:
+    if not robust:
         return np.asarray(mean)
     variance = ((samples - mean[:, None]) ** 2) @ counts / (total - 1)
-    return np.asarray(mean + request.robust * np.sqrt(variance / total))
+    return np.asarray(mean + robust * np.sqrt(variance / total))
 
 
-def _best(program: Program, samples: Floats, counts: Integers, request: Request) -> tuple[Integers, float]:
-    drawn = replace(program, scores=_scores(samples, counts, request))
-    answer = minimise(drawn, request.search)
-    assert answer is not None, "the budget does not depend on the scores"
-    return answer.selection, answer.objective
+def _best(cases: list[Case], samples: Floats, counts: Integers, request: Request) -> tuple[Integers, float]:
+    scores = _scores(samples, counts, request)
+    drawn = [replace(case, program=replace(case.program, scores=scores)) for case in cases]
+    answered = best_of(drawn, request.search)
+    assert answered is not None, "the budget does not depend on the scores"
+    return answered[1].selection, answered[1].objective
 
 
 def _optimism(sums: Floats, counts: Integers) -> float:

@@ -77,7 +77,7 @@ def costs_path(
     measure: Measure,
     workspace: Path,
 ) -> Path:
-    """Where the costs lie that were measured of this on this machine."""
+    """Where the table of these costs lies, measured or not."""
     key = digest_of(
         parent=parent.fingerprint,
         space=[space.attention, space.ffn],

@@ -12,7 +12,7 @@ from typing import Any
 from prefect import runtime
 from prefect.client.orchestration import get_client
 
-from blocks.errors import PuzzleFailure
+from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.library import digest_of, write_value
 from blocks.records import (
     Architecture,
@@ -30,9 +30,10 @@ from tasks.artifacts import show_link, show_markdown, show_picture, show_table
 from tasks.compare import LINEAGE, Contender, Evaluation, Lineage, build, candidate
 from tasks.costs import BYTES
 from tasks.export import export_child, model_card
-from tasks.interchange import StoredLibrary, describe, write_library
+from tasks.interchange import StoredLibrary, describe, sizes_of, write_library
 from tasks.progress import say, wide_console
 from tasks.report import comparison_table, report_markdown, verdict, write_report
+from tasks.run_page import write_run_page
 from tasks.throughput import Throughput
 from tasks.usage import Usage
 
@@ -72,7 +73,8 @@ class Run:
             raise PuzzleFailure(
                 f"parent or corpus changed since the run that was killed ({error}). Start again, as a new MLflow run."
             ) from error
-        described = describe(self.profile, parent, corpus, costs)
+        sizes = sizes_of(self.workspace / parent.folder / "config.json")
+        described = describe(self.profile, parent, corpus, costs, sizes)
         library = StoredLibrary(description=described, variants=tuple(blocks), scores=tuple(scores), costs=costs)
         write_library(self.workspace / "tables" / self.profile.name, library)
         failed = [block for block in blocks if block.status == "failed"]
@@ -140,13 +142,21 @@ class Run:
         card = model_card(parent, corpus, model.config, markdown, command_of(self.profile))
         write_value(folder / LINEAGE, Lineage(parent=parent, corpus=corpus, child=final))
         export_child(model, parent, self.workspace, folder / "child", card)
-        files = [*write_report(report, folder), folder / LINEAGE]
+        files = [*write_report(report, folder), *self._page(report, folder), folder / LINEAGE]
         tracking.log_report(self.tracking, self.mlflow_run_id, report, files)
         show_markdown("report", markdown, verdict(report))
         for name in ("architecture", "comparison"):
             show_picture(name, folder / f"{name}.png", f"{name} of {self.profile.name}'s child")
         self._print(report, folder)
         return report
+
+    def _page(self, report: ChildReport, folder: Path) -> list[Path]:
+        """The HTML page; a run that has all its results does not fail for a picture of them."""
+        try:
+            return write_run_page(self.workspace, report, folder / "report.html")
+        except PuzzleError as error:
+            say(f"no report.html: {error}")
+            return []
 
     def _print(self, report: ChildReport, folder: Path) -> None:
         console = wide_console()

@@ -7,49 +7,44 @@
     non_block.parquet  embedding, final norm and head: scenario, batch size, costs
 
 Columns are the fields of the contracts in blocks/records.py. Every run writes one; `docs/search.md` lists the columns.
+What others measured is version 2 of the format, tasks/option_tables.py.
 """
 
 import json
-import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import numpy as np
-import pandas as pd
-from pydantic import ValidationError
-
-from blocks.library import atomic_path, sha256_of, write_value
+from blocks.library import write_value
 from blocks.records import (
     BlockRecord,
     CorpusInfo,
     Cost,
     CostTable,
-    LayerChoice,
     NonBlockCost,
     ParentInfo,
     Score,
     Value,
 )
 from profiles.schema import Budget, Profile, Scenario
-from tasks.choose import Option, make_grid
-from tasks.joint import JointLibrary, JointOption, LibraryFileError
-from tasks.mip import Floats
-from tasks.nvlabs import read_nvlabs
-from tasks.totals import Problem, make_problem, scores_behind
+from tasks.joint import JointLibrary, LibraryFileError
+from tasks.labels import INTERMEDIATE, KV_HEADS
+from tasks.nvlabs import options_from_nvlabs
+from tasks.option_tables import read_options
+from tasks.options import OptionLibrary, joint_of
+from tasks.puzzletron import is_puzzletron, options_from_puzzletron
+from tasks.reading import LARGEST
+from tasks.tables import read_description, read_table, validated, write_tables
+from tasks.totals import InconsistentTables, make_problem
+from tasks.view import library_of
 
-TABLES = ("variants", "scores", "costs", "non_block")
-# budget of a joint library -> the field of `Budget` behind it and its unit in that field's
-_UNITS = {
-    "memory_mib": ("memory_gib", 1024),
-    "runtime_ms": ("max_latency_seconds", 1000),
-    "num_params": ("parameters", 1),
-}
-ValueT = TypeVar("ValueT", bound=Value)
+COST_LIMIT = 1e18  # bytes, seconds, parameters
 
 
 class Description(Value):
-    """library.json: everything that is not a table."""
+    """library.json: everything that is not a table.
+
+    parent_sizes: num_key_value_heads and intermediate_size of the parent, where its config has them.
+    """
 
     format: Literal["puzzle-block-library"] = "puzzle-block-library"
     version: Literal[1] = 1
@@ -61,6 +56,7 @@ class Description(Value):
     hardware: dict[str, str]
     measured_at: str
     scenarios: tuple[Scenario, ...]
+    parent_sizes: dict[str, int] = {}
     tables: dict[str, str] = {}
 
 
@@ -73,7 +69,9 @@ class StoredLibrary(Value):
     costs: CostTable
 
 
-def describe(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, costs: CostTable) -> Description:
+def describe(
+    profile: Profile, parent: ParentInfo, corpus: CorpusInfo, costs: CostTable, parent_sizes: dict[str, int]
+) -> Description:
     """What library.json says of a run's library."""
     return Description(
         profile=profile.name,
@@ -84,150 +82,128 @@ def describe(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, costs: Co
         hardware=costs.hardware,
         measured_at=costs.measured_at,
         scenarios=profile.scenarios,
+        parent_sizes=parent_sizes,
     )
+
+
+def sizes_of(config: Path) -> dict[str, int]:
+    """Sizes that labels tell shares of, from a parent's config.json; those that it has."""
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    return {name: fields[name] for name in (KV_HEADS, INTERMEDIATE) if isinstance(fields.get(name), int)}
 
 
 def write_library(folder: Path, library: StoredLibrary) -> None:
     """Write or replace the folder's files; library.json comes last, with the digests of what it goes with."""
-    rows: dict[str, Sequence[Value]] = {
-        "variants": library.variants,
-        "scores": library.scores,
-        "costs": library.costs.costs,
-        "non_block": library.costs.non_block,
-    }
-    digests = {}
-    for name, values in rows.items():
-        with atomic_path(folder / f"{name}.parquet") as path:
-            pd.DataFrame([_row(value) for value in values]).to_parquet(path, index=False)
-        digests[name] = sha256_of(folder / f"{name}.parquet")
+    digests = write_tables(
+        folder,
+        {
+            "variants": library.variants,
+            "scores": library.scores,
+            "costs": library.costs.costs,
+            "non_block": library.costs.non_block,
+        },
+    )
     write_value(folder / "library.json", library.description.model_copy(update={"tables": digests}))
-
-
-def _row(value: Value) -> dict[str, Any]:
-    """Fields of one value; weights stay in the block library, they mean nothing elsewhere."""
-    return {name: field for name, field in value.model_dump().items() if name != "weights"}
 
 
 def read_library(folder: Path) -> StoredLibrary:
     """Read and check a folder; LibraryFileError says what is missing, damaged or of another format."""
-    try:
-        described = Description.model_validate(json.loads((folder / "library.json").read_text(encoding="utf-8")))
-    except OSError as error:
-        raise LibraryFileError(f"{folder} is no block library: library.json: {error.strerror}.") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise LibraryFileError(f"{folder}/library.json: {where}: {first['msg']}.") from error
-    except ValueError as error:
-        raise LibraryFileError(f"{folder}/library.json is not JSON: {error}.") from error
-    return StoredLibrary(
+    described = validated(Description, read_description(folder), folder / "library.json")
+    library = StoredLibrary(
         description=described,
-        variants=_table(folder, described, "variants", BlockRecord),
-        scores=_table(folder, described, "scores", Score),
+        variants=read_table(folder, described.tables, "variants", BlockRecord),
+        scores=read_table(folder, described.tables, "scores", Score),
         costs=CostTable(
             hardware=described.hardware,
-            costs=_table(folder, described, "costs", Cost),
-            non_block=_table(folder, described, "non_block", NonBlockCost),
+            costs=read_table(folder, described.tables, "costs", Cost),
+            non_block=read_table(folder, described.tables, "non_block", NonBlockCost),
             num_hidden_layers=described.num_hidden_layers,
             measured_at=described.measured_at,
         ),
     )
+    _check(folder, library)
+    return library
 
 
-def _table(folder: Path, described: Description, name: str, kind: type[ValueT]) -> tuple[ValueT, ...]:
-    path = folder / f"{name}.parquet"
-    if not path.is_file():
-        raise LibraryFileError(f"{path} is missing: fetch the whole folder.")
-    if sha256_of(path) != described.tables.get(name):
-        raise LibraryFileError(f"{path} is not the table that library.json names (sha256): fetch the folder again.")
-    rows = pd.read_parquet(path).to_dict("records")
-    try:
-        return tuple(kind.model_validate({str(key): _plain(value) for key, value in row.items()}) for row in rows)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise LibraryFileError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+def _check(folder: Path, library: StoredLibrary) -> None:
+    """What no contract says of one row: nothing twice, no cost below 0, no score that sums cannot keep."""
+    costs: list[Cost | NonBlockCost] = [*library.costs.costs, *library.costs.non_block]
+    keys: dict[str, list[tuple[Any, ...]]] = {
+        "scores.parquet": [(score.layer, score.subblock, score.variant) for score in library.scores],
+        "costs.parquet": [(c.subblock, c.variant, c.scenario, c.batch_size) for c in library.costs.costs],
+        "non_block.parquet": [(c.scenario, c.batch_size) for c in library.costs.non_block],
+    }
+    for table, names in keys.items():
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise LibraryFileError(f"{folder / table}: {' '.join(map(str, twice))} stands there twice.")
+    for cost in costs:
+        figures = [value for value in cost.model_dump().values() if isinstance(value, int | float)]
+        if not all(0 <= value < COST_LIMIT for value in figures):
+            raise LibraryFileError(
+                f"{folder}: a cost at {cost.scenario}, batch {cost.batch_size} is below 0 or absurd."
+            )
+    for score in library.scores:
+        if not all(abs(value) < LARGEST for value in (score.kl, score.lm_loss, *score.kl_per_sequence)):
+            raise LibraryFileError(f"{folder}/scores.parquet: a score of layer {score.layer} is not below {LARGEST:g}.")
+        if score.subblock == "block" and score.variant.count("+") != 1:
+            raise LibraryFileError(
+                f"{folder}/scores.parquet: layer {score.layer}: a block is called ATTENTION+FFN, not {score.variant!r}."
+            )
+    if library.description.num_hidden_layers < 1 or not library.description.scenarios:
+        raise LibraryFileError(f"{folder}/library.json: names no layer, or no scenario that costs were taken at.")
 
 
-def _plain(value: Any) -> Any:
-    """As the contracts have it: lists for arrays, None for what a table shows as nan."""
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and np.isnan(value) else value
+def joint_view(library: StoredLibrary) -> JointLibrary:
+    """The library as one search sees it: a slot per layer, every pair of an attention and an FFN.
 
-
-def joint_view(library: StoredLibrary, scenario: str | None = None, batch_size: int | None = None) -> JointLibrary:
-    """The library at one scenario and batch size, a slot per layer: every pair of an attention and an FFN.
-
-    Scores of a pair are the sum of its subblocks', unless both were distilled as one block. Labels read as NVlabs
-    writes them. scenario, batch_size: the first and the smallest when not given.
+    Raises LibraryFileError when the tables do not belong together.
     """
-    problem = _problem(library, scenario, batch_size)
-    grid = make_grid(problem, problem.scenarios[0].batch_sizes, joint=True)
-    rows = {limit.field: row for row, limit in enumerate(grid.limits)}
-    usage = {name: grid.usage[rows[field]] * scale for name, (field, scale) in _UNITS.items()}
-    options = [
-        _joint_option(problem, option, {name: float(values[i]) for name, values in usage.items()})
-        for i, option in enumerate(grid.options)
-    ]
-    fixed = {name: float(grid.fixed[rows[field]]) * scale for name, (field, scale) in _UNITS.items()}
     described = library.description
-    measured = {"scenario": problem.scenarios[0].name, "batch_size": grid.batches[0], **described.hardware}
-    layers = tuple(f"layer_{layer}" for layer in range(described.num_hidden_layers))
-    return JointLibrary(layers=layers, options=tuple(options), fixed=fixed, measured=measured)
+    try:
+        # the search's own limits come with what is asked; this one is never looked at
+        problem = make_problem(library.scores, library.costs, Budget(parameters=1), described.scenarios)
+        return library_of(problem)
+    except InconsistentTables as error:
+        raise LibraryFileError(f"the tables of this library do not belong together: {error}") from error
 
 
 def open_library(path: Path, scenario: str | None = None, batch_size: int | None = None) -> JointLibrary:
-    """A joint library from NVlabs' file, a folder in the open format, or a workspace that keeps one."""
+    """A joint library from any source that `read_source` reads.
+
+    scenario, batch_size: only what was measured there; everything when not given.
+    """
+    return joint_at(read_source(path), scenario, batch_size)
+
+
+def joint_at(
+    found: StoredLibrary | OptionLibrary, scenario: str | None = None, batch_size: int | None = None
+) -> JointLibrary:
+    """A library that was read, for the search; at one scenario or batch size where they are named."""
+    if isinstance(found, OptionLibrary):
+        return joint_of(found, scenario, batch_size)
+    return joint_view(found).measured_at(scenario, batch_size)
+
+
+def read_source(path: Path, scores: Path | None = None) -> StoredLibrary | OptionLibrary:
+    """A workspace, a folder in the open format, NVlabs' file, or a puzzletron folder or its subblock_stats.json.
+
+    scores: the folder with puzzletron's solution_*.json, where it does not lie beside its statistics.
+    """
+    if is_puzzletron(path):
+        return options_from_puzzletron(path, scores)
     if path.is_file() and path.name != "library.json":
-        if scenario or batch_size:
-            raise LibraryFileError(f"{path} was measured at one scenario, which cannot be chosen.")
-        return read_nvlabs(path)
-    folder = path.parent if path.is_file() else path
+        return options_from_nvlabs(path)
+    folder = kept_library(path.parent if path.is_file() else path)
+    version = read_description(folder).get("version")
+    if version not in (1, 2):
+        raise LibraryFileError(f"{folder}/library.json: version {version!r} of the format; this puzzle reads 1 and 2.")
+    return read_options(folder) if version == 2 else read_library(folder)
+
+
+def kept_library(folder: Path) -> Path:
+    """The library that a workspace keeps under tables/; the folder itself where it is none."""
     kept = sorted(found.parent for found in (folder / "tables").glob("*/library.json"))
     if len(kept) > 1:
         raise LibraryFileError(f"{folder} keeps several libraries, name one: {', '.join(map(str, kept))}.")
-    return joint_view(read_library(kept[0] if kept else folder), scenario, batch_size)
-
-
-def _joint_option(problem: Problem, option: Option, costs: dict[str, float]) -> JointOption:
-    attention, ffn = str(option.attention), str(option.ffn)
-    chosen = LayerChoice(attention=attention, ffn=ffn, coupled=option.coupled)
-    scores = scores_behind(problem, option.layer, chosen)
-    return JointOption(
-        layer=f"layer_{option.layer}",
-        label=f"attention = {attention} && ffn = {ffn}{' (coupled)' if option.coupled else ''}",
-        metrics={
-            "kl_div": math.fsum(score.kl for score in scores),
-            "lm_loss": math.fsum(score.lm_loss for score in scores),
-        },
-        costs=costs,
-        is_parent=attention == ffn == "parent",
-        samples={
-            "kl_div": _summed(problem, [score.kl_per_sequence for score in scores]),
-            "lm_loss": _summed(problem, [score.lm_loss_per_sequence for score in scores]),
-        },
-    )
-
-
-def _summed(problem: Problem, per_sequence: Sequence[tuple[float, ...]]) -> Floats:
-    """(T,) sum over the scores; the parent's own blocks score 0 on every sequence."""
-    length = max((len(score.kl_per_sequence) for score in problem.scores), default=0)
-    return np.array([*per_sequence, np.zeros(length)]).sum(axis=0)
-
-
-def _problem(library: StoredLibrary, name: str | None, batch_size: int | None) -> Problem:
-    """The library's tables with budgets of 1 GiB, 1 s and 1 parameter, so that shares of them are plain units."""
-    scenarios = {scenario.name: scenario for scenario in library.description.scenarios}
-    name = name or next(iter(scenarios))
-    if name not in scenarios:
-        raise LibraryFileError(f"the library has no scenario {name!r}; it has {', '.join(scenarios)}.")
-    scenario = scenarios[name]
-    size = batch_size or min(scenario.batch_sizes)
-    if size not in scenario.batch_sizes:
-        measured = ", ".join(map(str, scenario.batch_sizes))
-        raise LibraryFileError(f"scenario {name} was not measured at batch size {size}, but at {measured}.")
-    at = scenario.model_copy(update={"batch_sizes": (size,)})
-    units = Budget(memory_gib=1, max_latency_seconds=1, parameters=1)
-    return make_problem(library.scores, library.costs, units, [at])
+    return kept[0] if kept else folder

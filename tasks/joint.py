@@ -1,26 +1,25 @@
-"""Choose from a joint library: one score and one cost per layer and variant, whoever measured them.
+"""A joint block library: one score and the costs of every variant of every layer, whoever measured them.
 
-Puzzle's MIP (arXiv 2411.19146, appendix B) with a slot per layer: tasks/mip.py solves, what it answers is summed again
-here. A library in NVlabs' format is joint by nature (tasks/nvlabs.py); one of our own is viewed so at one scenario and
-batch size (tasks/interchange.py).
+A library in NVlabs' format is joint by nature (tasks/nvlabs.py); one of our own is viewed so, a slot per layer, every
+pair of an attention and an FFN (tasks/interchange.py). What may be asked of it: tasks/request.py; how it is answered:
+tasks/solve.py.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from functools import cached_property
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
-from blocks.errors import InfeasibleBudget, PuzzleError
-from blocks.records import Value
-from profiles.schema import Search, Section
-from tasks.mip import Answer, Floats, Program, fewest_types, least_usage, minimise, possible, relaxation
-from tasks.totals import gap_between
+from blocks.errors import PuzzleError
+from blocks.records import LayerChoice
+from tasks.program import Floats
 
-BUDGETS = {"memory_mib": "MiB", "runtime_ms": "ms", "num_params": "parameters"}
-TOLERANCE = 1e-9  # relative; a sum of floats in another order may differ by so much
+# N = options, S = scenarios
+Cost = float | tuple[float, ...]  # the same everywhere, or one value per place of the library
 
 
 class LibraryFileError(PuzzleError):
@@ -28,107 +27,150 @@ class LibraryFileError(PuzzleError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quantity:
+    """Something a budget can limit. `cost`: the figure of the library behind it; `floor`: more is better."""
+
+    unit: str
+    cost: str
+    floor: bool = False
+    per_place: bool = True
+    time: bool = False
+
+
+QUANTITIES = {
+    "memory_mib": Quantity(unit="MiB", cost="memory_mib"),
+    "runtime_ms": Quantity(unit="ms", cost="runtime_ms", time=True),
+    "ttft_ms": Quantity(unit="ms", cost="ttft_ms", time=True),
+    "tokens_per_second": Quantity(unit="tokens/s", cost="runtime_ms", floor=True, time=True),
+    "num_params": Quantity(unit="parameters", cost="num_params", per_place=False),
+    "active_params": Quantity(unit="parameters", cost="active_params", per_place=False),
+    "layer_params": Quantity(unit="parameters", cost="layer_params", per_place=False),
+    "score": Quantity(unit="of the metric", cost="", per_place=False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A scenario at one batch size: where runtime and memory were measured. Tokens of one request; 0 is unknown."""
+
+    scenario: str = ""
+    batch_size: int = 1
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and generated tokens of one batch."""
+        return self.batch_size * (self.prompt_tokens + self.generated_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
 class JointOption:
-    """One variant of one layer: its label, scores by metric, costs by budget field.
+    """One variant of one layer: its label, scores by metric, costs (memory_mib, runtime_ms, ttft_ms, num_params ...).
 
     samples: scores by metric again, one per scored sequence, the same sequences for every option; empty when unknown.
+    sizes: num_key_value_heads and intermediate_size where the variant has them. choice: the same in our own words.
     """
 
     layer: str
     label: str
     metrics: dict[str, float]
-    costs: dict[str, float]
+    costs: dict[str, Cost]
     is_parent: bool = False
     samples: dict[str, Floats] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    choice: LayerChoice | None = None
 
     @property
     def names(self) -> set[str]:
         """What `forbid` may call it: its label, or a subblock's kind ("no_op", "attention=no_op", "ffn=linear")."""
-        return {self.label, *_kinds(self.label)}
+        return {self.label, *kinds_in(self.label)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class JointLibrary:
-    """Options layer after layer; what the non-block part costs, where known; how it was measured."""
+    """Options layer after layer; what the non-block part costs, where known; where and how it was measured."""
 
     layers: tuple[str, ...]
     options: tuple[JointOption, ...]
-    fixed: dict[str, float] = field(default_factory=dict)
+    fixed: dict[str, Cost] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
+    places: tuple[Place, ...] = (Place(),)
 
     @property
     def metrics(self) -> list[str]:
         """Metrics that every option has."""
         return sorted(set.intersection(*(set(option.metrics) for option in self.options)))
 
-    def of_parent(self, budget: str) -> float:
-        """What the parent takes of a budget, non-block part included; LibraryFileError where its blocks are missing."""
-        parents = {option.layer: option for option in self.options if option.is_parent}
-        missing = [layer for layer in self.layers if layer not in parents]
+    @property
+    def scenarios(self) -> list[str]:
+        """Names of the scenarios, in the library's order."""
+        return list(dict.fromkeys(place.scenario for place in self.places))
+
+    @cached_property
+    def parents(self) -> dict[str, JointOption]:
+        """The parent's own option of every layer that has one."""
+        return {option.layer: option for option in self.options if option.is_parent}
+
+    def knows(self, cost: str) -> bool:
+        """True when every option has this cost."""
+        return all(cost in option.costs for option in self.options)
+
+    def column(self, cost: str, place: int) -> Floats:
+        """(N,) cost of every option at a place."""
+        return np.array([at(option.costs[cost], place) for option in self.options])
+
+    def outside(self, cost: str, place: int) -> float:
+        """What the non-block part takes; 0 where the library does not know."""
+        return at(self.fixed.get(cost, 0.0), place)
+
+    def of_parent(self, cost: str, place: int = 0) -> float:
+        """What the parent takes, non-block part included; LibraryFileError where its blocks are missing."""
+        missing = [layer for layer in self.layers if layer not in self.parents]
         if missing:
             raise LibraryFileError(
                 f"{missing[0]} has no variant marked as the parent's, so a share of the parent cannot be taken: give "
-                f"{budget} in {BUDGETS[budget]}."
+                f"{cost} in its own unit."
             )
-        return self.fixed.get(budget, 0.0) + math.fsum(option.costs[budget] for option in parents.values())
+        return self.outside(cost, place) + math.fsum(at(o.costs[cost], place) for o in self.parents.values())
+
+    def combinations(self) -> list[tuple[int, ...]]:
+        """Every combination of one place per scenario, (S,) indices, larger batches first."""
+        per_scenario = [[i for i, p in enumerate(self.places) if p.scenario == name] for name in self.scenarios]
+
+        def batches(places: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+            sizes = tuple(self.places[index].batch_size for index in places)
+            return sum(sizes), sizes
+
+        return sorted(itertools.product(*per_scenario), key=batches, reverse=True)
+
+    def measured_at(self, scenario: str | None, batch_size: int | None) -> "JointLibrary":
+        """The library at one scenario or batch size alone; LibraryFileError when it was not measured there."""
+        if scenario is not None and scenario not in self.scenarios:
+            told = ", ".join(filter(None, self.scenarios)) or "one, without a name"
+            raise LibraryFileError(f"the library has no scenario {scenario!r}; it has {told}.")
+        left = [i for i, place in enumerate(self.places) if scenario in (None, place.scenario)]
+        kept = [i for i in left if batch_size in (None, self.places[i].batch_size)]
+        if not kept or len({self.places[i].scenario for i in kept}) < len({self.places[i].scenario for i in left}):
+            sizes = ", ".join(map(str, sorted({self.places[i].batch_size for i in left})))
+            raise LibraryFileError(f"the library was not measured at batch size {batch_size}, but at {sizes}.")
+        return self if len(kept) == len(self.places) else self._at(kept)
+
+    def _at(self, kept: list[int]) -> "JointLibrary":
+        def only(costs: dict[str, Cost]) -> dict[str, Cost]:
+            return {name: c if isinstance(c, int | float) else tuple(c[i] for i in kept) for name, c in costs.items()}
+
+        options = tuple(replace(option, costs=only(option.costs)) for option in self.options)
+        places = tuple(self.places[i] for i in kept)
+        return replace(self, options=options, fixed=only(self.fixed), places=places)
 
 
-Positive = Annotated[float, Field(gt=0)]
+def at(cost: Cost, place: int) -> float:
+    """The cost at a place."""
+    return cost if isinstance(cost, int | float) else cost[place]
 
 
-class Request(Section):
-    """What is asked of a joint library. At least one budget, over the blocks and the non-block part where it is known.
-
-    robust: the objective is sum of (mean + robust x standard error), what one pays for not knowing a score well.
-    """
-
-    metric: str = "kl_div"
-    memory_mib: Positive | None = None
-    runtime_ms: Positive | None = None
-    num_params: Positive | None = None
-    robust: float = Field(default=0.0, ge=0)
-    diverse: int = Field(default=1, ge=1, description="how many architectures")
-    min_different: int = Field(default=1, ge=1, description="layers in which any two of them differ, at least")
-    max_block_types: int | None = Field(default=None, ge=1, description="distinct variants in one architecture")
-    forbid: tuple[str, ...] = Field(default=(), description="labels, or kinds such as no_op or attention=no_op")
-    search: Search = Search()
-
-    @property
-    def budgets(self) -> dict[str, float]:
-        """The limits that were given."""
-        return {name: limit for name in BUDGETS if (limit := getattr(self, name)) is not None}
-
-
-class JointChoice(Value):
-    """One architecture: sums with the non-block part, the solver's certificate, the label chosen in every layer.
-
-    objective: what was minimised. score, score_se: sum of the plain scores and its standard error over sequences, None
-    where the library keeps no scores per sequence. num_params: None where the library does not know.
-    """
-
-    objective: float
-    score: float
-    score_se: float | None
-    memory_mib: float
-    runtime_ms: float
-    num_params: float | None
-    status: str
-    bound: float
-    gap: float
-    layers: dict[str, str]
-
-
-class Price(Value):
-    """What a budget is worth: the LP's marginal objective per unit, and the objective re-solved at other limits."""
-
-    budget: str
-    limit: float
-    used: float
-    per_unit: float
-    resolved: dict[str, float | None]
-
-
-def _kinds(label: str) -> Iterator[str]:
+def kinds_in(label: str) -> Iterator[str]:
     """`attention = no_op (...) && ffn = linear (...)` -> no_op, attention=no_op, linear, ffn=linear."""
     for part in label.split("&&"):
         subblock, equals, rest = part.partition("=")
@@ -137,107 +179,12 @@ def _kinds(label: str) -> Iterator[str]:
             yield from (kind, f"{subblock.strip()}={kind}")
 
 
-def choose_joint(library: JointLibrary, request: Request) -> list[JointChoice]:
-    """The best architecture, then the best that differ enough from all before; fewer than asked when no more exist.
-
-    Raises InfeasibleBudget with what is reachable when there is none, LibraryFileError when the library lacks what the
-    request names.
-    """
-    options, program = program_of(library, request)
-    found: list[JointChoice] = []
-    rest = program
-    while len(found) < request.diverse:
-        answer = minimise(rest, request.search)
-        if answer is None:
-            break
-        found.append(_verified(library, options, request, answer))
-        same = np.zeros(len(options))
-        same[answer.selection] = 1 / len(library.layers)
-        rest = rest.with_row(same, 1 - request.min_different / len(library.layers))
-    if not found:
-        raise InfeasibleBudget(_infeasible(program, request))
-    return found
-
-
-def prices(library: JointLibrary, request: Request, steps: Sequence[float] = (-0.05, 0.05)) -> list[Price]:
-    """What each budget costs or buys: the LP's marginal, and the best objective with the budget moved by `steps`."""
-    options, program = program_of(library, request)
-    (best,) = choose_joint(library, request.model_copy(update={"diverse": 1}))
-    relaxed = relaxation(program.only(possible(program)), request.search)
-    assert relaxed is not None
-    found = []
-    for row, (name, limit) in enumerate(request.budgets.items()):
-        resolved: dict[str, float | None] = {}
-        for step in steps:
-            room = program.room.copy()
-            room[row] += step
-            answer = minimise(replace(program, room=room), request.search)
-            resolved[f"{step:+.0%}"] = None if answer is None else answer.objective
-        marginal = 0.0 - float(relaxed.prices[row]) / limit
-        used = getattr(best, name)
-        found.append(Price(budget=name, limit=limit, used=used, per_unit=marginal, resolved=resolved))
-    return found
-
-
-def sweep(
-    library: JointLibrary,
-    request: Request,
-    over: str,
-    limits: Sequence[float],
-    tell: Callable[[int, int], None] = lambda done, total: None,
-) -> list[JointChoice | None]:
-    """The best architecture at every limit of one budget, the others kept; None where nothing fits."""
-    request = request.model_copy(update={over: limits[0]})
-    options, program = program_of(library, request)
-    row = list(request.budgets).index(over)
-    found: list[JointChoice | None] = []
-    for limit in limits:
-        room = program.room.copy()
-        room[row] += limit / limits[0] - 1
-        answer = minimise(replace(program, room=room), request.search)
-        at = request.model_copy(update={over: limit})
-        found.append(None if answer is None else _verified(library, options, at, answer))
-        tell(len(found), len(limits))
-    return found
-
-
-def program_of(library: JointLibrary, request: Request) -> tuple[list[JointOption], Program]:
-    """The options that are not forbidden, (N,), and the program over them; rows are shares of the limits."""
-    _check(library, request)
-    forbidden = set(request.forbid)
-    options = [option for option in library.options if not option.names & forbidden]
-    left = {option.layer for option in options}
-    emptied = [layer for layer in library.layers if layer not in left]
-    if emptied:
-        raise InfeasibleBudget(
-            f"{' and '.join(request.forbid)} forbids every variant of {', '.join(emptied[:5])}"
-            f"{' and more' if len(emptied) > 5 else ''}: forbid less, or add variants there."
-        )
-    place = {layer: index for index, layer in enumerate(library.layers)}
-    slots = np.array([place[option.layer] for option in options])
-    usage = np.array([[option.costs[name] / limit for option in options] for name, limit in request.budgets.items()])
-    program = Program(
-        scores=np.array([_objective(option, request) for option in options]),
-        starts=np.searchsorted(slots, np.arange(len(library.layers))),
-        usage=usage,
-        room=np.array([1 - library.fixed.get(name, 0.0) / limit for name, limit in request.budgets.items()]),
-        types=np.unique([option.label for option in options], return_inverse=True)[1],
-        max_types=request.max_block_types,
-    )
-    return options, program
-
-
-def _objective(option: JointOption, request: Request) -> float:
-    score = option.metrics[request.metric]
-    return score + request.robust * standard_error(option.samples[request.metric]) if request.robust else score
-
-
 def standard_error(samples: Floats) -> float:
     """Of the mean of (T,) scores, one per sequence; 0 below two."""
     return float(samples.std(ddof=1) / math.sqrt(len(samples))) if len(samples) > 1 else 0.0
 
 
-def samples_of(options: Sequence[JointOption], metric: str) -> Floats:
+def samples_of(options: "tuple[JointOption, ...] | list[JointOption]", metric: str) -> Floats:
     """(N, T) scores per sequence; LibraryFileError where the library keeps none."""
     lengths = {len(option.samples.get(metric, ())) for option in options}
     if len(lengths) != 1 or lengths <= {0, 1}:
@@ -245,106 +192,3 @@ def samples_of(options: Sequence[JointOption], metric: str) -> Floats:
             f"this library keeps no {metric} per sequence for every variant, so how sure a choice is cannot be told."
         )
     return np.array([option.samples[metric] for option in options])
-
-
-def _check(library: JointLibrary, request: Request) -> None:
-    if not request.budgets:
-        raise LibraryFileError(f"a budget is needed, at least one of {', '.join(BUDGETS)}.")
-    if request.metric not in library.metrics:
-        raise LibraryFileError(
-            f"the library has no metric {request.metric!r} for every variant; it has {', '.join(library.metrics)}."
-        )
-    unpriced = [name for name in request.budgets if any(name not in option.costs for option in library.options)]
-    if unpriced:
-        raise LibraryFileError(f"the library does not say {unpriced[0]} for every variant: budget something else.")
-    if request.robust:
-        samples_of(library.options, request.metric)
-    if request.min_different > len(library.layers):
-        raise LibraryFileError(
-            f"min_different is {request.min_different}, but there are {len(library.layers)} layers to differ in."
-        )
-    known = set[str]().union(*(option.names for option in library.options))
-    unknown = [name for name in request.forbid if name not in known]
-    if unknown:
-        kinds = sorted({kind for option in library.options for kind in _kinds(option.label)})
-        raise LibraryFileError(
-            f"nothing in the library is called {unknown[0]!r}; kinds there: {', '.join(kinds[:12])}"
-            f"{' ...' if len(kinds) > 12 else ''}; or give a whole label."
-        )
-
-
-def _verified(library: JointLibrary, options: Sequence[JointOption], request: Request, answer: Answer) -> JointChoice:
-    """The answer summed again from the library's own numbers."""
-    chosen = [options[index] for index in answer.selection]
-    objective = math.fsum(_objective(option, request) for option in chosen)
-    costs = {name: _total(library, chosen, name) for name in BUDGETS}
-    layers = {option.layer: option.label for option in chosen}
-    broken = [name for name, limit in request.budgets.items() if (costs[name] or 0.0) > limit * (1 + TOLERANCE)]
-    if request.max_block_types is not None and len(set(layers.values())) > request.max_block_types:
-        broken.append("max_block_types")
-    if broken or len(layers) != len(library.layers) or not math.isclose(objective, answer.objective, abs_tol=1e-9):
-        raise AssertionError(f"the solver's answer fails its own check ({broken}), a bug of puzzle")
-    bound = min(answer.bound, objective)
-    samples = [option.samples.get(request.metric, np.empty(0)) for option in chosen]
-    known = min(map(len, samples)) > 1
-    return JointChoice(
-        objective=objective,
-        score=math.fsum(option.metrics[request.metric] for option in chosen),
-        # all scores are over the same sequences: the error is that of the sums, not the root of the sum of squares
-        score_se=standard_error(np.sum(samples, axis=0)) if known else None,
-        memory_mib=costs["memory_mib"] or 0.0,
-        runtime_ms=costs["runtime_ms"] or 0.0,
-        num_params=costs["num_params"],
-        status=answer.status,
-        bound=bound,
-        gap=gap_between(objective, bound),
-        layers=layers,
-    )
-
-
-def _total(library: JointLibrary, chosen: Sequence[JointOption], name: str) -> float | None:
-    if any(name not in option.costs for option in chosen):
-        return None
-    return library.fixed.get(name, 0.0) + math.fsum(option.costs[name] for option in chosen)
-
-
-# --- when nothing fits
-
-
-def _infeasible(program: Program, request: Request) -> str:
-    """Which budgets clash, how far each must be eased alone, and what the cheapest child takes."""
-    budgets = list(request.budgets.items())
-    untyped = replace(program, max_types=None)
-    if request.max_block_types is not None and minimise(untyped, request.search) is not None:
-        fewest = fewest_types(program, request.search)
-        return (
-            f"No architecture keeps the budget with at most {request.max_block_types} block types: at least {fewest} "
-            "are needed. Allow more types, or ease a budget."
-        )
-    alone = [least_usage(program, [row], [], request.search) for row in range(len(budgets))]
-    least = [(1 + (overrun or 0.0)) * limit for overrun, (_, limit) in zip(alone, budgets, strict=True)]
-    told = [
-        f"{name}: {limit:g} asked, the cheapest child takes {_up(value)} {BUDGETS[name]}"
-        for (name, limit), value in zip(budgets, least, strict=True)
-    ]
-    beyond = [name for (name, limit), value in zip(budgets, least, strict=True) if value > limit * (1 + TOLERANCE)]
-    if beyond:
-        return (
-            f"No architecture of this library keeps the budget: {'; '.join(told)}. "
-            f"Raise {' and '.join(beyond)} at least that far, or add cheaper variants."
-        )
-    eased = []
-    for row, (name, limit) in enumerate(budgets):
-        overrun = least_usage(program, [row], [r for r in range(len(budgets)) if r != row], request.search)
-        assert overrun is not None, "each budget alone is reachable, so one can always be given up"
-        eased.append(f"{name} to {_up((1 + overrun) * limit)} {BUDGETS[name]}")
-    return (
-        f"No architecture keeps {' and '.join(name for name, _ in budgets)} together, though each alone is reachable "
-        f"({'; '.join(told)}). Raise one alone: {', or '.join(eased)}."
-    )
-
-
-def _up(value: float) -> str:
-    """Rounded up, so that the value named can be reached."""
-    step = 10.0 ** (math.floor(math.log10(value)) - 5) if value > 0 else 1.0
-    return f"{math.ceil(value / step - 1e-9) * step:.10g}"

@@ -1,12 +1,14 @@
 """The mixed-integer program alone, in numbers: pick one option of every slot, lowest sum of scores, within all rows.
 
-    min  scores @ x    s.t.  one option per slot,   usage @ x <= room,   at most `max_types` types in use,   x in {0, 1}
+    min  scores @ x    s.t.  one option per slot,   usage @ x <= room,   x in {0, 1},
+                             at most `max_types` types in use, at most `max_groups` runs of equal types
 
-Most options can be proven useless before the solver starts. With the duals of the LP relaxation as prices, L is a lower
+Most options can be proven useless before any search. With the duals of the LP relaxation as prices, L is a lower
 bound of any answer, and L + d_j one of any answer that uses option j, d_j being what j costs above its slot's cheapest
-at those prices. The solver sees a core of options with small d; what it finds rules out every option with L + d_j
-above it, and when none is left outside the core the answer is optimal for the whole (the core idea of Pisinger, EJOR
-83, 1995; exact, the certificate covers all options). Scores and rows may have any scale and sign.
+at those prices. A search of a core of options with small d finds an answer, and that rules out every option with
+L + d_j above it (the core idea of Pisinger, EJOR 83, 1995; exact, the certificate covers all options). tasks/branch.py
+searches; HiGHS takes over where that is too hard, and where types count. Scores and rows may have any scale and
+sign.
 """
 
 import math
@@ -17,54 +19,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from blocks.errors import PuzzleError
 from profiles.schema import Search
+from tasks.branch import Found, branch, nearest, quick
+from tasks.program import ROOM, Floats, Integers, Program, Relaxation, possible
 
-# N = options, S = slots, R = rows
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
-Flags = NDArray[np.bool_]
-
-ROOM = 1e-9  # how far, of a whole limit, the solver may overstep; the check afterwards allows 1e-6
-_FIRST_CORE = 4  # options per slot that the solver sees first
+_ROUNDS = 12  # sets of types that are tried before the solver starts
 
 
 class SolverStopped(PuzzleError):
     """The solver gave up before it had any answer."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Program:
-    """options slot after slot: scores (N,), starts (S,) first option of each slot, usage (R, N) <= room (R,) in sum.
-
-    types: (N,) type of every option, needed with max_types alone. Rows should be scaled so that a limit is about 1.
-    """
-
-    scores: Floats
-    starts: Integers
-    usage: Floats
-    room: Floats
-    types: Integers | None = None
-    max_types: int | None = None
-
-    @property
-    def slot_of(self) -> Integers:
-        """(N,) slot of every option."""
-        sizes = np.diff(np.append(self.starts, len(self.scores)))
-        return np.repeat(np.arange(len(self.starts)), sizes)
-
-    def only(self, kept: Flags) -> "Program":
-        """The program over the options where `kept` (N,) is true; every slot must keep one."""
-        slots = self.slot_of[kept]
-        starts = np.searchsorted(slots, np.arange(len(self.starts)))
-        types = None if self.types is None else self.types[kept]
-        return replace(self, scores=self.scores[kept], starts=starts, usage=self.usage[:, kept], types=types)
-
-    def with_row(self, usage: Floats, room: float) -> "Program":
-        """The program with one more row."""
-        return replace(self, usage=np.vstack([self.usage, usage]), room=np.append(self.room, room))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,15 +40,6 @@ class Answer:
     objective: float
     bound: float
     status: str
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Relaxation:
-    """The LP: bound, prices (R,) of the rows (>= 0), distance (N,) by which the bound rises when an option is used."""
-
-    bound: float
-    prices: Floats
-    distance: Floats
 
 
 def minimise(program: Program, search: Search) -> Answer | None:
@@ -98,48 +54,85 @@ def minimise(program: Program, search: Search) -> Answer | None:
             return None
         answer = minimise(program.only(useful), search)
         return answer and replace(answer, selection=np.flatnonzero(useful)[answer.selection])
+    if program.max_groups is not None and program.max_groups < len(program.starts):
+        return _minimise_grouped(program, search, ends)
+    if program.max_types is not None and program.max_types < len(_types(program)[0]):
+        return _minimise_typed(program, search, ends)
+    program = replace(program, max_types=None, max_groups=None)
     relaxed = relaxation(program, search)
     if relaxed is None:
         return None
-    core = _first_core(program, relaxed.distance)
+    found = branch(program, relaxed, search.gap, ends)
+    if not found.finished:
+        return _solved(program, relaxed, found, search, ends)
+    if found.selection is None:
+        return None
+    return Answer(selection=found.selection, objective=found.objective, bound=found.bound, status="optimal")
+
+
+def _minimise_grouped(program: Program, search: Search, ends: float) -> Answer | None:
+    """As `minimise`, by HiGHS alone: prices of the rows know nothing of neighbours."""
+    relaxed = relaxation(program, search)
+    if relaxed is None:
+        return None
+    nothing = Found(selection=None, objective=math.inf, bound=relaxed.bound, finished=False)
+    return _solved(program, relaxed, nothing, search, ends)
+
+
+def _minimise_typed(program: Program, search: Search, ends: float) -> Answer | None:
+    """As `minimise`: a good answer by swaps of types, then HiGHS on the options that could still beat it."""
+    relaxed = _typed_relaxation(program, search)
+    if relaxed is None:
+        return None
+    return _solved(program, relaxed, _swap_types(program, relaxed, search, ends), search, ends)
+
+
+def _solved(program: Program, relaxed: Relaxation, found: Found, search: Search, ends: float) -> Answer | None:
+    """HiGHS on a core of options that is grown until it proves; what is already `found` narrows it."""
+    known = None
+    plain = program.max_types is None and program.max_groups is None
+    core = nearest(program, relaxed.distance) if plain else np.ones(len(program.scores), dtype=bool)
+    if found.selection is not None:
+        known = Answer(selection=found.selection, objective=found.objective, bound=found.bound, status="user_limit")
+        core = relaxed.useful(found.objective, search.gap)
     while True:
-        part = program.only(core)
-        answer = _solve(part, search, max(ends - time.perf_counter(), 1e-9))
-        if answer is None:
+        outside = relaxed.bound + relaxed.distance[~core].min(initial=math.inf)
+        if not np.logical_or.reduceat(core, program.starts).all():
+            return _better(None, known, outside)
+        try:
+            answer = _solve(program.only(core), search, max(ends - time.perf_counter(), 1e-9))
+        except SolverStopped:
+            if known is None:
+                raise
+            return known
+        if answer is None and known is None:
             if core.all():
                 return None
             core = np.ones_like(core)
             continue
-        answer = replace(answer, selection=np.flatnonzero(core)[answer.selection])
-        useful = relaxed.bound + relaxed.distance < answer.objective - search.gap * abs(answer.objective)
+        answer = _better(answer and replace(answer, selection=np.flatnonzero(core)[answer.selection]), known, outside)
+        useful = relaxed.useful(answer.objective, search.gap)
         if answer.status != "optimal" or not (useful & ~core).any():
-            outside = relaxed.distance[~core].min(initial=math.inf)
-            return replace(answer, bound=min(answer.bound, relaxed.bound + outside, answer.objective))
+            return answer
         core |= useful
 
 
-def possible(program: Program) -> Flags:
-    """(N,) false for options that break a row even with the cheapest of every other slot.
-
-    They cannot be chosen, and numbers far beyond a limit are what a solver fails on.
-    """
-    least = np.minimum.reduceat(program.usage, program.starts, axis=1)
-    others = least.sum(axis=1, keepdims=True) - least[:, program.slot_of]
-    return np.asarray((program.usage + others <= program.room[:, None] + ROOM).all(axis=0))
-
-
-def _first_core(program: Program, distance: Floats) -> Flags:
-    """The closest options; all of them when types are limited, since the LP's prices know nothing of types."""
-    count = _FIRST_CORE * len(program.starts)
-    if program.max_types is not None or count >= len(distance):
-        return np.ones(len(distance), dtype=bool)
-    core = distance <= np.partition(distance, count)[count]
-    core |= distance <= np.minimum.reduceat(distance, program.starts)[program.slot_of]
-    return core
+def _better(answer: Answer | None, known: Answer | None, outside: float) -> Answer:
+    """The better of two, with the better of their bounds; outside: a bound of what the solver did not see."""
+    if answer is None:  # nothing among what could beat the known one
+        assert known is not None
+        return replace(known, bound=min(outside, known.objective), status="optimal")
+    answer = replace(answer, bound=min(answer.bound, outside, answer.objective))
+    if known is None:
+        return answer
+    bound = max(answer.bound, known.bound)
+    if known.objective < answer.objective:
+        answer = replace(known, status=answer.status)
+    return replace(answer, bound=min(bound, answer.objective))
 
 
 def relaxation(program: Program, search: Search) -> Relaxation | None:
-    """The LP relaxation without the limit on types; None when even that is infeasible."""
+    """The LP relaxation without the limits on types and groups; None when even that is infeasible."""
     import cvxpy as cp
 
     x = cp.Variable(len(program.scores), nonneg=True)
@@ -158,6 +151,87 @@ def relaxation(program: Program, search: Search) -> Relaxation | None:
     least = np.minimum.reduceat(reduced, program.starts)
     bound = math.fsum(least) - float(prices @ program.room)
     return Relaxation(bound=bound, prices=prices, distance=reduced - least[program.slot_of])
+
+
+def _typed_relaxation(program: Program, search: Search) -> Relaxation | None:
+    """The LP relaxation with the limit on types; `distance` is 0 for what the K best types use.
+
+    With prices of the rows and a worth of every slot, a type in use gains the sum of what its options cost less than
+    their slots' worth, and at best the K types of largest gain are in use (the Lagrangian of the K-median problem).
+    """
+    import cvxpy as cp
+
+    assert program.max_types is not None
+    x, y, rows = _typed(program, boolean=False)
+    scale, types = _scale(program.scores), _types(program)[1]
+    constraints = [_one_per_slot(program) @ x == 1, *rows, y.sum() <= program.max_types]
+    if len(program.room):
+        constraints.append(program.usage @ x <= program.room)
+    model = cp.Problem(cp.Minimize((program.scores / scale) @ x), constraints)
+    _run(model, search, search.time_limit_seconds)
+    if model.status.startswith("infeasible"):
+        return None
+    solved = model.status == "optimal"
+    prices = np.maximum(constraints[-1].dual_value, 0.0) * scale if solved and len(program.room) else 0 * program.room
+    reduced = program.scores + prices @ program.usage
+    worth = -constraints[0].dual_value * scale if solved else np.minimum.reduceat(reduced, program.starts)
+    above = reduced - worth[program.slot_of]
+    gains = np.bincount(types, weights=np.maximum(-above, 0.0), minlength=int(types.max()) + 1)
+    last = np.sort(gains)[::-1][: program.max_types]
+    bound = math.fsum(worth) - math.fsum(last) - float(prices @ program.room)
+    distance = np.maximum(last[-1] - gains, 0.0)[types] + np.maximum(above, 0.0)
+    return Relaxation(bound=bound, prices=prices, distance=distance)
+
+
+def _swap_types(program: Program, relaxed: Relaxation, search: Search, ends: float) -> Found:
+    """A good answer: K types by swaps at prices of the rows, the program of those alone, its own prices, and again."""
+    generator = np.random.default_rng(0)
+    best = Found(selection=None, objective=math.inf, bound=relaxed.bound, finished=False)
+    names, types = _types(program)
+    prices, untyped, tried = relaxed.prices, replace(program, max_types=None), set[bytes]()
+    for _ in range(_ROUNDS):
+        chosen = _cheapest_types(program, prices, types, len(names))
+        kept = np.isin(types, chosen)
+        if time.perf_counter() > ends:
+            break
+        again = kept.tobytes() in tried
+        tried.add(kept.tobytes())
+        if again or not np.logical_or.reduceat(kept, program.starts).all():
+            prices = prices * generator.lognormal(0, 0.3, len(prices))
+            continue
+        part = relaxation(untyped.only(kept), search)
+        if part is None:
+            prices = prices * 1.5
+            continue
+        found = quick(untyped.only(kept), part, search.gap, ends).among(kept)
+        prices = (prices + part.prices) / 2
+        if found.objective < best.objective:
+            best = replace(best, selection=found.selection, objective=found.objective)
+    return best
+
+
+def _cheapest_types(program: Program, prices: Floats, types: Integers, count: int) -> list[int]:
+    """At most K types (K-median of the slots at these prices): added greedily, then swapped while that helps."""
+    assert program.max_types is not None
+    reduced = program.scores + prices @ program.usage
+    costs = np.full((len(program.starts), count), 1e6 * _scale(reduced))
+    np.minimum.at(costs, (program.slot_of, types), reduced)
+    nothing = costs.max(axis=1, keepdims=True)
+
+    def added(kept: list[int]) -> Floats:
+        """(types,) the costs of `kept` and one more."""
+        return np.minimum(costs, np.hstack([nothing, costs[:, kept]]).min(axis=1, keepdims=True)).sum(axis=0)
+
+    chosen: list[int] = []
+    for _ in range(min(program.max_types, count)):
+        chosen.append(int(added(chosen).argmin()))
+    total = math.inf
+    while (now := float(added(chosen[1:])[chosen[0]])) < total - 1e-12 * abs(now):
+        total = now
+        for at in range(len(chosen)):
+            others = chosen[:at] + chosen[at + 1 :]
+            chosen[at] = int(added(others).argmin())
+    return chosen
 
 
 def least_usage(program: Program, rows: Sequence[int], kept: Sequence[int], search: Search) -> float | None:
@@ -194,6 +268,20 @@ def fewest_types(program: Program, search: Search) -> int:
     return round(model.value)
 
 
+def fewest_groups(program: Program, search: Search) -> int:
+    """How many runs of equal types an answer needs at least; ValueError when the rows alone are infeasible."""
+    import cvxpy as cp
+
+    x, rows = _variables(replace(program, max_groups=None))
+    stays, links = _stays(program, x)
+    if len(program.room):
+        rows.append(program.usage @ x <= program.room)
+    model = cp.Problem(cp.Minimize(len(program.starts) - stays), [*rows, *links])
+    if _certificate(model, search, search.time_limit_seconds) is None:
+        raise ValueError("nothing fits, whatever the number of groups")
+    return round(model.value)
+
+
 def _solve(program: Program, search: Search, seconds: float) -> Answer | None:
     """The solver on all options of the program."""
     import cvxpy as cp
@@ -216,21 +304,30 @@ def _scale(scores: Floats) -> float:
     return float(np.abs(scores).max()) or 1.0
 
 
-def _typed(program: Program) -> tuple[Any, Any, list[Any]]:
+def _types(program: Program) -> tuple[Integers, Integers]:
+    """The types there are, and (N,) the place of every option's type among them."""
+    assert program.types is not None, "a limit on types needs the options' types"
+    names, place = np.unique(program.types, return_inverse=True)
+    return names, place
+
+
+def _typed(program: Program, boolean: bool = True) -> tuple[Any, Any, list[Any]]:
     """x (N,), y (types,) and x_j <= y_type(j)."""
     import cvxpy as cp
     from scipy.sparse import csr_array
 
-    assert program.types is not None
-    names, column = np.unique(program.types, return_inverse=True)
-    count = len(program.types)
+    names, column = _types(program)
+    count = len(column)
     of_option = csr_array((np.ones(count), (np.arange(count), column)), shape=(count, len(names)))
-    x, y = cp.Variable(count, boolean=True), cp.Variable(len(names), boolean=True)
-    return x, y, [x <= of_option @ y]
+    if boolean:
+        x, y = cp.Variable(count, boolean=True), cp.Variable(len(names), boolean=True)
+        return x, y, [x <= of_option @ y]
+    x, y = cp.Variable(count, nonneg=True), cp.Variable(len(names), nonneg=True)
+    return x, y, [x <= of_option @ y, y <= 1]
 
 
 def _variables(program: Program) -> tuple[Any, list[Any]]:
-    """x (N,) and the constraints that every integer model has: one option per slot, few enough types."""
+    """x (N,) and the constraints that every integer model has: one option per slot, few enough types and groups."""
     import cvxpy as cp
 
     rows: list[Any] = []
@@ -239,7 +336,24 @@ def _variables(program: Program) -> tuple[Any, list[Any]]:
     else:
         x, y, rows = _typed(program)
         rows.append(y.sum() <= program.max_types)
+    if program.max_groups is not None:
+        stays, links = _stays(program, x)
+        rows += [*links, stays >= len(program.starts) - program.max_groups]
     return x, [*rows, _one_per_slot(program) @ x == 1]
+
+
+def _stays(program: Program, x: Any) -> tuple[Any, list[Any]]:
+    """How many slots have the type of the slot before them, at most, and the constraints that make it so."""
+    import cvxpy as cp
+
+    assert program.types is not None
+    place = {pair: j for j, pair in enumerate(zip(program.slot_of.tolist(), program.types.tolist(), strict=True))}
+    pairs = [(place[slot - 1, kind], j) for (slot, kind), j in place.items() if (slot - 1, kind) in place]
+    if not pairs:
+        return cp.Constant(0), []
+    before, here = map(list, zip(*pairs, strict=True))
+    stay = cp.Variable(len(pairs), nonneg=True)
+    return stay.sum(), [stay <= x[before], stay <= x[here]]
 
 
 def _one_per_slot(program: Program) -> Any:

@@ -1,9 +1,10 @@
-"""Reads block libraries in the format of NVlabs/puzzle.
+"""Reads and writes block libraries in the format of NVlabs/puzzle (examples/data/*/block_library.json there).
 
 The file is JSON: layer -> variant label -> {"stats": {memory_mib, runtime_ms, ...}, "metrics": {kl_div, lm_loss,
-...}}; `measurement_info.json` beside it names hardware and scenario. Scores and costs are joint, one per layer and
-variant, for the one scenario that was measured, and stand for the blocks alone: take the non-block part off your
-budgets first.
+...}}; `measurement_info.json` beside it names hardware and scenario, `parent_block_stats.json` repeats the parent's
+block. Scores and costs are joint, one per layer and variant, for the one scenario that was measured, and stand for the
+blocks alone. What we write keeps the non-block part in `measurement_info.json` under "non_block", which we read again
+and others ignore: for them it has to be taken off the budgets.
 """
 
 import json
@@ -11,46 +12,72 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tasks.joint import BUDGETS, JointLibrary, JointOption, LibraryFileError
+from blocks.library import write_text
+from tasks.joint import JointLibrary, LibraryFileError
+from tasks.options import (
+    COSTS,
+    OptionLibrary,
+    OptionsDescription,
+    Place,
+    ScoredVariant,
+    checked,
+    crossed,
+    joint_of,
+    places_of,
+)
+from tasks.reading import LARGEST, cost, is_number, mapping, number, read_json
 
-_LARGEST = 1e12  # larger ones are no MiB, ms or nats, and leave nothing of the others in a sum
+SOURCE = "NVlabs/puzzle block_library.json"
+_NEEDED = ("memory_mib", "runtime_ms")  # stand in every such file; parameters may
 
 
 def read_nvlabs(path: Path) -> JointLibrary:
     """Read and check a library file; LibraryFileError says where it is not what it should be."""
-    layers = _mapping(_json(path), f"{path}: the library")
-    options = [option for layer in _ordered(layers) for option in _options(path, layer, layers[layer])]
+    return joint_of(options_from_nvlabs(path))
+
+
+def options_from_nvlabs(path: Path) -> OptionLibrary:
+    """The same with all that the file keeps, for the open format."""
+    layers = mapping(read_json(path), f"{path}: the library")
     beside = path.with_name("measurement_info.json")
-    measured = _mapping(_json(beside), str(beside)) if beside.exists() else {}
-    return JointLibrary(layers=tuple(_ordered(layers)), options=tuple(options), measured=measured)
+    measured = mapping(read_json(beside), str(beside)) if beside.exists() else {}
+    place = _place(measured)
+    variants = tuple(variant for layer in _ordered(layers) for variant in _variants(path, layer, layers[layer], place))
+    outside = measured.get("non_block")
+    library = OptionLibrary(
+        description=OptionsDescription(
+            source=SOURCE,
+            parent=path.resolve().parent.name,
+            hardware={name: value for name, value in measured.items() if isinstance(value, str) and name != "scenario"},
+            layers=tuple(_ordered(layers)),
+            places=(place,),
+            measured=measured,
+        ),
+        variants=variants,
+        outside={place: _stats(mapping(outside, f"{beside}: non_block"), str(beside), ())} if outside else {},
+    )
+    return checked(library, str(path))
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-    except OSError as error:
-        raise LibraryFileError(f"cannot read {path}: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise LibraryFileError(f"{path} is not the JSON of a block library: {error}.") from error
+def _place(measured: dict[str, Any]) -> Place:
+    """Batch size and sequence length as `measurement_info.json` tells them; 1 and no name where it does not.
+
+    How many of the tokens are generated it does not say.
+    """
+    length = _count(measured, "sequence_length")
+    scenario = measured.get("scenario")
+    return Place(
+        scenario=scenario if isinstance(scenario, str) and scenario else f"{length} tokens" if length else "measured",
+        batch_size=_count(measured, "batch_size") or 1,
+        prompt_tokens=_count(measured, "prompt_tokens") or length,
+        generated_tokens=_count(measured, "generated_tokens"),
+    )
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{max(names, key=names.count)!r} stands there twice")
-    return found
-
-
-def _mapping(value: Any, what: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        raise LibraryFileError(f"{what} must be a JSON object with entries, not {_short(value)}.")
-    return value
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 60 else f"{text[:57]}..."
+def _count(values: dict[str, Any], name: str) -> int:
+    """A count; 0 where the file does not say."""
+    value = values.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < LARGEST else 0
 
 
 def _ordered(layers: dict[str, Any]) -> list[str]:
@@ -61,30 +88,65 @@ def _ordered(layers: dict[str, Any]) -> list[str]:
     return list(layers)
 
 
-def _options(path: Path, layer: str, variants: Any) -> Iterator[JointOption]:
-    for label, variant in _mapping(variants, f"{path}: {layer}").items():
+def _variants(path: Path, layer: str, variants: Any, place: Place) -> Iterator[ScoredVariant]:
+    for label, variant in mapping(variants, f"{path}: {layer}").items():
         where = f"{path}: {layer}, {label!r}"
-        parts = _mapping(variant, where)
-        stats, metrics = (_mapping(parts.get(name), f"{where}: {name}") for name in ("stats", "metrics"))
-        # memory and runtime stand in every such file; parameters may
-        names = [name for name in BUDGETS if name in stats or name != "num_params"]
-        costs = {name: _number(stats, name, where) for name in names}
-        negative = [name for name, cost in costs.items() if cost < 0]
-        if negative:
-            raise LibraryFileError(f"{where}: {negative[0]} is {costs[negative[0]]}, it cannot be below 0.")
-        scores = {name: _number(metrics, name, where) for name in metrics}
-        parts_kept = label.count("parent * 100%")
-        yield JointOption(
+        parts = mapping(variant, where)
+        stats, metrics = (mapping(parts.get(name), f"{where}: {name}") for name in ("stats", "metrics"))
+        kept = label.count("parent * 100%")
+        yield ScoredVariant(
             layer=layer,
+            part="block",
             label=label,
-            metrics=scores,
-            costs=costs,
-            is_parent=parts_kept > 0 and parts_kept == label.count("&&") + 1,
+            is_parent=kept > 0 and kept == label.count("&&") + 1,
+            metrics={name: number(metrics, name, where) for name in metrics},
+            costs={place: _stats(stats, where, _NEEDED)},
         )
 
 
-def _number(values: dict[str, Any], name: str, where: str) -> float:
-    value = values.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
-        raise LibraryFileError(f"{where}: {name} must be a number below {_LARGEST:g}, not {_short(value)}.")
-    return float(value)
+def _stats(stats: dict[str, Any], where: str, needed: tuple[str, ...]) -> dict[str, float]:
+    """Budgets are checked; other figures are kept where they are figures."""
+    found = {name: cost(stats, name, where) for name in COSTS if name in stats or name in needed}
+    others = {name: float(value) for name, value in stats.items() if name not in found and is_number(value)}
+    return found | {name: value for name, value in others.items() if value >= 0}
+
+
+def write_nvlabs(
+    path: Path, library: OptionLibrary, scenario: str | None = None, batch_size: int | None = None
+) -> None:
+    """Write the library at one place in NVlabs' format, `measurement_info.json` and the parent's block beside it.
+
+    Errors and scores per sequence have no place there. Raises LibraryFileError when memory or runtime is not known.
+    """
+    place = places_of(library.description.places, scenario, batch_size)[0]
+    layers: dict[str, dict[str, Any]] = {layer: {} for layer in library.description.layers}
+    for variant in crossed(library):
+        stats = variant.costs.get(place, {})
+        lacking = [name for name in _NEEDED if name not in stats]
+        if lacking:
+            raise LibraryFileError(
+                f"NVlabs' format needs {lacking[0]} of every variant, and {variant.layer} {variant.label!r} has none "
+                f"at {place}: name another place with --scenario and --batch-size, or measure it."
+            )
+        label = variant.label if "\t" in variant.label else variant.label.replace(" && ", "\t&&\t")
+        layers[variant.layer][label] = {"stats": _plain(stats), "metrics": variant.metrics}
+    write_text(path, json.dumps(layers, indent=2))
+    write_text(path.with_name("measurement_info.json"), json.dumps(_measured(library, place), indent=4))
+    parents = [variant for variant in crossed(library) if variant.is_parent]
+    if parents:
+        block = {"stats": _plain(parents[0].costs[place]), "metrics": parents[0].metrics}
+        write_text(path.with_name("parent_block_stats.json"), json.dumps(block, indent=2))
+
+
+def _plain(stats: dict[str, float]) -> dict[str, float]:
+    """Whole numbers without a point, as heads and parameters are written there."""
+    return {name: int(value) if value.is_integer() else value for name, value in stats.items()}
+
+
+def _measured(library: OptionLibrary, place: Place) -> dict[str, Any]:
+    described = library.description
+    noted: dict[str, Any] = {**place.model_dump(), **described.hardware}
+    if described.source == SOURCE:
+        noted = dict(described.measured)
+    outside = library.outside.get(place)
+    return {**noted, "non_block": outside} if outside else noted

@@ -9,7 +9,7 @@ S = sequences, T = tokens, D = hidden_size.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,13 +23,38 @@ from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
 from blocks.library import digest_of, read_tensors, remember, write_value
 from blocks.packed import pack_linears
 from blocks.parent import Parent, load_subblock, run_subblock
-from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, LayerChoice, LayerRecord, ParentInfo, Score
+from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, LayerChoice, LayerRecord, ParentInfo, Score, Value
 from tasks.evaluate import mean_metric
 from tasks.record import open_parent
 
-VERSION = 3
+VERSION = 4
 BATCH_TOKENS = 4096
-Shape = tuple[int, int]  # scored sequences, tokens of each
+Shape = tuple[int, int]  # sequences, tokens of each
+Sequences = tuple[int, ...]  # indices in the validation split
+Work = tuple[BlockRecord, Sequences]
+
+
+class SequenceScores(Value):
+    """What is known of one block: KL and rise of the LM loss on single sequences, nats per token; seconds it took."""
+
+    sequences: Sequences = ()
+    kl: tuple[float, ...] = ()
+    lm_loss: tuple[float, ...] = ()
+    seconds: float = 0.0
+
+    def without(self, sequences: Sequence[int]) -> Sequences:
+        """Those of `sequences` that were not scored."""
+        there = set(self.sequences)
+        return tuple(sequence for sequence in sequences if sequence not in there)
+
+    def and_also(self, other: "SequenceScores") -> "SequenceScores":
+        """Both together."""
+        return SequenceScores(
+            sequences=self.sequences + other.sequences,
+            kl=self.kl + other.kl,
+            lm_loss=self.lm_loss + other.lm_loss,
+            seconds=self.seconds + other.seconds,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,19 +76,28 @@ class ParentSuffix:
         out: Tensor = self.norm(hidden)
         return out
 
+    def targets_on(self, rows: Tensor) -> Targets:
+        """The targets of some sequences, flattened."""
+        count, length = self.labels.shape[0], self.labels.shape[1] + 1
+        return self.targets[torch.arange(count * length).view(count, length)[rows].flatten()]
+
 
 @lru_cache(maxsize=1)
 def open_suffix(folder: Path, workspace: Path, corpus: CorpusInfo, last: LayerRecord, shape: Shape) -> ParentSuffix:
-    """Load the parent and compute its targets from the states that enter its last layer."""
-    reader = open_parent(folder)
+    """Load the parent and compute its targets from the recorded states that enter its last layer."""
+    hidden = read_tensors(workspace, last.boundary, ["validation"])["validation"][: shape[0], : shape[1]]
+    tokens = read_tensors(workspace, corpus.tokens, ["validation"])["validation"][: shape[0], : shape[1]].long()
+    return make_suffix(open_parent(folder), tokens, hidden)
+
+
+def make_suffix(reader: Parent, tokens: Tensor, hidden: Tensor) -> ParentSuffix:
+    """The parent and its targets on `tokens` (S, T); `hidden` (S, T, D) enters its last layer."""
     layers = nn.ModuleList([reader.layer(layer) for layer in range(reader.depth)])
     pack_linears(layers)
-    hidden = read_tensors(workspace, last.boundary, ["validation"])["validation"][: shape[0], : shape[1]]
     contexts = reader.contexts(hidden[:1])
     norm, head = reader.norm(), Head(reader.head_weight())
     with torch.no_grad():
         final = norm(layers[-1](hidden, **contexts[-1])).flatten(0, 1)
-    tokens = read_tensors(workspace, corpus.tokens, ["validation"])["validation"][: shape[0], : shape[1]].long()
     return ParentSuffix(
         reader=reader,
         layers=list(layers),  # type: ignore[arg-type]
@@ -75,18 +109,26 @@ def open_suffix(folder: Path, workspace: Path, corpus: CorpusInfo, last: LayerRe
     )
 
 
-def score_key(record: BlockRecord, shape: Shape) -> str:
-    """Content address of a score: the block (which carries parent and corpus) and the scored tokens."""
-    return digest_of(block=record.key, shape=shape, version=VERSION)
+def score_key(record: BlockRecord, length: int) -> str:
+    """Content address of what is known of a block's score: the block (which carries parent and corpus) and the tokens
+    scored of each sequence. Sequences that are scored later join the same file.
+    """
+    return digest_of(block=record.key, tokens=length, version=VERSION)
 
 
-def _score_path(record: BlockRecord, shape: Shape, workspace: Path) -> Path:
-    return workspace / "scores" / f"{score_key(record, shape)}.json"
+def _path(record: BlockRecord, length: int, workspace: Path) -> Path:
+    return workspace / "scores" / f"{score_key(record, length)}.json"
 
 
-def stored_score(record: BlockRecord, shape: Shape, workspace: Path) -> Score | None:
-    """The score of a block that was measured before, None when it was not or its file is damaged."""
-    return remember(_score_path(record, shape, workspace), Score, lambda _: [], workspace)
+def _stored(record: BlockRecord, length: int, workspace: Path) -> SequenceScores:
+    """What was measured before; nothing when the file is missing or damaged."""
+    found = remember(_path(record, length, workspace), SequenceScores, lambda _: [], workspace)
+    return found or SequenceScores()
+
+
+def stored_score(record: BlockRecord, sequences: Sequence[int], length: int, workspace: Path) -> Score | None:
+    """The score of a block over these sequences, None when some of them were not scored yet."""
+    return _score(record, _stored(record, length, workspace), sequences, length)
 
 
 def score_layer(
@@ -99,36 +141,74 @@ def score_layer(
     workspace: Path,
 ) -> list[Score]:
     """Scores of all usable variants of one layer on the first `shape` (sequences, tokens) of the recorded validation
-    states, each stored as soon as it is known."""
-    usable = [record for record in records if record.status != "failed"]
-    found = {record.key: stored_score(record, shape, workspace) for record in usable}
-    missing = [record for record in usable if found[record.key] is None]
-    if missing:
+    states.
+    """
+    work = [(record, tuple(range(shape[0]))) for record in records]
+    return score_sequences(work, layer, last, parent, corpus, shape, workspace)
+
+
+def score_sequences(
+    work: Sequence[Work],
+    layer: LayerRecord,
+    last: LayerRecord,
+    parent: ParentInfo,
+    corpus: CorpusInfo,
+    shape: Shape,
+    workspace: Path,
+) -> list[Score]:
+    """Scores of variants of one layer, each on its own sequences of the first `shape`; values in the order asked.
+
+    Only what no earlier call measured is computed, and stored as soon as it is known. A variant that failed, or whose
+    KL is not a number on some sequence, has no score.
+    """
+    usable = [(record, sequences) for record, sequences in work if record.status != "failed"]
+    known = {record.key: _stored(record, shape[1], workspace) for record, _ in usable}
+    missing = [(record, known[record.key].without(sequences)) for record, sequences in usable]
+    if any(sequences for _, sequences in missing):
         suffix = open_suffix(workspace / parent.folder, workspace, corpus, last, shape)
         hidden = read_tensors(workspace, layer.boundary, ["validation"])["validation"][: shape[0], : shape[1]]
-        group = max(1, BATCH_TOKENS // (shape[0] * shape[1]))
-        for start in range(0, len(missing), group):
-            batch = missing[start : start + group]
-            for record, score in zip(batch, score_batch(suffix, batch, hidden, workspace), strict=True):
-                if score is not None:
-                    found[record.key] = score
-                    write_value(_score_path(record, shape, workspace), score)
-    return [score for score in found.values() if score is not None]
+        for batch, sequences in batches_of(missing, shape[1]):
+            for record, found in zip(batch, score_batch(suffix, batch, hidden, sequences, workspace), strict=True):
+                if found is not None:
+                    known[record.key] = known[record.key].and_also(found)
+                    write_value(_path(record, shape[1], workspace), known[record.key])
+    scores = [_score(record, known[record.key], sequences, shape[1]) for record, sequences in usable]
+    return [score for score in scores if score is not None]
+
+
+def batches_of(work: Iterable[Work], length: int) -> Iterator[tuple[list[BlockRecord], Sequences]]:
+    """Records that miss the same sequences, as many together as a batch of tokens holds."""
+    alike: dict[Sequences, list[BlockRecord]] = {}
+    for record, sequences in work:
+        alike.setdefault(sequences, []).append(record)
+    most = max(1, BATCH_TOKENS // length)
+    for sequences, records in alike.items():
+        for first in range(0, len(sequences), most):
+            part = sequences[first : first + most]
+            group = max(1, BATCH_TOKENS // (len(part) * length))
+            yield from ((records[start : start + group], part) for start in range(0, len(records), group))
 
 
 @torch.no_grad()
 def score_batch(
-    suffix: ParentSuffix, records: Sequence[BlockRecord], hidden: Tensor, workspace: Path
-) -> list[Score | None]:
-    """Scores of several variants of one layer, None where a KL is not a number; `hidden` (S, T, D) enters the layer."""
+    suffix: ParentSuffix, records: Sequence[BlockRecord], hidden: Tensor, sequences: Sequences, workspace: Path
+) -> list[SequenceScores | None]:
+    """What several variants of one layer lose on some `sequences` of `hidden` (S, T, D), which enters the layer; None
+    where a KL is not a number.
+    """
     started = time.perf_counter()
     layer = records[0].layer
-    after = torch.cat([_replaced(suffix, record, hidden, workspace) for record in records])
-    final = suffix.finish(after, layer)
-    scores: list[Score | None] = []
-    for record, states in zip(records, final.split(len(hidden)), strict=True):
-        scores.append(_score(suffix, record, states, (time.perf_counter() - started) / len(records)))
-    return scores
+    rows = torch.tensor(sequences)
+    after = torch.cat([_replaced(suffix, record, hidden[rows], workspace) for record in records])
+    states = suffix.finish(after, layer).split(len(sequences))
+    losses = [_losses(suffix, each, rows) for each in states]
+    seconds = (time.perf_counter() - started) / len(records)
+    return [
+        SequenceScores(sequences=sequences, kl=tuple(kl.tolist()), lm_loss=tuple(lm.tolist()), seconds=seconds)
+        if kl.isfinite().all()
+        else None
+        for kl, lm in losses
+    ]
 
 
 def _replaced(suffix: ParentSuffix, record: BlockRecord, hidden: Tensor, workspace: Path) -> Tensor:
@@ -157,17 +237,23 @@ def load_variant(reader: Parent, record: BlockRecord, workspace: Path) -> DeciLM
     return module.eval()
 
 
-def _score(suffix: ParentSuffix, record: BlockRecord, states: Tensor, seconds: float) -> Score | None:
+def _losses(suffix: ParentSuffix, states: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """KL and rise of the LM loss, (s,) each, of final states (s, T, D) on the sequences `rows`."""
     count, length = states.shape[:2]
-    flat = states.flatten(0, 1)
-    kl, rise = kl_per_token(flat, suffix.targets, suffix.head)
-    if not kl.isfinite().all():
-        return None
+    targets = suffix.targets_on(rows)
+    kl, rise = kl_per_token(states.flatten(0, 1), targets, suffix.head)
     kl, rise = kl.view(count, length), rise.view(count, length)[:, :-1]
-    shift = (suffix.targets.hidden.view_as(states) - states)[:, :-1].double()
-    lm = rise + (shift * suffix.head.weight[suffix.labels].double()).sum(-1)
-    kl_each, lm_each = kl.mean(1), lm.mean(1)
-    kl_mean, lm_mean = mean_metric(kl_each), mean_metric(lm_each)
+    shift = (targets.hidden.view_as(states) - states)[:, :-1].double()
+    lm = rise + (shift * suffix.head.weight[suffix.labels[rows]].double()).sum(-1)
+    return kl.mean(1), lm.mean(1)
+
+
+def _score(record: BlockRecord, known: SequenceScores, sequences: Sequence[int], length: int) -> Score | None:
+    if not sequences or known.without(sequences):
+        return None
+    place = {sequence: index for index, sequence in enumerate(known.sequences)}
+    kl, lm_loss = ([values[place[sequence]] for sequence in sequences] for values in (known.kl, known.lm_loss))
+    kl_mean, lm_mean = (mean_metric(torch.tensor(values, dtype=torch.float64)) for values in (kl, lm_loss))
     return Score(
         layer=record.layer,
         subblock=record.subblock,
@@ -176,8 +262,8 @@ def _score(suffix: ParentSuffix, record: BlockRecord, states: Tensor, seconds: f
         kl_se=kl_mean.se,
         lm_loss=lm_mean.value,
         lm_loss_se=lm_mean.se,
-        tokens=count * length,
-        kl_per_sequence=tuple(kl_each.tolist()),
-        lm_loss_per_sequence=tuple(lm_each.tolist()),
-        seconds=seconds,
+        tokens=len(sequences) * length,
+        kl_per_sequence=tuple(kl),
+        lm_loss_per_sequence=tuple(lm_loss),
+        seconds=known.seconds,
     )

@@ -5,11 +5,12 @@ a task whose files are missing or damaged runs again (`refresh_cache`), one whos
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from filelock import FileLock, Timeout
 from prefect import task
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
@@ -35,13 +36,14 @@ from blocks.runtime import release_memory, set_threads
 from blocks.variant import kind_of, parse_labels
 from profiles.schema import Profile, SearchSpace
 from tasks import compare, costs, gkd, scoring
+from tasks.adaptive import Key, score_adaptively, told
 from tasks.artifacts import stage_bar
-from tasks.baselines import baseline
 from tasks.bld import Job, distill
 from tasks.choose import choose
 from tasks.compare import Contender, Evaluation
 from tasks.corpus import iterate_documents, prepare_corpus
 from tasks.parent import prepare_parent
+from tasks.peers import find
 from tasks.progress import say, shown
 from tasks.record import open_parent, record_key, record_layer, recorded
 from tasks.servers import stop_orphaned_servers
@@ -113,9 +115,9 @@ def distill_task(job: Job, workspace: str) -> Any:
     return distill(job, Path(workspace))
 
 
-@_task("score layer", "score layer {layer.layer:02d}", lambda _, p: _scores_key(p["records"], p["shape"]))
+@_task("score layer", "score layer {layer.layer:02d}", lambda _, p: _scores_key(p["work"], p["shape"]))
 def score_task(
-    records: list[BlockRecord],
+    work: list[scoring.Work],
     layer: LayerRecord,
     last: LayerRecord,
     parent: ParentInfo,
@@ -123,12 +125,12 @@ def score_task(
     shape: tuple[int, int],
     workspace: str,
 ) -> Any:
-    """See tasks.scoring.score_layer."""
-    return scoring.score_layer(records, layer, last, parent, corpus, shape, Path(workspace))
+    """See tasks.scoring.score_sequences."""
+    return scoring.score_sequences(work, layer, last, parent, corpus, shape, Path(workspace))
 
 
-def _scores_key(records: Sequence[BlockRecord], shape: tuple[int, int]) -> str:
-    return digest_of(scores=[scoring.score_key(record, shape) for record in records])
+def _scores_key(work: Sequence[scoring.Work], shape: tuple[int, int]) -> str:
+    return digest_of(scores=[(scoring.score_key(record, shape[1]), sequences) for record, sequences in work])
 
 
 def prepare(profile: Profile, workspace: Path) -> tuple[ParentInfo, CorpusInfo]:
@@ -265,24 +267,50 @@ def score_all(
     corpus: CorpusInfo,
     records: Sequence[LayerRecord],
     blocks: Iterable[BlockRecord],
+    costs: CostTable,
     workspace: Path,
 ) -> list[Score]:
-    """Replace-1-block scores of every block that did not fail."""
-    by_layer: dict[int, list[BlockRecord]] = {}
-    for block in blocks:
-        if block.status != "failed":
-            by_layer.setdefault(block.layer, []).append(block)
-    shape = (profile.scoring.sequences, profile.scoring.tokens_per_sequence or corpus.sequence_length)
-    futures = []
-    for layer, members in by_layer.items():
-        missing = any(scoring.stored_score(block, shape, workspace) is None for block in members)
-        futures.append(
-            score_task.with_options(refresh_cache=missing).submit(
-                members, records[layer], records[-1], parent, corpus, shape, str(workspace)
+    """Replace-1-block scores of every block that did not fail; `costs` matter to adaptive scoring alone."""
+    settings = profile.scoring
+    shape = (settings.sequences, settings.tokens_per_sequence or corpus.sequence_length)
+    usable: dict[Key, BlockRecord] = {
+        (block.layer, block.subblock, block.variant): block for block in blocks if block.status != "failed"
+    }
+
+    def score(wanted: Mapping[Key, scoring.Sequences]) -> dict[Key, Score]:
+        by_layer: dict[int, list[scoring.Work]] = {}
+        for key, sequences in wanted.items():
+            by_layer.setdefault(key[0], []).append((usable[key], sequences))
+        futures = [
+            score_task.with_options(refresh_cache=_missing(work, shape, workspace)).submit(
+                work, records[layer], records[-1], parent, corpus, shape, str(workspace)
             )
-        )
-    scores = wait(futures, "score", lambda found: f"layer {found[0].layer}" if found else "")
-    return [score for found in scores for score in found]
+            for layer, work in by_layer.items()
+        ]
+        scores = wait(futures, "score", lambda found: f"layer {found[0].layer}" if found else "")
+        return {(one.layer, one.subblock, one.variant): one for found in scores for one in found}
+
+    if settings.adaptive is None:
+        return list(score(dict.fromkeys(usable, tuple(range(shape[0])))).values())
+    order = tuple(np.random.default_rng(profile.seed).permutation(shape[0]).tolist())
+    found = score_adaptively(
+        list(usable),
+        lambda scores: problem_of(profile, scores, costs),
+        settings.adaptive,
+        shape[0],
+        lambda depths: score({key: order[:depth] for key, depth in depths.items()}),
+        lambda look: say(told(look)),
+    )
+    return list(found.scores)
+
+
+def _missing(work: Sequence[scoring.Work], shape: tuple[int, int], workspace: Path) -> bool:
+    return any(scoring.stored_score(block, sequences, shape[1], workspace) is None for block, sequences in work)
+
+
+def problem_of(profile: Profile, scores: Iterable[Score], table: CostTable) -> Problem:
+    """The search problem of a profile."""
+    return make_problem(scores, table, profile.budget, profile.scenarios, profile.search, profile.scoring.metric)
 
 
 def measured_space(profile: Profile) -> SearchSpace:
@@ -336,7 +364,7 @@ def measure_again(profile: Profile, parent: ParentInfo, workspace: Path) -> list
 def choose_child(profile: Profile, scores: Sequence[Score], table: CostTable) -> tuple[Problem, Architecture]:
     """The MIP under the profile's budget."""
     with stage("choose"):
-        problem = make_problem(scores, table, profile.budget, profile.scenarios, profile.search, profile.scoring.metric)
+        problem = problem_of(profile, scores, table)
         architecture: Architecture = _task("choose", "choose", None)(choose)(problem)
     return problem, architecture
 
@@ -349,7 +377,7 @@ def choose_baselines(profile: Profile, problem: Problem, child: Architecture) ->
     found: dict[str, Architecture] = {}
     for name in profile.evaluate.baselines:
         try:
-            layers = baseline(name, problem, profile.seed).layers
+            layers = find(name, problem, profile.seed).layers
             found[name] = predicted(problem, layers, name, batches)
         except PuzzleError as error:
             say(f"baseline {name} left out: {error}")

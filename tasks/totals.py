@@ -5,7 +5,8 @@
     score   = sum of replace-1-block scores
 
 The non-block part (embedding, final norm, head) stands in every total. The limits of a budget are derived from the
-parent's totals *at the same scenario and batch size*.
+parent's totals *at the same scenario and batch size*. tasks/view.py hands the same limits to the solver; here they are
+written a second time, as the check of its answers and for the searches that do without it.
 """
 
 import itertools
@@ -29,11 +30,12 @@ from blocks.records import (
     Subblock,
     Totals,
 )
-from profiles.schema import Budget, Scenario, Search
+from profiles.schema import Budget, Scenario, ScenarioBudget, Search
 
 Metric = Literal["kl", "lm_loss"]
-Quantity = Literal["runtime", "memory", "parameters", "layer_parameters"]
+Quantity = Literal["runtime", "prefill", "memory", "parameters", "layer_parameters"]
 Batches = tuple[int, ...]
+Weights = tuple[float, ...]
 
 MAX_BATCH_CHOICES = 256
 TOLERANCE = 1e-6  # relative: what a sum of measured floats may differ by before a limit counts as broken
@@ -73,6 +75,13 @@ class Problem:
         return table
 
     @property
+    def traffic(self) -> tuple[float, ...]:
+        """(S,) shares of the requests, where scenarios have weights; else nothing."""
+        weights = [scenario.weight or 0.0 for scenario in self.scenarios]
+        total = math.fsum(weights)
+        return tuple(weight / total for weight in weights) if total else ()
+
+    @property
     def parent(self) -> tuple[LayerChoice, ...]:
         """The parent as a choice: its own subblocks in every layer."""
         return (LayerChoice(),) * self.costs.num_hidden_layers
@@ -80,23 +89,12 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """One row of the budget at one scenario and batch size: a quantity that may not pass `most`.
-
-    at_least: the budget names a floor that falls as the quantity grows (speedup, tokens per second).
-    """
+    """One row of the budget: a quantity, summed over the scenarios with `weights` (S,), that may not pass `most`."""
 
     field: str
-    scenario: int
     quantity: Quantity
-    at_least: bool
-    asked: float
+    weights: tuple[float, ...]
     most: float
-
-    def reached(self, usage: float) -> float:
-        """The value of the budget field at which the quantity is `usage` x `most`; inf for a floor at usage 0."""
-        if not self.at_least:
-            return self.asked * usage
-        return self.asked / usage if usage > 0 else math.inf
 
 
 def make_problem(
@@ -208,41 +206,63 @@ def cost_of(problem: Problem, subblock: Subblock, variant: str, scenario: Scenar
 
 
 def limits_of(problem: Problem, batches: Batches) -> tuple[Limit, ...]:
-    """The rows of the budget: runtime and memory once per scenario, parameters once."""
+    """The rows of the budget: runtime and memory once per scenario or once over the traffic, parameters once."""
     totals = totals_of(problem, problem.parent, batches)
-    rows = [row for index, total in enumerate(totals) for row in _scenario_limits(problem, index, total)]
+    alone = [tuple(float(i == index) for i in range(len(totals))) for index in range(len(totals))]
+    budget, first = problem.budget, alone[0]
+    rows = [row for weights in alone for row in _memory_limits(problem, budget, totals, weights)]
+    for weights in [problem.traffic] if problem.traffic else alone:
+        rows += _time_limits(problem, budget, totals, weights)
+    for weights, scenario in zip(alone, problem.scenarios, strict=True):
+        rows += _memory_limits(problem, scenario.budget, totals, weights, f" of {scenario.name}")
+        rows += _time_limits(problem, scenario.budget, totals, weights, f" of {scenario.name}")
     outside = problem.non_block_table[totals[0].scenario, totals[0].batch_size].parameters
-    budget, parameters = problem.budget, totals[0].parameters
-    rows += _ceiling("parameters", 0, "parameters", budget.parameters, 1)
-    rows += _ceiling("parameters_fraction", 0, "parameters", budget.parameters_fraction, parameters)
+    everything = totals[0].parameters
+    rows += _ceiling("parameters", "parameters", first, budget.parameters, 1)
+    rows += _ceiling("active_parameters", "parameters", first, budget.active_parameters, 1)
+    rows += _ceiling("parameters_fraction", "parameters", first, budget.parameters_fraction, everything)
     share = budget.layer_parameters_fraction
-    return (*rows, *_ceiling("layer_parameters_fraction", 0, "layer_parameters", share, parameters - outside))
+    rows += _ceiling("layer_parameters_fraction", "layer_parameters", first, share, everything - outside)
+    return tuple(rows)
 
 
-def _scenario_limits(problem: Problem, index: int, parent: Totals) -> list[Limit]:
-    budget, scenario = problem.budget, problem.scenarios[index]
-    tokens = parent.batch_size * (scenario.prompt_tokens + scenario.generated_tokens)
+def _memory_limits(
+    problem: Problem, budget: ScenarioBudget, totals: Sequence[Totals], weights: Weights, of: str = ""
+) -> list[Limit]:
+    parent = _weighed(problem, totals, "memory", weights)
     return [
-        *_floor("speedup", index, budget.speedup, parent.runtime_seconds),
-        *_floor("min_tokens_per_second", index, budget.min_tokens_per_second, tokens),
-        *_ceiling("max_latency_seconds", index, "runtime", budget.max_latency_seconds, 1),
-        *_ceiling("memory_fraction", index, "memory", budget.memory_fraction, parent.memory_bytes),
-        *_ceiling("memory_gib", index, "memory", budget.memory_gib, 2**30),
+        *_ceiling(f"memory_fraction{of}", "memory", weights, budget.memory_fraction, parent),
+        *_ceiling(f"memory_gib{of}", "memory", weights, budget.memory_gib, 2**30),
     ]
 
 
-def _ceiling(field: str, scenario: int, quantity: Quantity, asked: float | None, reference: float) -> list[Limit]:
-    if asked is None:
-        return []
-    most = asked * reference
-    return [Limit(field=field, scenario=scenario, quantity=quantity, at_least=False, asked=asked, most=most)]
+def _time_limits(
+    problem: Problem, budget: ScenarioBudget, totals: Sequence[Totals], weights: Weights, of: str = ""
+) -> list[Limit]:
+    """Latency counts a batch of each scenario by its weight, throughput the share of it that one request takes."""
+    each = tuple(weight / total.batch_size for weight, total in zip(weights, totals, strict=True))
+    tokens = sum(
+        weight * (scenario.prompt_tokens + scenario.generated_tokens)
+        for weight, scenario in zip(weights, problem.scenarios, strict=True)
+    )
+    runtime = _weighed(problem, totals, "runtime", each)
+    prefill = _weighed(problem, totals, "prefill", weights)
+    wait, share = budget.max_time_to_first_token_seconds, budget.time_to_first_token_fraction
+    return [
+        *_floor(f"speedup{of}", each, budget.speedup, runtime),
+        *_floor(f"min_tokens_per_second{of}", each, budget.min_tokens_per_second, tokens),
+        *_ceiling(f"max_latency_seconds{of}", "runtime", weights, budget.max_latency_seconds, 1),
+        *_ceiling(f"max_time_to_first_token_seconds{of}", "prefill", weights, wait, 1),
+        *_ceiling(f"time_to_first_token_fraction{of}", "prefill", weights, share, prefill),
+    ]
 
 
-def _floor(field: str, scenario: int, asked: float | None, reference: float) -> list[Limit]:
-    if asked is None:
-        return []
-    most = reference / asked
-    return [Limit(field=field, scenario=scenario, quantity="runtime", at_least=True, asked=asked, most=most)]
+def _ceiling(field: str, quantity: Quantity, weights: Weights, asked: float | None, reference: float) -> list[Limit]:
+    return [] if asked is None else [Limit(field=field, quantity=quantity, weights=weights, most=asked * reference)]
+
+
+def _floor(field: str, weights: Weights, asked: float | None, reference: float) -> list[Limit]:
+    return [] if asked is None else [Limit(field=field, quantity="runtime", weights=weights, most=reference / asked)]
 
 
 def broken_limits(problem: Problem, layers: Sequence[LayerChoice], batches: Batches) -> tuple[Limit, ...]:
@@ -251,13 +271,21 @@ def broken_limits(problem: Problem, layers: Sequence[LayerChoice], batches: Batc
     return tuple(
         limit
         for limit in limits_of(problem, batches)
-        if _value(problem, totals[limit.scenario], limit.quantity) > limit.most * (1 + TOLERANCE)
+        if _weighed(problem, totals, limit.quantity, limit.weights) > limit.most * (1 + TOLERANCE)
+    )
+
+
+def _weighed(problem: Problem, totals: Sequence[Totals], quantity: Quantity, weights: Weights) -> float:
+    return math.fsum(
+        weight * _value(problem, total, quantity) for weight, total in zip(weights, totals, strict=True) if weight
     )
 
 
 def _value(problem: Problem, totals: Totals, quantity: Quantity) -> float:
     if quantity == "runtime":
         return totals.runtime_seconds
+    if quantity == "prefill":
+        return totals.prefill_seconds
     if quantity == "memory":
         return totals.memory_bytes
     outside = problem.non_block_table[totals.scenario, totals.batch_size].parameters

@@ -204,9 +204,14 @@ def log_report(tracking: Tracking, run_id: str, report: ChildReport, files: Sequ
     """Metrics of all candidates, their table, and the files that `write_report` made (pictures, Markdown, JSON)."""
     log_metrics(tracking, run_id, report_metrics(report))
     log_table(tracking, run_id, "candidates", report.candidates)
+    log_files(tracking, run_id, files, "report")
+
+
+def log_files(tracking: Tracking, run_id: str, files: Sequence[Path], folder: str) -> None:
+    """Files as artifacts of a run, in a folder of theirs."""
     client = _client(tracking.uri)
     for file in files:
-        client.log_artifact(run_id, str(file), "report")
+        client.log_artifact(run_id, str(file), folder)
 
 
 def run_params(profile: Profile, parent: ParentInfo, corpus: CorpusInfo) -> dict[str, str]:

@@ -10,8 +10,8 @@ import pytest
 from blocks.errors import InfeasibleBudget
 from blocks.records import LayerChoice
 from profiles.schema import BaselineName, Budget
-from tasks.baselines import baseline
 from tasks.choose import choose
+from tasks.peers import find
 from tasks.totals import Problem, predicted, within_budget
 from tests.test_choose import ATTENTIONS, CHAT, FFNS, random_problem
 
@@ -27,7 +27,7 @@ def test_baseline_fits_and_is_never_better_than_the_mip(name: BaselineName, budg
     scenario = CHAT.model_copy(update={"batch_sizes": (1, 4)})
     problem = random_problem(3, Budget(**budget), layers=5, scenarios=[scenario], coupled=coupled)
     assert not within_budget(problem, problem.parent), "the budget does not bind"
-    architecture = baseline(name, problem, seed=1)
+    architecture = find(name, problem, seed=1)
     assert architecture.method == name
     assert within_budget(problem, architecture.layers)
     assert architecture.score >= choose(problem).score * (1 - 1e-9)
@@ -37,7 +37,7 @@ def test_baseline_fits_and_is_never_better_than_the_mip(name: BaselineName, budg
 @pytest.mark.parametrize("name", NAMES)
 def test_impossible_budget_is_refused_by_name(name: BaselineName) -> None:
     with pytest.raises(InfeasibleBudget, match=f"The {name} baseline"):
-        baseline(name, random_problem(3, Budget(layer_parameters_fraction=0.05)))
+        find(name, random_problem(3, Budget(layer_parameters_fraction=0.05)))
 
 
 def summed(problem: Problem, layer: int, choice: LayerChoice) -> float:
@@ -51,7 +51,7 @@ def test_uniform_is_the_best_single_pair() -> None:
     fitting = [pair for pair in pairs if within_budget(problem, [pair] * 4)]
     assert 0 < len(fitting) < len(pairs)
     expected = min(sum(summed(problem, layer, pair) for layer in range(4)) for pair in fitting)
-    architecture = baseline("uniform", problem)
+    architecture = find("uniform", problem)
     assert len(set(architecture.layers)) == 1
     assert architecture.score == pytest.approx(expected)
 
@@ -59,14 +59,14 @@ def test_uniform_is_the_best_single_pair() -> None:
 def test_uniform_leaves_layers_alone_that_are_not_searched() -> None:
     problem = random_problem(4, Budget(layer_parameters_fraction=0.75), layers=4)
     problem = replace(problem, scores=tuple(s for s in problem.scores if s.layer not in (0, 3)))
-    layers = baseline("uniform", problem).layers
+    layers = find("uniform", problem).layers
     assert layers[0] == layers[3] == LayerChoice()
     assert layers[1] == layers[2] != LayerChoice()
 
 
 def test_depth_drops_the_layers_with_the_lowest_scores_and_no_more_than_needed() -> None:
     problem = random_problem(5, Budget(layer_parameters_fraction=0.7), layers=5)
-    layers = baseline("depth", problem).layers
+    layers = find("depth", problem).layers
     order = sorted(range(5), key=lambda layer: summed(problem, layer, GONE))
     dropped = [layer for layer in order if layers[layer] == GONE]
     assert 0 < len(dropped) < 5
@@ -80,7 +80,7 @@ def test_depth_needs_both_no_ops() -> None:
     problem = random_problem(5, Budget(layer_parameters_fraction=0.9))
     problem = replace(problem, scores=tuple(s for s in problem.scores if (s.subblock, s.variant) != ("ffn", "no_op")))
     with pytest.raises(InfeasibleBudget, match="no_op as attention and as ffn"):
-        baseline("depth", problem)
+        find("depth", problem)
 
 
 def test_greedy_follows_the_paper_step_by_step() -> None:
@@ -96,15 +96,15 @@ def test_greedy_follows_the_paper_step_by_step() -> None:
         within = [pair for pair in pairs if size["attention", pair.attention] + size["ffn", pair.ffn] <= available]
         expected[layer] = min(within, key=lambda pair: summed(problem, layer, pair))
         carried = available - size["attention", expected[layer].attention] - size["ffn", expected[layer].ffn]
-    layers = baseline("greedy", problem).layers
+    layers = find("greedy", problem).layers
     assert layers == tuple(expected[layer] for layer in range(5))
     assert len(set(layers)) > 1
 
 
 def test_random_is_seeded_and_uses_the_budget() -> None:
     problem = random_problem(7, Budget(layer_parameters_fraction=0.7), layers=12)
-    architectures = [baseline("random", problem, seed) for seed in range(8)]
-    assert architectures[3].layers == baseline("random", problem, 3).layers
+    architectures = [find("random", problem, seed) for seed in range(8)]
+    assert architectures[3].layers == find("random", problem, 3).layers
     assert len({architecture.layers for architecture in architectures}) == 8
     for architecture in architectures:
         layers_only = architecture.totals[0].parameters - 7_000
@@ -129,7 +129,7 @@ def test_random_mends_several_limits_at_once() -> None:
     for only in (GONE, LayerChoice(attention="kv1", ffn="ffn50")):
         assert not within_budget(problem, (only,) * 8)
     for seed in range(5):
-        assert within_budget(problem, baseline("random", problem, seed).layers)
+        assert within_budget(problem, find("random", problem, seed).layers)
 
 
 @pytest.mark.parametrize("name", ["uniform", "greedy"])
@@ -142,10 +142,39 @@ def test_the_best_batch_size_is_kept(name: BaselineName) -> None:
         scenario = CHAT.model_copy(update={"batch_sizes": sizes})
         problem = random_problem(3, budget, layers=5, scenarios=[scenario])
         alone = {
-            size: baseline(name, replace(problem, scenarios=(CHAT.model_copy(update={"batch_sizes": (size,)}),))).score
+            size: find(name, replace(problem, scenarios=(CHAT.model_copy(update={"batch_sizes": (size,)}),))).score
             for size in sizes
         }
         assert alone[best] == min(alone.values()) < max(alone.values())
-        architecture = baseline(name, problem)
+        architecture = find(name, problem)
         assert architecture.score == pytest.approx(alone[best])
         assert architecture.totals[0].batch_size == best
+
+
+def test_no_op_only_keeps_or_removes_and_is_the_best_that_does() -> None:
+    problem = random_problem(6, Budget(layer_parameters_fraction=0.6), layers=3)
+    pairs = [LayerChoice(attention=a, ffn=f) for a in ("parent", "no_op") for f in ("parent", "no_op")]
+    fitting = [c for c in itertools.product(pairs, repeat=3) if within_budget(problem, c)]
+    expected = min(sum(summed(problem, layer, choice) for layer, choice in enumerate(c)) for c in fitting)
+    architecture = find("no_op_only", problem)
+    assert {label for c in architecture.layers for label in (c.attention, c.ffn)} <= {"parent", "no_op"}
+    assert 0 < architecture.score == pytest.approx(expected)
+
+
+def test_max_params_takes_all_the_parameters_it_can() -> None:
+    problem = random_problem(6, Budget(speedup=1.4), layers=3)
+    pairs = [LayerChoice(attention=a, ffn=f) for a, f in itertools.product(ATTENTIONS, FFNS)]
+    fitting = [c for c in itertools.product(pairs, repeat=3) if within_budget(problem, c)]
+    most = max(predicted(problem, c, "x").totals[0].parameters for c in fitting)
+    architecture = find("max_params", problem)
+    assert architecture.totals[0].parameters == most < predicted(problem, problem.parent, "x").totals[0].parameters
+
+
+@pytest.mark.parametrize("name", ["uniform", "greedy", "random", "max_params", "evolutionary"])
+def test_what_the_profile_rules_out_no_search_uses(name: str) -> None:
+    """The last layer kept, no no-op attention: seen to bind by what the same search does without."""
+    free = random_problem(6, Budget(layer_parameters_fraction=0.7), layers=3)
+    search = free.search.model_copy(update={"forbid": ("attention=no_op",), "keep_layers": (2,)})
+    layers = find(name, replace(free, search=search)).layers
+    assert layers[2] == LayerChoice() and all(choice.attention != "no_op" for choice in layers)
+    assert find(name, free).layers != layers

@@ -13,8 +13,9 @@ import pytest
 
 from blocks.errors import InfeasibleBudget
 from blocks.records import SUBBLOCKS, Architecture, Cost, CostTable, LayerChoice, NonBlockCost, Score
-from profiles.schema import Budget, Scenario, Search
-from tasks.choose import choose, make_grid
+from profiles.schema import Budget, Scenario, ScenarioBudget, Search
+from tasks.choose import choose
+from tasks.grid import make_grid
 from tasks.mip import SolverStopped
 from tasks.totals import (
     InconsistentTables,
@@ -165,6 +166,10 @@ def every_architecture(problem: Problem, batches: Sequence[int]) -> tuple[Any, d
             "speedup": (seconds(out) + parent(seconds)) / runtime,
             "min_tokens_per_second": tokens / runtime,
             "max_latency_seconds": runtime,
+            "max_time_to_first_token_seconds": out.prefill_seconds + total(lambda c: c.prefill_seconds),
+            "time_to_first_token_fraction": (out.prefill_seconds + total(lambda c: c.prefill_seconds))
+            / (out.prefill_seconds + parent(lambda c: c.prefill_seconds)),
+            "active_parameters": out.parameters + parameters,
             "memory_fraction": memory / (out.weight_bytes + parent(size)),
             "memory_gib": memory / 2**30,
             "parameters": out.parameters + parameters,
@@ -195,6 +200,9 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "layer_parameters_fraction": {"layer_parameters_fraction": 0.55},
     "min_tokens_per_second": {"min_tokens_per_second": 400.0},
     "max_latency_seconds": {"max_latency_seconds": 0.11},
+    "max_time_to_first_token_seconds": {"max_time_to_first_token_seconds": 0.04},
+    "time_to_first_token_fraction": {"time_to_first_token_fraction": 0.6},
+    "active_parameters": {"active_parameters": 35_000},
     "two": {"speedup": 1.3, "parameters_fraction": 0.7},
     "three": {"speedup": 1.3, "memory_fraction": 0.6, "layer_parameters_fraction": 0.6},
 }
@@ -221,6 +229,55 @@ def test_mip_equals_brute_force_over_scenarios_and_batches(seed: int) -> None:
     budget = Budget(speedup=1.3, memory_fraction=0.7)
     problem = random_problem(seed, budget, scenarios=scenarios, coupled=bool(seed % 2))
     assert choose(problem).score == pytest.approx(brute_force(problem)[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_limits_of_one_scenario_and_of_the_traffic(seed: int) -> None:
+    """Seven of ten requests are chats: mean latency and throughput of the mix; memory in the long scenario alone."""
+    sizes = (1, 4)
+    asked = ScenarioBudget(memory_fraction=0.55)
+    chat = CHAT.model_copy(update={"weight": 7.0, "batch_sizes": sizes})
+    long = LONG.model_copy(update={"weight": 3.0, "batch_sizes": sizes, "budget": asked})
+    problem = random_problem(seed, Budget(speedup=1.6, max_latency_seconds=0.3), scenarios=(chat, long))
+    best = math.inf
+    for batches in itertools.product(sizes, sizes):
+        one = [
+            scenario.model_copy(update={"batch_sizes": (b,)}) for scenario, b in zip((chat, long), batches, strict=True)
+        ]
+        values = [every_architecture(replace(problem, scenarios=(s,)), (b,)) for s, b in zip(one, batches, strict=True)]
+        scores = values[0][0]
+        latency = [v["max_latency_seconds"] for _, v in values]
+        parent = [v["speedup"] * v["max_latency_seconds"] for _, v in values]
+        weights = [0.7, 0.3]
+        each = [weight / batch for weight, batch in zip(weights, batches, strict=True)]
+        speedup = sum(e * p for e, p in zip(each, parent, strict=True)) / sum(
+            e * x for e, x in zip(each, latency, strict=True)
+        )
+        keeps = (speedup >= 1.6) & (0.7 * latency[0] + 0.3 * latency[1] <= 0.3)
+        keeps &= values[1][1]["memory_fraction"] <= 0.55
+        best = min(best, scores[keeps].min(initial=math.inf))
+    assert 0 < best < math.inf
+    architecture = choose(problem)
+    assert architecture.score == pytest.approx(best, rel=1e-6)
+    assert within_budget(problem, architecture.layers)
+    without = choose(replace(problem, scenarios=(chat, long.model_copy(update={"budget": ScenarioBudget()}))))
+    assert without.score <= architecture.score
+
+
+def test_constraints_of_the_profile_hold() -> None:
+    """Widths of 64, layer 0 kept, no no-op attention, two kinds of blocks: against the plain optimum."""
+    budget = Budget(layer_parameters_fraction=0.75)
+    free = choose(random_problem(3, budget))
+    search = EXACT.model_copy(update={"forbid": ("attention=no_op",), "keep_layers": (0,), "max_block_types": 2})
+    architecture = choose(replace(random_problem(3, budget), search=search))
+    assert architecture.layers[0] == LayerChoice() != free.layers[0]
+    assert all(choice.attention != "no_op" for choice in architecture.layers)
+    assert len({(choice.attention, choice.ffn) for choice in architecture.layers}) <= 2
+    assert architecture.score > free.score
+    tight = Budget(layer_parameters_fraction=0.55)
+    assert any(choice.ffn == "ffn50" for choice in choose(random_problem(3, tight)).layers)
+    narrow = choose(replace(random_problem(3, tight), search=EXACT.model_copy(update={"width_multiple": 64})))
+    assert all(choice.ffn != "ffn50" for choice in narrow.layers)
 
 
 def test_unconstrained_optimum_of_lm_loss_breaks_the_budget() -> None:

@@ -8,10 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from profiles.schema import Budget
+from profiles.schema import Budget, Search
 from tasks.confidence import bootstrap
 from tasks.interchange import joint_view
-from tasks.joint import JointLibrary, JointOption, LibraryFileError, Request, choose_joint
+from tasks.joint import JointLibrary, JointOption, LibraryFileError
+from tasks.request import Request, limits
+from tasks.solve import choose_joint
 from tests.test_choose import EXACT, random_problem
 from tests.test_interchange import stored
 from tests.test_nvlabs import puzzle
@@ -38,7 +40,7 @@ SAMPLES = {"parent": [0.0, 0.0, 0.0], "a": [0.1, 0.5, 0.2], "b": [0.4, 0.1, 0.25
 
 def test_recurrence_like_all_27_draws() -> None:
     """One layer, three sequences: every draw can be listed."""
-    found = bootstrap(library(SAMPLES), Request(memory_mib=1.0), draws=500, seed=1)
+    found = bootstrap(library(SAMPLES), Request(limits=limits(memory_mib=1.0)), draws=500, seed=1)
     draws = [np.array(draw) for draw in itertools.product(range(3), repeat=3)]
     best = [min("ab", key=lambda label: np.array(SAMPLES[label])[draw].mean()) for draw in draws]
     regret = [
@@ -57,7 +59,9 @@ def test_recurrence_like_all_27_draws() -> None:
 
 def test_no_noise_no_doubt() -> None:
     """Sequences that all say the same: the choice always recurs, nothing is regretted or too good to be true."""
-    found = bootstrap(library({"parent": [0.0] * 6, "a": [0.2] * 6, "b": [0.3] * 6}, 3), Request(memory_mib=4.0), 30)
+    found = bootstrap(
+        library({"parent": [0.0] * 6, "a": [0.2] * 6, "b": [0.3] * 6}, 3), Request(limits=limits(memory_mib=4.0)), 30
+    )
     assert found.low == pytest.approx(found.high) == pytest.approx(found.objective)
     assert found.regret == pytest.approx(0, abs=1e-9) and found.within_1_percent == 1
     assert found.optimism == pytest.approx(0, abs=1e-9)
@@ -67,18 +71,20 @@ def test_the_winners_curse_is_seen() -> None:
     """Many equal options, noise alone tells them apart: what was chosen is worse on the sequences left out."""
     generator = np.random.default_rng(0)
     noisy = {f"v{i}": list(generator.gamma(2, 0.1, 12)) for i in range(20)}
-    found = bootstrap(library({"parent": [0.0] * 12, **noisy}, 2), Request(memory_mib=2.0), 100)
+    found = bootstrap(library({"parent": [0.0] * 12, **noisy}, 2), Request(limits=limits(memory_mib=2.0)), 100)
     assert found.optimism > 0.1 and found.regret > 0
 
 
 def test_a_seed_repeats_and_another_does_not() -> None:
-    runs = [bootstrap(library(SAMPLES), Request(memory_mib=1.0), draws=50, seed=seed) for seed in (3, 3, 4)]
+    runs = [
+        bootstrap(library(SAMPLES), Request(limits=limits(memory_mib=1.0)), draws=50, seed=seed) for seed in (3, 3, 4)
+    ]
     assert runs[0] == runs[1] != runs[2]
 
 
 def test_draws_keep_the_budget_and_sum_to_one() -> None:
     view = joint_view(stored(random_problem(2, Budget(speedup=1.2))))
-    request = Request(num_params=0.6 * view.of_parent("num_params"))
+    request = Request(limits=limits(num_params="60%"))
     seen: list[tuple[int, int]] = []
     found = bootstrap(view, request, draws=20, tell=lambda done, total: seen.append((done, total)))
     assert seen == [(i + 1, 20) for i in range(20)]
@@ -92,7 +98,9 @@ def test_robust_like_brute_force(factor: float) -> None:
     """mean + factor x se: with a large factor the steady variant wins over the one that is better on average."""
     samples = {"parent": [0.0] * 4, "wild": [0.0, 0.0, 0.0, 0.5], "steady": [0.15, 0.16, 0.15, 0.16]}
     view = library(samples, 2)
-    (choice,) = choose_joint(view, Request(memory_mib=2.0, robust=factor, search=EXACT))
+    (choice,) = choose_joint(
+        view, Request(limits=limits(memory_mib=2.0), search=EXACT.model_copy(update={"robust": factor}))
+    )
     value = {name: np.mean(x) + factor * np.std(x, ddof=1) / 2 for name, x in samples.items()}
     assert choice.objective == pytest.approx(2 * min(value["wild"], value["steady"]))
     label = "wild" if factor == 0 else "steady"
@@ -104,8 +112,8 @@ def test_without_scores_per_sequence_it_says_so() -> None:
     view = library(SAMPLES)
     bare = replace(view, options=tuple(replace(option, samples={}) for option in view.options))
     for call in (
-        lambda: bootstrap(bare, Request(memory_mib=1.0)),
-        lambda: choose_joint(bare, Request(memory_mib=1.0, robust=1.0)),
+        lambda: bootstrap(bare, Request(limits=limits(memory_mib=1.0))),
+        lambda: choose_joint(bare, Request(limits=limits(memory_mib=1.0), search=Search(robust=1.0))),
     ):
         with pytest.raises(LibraryFileError, match="keeps no kl_div per sequence"):
             call()

@@ -17,7 +17,9 @@ from blocks.library import read_value
 from blocks.records import ChildReport
 from flows import cli
 from tasks.interchange import open_library, read_library
-from tasks.joint import Request, choose_joint
+from tasks.peers import NAMES
+from tasks.request import Request, limits
+from tasks.solve import choose_joint
 
 pytestmark = pytest.mark.timeout(900)  # whole runs, each with a server of its own
 
@@ -105,13 +107,47 @@ def test_the_library_it_leaves_chooses_the_same_child(run: tuple[Path, str]) -> 
     """`puzzle choose` on the workspace, with the profile's budget in other words."""
     architecture = report_of(run[0]).architecture
     library = open_library(run[0], "chat", architecture.totals[0].batch_size)
-    fixed = library.fixed["num_params"]
+    fixed = library.outside("num_params", 0)
     limit = fixed + 0.6 * (library.of_parent("num_params") - fixed)
-    (choice,) = choose_joint(library, Request(num_params=limit))
+    (choice,) = choose_joint(library, Request(limits=limits(num_params=limit)))
+    (same,) = choose_joint(library, Request(limits=limits(layer_params="60%")))
+    assert same == choice
     assert 0 < choice.objective == pytest.approx(architecture.score, rel=1e-5)
-    assert choice.memory_mib * 2**20 == pytest.approx(architecture.totals[0].memory_bytes)
+    assert choice.memory_mib is not None and choice.memory_mib * 2**20 == pytest.approx(
+        architecture.totals[0].memory_bytes
+    )
     tables = read_library(run[0] / "tables" / "tiny")
     assert len(tables.variants) == len(tables.scores) == 4 * (3 + 2)
+
+
+def study(workspace: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [*PUZZLE, words[0], "profiles/tiny.yaml", "--workspace", str(workspace), *SMALLER, *words[1:]]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+
+
+def test_the_library_it_leaves_is_checked_against_true_kl(run: tuple[Path, str]) -> None:
+    """Every search side by side, predicted against true; what they leave; a profile that was never run."""
+    workspace, _ = run
+    peers = study(workspace, "peers", "--evaluations", "500", "--true-kl", "4")
+    assert peers.returncode == 0, peers.stderr
+    assert "lowest true KL: " in peers.stdout and "peers        done in" in peers.stderr
+    kept = json.loads(next(workspace.glob("studies/peers-tiny-*/study.json")).read_text())
+    assert {entry["name"] for entry in kept["entries"]} | set(kept["left_out"]) == set(NAMES)
+    kls = [sum(entry["true"]) for entry in kept["entries"]]
+    assert kls == sorted(kls)
+
+    check = study(workspace, "check", "--top", "4", "--swaps", "4")
+    assert check.returncode == 0, check.stderr
+    assert "rank correlation" in check.stdout and "swaps: " in check.stdout
+    (folder,) = workspace.glob("studies/check-tiny-*")
+    assert (folder / "predicted-against-true.png").stat().st_size > 10_000
+    child = json.loads((folder / "study.json").read_text())["measured"][0]
+    assert child["layers"] == [choice.model_dump() for choice in report_of(workspace).architecture.layers]
+
+    other = study(workspace, "check", "--set", "search_space.ffn=[ffn64, no_op]")
+    assert other.returncode == 2 and "4 of" in other.stderr and "run `puzzle optimize`" in other.stderr
+    nowhere = study(workspace / "nowhere", "peers")
+    assert nowhere.returncode == 2 and "is no workspace" in nowhere.stderr and not (workspace / "nowhere").exists()
 
 
 def test_prefect_and_mlflow_carry_each_other(run: tuple[Path, str]) -> None:
@@ -143,6 +179,18 @@ def test_another_budget_reuses_the_library_within_a_minute(run: tuple[Path, str]
         (cached,) = database.execute("select count(*) from task_run where state_name = 'Cached'").fetchone()
     distilled = sum(path.suffix == ".json" for path in library)
     assert cached >= distilled
+
+
+def test_adaptive_scoring_reuses_what_is_scored_and_chooses_as_well(run: tuple[Path, str]) -> None:
+    """On a library whose scores are there, in the profile's own order of stages: nothing is scored again."""
+    workspace, _ = run
+    before = {path: path.stat().st_mtime_ns for path in (workspace / "scores").iterdir()}
+    output = finished(workspace, "--set", "scoring.adaptive={start_sequences: 2}", "--set", "gkd.steps=0")
+    assert {path: path.stat().st_mtime_ns for path in (workspace / "scores").iterdir()} == before
+    assert "25% of full scoring's tokens" in output and "no more is needed" in output
+    reports = [read_value(child_of(text).parent / "report.json", ChildReport) for text in (run[1], output)]
+    full, adaptive = (report.architecture.score for report in reports)
+    assert adaptive == pytest.approx(full, rel=0.2)
 
 
 def killed_when(workspace: Path, ready: Callable[[], bool]) -> None:

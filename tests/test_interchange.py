@@ -12,7 +12,9 @@ from blocks.records import BlockRecord
 from profiles.schema import Budget
 from tasks.choose import choose
 from tasks.interchange import Description, StoredLibrary, joint_view, open_library, read_library, write_library
-from tasks.joint import LibraryFileError, Request, choose_joint
+from tasks.joint import LibraryFileError
+from tasks.request import Request, limits
+from tasks.solve import choose_joint
 from tasks.totals import Problem, totals_of
 from tests.test_choose import CHAT, EXACT, LONG, random_problem
 from tests.test_nvlabs import answers, puzzle
@@ -66,7 +68,7 @@ def test_a_flipped_bit_or_a_lost_table_is_told(tmp_path: Path, library: StoredLi
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"version": 2}, "version"),
+        ({"version": 3}, "version 3 of the format; this puzzle reads 1 and 2"),
         ({"format": "other"}, "format"),
         ({"surprise": 1}, "surprise"),
         ({"num_hidden_layers": "many"}, "num_hidden_layers"),
@@ -101,14 +103,12 @@ def test_the_joint_view_chooses_what_the_mip_chooses(seed: int, scenario: Any, c
     architecture = choose(problem)
     totals = architecture.totals[0]
     view = joint_view(stored(problem))
-    request = Request(
-        memory_mib=0.75 * view.of_parent("memory_mib"),
-        runtime_ms=1000 * (budget.max_latency_seconds or 0),
-        search=EXACT,
-    )
+    asked = limits(memory_mib=0.75 * view.of_parent("memory_mib"), runtime_ms=1000 * (budget.max_latency_seconds or 0))
+    request = Request(limits=asked, search=EXACT)
     (choice,) = choose_joint(view, request)
     assert 0 < choice.objective == pytest.approx(architecture.score, rel=1e-9)
     assert choice.score_se == pytest.approx(architecture.score_se, rel=1e-9)
+    assert choice.memory_mib is not None and choice.runtime_ms is not None
     assert choice.memory_mib * 2**20 == pytest.approx(totals.memory_bytes, rel=1e-9)
     assert choice.runtime_ms / 1000 == pytest.approx(totals.runtime_seconds, rel=1e-9)
     assert choice.num_params == pytest.approx(totals.parameters)

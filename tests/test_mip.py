@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from profiles.schema import Search
-from tasks.mip import Answer, Program, SolverStopped, fewest_types, least_usage, minimise, relaxation
+from tasks.branch import Branching, Purse, branch
+from tasks.mip import (
+    Answer,
+    SolverStopped,
+    _swap_types,
+    _typed_relaxation,
+    fewest_types,
+    least_usage,
+    minimise,
+    relaxation,
+)
+from tasks.program import Program, possible
 
 EXACT = Search(gap=1e-9, time_limit_seconds=60)
 
@@ -112,9 +123,85 @@ def test_every_option_costs_at_least_its_distance(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_the_core_is_grown_until_it_proves(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a core of one option a slot the answer is still that of all options."""
-    monkeypatch.setattr("tasks.mip._FIRST_CORE", 1)
+    monkeypatch.setattr("tasks.branch._FIRST_CORE", 1)
     program = instance(5, 5, seed, 2, room=0.45)
     check(program, minimise(program, EXACT), best_of_all(program))
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("first, block, most", [(2, 3, 10**6), (0, 1, 10**6), (0, 1, 0), (2, 2, 25)])
+def test_any_blocks_and_any_purse(
+    seed: int, first: int, block: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of a few partial choices, no first answer, no search at all (HiGHS alone), a search cut short."""
+    monkeypatch.setattr("tasks.branch._FIRST_CORE", 2)
+    monkeypatch.setattr("tasks.branch._FIRST", first)
+    monkeypatch.setattr("tasks.branch._BLOCK", block)
+    monkeypatch.setattr("tasks.branch._MOST", most)
+    program = instance(5, 5, seed, 3, room=(0.6, 0.3, 0.1)[seed % 3])
+    check(program, minimise(program, EXACT), best_of_all(program))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_search_cut_short_proves_only_what_is_true(seed: int) -> None:
+    """Whatever the purse: bound <= optimum <= objective, and `finished` only when they meet."""
+    program = instance(6, 5, seed, 3, room=0.4)
+    program = program.only(possible(program))
+    relaxed, best = relaxation(program, EXACT), best_of_all(program)
+    assert relaxed is not None and best is not None
+    bounds, unfinished = [], 0
+    for choices in (0, 3, 10, 30, 100, 300, 10**6):
+        found = Branching(program, relaxed, 0.0).run(Purse(choices=choices, block=4, ends=math.inf))
+        assert found.bound <= best + 1e-9 and best <= found.objective + 1e-9
+        assert found.selection is None or fits(program, tuple(found.selection.tolist()))
+        assert not found.finished or found.objective == pytest.approx(found.bound, abs=1e-9)
+        bounds.append(found.bound)
+        unfinished += not found.finished
+    assert bounds[0] >= relaxed.bound - 1e-9 and found.finished and unfinished >= 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("gap", [0.0, 0.02, 0.2])
+def test_the_gap_is_kept(seed: int, gap: float) -> None:
+    program = instance(6, 5, seed, 3, room=0.5)
+    relaxed, best = relaxation(program, EXACT), best_of_all(program)
+    assert relaxed is not None and best is not None
+    found = branch(program, relaxed, gap, math.inf)
+    assert found.finished and found.bound <= best + 1e-9
+    assert best - 1e-9 <= found.objective <= found.bound / (1 - gap) + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("max_types", [1, 2, 3])
+def test_with_few_types_every_option_costs_at_least_its_distance(seed: int, max_types: int) -> None:
+    """And the answer from swaps has few types, fits and is not better than the best."""
+    program = instance(4, 4, seed, 2)
+    types = np.random.default_rng(seed).permuted(np.tile(np.arange(4), (4, 1)), axis=1).ravel()
+    program = replace(program, types=types if seed % 2 else program.types, max_types=max_types)
+    relaxed, best = _typed_relaxation(program, EXACT), best_of_all(program)
+    if relaxed is None:
+        assert best is None
+        return
+    selections = [one for one in every_selection(program) if fits(program, one)]
+    for option in range(len(program.scores)):
+        least = min((math.fsum(program.scores[list(one)]) for one in selections if option in one), default=math.inf)
+        assert least >= relaxed.bound + relaxed.distance[option] - 1e-9
+    found = _swap_types(program, relaxed, EXACT, math.inf)
+    if found.selection is not None:
+        assert best is not None and found.objective >= best - 1e-9
+        assert fits(program, tuple(found.selection.tolist()))
+
+
+def test_with_few_types_the_bound_is_the_linear_programs() -> None:
+    """Distances that rule something out, a bound above that without types: what the test before would not miss."""
+    program = replace(instance(12, 8, 0, 2), max_types=2)
+    typed, plain = _typed_relaxation(program, EXACT), relaxation(program, EXACT)
+    assert typed is not None and plain is not None
+    assert typed.bound > plain.bound + 1e-3
+    answer = minimise(program, EXACT)
+    assert answer is not None and (typed.bound + typed.distance > answer.objective).any()
+    found = _swap_types(program, typed, EXACT, math.inf)
+    assert found.selection is not None and found.objective <= 1.1 * answer.objective
 
 
 @pytest.mark.parametrize("seed", range(6))

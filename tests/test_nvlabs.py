@@ -5,6 +5,8 @@ import itertools
 import json
 import math
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,14 @@ def test_one_of_one_is_a_list_only_when_several_were_asked_for(file: Path) -> No
     assert isinstance(answers("choose", "--library", file, "--memory-mib", 1e6), dict)
 
 
+def test_the_output_is_the_answer_alone(file: Path) -> None:
+    """In a process of its own: what a solver's library writes by itself would be seen here."""
+    main = "from flows.cli import main; main()"
+    words = [sys.executable, "-c", main, "choose", "--library", str(file), "--memory-mib", "4000", "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(cli.__file__).parent.parent)
+    assert json.loads(done.stdout)["status"] == "optimal" and not done.stderr
+
+
 def test_told_to_a_person(file: Path) -> None:
     code, out, _ = puzzle("choose", "--library", file, "--memory-mib", 4000)
     answer = answers("choose", "--library", file, "--memory-mib", 4000)
@@ -170,12 +180,16 @@ def reachable(file: Path, **budgets: float) -> bool:
     return code == 0
 
 
+def named_value(err: str, budget: str) -> float:
+    return float(err.partition(f"{budget}: ")[2].partition("at least ")[2].split()[0])
+
+
 def test_a_budget_out_of_reach_names_the_cheapest_child(file: Path) -> None:
     """With every no-op forbidden; the value that is named works, a hair less does not."""
     words = ("choose", "--library", file, "--forbid", "no_op")
     code, out, err = puzzle(*words, "--memory-mib", 100)
-    assert (code, out) == (2, "") and "cheapest child takes" in err
-    named = float(err.partition("cheapest child takes ")[2].split()[0])
+    assert (code, out) == (2, "") and "by the cheapest child" in err
+    named = named_value(err, "memory_mib")
     assert puzzle(*words, "--memory-mib", named)[0] == 0
     assert puzzle(*words, "--memory-mib", named * (1 - 1e-4))[0] == 2
 
@@ -190,8 +204,7 @@ def test_a_conflict_names_what_easing_one_alone_takes(file: Path) -> None:
     assert reachable(file, memory_mib=1000) and reachable(file, runtime_ms=2500)
     code, _, err = puzzle("choose", "--library", file, "--memory-mib", 1000, "--runtime-ms", 2500)
     assert code == 2 and "together" in err
-    memory = float(err.partition("memory_mib to ")[2].split()[0])
-    runtime = float(err.partition("runtime_ms to ")[2].split()[0])
+    memory, runtime = named_value(err, "memory_mib"), named_value(err, "runtime_ms")
     assert reachable(file, memory_mib=memory, runtime_ms=2500)
     assert not reachable(file, memory_mib=memory * (1 - 1e-4), runtime_ms=2500)
     assert reachable(file, memory_mib=1000, runtime_ms=runtime)

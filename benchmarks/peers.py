@@ -1,0 +1,94 @@
+"""Every search side by side at two budgets, with true KL; predicted against true; what correction and swaps bring.
+
+    .venv/bin/python -m benchmarks.peers
+
+Works on a workspace whose run is finished (`puzzle optimize` with the same profile). What was measured once is stored.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import ROOT, arguments, table, write_page
+from blocks.library import atomic_path
+from blocks.runtime import set_threads
+from profiles.load import load_profile
+from tasks.additivity import Ask as CheckAsk
+from tasks.additivity import Check, check_additivity
+from tasks.choose import choose
+from tasks.contest import Ask, contest
+from tasks.finished import Finished, open_finished
+from tasks.scatter import draw_check
+from tasks.truth import measured_truth
+from tasks.verdicts import check_rows, check_verdict, contest_rows, contest_verdict
+
+
+def main() -> None:
+    """Both studies at every budget."""
+    parser = arguments(__doc__)
+    parser.add_argument("--budgets", type=float, nargs="*", default=[0.7, 0.5])
+    parser.add_argument(
+        "--true-kl", type=int, nargs="*", default=[30, 16], help="measured KLs of evolution, of the policy gradient"
+    )
+    parser.add_argument("--top", type=int, default=8)
+    parser.add_argument("--swaps", type=int, nargs="*", default=[24, 16], help="per budget")
+    parser.add_argument("--min-different", type=int, default=6)
+    parser.add_argument("--threads", type=int, help="of the measuring; the costs' own when absent")
+    options = parser.parse_args()
+    parts: list[str] = []
+    started = time.perf_counter(), time.process_time()
+    for fraction, true_kl, swaps in zip(options.budgets, options.true_kl, options.swaps, strict=True):
+        budget = f"budget={{layer_parameters_fraction: {fraction}}}"
+        profile = load_profile(options.profile, [*options.set, budget])
+        set_threads(profile.hardware.threads)  # the costs are found by it
+        finished = open_finished(profile, (options.workspace or ROOT / "workspace" / profile.name).resolve())
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        parts += [f"## {fraction:.0%} of the layers' parameters", *section(finished, fraction, options, true_kl, swaps)]
+    wall, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
+    intro = (
+        f"{finished.parent.name}; corpus: {finished.corpus.description}. One library, one seed of every search that "
+        f"draws. The last run of this page took {wall:.0f} s of wall time and {cpu:.0f} CPU-s; KLs that were stored "
+        "before took none of it. Seconds of a search on true KL are those of its forward passes when they were made, "
+        "on a machine with other work. Errors are one standard error over sequences."
+    )
+    write_page("peers", "Searches side by side, and what additive scores are worth", [intro, *parts])
+
+
+def section(finished: Finished, fraction: float, options: argparse.Namespace, true_kl: int, swaps: int) -> list[str]:
+    """One budget."""
+    top, different = options.top, options.min_different
+    (scored, others), truth = measured_truth(finished, 8)
+    problem = finished.problem
+    ask = Ask(true_evaluations=true_kl, min_different=different)
+    found = contest(problem, scored, others, ask, lambda done, total, text: print(f"{done}/{total} {text}", flush=True))
+    best = choose(problem)
+    checked = check_additivity(
+        problem,
+        truth,
+        best,
+        CheckAsk(top=top, min_different=different, swaps=swaps),
+        lambda text: print(text, flush=True),
+    )
+    return [
+        table(*contest_rows(found)),
+        "\n".join(f"* {line}" for line in contest_verdict(found)),
+        f"The {checked.top} best sums that differ in {different} subblocks or more, other searches, and repair:",
+        table(*check_rows(checked)),
+        "\n".join(f"* {line}" for line in check_verdict(checked)),
+        f"![predicted against true]({picture(checked, fraction).name})",
+    ]
+
+
+def picture(checked: Check, fraction: float) -> Path:
+    """Predicted against true, beside the page."""
+    path = ROOT / "benchmarks" / f"peers-{round(100 * fraction)}.png"
+    with atomic_path(path) as temporary:
+        draw_check(checked).savefig(temporary, format="png")
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""`puzzle report`: one self-contained HTML page of a choice from a library, and of the run behind it."""
+
+import inspect
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from blocks.errors import PuzzleError
+from blocks.library import read_value
+from blocks.records import ChildReport
+from flows.search import asked
+from tasks.page import Extent, read_truth, truth_of, write_page
+from tasks.run_page import batch_of_run, limits_of_run, study_of
+
+
+def report(
+    values: dict[str, Any],
+    workspace: Annotated[
+        Path | None, typer.Argument(metavar="[WORKSPACE]", help="a run: its library, budget, children")
+    ] = None,
+    over: Annotated[str | None, typer.Option("--over", help="what is on the front's axis [what binds most]")] = None,
+    points: Annotated[int, typer.Option("--points", min=2, max=1000, help="limits on the front")] = 20,
+    draws: Annotated[int, typer.Option("--draws", min=2, max=100_000, help="bootstrap draws")] = 200,
+    study: Annotated[
+        Path | None, typer.Option("--study", metavar="FILE", help="JSON list of {name, predicted, true, true_se}")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="the page")] = Path("report.html"),
+    png: Annotated[Path | None, typer.Option("--png", metavar="DIR", help="every picture as PNG too")] = None,
+) -> None:
+    """One HTML page: the choice, its certificate, architecture, Pareto front, confidence, prices, the run's table."""
+    source = values["library"] or workspace
+    if source is None:
+        raise PuzzleError("name a workspace, or a library with --library PATH.")
+    finished = finished_run(workspace) if workspace else None
+    opened, request = asked(**{**values, "library": source})
+    if finished is not None and not request.limits:
+        batch = values["batch_size"] or batch_of_run(finished)
+        opened = asked(**{**values, "library": source, "batch_size": batch})[0]
+        request = request.model_copy(update={"limits": limits_of_run(finished)})
+    truth = read_truth(study) if study else truth_of(source if source.is_dir() else source.parent)
+    extent = Extent(over=over and over.replace("-", "_"), points=points, draws=draws)
+    made = study_of(source, opened, request, extent, truth=truth, report=finished)
+    for file in write_page(made, out, png):
+        typer.echo(f"wrote {file}")
+
+
+def finished_run(workspace: Path) -> ChildReport | None:
+    """The report of the last finished run of a workspace."""
+    reports = sorted(workspace.glob("runs/*/report.json"), key=lambda path: path.stat().st_mtime)
+    return read_value(reports[-1], ChildReport) if reports else None
+
+
+def _command() -> Any:
+    """`report` with the options of `asked`, where the library need not be named."""
+    shared = list(inspect.signature(asked).parameters.values())
+    own = list(inspect.signature(report).parameters.values())[1:]
+
+    def report_command(**values: Any) -> None:
+        report({one.name: values.pop(one.name) for one in shared}, **values)
+
+    told: Any = report_command
+    optional = [one.replace(default=None, annotation=_or_none(one)) if one.name == "library" else one for one in shared]
+    told.__doc__ = report.__doc__
+    told.__signature__ = inspect.Signature(
+        [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in [*own[:1], *optional, *own[1:]]]
+    )
+    told.__annotations__ = {one.name: one.annotation for one in [*own, *optional]}
+    return told
+
+
+def _or_none(library: inspect.Parameter) -> Any:
+    (option,) = library.annotation.__metadata__
+    return Annotated[Path | None, option]
+
+
+report_command = _command()

@@ -1,0 +1,140 @@
+"""`puzzle peers | check`: searches and sums set against the true KL of whole architectures, on a finished library."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from blocks.errors import PuzzleError
+from profiles.load import load_profile
+from tasks.progress import Stage, shown
+
+ProfileFile = Annotated[Path, typer.Argument(metavar="PROFILE", help="the profile whose library is finished")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH.TO.KEY=VALUE", help="override a field of the profile")
+]
+WorkspaceOption = Annotated[
+    Path | None, typer.Option("--workspace", metavar="DIR", help="of the run [workspace/<profile name>]")
+]
+Others = Annotated[
+    int, typer.Option("--sequences", min=1, help="validation sequences behind the scored ones that KL is reported on")
+]
+Different = Annotated[int, typer.Option("--min-different", min=1, help="subblocks in which two of the best differ")]
+Seed = Annotated[int, typer.Option("--seed", min=0)]
+Json = Annotated[bool, typer.Option("--json", help="one object instead of the table")]
+
+
+def peers_command(
+    profile: ProfileFile,
+    workspace: WorkspaceOption = None,
+    set_: Overrides = None,
+    evaluations: Annotated[int, typer.Option(min=2, help="sums that evolution and policy gradient look at")] = 20_000,
+    true_evaluations: Annotated[
+        int, typer.Option("--true-kl", min=0, help="measured KLs that each of the two may look at, besides")
+    ] = 0,
+    min_different: Different = 4,
+    sequences: Others = 8,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Every search under the profile's budget: objective, true KL, evaluations, seconds; the lowest true KL wins."""
+
+    def work(finished: Any, told: Stage) -> tuple[Any, str, dict[str, float], Any]:
+        from tasks.contest import Ask, contest
+        from tasks.truth import truth_of
+        from tasks.verdicts import aligned, contest_figures, contest_rows, contest_verdict
+
+        ask = Ask(evaluations=evaluations, true_evaluations=true_evaluations, min_different=min_different, seed=seed)
+        found = contest(finished.problem, *truth_of(finished, sequences), ask, told)
+        text = "\n".join([aligned(*contest_rows(found)), *contest_verdict(found)])
+        return found, text, contest_figures(found), None
+
+    _study("peers", profile, workspace, set_, as_json, work)
+
+
+def check_command(
+    profile: ProfileFile,
+    workspace: WorkspaceOption = None,
+    set_: Overrides = None,
+    top: Annotated[int, typer.Option(min=2, help="best architectures by their sums that are measured")] = 8,
+    swaps: Annotated[int, typer.Option(min=0, help="swaps that are measured to repair the choice")] = 24,
+    min_different: Different = 4,
+    sequences: Others = 8,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Are scores additive? Predicted against true KL of the best architectures; correction, swaps on the true KL."""
+
+    def work(finished: Any, told: Stage) -> tuple[Any, str, dict[str, float], Any]:
+        from tasks.additivity import OTHERS, Ask, check_additivity
+        from tasks.choose import choose
+        from tasks.scatter import draw_check
+        from tasks.truth import measured_truth
+        from tasks.verdicts import aligned, check_figures, check_rows, check_verdict
+
+        total = top + len(OTHERS) + swaps + 1
+        ask = Ask(top=top, min_different=min_different, swaps=swaps, seed=seed)
+        problem, (scored, others), truth = finished.problem, *measured_truth(finished, sequences)
+        found = check_additivity(problem, truth, choose(problem), ask, _counted(told, total))
+        where = f"same sequences: {scored.sequences}; other: {others.sequences}"
+        text = "\n".join([aligned(*check_rows(found)), *check_verdict(found), where])
+        return found, text, check_figures(found), draw_check(found)
+
+    _study("check", profile, workspace, set_, as_json, work)
+
+
+def _counted(told: Stage, total: int) -> Callable[[str], None]:
+    """One more is done at every call; no more than `total`, so that a search that found more does not pass the end."""
+    done = 0
+
+    def tell(text: str) -> None:
+        nonlocal done
+        done = min(done + 1, total)
+        told(done, total, text)
+
+    return tell
+
+
+def _study(
+    name: str,
+    profile: Path,
+    workspace: Path | None,
+    set_: list[str] | None,
+    as_json: bool,
+    work: Callable[[Any, Stage], tuple[Any, str, dict[str, float], Any]],
+) -> None:
+    """Open the finished library, do the work, print it and keep it."""
+    from flows.cli import prepare_workspace, run_logged
+
+    wanted = load_profile(profile, set_ or [])
+    folder = (workspace or Path("workspace") / wanted.name).resolve()
+    if not folder.is_dir():
+        raise PuzzleError(f"{folder} is no workspace: run `puzzle optimize {profile} --workspace {folder}` first.")
+    prepare_workspace(folder)
+
+    def run() -> str:
+        with _opened(wanted, folder) as finished:
+            from tasks.verdicts import keep
+
+            with shown(name, beside=True) as told:
+                value, text, figures, picture = work(finished, told)
+            kept = keep(folder, f"{name}-{wanted.name}", value, text, figures, picture)
+        return str(value.model_dump_json(indent=1)) if as_json else f"{text}\nkept in {kept}"
+
+    typer.echo(run_logged(folder, run))
+
+
+@contextmanager
+def _opened(profile: Any, folder: Path) -> Iterator[Any]:
+    from tasks.finished import open_finished
+    from tasks.stages import process_of
+
+    with process_of(profile, folder):
+        yield open_finished(profile, folder)
+
+
+def commands() -> Sequence[tuple[str, Any]]:
+    """Name and function of every command here."""
+    return (("peers", peers_command), ("check", check_command))

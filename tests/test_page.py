@@ -1,0 +1,198 @@
+"""The report page: self-contained, the figures of the choice in it, every picture also as PNG."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blocks.records import TruthPoint
+from profiles.schema import Budget
+from tasks.front import front_of
+from tasks.interchange import joint_view, write_library
+from tasks.library_pictures import cells_of, colours_of, draw_strip
+from tasks.page import figure, read_truth
+from tasks.request import Request, limits
+from tasks.solve import choose_joint
+from tasks.svg import inline_svg
+from tests import test_nvlabs
+from tests.test_choose import random_problem
+from tests.test_interchange import stored
+from tests.test_nvlabs import answers, label, puzzle
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def nvlabs(tmp_path: Path) -> Path:
+    path = tmp_path / "block_library.json"
+    path.write_text(json.dumps(test_nvlabs.library()))
+    return path
+
+
+class Page(HTMLParser):
+    """Tags and what they load; text apart from styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.tags: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data.strip())
+
+
+def page_of(tmp_path: Path, *words: Any) -> tuple[Page, str]:
+    target = tmp_path / "out" / "report.html"
+    code, out, err = puzzle("report", *words, "--out", target, "--png", tmp_path / "png", "--points", 5, "--draws", 8)
+    assert code == 0, err
+    assert str(target) in out
+    text = target.read_text()
+    page = Page(text)
+    assert not page.open, "every tag is closed"
+    assert "script" not in page.tags and "link" not in page.tags and "@import" not in text
+    assert all(address.startswith("#") for address in page.loads), page.loads
+    assert not re.findall(r"url\((?!#)", text)
+    assert not [address for address in re.findall(r"https?://[^\"' )]+", text) if "www.w3.org" not in address]
+    return page, text
+
+
+def test_a_library_alone(tmp_path: Path, nvlabs: Path) -> None:
+    truth = [{"name": f"top <{i}>", "predicted": 0.1 * i, "true": 0.12 * i, "true_se": 0.01} for i in range(1, 4)]
+    (tmp_path / "study.json").write_text(json.dumps(truth))
+    words = ("--library", nvlabs, "--memory-mib", 4000, "--runtime-ms", 1900)
+    page, text = page_of(tmp_path, *words, "--study", tmp_path / "study.json")
+    answer = answers("choose", *words)
+    told = " ".join(page.words)
+    assert f"{answer['objective']:.6g}" in told and "optimal" in told
+    assert figure(answer["memory_mib"], "MiB") in told and figure(answer["runtime_ms"], "ms") in told
+    for name in set(answer["layers"].values()):
+        assert " ".join(name.split()) in told
+    assert "top <2>" in told and "no scores per sequence" in told
+    assert page.tags.count("svg") == 3  # strip, front, truth
+    assert {path.name for path in (tmp_path / "png").iterdir()} == {"strip.png", "front.png", "truth.png"}
+    assert all(path.read_bytes().startswith(PNG) for path in (tmp_path / "png").iterdir())
+    assert "prefers-color-scheme: dark" in text and "width=device-width" in text
+
+
+def test_a_floor_is_a_budget_too(tmp_path: Path, nvlabs: Path) -> None:
+    """At least so much throughput; the front goes down to a child that takes no time at all, endlessly fast."""
+    page, _ = page_of(tmp_path, "--library", nvlabs, "--tokens-per-second", "160%", "--memory-mib", "90%")
+    told = " ".join(page.words)
+    assert "at least 160 % of the parent's" in told and "Pareto front over runtime" in told
+    nothing = answers("choose", "--library", nvlabs, "--tokens-per-second", "160%", "--memory-mib", 1e-6)
+    assert nothing["runtime_ms"] == 0
+
+
+def test_confidence_where_the_library_can_tell(tmp_path: Path) -> None:
+    write_library(tmp_path / "tables" / "p", stored(random_problem(0, Budget(speedup=1.2))))
+    page, _ = page_of(tmp_path, "--library", tmp_path, "--num-params", "70%")
+    found = answers("confidence", "--library", tmp_path, "--num-params", "70%", "--draws", 8)
+    told = " ".join(page.words)
+    assert f"{found['low']:.5g} to {found['high']:.5g}" in told and "8 draws" in told
+    assert (tmp_path / "png" / "confidence.png").exists()
+
+
+def test_the_front_and_the_simple_searches(nvlabs: Path) -> None:
+    """No simple search is below the front at its own cost; none breaks the other budget; the front falls."""
+    from tasks.nvlabs import read_nvlabs
+
+    library = read_nvlabs(nvlabs)
+    request = Request(limits=limits(memory_mib=3500, runtime_ms=2600))
+    choice = choose_joint(library, request)[0]
+    front = front_of(library, request, choice, "memory_mib", 7)
+    assert [y for _, y in sorted(front.front)] == sorted((y for _, y in front.front), reverse=True)
+    assert set(front.baselines) == {"uniform", "depth", "greedy"} and all(front.baselines.values())
+    for points in front.baselines.values():
+        for used, objective in points:
+            best = choose_joint(
+                library, Request(limits=limits(memory_mib=max(used, 1e-6) * (1 + 1e-9), runtime_ms=2600))
+            )
+            assert objective >= best[0].objective - 1e-9
+    data = test_nvlabs.library()
+    same = label("2 kv heads", "intermediate size 14e3")
+    memory = sum(layer[same]["stats"]["memory_mib"] for layer in data.values())
+    runtime = sum(layer[same]["stats"]["runtime_ms"] for layer in data.values())
+    assert runtime <= 2600, "the request must allow it"
+    assert any(used == pytest.approx(memory) for used, _ in front.baselines["uniform"])
+    parent = label("8 kv heads", "intermediate size 29e3")
+    assert sum(layer[parent]["stats"]["runtime_ms"] for layer in data.values()) > 2600, "the request must bind"
+    dearest = sum(layer[parent]["stats"]["memory_mib"] for layer in data.values())
+    assert not any(used == pytest.approx(dearest) for used, _ in front.baselines["uniform"])
+
+
+def test_labels_become_cells() -> None:
+    cells = cells_of("attention = 2 kv heads (parent * 25%)\t&&\tffn = no_op (parent * 0%)")
+    assert (cells["attention"].kind, cells["attention"].percent, cells["ffn"].kind) == ("sized", 25, "no_op")
+    own = cells_of("attention = kv1 && ffn = ffn768 (coupled)")
+    assert (own["attention"].size, own["attention"].kind, own["ffn"].size) == (1, "sized", 768)
+    assert cells_of("attention = parent && ffn = linear")["ffn"].kind == "linear"
+    assert cells_of("Mamba mixer 3")["block"].text == "Mamba mixer 3"
+    labels = ["2 kv heads (parent * 25%)", "4 kv heads (parent * 50%)", "no_op", "linear", "parent"]
+    row = [cells_of(f"attention = {name} && ffn = parent")["attention"] for name in labels]
+    assert len(set(colours_of("attention", row).values())) == 5
+
+
+def test_an_odd_label_is_drawn_and_escaped() -> None:
+    text = inline_svg(draw_strip({"a": "<script>alert(1)</script>", "b": r"$\bad{$ & more"}), "strip")
+    assert "<script" not in text and text.startswith("<svg") and text.endswith("</svg>")
+
+
+@pytest.mark.parametrize("found", ["[]", '{"points": []}'])
+def test_truth_may_be_empty(tmp_path: Path, found: str) -> None:
+    (tmp_path / "s.json").write_text(found)
+    assert read_truth(tmp_path / "s.json") == ()
+
+
+def test_truth_is_a_contract(tmp_path: Path, nvlabs: Path) -> None:
+    (tmp_path / "s.json").write_text('{"points": [{"name": "a", "predicted": 1, "true": 2}]}')
+    assert read_truth(tmp_path / "s.json") == (TruthPoint(name="a", predicted=1, true=2),)
+    for text, told in (("3", "a list of {name"), ('[{"name": "a"}]', "predicted"), ("[", "is not the JSON")):
+        (tmp_path / "s.json").write_text(text)
+        words = ("report", "--library", nvlabs, "--memory-mib", 4000, "--study", tmp_path / "s.json")
+        code, _, err = puzzle(*words, "--out", tmp_path / "x.html")
+        assert code == 2 and told in err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "name a workspace, or a library"),
+        (("--library", "{nv}"), "a budget is needed"),
+        (("--library", "{nv}", "--memory-mib", "4000", "--over", "tokens-per-second"), "a front is drawn over one of"),
+        (("--library", "{nv}", "--memory-mib", "1", "--forbid", "no_op"), "No architecture"),
+    ],
+)
+def test_what_cannot_be_reported(nvlabs: Path, words: tuple[str, ...], told: str) -> None:
+    code, _, err = puzzle("report", *(word.format(nv=nvlabs) for word in words))
+    assert code == 2 and told in err
+
+
+@pytest.mark.parametrize("layers", [1, 33])
+def test_layers_all_alike(layers: int) -> None:
+    strip = draw_strip({f"layer_{i}": "attention = parent && ffn = parent" for i in range(layers)})
+    assert len(strip.axes) == -(-layers // 32)
+
+
+def test_the_view_of_a_run_gives_a_front() -> None:
+    view = joint_view(stored(random_problem(1, Budget(speedup=1.2))))
+    request = Request(limits=limits(num_params="70%"))
+    choice = choose_joint(view, request)[0]
+    front = front_of(view, request, choice, "num_params", 5)
+    assert front.parent == view.of_parent("num_params") and front.chosen == (choice.num_params, choice.objective)
+    assert all(front.baselines.values())

@@ -1,0 +1,316 @@
+"""Every kind of limit and constraint against trying everything, on small libraries with two scenarios and batches."""
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blocks.errors import InfeasibleBudget, PuzzleError
+from profiles.schema import Search
+from tasks.joint import JointLibrary, JointOption, LibraryFileError, Place, at
+from tasks.request import Limit, Request, limit_of, limits
+from tasks.solve import JointChoice, choose_joint, front, front_values, groups_of, prices
+from tests.test_choose import EXACT
+
+LAYERS, LABELS = 4, ("parent", "half", "quarter", "gone")
+PLACES = tuple(
+    Place(scenario=name, batch_size=batch, prompt_tokens=prompt, generated_tokens=generated)
+    for name, prompt, generated in (("chat", 32, 16), ("long", 128, 8))
+    for batch in (1, 4)
+)
+
+
+def random_library(seed: int = 0, layers: int = LAYERS) -> JointLibrary:
+    """Costs fall with the label, never in proportion; one batch is quick for a request, the other small."""
+    draw = np.random.default_rng(seed)
+    options = []
+    for layer, (index, label) in itertools.product(range(layers), enumerate(LABELS)):
+        share = (1 - index / 3) * draw.uniform(0.8, 1.2)
+        heavy = 20 * (1 - index / 3) * draw.uniform(0.5, 1.6)
+        prefill = tuple(p.prompt_tokens * p.batch_size**0.6 * share * draw.uniform(0.8, 1.2) for p in PLACES)
+        decode = tuple(p.generated_tokens * p.batch_size**0.3 * share * draw.uniform(0.8, 1.2) for p in PLACES)
+        options.append(
+            JointOption(
+                layer=f"layer_{layer}",
+                label=label,
+                metrics={"kl_div": index**2 * draw.uniform(0.5, 1.5)},
+                costs={
+                    "memory_mib": tuple(heavy + p.batch_size * share * draw.uniform(1, 4) for p in PLACES),
+                    "runtime_ms": tuple(p + d for p, d in zip(prefill, decode, strict=True)),
+                    "ttft_ms": prefill,
+                    "num_params": 100 * share,
+                    "active_params": 60 * share,
+                    "layer_params": 100 * share,
+                },
+                is_parent=index == 0,
+                sizes={} if label == "gone" else {"intermediate_size": (96, 48, 20)[index]},
+            )
+        )
+    fixed: Any = {"memory_mib": 5.0, "runtime_ms": (3.0, 6.0, 4.0, 9.0), "ttft_ms": (1.0, 2.0, 3.0, 4.0)}
+    fixed |= {"num_params": 30.0, "active_params": 30.0}
+    names = tuple(f"layer_{layer}" for layer in range(layers))
+    return JointLibrary(layers=names, options=tuple(options), fixed=fixed, places=PLACES)
+
+
+class Oracle:
+    """Tries every architecture at every combination of batch sizes; written without tasks/solve.py."""
+
+    def __init__(self, library: JointLibrary, traffic: dict[str, float]) -> None:
+        by_layer = [[o for o in library.options if o.layer == layer] for layer in library.layers]
+        self.library, self.traffic = library, traffic
+        self.all = list(itertools.product(*by_layer))
+        self.batches = list(itertools.product((0, 1), (2, 3)))
+
+    def cost(self, chosen: Any, name: str, place: int) -> float:
+        def of(value: Any) -> float:
+            return float(value[place] if isinstance(value, tuple) else value)
+
+        return of(self.library.fixed.get(name, 0.0)) + sum(of(option.costs[name]) for option in chosen)
+
+    def values(self, chosen: Any, batches: Any, quantity: str) -> list[float]:
+        """The quantity in every scenario, or once over the traffic."""
+        if quantity == "score":
+            return [sum(option.metrics["kl_div"] for option in chosen)]
+        if quantity.endswith("params"):
+            return [self.cost(chosen, quantity, 0)]
+        name = "runtime_ms" if quantity == "tokens_per_second" else quantity
+        cost = {PLACES[i].scenario: self.cost(chosen, name, i) for i in batches}
+        place = {PLACES[i].scenario: PLACES[i] for i in batches}
+        request = {n: p.prompt_tokens + p.generated_tokens for n, p in place.items()}
+        if self.traffic and quantity in ("runtime_ms", "ttft_ms"):
+            return [sum(share * cost[n] for n, share in self.traffic.items())]
+        if self.traffic and quantity == "tokens_per_second":
+            tokens = sum(share * request[n] for n, share in self.traffic.items())
+            return [1000 * tokens / sum(s * cost[n] / place[n].batch_size for n, s in self.traffic.items())]
+        if quantity == "tokens_per_second":
+            return [1000 * request[n] * place[n].batch_size / cost[n] for n in cost]
+        return list(cost.values())
+
+    def keeps(self, chosen: Any, batches: Any, limit: Limit) -> bool:
+        values = self.values(chosen, batches, limit.quantity)
+        if limit.scenario is not None:
+            alone = Oracle(self.library, {})
+            values = [alone.values(chosen, batches, limit.quantity)[("chat", "long").index(limit.scenario)]]
+        if limit.share:
+            parents = [option for option in self.library.options if option.is_parent]
+            alone = self if limit.scenario is None else Oracle(self.library, {})
+            of_parent = alone.values(parents, batches, limit.quantity)
+            if limit.scenario is not None:
+                of_parent = [of_parent[("chat", "long").index(limit.scenario)]]
+            values = [value / base for value, base in zip(values, of_parent, strict=True)]
+        if limit.quantity == "tokens_per_second":
+            return all(value >= limit.asked - 1e-9 for value in values)
+        return all(value <= limit.asked + 1e-9 for value in values)
+
+    def best(self, request: Request, minimise: str = "score") -> float:
+        found = math.inf
+        for chosen in self.all:
+            labels = [option.label for option in chosen]
+            search = request.search
+            if len(set(labels)) > (search.max_block_types or LAYERS) or groups_of(labels) > (search.max_groups or 99):
+                continue
+            if any(name in search.forbid for name in labels) or any(labels[i] != "parent" for i in search.keep_layers):
+                continue
+            if any(o.sizes.get("intermediate_size", 0) % search.width_multiple and not o.is_parent for o in chosen):
+                continue
+            for batches in self.batches:
+                if all(self.keeps(chosen, batches, limit) for limit in request.limits):
+                    found = min(found, self.values(chosen, batches, minimise)[0])
+        return found
+
+
+ASKED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, float]]] = {
+    "memory": ({"memory_mib": 75}, {}, {}),
+    "memory share": ({"memory_mib": "60%"}, {}, {}),
+    "latency": ({"runtime_ms": 300}, {}, {}),
+    "first token": ({"ttft_ms": 250}, {}, {}),
+    "first token share": ({"ttft_ms": "60%"}, {}, {}),
+    "throughput": ({"tokens_per_second": 700}, {}, {}),
+    "throughput share": ({"tokens_per_second": "170%"}, {}, {}),
+    "parameters": ({"num_params": 250}, {}, {}),
+    "active parameters": ({"active_params": "55%"}, {}, {}),
+    "layer parameters": ({"layer_params": "50%"}, {}, {}),
+    "one scenario": ({"runtime_ms": "long=260"}, {}, {}),
+    "one scenario, share": ({"ttft_ms": "chat=40%", "memory_mib": "80%"}, {}, {}),
+    "several": ({"memory_mib": 80, "tokens_per_second": 600, "num_params": 330}, {}, {}),
+    "latency of a mix": ({"runtime_ms": 190}, {}, {"chat": 0.7, "long": 0.3}),
+    "first token of a mix": ({"ttft_ms": "55%"}, {}, {"chat": 0.7, "long": 0.3}),
+    "throughput of a mix": ({"tokens_per_second": 850, "memory_mib": 85}, {}, {"chat": 0.7, "long": 0.3}),
+    "throughput of a mix, share": ({"tokens_per_second": "180%"}, {}, {"chat": 0.2, "long": 0.8}),
+    "types": ({"num_params": 285}, {"max_block_types": 2}, {}),
+    "one type": ({"num_params": 255}, {"max_block_types": 1}, {}),
+    "groups": ({"num_params": 285}, {"max_groups": 2}, {}),
+    "one group": ({"memory_mib": 61}, {"max_groups": 1}, {}),
+    "groups and types": ({"num_params": 285}, {"max_groups": 3, "max_block_types": 2}, {}),
+    "forbidden": ({"num_params": 195}, {"forbid": ("gone",)}, {}),
+    "kept layers": ({"num_params": 285}, {"keep_layers": (0, 2)}, {}),
+    "widths": ({"num_params": 255}, {"width_multiple": 16}, {}),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("seed", range(2))
+def test_like_trying_everything(name: str, seed: int) -> None:
+    budgets, constraints, traffic = ASKED[name]
+    library, search = random_library(seed), EXACT.model_copy(update=constraints)
+    request = Request(limits=limits(**budgets), traffic=traffic, search=search)
+    oracle = Oracle(library, traffic)
+    best = oracle.best(request)
+    assert 0 < best < math.inf, "the budget must bind, and must be reachable"
+    (choice,) = choose_joint(library, request)
+    assert choice.objective == pytest.approx(best, rel=1e-9)
+    assert choice.status == "optimal" and choice.gap <= 1e-9
+    if constraints:
+        free = Request(limits=request.limits, search=EXACT)
+        assert oracle.best(free) < best, "the constraint must bind"
+
+
+@pytest.mark.parametrize(
+    ("over", "minimise"),
+    [
+        ("memory_mib", "score"),
+        ("tokens_per_second", "memory_mib"),
+        ("runtime_ms", "memory_mib"),
+        ("score", "runtime_ms"),
+    ],
+)
+def test_a_front_of_any_two(over: str, minimise: str) -> None:
+    """In one scenario, at one batch size: every point is the best of all, and the front falls."""
+    library = random_library(1).measured_at("long", 4)
+    most = 6.0 if "score" not in (over, minimise) else math.inf  # else the empty child wins on every cost
+    kept = limits(score=most) if math.isfinite(most) else limits(layer_params=1e9)
+    request = Request(limits=kept, minimise=minimise, search=EXACT)
+    values = front_values(library, request, over, 6)
+    found = front(library, request, over, values)
+
+    def summed(chosen: Any, cost: str) -> float:
+        return sum(at(option.costs[cost], 0) for option in chosen)
+
+    everything = Oracle(library, {}).all
+    totals = [(chosen, summed(chosen, "memory_mib"), summed(chosen, "runtime_ms")) for chosen in everything]
+    place, fixed = library.places[0], library.fixed
+    objectives = []
+    for value, choice in zip(values, found, strict=True):
+        assert choice is not None
+        fitting = []
+        for chosen, memory, runtime in totals:
+            figures = {
+                "score": sum(option.metrics["kl_div"] for option in chosen),
+                "memory_mib": memory + 5.0,
+                "runtime_ms": runtime + at(fixed["runtime_ms"], 0),
+                "tokens_per_second": 1000 * place.tokens / (runtime + at(fixed["runtime_ms"], 0)),
+            }
+            floor = over == "tokens_per_second"
+            if figures["score"] > most:
+                continue
+            if figures[over] >= value - 1e-9 if floor else figures[over] <= value + 1e-9:
+                fitting.append(figures[minimise])
+        assert choice.objective == pytest.approx(min(fitting), rel=1e-9)
+        objectives.append(choice.objective)
+    assert objectives == sorted(objectives, reverse=over != "tokens_per_second") and len(set(objectives)) > 1
+
+
+def test_the_batch_size_is_chosen() -> None:
+    """Throughput wants the large batch, memory the small one: both are found by their limits, and shown."""
+    library = random_library(0).measured_at("chat", None)
+
+    def batch(**budgets: Any) -> int:
+        return choose_joint(library, Request(limits=limits(**budgets)))[0].scenarios[0].batch_size
+
+    parents = [option for option in library.options if option.is_parent]
+    memory = [5 + sum(at(option.costs["memory_mib"], i) for option in parents) for i in (0, 1)]
+    assert memory[0] < memory[1]
+    assert batch(memory_mib=(memory[0] + memory[1]) / 2) == 1
+    assert batch(memory_mib=memory[1] + 1) == 4
+    assert batch(tokens_per_second=1000) == 4
+
+
+def test_prices_of_a_floor_and_a_ceiling() -> None:
+    """More memory buys score, more throughput costs it; solved again at both sides."""
+    library = random_library(3).measured_at("long", 1)
+    request = Request(limits=limits(memory_mib=70, tokens_per_second="150%"), search=EXACT)
+    memory, speed = prices(library, request)
+    best = choose_joint(library, request)[0].objective
+    assert memory.per_unit <= 0 <= speed.per_unit and memory.per_unit + speed.per_unit != 0
+    assert memory.resolved["-5%"] is None or memory.resolved["-5%"] >= best >= (memory.resolved["+5%"] or 0)
+    assert speed.share and speed.resolved["+5%"] is None or (speed.resolved["+5%"] or 9) >= best
+    for price, limit in zip((memory, speed), request.limits, strict=True):
+        assert price.used <= limit.asked if limit is request.limits[0] else price.used >= limit.asked
+        moved = request.model_copy(
+            update={"limits": tuple(x.scaled(0.95) if x is limit else x for x in request.limits)}
+        )
+        if price.resolved["-5%"] is not None:
+            assert choose_joint(library, moved)[0].objective == pytest.approx(price.resolved["-5%"])
+
+
+def test_the_conflict_names_those_that_clash_and_no_others() -> None:
+    """Small variants are slow: memory against latency; the parameters have nothing to do with it."""
+    library = random_library(0).measured_at("chat", 1)
+    slow = [
+        replace(option, costs={**option.costs, "runtime_ms": (200 - 2 * at(option.costs["memory_mib"], 0),)})
+        for option in library.options
+    ]
+    library = replace(library, options=tuple(slow), places=library.places)
+    request = Request(limits=limits(memory_mib=45, runtime_ms=680, num_params=1e6))
+    with pytest.raises(InfeasibleBudget, match="keeps memory_mib and runtime_ms together") as error:
+        choose_joint(library, request)
+    for name, asked in (("memory_mib", 45.0), ("runtime_ms", 680.0)):
+        named = float(str(error.value).partition(f"{name}: ")[2].partition("at least ")[2].split()[0])
+        assert named > asked
+        eased = {"memory_mib": 45.0, "runtime_ms": 680.0, name: named}
+        assert isinstance(choose_joint(library, Request(limits=limits(**eased)))[0], JointChoice)
+        with pytest.raises(InfeasibleBudget):
+            choose_joint(library, Request(limits=limits(**{**eased, name: named * 0.999})))
+
+
+def test_a_floor_out_of_reach_names_the_most() -> None:
+    library = random_library(0)
+    with pytest.raises(InfeasibleBudget) as error:
+        choose_joint(library, Request(limits=limits(tokens_per_second="99000%")))
+    named = float(str(error.value).partition("at most ")[2].split("%")[0])
+    choose_joint(library, Request(limits=limits(tokens_per_second=f"{named}%")))
+    with pytest.raises(InfeasibleBudget):
+        choose_joint(library, Request(limits=limits(tokens_per_second=f"{named * 1.001}%")))
+
+
+def test_too_few_groups_are_counted() -> None:
+    """Layers without a label in common: as many groups as layers."""
+    library = random_library(0)
+    apart = tuple(replace(option, label=f"{option.layer} {option.label}") for option in library.options)
+    with pytest.raises(InfeasibleBudget, match=f"at least {LAYERS} are needed"):
+        choose_joint(
+            replace(library, options=apart), Request(limits=limits(num_params=1e6), search=Search(max_groups=2))
+        )
+
+
+@pytest.mark.parametrize(
+    ("request_", "told"),
+    [
+        (Request(), "a budget is needed"),
+        (Request(limits=limits(runtime_ms="short=5")), "no scenario 'short'; it has chat, long"),
+        (Request(limits=limits(num_params="chat=5")), "is the same in every scenario"),
+        (Request(limits=limits(num_params=5), traffic={"short": 1}), "no scenario 'short'"),
+        (Request(limits=limits(num_params=5), minimise="runtime_ms"), "differs between the scenarios chat, long"),
+        (Request(limits=limits(num_params=5), search=Search(keep_layers=(9,))), "no layer 9 to keep"),
+    ],
+)
+def test_what_cannot_be_asked(request_: Request, told: str) -> None:
+    with pytest.raises(LibraryFileError, match=told):
+        choose_joint(random_library(), request_)
+
+
+@pytest.mark.parametrize("text", ["x", "chat=", "-1", "0", "nan", "inf%", "chat=x%"])
+def test_what_is_no_limit(text: str) -> None:
+    with pytest.raises(PuzzleError, match="--memory-mib: a "):
+        limit_of("memory_mib", text)
+
+
+def test_a_limit_as_it_is_written() -> None:
+    assert limit_of("runtime_ms", "chat=75%") == Limit(
+        quantity="runtime_ms", asked=0.75, share=True, scenario="chat", name="runtime_ms of chat"
+    )
+    with pytest.raises(ValueError, match="memory_mib is limited twice"):
+        Request(limits=limits(memory_mib=3) * 2)

@@ -1,0 +1,130 @@
+"""The true KL: that of the scores where one subblock differs, that of the assembled model everywhere, measured once."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from blocks.library import read_tensors
+from blocks.records import CostTable, LayerChoice
+from profiles.schema import GKD, Budget, Evaluate, Profile, Scoring, TinyParent
+from tasks.compare import build, contender
+from tasks.evaluate import measure_quality, parent_targets
+from tasks.finished import Finished, UnfinishedLibrary, open_finished
+from tasks.totals import predicted
+from tasks.truth import Meter, Modules, measured_truth, other_sequences, scored_sequences, truth_of
+from tests.chain import CORPUS, RECORD, Chain
+from tests.test_choose import CHAT, costs_of
+
+PARENT = LayerChoice()
+MIXED = (
+    LayerChoice(attention="kv1", ffn="no_op"),
+    LayerChoice(attention="linear", ffn="ffn32"),
+    LayerChoice(attention="no_op", ffn="linear"),
+)
+
+
+@pytest.fixture(scope="module")
+def finished(chain: Chain) -> Finished:
+    """Six of eight validation sequences of 32 tokens are scored."""
+    profile = Profile(
+        name="chain",
+        parent=TinyParent(),
+        corpus=CORPUS,
+        record=RECORD,
+        gkd=GKD(validation_sequences=8),
+        evaluate=Evaluate(sequences=8),
+        scoring=Scoring(sequences=6),
+        budget=Budget(layer_parameters_fraction=0.6),
+    )
+    labels = {"attention": ("parent", "kv1", "linear", "no_op"), "ffn": ("parent", "ffn32", "linear", "no_op")}
+    costs: CostTable = costs_of(labels, [CHAT], 3, 0)
+    return Finished(
+        profile=profile.model_copy(update={"scenarios": (CHAT,)}),
+        workspace=chain.workspace,
+        parent=chain.parent,
+        corpus=chain.corpus,
+        blocks=tuple(chain.blocks),
+        scores=tuple(chain.scores),
+        costs=costs,
+    )
+
+
+def test_one_subblock_replaced_is_its_score_bit_for_bit(finished: Finished) -> None:
+    scored, _ = truth_of(finished, 2)
+    assert scored((PARENT,) * 3).per_sequence == (0.0,) * 6
+    for score in finished.scores:
+        layers = [PARENT] * 3
+        layers[score.layer] = LayerChoice(**{score.subblock: score.variant})  # type: ignore[arg-type]
+        assert scored(layers).per_sequence == score.kl_per_sequence
+
+
+def test_like_the_assembled_model(finished: Finished, chain: Chain) -> None:
+    """On the sequences behind the scored ones, against the vocabulary-sized KL of tasks/evaluate.py."""
+    _, others = truth_of(finished, 2)
+    assert (others.sequences.first, others.sequences.last) == (6, 8)
+    tokens = read_tensors(chain.workspace, chain.corpus.tokens, ["validation"])["validation"][6:8, :32]
+    which = contender("child", predicted(finished.problem, MIXED, "test"), finished.blocks)
+    targets = parent_targets(chain.reader.model(), tokens)
+    kl = measure_quality(build(which, chain.parent, chain.workspace), targets, tokens).kl
+    found = others(MIXED)
+    assert np.mean(found.per_sequence) == pytest.approx(kl.value, rel=1e-4)
+    assert found.tokens == 64 and kl.value > 0.01
+
+
+def test_states_that_were_kept_change_nothing(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Architectures that begin alike, in any order, with hardly any memory, or each by a fresh meter."""
+    late = (*MIXED[:2], LayerChoice(attention="kv1", ffn="ffn32"))
+    orders = [(MIXED, late, (PARENT, *MIXED[1:])), (late, MIXED, (PARENT, *MIXED[1:]))]
+    found = []
+    for order in orders:
+        modules = Modules(finished=finished)
+        meter = Meter(finished=finished, sequences=scored_sequences(finished), modules=modules)
+        found.append({layers: meter._measure(layers).per_sequence for layers in order})
+    monkeypatch.setattr("tasks.truth.STATES_BYTES", 1)
+    monkeypatch.setattr("tasks.truth.LAYERS_KEPT", 1)
+    meter = Meter(finished=finished, sequences=scored_sequences(finished), modules=Modules(finished=finished))
+    found.append({layers: meter._measure(layers).per_sequence for layers in orders[0]})
+    assert found[0] == found[1] == found[2]
+    assert len(set(found[0].values())) == 3
+
+
+def test_what_was_measured_is_stored_by_content(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored, others = truth_of(finished, 2)
+    first = scored(MIXED), others(MIXED)
+    assert first[0] != first[1]
+
+    def broken(*_: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(Meter, "_measure", broken)
+    scored, others = truth_of(finished, 2)
+    assert (scored(MIXED), others(MIXED)) == first
+    pair, truth = measured_truth(finished, 2)
+    assert truth(MIXED, only_scored=True)[1].size == 0
+    assert tuple(truth(MIXED)[1].tolist()) == first[1].per_sequence
+    other_block = tuple(
+        block.model_copy(update={"key": "other"}) if (block.layer, block.variant) == (0, "kv1") else block
+        for block in finished.blocks
+    )
+    with pytest.raises(AssertionError, match="measured again"):
+        truth_of(replace(finished, blocks=other_block), 2)[0](MIXED)
+    unused = (PARENT, *MIXED[1:])
+    assert scored._key(unused) == truth_of(replace(finished, blocks=other_block), 2)[0]._key(unused)
+
+
+def test_where_all_sequences_were_scored_they_are_used_again(finished: Finished) -> None:
+    every = finished.profile.model_copy(update={"scoring": Scoring(sequences=8)})
+    assert other_sequences(replace(finished, profile=every), 4) == scored_sequences(replace(finished, profile=every))
+    scored, others = truth_of(replace(finished, profile=every), 4)
+    assert scored is others
+    assert str(scored_sequences(finished)) == "validation sequences 0 to 5, 32 tokens each"
+    assert torch.equal(scored._embedded, truth_of(replace(finished, profile=every), 4)[0]._embedded)
+
+
+def test_an_empty_workspace_is_refused(finished: Finished, tmp_path: Any) -> None:
+    with pytest.raises(UnfinishedLibrary, match="no block library.*run `puzzle optimize`"):
+        open_finished(finished.profile, tmp_path)
+    assert not list(tmp_path.iterdir())
