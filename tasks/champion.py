@@ -149,7 +149,14 @@ def broken_budget(layers: tuple[LayerChoice, ...], profile: Profile, workspace: 
         limits = broken_limits(problem, layers, batches)
     except (PuzzleError, KeyError):  # a variant that is measured no more, another number of layers
         return ""
-    return ", ".join(f"{limit.field} {limit.asked:g}" for limit in limits)
+    return ", ".join(_as_asked(problem, limit.field) for limit in limits)
+
+
+def _as_asked(problem: Problem, field: str) -> str:
+    """`speedup 1.5`, or `speedup of chat 1.5` where one scenario has a budget of its own."""
+    name, _, own = field.partition(" of ")
+    budgets = {scenario.name: scenario.budget for scenario in problem.scenarios}
+    return f"{field} {getattr(budgets[own] if own else problem.budget, name):g}"
 
 
 def problem_of(profile: Profile, workspace: Path) -> Problem:
