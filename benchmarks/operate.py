@@ -28,7 +28,7 @@ import psutil
 
 from benchmarks.common import ROOT, table, write_page
 from tasks.doctor import at_work
-from tasks.servers import LOOPBACK, free_port, running, stop
+from tasks.servers import LOOPBACK, free_port, running
 
 PROFILE = ROOT / "benchmarks" / "operate.yaml"
 OVER = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
@@ -141,13 +141,12 @@ def served(root: Path) -> Iterator[Site]:
     started = time.monotonic()
     log = root / "serve.log"
     try:
-        with running(command, f"{site.prefect}/api/health", log, {"PYTHONPATH": str(ROOT)}, 240) as process:
+        with running(command, f"{site.prefect}/api/health", log, {"PYTHONPATH": str(ROOT)}, 240, 60) as process:
             while request(f"{site.prefect}/api/deployments/name/sweep/operate")[0] != 200:
                 assert process.poll() is None and time.monotonic() < started + 300, "no deployments"
                 time.sleep(0.5)
             site.start_seconds = time.monotonic() - started
             yield site
-            stop(process, 60)
     except BaseException:
         print(log.read_text()[-3000:], file=sys.stderr)
         raise

@@ -60,7 +60,12 @@ def answer(url: str, timeout: float = 5.0) -> str | None:
 
 @contextmanager
 def running(
-    command: Sequence[str], health_url: str, log: Path, environment: Mapping[str, str], start_seconds: float = 180
+    command: Sequence[str],
+    health_url: str,
+    log: Path,
+    environment: Mapping[str, str],
+    start_seconds: float = 180,
+    grace_seconds: float = GRACE_SECONDS,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A server for the length of the block, in a process group of its own. ServerFailure when it does not answer."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +82,7 @@ def running(
         _wait_for(process, health_url, log, start_seconds)
         yield process
     finally:
-        stop(process)
+        stop(process, grace_seconds)
 
 
 def _wait_for(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float) -> None:
