@@ -4,7 +4,6 @@ Exit code 0: done. 2: the input is wrong, one sentence, no traceback. 1: somethi
 to go on. Heavy imports happen inside commands, after the process is configured.
 """
 
-import logging
 import os
 import shlex
 import sys
@@ -18,8 +17,11 @@ import typer
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.runtime import configure
 from flows import library, page, plan, search, serving, truth
+from flows.doctor import doctor_command
+from flows.serve import serve_command
 from profiles.load import ProfileError, load_profile
 from profiles.schema import Profile
+from tasks.progress import logged
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 ProfileFile = Annotated[Path, typer.Argument(metavar="PROFILE", help="a profile (YAML), e.g. profiles/tiny.yaml")]
@@ -45,6 +47,39 @@ def _optimize(profile: Profile, folder: Path) -> str:
     from flows.optimize import run_optimize
 
     return str(folder / run_optimize(profile, folder).child_folder)
+
+
+@app.command()
+def reoptimize(
+    profile: ProfileFile,
+    workspace: WorkspaceOption = None,
+    set_: Overrides = None,
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="measure the costs again first")] = False,
+) -> None:
+    """Make a challenger if anything changed, compare it with the champion, move the alias if it is better."""
+    wanted = load_profile(profile, set_ or [])
+    folder = (workspace or Path("workspace") / wanted.name).resolve()
+    prepare_workspace(folder)
+    typer.echo(run_logged(folder, lambda: _reoptimize(wanted, folder, remeasure)))
+
+
+def _reoptimize(profile: Profile, folder: Path, remeasure: bool) -> str:
+    from flows.reoptimize import run_reoptimize
+
+    return run_reoptimize(profile, folder, remeasure).outcome
+
+
+@app.command()
+def rollback(profile: ProfileFile, workspace: WorkspaceOption = None, set_: Overrides = None) -> None:
+    """Give the alias `champion` back to the version that had it before."""
+    from tasks import registry
+    from tasks.tracking import open_tracking
+
+    wanted = load_profile(profile, set_ or [])
+    folder = (workspace or Path("workspace") / wanted.name).resolve()
+    prepare_workspace(folder)
+    left, now = registry.rollback(open_tracking(folder), registry.model_name(wanted.name))
+    typer.echo(f"champion of {now.name}: version {now.version} again, instead of {left.version}")
 
 
 @app.command()
@@ -75,6 +110,8 @@ def show(workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="th
 
 for name, command in (*search.commands(), *truth.commands(), *plan.commands(), *serving.commands()):
     app.command(name)(command)
+app.command("doctor")(doctor_command)
+app.command("serve")(serve_command)
 app.command("report")(page.report_command)
 app.add_typer(library.app, name="library")
 
@@ -101,23 +138,18 @@ def prepare_workspace(folder: Path) -> None:
 
 def run_logged(folder: Path, work: Callable[[], str]) -> str:
     """Run with a log file in the workspace; a failure is one sentence, the traceback goes to the log."""
-    log = folder / "puzzle.log"
-    handler = logging.FileHandler(log)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
-    try:
-        return work()
-    except KeyboardInterrupt:
-        typer.echo("stopped; run the same command again to go on where it stopped", err=True)
-        raise SystemExit(130) from None
-    except PuzzleError as error:
-        if not isinstance(error, PuzzleFailure):
-            raise
-        raise _failed(log, error) from error
-    except Exception as error:
-        raise _failed(log, error) from error
-    finally:
-        logging.getLogger().removeHandler(handler)
+    with logged(folder) as log:
+        try:
+            return work()
+        except KeyboardInterrupt:
+            typer.echo("stopped; run the same command again to go on where it stopped", err=True)
+            raise SystemExit(130) from None
+        except PuzzleError as error:
+            if not isinstance(error, PuzzleFailure):
+                raise
+            raise _failed(log, error) from error
+        except Exception as error:
+            raise _failed(log, error) from error
 
 
 def _failed(log: Path, error: Exception) -> SystemExit:

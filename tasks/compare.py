@@ -58,6 +58,17 @@ class Contender(Value):
         )
 
 
+class Lineage(Value):
+    """What a finished run leaves beside its child: the child down to every block by digest, its parent and corpus."""
+
+    parent: ParentInfo
+    corpus: CorpusInfo
+    child: Contender
+
+
+LINEAGE = "lineage.json"
+
+
 class Evaluation(Value):
     """Quality on test sequences and results per benchmark."""
 

@@ -33,6 +33,7 @@ from tasks.record import open_parent
 
 VERSION = 2
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
+DRIFT, DRIFT_SPREADS = 0.1, 3.0  # a cost has moved when it differs by 10 % and by three times both spreads
 Tell = Callable[[int, int], None]
 
 
@@ -144,6 +145,21 @@ def _bench(reader: Parent, variants: Sequence[Variant], hardware: Hardware, meas
     from tasks.engine_costs import EngineBench
 
     return EngineBench(reader, variants, hardware, measure)
+
+
+def drift(before: CostTable, now: CostTable) -> list[str]:
+    """Costs that moved by more than DRIFT and by more than their spreads explain, in words."""
+    old = {(cost.subblock, cost.variant, cost.scenario, cost.batch_size): cost for cost in before.costs}
+    moved = []
+    for cost in now.costs:
+        was = old.get((cost.subblock, cost.variant, cost.scenario, cost.batch_size))
+        for phase, field in (("prefill", "prefill_seconds"), ("decode", "decode_seconds_per_token")):
+            first, second = (getattr(was, field), getattr(cost, field)) if was else (0.0, 0.0)
+            noise = getattr(was, f"{phase}_spread") + getattr(cost, f"{phase}_spread") if was else 0.0
+            if first > 0 and abs(second / first - 1) > max(DRIFT, DRIFT_SPREADS * noise):
+                where = f"{cost.scenario}, batch {cost.batch_size}"
+                moved.append(f"{cost.subblock} {cost.variant} {phase} ({where}): {second / first - 1:+.0%}")
+    return moved
 
 
 def _tell_part(tell: Tell, part: int, parts: int, done: int, total: int) -> None:

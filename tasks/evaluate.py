@@ -126,6 +126,11 @@ def measure_quality(model: Any, targets: ParentTargets, tokens: Tensor) -> Quali
     KL and agreement are means over all T positions, the loss over the T - 1 that have a next token. The parent against
     itself gives a KL of exactly 0. ValueError when the targets were made from other tokens.
     """
+    return Quality(**{name: mean_metric(values) for name, values in sequence_figures(model, targets, tokens).items()})
+
+
+def sequence_figures(model: Any, targets: ParentTargets, tokens: Tensor) -> dict[str, Tensor]:
+    """What `measure_quality` averages: loss, kl and top1_agreement of every sequence, each (S,) float64."""
     if not torch.equal(targets.tokens, tokens):
         raise ValueError("the parent's targets were made from other tokens: call parent_targets on these")
     rows: list[Tensor] = []
@@ -136,11 +141,7 @@ def measure_quality(model: Any, targets: ParentTargets, tokens: Tensor) -> Quali
             rows.append(_token_figures(model, hidden, targets, slice(first, last)))
             first = last
     loss, kl, agree = torch.cat(rows, dim=1)
-    return Quality(
-        loss=mean_metric(loss[:, :-1].mean(dim=1)),
-        kl=mean_metric(kl.mean(dim=1)),
-        top1_agreement=mean_metric(agree.mean(dim=1)),
-    )
+    return {"loss": loss[:, :-1].mean(dim=1), "kl": kl.mean(dim=1), "top1_agreement": agree.mean(dim=1)}
 
 
 def _token_figures(model: Any, hidden: Tensor, targets: ParentTargets, where: slice) -> Tensor:

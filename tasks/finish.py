@@ -1,5 +1,6 @@
 """One optimisation in MLflow and on the console: opened first, told what each stage left, closed with the report."""
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -9,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from prefect import runtime
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.client.orchestration import get_client
 
 from blocks.errors import PuzzleError, PuzzleFailure
-from blocks.library import digest_of
+from blocks.library import digest_of, write_value
 from blocks.records import (
     Architecture,
     BlockRecord,
@@ -26,7 +26,8 @@ from blocks.records import (
 )
 from profiles.schema import Profile
 from tasks import tracking
-from tasks.compare import Contender, Evaluation, build, candidate
+from tasks.artifacts import show_link, show_markdown, show_picture, show_table
+from tasks.compare import LINEAGE, Contender, Evaluation, Lineage, build, candidate
 from tasks.costs import BYTES
 from tasks.export import export_child, model_card
 from tasks.interchange import StoredLibrary, describe, sizes_of, write_library
@@ -35,6 +36,13 @@ from tasks.report import comparison_table, report_markdown, verdict, write_repor
 from tasks.run_page import write_run_page
 from tasks.throughput import Throughput
 from tasks.usage import Usage
+
+BLOCK_COLUMNS = ("layer", "subblock", "variant", "status", "nmse_closed_form", "nmse_after", "steps", "seconds")
+SCORE_COLUMNS = ("layer", "subblock", "variant", "kl", "kl_se", "lm_loss", "lm_loss_se")
+COST_COLUMNS = (
+    *("subblock", "variant", "scenario", "batch_size", "prefill_seconds", "decode_seconds_per_token"),
+    *("prefill_spread", "decode_spread", "parameters"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +87,10 @@ class Run:
         self._stage("measure", {"variants": len(costs.costs)}, {"costs": costs.costs, "non_block": costs.non_block})
         if costs.modelled:
             say(f"costs of {costs.hardware['name']} are modelled by the roofline, not measured; nor is any speed")
+        show_table("block library", blocks, BLOCK_COLUMNS, f"BLD of {len(blocks)} variants, nMSE on held-out tokens")
+        show_table("scores", scores, SCORE_COLUMNS, "replace-1-block scores, nats per token")
+        how = "modelled for" if costs.modelled else "measured on"
+        show_table("costs", costs.costs, COST_COLUMNS, f"{how} {costs.hardware['name']}, {costs.measured_at}")
         for whole in costs.parent_measured:
             say(sum_beside_whole(costs, whole))
         missing = {where(score) for score in scores} ^ {where(block) for block in blocks if block not in failed}
@@ -91,6 +103,8 @@ class Run:
         """The solver's answer."""
         figures = {"score": architecture.score, "score_se": architecture.score_se, "gap": architecture.gap}
         self._stage("choose", figures, {"architecture": list(architecture.layers)})
+        text = f"predicted score {architecture.score:.4g} nats, {architecture.status}, gap {architecture.gap:.2g}"
+        show_table("chosen", architecture.layers, ("attention", "ffn", "coupled"), f"layer by layer: {text}")
 
     def _stage(self, name: str, metrics: dict[str, float], tables: dict[str, Any]) -> None:
         tags = {"prefect.flow_run_id": self.prefect_run_id}
@@ -129,15 +143,14 @@ class Run:
         )
         markdown = report_markdown(report)
         model: Any = build(final, parent, self.workspace)
-        command = shlex.join(["puzzle", *sys.argv[1:]])
-        card = model_card(parent, corpus, model.config, markdown, command)
+        card = model_card(parent, corpus, model.config, markdown, command_of(self.profile))
+        write_value(folder / LINEAGE, Lineage(parent=parent, corpus=corpus, child=final))
         export_child(model, parent, self.workspace, folder / "child", card)
-        files = [*write_report(report, folder), *self._page(report, folder)]
+        files = [*write_report(report, folder), *self._page(report, folder), folder / LINEAGE]
         tracking.log_report(self.tracking, self.mlflow_run_id, report, files)
-        if self.prefect_run_id:
-            create_markdown_artifact(key="report", markdown=markdown, description=verdict(report))
-            url = tracking.run_url(self.tracking, self.mlflow_run_id)
-            create_link_artifact(key="mlflow-run", link=url, description="this run in MLflow")
+        show_markdown("report", markdown, verdict(report))
+        for name in ("architecture", "comparison"):
+            show_picture(name, folder / f"{name}.png", f"{name} of {self.profile.name}'s child")
         self._print(report, folder)
         return report
 
@@ -180,21 +193,46 @@ def sum_beside_whole(costs: CostTable, whole: NonBlockCost) -> str:
     )
 
 
+def command_of(profile: Profile) -> str:
+    """The command that makes this child again; a served run's own is none that a person would type."""
+    if runtime.deployment.name:
+        return f"prefect deployment run '{runtime.flow_run.flow_name}/{runtime.deployment.name}'"
+    return shlex.join(["puzzle", *sys.argv[1:]])
+
+
 def ui_commands(run: Run) -> list[str]:
-    """The two commands that open this very run in Prefect's and MLflow's UI."""
+    """Where to see this very run in Prefect's and MLflow's UI, with the commands that open them where it takes any."""
+    mlflow = [f"MLflow:  {tracking.run_url(run.tracking, run.mlflow_run_id)}"]
+    if not tracking.server_uri():
+        mlflow = [f"MLflow:  {tracking.mlflow_ui_command(run.workspace)}", f"         {mlflow[0].split()[1]}"]
+    if os.environ.get("PREFECT_API_URL"):
+        return [f"Prefect: {runtime.flow_run.ui_url}", *mlflow]
     prefect = Path(sys.executable).parent / "prefect"
     home = shlex.quote(str(run.workspace / "prefect"))
     return [
         f"Prefect: PREFECT_HOME={home} {prefect} server start",
         f"         http://127.0.0.1:4200/runs/flow-run/{run.prefect_run_id}",
-        f"MLflow:  {tracking.mlflow_ui_command(run.workspace)}",
-        f"         {tracking.run_url(run.tracking, run.mlflow_run_id)}",
+        *mlflow,
     ]
 
 
 def kept_run(profile: Profile, workspace: Path) -> Path:
     """Holds the id of the MLflow run of a profile while it is not finished."""
     return workspace / "mlflow-runs" / digest_of(profile=profile)
+
+
+def prefect_tags() -> dict[str, str | None]:
+    """The flow run as tags of its MLflow run; its page as the note that MLflow shows on top."""
+    run = runtime.flow_run
+    tags: dict[str, str | None] = {
+        "prefect.flow_run_id": str(run.id or ""),
+        "prefect.flow_run_name": run.name,
+        "prefect.deployment_id": runtime.deployment.id,
+    }
+    if os.environ.get("PREFECT_API_URL") and run.id:
+        tags["prefect.flow_run_url"] = run.ui_url
+        tags["mlflow.note.content"] = f"Prefect flow run [{run.name}]({run.ui_url})"
+    return tags
 
 
 @contextmanager
@@ -204,13 +242,14 @@ def open_run(profile: Profile, workspace: Path) -> Iterator[Run]:
     open_tracking = tracking.open_tracking(workspace)
     left = kept.read_text() if kept.exists() else None
     prefect_run_id = str(runtime.flow_run.id or "")
-    tags = {"prefect.flow_run_id": prefect_run_id, "prefect.flow_run_name": runtime.flow_run.name}
+    tags = prefect_tags()
     with tracking.run_started(open_tracking, profile.name, tags=tags, run_id=left) as mlflow_run_id:
         kept.parent.mkdir(exist_ok=True)
         kept.write_text(mlflow_run_id)
         if prefect_run_id:
             with get_client(sync_client=True) as client:
                 client.update_flow_run(runtime.flow_run.id, tags=[f"mlflow.run_id:{mlflow_run_id}"])
+        show_link("mlflow run", tracking.run_url(open_tracking, mlflow_run_id), "this run in MLflow")
         yield Run(
             profile=profile,
             workspace=workspace,

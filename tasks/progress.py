@@ -1,9 +1,11 @@
 """Progress and ETA of a stage: a live bar on a terminal, a line every few seconds elsewhere."""
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -47,7 +49,7 @@ class Stage:
             self.live.update(self.bar, completed=done, total=total, text=text)
         elif done < total and now - self.last >= LINE_EVERY_SECONDS:
             left = (now - self.started) / max(done, 1) * (total - done)
-            self.console.print(f"{self.name:<12} {done}/{total}  ETA {_clock(left)}  {text}".rstrip(), highlight=False)
+            self.console.print(f"{self.name:<12} {done}/{total}  ETA {clock(left)}  {text}".rstrip(), highlight=False)
             self.last = now
 
     def __exit__(
@@ -56,11 +58,12 @@ class Stage:
         if self.live is not None:
             self.live.stop()
         if kind is None:
-            took = _clock(time.monotonic() - self.started)
+            took = clock(time.monotonic() - self.started)
             self.console.print(f"{self.name:<12} done in {took}", highlight=False)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds, 1:05."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02d}"
 
@@ -71,8 +74,23 @@ def wide_console() -> Console:
 
 
 def say(text: str) -> None:
-    """A line for the person at the console."""
+    """A line for the person at the console, and for the log: a served run has no console that anybody sees."""
     wide_console().print(text, highlight=False, markup=False)
+    logging.getLogger("puzzle").info(text)
+
+
+@contextmanager
+def logged(folder: Path) -> Iterator[Path]:
+    """Whatever is logged within the block goes to `puzzle.log` of a workspace too."""
+    log = folder / "puzzle.log"
+    handler = logging.FileHandler(log)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield log
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
 
 
 @contextmanager

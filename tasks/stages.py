@@ -8,10 +8,9 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import psutil
 from filelock import FileLock, Timeout
 from prefect import task
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
@@ -20,7 +19,7 @@ from prefect.tasks import exponential_backoff
 from transformers.utils.logging import disable_progress_bar
 
 from blocks.errors import PuzzleError
-from blocks.library import BlockLibrary, digest_of
+from blocks.library import BlockLibrary, digest_of, remember, write_value
 from blocks.parent import Parent
 from blocks.records import (
     SUBBLOCKS,
@@ -39,6 +38,7 @@ from profiles.hardware import load_target
 from profiles.schema import Profile
 from tasks import compare, costs, gkd, scoring
 from tasks.adaptive import Key, score_adaptively, told
+from tasks.artifacts import stage_bar
 from tasks.bld import Job, distill
 from tasks.choose import choose
 from tasks.compare import Contender, Evaluation
@@ -46,22 +46,35 @@ from tasks.corpus import iterate_documents, prepare_corpus
 from tasks.engines.limits import refusal
 from tasks.parent import prepare_parent
 from tasks.peers import find
-from tasks.progress import Stage, say, shown
+from tasks.progress import say, shown
 from tasks.record import open_parent, record_key, record_layer, recorded
 from tasks.roofline import modelled_costs, setting_of
+from tasks.servers import stop_orphaned_servers
 from tasks.space import check_search_space, layers_of, measured_space, target_engines
 from tasks.throughput import Throughput
 from tasks.totals import Problem, make_problem, predicted
 from tasks.usage import noted
 
 
+class Tell(Protocol):
+    """How far a stage is."""
+
+    def __call__(self, done: int, total: int, text: str = "") -> None:
+        """So many of so many, and what was done last."""
+
+
 @contextmanager
-def stage(name: str) -> Iterator[Stage]:
-    """A stage on the console, its time noted. What it freed is given back at its end, or the peaks of all stages would
-    add up.
+def stage(name: str) -> Iterator[Tell]:
+    """A stage on the console and in Prefect's UI, its time noted. What it freed is given back at its end, or the peaks
+    of all stages would add up.
     """
     try:
-        with noted(name), shown(name) as tell:
+        with noted(name), shown(name) as console, stage_bar(name) as bar:
+
+            def tell(done: int, total: int, text: str = "") -> None:
+                console(done, total, text)
+                bar(done, total, text)
+
             yield tell
     finally:
         release_memory()
@@ -315,6 +328,28 @@ def measure(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable:
     return table
 
 
+def stored_costs(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable | None:
+    """The costs that `measure` would not measure again, None where there are none."""
+    path = _costs_path(profile, parent, workspace)
+    return remember(path, CostTable, lambda _: [], workspace)
+
+
+def _costs_path(profile: Profile, parent: ParentInfo, workspace: Path) -> Path:
+    space = measured_space(profile)
+    return costs.costs_path(parent, space, profile.scenarios, profile.hardware, profile.measure, workspace)
+
+
+def measure_again(profile: Profile, parent: ParentInfo, workspace: Path) -> list[str]:
+    """Measure costs that are stored already; new ones replace them only if any has moved. Returns those, in words."""
+    path, before = _costs_path(profile, parent, workspace), stored_costs(profile, parent, workspace)
+    path.unlink(missing_ok=True)
+    now = measure(profile, parent, workspace)
+    moved = costs.drift(before, now) if before else []
+    if before and not moved:
+        write_value(path, before)
+    return moved
+
+
 def choose_child(profile: Profile, scores: Sequence[Score], table: CostTable) -> tuple[Problem, Architecture]:
     """The MIP under the profile's budget."""
     with stage("choose"):
@@ -422,19 +457,3 @@ def process_of(profile: Profile, workspace: Path) -> Iterator[None]:
         for leftover in workspace.rglob(".*.part"):
             leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
         yield
-
-
-def stop_orphaned_servers(prefect_home: Path) -> int:
-    """End the ephemeral Prefect servers that a killed process of this workspace left behind. Returns how many."""
-    stopped = 0
-    for process in psutil.process_iter(["ppid", "cmdline"]):
-        if process.info["ppid"] != 1 or "prefect.server" not in " ".join(process.info["cmdline"] or []):
-            continue
-        try:
-            own = process.environ()
-            if own.get("PREFECT_HOME") == str(prefect_home) and own.get("PREFECT__SERVER_EPHEMERAL"):
-                process.kill()
-                stopped += 1
-        except psutil.Error:  # gone already, or somebody else's
-            continue
-    return stopped

@@ -1,9 +1,11 @@
-"""MLflow in the workspace: one SQLite database, one folder of artifacts, a run per `optimize`, a nested run per stage.
+"""MLflow: a run per `optimize`, a nested run per stage; in the workspace (SQLite, a folder of artifacts), or on the
+server of MLFLOW_TRACKING_URI.
 
 Everything goes through a client with explicit run ids: no active run, nothing global, so threads and Prefect tasks
 do not meet. Metric names are the same in every run (`report_metrics`), so runs compare.
 """
 
+import json
 import logging
 import os
 import shlex
@@ -23,6 +25,7 @@ from tasks.picture import ratio_of
 from tasks.report import final_of, parent_of
 
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
+TABLES_TAG = "mlflow.loggedArtifacts"
 Tags = Mapping[str, str | None]
 
 
@@ -43,14 +46,21 @@ class Tracking:
         return _uri(self.workspace)
 
 
+def server_uri() -> str | None:
+    """The MLflow server that the environment names, if any."""
+    return os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/") or None
+
+
 def _uri(workspace: Path) -> str:
-    return f"sqlite:///{workspace.resolve() / DATABASE}"
+    return server_uri() or f"sqlite:///{workspace.resolve() / DATABASE}"
 
 
 def _client(uri: str) -> Any:
     # read when mlflow is imported for the first time
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
 
     for noisy in ("alembic", "mlflow"):
@@ -67,7 +77,7 @@ def open_tracking(workspace: Path, experiment: str = "puzzle") -> Tracking:
         client = _client(_uri(workspace))
         found = client.get_experiment_by_name(experiment)
         if found is None:
-            place = (workspace / ARTIFACTS).as_uri()
+            place = None if server_uri() else (workspace / ARTIFACTS).as_uri()
             return Tracking(workspace=workspace, experiment_id=client.create_experiment(experiment, place))
         if found.lifecycle_stage == "deleted":
             client.restore_experiment(found.experiment_id)
@@ -111,6 +121,11 @@ def _close_left_over(client: Any, tracking: Tracking, run_id: str) -> None:
     )
     for run in nested:
         client.set_terminated(run.info.run_id, status="KILLED")
+
+
+def client_of(tracking: Tracking) -> Any:
+    """A client of the store that a workspace logs to."""
+    return _client(tracking.uri)
 
 
 @contextmanager
@@ -175,10 +190,14 @@ def log_table(tracking: Tracking, run_id: str, name: str, rows: Sequence[Value])
     if not rows:
         return
     client, file = _client(tracking.uri), f"{name}.json"
-    # MLflow appends to a table that is there
-    (tracking.workspace / ARTIFACTS / run_id / "artifacts" / file).unlink(missing_ok=True)
     dumped = [row.model_dump(mode="json") for row in rows]
-    client.log_table(run_id, {key: [row[key] for row in dumped] for key in dumped[0]}, file)
+    # MLflow's log_table appends to a table that is there; so write what it writes, and mark it as it does
+    table = {"columns": list(dumped[0]), "data": [list(row.values()) for row in dumped]}
+    client.log_dict(run_id, table, file)
+    marked = json.loads(client.get_run(run_id).data.tags.get(TABLES_TAG, "[]"))
+    mark = {"path": file, "type": "table"}
+    if mark not in marked:
+        client.set_tag(run_id, TABLES_TAG, json.dumps([*marked, mark]))
 
 
 def log_report(tracking: Tracking, run_id: str, report: ChildReport, files: Sequence[Path]) -> None:
@@ -281,5 +300,5 @@ def mlflow_ui_command(workspace: Path, port: int = 5000) -> str:
 
 
 def run_url(tracking: Tracking, run_id: str, port: int = 5000) -> str:
-    """The page of a run while `mlflow_ui_command` runs."""
-    return f"http://127.0.0.1:{port}/#/experiments/{tracking.experiment_id}/runs/{run_id}"
+    """The page of a run: of the server that is set, else while `mlflow_ui_command` runs."""
+    return f"{server_uri() or f'http://127.0.0.1:{port}'}/#/experiments/{tracking.experiment_id}/runs/{run_id}"

@@ -1,0 +1,66 @@
+"""Flow `reoptimize`: what changed, a challenger, the comparison with the champion, the alias in MLflow's registry."""
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.optimize import optimize
+from profiles.schema import Profile
+from tasks import champion, registry, stages
+from tasks.artifacts import show_markdown
+from tasks.champion import Judgement
+from tasks.progress import say
+from tasks.tracking import open_tracking
+
+
+@flow(name="reoptimize", flow_run_name="reoptimize {profile.name}")
+def reoptimize(profile: Profile, workspace: str, remeasure: bool = False) -> Judgement:
+    """Make and judge a challenger if anything changed that the child depends on.
+
+    Args:
+        profile: what is wanted; its `champion` section is the rule.
+        workspace: folder that keeps the block library, Prefect's and MLflow's state and the children.
+        remeasure: measure the costs again; they count as changed if one has moved beyond its spread.
+    """
+    folder, name = Path(workspace), registry.model_name(profile.name)
+    store = open_tracking(folder)
+    parent, corpus = stages.prepare(profile, folder)
+    for moved in stages.measure_again(profile, parent, folder) if remeasure else []:
+        say(f"cost moved: {moved}")
+    now = champion.basis(profile, parent, corpus, stages.stored_costs(profile, parent, folder))
+    changed = champion.changes(registry.judged(store, name), now)
+    reigning = registry.champion_of(store, name)
+    if reigning and not changed:
+        return announce(champion.nothing_changed(reigning.version), "", "")
+
+    say(f"changed: {champion.told(changed)}" if reigning else "no champion yet")
+    report = optimize.fn(profile, workspace)
+    run_folder = str(Path(report.child_folder).parent)
+    challenger = champion.lineage_of(folder, run_folder)
+    with stages.stage("judge"):
+        against = reigning.run_folder if reigning else None
+        found = champion.judge(against, challenger, profile, folder, changed)
+    if not found.same_child:
+        version = registry.register(store, report, run_folder, folder, found.reason)
+        if found.outcome in ("first", "moved"):
+            registry.crown(store, version)
+    now = champion.basis(profile, parent, corpus, stages.stored_costs(profile, parent, folder))
+    registry.remember_judged(store, name, now)
+    return announce(found, f"version {reigning.version}" if reigning else "", run_folder)
+
+
+def announce(found: Judgement, before: str, challenger: str) -> Judgement:
+    """On the console, in the log and as an artifact."""
+    say(f"{found.outcome}: {found.reason}")
+    show_markdown("judgement", champion.judgement_markdown(found, before, challenger), found.reason)
+    return found
+
+
+def run_reoptimize(profile: Profile, workspace: Path, remeasure: bool) -> Judgement:
+    """Run the flow in this process, with as many workers as the profile says."""
+    runner: Any = ThreadPoolTaskRunner(max_workers=profile.orchestration.max_workers)
+    with stages.process_of(profile, workspace):
+        found: Judgement = reoptimize.with_options(task_runner=runner)(profile, str(workspace), remeasure)
+    return found

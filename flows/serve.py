@@ -1,0 +1,125 @@
+"""`puzzle serve`: the deployments behind Prefect's UI, with a Prefect and an MLflow server where none is given."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from blocks.errors import PuzzleError
+from blocks.runtime import configure
+from profiles.load import load_profile, shipped_profiles
+from profiles.schema import Profile
+from tasks.admission import DATA_ROOTS, REMOTE_CODE, ROOT
+from tasks.servers import QUIET, is_free, mlflow_server, prefect_server, running
+
+Folders = Annotated[
+    list[Path] | None, typer.Option("--data", metavar="DIR", help="served profiles may read below it; repeat for more")
+]
+
+
+def serve_command(
+    profiles: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROFILE ...]", help="deployments of these [all shipped profiles]")
+    ] = None,
+    root: Annotated[Path, typer.Option("--root", metavar="DIR", help="workspaces lie below it")] = Path("workspace"),
+    data: Folders = None,
+    port: Annotated[int, typer.Option(help="of Prefect's UI, unless PREFECT_API_URL is set")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(help="of MLflow's UI, unless MLFLOW_TRACKING_URI is set")] = 5000,
+    runs: Annotated[int, typer.Option(min=1, help="runs at a time on this machine; the others wait")] = 1,
+    reoptimize_at: Annotated[
+        str | None, typer.Option("--reoptimize-at", metavar="CRON", help="schedule of `reoptimize`, e.g. '0 3 * * 1'")
+    ] = None,
+    allow_remote_code: Annotated[
+        bool, typer.Option("--allow-remote-code", help="a served profile may set trust_remote_code")
+    ] = False,
+) -> None:
+    """Offer optimize, reoptimize, sweep and measure-hardware in Prefect's UI, on this machine only, until ctrl-c."""
+    wanted = [load_profile(name) for name in profiles or shipped_profiles()]
+    root = root.resolve()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PuzzleError(f"cannot write to {root}: {error.strerror}. Choose another with --root.") from error
+    configure()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # while servers start; later Prefect's runner takes it
+    os.environ.update(served_environment(root, data or [], allow_remote_code))
+    with servers(root, port, mlflow_port):
+        typer.echo(f"Prefect: {os.environ['PREFECT_API_URL'].removesuffix('/api')}")
+        typer.echo(f"MLflow:  {os.environ['MLFLOW_TRACKING_URI']}")
+        offer(wanted, runs, reoptimize_at)
+
+
+def served_environment(root: Path, data: list[Path], remote_code: bool) -> dict[str, str]:
+    """What the runs of a serving process inherit. Prefect reads it when it is imported."""
+    return {
+        **QUIET,
+        ROOT: str(root),
+        DATA_ROOTS: os.pathsep.join(str(folder.resolve()) for folder in data),
+        REMOTE_CODE: "1" if remote_code else "0",
+        "PREFECT_HOME": str(root / ".prefect"),
+        "PREFECT_LOCAL_STORAGE_PATH": str(root / ".prefect" / "storage"),
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "puzzle",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+    }
+
+
+@contextmanager
+def servers(root: Path, port: int, mlflow_port: int) -> Iterator[None]:
+    """Both servers for the length of the block; one that the environment names already is left alone."""
+    with ExitStack() as stack:
+        if not os.environ.get("PREFECT_API_URL"):
+            command, url = prefect_server(_free(port, "--port"))
+            stack.enter_context(
+                running(command, f"{url}/health", root / "prefect-server.log", {"PREFECT_UI_API_URL": url})
+            )
+            os.environ["PREFECT_API_URL"] = url
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            store = f"sqlite:///{root / 'mlflow.db'}"
+            command, url = mlflow_server(_free(mlflow_port, "--mlflow-port"), store, root / "mlartifacts")
+            stack.enter_context(running(command, f"{url}/health", root / "mlflow-server.log", {}))
+            os.environ["MLFLOW_TRACKING_URI"] = url
+        yield
+
+
+def _free(port: int, option: str) -> int:
+    if not is_free(port):
+        raise PuzzleError(f"port {port} is taken: name another with {option}, or the server there in the environment")
+    return port
+
+
+def offer(wanted: list[Profile], runs: int, reoptimize_at: str | None) -> None:
+    """Register the deployments and wait for runs; each runs in a process of its own."""
+    import prefect
+
+    with contextlib.suppress(KeyboardInterrupt):
+        prefect.serve(*deployments(wanted, reoptimize_at), limit=runs, print_starting_message=False)
+
+
+def deployments(wanted: list[Profile], reoptimize_at: str | None = None) -> list[Any]:
+    """One deployment per flow and profile, named after the profile, with the profile's values in the form."""
+    from prefect.types.entrypoint import EntrypointType
+
+    from flows import served
+
+    made = []
+    for profile in wanted:
+        own = {"profile": profile.model_dump(mode="json"), "workspace": profile.name}
+        for flow in (served.optimize, served.reoptimize, served.measure_hardware, served.sweep):
+            made.append(
+                flow.to_deployment(
+                    name=profile.name,
+                    parameters={key: own[key] for key in own if key in flow.parameters.properties},
+                    description=f"{profile.description}\n\n{flow.description}",
+                    tags=["puzzle"],
+                    paused=False,  # stopping `puzzle serve` pauses them
+                    cron=reoptimize_at if flow is served.reoptimize else None,
+                    entrypoint_type=EntrypointType.MODULE_PATH,
+                )
+            )
+    return made

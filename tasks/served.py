@@ -1,0 +1,48 @@
+"""A run that Prefect's UI, API or schedule started: admitted first, then the same process as `puzzle optimize`'s."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prefect.context import FlowRunContext
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from profiles.load import load_profile
+from profiles.schema import Profile
+from tasks.admission import Roots, admit, admitted_workspace
+from tasks.progress import logged
+from tasks.stages import process_of
+
+
+@contextmanager
+def at_work(profile: Profile, workspace: str) -> Iterator[Path]:
+    """The folder of an admitted run, its lock held, threads and workers as the profile says, a log file in it.
+
+    Raises Refused for a profile that a served run may not have, PuzzleError when another run is at work there.
+    """
+    roots = Roots.from_environment()
+    folder = admitted_workspace(workspace, roots)
+    admit(profile, roots)
+    folder.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("puzzle").setLevel(logging.INFO)  # Prefect hands on what passes, and leaves the level as it is
+    with process_of(profile, folder), logged(folder), workers(profile.orchestration.max_workers):
+        yield folder
+
+
+@contextmanager
+def workers(count: int) -> Iterator[None]:
+    """Tasks submitted in this flow run go to so many threads: a deployment is made before its profile is known."""
+    context = FlowRunContext.get()
+    if context is None:
+        raise RuntimeError("workers() is for the inside of a flow run")
+    pool: Any = ThreadPoolTaskRunner(max_workers=count)
+    with pool as runner, context.model_copy(update={"task_runner": runner}):
+        yield
+
+
+def default_profile() -> Profile:
+    """What a form shows before a deployment's own parameters: the profile PUZZLE_PROFILE names, else the tiny one."""
+    return load_profile(os.environ.get("PUZZLE_PROFILE", "tiny"))

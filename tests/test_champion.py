@@ -1,0 +1,299 @@
+"""The champion: what counts as changed, the paired rule, the budget, the registry's aliases, a rollback."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pydantic import ValidationError
+from scipy import stats
+
+from blocks.records import Architecture, ChildReport, Cost, CostTable, LayerChoice, NonBlockCost, Totals
+from profiles.load import load_profile
+from profiles.schema import Budget, Champion, Profile, Scenario
+from tasks import champion, registry
+from tasks.champion import basis, changes, decide
+from tasks.compare import Lineage, contender
+from tasks.costs import drift
+from tasks.totals import make_problem
+from tasks.tracking import Tracking, client_of, open_tracking
+from tests.chain import Chain
+
+
+def profile_with(*overrides: str) -> Profile:
+    return load_profile("tiny", list(overrides))
+
+
+def table(scale: float = 1.0, spread: float = 0.01, measured_at: str = "now") -> CostTable:
+    def cost(variant: str, seconds: float) -> Cost:
+        return Cost(
+            subblock="ffn",
+            variant=variant,
+            scenario="chat",
+            batch_size=1,
+            prefill_seconds=seconds,
+            decode_seconds_per_token=seconds / 10,
+            prefill_spread=spread,
+            decode_spread=spread,
+            parameters=10,
+            weight_bytes=40,
+            kv_bytes_per_token=0,
+        )
+
+    outside = NonBlockCost(
+        scenario="chat",
+        batch_size=1,
+        prefill_seconds=1.0,
+        decode_seconds_per_token=0.1,
+        parameters=5,
+        weight_bytes=20,
+    )
+    return CostTable(
+        hardware={"name": "here"},
+        costs=(cost("parent", 1.0), cost("no_op", 0.5 * scale)),
+        non_block=(outside,),
+        num_hidden_layers=3,
+        measured_at=measured_at,
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("budget.layer_parameters_fraction=0.5", "budget"),
+        ("scenarios.0.prompt_tokens=48", "traffic"),
+        ("search_space.ffn=[ffn96, no_op]", "search_space"),
+        ("bld.steps=9", "distillation"),
+        ("gkd.steps=9", "gkd"),
+        ("champion.confidence=0.9", "rule"),
+        ("scoring.metric=lm_loss", "scoring"),
+        ("hardware.name=elsewhere", "hardware"),
+        ("search.gap=0.1", "search"),
+    ],
+)
+def test_a_changed_field_is_named_and_nothing_else(override: str, part: str, chain: Chain) -> None:
+    before = basis(profile_with(), chain.parent, chain.corpus, table())
+    after = basis(profile_with(override), chain.parent, chain.corpus, table())
+    assert changes(before, after) == (part,)
+    assert changes(before, json.loads(json.dumps(before))) == ()
+
+
+def test_parent_corpus_and_costs_count_and_the_hour_does_not(chain: Chain) -> None:
+    before = basis(profile_with(), chain.parent, chain.corpus, table())
+    other = chain.parent.model_copy(update={"fingerprint": "f" * 64})
+    text = chain.corpus.model_copy(update={"fingerprint": "e" * 64})
+    assert changes(before, basis(profile_with(), other, chain.corpus, table())) == ("parent",)
+    assert changes(before, basis(profile_with(), chain.parent, text, table())) == ("corpus",)
+    assert changes(before, basis(profile_with(), chain.parent, chain.corpus, table(2.0))) == ("costs",)
+    assert changes(before, basis(profile_with(), chain.parent, chain.corpus, None)) == ("costs",)
+    again = table(measured_at="an hour later")
+    later = basis(profile_with("name=other", "evaluate.throughput_rounds=9"), chain.parent, chain.corpus, again)
+    assert changes(before, later) == ()
+    assert changes({}, before) == tuple(champion.NAMES)
+
+
+def test_costs_drift_beyond_their_spread_only() -> None:
+    assert drift(table(), table(1.05)) == []
+    assert drift(table(spread=0.2), table(1.5, spread=0.2)) == []
+    moved = drift(table(), table(1.5))
+    assert len(moved) == 2 and "no_op prefill" in moved[0] and "+50%" in moved[0]
+
+
+def test_the_rule_is_a_paired_one_sided_t_test() -> None:
+    generator = torch.Generator().manual_seed(3)
+    hard = torch.rand(12, generator=generator, dtype=torch.float64)  # sequences differ much, models little
+    theirs, ours = hard + 0.02, hard + 0.005 * torch.randn(12, generator=generator, dtype=torch.float64)
+    found = decide(ours, theirs, Champion())
+    gains = (theirs - ours).numpy()
+    expected = stats.ttest_1samp(gains, 0, alternative="greater").confidence_interval(0.95).low
+    assert found.outcome == "moved" and found.lower_bound == pytest.approx(expected)
+    assert stats.ttest_ind(theirs.numpy(), ours.numpy()).pvalue > 0.5  # unpaired, nobody would see it
+    assert decide(theirs, ours, Champion()).outcome == "kept"
+    assert decide(ours, theirs, Champion(min_improvement=0.05)).outcome == "kept"
+    assert found.lower_bound is not None
+    edge = decide(ours, theirs, Champion(min_improvement=found.lower_bound))
+    assert edge.outcome == "kept"  # more than, not as much as
+
+
+def test_more_confidence_keeps_a_champion_that_less_would_move() -> None:
+    theirs = torch.tensor([1.0, 1.2, 0.9, 1.1], dtype=torch.float64)
+    ours = theirs - torch.tensor([0.1, 0.02, 0.05, 0.0], dtype=torch.float64)
+    assert decide(ours, theirs, Champion(confidence=0.9)).outcome == "moved"
+    assert decide(ours, theirs, Champion(confidence=0.99)).outcome == "kept"
+    up = Champion(metric="top1_agreement", confidence=0.9)
+    assert decide(ours, theirs, up).outcome == "kept" and decide(theirs, ours, up).outcome == "moved"
+    assert decide(ours[:1], theirs[:1], Champion()).outcome == "kept"  # one sequence proves nothing
+
+
+def architecture(layers: tuple[LayerChoice, ...]) -> Architecture:
+    totals = Totals(
+        scenario="chat",
+        batch_size=1,
+        prefill_seconds=1,
+        decode_seconds_per_token=1,
+        runtime_seconds=1,
+        tokens_per_second=1,
+        memory_bytes=1,
+        parameters=1,
+    )
+    return Architecture(
+        method="mip",
+        layers=layers,
+        score=0,
+        score_se=0,
+        totals=(totals,),
+        parent_totals=(totals,),
+        status="optimal",
+        bound=0,
+        gap=0,
+    )
+
+
+def lineage(chain: Chain, *layers: LayerChoice) -> Lineage:
+    child = contender("child", architecture(layers), chain.blocks)
+    return Lineage(parent=chain.parent, corpus=chain.corpus, child=child)
+
+
+def test_a_judgement_on_real_children(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a layer's attention a child is worse than with a narrower FFN, and the figures say so."""
+    profile = profile_with("evaluate.sequences=8")
+    good = lineage(chain, LayerChoice(), LayerChoice(ffn="ffn32"), LayerChoice())
+    bad = lineage(chain, LayerChoice(), LayerChoice(ffn="ffn32"), LayerChoice(attention="no_op", ffn="no_op"))
+    monkeypatch.setattr(champion, "broken_budget", lambda *_: "")
+    better = champion.judge_against(bad, good, profile, chain.workspace, ("budget",))
+    worse = champion.judge_against(good, bad, profile, chain.workspace, ("budget",))
+    assert (better.outcome, worse.outcome) == ("moved", "kept") and better.changed == ("budget",)
+    assert better.improvement and worse.improvement
+    assert better.improvement.value == -worse.improvement.value > 0
+    assert champion.judge_against(good, good, profile, chain.workspace, ()).same_child
+    parent = lineage(chain, *[LayerChoice()] * 3)
+    against_itself = champion.judge_against(good, parent, profile, chain.workspace, ())
+    assert against_itself.challenger and against_itself.challenger.value == 0  # KL of the parent to itself
+    page = champion.judgement_markdown(better, "version 1", "runs/x")
+    assert "the budget" in page and "version 1" in page and "±" in page
+    monkeypatch.setattr(champion, "broken_budget", lambda *_: "speedup 1.5")
+    assert champion.judge_against(good, bad, profile, chain.workspace, ()).outcome == "moved"
+
+
+def test_a_champion_that_is_gone_is_followed_and_said(chain: Chain) -> None:
+    good = lineage(chain, LayerChoice(), LayerChoice(ffn="ffn32"), LayerChoice())
+    assert champion.judge(None, good, profile_with(), chain.workspace, ()).outcome == "first"
+    gone = champion.judge("runs/gone", good, profile_with(), chain.workspace, ())
+    assert gone.outcome == "moved" and "cannot be compared" in gone.reason
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
+    return open_tracking(tmp_path_factory.mktemp("registry"))
+
+
+def versions(store: Tracking, name: str, count: int) -> list[registry.Version]:
+    """Registered versions without models behind them: the aliases are what is tested."""
+    client = client_of(store)
+    client.create_registered_model(name)
+    made = []
+    for number in range(count):
+        run = client.create_run(store.experiment_id).info.run_id
+        tags = {registry.FOLDER: f"runs/{number}"}
+        version = client.create_model_version(name, f"{store.workspace}/none", run, tags=tags)
+        made.append(
+            registry.Version(name=name, version=int(version.version), run_folder=f"runs/{number}", mlflow_run_id=run)
+        )
+    return made
+
+
+def test_reigns_and_rollbacks(store: Tracking) -> None:
+    assert registry.champion_of(store, "puzzle-x") is None and registry.judged(store, "puzzle-x") == {}
+    with pytest.raises(registry.NoChampion, match="no champion yet"):
+        registry.rollback(store, "puzzle-x")
+    first, second, third = versions(store, "puzzle-x", 3)
+    for version in (first, second, second, third):
+        registry.crown(store, version)
+    assert registry.champion_of(store, "puzzle-x") == third
+    assert registry.rollback(store, "puzzle-x") == (third, second)
+    assert registry.champion_of(store, "puzzle-x") == second
+    registry.crown(store, third)
+    assert registry.rollback(store, "puzzle-x") == (third, second)
+    assert registry.rollback(store, "puzzle-x") == (second, first)
+    with pytest.raises(registry.NoChampion, match="first champion"):
+        registry.rollback(store, "puzzle-x")
+    registry.remember_judged(store, "puzzle-x", {"parent": "a"})
+    assert registry.judged(store, "puzzle-x") == {"parent": "a"}
+
+
+def test_a_registered_child_loads_from_the_registry_alone(
+    store: Tracking, chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    run_id = client_of(store).create_run(store.experiment_id).info.run_id
+    report = ChildReport(
+        profile="z",
+        parent=chain.parent,
+        corpus=chain.corpus,
+        architecture=architecture((LayerChoice(),) * 3),
+        candidates=(),
+        child_folder=chain.parent.folder,  # any folder that transformers loads
+        mlflow_run_id=run_id,
+    )
+    made = registry.register(store, report, "runs/z", chain.workspace, "the first champion")
+    registry.crown(store, made)
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+    found = client_of(store).get_model_version_by_alias("puzzle-z", "champion")
+    assert (found.run_id, found.description, found.tags[registry.FOLDER]) == (run_id, "the first champion", "runs/z")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
+    folder = Path(mlflow.artifacts.download_artifacts("models:/puzzle-z@champion"))
+    assert not list(folder.rglob("*.pkl"))  # code and safetensors, no pickle
+    (text,) = mlflow.pyfunc.load_model(str(folder)).predict([{"prompt": "import", "max_new_tokens": 3}])
+    assert isinstance(text, str)
+
+
+def test_a_kill_between_reign_and_alias_loses_nothing(store: Tracking) -> None:
+    first, second = versions(store, "puzzle-y", 2)
+    registry.crown(store, first)
+    client_of(store).set_registered_model_tag("puzzle-y", registry.REIGNS, json.dumps([first.version, second.version]))
+    with pytest.raises(registry.NoChampion):  # the second never reigned
+        registry.rollback(store, "puzzle-y")
+    registry.crown(store, second)
+    assert registry.rollback(store, "puzzle-y") == (second, first)
+
+
+def test_a_tighter_budget_or_dearer_costs_break_the_champion(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = (LayerChoice(), LayerChoice(ffn="no_op"), LayerChoice())
+    attention = [cost.model_copy(update={"subblock": "attention"}) for cost in table().costs]
+
+    def under(budget: Budget, scale: float = 1.0, layers: tuple[LayerChoice, ...] = layers) -> str:
+        measured = table(scale)
+        measured = measured.model_copy(update={"costs": (*measured.costs, *attention)})
+        scenario = Scenario(name="chat", batch_sizes=(1,), prompt_tokens=4, generated_tokens=2)
+        problem = make_problem([], measured, budget, [scenario])
+        monkeypatch.setattr(champion, "problem_of", lambda *_: problem)
+        return champion.broken_budget(layers, profile_with(), chain.workspace)
+
+    # layers hold 6 subblocks of 10 parameters; the child 5, no_op costs half a subblock's time
+    assert under(Budget(layer_parameters_fraction=1.0)) == ""
+    assert under(Budget(layer_parameters_fraction=0.9)) == "layer_parameters_fraction 0.9"
+    assert under(Budget(speedup=1.05)) == "" and under(Budget(speedup=1.1)) == "speedup 1.1"
+    assert under(Budget(speedup=1.05), scale=1.8) == "speedup 1.05"  # the same child on hardware that changed
+    assert under(Budget(speedup=9), layers=(LayerChoice(ffn="ffn7"),) * 3) == ""  # measured no more: nobody can tell
+
+
+def test_the_served_child_completes_as_its_logits_say(chain: Chain) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tasks.pyfunc_child import Child, Completion
+
+    folder = chain.workspace / chain.parent.folder
+    child = Child()
+    child.load_context(SimpleNamespace(artifacts={"checkpoint": str(folder)}))
+    said = child.predict([Completion(prompt="import", max_new_tokens=5), Completion(prompt="x", max_new_tokens=1)])
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer("import", return_tensors="pt")["input_ids"]
+    start = ids.shape[1]
+    for _ in range(5):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert said[0] == tokenizer.decode(ids[0, start:], skip_special_tokens=True) and len(said) == 2
+    with pytest.raises(ValidationError):
+        Completion(prompt="x", max_new_tokens=0)

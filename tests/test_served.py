@@ -1,0 +1,185 @@
+"""Served runs: what they may ask for, what their forms show, what prefect.yaml and `puzzle serve` offer."""
+
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from prefect.utilities.callables import parameter_schema
+from pydantic import TypeAdapter, ValidationError
+
+from flows import serve, served
+from profiles.load import load_profile
+from profiles.schema import Profile
+from tasks.admission import Refused, Roots, WorkspaceName, admit, admitted_workspace
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOWS = (served.optimize, served.reoptimize, served.sweep, served.measure_hardware)
+
+
+def asking(**changes: Any) -> Profile:
+    """The tiny profile with some of its tree replaced."""
+    tree = load_profile("tiny").model_dump(mode="json")
+    for path, value in changes.items():
+        node = tree
+        *above, last = path.split("__")
+        for key in above:
+            node = node[key]
+        node[last] = value
+    return Profile.model_validate(tree)
+
+
+@pytest.fixture
+def roots(tmp_path: Path) -> Roots:
+    for name in ("root", "data", "secret"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "secret" / "key.txt").write_text("secret")
+    (tmp_path / "data" / "text.txt").write_text("text")
+    (tmp_path / "data" / "link.txt").symlink_to(tmp_path / "secret" / "key.txt")
+    (tmp_path / "data" / "out").symlink_to(tmp_path / "secret")
+    return Roots(workspaces=tmp_path / "root", data=(tmp_path / "data",))
+
+
+def text(path: str) -> list[dict[str, str]]:
+    return [{"kind": "text", "path": path}]
+
+
+def test_a_file_below_a_data_root_is_admitted(roots: Roots, tmp_path: Path) -> None:
+    admit(asking(corpus__sources=text(f"{tmp_path}/data/text.txt")), roots)
+    admit(asking(corpus__sources=text(f"{tmp_path}/data/t*.txt")), roots)
+    admit(load_profile("tiny"), roots)
+    admit(load_profile("smollm2-cpu"), roots)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "{0}/secret/key.txt",
+        "{0}/data/../secret/key.txt",
+        "{0}/data/link.txt",
+        "{0}/data/out/key.txt",
+        "{0}/data/*.txt",  # matches the link
+        "{0}/*/key.txt",
+        "{0}/data/**/*.txt",
+        "~/.ssh/id_rsa",
+        "/etc/passwd",
+        "relative.txt",
+        "*",
+    ],
+)
+def test_a_path_that_leaves_the_data_roots_is_refused(path: str, roots: Roots, tmp_path: Path) -> None:
+    given = path.format(tmp_path)
+    with pytest.raises(Refused, match=r"corpus\.sources\.0\.path"):
+        admit(asking(corpus__sources=text(given)), roots)
+    with pytest.raises(Refused, match=r"parent\.path"):
+        admit(asking(parent={"kind": "folder", "path": given}), roots)
+
+
+def test_a_parent_whose_folder_links_out_is_refused(roots: Roots, tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "parent"
+    folder.mkdir()
+    admit(asking(parent={"kind": "folder", "path": str(folder)}), roots)
+    (folder / "config.json").symlink_to(tmp_path / "secret" / "key.txt")
+    with pytest.raises(Refused, match=r"parent\.path"):
+        admit(asking(parent={"kind": "folder", "path": str(folder)}), roots)
+
+
+def test_code_and_packages_are_refused_with_every_reason(roots: Roots) -> None:
+    profile = asking(
+        parent={"kind": "hub", "hub_id": "a/b", "trust_remote_code": True},
+        corpus__sources=[{"kind": "wikipedia_dump", "package": "os", "file": "../../etc/passwd"}],
+        evaluate__benchmark_package="antigravity",
+    )
+    with pytest.raises(Refused) as refused:
+        admit(profile, roots)
+    for word in ("trust_remote_code", "'os'", "leaves its package", "'antigravity'"):
+        assert word in str(refused.value)
+    with pytest.raises(Refused, match="leaves its package"):
+        admit(asking(parent={"kind": "package", "package": "gensim", "file": "/etc/passwd"}), roots)
+    allowed = Roots(workspaces=roots.workspaces, data=(), remote_code=True)
+    admit(asking(parent={"kind": "hub", "hub_id": "a/b", "trust_remote_code": True}), allowed)
+
+
+@pytest.mark.parametrize("name", ["..", "../data", "a/b", "/etc", ".hidden", "", "A", "x" * 65, "a\n"])
+def test_a_workspace_is_a_plain_name(name: str, roots: Roots) -> None:
+    with pytest.raises(ValidationError):
+        TypeAdapter(WorkspaceName).validate_python(name)
+
+
+def test_a_workspace_lies_right_below_the_root_even_behind_the_schema(roots: Roots) -> None:
+    assert admitted_workspace("mine", roots) == roots.workspaces / "mine"
+    (roots.workspaces / "link").symlink_to(roots.data[0])
+    for name in ("..", "a/b", ".", "link", str(roots.data[0])):
+        with pytest.raises(Refused):
+            admitted_workspace(name, roots)
+
+
+def schema_of(flow: Any) -> dict[str, Any]:
+    return parameter_schema(flow).model_dump()
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.name)
+def test_every_flow_has_a_form_whose_defaults_are_valid(flow: Any) -> None:
+    schema = schema_of(flow)
+    assert schema["properties"] and flow.description
+    for name, field in schema["properties"].items():
+        assert field.get("description"), f"{flow.name}: {name} has no help text"
+        assert "default" in field, f"{flow.name}: {name} has no default"
+    jsonschema.validate({name: field["default"] for name, field in schema["properties"].items()}, schema)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"budget__layer_parameters_fraction": 7}, "a share above 1"),
+        ({"scoring__metric": "bleu"}, "no such choice"),
+        ({"parent": {"kind": "tiny", "hidden_size": -1}}, "a width below 1, inside a union"),
+        ({"parent": {"kind": "floppy"}}, "no such kind"),
+        ({"corpus__sources": [{"kind": "text"}]}, "a source without its path"),
+        ({"bld__stepz": 3}, "no such field"),
+    ],
+)
+def test_the_form_refuses_a_wrong_value(change: dict[str, Any], why: str) -> None:
+    tree = load_profile("tiny").model_dump(mode="json")
+    for path, value in change.items():
+        node = tree
+        *above, last = path.split("__")
+        for key in above:
+            node = node[key]
+        node[last] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"profile": tree}, schema_of(served.optimize))
+
+
+def test_unions_are_choices_in_the_form() -> None:
+    definitions = schema_of(served.optimize)["definitions"]
+    assert len(definitions["Profile"]["properties"]["parent"]["anyOf"]) == 4
+    assert len(definitions["Corpus"]["properties"]["sources"]["items"]["anyOf"]) == 4
+    assert "oneOf" not in str(definitions)
+
+
+def test_puzzle_serve_offers_four_flows_per_profile_and_a_schedule() -> None:
+    tiny = load_profile("tiny")
+    made = serve.deployments([tiny, load_profile("smollm2-cpu")], "0 3 * * 1")
+    assert {(each.flow_name, each.name) for each in made} == {
+        (flow.name, profile) for flow in FLOWS for profile in ("tiny", "smollm2-cpu")
+    }
+    assert {each.flow_name for each in made if each.schedules} == {"reoptimize"}
+    own = next(each for each in made if (each.flow_name, each.name) == ("optimize", "smollm2-cpu"))
+    assert Profile.model_validate(own.parameters["profile"]) == load_profile("smollm2-cpu")
+    assert own.entrypoint == "flows.served.optimize" and own.enforce_parameter_schema
+
+
+def test_prefect_yaml_names_flows_that_are_there() -> None:
+    described = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+    entrypoints = [each["entrypoint"].split(":") for each in described["deployments"]]
+    assert {file for file, _ in entrypoints} == {"flows/served.py"}
+    assert {getattr(served, name).name for _, name in entrypoints} == {flow.name for flow in FLOWS}
+
+
+def test_servers_listen_on_loopback_only() -> None:
+    from tasks.servers import mlflow_server, prefect_server
+
+    for command, url in (prefect_server(1234), mlflow_server(1234, "sqlite:///x", Path("x"))):
+        assert command[command.index("--host") + 1] == "127.0.0.1" and "127.0.0.1:1234" in url
