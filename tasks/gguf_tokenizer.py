@@ -17,6 +17,25 @@ SPLITS = {_CONTRACTIONS + _REST: "qwen2", _CONTRACTIONS + "{1,3}" + _REST: "llam
 NO_TOKENIZER: dict[str, Any] = {"tokenizer.ggml.model": "no_vocab"}
 
 
+def split_of(name: str) -> Any:
+    """The `tokenizers` pre-tokenizer that llama.cpp means by `tokenizer.ggml.pre`; ValueError for one not known here.
+
+    transformers forgets it when it reads a GGUF file: digits that SmolLM takes one by one are then merged.
+    """
+    from tokenizers import Regex, pre_tokenizers
+
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if name in ("gpt-2", "default"):
+        return plain
+    if name == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
+    regex = {known: pattern for pattern, known in SPLITS.items()}.get(name)
+    if regex is None:
+        raise ValueError(f"its tokenizer splits text as {name!r}, which is not known here")
+    bare = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(regex), "isolated"), bare])
+
+
 def copied_tokenizer(path: Path) -> dict[str, Any]:
     """Every `tokenizer.*` field of a GGUF file."""
     return {key: value for key, value in GgufFile(path).fields.items() if key.startswith("tokenizer.")}

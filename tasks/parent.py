@@ -25,6 +25,7 @@ from blocks.library import digest_of, is_whole, remember, sha256_of, write_text,
 from blocks.records import ParentInfo, Ref, Value
 from profiles.schema import FolderParent, HubParent, PackageParent, ParentSource, TinyParent
 from tasks.corpus import TOKENIZER_FILES, installed_file
+from tasks.gguf_tokenizer import copied_tokenizer, split_of
 from tasks.tiny import byte_tokenizer, family_config, make_tiny_parent, training_texts
 
 VERSION = 1  # raise it when the same source would give another folder
@@ -165,11 +166,11 @@ def _manifest(source: ParentSource, folder: Path, revision: str) -> Manifest:
 
 
 def _fingerprint(folder: Path, digests: dict[str, str]) -> str:
-    """sha256 over config (without paths and library version) and weight files."""
+    """sha256 over config (without paths and library version), weight files and tokenizer."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kept = {key: value for key, value in config.items() if key != "transformers_version"}
-    weights = {name: digest for name, digest in digests.items() if name.endswith(".safetensors")}
-    text = json.dumps({"config": kept, "weights": weights}, sort_keys=True, separators=(",", ":"))
+    files = {n: digest for n, digest in digests.items() if n.endswith(".safetensors") or n == "tokenizer.json"}
+    text = json.dumps({"config": kept, "files": files}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -354,6 +355,9 @@ def _convert_gguf(path: Path, folder: Path, package: str) -> str:
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        fields = copied_tokenizer(path)
+        if fields.get("tokenizer.ggml.model") == "gpt2":
+            tokenizer.backend_tokenizer.pre_tokenizer = split_of(fields.get("tokenizer.ggml.pre", "default"))
     except Exception as error:  # tokenizers raises nothing more precise
         raise ParentError(f"{path.name} cannot be read as GGUF: {_first_line(error)}") from error
     # the weights are plain float32 by now, but transformers still takes the model for a quantised one

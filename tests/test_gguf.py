@@ -15,7 +15,7 @@ from blocks.library import write_text
 from tasks.gguf_export import PRECISIONS, UnknownPrecision, interleaved, rotate_half, write_gguf
 from tasks.gguf_import import GgufError, GgufFile, read_gguf
 from tasks.gguf_layout import FILLER_WIDTH, packed
-from tasks.gguf_tokenizer import NO_TOKENIZER, converted_tokenizer, copied_tokenizer
+from tasks.gguf_tokenizer import NO_TOKENIZER, converted_tokenizer, copied_tokenizer, split_of
 from tests.test_modeling import LINEAR, NO_OP, attention, ffn, mixed_blocks, tiny_child, tiny_parent, token_ids
 
 
@@ -163,6 +163,15 @@ def bpe_folder(folder: Path, pre: Any, special: str = "<|end|>") -> Path:
 
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
 DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES])
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
+def test_a_split_is_what_its_name_says(tmp_path: Path, name: str) -> None:
+    """From llama.cpp's name to a tokenizer.json and back."""
+    fields = converted_tokenizer(bpe_folder(tmp_path, split_of(name)), 259)
+    assert fields is not None and fields["tokenizer.ggml.pre"] == name
+    with pytest.raises(ValueError, match="'tekken', which is not known here"):
+        split_of("tekken")
 
 
 def test_tokenizers_are_converted_where_their_split_is_known_and_copied_from_a_gguf(tmp_path: Path) -> None:

@@ -94,6 +94,11 @@ def test_a_changed_folder_is_another_parent_and_a_copy_is_not(tmp_path: Path, so
     assert (first.name, second.name) == ("source", "copy")
     everything = [path.read_text() for path in (tmp_path / "work").rglob("*.json")]
     assert not [text for text in everything if "somebody" in text or str(tmp_path) in text]
+    tokens = json.loads((copy / "tokenizer.json").read_text())
+    (copy / "tokenizer.json").write_text(json.dumps({**tokens, "truncation": None, "padding": None}, indent=3))
+    assert prepared(copy, tmp_path / "work").fingerprint != first.fingerprint  # the corpus is in its tokens
+    (copy / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    assert prepared(copy, tmp_path / "work").fingerprint == first.fingerprint
     edit(copy / "config.json", rms_norm_eps=1e-3)
     assert prepared(copy, tmp_path / "work").fingerprint != first.fingerprint
     tiny_model(layers=2, seed=5).save_pretrained(source)
@@ -246,6 +251,7 @@ def gguf_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[to
     letters = [chr(33 + index) for index in range(59)]
     words = [*letters, letters[0] + letters[1], "<unk>", "<bos>", "<eos>", "<pad>"]
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
     writer.add_token_list(words)
     writer.add_token_types([1] * 60 + [3] * 4)
     writer.add_token_merges([f"{letters[0]} {letters[1]}"])
@@ -271,6 +277,8 @@ def test_gguf_in_a_package_becomes_a_float_folder(tmp_path: Path, gguf_package: 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / info.folder)
     assert torch.equal(model.model.embed_tokens.weight, gguf_package)
     assert model.lm_head.weight.dtype == torch.float32
+    split = AutoTokenizer.from_pretrained(tmp_path / info.folder).backend_tokenizer.pre_tokenizer
+    assert [piece for piece, _ in split.pre_tokenize_str("in 1984")] == ["in", "Ġ", "1", "9", "8", "4"]
     assert prepare_parent(parent, tmp_path, None) == info
     assert_config_alone_is_the_same(parent, tmp_path, info)
 
