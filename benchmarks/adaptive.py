@@ -50,7 +50,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="scored tokens of each window, from its start")
     parser.add_argument("--windows", type=int, default=32, help="0 leaves this table out")
     parser.add_argument("--drawn", type=int, default=32, help="sequences of the drawn table")
-    parser.add_argument("--starts", type=int, nargs="+", default=[4, 2], help="sequences before the first look")
+    parser.add_argument("--starts", type=int, nargs="+", default=[4], help="sequences before the first look")
+    parser.add_argument(
+        "--tolerances", type=float, nargs="+", default=[0.01, 0.02, 0.03], help="expected loss to stop at"
+    )
     parser.add_argument("--orders", type=int, default=4, help="random orders of the sequences")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.7, 0.5])
     options = parser.parse_args()
@@ -79,7 +82,7 @@ def intro(library: StoredLibrary, options: argparse.Namespace) -> str:
     """What the tables say."""
     return (
         f"{len(library.scores)} variants of {library.description.parent}, all scored on all sequences once. Adaptive "
-        f"scoring (`tasks/adaptive.py`, tolerance {Adaptive().tolerance:.0%}, a few sequences *first*) then sees them "
+        "scoring (`tasks/adaptive.py`, stops at an expected loss of *tolerance*, a few sequences *first*) sees them "
         f"in {options.orders} random orders. *Worse*: objective of its choice under full scores, above that of full "
         "scoring's own choice, mean and largest over the orders. *Uniform*: the same for as many tokens spread evenly "
         "over all variants, the choice made on plain means. *Expected*: what adaptive scoring itself expected to lose "
@@ -105,18 +108,20 @@ def replays(library: StoredLibrary, values: Mapping[Key, Floats], options: argpa
     digest = hashlib.sha256(np.array(list(values.values())).tobytes()).hexdigest()
     cases = {budget: case_of(library, values, Budget(layer_parameters_fraction=budget)) for budget in options.budgets}
     with shown("replay") as tell:
-        for start, budget in itertools.product(options.starts, options.budgets):
-            settings, runs = Adaptive(start_sequences=start), []
+        settled = [Adaptive(start_sequences=s, tolerance=t) for s in options.starts for t in options.tolerances]
+        for settings, budget in itertools.product(settled, options.budgets):
+            runs = []
             for order in range(options.orders):
                 key = digest_of(values=digest, budget=budget, settings=settings, order=order, version=2)
                 path = options.workspace / "benchmark-adaptive" / f"replay-{key}.json"
                 if not path.exists():
                     write_text(path, json.dumps(replay(cases[budget], settings, order)))
                 runs.append(json.loads(path.read_text()))
-                tell(len(rows) * options.orders + order + 1, len(options.starts) * len(cases) * options.orders)
-            rows.append([f"{budget:.0%}", str(start), *line(runs)])
-    header = ["layer parameters", "first", "tokens, of full", "fewer", "looks", "expected", "worse", "worst", "uniform",
-              "worst"]  # fmt: skip
+                tell(len(rows) * options.orders + order + 1, len(settled) * len(cases) * options.orders)
+            asked = [str(settings.start_sequences), f"{settings.tolerance:.0%}"]
+            rows.append([f"{budget:.0%}", *asked, *line(runs)])
+    asked = ["layer parameters", "first", "tolerance"]
+    header = [*asked, "tokens, of full", "fewer", "looks", "expected", "worse", "worst", "uniform", "worst"]
     return table(header, rows)
 
 

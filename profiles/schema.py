@@ -173,7 +173,7 @@ class Adaptive(Section):
 
     start_sequences: int = Field(default=4, ge=2, description="for every variant, before the first look")
     growth: float = Field(default=2.0, gt=1, description="times as many for variants that are still in question")
-    tolerance: Fraction = Field(default=0.01, description="expected loss of the objective at which scoring stops")
+    tolerance: Fraction = Field(default=0.02, description="expected loss of the objective at which scoring stops")
 
 
 class Scoring(Section):

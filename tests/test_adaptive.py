@@ -155,7 +155,7 @@ def test_the_loss_stays_within_the_tolerance_at_a_third_of_the_tokens() -> None:
     losses, spent, expected = [], [], []
     for seed in range(6):
         values = library(seed, noise=0.3)
-        found, _ = replay(values, Adaptive())
+        found, _ = replay(values, Adaptive(tolerance=0.01))
         losses.append(regret(values, found.scores))
         spent.append(found.rounds[-1].spent)
         expected.append(found.rounds[-1].expected_loss / found.rounds[-1].objective)
