@@ -2,7 +2,7 @@
 
 uniform   one variant in every layer
 depth     whole blocks removed, the cheapest in score first
-greedy    from the best-scored variants, the step with the least score per saved cost, again and again
+stepwise  from the best-scored variants, the step with the least score per saved cost, again and again
 """
 
 from collections.abc import Callable
@@ -86,7 +86,7 @@ class _Plane:
         return {
             "uniform": self._kept(_uniform(program)),
             "depth": self._kept(_depth(program, empty)),
-            "greedy": self._kept(_greedy(program, program.usage[row])),
+            "stepwise": self._kept(_stepwise(program, program.usage[row])),
         }
 
     def _kept(self, selections: list[Integers]) -> Points:
@@ -134,7 +134,7 @@ def _depth(program: Program, empty: np.ndarray) -> list[Integers]:
     return found
 
 
-def _greedy(program: Program, costs: Floats) -> list[Integers]:
+def _stepwise(program: Program, costs: Floats) -> list[Integers]:
     """Steps down in cost; each takes the option with the least rise of the score per saved cost."""
     current, slots = _best(program), program.slot_of
     found = [current]

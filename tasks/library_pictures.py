@@ -33,7 +33,7 @@ RAMPS = {
     "attention": LinearSegmentedColormap.from_list("attention", ["#cfe5f5", "#0072b2"]),
     "ffn": LinearSegmentedColormap.from_list("ffn", ["#c8eadf", "#00795a"]),
 }
-BASELINES = {"uniform": ("#0072b2", "s"), "depth": ("#cc79a7", "v"), "greedy": ("#009e73", "D")}
+BASELINES = {"uniform": ("#0072b2", "s"), "depth": ("#cc79a7", "v"), "stepwise": ("#009e73", "D")}
 
 
 FigureOf = TypeVar("FigureOf", bound=Callable[..., Figure])
