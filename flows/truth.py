@@ -35,6 +35,10 @@ def peers_command(
         int, typer.Option("--true-kl", min=0, help="measured KLs that each of the two may look at, besides")
     ] = 0,
     min_different: Different = 4,
+    smaller: Annotated[
+        list[Path] | None,
+        typer.Option("--smaller", metavar="FOLDER", help="a smaller model of the parent's family, as a contender"),
+    ] = None,
     sequences: Others = 8,
     seed: Seed = 0,
     as_json: Json = False,
@@ -46,7 +50,13 @@ def peers_command(
         from tasks.truth import truth_of
         from tasks.verdicts import aligned, contest_figures, contest_rows, contest_verdict
 
-        ask = Ask(evaluations=evaluations, true_evaluations=true_evaluations, min_different=min_different, seed=seed)
+        ask = Ask(
+            evaluations=evaluations,
+            true_evaluations=true_evaluations,
+            min_different=min_different,
+            seed=seed,
+            smaller=tuple(smaller or ()),
+        )
         found = contest(finished.problem, *truth_of(finished, sequences), ask, told)
         text = "\n".join([aligned(*contest_rows(found)), *contest_verdict(found)])
         return found, text, contest_figures(found), None

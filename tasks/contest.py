@@ -7,6 +7,7 @@ evaluations are given for it. The true KL that counts is that of other sequences
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from tasks.choose import choose
 from tasks.peers import EVALUATIONS, NAMES, PEERS, Aim, find, top
 from tasks.swaps import beyond_noise, paired
 from tasks.totals import Problem, predicted, within_budget
-from tasks.truth import Meter
+from tasks.truth import Meter, OtherModel, other_model
 
 SUMS, TRUE, NOTHING = "summed scores", "true KL", "nothing"
 
@@ -53,7 +54,8 @@ class Entry(Value):
 class Contest(Value):
     """The searches, lowest true KL first. level: those that differ from the winner by no more than noise, paired.
 
-    prune: False where the untouched parent keeps the budget: nothing can be closer to it. left_out: why, by name.
+    prune: False where the untouched parent keeps the budget, or a smaller model that somebody else trained wins.
+    left_out: why, by name.
     """
 
     budget: dict[str, float]
@@ -75,6 +77,7 @@ class Ask:
     starts: int = 6
     min_different: int = 4
     seed: int = 0
+    smaller: tuple[Path, ...] = ()  # folders of other models of the parent's family
 
 
 def contest(
@@ -100,6 +103,14 @@ def contest(
     if within_budget(problem, problem.parent):
         untouched = predicted(problem, problem.parent, "parent")
         entries.append(_entry(untouched, "parent", NOTHING, 0.0, 0.0, others))
+    for folder in ask.smaller:
+        smaller = other_model(folder, others)
+        if smaller.parameters <= best.totals[0].parameters:
+            entries.append(_untrained(smaller))
+        else:
+            left_out[smaller.name] = (
+                f"{smaller.parameters:,} parameters, more than the child's {best.totals[0].parameters:,}"
+            )
     if ask.true_evaluations:
         for place, name in enumerate(black_boxes):
             before = len(NAMES) + place * ask.true_evaluations
@@ -122,6 +133,21 @@ def _entry(found: Architecture, name: str, on: str, objective: float, seconds: f
         true=others(found.layers).per_sequence,
         evaluations=found.evaluations,
         seconds=seconds,
+    )
+
+
+def _untrained(model: OtherModel) -> Entry:
+    """A smaller model as an entry: nothing was searched, nothing summed."""
+    kl = float(np.mean(model.per_sequence))
+    return Entry(
+        name=model.name,
+        on=NOTHING,
+        layers=(),
+        score=kl,
+        objective=kl,
+        true=model.per_sequence,
+        evaluations=0,
+        seconds=model.seconds,
     )
 
 
@@ -173,6 +199,6 @@ def _ranked(
         entries=tuple(ranked),
         winner=first.title,
         level=tuple(level),
-        prune=all(entry.name != "parent" for entry in ranked),
+        prune=first.on != NOTHING,
         left_out=dict(left_out),
     )

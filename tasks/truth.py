@@ -9,6 +9,7 @@ subblock has that subblock's score, sequence by sequence. The test split is not 
 S = sequences, T = tokens, D = hidden_size.
 """
 
+import json
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -22,13 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from blocks.divergence import Head, Targets, kl_per_token, targets_of
-from blocks.errors import PuzzleFailure
+from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.library import digest_of, read_tensors, remember, write_value
 from blocks.packed import pack_linears
 from blocks.parent import Parent, run_subblock
 from blocks.records import SUBBLOCKS, BlockRecord, LayerChoice, Value
 from tasks.additivity import Layers, Truth
 from tasks.compare import blocks_of
+from tasks.evaluate import parent_targets, sequence_figures
 from tasks.finished import Finished
 from tasks.program import Floats
 from tasks.record import open_parent
@@ -57,6 +59,46 @@ class Sequences(Value):
 
     def __str__(self) -> str:
         return f"validation sequences {self.first} to {self.last - 1}, {self.tokens} tokens each"
+
+
+class OtherModel(Value):
+    """A model that was not made here, beside the children: its parameters, and KL(parent || it) of every sequence."""
+
+    name: str
+    parameters: int
+    per_sequence: tuple[float, ...]
+    seconds: float
+
+
+def other_model(folder: Path, meter: "Meter") -> OtherModel:
+    """Measure a Hugging Face folder that reads the parent's tokens, such as a smaller model of its family.
+
+    PuzzleError when it cannot be loaded, or has another vocabulary: a KL over other tokens means nothing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    started, own = time.perf_counter(), meter.finished.workspace / meter.finished.parent.folder
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+        same = vocabulary(folder) == vocabulary(own)
+    except (OSError, ValueError, KeyError) as error:
+        raise PuzzleError(f"{folder} is no model that can be compared: {str(error).splitlines()[0]}") from error
+    if not same or model.config.vocab_size != meter.modules.reader.config.vocab_size:
+        raise PuzzleError(f"{folder} reads other tokens than {meter.finished.parent.name}: take one of its family.")
+    targets = parent_targets(meter.modules.reader.model(), meter.tokens)
+    return OtherModel(
+        name=folder.resolve().name,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        per_sequence=tuple(sequence_figures(model, targets, meter.tokens)["kl"].tolist()),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def vocabulary(folder: Path) -> dict[str, int]:
+    """Token -> id of a folder's tokenizer.json."""
+    whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    found: dict[str, int] = whole["model"]["vocab"]
+    return found
 
 
 def scored_sequences(finished: Finished) -> Sequences:
@@ -185,11 +227,15 @@ class Meter:
         return hidden
 
     @cached_property
+    def tokens(self) -> Tensor:
+        """(S, T) token ids."""
+        whole = read_tensors(self.finished.workspace, self.finished.corpus.tokens, ["validation"])["validation"]
+        return whole[self.sequences.first : self.sequences.last, : self.sequences.tokens].long()
+
+    @cached_property
     @torch.no_grad()
     def _embedded(self) -> Tensor:
-        tokens = read_tensors(self.finished.workspace, self.finished.corpus.tokens, ["validation"])["validation"]
-        chosen = tokens[self.sequences.first : self.sequences.last, : self.sequences.tokens]
-        hidden: Tensor = self.modules.reader.embedding()(chosen.long())
+        hidden: Tensor = self.modules.reader.embedding()(self.tokens)
         return hidden
 
     @cached_property

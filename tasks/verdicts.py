@@ -38,7 +38,9 @@ def contest_verdict(contest: Contest) -> list[str]:
     level = f"; level with it within the noise: {', '.join(contest.level)}" if contest.level else ""
     lines = [f"lowest true KL: {contest.winner}{level}"]
     if not contest.prune:
-        lines.append("do not prune: the untouched parent keeps this budget")
+        untouched = contest.winner == "parent"
+        what = "the untouched parent keeps this budget" if untouched else f"{contest.winner} is closer to the parent"
+        lines.append(f"do not prune: {what}")
     lines.append(f"searched on {contest.scored}; true KL on {contest.others}")
     lines += [f"{name} left out: {why}" for name, why in contest.left_out.items()]
     return lines

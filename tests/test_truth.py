@@ -1,20 +1,26 @@
 """The true KL: that of the scores where one subblock differs, that of the assembled model everywhere, measured once."""
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from blocks.errors import PuzzleError
 from blocks.library import read_tensors
 from blocks.records import CostTable, LayerChoice
 from profiles.schema import GKD, Budget, Evaluate, Profile, Scoring, TinyParent
 from tasks.compare import build, contender
+from tasks.contest import Ask, contest
 from tasks.evaluate import measure_quality, parent_targets
 from tasks.finished import Finished, UnfinishedLibrary, open_finished
 from tasks.totals import predicted
-from tasks.truth import Meter, Modules, measured_truth, other_sequences, scored_sequences, truth_of
+from tasks.truth import Meter, Modules, measured_truth, other_model, other_sequences, scored_sequences, truth_of
 from tests.chain import CORPUS, RECORD, Chain
 from tests.test_choose import CHAT, costs_of
 
@@ -128,3 +134,43 @@ def test_an_empty_workspace_is_refused(finished: Finished, tmp_path: Any) -> Non
     with pytest.raises(UnfinishedLibrary, match="no block library.*run `puzzle optimize`"):
         open_finished(finished.profile, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_another_model_of_the_family_is_measured_as_whole_models_are(finished: Finished, tmp_path: Path) -> None:
+    """The parent's own folder is 0 away; other weights are not; another vocabulary is refused."""
+    _, others = truth_of(finished, 2)
+    own = finished.workspace / finished.parent.folder
+    same = other_model(own, others)
+    assert same.per_sequence == pytest.approx((0.0, 0.0), abs=1e-5)
+    assert same.parameters == sum(
+        parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(own).parameters()
+    )
+    other = tmp_path / "noisy"
+    shutil.copytree(own, other)
+    model = AutoModelForCausalLM.from_pretrained(own)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.zero_()
+    model.save_pretrained(other)
+    assert np.mean(other_model(other, others).per_sequence) > 0.001
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    swapped = dict(zip(tokenizer["model"]["vocab"], reversed(tokenizer["model"]["vocab"].values()), strict=True))
+    tokenizer["model"]["vocab"] = swapped
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(PuzzleError, match="reads other tokens"):
+        other_model(other, others)
+    with pytest.raises(PuzzleError, match="no model that can be compared"):
+        other_model(tmp_path, others)
+
+
+def test_a_smaller_model_that_is_closer_wins(finished: Finished) -> None:
+    """The parent's own weights under another name: a contender while the child has as many parameters, else not."""
+    scored, others = truth_of(finished, 2)
+    own = finished.workspace / finished.parent.folder
+    ask = Ask(evaluations=50, smaller=(own,))
+    found = contest(finished.problem, scored, others, ask)
+    assert (found.winner, found.prune, found.entries[0].layers) == (own.name, False, ())
+    fewer = [cost.model_copy(update={"parameters": cost.parameters // 1000}) for cost in finished.costs.costs]
+    costs = finished.costs.model_copy(update={"costs": tuple(fewer)})
+    found = contest(replace(finished.problem, costs=costs), scored, others, ask)
+    assert "more than the child's" in found.left_out[own.name] and found.prune
