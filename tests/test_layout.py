@@ -115,3 +115,10 @@ def test_the_example_kind_of_the_guide_works() -> None:
         [sys.executable, "-c", example[1] + GUIDE_CHECK], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_the_map_names_every_task_once() -> None:
+    text = (ROOT / "docs" / "map.md").read_text()
+    for path in modules("tasks"):
+        if path.parent.name == "tasks" and path.stem != "__init__":
+            assert text.count(f"`{path.stem}`") == 1, path.stem
