@@ -18,6 +18,7 @@ from tasks.tracking import Tracking, client_of
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 REIGNS, JUDGED, FOLDER = "puzzle.reigns", "puzzle.judged", "puzzle.run_folder"
+ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model, no such alias
 CODE = Path(__file__).with_name("pyfunc_child.py")
 
 
@@ -45,7 +46,9 @@ def champion_of(tracking: Tracking, name: str) -> Version | None:
 
     try:
         found = client_of(tracking).get_model_version_by_alias(name, CHAMPION)
-    except MlflowException:  # no such model, or no such alias
+    except MlflowException as error:
+        if error.error_code not in ABSENT:  # a server that does not answer is no empty registry
+            raise
         return None
     return _version(found)
 
@@ -152,7 +155,9 @@ def judged(tracking: Tracking, name: str) -> dict[str, str]:
 
     try:
         tags = client_of(tracking).get_registered_model(name).tags
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code not in ABSENT:
+            raise
         return {}
     found: dict[str, str] = json.loads(tags.get(JUDGED, "{}"))
     return found

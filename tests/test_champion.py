@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 from pydantic import ValidationError
 from scipy import stats
 
@@ -202,6 +203,19 @@ def versions(store: Tracking, name: str, count: int) -> list[registry.Version]:
             registry.Version(name=name, version=int(version.version), run_folder=f"runs/{number}", mlflow_run_id=run)
         )
     return made
+
+
+def test_a_registry_that_does_not_answer_is_no_empty_one(store: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a challenger would be crowned as the first champion while MLflow is down for a minute."""
+
+    def refused(*_: object) -> None:
+        raise MlflowException("connection refused")  # INTERNAL_ERROR, as the REST client raises it
+
+    deaf = SimpleNamespace(get_model_version_by_alias=refused, get_registered_model=refused)
+    monkeypatch.setattr(registry, "client_of", lambda _: deaf)
+    for ask in (registry.champion_of, registry.judged):
+        with pytest.raises(MlflowException, match="connection refused"):
+            ask(store, "puzzle-x")
 
 
 def test_reigns_and_rollbacks(store: Tracking) -> None:
