@@ -26,7 +26,7 @@ from tasks.evaluate import mean_metric, parent_targets, sequence_figures
 from tasks.interchange import read_library
 from tasks.record import open_parent
 from tasks.report import rounded
-from tasks.totals import Problem, broken_limits, fitting_batches, make_problem
+from tasks.totals import Problem, broken_limits, fitting_batches, problem_of
 
 UNITS = {"kl": "nats", "loss": "nats", "top1_agreement": "of the tokens"}
 # part of the basis -> what a person calls it
@@ -141,7 +141,7 @@ def same_tokenizer(first: ParentInfo, second: ParentInfo, workspace: Path) -> bo
 
 def broken_budget(layers: tuple[LayerChoice, ...], profile: Profile, workspace: Path) -> str:
     """Which limits a choice breaks under the costs and the budget of now; "" when none, or when nobody can tell."""
-    problem = problem_of(profile, workspace)
+    problem = last_problem(profile, workspace)
     try:
         if fitting_batches(problem, layers) is not None:
             return ""
@@ -159,12 +159,10 @@ def _as_asked(problem: Problem, field: str) -> str:
     return f"{field} {getattr(budgets[own] if own else problem.budget, name):g}"
 
 
-def problem_of(profile: Profile, workspace: Path) -> Problem:
+def last_problem(profile: Profile, workspace: Path) -> Problem:
     """The search as the last run of a profile left it in the workspace's tables."""
     library = read_library(workspace / "tables" / profile.name)
-    return make_problem(
-        library.scores, library.costs, profile.budget, profile.scenarios, profile.search, profile.scoring.metric
-    )
+    return problem_of(profile, library.scores, library.costs)
 
 
 def _figures(side: Lineage, now: Lineage, profile: Profile, workspace: Path) -> Tensor:

@@ -5,19 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blocks.errors import PuzzleError
-from blocks.library import BlockLibrary, remember
+from blocks.library import BlockLibrary
 from blocks.parent import Parent
 from blocks.records import BlockRecord, CorpusInfo, CostTable, LayerRecord, ParentInfo, Score
 from profiles.schema import Profile
 from tasks.corpus import iterate_documents, prepare_corpus
-from tasks.costs import costs_path
 from tasks.interchange import read_library
 from tasks.parent import prepare_parent
 from tasks.record import open_parent, record_key, recorded
 from tasks.scoring import stored_score
-from tasks.space import measured_space
-from tasks.stages import coupled_jobs, jobs_of
-from tasks.totals import Problem, make_problem
+from tasks.stages import coupled_jobs, jobs_of, stored_costs
+from tasks.totals import Problem, problem_of
 
 
 class UnfinishedLibrary(PuzzleError):
@@ -39,10 +37,7 @@ class Finished:
     @property
     def problem(self) -> Problem:
         """The search under the profile's budget."""
-        profile = self.profile
-        return make_problem(
-            self.scores, self.costs, profile.budget, profile.scenarios, profile.search, profile.scoring.metric
-        )
+        return problem_of(self.profile, self.scores, self.costs)
 
     @property
     def scored(self) -> tuple[int, int]:
@@ -65,9 +60,7 @@ def open_finished(profile: Profile, workspace: Path) -> Finished:
     found = _scores(profile, workspace, corpus, blocks)
     if not found:
         raise _unfinished(profile, workspace, "no scores")
-    space, scenarios = measured_space(profile), profile.scenarios
-    path = costs_path(parent, space, scenarios, profile.hardware, profile.measure, workspace)
-    costs = remember(path, CostTable, lambda _: [], workspace)
+    costs = stored_costs(profile, parent, workspace)
     if costs is None:
         raise _unfinished(profile, workspace, f"no costs of its scenarios on hardware {profile.hardware.name}")
     return Finished(

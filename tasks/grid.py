@@ -13,6 +13,7 @@ import numpy as np
 
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock
 from profiles.schema import Scenario
+from tasks.engines.limits import refused_label
 from tasks.program import Floats, Integers, Program
 from tasks.totals import Batches, Limit, Problem, cost_of, limits_of
 
@@ -120,7 +121,16 @@ def _permitted(problem: Problem, layer: int, subblock: Subblock, label: str) -> 
     if label == "parent":
         return not {"parent", f"{subblock}=parent"} & set(search.forbid)
     narrow = width.isdigit() and int(width) % search.width_multiple != 0
-    return layer not in search.keep_layers and not narrow and not {label, f"{subblock}={label}"} & set(search.forbid)
+    names = {label, f"{subblock}={label}"}
+    if search.engine and refused_label(
+        search.engine, layer, names, int(width) if width.isdigit() else 0, _is_kv(label)
+    ):
+        return False
+    return layer not in search.keep_layers and not narrow and not names & set(search.forbid)
+
+
+def _is_kv(label: str) -> bool:
+    return label.removeprefix("kv").isdigit()
 
 
 def _coupled(problem: Problem, layer: int, places: Places) -> list[Option]:

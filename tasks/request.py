@@ -197,7 +197,8 @@ def _runs(library: JointLibrary, option: JointOption, engine: str) -> bool:
     """Whether an engine can run a block, as far as its label and sizes tell."""
     parent = library.parents.get(option.layer, option).sizes
     width, heads = option.sizes.get("intermediate_size", 0), option.sizes.get("num_key_value_heads", 0)
-    mixed = bool(heads) and heads != parent.get("num_key_value_heads", heads)
+    # our own labels tell a variant's heads, not the parent's: it would be the parent if they were the same
+    mixed = bool(heads) and not option.is_parent and heads != parent.get("num_key_value_heads")
     layer = library.layers.index(option.layer)
     return refused_label(engine, layer, kinds_in(option.label), 0 if option.is_parent else width, mixed) is None
 

@@ -52,7 +52,7 @@ from tasks.roofline import modelled_costs, setting_of
 from tasks.servers import stop_orphaned_servers
 from tasks.space import check_search_space, layers_of, measured_space, target_engines
 from tasks.throughput import Throughput
-from tasks.totals import Problem, make_problem, predicted
+from tasks.totals import Problem, predicted, problem_of
 from tasks.usage import noted
 
 
@@ -301,11 +301,6 @@ def score_all(
 
 def _missing(work: Sequence[scoring.Work], shape: tuple[int, int], workspace: Path) -> bool:
     return any(scoring.stored_score(block, sequences, shape[1], workspace) is None for block, sequences in work)
-
-
-def problem_of(profile: Profile, scores: Iterable[Score], table: CostTable) -> Problem:
-    """The search problem of a profile."""
-    return make_problem(scores, table, profile.budget, profile.scenarios, profile.search, profile.scoring.metric)
 
 
 def measure(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable:

@@ -30,7 +30,7 @@ from blocks.records import (
     Subblock,
     Totals,
 )
-from profiles.schema import Budget, Scenario, ScenarioBudget, Search
+from profiles.schema import Budget, Profile, Scenario, ScenarioBudget, Search
 
 Metric = Literal["kl", "lm_loss"]
 Quantity = Literal["runtime", "prefill", "memory", "parameters", "layer_parameters"]
@@ -127,6 +127,11 @@ def make_problem(
             "name fewer batch_sizes per scenario."
         )
     return problem
+
+
+def problem_of(profile: Profile, scores: Iterable[Score], costs: CostTable) -> Problem:
+    """The search problem of a profile; raises as `make_problem`."""
+    return make_problem(scores, costs, profile.budget, profile.scenarios, profile.search, profile.scoring.metric)
 
 
 def _check_scores(problem: Problem) -> None:

@@ -72,7 +72,10 @@ def _option(problem: Problem, layer: int, chosen: LayerChoice, places: Sequence[
         [cost_of(problem, part, getattr(chosen, part), scenario, size) for part in SUBBLOCKS]
         for scenario, size in places
     ]
-    width = chosen.ffn.removeprefix("ffn")
+    named = {
+        "num_key_value_heads": chosen.attention.removeprefix("kv"),
+        "intermediate_size": chosen.ffn.removeprefix("ffn"),
+    }
     return JointOption(
         layer=f"layer_{layer}",
         label=f"attention = {chosen.attention} && ffn = {chosen.ffn}{' (coupled)' if chosen.coupled else ''}",
@@ -83,7 +86,7 @@ def _option(problem: Problem, layer: int, chosen: LayerChoice, places: Sequence[
             name: _summed(problem, [getattr(score, f"{field}_per_sequence") for score in scores])
             for field, name in METRICS.items()
         },
-        sizes={"intermediate_size": int(width)} if width.isdigit() else {},
+        sizes={name: int(size) for name, size in named.items() if size.isdigit()},
         choice=chosen,
     )
 

@@ -11,6 +11,7 @@ from blocks.errors import InfeasibleBudget
 from blocks.records import LayerChoice
 from profiles.schema import BaselineName, Budget
 from tasks.choose import choose
+from tasks.grid import make_grid
 from tasks.peers import find
 from tasks.totals import Problem, predicted, within_budget
 from tests.test_choose import ATTENTIONS, CHAT, FFNS, random_problem
@@ -178,3 +179,21 @@ def test_what_the_profile_rules_out_no_search_uses(name: str) -> None:
     layers = find(name, replace(free, search=search)).layers
     assert layers[2] == LayerChoice() and all(choice.attention != "no_op" for choice in layers)
     assert find(name, free).layers != layers
+
+
+@pytest.mark.parametrize("name", ["mip", "uniform", "random"])
+@pytest.mark.parametrize(
+    ("engine", "refused"), [("sglang", {("attention", "kv1"), ("ffn", "ffn50")}), ("tensorrt-llm", {("ffn", "ffn50")})]
+)
+def test_what_an_engine_cannot_run_no_search_uses(name: str, engine: str, refused: set[tuple[str, str]]) -> None:
+    """Other KV heads than the parent's, a width of 50; nothing else is missing here, but for layer 0 in SGLang."""
+    free = random_problem(6, Budget(layer_parameters_fraction=0.75), layers=3)
+    bound = replace(free, search=free.search.model_copy(update={"engine": engine}))
+    layers = find(name, bound, seed=3).layers
+    used = {(part, getattr(choice, part)) for choice in layers for part in ("attention", "ffn")}
+    assert not used & refused
+    assert layers[0].attention != "no_op" or engine != "sglang"
+    options = {
+        (part, getattr(o, part)) for o in make_grid(free, (1,), joint=True).options for part in ("attention", "ffn")
+    }
+    assert refused < options

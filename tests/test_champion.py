@@ -283,7 +283,7 @@ def test_a_tighter_budget_or_dearer_costs_break_the_champion(chain: Chain, monke
         measured = measured.model_copy(update={"costs": (*measured.costs, *attention)})
         scenario = Scenario(name="chat", batch_sizes=(1,), prompt_tokens=4, generated_tokens=2)
         problem = make_problem([], measured, budget, [scenario])
-        monkeypatch.setattr(champion, "problem_of", lambda *_: problem)
+        monkeypatch.setattr(champion, "last_problem", lambda *_: problem)
         return champion.broken_budget(layers, profile_with(), chain.workspace)
 
     # layers hold 6 subblocks of 10 parameters; the child 5, no_op costs half a subblock's time
