@@ -75,7 +75,7 @@ def elimination_order(gram_FF: Tensor, down_DF: Tensor, ridge: float, chunk: int
     damping = ridge * gram.diagonal().mean().clamp_min(1e-30)
     inverse = torch.linalg.inv(gram + damping * torch.eye(count, dtype=gram.dtype, device=gram.device))
     coefficients = down_DF.double().T.clone()
-    kept = torch.arange(count)
+    kept = torch.arange(count, device=gram.device)
     removed: list[Tensor] = []
     while len(kept) > chunk:
         cost = coefficients.square().sum(1) / inverse.diagonal()

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from blocks.errors import DamagedBlock
 from blocks.records import BlockRecord, Ref, Value
+from blocks.runtime import current_device
 
 ValueT = TypeVar("ValueT", bound=Value)
 
@@ -114,8 +115,8 @@ def checked_path(workspace: Path, ref: Ref) -> Path:
 
 
 def read_tensors(workspace: Path, ref: Ref, names: list[str] | None = None) -> dict[str, torch.Tensor]:
-    """Load tensors of a checked reference; all of them, or `names`."""
-    with safe_open(checked_path(workspace, ref), framework="pt") as file:
+    """Load tensors of a checked reference to the current device; all of them, or `names`."""
+    with safe_open(checked_path(workspace, ref), framework="pt", device=current_device()) as file:
         return {name: file.get_tensor(name) for name in names or file.keys()}
 
 

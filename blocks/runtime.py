@@ -7,9 +7,24 @@ tokens from 3.7 to 2.8 s on 2 cores (docs/log.md).
 import contextlib
 import ctypes
 import gc
+import getpass
 import os
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from functools import lru_cache, wraps
+from pathlib import Path
+from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
+
+from blocks.errors import PuzzleError
+
+CallableT = TypeVar("CallableT", bound=Callable[..., Any])
+_DEVICE: ContextVar[str] = ContextVar("device that this thread computes on", default="cpu")
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
@@ -48,3 +63,81 @@ def set_threads(threads: int | None) -> int:
     count = threads or os.cpu_count() or 1
     torch.set_num_threads(count)
     return count
+
+
+def current_device() -> str:
+    """The torch device that this thread works on: that of `on_device`, else the CPU."""
+    return _DEVICE.get()
+
+
+def kept_per_device(count: int) -> Callable[[CallableT], CallableT]:
+    """Keep the last `count` results of a function on each device: what one loaded is no good to another."""
+
+    def decorate(function: CallableT) -> CallableT:
+        caches: dict[str, Any] = {}
+
+        @wraps(function)
+        def call(*arguments: Any) -> Any:
+            return caches.setdefault(current_device(), lru_cache(maxsize=count)(function))(*arguments)
+
+        call.cache_clear = caches.clear  # type: ignore[attr-defined]
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+@contextmanager
+def on_device(devices: Sequence[str]) -> Iterator[str]:
+    """Compute on the first of `devices` that is free on this machine; wait while all are taken.
+
+    A numbered device (cuda:1) is one task's alone, whatever thread, process or run asks: a file lock that the system
+    gives back when its holder is killed. `cpu` is shared; cpu:0, cpu:1 are places on it, to try a profile without GPUs.
+    PuzzleError when this machine has none of them.
+    """
+    with ExitStack() as held:
+        device = _taken(devices, held)
+        token = _DEVICE.set("cpu" if device.startswith("cpu") else device)
+        held.callback(_DEVICE.reset, token)
+        yield device
+
+
+def _taken(devices: Sequence[str], held: ExitStack) -> str:
+    """The device that was free first; a numbered one stays locked until `held` closes."""
+    places = {device: place for device in devices if (place := _place_of(device)) is not None}
+    if not places:
+        raise PuzzleError(
+            f"this worker has none of the devices {', '.join(devices)} (orchestration.devices): name those that "
+            "torch sees on the machines of the workers, or cpu"
+        )
+    pause = 0.01
+    while True:
+        for device, place in places.items():
+            if ":" not in device:
+                return device
+            lock = FileLock(_locks() / place)
+            with contextlib.suppress(Timeout):
+                held.enter_context(lock.acquire(timeout=0))
+                return device
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+
+
+def _locks() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"puzzle-devices-{getpass.getuser()}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _place_of(device: str) -> str | None:
+    """Name of the real device on this machine: a scheduler may let a process see the second GPU as cuda:0. None when
+    it is not there.
+    """
+    kind, _, number = device.partition(":")
+    if kind == "cpu":
+        return device
+    import torch
+
+    if not getattr(torch, kind).is_available() or int(number or 0) >= getattr(torch, kind).device_count():
+        return None
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return f"{kind}:{visible[int(number or 0)] if kind == 'cuda' and visible else number}"

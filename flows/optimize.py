@@ -1,16 +1,15 @@
 """Flow `optimize`: a profile in, a measured child out. Reads like the paper: record, BLD, measure, score, MIP, GKD."""
 
 from pathlib import Path
-from typing import Any
 
 from prefect import flow
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from blocks.records import ChildReport
 from profiles.schema import Profile
 from tasks import stages
 from tasks.compare import contender, parent_contender
 from tasks.finish import best_baseline, open_run
+from tasks.workers import task_runner
 
 
 @flow(name="optimize", flow_run_name="optimize {profile.name}")
@@ -49,8 +48,7 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
 
 
 def run_optimize(profile: Profile, workspace: Path) -> ChildReport:
-    """Run the flow in this process, with as many workers as the profile says."""
-    runner: Any = ThreadPoolTaskRunner(max_workers=profile.orchestration.max_workers)
-    with stages.process_of(profile, workspace):
+    """Run the flow in this process, on the workers that the profile names."""
+    with stages.process_of(profile, workspace), task_runner(profile) as runner:
         report: ChildReport = optimize.with_options(task_runner=runner)(profile, str(workspace))
     return report

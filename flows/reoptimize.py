@@ -1,10 +1,8 @@
 """Flow `reoptimize`: what changed, a challenger, the comparison with the champion, the alias in MLflow's registry."""
 
 from pathlib import Path
-from typing import Any
 
 from prefect import flow
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.optimize import optimize
 from profiles.schema import Profile
@@ -13,6 +11,7 @@ from tasks.artifacts import show_markdown
 from tasks.champion import Judgement
 from tasks.progress import say
 from tasks.tracking import open_tracking
+from tasks.workers import task_runner
 
 
 @flow(name="reoptimize", flow_run_name="reoptimize {profile.name}")
@@ -59,8 +58,7 @@ def announce(found: Judgement, before: str, challenger: str) -> Judgement:
 
 
 def run_reoptimize(profile: Profile, workspace: Path, remeasure: bool) -> Judgement:
-    """Run the flow in this process, with as many workers as the profile says."""
-    runner: Any = ThreadPoolTaskRunner(max_workers=profile.orchestration.max_workers)
-    with stages.process_of(profile, workspace):
+    """Run the flow in this process, on the workers that the profile names."""
+    with stages.process_of(profile, workspace), task_runner(profile) as runner:
         found: Judgement = reoptimize.with_options(task_runner=runner)(profile, str(workspace), remeasure)
     return found

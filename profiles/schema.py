@@ -331,10 +331,42 @@ class Champion(Section):
     confidence: float = Field(default=0.95, gt=0.5, lt=1, description="one-sided, of the paired comparison")
 
 
-class Orchestration(Section):
-    """How the flow runs its tasks."""
+Device = Annotated[str, Field(pattern=r"^(cpu|cuda|mps)(:\d+)?$")]
 
-    max_workers: PositiveInt = Field(default=1, description="variant tasks at a time")
+
+class Orchestration(Section):
+    """Where the variant tasks run: threads of this process, or workers of a Dask or Ray cluster."""
+
+    runner: Literal["threads", "dask", "ray"] = Field(default="threads", description="docs/clusters.md")
+    address: str | None = Field(
+        default=None,
+        description="of a running cluster; a local one is started for the run when absent",
+        examples=["tcp://127.0.0.1:8786", "127.0.0.1:6379"],
+    )
+    devices: tuple[Device, ...] = Field(
+        default=("cpu",),
+        min_length=1,
+        description="of every worker machine; a numbered one, such as cuda:1, runs one task at a time",
+    )
+    max_workers: PositiveInt | None = Field(
+        default=None, description="tasks at a time, where puzzle starts the workers; one per device when absent"
+    )
+
+    @property
+    def workers(self) -> int:
+        """Tasks at a time, where puzzle starts the workers."""
+        return self.max_workers or len(self.devices)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.address and self.runner == "threads":
+            raise ValueError("address is for runner: dask or runner: ray; threads are of this process")
+        if self.address and self.max_workers:
+            raise ValueError("max_workers is for workers that puzzle starts: leave it out, the cluster has its own")
+        kinds = {device.partition(":")[0] for device in self.devices}
+        if len(kinds) > 1 or len(set(self.devices)) < len(self.devices):
+            raise ValueError("devices must be of one kind, each named once, such as [cuda:0, cuda:1]")
+        return self
 
 
 class Profile(Section):

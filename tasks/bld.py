@@ -8,7 +8,6 @@ the whole layer adds to the residual.
 import math
 import time
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from blocks.fit import FitContext
 from blocks.library import BlockLibrary, digest_of, read_tensors, write_tensors
 from blocks.parent import Parent, load_subblock, run_subblock, subblock_state
 from blocks.records import SUBBLOCKS, BlockRecord, LayerChoice, LayerRecord, ParentInfo, Ref, Subblock, Value
+from blocks.runtime import kept_per_device
 from blocks.variant import kind_of, parse_label
 from profiles.schema import BLD
 from tasks.record import open_parent
@@ -79,7 +79,7 @@ class LayerData:
     targets: dict[tuple[str, str], Tensor]
 
 
-@lru_cache(maxsize=1)
+@kept_per_device(1)
 def layer_data(folder: Path, workspace: Path, record: LayerRecord) -> LayerData:
     """Load a recorded layer once for all its variants."""
     reader = open_parent(folder)

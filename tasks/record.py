@@ -7,7 +7,6 @@ Legend: S = sequences, T = tokens, D = hidden_size, F = intermediate_size.
 """
 
 import time
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from blocks.library import digest_of, is_whole, read_tensors, read_value, rememb
 from blocks.packed import pack_linears
 from blocks.parent import Parent
 from blocks.records import CorpusInfo, LayerRecord, ParentInfo, Ref
+from blocks.runtime import current_device, kept_per_device
 from profiles.schema import Record
 
 VERSION = 2
@@ -34,10 +34,10 @@ def record_key(parent: ParentInfo, corpus: CorpusInfo, settings: Record, ridge: 
     )
 
 
-@lru_cache(maxsize=2)
-def open_parent(folder: Path, device: str = "cpu") -> Parent:
-    """The parent's reader, kept open."""
-    return Parent(folder, device)
+@kept_per_device(2)
+def open_parent(folder: Path) -> Parent:
+    """The parent's reader, kept open; what it loads goes to the current device."""
+    return Parent(folder, current_device())
 
 
 def _manifest(layer: int, key: str, workspace: Path) -> Path:

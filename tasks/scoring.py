@@ -11,7 +11,6 @@ S = sequences, T = tokens, D = hidden_size.
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from blocks.library import digest_of, read_tensors, remember, write_value
 from blocks.packed import pack_linears
 from blocks.parent import Parent, load_subblock, run_subblock
 from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, LayerChoice, LayerRecord, ParentInfo, Score, Value
+from blocks.runtime import kept_per_device
 from tasks.evaluate import mean_metric
 from tasks.record import open_parent
 
@@ -82,7 +82,7 @@ class ParentSuffix:
         return self.targets[torch.arange(count * length).view(count, length)[rows].flatten()]
 
 
-@lru_cache(maxsize=1)
+@kept_per_device(1)
 def open_suffix(folder: Path, workspace: Path, corpus: CorpusInfo, last: LayerRecord, shape: Shape) -> ParentSuffix:
     """Load the parent and compute its targets from the recorded states that enter its last layer."""
     hidden = read_tensors(workspace, last.boundary, ["validation"])["validation"][: shape[0], : shape[1]]

@@ -5,16 +5,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from prefect.context import FlowRunContext
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from profiles.load import load_profile
 from profiles.schema import Profile
 from tasks.admission import Roots, admit, admitted_workspace
 from tasks.progress import logged
 from tasks.stages import process_of
+from tasks.workers import task_runner
 
 
 @contextmanager
@@ -28,18 +27,17 @@ def at_work(profile: Profile, workspace: str) -> Iterator[Path]:
     admit(profile, roots)
     folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("puzzle").setLevel(logging.INFO)  # Prefect hands on what passes, and leaves the level as it is
-    with process_of(profile, folder), logged(folder), workers(profile.orchestration.max_workers):
+    with process_of(profile, folder), logged(folder), workers(profile):
         yield folder
 
 
 @contextmanager
-def workers(count: int) -> Iterator[None]:
-    """Tasks submitted in this flow run go to so many threads: a deployment is made before its profile is known."""
+def workers(profile: Profile) -> Iterator[None]:
+    """Tasks submitted in this flow run go where the profile says: a deployment is made before its profile is known."""
     context = FlowRunContext.get()
     if context is None:
         raise RuntimeError("workers() is for the inside of a flow run")
-    pool: Any = ThreadPoolTaskRunner(max_workers=count)
-    with pool as runner, context.model_copy(update={"task_runner": runner}):
+    with task_runner(profile) as pool, pool as runner, context.model_copy(update={"task_runner": runner}):
         yield
 
 

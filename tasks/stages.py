@@ -48,12 +48,14 @@ from tasks.parent import prepare_parent
 from tasks.peers import find
 from tasks.progress import say, shown
 from tasks.record import open_parent, record_key, record_layer, recorded
+from tasks.reuse import show_finished
 from tasks.roofline import modelled_costs, setting_of
 from tasks.servers import stop_orphaned_servers
 from tasks.space import check_search_space, layers_of, measured_space, target_engines
 from tasks.throughput import Throughput
 from tasks.totals import Problem, predicted, problem_of
 from tasks.usage import noted
+from tasks.workers import Seat, seat_of, seated
 
 
 class Tell(Protocol):
@@ -111,13 +113,15 @@ def _task(name: str, run_name: str, key: Callable[[Any, dict[str, Any]], str] | 
 @_task("record layer", "record layer {layer:02d}", lambda _, p: f"{p['key']}-{p['layer']}")
 def record_task(layer: int, key: str, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: str) -> Any:
     """See tasks.record.record_layer."""
-    return record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, Path(workspace))
+    with seated(seat_of(profile)):
+        return record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, Path(workspace))
 
 
 @_task("distill", "distill layer {job.layer:02d} {job.subblock} {job.variant}", lambda _, p: p["job"].key)
-def distill_task(job: Job, workspace: str) -> Any:
+def distill_task(job: Job, seat: Seat, workspace: str) -> Any:
     """See tasks.bld.distill."""
-    return distill(job, Path(workspace))
+    with seated(seat):
+        return distill(job, Path(workspace))
 
 
 @_task("score layer", "score layer {layer.layer:02d}", lambda _, p: _scores_key(p["work"], p["shape"]))
@@ -128,10 +132,11 @@ def score_task(
     parent: ParentInfo,
     corpus: CorpusInfo,
     shape: tuple[int, int],
-    workspace: str,
+    place: tuple[Seat, str],
 ) -> Any:
-    """See tasks.scoring.score_sequences."""
-    return scoring.score_sequences(work, layer, last, parent, corpus, shape, Path(workspace))
+    """See tasks.scoring.score_sequences; `place` is a seat and the workspace."""
+    with seated(place[0]):
+        return scoring.score_sequences(work, layer, last, parent, corpus, shape, Path(place[1]))
 
 
 def _scores_key(work: Sequence[scoring.Work], shape: tuple[int, int]) -> str:
@@ -153,17 +158,18 @@ def prepare(profile: Profile, workspace: Path) -> tuple[ParentInfo, CorpusInfo]:
 
 
 def record(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, workspace: Path) -> list[LayerRecord]:
-    """Record every layer, one after the other."""
+    """Record every layer, one after the other: each starts from what the one before it left."""
     reader = open_parent(workspace / parent.folder)
     key = record_key(parent, corpus, profile.record, profile.bld.ridge)
-    records = []
+    again = record_task.with_options(refresh_cache=True)
+    records, there = [], []
     with stage("record") as tell:
         for layer in range(reader.depth):
-            missing = recorded(layer, key, workspace) is None
-            records.append(
-                record_task.with_options(refresh_cache=missing)(layer, key, parent, corpus, profile, str(workspace))
-            )
+            found = recorded(layer, key, workspace)
+            there += [] if found is None else [layer]
+            records.append(found or again.submit(layer, key, parent, corpus, profile, str(workspace)).result())
             tell(layer + 1, reader.depth)
+        show_finished("record", there)
     for leftover in (workspace / "record" / key).glob("entering_*"):
         leftover.unlink()
     return records
@@ -229,21 +235,21 @@ def distill_all(
     reader = open_parent(workspace / parent.folder)
     key = record_key(parent, corpus, profile.record, profile.bld.ridge)
     jobs = jobs_of(profile, parent, records, key, reader)
-    blocks = _distill(jobs, "distill", workspace)
+    blocks = _distill(jobs, "distill", seat_of(profile), workspace)
     if profile.bld.coupled:
-        blocks += _distill(coupled_jobs(profile, jobs, blocks, reader), "coupled", workspace)
+        blocks += _distill(coupled_jobs(profile, jobs, blocks, reader), "coupled", seat_of(profile), workspace)
     return blocks
 
 
-def _distill(jobs: Sequence[Job], name: str, workspace: Path) -> list[BlockRecord]:
+def _distill(jobs: Sequence[Job], name: str, seat: Seat, workspace: Path) -> list[BlockRecord]:
     library = BlockLibrary(workspace)
-    futures = [
-        distill_task.with_options(refresh_cache=library.find(job.key) is None).submit(job, str(workspace))
-        for job in jobs
-    ]
-    blocks = wait(futures, name, lambda block: f"layer {block.layer} {block.subblock} {block.variant}")
-    # Prefect may hold an older record of a block that was made again since: the library has the last word
-    return [library.find(job.key) or block for job, block in zip(jobs, blocks, strict=True)]
+    found = {job.key: library.find(job.key) for job in jobs}
+    show_finished(name, (block.layer for block in found.values() if block))
+    again = distill_task.with_options(refresh_cache=True)  # the library, not Prefect, knows which are whole
+    futures = [again.submit(job, seat, str(workspace)) for job in jobs if found[job.key] is None]
+    made = wait(futures, name, lambda block: f"layer {block.layer} {block.subblock} {block.variant}")
+    found |= {block.key: block for block in made}
+    return [block for job in jobs if (block := found[job.key])]
 
 
 def wait(futures: Sequence[PrefectFuture[Any]], name: str, text: Callable[[Any], str]) -> list[Any]:
@@ -266,24 +272,27 @@ def score_all(
     workspace: Path,
 ) -> list[Score]:
     """Replace-1-block scores of every block that did not fail; `costs` matter to adaptive scoring alone."""
-    settings = profile.scoring
+    settings, again = profile.scoring, score_task.with_options(refresh_cache=True)
     shape = (settings.sequences, settings.tokens_per_sequence or corpus.sequence_length)
     usable: dict[Key, BlockRecord] = {
         (block.layer, block.subblock, block.variant): block for block in blocks if block.status != "failed"
     }
 
     def score(wanted: Mapping[Key, scoring.Sequences]) -> dict[Key, Score]:
+        stored = {key: scoring.stored_score(usable[key], wanted[key], shape[1], workspace) for key in wanted}
+        show_finished("score", (score.layer for score in stored.values() if score))
         by_layer: dict[int, list[scoring.Work]] = {}
         for key, sequences in wanted.items():
-            by_layer.setdefault(key[0], []).append((usable[key], sequences))
+            if stored[key] is None:
+                by_layer.setdefault(key[0], []).append((usable[key], sequences))
+        place = (seat_of(profile), str(workspace))
         futures = [
-            score_task.with_options(refresh_cache=_missing(work, shape, workspace)).submit(
-                work, records[layer], records[-1], parent, corpus, shape, str(workspace)
-            )
+            again.submit(work, records[layer], records[-1], parent, corpus, shape, place)
             for layer, work in by_layer.items()
         ]
-        scores = wait(futures, "score", lambda found: f"layer {found[0].layer}" if found else "")
-        return {(one.layer, one.subblock, one.variant): one for found in scores for one in found}
+        made = wait(futures, "score", lambda found: f"layer {found[0].layer}" if found else "")
+        stored |= {(one.layer, one.subblock, one.variant): one for found in made for one in found}
+        return {key: score for key, score in stored.items() if score}
 
     if settings.adaptive is None:
         return list(score(dict.fromkeys(usable, tuple(range(shape[0])))).values())
@@ -297,10 +306,6 @@ def score_all(
         lambda look: say(told(look)),
     )
     return list(found.scores)
-
-
-def _missing(work: Sequence[scoring.Work], shape: tuple[int, int], workspace: Path) -> bool:
-    return any(scoring.stored_score(block, sequences, shape[1], workspace) is None for block, sequences in work)
 
 
 def measure(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable:
