@@ -21,6 +21,7 @@ from flows.doctor import doctor_command
 from flows.serve import serve_command
 from profiles.load import ProfileError, load_profile
 from profiles.schema import Profile
+from tasks.presence import place_in, prefect_home
 from tasks.progress import logged
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -123,9 +124,10 @@ def prepare_workspace(folder: Path) -> None:
     except OSError as error:
         raise PuzzleError(f"cannot write to {folder}: {error.strerror}. Choose another with --workspace.") from error
     configure()
+    home = prefect_home(folder, place_in(folder))
     settings = {
-        "PREFECT_HOME": str(folder / "prefect"),
-        "PREFECT_LOCAL_STORAGE_PATH": str(folder / "prefect" / "storage"),
+        "PREFECT_HOME": str(home),
+        "PREFECT_LOCAL_STORAGE_PATH": str(home / "storage"),
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "240",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_LOGGING_LEVEL": "WARNING",

@@ -335,6 +335,14 @@ class Orchestration(Section):
     """How the flow runs its tasks."""
 
     max_workers: PositiveInt = Field(default=1, description="variant tasks at a time")
+    runs_per_device: PositiveInt = Field(
+        default=1, description="runs on one device of a machine at a time, stage by stage; one that measures is alone"
+    )
+    task_timeout: float | None = Field(
+        default=None,
+        gt=0,
+        description="seconds that one task may take (a variant, a layer, a GKD); no limit when absent",
+    )
 
 
 class Profile(Section):

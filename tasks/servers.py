@@ -5,6 +5,7 @@ Prefect's workers have been seen to ignore the first.
 """
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -69,6 +70,9 @@ def running(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A server for the length of the block, in a process group of its own. ServerFailure when it does not answer."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    kept = log.with_suffix(".pid")
+    if stop_left_behind(kept):
+        logging.getLogger("puzzle").info("stopped the server that a killed process left behind (%s)", kept.stem)
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
@@ -78,11 +82,37 @@ def running(
             env={**os.environ, **environment},
             start_new_session=True,
         )
+    kept.write_text(f"{process.pid} {psutil.Process(process.pid).create_time()}")
     try:
         _wait_for(process, health_url, log, start_seconds)
         yield process
     finally:
         stop(process, grace_seconds)
+        kept.unlink(missing_ok=True)
+
+
+def stop_left_behind(kept: Path) -> bool:
+    """End the server whose process id a killed process kept in a file; True when there was one.
+
+    A number that belongs to another process by now is known by its start time.
+    """
+    try:
+        number, created = kept.read_text().split()
+        process = psutil.Process(int(number))
+        if abs(process.create_time() - float(created)) > 1:
+            return False
+        group = [process, *process.children(recursive=True)]
+    except (OSError, ValueError, psutil.Error):
+        return False
+    for each in group:
+        with contextlib.suppress(psutil.Error):
+            each.terminate()
+    _, alive = psutil.wait_procs(group, timeout=GRACE_SECONDS)
+    for each in alive:
+        with contextlib.suppress(psutil.Error):
+            each.kill()
+    psutil.wait_procs(alive, timeout=10)
+    return True
 
 
 def _wait_for(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float) -> None:

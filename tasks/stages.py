@@ -4,14 +4,12 @@ The cache key of a task is the content address of what it makes. Prefect's own r
 a task whose files are missing or damaged runs again (`refresh_cache`), one whose files are whole is `Cached`.
 """
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from filelock import FileLock, Timeout
 from prefect import task
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.futures import PrefectFuture
@@ -43,13 +41,17 @@ from tasks.bld import Job, distill
 from tasks.choose import choose
 from tasks.compare import Contender, Evaluation
 from tasks.corpus import iterate_documents, prepare_corpus
+from tasks.devices import device_of, sharing
 from tasks.engines.limits import refusal
 from tasks.parent import prepare_parent
 from tasks.peers import find
+from tasks.presence import at_work_in, prefect_home
 from tasks.progress import say, shown
 from tasks.record import open_parent, record_key, record_layer, recorded
+from tasks.retries import limits_of, told_in_time, worth_retrying
 from tasks.roofline import modelled_costs, setting_of
 from tasks.servers import stop_orphaned_servers
+from tasks.sharing import Piece, in_turn, made_once
 from tasks.space import check_search_space, layers_of, measured_space, target_engines
 from tasks.throughput import Throughput
 from tasks.totals import Problem, predicted, problem_of
@@ -69,7 +71,7 @@ def stage(name: str) -> Iterator[Tell]:
     of all stages would add up.
     """
     try:
-        with noted(name), shown(name) as console, stage_bar(name) as bar:
+        with device_of(name), noted(name), told_in_time(name), shown(name) as console, stage_bar(name) as bar:
 
             def tell(done: int, total: int, text: str = "") -> None:
                 console(done, total, text)
@@ -78,19 +80,6 @@ def stage(name: str) -> Iterator[Tell]:
             yield tell
     finally:
         release_memory()
-
-
-def worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
-    """Retry what may pass (disk, memory, network); a user's mistake or a bug fails at once."""
-    try:
-        state.result()
-    except (OSError, MemoryError, TimeoutError):
-        return True
-    except RuntimeError as error:
-        return "memory" in str(error).lower()
-    except BaseException:
-        return False
-    return False
 
 
 def _task(name: str, run_name: str, key: Callable[[Any, dict[str, Any]], str] | None) -> Callable[[Any], Any]:
@@ -111,13 +100,15 @@ def _task(name: str, run_name: str, key: Callable[[Any, dict[str, Any]], str] | 
 @_task("record layer", "record layer {layer:02d}", lambda _, p: f"{p['key']}-{p['layer']}")
 def record_task(layer: int, key: str, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: str) -> Any:
     """See tasks.record.record_layer."""
-    return record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, Path(workspace))
+    with made_once(Path(workspace), Piece(key=f"record-{key}-{layer}", what=f"the recording of layer {layer}")):
+        return record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, Path(workspace))
 
 
 @_task("distill", "distill layer {job.layer:02d} {job.subblock} {job.variant}", lambda _, p: p["job"].key)
 def distill_task(job: Job, workspace: str) -> Any:
     """See tasks.bld.distill."""
-    return distill(job, Path(workspace))
+    with made_once(Path(workspace), piece_of(job)):
+        return distill(job, Path(workspace))
 
 
 @_task("score layer", "score layer {layer.layer:02d}", lambda _, p: _scores_key(p["work"], p["shape"]))
@@ -131,7 +122,9 @@ def score_task(
     workspace: str,
 ) -> Any:
     """See tasks.scoring.score_sequences."""
-    return scoring.score_sequences(work, layer, last, parent, corpus, shape, Path(workspace))
+    piece = Piece(key=f"scores-{layer.boundary.sha256[:32]}", what=f"the scores of layer {layer.layer}")
+    with made_once(Path(workspace), piece):
+        return scoring.score_sequences(work, layer, last, parent, corpus, shape, Path(workspace))
 
 
 def _scores_key(work: Sequence[scoring.Work], shape: tuple[int, int]) -> str:
@@ -140,12 +133,12 @@ def _scores_key(work: Sequence[scoring.Work], shape: tuple[int, int]) -> str:
 
 def prepare(profile: Profile, workspace: Path) -> tuple[ParentInfo, CorpusInfo]:
     """Parent and corpus, normalised and fingerprinted; both are remembered by content."""
-    with stage("parent"):
+    with made_once(workspace, Piece(key="parent", what="the parent")), stage("parent"):
         parent: ParentInfo = _task("prepare parent", "prepare parent", None)(prepare_parent)(
             profile.parent, workspace, lambda: iterate_documents(profile.corpus)
         )
     check_search_space(profile, open_parent(workspace / parent.folder))
-    with stage("corpus"):
+    with made_once(workspace, Piece(key="corpus", what="the corpus")), stage("corpus"):
         corpus: CorpusInfo = _task("prepare corpus", "prepare corpus", None)(prepare_corpus)(
             profile.corpus, workspace / parent.folder, parent.fingerprint, workspace
         )
@@ -160,12 +153,11 @@ def record(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, workspace: 
     with stage("record") as tell:
         for layer in range(reader.depth):
             missing = recorded(layer, key, workspace) is None
-            records.append(
-                record_task.with_options(refresh_cache=missing)(layer, key, parent, corpus, profile, str(workspace))
-            )
+            own = record_task.with_options(refresh_cache=missing, **limits_of(profile))
+            records.append(own(layer, key, parent, corpus, profile, str(workspace)))
             tell(layer + 1, reader.depth)
     for leftover in (workspace / "record" / key).glob("entering_*"):
-        leftover.unlink()
+        leftover.unlink(missing_ok=True)
     return records
 
 
@@ -229,21 +221,34 @@ def distill_all(
     reader = open_parent(workspace / parent.folder)
     key = record_key(parent, corpus, profile.record, profile.bld.ridge)
     jobs = jobs_of(profile, parent, records, key, reader)
-    blocks = _distill(jobs, "distill", workspace)
+    blocks = _distill(jobs, "distill", profile, workspace)
     if profile.bld.coupled:
-        blocks += _distill(coupled_jobs(profile, jobs, blocks, reader), "coupled", workspace)
+        blocks += _distill(coupled_jobs(profile, jobs, blocks, reader), "coupled", profile, workspace)
     return blocks
 
 
-def _distill(jobs: Sequence[Job], name: str, workspace: Path) -> list[BlockRecord]:
-    library = BlockLibrary(workspace)
-    futures = [
-        distill_task.with_options(refresh_cache=library.find(job.key) is None).submit(job, str(workspace))
-        for job in jobs
-    ]
-    blocks = wait(futures, name, lambda block: f"layer {block.layer} {block.subblock} {block.variant}")
-    # Prefect may hold an older record of a block that was made again since: the library has the last word
-    return [library.find(job.key) or block for job, block in zip(jobs, blocks, strict=True)]
+def piece_of(job: Job) -> Piece:
+    """A variant, as what one run makes for all."""
+    return Piece(key=f"block-{job.key}", what=f"layer {job.layer} {job.subblock} {job.variant}")
+
+
+def _distill(jobs: Sequence[Job], name: str, profile: Profile, workspace: Path) -> list[BlockRecord]:
+    library, pieces = BlockLibrary(workspace), [piece_of(job) for job in jobs]
+
+    def submit(index: int) -> PrefectFuture[Any]:
+        missing = library.find(jobs[index].key) is None
+        if missing and (library.folder / f"{jobs[index].key}.json").exists():
+            say(f"{pieces[index].what}: the stored block is damaged or not whole, it is made again")
+        own = distill_task.with_options(refresh_cache=missing, **limits_of(profile))
+        return own.submit(jobs[index], str(workspace))
+
+    made = {}
+    with stage(name) as tell:
+        for index, future in in_turn(pieces, submit, workspace, profile.orchestration.max_workers):
+            # Prefect may hold an older record of a block that was made again since: the library has the last word
+            made[index] = library.find(jobs[index].key) or future.result()
+            tell(len(made), len(jobs), pieces[index].what)
+    return [made[index] for index in range(len(jobs))]
 
 
 def wait(futures: Sequence[PrefectFuture[Any]], name: str, text: Callable[[Any], str]) -> list[Any]:
@@ -277,7 +282,7 @@ def score_all(
         for key, sequences in wanted.items():
             by_layer.setdefault(key[0], []).append((usable[key], sequences))
         futures = [
-            score_task.with_options(refresh_cache=_missing(work, shape, workspace)).submit(
+            score_task.with_options(refresh_cache=_missing(work, shape, workspace), **limits_of(profile)).submit(
                 work, records[layer], records[-1], parent, corpus, shape, str(workspace)
             )
             for layer, work in by_layer.items()
@@ -371,7 +376,9 @@ def choose_baselines(profile: Profile, problem: Problem, child: Architecture) ->
 @_task("record the parent for GKD", "record the parent for GKD", None)
 def teacher_task(parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: str, tell: Any) -> Any:
     """See tasks.gkd.record_teacher."""
-    return gkd.record_teacher(parent, corpus, profile.gkd, Path(workspace), tell)
+    key = f"teacher-{gkd.teacher_key(parent, corpus, profile.gkd)}"
+    with made_once(Path(workspace), Piece(key=key, what="the recording of the parent for GKD")):
+        return gkd.record_teacher(parent, corpus, profile.gkd, Path(workspace), tell)
 
 
 @_task("GKD", "GKD of {which.name}", None)
@@ -379,13 +386,17 @@ def gkd_task(
     which: Contender, teacher: gkd.TeacherRecord, parent: ParentInfo, profile: Profile, workspace: str, tell: Any
 ) -> Any:
     """See tasks.compare.distill_contender."""
-    return compare.distill_contender(which, teacher, parent, profile.gkd, Path(workspace), tell)
+    piece = Piece(key=f"gkd-{which.key}-{digest_of(gkd=profile.gkd)}", what=f"GKD of {which.name}")
+    with made_once(Path(workspace), piece):
+        return compare.distill_contender(which, teacher, parent, profile.gkd, Path(workspace), tell)
 
 
 @_task("evaluate", "evaluate {which.name} ({which.stage})", None)
 def evaluate_task(which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: str) -> Any:
     """See tasks.compare.evaluate_contender."""
-    return compare.evaluate_contender(which, parent, corpus, profile.evaluate, Path(workspace))
+    key = digest_of(path=compare.evaluation_path(which, parent, corpus, profile.evaluate))
+    with made_once(Path(workspace), Piece(key=f"evaluate-{key}", what=f"the evaluation of {which.name}")):
+        return compare.evaluate_contender(which, parent, corpus, profile.evaluate, Path(workspace))
 
 
 @_task("throughput", "throughput of {count} models", None)
@@ -404,7 +415,9 @@ def evaluate_all(
     found = []
     with stage("evaluate") as tell:
         for done, which in enumerate(contenders, start=1):
-            found.append(evaluate_task(which, parent, corpus, profile, str(workspace)))
+            found.append(
+                evaluate_task.with_options(**limits_of(profile))(which, parent, corpus, profile, str(workspace))
+            )
             tell(done, len(contenders), f"{which.name} KL {found[-1].quality.kl.value:.3f}")
     return found
 
@@ -416,11 +429,12 @@ def distill_globally(
     if not profile.gkd.steps:
         return []
     with stage("GKD parent") as tell:
-        teacher = teacher_task(parent, corpus, profile, str(workspace), tell)
+        teacher = teacher_task.with_options(**limits_of(profile))(parent, corpus, profile, str(workspace), tell)
     distilled = []
     for which in contenders:
         with stage(f"GKD {which.name}") as tell:
-            distilled.append(gkd_task(which, teacher, parent, profile, str(workspace), tell))
+            own = gkd_task.with_options(**limits_of(profile))
+            distilled.append(own(which, teacher, parent, profile, str(workspace), tell))
     return distilled
 
 
@@ -439,16 +453,13 @@ def measure_speed(
 
 @contextmanager
 def process_of(profile: Profile, workspace: Path) -> Iterator[None]:
-    """This process as the only one at work in a workspace: threads set, leftovers of killed runs cleared."""
-    lock = FileLock(workspace / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise PuzzleError(f"another run is at work in {workspace}: wait for it, or name another --workspace") from error
-    with lock:
+    """This process at work in a workspace, beside others: threads set, leftovers of killed runs cleared, its stages in
+    turn with those of other runs on the device.
+    """
+    with at_work_in(workspace) as number, sharing(profile):
         set_threads(profile.hardware.threads)
         disable_progress_bar()  # transformers' own bars: ours tell the stage
-        stop_orphaned_servers(workspace / "prefect")
-        for leftover in workspace.rglob(".*.part"):
-            leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
+        stop_orphaned_servers(prefect_home(workspace, number))
+        if number > 1:
+            say(f"another run is at work in {workspace}: what both need is made once")
         yield
