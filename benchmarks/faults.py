@@ -9,6 +9,7 @@ page is written from all lines. The full disk needs root (a tmpfs is mounted).
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -21,12 +22,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from benchmarks.common import ROOT, table, write_page
+from benchmarks.faults_served import serve_killed, served_run_killed
 from tasks.servers import QUIET, free_port, mlflow_server, prefect_server, running, stop
 
 PUZZLE = [sys.executable, "-c", "from flows.cli import main; main()"]
@@ -49,12 +52,12 @@ class Bench:
     environment: dict[str, str]
     reference: dict[str, Any]
 
-    def start(self, workspace: Path, **environment: str) -> subprocess.Popen[str]:
+    def start(self, workspace: Path, cluster: Any = None, **environment: str) -> subprocess.Popen[str]:
         """`puzzle optimize` on the tiny profile; its output goes to a file in the workspace's parent."""
         words = [*PUZZLE, "optimize", str(PROFILE), "--workspace", str(workspace)]
-        more = [] if self.runner == "threads" else [f"orchestration.runner={self.runner}"]
-        for change in (*SMALLER, *more):
+        for change in SMALLER:
             words += ["--set", change]
+        words += cluster.settings if cluster else []
         PLACE.mkdir(parents=True, exist_ok=True)
         with log_of(workspace).open("a") as log:
             return subprocess.Popen(
@@ -153,7 +156,8 @@ def uninterrupted(bench: Bench) -> dict[str, Any]:
     """A run that nobody disturbs."""
     workspace = fresh(f"reference-{bench.runner}")
     started = time.monotonic()
-    child = bench.finish(workspace)
+    with cluster_of(bench.runner, workspace) as cluster:
+        child = ended_well(bench.start(workspace, cluster), workspace)
     return {"digest": digest(child), "seconds": time.monotonic() - started}
 
 
@@ -161,56 +165,52 @@ def killed(number: int) -> Case:
     """`kill -9` of the flow's process (threads), or of a worker (dask, ray), at a random moment of the run."""
 
     def case(bench: Bench) -> dict[str, Any]:
-        workspace = fresh(f"kill-{bench.runner}-{number:02d}")
-        moment = random.Random(f"{bench.runner}-{number}").uniform(0.05, 0.95) * bench.reference["seconds"]
-        process = bench.start(workspace)
-        deadline = time.monotonic() + moment
-        while time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.05)
-        victims = workers_of(process, bench.runner) if bench.runner != "threads" else [psutil.Process(process.pid)]
-        while not victims and process.poll() is None:  # the cluster is still starting, or over
-            time.sleep(0.2)
-            victims = workers_of(process, bench.runner)
-        before = finished_variants(workspace)
-        alive = process.poll() is None
-        if alive and victims:
-            random.Random(number).choice(victims).send_signal(signal.SIGKILL)
-        if bench.runner == "threads":
-            process.wait()
-            child = bench.finish(workspace)
-        else:
-            child = ended_well(process, workspace)
-        return {"moment": moment, "alive": alive, **verdict(bench, child, before, workspace)}
+        share = random.Random(f"{bench.runner}-{number}").uniform(0.05, 0.95)
+        seconds = bench.reference["seconds"]
+        while True:
+            workspace = fresh(f"kill-{bench.runner}-{number:02d}")
+            with cluster_of(bench.runner, workspace) as cluster:
+                process = bench.start(workspace, cluster)
+                deadline = time.monotonic() + share * seconds
+                while process.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                before, over = finished_variants(workspace), process.poll() is not None
+                if not over:
+                    victims = cluster.workers() if cluster else [psutil.Process(process.pid)]
+                    random.Random(number).choice(victims).send_signal(signal.SIGKILL)
+                if cluster is not None:
+                    child = ended_well(process, workspace)
+                elif process.wait() != 0:
+                    child = bench.finish(workspace)
+            if over:  # before the moment came: the machine is faster than it was
+                seconds *= 0.8
+                continue
+            return {"moment": share * seconds, **verdict(bench, child, before, workspace)}
 
     return case
 
 
-def workers_of(process: subprocess.Popen[str], runner: str) -> list[psutil.Process]:
-    """Worker processes of a local cluster that a run started."""
-    found = []
-    try:
-        for each in psutil.Process(process.pid).children(recursive=True):
-            command = " ".join(each.cmdline())
-            mark = "ray::" if runner == "ray" else "multiprocessing.spawn"
-            if mark in command or (runner == "ray" and "default_worker.py" in command):
-                found.append(each)
-    except psutil.Error:
-        return []
-    return found
+@contextmanager
+def cluster_of(runner: str, workspace: Path) -> Iterator[Any]:
+    """Two workers of a Dask or Ray cluster, as processes of their own; None for threads."""
+    if runner == "threads":
+        yield None
+        return
+    clusters = importlib.import_module("benchmarks.cluster").CLUSTERS
+    with clusters[runner](PLACE / f"{workspace.name}-cluster", workers=2) as cluster:
+        yield cluster
 
 
 def flow_of_a_cluster(bench: Bench) -> dict[str, Any]:
-    """`kill -9` of the flow's process while workers of its cluster are at work; no process is left after it."""
+    """`kill -9` of the flow's process while workers of its cluster are at work; started again on the same cluster."""
     workspace = fresh(f"flow-{bench.runner}")
-    process = bench.start(workspace)
-    wait_for(process, variants_reach(workspace, 4), workspace)
-    family = psutil.Process(process.pid).children(recursive=True)
-    before = finished_variants(workspace)
-    process.kill()
-    process.wait()
-    child = bench.finish(workspace)
-    _, alive = psutil.wait_procs(family, timeout=30)
-    return {"left": len(alive), **verdict(bench, child, before, workspace)}
+    with cluster_of(bench.runner, workspace) as cluster:
+        process = bench.start(workspace, cluster)
+        wait_for(process, variants_reach(workspace, 4), workspace)
+        before = finished_variants(workspace)
+        process.kill()
+        process.wait()
+        return verdict(bench, ended_well(bench.start(workspace, cluster), workspace), before, workspace)
 
 
 def disk_full(bench: Bench) -> dict[str, Any]:
@@ -315,7 +315,14 @@ def cases(runner: str, kills: int) -> dict[str, Case]:
     if runner != "threads":
         return {**found, "flow": flow_of_a_cluster}
     others: Sequence[Case] = (disk_full, flipped_bit, prefect_restarted, mlflow_down)
-    return {**found, **{case.__name__: case for case in others}}
+    place = PLACE / "served"
+    found |= {case.__name__: case for case in others}
+    found |= {case.__name__: partial(_in_place, case, place) for case in (served_run_killed, serve_killed)}
+    return found
+
+
+def _in_place(case: Callable[[Path], dict[str, Any]], place: Path, _: Bench) -> dict[str, Any]:
+    return case(place)
 
 
 def known() -> dict[str, dict[str, Any]]:
@@ -374,11 +381,10 @@ def write(there: dict[str, dict[str, Any]]) -> None:
         own = [line for key, line in there.items() if key.startswith(f"{runner}/kill-")]
         if own:
             what = "flow process" if runner == "threads" else "a worker"
-            alive = sum(line["alive"] for line in own)
             finished = [line["finished"] for line in own]
             kills.append(
                 [
-                    *(f"{what}, {runner}", f"{len(own)} ({alive})", sum(line["same_child"] for line in own)),
+                    *(f"{what}, {runner}", len(own), sum(line["same_child"] for line in own)),
                     *(f"{min(finished)} to {max(finished)}", sum(line["made_again"] for line in own)),
                 ]
             )
@@ -395,9 +401,7 @@ def write(there: dict[str, dict[str, Any]]) -> None:
             "the uninterrupted run's time, and started again; for a worker of a cluster nothing is started again. "
             "Children are compared by sha256 of weights, config and tokenizer with the uninterrupted run's. A variant "
             "was finished when its record lay in the library at the kill; it was made again if its files changed.",
-            table(
-                ["killed", "runs (still alive at the kill)", "same child", "finished at the kill", "made again"], kills
-            ),
+            table(["killed", "runs", "same child", "finished at the kill", "made again"], kills),
             "And the rest; in quotes what the person at the console was told.",
             table(["fault", "child", "finished variants made again", "told"], others),
         ],

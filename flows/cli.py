@@ -4,6 +4,7 @@ Exit code 0: done. 2: the input is wrong, one sentence, no traceback. 1: somethi
 to go on. Heavy imports happen inside commands, after the process is configured.
 """
 
+import contextlib
 import os
 import shlex
 import sys
@@ -14,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from blocks.errors import PuzzleError, PuzzleFailure
+from blocks.errors import PuzzleError, PuzzleFailure, disk_is_full
 from blocks.runtime import configure
 from flows import library, page, plan, search, serving, truth
 from flows.doctor import doctor_command
@@ -156,10 +157,13 @@ def run_logged(folder: Path, work: Callable[[], str]) -> str:
 
 def _failed(log: Path, error: Exception) -> SystemExit:
     """Traceback to the log, a sentence to the console."""
-    with log.open("a") as file:
+    with contextlib.suppress(OSError), log.open("a") as file:  # the disk may be full
         file.write("".join(traceback.format_exception(error)))
     again = shlex.join(["puzzle", *sys.argv[1:]])
-    typer.echo(f"puzzle failed: {type(error).__name__}: {error}", err=True)
+    told = f"{type(error).__name__}: {error}"
+    if disk_is_full(error):
+        told = f"no space left on the disk of {log.parent}: free some, or move the workspace to a larger one"
+    typer.echo(f"puzzle failed: {told}", err=True)
     typer.echo(f"The log is {log}. Finished work is kept; to go on: {again}", err=True)
     return SystemExit(1)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from blocks.errors import PuzzleFailure
+from tasks.progress import say
 
 LOOPBACK = "127.0.0.1"
 GRACE_SECONDS = 8.0
@@ -57,6 +58,31 @@ def answer(url: str, timeout: float = 5.0) -> str | None:
             return text if response.status == 200 else None
     except (OSError, ValueError):  # refused, timed out, an error status, not a URL
         return None
+
+
+def is_up(url: str) -> bool:
+    """True when somebody answers there; one who asks for a password is up, a proxy without its server is not."""
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code < 500
+    except (OSError, ValueError):
+        return False
+
+
+def wait_for_answer(name: str, url: str, seconds: float = 300) -> None:
+    """Return once a server answers its health check, told while it does not. ServerFailure after so long."""
+    deadline, told = time.monotonic() + seconds, False
+    while not is_up(f"{url}/health"):
+        if not told:
+            say(f"{name} at {url} does not answer: waiting for it, {seconds / 60:.0f} minutes at most")
+            told = True
+        if time.monotonic() > deadline:
+            raise ServerFailure(f"{name} at {url} has not answered for {seconds / 60:.0f} minutes: start it")
+        time.sleep(1)
+    if told:
+        say(f"{name} at {url} answers again")
 
 
 @contextmanager

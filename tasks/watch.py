@@ -60,14 +60,17 @@ def automations(flows: Sequence[str], deployments: Sequence[str]) -> list[Automa
         Automation(
             name="puzzle: a run without heartbeat has crashed",
             trigger=silent,
-            actions=[ChangeFlowRunState(state=StateType.CRASHED, message=told)],
+            actions=[ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=told, force=False)],
         ),
         Automation(
             name="puzzle: a crashed run is started again",
             trigger=crashed,
             actions=[
                 ChangeFlowRunState(
-                    state=StateType.SCHEDULED, name=RESTART, message="it crashed: started again, finished work is kept"
+                    state=StateType.SCHEDULED,
+                    name=RESTART,
+                    message="it crashed: started again, finished work is kept",
+                    force=False,
                 )
             ],
         ),
