@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 
 from benchmarks.common import ROOT, table, write_page
-from tasks.doctor import at_work
+from tasks.presence import others_at_work
 from tasks.servers import LOOPBACK, free_port, running
 
 PROFILE = ROOT / "benchmarks" / "operate.yaml"
@@ -247,7 +247,7 @@ def suspended(site: Site) -> str:
         f"/flow_runs/{run}/set_state", {"state": {"type": "PAUSED", "name": "Suspended", "state_details": details}}
     )
     asked = time.monotonic()
-    while at_work(workspace):
+    while others_at_work(workspace):
         assert time.monotonic() < asked + 120, "the suspended run holds its workspace"
         time.sleep(0.2)
     took = time.monotonic() - asked

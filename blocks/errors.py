@@ -1,5 +1,7 @@
 """Errors that a person reads: one sentence, no traceback. Exit code 2 for wrong input, 1 for a PuzzleFailure."""
 
+import errno
+
 
 class PuzzleError(Exception):
     """What is wrong, what is allowed, what to do."""
@@ -27,3 +29,15 @@ class PuzzleFailure(PuzzleError):
 
 class DamagedBlock(PuzzleFailure):
     """A stored tensor file is missing or its digest differs from the one in its record."""
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """True when there was no room on a disk, whoever says it: the system, safetensors, SQLite."""
+    while error is not None:
+        said = str(error).lower()
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "no space left on device" in said or "database or disk is full" in said:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -4,6 +4,7 @@ Exit code 0: done. 2: the input is wrong, one sentence, no traceback. 1: somethi
 to go on. Heavy imports happen inside commands, after the process is configured.
 """
 
+import contextlib
 import os
 import shlex
 import sys
@@ -14,13 +15,14 @@ from typing import Annotated
 
 import typer
 
-from blocks.errors import PuzzleError, PuzzleFailure
+from blocks.errors import PuzzleError, PuzzleFailure, disk_is_full
 from blocks.runtime import configure
 from flows import library, page, plan, search, serving, truth
 from flows.doctor import doctor_command
 from flows.serve import serve_command
 from profiles.load import ProfileError, load_profile
 from profiles.schema import Profile
+from tasks.presence import place_in, prefect_home
 from tasks.progress import logged
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -123,9 +125,10 @@ def prepare_workspace(folder: Path) -> None:
     except OSError as error:
         raise PuzzleError(f"cannot write to {folder}: {error.strerror}. Choose another with --workspace.") from error
     configure()
+    home = prefect_home(folder, place_in(folder))
     settings = {
-        "PREFECT_HOME": str(folder / "prefect"),
-        "PREFECT_LOCAL_STORAGE_PATH": str(folder / "prefect" / "storage"),
+        "PREFECT_HOME": str(home),
+        "PREFECT_LOCAL_STORAGE_PATH": str(home / "storage"),
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "240",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_LOGGING_LEVEL": "WARNING",
@@ -154,10 +157,13 @@ def run_logged(folder: Path, work: Callable[[], str]) -> str:
 
 def _failed(log: Path, error: Exception) -> SystemExit:
     """Traceback to the log, a sentence to the console."""
-    with log.open("a") as file:
+    with contextlib.suppress(OSError), log.open("a") as file:  # the disk may be full
         file.write("".join(traceback.format_exception(error)))
     again = shlex.join(["puzzle", *sys.argv[1:]])
-    typer.echo(f"puzzle failed: {type(error).__name__}: {error}", err=True)
+    told = f"{type(error).__name__}: {error}"
+    if disk_is_full(error):
+        told = f"no space left on the disk of {log.parent}: free some, or move the workspace to a larger one"
+    typer.echo(f"puzzle failed: {told}", err=True)
     typer.echo(f"The log is {log}. Finished work is kept; to go on: {again}", err=True)
     return SystemExit(1)
 

@@ -16,11 +16,12 @@ from blocks.runtime import configure
 from profiles.load import load_profile, shipped_profiles
 from profiles.schema import Profile
 from tasks.admission import DATA_ROOTS, REMOTE_CODE, ROOT
-from tasks.servers import QUIET, is_free, mlflow_server, prefect_server, running
+from tasks.servers import QUIET, is_free, mlflow_server, prefect_server, running, stop_left_behind
 
 Folders = Annotated[
     list[Path] | None, typer.Option("--data", metavar="DIR", help="served profiles may read below it; repeat for more")
 ]
+FLOWS = ("optimize", "reoptimize", "measure-hardware", "sweep")
 
 
 def serve_command(
@@ -65,7 +66,7 @@ def served_environment(root: Path, data: list[Path], remote_code: bool) -> dict[
         "PREFECT_HOME": str(root / ".prefect"),
         "PREFECT_LOCAL_STORAGE_PATH": str(root / ".prefect" / "storage"),
         "PREFECT_LOGGING_EXTRA_LOGGERS": "puzzle",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # tasks/watch.py waits for more than two of them
     }
 
 
@@ -73,6 +74,9 @@ def served_environment(root: Path, data: list[Path], remote_code: bool) -> dict[
 def servers(root: Path, port: int, mlflow_port: int) -> Iterator[None]:
     """Both servers for the length of the block; one that the environment names already is left alone."""
     with ExitStack() as stack:
+        for name in ("prefect-server", "mlflow-server"):  # of a `puzzle serve` that was killed: before ports are judged
+            if stop_left_behind(root / f"{name}.pid"):
+                typer.echo(f"stopped the {name} that a killed `puzzle serve` left behind")
         if not os.environ.get("PREFECT_API_URL"):
             command, url = prefect_server(_free(port, "--port"))
             stack.enter_context(
@@ -94,9 +98,12 @@ def _free(port: int, option: str) -> int:
 
 
 def offer(wanted: list[Profile], runs: int, reoptimize_at: str | None) -> None:
-    """Register the deployments and wait for runs; each runs in a process of its own."""
+    """Register the deployments and wait for runs; each runs in a process of its own, a crashed one again."""
     import prefect
 
+    from tasks.watch import keep_watch
+
+    keep_watch(FLOWS, [profile.name for profile in wanted])
     with contextlib.suppress(KeyboardInterrupt):
         prefect.serve(*deployments(wanted, reoptimize_at), limit=runs, print_starting_message=False)
 

@@ -351,6 +351,14 @@ class Orchestration(Section):
     max_workers: PositiveInt | None = Field(
         default=None, description="tasks at a time, where puzzle starts the workers; one per device when absent"
     )
+    runs_per_device: PositiveInt = Field(
+        default=1, description="runs on one device of a machine at a time, stage by stage; one that measures is alone"
+    )
+    task_timeout: float | None = Field(
+        default=None,
+        gt=0,
+        description="seconds that one task may take (a variant, a layer, a GKD); no limit when absent",
+    )
 
     @property
     def workers(self) -> int:

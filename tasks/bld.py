@@ -7,6 +7,7 @@ the whole layer adds to the residual.
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from blocks.records import SUBBLOCKS, BlockRecord, LayerChoice, LayerRecord, Par
 from blocks.runtime import kept_per_device
 from blocks.variant import kind_of, parse_label
 from profiles.schema import BLD
+from tasks.memory import Parts
 from tasks.record import open_parent
 
 VERSION = 2
@@ -236,7 +238,8 @@ def _train(job: Job, data: LayerData, module: DeciLMDecoderLayer, rate: float) -
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not steps or not parameters:
         return
-    hidden, target = data.inputs[job.subblock, "train"], data.targets[job.subblock, "train"]
+    hidden = data.inputs[job.subblock, "train"]
+    parts = Parts(f"distill layer {job.layer} {job.subblock} {job.variant}", size)
     order = torch.Generator().manual_seed(int(digest_of(seed=job.seed, key=job.key)[:15], 16))
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=hidden.device.type == "cpu")
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=rate / 10)
@@ -245,12 +248,19 @@ def _train(job: Job, data: LayerData, module: DeciLMDecoderLayer, rate: float) -
         if len(queue) < size:
             queue += torch.randperm(len(hidden), generator=order).tolist()
         batch, queue = queue[:size], queue[size:]
-        wanted = target[batch]
-        loss = (_output(job, data, module, hidden[batch]) - wanted).square().sum() / wanted.square().sum()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        parts.run(lambda count, batch=batch: _gradients(job, data, module, batch, count))  # type: ignore[misc]
         optimizer.step()
         schedule.step()
+
+
+def _gradients(job: Job, data: LayerData, module: DeciLMDecoderLayer, batch: Sequence[int], parts: int) -> None:
+    """Gradients of the loss on some train sequences, which go through in so many parts."""
+    hidden, target = data.inputs[job.subblock, "train"], data.targets[job.subblock, "train"]
+    module.zero_grad(set_to_none=True)
+    scale = target[batch].square().sum()
+    for part in torch.tensor(batch).chunk(parts):
+        loss = (_output(job, data, module, hidden[part]) - target[part]).square().sum() / scale
+        loss.backward()
 
 
 def _save(job: Job, module: DeciLMDecoderLayer, library: BlockLibrary, workspace: Path) -> Ref:

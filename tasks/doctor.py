@@ -18,11 +18,11 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 import psutil
-from filelock import FileLock, Timeout
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 
 from blocks.records import Value
+from tasks.presence import others_at_work
 from tasks.servers import answer, orphaned_servers
 
 GIB = 2**30
@@ -231,22 +231,10 @@ def write_access(workspace: Path) -> Iterator[Finding]:
     except OSError as error:
         yield wrong("workspace", f"cannot write to {place}: {error.strerror}", "name another --workspace, or chown it")
         return
-    if at_work(workspace):
-        yield warn("workspace", f"another run is at work in {workspace}", "wait for it, or name another --workspace")
+    if others_at_work(workspace):
+        yield ok("workspace", f"a run is at work in {workspace}; another one may join, they share what both need")
     else:
         yield ok("workspace", f"{workspace} can be written" if workspace.exists() else f"{workspace} can be made")
-
-
-def at_work(workspace: Path) -> bool:
-    """True when a run holds the lock of a workspace."""
-    lock = workspace / ".lock"
-    if not lock.exists():
-        return False
-    try:
-        with FileLock(lock, timeout=0):
-            return False
-    except Timeout:
-        return True
 
 
 def prefect_server(environment: Mapping[str, str]) -> Iterator[Finding]:
@@ -282,7 +270,7 @@ def prefect_state(home: Path) -> Iterator[Finding]:
         return
     unfinished = _count(database, "select count(*) from flow_run where state_type = 'RUNNING'")
     told = f"{database.stat().st_size / 2**20:.0f} MiB, whole"
-    if unfinished and not at_work(home.parent):
+    if unfinished and not others_at_work(home.parent):
         todo = "start the same profile again: finished work is kept"
         yield warn("prefect state", f"{told}; {unfinished} killed run{'s' if unfinished > 1 else ''}", todo)
     else:

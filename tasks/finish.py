@@ -34,6 +34,7 @@ from tasks.interchange import StoredLibrary, describe, sizes_of, write_library
 from tasks.progress import say, wide_console
 from tasks.report import comparison_table, report_markdown, verdict, write_report
 from tasks.run_page import write_run_page
+from tasks.sharing import Piece, alone, made_once
 from tasks.throughput import Throughput
 from tasks.usage import Usage
 
@@ -76,7 +77,8 @@ class Run:
         sizes = sizes_of(self.workspace / parent.folder / "config.json")
         described = describe(self.profile, parent, corpus, costs, sizes)
         library = StoredLibrary(description=described, variants=tuple(blocks), scores=tuple(scores), costs=costs)
-        write_library(self.workspace / "tables" / self.profile.name, library)
+        with made_once(self.workspace, Piece(key=f"tables-{self.profile.name}", what="the tables of this profile")):
+            write_library(self.workspace / "tables" / self.profile.name, library)
         failed = [block for block in blocks if block.status == "failed"]
         self._stage(
             "distill",
@@ -144,9 +146,10 @@ class Run:
         markdown = report_markdown(report)
         model: Any = build(final, parent, self.workspace)
         card = model_card(parent, corpus, model.config, markdown, command_of(self.profile))
-        write_value(folder / LINEAGE, Lineage(parent=parent, corpus=corpus, child=final))
-        export_child(model, parent, self.workspace, folder / "child", card)
-        files = [*write_report(report, folder), *self._page(report, folder), folder / LINEAGE]
+        with made_once(self.workspace, Piece(key=f"run-{folder.name}", what="the same child's folder")):
+            write_value(folder / LINEAGE, Lineage(parent=parent, corpus=corpus, child=final))
+            export_child(model, parent, self.workspace, folder / "child", card)
+            files = [*write_report(report, folder), *self._page(report, folder), folder / LINEAGE]
         tracking.log_report(self.tracking, self.mlflow_run_id, report, files)
         show_markdown("report", markdown, verdict(report))
         for name in ("architecture", "comparison"):
@@ -208,7 +211,7 @@ def ui_commands(run: Run) -> list[str]:
     if os.environ.get("PREFECT_API_URL"):
         return [f"Prefect: {runtime.flow_run.ui_url}", *mlflow]
     prefect = Path(sys.executable).parent / "prefect"
-    home = shlex.quote(str(run.workspace / "prefect"))
+    home = shlex.quote(os.environ.get("PREFECT_HOME") or str(run.workspace / "prefect"))
     return [
         f"Prefect: PREFECT_HOME={home} {prefect} server start",
         f"         http://127.0.0.1:4200/runs/flow-run/{run.prefect_run_id}",
@@ -237,8 +240,19 @@ def prefect_tags() -> dict[str, str | None]:
 
 @contextmanager
 def open_run(profile: Profile, workspace: Path) -> Iterator[Run]:
-    """Open the MLflow run of this profile, or go on with the one a killed process left; closed at the end."""
-    kept = kept_run(profile, workspace)
+    """Open the MLflow run of this profile, or go on with the one a killed process left; closed at the end.
+
+    Of two at work on the same profile the second has a run of its own, which nobody goes on with.
+    """
+    with alone(workspace, f"mlflow-run-{digest_of(profile=profile)}") as first:
+        kept = kept_run(profile, workspace) if first else kept_run(profile, workspace).with_suffix(f".{os.getpid()}")
+        with _opened_run(profile, workspace, kept) as run:
+            yield run
+
+
+@contextmanager
+def _opened_run(profile: Profile, workspace: Path, kept: Path) -> Iterator[Run]:
+    """The MLflow run whose id is kept in a file until it is finished."""
     open_tracking = tracking.open_tracking(workspace)
     left = kept.read_text() if kept.exists() else None
     prefect_run_id = str(runtime.flow_run.id or "")

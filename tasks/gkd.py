@@ -21,6 +21,7 @@ from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import digest_of, read_tensors, remember, write_tensors, write_value
 from blocks.records import CorpusInfo, ParentInfo, Ref, Value
 from profiles.schema import GKD
+from tasks.memory import Parts
 from tasks.record import open_parent
 
 VERSION = 3
@@ -224,14 +225,30 @@ def _steps(
         return
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
+    parts = Parts("GKD", settings.batch_sequences)
     for step, reference in enumerate(teacher.steps, start=1):
-        loss = gkd_loss(model, head, read_tensors(workspace, reference), teacher.layers)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        batch = read_tensors(workspace, reference)
+        loss = parts.run(lambda count, batch=batch: _gradients(model, head, batch, teacher.layers, count))  # type: ignore[misc]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        yield step, loss.item()
+        yield step, loss
+
+
+def _gradients(
+    model: DeciLMForCausalLM, head: Head, batch: dict[str, Tensor], layers: tuple[int, ...], parts: int
+) -> float:
+    """Gradients of the loss on a batch that goes through in so many parts; returns the loss."""
+    model.zero_grad(set_to_none=True)
+    sequences, length = batch["tokens"].shape
+    total = 0.0
+    for part in torch.arange(sequences).chunk(parts):
+        rows, first, after = slice(int(part[0]), int(part[-1]) + 1), int(part[0]) * length, (int(part[-1]) + 1) * length
+        own = {name: tensor[rows] if name == "tokens" else tensor[first:after] for name, tensor in batch.items()}
+        loss = gkd_loss(model, head, own, layers) * (len(part) / sequences)
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 def _rate(step: int, steps: int) -> float:

@@ -79,11 +79,18 @@ def say(text: str) -> None:
     logging.getLogger("puzzle").info(text)
 
 
+class _QuietHandler(logging.FileHandler):
+    """A log that cannot be written, on a full disk, is no reason for a traceback: a sentence follows."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing."""
+
+
 @contextmanager
 def logged(folder: Path) -> Iterator[Path]:
     """Whatever is logged within the block goes to `puzzle.log` of a workspace too."""
     log = folder / "puzzle.log"
-    handler = logging.FileHandler(log)
+    handler = _QuietHandler(log)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:

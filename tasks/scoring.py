@@ -11,6 +11,7 @@ S = sequences, T = tokens, D = hidden_size.
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from blocks.parent import Parent, load_subblock, run_subblock
 from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, LayerChoice, LayerRecord, ParentInfo, Score, Value
 from blocks.runtime import kept_per_device
 from tasks.evaluate import mean_metric
+from tasks.memory import Parts
 from tasks.record import open_parent
 
 VERSION = 4
@@ -167,8 +169,10 @@ def score_sequences(
     if any(sequences for _, sequences in missing):
         suffix = open_suffix(workspace / parent.folder, workspace, corpus, last, shape)
         hidden = read_tensors(workspace, layer.boundary, ["validation"])["validation"][: shape[0], : shape[1]]
-        for batch, sequences in batches_of(missing, shape[1]):
-            for record, found in zip(batch, score_batch(suffix, batch, hidden, sequences, workspace), strict=True):
+        parts = Parts(f"score layer {layer.layer}", BATCH_TOKENS // shape[1])
+        for batch in batches_of(missing, shape[1]):
+            scored = partial(_in_parts, suffix, batch, hidden, workspace)
+            for record, found in parts.run(scored):
                 if found is not None:
                     known[record.key] = known[record.key].and_also(found)
                     write_value(_path(record, shape[1], workspace), known[record.key])
@@ -176,16 +180,32 @@ def score_sequences(
     return [score for score in scores if score is not None]
 
 
-def batches_of(work: Iterable[Work], length: int) -> Iterator[tuple[list[BlockRecord], Sequences]]:
-    """Records that miss the same sequences, as many together as a batch of tokens holds."""
+Batch = tuple[list[BlockRecord], Sequences]
+
+
+def _in_parts(
+    suffix: ParentSuffix, batch: Batch, hidden: Tensor, workspace: Path, parts: int
+) -> list[tuple[BlockRecord, SequenceScores | None]]:
+    """What each variant of a batch loses; the batch goes through in so many parts."""
+    records, sequences = batch
+    return [
+        pair
+        for fewer, part in batches_of([(record, sequences) for record in records], hidden.shape[1], parts)
+        for pair in zip(fewer, score_batch(suffix, fewer, hidden, part, workspace), strict=True)
+    ]
+
+
+def batches_of(work: Iterable[Work], length: int, parts: int = 1) -> Iterator[Batch]:
+    """Records that miss the same sequences, as many together as a batch of tokens holds, or a part of one."""
     alike: dict[Sequences, list[BlockRecord]] = {}
     for record, sequences in work:
         alike.setdefault(sequences, []).append(record)
-    most = max(1, BATCH_TOKENS // length)
+    tokens = BATCH_TOKENS // parts
+    most = max(1, tokens // length)
     for sequences, records in alike.items():
         for first in range(0, len(sequences), most):
             part = sequences[first : first + most]
-            group = max(1, BATCH_TOKENS // (len(part) * length))
+            group = max(1, tokens // (len(part) * length))
             yield from ((records[start : start + group], part) for start in range(0, len(records), group))
 
 

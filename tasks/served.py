@@ -12,22 +12,27 @@ from profiles.load import load_profile
 from profiles.schema import Profile
 from tasks.admission import Roots, admit, admitted_workspace
 from tasks.progress import logged
+from tasks.sharing import Piece, made_once
 from tasks.stages import process_of
+from tasks.watch import flow_run_id, refuse_to_crash_for_ever
 from tasks.workers import task_runner
 
 
 @contextmanager
 def at_work(profile: Profile, workspace: str) -> Iterator[Path]:
-    """The folder of an admitted run, its lock held, threads and workers as the profile says, a log file in it.
+    """The folder of an admitted run, at work in it, threads and workers as the profile says, a log file in it.
 
-    Raises Refused for a profile that a served run may not have, PuzzleError when another run is at work there.
+    Raises Refused for a profile that a served run may not have, PuzzleFailure for a run that crashed too often.
     """
+    refuse_to_crash_for_ever()
     roots = Roots.from_environment()
     folder = admitted_workspace(workspace, roots)
     admit(profile, roots)
     folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("puzzle").setLevel(logging.INFO)  # Prefect hands on what passes, and leaves the level as it is
-    with process_of(profile, folder), logged(folder), workers(profile):
+    # its first process may live: a server that was down for minutes has heard no heartbeat
+    once = made_once(folder, Piece(key=f"flow-run-{flow_run_id()}", what="the earlier process of this very run"))
+    with once, process_of(profile, folder), logged(folder), workers(profile):
         yield folder
 
 

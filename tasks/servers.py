@@ -5,6 +5,7 @@ Prefect's workers have been seen to ignore the first.
 """
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from blocks.errors import PuzzleFailure
+from tasks.progress import say
 
 LOOPBACK = "127.0.0.1"
 GRACE_SECONDS = 8.0
@@ -58,6 +60,31 @@ def answer(url: str, timeout: float = 5.0) -> str | None:
         return None
 
 
+def is_up(url: str) -> bool:
+    """True when somebody answers there; one who asks for a password is up, a proxy without its server is not."""
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code < 500
+    except (OSError, ValueError):
+        return False
+
+
+def wait_for_answer(name: str, url: str, seconds: float = 300) -> None:
+    """Return once a server answers its health check, told while it does not. ServerFailure after so long."""
+    deadline, told = time.monotonic() + seconds, False
+    while not is_up(f"{url}/health"):
+        if not told:
+            say(f"{name} at {url} does not answer: waiting for it, {seconds / 60:.0f} minutes at most")
+            told = True
+        if time.monotonic() > deadline:
+            raise ServerFailure(f"{name} at {url} has not answered for {seconds / 60:.0f} minutes: start it")
+        time.sleep(1)
+    if told:
+        say(f"{name} at {url} answers again")
+
+
 @contextmanager
 def running(
     command: Sequence[str],
@@ -69,6 +96,9 @@ def running(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A server for the length of the block, in a process group of its own. ServerFailure when it does not answer."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    kept = log.with_suffix(".pid")
+    if stop_left_behind(kept):
+        logging.getLogger("puzzle").info("stopped the server that a killed process left behind (%s)", kept.stem)
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
@@ -78,11 +108,37 @@ def running(
             env={**os.environ, **environment},
             start_new_session=True,
         )
+    kept.write_text(f"{process.pid} {psutil.Process(process.pid).create_time()}")
     try:
         _wait_for(process, health_url, log, start_seconds)
         yield process
     finally:
         stop(process, grace_seconds)
+        kept.unlink(missing_ok=True)
+
+
+def stop_left_behind(kept: Path) -> bool:
+    """End the server whose process id a killed process kept in a file; True when there was one.
+
+    A number that belongs to another process by now is known by its start time.
+    """
+    try:
+        number, created = kept.read_text().split()
+        process = psutil.Process(int(number))
+        if abs(process.create_time() - float(created)) > 1:
+            return False
+        group = [process, *process.children(recursive=True)]
+    except (OSError, ValueError, psutil.Error):
+        return False
+    for each in group:
+        with contextlib.suppress(psutil.Error):
+            each.terminate()
+    _, alive = psutil.wait_procs(group, timeout=GRACE_SECONDS)
+    for each in alive:
+        with contextlib.suppress(psutil.Error):
+            each.kill()
+    psutil.wait_procs(alive, timeout=10)
+    return True
 
 
 def _wait_for(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float) -> None:

@@ -4,14 +4,12 @@ The cache key of a task is the content address of what it makes. Prefect's own r
 a task whose files are missing or damaged runs again (`refresh_cache`), one whose files are whole is `Cached`.
 """
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from filelock import FileLock, Timeout
 from prefect import task
 from prefect.cache_policies import NO_CACHE, CacheKeyFnPolicy
 from prefect.futures import PrefectFuture
@@ -43,19 +41,23 @@ from tasks.bld import Job, distill
 from tasks.choose import choose
 from tasks.compare import Contender, Evaluation
 from tasks.corpus import iterate_documents, prepare_corpus
+from tasks.devices import device_of, sharing
 from tasks.engines.limits import refusal
 from tasks.parent import prepare_parent
 from tasks.peers import find
+from tasks.presence import at_work_in, prefect_home
 from tasks.progress import say, shown
 from tasks.record import open_parent, record_key, record_layer, recorded
+from tasks.retries import limits_of, told_in_time, worth_retrying
 from tasks.reuse import show_finished
 from tasks.roofline import modelled_costs, setting_of
 from tasks.servers import stop_orphaned_servers
+from tasks.sharing import Piece, in_turn, made_once
 from tasks.space import check_search_space, layers_of, measured_space, target_engines
 from tasks.throughput import Throughput
 from tasks.totals import Problem, predicted, problem_of
 from tasks.usage import noted
-from tasks.workers import Seat, seat_of, seated
+from tasks.workers import Seat, at_a_time, seat_of, seated
 
 
 class Tell(Protocol):
@@ -71,7 +73,7 @@ def stage(name: str) -> Iterator[Tell]:
     of all stages would add up.
     """
     try:
-        with noted(name), shown(name) as console, stage_bar(name) as bar:
+        with device_of(name), noted(name), told_in_time(name), shown(name) as console, stage_bar(name) as bar:
 
             def tell(done: int, total: int, text: str = "") -> None:
                 console(done, total, text)
@@ -80,19 +82,6 @@ def stage(name: str) -> Iterator[Tell]:
             yield tell
     finally:
         release_memory()
-
-
-def worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
-    """Retry what may pass (disk, memory, network); a user's mistake or a bug fails at once."""
-    try:
-        state.result()
-    except (OSError, MemoryError, TimeoutError):
-        return True
-    except RuntimeError as error:
-        return "memory" in str(error).lower()
-    except BaseException:
-        return False
-    return False
 
 
 def _task(name: str, run_name: str, key: Callable[[Any, dict[str, Any]], str] | None) -> Callable[[Any], Any]:
@@ -113,14 +102,15 @@ def _task(name: str, run_name: str, key: Callable[[Any, dict[str, Any]], str] | 
 @_task("record layer", "record layer {layer:02d}", lambda _, p: f"{p['key']}-{p['layer']}")
 def record_task(layer: int, key: str, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: str) -> Any:
     """See tasks.record.record_layer."""
-    with seated(seat_of(profile)):
+    piece = Piece(key=f"record-{key}-{layer}", what=f"the recording of layer {layer}")
+    with made_once(Path(workspace), piece), seated(seat_of(profile)):
         return record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, Path(workspace))
 
 
 @_task("distill", "distill layer {job.layer:02d} {job.subblock} {job.variant}", lambda _, p: p["job"].key)
 def distill_task(job: Job, seat: Seat, workspace: str) -> Any:
     """See tasks.bld.distill."""
-    with seated(seat):
+    with made_once(Path(workspace), piece_of(job)), seated(seat):
         return distill(job, Path(workspace))
 
 
@@ -135,8 +125,10 @@ def score_task(
     place: tuple[Seat, str],
 ) -> Any:
     """See tasks.scoring.score_sequences; `place` is a seat and the workspace."""
-    with seated(place[0]):
-        return scoring.score_sequences(work, layer, last, parent, corpus, shape, Path(place[1]))
+    folder = Path(place[1])
+    piece = Piece(key=f"scores-{layer.boundary.sha256[:32]}", what=f"the scores of layer {layer.layer}")
+    with made_once(folder, piece), seated(place[0]):
+        return scoring.score_sequences(work, layer, last, parent, corpus, shape, folder)
 
 
 def _scores_key(work: Sequence[scoring.Work], shape: tuple[int, int]) -> str:
@@ -145,12 +137,12 @@ def _scores_key(work: Sequence[scoring.Work], shape: tuple[int, int]) -> str:
 
 def prepare(profile: Profile, workspace: Path) -> tuple[ParentInfo, CorpusInfo]:
     """Parent and corpus, normalised and fingerprinted; both are remembered by content."""
-    with stage("parent"):
+    with made_once(workspace, Piece(key="parent", what="the parent")), stage("parent"):
         parent: ParentInfo = _task("prepare parent", "prepare parent", None)(prepare_parent)(
             profile.parent, workspace, lambda: iterate_documents(profile.corpus)
         )
     check_search_space(profile, open_parent(workspace / parent.folder))
-    with stage("corpus"):
+    with made_once(workspace, Piece(key="corpus", what="the corpus")), stage("corpus"):
         corpus: CorpusInfo = _task("prepare corpus", "prepare corpus", None)(prepare_corpus)(
             profile.corpus, workspace / parent.folder, parent.fingerprint, workspace
         )
@@ -161,7 +153,7 @@ def record(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, workspace: 
     """Record every layer, one after the other: each starts from what the one before it left."""
     reader = open_parent(workspace / parent.folder)
     key = record_key(parent, corpus, profile.record, profile.bld.ridge)
-    again = record_task.with_options(refresh_cache=True)
+    again = record_task.with_options(refresh_cache=True, **limits_of(profile))
     records, there = [], []
     with stage("record") as tell:
         for layer in range(reader.depth):
@@ -171,7 +163,7 @@ def record(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, workspace: 
             tell(layer + 1, reader.depth)
         show_finished("record", there)
     for leftover in (workspace / "record" / key).glob("entering_*"):
-        leftover.unlink()
+        leftover.unlink(missing_ok=True)
     return records
 
 
@@ -235,20 +227,40 @@ def distill_all(
     reader = open_parent(workspace / parent.folder)
     key = record_key(parent, corpus, profile.record, profile.bld.ridge)
     jobs = jobs_of(profile, parent, records, key, reader)
-    blocks = _distill(jobs, "distill", seat_of(profile), workspace)
+    blocks = _distill(jobs, "distill", profile, workspace)
     if profile.bld.coupled:
-        blocks += _distill(coupled_jobs(profile, jobs, blocks, reader), "coupled", seat_of(profile), workspace)
+        blocks += _distill(coupled_jobs(profile, jobs, blocks, reader), "coupled", profile, workspace)
     return blocks
 
 
-def _distill(jobs: Sequence[Job], name: str, seat: Seat, workspace: Path) -> list[BlockRecord]:
+def piece_of(job: Job) -> Piece:
+    """A variant, as what one run makes for all."""
+    return Piece(key=f"block-{job.key}", what=f"layer {job.layer} {job.subblock} {job.variant}")
+
+
+def _distill(jobs: Sequence[Job], name: str, profile: Profile, workspace: Path) -> list[BlockRecord]:
+    """The library, not Prefect, knows which blocks are whole: it is asked before any task is made, and has the last
+    word after, since another run may have made a block meanwhile.
+    """
     library = BlockLibrary(workspace)
     found = {job.key: library.find(job.key) for job in jobs}
     show_finished(name, (block.layer for block in found.values() if block))
-    again = distill_task.with_options(refresh_cache=True)  # the library, not Prefect, knows which are whole
-    futures = [again.submit(job, seat, str(workspace)) for job in jobs if found[job.key] is None]
-    made = wait(futures, name, lambda block: f"layer {block.layer} {block.subblock} {block.variant}")
-    found |= {block.key: block for block in made}
+    missing = [job for job in jobs if found[job.key] is None]
+    pieces = [piece_of(job) for job in missing]
+    for job, piece in zip(missing, pieces, strict=True):
+        if (library.folder / f"{job.key}.json").exists():
+            say(f"{piece.what}: the stored block is damaged or not whole, it is made again")
+    again = distill_task.with_options(refresh_cache=True, **limits_of(profile))
+
+    def submit(index: int) -> PrefectFuture[Any]:
+        return again.submit(missing[index], seat_of(profile), str(workspace))
+
+    with stage(name) as tell:
+        made = in_turn(pieces, submit, workspace, at_a_time(profile))
+        for done, (index, future) in enumerate(made, start=1):
+            key = missing[index].key
+            found[key] = library.find(key) or future.result()
+            tell(done, len(missing), pieces[index].what)
     return [block for job in jobs if (block := found[job.key])]
 
 
@@ -272,7 +284,7 @@ def score_all(
     workspace: Path,
 ) -> list[Score]:
     """Replace-1-block scores of every block that did not fail; `costs` matter to adaptive scoring alone."""
-    settings, again = profile.scoring, score_task.with_options(refresh_cache=True)
+    settings, again = profile.scoring, score_task.with_options(refresh_cache=True, **limits_of(profile))
     shape = (settings.sequences, settings.tokens_per_sequence or corpus.sequence_length)
     usable: dict[Key, BlockRecord] = {
         (block.layer, block.subblock, block.variant): block for block in blocks if block.status != "failed"
@@ -376,7 +388,9 @@ def choose_baselines(profile: Profile, problem: Problem, child: Architecture) ->
 @_task("record the parent for GKD", "record the parent for GKD", None)
 def teacher_task(parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: str, tell: Any) -> Any:
     """See tasks.gkd.record_teacher."""
-    return gkd.record_teacher(parent, corpus, profile.gkd, Path(workspace), tell)
+    key = f"teacher-{gkd.teacher_key(parent, corpus, profile.gkd)}"
+    with made_once(Path(workspace), Piece(key=key, what="the recording of the parent for GKD")):
+        return gkd.record_teacher(parent, corpus, profile.gkd, Path(workspace), tell)
 
 
 @_task("GKD", "GKD of {which.name}", None)
@@ -384,13 +398,17 @@ def gkd_task(
     which: Contender, teacher: gkd.TeacherRecord, parent: ParentInfo, profile: Profile, workspace: str, tell: Any
 ) -> Any:
     """See tasks.compare.distill_contender."""
-    return compare.distill_contender(which, teacher, parent, profile.gkd, Path(workspace), tell)
+    piece = Piece(key=f"gkd-{which.key}-{digest_of(gkd=profile.gkd)}", what=f"GKD of {which.name}")
+    with made_once(Path(workspace), piece):
+        return compare.distill_contender(which, teacher, parent, profile.gkd, Path(workspace), tell)
 
 
 @_task("evaluate", "evaluate {which.name} ({which.stage})", None)
 def evaluate_task(which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: str) -> Any:
     """See tasks.compare.evaluate_contender."""
-    return compare.evaluate_contender(which, parent, corpus, profile.evaluate, Path(workspace))
+    key = digest_of(path=compare.evaluation_path(which, parent, corpus, profile.evaluate))
+    with made_once(Path(workspace), Piece(key=f"evaluate-{key}", what=f"the evaluation of {which.name}")):
+        return compare.evaluate_contender(which, parent, corpus, profile.evaluate, Path(workspace))
 
 
 @_task("throughput", "throughput of {count} models", None)
@@ -409,7 +427,9 @@ def evaluate_all(
     found = []
     with stage("evaluate") as tell:
         for done, which in enumerate(contenders, start=1):
-            found.append(evaluate_task(which, parent, corpus, profile, str(workspace)))
+            found.append(
+                evaluate_task.with_options(**limits_of(profile))(which, parent, corpus, profile, str(workspace))
+            )
             tell(done, len(contenders), f"{which.name} KL {found[-1].quality.kl.value:.3f}")
     return found
 
@@ -421,11 +441,12 @@ def distill_globally(
     if not profile.gkd.steps:
         return []
     with stage("GKD parent") as tell:
-        teacher = teacher_task(parent, corpus, profile, str(workspace), tell)
+        teacher = teacher_task.with_options(**limits_of(profile))(parent, corpus, profile, str(workspace), tell)
     distilled = []
     for which in contenders:
         with stage(f"GKD {which.name}") as tell:
-            distilled.append(gkd_task(which, teacher, parent, profile, str(workspace), tell))
+            own = gkd_task.with_options(**limits_of(profile))
+            distilled.append(own(which, teacher, parent, profile, str(workspace), tell))
     return distilled
 
 
@@ -444,16 +465,13 @@ def measure_speed(
 
 @contextmanager
 def process_of(profile: Profile, workspace: Path) -> Iterator[None]:
-    """This process as the only one at work in a workspace: threads set, leftovers of killed runs cleared."""
-    lock = FileLock(workspace / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise PuzzleError(f"another run is at work in {workspace}: wait for it, or name another --workspace") from error
-    with lock:
+    """This process at work in a workspace, beside others: threads set, leftovers of killed runs cleared, its stages in
+    turn with those of other runs on the device.
+    """
+    with at_work_in(workspace) as number, sharing(profile):
         set_threads(profile.hardware.threads)
         disable_progress_bar()  # transformers' own bars: ours tell the stage
-        stop_orphaned_servers(workspace / "prefect")
-        for leftover in workspace.rglob(".*.part"):
-            leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
+        stop_orphaned_servers(prefect_home(workspace, number))
+        if number > 1:
+            say(f"another run is at work in {workspace}: what both need is made once")
         yield

@@ -23,6 +23,7 @@ from blocks.records import Candidate, ChildReport, CorpusInfo, Metric, ParentInf
 from profiles.schema import Profile
 from tasks.picture import ratio_of
 from tasks.report import final_of, parent_of
+from tasks.servers import wait_for_answer
 
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 TABLES_TAG = "mlflow.loggedArtifacts"
@@ -65,6 +66,8 @@ def _client(uri: str) -> Any:
 
     for noisy in ("alembic", "mlflow"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    if uri.startswith("http"):
+        wait_for_answer("MLflow", uri)
     return mlflow.MlflowClient(tracking_uri=uri)
 
 

@@ -22,6 +22,7 @@ from blocks.runtime import configure, on_device, set_threads
 from profiles.schema import Orchestration, Profile
 
 CONNECT_SECONDS = 20
+QUEUED = 10_000  # tasks that a cluster may hold; its scheduler is made for that
 LOCAL_OBJECT_STORE_BYTES = 80 << 20  # Ray's least: what travels is small
 log = logging.getLogger("puzzle")
 
@@ -36,6 +37,11 @@ class Seat(Value):
 def seat_of(profile: Profile) -> Seat:
     """The seat of every submitted task of a profile."""
     return Seat(devices=profile.orchestration.devices, threads=profile.hardware.threads)
+
+
+def at_a_time(profile: Profile) -> int:
+    """Tasks that are handed to the runner at a time; a cluster queues what its workers cannot take yet."""
+    return profile.orchestration.workers if profile.orchestration.runner == "threads" else QUEUED
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Settings of the whole suite: offline, repeatable, quiet; a chain made once."""
 
 import os
+import tempfile
 
 from blocks.runtime import configure
 
@@ -13,6 +14,7 @@ os.environ.update(
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "240",
         "PREFECT_LOGGING_LEVEL": "WARNING",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PUZZLE_DEVICE_LOCKS": tempfile.mkdtemp(prefix="puzzle-test-devices-"),  # no turns with runs outside the suite
     }
 )
 

@@ -250,6 +250,41 @@ def test_killed_twice_and_started_again_it_makes_the_same_child(run: tuple[Path,
     assert runs == 1  # the killed runs went on as the same MLflow run
 
 
+COUNTED = """
+import os, sys
+from tasks import bld
+plain = bld._train_until_it_falls
+def counted(job, *rest):
+    with open(os.environ["TRAINED"], "a") as file:
+        file.write(job.key + "\\n")
+    return plain(job, *rest)
+bld._train_until_it_falls = counted
+from flows.cli import main
+main()
+"""
+
+
+def test_two_runs_at_once_share_the_library(
+    run: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started together on an empty workspace: each variant is trained by one of them, both children are right."""
+    monkeypatch.setenv("TRAINED", str(tmp_path / "trained"))
+    monkeypatch.setattr(sys.modules[__name__], "PUZZLE", [sys.executable, "-c", COUNTED])
+    other, both = ("--set", "budget.layer_parameters_fraction=0.45"), ("--set", "orchestration.runs_per_device=2")
+    processes = [start(tmp_path / "w", *both), start(tmp_path / "w", *other, *both)]
+    outputs = [process.communicate(timeout=400)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    trained = (tmp_path / "trained").read_text().split()
+    assert len(trained) == len(set(trained)) == len(list((tmp_path / "w" / "library").glob("*.safetensors")))
+    assert any("another run is at work" in output for output in outputs)
+    first, second = (child_of(output) for output in outputs)
+    assert first != second and digests(first) == digests(child_of(run[1]))
+    assert digests(second) == digests(child_of(finished(run[0], *other)))
+    with sqlite3.connect(tmp_path / "w" / "mlflow.db") as database:
+        statuses = [status for (status,) in database.execute("select status from runs where name = 'tiny'")]
+    assert statuses == ["FINISHED", "FINISHED"]
+
+
 def cli_fails(*arguments: str) -> str:
     process = subprocess.run([*PUZZLE, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert process.returncode == 2, process.stdout + process.stderr

@@ -1,0 +1,151 @@
+"""Out of memory goes on in smaller parts, what may pass is asked again, a time limit is a sentence."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from prefect.states import Failed
+from prefect.task_engine import TaskRunTimeoutError
+
+from blocks.errors import CorpusError
+from profiles.load import load_profile
+from profiles.schema import GKD
+from tasks import bld, gkd, memory, scoring, watch
+from tasks.memory import Parts
+from tasks.retries import TookTooLong, told_in_time, worth_retrying
+from tests.chain import Chain
+
+SHORT = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+
+def short_of_memory(function: Callable[..., Any], size: Callable[..., int], most: int) -> Callable[..., Any]:
+    """The function, on a machine where no more than so much goes through at once while gradients are kept."""
+
+    def limited(*arguments: Any) -> Any:
+        if size(*arguments) > most:
+            raise SHORT
+        return function(*arguments)
+
+    return limited
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(memory, "say", lines.append)
+    return lines
+
+
+def test_parts_double_until_it_fits_and_stay() -> None:
+    seen: list[int] = []
+
+    def work(parts: int) -> int:
+        seen.append(parts)
+        if parts < 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return parts
+
+    parts = Parts("it", most=6)
+    assert parts.run(work) == 4 and parts.run(work) == 4 and seen == [1, 2, 4, 4]
+    with pytest.raises(MemoryError):
+        Parts("it", most=1).run(lambda _: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(ValueError, match="a bug"):
+        parts.run(lambda _: (_ for _ in ()).throw(ValueError("a bug")))
+
+
+def test_bld_in_parts_gives_the_same_variant(chain: Chain, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+    def trained() -> dict[str, torch.Tensor]:
+        job = chain.job(1, "ffn", "ffn32")
+        data = bld.layer_data(chain.workspace / job.parent.folder, chain.workspace, job.record)
+        module = chain.reader.empty_layer(1, job.choice).eval()
+        bld._start(job, chain.reader, data, module, chain.workspace)
+        bld._train(job, data, module, job.settings.learning_rate)
+        return dict(module.state_dict())
+
+    whole = trained()
+    size = lambda job, data, module, hidden: len(hidden) if torch.is_grad_enabled() else 0  # noqa: E731
+    monkeypatch.setattr(bld, "_output", short_of_memory(bld._output, size, 1))
+    in_parts = trained()
+    assert said == [f"distill layer 1 ffn ffn32: out of memory, again in {parts} parts" for parts in (2, 4)]
+    for name, tensor in whole.items():
+        # AdamW divides by the gradient's size: rounding of a sum in another order is all that may differ
+        torch.testing.assert_close(in_parts[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_scores_in_parts_are_the_same(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    members = [block for block in chain.blocks if block.layer == 1]
+    whole = [score for score in chain.scores if score.layer == 1]
+    size = lambda suffix, records, hidden, sequences, workspace: len(records) * len(sequences)  # noqa: E731
+    monkeypatch.setattr(scoring, "score_batch", short_of_memory(scoring.score_batch, size, 5))
+    monkeypatch.setattr(scoring, "_path", lambda record, length, workspace: tmp_path / f"{record.key}.json")
+    place = (chain.records[1], chain.records[-1], chain.parent, chain.corpus, (6, 32), chain.workspace)
+    found = scoring.score_layer(members, *place)
+    assert said and all("score layer 1: out of memory" in line for line in said)
+    for one, other in zip(found, whole, strict=True):
+        assert one.variant == other.variant and one.kl == pytest.approx(other.kl, rel=1e-4, abs=1e-7)
+
+
+def test_gkd_in_parts_gives_the_same_child(chain: Chain, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+    settings = GKD(steps=3, batch_sequences=4, learning_rate=1e-3, cosine_every=1, validation_sequences=4)
+    teacher = gkd.record_teacher(chain.parent, chain.corpus, settings, chain.workspace)
+    size = lambda model, head, batch, layers: len(batch["tokens"])  # noqa: E731
+
+    def distilled(key: str) -> gkd.GKDResult:
+        model = chain.reader.model()
+        for parameter in model.model.layers.parameters():
+            parameter.data *= 0.9
+        return gkd.distill_globally(model, teacher, settings, chain.workspace, key)
+
+    whole = distilled("whole")
+    monkeypatch.setattr(gkd, "gkd_loss", short_of_memory(gkd.gkd_loss, size, 2))
+    in_parts = distilled("parts")
+    assert said == ["GKD: out of memory, again in 2 parts"]
+    assert in_parts.losses == pytest.approx(whole.losses, rel=1e-4)
+    assert in_parts.best_kl == pytest.approx(whole.best_kl, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (SHORT, True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (OSError(28, "No space left on device"), True),
+        (ConnectionError("refused"), True),
+        (TimeoutError("of a socket"), True),
+        (TaskRunTimeoutError("Scope timed out after 2.0 second(s)."), False),
+        (FileNotFoundError(2, "no such file"), False),
+        (CorpusError("too small"), False),
+        (ValueError("a bug"), False),
+        (RuntimeError("shape mismatch"), False),
+    ],
+)
+def test_what_is_retried(error: Exception, again: bool) -> None:
+    assert worth_retrying(None, None, Failed(data=error)) == again
+
+
+def test_a_time_limit_is_a_sentence() -> None:
+    sentence = r"'distill' took longer than orchestration.task_timeout allows \(2.0 s\)"
+    with pytest.raises(TookTooLong, match=sentence), told_in_time("distill"):
+        raise TaskRunTimeoutError("Scope timed out after 2.0 second(s).")
+    assert load_profile("tiny", ["orchestration.task_timeout=2"]).orchestration.task_timeout == 2
+
+
+def test_restarts_are_counted_since_somebody_started_the_run() -> None:
+    once = ["Scheduled", "Pending", "Running", "Crashed", watch.RESTART, "Pending", "Running"]
+    assert watch.restarts_of(once[:4]) == 0 and watch.restarts_of(once) == 1
+    assert watch.restarts_of([*once, "Crashed", watch.RESTART]) == 2
+    assert watch.restarts_of([*once, "Failed", "AwaitingRetry", "Running"]) == 0
+
+
+def test_the_watch_is_on_runs_of_puzzle_alone() -> None:
+    silent, crashed = (each.model_dump(mode="json") for each in watch.automations(["optimize"], ["tiny"]))
+    for automation in (silent, crashed):
+        assert "optimize" in str(automation["trigger"]["match_related"])
+        assert "tiny" in str(automation["trigger"]["match_related"])
+    assert silent["trigger"]["within"] > 2 * watch.HEARTBEAT_SECONDS
+    assert silent["actions"][0]["state"] == "CRASHED" and crashed["actions"][0]["state"] == "SCHEDULED"
