@@ -19,7 +19,7 @@ from prefect.tasks import exponential_backoff
 from transformers.utils.logging import disable_progress_bar
 
 from blocks.errors import PuzzleError
-from blocks.library import BlockLibrary, digest_of, remember, write_value
+from blocks.library import BlockLibrary, digest_of, forget, keep, remember
 from blocks.parent import Parent
 from blocks.records import (
     SUBBLOCKS,
@@ -47,9 +47,11 @@ from tasks.engines.limits import refusal
 from tasks.parent import prepare_parent
 from tasks.peers import find
 from tasks.progress import say, shown
+from tasks.reach import check_servers
 from tasks.record import open_parent, record_key, record_layer, recorded
 from tasks.roofline import modelled_costs, setting_of
 from tasks.servers import stop_orphaned_servers
+from tasks.shared import store_used
 from tasks.space import check_search_space, layers_of, measured_space, target_engines
 from tasks.throughput import Throughput
 from tasks.totals import Problem, predicted, problem_of
@@ -337,11 +339,11 @@ def _costs_path(profile: Profile, parent: ParentInfo, workspace: Path) -> Path:
 def measure_again(profile: Profile, parent: ParentInfo, workspace: Path) -> list[str]:
     """Measure costs that are stored already; new ones replace them only if any has moved. Returns those, in words."""
     path, before = _costs_path(profile, parent, workspace), stored_costs(profile, parent, workspace)
-    path.unlink(missing_ok=True)
+    forget(path, workspace)
     now = measure(profile, parent, workspace)
     moved = costs.drift(before, now) if before else []
     if before and not moved:
-        write_value(path, before)
+        keep(path, before, [], workspace)
     return moved
 
 
@@ -440,6 +442,7 @@ def measure_speed(
 @contextmanager
 def process_of(profile: Profile, workspace: Path) -> Iterator[None]:
     """This process as the only one at work in a workspace: threads set, leftovers of killed runs cleared."""
+    check_servers()
     lock = FileLock(workspace / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -451,4 +454,5 @@ def process_of(profile: Profile, workspace: Path) -> Iterator[None]:
         stop_orphaned_servers(workspace / "prefect")
         for leftover in workspace.rglob(".*.part"):
             leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
-        yield
+        with store_used(workspace, profile.store):
+            yield

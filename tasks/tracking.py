@@ -55,8 +55,8 @@ def _uri(workspace: Path) -> str:
     return server_uri() or f"sqlite:///{workspace.resolve() / DATABASE}"
 
 
-def _client(uri: str) -> Any:
-    # read when mlflow is imported for the first time
+def quiet_mlflow() -> Any:
+    """The package, imported without its telemetry, its bars and its chatter."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -65,7 +65,11 @@ def _client(uri: str) -> Any:
 
     for noisy in ("alembic", "mlflow"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    return mlflow.MlflowClient(tracking_uri=uri)
+    return mlflow
+
+
+def _client(uri: str) -> Any:
+    return quiet_mlflow().MlflowClient(tracking_uri=uri)
 
 
 def open_tracking(workspace: Path, experiment: str = "puzzle") -> Tracking:
