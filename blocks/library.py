@@ -1,28 +1,34 @@
 """Content-addressed files of a workspace: safetensors with digests, small JSON manifests, atomic writes.
 
-Every key is a digest of what went in; every tensor file is checked against its digest before it is used. A file is
-written under another name in the same folder and moved into place, so a killed run leaves a whole file or none.
+Every key is a digest of what went in; every tensor file is checked against its digest before it is used. Where the
+workspace has a store (blocks/store.py), `remember` looks there for what is missing here, and `keep` puts there what was
+finished: the only two places that ask it, with `checked_path`, which fetches what was left until it is read.
 """
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from blocks.errors import DamagedBlock
+from blocks.files import atomic_path as atomic_path
+from blocks.files import sha256_of as sha256_of
+from blocks.files import write_text as write_text
 from blocks.records import BlockRecord, Ref, Value
 from blocks.runtime import current_device
+from blocks.store import Store, store_of
 
 ValueT = TypeVar("ValueT", bound=Value)
+# of the files that a record of the store names: all at once, each when it is read, or not to be taken from a store
+Fetch = Literal["ahead", "when read", "never"]
+# nothing that Python would run crosses a store
+FETCHED = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
 
 def digest_of(**parts: Any) -> str:
@@ -35,36 +41,6 @@ def _as_json(value: Any) -> Any:
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json")
     raise TypeError(f"{type(value).__name__} has no stable digest: pass a string, number, list or frozen value")
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target`; moved there when the block ends without an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a text file atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path
 
 
 def write_value(path: Path, value: Value) -> Path:
@@ -106,7 +82,7 @@ def is_whole(workspace: Path, ref: Ref) -> bool:
 
 def checked_path(workspace: Path, ref: Ref) -> Path:
     """Absolute path of a reference whose digest was checked; DamagedBlock otherwise."""
-    if not is_whole(workspace, ref):
+    if not is_whole(workspace, ref) and not _fetched(workspace, ref):
         raise DamagedBlock(
             f"{workspace / ref.path} is missing or differs from its digest {ref.sha256[:12]}: "
             "delete it and run again, it will be made anew."
@@ -120,8 +96,54 @@ def read_tensors(workspace: Path, ref: Ref, names: list[str] | None = None) -> d
         return {name: file.get_tensor(name) for name in names or file.keys()}
 
 
-def remember(path: Path, kind: type[ValueT], refs: Callable[[ValueT], list[Ref]], workspace: Path) -> ValueT | None:
-    """The stored value at `path` if all files it refers to are whole, else None (the caller makes it again)."""
+def _fetched(workspace: Path, ref: Ref) -> bool:
+    store = store_of(workspace)
+    return store is not None and store.fetch(ref.sha256, workspace / ref.path)
+
+
+def remember(
+    path: Path,
+    kind: type[ValueT],
+    refs: Callable[[ValueT], list[Ref]],
+    workspace: Path,
+    fetch: Fetch = "ahead",
+) -> ValueT | None:
+    """The stored value at `path` if all files it refers to are whole, else None (the caller makes it again).
+
+    What the workspace lacks is taken from its store, if it has one; what the store lacks is put there.
+    """
+    found = _here(path, kind, refs, workspace)
+    store = None if fetch == "never" else store_of(workspace)
+    if store is None:
+        return found
+    if found is None:
+        return _from_store(store, path, kind, refs, workspace, fetch)
+    if not store.has_record(_name(path, workspace)):  # finished before it had a store, or while that was away
+        _send(store, path, refs(found), workspace)
+    return found
+
+
+def keep(path: Path, value: Value, refs: Sequence[Ref], workspace: Path, fetch: Fetch = "ahead") -> None:
+    """Write a finished value as JSON, atomically, and put it and the files it refers to into the store, if any."""
+    write_value(path, value)
+    store = None if fetch == "never" else store_of(workspace)
+    if store is not None:
+        _send(store, path, refs, workspace)
+
+
+def forget(path: Path, workspace: Path) -> None:
+    """Remove a value here and in the store, so that it is made again."""
+    path.unlink(missing_ok=True)
+    store = store_of(workspace)
+    if store is not None:
+        store.drop_record(_name(path, workspace))
+
+
+def _name(path: Path, workspace: Path) -> str:
+    return path.relative_to(workspace).as_posix()
+
+
+def _here(path: Path, kind: type[ValueT], refs: Callable[[ValueT], list[Ref]], workspace: Path) -> ValueT | None:
     if not path.exists():
         return None
     try:
@@ -129,6 +151,45 @@ def remember(path: Path, kind: type[ValueT], refs: Callable[[ValueT], list[Ref]]
     except DamagedBlock:
         return None
     return value if all(is_whole(workspace, ref) for ref in refs(value)) else None
+
+
+def _send(store: Store, path: Path, refs: Sequence[Ref], workspace: Path) -> None:
+    """Data first; the record, which makes it count, last."""
+    for ref in refs:
+        if is_whole(workspace, ref):
+            store.send(workspace / ref.path, ref.sha256)
+        elif not store.has(ref.sha256):
+            return  # never fetched, and gone there by now: whoever needs it makes it again
+    store.keep_record(_name(path, workspace), path.read_bytes())
+
+
+def _from_store(
+    store: Store, path: Path, kind: type[ValueT], refs: Callable[[ValueT], list[Ref]], workspace: Path, fetch: Fetch
+) -> ValueT | None:
+    """A value of the store, written here once its files are: all of them, or known to be there."""
+    text = store.record(_name(path, workspace))
+    if text is None:
+        return None
+    try:
+        value = kind.model_validate_json(text)
+    except ValueError:  # of another version of this program
+        return None
+    for ref in refs(value):
+        target = workspace / ref.path
+        if not _belongs(path, target) or target.suffix not in FETCHED:
+            store.tell(f"store {store.url}: {path.name} names {ref.path}, which is not its own: not used, made again")
+            return None
+        if is_whole(workspace, ref):
+            continue
+        if not (store.fetch(ref.sha256, target) if fetch == "ahead" else store.has(ref.sha256)):
+            return None
+    write_text(path, text.decode())
+    return value
+
+
+def _belongs(record: Path, target: Path) -> bool:
+    """True for a file below the folder of its record, wherever links lead."""
+    return target.resolve().is_relative_to(record.parent.resolve()) and ".." not in target.parts
 
 
 class BlockLibrary:
@@ -152,5 +213,5 @@ class BlockLibrary:
 
     def add(self, record: BlockRecord) -> BlockRecord:
         """Store a record; its weights must have been written before."""
-        write_value(self.folder / f"{record.key}.json", record)
+        keep(self.folder / f"{record.key}.json", record, [record.weights] if record.weights else [], self.workspace)
         return record

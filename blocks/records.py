@@ -3,12 +3,23 @@
 Tensors travel as a `Ref`: a path relative to the workspace and the sha256 of the file.
 """
 
-from typing import Literal
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 Subblock = Literal["attention", "ffn"]
 SUBBLOCKS: tuple[Subblock, ...] = ("attention", "ffn")
+
+
+def _relative(path: str) -> str:
+    """ValueError for a path that would leave the workspace: contracts are also read from files of others."""
+    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\\" in path or "\0" in path:
+        raise ValueError(f"{path!r} leaves the workspace: a path inside it, please")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_relative)]
 
 
 class Value(BaseModel):
@@ -20,7 +31,7 @@ class Value(BaseModel):
 class Ref(Value):
     """A file by content. `path` is relative to the workspace."""
 
-    path: str
+    path: RelativePath
     sha256: str
 
 
@@ -31,7 +42,7 @@ class ParentInfo(Value):
     """
 
     name: str
-    folder: str
+    folder: RelativePath
     fingerprint: str
     source: str
     revision: str = ""
@@ -271,7 +282,7 @@ class ChildReport(Value):
     corpus: CorpusInfo
     architecture: Architecture
     candidates: tuple[Candidate, ...]
-    child_folder: str
+    child_folder: RelativePath
     failed_variants: tuple[str, ...] = ()
     stages: tuple[StageTime, ...] = ()
     seconds: float = 0.0

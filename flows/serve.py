@@ -15,13 +15,18 @@ from blocks.errors import PuzzleError
 from blocks.runtime import configure
 from profiles.load import load_profile, shipped_profiles
 from profiles.schema import Profile
-from tasks.admission import DATA_ROOTS, REMOTE_CODE, ROOT
+from tasks.admission import DATA_ROOTS, REMOTE_CODE, ROOT, STORES
+from tasks.reach import check_servers
 from tasks.servers import QUIET, is_free, mlflow_server, prefect_server, running, stop_left_behind
 
 Folders = Annotated[
     list[Path] | None, typer.Option("--data", metavar="DIR", help="served profiles may read below it; repeat for more")
 ]
 FLOWS = ("optimize", "reoptimize", "measure-hardware", "sweep")
+
+Stores = Annotated[
+    list[str] | None, typer.Option("--store", metavar="URL", help="served profiles may use it; repeat for more")
+]
 
 
 def serve_command(
@@ -39,6 +44,7 @@ def serve_command(
     allow_remote_code: Annotated[
         bool, typer.Option("--allow-remote-code", help="a served profile may set trust_remote_code")
     ] = False,
+    store: Stores = None,
 ) -> None:
     """Offer optimize, reoptimize, sweep and measure-hardware in Prefect's UI, on this machine only, until ctrl-c."""
     wanted = [load_profile(name) for name in profiles or shipped_profiles()]
@@ -49,20 +55,22 @@ def serve_command(
         raise PuzzleError(f"cannot write to {root}: {error.strerror}. Choose another with --root.") from error
     configure()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # while servers start; later Prefect's runner takes it
-    os.environ.update(served_environment(root, data or [], allow_remote_code))
+    os.environ.update(served_environment(root, data or [], allow_remote_code, store or []))
     with servers(root, port, mlflow_port):
+        check_servers()
         typer.echo(f"Prefect: {os.environ['PREFECT_API_URL'].removesuffix('/api')}")
         typer.echo(f"MLflow:  {os.environ['MLFLOW_TRACKING_URI']}")
         offer(wanted, runs, reoptimize_at)
 
 
-def served_environment(root: Path, data: list[Path], remote_code: bool) -> dict[str, str]:
+def served_environment(root: Path, data: list[Path], remote_code: bool, stores: list[str]) -> dict[str, str]:
     """What the runs of a serving process inherit. Prefect reads it when it is imported."""
     return {
         **QUIET,
         ROOT: str(root),
         DATA_ROOTS: os.pathsep.join(str(folder.resolve()) for folder in data),
         REMOTE_CODE: "1" if remote_code else "0",
+        STORES: " ".join(stores),
         "PREFECT_HOME": str(root / ".prefect"),
         "PREFECT_LOCAL_STORAGE_PATH": str(root / ".prefect" / "storage"),
         "PREFECT_LOGGING_EXTRA_LOGGERS": "puzzle",
@@ -85,7 +93,7 @@ def servers(root: Path, port: int, mlflow_port: int) -> Iterator[None]:
             os.environ["PREFECT_API_URL"] = url
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             store = f"sqlite:///{root / 'mlflow.db'}"
-            command, url = mlflow_server(_free(mlflow_port, "--mlflow-port"), store, root / "mlartifacts")
+            command, url = mlflow_server(_free(mlflow_port, "--mlflow-port"), store, str(root / "mlartifacts"))
             stack.enter_context(running(command, f"{url}/health", root / "mlflow-server.log", {}))
             os.environ["MLFLOW_TRACKING_URI"] = url
         yield

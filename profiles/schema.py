@@ -13,6 +13,8 @@ EngineName = Literal["torch", "llama.cpp", "vllm", "tensorrt-llm", "sglang"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 REMOTE_CODE = "run Python code that comes with the parent; only if you have read it"
 Label = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+# no user, password, port, query, chain of file systems or percent code: what is named is what is meant
+StoreURL = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*://[A-Za-z0-9._/=+-]+$")]
 
 
 class AnyOf:
@@ -398,6 +400,18 @@ class Profile(Section):
     evaluate: Evaluate = Evaluate()
     champion: Champion = Champion()
     orchestration: Orchestration = Orchestration()
+    store: StoreURL | None = Field(
+        default=None,
+        description="where finished work is kept for other machines too, any fsspec URL without credentials, such as "
+        "s3://bucket/prefix; null: in the workspace alone",
+    )
+
+    @field_validator("store")
+    @classmethod
+    def _store_stays(cls, url: str | None) -> str | None:
+        if url is not None and ".." in url.split("/"):
+            raise ValueError("a store has no `..` in it: name the folder itself")
+        return url
 
     @model_validator(mode="after")
     def _sequences_fit(self) -> Self:

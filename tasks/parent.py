@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from blocks.errors import ParentError
 from blocks.families import FAMILIES, family_of
-from blocks.library import digest_of, is_whole, remember, sha256_of, write_text, write_value
+from blocks.library import Fetch, digest_of, is_whole, keep, remember, sha256_of, write_text
 from blocks.records import ParentInfo, Ref, Value
 from profiles.schema import FolderParent, HubParent, PackageParent, ParentSource, TinyParent
 from tasks.corpus import TOKENIZER_FILES, installed_file
@@ -59,7 +59,9 @@ def prepare_parent(
     """
     texts = _texts_for(source, corpus_text)
     manifest = workspace / "parent" / f"{_source_key(source, texts)}.json"
-    known = remember(manifest, Manifest, lambda value: list(value.files), workspace)
+    # code that comes with a parent is read where it comes from, never taken from a store
+    fetch: Fetch = "never" if getattr(source, "trust_remote_code", False) else "ahead"
+    known = remember(manifest, Manifest, lambda value: list(value.files), workspace, fetch)
     if known is not None:
         return known.parent
     manifest.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +73,7 @@ def prepare_parent(
         check_parent(folder)
         made = _manifest(source, folder, revision)
         _install(folder, workspace, made)
-    write_value(manifest, made)
+    keep(manifest, made, made.files, workspace, fetch)
     return made.parent
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
 from blocks.fit import elimination_order
-from blocks.library import digest_of, is_whole, read_tensors, read_value, remember, write_tensors, write_value
+from blocks.library import digest_of, is_whole, keep, read_tensors, read_value, remember, write_tensors, write_value
 from blocks.packed import pack_linears
 from blocks.parent import Parent
 from blocks.records import CorpusInfo, LayerRecord, ParentInfo, Ref
@@ -47,7 +47,8 @@ def _manifest(layer: int, key: str, workspace: Path) -> Path:
 def recorded(layer: int, key: str, workspace: Path) -> LayerRecord | None:
     """The stored record of a layer when its files are whole, else None."""
     path = _manifest(layer, key, workspace)
-    return remember(path, LayerRecord, lambda record: [record.boundary, record.statistics], workspace)
+    # large, and asked for only where a block or a score is missing
+    return remember(path, LayerRecord, lambda record: [record.boundary, record.statistics], workspace, "when read")
 
 
 def record_layer(
@@ -79,7 +80,7 @@ def record_layer(
     if layer + 1 < reader.depth:
         _write_entering(workspace, folder, layer + 1, after)
     record = LayerRecord(layer=layer, boundary=boundary, statistics=reference, seconds=time.perf_counter() - started)
-    write_value(_manifest(layer, key, workspace), record)
+    keep(_manifest(layer, key, workspace), record, [record.boundary, record.statistics], workspace)
     for leftover in _rolling(workspace, folder, layer):
         leftover.unlink(missing_ok=True)
     return record

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from blocks.divergence import Head, Targets, kl_per_token, targets_of
 from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
-from blocks.library import digest_of, read_tensors, remember, write_value
+from blocks.library import digest_of, keep, read_tensors, remember
 from blocks.packed import pack_linears
 from blocks.parent import Parent, load_subblock, run_subblock
 from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, LayerChoice, LayerRecord, ParentInfo, Score, Value
@@ -175,7 +175,7 @@ def score_sequences(
             for record, found in parts.run(scored):
                 if found is not None:
                     known[record.key] = known[record.key].and_also(found)
-                    write_value(_path(record, shape[1], workspace), known[record.key])
+                    keep(_path(record, shape[1], workspace), known[record.key], [], workspace)
     scores = [_score(record, known[record.key], sequences, shape[1]) for record, sequences in usable]
     return [score for score in scores if score is not None]
 

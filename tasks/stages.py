@@ -17,7 +17,7 @@ from prefect.tasks import exponential_backoff
 from transformers.utils.logging import disable_progress_bar
 
 from blocks.errors import PuzzleError
-from blocks.library import BlockLibrary, digest_of, remember, write_value
+from blocks.library import BlockLibrary, digest_of, forget, keep, remember
 from blocks.parent import Parent
 from blocks.records import (
     SUBBLOCKS,
@@ -47,11 +47,13 @@ from tasks.parent import prepare_parent
 from tasks.peers import find
 from tasks.presence import at_work_in, prefect_home
 from tasks.progress import say, shown
+from tasks.reach import check_servers
 from tasks.record import open_parent, record_key, record_layer, recorded
 from tasks.retries import limits_of, told_in_time, worth_retrying
 from tasks.reuse import show_finished
 from tasks.roofline import modelled_costs, setting_of
 from tasks.servers import stop_orphaned_servers
+from tasks.shared import store_used
 from tasks.sharing import Piece, in_turn, made_once
 from tasks.space import check_search_space, layers_of, measured_space, target_engines
 from tasks.throughput import Throughput
@@ -354,11 +356,11 @@ def _costs_path(profile: Profile, parent: ParentInfo, workspace: Path) -> Path:
 def measure_again(profile: Profile, parent: ParentInfo, workspace: Path) -> list[str]:
     """Measure costs that are stored already; new ones replace them only if any has moved. Returns those, in words."""
     path, before = _costs_path(profile, parent, workspace), stored_costs(profile, parent, workspace)
-    path.unlink(missing_ok=True)
+    forget(path, workspace)
     now = measure(profile, parent, workspace)
     moved = costs.drift(before, now) if before else []
     if before and not moved:
-        write_value(path, before)
+        keep(path, before, [], workspace)
     return moved
 
 
@@ -468,10 +470,12 @@ def process_of(profile: Profile, workspace: Path) -> Iterator[None]:
     """This process at work in a workspace, beside others: threads set, leftovers of killed runs cleared, its stages in
     turn with those of other runs on the device.
     """
+    check_servers()
     with at_work_in(workspace) as number, sharing(profile):
         set_threads(profile.hardware.threads)
         disable_progress_bar()  # transformers' own bars: ours tell the stage
         stop_orphaned_servers(prefect_home(workspace, number))
         if number > 1:
             say(f"another run is at work in {workspace}: what both need is made once")
-        yield
+        with store_used(workspace, profile.store):
+            yield

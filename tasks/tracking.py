@@ -56,8 +56,8 @@ def _uri(workspace: Path) -> str:
     return server_uri() or f"sqlite:///{workspace.resolve() / DATABASE}"
 
 
-def _client(uri: str) -> Any:
-    # read when mlflow is imported for the first time
+def quiet_mlflow() -> Any:
+    """The package, imported without its telemetry, its bars and its chatter."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -66,6 +66,11 @@ def _client(uri: str) -> Any:
 
     for noisy in ("alembic", "mlflow"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    return mlflow
+
+
+def _client(uri: str) -> Any:
+    mlflow = quiet_mlflow()
     if uri.startswith("http"):
         wait_for_answer("MLflow", uri)
     return mlflow.MlflowClient(tracking_uri=uri)

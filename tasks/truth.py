@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from blocks.divergence import Head, Targets, kl_per_token, targets_of
 from blocks.errors import PuzzleError, PuzzleFailure
-from blocks.library import digest_of, read_tensors, remember, write_value
+from blocks.library import digest_of, keep, read_tensors, remember
 from blocks.packed import pack_linears
 from blocks.parent import Parent, run_subblock
 from blocks.records import SUBBLOCKS, BlockRecord, LayerChoice, Value
@@ -178,7 +178,7 @@ class Meter:
         if stored is not None:
             return stored
         found = self._measure(tuple(layers))
-        write_value(path, found)
+        keep(path, found, [], self.finished.workspace)
         return found
 
     def _key(self, layers: Layers) -> str:

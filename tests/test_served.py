@@ -181,5 +181,5 @@ def test_prefect_yaml_names_flows_that_are_there() -> None:
 def test_servers_listen_on_loopback_only() -> None:
     from tasks.servers import mlflow_server, prefect_server
 
-    for command, url in (prefect_server(1234), mlflow_server(1234, "sqlite:///x", Path("x"))):
+    for command, url in (prefect_server(1234), mlflow_server(1234, "sqlite:///x", "x")):
         assert command[command.index("--host") + 1] == "127.0.0.1" and "127.0.0.1:1234" in url

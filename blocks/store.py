@@ -1,0 +1,327 @@
+"""A store: what workspaces finish, kept where other machines find it. Any fsspec URL; digests are checked on reading.
+
+    puzzle-store.json      says that this is one, and of which layout
+    objects/<ab>/<sha256>  data by content: two machines that make the same thing write the same object
+    records/<path>         what makes data count, under its path in the workspace: sha256 of the rest, a line end, JSON
+
+Data goes first, its record last: whoever reads a record finds what it names. What does not have its digest is told,
+removed and never used; whoever asked makes it again. Names are digests or paths of our own, so no name leads out.
+Credentials are the file system's own affair (AWS_ACCESS_KEY_ID, ~/.aws, an instance's role); none pass through here.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from blocks.errors import PuzzleError, PuzzleFailure
+from blocks.files import atomic_path, sha256_of, write_text
+
+LAYOUT = 1
+SIGN = "puzzle-store.json"
+MARKER = ".store"  # in a workspace: the URL of its store
+DELAYS = (1, 2, 4, 8, 16, 32)  # seconds before another try: a minute in all
+LINE_EVERY_SECONDS = 10.0
+LARGE = 256 * 2**20  # bytes of a file that is told before it moves
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._+=-]*(/[A-Za-z0-9_-][A-Za-z0-9._+=-]*)*")
+DIGEST = re.compile(r"[0-9a-f]{64}")
+# botocore's words for "who are you"; by name, so that a store on another file system needs no botocore
+NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError")
+AnswerT = TypeVar("AnswerT")
+
+
+class StoreError(PuzzleError):
+    """A store that is named wrongly, or that this user may not use."""
+
+
+class StoreAway(PuzzleFailure):
+    """A store that did not answer, however often it was asked."""
+
+
+class _Unfit(Exception):
+    """Bytes that are not what they should be; they must not be moved into place."""
+
+
+class Store:
+    """A place for finished work. Thread-safe; counts what it moves.
+
+    Raises StoreError for a place that is not there or not ours, StoreAway when it does not answer within a minute.
+    """
+
+    def __init__(self, url: str, delays: tuple[float, ...] = DELAYS) -> None:
+        self.url, self.delays = url, delays
+        self.fs, self.root = _file_system(url)
+        self.tell: Callable[[str], None] = logging.getLogger("puzzle").info
+        self.sent_bytes = self.fetched_bytes = self.sent_files = self.fetched_files = 0
+        self._lock, self._told_at = threading.Lock(), time.monotonic()
+        self._folders: dict[str, set[str]] = {}
+        self._check()
+
+    def _check(self) -> None:
+        """Reads the sign, or puts it there: a wrong bucket or a missing permission shows before any work."""
+        sign = self._read(SIGN)
+        if sign is None:
+            self._ask("write to", lambda: self._put_bytes(SIGN, json.dumps({"layout": LAYOUT}).encode()))
+            return
+        try:
+            layout = json.loads(sign)["layout"]
+        except (ValueError, KeyError, TypeError):
+            layout = "unknown"
+        if layout != LAYOUT:
+            raise StoreError(f"{self.url} has layout {layout}; this puzzle reads {LAYOUT}. Name another prefix.")
+
+    # --- records
+
+    def record(self, path: str) -> bytes | None:
+        """The record at a workspace path; None when there is none, or when it was damaged (told, and removed)."""
+        name = _record(path)
+        body = self._read(name)
+        if body is None:
+            return None
+        digest, _, text = body.partition(b"\n")
+        if hashlib.sha256(text).hexdigest().encode() != digest:
+            self._damaged(name, "its record does not have its digest")
+            return None
+        self._count(fetched=len(body))
+        return text
+
+    def keep_record(self, path: str, text: bytes) -> None:
+        """Put a record; what it names must have been sent before."""
+        name, body = _record(path), hashlib.sha256(text).hexdigest().encode() + b"\n" + text
+        self._ask("write to", lambda: self._put_bytes(name, body))
+        self._count(sent=len(body))
+        self._listed(path).add(path.rpartition("/")[2])
+
+    def has_record(self, path: str) -> bool:
+        """True when a record lay there when its folder was first listed by this process, or was put there since."""
+        return path.rpartition("/")[2] in self._listed(path)
+
+    def drop_record(self, path: str) -> None:
+        """Forget a record, so that it is made again everywhere."""
+        self._remove(_record(path))
+        self._listed(path).discard(path.rpartition("/")[2])
+
+    def _listed(self, path: str) -> set[str]:
+        folder = _record(path).rpartition("/")[0]
+        with self._lock:
+            known = self._folders.get(folder)
+        if known is None:
+            found = self._ask("list", lambda: self.fs.ls(self._at(folder), detail=False)) or []
+            with self._lock:
+                known = self._folders.setdefault(folder, {name.rpartition("/")[2] for name in found})
+        return known
+
+    # --- data
+
+    def send(self, source: Path, digest: str) -> None:
+        """Put a file whose digest was checked; nothing moves when an object of its name and size is there."""
+        name, size = _object(digest), source.stat().st_size
+        if self._size(name) == size:
+            return
+        self._announce("sending", source.name, size)
+        self._ask("write to", lambda: self._put_file(source, name))
+        self._count(sent=size)
+
+    def has(self, digest: str) -> bool:
+        """True when there is an object of this digest; its content is checked when it is fetched."""
+        return self._size(_object(digest)) is not None
+
+    def fetch(self, digest: str, target: Path) -> bool:
+        """Get a file and check it; False when it is missing, or was damaged (told, and removed)."""
+        name = _object(digest)
+        size = self._size(name)
+        if size is None:
+            return False
+        self._announce("fetching", target.name, size)
+        try:
+            with atomic_path(target) as place:
+                self._ask("read from", partial(self._get_file, name, place))
+                if sha256_of(place) != digest:
+                    raise _Unfit
+        except _Unfit:
+            self._damaged(name, f"{target.name} does not have its digest")
+            return False
+        self._count(fetched=size)
+        return True
+
+    # --- told
+
+    def traffic(self) -> str:
+        """What went to and fro since this process opened the store."""
+        return (
+            f"store {self.url}: sent {_bytes(self.sent_bytes)} in {self.sent_files} files, "
+            f"fetched {_bytes(self.fetched_bytes)} in {self.fetched_files}"
+        )
+
+    def _count(self, sent: int | None = None, fetched: int | None = None) -> None:
+        with self._lock:
+            self.sent_bytes += sent or 0
+            self.fetched_bytes += fetched or 0
+            self.sent_files += sent is not None
+            self.fetched_files += fetched is not None
+            due = time.monotonic() - self._told_at >= LINE_EVERY_SECONDS
+            if due:
+                self._told_at = time.monotonic()
+        if due:
+            self.tell(self.traffic())
+
+    def _announce(self, doing: str, name: str, size: int) -> None:
+        if size >= LARGE:
+            self.tell(f"store {self.url}: {doing} {name}, {_bytes(size)}")
+
+    def _damaged(self, name: str, what: str) -> None:
+        self.tell(f"store {self.url}: damaged, {what} ({name}): removed there, not used, made again")
+        self._remove(name)
+
+    # --- the file system, asked patiently
+
+    def _at(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def _size(self, name: str) -> int | None:
+        found = self._ask("look into", lambda: self.fs.info(self._at(name)))
+        return None if found is None else int(found["size"])
+
+    def _read(self, name: str) -> bytes | None:
+        return self._ask("read from", lambda: self.fs.cat_file(self._at(name)))
+
+    def _remove(self, name: str) -> None:
+        self._ask("remove from", lambda: self.fs.rm_file(self._at(name)))
+
+    def _get_file(self, name: str, place: Path) -> bool:
+        self.fs.get_file(self._at(name), str(place))
+        return True
+
+    def _put_bytes(self, name: str, data: bytes) -> bool:
+        if _is_local(self.fs):
+            with atomic_path(Path(self._at(name))) as place:
+                place.write_bytes(data)
+        else:
+            self.fs.pipe_file(self._at(name), data)
+        return True
+
+    def _put_file(self, source: Path, name: str) -> bool:
+        if _is_local(self.fs):
+            with atomic_path(Path(self._at(name))) as place:
+                shutil.copyfile(source, place)
+        else:
+            self.fs.put_file(str(source), self._at(name))
+        return True
+
+    def _ask(self, doing: str, question: Callable[[], AnswerT]) -> AnswerT | None:
+        """The answer, None for what is not there. What may pass is asked again, later and later."""
+        for delay in (*self.delays, None):
+            try:
+                return question()
+            except FileNotFoundError as error:
+                if doing == "write to" or "bucket does not exist" in str(error):
+                    raise StoreError(
+                        f"cannot {doing} the store {self.url}: {_line(error)}. Make the bucket or folder first, or "
+                        "name another in `store`."
+                    ) from error
+                return None
+            except PermissionError as error:
+                raise StoreError(
+                    f"this user may not {doing} the store {self.url}: {_line(error)}. Check the credentials in the "
+                    "environment, or name another in `store`."
+                ) from error
+            except (ValueError, TypeError, LookupError, AttributeError):
+                raise  # a bug will not pass
+            except Exception as error:  # each file system has its own
+                if type(error).__name__ in NO_CREDENTIALS:
+                    raise StoreError(
+                        f"no credentials for the store {self.url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                        "AWS_PROFILE, or give this machine a role."
+                    ) from error
+                if delay is None:
+                    raise StoreAway(
+                        f"the store {self.url} does not answer ({type(error).__name__}: {_line(error)}), asked "
+                        f"{len(self.delays) + 1} times. What is finished is kept in the workspace: start again when "
+                        "it is back, or without `store`."
+                    ) from error
+                self.tell(f"store {self.url} does not answer ({type(error).__name__}), asked again in {delay:g} s")
+                time.sleep(delay)
+        raise AssertionError("the last delay is None")
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    # a listing of an hour ago would hide what another machine put there since
+    own: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    if url.startswith(("s3://", "s3a://")):
+        own["config_kwargs"] = {"retries": {"max_attempts": 2}, "connect_timeout": 10, "read_timeout": 60}
+    try:
+        fs, root = fsspec.core.url_to_fs(url, **own)
+    except ImportError as error:
+        raise StoreError(
+            f"the store {url} needs a package that is not here ({_line(error)}): pip install 'puzzle[s3]' for s3://."
+        ) from error
+    except ValueError as error:
+        raise StoreError(f"{url} is no store: {_line(error)}. For instance s3://bucket/prefix.") from error
+    return fs, str(root).rstrip("/")
+
+
+def _is_local(fs: Any) -> bool:
+    from fsspec.implementations.local import LocalFileSystem
+
+    return isinstance(fs, LocalFileSystem)
+
+
+def _record(path: str) -> str:
+    """Name of the record of a workspace path; ValueError for one that leads elsewhere."""
+    if not NAME.fullmatch(path):
+        raise ValueError(f"{path!r} cannot name a record")
+    return f"records/{path}"
+
+
+def _object(digest: str) -> str:
+    if not DIGEST.fullmatch(digest):
+        raise ValueError(f"{digest!r} is no sha256")
+    return f"objects/{digest[:2]}/{digest}"
+
+
+def _bytes(count: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count = count / 1024  # type: ignore[assignment]
+    return f"{count:.4g} GiB"
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+# --- which store a workspace has
+
+
+@lru_cache(maxsize=8)
+def _opened(url: str) -> Store:
+    return Store(url)
+
+
+def store_of(workspace: Path) -> Store | None:
+    """The store that the runs of a workspace use; None where they use none."""
+    try:
+        url = (workspace / MARKER).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    return _opened(url) if url else None
+
+
+def use_store(workspace: Path, url: str | None) -> Store | None:
+    """Name the store of a workspace, for every process that works in it; None: it has none from now on."""
+    if url is None:
+        (workspace / MARKER).unlink(missing_ok=True)
+        return None
+    store = _opened(url)
+    write_text(workspace / MARKER, url + "\n")
+    return store
