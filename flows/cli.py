@@ -72,13 +72,13 @@ def _reoptimize(profile: Profile, folder: Path, remeasure: bool) -> str:
 @app.command()
 def rollback(profile: ProfileFile, workspace: WorkspaceOption = None, set_: Overrides = None) -> None:
     """Give the alias `champion` back to the version that had it before."""
-    from tasks import registry
-    from tasks.tracking import open_tracking
-
     wanted = load_profile(profile, set_ or [])
     folder = (workspace or Path("workspace") / wanted.name).resolve()
     prepare_workspace(folder)
-    left, now = registry.rollback(open_tracking(folder), registry.model_name(wanted.name))
+    from tasks import registry
+    from tasks.experiment import open_experiment
+
+    left, now = registry.rollback(open_experiment(wanted, folder), registry.model_name(wanted.name))
     typer.echo(f"champion of {now.name}: version {now.version} again, instead of {left.version}")
 
 
