@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from blocks.records import CorpusInfo, ParentInfo
 from profiles.schema import Hardware, Profile
@@ -96,7 +97,7 @@ def compare_url(tracking: Tracking, run_ids: Sequence[str], port: int = 5000) ->
 
 
 def _listed(words: Sequence[str]) -> str:
-    return json.dumps(list(words), separators=(",", ":"))
+    return quote(json.dumps(list(words), separators=(",", ":")))  # it stands in Markdown links
 
 
 def finished_runs(tracking: Tracking, count: int) -> list[str]:

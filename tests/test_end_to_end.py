@@ -132,7 +132,8 @@ def test_a_champion_stays_and_changes(site: Site, optimized: str, monkeypatch: p
     now = client.get_model_version_by_alias("puzzle-tiny", "champion")
     assert (first.version, now.version, now.description) == ("1", "2", found.reason)
 
-    model = client.get_logged_model(now.model_id)
+    assert now.source.startswith("models:/")
+    model = client.get_logged_model(now.source.removeprefix("models:/"))
     metrics = {metric.key: metric.value for metric in model.metrics}
     assert metrics["child/kl"] == client.get_run(now.run_id).data.metrics["child/kl"]
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/puzzle-tiny/{now.version}", tracking_uri=site.mlflow))

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -74,7 +75,7 @@ def test_the_saved_query_and_the_compare_page_of_the_docs(opened: Tracking) -> N
     assert experiment.finished_runs(opened, 2) == [others[2], others[1]]
     url = experiment.compare_url(opened, [good, also], 5001)
     where = f'runs=["{good}","{also}"]&experiments=["{opened.experiment_id}"]'
-    assert url == f"http://127.0.0.1:5001/#/compare-runs?{where}"
+    assert unquote(url) == f"http://127.0.0.1:5001/#/compare-runs?{where}" and '"' not in url
 
 
 def made(layer: int, subblock: Any, variant: str) -> tuple[BlockRecord, Score]:
