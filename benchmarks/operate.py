@@ -1,12 +1,14 @@
-"""Operated for real: `puzzle serve` with its Prefect and MLflow servers, everything asked for through their APIs.
+"""Operated for real: `puzzle serve` and a worker of `prefect.yaml`, everything asked for through the servers' APIs.
 
-    .venv/bin/python -m benchmarks.operate
+    .venv/bin/python -m benchmarks.operate                      # all sections, about ten minutes on an idle machine
+    .venv/bin/python -m benchmarks.operate champion             # one of them again; the others' rows are kept
 
 Each row is a thing that a person would do in the UI, the seconds until it was done, and what both servers said of it
-afterwards. Any answer that is not the expected one ends the benchmark with an error and the log of the servers.
+afterwards. Any answer that is not the expected one ends the benchmark with an error and the log of the servers. A
+section that is finished is kept in workspace/operate/ and not run again: delete it there, or name it.
 """
 
-import contextlib
+import argparse
 import hashlib
 import json
 import os
@@ -15,11 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,141 +26,23 @@ from typing import Any
 import psutil
 
 from benchmarks.common import ROOT, table, write_page
+from benchmarks.site import OVER, PATIENCE, Site, both_servers, changed, environment_of, request, served
 from tasks.presence import others_at_work
-from tasks.servers import LOOPBACK, free_port, running
+from tasks.servers import LOOPBACK, free_port, running, stop
 
 PROFILE = ROOT / "benchmarks" / "operate.yaml"
-OVER = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-
-
-def main() -> None:
-    """Serve, operate, stop; write benchmarks/operate.md."""
-    with tempfile.TemporaryDirectory(prefix="puzzle-operate-") as place, served(Path(place)) as site:
-        for step in (refused, optimized, escaped, cancelled, suspended, crowned, completed, scheduled):
-            started = time.monotonic()
-            said = step(site)
-            site.rows.append(
-                [(step.__doc__ or "").split("\n")[0].rstrip("."), f"{time.monotonic() - started:.0f}", said]
-            )
-            print(site.rows[-1], flush=True)
-    left = [
-        process.pid for process in psutil.process_iter(["cmdline"]) if place in " ".join(process.info["cmdline"] or [])
-    ]
-    assert not left, f"processes survive `puzzle serve`: {left}"
-    load = os.getloadavg()[0]
-    write_page(
-        "operate",
-        "Operated through the servers",
-        [
-            f"`puzzle serve benchmarks/operate.yaml` in a fresh folder: up and deployments registered after "
-            f"{site.start_seconds:.0f} s, nothing left running when stopped. Seconds of wall time, load {load:.0f} "
-            "on 2 cores; the start of each run's process and its imports are most of them.",
-            table(["step", "seconds", "what the servers said"], site.rows),
-        ],
-    )
-
-
-@dataclass
-class Site:
-    """The serving process and how to reach what it started."""
-
-    root: Path
-    prefect: str
-    mlflow: str
-    start_seconds: float = 0.0
-    rows: list[list[object]] = field(default_factory=list)
-    children: dict[str, str] = field(default_factory=dict)
-
-    def call(self, path: str, body: Any = None, method: str | None = None) -> tuple[int, Any]:
-        """Status and JSON of a request to Prefect's API."""
-        return request(f"{self.prefect}/api{path}", body, method)
-
-    def ask_mlflow(self, path: str) -> Any:
-        """JSON of a GET of MLflow's API."""
-        status, found = request(f"{self.mlflow}/api/2.0/mlflow{path}")
-        assert status == 200, (path, found)
-        return found
-
-    def start(self, flow: str, workspace: str, **more: Any) -> str:
-        """Start a deployment as the UI does; `profile__a__b=...` changes a value of its form. Returns the run's id."""
-        _, deployment = self.call(f"/deployments/name/{flow}/operate")
-        parameters = {**deployment["parameters"], "workspace": workspace}
-        for path, value in more.items():
-            node: Any = parameters
-            *above, last = path.split("__")
-            for key in above:
-                node = node[key]
-            node[last] = value
-        status, run = self.call(f"/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})
-        assert status == 201, run
-        return str(run["id"])
-
-    def state(self, run: str) -> Any:
-        """The state of a run."""
-        return self.call(f"/flow_runs/{run}")[1]["state"]
-
-    def wait(self, run: str, seconds: float = 400) -> Any:
-        """The final state of a run."""
-        deadline = time.monotonic() + seconds
-        while (state := self.state(run))["type"] not in OVER:
-            assert time.monotonic() < deadline, f"run {run} is {state['name']} after {seconds:.0f} s"
-            time.sleep(0.3)
-        return state
-
-    def finished(self, run: str) -> Any:
-        """The state of a run that must complete."""
-        state = self.wait(run)
-        assert state["type"] == "COMPLETED", state["message"]
-        return state
-
-
-def request(url: str, body: Any = None, method: str | None = None) -> tuple[int, Any]:
-    """Status and JSON; asked again while the server says that it is busy."""
-    data = None if body is None else json.dumps(body).encode()
-    asked = urllib.request.Request(url, data=data, headers={"content-type": "application/json"}, method=method)
-    for _ in range(20):
-        try:
-            with urllib.request.urlopen(asked, timeout=120) as response:
-                text = response.read()
-                return response.status, json.loads(text) if text else None
-        except urllib.error.HTTPError as error:
-            if error.code != 503:  # SQLite is busy: Prefect's own client asks again too
-                return error.code, error.read().decode()
-            time.sleep(0.5)
-    return 503, "still busy"
-
-
-@contextmanager
-def served(root: Path) -> Iterator[Site]:
-    """`puzzle serve` on free ports for the length of the block."""
-    port, mlflow_port = free_port(), free_port()
-    site = Site(root=root, prefect=f"http://{LOOPBACK}:{port}", mlflow=f"http://{LOOPBACK}:{mlflow_port}")
-    command = [sys.executable, "-c", "from flows.cli import main; main()", "serve", str(PROFILE), "--root", str(root)]
-    command += ["--port", str(port), "--mlflow-port", str(mlflow_port)]
-    started = time.monotonic()
-    log = root / "serve.log"
-    try:
-        with running(command, f"{site.prefect}/api/health", log, {"PYTHONPATH": str(ROOT)}, 240, 60) as process:
-            while request(f"{site.prefect}/api/deployments/name/sweep/operate")[0] != 200:
-                assert process.poll() is None and time.monotonic() < started + 300, "no deployments"
-                time.sleep(0.5)
-            site.start_seconds = time.monotonic() - started
-            yield site
-    except BaseException:
-        print(log.read_text()[-3000:], file=sys.stderr)
-        raise
+KEPT = ROOT / "workspace" / "operate"
+TIGHT = {"budget.layer_parameters_fraction": 0.45}
+WORSE = {"gkd.steps": 0, "bld.steps": 0, "bld.closed_form": False}
+PUZZLE = [sys.executable, "-c", "from flows.cli import main; main()"]
 
 
 def refused(site: Site) -> str:
     """A form with a wrong value, an unknown field, a workspace that is a path."""
-    _, deployment = site.call("/deployments/name/optimize/operate")
+    deployment = site.deployment("optimize")
     reasons = []
-    for change in ({"budget": {"layer_parameters_fraction": 7}}, {"sped_up": 2}, "../elsewhere"):
-        profile, workspace = deployment["parameters"]["profile"], "w"
-        if isinstance(change, dict):
-            profile = {**profile, **change}
-        else:
-            workspace = change
+    for change, workspace in (({"budget": {"layer_parameters_fraction": 7}}, "w"), ({"sped_up": 2}, "w"), ({}, "../w")):
+        profile = {**deployment["parameters"]["profile"], **change}
         body = {"parameters": {"profile": profile, "workspace": workspace}}
         status, said = site.call(f"/deployments/{deployment['id']}/create_flow_run", body)
         assert status == 409, said
@@ -177,109 +58,130 @@ def child_digest(workspace: Path) -> str:
 
 def optimized(site: Site) -> str:
     """The deployment `optimize`, started and waited for."""
-    run = site.start("optimize", "first")
+    run = site.start("optimize", workspace="first")
     site.finished(run)
-    _, found = site.call(f"/flow_runs/{run}")
-    (mlflow_run,) = [tag.removeprefix("mlflow.run_id:") for tag in found["tags"] if tag.startswith("mlflow.run_id:")]
-    _, artifacts = site.call("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run]}}})
-    keys = {artifact["key"] for artifact in artifacts}
-    assert {"report", "architecture", "block-library", "costs", "chosen", "stage-distill", "mlflow-run"} <= keys, keys
-    bars = [artifact for artifact in artifacts if artifact["type"] == "progress"]
+    artifacts = site.artifacts(run)
+    assert {"report", "architecture", "block-library", "costs", "chosen", "stage-distill", "mlflow-run"} <= set(
+        artifacts
+    )
+    bars = [artifact for artifact in artifacts.values() if artifact["type"] == "progress"]
     assert all(bar["data"] == 100 and "done in" in bar["description"] for bar in bars)
-    logged = site.ask_mlflow(f"/runs/get?run_id={mlflow_run}")["run"]
+    logged = site.ask_mlflow(f"/runs/get?run_id={site.mlflow_run_of(run)}")["run"]
     tags = {tag["key"]: tag["value"] for tag in logged["data"]["tags"]}
     metrics = {metric["key"]: metric["value"] for metric in logged["data"]["metrics"]}
+    inputs = [found["dataset"]["name"] for found in logged["inputs"]["dataset_inputs"]]
     assert tags["prefect.flow_run_id"] == run and run in tags["prefect.flow_run_url"]
-    assert logged["info"]["status"] == "FINISHED" and metrics["child/kl"] >= 0
-    site.children["first"] = child_digest(site.root / "first")
+    assert logged["info"]["status"] == "FINISHED" and metrics["child/kl"] >= 0 and len(inputs) == 2
+    site.kept["first"] = child_digest(site.root / "first")
     return (
-        f"Prefect: Completed, {len(bars)} progress bars, {len(keys)} artifacts; MLflow: {logged['info']['status']}, "
-        f"child/kl {metrics['child/kl']:.4f}, {len(metrics)} metrics, each names the other"
+        f"Prefect: Completed, {len(bars)} progress bars, {len(artifacts)} artifacts; "
+        f"MLflow: {logged['info']['status']}, child/kl "
+        f"{metrics['child/kl']:.4f}, {len(metrics)} metrics, inputs {', '.join(inputs)}; each names the other"
     )
 
 
 def escaped(site: Site) -> str:
     """A corpus outside the folders that served runs may read."""
     sources = [{"kind": "text", "path": "/etc/passwd"}]
-    state = site.wait(site.start("optimize", "escape", profile__corpus__sources=sources))
+    state = site.wait(site.start("optimize", {"corpus.sources": sources}, workspace="escape"))
     assert state["type"] == "FAILED" and "is not below a folder" in state["message"], state
     assert not (site.root / "escape").exists()
     return f"Failed: {state['message'].split(': ', 1)[-1]}; nothing was written"
 
 
-def cancelled(site: Site) -> str:
-    """Cancelled through the API in mid-distillation, then started again."""
-    workspace = site.root / "cancelled"
-    run = site.start("optimize", "cancelled")
+def distilling(site: Site, workspace: Path) -> str:
+    """A run of `optimize` that has its first block."""
+    run = site.start("optimize", workspace=workspace.name)
     while not list(workspace.glob("library/*.json")):
         assert site.state(run)["type"] not in OVER
         time.sleep(0.05)
-    asked = time.monotonic()
+    return run
+
+
+def blocks_of(workspace: Path) -> dict[Path, int]:
+    """When each block record was written; every one must have its weights, with their digest."""
+    for path in workspace.glob("library/*.json"):
+        weights = json.loads(path.read_text())["weights"]
+        assert (
+            not weights or hashlib.sha256((workspace / weights["path"]).read_bytes()).hexdigest() == weights["sha256"]
+        )
+    return {path: path.stat().st_mtime_ns for path in workspace.glob("library/*.json")}
+
+
+def same_child(site: Site, workspace: Path, done: dict[Path, int]) -> str:
+    """After an interruption: the uninterrupted run's child, no block made anew."""
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert child_digest(workspace) == site.kept["first"]
+    assert not list(workspace.rglob("*.part"))
+    return f"{len(done)} whole blocks, none of them made anew, the child is the uninterrupted run's bit for bit"
+
+
+def cancelled(site: Site) -> str:
+    """Cancelled through the API in mid-distillation, then started again."""
+    workspace = site.root / "cancelled"
+    run, asked = distilling(site, workspace), time.monotonic()
     site.call(f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
     state = site.wait(run)
     took = time.monotonic() - asked
-    assert state["type"] == "CANCELLED", state
-    done = {path: path.stat().st_mtime_ns for path in workspace.glob("library/*.json")}
-    for path in done:
-        weights = json.loads(path.read_text())["weights"]
-        if weights:
-            assert hashlib.sha256((workspace / weights["path"]).read_bytes()).hexdigest() == weights["sha256"]
-    assert not list(workspace.glob("runs/*/child"))
-    site.finished(site.start("optimize", "cancelled"))
-    assert {path: path.stat().st_mtime_ns for path in done} == done
-    assert child_digest(workspace) == site.children["first"]
-    return (
-        f"Cancelled after {took:.0f} s with {len(done)} whole blocks; started again none of them was made anew, the "
-        "child is the uninterrupted run's bit for bit"
-    )
+    assert state["type"] == "CANCELLED" and not list(workspace.glob("runs/*/child")), state
+    done = blocks_of(workspace)
+    site.finished(site.start("optimize", workspace="cancelled"))
+    return f"Cancelled after {took:.0f} s; started again: {same_child(site, workspace, done)}"
 
 
 def suspended(site: Site) -> str:
     """Suspended through the API in mid-distillation, then resumed."""
     workspace = site.root / "suspended"
-    run = site.start("optimize", "suspended")
-    while not list(workspace.glob("library/*.json")):
-        assert site.state(run)["type"] not in OVER
-        time.sleep(0.05)
+    run = distilling(site, workspace)
     until = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
     details = {"pause_reschedule": True, "pause_timeout": until}
-    site.call(
-        f"/flow_runs/{run}/set_state", {"state": {"type": "PAUSED", "name": "Suspended", "state_details": details}}
-    )
+    paused = {"state": {"type": "PAUSED", "name": "Suspended", "state_details": details}}
+    site.call(f"/flow_runs/{run}/set_state", paused)
     asked = time.monotonic()
     while others_at_work(workspace):
-        assert time.monotonic() < asked + 120, "the suspended run holds its workspace"
+        assert time.monotonic() < asked + PATIENCE, "the suspended run holds its workspace"
         time.sleep(0.2)
-    took = time.monotonic() - asked
-    done = {path: path.stat().st_mtime_ns for path in workspace.glob("library/*.json")}
+    took, done = time.monotonic() - asked, blocks_of(workspace)
     assert site.state(run)["type"] == "PAUSED"
     status, said = site.call(f"/flow_runs/{run}/resume", {})
     assert status in (200, 201), said
     site.finished(run)
-    assert {path: path.stat().st_mtime_ns for path in done} == done
-    assert child_digest(workspace) == site.children["first"]
-    return f"its process was gone after {took:.0f} s with {len(done)} whole blocks; resumed, the same child bit for bit"
+    return f"its process was gone after {took:.0f} s; resumed: {same_child(site, workspace, done)}"
+
+
+def judged(site: Site, expected: str, version: int, changes: dict[str, Any], **parameters: Any) -> str:
+    """A run of `reoptimize` that must end with an outcome and a champion."""
+    run = site.start("reoptimize", changes, workspace="first", **parameters)
+    state = site.finished(run)
+    found = site.ask_mlflow("/registered-models/alias?name=puzzle-operate&alias=champion")["model_version"]
+    assert state["name"] == expected and int(found["version"]) == version, (state, found)
+    return (
+        f"{expected} ({site.run(run)['total_run_time']:.1f} s of run): {state['message']}; champion: version {version}"
+    )
 
 
 def crowned(site: Site) -> str:
-    """`reoptimize`: the first champion, nothing changed, a worse challenger, a tighter budget, a rollback."""
-    said = []
-    worse = {"profile__gkd__steps": 0, "profile__bld__steps": 0, "profile__bld__closed_form": False}
-    tighter = {"profile__budget__layer_parameters_fraction": 0.45}
-    for more, expected, version in (({}, "First", 1), ({}, "Unchanged", 1), (worse, "Kept", 1), (tighter, "Moved", 3)):
-        run = site.start("reoptimize", "first", **more)
-        state = site.finished(run)
-        found = site.ask_mlflow("/registered-models/alias?name=puzzle-operate&alias=champion")["model_version"]
-        assert state["name"] == expected and int(found["version"]) == version, (state, found)
-        seconds = site.call(f"/flow_runs/{run}")[1]["total_run_time"]
-        said.append(f"{expected} ({seconds:.1f} s of run): {state['message']}; champion is version {version}")
-    command = [sys.executable, "-c", "from flows.cli import main; main()", "rollback", str(PROFILE)]
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": site.mlflow}
-    ran = subprocess.run(
-        [*command, "--workspace", str(site.root / "first")], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stderr
-    return "; ".join([*said, ran.stdout.strip()])
+    """`reoptimize`: the first champion, nothing changed, a worse challenger, a tighter budget."""
+    wanted = (("First", 1, {}), ("Unchanged", 1, {}), ("Kept", 1, WORSE), ("Moved", 3, TIGHT))
+    return "; ".join(judged(site, outcome, version, changes) for outcome, version, changes in wanted)
+
+
+def remeasured(site: Site) -> str:
+    """`reoptimize` with `remeasure`: costs that moved are a change, costs that did not are none."""
+    run = site.start("reoptimize", TIGHT, workspace="first", remeasure=True)
+    state = site.finished(run)
+    logs = site.call("/logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}, "limit": 200})[1]
+    moved = [line["message"] for line in logs if line["message"].startswith("cost moved")]
+    assert (state["name"] == "Unchanged") == (not moved), (state, moved)
+    return f"{len(moved)} costs moved by 10 % and three times their spread: {state['name']}: {state['message']}"
+
+
+def rolled_back(site: Site) -> str:
+    """`puzzle rollback`."""
+    command = [*PUZZLE, "rollback", str(PROFILE), "--workspace", str(site.root / "first")]
+    ran = subprocess.run(command, cwd=ROOT, env=environment_of(site), capture_output=True, text=True)
+    assert ran.returncode == 0 and "version 1 again" in ran.stdout, ran.stderr
+    return ran.stdout.strip()
 
 
 def completed(site: Site) -> str:
@@ -289,7 +191,7 @@ def completed(site: Site) -> str:
     command = [str(bin_folder / "mlflow"), "models", "serve", "-m", "models:/puzzle-operate@champion"]
     command += ["--env-manager", "local", "--host", LOOPBACK, "--port", str(port)]
     environment = {"MLFLOW_TRACKING_URI": site.mlflow, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
-    with running(command, f"http://{LOOPBACK}:{port}/ping", site.root / "models.log", environment):
+    with running(command, f"http://{LOOPBACK}:{port}/ping", site.root / "models.log", environment, PATIENCE):
         body = {"inputs": [{"prompt": "import ", "max_new_tokens": 8}, {"prompt": "def "}]}
         status, found = request(f"http://{LOOPBACK}:{port}/invocations", body)
     assert status == 200 and [len(text) > 0 for text in found["predictions"]] == [True, True], found
@@ -298,25 +200,159 @@ def completed(site: Site) -> str:
 
 def scheduled(site: Site) -> str:
     """A cron schedule of `reoptimize` that fires."""
-    _, deployment = site.call("/deployments/name/reoptimize/operate")
-    tight = {**deployment["parameters"], "workspace": "first"}
-    tight["profile"]["budget"]["layer_parameters_fraction"] = 0.45
-    schedule = {"active": True, "schedule": {"cron": "* * * * *", "timezone": "UTC"}, "parameters": tight}
-    status, made = site.call(f"/deployments/{deployment['id']}/schedules", [schedule])
-    assert status == 201, made
-    wanted = {"flow_runs": {"deployment_id": {"any_": [deployment["id"]]}}, "sort": "START_TIME_DESC"}
-    deadline = time.monotonic() + 300
-    fired: list[Any] = []
-    while not fired:
-        assert time.monotonic() < deadline, "the schedule did not fire"
-        time.sleep(1)
-        runs = site.call("/flow_runs/filter", wanted)[1]
-        fired = [run for run in runs if run["auto_scheduled"] and run["state_type"] in OVER]
-    with contextlib.suppress(AssertionError):
-        site.call(f"/deployments/{deployment['id']}/schedules/{made[0]['id']}", method="DELETE")
-    run = fired[0]
-    assert run["state"]["name"] == "Unchanged", run["state"]
+    tight = changed(site.deployment("reoptimize")["parameters"], TIGHT) | {"workspace": "first"}
+    run = site.fired("reoptimize", {"cron": "* * * * *", "timezone": "UTC"}, tight)
     return f"{run['state']['name']}, {run['total_run_time']:.1f} s of run, created by the scheduler"
+
+
+def deployed(site: Site) -> str:
+    """`prefect work-pool create`, `prefect deploy --all`."""
+    said = [
+        prefect(site, *words) for words in (("work-pool", "create", "local", "--type", "process"), ("deploy", "--all"))
+    ]
+    flows = ("optimize", "reoptimize", "sweep", "measure-hardware")
+    assert all(site.deployment(flow)["work_pool_name"] == "local" for flow in flows), said
+    return f"4 deployments in the work pool: {', '.join(f'{flow}/{site.name}' for flow in flows)}"
+
+
+def prefect(site: Site, *words: str) -> str:
+    """A command of Prefect's, in the repository."""
+    command = [str(Path(sys.executable).parent / "prefect"), "--no-prompt", *words]
+    ran = subprocess.run(
+        command, cwd=ROOT, env=worker_environment(site), capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def worked(site: Site) -> str:
+    """A run of `optimize` that the worker picked up."""
+    run = site.start("optimize", workspace="pool")
+    site.finished(run)
+    found = site.run(run)
+    assert found["work_pool_name"] == "local" and list((site.root / "pool" / "runs").glob("*/child/model.safetensors"))
+    return (
+        f"Completed in {found['total_run_time']:.0f} s, {len(site.artifacts(run))} artifacts, a child in its workspace"
+    )
+
+
+def measured(site: Site) -> str:
+    """`measure-hardware` through the pool, in a workspace of its own."""
+    run = site.start("measure-hardware", workspace="fresh")
+    site.finished(run)
+    (stored,) = (site.root / "fresh" / "costs").glob("*.json")
+    costs, shown = json.loads(stored.read_text())["costs"], json.loads(site.artifacts(run)["costs"]["data"])
+    assert len(costs) == len(shown) and all(cost["prefill_seconds"] >= 0 for cost in costs)
+    return f"{len(costs)} costs stored and shown as a table"
+
+
+def swept(site: Site) -> str:
+    """`sweep` through the pool, on the library of the run above; then on a workspace without one."""
+    run = site.start("sweep", workspace="pool", over="num_params", points=12, memory_mib="95%")
+    site.finished(run)
+    found = json.loads(site.artifacts(run)["sweep"]["data"])
+    scores = [row["score"] for row in found if row["score"] is not None]
+    assert len(found) == 12 and scores == sorted(scores, reverse=True), found
+    state = site.wait(site.start("sweep", workspace="nowhere"))
+    assert state["type"] == "FAILED", state
+    without = f"on a workspace without a library: {state['message']}"
+    return f"12 limits, {len(scores)} with a child, score {scores[0]:.3f} to {scores[-1]:.3f}; {without}"
+
+
+def worker_environment(site: Site) -> dict[str, str]:
+    """What the deployments and the worker are given, as docs/operate.md says."""
+    named = {"PUZZLE_HOME": str(ROOT), "PUZZLE_ROOT": str(site.root), "PUZZLE_PROFILE": str(PROFILE)}
+    quiet = {
+        "PREFECT_HOME": str(site.root / ".prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+    }
+    return {**environment_of(site), **named, **quiet, "PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+@contextmanager
+def pool(root: Path) -> Iterator[Site]:
+    """Both servers and a process worker; the pool is made, and the deployments deployed, by the first step."""
+    with both_servers(root) as named:
+        api, started = named["PREFECT_API_URL"], time.monotonic()
+        mlflow = named["MLFLOW_TRACKING_URI"]
+        site = Site(root=root, prefect=api.removesuffix("/api"), mlflow=mlflow, name="puzzle")
+        site.rows.append(row(site, deployed))
+        command = [str(Path(sys.executable).parent / "prefect"), "worker", "start", "--pool", "local", "--limit", "1"]
+        with (root / "worker.log").open("ab") as log:
+            worker = subprocess.Popen(
+                command, cwd=ROOT, env=worker_environment(site), stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            site.start_seconds = time.monotonic() - started
+            yield site
+        except BaseException:
+            print((root / "worker.log").read_text()[-3000:], file=sys.stderr)
+            raise
+        finally:
+            stop(worker, 30)
+
+
+@contextmanager
+def behind_serve(root: Path) -> Iterator[Site]:
+    """`puzzle serve` with servers of its own."""
+    with served(root, str(PROFILE)) as site:
+        yield site
+
+
+Step = Callable[[Site], str]
+Place = Callable[[Path], Any]
+SECTIONS: dict[str, tuple[str, Place, tuple[Step, ...]]] = {
+    "runs": ("Forms and runs", behind_serve, (refused, optimized, escaped, cancelled, suspended)),
+    "champion": (
+        "The champion",
+        behind_serve,
+        (optimized, crowned, remeasured, rolled_back, completed, scheduled),
+    ),
+    "pool": ("`prefect.yaml` on a process worker", pool, (worked, measured, swept)),
+}
+
+
+def row(site: Site, step: Step) -> list[object]:
+    """What a step did, how long it took, what was said."""
+    started = time.monotonic()
+    said = step(site)
+    words = (step.__doc__ or "").split("\n")[0].rstrip(".")
+    print(words, f"{time.monotonic() - started:.0f} s:", said, flush=True)
+    return [words, f"{time.monotonic() - started:.0f}", said]
+
+
+def run_section(name: str) -> str:
+    """A section in a fresh folder, as Markdown."""
+    title, place, steps = SECTIONS[name]
+    with tempfile.TemporaryDirectory(prefix="puzzle-operate-") as folder:
+        with place(Path(folder)) as site:
+            for step in steps:
+                site.rows.append(row(site, step))
+        left = [each.pid for each in psutil.process_iter(["cmdline"]) if folder in " ".join(each.info["cmdline"] or [])]
+    assert not left, f"processes survive: {left}"
+    how = (
+        f"Ready after {site.start_seconds:.0f} s, nothing left running when stopped; {datetime.now(UTC):%Y-%m-%d}, "
+        f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores. Seconds of wall time; the start of each run's "
+        "process and its imports are most of them."
+    )
+    return "\n\n".join([f"## {title}", how, table(["step", "seconds", "what the servers said"], site.rows)])
+
+
+def main() -> None:
+    """Run what is asked for, or what is not there yet; write benchmarks/operate.md."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} [those not run yet]")
+    asked = parser.parse_args().sections
+    if unknown := set(asked) - set(SECTIONS):
+        parser.error(f"no section {', '.join(sorted(unknown))}: choose from {', '.join(SECTIONS)}")
+    KEPT.mkdir(parents=True, exist_ok=True)
+    for name in SECTIONS:
+        file = KEPT / f"{name}.md"
+        if name in asked or not (asked or file.exists()):
+            file.write_text(run_section(name))
+    parts = [(KEPT / f"{name}.md") for name in SECTIONS]
+    write_page("operate", "Operated through the servers", [part.read_text() for part in parts if part.exists()])
 
 
 if __name__ == "__main__":

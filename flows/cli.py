@@ -75,14 +75,14 @@ def _reoptimize(profile: Profile, folder: Path, remeasure: bool) -> str:
 def rollback(profile: ProfileFile, workspace: WorkspaceOption = None, set_: Overrides = None) -> None:
     """Give the alias `champion` back to the version that had it before."""
     from tasks import registry
+    from tasks.experiment import open_experiment
     from tasks.reach import check_servers
-    from tasks.tracking import open_tracking
 
     wanted = load_profile(profile, set_ or [])
     folder = (workspace or Path("workspace") / wanted.name).resolve()
     prepare_workspace(folder)
     check_servers()
-    left, now = registry.rollback(open_tracking(folder), registry.model_name(wanted.name))
+    left, now = registry.rollback(open_experiment(wanted, folder), registry.model_name(wanted.name))
     typer.echo(f"champion of {now.name}: version {now.version} again, instead of {left.version}")
 
 

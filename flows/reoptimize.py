@@ -7,10 +7,10 @@ from prefect import flow
 from flows.optimize import optimize
 from profiles.schema import Profile
 from tasks import champion, registry, stages
-from tasks.artifacts import show_markdown
+from tasks.artifacts import show_link, show_markdown
 from tasks.champion import Judgement
+from tasks.experiment import compare_url, open_experiment
 from tasks.progress import say
-from tasks.tracking import open_tracking
 from tasks.workers import task_runner
 
 
@@ -24,7 +24,7 @@ def reoptimize(profile: Profile, workspace: str, remeasure: bool = False) -> Jud
         remeasure: measure the costs again; they count as changed if one has moved beyond its spread.
     """
     folder, name = Path(workspace), registry.model_name(profile.name)
-    store = open_tracking(folder)
+    store = open_experiment(profile, folder)
     parent, corpus = stages.prepare(profile, folder)
     for moved in stages.measure_again(profile, parent, folder) if remeasure else []:
         say(f"cost moved: {moved}")
@@ -47,6 +47,10 @@ def reoptimize(profile: Profile, workspace: str, remeasure: bool = False) -> Jud
             registry.crown(store, version)
     now = champion.basis(profile, parent, corpus, stages.stored_costs(profile, parent, folder))
     registry.remember_judged(store, name, now)
+    registry.log_judgement(store, report.mlflow_run_id, found.outcome, champion.figures(found))
+    if reigning:
+        url = compare_url(store, [reigning.mlflow_run_id, report.mlflow_run_id])
+        show_link("champion and challenger", url, "champion and challenger side by side in MLflow")
     return announce(found, f"version {reigning.version}" if reigning else "", run_folder)
 
 

@@ -53,7 +53,7 @@ def reoptimize(
     Args:
         profile: What is wanted; its champion section is the rule.
         workspace: Name of the folder that keeps the block library and the children.
-        remeasure: Measure the costs again first; they count as changed if one has moved beyond its spread.
+        remeasure: Measure the costs again first; they count as changed if one moved by 10 % and three times its spread.
     """
     with at_work(profile, workspace) as folder:
         found = challenge.fn(profile, str(folder), remeasure)
@@ -65,7 +65,7 @@ def measure_hardware(profile: Profile = DEFAULT, workspace: WorkspaceName = DEFA
     """Measure what every variant costs on this machine, and nothing else.
 
     Args:
-        profile: Its parent, search space, hardware, scenarios and measure are used.
+        profile: Of it parent, search space, hardware, scenarios and measure are used; the rest may stay as it is.
         workspace: Name of the folder that keeps the costs.
     """
     with at_work(profile, workspace) as folder:
@@ -85,7 +85,7 @@ Share = Annotated[
 def sweep(
     workspace: WorkspaceName = DEFAULT.name,
     over: Literal["runtime_ms", "ttft_ms", "tokens_per_second", "memory_mib", "num_params"] = "runtime_ms",
-    points: Annotated[int, Field(ge=2, le=1000)] = 20,
+    points: Annotated[int, Field(ge=2, le=1000, description="how many limits, 2 to 1000")] = 20,
     memory_mib: Share = None,
     runtime_ms: Share = None,
     num_params: Share = None,
@@ -94,11 +94,11 @@ def sweep(
 
     Args:
         workspace: Name of a folder that holds a finished block library.
-        over: The budget that is swept.
-        points: How many limits.
-        memory_mib: Another budget that is kept: MiB, or a share such as 80%.
-        runtime_ms: Another budget that is kept: ms, or a share such as 80%.
-        num_params: Another budget that is kept: parameters, or a share such as 80%.
+        over: The budget that is swept: ms, ms to the first token, tokens per second, MiB, or parameters.
+        points: How many limits, evenly between the cheapest child and the parent: 2 to 1000.
+        memory_mib: A second budget, kept at every limit: MiB such as 900, or a share of the parent such as 80%.
+        runtime_ms: A second budget, kept at every limit: ms such as 40, or a share of the parent such as 80%.
+        num_params: A second budget, kept at every limit: a number such as 90000000, or a share such as 80%.
     """
     kept = {"memory_mib": memory_mib, "runtime_ms": runtime_ms, "num_params": num_params}
     folder = admitted_workspace(workspace, Roots.from_environment())

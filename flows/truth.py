@@ -126,11 +126,12 @@ def _study(
 
     def run() -> str:
         with _opened(wanted, folder) as finished:
+            from tasks.experiment import open_experiment
             from tasks.verdicts import keep
 
             with shown(name, beside=True) as told:
                 value, text, figures, picture = work(finished, told)
-            kept = keep(folder, f"{name}-{wanted.name}", value, text, figures, picture)
+            kept = keep(open_experiment(wanted, folder), f"{name}-{wanted.name}", value, text, figures, picture)
         return str(value.model_dump_json(indent=1)) if as_json else f"{text}\nkept in {kept}"
 
     typer.echo(run_logged(folder, run))

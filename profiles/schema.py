@@ -64,7 +64,9 @@ class TinyParent(Section):
     """A parent made on the spot: byte tokenizer, random weights, a short training on the corpus."""
 
     kind: Literal["tiny"] = "tiny"
-    family: Literal["llama", "mistral", "qwen2", "qwen3", "gemma3_text"] = "llama"
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "gemma3_text"] = Field(
+        default="llama", description="architecture whose config and modeling code it has"
+    )
     hidden_size: PositiveInt = Field(default=64, description="model width")
     intermediate_size: PositiveInt = Field(default=192, description="FFN width")
     num_hidden_layers: PositiveInt = Field(default=4, description="layers")
@@ -104,7 +106,10 @@ class WikipediaDumpSource(Section):
 
     kind: Literal["wikipedia_dump"]
     package: str = Field(default="gensim", description="import name of the installed package")
-    file: str = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+    file: str = Field(
+        default="test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+        description="the dump inside the package",
+    )
 
 
 class PythonStdlibSource(Section):
@@ -225,22 +230,39 @@ class Hardware(Section):
 class ScenarioBudget(Section):
     """Limits that hold in a scenario, absolute or relative to the parent at the same batch size."""
 
-    speedup: float | None = Field(default=None, gt=1, description="parent runtime / child runtime")
-    memory_fraction: Fraction | None = Field(default=None, description="weights + KV cache, of the parent's")
-    memory_gib: float | None = Field(default=None, gt=0, description="weights + KV cache, GiB")
-    min_tokens_per_second: float | None = Field(default=None, gt=0, description="batch x (prompt + generated) / s")
-    max_latency_seconds: float | None = Field(default=None, gt=0, description="one batch, prompt and generation")
-    max_time_to_first_token_seconds: float | None = Field(default=None, gt=0, description="prefill of one batch")
-    time_to_first_token_fraction: Fraction | None = Field(default=None, description="prefill, of the parent's")
+    speedup: float | None = Field(
+        default=None,
+        gt=1,
+        description="at least so many times as fast as the parent: parent runtime / child runtime",
+        examples=[1.5],
+    )
+    memory_fraction: Fraction | None = Field(
+        default=None, description="weights + KV cache, as a share of the parent's", examples=[0.7]
+    )
+    memory_gib: float | None = Field(default=None, gt=0, description="weights + KV cache, GiB", examples=[24])
+    min_tokens_per_second: float | None = Field(
+        default=None, gt=0, description="tokens per second: batch x (prompt + generated) / runtime"
+    )
+    max_latency_seconds: float | None = Field(
+        default=None, gt=0, description="seconds of one batch, prompt and generation"
+    )
+    max_time_to_first_token_seconds: float | None = Field(
+        default=None, gt=0, description="seconds of the prefill of one batch"
+    )
+    time_to_first_token_fraction: Fraction | None = Field(
+        default=None, description="prefill, as a share of the parent's"
+    )
 
 
 class Scenario(Section):
     """One traffic shape. `batch_sizes` is the outer loop of the MIP: the best of them is taken."""
 
-    name: Label = "chat"
-    batch_sizes: tuple[PositiveInt, ...] = (1,)
-    prompt_tokens: PositiveInt = 256
-    generated_tokens: PositiveInt = 64
+    name: Label = Field(default="chat", description="of the scenario, in tables and metrics", examples=["chat", "rag"])
+    batch_sizes: tuple[PositiveInt, ...] = Field(
+        default=(1,), min_length=1, description="requests at a time; the best of them for the child is taken"
+    )
+    prompt_tokens: PositiveInt = Field(default=256, description="tokens of a prompt", examples=[256, 2048])
+    generated_tokens: PositiveInt = Field(default=64, description="tokens of an answer", examples=[64, 512])
     weight: float | None = Field(
         default=None,
         gt=0,
@@ -260,9 +282,13 @@ class Measure(Section):
 class Budget(ScenarioBudget):
     """Limits the child must keep in every scenario, absolute or relative to the parent. At least one."""
 
-    parameters_fraction: Fraction | None = Field(default=None, description="all parameters, of the parent's")
-    layer_parameters_fraction: Fraction | None = Field(default=None, description="parameters of the layers only")
-    parameters: PositiveInt | None = Field(default=None, description="all parameters")
+    parameters_fraction: Fraction | None = Field(
+        default=None, description="all parameters, as a share of the parent's", examples=[0.75]
+    )
+    layer_parameters_fraction: Fraction | None = Field(
+        default=None, description="parameters of the layers without embedding and head, as a share of the parent's"
+    )
+    parameters: PositiveInt | None = Field(default=None, description="all parameters, a number", examples=[100_000_000])
     active_parameters: PositiveInt | None = Field(default=None, description="parameters a token passes through")
 
     @model_validator(mode="after")
@@ -276,7 +302,7 @@ class Search(Section):
     """Limits of the solver, and constraints on the architecture that are no budget."""
 
     gap: float = Field(default=1e-6, ge=0, description="relative MIP gap at which the solver may stop")
-    time_limit_seconds: float = Field(default=60, gt=0, description="for each combination of batch sizes")
+    time_limit_seconds: float = Field(default=60, gt=0, description="seconds, for each combination of batch sizes")
     robust: float = Field(default=0, ge=0, description="minimise mean + this many standard errors of every score")
     max_block_types: PositiveInt | None = Field(default=None, description="distinct blocks in one architecture")
     max_groups: PositiveInt | None = Field(default=None, description="contiguous groups of equal blocks")
@@ -382,7 +408,13 @@ class Orchestration(Section):
 class Profile(Section):
     """Everything `puzzle optimize` needs to know."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="of the runs and their folders")]
+    name: Annotated[
+        str,
+        Field(
+            pattern=r"^[a-z0-9][a-z0-9_-]*$",
+            description="of the runs, their folders and the registered model: lower-case letters, digits, - and _",
+        ),
+    ]
     description: str = Field(default="", description="a line for people")
     seed: int = Field(default=0, description="of everything that draws")
     parent: ParentSource
@@ -392,7 +424,9 @@ class Profile(Section):
     bld: BLD = BLD()
     scoring: Scoring = Scoring()
     hardware: Hardware = Hardware()
-    scenarios: tuple[Scenario, ...] = Field(default=(Scenario(),), min_length=1)
+    scenarios: tuple[Scenario, ...] = Field(
+        default=(Scenario(),), min_length=1, description="the traffic that the child will serve; names differ"
+    )
     measure: Measure = Measure()
     budget: Budget
     search: Search = Search()

@@ -203,6 +203,17 @@ def decide(ours: Tensor, theirs: Tensor, rule: Champion, changed: tuple[str, ...
     )
 
 
+def figures(found: Judgement) -> dict[str, float]:
+    """A judgement as metrics, where there was a comparison."""
+    if found.improvement is None or found.lower_bound is None:
+        return {}
+    return {
+        "champion/improvement": found.improvement.value,
+        "champion/improvement_se": found.improvement.se,
+        "champion/lower_bound": found.lower_bound,
+    }
+
+
 def judgement_markdown(found: Judgement, champion: str, challenger: str) -> str:
     """A page on one judgement."""
     lines = [f"# {found.outcome}: {found.reason}", ""]

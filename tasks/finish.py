@@ -23,9 +23,10 @@ from blocks.records import (
     NonBlockCost,
     ParentInfo,
     Score,
+    Value,
 )
 from profiles.schema import Profile
-from tasks import tracking
+from tasks import experiment, tracking
 from tasks.artifacts import show_link, show_markdown, show_picture, show_table
 from tasks.compare import LINEAGE, Contender, Evaluation, Lineage, build, candidate
 from tasks.costs import BYTES
@@ -34,6 +35,7 @@ from tasks.interchange import StoredLibrary, describe, sizes_of, write_library
 from tasks.progress import say, wide_console
 from tasks.report import comparison_table, report_markdown, verdict, write_report
 from tasks.run_page import write_run_page
+from tasks.run_tables import layer_rows, variant_rows
 from tasks.shared import keep_run
 from tasks.sharing import Piece, alone, made_once
 from tasks.throughput import Throughput
@@ -67,7 +69,8 @@ class Run:
         costs: CostTable,
     ) -> None:
         """What was asked, and the block library as tables: BLD losses, scores, costs; a nested run per stage."""
-        params = tracking.run_params(self.profile, parent, corpus)
+        hardware = experiment.hardware_label(self.profile.hardware)
+        params = tracking.run_params(self.profile, parent, corpus, hardware)
         try:
             tracking.log_params(self.tracking, self.mlflow_run_id, params)
         except tracking.TrackingError as error:
@@ -75,6 +78,7 @@ class Run:
             raise PuzzleFailure(
                 f"parent or corpus changed since the run that was killed ({error}). Start again, as a new MLflow run."
             ) from error
+        experiment.log_inputs(self.tracking, self.mlflow_run_id, parent, corpus)
         sizes = sizes_of(self.workspace / parent.folder / "config.json")
         described = describe(self.profile, parent, corpus, costs, sizes)
         library = StoredLibrary(description=described, variants=tuple(blocks), scores=tuple(scores), costs=costs)
@@ -83,11 +87,16 @@ class Run:
         failed = [block for block in blocks if block.status == "failed"]
         self._stage(
             "distill",
-            {"variants": len(blocks), "failed": len(failed), "seconds": sum(block.seconds for block in blocks)},
+            {
+                "distill/variants": len(blocks),
+                "distill/failed": len(failed),
+                "distill/seconds": sum(block.seconds for block in blocks),
+            },
             {"bld_losses": blocks},
         )
-        self._stage("score", {"variants": len(scores)}, {"scores": scores})
-        self._stage("measure", {"variants": len(costs.costs)}, {"costs": costs.costs, "non_block": costs.non_block})
+        self._stage("score", {"score/variants": len(scores)}, {"scores": scores})
+        tables = {"costs": costs.costs, "non_block": costs.non_block}
+        self._stage("measure", {"measure/variants": len(costs.costs)}, tables)
         if costs.modelled:
             say(f"costs of {costs.hardware['name']} are modelled by the roofline, not measured; nor is any speed")
         show_table("block library", blocks, BLOCK_COLUMNS, f"BLD of {len(blocks)} variants, nMSE on held-out tokens")
@@ -102,10 +111,14 @@ class Run:
         for block in failed:
             say(f"left out: layer {block.layer} {block.subblock} {block.variant}: {block.reason}")
 
-    def log_architecture(self, architecture: Architecture) -> None:
-        """The solver's answer."""
-        figures = {"score": architecture.score, "score_se": architecture.score_se, "gap": architecture.gap}
-        self._stage("choose", figures, {"architecture": list(architecture.layers)})
+    def log_architecture(
+        self, architecture: Architecture, blocks: Sequence[BlockRecord], scores: Sequence[Score], costs: CostTable
+    ) -> None:
+        """The solver's answer; what every variant and every layer came to, as tables of the run itself."""
+        self._stage("choose", tracking.search_metrics(architecture), {"architecture": architecture.layers})
+        for table, rows in (("variants", variant_rows), ("layers", layer_rows)):
+            found: Sequence[Value] = rows(blocks, scores, costs, architecture)
+            tracking.log_table(self.tracking, self.mlflow_run_id, table, found)
         text = f"predicted score {architecture.score:.4g} nats, {architecture.status}, gap {architecture.gap:.2g}"
         show_table("chosen", architecture.layers, ("attention", "ffn", "coupled"), f"layer by layer: {text}")
 
@@ -153,6 +166,10 @@ class Run:
             files = [*write_report(report, folder), *self._page(report, folder), folder / LINEAGE]
             keep_run(folder, self.workspace)
         tracking.log_report(self.tracking, self.mlflow_run_id, report, files)
+        others = [run for run in experiment.finished_runs(self.tracking, 5) if run != self.mlflow_run_id]
+        if others:
+            url = experiment.compare_url(self.tracking, [self.mlflow_run_id, *others])
+            show_link("mlflow compare", url, f"beside the last {len(others)} of this parent on this hardware")
         show_markdown("report", markdown, verdict(report))
         for name in ("architecture", "comparison"):
             show_picture(name, folder / f"{name}.png", f"{name} of {self.profile.name}'s child")
@@ -255,21 +272,24 @@ def open_run(profile: Profile, workspace: Path) -> Iterator[Run]:
 @contextmanager
 def _opened_run(profile: Profile, workspace: Path, kept: Path) -> Iterator[Run]:
     """The MLflow run whose id is kept in a file until it is finished."""
-    open_tracking = tracking.open_tracking(workspace)
+    store = experiment.open_experiment(profile, workspace)
     left = kept.read_text() if kept.exists() else None
     prefect_run_id = str(runtime.flow_run.id or "")
     tags = prefect_tags()
-    with tracking.run_started(open_tracking, profile.name, tags=tags, run_id=left) as mlflow_run_id:
+    with (
+        tracking.run_started(store, profile.name, tags=tags, run_id=left) as mlflow_run_id,
+        experiment.system_metrics(store, mlflow_run_id),
+    ):
         kept.parent.mkdir(exist_ok=True)
         kept.write_text(mlflow_run_id)
         if prefect_run_id:
             with get_client(sync_client=True) as client:
                 client.update_flow_run(runtime.flow_run.id, tags=[f"mlflow.run_id:{mlflow_run_id}"])
-        show_link("mlflow run", tracking.run_url(open_tracking, mlflow_run_id), "this run in MLflow")
+        show_link("mlflow run", tracking.run_url(store, mlflow_run_id), "this run in MLflow")
         yield Run(
             profile=profile,
             workspace=workspace,
-            tracking=open_tracking,
+            tracking=store,
             mlflow_run_id=mlflow_run_id,
             prefect_run_id=prefect_run_id,
         )

@@ -144,6 +144,11 @@ def _make(source: ParentSource, folder: Path, texts: list[str]) -> str:
     return ""
 
 
+def name_of(source: ParentSource) -> str:
+    """The name that the prepared parent will have."""
+    return _names(source)[0]
+
+
 def _names(source: ParentSource) -> tuple[str, str]:
     """Name of the parent, and a word on where it came from; no paths of this machine."""
     if isinstance(source, TinyParent):

@@ -14,7 +14,9 @@ from typing import Any
 
 from blocks.errors import PuzzleError
 from blocks.records import ChildReport, Value
-from tasks.tracking import Tracking, client_of
+from tasks.compare import LINEAGE
+from tasks.experiment import log_model_metrics
+from tasks.tracking import Tracking, client_of, log_metrics, report_metrics
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 REIGNS, JUDGED, FOLDER = "puzzle.reigns", "puzzle.judged", "puzzle.run_folder"
@@ -80,8 +82,12 @@ def register(tracking: Tracking, report: ChildReport, run_folder: str, workspace
         logged = mlflow.pyfunc.log_model(
             name="child",
             python_model=str(CODE),
-            artifacts={"checkpoint": str(workspace / report.child_folder)},
+            artifacts={
+                "checkpoint": str(workspace / report.child_folder),
+                "lineage": str(workspace / run_folder / LINEAGE),
+            },
             pip_requirements=requirements,
+            tags=tags,
         )
         client = client_of(tracking)
         _known(client, name)
@@ -89,6 +95,7 @@ def register(tracking: Tracking, report: ChildReport, run_folder: str, workspace
         made = client.create_model_version(
             name, logged.model_uri, run_id, tags=tags, description=reason, model_id=logged.model_id
         )
+    log_model_metrics(tracking, run_id, logged.model_id, report_metrics(report), report.corpus)
     client.set_registered_model_alias(name, CHALLENGER, made.version)
     return _version(client.get_model_version(name, made.version))
 
@@ -147,6 +154,12 @@ def rollback(tracking: Tracking, name: str) -> tuple[Version, Version]:
     client.set_registered_model_tag(name, REIGNS, json.dumps(reigns[:-1]))
     client.set_model_version_tag(name, str(now.version), "puzzle.rolled_back", "true")
     return now, before
+
+
+def log_judgement(tracking: Tracking, run_id: str, outcome: str, figures: Mapping[str, float]) -> None:
+    """What a challenger's run came to: a tag `puzzle.outcome`, and the paired comparison as metrics."""
+    client_of(tracking).set_tag(run_id, "puzzle.outcome", outcome)
+    log_metrics(tracking, run_id, figures)
 
 
 def judged(tracking: Tracking, name: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock
 
 from blocks.errors import PuzzleError
-from blocks.records import Candidate, ChildReport, CorpusInfo, Metric, ParentInfo, Value
+from blocks.records import Architecture, Candidate, ChildReport, CorpusInfo, Metric, ParentInfo, Value
 from profiles.schema import Profile
 from tasks.picture import ratio_of
 from tasks.report import final_of, parent_of
@@ -76,7 +76,7 @@ def _client(uri: str) -> Any:
     return mlflow.MlflowClient(tracking_uri=uri)
 
 
-def open_tracking(workspace: Path, experiment: str = "puzzle") -> Tracking:
+def open_tracking(workspace: Path, experiment: str) -> Tracking:
     """Make the database and the experiment where they are missing. Call it before any thread or worker logs."""
     workspace = workspace.resolve()
     workspace.mkdir(parents=True, exist_ok=True)
@@ -85,11 +85,23 @@ def open_tracking(workspace: Path, experiment: str = "puzzle") -> Tracking:
         client = _client(_uri(workspace))
         found = client.get_experiment_by_name(experiment)
         if found is None:
-            place = None if server_uri() else (workspace / ARTIFACTS).as_uri()
-            return Tracking(workspace=workspace, experiment_id=client.create_experiment(experiment, place))
+            return Tracking(workspace=workspace, experiment_id=_create(client, experiment, workspace))
         if found.lifecycle_stage == "deleted":
             client.restore_experiment(found.experiment_id)
     return Tracking(workspace=workspace, experiment_id=found.experiment_id)
+
+
+def _create(client: Any, experiment: str, workspace: Path) -> str:
+    from mlflow.exceptions import MlflowException
+
+    place = None if server_uri() else (workspace / ARTIFACTS).as_uri()
+    try:
+        made: str = client.create_experiment(experiment, place)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # on a server, a run in another workspace may be faster
+            raise
+        made = client.get_experiment_by_name(experiment).experiment_id
+    return made
 
 
 def resume_or_start(
@@ -222,19 +234,24 @@ def log_files(tracking: Tracking, run_id: str, files: Sequence[Path], folder: st
         client.log_artifact(run_id, str(file), folder)
 
 
-def run_params(profile: Profile, parent: ParentInfo, corpus: CorpusInfo) -> dict[str, str]:
-    """What a run was asked for: profile, seed, budget, scenarios, hardware, and fingerprints of parent and corpus."""
+def run_params(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, hardware: str) -> dict[str, str]:
+    """What a run was asked for: profile, seed, budget, scenarios, hardware, and fingerprints of parent and corpus.
+
+    The same names in every run: `budget/<limit>`, `scenario_<name>/<field>`, `scenario_<name>/budget/<limit>`.
+    """
     params = {
         "profile": profile.name,
         "seed": profile.seed,
         "parent": parent.name,
         "parent_fingerprint": parent.fingerprint,
         "corpus_fingerprint": corpus.fingerprint,
-        "hardware": profile.hardware.name + (" (modelled)" if profile.hardware.engine == "roofline" else ""),
+        "hardware": hardware,
     }
     params |= {f"budget/{key}": value for key, value in profile.budget.model_dump(exclude_none=True).items()}
     for scenario in profile.scenarios:
-        fields = scenario.model_dump(mode="json", exclude={"name"})
+        fields = scenario.model_dump(mode="json", exclude={"name", "budget"}, exclude_none=True)
+        limits = scenario.budget.model_dump(exclude_none=True)
+        fields |= {f"budget/{key}": value for key, value in limits.items()}
         params |= {f"scenario_{scenario.name}/{key}": value for key, value in fields.items()}
     return {key: str(value) for key, value in params.items()}
 
@@ -249,16 +266,22 @@ def report_metrics(report: ChildReport) -> dict[str, float]:
         "run/seconds": report.seconds,
         "run/cpu_seconds": report.cpu_seconds,
         "run/peak_memory_bytes": float(report.peak_memory_bytes),
-        "search/score": report.architecture.score,
-        "search/score_se": report.architecture.score_se,
-        "search/gap": report.architecture.gap,
+        **search_metrics(report.architecture),
     }
+    for stage in report.stages:
+        name = f"stage/{stage.name.replace(' ', '_')}_seconds"
+        figures[name] = figures.get(name, 0.0) + stage.seconds
     for candidate in report.candidates:
         prefix = candidate.name if candidate.name in ("parent", "child") else f"baseline_{candidate.name}"
         if candidate.stage != "parent" and candidate is not final_of(report.candidates, candidate.name):
             prefix += "_assembled"
         figures |= {f"{prefix}/{key}": value for key, value in _candidate_figures(candidate, parent).items()}
     return figures
+
+
+def search_metrics(architecture: Architecture) -> dict[str, float]:
+    """The solver's answer in figures."""
+    return {f"search/{name}": getattr(architecture, name) for name in ("score", "score_se", "gap")}
 
 
 def _candidate_figures(candidate: Candidate, parent: Candidate | None) -> dict[str, float]:

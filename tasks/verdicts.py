@@ -144,10 +144,15 @@ def truth_points(check: Check) -> list[TruthPoint]:
 
 
 def keep(
-    workspace: Path, name: str, value: Value, text: str, figures: Mapping[str, float], picture: Figure | None = None
+    store: tracking.Tracking,
+    name: str,
+    value: Value,
+    text: str,
+    figures: Mapping[str, float],
+    picture: Figure | None = None,
 ) -> Path:
     """Write a study to `studies/<name>-<digest>/` and log it as an MLflow run of its own. Returns the folder."""
-    folder = workspace / "studies" / f"{name}-{digest_of(value=value)[:12]}"
+    folder = store.workspace / "studies" / f"{name}-{digest_of(value=value)[:12]}"
     files = [write_value(folder / "study.json", value), write_text(folder / "study.txt", text + "\n")]
     if isinstance(value, Check):
         points = [point.model_dump() for point in truth_points(value)]
@@ -156,8 +161,7 @@ def keep(
         with atomic_path(folder / "predicted-against-true.png") as temporary:
             picture.savefig(temporary, format="png")
         files.append(folder / "predicted-against-true.png")
-    opened = tracking.open_tracking(workspace)
-    with tracking.run_started(opened, name) as run_id:
-        tracking.log_metrics(opened, run_id, figures)
-        tracking.log_files(opened, run_id, files, "study")
+    with tracking.run_started(store, name) as run_id:
+        tracking.log_metrics(store, run_id, figures)
+        tracking.log_files(store, run_id, files, "study")
     return folder

@@ -11,12 +11,13 @@ from mlflow.exceptions import MlflowException
 from pydantic import ValidationError
 from scipy import stats
 
+from blocks.library import read_value, write_value
 from blocks.records import Architecture, ChildReport, Cost, CostTable, LayerChoice, NonBlockCost, Totals
 from profiles.load import load_profile
 from profiles.schema import Budget, Champion, Profile, Scenario
 from tasks import champion, registry
 from tasks.champion import basis, changes, decide
-from tasks.compare import Lineage, contender
+from tasks.compare import LINEAGE, Lineage, contender
 from tasks.costs import drift
 from tasks.totals import make_problem
 from tasks.tracking import Tracking, client_of, open_tracking
@@ -187,7 +188,7 @@ def test_a_champion_that_is_gone_is_followed_and_said(chain: Chain) -> None:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
-    return open_tracking(tmp_path_factory.mktemp("registry"))
+    return open_tracking(tmp_path_factory.mktemp("registry"), "puzzle")
 
 
 def versions(store: Tracking, name: str, count: int) -> list[registry.Version]:
@@ -252,6 +253,8 @@ def test_a_registered_child_loads_from_the_registry_alone(
         child_folder=chain.parent.folder,  # any folder that transformers loads
         mlflow_run_id=run_id,
     )
+    own = Lineage(parent=chain.parent, corpus=chain.corpus, child=contender("child", report.architecture, chain.blocks))
+    write_value(chain.workspace / "runs" / "z" / LINEAGE, own)
     made = registry.register(store, report, "runs/z", chain.workspace, "the first champion")
     registry.crown(store, made)
     assert "MLFLOW_TRACKING_URI" not in os.environ
@@ -260,6 +263,7 @@ def test_a_registered_child_loads_from_the_registry_alone(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     folder = Path(mlflow.artifacts.download_artifacts("models:/puzzle-z@champion"))
     assert not list(folder.rglob("*.pkl"))  # code and safetensors, no pickle
+    assert read_value(folder / "artifacts" / LINEAGE, Lineage) == own
     (text,) = mlflow.pyfunc.load_model(str(folder)).predict([{"prompt": "import", "max_new_tokens": 3}])
     assert isinstance(text, str)
 

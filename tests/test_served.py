@@ -129,6 +129,18 @@ def test_every_flow_has_a_form_whose_defaults_are_valid(flow: Any) -> None:
     jsonschema.validate({name: field["default"] for name, field in schema["properties"].items()}, schema)
 
 
+def test_every_field_of_the_form_has_a_help_text_and_examples_that_are_valid() -> None:
+    definitions = schema_of(served.optimize)["definitions"]
+    for section, definition in definitions.items():
+        for name, field in definition["properties"].items():
+            told = field.get("description") or "const" in field or name == "kind" or "$ref" in field or "anyOf" in field
+            assert told, f"{section}.{name} has no help text"
+            for example in field.get("examples", ()):
+                bare = {key: value for key, value in field.items() if key != "examples"} | {"definitions": definitions}
+                jsonschema.validate(example, bare)
+        assert definition.get("description"), f"{section} has no help text"
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -138,6 +150,8 @@ def test_every_flow_has_a_form_whose_defaults_are_valid(flow: Any) -> None:
         ({"parent": {"kind": "floppy"}}, "no such kind"),
         ({"corpus__sources": [{"kind": "text"}]}, "a source without its path"),
         ({"bld__stepz": 3}, "no such field"),
+        ({"scenarios": [{"name": "chat", "batch_sizes": []}]}, "a scenario without a batch size"),
+        ({"budget__speedup": 0.9}, "a child that need not be faster"),
     ],
 )
 def test_the_form_refuses_a_wrong_value(change: dict[str, Any], why: str) -> None:

@@ -41,7 +41,7 @@ def _nothing_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
-    return open_tracking(tmp_path_factory.mktemp("workspace"))  # seconds of migrations: once for the module
+    return open_tracking(tmp_path_factory.mktemp("workspace"), "puzzle")  # seconds of migrations: once for the module
 
 
 def client(opened: Tracking) -> Any:
@@ -49,7 +49,7 @@ def client(opened: Tracking) -> Any:
 
 
 def test_opening_twice_is_one_experiment(opened: Tracking) -> None:
-    assert open_tracking(opened.workspace) == opened
+    assert open_tracking(opened.workspace, "puzzle") == opened
 
 
 def test_report_is_found_again(opened: Tracking, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_params_stay_what_they_were(opened: Tracking) -> None:
         budget=Budget(speedup=1.5),
     )
     report = report_of()
-    params = run_params(profile, report.parent, report.corpus)
+    params = run_params(profile, report.parent, report.corpus, "this-machine")
     assert params["budget/speedup"] == "1.5"
     assert params["scenario_chat/prompt_tokens"] == "256"
     assert params["parent_fingerprint"] == report.parent.fingerprint

@@ -1,0 +1,152 @@
+"""Where runs stand in MLflow: names, inputs, the compare page, the saved query of the docs, tables of a whole run."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+
+from blocks.records import Architecture, BlockRecord, Cost, CostTable, LayerChoice, Ref, Score, Totals
+from profiles.load import load_profile
+from profiles.schema import Hardware
+from tasks import experiment
+from tasks.run_tables import layer_rows, variant_rows
+from tasks.tracking import Tracking, client_of, log_metrics, log_params, open_tracking, run_params, run_started
+from tests.test_report import report_of
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
+    return open_tracking(tmp_path_factory.mktemp("workspace"), "puzzle tiny-llama on a machine")
+
+
+def test_an_experiment_is_named_after_parent_and_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "processor", lambda: "AMD EPYC")
+    assert experiment.experiment_name(load_profile("tiny")) == "puzzle tiny-llama on AMD EPYC"
+    named = load_profile("tiny", ["hardware.name=rack-7"])
+    assert experiment.experiment_name(named) == "puzzle tiny-llama on rack-7"
+    assert experiment.hardware_label(Hardware(name="h100", engine="roofline")) == "h100 (modelled)"
+    monkeypatch.setattr(experiment, "processor", lambda: "")
+    assert experiment.hardware_label(Hardware()) == "this-machine"  # a machine that does not tell
+
+
+def test_parent_and_corpus_are_inputs_once(opened: Tracking) -> None:
+    report, client = report_of(), client_of(opened)
+    with run_started(opened, "tiny") as run_id:
+        for _ in range(2):  # a run that goes on logs them again
+            experiment.log_inputs(opened, run_id, report.parent, report.corpus)
+    found = {one.tags[0].value: one.dataset for one in client.get_run(run_id).inputs.dataset_inputs}
+    assert set(found) == {"parent", "corpus"} and len(client.get_run(run_id).inputs.dataset_inputs) == 2
+    assert report.parent.fingerprint.startswith(found["parent"].digest)
+    assert json.loads(found["parent"].profile)["sha256"] == report.parent.fingerprint
+    assert json.loads(found["corpus"].source)["uri"] == str(opened.workspace / report.corpus.tokens.path)
+    query = f"dataset.digest = '{found['corpus'].digest}'"
+    assert [run.info.run_id for run in client.search_runs([opened.experiment_id], query)] == [run_id]
+
+
+def asked_run(opened: Tracking, name: str, fraction: float, kl: float) -> str:
+    report = report_of()
+    profile = load_profile("tiny", [f"budget.layer_parameters_fraction={fraction}", f"name={name}"])
+    with run_started(opened, name) as run_id:
+        log_params(opened, run_id, run_params(profile, report.parent, report.corpus, "a machine"))
+        log_metrics(opened, run_id, {"child/kl": kl})
+    with run_started(opened, "choose", run_id):  # a nested run has neither parameters nor these metrics
+        pass
+    return run_id
+
+
+def test_the_saved_query_and_the_compare_page_of_the_docs(opened: Tracking) -> None:
+    page = (ROOT / "docs" / "operate.md").read_text()
+    (query,) = re.findall(r"^    (params\.profile = .+)$", page, re.MULTILINE)
+    assert query in page.split("search_runs(")[1]  # the same in the UI and in Python
+    good, also = asked_run(opened, "tiny", 0.6, 0.2), asked_run(opened, "tiny", 0.6, 0.4)
+    others = [
+        asked_run(opened, "tiny", 0.6, 2.0),
+        asked_run(opened, "tiny", 0.5, 0.2),
+        asked_run(opened, "o", 0.6, 0.1),
+    ]
+    found = client_of(opened).search_runs([opened.experiment_id], query, order_by=["metrics.`child/kl`"])
+    assert [run.info.run_id for run in found] == [good, also]
+    assert set(experiment.finished_runs(opened, 10)) == {good, also, *others}
+    assert experiment.finished_runs(opened, 2) == [others[2], others[1]]
+    url = experiment.compare_url(opened, [good, also], 5001)
+    where = f'runs=["{good}","{also}"]&experiments=["{opened.experiment_id}"]'
+    assert unquote(url) == f"http://127.0.0.1:5001/#/compare-runs?{where}" and '"' not in url
+
+
+def made(layer: int, subblock: Any, variant: str) -> tuple[BlockRecord, Score]:
+    weights = Ref(path=f"library/{layer}{variant}", sha256=f"{layer}{variant}") if variant != "no_op" else None
+    key = f"{layer}{subblock}{variant}"
+    block = BlockRecord(key=key, layer=layer, subblock=subblock, variant=variant, status="trained", weights=weights)
+    kl = 0.1 * (layer + 1) + (0.01 if subblock == "ffn" else 0)
+    score = Score(
+        layer=layer,
+        subblock=subblock,
+        variant=variant,
+        kl=kl,
+        kl_se=0.0,
+        lm_loss=0.0,
+        lm_loss_se=0.0,
+        tokens=8,
+        kl_per_sequence=(kl,),
+        lm_loss_per_sequence=(0.0,),
+    )
+    return block, score
+
+
+def test_tables_join_losses_scores_costs_and_the_choice() -> None:
+    def cost(subblock: Any, variant: str, parameters: int, batch: int = 1) -> Cost:
+        return Cost(
+            subblock=subblock,
+            variant=variant,
+            scenario="chat",
+            batch_size=batch,
+            prefill_seconds=float(parameters * batch),
+            decode_seconds_per_token=0.1,
+            prefill_spread=0,
+            decode_spread=0,
+            parameters=parameters,
+            weight_bytes=4 * parameters,
+            kv_bytes_per_token=0,
+        )
+
+    pairs = [made(0, "attention", "kv1"), made(0, "ffn", "no_op"), made(1, "block", "kv1+ffn8"), made(1, "ffn", "ffn8")]
+    blocks, scores = [block for block, _ in pairs], [score for _, score in pairs][:3]  # the last was not scored
+    priced = [cost("attention", "parent", 9), cost("attention", "kv1", 5), cost("attention", "kv1", 5, 4)]
+    priced += [cost("ffn", "parent", 20), cost("ffn", "ffn8", 8), cost("ffn", "no_op", 0)]
+    costs = CostTable(hardware={"name": "x"}, costs=tuple(priced), non_block=(), num_hidden_layers=2, measured_at="")
+    at = Totals(
+        scenario="chat",
+        batch_size=1,
+        prefill_seconds=1,
+        decode_seconds_per_token=1,
+        runtime_seconds=1,
+        tokens_per_second=1,
+        memory_bytes=1,
+        parameters=1,
+    )
+    chosen = (LayerChoice(ffn="no_op"), LayerChoice(attention="kv1", ffn="ffn8", coupled=True))
+    architecture = Architecture(
+        method="mip",
+        layers=chosen,
+        score=0.31,
+        score_se=0,
+        totals=(at,),
+        parent_totals=(at,),
+        status="optimal",
+        bound=0,
+        gap=0,
+    )
+    variants = variant_rows(blocks, scores, costs, architecture)
+    assert [row.chosen for row in variants] == [False, True, True, False]
+    assert [row.parameters for row in variants] == [5, 0, None, 8]  # a coupled block is priced by its halves
+    assert variants[0].prefill_seconds == 5 and variants[3].kl is None and variants[0].block == "0kv1"
+    layers = layer_rows(blocks, scores, costs, architecture)
+    assert sum(row.kl for row in layers) == pytest.approx(architecture.score)
+    assert [row.parameters for row in layers] == [9, 13]
+    assert (layers[0].attention_block, layers[0].ffn_block) == ("", "")
+    assert (layers[1].attention_block, layers[1].ffn_block) == ("1kv1+ffn8", "1kv1+ffn8")
