@@ -5,6 +5,7 @@ layer by layer from its metadata, with a SwiGLU of zeros taken for none.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +16,22 @@ import torch
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from blocks.errors import PuzzleError
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from tasks.gguf_export import CONFIG_KEY, rotate_half
+from tasks.gguf_header import GgufError, read_header
 from tasks.gguf_layout import Entry, Layer, outer_entries, packed
 
 ARCHITECTURES = ("deci", "llama")
-
-
-class GgufError(PuzzleError):
-    """A file that is no GGUF, or none that can be read as a child."""
 
 
 class GgufFile:
     """An opened file: its metadata by key, its tensors by name."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            self.reader = gguf.GGUFReader(path)
-        except (OSError, ValueError) as error:
-            raise GgufError(f"{path} cannot be read as GGUF: {error}. Name a file that ends in .gguf.") from error
-        self.fields = {key: field.contents() for key, field in self.reader.fields.items()}
-        self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+        header = read_header(path)
+        self.fields, self.tensors, self._weights_at = header.fields, header.tensors, header.weights_at
+        self._data = np.memmap(path, mode="r", dtype=np.uint8)
         self.architecture = str(self.fields.get("general.architecture"))
 
     def value(self, key: str, default: Any = None) -> Any:
@@ -56,8 +50,15 @@ class GgufFile:
         """A tensor's values, float32."""
         if name not in self.tensors:
             raise GgufError(f"the GGUF file has no tensor {name}: is it whole?")
-        found = self.tensors[name]
-        return torch.from_numpy(np.array(gguf.quants.dequantize(found.data, found.tensor_type), dtype=np.float32))
+        place = self.tensors[name]
+        try:
+            kind = gguf.GGMLQuantizationType(place.type_id)
+            shape = gguf.quants.quant_shape_to_byte_shape(place.shape[::-1], kind)
+            start = self._weights_at + place.offset
+            rows = self._data[start : start + math.prod(shape)].reshape(shape)
+            return torch.from_numpy(np.array(gguf.quants.dequantize(rows, kind), dtype=np.float32))
+        except (ValueError, NotImplementedError) as error:
+            raise GgufError(f"the tensor {name} of the GGUF file cannot be read: {error}") from error
 
 
 def read_gguf(path: Path) -> DeciLMForCausalLM:

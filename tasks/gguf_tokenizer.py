@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tasks.gguf_import import GgufFile
+from tasks.gguf_header import read_header
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # llama_token_type
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -38,7 +38,7 @@ def split_of(name: str) -> Any:
 
 def copied_tokenizer(path: Path) -> dict[str, Any]:
     """Every `tokenizer.*` field of a GGUF file."""
-    return {key: value for key, value in GgufFile(path).fields.items() if key.startswith("tokenizer.")}
+    return {key: value for key, value in read_header(path).fields.items() if key.startswith("tokenizer.")}
 
 
 def converted_tokenizer(folder: Path, vocab_size: int) -> dict[str, Any] | None:

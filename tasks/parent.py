@@ -25,7 +25,8 @@ from blocks.library import Fetch, digest_of, is_whole, keep, remember, sha256_of
 from blocks.records import ParentInfo, Ref, Value
 from profiles.schema import FolderParent, HubParent, PackageParent, ParentSource, TinyParent
 from tasks.corpus import TOKENIZER_FILES, installed_file
-from tasks.gguf_tokenizer import copied_tokenizer, split_of
+from tasks.gguf_header import without_vocabulary
+from tasks.gguf_tokenizer import split_of
 from tasks.tiny import byte_tokenizer, family_config, make_tiny_parent, training_texts
 
 VERSION = 1  # raise it when the same source would give another folder
@@ -97,7 +98,9 @@ def _gguf_config(path: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        config: Any = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        with tempfile.TemporaryDirectory() as folder:
+            without_vocabulary(path, Path(folder) / path.name, weights=False)
+            config: Any = AutoConfig.from_pretrained(folder, gguf_file=path.name)
     except Exception as error:  # nothing more precise is raised
         raise ParentError(f"{path.name} cannot be read as GGUF: {_first_line(error)}") from error
     for name in ("quantization_config", "_pre_quantization_dtype"):
@@ -357,12 +360,14 @@ def _gguf_file(source: PackageParent) -> Path:
 
 def _convert_gguf(path: Path, folder: Path, package: str) -> str:
     """De-quantise a GGUF file to float32 safetensors; returns the version of its package."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+    short = folder.with_name(path.name)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        fields = copied_tokenizer(path)
+        fields = without_vocabulary(path, short, weights=True).fields
+        model: Any = AutoModelForCausalLM.from_pretrained(str(short.parent), gguf_file=path.name, dtype=torch.float32)
+        short.unlink()
+        tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
         if fields.get("tokenizer.ggml.model") == "gpt2":
             tokenizer.backend_tokenizer.pre_tokenizer = split_of(fields.get("tokenizer.ggml.pre", "default"))
     except Exception as error:  # tokenizers raises nothing more precise

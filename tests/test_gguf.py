@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import write_text
 from tasks.gguf_export import PRECISIONS, UnknownPrecision, interleaved, rotate_half, write_gguf
-from tasks.gguf_import import GgufError, GgufFile, read_gguf
+from tasks.gguf_header import GgufError, read_header, without_vocabulary
+from tasks.gguf_import import GgufFile, read_gguf
 from tasks.gguf_layout import FILLER_WIDTH, packed
 from tasks.gguf_tokenizer import NO_TOKENIZER, converted_tokenizer, copied_tokenizer, split_of
 from tests.test_modeling import LINEAR, NO_OP, attention, ffn, mixed_blocks, tiny_child, tiny_parent, token_ids
@@ -62,7 +63,7 @@ def test_rounded_weights_come_back_rounded(precision: str, allowed: float, tmp_p
     errors = {name: float((own[name] - tensor).norm() / own[name].norm()) for name, tensor in back.items()}
     assert all(error == 0 for name, error in errors.items() if "norm" in name)
     assert 0 < max(errors.values()) < allowed
-    kinds = {name: tensor.tensor_type for name, tensor in GgufFile(path).tensors.items()}
+    kinds = {name: tensor.type_id for name, tensor in GgufFile(path).tensors.items()}
     wanted = PRECISIONS[precision][0]
     assert kinds["blk.2.attn_q.weight"] == wanted
     # 48 columns hold no whole number of 32-blocks
@@ -190,3 +191,61 @@ def test_tokenizers_are_converted_where_their_split_is_known_and_copied_from_a_g
     assert converted_tokenizer(tmp_path, 259) is None
     path = written(child_of(), tmp_path, tokenizer=fields)
     assert copied_tokenizer(path) == fields
+
+
+def with_vocabulary(folder: Path, stated: bool = False) -> Path:
+    """A file with a tokenizer, an array of every kind, and three tensors."""
+    path = folder / "whole.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_custom_alignment(64)
+    if stated:
+        writer.add_vocab_size(9)
+    writer.add_token_list(["a", "ö", ""])
+    writer.add_token_scores([0.5, -1.0, 2.0])
+    writer.add_array("llama.rope.sections", [3, 4])
+    writer.add_bos_token_id(1)
+    writer.add_bool("llama.flag", True)
+    for index in range(3):
+        writer.add_tensor(f"t{index}", torch.arange(10.0 * index, 10.0 * index + 5).numpy())
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(writer, step)()
+    return path
+
+
+def test_a_header_is_what_the_gguf_package_reads(tmp_path: Path) -> None:
+    path = with_vocabulary(tmp_path)
+    theirs, header = gguf.GGUFReader(path), read_header(path)
+    assert header.fields == {k: f.contents() for k, f in theirs.fields.items() if not k.startswith("GGUF.")}
+    assert header.entries == 3 + 3 + 2 + 4
+    for tensor in theirs.tensors:
+        place = header.tensors[tensor.name]
+        assert (list(place.shape), place.type_id) == (tensor.shape.tolist(), tensor.tensor_type)
+        assert header.weights_at + place.offset == tensor.data_offset
+
+
+@pytest.mark.parametrize("stated", [False, True])
+@pytest.mark.parametrize("weights", [False, True])
+def test_without_its_vocabulary_a_file_says_everything_else(stated: bool, weights: bool, tmp_path: Path) -> None:
+    path = with_vocabulary(tmp_path, stated)
+    whole = without_vocabulary(path, tmp_path / "short.gguf", weights)
+    short = read_header(tmp_path / "short.gguf")
+    lists = {"tokenizer.ggml.tokens", "tokenizer.ggml.scores"}
+    kept = {key: value for key, value in whole.fields.items() if key not in lists}
+    assert short.fields == kept | {"llama.vocab_size": 9 if stated else 3} and whole == read_header(path)
+    assert short.tensors == whole.tensors
+    for own, theirs in zip(
+        gguf.GGUFReader(tmp_path / "short.gguf").tensors, gguf.GGUFReader(path).tensors, strict=True
+    ):
+        assert own.data.tolist() == (theirs.data.tolist() if weights else [0.0] * 5)
+
+
+def test_a_cut_file_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:
+    path = with_vocabulary(tmp_path)
+    whole, header = path.read_bytes(), read_header(path)
+    for length in range(0, header.table[1], 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(GgufError, match="cannot be read as GGUF"):
+            read_header(path)
+    path.write_bytes(whole[: header.weights_at + 8])
+    with pytest.raises(GgufError, match="the tensor t0 .* cannot be read"):
+        GgufFile(path).tensor("t0")
