@@ -25,7 +25,7 @@ from tasks.engines.base import ROOT, Engine, Load, Process, Session
 from tasks.engines.limits import EngineLimit, gaps
 from tasks.engines.llama_library import EngineFailed, EngineMissing
 from tasks.engines.worker import Worker
-from tasks.export import CODE_FILES
+from tasks.export import AUTO_MAP, CODE_FILES
 
 PYTHON_VARIABLE = "PUZZLE_VLLM_PYTHON"  # the interpreter of an environment that holds vLLM
 FOLDER = ".venv-vllm"
@@ -96,8 +96,10 @@ class Vllm(Engine):
     def process(self, path: Path, how: Load, noise: bool = False) -> Process:
         """Of vllm_process.py. noise: the folder has a config and no weights, vLLM makes some up.
 
-        Raises EngineMissing, EngineLimit for a folder that vLLM cannot or should not run.
+        Raises EngineMissing, EngineLimit for a folder that vLLM cannot or should not run, or for another precision.
         """
+        if how.precision not in self.precisions:
+            raise EngineLimit(f"vLLM is driven in {' and '.join(self.precisions)} here, not in {how.precision}.")
         return Process(
             # -P: the script's folder, full of short names, does not become a place to import from
             command=(str(_installed()), "-P", str(Path(__file__).with_name("vllm_process.py"))),
@@ -126,30 +128,30 @@ def _trusted(folder: Path) -> bool:
 
     It is told to for code that puzzle wrote, byte for byte, and for no other: EngineLimit otherwise.
     """
-    if _refused(folder) is not None:
-        raise EngineLimit(f"{_refused(folder)}.")
+    reason = _refused(folder)
+    if reason is not None:
+        raise EngineLimit(f"{reason}.")
     if config_of(folder).model_type != "nemotron-nas":
         return False
-    for name in CODE_FILES:
-        path = folder / name
-        if not path.is_file() or _digest(path) != _digest(CODE / name):
-            raise EngineLimit(
-                f"{folder} holds another {name} than this puzzle writes, and vLLM would run it: write the child anew "
-                "with puzzle export --format transformers."
-            )
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    foreign = [name for name in CODE_FILES if _digest(folder / name) != _digest(CODE / name)]
+    if foreign or fields.get("auto_map") != AUTO_MAP:
+        raise EngineLimit(
+            f"{folder} holds other code ({', '.join(foreign) or 'auto_map in config.json'}) than this puzzle writes, and "
+            "vLLM would run it: write the child anew with puzzle export --format transformers."
+        )
     return True
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _digest(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _refused(folder: Path) -> str | None:
     """Why vLLM on a CPU cannot run what lies in this folder, None when it can."""
     if not folder.is_dir():
         return f"{folder} is no folder: vLLM loads what puzzle export --format transformers (or nemotron-nas) writes"
-    config = config_of(folder)
-    return cannot(config)
+    return cannot(config_of(folder))
 
 
 def cannot(config: Any) -> str | None:
@@ -170,10 +172,14 @@ class VllmSession(Session):
     def __init__(self, what: Process) -> None:
         self.worker = Worker(what)
         try:
-            self.vocab_size = int(self.worker.load()["vocab_size"])
+            self.load(what)
         except BaseException:
             self.close()
             raise
+
+    def load(self, what: Process) -> None:
+        """Load another model in the place of this one; the process stays, which saves its start."""
+        self.vocab_size = int(self.worker.ask({"load": what.load})["vocab_size"])
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
         answer = self.worker.ask({"logits": {"tokens": list(tokens)}})
