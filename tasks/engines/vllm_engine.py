@@ -137,8 +137,8 @@ def _trusted(folder: Path) -> bool:
     foreign = [name for name in CODE_FILES if _digest(folder / name) != _digest(CODE / name)]
     if foreign or fields.get("auto_map") != AUTO_MAP:
         raise EngineLimit(
-            f"{folder} holds other code ({', '.join(foreign) or 'auto_map in config.json'}) than this puzzle writes, and "
-            "vLLM would run it: write the child anew with puzzle export --format transformers."
+            f"{folder} holds other code ({', '.join(foreign) or 'auto_map in config.json'}) than this puzzle writes, "
+            "and vLLM would run it: write the child anew with puzzle export --format transformers."
         )
     return True
 
@@ -174,7 +174,7 @@ class VllmSession(Session):
         try:
             self.load(what)
         except BaseException:
-            self.close()
+            self.worker.close()
             raise
 
     def load(self, what: Process) -> None:

@@ -68,7 +68,7 @@ class Server:
         self.engine = LLMEngine.from_engine_args(arguments)
         self.vocab_size = config["vocab_size"]
         version = f"vLLM {vllm.__version__} on CPU, eager, torch {torch.__version__}"
-        return {"version": version, "threads": torch.get_num_threads(), "vocab_size": self.vocab_size}
+        return {"version": version, "vocab_size": self.vocab_size}
 
     def request(self, batch_size: int, prompt_tokens: int, steps: int, seed: int, grow: int = 0) -> dict[str, Any]:
         """Seconds of one prefill and of one decode step; with `grow`, of a step after so many more tokens."""
@@ -104,6 +104,12 @@ class Server:
         """The next tokens of one sequence, greedy."""
         (output,) = self._run([tokens], steps)
         return {"tokens": list(output.outputs[0].token_ids)}
+
+    def threads(self) -> dict[str, Any]:
+        """Threads of torch's (and so vLLM's) matrix products."""
+        import torch
+
+        return {"threads": torch.get_num_threads()}
 
     def memory(self) -> dict[str, Any]:
         """Highest resident size so far, less what the process held before the model was loaded."""
