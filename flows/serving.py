@@ -38,7 +38,7 @@ def export_command(
 
 def bench_command(
     child: ChildPath,
-    engine: Annotated[str, typer.Option("--engine", help="torch or llama.cpp")] = "torch",
+    engine: Annotated[str, typer.Option("--engine", help="torch, llama.cpp or vllm")] = "torch",
     parent: Annotated[
         Path | None, typer.Option("--parent", metavar="PATH", help="folder or .gguf [the parent of the child's run]")
     ] = None,

@@ -204,7 +204,9 @@ class Hardware(Section):
     """The hardware target: costs are measured on it, or, engine `roofline`, modelled from `profiles/hardware/`."""
 
     name: str = Field(default="this-machine", description="with engine roofline: a target of profiles/hardware/")
-    engine: Literal["torch", "llama.cpp", "roofline"] = Field(default="torch", description="what costs are measured in")
+    engine: Literal["torch", "llama.cpp", "vllm", "roofline"] = Field(
+        default="torch", description="what costs are measured in"
+    )
     must_run: tuple[EngineName, ...] = Field(
         default=(), description="engines that have to run the child too: what they cannot is never chosen"
     )

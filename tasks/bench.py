@@ -126,7 +126,8 @@ def bench(
             batch_size=max(point.batch_size for point in points),
             context_tokens=max(point.prompt_tokens + point.steps for point in points),
         )
-        workers = {name: stack.enter_context(Worker(engine, path, how)) for name, path in paths.items()}
+        processes = {name: installed_engine(engine).process(path, how) for name, path in paths.items()}
+        workers = {name: stack.enter_context(Worker(process)) for name, process in processes.items()}
         for worker in workers.values():
             worker.load()
         turns = []

@@ -29,6 +29,7 @@ from blocks.records import SUBBLOCKS, Cost, CostTable, LayerChoice, NonBlockCost
 from blocks.resources import resources
 from blocks.variant import Variant, parse_labels
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
+from tasks.engines.limits import runnable
 from tasks.record import open_parent
 
 VERSION = 2
@@ -112,7 +113,9 @@ def measure_costs(
         return stored
     reader = open_parent(workspace / parent.folder)
     names = {subblock: parse_labels(subblock, getattr(space, subblock), reader.config) for subblock in SUBBLOCKS}
-    variants = [variant for subblock in SUBBLOCKS for variant in names[subblock]]
+    variants = [
+        variant for subblock in SUBBLOCKS for variant in names[subblock] if _runs(hardware.engine, reader, variant)
+    ]
     costs: list[Cost] = []
     non_block: list[NonBlockCost] = []
     whole: list[NonBlockCost] = []
@@ -138,10 +141,20 @@ def measure_costs(
     return table
 
 
+def _runs(engine: str, reader: Parent, variant: Variant) -> bool:
+    """Whether the engine can run a variant at all, judged in the last layer: what it cannot has no cost there."""
+    alone = LayerChoice.alone(variant.subblock, variant.label)
+    return runnable(engine, reader.config, reader.depth - 1, alone.attention, alone.ffn) is None
+
+
 def _bench(reader: Parent, variants: Sequence[Variant], hardware: Hardware, measure: Measure) -> Any:
     """What times variants in the profile's engine: `run(scenario, batch, tell)`."""
     if hardware.engine == "torch":
         return _Bench(reader, variants, hardware, measure)
+    if hardware.engine == "vllm":
+        from tasks.vllm_costs import VllmBench
+
+        return VllmBench(reader, variants, hardware, measure)
     from tasks.engine_costs import EngineBench
 
     return EngineBench(reader, variants, hardware, measure)

@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from transformers.initialization import no_init_weights
 
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
@@ -28,10 +29,21 @@ from profiles.schema import Hardware, Measure, Scenario
 from tasks.costs import Timing
 from tasks.engines.base import Load
 from tasks.engines.limits import check_parent
-from tasks.engines.llama_cpp import LlamaCpp, LlamaSession
+from tasks.engines.llama_cpp import LlamaCpp
 from tasks.gguf_export import write_gguf
 from tasks.gguf_tokenizer import NO_TOKENIZER
 from tasks.throughput import in_turns, median_metric
+
+
+class Timed(Protocol):
+    """A session that is timed: as an engine's, with tokens that grow the cache untimed."""
+
+    def request(self, prompt: Tensor, steps: int, grow: int = 0) -> Turn:
+        """Prefill of `prompt` (B, P), `grow` tokens untimed, then `steps` decode steps."""
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+
 
 Name = tuple[str, str]
 Pair = tuple[Metric, Metric]  # prefill and decode step, shares of the parent's
@@ -99,7 +111,7 @@ class EngineBench:
             parent.close()
         return self._apart(shares, [self._clock(turn) for turn in parents])
 
-    def _open(self, folder: Path, layers: Sequence[LayerChoice], scenario: Scenario, batch: int) -> LlamaSession:
+    def _open(self, folder: Path, layers: Sequence[LayerChoice], scenario: Scenario, batch: int) -> Timed:
         """A model of these layers with noise for weights: time does not depend on them."""
         with no_init_weights():
             model: Any = DeciLMForCausalLM(self.reader.child_config(layers))
@@ -118,7 +130,7 @@ class EngineBench:
         """Tokens from the prompt to the middle of the generation, where a token costs the average."""
         return max(0, (scenario.generated_tokens - self.measure.decode_steps) // 2)
 
-    def _turns(self, sessions: Mapping[str, LlamaSession], scenario: Scenario, batch: int) -> dict[str, list[Turn]]:
+    def _turns(self, sessions: Mapping[str, Timed], scenario: Scenario, batch: int) -> dict[str, list[Turn]]:
         prompt = torch.randint(
             self.reader.config.vocab_size,
             (batch, scenario.prompt_tokens),

@@ -2,9 +2,11 @@
 
 Every export is checked after it was written. A folder is loaded again as a stranger would and must give the very
 logits. A GGUF file is read back and must hold the very weights that its precision leaves; where llama.cpp is
-installed, its logits are compared with torch on the weights that the file holds.
+installed, its logits are compared with torch on the weights that the file holds. The same is done with a folder where
+vLLM is installed and can run the child, and there the greedy tokens are compared too.
 """
 
+import copy
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +16,13 @@ import torch
 from torch import Tensor
 
 from blocks.errors import PuzzleError, PuzzleFailure
-from tasks.children import Origin, open_child, origin_of
+from tasks.children import Origin, config_of, in_precision, open_child, origin_of
 from tasks.corpus import installed_file
-from tasks.engines.base import Load
-from tasks.engines.limits import EngineLimit, gaps, is_whole
+from tasks.engines.base import Engine, Load, Session
+from tasks.engines.limits import EngineLimit, gaps, is_whole, limits_of
 from tasks.engines.llama_cpp import LlamaCpp
+from tasks.engines.llama_library import EngineFailed
+from tasks.engines.vllm_engine import Vllm, cannot
 from tasks.export import ExportError, export_folder, native_config
 from tasks.gguf_export import PRECISIONS, UnknownPrecision, write_gguf
 from tasks.gguf_import import read_gguf
@@ -26,9 +30,9 @@ from tasks.gguf_tokenizer import NO_TOKENIZER, converted_tokenizer, copied_token
 
 FORMATS = ("gguf", "nemotron-nas", "transformers", "native")
 ALIASES = {"f32": "float32", "fp32": "float32", "f16": "float16", "fp16": "float16", "bf16": "bfloat16"}
-CHECK_TOKENS = 32
-LOGITS_TOLERANCE = 1e-3  # float32 inside llama.cpp too: sums in another order
-# mean KL in nats: llama.cpp rounds the activations of a matrix product to the precision of its weights as well
+CHECK_TOKENS, CHECK_STEPS = 32, 8
+LOGITS_TOLERANCE = 1e-3  # float32 inside the engines too: sums in another order
+# mean KL in nats: engines round the activations of a matrix product to the precision of its weights as well
 KL_TOLERANCE = {"float16": 1e-4, "bfloat16": 5e-3, "q8_0": 2e-2}
 
 
@@ -88,7 +92,10 @@ def export_as(child: Path, form: str, precision: str, target: Path, tokenizer_fr
     card = source / "README.md"
     text = card.read_text(encoding="utf-8") if child.is_dir() and card.is_file() else f"# {origin_of(child).name}\n"
     export_folder(model, source, target, text, heterogeneous=form == "nemotron-nas")
-    return Exported(path=target, notes=("checked: loaded as a stranger would, it gives the very logits",))
+    notes = ["checked: loaded as a stranger would, it gives the very logits"]
+    if form != "native":
+        notes.append(check_in_vllm(model, target, precision))
+    return Exported(path=target, notes=tuple(notes))
 
 
 def refuse(config: Any, form: str) -> None:
@@ -186,31 +193,85 @@ def _relative(own: Tensor, other: Tensor) -> float:
 
 def check_logits(back: Any, path: Path, precision: str) -> str:
     """llama.cpp beside torch on `back`, the weights of the file. Raises ExportError beyond the tolerance."""
-    found = compare_logits(back, path)
+    return _verdict(compare_logits(back, path), LlamaCpp(), path, precision)
+
+
+def check_in_vllm(model: Any, folder: Path, precision: str) -> str:
+    """vLLM beside torch on an exported folder's weights, or why there is nothing to compare.
+
+    Raises ExportError beyond the tolerance, EngineFailed when vLLM cannot load what it should be able to.
+    """
+    engine = Vllm()
+    reason = engine.missing() or cannot(config_of(folder))
+    if reason is None and precision not in engine.precisions:
+        reason = f"it is driven in {' and '.join(engine.precisions)} only"
+    if reason:
+        return f"not compared with vLLM's logits: {reason}"
+    tokens = min(CHECK_TOKENS, model.config.max_position_embeddings - CHECK_STEPS)
+    try:
+        session = engine.load(folder, Load(precision=precision, context_tokens=tokens + CHECK_STEPS))
+    except EngineFailed as error:
+        raise EngineFailed(
+            f"{folder} was written and gives torch's logits, but vLLM does not load it: {error}"
+        ) from error
+    try:
+        ids = _check_ids(model, tokens)
+        exact = model if model.dtype == torch.float32 else in_precision(copy.deepcopy(model), torch.float32)
+        text = _verdict(compare(session, exact, ids), engine, folder, precision)
+        return text + (_greedy(session, exact, ids, folder) if precision == "float32" else "")
+    finally:
+        session.close()
+
+
+@torch.inference_mode()
+def _greedy(session: Session, model: Any, ids: Tensor, path: Path) -> str:
+    """An engine's greedy tokens after `ids` (1, T) are torch's, or tie with them within the tolerance."""
+    made = session.generate(ids[0].tolist(), CHECK_STEPS)
+    whole = torch.cat([ids, torch.tensor([made])], dim=1)
+    rows = model(whole, use_cache=False).logits[0, ids.shape[1] - 1 : -1]
+    behind = rows.max(-1).values - rows[torch.arange(len(made)), made]
+    if not float(behind.max()) <= LOGITS_TOLERANCE:
+        raise ExportError(
+            f"the engine's greedy tokens on {path.name} are not torch's: logits {behind.max():.3g} below the largest"
+        )
+    return f", {len(made)} greedy tokens equal"
+
+
+def _verdict(found: Difference, engine: Engine, path: Path, precision: str) -> str:
+    """A sentence, or ExportError beyond the tolerance."""
     limit = LOGITS_TOLERANCE if precision == "float32" else KL_TOLERANCE[precision]
     value, what = (found.most, "largest difference of logits") if precision == "float32" else (found.kl, "KL, nats")
     if not value <= limit:
         raise ExportError(
-            f"llama.cpp does not give torch's logits on {path.name}: {what} {value:.3g}, allowed {limit:g}"
+            f"{limits_of(engine.name).title} does not give torch's logits on {path.name}: {what} {value:.3g}, allowed "
+            f"{limit:g}"
         )
     return (
-        f"checked: {LlamaCpp().version()} against torch on the same weights, {found.tokens} tokens: {what} {value:.2g} "
+        f"checked: {engine.version()} against torch on the same weights, {found.tokens} tokens: {what} {value:.2g} "
         f"(allowed {limit:g}), top-1 agreement {found.agreement:.0%}"
     )
 
 
-@torch.inference_mode()
 def compare_logits(model: Any, path: Path, tokens: int = CHECK_TOKENS, exact: bool = True) -> Difference:
     """llama.cpp's logits of a GGUF file beside those of a model in torch, random tokens."""
-    length = min(tokens, model.config.max_position_embeddings)
-    ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    own = model(ids, use_cache=False).logits[0]
-    session = LlamaCpp().load(path, Load(exact=exact, context_tokens=length))
+    ids = _check_ids(model, tokens)
+    session = LlamaCpp().load(path, Load(exact=exact, context_tokens=ids.shape[1]))
     try:
-        other = session.logits(ids[0].tolist())
+        return compare(session, model, ids)
     finally:
         session.close()
-    return difference(own, other)
+
+
+def _check_ids(model: Any, tokens: int) -> Tensor:
+    """(1, T) random tokens."""
+    length = min(tokens, model.config.max_position_embeddings)
+    return torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def compare(session: Session, model: Any, ids: Tensor) -> Difference:
+    """An engine's logits beside torch's on the same (1, T) tokens."""
+    return difference(model(ids, use_cache=False).logits[0], session.logits(ids[0].tolist()))
 
 
 def difference(own: Tensor, other: Tensor) -> Difference:

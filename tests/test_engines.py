@@ -141,7 +141,7 @@ def test_unknown_engines_and_those_that_are_not_driven_are_named() -> None:
     with pytest.raises(UnknownEngine, match=r"Did you mean llama\.cpp"):
         engine_of("llama-cpp")
     with pytest.raises(UnknownEngine, match="export to nemotron-nas"):
-        engine_of("vllm")
+        engine_of("sglang")
     assert set(ENGINES) <= set(LIMITS)
     for name in ENGINES:
         assert (engine_of(name).name, engine_of(name).format) == (name, limits_of(name).format)

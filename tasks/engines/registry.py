@@ -6,7 +6,11 @@ from tasks.engines.base import Engine
 from tasks.engines.limits import UnknownEngine, limits_of
 from tasks.engines.llama_library import EngineMissing
 
-ENGINES = {"torch": ("tasks.engines.torch_engine", "Torch"), "llama.cpp": ("tasks.engines.llama_cpp", "LlamaCpp")}
+ENGINES = {
+    "torch": ("tasks.engines.torch_engine", "Torch"),
+    "llama.cpp": ("tasks.engines.llama_cpp", "LlamaCpp"),
+    "vllm": ("tasks.engines.vllm_engine", "Vllm"),
+}
 
 
 def engine_of(name: str) -> Engine:

@@ -5,39 +5,39 @@
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from blocks.errors import PuzzleError
 from blocks.runtime import configure
 
-ROOT = Path(__file__).resolve().parents[2]
+if TYPE_CHECKING:  # at run time torch comes after `configure`
+    from tasks.engines.base import Process
 
 
 class Worker:
     """A process that holds one model in one engine. Use as a context manager."""
 
-    def __init__(self, engine: str, path: Path, how: Any) -> None:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        environment |= {"OMP_NUM_THREADS": str(how.threads)}
+    def __init__(self, what: "Process") -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tasks.engines.worker"],
+            what.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
+            env=os.environ | what.environment,
             text=True,
         )
-        self.what = {"engine": engine, "path": str(path.resolve()), "how": dataclasses.asdict(how)}
+        self.what = what.load
         self.version = ""
 
-    def load(self) -> None:
+    def load(self) -> dict[str, Any]:
         """Load the model. Apart from the start, so that several workers can start at the same time."""
-        self.version = str(self._ask({"load": self.what})["version"])
+        answer = self.ask({"load": self.what})
+        self.version = str(answer["version"])
+        return answer
 
     def __enter__(self) -> Self:
         return self
@@ -50,11 +50,11 @@ class Worker:
         from blocks.records import Turn
 
         shape = {"batch_size": batch_size, "prompt_tokens": prompt_tokens, "steps": steps, "seed": seed}
-        return Turn(**self._ask({"request": shape}))
+        return Turn(**self.ask({"request": shape}))
 
     def memory_bytes(self) -> int:
         """Highest resident size so far, less what the process held before the model was loaded."""
-        return int(self._ask({"memory": {}})["bytes"])
+        return int(self.ask({"memory": {}})["bytes"])
 
     def close(self) -> None:
         """End the process."""
@@ -66,7 +66,8 @@ class Worker:
         if self.process.poll() is None:
             self.process.kill()
 
-    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """The answer to {name: arguments}. Raises EngineFailed with the process's own words, or when it has ended."""
         from tasks.engines.llama_library import EngineFailed
 
         assert self.process.stdin is not None and self.process.stdout is not None

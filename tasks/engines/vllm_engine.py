@@ -1,0 +1,199 @@
+"""The engine `vllm`: exported folders in vLLM on a CPU, which lives in a virtual environment of its own.
+
+vLLM pins other versions of transformers and fastapi than puzzle, so the two cannot share one. `make vllm` sets
+`.venv-vllm` up; this file finds its interpreter and drives tasks/engines/vllm_process.py through pipes.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from blocks import export_code
+from blocks.records import Turn
+from tasks.children import config_of
+from tasks.engines.base import ROOT, Engine, Load, Process, Session
+from tasks.engines.limits import EngineLimit, gaps
+from tasks.engines.llama_library import EngineFailed, EngineMissing
+from tasks.engines.worker import Worker
+from tasks.export import AUTO_MAP, CODE_FILES
+
+PYTHON_VARIABLE = "PUZZLE_VLLM_PYTHON"  # the interpreter of an environment that holds vLLM
+FOLDER = ".venv-vllm"
+INSTALL = (
+    f"vLLM is not installed: run `make vllm` in puzzle's repository (it makes {FOLDER}: 4 GB, about 5 minutes), or "
+    f"name the interpreter of another environment that holds vLLM in {PYTHON_VARIABLE}"
+)
+HEAD_SIZES = frozenset({32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512})  # that vLLM 0.32 has CPU kernels for
+CODE = Path(export_code.__path__[0])
+# vLLM as a guest: offline, silent to its maker, its threads where the system puts them, all in one process
+SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_TARGET_DEVICE": "cpu",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONPATH": "",
+}
+
+
+def interpreter() -> Path | None:
+    """The interpreter that has vLLM, None where there is none. Raises EngineMissing for a wrong name."""
+    named = os.environ.get(PYTHON_VARIABLE)
+    if named:
+        if _holds_vllm(Path(named)):
+            return Path(named)
+        raise EngineMissing(f"{PYTHON_VARIABLE} names {named}, which is no interpreter of an environment with vLLM.")
+    found = [folder / FOLDER / "bin" / "python" for folder in (Path.cwd(), ROOT)]
+    return next((path for path in found if _holds_vllm(path)), None)
+
+
+def _holds_vllm(python: Path) -> bool:
+    """Not resolved: a virtual environment's interpreter is a link, and is known by where the link lies."""
+    return python.is_file() and any(python.parent.parent.glob("lib/python3*/site-packages/vllm/__init__.py"))
+
+
+@lru_cache(maxsize=4)
+def _version(python: Path) -> str:
+    code = (
+        "from importlib.metadata import distributions as d;"
+        "print({x.name.lower(): x.version for x in d() if x.name.lower() in ('vllm', 'vllm-cpu', 'torch')})"
+    )
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    if found.returncode:
+        raise EngineFailed(f"{python} does not run: {found.stderr.strip()[-300:]}")
+    versions: dict[str, str] = json.loads(found.stdout.replace("'", '"'))
+    vllm = versions.get("vllm-cpu") or versions.get("vllm", "?")
+    return f"vLLM {vllm} on CPU, eager, torch {versions.get('torch', '?')}"
+
+
+class Vllm(Engine):
+    """vLLM, from an environment of its own."""
+
+    name: ClassVar[str] = "vllm"
+    format: ClassVar[str] = "nemotron-nas"
+    precisions: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
+
+    def missing(self) -> str | None:
+        return None if interpreter() else INSTALL
+
+    def version(self) -> str:
+        return _version(_installed())
+
+    def process(self, path: Path, how: Load, noise: bool = False) -> Process:
+        """Of vllm_process.py. noise: the folder has a config and no weights, vLLM makes some up.
+
+        Raises EngineMissing, EngineLimit for a folder that vLLM cannot or should not run, or for another precision.
+        """
+        if how.precision not in self.precisions:
+            raise EngineLimit(f"vLLM is driven in {' and '.join(self.precisions)} here, not in {how.precision}.")
+        return Process(
+            # -P: the script's folder, full of short names, does not become a place to import from
+            command=(str(_installed()), "-P", str(Path(__file__).with_name("vllm_process.py"))),
+            environment=SETTINGS | {"OMP_NUM_THREADS": str(how.threads)},
+            load={
+                "path": str(path.resolve()),
+                "how": dataclasses.asdict(how),
+                "trust": _trusted(path),
+                "dummy": noise,
+            },
+        )
+
+    def load(self, path: Path, how: Load) -> "VllmSession":
+        return VllmSession(self.process(path, how))
+
+
+def _installed() -> Path:
+    python = interpreter()
+    if python is None:
+        raise EngineMissing(f"{INSTALL}.")
+    return python
+
+
+def _trusted(folder: Path) -> bool:
+    """Whether vLLM has to run the folder's own config class, which it needs for nemotron-nas (`trust_remote_code`).
+
+    It is told to for code that puzzle wrote, byte for byte, and for no other: EngineLimit otherwise.
+    """
+    reason = _refused(folder)
+    if reason is not None:
+        raise EngineLimit(f"{reason}.")
+    if config_of(folder).model_type != "nemotron-nas":
+        return False
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    foreign = [name for name in CODE_FILES if _digest(folder / name) != _digest(CODE / name)]
+    if foreign or fields.get("auto_map") != AUTO_MAP:
+        raise EngineLimit(
+            f"{folder} holds other code ({', '.join(foreign) or 'auto_map in config.json'}) than this puzzle writes, "
+            "and vLLM would run it: write the child anew with puzzle export --format transformers."
+        )
+    return True
+
+
+def _digest(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _refused(folder: Path) -> str | None:
+    """Why vLLM on a CPU cannot run what lies in this folder, None when it can."""
+    if not folder.is_dir():
+        return f"{folder} is no folder: vLLM loads what puzzle export --format transformers (or nemotron-nas) writes"
+    return cannot(config_of(folder))
+
+
+def cannot(config: Any) -> str | None:
+    """Why vLLM on a CPU cannot run a model with this config, None when it can; in words."""
+    missing = gaps("vllm", config) if config.model_type == "nemotron-nas" else []
+    if missing:
+        return f"vLLM cannot run {'; '.join(missing)}"
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head not in HEAD_SIZES:
+        sizes = ", ".join(map(str, sorted(HEAD_SIZES)))
+        return f"vLLM has no CPU kernel for attention heads of {head}, only for {sizes}"
+    return None
+
+
+class VllmSession(Session):
+    """One model in a process of vLLM's own."""
+
+    def __init__(self, what: Process) -> None:
+        self.worker = Worker(what)
+        try:
+            self.load(what)
+        except BaseException:
+            self.worker.close()
+            raise
+
+    def load(self, what: Process) -> None:
+        """Load another model in the place of this one; the process stays, which saves its start."""
+        self.vocab_size = int(self.worker.ask({"load": what.load})["vocab_size"])
+
+    def logits(self, tokens: Sequence[int]) -> Tensor:
+        answer = self.worker.ask({"logits": {"tokens": list(tokens)}})
+        values = torch.frombuffer(bytearray(base64.b64decode(answer["values"])), dtype=torch.float32)
+        return values.reshape(answer["shape"])
+
+    def generate(self, tokens: Sequence[int], steps: int) -> list[int]:
+        return list(self.worker.ask({"generate": {"tokens": list(tokens), "steps": steps}})["tokens"])
+
+    def request(self, prompt: Tensor, steps: int, grow: int = 0) -> Turn:
+        """As every engine's; the prompt's size counts, its tokens are drawn anew in vLLM's process."""
+        batch, tokens = prompt.shape
+        shape = {"batch_size": batch, "prompt_tokens": tokens, "steps": steps, "seed": 0, "grow": grow}
+        return Turn(**self.worker.ask({"request": shape}))
+
+    def close(self) -> None:
+        self.worker.close()

@@ -1,0 +1,298 @@
+"""vLLM on a CPU: what `limits` says it runs gives torch's logits there, what it refuses fails or is wrong there.
+
+One process holds one model after another, since a start of vLLM takes longer than all loads of tiny models.
+"""
+
+import ast
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from blocks.errors import PuzzleError
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from profiles.schema import Hardware, Measure, Scenario, SearchSpace
+from tasks.bench import Point, bench
+from tasks.children import config_of, in_precision
+from tasks.costs import measure_costs
+from tasks.engines import vllm_engine, vllm_process
+from tasks.engines.base import Load
+from tasks.engines.limits import EngineLimit
+from tasks.engines.llama_library import EngineFailed, EngineMissing
+from tasks.engines.registry import installed_engine
+from tasks.engines.vllm_engine import INSTALL, PYTHON_VARIABLE, Vllm, VllmSession, cannot
+from tasks.export import ExportError, export_folder
+from tasks.formats import KL_TOLERANCE, LOGITS_TOLERANCE, check_in_vllm, compare, export_as
+from tests.chain import prepare
+from tests.test_engines import ROPES, YARN, run
+from tests.test_gguf import child_of
+from tests.test_modeling import FULL, LINEAR, NO_OP, attention, token_ids
+
+MISSING = Vllm().missing()
+needs_vllm = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+HOW = Load(context_tokens=64, batch_size=2)
+HEAD = {"head_dim": 32}  # the least that vLLM has a CPU kernel for
+
+
+def wide(width: int) -> dict[str, Any]:
+    return FULL | {"ffn_mult": width * 3 / 64, "intermediate_size": width}
+
+
+def odd(width: int) -> dict[str, Any]:
+    """A width that is no multiple of 256: without ffn_mult, as the exports write it."""
+    return FULL | {"intermediate_size": width}
+
+
+# variable GQA, no-op attention, no-op FFN, both, a last layer without FFN
+MIXED = [
+    (attention(2), wide(256)),
+    (NO_OP, odd(48)),
+    (attention(1), NO_OP),
+    (NO_OP, NO_OP),
+    (attention(4), odd(24)),
+    (attention(1), NO_OP),
+]
+ALIKE = [(attention(2), odd(48))] * 6
+
+
+def blocks_of(pairs: list[Any], place: int | None = None, other: Any = None) -> list[dict[str, Any]]:
+    chosen = [other if index == place else pair for index, pair in enumerate(pairs)]
+    return [{"attention": dict(first), "ffn": dict(second)} for first, second in chosen]
+
+
+RUNS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
+    "mixed": ("llama", blocks_of(MIXED), {}),
+    "biases": ("llama", blocks_of(MIXED), {"attention_bias": True, "mlp_bias": True}),
+    "tied": ("llama", blocks_of(MIXED), {"tie_word_embeddings": True}),
+    "llama3": ("llama", blocks_of(MIXED), {"rope_parameters": ROPES[1]}),
+    "yarn": ("llama", blocks_of(MIXED), {"rope_parameters": YARN}),
+    "window": ("mistral", blocks_of(MIXED), {}),
+    "native": ("llama", blocks_of(ALIKE), {}),
+    "native window": ("mistral", blocks_of(ALIKE), {}),
+    "native family": ("qwen3", blocks_of(ALIKE), {}),
+}
+REFUSED: dict[str, tuple[str, list[dict[str, Any]], str]] = {
+    "linear attention": ("llama", blocks_of(MIXED, 1, (LINEAR, odd(48))), "linear subblocks"),
+    "linear FFN": ("llama", blocks_of(MIXED, 1, (NO_OP, LINEAR)), "linear subblocks"),
+    "bare start": ("llama", blocks_of(MIXED, 0, (NO_OP, odd(48))), "layer 0 without attention"),
+    "wrong width": ("llama", blocks_of(MIXED, 1, (NO_OP, wide(48))), "ffn_mult cannot give"),
+    "qwen2": ("qwen2", blocks_of(MIXED), "biases, norms or scales"),
+    "qwen3": ("qwen3", blocks_of(MIXED), "biases, norms or scales"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def exported(child: DeciLMForCausalLM, folder: Path) -> Path:
+    return export_folder(child, folder, folder / "child", "# x\n")
+
+
+class Models:
+    """One process of vLLM that is handed one folder after another."""
+
+    def __init__(self) -> None:
+        self.session: VllmSession | None = None
+
+    def load(self, folder: Path, how: Load = HOW) -> VllmSession:
+        what = Vllm().process(folder, how)
+        if self.session is None:
+            self.session = VllmSession(what)
+        else:
+            self.session.load(what)
+        return self.session
+
+
+@pytest.fixture(scope="module")
+def models() -> Iterator[Models]:
+    found = Models()
+    yield found
+    if found.session is not None:
+        found.session.close()
+
+
+@needs_vllm
+@pytest.mark.parametrize("case", RUNS)
+def test_vllm_gives_torchs_logits_and_text(case: str, models: Models, tmp_path: Path) -> None:
+    family, blocks, changes = RUNS[case]
+    child = child_of(family, blocks=blocks, **(HEAD | changes))
+    folder = exported(child, tmp_path)
+    assert (config_of(folder).model_type == "nemotron-nas") == (not case.startswith("native"))
+    session, ids = models.load(folder), token_ids(1, 24)
+    found = compare(session, child, ids)
+    assert found.most < LOGITS_TOLERANCE / 100 and found.agreement == 1  # such small sums: 2e-6
+    expected: Any = child.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert session.generate(ids[0].tolist(), 8) == expected[0, 24:].tolist()
+
+
+@needs_vllm
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_fails_or_is_wrong_in_vllm(
+    case: str, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, blocks, reason = REFUSED[case]
+    child = child_of(family, blocks=blocks, **HEAD)
+    folder = exported(child, tmp_path)
+    with pytest.raises(EngineLimit, match=reason):
+        Vllm().process(folder, HOW)
+    assert reason in check_in_vllm(child, folder, "float32")  # the export says so
+    monkeypatch.setattr(vllm_engine, "_refused", lambda folder: None)
+    try:
+        found = compare(models.load(folder), child, token_ids(1, 24))
+    except EngineFailed:
+        return
+    assert found.most > LOGITS_TOLERANCE
+
+
+@needs_vllm
+def test_a_request_is_timed_in_both_precisions_and_with_the_threads_asked(models: Models, tmp_path: Path) -> None:
+    child = in_precision(child_of(blocks=blocks_of(MIXED), **HEAD), torch.bfloat16)
+    folder = exported(child, tmp_path)
+    session = models.load(folder, Load(context_tokens=64, batch_size=2, precision="bfloat16"))
+    found = compare(session, in_precision(child, torch.float32), token_ids(1, 24))
+    assert 0 < found.kl < KL_TOLERANCE["bfloat16"]
+    for turn in (session.request(token_ids(2, 16), 4), session.request(token_ids(1, 16), 4, grow=9)):
+        assert min(turn.prefill, turn.step, turn.prefill_cpu, turn.step_cpu) > 0
+    assert session.worker.memory_bytes() > 2**20
+    assert session.worker.ask({"threads": {}}) == {"threads": 1}
+
+
+@needs_vllm
+def test_an_export_is_checked_in_vllm(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the whole command, in the process that is already there."""
+
+    def load(self: Vllm, path: Path, how: Load) -> Any:
+        session = models.load(path, how)
+        monkeypatch.setattr(session, "close", lambda: None)
+        return session
+
+    monkeypatch.setattr(Vllm, "load", load)
+    child = child_of(blocks=blocks_of(MIXED), **HEAD)
+    folder = exported(child, tmp_path)
+    notes = export_as(folder, "transformers", "f32", tmp_path / "f32").notes
+    assert any("vLLM" in note and "against torch" in note and "8 greedy tokens equal" in note for note in notes)
+    assert any("KL" in note for note in export_as(folder, "transformers", "bf16", tmp_path / "bf16").notes)
+    assert any("float32 and bfloat16 only" in n for n in export_as(folder, "transformers", "f16", tmp_path / "h").notes)
+    child.model.layers[4].mlp.down_proj.weight.data *= 1.1  # type: ignore[union-attr,operator]
+    with pytest.raises(ExportError, match="vLLM does not give torch's logits on child"):
+        check_in_vllm(child, folder, "float32")
+
+
+@needs_vllm
+def test_bench_measures_parent_and_child_in_vllm(tmp_path: Path) -> None:
+    sources = {}
+    for name, pairs in (("parent", ALIKE), ("child", MIXED)):
+        (tmp_path / name).mkdir()
+        sources[name] = exported(child_of(blocks=blocks_of(pairs), **HEAD), tmp_path / name)
+    rows = bench(sources, "vllm", [Point.parse("1x8x4"), Point.parse("2x8x3")], rounds=2)
+    assert [(row.model, row.batch_size) for row in rows] == [("parent", 1), ("child", 1), ("parent", 2), ("child", 2)]
+    for row in rows:
+        assert row.memory_bytes > 2**20 and row.version == Vllm().version()
+        assert row.prefill_cpu_seconds.value > 0 and row.throughput.decode_tokens_per_second.n == 2
+
+
+@needs_vllm
+def test_costs_in_vllm_are_a_cost_table(tmp_path: Path) -> None:
+    parent, _ = prepare(tmp_path, train_steps=0)
+    config = tmp_path / parent.folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | HEAD))
+    space = SearchSpace(attention=("linear", "no_op"), ffn=("ffn32", "no_op"))
+    scenarios = (Scenario(prompt_tokens=8, generated_tokens=6),)
+    hardware = Hardware(threads=1, engine="vllm", precision="bfloat16")
+    table = measure_costs(parent, space, scenarios, hardware, Measure(rounds=3, decode_steps=2), tmp_path)
+    assert table.hardware["engine"] == Vllm().version() and table.hardware["precision"] == "bfloat16"
+    found = {(cost.subblock, cost.variant) for cost in table.costs}
+    ffn = {("ffn", label) for label in ("parent", "ffn32", "no_op")}
+    assert found == {("attention", "parent"), ("attention", "no_op")} | ffn  # no linear: vLLM cannot run it
+    assert table.parent_measured[0].prefill_seconds > 0
+
+
+def test_without_vllm_the_sentence_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(PYTHON_VARIABLE, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vllm_engine, "ROOT", tmp_path)
+    with pytest.raises(EngineMissing, match="make vllm"):
+        installed_engine("vllm")
+    refused = run("bench", "child", "--engine", "vllm")
+    assert refused.exit_code != 0 and "make vllm" in str(refused.exception)
+    child = child_of(blocks=blocks_of(MIXED), **HEAD)
+    folder = exported(child, tmp_path)
+    assert check_in_vllm(child, folder, "float32") == f"not compared with vLLM's logits: {INSTALL}"
+    site = tmp_path / vllm_engine.FOLDER / "lib" / "python3.11" / "site-packages" / "vllm"
+    site.mkdir(parents=True)
+    (site / "__init__.py").touch()
+    assert vllm_engine.interpreter() is None  # packages alone do not run
+    python = tmp_path / vllm_engine.FOLDER / "bin" / "python"
+    python.parent.mkdir()
+    python.touch()
+    assert vllm_engine.interpreter() == python
+    monkeypatch.setenv(PYTHON_VARIABLE, str(tmp_path / "python"))
+    with pytest.raises(EngineMissing, match="which is no interpreter of an environment with vLLM"):
+        installed_engine("vllm")
+
+
+def test_only_puzzles_own_code_is_run(tmp_path: Path) -> None:
+    own = exported(child_of(blocks=blocks_of(MIXED), **HEAD), tmp_path)
+    assert vllm_engine._trusted(own)
+    (tmp_path / "n").mkdir()
+    assert not vllm_engine._trusted(exported(child_of(blocks=blocks_of(ALIKE), **HEAD), tmp_path / "n"))
+    code, config = own / "configuration_decilm.py", own / "config.json"
+    text = code.read_text()
+    code.write_text(text + "\nimport os\n")
+    with pytest.raises(EngineLimit, match="holds other code .configuration_decilm.py."):
+        vllm_engine._trusted(own)
+    code.write_text(text)
+    fields = json.loads(config.read_text())
+    fields["auto_map"]["AutoConfig"] = "another.DeciLMConfig"
+    config.write_text(json.dumps(fields))
+    with pytest.raises(EngineLimit, match="holds other code .auto_map"):
+        vllm_engine._trusted(own)
+
+
+def test_what_the_cpu_build_cannot_run_is_said_before_it_starts(tmp_path: Path) -> None:
+    child = child_of(blocks=blocks_of(MIXED))
+    assert cannot(child.config) == (
+        "vLLM has no CPU kernel for attention heads of 8, only for 32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512"
+    )
+    with pytest.raises(EngineLimit, match="is no folder"):
+        vllm_engine._trusted(tmp_path / "x.gguf")
+    if MISSING is None:
+        with pytest.raises(PuzzleError, match="float32 and bfloat16"):
+            Vllm().process(tmp_path, Load(precision="float16"))
+
+
+def test_the_process_imports_nothing_of_puzzle() -> None:
+    tree = ast.parse(Path(vllm_process.__file__).read_text())
+    nodes = list(ast.walk(tree))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert not {name.split(".")[0] for name in names} & {"blocks", "tasks", "flows", "profiles"}
+
+
+class Output:
+    """What vLLM's step gives of one sequence, as far as it is read."""
+
+    def __init__(self, tokens: int) -> None:
+        self.outputs, self.finished = [type("One", (), {"token_ids": [0] * tokens})()], False
+
+
+def test_a_step_that_is_not_what_it_is_timed_as_is_refused() -> None:
+    vllm_process._expect([Output(3), Output(3)], 2, 3)
+    for wrong in ([Output(3)], [Output(3), Output(2)], []):
+        with pytest.raises(RuntimeError, match="2 sequences should have 3"):
+            vllm_process._expect(wrong, 2, 3)
+
+
+def test_the_cache_holds_every_sequence() -> None:
+    config = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
+    one = 2 * 30 * 3 * 64 * 4
+    assert vllm_process.kv_bytes(config, "float32", 4, 320) >= 4 * 320 * one
+    assert vllm_process.kv_bytes(config, "bfloat16", 4, 320) == vllm_process.kv_bytes(config, "float32", 4, 320) // 2
