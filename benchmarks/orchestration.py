@@ -84,6 +84,7 @@ def plain(profile: Profile, workspace: Path, options: argparse.Namespace) -> Non
     from tasks.costs import measure_costs
     from tasks.export import export_child, model_card
     from tasks.peers import find
+    from tasks.speed import measure_speed
     from tasks.totals import make_problem
 
     bench = open_bench(options)
@@ -106,14 +107,7 @@ def plain(profile: Profile, workspace: Path, options: argparse.Namespace) -> Non
     ]
     for which in distilled:
         compare.evaluate_contender(which, bench.parent, bench.corpus, profile.evaluate, workspace)
-    compare.throughput_of(
-        everyone,
-        bench.parent,
-        profile.scenarios[0],
-        profile.evaluate.throughput_rounds,
-        profile.hardware,
-        workspace,
-    )
+    measure_speed(everyone, bench.parent, problem.costs, profile, workspace)
     model = compare.build(distilled[0], bench.parent, workspace)
     card = model_card(bench.parent, bench.corpus, model.config, "", "plain loop")  # type: ignore[arg-type]
     export_child(model, bench.parent, workspace, workspace / "plain-child", card)

@@ -124,7 +124,7 @@ class Score(Value):
 class Cost(Value):
     """Measured cost of one variant of one subblock, at one scenario and batch size (same for every layer).
 
-    spread: half the interquartile range over the median of the rounds.
+    spread: standard error of the seconds over the seconds.
     """
 
     subblock: Subblock
@@ -141,7 +141,7 @@ class Cost(Value):
 
 
 class NonBlockCost(Value):
-    """Embedding, final norm, head: taken off the budget before the MIP, added back after."""
+    """Embedding, final norm, head: taken off the budget before the MIP, added back after. spread: as of a Cost."""
 
     scenario: str
     batch_size: int
@@ -149,10 +149,23 @@ class NonBlockCost(Value):
     decode_seconds_per_token: float
     parameters: int
     weight_bytes: int
+    prefill_spread: float = 0.0
+    decode_spread: float = 0.0
+
+
+class Calibration(Value):
+    """Factors that the seconds of a cost table were multiplied by, and what they were fitted on."""
+
+    prefill: float
+    decode: float
+    origin: str
 
 
 class CostTable(Value):
-    """All costs of one parent on one hardware target: measured on it, or modelled for it. Never both in one table."""
+    """All costs of one parent on one hardware target: measured on it, or modelled for it. Never both in one table.
+
+    parent_measured: the parent end to end in the same rounds. calibration: None where the sums need none.
+    """
 
     hardware: dict[str, str]
     costs: tuple[Cost, ...]
@@ -160,6 +173,7 @@ class CostTable(Value):
     num_hidden_layers: int
     measured_at: str
     parent_measured: tuple[NonBlockCost, ...] = ()
+    calibration: Calibration | None = None
 
     @property
     def modelled(self) -> bool:
@@ -246,6 +260,72 @@ class Turn(Value):
     step_cpu: float
 
 
+class Gains(Value):
+    """Parent's time over the model's, paired by round: above 1 is faster. Prefill, decode, whole request; CPU too."""
+
+    prefill: Metric
+    decode: Metric
+    request: Metric
+    prefill_cpu: Metric
+    decode_cpu: Metric
+
+
+class Throughput(Value):
+    """One model end to end at one scenario and batch size: medians over the rounds, standard errors from the rounds.
+
+    first_token_seconds (TTFT): the prefill of the batch. output_token_seconds (TPOT): one decode step of the batch, in
+    the middle of the generation. runtime_seconds: a whole request, prompt and all generated tokens; cpu_seconds: the
+    same in CPU time (load of other processes does not count). generated_tokens_per_second: throughput of the batch.
+    requests_per_second: that over the tokens generated per request (request-level efficiency). memory_bytes: at peak,
+    None where it cannot be told. gains: over the parent.
+    """
+
+    scenario: str
+    batch_size: int
+    prefill_tokens_per_second: Metric
+    decode_tokens_per_second: Metric
+    first_token_seconds: Metric
+    output_token_seconds: Metric
+    prefill_cpu_seconds: Metric
+    step_cpu_seconds: Metric
+    runtime_seconds: Metric
+    cpu_seconds: Metric
+    generated_tokens_per_second: Metric
+    requests_per_second: Metric
+    memory_bytes: int | None = None
+    gains: Gains | None = None
+
+
+class SumCheck(Value):
+    """The predicted time of one model in one phase (sum of its blocks and the non-block part) beside end to end.
+
+    off: predicted / measured - 1. gain_off: the same of the gain over the parent, which a machine that became slower
+    between the two measurements does not touch; None for the parent. Errors count both sides.
+    """
+
+    model: str
+    scenario: str
+    batch_size: int
+    phase: Literal["prefill", "decode"]
+    predicted_seconds: float
+    measured_seconds: Metric
+    off: Metric
+    gain_off: Metric | None = None
+
+
+class SpeedReport(Value):
+    """All models end to end in the engine that the costs come from, by name, and what the sums of costs had said.
+
+    clock: what the sums are compared in, "CPU" or "wall". empty: nothing was measured (costs are modelled).
+    """
+
+    engine: str = ""
+    clock: str = ""
+    calibration: Calibration | None = None
+    models: dict[str, tuple[Throughput, ...]] = {}
+    sums: tuple[SumCheck, ...] = ()
+
+
 class Candidate(Value):
     """One row of the final table: parent, child or a baseline, before or after GKD."""
 
@@ -264,6 +344,7 @@ class Candidate(Value):
     retention: Metric | None = None
     predicted_kl: float | None = None
     gkd_tokens: int = 0
+    gains: Gains | None = None
 
 
 class StageTime(Value):
@@ -283,6 +364,7 @@ class ChildReport(Value):
     architecture: Architecture
     candidates: tuple[Candidate, ...]
     child_folder: RelativePath
+    speed: SpeedReport = SpeedReport()
     failed_variants: tuple[str, ...] = ()
     stages: tuple[StageTime, ...] = ()
     seconds: float = 0.0

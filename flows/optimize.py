@@ -40,7 +40,7 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         best = best_baseline(baselines, found[2:]) if profile.evaluate.distill_best_baseline else []
         distilled = stages.distill_globally([child, *best], parent, corpus, profile, folder)
         found += stages.evaluate_all(distilled, parent, corpus, profile, folder)
-        speed = stages.measure_speed(assembled, parent, profile, folder)
+        speed = stages.measure_speed(assembled, parent, costs, profile, folder)
 
         failed = [block for block in blocks if block.status == "failed"]
         final = distilled[0] if distilled else child

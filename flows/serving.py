@@ -53,8 +53,9 @@ def bench_command(
 ) -> None:
     """Parent and child in turns under the same load: prefill, decode, memory, gains of pairs."""
     _quiet()
-    from tasks.bench import CHILD, PARENT, Point, bench, bench_table, draw_bench
+    from tasks.bench import CHILD, Point, bench, bench_table, draw_bench
     from tasks.engines.registry import installed_engine
+    from tasks.throughput import PARENT
 
     installed_engine(engine)
     sources = {PARENT: parent or _parent_of(child), CHILD: child}

@@ -197,7 +197,7 @@ class Scoring(Section):
         return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
 
-Precision = Literal["float32", "bfloat16", "float16", "float8"]
+Precision = Literal["float32", "bfloat16", "float16", "float8", "q8_0"]
 
 
 class Hardware(Section):
@@ -211,7 +211,9 @@ class Hardware(Section):
         default=(), description="engines that have to run the child too: what they cannot is never chosen"
     )
     device: str = Field(default="cpu", description="a torch device", examples=["cpu", "cuda", "cuda:1"])
-    precision: Precision = Field(default="float32", description="of weights and products; float8 is modelled only")
+    precision: Precision = Field(
+        default="float32", description="of weights and products; float8 is modelled only, q8_0 runs in llama.cpp"
+    )
     kv_precision: Precision | None = Field(default=None, description="of the KV cache, modelled only; as the weights")
     tensor_parallel: PositiveInt = Field(default=1, description="devices that share every layer, modelled only")
     threads: PositiveInt | None = Field(default=None, description="intra-op threads; all cores when absent")
@@ -223,9 +225,17 @@ class Hardware(Section):
             "kv_precision": self.kv_precision is not None,
             "tensor_parallel": self.tensor_parallel > 1,
         }
-        if self.engine == "torch" and any(asked.values()):
+        if self.engine != "roofline" and any(asked.values()):
             names = ", ".join(name for name, is_asked in asked.items() if is_asked)
-            raise ValueError(f"{names} can be modelled, not measured in torch: set engine: roofline, or leave it out")
+            raise ValueError(
+                f"{names} can be modelled, not measured in {self.engine}: set engine: roofline, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_in_llama_cpp(self) -> Self:
+        if self.kv_precision == "q8_0" or (self.precision == "q8_0" and self.engine != "llama.cpp"):
+            raise ValueError("q8_0 is a precision of llama.cpp's weights: set engine: llama.cpp, or another precision")
         return self
 
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from blocks.errors import PuzzleError
-from blocks.records import Metric, Turn, Value
+from blocks.records import Gains, Metric, Throughput, Turn, Value
 from profiles.schema import Scenario
 from tasks.children import config_of, open_child, origin_of
 from tasks.engines.base import Load
@@ -28,24 +28,14 @@ from tasks.engines.worker import Worker
 from tasks.formats import find_tokenizer, precision_of, refuse
 from tasks.gguf_export import write_gguf
 from tasks.picture import COLOURS, INK, figure_of, plain_axes
-from tasks.throughput import MAX_DECODE_STEPS, Throughput, in_turns, median_metric, summary_of
+from tasks.throughput import in_turns, summaries, timed_steps, tokens_before
 
-PARENT, CHILD = "parent", "child"
+CHILD = "child"
 Tell = Callable[[int, int], None]
 
 
-class Gains(Value):
-    """Parent's time over the model's, paired by round: above 1 is faster. Prefill, decode, whole request; CPU too."""
-
-    prefill: Metric
-    decode: Metric
-    request: Metric
-    prefill_cpu: Metric
-    decode_cpu: Metric
-
-
 class BenchRow(Value):
-    """One model under one load in one engine. Seconds to the first token (prefill), and per output token (decode)."""
+    """One model under one load in one engine."""
 
     model: str
     engine: str
@@ -56,18 +46,16 @@ class BenchRow(Value):
     prompt_tokens: int
     generated_tokens: int
     throughput: Throughput
-    first_token_seconds: Metric
-    output_token_seconds: Metric
-    request_tokens_per_second: Metric
-    prefill_cpu_seconds: Metric
-    step_cpu_seconds: Metric
-    memory_bytes: int
-    gains: Gains | None = None
+
+    @property
+    def gains(self) -> Gains | None:
+        """Over the parent; None for the parent."""
+        return self.throughput.gains
 
     def cpu_speeds(self) -> tuple[float, float]:
         """Prefill and decode tokens per CPU-second."""
-        prompt = self.batch_size * self.prompt_tokens
-        return prompt / self.prefill_cpu_seconds.value, self.batch_size / self.step_cpu_seconds.value
+        prompt, speed = self.batch_size * self.prompt_tokens, self.throughput
+        return prompt / speed.prefill_cpu_seconds.value, self.batch_size / speed.step_cpu_seconds.value
 
 
 class Point(Value):
@@ -94,7 +82,12 @@ class Point(Value):
     @property
     def steps(self) -> int:
         """Decode steps that are timed."""
-        return min(self.generated_tokens, MAX_DECODE_STEPS)
+        return timed_steps(self.generated_tokens)
+
+    @property
+    def grow(self) -> int:
+        """Tokens that are run untimed before those."""
+        return tokens_before(self.generated_tokens, self.steps)
 
     @property
     def scenario(self) -> Scenario:
@@ -124,22 +117,22 @@ def bench(
             precision=precision,
             threads=threads,
             batch_size=max(point.batch_size for point in points),
-            context_tokens=max(point.prompt_tokens + point.steps for point in points),
+            context_tokens=max(point.prompt_tokens + point.grow + point.steps for point in points),
         )
         processes = {name: installed_engine(engine).process(path, how) for name, path in paths.items()}
         workers = {name: stack.enter_context(Worker(process)) for name, process in processes.items()}
         for worker in workers.values():
             worker.load()
-        turns = []
+        rows = []
         for index, point in enumerate(points):
-            turns.append(_turns(workers, point, rounds, partial(_tell_part, tell, index, len(points))))
-        memory = {name: worker.memory_bytes() for name, worker in workers.items()}
-        base = {"engine": engine, "precision": precision, "threads": threads}
-        return [
-            _row(name, point, own, memory[name], base | {"version": workers[name].version})
-            for point, own in zip(points, turns, strict=True)
-            for name in workers
-        ]
+            turns = _turns(workers, point, rounds, partial(_tell_part, tell, index, len(points)))
+            memory = {name: worker.memory_bytes() for name, worker in workers.items()}
+            base = {"engine": engine, "precision": precision, "threads": threads, **point.model_dump()}
+            rows += [
+                BenchRow(**base, model=name, version=workers[name].version, throughput=own)
+                for name, own in summaries(turns, point.scenario, point.batch_size, memory).items()
+            ]
+        return rows
 
 
 def _tell_part(tell: Tell, part: int, parts: int, done: int, total: int) -> None:
@@ -181,44 +174,8 @@ def _turns(workers: Mapping[str, Worker], point: Point, rounds: int, tell: Tell)
     shape = (point.batch_size, point.prompt_tokens)
     for worker in workers.values():
         worker.request(*shape, min(point.steps, 2), 0)  # warms caches up
-    requests = {name: partial(worker.request, *shape, point.steps, 0) for name, worker in workers.items()}
+    requests = {name: partial(worker.request, *shape, point.steps, 0, point.grow) for name, worker in workers.items()}
     return in_turns(requests, rounds, tell)
-
-
-def _row(name: str, point: Point, turns: Mapping[str, Sequence[Turn]], memory: int, base: dict[str, Any]) -> BenchRow:
-    own, generated = turns[name], point.generated_tokens
-    tokens = point.batch_size * generated
-    return BenchRow(
-        **base,
-        model=name,
-        batch_size=point.batch_size,
-        prompt_tokens=point.prompt_tokens,
-        generated_tokens=generated,
-        throughput=summary_of(own, point.scenario, point.batch_size),
-        first_token_seconds=median_metric([turn.prefill for turn in own]),
-        output_token_seconds=median_metric([turn.step for turn in own]),
-        request_tokens_per_second=median_metric([tokens / (turn.prefill + generated * turn.step) for turn in own]),
-        prefill_cpu_seconds=median_metric([turn.prefill_cpu for turn in own]),
-        step_cpu_seconds=median_metric([turn.step_cpu for turn in own]),
-        memory_bytes=memory,
-        gains=gains_of(turns[PARENT], own, generated) if PARENT in turns and name != PARENT else None,
-    )
-
-
-def gains_of(parents: Sequence[Turn], own: Sequence[Turn], generated: int) -> Gains:
-    """Gains of a model over the parent, turn by turn."""
-    pairs = list(zip(parents, own, strict=True))
-
-    def gain(seconds: Callable[[Turn], float]) -> Metric:
-        return median_metric([seconds(theirs) / seconds(ours) for theirs, ours in pairs])
-
-    return Gains(
-        prefill=gain(lambda turn: turn.prefill),
-        decode=gain(lambda turn: turn.step),
-        request=gain(lambda turn: turn.prefill + generated * turn.step),
-        prefill_cpu=gain(lambda turn: turn.prefill_cpu),
-        decode_cpu=gain(lambda turn: turn.step_cpu),
-    )
 
 
 def bench_table(rows: Sequence[BenchRow]) -> Table:
@@ -242,9 +199,10 @@ COLUMNS = (
     "gain (CPU)",
     "TTFT ms",
     "TPOT ms",
-    "request tok/s",
+    "tok/s",
+    "requests/s",
     "CPU s",
-    "MiB",
+    "peak MiB",
 )
 
 
@@ -258,11 +216,12 @@ def cells(row: BenchRow) -> list[str]:
         "" if gains is None else _gain(gains.prefill, gains.prefill_cpu),
         _figure(speed.decode_tokens_per_second),
         "" if gains is None else _gain(gains.decode, gains.decode_cpu),
-        f"{row.first_token_seconds.value * 1e3:,.0f}",
-        f"{row.output_token_seconds.value * 1e3:,.1f}",
-        f"{row.request_tokens_per_second.value:,.1f}",
+        f"{speed.first_token_seconds.value * 1e3:,.0f}",
+        f"{speed.output_token_seconds.value * 1e3:,.1f}",
+        f"{speed.generated_tokens_per_second.value:,.1f}",
+        f"{speed.requests_per_second.value:,.3g}",
         f"{speed.cpu_seconds.value:,.2f}",
-        f"{row.memory_bytes / 2**20:,.0f}",
+        "–" if speed.memory_bytes is None else f"{speed.memory_bytes / 2**20:,.0f}",
     ]
 
 

@@ -4,19 +4,19 @@ A contender is an architecture with the trained blocks it is made of, before or 
 under a content address, so a killed run evaluates nothing twice.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from blocks.child import assemble, library_of
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import digest_of, keep, read_tensors, remember
-from blocks.records import Architecture, BlockRecord, Candidate, CorpusInfo, LayerChoice, ParentInfo, Value
-from profiles.schema import GKD, Evaluate, Hardware, Scenario
+from blocks.records import Architecture, BlockRecord, Candidate, CorpusInfo, LayerChoice, ParentInfo, Throughput, Value
+from profiles.schema import GKD, Evaluate
 from tasks import gkd
 from tasks.evaluate import (
     BenchmarkResult,
@@ -29,7 +29,6 @@ from tasks.evaluate import (
 )
 from tasks.gkd import GKDResult, TeacherRecord, Tell, distill_globally
 from tasks.record import open_parent
-from tasks.throughput import Throughput, measure_throughput
 
 VERSION = 1
 
@@ -173,39 +172,22 @@ def evaluate_contender(
     return found
 
 
-def throughput_of(
-    contenders: Sequence[Contender],
-    parent: ParentInfo,
-    scenario: Scenario,
-    rounds: int,
-    hardware: Hardware,
-    workspace: Path,
-) -> dict[str, Throughput]:
-    """End-to-end speed of all contenders in turns, at the batch size the architecture was chosen for."""
-    dtype = getattr(torch, hardware.precision)
-    models: dict[str, Any] = {which.name: build(which, parent, workspace) for which in contenders}
-    models = {name: model.to(hardware.device, dtype) for name, model in models.items()}
-    child = next(which for which in contenders if which.name == "child")
-    batch = next(totals.batch_size for totals in child.architecture.totals if totals.scenario == scenario.name)
-    return measure_throughput(models, scenario, batch, rounds)
-
-
 def candidate(
     which: Contender,
     found: Evaluation,
     parents: Evaluation,
-    speed: Mapping[str, Throughput],
-    bytes_per_parameter: int,
+    speed: Mapping[str, Sequence[Throughput]],
+    bytes_per_parameter: float,
     scored_by: str,
 ) -> Candidate:
-    """One row of the final table."""
+    """One row of the final table; speed is that of the first scenario."""
     totals = which.architecture.totals[0]
-    fast = speed.get(which.name)
+    fast = next(iter(speed.get(which.name, ())), None)
     return Candidate(
         name=which.name,
         stage=which.stage,
         parameters=totals.parameters,
-        weight_bytes=totals.parameters * bytes_per_parameter,
+        weight_bytes=math.ceil(totals.parameters * bytes_per_parameter),
         memory_bytes=totals.memory_bytes,
         prefill_tokens_per_second=fast.prefill_tokens_per_second if fast else None,
         decode_tokens_per_second=fast.decode_tokens_per_second if fast else None,
@@ -216,5 +198,6 @@ def candidate(
         retention=retention(found.benchmarks, parents.benchmarks) if found.benchmarks else None,
         predicted_kl=which.architecture.score if which.stage == "assembled" and scored_by == "kl" else None,
         runtime_seconds=fast.runtime_seconds if fast else None,
+        gains=fast.gains if fast else None,
         gkd_tokens=which.gkd.tokens if which.gkd else 0,
     )

@@ -6,8 +6,8 @@ length. All stacks are measured in turn in every round; the median over rounds i
 final norm and head are measured the same way, apart. The parent end to end closes each round: sum against whole.
 """
 
+import math
 import platform
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,18 +29,21 @@ from blocks.records import SUBBLOCKS, Cost, CostTable, LayerChoice, NonBlockCost
 from blocks.resources import resources
 from blocks.variant import Variant, parse_labels
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
+from tasks.calibration import calibrated
 from tasks.engines.limits import runnable
 from tasks.record import open_parent
+from tasks.throughput import cpu_clock, median_metric
 
-VERSION = 2
+VERSION = 3
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
+Q8_0_BYTES = 34 / 32  # GGUF: blocks of 32 weights in 8 bits with a float16 scale
 DRIFT, DRIFT_SPREADS = 0.1, 3.0  # a cost has moved when it differs by 10 % and by three times both spreads
 Tell = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Medians over rounds and half the interquartile range over the median."""
+    """Medians over rounds and their standard errors over them."""
 
     prefill: float
     decode: float
@@ -58,7 +61,15 @@ def hardware_description(hardware: Hardware) -> dict[str, str]:
         "device": hardware.device,
         "precision": hardware.precision,
         "threads": str(hardware.threads or torch.get_num_threads()),
+        "clock": clock_for(hardware),
     }
+
+
+def clock_for(hardware: Hardware) -> str:
+    """What the seconds of costs are. On one thread of a CPU: CPU time, which a busy machine does not stretch."""
+    threads = hardware.threads or torch.get_num_threads()
+    here = hardware.engine != "roofline" and hardware.device == "cpu"
+    return "CPU" if here and threads == 1 else "wall"
 
 
 def _engine_description(hardware: Hardware) -> dict[str, str]:
@@ -127,15 +138,17 @@ def measure_costs(
             _cost(reader, variant, scenario, batch, timings[variant.subblock, variant.label], hardware)
             for variant in variants
         ]
-        non_block.append(_non_block(reader, scenario, batch, timings["non_block", ""], hardware.precision))
-        whole.append(_non_block(reader, scenario, batch, timings["parent", ""], hardware.precision))
-    table = CostTable(
-        hardware=hardware_description(hardware),
-        costs=tuple(costs),
-        non_block=tuple(non_block),
-        num_hidden_layers=reader.depth,
-        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        parent_measured=tuple(whole),
+        non_block.append(_non_block(reader, scenario, batch, timings["non_block", ""], hardware))
+        whole.append(_non_block(reader, scenario, batch, timings["parent", ""], hardware))
+    table = calibrated(
+        CostTable(
+            hardware=hardware_description(hardware),
+            costs=tuple(costs),
+            non_block=tuple(non_block),
+            num_hidden_layers=reader.depth,
+            measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            parent_measured=tuple(whole),
+        )
     )
     keep(path, table, [], workspace)
     return table
@@ -179,9 +192,16 @@ def _tell_part(tell: Tell, part: int, parts: int, done: int, total: int) -> None
     tell(part * total + done, parts * total)
 
 
+def weight_bytes(precision: str) -> float:
+    """Bytes of one weight of a matrix."""
+    return Q8_0_BYTES if precision == "q8_0" else BYTES[precision]
+
+
 def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timing: Timing, hardware: Hardware) -> Cost:
-    needs = resources(reader, variant, scenario.prompt_tokens, BYTES[hardware.precision])
-    kv_precision = "float16" if hardware.engine == "llama.cpp" else hardware.precision  # its default for any weights
+    in_gguf = hardware.engine == "llama.cpp"
+    vector = BYTES["float32"] if in_gguf else weight_bytes(hardware.precision)  # GGUF keeps norms and biases so
+    needs = resources(reader, variant, scenario.prompt_tokens, weight_bytes(hardware.precision), vector)
+    kv_precision = "float16" if in_gguf else hardware.precision  # llama.cpp's default for any weights
     cache = resources(reader, variant, scenario.prompt_tokens, BYTES[kv_precision]).kv_bytes_per_token
     return Cost(
         subblock=variant.subblock,
@@ -198,15 +218,18 @@ def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timi
     )
 
 
-def _non_block(reader: Parent, scenario: Scenario, batch: int, timing: Timing, precision: str) -> NonBlockCost:
-    parameters = non_block_parameters(reader.config)
+def _non_block(reader: Parent, scenario: Scenario, batch: int, timing: Timing, hardware: Hardware) -> NonBlockCost:
+    parameters, norm = non_block_parameters(reader.config), reader.config.hidden_size
+    vector = BYTES["float32"] if hardware.engine == "llama.cpp" else weight_bytes(hardware.precision)
     return NonBlockCost(
         scenario=scenario.name,
         batch_size=batch,
         prefill_seconds=timing.prefill,
         decode_seconds_per_token=timing.decode,
         parameters=parameters,
-        weight_bytes=parameters * BYTES[precision],
+        weight_bytes=math.ceil((parameters - norm) * weight_bytes(hardware.precision) + norm * vector),
+        prefill_spread=timing.prefill_spread,
+        decode_spread=timing.decode_spread,
     )
 
 
@@ -222,6 +245,7 @@ class _Bench:
     def __init__(self, reader: Parent, variants: Sequence[Variant], hardware: Hardware, measure: Measure) -> None:
         self.reader, self.measure = reader, measure
         self.device, self.dtype = hardware.device, getattr(torch, hardware.precision)
+        self.clock = cpu_clock(1) if clock_for(hardware) == "CPU" else time.perf_counter
         self.copies = min(measure.stack, reader.depth)
         generator = torch.Generator().manual_seed(0)
         self.stacks = {
@@ -320,15 +344,14 @@ class _Bench:
     def _now(self) -> float:
         if self.device.startswith("cuda"):
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return self.clock()
 
 
 def _summary(figures: list[tuple[float, float]]) -> Timing:
-    (prefill, prefill_spread), (decode, decode_spread) = (_median([f[i] for f in figures]) for i in (0, 1))
-    return Timing(prefill=prefill, decode=decode, prefill_spread=prefill_spread, decode_spread=decode_spread)
-
-
-def _median(values: list[float]) -> tuple[float, float]:
-    middle = statistics.median(values)
-    low, _, high = statistics.quantiles(values, n=4)
-    return middle, (high - low) / 2 / middle
+    prefill, decode = (median_metric([figure[phase] for figure in figures]) for phase in (0, 1))
+    return Timing(
+        prefill=prefill.value,
+        decode=decode.value,
+        prefill_spread=prefill.se / prefill.value,
+        decode_spread=decode.se / decode.value,
+    )

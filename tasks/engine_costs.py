@@ -26,13 +26,13 @@ from blocks.records import LayerChoice, Metric, Turn
 from blocks.resources import parameters_of
 from blocks.variant import Variant
 from profiles.schema import Hardware, Measure, Scenario
-from tasks.costs import Timing
+from tasks.costs import Timing, clock_for
 from tasks.engines.base import Load
 from tasks.engines.limits import check_parent
 from tasks.engines.llama_cpp import LlamaCpp
 from tasks.gguf_export import write_gguf
 from tasks.gguf_tokenizer import NO_TOKENIZER
-from tasks.throughput import in_turns, median_metric
+from tasks.throughput import in_turns, median_metric, tokens_before
 
 
 class Timed(Protocol):
@@ -62,9 +62,9 @@ class EngineBench:
     """Writes the models, times them, takes sums apart."""
 
     def __init__(self, reader: Parent, variants: Sequence[Variant], hardware: Hardware, measure: Measure) -> None:
-        check_parent([hardware.engine], reader.config)
+        check_parent([hardware.engine], reader.config, hardware.precision)
         self.reader, self.variants, self.hardware, self.measure = reader, variants, hardware, measure
-        self.threads = hardware.threads or torch.get_num_threads()
+        self.threads, self.clock = hardware.threads or torch.get_num_threads(), clock_for(hardware)
         wide = [variant for variant in variants if variant.subblock == "ffn" and variant.size]
         partner = min(wide, key=lambda variant: parameters_of(reader, variant), default=None)
         self.partner = partner.label if partner else "parent"
@@ -121,14 +121,11 @@ class EngineBench:
             parameter.data.normal_(0, 0.02, generator=generator)
         path = write_gguf(model, folder / "model.gguf", self.hardware.precision, NO_TOKENIZER, "noise")
         del model
-        tokens = scenario.prompt_tokens + self._grow(scenario) + self.measure.decode_steps
+        steps = self.measure.decode_steps
+        tokens = scenario.prompt_tokens + tokens_before(scenario.generated_tokens, steps) + steps
         session = LlamaCpp().load(path, Load(threads=self.threads, batch_size=batch, context_tokens=tokens))
         path.unlink()  # an open file stays readable, its name is free for the next
         return session
-
-    def _grow(self, scenario: Scenario) -> int:
-        """Tokens from the prompt to the middle of the generation, where a token costs the average."""
-        return max(0, (scenario.generated_tokens - self.measure.decode_steps) // 2)
 
     def _turns(self, sessions: Mapping[str, Timed], scenario: Scenario, batch: int) -> dict[str, list[Turn]]:
         prompt = torch.randint(
@@ -136,14 +133,15 @@ class EngineBench:
             (batch, scenario.prompt_tokens),
             generator=torch.Generator().manual_seed(0),
         )
-        steps, grow = self.measure.decode_steps, self._grow(scenario)
+        steps = self.measure.decode_steps
+        grow = tokens_before(scenario.generated_tokens, steps)
         requests = {name: partial(session.request, prompt, steps, grow) for name, session in sessions.items()}
         for request in requests.values():
             request()  # warms caches up
         return in_turns(requests, self.measure.rounds)
 
     def _clock(self, turn: Turn) -> tuple[float, float]:
-        return (turn.prefill_cpu, turn.step_cpu) if self.threads == 1 else (turn.prefill, turn.step)
+        return (turn.prefill_cpu, turn.step_cpu) if self.clock == "CPU" else (turn.prefill, turn.step)
 
     def _shares(self, turns: Mapping[str, Sequence[Turn]]) -> Pair:
         """Times over the parent's of the same round."""
@@ -189,7 +187,7 @@ class EngineBench:
 
 
 def _timing(prefill: tuple[float, float], decode: tuple[float, float]) -> Timing:
-    """Spreads are standard errors over the value here: what is measured is a difference of medians."""
+    """Of values and their standard errors."""
 
     def spread(value: float, error: float) -> float:
         return error / value if value else 0.0

@@ -23,13 +23,15 @@ from blocks.records import (
     NonBlockCost,
     ParentInfo,
     Score,
+    SpeedReport,
     Value,
 )
 from profiles.schema import Profile
 from tasks import experiment, tracking
 from tasks.artifacts import show_link, show_markdown, show_picture, show_table
+from tasks.calibration import parent_bias
 from tasks.compare import LINEAGE, Contender, Evaluation, Lineage, build, candidate
-from tasks.costs import BYTES
+from tasks.costs import weight_bytes
 from tasks.export import export_child, model_card
 from tasks.interchange import StoredLibrary, describe, sizes_of, write_library
 from tasks.progress import say, wide_console
@@ -38,7 +40,7 @@ from tasks.run_page import write_run_page
 from tasks.run_tables import layer_rows, variant_rows
 from tasks.shared import keep_run
 from tasks.sharing import Piece, alone, made_once
-from tasks.throughput import Throughput
+from tasks.sums import PHASES, told
 from tasks.usage import Usage
 
 BLOCK_COLUMNS = ("layer", "subblock", "variant", "status", "nmse_closed_form", "nmse_after", "steps", "seconds")
@@ -131,24 +133,25 @@ class Run:
         final: Contender,
         contenders: Sequence[Contender],
         found: Sequence[Evaluation],
-        speed: dict[str, Throughput],
+        speed: SpeedReport,
         source: tuple[ParentInfo, CorpusInfo],
         failed: Sequence[BlockRecord],
     ) -> ChildReport:
         """Export the child, write and log the report, print the table. `contenders[0]` is the parent."""
         parent, corpus = source
         folder = self.workspace / "runs" / f"{self.profile.name}-{digest_of(child=final.key)[:12]}"
-        size = BYTES[self.profile.hardware.precision]
+        size = weight_bytes(self.profile.hardware.precision)
         report = ChildReport(
             profile=self.profile.name,
             parent=parent,
             corpus=corpus,
             architecture=final.architecture,
             candidates=tuple(
-                candidate(which, evaluation, found[0], speed, size, self.profile.scoring.metric)
+                candidate(which, evaluation, found[0], speed.models, size, self.profile.scoring.metric)
                 for which, evaluation in zip(contenders, found, strict=True)
             ),
             child_folder=str((folder / "child").relative_to(self.workspace)),
+            speed=speed,
             failed_variants=tuple(f"layer {block.layer} {block.subblock} {block.variant}" for block in failed),
             stages=tuple(self.usage.stages),
             seconds=self.usage.seconds(),
@@ -173,6 +176,8 @@ class Run:
         show_markdown("report", markdown, verdict(report))
         for name in ("architecture", "comparison"):
             show_picture(name, folder / f"{name}.png", f"{name} of {self.profile.name}'s child")
+        for line in told(speed):
+            say(line)
         self._print(report, folder)
         return report
 
@@ -204,14 +209,11 @@ def where(item: BlockRecord | Score) -> tuple[int, str, str]:
 
 def sum_beside_whole(costs: CostTable, whole: NonBlockCost) -> str:
     """The parent as the sum of its measured blocks, beside the parent measured end to end in the same rounds."""
-    at = (whole.scenario, whole.batch_size)
-    outside = next(cost for cost in costs.non_block if (cost.scenario, cost.batch_size) == at)
-    own = [c for c in costs.costs if c.variant == "parent" and (c.scenario, c.batch_size) == at]
-    prefill = outside.prefill_seconds + costs.num_hidden_layers * sum(cost.prefill_seconds for cost in own)
-    decode = outside.decode_seconds_per_token + costs.num_hidden_layers * sum(c.decode_seconds_per_token for c in own)
+    found = {phase: parent_bias(costs, whole, phase) for phase in PHASES}
+    ratios = ", ".join(f"{phase} {ratio:.3f} ±{error:.3f}" for phase, (ratio, error) in found.items())
+    factors = f" (calibrated: {costs.hardware['calibrated']})" if costs.calibration else ""
     return (
-        f"{whole.scenario}, batch {whole.batch_size}: sum of the parent's blocks / parent end to end: "
-        f"prefill {prefill / whole.prefill_seconds:.3f}, decode {decode / whole.decode_seconds_per_token:.3f}"
+        f"{whole.scenario}, batch {whole.batch_size}: sum of the parent's blocks / parent end to end: {ratios}{factors}"
     )
 
 

@@ -22,7 +22,7 @@ from tasks.library_pictures import Front, draw_confidence, draw_front, draw_stri
 from tasks.picture import draw_comparison
 from tasks.progress import shown
 from tasks.reading import read_json
-from tasks.report import BEST, LEGEND, comparison_rows, save_figure, verdict
+from tasks.report import BEST, LEGEND, comparison_rows, save_figure, speed_table, sums_table, verdict
 from tasks.request import Request
 from tasks.solve import JointChoice, Price, choose_joint, prices
 from tasks.svg import inline_svg
@@ -155,6 +155,7 @@ def render(study: Study, figures: dict[str, Figure]) -> str:
         report=report,
         rows=[] if report is None else comparison_rows(report),
         verdict="" if report is None else verdict(report),
+        speeds=[] if report is None else [table for table in (sums_table(report), speed_table(report)) if table[1]],
         best=BEST,
         legend=LEGEND,
         percent=lambda share, digits=0: f"{round(100 * share, digits) + 0.0:.{digits}f} %",

@@ -241,11 +241,25 @@ def _measured_shares(parent: Candidate, child: Candidate) -> dict[str, Metric]:
         "memory": Metric(value=child.memory_bytes / parent.memory_bytes, se=0, n=1),
         "parameters": Metric(value=child.parameters / parent.parameters, se=0, n=1),
     }
-    for name, field in (("prefill time", "prefill_tokens_per_second"), ("decode time", "decode_tokens_per_second")):
-        ratio = ratio_of(getattr(parent, field), getattr(child, field))
-        if ratio is not None:
-            shares[name] = ratio
+    for kind in ("prefill", "decode"):
+        gain = gain_of(child, parent, kind)
+        if gain is not None:
+            shares[f"{kind} time"] = Metric(value=1 / gain.value, se=gain.se / gain.value**2, n=gain.n)
     return shares
+
+
+def gain_of(own: Candidate, parent: Candidate | None, kind: str) -> Metric | None:
+    """Speed over the parent's, `prefill`, `decode` or `request`: of pairs, and of medians in reports without pairs."""
+    field = {"request": "runtime_seconds"}.get(kind, f"{kind}_tokens_per_second")
+    if own is parent:
+        return None if getattr(own, field) is None else Metric(value=1.0, se=0.0, n=1)
+    if own.gains is not None:
+        paired: Metric = getattr(own.gains, kind)
+        return paired
+    if parent is None:
+        return None
+    above, below = (parent, own) if kind == "request" else (own, parent)
+    return ratio_of(getattr(above, field), getattr(below, field))
 
 
 def ratio_of(numerator: Metric | None, denominator: Metric | None) -> Metric | None:
@@ -290,8 +304,7 @@ def _draw_plane(axes: Axes, parent: Candidate | None, others: Sequence[Candidate
         figure: Metric | None = getattr(candidate, quality)
         if parent is None or figure is None:
             continue
-        field = f"{speed}_tokens_per_second"
-        ratio = ratio_of(getattr(candidate, field), getattr(parent, field))
+        ratio = gain_of(candidate, parent, speed)
         if ratio is None:
             continue
         points.setdefault(candidate.name, []).append((ratio.value, figure.value))

@@ -19,7 +19,7 @@ from profiles.hardware import HardwareTarget, load_target
 from profiles.schema import ParentSource, Profile
 from tasks import effort
 from tasks.choose import choose
-from tasks.costs import BYTES
+from tasks.costs import weight_bytes
 from tasks.effort import FLOAT, Shape, Work, shape_of
 from tasks.machine import Rates, rates_of, target_of
 from tasks.parent import write_config
@@ -350,7 +350,7 @@ def memory_bytes(shape: Shape, share: float) -> int:
     # beside the model: gradients, two moments, the best weights so far and their successor, the optimiser's temporary
     gkd = effort.model_bytes(shape, share) + 6 * weights + activations + shape.vocabulary * width * FLOAT
     models = 2 + len(profile.evaluate.baselines)
-    served = BYTES[profile.hardware.precision] / FLOAT
+    served = weight_bytes(profile.hardware.precision) / FLOAT
     throughput = served * (effort.model_bytes(shape) + (models - 1) * effort.model_bytes(shape, share))
     scoring = 2 * effort.model_bytes(shape)
     recorded = profile.record.statistics_sequences + profile.record.validation_sequences

@@ -16,9 +16,11 @@ from rich.text import Text
 
 from blocks.library import atomic_path, write_text, write_value
 from blocks.records import Architecture, Candidate, ChildReport, Metric
-from tasks.picture import draw_architecture, draw_comparison, ratio_of
+from tasks.picture import draw_architecture, draw_comparison, gain_of
+from tasks.sums import percent, told
 
 MIB = 2**20
+WordedTable = tuple[list[str], list[list[str]], str]
 BEST = "★"
 LEGEND = (
     "± is one standard error: over test sequences, benchmark items or rounds of the speed measurement. KL is to the "
@@ -71,24 +73,20 @@ def comparison_rows(report: ChildReport) -> list[Row]:
     def share(value: Callable[[Candidate], int]) -> Callable[[Candidate], Metric | None]:
         return lambda own: None if parent is None else Metric(value=value(own) / value(parent), se=0, n=1)
 
-    def speedup(field: str) -> Callable[[Candidate], Metric | None]:
-        return lambda own: _speedup(own, parent, field)
+    def gain(field: str) -> Callable[[Candidate], Metric | None]:
+        return lambda own: gain_of(own, parent, field)
 
-    def slowdown(field: str) -> Callable[[Candidate], Metric | None]:
-        return lambda own: None if parent is None else _speedup(parent, own, field)
-
-    prefill, decode = "prefill_tokens_per_second", "decode_tokens_per_second"
     rows = [
         _row("parameters, M", candidates, lambda own: _exact(own.parameters / 1e6), less=True),
         _row("params/parent", candidates, share(lambda own: own.parameters), less=True),
         _row("memory, MiB", candidates, lambda own: _exact(own.memory_bytes / MIB), less=True),
         _row("memory/parent", candidates, share(lambda own: own.memory_bytes), less=True),
         _row("prefill, tok/s", candidates, lambda own: own.prefill_tokens_per_second),
-        _row("prefill gain", candidates, speedup(prefill)),
+        _row("prefill gain", candidates, gain("prefill")),
         _row("decode, tok/s", candidates, lambda own: own.decode_tokens_per_second),
-        _row("decode gain", candidates, speedup(decode)),
+        _row("decode gain", candidates, gain("decode")),
         _row("request, s", candidates, lambda own: own.runtime_seconds, less=True),
-        _row("request gain", candidates, slowdown("runtime_seconds")),
+        _row("request gain", candidates, gain("request")),
         _row("loss, nats", candidates, lambda own: own.loss, less=True),
         _row("KL, nats", candidates, lambda own: own.kl, less=True),
         _row("predicted KL", candidates, lambda own: _exact(own.predicted_kl), less=None),
@@ -98,14 +96,6 @@ def comparison_rows(report: ChildReport) -> list[Row]:
         rows.append(_row(f"{name}, %", candidates, lambda own, name=name: own.benchmarks.get(name), scale=100))  # type: ignore[misc]
     rows.append(_row("retention, %", candidates, lambda own: own.retention, scale=100))
     return [row for row in rows if any(cell != "–" for cell in row.cells)]
-
-
-def _speedup(own: Candidate, parent: Candidate | None, field: str) -> Metric | None:
-    """Tokens per second over the parent's; the parent over itself is exactly 1."""
-    figure: Metric | None = getattr(own, field)
-    if parent is None or figure is None:
-        return None
-    return _exact(1.0) if own is parent else ratio_of(figure, getattr(parent, field))
 
 
 def _exact(value: float | None) -> Metric | None:
@@ -238,15 +228,65 @@ def _predicted_markdown(report: ChildReport) -> str:
     predicted = _markdown_table(
         ["predicted", "request, s", "request speed-up", "decode, tokens/s", "memory, MiB"], rows
     )
+    parts = [predicted]
+    calibration = report.speed.calibration
+    if calibration is not None:
+        parts.append(
+            f"Predicted times are calibrated: prefill x {calibration.prefill:.3f}, decode x {calibration.decode:.3f}, "
+            f"fitted on {calibration.origin}."
+        )
     child, parent = final_of(report.candidates, "child"), parent_of(report)
-    if child is None or parent is None:
-        return predicted
-    measured = []
-    for label, field in (("prefill", "prefill_tokens_per_second"), ("decode", "decode_tokens_per_second")):
-        ratio = ratio_of(getattr(child, field), getattr(parent, field))
-        if ratio is not None:
-            measured.append(f"{label} {rounded(ratio)}×")
-    return f"{predicted}\n\nMeasured speed-up: {', '.join(measured)}." if measured else predicted
+    gains = {kind: gain_of(child, parent, kind) for kind in ("prefill", "decode", "request")} if child else {}
+    found = [f"{kind} {rounded(gain)}×" for kind, gain in gains.items() if gain is not None]
+    parts += [f"Measured speed-up: {', '.join(found)}."] if found else []
+    for header, rows, words in (sums_table(report), speed_table(report)):
+        parts += [_markdown_table(header, rows), words] if rows else []
+    return "\n\n".join(parts)
+
+
+def sums_table(report: ChildReport) -> WordedTable:
+    """The sums of blocks beside whole models: header, rows, what to know of them."""
+    speed = report.speed
+    rows = [
+        [
+            check.model,
+            f"{check.scenario}, batch {check.batch_size}",
+            check.phase,
+            plain(1000 * check.predicted_seconds),
+            rounded(check.measured_seconds, 1000),
+            percent(check.off),
+            percent(check.gain_off),
+        ]
+        for check in speed.sums
+    ]
+    words = [f"Whole models, in turns, in {speed.engine}, {speed.clock} time; gain: over the parent.", *told(speed)]
+    header = ["sum of blocks", "scenario", "phase", "predicted, ms", "measured, ms", "off by", "gain off by"]
+    return header, rows, " ".join(words)
+
+
+def speed_table(report: ChildReport) -> WordedTable:
+    """Every model at every scenario, what a user of a served child asks for: header, rows, what the figures mean."""
+    rows = [
+        [
+            name,
+            f"{own.scenario}, batch {own.batch_size}",
+            rounded(own.first_token_seconds, 1000),
+            rounded(own.output_token_seconds, 1000),
+            rounded(own.generated_tokens_per_second),
+            rounded(own.requests_per_second),
+            "–" if own.gains is None else rounded(own.gains.request),
+            "–" if own.memory_bytes is None else plain(own.memory_bytes / MIB),
+        ]
+        for name, every in report.speed.models.items()
+        for own in every
+    ]
+    header = ["speed", "scenario", "TTFT, ms", "TPOT, ms", "tokens/s", "requests/s", "request gain", "peak, MiB"]
+    words = (
+        "Wall time. TTFT: time to first token, the prefill of the batch. TPOT: time per output token. tokens/s: "
+        "generated by the batch over the whole request; requests/s: that over the tokens generated per request. Peak "
+        "memory of the model: weights, KV cache, what a request takes."
+    )
+    return header, rows, words
 
 
 def _architecture_markdown(architecture: Architecture) -> str:

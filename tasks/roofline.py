@@ -25,7 +25,7 @@ from blocks.resources import resources
 from blocks.variant import Variant, kind_of, parse_labels
 from profiles.hardware import HardwareTarget, check_use
 from profiles.schema import Hardware, Precision, Scenario, SearchSpace
-from tasks.costs import BYTES, non_block_parameters
+from tasks.costs import BYTES, non_block_parameters, weight_bytes
 
 HIDDEN_PASSES = 4  # hidden states through memory per subblock: norm in and out, core in and out
 COLLECTIVE_FLOORS = 2  # latency of an all-reduce, in kernel floors: reduce, then spread
@@ -43,7 +43,7 @@ class Setting:
     @property
     def half(self) -> Precision:
         """Precision of what is not quantised: embedding, head, scores, hidden states."""
-        return "bfloat16" if self.precision == "float8" else self.precision
+        return "bfloat16" if self.precision in ("float8", "q8_0") else self.precision
 
     @property
     def floor(self) -> float:
@@ -86,7 +86,7 @@ def setting_of(hardware: Hardware, target: HardwareTarget) -> Setting:
     return Setting(
         target=target,
         precision=hardware.precision,
-        kv_precision=hardware.kv_precision or hardware.precision,
+        kv_precision=hardware.kv_precision or ("float16" if hardware.precision == "q8_0" else hardware.precision),
         devices=hardware.tensor_parallel,
     )
 
@@ -103,7 +103,7 @@ def decode_of(scenario: Scenario, batch: int) -> Pass:
 
 def subblock_seconds(parent: Parent, variant: Variant, work: Pass, setting: Setting) -> float:
     """Modelled seconds of one subblock; 0 for a no-op."""
-    needs = resources(parent, variant, work.context, BYTES[setting.precision])
+    needs = resources(parent, variant, work.context, weight_bytes(setting.precision))
     if not needs.kernels:
         return 0.0
     products = kind_of(variant).flops_per_token(variant, parent.config, 0)
@@ -173,7 +173,7 @@ def described(setting: Setting) -> dict[str, str]:
 
 
 def _cost(parent: Parent, variant: Variant, scenario: Scenario, batch: int, setting: Setting) -> Cost:
-    needs = resources(parent, variant, scenario.prompt_tokens, BYTES[setting.precision])
+    needs = resources(parent, variant, scenario.prompt_tokens, weight_bytes(setting.precision))
     return Cost(
         subblock=variant.subblock,
         variant=variant.label,

@@ -1,11 +1,13 @@
 """Which layers and variants a profile asks for, checked against the parent's config."""
 
+from typing import Any
+
 from blocks.errors import PuzzleError
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS
 from blocks.variant import parse_labels
 from profiles.schema import Profile, SearchSpace
-from tasks.engines.limits import check_parent
+from tasks.engines.limits import check_parent, refusal
 
 
 def layers_of(profile: Profile, reader: Parent) -> list[int]:
@@ -21,7 +23,12 @@ def check_search_space(profile: Profile, reader: Parent) -> None:
     outside = [layer for layer in profile.search_space.layers or () if not 0 <= layer < reader.depth]
     if outside:
         raise PuzzleError(f"search_space.layers names {outside}, but the parent's layers are 0 to {reader.depth - 1}")
-    check_parent(target_engines(profile), reader.config)
+    check_parent(target_engines(profile), reader.config, profile.hardware.precision)
+
+
+def refused(profile: Profile, config: Any, layer: int, attention: str, ffn: str) -> str | None:
+    """Why an engine that has to run the child cannot run these variants in a layer of it, None when all can."""
+    return refusal(target_engines(profile), config, layer, attention, ffn, profile.hardware.precision)
 
 
 def target_engines(profile: Profile) -> tuple[str, ...]:

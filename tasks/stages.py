@@ -29,12 +29,13 @@ from blocks.records import (
     LayerRecord,
     ParentInfo,
     Score,
+    SpeedReport,
 )
 from blocks.runtime import release_memory, set_threads
 from blocks.variant import kind_of, parse_labels
 from profiles.hardware import load_target
 from profiles.schema import Profile
-from tasks import compare, costs, gkd, scoring
+from tasks import compare, costs, gkd, scoring, speed
 from tasks.adaptive import Key, score_adaptively, told
 from tasks.artifacts import stage_bar
 from tasks.bld import Job, distill
@@ -42,7 +43,6 @@ from tasks.choose import choose
 from tasks.compare import Contender, Evaluation
 from tasks.corpus import iterate_documents, prepare_corpus
 from tasks.devices import device_of, sharing
-from tasks.engines.limits import refusal
 from tasks.parent import prepare_parent
 from tasks.peers import find
 from tasks.presence import at_work_in, prefect_home
@@ -55,8 +55,7 @@ from tasks.roofline import modelled_costs, setting_of
 from tasks.servers import stop_orphaned_servers
 from tasks.shared import store_used
 from tasks.sharing import Piece, in_turn, made_once
-from tasks.space import check_search_space, layers_of, measured_space, target_engines
-from tasks.throughput import Throughput
+from tasks.space import check_search_space, layers_of, measured_space, refused
 from tasks.totals import Problem, predicted, problem_of
 from tasks.usage import noted
 from tasks.workers import Seat, at_a_time, seat_of, seated
@@ -178,7 +177,7 @@ def jobs_of(
         for subblock in SUBBLOCKS:
             for variant in parse_labels(subblock, getattr(profile.search_space, subblock), reader.config)[1:]:
                 choice = LayerChoice().model_copy(update={subblock: variant.label})
-                if refusal(target_engines(profile), reader.config, layer, choice.attention, choice.ffn):
+                if refused(profile, reader.config, layer, choice.attention, choice.ffn):
                     continue  # the target could not run it: not trained, not scored, never chosen
                 jobs.append(
                     Job(
@@ -207,7 +206,7 @@ def coupled_jobs(profile: Profile, jobs: Sequence[Job], blocks: Sequence[BlockRe
             for ffn in spaces["ffn"]:
                 if not (kind_of(attention).trainable or kind_of(ffn).trainable):
                     continue  # nothing to train: the additive score stands
-                if refusal(target_engines(profile), reader.config, layer, attention.label, ffn.label):
+                if refused(profile, reader.config, layer, attention.label, ffn.label):
                     continue
                 starts = [done.get((layer, v.subblock, v.label)) for v in (attention, ffn)]
                 coupled.append(
@@ -415,11 +414,16 @@ def evaluate_task(which: Contender, parent: ParentInfo, corpus: CorpusInfo, prof
 
 @_task("throughput", "throughput of {count} models", None)
 def throughput_task(
-    contenders: list[Contender], count: int, parent: ParentInfo, profile: Profile, workspace: str
+    contenders: list[Contender],
+    count: int,
+    parent: ParentInfo,
+    table: CostTable,
+    profile: Profile,
+    workspace: str,
+    tell: Any,
 ) -> Any:
-    """See tasks.compare.throughput_of."""
-    rounds = profile.evaluate.throughput_rounds
-    return compare.throughput_of(contenders, parent, profile.scenarios[0], rounds, profile.hardware, Path(workspace))
+    """See tasks.speed.measure_speed."""
+    return speed.measure_speed(contenders, parent, table, profile, Path(workspace), tell)
 
 
 def evaluate_all(
@@ -453,16 +457,16 @@ def distill_globally(
 
 
 def measure_speed(
-    contenders: Sequence[Contender], parent: ParentInfo, profile: Profile, workspace: Path
-) -> dict[str, Throughput]:
-    """Prefill and decode throughput end to end, all models in turns in one run; none on a target that is not here."""
-    if profile.hardware.engine == "roofline":
-        return {}
-    with stage("throughput"):
-        speed: dict[str, Throughput] = throughput_task(
-            list(contenders), len(contenders), parent, profile, str(workspace)
+    contenders: Sequence[Contender], parent: ParentInfo, table: CostTable, profile: Profile, workspace: Path
+) -> SpeedReport:
+    """All models end to end in the engine of the costs, in turns; nothing on a target that is not here."""
+    if table.modelled:
+        return SpeedReport()
+    with stage("throughput") as tell:
+        found: SpeedReport = throughput_task(
+            list(contenders), len(contenders), parent, table, profile, str(workspace), tell
         )
-    return speed
+    return found
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""End-to-end speed of whole models in torch: prefill and decode tokens per second, models in turns.
+"""How whole models are timed: requests in turns, medians and gains of pairs; requests in torch.
 
-What the search predicted from the costs of single subblocks is measured here on the assembled model. On a machine that
-others use too, only an interleaved order is fair: in every round each model has its turn, every other round backwards.
+On a machine that others use too, only an interleaved order is fair: in every round each model has its turn, every
+other round backwards.
 """
 
 # B = batch, P = prompt tokens
@@ -16,26 +16,14 @@ import torch
 from torch import Tensor
 
 from blocks.export_code.modeling_decilm import CACHE
-from blocks.records import Metric, Turn, Value
+from blocks.records import Gains, Metric, Throughput, Turn
+from blocks.runtime import release_memory
 from profiles.schema import Scenario
+from tasks.usage import resident_bytes, restart_peak
 
+PARENT = "parent"
 MAX_DECODE_STEPS = 32  # decoding is measured over at most so many tokens, then extrapolated to the whole request
 SE_OF_MEDIAN = 1.2533  # sqrt(pi / 2): standard error of a median over that of a mean, normal samples
-
-
-class Throughput(Value):
-    """Medians over the rounds of one scenario and batch size, standard errors from the rounds.
-
-    runtime_seconds: one whole request, prompt and all generated tokens. cpu_seconds: the same in CPU time of the
-    process, all threads (load of other processes does not count).
-    """
-
-    scenario: str
-    batch_size: int
-    prefill_tokens_per_second: Metric
-    decode_tokens_per_second: Metric
-    runtime_seconds: Metric
-    cpu_seconds: Metric
 
 
 def median_metric(values: Sequence[float]) -> Metric:
@@ -50,18 +38,46 @@ def measure_throughput(
 ) -> dict[str, Throughput]:
     """Speed of every model on random prompts of the scenario. Weights stay on the device where they are.
 
-    The first, untimed request of each model warms caches up. ValueError for less than one round.
+    The first, untimed request of each model warms caches up and tells its memory. ValueError for less than one round.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     generator = torch.Generator().manual_seed(seed)
     vocabulary = min(model.config.vocab_size for model in models.values())
     prompt = torch.randint(vocabulary, (batch_size, scenario.prompt_tokens), generator=generator)
-    steps = min(scenario.generated_tokens, MAX_DECODE_STEPS)
-    for model in models.values():
-        request_of(model, prompt, min(steps, 2))
-    turns = in_turns({name: partial(request_of, model, prompt, steps) for name, model in models.items()}, rounds)
-    return {name: summary_of(own, scenario, batch_size) for name, own in turns.items()}
+    steps = timed_steps(scenario.generated_tokens)
+    memory = {name: _peak_bytes(model, prompt, scenario.generated_tokens) for name, model in models.items()}
+    grow = tokens_before(scenario.generated_tokens, steps)
+    requests = {name: partial(request_of, model, prompt, steps, grow) for name, model in models.items()}
+    return summaries(in_turns(requests, rounds), scenario, batch_size, memory)
+
+
+def timed_steps(generated_tokens: int) -> int:
+    """Decode steps that are timed of a generation."""
+    return min(generated_tokens, MAX_DECODE_STEPS)
+
+
+def tokens_before(generated_tokens: int, steps: int) -> int:
+    """Tokens from the prompt to the timed steps: those in the middle of the generation cost what its average does."""
+    return max(0, (generated_tokens - steps) // 2)
+
+
+def _peak_bytes(model: Any, prompt: Tensor, generated_tokens: int) -> int | None:
+    """Weights, and what a request takes beside them at its peak; None where the system does not tell."""
+    device = next(model.parameters()).device
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    steps = min(generated_tokens, 2)
+    work = partial(request_of, model, prompt, steps, generated_tokens - steps)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return weights + int(torch.cuda.max_memory_allocated(device)) - before
+    release_memory()
+    before = resident_bytes("VmRSS")
+    told = restart_peak()
+    work()
+    return weights + max(0, resident_bytes("VmHWM") - before) if told else None
 
 
 def in_turns(
@@ -77,27 +93,69 @@ def in_turns(
     return turns
 
 
-def summary_of(turns: Sequence[Turn], scenario: Scenario, batch_size: int) -> Throughput:
+def summaries(
+    turns: Mapping[str, Sequence[Turn]], scenario: Scenario, batch_size: int, memory: Mapping[str, int | None]
+) -> dict[str, Throughput]:
+    """Every model's turns in figures; gains are over the one named `parent`, where there is one."""
+    parents = turns.get(PARENT)
+    return {
+        name: _summary(own, scenario, batch_size).model_copy(
+            update={
+                "memory_bytes": memory[name],
+                "gains": gains_of(parents, own, scenario.generated_tokens) if parents and name != PARENT else None,
+            }
+        )
+        for name, own in turns.items()
+    }
+
+
+def _summary(turns: Sequence[Turn], scenario: Scenario, batch_size: int) -> Throughput:
     """Medians of one model's turns."""
     prompt_tokens, generated = scenario.prompt_tokens * batch_size, scenario.generated_tokens
+    requests = [turn.prefill + generated * turn.step for turn in turns]
     return Throughput(
         scenario=scenario.name,
         batch_size=batch_size,
         prefill_tokens_per_second=median_metric([prompt_tokens / turn.prefill for turn in turns]),
         decode_tokens_per_second=median_metric([batch_size / turn.step for turn in turns]),
-        runtime_seconds=median_metric([turn.prefill + generated * turn.step for turn in turns]),
+        first_token_seconds=median_metric([turn.prefill for turn in turns]),
+        output_token_seconds=median_metric([turn.step for turn in turns]),
+        prefill_cpu_seconds=median_metric([turn.prefill_cpu for turn in turns]),
+        step_cpu_seconds=median_metric([turn.step_cpu for turn in turns]),
+        runtime_seconds=median_metric(requests),
         cpu_seconds=median_metric([turn.prefill_cpu + generated * turn.step_cpu for turn in turns]),
+        generated_tokens_per_second=median_metric([batch_size * generated / seconds for seconds in requests]),
+        requests_per_second=median_metric([batch_size / seconds for seconds in requests]),
     )
 
 
-def request_of(model: Any, prompt: Tensor, steps: int) -> Turn:
-    """One prefill of `prompt` (B, P) with cache, then `steps` greedy decode steps."""
+def gains_of(parents: Sequence[Turn], own: Sequence[Turn], generated: int) -> Gains:
+    """Gains of a model over the parent, turn by turn."""
+    pairs = list(zip(parents, own, strict=True))
+
+    def gain(seconds: Callable[[Turn], float]) -> Metric:
+        return median_metric([seconds(theirs) / seconds(ours) for theirs, ours in pairs])
+
+    return Gains(
+        prefill=gain(lambda turn: turn.prefill),
+        decode=gain(lambda turn: turn.step),
+        request=gain(lambda turn: turn.prefill + generated * turn.step),
+        prefill_cpu=gain(lambda turn: turn.prefill_cpu),
+        decode_cpu=gain(lambda turn: turn.step_cpu),
+    )
+
+
+def request_of(model: Any, prompt: Tensor, steps: int, grow: int = 0) -> Turn:
+    """One prefill of `prompt` (B, P) with cache, `grow` tokens a sequence untimed, then `steps` greedy decode steps."""
     device = next(model.parameters()).device
     ids = prompt.to(device)
     training = model.training
     model.eval()
     with torch.inference_mode():
         out, prefill, prefill_cpu = _timed(lambda: model(ids, use_cache=True, logits_to_keep=1), device)
+        if grow:
+            more = ids[:, :1].expand(-1, grow)
+            out = model(more, **{CACHE: getattr(out, CACHE)}, use_cache=True, logits_to_keep=1)
 
         def decode() -> None:
             step = out
@@ -113,10 +171,18 @@ def request_of(model: Any, prompt: Tensor, steps: int) -> Turn:
 def _timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float, float]:
     """Result, wall seconds, CPU seconds."""
     _wait_for(device)
-    wall, cpu = time.perf_counter(), time.process_time()
+    clock = cpu_clock(torch.get_num_threads())
+    wall, cpu = time.perf_counter(), clock()
     result = work()
     _wait_for(device)
-    return result, time.perf_counter() - wall, time.process_time() - cpu
+    return result, time.perf_counter() - wall, clock() - cpu
+
+
+def cpu_clock(threads: int) -> Callable[[], float]:
+    """CPU seconds of the calling thread where it does all the work, so that a flow's own threads are left out; else
+    of the process.
+    """
+    return time.thread_time if threads == 1 else time.process_time
 
 
 def _wait_for(device: torch.device) -> None:

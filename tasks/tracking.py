@@ -21,12 +21,18 @@ from filelock import FileLock
 from blocks.errors import PuzzleError
 from blocks.records import Architecture, Candidate, ChildReport, CorpusInfo, Metric, ParentInfo, Value
 from profiles.schema import Profile
-from tasks.picture import ratio_of
+from tasks.picture import gain_of
 from tasks.report import final_of, parent_of
 from tasks.servers import wait_for_answer
 
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 TABLES_TAG = "mlflow.loggedArtifacts"
+SPEED_FIELDS = (
+    "first_token_seconds",
+    "output_token_seconds",
+    "generated_tokens_per_second",
+    "requests_per_second",
+)
 Tags = Mapping[str, str | None]
 
 
@@ -276,6 +282,29 @@ def report_metrics(report: ChildReport) -> dict[str, float]:
         if candidate.stage != "parent" and candidate is not final_of(report.candidates, candidate.name):
             prefix += "_assembled"
         figures |= {f"{prefix}/{key}": value for key, value in _candidate_figures(candidate, parent).items()}
+    return figures | speed_figures(report)
+
+
+def speed_figures(report: ChildReport) -> dict[str, float]:
+    """Speed and sums of every model per scenario: `speed_chat/child_first_token_seconds`, `sum_chat/child_decode_off`
+    (predicted / measured - 1), with `_se` beside each.
+    """
+    measured: dict[str, Metric] = {}
+    figures: dict[str, float] = {}
+    for name, every in report.speed.models.items():
+        for own in every:
+            prefix = f"speed_{own.scenario}/{name}"
+            for field in SPEED_FIELDS:
+                measured[f"{prefix}_{field}"] = getattr(own, field)
+            if own.memory_bytes is not None:
+                figures[f"{prefix}_peak_memory_bytes"] = float(own.memory_bytes)
+    for check in report.speed.sums:
+        prefix = f"sum_{check.scenario}/{check.model}_{check.phase}"
+        measured[f"{prefix}_off"] = check.off
+        if check.gain_off is not None:
+            measured[f"{prefix}_gain_off"] = check.gain_off
+    for name, metric in measured.items():
+        figures |= {name: metric.value, f"{name}_se": metric.se}
     return figures
 
 
@@ -311,8 +340,7 @@ def _candidate_figures(candidate: Candidate, parent: Candidate | None) -> dict[s
         figures["memory_fraction"] = candidate.memory_bytes / parent.memory_bytes
         if candidate is not parent:
             for kind in ("prefill", "decode"):
-                field = f"{kind}_tokens_per_second"
-                measured[f"speedup_{kind}"] = ratio_of(measured[field], getattr(parent, field))
+                measured[f"speedup_{kind}"] = gain_of(candidate, parent, kind)
     for name, metric in measured.items():
         if metric is not None:
             figures |= {name: metric.value, f"{name}_se": metric.se}

@@ -1,5 +1,6 @@
 """What a run took: wall time, CPU seconds, peak memory; the same of every stage."""
 
+import contextlib
 import resource
 import sys
 import time
@@ -7,11 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
 from blocks.records import StageTime
 
 _CURRENT: ContextVar["Usage | None"] = ContextVar("usage of the run under way", default=None)
+_PEAKS = [0]  # resident sizes before `restart_peak`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,27 @@ class Usage:
     def peak_memory_bytes() -> int:
         """Highest resident size of this process so far."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return max(*_PEAKS, peak if sys.platform == "darwin" else peak * 1024)
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS (now) or VmHWM (highest) of this process; where the system does not tell, its peak."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    return Usage.peak_memory_bytes()
+
+
+def restart_peak() -> bool:
+    """Let VmHWM start from what the process holds now; the peak so far is kept. False where the system has no such."""
+    _PEAKS.append(Usage.peak_memory_bytes())
+    del _PEAKS[:-1]
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from tasks.engine_costs import EngineBench, Name, Timed
 from tasks.engines.base import Load
 from tasks.engines.vllm_engine import CODE, Vllm, VllmSession
 from tasks.export import AUTO_MAP, CODE_FILES
+from tasks.throughput import tokens_before
 
 
 class _Kept(VllmSession):
@@ -46,7 +47,8 @@ class VllmBench(EngineBench):
         """A model of these layers with noise for weights: time does not depend on them."""
         path = folder / "model"
         write_config(self.reader.child_config(layers), path)
-        tokens = scenario.prompt_tokens + self._grow(scenario) + self.measure.decode_steps
+        steps = self.measure.decode_steps
+        tokens = scenario.prompt_tokens + tokens_before(scenario.generated_tokens, steps) + steps
         how = Load(precision=self.hardware.precision, threads=self.threads, batch_size=batch, context_tokens=tokens)
         try:
             process = Vllm().process(path, how, noise=True)

@@ -11,13 +11,14 @@ from blocks.records import LayerRecord, Ref, Turn
 from blocks.variant import parse_labels
 from profiles.load import load_profile
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
-from tasks.bench import BenchRow, Point, bench, bench_table, draw_bench, gains_of
+from tasks.bench import BenchRow, Point, bench, bench_table, draw_bench
 from tasks.costs import measure_costs
 from tasks.engine_costs import FIRST, EngineBench
 from tasks.gguf_export import UnknownPrecision
 from tasks.record import open_parent
 from tasks.space import check_search_space
 from tasks.stages import jobs_of
+from tasks.throughput import gains_of
 from tests.chain import prepare
 from tests.test_engines import folders, needs_llama_cpp, run
 
@@ -52,7 +53,7 @@ def test_bench_measures_parent_and_child_in_turns(engine: str, folders: dict[str
     assert told == [(done, 8) for done in range(1, 9)]
     for row in rows:
         assert (row.gains is None) == (row.model == "parent")
-        assert row.memory_bytes > 2**20 and engine in row.version
+        assert row.throughput.memory_bytes and row.throughput.memory_bytes > 2**20 and engine in row.version
         assert row.throughput.decode_tokens_per_second.n == 2
     assert bench_table(rows).row_count == 4
     draw_bench(rows).savefig(tmp_path / "b.png")

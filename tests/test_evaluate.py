@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from blocks.export_code.configuration_decilm import DeciLMConfig
-from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM
 from profiles.schema import Scenario
-from tasks import evaluate
+from tasks import evaluate, throughput
 from tasks.evaluate import BenchmarkResult, mean_metric, measure_quality, parent_targets, retention, run_benchmarks
 from tasks.throughput import measure_throughput, median_metric
 
@@ -203,7 +203,7 @@ def test_throughput_counts_tokens_over_seconds(monkeypatch: pytest.MonkeyPatch) 
     """On a false clock a prompt takes 2 s and a token 1 s, twice that for `slow`."""
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(time, "process_time", lambda: 2 * clock[0])
+    monkeypatch.setattr(throughput, "cpu_clock", lambda threads: lambda: 2 * clock[0])
     order: list[str] = []
 
     def watched(name: str, factor: float) -> Any:
@@ -211,9 +211,10 @@ def test_throughput_counts_tokens_over_seconds(monkeypatch: pytest.MonkeyPatch) 
 
         def hook(module: Any, args: Any, kwargs: Any, out: Any) -> None:
             prompt = args[0].shape[1] > 1
-            if prompt:
+            first = prompt and CACHE not in kwargs
+            if first:
                 order.append(name)
-            clock[0] += factor * (2.0 if prompt else 1.0)
+            clock[0] += factor * (2.0 if first else 1000.0 if prompt else 1.0)  # growing the cache is not timed
 
         model.register_forward_hook(hook, with_kwargs=True)
         return model
@@ -228,4 +229,8 @@ def test_throughput_counts_tokens_over_seconds(monkeypatch: pytest.MonkeyPatch) 
     assert fast.runtime_seconds.value == pytest.approx(2 + 40)  # of which 32 steps were measured
     assert fast.cpu_seconds.value == pytest.approx(84)
     assert slow.runtime_seconds.value == pytest.approx(84)
+    assert (slow.first_token_seconds.value, slow.output_token_seconds.value) == pytest.approx((4, 2))
+    assert slow.generated_tokens_per_second.value == pytest.approx(3 * 40 / 84)
+    assert slow.requests_per_second.value == pytest.approx(3 / 84)
+    assert slow.memory_bytes is None or slow.memory_bytes > 4 * sum(p.numel() for p in models["slow"].parameters())
     assert (fast.batch_size, fast.scenario, fast.runtime_seconds.n) == (3, "chat", 2)

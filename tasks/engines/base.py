@@ -46,8 +46,11 @@ class Session(ABC):
         """(T, vocabulary) float32 logits of one sequence of T tokens."""
 
     @abstractmethod
-    def request(self, prompt: Tensor, steps: int) -> Turn:
-        """Time one prefill of `prompt` (B, P), then `steps` greedy decode steps of B tokens each."""
+    def request(self, prompt: Tensor, steps: int, grow: int = 0) -> Turn:
+        """Time one prefill of `prompt` (B, P), then `steps` greedy decode steps of B tokens each.
+
+        `grow` tokens a sequence are run untimed between the two.
+        """
 
     @abstractmethod
     def generate(self, tokens: Sequence[int], steps: int) -> list[int]:

@@ -22,6 +22,8 @@ NO_MULT = "FFN widths without ffn_mult"
 FOREIGN = "biases, norms or scales that Llama does not have"
 ROPE = "this scaling of the rotary frequencies"
 ACTIVATION = "an FFN that is not a SwiGLU"
+NARROW = "rows that are not a multiple of 32 in q8_0"
+Q8_0_BLOCK = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ LIMITS: dict[str, Limits] = {
     "llama.cpp": Limits(
         title="llama.cpp",
         format="gguf",
-        gaps=frozenset({WINDOW, FOREIGN, ROPE, ACTIVATION}),
+        gaps=frozenset({WINDOW, FOREIGN, ROPE, ACTIVATION, NARROW}),
         families=frozenset({"llama", "mistral", "qwen2"}),
         rope_types=frozenset({"default", "linear", "llama3"}),
         known_by="the tests, with xllamacpp",
@@ -88,7 +90,9 @@ def limits_of(engine: str) -> Limits:
     return LIMITS[engine]
 
 
-def runnable(engine: str, config: Any, layer: int, attention_label: str, ffn_label: str) -> str | None:
+def runnable(
+    engine: str, config: Any, layer: int, attention_label: str, ffn_label: str, precision: str = "float32"
+) -> str | None:
     """Why an engine cannot run these two variants in one layer of a parent with this config, None when it can.
 
     Layers are judged one by one: an engine that wants one number of KV heads everywhere gets the parent's.
@@ -102,20 +106,35 @@ def runnable(engine: str, config: Any, layer: int, attention_label: str, ffn_lab
     kv_heads = entries["attention"].get("num_key_value_heads")
     if kv_heads and kv_heads != config.num_key_value_heads:
         needs.add(MIXED_KV)
+    if precision == "q8_0" and any(width % Q8_0_BLOCK for width in _row_widths(config, entries)):
+        needs.add(NARROW)
     found = _ordered(needs & limits.gaps)
     return f"{limits.title} cannot run {found[0]}" if found else None
 
 
-def refusal(engines: Iterable[str], config: Any, layer: int, attention_label: str, ffn_label: str) -> str | None:
+def _row_widths(config: Any, entries: Any) -> list[int]:
+    """Lengths of the rows of a block's matrices."""
+    heads = config.num_attention_heads
+    widths = [config.hidden_size]
+    if is_whole(entries["attention"]):
+        widths.append(heads * (getattr(config, "head_dim", None) or config.hidden_size // heads))
+    if is_whole(entries["ffn"]):
+        widths.append(entries["ffn"].get("intermediate_size", config.intermediate_size))
+    return widths
+
+
+def refusal(
+    engines: Iterable[str], config: Any, layer: int, attention_label: str, ffn_label: str, precision: str = "float32"
+) -> str | None:
     """The first reason why one of several engines cannot run these two variants in a layer, None when all can."""
-    reasons = (runnable(engine, config, layer, attention_label, ffn_label) for engine in engines)
+    reasons = (runnable(engine, config, layer, attention_label, ffn_label, precision) for engine in engines)
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def check_parent(engines: Sequence[str], config: Any) -> None:
+def check_parent(engines: Sequence[str], config: Any, precision: str = "float32") -> None:
     """EngineLimit when an engine that has to run the child cannot run its parent's own blocks."""
     for layer in range(config.num_hidden_layers):
-        reason = refusal(engines, config, layer, "parent", "parent")
+        reason = refusal(engines, config, layer, "parent", "parent", precision)
         if reason is not None:
             raise EngineLimit(f"{reason}, which layer {layer} of the parent has: take another hardware.engine.")
 
@@ -148,7 +167,7 @@ def refused_label(engine: str, layer: int, kinds: Iterable[str], width: int, mix
 
 
 def _ordered(needs: set[str]) -> list[str]:
-    order = (LINEAR, BARE_START, MIXED_KV, WINDOW, WRONG_MULT, NO_MULT, FOREIGN, ROPE, ACTIVATION)
+    order = (LINEAR, BARE_START, MIXED_KV, WINDOW, WRONG_MULT, NO_MULT, FOREIGN, ROPE, ACTIVATION, NARROW)
     return [need for need in order if need in needs]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from blocks.records import Turn
 from tasks.engines.base import Engine, Load, Session
 from tasks.engines.llama_library import F32, INSTALL, Batch, EngineFailed, LlamaLibrary, library_path, llama_library
+from tasks.throughput import cpu_clock
 
 _PAGE = 256  # llama.cpp rounds a sequence's context up to this
 
@@ -40,7 +41,7 @@ class LlamaSession(Session):
 
     def __init__(self, library: LlamaLibrary, path: Path, how: Load) -> None:
         self.library, self.c, self.how = library, library.c, how
-        self.model = self.c.llama_model_load_from_file(str(path).encode(), self.c.llama_model_default_params())
+        self.model = self.c.llama_model_load_from_file(str(path).encode(), library.model_parameters())
         if not self.model:
             raise EngineFailed(f"llama.cpp ({library.origin}) cannot load {path.name}: is it a whole GGUF file?")
         self.vocabulary = self.c.llama_model_get_vocab(self.model)
@@ -112,17 +113,16 @@ class LlamaSession(Session):
         return found
 
     def request(self, prompt: Tensor, steps: int, grow: int = 0) -> Turn:
-        """As every engine's; `grow` tokens a sequence are run untimed between the prompt and the timed steps."""
         self._fresh()
         batch, length = prompt.shape
-        rows = prompt.tolist()
-        wall, cpu = time.perf_counter(), time.process_time()
+        rows, clock = prompt.tolist(), cpu_clock(self.how.threads)
+        wall, cpu = time.perf_counter(), clock()
         self._decode(rows, 0)
-        prefill, prefill_cpu = time.perf_counter() - wall, time.process_time() - cpu
+        prefill, prefill_cpu = time.perf_counter() - wall, clock() - cpu
         last = [self._row((sequence + 1) * length - 1) for sequence in range(batch)]
         if grow:
             self._decode([row[:1] * grow for row in rows], length)
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, cpu = time.perf_counter(), clock()
         for step in range(steps):
             self._decode([[int(row.argmax())] for row in last], length + grow + step)
             last = [self._row(sequence) for sequence in range(batch)]
@@ -130,7 +130,7 @@ class LlamaSession(Session):
             prefill=prefill,
             step=(time.perf_counter() - wall) / steps,
             prefill_cpu=prefill_cpu,
-            step_cpu=(time.process_time() - cpu) / steps,
+            step_cpu=(clock() - cpu) / steps,
         )
 
     def tokenize(self, text: str) -> list[int]:

@@ -33,6 +33,7 @@ _THREADS = (4, 4)  # n_threads, n_threads_batch
 _ENUMS = (-1, -1, -1, -1)  # rope scaling, pooling, attention, flash attention
 _F16_PAIR = (1, 1)  # type_k, type_v
 _MINUS_ONE = struct.unpack("<i", struct.pack("<f", -1.0))[0]  # defrag_thold, the last field before the callbacks
+_LOAD_AUTO, _LOAD_READ, _LOAD_MMAP = -1, 0, 1  # llama_load_mode
 
 _log_callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
@@ -91,6 +92,20 @@ def _after(words: Sequence[int], wanted: Sequence[int], start: int) -> int:
     raise EngineFailed(_unknown(f"the defaults {tuple(wanted)}"))
 
 
+def unmap(blob: Blob) -> None:
+    """Have llama_model_params read the weights. A machine short of memory drops mapped pages while a model is timed,
+    and reading them again counts as its CPU time (benchmarks/serving.md). A layout that is unknown stays as it is.
+    """
+    split_mode, third = blob.words[5], blob.words[6]
+    if split_mode == 1 and third in (_LOAD_AUTO, _LOAD_MMAP):  # since llama.cpp b10107: an enum
+        blob.words[6] = _LOAD_READ
+    elif split_mode == 1 and third == 0:  # before: main_gpu, four pointers, then vocab_only and use_mmap
+        flags = bytearray(struct.pack("<i", blob.words[16]))
+        if flags[:2] == b"\x00\x01":
+            flags[1] = 0
+            blob.words[16] = struct.unpack("<i", bytes(flags))[0]
+
+
 def _unknown(what: str) -> str:
     return f"this build of llama.cpp has an unknown layout ({what} were not found): use xllamacpp, which was tested"
 
@@ -110,6 +125,12 @@ class LlamaLibrary:
         self._load_backends()
         self.c.llama_backend_init()
         self.fields = find_fields(list(self.c.llama_context_default_params().words))
+
+    def model_parameters(self) -> Blob:
+        """The defaults, but weights are read into memory instead of mapped from the file."""
+        blob: Blob = self.c.llama_model_default_params()
+        unmap(blob)
+        return blob
 
     def _bind(self) -> None:
         c, pointer, integer = self.c, ctypes.c_void_p, ctypes.c_int32

@@ -43,8 +43,8 @@ class TorchSession(Session):
     def logits(self, tokens: Sequence[int]) -> Tensor:
         return self.model(torch.tensor([tokens]), use_cache=False).logits[0].float()
 
-    def request(self, prompt: Tensor, steps: int) -> Turn:
-        return request_of(self.model, prompt, steps)
+    def request(self, prompt: Tensor, steps: int, grow: int = 0) -> Turn:
+        return request_of(self.model, prompt, steps, grow)
 
     def generate(self, tokens: Sequence[int], steps: int) -> list[int]:
         made: Tensor = self.model.generate(

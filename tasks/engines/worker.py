@@ -45,11 +45,11 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def request(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> Any:
-        """Time one request of random prompts. Returns a Turn."""
+    def request(self, batch_size: int, prompt_tokens: int, steps: int, seed: int, grow: int = 0) -> Any:
+        """Time one request of random prompts, `grow` tokens untimed before the decode steps. Returns a Turn."""
         from blocks.records import Turn
 
-        shape = {"batch_size": batch_size, "prompt_tokens": prompt_tokens, "steps": steps, "seed": seed}
+        shape = {"batch_size": batch_size, "prompt_tokens": prompt_tokens, "steps": steps, "seed": seed, "grow": grow}
         return Turn(**self.ask({"request": shape}))
 
     def memory_bytes(self) -> int:
@@ -85,17 +85,6 @@ class Worker:
         return answer
 
 
-def resident_bytes(field: str) -> int:
-    """VmRSS or VmHWM of this process; where the system does not tell, its peak."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) * 1024
-    from tasks.usage import Usage
-
-    return Usage.peak_memory_bytes()
-
-
 class _Server:
     """The worker's side: answers questions by name."""
 
@@ -108,19 +97,23 @@ class _Server:
         from tasks.engines.registry import installed_engine
 
         found = installed_engine(engine)
+        from tasks.usage import resident_bytes
+
         version = found.version()
         self.before = resident_bytes("VmRSS")
         self.session = found.load(Path(path), Load(**how))
         return {"version": version}
 
-    def request(self, batch_size: int, prompt_tokens: int, steps: int, seed: int) -> dict[str, Any]:
+    def request(self, batch_size: int, prompt_tokens: int, steps: int, seed: int, grow: int = 0) -> dict[str, Any]:
         import torch
 
         generator = torch.Generator().manual_seed(seed)
         prompt = torch.randint(self.session.vocab_size, (batch_size, prompt_tokens), generator=generator)
-        return dict(self.session.request(prompt, steps).model_dump())
+        return dict(self.session.request(prompt, steps, grow).model_dump())
 
     def memory(self) -> dict[str, Any]:
+        from tasks.usage import resident_bytes
+
         return {"bytes": max(0, resident_bytes("VmHWM") - self.before)}
 
 

@@ -1,0 +1,204 @@
+"""Speed in the engine of the costs, the sums beside it, the calibration: oracles on made-up costs, one small run."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from blocks.records import (
+    Architecture,
+    Cost,
+    CostTable,
+    LayerChoice,
+    NonBlockCost,
+    SpeedReport,
+    Turn,
+)
+from profiles.load import load_profile
+from profiles.schema import Hardware, Scenario
+from tasks.calibration import bias_of, calibrated
+from tasks.compare import contender, parent_contender
+from tasks.costs import measure_costs
+from tasks.speed import measure_speed
+from tasks.sums import check_sums, error_of_sum, told
+from tasks.throughput import summaries
+from tasks.totals import make_problem, totals_of
+from tests.chain import prepare
+from tests.test_engines import needs_llama_cpp
+
+SCENARIOS = (Scenario(prompt_tokens=10, generated_tokens=4),)
+LAYERS = (LayerChoice(), LayerChoice(), LayerChoice(ffn="ffn32"))
+PARENT = (LayerChoice(),) * 3
+
+
+def cost(part: Any, variant: str, prefill: float, decode: float, spread: float = 0.0) -> Cost:
+    return Cost(
+        subblock=part,
+        variant=variant,
+        scenario="chat",
+        batch_size=1,
+        prefill_seconds=prefill,
+        decode_seconds_per_token=decode,
+        prefill_spread=spread,
+        decode_spread=spread,
+        parameters=10,
+        weight_bytes=40,
+        kv_bytes_per_token=0,
+    )
+
+
+def outside(prefill: float, decode: float, spread: float = 0.0) -> NonBlockCost:
+    return NonBlockCost(
+        scenario="chat",
+        batch_size=1,
+        prefill_seconds=prefill,
+        decode_seconds_per_token=decode,
+        parameters=10,
+        weight_bytes=40,
+        prefill_spread=spread,
+        decode_spread=spread,
+    )
+
+
+def table(whole: NonBlockCost | None = None, spread: float = 0.0, clock: str = "wall") -> CostTable:
+    """The parent's sum: prefill 2 + 3 (1 + 5) = 20, decode .5 + 3 (.5 + 1) = 5."""
+    return CostTable(
+        hardware={"engine": "x", "clock": clock},
+        costs=(
+            cost("attention", "parent", 1, 0.5, spread),
+            cost("ffn", "parent", 5, 1, spread),
+            cost("ffn", "ffn32", 2, 0.5, spread),
+        ),
+        non_block=(outside(2, 0.5, spread),),
+        num_hidden_layers=3,
+        measured_at="now",
+        parent_measured=() if whole is None else (whole,),
+    )
+
+
+def architecture(costs: CostTable, layers: tuple[LayerChoice, ...]) -> Architecture:
+    problem = make_problem([], costs, load_profile("tiny", []).budget, SCENARIOS)
+    return Architecture(
+        method="mip",
+        layers=layers,
+        score=0,
+        score_se=0,
+        totals=totals_of(problem, layers, (1,)),
+        parent_totals=totals_of(problem, PARENT, (1,)),
+        status="optimal",
+        bound=0,
+        gap=0,
+    )
+
+
+def turn(prefill: float, step: float) -> Turn:
+    return Turn(prefill=prefill, step=step, prefill_cpu=2 * prefill, step_cpu=2 * step)
+
+
+def speeds(costs: CostTable, parents: list[Turn], children: list[Turn]) -> Any:
+    found = summaries({"parent": parents, "child": children}, SCENARIOS[0], 1, {"parent": 1, "child": 2})
+    models = {name: (own,) for name, own in found.items()}
+    child = architecture(costs, LAYERS)
+    return models, check_sums({"parent": parent_contender(child).architecture, "child": child}, models, costs)
+
+
+@pytest.mark.parametrize("clock", ["wall", "CPU"])
+def test_sums_stand_beside_whole_models_in_the_clock_of_the_costs(clock: str) -> None:
+    """The child's sum: prefill 2 + 3 + 5 + 5 + 2 = 17, decode .5 + 1.5 + 1 + 1 + .5 = 4.5."""
+    costs, times = table(clock=clock), 2 if clock == "CPU" else 1
+    models, sums = speeds(costs, [turn(25, 5)] * 3, [turn(20, 4)] * 3)
+    found = {(check.model, check.phase): check for check in sums}
+    assert len(sums) == 4
+    assert found["parent", "prefill"].off.value == pytest.approx(20 / (25 * times) - 1)
+    assert found["parent", "decode"].off.value == pytest.approx(5 / (5 * times) - 1)
+    assert found["parent", "decode"].gain_off is None
+    assert found["child", "prefill"].off.value == pytest.approx(17 / (20 * times) - 1)
+    assert found["child", "decode"].off.value == pytest.approx(4.5 / (4 * times) - 1)
+    for phase, gain in (("prefill", (20 / 17) / (25 / 20)), ("decode", (5 / 4.5) / (5 / 4))):
+        off = found["child", phase].gain_off
+        assert off is not None and off.value == pytest.approx(gain - 1)
+    assert models["child"][0].memory_bytes == 2 and models["child"][0].gains.request.value == pytest.approx(45 / 36)
+
+
+def test_only_a_median_scenario_that_is_off_by_more_than_5_percent_is_told() -> None:
+    for step, lines in ((4.5, 0), (4.4, 0), (4.0, 1), (5.5, 1)):
+        models, sums = speeds(table(), [turn(20, 5)], [turn(17, step)])
+        report = SpeedReport(engine="x 1", clock="wall", models=models, sums=sums)
+        found = told(report)
+        assert len(found) == lines, step
+        assert all("decode" in line and "x 1" in line for line in found)
+    assert told(SpeedReport()) == []
+
+
+def test_copies_of_a_variant_share_their_error() -> None:
+    found = error_of_sum(table(spread=0.1), LAYERS, ("chat", 1), "prefill")
+    assert found == pytest.approx(math.hypot(0.1 * 2, 0.1 * 3 * 1, 0.1 * 2 * 5, 0.1 * 2))
+
+
+def test_a_bias_beyond_its_error_is_calibrated_and_nothing_else() -> None:
+    assert calibrated(table()) == table()  # no parent measured, nothing to say
+    exact = table(outside(20, 5))
+    assert calibrated(exact) == exact
+    noisy = table(outside(21, 5.1, spread=0.2))
+    assert bias_of(noisy, "prefill") is None and calibrated(noisy) == noisy
+    found = calibrated(table(outside(22, 5)))
+    assert found.calibration is not None and found.calibration.prefill == pytest.approx(1.1)
+    assert found.calibration.decode == 1 and "prefill x 1.100" in found.hardware["calibrated"]
+    assert [one.prefill_seconds for one in found.costs] == pytest.approx([1.1, 5.5, 2.2])
+    assert [one.decode_seconds_per_token for one in found.costs] == [0.5, 1, 0.5]
+    assert found.non_block[0].prefill_seconds == pytest.approx(2.2)
+    assert architecture(found, PARENT).totals[0].prefill_seconds == pytest.approx(22)
+    assert bias_of(found, "prefill") is None
+
+
+SMALL = [
+    "search_space.attention=[linear]",
+    "search_space.ffn=[ffn32]",
+    "scenarios=[{name: chat, batch_sizes: [2], prompt_tokens: 8, generated_tokens: 6}, "
+    "{name: long, batch_sizes: [1], prompt_tokens: 6, generated_tokens: 40}]",
+    "measure={rounds: 3, decode_steps: 2}",
+    "evaluate.throughput_rounds=2",
+]
+
+
+@pytest.mark.parametrize(
+    "hardware",
+    ["{threads: 1}", pytest.param("{engine: llama.cpp, precision: q8_0, threads: 1}", marks=needs_llama_cpp)],
+)
+def test_models_are_measured_in_the_engine_of_the_costs(hardware: str, tmp_path: Path) -> None:
+    """Parent, child and a baseline at two scenarios; nothing is left behind."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    profile = load_profile("tiny", [*SMALL, f"hardware={hardware}"])
+    parent, _ = prepare(tmp_path, train_steps=0)
+    costs = measure_costs(parent, profile.search_space, profile.scenarios, profile.hardware, profile.measure, tmp_path)
+    problem = make_problem([], costs, profile.budget, profile.scenarios)
+    child = architecture(table(), PARENT).model_copy(
+        update={
+            "totals": totals_of(problem, PARENT, (2, 1)),
+            "parent_totals": totals_of(problem, PARENT, (2, 1)),
+        }
+    )
+    own = [parent_contender(child), contender("child", child, []), contender("uniform", child, [])]
+    report = measure_speed(own, parent, costs, profile, tmp_path)
+    torch.set_num_threads(threads)
+    assert report.engine == costs.hardware["engine"] and report.clock == "CPU"
+    assert set(report.models) == {"parent", "child", "uniform"}
+    for name, every in report.models.items():
+        assert [(one.scenario, one.batch_size) for one in every] == [("chat", 2), ("long", 1)]
+        assert all((one.gains is None) == (name == "parent") for one in every)
+        assert all(one.memory_bytes is None or one.memory_bytes > 2**16 for one in every)
+    assert len(report.sums) == 3 * 2 * 2
+    assert not [path for path in tmp_path.iterdir() if "speed" in path.name]
+    assert SpeedReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_precisions_that_an_engine_does_not_have_are_refused() -> None:
+    assert Hardware(engine="llama.cpp", precision="q8_0").precision == "q8_0"
+    for wrong in ({"precision": "q8_0"}, {"engine": "roofline", "kv_precision": "q8_0"}):
+        with pytest.raises(ValueError, match=r"set engine: llama\.cpp"):
+            Hardware.model_validate(wrong)
+    with pytest.raises(ValueError, match="not measured in llama.cpp"):
+        Hardware(engine="llama.cpp", precision="float8")
