@@ -19,7 +19,8 @@ def _found(stage: str, layer: int, count: int) -> Any:
     return Completed(name="Cached", message=f"{stage}: {count} of layer {layer} were finished before", data=count)
 
 
-found_task: Any = task(_found, name="finished", task_run_name="{stage} layer {layer:02d}: {count} finished before")
+_as_task: Any = task(name="finished", task_run_name="{stage} layer {layer:02d}: {count} finished before")
+found_task: Any = _as_task(_found)
 
 
 def show_finished(stage: str, layers: Iterable[int]) -> None:
