@@ -46,7 +46,7 @@ def at_work(devices: tuple[str, ...], count: int) -> list[tuple[str, float, floa
 
 
 def test_a_numbered_device_is_one_tasks_alone_and_all_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("blocks.runtime.tempfile.gettempdir", lambda: str(tmp_path))
     seen = at_work(PLACES, 6)
     assert {device for device, _, _ in seen} == set(PLACES)
     for place in PLACES:
@@ -135,7 +135,7 @@ def test_a_missing_extra_is_told_in_a_sentence(runner: str, monkeypatch: pytest.
     def missing(name: str) -> Any:
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr(workers.importlib, "import_module", missing)
+    monkeypatch.setattr("tasks.workers.importlib.import_module", missing)
     assert f"pip install -e '.[{runner}]'" in refused(f"orchestration.runner={runner}")
 
 
