@@ -10,6 +10,7 @@ again, with everything finished.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -220,4 +221,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers and workers end with it
     main()
