@@ -8,6 +8,7 @@ Clusters are two real worker processes (Dask) or two nodes (Ray). Anything that 
 import argparse
 import hashlib
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -121,4 +122,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers and workers end with it
     main()

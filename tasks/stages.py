@@ -1,7 +1,7 @@
 """The Prefect tasks: each wraps one plain function of this package, adds a name, a cache key, retries.
 
-The cache key of a task is the content address of what it makes. Prefect's own record of a result is not trusted alone:
-a task whose files are missing or damaged runs again (`refresh_cache`), one whose files are whole is `Cached`.
+The cache key of a task is the content address of what it makes. Prefect's own record of a result is not trusted: the
+files are asked first, and only what they lack becomes a task (`refresh_cache`); the rest is shown as `Cached`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -1,0 +1,197 @@
+"""Where tasks run: places on devices, what travels to a worker, what is told when a cluster is not there.
+
+Whole runs on real clusters, with workers killed, are in benchmarks/clusters.py: each takes a minute.
+"""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytest
+import torch
+from prefect import flow
+from prefect.context import serialize_context
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.testing.utilities import prefect_test_harness
+
+from blocks import runtime
+from blocks.errors import PuzzleError
+from blocks.records import ParentInfo
+from profiles.load import ProfileError, load_profile
+from profiles.schema import Orchestration
+from tasks import reuse, stages, workers
+from tests.chain import Chain
+
+PLACES = ("cpu:0", "cpu:1")
+
+
+def at_work(devices: tuple[str, ...], count: int) -> list[tuple[str, float, float]]:
+    """`count` threads that hold a device for a moment each: device, from, to."""
+    seen: list[tuple[str, float, float]] = []
+
+    def work() -> None:
+        with runtime.on_device(devices) as device:
+            started = time.monotonic()
+            time.sleep(0.05)
+            seen.append((device, started, time.monotonic()))
+
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return seen
+
+
+def test_a_numbered_device_is_one_tasks_alone_and_all_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blocks.runtime.tempfile.gettempdir", lambda: str(tmp_path))
+    seen = at_work(PLACES, 6)
+    assert {device for device, _, _ in seen} == set(PLACES)
+    for place in PLACES:
+        spans = sorted((start, end) for device, start, end in seen if device == place)
+        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False)), place
+    spans = sorted((start, end) for _, start, end in seen)
+    assert any(start < end for (_, end), (start, _) in zip(spans, spans[1:], strict=False))  # two at a time
+
+
+def test_the_plain_cpu_is_shared() -> None:
+    seen = at_work(("cpu",), 3)
+    assert max(start for _, start, _ in seen) < min(end for _, _, end in seen)
+
+
+def test_results_are_kept_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    @runtime.kept_per_device(1)
+    def load(name: str) -> str:
+        calls.append(f"{name} on {runtime.current_device()}")
+        return calls[-1]
+
+    for device in ("cpu", "cuda:0", "cpu"):
+        token = runtime._DEVICE.set(device)
+        assert load("a") == f"a on {device}"
+        runtime._DEVICE.reset(token)
+    assert calls == ["a on cpu", "a on cuda:0"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_worker_without_the_device_says_so() -> None:
+    with (
+        pytest.raises(PuzzleError, match=r"none of the devices cuda:0, cuda:1"),
+        runtime.on_device(["cuda:0", "cuda:1"]),
+    ):
+        pass
+
+
+def test_a_scheduler_may_hide_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert [runtime._place_of(device) for device in ("cuda:0", "cuda:1", "cpu")] == ["cuda:3", None, "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"address": "127.0.0.1:1"}, "threads are of this process"),
+        ({"runner": "ray", "address": "127.0.0.1:1", "max_workers": 2}, "leave it out"),
+        ({"devices": ["cuda:0", "cpu"]}, "of one kind"),
+        ({"devices": ["cuda:0", "cuda:0"]}, "each named once"),
+        ({"devices": ["gpu"]}, "pattern"),
+    ],
+)
+def test_an_orchestration_that_contradicts_itself_is_refused(fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Orchestration(**fields)
+
+
+def test_workers_are_one_per_device() -> None:
+    assert Orchestration().workers == 1
+    assert Orchestration(devices=PLACES).workers == 2
+    assert Orchestration(devices=("cpu",), max_workers=3).workers == 3
+
+
+def profile_with(*settings: str) -> Any:
+    return load_profile("tiny", list(settings))
+
+
+def refused(*settings: str) -> str:
+    with pytest.raises(PuzzleError) as error, workers.task_runner(profile_with(*settings)):
+        pass
+    return str(error.value)
+
+
+def test_one_line_in_the_profile_chooses_the_runner() -> None:
+    with workers.task_runner(profile_with("orchestration.max_workers=3")) as runner:
+        assert type(runner).__name__ == "ThreadPoolTaskRunner"
+    with pytest.raises(ProfileError, match="threads"):
+        profile_with("orchestration.runner=spark")
+
+
+@pytest.mark.parametrize("runner", ["dask", "ray"])
+def test_a_missing_extra_is_told_in_a_sentence(runner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr("tasks.workers.importlib.import_module", missing)
+    assert f"pip install -e '.[{runner}]'" in refused(f"orchestration.runner={runner}")
+
+
+@pytest.mark.parametrize(("runner", "what"), [("dask", "dask scheduler"), ("ray", "Ray node")])
+def test_nobody_at_the_address_is_told_in_a_sentence(runner: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(f"prefect_{runner}")
+    monkeypatch.setattr(workers, "CONNECT_SECONDS", 0.5)
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        told = refused(f"orchestration.runner={runner}", "orchestration.address=127.0.0.1:9")
+    assert f"no {what} answers at 127.0.0.1:9" in told
+
+
+@pytest.mark.parametrize("runner", ["dask", "ray"])
+def test_workers_elsewhere_need_a_server_that_they_can_reach(runner: str) -> None:
+    pytest.importorskip(f"prefect_{runner}")
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        assert "PREFECT_API_URL" in refused(f"orchestration.runner={runner}", "orchestration.address=10.0.0.5:8786")
+
+
+def sent(value: Any) -> int:
+    return len(cloudpickle.dumps(value))
+
+
+def test_what_travels_to_a_worker_is_values_and_paths(chain: Chain) -> None:
+    """A submission is its task, parameters and context: some kB, whatever the size of parent and corpus."""
+    profile, shape = profile_with(), (4, 32)
+    seat, job = workers.seat_of(profile), chain.job(0, "ffn", "no_op")
+    submissions = {
+        stages.record_task: (0, job.record_key, chain.parent, chain.corpus, profile, str(chain.workspace)),
+        stages.distill_task: (job, seat, str(chain.workspace)),
+        stages.score_task: (
+            [(chain.blocks[0], (0, 1))],
+            *(chain.records[0], chain.records[-1], chain.parent, chain.corpus, shape, (seat, str(chain.workspace))),
+        ),
+    }
+    for task, parameters in submissions.items():
+        assert sent(parameters) < 8_000, task.name
+        assert sent(task) < 20_000, task.name
+
+
+def test_the_context_of_a_submission_is_small_and_finished_work_is_one_cached_run_a_layer(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[tuple[Any, str]] = []
+    shown = reuse.found_task
+
+    def noted(*asked: Any) -> None:
+        states.append((asked, shown(*asked, return_state=True).name))
+
+    monkeypatch.setattr(reuse, "found_task", noted)
+
+    @flow
+    def looking(parent: ParentInfo) -> int:
+        reuse.show_finished("distill", [0, 1, 1, 1])
+        return sent(serialize_context())
+
+    with prefect_test_harness(server_startup_timeout=180):
+        assert looking(chain.parent) < 40_000
+    assert states == [(("distill", 0, 1), "Cached"), (("distill", 1, 3), "Cached")]
