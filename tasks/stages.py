@@ -48,7 +48,7 @@ from tasks.peers import find
 from tasks.presence import at_work_in, prefect_home
 from tasks.progress import say, shown
 from tasks.record import open_parent, record_key, record_layer, recorded
-from tasks.retries import limits_of, told_in_time, worth_retrying
+from tasks.retries import limits_of, told_in_time, told_when_prefect_is_away, worth_retrying
 from tasks.roofline import modelled_costs, setting_of
 from tasks.servers import stop_orphaned_servers
 from tasks.sharing import Piece, in_turn, made_once
@@ -456,7 +456,7 @@ def process_of(profile: Profile, workspace: Path) -> Iterator[None]:
     """This process at work in a workspace, beside others: threads set, leftovers of killed runs cleared, its stages in
     turn with those of other runs on the device.
     """
-    with at_work_in(workspace) as number, sharing(profile):
+    with at_work_in(workspace) as number, sharing(profile), told_when_prefect_is_away():
         set_threads(profile.hardware.threads)
         disable_progress_bar()  # transformers' own bars: ours tell the stage
         stop_orphaned_servers(prefect_home(workspace, number))

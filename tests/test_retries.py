@@ -1,5 +1,6 @@
 """Out of memory goes on in smaller parts, what may pass is asked again, a time limit is a sentence."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from prefect.task_engine import TaskRunTimeoutError
 from blocks.errors import CorpusError
 from profiles.load import load_profile
 from profiles.schema import GKD
-from tasks import bld, gkd, memory, scoring, watch
+from tasks import bld, gkd, memory, retries, scoring, watch
 from tasks.memory import Parts
 from tasks.retries import TookTooLong, told_in_time, worth_retrying
 from tests.chain import Chain
@@ -133,6 +134,24 @@ def test_a_time_limit_is_a_sentence() -> None:
     with pytest.raises(TookTooLong, match=sentence), told_in_time("distill"):
         raise TaskRunTimeoutError("Scope timed out after 2.0 second(s).")
     assert load_profile("tiny", ["orchestration.task_timeout=2"]).orchestration.task_timeout == 2
+
+
+def test_a_prefect_server_that_is_away_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(retries, "say", lines.append)
+    passed: list[str] = []
+    log = logging.getLogger("prefect.events.clients")
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: passed.append(record.getMessage()))
+    log.addHandler(handler)
+    try:
+        with retries.told_when_prefect_is_away():
+            log.warning("Unable to connect")
+            log.error("a page of it")
+        log.warning("after it")
+    finally:
+        log.removeHandler(handler)
+    assert passed == ["after it"] and len(lines) == 1 and "the run goes on" in lines[0]
 
 
 def test_restarts_are_counted_since_somebody_started_the_run() -> None:
