@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -162,9 +163,9 @@ def test_restarts_are_counted_since_somebody_started_the_run() -> None:
 
 
 def test_the_watch_is_on_runs_of_puzzle_alone() -> None:
-    silent, crashed = (each.model_dump(mode="json") for each in watch.automations(["optimize"], ["tiny"]))
+    deployment = uuid4()
+    silent, crashed = (each.model_dump(mode="json") for each in watch.automations([deployment]))
     for automation in (silent, crashed):
-        assert "optimize" in str(automation["trigger"]["match_related"])
-        assert "tiny" in str(automation["trigger"]["match_related"])
+        assert automation["trigger"]["match_related"]["prefect.resource.id"] == [f"prefect.deployment.{deployment}"]
     assert silent["trigger"]["within"] > 2 * watch.HEARTBEAT_SECONDS
     assert silent["actions"][0]["state"] == "CRASHED" and crashed["actions"][0]["state"] == "SCHEDULED"
