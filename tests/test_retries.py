@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,6 +17,7 @@ from profiles.load import load_profile
 from profiles.schema import GKD
 from tasks import bld, gkd, memory, retries, scoring, watch
 from tasks.memory import Parts
+from tasks.progress import without_tracebacks
 from tasks.retries import TookTooLong, told_in_time, worth_retrying
 from tests.chain import Chain
 
@@ -169,3 +171,20 @@ def test_the_watch_is_on_runs_of_puzzle_alone() -> None:
         assert automation["trigger"]["match_related"]["prefect.resource.id"] == [f"prefect.deployment.{deployment}"]
     assert silent["trigger"]["within"] > 2 * watch.HEARTBEAT_SECONDS
     assert silent["actions"][0]["state"] == "CRASHED" and crashed["actions"][0]["state"] == "SCHEDULED"
+
+
+def test_failures_keep_their_sentence_on_the_console_and_lose_the_traceback() -> None:
+    log, seen = logging.getLogger("prefect.flow_runs"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append((record.getMessage(), record.exc_info))  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        for context in (without_tracebacks(), nullcontext()):
+            with context:
+                try:
+                    raise OSError(28, "No space left on device")
+                except OSError as error:
+                    log.error("failed: %s", error, exc_info=True)
+    finally:
+        log.removeHandler(handler)
+    assert seen[0] == ("failed: [Errno 28] No space left on device", None) and seen[1][1] is not None
