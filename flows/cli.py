@@ -23,7 +23,7 @@ from flows.serve import serve_command
 from profiles.load import ProfileError, load_profile
 from profiles.schema import Profile
 from tasks.presence import place_in, prefect_home
-from tasks.progress import logged
+from tasks.progress import logged, without_tracebacks
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 ProfileFile = Annotated[Path, typer.Argument(metavar="PROFILE", help="a profile (YAML), e.g. profiles/tiny.yaml")]
@@ -143,7 +143,7 @@ def prepare_workspace(folder: Path) -> None:
 
 def run_logged(folder: Path, work: Callable[[], str]) -> str:
     """Run with a log file in the workspace; a failure is one sentence, the traceback goes to the log."""
-    with logged(folder) as log:
+    with logged(folder) as log, without_tracebacks():
         try:
             return work()
         except KeyboardInterrupt:

@@ -22,7 +22,6 @@ from tasks.servers import QUIET, is_free, mlflow_server, prefect_server, running
 Folders = Annotated[
     list[Path] | None, typer.Option("--data", metavar="DIR", help="served profiles may read below it; repeat for more")
 ]
-FLOWS = ("optimize", "reoptimize", "measure-hardware", "sweep")
 
 Stores = Annotated[
     list[str] | None, typer.Option("--store", metavar="URL", help="served profiles may use it; repeat for more")
@@ -111,9 +110,10 @@ def offer(wanted: list[Profile], runs: int, reoptimize_at: str | None) -> None:
 
     from tasks.watch import keep_watch
 
-    keep_watch(FLOWS, [profile.name for profile in wanted])
+    made = deployments(wanted, reoptimize_at)
+    keep_watch([each.apply() for each in made])
     with contextlib.suppress(KeyboardInterrupt):
-        prefect.serve(*deployments(wanted, reoptimize_at), limit=runs, print_starting_message=False)
+        prefect.serve(*made, limit=runs, print_starting_message=False)
 
 
 def deployments(wanted: list[Profile], reoptimize_at: str | None = None) -> list[Any]:

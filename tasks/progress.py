@@ -86,6 +86,24 @@ class _QuietHandler(logging.FileHandler):
         """Nothing."""
 
 
+def _without_traceback(record: logging.LogRecord) -> bool:
+    record.exc_info = record.exc_text = None
+    return True
+
+
+@contextmanager
+def without_tracebacks() -> Iterator[None]:
+    """Failures that Prefect and MLflow log keep their sentence on the console; the traceback is written to the log."""
+    loggers = [logging.getLogger(name) for name in ("prefect.task_runs", "prefect.flow_runs", "mlflow.store.db.utils")]
+    for logger in loggers:
+        logger.addFilter(_without_traceback)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_without_traceback)
+
+
 @contextmanager
 def logged(folder: Path) -> Iterator[Path]:
     """Whatever is logged within the block goes to `puzzle.log` of a workspace too."""

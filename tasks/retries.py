@@ -1,5 +1,6 @@
 """What a task does when something goes wrong: again after a while, or at once a sentence; and how long it may take."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from prefect.task_engine import TaskRunTimeoutError
 from blocks.errors import PuzzleFailure
 from profiles.schema import Profile
 from tasks.memory import out_of_memory
+from tasks.progress import say
 
 # asking again finds the same: a wrong path stays wrong
 _SETTLED = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -37,6 +39,37 @@ def worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
 def limits_of(profile: Profile) -> dict[str, Any]:
     """Options of every task that computes for a profile."""
     return {"timeout_seconds": profile.orchestration.task_timeout}
+
+
+class _Away(logging.Filter):
+    """Prefect's events that reach nobody, as one sentence instead of a page for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """False for what the sentence stands for."""
+        if record.levelno < logging.WARNING:
+            return True
+        if not self.told:
+            self.told = True
+            say("Prefect's server does not answer: the run goes on, what its UI shows of this run will have gaps")
+        return False
+
+
+@contextmanager
+def told_when_prefect_is_away() -> Iterator[None]:
+    """A Prefect server that goes away under a run is told once."""
+    away = _Away()
+    names = ("prefect.events.clients", "prefect._internal.concurrency", "websockets.client")
+    for name in names:
+        logging.getLogger(name).addFilter(away)
+    try:
+        yield
+    finally:
+        for name in names:
+            logging.getLogger(name).removeFilter(away)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ from tasks.presence import at_work_in, prefect_home
 from tasks.progress import say, shown
 from tasks.reach import check_servers
 from tasks.record import open_parent, record_key, record_layer, recorded
-from tasks.retries import limits_of, told_in_time, worth_retrying
+from tasks.retries import limits_of, told_in_time, told_when_prefect_is_away, worth_retrying
 from tasks.reuse import show_finished
 from tasks.roofline import modelled_costs, setting_of
 from tasks.servers import stop_orphaned_servers
@@ -475,7 +475,7 @@ def process_of(profile: Profile, workspace: Path) -> Iterator[None]:
     turn with those of other runs on the device.
     """
     check_servers()
-    with at_work_in(workspace) as number, sharing(profile):
+    with at_work_in(workspace) as number, sharing(profile), told_when_prefect_is_away():
         set_threads(profile.hardware.threads)
         disable_progress_bar()  # transformers' own bars: ours tell the stage
         stop_orphaned_servers(prefect_home(workspace, number))

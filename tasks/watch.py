@@ -22,7 +22,7 @@ from blocks.errors import PuzzleFailure
 from blocks.library import digest_of
 
 HEARTBEAT_SECONDS = 30  # Prefect's least
-SILENCE_SECONDS = 75
+SILENCE_SECONDS = 90  # on a busy machine beats were seen 44 s apart
 RESTARTS = 5
 VERSION = 1  # raise it when the automations change
 RESTART = "Restarting"
@@ -31,14 +31,18 @@ _BEAT = "prefect.flow-run.heartbeat"
 _ENDS = ("Completed", "Failed", "Cancelled", "Crashed", "Suspended", "Paused", "Scheduled")
 
 
-def automations(flows: Sequence[str], deployments: Sequence[str]) -> list[Automation]:
-    """The two of them, for runs of these flows by these deployments alone: others may share the server."""
+def automations(deployments: Sequence[UUID]) -> list[Automation]:
+    """The two of them, for runs of these deployments alone: others may share the server. By their ids: a heartbeat
+    names no deployment.
+    """
     ours: dict[str, Any] = {
         "match": ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
-        "match_related": [
-            ResourceSpecification({"prefect.resource.role": "flow", "prefect.resource.name": list(flows)}),
-            ResourceSpecification({"prefect.resource.role": "deployment", "prefect.resource.name": list(deployments)}),
-        ],
+        "match_related": ResourceSpecification(
+            {
+                "prefect.resource.role": "deployment",
+                "prefect.resource.id": [f"prefect.deployment.{each}" for each in deployments],
+            }
+        ),
         "for_each": {"prefect.resource.id"},
     }
     silent = EventTrigger(
@@ -77,13 +81,13 @@ def automations(flows: Sequence[str], deployments: Sequence[str]) -> list[Automa
     ]
 
 
-def keep_watch(flows: Sequence[str], deployments: Sequence[str]) -> None:
+def keep_watch(deployments: Sequence[UUID]) -> None:
     """Create the automations on the server. One that is there already stays: it remembers who was alive, and a run
     that died while nobody served is noticed now.
     """
-    version = digest_of(flows=list(flows), deployments=list(deployments), silence=SILENCE_SECONDS, version=VERSION)
+    version = digest_of(deployments=sorted(map(str, deployments)), silence=SILENCE_SECONDS, version=VERSION)
     with get_client(sync_client=True) as client:
-        for automation in automations(flows, deployments):
+        for automation in automations(deployments):
             automation.description = f"kept by puzzle serve, {version}"
             there = client.read_automations_by_name(automation.name)
             for old in there:

@@ -1,8 +1,11 @@
 """Out of memory goes on in smaller parts, what may pass is asked again, a time limit is a sentence."""
 
+import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -12,8 +15,9 @@ from prefect.task_engine import TaskRunTimeoutError
 from blocks.errors import CorpusError
 from profiles.load import load_profile
 from profiles.schema import GKD
-from tasks import bld, gkd, memory, scoring, watch
+from tasks import bld, gkd, memory, retries, scoring, watch
 from tasks.memory import Parts
+from tasks.progress import without_tracebacks
 from tasks.retries import TookTooLong, told_in_time, worth_retrying
 from tests.chain import Chain
 
@@ -135,6 +139,24 @@ def test_a_time_limit_is_a_sentence() -> None:
     assert load_profile("tiny", ["orchestration.task_timeout=2"]).orchestration.task_timeout == 2
 
 
+def test_a_prefect_server_that_is_away_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(retries, "say", lines.append)
+    passed: list[str] = []
+    log = logging.getLogger("prefect.events.clients")
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: passed.append(record.getMessage()))
+    log.addHandler(handler)
+    try:
+        with retries.told_when_prefect_is_away():
+            log.warning("Unable to connect")
+            log.error("a page of it")
+        log.warning("after it")
+    finally:
+        log.removeHandler(handler)
+    assert passed == ["after it"] and len(lines) == 1 and "the run goes on" in lines[0]
+
+
 def test_restarts_are_counted_since_somebody_started_the_run() -> None:
     once = ["Scheduled", "Pending", "Running", "Crashed", watch.RESTART, "Pending", "Running"]
     assert watch.restarts_of(once[:4]) == 0 and watch.restarts_of(once) == 1
@@ -143,9 +165,26 @@ def test_restarts_are_counted_since_somebody_started_the_run() -> None:
 
 
 def test_the_watch_is_on_runs_of_puzzle_alone() -> None:
-    silent, crashed = (each.model_dump(mode="json") for each in watch.automations(["optimize"], ["tiny"]))
+    deployment = uuid4()
+    silent, crashed = (each.model_dump(mode="json") for each in watch.automations([deployment]))
     for automation in (silent, crashed):
-        assert "optimize" in str(automation["trigger"]["match_related"])
-        assert "tiny" in str(automation["trigger"]["match_related"])
+        assert automation["trigger"]["match_related"]["prefect.resource.id"] == [f"prefect.deployment.{deployment}"]
     assert silent["trigger"]["within"] > 2 * watch.HEARTBEAT_SECONDS
     assert silent["actions"][0]["state"] == "CRASHED" and crashed["actions"][0]["state"] == "SCHEDULED"
+
+
+def test_failures_keep_their_sentence_on_the_console_and_lose_the_traceback() -> None:
+    log, seen = logging.getLogger("prefect.flow_runs"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append((record.getMessage(), record.exc_info))  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        for context in (without_tracebacks(), nullcontext()):
+            with context:
+                try:
+                    raise OSError(28, "No space left on device")
+                except OSError as error:
+                    log.error("failed: %s", error, exc_info=True)
+    finally:
+        log.removeHandler(handler)
+    assert seen[0] == ("failed: [Errno 28] No space left on device", None) and seen[1][1] is not None
