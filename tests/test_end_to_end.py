@@ -76,7 +76,7 @@ def test_mlflow_tells_the_same_run(site: Site, optimized: str, monkeypatch: pyte
     import mlflow
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", site.mlflow)
-    client = mlflow.MlflowClient(tracking_uri=site.mlflow)
+    client: Any = mlflow.MlflowClient(tracking_uri=site.mlflow)
     run = client.get_run(site.mlflow_run_of(optimized))
     data, (report,) = run.data, site.root.glob("tiny/runs/*/report.json")
     told = json.loads(report.read_text())
@@ -122,7 +122,7 @@ def test_a_champion_stays_and_changes(site: Site, optimized: str, monkeypatch: p
     import mlflow
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", site.mlflow)
-    client = mlflow.MlflowClient(tracking_uri=site.mlflow)
+    client: Any = mlflow.MlflowClient(tracking_uri=site.mlflow)
     assert reoptimized(site).outcome == "first"
     first = client.get_model_version_by_alias("puzzle-tiny", "champion")
     found = reoptimized(site)
