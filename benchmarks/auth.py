@@ -55,8 +55,8 @@ def main() -> None:
         [
             f"`puzzle optimize {PROFILE}` in an empty workspace, unless another command stands there.",
             table(["what", "exit code or status", "what it said"], rows),
-            "The password, plain and as in an Authorization header, was looked for in every file that all of this left (logs "
-            "of puzzle, Prefect, MLflow and nginx, workspaces, databases): not found.",
+            "The password, plain and as in an Authorization header, was looked for in every file that all of this left "
+            "(logs of puzzle, Prefect, MLflow and nginx, workspaces, databases): not found.",
         ],
     )
 
