@@ -3,8 +3,10 @@
 Everything lies below one folder, so that at the end it can be searched for passwords.
 """
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +18,9 @@ from benchmarks.common import ROOT
 from tasks.servers import LOOPBACK, QUIET, free_port, mlflow_server, prefect_server, running, stop
 
 POSTGRES = Path(os.environ.get("POSTGRES_BIN", "/usr/lib/postgresql/15/bin"))
+
+
+START = 900.0  # seconds that a server may take on a busy machine
 
 
 def as_postgres() -> list[str]:
@@ -57,6 +62,9 @@ def postgres(folder: Path, password: str, databases: Sequence[str]) -> Iterator[
         asked.close()
         yield f"puzzle:{password}@{LOOPBACK}:{port}"
     finally:
+        process.send_signal(signal.SIGINT)  # on SIGTERM it waits for its clients
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
         stop(process)
 
 
@@ -93,7 +101,7 @@ def both_servers(folder: Path, prefect: Mapping[str, str], mlflow: Mapping[str, 
     folder.mkdir(exist_ok=True)
     command, prefect_url = prefect_server(free_port())
     home = {"PREFECT_HOME": str(folder / "prefect"), "PREFECT_UI_API_URL": prefect_url, "PYTHONPATH": python_path()}
-    with running(command, f"{prefect_url}/health", folder / "prefect-server.log", {**QUIET, **home, **prefect}):
+    with running(command, f"{prefect_url}/health", folder / "prefect-server.log", {**QUIET, **home, **prefect}, START):
         # a part of this process's environment while the command is made: what it says stays off the command line
         before = dict(os.environ)
         os.environ.update(mlflow)
@@ -101,7 +109,7 @@ def both_servers(folder: Path, prefect: Mapping[str, str], mlflow: Mapping[str, 
         os.environ.clear()
         os.environ.update(before)
         own = {**QUIET, "PYTHONPATH": python_path(), **mlflow}
-        with running(command, f"{mlflow_url}/health", folder / "mlflow-server.log", own):
+        with running(command, f"{mlflow_url}/health", folder / "mlflow-server.log", own, START):
             yield {"PREFECT_API_URL": prefect_url, "MLFLOW_TRACKING_URI": mlflow_url}
 
 

@@ -21,6 +21,7 @@ from benchmarks.common import ROOT, table, write_page
 
 PREFECT_TABLES = ("flow_run", "task_run", "artifact", "log", "events")
 MLFLOW_TABLES = ("runs", "metrics", "params", "registered_models", "model_versions", "registered_model_aliases")
+STORE = ("--set", "store=s3://puzzle/library")
 LOAD = """
 import json, mlflow, sys
 model = mlflow.pyfunc.load_model("models:/puzzle-tiny@champion")
@@ -48,31 +49,20 @@ def main() -> None:
                 **keys,
             }
             with both_servers(site / "servers", prefect, mlflow) as client:
-                run("both on PostgreSQL, artifacts on S3", "postgres", site, client, rows)
-                words = ["reoptimize", "profiles/tiny.yaml", "--workspace", str(site / "postgres-workspace")]
-                code, said, _ = puzzle(words, client, site / "reoptimize.log")
+                everywhere = {**client, **keys}
+                run("both on PostgreSQL; artifacts and library on S3", "first", site, everywhere, rows, *STORE)
+                words = ["reoptimize", "profiles/tiny.yaml", "--workspace", str(site / "first-workspace"), *STORE]
+                code, said, _ = puzzle(words, everywhere, site / "reoptimize.log")
                 assert code == 0 and "first: the first champion" in said, said[-2000:]
                 databases = [*counted(address, "prefect", PREFECT_TABLES), *counted(address, "mlflow", MLFLOW_TABLES)]
                 loaded = load(client, site)
-                found = in_s3(keys, "mlflow", site / "postgres-workspace")
-                shared = ("--set", "store=s3://puzzle/library")
-                run("the same, the library on S3 too", "first", site, {**client, **keys}, rows, *shared)
-                run(
-                    "a second machine: empty workspace, the same store",
-                    "second",
-                    site,
-                    {**client, **keys},
-                    rows,
-                    *shared,
-                )
-                same = {path: digest(site / path) for path in ("first-workspace", "second-workspace")}
-                assert len(set(same.values())) == 1, same
+                found = in_s3(keys, "mlflow", site / "first-workspace")
+                print(databases, loaded, found, flush=True)
                 damage(keys)
-                said = run(
-                    "a third, one byte of one stored block flipped", "third", site, {**client, **keys}, rows, *shared
-                )
+                said = run("a second machine, one byte of one block flipped", "second", site, everywhere, rows, *STORE)
                 told = [line for line in said.splitlines() if "damaged" in line]
-                assert len(told) == 1 and digest(site / "third-workspace") == same["first-workspace"], told
+                print(told, flush=True)
+                assert len(told) == 1 and digest(site / "second-workspace") == digest(site / "first-workspace"), told
         left = hits(site, [password, secret])
         assert not left, f"a password stands in {left}"
     page(rows, databases, loaded, found, told[0])
@@ -171,8 +161,8 @@ def page(rows: list[list[object]], databases: list[list[object]], loaded: str, f
             "cores at the end. S3 is moto's server: a mock, so its seconds say nothing of a real one. Wall time is of "
             "the whole command.",
             table(header, rows),
-            "The second and third machine trained, recorded and scored nothing that was whole in the store; all three "
-            f"children are the same bit for bit. What the third said of the flipped byte: `{told}`",
+            "The second machine began with an empty workspace, and took from the store whatever was whole there; both "
+            f"children are the same bit for bit. What it said of the flipped byte: `{told}`",
             "In the databases after the second row and a `puzzle reoptimize` that made its child the champion:",
             table(["database", "table", "rows"], databases),
             f"In MLflow's bucket then: {found}.",

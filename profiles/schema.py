@@ -13,6 +13,8 @@ EngineName = Literal["torch", "llama.cpp", "vllm", "tensorrt-llm", "sglang"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 REMOTE_CODE = "run Python code that comes with the parent; only if you have read it"
 Label = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+# an id, never a path: libraries read a folder of that name first
+HubId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$")]
 # no user, password, port, query, chain of file systems or percent code: what is named is what is meant
 StoreURL = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*://[A-Za-z0-9._/=+-]+$")]
 
@@ -47,7 +49,7 @@ class HubParent(Section):
     """A Hugging Face hub id at one revision."""
 
     kind: Literal["hub"] = "hub"
-    hub_id: str = Field(description="owner/name on the hub", examples=["HuggingFaceTB/SmolLM2-135M-Instruct"])
+    hub_id: HubId = Field(description="owner/name on the hub", examples=["HuggingFaceTB/SmolLM2-135M-Instruct"])
     revision: str = Field(default="main", description="branch, tag or commit")
     trust_remote_code: bool = Field(default=False, description=REMOTE_CODE)
 
@@ -92,7 +94,7 @@ class HubSource(Section):
     """A data set of the Hugging Face hub."""
 
     kind: Literal["hub"]
-    hub_id: str = Field(description="owner/name on the hub", examples=["HuggingFaceFW/fineweb-edu"])
+    hub_id: HubId = Field(description="owner/name on the hub", examples=["HuggingFaceFW/fineweb-edu"])
     revision: str = Field(default="main", description="branch, tag or commit")
     configuration: str | None = Field(
         default=None, description="where the data set has several", examples=["sample-10BT"]

@@ -15,6 +15,7 @@ from typing import Annotated
 from pydantic import Field
 
 from blocks.errors import PuzzleError
+from profiles.hardware import shipped_targets
 from profiles.schema import FolderParent, HubParent, PackageParent, Profile, TextSource, WikipediaDumpSource
 
 ROOT, DATA_ROOTS, REMOTE_CODE = "PUZZLE_ROOT", "PUZZLE_DATA_ROOTS", "PUZZLE_ALLOW_REMOTE_CODE"
@@ -72,7 +73,7 @@ def admitted_workspace(name: str, roots: Roots) -> Path:
 
 def admit(profile: Profile, roots: Roots) -> None:
     """Refused, with every reason, when a served run may not have this profile."""
-    reasons = [*_parent(profile, roots), *_corpus(profile, roots), *_store(profile.store, roots)]
+    reasons = [*_parent(profile, roots), *_corpus(profile, roots), *_hardware(profile), *_store(profile.store, roots)]
     if profile.evaluate.benchmark_package not in PACKAGES:
         reasons.append(_package("evaluate.benchmark_package", profile.evaluate.benchmark_package))
     if reasons:
@@ -96,6 +97,12 @@ def _corpus(profile: Profile, roots: Roots) -> Iterator[str]:
             yield from _path(f"{where}.path", source.path, roots)
         if isinstance(source, WikipediaDumpSource):
             yield from _file(where, source.package, source.file)
+
+
+def _hardware(profile: Profile) -> Iterator[str]:
+    name = profile.hardware.name
+    if profile.hardware.engine == "roofline" and name not in shipped_targets():
+        yield f"hardware.name {name!r} is no shipped target: served runs take {', '.join(shipped_targets())}"
 
 
 def _store(url: str | None, roots: Roots) -> Iterator[str]:

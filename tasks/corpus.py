@@ -288,6 +288,8 @@ def _rows(source: TextSource | HubSource, name: str, arguments: Mapping[str, Any
     hub = isinstance(source, HubSource)
     origin = source.hub_id if isinstance(source, HubSource) else source.path
     field = "text" if source.kind == "text" else source.text_field
+    if hub and Path(origin).exists():  # `datasets` would read it, whoever asked for a data set of the hub
+        raise CorpusError(f"{origin} is a file or folder here, not read as a data set of the hub: start elsewhere.")
     try:
         rows = load_dataset(
             name, split=source.split if isinstance(source, HubSource) else "train", streaming=True, **arguments

@@ -1,0 +1,89 @@
+"""Servers that ask for a password, or do not answer: a sentence before any work, and no password in it."""
+
+import base64
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+
+from tasks.reach import ServerAway, ServerRefused, check_servers
+from tasks.servers import free_port, mlflow_server
+
+PASSWORD = "a-secret-of-the-test"
+RIGHT = "Basic " + base64.b64encode(f"puzzle:{PASSWORD}".encode()).decode()
+NAMES = ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")
+
+
+class Guarded(BaseHTTPRequestHandler):
+    """Both APIs at once, for whoever knows the password."""
+
+    def do_GET(self) -> None:
+        body = b'"3.9.0"' if "version" in self.path else b"{}"
+        self.send_response(200 if self.headers.get("Authorization") == RIGHT else 401)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Guarded) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@contextmanager
+def using(name: str, url: str, password: str | None) -> Iterator[dict[str, str]]:
+    """The environment of a client of one server, for either product."""
+    credentials = {"MLFLOW_TRACKING_USERNAME": "puzzle", "MLFLOW_TRACKING_PASSWORD": password} if password else {}
+    settings = {PREFECT_API_URL: url, **({PREFECT_API_AUTH_STRING: f"puzzle:{password}"} if password else {})}
+    with pytest.MonkeyPatch.context() as patch, temporary_settings(settings):
+        for variable, value in credentials.items():
+            patch.setenv(variable, value)
+        yield {name: url}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_right_password_passes_and_others_are_refused(name: str, url: str) -> None:
+    api = f"{url}/api" if name == "PREFECT_API_URL" else url
+    with using(name, api, PASSWORD) as environment:
+        check_servers(environment)
+    for wrong in (PASSWORD[:-1], None):
+        told = pytest.raises(ServerRefused, match=f"{name}.*refuses user and password.*set ")
+        with using(name, api, wrong) as environment, told as refused:
+            check_servers(environment)
+        assert PASSWORD[:-1] not in str(refused.value) and url in str(refused.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_address_with_a_password_is_refused_and_not_repeated(name: str) -> None:
+    for scheme in ("http", "https", "postgresql"):
+        with pytest.raises(ServerRefused, match="holds a password") as refused:
+            check_servers({name: f"{scheme}://puzzle:{PASSWORD}@127.0.0.1:1/x"})
+        assert PASSWORD not in str(refused.value)
+
+
+def test_a_server_that_is_away_is_told() -> None:
+    nobody = f"http://127.0.0.1:{free_port()}/api"
+    told = pytest.raises(ServerAway, match=r"no answer at .*Start it")
+    with using("PREFECT_API_URL", nobody, None) as environment, told:
+        check_servers(environment)
+    check_servers({})
+    check_servers({"MLFLOW_TRACKING_URI": "sqlite:////tmp/mlflow.db"})
+
+
+def test_what_mlflows_variables_say_stays_off_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", f"postgresql://puzzle:{PASSWORD}@db/mlflow")
+    monkeypatch.setenv("MLFLOW_ARTIFACTS_DESTINATION", "s3://bucket/x")
+    monkeypatch.setenv("MLFLOW_AUTH_CONFIG_PATH", "auth.ini")
+    words, _ = mlflow_server(1234, "sqlite:///x", "folder")
+    assert PASSWORD not in " ".join(words) and "sqlite:///x" not in words and "folder" not in words
+    assert words[words.index("--app-name") + 1] == "basic-auth"
