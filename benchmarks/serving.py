@@ -1,19 +1,21 @@
-"""SmolLM2 and the child of a finished run on each engine that runs here: speed, memory, logits, prediction.
+"""SmolLM2 and the child of a finished run on each engine that runs here: speed, memory, sums of costs, logits.
 
-    .venv/bin/python -m benchmarks.serving --workspace workspace/smollm2-cpu [--costs]
+    .venv/bin/python -m benchmarks.serving --workspace workspace/smollm2-cpu
 
-Parent and child take turns in each engine, one thread, every figure in CPU time too: gains are of pairs.
+Parent and child take turns in each engine, one thread, every figure in CPU time too: gains are of pairs. Costs are
+measured in each engine anew; what they add up to stands beside the two models. About 15 minutes on a quiet machine.
 """
 
 import argparse
-import tempfile
+import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.common import table, write_page
 from blocks.library import read_value, write_value
-from blocks.records import SUBBLOCKS, Architecture, ChildReport, Cost, CostTable, NonBlockCost, Totals, Value
+from blocks.records import SUBBLOCKS, ChildReport, CostTable, LayerChoice, Metric, Value
 from blocks.runtime import set_threads
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.bench import BenchRow, Point, bench
@@ -21,12 +23,17 @@ from tasks.children import open_child
 from tasks.costs import measure_costs
 from tasks.engines.limits import LIMITS, gaps
 from tasks.engines.llama_cpp import LlamaCpp
+from tasks.engines.registry import ENGINES, engine_of
 from tasks.formats import Difference, compare_logits, export_as
 from tasks.gguf_import import read_gguf
 from tasks.progress import say, shown
+from tasks.sums import MEASURED, PHASES, clock_of, error_of_sum, percent, sum_of
+from tasks.throughput import PARENT
 
 ValueT = TypeVar("ValueT", bound=Value)
-CASES = ("torch:float32", "llama.cpp:float32", "llama.cpp:bfloat16", "llama.cpp:q8_0")
+Case = tuple[str, str]  # engine and precision
+CASES = ("llama.cpp:float32", "llama.cpp:bfloat16", "llama.cpp:q8_0", "torch:float32")
+LOADS = ("1x256x64", "4x128x64")
 
 
 class Measured(Value):
@@ -45,27 +52,44 @@ def main() -> None:
     """Measure what is not kept yet, then write benchmarks/serving.md."""
     options = _options()
     set_threads(1)
-    report = read_value(sorted(options.workspace.glob("runs/*/report.json"))[-1], ChildReport)
+    before = os.getloadavg()[0]
+    report = read_value(max(options.workspace.glob("runs/*/report.json"), key=os.path.getmtime), ChildReport)
     sources = {"parent": options.workspace / report.parent.folder, "child": options.workspace / report.child_folder}
-    cases = [tuple(case.split(":")) for case in options.cases]
+    points = [Point.parse(load) for load in options.loads]
+    cases = [_case(text) for text in options.cases or _default_cases(gaps_of_vllm=gaps("vllm", _config(sources)))]
+    rows = [row for case in cases for row in _rows(options, sources, case, points).rows]
     files = [(name, precision) for engine, precision in cases if engine == "llama.cpp" for name in sources]
-    point = Point.parse(options.load)
-    rows = [row for engine, precision in cases for row in _rows(options, sources, engine, precision, point).rows]
     logits = [_logits_of(options, sources, name, precision).cells for name, precision in files]
-    costs = _once(options.keep / "costs.json", CostTable, lambda: _cost_table(options, report, point))
-    parts = [_intro(report, sources["child"]), _speed(rows), _prediction(report, rows)]
-    parts += [_costs(costs, report, rows), _logits(logits), _limits(sources["child"])]
-    write_page("serving", "A child in the engines that serve it", parts)
+    costs = {case: _cost_table(options, report, case, points[: options.cost_loads]) for case in cases}
+    parts = [_intro(report, before), *_speed(rows, points), _sums(costs, report, rows), _costs(costs)]
+    write_page("serving", "A child in the engines that serve it", [*parts, _logits(logits), _limits(sources)])
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workspace", type=Path, default=Path("workspace/smollm2-cpu"))
     parser.add_argument("--keep", type=Path, default=Path("workspace/serving"), help="files and figures are kept here")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--load", default="1x256x64")
-    parser.add_argument("--cases", nargs="+", default=CASES, metavar="ENGINE:PRECISION")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cost-rounds", type=int, default=5)
+    parser.add_argument("--loads", nargs="+", default=LOADS, metavar="BxPxG")
+    parser.add_argument("--cost-loads", type=int, default=1, help="of so many loads, the first, costs are measured")
+    parser.add_argument("--cases", nargs="+", metavar="ENGINE:PRECISION", help="[all that run here]")
     return parser.parse_args()
+
+
+def _case(text: str) -> Case:
+    engine, precision = text.split(":")
+    return engine, precision
+
+
+def _default_cases(gaps_of_vllm: Sequence[str]) -> tuple[str, ...]:
+    """CASES, and vLLM where it is driven, installed, and can run the child."""
+    there = "vllm" in ENGINES and engine_of("vllm").missing() is None and not gaps_of_vllm
+    return (*CASES, "vllm:float32") if there else CASES
+
+
+def _config(sources: dict[str, Path]) -> Any:
+    return open_child(sources["child"]).config
 
 
 def _once(path: Path, kind: type[ValueT], make: Callable[[], ValueT]) -> ValueT:
@@ -83,15 +107,18 @@ def _file(options: argparse.Namespace, sources: dict[str, Path], name: str, prec
     return path
 
 
-def _rows(options: argparse.Namespace, sources: dict[str, Path], engine: str, precision: str, point: Point) -> Measured:
+def _rows(options: argparse.Namespace, sources: dict[str, Path], case: Case, points: Sequence[Point]) -> Measured:
+    engine, precision = case
+
     def measure() -> Measured:
         own = sources
         if engine == "llama.cpp":
             own = {name: _file(options, sources, name, precision) for name in sources}
         with shown(f"{engine} {precision}") as tell:
-            return Measured(rows=tuple(bench(own, engine, [point], precision, options.rounds, 1, tell)))
+            return Measured(rows=tuple(bench(own, engine, points, precision, options.rounds, 1, tell)))
 
-    return _once(options.keep / f"{engine}.{precision}.json", Measured, measure)
+    what = [engine, precision, *(point.label for point in points), f"{options.rounds} rounds"]
+    return _once(options.keep / f"{' '.join(what)}.json", Measured, measure)
 
 
 def _logits_of(options: argparse.Namespace, sources: dict[str, Path], name: str, precision: str) -> Logits:
@@ -110,59 +137,120 @@ def _differences(found: Sequence[Difference]) -> list[str]:
     return [cell for one in found for cell in (f"{one.most:.1e}", f"{one.kl:.1e}", f"{one.agreement:.0%}")]
 
 
-def _intro(report: ChildReport, child: Path) -> str:
+def _intro(report: ChildReport, load_before: float) -> str:
     own = {candidate.stage: candidate for candidate in report.candidates if candidate.name in ("parent", "child")}
     sizes = f"{own['parent'].parameters / 1e6:.1f} M parameters, the child {own['assembled'].parameters / 1e6:.1f} M"
     return (
-        f"Parent: {report.parent.name}, {sizes} ({child.parent.name}). One thread; other processes kept this machine "
-        "busy, so gains are of pairs in one run (parent's time over child's, medians over the rounds with standard "
-        "errors) and stand in CPU time as well. Memory is the process's peak less what it held before the load."
+        f"Parent: {report.parent.name}, {sizes} ({Path(report.child_folder).parent.name}). One thread; load average "
+        f"{load_before:.1f} at the start, {os.getloadavg()[0]:.1f} at the end. Gains are of pairs in one run (parent's "
+        "time over child's, medians over the rounds with standard errors), in wall time and in CPU time. Memory is the "
+        "process's peak less what it held before the load."
     )
 
 
-def _speed(rows: Sequence[BenchRow]) -> str:
-    header = ["engine", "model", "prefill tok/CPU s", "decode tok/CPU s"]
+def _speed(rows: Sequence[BenchRow], points: Sequence[Point]) -> list[str]:
+    header = ["engine", "model", "prefill tok/CPU s", "decode tok/CPU s", "TTFT ms", "TPOT ms", "requests/s"]
     header += ["prefill gain", "in CPU time", "decode gain", "in CPU time", "MiB"]
-    first = rows[0]
-    load = f"{first.batch_size} x {first.prompt_tokens} x {first.generated_tokens}"
-    rounds = first.throughput.cpu_seconds.n
-    lines = [_speed_cells(row) for row in rows]
-    return f"## Speed\n\nLoad (batch x prompt x generated): {load}; {rounds} rounds.\n\n" + table(header, lines)
+    parts = []
+    for point in points:
+        own = [row for row in rows if _point_of(row) == point.label]
+        rounds = own[0].throughput.cpu_seconds.n
+        title = f"## Speed, load {point.label} (batch x prompt x generated), {rounds} rounds"
+        parts.append(f"{title}\n\n" + table(header, [_speed_cells(row) for row in own]))
+    return parts
+
+
+def _point_of(row: BenchRow) -> str:
+    return f"{row.batch_size}x{row.prompt_tokens}x{row.generated_tokens}"
 
 
 def _speed_cells(row: BenchRow) -> list[str]:
-    cells = ["", "", "", ""]
+    gains, speed = ["", "", "", ""], row.throughput
     if row.gains is not None:
         found = (row.gains.prefill, row.gains.prefill_cpu, row.gains.decode, row.gains.decode_cpu)
-        cells = [f"{gain.value:.2f} ±{gain.se:.2f}" for gain in found]
+        gains = [f"{gain.value:.2f} ±{gain.se:.2f}" for gain in found]
     prefill, decode = row.cpu_speeds()
-    memory = f"{row.memory_bytes / 2**20:.0f}"
-    return [f"{row.version}, {row.precision}", row.model, f"{prefill:.0f}", f"{decode:.1f}", *cells, memory]
+    return [
+        f"{row.version}, {row.precision}",
+        row.model,
+        f"{prefill:.0f}",
+        f"{decode:.1f}",
+        f"{1e3 * speed.first_token_seconds.value:.0f}",
+        f"{1e3 * speed.output_token_seconds.value:.1f}",
+        f"{speed.requests_per_second.value:.3f}",
+        *gains,
+        "–" if speed.memory_bytes is None else f"{speed.memory_bytes / 2**20:.0f}",
+    ]
 
 
-def _gain(ours: Totals, theirs: Totals) -> tuple[float, float]:
-    return (
-        theirs.prefill_seconds / ours.prefill_seconds,
-        theirs.decode_seconds_per_token / ours.decode_seconds_per_token,
+def _cost_table(options: argparse.Namespace, report: ChildReport, case: Case, points: Sequence[Point]) -> CostTable:
+    """Costs in one engine of what stands in the child."""
+    engine, precision = case
+    layers = report.architecture.layers
+    used = {part: {getattr(choice, part) for choice in layers} - {"parent"} for part in SUBBLOCKS}
+    space = SearchSpace(**{part: tuple(sorted(labels)) for part, labels in used.items()})
+    scenarios = [_scenario(point) for point in points]
+    hardware = Hardware.model_validate({"engine": engine, "precision": precision, "threads": 1})
+    (options.keep / "parent").unlink(missing_ok=True)
+    (options.keep / "parent").symlink_to((options.workspace / "parent").resolve())
+    with shown(f"costs in {engine} {precision}") as tell:  # stored by what they depend on, as a run's are
+        measure = Measure(rounds=options.cost_rounds, decode_steps=16)
+        return measure_costs(report.parent, space, scenarios, hardware, measure, options.keep, tell)
+
+
+def _scenario(point: Point) -> Scenario:
+    return Scenario(
+        name=f"load{point.label}",
+        batch_sizes=(point.batch_size,),
+        prompt_tokens=point.prompt_tokens,
+        generated_tokens=point.generated_tokens,
     )
 
 
-def _prediction(report: ChildReport, rows: Sequence[BenchRow]) -> str:
-    """The search's own prediction, from costs measured in torch, beside what each engine makes of the child."""
-    prefill, decode = _gain(report.architecture.totals[0], report.architecture.parent_totals[0])
+def _sums(costs: dict[Case, CostTable], report: ChildReport, rows: Sequence[BenchRow]) -> str:
+    """What the costs of each engine add up to, beside parent and child measured in the same engine."""
+    layers = report.architecture.layers
     lines = []
-    for row in rows:
-        if row.gains is not None:
-            found = (row.gains.prefill_cpu.value, row.gains.decode_cpu.value)
-            errors = [
-                f"{predicted / measured - 1:+.1%}" for predicted, measured in zip((prefill, decode), found, strict=True)
-            ]
-            lines.append([f"{row.engine} {row.precision}", f"{found[0]:.2f}", errors[0], f"{found[1]:.2f}", errors[1]])
-    header = ["engine", "prefill measured", "prediction off by", "decode measured", "prediction off by"]
+    for (engine, precision), found in costs.items():
+        own = {(_point_of(row), row.model): row for row in rows if (row.engine, row.precision) == (engine, precision)}
+        for whole in found.parent_measured:
+            for phase in PHASES:
+                place, load = (whole.scenario, whole.batch_size), whole.scenario.removeprefix("load")
+                cells, ratios = [], {}
+                for model, choices in (("parent", (LayerChoice(),) * len(layers)), ("child", layers)):
+                    measured: Metric = getattr(own[load, model].throughput, MEASURED[phase, clock_of(found)])
+                    summed = sum_of(found, choices, place, phase)
+                    error = math.hypot(
+                        error_of_sum(found, choices, place, phase) / summed, measured.se / measured.value
+                    )
+                    ratios[model] = summed / measured.value
+                    off = Metric(value=ratios[model] - 1, se=ratios[model] * error, n=measured.n)
+                    cells += [f"{1e3 * summed:.1f}", f"{1e3 * measured.value:.1f}", percent(off)]
+                gain = ratios[PARENT] / ratios["child"] - 1
+                calibrated = found.hardware.get("calibrated", "no").split(", on ")[0]
+                lines.append([f"{engine} {precision}", load, phase, *cells, f"{gain:+.1%}", calibrated])
+    header = ["engine", "load", "phase", "parent, sum ms", "measured", "off by", "child, sum ms", "measured", "off by"]
     return (
-        f"## Predicted from costs in torch (float32)\n\nThe search predicted gains of {prefill:.2f} (prefill) and "
-        f"{decode:.2f} (decode); measured gains in CPU time:\n\n" + table(header, lines)
+        "## Sums of costs beside whole models\n\nCosts measured in each engine, summed over the layers (CPU time where "
+        "the engine's costs are CPU time); the gain is the parent's time over the child's. Calibrated: factors fitted "
+        "on the parent in the rounds of the costs.\n\n" + table([*header, "gain off by", "calibrated"], lines)
     )
+
+
+def _costs(costs: dict[Case, CostTable]) -> str:
+    header, lines = ["block", *(f"{engine} {precision}" for engine, precision in costs)], []
+    tables = list(costs.values())
+    first = tables[0].costs[0]
+    place = (first.scenario, first.batch_size)
+    names = [(c.subblock, c.variant) for c in tables[0].costs if (c.scenario, c.batch_size) == place]
+    for name in names:
+        cells = [f"{name[0]} {name[1]}"]
+        for found in tables:
+            own = [c for c in found.costs if (c.subblock, c.variant, c.scenario, c.batch_size) == (*name, *place)]
+            cells += [f"{1e3 * c.prefill_seconds:.2f} / {1e3 * c.decode_seconds_per_token:.3f}" for c in own] or ["–"]
+        lines.append(cells)
+    load = first.scenario.removeprefix("load")
+    return f"## Costs, ms of a prefill / ms of a decode step, load {load}\n\n" + table(header, lines)
 
 
 def _logits(lines: Sequence[Sequence[str]]) -> str:
@@ -173,71 +261,12 @@ def _logits(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _limits(child: Path) -> str:
-    config = open_child(child).config
+def _limits(sources: dict[str, Path]) -> str:
+    config = _config(sources)
     lines = [[one.title, "; ".join(gaps(name, config)) or "yes", one.known_by] for name, one in LIMITS.items()]
     return "## Engines that can run this child\n\n" + table(
         ["engine", "runs it, or what is missing", "known by"], lines
     )
-
-
-def _cost_table(options: argparse.Namespace, report: ChildReport, point: Point) -> CostTable:
-    """Costs in llama.cpp of what stands in the child."""
-    layers = report.architecture.layers
-    used = {part: {getattr(choice, part) for choice in layers} - {"parent"} for part in SUBBLOCKS}
-    space = SearchSpace(**{part: tuple(sorted(labels)) for part, labels in used.items()})
-    scenario = Scenario(name="load", prompt_tokens=point.prompt_tokens, generated_tokens=point.generated_tokens)
-    hardware = Hardware(engine="llama.cpp", precision="bfloat16", threads=1)
-    with shown("costs in llama.cpp") as tell, tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "parent").symlink_to((options.workspace / "parent").resolve())
-        measure = Measure(rounds=options.rounds, decode_steps=16)
-        return measure_costs(report.parent, space, [scenario], hardware, measure, Path(folder), tell)
-
-
-def _costs(found: CostTable, report: ChildReport, rows: Sequence[BenchRow]) -> str:
-    """Costs measured in llama.cpp, summed over the child, beside the child measured in the same engine."""
-    predicted = _sums(found, report.architecture)
-    row = next(row for row in rows if (row.engine, row.precision, row.model) == ("llama.cpp", "bfloat16", "child"))
-    assert row.gains is not None
-    measured = (row.gains.prefill_cpu.value, row.gains.decode_cpu.value)
-    lines = [
-        [phase, f"{own:.2f}", f"{theirs:.2f}", f"{own / theirs - 1:+.1%}"]
-        for phase, own, theirs in zip(("prefill", "decode"), predicted, measured, strict=True)
-    ]
-    each = [
-        [
-            f"{cost.subblock} {cost.variant}",
-            f"{cost.prefill_seconds * 1e3:.2f}",
-            f"{cost.decode_seconds_per_token * 1e3:.3f}",
-        ]
-        for cost in found.costs
-    ]
-    return (
-        "## Costs measured in llama.cpp (bfloat16)\n\nFull-depth models of one repeated layer, each in turns with the "
-        "parent (`tasks/engine_costs.py`); gains that their sums predict for this child:\n\n"
-        + table(["", "predicted", "measured", "off by"], lines)
-        + "\n\n"
-        + table(["block", "prefill, CPU ms", "decode, CPU ms a token"], each)
-    )
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3f}"
-
-
-def _seconds(cost: Cost | NonBlockCost) -> tuple[float, float]:
-    return cost.prefill_seconds, cost.decode_seconds_per_token
-
-
-def _sums(costs: CostTable, architecture: Architecture) -> tuple[float, float]:
-    """Predicted gains (prefill, decode) of an architecture: the sum of the parent over the sum of the child."""
-    by = {(cost.subblock, cost.variant): cost for cost in costs.costs}
-    layers = architecture.layers
-    own = [_seconds(by[part, "parent"]) for part in SUBBLOCKS for _ in layers]
-    chosen = [_seconds(by[part, getattr(choice, part)]) for part in SUBBLOCKS for choice in layers]
-    fixed = _seconds(costs.non_block[0])
-    sums = [[fixed[phase] + sum(cost[phase] for cost in these) for phase in (0, 1)] for these in (own, chosen)]
-    return sums[0][0] / sums[1][0], sums[0][1] / sums[1][1]
 
 
 if __name__ == "__main__":

@@ -291,6 +291,7 @@ class Measure(Section):
     rounds: int = Field(default=7, ge=3, description="interleaved rounds; the median is kept")
     stack: PositiveInt = Field(default=8, description="copies of a subblock run in turn, so that caches do not lie")
     decode_steps: PositiveInt = Field(default=8, description="tokens generated per round")
+    max_age_days: float = Field(default=90, gt=0, description="stored costs that are older are measured again")
 
 
 class Budget(ScenarioBudget):

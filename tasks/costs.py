@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,10 +102,19 @@ def costs_path(
         space=[space.attention, space.ffn],
         scenarios=scenarios,
         hardware=hardware_description(hardware),
-        measure=measure,
+        measure=measure.model_dump(exclude={"max_age_days"}),
         version=VERSION,
     )
     return workspace / "costs" / f"{key}.json"
+
+
+def stored_costs(path: Path, measure: Measure, workspace: Path) -> CostTable | None:
+    """The table at a place of `costs_path`, None where there is none or it is older than the profile allows."""
+    table = remember(path, CostTable, lambda _: [], workspace)
+    if table is None:
+        return None
+    age = datetime.now(UTC) - datetime.fromisoformat(table.measured_at)
+    return table if age <= timedelta(days=measure.max_age_days) else None
 
 
 def measure_costs(
@@ -119,7 +128,7 @@ def measure_costs(
 ) -> CostTable:
     """Costs of every variant of the search space; the stored table when nothing it depends on has changed."""
     path = costs_path(parent, space, scenarios, hardware, measure, workspace)
-    stored = remember(path, CostTable, lambda _: [], workspace)
+    stored = stored_costs(path, measure, workspace)
     if stored is not None:
         return stored
     reader = open_parent(workspace / parent.folder)

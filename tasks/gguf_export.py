@@ -18,6 +18,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
+from blocks.attention.kv_heads import head_dim
 from blocks.errors import PuzzleError
 from blocks.library import atomic_path
 from tasks.gguf_layout import Entry, Layer, outer_entries, packed
@@ -141,11 +142,6 @@ def rope_factors(config: Any) -> Any:
     dim = head_dim(config)
     plain = rope_theta(config) ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     return (plain / scaled).numpy().astype(np.float32)
-
-
-def head_dim(config: Any) -> int:
-    """Width of one attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def rope_type(config: Any) -> str:

@@ -13,6 +13,7 @@ import gguf
 import gguf.quants
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
@@ -69,9 +70,10 @@ def read_gguf(path: Path) -> DeciLMForCausalLM:
             f"{path.name} is of the architecture {file.architecture}: only {' and '.join(ARCHITECTURES)} "
             "can be read as a child."
         )
-    own = file.fields.get(CONFIG_KEY)
-    config = DeciLMConfig(**_constructor_fields(json.loads(own))) if own else _foreign_config(file)
-    layers = packed(config) if own else _one_to_one(file, config)
+    try:
+        config, layers = _plan(file)
+    except (StrictDataclassError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise GgufError(f"{path.name} holds a config that cannot be read ({error}): is it whole?") from error
     with no_init_weights():
         model: Any = DeciLMForCausalLM(config)
     model.tie_weights()
@@ -81,6 +83,13 @@ def read_gguf(path: Path) -> DeciLMForCausalLM:
         raise GgufError(f"{path.name} does not fit its own config: {', '.join([*missing, *unexpected][:3])}")
     whole: DeciLMForCausalLM = model.eval()
     return whole
+
+
+def _plan(file: GgufFile) -> tuple[DeciLMConfig, list[Layer]]:
+    """The child's config and the file's layers."""
+    own = file.fields.get(CONFIG_KEY)
+    config = DeciLMConfig(**_constructor_fields(json.loads(own))) if own else _foreign_config(file)
+    return config, packed(config) if own else _one_to_one(file, config)
 
 
 def _constructor_fields(values: dict[str, Any]) -> dict[str, Any]:

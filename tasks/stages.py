@@ -17,7 +17,7 @@ from prefect.tasks import exponential_backoff
 from transformers.utils.logging import disable_progress_bar
 
 from blocks.errors import PuzzleError
-from blocks.library import BlockLibrary, digest_of, forget, keep, remember
+from blocks.library import BlockLibrary, digest_of, forget, keep
 from blocks.parent import Parent
 from blocks.records import (
     SUBBLOCKS,
@@ -343,8 +343,7 @@ def measure(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable:
 
 def stored_costs(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable | None:
     """The costs that `measure` would not measure again, None where there are none."""
-    path = _costs_path(profile, parent, workspace)
-    return remember(path, CostTable, lambda _: [], workspace)
+    return costs.stored_costs(_costs_path(profile, parent, workspace), profile.measure, workspace)
 
 
 def _costs_path(profile: Profile, parent: ParentInfo, workspace: Path) -> Path:

@@ -1,13 +1,24 @@
 """Measured costs on tiny parents: every family, nothing missing, stored once; the sum of blocks beside the whole."""
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from gguf import GGUFReader
 
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.library import read_value, write_value
+from blocks.records import CostTable, LayerChoice
+from blocks.variant import parse_label
 from profiles.schema import Hardware, Measure, Scenario
 from tasks import costs
 from tasks.costs import measure_costs, non_block_parameters
+from tasks.engines.limits import runnable
 from tasks.finish import sum_beside_whole
+from tasks.gguf_export import write_gguf
+from tasks.gguf_tokenizer import NO_TOKENIZER
 from tasks.record import open_parent
 from tests.chain import SPACE, prepare
 
@@ -39,3 +50,73 @@ def test_non_block_parameters_are_what_is_outside_the_layers(tmp_path: Path) -> 
     reader = open_parent(tmp_path / parent.folder)
     outside = sum(p.numel() for name, p in reader.model().named_parameters() if ".layers." not in name)
     assert non_block_parameters(reader.config) == outside
+
+
+STALE = {
+    "nothing": (None, {}),
+    "machine": ("platform.machine", {}),
+    "processor": ("tasks.costs.processor", {}),
+    "engine": ("tasks.costs._engine_description", {}),
+    "name": (None, {"name": "another"}),
+    "precision": (None, {"precision": "bfloat16"}),
+    "threads": (None, {"threads": 2}),
+    "age": (None, {}),
+}
+
+
+@pytest.mark.parametrize("field", STALE)
+def test_stale_costs_are_measured_again(field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thing that a table carries, changed alone: another machine, version, precision, threads, an old date."""
+    parent, _ = prepare(tmp_path, train_steps=0)
+    now = Hardware(threads=1)
+    first = CostTable(
+        hardware=costs.hardware_description(now),
+        costs=(),
+        non_block=(),
+        num_hidden_layers=3,
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    path = costs.costs_path(parent, SPACE, SCENARIOS, now, MEASURE, tmp_path)
+    write_value(path, first)
+    where: Any
+    changes: Any
+    where, changes = STALE[field]
+    if where is not None:
+        value: Any = {"engine": "torch 99"} if field == "engine" else "another"
+        monkeypatch.setattr(where, lambda *_: value)
+    if field == "age":
+        old = datetime.now(UTC) - timedelta(days=91)
+        write_value(path, first.model_copy(update={"measured_at": old.isoformat(timespec="seconds")}))
+    monkeypatch.setattr(costs, "_Bench", lambda *_: pytest.fail("measured"))
+    hardware = now.model_copy(update=changes)
+    if field == "nothing":
+        assert measure_costs(parent, SPACE, SCENARIOS, hardware, MEASURE, tmp_path) == first
+        patient = MEASURE.model_copy(update={"max_age_days": 9})
+        assert measure_costs(parent, SPACE, SCENARIOS, hardware, patient, tmp_path) == read_value(path, CostTable)
+    else:
+        with pytest.raises(pytest.fail.Exception, match="measured"):
+            measure_costs(parent, SPACE, SCENARIOS, hardware, MEASURE, tmp_path)
+
+
+def test_q8_0_weighs_what_the_file_does(tmp_path: Path) -> None:
+    """The sum over the layers and the rest against the tensors of the GGUF file; widths that q8_0 cannot hold."""
+    parent, _ = prepare(tmp_path, train_steps=0)
+    reader = open_parent(tmp_path / parent.folder)
+    choice = LayerChoice(attention="linear", ffn="ffn32")
+    with torch.device("cpu"):
+        model: Any = DeciLMForCausalLM(reader.child_config([LayerChoice(), LayerChoice(), choice]))
+    file = write_gguf(model, tmp_path / "x.gguf", "q8_0", NO_TOKENIZER, "x")
+    inside = sum(tensor.n_bytes for tensor in GGUFReader(file).tensors)
+    hardware = Hardware(engine="llama.cpp", precision="q8_0", threads=1)
+    still = costs.Timing(prefill=1, decode=1, prefill_spread=0, decode_spread=0)
+    labels = [("attention", "parent"), ("ffn", "parent")] * 2 + [("attention", "linear"), ("ffn", "ffn32")]
+    parts: list[Any] = [
+        costs._cost(reader, parse_label(part, label, reader.config), SCENARIOS[0], 1, still, hardware)  # type: ignore[arg-type]
+        for part, label in labels
+    ]
+    parts.append(costs._non_block(reader, SCENARIOS[0], 1, still, hardware))
+    assert sum(cost.weight_bytes for cost in parts) == inside
+    for label, refused in (("ffn32", False), ("ffn48", True)):
+        found = runnable("llama.cpp", reader.config, 1, "parent", label, "q8_0")
+        assert (found is not None) == refused and (found is None or "multiple of 32 in q8_0" in found)
+        assert runnable("llama.cpp", reader.config, 1, "parent", label) is None

@@ -16,7 +16,7 @@ from tasks.engines import llama_library
 from tasks.engines.base import Load
 from tasks.engines.limits import LIMITS, EngineLimit, UnknownEngine, check_parent, gaps, limits_of, runnable, width_of
 from tasks.engines.llama_cpp import LlamaCpp
-from tasks.engines.llama_library import LIBRARY_VARIABLE, EngineFailed, EngineMissing, find_fields
+from tasks.engines.llama_library import LIBRARY_VARIABLE, Blob, EngineFailed, EngineMissing, find_fields, unmap
 from tasks.engines.registry import ENGINES, engine_of, installed_engine
 from tasks.engines.torch_engine import Torch
 from tasks.export import ExportError, export_folder
@@ -166,6 +166,29 @@ def test_fields_are_found_by_their_defaults_or_not_at_all() -> None:
     for broken in ([511, *words[1:]], [*words[:6], 3, *words[7:]], [*words[:26], 2, *words[27:]]):
         with pytest.raises(EngineFailed, match="unknown layout"):
             find_fields(broken)
+
+
+def test_weights_are_read_not_mapped_in_every_layout_that_is_known() -> None:
+    """Since b10107 an enum beside the split mode (automatic, mapped); before, a flag behind four pointers."""
+    for third, after in ((-1, 0), (1, 0), (7, 7)):
+        blob = Blob()
+        blob.words[4:8] = [-1, 1, third, 1]
+        unmap(blob)
+        assert blob.words[4:8] == [-1, 1, after, 1]
+    blob = Blob()
+    blob.words[4:8] = [-1, 1, 0, 0]
+    blob.words[16] = 0x01000100  # vocab_only, use_mmap, use_mlock, check_tensors
+    unmap(blob)
+    assert blob.words[16] == 0x01000000
+
+
+@needs_llama_cpp
+def test_an_open_model_holds_no_mapping_of_its_file(tmp_path: Path) -> None:
+    path = written(child_of(), tmp_path)
+    session = LlamaCpp().load(path, Load())
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or path.name not in maps.read_text()
+    session.close()
 
 
 @needs_llama_cpp

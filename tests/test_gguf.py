@@ -1,6 +1,7 @@
 """GGUF without an engine: the packing against a model of llama.cpp's deci layer, round trips, tokenizers."""
 
 import json
+import random
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from blocks.errors import PuzzleError
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import write_text
 from tasks.gguf_export import PRECISIONS, UnknownPrecision, interleaved, rotate_half, write_gguf
@@ -249,3 +251,24 @@ def test_a_cut_file_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:
     path.write_bytes(whole[: header.weights_at + 8])
     with pytest.raises(GgufError, match="the tensor t0 .* cannot be read"):
         GgufFile(path).tensor("t0")
+
+
+def test_a_damaged_file_is_refused_or_read_but_never_a_traceback(tmp_path: Path) -> None:
+    """Cut off anywhere (a broken download), and flipped bits in the header."""
+    raw = written(child_of(), tmp_path, "q8_0").read_bytes()
+    draw = random.Random(0)
+    refused = 0
+    for number in range(60):
+        damaged = bytearray(raw)
+        if number % 2:
+            del damaged[draw.randrange(len(raw)) :]
+        else:
+            damaged[draw.randrange(6000)] ^= 1 << draw.randrange(8)
+        path = tmp_path / "damaged.gguf"
+        path.write_bytes(damaged)
+        try:
+            read_gguf(path)
+        except PuzzleError as error:
+            refused += 1
+            assert "gguf" in str(error).lower()
+    assert refused > 30

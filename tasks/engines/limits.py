@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from blocks.attention.kv_heads import head_dim
 from blocks.errors import PuzzleError
 from blocks.families import family_of
 from blocks.variant import kind_of, parse_label
@@ -114,10 +115,9 @@ def runnable(
 
 def _row_widths(config: Any, entries: Any) -> list[int]:
     """Lengths of the rows of a block's matrices."""
-    heads = config.num_attention_heads
     widths = [config.hidden_size]
     if is_whole(entries["attention"]):
-        widths.append(heads * (getattr(config, "head_dim", None) or config.hidden_size // heads))
+        widths.append(config.num_attention_heads * head_dim(config))
     if is_whole(entries["ffn"]):
         widths.append(entries["ffn"].get("intermediate_size", config.intermediate_size))
     return widths

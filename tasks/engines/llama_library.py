@@ -6,6 +6,7 @@ whose defaults look otherwise is refused instead of being fed wrong fields.
 """
 
 import ctypes
+import hashlib
 import importlib.util
 import os
 import struct
@@ -176,7 +177,7 @@ def _candidates() -> list[tuple[Path, str]]:
     found = []
     named = os.environ.get(LIBRARY_VARIABLE)
     if named:
-        found += [(path, LIBRARY_VARIABLE) for path in _libraries(Path(named))]
+        found += [(path, f"{LIBRARY_VARIABLE}, build {_build(Path(named))}") for path in _libraries(Path(named))]
         if not found:
             raise EngineMissing(
                 f"{LIBRARY_VARIABLE} names {named}, which holds no libllama: name its folder, or unset it"
@@ -187,6 +188,13 @@ def _candidates() -> list[tuple[Path, str]]:
             origin = f"{distribution} {metadata.version(distribution)}"
             found += [(path, origin) for path in _libraries(Path(folder) / inside)]
     return found
+
+
+def _build(folder: Path) -> str:
+    """Tells builds of one's own apart, which have no version: names, sizes and times of the libraries in the folder."""
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:12]
 
 
 def _libraries(folder: Path) -> list[Path]:
