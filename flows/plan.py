@@ -1,5 +1,6 @@
 """`puzzle plan`: what a run will take and what its budget allows, before anything is spent."""
 
+import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,7 @@ def plan_command(
         rates = calibrate(parent.config.hidden_size, parent.config.intermediate_size, precision, threads)
     plan = plan_of(wanted, parent, rates, price_per_hour)
     typer.echo(plan.model_dump_json(indent=1, exclude={"children": {"__all__": {"layers"}}}) if as_json else told(plan))
+    gc.freeze()  # all that torch and transformers loaded goes with the process: looking through it takes a second
 
 
 def told(plan: "Plan") -> str:

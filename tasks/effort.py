@@ -24,9 +24,9 @@ from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Subblock
 from blocks.resources import parameters_of
 from blocks.variant import Variant, kind_of, parse_label, parse_labels
-from profiles.schema import Profile, TinyParent
+from profiles.schema import PackageParent, Profile, TinyParent
 from tasks.costs import non_block_parameters
-from tasks.machine import Rates
+from tasks.machine import BLOCK_NAMES, Rates
 from tasks.record import CHUNK
 from tasks.tiny import TRAIN_BATCH, TRAIN_TOKENS
 
@@ -38,7 +38,12 @@ INVERSE_PASSES = 9  # the elimination's inverse: product, difference, two gather
 ATTEMPTS = 1.1  # distillations per variant: one in ten rises and is tried again
 HELD_OUT = 3  # losses per distillation: start, closed form, after the steps
 TASK_SECONDS = 0.01  # Prefect around one task; most of its work runs beside
-IMPORT_SECONDS = 6.0  # transformers, datasets and tokenizers, when the first stage asks for them
+IMPORT_SECONDS = 6.0  # lm-eval and datasets, when the first model is evaluated
+CHECK_SECONDS = 0.5  # a parent's config and tokenizer opened, its family's code imported
+# transformers looks a GGUF file's tensors up by a table of gguf's, made anew for every module: quadratic in depth
+MODULES = 13  # of a layer: itself, attention, FFN, four and three matrices, activation, two norms
+ENTRY_NAMES = 2  # a string of the header, walked twice, for the model and for the tokenizer, in names
+VOCABULARY_LISTS = 3  # tokens, their types, about as many merges
 CORPUS_TOKENS_PER_SECOND = 40_000  # text cleaned, tokenised, packed
 BUILD_BYTES_PER_SECOND = 3.5e8  # a model assembled: weights read, checked against their digests, copied
 BENCHMARK_SECONDS = 2.0  # lm-eval around one model: data opened, requests built
@@ -55,7 +60,8 @@ BENCHMARKS = {
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """Counts of one stage. product, packed: float32 FLOPs of plain products and of those with packed weights; solve:
-    float64 FLOPs; stream, disk: bytes; fixed: seconds that no rate changes.
+    float64 FLOPs; stream, disk: bytes; names: tensor names that gguf enters in a table; fixed: seconds that no rate
+    changes.
     """
 
     product: float = 0.0
@@ -63,6 +69,7 @@ class Work:
     solve: float = 0.0
     stream: float = 0.0
     disk: float = 0.0
+    names: float = 0.0
     fixed: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
@@ -74,7 +81,8 @@ class Work:
     def seconds(self, rates: Rates) -> float:
         """Wall seconds at these rates, one after the other."""
         computed = self.product / rates.product + self.packed / rates.packed + self.solve / rates.solve
-        return computed + self.stream / rates.stream + self.disk / rates.disk + self.fixed
+        moved = self.stream / rates.stream + self.disk / rates.disk
+        return computed + moved + self.names / rates.names + self.fixed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,15 +177,23 @@ def shape_of(profile: Profile, parent: Parent) -> Shape:
 
 
 def parent_work(shape: Shape) -> Work:
-    """Parent: converted or copied, and digested."""
-    size = (shape.depth * shape.layer_parameters + shape.outside_parameters) * FLOAT
-    work = Work(disk=3.0 * size, stream=4.0 * size, fixed=IMPORT_SECONDS)
+    """Parent: converted, copied or made, and digested."""
+    work = Work(disk=model_bytes(shape), fixed=CHECK_SECONDS)
     source = shape.profile.parent
+    if isinstance(source, PackageParent):
+        work += gguf_work(shape)
     if isinstance(source, TinyParent):
         tokens = source.train_steps * TRAIN_BATCH * TRAIN_TOKENS
         work += (shape.forward(tokens, shape.depth) + shape.head(tokens, moment=True, packed=False)) * 3
         work += Work(fixed=source.train_steps * operations_of(shape) * 2e-5)  # a tiny model is all overhead
     return work
+
+
+def gguf_work(shape: Shape) -> Work:
+    """A GGUF file made a float32 model: its header, the tables of names, every weight."""
+    header = ENTRY_NAMES * VOCABULARY_LISTS * shape.vocabulary
+    table = MODULES * shape.depth * BLOCK_NAMES * shape.depth
+    return Work(names=header + table, fixed=model_bytes(shape) / BUILD_BYTES_PER_SECOND)
 
 
 def operations_of(shape: Shape) -> int:

@@ -30,6 +30,9 @@ LOADED = 0.15  # share of the processors taken by others from which wall time is
 HASH_BYTES = 8 << 20
 WEIGHT_BYTES = 192 << 20
 DISK_BYTES_PER_SECOND = 1e9  # write or read, and the digest, on a machine that is not measured
+NAMES_PER_SECOND = 1.5e6  # CPython 3.11 on a server's core, for a machine that is not measured
+BLOCK_NAMES = 290  # of one layer in that table, over all spellings gguf 0.19 knows
+NAMES = 32 * BLOCK_NAMES
 EAGER_OPERATIONS = 12  # small operations' time behind one counted kernel in eager torch: Python, reshapes, rotary
 
 
@@ -38,7 +41,7 @@ class Rates:
     """product, packed: float32 FLOP/s of plain products and of frozen, packed weights. serving: the same at the
     precision that costs are measured in. solve: float64 FLOP/s of dense solves. stream: bytes/s of element-wise work,
     read and written. weights: bytes/s of matrices times one vector. disk: bytes/s written or read, with the digest.
-    floor: seconds of a small operation.
+    names: tensor names per second that gguf enters in a table, Python's speed. floor: seconds of a small operation.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Rates:
     stream: float
     weights: float
     disk: float
+    names: float
     floor: float
     threads: int = 1
     loaded: bool = False
@@ -69,6 +73,7 @@ def rates_of(target: HardwareTarget, precision: Precision) -> Rates:
         stream=target.bytes_per_second,
         weights=target.bytes_per_second,
         disk=DISK_BYTES_PER_SECOND,
+        names=NAMES_PER_SECOND,
         floor=target.kernel_floor_microseconds * 1e-6,
     )
 
@@ -125,6 +130,7 @@ def _calibrate(width: int, inner: int, precision: Precision, threads: int) -> Ra
         stream=2 * states.nbytes / clock.seconds(lambda: F.silu(states), threads=1),
         weights=count * low_weight.nbytes / clock.seconds(lambda: [F.linear(one, m) for m in matrices], threads=1),
         disk=_disk_rate(clock),
+        names=_names_rate(clock),
         floor=clock.seconds(lambda: [small + 1 for _ in range(100)], threads=1) / 100,
         threads=threads,
         loaded=clock.loaded,
@@ -171,6 +177,13 @@ def _busy_seconds() -> float:
     """Processor seconds that anybody took since the machine started."""
     times = psutil.cpu_times()
     return float(times.user + times.system + getattr(times, "nice", 0.0))
+
+
+def _names_rate(clock: _Clock) -> float:
+    """Names per second in gguf's own table of tensor names."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    return NAMES / clock.seconds(lambda: get_tensor_name_map(MODEL_ARCH.LLAMA, NAMES // BLOCK_NAMES), threads=1)
 
 
 def _disk_rate(clock: _Clock) -> float:

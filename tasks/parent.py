@@ -4,13 +4,14 @@ Folder, hub id, GGUF in an installed package, or made on the spot: afterwards al
 config.json, safetensors and tokenizer, checked, and free of paths. Nobody downstream asks where a parent came from.
 """
 
+import gc
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -365,7 +366,8 @@ def _convert_gguf(path: Path, folder: Path, package: str) -> str:
     short = folder.with_name(path.name)
     try:
         fields = without_vocabulary(path, short, weights=True).fields
-        model: Any = AutoModelForCausalLM.from_pretrained(str(short.parent), gguf_file=path.name, dtype=torch.float32)
+        with _without_collection():
+            model: Any = AutoModelForCausalLM.from_pretrained(short.parent, gguf_file=short.name, dtype=torch.float32)
         short.unlink()
         tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
         if fields.get("tokenizer.ggml.model") == "gpt2":
@@ -383,6 +385,18 @@ def _convert_gguf(path: Path, folder: Path, package: str) -> str:
     with suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
     return ""
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """No garbage is looked for meanwhile: millions of names in tables set it off again and again (half of the time)."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def _first_line(error: BaseException) -> str:

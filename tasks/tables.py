@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import pandas as pd
 from pydantic import ValidationError
 
 from blocks.library import atomic_path, sha256_of
@@ -18,6 +17,8 @@ ValueT = TypeVar("ValueT", bound=Value)
 
 def write_tables(folder: Path, tables: Mapping[str, Sequence[Value]]) -> dict[str, str]:
     """Write `<name>.parquet` for every table, a column per field; the sha256 of each file by name."""
+    import pandas as pd  # a third of a second that most commands can do without
+
     digests = {}
     for name, values in tables.items():
         with atomic_path(folder / f"{name}.parquet") as path:
@@ -33,6 +34,8 @@ def _row(value: Value) -> dict[str, Any]:
 
 def read_table(folder: Path, digests: Mapping[str, str], name: str, kind: type[ValueT]) -> tuple[ValueT, ...]:
     """The rows of a table; LibraryFileError when it is missing, is not the one that was written, or holds others."""
+    import pandas as pd
+
     path = folder / f"{name}.parquet"
     if not path.is_file():
         raise LibraryFileError(f"{path} is missing: fetch the whole folder.")
