@@ -108,7 +108,7 @@ def running(
             env={**os.environ, **environment},
             start_new_session=True,
         )
-    kept.write_text(f"{process.pid} {psutil.Process(process.pid).create_time()}")
+    kept.write_text(" ".join(_identity(each) for each in (psutil.Process(process.pid), psutil.Process())))
     try:
         _wait_for(process, health_url, log, start_seconds)
         yield process
@@ -117,18 +117,32 @@ def running(
         kept.unlink(missing_ok=True)
 
 
-def stop_left_behind(kept: Path) -> bool:
-    """End the server whose process id a killed process kept in a file; True when there was one.
+def _identity(process: psutil.Process) -> str:
+    """Number and start time: numbers are used again."""
+    return f"{process.pid} {process.create_time()}"
 
-    A number that belongs to another process by now is known by its start time.
+
+def _found(number: str, created: str) -> psutil.Process | None:
+    """The living process of an identity."""
+    try:
+        process = psutil.Process(int(number))
+        same = abs(process.create_time() - float(created)) < 1
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except (ValueError, psutil.NoSuchProcess):
+        return None
+
+
+def stop_left_behind(kept: Path) -> bool:
+    """End the server whose process a killed process kept in a file; True when there was one. One whose starter lives is
+    somebody's, and left alone.
     """
     try:
-        number, created = kept.read_text().split()
-        process = psutil.Process(int(number))
-        if abs(process.create_time() - float(created)) > 1:
+        words = kept.read_text().split()
+        process, starter = _found(*words[:2]), _found(*words[2:])
+        if process is None or starter is not None:
             return False
         group = [process, *process.children(recursive=True)]
-    except (OSError, ValueError, psutil.Error):
+    except (OSError, TypeError, psutil.Error):  # the second: not a file of ours
         return False
     for each in group:
         with contextlib.suppress(psutil.Error):

@@ -29,9 +29,12 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 def test_a_server_left_behind_is_stopped_with_its_workers(sleeper: subprocess.Popen[bytes], tmp_path: Path) -> None:
     kept, process = tmp_path / "server.pid", psutil.Process(sleeper.pid)
     (worker,) = process.children()
-    kept.write_text(f"{sleeper.pid} {process.create_time() - 100}")
+    gone, here = f"{sleeper.pid} 1.0", psutil.Process()
+    kept.write_text(f"{sleeper.pid} {process.create_time() - 100} {gone}")
     assert not stop_left_behind(kept) and process.is_running(), "the number is another process's by now"
-    kept.write_text(f"{sleeper.pid} {process.create_time()}")
+    kept.write_text(f"{sleeper.pid} {process.create_time()} {here.pid} {here.create_time()}")
+    assert not stop_left_behind(kept) and process.is_running(), "its starter lives"
+    kept.write_text(f"{sleeper.pid} {process.create_time()} {gone}")
     assert stop_left_behind(kept) and not process.is_running()
     assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
     assert not stop_left_behind(kept) and not stop_left_behind(tmp_path / "none.pid")
