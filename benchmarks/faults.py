@@ -302,7 +302,7 @@ def mlflow_down(bench: Bench) -> dict[str, Any]:
     with running(command, f"{url}/health", PLACE / "mlflow-2.log", QUIET):
         before = finished_variants(workspace)
         child = ended_well(process, workspace)
-    sentence = told(workspace, r"(MLflow at .*)")
+    sentence = told(workspace, r"(MLflow at .* does not answer.*)")
     return {"told": sentence, **verdict(bench, child, before, workspace)}
 
 
