@@ -28,7 +28,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks.common import ROOT, table, write_page
+from benchmarks.common import ROOT
+from benchmarks.faults_page import write
 from benchmarks.faults_served import serve_killed, served_run_killed
 from tasks.servers import QUIET, free_port, mlflow_server, prefect_server, running, stop
 
@@ -301,7 +302,7 @@ def mlflow_down(bench: Bench) -> dict[str, Any]:
     with running(command, f"{url}/health", PLACE / "mlflow-2.log", QUIET):
         before = finished_variants(workspace)
         child = ended_well(process, workspace)
-    sentence = told(workspace, r"(MLflow at .*)")
+    sentence = told(workspace, r"(MLflow at .* does not answer.*)")
     return {"told": sentence, **verdict(bench, child, before, workspace)}
 
 
@@ -331,7 +332,8 @@ def known() -> dict[str, dict[str, Any]]:
 
 def keep(runner: str, name: str, found: dict[str, Any]) -> dict[str, Any]:
     """Write a result down."""
-    line = {"runner": runner, "case": name, **found}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    line = {"runner": runner, "case": name, "commit": commit.strip(), **found}
     with RESULTS.open("a") as file:
         file.write(json.dumps(line) + "\n")
     print(json.dumps(line), flush=True)
@@ -367,41 +369,12 @@ def main() -> None:
                 started = time.monotonic()
                 found = wanted[name](bench)
                 keep(options.runner, name, {"took": time.monotonic() - started, **found})
-    write(known())
-
-
-def write(there: dict[str, dict[str, Any]]) -> None:
-    """benchmarks/faults.md from all results."""
-    kills, others = [], []
-    for runner in ("threads", "dask", "ray"):
-        own = [line for key, line in there.items() if key.startswith(f"{runner}/kill-")]
-        if own:
-            what = "flow process" if runner == "threads" else "a worker"
-            finished = [line["finished"] for line in own]
-            kills.append(
-                [
-                    *(f"{what}, {runner}", len(own), sum(line["same_child"] for line in own)),
-                    *(f"{min(finished)} to {max(finished)}", sum(line["made_again"] for line in own)),
-                ]
-            )
-    for line in there.values():
-        if not line["case"].startswith(("kill-", "uninterrupted")):
-            same = "same child" if line["same_child"] else "ANOTHER CHILD"
-            made = f"{line['made_again']} of {line['finished']}"
-            others.append([f"{line['case'].replace('_', ' ')} ({line['runner']})", same, made, line.get("told", "")])
-    write_page(
-        "faults",
-        "What a run survives",
-        [
-            "The tiny profile (search space without two FFN widths), killed at a random moment between 5 and 95 % of "
-            "the uninterrupted run's time, and started again; for a worker of a cluster nothing is started again. "
-            "Children are compared by sha256 of weights, config and tokenizer with the uninterrupted run's. A variant "
-            "was finished when its record lay in the library at the kill; it was made again if its files changed.",
-            table(["killed", "runs", "same child", "finished at the kill", "made again"], kills),
-            "And the rest; in quotes what the person at the console was told.",
-            table(["fault", "child", "finished variants made again", "told"], others),
-        ],
-    )
+    there = known()
+    missing = {
+        runner: [name for name in cases(runner, 20) if f"{runner}/{name}" not in there]
+        for runner in ("threads", "dask", "ray")
+    }
+    write(list(there.values()), missing)
 
 
 if __name__ == "__main__":

@@ -85,15 +85,17 @@ def served_run_killed(place: Path) -> dict[str, Any]:
 def serve_killed(place: Path) -> dict[str, Any]:
     """`puzzle serve` and the process of its run are killed; `puzzle serve` is started again on the same root."""
     assert (place / "whole").exists(), "served_run_killed comes first"
+    shutil.rmtree(place / "both", ignore_errors=True)
     with served(place) as site:
         run, before = killed_in_mid_distillation(site, "both", True)
         since = time.monotonic()
         left = [line for line in (place / "prefect-server.pid", place / "mlflow-server.pid") if line.exists()]
         servers = [psutil.Process(int(path.read_text().split()[0])) for path in left]
+        printed = len((place / "serve.log").read_text())
         assert len(servers) == 2 and all(server.is_running() for server in servers), "nothing was left behind"
     with served(place) as site:
         assert not any(server.is_running() and server.status() != "zombie" for server in servers)
-        log = (place / "serve.log").read_text()
+        log = (place / "serve.log").read_text()[printed:]
         assert log.count("that a killed `puzzle serve` left behind") == 2, log[-2000:]
         found = recovered(site, run, "both", before, since)
         return {
