@@ -17,16 +17,17 @@ from blocks.records import SUBBLOCKS, Architecture, ChildReport, Cost, CostTable
 from blocks.runtime import set_threads
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.bench import BenchRow, Point, bench
-from tasks.children import open_child
+from tasks.children import config_of, open_child
 from tasks.costs import measure_costs
 from tasks.engines.limits import LIMITS, gaps
 from tasks.engines.llama_cpp import LlamaCpp
+from tasks.engines.vllm_engine import Vllm, cannot
 from tasks.formats import Difference, compare_logits, export_as
 from tasks.gguf_import import read_gguf
 from tasks.progress import say, shown
 
 ValueT = TypeVar("ValueT", bound=Value)
-CASES = ("torch:float32", "llama.cpp:float32", "llama.cpp:bfloat16", "llama.cpp:q8_0")
+CASES = ("torch:float32", "llama.cpp:float32", "llama.cpp:bfloat16", "llama.cpp:q8_0", "vllm:float32", "vllm:bfloat16")
 
 
 class Measured(Value):
@@ -48,6 +49,10 @@ def main() -> None:
     report = read_value(sorted(options.workspace.glob("runs/*/report.json"))[-1], ChildReport)
     sources = {"parent": options.workspace / report.parent.folder, "child": options.workspace / report.child_folder}
     cases = [tuple(case.split(":")) for case in options.cases]
+    without = Vllm().missing() or cannot(config_of(sources["child"]))
+    if without:
+        say(f"no figures of vLLM: {without}")
+        cases = [case for case in cases if case[0] != "vllm"]
     files = [(name, precision) for engine, precision in cases if engine == "llama.cpp" for name in sources]
     point = Point.parse(options.load)
     rows = [row for engine, precision in cases for row in _rows(options, sources, engine, precision, point).rows]
