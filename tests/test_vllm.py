@@ -34,7 +34,7 @@ from tests.test_modeling import FULL, LINEAR, NO_OP, attention, token_ids
 MISSING = Vllm().missing()
 needs_vllm = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 HOW = Load(context_tokens=64, batch_size=2)
-HEAD = {"head_dim": 32}  # the least that vLLM has a CPU kernel for
+HEAD: dict[str, Any] = {"head_dim": 32}  # the least that vLLM has a CPU kernel for
 
 
 def wide(width: int) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def test_an_export_is_checked_in_vllm(models: Models, tmp_path: Path, monkeypatc
     assert any("vLLM" in note and "against torch" in note and "8 greedy tokens equal" in note for note in notes)
     assert any("KL" in note for note in export_as(folder, "transformers", "bf16", tmp_path / "bf16").notes)
     assert any("float32 and bfloat16 only" in n for n in export_as(folder, "transformers", "f16", tmp_path / "h").notes)
-    child.model.layers[4].mlp.down_proj.weight.data *= 1.1  # type: ignore[union-attr,operator]
+    child.model.layers[4].mlp.down_proj.weight.data *= 1.1
     with pytest.raises(ExportError, match="vLLM does not give torch's logits on child"):
         check_in_vllm(child, folder, "float32")
 
