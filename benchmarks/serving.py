@@ -19,7 +19,7 @@ from blocks.records import SUBBLOCKS, ChildReport, CostTable, LayerChoice, Metri
 from blocks.runtime import set_threads
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.bench import BenchRow, Point, bench
-from tasks.children import open_child
+from tasks.children import config_of
 from tasks.costs import measure_costs
 from tasks.engines.limits import LIMITS, gaps
 from tasks.engines.llama_cpp import LlamaCpp
@@ -56,7 +56,9 @@ def main() -> None:
     report = read_value(max(options.workspace.glob("runs/*/report.json"), key=os.path.getmtime), ChildReport)
     sources = {"parent": options.workspace / report.parent.folder, "child": options.workspace / report.child_folder}
     points = [Point.parse(load) for load in options.loads]
-    cases = [_case(text) for text in options.cases or _default_cases(gaps_of_vllm=gaps("vllm", _config(sources)))]
+    cases = [
+        _case(text) for text in options.cases or _default_cases(gaps_of_vllm=gaps("vllm", config_of(sources["child"])))
+    ]
     rows = [row for case in cases for row in _rows(options, sources, case, points).rows]
     files = [(name, precision) for engine, precision in cases if engine == "llama.cpp" for name in sources]
     logits = [_logits_of(options, sources, name, precision).cells for name, precision in files]
@@ -85,11 +87,7 @@ def _case(text: str) -> Case:
 def _default_cases(gaps_of_vllm: Sequence[str]) -> tuple[str, ...]:
     """CASES, and vLLM where it is driven, installed, and can run the child."""
     there = "vllm" in ENGINES and engine_of("vllm").missing() is None and not gaps_of_vllm
-    return (*CASES, "vllm:float32") if there else CASES
-
-
-def _config(sources: dict[str, Path]) -> Any:
-    return open_child(sources["child"]).config
+    return (*CASES, "vllm:float32", "vllm:bfloat16") if there else CASES
 
 
 def _once(path: Path, kind: type[ValueT], make: Callable[[], ValueT]) -> ValueT:

@@ -30,7 +30,7 @@ from tasks.export import AUTO_MAP, CODE_FILES
 PYTHON_VARIABLE = "PUZZLE_VLLM_PYTHON"  # the interpreter of an environment that holds vLLM
 FOLDER = ".venv-vllm"
 INSTALL = (
-    f"vLLM is not installed: run `make vllm` in puzzle's repository (it makes {FOLDER}: 4 GB, about 5 minutes), or "
+    f"vLLM is not installed: run `make vllm` in puzzle's repository (it makes {FOLDER}: 2.5 GB, about 5 minutes), or "
     f"name the interpreter of another environment that holds vLLM in {PYTHON_VARIABLE}"
 )
 HEAD_SIZES = frozenset({32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512})  # that vLLM 0.32 has CPU kernels for
