@@ -87,7 +87,7 @@ def killed(runner: str, place: Path, expected: str) -> list[str]:
         same = child_digest(workspace, process) == expected
     again = sum(blocks(workspace)[path] != when for path, when in finished.items())
     assert same and not again, f"{runner}: same child {same}, trained again {again}"
-    told = ", ".join(tried_twice(workspace)) or "none: it was killed between two"
+    told = ", ".join(tried_twice(workspace)) or "not in the log: a killed process's last lines are lost"
     return [runner, f"process {pid}", f"{time.monotonic() - started:.0f}", f"{len(finished)}", str(again), "yes", told]
 
 
