@@ -131,7 +131,7 @@ def while_running(site: Site, page: Browser) -> str:
 
 def in_mlflow(site: Site, page: Browser, run: str) -> None:
     """The run, what the machine did meanwhile, two runs side by side, the registry."""
-    linked = {key: found["data"] for key, found in site.artifacts(run).items() if found["type"] == "link"}
+    linked = {key: site.artifacts(run)[key]["data"] for key in ("mlflow-run", "mlflow-compare")}
     address = {key: text[text.index("(") + 1 : text.rindex(")")] for key, text in linked.items()}
     page.open(address["mlflow-run"], "child/kl", (1300, 900))
     page.shoot("mlflow-run")
