@@ -316,7 +316,7 @@ SECTIONS: dict[str, tuple[str, Place, tuple[Step, ...]]] = {
 def row(site: Site, step: Step) -> list[object]:
     """What a step did, how long it took, what was said."""
     started = time.monotonic()
-    said = step(site)
+    said = step(site).replace(f"{site.root}/", "")  # no path of this machine on the page
     words = (step.__doc__ or "").split("\n")[0].rstrip(".")
     print(words, f"{time.monotonic() - started:.0f} s:", said, flush=True)
     return [words, f"{time.monotonic() - started:.0f}", said]

@@ -260,7 +260,7 @@ def _logits(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _limits(sources: dict[str, Path]) -> str:
-    config = _config(sources)
+    config = config_of(sources["child"])
     lines = [[one.title, "; ".join(gaps(name, config)) or "yes", one.known_by] for name, one in LIMITS.items()]
     return "## Engines that can run this child\n\n" + table(
         ["engine", "runs it, or what is missing", "known by"], lines

@@ -65,7 +65,7 @@ def measure_hardware(profile: Profile = DEFAULT, workspace: WorkspaceName = DEFA
     """Measure what every variant costs on this machine, and nothing else.
 
     Args:
-        profile: Of it parent, search space, hardware, scenarios and measure are used; the rest may stay as it is.
+        profile: Its parent, search space, hardware, scenarios and measure are used; the rest may stay as it is.
         workspace: Name of the folder that keeps the costs.
     """
     with at_work(profile, workspace) as folder:

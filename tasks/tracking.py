@@ -33,6 +33,7 @@ SPEED_FIELDS = (
     "generated_tokens_per_second",
     "requests_per_second",
 )
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's UI takes runs for chats with a model
 Tags = Mapping[str, str | None]
 
 
@@ -102,7 +103,7 @@ def _create(client: Any, experiment: str, workspace: Path) -> str:
 
     place = None if server_uri() else (workspace / ARTIFACTS).as_uri()
     try:
-        made: str = client.create_experiment(experiment, place)
+        made: str = client.create_experiment(experiment, place, tags=KIND)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":  # on a server, a run in another workspace may be faster
             raise

@@ -50,6 +50,7 @@ def client(opened: Tracking) -> Any:
 
 def test_opening_twice_is_one_experiment(opened: Tracking) -> None:
     assert open_tracking(opened.workspace, "puzzle") == opened
+    assert client(opened).get_experiment(opened.experiment_id).tags == tracking.KIND
 
 
 def test_report_is_found_again(opened: Tracking, tmp_path: Path) -> None:
