@@ -72,8 +72,7 @@ def test_an_imported_variant_cannot_point_out(path: str, tmp_path: Path) -> None
     folder = tmp_path / "library"
     write_library(folder, run())
     table = pd.read_parquet(folder / "variants.parquet")
-    weights: Any = [{"path": path, "sha256": "0" * 64}] * len(table)
-    table["weights"] = weights
+    table["weights"] = pd.Series([{"path": path, "sha256": "0" * 64}] * len(table))
     table.to_parquet(folder / "variants.parquet", index=False)
     described = json.loads((folder / "library.json").read_text())
     described["tables"]["variants"] = sha256_of(folder / "variants.parquet")
