@@ -80,7 +80,7 @@ def test_stale_costs_are_measured_again(field: str, tmp_path: Path, monkeypatch:
     write_value(path, first)
     where, changes = STALE[field]
     if where is not None:
-        value: Any = {"engine": "torch 99"} if field == "engine" else "another"
+        value: Any = {**costs._engine_description(now), "engine": "torch 99"} if field == "engine" else "another"
         monkeypatch.setattr(where, lambda *_: value)
     if field == "age":
         old = datetime.now(UTC) - timedelta(days=91)
