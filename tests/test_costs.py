@@ -52,7 +52,7 @@ def test_non_block_parameters_are_what_is_outside_the_layers(tmp_path: Path) -> 
     assert non_block_parameters(reader.config) == outside
 
 
-STALE = {
+STALE: dict[str, tuple[str | None, dict[str, Any]]] = {
     "nothing": (None, {}),
     "machine": ("platform.machine", {}),
     "processor": ("tasks.costs.processor", {}),
