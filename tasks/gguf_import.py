@@ -58,7 +58,11 @@ class GgufFile:
         if name not in self.tensors:
             raise GgufError(f"the GGUF file has no tensor {name}: is it whole?")
         found = self.tensors[name]
-        return torch.from_numpy(np.array(gguf.quants.dequantize(found.data, found.tensor_type), dtype=np.float32))
+        try:
+            values = gguf.quants.dequantize(found.data, found.tensor_type)
+        except (NotImplementedError, ValueError) as error:
+            raise GgufError(f"the GGUF file's tensor {name} cannot be read ({error}): is it whole?") from error
+        return torch.from_numpy(np.array(values, dtype=np.float32))
 
 
 def read_gguf(path: Path) -> DeciLMForCausalLM:
@@ -77,7 +81,10 @@ def read_gguf(path: Path) -> DeciLMForCausalLM:
         model: Any = DeciLMForCausalLM(config)
     model.tie_weights()
     state = _state(file, layers)
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # other shapes
+        raise GgufError(f"{path.name} does not fit its own config: {str(error).splitlines()[-1].strip()}") from error
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise GgufError(f"{path.name} does not fit its own config: {', '.join([*missing, *unexpected][:3])}")
     whole: DeciLMForCausalLM = model.eval()
