@@ -78,7 +78,10 @@ def read_gguf(path: Path) -> DeciLMForCausalLM:
         model: Any = DeciLMForCausalLM(config)
     model.tie_weights()
     state = _state(file, layers)
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # other shapes
+        raise GgufError(f"{path.name} does not fit its own config: {str(error).splitlines()[-1].strip()}") from error
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise GgufError(f"{path.name} does not fit its own config: {', '.join([*missing, *unexpected][:3])}")
     whole: DeciLMForCausalLM = model.eval()

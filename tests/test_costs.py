@@ -52,7 +52,7 @@ def test_non_block_parameters_are_what_is_outside_the_layers(tmp_path: Path) -> 
     assert non_block_parameters(reader.config) == outside
 
 
-STALE = {
+STALE: dict[str, tuple[str | None, dict[str, Any]]] = {
     "nothing": (None, {}),
     "machine": ("platform.machine", {}),
     "processor": ("tasks.costs.processor", {}),
@@ -82,7 +82,7 @@ def test_stale_costs_are_measured_again(field: str, tmp_path: Path, monkeypatch:
     changes: Any
     where, changes = STALE[field]
     if where is not None:
-        value: Any = {"engine": "torch 99"} if field == "engine" else "another"
+        value: Any = {**costs._engine_description(now), "engine": "torch 99"} if field == "engine" else "another"
         monkeypatch.setattr(where, lambda *_: value)
     if field == "age":
         old = datetime.now(UTC) - timedelta(days=91)

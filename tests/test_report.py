@@ -10,6 +10,7 @@ from rich.console import Console
 from blocks.library import read_value
 from blocks.records import (
     Architecture,
+    Calibration,
     Candidate,
     ChildReport,
     CorpusInfo,
@@ -17,10 +18,16 @@ from blocks.records import (
     Metric,
     ParentInfo,
     Ref,
+    SpeedReport,
+    SumCheck,
     Totals,
+    Turn,
 )
+from profiles.schema import Scenario
 from tasks.picture import draw_architecture, draw_comparison, ratio_of, variant_colours
 from tasks.report import BEST, comparison_rows, comparison_table, report_markdown, rounded, verdict, write_report
+from tasks.throughput import summaries
+from tasks.tracking import report_metrics
 
 
 def metric(value: float, se: float = 0.0) -> Metric:
@@ -175,6 +182,47 @@ def test_markdown_has_rows_of_one_width_and_the_facts() -> None:
     assert "layer 1 ffn ffn512" in text
     assert "run-1" in text
     assert "Prefect" not in text  # no id, no line
+
+
+def with_speed() -> ChildReport:
+    """The report with one scenario measured end to end, the child's decode 10 % off."""
+    parents = [Turn(prefill=2, step=0.2, prefill_cpu=2, step_cpu=0.2)] * 2
+    own = [Turn(prefill=1, step=0.1, prefill_cpu=1, step_cpu=0.1)] * 2
+    scenario = Scenario(prompt_tokens=8, generated_tokens=10)
+    found = summaries({"parent": parents, "child": own}, scenario, 1, {"parent": 2**22, "child": None})
+    check = SumCheck(
+        model="child",
+        scenario="chat",
+        batch_size=1,
+        phase="decode",
+        predicted_seconds=0.11,
+        measured_seconds=metric(0.1),
+        off=metric(0.1, 0.02),
+        gain_off=metric(-0.03, 0.01),
+    )
+    speed = SpeedReport(
+        engine="llama.cpp (x)",
+        clock="CPU",
+        calibration=Calibration(prefill=1.02, decode=1, origin="the parent"),
+        models={name: (one,) for name, one in found.items()},
+        sums=(check,),
+    )
+    return report_of().model_copy(update={"speed": speed})
+
+
+def test_speed_and_sums_are_told_in_the_report_and_to_mlflow() -> None:
+    text = report_markdown(with_speed())
+    assert "| child | chat, batch 1 | decode | 110 | 100 | +10.0 ±2.0 % | -3.0 ±1.0 % |" in text
+    assert "off by +10.0 ±2.0 % from the child end to end in llama.cpp (x)" in text
+    assert "Predicted times are calibrated: prefill x 1.020" in text
+    assert "| parent | chat, batch 1 | 2,000 | 200 | 2.5 | 0.25 | – | 4 |" in text
+    assert "| child | chat, batch 1 | 1,000 | 100 | 5 | 0.5 | 2 | – |" in text
+    figures = report_metrics(with_speed())
+    assert figures["sum_chat/child_decode_off"] == 0.1 and figures["sum_chat/child_decode_off_se"] == 0.02
+    assert figures["sum_chat/child_decode_gain_off"] == -0.03
+    assert figures["speed_chat/child_first_token_seconds"] == 1
+    assert figures["speed_chat/parent_peak_memory_bytes"] == 2**22
+    assert "speed_chat/child_peak_memory_bytes" not in figures
 
 
 def test_written_report_reads_back(tmp_path: Path) -> None:

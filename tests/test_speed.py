@@ -108,18 +108,18 @@ def speeds(costs: CostTable, parents: list[Turn], children: list[Turn]) -> Any:
 def test_sums_stand_beside_whole_models_in_the_clock_of_the_costs(clock: str) -> None:
     """The child's sum: prefill 2 + 3 + 5 + 5 + 2 = 17, decode .5 + 1.5 + 1 + 1 + .5 = 4.5."""
     costs, times = table(clock=clock), 2 if clock == "CPU" else 1
-    models, sums = speeds(costs, [turn(25, 5)] * 3, [turn(20, 4)] * 3)
+    models, sums = speeds(costs, [turn(25, 5)] * 3, [turn(20, 3)] * 3)
     found = {(check.model, check.phase): check for check in sums}
     assert len(sums) == 4
     assert found["parent", "prefill"].off.value == pytest.approx(20 / (25 * times) - 1)
     assert found["parent", "decode"].off.value == pytest.approx(5 / (5 * times) - 1)
     assert found["parent", "decode"].gain_off is None
     assert found["child", "prefill"].off.value == pytest.approx(17 / (20 * times) - 1)
-    assert found["child", "decode"].off.value == pytest.approx(4.5 / (4 * times) - 1)
-    for phase, gain in (("prefill", (20 / 17) / (25 / 20)), ("decode", (5 / 4.5) / (5 / 4))):
+    assert found["child", "decode"].off.value == pytest.approx(4.5 / (3 * times) - 1)
+    for phase, gain in (("prefill", (20 / 17) / (25 / 20)), ("decode", (5 / 4.5) / (5 / 3))):
         off = found["child", phase].gain_off
         assert off is not None and off.value == pytest.approx(gain - 1)
-    assert models["child"][0].memory_bytes == 2 and models["child"][0].gains.request.value == pytest.approx(45 / 36)
+    assert models["child"][0].memory_bytes == 2 and models["child"][0].gains.request.value == pytest.approx(45 / 32)
 
 
 def test_only_a_median_scenario_that_is_off_by_more_than_5_percent_is_told() -> None:
