@@ -117,17 +117,17 @@ def plain(profile: Profile, workspace: Path, options: argparse.Namespace) -> Non
 def library(bench: Bench) -> tuple[list[BlockRecord], list[Score]]:
     """All blocks and scores of the profile's space."""
     from tasks.bld import distill
-    from tasks.scoring import score_layer
+    from tasks.scoring import score_sequences
     from tasks.stages import jobs_of
 
     jobs = jobs_of(bench.profile, bench.parent, bench.records, bench.record_key, bench.reader)
     blocks = [distill(job, bench.workspace) for job in jobs]
     scores: list[Score] = []
     for layer, record in enumerate(bench.records):
-        members = [block for block in blocks if block.layer == layer]
-        if members:
-            scores += score_layer(
-                members, record, bench.records[-1], bench.parent, bench.corpus, bench.shape, bench.workspace
+        work = [(block, tuple(range(bench.shape[0]))) for block in blocks if block.layer == layer]
+        if work:
+            scores += score_sequences(
+                work, record, bench.records[-1], bench.parent, bench.corpus, bench.shape, bench.workspace
             )
     return blocks, scores
 

@@ -76,6 +76,8 @@ def admit(profile: Profile, roots: Roots) -> None:
     reasons = [*_parent(profile, roots), *_corpus(profile, roots), *_hardware(profile), *_store(profile.store, roots)]
     if profile.evaluate.benchmark_package not in PACKAGES:
         reasons.append(_package("evaluate.benchmark_package", profile.evaluate.benchmark_package))
+    if profile.hardware.name.endswith(".yaml"):  # a file of one's own: what is wrong in it would be told
+        reasons.append(f"hardware.name {profile.hardware.name!r} is a file: name a target that comes with puzzle")
     if reasons:
         raise Refused("; ".join(reasons))
 

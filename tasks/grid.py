@@ -13,7 +13,7 @@ import numpy as np
 
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock
 from profiles.schema import Scenario
-from tasks.engines.limits import refused_label
+from tasks.constraints import Named, permitted
 from tasks.program import Floats, Integers, Program
 from tasks.totals import Batches, Limit, Problem, cost_of, limits_of
 
@@ -117,20 +117,15 @@ def _labels(problem: Problem, layer: int, subblock: Subblock, places: Places) ->
 
 def _permitted(problem: Problem, layer: int, subblock: Subblock, label: str) -> bool:
     """False for what the profile's search forbids in every architecture."""
-    search, width = problem.search, label.removeprefix("ffn")
-    if label == "parent":
-        return not {"parent", f"{subblock}=parent"} & set(search.forbid)
-    narrow = width.isdigit() and int(width) % search.width_multiple != 0
-    names = {label, f"{subblock}={label}"}
-    if search.engine and refused_label(
-        search.engine, layer, names, int(width) if width.isdigit() else 0, _is_kv(label)
-    ):
-        return False
-    return layer not in search.keep_layers and not narrow and not names & set(search.forbid)
-
-
-def _is_kv(label: str) -> bool:
-    return label.removeprefix("kv").isdigit()
+    width, kind = label.removeprefix("ffn"), f"{subblock}={label}"
+    variant = Named(
+        names=frozenset({label, kind}),
+        kinds=frozenset({kind}),
+        is_parent=label == "parent",
+        width=int(width) if width.isdigit() else 0,
+        other_heads=label.removeprefix("kv").isdigit(),
+    )
+    return permitted(problem.search, layer, variant)
 
 
 def _coupled(problem: Problem, layer: int, places: Places) -> list[Option]:

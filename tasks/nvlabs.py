@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from blocks.library import write_text
-from tasks.joint import JointLibrary, LibraryFileError
+from tasks.joint import LibraryFileError
 from tasks.options import (
     COSTS,
     OptionLibrary,
@@ -22,7 +22,6 @@ from tasks.options import (
     ScoredVariant,
     checked,
     crossed,
-    joint_of,
     places_of,
 )
 from tasks.reading import LARGEST, cost, is_number, mapping, number, read_json
@@ -31,13 +30,8 @@ SOURCE = "NVlabs/puzzle block_library.json"
 _NEEDED = ("memory_mib", "runtime_ms")  # stand in every such file; parameters may
 
 
-def read_nvlabs(path: Path) -> JointLibrary:
-    """Read and check a library file; LibraryFileError says where it is not what it should be."""
-    return joint_of(options_from_nvlabs(path))
-
-
 def options_from_nvlabs(path: Path) -> OptionLibrary:
-    """The same with all that the file keeps, for the open format."""
+    """Read and check a library file, all that it keeps; LibraryFileError says where it is not what it should be."""
     layers = mapping(read_json(path), f"{path}: the library")
     beside = path.with_name("measurement_info.json")
     measured = mapping(read_json(beside), str(beside)) if beside.exists() else {}

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from blocks.errors import InfeasibleBudget, PuzzleError
 from profiles.schema import Search, Section
-from tasks.engines.limits import refused_label
+from tasks.constraints import Named, permitted
 from tasks.joint import (
     QUANTITIES,
     JointLibrary,
@@ -172,14 +172,10 @@ def allowed(library: JointLibrary, request: Request) -> list[int]:
     """Indices of the options that no constraint forbids; InfeasibleBudget when a layer is left without any."""
     search = request.search
     _check_names(library, search)
-    kept_layers = {library.layers[layer] for layer in search.keep_layers}
     left = [
         index
         for index, option in enumerate(library.options)
-        if not (option.names & set(search.forbid))
-        and (option.is_parent or option.layer not in kept_layers)
-        and (option.is_parent or option.sizes.get("intermediate_size", 0) % search.width_multiple == 0)
-        and (search.engine is None or _runs(library, option, search.engine))
+        if permitted(search, library.layers.index(option.layer), _named(library, option))
     ]
     emptied = [layer for layer in library.layers if layer not in {library.options[index].layer for index in left}]
     if emptied:
@@ -193,14 +189,18 @@ def allowed(library: JointLibrary, request: Request) -> list[int]:
     return left
 
 
-def _runs(library: JointLibrary, option: JointOption, engine: str) -> bool:
-    """Whether an engine can run a block, as far as its label and sizes tell."""
+def _named(library: JointLibrary, option: JointOption) -> Named:
+    """What constraints ask of an option, as far as its label and sizes tell."""
     parent = library.parents.get(option.layer, option).sizes
-    width, heads = option.sizes.get("intermediate_size", 0), option.sizes.get("num_key_value_heads", 0)
-    # our own labels tell a variant's heads, not the parent's: it would be the parent if they were the same
-    mixed = bool(heads) and not option.is_parent and heads != parent.get("num_key_value_heads")
-    layer = library.layers.index(option.layer)
-    return refused_label(engine, layer, kinds_in(option.label), 0 if option.is_parent else width, mixed) is None
+    heads = option.sizes.get("num_key_value_heads", 0)
+    return Named(
+        names=frozenset(option.names),
+        kinds=frozenset(kinds_in(option.label)),
+        is_parent=option.is_parent,
+        width=option.sizes.get("intermediate_size", 0),
+        # our own labels tell a variant's heads, not the parent's: it would be the parent if they were the same
+        other_heads=bool(heads) and heads != parent.get("num_key_value_heads"),
+    )
 
 
 def _check_names(library: JointLibrary, search: Search) -> None:

@@ -133,22 +133,6 @@ def stored_score(record: BlockRecord, sequences: Sequence[int], length: int, wor
     return _score(record, _stored(record, length, workspace), sequences, length)
 
 
-def score_layer(
-    records: Sequence[BlockRecord],
-    layer: LayerRecord,
-    last: LayerRecord,
-    parent: ParentInfo,
-    corpus: CorpusInfo,
-    shape: Shape,
-    workspace: Path,
-) -> list[Score]:
-    """Scores of all usable variants of one layer on the first `shape` (sequences, tokens) of the recorded validation
-    states.
-    """
-    work = [(record, tuple(range(shape[0]))) for record in records]
-    return score_sequences(work, layer, last, parent, corpus, shape, workspace)
-
-
 def score_sequences(
     work: Sequence[Work],
     layer: LayerRecord,

@@ -10,7 +10,7 @@ from tasks.bld import Job, distill
 from tasks.corpus import iterate_documents, prepare_corpus
 from tasks.parent import prepare_parent
 from tasks.record import open_parent, record_key, record_layer
-from tasks.scoring import score_layer
+from tasks.scoring import score_sequences
 
 SPACE = SearchSpace(attention=("kv1", "linear", "no_op"), ffn=("ffn32", "linear", "no_op"))
 CORPUS = Corpus(
@@ -76,5 +76,6 @@ def make_chain(workspace: Path) -> Chain:
         for subblock, labels in (("attention", SPACE.attention), ("ffn", SPACE.ffn)):
             members += [distill(chain.job(layer, subblock, label), workspace) for label in labels]  # type: ignore[arg-type]
         chain.blocks.extend(members)
-        chain.scores.extend(score_layer(members, records[layer], records[-1], parent, corpus, (6, 32), workspace))
+        work = [(member, tuple(range(6))) for member in members]
+        chain.scores.extend(score_sequences(work, records[layer], records[-1], parent, corpus, (6, 32), workspace))
     return chain

@@ -11,9 +11,9 @@ from tasks.exchange import as_options, export_library, import_library, summarise
 from tasks.interchange import StoredLibrary, open_library, read_library, write_library
 from tasks.joint import JointLibrary
 from tasks.labels import intermediate_size, kv_heads, needs_exact, run_labels, share
-from tasks.nvlabs import read_nvlabs
+from tasks.nvlabs import options_from_nvlabs
 from tasks.option_tables import read_options, write_options
-from tasks.options import options_of
+from tasks.options import joint_of, options_of
 from tasks.request import Request, limits
 from tasks.solve import choose_joint
 from tests import puzzletron, test_nvlabs
@@ -77,9 +77,9 @@ def test_a_run_to_nvlabs_and_to_the_open_format(tmp_path: Path, coupled: bool) -
         size = next(s.batch_sizes[-1] for s in library.description.scenarios if s.name == scenario) if size > 1 else 1
         target = tmp_path / scenario / "block_library.json"
         export_library(tmp_path / "run", target, scenario, size)
-        same_choices(open_library(tmp_path / "run", scenario, size), read_nvlabs(target))
+        same_choices(open_library(tmp_path / "run", scenario, size), joint_of(options_from_nvlabs(target)))
         import_library(target, tmp_path / f"open-{scenario}")
-        same_choices(read_nvlabs(target), open_library(tmp_path / f"open-{scenario}"))
+        same_choices(joint_of(options_from_nvlabs(target)), open_library(tmp_path / f"open-{scenario}"))
     export_library(tmp_path / "run", tmp_path / "copy")
     assert read_library(tmp_path / "copy").scores == library.scores
     assert read_library(tmp_path / "copy").description.parent_sizes == SIZES
@@ -157,5 +157,5 @@ def test_nvlabs_needs_a_runtime(tmp_path: Path) -> None:
     assert code == 2 and "needs runtime_ms of every variant" in err
     target = tmp_path / "nv" / "block_library.json"
     assert puzzle("library", "export", tmp_path, target, "--batch-size", 16)[0] == 0
-    same_choices(open_library(tmp_path, batch_size=16), read_nvlabs(target))
-    assert {own.is_parent for own in options_of(read_nvlabs(target))} == {True, False}
+    same_choices(open_library(tmp_path, batch_size=16), joint_of(options_from_nvlabs(target)))
+    assert {own.is_parent for own in options_of(joint_of(options_from_nvlabs(target)))} == {True, False}

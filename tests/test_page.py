@@ -11,7 +11,7 @@ import pytest
 from blocks.records import TruthPoint
 from profiles.schema import Budget
 from tasks.front import front_of
-from tasks.interchange import joint_view, write_library
+from tasks.interchange import joint_view, open_library, write_library
 from tasks.library_pictures import cells_of, colours_of, draw_strip
 from tasks.page import figure, read_truth
 from tasks.request import Request, limits
@@ -110,9 +110,7 @@ def test_confidence_where_the_library_can_tell(tmp_path: Path) -> None:
 
 def test_the_front_and_the_simple_searches(nvlabs: Path) -> None:
     """No simple search is below the front at its own cost; none breaks the other budget; the front falls."""
-    from tasks.nvlabs import read_nvlabs
-
-    library = read_nvlabs(nvlabs)
+    library = open_library(nvlabs)
     request = Request(limits=limits(memory_mib=3500, runtime_ms=2600))
     choice = choose_joint(library, request)[0]
     front = front_of(library, request, choice, "memory_mib", 7)

@@ -95,6 +95,8 @@ def test_code_and_packages_are_refused_with_every_reason(roots: Roots) -> None:
         admit(profile, roots)
     for word in ("trust_remote_code", "'os'", "leaves its package", "'antigravity'"):
         assert word in str(refused.value)
+    with pytest.raises(Refused, match=r"hardware\.name '/etc/x.yaml' is a file"):
+        admit(asking(hardware={"name": "/etc/x.yaml", "engine": "roofline"}), roots)
     with pytest.raises(Refused, match="leaves its package"):
         admit(asking(parent={"kind": "package", "package": "gensim", "file": "/etc/passwd"}), roots)
     allowed = Roots(workspaces=roots.workspaces, data=(), remote_code=True)
