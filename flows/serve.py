@@ -1,5 +1,6 @@
 """`puzzle serve`: the deployments behind Prefect's UI, with a Prefect and an MLflow server where none is given."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -59,7 +60,7 @@ def serve_command(
         check_servers()
         typer.echo(f"Prefect: {os.environ['PREFECT_API_URL'].removesuffix('/api')}")
         typer.echo(f"MLflow:  {os.environ['MLFLOW_TRACKING_URI']}")
-        offer(wanted, runs, reoptimize_at)
+        offer(wanted, root, runs, reoptimize_at)
 
 
 def served_environment(root: Path, data: list[Path], remote_code: bool, stores: list[str]) -> dict[str, str]:
@@ -104,16 +105,24 @@ def _free(port: int, option: str) -> int:
     return port
 
 
-def offer(wanted: list[Profile], runs: int, reoptimize_at: str | None) -> None:
-    """Register the deployments and wait for runs; each runs in a process of its own, a crashed one again."""
-    import prefect
+def offer(wanted: list[Profile], root: Path, runs: int, reoptimize_at: str | None) -> None:
+    """Register the deployments and wait for runs; each runs in a process of its own, a crashed one again.
 
-    from tasks.watch import keep_watch
+    As `prefect.serve` does, which would not tell the deployments' ids; to register them twice would take away a
+    schedule that somebody added in between.
+    """
+    from prefect.exceptions import TerminationSignal
+    from prefect.runner import Runner
 
-    made = deployments(wanted, reoptimize_at)
-    keep_watch([each.apply() for each in made])
-    with contextlib.suppress(KeyboardInterrupt):
-        prefect.serve(*made, limit=runs, print_starting_message=False)
+    from tasks.watch import keep_watch, start_dead_ones_again
+
+    runner: Any = Runner(pause_on_shutdown=True, limit=runs)
+    made = [runner.add_deployment(each) for each in deployments(wanted, reoptimize_at)]
+    keep_watch(made)
+    for name in start_dead_ones_again(root, made):
+        typer.echo(f"{name}: its process was gone, it is started again")
+    with contextlib.suppress(KeyboardInterrupt, TerminationSignal):
+        asyncio.run(runner.start())
 
 
 def deployments(wanted: list[Profile], reoptimize_at: str | None = None) -> list[Any]:

@@ -50,6 +50,14 @@ def bench_command(
     threads: Annotated[int, typer.Option(min=1)] = 1,
     picture: Annotated[Path | None, typer.Option("--picture", metavar="PNG", help="draw the figures")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="the rows as a list")] = False,
+    server: Annotated[
+        str | None, typer.Option("--server", help="llama.cpp: serve both on loopback, and put load on the servers")
+    ] = None,
+    url: Annotated[
+        list[str] | None,
+        typer.Option("--url", help="a server that runs already: the child's, or parent's then child's"),
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="of each model in a round, with --server or --url")] = 8,
 ) -> None:
     """Parent and child in turns under the same load: prefill, decode, memory, gains of pairs."""
     _quiet()
@@ -58,8 +66,23 @@ def bench_command(
     from tasks.throughput import PARENT
 
     installed_engine(engine)
-    sources = {PARENT: parent or _parent_of(child), CHILD: child}
+    alone = url is not None and len(url) == 1
+    sources = {CHILD: child} if alone else {PARENT: parent or _parent_of(child), CHILD: child}
     points = [Point.parse(text) for text in load or ["1x256x64"]]
+    if server is not None or url:
+        from tasks.serving_load import LoadPlan
+
+        plan = LoadPlan(
+            server=server,
+            urls=tuple(url or ()),
+            points=tuple(points),
+            precision=precision,
+            rounds=rounds,
+            threads=threads,
+            requests=requests,
+        )
+        _bench_servers(sources, plan, picture, as_json)
+        return
     with shown("bench", beside=True) as tell:
         rows = bench(sources, engine, points, precision, rounds, threads, tell)
     if picture is not None:
@@ -68,6 +91,21 @@ def bench_command(
         typer.echo(json.dumps([row.model_dump() for row in rows], indent=1))
     else:
         wide_console().print(bench_table(rows))
+
+
+def _bench_servers(sources: dict[str, Path], plan: Any, picture: Path | None, as_json: bool) -> None:
+    from tasks.serving_load import bench_servers, draw_load, failures_told, load_table
+
+    with shown("load", beside=True) as tell:
+        rows = bench_servers(sources, plan, tell)
+    if picture is not None:
+        draw_load(rows).savefig(picture)
+    if as_json:
+        typer.echo(json.dumps([row.model_dump() for row in rows], indent=1))
+        return
+    wide_console().print(load_table(rows))
+    for sentence in failures_told(rows):
+        say(sentence)
 
 
 def _quiet() -> None:

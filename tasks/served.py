@@ -12,9 +12,9 @@ from profiles.load import load_profile
 from profiles.schema import Profile
 from tasks.admission import Roots, admit, admitted_workspace
 from tasks.progress import logged
-from tasks.sharing import Piece, made_once
+from tasks.sharing import made_once
 from tasks.stages import process_of
-from tasks.watch import flow_run_id, refuse_to_crash_for_ever
+from tasks.watch import flow_run_id, piece_of_run, refuse_to_crash_for_ever
 from tasks.workers import task_runner
 
 
@@ -31,7 +31,7 @@ def at_work(profile: Profile, workspace: str) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("puzzle").setLevel(logging.INFO)  # Prefect hands on what passes, and leaves the level as it is
     # its first process may live: a server that was down for minutes has heard no heartbeat
-    once = made_once(folder, Piece(key=f"flow-run-{flow_run_id()}", what="the earlier process of this very run"))
+    once = made_once(folder, piece_of_run(flow_run_id()))
     with once, process_of(profile, folder), logged(folder), workers(profile):
         yield folder
 

@@ -93,6 +93,7 @@ def running(
     environment: Mapping[str, str],
     start_seconds: float = 180,
     grace_seconds: float = GRACE_SECONDS,
+    stdin: int = subprocess.DEVNULL,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A server for the length of the block, in a process group of its own. ServerFailure when it does not answer."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +103,7 @@ def running(
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **environment},

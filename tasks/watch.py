@@ -7,19 +7,29 @@ finished work and its MLflow run in the workspace. A run itself refuses to start
 
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from prefect import runtime
 from prefect.automations import Automation
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
+from prefect.states import Scheduled
 
 from blocks.errors import PuzzleFailure
 from blocks.library import digest_of
+from tasks.sharing import Piece, being_made
 
 HEARTBEAT_SECONDS = 30  # Prefect's least
 SILENCE_SECONDS = 90  # on a busy machine beats were seen 44 s apart
@@ -95,6 +105,27 @@ def keep_watch(deployments: Sequence[UUID]) -> None:
                     client.delete_automation(old.id)
             if all(old.description != automation.description for old in there):
                 automation.create()
+
+
+def start_dead_ones_again(root: Path, deployments: Sequence[UUID]) -> list[str]:
+    """Names of the runs that Prefect takes for running and whose process is gone, which are scheduled again: they died
+    together with what would have noticed. A run that lives holds a lock in its workspace.
+    """
+    running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])))
+    ours, again = DeploymentFilter(id=DeploymentFilterId(any_=list(deployments))), []
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_run_filter=running, deployment_filter=ours):
+            folder = root / str(run.parameters.get("workspace", ""))
+            if folder.is_dir() and not being_made(folder, piece_of_run(str(run.id))):
+                told = "its process was gone when `puzzle serve` started: started again, finished work is kept"
+                client.set_flow_run_state(run.id, Scheduled(name=RESTART, message=told), force=True)
+                again.append(run.name)
+    return again
+
+
+def piece_of_run(run: str) -> Piece:
+    """A flow run, as what only one process works at."""
+    return Piece(key=f"flow-run-{run}", what="the earlier process of this very run")
 
 
 def restarts_of(names: Sequence[str]) -> int:

@@ -87,7 +87,7 @@ def test_scores_in_parts_are_the_same(
     monkeypatch.setattr(scoring, "score_batch", short_of_memory(scoring.score_batch, size, 5))
     monkeypatch.setattr(scoring, "_path", lambda record, length, workspace: tmp_path / f"{record.key}.json")
     place = (chain.records[1], chain.records[-1], chain.parent, chain.corpus, (6, 32), chain.workspace)
-    found = scoring.score_layer(members, *place)
+    found = scoring.score_sequences([(member, tuple(range(6))) for member in members], *place)
     assert said and all("score layer 1: out of memory" in line for line in said)
     for one, other in zip(found, whole, strict=True):
         assert one.variant == other.variant and one.kl == pytest.approx(other.kl, rel=1e-4, abs=1e-7)

@@ -1,0 +1,165 @@
+"""A load on servers: what a stream says, what a failure costs, pairs; one round trip through llama.cpp's own server."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from blocks.errors import PuzzleError, PuzzleFailure
+from tasks.bench import Point
+from tasks.gguf_export import write_gguf
+from tasks.gguf_tokenizer import converted_tokenizer
+from tasks.serving_load import (
+    LoadPlan,
+    LoadTurn,
+    Request,
+    bench_servers,
+    draw_load,
+    event_of,
+    failures_told,
+    load_gains,
+    load_table,
+    prompts_of,
+    request_of,
+    row_of,
+)
+from tests.test_bench import run
+from tests.test_engines import folders
+from tests.test_gguf import DIGITS, bpe_folder, child_of
+
+__all__ = ["folders"]  # a fixture
+needs_server = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
+POINT = Point(batch_size=2, prompt_tokens=4, generated_tokens=3)
+
+
+def turn(seconds: float, *requests: Request, cpu: float | None = 1.0) -> LoadTurn:
+    return LoadTurn(requests=requests, seconds=seconds, cpu_seconds=cpu)
+
+
+def good(first: float, last: float) -> Request:
+    return Request(first=first, last=last, prompt_tokens=4, output_tokens=3)
+
+
+BAD = Request(error="status 500: no")
+
+
+def test_a_stream_is_read_line_by_line() -> None:
+    assert event_of("") == event_of(": ping") == event_of("data: [DONE]") == {}
+    assert event_of('data: {"usage": {"completion_tokens": 3}}') == {"usage": {"completion_tokens": 3}}
+    for wrong in ("data: {", 'data: {"error": {"message": "out of memory"}}'):
+        with pytest.raises(ValueError):
+            event_of(wrong)
+
+
+def test_an_answer_counts_only_with_the_tokens_that_were_asked_for() -> None:
+    whole = request_of([0.5, 0.7, 0.9], {"completion_tokens": 3, "prompt_tokens": 4}, 3)
+    assert (whole.first, whole.output_tokens, whole.error) == (0.5, 3, "")
+    assert whole.per_token() == pytest.approx(0.2)
+    assert "2 tokens instead of 3: it stopped early" in request_of([0.5, 0.7], {"completion_tokens": 2}, 3).error
+    assert "no usage" in request_of([0.5, 0.7, 0.9], {}, 3).error
+
+
+def test_a_failed_request_stays_in_every_denominator() -> None:
+    turns = {"parent": [turn(2, good(0.1, 0.3), good(0.1, 0.3))], "child": [turn(2, good(0.1, 0.3), BAD)]}
+    row = row_of("child", POINT, turns, None)
+    assert (row.requests, row.failed, row.requests_per_second.value) == (2, 1, 0.5)
+    assert row.tokens_per_second.value == 1.5 and row.request_efficiency == 0.5
+    assert row.first_token_ms == (pytest.approx(100), None)  # p95 is the failed one: infinitely late
+    assert row.output_token_ms == (pytest.approx(100), None)
+    assert row.gains is None and "1 of 2 requests failed (status 500: no)" in failures_told([row])[0]
+    assert row_of("parent", POINT, turns, None).gains is None
+
+
+def test_gains_are_of_pairs() -> None:
+    parents = [turn(2, good(1, 3), cpu=4), turn(40, good(20, 60), cpu=80)]
+    own = [turn(1, good(0.5, 2.5), cpu=1), turn(20, good(10, 50), cpu=20)]
+    gains = load_gains(parents, own)
+    assert gains is not None and gains.cpu is not None
+    assert (gains.throughput.value, gains.throughput.se, gains.first_token.value) == (pytest.approx(2), 0, 2)
+    assert (gains.output_token.value, gains.cpu.value) == (1, 4)
+    far = load_gains(parents, [turn(1, good(1, 3), cpu=None), turn(1, good(1, 3), cpu=None)])
+    assert far is not None and far.cpu is None
+
+
+def test_prompts_are_the_same_for_all_and_new_in_every_round() -> None:
+    assert prompts_of(POINT, 50, 3, 0) == prompts_of(POINT, 50, 3, 0) != prompts_of(POINT, 50, 3, 1)
+    assert [len(prompt) for prompt in prompts_of(POINT, 50, 3, 0)] == [4, 4, 4]
+
+
+def test_what_cannot_be_served_is_refused(folders: dict[str, Path]) -> None:
+    both = LoadPlan(server="llama.cpp", urls=("http://127.0.0.1:1",), points=(POINT,))
+    with pytest.raises(PuzzleError, match="one of the two"):
+        bench_servers(folders, both)
+    with pytest.raises(PuzzleError, match="only llama.cpp"):
+        bench_servers(folders, LoadPlan(server="vllm", points=(POINT,)))
+    with pytest.raises(PuzzleError, match="--url is"):
+        bench_servers(folders, LoadPlan(urls=("nonsense",), points=(POINT,)))
+    with pytest.raises(PuzzleFailure, match="no OpenAI-style server answers"):
+        bench_servers(folders, LoadPlan(urls=("http://127.0.0.1:1",), points=(POINT,)))
+
+
+def served_file(folder: Path) -> Path:
+    model = child_of(vocab_size=259)
+    tokenizer = converted_tokenizer(bpe_folder(folder / "tokenizer", DIGITS), model.config.vocab_size)
+    assert tokenizer is not None
+    return write_gguf(model, folder / "child.gguf", "float32", tokenizer, "child")
+
+
+@needs_server
+def test_a_round_trip_through_llama_cpps_server(tmp_path: Path) -> None:
+    file = served_file(tmp_path)
+    picture = tmp_path / "load.png"
+    told: list[tuple[int, int]] = []
+    plan = LoadPlan(server="llama.cpp", points=(POINT,), rounds=2, requests=3)
+    rows = bench_servers({"parent": file, "child": file}, plan, lambda *done: told.append(done))
+    assert told == [(done, 4) for done in range(1, 5)]
+    assert [(row.model, row.requests, row.failed) for row in rows] == [("parent", 6, 0), ("child", 6, 0)]
+    for row in rows:
+        assert row.memory_bytes and row.memory_bytes > 2**20
+        assert row.first_token_ms[1] and row.first_token_ms[1] > 0 and row.tokens_per_second.value > 0
+    assert rows[1].gains is not None  # no CPU gain: so little is below the tick of the CPU clock
+    assert load_table(rows).row_count == 2
+    draw_load(rows).savefig(picture)
+    assert not [one for one in psutil.Process().children(recursive=True) if "openai_server" in " ".join(one.cmdline())]
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from tasks.engines.openai_server import serving
+with serving(Path(sys.argv[1]), 1, 1, 64, Path(sys.argv[2])) as served:
+    print(served.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+@needs_server
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_no_server_outlives_its_owner(number: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OWNER, str(served_file(tmp_path)), str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ}, cwd=Path.cwd()) as owner:
+        assert owner.stdout is not None
+        pid = int(owner.stdout.readline())
+        assert psutil.pid_exists(pid)
+        owner.send_signal(number)
+        owner.wait(20)
+        deadline = time.monotonic() + 10
+        while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, "the server is still there"
+            time.sleep(0.1)
+
+
+@needs_server
+def test_the_command_prints_rows(tmp_path: Path) -> None:
+    file = str(served_file(tmp_path))
+    wanted = ["--server", "llama.cpp", "--load", "1x4x3", "--rounds", "1", "--requests", "2", "--json"]
+    done = run("bench", file, "--parent", file, *wanted)
+    assert done.exit_code == 0, done.output
+    assert [row["failed"] for row in json.loads(done.stdout)] == [0, 0]
