@@ -222,7 +222,8 @@ async def _all(url: str, point: Point, prompts: Sequence[Sequence[int]]) -> list
     free = asyncio.Semaphore(point.batch_size)
     key = os.environ.get("OPENAI_API_KEY")  # goes into the header, nowhere else
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    limits = httpx.Limits(max_connections=None)
+    # a connection each: llama.cpp's server closes idle ones, and a request that meets that fails for no fault of its own
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     base = url.rstrip("/").removesuffix("/v1")
     async with httpx.AsyncClient(base_url=base, headers=headers, timeout=TIMEOUT_SECONDS, limits=limits) as client:
         model = await _model_of(client)
@@ -257,7 +258,8 @@ async def _one(client: httpx.AsyncClient, model: str, prompt: Sequence[int], tok
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    started, times, usage = time.perf_counter(), [], {}
+    usage: dict[str, Any] = {}
+    started, times = time.perf_counter(), list[float]()
     try:
         async with client.stream("POST", "/v1/completions", json=body) as answer:
             if answer.status_code != httpx.codes.OK:
@@ -363,11 +365,11 @@ def load_cells(row: LoadRow) -> list[str]:
         f"{row.requests - row.failed}/{row.requests}",
         f"{row.requests_per_second.value:,.2f}",
         f"{row.tokens_per_second.value:,.1f} ±{row.tokens_per_second.se:,.1f}",
-        _gain(gains and gains.throughput) + (f" ({_gain(gains.cpu)})" if gains and gains.cpu else ""),
+        _gain(gains.throughput if gains else None) + (f" ({_gain(gains.cpu)})" if gains and gains.cpu else ""),
         _pair(row.first_token_ms),
-        _gain(gains and gains.first_token),
+        _gain(gains.first_token if gains else None),
         _pair(row.output_token_ms),
-        _gain(gains and gains.output_token),
+        _gain(gains.output_token if gains else None),
         "" if row.memory_bytes is None else f"{row.memory_bytes / 2**20:,.0f}",
     ]
 
