@@ -94,7 +94,8 @@ def bench_command(
 
 
 def _bench_servers(sources: dict[str, Path], plan: Any, picture: Path | None, as_json: bool) -> None:
-    from tasks.serving_load import bench_servers, draw_load, failures_told, load_table
+    from tasks.load_table import draw_load, failures_told, load_table
+    from tasks.serving_load import bench_servers
 
     with shown("load", beside=True) as tell:
         rows = bench_servers(sources, plan, tell)
