@@ -32,13 +32,13 @@ from tasks.adaptive import Key, score_adaptively
 from tasks.choose import choose
 from tasks.corpus import iterate_documents, prepare_corpus
 from tasks.evaluate import mean_metric
-from tasks.interchange import StoredLibrary, read_library
+from tasks.foreign.interchange import StoredLibrary, read_library
 from tasks.parent import prepare_parent
-from tasks.program import Floats
 from tasks.progress import shown
 from tasks.record import open_parent
 from tasks.scoring import ParentSuffix, Sequences, batches_of, make_suffix, score_batch
-from tasks.totals import Problem, make_problem, score_of
+from tasks.search.program import Floats
+from tasks.search.totals import Problem, make_problem, score_of
 
 PART = 8  # windows scored at a time
 

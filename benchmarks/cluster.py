@@ -19,7 +19,7 @@ from types import MappingProxyType
 import psutil
 
 from benchmarks.common import ROOT
-from tasks.servers import LOOPBACK, free_port, stop
+from tasks.operating.servers import LOOPBACK, free_port, stop
 
 BIN = Path(sys.executable).parent
 

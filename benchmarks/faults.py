@@ -31,7 +31,7 @@ import psutil
 from benchmarks.common import ROOT
 from benchmarks.faults_page import write
 from benchmarks.faults_served import serve_killed, served_run_killed
-from tasks.servers import QUIET, free_port, mlflow_server, prefect_server, running, stop
+from tasks.operating.servers import QUIET, free_port, mlflow_server, prefect_server, running, stop
 
 PUZZLE = [sys.executable, "-c", "from flows.cli import main; main()"]
 PROFILE = ROOT / "profiles" / "tiny.yaml"

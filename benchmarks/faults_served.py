@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 
 from benchmarks.operate import Site, child_digest, served
-from tasks.watch import RESTART
+from tasks.failures.watch import RESTART
 
 
 def processes_of(root: Path, run: str = "") -> list[psutil.Process]:

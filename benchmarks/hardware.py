@@ -22,7 +22,7 @@ from profiles.hardware import load_target
 from profiles.schema import Budget, Hardware, Scenario, SearchSpace
 from tasks.costs import non_block_parameters
 from tasks.roofline import Pass, Setting, modelled_costs, setting_of, subblock_seconds
-from tasks.totals import Problem, cost_of, make_problem, totals_of
+from tasks.search.totals import Problem, cost_of, make_problem, totals_of
 
 LLAMA_70B = {
     "architectures": ["LlamaForCausalLM"],

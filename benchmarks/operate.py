@@ -27,8 +27,8 @@ import psutil
 
 from benchmarks.common import ROOT, table, write_page
 from benchmarks.site import OVER, PATIENCE, Site, both_servers, changed, environment_of, request, served
-from tasks.presence import others_at_work
-from tasks.servers import LOOPBACK, free_port, running, stop
+from tasks.failures.presence import others_at_work
+from tasks.operating.servers import LOOPBACK, free_port, running, stop
 
 PROFILE = ROOT / "benchmarks" / "operate.yaml"
 KEPT = ROOT / "workspace" / "operate"

@@ -83,9 +83,9 @@ def plain(profile: Profile, workspace: Path, options: argparse.Namespace) -> Non
     from tasks.choose import choose
     from tasks.costs import measure_costs
     from tasks.export import export_child, model_card
-    from tasks.peers import find
+    from tasks.search.totals import make_problem
     from tasks.speed import measure_speed
-    from tasks.totals import make_problem
+    from tasks.studies.peers import find
 
     bench = open_bench(options)
     blocks, scores = library(bench)

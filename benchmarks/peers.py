@@ -15,17 +15,17 @@ from benchmarks.common import ROOT, arguments, table, write_page
 from blocks.library import atomic_path
 from blocks.runtime import set_threads
 from profiles.load import load_profile
-from tasks.additivity import Ask as CheckAsk
-from tasks.additivity import Check, check_additivity
 from tasks.choose import choose
-from tasks.confidence import bootstrap
-from tasks.contest import Ask, contest
-from tasks.finished import Finished, open_finished
-from tasks.scatter import draw_check
-from tasks.totals import Problem
-from tasks.truth import measured_truth
-from tasks.verdicts import check_rows, check_verdict, contest_rows, contest_verdict
-from tasks.view import library_of, request_of
+from tasks.search.confidence import bootstrap
+from tasks.search.totals import Problem
+from tasks.search.view import library_of, request_of
+from tasks.studies.additivity import Ask as CheckAsk
+from tasks.studies.additivity import Check, check_additivity
+from tasks.studies.contest import Ask, contest
+from tasks.studies.finished import Finished, open_finished
+from tasks.studies.scatter import draw_check
+from tasks.studies.truth import measured_truth
+from tasks.studies.verdicts import check_rows, check_verdict, contest_rows, contest_verdict
 
 DRAWS = 200  # of the bootstrap
 

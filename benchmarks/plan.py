@@ -16,8 +16,8 @@ from blocks.library import read_value
 from blocks.records import ChildReport, StageTime
 from profiles.load import load_profile
 from profiles.schema import Profile
-from tasks.machine import Rates, calibrate
-from tasks.plan import Plan, StagePlan, config_parent, plan_of
+from tasks.planning.machine import Rates, calibrate
+from tasks.planning.plan import Plan, StagePlan, config_parent, plan_of
 
 ASKED = 0.30  # error per stage that the plan is held to
 SHORT = 10.0  # seconds; a shorter stage is start-up more than work, and is not judged

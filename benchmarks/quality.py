@@ -19,8 +19,8 @@ from tasks import gkd
 from tasks.choose import choose
 from tasks.compare import Contender, contender, distill_contender, evaluate_contender
 from tasks.costs import measure_costs
-from tasks.peers import find
-from tasks.totals import Problem, make_problem
+from tasks.search.totals import Problem, make_problem
+from tasks.studies.peers import find
 
 PROTOTYPE = {0.9: 0.22, 0.7: 0.85, 0.5: 1.65}  # KL of the throwaway prototype of the design notes, before GKD
 PROTOTYPE_DEPTH = {0.9: 0.52, 0.7: 1.78, 0.5: 4.78}

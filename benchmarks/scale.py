@@ -23,7 +23,7 @@ import psutil
 
 from benchmarks.common import ROOT, table, write_page
 from profiles.schema import Profile
-from tasks.servers import QUIET, free_port, prefect_server, running
+from tasks.operating.servers import QUIET, free_port, prefect_server, running
 
 LAYERS, WORKERS = 8, 2
 

@@ -20,11 +20,11 @@ import numpy as np
 
 from benchmarks.common import table, write_page
 from profiles.schema import Search
-from tasks.joint import JointLibrary, JointOption
-from tasks.mip import minimise
-from tasks.program import Floats, Program
-from tasks.request import Request, limits
-from tasks.solve import front
+from tasks.search.joint import JointLibrary, JointOption
+from tasks.search.mip import minimise
+from tasks.search.program import Floats, Program
+from tasks.search.request import Request, limits
+from tasks.search.solve import front
 from tests.test_mip import instance, scip
 
 THREE = ("memory_mib", "runtime_ms", "parameters")

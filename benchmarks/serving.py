@@ -18,15 +18,15 @@ from blocks.library import read_value, write_value
 from blocks.records import SUBBLOCKS, ChildReport, CostTable, LayerChoice, Metric, Value
 from blocks.runtime import set_threads
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
-from tasks.bench import BenchRow, Point, bench
-from tasks.children import config_of
 from tasks.costs import measure_costs
 from tasks.engines.limits import LIMITS, gaps
 from tasks.engines.llama_cpp import LlamaCpp
 from tasks.engines.registry import ENGINES, engine_of
-from tasks.formats import Difference, compare_logits, export_as
-from tasks.gguf_import import read_gguf
 from tasks.progress import say, shown
+from tasks.serving.bench import BenchRow, Point, bench
+from tasks.serving.children import config_of
+from tasks.serving.formats import Difference, compare_logits, export_as
+from tasks.serving.gguf_import import read_gguf
 from tasks.sums import MEASURED, PHASES, clock_of, error_of_sum, percent, sum_of
 from tasks.throughput import PARENT
 

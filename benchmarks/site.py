@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tasks.servers import LOOPBACK, QUIET, free_port, mlflow_server, prefect_server, running
+from tasks.operating.servers import LOOPBACK, QUIET, free_port, mlflow_server, prefect_server, running
 
 ROOT = Path(__file__).resolve().parent.parent
 OVER = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")

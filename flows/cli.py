@@ -22,7 +22,7 @@ from flows.doctor import doctor_command
 from flows.serve import serve_command
 from profiles.load import ProfileError, load_profile
 from profiles.schema import Profile
-from tasks.presence import place_in, prefect_home
+from tasks.failures.presence import place_in, prefect_home
 from tasks.progress import logged, without_tracebacks
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -74,9 +74,9 @@ def _reoptimize(profile: Profile, folder: Path, remeasure: bool) -> str:
 @app.command()
 def rollback(profile: ProfileFile, workspace: WorkspaceOption = None, set_: Overrides = None) -> None:
     """Give the alias `champion` back to the version that had it before."""
-    from tasks import registry
-    from tasks.experiment import open_experiment
-    from tasks.reach import check_servers
+    from tasks.operating import registry
+    from tasks.operating.experiment import open_experiment
+    from tasks.operating.reach import check_servers
 
     wanted = load_profile(profile, set_ or [])
     folder = (workspace or Path("workspace") / wanted.name).resolve()

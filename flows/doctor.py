@@ -16,7 +16,7 @@ def doctor_command(
     as_json: Annotated[bool, typer.Option("--json", help="a list of objects")] = False,
 ) -> None:
     """Check versions, disk, memory, threads, write access, servers, stores and GPU. Exit code 1 if a run would fail."""
-    from tasks.doctor import examine
+    from tasks.operating.doctor import examine
 
     found = examine(workspace)
     if as_json:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tasks.exchange import Share, Span, Summary, export_library, import_library, summarise
+from tasks.foreign.exchange import Share, Span, Summary, export_library, import_library, summarise
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 Source = Annotated[

@@ -10,7 +10,7 @@ from blocks.errors import PuzzleError
 from blocks.library import read_value
 from blocks.records import ChildReport
 from flows.search import asked
-from tasks.page import Extent, read_truth, truth_of, write_page
+from tasks.pages.page import Extent, read_truth, truth_of, write_page
 from tasks.run_page import batch_of_run, limits_of_run, study_of
 
 

@@ -13,7 +13,7 @@ from blocks.runtime import configure
 from profiles.load import load_profile
 
 if TYPE_CHECKING:
-    from tasks.plan import ChildPlan, Plan
+    from tasks.planning.plan import ChildPlan, Plan
 
 GIB = 2**30
 
@@ -35,8 +35,8 @@ def plan_command(
     """Search space, tasks, time per stage, disk, memory, money, and what the budget allows; from the config alone."""
     wanted = load_profile(profile, set_ or [])
     configure()
-    from tasks.machine import calibrate
-    from tasks.plan import config_parent, machine_rates, plan_of
+    from tasks.planning.machine import calibrate
+    from tasks.planning.plan import config_parent, machine_rates, plan_of
 
     parent = config_parent(wanted.parent)
     rates = machine_rates(wanted, on)

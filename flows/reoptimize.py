@@ -6,10 +6,11 @@ from prefect import flow
 
 from flows.optimize import optimize
 from profiles.schema import Profile
-from tasks import champion, registry, stages
-from tasks.artifacts import show_link, show_markdown
-from tasks.champion import Judgement
-from tasks.experiment import compare_url, open_experiment
+from tasks import stages
+from tasks.operating import champion, registry
+from tasks.operating.artifacts import show_link, show_markdown
+from tasks.operating.champion import Judgement
+from tasks.operating.experiment import compare_url, open_experiment
 from tasks.progress import say
 from tasks.workers import task_runner
 

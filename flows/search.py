@@ -13,12 +13,12 @@ from pydantic import ValidationError
 
 from blocks.errors import PuzzleError
 from profiles.schema import Search
-from tasks.confidence import Confidence, bootstrap
-from tasks.interchange import open_library
-from tasks.joint import QUANTITIES, JointLibrary, LibraryFileError, at
+from tasks.foreign.interchange import open_library
 from tasks.progress import shown
-from tasks.request import Request, flag, limit_of
-from tasks.solve import JointChoice, PlaceTotals, Price, choose_joint, front, front_values, prices
+from tasks.search.confidence import Confidence, bootstrap
+from tasks.search.joint import QUANTITIES, JointLibrary, LibraryFileError, at
+from tasks.search.request import Request, flag, limit_of
+from tasks.search.solve import JointChoice, PlaceTotals, Price, choose_joint, front, front_values, prices
 
 Budget = list[str] | None
 AMOUNT = "N|N%|SCENARIO=N"

@@ -16,9 +16,9 @@ from blocks.errors import PuzzleError
 from blocks.runtime import configure
 from profiles.load import load_profile, shipped_profiles
 from profiles.schema import Profile
-from tasks.admission import DATA_ROOTS, REMOTE_CODE, ROOT, STORES
-from tasks.reach import check_servers
-from tasks.servers import QUIET, is_free, mlflow_server, prefect_server, running, stop_left_behind
+from tasks.operating.admission import DATA_ROOTS, REMOTE_CODE, ROOT, STORES
+from tasks.operating.reach import check_servers
+from tasks.operating.servers import QUIET, is_free, mlflow_server, prefect_server, running, stop_left_behind
 
 Folders = Annotated[
     list[Path] | None, typer.Option("--data", metavar="DIR", help="served profiles may read below it; repeat for more")
@@ -74,7 +74,7 @@ def served_environment(root: Path, data: list[Path], remote_code: bool, stores: 
         "PREFECT_HOME": str(root / ".prefect"),
         "PREFECT_LOCAL_STORAGE_PATH": str(root / ".prefect" / "storage"),
         "PREFECT_LOGGING_EXTRA_LOGGERS": "puzzle",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # tasks/watch.py waits for more than two of them
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # tasks/failures/watch.py waits for more than two of them
     }
 
 
@@ -114,7 +114,7 @@ def offer(wanted: list[Profile], root: Path, runs: int, reoptimize_at: str | Non
     from prefect.exceptions import TerminationSignal
     from prefect.runner import Runner
 
-    from tasks.watch import keep_watch, start_dead_ones_again
+    from tasks.failures.watch import keep_watch, start_dead_ones_again
 
     runner: Any = Runner(pause_on_shutdown=True, limit=runs)
     made = [runner.add_deployment(each) for each in deployments(wanted, reoptimize_at)]

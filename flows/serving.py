@@ -28,7 +28,7 @@ def export_command(
 ) -> None:
     """Write a child for an engine, and check that the engine gives the same logits."""
     _quiet()
-    from tasks.formats import export_as
+    from tasks.serving.formats import export_as
 
     done = export_as(child, form, precision, out, tokenizer_from)
     for note in done.notes:
@@ -61,8 +61,8 @@ def bench_command(
 ) -> None:
     """Parent and child in turns under the same load: prefill, decode, memory, gains of pairs."""
     _quiet()
-    from tasks.bench import CHILD, Point, bench, bench_table, draw_bench
     from tasks.engines.registry import installed_engine
+    from tasks.serving.bench import CHILD, Point, bench, bench_table, draw_bench
     from tasks.throughput import PARENT
 
     installed_engine(engine)
@@ -70,7 +70,7 @@ def bench_command(
     sources = {CHILD: child} if alone else {PARENT: parent or _parent_of(child), CHILD: child}
     points = [Point.parse(text) for text in load or ["1x256x64"]]
     if server is not None or url:
-        from tasks.serving_load import LoadPlan
+        from tasks.serving.serving_load import LoadPlan
 
         plan = LoadPlan(
             server=server,
@@ -94,8 +94,8 @@ def bench_command(
 
 
 def _bench_servers(sources: dict[str, Path], plan: Any, picture: Path | None, as_json: bool) -> None:
-    from tasks.load_table import draw_load, failures_told, load_table
-    from tasks.serving_load import bench_servers
+    from tasks.serving.load_table import draw_load, failures_told, load_table
+    from tasks.serving.serving_load import bench_servers
 
     with shown("load", beside=True) as tell:
         rows = bench_servers(sources, plan, tell)
@@ -118,7 +118,7 @@ def _quiet() -> None:
 
 
 def _parent_of(child: Path) -> Path:
-    from tasks.children import origin_of
+    from tasks.serving.children import origin_of
 
     folder = origin_of(child).parent_folder
     if folder is None:

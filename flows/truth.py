@@ -46,9 +46,9 @@ def peers_command(
     """Every search under the profile's budget: objective, true KL, evaluations, seconds; the lowest true KL wins."""
 
     def work(finished: Any, told: Stage) -> tuple[Any, str, dict[str, float], Any]:
-        from tasks.contest import Ask, contest
-        from tasks.truth import truth_of
-        from tasks.verdicts import aligned, contest_figures, contest_rows, contest_verdict
+        from tasks.studies.contest import Ask, contest
+        from tasks.studies.truth import truth_of
+        from tasks.studies.verdicts import aligned, contest_figures, contest_rows, contest_verdict
 
         ask = Ask(
             evaluations=evaluations,
@@ -78,11 +78,11 @@ def check_command(
     """Are scores additive? Predicted against true KL of the best architectures; correction, swaps on the true KL."""
 
     def work(finished: Any, told: Stage) -> tuple[Any, str, dict[str, float], Any]:
-        from tasks.additivity import OTHERS, Ask, check_additivity
         from tasks.choose import choose
-        from tasks.scatter import draw_check
-        from tasks.truth import measured_truth
-        from tasks.verdicts import aligned, check_figures, check_rows, check_verdict
+        from tasks.studies.additivity import OTHERS, Ask, check_additivity
+        from tasks.studies.scatter import draw_check
+        from tasks.studies.truth import measured_truth
+        from tasks.studies.verdicts import aligned, check_figures, check_rows, check_verdict
 
         total = top + len(OTHERS) + swaps + 1
         ask = Ask(top=top, min_different=min_different, swaps=swaps, seed=seed)
@@ -126,8 +126,8 @@ def _study(
 
     def run() -> str:
         with _opened(wanted, folder) as finished:
-            from tasks.experiment import open_experiment
-            from tasks.verdicts import keep
+            from tasks.operating.experiment import open_experiment
+            from tasks.studies.verdicts import keep
 
             with shown(name, beside=True) as told:
                 value, text, figures, picture = work(finished, told)
@@ -139,8 +139,8 @@ def _study(
 
 @contextmanager
 def _opened(profile: Any, folder: Path) -> Iterator[Any]:
-    from tasks.finished import open_finished
     from tasks.stages import process_of
+    from tasks.studies.finished import open_finished
 
     with process_of(profile, folder):
         yield open_finished(profile, folder)

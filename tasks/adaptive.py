@@ -25,10 +25,10 @@ import numpy as np
 from blocks.records import SUBBLOCKS, Score
 from profiles.schema import Adaptive
 from tasks.choose import choose
-from tasks.grid import Grid, Option, make_grid
-from tasks.mip import Answer, minimise, relaxation
-from tasks.program import Floats, Integers
-from tasks.totals import Metric, Problem, batch_choices
+from tasks.search.grid import Grid, Option, make_grid
+from tasks.search.mip import Answer, minimise, relaxation
+from tasks.search.program import Floats, Integers
+from tasks.search.totals import Metric, Problem, batch_choices
 
 _SWEEPS = 50  # of the fit; it settles within ten
 _PRIOR = 4.0  # degrees of freedom that a variant's variance borrows from all others'

@@ -23,7 +23,7 @@ from blocks.records import SUBBLOCKS, BlockRecord, LayerChoice, LayerRecord, Par
 from blocks.runtime import kept_per_device
 from blocks.variant import kind_of, parse_label
 from profiles.schema import BLD
-from tasks.memory import Parts
+from tasks.failures.memory import Parts
 from tasks.record import open_parent
 
 VERSION = 2

@@ -2,17 +2,17 @@
 
     min  sum_ij score_ij x_ij    s.t.  sum_j x_ij = 1 for every layer i,   usage x <= 1 - non-block share,  x in {0, 1}
 
-The tables are viewed as a joint library (tasks/view.py) and solved like any other (tasks/solve.py). The answer is
-checked again by sums that share no code with either (tasks/totals.py).
+The tables are viewed as a joint library (tasks/search/view.py) and solved like any other (tasks/search/solve.py). The
+answer is checked again by sums that share no code with either (tasks/search/totals.py).
 """
 
 import math
 import time
 
 from blocks.records import Architecture, LayerChoice
-from tasks.solve import JointChoice, choose_joint
-from tasks.totals import Batches, Problem, broken_limits, predicted
-from tasks.view import library_of, request_of
+from tasks.search.solve import JointChoice, choose_joint
+from tasks.search.totals import Batches, Problem, broken_limits, predicted
+from tasks.search.view import library_of, request_of
 
 
 def choose(problem: Problem) -> Architecture:

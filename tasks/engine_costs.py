@@ -30,8 +30,8 @@ from tasks.costs import Timing, clock_for
 from tasks.engines.base import Load
 from tasks.engines.limits import check_parent
 from tasks.engines.llama_cpp import LlamaCpp
-from tasks.gguf_export import write_gguf
-from tasks.gguf_tokenizer import NO_TOKENIZER
+from tasks.serving.gguf_export import write_gguf
+from tasks.serving.gguf_tokenizer import NO_TOKENIZER
 from tasks.throughput import in_turns, median_metric, tokens_before
 
 

@@ -27,19 +27,19 @@ from blocks.records import (
     Value,
 )
 from profiles.schema import Profile
-from tasks import experiment, tracking
-from tasks.artifacts import show_link, show_markdown, show_picture, show_table
 from tasks.calibration import parent_bias
 from tasks.compare import LINEAGE, Contender, Evaluation, Lineage, build, candidate
 from tasks.costs import weight_bytes
 from tasks.export import export_child, model_card
-from tasks.interchange import StoredLibrary, describe, sizes_of, write_library
+from tasks.failures.sharing import Piece, alone, made_once
+from tasks.foreign.interchange import StoredLibrary, describe, sizes_of, write_library
+from tasks.operating import experiment, tracking
+from tasks.operating.artifacts import show_link, show_markdown, show_picture, show_table
+from tasks.operating.run_tables import layer_rows, variant_rows
+from tasks.operating.shared import keep_run
 from tasks.progress import say, wide_console
 from tasks.report import comparison_table, report_markdown, verdict, write_report
 from tasks.run_page import write_run_page
-from tasks.run_tables import layer_rows, variant_rows
-from tasks.shared import keep_run
-from tasks.sharing import Piece, alone, made_once
 from tasks.sums import PHASES, told
 from tasks.usage import Usage
 

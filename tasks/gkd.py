@@ -21,7 +21,7 @@ from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import digest_of, keep, read_tensors, remember, write_tensors
 from blocks.records import CorpusInfo, ParentInfo, Ref, Value
 from profiles.schema import GKD
-from tasks.memory import Parts
+from tasks.failures.memory import Parts
 from tasks.record import open_parent
 
 VERSION = 3

@@ -26,8 +26,8 @@ from blocks.library import Fetch, digest_of, is_whole, keep, remember, sha256_of
 from blocks.records import ParentInfo, Ref, Value
 from profiles.schema import FolderParent, HubParent, PackageParent, ParentSource, TinyParent
 from tasks.corpus import TOKENIZER_FILES, installed_file
-from tasks.gguf_header import without_vocabulary
-from tasks.gguf_tokenizer import split_of
+from tasks.serving.gguf_header import without_vocabulary
+from tasks.serving.gguf_tokenizer import split_of
 from tasks.tiny import byte_tokenizer, family_config, make_tiny_parent, training_texts
 
 VERSION = 1  # raise it when the same source would give another folder

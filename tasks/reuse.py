@@ -11,7 +11,7 @@ from typing import Any
 from prefect import task
 from prefect.states import Completed
 
-from tasks.artifacts import inside_a_run
+from tasks.operating.artifacts import inside_a_run
 
 
 def _found(stage: str, layer: int, count: int) -> Any:

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from blocks.records import ChildReport
-from tasks.exchange import Summary, summarise
-from tasks.interchange import open_library
-from tasks.joint import JointLibrary
-from tasks.page import Extent, Study, study_choice, truth_of, write_page
-from tasks.request import Limit, Request
+from tasks.foreign.exchange import Summary, summarise
+from tasks.foreign.interchange import open_library
+from tasks.pages.page import Extent, Study, study_choice, truth_of, write_page
+from tasks.search.joint import JointLibrary
+from tasks.search.request import Limit, Request
 
 IN_A_RUN = Extent(points=12, draws=40)  # seconds, not minutes, at 30 layers
 

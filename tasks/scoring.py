@@ -26,7 +26,7 @@ from blocks.parent import Parent, load_subblock, run_subblock
 from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, LayerChoice, LayerRecord, ParentInfo, Score, Value
 from blocks.runtime import kept_per_device
 from tasks.evaluate import mean_metric
-from tasks.memory import Parts
+from tasks.failures.memory import Parts
 from tasks.record import open_parent
 
 VERSION = 4

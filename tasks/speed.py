@@ -14,12 +14,12 @@ import torch
 
 from blocks.records import CostTable, ParentInfo, SpeedReport, Throughput, Totals
 from profiles.schema import Hardware, Profile, Scenario
-from tasks.bench import Point, bench
 from tasks.compare import Contender, build
 from tasks.engines.limits import limits_of
 from tasks.export import export_child
-from tasks.gguf_export import write_gguf
-from tasks.gguf_tokenizer import NO_TOKENIZER
+from tasks.serving.bench import Point, bench
+from tasks.serving.gguf_export import write_gguf
+from tasks.serving.gguf_tokenizer import NO_TOKENIZER
 from tasks.sums import check_sums, clock_of
 from tasks.throughput import measure_throughput
 

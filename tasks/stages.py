@@ -37,26 +37,26 @@ from profiles.hardware import load_target
 from profiles.schema import Profile
 from tasks import compare, costs, gkd, scoring, speed
 from tasks.adaptive import Key, score_adaptively, told
-from tasks.artifacts import stage_bar
 from tasks.bld import Job, distill
 from tasks.choose import choose
 from tasks.compare import Contender, Evaluation
 from tasks.corpus import iterate_documents, prepare_corpus
-from tasks.devices import device_of, sharing
+from tasks.failures.devices import device_of, sharing
+from tasks.failures.presence import at_work_in, prefect_home
+from tasks.failures.retries import limits_of, told_in_time, told_when_prefect_is_away, worth_retrying
+from tasks.failures.sharing import Piece, in_turn, made_once
+from tasks.operating.artifacts import stage_bar
+from tasks.operating.reach import check_servers
+from tasks.operating.servers import stop_orphaned_servers
+from tasks.operating.shared import store_used
 from tasks.parent import prepare_parent
-from tasks.peers import find
-from tasks.presence import at_work_in, prefect_home
 from tasks.progress import say, shown
-from tasks.reach import check_servers
 from tasks.record import open_parent, record_key, record_layer, recorded
-from tasks.retries import limits_of, told_in_time, told_when_prefect_is_away, worth_retrying
 from tasks.reuse import show_finished
 from tasks.roofline import modelled_costs, setting_of
-from tasks.servers import stop_orphaned_servers
-from tasks.shared import store_used
-from tasks.sharing import Piece, in_turn, made_once
+from tasks.search.totals import Problem, predicted, problem_of
 from tasks.space import check_search_space, layers_of, measured_space, refused
-from tasks.totals import Problem, predicted, problem_of
+from tasks.studies.peers import find
 from tasks.usage import noted
 from tasks.workers import Seat, at_a_time, seat_of, seated
 

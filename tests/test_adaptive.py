@@ -15,9 +15,9 @@ from profiles.schema import Adaptive, Budget, Scenario, Scoring
 from tasks import scoring
 from tasks.adaptive import AdaptiveScores, Key, comparable, expected_gain, score_adaptively, table_of
 from tasks.choose import choose
-from tasks.program import Floats
 from tasks.scoring import score_sequences
-from tasks.totals import Problem, make_problem, score_of
+from tasks.search.program import Floats
+from tasks.search.totals import Problem, make_problem, score_of
 from tests.chain import Chain
 from tests.test_choose import CHAT, EXACT, costs_of
 

@@ -10,14 +10,14 @@ import pytest
 from blocks.errors import PuzzleError
 from blocks.records import LayerChoice
 from profiles.schema import Budget
-from tasks.additivity import Ask, Check, Truth, check_additivity, contributions
 from tasks.choose import choose
-from tasks.correction import LEAST, fit_correction
-from tasks.mip import minimise
-from tasks.neighbours import minimise_with_neighbours, with_neighbours
-from tasks.program import Floats, Integers, Program
-from tasks.swaps import ROUND, beyond_noise, nearest_swaps, swap_repair
-from tasks.totals import Problem, score_of, within_budget
+from tasks.search.mip import minimise
+from tasks.search.program import Floats, Integers, Program
+from tasks.search.totals import Problem, score_of, within_budget
+from tasks.studies.additivity import Ask, Check, Truth, check_additivity, contributions
+from tasks.studies.correction import LEAST, fit_correction
+from tasks.studies.neighbours import minimise_with_neighbours, with_neighbours
+from tasks.studies.swaps import ROUND, beyond_noise, nearest_swaps, swap_repair
 from tests.test_choose import SEQUENCES, random_problem
 from tests.test_mip import EXACT, every_selection, fits, instance
 

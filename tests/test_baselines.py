@@ -11,9 +11,9 @@ from blocks.errors import InfeasibleBudget
 from blocks.records import LayerChoice
 from profiles.schema import BaselineName, Budget
 from tasks.choose import choose
-from tasks.grid import make_grid
-from tasks.peers import find
-from tasks.totals import Problem, predicted, within_budget
+from tasks.search.grid import make_grid
+from tasks.search.totals import Problem, predicted, within_budget
+from tasks.studies.peers import find
 from tests.test_choose import ATTENTIONS, CHAT, FFNS, random_problem
 
 NAMES: tuple[BaselineName, ...] = get_args(BaselineName)

@@ -11,11 +11,11 @@ from blocks.records import LayerRecord, Ref, Turn
 from blocks.variant import parse_labels
 from profiles.load import load_profile
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
-from tasks.bench import BenchRow, Point, bench, bench_table, draw_bench
 from tasks.costs import measure_costs
 from tasks.engine_costs import FIRST, EngineBench
-from tasks.gguf_export import UnknownPrecision
 from tasks.record import open_parent
+from tasks.serving.bench import BenchRow, Point, bench, bench_table, draw_bench
+from tasks.serving.gguf_export import UnknownPrecision
 from tasks.space import check_search_space
 from tasks.stages import jobs_of
 from tasks.throughput import gains_of

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tasks.black_box import BlackBox, evolve, reinforce
-from tasks.mip import minimise
-from tasks.program import Floats, Integers, Program
+from tasks.search.mip import minimise
+from tasks.search.program import Floats, Integers, Program
+from tasks.studies.black_box import BlackBox, evolve, reinforce
 from tests.test_mip import EXACT, every_selection, fits, instance
 
 Search = Callable[[BlackBox], Integers | None]

@@ -15,12 +15,12 @@ from blocks.library import read_value, write_value
 from blocks.records import Architecture, ChildReport, Cost, CostTable, LayerChoice, NonBlockCost, Totals
 from profiles.load import load_profile
 from profiles.schema import Budget, Champion, Profile, Scenario
-from tasks import champion, registry
-from tasks.champion import basis, changes, decide
 from tasks.compare import LINEAGE, Lineage, contender
 from tasks.costs import drift
-from tasks.totals import make_problem
-from tasks.tracking import Tracking, client_of, open_tracking
+from tasks.operating import champion, registry
+from tasks.operating.champion import basis, changes, decide
+from tasks.operating.tracking import Tracking, client_of, open_tracking
+from tasks.search.totals import make_problem
 from tests.chain import Chain
 
 
@@ -301,7 +301,7 @@ def test_a_tighter_budget_or_dearer_costs_break_the_champion(chain: Chain, monke
 def test_the_served_child_completes_as_its_logits_say(chain: Chain) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tasks.pyfunc_child import Child, Completion
+    from tasks.operating.pyfunc_child import Child, Completion
 
     folder = chain.workspace / chain.parent.folder
     child = Child()

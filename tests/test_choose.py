@@ -15,9 +15,9 @@ from blocks.errors import InfeasibleBudget
 from blocks.records import SUBBLOCKS, Architecture, Cost, CostTable, LayerChoice, NonBlockCost, Score
 from profiles.schema import Budget, Scenario, ScenarioBudget, Search
 from tasks.choose import choose
-from tasks.grid import make_grid
-from tasks.mip import SolverStopped
-from tasks.totals import (
+from tasks.search.grid import make_grid
+from tasks.search.mip import SolverStopped
+from tasks.search.totals import (
     InconsistentTables,
     Problem,
     batch_choices,
@@ -113,7 +113,7 @@ def random_problem(
 def brute_force(problem: Problem) -> tuple[float, dict[str, float]]:
     """Best score, and the nearest value of every budget field over the whole library, by trying everything.
 
-    Written anew on purpose: shares nothing with tasks/totals.py but the tables.
+    Written anew on purpose: shares nothing with tasks/search/totals.py but the tables.
     """
     best, nearest = math.inf, dict[str, float]()
     for batches in itertools.product(*(scenario.batch_sizes for scenario in problem.scenarios)):

@@ -17,9 +17,9 @@ from tasks import costs
 from tasks.costs import measure_costs, non_block_parameters
 from tasks.engines.limits import runnable
 from tasks.finish import sum_beside_whole
-from tasks.gguf_export import write_gguf
-from tasks.gguf_tokenizer import NO_TOKENIZER
 from tasks.record import open_parent
+from tasks.serving.gguf_export import write_gguf
+from tasks.serving.gguf_tokenizer import NO_TOKENIZER
 from tests.chain import SPACE, prepare
 
 SCENARIOS = (Scenario(name="chat", batch_sizes=(1, 3), prompt_tokens=8, generated_tokens=6),)

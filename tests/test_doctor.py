@@ -13,9 +13,9 @@ import pytest
 from filelock import FileLock
 from packaging.requirements import Requirement
 
-from tasks import doctor
-from tasks.doctor import GIB, Finding
-from tasks.servers import LOOPBACK, ServerFailure, answer, free_port, is_free, running, stop
+from tasks.operating import doctor
+from tasks.operating.doctor import GIB, Finding
+from tasks.operating.servers import LOOPBACK, ServerFailure, answer, free_port, is_free, running, stop
 
 
 def only(found: Iterable[Finding]) -> Finding:

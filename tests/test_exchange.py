@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 from profiles.schema import Budget
-from tasks.exchange import as_options, export_library, import_library, summarise
-from tasks.interchange import StoredLibrary, open_library, read_library, write_library
-from tasks.joint import JointLibrary
-from tasks.labels import intermediate_size, kv_heads, needs_exact, run_labels, share
-from tasks.nvlabs import options_from_nvlabs
-from tasks.option_tables import read_options, write_options
-from tasks.options import joint_of, options_of
-from tasks.request import Request, limits
-from tasks.solve import choose_joint
+from tasks.foreign.exchange import as_options, export_library, import_library, summarise
+from tasks.foreign.interchange import StoredLibrary, open_library, read_library, write_library
+from tasks.foreign.labels import intermediate_size, kv_heads, needs_exact, run_labels, share
+from tasks.foreign.nvlabs import options_from_nvlabs
+from tasks.foreign.option_tables import read_options, write_options
+from tasks.foreign.options import joint_of, options_of
+from tasks.search.joint import JointLibrary
+from tasks.search.request import Request, limits
+from tasks.search.solve import choose_joint
 from tests import puzzletron, test_nvlabs
 from tests.test_choose import CHAT, LONG, random_problem
 from tests.test_interchange import stored

@@ -11,9 +11,17 @@ import pytest
 from blocks.records import Architecture, BlockRecord, Cost, CostTable, LayerChoice, Ref, Score, Totals
 from profiles.load import load_profile
 from profiles.schema import Hardware
-from tasks import experiment
-from tasks.run_tables import layer_rows, variant_rows
-from tasks.tracking import Tracking, client_of, log_metrics, log_params, open_tracking, run_params, run_started
+from tasks.operating import experiment
+from tasks.operating.run_tables import layer_rows, variant_rows
+from tasks.operating.tracking import (
+    Tracking,
+    client_of,
+    log_metrics,
+    log_params,
+    open_tracking,
+    run_params,
+    run_started,
+)
 from tests.test_report import report_of
 
 ROOT = Path(__file__).resolve().parent.parent

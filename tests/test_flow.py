@@ -17,13 +17,13 @@ from blocks.library import read_value
 from blocks.records import ChildReport
 from flows import cli
 from profiles.load import load_profile
-from tasks.finished import open_finished
-from tasks.interchange import open_library, read_library
-from tasks.page import read_truth, truth_of
-from tasks.peers import NAMES
-from tasks.request import Request, limits
-from tasks.solve import choose_joint
-from tasks.totals import score_of
+from tasks.foreign.interchange import open_library, read_library
+from tasks.pages.page import read_truth, truth_of
+from tasks.search.request import Request, limits
+from tasks.search.solve import choose_joint
+from tasks.search.totals import score_of
+from tasks.studies.finished import open_finished
+from tasks.studies.peers import NAMES
 
 pytestmark = pytest.mark.timeout(900)  # whole runs, each with a server of its own
 
@@ -93,7 +93,7 @@ def test_it_ends_with_a_table_and_the_child(run: tuple[Path, str]) -> None:
 def test_the_stages_it_notes_are_those_of_its_plan(run: tuple[Path, str]) -> None:
     """Names, tasks and tokens of the plan against the report, the block library and the tables of the run."""
     from benchmarks.plan import pairs
-    from tasks.plan import config_parent, machine_rates, plan_of
+    from tasks.planning.plan import config_parent, machine_rates, plan_of
 
     profile = load_profile(ROOT / "profiles" / "tiny.yaml", SMALLER[1::2])
     rates = machine_rates(profile, "cpu")

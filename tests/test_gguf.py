@@ -14,11 +14,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from blocks.errors import PuzzleError
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import write_text
-from tasks.gguf_export import PRECISIONS, UnknownPrecision, interleaved, rotate_half, write_gguf
-from tasks.gguf_header import GgufError, read_header, without_vocabulary
-from tasks.gguf_import import GgufFile, read_gguf
-from tasks.gguf_layout import FILLER_WIDTH, packed
-from tasks.gguf_tokenizer import NO_TOKENIZER, converted_tokenizer, copied_tokenizer, split_of
+from tasks.serving.gguf_export import PRECISIONS, UnknownPrecision, interleaved, rotate_half, write_gguf
+from tasks.serving.gguf_header import GgufError, read_header, without_vocabulary
+from tasks.serving.gguf_import import GgufFile, read_gguf
+from tasks.serving.gguf_layout import FILLER_WIDTH, packed
+from tasks.serving.gguf_tokenizer import NO_TOKENIZER, converted_tokenizer, copied_tokenizer, split_of
 from tests.test_modeling import LINEAR, NO_OP, attention, ffn, mixed_blocks, tiny_child, tiny_parent, token_ids
 
 
@@ -132,7 +132,7 @@ def test_a_file_without_puzzles_config_is_read_from_its_metadata(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child = child_of()
-    monkeypatch.setattr("tasks.gguf_export.CONFIG_KEY", "somebody.elses")
+    monkeypatch.setattr("tasks.serving.gguf_export.CONFIG_KEY", "somebody.elses")
     back = read_gguf(written(child, tmp_path))
     torch.testing.assert_close(logits(back), logits(child), rtol=0, atol=1e-5)  # linear FFNs are layers of their own
     assert len(back.config.block_configs) == len(packed(child.config))

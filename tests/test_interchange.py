@@ -11,11 +11,11 @@ from blocks.library import sha256_of
 from blocks.records import BlockRecord
 from profiles.schema import Budget
 from tasks.choose import choose
-from tasks.interchange import Description, StoredLibrary, joint_view, open_library, read_library, write_library
-from tasks.joint import LibraryFileError
-from tasks.request import Request, limits
-from tasks.solve import choose_joint
-from tasks.totals import Problem, totals_of
+from tasks.foreign.interchange import Description, StoredLibrary, joint_view, open_library, read_library, write_library
+from tasks.search.joint import LibraryFileError
+from tasks.search.request import Request, limits
+from tasks.search.solve import choose_joint
+from tasks.search.totals import Problem, totals_of
 from tests.test_choose import CHAT, EXACT, LONG, random_problem
 from tests.test_nvlabs import answers, puzzle
 

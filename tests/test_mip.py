@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from profiles.schema import Search
-from tasks.branch import Branching, Purse, branch
-from tasks.mip import (
+from tasks.search.branch import Branching, Purse, branch
+from tasks.search.mip import (
     Answer,
     SolverStopped,
     _swap_types,
@@ -19,7 +19,7 @@ from tasks.mip import (
     minimise,
     relaxation,
 )
-from tasks.program import Program, possible
+from tasks.search.program import Program, possible
 
 EXACT = Search(gap=1e-9, time_limit_seconds=60)
 
@@ -123,7 +123,7 @@ def test_every_option_costs_at_least_its_distance(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_the_core_is_grown_until_it_proves(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a core of one option a slot the answer is still that of all options."""
-    monkeypatch.setattr("tasks.branch._FIRST_CORE", 1)
+    monkeypatch.setattr("tasks.search.branch._FIRST_CORE", 1)
     program = instance(5, 5, seed, 2, room=0.45)
     check(program, minimise(program, EXACT), best_of_all(program))
 
@@ -134,10 +134,10 @@ def test_any_blocks_and_any_purse(
     seed: int, first: int, block: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of a few partial choices, no first answer, no search at all (HiGHS alone), a search cut short."""
-    monkeypatch.setattr("tasks.branch._FIRST_CORE", 2)
-    monkeypatch.setattr("tasks.branch._FIRST", first)
-    monkeypatch.setattr("tasks.branch._BLOCK", block)
-    monkeypatch.setattr("tasks.branch._MOST", most)
+    monkeypatch.setattr("tasks.search.branch._FIRST_CORE", 2)
+    monkeypatch.setattr("tasks.search.branch._FIRST", first)
+    monkeypatch.setattr("tasks.search.branch._BLOCK", block)
+    monkeypatch.setattr("tasks.search.branch._MOST", most)
     program = instance(5, 5, seed, 3, room=(0.6, 0.3, 0.1)[seed % 3])
     check(program, minimise(program, EXACT), best_of_all(program))
 

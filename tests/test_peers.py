@@ -10,9 +10,9 @@ from blocks.errors import PuzzleError
 from blocks.records import LayerChoice
 from profiles.schema import BaselineName, Budget
 from tasks.choose import choose
-from tasks.grid import make_grid
-from tasks.peers import NAMES, PEERS, Aim, find, top
-from tasks.totals import Problem, batch_choices, score_of, within_budget
+from tasks.search.grid import make_grid
+from tasks.search.totals import Problem, batch_choices, score_of, within_budget
+from tasks.studies.peers import NAMES, PEERS, Aim, find, top
 from tests.test_choose import ATTENTIONS, FFNS, random_problem
 
 Layers = tuple[LayerChoice, ...]

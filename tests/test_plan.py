@@ -18,10 +18,10 @@ from flows import cli
 from flows.plan import told
 from profiles.load import load_profile
 from profiles.schema import Evaluate, FolderParent, Profile, TinyParent
-from tasks import effort
-from tasks.effort import Work, shape_of
-from tasks.machine import Rates, calibrate, machine_share
-from tasks.plan import Plan, config_parent, plan_of
+from tasks.planning import effort
+from tasks.planning.effort import Work, shape_of
+from tasks.planning.machine import Rates, calibrate, machine_share
+from tasks.planning.plan import Plan, config_parent, plan_of
 from tasks.usage import Usage, noted
 from tests.chain import CORPUS, RECORD, SETTINGS, SPACE, Chain
 from tests.tiny import tiny_model
@@ -218,7 +218,7 @@ def test_the_command_prints_a_table_or_json() -> None:
 def test_a_profile_on_a_target_that_is_not_here_is_planned_there() -> None:
     changes = ["hardware={name: a100, engine: roofline, precision: bfloat16}", "budget.speedup=1.2"]
     profile = load_profile("tiny", changes)
-    from tasks.plan import machine_rates
+    from tasks.planning.plan import machine_rates
 
     rates = machine_rates(profile, None)
     assert rates is not None and rates.name == "a100" and machine_rates(profile, "this-machine") is None

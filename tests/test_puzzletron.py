@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from tasks.joint import LibraryFileError
-from tasks.option_tables import read_options
-from tasks.options import crossed
-from tasks.puzzletron import BLOCK_SCORES, STATS, options_from_puzzletron
+from tasks.foreign.option_tables import read_options
+from tasks.foreign.options import crossed
+from tasks.foreign.puzzletron import BLOCK_SCORES, STATS, options_from_puzzletron
+from tasks.search.joint import LibraryFileError
 from tests import puzzletron
 from tests.puzzletron import ATTENTION, FFN, LAYERS, PARENT, Block
 from tests.test_nvlabs import answers, puzzle

@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-from tasks.reach import ServerAway, ServerRefused, check_servers
-from tasks.servers import free_port, mlflow_server
+from tasks.operating.reach import ServerAway, ServerRefused, check_servers
+from tasks.operating.servers import free_port, mlflow_server
 
 PASSWORD = "a-secret-of-the-test"
 RIGHT = "Basic " + base64.b64encode(f"puzzle:{PASSWORD}".encode()).decode()

@@ -24,10 +24,10 @@ from blocks.records import (
     Turn,
 )
 from profiles.schema import Scenario
+from tasks.operating.tracking import report_metrics
 from tasks.picture import draw_architecture, draw_comparison, ratio_of, variant_colours
 from tasks.report import BEST, comparison_rows, comparison_table, report_markdown, rounded, verdict, write_report
 from tasks.throughput import summaries
-from tasks.tracking import report_metrics
 
 
 def metric(value: float, se: float = 0.0) -> Metric:

@@ -15,10 +15,11 @@ from prefect.task_engine import TaskRunTimeoutError
 from blocks.errors import CorpusError
 from profiles.load import load_profile
 from profiles.schema import GKD
-from tasks import bld, gkd, memory, retries, scoring, watch
-from tasks.memory import Parts
+from tasks import bld, gkd, scoring
+from tasks.failures import memory, retries, watch
+from tasks.failures.memory import Parts
+from tasks.failures.retries import TookTooLong, told_in_time, worth_retrying
 from tasks.progress import without_tracebacks
-from tasks.retries import TookTooLong, told_in_time, worth_retrying
 from tests.chain import Chain
 
 SHORT = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")

@@ -23,7 +23,7 @@ from tasks.roofline import (
     setting_of,
     subblock_seconds,
 )
-from tasks.totals import make_problem, totals_of
+from tasks.search.totals import make_problem, totals_of
 
 SCENARIO = Scenario(name="chat", batch_sizes=(1, 64), prompt_tokens=128, generated_tokens=256)
 

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from flows import serve, served
 from profiles.load import load_profile
 from profiles.schema import Profile
-from tasks.admission import Refused, Roots, WorkspaceName, admit, admitted_workspace
+from tasks.operating.admission import Refused, Roots, WorkspaceName, admit, admitted_workspace
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOWS = (served.optimize, served.reoptimize, served.sweep, served.measure_hardware)
@@ -195,7 +195,7 @@ def test_prefect_yaml_names_flows_that_are_there() -> None:
 
 
 def test_servers_listen_on_loopback_only() -> None:
-    from tasks.servers import mlflow_server, prefect_server
+    from tasks.operating.servers import mlflow_server, prefect_server
 
     for command, url in (prefect_server(1234), mlflow_server(1234, "sqlite:///x", "x")):
         assert command[command.index("--host") + 1] == "127.0.0.1" and "127.0.0.1:1234" in url

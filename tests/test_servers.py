@@ -11,8 +11,16 @@ import psutil
 import pytest
 
 from blocks.errors import disk_is_full
-from tasks import servers
-from tasks.servers import LOOPBACK, ServerFailure, free_port, is_up, running, stop_left_behind, wait_for_answer
+from tasks.operating import servers
+from tasks.operating.servers import (
+    LOOPBACK,
+    ServerFailure,
+    free_port,
+    is_up,
+    running,
+    stop_left_behind,
+    wait_for_answer,
+)
 
 
 @pytest.fixture

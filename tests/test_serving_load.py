@@ -13,11 +13,11 @@ import psutil
 import pytest
 
 from blocks.errors import PuzzleError, PuzzleFailure
-from tasks.bench import Point
-from tasks.gguf_export import write_gguf
-from tasks.gguf_tokenizer import converted_tokenizer
-from tasks.load_table import draw_load, failures_told, load_table
-from tasks.serving_load import (
+from tasks.serving.bench import Point
+from tasks.serving.gguf_export import write_gguf
+from tasks.serving.gguf_tokenizer import converted_tokenizer
+from tasks.serving.load_table import draw_load, failures_told, load_table
+from tasks.serving.serving_load import (
     LoadPlan,
     LoadTurn,
     Request,

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from profiles.load import load_profile
-from tasks import devices, presence, sharing
-from tasks.devices import device_of
-from tasks.sharing import Piece, being_made, in_turn, made_once
+from tasks.failures import devices, presence, sharing
+from tasks.failures.devices import device_of
+from tasks.failures.sharing import Piece, being_made, in_turn, made_once
 
 ROOT = Path(__file__).resolve().parent.parent
 PIECES = [Piece(key=f"k{number}", what=f"variant {number}") for number in range(4)]
@@ -45,7 +45,7 @@ def another_process(code: str) -> Iterator[subprocess.Popen[str]]:
 
 def maker_of(workspace: Path, key: str) -> str:
     return (
-        "from pathlib import Path\nfrom tasks.sharing import Piece, made_once\n"
+        "from pathlib import Path\nfrom tasks.failures.sharing import Piece, made_once\n"
         f"with made_once(Path({str(workspace)!r}), Piece(key={key!r}, what='it')):"
     )
 
@@ -105,7 +105,8 @@ def test_every_run_has_a_place_and_only_the_first_clears_leftovers(tmp_path: Pat
     assert presence.place_in(tmp_path) == 1  # asked again: the same
     left.touch()  # now it is somebody's who is at work
     code = (
-        f"from pathlib import Path\nfrom tasks.presence import at_work_in\nwith at_work_in(Path({str(tmp_path)!r})) as"
+        "from pathlib import Path\nfrom tasks.failures.presence import at_work_in\n"
+        f"with at_work_in(Path({str(tmp_path)!r})) as"
     )
     with another_process(f"{code} number:\n    assert number == 2"):
         assert left.exists() and presence.others_at_work(tmp_path)
@@ -120,7 +121,7 @@ def test_every_run_has_a_place_and_only_the_first_clears_leftovers(tmp_path: Pat
 
 HOLDER = """
 from profiles.load import load_profile
-from tasks.devices import device_of, sharing
+from tasks.failures.devices import device_of, sharing
 profile = load_profile("tiny", ["orchestration.runs_per_device={runs}"])
 with sharing(profile), device_of({stage!r}):"""
 

@@ -10,9 +10,9 @@ import pytest
 
 from blocks.errors import InfeasibleBudget, PuzzleError
 from profiles.schema import Search
-from tasks.joint import JointLibrary, JointOption, LibraryFileError, Place, at
-from tasks.request import Limit, Request, limit_of, limits
-from tasks.solve import JointChoice, choose_joint, front, front_values, groups_of, prices
+from tasks.search.joint import JointLibrary, JointOption, LibraryFileError, Place, at
+from tasks.search.request import Limit, Request, limit_of, limits
+from tasks.search.solve import JointChoice, choose_joint, front, front_values, groups_of, prices
 from tests.test_choose import EXACT
 
 LAYERS, LABELS = 4, ("parent", "half", "quarter", "gone")
@@ -56,7 +56,7 @@ def random_library(seed: int = 0, layers: int = LAYERS) -> JointLibrary:
 
 
 class Oracle:
-    """Tries every architecture at every combination of batch sizes; written without tasks/solve.py."""
+    """Tries every architecture at every combination of batch sizes; written without tasks/search/solve.py."""
 
     def __init__(self, library: JointLibrary, traffic: dict[str, float]) -> None:
         by_layer = [[o for o in library.options if o.layer == layer] for layer in library.layers]

@@ -21,10 +21,10 @@ from profiles.schema import Hardware, Scenario
 from tasks.calibration import bias_of, calibrated
 from tasks.compare import contender, parent_contender
 from tasks.costs import measure_costs
+from tasks.search.totals import make_problem, totals_of
 from tasks.speed import measure_speed
 from tasks.sums import check_sums, error_of_sum, told
 from tasks.throughput import summaries
-from tasks.totals import make_problem, totals_of
 from tests.chain import prepare
 from tests.test_engines import needs_llama_cpp
 

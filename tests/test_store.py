@@ -21,8 +21,8 @@ from blocks.library import BlockLibrary, forget, keep, read_tensors, remember, w
 from blocks.records import BlockRecord, ParentInfo, Ref
 from blocks.store import MARKER, Store, StoreAway, StoreError, use_store
 from tasks import bld, scoring
-from tasks.admission import Refused, Roots, admit
-from tasks.servers import free_port, running
+from tasks.operating.admission import Refused, Roots, admit
+from tasks.operating.servers import free_port, running
 from tests.chain import Chain, make_chain
 from tests.test_served import asking
 

@@ -9,9 +9,8 @@ import pytest
 
 from blocks.records import Cost
 from profiles.schema import Budget, Corpus, Profile, PythonStdlibSource, TinyParent
-from tasks import tracking
-from tasks.report import write_report
-from tasks.tracking import (
+from tasks.operating import tracking
+from tasks.operating.tracking import (
     Tracking,
     TrackingError,
     log_params,
@@ -26,6 +25,7 @@ from tasks.tracking import (
     run_started,
     run_url,
 )
+from tasks.report import write_report
 from tests.test_report import report_of
 
 

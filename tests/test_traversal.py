@@ -15,12 +15,12 @@ from blocks.errors import CorpusError, DamagedBlock
 from blocks.library import sha256_of
 from blocks.records import BlockRecord, ChildReport
 from profiles.schema import Corpus, HubSource
-from tasks.admission import Refused, Roots, admit
-from tasks.champion import lineage_of
 from tasks.corpus import iterate_documents
-from tasks.exchange import export_library, import_library
-from tasks.interchange import write_library
-from tasks.joint import LibraryFileError
+from tasks.foreign.exchange import export_library, import_library
+from tasks.foreign.interchange import write_library
+from tasks.operating.admission import Refused, Roots, admit
+from tasks.operating.champion import lineage_of
+from tasks.search.joint import LibraryFileError
 from tests import test_nvlabs
 from tests.test_exchange import run
 from tests.test_served import asking

@@ -16,11 +16,11 @@ from blocks.library import read_tensors
 from blocks.records import CostTable, LayerChoice
 from profiles.schema import GKD, Budget, Evaluate, Profile, Scoring, TinyParent
 from tasks.compare import build, contender
-from tasks.contest import Ask, contest
 from tasks.evaluate import measure_quality, parent_targets
-from tasks.finished import Finished, UnfinishedLibrary, open_finished
-from tasks.totals import predicted
-from tasks.truth import Meter, Modules, measured_truth, other_model, other_sequences, scored_sequences, truth_of
+from tasks.search.totals import predicted
+from tasks.studies.contest import Ask, contest
+from tasks.studies.finished import Finished, UnfinishedLibrary, open_finished
+from tasks.studies.truth import Meter, Modules, measured_truth, other_model, other_sequences, scored_sequences, truth_of
 from tests.chain import CORPUS, RECORD, Chain
 from tests.test_choose import CHAT, costs_of
 
@@ -89,8 +89,8 @@ def test_states_that_were_kept_change_nothing(finished: Finished, monkeypatch: p
         modules = Modules(finished=finished)
         meter = Meter(finished=finished, sequences=scored_sequences(finished), modules=modules)
         found.append({layers: meter._measure(layers).per_sequence for layers in order})
-    monkeypatch.setattr("tasks.truth.STATES_BYTES", 1)
-    monkeypatch.setattr("tasks.truth.LAYERS_KEPT", 1)
+    monkeypatch.setattr("tasks.studies.truth.STATES_BYTES", 1)
+    monkeypatch.setattr("tasks.studies.truth.LAYERS_KEPT", 1)
     meter = Meter(finished=finished, sequences=scored_sequences(finished), modules=Modules(finished=finished))
     found.append({layers: meter._measure(layers).per_sequence for layers in orders[0]})
     assert found[0] == found[1] == found[2]

@@ -15,8 +15,6 @@ import torch
 from blocks.errors import PuzzleError
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
-from tasks.bench import Point, bench
-from tasks.children import config_of, in_precision
 from tasks.costs import measure_costs
 from tasks.engines import vllm_engine, vllm_process
 from tasks.engines.base import Load
@@ -25,7 +23,9 @@ from tasks.engines.llama_library import EngineFailed, EngineMissing
 from tasks.engines.registry import installed_engine
 from tasks.engines.vllm_engine import INSTALL, PYTHON_VARIABLE, Vllm, VllmSession, cannot
 from tasks.export import ExportError, export_folder
-from tasks.formats import KL_TOLERANCE, LOGITS_TOLERANCE, check_in_vllm, compare, export_as
+from tasks.serving.bench import Point, bench
+from tasks.serving.children import config_of, in_precision
+from tasks.serving.formats import KL_TOLERANCE, LOGITS_TOLERANCE, check_in_vllm, compare, export_as
 from tests.chain import prepare
 from tests.test_engines import ROPES, YARN, run
 from tests.test_gguf import child_of

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from tasks.engines.llama_library import EngineMissing
-from tasks.servers import LOOPBACK, free_port, running
+from tasks.operating.servers import LOOPBACK, free_port, running
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "xllamacpp"

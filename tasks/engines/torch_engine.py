@@ -9,8 +9,8 @@ import transformers
 from torch import Tensor
 
 from blocks.records import Turn
-from tasks.children import open_child
 from tasks.engines.base import Engine, Load, Session
+from tasks.serving.children import open_child
 from tasks.throughput import request_of
 
 

@@ -1,0 +1,93 @@
+"""Tables of frozen contracts as parquet, each checked against its digest before it is read."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from pydantic import ValidationError
+
+from blocks.library import atomic_path, sha256_of
+from blocks.records import Value
+from tasks.search.joint import LibraryFileError
+
+ValueT = TypeVar("ValueT", bound=Value)
+
+
+def write_tables(folder: Path, tables: Mapping[str, Sequence[Value]]) -> dict[str, str]:
+    """Write `<name>.parquet` for every table, a column per field; the sha256 of each file by name."""
+    import pandas as pd  # a third of a second that most commands can do without
+
+    digests = {}
+    for name, values in tables.items():
+        with atomic_path(folder / f"{name}.parquet") as path:
+            pd.DataFrame([_row(value) for value in values]).to_parquet(path, index=False)
+        digests[name] = sha256_of(folder / f"{name}.parquet")
+    return digests
+
+
+def _row(value: Value) -> dict[str, Any]:
+    """Fields of one value; weights stay in the block library, they mean nothing elsewhere."""
+    return {name: field for name, field in value.model_dump().items() if name != "weights"}
+
+
+def read_table(folder: Path, digests: Mapping[str, str], name: str, kind: type[ValueT]) -> tuple[ValueT, ...]:
+    """The rows of a table; LibraryFileError when it is missing, is not the one that was written, or holds others."""
+    import pandas as pd
+
+    path = folder / f"{name}.parquet"
+    if not path.is_file():
+        raise LibraryFileError(f"{path} is missing: fetch the whole folder.")
+    if sha256_of(path) != digests.get(name):
+        raise LibraryFileError(f"{path} is not the table that library.json names (sha256): fetch the folder again.")
+    try:
+        rows = pd.read_parquet(path).to_dict("records")
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise LibraryFileError(f"{path} is no parquet table: {first_line(error)}.") from error
+    try:
+        return tuple(kind.model_validate({str(key): _plain(value) for key, value in row.items()}) for row in rows)
+    except ValidationError as error:
+        raise LibraryFileError(f"{path}: {told(error)}.") from error
+
+
+def _plain(value: Any) -> Any:
+    """As the contracts have it: lists for arrays, None for what a table shows as nan."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """library.json of a folder; LibraryFileError when there is none, or it is no JSON object."""
+    path = folder / "library.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LibraryFileError(f"{folder} is no block library: library.json: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise LibraryFileError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise LibraryFileError(f"{path} must be a JSON object.")
+    return found
+
+
+def validated(kind: type[ValueT], found: Mapping[str, Any], where: Path) -> ValueT:
+    """A contract from JSON that somebody else may have written; LibraryFileError names the first wrong field."""
+    try:
+        return kind.model_validate(found)
+    except ValidationError as error:
+        raise LibraryFileError(f"{where}: {told(error)}.") from error
+
+
+def told(error: ValidationError) -> str:
+    """The first thing that is wrong, in a sentence."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the rest of its page."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,230 @@
+"""Scheduled re-optimisation: what changed since the last judgement, and whether the challenger is better for certain.
+
+A child depends on its parent, corpus, search space, distillation, scores, costs, traffic and budget. Each is a digest
+in the basis; when none differs from what was judged last, there is nothing to do. Otherwise a challenger is made, and
+both stand the same held-out sequences: the improvement is the mean of paired differences, its lower bound a one-sided
+t interval. A champion that no longer keeps the budget loses without a comparison.
+"""
+
+# S = test sequences
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from scipy import stats
+from torch import Tensor
+
+from blocks.errors import DamagedBlock, PuzzleError
+from blocks.library import digest_of, read_tensors, remember, sha256_of
+from blocks.records import CorpusInfo, CostTable, LayerChoice, Metric, ParentInfo, Value
+from profiles.schema import Champion, Profile
+from tasks import bld, costs, gkd, record, scoring
+from tasks.compare import LINEAGE, Lineage, build
+from tasks.corpus import TOKENIZER_FILES
+from tasks.evaluate import mean_metric, parent_targets, sequence_figures
+from tasks.foreign.interchange import read_library
+from tasks.record import open_parent
+from tasks.report import rounded
+from tasks.search.totals import Problem, broken_limits, fitting_batches, problem_of
+
+UNITS = {"kl": "nats", "loss": "nats", "top1_agreement": "of the tokens"}
+# part of the basis -> what a person calls it
+NAMES = {
+    "parent": "the parent",
+    "corpus": "the corpus",
+    "search_space": "the search space",
+    "distillation": "how blocks are distilled",
+    "scoring": "how blocks are scored",
+    "hardware": "the hardware target",
+    "costs": "the measured costs",
+    "traffic": "the traffic scenarios",
+    "budget": "the budget",
+    "search": "the solver's limits",
+    "gkd": "global distillation",
+    "rule": "the champion's rule",
+}
+
+
+class Judgement(Value):
+    """What a re-optimisation came to. improvement: paired, positive when the challenger is better."""
+
+    outcome: Literal["unchanged", "first", "kept", "moved"]
+    reason: str
+    changed: tuple[str, ...] = ()
+    same_child: bool = False
+    metric: str = ""
+    champion: Metric | None = None
+    challenger: Metric | None = None
+    improvement: Metric | None = None
+    lower_bound: float | None = None
+
+
+def basis(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, table: CostTable | None) -> dict[str, str]:
+    """Digest of everything the child depends on, by part. `table`: the costs, None before they are measured."""
+    hardware = costs.hardware_description(profile.hardware)
+    parts = {
+        "parent": parent.fingerprint,
+        "corpus": corpus.fingerprint,
+        "search_space": profile.search_space,
+        "distillation": [profile.record, profile.bld, profile.seed, record.VERSION, bld.VERSION],
+        "scoring": [profile.scoring, scoring.VERSION],
+        "hardware": [hardware, profile.measure, costs.VERSION],
+        "costs": table.model_dump(mode="json", exclude={"measured_at"}) if table else "not measured",
+        "traffic": profile.scenarios,
+        "budget": profile.budget,
+        "search": profile.search,
+        "gkd": [profile.gkd, gkd.VERSION],
+        "rule": profile.champion,
+    }
+    return {name: digest_of(part=part) for name, part in parts.items()}
+
+
+def changes(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, ...]:
+    """Parts that differ, in the order of NAMES; a part that was not known before counts as changed."""
+    return tuple(name for name in NAMES if before.get(name) != now.get(name))
+
+
+def told(changed: tuple[str, ...]) -> str:
+    """Changed parts in words."""
+    return ", ".join(NAMES[name] for name in changed)
+
+
+def lineage_of(workspace: Path, run_folder: str) -> Lineage:
+    """The lineage of a finished run, from the store where the run was another machine's; DamagedBlock if it is gone."""
+    path = workspace / run_folder / LINEAGE
+    inside = path.resolve().is_relative_to(workspace.resolve())  # the name comes from a registry that others write to
+    found = remember(path, Lineage, lambda _: [], workspace) if inside else None
+    if found is None:
+        raise DamagedBlock(f"{path} is not there, or damaged: run again, and the child is made anew.")
+    return found
+
+
+def nothing_changed(version: int) -> Judgement:
+    """The judgement when there is nothing to do."""
+    reason = f"nothing changed since the last judgement; version {version} stays the champion"
+    return Judgement(outcome="unchanged", reason=reason)
+
+
+def judge(
+    run_folder: str | None, challenger: Lineage, profile: Profile, workspace: Path, changed: tuple[str, ...]
+) -> Judgement:
+    """Whether a challenger takes over from the champion whose run lies in `run_folder`; None: there is none."""
+    if run_folder is None:
+        return Judgement(outcome="first", reason="the first champion", changed=changed)
+    try:
+        return judge_against(lineage_of(workspace, run_folder), challenger, profile, workspace, changed)
+    except DamagedBlock as error:
+        return Judgement(outcome="moved", reason=f"the champion cannot be compared: {error}", changed=changed)
+
+
+def judge_against(
+    reigning: Lineage, challenger: Lineage, profile: Profile, workspace: Path, changed: tuple[str, ...]
+) -> Judgement:
+    """Whether the challenger takes over: `kept` or `moved`, and why."""
+    if reigning.child.key == challenger.child.key:
+        reason = "what was made is the champion itself"
+        return Judgement(outcome="kept", reason=reason, changed=changed, same_child=True)
+    if not same_tokenizer(reigning.parent, challenger.parent, workspace):
+        reason = "the parent's tokenizer changed: the champion reads other tokens"
+        return Judgement(outcome="moved", reason=reason, changed=changed)
+    broken = broken_budget(reigning.child.architecture.layers, profile, workspace)
+    if broken:
+        return Judgement(outcome="moved", reason=f"the champion no longer keeps the budget: {broken}", changed=changed)
+    ours, theirs = (_figures(side, challenger, profile, workspace) for side in (challenger, reigning))
+    return decide(ours, theirs, profile.champion, changed)
+
+
+def same_tokenizer(first: ParentInfo, second: ParentInfo, workspace: Path) -> bool:
+    """True when both parents' folders hold the same tokenizer files."""
+    folders = [workspace / parent.folder for parent in (first, second)]
+    digests = [
+        {name: sha256_of(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()} for folder in folders
+    ]
+    return digests[0] == digests[1]
+
+
+def broken_budget(layers: tuple[LayerChoice, ...], profile: Profile, workspace: Path) -> str:
+    """Which limits a choice breaks under the costs and the budget of now; "" when none, or when nobody can tell."""
+    problem = last_problem(profile, workspace)
+    try:
+        if fitting_batches(problem, layers) is not None:
+            return ""
+        batches = tuple(min(scenario.batch_sizes) for scenario in problem.scenarios)
+        limits = broken_limits(problem, layers, batches)
+    except (PuzzleError, KeyError):  # a variant that is measured no more, another number of layers
+        return ""
+    return ", ".join(_as_asked(problem, limit.field) for limit in limits)
+
+
+def _as_asked(problem: Problem, field: str) -> str:
+    """`speedup 1.5`, or `speedup of chat 1.5` where one scenario has a budget of its own."""
+    name, _, own = field.partition(" of ")
+    budgets = {scenario.name: scenario.budget for scenario in problem.scenarios}
+    return f"{field} {getattr(budgets[own] if own else problem.budget, name):g}"
+
+
+def last_problem(profile: Profile, workspace: Path) -> Problem:
+    """The search as the last run of a profile left it in the workspace's tables."""
+    library = read_library(workspace / "tables" / profile.name)
+    return problem_of(profile, library.scores, library.costs)
+
+
+def _figures(side: Lineage, now: Lineage, profile: Profile, workspace: Path) -> Tensor:
+    """(S,) of the rule's metric on the test split of now, against the parent of now."""
+    tokens = read_tensors(workspace, now.corpus.tokens, ["test"])["test"][: profile.evaluate.sequences]
+    targets = parent_targets(open_parent(workspace / now.parent.folder).model(), tokens)
+    model = build(side.child, side.parent, workspace)
+    return sequence_figures(model, targets, tokens)[profile.champion.metric]
+
+
+def decide(ours: Tensor, theirs: Tensor, rule: Champion, changed: tuple[str, ...] = ()) -> Judgement:
+    """The rule on paired figures, (S,) each: moved when the improvement's lower bound passes `min_improvement`."""
+    better = ours - theirs if rule.metric == "top1_agreement" else theirs - ours
+    gain = mean_metric(better)
+    quantile = float(stats.t.ppf(rule.confidence, gain.n - 1)) if gain.n > 1 else float("inf")
+    lower = gain.value - quantile * gain.se if gain.n > 1 else float("-inf")
+    moved = lower > rule.min_improvement
+    size = rounded(gain.model_copy(update={"value": abs(gain.value)}))
+    reason = (
+        f"{rule.metric} {'better' if gain.value >= 0 else 'worse'} by {size} {UNITS[rule.metric]} over {gain.n} paired "
+        f"sequences, lower bound of the gain {lower:.3g} at {rule.confidence:.0%}; the rule asks for more than "
+        f"{rule.min_improvement:g}"
+    )
+    return Judgement(
+        outcome="moved" if moved else "kept",
+        reason=reason,
+        changed=changed,
+        metric=rule.metric,
+        champion=mean_metric(theirs),
+        challenger=mean_metric(ours),
+        improvement=gain,
+        lower_bound=lower if gain.n > 1 else None,
+    )
+
+
+def figures(found: Judgement) -> dict[str, float]:
+    """A judgement as metrics, where there was a comparison."""
+    if found.improvement is None or found.lower_bound is None:
+        return {}
+    return {
+        "champion/improvement": found.improvement.value,
+        "champion/improvement_se": found.improvement.se,
+        "champion/lower_bound": found.lower_bound,
+    }
+
+
+def judgement_markdown(found: Judgement, champion: str, challenger: str) -> str:
+    """A page on one judgement."""
+    lines = [f"# {found.outcome}: {found.reason}", ""]
+    if found.changed:
+        lines += [f"Changed since the last judgement: {told(found.changed)}.", ""]
+    if found.champion and found.challenger and found.improvement:
+        lines += [
+            f"| {found.metric} | mean ± standard error | sequences |",
+            "| --- | ---: | ---: |",
+            f"| champion ({champion}) | {rounded(found.champion)} | {found.champion.n} |",
+            f"| challenger ({challenger}) | {rounded(found.challenger)} | {found.challenger.n} |",
+            f"| better by, paired | {rounded(found.improvement)} | {found.improvement.n} |",
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,127 @@
+"""Where a run stands in MLflow, and what went into it: an experiment per parent and hardware, parent and corpus as
+inputs, what the machine did meanwhile, and a link that shows runs side by side.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from blocks.records import CorpusInfo, ParentInfo
+from profiles.schema import Hardware, Profile
+from tasks.costs import processor
+from tasks.operating.tracking import Tracking, client_of, open_tracking, server_uri
+from tasks.parent import name_of
+
+DIGEST = 32  # digits of a fingerprint; MLflow keeps 36 at most
+SAMPLE_SECONDS = 10.0  # MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL overrides it
+OWN = ("child/", "parent/")  # metrics that a registered child carries too
+
+
+def hardware_label(hardware: Hardware) -> str:
+    """The hardware target as runs name it; a machine without a name of its own by its processor."""
+    if hardware.engine == "roofline":
+        return f"{hardware.name} (modelled)"
+    unnamed = hardware.name == Hardware().name
+    return (_device_name(hardware.device) or hardware.name) if unnamed else hardware.name
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    if device.startswith("cuda") and torch.cuda.is_available():
+        return str(torch.cuda.get_device_name(device))
+    return processor()
+
+
+def experiment_name(profile: Profile) -> str:
+    """`puzzle <parent> on <hardware>`: runs that can be compared lie in one experiment."""
+    return f"puzzle {name_of(profile.parent)} on {hardware_label(profile.hardware)}"
+
+
+def open_experiment(profile: Profile, workspace: Path) -> Tracking:
+    """The experiment of a profile's runs, made where it is missing."""
+    return open_tracking(workspace, experiment_name(profile))
+
+
+def log_inputs(tracking: Tracking, run_id: str, parent: ParentInfo, corpus: CorpusInfo) -> None:
+    """Parent and corpus as inputs of a run, known by their fingerprints; a resumed run logs the same ones again."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    def made(context: str, name: str, fingerprint: str, place: str, facts: dict[str, object]) -> Any:
+        source = json.dumps({"uri": str(tracking.workspace / place)})
+        dataset = Dataset(name, fingerprint[:DIGEST], "local", source, profile=json.dumps(facts))
+        return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+
+    origin: dict[str, object] = {"source": parent.source, "revision": parent.revision, "sha256": parent.fingerprint}
+    texts = corpus.model_dump(mode="json", exclude={"tokens", "fingerprint"}) | {"sha256": corpus.fingerprint}
+    client_of(tracking).log_inputs(
+        run_id,
+        datasets=[
+            made("parent", parent.name, parent.fingerprint, parent.folder, origin),
+            made("corpus", corpus_name(corpus), corpus.fingerprint, corpus.tokens.path, texts),
+        ],
+    )
+
+
+def corpus_name(corpus: CorpusInfo) -> str:
+    """The corpus as MLflow lists it: what kinds of text it is made of."""
+    return corpus.description.partition(";")[0] or "corpus"
+
+
+@contextmanager
+def system_metrics(tracking: Tracking, run_id: str) -> Iterator[None]:
+    """CPU, memory, disk, network, and GPUs where there are any, as `system/...` metrics of a run while it goes."""
+    client_of(tracking)  # sets MLflow's environment before its first import
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # a sample less is no news
+    monitor: Any = SystemMetricsMonitor(
+        run_id, sampling_interval=SAMPLE_SECONDS, resume_logging=True, tracking_uri=tracking.uri
+    )
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+def compare_url(tracking: Tracking, run_ids: Sequence[str], port: int = 5000) -> str:
+    """MLflow's page that shows runs side by side: parameters, metrics, charts."""
+    experiments = [client_of(tracking).get_run(run_id).info.experiment_id for run_id in run_ids]
+    asked = f"runs={_listed(run_ids)}&experiments={_listed(list(dict.fromkeys(experiments)))}"
+    return f"{server_uri() or f'http://127.0.0.1:{port}'}/#/compare-runs?{asked}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return quote(json.dumps(list(words), separators=(",", ":")))  # it stands in Markdown links
+
+
+def finished_runs(tracking: Tracking, count: int) -> list[str]:
+    """The last finished optimisations of an experiment, newest first; nested runs have no parameters."""
+    found = client_of(tracking).search_runs(
+        [tracking.experiment_id],
+        "attributes.status = 'FINISHED' and params.profile LIKE '%'",
+        max_results=count,
+        order_by=["attributes.start_time DESC"],
+    )
+    return [run.info.run_id for run in found]
+
+
+def log_model_metrics(
+    tracking: Tracking, run_id: str, model_id: str, metrics: dict[str, float], corpus: CorpusInfo
+) -> None:
+    """The figures of a child and its parent at a logged model too, with the corpus whose test split they hold for."""
+    from mlflow.entities import Metric
+    from mlflow.utils.time import get_current_time_millis
+
+    now = get_current_time_millis()
+    points = [
+        Metric(name, value, now, 0, model_id, corpus_name(corpus), corpus.fingerprint[:DIGEST], run_id)
+        for name, value in metrics.items()
+        if name.startswith(OWN)
+    ]
+    client_of(tracking).log_batch(run_id, metrics=points)

@@ -1,0 +1,100 @@
+"""Before a run starts: do the servers that the environment names answer, and do they take its user and password.
+
+Prefect: PREFECT_API_URL with PREFECT_API_AUTH_STRING=user:password. MLflow: MLFLOW_TRACKING_URI with
+MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. Asked through the products' own clients, so that certificates and
+proxies are those that the run will meet. No address may hold a password: addresses are printed, logged and linked.
+"""
+
+import os
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+from blocks.errors import PuzzleError, PuzzleFailure
+
+PREFECT, MLFLOW = "PREFECT_API_URL", "MLFLOW_TRACKING_URI"
+CREDENTIALS = {
+    PREFECT: "PREFECT_API_AUTH_STRING=user:password",
+    MLFLOW: "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+}
+CERTIFICATE = {PREFECT: "PREFECT_API_SSL_CERT_FILE", MLFLOW: "MLFLOW_TRACKING_SERVER_CERT_PATH"}
+REFUSED = (401, 403)
+
+
+class ServerRefused(PuzzleError):
+    """A server that does not let this user in, or an address that must not be used."""
+
+
+class ServerAway(PuzzleFailure):
+    """A server that is named, and does not answer."""
+
+
+def check_servers(environment: Mapping[str, str] = os.environ) -> None:
+    """Raises ServerRefused, ServerAway. Says nothing, and asks nobody, where no server is named."""
+    for name in (PREFECT, MLFLOW):
+        plain_address(name, environment.get(name, ""))
+    if environment.get(PREFECT):
+        _ask_prefect(environment[PREFECT])
+    if environment.get(MLFLOW, "").startswith("http"):  # else a database
+        _ask_mlflow(environment[MLFLOW])
+
+
+def plain_address(name: str, url: str) -> None:
+    """ServerRefused for an address with a password in it. It is not repeated."""
+    if urlsplit(url).password is not None:
+        raise ServerRefused(
+            f"{name} holds a password, and addresses are printed: take it out, set {CREDENTIALS[name]}."
+        )
+
+
+def _ask_prefect(url: str) -> None:
+    import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    try:
+        with get_client(sync_client=True) as client:
+            client.request("GET", "/admin/version")
+    except (PrefectHTTPStatusError, httpx.HTTPStatusError) as error:
+        _judge(PREFECT, url, error.response.status_code)
+    except httpx.HTTPError as error:
+        raise _away(PREFECT, url, error) from error
+
+
+def _ask_mlflow(url: str) -> None:
+    from tasks.operating.tracking import quiet_mlflow
+
+    quiet_mlflow()
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    try:
+        # searched, since the health page is open to everybody
+        answer = http_request(
+            get_default_host_creds(url.rstrip("/")),
+            "/api/2.0/mlflow/experiments/search",
+            "GET",
+            max_retries=3,
+            params={"max_results": 1},
+        )
+    except Exception as error:  # MLflow wraps what requests raises
+        raise _away(MLFLOW, url, error) from error
+    _judge(MLFLOW, url, answer.status_code)
+
+
+def _judge(name: str, url: str, status: int) -> None:
+    if status in REFUSED:
+        raise ServerRefused(
+            f"the server at {url} ({name}) refuses user and password (HTTP {status}): set {CREDENTIALS[name]}."
+        )
+    if status >= 400:
+        raise ServerAway(f"the server at {url} ({name}) answers HTTP {status}: look into its log, or unset {name}.")
+
+
+def _away(name: str, url: str, error: Exception) -> PuzzleError:
+    told = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "CERTIFICATE_VERIFY_FAILED" in str(error) or "certificate verify failed" in str(error):
+        return ServerRefused(
+            f"the certificate of {url} ({name}) is not one that this machine trusts: name its file in "
+            f"{CERTIFICATE[name]}."
+        )
+    return ServerAway(f"no answer at {url} ({name}): {told[:160]}. Start it, or unset {name} to do without.")

@@ -1,0 +1,181 @@
+"""Children in MLflow's model registry: versions that `mlflow models serve` answers with, and who reigns among them.
+
+The alias `champion` names the version in use; `challenger` the one that was compared with it last. The order of reigns
+is kept as a tag, so that a rollback knows where to go back to.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from blocks.errors import PuzzleError
+from blocks.records import ChildReport, Value
+from tasks.compare import LINEAGE
+from tasks.operating.experiment import log_model_metrics
+from tasks.operating.tracking import Tracking, client_of, log_metrics, report_metrics
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+REIGNS, JUDGED, FOLDER = "puzzle.reigns", "puzzle.judged", "puzzle.run_folder"
+ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model, no such alias
+CODE = Path(__file__).with_name("pyfunc_child.py")
+
+
+class NoChampion(PuzzleError):
+    """Nothing to roll back to, or nothing registered."""
+
+
+class Version(Value):
+    """One registered child. run_folder: `runs/...` of the workspace, where its child and its lineage lie."""
+
+    name: str
+    version: int
+    run_folder: str
+    mlflow_run_id: str
+
+
+def model_name(profile: str) -> str:
+    """The registered model of a profile."""
+    return f"puzzle-{profile}"
+
+
+def champion_of(tracking: Tracking, name: str) -> Version | None:
+    """The version in use, or None before the first."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = client_of(tracking).get_model_version_by_alias(name, CHAMPION)
+    except MlflowException as error:
+        if error.error_code not in ABSENT:  # a server that does not answer is no empty registry
+            raise
+        return None
+    return _version(found)
+
+
+def _version(found: Any) -> Version:
+    return Version(
+        name=found.name,
+        version=int(found.version),
+        run_folder=found.tags.get(FOLDER, ""),
+        mlflow_run_id=found.run_id,
+    )
+
+
+def register(tracking: Tracking, report: ChildReport, run_folder: str, workspace: Path, reason: str) -> Version:
+    """Log a run's child as a pyfunc model of its MLflow run, and make it the `challenger` of the registered model."""
+    import mlflow
+
+    packages = ("torch", "transformers", "safetensors", "accelerate")
+    requirements = [f"{package}=={metadata.version(package).split('+')[0]}" for package in packages]
+    name, run_id = model_name(report.profile), report.mlflow_run_id
+    tags = {
+        FOLDER: run_folder,
+        "puzzle.parent": report.parent.name,
+        "puzzle.parent_fingerprint": report.parent.fingerprint,
+        "puzzle.corpus_fingerprint": report.corpus.fingerprint,
+        "prefect.flow_run_id": report.prefect_run_id,
+    }
+    with _fluent(tracking, run_id):
+        logged = mlflow.pyfunc.log_model(
+            name="child",
+            python_model=str(CODE),
+            artifacts={
+                "checkpoint": str(workspace / report.child_folder),
+                "lineage": str(workspace / run_folder / LINEAGE),
+            },
+            pip_requirements=requirements,
+            tags=tags,
+        )
+        client = client_of(tracking)
+        _known(client, name)
+        # in here too: a registry without a server looks a logged model up where MLflow's global URI points
+        made = client.create_model_version(
+            name, logged.model_uri, run_id, tags=tags, description=reason, model_id=logged.model_id
+        )
+    log_model_metrics(tracking, run_id, logged.model_id, report_metrics(report), report.corpus)
+    client.set_registered_model_alias(name, CHALLENGER, made.version)
+    return _version(client.get_model_version(name, made.version))
+
+
+def _known(client: Any, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_registered_model(name)
+    except MlflowException:
+        client.create_registered_model(name, description="children made by puzzle; alias champion: the one in use")
+
+
+@contextmanager
+def _fluent(tracking: Tracking, run_id: str) -> Iterator[None]:
+    """log_model knows no client: a run that is active in this thread, and what was set before comes back."""
+    import mlflow
+
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(tracking.uri)
+    try:
+        with mlflow.start_run(run_id=run_id):
+            yield
+    finally:
+        mlflow.set_tracking_uri(before)  # type: ignore[arg-type]
+
+
+def crown(tracking: Tracking, version: Version) -> None:
+    """Move the alias `champion`; the reign is remembered first, so that a kill between the two loses nothing."""
+    client = client_of(tracking)
+    reigns = _reigns(client, version.name)
+    if not reigns or reigns[-1] != version.version:
+        client.set_registered_model_tag(version.name, REIGNS, json.dumps([*reigns, version.version]))
+    client.set_registered_model_alias(version.name, CHAMPION, str(version.version))
+
+
+def _reigns(client: Any, name: str) -> list[int]:
+    """Versions in the order in which they reigned; what the alias says has the last word."""
+    kept: list[int] = json.loads(client.get_registered_model(name).tags.get(REIGNS, "[]"))
+    alias = client.get_registered_model(name).aliases.get(CHAMPION)
+    while kept and alias is not None and kept[-1] != int(alias):
+        kept.pop()
+    return kept
+
+
+def rollback(tracking: Tracking, name: str) -> tuple[Version, Version]:
+    """Give the alias back to the champion before. Returns (dethroned, champion). NoChampion when there is none."""
+    client, now = client_of(tracking), champion_of(tracking, name)
+    if now is None:
+        raise NoChampion(f"{name} has no champion yet: `puzzle reoptimize` makes the first")
+    reigns = _reigns(client, name)
+    if len(reigns) < 2:
+        raise NoChampion(f"version {now.version} of {name} is its first champion: there is none to go back to")
+    before = _version(client.get_model_version(name, str(reigns[-2])))
+    client.set_registered_model_alias(name, CHAMPION, str(before.version))
+    client.set_registered_model_tag(name, REIGNS, json.dumps(reigns[:-1]))
+    client.set_model_version_tag(name, str(now.version), "puzzle.rolled_back", "true")
+    return now, before
+
+
+def log_judgement(tracking: Tracking, run_id: str, outcome: str, figures: Mapping[str, float]) -> None:
+    """What a challenger's run came to: a tag `puzzle.outcome`, and the paired comparison as metrics."""
+    client_of(tracking).set_tag(run_id, "puzzle.outcome", outcome)
+    log_metrics(tracking, run_id, figures)
+
+
+def judged(tracking: Tracking, name: str) -> dict[str, str]:
+    """What the last comparison was made for: digests by part; empty before the first."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        tags = client_of(tracking).get_registered_model(name).tags
+    except MlflowException as error:
+        if error.error_code not in ABSENT:
+            raise
+        return {}
+    found: dict[str, str] = json.loads(tags.get(JUDGED, "{}"))
+    return found
+
+
+def remember_judged(tracking: Tracking, name: str, basis: Mapping[str, str]) -> None:
+    """Keep what a comparison was made for, whoever won it."""
+    client_of(tracking).set_registered_model_tag(name, JUDGED, json.dumps(dict(basis)))

@@ -1,0 +1,42 @@
+"""The front over one quantity of a workspace's block library: what the deployment `sweep` runs."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from blocks.records import Value
+from tasks.foreign.interchange import open_library
+from tasks.search.request import Request, limit_of
+from tasks.search.solve import front, front_values
+
+
+class Point(Value):
+    """The best child at one limit; figures are None where nothing fits, or where the library does not know."""
+
+    limit: float
+    status: str
+    score: float | None = None
+    memory_mib: float | None = None
+    runtime_ms: float | None = None
+    num_params: float | None = None
+
+
+def sweep_library(
+    folder: Path,
+    over: str,
+    points: int,
+    budgets: Mapping[str, str | None],
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Point]:
+    """The front over one quantity on the library of a workspace, the other budgets kept."""
+    library = open_library(folder)
+    kept = tuple(limit_of(name, text) for name, text in budgets.items() if text is not None and name != over)
+    request = Request(limits=kept)
+    values = front_values(library, request, over, points)
+    found = front(library, request, over, values, tell)
+    figures = ("status", "score", "memory_mib", "runtime_ms", "num_params")
+    return [
+        Point(limit=value, **{name: getattr(choice, name) for name in figures})
+        if choice
+        else Point(limit=value, status="infeasible")
+        for value, choice in zip(values, found, strict=True)
+    ]

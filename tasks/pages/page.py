@@ -1,0 +1,255 @@
+"""One self-contained HTML page of a choice from a block library, and of the run behind it: `puzzle report`.
+
+Pictures are inline SVG that follows the page's colours; nothing is loaded from elsewhere. Each can be had as PNG too.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from blocks.library import write_text
+from blocks.records import ChildReport, TruthPoint
+from tasks.foreign.reading import read_json
+from tasks.foreign.tables import validated
+from tasks.pages.library_pictures import Front, draw_confidence, draw_front, draw_strip, draw_truth
+from tasks.pages.svg import inline_svg
+from tasks.picture import draw_comparison
+from tasks.progress import shown
+from tasks.report import BEST, LEGEND, comparison_rows, save_figure, speed_table, sums_table, verdict
+from tasks.search.confidence import Confidence, bootstrap
+from tasks.search.front import front_of
+from tasks.search.joint import QUANTITIES, JointLibrary, LibraryFileError, at
+from tasks.search.request import Request
+from tasks.search.solve import JointChoice, Price, choose_joint, prices
+
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """How much is solved again. over: the budget on the front's axis, the one that binds most when None."""
+
+    over: str | None = None
+    points: int = 20
+    draws: int = 200
+
+
+DEFAULT = Extent()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """All that a page says of a choice. confidence: None where the library keeps no scores per sequence."""
+
+    title: str
+    library: JointLibrary
+    request: Request
+    choice: JointChoice
+    front: Front
+    prices: tuple[Price, ...]
+    confidence: Confidence | None
+    truth: tuple[TruthPoint, ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()
+    missing: tuple[str, ...] = ()
+    report: ChildReport | None = None
+
+
+def study_choice(title: str, library: JointLibrary, request: Request, extent: Extent = DEFAULT, **parts: Any) -> Study:
+    """Choose, price, sweep and resample, with progress on standard error. parts: the other fields of Study.
+
+    Raises InfeasibleBudget when nothing fits.
+    """
+    choice = choose_joint(library, request.model_copy(update={"diverse": 1}))[0]
+    priced = prices(library, request)
+    over = extent.over or _axis(request, priced)
+    with shown("sweep", beside=True) as tell:
+        front = front_of(library, request, choice, over, extent.points, tell)
+    sure = None
+    if all(len(option.samples.get(request.metric, ())) > 1 for option in library.options):
+        with shown("bootstrap", beside=True) as tell:
+            sure = bootstrap(library, request, extent.draws, tell=tell)
+    return Study(
+        title=title,
+        library=library,
+        request=request,
+        choice=choice,
+        front=front,
+        prices=tuple(priced),
+        confidence=sure,
+        **parts,
+    )
+
+
+def _axis(request: Request, priced: Sequence[Price]) -> str:
+    """The quantity of which the choice uses most of its limit; where that is a floor, the cost behind it."""
+    used = [
+        (price.limit / price.used if limit.kind.floor else price.used / price.limit, limit.kind.cost)
+        for price, limit in zip(priced, request.limits, strict=True)
+        if limit.kind.cost and price.used
+    ]
+    return max(used)[1] if used else "memory_mib"
+
+
+def read_truth(path: Path) -> tuple[TruthPoint, ...]:
+    """Points from a JSON list of {name, predicted, true, true_se}, or an object that has one under "points"."""
+    found = read_json(path)
+    listed = found.get("points") if isinstance(found, dict) else found
+    if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
+        raise LibraryFileError(f"{path}: a list of {{name, predicted, true, true_se}}, or one under 'points'.")
+    return tuple(validated(TruthPoint, one, path) for one in listed)
+
+
+def pictures_of(study: Study) -> dict[str, Figure]:
+    """Figures by file name, those that there is something to show of."""
+    found = {"strip": draw_strip(study.choice.layers), "front": draw_front(study.front)}
+    if study.confidence is not None:
+        found["confidence"] = draw_confidence(study.confidence)
+    if study.truth:
+        found["truth"] = draw_truth(study.truth)
+    if study.report is not None and any(candidate.kl for candidate in study.report.candidates):
+        found["comparison"] = draw_comparison(study.report.candidates)
+    return found
+
+
+def write_page(study: Study, target: Path, png: Path | None = None) -> list[Path]:
+    """Write the page, and every picture as PNG into the folder `png`. Returns the files."""
+    figures = pictures_of(study)
+    written = [save_figure(figure, png / f"{name}.png") for name, figure in figures.items()] if png else []
+    return [write_text(target, render(study, figures)), *written]
+
+
+def render(study: Study, figures: dict[str, Figure]) -> str:
+    """The page as HTML."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    names = {
+        "strip": "architecture, layer by layer",
+        "front": "Pareto front with simple searches on it",
+        "confidence": "how often each layer's choice recurs",
+        "truth": "predicted against true",
+        "comparison": "parent, child and baselines",
+    }
+    report = study.report
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=study.title,
+        choice=study.choice,
+        request=study.request,
+        front=study.front,
+        over=_words(study.front.over),
+        prices=[_priced(price, study.choice) for price in study.prices],
+        sure=study.confidence,
+        truth=study.truth,
+        facts=study.facts,
+        missing=study.missing,
+        pictures={name: Markup(inline_svg(figure, names[name])) for name, figure in figures.items()},  # noqa: S704
+        budgets=[*_budgets(study)],
+        scenarios=study.choice.scenarios if len(study.choice.scenarios) > 1 else (),
+        runs=_runs(study.choice.layers),
+        types=len(set(study.choice.layers.values())),
+        error="" if study.choice.score_se is None else f"{study.choice.score_se:.2g}",
+        report=report,
+        rows=[] if report is None else comparison_rows(report),
+        verdict="" if report is None else verdict(report),
+        speeds=[] if report is None else [table for table in (sums_table(report), speed_table(report)) if table[1]],
+        best=BEST,
+        legend=LEGEND,
+        percent=lambda share, digits=0: f"{round(100 * share, digits) + 0.0:.{digits}f} %",
+    )
+
+
+def _budgets(study: Study) -> Iterator[dict[str, str]]:
+    """What the choice takes of everything that the library knows or the request limits."""
+    library, choice = study.library, study.choice
+    limited = {price.budget: price for price in study.prices}
+    for name in ("memory_mib", "runtime_ms", "num_params"):
+        value = getattr(choice, name)
+        if value is not None:
+            yield _tile(name, value, limited.pop(name, None), library, choice)
+    for price in limited.values():
+        yield _tile(price.budget, price.used, price, library, choice)
+
+
+def _tile(name: str, value: float, price: Price | None, library: JointLibrary, choice: JointChoice) -> dict[str, str]:
+    quantity, _, scenario = name.partition(" of ")
+    kind = QUANTITIES[quantity]
+    share = outside = ""
+    if len(choice.scenarios) == 1 and kind.cost == quantity:
+        places = [(place.scenario, place.batch_size) for place in library.places]
+        index = places.index((choice.scenarios[0].scenario, choice.scenarios[0].batch_size))
+        parents = set(library.parents) == set(library.layers)
+        parent = library.of_parent(quantity, index) if parents and not (price and price.share) else 0.0
+        share = f"{100 * value / parent:.1f} % of the parent" if parent else ""
+        known = quantity in library.fixed
+        outside = f"{figure(at(library.fixed[quantity], index), kind.unit)} outside the blocks" if known else ""
+    told = figure(value, kind.unit)
+    if price is not None and price.share and value == price.used:
+        told = f"{100 * value:.1f} % of the parent's"
+    return {
+        "name": _words(quantity) + (f", {scenario}" if scenario else ""),
+        "value": told,
+        "limit": "" if price is None else _limit(price),
+        "used": "" if price is None else f"{100 * price.used / price.limit:.1f}",
+        "share": share,
+        "outside": outside,
+    }
+
+
+def _words(quantity: str) -> str:
+    """memory_mib -> memory, num_params -> parameters, ttft_ms -> time to first token."""
+    told = {"num_params": "parameters", "ttft_ms": "time to first token", "tokens_per_second": "tokens per second"}
+    return told.get(quantity, quantity.removesuffix("_mib").removesuffix("_ms").replace("_params", " parameters"))
+
+
+def _limit(price: Price) -> str:
+    least = "at least " if QUANTITIES[price.budget.partition(" of ")[0]].floor else ""
+    return least + (f"{100 * price.limit:.4g} % of the parent's" if price.share else figure(price.limit, price.unit))
+
+
+def figure(value: float, unit: str) -> str:
+    """`1.31 million`, `726.4 MiB`, `12.3 ms`: four figures and the unit."""
+    if unit == "parameters":
+        return f"{value / 1e6:,.4g} million" if value < 1e9 else f"{value / 1e9:,.4g} billion"
+    return f"{value:,.0f} {unit}" if abs(value) >= 1000 else f"{value:.4g} {unit}"
+
+
+def _priced(price: Price, choice: JointChoice) -> dict[str, Any]:
+    """What a budget is worth; per million where the unit is a parameter, per percent where it is a share."""
+    moves = [
+        (
+            step,
+            "nothing fits" if value is None else f"{value:.6g}",
+            "" if value is None else f"{value - choice.objective:+.3g}",
+        )
+        for step, value in price.resolved.items()
+    ]
+    quantity, _, scenario = price.budget.partition(" of ")
+    many = price.unit == "parameters"
+    unit, scale = ("% of the parent's", 0.01) if price.share else ("million", 1e6) if many else (price.unit, 1.0)
+    return {
+        "budget": _words(quantity) + (f", {scenario}" if scenario else ""),
+        "used": f"{100 * price.used / price.limit:.1f} %",
+        "limit": _limit(price),
+        "unit": unit,
+        "per_unit": f"{price.per_unit * scale:+.3g}",
+        "moves": moves,
+    }
+
+
+def _runs(layers: dict[str, str]) -> list[tuple[str, str]]:
+    """Layers with the same choice put together: (`layer_3 – layer_7`, label)."""
+    found = []
+    for label, run in itertools.groupby(layers.items(), key=lambda item: item[1]):
+        names = [name for name, _ in run]
+        found.append((names[0] if len(names) == 1 else f"{names[0]} – {names[-1]}", " ".join(label.split())))
+    return found
+
+
+def truth_of(folder: Path) -> tuple[TruthPoint, ...]:
+    """Points of the newest `puzzle check` of a workspace; none where there was none."""
+    kept = sorted((folder / "studies").glob("*/truth.json"), key=lambda path: path.stat().st_mtime)
+    return read_truth(kept[-1]) if kept else ()

@@ -1,0 +1,363 @@
+"""What a run will take and can give, from the profile and the parent's config alone: no weights, no data, no Prefect.
+
+Work per stage is counted in tasks/planning/effort.py; costs of children come from the roofline, of the hardware target
+or of this machine as it was measured. What the budget allows at best is a MIP of its own: the child that keeps most
+parameters, and the fastest of the space. Which of them is *good* only the search can tell.
+"""
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from blocks.errors import InfeasibleBudget
+from blocks.parent import Parent
+from blocks.records import SUBBLOCKS, Architecture, CostTable, LayerChoice, Score, Subblock, Totals, Value
+from blocks.variant import kind_of, parse_labels
+from profiles.hardware import HardwareTarget, load_target
+from profiles.schema import ParentSource, Profile
+from tasks.choose import choose
+from tasks.costs import weight_bytes
+from tasks.parent import write_config
+from tasks.planning import effort
+from tasks.planning.effort import FLOAT, Shape, Work, shape_of
+from tasks.planning.machine import Rates, rates_of, target_of
+from tasks.roofline import Setting, decode_of, modelled_costs, non_block_seconds, prefill_of, setting_of
+from tasks.search.totals import Batches, Problem, batch_choices, make_problem, totals_of
+from tasks.space import check_search_space, layers_of, measured_space
+from tasks.throughput import MAX_DECODE_STEPS
+
+PROCESS_BYTES = 1 << 30  # this program with torch, transformers, MLflow and Prefect, before any tensor
+STATE_BYTES = 40 << 20  # Prefect's and MLflow's databases, logs, reports
+
+
+class StagePlan(Value):
+    """One stage: tasks, tokens through layers or head, seconds on an idle machine."""
+
+    name: str
+    tasks: int
+    tokens: int
+    seconds: float
+
+
+class ChildPlan(Value):
+    """A child that is possible: what it was asked for, its totals and the parent's at the same batch sizes."""
+
+    name: str
+    parameters: int
+    layers: tuple[LayerChoice, ...]
+    totals: tuple[Totals, ...]
+    parent_totals: tuple[Totals, ...]
+
+
+class Plan(Value):
+    """All of it. disk_bytes, memory_bytes: what the workspace holds at the end, the process at its peak."""
+
+    profile: str
+    machine: str
+    machine_measured: bool
+    machine_loaded: bool
+    threads: int
+    costs_of: dict[str, str]
+    parent_parameters: int
+    layers: int
+    layers_searched: int
+    attention_variants: int
+    ffn_variants: int
+    architectures_log10: float
+    blocks: int
+    tasks: int
+    tokens: int
+    stages: tuple[StagePlan, ...]
+    seconds: float
+    core_hours: float
+    disk_bytes: int
+    memory_bytes: int
+    money: float | None
+    children: tuple[ChildPlan, ...]
+    infeasible: str = ""
+
+
+def config_parent(source: ParentSource) -> Parent:
+    """A parent known by its config; asking it for weights fails. Raises ParentError."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_config(source, Path(folder))
+        return Parent(Path(folder))
+
+
+def plan_of(profile: Profile, parent: Parent, rates: Rates, price_per_hour: float | None = None) -> Plan:
+    """The plan of a profile on a machine with these rates. Raises what the search space or hardware make invalid."""
+    check_search_space(profile, parent)
+    shape = shape_of(profile, parent)
+    searched = layers_of(profile, parent)
+    modelled = profile.hardware.engine == "roofline"
+    setting = setting_of(profile.hardware, _serving(profile, rates))
+    problem = bounds_problem(profile, parent, setting, searched)
+    children, infeasible = children_of(problem)
+    share = share_of(children, shape)
+    stages = stages_of(shape, searched, share, rates, None if modelled else setting)
+    seconds = sum(stage.seconds for stage in stages)
+    options = [len(shape.variants[part]) for part in SUBBLOCKS]
+    blocks = len(searched) * (sum(options) - 2)
+    coupled = effort.coupled_work(shape, len(searched))[1]
+    return Plan(
+        profile=profile.name,
+        machine=rates.name,
+        machine_measured=rates.measured,
+        machine_loaded=rates.loaded,
+        threads=rates.threads,
+        costs_of=problem.costs.hardware,
+        parent_parameters=parent.depth * shape.layer_parameters + shape.outside_parameters,
+        layers=parent.depth,
+        layers_searched=len(searched),
+        attention_variants=options[0],
+        ffn_variants=options[1],
+        architectures_log10=len(searched) * math.log10(options[0] * options[1] + coupled // max(len(searched), 1)),
+        blocks=blocks + coupled,
+        tasks=sum(stage.tasks for stage in stages),
+        tokens=sum(stage.tokens for stage in stages),
+        stages=tuple(stages),
+        seconds=seconds,
+        core_hours=seconds * rates.threads / 3600,
+        disk_bytes=disk_bytes(shape, len(searched), share),
+        memory_bytes=memory_bytes(shape, share),
+        money=None if price_per_hour is None else seconds / 3600 * price_per_hour,
+        children=tuple(children),
+        infeasible=infeasible,
+    )
+
+
+def machine_rates(profile: Profile, on: str | None) -> Rates | None:
+    """Rates of the device that the run is planned on; None: it is this machine, to be measured.
+
+    on: name of a hardware target, or "this-machine"; the target the profile names with engine roofline when None.
+    """
+    name = on or (profile.hardware.name if profile.hardware.engine == "roofline" else "this-machine")
+    if name == "this-machine":
+        return None
+    target: HardwareTarget = load_target(name)
+    precision = profile.hardware.precision
+    return rates_of(target, precision if precision in target.peak_tflops else "float32")
+
+
+def _serving(profile: Profile, rates: Rates) -> HardwareTarget:
+    """What the children are served on: the profile's target, or, where costs will be measured, the run's machine."""
+    if profile.hardware.engine == "roofline":
+        return load_target(profile.hardware.name)
+    return target_of(rates, profile.hardware.precision) if rates.measured else load_target(rates.name)
+
+
+def bounds_problem(profile: Profile, parent: Parent, setting: Setting, searched: Sequence[int]) -> Problem:
+    """The profile's problem with modelled costs, and in the place of scores the share of parameters a variant drops."""
+    space = measured_space(profile)
+    table: CostTable = modelled_costs(parent, space, profile.scenarios, setting)
+    first = (profile.scenarios[0].name, profile.scenarios[0].batch_sizes[0])
+    sizes = {(c.subblock, c.variant): c.parameters for c in table.costs if (c.scenario, c.batch_size) == first}
+    whole = table.num_hidden_layers * sum(sizes[part, "parent"] for part in SUBBLOCKS)
+    scores = [
+        _score(layer, part, label, (sizes[part, "parent"] - size) / whole)
+        for layer in searched
+        for (part, label), size in sizes.items()
+        if label in ("parent", *_labels(profile, part, parent))
+    ]
+    return make_problem(scores, table, profile.budget, profile.scenarios, profile.search)
+
+
+def _labels(profile: Profile, part: Subblock, parent: Parent) -> list[str]:
+    return [variant.label for variant in parse_labels(part, getattr(profile.search_space, part), parent.config)]
+
+
+def _score(layer: int, part: Subblock, label: str, dropped: float) -> Score:
+    return Score(
+        layer=layer,
+        subblock=part,
+        variant=label,
+        kl=dropped,
+        kl_se=0.0,
+        lm_loss=dropped,
+        lm_loss_se=0.0,
+        tokens=0,
+        kl_per_sequence=(dropped,),
+        lm_loss_per_sequence=(dropped,),
+    )
+
+
+def children_of(problem: Problem) -> tuple[list[ChildPlan], str]:
+    """The child with most parameters within the budget and the fastest of the space; why there is none, else "".
+
+    Parameters and memory are exact; times are the model's. Layers are alike here, so very many choices come close to
+    filling a budget: what the largest child drops is the least possible to 0.5 %.
+    """
+    quick = problem.search.model_copy(update={"gap": max(problem.search.gap, 5e-3)})
+    fastest = fastest_of(problem)
+    batches = tuple(max(scenario.batch_sizes) for scenario in problem.scenarios)
+    found = [_child("fastest of the space", problem, fastest, batches)]
+    try:
+        best: Architecture = choose(replace(problem, search=quick))
+    except InfeasibleBudget as error:
+        return found, str(error)
+    at = tuple(totals.batch_size for totals in best.totals)
+    return [_child("largest within the budget", problem, best.layers, at), *found], ""
+
+
+def fastest_of(problem: Problem) -> tuple[LayerChoice, ...]:
+    """Every searched subblock by the variant with the least runtime, summed over the scenarios."""
+    at = batch_choices(problem)[0]
+    seconds: dict[tuple[str, str], float] = {}
+    for scenario, batch in zip(problem.scenarios, at, strict=True):
+        for cost in problem.costs.costs:
+            if (cost.scenario, cost.batch_size) == (scenario.name, batch):
+                runtime = cost.prefill_seconds + scenario.generated_tokens * cost.decode_seconds_per_token
+                seconds[cost.subblock, cost.variant] = seconds.get((cost.subblock, cost.variant), 0.0) + runtime
+    layers = []
+    for layer in range(problem.costs.num_hidden_layers):
+        parts: dict[Subblock, str] = dict.fromkeys(SUBBLOCKS, "parent")
+        for part in SUBBLOCKS:
+            options = {label: seconds[part, label] for label in problem.score_table.get((layer, part), {})}
+            parts[part] = min(options, key=options.__getitem__, default="parent")
+        layers.append(LayerChoice(attention=parts["attention"], ffn=parts["ffn"]))
+    return tuple(layers)
+
+
+def _child(name: str, problem: Problem, layers: Sequence[LayerChoice], at: Batches) -> ChildPlan:
+    totals = totals_of(problem, layers, at)
+    return ChildPlan(
+        name=name,
+        parameters=totals[0].parameters,
+        layers=tuple(layers),
+        totals=totals,
+        parent_totals=totals_of(problem, problem.parent, at),
+    )
+
+
+def share_of(children: Sequence[ChildPlan], shape: Shape) -> float:
+    """Share of the layers' parameters that a child of this budget keeps at most."""
+    layers = shape.depth * shape.layer_parameters
+    return max(child.parameters - shape.outside_parameters for child in children) / layers
+
+
+def stages_of(
+    shape: Shape, searched: list[int], share: float, rates: Rates, serving: Setting | None
+) -> list[StagePlan]:
+    """Every stage that prints itself, in order. serving: where costs and speed are measured; None when modelled."""
+    profile, length = shape.profile, shape.length
+    jobs = len(searched) * sum(len(variants) - 1 for variants in shape.variants.values())
+    coupled, pairs = effort.coupled_work(shape, len(searched))
+    variants = (jobs + pairs) // max(len(searched), 1)
+    rivals = len(profile.evaluate.baselines)
+    distilled = (1 + (1 if rivals and profile.evaluate.distill_best_baseline else 0)) if profile.gkd.steps else 0
+    record, corpus, gkd = profile.record, profile.corpus, profile.gkd
+    sequences = record.statistics_sequences + record.validation_sequences
+    tested = profile.evaluate.sequences * length + effort.benchmark_tokens(shape)
+    packed = (corpus.train_sequences + corpus.validation_sequences + corpus.test_sequences) * length
+    scored = profile.scoring.sequences * (profile.scoring.tokens_per_sequence or length)
+    stepped = gkd.steps * gkd.batch_sequences * length
+    shares = [1.0, *[share] * (1 + rivals)]
+    rows = [
+        ("parent", 1, 0, effort.parent_work(shape)),
+        ("corpus", 1, packed, Work(fixed=packed / effort.CORPUS_TOKENS_PER_SECOND + effort.TASK_SECONDS)),
+        ("record", shape.depth, sequences * length * shape.depth, effort.record_work(shape)),
+        ("distill", jobs, _bld_tokens(shape, len(searched)), effort.distill_work(shape, len(searched))),
+        ("coupled", pairs, pairs * profile.bld.steps * profile.bld.batch_sequences * length, coupled),
+        ("score", len(searched), scored * variants * len(searched), effort.score_work(shape, searched, variants)),
+        ("measure", 1, 0, measure_work(shape, serving)),
+        ("choose", 1, 0, Work(fixed=2.0)),
+        ("evaluate", len(shares), tested * len(shares), effort.evaluate_work(shape, shares, first=True)),
+        ("GKD parent", min(distilled, 1), stepped + gkd.validation_sequences * length, effort.teacher_work(shape)),
+        ("GKD child", min(distilled, 1), stepped, effort.gkd_work(shape, share)),
+        ("GKD best baseline", max(distilled - 1, 0), stepped, effort.gkd_work(shape, share)),
+        ("evaluate", distilled, tested * distilled, effort.evaluate_work(shape, [share] * distilled, first=False)),
+        ("throughput", 1 if serving else 0, 0, throughput_work(shape, serving, shares)),
+    ]
+    return [
+        StagePlan(name=name, tasks=tasks, tokens=tokens, seconds=work.seconds(rates))
+        for name, tasks, tokens, work in rows
+        if tasks
+    ]
+
+
+def _bld_tokens(shape: Shape, layers: int) -> int:
+    """Train tokens of all variants that are trained, each once: what the block records add up to."""
+    bld = shape.profile.bld
+    trained = sum(kind_of(variant).trainable for variants in shape.variants.values() for variant in variants)
+    return layers * trained * bld.steps * bld.batch_sequences * shape.length
+
+
+def measure_work(shape: Shape, setting: Setting | None) -> Work:
+    """Stacks of every variant, non-block part and parent, in rounds; nothing where costs are modelled."""
+    if setting is None:
+        return Work()
+    profile, parent = shape.profile, shape.parent
+    measure, copies = profile.measure, min(profile.measure.stack, shape.depth)
+    table = modelled_costs(parent, measured_space(profile), profile.scenarios, setting)
+    seconds = 0.0
+    for cost in table.costs:
+        seconds += copies * (cost.prefill_seconds + measure.decode_steps * cost.decode_seconds_per_token)
+        if cost.variant == "parent":  # the whole parent takes its turn as well
+            seconds += shape.depth * (cost.prefill_seconds + measure.decode_steps * cost.decode_seconds_per_token)
+    for outside in table.non_block:
+        seconds += 2 * (outside.prefill_seconds + measure.decode_steps * outside.decode_seconds_per_token)
+    noise = copies * FLOAT * sum(shape.parameters(v) for variants in shape.variants.values() for v in variants)
+    build = (noise + effort.model_bytes(shape)) / effort.BUILD_BYTES_PER_SECOND
+    return Work(fixed=seconds * (measure.rounds + 1) + build + effort.TASK_SECONDS)
+
+
+def throughput_work(shape: Shape, setting: Setting | None, shares: Sequence[float]) -> Work:
+    """Whole models in turns: prompt and up to 32 decode steps; nothing where costs are modelled."""
+    if setting is None:
+        return Work()
+    profile, parent = shape.profile, shape.parent
+    scenario = profile.scenarios[0]
+    batch = max(scenario.batch_sizes)
+    table = modelled_costs(parent, measured_space(profile), [scenario], setting)
+    own = [c for c in table.costs if c.variant == "parent" and c.batch_size == batch]
+    steps = min(scenario.generated_tokens, MAX_DECODE_STEPS)
+    outside = [non_block_seconds(parent, work(scenario, batch), setting) for work in (prefill_of, decode_of)]
+    layers = [shape.depth * sum(getattr(c, f) for c in own) for f in ("prefill_seconds", "decode_seconds_per_token")]
+    work = Work(fixed=effort.TASK_SECONDS)
+    for share in shares:
+        prefill, step = (outside[i] + share * layers[i] for i in (0, 1))
+        rounds = profile.evaluate.throughput_rounds
+        turns = (rounds + 1) * prefill + (rounds * steps + 2) * step
+        work += Work(fixed=turns + effort.model_bytes(shape, share) / effort.BUILD_BYTES_PER_SECOND)
+    return work
+
+
+def disk_bytes(shape: Shape, layers: int, share: float) -> int:
+    """What the workspace holds at the end."""
+    record, profile = shape.profile.record, shape.profile
+    kept = record.hidden_sequences + record.validation_sequences
+    total = effort.model_bytes(shape)
+    total += shape.depth * (shape.states(kept) + effort.statistics_bytes(shape))
+    total += (
+        layers
+        * FLOAT
+        * sum(shape.parameters(v) for part in SUBBLOCKS for v in shape.variants[part][1:] if v.kind != "no_op")
+    )
+    if profile.gkd.steps:
+        rivals = 1 if profile.evaluate.baselines and profile.evaluate.distill_best_baseline else 0
+        total += effort.teacher_bytes(shape) + (1 + rivals) * share * shape.depth * shape.layer_parameters * FLOAT
+    return int(total + effort.model_bytes(shape, share) + STATE_BYTES)
+
+
+def memory_bytes(shape: Shape, share: float) -> int:
+    """The process's peak: the largest of scoring, GKD, evaluation and throughput, beside the program itself."""
+    profile, width, inner = shape.profile, shape.hidden, shape.inner
+    weights = share * shape.depth * shape.layer_parameters * FLOAT
+    tokens = profile.gkd.batch_sequences * shape.length
+    activations = tokens * share * shape.depth * FLOAT * (22 * width + 5 * inner)
+    # beside the model: gradients, two moments, the best weights so far and their successor, the optimiser's temporary
+    gkd = effort.model_bytes(shape, share) + 6 * weights + activations + shape.vocabulary * width * FLOAT
+    models = 2 + len(profile.evaluate.baselines)
+    served = weight_bytes(profile.hardware.precision) / FLOAT
+    throughput = served * (effort.model_bytes(shape) + (models - 1) * effort.model_bytes(shape, share))
+    scoring = 2 * effort.model_bytes(shape)
+    recorded = profile.record.statistics_sequences + profile.record.validation_sequences
+    record = 3 * shape.states(recorded) + 4 * effort.statistics_bytes(shape)
+    stages = [scoring, record, *([gkd] if profile.gkd.steps else []), *([throughput] if _measures(profile) else [])]
+    return int(PROCESS_BYTES + max(stages))
+
+
+def _measures(profile: Profile) -> bool:
+    return profile.hardware.engine != "roofline"

@@ -1,0 +1,1 @@
+"""The search: a choice in numbers, solved, asked in words, explained where it is infeasible."""

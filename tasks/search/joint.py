@@ -1,0 +1,194 @@
+"""A joint block library: one score and the costs of every variant of every layer, whoever measured them.
+
+A library in NVlabs' format is joint by nature (tasks/foreign/nvlabs.py); one of our own is viewed so, a slot per
+layer, every pair of an attention and an FFN (tasks/foreign/interchange.py). What may be asked of it:
+tasks/search/request.py; how it is answered: tasks/search/solve.py.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from blocks.errors import PuzzleError
+from blocks.records import LayerChoice
+from tasks.search.program import Floats
+
+# N = options, S = scenarios
+Cost = float | tuple[float, ...]  # the same everywhere, or one value per place of the library
+
+
+class LibraryFileError(PuzzleError):
+    """A block library file that cannot be read, or does not hold what is asked of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantity:
+    """Something a budget can limit. `cost`: the figure of the library behind it; `floor`: more is better."""
+
+    unit: str
+    cost: str
+    floor: bool = False
+    per_place: bool = True
+    time: bool = False
+
+
+QUANTITIES = {
+    "memory_mib": Quantity(unit="MiB", cost="memory_mib"),
+    "runtime_ms": Quantity(unit="ms", cost="runtime_ms", time=True),
+    "ttft_ms": Quantity(unit="ms", cost="ttft_ms", time=True),
+    "tokens_per_second": Quantity(unit="tokens/s", cost="runtime_ms", floor=True, time=True),
+    "num_params": Quantity(unit="parameters", cost="num_params", per_place=False),
+    "active_params": Quantity(unit="parameters", cost="active_params", per_place=False),
+    "layer_params": Quantity(unit="parameters", cost="layer_params", per_place=False),
+    "score": Quantity(unit="of the metric", cost="", per_place=False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A scenario at one batch size: where runtime and memory were measured. Tokens of one request; 0 is unknown."""
+
+    scenario: str = ""
+    batch_size: int = 1
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and generated tokens of one batch."""
+        return self.batch_size * (self.prompt_tokens + self.generated_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointOption:
+    """One variant of one layer: its label, scores by metric, costs (memory_mib, runtime_ms, ttft_ms, num_params ...).
+
+    samples: scores by metric again, one per scored sequence, the same sequences for every option; empty when unknown.
+    sizes: num_key_value_heads and intermediate_size where the variant has them. choice: the same in our own words.
+    """
+
+    layer: str
+    label: str
+    metrics: dict[str, float]
+    costs: dict[str, Cost]
+    is_parent: bool = False
+    samples: dict[str, Floats] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    choice: LayerChoice | None = None
+
+    @property
+    def names(self) -> set[str]:
+        """What `forbid` may call it: its label, or a subblock's kind ("no_op", "attention=no_op", "ffn=linear")."""
+        return {self.label, *kinds_in(self.label)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointLibrary:
+    """Options layer after layer; what the non-block part costs, where known; where and how it was measured."""
+
+    layers: tuple[str, ...]
+    options: tuple[JointOption, ...]
+    fixed: dict[str, Cost] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+    places: tuple[Place, ...] = (Place(),)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Metrics that every option has."""
+        return sorted(set.intersection(*(set(option.metrics) for option in self.options)))
+
+    @property
+    def scenarios(self) -> list[str]:
+        """Names of the scenarios, in the library's order."""
+        return list(dict.fromkeys(place.scenario for place in self.places))
+
+    @cached_property
+    def parents(self) -> dict[str, JointOption]:
+        """The parent's own option of every layer that has one."""
+        return {option.layer: option for option in self.options if option.is_parent}
+
+    def knows(self, cost: str) -> bool:
+        """True when every option has this cost."""
+        return all(cost in option.costs for option in self.options)
+
+    def column(self, cost: str, place: int) -> Floats:
+        """(N,) cost of every option at a place."""
+        return np.array([at(option.costs[cost], place) for option in self.options])
+
+    def outside(self, cost: str, place: int) -> float:
+        """What the non-block part takes; 0 where the library does not know."""
+        return at(self.fixed.get(cost, 0.0), place)
+
+    def of_parent(self, cost: str, place: int = 0) -> float:
+        """What the parent takes, non-block part included; LibraryFileError where its blocks are missing."""
+        missing = [layer for layer in self.layers if layer not in self.parents]
+        if missing:
+            raise LibraryFileError(
+                f"{missing[0]} has no variant marked as the parent's, so a share of the parent cannot be taken: give "
+                f"{cost} in its own unit."
+            )
+        return self.outside(cost, place) + math.fsum(at(o.costs[cost], place) for o in self.parents.values())
+
+    def combinations(self) -> list[tuple[int, ...]]:
+        """Every combination of one place per scenario, (S,) indices, larger batches first."""
+        per_scenario = [[i for i, p in enumerate(self.places) if p.scenario == name] for name in self.scenarios]
+
+        def batches(places: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+            sizes = tuple(self.places[index].batch_size for index in places)
+            return sum(sizes), sizes
+
+        return sorted(itertools.product(*per_scenario), key=batches, reverse=True)
+
+    def measured_at(self, scenario: str | None, batch_size: int | None) -> "JointLibrary":
+        """The library at one scenario or batch size alone; LibraryFileError when it was not measured there."""
+        if scenario is not None and scenario not in self.scenarios:
+            told = ", ".join(filter(None, self.scenarios)) or "one, without a name"
+            raise LibraryFileError(f"the library has no scenario {scenario!r}; it has {told}.")
+        left = [i for i, place in enumerate(self.places) if scenario in (None, place.scenario)]
+        kept = [i for i in left if batch_size in (None, self.places[i].batch_size)]
+        if not kept or len({self.places[i].scenario for i in kept}) < len({self.places[i].scenario for i in left}):
+            sizes = ", ".join(map(str, sorted({self.places[i].batch_size for i in left})))
+            raise LibraryFileError(f"the library was not measured at batch size {batch_size}, but at {sizes}.")
+        return self if len(kept) == len(self.places) else self._at(kept)
+
+    def _at(self, kept: list[int]) -> "JointLibrary":
+        def only(costs: dict[str, Cost]) -> dict[str, Cost]:
+            return {name: c if isinstance(c, int | float) else tuple(c[i] for i in kept) for name, c in costs.items()}
+
+        options = tuple(replace(option, costs=only(option.costs)) for option in self.options)
+        places = tuple(self.places[i] for i in kept)
+        return replace(self, options=options, fixed=only(self.fixed), places=places)
+
+
+def at(cost: Cost, place: int) -> float:
+    """The cost at a place."""
+    return cost if isinstance(cost, int | float) else cost[place]
+
+
+def kinds_in(label: str) -> Iterator[str]:
+    """`attention = no_op (...) && ffn = linear (...)` -> no_op, attention=no_op, linear, ffn=linear."""
+    for part in label.split("&&"):
+        subblock, equals, rest = part.partition("=")
+        kind = rest.partition("(")[0].strip()
+        if equals and kind:
+            yield from (kind, f"{subblock.strip()}={kind}")
+
+
+def standard_error(samples: Floats) -> float:
+    """Of the mean of (T,) scores, one per sequence; 0 below two."""
+    return float(samples.std(ddof=1) / math.sqrt(len(samples))) if len(samples) > 1 else 0.0
+
+
+def samples_of(options: "tuple[JointOption, ...] | list[JointOption]", metric: str) -> Floats:
+    """(N, T) scores per sequence; LibraryFileError where the library keeps none."""
+    lengths = {len(option.samples.get(metric, ())) for option in options}
+    if len(lengths) != 1 or lengths <= {0, 1}:
+        raise LibraryFileError(
+            f"this library keeps no {metric} per sequence for every variant, so how sure a choice is cannot be told."
+        )
+    return np.array([option.samples[metric] for option in options])

@@ -1,0 +1,411 @@
+"""The mixed-integer program alone, in numbers: pick one option of every slot, lowest sum of scores, within all rows.
+
+    min  scores @ x    s.t.  one option per slot,   usage @ x <= room,   x in {0, 1},
+                             at most `max_types` types in use, at most `max_groups` runs of equal types
+
+Most options can be proven useless before any search. With the duals of the LP relaxation as prices, L is a lower bound
+of any answer, and L + d_j one of any answer that uses option j, d_j being what j costs above its slot's cheapest at
+those prices. A search of a core of options with small d finds an answer, and that rules out every option with L + d_j
+above it (the core idea of Pisinger, EJOR 83, 1995; exact, the certificate covers all options). tasks/search/branch.py
+searches; HiGHS takes over where that is too hard, and where types count. Scores and rows may have any scale and sign.
+"""
+
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from blocks.errors import PuzzleError
+from profiles.schema import Search
+from tasks.search.branch import Found, branch, nearest, quick
+from tasks.search.program import ROOM, Floats, Integers, Program, Relaxation, possible
+
+_ROUNDS = 12  # sets of types that are tried before the solver starts
+
+
+class SolverStopped(PuzzleError):
+    """The solver gave up before it had any answer."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answer:
+    """selection (S,) option indices; objective, a proven lower bound of it, and the solver's status."""
+
+    selection: Integers
+    objective: float
+    bound: float
+    status: str
+
+
+def minimise(program: Program, search: Search) -> Answer | None:
+    """The best answer within gap and time of `search`; None when it is proven that nothing fits.
+
+    Raises SolverStopped when time ran out without any answer.
+    """
+    ends = time.perf_counter() + search.time_limit_seconds
+    useful = possible(program)
+    if not useful.all():
+        if not np.logical_or.reduceat(useful, program.starts).all():
+            return None
+        answer = minimise(program.only(useful), search)
+        return answer and replace(answer, selection=np.flatnonzero(useful)[answer.selection])
+    if program.max_groups is not None and program.max_groups < len(program.starts):
+        return _minimise_grouped(program, search, ends)
+    if program.max_types is not None and program.max_types < len(_types(program)[0]):
+        return _minimise_typed(program, search, ends)
+    program = replace(program, max_types=None, max_groups=None)
+    relaxed = relaxation(program, search)
+    if relaxed is None:
+        return None
+    found = branch(program, relaxed, search.gap, ends)
+    if not found.finished:
+        return _solved(program, relaxed, found, search, ends)
+    if found.selection is None:
+        return None
+    return Answer(selection=found.selection, objective=found.objective, bound=found.bound, status="optimal")
+
+
+def _minimise_grouped(program: Program, search: Search, ends: float) -> Answer | None:
+    """As `minimise`, by HiGHS alone: prices of the rows know nothing of neighbours."""
+    relaxed = relaxation(program, search)
+    if relaxed is None:
+        return None
+    nothing = Found(selection=None, objective=math.inf, bound=relaxed.bound, finished=False)
+    return _solved(program, relaxed, nothing, search, ends)
+
+
+def _minimise_typed(program: Program, search: Search, ends: float) -> Answer | None:
+    """As `minimise`: a good answer by swaps of types, then HiGHS on the options that could still beat it."""
+    relaxed = _typed_relaxation(program, search)
+    if relaxed is None:
+        return None
+    return _solved(program, relaxed, _swap_types(program, relaxed, search, ends), search, ends)
+
+
+def _solved(program: Program, relaxed: Relaxation, found: Found, search: Search, ends: float) -> Answer | None:
+    """HiGHS on a core of options that is grown until it proves; what is already `found` narrows it."""
+    known = None
+    plain = program.max_types is None and program.max_groups is None
+    core = nearest(program, relaxed.distance) if plain else np.ones(len(program.scores), dtype=bool)
+    if found.selection is not None:
+        known = Answer(selection=found.selection, objective=found.objective, bound=found.bound, status="user_limit")
+        core = relaxed.useful(found.objective, search.gap)
+    while True:
+        outside = relaxed.bound + relaxed.distance[~core].min(initial=math.inf)
+        if not np.logical_or.reduceat(core, program.starts).all():
+            return _better(None, known, outside)
+        try:
+            answer = _solve(program.only(core), search, max(ends - time.perf_counter(), 1e-9))
+        except SolverStopped:
+            if known is None:
+                raise
+            return known
+        if answer is None and known is None:
+            if core.all():
+                return None
+            core = np.ones_like(core)
+            continue
+        answer = _better(answer and replace(answer, selection=np.flatnonzero(core)[answer.selection]), known, outside)
+        useful = relaxed.useful(answer.objective, search.gap)
+        if answer.status != "optimal" or not (useful & ~core).any():
+            return answer
+        core |= useful
+
+
+def _better(answer: Answer | None, known: Answer | None, outside: float) -> Answer:
+    """The better of two, with the better of their bounds; outside: a bound of what the solver did not see."""
+    if answer is None:  # nothing among what could beat the known one
+        assert known is not None
+        return replace(known, bound=min(outside, known.objective), status="optimal")
+    answer = replace(answer, bound=min(answer.bound, outside, answer.objective))
+    if known is None:
+        return answer
+    bound = max(answer.bound, known.bound)
+    if known.objective < answer.objective:
+        answer = replace(known, status=answer.status)
+    return replace(answer, bound=min(bound, answer.objective))
+
+
+def relaxation(program: Program, search: Search) -> Relaxation | None:
+    """The LP relaxation without the limits on types and groups; None when even that is infeasible."""
+    import cvxpy as cp
+
+    x = cp.Variable(len(program.scores), nonneg=True)
+    scale = _scale(program.scores)
+    constraints: list[Any] = [_one_per_slot(program) @ x == 1]
+    if len(program.room):
+        constraints.append(program.usage @ x <= program.room)
+    model = cp.Problem(cp.Minimize((program.scores / scale) @ x), constraints)
+    _run(model, search, search.time_limit_seconds)
+    if model.status.startswith("infeasible"):
+        return None
+    dual = constraints[1].dual_value if len(program.room) and model.status == "optimal" else None
+    prices = np.zeros(len(program.room)) if dual is None else np.maximum(dual, 0.0) * scale
+    # Any prices >= 0 give a valid bound: nothing here rests on the solver's tolerances.
+    reduced = program.scores + prices @ program.usage
+    least = np.minimum.reduceat(reduced, program.starts)
+    bound = math.fsum(least) - float(prices @ program.room)
+    return Relaxation(bound=bound, prices=prices, distance=reduced - least[program.slot_of])
+
+
+def _typed_relaxation(program: Program, search: Search) -> Relaxation | None:
+    """The LP relaxation with the limit on types; `distance` is 0 for what the K best types use.
+
+    With prices of the rows and a worth of every slot, a type in use gains the sum of what its options cost less than
+    their slots' worth, and at best the K types of largest gain are in use (the Lagrangian of the K-median problem).
+    """
+    import cvxpy as cp
+
+    assert program.max_types is not None
+    x, y, rows = _typed(program, boolean=False)
+    scale, types = _scale(program.scores), _types(program)[1]
+    constraints = [_one_per_slot(program) @ x == 1, *rows, y.sum() <= program.max_types]
+    if len(program.room):
+        constraints.append(program.usage @ x <= program.room)
+    model = cp.Problem(cp.Minimize((program.scores / scale) @ x), constraints)
+    _run(model, search, search.time_limit_seconds)
+    if model.status.startswith("infeasible"):
+        return None
+    solved = model.status == "optimal"
+    prices = np.maximum(constraints[-1].dual_value, 0.0) * scale if solved and len(program.room) else 0 * program.room
+    reduced = program.scores + prices @ program.usage
+    worth = -constraints[0].dual_value * scale if solved else np.minimum.reduceat(reduced, program.starts)
+    above = reduced - worth[program.slot_of]
+    gains = np.bincount(types, weights=np.maximum(-above, 0.0), minlength=int(types.max()) + 1)
+    last = np.sort(gains)[::-1][: program.max_types]
+    bound = math.fsum(worth) - math.fsum(last) - float(prices @ program.room)
+    distance = np.maximum(last[-1] - gains, 0.0)[types] + np.maximum(above, 0.0)
+    return Relaxation(bound=bound, prices=prices, distance=distance)
+
+
+def _swap_types(program: Program, relaxed: Relaxation, search: Search, ends: float) -> Found:
+    """A good answer: K types by swaps at prices of the rows, the program of those alone, its own prices, and again."""
+    generator = np.random.default_rng(0)
+    best = Found(selection=None, objective=math.inf, bound=relaxed.bound, finished=False)
+    names, types = _types(program)
+    prices, untyped, tried = relaxed.prices, replace(program, max_types=None), set[bytes]()
+    for _ in range(_ROUNDS):
+        chosen = _cheapest_types(program, prices, types, len(names))
+        kept = np.isin(types, chosen)
+        if time.perf_counter() > ends:
+            break
+        again = kept.tobytes() in tried
+        tried.add(kept.tobytes())
+        if again or not np.logical_or.reduceat(kept, program.starts).all():
+            prices = prices * generator.lognormal(0, 0.3, len(prices))
+            continue
+        part = relaxation(untyped.only(kept), search)
+        if part is None:
+            prices = prices * 1.5
+            continue
+        found = quick(untyped.only(kept), part, search.gap, ends).among(kept)
+        prices = (prices + part.prices) / 2
+        if found.objective < best.objective:
+            best = replace(best, selection=found.selection, objective=found.objective)
+    return best
+
+
+def _cheapest_types(program: Program, prices: Floats, types: Integers, count: int) -> list[int]:
+    """At most K types (K-median of the slots at these prices): added greedily, then swapped while that helps."""
+    assert program.max_types is not None
+    reduced = program.scores + prices @ program.usage
+    costs = np.full((len(program.starts), count), 1e6 * _scale(reduced))
+    np.minimum.at(costs, (program.slot_of, types), reduced)
+    nothing = costs.max(axis=1, keepdims=True)
+
+    def added(kept: list[int]) -> Floats:
+        """(types,) the costs of `kept` and one more."""
+        return np.minimum(costs, np.hstack([nothing, costs[:, kept]]).min(axis=1, keepdims=True)).sum(axis=0)
+
+    chosen: list[int] = []
+    for _ in range(min(program.max_types, count)):
+        chosen.append(int(added(chosen).argmin()))
+    total = math.inf
+    while (now := float(added(chosen[1:])[chosen[0]])) < total - 1e-12 * abs(now):
+        total = now
+        for at in range(len(chosen)):
+            others = chosen[:at] + chosen[at + 1 :]
+            chosen[at] = int(added(others).argmin())
+    return chosen
+
+
+def least_usage(program: Program, rows: Sequence[int], kept: Sequence[int], search: Search) -> float | None:
+    """Least possible overrun, max over `rows` of usage - room, while the `kept` rows hold; None when those cannot."""
+    import cvxpy as cp
+
+    if kept:
+        useful = possible(replace(program, usage=program.usage[kept], room=program.room[kept]))
+        if not np.logical_or.reduceat(useful, program.starts).all():
+            return None
+        program = program.only(useful)
+    worst = cp.Variable()
+    x, constraints = _variables(program)
+    scale = max(float(np.abs(program.usage[rows]).max()), 1.0)
+    constraints.append(program.usage[rows] / scale @ x - program.room[rows] / scale <= worst)
+    if kept:
+        constraints.append(program.usage[kept] @ x <= program.room[kept])
+    model = cp.Problem(cp.Minimize(worst), constraints)
+    if _certificate(model, search, search.time_limit_seconds) is None:
+        return None
+    selection = _selection(program, x.value)
+    return float((program.usage[rows][:, selection].sum(axis=1) - program.room[rows]).max())
+
+
+def fewest_types(program: Program, search: Search) -> int:
+    """How many types an answer needs at least; ValueError when the rows alone are infeasible."""
+    import cvxpy as cp
+
+    x, y, rows = _typed(program)
+    rows += [_one_per_slot(program) @ x == 1, program.usage @ x <= program.room]
+    model = cp.Problem(cp.Minimize(y.sum()), rows)
+    if _certificate(model, search, search.time_limit_seconds) is None:
+        raise ValueError("nothing fits, whatever the number of types")
+    return round(model.value)
+
+
+def fewest_groups(program: Program, search: Search) -> int:
+    """How many runs of equal types an answer needs at least; ValueError when the rows alone are infeasible."""
+    import cvxpy as cp
+
+    x, rows = _variables(replace(program, max_groups=None))
+    stays, links = _stays(program, x)
+    if len(program.room):
+        rows.append(program.usage @ x <= program.room)
+    model = cp.Problem(cp.Minimize(len(program.starts) - stays), [*rows, *links])
+    if _certificate(model, search, search.time_limit_seconds) is None:
+        raise ValueError("nothing fits, whatever the number of groups")
+    return round(model.value)
+
+
+def _solve(program: Program, search: Search, seconds: float) -> Answer | None:
+    """The solver on all options of the program."""
+    import cvxpy as cp
+
+    x, constraints = _variables(program)
+    # Absolute tolerances of the solver are meant for values around 1, replace-1-block scores may be far smaller.
+    scale = _scale(program.scores)
+    if len(program.room):
+        constraints.append(program.usage @ x <= program.room)
+    found = _certificate(cp.Problem(cp.Minimize((program.scores / scale) @ x), constraints), search, seconds)
+    if found is None:
+        return None
+    status, bound = found
+    selection = _selection(program, x.value)
+    objective = math.fsum(program.scores[selection])
+    return Answer(selection=selection, objective=objective, bound=min(bound * scale, objective), status=status)
+
+
+def _scale(scores: Floats) -> float:
+    return float(np.abs(scores).max()) or 1.0
+
+
+def _types(program: Program) -> tuple[Integers, Integers]:
+    """The types there are, and (N,) the place of every option's type among them."""
+    assert program.types is not None, "a limit on types needs the options' types"
+    names, place = np.unique(program.types, return_inverse=True)
+    return names, place
+
+
+def _typed(program: Program, boolean: bool = True) -> tuple[Any, Any, list[Any]]:
+    """x (N,), y (types,) and x_j <= y_type(j)."""
+    import cvxpy as cp
+    from scipy.sparse import csr_array
+
+    names, column = _types(program)
+    count = len(column)
+    of_option = csr_array((np.ones(count), (np.arange(count), column)), shape=(count, len(names)))
+    if boolean:
+        x, y = cp.Variable(count, boolean=True), cp.Variable(len(names), boolean=True)
+        return x, y, [x <= of_option @ y]
+    x, y = cp.Variable(count, nonneg=True), cp.Variable(len(names), nonneg=True)
+    return x, y, [x <= of_option @ y, y <= 1]
+
+
+def _variables(program: Program) -> tuple[Any, list[Any]]:
+    """x (N,) and the constraints that every integer model has: one option per slot, few enough types and groups."""
+    import cvxpy as cp
+
+    rows: list[Any] = []
+    if program.max_types is None:
+        x = cp.Variable(len(program.scores), boolean=True)
+    else:
+        x, y, rows = _typed(program)
+        rows.append(y.sum() <= program.max_types)
+    if program.max_groups is not None:
+        stays, links = _stays(program, x)
+        rows += [*links, stays >= len(program.starts) - program.max_groups]
+    return x, [*rows, _one_per_slot(program) @ x == 1]
+
+
+def _stays(program: Program, x: Any) -> tuple[Any, list[Any]]:
+    """How many slots have the type of the slot before them, at most, and the constraints that make it so."""
+    import cvxpy as cp
+
+    assert program.types is not None
+    place = {pair: j for j, pair in enumerate(zip(program.slot_of.tolist(), program.types.tolist(), strict=True))}
+    pairs = [(place[slot - 1, kind], j) for (slot, kind), j in place.items() if (slot - 1, kind) in place]
+    if not pairs:
+        return cp.Constant(0), []
+    before, here = map(list, zip(*pairs, strict=True))
+    stay = cp.Variable(len(pairs), nonneg=True)
+    return stay.sum(), [stay <= x[before], stay <= x[here]]
+
+
+def _one_per_slot(program: Program) -> Any:
+    """(S, N) sparse matrix that sums the options of every slot."""
+    from scipy.sparse import csr_array
+
+    count = len(program.scores)
+    bounds = np.append(program.starts, count)
+    return csr_array((np.ones(count), np.arange(count), bounds), shape=(len(program.starts), count))
+
+
+def _run(model: Any, search: Search, seconds: float) -> None:
+    import cvxpy as cp
+
+    tolerances: dict[str, float] = {"primal_feasibility_tolerance": ROOM}
+    if model.is_mixed_integer():
+        # Tighter than the check afterwards, since the errors of many options add up.
+        tolerances |= {"mip_rel_gap": search.gap, "mip_abs_gap": 1e-9, "mip_feasibility_tolerance": ROOM}
+    with warnings.catch_warnings():
+        # cvxpy warns at every limit; here the status and the gap travel with the answer instead.
+        warnings.filterwarnings("ignore", message="Solution may be inaccurate")
+        model.solve(solver=cp.HIGHS, time_limit=seconds, **tolerances)
+
+
+def _certificate(model: Any, search: Search, seconds: float) -> tuple[str, float] | None:
+    """Solve; the status and the proven bound of the objective, None when infeasible.
+
+    HiGHS through cvxpy answers x = 0 with status `user_limit` when time is up before a first solution, so at a limit
+    only a finite gap counts as an answer (and sums of 1 per slot, which `_selection` checks).
+    """
+    _run(model, search, seconds)
+    if model.status.startswith("infeasible"):
+        return None
+    info = getattr(model.solver_stats, "extra_stats", None)
+    gap, bound = getattr(info, "mip_gap", math.inf), getattr(info, "mip_dual_bound", math.nan)
+    if model.value is None or (model.status != "optimal" and not math.isfinite(gap)):
+        raise _stopped(model.status, search)
+    if not math.isfinite(bound):
+        bound = model.value - search.gap * abs(model.value)
+    return model.status, float(bound)
+
+
+def _stopped(status: str, search: Search) -> SolverStopped:
+    return SolverStopped(
+        f"the solver had no architecture after {search.time_limit_seconds:g} s (status {status}): raise "
+        "search.time_limit_seconds, search fewer variants, or ease the budget."
+    )
+
+
+def _selection(program: Program, x: Floats | None) -> Integers:
+    """The chosen option of every slot, (S,); AssertionError when a slot has not exactly one."""
+    if x is None or not np.allclose(np.add.reduceat(x, program.starts), 1, atol=1e-4):
+        raise AssertionError("the solver's answer has slots without exactly one option, a bug of puzzle or HiGHS")
+    ends = np.append(program.starts[1:], len(x))
+    picks = [start + int(np.argmax(x[start:end])) for start, end in zip(program.starts, ends, strict=True)]
+    return np.array(picks, dtype=np.int64)

@@ -1,0 +1,223 @@
+"""What can be asked of a joint library: limits, the traffic they hold for, which variants may stand where.
+
+A limit is absolute or a share of the parent's figure at the same scenario and batch size; it holds in every scenario,
+in one, or, for times and throughput, on the mean over a weighted mix of scenarios.
+"""
+
+import math
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from blocks.errors import InfeasibleBudget, PuzzleError
+from profiles.schema import Search, Section
+from tasks.search.constraints import Named, permitted
+from tasks.search.joint import (
+    QUANTITIES,
+    JointLibrary,
+    JointOption,
+    LibraryFileError,
+    Quantity,
+    kinds_in,
+    samples_of,
+    standard_error,
+)
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Limit(Section):
+    """One budget. share: `asked` is a share of the parent's figure. name, scale: what the person who set it calls it,
+    and how many of the quantity's units one of theirs is.
+    """
+
+    quantity: str
+    asked: Positive
+    share: bool = False
+    scenario: str | None = None
+    name: str
+    scale: Positive = 1.0
+
+    @property
+    def kind(self) -> Quantity:
+        """What is limited."""
+        return QUANTITIES[self.quantity]
+
+    @property
+    def percent(self) -> bool:
+        """True when the person gave a percentage."""
+        return self.share and self.name == self.label
+
+    @property
+    def label(self) -> str:
+        """Quantity, and the scenario where it is not all of them."""
+        return self.quantity if self.scenario is None else f"{self.quantity} of {self.scenario}"
+
+    def scaled(self, factor: float) -> "Limit":
+        """The same limit at `factor` times the value."""
+        return self.model_copy(update={"asked": self.asked * factor})
+
+
+class Request(Section):
+    """What is asked: limits, what is minimised ("score" or a quantity of the library), how many answers.
+
+    metric: which scores are summed. traffic: weights of scenarios; times and throughput without a scenario of their own
+    then hold for the mean request. search: the solver's limits and the constraints on the architecture.
+    """
+
+    limits: tuple[Limit, ...] = ()
+    metric: str = "kl_div"
+    minimise: str = "score"
+    traffic: dict[str, Positive] = {}
+    diverse: int = Field(default=1, ge=1, description="how many architectures")
+    min_different: int = Field(default=1, ge=1, description="layers in which any two of them differ, at least")
+    search: Search = Search()
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [limit.label for limit in self.limits]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{max(names, key=names.count)} is limited twice")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The traffic as shares that sum to 1."""
+        total = math.fsum(self.traffic.values())
+        return {name: weight / total for name, weight in self.traffic.items()}
+
+
+def limits(**budgets: float | str) -> tuple[Limit, ...]:
+    """limits(memory_mib=4000, runtime_ms="75%", ttft_ms="chat=90"): a limit each."""
+    return tuple(limit_of(quantity, str(asked)) for quantity, asked in budgets.items())
+
+
+def limit_of(quantity: str, text: str) -> Limit:
+    """`4000`, `75%` of the parent's, or `chat=4000` for one scenario; PuzzleError for anything else."""
+    scenario, equals, amount = text.rpartition("=")
+    share = amount.strip().endswith("%")
+    try:
+        value = float(amount.strip().removesuffix("%"))
+    except ValueError:
+        raise PuzzleError(f"{flag(quantity)}: a number, or one with % of the parent's, not {text!r}.") from None
+    if not 0 < value < math.inf:
+        raise PuzzleError(f"{flag(quantity)}: a finite number greater than 0, not {text}.")
+    if share and quantity == "score":
+        raise PuzzleError("--score: the parent's score is 0, so no share of it can be taken; give a number.")
+    return Limit(
+        quantity=quantity,
+        asked=value / 100 if share else value,
+        share=share,
+        scenario=scenario.strip() if equals else None,
+        name=f"{quantity} of {scenario.strip()}" if equals else quantity,
+    )
+
+
+def flag(name: object) -> str:
+    """A field as the command line writes it."""
+    return f"--{str(name).replace('_', '-')}"
+
+
+def check(library: JointLibrary, request: Request) -> None:
+    """LibraryFileError when the library lacks what the request names."""
+    if not request.limits:
+        raise LibraryFileError(f"a budget is needed, at least one of {', '.join(QUANTITIES)}.")
+    if request.metric not in library.metrics:
+        raise LibraryFileError(
+            f"the library has no metric {request.metric!r} for every variant; it has {', '.join(library.metrics)}."
+        )
+    for quantity in [*(limit.quantity for limit in request.limits), request.minimise]:
+        _check_known(library, quantity)
+    absolute = [limit for limit in request.limits if limit.quantity == "tokens_per_second" and not limit.share]
+    if absolute and not all(place.tokens for place in library.places):
+        raise LibraryFileError(
+            "the library does not say how many tokens its runtime is for (sequence_length in measurement_info.json): "
+            "budget runtime_ms, or a share of the parent's tokens_per_second."
+        )
+    _check_scenarios(library, request)
+    if request.search.robust:
+        samples_of(library.options, request.metric)
+    if request.min_different > len(library.layers):
+        raise LibraryFileError(
+            f"min_different is {request.min_different}, but there are {len(library.layers)} layers to differ in."
+        )
+
+
+def _check_known(library: JointLibrary, quantity: str) -> None:
+    if quantity not in QUANTITIES:
+        raise LibraryFileError(f"there is no {quantity!r} to limit or minimise; there are {', '.join(QUANTITIES)}.")
+    cost = QUANTITIES[quantity].cost
+    if cost and not library.knows(cost):
+        raise LibraryFileError(f"the library does not say {cost} for every variant: budget something else.")
+
+
+def _check_scenarios(library: JointLibrary, request: Request) -> None:
+    named = [*(limit.scenario for limit in request.limits if limit.scenario is not None), *request.traffic]
+    unknown = [name for name in named if name not in library.scenarios]
+    if unknown:
+        told = ", ".join(filter(None, library.scenarios)) or "one, without a name"
+        raise LibraryFileError(f"the library has no scenario {unknown[0]!r}; it has {told}.")
+    for limit in request.limits:
+        if limit.scenario is not None and not limit.kind.per_place:
+            raise LibraryFileError(f"{limit.quantity} is the same in every scenario: limit it without one.")
+    target = QUANTITIES[request.minimise]
+    if target.per_place and len(library.scenarios) > 1 and not (target.time and request.traffic):
+        raise LibraryFileError(
+            f"{request.minimise} differs between the scenarios {', '.join(library.scenarios)}: name one of them"
+            f"{', or give the traffic' if target.time else ''}."
+        )
+
+
+def allowed(library: JointLibrary, request: Request) -> list[int]:
+    """Indices of the options that no constraint forbids; InfeasibleBudget when a layer is left without any."""
+    search = request.search
+    _check_names(library, search)
+    left = [
+        index
+        for index, option in enumerate(library.options)
+        if permitted(search, library.layers.index(option.layer), _named(library, option))
+    ]
+    emptied = [layer for layer in library.layers if layer not in {library.options[index].layer for index in left}]
+    if emptied:
+        told = [*search.forbid, *(["keep_layers"] if search.keep_layers else [])]
+        told += ["width_multiple"] if search.width_multiple > 1 else []
+        told += [f"what {search.engine} can run"] if search.engine else []
+        raise InfeasibleBudget(
+            f"{' and '.join(told)} forbids every variant of {', '.join(emptied[:5])}"
+            f"{' and more' if len(emptied) > 5 else ''}: forbid less, or add variants there."
+        )
+    return left
+
+
+def _named(library: JointLibrary, option: JointOption) -> Named:
+    """What constraints ask of an option, as far as its label and sizes tell."""
+    parent = library.parents.get(option.layer, option).sizes
+    heads = option.sizes.get("num_key_value_heads", 0)
+    return Named(
+        names=frozenset(option.names),
+        kinds=frozenset(kinds_in(option.label)),
+        is_parent=option.is_parent,
+        width=option.sizes.get("intermediate_size", 0),
+        # our own labels tell a variant's heads, not the parent's: it would be the parent if they were the same
+        other_heads=bool(heads) and heads != parent.get("num_key_value_heads"),
+    )
+
+
+def _check_names(library: JointLibrary, search: Search) -> None:
+    known = set[str]().union(*(option.names for option in library.options)) if search.forbid else set()
+    unknown = [name for name in search.forbid if name not in known]
+    if unknown:
+        kinds = sorted({kind for option in library.options for kind in kinds_in(option.label)})
+        raise LibraryFileError(
+            f"nothing in the library is called {unknown[0]!r}; kinds there: {', '.join(kinds[:12])}"
+            f"{' ...' if len(kinds) > 12 else ''}; or give a whole label."
+        )
+    beyond = [layer for layer in search.keep_layers if layer >= len(library.layers)]
+    if beyond:
+        raise LibraryFileError(f"there is no layer {beyond[0]} to keep: they are 0 to {len(library.layers) - 1}.")
+
+
+def objective_of(option: JointOption, request: Request) -> float:
+    """What one option adds to the score: its mean, and `robust` standard errors of it."""
+    score, robust = option.metrics[request.metric], request.search.robust
+    return score + robust * standard_error(option.samples[request.metric]) if robust else score

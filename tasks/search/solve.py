@@ -1,0 +1,438 @@
+"""Answers what is asked of a joint library (Puzzle's MIP, arXiv 2411.19146, appendix B, a slot per layer).
+
+The batch sizes are an outer loop: a program per combination of one batch size per scenario, the best answer is kept,
+equal ones go to the larger batches. tasks/search/mip.py solves; what it answers is summed again from the library's
+numbers.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from blocks.errors import InfeasibleBudget
+from blocks.records import Value
+from profiles.schema import Search
+from tasks.search.joint import QUANTITIES, JointLibrary, JointOption, Place, at, standard_error
+from tasks.search.mip import Answer, minimise, relaxation
+from tasks.search.program import Floats, Program, possible
+from tasks.search.request import Limit, Request, allowed, check, objective_of
+from tasks.search.totals import gap_between
+
+TOLERANCE = 1e-9  # relative; a sum of floats in another order may differ by so much
+Span = list[tuple[int, float]]  # places and their weights
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Case:
+    """The program at one combination of places; `rows` says which limit each row belongs to, `constant` is what the
+    non-block part adds to the objective.
+    """
+
+    combination: tuple[int, ...]
+    program: Program
+    rows: tuple[Limit, ...]
+    constant: float
+
+
+class PlaceTotals(Value):
+    """An architecture at one scenario and batch size, non-block part included; None where the library cannot say."""
+
+    scenario: str
+    batch_size: int
+    memory_mib: float | None
+    runtime_ms: float | None
+    ttft_ms: float | None
+    tokens_per_second: float | None
+
+
+class JointChoice(Value):
+    """One architecture: sums with the non-block part, the solver's certificate, the label chosen in every layer.
+
+    objective: what was minimised. score, score_se: sum of the plain scores and its standard error over sequences, None
+    where the library keeps no scores per sequence. memory_mib: the largest over the scenarios; runtime_ms: the mean
+    over the traffic, else the largest. None where the library does not know.
+    """
+
+    objective: float
+    score: float
+    score_se: float | None
+    memory_mib: float | None
+    runtime_ms: float | None
+    num_params: float | None
+    status: str
+    bound: float
+    gap: float
+    scenarios: tuple[PlaceTotals, ...]
+    layers: dict[str, str]
+
+
+class Price(Value):
+    """What a budget is worth: the LP's marginal objective per unit of it, and the objective solved again at others.
+
+    share: limit, used and per_unit are shares of the parent's figure.
+    """
+
+    budget: str
+    unit: str
+    share: bool
+    limit: float
+    used: float
+    per_unit: float
+    resolved: dict[str, float | None]
+
+
+def choose_joint(library: JointLibrary, request: Request) -> list[JointChoice]:
+    """The best architecture, then the best that differ enough from all before; fewer than asked when no more exist.
+
+    Raises InfeasibleBudget with what is reachable when there is none, LibraryFileError when the library lacks what the
+    request names.
+    """
+    options, cases = cases_of(library, request)
+    found: list[JointChoice] = []
+    while len(found) < request.diverse:
+        answered = best_of(cases, request.search)
+        if answered is None:
+            break
+        case, answer = answered
+        found.append(verified(library, options, request, case, answer))
+        same = np.zeros(len(options))
+        same[answer.selection] = 1 / len(library.layers)
+        room = 1 - request.min_different / len(library.layers)
+        cases = [replace(case, program=case.program.with_row(same, room)) for case in cases]
+    if not found:
+        from tasks.search.infeasible import why_infeasible
+
+        raise InfeasibleBudget(why_infeasible(cases, request))
+    return found
+
+
+def cases_of(library: JointLibrary, request: Request) -> tuple[list[JointOption], list[Case]]:
+    """The options that are allowed, (N,), and a program over them per combination of batch sizes."""
+    check(library, request)
+    kept = allowed(library, request)
+    options = [library.options[index] for index in kept]
+    wanted = [limit.kind for limit in request.limits] + [QUANTITIES[request.minimise]]
+    combinations = library.combinations()
+    if not any(kind.per_place for kind in wanted):
+        combinations = combinations[:1]  # nothing depends on the batch
+    return options, [_case(library, request, kept, combination) for combination in combinations]
+
+
+def _case(library: JointLibrary, request: Request, kept: list[int], combination: tuple[int, ...]) -> Case:
+    options = [library.options[index] for index in kept]
+    place = {layer: index for index, layer in enumerate(library.layers)}
+    slots = np.array([place[option.layer] for option in options])
+    scores = np.array([objective_of(option, request) for option in options])
+    usage, room, rows = [], [], []
+    for limit in request.limits:
+        for span in spans(library, request, limit, combination):
+            taken, outside = (
+                (scores, 0.0) if limit.quantity == "score" else _taken(library, limit.kind.cost, span, kept)
+            )
+            most = limit.asked if limit.quantity == "score" else _most(library, limit, span)
+            usage.append(taken / most)
+            room.append(1 - outside / most)
+            rows.append(limit)
+    constant = 0.0
+    if request.minimise != "score":
+        target = Limit(quantity=request.minimise, asked=1, name=request.minimise)
+        (span,) = spans(library, request, target, combination)
+        scores, constant = _taken(library, target.kind.cost, span, kept)
+    program = Program(
+        scores=scores,
+        starts=np.searchsorted(slots, np.arange(len(library.layers))),
+        usage=np.array(usage),
+        room=np.array(room),
+        types=np.unique([option.label for option in options], return_inverse=True)[1],
+        max_types=request.search.max_block_types,
+        max_groups=request.search.max_groups,
+    )
+    return Case(combination=combination, program=program, rows=tuple(rows), constant=constant)
+
+
+def spans(library: JointLibrary, request: Request, limit: Limit, combination: Sequence[int]) -> list[Span]:
+    """The rows of a limit: places whose costs are added, with weights.
+
+    Over the traffic a time is the mean of a request's; throughput counts what one request takes of its batch.
+    """
+    if not limit.kind.per_place:
+        return [[(combination[0], 1.0)]]
+    at_places = {library.places[index].scenario: index for index in combination}
+    if limit.scenario is not None:
+        return [[(at_places[limit.scenario], 1.0)]]
+    if request.traffic and limit.kind.time:
+        weights = [(at_places[name], weight) for name, weight in request.weights.items()]
+        if limit.kind.floor:
+            weights = [(index, weight / library.places[index].batch_size) for index, weight in weights]
+        return [weights]
+    return [[(index, 1.0)] for index in combination]
+
+
+def _taken(library: JointLibrary, cost: str, span: Span, kept: list[int]) -> tuple[Floats, float]:
+    """What options (N,) and the non-block part take of a cost over a span."""
+    columns = [weight * library.column(cost, place)[kept] for place, weight in span]
+    return np.sum(columns, axis=0), math.fsum(weight * library.outside(cost, place) for place, weight in span)
+
+
+def _most(library: JointLibrary, limit: Limit, span: Span) -> float:
+    """The most of the cost behind a limit that may be taken over a span."""
+    if limit.share:
+        parent = math.fsum(weight * library.of_parent(limit.kind.cost, place) for place, weight in span)
+        most = parent / limit.asked if limit.kind.floor else parent * limit.asked
+        return most or math.ulp(0.0)  # a parent that takes nothing leaves no room for anything
+    tokens = math.fsum(weight * library.places[place].tokens for place, weight in span)
+    return 1000 * tokens / limit.asked if limit.kind.floor else limit.asked
+
+
+def best_of(cases: Sequence[Case], search: Search) -> tuple[Case, Answer] | None:
+    """The best answer over all combinations, its bound valid for all; None when nothing fits any of them."""
+    solved = [(case, minimise(case.program, search)) for case in cases]
+    found = [(case, answer) for case, answer in solved if answer is not None]
+    if not found:
+        return None
+    best = found[0]
+    for case, answer in found[1:]:
+        # two optima closer than the solver's own gap are equal, and the larger batch came first
+        tie = max(search.gap * abs(best[1].objective), 1e-12)
+        if answer.objective + case.constant < best[1].objective + best[0].constant - tie:
+            best = case, answer
+    bound = min(answer.bound + case.constant for case, answer in found) - best[0].constant
+    return best[0], replace(best[1], bound=min(bound, best[1].objective))
+
+
+def prices(library: JointLibrary, request: Request, steps: Sequence[float] = (-0.05, 0.05)) -> list[Price]:
+    """What each budget costs or buys: the LP's marginal, and the best objective with the budget moved by `steps`."""
+    options, cases = cases_of(library, request)
+    answered = best_of(cases, request.search)
+    if answered is None:
+        return []
+    case, answer = answered
+    best = verified(library, options, request, case, answer)
+    relaxed = relaxation(case.program.only(possible(case.program)), request.search)
+    assert relaxed is not None
+    chosen = [options[index] for index in answer.selection]
+    found = []
+    for index, limit in enumerate(request.limits):
+        price = math.fsum(p for p, row in zip(relaxed.prices, case.rows, strict=True) if row is limit)
+        marginal = price / limit.asked if limit.kind.floor else 0.0 - price / limit.asked
+        resolved: dict[str, float | None] = {}
+        for step in steps:
+            moved = (*request.limits[:index], limit.scaled(1 + step), *request.limits[index + 1 :])
+            again = best_of(cases_of(library, request.model_copy(update={"limits": moved}))[1], request.search)
+            resolved[f"{step:+.0%}"] = None if again is None else again[1].objective + again[0].constant
+        used = reached(library, request, limit, chosen, best.scenarios)
+        found.append(
+            Price(
+                budget=limit.name,
+                unit=limit.kind.unit,
+                share=limit.share,
+                limit=limit.asked,
+                used=used,
+                per_unit=marginal,
+                resolved=resolved,
+            )
+        )
+    return found
+
+
+def front(
+    library: JointLibrary,
+    request: Request,
+    over: str,
+    values: Sequence[float],
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> list[JointChoice | None]:
+    """The best architecture at every value of one quantity, the other limits kept; None where nothing fits."""
+    others = tuple(limit for limit in request.limits if limit.quantity != over)
+    found: list[JointChoice | None] = []
+    for value in values:
+        moved = request.model_copy(update={"limits": (*others, Limit(quantity=over, asked=value, name=over))})
+        options, cases = cases_of(library, moved)
+        answered = best_of(cases, request.search)
+        found.append(None if answered is None else verified(library, options, moved, *answered))
+        tell(len(found), len(values))
+    return found
+
+
+def front_values(library: JointLibrary, request: Request, over: str, points: int) -> list[float]:
+    """Evenly spaced limits of a quantity, from the least the library reaches to where it no longer binds."""
+    others = tuple(limit for limit in request.limits if limit.quantity != over)
+    open_limits = others or (Limit(quantity="score", asked=1e12, name="score"),)
+    ends = []
+    for target in (over, request.minimise):
+        asked = request.model_copy(update={"limits": open_limits, "minimise": target, "diverse": 1})
+        options, cases = cases_of(library, asked)
+        answered = best_of(cases, request.search)
+        if answered is None:
+            choose_joint(library, asked)  # raises, and says why
+        assert answered is not None
+        choice = verified(library, options, asked, *answered)
+        chosen = [options[index] for index in answered[1].selection]
+        limit = Limit(quantity=over, asked=1, name=over)
+        ends.append(reached(library, request, limit, chosen, choice.scenarios))
+    low, high = sorted(ends)
+    return [float(value) for value in np.linspace(max(low, high * 1e-6), high, points)]
+
+
+def verified(
+    library: JointLibrary, options: Sequence[JointOption], request: Request, case: Case, answer: Answer
+) -> JointChoice:
+    """The answer summed again from the library's own numbers; AssertionError when it breaks what was asked."""
+    chosen = [options[index] for index in answer.selection]
+    scenarios = tuple(totals(library, chosen, index) for index in case.combination)
+    labels = [option.label for option in chosen]
+    broken = list(_broken(library, request, chosen, scenarios))
+    if request.search.max_block_types is not None and len(set(labels)) > request.search.max_block_types:
+        broken.append("max_block_types")
+    if request.search.max_groups is not None and groups_of(labels) > request.search.max_groups:
+        broken.append("max_groups")
+    claimed = answer.objective + case.constant
+    objective = _objective(library, request, chosen, scenarios, claimed)
+    if not math.isclose(objective, claimed, rel_tol=TOLERANCE, abs_tol=1e-9):
+        broken.append(f"objective {objective}, not {claimed}")
+    if broken or [option.layer for option in chosen] != list(library.layers):
+        raise AssertionError(f"the solver's answer fails its own check ({broken}), a bug of puzzle")
+    bound = min(answer.bound + case.constant, objective)
+    samples = [option.samples.get(request.metric, np.empty(0)) for option in chosen]
+    return JointChoice(
+        objective=objective,
+        score=math.fsum(option.metrics[request.metric] for option in chosen),
+        # all scores are over the same sequences: the error is that of the sums, not the root of the sum of squares
+        score_se=standard_error(np.sum(samples, axis=0)) if min(map(len, samples)) > 1 else None,
+        memory_mib=_over_scenarios(request, scenarios, "memory_mib"),
+        runtime_ms=_over_scenarios(request, scenarios, "runtime_ms"),
+        num_params=total(library, chosen, "num_params", 0),
+        status=answer.status,
+        bound=bound,
+        gap=gap_between(objective, bound),
+        scenarios=scenarios,
+        layers=dict(zip(library.layers, labels, strict=True)),
+    )
+
+
+def total(library: JointLibrary, chosen: Sequence[JointOption], cost: str, place: int) -> float | None:
+    """Sum of a cost with the non-block part, None where the library does not know it."""
+    if any(cost not in option.costs for option in chosen):
+        return None
+    return library.outside(cost, place) + math.fsum(at(option.costs[cost], place) for option in chosen)
+
+
+def totals(library: JointLibrary, chosen: Sequence[JointOption], index: int) -> PlaceTotals:
+    """The sums of an architecture at one place."""
+    place: Place = library.places[index]
+    runtime = total(library, chosen, "runtime_ms", index)
+    return PlaceTotals(
+        scenario=place.scenario,
+        batch_size=place.batch_size,
+        memory_mib=total(library, chosen, "memory_mib", index),
+        runtime_ms=runtime,
+        ttft_ms=total(library, chosen, "ttft_ms", index),
+        tokens_per_second=1000 * place.tokens / runtime if runtime and place.tokens else None,
+    )
+
+
+def _over_scenarios(request: Request, scenarios: Sequence[PlaceTotals], cost: str) -> float | None:
+    values = {found.scenario: getattr(found, cost) for found in scenarios}
+    if None in values.values():
+        return None
+    if request.traffic and QUANTITIES[cost].time:
+        return math.fsum(weight * values[name] for name, weight in request.weights.items())
+    return max(values.values())
+
+
+def groups_of(labels: Sequence[str]) -> int:
+    """Number of runs of equal labels."""
+    return 1 + sum(one != other for one, other in zip(labels, labels[1:], strict=False))
+
+
+def _objective(
+    library: JointLibrary,
+    request: Request,
+    chosen: Sequence[JointOption],
+    scenarios: Sequence[PlaceTotals],
+    claimed: float,
+) -> float:
+    kind = QUANTITIES[request.minimise]
+    if request.minimise == "score":
+        return math.fsum(objective_of(option, request) for option in chosen)
+    if kind.floor and request.traffic:
+        return claimed  # milliseconds that a mean request takes of its batches; no total shows them
+    value = _over_scenarios(request, scenarios, kind.cost) if kind.per_place else total(library, chosen, kind.cost, 0)
+    assert value is not None, "checked when it was asked"
+    return value
+
+
+def reached(
+    library: JointLibrary,
+    request: Request,
+    limit: Limit,
+    chosen: Sequence[JointOption],
+    scenarios: Sequence[PlaceTotals],
+) -> float:
+    """What an architecture takes, in the terms of a limit (a share of the parent's where the limit is one); the hardest
+    scenario counts.
+    """
+    if limit.quantity == "score":
+        return math.fsum(objective_of(option, request) for option in chosen)
+    kind = limit.kind
+    values = list(_values(library, request, limit, chosen, scenarios))
+    if limit.share:
+        parents = [library.parents[layer] for layer in library.layers]
+        indices = [_index(library, found) for found in scenarios]
+        parent = [totals(library, parents, index) for index in indices]
+        own = list(_values(library, request, limit, parents, parent))
+        values = [_ratio(value, base) for value, base in zip(values, own, strict=True)]
+    return min(values) if kind.floor else max(values)
+
+
+def _ratio(value: float, base: float) -> float:
+    if value == base:
+        return 1.0
+    return value / base if base else math.inf
+
+
+def _index(library: JointLibrary, found: PlaceTotals) -> int:
+    places = [(place.scenario, place.batch_size) for place in library.places]
+    return places.index((found.scenario, found.batch_size))
+
+
+def _values(
+    library: JointLibrary,
+    request: Request,
+    limit: Limit,
+    chosen: Sequence[JointOption],
+    scenarios: Sequence[PlaceTotals],
+) -> Iterator[float]:
+    """The limited quantity itself, once per scenario it is limited in, or once over the traffic."""
+    kind = limit.kind
+    if not kind.per_place:
+        yield total(library, chosen, kind.cost, 0) or 0.0
+    elif limit.scenario is None and request.traffic and kind.time:
+        by_name = {found.scenario: found for found in scenarios}
+        mix = [(weight, by_name[name]) for name, weight in request.weights.items()]
+        if not kind.floor:
+            yield math.fsum(weight * getattr(found, kind.cost) for weight, found in mix)
+        else:
+            each = [(w, f, library.places[_index(library, f)]) for w, f in mix]
+            tokens = math.fsum(w * (p.prompt_tokens + p.generated_tokens) for w, _, p in each)
+            yield 1000 * tokens / math.fsum(w * (f.runtime_ms or 0.0) / f.batch_size for w, f, _ in each)
+    else:
+        for found in scenarios:
+            if limit.scenario in (None, found.scenario):
+                # tokens cancel in a share, so throughput is 1 / runtime where their number is unknown
+                value = getattr(found, limit.quantity)
+                if value is None:  # or nothing is left that takes time
+                    value = 1 / found.runtime_ms if found.runtime_ms else math.inf
+                yield value
+
+
+def _broken(
+    library: JointLibrary, request: Request, chosen: Sequence[JointOption], scenarios: Sequence[PlaceTotals]
+) -> Iterator[str]:
+    for limit in request.limits:
+        value = reached(library, request, limit, chosen, scenarios)
+        slack = TOLERANCE * abs(limit.asked)
+        if value < limit.asked - slack if limit.kind.floor else value > limit.asked + slack:
+            yield f"{limit.name} is {value}, {limit.asked} asked"

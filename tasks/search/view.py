@@ -1,0 +1,141 @@
+"""Our own tables as a joint library, and a profile's budget as what is asked of it: so there is one search for all.
+
+Every pair of an attention and an FFN is a choice of a layer; its score is the sum of the two, unless both were
+distilled as one block. Labels read as NVlabs writes them.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from blocks.records import SUBBLOCKS, Cost, LayerChoice, NonBlockCost
+from profiles.schema import Scenario, ScenarioBudget, Search
+from tasks.search import joint
+from tasks.search.grid import slots_of
+from tasks.search.joint import JointLibrary, JointOption, Place
+from tasks.search.program import Floats
+from tasks.search.request import Limit, Request
+from tasks.search.totals import Problem, cost_of, scores_behind
+
+MIB = 2**20
+METRICS = {"kl": "kl_div", "lm_loss": "lm_loss"}
+# budget field -> quantity, whether it is a share of the parent's, units of the quantity in one of the field's
+_FIELDS: dict[str, tuple[str, bool, float]] = {
+    "speedup": ("tokens_per_second", True, 1),
+    "min_tokens_per_second": ("tokens_per_second", False, 1),
+    "memory_fraction": ("memory_mib", True, 1),
+    "memory_gib": ("memory_mib", False, 1024),
+    "max_latency_seconds": ("runtime_ms", False, 1000),
+    "max_time_to_first_token_seconds": ("ttft_ms", False, 1000),
+    "time_to_first_token_fraction": ("ttft_ms", True, 1),
+    "parameters": ("num_params", False, 1),
+    "parameters_fraction": ("num_params", True, 1),
+    "layer_parameters_fraction": ("layer_params", True, 1),
+    "active_parameters": ("active_params", False, 1),
+}
+
+
+def library_of(problem: Problem) -> JointLibrary:
+    """All choices that are scored, and measured at every scenario and batch size of the problem."""
+    free = replace(problem, search=Search())  # what the profile rules out is the request's to tell
+    places = [(scenario, size) for scenario in problem.scenarios for size in sorted(set(scenario.batch_sizes))]
+    options = []
+    for layer in range(problem.costs.num_hidden_layers):
+        (slot,) = slots_of(free, layer, places, joint=True)
+        for option in slot:
+            chosen = LayerChoice(attention=str(option.attention), ffn=str(option.ffn), coupled=option.coupled)
+            options.append(_option(problem, layer, chosen, places))
+    outside = [problem.non_block_table[scenario.name, size] for scenario, size in places]
+    return JointLibrary(
+        layers=tuple(f"layer_{layer}" for layer in range(problem.costs.num_hidden_layers)),
+        options=tuple(options),
+        fixed=_costs([[part] for part in outside], places, {"layer_params": 0.0}),
+        measured=dict(problem.costs.hardware),
+        places=tuple(
+            Place(
+                scenario=scenario.name,
+                batch_size=size,
+                prompt_tokens=scenario.prompt_tokens,
+                generated_tokens=scenario.generated_tokens,
+            )
+            for scenario, size in places
+        ),
+    )
+
+
+def _option(problem: Problem, layer: int, chosen: LayerChoice, places: Sequence[tuple[Scenario, int]]) -> JointOption:
+    scores = scores_behind(problem, layer, chosen)
+    parts = [
+        [cost_of(problem, part, getattr(chosen, part), scenario, size) for part in SUBBLOCKS]
+        for scenario, size in places
+    ]
+    named = {
+        "num_key_value_heads": chosen.attention.removeprefix("kv"),
+        "intermediate_size": chosen.ffn.removeprefix("ffn"),
+    }
+    return JointOption(
+        layer=f"layer_{layer}",
+        label=f"attention = {chosen.attention} && ffn = {chosen.ffn}{' (coupled)' if chosen.coupled else ''}",
+        metrics={name: math.fsum(getattr(score, field) for score in scores) for field, name in METRICS.items()},
+        costs=_costs(parts, places, {}),
+        is_parent=chosen == LayerChoice(),
+        samples={
+            name: _summed(problem, [getattr(score, f"{field}_per_sequence") for score in scores])
+            for field, name in METRICS.items()
+        },
+        sizes={name: int(size) for name, size in named.items() if size.isdigit()},
+        choice=chosen,
+    )
+
+
+def _costs(
+    parts: Sequence[Sequence[Cost | NonBlockCost]], places: Sequence[tuple[Scenario, int]], known: dict[str, float]
+) -> dict[str, joint.Cost]:
+    """Costs of what stands together, per place."""
+    prefill = [math.fsum(part.prefill_seconds for part in one) for one in parts]
+    decode = [math.fsum(part.decode_seconds_per_token for part in one) for one in parts]
+    memory = [
+        math.fsum(_bytes(part, size * (scenario.prompt_tokens + scenario.generated_tokens)) for part in one)
+        for one, (scenario, size) in zip(parts, places, strict=True)
+    ]
+    parameters = float(sum(part.parameters for part in parts[0]))
+    runtime = [p + scenario.generated_tokens * d for p, d, (scenario, _) in zip(prefill, decode, places, strict=True)]
+    return {
+        "memory_mib": tuple(value / MIB for value in memory),
+        "runtime_ms": tuple(1000 * value for value in runtime),
+        "ttft_ms": tuple(1000 * value for value in prefill),
+        "num_params": parameters,
+        "active_params": parameters,  # every kind so far is dense
+        "layer_params": parameters,
+        **known,
+    }
+
+
+def _bytes(part: Cost | NonBlockCost, tokens: int) -> float:
+    return part.weight_bytes + (tokens * part.kv_bytes_per_token if isinstance(part, Cost) else 0)
+
+
+def _summed(problem: Problem, per_sequence: Sequence[tuple[float, ...]]) -> Floats:
+    """(T,) sum over the scores; the parent's own blocks score 0 on every sequence."""
+    length = max((len(score.kl_per_sequence) for score in problem.scores), default=0)
+    return np.array([*per_sequence, np.zeros(length)]).sum(axis=0)
+
+
+def request_of(problem: Problem, **changes: Any) -> Request:
+    """The problem's budget, its scenarios' own limits, its traffic and its solver's settings."""
+    limits = [*_limits(problem.budget, None)]
+    for scenario in problem.scenarios:
+        limits += _limits(scenario.budget, scenario.name)
+    traffic = {scenario.name: scenario.weight for scenario in problem.scenarios if scenario.weight is not None}
+    asked = {"limits": tuple(limits), "metric": METRICS[problem.metric], "traffic": traffic, "search": problem.search}
+    return Request(**{**asked, **changes})
+
+
+def _limits(budget: ScenarioBudget, scenario: str | None) -> Iterator[Limit]:
+    for field, asked in budget.model_dump(exclude_none=True).items():
+        quantity, share, scale = _FIELDS[field]
+        name = field if scenario is None else f"{field} of {scenario}"
+        yield Limit(quantity=quantity, asked=asked * scale, share=share, scale=scale, scenario=scenario, name=name)

@@ -1,0 +1,1 @@
+"""A child in the formats of engines, and its speed there."""

@@ -1,0 +1,259 @@
+"""`puzzle bench`: parent and child in turns under the same load, in one engine; a table and a picture.
+
+Each model sits in a process of its own (tasks/engines/worker.py). Gains are of pairs: parent's time over child's in
+the same round, so that what the machine does besides falls on both. CPU time stands beside wall time for the same
+reason. Memory is the process's peak less what it held before the model was loaded.
+"""
+
+# B = batch, P = prompt tokens, G = generated tokens
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from blocks.errors import PuzzleError
+from blocks.records import Gains, Metric, Throughput, Turn, Value
+from profiles.schema import Scenario
+from tasks.engines.base import Load
+from tasks.engines.limits import limits_of
+from tasks.engines.registry import installed_engine
+from tasks.engines.worker import Worker
+from tasks.picture import COLOURS, INK, figure_of, plain_axes
+from tasks.serving.children import config_of, open_child, origin_of
+from tasks.serving.formats import find_tokenizer, precision_of, refuse
+from tasks.serving.gguf_export import write_gguf
+from tasks.throughput import in_turns, summaries, timed_steps, tokens_before
+
+CHILD = "child"
+Tell = Callable[[int, int], None]
+
+
+class BenchRow(Value):
+    """One model under one load in one engine."""
+
+    model: str
+    engine: str
+    version: str
+    precision: str
+    threads: int
+    batch_size: int
+    prompt_tokens: int
+    generated_tokens: int
+    throughput: Throughput
+
+    @property
+    def gains(self) -> Gains | None:
+        """Over the parent; None for the parent."""
+        return self.throughput.gains
+
+    def cpu_speeds(self) -> tuple[float, float]:
+        """Prefill and decode tokens per CPU-second."""
+        prompt, speed = self.batch_size * self.prompt_tokens, self.throughput
+        return prompt / speed.prefill_cpu_seconds.value, self.batch_size / speed.step_cpu_seconds.value
+
+
+class Point(Value):
+    """One load: batch x prompt x generated."""
+
+    batch_size: int
+    prompt_tokens: int
+    generated_tokens: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Point":
+        """`1x256x64`. PuzzleError for anything else."""
+        words = text.lower().split("x")
+        if len(words) != 3 or not all(word.isdigit() and int(word) > 0 for word in words):
+            raise PuzzleError(f"a load is batch x prompt x generated tokens, such as 1x256x64, not {text!r}.")
+        batch, prompt, generated = map(int, words)
+        return cls(batch_size=batch, prompt_tokens=prompt, generated_tokens=generated)
+
+    @property
+    def label(self) -> str:
+        """batch x prompt x generated."""
+        return f"{self.batch_size}x{self.prompt_tokens}x{self.generated_tokens}"
+
+    @property
+    def steps(self) -> int:
+        """Decode steps that are timed."""
+        return timed_steps(self.generated_tokens)
+
+    @property
+    def grow(self) -> int:
+        """Tokens that are run untimed before those."""
+        return tokens_before(self.generated_tokens, self.steps)
+
+    @property
+    def scenario(self) -> Scenario:
+        """As the profile's schema has it."""
+        return Scenario(name="load", prompt_tokens=self.prompt_tokens, generated_tokens=self.generated_tokens)
+
+
+def bench(
+    sources: Mapping[str, Path],
+    engine: str,
+    points: Sequence[Point],
+    precision: str = "float32",
+    rounds: int = 5,
+    threads: int = 1,
+    tell: Tell = lambda done, total: None,
+) -> list[BenchRow]:
+    """Every model under every load, in turns; the one named `parent` is what gains are counted from.
+
+    Raises EngineMissing, EngineLimit for a child that the engine cannot run, PuzzleError for a load that is longer than
+    the model's context.
+    """
+    if rounds < 1:
+        raise PuzzleError(f"rounds must be at least 1, got {rounds}.")
+    precision = precision_of(precision, limits_of(engine).format)
+    with ready(sources, engine, precision, points) as paths, ExitStack() as stack:
+        how = Load(
+            precision=precision,
+            threads=threads,
+            batch_size=max(point.batch_size for point in points),
+            context_tokens=max(point.prompt_tokens + point.grow + point.steps for point in points),
+        )
+        processes = {name: installed_engine(engine).process(path, how) for name, path in paths.items()}
+        workers = {name: stack.enter_context(Worker(process)) for name, process in processes.items()}
+        for worker in workers.values():
+            worker.load()
+        rows = []
+        for index, point in enumerate(points):
+            turns = _turns(workers, point, rounds, partial(_tell_part, tell, index, len(points)))
+            memory = {name: worker.memory_bytes() for name, worker in workers.items()}
+            base = {"engine": engine, "precision": precision, "threads": threads, **point.model_dump()}
+            rows += [
+                BenchRow(**base, model=name, version=workers[name].version, throughput=own)
+                for name, own in summaries(turns, point.scenario, point.batch_size, memory).items()
+            ]
+        return rows
+
+
+def _tell_part(tell: Tell, part: int, parts: int, done: int, total: int) -> None:
+    tell(part * total + done, parts * total)
+
+
+@contextmanager
+def ready(
+    sources: Mapping[str, Path], engine: str, precision: str, points: Sequence[Point]
+) -> Iterator[dict[str, Path]]:
+    """The models as the engine loads them: exported to a folder that is removed afterwards where that is needed."""
+    installed_engine(engine)
+    form = limits_of(engine).format
+    with tempfile.TemporaryDirectory(prefix="puzzle-bench-") as temporary:
+        paths = {}
+        for name, source in sources.items():
+            if source.is_dir():
+                _check_length(config_of(source), name, points)
+            if form != "gguf" or source.is_file():
+                paths[name] = source
+                continue
+            model: Any = open_child(source)
+            refuse(model.config, form)
+            tokenizer, _ = find_tokenizer(source, model.config.vocab_size, origin_of(source), None)
+            paths[name] = write_gguf(model, Path(temporary) / f"{name}.gguf", precision, tokenizer, name)
+        yield paths
+
+
+def _check_length(config: Any, name: str, points: Sequence[Point]) -> None:
+    longest = max(point.prompt_tokens + point.generated_tokens for point in points)
+    if longest > config.max_position_embeddings:
+        raise PuzzleError(
+            f"a load of {longest} tokens is longer than the {name}'s context of {config.max_position_embeddings}: "
+            "shorten prompt or generation."
+        )
+
+
+def _turns(workers: Mapping[str, Worker], point: Point, rounds: int, tell: Tell) -> dict[str, list[Turn]]:
+    shape = (point.batch_size, point.prompt_tokens)
+    for worker in workers.values():
+        worker.request(*shape, min(point.steps, 2), 0)  # warms caches up
+    requests = {name: partial(worker.request, *shape, point.steps, 0, point.grow) for name, worker in workers.items()}
+    return in_turns(requests, rounds, tell)
+
+
+def bench_table(rows: Sequence[BenchRow]) -> Table:
+    """Models by load; ± is one standard error over the rounds, gains in CPU time stand in brackets."""
+    first = rows[0]
+    title = f"{first.version}, {first.precision}, {first.threads} thread(s); load is batch x prompt x generated tokens"
+    table = Table(title=title, title_justify="left", box=None)
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("load", "model") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*cells(row))
+    return table
+
+
+COLUMNS = (
+    "load",
+    "model",
+    "prefill tok/s",
+    "gain (CPU)",
+    "decode tok/s",
+    "gain (CPU)",
+    "TTFT ms",
+    "TPOT ms",
+    "tok/s",
+    "requests/s",
+    "CPU s",
+    "peak MiB",
+)
+
+
+def cells(row: BenchRow) -> list[str]:
+    """One row in words, in the order of COLUMNS."""
+    speed, gains = row.throughput, row.gains
+    return [
+        f"{row.batch_size}x{row.prompt_tokens}x{row.generated_tokens}",
+        row.model,
+        _figure(speed.prefill_tokens_per_second),
+        "" if gains is None else _gain(gains.prefill, gains.prefill_cpu),
+        _figure(speed.decode_tokens_per_second),
+        "" if gains is None else _gain(gains.decode, gains.decode_cpu),
+        f"{speed.first_token_seconds.value * 1e3:,.0f}",
+        f"{speed.output_token_seconds.value * 1e3:,.1f}",
+        f"{speed.generated_tokens_per_second.value:,.1f}",
+        f"{speed.requests_per_second.value:,.3g}",
+        f"{speed.cpu_seconds.value:,.2f}",
+        "–" if speed.memory_bytes is None else f"{speed.memory_bytes / 2**20:,.0f}",
+    ]
+
+
+def _figure(metric: Metric) -> str:
+    return f"{metric.value:,.1f} ±{metric.se:,.1f}"
+
+
+def _gain(wall: Metric, cpu: Metric) -> str:
+    return f"{wall.value:.2f} ±{wall.se:.2f} ({cpu.value:.2f} ±{cpu.se:.2f})"
+
+
+def draw_bench(rows: Sequence[BenchRow]) -> Figure:
+    """Bars of prefill and decode tokens per second by load and model, with standard errors."""
+    loads = list(dict.fromkeys(cells(row)[0] for row in rows))
+    names = list(dict.fromkeys(row.model for row in rows))
+    figure = figure_of(4.5 + 2.2 * len(loads), 3.6)
+    for axes, kind in zip(figure.subplots(1, 2), ("prefill", "decode"), strict=True):
+        plain_axes(axes)
+        for place, name in enumerate(names):
+            own = [row for row in rows if row.model == name]
+            figures = [getattr(row.throughput, f"{kind}_tokens_per_second") for row in own]
+            centres = [index + (place - (len(names) - 1) / 2) * 0.8 / len(names) for index in range(len(own))]
+            axes.bar(
+                centres,
+                [metric.value for metric in figures],
+                0.76 / len(names),
+                yerr=[metric.se for metric in figures],
+                color=COLOURS.get(name, COLOURS[CHILD]),
+                label=name,
+            )
+        axes.set_xticks(range(len(loads)), loads)
+        axes.set_ylabel(f"{kind}, tokens per second", color=INK)
+    axes.legend(frameon=False)
+    figure.suptitle(f"{rows[0].version}, {rows[0].precision}", fontsize=9, color=INK)
+    return figure

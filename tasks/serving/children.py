@@ -1,0 +1,80 @@
+"""Open a finished child (or any parent) from what was written of it: a Hugging Face folder or a GGUF file."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from transformers import AutoConfig
+
+from blocks.errors import PuzzleError
+from blocks.export_code.configuration_decilm import DeciLMConfig
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.library import read_value
+from blocks.parent import Parent
+from blocks.records import ChildReport
+from tasks.serving.gguf_import import read_gguf
+
+
+class ChildError(PuzzleError):
+    """A path that holds no child that can be opened."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a child's parent lies, as far as the run's report beside the child tells."""
+
+    parent_folder: Path | None = None
+    parent_source: str = ""
+    name: str = ""
+
+
+def open_child(path: Path, dtype: torch.dtype | None = None) -> DeciLMForCausalLM:
+    """The model of a child's folder, a parent's folder or a GGUF file, in evaluation mode. Raises ChildError."""
+    if path.is_file():
+        return in_precision(read_gguf(path), dtype)
+    if config_of(path).model_type != "nemotron-nas":
+        return in_precision(Parent(path).model(), dtype)
+    try:
+        loaded: Any = DeciLMForCausalLM.from_pretrained(path, dtype=dtype or "auto", attn_implementation="sdpa")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ChildError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return loaded.eval()
+
+
+def config_of(folder: Path) -> Any:
+    """Config of a child's or a parent's folder. Raises ChildError."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ChildError(f"{folder} is no child: name a folder with config.json and *.safetensors, or a .gguf file.")
+    own = json.loads(path.read_text(encoding="utf-8")).get("model_type") == "nemotron-nas"
+    return DeciLMConfig.from_pretrained(folder) if own else AutoConfig.from_pretrained(folder)
+
+
+def in_precision(model: DeciLMForCausalLM, dtype: torch.dtype | None) -> DeciLMForCausalLM:
+    """Round the weights; rotary frequencies stay float32, as they do when a folder is loaded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype or torch.float32)
+    if dtype is not None:
+        model.config.dtype = dtype
+    return model
+
+
+def origin_of(child: Path) -> Origin:
+    """The parent of a child, from `report.json` beside the child's folder; empty where there is none."""
+    report = child.resolve().parent / "report.json"
+    if not report.is_file():
+        return Origin(name=child.stem)
+    try:
+        parent = read_value(report, ChildReport).parent
+    except ValidationError:
+        return Origin(name=child.stem)
+    workspace = report.parents[2] if len(report.parents) > 2 else report.parent
+    folder = workspace / parent.folder
+    return Origin(
+        parent_folder=folder if folder.is_dir() else None,
+        parent_source=parent.source,
+        name=f"{report.parent.name} of {parent.name}",
+    )

@@ -1,0 +1,287 @@
+"""`puzzle export`: a child in the format an engine loads, refused with a sentence where the format cannot express it.
+
+Every export is checked after it was written. A folder is loaded again as a stranger would and must give the very
+logits. A GGUF file is read back and must hold the very weights that its precision leaves; where llama.cpp is
+installed, its logits are compared with torch on the weights that the file holds. The same is done with a folder where
+vLLM is installed and can run the child, and there the greedy tokens are compared too.
+"""
+
+import copy
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blocks.errors import PuzzleError, PuzzleFailure
+from tasks.corpus import installed_file
+from tasks.engines.base import Engine, Load, Session
+from tasks.engines.limits import EngineLimit, gaps, is_whole, limits_of
+from tasks.engines.llama_cpp import LlamaCpp
+from tasks.engines.llama_library import EngineFailed
+from tasks.engines.vllm_engine import Vllm, cannot
+from tasks.export import ExportError, export_folder, native_config
+from tasks.serving.children import Origin, config_of, in_precision, open_child, origin_of
+from tasks.serving.gguf_export import PRECISIONS, UnknownPrecision, write_gguf
+from tasks.serving.gguf_import import read_gguf
+from tasks.serving.gguf_tokenizer import NO_TOKENIZER, converted_tokenizer, copied_tokenizer
+
+FORMATS = ("gguf", "nemotron-nas", "transformers", "native")
+ALIASES = {"f32": "float32", "fp32": "float32", "f16": "float16", "fp16": "float16", "bf16": "bfloat16"}
+CHECK_TOKENS, CHECK_STEPS = 32, 8
+LOGITS_TOLERANCE = 1e-3  # float32 inside the engines too: sums in another order
+# mean KL in nats: engines round the activations of a matrix product to the precision of its weights as well
+KL_TOLERANCE = {"float16": 1e-4, "bfloat16": 5e-3, "q8_0": 2e-2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Logits of an engine beside torch's on the same weights: largest difference, mean KL in nats, top-1 agreement."""
+
+    most: float
+    kl: float
+    agreement: float
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was written, and what a person should know of it."""
+
+    path: Path
+    notes: tuple[str, ...]
+
+
+def precision_of(text: str, form: str) -> str:
+    """The precision a person named, e.g. bf16. UnknownPrecision for one that the format does not have."""
+    name = ALIASES.get(text.lower(), text.lower())
+    allowed = list(PRECISIONS) if form == "gguf" else ["float32", "float16", "bfloat16"]
+    if name not in allowed:
+        short = {long: short for short, long in ALIASES.items() if not short.startswith("fp")}
+        offered = ", ".join(short.get(one, one) for one in allowed)
+        raise UnknownPrecision(f"{form} has no precision {text!r} here: it is one of {offered}.")
+    return name
+
+
+def format_of(text: str) -> str:
+    """One of FORMATS. PuzzleError, with a guess, for another."""
+    if text not in FORMATS:
+        near = difflib.get_close_matches(text.lower(), FORMATS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise PuzzleError(f"unknown format {text!r}: it is one of {', '.join(FORMATS)}.{hint}")
+    return text
+
+
+def export_as(child: Path, form: str, precision: str, target: Path, tokenizer_from: Path | None = None) -> Exported:
+    """Write a child (a folder or a GGUF file) in another format; check it.
+
+    Raises EngineLimit when the format cannot express the child, ExportError when the check fails.
+    """
+    form = format_of(form)
+    precision = precision_of(precision, form)
+    dtype = torch.float32 if form == "gguf" else getattr(torch, precision)
+    model = open_child(child, dtype)
+    refuse(model.config, form)
+    if target.resolve() == child.resolve():
+        raise PuzzleError(f"{target} is the child itself: name another --out.")
+    if form == "gguf":
+        return export_gguf(model, child, precision, target, tokenizer_from)
+    source = child if child.is_dir() else child.parent
+    card = source / "README.md"
+    text = card.read_text(encoding="utf-8") if child.is_dir() and card.is_file() else f"# {origin_of(child).name}\n"
+    export_folder(model, source, target, text, heterogeneous=form == "nemotron-nas")
+    notes = ["checked: loaded as a stranger would, it gives the very logits"]
+    if form != "native":
+        notes.append(check_in_vllm(model, target, precision))
+    return Exported(path=target, notes=tuple(notes))
+
+
+def refuse(config: Any, form: str) -> None:
+    """EngineLimit when a format cannot express a child with this DeciLMConfig."""
+    if form == "gguf":
+        missing = gaps("llama.cpp", config)
+        if missing:
+            raise EngineLimit(f"GGUF (architecture deci) cannot express {'; '.join(missing)}: take transformers.")
+    if form == "nemotron-nas":
+        _refuse_widths(config)
+    if form == "native" and native_config(config) is None:
+        raise EngineLimit("native needs layers that are all alike and whole, these differ: take transformers or gguf.")
+
+
+def _refuse_widths(config: Any) -> None:
+    """Engines that read `ffn_mult` round every width up to a multiple of 256."""
+    widths = {
+        layer: block["ffn"].get("intermediate_size", config.intermediate_size)
+        for layer, block in enumerate(config.block_configs)
+        if is_whole(block["ffn"])
+    }
+    wrong = {layer: width for layer, width in widths.items() if width % 256}
+    if wrong:
+        layer, width = next(iter(wrong.items()))
+        raise EngineLimit(
+            f"nemotron-nas needs FFN widths that are multiples of 256; layer {layer} has {width}"
+            f"{f', {len(wrong) - 1} more are wrong' if len(wrong) > 1 else ''}: take transformers, which vLLM reads "
+            "too, or search over widths that are multiples of 256."
+        )
+
+
+def export_gguf(model: Any, child: Path, precision: str, target: Path, tokenizer_from: Path | None = None) -> Exported:
+    """Write and check a GGUF file; see export_as."""
+    origin = origin_of(child)
+    tokenizer, note = find_tokenizer(child, model.config.vocab_size, origin, tokenizer_from)
+    write_gguf(model, target, precision, tokenizer, origin.name or child.name)
+    back = read_gguf(target)
+    notes = [note, check_weights(model, back, target, precision)]
+    missing = LlamaCpp().missing()
+    if missing:
+        notes.append(f"not compared with llama.cpp's logits: {missing}")
+    else:
+        notes.append(check_logits(back, target, precision))
+    return Exported(path=target, notes=tuple(notes))
+
+
+def find_tokenizer(child: Path, vocab_size: int, origin: Origin, named: Path | None) -> tuple[dict[str, Any], str]:
+    """The tokenizer's fields for a GGUF file and a sentence on where they come from."""
+    source = named or (child if child.is_file() else _parents_gguf(origin))
+    if source is not None:
+        fields = copied_tokenizer(source)
+        size = len(fields.get("tokenizer.ggml.tokens", ()))
+        if size and size != vocab_size:
+            raise PuzzleError(f"{source.name} has {size} tokens, the child {vocab_size}: it is not the parent's GGUF.")
+        return fields, f"tokenizer: copied from {source.name}"
+    fields_or_none = converted_tokenizer(child, vocab_size)
+    if fields_or_none is not None:
+        return fields_or_none, "tokenizer: converted from tokenizer.json"
+    return NO_TOKENIZER, (
+        "tokenizer: none (its kind has no certain name in llama.cpp), so the file takes token ids only; name a GGUF of "
+        "the parent with --tokenizer-from to have its tokenizer copied"
+    )
+
+
+def _parents_gguf(origin: Origin) -> Path | None:
+    """The GGUF file of a package parent, where its package is installed."""
+    words = origin.parent_source.removeprefix("package ").split(", ", 1)
+    if not origin.parent_source.startswith("package ") or len(words) != 2:
+        return None
+    try:
+        return installed_file(words[0], words[1], PuzzleError)
+    except PuzzleError:
+        return None
+
+
+def check_weights(model: Any, back: Any, path: Path, precision: str) -> str:
+    """`back`, read from the file, is of the same architecture and has weights as near as the precision lets them be."""
+    if back.config.block_configs != model.config.block_configs:
+        raise ExportError(f"{path.name}, read back, has another architecture: it was not written right")
+    own = model.state_dict()
+    worst = max(_relative(own[name], tensor) for name, tensor in back.state_dict().items())
+    limit = {"float32": 0.0, "float16": 2e-3, "bfloat16": 8e-3, "q8_0": 2e-2}[precision]
+    if worst > limit:
+        raise ExportError(
+            f"{path.name}, read back, differs by {worst:.2g} of a tensor's size; {precision} allows {limit}"
+        )
+    return f"checked: read back, the same architecture, weights within {worst:.2g} of a tensor's size"
+
+
+def _relative(own: Tensor, other: Tensor) -> float:
+    """Norm of the difference over the norm."""
+    size = own.float().norm()
+    return float((own.float() - other).norm() / size) if size else float(other.norm())
+
+
+def check_logits(back: Any, path: Path, precision: str) -> str:
+    """llama.cpp beside torch on `back`, the weights of the file. Raises ExportError beyond the tolerance."""
+    return _verdict(compare_logits(back, path), LlamaCpp(), path, precision)
+
+
+def check_in_vllm(model: Any, folder: Path, precision: str) -> str:
+    """vLLM beside torch on an exported folder's weights, or why there is nothing to compare.
+
+    Raises ExportError beyond the tolerance, EngineFailed when vLLM cannot load what it should be able to.
+    """
+    engine = Vllm()
+    reason = engine.missing() or cannot(config_of(folder))
+    if reason is None and precision not in engine.precisions:
+        reason = f"it is driven in {' and '.join(engine.precisions)} only"
+    if reason:
+        return f"not compared with vLLM's logits: {reason}"
+    tokens = min(CHECK_TOKENS, model.config.max_position_embeddings - CHECK_STEPS)
+    try:
+        session = engine.load(folder, Load(precision=precision, context_tokens=tokens + CHECK_STEPS))
+    except EngineFailed as error:
+        raise EngineFailed(
+            f"{folder} was written and gives torch's logits, but vLLM does not load it: {error}"
+        ) from error
+    try:
+        ids = _check_ids(model, tokens)
+        exact = model if model.dtype == torch.float32 else in_precision(copy.deepcopy(model), torch.float32)
+        text = _verdict(compare(session, exact, ids), engine, folder, precision)
+        return text + (_greedy(session, exact, ids, folder) if precision == "float32" else "")
+    finally:
+        session.close()
+
+
+@torch.inference_mode()
+def _greedy(session: Session, model: Any, ids: Tensor, path: Path) -> str:
+    """An engine's greedy tokens after `ids` (1, T) are torch's, or tie with them within the tolerance."""
+    made = session.generate(ids[0].tolist(), CHECK_STEPS)
+    whole = torch.cat([ids, torch.tensor([made])], dim=1)
+    rows = model(whole, use_cache=False).logits[0, ids.shape[1] - 1 : -1]
+    behind = rows.max(-1).values - rows[torch.arange(len(made)), made]
+    if not float(behind.max()) <= LOGITS_TOLERANCE:
+        raise ExportError(
+            f"the engine's greedy tokens on {path.name} are not torch's: logits {behind.max():.3g} below the largest"
+        )
+    return f", {len(made)} greedy tokens equal"
+
+
+def _verdict(found: Difference, engine: Engine, path: Path, precision: str) -> str:
+    """A sentence, or ExportError beyond the tolerance."""
+    limit = LOGITS_TOLERANCE if precision == "float32" else KL_TOLERANCE[precision]
+    value, what = (found.most, "largest difference of logits") if precision == "float32" else (found.kl, "KL, nats")
+    if not value <= limit:
+        raise ExportError(
+            f"{limits_of(engine.name).title} does not give torch's logits on {path.name}: {what} {value:.3g}, allowed "
+            f"{limit:g}"
+        )
+    return (
+        f"checked: {engine.version()} against torch on the same weights, {found.tokens} tokens: {what} {value:.2g} "
+        f"(allowed {limit:g}), top-1 agreement {found.agreement:.0%}"
+    )
+
+
+def compare_logits(model: Any, path: Path, tokens: int = CHECK_TOKENS, exact: bool = True) -> Difference:
+    """llama.cpp's logits of a GGUF file beside those of a model in torch, random tokens."""
+    ids = _check_ids(model, tokens)
+    session = LlamaCpp().load(path, Load(exact=exact, context_tokens=ids.shape[1]))
+    try:
+        return compare(session, model, ids)
+    finally:
+        session.close()
+
+
+def _check_ids(model: Any, tokens: int) -> Tensor:
+    """(1, T) random tokens."""
+    length = min(tokens, model.config.max_position_embeddings)
+    return torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def compare(session: Session, model: Any, ids: Tensor) -> Difference:
+    """An engine's logits beside torch's on the same (1, T) tokens."""
+    return difference(model(ids, use_cache=False).logits[0], session.logits(ids[0].tolist()))
+
+
+def difference(own: Tensor, other: Tensor) -> Difference:
+    """Two (T, V) logits compared."""
+    if other.shape != own.shape:
+        raise PuzzleFailure(f"the engine gives logits of shape {tuple(other.shape)}, torch {tuple(own.shape)}")
+    log_own, log_other = own.double().log_softmax(-1), other.double().log_softmax(-1)
+    return Difference(
+        most=float((own - other).abs().max()),
+        kl=float((log_own.exp() * (log_own - log_other)).sum(-1).mean()),
+        agreement=float((own.argmax(-1) == other.argmax(-1)).double().mean()),
+        tokens=len(own),
+    )

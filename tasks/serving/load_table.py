@@ -1,0 +1,83 @@
+"""What a load on servers gave (tasks/serving/serving_load.py): a table, sentences on failures, a picture."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from blocks.records import Metric
+from tasks.picture import COLOURS, INK, figure_of, plain_axes
+from tasks.serving.bench import CHILD
+from tasks.serving.serving_load import LoadRow
+
+COLUMNS = ("load", "model", "ok", "req/s", "tok/s", "gain (CPU)", "TTFT p50/p95 ms", "gain", "TPOT p50/p95 ms", "gain")
+
+
+def load_table(rows: Sequence[LoadRow]) -> Table:
+    """Models by load; ± is one standard error over the rounds."""
+    title = "servers in turns; load is requests at a time x prompt x generated tokens; gains are of pairs"
+    table = Table(title=title, title_justify="left", box=None)
+    for column in (*COLUMNS, "MiB"):
+        table.add_column(column, justify="left" if column in ("load", "model") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*load_cells(row))
+    return table
+
+
+def load_cells(row: LoadRow) -> list[str]:
+    """One row in words: COLUMNS, then MiB."""
+    gains = row.gains
+    return [
+        row.load,
+        row.model,
+        f"{row.requests - row.failed}/{row.requests}",
+        f"{row.requests_per_second.value:,.2f}",
+        f"{row.tokens_per_second.value:,.1f} ±{row.tokens_per_second.se:,.1f}",
+        _gain(gains.throughput if gains else None) + (f" ({_gain(gains.cpu)})" if gains and gains.cpu else ""),
+        _pair(row.first_token_ms),
+        _gain(gains.first_token if gains else None),
+        _pair(row.output_token_ms),
+        _gain(gains.output_token if gains else None),
+        "" if row.memory_bytes is None else f"{row.memory_bytes / 2**20:,.0f}",
+    ]
+
+
+def _gain(metric: Metric | None) -> str:
+    return "" if metric is None else f"{metric.value:.2f} ±{metric.se:.2f}"
+
+
+def _pair(values: Sequence[float | None]) -> str:
+    return " / ".join("failed" if value is None else f"{value:,.1f}" for value in values)
+
+
+def failures_told(rows: Sequence[LoadRow]) -> list[str]:
+    """A sentence for each row with failed requests."""
+    return [
+        f"{row.model}, {row.load}: {row.failed} of {row.requests} requests failed ({'; '.join(row.errors)}); gains are "
+        "left out at this load, they would not be of the same work"
+        for row in rows
+        if row.failed
+    ]
+
+
+def draw_load(rows: Sequence[LoadRow]) -> Figure:
+    """Output tokens per second by load and model, with standard errors; TTFT (p50) beside it."""
+    loads = list(dict.fromkeys(row.load for row in rows))
+    names = list(dict.fromkeys(row.model for row in rows))
+    figure = figure_of(4.5 + 2.2 * len(loads), 3.6)
+    speed, wait = figure.subplots(1, 2)
+    for axes, label in ((speed, "output tokens per second"), (wait, "time to first token, ms (p50)")):
+        plain_axes(axes)
+        axes.set_xticks(range(len(loads)), loads)
+        axes.set_ylabel(label, color=INK)
+    for place, name in enumerate(names):
+        own = [row for row in rows if row.model == name]
+        centres = [index + (place - (len(names) - 1) / 2) * 0.8 / len(names) for index in range(len(own))]
+        look: dict[str, Any] = {"color": COLOURS.get(name, COLOURS[CHILD]), "label": name}
+        figures = [row.tokens_per_second for row in own]
+        errors = [metric.se for metric in figures]
+        speed.bar(centres, [metric.value for metric in figures], 0.76 / len(names), yerr=errors, **look)
+        wait.bar(centres, [row.first_token_ms[0] or 0 for row in own], 0.76 / len(names), **look)
+    wait.legend(frameon=False)
+    return figure

@@ -1,0 +1,134 @@
+"""Baselines of the search: what simpler ways make of the same library and the same budget (Puzzle, appendix F).
+
+    uniform     the same attention and the same ffn in every layer
+    depth       whole layers dropped, those with the lowest summed score first
+    greedy      an equal budget per layer, savings carried on (F.2.2)
+    random      random choices, brought within the budget and filled up to it
+    no_op_only  the MIP over the parent's own subblocks and no-ops alone
+    max_params  as many parameters as the budget allows, whatever they score
+
+Each takes a grid whose slots are whole layers, options pairs (attention, ffn); tasks/studies/peers.py calls them by
+name.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from profiles.schema import Search
+from tasks.search.grid import Grid, Option
+from tasks.search.mip import minimise
+from tasks.search.program import ROOM, Floats, Integers
+from tasks.studies.repair import draw, keeps, taken, within
+
+_ATTEMPTS = 64  # random: draws before a combination of batch sizes is given up
+
+Pair = tuple[str | None, str | None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ask:
+    """What a search gets beside the grid: a seeded generator, the solver's limits, evaluations it may spend."""
+
+    generator: np.random.Generator
+    search: Search
+    evaluations: int
+
+
+# the selection, (S,), and how many whole architectures it was picked from; None when none keeps the budget
+Picked = tuple[Integers, int] | None
+
+
+def _fits(grid: Grid, selection: Integers) -> bool:
+    return bool(keeps(grid.program, selection[None])[0])
+
+
+def _slots(grid: Grid) -> list[Integers]:
+    """Option indices of every slot; the first of each is the parent's own pair."""
+    return np.split(np.arange(len(grid.options)), grid.starts[1:])
+
+
+def _pair(option: Option) -> Pair:
+    return option.attention, option.ffn
+
+
+def _best_of(grid: Grid, slot: Integers, pair: Pair) -> int | None:
+    """The better-scoring option of a slot that is this pair, coupled or not; None when the layer does not have it."""
+    found = [int(index) for index in slot if _pair(grid.options[index]) == pair]
+    return min(found, key=lambda index: grid.scores[index], default=None)
+
+
+def uniform(grid: Grid, _: Ask) -> Picked:
+    """The best-scoring pair of labels that fits; layers that are not searched keep the parent's."""
+    pairs = dict.fromkeys(_pair(option) for option in grid.options)
+    everywhere = [selection for pair in pairs if (selection := _in_all_layers(grid, pair)) is not None]
+    fitting = [selection for selection in everywhere if _fits(grid, selection)]
+    best = min(fitting, key=lambda selection: float(grid.scores[selection].sum()), default=None)
+    return None if best is None else (best, len(fitting))
+
+
+def _in_all_layers(grid: Grid, pair: Pair) -> Integers | None:
+    picks = [_best_of(grid, slot, pair) if len(slot) > 1 else int(slot[0]) for slot in _slots(grid)]
+    return None if None in picks else np.array(picks)
+
+
+def depth(grid: Grid, _: Ask) -> Picked:
+    """Drop whole layers, lowest score first, until the rest fits; only layers with both no-ops can go."""
+    selection = grid.starts.copy()
+    dropped = {layer: _best_of(grid, slot, ("no_op", "no_op")) for layer, slot in enumerate(_slots(grid))}
+    droppable = {layer: index for layer, index in dropped.items() if index is not None}
+    for layer, index in sorted(droppable.items(), key=lambda item: float(grid.scores[item[1]])):
+        if _fits(grid, selection):
+            break
+        selection[layer] = index
+    return (selection, 1) if _fits(grid, selection) else None
+
+
+def greedy(grid: Grid, _: Ask) -> Picked:
+    """Equal budget per searched layer, layers by mean score ascending; the lowest score within it, the rest carried on.
+
+    A layer where nothing fits takes what overruns least, and the next layers owe the difference.
+    """
+    selection = grid.starts.copy()
+    slots = _slots(grid)
+    searched = sorted((i for i, slot in enumerate(slots) if len(slot) > 1), key=lambda i: grid.scores[slots[i]].mean())
+    kept = grid.starts[[len(slot) == 1 for slot in slots]]
+    share = (1 - grid.fixed - taken(grid.program, kept[None])[0]) / max(len(searched), 1)
+    carried = np.zeros_like(share)
+    for layer in searched:
+        available = share + carried
+        selection[layer] = _lowest_within(grid, slots[layer], available)
+        carried = available - grid.usage[:, selection[layer]]
+    return (selection, 1) if _fits(grid, selection) else None
+
+
+def _lowest_within(grid: Grid, slot: Integers, available: Floats) -> int:
+    overrun = (grid.usage[:, slot] - available[:, None]).max(axis=0)
+    within = slot[overrun <= ROOM]
+    return int(within[grid.scores[within].argmin()]) if len(within) else int(slot[overrun.argmin()])
+
+
+def random(grid: Grid, ask: Ask) -> Picked:
+    """The first of some random choices that can be brought within the budget."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        drawn, kept = within(grid.program, draw(grid.program, 1, ask.generator), ask.generator)
+        if kept[0]:
+            return drawn[0], attempt
+    return None
+
+
+def no_op_only(grid: Grid, ask: Ask) -> Picked:
+    """The paper's ablation: subblocks are kept or removed, nothing in between."""
+    kept = np.array([set(_pair(option)) <= {"parent", "no_op"} for option in grid.options])
+    answer = minimise(grid.program.only(kept), ask.search)
+    return None if answer is None else (np.flatnonzero(kept)[answer.selection], 0)
+
+
+def max_params(grid: Grid, ask: Ask) -> Picked:
+    """The paper's ablation: the scores are not looked at.
+
+    Very many choices come close to filling a budget, and no solver tells them apart in time: a gap of 1e-4 is enough.
+    """
+    search = ask.search.model_copy(update={"gap": max(ask.search.gap, 1e-4)})
+    answer = minimise(replace(grid.program, scores=-grid.parameters), search)
+    return None if answer is None else (answer.selection, 0)

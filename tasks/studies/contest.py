@@ -1,0 +1,204 @@
+"""All searches side by side under one budget: what each minimised, the true KL of what it found, what it took.
+
+Every search works on the sequences that were scored, the sums by scores, the black boxes by measured KL as well if
+evaluations are given for it. The true KL that counts is that of other sequences, which none of them looked at.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from blocks.errors import PuzzleError
+from blocks.records import Architecture, LayerChoice, Metric, Value
+from tasks.choose import choose
+from tasks.search.totals import Problem, predicted, within_budget
+from tasks.studies.additivity import Layers
+from tasks.studies.peers import EVALUATIONS, NAMES, PEERS, Aim, find, top
+from tasks.studies.swaps import beyond_noise, paired
+from tasks.studies.truth import Meter, OtherModel, other_model
+
+SUMS, TRUE, NOTHING = "summed scores", "true KL", "nothing"
+
+
+class Entry(Value):
+    """One search and what it found.
+
+    objective: what it minimised, at what it found. true: KL of every other sequence. evaluations: architectures whose
+    objective was looked at; 0 for a solver. seconds: of the search, measured KLs included.
+    """
+
+    name: str
+    on: str
+    layers: Layers
+    score: float
+    objective: float
+    true: tuple[float, ...]
+    evaluations: int
+    seconds: float
+
+    @property
+    def title(self) -> str:
+        """The search and what it looked at; the untouched parent is no search."""
+        return f"{self.name} on {self.on}" if self.on != NOTHING else self.name
+
+    @property
+    def kl(self) -> Metric:
+        """The true KL with its standard error over sequences."""
+        mean, error = paired(np.array(self.true))
+        return Metric(value=mean, se=error if len(self.true) > 1 else 0.0, n=len(self.true))
+
+
+class Contest(Value):
+    """The searches, lowest true KL first. level: those that differ from the winner by no more than noise, paired.
+
+    prune: False where the untouched parent keeps the budget, or a smaller model that somebody else trained wins.
+    left_out: why, by name.
+    """
+
+    budget: dict[str, float]
+    scored: str
+    others: str
+    entries: tuple[Entry, ...]
+    winner: str
+    level: tuple[str, ...]
+    prune: bool
+    left_out: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """What a black box may look at: so many sums, so many measured KLs (0: none), begun at the `starts` best sums."""
+
+    evaluations: int = EVALUATIONS
+    true_evaluations: int = 0
+    starts: int = 6
+    min_different: int = 4
+    seed: int = 0
+    smaller: tuple[Path, ...] = ()  # folders of other models of the parent's family
+
+
+def contest(
+    problem: Problem,
+    scored: Meter,
+    others: Meter,
+    ask: Ask,
+    tell: Callable[[int, int, str], None] = lambda done, total, text: None,
+) -> Contest:
+    """Search by every name, measure what was found. Raises InfeasibleBudget when the MIP finds nothing."""
+    black_boxes = [name for name, peer in PEERS.items() if peer.search]
+    total = len(NAMES) + bool(ask.true_evaluations) * len(black_boxes) * ask.true_evaluations
+    best = choose(problem)
+    entries, left_out = list[Entry](), dict[str, str]()
+    for done, name in enumerate(NAMES, start=1):
+        try:
+            found = best if name == "mip" else find(name, problem, ask.seed, ask.evaluations)
+        except PuzzleError as error:
+            left_out[name] = str(error)
+            continue
+        entries.append(_entry(found, name, SUMS, found.score, found.solve_seconds, others))
+        tell(done, total, f"{name} KL {entries[-1].kl.value:.4f}")
+    if within_budget(problem, problem.parent):
+        untouched = predicted(problem, problem.parent, "parent")
+        entries.append(_entry(untouched, "parent", NOTHING, 0.0, 0.0, others))
+    for folder in ask.smaller:
+        smaller = other_model(folder, others)
+        if smaller.parameters <= best.totals[0].parameters:
+            entries.append(_untrained(smaller))
+        else:
+            left_out[smaller.name] = (
+                f"{smaller.parameters:,} parameters, more than the child's {best.totals[0].parameters:,}"
+            )
+    if ask.true_evaluations:
+        for place, name in enumerate(black_boxes):
+            before = len(NAMES) + place * ask.true_evaluations
+            told = partial(_tell_from, tell, before, total, f"{name} on {TRUE}")
+            entries.append(_on_truth(problem, name, best, (scored, others), ask, told))
+    return _ranked(problem, scored, others, entries, left_out)
+
+
+def _tell_from(tell: Callable[[int, int, str], None], before: int, total: int, text: str, done: int, _: int) -> None:
+    tell(before + done, total, text)
+
+
+def _entry(found: Architecture, name: str, on: str, objective: float, seconds: float, others: Meter) -> Entry:
+    return Entry(
+        name=name,
+        on=on,
+        layers=found.layers,
+        score=found.score,
+        objective=objective,
+        true=others(found.layers).per_sequence,
+        evaluations=found.evaluations,
+        seconds=seconds,
+    )
+
+
+def _untrained(model: OtherModel) -> Entry:
+    """A smaller model as an entry: nothing was searched, nothing summed."""
+    kl = float(np.mean(model.per_sequence))
+    return Entry(
+        name=model.name,
+        on=NOTHING,
+        layers=(),
+        score=kl,
+        objective=kl,
+        true=model.per_sequence,
+        evaluations=0,
+        seconds=model.seconds,
+    )
+
+
+def _on_truth(
+    problem: Problem,
+    name: str,
+    best: Architecture,
+    meters: tuple[Meter, Meter],
+    ask: Ask,
+    tell: Callable[[int, int], None],
+) -> Entry:
+    """A black box on the measured KL of the scored sequences, started at the best sums."""
+    scored, others = meters
+    batches = tuple(totals.batch_size for totals in best.totals)
+    took: dict[tuple[LayerChoice, ...], float] = {}
+
+    def measure(layers: Layers) -> float:
+        measured = scored(layers)
+        took[layers] = measured.seconds
+        return float(np.mean(measured.per_sequence))
+
+    aim = Aim(
+        name=TRUE,
+        measure=measure,
+        evaluations=ask.true_evaluations,
+        batches=batches,
+        starts=tuple(top(problem, ask.starts, ask.min_different, batches)),
+        tell=tell,
+    )
+    found = find(name, problem, ask.seed, aim=aim)
+    # by the clock of the forward passes: those of an earlier run are stored, and would take no time
+    return _entry(found, name, TRUE, measure(found.layers), sum(took.values()), others)
+
+
+def _ranked(
+    problem: Problem, scored: Meter, others: Meter, entries: list[Entry], left_out: Mapping[str, str]
+) -> Contest:
+    ranked = sorted(entries, key=lambda entry: (entry.kl.value, entry.name != "parent"))
+    first = ranked[0]
+    level = [
+        entry.title
+        for entry in ranked[1:]
+        if entry.layers == first.layers or not beyond_noise(np.array(first.true) - np.array(entry.true))
+    ]
+    return Contest(
+        budget=problem.budget.model_dump(exclude_none=True),
+        scored=str(scored.sequences),
+        others=str(others.sequences),
+        entries=tuple(ranked),
+        winner=first.title,
+        level=tuple(level),
+        prune=first.on != NOTHING,
+        left_out=dict(left_out),
+    )

@@ -1,0 +1,113 @@
+"""A finished block library, found again through the content keys of a profile; nothing of it is made here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from blocks.errors import PuzzleError
+from blocks.library import BlockLibrary
+from blocks.parent import Parent
+from blocks.records import BlockRecord, CorpusInfo, CostTable, LayerRecord, ParentInfo, Score
+from profiles.schema import Profile
+from tasks.corpus import iterate_documents, prepare_corpus
+from tasks.foreign.interchange import read_library
+from tasks.parent import prepare_parent
+from tasks.record import open_parent, record_key, recorded
+from tasks.scoring import stored_score
+from tasks.search.totals import Problem, problem_of
+from tasks.stages import coupled_jobs, jobs_of, stored_costs
+
+
+class UnfinishedLibrary(PuzzleError):
+    """The workspace holds no finished library of this profile."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Finished:
+    """What `puzzle optimize` leaves of a profile before the search: all that does not depend on a budget."""
+
+    profile: Profile
+    workspace: Path
+    parent: ParentInfo
+    corpus: CorpusInfo
+    blocks: tuple[BlockRecord, ...]
+    scores: tuple[Score, ...]
+    costs: CostTable
+
+    @property
+    def problem(self) -> Problem:
+        """The search under the profile's budget."""
+        return problem_of(self.profile, self.scores, self.costs)
+
+    @property
+    def scored(self) -> tuple[int, int]:
+        """Validation sequences that were scored, and the tokens of each."""
+        scoring = self.profile.scoring
+        return scoring.sequences, scoring.tokens_per_sequence or self.corpus.sequence_length
+
+
+def open_finished(profile: Profile, workspace: Path) -> Finished:
+    """Find parent, corpus, blocks, scores and costs of a profile.
+
+    Raises UnfinishedLibrary, naming what is missing.
+    """
+    if not any((workspace / "parent").glob("*.json")) or not any((workspace / "library").glob("*.json")):
+        raise _unfinished(profile, workspace, "no block library")
+    parent = prepare_parent(profile.parent, workspace, lambda: iterate_documents(profile.corpus))
+    corpus = prepare_corpus(profile.corpus, workspace / parent.folder, parent.fingerprint, workspace)
+    reader = open_parent(workspace / parent.folder)
+    blocks = _blocks(profile, workspace, parent, corpus, reader)
+    found = _scores(profile, workspace, corpus, blocks)
+    if not found:
+        raise _unfinished(profile, workspace, "no scores")
+    costs = stored_costs(profile, parent, workspace)
+    if costs is None:
+        raise _unfinished(profile, workspace, f"no costs of its scenarios on hardware {profile.hardware.name}")
+    return Finished(
+        profile=profile,
+        workspace=workspace,
+        parent=parent,
+        corpus=corpus,
+        blocks=blocks,
+        scores=found,
+        costs=costs,
+    )
+
+
+def _scores(profile: Profile, workspace: Path, corpus: CorpusInfo, blocks: Sequence[BlockRecord]) -> tuple[Score, ...]:
+    """What was scored; a score that is not a number is not kept (tasks/scoring.py), so some may lack."""
+    if profile.scoring.adaptive is not None:  # of unequal depth, made comparable by the run
+        tables = workspace / "tables" / profile.name
+        return read_library(tables).scores if tables.exists() else ()
+    sequences = range(profile.scoring.sequences)
+    length = profile.scoring.tokens_per_sequence or corpus.sequence_length
+    scores = [stored_score(block, sequences, length, workspace) for block in blocks if block.status != "failed"]
+    return tuple(score for score in scores if score is not None)
+
+
+def _blocks(
+    profile: Profile, workspace: Path, parent: ParentInfo, corpus: CorpusInfo, reader: Parent
+) -> tuple[BlockRecord, ...]:
+    key = record_key(parent, corpus, profile.record, profile.bld.ridge)
+    layers = [recorded(layer, key, workspace) for layer in range(reader.depth)]
+    records: list[LayerRecord] = [record for record in layers if record is not None]
+    if len(records) < reader.depth:
+        raise _unfinished(profile, workspace, f"{reader.depth - len(records)} layers that are not recorded")
+    library = BlockLibrary(workspace)
+    jobs = jobs_of(profile, parent, records, key, reader)
+    blocks = [library.find(job.key) for job in jobs]
+    there = [block for block in blocks if block is not None]
+    if profile.bld.coupled and len(there) == len(jobs):
+        jobs = coupled_jobs(profile, jobs, there, reader)
+        blocks = [library.find(job.key) for job in jobs]
+        there += [block for block in blocks if block is not None]
+    if None in blocks:
+        raise _unfinished(profile, workspace, f"{blocks.count(None)} of {len(jobs)} blocks missing")
+    return tuple(there)
+
+
+def _unfinished(profile: Profile, workspace: Path, lacks: str) -> UnfinishedLibrary:
+    return UnfinishedLibrary(
+        f"{workspace} has no finished library of profile {profile.name} ({lacks}): run `puzzle optimize` with this "
+        "profile, workspace and --set first."
+    )

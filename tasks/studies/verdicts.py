@@ -1,0 +1,167 @@
+"""Contests and checks in words and tables, and what a workspace keeps of them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from blocks.library import atomic_path, digest_of, write_text, write_value
+from blocks.records import Metric, TruthPoint, Value
+from tasks.operating import tracking
+from tasks.studies.additivity import Check, Difference, Measured
+from tasks.studies.contest import Contest, Entry
+
+Rows = Sequence[Sequence[str]]
+
+
+def contest_rows(contest: Contest) -> tuple[list[str], Rows]:
+    """Header and rows, the winner first."""
+    header = ["search", "on", "objective", "summed scores", "true KL", "evaluations", "seconds"]
+    return header, [_entry_row(entry) for entry in contest.entries]
+
+
+def _entry_row(entry: Entry) -> list[str]:
+    return [
+        entry.name,
+        entry.on,
+        f"{entry.objective:.4f}",
+        f"{entry.score:.4f}",
+        told(entry.kl),
+        f"{entry.evaluations:,}" if entry.evaluations else "-",
+        f"{entry.seconds:.1f}",
+    ]
+
+
+def contest_verdict(contest: Contest) -> list[str]:
+    """Who won, and how surely."""
+    level = f"; level with it within the noise: {', '.join(contest.level)}" if contest.level else ""
+    lines = [f"lowest true KL: {contest.winner}{level}"]
+    if not contest.prune:
+        untouched = contest.winner == "parent"
+        what = "the untouched parent keeps this budget" if untouched else f"{contest.winner} is closer to the parent"
+        lines.append(f"do not prune: {what}")
+    lines.append(f"searched on {contest.scored}; true KL on {contest.others}")
+    lines += [f"{name} left out: {why}" for name, why in contest.left_out.items()]
+    return lines
+
+
+def check_rows(check: Check) -> tuple[list[str], Rows]:
+    """Header and rows in the order of measuring."""
+    header = ["architecture", "predicted", "true, same sequences", "true, other sequences", "against the MIP's choice"]
+    against = {difference.name: _against(difference) for difference in check.differences}
+    return header, [
+        [
+            measured.name,
+            *(told(measured.figure(field)) for field in ("predicted", "true_scored", "true_others")),
+            against.get(measured.name, ""),
+        ]
+        for measured in check.measured
+    ]
+
+
+def _against(difference: Difference) -> str:
+    return f"{difference.value:+.4f} ± {difference.se:.4f}{'' if difference.clear else ' (noise)'}"
+
+
+def check_verdict(check: Check) -> list[str]:
+    """What the sums are worth."""
+    forecast = "misleads" if check.forecast_misleads else "holds"
+    chosen = "misleads" if check.choice_misleads else "stands"
+    lines = [
+        f"forecast {forecast}: true / predicted over the top {check.top} is {told(check.ratio, 3)}, same sequences",
+        f"ranking: rank correlation {told(check.rank, 2)} within the top {check.top}, {told(check.rank_all, 2)} over "
+        f"all {check.rank_all.n} measured, other sequences",
+        f"correction: {_correction(check)}",
+        f"swaps: {len(check.steps)} kept beyond noise"
+        + "".join(f"; true KL {step.true_change:+.4f} ± {step.se:.4f}" for step in check.steps),
+    ]
+    best = next((difference for difference in check.differences if difference.name == check.final), None)
+    by = f" {_against(best)}" if best else ""
+    return [*lines, f"choice {chosen}: the best that is known beyond noise is {check.final}{by}"]
+
+
+def _correction(check: Check) -> str:
+    fitted = check.correction
+    if fitted is None:
+        return "too few architectures were measured to fit one"
+    errors = ", ".join(f"{name} {error:.1%}" for name, error in fitted.errors.items())
+    what = "the choice was made again with it" if fitted.changes_the_choice else "it leaves the choice as it was"
+    return f"{fitted.kind}, {what}; error on architectures left out ({fitted.architectures}): {errors}"
+
+
+def told(metric: Metric, digits: int = 4) -> str:
+    """Value and standard error."""
+    return f"{metric.value:.{digits}f} ± {metric.se:.{digits}f}"
+
+
+def aligned(header: Sequence[str], rows: Rows) -> str:
+    """A table for the console, first column left, figures right."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    cells = [zip(line, widths, strict=True) for line in lines]
+    sides = [[cell.rjust(w) if n else cell.ljust(w) for n, (cell, w) in enumerate(line)] for line in cells]
+    return "\n".join("  ".join(line).rstrip() for line in sides)
+
+
+def check_figures(check: Check) -> dict[str, float]:
+    """A check as metrics."""
+    figures = {
+        "check/ratio": check.ratio.value,
+        "check/rank": check.rank.value,
+        "check/choice_misleads": float(check.choice_misleads),
+        "check/forecast_misleads": float(check.forecast_misleads),
+    }
+    if check.correction is not None:
+        figures |= {f"check/error_{name.replace(' ', '_')}": error for name, error in check.correction.errors.items()}
+    return figures | {f"check/{_slug(m)}_kl": m.figure("true_others").value for m in check.measured}
+
+
+def _slug(measured: Measured) -> str:
+    return measured.name.replace(" ", "_")
+
+
+def contest_figures(contest: Contest) -> dict[str, float]:
+    """A contest as metrics."""
+    return {
+        f"peers/{entry.name}{'_true_kl' if entry.on == 'true KL' else ''}_{key}": value
+        for entry in contest.entries
+        for key, value in (("kl", entry.kl.value), ("kl_se", entry.kl.se), ("score", entry.score))
+    }
+
+
+def truth_points(check: Check) -> list[TruthPoint]:
+    """Predicted and true on the scored sequences, where they are of the same tokens; for `puzzle report`."""
+    return [
+        TruthPoint(
+            name=one.name,
+            predicted=one.figure("predicted").value,
+            true=one.figure("true_scored").value,
+            true_se=one.figure("true_scored").se,
+        )
+        for one in check.measured
+    ]
+
+
+def keep(
+    store: tracking.Tracking,
+    name: str,
+    value: Value,
+    text: str,
+    figures: Mapping[str, float],
+    picture: Figure | None = None,
+) -> Path:
+    """Write a study to `studies/<name>-<digest>/` and log it as an MLflow run of its own. Returns the folder."""
+    folder = store.workspace / "studies" / f"{name}-{digest_of(value=value)[:12]}"
+    files = [write_value(folder / "study.json", value), write_text(folder / "study.txt", text + "\n")]
+    if isinstance(value, Check):
+        points = [point.model_dump() for point in truth_points(value)]
+        files.append(write_text(folder / "truth.json", json.dumps(points, indent=1) + "\n"))
+    if picture is not None:
+        with atomic_path(folder / "predicted-against-true.png") as temporary:
+            picture.savefig(temporary, format="png")
+        files.append(folder / "predicted-against-true.png")
+    with tracking.run_started(store, name) as run_id:
+        tracking.log_metrics(store, run_id, figures)
+        tracking.log_files(store, run_id, files, "study")
+    return folder
