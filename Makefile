@@ -12,14 +12,18 @@ export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: demo test lint setup vllm
+.PHONY: demo test lint setup vllm test-vllm
 
 demo: $(STAMP)  ## a faster child of SmolLM2-135M-Instruct on this machine's CPU, under 30 minutes on 2 cores
 	$(VENV)/bin/puzzle optimize profiles/smollm2-cpu.yaml
 
 test: export HF_HUB_OFFLINE := 1
-test: $(STAMP)  ## every test, offline
-	$(VENV)/bin/pytest
+test: $(STAMP)  ## every test but those of vLLM, offline
+	$(VENV)/bin/pytest --ignore=tests/test_vllm.py
+
+test-vllm: export HF_HUB_OFFLINE := 1
+test-vllm: $(STAMP)  ## vLLM's, in the environment that `make vllm` makes
+	$(VENV)/bin/pytest tests/test_vllm.py
 
 lint: $(STAMP)  ## what CI holds the code to
 	$(VENV)/bin/ruff format --check .

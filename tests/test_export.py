@@ -87,6 +87,7 @@ class Loaded:
     cases: dict[str, Case]
     seen: dict[str, Any]
     outputs: dict[str, torch.Tensor]
+    left: set[str]  # modules of children that the exports left in this process
 
 
 def uniform_blocks() -> list[dict[str, Any]]:
@@ -124,14 +125,14 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def loaded(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     """Children of all families, mixed and uniform, exported here and loaded by one stranger."""
-    cases = {}
+    cases, before = {}, modules_of_children()
     for family in FAMILIES:
         parent = tiny_parent(family, tie_word_embeddings=family in ("gemma3_text", "qwen2"))
         for shape, blocks in (("mixed", mixed_blocks()), ("uniform", uniform_blocks())):
             child = tiny_child(parent, blocks)
             folder = export_child(child, PARENT, workspace, workspace / "children" / f"{family}.{shape}", "# card\n")
             cases[f"{family}.{shape}"] = Case(child, folder, native=shape == "uniform")
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    left, elsewhere = modules_of_children() - before, tmp_path_factory.mktemp("elsewhere")
     folders = {name: (str(case.folder), not case.native) for name, case in cases.items()}
     arguments = [sysconfig.get_path("purelib"), json.dumps(folders), str(elsewhere / "outputs.safetensors")]
     run = subprocess.run(
@@ -143,7 +144,11 @@ def loaded(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
         timeout=120,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    return Loaded(cases, json.loads(run.stdout), load_file(arguments[2]))
+    return Loaded(cases, json.loads(run.stdout), load_file(arguments[2]), left)
+
+
+def modules_of_children() -> set[str]:
+    return {name for name in sys.modules if name.startswith("transformers_modules")}
 
 
 @pytest.mark.parametrize("shape", ["mixed", "uniform"])
@@ -185,7 +190,7 @@ def test_tied_weights_are_stored_once(loaded: Loaded, family: str) -> None:
 
 
 def test_verification_leaves_no_trace_in_the_process(loaded: Loaded) -> None:
-    assert not [name for name in sys.modules if name.startswith("transformers_modules")]
+    assert not loaded.left
     assert not [path for path in sys.path if path and not Path(path).exists() and "tmp" in path]
 
 
