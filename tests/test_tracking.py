@@ -156,3 +156,24 @@ def test_what_a_person_types(opened: Tracking) -> None:
     assert f"sqlite:///{opened.workspace}/mlflow.db" in command
     assert "--host 127.0.0.1 --port 5001" in command
     assert run_url(opened, "abc", 5001) == f"http://127.0.0.1:5001/#/experiments/{opened.experiment_id}/runs/abc"
+
+
+def test_a_kill_while_the_database_is_made_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow refuses a half-migrated file for ever: the file has its name once it is whole."""
+    workspace, made = tmp_path / "workspace", tracking._client
+
+    def killed(uri: str) -> Any:
+        place = Path(uri.removeprefix("sqlite:///"))
+        made(uri).search_experiments(max_results=1)
+        whole = place.read_bytes()
+        place.write_bytes(whole[: len(whole) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tracking, "_client", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_tracking(workspace, "puzzle")
+    assert not (workspace / tracking.DATABASE).exists()
+    monkeypatch.setattr(tracking, "_client", made)
+    again = open_tracking(workspace, "puzzle")
+    assert resume_or_start(again, "a run") and (workspace / tracking.DATABASE).is_file()
+    assert len(list(workspace.glob(".*.part"))) == 1, "a killed run's, cleared when the next one enters the workspace"

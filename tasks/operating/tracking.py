@@ -8,6 +8,7 @@ do not meet. Metric names are the same in every run (`report_metrics`), so runs 
 import json
 import logging
 import os
+import secrets
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,6 +90,8 @@ def open_tracking(workspace: Path, experiment: str) -> Tracking:
     workspace.mkdir(parents=True, exist_ok=True)
     # two processes that migrate a fresh SQLite file at once break it for good
     with FileLock(workspace / f"{DATABASE}.lock"):
+        if server_uri() is None and not (workspace / DATABASE).exists():
+            _make_database(workspace)
         client = _client(_uri(workspace))
         found = client.get_experiment_by_name(experiment)
         if found is None:
@@ -96,6 +99,13 @@ def open_tracking(workspace: Path, experiment: str) -> Tracking:
         if found.lifecycle_stage == "deleted":
             client.restore_experiment(found.experiment_id)
     return Tracking(workspace=workspace, experiment_id=found.experiment_id)
+
+
+def _make_database(workspace: Path) -> None:
+    """Whole or not at all: one that a kill left half migrated is refused by MLflow for ever."""
+    part = workspace / f".{DATABASE}-{secrets.token_hex(4)}.part"  # MLflow keeps a file that it opened open
+    _client(f"sqlite:///{part}").search_experiments(max_results=1)
+    part.rename(workspace / DATABASE)
 
 
 def _create(client: Any, experiment: str, workspace: Path) -> str:
