@@ -169,10 +169,7 @@ class Run:
             files = [*write_report(report, folder), *self._page(report, folder), folder / LINEAGE]
             keep_run(folder, self.workspace)
         tracking.log_report(self.tracking, self.mlflow_run_id, report, files)
-        others = [run for run in experiment.finished_runs(self.tracking, 5) if run != self.mlflow_run_id]
-        if others:
-            url = experiment.compare_url(self.tracking, [self.mlflow_run_id, *others])
-            show_link("mlflow compare", url, f"beside the last {len(others)} of this parent on this hardware")
+        self._link_to_others()
         show_markdown("report", markdown, verdict(report))
         for name in ("architecture", "comparison"):
             show_picture(name, folder / f"{name}.png", f"{name} of {self.profile.name}'s child")
@@ -180,6 +177,18 @@ class Run:
             say(line)
         self._print(report, folder)
         return report
+
+    def _link_to_others(self) -> None:
+        """MLflow's page of this run beside earlier ones; a run that has all its results does not fail for a link."""
+        try:
+            others = [run for run in experiment.finished_runs(self.tracking, 5) if run != self.mlflow_run_id]
+            if not others:
+                return
+            url = experiment.compare_url(self.tracking, [self.mlflow_run_id, *others])
+        except (PuzzleError, experiment.mlflow_error()) as error:
+            say(f"no link to earlier runs, MLflow did not name them: {error}")
+            return
+        show_link("mlflow compare", url, f"beside the last {len(others)} of this parent on this hardware")
 
     def _page(self, report: ChildReport, folder: Path) -> list[Path]:
         """The HTML page; a run that has all its results does not fail for a picture of them."""

@@ -7,9 +7,12 @@ the schedulers need to know only how many tasks a machine may run at a time.
 import importlib
 import logging
 import os
+import secrets
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from prefect.context import FlowRunContext
@@ -24,6 +27,7 @@ from profiles.schema import Orchestration, Profile
 CONNECT_SECONDS = 20
 QUEUED = 10_000  # tasks that a cluster may hold; its scheduler is made for that
 LOCAL_OBJECT_STORE_BYTES = 80 << 20  # Ray's least: what travels is small
+RAY_TOKENS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 log = logging.getLogger("puzzle")
 
 
@@ -162,6 +166,8 @@ def _ray(wanted: Orchestration, stack: ExitStack) -> None:
     }
     if wanted.address is not None:
         _reachable(wanted.address)
+    else:
+        stack.enter_context(_own_token())
     try:
         ray.init(address=wanted.address or "local", **quiet, **({} if wanted.address else own))
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -171,6 +177,29 @@ def _ray(wanted: Orchestration, stack: ExitStack) -> None:
         if not ray.cluster_resources().get("GPU"):
             raise PuzzleError("no node of the Ray cluster has a GPU: start them with ray start --num-gpus N")
         stack.enter_context(context.remote_options(num_gpus=1))
+
+
+@contextmanager
+def _own_token() -> Iterator[None]:
+    """The token of a Ray cluster that ends with the run, where only this user may read it, and gone with the cluster.
+
+    Ray would leave one in ~/.ray/auth_token, readable by every user of the machine. Settings of the user's own stand.
+    """
+    if any(name in os.environ for name in RAY_TOKENS):
+        yield
+        return
+    loader = importlib.import_module("ray._raylet").AuthenticationTokenLoader.instance()
+    with tempfile.TemporaryDirectory(prefix="puzzle-ray-") as folder:  # mode 0700
+        path = Path(folder) / "auth_token"
+        path.write_text(secrets.token_hex(32))
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+        loader.reset_cache()
+        try:
+            yield
+        finally:
+            for name in RAY_TOKENS:
+                os.environ.pop(name, None)
+            loader.reset_cache()
 
 
 def _on_gpu(wanted: Orchestration) -> bool:

@@ -21,6 +21,7 @@ from tasks.stages import jobs_of
 from tasks.throughput import gains_of
 from tests.chain import prepare
 from tests.test_engines import folders, needs_llama_cpp, run
+from tests.test_gguf import child_of, written
 
 __all__ = ["folders"]  # a fixture
 
@@ -68,6 +69,12 @@ def test_bench_refuses_what_it_cannot_run(folders: dict[str, Path]) -> None:
         bench({"child": folders["child"]}, "torch", [Point.parse("1x128x8")])
     with pytest.raises(UnknownPrecision, match="f32, f16, bf16"):
         bench({"child": folders["child"]}, "torch", [Point.parse("1x8x8")], "q8_0")
+
+
+def test_a_gguf_file_is_held_to_its_context(tmp_path: Path) -> None:
+    file = written(child_of(max_position_embeddings=64), tmp_path)
+    with pytest.raises(PuzzleError, match="72 tokens is longer than the child's context of 64"):
+        bench({"child": file}, "torch", [Point.parse("1x8x8"), Point.parse("1x64x8")])
 
 
 class Exact(EngineBench):

@@ -3,6 +3,7 @@
 Whole runs on real clusters, with workers killed, are in benchmarks/clusters.py: each takes a minute.
 """
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -195,3 +196,23 @@ def test_the_context_of_a_submission_is_small_and_finished_work_is_one_cached_ru
     with prefect_test_harness(server_startup_timeout=180):
         assert looking(chain.parent) < 40_000
     assert states == [(("distill", 0, 1), "Cached"), (("distill", 1, 3), "Cached")]
+
+
+def test_a_ray_cluster_of_a_run_has_a_token_of_its_own_and_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = pytest.importorskip("ray._raylet").AuthenticationTokenLoader.instance()
+    setup = pytest.importorskip("ray._private.authentication.authentication_token_setup")
+    monkeypatch.setattr(setup, "_get_default_token_path", lambda: tmp_path / ".ray" / "auth_token")
+    for name in workers.RAY_TOKENS:
+        monkeypatch.delenv(name, raising=False)
+    with workers._own_token():
+        kept = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+        assert loader.get_raw_token(ignore_auth_mode=True) == kept.read_text() and len(kept.read_text()) == 64
+        assert kept.parent.stat().st_mode & 0o077 == 0
+        setup.ensure_token_if_auth_enabled()  # what ray.init calls
+    assert not kept.exists() and not any(name in os.environ for name in workers.RAY_TOKENS)
+    assert not (tmp_path / ".ray").exists()
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "my own")
+    with workers._own_token():
+        assert "RAY_AUTH_TOKEN_PATH" not in os.environ

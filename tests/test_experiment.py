@@ -2,6 +2,8 @@
 
 import json
 import re
+import threading
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -11,6 +13,7 @@ import pytest
 from blocks.records import Architecture, BlockRecord, Cost, CostTable, LayerChoice, Ref, Score, Totals
 from profiles.load import load_profile
 from profiles.schema import Hardware
+from tasks.finish import Run
 from tasks.operating import experiment
 from tasks.operating.run_tables import layer_rows, variant_rows
 from tasks.operating.tracking import (
@@ -84,6 +87,44 @@ def test_the_saved_query_and_the_compare_page_of_the_docs(opened: Tracking) -> N
     url = experiment.compare_url(opened, [good, also], 5001)
     where = f'runs=["{good}","{also}"]&experiments=["{opened.experiment_id}"]'
     assert unquote(url) == f"http://127.0.0.1:5001/#/compare-runs?{where}" and '"' not in url
+
+
+@pytest.mark.parametrize("broken", ["finished_runs", "compare_url"])
+def test_a_finished_run_does_not_fail_for_a_link(
+    opened: Tracking, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def refuse(*asked: Any) -> Any:
+        raise experiment.mlflow_error()("500, try later")
+
+    monkeypatch.setattr(experiment, "finished_runs", lambda *asked: ["another"])
+    monkeypatch.setattr(experiment, broken, refuse)
+    monkeypatch.setattr("tasks.finish.say", told.append)
+    monkeypatch.setattr("tasks.finish.show_link", lambda *asked: told.append("a link"))
+    own: dict[str, Any] = {
+        "workspace": opened.workspace,
+        "tracking": opened,
+        "mlflow_run_id": "this",
+        "prefect_run_id": "",
+    }
+    Run(profile=load_profile("tiny"), **own)._link_to_others()
+    assert told == ["no link to earlier runs, MLflow did not name them: 500, try later"]
+
+
+def test_a_run_does_not_wait_for_its_last_system_metrics(opened: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    told: list[str] = []
+    down = threading.Event()
+    monkeypatch.setattr(SystemMetricsMonitor, "finish", lambda self: down.wait(30))  # a server that is down
+    monkeypatch.setattr(experiment, "FINISH_SECONDS", 0.1)
+    monkeypatch.setattr(experiment, "say", told.append)
+    started = time.monotonic()
+    with run_started(opened, "tiny") as run_id, experiment.system_metrics(opened, run_id):
+        pass
+    down.set()
+    assert time.monotonic() - started < 15 and len(told) == 1 and "within 0.1 s: going on without them" in told[0]
 
 
 def made(layer: int, subblock: Any, variant: str) -> tuple[BlockRecord, Score]:

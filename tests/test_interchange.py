@@ -12,6 +12,7 @@ from blocks.records import BlockRecord
 from profiles.schema import Budget
 from tasks.choose import choose
 from tasks.foreign.interchange import Description, StoredLibrary, joint_view, open_library, read_library, write_library
+from tasks.operating.sweeping import sweep_library
 from tasks.search.joint import LibraryFileError
 from tasks.search.request import Request, limits
 from tasks.search.solve import choose_joint
@@ -146,3 +147,11 @@ def test_a_workspace_with_two_libraries_asks_which(tmp_path: Path, library: Stor
         open_library(tmp_path)
     with pytest.raises(LibraryFileError, match="is no block library"):
         open_library(tmp_path / "tables")
+
+
+@pytest.mark.parametrize(("name", "told"), [("", "it has no library.json"), ("nowhere", "there is no such folder")])
+def test_a_workspace_without_a_library_says_what_to_run_first(tmp_path: Path, name: str, told: str) -> None:
+    with pytest.raises(LibraryFileError, match=rf"is no block library: {told}.*`puzzle optimize`.*run that first"):
+        sweep_library(tmp_path / name, "runtime_ms", 3, {})  # the deployment's
+    code, out, err = puzzle("sweep", "--library", tmp_path / name)
+    assert (code, out) == (2, "") and "run that first" in " ".join(err.split())

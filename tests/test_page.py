@@ -18,7 +18,7 @@ from tasks.search.front import front_of
 from tasks.search.request import Request, limits
 from tasks.search.solve import choose_joint
 from tests import test_nvlabs
-from tests.test_choose import random_problem
+from tests.test_choose import CHAT, LONG, random_problem
 from tests.test_interchange import stored
 from tests.test_nvlabs import answers, label, puzzle
 
@@ -106,6 +106,17 @@ def test_confidence_where_the_library_can_tell(tmp_path: Path) -> None:
     told = " ".join(page.words)
     assert f"{found['low']:.5g} to {found['high']:.5g}" in told and "8 draws" in told
     assert (tmp_path / "png" / "confidence.png").exists()
+
+
+def test_scenarios_that_nobody_weighs_have_a_page(tmp_path: Path) -> None:
+    """Each has a runtime and a memory of its own, none the least: the front is over parameters, the budgets kept."""
+    write_library(tmp_path / "tables" / "p", stored(random_problem(0, Budget(speedup=1.2), scenarios=(CHAT, LONG))))
+    words = ("--library", tmp_path, "--runtime-ms", "chat=70%", "--num-params", "95%")
+    page, _ = page_of(tmp_path, *words)
+    told = " ".join(page.words)
+    assert "Pareto front over parameters" in told and f"{answers('choose', *words)['objective']:.6g}" in told
+    weighed, _ = page_of(tmp_path, *words, "--traffic", "chat=3", "--traffic", "long=1")
+    assert "Pareto front over runtime" in " ".join(weighed.words)
 
 
 def test_the_front_and_the_simple_searches(nvlabs: Path) -> None:

@@ -65,6 +65,12 @@ def read_description(folder: Path) -> dict[str, Any]:
     path = folder / "library.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        lacks = "it has no library.json" if folder.is_dir() else "there is no such folder"
+        raise LibraryFileError(
+            f"{folder} is no block library: {lacks}. "
+            "A workspace has one once `puzzle optimize` has made it: run that first, or name another folder."
+        ) from error
     except OSError as error:
         raise LibraryFileError(f"{folder} is no block library: library.json: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:

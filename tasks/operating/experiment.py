@@ -4,7 +4,8 @@ inputs, what the machine did meanwhile, and a link that shows runs side by side.
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from profiles.schema import Hardware, Profile
 from tasks.costs import processor
 from tasks.operating.tracking import Tracking, client_of, open_tracking, server_uri
 from tasks.parent import name_of
+from tasks.progress import say
 
 DIGEST = 32  # digits of a fingerprint; MLflow keeps 36 at most
 SAMPLE_SECONDS = 10.0  # MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL overrides it
+FINISH_SECONDS = 15.0  # for the last sample to arrive
 OWN = ("child/", "parent/")  # metrics that a registered child carries too
 
 
@@ -86,7 +89,23 @@ def system_metrics(tracking: Tracking, run_id: str) -> Iterator[None]:
     try:
         yield
     finally:
-        monitor.finish()
+        _within(FINISH_SECONDS, monitor.finish)
+
+
+def _within(seconds: float, end: Callable[[], object]) -> None:
+    """Wait for `end`, but not longer: MLflow's client asks a server that is down again for minutes."""
+    ending = threading.Thread(target=end, daemon=True, name="end-of-system-metrics")
+    ending.start()
+    ending.join(seconds)
+    if ending.is_alive():
+        say(f"MLflow has not taken the last system metrics within {seconds:g} s: going on without them")
+
+
+def mlflow_error() -> type[Exception]:
+    """What MLflow's client raises, whatever the reason; named here because the package is imported late."""
+    from mlflow.exceptions import MlflowException
+
+    return MlflowException
 
 
 def compare_url(tracking: Tracking, run_ids: Sequence[str], port: int = 5000) -> str:

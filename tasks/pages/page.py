@@ -25,7 +25,7 @@ from tasks.report import BEST, LEGEND, comparison_rows, save_figure, speed_table
 from tasks.search.confidence import Confidence, bootstrap
 from tasks.search.front import front_of
 from tasks.search.joint import QUANTITIES, JointLibrary, LibraryFileError, at
-from tasks.search.request import Request
+from tasks.search.request import Request, is_one_number
 from tasks.search.solve import JointChoice, Price, choose_joint, prices
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -67,7 +67,7 @@ def study_choice(title: str, library: JointLibrary, request: Request, extent: Ex
     """
     choice = choose_joint(library, request.model_copy(update={"diverse": 1}))[0]
     priced = prices(library, request)
-    over = extent.over or _axis(request, priced)
+    over = extent.over or _axis(library, request, priced)
     with shown("sweep", beside=True) as tell:
         front = front_of(library, request, choice, over, extent.points, tell)
     sure = None
@@ -86,14 +86,18 @@ def study_choice(title: str, library: JointLibrary, request: Request, extent: Ex
     )
 
 
-def _axis(request: Request, priced: Sequence[Price]) -> str:
-    """The quantity of which the choice uses most of its limit; where that is a floor, the cost behind it."""
+def _axis(library: JointLibrary, request: Request, priced: Sequence[Price]) -> str:
+    """The quantity of which the choice uses most of its limit; where that is a floor, the cost behind it.
+
+    Only one that has a least value: of several scenarios that nobody weighs, each has a runtime of its own.
+    """
     used = [
         (price.limit / price.used if limit.kind.floor else price.used / price.limit, limit.kind.cost)
         for price, limit in zip(priced, request.limits, strict=True)
-        if limit.kind.cost and price.used
+        if limit.kind.cost and price.used and is_one_number(library, request, limit.kind.cost)
     ]
-    return max(used)[1] if used else "memory_mib"
+    default = "memory_mib" if is_one_number(library, request, "memory_mib") else "num_params"
+    return max(used)[1] if used else default
 
 
 def read_truth(path: Path) -> tuple[TruthPoint, ...]:

@@ -151,6 +151,12 @@ def _check_known(library: JointLibrary, quantity: str) -> None:
         raise LibraryFileError(f"the library does not say {cost} for every variant: budget something else.")
 
 
+def is_one_number(library: JointLibrary, request: Request, quantity: str) -> bool:
+    """True for a quantity that an architecture has once: not one per scenario, unless the traffic weighs them."""
+    kind = QUANTITIES[quantity]
+    return not kind.per_place or len(library.scenarios) < 2 or bool(kind.time and request.traffic)
+
+
 def _check_scenarios(library: JointLibrary, request: Request) -> None:
     named = [*(limit.scenario for limit in request.limits if limit.scenario is not None), *request.traffic]
     unknown = [name for name in named if name not in library.scenarios]
@@ -161,7 +167,7 @@ def _check_scenarios(library: JointLibrary, request: Request) -> None:
         if limit.scenario is not None and not limit.kind.per_place:
             raise LibraryFileError(f"{limit.quantity} is the same in every scenario: limit it without one.")
     target = QUANTITIES[request.minimise]
-    if target.per_place and len(library.scenarios) > 1 and not (target.time and request.traffic):
+    if not is_one_number(library, request, request.minimise):
         raise LibraryFileError(
             f"{request.minimise} differs between the scenarios {', '.join(library.scenarios)}: name one of them"
             f"{', or give the traffic' if target.time else ''}."

@@ -28,6 +28,7 @@ from tasks.picture import COLOURS, INK, figure_of, plain_axes
 from tasks.serving.children import config_of, open_child, origin_of
 from tasks.serving.formats import find_tokenizer, precision_of, refuse
 from tasks.serving.gguf_export import write_gguf
+from tasks.serving.gguf_header import read_header
 from tasks.throughput import in_turns, summaries, timed_steps, tokens_before
 
 CHILD = "child"
@@ -149,8 +150,7 @@ def ready(
     with tempfile.TemporaryDirectory(prefix="puzzle-bench-") as temporary:
         paths = {}
         for name, source in sources.items():
-            if source.is_dir():
-                _check_length(config_of(source), name, points)
+            _check_length(_context_of(source), name, points)
             if form != "gguf" or source.is_file():
                 paths[name] = source
                 continue
@@ -161,11 +161,19 @@ def ready(
         yield paths
 
 
-def _check_length(config: Any, name: str, points: Sequence[Point]) -> None:
+def _context_of(source: Path) -> int | None:
+    """Tokens that a model was made for; None for a GGUF file that does not say."""
+    if source.is_dir():
+        return int(config_of(source).max_position_embeddings)
+    fields = read_header(source).fields
+    return fields.get(f"{fields.get('general.architecture')}.context_length")
+
+
+def _check_length(context: int | None, name: str, points: Sequence[Point]) -> None:
     longest = max(point.prompt_tokens + point.generated_tokens for point in points)
-    if longest > config.max_position_embeddings:
+    if context is not None and longest > context:
         raise PuzzleError(
-            f"a load of {longest} tokens is longer than the {name}'s context of {config.max_position_embeddings}: "
+            f"a load of {longest} tokens is longer than the {name}'s context of {context}: "
             "shorten prompt or generation."
         )
 
