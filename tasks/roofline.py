@@ -2,14 +2,17 @@
 
 A subblock's forward takes, on each of `tensor_parallel` devices,
 
-    max(product FLOPs / compute, (weights + hidden states) / bandwidth)     its matrices
+    max(product FLOPs / compute, weights / bandwidth)                       its matrices
+    + (hidden states + inner states) / bandwidth                            norm, activation: kernels of their own
     + max(score FLOPs / compute, KV cache / bandwidth)                      an attention's scores
     + kernels x floor                                                       launches
     + 2 (n - 1) / n x hidden states / interconnect + 2 x floor              all-reduce of n > 1 devices
 
 with the achievable rates of a hardware target (profiles/hardware.py). Prefill sees half of the prompt on average, a
-decode step the prompt and half of the generation. Norms, activations and residual adds are fused with their
-neighbours: hidden states pass memory four times a subblock. Under float8 embedding, head, scores and hidden states stay
+decode step the prompt and half of the generation. Element-wise kernels wait for the products before them, so their
+bytes are added, not hidden behind FLOPs: hidden states pass memory four times a subblock (norm and residual add are one
+kernel), on every device whole; a gated FFN's inner states three times (gate and up in, their product out), split over
+the devices, in one more launch. Under float8 embedding, head, scores and hidden states stay
 in 16 bits, as engines keep them. Weights and KV heads are split over the devices, a KV head is never cut: fewer heads
 than devices are copied. Not modelled: paging, scheduling, sampling, quantisation kernels, power limits, overlap.
 """
@@ -28,6 +31,7 @@ from profiles.schema import Hardware, Precision, Scenario, SearchSpace
 from tasks.costs import BYTES, non_block_parameters, weight_bytes
 
 HIDDEN_PASSES = 4  # hidden states through memory per subblock: norm in and out, core in and out
+INNER_PASSES = 3  # an FFN's inner states through memory: gate and up read, the activated product written
 COLLECTIVE_FLOORS = 2  # latency of an all-reduce, in kernel floors: reduce, then spread
 
 
@@ -108,16 +112,26 @@ def subblock_seconds(parent: Parent, variant: Variant, work: Pass, setting: Sett
         return 0.0
     products = kind_of(variant).flops_per_token(variant, parent.config, 0)
     hidden = work.count * parent.config.hidden_size * BYTES[setting.half]
+    inner = work.count * inner_channels(parent, variant) * BYTES[setting.half]
     matrices = max(
         setting.compute(products * work.count, setting.precision),
-        setting.memory(needs.weight_bytes / setting.devices + HIDDEN_PASSES * hidden),
+        setting.memory(needs.weight_bytes / setting.devices),
     )
+    elementwise = setting.memory(HIDDEN_PASSES * hidden + INNER_PASSES * inner / setting.devices)
+    kernels = needs.kernels + (1 if inner else 0)
     seen = work.tokens if work.tokens > 1 else work.context  # a prefill reads back what it has just written
     scores = max(
         setting.compute((needs.flops_per_token - products) * work.count, setting.half),
         setting.memory(work.sequences * (seen + work.tokens) * kv_bytes_per_device(parent, variant, setting)),
     )
-    return matrices + scores + needs.kernels * setting.floor + setting.all_reduce(hidden)
+    return matrices + elementwise + scores + kernels * setting.floor + setting.all_reduce(hidden)
+
+
+def inner_channels(parent: Parent, variant: Variant) -> int:
+    """Channels between an FFN's matrices that an activation passes over; 0 where there is none."""
+    if variant.subblock != "ffn":
+        return 0
+    return int(kind_of(variant).block_entry(variant, parent.config).get("intermediate_size") or 0)
 
 
 def kv_bytes_per_device(parent: Parent, variant: Variant, setting: Setting) -> int:

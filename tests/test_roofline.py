@@ -98,14 +98,15 @@ def test_decoding_is_bytes_over_bandwidth_where_floor_and_batch_vanish(llama: Pa
 def test_prefill_is_flops_over_compute_where_the_batch_is_large(llama: Parent) -> None:
     many = Pass(sequences=512, tokens=1000, context=500)
     flops = 2 * 3 * 8192 * 28672 * 512_000
-    expected = flops / load_target("h100").flops_per_second("float8")
+    states = 512_000 * 2 * (4 * 8192 + 3 * 28672)  # 16 bits, passed by norm and activation, which wait for products
+    expected = flops / load_target("h100").flops_per_second("float8") + states / 3.35e12 / 0.8
     assert seconds(llama, "ffn", "parent", many, setting()) == pytest.approx(expected, rel=1e-3)
 
 
 def test_kernel_floors_are_a_lower_bound(llama: Parent) -> None:
     at = setting(kernel_floor_microseconds=1e6, precision="float32")
     tiny = Pass(sequences=1, tokens=1, context=1)
-    assert 4 <= seconds(llama, "ffn", "parent", tiny, at) < 4.1  # norm, gate, up, down
+    assert 5 <= seconds(llama, "ffn", "parent", tiny, at) < 5.1  # norm, gate, up, activation, down
     assert 6 <= seconds(llama, "attention", "parent", tiny, at) < 6.1  # norm, q, k, v, o, scores
     assert 2 <= seconds(llama, "ffn", "linear", tiny, at) < 2.1
 
@@ -123,6 +124,21 @@ def test_two_devices_halve_weights_and_pay_for_the_sum(llama: Parent) -> None:
     hidden = PREFILL.count * 8192 * 2
     paid = seconds(llama, "ffn", "parent", PREFILL, linked) - seconds(llama, "ffn", "parent", PREFILL, free)
     assert paid == pytest.approx(hidden / 450e9 / 0.7, rel=1e-3)  # 2 (n - 1) / n = 1 for two
+
+
+def test_element_wise_work_is_not_hidden_behind_products_and_inner_states_are_split(llama: Parent) -> None:
+    slow = {"memory_gb_per_second": 1675.0, "kernel_floor_microseconds": 1e-9, "interconnect_gb_per_second": 1e12}
+    fast = slow | {"memory_gb_per_second": 3350.0}
+
+    def more(devices: int, label: str) -> float:
+        """Seconds that half the memory's speed costs a prefill whose products are bound by FLOPs."""
+        both = (seconds(llama, "ffn", label, PREFILL, setting(devices, **speed)) for speed in (slow, fast))
+        return next(both) - next(both)
+
+    for devices in (1, 4):
+        for label, inner in (("parent", 28672), ("ffn2816", 2816), ("linear", 0)):
+            states = PREFILL.count * 2 * (4 * 8192 + 3 * inner / devices)  # hidden states are whole on every device
+            assert more(devices, label) == pytest.approx(states / 3.35e12 / 0.8, rel=1e-6), (devices, label)
 
 
 def test_kv_cache_has_a_precision_of_its_own(llama: Parent) -> None:
