@@ -51,7 +51,7 @@ def bench_command(
     picture: Annotated[Path | None, typer.Option("--picture", metavar="PNG", help="draw the figures")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="the rows as a list")] = False,
     server: Annotated[
-        str | None, typer.Option("--server", help="llama.cpp: serve both on loopback, and put load on the servers")
+        str | None, typer.Option("--server", help="llama.cpp or vllm: serve both on loopback, put load on them")
     ] = None,
     url: Annotated[
         list[str] | None,

@@ -13,7 +13,12 @@ import psutil
 import pytest
 
 from blocks.errors import PuzzleError, PuzzleFailure
+from tasks.engines import vllm_engine
+from tasks.engines.base import Load
+from tasks.engines.limits import EngineLimit
+from tasks.engines.openai_server import SERVERS, Served
 from tasks.serving.bench import Point
+from tasks.serving.children import config_of
 from tasks.serving.gguf_export import write_gguf
 from tasks.serving.gguf_tokenizer import converted_tokenizer
 from tasks.serving.load_table import draw_load, failures_told, load_table
@@ -24,12 +29,14 @@ from tasks.serving.serving_load import (
     bench_servers,
     event_of,
     load_gains,
+    load_test,
     prompts_of,
     request_of,
     row_of,
 )
 from tests.test_engines import folders, run
 from tests.test_gguf import DIGITS, bpe_folder, child_of
+from tests.test_vllm import ALIKE, HEAD, MIXED, blocks_of, exported, needs_vllm
 
 __all__ = ["folders"]  # a fixture
 needs_server = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
@@ -96,8 +103,8 @@ def test_what_cannot_be_served_is_refused(folders: dict[str, Path]) -> None:
     both = LoadPlan(server="llama.cpp", urls=("http://127.0.0.1:1",), points=(POINT,))
     with pytest.raises(PuzzleError, match="one of the two"):
         bench_servers(folders, both)
-    with pytest.raises(PuzzleError, match="only llama.cpp"):
-        bench_servers(folders, LoadPlan(server="vllm", points=(POINT,)))
+    with pytest.raises(PuzzleError, match="only llama.cpp, vllm"):
+        bench_servers(folders, LoadPlan(server="sglang", points=(POINT,)))
     with pytest.raises(PuzzleError, match="--url is"):
         bench_servers(folders, LoadPlan(urls=("nonsense",), points=(POINT,)))
     with pytest.raises(PuzzleFailure, match="no OpenAI-style server answers"):
@@ -129,12 +136,21 @@ def test_a_round_trip_through_llama_cpps_server(tmp_path: Path) -> None:
     assert not [one for one in psutil.Process().children(recursive=True) if "openai_server" in " ".join(one.cmdline())]
 
 
+def wait_until_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+        assert time.monotonic() < deadline, "the server is still there"
+        time.sleep(0.1)
+
+
 OWNER = """
 import sys, time
 from pathlib import Path
+from tasks.engines.base import Load
 from tasks.engines.openai_server import serving
-with serving(Path(sys.argv[1]), 1, 1, 64, Path(sys.argv[2])) as served:
-    print(served.pid, flush=True)
+server, model, log = sys.argv[1:]
+with serving(server, Path(model), Load(batch_size=2, context_tokens=64), Path(log)) as served:
+    print(served.pid, served.url, flush=True)
     time.sleep(60)
 """
 
@@ -142,17 +158,14 @@ with serving(Path(sys.argv[1]), 1, 1, 64, Path(sys.argv[2])) as served:
 @needs_server
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_server_outlives_its_owner(number: int, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", OWNER, str(served_file(tmp_path)), str(tmp_path / "log")]
+    command = [sys.executable, "-c", OWNER, "llama.cpp", str(served_file(tmp_path)), str(tmp_path / "log")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ}, cwd=Path.cwd()) as owner:
         assert owner.stdout is not None
-        pid = int(owner.stdout.readline())
+        pid = int(owner.stdout.readline().split()[0])
         assert psutil.pid_exists(pid)
         owner.send_signal(number)
         owner.wait(20)
-        deadline = time.monotonic() + 10
-        while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < deadline, "the server is still there"
-            time.sleep(0.1)
+        wait_until_gone([pid])
 
 
 @needs_server
@@ -162,3 +175,37 @@ def test_the_command_prints_rows(tmp_path: Path) -> None:
     done = run("bench", file, "--parent", file, *wanted)
     assert done.exit_code == 0, done.output
     assert [row["failed"] for row in json.loads(done.stdout)] == [0, 0]
+
+
+@needs_vllm
+def test_vllms_server_answers_under_load_and_ends_with_its_owner(tmp_path: Path) -> None:
+    """One start for all: it takes longer than the rest. The folder's own config class is run, so it was trusted."""
+    folder = exported(child_of(blocks=blocks_of(MIXED), **HEAD), tmp_path)
+    command = [sys.executable, "-c", OWNER, "vllm", str(folder), str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ}, cwd=Path.cwd()) as owner:
+        try:
+            assert owner.stdout is not None
+            pid, url = owner.stdout.readline().split()
+            served = Served(url=url, pid=int(pid))
+            (row,) = load_test({"child": served}, [POINT], config_of(folder).vocab_size, 3, 2)
+            assert (row.requests, row.failed, row.errors) == (6, 0, ())
+            family = [int(pid), *(one.pid for one in psutil.Process(int(pid)).children(recursive=True))]
+            assert len(family) > 1  # the engine core is a process of its own
+            alone = psutil.Process(int(pid)).memory_info().rss
+            assert row.memory_bytes and row.memory_bytes > 1.2 * alone
+        finally:
+            owner.kill()
+        owner.wait(20)
+        wait_until_gone(family)
+
+
+def test_vllms_server_trusts_no_code_but_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "_installed", lambda: Path("python"))
+    folder = exported(child_of(blocks=blocks_of(MIXED), **HEAD), tmp_path)
+    command, _ = SERVERS["vllm"](folder, Load(), 1)
+    assert "--trust-remote-code" in command and "--no-enable-prefix-caching" in command
+    native = exported(child_of(blocks=blocks_of(ALIKE), **HEAD), tmp_path / "native")
+    assert "--trust-remote-code" not in SERVERS["vllm"](native, Load(), 1)[0]
+    (folder / "configuration_decilm.py").write_text("import os")
+    with pytest.raises(EngineLimit, match="holds other code"):
+        SERVERS["vllm"](folder, Load(), 1)

@@ -1,10 +1,12 @@
-"""llama.cpp's own OpenAI-style server, as xllamacpp brings it, in a process of its own on a loopback port.
+"""OpenAI-style servers in processes of their own on loopback ports: llama.cpp's, as xllamacpp brings it, and vLLM's.
 
-`python -m tasks.engines.openai_server FILE PORT THREADS SLOTS TOKENS` serves until its standard input ends: that end
-is held by whoever started it, so a server does not outlive a run that is killed. `serving` is the other side.
+`python -m tasks.engines.openai_server FILE PORT THREADS SLOTS TOKENS` is llama.cpp's and serves until its standard
+input ends: that end is held by whoever started it, so a server does not outlive a run that is killed (vLLM's:
+vllm_server.py). `serving` is the other side.
 """
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -17,11 +19,15 @@ from typing import Any
 
 import psutil
 
+from tasks.engines.base import Load
 from tasks.engines.llama_library import EngineMissing
-from tasks.operating.servers import LOOPBACK, free_port, running
+from tasks.engines.vllm_process import kv_bytes
+from tasks.operating.servers import LOOPBACK, ServerFailure, free_port, running
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "xllamacpp"
+START_SECONDS = 300.0  # vLLM needs a minute or two on a busy machine
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,38 +38,87 @@ class Served:
     pid: int | None = None
 
     def cpu_seconds(self) -> float | None:
-        """CPU seconds of the process so far, all threads."""
+        """CPU seconds so far of the process and all it started, all threads, those that have ended included."""
         if self.pid is None:
             return None
-        times = psutil.Process(self.pid).cpu_times()
-        return float(times.user + times.system)
+        times = [process.cpu_times() for process in _family(self.pid)]
+        return float(sum(own.user + own.system + own.children_user + own.children_system for own in times))
 
     def peak_bytes(self) -> int | None:
-        """Highest resident size so far; where the system keeps none, the present one."""
-        if self.pid is None:
-            return None
-        status = Path(f"/proc/{self.pid}/status")
-        for line in status.read_text().splitlines() if status.is_file() else ():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-        return int(psutil.Process(self.pid).memory_info().rss)
+        """Highest resident sizes so far of the process and what it started, added up: pages that they share count
+        for each. Where the system keeps none, the present ones.
+        """
+        return None if self.pid is None else sum(map(_peak_bytes, _family(self.pid)))
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+def _peak_bytes(process: psutil.Process) -> int:
+    status = Path(f"/proc/{process.pid}/status")
+    for line in status.read_text().splitlines() if status.is_file() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return int(process.memory_info().rss)
 
 
 @contextmanager
-def serving(model: Path, threads: int, slots: int, tokens: int, log: Path) -> Iterator[Served]:
-    """Serve a GGUF file for the length of the block: `slots` requests at a time, of `tokens` tokens each.
+def serving(server: str, model: Path, how: Load, log: Path) -> Iterator[Served]:
+    """Serve a model for the length of the block: `how.batch_size` requests at a time, of `how.context_tokens` each.
 
-    Raises EngineMissing without xllamacpp, ServerFailure when the server does not come up.
+    Raises EngineMissing without the server's package, EngineLimit for what vLLM cannot or should not run,
+    ServerFailure with the log's end when the server does not come up.
     """
+    port = free_port()
+    command, environment = SERVERS[server](model, how, port)
+    url = f"http://{LOOPBACK}:{port}"
+    up = False
+    try:
+        with running(command, f"{url}/health", log, environment, START_SECONDS, stdin=subprocess.PIPE) as process:
+            up = True
+            yield Served(url=url, pid=process.pid)
+    except ServerFailure as error:
+        if up:
+            raise
+        raise ServerFailure(f"{error} It ends with: {log.read_text(errors='replace').strip()[-600:]}") from error
+
+
+def _llama_cpp(model: Path, how: Load, port: int) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of llama.cpp's server, for a GGUF file."""
     if importlib.util.find_spec(PACKAGE) is None:
         raise EngineMissing(f"llama.cpp's server comes with {PACKAGE}: pip install {PACKAGE} (or puzzle[llama-cpp]).")
-    port = free_port()
     command = [sys.executable, "-m", "tasks.engines.openai_server", str(model.resolve())]
-    command += [str(value) for value in (port, threads, slots, tokens)]
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    url = f"http://{LOOPBACK}:{port}"
-    with running(command, f"{url}/health", log, paths, stdin=subprocess.PIPE) as process:
-        yield Served(url=url, pid=process.pid)
+    command += [str(value) for value in (port, how.threads, how.batch_size, how.context_tokens)]
+    return command, {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+def _vllm(model: Path, how: Load, port: int) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of vLLM's server, for an exported folder. Nothing is cached between requests."""
+    from tasks.engines.vllm_engine import Vllm  # brings torch, which llama.cpp's server has no use for
+
+    process = Vllm().process(model, how)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    tokens = min(how.context_tokens, config["max_position_embeddings"])
+    room = kv_bytes(config, how.precision, how.batch_size, tokens)
+    command = [
+        process.command[0],
+        "-P",
+        str(Path(__file__).with_name("vllm_server.py")),
+        "--model",
+        process.load["path"],
+    ]
+    command += ["--host", LOOPBACK, "--port", str(port), "--dtype", how.precision, "--load-format", "safetensors"]
+    command += ["--max-num-seqs", str(how.batch_size), "--max-model-len", str(tokens)]
+    command += ["--kv-cache-memory-bytes", str(room), "--enforce-eager", "--no-enable-prefix-caching"]
+    command += ["--generation-config", "vllm"]  # the folder's own defaults would change what is measured
+    command += ["--trust-remote-code"] if process.load["trust"] else []
+    command += [] if any((model / name).is_file() for name in TOKENIZERS) else ["--skip-tokenizer-init"]
+    return command, dict(process.environment)
+
+
+SERVERS = {"llama.cpp": _llama_cpp, "vllm": _vllm}
 
 
 def main() -> None:

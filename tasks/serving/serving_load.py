@@ -22,15 +22,15 @@ import httpx
 
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.records import Metric, Value
+from tasks.engines.base import Load
 from tasks.engines.limits import limits_of
-from tasks.engines.openai_server import Served, serving
+from tasks.engines.openai_server import SERVERS, Served, serving
 from tasks.serving.bench import CHILD, Point, ready
 from tasks.serving.children import config_of, open_child
 from tasks.serving.formats import precision_of
 from tasks.throughput import PARENT, median_metric
 
 TIMEOUT_SECONDS = 300.0
-SERVERS = ("llama.cpp",)
 SPARE_TOKENS = 16  # a server may add tokens of its own to a prompt
 Tell = Callable[[int, int], None]
 
@@ -139,18 +139,22 @@ def served_models(
     if server not in SERVERS:
         raise PuzzleError(
             f"no server {server!r} can be started from here, only {', '.join(SERVERS)}: start another one yourself "
-            "(vLLM's, say) and name it with --url."
+            "and name it with --url."
         )
-    slots = max(point.batch_size for point in points)
-    tokens = max(point.prompt_tokens + point.generated_tokens for point in points) + SPARE_TOKENS
     precision = precision_of(precision, limits_of(server).format)
+    how = Load(
+        precision=precision,
+        threads=threads,
+        batch_size=max(point.batch_size for point in points),
+        context_tokens=max(point.prompt_tokens + point.generated_tokens for point in points) + SPARE_TOKENS,
+    )
     with (
         ready(sources, server, precision, points) as paths,
         tempfile.TemporaryDirectory(prefix="puzzle-servers-") as logs,
         ExitStack() as stack,
     ):
         yield {
-            name: stack.enter_context(serving(path, threads, slots, tokens, Path(logs) / f"{name}.log"))
+            name: stack.enter_context(serving(server, path, how, Path(logs) / f"{name}.log"))
             for name, path in paths.items()
         }
 

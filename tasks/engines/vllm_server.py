@@ -1,0 +1,35 @@
+"""vLLM's OpenAI server under a watch, run by the interpreter of vLLM's own environment: it imports nothing of puzzle.
+
+    .venv-vllm/bin/python -P tasks/engines/vllm_server.py --model FOLDER --port PORT ...
+
+takes the server's own options, and serves until its standard input ends: that end is held by whoever started it, so
+neither the server nor the engine core that it starts outlives a run that is killed.
+"""
+
+import os
+import runpy
+import signal
+import tempfile
+import threading
+
+MODULE = "vllm.entrypoints.openai.api_server"
+
+
+def watch() -> None:
+    """End the whole process group, which is this server's own, when standard input ends."""
+    while os.read(0, 4096):  # not sys.stdin: its lock would be held when the interpreter ends
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
+def main() -> None:
+    """Serve. A folder's own code, where it is trusted, is copied to a folder that does not stay."""
+    assert os.getpgid(0) == os.getpid(), "it ends its process group, so it has to lead one of its own"
+    threading.Thread(target=watch, daemon=True).start()
+    with tempfile.TemporaryDirectory(prefix="puzzle-vllm-") as folder:
+        os.environ.setdefault("HF_MODULES_CACHE", folder)
+        runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
