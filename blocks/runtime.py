@@ -25,6 +25,7 @@ from blocks.errors import PuzzleError
 
 CallableT = TypeVar("CallableT", bound=Callable[..., Any])
 _DEVICE: ContextVar[str] = ContextVar("device that this thread computes on", default="cpu")
+DEVICE_LOCKS = "PUZZLE_DEVICE_LOCKS"
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
@@ -114,7 +115,7 @@ def _taken(devices: Sequence[str], held: ExitStack) -> str:
         for device, place in places.items():
             if ":" not in device:
                 return device
-            lock = FileLock(_locks() / place)
+            lock = FileLock(device_locks() / place)
             with contextlib.suppress(Timeout):
                 held.enter_context(lock.acquire(timeout=0))
                 return device
@@ -122,9 +123,11 @@ def _taken(devices: Sequence[str], held: ExitStack) -> str:
         pause = min(2 * pause, 0.5)
 
 
-def _locks() -> Path:
-    folder = Path(tempfile.gettempdir()) / f"puzzle-devices-{getpass.getuser()}"
-    folder.mkdir(exist_ok=True)
+def device_locks() -> Path:
+    """Where the locks of this machine's devices lie: of tasks here, of runs in tasks/failures/devices.py."""
+    given = os.environ.get(DEVICE_LOCKS)
+    folder = Path(given) if given else Path(tempfile.gettempdir()) / f"puzzle-devices-{getpass.getuser()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
 

@@ -49,6 +49,10 @@ class _Unfit(Exception):
     """Bytes that are not what they should be; they must not be moved into place."""
 
 
+class _Gone(Exception):
+    """An object that was there a moment ago."""
+
+
 class Store:
     """A place for finished work. Thread-safe; counts what it moves.
 
@@ -142,9 +146,12 @@ class Store:
         self._announce("fetching", target.name, size)
         try:
             with atomic_path(target) as place:
-                self._ask("read from", partial(self._get_file, name, place))
+                if not self._ask("read from", partial(self._get_file, name, place)):
+                    raise _Gone
                 if sha256_of(place) != digest:
                     raise _Unfit
+        except _Gone:
+            return False
         except _Unfit:
             self._damaged(name, f"{target.name} does not have its digest")
             return False

@@ -6,7 +6,7 @@ from prefect import flow
 
 from blocks.records import ChildReport
 from profiles.schema import Profile
-from tasks import stages
+from tasks import stages, whole_models
 from tasks.compare import contender, parent_contender
 from tasks.finish import best_baseline, open_run
 from tasks.workers import task_runner
@@ -35,12 +35,12 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         own, child = parent_contender(architecture), contender("child", architecture, blocks)
         baselines = [contender(name, rival, blocks) for name, rival in rivals.items()]
         assembled = [own, child, *baselines]
-        found = stages.evaluate_all(assembled, parent, corpus, profile, folder)
+        found = whole_models.evaluate_all(assembled, parent, corpus, profile, folder)
 
         best = best_baseline(baselines, found[2:]) if profile.evaluate.distill_best_baseline else []
-        distilled = stages.distill_globally([child, *best], parent, corpus, profile, folder)
-        found += stages.evaluate_all(distilled, parent, corpus, profile, folder)
-        speed = stages.measure_speed(assembled, parent, costs, profile, folder)
+        distilled = whole_models.distill_globally([child, *best], parent, corpus, profile, folder)
+        found += whole_models.evaluate_all(distilled, parent, corpus, profile, folder)
+        speed = whole_models.measure_speed(assembled, parent, costs, profile, folder)
 
         failed = [block for block in blocks if block.status == "failed"]
         final = distilled[0] if distilled else child

@@ -59,10 +59,18 @@ def hardware_description(hardware: Hardware) -> dict[str, str]:
         "processor": processor(),
         **_engine_description(hardware),
         "device": hardware.device,
+        **_accelerator(hardware),
         "precision": hardware.precision,
         "threads": str(hardware.threads or torch.get_num_threads()),
         "clock": clock_for(hardware),
     }
+
+
+def _accelerator(hardware: Hardware) -> dict[str, str]:
+    """The GPU by its name: machines with the same processor may hold different ones."""
+    if hardware.device.startswith("cuda") and torch.cuda.is_available():
+        return {"accelerator": torch.cuda.get_device_name(hardware.device)}
+    return {}
 
 
 def clock_for(hardware: Hardware) -> str:

@@ -29,17 +29,15 @@ from blocks.records import (
     LayerRecord,
     ParentInfo,
     Score,
-    SpeedReport,
 )
 from blocks.runtime import release_memory, set_threads
 from blocks.variant import kind_of, parse_labels
 from profiles.hardware import load_target
 from profiles.schema import Profile
-from tasks import compare, costs, gkd, scoring, speed
+from tasks import costs, scoring
 from tasks.adaptive import Key, score_adaptively, told
 from tasks.bld import Job, distill
 from tasks.choose import choose
-from tasks.compare import Contender, Evaluation
 from tasks.corpus import iterate_documents, prepare_corpus
 from tasks.failures.devices import device_of, sharing
 from tasks.failures.presence import at_work_in, prefect_home
@@ -85,7 +83,7 @@ def stage(name: str) -> Iterator[Tell]:
         release_memory()
 
 
-def _task(name: str, run_name: str, key: Callable[[Any, dict[str, Any]], str] | None) -> Callable[[Any], Any]:
+def task_of(name: str, run_name: str, key: Callable[[Any, dict[str, Any]], str] | None) -> Callable[[Any], Any]:
     """A task that is retried with back-off, and cached by `key` where there is one."""
     return task(
         name=name,
@@ -100,7 +98,7 @@ def _task(name: str, run_name: str, key: Callable[[Any, dict[str, Any]], str] | 
     )
 
 
-@_task("record layer", "record layer {layer:02d}", lambda _, p: f"{p['key']}-{p['layer']}")
+@task_of("record layer", "record layer {layer:02d}", lambda _, p: f"{p['key']}-{p['layer']}")
 def record_task(layer: int, key: str, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: str) -> Any:
     """See tasks.record.record_layer."""
     piece = Piece(key=f"record-{key}-{layer}", what=f"the recording of layer {layer}")
@@ -108,14 +106,14 @@ def record_task(layer: int, key: str, parent: ParentInfo, corpus: CorpusInfo, pr
         return record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, Path(workspace))
 
 
-@_task("distill", "distill layer {job.layer:02d} {job.subblock} {job.variant}", lambda _, p: p["job"].key)
+@task_of("distill", "distill layer {job.layer:02d} {job.subblock} {job.variant}", lambda _, p: p["job"].key)
 def distill_task(job: Job, seat: Seat, workspace: str) -> Any:
     """See tasks.bld.distill."""
     with made_once(Path(workspace), piece_of(job)), seated(seat):
         return distill(job, Path(workspace))
 
 
-@_task("score layer", "score layer {layer.layer:02d}", lambda _, p: _scores_key(p["work"], p["shape"]))
+@task_of("score layer", "score layer {layer.layer:02d}", lambda _, p: _scores_key(p["work"], p["shape"]))
 def score_task(
     work: list[scoring.Work],
     layer: LayerRecord,
@@ -139,12 +137,12 @@ def _scores_key(work: Sequence[scoring.Work], shape: tuple[int, int]) -> str:
 def prepare(profile: Profile, workspace: Path) -> tuple[ParentInfo, CorpusInfo]:
     """Parent and corpus, normalised and fingerprinted; both are remembered by content."""
     with made_once(workspace, Piece(key="parent", what="the parent")), stage("parent"):
-        parent: ParentInfo = _task("prepare parent", "prepare parent", None)(prepare_parent)(
+        parent: ParentInfo = task_of("prepare parent", "prepare parent", None)(prepare_parent)(
             profile.parent, workspace, lambda: iterate_documents(profile.corpus)
         )
     check_search_space(profile, open_parent(workspace / parent.folder))
     with made_once(workspace, Piece(key="corpus", what="the corpus")), stage("corpus"):
-        corpus: CorpusInfo = _task("prepare corpus", "prepare corpus", None)(prepare_corpus)(
+        corpus: CorpusInfo = task_of("prepare corpus", "prepare corpus", None)(prepare_corpus)(
             profile.corpus, workspace / parent.folder, parent.fingerprint, workspace
         )
     return parent, corpus
@@ -329,7 +327,7 @@ def measure(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable:
             open_parent(workspace / parent.folder), measured_space(profile), profile.scenarios, setting
         )
     with stage("measure") as tell:
-        table: CostTable = _task("measure costs", "measure costs", None)(costs.measure_costs)(
+        table: CostTable = task_of("measure costs", "measure costs", None)(costs.measure_costs)(
             parent,
             measured_space(profile),
             profile.scenarios,
@@ -366,7 +364,7 @@ def choose_child(profile: Profile, scores: Sequence[Score], table: CostTable) ->
     """The MIP under the profile's budget."""
     with stage("choose"):
         problem = problem_of(profile, scores, table)
-        architecture: Architecture = _task("choose", "choose", None)(choose)(problem)
+        architecture: Architecture = task_of("choose", "choose", None)(choose)(problem)
     return problem, architecture
 
 
@@ -382,89 +380,6 @@ def choose_baselines(profile: Profile, problem: Problem, child: Architecture) ->
             found[name] = predicted(problem, layers, name, batches)
         except PuzzleError as error:
             say(f"baseline {name} left out: {error}")
-    return found
-
-
-@_task("record the parent for GKD", "record the parent for GKD", None)
-def teacher_task(parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: str, tell: Any) -> Any:
-    """See tasks.gkd.record_teacher."""
-    key = f"teacher-{gkd.teacher_key(parent, corpus, profile.gkd)}"
-    with made_once(Path(workspace), Piece(key=key, what="the recording of the parent for GKD")):
-        return gkd.record_teacher(parent, corpus, profile.gkd, Path(workspace), tell)
-
-
-@_task("GKD", "GKD of {which.name}", None)
-def gkd_task(
-    which: Contender, teacher: gkd.TeacherRecord, parent: ParentInfo, profile: Profile, workspace: str, tell: Any
-) -> Any:
-    """See tasks.compare.distill_contender."""
-    piece = Piece(key=f"gkd-{which.key}-{digest_of(gkd=profile.gkd)}", what=f"GKD of {which.name}")
-    with made_once(Path(workspace), piece):
-        return compare.distill_contender(which, teacher, parent, profile.gkd, Path(workspace), tell)
-
-
-@_task("evaluate", "evaluate {which.name} ({which.stage})", None)
-def evaluate_task(which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: str) -> Any:
-    """See tasks.compare.evaluate_contender."""
-    key = digest_of(path=compare.evaluation_path(which, parent, corpus, profile.evaluate))
-    with made_once(Path(workspace), Piece(key=f"evaluate-{key}", what=f"the evaluation of {which.name}")):
-        return compare.evaluate_contender(which, parent, corpus, profile.evaluate, Path(workspace))
-
-
-@_task("throughput", "throughput of {count} models", None)
-def throughput_task(
-    contenders: list[Contender],
-    count: int,
-    parent: ParentInfo,
-    table: CostTable,
-    profile: Profile,
-    workspace: str,
-    tell: Any,
-) -> Any:
-    """See tasks.speed.measure_speed."""
-    return speed.measure_speed(contenders, parent, table, profile, Path(workspace), tell)
-
-
-def evaluate_all(
-    contenders: Sequence[Contender], parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path
-) -> list[Evaluation]:
-    """Evaluations in order, with progress."""
-    found = []
-    with stage("evaluate") as tell:
-        for done, which in enumerate(contenders, start=1):
-            found.append(
-                evaluate_task.with_options(**limits_of(profile))(which, parent, corpus, profile, str(workspace))
-            )
-            tell(done, len(contenders), f"{which.name} KL {found[-1].quality.kl.value:.3f}")
-    return found
-
-
-def distill_globally(
-    contenders: Sequence[Contender], parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path
-) -> list[Contender]:
-    """GKD of each contender on the same tokens; the parent is recorded once for all."""
-    if not profile.gkd.steps:
-        return []
-    with stage("GKD parent") as tell:
-        teacher = teacher_task.with_options(**limits_of(profile))(parent, corpus, profile, str(workspace), tell)
-    distilled = []
-    for which in contenders:
-        with stage(f"GKD {which.name}") as tell:
-            own = gkd_task.with_options(**limits_of(profile))
-            distilled.append(own(which, teacher, parent, profile, str(workspace), tell))
-    return distilled
-
-
-def measure_speed(
-    contenders: Sequence[Contender], parent: ParentInfo, table: CostTable, profile: Profile, workspace: Path
-) -> SpeedReport:
-    """All models end to end in the engine of the costs, in turns; nothing on a target that is not here."""
-    if table.modelled:
-        return SpeedReport()
-    with stage("throughput") as tell:
-        found: SpeedReport = throughput_task(
-            list(contenders), len(contenders), parent, table, profile, str(workspace), tell
-        )
     return found
 
 

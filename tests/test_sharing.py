@@ -140,7 +140,7 @@ with sharing(profile), device_of({stage!r}):"""
 def test_turns_on_a_device(
     runs: int, theirs: str, ours: str, waits: bool, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(devices.FOLDER, str(tmp_path))
+    monkeypatch.setenv("PUZZLE_DEVICE_LOCKS", str(tmp_path))
     profile = load_profile("tiny", [f"orchestration.runs_per_device={runs}"])
     with another_process(HOLDER.format(runs=runs, stage=theirs)) as process, devices.sharing(profile):
         threading.Timer(0.6, process.kill).start()

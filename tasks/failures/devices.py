@@ -4,21 +4,17 @@ One lock file per device and place on it in a folder of the machine, not of a wo
 so a killed run gives its device back. A server is not asked: a run by hand has none that others know.
 """
 
-import getpass
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from blocks.runtime import device_locks
 from profiles.schema import Profile
 from tasks.progress import say
 
-FOLDER = "PUZZLE_DEVICE_LOCKS"
 WITHOUT = ("parent", "corpus", "choose")  # stages that wait for files or solve: no device
 WAIT_SECONDS = 0.2
 ALONE = ("measure", "throughput")  # others on the device would be in the figures
@@ -60,9 +56,7 @@ def real_name(device: str) -> str:
 
 
 def _places(share: Share) -> list[FileLock]:
-    given = os.environ.get(FOLDER)
-    folder = Path(given) if given else Path(tempfile.gettempdir()) / f"puzzle-devices-{getpass.getuser()}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = device_locks()
     name = share.device.replace(":", "-")
     return [FileLock(folder / f"runs-on-{name}-{place}.lock", poll_interval=0.1) for place in range(share.runs)]
 

@@ -116,6 +116,8 @@ def start_dead_ones_again(root: Path, deployments: Sequence[UUID]) -> list[str]:
     with get_client(sync_client=True) as client:
         for run in client.read_flow_runs(flow_run_filter=running, deployment_filter=ours):
             folder = root / str(run.parameters.get("workspace", ""))
+            if folder.resolve().parent != root.resolve():
+                continue  # no workspace of ours: whoever reaches Prefect's API names what he likes
             if folder.is_dir() and not being_made(folder, piece_of_run(str(run.id))):
                 told = "its process was gone when `puzzle serve` started: started again, finished work is kept"
                 client.set_flow_run_state(run.id, Scheduled(name=RESTART, message=told), force=True)

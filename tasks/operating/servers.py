@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 
 import psutil
@@ -56,7 +57,7 @@ def answer(url: str, timeout: float = 5.0) -> str | None:
         with urllib.request.urlopen(url, timeout=timeout) as response:
             text: str = response.read().decode("utf-8", errors="replace")
             return text if response.status == 200 else None
-    except (OSError, ValueError):  # refused, timed out, an error status, not a URL
+    except (OSError, ValueError, HTTPException):  # refused, timed out, an error status, not a URL
         return None
 
 
@@ -67,7 +68,7 @@ def is_up(url: str) -> bool:
             return True
     except urllib.error.HTTPError as error:
         return error.code < 500
-    except (OSError, ValueError):
+    except (OSError, ValueError, HTTPException):
         return False
 
 
