@@ -227,10 +227,12 @@ these rows. The ratios are the paper's; of the tokens per second behind them, 12
 the announcement, the other rows are quoted from memory and agree with the ratios."""
 THROUGHPUT_WHY = """What was tried beyond this and left out: what an engine reserves for the activations of 8,192
 tokens (70B at 128/128: batch 215 instead of 256, mean error of the ratios 14.6 % instead of 14.1 %; the 8,192 could not
-be read in a source here). The roofline knows neither scheduling nor the unevenness of small products on many GPUs: it
-takes the 70B in groups of four for faster than it was, and so the gain of the 51B for smaller. Where the parent hardly
-fits one GPU (128/128) its batch, and with it the ratio, hangs on a few GiB of workspace that no data sheet tells.
-Use it to rank variants and to see what a budget needs; let the engine measure what a child gains."""
+be read in a source here).
+
+The roofline knows neither scheduling nor the unevenness of small products on many GPUs: it takes
+the 70B in groups of four for faster than it was, and so the gain of the 51B for smaller. Where the parent hardly fits
+one GPU (128/128) its batch, and with it the ratio, hangs on a few GiB of workspace that no data sheet tells. Use it to
+rank variants and to see what a budget needs; let the engine measure what a child gains."""
 
 
 if __name__ == "__main__":
