@@ -50,7 +50,7 @@ def test_a_server_that_speaks_no_http_is_not_up() -> None:
         thread = threading.Thread(target=talk)
         thread.start()
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
-        found = []
+        found: list[Any] = []
         for ask in (answer, is_up):
             try:
                 found.append(ask(url))
