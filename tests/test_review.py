@@ -30,7 +30,8 @@ def test_costs_of_another_gpu_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_object_that_goes_while_it_is_fetched_is_missing_not_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, told = Store(f"file://{tmp_path}/store"), []
+    told: list[Any] = []
+    store = Store(f"file://{tmp_path}/store")
     store.tell = told.append
     monkeypatch.setattr(store, "_size", lambda name: 3)
     assert not store.fetch("a" * 64, tmp_path / "there.json")
