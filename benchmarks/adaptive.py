@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import arguments, table, write_page
-from blocks.library import digest_of, read_tensors, read_value, write_text
+from blocks.files import write_text
+from blocks.library import digest_of, read_tensors, read_value
 from blocks.packed import pack_linears
 from blocks.parent import Parent
 from blocks.records import Architecture, BlockRecord, Score

@@ -13,7 +13,7 @@ from blocks.runtime import configure
 
 configure()
 
-from blocks.library import write_text  # noqa: E402
+from blocks.files import write_text  # noqa: E402
 from blocks.parent import Parent  # noqa: E402
 from blocks.records import CorpusInfo, LayerRecord, ParentInfo  # noqa: E402
 from blocks.runtime import set_threads  # noqa: E402

@@ -268,6 +268,13 @@ def flipped_bit(bench: Bench) -> dict[str, Any]:
     return {"told": sentence, **verdict(bench, child, before, workspace)}
 
 
+def killed_in_the_middle(server: subprocess.Popen[bytes], run: subprocess.Popen[str], workspace: Path) -> None:
+    """kill -9 a server, and all it started, when a run has finished four variants."""
+    wait_for(run, variants_reach(workspace, 4), workspace)
+    os.killpg(server.pid, signal.SIGKILL)
+    stop(server, 1)
+
+
 def prefect_restarted(bench: Bench) -> dict[str, Any]:
     """The Prefect server is killed under a run and started again ten seconds later."""
     workspace, port = fresh("prefect"), free_port()
@@ -275,9 +282,7 @@ def prefect_restarted(bench: Bench) -> dict[str, Any]:
     home = {**QUIET, "PREFECT_HOME": str(PLACE / "prefect-home")}
     with running(command, f"{url}/health", PLACE / "prefect-1.log", home) as server:
         process = bench.start(workspace, PREFECT_API_URL=url)
-        wait_for(process, variants_reach(workspace, 4), workspace)
-        os.killpg(server.pid, signal.SIGKILL)
-        stop(server, 1)
+        killed_in_the_middle(server, process, workspace)
     time.sleep(10)
     with running(command, f"{url}/health", PLACE / "prefect-2.log", home):
         before = finished_variants(workspace)
@@ -292,12 +297,10 @@ def mlflow_down(bench: Bench) -> dict[str, Any]:
     """The MLflow server is killed under a run and comes back after a minute."""
     workspace, port = fresh("mlflow"), free_port()
     store = f"sqlite:///{PLACE / 'mlflow-server.db'}"
-    command, url = mlflow_server(port, store, PLACE / "mlartifacts")
+    command, url = mlflow_server(port, store, str(PLACE / "mlartifacts"))
     with running(command, f"{url}/health", PLACE / "mlflow-1.log", QUIET) as server:
         process = bench.start(workspace, MLFLOW_TRACKING_URI=url)
-        wait_for(process, variants_reach(workspace, 4), workspace)
-        os.killpg(server.pid, signal.SIGKILL)
-        stop(server, 1)
+        killed_in_the_middle(server, process, workspace)
     time.sleep(60)
     with running(command, f"{url}/health", PLACE / "mlflow-2.log", QUIET):
         before = finished_variants(workspace)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import ROOT, arguments, table, write_page
-from blocks.library import atomic_path
+from blocks.files import atomic_path
 from blocks.runtime import set_threads
 from profiles.load import load_profile
 from tasks.choose import choose

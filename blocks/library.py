@@ -17,9 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from blocks.errors import DamagedBlock
-from blocks.files import atomic_path as atomic_path
-from blocks.files import sha256_of as sha256_of
-from blocks.files import write_text as write_text
+from blocks.files import atomic_path, sha256_of, write_text
 from blocks.records import BlockRecord, Ref, Value
 from blocks.runtime import current_device
 from blocks.store import Store, store_of

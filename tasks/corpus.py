@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 from blocks.errors import CorpusError, PuzzleError
-from blocks.library import digest_of, keep, remember, sha256_of, write_tensors
+from blocks.files import sha256_of
+from blocks.library import digest_of, keep, remember, write_tensors
 from blocks.records import CorpusInfo
 from profiles.schema import (
     Corpus,

@@ -31,6 +31,7 @@ from blocks.variant import Variant, parse_labels
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.calibration import calibrated
 from tasks.engines.limits import runnable
+from tasks.progress import part_of
 from tasks.record import open_parent
 from tasks.throughput import cpu_clock, median_metric
 
@@ -59,18 +60,20 @@ def hardware_description(hardware: Hardware) -> dict[str, str]:
         "processor": processor(),
         **_engine_description(hardware),
         "device": hardware.device,
-        **_accelerator(hardware),
+        **_named(accelerator(hardware.device)),
         "precision": hardware.precision,
         "threads": str(hardware.threads or torch.get_num_threads()),
         "clock": clock_for(hardware),
     }
 
 
-def _accelerator(hardware: Hardware) -> dict[str, str]:
-    """The GPU by its name: machines with the same processor may hold different ones."""
-    if hardware.device.startswith("cuda") and torch.cuda.is_available():
-        return {"accelerator": torch.cuda.get_device_name(hardware.device)}
-    return {}
+def accelerator(device: str) -> str | None:
+    """A GPU's name, None for a CPU: machines with the same processor may hold different ones."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") and torch.cuda.is_available() else None
+
+
+def _named(name: str | None) -> dict[str, str]:
+    return {"accelerator": name} if name else {}
 
 
 def clock_for(hardware: Hardware) -> str:
@@ -150,7 +153,7 @@ def measure_costs(
     shapes = [(scenario, batch) for scenario in scenarios for batch in scenario.batch_sizes]
     bench = _bench(reader, variants, hardware, measure)
     for index, (scenario, batch) in enumerate(shapes):
-        timings = bench.run(scenario, batch, partial(_tell_part, tell, index, len(shapes)))
+        timings = bench.run(scenario, batch, part_of(tell, index, len(shapes)))
         costs += [
             _cost(reader, variant, scenario, batch, timings[variant.subblock, variant.label], hardware)
             for variant in variants
@@ -203,10 +206,6 @@ def drift(before: CostTable, now: CostTable) -> list[str]:
                 where = f"{cost.scenario}, batch {cost.batch_size}"
                 moved.append(f"{cost.subblock} {cost.variant} {phase} ({where}): {second / first - 1:+.0%}")
     return moved
-
-
-def _tell_part(tell: Tell, part: int, parts: int, done: int, total: int) -> None:
-    tell(part * total + done, parts * total)
 
 
 def weight_bytes(precision: str) -> float:

@@ -121,11 +121,19 @@ class EngineBench:
             parameter.data.normal_(0, 0.02, generator=generator)
         path = write_gguf(model, folder / "model.gguf", self.hardware.precision, NO_TOKENIZER, "noise")
         del model
-        steps = self.measure.decode_steps
-        tokens = scenario.prompt_tokens + tokens_before(scenario.generated_tokens, steps) + steps
-        session = LlamaCpp().load(path, Load(threads=self.threads, batch_size=batch, context_tokens=tokens))
+        session = LlamaCpp().load(path, self._how(scenario, batch))
         path.unlink()  # an open file stays readable, its name is free for the next
         return session
+
+    def _how(self, scenario: Scenario, batch: int) -> Load:
+        """Room for the requests that are timed."""
+        steps = self.measure.decode_steps
+        return Load(
+            precision=self.hardware.precision,
+            threads=self.threads,
+            batch_size=batch,
+            context_tokens=scenario.prompt_tokens + tokens_before(scenario.generated_tokens, steps) + steps,
+        )
 
     def _turns(self, sessions: Mapping[str, Timed], scenario: Scenario, batch: int) -> dict[str, list[Turn]]:
         prompt = torch.randint(

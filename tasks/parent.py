@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 
 from blocks.errors import ParentError
 from blocks.families import FAMILIES, family_of
-from blocks.library import Fetch, digest_of, is_whole, keep, remember, sha256_of, write_text
+from blocks.files import sha256_of, write_text
+from blocks.library import Fetch, digest_of, is_whole, keep, remember
 from blocks.records import ParentInfo, Ref, Value
 from profiles.schema import FolderParent, HubParent, PackageParent, ParentSource, TinyParent
 from tasks.corpus import TOKENIZER_FILES, installed_file

@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LINE_EVERY_SECONDS = 10.0
+
+
+def part_of(tell: Callable[[int, int], None], part: int, parts: int) -> Callable[[int, int], None]:
+    """How far one of several parts of equal size is, told as how far the whole is."""
+    return lambda done, total: tell(part * total + done, parts * total)
 
 
 class Stage:

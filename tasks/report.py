@@ -14,7 +14,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from blocks.library import atomic_path, write_text, write_value
+from blocks.files import atomic_path, write_text
+from blocks.library import write_value
 from blocks.records import Architecture, Candidate, ChildReport, Metric
 from tasks.picture import draw_architecture, draw_comparison, gain_of
 from tasks.sums import percent, told

@@ -49,11 +49,17 @@ class Usage:
 
 def resident_bytes(field: str) -> int:
     """VmRSS (now) or VmHWM (highest) of this process; where the system does not tell, its peak."""
+    told = resident_of("self", field)
+    return Usage.peak_memory_bytes() if told is None else told
+
+
+def resident_of(pid: int | str, field: str) -> int | None:
+    """The same of any process; None where the system does not tell."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
-    return Usage.peak_memory_bytes()
+    return None
 
 
 def restart_peak() -> bool:

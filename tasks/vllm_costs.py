@@ -12,10 +12,8 @@ from blocks.records import LayerChoice
 from profiles.schema import Scenario
 from tasks.costs import Timing
 from tasks.engine_costs import EngineBench, Name, Timed
-from tasks.engines.base import Load
 from tasks.engines.vllm_engine import CODE, Vllm, VllmSession
 from tasks.export import AUTO_MAP, CODE_FILES
-from tasks.throughput import tokens_before
 
 
 class _Kept(VllmSession):
@@ -47,11 +45,8 @@ class VllmBench(EngineBench):
         """A model of these layers with noise for weights: time does not depend on them."""
         path = folder / "model"
         write_config(self.reader.child_config(layers), path)
-        steps = self.measure.decode_steps
-        tokens = scenario.prompt_tokens + tokens_before(scenario.generated_tokens, steps) + steps
-        how = Load(precision=self.hardware.precision, threads=self.threads, batch_size=batch, context_tokens=tokens)
         try:
-            process = Vllm().process(path, how, noise=True)
+            process = Vllm().process(path, self._how(scenario, batch), noise=True)
             if len(self._kept) > 1:
                 self._kept[1].load(process)
             else:

@@ -4,7 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blocks.parent import Parent
-from blocks.records import BlockRecord, CorpusInfo, LayerRecord, ParentInfo, Score, Subblock
+from blocks.records import (
+    Architecture,
+    BlockRecord,
+    CorpusInfo,
+    LayerChoice,
+    LayerRecord,
+    ParentInfo,
+    Score,
+    Subblock,
+    Totals,
+)
 from profiles.schema import BLD, Corpus, PythonStdlibSource, Record, SearchSpace, TinyParent
 from tasks.bld import Job, distill
 from tasks.corpus import iterate_documents, prepare_corpus
@@ -79,3 +89,28 @@ def make_chain(workspace: Path) -> Chain:
         work = [(member, tuple(range(6))) for member in members]
         chain.scores.extend(score_sequences(work, records[layer], records[-1], parent, corpus, (6, 32), workspace))
     return chain
+
+
+def chosen(layers: tuple[LayerChoice, ...], score: float = 0) -> Architecture:
+    """A choice at one scenario, its totals all ones."""
+    totals = Totals(
+        scenario="chat",
+        batch_size=1,
+        prefill_seconds=1,
+        decode_seconds_per_token=1,
+        runtime_seconds=1,
+        tokens_per_second=1,
+        memory_bytes=1,
+        parameters=1,
+    )
+    return Architecture(
+        method="mip",
+        layers=layers,
+        score=score,
+        score_se=0,
+        totals=(totals,),
+        parent_totals=(totals,),
+        status="optimal",
+        bound=0,
+        gap=0,
+    )

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 
 from blocks.runtime import configure
 
@@ -19,6 +20,7 @@ os.environ.update(
 )
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
 from blocks.runtime import set_threads  # noqa: E402
 from tests.chain import Chain, make_chain  # noqa: E402
@@ -27,6 +29,15 @@ from tests.chain import Chain, make_chain  # noqa: E402
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
     set_threads(1)  # tiny matrices: a second thread only waits
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums as an engine with one thread makes them, whatever tests before this one have set."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from scipy import stats
 
 from blocks.library import read_value, write_value
-from blocks.records import Architecture, ChildReport, Cost, CostTable, LayerChoice, NonBlockCost, Totals
+from blocks.records import ChildReport, Cost, CostTable, LayerChoice, NonBlockCost
 from profiles.load import load_profile
 from profiles.schema import Budget, Champion, Profile, Scenario
 from tasks.compare import LINEAGE, Lineage, contender
@@ -21,7 +21,7 @@ from tasks.operating import champion, registry
 from tasks.operating.champion import basis, changes, decide
 from tasks.operating.tracking import Tracking, client_of, open_tracking
 from tasks.search.totals import make_problem
-from tests.chain import Chain
+from tests.chain import Chain, chosen
 
 
 def profile_with(*overrides: str) -> Profile:
@@ -129,32 +129,8 @@ def test_more_confidence_keeps_a_champion_that_less_would_move() -> None:
     assert decide(ours[:1], theirs[:1], Champion()).outcome == "kept"  # one sequence proves nothing
 
 
-def architecture(layers: tuple[LayerChoice, ...]) -> Architecture:
-    totals = Totals(
-        scenario="chat",
-        batch_size=1,
-        prefill_seconds=1,
-        decode_seconds_per_token=1,
-        runtime_seconds=1,
-        tokens_per_second=1,
-        memory_bytes=1,
-        parameters=1,
-    )
-    return Architecture(
-        method="mip",
-        layers=layers,
-        score=0,
-        score_se=0,
-        totals=(totals,),
-        parent_totals=(totals,),
-        status="optimal",
-        bound=0,
-        gap=0,
-    )
-
-
 def lineage(chain: Chain, *layers: LayerChoice) -> Lineage:
-    child = contender("child", architecture(layers), chain.blocks)
+    child = contender("child", chosen(layers), chain.blocks)
     return Lineage(parent=chain.parent, corpus=chain.corpus, child=child)
 
 
@@ -248,7 +224,7 @@ def test_a_registered_child_loads_from_the_registry_alone(
         profile="z",
         parent=chain.parent,
         corpus=chain.corpus,
-        architecture=architecture((LayerChoice(),) * 3),
+        architecture=chosen((LayerChoice(),) * 3),
         candidates=(),
         child_folder=chain.parent.folder,  # any folder that transformers loads
         mlflow_run_id=run_id,

@@ -14,7 +14,7 @@ from blocks.records import CostTable, LayerChoice
 from blocks.variant import parse_label
 from profiles.schema import Hardware, Measure, Scenario
 from tasks import costs
-from tasks.costs import measure_costs, non_block_parameters
+from tasks.costs import hardware_description, measure_costs, non_block_parameters
 from tasks.engines.limits import runnable
 from tasks.finish import sum_beside_whole
 from tasks.record import open_parent
@@ -120,3 +120,12 @@ def test_q8_0_weighs_what_the_file_does(tmp_path: Path) -> None:
         found = runnable("llama.cpp", reader.config, 1, "parent", label, "q8_0")
         assert (found is not None) == refused and (found is None or "multiple of 32 in q8_0" in found)
         assert runnable("llama.cpp", reader.config, 1, "parent", label) is None
+
+
+def test_costs_of_another_gpu_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for name in ("H100", "H200"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        found.append(hardware_description(Hardware(device="cuda")))
+    assert found[0] != found[1]

@@ -11,7 +11,7 @@ import pytest
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from benchmarks.site import Site, both_servers, changed, served
-from blocks.library import sha256_of
+from blocks.files import sha256_of
 from flows.reoptimize import run_reoptimize
 from profiles.schema import Profile
 from tasks.compare import Lineage

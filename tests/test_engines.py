@@ -1,7 +1,6 @@
 """Engines: limits as data, llama.cpp's logits and text against torch's, exports and what they refuse."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from tests.test_export import PARENT, make_parent_folder
 from tests.test_gguf import BYTES, DIGITS, bpe_folder, child_of, logits, written
 from tests.test_modeling import FAMILIES, NO_OP, attention, ffn, mixed_blocks, parent_blocks, token_ids
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MISSING = LlamaCpp().missing()
 needs_llama_cpp = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
@@ -43,14 +43,6 @@ ROPES: list[dict[str, Any]] = [
         "original_max_position_embeddings": 32,
     },
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from blocks.records import Architecture, BlockRecord, Cost, CostTable, LayerChoice, Ref, Score, Totals
+from blocks.records import BlockRecord, Cost, CostTable, LayerChoice, Ref, Score
 from profiles.load import load_profile
 from profiles.schema import Hardware
 from tasks.finish import Run
@@ -25,6 +25,7 @@ from tasks.operating.tracking import (
     run_params,
     run_started,
 )
+from tests.chain import chosen
 from tests.test_report import report_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,28 +169,7 @@ def test_tables_join_losses_scores_costs_and_the_choice() -> None:
     priced = [cost("attention", "parent", 9), cost("attention", "kv1", 5), cost("attention", "kv1", 5, 4)]
     priced += [cost("ffn", "parent", 20), cost("ffn", "ffn8", 8), cost("ffn", "no_op", 0)]
     costs = CostTable(hardware={"name": "x"}, costs=tuple(priced), non_block=(), num_hidden_layers=2, measured_at="")
-    at = Totals(
-        scenario="chat",
-        batch_size=1,
-        prefill_seconds=1,
-        decode_seconds_per_token=1,
-        runtime_seconds=1,
-        tokens_per_second=1,
-        memory_bytes=1,
-        parameters=1,
-    )
-    chosen = (LayerChoice(ffn="no_op"), LayerChoice(attention="kv1", ffn="ffn8", coupled=True))
-    architecture = Architecture(
-        method="mip",
-        layers=chosen,
-        score=0.31,
-        score_se=0,
-        totals=(at,),
-        parent_totals=(at,),
-        status="optimal",
-        bound=0,
-        gap=0,
-    )
+    architecture = chosen((LayerChoice(ffn="no_op"), LayerChoice(attention="kv1", ffn="ffn8", coupled=True)), 0.31)
     variants = variant_rows(blocks, scores, costs, architecture)
     assert [row.chosen for row in variants] == [False, True, True, False]
     assert [row.parameters for row in variants] == [5, 0, None, 8]  # a coupled block is priced by its halves

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from blocks.errors import PuzzleError
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
-from blocks.library import write_text
+from blocks.files import write_text
 from tasks.serving.gguf_export import PRECISIONS, UnknownPrecision, interleaved, rotate_half, write_gguf
 from tasks.serving.gguf_header import GgufError, read_header, without_vocabulary
 from tasks.serving.gguf_import import GgufFile, read_gguf

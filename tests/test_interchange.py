@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from blocks.library import sha256_of
+from blocks.files import sha256_of
 from blocks.records import BlockRecord
 from profiles.schema import Budget
 from tasks.choose import choose

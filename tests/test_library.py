@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from blocks.errors import DamagedBlock
+from blocks.files import atomic_path
 from blocks.library import (
     BlockLibrary,
-    atomic_path,
     checked_path,
     digest_of,
     is_whole,

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from blocks.library import sha256_of
+from blocks.files import sha256_of
 from profiles.schema import Budget
 from tasks.foreign.exchange import import_library
 from tasks.foreign.interchange import write_library

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from blocks.errors import CorpusError, ParentError
-from blocks.library import sha256_of
+from blocks.files import sha256_of
 from blocks.records import ParentInfo
 from profiles.schema import FolderParent, HubParent, PackageParent, ParentSource, TinyParent
 from tasks import parent as module

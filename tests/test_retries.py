@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -189,3 +190,25 @@ def test_failures_keep_their_sentence_on_the_console_and_lose_the_traceback() ->
     finally:
         log.removeHandler(handler)
     assert seen[0] == ("failed: [Errno 28] No space left on device", None) and seen[1][1] is not None
+
+
+def test_a_dead_run_outside_the_root_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    root.mkdir()
+    outside.mkdir()
+
+    class Client:
+        def __enter__(self) -> "Client":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def read_flow_runs(self, **_: object) -> list[Any]:
+            asked = (str(outside), "../outside", "")
+            return [SimpleNamespace(id=uuid4(), name=one, parameters={"workspace": one}) for one in asked]
+
+        def set_flow_run_state(self, *_: object, **__: object) -> None: ...
+
+    monkeypatch.setattr(watch, "get_client", lambda sync_client: Client())
+    assert watch.start_dead_ones_again(root, [uuid4()]) == []
+    assert not (outside / "locks").exists()

@@ -1,11 +1,13 @@
 """Servers that a killed process left behind are found and stopped; one that is away is waited for."""
 
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,6 +17,7 @@ from tasks.operating import servers
 from tasks.operating.servers import (
     LOOPBACK,
     ServerFailure,
+    answer,
     free_port,
     is_up,
     running,
@@ -94,3 +97,25 @@ def test_a_full_disk_is_known_whoever_says_it() -> None:
     except ValueError as second:
         assert disk_is_full(second)
     assert not disk_is_full(OSError(2, "no such file")) and not disk_is_full(None)
+
+
+def test_a_server_that_speaks_no_http_is_not_up() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def talk() -> None:
+            for _ in range(2):
+                with server.accept()[0] as one:
+                    one.recv(1000)
+                    one.sendall(b"SSH-2.0\r\n")
+
+        thread = threading.Thread(target=talk)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        found: list[Any] = []
+        for ask in (answer, is_up):
+            try:
+                found.append(ask(url))
+            except Exception as error:
+                found.append(error)
+        thread.join()
+    assert found == [None, False]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from blocks import runtime
 from profiles.load import load_profile
 from tasks.failures import devices, presence, sharing
 from tasks.failures.devices import device_of
@@ -149,3 +150,9 @@ def test_turns_on_a_device(
             assert (time.monotonic() - started > 0.4) == waits
     told = [f"{ours}: waiting for cpu, which another run on this machine uses"]
     assert said == (told if waits else [])
+
+
+def test_both_kinds_of_device_locks_lie_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PUZZLE_DEVICE_LOCKS", str(tmp_path / "devices"))
+    with runtime.on_device(["cpu:7"]):
+        assert list((tmp_path / "devices").iterdir())

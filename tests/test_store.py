@@ -359,3 +359,15 @@ def test_s3_that_refuses_is_told_in_a_sentence(s3: str, monkeypatch: pytest.Monk
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     with pytest.raises(StoreError, match=r"no credentials for the store s3://library"):
         Store(s3, delays=())
+
+
+def test_an_object_that_goes_while_it_is_fetched_is_missing_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    store = Store(f"file://{tmp_path}/store")
+    store.tell = told.append
+    monkeypatch.setattr(store, "_size", lambda name: 3)
+    assert not store.fetch("a" * 64, tmp_path / "there.json")
+    assert not told
+    assert not (tmp_path / "there.json").exists()

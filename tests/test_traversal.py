@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from blocks.errors import CorpusError, DamagedBlock
-from blocks.library import sha256_of
+from blocks.files import sha256_of
 from blocks.records import BlockRecord, ChildReport
 from profiles.schema import Corpus, HubSource
 from tasks.corpus import iterate_documents

@@ -31,6 +31,7 @@ from tests.test_engines import ROPES, YARN, run
 from tests.test_gguf import child_of
 from tests.test_modeling import FULL, LINEAR, NO_OP, attention, token_ids
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MISSING = Vllm().missing()
 needs_vllm = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 HOW = Load(context_tokens=64, batch_size=2)
@@ -82,14 +83,6 @@ REFUSED: dict[str, tuple[str, list[dict[str, Any]], str]] = {
     "qwen2": ("qwen2", blocks_of(MIXED), "biases, norms or scales"),
     "qwen3": ("qwen3", blocks_of(MIXED), "biases, norms or scales"),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def exported(child: DeciLMForCausalLM, folder: Path) -> Path:

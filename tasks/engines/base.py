@@ -16,6 +16,11 @@ from blocks.records import Turn
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def own_code() -> dict[str, str]:
+    """Environment in which a process finds this very code, wherever it is started."""
+    return {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Load:
     """How an export is loaded. exact: full float32 inside the engine where it has a choice, for comparing logits."""
@@ -84,9 +89,6 @@ class Engine(ABC):
         """What runs an export in a process of its own: by default this interpreter with this engine."""
         return Process(
             command=(sys.executable, "-m", "tasks.engines.worker"),
-            environment={
-                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-                "OMP_NUM_THREADS": str(how.threads),
-            },
+            environment=own_code() | {"OMP_NUM_THREADS": str(how.threads)},
             load={"engine": self.name, "path": str(path.resolve()), "how": dataclasses.asdict(how)},
         )

@@ -19,12 +19,12 @@ from typing import Any
 
 import psutil
 
-from tasks.engines.base import Load
+from tasks.engines.base import Load, own_code
 from tasks.engines.llama_library import EngineMissing
 from tasks.engines.vllm_process import kv_bytes
 from tasks.operating.servers import LOOPBACK, ServerFailure, free_port, running
+from tasks.usage import resident_of
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "xllamacpp"
 START_SECONDS = 300.0  # vLLM needs a minute or two on a busy machine
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -57,11 +57,8 @@ def _family(pid: int) -> list[psutil.Process]:
 
 
 def _peak_bytes(process: psutil.Process) -> int:
-    status = Path(f"/proc/{process.pid}/status")
-    for line in status.read_text().splitlines() if status.is_file() else ():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return int(process.memory_info().rss)
+    told = resident_of(process.pid, "VmHWM")
+    return int(process.memory_info().rss) if told is None else told
 
 
 @contextmanager
@@ -91,7 +88,7 @@ def _llama_cpp(model: Path, how: Load, port: int) -> tuple[list[str], dict[str, 
         raise EngineMissing(f"llama.cpp's server comes with {PACKAGE}: pip install {PACKAGE} (or puzzle[llama-cpp]).")
     command = [sys.executable, "-m", "tasks.engines.openai_server", str(model.resolve())]
     command += [str(value) for value in (port, how.threads, how.batch_size, how.context_tokens)]
-    return command, {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    return command, own_code()
 
 
 def _vllm(model: Path, how: Load, port: int) -> tuple[list[str], dict[str, str]]:

@@ -6,7 +6,6 @@ vLLM pins other versions of transformers and fastapi than puzzle, so the two can
 
 import base64
 import dataclasses
-import hashlib
 import json
 import os
 import subprocess
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from blocks import export_code
+from blocks.files import sha256_of
 from blocks.records import Turn
 from tasks.engines.base import ROOT, Engine, Load, Process, Session
 from tasks.engines.limits import EngineLimit, gaps
@@ -144,7 +144,7 @@ def _trusted(folder: Path) -> bool:
 
 
 def _digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    return sha256_of(path) if path.is_file() else None
 
 
 def _refused(folder: Path) -> str | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from blocks.library import write_text
+from blocks.files import write_text
 from tasks.foreign.options import (
     COSTS,
     OptionLibrary,

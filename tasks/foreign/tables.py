@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import ValidationError
 
-from blocks.library import atomic_path, sha256_of
+from blocks.files import atomic_path, sha256_of
 from blocks.records import Value
 from tasks.search.joint import LibraryFileError
 

@@ -16,7 +16,8 @@ from scipy import stats
 from torch import Tensor
 
 from blocks.errors import DamagedBlock, PuzzleError
-from blocks.library import digest_of, read_tensors, remember, sha256_of
+from blocks.files import sha256_of
+from blocks.library import digest_of, read_tensors, remember
 from blocks.records import CorpusInfo, CostTable, LayerChoice, Metric, ParentInfo, Value
 from profiles.schema import Champion, Profile
 from tasks import bld, costs, gkd, record, scoring

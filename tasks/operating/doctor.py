@@ -180,24 +180,24 @@ def disk(free: int, workspace: Path) -> Iterator[Finding]:
     """Room for a block library and recorded activations."""
     told = f"{free / GIB:.1f} GiB free at {workspace}"
     todo = "free space, or name another --workspace; the demo takes 4.4 GiB"
-    if free < DISK_WRONG:
-        yield wrong("disk", told, todo)
-    elif free < DISK_WARN:
-        yield warn("disk", told, todo)
-    else:
-        yield ok("disk", told)
+    yield from _room("disk", free, (DISK_WRONG, DISK_WARN), told, todo)
 
 
 def memory(available: int, total: int) -> Iterator[Finding]:
     """Room for a layer, its activations and the teacher's logits."""
     told = f"{available / GIB:.1f} of {total / GIB:.1f} GiB available"
     todo = "stop something, or use a smaller parent, fewer record.hidden_sequences; the demo takes 5.3 GiB"
-    if available < MEMORY_WRONG:
-        yield wrong("memory", told, todo)
-    elif available < MEMORY_WARN:
-        yield warn("memory", told, todo)
+    yield from _room("memory", available, (MEMORY_WRONG, MEMORY_WARN), told, todo)
+
+
+def _room(check: str, there: int, least: tuple[int, int], told: str, todo: str) -> Iterator[Finding]:
+    """Bytes that are there, beside those below which a run fails and those below which it may."""
+    if there < least[0]:
+        yield wrong(check, told, todo)
+    elif there < least[1]:
+        yield warn(check, told, todo)
     else:
-        yield ok("memory", told)
+        yield ok(check, told)
 
 
 def _usable_cores() -> int:

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from blocks.records import CorpusInfo, ParentInfo
 from profiles.schema import Hardware, Profile
-from tasks.costs import processor
+from tasks.costs import accelerator, processor
 from tasks.operating.tracking import Tracking, client_of, open_tracking, server_uri
 from tasks.parent import name_of
 from tasks.progress import say
@@ -29,15 +29,7 @@ def hardware_label(hardware: Hardware) -> str:
     if hardware.engine == "roofline":
         return f"{hardware.name} (modelled)"
     unnamed = hardware.name == Hardware().name
-    return (_device_name(hardware.device) or hardware.name) if unnamed else hardware.name
-
-
-def _device_name(device: str) -> str:
-    import torch
-
-    if device.startswith("cuda") and torch.cuda.is_available():
-        return str(torch.cuda.get_device_name(device))
-    return processor()
+    return (accelerator(hardware.device) or processor() or hardware.name) if unnamed else hardware.name
 
 
 def experiment_name(profile: Profile) -> str:

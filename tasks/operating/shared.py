@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from blocks.library import keep, sha256_of
+from blocks.files import sha256_of
+from blocks.library import keep
 from blocks.records import Ref, Value
 from blocks.store import store_of, use_store
 from tasks.progress import say

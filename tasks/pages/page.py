@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from blocks.library import write_text
+from blocks.files import write_text
 from blocks.records import ChildReport, TruthPoint
 from tasks.foreign.reading import read_json
 from tasks.foreign.tables import validated

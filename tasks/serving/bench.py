@@ -25,6 +25,7 @@ from tasks.engines.limits import limits_of
 from tasks.engines.registry import installed_engine
 from tasks.engines.worker import Worker
 from tasks.picture import COLOURS, INK, figure_of, plain_axes
+from tasks.progress import part_of
 from tasks.serving.children import config_of, open_child, origin_of
 from tasks.serving.formats import find_tokenizer, precision_of, refuse
 from tasks.serving.gguf_export import write_gguf
@@ -126,7 +127,7 @@ def bench(
             worker.load()
         rows = []
         for index, point in enumerate(points):
-            turns = _turns(workers, point, rounds, partial(_tell_part, tell, index, len(points)))
+            turns = _turns(workers, point, rounds, part_of(tell, index, len(points)))
             memory = {name: worker.memory_bytes() for name, worker in workers.items()}
             base = {"engine": engine, "precision": precision, "threads": threads, **point.model_dump()}
             rows += [
@@ -134,10 +135,6 @@ def bench(
                 for name, own in summaries(turns, point.scenario, point.batch_size, memory).items()
             ]
         return rows
-
-
-def _tell_part(tell: Tell, part: int, parts: int, done: int, total: int) -> None:
-    tell(part * total + done, parts * total)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from blocks.attention.kv_heads import head_dim
 from blocks.errors import PuzzleError
-from blocks.library import atomic_path
+from blocks.files import atomic_path
 from tasks.serving.gguf_layout import Entry, Layer, outer_entries, packed
 
 ARCHITECTURE = "deci"

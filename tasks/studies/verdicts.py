@@ -6,7 +6,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from blocks.library import atomic_path, digest_of, write_text, write_value
+from blocks.files import atomic_path, write_text
+from blocks.library import digest_of, write_value
 from blocks.records import Metric, TruthPoint, Value
 from tasks.operating import tracking
 from tasks.studies.additivity import Check, Difference, Measured
