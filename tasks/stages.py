@@ -84,11 +84,14 @@ def stage(name: str) -> Iterator[Tell]:
 
 
 def task_of(name: str, run_name: str, key: Callable[[Any, dict[str, Any]], str] | None) -> Callable[[Any], Any]:
-    """A task that is retried with back-off, and cached by `key` where there is one."""
+    """A task that is retried with back-off, and stored by `key` where there is one. It is made only when the files are
+    not there, so what Prefect has stored of it is not taken.
+    """
     return task(
         name=name,
         task_run_name=run_name,
         cache_policy=CacheKeyFnPolicy(cache_key_fn=key) if key else NO_CACHE,
+        refresh_cache=key is not None,
         persist_result=key is not None,
         result_serializer="json",
         retries=2,
@@ -152,7 +155,7 @@ def record(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, workspace: 
     """Record every layer, one after the other: each starts from what the one before it left."""
     reader = open_parent(workspace / parent.folder)
     key = record_key(parent, corpus, profile.record, profile.bld.ridge)
-    again = record_task.with_options(refresh_cache=True, **limits_of(profile))
+    again = record_task.with_options(**limits_of(profile))
     records, there = [], []
     with stage("record") as tell:
         for layer in range(reader.depth):
@@ -249,7 +252,7 @@ def _distill(jobs: Sequence[Job], name: str, profile: Profile, workspace: Path) 
     for job, piece in zip(missing, pieces, strict=True):
         if (library.folder / f"{job.key}.json").exists():
             say(f"{piece.what}: the stored block is damaged or not whole, it is made again")
-    again = distill_task.with_options(refresh_cache=True, **limits_of(profile))
+    again = distill_task.with_options(**limits_of(profile))
 
     def submit(index: int) -> PrefectFuture[Any]:
         return again.submit(missing[index], seat_of(profile), str(workspace))
@@ -283,7 +286,7 @@ def score_all(
     workspace: Path,
 ) -> list[Score]:
     """Replace-1-block scores of every block that did not fail; `costs` matter to adaptive scoring alone."""
-    settings, again = profile.scoring, score_task.with_options(refresh_cache=True, **limits_of(profile))
+    settings, again = profile.scoring, score_task.with_options(**limits_of(profile))
     shape = (settings.sequences, settings.tokens_per_sequence or corpus.sequence_length)
     usable: dict[Key, BlockRecord] = {
         (block.layer, block.subblock, block.variant): block for block in blocks if block.status != "failed"
