@@ -3,7 +3,7 @@
     .venv/bin/python -m benchmarks.serving --workspace workspace/smollm2-cpu
 
 Parent and child take turns in each engine, one thread, every figure in CPU time too: gains are of pairs. Costs are
-measured in each engine anew; what they add up to stands beside the two models. About 15 minutes on a quiet machine.
+measured in each engine anew, right before its two whole models: what they add up to stands beside these.
 """
 
 import argparse
@@ -59,10 +59,14 @@ def main() -> None:
     cases = [
         _case(text) for text in options.cases or _default_cases(gaps_of_vllm=gaps("vllm", config_of(sources["child"])))
     ]
-    rows = [row for case in cases for row in _rows(options, sources, case, points).rows]
     files = [(name, precision) for engine, precision in cases if engine == "llama.cpp" for name in sources]
+    for name, precision in files:  # written first: nothing but the engine works while it is measured
+        _file(options, sources, name, precision)
+    rows, costs = [], {}
+    for case in cases:
+        costs[case] = _cost_table(options, report, case, points[: options.cost_loads])
+        rows += _rows(options, sources, case, points).rows
     logits = [_logits_of(options, sources, name, precision).cells for name, precision in files]
-    costs = {case: _cost_table(options, report, case, points[: options.cost_loads]) for case in cases}
     parts = [_intro(report, before), *_speed(rows, points), _sums(costs, report, rows), _costs(costs)]
     write_page("serving", "A child in the engines that serve it", [*parts, _logits(logits), _limits(sources)])
 
