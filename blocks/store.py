@@ -317,11 +317,16 @@ def _opened(url: str) -> Store:
 
 def store_of(workspace: Path) -> Store | None:
     """The store that the runs of a workspace use; None where they use none."""
+    url = store_named(workspace)
+    return _opened(url) if url else None
+
+
+def store_named(workspace: Path) -> str | None:
+    """The URL of the store that the runs of a workspace use; None where they use none."""
     try:
-        url = (workspace / MARKER).read_text(encoding="utf-8").strip()
+        return (workspace / MARKER).read_text(encoding="utf-8").strip() or None
     except FileNotFoundError:
         return None
-    return _opened(url) if url else None
 
 
 def use_store(workspace: Path, url: str | None) -> Store | None:

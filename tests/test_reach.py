@@ -71,6 +71,16 @@ def test_an_address_with_a_password_is_refused_and_not_repeated(name: str) -> No
         assert PASSWORD not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("address", ["http://[", "http://[::1", "http://127.0.0.1:port", "http://127.0.0.1:99999"])
+def test_what_is_no_address_is_a_sentence(name: str, address: str) -> None:
+    with pytest.raises(ServerRefused, match=f"{name} is not an address: .*http://127.0.0.1"):
+        check_servers({name: address})
+    with pytest.raises(ServerRefused) as refused:
+        check_servers({name: f"http://puzzle:{PASSWORD}@[::1"})
+    assert PASSWORD not in str(refused.value)
+
+
 def test_a_server_that_is_away_is_told() -> None:
     nobody = f"http://127.0.0.1:{free_port()}/api"
     told = pytest.raises(ServerAway, match=r"no answer at .*Start it")
