@@ -107,11 +107,6 @@ class Store:
         """True when a record lay there when its folder was first listed by this process, or was put there since."""
         return path.rpartition("/")[2] in self._listed(path)
 
-    def drop_record(self, path: str) -> None:
-        """Forget a record, so that it is made again everywhere."""
-        self._remove(_record(path))
-        self._listed(path).discard(path.rpartition("/")[2])
-
     def _listed(self, path: str) -> set[str]:
         folder = _record(path).rpartition("/")[0]
         with self._lock:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from blocks import store as stores
 from blocks.errors import DamagedBlock
-from blocks.library import BlockLibrary, forget, keep, read_tensors, remember, write_tensors
+from blocks.library import BlockLibrary, keep, read_tensors, remember, write_tensors
 from blocks.records import BlockRecord, ParentInfo, Ref
 from blocks.store import MARKER, Store, StoreAway, StoreError, use_store
 from tasks import bld, scoring
@@ -173,14 +173,6 @@ def test_a_record_comes_after_its_data(url: str, place: Callable[[str], Path], m
     assert len(objects(url, "objects")) == 1 and BlockLibrary(other).find("a") is None
 
 
-def test_forgotten_is_forgotten_in_the_store_too(url: str, place: Callable[[str], Path]) -> None:
-    one = place("one")
-    again(one, url)
-    block(one)
-    forget(one / "library/a.json", one)
-    assert BlockLibrary(one).find("a") is None and not objects(url, "records")
-
-
 @pytest.mark.parametrize(
     "path", ["../evil.safetensors", "/tmp/evil.safetensors", "library/../../evil.json", "a\\..\\b", "a\0b"]
 )
@@ -213,7 +205,7 @@ def test_a_forged_record_cannot_place_files(path: str, url: str, place: Callable
 @pytest.mark.parametrize("name", ["../a.json", "/etc/passwd", "a//b", "", "a/../../b", ".hidden", "a\nb", "a?b", "a/."])
 def test_no_name_leads_out_of_a_store(name: str, url: str) -> None:
     store = Store(url)
-    for ask in (store.record, store.has_record, store.drop_record, lambda path: store.keep_record(path, b"")):
+    for ask in (store.record, store.has_record, lambda path: store.keep_record(path, b"")):
         with pytest.raises(ValueError, match="cannot name"):
             ask(name)
     with pytest.raises(ValueError, match="no sha256"):
