@@ -89,9 +89,11 @@ def test_gains_are_of_pairs() -> None:
     assert gains is not None and gains.cpu is not None
     assert gains.throughput.value == pytest.approx(2)
     assert (gains.throughput.se, gains.first_token.value) == (0, 2)
-    assert (gains.output_token.value, gains.cpu.value) == (1, 4)
+    assert gains.output_token is not None and (gains.output_token.value, gains.cpu.value) == (1, 4)
     far = load_gains(parents, [turn(1, good(1, 3), cpu=None), turn(1, good(1, 3), cpu=None)])
     assert far is not None and far.cpu is None
+    one_piece = load_gains(parents, [turn(1, good(1, 1)), turn(1, good(1, 1))])
+    assert one_piece is not None and one_piece.output_token is None and one_piece.first_token.value == 10.5
 
 
 def test_prompts_are_the_same_for_all_and_new_in_every_round() -> None:
