@@ -63,6 +63,14 @@ def test_kill_9_lets_go_of_a_variant_at_once(tmp_path: Path, said: list[str]) ->
     assert not being_made(tmp_path, PIECES[0])
 
 
+def test_the_first_is_told_that_it_is_alone_and_the_others_that_they_are_not(tmp_path: Path) -> None:
+    one, two, other = (sharing.alone(tmp_path, key) for key in ("run", "run", "another run"))
+    with one as first, two as second, other as third:
+        assert (first, second, third) == (True, False, True)
+    with sharing.alone(tmp_path, "run") as again:
+        assert again
+
+
 @pytest.mark.parametrize("at_a_time", [1, 2, 9])
 def test_what_another_run_makes_comes_last(tmp_path: Path, said: list[str], at_a_time: int) -> None:
     order: list[int] = []
@@ -101,9 +109,11 @@ def test_never_more_than_so_many_at_a_time(tmp_path: Path) -> None:
 
 def test_every_run_has_a_place_and_only_the_first_clears_leftovers(tmp_path: Path) -> None:
     left = tmp_path / "library" / ".x.part"
+    unfinished = tmp_path / "parent" / ".making-x"
     left.parent.mkdir()
+    unfinished.mkdir(parents=True)
     left.touch()
-    assert presence.place_in(tmp_path) == 1 and not left.exists()
+    assert presence.place_in(tmp_path) == 1 and not left.exists() and not unfinished.exists()
     assert presence.place_in(tmp_path) == 1  # asked again: the same
     left.touch()  # now it is somebody's who is at work
     code = (
