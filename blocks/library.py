@@ -129,14 +129,6 @@ def keep(path: Path, value: Value, refs: Sequence[Ref], workspace: Path, fetch: 
         _send(store, path, refs, workspace)
 
 
-def forget(path: Path, workspace: Path) -> None:
-    """Remove a value here and in the store, so that it is made again."""
-    path.unlink(missing_ok=True)
-    store = store_of(workspace)
-    if store is not None:
-        store.drop_record(_name(path, workspace))
-
-
 def _name(path: Path, workspace: Path) -> str:
     return path.relative_to(workspace).as_posix()
 

@@ -7,25 +7,20 @@ tokens from 3.7 to 2.8 s on 2 cores (docs/log.md).
 import contextlib
 import ctypes
 import gc
-import getpass
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, wraps
-from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
-
+from blocks.devices import device_name, enter, places_of_task
 from blocks.errors import PuzzleError
 
 CallableT = TypeVar("CallableT", bound=Callable[..., Any])
 _DEVICE: ContextVar[str] = ContextVar("device that this thread computes on", default="cpu")
-DEVICE_LOCKS = "PUZZLE_DEVICE_LOCKS"
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
@@ -93,6 +88,7 @@ def on_device(devices: Sequence[str]) -> Iterator[str]:
 
     A numbered device (cuda:1) is one task's alone, whatever thread, process or run asks: a file lock that the system
     gives back when its holder is killed. `cpu` is shared; cpu:0, cpu:1 are places on it, to try a profile without GPUs.
+    Nobody is let in where a run measures (blocks/devices.py).
     PuzzleError when this machine has none of them.
     """
     with ExitStack() as held:
@@ -103,44 +99,19 @@ def on_device(devices: Sequence[str]) -> Iterator[str]:
 
 
 def _taken(devices: Sequence[str], held: ExitStack) -> str:
-    """The device that was free first; a numbered one stays locked until `held` closes."""
-    places = {device: place for device in devices if (place := _place_of(device)) is not None}
-    if not places:
+    """The device that was free first; its place there stays taken until `held` closes."""
+    names = {device: name for device in devices if (name := device_name(device)) is not None}
+    if not names:
         raise PuzzleError(
             f"this worker has none of the devices {', '.join(devices)} (orchestration.devices): name those that "
             "torch sees on the machines of the workers, or cpu"
         )
     pause = 0.01
     while True:
-        for device, place in places.items():
-            if ":" not in device:
-                return device
-            lock = FileLock(device_locks() / place)
-            with contextlib.suppress(Timeout):
-                held.enter_context(lock.acquire(timeout=0))
+        for device, name in names.items():
+            place = enter(name, "task", places_of_task(device))
+            if place is not None:
+                held.callback(place.release)
                 return device
         time.sleep(pause)
         pause = min(2 * pause, 0.5)
-
-
-def device_locks() -> Path:
-    """Where the locks of this machine's devices lie: of tasks here, of runs in tasks/failures/devices.py."""
-    given = os.environ.get(DEVICE_LOCKS)
-    folder = Path(given) if given else Path(tempfile.gettempdir()) / f"puzzle-devices-{getpass.getuser()}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
-
-
-def _place_of(device: str) -> str | None:
-    """Name of the real device on this machine: a scheduler may let a process see the second GPU as cuda:0. None when
-    it is not there.
-    """
-    kind, _, number = device.partition(":")
-    if kind == "cpu":
-        return device
-    import torch
-
-    if not getattr(torch, kind).is_available() or int(number or 0) >= getattr(torch, kind).device_count():
-        return None
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return f"{kind}:{visible[int(number or 0)] if kind == 'cuda' and visible else number}"

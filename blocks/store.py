@@ -107,11 +107,6 @@ class Store:
         """True when a record lay there when its folder was first listed by this process, or was put there since."""
         return path.rpartition("/")[2] in self._listed(path)
 
-    def drop_record(self, path: str) -> None:
-        """Forget a record, so that it is made again everywhere."""
-        self._remove(_record(path))
-        self._listed(path).discard(path.rpartition("/")[2])
-
     def _listed(self, path: str) -> set[str]:
         folder = _record(path).rpartition("/")[0]
         with self._lock:
@@ -317,11 +312,16 @@ def _opened(url: str) -> Store:
 
 def store_of(workspace: Path) -> Store | None:
     """The store that the runs of a workspace use; None where they use none."""
+    url = store_named(workspace)
+    return _opened(url) if url else None
+
+
+def store_named(workspace: Path) -> str | None:
+    """The URL of the store that the runs of a workspace use; None where they use none."""
     try:
-        url = (workspace / MARKER).read_text(encoding="utf-8").strip()
+        return (workspace / MARKER).read_text(encoding="utf-8").strip() or None
     except FileNotFoundError:
         return None
-    return _opened(url) if url else None
 
 
 def use_store(workspace: Path, url: str | None) -> Store | None:

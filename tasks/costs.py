@@ -29,16 +29,16 @@ from blocks.records import SUBBLOCKS, Cost, CostTable, LayerChoice, NonBlockCost
 from blocks.resources import resources
 from blocks.variant import Variant, parse_labels
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
-from tasks.calibration import calibrated
+from tasks.calibration import calibrated, drift, parent_bias
 from tasks.engines.limits import runnable
 from tasks.progress import part_of
 from tasks.record import open_parent
-from tasks.throughput import cpu_clock, median_metric
+from tasks.sums import PHASES
+from tasks.throughput import ClockTooCoarse, cpu_clock, median_metric, relative_error
 
 VERSION = 3
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 Q8_0_BYTES = 34 / 32  # GGUF: blocks of 32 weights in 8 bits with a float16 scale
-DRIFT, DRIFT_SPREADS = 0.1, 3.0  # a cost has moved when it differs by 10 % and by three times both spreads
 Tell = Callable[[int, int], None]
 
 
@@ -142,7 +142,40 @@ def measure_costs(
     stored = stored_costs(path, measure, workspace)
     if stored is not None:
         return stored
-    reader = open_parent(workspace / parent.folder)
+    table = _measured(open_parent(workspace / parent.folder), space, scenarios, hardware, measure, tell)
+    keep(path, table, [], workspace)
+    return table
+
+
+def measure_again(
+    parent: ParentInfo,
+    space: SearchSpace,
+    scenarios: Sequence[Scenario],
+    hardware: Hardware,
+    measure: Measure,
+    workspace: Path,
+    tell: Tell = lambda done, total: None,
+) -> list[str]:
+    """Measure costs whether they are stored or not. What has moved, in words; only then, or where there were none, is
+    a new table kept. The old one stands until the new one is whole.
+    """
+    path = costs_path(parent, space, scenarios, hardware, measure, workspace)
+    before = stored_costs(path, measure, workspace)
+    now = _measured(open_parent(workspace / parent.folder), space, scenarios, hardware, measure, tell)
+    moved = drift(before, now) if before else []
+    if moved or before is None:
+        keep(path, now, [], workspace)
+    return moved
+
+
+def _measured(
+    reader: Parent,
+    space: SearchSpace,
+    scenarios: Sequence[Scenario],
+    hardware: Hardware,
+    measure: Measure,
+    tell: Tell,
+) -> CostTable:
     names = {subblock: parse_labels(subblock, getattr(space, subblock), reader.config) for subblock in SUBBLOCKS}
     variants = [
         variant for subblock in SUBBLOCKS for variant in names[subblock] if _runs(hardware.engine, reader, variant)
@@ -160,18 +193,20 @@ def measure_costs(
         ]
         non_block.append(_non_block(reader, scenario, batch, timings["non_block", ""], hardware))
         whole.append(_non_block(reader, scenario, batch, timings["parent", ""], hardware))
-    table = calibrated(
-        CostTable(
-            hardware=hardware_description(hardware),
-            costs=tuple(costs),
-            non_block=tuple(non_block),
-            num_hidden_layers=reader.depth,
-            measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            parent_measured=tuple(whole),
-        )
+    table = CostTable(
+        hardware=hardware_description(hardware),
+        costs=tuple(costs),
+        non_block=tuple(non_block),
+        num_hidden_layers=reader.depth,
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        parent_measured=tuple(whole),
     )
-    keep(path, table, [], workspace)
-    return table
+    if any(parent_bias(table, one, phase) is None for one in whole for phase in PHASES):
+        raise ClockTooCoarse(
+            "the clock shows no time for the parent: it is too coarse for so little work. Give the scenarios more "
+            "prompt_tokens, and `measure` more decode_steps."
+        )
+    return calibrated(table)
 
 
 def _runs(engine: str, reader: Parent, variant: Variant) -> bool:
@@ -191,21 +226,6 @@ def _bench(reader: Parent, variants: Sequence[Variant], hardware: Hardware, meas
     from tasks.engine_costs import EngineBench
 
     return EngineBench(reader, variants, hardware, measure)
-
-
-def drift(before: CostTable, now: CostTable) -> list[str]:
-    """Costs that moved by more than DRIFT and by more than their spreads explain, in words."""
-    old = {(cost.subblock, cost.variant, cost.scenario, cost.batch_size): cost for cost in before.costs}
-    moved = []
-    for cost in now.costs:
-        was = old.get((cost.subblock, cost.variant, cost.scenario, cost.batch_size))
-        for phase, field in (("prefill", "prefill_seconds"), ("decode", "decode_seconds_per_token")):
-            first, second = (getattr(was, field), getattr(cost, field)) if was else (0.0, 0.0)
-            noise = getattr(was, f"{phase}_spread") + getattr(cost, f"{phase}_spread") if was else 0.0
-            if first > 0 and abs(second / first - 1) > max(DRIFT, DRIFT_SPREADS * noise):
-                where = f"{cost.scenario}, batch {cost.batch_size}"
-                moved.append(f"{cost.subblock} {cost.variant} {phase} ({where}): {second / first - 1:+.0%}")
-    return moved
 
 
 def weight_bytes(precision: str) -> float:
@@ -368,6 +388,6 @@ def _summary(figures: list[tuple[float, float]]) -> Timing:
     return Timing(
         prefill=prefill.value,
         decode=decode.value,
-        prefill_spread=prefill.se / prefill.value,
-        decode_spread=decode.se / decode.value,
+        prefill_spread=relative_error(prefill),
+        decode_spread=relative_error(decode),
     )

@@ -219,7 +219,10 @@ def where(item: BlockRecord | Score) -> tuple[int, str, str]:
 def sum_beside_whole(costs: CostTable, whole: NonBlockCost) -> str:
     """The parent as the sum of its measured blocks, beside the parent measured end to end in the same rounds."""
     found = {phase: parent_bias(costs, whole, phase) for phase in PHASES}
-    ratios = ", ".join(f"{phase} {ratio:.3f} ±{error:.3f}" for phase, (ratio, error) in found.items())
+    ratios = ", ".join(
+        f"{phase} {bias[0]:.3f} ±{bias[1]:.3f}" if bias else f"{phase} takes no time that the clock shows"
+        for phase, bias in found.items()
+    )
     factors = f" (calibrated: {costs.hardware['calibrated']})" if costs.calibration else ""
     return (
         f"{whole.scenario}, batch {whole.batch_size}: sum of the parent's blocks / parent end to end: {ratios}{factors}"

@@ -224,7 +224,7 @@ def _predicted_markdown(report: ChildReport) -> str:
             for own in report.architecture.parent_totals
             if (own.scenario, own.batch_size) == (totals.scenario, totals.batch_size)
         ]
-        gain = plain(parents[0].runtime_seconds / totals.runtime_seconds) if parents else "–"
+        gain = plain(parents[0].runtime_seconds / totals.runtime_seconds) if parents and totals.runtime_seconds else "–"
         rows.append([case, plain(totals.runtime_seconds), gain, decode_rate, plain(totals.memory_bytes / MIB)])
     predicted = _markdown_table(
         ["predicted", "request, s", "request speed-up", "decode, tokens/s", "memory, MiB"], rows

@@ -17,7 +17,7 @@ from prefect.tasks import exponential_backoff
 from transformers.utils.logging import disable_progress_bar
 
 from blocks.errors import PuzzleError
-from blocks.library import BlockLibrary, digest_of, forget, keep
+from blocks.library import BlockLibrary, digest_of
 from blocks.parent import Parent
 from blocks.records import (
     SUBBLOCKS,
@@ -329,8 +329,19 @@ def measure(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable:
         return modelled_costs(
             open_parent(workspace / parent.folder), measured_space(profile), profile.scenarios, setting
         )
+    table: CostTable = _timed(costs.measure_costs, profile, parent, workspace)
+    return table
+
+
+def measure_again(profile: Profile, parent: ParentInfo, workspace: Path) -> list[str]:
+    """See tasks.costs.measure_again; modelled costs do not move."""
+    modelled = profile.hardware.engine == "roofline"
+    return [] if modelled else _timed(costs.measure_again, profile, parent, workspace)
+
+
+def _timed(function: Callable[..., Any], profile: Profile, parent: ParentInfo, workspace: Path) -> Any:
     with stage("measure") as tell:
-        table: CostTable = task_of("measure costs", "measure costs", None)(costs.measure_costs)(
+        return task_of("measure costs", "measure costs", None)(function)(
             parent,
             measured_space(profile),
             profile.scenarios,
@@ -339,28 +350,12 @@ def measure(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable:
             workspace,
             lambda done, total: tell(done, total),
         )
-    return table
 
 
 def stored_costs(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable | None:
     """The costs that `measure` would not measure again, None where there are none."""
-    return costs.stored_costs(_costs_path(profile, parent, workspace), profile.measure, workspace)
-
-
-def _costs_path(profile: Profile, parent: ParentInfo, workspace: Path) -> Path:
-    space = measured_space(profile)
-    return costs.costs_path(parent, space, profile.scenarios, profile.hardware, profile.measure, workspace)
-
-
-def measure_again(profile: Profile, parent: ParentInfo, workspace: Path) -> list[str]:
-    """Measure costs that are stored already; new ones replace them only if any has moved. Returns those, in words."""
-    path, before = _costs_path(profile, parent, workspace), stored_costs(profile, parent, workspace)
-    forget(path, workspace)
-    now = measure(profile, parent, workspace)
-    moved = costs.drift(before, now) if before else []
-    if before and not moved:
-        keep(path, before, [], workspace)
-    return moved
+    asked = measured_space(profile), profile.scenarios, profile.hardware, profile.measure
+    return costs.stored_costs(costs.costs_path(parent, *asked, workspace), profile.measure, workspace)
 
 
 def choose_child(profile: Profile, scores: Sequence[Score], table: CostTable) -> tuple[Problem, Architecture]:

@@ -52,7 +52,7 @@ def clock_of(costs: CostTable) -> str:
 def check_sums(
     architectures: Mapping[str, Architecture], speed: Mapping[str, Sequence[Throughput]], costs: CostTable
 ) -> tuple[SumCheck, ...]:
-    """Every model at every scenario, prefill and decode apart."""
+    """Every model at every scenario, prefill and decode apart; none where the clock shows no time."""
     clock, found = clock_of(costs), []
     for name, measured in speed.items():
         for own in measured:
@@ -62,7 +62,8 @@ def check_sums(
                 }
                 place = (own.scenario, own.batch_size)
                 spread = error_of_sum(costs, architectures[name].layers, place, phase)
-                found.append(_check(name, phase, clock, totals, spread, own))
+                check = _check(name, phase, clock, totals, spread, own)
+                found += [check] if check else []
     return tuple(found)
 
 
@@ -72,9 +73,11 @@ def _totals(architecture: Architecture, scenario: str, batch_size: int) -> Total
 
 def _check(
     name: str, phase: Phase, clock: str, totals: Mapping[str, Totals], spread: float, own: Throughput
-) -> SumCheck:
+) -> SumCheck | None:
     predicted = float(getattr(totals[name], SECONDS[phase]))
     measured: Metric = getattr(own, MEASURED[phase, clock])
+    if not predicted or not measured.value:
+        return None
     relative = math.hypot(spread / predicted, measured.se / measured.value)
     gain_off = None
     if own.gains is not None:

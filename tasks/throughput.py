@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blocks.errors import PuzzleFailure
 from blocks.export_code.modeling_decilm import CACHE
 from blocks.records import Gains, Metric, Throughput, Turn
 from blocks.runtime import release_memory
@@ -26,11 +27,20 @@ MAX_DECODE_STEPS = 32  # decoding is measured over at most so many tokens, then 
 SE_OF_MEDIAN = 1.2533  # sqrt(pi / 2): standard error of a median over that of a mean, normal samples
 
 
+class ClockTooCoarse(PuzzleFailure):
+    """Requests too small for the clock of this machine."""
+
+
 def median_metric(values: Sequence[float]) -> Metric:
     """Median with its standard error, 1.2533 std / sqrt(n); 0 for a single value."""
     count = len(values)
     se = SE_OF_MEDIAN * statistics.stdev(values) / count**0.5 if count > 1 else 0.0
     return Metric(value=statistics.median(values), se=se, n=count)
+
+
+def relative_error(metric: Metric) -> float:
+    """Standard error over value; 0 for what took no time that the clock shows."""
+    return metric.se / metric.value if metric.value else 0.0
 
 
 def measure_throughput(
@@ -88,9 +98,19 @@ def in_turns(
     turns: dict[str, list[Turn]] = {name: [] for name in order}
     for number in range(rounds):
         for place, name in enumerate(reversed(order) if number % 2 else order, start=1):
-            turns[name].append(requests[name]())
+            turns[name].append(_seen(requests[name](), name))
             tell(number * len(order) + place, rounds * len(order))
     return turns
+
+
+def _seen(turn: Turn, name: str) -> Turn:
+    unseen = [field for field, seconds in turn if seconds <= 0]
+    if unseen:
+        raise ClockTooCoarse(
+            f"the clock shows no time for {' and '.join(unseen)} of a request of {name}: it is too coarse for so "
+            "little work. Give the scenario more prompt_tokens and generated_tokens, or `measure` more decode_steps."
+        )
+    return turn
 
 
 def summaries(

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cloudpickle
@@ -17,12 +18,13 @@ from prefect.context import serialize_context
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
-from blocks import runtime
+from blocks import devices, runtime
 from blocks.errors import PuzzleError
 from blocks.records import ParentInfo
 from profiles.load import ProfileError, load_profile
 from profiles.schema import Orchestration
 from tasks import reuse, stages, workers
+from tasks.failures import devices as turns
 from tests.chain import Chain
 
 PLACES = ("cpu:0", "cpu:1")
@@ -47,7 +49,7 @@ def at_work(devices: tuple[str, ...], count: int) -> list[tuple[str, float, floa
 
 
 def test_a_numbered_device_is_one_tasks_alone_and_all_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blocks.runtime.tempfile.gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("PUZZLE_DEVICE_LOCKS", str(tmp_path))
     seen = at_work(PLACES, 6)
     assert {device for device, _, _ in seen} == set(PLACES)
     for place in PLACES:
@@ -58,8 +60,18 @@ def test_a_numbered_device_is_one_tasks_alone_and_all_are_used(tmp_path: Path, m
 
 
 def test_the_plain_cpu_is_shared() -> None:
-    seen = at_work(("cpu",), 3)
-    assert max(start for _, start, _ in seen) < min(end for _, _, end in seen)
+    together = threading.Barrier(3, timeout=10)
+
+    def work() -> None:
+        with runtime.on_device(["cpu"]):
+            together.wait()
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not together.broken
 
 
 def test_results_are_kept_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,11 +98,54 @@ def test_a_worker_without_the_device_says_so() -> None:
         pass
 
 
-def test_a_scheduler_may_hide_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+GPUS = [f"{number}aaaaaaa-1111-2222-3333-444444444444" for number in range(4)]
+SLICES = [f"{number}bbbbbbb-1111-2222-3333-444444444444" for number in range(2)]
+
+
+def sees(monkeypatch: pytest.MonkeyPatch, variable: str | None, uuids: list[str]) -> list[str | None]:
+    """Names of cuda, cuda:0, cuda:1, cuda:2 in a process that CUDA shows GPUs of these UUIDs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert [runtime._place_of(device) for device in ("cuda:0", "cuda:1", "cpu")] == ["cuda:3", None, "cpu"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(uuids))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=uuids[index]))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    return [devices.device_name(device) for device in ("cuda", "cuda:0", "cuda:1", "cuda:2")]
+
+
+def test_a_gpu_has_one_name_whatever_a_process_is_let_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"cuda-{uuid}" for uuid in GPUS]
+    assert sees(monkeypatch, None, GPUS) == [names[0], *names[:3]]
+    assert sees(monkeypatch, "3", GPUS[3:]) == [names[3], names[3], None, None]
+    assert sees(monkeypatch, "3,1", [GPUS[3], GPUS[1]])[1:3] == [names[3], names[1]]
+    assert sees(monkeypatch, f"GPU-{GPUS[2]}", GPUS[2:3])[0] == names[2]
+    assert sees(monkeypatch, "GPU-2aaa", GPUS[2:3])[0] == names[2]  # CUDA takes a beginning too
+    for told in (GPUS[0], SLICES[1]):  # older CUDA tells the GPU of a slice
+        assert sees(monkeypatch, f"MIG-{SLICES[1]}", [told])[0] == f"cuda-{SLICES[1]}"
+    assert sees(monkeypatch, f"MIG-GPU-{GPUS[0]}/1/0", GPUS[:1])[0] == f"cuda-GPU-{GPUS[0]}-1-0"  # before CUDA 11.4
+    assert [devices.device_name(device) for device in ("cpu", "cpu:3")] == ["cpu", "cpu"]
+
+
+def test_runs_and_tasks_name_a_gpu_alike_and_keep_each_other_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PUZZLE_DEVICE_LOCKS", str(tmp_path))
+    sees(monkeypatch, "3,1", [GPUS[3], GPUS[1]])
+    with runtime.on_device(["cuda:0"]), runtime.on_device(["cuda:0", "cuda:1"]) as second:
+        assert second == "cuda:1"
+    with turns.sharing(profile_with("hardware.device=cuda:0")), turns.device_of("measure"):
+        sees(monkeypatch, None, GPUS)
+        busy = [device for device in ("cuda:1", "cuda:3") if not is_free(device)]
+    assert busy == ["cuda:3"] and is_free("cuda:3")
+
+
+def is_free(device: str) -> bool:
+    name = devices.device_name(device)
+    assert name is not None
+    place = devices.enter(name, "task", devices.places_of_task(device))
+    if place is not None:
+        place.release()
+    return place is not None
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from tasks.finish import sum_beside_whole
 from tasks.record import open_parent
 from tasks.serving.gguf_export import write_gguf
 from tasks.serving.gguf_tokenizer import NO_TOKENIZER
+from tasks.throughput import ClockTooCoarse
 from tests.chain import SPACE, prepare
 
 SCENARIOS = (Scenario(name="chat", batch_sizes=(1, 3), prompt_tokens=8, generated_tokens=6),)
@@ -129,3 +130,40 @@ def test_costs_of_another_gpu_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         found.append(hardware_description(Hardware(device="cuda")))
     assert found[0] != found[1]
+
+
+def test_costs_stand_until_new_ones_are_whole_and_are_replaced_if_they_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, _ = prepare(tmp_path, train_steps=0)
+    asked = (parent, SPACE, SCENARIOS, Hardware(threads=1), MEASURE)
+    seconds = [1.0]
+
+    class Fake:
+        def __init__(self, reader: Any, variants: Any, *_: Any) -> None:
+            self.names = [(one.subblock, one.label) for one in variants] + [("non_block", ""), ("parent", "")]
+
+        def run(self, *_: Any) -> dict[tuple[str, str], costs.Timing]:
+            if seconds[0] < 0:
+                raise KeyboardInterrupt
+            timing = costs.Timing(prefill=seconds[0], decode=seconds[0], prefill_spread=0.01, decode_spread=0.01)
+            return dict.fromkeys(self.names, timing)
+
+    monkeypatch.setattr(costs, "_Bench", Fake)
+    assert costs.measure_again(*asked, tmp_path) == []  # nothing to compare with
+    before = measure_costs(*asked, tmp_path)
+    seconds[0] = -1.0
+    with pytest.raises(KeyboardInterrupt):
+        costs.measure_again(*asked, tmp_path)
+    assert measure_costs(*asked, tmp_path) == before
+    seconds[0] = 1.05
+    assert costs.measure_again(*asked, tmp_path) == [] and measure_costs(*asked, tmp_path) == before
+    seconds[0] = 1.5
+    moved = costs.measure_again(*asked, tmp_path)
+    assert "attention parent prefill (chat, batch 1): +50%" in moved
+    after = measure_costs(*asked, tmp_path)
+    seconds[0] = 0.0
+    with pytest.raises(ClockTooCoarse, match="no time for the parent.*decode_steps"):
+        costs.measure_again(*asked, tmp_path)
+    seconds[0] = 1.5
+    assert after != before and not costs.measure_again(*asked, tmp_path) and measure_costs(*asked, tmp_path) == after

@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
+from tasks.operating import reach
 from tasks.operating.reach import ServerAway, ServerRefused, check_servers
 from tasks.operating.servers import free_port, mlflow_server
 
@@ -22,7 +23,9 @@ class Guarded(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         body = b'"3.9.0"' if "version" in self.path else b"{}"
-        self.send_response(200 if self.headers.get("Authorization") == RIGHT else 401)
+        known = self.headers.get("Authorization")
+        told = next((status for status in (403, 404) if self.path.startswith(f"/{status}/")), 401)
+        self.send_response(200 if known == RIGHT and told == 401 and "//" not in self.path else told)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -64,11 +67,45 @@ def test_the_right_password_passes_and_others_are_refused(name: str, url: str) -
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_who_is_known_and_not_allowed_is_refused_and_an_answer_that_is_none_is_told(name: str, url: str) -> None:
+    with using(name, f"{url}/403", PASSWORD) as environment, pytest.raises(ServerRefused, match=r"HTTP 403\).*set "):
+        check_servers(environment)
+    with using(name, f"{url}/404", PASSWORD) as environment, pytest.raises(ServerAway, match=f"HTTP 404.*unset {name}"):
+        check_servers(environment)
+
+
+def test_a_slash_at_the_end_of_mlflows_address_is_no_other_address(url: str) -> None:
+    with using("MLFLOW_TRACKING_URI", f"{url}/", PASSWORD) as environment:
+        check_servers(environment)
+
+
+@pytest.mark.parametrize("said", ["[SSL: CERTIFICATE_VERIFY_FAILED]", "ssl: certificate verify failed: self-signed"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_certificate_that_is_not_trusted_is_told_with_the_variable_that_names_it(name: str, said: str) -> None:
+    refused = reach._away(name, "https://host", ValueError(said))
+    assert isinstance(refused, ServerRefused) and reach.CERTIFICATE[name] in str(refused)
+    away = reach._away(name, "https://host", ValueError("no route\nand a page more"))
+    assert isinstance(away, ServerAway) and "no route. Start it" in str(away) and f"unset {name}" in str(away)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_address_with_a_password_is_refused_and_not_repeated(name: str) -> None:
     for scheme in ("http", "https", "postgresql"):
         with pytest.raises(ServerRefused, match="holds a password") as refused:
             check_servers({name: f"{scheme}://puzzle:{PASSWORD}@127.0.0.1:1/x"})
         assert PASSWORD not in str(refused.value)
+    with pytest.raises(ServerRefused, match="holds a password"):
+        check_servers({name: "http://puzzle:@127.0.0.1:1"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("address", ["http://[", "http://[::1", "http://127.0.0.1:port", "http://127.0.0.1:99999"])
+def test_what_is_no_address_is_a_sentence(name: str, address: str) -> None:
+    with pytest.raises(ServerRefused, match=f"{name} is not an address: .*http://127.0.0.1"):
+        check_servers({name: address})
+    with pytest.raises(ServerRefused) as refused:
+        check_servers({name: f"http://puzzle:{PASSWORD}@[::1"})
+    assert PASSWORD not in str(refused.value)
 
 
 def test_a_server_that_is_away_is_told() -> None:

@@ -1,25 +1,27 @@
 """Out of memory goes on in smaller parts, what may pass is asked again, a time limit is a sentence."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 import torch
+from prefect.automations import Automation
 from prefect.states import Failed
 from prefect.task_engine import TaskRunTimeoutError
 
-from blocks.errors import CorpusError
+from blocks.errors import CorpusError, PuzzleFailure
 from profiles.load import load_profile
 from profiles.schema import GKD
 from tasks import bld, gkd, scoring
 from tasks.failures import memory, retries, watch
 from tasks.failures.memory import Parts
 from tasks.failures.retries import TookTooLong, told_in_time, worth_retrying
+from tasks.failures.sharing import made_once
 from tasks.progress import without_tracebacks
 from tests.chain import Chain
 
@@ -125,27 +127,53 @@ def test_gkd_in_parts_gives_the_same_child(chain: Chain, monkeypatch: pytest.Mon
         (TimeoutError("of a socket"), True),
         (TaskRunTimeoutError("Scope timed out after 2.0 second(s)."), False),
         (FileNotFoundError(2, "no such file"), False),
+        (PermissionError(13, "not yours"), False),
+        (IsADirectoryError(21, "a folder"), False),
+        (KeyboardInterrupt(), False),
         (CorpusError("too small"), False),
         (ValueError("a bug"), False),
         (RuntimeError("shape mismatch"), False),
     ],
 )
-def test_what_is_retried(error: Exception, again: bool) -> None:
-    assert worth_retrying(None, None, Failed(data=error)) == again
+def test_what_is_retried(error: BaseException, again: bool) -> None:
+    def ended() -> None:
+        raise error
+
+    assert worth_retrying(None, None, SimpleNamespace(result=ended)) == again
+    if isinstance(error, Exception):
+        assert worth_retrying(None, None, Failed(data=error)) == again
+
+
+@pytest.mark.parametrize(
+    ("error", "short"),
+    [
+        (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), True),
+        (OSError(28, "No space left on device"), False),
+        (ValueError("out of memory, says a bug"), False),
+    ],
+)
+def test_what_is_short_of_memory(error: Exception, short: bool) -> None:
+    assert memory.out_of_memory(error) == short
 
 
 def test_a_time_limit_is_a_sentence() -> None:
     sentence = r"'distill' took longer than orchestration.task_timeout allows \(2.0 s\)"
     with pytest.raises(TookTooLong, match=sentence), told_in_time("distill"):
         raise TaskRunTimeoutError("Scope timed out after 2.0 second(s).")
-    assert load_profile("tiny", ["orchestration.task_timeout=2"]).orchestration.task_timeout == 2
+    assert retries.limits_of(load_profile("tiny", ["orchestration.task_timeout=2"])) == {"timeout_seconds": 2}
+    assert retries.limits_of(load_profile("tiny")) == {"timeout_seconds": None}
 
 
-def test_a_prefect_server_that_is_away_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["prefect.events.clients", "prefect._internal.concurrency", "websockets.client"])
+def test_a_prefect_server_that_is_away_is_told_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     monkeypatch.setattr(retries, "say", lines.append)
     passed: list[str] = []
-    log = logging.getLogger("prefect.events.clients")
+    log = logging.getLogger(name)
+    before = log.level
+    log.setLevel(logging.INFO)
+    passing = ["no trouble"] if log.isEnabledFor(logging.INFO) else []  # one of them has a level of Prefect's own
     handler = logging.Handler()
     monkeypatch.setattr(handler, "emit", lambda record: passed.append(record.getMessage()))
     log.addHandler(handler)
@@ -153,17 +181,20 @@ def test_a_prefect_server_that_is_away_is_told_once(monkeypatch: pytest.MonkeyPa
         with retries.told_when_prefect_is_away():
             log.warning("Unable to connect")
             log.error("a page of it")
-        log.warning("after it")
+            log.info("no trouble")
+        log.error("after it")
     finally:
         log.removeHandler(handler)
-    assert passed == ["after it"] and len(lines) == 1 and "the run goes on" in lines[0]
+        log.setLevel(before)
+    assert passed == [*passing, "after it"] and len(lines) == 1 and "the run goes on" in lines[0]
 
 
 def test_restarts_are_counted_since_somebody_started_the_run() -> None:
     once = ["Scheduled", "Pending", "Running", "Crashed", watch.RESTART, "Pending", "Running"]
     assert watch.restarts_of(once[:4]) == 0 and watch.restarts_of(once) == 1
     assert watch.restarts_of([*once, "Crashed", watch.RESTART]) == 2
-    assert watch.restarts_of([*once, "Failed", "AwaitingRetry", "Running"]) == 0
+    for by_hand in ("AwaitingRetry", "Resuming", "Scheduled"):
+        assert watch.restarts_of([*once, "Failed", by_hand, "Running"]) == 0
 
 
 def test_the_watch_is_on_runs_of_puzzle_alone() -> None:
@@ -192,23 +223,79 @@ def test_failures_keep_their_sentence_on_the_console_and_lose_the_traceback() ->
     assert seen[0] == ("failed: [Errno 28] No space left on device", None) and seen[1][1] is not None
 
 
-def test_a_dead_run_outside_the_root_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Prefect:
+    """Prefect's client with some flow runs, states and automations of a server."""
+
+    def __init__(self, workspaces: Sequence[str] = (), states: Sequence[Any] = (), there: Sequence[Any] = ()) -> None:
+        self.runs = [SimpleNamespace(id=uuid4(), name=one, parameters={"workspace": one}) for one in workspaces]
+        self.states, self.there = states, there
+        self.set: list[tuple[UUID, str | None, bool]] = []
+        self.deleted: list[Any] = []
+
+    def __enter__(self) -> "Prefect":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def read_flow_runs(self, **_: object) -> list[Any]:
+        return self.runs
+
+    def set_flow_run_state(self, run: UUID, state: Any, force: bool) -> None:
+        self.set.append((run, state.name, force))
+
+    def read_flow_run_states(self, _: UUID) -> Sequence[Any]:
+        return self.states
+
+    def read_automations_by_name(self, name: str) -> list[Any]:
+        return [one for one in self.there if one.name == name]
+
+    def delete_automation(self, number: Any) -> None:
+        self.deleted.append(number)
+
+
+def test_dead_runs_are_started_again_where_nobody_works_and_below_the_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, outside = tmp_path / "root", tmp_path / "outside"
-    root.mkdir()
-    outside.mkdir()
-
-    class Client:
-        def __enter__(self) -> "Client":
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-        def read_flow_runs(self, **_: object) -> list[Any]:
-            asked = (str(outside), "../outside", "")
-            return [SimpleNamespace(id=uuid4(), name=one, parameters={"workspace": one}) for one in asked]
-
-        def set_flow_run_state(self, *_: object, **__: object) -> None: ...
-
-    monkeypatch.setattr(watch, "get_client", lambda sync_client: Client())
-    assert watch.start_dead_ones_again(root, [uuid4()]) == []
+    for folder in (root, outside, root / "dead", root / "alive"):
+        folder.mkdir()
+    client = Prefect(["dead", "alive", "gone", str(outside), "../outside", ""])
+    monkeypatch.setattr(watch, "get_client", lambda sync_client: client)
+    dead, alive = client.runs[:2]
+    with made_once(root / "alive", watch.piece_of_run(str(alive.id))):
+        assert watch.start_dead_ones_again(root, [uuid4()]) == ["dead"]
+    assert client.set == [(dead.id, watch.RESTART, True)]
     assert not (outside / "locks").exists()
+
+
+def test_a_run_that_crashed_too_often_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["Scheduled", "Running"] + ["Crashed", watch.RESTART, "Running"] * (watch.RESTARTS + 1)
+    states = [SimpleNamespace(name=name, timestamp=at) for at, name in enumerate(names)]
+    watch.refuse_to_crash_for_ever()  # no served run: nobody is asked
+    monkeypatch.setattr(watch, "flow_run_id", lambda: str(uuid4()))
+    monkeypatch.setattr(watch, "get_client", lambda sync_client: Prefect(states=states[::-1]))
+    with pytest.raises(PuzzleFailure, match=f"crashed {watch.RESTARTS + 1} times"):
+        watch.refuse_to_crash_for_ever()
+    monkeypatch.setattr(watch, "get_client", lambda sync_client: Prefect(states=states[:-3]))
+    watch.refuse_to_crash_for_ever()
+
+
+def test_the_watch_of_now_stays_and_an_older_one_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(Automation, "create", lambda self: made.append(self))
+    deployments = [uuid4(), uuid4()]
+
+    def kept(*there: Any) -> tuple[list[str], list[Any]]:
+        made.clear()
+        client = Prefect(there=there)
+        monkeypatch.setattr(watch, "get_client", lambda sync_client: client)
+        watch.keep_watch(deployments)
+        return [one.name for one in made], client.deleted
+
+    names = [one.name for one in watch.automations(deployments)]
+    assert kept() == (names, [])
+    there = [SimpleNamespace(id=number, name=one.name, description=one.description) for number, one in enumerate(made)]
+    deployments.reverse()
+    assert kept(*there) == ([], [])
+    there[1].description = "kept by puzzle serve, another version"
+    assert kept(*there) == (names[1:], [1])

@@ -1,7 +1,11 @@
 """Served runs: what they may ask for, what their forms show, what prefect.yaml and `puzzle serve` offer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import jsonschema
 import pytest
@@ -12,6 +16,10 @@ from pydantic import TypeAdapter, ValidationError
 from flows import serve, served
 from profiles.load import load_profile
 from profiles.schema import Profile
+from tasks.failures import watch
+from tasks.failures.sharing import being_made
+from tasks.operating import admission
+from tasks.operating import served as run
 from tasks.operating.admission import Refused, Roots, WorkspaceName, admit, admitted_workspace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,6 +123,61 @@ def test_a_workspace_lies_right_below_the_root_even_behind_the_schema(roots: Roo
     for name in ("..", "a/b", ".", "link", str(roots.data[0])):
         with pytest.raises(Refused):
             admitted_workspace(name, roots)
+
+
+def test_code_of_a_folder_and_a_target_that_is_not_ours_are_refused(roots: Roots, tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "parent"
+    folder.mkdir()
+    with pytest.raises(Refused, match="trust_remote_code"):
+        admit(asking(parent={"kind": "folder", "path": str(folder), "trust_remote_code": True}), roots)
+    with pytest.raises(Refused, match="'nowhere' is no shipped target"):
+        admit(asking(hardware={"name": "nowhere", "engine": "roofline"}), roots)
+    with pytest.raises(Refused, match="leaves its package"):
+        admit(asking(parent={"kind": "package", "package": "gensim", "file": "a/../../b"}), roots)
+
+
+def test_roots_are_what_the_server_was_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (admission.ROOT, admission.DATA_ROOTS, admission.REMOTE_CODE, admission.STORES):
+        monkeypatch.delenv(name, raising=False)
+    assert Roots.from_environment() == Roots(workspaces=Path("workspace").resolve(), data=())
+    told = serve.served_environment(tmp_path / "root", [tmp_path / "a", tmp_path / "b"], True, ["s3://a", "s3://b/c"])
+    for name in (admission.ROOT, admission.DATA_ROOTS, admission.REMOTE_CODE, admission.STORES):
+        monkeypatch.setenv(name, told[name])
+    data = (tmp_path / "a", tmp_path / "b")
+    stores = ("s3://a", "s3://b/c")
+    assert Roots.from_environment() == Roots(workspaces=tmp_path / "root", data=data, remote_code=True, stores=stores)
+
+
+def test_a_served_run_is_judged_before_it_is_at_work_and_once(
+    roots: Roots, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done: list[str] = []
+    number = str(uuid4())
+
+    @contextmanager
+    def noted(what: str, *_: Any) -> Iterator[None]:
+        done.append(what)
+        assert being_made(roots.workspaces / "mine", watch.piece_of_run(number))
+        yield
+
+    monkeypatch.setattr(run, "refuse_to_crash_for_ever", lambda: done.append("crashes counted"))
+    monkeypatch.setattr(run, "flow_run_id", lambda: number)
+    for name in ("process_of", "logged", "workers"):
+        monkeypatch.setattr(run, name, partial(noted, name))
+    monkeypatch.setattr(Roots, "from_environment", lambda: roots)
+    with run.at_work(load_profile("tiny"), "mine") as folder:
+        assert folder == roots.workspaces / "mine" and folder.is_dir()
+    assert done == ["crashes counted", "process_of", "logged", "workers"]
+    with pytest.raises(Refused), run.at_work(asking(corpus__sources=text("/etc/passwd")), "other"):
+        pass
+    assert done[4:] == ["crashes counted"] and not (roots.workspaces / "other").exists()
+
+
+def test_the_form_begins_with_the_profile_that_the_server_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PUZZLE_PROFILE", "smollm2-cpu")
+    assert run.default_profile() == load_profile("smollm2-cpu")
+    monkeypatch.delenv("PUZZLE_PROFILE")
+    assert run.default_profile() == load_profile("tiny")
 
 
 def schema_of(flow: Any) -> dict[str, Any]:

@@ -83,6 +83,25 @@ def test_a_server_that_is_away_is_waited_for_and_told(monkeypatch: pytest.Monkey
     ]
 
 
+def test_a_server_that_answered_is_not_asked_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    now = [100.0]
+
+    def answers(url: str) -> bool:
+        asked.append(url)
+        return True
+
+    monkeypatch.setattr(servers, "is_up", answers)
+    monkeypatch.setattr(servers, "_ANSWERED", {})
+    monkeypatch.setattr("tasks.operating.servers.time.monotonic", lambda: now[0])
+    for later in (0, 1, servers.FRESH_SECONDS - 1.5, 1):
+        now[0] += later
+        wait_for_answer("MLflow", "http://one")
+    assert asked == ["http://one/health"] * 2
+    wait_for_answer("MLflow", "http://other")
+    assert asked[2:] == ["http://other/health"]
+
+
 def test_a_full_disk_is_known_whoever_says_it() -> None:
     for error in (
         OSError(28, "No space left on device"),

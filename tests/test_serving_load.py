@@ -2,12 +2,19 @@
 
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -17,6 +24,7 @@ from tasks.engines import vllm_engine
 from tasks.engines.base import Load
 from tasks.engines.limits import EngineLimit
 from tasks.engines.openai_server import SERVERS, Served
+from tasks.serving import serving_load
 from tasks.serving.bench import Point
 from tasks.serving.children import config_of
 from tasks.serving.gguf_export import write_gguf
@@ -30,6 +38,7 @@ from tasks.serving.serving_load import (
     event_of,
     load_gains,
     load_test,
+    one_turn,
     prompts_of,
     request_of,
     row_of,
@@ -89,9 +98,11 @@ def test_gains_are_of_pairs() -> None:
     assert gains is not None and gains.cpu is not None
     assert gains.throughput.value == pytest.approx(2)
     assert (gains.throughput.se, gains.first_token.value) == (0, 2)
-    assert (gains.output_token.value, gains.cpu.value) == (1, 4)
+    assert gains.output_token is not None and (gains.output_token.value, gains.cpu.value) == (1, 4)
     far = load_gains(parents, [turn(1, good(1, 3), cpu=None), turn(1, good(1, 3), cpu=None)])
     assert far is not None and far.cpu is None
+    one_piece = load_gains(parents, [turn(1, good(1, 1)), turn(1, good(1, 1))])
+    assert one_piece is not None and one_piece.output_token is None and one_piece.first_token.value == 10.5
 
 
 def test_prompts_are_the_same_for_all_and_new_in_every_round() -> None:
@@ -109,6 +120,98 @@ def test_what_cannot_be_served_is_refused(folders: dict[str, Path]) -> None:
         bench_servers(folders, LoadPlan(urls=("nonsense",), points=(POINT,)))
     with pytest.raises(PuzzleFailure, match="no OpenAI-style server answers"):
         bench_servers(folders, LoadPlan(urls=("http://127.0.0.1:1",), points=(POINT,)))
+
+
+class Stub(BaseHTTPRequestHandler):
+    """An OpenAI-style server that notes what it is asked, and answers as `answers` says."""
+
+    protocol_version = "HTTP/1.1"
+    asked: ClassVar[list[dict[str, Any]]] = []
+    under_way: ClassVar[list[int]] = [0, 0]  # now, most
+    answers: ClassVar[dict[str, Any]] = {}
+
+    def do_GET(self) -> None:
+        found = b'{"data": [{"id": "first"}, {"id": "second"}]}' if self.path == "/v1/models" else b"{}"
+        self._say(200, found)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        own = {"path": self.path, "key": self.headers.get("Authorization"), "from": self.client_address[1]}
+        self.asked.append(body | own)
+        self.under_way[0] += 1
+        self.under_way[1] = max(self.under_way)
+        time.sleep(0.03)
+        self.under_way[0] -= 1
+        if self.answers["status"] != 200:
+            self._say(self.answers["status"], b"no room")
+            return
+        pieces = [{"choices": [{"text": "x"}]}] * self.answers["tokens"]
+        usage = [{"choices": [], "usage": {"completion_tokens": self.answers["tokens"], "prompt_tokens": 4}}, {}]
+        lines = [f"data: {json.dumps(event)}" for event in (*pieces, *usage)]
+        self._say(200, "\n\n".join([": ping", *lines, "data: [DONE]", ""]).encode())
+
+    def _say(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def stub() -> Iterator[str]:
+    Stub.asked.clear()
+    Stub.under_way[:] = [0, 0]
+    Stub.answers.update(status=200, tokens=3)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stub) as server:
+        threading.Thread(target=partial(server.serve_forever, poll_interval=0.02), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_what_a_server_is_asked(stub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key")
+    prompts = prompts_of(POINT, 50, 6, 0)
+    found = one_turn(Served(url=f"{stub}/v1/"), POINT, prompts)
+    assert (found.failed(), len(found.requests), found.cpu_seconds) == (0, 6, None) and found.seconds > 0.08
+    assert sorted(one["prompt"] for one in Stub.asked) == sorted(map(list, prompts))
+    for one in Stub.asked:
+        assert (one["path"], one["model"], one["key"]) == ("/v1/completions", "first", "Bearer a-key")
+        assert (one["max_tokens"], one["ignore_eos"], one["temperature"]) == (3, True, 0)
+        assert one["stream"] and one["stream_options"] == {"include_usage": True}
+    assert len({one["from"] for one in Stub.asked}) == 6  # a connection each
+    assert Stub.under_way[1] == POINT.batch_size
+    monkeypatch.delenv("OPENAI_API_KEY")
+    one_turn(Served(url=stub), POINT, prompts[:1])
+    assert Stub.asked[-1]["key"] is None
+
+
+def test_what_a_server_answers_wrongly_is_kept_with_its_reason(stub: str) -> None:
+    for answers, said in (({"status": 503}, "status 503: no room"), ({"tokens": 4}, "4 tokens instead of 3")):
+        Stub.answers.update(answers)
+        (request,) = one_turn(Served(url=stub), POINT, prompts_of(POINT, 50, 1, 0)).requests
+        assert said in request.error and request.per_token() == math.inf
+        Stub.answers.update(status=200)
+
+
+def test_servers_that_run_are_measured_in_turns_the_parent_first_then_backwards(
+    stub: str, monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]
+) -> None:
+    order: list[str] = []
+
+    def noted(server: Served, point: Point, prompts: Any) -> LoadTurn:
+        order.append(server.url)
+        return turn(1, good(0.1, 0.3))
+
+    monkeypatch.setattr(serving_load, "one_turn", noted)
+    plan = LoadPlan(urls=("http://parent", "http://child"), points=(POINT,), rounds=2, requests=1)
+    rows = bench_servers(folders, plan)
+    assert [url.rpartition("/")[2] for url in order] == ["parent", "child", "parent", "child", "child", "parent"]
+    assert [(row.model, row.gains is None) for row in rows] == [("parent", True), ("child", False)]
+    assert [row.model for row in bench_servers(folders, replace(plan, urls=("http://child",)))] == ["child"]
+    with pytest.raises(PuzzleError, match="given twice"):
+        bench_servers(folders, replace(plan, urls=("http://a", "http://b", "http://c")))
 
 
 def served_file(folder: Path) -> Path:

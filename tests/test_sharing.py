@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from blocks import runtime
+from blocks.devices import enter
 from profiles.load import load_profile
 from tasks.failures import devices, presence, sharing
 from tasks.failures.devices import device_of
@@ -62,6 +63,14 @@ def test_kill_9_lets_go_of_a_variant_at_once(tmp_path: Path, said: list[str]) ->
     assert not being_made(tmp_path, PIECES[0])
 
 
+def test_the_first_is_told_that_it_is_alone_and_the_others_that_they_are_not(tmp_path: Path) -> None:
+    one, two, other = (sharing.alone(tmp_path, key) for key in ("run", "run", "another run"))
+    with one as first, two as second, other as third:
+        assert (first, second, third) == (True, False, True)
+    with sharing.alone(tmp_path, "run") as again:
+        assert again
+
+
 @pytest.mark.parametrize("at_a_time", [1, 2, 9])
 def test_what_another_run_makes_comes_last(tmp_path: Path, said: list[str], at_a_time: int) -> None:
     order: list[int] = []
@@ -100,9 +109,11 @@ def test_never_more_than_so_many_at_a_time(tmp_path: Path) -> None:
 
 def test_every_run_has_a_place_and_only_the_first_clears_leftovers(tmp_path: Path) -> None:
     left = tmp_path / "library" / ".x.part"
+    unfinished = tmp_path / "parent" / ".making-x"
     left.parent.mkdir()
+    unfinished.mkdir(parents=True)
     left.touch()
-    assert presence.place_in(tmp_path) == 1 and not left.exists()
+    assert presence.place_in(tmp_path) == 1 and not left.exists() and not unfinished.exists()
     assert presence.place_in(tmp_path) == 1  # asked again: the same
     left.touch()  # now it is somebody's who is at work
     code = (
@@ -120,39 +131,156 @@ def test_every_run_has_a_place_and_only_the_first_clears_leftovers(tmp_path: Pat
     assert presence.prefect_home(tmp_path, 2).name == "prefect-2"
 
 
-HOLDER = """
-from profiles.load import load_profile
-from tasks.failures.devices import device_of, sharing
-profile = load_profile("tiny", ["orchestration.runs_per_device={runs}"])
-with sharing(profile), device_of({stage!r}):"""
+def test_a_place_is_kept_until_the_last_block_that_asked_for_it_ends(tmp_path: Path) -> None:
+    with presence.at_work_in(tmp_path) as number:
+        with presence.at_work_in(tmp_path / ".") as again:
+            assert again == number == 1
+        assert presence.others_at_work(tmp_path) and not presence.another_at_work(tmp_path)
+        presence.leave(tmp_path)  # of a place that nobody asked to keep
+        assert presence.others_at_work(tmp_path)
+    assert not presence.others_at_work(tmp_path)
+    assert presence.place_in(tmp_path) == 1
+    with presence.at_work_in(tmp_path):
+        pass
+    assert presence.others_at_work(tmp_path)  # kept for the process, as the command line asked
+    with presence.at_work_in(tmp_path):
+        presence.leave(tmp_path)
+        assert presence.others_at_work(tmp_path)
+    assert not presence.others_at_work(tmp_path)
+
+
+class AnotherRun:
+    """A run in a thread: in its stage once `inside` is set, until `leave` is."""
+
+    def __init__(self, stage: str, runs: int) -> None:
+        self.inside, self.leave = threading.Event(), threading.Event()
+        self.profile, self.stage = load_profile("tiny", [f"orchestration.runs_per_device={runs}"]), stage
+        self.thread = threading.Thread(target=self._work)
+        self.thread.start()
+
+    def _work(self) -> None:
+        with devices.sharing(self.profile), device_of(self.stage), device_of(self.stage):  # does not wait for itself
+            self.inside.set()
+            self.leave.wait(20)
+
+    def waits(self) -> bool:
+        """Whether it is still kept out after a moment."""
+        return not self.inside.wait(0.3)
+
+    def ends(self) -> None:
+        self.leave.set()
+        self.thread.join()
+
+
+@pytest.fixture
+def another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, int], AnotherRun]]:
+    """Runs on a machine that nobody else uses; all end with the test."""
+    monkeypatch.setenv("PUZZLE_DEVICE_LOCKS", str(tmp_path))
+    monkeypatch.setattr(devices, "WAIT_SECONDS", 0.02)
+    runs: list[AnotherRun] = []
+
+    def start(stage: str, at_a_time: int) -> AnotherRun:
+        runs.append(AnotherRun(stage, at_a_time))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.leave.set()
+    for run in runs:
+        run.thread.join()
 
 
 @pytest.mark.parametrize(
-    ("runs", "theirs", "ours", "waits"),
+    ("theirs", "ours", "waits"),
     [
-        (1, "distill", "distill", True),
-        (1, "distill", "choose", False),  # needs no device
-        (1, "choose", "distill", False),
-        (2, "distill", "score", False),
-        (2, "distill", "measure", True),  # measures alone
-        (2, "throughput", "score", True),
+        (("distill", 1), ("distill", 1), True),
+        (("distill", 1), ("choose", 1), False),  # needs no device
+        (("choose", 1), ("distill", 1), False),
+        (("distill", 2), ("score", 2), False),
+        (("distill", 2), ("measure", 2), True),  # measures alone
+        (("throughput", 2), ("score", 2), True),
+        (("throughput", 1), ("score", 2), True),  # whatever the other run would allow
+        (("measure", 1), ("throughput", 3), True),
     ],
 )
 def test_turns_on_a_device(
-    runs: int, theirs: str, ours: str, waits: bool, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+    theirs: tuple[str, int],
+    ours: tuple[str, int],
+    waits: bool,
+    said: list[str],
+    another_run: Callable[[str, int], AnotherRun],
 ) -> None:
+    first = another_run(*theirs)
+    assert first.inside.wait(5)
+    second = another_run(*ours)
+    assert second.waits() == waits
+    assert said == ([f"{ours[0]}: waiting for cpu, which another run on this machine uses"] if waits else [])
+    first.ends()
+    assert second.inside.wait(5)
+
+
+def test_a_measurement_waits_for_runs_in_places_that_it_does_not_have(
+    said: list[str], another_run: Callable[[str, int], AnotherRun]
+) -> None:
+    first, second = another_run("distill", 2), another_run("score", 2)
+    assert first.inside.wait(5) and second.inside.wait(5)
+    measuring = another_run("measure", 1)
+    for other in (first, second):
+        assert measuring.waits()
+        other.ends()
+    assert measuring.inside.wait(5)
+
+
+def test_nobody_begins_while_a_measurement_waits(
+    said: list[str], another_run: Callable[[str, int], AnotherRun]
+) -> None:
+    first = another_run("distill", 3)
+    assert first.inside.wait(5)
+    measuring = another_run("measure", 3)
+    assert measuring.waits()
+    late = another_run("score", 3)
+    assert late.waits()
+    first.ends()
+    assert measuring.inside.wait(5) and late.waits()
+    measuring.ends()
+    assert late.inside.wait(5)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:1"])
+def test_a_measurement_and_a_task_of_another_run_keep_each_other_out(
+    device: str, said: list[str], another_run: Callable[[str, int], AnotherRun]
+) -> None:
+    with runtime.on_device([device]):
+        measuring = another_run("measure", 1)
+        assert measuring.waits()
+    assert measuring.inside.wait(5)
+    threading.Timer(0.3, measuring.ends).start()
+    started = time.monotonic()
+    with runtime.on_device([device]):
+        assert time.monotonic() - started > 0.2
+
+
+def test_tasks_of_a_run_that_a_measurement_waits_for_go_on(
+    said: list[str], another_run: Callable[[str, int], AnotherRun]
+) -> None:
+    working = another_run("distill", 1)
+    assert working.inside.wait(5)
+    measuring = another_run("measure", 1)
+    assert measuring.waits()
+    started = time.monotonic()
+    with runtime.on_device(["cpu:0"]):  # one of that run's tasks
+        assert time.monotonic() - started < 1
+    working.ends()
+    assert measuring.inside.wait(5)
+
+
+def test_a_killed_measurement_lets_go_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PUZZLE_DEVICE_LOCKS", str(tmp_path))
-    profile = load_profile("tiny", [f"orchestration.runs_per_device={runs}"])
-    with another_process(HOLDER.format(runs=runs, stage=theirs)) as process, devices.sharing(profile):
-        threading.Timer(0.6, process.kill).start()
-        started = time.monotonic()
-        with device_of(ours), device_of(ours):  # a stage within a stage does not wait for itself
-            assert (time.monotonic() - started > 0.4) == waits
-    told = [f"{ours}: waiting for cpu, which another run on this machine uses"]
-    assert said == (told if waits else [])
-
-
-def test_both_kinds_of_device_locks_lie_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PUZZLE_DEVICE_LOCKS", str(tmp_path / "devices"))
-    with runtime.on_device(["cpu:7"]):
-        assert list((tmp_path / "devices").iterdir())
+    code = "from blocks.devices import alone_on, enter\nwith alone_on('cpu', print):"
+    with another_process(code) as process:
+        assert enter("cpu", "run", ["0"]) is None and enter("cuda-1", "run", ["0"]) is not None
+        process.kill()
+        process.wait()
+        place = enter("cpu", "run", ["0"])
+        assert place is not None
+        place.release()

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,19 +19,21 @@ from blocks.records import (
 )
 from profiles.load import load_profile
 from profiles.schema import Hardware, Scenario
-from tasks.calibration import bias_of, calibrated
+from tasks.calibration import bias_of, calibrated, drift
 from tasks.compare import contender, parent_contender
-from tasks.costs import measure_costs
+from tasks.costs import _summary, measure_costs
+from tasks.finish import sum_beside_whole
 from tasks.search.totals import make_problem, totals_of
 from tasks.speed import measure_speed
 from tasks.sums import check_sums, error_of_sum, told
-from tasks.throughput import summaries
+from tasks.throughput import ClockTooCoarse, in_turns, median_metric, summaries
 from tests.chain import prepare
 from tests.test_engines import needs_llama_cpp
 
 SCENARIOS = (Scenario(prompt_tokens=10, generated_tokens=4),)
 LAYERS = (LayerChoice(), LayerChoice(), LayerChoice(ffn="ffn32"))
 PARENT = (LayerChoice(),) * 3
+NAMES: tuple[tuple[Any, str], ...] = (("attention", "parent"), ("ffn", "parent"), ("ffn", "ffn32"))
 
 
 def cost(part: Any, variant: str, prefill: float, decode: float, spread: float = 0.0) -> Cost:
@@ -151,6 +154,81 @@ def test_a_bias_beyond_its_error_is_calibrated_and_nothing_else() -> None:
     assert found.non_block[0].prefill_seconds == pytest.approx(2.2)
     assert architecture(found, PARENT).totals[0].prefill_seconds == pytest.approx(22)
     assert bias_of(found, "prefill") is None
+
+
+TRUE = {"parent": (5.0, 1.0), "ffn32": (2.0, 0.5), "ffn16": (1.0, 0.25)}  # seconds of an FFN: prefill, a decode step
+
+
+def measured(
+    rng: np.random.Generator, whole_noise: float, scale: float = 1.0, block_noise: float = 0.02, bias: float = 0.1
+) -> CostTable:
+    """A table as 7 rounds of a noisy machine would give it: `bias` of the sum over the parent, relative noise of one
+    round of the blocks, and of one round of the parent end to end.
+    """
+
+    def seconds(true: float, noise: float) -> tuple[float, float]:
+        found = median_metric([scale * true * math.exp(noise * rng.standard_normal()) for _ in range(7)])
+        return found.value, found.se / found.value
+
+    def drawn(what: Any, pair: tuple[float, float], noise: float) -> Any:
+        (prefill, prefill_spread), (decode, decode_spread) = (seconds(true, noise) for true in pair)
+        return what.model_copy(
+            update={
+                **{"prefill_seconds": prefill, "decode_seconds_per_token": decode},
+                **{"prefill_spread": prefill_spread, "decode_spread": decode_spread},
+            }
+        )
+
+    ffns = tuple(drawn(cost("ffn", name, 0, 0), pair, block_noise) for name, pair in TRUE.items())
+    attention = drawn(cost("attention", "parent", 0, 0), (1, 0.5), block_noise)
+    whole = drawn(outside(0, 0), (20 / (1 + bias), 5 / (1 + bias)), whole_noise)
+    found = table(whole).model_copy(update={"costs": (attention, *ffns)})
+    return found.model_copy(update={"non_block": (drawn(outside(0, 0), (2, 0.5), block_noise),)})
+
+
+def test_a_calibration_that_comes_and_goes_is_no_drift_and_a_tenth_is() -> None:
+    """100 pairs of measurements of one machine, the parent end to end much noisier than the blocks, the sum biased by
+    10 %. With calibrated seconds compared, 83 of them would count as moved; as measured 0 do. All of 100 machines that
+    became 10 % slower are noticed.
+    """
+    rng = np.random.default_rng(0)
+    before = [measured(rng, whole_noise=0.25) for _ in range(100)]
+    again = [measured(rng, whole_noise=0.25) for _ in range(100)]
+    slower = [measured(rng, whole_noise=0.25, scale=1.1) for _ in range(100)]
+
+    def moved(others: list[CostTable]) -> int:
+        return sum(bool(drift(calibrated(one), calibrated(other))) for one, other in zip(before, others, strict=True))
+
+    def as_calibrated(costs: CostTable) -> CostTable:
+        return calibrated(costs).model_copy(update={"calibration": None, "parent_measured": ()})
+
+    flips = sum(bool(drift(as_calibrated(one), as_calibrated(two))) for one, two in zip(before, again, strict=True))
+    assert (flips, moved(again), moved(slower)) == (83, 0, 100)
+
+
+def test_a_parent_that_moved_alone_is_drift() -> None:
+    before, now = table(outside(20, 5, spread=0.01)), table(outside(23, 5, spread=0.01))
+    assert drift(calibrated(before), calibrated(now)) == ["the parent end to end prefill (chat, batch 1): +15%"]
+    assert drift(before, table(outside(23, 5, spread=0.05))) == []
+
+
+@pytest.mark.parametrize("clock", ["wall", "CPU"])
+def test_a_clock_that_shows_no_time_gives_no_sums_and_no_calibration(clock: str) -> None:
+    nothing = table(outside(0, 0), clock=clock)
+    assert calibrated(nothing) == nothing and "decode takes no time" in sum_beside_whole(nothing, outside(0, 0))
+    zero = nothing.model_copy(update={"costs": (cost("attention", "parent", 0, 0), cost("ffn", "parent", 0, 0))})
+    zero = zero.model_copy(update={"non_block": (outside(0, 0),), "parent_measured": (outside(1, 0),)})
+    assert calibrated(zero) == zero
+    empty = table(clock=clock).model_copy(update={"costs": tuple(cost(*name, 0, 0) for name in NAMES)})
+    _, sums = speeds(empty.model_copy(update={"non_block": (outside(0, 0),)}), [turn(25, 5)], [turn(20, 3)])
+    assert sums == ()
+    assert _summary([(0.0, 0.25), (0.0, 0.25)]).prefill_spread == 0
+
+
+def test_a_request_that_takes_no_time_is_a_sentence() -> None:
+    for request, named in ((turn(0, 5), "prefill and prefill_cpu"), (turn(5, 0), "step and step_cpu")):
+        with pytest.raises(ClockTooCoarse, match=f"no time for {named} of a request of child: .*prompt_tokens"):
+            in_turns({"parent": lambda: turn(1, 1), "child": lambda request=request: request}, 1)  # type: ignore[misc]
 
 
 SMALL = [

@@ -17,14 +17,17 @@ from pydantic import ValidationError
 
 from blocks import store as stores
 from blocks.errors import DamagedBlock
-from blocks.library import BlockLibrary, forget, keep, read_tensors, remember, write_tensors
+from blocks.library import BlockLibrary, keep, read_tensors, remember, write_tensors
 from blocks.records import BlockRecord, ParentInfo, Ref
 from blocks.store import MARKER, Store, StoreAway, StoreError, use_store
 from tasks import bld, scoring
+from tasks.failures import presence
+from tasks.operating import shared
 from tasks.operating.admission import Refused, Roots, admit
 from tasks.operating.servers import free_port, running
 from tests.chain import Chain, make_chain
 from tests.test_served import asking
+from tests.test_sharing import another_process
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -170,14 +173,6 @@ def test_a_record_comes_after_its_data(url: str, place: Callable[[str], Path], m
     assert len(objects(url, "objects")) == 1 and BlockLibrary(other).find("a") is None
 
 
-def test_forgotten_is_forgotten_in_the_store_too(url: str, place: Callable[[str], Path]) -> None:
-    one = place("one")
-    again(one, url)
-    block(one)
-    forget(one / "library/a.json", one)
-    assert BlockLibrary(one).find("a") is None and not objects(url, "records")
-
-
 @pytest.mark.parametrize(
     "path", ["../evil.safetensors", "/tmp/evil.safetensors", "library/../../evil.json", "a\\..\\b", "a\0b"]
 )
@@ -210,7 +205,7 @@ def test_a_forged_record_cannot_place_files(path: str, url: str, place: Callable
 @pytest.mark.parametrize("name", ["../a.json", "/etc/passwd", "a//b", "", "a/../../b", ".hidden", "a\nb", "a?b", "a/."])
 def test_no_name_leads_out_of_a_store(name: str, url: str) -> None:
     store = Store(url)
-    for ask in (store.record, store.has_record, store.drop_record, lambda path: store.keep_record(path, b"")):
+    for ask in (store.record, store.has_record, lambda path: store.keep_record(path, b"")):
         with pytest.raises(ValueError, match="cannot name"):
             ask(name)
     with pytest.raises(ValueError, match="no sha256"):
@@ -371,3 +366,34 @@ def test_an_object_that_goes_while_it_is_fetched_is_missing_not_damaged(
     assert not store.fetch("a" * 64, tmp_path / "there.json")
     assert not told
     assert not (tmp_path / "there.json").exists()
+
+
+def test_the_store_of_a_run_at_work_stays_whatever_a_second_run_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(shared, "say", said.append)
+    theirs, ours = (f"file://{tmp_path}/{name}" for name in ("theirs", "ours"))
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    code = (
+        "from pathlib import Path\nfrom tasks.failures.presence import at_work_in\n"
+        f"from tasks.operating.shared import store_used\nworkspace = Path({str(workspace)!r})\n"
+        f"with at_work_in(workspace), store_used(workspace, {theirs!r}):"
+    )
+    with another_process(code), presence.at_work_in(workspace):
+        with shared.store_used(workspace, None):
+            assert stores.store_named(workspace) == theirs
+            block(workspace)
+        assert stores.store_named(workspace) == theirs and objects(theirs, "records")
+        assert f"uses the store {theirs}: what both make goes there" in said[0]
+        with pytest.raises(StoreError, match="a workspace has one store"), shared.store_used(workspace, ours):
+            pass
+        assert stores.store_named(workspace) == theirs
+        with shared.store_used(workspace, theirs):
+            pass
+    with presence.at_work_in(workspace):
+        with shared.store_used(workspace, ours):
+            assert stores.store_named(workspace) == ours
+        with shared.store_used(workspace, None):  # alone: none from now on
+            assert stores.store_named(workspace) is None

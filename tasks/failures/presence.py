@@ -5,13 +5,32 @@ server that a run starts for itself: two servers on one SQLite file would fight 
 """
 
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-_HELD: dict[Path, tuple[int, FileLock]] = {}
+
+@dataclass
+class _Place:
+    """A place of this process, and how many of its blocks are within it; `kept` beyond them."""
+
+    number: int
+    lock: FileLock
+    blocks: int = 0
+    kept: bool = False
+
+
+ENTRANCE = ".lock-entrance"
+_HELD: dict[Path, _Place] = {}
+_CHANGING = threading.RLock()
+
+
+def _entrance(workspace: Path) -> FileLock:
+    return FileLock(workspace / ENTRANCE)
 
 
 def _lock(workspace: Path, number: int) -> FileLock:
@@ -23,10 +42,16 @@ def place_in(workspace: Path) -> int:
 
     The first to come clears what killed runs left half-written, before anybody else may enter.
     """
-    workspace = workspace.resolve()
+    with _CHANGING:
+        place = _entered(workspace.resolve())
+        place.kept = True
+    return place.number
+
+
+def _entered(workspace: Path) -> _Place:
     if workspace in _HELD:
-        return _HELD[workspace][0]
-    with FileLock(workspace / ".lock-entrance"):
+        return _HELD[workspace]
+    with _entrance(workspace):
         alone, number = not others_at_work(workspace), 1
         while True:
             lock = _lock(workspace, number)
@@ -37,36 +62,63 @@ def place_in(workspace: Path) -> int:
                 number += 1
         if alone:
             clear_leftovers(workspace)
-    _HELD[workspace] = number, lock
-    return number
+    _HELD[workspace] = _Place(number, lock)
+    return _HELD[workspace]
 
 
 def leave(workspace: Path) -> None:
-    """Give the place back."""
-    _, lock = _HELD.pop(workspace.resolve(), (0, None))
-    if lock is not None:
-        lock.release()
+    """Give back the place of `place_in`; blocks of `at_work_in` that are not at their end keep it as long."""
+    with _CHANGING:
+        place = _HELD.get(workspace.resolve())
+        if place is not None:
+            place.kept = False
+            _give_back(workspace.resolve(), place)
+
+
+def _give_back(workspace: Path, place: _Place) -> None:
+    if not place.kept and not place.blocks:
+        del _HELD[workspace]
+        place.lock.release()
 
 
 @contextmanager
 def at_work_in(workspace: Path) -> Iterator[int]:
-    """A place in the workspace for the length of the block."""
+    """A place in the workspace for the length of the block; within another block of this process, the same one."""
+    workspace = workspace.resolve()
+    with _CHANGING:
+        place = _entered(workspace)
+        place.blocks += 1
     try:
-        yield place_in(workspace)
+        yield place.number
     finally:
-        leave(workspace)
+        with _CHANGING:
+            place.blocks -= 1
+            _give_back(workspace, place)
 
 
 def others_at_work(workspace: Path) -> bool:
     """True when some process, this one included, has a place there."""
-    for path in sorted(workspace.glob(".lock*")):
-        if path.name != ".lock-entrance":
-            try:
-                with FileLock(path, timeout=0):
-                    pass
-            except Timeout:
-                return True
-    return False
+    return any(_is_held(path) for path in _places(workspace))
+
+
+def another_at_work(workspace: Path) -> bool:
+    """True when a process that is not this one has a place there."""
+    own = _HELD.get(workspace.resolve())
+    own_path = None if own is None else Path(own.lock.lock_file)
+    with _entrance(workspace.resolve()):  # else somebody who comes in might find a place taken by this look at it
+        return any(_is_held(path) for path in _places(workspace.resolve()) if path != own_path)
+
+
+def _places(workspace: Path) -> list[Path]:
+    return [path for path in sorted(workspace.glob(".lock*")) if path.name != ENTRANCE]
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def clear_leftovers(workspace: Path) -> None:

@@ -39,8 +39,15 @@ def check_servers(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def plain_address(name: str, url: str) -> None:
-    """ServerRefused for an address with a password in it. It is not repeated."""
-    if urlsplit(url).password is not None:
+    """ServerRefused for an address with a password in it, or that is none. It is not repeated."""
+    try:
+        password, _ = (parts := urlsplit(url)).password, parts.port
+    except ValueError as error:
+        raise ServerRefused(
+            f"{name} is not an address: a host and a port, as in http://127.0.0.1:4200, [::1] in brackets where it is "
+            "a number of IPv6."
+        ) from error
+    if password is not None:
         raise ServerRefused(
             f"{name} holds a password, and addresses are printed: take it out, set {CREDENTIALS[name]}."
         )
@@ -56,7 +63,7 @@ def _ask_prefect(url: str) -> None:
             client.request("GET", "/admin/version")
     except (PrefectHTTPStatusError, httpx.HTTPStatusError) as error:
         _judge(PREFECT, url, error.response.status_code)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise _away(PREFECT, url, error) from error
 
 

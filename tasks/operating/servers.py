@@ -6,6 +6,7 @@ Prefect's workers have been seen to ignore the first.
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -26,6 +27,8 @@ from tasks.progress import say
 
 LOOPBACK = "127.0.0.1"
 GRACE_SECONDS = 8.0
+FRESH_SECONDS = 10.0  # so long a server that answered is believed to be there; its client asks again by itself
+_ANSWERED: dict[str, float] = {}  # URL -> time of its last answer
 
 
 class ServerFailure(PuzzleFailure):
@@ -73,7 +76,12 @@ def is_up(url: str) -> bool:
 
 
 def wait_for_answer(name: str, url: str, seconds: float = 300) -> None:
-    """Return once a server answers its health check, told while it does not. ServerFailure after so long."""
+    """Return once a server answers its health check, told while it does not. ServerFailure after so long.
+
+    One that answered less than FRESH_SECONDS ago is not asked again.
+    """
+    if time.monotonic() < _ANSWERED.get(url, -math.inf) + FRESH_SECONDS:
+        return
     deadline, told = time.monotonic() + seconds, False
     while not is_up(f"{url}/health"):
         if not told:
@@ -82,6 +90,7 @@ def wait_for_answer(name: str, url: str, seconds: float = 300) -> None:
         if time.monotonic() > deadline:
             raise ServerFailure(f"{name} at {url} has not answered for {seconds / 60:.0f} minutes: start it")
         time.sleep(1)
+    _ANSWERED[url] = time.monotonic()
     if told:
         say(f"{name} at {url} answers again")
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from blocks.files import sha256_of
 from blocks.library import keep
 from blocks.records import Ref, Value
-from blocks.store import store_of, use_store
+from blocks.store import StoreError, store_named, store_of, use_store
+from tasks.failures.presence import another_at_work
 from tasks.progress import say
 
 FILES = "files.json"
@@ -23,8 +24,17 @@ class RunFiles(Value):
 def store_used(workspace: Path, url: str | None) -> Iterator[None]:
     """The workspace has this store within the block, and keeps it until a run names another or none.
 
-    Raises StoreError, StoreAway.
+    A workspace has one store: beside a run of another process, its store stands. Raises StoreError, StoreAway.
     """
+    theirs = store_named(workspace)
+    if theirs not in (None, url) and another_at_work(workspace):
+        if url is not None:
+            raise StoreError(
+                f"another run at work in {workspace} uses the store {theirs}, this one names {url}, and a workspace "
+                "has one store: wait for its end, name the same store, or another workspace."
+            )
+        say(f"another run at work in {workspace} uses the store {theirs}: what both make goes there")
+        url = theirs
     store = use_store(workspace, url)
     if store is None:
         yield

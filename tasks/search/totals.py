@@ -189,7 +189,7 @@ def _totals(problem: Problem, layers: Sequence[LayerChoice], scenario: Scenario,
         prefill_seconds=prefill,
         decode_seconds_per_token=decode,
         runtime_seconds=runtime,
-        tokens_per_second=tokens / runtime,
+        tokens_per_second=tokens / max(runtime, 1e-9),  # no-ops alone may take no time; infinity is no JSON
         memory_bytes=sum(cost.weight_bytes for cost in parts) + kv_bytes,
         parameters=sum(cost.parameters for cost in parts),
     )

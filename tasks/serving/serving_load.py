@@ -70,11 +70,13 @@ class LoadTurn(Value):
 
 
 class LoadGains(Value):
-    """Parent's time over the model's, paired by round: above 1 is faster. CPU: of the servers' processes."""
+    """Parent's time over the model's, paired by round: above 1 is faster. CPU: of the servers' processes. None where
+    there is nothing to divide by: answers of one token, or of one piece; CPU time below the tick of its clock.
+    """
 
     throughput: Metric
     first_token: Metric
-    output_token: Metric
+    output_token: Metric | None
     cpu: Metric | None
 
 
@@ -334,10 +336,14 @@ def load_gains(parents: Sequence[LoadTurn], own: Sequence[LoadTurn]) -> LoadGain
     def gain(seconds: Callable[[LoadTurn], float]) -> Metric:
         return median_metric([seconds(theirs) / seconds(ours) for theirs, ours in pairs])
 
+    def between(turn: LoadTurn) -> float:
+        return turn.quantile(Request.per_token, 0.5)
+
     known = all(turn.cpu_seconds for pair in pairs for turn in pair)
+    spaced = all(between(turn) for pair in pairs for turn in pair)
     return LoadGains(
         throughput=gain(lambda turn: 1 / turn.tokens_per_second()),
         first_token=gain(lambda turn: turn.quantile(lambda request: request.first, 0.5)),
-        output_token=gain(lambda turn: turn.quantile(Request.per_token, 0.5)),
+        output_token=gain(between) if spaced else None,
         cpu=gain(lambda turn: turn.cpu_seconds or 0.0) if known else None,
     )
