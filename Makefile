@@ -19,7 +19,7 @@ demo: $(STAMP)  ## a faster child of SmolLM2-135M-Instruct on this machine's CPU
 
 test: export HF_HUB_OFFLINE := 1
 test: $(STAMP)  ## every test but those of vLLM, offline
-	$(VENV)/bin/pytest --ignore=tests/test_vllm.py
+	$(VENV)/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/test_vllm.py
 
 test-vllm: export HF_HUB_OFFLINE := 1
 test-vllm: $(STAMP)  ## vLLM's, in the environment that `make vllm` makes

@@ -25,6 +25,14 @@ import torch  # noqa: E402
 from blocks.runtime import set_threads  # noqa: E402
 from tests.chain import Chain, make_chain  # noqa: E402
 
+LONG = ("test_flow.py", "test_end_to_end.py")  # minutes each
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Among several workers, a file is one's: the long ones first, else one worker ends with them while others wait."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: (LONG + (item.path.name,)).index(item.path.name))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
