@@ -26,7 +26,7 @@ from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM, DeciLMM
 from blocks.library import digest_of, keep, remember
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Cost, CostTable, LayerChoice, NonBlockCost, ParentInfo
-from blocks.resources import resources
+from blocks.resources import BYTES, non_block_parameters, resources, weight_bytes
 from blocks.variant import Variant, parse_labels
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.calibration import calibrated
@@ -36,8 +36,6 @@ from tasks.record import open_parent
 from tasks.throughput import cpu_clock, median_metric
 
 VERSION = 3
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
-Q8_0_BYTES = 34 / 32  # GGUF: blocks of 32 weights in 8 bits with a float16 scale
 DRIFT, DRIFT_SPREADS = 0.1, 3.0  # a cost has moved when it differs by 10 % and by three times both spreads
 Tell = Callable[[int, int], None]
 
@@ -208,11 +206,6 @@ def drift(before: CostTable, now: CostTable) -> list[str]:
     return moved
 
 
-def weight_bytes(precision: str) -> float:
-    """Bytes of one weight of a matrix."""
-    return Q8_0_BYTES if precision == "q8_0" else BYTES[precision]
-
-
 def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timing: Timing, hardware: Hardware) -> Cost:
     in_gguf = hardware.engine == "llama.cpp"
     vector = BYTES["float32"] if in_gguf else weight_bytes(hardware.precision)  # GGUF keeps norms and biases so
@@ -247,12 +240,6 @@ def _non_block(reader: Parent, scenario: Scenario, batch: int, timing: Timing, h
         prefill_spread=timing.prefill_spread,
         decode_spread=timing.decode_spread,
     )
-
-
-def non_block_parameters(config: Any) -> int:
-    """Parameters of embedding, final norm and head; a tied head counts once."""
-    tables = 1 if config.tie_word_embeddings else 2
-    return tables * config.vocab_size * config.hidden_size + config.hidden_size
 
 
 class _Bench:
