@@ -16,11 +16,10 @@ from pathlib import Path
 from benchmarks.common import table, write_page
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, LayerChoice
-from blocks.resources import parameters_of
+from blocks.resources import non_block_parameters, parameters_of
 from blocks.variant import parse_label
 from profiles.hardware import load_target
 from profiles.schema import Budget, Hardware, Scenario, SearchSpace
-from tasks.costs import non_block_parameters
 from tasks.roofline import Pass, Setting, modelled_costs, setting_of, subblock_seconds
 from tasks.search.totals import Problem, cost_of, make_problem, totals_of
 

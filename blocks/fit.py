@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
+if TYPE_CHECKING:
+    from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
 
 
 @dataclass(frozen=True, kw_only=True)

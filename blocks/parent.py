@@ -1,32 +1,28 @@
 """The parent on disk: its config, its tensors by name, its layers built one at a time.
 
-A layer is built only when asked for, so recording a parent of any depth holds one layer in memory.
+A layer is built only when asked for, so recording a parent of any depth holds one layer in memory. Modelling code of
+transformers takes seconds to import, so it is imported by what builds: a parent known by its config needs none.
 """
 
 import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig
-from transformers.initialization import no_init_weights
 
 from blocks.errors import ParentError
 from blocks.export_code.configuration_decilm import DeciLMConfig
-from blocks.export_code.modeling_decilm import (
-    DeciLMDecoderLayer,
-    DeciLMForCausalLM,
-    build_embedding,
-    family_class,
-    layer_contexts,
-)
 from blocks.families import Family, family_of
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock
 from blocks.variant import kind_of, parse_label
+
+if TYPE_CHECKING:
+    from blocks.export_code.modeling_decilm import DeciLMDecoderLayer, DeciLMForCausalLM
 
 
 class Parent:
@@ -89,11 +85,13 @@ class Parent:
             **fields,
         )
 
-    def empty_layer(self, layer: int, choice: LayerChoice) -> DeciLMDecoderLayer:
+    def empty_layer(self, layer: int, choice: LayerChoice) -> "DeciLMDecoderLayer":
         """A layer with these variants; its weights are not set."""
+        from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
+
         return DeciLMDecoderLayer(self.config, self.config.model_type, self.block_entry(choice), layer).to(self.device)
 
-    def layer(self, layer: int) -> DeciLMDecoderLayer:
+    def layer(self, layer: int) -> "DeciLMDecoderLayer":
         """The parent's own layer with its weights, in evaluation mode, without gradients."""
         module = self.empty_layer(layer, LayerChoice())
         module.load_state_dict(self.tensors(f"model.layers.{layer}."))
@@ -101,12 +99,16 @@ class Parent:
 
     def embedding(self) -> nn.Embedding:
         """The input embedding."""
+        from blocks.export_code.modeling_decilm import build_embedding
+
         module = build_embedding(self.config, self.config.model_type).to(self.device)
         module.load_state_dict(self.tensors("model.embed_tokens."), strict=False)
         return module.requires_grad_(False)
 
     def norm(self) -> nn.Module:
         """The final norm."""
+        from blocks.export_code.modeling_decilm import family_class
+
         module = family_class(self.config.model_type, "RMSNorm")(self.config.hidden_size, eps=self.config.rms_norm_eps)
         module.load_state_dict(self.tensors("model.norm."))
         return module.to(self.device).requires_grad_(False)
@@ -118,6 +120,8 @@ class Parent:
 
     @cached_property
     def _rotary(self) -> nn.Module:
+        from blocks.export_code.modeling_decilm import family_class
+
         return family_class(self.config.model_type, "RotaryEmbedding")(config=self.config).to(self.device)
 
     @cached_property
@@ -129,12 +133,18 @@ class Parent:
 
     def contexts(self, hidden: Tensor) -> list[dict[str, Any]]:
         """Per layer, the keyword arguments of its attention for whole sequences (B, T, D) without a cache."""
+        from blocks.export_code.modeling_decilm import layer_contexts
+
         positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
         per_type = layer_contexts(self._own_config, self._rotary, hidden, positions, None, None, self.config.model_type)
         return [per_type[kind] for kind in self.attention_types]
 
-    def model(self, layers: Sequence[LayerChoice] | None = None) -> DeciLMForCausalLM:
+    def model(self, layers: Sequence[LayerChoice] | None = None) -> "DeciLMForCausalLM":
         """A whole model with these choices; non-block weights and the parent's own subblocks are loaded."""
+        from transformers.initialization import no_init_weights
+
+        from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+
         choices = list(layers or [LayerChoice()] * self.depth)
         with no_init_weights():  # all are loaded: here, or by whoever asked for variants (blocks/child.py)
             model: Any = DeciLMForCausalLM(self.child_config(choices))
@@ -154,19 +164,19 @@ class Parent:
         return whole_model
 
 
-def subblock_prefixes(layer: DeciLMDecoderLayer, subblock: Subblock) -> tuple[str, ...]:
+def subblock_prefixes(layer: "DeciLMDecoderLayer", subblock: Subblock) -> tuple[str, ...]:
     """Names of the modules of a layer that belong to a subblock: its core and its norms."""
     norms = layer.attention_norms if subblock == "attention" else layer.ffn_norms
     return ("self_attn" if subblock == "attention" else "mlp", *(name for name in norms if name))
 
 
-def subblock_state(layer: DeciLMDecoderLayer, subblock: Subblock) -> dict[str, Tensor]:
+def subblock_state(layer: "DeciLMDecoderLayer", subblock: Subblock) -> dict[str, Tensor]:
     """Weights of one subblock, norms included, named as in the layer."""
     prefixes = subblock_prefixes(layer, subblock)
     return {name: tensor for name, tensor in layer.state_dict().items() if name.split(".")[0] in prefixes}
 
 
-def load_subblock(layer: DeciLMDecoderLayer, subblock: Subblock, state: dict[str, Tensor]) -> None:
+def load_subblock(layer: "DeciLMDecoderLayer", subblock: Subblock, state: dict[str, Tensor]) -> None:
     """Set the weights of one subblock; ValueError when a name is missing, left over or of another shape."""
     wanted = subblock_state(layer, subblock)
     if set(wanted) != set(state):
@@ -178,7 +188,7 @@ def load_subblock(layer: DeciLMDecoderLayer, subblock: Subblock, state: dict[str
 
 
 def run_subblock(
-    layer: DeciLMDecoderLayer, subblock: Subblock, hidden: Tensor, context: dict[str, Any]
+    layer: "DeciLMDecoderLayer", subblock: Subblock, hidden: Tensor, context: dict[str, Any]
 ) -> Tensor | None:
     """Output of one subblock before the residual add, None for a no-op. (B, T, D) -> (B, T, D)"""
     return layer.attention(hidden, **context) if subblock == "attention" else layer.ffn(hidden)

@@ -1,6 +1,6 @@
 """What a variant needs, from the parent's config alone: parameters, bytes, KV cache, FLOPs. Exact; allocates nothing.
 
-Parameters are counted on a layer built on the meta device, so a new kind or family needs no formula of its own.
+Parameters are counted from the weights' shapes as the parent's family names them (blocks/families/base.py).
 """
 
 import math
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
-
-from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
 from blocks.parent import Parent
 from blocks.variant import Variant, kind_of
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
+Q8_0_BYTES = 34 / 32  # GGUF: blocks of 32 weights in 8 bits with a float16 scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +61,19 @@ def parameters_of(parent: Parent, variant: Variant) -> int:
 @lru_cache(maxsize=1024)
 def _counts(parent: Parent, variant: Variant) -> tuple[int, int, int]:
     """Parameters of a subblock, those of them in norms and biases, and how many of its modules hold any."""
-    none = {"no_op": True, "replace_with_linear": False}
-    block: dict[str, Any] = {"attention": none, "ffn": none}
-    block[variant.subblock] = kind_of(variant).block_entry(variant, parent.config)
-    with torch.device("meta"):
-        layer = DeciLMDecoderLayer(parent.config, parent.config.model_type, block, 0)
-    modules = sum(1 for module in layer.modules() if next(module.parameters(recurse=False), None) is not None)
-    vectors = sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() == 1)
-    return sum(parameter.numel() for parameter in layer.parameters()), vectors, modules
+    entry = kind_of(variant).block_entry(variant, parent.config)
+    modules = parent.family.weights(parent.config, variant.subblock, entry)
+    shapes = [shape for module in modules for shape in module]
+    vectors = sum(shape[0] for shape in shapes if len(shape) == 1)
+    return sum(math.prod(shape) for shape in shapes), vectors, len(modules)
+
+
+def non_block_parameters(config: Any) -> int:
+    """Parameters of embedding, final norm and head; a tied head counts once."""
+    tables = 1 if config.tie_word_embeddings else 2
+    return tables * config.vocab_size * config.hidden_size + config.hidden_size
+
+
+def weight_bytes(precision: str) -> float:
+    """Bytes of one weight of a matrix."""
+    return Q8_0_BYTES if precision == "q8_0" else BYTES[precision]

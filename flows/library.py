@@ -1,11 +1,12 @@
 """`puzzle library export | import | show`: block libraries between formats; no model, no GPU, no Prefect."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tasks.foreign.exchange import Share, Span, Summary, export_library, import_library, summarise
+if TYPE_CHECKING:
+    from tasks.foreign.exchange import Share, Span, Summary
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 Source = Annotated[
@@ -25,6 +26,8 @@ def export_command(
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="for NVlabs' format")] = None,
 ) -> None:
     """Write a library in the open format, or in NVlabs' (DEST ends in .json), for other tools to read."""
+    from tasks.foreign.exchange import export_library
+
     export_library(source, target, scenario, batch_size)
     typer.echo(f"wrote {target}")
 
@@ -39,6 +42,8 @@ def import_command(
     ] = None,
 ) -> None:
     """Read a library that others measured into the open format; every command that takes --library reads it there."""
+    from tasks.foreign.exchange import import_library, summarise
+
     import_library(source, target, scores)
     typer.echo(_told(summarise(target)))
 
@@ -46,11 +51,13 @@ def import_command(
 @app.command("show")
 def show_command(source: Source, as_json: Annotated[bool, typer.Option("--json", help="one object")] = False) -> None:
     """What a library holds: layers, variants, scores, costs at every scenario, and what is missing."""
+    from tasks.foreign.exchange import summarise
+
     found = summarise(source)
     typer.echo(found.model_dump_json(indent=1) if as_json else _told(found))
 
 
-def _told(found: Summary) -> str:
+def _told(found: "Summary") -> str:
     least, most = found.options_per_layer
     per_layer = str(least) if least == most else f"{least} to {most}"
     lines = [
@@ -70,13 +77,13 @@ def _told(found: Summary) -> str:
     return "\n".join(lines)
 
 
-def _scored(metric: str, span: Span) -> str:
+def _scored(metric: str, span: "Span") -> str:
     error = "-" if span.se is None else f"{span.se:.3g}"
     figures = f"{span.least:>12.5g} {span.median:>12.5g} {span.largest:>12.5g} {error:>12}"
     return f"  {metric:<34} {figures} {span.sequences or '-':>10}"
 
 
-def _costs(name: str, share: Share) -> str:
+def _costs(name: str, share: "Share") -> str:
     def figure(value: float | None) -> str:
         return "-" if value is None else f"{value:,.1f}" if share.unit != "parameters" else f"{value:,.0f}"
 

@@ -2,16 +2,15 @@
 
 import inspect
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from blocks.errors import PuzzleError
-from blocks.library import read_value
-from blocks.records import ChildReport
 from flows.search import asked
-from tasks.pages.page import Extent, read_truth, truth_of, write_page
-from tasks.run_page import batch_of_run, limits_of_run, study_of
+
+if TYPE_CHECKING:
+    from blocks.records import ChildReport
 
 
 def report(
@@ -29,6 +28,9 @@ def report(
     png: Annotated[Path | None, typer.Option("--png", metavar="DIR", help="every picture as PNG too")] = None,
 ) -> None:
     """One HTML page: the choice, its certificate, architecture, Pareto front, confidence, prices, the run's table."""
+    from tasks.pages.page import Extent, read_truth, truth_of, write_page
+    from tasks.run_page import batch_of_run, limits_of_run, study_of
+
     source = values["library"] or workspace
     if source is None:
         raise PuzzleError("name a workspace, or a library with --library PATH.")
@@ -45,8 +47,11 @@ def report(
         typer.echo(f"wrote {file}")
 
 
-def finished_run(workspace: Path) -> ChildReport | None:
+def finished_run(workspace: Path) -> "ChildReport | None":
     """The report of the last finished run of a workspace."""
+    from blocks.library import read_value
+    from blocks.records import ChildReport
+
     reports = sorted(workspace.glob("runs/*/report.json"), key=lambda path: path.stat().st_mtime)
     return read_value(reports[-1], ChildReport) if reports else None
 

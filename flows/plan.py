@@ -30,12 +30,16 @@ def plan_command(
     price_per_hour: Annotated[
         float | None, typer.Option("--price-per-hour", min=0, help="money for one hour of the machine")
     ] = None,
+    remeasure: Annotated[
+        bool, typer.Option("--remeasure", help="measure this machine, even if it was within the last day")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one object with every figure")] = False,
 ) -> None:
     """Search space, tasks, time per stage, disk, memory, money, and what the budget allows; from the config alone."""
     wanted = load_profile(profile, set_ or [])
     configure()
-    from tasks.planning.machine import calibrate
+    gc.disable()  # a short life: looking for garbage among what torch and transformers load takes a second
+    from tasks.planning.machine import rates_here
     from tasks.planning.plan import config_parent, machine_rates, plan_of
 
     parent = config_parent(wanted.parent)
@@ -48,10 +52,12 @@ def plan_command(
             )
         threads = wanted.hardware.threads or os.cpu_count() or 1
         precision = wanted.hardware.precision if wanted.hardware.engine == "torch" else "float32"
-        rates = calibrate(parent.config.hidden_size, parent.config.intermediate_size, precision, threads)
+        sizes = (parent.config.hidden_size, parent.config.intermediate_size)
+        rates = rates_here(*sizes, precision, threads, again=remeasure)
     plan = plan_of(wanted, parent, rates, price_per_hour)
     typer.echo(plan.model_dump_json(indent=1, exclude={"children": {"__all__": {"layers"}}}) if as_json else told(plan))
-    gc.freeze()  # all that torch and transformers loaded goes with the process: looking through it takes a second
+    gc.freeze()  # nor at the end: all goes with the process
+    gc.enable()
 
 
 def told(plan: "Plan") -> str:
@@ -88,7 +94,7 @@ def _machine(plan: "Plan") -> str:
     load = (
         "; others are busy on it: rates from CPU time, the plan is for the idle machine" if plan.machine_loaded else ""
     )
-    return f"this machine with {plan.threads} threads, measured now{load}"
+    return f"this machine with {plan.threads} threads, measured {plan.machine_at}{load}"
 
 
 def _clock(seconds: float) -> str:

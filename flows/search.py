@@ -6,19 +6,21 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
 
 from blocks.errors import PuzzleError
 from profiles.schema import Search
-from tasks.foreign.interchange import open_library
 from tasks.progress import shown
-from tasks.search.confidence import Confidence, bootstrap
-from tasks.search.joint import QUANTITIES, JointLibrary, LibraryFileError, at
-from tasks.search.request import Request, flag, limit_of
-from tasks.search.solve import JointChoice, PlaceTotals, Price, choose_joint, front, front_values, prices
+from tasks.search.joint import QUANTITIES, LibraryFileError, at, flag
+
+if TYPE_CHECKING:
+    from tasks.search.confidence import Confidence
+    from tasks.search.joint import JointLibrary
+    from tasks.search.request import Request
+    from tasks.search.solve import JointChoice, PlaceTotals, Price
 
 Budget = list[str] | None
 AMOUNT = "N|N%|SCENARIO=N"
@@ -69,9 +71,12 @@ def asked(
         str | None, typer.Option("--engine", help="use only what it can run: llama.cpp, vllm, tensorrt-llm, sglang")
     ] = None,
     time_limit: Annotated[float, typer.Option("--time-limit", help="seconds the solver may take, at most")] = 60.0,
-) -> tuple[JointLibrary, Request]:
+) -> "tuple[JointLibrary, Request]":
     """What every command here is asked: a library, budgets, constraints."""
     values = dict(locals())
+    from tasks.foreign.interchange import open_library
+    from tasks.search.request import Request, limit_of
+
     opened = open_library(library, scenario, batch_size)
     found = [limit_of(name, text) for name in QUANTITIES for text in _listed(values[name])]
     try:
@@ -137,8 +142,8 @@ Json = Annotated[bool, typer.Option("--json", help="one object, or a list when s
 
 @with_request
 def choose_command(
-    library: JointLibrary,
-    request: Request,
+    library: "JointLibrary",
+    request: "Request",
     diverse: Annotated[int, typer.Option("--diverse", help="how many architectures")] = 1,
     min_different: Annotated[
         int, typer.Option("--min-different", help="layers in which any two of them differ, at least")
@@ -149,6 +154,9 @@ def choose_command(
     as_json: Json = False,
 ) -> None:
     """The best architecture of a block library within your budgets, with its certificate."""
+    from tasks.search.request import Request
+    from tasks.search.solve import choose_joint
+
     if alpha is not None:
         min_different = max(1, math.ceil((1 - alpha) * len(library.layers) - 1e-9))
     try:
@@ -167,8 +175,10 @@ def choose_command(
 
 
 @with_request
-def explain_command(library: JointLibrary, request: Request, as_json: Json = False) -> None:
+def explain_command(library: "JointLibrary", request: "Request", as_json: Json = False) -> None:
     """What each budget costs: how much of it is used, its marginal price, the objective at 5 % less and more."""
+    from tasks.search.solve import choose_joint, prices
+
     (choice,) = choose_joint(library, request)
     found = prices(library, request)
     if as_json:
@@ -181,8 +191,8 @@ def explain_command(library: JointLibrary, request: Request, as_json: Json = Fal
 
 @with_request
 def sweep_command(
-    library: JointLibrary,
-    request: Request,
+    library: "JointLibrary",
+    request: "Request",
     over: Annotated[str, typer.Option("--over", help=f"what is limited: {', '.join(QUANTITIES)}")] = "runtime_ms",
     minimise: Annotated[
         str, typer.Option("--minimise", help="what is minimised at each limit (throughput: maximised)")
@@ -191,6 +201,8 @@ def sweep_command(
     as_json: Json = False,
 ) -> None:
     """The Pareto front of any two of score, memory, throughput, latency ..., the other budgets kept."""
+    from tasks.search.solve import front, front_values
+
     over, minimise = over.replace("-", "_"), minimise.replace("-", "_")
     unknown = [name for name in (over, minimise) if name not in QUANTITIES]
     if unknown or over == minimise:
@@ -219,19 +231,21 @@ def sweep_command(
 
 @with_request
 def confidence_command(
-    library: JointLibrary,
-    request: Request,
+    library: "JointLibrary",
+    request: "Request",
     draws: Annotated[int, typer.Option("--draws", min=2, max=100_000, help="bootstrap draws")] = 200,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
     """How sure the choice is: the whole search again on resampled sequences, how often each layer's choice recurs."""
+    from tasks.search.confidence import bootstrap
+
     with shown("bootstrap", beside=True) as tell:
         found = bootstrap(library, request, draws, seed, tell)
     typer.echo(found.model_dump_json(indent=1) if as_json else _sure(found))
 
 
-def _or_infeasible(choice: JointChoice | None) -> dict[str, Any]:
+def _or_infeasible(choice: "JointChoice | None") -> dict[str, Any]:
     return {"status": "infeasible"} if choice is None else choice.model_dump()
 
 
@@ -243,13 +257,13 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def _told(choice: JointChoice, library: JointLibrary, request: Request) -> str:
+def _told(choice: "JointChoice", library: "JointLibrary", request: "Request") -> str:
     width = max(len(layer) for layer in choice.layers)
     rows = [f"{layer:<{width}}  {_shown(label)}" for layer, label in choice.layers.items()]
     return "\n".join([_summary(choice, library, request), *rows])
 
 
-def _summary(choice: JointChoice, library: JointLibrary, request: Request) -> str:
+def _summary(choice: "JointChoice", library: "JointLibrary", request: "Request") -> str:
     types, robust = len(set(choice.layers.values())), request.search.robust
     what = f"{request.metric}, sum over {len(choice.layers)} layers"
     lines = [f"objective  {choice.objective:.6f} ({what}{f' + {robust:g} se' if robust else ''})"]
@@ -267,12 +281,12 @@ def _summary(choice: JointChoice, library: JointLibrary, request: Request) -> st
     return "\n".join(lines)
 
 
-def _place(library: JointLibrary, totals: PlaceTotals) -> int:
+def _place(library: "JointLibrary", totals: "PlaceTotals") -> int:
     places = [(place.scenario, place.batch_size) for place in library.places]
     return places.index((totals.scenario, totals.batch_size))
 
 
-def _used(library: JointLibrary, name: str, value: float | None, limit: Any, place: int) -> list[str]:
+def _used(library: "JointLibrary", name: str, value: float | None, limit: Any, place: int) -> list[str]:
     """One total beside its limit, and how much of it lies outside the blocks."""
     if value is None:
         return []
@@ -290,7 +304,7 @@ def _shown(label: str) -> str:
     return " ".join(label.split())
 
 
-def _priced(price: Price, choice: JointChoice) -> str:
+def _priced(price: "Price", choice: "JointChoice") -> str:
     moves = [
         f"{step}: " + ("nothing fits" if value is None else f"{value:.6f} ({value - choice.objective:+.6f})")
         for step, value in price.resolved.items()
@@ -304,7 +318,7 @@ def _priced(price: Price, choice: JointChoice) -> str:
     )
 
 
-def _sure(found: Confidence) -> str:
+def _sure(found: "Confidence") -> str:
     lines = [
         f"objective  {found.objective:.6f}, 90 % of the draws {found.low:.6f} to {found.high:.6f}",
         f"regret  {found.regret:.2%} above the draw's own best on average; within 1 % in "

@@ -26,7 +26,7 @@ from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM, DeciLMM
 from blocks.library import digest_of, keep, remember
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Cost, CostTable, LayerChoice, NonBlockCost, ParentInfo
-from blocks.resources import resources
+from blocks.resources import BYTES, non_block_parameters, resources, weight_bytes
 from blocks.variant import Variant, parse_labels
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.calibration import calibrated, drift, parent_bias
@@ -37,8 +37,6 @@ from tasks.sums import PHASES
 from tasks.throughput import ClockTooCoarse, cpu_clock, median_metric, relative_error
 
 VERSION = 3
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
-Q8_0_BYTES = 34 / 32  # GGUF: blocks of 32 weights in 8 bits with a float16 scale
 Tell = Callable[[int, int], None]
 
 
@@ -228,11 +226,6 @@ def _bench(reader: Parent, variants: Sequence[Variant], hardware: Hardware, meas
     return EngineBench(reader, variants, hardware, measure)
 
 
-def weight_bytes(precision: str) -> float:
-    """Bytes of one weight of a matrix."""
-    return Q8_0_BYTES if precision == "q8_0" else BYTES[precision]
-
-
 def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timing: Timing, hardware: Hardware) -> Cost:
     in_gguf = hardware.engine == "llama.cpp"
     vector = BYTES["float32"] if in_gguf else weight_bytes(hardware.precision)  # GGUF keeps norms and biases so
@@ -267,12 +260,6 @@ def _non_block(reader: Parent, scenario: Scenario, batch: int, timing: Timing, h
         prefill_spread=timing.prefill_spread,
         decode_spread=timing.decode_spread,
     )
-
-
-def non_block_parameters(config: Any) -> int:
-    """Parameters of embedding, final norm and head; a tied head counts once."""
-    tables = 1 if config.tie_word_embeddings else 2
-    return tables * config.vocab_size * config.hidden_size + config.hidden_size
 
 
 class _Bench:

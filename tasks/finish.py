@@ -26,10 +26,10 @@ from blocks.records import (
     SpeedReport,
     Value,
 )
+from blocks.resources import weight_bytes
 from profiles.schema import Profile
 from tasks.calibration import parent_bias
 from tasks.compare import LINEAGE, Contender, Evaluation, Lineage, build, candidate
-from tasks.costs import weight_bytes
 from tasks.export import export_child, model_card
 from tasks.failures.sharing import Piece, alone, made_once
 from tasks.foreign.interchange import StoredLibrary, describe, sizes_of, write_library

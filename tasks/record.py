@@ -8,12 +8,11 @@ Legend: S = sequences, T = tokens, D = hidden_size, F = intermediate_size.
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
 from blocks.fit import elimination_order
 from blocks.library import digest_of, is_whole, keep, read_tensors, read_value, remember, write_tensors, write_value
 from blocks.packed import pack_linears
@@ -21,6 +20,9 @@ from blocks.parent import Parent
 from blocks.records import CorpusInfo, LayerRecord, ParentInfo, Ref
 from blocks.runtime import current_device, kept_per_device
 from profiles.schema import Record
+
+if TYPE_CHECKING:
+    from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
 
 VERSION = 2
 BATCH = 8
@@ -119,7 +121,7 @@ def _entering(reader: Parent, layer: int, corpus: CorpusInfo, settings: Record, 
 
 @torch.inference_mode()
 def _pass(
-    reader: Parent, module: DeciLMDecoderLayer, layer: int, hidden: Tensor, counted: int
+    reader: Parent, module: "DeciLMDecoderLayer", layer: int, hidden: Tensor, counted: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Run a layer over (S, T, D); statistics over the first `counted` sequences."""
     sums: dict[str, Tensor] = {}
@@ -149,7 +151,7 @@ def _pass(
     return torch.cat(parts), sums
 
 
-def _after(module: DeciLMDecoderLayer, norm: str | None, out: Tensor) -> Tensor:
+def _after(module: "DeciLMDecoderLayer", norm: str | None, out: Tensor) -> Tensor:
     return out if norm is None else getattr(module, norm)(out)
 
 

@@ -21,14 +21,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from blocks.attention.kv_heads import head_dim
+from blocks.families.base import head_dim
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Cost, CostTable, NonBlockCost
-from blocks.resources import resources
+from blocks.resources import BYTES, non_block_parameters, resources, weight_bytes
 from blocks.variant import Variant, kind_of, parse_labels
 from profiles.hardware import HardwareTarget, check_use
 from profiles.schema import Hardware, Precision, Scenario, SearchSpace
-from tasks.costs import BYTES, non_block_parameters, weight_bytes
 
 HIDDEN_PASSES = 4  # hidden states through memory per subblock: norm in and out, core in and out
 INNER_PASSES = 3  # an FFN's inner states through memory: gate and up read, the activated product written

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from blocks.errors import PuzzleFailure
-from blocks.export_code.modeling_decilm import CACHE
 from blocks.records import Gains, Metric, Throughput, Turn
 from blocks.runtime import release_memory
 from profiles.schema import Scenario
@@ -167,6 +166,8 @@ def gains_of(parents: Sequence[Turn], own: Sequence[Turn], generated: int) -> Ga
 
 def request_of(model: Any, prompt: Tensor, steps: int, grow: int = 0) -> Turn:
     """One prefill of `prompt` (B, P) with cache, `grow` tokens a sequence untimed, then `steps` greedy decode steps."""
+    from blocks.export_code.modeling_decilm import CACHE
+
     device = next(model.parameters()).device
     ids = prompt.to(device)
     training = model.training

@@ -8,19 +8,16 @@ import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from blocks.errors import CorpusError, ParentError
 from profiles.schema import TinyParent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 CONTEXT_TOKENS = 1024
 SLIDING_WINDOW = 32
@@ -36,6 +33,8 @@ def make_tiny_parent(spec: TinyParent, folder: Path, texts: Iterable[str]) -> No
     `texts` is read up to one million characters, and not at all for train_steps = 0.
     Raises ParentError for sizes that do not fit together, CorpusError for too little text.
     """
+    from transformers import AutoModelForCausalLM
+
     tokenizer = byte_tokenizer()
     config = family_config(spec, len(tokenizer))
     with _seeded(spec.seed):
@@ -46,9 +45,10 @@ def make_tiny_parent(spec: TinyParent, folder: Path, texts: Iterable[str]) -> No
     tokenizer.save_pretrained(folder)
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> "PreTrainedTokenizerFast":
     """One token per UTF-8 byte, then <bos>, <|endoftext|>, <pad>: 259 tokens; decodes to the very text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
     # GPT-2's trick: every byte has a printable stand-in, so that bytes can be a vocabulary of strings
     alphabet = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -114,7 +114,7 @@ def training_texts(texts: Iterable[str]) -> Iterator[str]:
             return
 
 
-def token_stream(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> torch.Tensor:
+def token_stream(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str]) -> torch.Tensor:
     """Token ids of the training texts, an eos after each: int64 (N,). Raises CorpusError for too little text."""
     ids: list[int] = []
     for text in training_texts(texts):
@@ -127,7 +127,7 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> to
     return torch.tensor(ids)
 
 
-def _train(model: PreTrainedModel, stream: torch.Tensor, steps: int) -> None:
+def _train(model: "PreTrainedModel", stream: torch.Tensor, steps: int) -> None:
     """AdamW on random windows of the stream, with a linear warm-up and a linear way down."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     warmup = max(1, steps // 10)

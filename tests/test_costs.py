@@ -11,10 +11,11 @@ from gguf import GGUFReader
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import read_value, write_value
 from blocks.records import CostTable, LayerChoice
+from blocks.resources import non_block_parameters
 from blocks.variant import parse_label
 from profiles.schema import Hardware, Measure, Scenario
 from tasks import costs
-from tasks.costs import hardware_description, measure_costs, non_block_parameters
+from tasks.costs import hardware_description, measure_costs
 from tasks.engines.limits import runnable
 from tasks.finish import sum_beside_whole
 from tasks.record import open_parent

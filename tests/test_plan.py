@@ -2,7 +2,11 @@
 
 import json
 import math
+import subprocess
+import sys
 import time
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +17,12 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from blocks import parent as parent_module
-from blocks.records import SUBBLOCKS, StageTime
+from blocks.records import SUBBLOCKS, LayerChoice, StageTime
 from flows import cli
 from flows.plan import told
 from profiles.load import load_profile
 from profiles.schema import Evaluate, FolderParent, Profile, TinyParent
-from tasks.planning import effort
+from tasks.planning import effort, machine
 from tasks.planning.effort import Work, shape_of
 from tasks.planning.machine import Rates, calibrate, machine_share
 from tasks.planning.plan import Plan, config_parent, plan_of
@@ -225,3 +229,61 @@ def test_a_profile_on_a_target_that_is_not_here_is_planned_there() -> None:
     plan = plan_of(profile, config_parent(profile.parent), rates)
     assert plan.costs_of["name"] == "a100"
     assert {"measure", "throughput"} & {s.name for s in plan.stages if s.seconds} == set()
+
+
+def test_what_was_measured_is_kept_for_a_day_unless_others_were_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Rates] = []
+
+    def measure(*_: Any) -> Rates:
+        measured.append(replace(RATES, product=float(len(measured) + 1), loaded=not measured))
+        return measured[-1]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(machine, "calibrate", measure)
+    found = [machine.rates_here(64, 192, "float32", 1) for _ in range(3)]
+    assert [rates.product for rates in found] == [1, 2, 2] and found[1] == found[2]
+    assert machine.rates_here(64, 192, "float32", 2).product == 3  # more threads are another machine
+    assert machine.rates_here(64, 192, "float32", 1, again=True).product == 4
+    monkeypatch.setattr(machine, "KEPT_FOR", timedelta())
+    assert machine.rates_here(64, 192, "float32", 1).product == 5
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
+def test_shapes_that_a_family_names_are_those_of_its_own_layer(family: str, tmp_path: Path) -> None:
+    changes = {} if family in ("mistral", "qwen2") else {"attention_bias": True}
+    changes |= {"mlp_bias": True} if family == "llama" else {}
+    for number, change in enumerate(({}, changes)):
+        config = tiny_model(family, layers=1, **change).config
+        config.save_pretrained(tmp_path / str(number))
+        parent = parent_module.Parent(tmp_path / str(number))
+        for choice in (LayerChoice(), LayerChoice(attention="kv1", ffn="ffn24")):
+            assert_same_weights(parent, choice)
+        assert_same_weights(parent, LayerChoice(attention="linear", ffn="linear"))
+        assert_same_weights(parent, LayerChoice(attention="no_op", ffn="no_op"))
+
+
+def assert_same_weights(parent: parent_module.Parent, choice: LayerChoice) -> None:
+    layer = parent.empty_layer(0, choice)
+    entries = parent.block_entry(choice)
+    for part in SUBBLOCKS:
+        named = parent.family.weights(parent.config, part, entries[part])
+        state = parent_module.subblock_state(layer, part)
+        there: dict[str, list[tuple[int, ...]]] = {}
+        for name, tensor in state.items():
+            there.setdefault(name.rpartition(".")[0], []).append(tuple(tensor.shape))
+        assert sorted(map(sorted, named)) == sorted(map(sorted, there.values()))
+
+
+def test_the_command_line_and_a_plan_import_no_more_than_they_need() -> None:
+    """Seconds before the first word, for `puzzle --help` most of all."""
+    program = (
+        "import sys, flows.cli;"
+        "print([m for m in ('torch', 'transformers', 'matplotlib', 'mlflow', 'prefect') if m in sys.modules]);"
+        "import tasks.planning.plan, tasks.planning.machine;"
+        "heavy = ('transformers.modeling_utils', 'torch._dynamo', 'matplotlib', 'mlflow', 'prefect', 'cvxpy');"
+        "print([m for m in heavy if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "[]"]

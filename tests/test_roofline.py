@@ -9,12 +9,11 @@ import pytest
 from benchmarks.hardware import BLOCKS, FITTED, LLAMA_70B, nemotron, unit_of_work
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock
-from blocks.resources import parameters_of
+from blocks.resources import non_block_parameters, parameters_of
 from blocks.variant import parse_label
 from profiles.hardware import FOLDER, HardwareTarget, load_target, shipped_targets
 from profiles.load import ProfileError, load_profile
 from profiles.schema import Budget, Hardware, Scenario, SearchSpace
-from tasks.costs import non_block_parameters
 from tasks.roofline import (
     Pass,
     Setting,

@@ -15,15 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from blocks.errors import UnknownVariant
+from blocks.families.base import head_dim
 from blocks.fit import FitContext, ridge_solve, solve_flops
 from blocks.parent import load_subblock, subblock_state
 from blocks.records import Subblock
 from blocks.variant import Variant, VariantKind, register
-
-
-def head_dim(config: Any) -> int:
-    """Channels of one attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def attention_entry(config: Any, num_key_value_heads: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from blocks.attention.kv_heads import head_dim
+from blocks.families.base import head_dim
 from blocks.fit import FitContext
 from blocks.linear import LinearKind
 from blocks.records import Subblock

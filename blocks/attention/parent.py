@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from blocks.attention.kv_heads import attention_entry, attention_flops, head_dim
+from blocks.attention.kv_heads import attention_entry, attention_flops
+from blocks.families.base import head_dim
 from blocks.records import Subblock
 from blocks.variant import SizelessKind, Variant, register
 

@@ -10,6 +10,11 @@ class Gemma3(Family):
     """Sliding and full attention layers alternate."""
 
     model_type = "gemma3_text"
+    norms = 2
+    head_norms = True
+
+    def biases(self, config: Any) -> tuple[bool, bool, bool]:
+        return config.attention_bias, config.attention_bias, False
 
     def check(self, config: Any) -> None:
         super().check(config)

@@ -1,5 +1,7 @@
 """Llama 2 and 3, SmolLM2 and all that share the architecture."""
 
+from typing import Any
+
 from blocks.families.base import Family
 
 
@@ -7,3 +9,6 @@ class Llama(Family):
     """Pre-norm, full attention in every layer, optional biases."""
 
     model_type = "llama"
+
+    def biases(self, config: Any) -> tuple[bool, bool, bool]:
+        return config.attention_bias, config.attention_bias, config.mlp_bias

@@ -1,5 +1,7 @@
 """Qwen2 (biases on q, k, v) and Qwen3 (norms on q and k, explicit head_dim)."""
 
+from typing import Any
+
 from blocks.families.base import Family
 
 
@@ -8,8 +10,15 @@ class Qwen2(Family):
 
     model_type = "qwen2"
 
+    def biases(self, config: Any) -> tuple[bool, bool, bool]:
+        return True, False, False
+
 
 class Qwen3(Family):
     """RMSNorm on every query and key head; head_dim stands in the config."""
 
     model_type = "qwen3"
+    head_norms = True
+
+    def biases(self, config: Any) -> tuple[bool, bool, bool]:
+        return config.attention_bias, config.attention_bias, False

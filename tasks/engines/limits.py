@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from blocks.attention.kv_heads import head_dim
 from blocks.errors import PuzzleError
 from blocks.families import family_of
+from blocks.families.base import head_dim
 from blocks.variant import kind_of, parse_label
 
 LINEAR = "linear subblocks"

@@ -22,10 +22,9 @@ from dataclasses import dataclass, fields
 from blocks.fit import elimination_flops
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Subblock
-from blocks.resources import parameters_of
+from blocks.resources import non_block_parameters, parameters_of
 from blocks.variant import Variant, kind_of, parse_label, parse_labels
 from profiles.schema import PackageParent, Profile, TinyParent
-from tasks.costs import non_block_parameters
 from tasks.planning.machine import BLOCK_NAMES, Rates
 from tasks.record import CHUNK
 from tasks.tiny import TRAIN_BATCH, TRAIN_TOKENS

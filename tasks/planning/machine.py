@@ -3,15 +3,20 @@
 This machine is measured for about two seconds, on products of the parent's own sizes. On an idle machine that is wall
 time, the best of several. Where others take a good part of the processors, wall time would tell of them: then the CPU
 time of this process, shared by its threads, stands for what the same work takes on the idle machine, and `loaded` says
-so. Another device's rates come from its hardware target; the search itself computes in float32 there as well.
+so. What an idle machine gave is kept for a day in the user's cache. Another device's rates come from its hardware
+target; the search itself computes in float32 there as well.
 """
 
 import hashlib
+import json
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,8 @@ import psutil
 import torch
 from torch.nn import functional as F
 
+from blocks.files import write_text
+from blocks.library import digest_of
 from blocks.packed import packed_product
 from profiles.hardware import HardwareTarget
 from profiles.schema import Precision
@@ -33,6 +40,7 @@ DISK_BYTES_PER_SECOND = 1e9  # write or read, and the digest, on a machine that 
 NAMES_PER_SECOND = 1.5e6  # CPython 3.11 on a server's core, for a machine that is not measured
 BLOCK_NAMES = 290  # of one layer in that table, over all spellings gguf 0.19 knows
 NAMES = 32 * BLOCK_NAMES
+KEPT_FOR = timedelta(days=1)
 EAGER_OPERATIONS = 12  # small operations' time behind one counted kernel in eager torch: Python, reshapes, rotary
 
 
@@ -42,6 +50,7 @@ class Rates:
     precision that costs are measured in. solve: float64 FLOP/s of dense solves. stream: bytes/s of element-wise work,
     read and written. weights: bytes/s of matrices times one vector. disk: bytes/s written or read, with the digest.
     names: tensor names per second that gguf enters in a table, Python's speed. floor: seconds of a small operation.
+    at: when this machine was measured, ISO 8601.
     """
 
     name: str
@@ -57,6 +66,7 @@ class Rates:
     floor: float
     threads: int = 1
     loaded: bool = False
+    at: str = ""
 
 
 def rates_of(target: HardwareTarget, precision: Precision) -> Rates:
@@ -91,6 +101,36 @@ def target_of(rates: Rates, precision: Precision) -> HardwareTarget:
         achievable_compute=1.0,
         achievable_bandwidth=1.0,
     )
+
+
+def rates_here(
+    hidden_size: int, intermediate_size: int, precision: Precision, threads: int, again: bool = False
+) -> Rates:
+    """This machine's rates: those it had within the last day, else, or when asked `again`, measured now.
+
+    A measurement beside others is used and not kept.
+    """
+    asked = [min(hidden_size, LARGEST), min(intermediate_size, LARGEST), precision, threads]
+    machine = [platform.node(), platform.machine(), os.cpu_count(), torch.__version__, _code_digest()]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "puzzle"
+    kept = folder / f"rates-{digest_of(asked=asked, machine=machine)}.json"
+    if not again:
+        with suppress(OSError, ValueError, TypeError):  # missing, damaged or of another version: measured again
+            known = Rates(**json.loads(kept.read_text(encoding="utf-8")))
+            if timedelta() <= datetime.now(UTC) - datetime.fromisoformat(known.at) < KEPT_FOR:
+                return known
+    rates = calibrate(hidden_size, intermediate_size, precision, threads)
+    rates = replace(rates, at=datetime.now(UTC).isoformat(timespec="minutes"))
+    if not rates.loaded:
+        with suppress(OSError):  # a home that cannot be written to
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_text(kept, json.dumps(asdict(rates), indent=1))
+    return rates
+
+
+def _code_digest() -> str:
+    """Of this file: what is measured another way is another measurement."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def calibrate(hidden_size: int, intermediate_size: int, precision: Precision, threads: int) -> Rates:

@@ -14,11 +14,11 @@ from pathlib import Path
 from blocks.errors import InfeasibleBudget
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Architecture, CostTable, LayerChoice, Score, Subblock, Totals, Value
+from blocks.resources import weight_bytes
 from blocks.variant import kind_of, parse_labels
 from profiles.hardware import HardwareTarget, load_target
 from profiles.schema import ParentSource, Profile
 from tasks.choose import choose
-from tasks.costs import weight_bytes
 from tasks.parent import write_config
 from tasks.planning import effort
 from tasks.planning.effort import FLOAT, Shape, Work, shape_of
@@ -58,6 +58,7 @@ class Plan(Value):
     machine: str
     machine_measured: bool
     machine_loaded: bool
+    machine_at: str
     threads: int
     costs_of: dict[str, str]
     parent_parameters: int
@@ -106,6 +107,7 @@ def plan_of(profile: Profile, parent: Parent, rates: Rates, price_per_hour: floa
         machine=rates.name,
         machine_measured=rates.measured,
         machine_loaded=rates.loaded,
+        machine_at=rates.at,
         threads=rates.threads,
         costs_of=problem.costs.hardware,
         parent_parameters=parent.depth * shape.layer_parameters + shape.outside_parameters,

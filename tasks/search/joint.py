@@ -49,6 +49,11 @@ QUANTITIES = {
 }
 
 
+def flag(name: object) -> str:
+    """A field as the command line writes it."""
+    return f"--{str(name).replace('_', '-')}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """A scenario at one batch size: where runtime and memory were measured. Tokens of one request; 0 is unknown."""

@@ -18,6 +18,7 @@ from tasks.search.joint import (
     JointOption,
     LibraryFileError,
     Quantity,
+    flag,
     kinds_in,
     samples_of,
     standard_error,
@@ -111,11 +112,6 @@ def limit_of(quantity: str, text: str) -> Limit:
         scenario=scenario.strip() if equals else None,
         name=f"{quantity} of {scenario.strip()}" if equals else quantity,
     )
-
-
-def flag(name: object) -> str:
-    """A field as the command line writes it."""
-    return f"--{str(name).replace('_', '-')}"
 
 
 def check(library: JointLibrary, request: Request) -> None:

@@ -18,8 +18,8 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from blocks.attention.kv_heads import head_dim
 from blocks.errors import PuzzleError
+from blocks.families.base import head_dim
 from blocks.files import atomic_path
 from tasks.serving.gguf_layout import Entry, Layer, outer_entries, packed
 
