@@ -1,6 +1,7 @@
 """`puzzle export | bench`: a finished child in the formats of engines, and its speed in them beside its parent's."""
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +31,12 @@ def export_command(
     _quiet()
     from tasks.serving.formats import export_as
 
-    done = export_as(child, form, precision, out, tokenizer_from)
+    started = time.monotonic()
+
+    def step(text: str) -> None:
+        typer.echo(f"{clock(time.monotonic() - started)}  {text}", err=True)
+
+    done = export_as(child, form, precision, out, tokenizer_from, step)
     for note in done.notes:
         say(note)
     typer.echo(f"{form}: {done.path.resolve()}")
