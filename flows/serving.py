@@ -1,6 +1,7 @@
 """`puzzle export | bench`: a finished child in the formats of engines, and its speed in them beside its parent's."""
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ import typer
 
 from blocks.errors import PuzzleError
 from blocks.runtime import configure
-from tasks.progress import say, shown, wide_console
+from tasks.progress import clock, say, shown, wide_console
 
 ChildPath = Annotated[
     Path, typer.Argument(metavar="CHILD", help="a child's folder (a parent's will do), or a .gguf file")
@@ -30,7 +31,12 @@ def export_command(
     _quiet()
     from tasks.serving.formats import export_as
 
-    done = export_as(child, form, precision, out, tokenizer_from)
+    started = time.monotonic()
+
+    def step(text: str) -> None:
+        typer.echo(f"{clock(time.monotonic() - started)}  {text}", err=True)
+
+    done = export_as(child, form, precision, out, tokenizer_from, step)
     for note in done.notes:
         say(note)
     typer.echo(f"{form}: {done.path.resolve()}")
@@ -58,6 +64,15 @@ def bench_command(
         typer.Option("--url", help="a server that runs already: the child's, or parent's then child's"),
     ] = None,
     requests: Annotated[int, typer.Option(min=1, help="of each model in a round, with --server or --url")] = 8,
+    rate: Annotated[
+        str | None, typer.Option("--rate", metavar="R,R", help="also at so many arrivals a second, by chance: 0.5,1,2")
+    ] = None,
+    max_ttft: Annotated[
+        float | None, typer.Option("--max-ttft", min=0.001, metavar="MS", help="good: first token within MS")
+    ] = None,
+    max_tpot: Annotated[
+        float | None, typer.Option("--max-tpot", min=0.001, metavar="MS", help="good: MS between output tokens at most")
+    ] = None,
 ) -> None:
     """Parent and child in turns under the same load: prefill, decode, memory, gains of pairs."""
     _quiet()
@@ -70,6 +85,7 @@ def bench_command(
     sources = {CHILD: child} if alone else {PARENT: parent or _parent_of(child), CHILD: child}
     points = [Point.parse(text) for text in load or ["1x256x64"]]
     if server is not None or url:
+        from tasks.serving.arrivals import Limits, rates_of
         from tasks.serving.serving_load import LoadPlan
 
         plan = LoadPlan(
@@ -80,9 +96,13 @@ def bench_command(
             rounds=rounds,
             threads=threads,
             requests=requests,
+            rates=() if rate is None else rates_of(rate),
+            limits=Limits(first_token_ms=max_ttft, output_token_ms=max_tpot),
         )
         _bench_servers(sources, plan, picture, as_json)
         return
+    if rate is not None or max_ttft is not None or max_tpot is not None:
+        raise PuzzleError("--rate, --max-ttft and --max-tpot are of a load on servers: give --server or --url too.")
     with shown("bench", beside=True) as tell:
         rows = bench(sources, engine, points, precision, rounds, threads, tell)
     if picture is not None:
@@ -97,6 +117,9 @@ def _bench_servers(sources: dict[str, Path], plan: Any, picture: Path | None, as
     from tasks.serving.load_table import draw_load, failures_told, load_table
     from tasks.serving.serving_load import bench_servers
 
+    if plan.rates:
+        least = plan.seconds(len(plan.urls) or len(sources))
+        typer.echo(f"load: the arrivals alone take {clock(least)} (requests x rounds / rate, each model)", err=True)
     with shown("load", beside=True) as tell:
         rows = bench_servers(sources, plan, tell)
     if picture is not None:
@@ -104,7 +127,7 @@ def _bench_servers(sources: dict[str, Path], plan: Any, picture: Path | None, as
     if as_json:
         typer.echo(json.dumps([row.model_dump() for row in rows], indent=1))
         return
-    wide_console().print(load_table(rows))
+    wide_console().print(load_table(rows, plan.limits))
     for sentence in failures_told(rows):
         say(sentence)
 

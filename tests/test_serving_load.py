@@ -25,22 +25,21 @@ from tasks.engines.base import Load
 from tasks.engines.limits import EngineLimit
 from tasks.engines.openai_server import SERVERS, Served
 from tasks.serving import serving_load
+from tasks.serving.arrivals import NO_LIMITS, Traffic
 from tasks.serving.bench import Point
 from tasks.serving.children import config_of
 from tasks.serving.gguf_export import write_gguf
 from tasks.serving.gguf_tokenizer import converted_tokenizer
+from tasks.serving.load_client import Request, event_of, request_of
 from tasks.serving.load_table import draw_load, failures_told, load_table
 from tasks.serving.serving_load import (
     LoadPlan,
     LoadTurn,
-    Request,
     bench_servers,
-    event_of,
     load_gains,
     load_test,
     one_turn,
     prompts_of,
-    request_of,
     row_of,
 )
 from tests.test_engines import folders, run
@@ -50,6 +49,7 @@ from tests.test_vllm import ALIKE, HEAD, MIXED, blocks_of, exported, needs_vllm
 __all__ = ["folders"]  # a fixture
 needs_server = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
 POINT = Point(batch_size=2, prompt_tokens=4, generated_tokens=3)
+CLOSED = Traffic(point=POINT)
 
 
 def turn(seconds: float, *requests: Request, cpu: float | None = 1.0) -> LoadTurn:
@@ -81,14 +81,14 @@ def test_an_answer_counts_only_with_the_tokens_that_were_asked_for() -> None:
 
 def test_a_failed_request_stays_in_every_denominator() -> None:
     turns = {"parent": [turn(2, good(0.1, 0.3), good(0.1, 0.3))], "child": [turn(2, good(0.1, 0.3), BAD)]}
-    row = row_of("child", POINT, turns, None)
+    row = row_of("child", CLOSED, turns, None, NO_LIMITS)
     assert (row.requests, row.failed, row.requests_per_second.value) == (2, 1, 0.5)
     assert row.tokens_per_second.value == 1.5 and row.request_efficiency == 0.5
     assert (row.first_token_ms[0], row.output_token_ms[0]) == pytest.approx((100, 100))
     assert row.first_token_ms[1] is None  # p95 is the failed one: infinitely late
     assert row.output_token_ms[1] is None
     assert row.gains is None and "1 of 2 requests failed (status 500: no)" in failures_told([row])[0]
-    assert row_of("parent", POINT, turns, None).gains is None
+    assert row_of("parent", CLOSED, turns, None, NO_LIMITS).gains is None
 
 
 def test_gains_are_of_pairs() -> None:
@@ -106,8 +106,8 @@ def test_gains_are_of_pairs() -> None:
 
 
 def test_prompts_are_the_same_for_all_and_new_in_every_round() -> None:
-    assert prompts_of(POINT, 50, 3, 0) == prompts_of(POINT, 50, 3, 0) != prompts_of(POINT, 50, 3, 1)
-    assert [len(prompt) for prompt in prompts_of(POINT, 50, 3, 0)] == [4, 4, 4]
+    assert prompts_of(CLOSED, 50, 3, 0) == prompts_of(CLOSED, 50, 3, 0) != prompts_of(CLOSED, 50, 3, 1)
+    assert [len(prompt) for prompt in prompts_of(CLOSED, 50, 3, 0)] == [4, 4, 4]
 
 
 def test_what_cannot_be_served_is_refused(folders: dict[str, Path]) -> None:
@@ -172,8 +172,8 @@ def stub() -> Iterator[str]:
 
 def test_what_a_server_is_asked(stub: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
-    prompts = prompts_of(POINT, 50, 6, 0)
-    found = one_turn(Served(url=f"{stub}/v1/"), POINT, prompts)
+    prompts = prompts_of(CLOSED, 50, 6, 0)
+    found = one_turn(Served(url=f"{stub}/v1/"), CLOSED, prompts, 0)
     assert (found.failed(), len(found.requests), found.cpu_seconds) == (0, 6, None) and found.seconds > 0.08
     assert sorted(one["prompt"] for one in Stub.asked) == sorted(map(list, prompts))
     for one in Stub.asked:
@@ -183,14 +183,14 @@ def test_what_a_server_is_asked(stub: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert len({one["from"] for one in Stub.asked}) == 6  # a connection each
     assert Stub.under_way[1] == POINT.batch_size
     monkeypatch.delenv("OPENAI_API_KEY")
-    one_turn(Served(url=stub), POINT, prompts[:1])
+    one_turn(Served(url=stub), CLOSED, prompts[:1], 0)
     assert Stub.asked[-1]["key"] is None
 
 
 def test_what_a_server_answers_wrongly_is_kept_with_its_reason(stub: str) -> None:
     for answers, said in (({"status": 503}, "status 503: no room"), ({"tokens": 4}, "4 tokens instead of 3")):
         Stub.answers.update(answers)
-        (request,) = one_turn(Served(url=stub), POINT, prompts_of(POINT, 50, 1, 0)).requests
+        (request,) = one_turn(Served(url=stub), CLOSED, prompts_of(CLOSED, 50, 1, 0), 0).requests
         assert said in request.error and request.per_token() == math.inf
         Stub.answers.update(status=200)
 
@@ -200,7 +200,7 @@ def test_servers_that_run_are_measured_in_turns_the_parent_first_then_backwards(
 ) -> None:
     order: list[str] = []
 
-    def noted(server: Served, point: Point, prompts: Any) -> LoadTurn:
+    def noted(server: Served, *_: Any) -> LoadTurn:
         order.append(server.url)
         return turn(1, good(0.1, 0.3))
 
@@ -228,7 +228,7 @@ def test_a_round_trip_through_llama_cpps_server(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     plan = LoadPlan(server="llama.cpp", points=(POINT,), rounds=2, requests=3)
     rows = bench_servers({"parent": file, "child": file}, plan, lambda *done: told.append(done))
-    assert told == [(done, 4) for done in range(1, 5)]
+    assert told == [(done, 12) for done in range(1, 13)]
     assert [(row.model, row.requests, row.failed) for row in rows] == [("parent", 6, 0), ("child", 6, 0)]
     for row in rows:
         assert row.memory_bytes and row.memory_bytes > 2**20
@@ -290,7 +290,9 @@ def test_vllms_server_answers_under_load_and_ends_with_its_owner(tmp_path: Path)
             assert owner.stdout is not None
             pid, url = owner.stdout.readline().split()
             served = Served(url=url, pid=int(pid))
-            (row,) = load_test({"child": served}, [POINT], config_of(folder).vocab_size, 3, 2)
+            (row,) = load_test(
+                {"child": served}, LoadPlan(points=(POINT,), rounds=2, requests=3), config_of(folder).vocab_size
+            )
             assert (row.requests, row.failed, row.errors) == (6, 0, ())
             family = [int(pid), *(one.pid for one in psutil.Process(int(pid)).children(recursive=True))]
             assert len(family) > 1  # the engine core is a process of its own

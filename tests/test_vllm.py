@@ -105,9 +105,17 @@ class Models:
 
 
 @pytest.fixture(scope="module")
-def models() -> Iterator[Models]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the process of `models` keeps what it compiles."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def models(compiled: Path) -> Iterator[Models]:
     found = Models()
-    yield found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+        yield found
     if found.session is not None:
         found.session.close()
 
@@ -124,6 +132,14 @@ def test_vllm_gives_torchs_logits_and_text(case: str, models: Models, tmp_path: 
     assert found.most < LOGITS_TOLERANCE / 100 and found.agreement == 1  # such small sums: 2e-6
     expected: Any = child.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
     assert session.generate(ids[0].tolist(), 8) == expected[0, 24:].tolist()
+
+
+@needs_vllm
+def test_logits_start_no_compiler(models: Models, compiled: Path, tmp_path: Path) -> None:
+    """A C++ compiler for one sum took half a minute of a check; on a busy machine the check did not end."""
+    session = models.load(exported(child_of(blocks=blocks_of(MIXED), **HEAD), tmp_path))
+    session.logits(token_ids(1, 24)[0].tolist())
+    assert not [path for path in compiled.rglob("*") if path.is_file()]
 
 
 @needs_vllm

@@ -89,8 +89,11 @@ class Server:
     def logits(self, tokens: list[int]) -> dict[str, Any]:
         """(T, V) float32 logits of one sequence, little-endian, in base 64."""
         import numpy
+        import torch
 
-        (output,) = self._run([tokens], 1, prompt_logprobs=-1, logprobs=-1, flat_logprobs=True)
+        # vLLM compiles how it ranks log-probabilities, even when eager: a C++ compiler for half a minute, for one sum
+        with torch.compiler.set_stance("force_eager"):
+            (output,) = self._run([tokens], 1, prompt_logprobs=-1, logprobs=-1, flat_logprobs=True)
         rows = numpy.full((len(tokens), self.vocab_size), numpy.nan, dtype="<f4")
         for first, row, found in [
             *((place, place - 1, output.prompt_logprobs) for place in range(1, len(tokens))),

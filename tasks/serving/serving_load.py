@@ -1,52 +1,34 @@
 """`puzzle bench --server`: an OpenAI-style load on servers of parent and child, in turns.
 
-A request asks for an exact number of tokens (`ignore_eos`), and the answer's own usage has to say so: a child that
-stops early would look faster. Prompts are random token ids, new in every round, the same for every model. A request
-that failed, or was short, stays in every denominator: it counts as no token, and as infinitely late in the percentiles.
+Prompts are random token ids, new in every round, the same for every model; so are the times at which they arrive
+(arrivals.py). A request that failed, or was short, stays in every denominator: it counts as no token, and as infinitely
+late in the percentiles.
 """
 
-import asyncio
-import json
 import math
-import os
 import random
+import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.records import Metric, Value
 from tasks.engines.base import Load
 from tasks.engines.limits import limits_of
 from tasks.engines.openai_server import SERVERS, Served, serving
+from tasks.serving.arrivals import NO_LIMITS, Limits, Traffic, traffic_of
 from tasks.serving.bench import CHILD, Point, ready
 from tasks.serving.children import config_of, open_child
 from tasks.serving.formats import precision_of
+from tasks.serving.load_client import Request, send
 from tasks.throughput import PARENT, median_metric
 
-TIMEOUT_SECONDS = 300.0
 SPARE_TOKENS = 16  # a server may add tokens of its own to a prompt
 Tell = Callable[[int, int], None]
-
-
-class Request(Value):
-    """One request. Seconds from its start to the first and the last token; `error` says why it does not count."""
-
-    first: float = math.inf
-    last: float = math.inf
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    error: str = ""
-
-    def per_token(self) -> float:
-        """Seconds between output tokens."""
-        return math.inf if self.error else (self.last - self.first) / max(1, self.output_tokens - 1)
 
 
 class LoadTurn(Value):
@@ -81,13 +63,19 @@ class LoadGains(Value):
 
 
 class LoadRow(Value):
-    """One model's server under one load. Milliseconds are None where failed requests stand at that percentile."""
+    """One model's server under one load. Milliseconds are None where failed requests stand at that percentile.
+
+    rate: arrivals per second, None in a closed loop. good: share of requests within the limits (goodput), mean of the
+    rounds; None without limits.
+    """
 
     model: str
     load: str
+    rate: float | None
     requests: int
     failed: int
     errors: tuple[str, ...]
+    good: Metric | None
     requests_per_second: Metric
     tokens_per_second: Metric
     request_efficiency: float
@@ -109,10 +97,21 @@ class LoadPlan:
     server: str | None = None
     urls: tuple[str, ...] = ()
     points: tuple[Point, ...]
+    rates: tuple[float, ...] = ()
+    limits: Limits = NO_LIMITS
     precision: str = "float32"
     rounds: int = 5
     threads: int = 1
     requests: int = 8
+
+    @property
+    def traffic(self) -> tuple[Traffic, ...]:
+        """Every point in a closed loop, then at every rate."""
+        return traffic_of(self.points, self.rates)
+
+    def seconds(self, models: int) -> float:
+        """Least seconds of the open loops: the machine's speed does not shorten them."""
+        return models * self.rounds * sum(self.requests / load.rate for load in self.traffic if load.rate)
 
 
 def bench_servers(sources: Mapping[str, Path], plan: LoadPlan, tell: Tell = lambda done, total: None) -> list[LoadRow]:
@@ -130,7 +129,7 @@ def bench_servers(sources: Mapping[str, Path], plan: LoadPlan, tell: Tell = lamb
             if plan.server is None
             else stack.enter_context(served_models(sources, plan.server, plan.points, plan.precision, plan.threads))
         )
-        return load_test(servers, plan.points, config.vocab_size, plan.requests, plan.rounds, tell)
+        return load_test(servers, plan, config.vocab_size, tell)
 
 
 @contextmanager
@@ -171,154 +170,104 @@ def named_servers(urls: Sequence[str]) -> dict[str, Served]:
 
 
 def load_test(
-    servers: Mapping[str, Served],
-    points: Sequence[Point],
-    vocab_size: int,
-    requests: int,
-    rounds: int,
-    tell: Tell = lambda done, total: None,
+    servers: Mapping[str, Served], plan: LoadPlan, vocab_size: int, tell: Tell = lambda done, total: None
 ) -> list[LoadRow]:
     """Every server under every load, in turns; the one named `parent` is what gains are counted from.
 
-    A point's batch size is the number of requests under way. PuzzleFailure when none of a server's requests succeeds.
+    `tell` hears of requests. PuzzleFailure when none of a server's requests succeeds.
     """
-    order, rows, total = list(servers), [], len(points) * rounds * len(servers)
-    done = 0
-    for point in points:
+    order, rows = list(servers), list[LoadRow]()
+    count = Count(tell, len(plan.traffic) * plan.rounds * len(order) * plan.requests)
+    for traffic in plan.traffic:
         turns: dict[str, list[LoadTurn]] = {name: [] for name in order}
-        for name in order:
-            _warm(name, servers[name], point, vocab_size)
-        for number in range(rounds):
+        if traffic.rate is None:
+            for name in order:
+                _warm(name, servers[name], traffic, vocab_size)
+        for number in range(plan.rounds):
+            prompts = prompts_of(traffic, vocab_size, plan.requests, number)
             for name in reversed(order) if number % 2 else order:
-                turns[name].append(one_turn(servers[name], point, prompts_of(point, vocab_size, requests, number)))
-                done += 1
-                tell(done, total)
-        rows += [row_of(name, point, turns, servers[name].peak_bytes()) for name in order]
+                turns[name].append(one_turn(servers[name], traffic, prompts, number, count))
+        rows += [row_of(name, traffic, turns, servers[name].peak_bytes(), plan.limits) for name in order]
     return rows
 
 
-def _warm(name: str, server: Served, point: Point, vocab_size: int) -> None:
+@dataclass
+class Count:
+    """Counts requests and tells."""
+
+    tell: Tell
+    total: int
+    done: int = 0
+
+    def __call__(self) -> None:
+        self.done += 1
+        self.tell(self.done, self.total)
+
+
+def _warm(name: str, server: Served, traffic: Traffic, vocab_size: int) -> None:
     """One untimed turn; a server that answers nothing is told here."""
-    turn = one_turn(server, point, prompts_of(point, vocab_size, point.batch_size, -1))
+    turn = one_turn(server, traffic, prompts_of(traffic, vocab_size, traffic.point.batch_size, -1), -1)
     if turn.failed() == len(turn.requests):
         raise PuzzleFailure(
             f"the {name}'s server at {server.url} answered no request as asked: {turn.requests[0].error}."
         )
 
 
-def prompts_of(point: Point, vocab_size: int, requests: int, number: int) -> list[list[int]]:
+def prompts_of(traffic: Traffic, vocab_size: int, requests: int, number: int) -> list[list[int]]:
     """Random prompts of one round: the same for every model, no two alike."""
-    source = random.Random(f"{point.label} {number}")
-    return [[source.randrange(vocab_size) for _ in range(point.prompt_tokens)] for _ in range(requests)]
+    source = random.Random(f"{traffic.label} {number}")
+    return [[source.randrange(vocab_size) for _ in range(traffic.point.prompt_tokens)] for _ in range(requests)]
 
 
-def one_turn(server: Served, point: Point, prompts: Sequence[Sequence[int]]) -> LoadTurn:
-    """Send all prompts, `point.batch_size` at a time."""
-    cpu, started = server.cpu_seconds(), time.perf_counter()
-    found = asyncio.run(_all(server.url, point, prompts))
-    seconds, after = time.perf_counter() - started, server.cpu_seconds()
+def one_turn(
+    server: Served,
+    traffic: Traffic,
+    prompts: Sequence[Sequence[int]],
+    number: int,
+    answered: Callable[[], None] = lambda: None,
+) -> LoadTurn:
+    """Send all prompts of round `number` as the traffic has it. A turn ends with its last answer."""
+    cpu = server.cpu_seconds()
+    found, seconds = send(server.url, traffic, prompts, traffic.arrivals(len(prompts), number), answered)
+    after = server.cpu_seconds()
     used = None if cpu is None or after is None else after - cpu
     return LoadTurn(requests=tuple(found), seconds=seconds, cpu_seconds=used)
 
 
-async def _all(url: str, point: Point, prompts: Sequence[Sequence[int]]) -> list[Request]:
-    free = asyncio.Semaphore(point.batch_size)
-    key = os.environ.get("OPENAI_API_KEY")  # goes into the header, nowhere else
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    # a connection each: llama.cpp's server closes idle ones, and a request that meets that fails
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    base = url.rstrip("/").removesuffix("/v1")
-    async with httpx.AsyncClient(base_url=base, headers=headers, timeout=TIMEOUT_SECONDS, limits=limits) as client:
-        model = await _model_of(client)
-
-        async def one(prompt: Sequence[int]) -> Request:
-            async with free:
-                return await _one(client, model, prompt, point.generated_tokens)
-
-        return list(await asyncio.gather(*map(one, prompts)))
-
-
-async def _model_of(client: httpx.AsyncClient) -> str:
-    """The first model that a server names."""
-    try:
-        answer = await client.get("/v1/models")
-        answer.raise_for_status()
-        return str(answer.json()["data"][0]["id"])
-    except (httpx.HTTPError, ValueError, LookupError) as error:
-        raise PuzzleFailure(
-            f"no OpenAI-style server answers at {client.base_url}v1/models ({error or type(error).__name__}): "
-            "start one there, or name another --url."
-        ) from error
-
-
-async def _one(client: httpx.AsyncClient, model: str, prompt: Sequence[int], tokens: int) -> Request:
-    body = {
-        "model": model,
-        "prompt": list(prompt),
-        "max_tokens": tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    usage: dict[str, Any] = {}
-    started, times = time.perf_counter(), list[float]()
-    try:
-        async with client.stream("POST", "/v1/completions", json=body) as answer:
-            if answer.status_code != httpx.codes.OK:
-                text = (await answer.aread()).decode(errors="replace")
-                return Request(error=f"status {answer.status_code}: {text[:200]}")
-            async for line in answer.aiter_lines():
-                event = event_of(line)
-                if any("text" in choice for choice in event.get("choices") or ()):
-                    times.append(time.perf_counter() - started)
-                usage = event.get("usage") or usage
-    except (httpx.HTTPError, ValueError) as error:
-        return Request(error=f"{type(error).__name__}: {error}".rstrip(": "))
-    return request_of(times, usage, tokens)
-
-
-def event_of(line: str) -> dict[str, Any]:
-    """One line of a stream; empty for a comment, a blank line and [DONE]. ValueError for an error of the server's."""
-    text = line.removeprefix("data:").strip()
-    if not line.startswith("data:") or text == "[DONE]":
-        return {}
-    event: dict[str, Any] = json.loads(text)
-    if event.get("error"):
-        raise ValueError(str(event["error"])[:200])
-    return event
-
-
-def request_of(times: Sequence[float], usage: Mapping[str, Any], tokens: int) -> Request:
-    """What one answer is worth: its usage has to say that it holds the tokens that were asked for."""
-    got = usage.get("completion_tokens")
-    if got is None or not times:
-        return Request(error="the answer has no usage, so its tokens cannot be counted")
-    if got != tokens:
-        return Request(output_tokens=got, error=f"{got} tokens instead of {tokens}: it stopped early")
-    prompt = int(usage.get("prompt_tokens") or 0)
-    return Request(first=times[0], last=times[-1], prompt_tokens=prompt, output_tokens=got)
-
-
-def row_of(name: str, point: Point, turns: Mapping[str, Sequence[LoadTurn]], memory: int | None) -> LoadRow:
+def row_of(
+    name: str, traffic: Traffic, turns: Mapping[str, Sequence[LoadTurn]], memory: int | None, limits: Limits
+) -> LoadRow:
     """One model's turns, summed up: medians over the rounds, percentiles over all requests of all rounds."""
     own = turns[name]
     everything = [request for turn in own for request in turn.requests]
     tokens = median_metric([turn.tokens_per_second() for turn in own])
     return LoadRow(
         model=name,
-        load=point.label,
+        load=traffic.label,
+        rate=traffic.rate,
         requests=len(everything),
         failed=sum(turn.failed() for turn in own),
         errors=tuple(sorted({request.error for request in everything if request.error}))[:5],
+        good=good_share(own, limits),
         requests_per_second=median_metric([(len(turn.requests) - turn.failed()) / turn.seconds for turn in own]),
         tokens_per_second=tokens,
-        request_efficiency=tokens.value / point.generated_tokens,
+        request_efficiency=tokens.value / traffic.point.generated_tokens,
         first_token_ms=_percentiles([request.first for request in everything]),
         output_token_ms=_percentiles([request.per_token() for request in everything]),
         memory_bytes=memory,
         gains=load_gains(turns[PARENT], own) if PARENT in turns and name != PARENT else None,
     )
+
+
+def good_share(turns: Sequence[LoadTurn], limits: Limits) -> Metric | None:
+    """Share of requests within the limits: mean of the rounds and its standard error; None without limits."""
+    if not limits.given():
+        return None
+    shares = [
+        statistics.mean(limits.hold(request.first, request.per_token()) for request in turn.requests) for turn in turns
+    ]
+    se = statistics.stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else 0.0
+    return Metric(value=statistics.mean(shares), se=se, n=len(shares))
 
 
 def _percentiles(values: Sequence[float]) -> tuple[float | None, float | None]:
