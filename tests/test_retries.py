@@ -4,9 +4,7 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from uuid import uuid4
 
 import pytest
 import torch
@@ -167,10 +165,9 @@ def test_restarts_are_counted_since_somebody_started_the_run() -> None:
 
 
 def test_the_watch_is_on_runs_of_puzzle_alone() -> None:
-    deployment = uuid4()
-    silent, crashed = (each.model_dump(mode="json") for each in watch.automations([deployment]))
+    silent, crashed = (each.model_dump(mode="json") for each in watch.automations())
     for automation in (silent, crashed):
-        assert automation["trigger"]["match_related"]["prefect.resource.id"] == [f"prefect.deployment.{deployment}"]
+        assert automation["trigger"]["match_related"]["prefect.resource.id"] == "prefect.tag.puzzle"
     assert silent["trigger"]["within"] > 2 * watch.HEARTBEAT_SECONDS
     assert silent["actions"][0]["state"] == "CRASHED" and crashed["actions"][0]["state"] == "SCHEDULED"
 
@@ -190,25 +187,3 @@ def test_failures_keep_their_sentence_on_the_console_and_lose_the_traceback() ->
     finally:
         log.removeHandler(handler)
     assert seen[0] == ("failed: [Errno 28] No space left on device", None) and seen[1][1] is not None
-
-
-def test_a_dead_run_outside_the_root_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, outside = tmp_path / "root", tmp_path / "outside"
-    root.mkdir()
-    outside.mkdir()
-
-    class Client:
-        def __enter__(self) -> "Client":
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-        def read_flow_runs(self, **_: object) -> list[Any]:
-            asked = (str(outside), "../outside", "")
-            return [SimpleNamespace(id=uuid4(), name=one, parameters={"workspace": one}) for one in asked]
-
-        def set_flow_run_state(self, *_: object, **__: object) -> None: ...
-
-    monkeypatch.setattr(watch, "get_client", lambda sync_client: Client())
-    assert watch.start_dead_ones_again(root, [uuid4()]) == []
-    assert not (outside / "locks").exists()
