@@ -1,6 +1,6 @@
 """Operated for real: `puzzle serve` and a worker of `prefect.yaml`, everything asked for through the servers' APIs.
 
-    .venv/bin/python -m benchmarks.operate                      # all sections, about ten minutes on an idle machine
+    .venv/bin/python -m benchmarks.operate                      # all, a quarter of an hour on an idle machine
     .venv/bin/python -m benchmarks.operate champion             # one of them again; the others' rows are kept
 
 Each row is a thing that a person would do in the UI, the seconds until it was done, and what both servers said of it
@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.common import ROOT, table, write_page
+from benchmarks.common import ROOT, commit, table, write_page
 from benchmarks.pool import deployed, killed, measured, pool, swept, worked
 from benchmarks.site import (
     PATIENCE,
@@ -214,6 +214,7 @@ def row(site: Site, step: Step) -> list[object]:
 def run_section(name: str) -> str:
     """A section in a fresh folder, as Markdown."""
     title, place, steps = SECTIONS[name]
+    began = commit()
     with tempfile.TemporaryDirectory(prefix="puzzle-operate-") as folder:
         with place(Path(folder)) as site:
             for step in steps:
@@ -221,9 +222,9 @@ def run_section(name: str) -> str:
         left = [each.pid for each in psutil.process_iter(["cmdline"]) if folder in " ".join(each.info["cmdline"] or [])]
     assert not left, f"processes survive: {left}"
     how = (
-        f"Ready after {site.start_seconds:.0f} s, nothing left running when stopped; {datetime.now(UTC):%Y-%m-%d}, "
-        f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores. Seconds of wall time; the start of each run's "
-        "process and its imports are most of them."
+        f"Ready after {site.start_seconds:.0f} s, nothing left running when stopped; commit {began}, "
+        f"{datetime.now(UTC):%Y-%m-%d}, load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores. Seconds of wall time; "
+        "the start of each run's process and its imports are most of them."
     )
     return "\n\n".join([f"## {title}", how, table(["step", "seconds", "what the servers said"], site.rows)])
 
