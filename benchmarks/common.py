@@ -86,22 +86,24 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def write_page(name: str, title: str, parts: Sequence[str]) -> None:
-    """Write benchmarks/<name>.md, and print it."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+def commit() -> str:
+    """The commit that runs, and whether the product was changed since."""
+    short = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     changed = subprocess.run(
         ["git", "status", "--porcelain", "--", "blocks", "tasks", "flows", "profiles"],
         cwd=ROOT,
         capture_output=True,
         text=True,
     ).stdout
+    return f"{short.strip()}{' with local changes' if changed else ''}"
+
+
+def write_page(name: str, title: str, parts: Sequence[str]) -> None:
+    """Write benchmarks/<name>.md, and print it."""
     module = Path(sys.argv[0]).stem
     own = [word for word in sys.argv[1:] if not word.startswith("/")]
     command = " ".join([".venv/bin/python -m", f"benchmarks.{module}", *own]).replace(" --workspace", "")
-    made = (
-        f"`{command}`, commit {commit.strip()}{' with local changes' if changed else ''}, "
-        f"{processor()} ({platform.machine()}), {datetime.now(UTC):%Y-%m-%d}"
-    )
+    made = f"`{command}`, commit {commit()}, {processor()} ({platform.machine()}), {datetime.now(UTC):%Y-%m-%d}"
     text = "\n\n".join([f"# {title}", made, *parts]) + "\n"
     write_text(ROOT / "benchmarks" / f"{name}.md", text)
     print(text)

@@ -1,6 +1,6 @@
 """Operated for real: `puzzle serve` and a worker of `prefect.yaml`, everything asked for through the servers' APIs.
 
-    .venv/bin/python -m benchmarks.operate                      # all sections, about ten minutes on an idle machine
+    .venv/bin/python -m benchmarks.operate                      # all, a quarter of an hour on an idle machine
     .venv/bin/python -m benchmarks.operate champion             # one of them again; the others' rows are kept
 
 Each row is a thing that a person would do in the UI, the seconds until it was done, and what both servers said of it
@@ -9,8 +9,6 @@ section that is finished is kept in workspace/operate/ and not run again: delete
 """
 
 import argparse
-import hashlib
-import json
 import os
 import signal
 import subprocess
@@ -25,12 +23,24 @@ from typing import Any
 
 import psutil
 
-from benchmarks.common import ROOT, table, write_page
-from benchmarks.site import OVER, PATIENCE, Site, both_servers, changed, environment_of, request, served
+from benchmarks.common import ROOT, commit, table, write_page
+from benchmarks.pool import deployed, killed, measured, pool, swept, worked
+from benchmarks.site import (
+    PATIENCE,
+    PROFILE,
+    Site,
+    blocks_of,
+    changed,
+    child_digest,
+    distilling,
+    environment_of,
+    request,
+    same_child,
+    served,
+)
 from tasks.failures.presence import others_at_work
-from tasks.operating.servers import LOOPBACK, free_port, running, stop
+from tasks.operating.servers import LOOPBACK, free_port, running
 
-PROFILE = ROOT / "benchmarks" / "operate.yaml"
 KEPT = ROOT / "workspace" / "operate"
 TIGHT = {"budget.layer_parameters_fraction": 0.45}
 WORSE = {"gkd.steps": 0, "bld.steps": 0, "bld.closed_form": False}
@@ -48,12 +58,6 @@ def refused(site: Site) -> str:
         assert status == 409, said
         reasons.append(said.split("Failure reason: ")[1].split('"}')[0])
     return "409: " + "; ".join(reasons)
-
-
-def child_digest(workspace: Path) -> str:
-    """sha256 of the only child of a workspace."""
-    (child,) = workspace.glob("runs/*/child/model.safetensors")
-    return hashlib.sha256(child.read_bytes()).hexdigest()
 
 
 def optimized(site: Site) -> str:
@@ -87,33 +91,6 @@ def escaped(site: Site) -> str:
     assert state["type"] == "FAILED" and "is not below a folder" in state["message"], state
     assert not (site.root / "escape").exists()
     return f"Failed: {state['message'].split(': ', 1)[-1]}; nothing was written"
-
-
-def distilling(site: Site, workspace: Path) -> str:
-    """A run of `optimize` that has its first block."""
-    run = site.start("optimize", workspace=workspace.name)
-    while not list(workspace.glob("library/*.json")):
-        assert site.state(run)["type"] not in OVER
-        time.sleep(0.05)
-    return run
-
-
-def blocks_of(workspace: Path) -> dict[Path, int]:
-    """When each block record was written; every one must have its weights, with their digest."""
-    for path in workspace.glob("library/*.json"):
-        weights = json.loads(path.read_text())["weights"]
-        assert (
-            not weights or hashlib.sha256((workspace / weights["path"]).read_bytes()).hexdigest() == weights["sha256"]
-        )
-    return {path: path.stat().st_mtime_ns for path in workspace.glob("library/*.json")}
-
-
-def same_child(site: Site, workspace: Path, done: dict[Path, int]) -> str:
-    """After an interruption: the uninterrupted run's child, no block made anew."""
-    assert {path: path.stat().st_mtime_ns for path in done} == done
-    assert child_digest(workspace) == site.kept["first"]
-    assert not list(workspace.rglob("*.part"))
-    return f"{len(done)} whole blocks, none of them made anew, the child is the uninterrupted run's bit for bit"
 
 
 def cancelled(site: Site) -> str:
@@ -205,94 +182,6 @@ def scheduled(site: Site) -> str:
     return f"{run['state']['name']}, {run['total_run_time']:.1f} s of run, created by the scheduler"
 
 
-def deployed(site: Site) -> str:
-    """`prefect work-pool create`, `prefect deploy --all`."""
-    said = [
-        prefect(site, *words) for words in (("work-pool", "create", "local", "--type", "process"), ("deploy", "--all"))
-    ]
-    flows = ("optimize", "reoptimize", "sweep", "measure-hardware")
-    assert all(site.deployment(flow)["work_pool_name"] == "local" for flow in flows), said
-    return f"4 deployments in the work pool: {', '.join(f'{flow}/{site.name}' for flow in flows)}"
-
-
-def prefect(site: Site, *words: str) -> str:
-    """A command of Prefect's, in the repository."""
-    command = [str(Path(sys.executable).parent / "prefect"), "--no-prompt", *words]
-    ran = subprocess.run(
-        command, cwd=ROOT, env=worker_environment(site), capture_output=True, text=True, timeout=PATIENCE
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout
-
-
-def worked(site: Site) -> str:
-    """A run of `optimize` that the worker picked up."""
-    run = site.start("optimize", workspace="pool")
-    site.finished(run)
-    found = site.run(run)
-    assert found["work_pool_name"] == "local" and list((site.root / "pool" / "runs").glob("*/child/model.safetensors"))
-    return (
-        f"Completed in {found['total_run_time']:.0f} s, {len(site.artifacts(run))} artifacts, a child in its workspace"
-    )
-
-
-def measured(site: Site) -> str:
-    """`measure-hardware` through the pool, in a workspace of its own."""
-    run = site.start("measure-hardware", workspace="fresh")
-    site.finished(run)
-    (stored,) = (site.root / "fresh" / "costs").glob("*.json")
-    costs, shown = json.loads(stored.read_text())["costs"], json.loads(site.artifacts(run)["costs"]["data"])
-    assert len(costs) == len(shown) and all(cost["prefill_seconds"] >= 0 for cost in costs)
-    return f"{len(costs)} costs stored and shown as a table"
-
-
-def swept(site: Site) -> str:
-    """`sweep` through the pool, on the library of the run above; then on a workspace without one."""
-    run = site.start("sweep", workspace="pool", over="num_params", points=12, memory_mib="95%")
-    site.finished(run)
-    found = json.loads(site.artifacts(run)["sweep"]["data"])
-    scores = [row["score"] for row in found if row["score"] is not None]
-    assert len(found) == 12 and scores == sorted(scores, reverse=True), found
-    state = site.wait(site.start("sweep", workspace="nowhere"))
-    assert state["type"] == "FAILED", state
-    without = f"on a workspace without a library: {state['message']}"
-    return f"12 limits, {len(scores)} with a child, score {scores[0]:.3f} to {scores[-1]:.3f}; {without}"
-
-
-def worker_environment(site: Site) -> dict[str, str]:
-    """What the deployments and the worker are given, as docs/operate.md says."""
-    named = {"PUZZLE_HOME": str(ROOT), "PUZZLE_ROOT": str(site.root), "PUZZLE_PROFILE": str(PROFILE)}
-    quiet = {
-        "PREFECT_HOME": str(site.root / ".prefect"),
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-    }
-    return {**environment_of(site), **named, **quiet, "PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
-
-
-@contextmanager
-def pool(root: Path) -> Iterator[Site]:
-    """Both servers and a process worker; the pool is made, and the deployments deployed, by the first step."""
-    with both_servers(root) as named:
-        api, started = named["PREFECT_API_URL"], time.monotonic()
-        mlflow = named["MLFLOW_TRACKING_URI"]
-        site = Site(root=root, prefect=api.removesuffix("/api"), mlflow=mlflow, name="puzzle")
-        site.rows.append(row(site, deployed))
-        command = [str(Path(sys.executable).parent / "prefect"), "worker", "start", "--pool", "local", "--limit", "1"]
-        with (root / "worker.log").open("ab") as log:
-            worker = subprocess.Popen(
-                command, cwd=ROOT, env=worker_environment(site), stdout=log, stderr=log, start_new_session=True
-            )
-        try:
-            site.start_seconds = time.monotonic() - started
-            yield site
-        except BaseException:
-            print((root / "worker.log").read_text()[-3000:], file=sys.stderr)
-            raise
-        finally:
-            stop(worker, 30)
-
-
 @contextmanager
 def behind_serve(root: Path) -> Iterator[Site]:
     """`puzzle serve` with servers of its own."""
@@ -309,7 +198,7 @@ SECTIONS: dict[str, tuple[str, Place, tuple[Step, ...]]] = {
         behind_serve,
         (optimized, crowned, remeasured, rolled_back, completed, scheduled),
     ),
-    "pool": ("`prefect.yaml` on a process worker", pool, (worked, measured, swept)),
+    "pool": ("`prefect.yaml` on a process worker", pool, (deployed, worked, killed, measured, swept)),
 }
 
 
@@ -325,6 +214,7 @@ def row(site: Site, step: Step) -> list[object]:
 def run_section(name: str) -> str:
     """A section in a fresh folder, as Markdown."""
     title, place, steps = SECTIONS[name]
+    began = commit()
     with tempfile.TemporaryDirectory(prefix="puzzle-operate-") as folder:
         with place(Path(folder)) as site:
             for step in steps:
@@ -332,9 +222,9 @@ def run_section(name: str) -> str:
         left = [each.pid for each in psutil.process_iter(["cmdline"]) if folder in " ".join(each.info["cmdline"] or [])]
     assert not left, f"processes survive: {left}"
     how = (
-        f"Ready after {site.start_seconds:.0f} s, nothing left running when stopped; {datetime.now(UTC):%Y-%m-%d}, "
-        f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores. Seconds of wall time; the start of each run's "
-        "process and its imports are most of them."
+        f"Ready after {site.start_seconds:.0f} s, nothing left running when stopped; commit {began}, "
+        f"{datetime.now(UTC):%Y-%m-%d}, load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores. Seconds of wall time; "
+        "the start of each run's process and its imports are most of them."
     )
     return "\n\n".join([f"## {title}", how, table(["step", "seconds", "what the servers said"], site.rows)])
 

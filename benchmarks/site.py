@@ -3,8 +3,10 @@
 For benchmarks/operate.py and tests/test_end_to_end.py.
 """
 
+import hashlib
 import json
 import os
+import subprocess
 import sys
 import time
 import urllib.error
@@ -19,6 +21,7 @@ from typing import Any
 from tasks.operating.servers import LOOPBACK, QUIET, free_port, mlflow_server, prefect_server, running
 
 ROOT = Path(__file__).resolve().parent.parent
+PROFILE = ROOT / "benchmarks" / "operate.yaml"
 OVER = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 PATIENCE = 900.0  # seconds; a busy machine takes ten times as long as an idle one
 Changes = Mapping[str, Any]
@@ -35,6 +38,7 @@ class Site:
     start_seconds: float = 0.0
     rows: list[list[object]] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def call(self, path: str, body: Any = None, method: str | None = None) -> tuple[int, Any]:
         """Status and JSON of a request to Prefect's API."""
@@ -67,6 +71,11 @@ class Site:
     def state(self, run: str) -> Any:
         """The state of a run."""
         return self.run(run)["state"]
+
+    def state_names(self, run: str) -> list[str]:
+        """The names of all states that a run has been in, oldest first."""
+        found = self.call(f"/flow_run_states/?flow_run_id={run}")[1]
+        return [state["name"] for state in sorted(found, key=lambda state: state["timestamp"])]
 
     def wait(self, run: str, seconds: float = PATIENCE) -> Any:
         """The final state of a run."""
@@ -183,3 +192,36 @@ def served(
 def environment_of(site: Site) -> dict[str, str]:
     """What a command needs to reach the servers of a site."""
     return {**os.environ, "PREFECT_API_URL": f"{site.prefect}/api", "MLFLOW_TRACKING_URI": site.mlflow}
+
+
+def child_digest(workspace: Path) -> str:
+    """sha256 of the only child of a workspace."""
+    (child,) = workspace.glob("runs/*/child/model.safetensors")
+    return hashlib.sha256(child.read_bytes()).hexdigest()
+
+
+def distilling(site: Site, workspace: Path) -> str:
+    """A run of `optimize` that has its first block."""
+    run = site.start("optimize", workspace=workspace.name)
+    while not list(workspace.glob("library/*.json")):
+        assert site.state(run)["type"] not in OVER
+        time.sleep(0.05)
+    return run
+
+
+def blocks_of(workspace: Path) -> dict[Path, int]:
+    """When each block record was written; every one must have its weights, with their digest."""
+    for path in workspace.glob("library/*.json"):
+        weights = json.loads(path.read_text())["weights"]
+        assert (
+            not weights or hashlib.sha256((workspace / weights["path"]).read_bytes()).hexdigest() == weights["sha256"]
+        )
+    return {path: path.stat().st_mtime_ns for path in workspace.glob("library/*.json")}
+
+
+def same_child(site: Site, workspace: Path, done: dict[Path, int]) -> str:
+    """After an interruption: the uninterrupted run's child, no block made anew."""
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert child_digest(workspace) == site.kept["first"]
+    assert not list(workspace.rglob("*.part"))
+    return f"{len(done)} whole blocks, none of them made anew, the child is the uninterrupted run's bit for bit"

@@ -60,7 +60,7 @@ def serve_command(
         check_servers()
         typer.echo(f"Prefect: {os.environ['PREFECT_API_URL'].removesuffix('/api')}")
         typer.echo(f"MLflow:  {os.environ['MLFLOW_TRACKING_URI']}")
-        offer(wanted, root, runs, reoptimize_at)
+        offer(wanted, runs, reoptimize_at)
 
 
 def served_environment(root: Path, data: list[Path], remote_code: bool, stores: list[str]) -> dict[str, str]:
@@ -105,22 +105,21 @@ def _free(port: int, option: str) -> int:
     return port
 
 
-def offer(wanted: list[Profile], root: Path, runs: int, reoptimize_at: str | None) -> None:
+def offer(wanted: list[Profile], runs: int, reoptimize_at: str | None) -> None:
     """Register the deployments and wait for runs; each runs in a process of its own, a crashed one again.
 
-    As `prefect.serve` does, which would not tell the deployments' ids; to register them twice would take away a
-    schedule that somebody added in between.
+    As `prefect.serve` does, with the watch begun in between; to register deployments twice would take away a schedule
+    that somebody added meanwhile.
     """
     from prefect.exceptions import TerminationSignal
     from prefect.runner import Runner
 
-    from tasks.failures.watch import keep_watch, start_dead_ones_again
+    from tasks.failures.watch import keep_watch
 
     runner: Any = Runner(pause_on_shutdown=True, limit=runs)
-    made = [runner.add_deployment(each) for each in deployments(wanted, reoptimize_at)]
-    keep_watch(made)
-    for name in start_dead_ones_again(root, made):
-        typer.echo(f"{name}: its process was gone, it is started again")
+    for each in deployments(wanted, reoptimize_at):
+        runner.add_deployment(each)
+    keep_watch()
     with contextlib.suppress(KeyboardInterrupt, TerminationSignal):
         asyncio.run(runner.start())
 

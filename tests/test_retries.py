@@ -21,7 +21,6 @@ from tasks import bld, gkd, scoring
 from tasks.failures import memory, retries, watch
 from tasks.failures.memory import Parts
 from tasks.failures.retries import TookTooLong, told_in_time, worth_retrying
-from tasks.failures.sharing import made_once
 from tasks.progress import without_tracebacks
 from tests.chain import Chain
 
@@ -198,10 +197,9 @@ def test_restarts_are_counted_since_somebody_started_the_run() -> None:
 
 
 def test_the_watch_is_on_runs_of_puzzle_alone() -> None:
-    deployment = uuid4()
-    silent, crashed = (each.model_dump(mode="json") for each in watch.automations([deployment]))
+    silent, crashed = (each.model_dump(mode="json") for each in watch.automations())
     for automation in (silent, crashed):
-        assert automation["trigger"]["match_related"]["prefect.resource.id"] == [f"prefect.deployment.{deployment}"]
+        assert automation["trigger"]["match_related"]["prefect.resource.id"] == "prefect.tag.puzzle"
     assert silent["trigger"]["within"] > 2 * watch.HEARTBEAT_SECONDS
     assert silent["actions"][0]["state"] == "CRASHED" and crashed["actions"][0]["state"] == "SCHEDULED"
 
@@ -224,24 +222,16 @@ def test_failures_keep_their_sentence_on_the_console_and_lose_the_traceback() ->
 
 
 class Prefect:
-    """Prefect's client with some flow runs, states and automations of a server."""
+    """Prefect's client with some states and automations of a server."""
 
-    def __init__(self, workspaces: Sequence[str] = (), states: Sequence[Any] = (), there: Sequence[Any] = ()) -> None:
-        self.runs = [SimpleNamespace(id=uuid4(), name=one, parameters={"workspace": one}) for one in workspaces]
+    def __init__(self, states: Sequence[Any] = (), there: Sequence[Any] = ()) -> None:
         self.states, self.there = states, there
-        self.set: list[tuple[UUID, str | None, bool]] = []
         self.deleted: list[Any] = []
 
     def __enter__(self) -> "Prefect":
         return self
 
     def __exit__(self, *_: object) -> None: ...
-
-    def read_flow_runs(self, **_: object) -> list[Any]:
-        return self.runs
-
-    def set_flow_run_state(self, run: UUID, state: Any, force: bool) -> None:
-        self.set.append((run, state.name, force))
 
     def read_flow_run_states(self, _: UUID) -> Sequence[Any]:
         return self.states
@@ -251,21 +241,6 @@ class Prefect:
 
     def delete_automation(self, number: Any) -> None:
         self.deleted.append(number)
-
-
-def test_dead_runs_are_started_again_where_nobody_works_and_below_the_root(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root, outside = tmp_path / "root", tmp_path / "outside"
-    for folder in (root, outside, root / "dead", root / "alive"):
-        folder.mkdir()
-    client = Prefect(["dead", "alive", "gone", str(outside), "../outside", ""])
-    monkeypatch.setattr(watch, "get_client", lambda sync_client: client)
-    dead, alive = client.runs[:2]
-    with made_once(root / "alive", watch.piece_of_run(str(alive.id))):
-        assert watch.start_dead_ones_again(root, [uuid4()]) == ["dead"]
-    assert client.set == [(dead.id, watch.RESTART, True)]
-    assert not (outside / "locks").exists()
 
 
 def test_a_run_that_crashed_too_often_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,19 +258,17 @@ def test_a_run_that_crashed_too_often_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_the_watch_of_now_stays_and_an_older_one_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     monkeypatch.setattr(Automation, "create", lambda self: made.append(self))
-    deployments = [uuid4(), uuid4()]
 
     def kept(*there: Any) -> tuple[list[str], list[Any]]:
         made.clear()
         client = Prefect(there=there)
         monkeypatch.setattr(watch, "get_client", lambda sync_client: client)
-        watch.keep_watch(deployments)
+        watch.keep_watch()
         return [one.name for one in made], client.deleted
 
-    names = [one.name for one in watch.automations(deployments)]
+    names = [one.name for one in watch.automations()]
     assert kept() == (names, [])
     there = [SimpleNamespace(id=number, name=one.name, description=one.description) for number, one in enumerate(made)]
-    deployments.reverse()
     assert kept(*there) == ([], [])
-    there[1].description = "kept by puzzle serve, another version"
+    there[1].description = "kept by puzzle, another version"
     assert kept(*there) == (names[1:], [1])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,19 @@ def test_prefect_yaml_names_flows_that_are_there() -> None:
     entrypoints = [each["entrypoint"].split(":") for each in described["deployments"]]
     assert {file for file, _ in entrypoints} == {"flows/served.py"}
     assert {getattr(served, name).name for _, name in entrypoints} == {flow.name for flow in FLOWS}
+
+
+def test_whoever_serves_runs_sees_to_it_that_their_deaths_are_noticed() -> None:
+    described = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+    assert described["build"] == [{f"{watch.__name__}.{watch.keep_watch.__name__}": {}}]
+    beats = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(watch.HEARTBEAT_SECONDS)}
+    for each in described["deployments"]:
+        assert watch.TAG in each["tags"] and each["work_pool"]["job_variables"]["env"] == beats
+    environment = serve.served_environment(ROOT, [], False, [])
+    assert beats.items() <= environment.items()
+    assert all(watch.TAG in each.tags for each in serve.deployments([load_profile("tiny")]))
+    kept = TypeAdapter(timedelta).validate_python(environment["PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER"])
+    assert kept == watch.FORGET
 
 
 def test_servers_listen_on_loopback_only() -> None:

@@ -1,57 +1,50 @@
-"""Crashed runs of a serving Prefect are noticed and started again: two automations that `puzzle serve` keeps there.
+"""Crashed runs are noticed and started again: two automations on Prefect's server, kept there by `puzzle serve` and by
+`prefect deploy` (a step of prefect.yaml).
 
 A served run beats every 30 s. One whose heart stops (its process and the one that would have noticed are both gone) is
 marked Crashed; one that is Crashed, by that or by its runner, is scheduled again as the same flow run. It finds its
 finished work and its MLflow run in the workspace. A run itself refuses to start for the sixth time.
+
+The server forgets a silence that ended a minute ago, unless PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER says otherwise
+(tasks/operating/servers.py): without it, one that was down for longer never noticed who had died meanwhile.
 """
 
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from prefect import runtime
 from prefect.automations import Automation
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    DeploymentFilter,
-    DeploymentFilterId,
-    FlowRunFilter,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
-from prefect.states import Scheduled
 
 from blocks.errors import PuzzleFailure
 from blocks.library import digest_of
-from tasks.failures.sharing import Piece, being_made
+from tasks.failures.sharing import Piece
 
 HEARTBEAT_SECONDS = 30  # Prefect's least
 SILENCE_SECONDS = 90  # on a busy machine beats were seen 44 s apart
 RESTARTS = 5
-VERSION = 1  # raise it when the automations change
+TAG = "puzzle"  # of every deployment of ours, and so of their runs
+VERSION = 2  # raise it when the automations change
 RESTART = "Restarting"
 FORGET = timedelta(days=30)
 _BEAT = "prefect.flow-run.heartbeat"
 _ENDS = ("Completed", "Failed", "Cancelled", "Crashed", "Suspended", "Paused", "Scheduled")
 
 
-def automations(deployments: Sequence[UUID]) -> list[Automation]:
-    """The two of them, for runs of these deployments alone: others may share the server. By their ids: a heartbeat
-    names no deployment.
+def automations() -> list[Automation]:
+    """The two of them, for runs that are tagged as ours alone: others may share the server. A heartbeat names its tags,
+    but not its deployment.
     """
     ours: dict[str, Any] = {
         "match": ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
         "match_related": ResourceSpecification(
-            {
-                "prefect.resource.role": "deployment",
-                "prefect.resource.id": [f"prefect.deployment.{each}" for each in deployments],
-            }
+            {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"}
         ),
         "for_each": {"prefect.resource.id"},
     }
@@ -91,38 +84,20 @@ def automations(deployments: Sequence[UUID]) -> list[Automation]:
     ]
 
 
-def keep_watch(deployments: Sequence[UUID]) -> None:
+def keep_watch() -> None:
     """Create the automations on the server. One that is there already stays: it remembers who was alive, and a run
     that died while nobody served is noticed now.
     """
-    version = digest_of(deployments=sorted(map(str, deployments)), silence=SILENCE_SECONDS, version=VERSION)
+    version = digest_of(silence=SILENCE_SECONDS, version=VERSION)
     with get_client(sync_client=True) as client:
-        for automation in automations(deployments):
-            automation.description = f"kept by puzzle serve, {version}"
+        for automation in automations():
+            automation.description = f"kept by puzzle, {version}"
             there = client.read_automations_by_name(automation.name)
             for old in there:
                 if old.description != automation.description:
                     client.delete_automation(old.id)
             if all(old.description != automation.description for old in there):
                 automation.create()
-
-
-def start_dead_ones_again(root: Path, deployments: Sequence[UUID]) -> list[str]:
-    """Names of the runs that Prefect takes for running and whose process is gone, which are scheduled again: they died
-    together with what would have noticed. A run that lives holds a lock in its workspace.
-    """
-    running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])))
-    ours, again = DeploymentFilter(id=DeploymentFilterId(any_=list(deployments))), []
-    with get_client(sync_client=True) as client:
-        for run in client.read_flow_runs(flow_run_filter=running, deployment_filter=ours):
-            folder = root / str(run.parameters.get("workspace", ""))
-            if folder.resolve().parent != root.resolve():
-                continue  # no workspace of ours: whoever reaches Prefect's API names what he likes
-            if folder.is_dir() and not being_made(folder, piece_of_run(str(run.id))):
-                told = "its process was gone when `puzzle serve` started: started again, finished work is kept"
-                client.set_flow_run_state(run.id, Scheduled(name=RESTART, message=told), force=True)
-                again.append(run.name)
-    return again
 
 
 def piece_of_run(run: str) -> Piece:

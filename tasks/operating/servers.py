@@ -210,11 +210,12 @@ def mlflow_server(port: int, store: str, artifacts: str) -> tuple[list[str], str
     return command, f"http://{LOOPBACK}:{port}"
 
 
-# what every server of ours runs with: quiet, no telemetry, no job workers that nothing here uses
+# what every server of ours runs with: quiet, no telemetry, no job workers that nothing here uses, deaths remembered
 QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": "P30D",  # tasks/failures/watch.py says why
     "PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL": "WARNING",  # a line for every finished task says nothing
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
