@@ -33,6 +33,7 @@ class Cluster:
     workers: Callable[[], list[psutil.Process]]
     busy: Callable[[], list[psutil.Process]]  # those that have a task right now
     environment: dict[str, str] = field(default_factory=dict)  # the flow's process needs this
+    mend: Callable[[], None] = lambda: None  # new workers for those that were killed; Ray starts its own
 
     @property
     def settings(self) -> list[str]:
@@ -85,19 +86,26 @@ def dask_cluster(folder: Path, workers: int = 2) -> Iterator[Cluster]:
         _started(command, folder / "scheduler.log", stack)
         command = [str(BIN / "dask"), "worker", address, "--nthreads", "1", "--no-nanny", "--memory-limit", "0"]
         command += ["--no-dashboard", "--local-directory", str(folder)]
-        started = [_started(command, folder / f"worker-{number}.log", stack) for number in range(workers)]
+        started: list[psutil.Process] = []
+        pids: dict[str, int] = {}
         client = stack.enter_context(Client(address, timeout=180, set_as_default=False))
-        client.wait_for_workers(workers, timeout=180)
-        pids = client.run(os.getpid)
 
         def alive() -> list[psutil.Process]:
             return [process for process in started if _lives(process)]
+
+        def mend() -> None:
+            for _ in range(workers - len(alive())):
+                started.append(_started(command, folder / f"worker-{len(started)}.log", stack))
+            _until(lambda: {p.pid for p in alive()} == set(client.run(os.getpid).values()), "no workers")
+            pids.update(client.run(os.getpid))
+
+        mend()
 
         def busy() -> list[psutil.Process]:
             found = {pids[address] for address, tasks in client.processing().items() if tasks and address in pids}
             return [process for process in alive() if process.pid in found]
 
-        yield Cluster(runner="dask", address=address, workers=alive, busy=busy)
+        yield Cluster(runner="dask", address=address, workers=alive, busy=busy, mend=mend)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks.operate import Site, child_digest, served
+from benchmarks.operate import PROFILE, child_digest
+from benchmarks.site import Site, served
 from tasks.failures.watch import RESTART
 
 
@@ -76,7 +77,7 @@ def served_run_killed(place: Path) -> dict[str, Any]:
     """The process of a served run is killed; `puzzle serve` lives."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    with served(place) as site:
+    with served(place, str(PROFILE)) as site:
         site.finished(site.start("optimize", "whole"))
         run, before = killed_in_mid_distillation(site, "killed", False)
         return recovered(site, run, "killed", before, time.monotonic())
@@ -86,14 +87,14 @@ def serve_killed(place: Path) -> dict[str, Any]:
     """`puzzle serve` and the process of its run are killed; `puzzle serve` is started again on the same root."""
     assert (place / "whole").exists(), "served_run_killed comes first"
     shutil.rmtree(place / "both", ignore_errors=True)
-    with served(place) as site:
+    with served(place, str(PROFILE)) as site:
         run, before = killed_in_mid_distillation(site, "both", True)
         since = time.monotonic()
         left = [line for line in (place / "prefect-server.pid", place / "mlflow-server.pid") if line.exists()]
         servers = [psutil.Process(int(path.read_text().split()[0])) for path in left]
         printed = len((place / "serve.log").read_text())
         assert len(servers) == 2 and all(server.is_running() for server in servers), "nothing was left behind"
-    with served(place) as site:
+    with served(place, str(PROFILE)) as site:
         assert not any(server.is_running() and server.status() != "zombie" for server in servers)
         log = (place / "serve.log").read_text()[printed:]
         assert log.count("that a killed `puzzle serve` left behind") == 2, log[-2000:]
