@@ -3,6 +3,7 @@
 Workers are killed and counted by pid; nothing is left behind when the block ends.
 """
 
+import importlib
 import os
 import secrets
 import signal
@@ -97,7 +98,7 @@ def dask_cluster(folder: Path, workers: int = 2) -> Iterator[Cluster]:
             for _ in range(workers - len(alive())):
                 started.append(_started(command, folder / f"worker-{len(started)}.log", stack))
             _until(lambda: {p.pid for p in alive()} == set(client.run(os.getpid).values()), "no workers")
-            pids.update(client.run(os.getpid))
+            pids.update(client.run(_warm))
 
         mend()
 
@@ -138,6 +139,12 @@ def ray_cluster(folder: Path, workers: int = 2) -> Iterator[Cluster]:
             return [p for p in all_workers() if "IDLE" not in _title(p)]  # Ray writes the task into the title
 
         yield Cluster(runner="ray", address=f"{LOOPBACK}:{port}", workers=all_workers, busy=busy, environment=token)
+
+
+def _warm() -> int:
+    """In a worker: the imports of the tasks, which take longer than a short task; its process's number."""
+    importlib.import_module("tasks.stages")
+    return os.getpid()
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -17,10 +17,10 @@ from benchmarks.common import ROOT
 
 PUZZLE = [sys.executable, "-c", "from flows.cli import main; main()"]
 PROFILE = ROOT / "profiles" / "tiny.yaml"
-# half of the run is distillation; the rest is made short
+# a third of the run or more is distillation; the rest is made short
 SMALLER = (
     *("corpus.sources=[{kind: python_stdlib, max_files: 80}]", "parent.train_steps=100", "hardware.threads=1"),
-    *("search_space.ffn=[ffn96, ffn48, no_op]", "bld.steps=160", "gkd.steps=12", "gkd.evaluate_every=4"),
+    *("search_space.ffn=[ffn96, ffn48, no_op]", "bld.steps=400", "gkd.steps=12", "gkd.evaluate_every=4"),
     *("measure.stack=1", "measure.decode_steps=2", "evaluate.baselines=[]", "evaluate.throughput_rounds=1"),
 )
 PLACE = ROOT / "workspace" / "faults"
@@ -42,7 +42,7 @@ class Bench:
         words = [*PUZZLE, "optimize", str(PROFILE), "--workspace", str(workspace)]
         for change in SMALLER:
             words += ["--set", change]
-        words += self.cluster.settings if self.cluster else []
+        words += self.cluster.settings if self.cluster else ["--set", "orchestration.max_workers=2"]
         own = self.cluster.environment if self.cluster else {}
         PLACE.mkdir(parents=True, exist_ok=True)
         with log_of(workspace).open("a") as log:
