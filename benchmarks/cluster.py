@@ -115,13 +115,14 @@ def ray_cluster(folder: Path, workers: int = 2) -> Iterator[Cluster]:
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # Ray listens beyond loopback
+    sooner = {"RAY_worker_register_timeout_seconds": "30"}  # else a worker killed at its start is missed after a minute
     with ExitStack() as stack:
         nodes: list[psutil.Process] = []
 
         def start_node(words: list[str], places: int) -> None:
             command = [str(BIN / "ray"), "start", *words, "--num-cpus", str(places), "--block", "--disable-usage-stats"]
             command += ["--object-store-memory", str(80 << 20)]
-            nodes.append(_started(command, folder / f"node-{len(nodes)}.log", stack, token))
+            nodes.append(_started(command, folder / f"node-{len(nodes)}.log", stack, {**token, **sooner}))
             _until(lambda: any("raylet/raylet" in _title(child) for child in _below(nodes[-1])), "no raylet")
 
         temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))

@@ -44,6 +44,9 @@ from benchmarks.faults_served import serve_killed, served_run_killed
 from tasks.operating.servers import QUIET, free_port, mlflow_server, prefect_server, running, stop
 
 RESULTS = PLACE / "results.jsonl"
+COMMIT = subprocess.run(
+    ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+).stdout.strip()
 
 
 def disk_full(bench: Bench) -> dict[str, Any]:
@@ -167,8 +170,7 @@ def known() -> dict[str, dict[str, Any]]:
 
 def keep(runner: str, name: str, found: dict[str, Any]) -> dict[str, Any]:
     """Write a result down."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    line = {"runner": runner, "case": name, "commit": commit.strip(), **found}
+    line = {"runner": runner, "case": name, "commit": COMMIT, **found}
     with RESULTS.open("a") as file:
         file.write(json.dumps(line) + "\n")
     print(json.dumps(line), flush=True)
