@@ -30,7 +30,7 @@ def processes_of(root: Path, run: str = "") -> list[psutil.Process]:
 
 def killed_in_mid_distillation(site: Site, workspace: str, serve_too: bool) -> tuple[str, dict[Path, int]]:
     """Start a run, kill -9 its process (and that of `puzzle serve`) when some variants are done; its id and those."""
-    folder, run = site.root / workspace, site.start("optimize", workspace)
+    folder, run = site.root / workspace, site.start("optimize", workspace=workspace)
     while len(list(folder.glob("library/*.json"))) < 3:
         assert site.state(run)["type"] in ("SCHEDULED", "PENDING", "RUNNING"), site.state(run)
         time.sleep(0.05)
@@ -78,7 +78,7 @@ def served_run_killed(place: Path) -> dict[str, Any]:
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     with served(place, str(PROFILE)) as site:
-        site.finished(site.start("optimize", "whole"))
+        site.finished(site.start("optimize", workspace="whole"))
         run, before = killed_in_mid_distillation(site, "killed", False)
         return recovered(site, run, "killed", before, time.monotonic())
 
