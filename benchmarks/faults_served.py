@@ -46,8 +46,8 @@ def recovered(site: Site, run: str, workspace: str, before: dict[Path, int], sin
     noticed = None
     while noticed is None:
         states = site.call(f"/flow_run_states/?flow_run_id={run}")[1]
-        crashed = [state for state in states if state["type"] == "CRASHED"]
-        noticed = crashed[-1] if crashed else None
+        # what died together with `puzzle serve` is Running until the next one starts it again
+        noticed = next((state for state in states if state["type"] == "CRASHED" or state["name"] == RESTART), None)
         assert time.monotonic() - since < 240, f"not noticed: {[state['name'] for state in states]}"
         time.sleep(0.3)
     seconds = time.monotonic() - since
