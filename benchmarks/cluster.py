@@ -3,6 +3,7 @@
 Workers are killed and counted by pid; nothing is left behind when the block ends.
 """
 
+import importlib
 import os
 import secrets
 import signal
@@ -33,6 +34,7 @@ class Cluster:
     workers: Callable[[], list[psutil.Process]]
     busy: Callable[[], list[psutil.Process]]  # those that have a task right now
     environment: dict[str, str] = field(default_factory=dict)  # the flow's process needs this
+    mend: Callable[[], None] = lambda: None  # new workers for those that were killed; Ray starts its own
 
     @property
     def settings(self) -> list[str]:
@@ -85,19 +87,26 @@ def dask_cluster(folder: Path, workers: int = 2) -> Iterator[Cluster]:
         _started(command, folder / "scheduler.log", stack)
         command = [str(BIN / "dask"), "worker", address, "--nthreads", "1", "--no-nanny", "--memory-limit", "0"]
         command += ["--no-dashboard", "--local-directory", str(folder)]
-        started = [_started(command, folder / f"worker-{number}.log", stack) for number in range(workers)]
+        started: list[psutil.Process] = []
+        pids: dict[str, int] = {}
         client = stack.enter_context(Client(address, timeout=180, set_as_default=False))
-        client.wait_for_workers(workers, timeout=180)
-        pids = client.run(os.getpid)
 
         def alive() -> list[psutil.Process]:
             return [process for process in started if _lives(process)]
+
+        def mend() -> None:
+            for _ in range(workers - len(alive())):
+                started.append(_started(command, folder / f"worker-{len(started)}.log", stack))
+            _until(lambda: {p.pid for p in alive()} == set(client.run(os.getpid).values()), "no workers")
+            pids.update(client.run(_warm))
+
+        mend()
 
         def busy() -> list[psutil.Process]:
             found = {pids[address] for address, tasks in client.processing().items() if tasks and address in pids}
             return [process for process in alive() if process.pid in found]
 
-        yield Cluster(runner="dask", address=address, workers=alive, busy=busy)
+        yield Cluster(runner="dask", address=address, workers=alive, busy=busy, mend=mend)
 
 
 @contextmanager
@@ -106,13 +115,14 @@ def ray_cluster(folder: Path, workers: int = 2) -> Iterator[Cluster]:
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # Ray listens beyond loopback
+    sooner = {"RAY_worker_register_timeout_seconds": "30"}  # else a worker killed at its start is missed after a minute
     with ExitStack() as stack:
         nodes: list[psutil.Process] = []
 
         def start_node(words: list[str], places: int) -> None:
             command = [str(BIN / "ray"), "start", *words, "--num-cpus", str(places), "--block", "--disable-usage-stats"]
             command += ["--object-store-memory", str(80 << 20)]
-            nodes.append(_started(command, folder / f"node-{len(nodes)}.log", stack, token))
+            nodes.append(_started(command, folder / f"node-{len(nodes)}.log", stack, {**token, **sooner}))
             _until(lambda: any("raylet/raylet" in _title(child) for child in _below(nodes[-1])), "no raylet")
 
         temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
@@ -130,6 +140,12 @@ def ray_cluster(folder: Path, workers: int = 2) -> Iterator[Cluster]:
             return [p for p in all_workers() if "IDLE" not in _title(p)]  # Ray writes the task into the title
 
         yield Cluster(runner="ray", address=f"{LOOPBACK}:{port}", workers=all_workers, busy=busy, environment=token)
+
+
+def _warm() -> int:
+    """In a worker: the imports of the tasks, which take longer than a short task; its process's number."""
+    importlib.import_module("tasks.stages")
+    return os.getpid()
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -1,4 +1,5 @@
-"""The same child on threads, Dask and Ray; then again with a worker killed (kill -9) in mid-task.
+"""The same child on threads, Dask and Ray; again with a worker killed (kill -9) in mid-task; on a cluster that a run
+starts for itself; and a mistake that only a worker finds.
 
     .venv/bin/python -m benchmarks.clusters
 
@@ -8,15 +9,22 @@ Clusters are two real worker processes (Dask) or two nodes (Ray). Anything that 
 import argparse
 import hashlib
 import os
+import re
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 
-from benchmarks.cluster import CLUSTERS, Cluster
+import psutil
+
+from benchmarks.cluster import CLUSTERS
 from benchmarks.common import ROOT, table, write_page
 
 PUZZLE = [sys.executable, "-c", "from flows.cli import main; main()"]
@@ -26,15 +34,17 @@ SMALL = (
 )
 
 
-def start(workspace: Path, cluster: Cluster | None) -> subprocess.Popen[str]:
-    """The flow as a user starts it."""
+def start(
+    workspace: Path, settings: Sequence[str] = (), environment: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.Popen[str]:
+    """The flow as a user starts it, without Prefect and MLflow servers of others."""
     words = [word for item in SMALL for word in ("--set", item)]
-    command = [*PUZZLE, "optimize", "profiles/tiny.yaml", "--workspace", str(workspace), *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **(cluster.environment if cluster else {})}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "RAY_"))}
+    locks = {"PUZZLE_DEVICE_LOCKS": str(workspace.parent / "devices")}
     return subprocess.Popen(
-        [*command, *(cluster.settings if cluster else [])],
+        [*PUZZLE, "optimize", "profiles/tiny.yaml", "--workspace", str(workspace), *words, *settings],
         cwd=ROOT,
-        env=environment,
+        env={**kept, **locks, "PYTHONPATH": str(ROOT), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -55,30 +65,34 @@ def blocks(workspace: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in workspace.glob("library/*.json")}
 
 
-def tried_twice(workspace: Path) -> list[str]:
-    """Names of the task runs whose log names more than one process."""
+def told_of_death(workspace: Path, pid: int) -> str:
+    """What Prefect's log says of a process that was killed; whoever took over has said it."""
     with sqlite3.connect(workspace / "prefect" / "prefect.db") as database:
-        found = database.execute(
-            "select task_run.name from log join task_run on task_run.id = log.task_run_id "
-            "where log.message like 'on cpu%' group by task_run.id having count(distinct log.message) > 1"
-        ).fetchall()
-    return [name for (name,) in found]
+        found = database.execute("select message from log where message like ?", (f"process {pid} on % died%",))
+        said = [re.sub(r" on \S+ died", " died", message) for (message,) in found.fetchall()]
+    assert said, f"nobody told that process {pid} died"
+    return said[0]
+
+
+def row(runner: str, killed: str, started: float, before: int, told: str = "") -> list[str]:
+    """A run whose child was the expected one, and which trained nothing again."""
+    return [runner, killed, f"{time.monotonic() - started:.0f}", str(before), "0", "yes", told]
 
 
 def undisturbed(runner: str, place: Path, expected: str) -> list[str]:
     """One run on a cluster."""
     with CLUSTERS[runner](place / f"{runner}-logs") as cluster:
         workspace, started = place / runner, time.monotonic()
-        same = child_digest(workspace, start(workspace, cluster)) == expected
+        same = child_digest(workspace, start(workspace, cluster.settings, cluster.environment)) == expected
     assert same, f"{runner}: another child"
-    return [runner, "no", f"{time.monotonic() - started:.0f}", f"{len(blocks(workspace))}", "0", "yes", ""]
+    return row(f"{runner}, two workers", "no", started, len(blocks(workspace)))
 
 
 def killed(runner: str, place: Path, expected: str) -> list[str]:
-    """One run on a cluster whose first busy worker is killed once three variants are finished."""
+    """One run on a cluster, of which a busy worker is killed once three variants are finished."""
     with CLUSTERS[runner](place / f"{runner}-killed-logs", 2) as cluster:
         workspace, started = place / f"{runner}-killed", time.monotonic()
-        process = start(workspace, cluster)
+        process = start(workspace, cluster.settings, cluster.environment)
         while len(blocks(workspace)) < 3:
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.02)
@@ -87,8 +101,47 @@ def killed(runner: str, place: Path, expected: str) -> list[str]:
         same = child_digest(workspace, process) == expected
     again = sum(blocks(workspace)[path] != when for path, when in finished.items())
     assert same and not again, f"{runner}: same child {same}, trained again {again}"
-    told = ", ".join(tried_twice(workspace)) or "not in the log: a killed process's last lines are lost"
-    return [runner, f"process {pid}", f"{time.monotonic() - started:.0f}", f"{len(finished)}", str(again), "yes", told]
+    return row(f"{runner}, two workers", "a worker", started, len(finished), told_of_death(workspace, pid))
+
+
+def local(runner: str, place: Path, expected: str) -> list[str]:
+    """A cluster that the run starts for itself; a Ray one leaves no token in the home of its user."""
+    workspace, home, started = place / f"{runner}-local", place / f"{runner}-home", time.monotonic()
+    home.mkdir()
+    settings = ["--set", f"orchestration.runner={runner}", "--set", "orchestration.max_workers=2"]
+    process, told = start(workspace, settings, {"HOME": str(home)}), ""
+    if runner == "ray":
+        told = token_of(process)
+    same = child_digest(workspace, process) == expected
+    assert same, f"{runner}, local: another child"
+    assert not (home / ".ray" / "auth_token").exists(), "a token was left in the home of its user"
+    return row(f"{runner}, its own", "no", started, len(blocks(workspace)), told)
+
+
+def token_of(flow: subprocess.Popen[str]) -> str:
+    """Where the nodes of a flow's own Ray cluster have their token from: nobody else may read it."""
+    while flow.poll() is None:
+        for child in psutil.Process(flow.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if "raylet/raylet" in " ".join(child.cmdline()):
+                    given = child.environ()
+                    path = Path(given["RAY_AUTH_TOKEN_PATH"])
+                    mode = stat.S_IMODE(path.parent.stat().st_mode)
+                    assert given["RAY_AUTH_MODE"] == "token" and len(path.read_text()) == 64 and mode == 0o700
+                    return "its nodes ask for a token, from a folder of mode 700; none was left in ~/.ray"
+        time.sleep(0.1)
+    raise SystemExit((flow.communicate()[0])[-3000:])
+
+
+def mistaken(runner: str, place: Path) -> list[str]:
+    """A device that the workers do not have: only they can tell."""
+    workspace = place / f"{runner}-mistaken"
+    settings = ["--set", f"orchestration.runner={runner}", "--set", "orchestration.devices=[mps]"]
+    process = start(workspace, settings)
+    said, _ = process.communicate(timeout=600)
+    sentences = [line for line in said.splitlines() if line.startswith("puzzle: ")]
+    assert process.returncode == 2 and len(sentences) == 1 and "Traceback" not in said, said[-3000:]
+    return [runner, str(process.returncode), sentences[0]]
 
 
 def main() -> None:
@@ -99,24 +152,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="puzzle-clusters-") as folder:
         place = Path(folder)
         started = time.monotonic()
-        expected = child_digest(place / "threads", start(place / "threads", None))
-        rows = [
-            ["threads", "no", f"{time.monotonic() - started:.0f}", f"{len(blocks(place / 'threads'))}", "0", "-", ""]
-        ]
+        expected = child_digest(place / "threads", start(place / "threads"))
+        rows = [row("threads", "no", started, len(blocks(place / "threads")))]
+        mistakes = []
         for runner in options.runners:
-            for run in (undisturbed, killed):
+            for run in (undisturbed, killed, local):
                 rows.append(run(runner, place, expected))
                 print(rows[-1], flush=True)
-    columns = ["runner", "killed", "seconds", "finished before", "trained again", "same child", "run again elsewhere"]
+            mistakes.append(mistaken(runner, place))
+            print(mistakes[-1], flush=True)
+    columns = ["runner", "killed", "seconds", "finished before", "trained again", "same child", "told"]
     write_page(
         "clusters",
         "The same child on threads, Dask and Ray",
         [
-            "Tiny profile, two workers, each a process of its own on one machine. *Finished before*: variants in the "
-            "library when the worker was killed (all of them, where none was). *Run again elsewhere*: task runs whose "
-            f"log names two processes. Seconds of wall time, Prefect's start included, load {os.getloadavg()[0]:.0f}.",
+            "Tiny profile, two workers, each a process of its own on one machine, or a cluster that the run started "
+            "for itself. *Finished before*: variants in the library when the worker was killed (all, where none "
+            "was). *Told*: of a killed worker, in Prefect's log of the task that took over. Seconds of wall time, "
+            f"Prefect's start included, load {os.getloadavg()[0]:.0f}.",
             table(columns, rows),
             f"Child {expected[:16]} by the sha256 of its weights, every time.",
+            "A mistake that only a worker finds (`orchestration.devices: [mps]` where there is none), no traceback:",
+            table(["runner", "exit code", "told"], mistakes),
         ],
     )
 

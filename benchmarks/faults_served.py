@@ -7,7 +7,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks.operate import Site, child_digest, served
+from benchmarks.operate import PROFILE, child_digest
+from benchmarks.site import Site, served
 from tasks.failures.watch import RESTART
 
 
@@ -29,7 +30,7 @@ def processes_of(root: Path, run: str = "") -> list[psutil.Process]:
 
 def killed_in_mid_distillation(site: Site, workspace: str, serve_too: bool) -> tuple[str, dict[Path, int]]:
     """Start a run, kill -9 its process (and that of `puzzle serve`) when some variants are done; its id and those."""
-    folder, run = site.root / workspace, site.start("optimize", workspace)
+    folder, run = site.root / workspace, site.start("optimize", workspace=workspace)
     while len(list(folder.glob("library/*.json"))) < 3:
         assert site.state(run)["type"] in ("SCHEDULED", "PENDING", "RUNNING"), site.state(run)
         time.sleep(0.05)
@@ -45,8 +46,8 @@ def recovered(site: Site, run: str, workspace: str, before: dict[Path, int], sin
     noticed = None
     while noticed is None:
         states = site.call(f"/flow_run_states/?flow_run_id={run}")[1]
-        crashed = [state for state in states if state["type"] == "CRASHED"]
-        noticed = crashed[-1] if crashed else None
+        # what died together with `puzzle serve` is Running until the next one starts it again
+        noticed = next((state for state in states if state["type"] == "CRASHED" or state["name"] == RESTART), None)
         assert time.monotonic() - since < 240, f"not noticed: {[state['name'] for state in states]}"
         time.sleep(0.3)
     seconds = time.monotonic() - since
@@ -76,8 +77,8 @@ def served_run_killed(place: Path) -> dict[str, Any]:
     """The process of a served run is killed; `puzzle serve` lives."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    with served(place) as site:
-        site.finished(site.start("optimize", "whole"))
+    with served(place, str(PROFILE)) as site:
+        site.finished(site.start("optimize", workspace="whole"))
         run, before = killed_in_mid_distillation(site, "killed", False)
         return recovered(site, run, "killed", before, time.monotonic())
 
@@ -86,14 +87,14 @@ def serve_killed(place: Path) -> dict[str, Any]:
     """`puzzle serve` and the process of its run are killed; `puzzle serve` is started again on the same root."""
     assert (place / "whole").exists(), "served_run_killed comes first"
     shutil.rmtree(place / "both", ignore_errors=True)
-    with served(place) as site:
+    with served(place, str(PROFILE)) as site:
         run, before = killed_in_mid_distillation(site, "both", True)
         since = time.monotonic()
         left = [line for line in (place / "prefect-server.pid", place / "mlflow-server.pid") if line.exists()]
         servers = [psutil.Process(int(path.read_text().split()[0])) for path in left]
         printed = len((place / "serve.log").read_text())
         assert len(servers) == 2 and all(server.is_running() for server in servers), "nothing was left behind"
-    with served(place) as site:
+    with served(place, str(PROFILE)) as site:
         assert not any(server.is_running() and server.status() != "zombie" for server in servers)
         log = (place / "serve.log").read_text()[printed:]
         assert log.count("that a killed `puzzle serve` left behind") == 2, log[-2000:]

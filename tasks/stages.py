@@ -105,14 +105,14 @@ def task_of(name: str, run_name: str, key: Callable[[Any, dict[str, Any]], str] 
 def record_task(layer: int, key: str, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: str) -> Any:
     """See tasks.record.record_layer."""
     piece = Piece(key=f"record-{key}-{layer}", what=f"the recording of layer {layer}")
-    with made_once(Path(workspace), piece), seated(seat_of(profile)):
+    with seated(seat_of(profile), Path(workspace), piece):
         return record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, Path(workspace))
 
 
 @task_of("distill", "distill layer {job.layer:02d} {job.subblock} {job.variant}", lambda _, p: p["job"].key)
 def distill_task(job: Job, seat: Seat, workspace: str) -> Any:
     """See tasks.bld.distill."""
-    with made_once(Path(workspace), piece_of(job)), seated(seat):
+    with seated(seat, Path(workspace), piece_of(job)):
         return distill(job, Path(workspace))
 
 
@@ -129,7 +129,7 @@ def score_task(
     """See tasks.scoring.score_sequences; `place` is a seat and the workspace."""
     folder = Path(place[1])
     piece = Piece(key=f"scores-{layer.boundary.sha256[:32]}", what=f"the scores of layer {layer.layer}")
-    with made_once(folder, piece), seated(place[0]):
+    with seated(place[0], folder, piece):
         return scoring.score_sequences(work, layer, last, parent, corpus, shape, folder)
 
 

@@ -23,6 +23,7 @@ from blocks.errors import PuzzleError
 from blocks.records import Value
 from blocks.runtime import configure, on_device, set_threads
 from profiles.schema import Orchestration, Profile
+from tasks.failures.sharing import Piece, made_once
 
 CONNECT_SECONDS = 20
 QUEUED = 10_000  # tasks that a cluster may hold; its scheduler is made for that
@@ -49,12 +50,20 @@ def at_a_time(profile: Profile) -> int:
 
 
 @contextmanager
-def seated(seat: Seat) -> Iterator[None]:
-    """A submitted task at work, wherever that is: threads set, a device taken, its place in Prefect's log."""
+def seated(seat: Seat, workspace: Path, piece: Piece) -> Iterator[None]:
+    """A submitted task at work, wherever that is: heard in Prefect's log, alone at what it makes, threads set, a device
+    taken.
+    """
     context = FlowRunContext.get()
     if context is not None and context.detached:
         configure()
         _log_to_prefect()
+    with made_once(workspace, piece), _at_a_device(seat):
+        yield
+
+
+@contextmanager
+def _at_a_device(seat: Seat) -> Iterator[None]:
     threads = set_threads(seat.threads)
     with on_device(seat.devices) as device:
         log.info("on %s of %s, %d threads, process %d", device, socket.gethostname(), threads, os.getpid())

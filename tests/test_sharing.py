@@ -59,8 +59,22 @@ def test_kill_9_lets_go_of_a_variant_at_once(tmp_path: Path, said: list[str]) ->
         started = time.monotonic()
         with made_once(tmp_path, PIECES[0]):
             assert 0.3 < time.monotonic() - started < 5
-    assert said == ["waiting for variant 0: another run is making it"]
+    waited, died = said
+    assert waited == "waiting for variant 0: another process is at work on it"
+    assert died.startswith(f"process {process.pid} on ") and died.endswith(
+        " died at work on variant 0: it is taken up again"
+    )
     assert not being_made(tmp_path, PIECES[0])
+    with made_once(tmp_path, PIECES[0]):
+        pass
+    assert len(said) == 2  # told once
+
+
+def test_one_who_fails_has_not_died(tmp_path: Path, said: list[str]) -> None:
+    with pytest.raises(ValueError, match="bad"), made_once(tmp_path, PIECES[0]):
+        raise ValueError("bad")
+    with made_once(tmp_path, PIECES[0]):
+        assert not said
 
 
 def test_the_first_is_told_that_it_is_alone_and_the_others_that_they_are_not(tmp_path: Path) -> None:
@@ -87,7 +101,7 @@ def test_what_another_run_makes_comes_last(tmp_path: Path, said: list[str], at_a
                 assert sorted(order) == [1, 2, 3]
                 threading.Timer(0.4, process.kill).start()
     assert order[-1] == 0 and sorted(found) == [(index, index * 10) for index in range(4)]
-    assert said == ["waiting for variant 0: another run is making it"]
+    assert said == ["waiting for variant 0: another process is at work on it"]
 
 
 def test_never_more_than_so_many_at_a_time(tmp_path: Path) -> None:

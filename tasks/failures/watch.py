@@ -102,7 +102,7 @@ def keep_watch() -> None:
 
 def piece_of_run(run: str) -> Piece:
     """A flow run, as what only one process works at."""
-    return Piece(key=f"flow-run-{run}", what="the earlier process of this very run")
+    return Piece(key=f"flow-run-{run}", what="this very run")
 
 
 def restarts_of(names: Sequence[str]) -> int:
