@@ -84,7 +84,7 @@ def page(plan: Plan, rates: Rates, report: ChildReport, disk: int) -> list[str]:
     """The parts of the page."""
     rows, outside = [], []
     for name, planned, took in pairs(plan.stages, report.stages):
-        seconds = planned.seconds if planned else 0.0
+        seconds = (planned.seconds if planned else None) or 0.0
         error = seconds / took.seconds - 1 if took.seconds else 0.0
         judged = took.seconds >= SHORT
         if judged and abs(error) > ASKED:

@@ -73,9 +73,12 @@ def told(plan: "Plan") -> str:
         f"{'stage':<18} {'tasks':>6} {'tokens':>12} {'time':>8}",
     ]
     lines += [f"{s.name:<18} {s.tasks:>6} {s.tokens or '':>12} {_clock(s.seconds):>8}" for s in plan.stages]
+    missing = [s.name for s in plan.stages if s.seconds is None]
     lines += [f"{'all':<18} {plan.tasks:>6} {plan.tokens:>12} {_clock(plan.seconds):>8}", ""]
     cost = "" if plan.money is None else f", {plan.money:,.2f} at the given price"
     lines.append(f"{plan.seconds / 3600:.2f} hours, {plan.core_hours:.2f} core- or device-hours{cost}")
+    if missing:
+        lines.append(f"not counted: {', '.join(missing)}; {plan.unknown}")
     modelled = plan.costs_of
     lines += [
         "",
@@ -97,8 +100,10 @@ def _machine(plan: "Plan") -> str:
     return f"this machine with {plan.threads} threads, measured {plan.machine_at}{load}"
 
 
-def _clock(seconds: float) -> str:
+def _clock(seconds: float | None) -> str:
     """m:ss, or h:mm:ss."""
+    if seconds is None:
+        return "?"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -287,3 +287,39 @@ def test_the_command_line_and_a_plan_import_no_more_than_they_need() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["[]", "[]"]
+
+
+SCENARIOS = [
+    {"name": "chat", "batch_sizes": [1], "prompt_tokens": 32, "generated_tokens": 16},
+    {"name": "long", "batch_sizes": [1], "prompt_tokens": 64, "generated_tokens": 16},
+]
+
+
+@pytest.mark.parametrize("engine", ["torch", "llama.cpp"])
+def test_whole_models_are_timed_at_every_scenario_of_the_profile(engine: str) -> None:
+    def seconds(scenarios: list[dict[str, Any]], name: str) -> float:
+        space = {"attention": ["kv1", "no_op"], "ffn": ["ffn32", "no_op"]}
+        hardware = {"engine": engine, "threads": 1}
+        plan = planned(chain_profile(scenarios=scenarios, hardware=hardware, search_space=space))
+        return float(stage(plan, name).seconds)
+
+    alone, both = (seconds(SCENARIOS[:count], "throughput") for count in (1, 2))
+    other = seconds(SCENARIOS[1:], "throughput")
+    fixed = alone + other - both  # what each has beside the requests: models built, processes started
+    assert 0 < fixed < alone < other < both
+    assert seconds(SCENARIOS, "measure") > seconds(SCENARIOS[1:], "measure") > seconds(SCENARIOS[:1], "measure")
+
+
+def test_the_tokens_to_the_middle_of_a_generation_are_counted() -> None:
+    long = [SCENARIOS[0] | {"generated_tokens": 400}]
+    short = [SCENARIOS[0] | {"generated_tokens": 32}]
+    more, less = (stage(planned(chain_profile(scenarios=s)), "throughput").seconds for s in (long, short))
+    assert more > 1.2 * less  # both time 32 steps; the long one runs 184 tokens before them, six prompts
+
+
+def test_an_engine_whose_time_is_not_known_is_told_and_not_guessed() -> None:
+    space = {"attention": ["kv1", "no_op"], "ffn": ["ffn32", "no_op"]}
+    plan = planned(chain_profile(hardware={"engine": "vllm"}, search_space=space))
+    assert [s.name for s in plan.stages if s.seconds is None] == ["measure", "throughput"]
+    assert "not counted: measure, throughput; how long vLLM" in told(plan)
+    assert plan.seconds == sum(s.seconds for s in plan.stages if s.seconds is not None)

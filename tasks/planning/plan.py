@@ -22,23 +22,23 @@ from tasks.choose import choose
 from tasks.parent import write_config
 from tasks.planning import effort
 from tasks.planning.effort import FLOAT, Shape, Work, shape_of
+from tasks.planning.engines import UNKNOWN, measure_work, throughput_work
 from tasks.planning.machine import Rates, rates_of, target_of
-from tasks.roofline import Setting, decode_of, modelled_costs, non_block_seconds, prefill_of, setting_of
+from tasks.roofline import Setting, modelled_costs, setting_of
 from tasks.search.totals import Batches, Problem, batch_choices, make_problem, totals_of
 from tasks.space import check_search_space, layers_of, measured_space
-from tasks.throughput import MAX_DECODE_STEPS
 
 PROCESS_BYTES = 1 << 30  # this program with torch, transformers, MLflow and Prefect, before any tensor
 STATE_BYTES = 40 << 20  # Prefect's and MLflow's databases, logs, reports
 
 
 class StagePlan(Value):
-    """One stage: tasks, tokens through layers or head, seconds on an idle machine."""
+    """One stage: tasks, tokens through layers or head, seconds on an idle machine; None where they are not known."""
 
     name: str
     tasks: int
     tokens: int
-    seconds: float
+    seconds: float | None
 
 
 class ChildPlan(Value):
@@ -52,7 +52,9 @@ class ChildPlan(Value):
 
 
 class Plan(Value):
-    """All of it. disk_bytes, memory_bytes: what the workspace holds at the end, the process at its peak."""
+    """All of it. seconds: of the stages whose time is known; unknown: why it is not for the others, "" when it is.
+    disk_bytes, memory_bytes: what the workspace holds at the end, the process at its peak.
+    """
 
     profile: str
     machine: str
@@ -76,6 +78,7 @@ class Plan(Value):
     disk_bytes: int
     memory_bytes: int
     money: float | None
+    unknown: str
     children: tuple[ChildPlan, ...]
     infeasible: str = ""
 
@@ -98,7 +101,8 @@ def plan_of(profile: Profile, parent: Parent, rates: Rates, price_per_hour: floa
     children, infeasible = children_of(problem)
     share = share_of(children, shape)
     stages = stages_of(shape, searched, share, rates, None if modelled else setting)
-    seconds = sum(stage.seconds for stage in stages)
+    seconds = sum(stage.seconds or 0.0 for stage in stages)
+    unknown = any(stage.seconds is None for stage in stages)
     options = [len(shape.variants[part]) for part in SUBBLOCKS]
     blocks = len(searched) * (sum(options) - 2)
     coupled = effort.coupled_work(shape, len(searched))[1]
@@ -125,6 +129,7 @@ def plan_of(profile: Profile, parent: Parent, rates: Rates, price_per_hour: floa
         disk_bytes=disk_bytes(shape, len(searched), share),
         memory_bytes=memory_bytes(shape, share),
         money=None if price_per_hour is None else seconds / 3600 * price_per_hour,
+        unknown=UNKNOWN[profile.hardware.engine] if unknown else "",
         children=tuple(children),
         infeasible=infeasible,
     )
@@ -273,7 +278,7 @@ def stages_of(
         ("throughput", 1 if serving else 0, 0, throughput_work(shape, serving, shares)),
     ]
     return [
-        StagePlan(name=name, tasks=tasks, tokens=tokens, seconds=work.seconds(rates))
+        StagePlan(name=name, tasks=tasks, tokens=tokens, seconds=None if work is None else work.seconds(rates))
         for name, tasks, tokens, work in rows
         if tasks
     ]
@@ -284,46 +289,6 @@ def _bld_tokens(shape: Shape, layers: int) -> int:
     bld = shape.profile.bld
     trained = sum(kind_of(variant).trainable for variants in shape.variants.values() for variant in variants)
     return layers * trained * bld.steps * bld.batch_sequences * shape.length
-
-
-def measure_work(shape: Shape, setting: Setting | None) -> Work:
-    """Stacks of every variant, non-block part and parent, in rounds; nothing where costs are modelled."""
-    if setting is None:
-        return Work()
-    profile, parent = shape.profile, shape.parent
-    measure, copies = profile.measure, min(profile.measure.stack, shape.depth)
-    table = modelled_costs(parent, measured_space(profile), profile.scenarios, setting)
-    seconds = 0.0
-    for cost in table.costs:
-        seconds += copies * (cost.prefill_seconds + measure.decode_steps * cost.decode_seconds_per_token)
-        if cost.variant == "parent":  # the whole parent takes its turn as well
-            seconds += shape.depth * (cost.prefill_seconds + measure.decode_steps * cost.decode_seconds_per_token)
-    for outside in table.non_block:
-        seconds += 2 * (outside.prefill_seconds + measure.decode_steps * outside.decode_seconds_per_token)
-    noise = copies * FLOAT * sum(shape.parameters(v) for variants in shape.variants.values() for v in variants)
-    build = (noise + effort.model_bytes(shape)) / effort.BUILD_BYTES_PER_SECOND
-    return Work(fixed=seconds * (measure.rounds + 1) + build + effort.TASK_SECONDS)
-
-
-def throughput_work(shape: Shape, setting: Setting | None, shares: Sequence[float]) -> Work:
-    """Whole models in turns: prompt and up to 32 decode steps; nothing where costs are modelled."""
-    if setting is None:
-        return Work()
-    profile, parent = shape.profile, shape.parent
-    scenario = profile.scenarios[0]
-    batch = max(scenario.batch_sizes)
-    table = modelled_costs(parent, measured_space(profile), [scenario], setting)
-    own = [c for c in table.costs if c.variant == "parent" and c.batch_size == batch]
-    steps = min(scenario.generated_tokens, MAX_DECODE_STEPS)
-    outside = [non_block_seconds(parent, work(scenario, batch), setting) for work in (prefill_of, decode_of)]
-    layers = [shape.depth * sum(getattr(c, f) for c in own) for f in ("prefill_seconds", "decode_seconds_per_token")]
-    work = Work(fixed=effort.TASK_SECONDS)
-    for share in shares:
-        prefill, step = (outside[i] + share * layers[i] for i in (0, 1))
-        rounds = profile.evaluate.throughput_rounds
-        turns = (rounds + 1) * prefill + (rounds * steps + 2) * step
-        work += Work(fixed=turns + effort.model_bytes(shape, share) / effort.BUILD_BYTES_PER_SECOND)
-    return work
 
 
 def disk_bytes(shape: Shape, layers: int, share: float) -> int:
