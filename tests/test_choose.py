@@ -32,7 +32,7 @@ ATTENTIONS = ("parent", "kv1", "no_op")
 FFNS = ("parent", "ffn50", "no_op")
 CHAT = Scenario(name="chat", batch_sizes=(1,), prompt_tokens=32, generated_tokens=16)
 LONG = Scenario(name="long", batch_sizes=(1,), prompt_tokens=128, generated_tokens=8)
-EXACT = Search(gap=1e-9, time_limit_seconds=20)
+EXACT = Search(gap=1e-9, time_limit_seconds=200)  # never met: a machine that is shared may stand still for a while
 SEQUENCES = 5
 
 
