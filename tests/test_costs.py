@@ -1,6 +1,8 @@
 """Measured costs on tiny parents: every family, nothing missing, stored once; the sum of blocks beside the whole."""
 
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from blocks.library import read_value, write_value
 from blocks.records import CostTable, LayerChoice
 from blocks.resources import non_block_parameters
 from blocks.variant import parse_label
+from profiles.load import load_profile
 from profiles.schema import Hardware, Measure, Scenario
-from tasks import costs
+from tasks import costs, stages
 from tasks.costs import hardware_description, measure_costs
 from tasks.engines.limits import runnable
 from tasks.finish import sum_beside_whole
@@ -133,6 +136,21 @@ def test_costs_of_another_gpu_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> 
     assert found[0] != found[1]
 
 
+class Fake:
+    """A bench on which everything takes `seconds[0]`, and which is killed where that is negative."""
+
+    def __init__(self, seconds: list[float], reader: Any, variants: Any, *_: Any) -> None:
+        self.seconds = seconds
+        self.names = [(one.subblock, one.label) for one in variants] + [("non_block", ""), ("parent", "")]
+
+    def run(self, *_: Any) -> dict[tuple[str, str], costs.Timing]:
+        (seconds,) = self.seconds
+        if seconds < 0:
+            raise KeyboardInterrupt
+        timing = costs.Timing(prefill=seconds, decode=seconds, prefill_spread=0.01, decode_spread=0.01)
+        return dict.fromkeys(self.names, timing)
+
+
 def test_costs_stand_until_new_ones_are_whole_and_are_replaced_if_they_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,17 +158,7 @@ def test_costs_stand_until_new_ones_are_whole_and_are_replaced_if_they_moved(
     asked = (parent, SPACE, SCENARIOS, Hardware(threads=1), MEASURE)
     seconds = [1.0]
 
-    class Fake:
-        def __init__(self, reader: Any, variants: Any, *_: Any) -> None:
-            self.names = [(one.subblock, one.label) for one in variants] + [("non_block", ""), ("parent", "")]
-
-        def run(self, *_: Any) -> dict[tuple[str, str], costs.Timing]:
-            if seconds[0] < 0:
-                raise KeyboardInterrupt
-            timing = costs.Timing(prefill=seconds[0], decode=seconds[0], prefill_spread=0.01, decode_spread=0.01)
-            return dict.fromkeys(self.names, timing)
-
-    monkeypatch.setattr(costs, "_Bench", Fake)
+    monkeypatch.setattr(costs, "_Bench", partial(Fake, seconds))
     assert costs.measure_again(*asked, tmp_path) == []  # nothing to compare with
     before = measure_costs(*asked, tmp_path)
     seconds[0] = -1.0
@@ -168,3 +176,20 @@ def test_costs_stand_until_new_ones_are_whole_and_are_replaced_if_they_moved(
         costs.measure_again(*asked, tmp_path)
     seconds[0] = 1.5
     assert after != before and not costs.measure_again(*asked, tmp_path) and measure_costs(*asked, tmp_path) == after
+
+
+def test_the_stage_measures_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, _ = prepare(tmp_path, train_steps=0)
+    small = "search_space={attention: [linear], ffn: [ffn32]}"
+    profile, seconds = load_profile("tiny", [small]), [1.0]
+    monkeypatch.setattr(costs, "_Bench", partial(Fake, seconds))
+    monkeypatch.setattr(stages, "task_of", lambda *_: lambda function: function)
+    monkeypatch.setattr(stages, "stage", lambda name: nullcontext(lambda done, total: None))
+    first = stages.measure(profile, parent, tmp_path)
+    assert stages.measure_again(profile, parent, tmp_path) == []
+    seconds[0] = 2.0
+    assert all("+100%" in one for one in stages.measure_again(profile, parent, tmp_path))
+    now = stages.stored_costs(profile, parent, tmp_path)
+    assert now is not None and now != first and stages.measure(profile, parent, tmp_path) == now
+    modelled = load_profile("tiny", [small, "hardware={name: h100, engine: roofline}"])
+    assert stages.measure_again(modelled, parent, tmp_path) == []

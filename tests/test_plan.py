@@ -147,6 +147,16 @@ def test_the_largest_child_fills_the_budget_and_the_fastest_is_as_small_as_it_ge
     assert largest.totals[0].runtime_seconds > fastest.totals[0].runtime_seconds
 
 
+def test_what_the_engines_cannot_run_is_neither_trained_nor_chosen() -> None:
+    space = {"attention": ["kv1", "linear", "no_op"], "ffn": ["ffn32", "no_op"]}
+    free = planned(chain_profile(search_space=space))
+    held = planned(chain_profile(search_space=space, hardware={"must_run": ["vllm"]}))
+    assert (free.attention_variants, held.attention_variants) == (4, 3) and held.blocks == free.blocks - held.layers
+    assert stage(held, "distill").tasks == stage(free, "distill").tasks - held.layers
+    fastest = held.children[-1].layers
+    assert fastest[0].attention != "no_op" and fastest[1].attention == "no_op"  # vLLM wants attention in layer 0
+
+
 def test_a_budget_out_of_reach_is_told() -> None:
     plan = planned(chain_profile(budget={"speedup": 1000.0}))
     assert [child.name for child in plan.children] == ["fastest of the space"]

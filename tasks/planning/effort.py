@@ -21,12 +21,13 @@ from dataclasses import dataclass, fields
 
 from blocks.fit import elimination_flops
 from blocks.parent import Parent
-from blocks.records import SUBBLOCKS, Subblock
+from blocks.records import SUBBLOCKS, LayerChoice, Subblock
 from blocks.resources import non_block_parameters, parameters_of
 from blocks.variant import Variant, kind_of, parse_label, parse_labels
 from profiles.schema import PackageParent, Profile, TinyParent
 from tasks.planning.machine import BLOCK_NAMES, Rates
 from tasks.record import CHUNK
+from tasks.space import layers_of, refused
 from tasks.tiny import TRAIN_BATCH, TRAIN_TOKENS
 
 FLOAT = 4  # bytes: the search computes and stores in float32
@@ -170,8 +171,17 @@ class Shape:
 
 
 def shape_of(profile: Profile, parent: Parent) -> Shape:
-    """Raises UnknownVariant for a search space this parent cannot have."""
-    variants = {part: parse_labels(part, getattr(profile.search_space, part), parent.config) for part in SUBBLOCKS}
+    """Raises UnknownVariant for a search space this parent cannot have. A variant that the engines can run in no layer
+    is neither trained nor chosen: it is left out.
+    """
+
+    def runs(variant: Variant) -> bool:
+        alone = LayerChoice.alone(variant.subblock, variant.label)
+        layers = layers_of(profile, parent)
+        return not all(refused(profile, parent.config, layer, alone.attention, alone.ffn) for layer in layers)
+
+    named = {part: parse_labels(part, getattr(profile.search_space, part), parent.config) for part in SUBBLOCKS}
+    variants = {part: [own[0], *filter(runs, own[1:])] for part, own in named.items()}
     return Shape(parent=parent, profile=profile, variants=variants)
 
 

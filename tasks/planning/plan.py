@@ -26,7 +26,7 @@ from tasks.planning.engines import UNKNOWN, measure_work, throughput_work
 from tasks.planning.machine import Rates, rates_of, target_of
 from tasks.roofline import Setting, modelled_costs, setting_of
 from tasks.search.totals import Batches, Problem, batch_choices, make_problem, totals_of
-from tasks.space import check_search_space, layers_of, measured_space
+from tasks.space import check_search_space, layers_of, measured_space, refused
 
 PROCESS_BYTES = 1 << 30  # this program with torch, transformers, MLflow and Prefect, before any tensor
 STATE_BYTES = 40 << 20  # Prefect's and MLflow's databases, logs, reports
@@ -166,13 +166,20 @@ def bounds_problem(profile: Profile, parent: Parent, setting: Setting, searched:
         _score(layer, part, label, (sizes[part, "parent"] - size) / whole)
         for layer in searched
         for (part, label), size in sizes.items()
-        if label in ("parent", *_labels(profile, part, parent))
+        if label in _labels(profile, part, parent) and _runs(profile, parent, layer, part, label)
     ]
     return make_problem(scores, table, profile.budget, profile.scenarios, profile.search)
 
 
 def _labels(profile: Profile, part: Subblock, parent: Parent) -> list[str]:
+    """Of the parent's own and all that are searched."""
     return [variant.label for variant in parse_labels(part, getattr(profile.search_space, part), parent.config)]
+
+
+def _runs(profile: Profile, parent: Parent, layer: int, part: Subblock, label: str) -> bool:
+    """Whether the engines that have to run the child run this variant in this layer."""
+    alone = LayerChoice.alone(part, label)
+    return label == "parent" or refused(profile, parent.config, layer, alone.attention, alone.ffn) is None
 
 
 def _score(layer: int, part: Subblock, label: str, dropped: float) -> Score:
