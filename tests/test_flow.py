@@ -239,7 +239,7 @@ def test_adaptive_scoring_reuses_what_is_scored_and_chooses_as_well(run: tuple[P
     """On a library whose scores are there, in the profile's own order of stages: nothing is scored again."""
     workspace, _ = run
     before = times(workspace / "scores")
-    output = finished(workspace, *ALONE, "--set", "scoring.adaptive={start_sequences: 2}", "--set", "gkd.steps=0")
+    output = finished(workspace, "--set", "scoring.adaptive={start_sequences: 2}", "--set", "gkd.steps=0")
     assert times(workspace / "scores") == before
     assert "25% of full scoring's tokens" in output and "no more is needed" in output
     reports = [read_value(child_of(text).parent / "report.json", ChildReport) for text in (run[1], output)]
