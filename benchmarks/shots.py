@@ -122,8 +122,8 @@ def forms(site: Site, page: Browser) -> None:
 
 def while_running(site: Site, page: Browser) -> str:
     """A run at work, and its artifacts when it is done. Returns the run."""
-    run = site.start("optimize", QUICK | {"budget.layer_parameters_fraction": 0.45})
-    while not list((site.root / "tiny").glob("scores/*.json")):
+    run = site.start("optimize", QUICK | {"budget.layer_parameters_fraction": 0.45}, workspace="shown")
+    while not list((site.root / "shown").glob("scores/*.json")):
         assert site.state(run)["type"] not in OVER
         time.sleep(0.2)
     page.open(f"{site.prefect}/runs/flow-run/{run}", "Task Runs", (1300, 1000), settle=8)
