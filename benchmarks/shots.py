@@ -61,6 +61,13 @@ class Browser:
         found = f"[...document.querySelectorAll('button,a,[role=tab],label')].filter(e=>e.innerText.trim()=={text!r})"
         assert self.evaluate(f"(e=>(e&&e.click(),!!e))({found}.pop())"), f"nothing to press named {text!r}"
 
+    def reveal(self, text: str) -> None:
+        """Scroll to the innermost element of a text, once it is there."""
+        self.wait_for(text)
+        found = f"[...document.querySelectorAll('*')].filter(e=>e.innerText&&e.innerText.includes({text!r})).pop()"
+        self.evaluate(f"{found}.scrollIntoView({{block: 'center'}})")
+        time.sleep(2)
+
     def open(self, url: str, text: str, size: tuple[int, int], settle: float = 4.0) -> None:
         """A page in a window of this size, once it shows the text."""
         self.tell("Page.navigate", url="about:blank")  # both UIs change pages behind the #: start afresh
@@ -109,14 +116,14 @@ def forms(site: Site, page: Browser) -> None:
     asked = quote(json.dumps({**own["parameters"], "profile": profile}))
     page.open(f"{run}?parameters={asked}", "Parameters", (940, 900))
     page.click("Submit")
-    time.sleep(5)
+    page.reveal("7 is not valid under any of the given schemas")
     page.shoot("form-refused")
 
 
 def while_running(site: Site, page: Browser) -> str:
     """A run at work, and its artifacts when it is done. Returns the run."""
-    run = site.start("optimize", QUICK | {"budget.layer_parameters_fraction": 0.45})
-    while not list((site.root / "tiny").glob("scores/*.json")):
+    run = site.start("optimize", QUICK | {"budget.layer_parameters_fraction": 0.45}, workspace="shown")
+    while not list((site.root / "shown").glob("scores/*.json")):
         assert site.state(run)["type"] not in OVER
         time.sleep(0.2)
     page.open(f"{site.prefect}/runs/flow-run/{run}", "Task Runs", (1300, 1000), settle=8)
