@@ -77,6 +77,7 @@ def test_an_answer_counts_only_with_the_tokens_that_were_asked_for() -> None:
     assert whole.per_token() == pytest.approx(0.2)
     assert "2 tokens instead of 3: it stopped early" in request_of([0.5, 0.7], {"completion_tokens": 2}, 3).error
     assert "no usage" in request_of([0.5, 0.7, 0.9], {}, 3).error
+    assert "no usage" in request_of([], {"completion_tokens": 3}, 3).error  # tokens that nobody saw
 
 
 def test_a_failed_request_stays_in_every_denominator() -> None:
