@@ -26,7 +26,7 @@ from blocks.resources import non_block_parameters, parameters_of
 from blocks.variant import Variant, kind_of, parse_label, parse_labels
 from profiles.schema import PackageParent, Profile, TinyParent
 from tasks.planning.machine import BLOCK_NAMES, Rates
-from tasks.record import CHUNK
+from tasks.record import BATCH, CHUNK
 from tasks.space import layers_of, refused
 from tasks.tiny import TRAIN_BATCH, TRAIN_TOKENS
 
@@ -34,10 +34,13 @@ FLOAT = 4  # bytes: the search computes and stores in float32
 LOGIT_PASSES = 4  # element-wise passes over a slice of logits that stays in the cache (online softmax)
 WHOLE_LOGIT_PASSES = 10  # evaluation's log-softmax, divergence and argmax over whole logits
 ADAMW_PASSES = 14  # floats read or written per weight and step: gradient made, clipped, both moments, weight
-INVERSE_PASSES = 9  # the elimination's inverse: product, difference, two gathers, each read and written
+COLUMN_GATHER = 3.3  # picking columns of a matrix, in time of a stream of its bytes (6.6 ms beside 2.0, F = 1536)
+# the elimination's inverse: product written, difference, rows picked, columns picked, each read and written
+INVERSE_PASSES = 7 + 2 * COLUMN_GATHER
+SUM_PASSES = 3  # a batch's Gram matrices added to their sums: two read, one written
 ATTEMPTS = 1.1  # distillations per variant: one in ten rises and is tried again
 HELD_OUT = 3  # losses per distillation: start, closed form, after the steps
-TASK_SECONDS = 0.01  # Prefect around one task; most of its work runs beside
+TASK_SECONDS = 0.016  # Prefect around one task, on threads (benchmarks/scale.md)
 IMPORT_SECONDS = 6.0  # lm-eval and datasets, when the first model is evaluated
 CHECK_SECONDS = 0.5  # a parent's config and tokenizer opened, its family's code imported
 # transformers looks a GGUF file's tensors up by a table of gguf's, made anew for every module: quadratic in depth
@@ -221,7 +224,8 @@ def record_work(shape: Shape) -> Work:
     rounds = inner // CHUNK
     layer += Work(
         solve=elimination_flops(inner, width, CHUNK),
-        stream=8 * rounds * (INVERSE_PASSES * inner**2 / 3 + 5 * inner * width / 2),
+        stream=8 * rounds * (INVERSE_PASSES * inner**2 / 3 + 5 * inner * width / 2)
+        + math.ceil(settings.statistics_sequences / BATCH) * SUM_PASSES * statistics_bytes(shape),
         disk=3 * shape.states(sequences) + shape.states(kept) + statistics_bytes(shape),
         fixed=TASK_SECONDS,
     )

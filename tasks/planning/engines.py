@@ -7,6 +7,7 @@ models, written and loaded one after another, each in turns with the parent (tas
 an export of every model in a process of its own. How long vLLM starts and compiles is not known before it was seen.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from tasks.space import measured_space
 from tasks.throughput import timed_steps, tokens_before
 
 UNKNOWN = {"vllm": "how long vLLM takes to start and to compile a model is not known before it was seen"}
-WORKER_SECONDS = 3.5  # CPU seconds of an engine's process before its first word: torch and transformers imported
+WORKER_SECONDS = 1.9  # CPU seconds of an engine's process before its first word; all start at once
 PARENT = LayerChoice()
 
 
@@ -131,11 +132,13 @@ def throughput_work(shape: Shape, setting: Setting | None, shares: Sequence[floa
         return None
     rounds = shape.profile.evaluate.throughput_rounds
     work = Work(fixed=effort.TASK_SECONDS)
+    if engine != "torch":
+        work += Work(fixed=WORKER_SECONDS * max(1.0, len(shares) / (os.cpu_count() or 1)))
     for share in shares:
         size = effort.model_bytes(shape, share)
         work += Work(fixed=size / effort.BUILD_BYTES_PER_SECOND)
         if engine != "torch":
-            work += Work(fixed=WORKER_SECONDS, disk=2.0 * size)
+            work += Work(disk=2.0 * size)
         for place in places_of(shape, setting, largest_only=True):
             layers = [(PARENT, share * shape.depth)]
             steps = timed_steps(place.scenario.generated_tokens)
