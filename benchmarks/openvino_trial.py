@@ -5,7 +5,7 @@
         --packages /somewhere/lib/python3.11/site-packages
 
 One thread, CPU time; a prefill of 256 tokens and 32 decode steps in the middle of 64. OpenVINO is no dependency: its
-packages are looked for after all others. Prints, writes no page. About 4 minutes on a quiet machine.
+packages are looked for after all others. Prints, writes no page. A few minutes on a quiet machine (an estimate).
 """
 
 # T = tokens, S = tokens in the cache, K = KV heads, D = head size
