@@ -48,7 +48,7 @@ def main() -> None:
     """Measure what is not kept yet, then write benchmarks/serving-load.md and its pictures."""
     options = _options()
     set_threads(1)
-    load_before, report = os.getloadavg()[0], _report(options.workspace)
+    load_before, report = os.getloadavg()[0], last_report(options.workspace)
     child = options.child or options.workspace / report.child_folder
     sources = {PARENT: options.workspace / report.parent.folder, "child": child}
     found, notes = {}, []
@@ -77,7 +77,8 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _report(workspace: Path) -> ChildReport:
+def last_report(workspace: Path) -> ChildReport:
+    """Report of the run that ended last."""
     return read_value(max(workspace.glob("runs/*/report.json"), key=os.path.getmtime), ChildReport)
 
 
