@@ -101,9 +101,14 @@ def commit() -> str:
 def write_page(name: str, title: str, parts: Sequence[str]) -> None:
     """Write benchmarks/<name>.md, and print it."""
     module = Path(sys.argv[0]).stem
-    own = [word for word in sys.argv[1:] if not word.startswith("/")]
-    command = " ".join([".venv/bin/python -m", f"benchmarks.{module}", *own]).replace(" --workspace", "")
+    command = " ".join([".venv/bin/python -m", f"benchmarks.{module}", *_without_places(sys.argv[1:])])
     made = f"`{command}`, commit {commit()}, {processor()} ({platform.machine()}), {datetime.now(UTC):%Y-%m-%d}"
     text = "\n\n".join([f"# {title}", made, *parts]) + "\n"
     write_text(ROOT / "benchmarks" / f"{name}.md", text)
     print(text)
+
+
+def _without_places(words: Sequence[str]) -> list[str]:
+    """A command's words without the options that name an absolute path: a place of this machine helps nobody."""
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    return [word for word, after in pairs if not (word.startswith("/") or (word.startswith("--") and after[:1] == "/"))]
