@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cluster import CLUSTERS
-from benchmarks.common import ROOT
+from benchmarks.common import commit
 from benchmarks.faults_killed import flow_of_a_cluster, killed, uninterrupted
 from benchmarks.faults_page import write
 from benchmarks.faults_runs import (
@@ -44,9 +44,7 @@ from benchmarks.faults_served import serve_killed, served_run_killed
 from tasks.operating.servers import QUIET, free_port, mlflow_server, prefect_server, running, stop
 
 RESULTS = PLACE / "results.jsonl"
-COMMIT = subprocess.run(
-    ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-).stdout.strip()
+COMMIT = commit()  # the one that runs, whatever is there at the end
 
 
 def disk_full(bench: Bench) -> dict[str, Any]:

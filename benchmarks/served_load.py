@@ -90,7 +90,8 @@ def _reason_against(server: str, child: Path) -> str | None:
 
 def _case(options: argparse.Namespace, sources: dict[str, Path], case: str) -> Served:
     shares = " ".join(map(str, options.shares))
-    what = f"{case} {options.load.label} {options.rounds}x{options.requests} {shares}".replace(":", " ")
+    child = "-".join(sources["child"].resolve().parts[-2:])  # its run: figures are of one child
+    what = f"{case} {options.load.label} {options.rounds}x{options.requests} {shares} {child}".replace(":", " ")
     path: Path = options.keep / f"{what}.json"
     if not path.is_file():
         write_value(path, _measured(options, sources, case))
@@ -103,7 +104,8 @@ def _measured(options: argparse.Namespace, sources: dict[str, Path], case: str) 
     started, vocab_size = time.monotonic(), config_of(sources["child"]).vocab_size
     alone = options.load.model_copy(update={"batch_size": 1})
     first_rounds = min(FIRST_ROUNDS, options.rounds)
-    plan = LoadPlan(points=(alone, options.load), rounds=first_rounds, requests=options.requests)
+    points = tuple(dict.fromkeys((alone, options.load)))  # one, where the load is of one at a time
+    plan = LoadPlan(points=points, rounds=first_rounds, requests=options.requests)
     with served_models(sources, server, plan.points, precision, 1) as servers:
         with shown(f"{case} closed") as tell:
             closed = load_test(servers, plan, vocab_size, tell)

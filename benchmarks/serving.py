@@ -54,6 +54,8 @@ def main() -> None:
     set_threads(1)
     before = os.getloadavg()[0]
     report = read_value(max(options.workspace.glob("runs/*/report.json"), key=os.path.getmtime), ChildReport)
+    options.keep /= Path(report.child_folder).parent.name  # figures are of one child
+    options.keep.mkdir(parents=True, exist_ok=True)
     sources = {"parent": options.workspace / report.parent.folder, "child": options.workspace / report.child_folder}
     points = [Point.parse(load) for load in options.loads]
     cases = [

@@ -84,6 +84,8 @@ def bench_command(
     alone = url is not None and len(url) == 1
     sources = {CHILD: child} if alone else {PARENT: parent or _parent_of(child), CHILD: child}
     points = [Point.parse(text) for text in load or ["1x256x64"]]
+    if picture is not None:
+        _check_picture(picture)
     if server is not None or url:
         from tasks.serving.arrivals import Limits, rates_of
         from tasks.serving.serving_load import LoadPlan
@@ -130,6 +132,17 @@ def _bench_servers(sources: dict[str, Path], plan: Any, picture: Path | None, as
     wide_console().print(load_table(rows, plan.limits))
     for sentence in failures_told(rows):
         say(sentence)
+
+
+def _check_picture(file: Path) -> None:
+    """PuzzleError, before anything is measured, for a picture that could not be written."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if file.suffix and file.suffix[1:].lower() not in kinds:
+        raise PuzzleError(f"--picture {file} is no picture: let its name end in one of {', '.join(sorted(kinds))}.")
+    if not file.parent.is_dir():
+        raise PuzzleError(f"--picture {file}: there is no folder {file.parent}.")
 
 
 def _quiet() -> None:

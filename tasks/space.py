@@ -4,7 +4,7 @@ from typing import Any
 
 from blocks.errors import PuzzleError
 from blocks.parent import Parent
-from blocks.records import SUBBLOCKS
+from blocks.records import SUBBLOCKS, LayerChoice, Subblock
 from blocks.variant import parse_labels
 from profiles.schema import Profile, SearchSpace
 from tasks.engines.limits import check_parent, refusal
@@ -29,6 +29,12 @@ def check_search_space(profile: Profile, reader: Parent) -> None:
 def refused(profile: Profile, config: Any, layer: int, attention: str, ffn: str) -> str | None:
     """Why an engine that has to run the child cannot run these variants in a layer of it, None when all can."""
     return refusal(target_engines(profile), config, layer, attention, ffn, profile.hardware.precision)
+
+
+def refused_alone(profile: Profile, config: Any, layer: int, subblock: Subblock, label: str) -> str | None:
+    """The same of one variant beside the parent's other subblock."""
+    choice = LayerChoice().model_copy(update={subblock: label})
+    return refused(profile, config, layer, choice.attention, choice.ffn)
 
 
 def target_engines(profile: Profile) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ from tasks.record import open_parent, record_key, record_layer, recorded
 from tasks.reuse import show_finished
 from tasks.roofline import modelled_costs, setting_of
 from tasks.search.totals import Problem, predicted, problem_of
-from tasks.space import check_search_space, layers_of, measured_space, refused
+from tasks.space import check_search_space, layers_of, measured_space, refused, refused_alone
 from tasks.studies.peers import find
 from tasks.usage import noted
 from tasks.workers import Seat, at_a_time, seat_of, seated
@@ -177,8 +177,7 @@ def jobs_of(
     for layer in layers_of(profile, reader):
         for subblock in SUBBLOCKS:
             for variant in parse_labels(subblock, getattr(profile.search_space, subblock), reader.config)[1:]:
-                choice = LayerChoice().model_copy(update={subblock: variant.label})
-                if refused(profile, reader.config, layer, choice.attention, choice.ffn):
+                if refused_alone(profile, reader.config, layer, subblock, variant.label):
                     continue  # the target could not run it: not trained, not scored, never chosen
                 jobs.append(
                     Job(

@@ -140,3 +140,11 @@ def test_a_search_for_an_engine_leaves_out_what_it_cannot_run(tmp_path: Path) ->
     assert len(found["[]"]) == 4 * reader.depth
     kept = {(layer, "attention", "no_op") for layer in range(1, reader.depth)}
     assert found['["vllm"]'] == kept | {(layer, "ffn", "ffn32") for layer in range(reader.depth)}
+
+
+@pytest.mark.parametrize(("name", "said"), [("missing/bench.png", "there is no folder"), ("bench.txt", "png")])
+def test_a_picture_that_cannot_be_written_is_told_before_anything_is_measured(
+    name: str, said: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    done = run("bench", str(folders["child"]), "--parent", str(folders["parent"]), "--picture", str(tmp_path / name))
+    assert isinstance(done.exception, PuzzleError) and said in str(done.exception)

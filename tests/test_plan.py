@@ -17,15 +17,17 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from blocks import parent as parent_module
+from blocks.families import FAMILIES
 from blocks.records import SUBBLOCKS, LayerChoice, StageTime
 from flows import cli
 from flows.plan import told
+from profiles.hardware import FOLDER
 from profiles.load import load_profile
 from profiles.schema import Evaluate, FolderParent, Profile, TinyParent
 from tasks.planning import effort, machine
 from tasks.planning.effort import Work, shape_of
 from tasks.planning.machine import Rates, calibrate, machine_share
-from tasks.planning.plan import Plan, config_parent, plan_of
+from tasks.planning.plan import Plan, config_parent, machine_rates, plan_of
 from tasks.usage import Usage, noted
 from tests.chain import CORPUS, RECORD, SETTINGS, SPACE, Chain
 from tests.tiny import tiny_model
@@ -151,10 +153,15 @@ def test_what_the_engines_cannot_run_is_neither_trained_nor_chosen() -> None:
     space = {"attention": ["kv1", "linear", "no_op"], "ffn": ["ffn32", "no_op"]}
     free = planned(chain_profile(search_space=space))
     held = planned(chain_profile(search_space=space, hardware={"must_run": ["vllm"]}))
-    assert (free.attention_variants, held.attention_variants) == (4, 3) and held.blocks == free.blocks - held.layers
-    assert stage(held, "distill").tasks == stage(free, "distill").tasks - held.layers
+    assert (free.attention_variants, held.attention_variants) == (4, 3)
+    fewer = held.layers + 1  # linear attention everywhere; vLLM wants attention in layer 0
+    assert held.blocks == free.blocks - fewer
+    assert stage(held, "distill").tasks == stage(free, "distill").tasks - fewer
+    assert stage(held, "score").tokens * free.blocks == stage(free, "score").tokens * held.blocks
+    assert held.architectures_log10 == pytest.approx(math.log10((2 * 3) * (3 * 3) ** 2))
     fastest = held.children[-1].layers
-    assert fastest[0].attention != "no_op" and fastest[1].attention == "no_op"  # vLLM wants attention in layer 0
+    assert fastest[0].attention != "no_op" and fastest[1].attention == "no_op"
+    assert {layer.ffn for layer in fastest} == {"no_op"}  # each beside the parent's attention, as the run has it
 
 
 def test_a_budget_out_of_reach_is_told() -> None:
@@ -232,13 +239,25 @@ def test_the_command_prints_a_table_or_json() -> None:
 def test_a_profile_on_a_target_that_is_not_here_is_planned_there() -> None:
     changes = ["hardware={name: a100, engine: roofline, precision: bfloat16}", "budget.speedup=1.2"]
     profile = load_profile("tiny", changes)
-    from tasks.planning.plan import machine_rates
-
     rates = machine_rates(profile, None)
     assert rates is not None and rates.name == "a100" and machine_rates(profile, "this-machine") is None
     plan = plan_of(profile, config_parent(profile.parent), rates)
     assert plan.costs_of["name"] == "a100"
     assert {"measure", "throughput"} & {s.name for s in plan.stages if s.seconds} == set()
+
+
+def test_a_target_of_ones_own_is_named_by_its_file(tmp_path: Path) -> None:
+    text = (FOLDER / "h100.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(text.replace("name: h100", "name: mine"))
+    rates = machine_rates(chain_profile(), str(tmp_path / "mine.yaml"))
+    assert rates is not None
+    assert plan_of(chain_profile(), config_parent(chain_profile().parent), rates).costs_of["name"] == "mine"
+
+
+def test_a_profile_in_q8_0_is_planned_on_this_machine() -> None:
+    space = {"attention": ["kv1", "no_op"], "ffn": ["ffn32", "no_op"]}
+    plan = planned(chain_profile(hardware={"engine": "llama.cpp", "precision": "q8_0"}, search_space=space))
+    assert stage(plan, "measure").seconds > 0 and plan.costs_of["precision"] == "q8_0"
 
 
 def test_what_was_measured_is_kept_for_a_day_unless_others_were_busy(
@@ -260,7 +279,7 @@ def test_what_was_measured_is_kept_for_a_day_unless_others_were_busy(
     assert machine.rates_here(64, 192, "float32", 1).product == 5
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_shapes_that_a_family_names_are_those_of_its_own_layer(family: str, tmp_path: Path) -> None:
     changes = {} if family in ("mistral", "qwen2") else {"attention_bias": True}
     changes |= {"mlp_bias": True} if family == "llama" else {}

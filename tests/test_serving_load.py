@@ -117,8 +117,11 @@ def test_what_cannot_be_served_is_refused(folders: dict[str, Path]) -> None:
         bench_servers(folders, both)
     with pytest.raises(PuzzleError, match="only llama.cpp, vllm"):
         bench_servers(folders, LoadPlan(server="sglang", points=(POINT,)))
-    with pytest.raises(PuzzleError, match="--url is"):
-        bench_servers(folders, LoadPlan(urls=("nonsense",), points=(POINT,)))
+    for wrong in ("nonsense", "http://HOST:PORT", "http://"):
+        with pytest.raises(PuzzleError, match="--url is"):
+            bench_servers(folders, LoadPlan(urls=(wrong,), points=(POINT,)))
+    with pytest.raises(PuzzleError, match="1 requests are never 2 at a time"):
+        bench_servers(folders, LoadPlan(urls=("http://127.0.0.1:1",), points=(POINT,), requests=1))
     with pytest.raises(PuzzleFailure, match="no OpenAI-style server answers"):
         bench_servers(folders, LoadPlan(urls=("http://127.0.0.1:1",), points=(POINT,)))
 
@@ -132,8 +135,7 @@ class Stub(BaseHTTPRequestHandler):
     answers: ClassVar[dict[str, Any]] = {}
 
     def do_GET(self) -> None:
-        found = b'{"data": [{"id": "first"}, {"id": "second"}]}' if self.path == "/v1/models" else b"{}"
-        self._say(200, found)
+        self._say(200, self.answers["models"] if self.path == "/v1/models" else b"{}")
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -164,7 +166,7 @@ class Stub(BaseHTTPRequestHandler):
 def stub() -> Iterator[str]:
     Stub.asked.clear()
     Stub.under_way[:] = [0, 0]
-    Stub.answers.update(status=200, tokens=3)
+    Stub.answers.update(status=200, tokens=3, models=b'{"data": [{"id": "first"}, {"id": "second"}]}')
     with ThreadingHTTPServer(("127.0.0.1", 0), Stub) as server:
         threading.Thread(target=partial(server.serve_forever, poll_interval=0.02), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -196,6 +198,13 @@ def test_what_a_server_answers_wrongly_is_kept_with_its_reason(stub: str) -> Non
         Stub.answers.update(status=200)
 
 
+def test_what_is_no_openai_style_server_is_told(stub: str) -> None:
+    for models in (b"hello", b"[]", b"{}", b'{"data": null}', b'{"data": []}'):
+        Stub.answers.update(models=models)
+        with pytest.raises(PuzzleFailure, match="no OpenAI-style server answers"):
+            one_turn(Served(url=stub), CLOSED, prompts_of(CLOSED, 50, 1, 0), 0)
+
+
 def test_servers_that_run_are_measured_in_turns_the_parent_first_then_backwards(
     stub: str, monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]
 ) -> None:
@@ -206,7 +215,7 @@ def test_servers_that_run_are_measured_in_turns_the_parent_first_then_backwards(
         return turn(1, good(0.1, 0.3))
 
     monkeypatch.setattr(serving_load, "one_turn", noted)
-    plan = LoadPlan(urls=("http://parent", "http://child"), points=(POINT,), rounds=2, requests=1)
+    plan = LoadPlan(urls=("http://parent", "http://child"), points=(POINT,), rounds=2, requests=2)
     rows = bench_servers(folders, plan)
     assert [url.rpartition("/")[2] for url in order] == ["parent", "child", "parent", "child", "child", "parent"]
     assert [(row.model, row.gains is None) for row in rows] == [("parent", True), ("child", False)]

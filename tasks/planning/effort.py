@@ -17,17 +17,18 @@ overheads, below: set once from the main job, the same for every parent and mach
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from blocks.fit import elimination_flops
 from blocks.parent import Parent
-from blocks.records import SUBBLOCKS, LayerChoice, Subblock
+from blocks.records import SUBBLOCKS, Subblock
 from blocks.resources import non_block_parameters, parameters_of
 from blocks.variant import Variant, kind_of, parse_label, parse_labels
 from profiles.schema import PackageParent, Profile, TinyParent
 from tasks.planning.machine import BLOCK_NAMES, Rates
 from tasks.record import BATCH, CHUNK
-from tasks.space import layers_of, refused
+from tasks.space import layers_of, refused_alone
 from tasks.tiny import TRAIN_BATCH, TRAIN_TOKENS
 
 FLOAT = 4  # bytes: the search computes and stores in float32
@@ -179,13 +180,24 @@ def shape_of(profile: Profile, parent: Parent) -> Shape:
     """
 
     def runs(variant: Variant) -> bool:
-        alone = LayerChoice.alone(variant.subblock, variant.label)
-        layers = layers_of(profile, parent)
-        return not all(refused(profile, parent.config, layer, alone.attention, alone.ffn) for layer in layers)
+        asked = variant.subblock, variant.label
+        return not all(refused_alone(profile, parent.config, layer, *asked) for layer in layers_of(profile, parent))
 
     named = {part: parse_labels(part, getattr(profile.search_space, part), parent.config) for part in SUBBLOCKS}
     variants = {part: [own[0], *filter(runs, own[1:])] for part, own in named.items()}
     return Shape(parent=parent, profile=profile, variants=variants)
+
+
+def counts_of(shape: Shape, layers: Sequence[int]) -> dict[tuple[int, Subblock], int]:
+    """How many variants but the parent's own the engines run, by layer and subblock."""
+    profile, config = shape.profile, shape.parent.config
+    return {
+        (layer, part): sum(
+            refused_alone(profile, config, layer, part, v.label) is None for v in shape.variants[part][1:]
+        )
+        for layer in layers
+        for part in SUBBLOCKS
+    }
 
 
 def parent_work(shape: Shape) -> Work:
@@ -283,8 +295,8 @@ def coupled_work(shape: Shape, layers: int) -> tuple[Work, int]:
     return work * layers, len(pairs) * layers
 
 
-def score_work(shape: Shape, layers: list[int], variants: int) -> Work:
-    """Replace-1-block scores of `variants` in each of `layers`."""
+def score_work(shape: Shape, layers: list[int], variants: float) -> Work:
+    """Replace-1-block scores of so many variants, on average, in each of `layers`."""
     scoring = shape.profile.scoring
     length = scoring.tokens_per_sequence or shape.length
     tokens = scoring.sequences * length * variants

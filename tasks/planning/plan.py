@@ -26,7 +26,7 @@ from tasks.planning.engines import UNKNOWN, measure_work, throughput_work
 from tasks.planning.machine import Rates, rates_of, target_of
 from tasks.roofline import Setting, modelled_costs, setting_of
 from tasks.search.totals import Batches, Problem, batch_choices, make_problem, totals_of
-from tasks.space import check_search_space, layers_of, measured_space, refused
+from tasks.space import check_search_space, layers_of, measured_space, refused_alone
 
 PROCESS_BYTES = 1 << 30  # this program with torch, transformers, MLflow and Prefect, before any tensor
 STATE_BYTES = 40 << 20  # Prefect's and MLflow's databases, logs, reports
@@ -104,8 +104,8 @@ def plan_of(profile: Profile, parent: Parent, rates: Rates, price_per_hour: floa
     seconds = sum(stage.seconds or 0.0 for stage in stages)
     unknown = any(stage.seconds is None for stage in stages)
     options = [len(shape.variants[part]) for part in SUBBLOCKS]
-    blocks = len(searched) * (sum(options) - 2)
-    coupled = effort.coupled_work(shape, len(searched))[1]
+    counts, coupled = effort.counts_of(shape, searched), effort.coupled_work(shape, len(searched))[1]
+    pairs = [(counts[layer, "attention"] + 1) * (counts[layer, "ffn"] + 1) for layer in searched]
     return Plan(
         profile=profile.name,
         machine=rates.name,
@@ -119,8 +119,8 @@ def plan_of(profile: Profile, parent: Parent, rates: Rates, price_per_hour: floa
         layers_searched=len(searched),
         attention_variants=options[0],
         ffn_variants=options[1],
-        architectures_log10=len(searched) * math.log10(options[0] * options[1] + coupled // max(len(searched), 1)),
-        blocks=blocks + coupled,
+        architectures_log10=sum(math.log10(pair + coupled // len(searched)) for pair in pairs),
+        blocks=sum(counts.values()) + coupled,
         tasks=sum(stage.tasks for stage in stages),
         tokens=sum(stage.tokens for stage in stages),
         stages=tuple(stages),
@@ -145,7 +145,8 @@ def machine_rates(profile: Profile, on: str | None) -> Rates | None:
         return None
     target: HardwareTarget = load_target(name)
     precision = profile.hardware.precision
-    return rates_of(target, precision if precision in target.peak_tflops else "float32")
+    rates = rates_of(target, precision if precision in target.peak_tflops else "float32")
+    return replace(rates, name=name)  # by which it is found again: a target of one's own is found by its file
 
 
 def _serving(profile: Profile, rates: Rates) -> HardwareTarget:
@@ -178,8 +179,7 @@ def _labels(profile: Profile, part: Subblock, parent: Parent) -> list[str]:
 
 def _runs(profile: Profile, parent: Parent, layer: int, part: Subblock, label: str) -> bool:
     """Whether the engines that have to run the child run this variant in this layer."""
-    alone = LayerChoice.alone(part, label)
-    return label == "parent" or refused(profile, parent.config, layer, alone.attention, alone.ffn) is None
+    return label == "parent" or refused_alone(profile, parent.config, layer, part, label) is None
 
 
 def _score(layer: int, part: Subblock, label: str, dropped: float) -> Score:
@@ -256,9 +256,9 @@ def stages_of(
 ) -> list[StagePlan]:
     """Every stage that prints itself, in order. serving: where costs and speed are measured; None when modelled."""
     profile, length = shape.profile, shape.length
-    jobs = len(searched) * sum(len(variants) - 1 for variants in shape.variants.values())
+    jobs = sum(effort.counts_of(shape, searched).values())
     coupled, pairs = effort.coupled_work(shape, len(searched))
-    variants = (jobs + pairs) // max(len(searched), 1)
+    variants = (jobs + pairs) / max(len(searched), 1)
     rivals = len(profile.evaluate.baselines)
     distilled = (1 + (1 if rivals and profile.evaluate.distill_best_baseline else 0)) if profile.gkd.steps else 0
     record, corpus, gkd = profile.record, profile.corpus, profile.gkd
@@ -274,7 +274,7 @@ def stages_of(
         ("record", shape.depth, sequences * length * shape.depth, effort.record_work(shape)),
         ("distill", jobs, _bld_tokens(shape, len(searched)), effort.distill_work(shape, len(searched))),
         ("coupled", pairs, pairs * profile.bld.steps * profile.bld.batch_sequences * length, coupled),
-        ("score", len(searched), scored * variants * len(searched), effort.score_work(shape, searched, variants)),
+        ("score", len(searched), scored * (jobs + pairs), effort.score_work(shape, searched, variants)),
         ("measure", 1, 0, measure_work(shape, serving)),
         ("choose", 1, 0, Work(fixed=2.0)),
         ("evaluate", len(shares), tested * len(shares), effort.evaluate_work(shape, shares, first=True)),

@@ -87,7 +87,7 @@ async def _model_of(client: httpx.AsyncClient) -> str:
         answer = await client.get("/v1/models")
         answer.raise_for_status()
         return str(answer.json()["data"][0]["id"])
-    except (httpx.HTTPError, ValueError, LookupError) as error:
+    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
         raise PuzzleFailure(
             f"no OpenAI-style server answers at {client.base_url}v1/models ({error or type(error).__name__}): "
             "start one there, or name another --url."

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.records import Metric, Value
 from tasks.engines.base import Load
@@ -121,6 +123,9 @@ def bench_servers(sources: Mapping[str, Path], plan: LoadPlan, tell: Tell = lamb
     """
     if plan.server is not None and plan.urls:
         raise PuzzleError("--server starts servers, --url names running ones: give one of the two.")
+    most = max(point.batch_size for point in plan.points)
+    if most > plan.requests:
+        raise PuzzleError(f"{plan.requests} requests are never {most} at a time: give --requests {most} or more.")
     child = sources[CHILD]
     config: Any = config_of(child) if child.is_dir() else open_child(child).config
     with ExitStack() as stack:
@@ -162,11 +167,19 @@ def served_models(
 
 def named_servers(urls: Sequence[str]) -> dict[str, Served]:
     """Servers that run already: the child's alone, or parent's then child's."""
-    if len(urls) not in (1, 2) or not all(url.startswith(("http://", "https://")) for url in urls):
+    if len(urls) not in (1, 2) or not all(map(_is_address, urls)):
         raise PuzzleError(
             "--url is http://HOST:PORT of the child's server, or given twice: the parent's, then the child's."
         )
     return dict(zip((PARENT, CHILD)[-len(urls) :], (Served(url=url) for url in urls), strict=True))
+
+
+def _is_address(url: str) -> bool:
+    try:
+        found = httpx.URL(url)
+    except httpx.InvalidURL:
+        return False
+    return found.scheme in ("http", "https") and bool(found.host)
 
 
 def load_test(
