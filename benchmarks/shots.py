@@ -59,7 +59,10 @@ class Browser:
     def click(self, text: str) -> None:
         """Press the last button, link or tab of exactly this text."""
         found = f"[...document.querySelectorAll('button,a,[role=tab],label')].filter(e=>e.innerText.trim()=={text!r})"
-        assert self.evaluate(f"(e=>(e&&e.click(),!!e))({found}.pop())"), f"nothing to press named {text!r}"
+        deadline = time.monotonic() + 180
+        while not self.evaluate(f"(e=>(e&&e.click(),!!e))({found}.pop())"):
+            assert time.monotonic() < deadline, f"nothing to press named {text!r}"
+            time.sleep(0.5)
 
     def reveal(self, text: str) -> None:
         """Scroll to the innermost element of a text, once it is there."""
