@@ -32,9 +32,16 @@ Kind = Literal["run", "task"]
 def device_locks() -> Path:
     """Where the locks of this machine's devices lie."""
     given = os.environ.get(DEVICE_LOCKS)
-    folder = Path(given) if given else Path(tempfile.gettempdir()) / f"puzzle-devices-{getpass.getuser()}"
+    folder = Path(given) if given else Path(tempfile.gettempdir()) / f"puzzle-devices-{_user()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        return str(os.getuid())
 
 
 def device_name(device: str) -> str | None:
@@ -93,7 +100,7 @@ def alone_on(name: str, wait: Callable[[], None]) -> Iterator[None]:
 def _wait_for(lock: FileLock, held: ExitStack, wait: Callable[[], None]) -> None:
     if not _taken(lock, DOOR_SECONDS):
         wait()
-        lock.acquire()
+        lock.acquire(poll_interval=POLL_SECONDS)  # whoever measures meanwhile is disturbed by every look
     held.callback(lock.release)
 
 

@@ -199,6 +199,7 @@ class Scoring(Section):
         return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
 
+Device = Annotated[str, Field(pattern=r"^(cpu|cuda|mps)(:\d+)?$")]
 Precision = Literal["float32", "bfloat16", "float16", "float8", "q8_0"]
 
 
@@ -212,7 +213,7 @@ class Hardware(Section):
     must_run: tuple[EngineName, ...] = Field(
         default=(), description="engines that have to run the child too: what they cannot is never chosen"
     )
-    device: str = Field(default="cpu", description="a torch device", examples=["cpu", "cuda", "cuda:1"])
+    device: Device = Field(default="cpu", description="a torch device", examples=["cpu", "cuda", "cuda:1"])
     precision: Precision = Field(
         default="float32", description="of weights and products; float8 is modelled only, q8_0 runs in llama.cpp"
     )
@@ -372,9 +373,6 @@ class Champion(Section):
         default=0.0, ge=0, description="it must be better by more than this: nats per token, or a share of tokens"
     )
     confidence: float = Field(default=0.95, gt=0.5, lt=1, description="one-sided, of the paired comparison")
-
-
-Device = Annotated[str, Field(pattern=r"^(cpu|cuda|mps)(:\d+)?$")]
 
 
 class Orchestration(Section):

@@ -265,16 +265,6 @@ def _distill(jobs: Sequence[Job], name: str, profile: Profile, workspace: Path) 
     return [block for job in jobs if (block := found[job.key])]
 
 
-def wait(futures: Sequence[PrefectFuture[Any]], name: str, text: Callable[[Any], str]) -> list[Any]:
-    """Results in order, with progress; the first failure is raised."""
-    results = []
-    with stage(name) as tell:
-        for done, future in enumerate(futures, start=1):
-            results.append(future.result())
-            tell(done, len(futures), text(results[-1]))
-    return results
-
-
 def score_all(
     profile: Profile,
     parent: ParentInfo,
@@ -299,12 +289,14 @@ def score_all(
             if stored[key] is None:
                 by_layer.setdefault(key[0], []).append((usable[key], sequences))
         place = (seat_of(profile), str(workspace))
-        futures = [
-            again.submit(work, records[layer], records[-1], parent, corpus, shape, place)
-            for layer, work in by_layer.items()
-        ]
-        made = wait(futures, "score", lambda found: f"layer {found[0].layer}" if found else "")
-        stored |= {(one.layer, one.subblock, one.variant): one for found in made for one in found}
+        with stage("score") as tell:  # entered first: what is submitted computes at once
+            futures = [
+                again.submit(work, records[layer], records[-1], parent, corpus, shape, place)
+                for layer, work in by_layer.items()
+            ]
+            for done, (layer, future) in enumerate(zip(by_layer, futures, strict=True), start=1):
+                stored |= {(one.layer, one.subblock, one.variant): one for one in future.result()}
+                tell(done, len(futures), f"layer {layer}")
         return {key: score for key, score in stored.items() if score}
 
     if settings.adaptive is None:
@@ -328,7 +320,8 @@ def measure(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable:
         return modelled_costs(
             open_parent(workspace / parent.folder), measured_space(profile), profile.scenarios, setting
         )
-    table: CostTable = _timed(costs.measure_costs, profile, parent, workspace)
+    stored = stored_costs(profile, parent, workspace)  # asked first: nobody waits for a device to read a table
+    table: CostTable = stored or _timed(costs.measure_costs, profile, parent, workspace)
     return table
 
 

@@ -47,6 +47,7 @@ BROKEN = {
         {"parent": {"kind": "package", "package": "a", "fil": "b"}},
         ["parent.fil: unknown key", "Allowed: kind, package, file.", "Did you mean `file`?", "parent.file: missing"],
     ),
+    "no device": ({"hardware": {"device": "gpu"}}, ["hardware.device:"]),
     "unknown key in a list of unions": (
         {"corpus": {"sources": [{"kind": "python_stdlib"}, {"kind": "text", "pth": "x"}]}},
         ["corpus.sources[1].pth: unknown key", "Did you mean `path`?", "corpus.sources[1].path: missing"],

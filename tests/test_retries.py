@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 from uuid import UUID, uuid4
 
 import pytest
@@ -21,6 +21,7 @@ from tasks import bld, gkd, scoring
 from tasks.failures import memory, retries, watch
 from tasks.failures.memory import Parts
 from tasks.failures.retries import TookTooLong, told_in_time, worth_retrying
+from tasks.operating.champion import Judgement
 from tasks.progress import without_tracebacks
 from tests.chain import Chain
 
@@ -202,6 +203,14 @@ def test_the_watch_is_on_runs_of_puzzle_alone() -> None:
         assert automation["trigger"]["match_related"]["prefect.resource.id"] == "prefect.tag.puzzle"
     assert silent["trigger"]["within"] > 2 * watch.HEARTBEAT_SECONDS
     assert silent["actions"][0]["state"] == "CRASHED" and crashed["actions"][0]["state"] == "SCHEDULED"
+
+
+def test_every_end_of_a_served_run_is_one_or_it_would_be_taken_for_dead() -> None:
+    (silent, _) = (each.model_dump(mode="json") for each in watch.automations())
+    outcomes = [name.capitalize() for name in get_args(Judgement.model_fields["outcome"].annotation)]
+    assert len(outcomes) == 4
+    for name in ("Completed", "Failed", "Cancelled", "Crashed", *outcomes):  # an event is named after its state's name
+        assert f"prefect.flow-run.{name}" in silent["trigger"]["expect"]
 
 
 def test_failures_keep_their_sentence_on_the_console_and_lose_the_traceback() -> None:

@@ -1,5 +1,7 @@
 """Two runs at once: what is made once, who waits for what, who has a device; a killed process holds nothing."""
 
+import getpass
+import os
 import signal
 import subprocess
 import sys
@@ -9,12 +11,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from filelock import FileLock
 
+from blocks import devices as locks
 from blocks import runtime
 from blocks.devices import enter
 from profiles.load import load_profile
+from tasks import scoring, stages
 from tasks.failures import devices, presence, sharing
 from tasks.failures.devices import device_of
 from tasks.failures.sharing import Piece, being_made, in_turn, made_once
@@ -298,3 +305,70 @@ def test_a_killed_measurement_lets_go_of_the_device(tmp_path: Path, monkeypatch:
         place = enter("cpu", "run", ["0"])
         assert place is not None
         place.release()
+
+
+def test_one_who_waits_for_a_measurement_looks_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look takes CPU time from the measurement."""
+    monkeypatch.setenv("PUZZLE_DEVICE_LOCKS", str(tmp_path))
+    inside, leave, looks, waiting = threading.Event(), threading.Event(), [0], [False]
+    flock = FileLock._acquire
+
+    def counted(self: Any) -> None:
+        looks[0] += waiting[0] and threading.current_thread() is threading.main_thread()
+        flock(self)
+
+    def measure() -> None:
+        with locks.alone_on("cpu", lambda: None):
+            inside.set()
+            leave.wait(20)
+
+    def wait() -> None:
+        waiting[0] = True
+        threading.Timer(0.6, leave.set).start()
+
+    monkeypatch.setattr(FileLock, "_acquire", counted)
+    first = threading.Thread(target=measure)
+    first.start()
+    assert inside.wait(5)
+    with locks.alone_on("cpu", wait):
+        waiting[0] = False
+    first.join()
+    assert 0 < looks[0] < 30
+
+
+def test_scores_are_computed_in_their_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is submitted computes at once: before the stage has the device it would do so beside another run."""
+    at_work: list[str] = []
+    submitted: list[bool] = []
+
+    @contextmanager
+    def stage(name: str) -> Iterator[Any]:
+        at_work.append(name)
+        yield lambda done, total, text="": None
+        at_work.remove(name)
+
+    def submit(*_: Any) -> Any:
+        submitted.append(at_work == ["score"])
+        return SimpleNamespace(result=list)
+
+    task = SimpleNamespace(with_options=lambda **_: SimpleNamespace(submit=submit))
+    monkeypatch.setattr(stages, "stage", stage)
+    monkeypatch.setattr(stages, "score_task", task)
+    monkeypatch.setattr(scoring, "stored_score", lambda *_: None)
+    blocks: list[Any] = [
+        SimpleNamespace(layer=layer, subblock="ffn", variant="no_op", status="trained") for layer in range(2)
+    ]
+    given: Any = SimpleNamespace(sequence_length=8)
+    profile = load_profile("tiny", ["scoring.adaptive=false"])
+    assert stages.score_all(profile, given, given, [given] * 2, blocks, given, tmp_path) == []
+    assert submitted == [True, True]
+
+
+def test_a_user_without_a_name_has_locks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 1000")
+
+    monkeypatch.delenv("PUZZLE_DEVICE_LOCKS", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(getpass, "getuser", nobody)
+    assert locks.device_locks() == tmp_path / f"puzzle-devices-{os.getuid()}" and locks.device_locks().is_dir()

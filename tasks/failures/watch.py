@@ -30,11 +30,12 @@ HEARTBEAT_SECONDS = 30  # Prefect's least
 SILENCE_SECONDS = 90  # on a busy machine beats were seen 44 s apart
 RESTARTS = 5
 TAG = "puzzle"  # of every deployment of ours, and so of their runs
-VERSION = 2  # raise it when the automations change
+VERSION = 3  # raise it when the automations change
 RESTART = "Restarting"
 FORGET = timedelta(days=30)
 _BEAT = "prefect.flow-run.heartbeat"
-_ENDS = ("Completed", "Failed", "Cancelled", "Crashed", "Suspended", "Paused", "Scheduled")
+_OUTCOMES = ("First", "Moved", "Kept", "Unchanged")  # an event has the state's name, and reoptimize names its own
+_ENDS = ("Completed", *_OUTCOMES, "Failed", "Cancelled", "Crashed", "Suspended", "Paused", "Scheduled")
 
 
 def automations() -> list[Automation]:
