@@ -84,7 +84,10 @@ def page(plan: Plan, rates: Rates, report: ChildReport, disk: int) -> list[str]:
     """The parts of the page."""
     rows, outside = [], []
     for name, planned, took in pairs(plan.stages, report.stages):
-        seconds = (planned.seconds if planned else None) or 0.0
+        if planned is None or planned.seconds is None:  # an engine whose time is not known
+            rows.append([name, "?", f"{took.seconds:.0f}", f"{took.cpu_seconds:.0f}", "not planned"])
+            continue
+        seconds = planned.seconds
         error = seconds / took.seconds - 1 if took.seconds else 0.0
         judged = took.seconds >= SHORT
         if judged and abs(error) > ASKED:

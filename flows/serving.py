@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,12 +78,14 @@ def bench_command(
     """Parent and child in turns under the same load: prefill, decode, memory, gains of pairs."""
     _quiet()
     from tasks.engines.registry import installed_engine
+    from tasks.failures.devices import alone
     from tasks.serving.bench import CHILD, Point, bench, bench_table, draw_bench
     from tasks.throughput import PARENT
 
     installed_engine(engine)
-    alone = url is not None and len(url) == 1
-    sources = {CHILD: child} if alone else {PARENT: parent or _parent_of(child), CHILD: child}
+    sources = (
+        {CHILD: child} if url is not None and len(url) == 1 else {PARENT: parent or _parent_of(child), CHILD: child}
+    )
     points = [Point.parse(text) for text in load or ["1x256x64"]]
     if picture is not None:
         _check_picture(picture)
@@ -105,7 +108,7 @@ def bench_command(
         return
     if rate is not None or max_ttft is not None or max_tpot is not None:
         raise PuzzleError("--rate, --max-ttft and --max-tpot are of a load on servers: give --server or --url too.")
-    with shown("bench", beside=True) as tell:
+    with alone("bench"), shown("bench", beside=True) as tell:
         rows = bench(sources, engine, points, precision, rounds, threads, tell)
     if picture is not None:
         draw_bench(rows).savefig(picture)
@@ -116,13 +119,15 @@ def bench_command(
 
 
 def _bench_servers(sources: dict[str, Path], plan: Any, picture: Path | None, as_json: bool) -> None:
+    from tasks.failures.devices import alone
     from tasks.serving.load_table import draw_load, failures_told, load_table
     from tasks.serving.serving_load import bench_servers
 
     if plan.rates:
         least = plan.seconds(len(plan.urls) or len(sources))
         typer.echo(f"load: the arrivals alone take {clock(least)} (requests x rounds / rate, each model)", err=True)
-    with shown("load", beside=True) as tell:
+    here = nullcontext() if plan.urls else alone("load")
+    with here, shown("load", beside=True) as tell:
         rows = bench_servers(sources, plan, tell)
     if picture is not None:
         draw_load(rows).savefig(picture)

@@ -307,6 +307,17 @@ def test_a_killed_measurement_lets_go_of_the_device(tmp_path: Path, monkeypatch:
         place.release()
 
 
+def test_a_bench_waits_for_a_run_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+    monkeypatch.setenv("PUZZLE_DEVICE_LOCKS", str(tmp_path))
+    code = "from blocks.devices import enter\nplace = enter('cpu', 'run', ['0'])\nif place:"
+    with another_process(code) as run:
+        threading.Timer(0.3, run.kill).start()
+        started = time.monotonic()
+        with devices.alone("bench"):
+            assert time.monotonic() - started > 0.25
+    assert said == ["bench: waiting for cpu, which another run on this machine uses"]
+
+
 def test_one_who_waits_for_a_measurement_looks_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every look takes CPU time from the measurement."""
     monkeypatch.setenv("PUZZLE_DEVICE_LOCKS", str(tmp_path))

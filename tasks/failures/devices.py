@@ -62,6 +62,13 @@ def device_of(stage: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def alone(what: str, device: str = "cpu") -> Iterator[None]:
+    """A device of this machine for one measurement outside of any run: waits for runs there, and says so."""
+    with alone_on(device, _Waiting(Share(device=device, runs=1), what).tell):
+        yield
+
+
 def _place(share: Share, waiting: "_Waiting") -> FileLock:
     while (lock := enter(share.device, "run", map(str, range(share.runs)))) is None:
         waiting.tell()

@@ -239,9 +239,12 @@ def one_turn(
     number: int,
     answered: Callable[[], None] = lambda: None,
 ) -> LoadTurn:
-    """Send all prompts of round `number` as the traffic has it. A turn ends with its last answer."""
+    """Send all prompts of round `number` as the traffic has it. A turn ends with its last answer, in an open loop not
+    before the time in which its requests arrive is over.
+    """
     cpu = server.cpu_seconds()
     found, seconds = send(server.url, traffic, prompts, traffic.arrivals(len(prompts), number), answered)
+    seconds = max(seconds, len(prompts) / traffic.rate if traffic.rate else 0.0)
     after = server.cpu_seconds()
     used = None if cpu is None or after is None else after - cpu
     return LoadTurn(requests=tuple(found), seconds=seconds, cpu_seconds=used)
