@@ -277,7 +277,7 @@ def test_no_server_outlives_its_owner(number: int, tmp_path: Path) -> None:
         pid = int(owner.stdout.readline().split()[0])
         assert psutil.pid_exists(pid)
         owner.send_signal(number)
-        owner.wait(20)
+        owner.wait(60)
         wait_until_gone([pid])
 
 
@@ -310,7 +310,7 @@ def test_vllms_server_answers_under_load_and_ends_with_its_owner(tmp_path: Path)
             assert row.memory_bytes and row.memory_bytes > 1.2 * alone
         finally:
             owner.kill()
-        owner.wait(20)
+        owner.wait(60)
         wait_until_gone(family)
 
 
