@@ -110,5 +110,5 @@ def write_page(name: str, title: str, parts: Sequence[str]) -> None:
 
 def _without_places(words: Sequence[str]) -> list[str]:
     """A command's words without the options that name an absolute path: a place of this machine helps nobody."""
-    pairs = zip(words, [*words[1:], ""], strict=True)
+    pairs = zip(words, [*words, ""][1:], strict=True)
     return [word for word, after in pairs if not (word.startswith("/") or (word.startswith("--") and after[:1] == "/"))]

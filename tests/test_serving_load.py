@@ -257,8 +257,9 @@ def wait_until_gone(pids: list[int]) -> None:
 
 
 OWNER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of the suite, or a job in the background, ignores it
 from tasks.engines.base import Load
 from tasks.engines.openai_server import serving
 server, model, log = sys.argv[1:]
@@ -277,7 +278,7 @@ def test_no_server_outlives_its_owner(number: int, tmp_path: Path) -> None:
         pid = int(owner.stdout.readline().split()[0])
         assert psutil.pid_exists(pid)
         owner.send_signal(number)
-        owner.wait(60)
+        owner.wait(20)
         wait_until_gone([pid])
 
 
@@ -310,7 +311,7 @@ def test_vllms_server_answers_under_load_and_ends_with_its_owner(tmp_path: Path)
             assert row.memory_bytes and row.memory_bytes > 1.2 * alone
         finally:
             owner.kill()
-        owner.wait(60)
+        owner.wait(20)
         wait_until_gone(family)
 
 
