@@ -259,7 +259,8 @@ def wait_until_gone(pids: list[int]) -> None:
 OWNER = """
 import signal, sys, time
 from pathlib import Path
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of the suite, or a job in the background, ignores it
+# a worker of the suite, or a job in the background, ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from tasks.engines.base import Load
 from tasks.engines.openai_server import serving
 server, model, log = sys.argv[1:]
