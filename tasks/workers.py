@@ -165,6 +165,8 @@ def _dask(wanted: Orchestration, stack: ExitStack) -> str:
 
 def _ray(wanted: Orchestration, stack: ExitStack) -> None:
     """Connect to a Ray cluster, or start one; Prefect's runner uses the connection that is there."""
+    if wanted.address is None:
+        stack.enter_context(_own_token())  # before Ray is imported: it reads then whether tokens are asked for
     ray, context = importlib.import_module("ray"), importlib.import_module("prefect_ray.context")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": "puzzle"}
     own = {
@@ -175,8 +177,6 @@ def _ray(wanted: Orchestration, stack: ExitStack) -> None:
     }
     if wanted.address is not None:
         _reachable(wanted.address)
-    else:
-        stack.enter_context(_own_token())
     try:
         ray.init(address=wanted.address or "local", **quiet, **({} if wanted.address else own))
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -197,11 +197,11 @@ def _own_token() -> Iterator[None]:
     if any(name in os.environ for name in RAY_TOKENS):
         yield
         return
-    loader = importlib.import_module("ray._raylet").AuthenticationTokenLoader.instance()
     with tempfile.TemporaryDirectory(prefix="puzzle-ray-") as folder:  # mode 0700
         path = Path(folder) / "auth_token"
         path.write_text(secrets.token_hex(32))
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+        loader = importlib.import_module("ray._raylet").AuthenticationTokenLoader.instance()
         loader.reset_cache()
         try:
             yield
