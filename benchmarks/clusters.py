@@ -25,9 +25,8 @@ from types import MappingProxyType
 import psutil
 
 from benchmarks.cluster import CLUSTERS
-from benchmarks.common import ROOT, table, write_page
+from benchmarks.common import PUZZLE, ROOT, table, write_page
 
-PUZZLE = [sys.executable, "-c", "from flows.cli import main; main()"]
 SMALL = (
     *("corpus.sources=[{kind: python_stdlib, max_files: 80}]", "evaluate.throughput_rounds=1", "gkd.steps=0"),
     *("search_space.ffn=[ffn96, ffn48, no_op]", "hardware.threads=1", "bld.steps=60"),

@@ -13,10 +13,12 @@ from blocks.runtime import configure
 
 configure()
 
+from blocks.errors import PuzzleError  # noqa: E402
 from blocks.files import write_text  # noqa: E402
 from blocks.parent import Parent  # noqa: E402
-from blocks.records import CorpusInfo, LayerRecord, ParentInfo  # noqa: E402
+from blocks.records import ChildReport, CorpusInfo, LayerRecord, ParentInfo  # noqa: E402
 from blocks.runtime import set_threads  # noqa: E402
+from flows.page import finished_run  # noqa: E402
 from profiles.load import load_profile  # noqa: E402
 from profiles.schema import Profile  # noqa: E402
 from tasks.corpus import iterate_documents, prepare_corpus  # noqa: E402
@@ -25,6 +27,7 @@ from tasks.parent import prepare_parent  # noqa: E402
 from tasks.record import open_parent, record_key, record_layer  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+PUZZLE = [sys.executable, "-c", "from flows.cli import main; main()"]  # of this tree, whatever is installed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,14 @@ def open_bench(options: argparse.Namespace) -> Bench:
         records=records,
         record_key=key,
     )
+
+
+def last_report(workspace: Path) -> ChildReport:
+    """Report of the run that ended last. PuzzleError where none has."""
+    report = finished_run(workspace)
+    if report is None:
+        raise PuzzleError(f"{workspace} holds no finished run: run `puzzle optimize` there first")
+    return report
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cluster import Cluster
-from benchmarks.common import ROOT
+from benchmarks.common import PUZZLE, ROOT
 
-PUZZLE = [sys.executable, "-c", "from flows.cli import main; main()"]
 PROFILE = ROOT / "profiles" / "tiny.yaml"
 # a third of the run or more is distillation; the rest is made short
 SMALLER = (

@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.common import ROOT, commit, table, write_page
+from benchmarks.common import PUZZLE, ROOT, commit, table, write_page
 from benchmarks.pool import deployed, killed, measured, pool, swept, worked
 from benchmarks.site import (
     PATIENCE,
@@ -44,7 +44,6 @@ from tasks.operating.servers import LOOPBACK, free_port, running
 KEPT = ROOT / "workspace" / "operate"
 TIGHT = {"budget.layer_parameters_fraction": 0.45}
 WORSE = {"gkd.steps": 0, "bld.steps": 0, "bld.closed_form": False}
-PUZZLE = [sys.executable, "-c", "from flows.cli import main; main()"]
 
 
 def refused(site: Site) -> str:

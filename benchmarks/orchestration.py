@@ -16,9 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common import ROOT, Bench, arguments, open_bench, table, write_page
-from blocks.library import read_value
-from blocks.records import BlockRecord, ChildReport, Score
+from benchmarks.common import ROOT, Bench, arguments, last_report, open_bench, table, write_page
+from blocks.records import BlockRecord, Score
 from profiles.load import load_profile
 from profiles.schema import Profile
 
@@ -34,8 +33,7 @@ def main() -> None:
     if options.plain:
         plain(profile, workspace, options)
         return
-    reports = sorted(workspace.glob("runs/*/report.json"), key=lambda path: path.stat().st_mtime)
-    whole = read_value(reports[-1], ChildReport).seconds
+    whole = last_report(workspace).seconds
     took: dict[str, list[float]] = {"flow": [], "plain loop": []}
     for _ in range(options.rounds):
         for name, seconds in took.items():

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common import ROOT, table, write_page
+from benchmarks.common import ROOT, last_report, table, write_page
 from blocks.library import read_value, write_value
 from blocks.records import ChildReport, Metric, Value
 from blocks.runtime import set_threads
@@ -59,7 +59,7 @@ def main() -> None:
         else:
             found[case] = _case(options, sources, case)
     notes += [sentence for one in found.values() for sentence in failures_told((*one.closed, *one.opened))]
-    parts = [_intro(options, report, child, load_before), *notes]
+    parts = [_intro(options, report, sources, load_before), *notes]
     parts += [_section(case, one, options.load) for case, one in found.items()]
     write_page("serving-load", "Parent and child behind servers, under load", parts)
 
@@ -75,11 +75,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="rates, of the parent's closed loop")
     parser.add_argument("--cases", nargs="+", default=CASES, metavar="SERVER:PRECISION")
     return parser.parse_args()
-
-
-def last_report(workspace: Path) -> ChildReport:
-    """Report of the run that ended last."""
-    return read_value(max(workspace.glob("runs/*/report.json"), key=os.path.getmtime), ChildReport)
 
 
 def _reason_against(server: str, child: Path) -> str | None:
@@ -144,8 +139,8 @@ def _rounded(value: float) -> float:
     return float(f"{value:.2g}")
 
 
-def _intro(options: argparse.Namespace, report: ChildReport, child: Path, load_before: float) -> str:
-    before, after = (open_child(path).num_parameters() / 1e6 for path in _folders(options, report, child))
+def _intro(options: argparse.Namespace, report: ChildReport, sources: dict[str, Path], load_before: float) -> str:
+    before, after = (open_child(path).num_parameters() / 1e6 for path in sources.values())
     own = "the child of its run" if options.child is None else "a child that was named with `--child`"
     return (
         f"Parent: {report.parent.name}, {before:.1f} M parameters; {own}, {after:.1f} M. One thread a server, both up "
@@ -158,10 +153,6 @@ def _intro(options: argparse.Namespace, report: ChildReport, child: Path, load_b
         f"{', '.join(f'{share:g}' for share in sorted(options.shares))}. "
         f"Good: at most {PATIENCE:g} times the TTFT and the TPOT of the parent with one request at a time (p50)."
     )
-
-
-def _folders(options: argparse.Namespace, report: ChildReport, child: Path) -> tuple[Path, Path]:
-    return options.workspace / report.parent.folder, child
 
 
 def _section(case: str, found: Served, load: Point) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.common import table, write_page
+from benchmarks.common import last_report, table, write_page
 from blocks.library import read_value, write_value
 from blocks.records import SUBBLOCKS, ChildReport, CostTable, LayerChoice, Metric, Value
 from blocks.runtime import set_threads
@@ -53,7 +53,7 @@ def main() -> None:
     options = _options()
     set_threads(1)
     before = os.getloadavg()[0]
-    report = read_value(max(options.workspace.glob("runs/*/report.json"), key=os.path.getmtime), ChildReport)
+    report = last_report(options.workspace)
     options.keep /= Path(report.child_folder).parent.name  # figures are of one child
     options.keep.mkdir(parents=True, exist_ok=True)
     sources = {"parent": options.workspace / report.parent.folder, "child": options.workspace / report.child_folder}

@@ -96,18 +96,15 @@ def validate(profile: ProfileFile, set_: Overrides = None) -> None:
 @app.command()
 def show(workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="the folder of a run")]) -> None:
     """Print the table of the last finished run of a workspace."""
-    reports = sorted(workspace.glob("runs/*/report.json"), key=lambda path: path.stat().st_mtime)
-    if not reports:
+    configure()
+    report = page.finished_run(workspace)
+    if report is None:
         raise PuzzleError(
             f"{workspace} holds no finished run; start one with `puzzle optimize PROFILE --workspace {workspace}`"
         )
-    configure()
-    from blocks.library import read_value
-    from blocks.records import ChildReport
     from tasks.progress import wide_console
     from tasks.report import comparison_table
 
-    report = read_value(reports[-1], ChildReport)
     wide_console().print(comparison_table(report))
     typer.echo(f"child: {workspace.resolve() / report.child_folder}")
 

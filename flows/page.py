@@ -48,12 +48,14 @@ def report(
 
 
 def finished_run(workspace: Path) -> "ChildReport | None":
-    """The report of the last finished run of a workspace."""
+    """The report of the last finished run of a workspace, None where there is none."""
+    reports = sorted(workspace.glob("runs/*/report.json"), key=lambda path: path.stat().st_mtime)
+    if not reports:
+        return None
     from blocks.library import read_value
     from blocks.records import ChildReport
 
-    reports = sorted(workspace.glob("runs/*/report.json"), key=lambda path: path.stat().st_mtime)
-    return read_value(reports[-1], ChildReport) if reports else None
+    return read_value(reports[-1], ChildReport)
 
 
 def _command() -> Any:

@@ -145,7 +145,7 @@ def test_in_an_open_loop_nobody_waits_for_the_answers_before() -> None:
 def test_a_client_that_is_late_does_not_hide_the_wait() -> None:
     traffic = Traffic(point=POINT, rate=1)
     with fake() as (server, _):
-        ((request,), _) = send(server.url, traffic, [[1, 2]], [-0.5], lambda: None)
+        ((request,), _) = asyncio.run(send(server.url, traffic, [[1, 2]], [-0.5], lambda: None))
     assert 0.5 + PREFILL <= request.first < 0.5 + PREFILL + 0.3
 
 

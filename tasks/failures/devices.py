@@ -51,7 +51,7 @@ def device_of(stage: str) -> Iterator[None]:
     if share is None or stage in WITHOUT or _HELD.get():
         yield
         return
-    waiting = _Waiting(share, stage)
+    waiting = _Waiting(share.device, stage)
     with ExitStack() as stack:
         if stage in ALONE:
             stack.enter_context(alone_on(share.device, waiting.tell))
@@ -65,7 +65,7 @@ def device_of(stage: str) -> Iterator[None]:
 @contextmanager
 def alone(what: str, device: str = "cpu") -> Iterator[None]:
     """A device of this machine for one measurement outside of any run: waits for runs there, and says so."""
-    with alone_on(device, _Waiting(Share(device=device, runs=1), what).tell):
+    with alone_on(device, _Waiting(device, what).tell):
         yield
 
 
@@ -79,8 +79,8 @@ def _place(share: Share, waiting: "_Waiting") -> FileLock:
 class _Waiting:
     """Says once that a stage waits, and for what."""
 
-    def __init__(self, share: Share, stage: str) -> None:
-        self.line: str | None = f"{stage}: waiting for {share.device}, which another run on this machine uses"
+    def __init__(self, device: str, stage: str) -> None:
+        self.line: str | None = f"{stage}: waiting for {device}, which another run on this machine uses"
 
     def tell(self) -> None:
         if self.line:

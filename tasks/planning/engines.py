@@ -130,7 +130,7 @@ def throughput_work(shape: Shape, setting: Setting | None, shares: Sequence[floa
         return Work()
     if engine in UNKNOWN:
         return None
-    rounds = shape.profile.evaluate.throughput_rounds
+    rounds, places = shape.profile.evaluate.throughput_rounds, places_of(shape, setting, largest_only=True)
     work = Work(fixed=effort.TASK_SECONDS)
     if engine != "torch":
         work += Work(fixed=WORKER_SECONDS * max(1.0, len(shares) / (os.cpu_count() or 1)))
@@ -139,7 +139,7 @@ def throughput_work(shape: Shape, setting: Setting | None, shares: Sequence[floa
         work += Work(fixed=size / effort.BUILD_BYTES_PER_SECOND)
         if engine != "torch":
             work += Work(disk=2.0 * size)
-        for place in places_of(shape, setting, largest_only=True):
+        for place in places:
             layers = [(PARENT, share * shape.depth)]
             steps = timed_steps(place.scenario.generated_tokens)
             warm = place.seconds(layers, 1, min(steps, 2))

@@ -37,7 +37,7 @@ class Request(Value):
         return math.inf if self.error else (self.last - self.first) / max(1, self.output_tokens - 1)
 
 
-def send(
+async def send(
     url: str,
     traffic: Traffic,
     prompts: Sequence[Sequence[int]],
@@ -49,16 +49,6 @@ def send(
     Returns the requests and the wall seconds from the first arrival's clock to the last answer. Raises PuzzleFailure
     when no server answers.
     """
-    return asyncio.run(_send(url, traffic, prompts, arrivals, answered))
-
-
-async def _send(
-    url: str,
-    traffic: Traffic,
-    prompts: Sequence[Sequence[int]],
-    arrivals: Sequence[float],
-    answered: Callable[[], None],
-) -> tuple[list[Request], float]:
     free = asyncio.Semaphore(traffic.point.batch_size) if traffic.rate is None else nullcontext()
     key = os.environ.get("OPENAI_API_KEY")  # goes into the header, nowhere else
     headers = {"Authorization": f"Bearer {key}"} if key else {}

@@ -5,6 +5,7 @@ Prompts are random token ids, new in every round, the same for every model; so a
 late in the percentiles.
 """
 
+import asyncio
 import math
 import random
 import statistics
@@ -243,7 +244,8 @@ def one_turn(
     before the time in which its requests arrive is over.
     """
     cpu = server.cpu_seconds()
-    found, seconds = send(server.url, traffic, prompts, traffic.arrivals(len(prompts), number), answered)
+    arrivals = traffic.arrivals(len(prompts), number)
+    found, seconds = asyncio.run(send(server.url, traffic, prompts, arrivals, answered))
     seconds = max(seconds, len(prompts) / traffic.rate if traffic.rate else 0.0)
     after = server.cpu_seconds()
     used = None if cpu is None or after is None else after - cpu
