@@ -230,6 +230,7 @@ class Architecture(Value):
     status: str
     bound: float
     gap: float
+    solved_by: str = ""
     solve_seconds: float = 0.0
     evaluations: int = 0
 
