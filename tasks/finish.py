@@ -40,6 +40,7 @@ from tasks.operating.shared import keep_run
 from tasks.progress import say, wide_console
 from tasks.report import comparison_table, report_markdown, verdict, write_report
 from tasks.run_page import write_run_page
+from tasks.search.view import request_of
 from tasks.sums import PHASES, told
 from tasks.usage import Usage
 
@@ -157,6 +158,7 @@ class Run:
             seconds=self.usage.seconds(),
             cpu_seconds=self.usage.cpu_seconds(),
             peak_memory_bytes=self.usage.peak_memory_bytes(),
+            request=request_of(self.profile).model_dump(mode="json"),
             prefect_run_id=self.prefect_run_id,
             mlflow_run_id=self.mlflow_run_id,
         )

@@ -34,6 +34,17 @@ class PlaceTotals(Value):
     tokens_per_second: float | None
 
 
+class Certificate(Value):
+    """What one solve proved: its status, a lower bound of every answer's objective, how far the answer may lie above it
+    (relative), and by what it was solved.
+    """
+
+    status: str
+    bound: float
+    gap: float
+    solved_by: str
+
+
 class JointChoice(Value):
     """One architecture: sums with the non-block part, the solver's certificate, the label chosen in every layer.
 
@@ -136,17 +147,17 @@ def _to_beat(cases: Sequence[Case], best: tuple[int, Answer], place: int, search
     return objective + tie if place < best[0] else objective - tie
 
 
-def prices(library: JointLibrary, request: Request, steps: Sequence[float] = (-0.05, 0.05)) -> list[Price]:
+def prices(
+    library: JointLibrary, request: Request, choice: JointChoice, steps: Sequence[float] = (-0.05, 0.05)
+) -> list[Price]:
     """What each budget costs or buys: the LP's marginal, and the best objective with the budget moved by `steps`."""
     options, cases = cases_of(library, request)
-    answered = best_of(cases, request.search)
-    if answered is None:
-        return []
-    case, answer = answered
-    best = verified(library, options, request, case, answer)
+    at_places = [(found.scenario, found.batch_size) for found in choice.scenarios]
+    case = next((case for case in cases if places_of(library, case) == at_places), cases[0])
     relaxed = relaxation(case.program.only(possible(case.program)), request.search)
-    assert relaxed is not None
-    chosen = [options[index] for index in answer.selection]
+    assert relaxed is not None, "an architecture is one of the relaxation's answers"
+    by_name = {(option.layer, option.label): option for option in options}
+    chosen = [by_name[name] for name in choice.layers.items()]
     found = []
     for index, limit in enumerate(request.limits):
         price = math.fsum(p for p, row in zip(relaxed.prices, case.rows, strict=True) if row is limit)
@@ -156,7 +167,7 @@ def prices(library: JointLibrary, request: Request, steps: Sequence[float] = (-0
             moved = (*request.limits[:index], limit.scaled(1 + step), *request.limits[index + 1 :])
             again = best_of(cases_of(library, request.model_copy(update={"limits": moved}))[1], request.search)
             resolved[f"{step:+.0%}"] = None if again is None else again[1].objective + again[0].constant
-        used = reached(library, request, limit, chosen, best.scenarios)
+        used = reached(library, request, limit, chosen, choice.scenarios)
         found.append(
             Price(
                 budget=limit.name,
@@ -169,6 +180,12 @@ def prices(library: JointLibrary, request: Request, steps: Sequence[float] = (-0
             )
         )
     return found
+
+
+def places_of(library: JointLibrary, case: Case) -> list[tuple[str, int]]:
+    """Scenario and batch size of every place of a case."""
+    places = [library.places[index] for index in case.combination]
+    return [(place.scenario, place.batch_size) for place in places]
 
 
 def front(
@@ -229,6 +246,21 @@ def verified(
     if broken or [option.layer for option in chosen] != list(library.layers):
         raise AssertionError(f"the solver's answer fails its own check ({broken}), a bug of puzzle")
     bound = min(answer.bound + case.constant, objective)
+    certificate = Certificate(
+        status=answer.status, bound=bound, gap=gap_between(objective, bound), solved_by=solved_by()
+    )
+    return described(library, request, chosen, scenarios, objective, certificate)
+
+
+def described(
+    library: JointLibrary,
+    request: Request,
+    chosen: Sequence[JointOption],
+    scenarios: tuple[PlaceTotals, ...],
+    objective: float,
+    certificate: Certificate,
+) -> JointChoice:
+    """An architecture with its sums, in the words of its library."""
     samples = [option.samples.get(request.metric, np.empty(0)) for option in chosen]
     return JointChoice(
         objective=objective,
@@ -238,12 +270,9 @@ def verified(
         memory_mib=_over_scenarios(request, scenarios, "memory_mib"),
         runtime_ms=_over_scenarios(request, scenarios, "runtime_ms"),
         num_params=total(library, chosen, "num_params", 0),
-        status=answer.status,
-        bound=bound,
-        gap=gap_between(objective, bound),
-        solved_by=solved_by(),
+        **certificate.model_dump(),
         scenarios=scenarios,
-        layers=dict(zip(library.layers, labels, strict=True)),
+        layers={option.layer: option.label for option in chosen},
     )
 
 

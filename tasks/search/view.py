@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from blocks.records import SUBBLOCKS, Cost, LayerChoice, NonBlockCost, Subblock
-from profiles.schema import Scenario, ScenarioBudget
+from profiles.schema import Profile, Scenario, ScenarioBudget
 from tasks.search import joint
 from tasks.search.joint import JointLibrary, JointOption, Option, Place
 from tasks.search.program import Floats
@@ -157,13 +157,14 @@ def _summed(problem: Problem, per_sequence: Sequence[tuple[float, ...]]) -> Floa
     return np.array([*per_sequence, np.zeros(length)]).sum(axis=0)
 
 
-def request_of(problem: Problem, **changes: Any) -> Request:
-    """The problem's budget, its scenarios' own limits, its traffic and its solver's settings."""
+def request_of(problem: Problem | Profile, **changes: Any) -> Request:
+    """The budget of a problem or a profile, its scenarios' own limits, its traffic and its solver's settings."""
     limits = [*_limits(problem.budget, None)]
     for scenario in problem.scenarios:
         limits += _limits(scenario.budget, scenario.name)
     traffic = {scenario.name: scenario.weight for scenario in problem.scenarios if scenario.weight is not None}
-    asked = {"limits": tuple(limits), "metric": METRICS[problem.metric], "traffic": traffic, "search": problem.search}
+    metric = METRICS[problem.scoring.metric if isinstance(problem, Profile) else problem.metric]
+    asked = {"limits": tuple(limits), "metric": metric, "traffic": traffic, "search": problem.search}
     return Request(**{**asked, **changes})
 
 
