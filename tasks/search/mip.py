@@ -249,29 +249,30 @@ def least_usage(program: Program, rows: Sequence[int], kept: Sequence[int], sear
 
 
 def fewest_types(program: Program, search: Search) -> int:
-    """How many types an answer needs at least; ValueError when the rows alone are infeasible."""
+    """How many types an answer needs at least, by the proven bound; ValueError when the rows alone are infeasible."""
     import cvxpy as cp
 
     x, y, rows = _typed(program)
     rows += [_one_per_slot(program) @ x == 1, program.usage @ x <= program.room]
     model = cp.Problem(cp.Minimize(y.sum()), rows)
-    if _certificate(model, search, search.time_limit_seconds) is None:
+    found = _certificate(model, search, search.time_limit_seconds)
+    if found is None:
         raise ValueError("nothing fits, whatever the number of types")
-    return round(model.value)
+    return math.ceil(found[1] - 1e-6)
 
 
 def fewest_groups(program: Program, search: Search) -> int:
-    """How many runs of equal types an answer needs at least; ValueError when the rows alone are infeasible."""
+    """How many runs of equal types an answer needs at least, proven; ValueError when the rows alone are infeasible."""
     import cvxpy as cp
 
     x, rows = _variables(replace(program, max_groups=None))
     stays, links = _stays(program, x)
     if len(program.room):
         rows.append(program.usage @ x <= program.room)
-    model = cp.Problem(cp.Minimize(len(program.starts) - stays), [*rows, *links])
-    if _certificate(model, search, search.time_limit_seconds) is None:
+    found = _certificate(cp.Problem(cp.Minimize(-stays), [*rows, *links]), search, search.time_limit_seconds)
+    if found is None:
         raise ValueError("nothing fits, whatever the number of groups")
-    return round(model.value)
+    return len(program.starts) + math.ceil(found[1] - 1e-6)
 
 
 def _solve(program: Program, search: Search, seconds: float, known: float | None = None) -> Answer | None:
@@ -283,8 +284,11 @@ def _solve(program: Program, search: Search, seconds: float, known: float | None
     scale = _scale(program.scores)
     if len(program.room):
         constraints.append(program.usage @ x <= program.room)
-    # What is dearer than the known choice is cut off, and no time goes into looking for first answers.
-    narrowed = {} if known is None else {"objective_bound": known / scale + 1e-7, "mip_heuristic_effort": 0.0}
+    narrowed: dict[str, float | bool] = {}
+    if known is not None:  # what is dearer is cut off, and no time goes into looking for first answers
+        narrowed = {"objective_bound": known / scale + 1e-7, "mip_heuristic_effort": 0.0}
+    if program.max_types is None and program.max_groups is None:  # with few rows, cuts in the tree cost more than nodes
+        narrowed["mip_allow_cut_separation_at_nodes"] = False
     model = cp.Problem(cp.Minimize((program.scores / scale) @ x), constraints)
     found = _certificate(model, search, seconds, narrowed)
     if found is None:
@@ -360,10 +364,10 @@ def _one_per_slot(program: Program) -> Any:
     return csr_array((np.ones(count), np.arange(count), bounds), shape=(len(program.starts), count))
 
 
-def _run(model: Any, search: Search, seconds: float, narrowed: dict[str, float] | None = None) -> None:
+def _run(model: Any, search: Search, seconds: float, narrowed: dict[str, float | bool] | None = None) -> None:
     import cvxpy as cp
 
-    tolerances: dict[str, float] = {"primal_feasibility_tolerance": ROOM, **(narrowed or {})}
+    tolerances: dict[str, float | bool] = {"primal_feasibility_tolerance": ROOM, **(narrowed or {})}
     if model.is_mixed_integer():
         # Tighter than the check afterwards, since the errors of many options add up.
         tolerances |= {"mip_rel_gap": search.gap, "mip_abs_gap": 1e-9, "mip_feasibility_tolerance": ROOM}
@@ -374,7 +378,7 @@ def _run(model: Any, search: Search, seconds: float, narrowed: dict[str, float] 
 
 
 def _certificate(
-    model: Any, search: Search, seconds: float, narrowed: dict[str, float] | None = None
+    model: Any, search: Search, seconds: float, narrowed: dict[str, float | bool] | None = None
 ) -> tuple[str, float] | None:
     """Solve; "optimal" or "time_limit" and the proven bound of the objective; None when infeasible.
 
