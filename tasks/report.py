@@ -51,7 +51,8 @@ LEGEND = (
 )
 SAID = (
     "Greedy answers, with no penalty on repeats. Repeated: runs of four tokens that were there before. An answer loops "
-    "when it has a run of five words three times, or ends in one run of tokens three times in a row."
+    "when it has a run of five words three times (of tokens, in a text without spaces), or ends in one run of tokens "
+    "three times in a row."
 )
 
 

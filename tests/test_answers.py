@@ -20,6 +20,12 @@ The sea, the sea, it sings to me
 of ships and stars and mystery.
 The moon, the tide, the moon, the tide,
 and I upon the shore beside."""
+# SmolLM2-135M-Instruct's own answer to the second default prompt
+PARENTS_POEM = """The waves of the ocean, a tapestry woven with life,
+A canvas of endless blue, a canvas of endless blue,
+A realm where the unknown lies, a realm where the unknown lies,
+A world where the sea is a place, a place where the sea is a place,
+"""
 VILLANELLE = """Do not go gentle into the night.
 Old men should burn and rave at close of day.
 Do not go gentle into the night.
@@ -33,8 +39,8 @@ CHINESE = "法国的首都是巴黎。巴黎位于塞纳河畔，是法国的政
 
 
 def pieces(text: str, size: int = 3) -> list[int]:
-    """Token ids of a text whose tokens are runs of three characters."""
-    return [hash(text[i : i + size]) for i in range(0, len(text), size)]
+    """Token ids of a text whose tokens are runs of three characters; an answer is not cut within a token."""
+    return [hash(text[i : i + size]) for i in range(0, len(text) - size + 1, size)]
 
 
 @pytest.mark.parametrize(
@@ -45,6 +51,8 @@ def pieces(text: str, size: int = 3) -> list[int]:
         "The capital is Paris" + "!" * 60,
         "\n" * 60,
         "the the the the the the the the",
+        "The capital of France is Paris, which lies on the Seine and is known for its " + "very, " * 3 + "!?" * 25,
+        "The capital of France is Paris, a city that everybody who lives there loves dearly.\n" + "\n" * 50,
     ],
 )
 def test_what_loops(text: str) -> None:
@@ -59,7 +67,9 @@ def test_what_loops_without_spaces(text: str) -> None:
         assert loops(text, tokens)
 
 
-@pytest.mark.parametrize("text", [POEM, VILLANELLE, CODE, CHINESE, "Paris.", "", "a b c d e " * 2, "Ha ha ha!"])
+@pytest.mark.parametrize(
+    "text", [POEM, PARENTS_POEM, VILLANELLE, CODE, CHINESE, "Paris.", "", "a b c d e " * 2, "Ha ha ha!"]
+)
 def test_what_repeats_and_does_not_loop(text: str) -> None:
     for tokens in (pieces(text), [ord(sign) for sign in text], list(text.encode())):
         assert not loops(text, tokens)
@@ -190,7 +200,7 @@ def test_parent_and_child_answer_and_are_remembered(chain: Chain, monkeypatch: p
 @pytest.mark.parametrize("prompts", [[""], [{"chat": " "}], [{"chat": "Hi", "system": "x"}], [3]])
 def test_prompts_that_say_nothing_are_refused(prompts: list[Any]) -> None:
     with pytest.raises(ValueError, match="prompts"):
-        Evaluate(prompts=prompts)
+        Evaluate.model_validate({"prompts": prompts})
 
 
 def test_there_are_six_prompts_by_default() -> None:
