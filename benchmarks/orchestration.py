@@ -115,8 +115,8 @@ def plain(profile: Profile, workspace: Path, options: argparse.Namespace) -> Non
 def library(bench: Bench) -> tuple[list[BlockRecord], list[Score]]:
     """All blocks and scores of the profile's space."""
     from tasks.bld import distill
+    from tasks.jobs import jobs_of
     from tasks.scoring import score_sequences
-    from tasks.stages import jobs_of
 
     jobs = jobs_of(bench.profile, bench.parent, bench.records, bench.record_key, bench.reader)
     blocks = [distill(job, bench.workspace) for job in jobs]

@@ -73,6 +73,7 @@ def one_run(runner: str, tasks: int, workspace: Path) -> None:
     from prefect import flow
 
     from tasks import bld, record, stages
+    from tasks.jobs import jobs_of
     from tasks.workers import task_runner
 
     profile = profile_of("threads" if runner == "loop" else runner, tasks)
@@ -84,7 +85,7 @@ def one_run(runner: str, tasks: int, workspace: Path) -> None:
         layers = [
             record.record_layer(i, parent, corpus, profile.record, profile.bld.ridge, workspace) for i in range(LAYERS)
         ]
-        jobs = stages.jobs_of(profile, parent, layers, key, record.open_parent(workspace / parent.folder))
+        jobs = jobs_of(profile, parent, layers, key, record.open_parent(workspace / parent.folder))
         distilling = time.perf_counter()
         done = [bld.distill(job, workspace) for job in jobs]
         took = {"blocks": len(done), "distill": time.perf_counter() - distilling}

@@ -12,13 +12,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from profiles.errors import ProfileError
+from profiles.hardware import target_for
 from profiles.schema import Profile
 
 SHIPPED = Path(__file__).parent
-
-
-class ProfileError(Exception):
-    """A profile that cannot be used: one readable message, every problem on its own line."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -65,8 +63,6 @@ def load_profile(path: Path | str, overrides: Sequence[str] = ()) -> Profile:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise ProfileError("\n  ".join([f"{file} is not a valid profile, {count}:", *problems])) from None
     if profile.hardware.engine == "roofline":
-        from profiles.hardware import target_for  # which needs this file for its errors
-
         target_for(profile.hardware)
     return profile
 

@@ -18,20 +18,16 @@ from transformers.utils.logging import disable_progress_bar
 
 from blocks.errors import PuzzleError
 from blocks.library import BlockLibrary, digest_of
-from blocks.parent import Parent
 from blocks.records import (
-    SUBBLOCKS,
     Architecture,
     BlockRecord,
     CorpusInfo,
     CostTable,
-    LayerChoice,
     LayerRecord,
     ParentInfo,
     Score,
 )
 from blocks.runtime import release_memory, set_threads
-from blocks.variant import kind_of, parse_labels
 from profiles.hardware import load_target
 from profiles.schema import Profile
 from tasks import costs, scoring
@@ -43,6 +39,7 @@ from tasks.failures.devices import device_of, sharing
 from tasks.failures.presence import at_work_in, prefect_home
 from tasks.failures.retries import limits_of, told_in_time, told_when_prefect_is_away, worth_retrying
 from tasks.failures.sharing import Piece, in_turn, made_once
+from tasks.jobs import coupled_jobs, jobs_of
 from tasks.operating.artifacts import stage_bar
 from tasks.operating.reach import check_servers
 from tasks.operating.servers import stop_orphaned_servers
@@ -53,7 +50,7 @@ from tasks.record import open_parent, record_key, record_layer, recorded
 from tasks.reuse import show_finished
 from tasks.roofline import modelled_costs, setting_of
 from tasks.search.totals import Problem, predicted, problem_of
-from tasks.space import check_search_space, layers_of, measured_space, refused, refused_alone
+from tasks.space import check_search_space, measured_space
 from tasks.studies.peers import find
 from tasks.usage import noted
 from tasks.workers import Seat, at_a_time, seat_of, seated
@@ -169,58 +166,6 @@ def record(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, workspace: 
     return records
 
 
-def jobs_of(
-    profile: Profile, parent: ParentInfo, records: Sequence[LayerRecord], key: str, reader: Parent
-) -> list[Job]:
-    """Every (layer, subblock, variant) of the search space but the parent's own."""
-    jobs = []
-    for layer in layers_of(profile, reader):
-        for subblock in SUBBLOCKS:
-            for variant in parse_labels(subblock, getattr(profile.search_space, subblock), reader.config)[1:]:
-                if refused_alone(profile, reader.config, layer, subblock, variant.label):
-                    continue  # the target could not run it: not trained, not scored, never chosen
-                jobs.append(
-                    Job(
-                        parent=parent,
-                        record=records[layer],
-                        record_key=key,
-                        layer=layer,
-                        subblock=subblock,
-                        variant=variant.label,
-                        settings=profile.bld,
-                        seed=profile.seed,
-                    )
-                )
-    return jobs
-
-
-def coupled_jobs(profile: Profile, jobs: Sequence[Job], blocks: Sequence[BlockRecord], reader: Parent) -> list[Job]:
-    """Second stage: whole blocks over the reduced space, started from the decoupled subblocks."""
-    settings = profile.bld
-    done = {(block.layer, block.subblock, block.variant): block for block in blocks if block.status == "trained"}
-    spaces = {part: parse_labels(part, getattr(settings, f"coupled_{part}"), reader.config) for part in SUBBLOCKS}
-    coupled = []
-    for layer in sorted({job.layer for job in jobs}):
-        model = next(job for job in jobs if job.layer == layer)
-        for attention in spaces["attention"]:
-            for ffn in spaces["ffn"]:
-                if not (kind_of(attention).trainable or kind_of(ffn).trainable):
-                    continue  # nothing to train: the additive score stands
-                if refused(profile, reader.config, layer, attention.label, ffn.label):
-                    continue
-                starts = [done.get((layer, v.subblock, v.label)) for v in (attention, ffn)]
-                coupled.append(
-                    model.model_copy(
-                        update={
-                            "subblock": "block",
-                            "variant": LayerChoice(attention=attention.label, ffn=ffn.label).block_label,
-                            "warm_start": tuple(start for start in starts if start is not None),
-                        }
-                    )
-                )
-    return coupled
-
-
 def distill_all(
     profile: Profile, parent: ParentInfo, corpus: CorpusInfo, records: Sequence[LayerRecord], workspace: Path
 ) -> list[BlockRecord]:
@@ -320,7 +265,7 @@ def measure(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable:
         return modelled_costs(
             open_parent(workspace / parent.folder), measured_space(profile), profile.scenarios, setting
         )
-    stored = stored_costs(profile, parent, workspace)  # asked first: nobody waits for a device to read a table
+    stored = costs.costs_of(profile, parent, workspace)  # asked first: nobody waits for a device to read a table
     table: CostTable = stored or _timed(costs.measure_costs, profile, parent, workspace)
     return table
 
@@ -342,12 +287,6 @@ def _timed(function: Callable[..., Any], profile: Profile, parent: ParentInfo, w
             workspace,
             lambda done, total: tell(done, total),
         )
-
-
-def stored_costs(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable | None:
-    """The costs that `measure` would not measure again, None where there are none."""
-    asked = measured_space(profile), profile.scenarios, profile.hardware, profile.measure
-    return costs.stored_costs(costs.costs_path(parent, *asked, workspace), profile.measure, workspace)
 
 
 def choose_child(profile: Profile, scores: Sequence[Score], table: CostTable) -> tuple[Problem, Architecture]:

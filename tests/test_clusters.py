@@ -21,7 +21,8 @@ from prefect.testing.utilities import prefect_test_harness
 from blocks import devices, runtime
 from blocks.errors import PuzzleError
 from blocks.records import ParentInfo
-from profiles.load import ProfileError, load_profile
+from profiles.errors import ProfileError
+from profiles.load import load_profile
 from profiles.schema import Orchestration
 from tasks import reuse, stages, workers
 from tasks.failures import devices as turns
