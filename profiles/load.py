@@ -198,15 +198,15 @@ def _walk(loc: tuple[int | str, ...]) -> tuple[str, list[type[BaseModel]]]:
         path += f".{step}" if path else str(step)
         holders = sections
         fields = [one.model_fields[step] for one in sections if step in one.model_fields]
-        sections = [found for field in fields for found in _sections_of(field.annotation)]
+        sections = [found for field in fields for found in sections_of(field.annotation)]
     return path, sections or holders
 
 
-def _sections_of(annotation: Any) -> list[type[BaseModel]]:
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
     """The pydantic models that an annotation mentions, through Annotated, unions and tuples."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for part in get_args(annotation) for found in _sections_of(part)]
+    return [found for part in get_args(annotation) for found in sections_of(part)]
 
 
 def _keys(sections: Iterable[type[BaseModel]]) -> list[str]:
