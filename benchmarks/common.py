@@ -25,6 +25,7 @@ from tasks.corpus import iterate_documents, prepare_corpus  # noqa: E402
 from tasks.costs import processor  # noqa: E402
 from tasks.parent import prepare_parent  # noqa: E402
 from tasks.record import open_parent, record_key, record_layer  # noqa: E402
+from tasks.scoring import ScoringSet  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PUZZLE = [sys.executable, "-c", "from flows.cli import main; main()"]  # of this tree, whatever is installed
@@ -43,10 +44,11 @@ class Bench:
     record_key: str
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Scored sequences and tokens of each."""
+    def scored(self) -> ScoringSet:
+        """The validation tokens that variants are scored on."""
         scoring = self.profile.scoring
-        return scoring.sequences, scoring.tokens_per_sequence or self.corpus.sequence_length
+        length = scoring.tokens_per_sequence or self.corpus.sequence_length
+        return ScoringSet(corpus=self.corpus, last=self.records[-1], count=scoring.sequences, length=length)
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -68,7 +70,7 @@ def open_bench(options: argparse.Namespace) -> Bench:
     corpus = prepare_corpus(profile.corpus, workspace / parent.folder, parent.fingerprint, workspace)
     reader = open_parent(workspace / parent.folder)
     records = [
-        record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, workspace)
+        record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, workspace, "cpu")
         for layer in range(reader.depth)
     ]
     key = record_key(parent, corpus, profile.record, profile.bld.ridge)

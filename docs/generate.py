@@ -46,8 +46,8 @@ def profile_page() -> str:
     shipped = ", ".join(f"`{name}`" for name in shipped_profiles())
     return page(
         "Profile",
-        "A profile is one YAML file. It says which parent to shrink, on which text, for which hardware and traffic, and "
-        "under which budget. A key that is not listed here is refused. On the command line, "
+        "A profile is one YAML file. It says which parent to shrink, on which text, for which hardware and traffic, "
+        "and under which budget. A key that is not listed here is refused. On the command line, "
         "`--set path.to.key=value` overrides one field.",
         f"Shipped profiles: {shipped}.",
         *dict.fromkeys(_sections("", Profile)),

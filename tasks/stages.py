@@ -102,36 +102,34 @@ def task_of(name: str, run_name: str, key: Callable[[Any, dict[str, Any]], str] 
 def record_task(layer: int, key: str, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: str) -> Any:
     """See tasks.record.record_layer."""
     piece = Piece(key=f"record-{key}-{layer}", what=f"the recording of layer {layer}")
-    with seated(seat_of(profile), Path(workspace), piece):
-        return record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, Path(workspace))
+    with seated(seat_of(profile), Path(workspace), piece) as device:
+        return record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, Path(workspace), device)
 
 
 @task_of("distill", "distill layer {job.layer:02d} {job.subblock} {job.variant}", lambda _, p: p["job"].key)
 def distill_task(job: Job, seat: Seat, workspace: str) -> Any:
     """See tasks.bld.distill."""
-    with seated(seat, Path(workspace), piece_of(job)):
-        return distill(job, Path(workspace))
+    with seated(seat, Path(workspace), piece_of(job)) as device:
+        return distill(job, Path(workspace), device)
 
 
-@task_of("score layer", "score layer {layer.layer:02d}", lambda _, p: _scores_key(p["work"], p["shape"]))
+@task_of("score layer", "score layer {layer.layer:02d}", lambda _, p: _scores_key(p["work"], p["scored"].length))
 def score_task(
     work: list[scoring.Work],
     layer: LayerRecord,
-    last: LayerRecord,
+    scored: scoring.ScoringSet,
     parent: ParentInfo,
-    corpus: CorpusInfo,
-    shape: tuple[int, int],
-    place: tuple[Seat, str],
+    seat: Seat,
+    workspace: str,
 ) -> Any:
-    """See tasks.scoring.score_sequences; `place` is a seat and the workspace."""
-    folder = Path(place[1])
+    """See tasks.scoring.score_sequences."""
     piece = Piece(key=f"scores-{layer.boundary.sha256[:32]}", what=f"the scores of layer {layer.layer}")
-    with seated(place[0], folder, piece):
-        return scoring.score_sequences(work, layer, last, parent, corpus, shape, folder)
+    with seated(seat, Path(workspace), piece) as device:
+        return scoring.score_sequences(work, layer, scored, parent, Path(workspace), device)
 
 
-def _scores_key(work: Sequence[scoring.Work], shape: tuple[int, int]) -> str:
-    return digest_of(scores=[(scoring.score_key(record, shape[1]), sequences) for record, sequences in work])
+def _scores_key(work: Sequence[scoring.Work], length: int) -> str:
+    return digest_of(scores=[(scoring.score_key(record, length), sequences) for record, sequences in work])
 
 
 def prepare(profile: Profile, workspace: Path) -> tuple[ParentInfo, CorpusInfo]:
@@ -221,22 +219,22 @@ def score_all(
 ) -> list[Score]:
     """Replace-1-block scores of every block that did not fail; `costs` matter to adaptive scoring alone."""
     settings, again = profile.scoring, score_task.with_options(**limits_of(profile))
-    shape = (settings.sequences, settings.tokens_per_sequence or corpus.sequence_length)
+    length = settings.tokens_per_sequence or corpus.sequence_length
+    scored = scoring.ScoringSet(corpus=corpus, last=records[-1], count=settings.sequences, length=length)
     usable: dict[Key, BlockRecord] = {
         (block.layer, block.subblock, block.variant): block for block in blocks if block.status != "failed"
     }
 
     def score(wanted: Mapping[Key, scoring.Sequences]) -> dict[Key, Score]:
-        stored = {key: scoring.stored_score(usable[key], wanted[key], shape[1], workspace) for key in wanted}
+        stored = {key: scoring.stored_score(usable[key], wanted[key], length, workspace) for key in wanted}
         show_finished("score", (score.layer for score in stored.values() if score))
         by_layer: dict[int, list[scoring.Work]] = {}
         for key, sequences in wanted.items():
             if stored[key] is None:
                 by_layer.setdefault(key[0], []).append((usable[key], sequences))
-        place = (seat_of(profile), str(workspace))
         with stage("score") as tell:  # entered first: what is submitted computes at once
             futures = [
-                again.submit(work, records[layer], records[-1], parent, corpus, shape, place)
+                again.submit(work, records[layer], scored, parent, seat_of(profile), str(workspace))
                 for layer, work in by_layer.items()
             ]
             for done, (layer, future) in enumerate(zip(by_layer, futures, strict=True), start=1):
@@ -245,13 +243,13 @@ def score_all(
         return {key: score for key, score in stored.items() if score}
 
     if settings.adaptive is None:
-        return list(score(dict.fromkeys(usable, tuple(range(shape[0])))).values())
-    order = tuple(np.random.default_rng(profile.seed).permutation(shape[0]).tolist())
+        return list(score(dict.fromkeys(usable, tuple(range(scored.count)))).values())
+    order = tuple(np.random.default_rng(profile.seed).permutation(scored.count).tolist())
     found = score_adaptively(
         list(usable),
         lambda scores: problem_of(profile, scores, costs),
         settings.adaptive,
-        shape[0],
+        scored.count,
         lambda depths: score({key: order[:depth] for key, depth in depths.items()}),
         lambda look: say(told(look)),
     )
