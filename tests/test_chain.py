@@ -271,7 +271,6 @@ def test_suffix_scores_equal_full_forwards(chain: Chain, layer: int, subblock: S
 
 
 def test_the_parents_own_subblock_scores_exactly_zero(chain: Chain) -> None:
-    last = chain.records[-1]
     suffix = open_suffix(chain.workspace / chain.parent.folder, chain.workspace, chain.scored, "cpu")
     for layer in range(chain.reader.depth):
         for subblock in SUBBLOCKS:
