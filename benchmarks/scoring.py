@@ -40,8 +40,8 @@ def main() -> None:
     intro = (
         f"{count} variants of layers {', '.join(map(str, options.layers))} of {bench.parent.name}, "
         f"{bench.scored.count} x {bench.scored.length} tokens. All ways under the same allocator settings, in one "
-        "process, after one warm-up. The full forward is Hugging Face's own model with the subblock swapped in; its KL is "
-        "the plain double log-softmax in float32."
+        "process, after one warm-up. The full forward is Hugging Face's own model with the subblock swapped in; its KL "
+        "is the plain double log-softmax in float32."
     )
     outro = (
         f"Largest difference of a score {worst:.1e} nats (relative to the score, {relative:.1e}); median score "
