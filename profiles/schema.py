@@ -383,7 +383,7 @@ class Evaluate(Section):
     throughput_rounds: int = Field(default=5, ge=1, description="interleaved rounds of the end-to-end speed")
     prompts: tuple[Chat | PromptText, ...] = Field(
         default=PROMPTS,
-        description="what parent and child answer side by side, {chat: ...} or a text to go on with; none when empty",
+        description="what parent and child answer side by side, {chat: ...} or a text to go on with; six when absent",
     )
     answer_tokens: int = Field(default=60, ge=1, le=4096, description="of an answer, at most")
 
