@@ -17,6 +17,14 @@ SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing":
 ROLES = ("system", "developer", "user", "assistant")
 FIELDS = ("messages", "conversations")  # where chats stand, when no field is named
 DAY = datetime(2024, 7, 26)  # the day that Llama's templates fall back to
+DIRECTIVES = ("%d", "%-d", "%b", "%B", "%m", "%Y", "%y", "%a", "%A", "%H", "%I", "%p", "%M", "%S", "%j")
+# some templates (Llama 3, SmolLM3) write today's date into every chat; with this before them they write the same day
+# always, so that a corpus has the same tokens tomorrow. transformers passes no functions on to a template
+SAME_DAY = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('{one}', '{DAY.strftime(one)}')" for one in DIRECTIVES)
+    + " }}{%- endmacro %}"
+)
 
 Message = Mapping[str, str]
 Chat = Callable[[Sequence[Message]], str]
@@ -54,8 +62,9 @@ def _content(content: Any, number: int) -> str:
         return content
     if not isinstance(content, list):
         raise Unusable(f"has no text in message {number}")
-    texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
-    if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
+    parts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+    texts = [text for text in parts if isinstance(text, str)]
+    if len(texts) < len(content):
         raise Unusable(f"has a part in message {number} that is no text")
     return "".join(texts)
 
@@ -76,10 +85,11 @@ def template_of(tokenizer: "PreTrainedTokenizerBase") -> Chat:
                 "parent that was tuned on chats, add chat_template.jinja to its folder, or give text instead of chats."
             )
         try:
-            # some templates (Llama 3, SmolLM3) write today's date into every chat: a fixed one, so that a corpus
-            # has the same tokens every day
+            template = tokenizer.get_chat_template()
             text = tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, strftime_now=DAY.strftime
+                [dict(message) for message in messages],
+                chat_template=SAME_DAY + template if "strftime_now" in template else template,
+                tokenize=False,
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise Unusable(f"is refused by the chat template ({_short(error)})") from error

@@ -45,7 +45,7 @@ READER = 2  # the same for text files and data sets of the hub alone
 MINIMUM_CHARACTERS = 20_000_000
 CHARACTERS_PER_TOKEN_ASKED = 24
 LONGEST = 4  # one document is at most 1 / this of what is read of a source
-FIRST_LINES = 100  # what is looked at of a file before anything is computed
+HUB_PATIENCE = 100  # rows over the network
 PART = 1 << 20  # characters tokenised at once: a tokenizer takes about 150 bytes for each
 # split -> the largest share of its sequences that one document may give is 1 / this; only train may exceed it
 SHARES = {"test": 8, "validation": 8, "train": 32}
@@ -59,6 +59,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
+CHAT_TEMPLATE = "chat_template.jinja"  # says nothing about other sources than those that may hold chats
 
 
 def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: str, workspace: Path) -> CorpusInfo:
@@ -118,9 +119,10 @@ def _description(corpus: Corpus, used: Mapping[str, int], notes: Sequence[str]) 
 
 
 def check_sources(corpus: Corpus) -> None:
-    """Raises CorpusError for sources that are not there, cannot be read, or whose first lines have no text.
+    """Raises CorpusError for sources that are not there, cannot be read, or begin with nothing that is of use.
 
-    A fraction of a second: nothing is tokenised, and no data set of the hub is looked up.
+    A fraction of a second: files are read up to their first text, nothing is tokenised, and no data set of the hub is
+    looked up.
     """
     for source in corpus.sources:
         if isinstance(source, PythonStdlibSource):
@@ -129,8 +131,7 @@ def check_sources(corpus: Corpus) -> None:
             _dump_file(source)
         elif isinstance(source, TextSource):
             for path in files_of(source):
-                tally = Tally(str(path), "line", patience=FIRST_LINES)
-                next(read_file(path, source, contents_alone, tally, PART), None)
+                next(read_file(path, source, contents_alone, Tally(str(path), "line"), PART), None)
 
 
 def iterate_documents(corpus: Corpus, chat: Chat = contents_alone, notes: list[str] | None = None) -> Iterator[str]:
@@ -156,10 +157,12 @@ def iterate_documents(corpus: Corpus, chat: Chat = contents_alone, notes: list[s
         for tally in tallies:
             tally.judge()
         if not read:
-            raise CorpusError(f"the corpus source {_name(source)} holds no text, all of it is empty: take it out.")
+            raise CorpusError(
+                f"the corpus source {_name(source)} holds no text, all of it is empty: take it out, or name another."
+            )
         told += skipped(tallies, _name(source))
         if long:
-            told.append(f"{long} documents of {_name(source)} were cut after {limit // LONGEST:,} characters")
+            told.append(f"documents of {_name(source)} cut after {limit // LONGEST:,} characters: {long}")
 
 
 def _name(source: CorpusSource) -> str:
@@ -222,8 +225,9 @@ def spans_of(text: str) -> list[tuple[int, int]]:
     """(start, end) of parts of at most PART characters, cut before white space where there is some near the end."""
     spans, start = [], 0
     while len(text) - start > PART:
-        space = re.search(r"\s\S*$", text[start + PART - PART // 64 : start + PART])
-        end = start + PART - (PART // 64 - space.start() if space else 0)
+        end = start + PART
+        space = re.search(r"\s\S*$", text[end - PART // 16 : end])
+        end -= PART // 16 - space.start() if space else 0
         spans.append((start, end))
         start = end
     return [*spans, (start, len(text))]
@@ -298,13 +302,15 @@ def _fill(
 
     With `stretch` the share doubles until there is enough, or until every document is used whole.
     """
-    opened = [_Document(document) for document in documents]
+    opened: list[_Document] = []
     while True:
         parts, there = list[NDArray[np.int32]](), 0
-        for document in opened:
+        for index, document in enumerate(documents):
             if there >= needed:
                 break
-            parts.append(document.middle(tokenizer, share))
+            if index == len(opened):
+                opened.append(_Document(document))
+            parts.append(opened[index].middle(tokenizer, share))
             there += len(parts[-1])
         if there >= needed or not stretch or all(len(part) < share for part in parts):
             return parts
@@ -322,9 +328,9 @@ def _refuse(split: str, sequences: int, length: int, there: int, before: int, do
 
 def _fingerprint(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: str) -> str:
     """Digest of content, settings and tokenizer; no paths in it."""
-    tokenizer = {
-        name: sha256_of(tokenizer_folder / name) for name in TOKENIZER_FILES if (tokenizer_folder / name).is_file()
-    }
+    chats = any(isinstance(source, TextSource | HubSource) for source in corpus.sources)
+    names = (*TOKENIZER_FILES, CHAT_TEMPLATE) if chats else TOKENIZER_FILES
+    tokenizer = {name: sha256_of(tokenizer_folder / name) for name in names if (tokenizer_folder / name).is_file()}
     settings = corpus.model_dump(mode="json", exclude={"sources"})
     sources = [
         {"settings": source.model_dump(mode="json", exclude={"path", "file"}), "content": _content(source)}
@@ -369,7 +375,7 @@ def _documents_of(source: CorpusSource, chat: Chat, tallies: list[Tally], longes
     elif isinstance(source, PythonStdlibSource):
         yield from (path.read_text(encoding="utf-8", errors="replace") for path in _stdlib_files(source))
     elif isinstance(source, HubSource):
-        tallies.append(Tally(source.hub_id, "row"))
+        tallies.append(Tally(source.hub_id, "row", HUB_PATIENCE))
         yield from texts(_hub_rows(source), lambda row: value_of(row, source.text_field, chat), tallies[-1])
     else:
         for path in files_of(source):

@@ -175,7 +175,7 @@ def _opened(path: Path, kind: str) -> io.TextIOWrapper:
     stream = _unpacked(path)
     head = bytes(stream.peek(4096)[:4096])
     known = next((told for start, told in NOT_TEXT.items() if head.startswith(start)), None)
-    if known is None and 100 * head.count(0) > len(head):
+    if known is None and 4 * head.count(0) > len(head):
         known = ("binary, or UTF-16 without a byte order mark", "give text in UTF-8")
     if known is None and kind == "jsonl" and JSON_ARRAY.match(head):
         known = ("one JSON array", "write one object a line: jq -c '.[]' FILE")
