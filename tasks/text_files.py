@@ -27,7 +27,7 @@ CHUNK = 1 << 20  # characters read at a time
 LONGEST_LINE = 1 << 26  # characters of a jsonl line; a longer one is of no use
 PATIENCE = 10_000  # so many lines of no use, more than half of all, and the rest of a file is not read
 ROWS = 256  # rows of parquet read at a time
-SUFFIXES = {"text": (".txt", ".text", ".md"), "jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet",)}
+SUFFIXES = {"text": (".txt", ".text", ".md"), "jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",)}
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 NOT_TEXT = {  # first bytes -> what the file is, what to do
     b"PAR1": ("a parquet file", "set kind to parquet"),
@@ -246,15 +246,27 @@ def _lines(file: IO[str], path: Path) -> Iterator[tuple[int, Part]]:
     for number, line in enumerate(split_stream(file, "\n", LONGEST_LINE), 1):
         if not line.text.strip():
             continue
-        if not line.ended and not line.cut and line.text.lstrip().startswith("{"):
-            try:
-                json.loads(line.text)
-            except (ValueError, RecursionError) as error:
-                raise CorpusError(
-                    f"{path} ends in the middle of line {number:,}: it is an incomplete copy. Get it again, or delete "
-                    "that line if the rest is all there is."
-                ) from error
+        if not line.ended and _stops_within(line.text):
+            raise CorpusError(
+                f"{path} ends in the middle of line {number:,}: it is an incomplete copy. Get it again, or delete "
+                "that line if the rest is all there is."
+            )
         yield number, line
+
+
+def _stops_within(text: str) -> bool:
+    """True for the beginning of a JSON object: what is wrong with it is that it ends."""
+    text = text.strip()
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        # the last letters may be part of an escape or of a word such as `false`
+        return text.startswith("{") and (
+            error.msg.startswith("Unterminated") or error.pos >= len(text) - len("\\u1234")
+        )
+    except (ValueError, RecursionError):
+        return False
+    return False
 
 
 def _json(line: Part) -> Any:

@@ -379,15 +379,25 @@ def test_other_columns_may_be_anything(tmp_path: Path, side: list[Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "last", ['{"text": "half a li', '{"text"', '{"a": {"b": 1}', '{"messages": [{"role": "user"}', '{"text": "größe']
+    "last",
+    [
+        '{"text": "half a li',
+        '{"text"',
+        '{"a": {"b": 1}',
+        '{"messages": [{"role": "user"}',
+        '{"text": "größe',
+        '{"text": "a", "b": fal',
+        '{"text": "\\u00',
+    ],
 )
 def test_a_file_that_ends_within_a_line_is_an_incomplete_copy(tmp_path: Path, last: str) -> None:
     for cut in (last.encode(), last.encode()[:-1]):  # the last: within a letter of two bytes
         with pytest.raises(CorpusError, match="ends in the middle of line 5: it is an incomplete copy"):
             read(jsonl(tmp_path, *GOOD, b"", cut, end=b""))
     assert len(read(jsonl(tmp_path, *GOOD, end=b""))[0]) == 3
-    documents, told = read(jsonl(tmp_path, *GOOD, b"-- 3 lines exported --", end=b""))
-    assert len(documents) == 3 and "first at line 4 is not JSON" in told
+    for strange in (b"-- 3 lines exported --", b"{'text': 'in single quotes'}", b'{"text": "a"}{"text": "b"}'):
+        documents, told = read(jsonl(tmp_path, *GOOD, strange, end=b""))
+        assert len(documents) == 3 and "first at line 4 is not JSON" in told
     assert read(jsonl(tmp_path, *GOOD, last.encode()))[1]  # with a line end: a bad line like others
 
 
