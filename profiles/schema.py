@@ -82,12 +82,16 @@ ParentSource = Annotated[FolderParent | HubParent | PackageParent | TinyParent, 
 
 
 class TextSource(Section):
-    """Text, jsonl or parquet files, read through `datasets`. Documents of text files are split at `separator`."""
+    """Text, jsonl or parquet files in UTF-8, also packed (gz, bz2, xz, zst). Only the wanted field is looked at."""
 
     kind: Literal["text", "jsonl", "parquet"]
-    path: str = Field(description="file or glob; relative paths start at the current folder")
-    text_field: str = Field(default="text", description="name of the column, for jsonl and parquet")
-    separator: str = Field(default="\n\n\n", description="between documents, for text")
+    path: str = Field(min_length=1, description="file, folder or glob; relative paths start at the current folder")
+    text_field: str = Field(
+        default="text",
+        description="field with the text, for jsonl and parquet; or with chats, as lists of messages: `messages` and "
+        "`conversations` are found where there is no `text`",
+    )
+    separator: str = Field(default="\n\n\n", min_length=1, description="between documents, for text")
 
 
 class HubSource(Section):
@@ -100,7 +104,7 @@ class HubSource(Section):
         default=None, description="where the data set has several", examples=["sample-10BT"]
     )
     split: str = Field(default="train", description="split of the data set; ours is made by document hash")
-    text_field: str = Field(default="text", description="name of the column")
+    text_field: str = Field(default="text", description="name of the column, with text or chats")
 
 
 class WikipediaDumpSource(Section):
