@@ -166,7 +166,7 @@ class Run:
             mlflow_run_id=self.mlflow_run_id,
         )
         markdown = report_markdown(report)
-        model = in_precision(build(final, parent, self.workspace), child_dtype(self.profile.hardware, reader))
+        model: Any = in_precision(build(final, parent, self.workspace), child_dtype(self.profile.hardware, reader))
         weights = why(self.profile.hardware, reader)
         card = model_card(
             parent, corpus, model.config, markdown, command_of(self.profile), weights, terms_of(reader.folder)
