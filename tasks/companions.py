@@ -1,5 +1,6 @@
 """What travels beside a model's weights: tokenizer, templates, generation config, licence; and its card's terms."""
 
+import re
 import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,8 +20,8 @@ PATTERNS = (
     *("*license*", "*licence*", "licenses/*", "copying*", "copyright*", "notice*", "third_party_notices*"),
     *("*use_policy*", "*use-policy*", "*terms_of_use*", "*terms-of-use*"),
 )
-# the same for the hub, which looks at capitals
-HUB_PATTERNS = tuple(dict.fromkeys(form for one in PATTERNS for form in (one, one.upper(), one.title())))
+# the same for the hub, which tells capitals apart
+HUB_PATTERNS = tuple(re.sub("[a-z]", lambda found: f"[{found[0]}{found[0].upper()}]", one) for one in PATTERNS)
 NOT = (".py", ".pyc", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 TERMS = ("license", "license_name", "license_link", "language", "base_model")
 
