@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import yaml
 
 CARD = "README.md"
+HUB = "https://huggingface.co/"
 
 # paths relative to the model's folder, in lower case
 PATTERNS = (
@@ -60,3 +62,16 @@ def terms_of(folder: Path) -> dict[str, Any]:
     except yaml.YAMLError:
         return {}
     return {key: values[key] for key in TERMS if values.get(key)} if isinstance(values, dict) else {}
+
+
+def write_terms(folder: Path, fields: Mapping[str, Any]) -> None:
+    """The card of a parent from GGUF: the terms that the file's own fields name; none where they name none."""
+    keys = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
+    terms = {key: fields.get(f"general.{name}") for key, name in (keys | {"language": "languages"}).items()}
+    url = str(fields.get("general.base_model.0.repo_url") or "")
+    if url.startswith(HUB):
+        terms["base_model"] = url.removeprefix(HUB)
+    found = {key: value for key, value in terms.items() if value}
+    if found:
+        text = yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
+        (folder / CARD).write_text(f"---\n{text}---\n", encoding="utf-8")

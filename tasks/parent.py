@@ -26,7 +26,7 @@ from blocks.files import sha256_of, write_text
 from blocks.library import Fetch, digest_of, is_whole, keep, remember
 from blocks.records import ParentInfo, Ref, Value
 from profiles.schema import FolderParent, HubParent, PackageParent, ParentSource, TinyParent
-from tasks.companions import CARD, HUB_PATTERNS, companions, copy_companions
+from tasks.companions import CARD, HUB_PATTERNS, companions, copy_companions, write_terms
 from tasks.corpus import TOKENIZER_FILES, installed_file
 from tasks.serving.gguf_header import without_vocabulary
 from tasks.serving.gguf_tokenizer import split_of
@@ -392,6 +392,7 @@ def _convert_gguf(path: Path, folder: Path, package: str) -> str:
     check_config(model.config.to_dict())
     model.save_pretrained(folder, max_shard_size="1TB")
     tokenizer.save_pretrained(folder)
+    write_terms(folder, fields)
     with suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
     return ""

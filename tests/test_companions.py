@@ -10,7 +10,7 @@ import yaml
 
 from blocks.records import ParentInfo
 from profiles.schema import FolderParent
-from tasks.companions import HUB_PATTERNS, companions, is_companion, terms_of
+from tasks.companions import HUB_PATTERNS, companions, is_companion, terms_of, write_terms
 from tasks.export import export_child, model_card
 from tasks.parent import prepare_parent
 from tasks.record import open_parent
@@ -135,3 +135,24 @@ def test_a_parent_without_a_card_gives_no_terms(tmp_path: Path) -> None:
     assert terms_of(tmp_path) == {}
     (tmp_path / "config.json").write_text(json.dumps({}))
     assert companions(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "terms"),
+    [
+        ({"license": "apache-2.0", "languages": ["en"]}, {"license": "apache-2.0", "language": ["en"]}),
+        (
+            {"license": "other", "license.name": "own", "license.link": "https://a.b", "base_model.0.repo_url": "x"},
+            {"license": "other", "license_name": "own", "license_link": "https://a.b"},
+        ),
+        (
+            {"license": "mit", "base_model.0.repo_url": "https://huggingface.co/a/b"},
+            {"license": "mit", "base_model": "a/b"},
+        ),
+        ({"name": "no terms"}, {}),
+    ],
+)
+def test_the_terms_of_a_gguf_parent_are_its_fields(fields: dict[str, Any], terms: Any, tmp_path: Path) -> None:
+    write_terms(tmp_path, {f"general.{name}": value for name, value in fields.items()})
+    assert terms_of(tmp_path) == terms
+    assert (tmp_path / "README.md").exists() == bool(terms)
