@@ -6,7 +6,17 @@ named in the error that asks for it.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import CoreSchema
 
 EngineName = Literal["torch", "llama.cpp", "vllm", "tensorrt-llm", "sglang"]
@@ -219,11 +229,21 @@ class Hardware(Section):
     )
     device: Device = Field(default="cpu", description="a torch device", examples=["cpu", "cuda", "cuda:1"])
     precision: Precision = Field(
-        default="float32", description="of weights and products; float8 is modelled only, q8_0 runs in llama.cpp"
+        default="float32",
+        description="of weights and products, in the child too; float8 is modelled only, q8_0 runs in llama.cpp. "
+        "Absent: measured in float32, and the child has its parent's",
     )
     kv_precision: Precision | None = Field(default=None, description="of the KV cache, modelled only; as the weights")
     tensor_parallel: PositiveInt = Field(default=1, description="devices that share every layer, modelled only")
     threads: PositiveInt | None = Field(default=None, description="intra-op threads; all cores when absent")
+
+    @model_serializer(mode="wrap")
+    def _as_named(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A precision that nobody named stays unnamed when a profile travels: the child has its parent's then."""
+        values: dict[str, Any] = dump(self)
+        if "precision" not in self.model_fields_set:
+            values.pop("precision", None)
+        return values
 
     @model_validator(mode="after")
     def _modelled_only(self) -> Self:
