@@ -20,7 +20,8 @@ from blocks.runtime import configure
 from flows import library, page, plan, search, serving, truth
 from flows.doctor import doctor_command
 from flows.serve import serve_command
-from profiles.load import ProfileError, load_profile
+from profiles.errors import ProfileError
+from profiles.load import load_profile
 from profiles.schema import Profile
 from tasks.failures.presence import place_in, prefect_home
 from tasks.progress import logged, without_tracebacks
@@ -103,9 +104,9 @@ def show(workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="th
             f"{workspace} holds no finished run; start one with `puzzle optimize PROFILE --workspace {workspace}`"
         )
     from tasks.progress import wide_console
-    from tasks.report import comparison_table
+    from tasks.report import print_report
 
-    wide_console().print(comparison_table(report))
+    print_report(report, wide_console())
     typer.echo(f"child: {workspace.resolve() / report.child_folder}")
 
 

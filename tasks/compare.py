@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from blocks.child import assemble, library_of
@@ -22,15 +23,18 @@ from tasks.evaluate import (
     BenchmarkResult,
     ParentTargets,
     Quality,
-    measure_quality,
     parent_targets,
+    quality_of,
     retention,
     run_benchmarks,
+    sequence_figures,
 )
 from tasks.gkd import GKDResult, TeacherRecord, Tell, distill_globally
+from tasks.precision import as_written
 from tasks.record import open_parent
 
 VERSION = 1
+EVALUATION_VERSION = 2  # figures of each sequence and groups of items are kept
 
 
 class Contender(Value):
@@ -69,9 +73,10 @@ LINEAGE = "lineage.json"
 
 
 class Evaluation(Value):
-    """Quality on test sequences and results per benchmark."""
+    """Quality on test sequences, the same of each sequence, and results per benchmark."""
 
     quality: Quality
+    samples: dict[str, tuple[float, ...]]
     benchmarks: dict[str, BenchmarkResult]
 
 
@@ -105,9 +110,9 @@ def parent_contender(architecture: Architecture) -> Contender:
     return Contender(name="parent", architecture=own, blocks=())
 
 
-def build(which: Contender, parent: ParentInfo, workspace: Path) -> DeciLMForCausalLM:
-    """The contender as a model, GKD weights included."""
-    reader = open_parent(workspace / parent.folder)
+def build(which: Contender, parent: ParentInfo, workspace: Path, device: str = "cpu") -> DeciLMForCausalLM:
+    """The contender as a model on a device, GKD weights included."""
+    reader = open_parent(workspace / parent.folder, device)
     model = assemble(reader, library_of(list(which.blocks)), which.architecture, workspace)
     if which.gkd is not None:
         model.model.layers.load_state_dict(read_tensors(workspace, which.gkd.weights))
@@ -139,25 +144,41 @@ def _test_tokens(corpus: CorpusInfo, sequences: int, workspace: Path) -> Tensor:
     return read_tensors(workspace, corpus.tokens, ["test"])["test"][:sequences]
 
 
-def evaluation_path(which: Contender, parent: ParentInfo, corpus: CorpusInfo, settings: Evaluate) -> str:
+def evaluation_path(
+    which: Contender, parent: ParentInfo, corpus: CorpusInfo, settings: Evaluate, dtype: torch.dtype = torch.float32
+) -> str:
     """Where a contender's evaluation lies, relative to the workspace."""
     asked = settings.model_dump(include={"sequences", "benchmarks", "benchmark_limit", "benchmark_package"})
-    key = digest_of(model=which.key, parent=parent.fingerprint, corpus=corpus.fingerprint, asked=asked, v=VERSION)
+    asked |= {} if dtype == torch.float32 else {"weights": str(dtype)}
+    key = digest_of(
+        model=which.key, parent=parent.fingerprint, corpus=corpus.fingerprint, asked=asked, v=EVALUATION_VERSION
+    )
     return f"evaluations/{key}.json"
 
 
 def evaluate_contender(
-    which: Contender, parent: ParentInfo, corpus: CorpusInfo, settings: Evaluate, workspace: Path
+    which: Contender,
+    parent: ParentInfo,
+    corpus: CorpusInfo,
+    settings: Evaluate,
+    workspace: Path,
+    dtype: torch.dtype = torch.float32,
 ) -> Evaluation:
-    """Loss, KL and agreement on the test split, and the benchmarks."""
-    path = workspace / evaluation_path(which, parent, corpus, settings)
+    """Loss, KL and agreement on the test split, and the benchmarks; on the weights as a folder of `dtype` holds them.
+
+    The parent is what all are compared with: its own weights count, whatever the children are written in.
+    """
+    dtype = torch.float32 if which.stage == "parent" else dtype
+    path = workspace / evaluation_path(which, parent, corpus, settings, dtype)
     stored = remember(path, Evaluation, lambda _: [], workspace)
     if stored is not None:
         return stored
-    model = build(which, parent, workspace)
+    model = as_written(build(which, parent, workspace), dtype)
     targets = _test_targets(parent, corpus, settings.sequences, workspace)
+    figures = sequence_figures(model, targets, _test_tokens(corpus, settings.sequences, workspace))
     found = Evaluation(
-        quality=measure_quality(model, targets, _test_tokens(corpus, settings.sequences, workspace)),
+        quality=quality_of(figures),
+        samples={name: tuple(values.tolist()) for name, values in figures.items()},
         benchmarks=run_benchmarks(
             model,
             workspace / parent.folder,
@@ -200,4 +221,8 @@ def candidate(
         runtime_seconds=fast.runtime_seconds if fast else None,
         gains=fast.gains if fast else None,
         gkd_tokens=which.gkd.tokens if which.gkd else 0,
+        layers=which.architecture.layers,
+        samples=found.samples,
+        correct={name: result.correct for name, result in found.benchmarks.items()},
+        item_groups={name: result.groups for name, result in found.benchmarks.items()},
     )

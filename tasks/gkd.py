@@ -68,6 +68,7 @@ def record_teacher(
     corpus: CorpusInfo,
     settings: GKD,
     workspace: Path,
+    device: str,
     tell: Tell = lambda done, total, text: None,
 ) -> TeacherRecord:
     """Run the parent once over all GKD batches; finished steps of a killed run are not done again."""
@@ -77,11 +78,11 @@ def record_teacher(
     stored = remember(manifest, TeacherRecord, _files_of, workspace, "when read")
     if stored is not None:
         return stored
-    reader = open_parent(workspace / parent.folder)
+    reader = open_parent(workspace / parent.folder, device)
     model = reader.model()
     head = Head(model.lm_head.weight)
     layers = cosine_layers(reader.depth, settings.cosine_every)
-    tokens = read_tensors(workspace, corpus.tokens)
+    tokens = read_tensors(workspace, corpus.tokens, device=device)
     references = []
     for step in range(settings.steps):
         batch = tokens["train"][rows_of_step(step, settings, len(tokens["train"]))]
@@ -119,7 +120,7 @@ def _record_batch(
     if stored is not None:
         return stored
     with torch.inference_mode():
-        states = model.model(tokens.long(), output_hidden_states=True).hidden_states
+        states = model.model(tokens.long(), output_hidden_states=True, use_cache=False).hidden_states
         targets = targets_of(states[-1].flatten(0, 1), head)
     # hidden_states[i] enters layer i, so layer i's output is [i + 1]; the last one is taken after the final norm
     tensors = {f"layer_{layer}": states[layer + 1].flatten(0, 1).bfloat16() for layer in layers}
@@ -231,7 +232,7 @@ def _steps(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
     parts = Parts("GKD", settings.batch_sequences)
     for step, reference in enumerate(teacher.steps, start=1):
-        batch = read_tensors(workspace, reference)
+        batch = read_tensors(workspace, reference, device=str(head.weight.device))
         loss = parts.run(lambda count, batch=batch: _gradients(model, head, batch, teacher.layers, count))  # type: ignore[misc]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -264,7 +265,7 @@ def _rate(step: int, steps: int) -> float:
 
 def gkd_loss(model: DeciLMForCausalLM, head: Head, batch: dict[str, Tensor], layers: tuple[int, ...]) -> Tensor:
     """Sum over the compared layers of (1 - cosine), mean over tokens, plus the exact KL. Scalar."""
-    states = model.model(batch["tokens"].long(), output_hidden_states=True).hidden_states
+    states = model.model(batch["tokens"].long(), output_hidden_states=True, use_cache=False).hidden_states
     total = kl_loss(states[-1].flatten(0, 1), _targets(batch), head)
     for layer in layers:
         cosine = F.cosine_similarity(states[layer + 1].flatten(0, 1), batch[f"layer_{layer}"].float(), dim=-1)
@@ -279,6 +280,6 @@ def _targets(batch: dict[str, Tensor]) -> Targets:
 @torch.no_grad()
 def validation_kl(model: DeciLMForCausalLM, head: Head, teacher: TeacherRecord, workspace: Path) -> float:
     """KL(parent || child) in nats per token on the recorded validation sequences."""
-    batch = read_tensors(workspace, teacher.validation)
-    hidden = model.model(batch["tokens"].long()).last_hidden_state.flatten(0, 1)
+    batch = read_tensors(workspace, teacher.validation, device=str(head.weight.device))
+    hidden = model.model(batch["tokens"].long(), use_cache=False).last_hidden_state.flatten(0, 1)
     return kl_per_token(hidden, _targets(batch), head)[0].mean().item()

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from blocks.library import digest_of
-from blocks.records import CorpusInfo, CostTable, ParentInfo, SpeedReport
+from blocks.records import Answer, CorpusInfo, CostTable, ParentInfo, SpeedReport
 from profiles.schema import Profile
-from tasks import compare, gkd, speed
+from tasks import answers, compare, gkd, speed
 from tasks.compare import Contender, Evaluation
 from tasks.failures.retries import limits_of
 from tasks.failures.sharing import Piece, made_once
+from tasks.precision import child_dtype
+from tasks.record import open_parent
 from tasks.stages import stage, task_of
 
 
@@ -19,7 +21,7 @@ def teacher_task(parent: ParentInfo, corpus: CorpusInfo, profile: Profile, works
     """See tasks.gkd.record_teacher."""
     key = f"teacher-{gkd.teacher_key(parent, corpus, profile.gkd)}"
     with made_once(Path(workspace), Piece(key=key, what="the recording of the parent for GKD")):
-        return gkd.record_teacher(parent, corpus, profile.gkd, Path(workspace), tell)
+        return gkd.record_teacher(parent, corpus, profile.gkd, Path(workspace), "cpu", tell)
 
 
 @task_of("GKD", "GKD of {which.name}", None)
@@ -35,9 +37,18 @@ def gkd_task(
 @task_of("evaluate", "evaluate {which.name} ({which.stage})", None)
 def evaluate_task(which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: str) -> Any:
     """See tasks.compare.evaluate_contender."""
-    key = digest_of(path=compare.evaluation_path(which, parent, corpus, profile.evaluate))
+    dtype = child_dtype(profile.hardware, open_parent(Path(workspace) / parent.folder))
+    key = digest_of(path=compare.evaluation_path(which, parent, corpus, profile.evaluate, dtype))
     with made_once(Path(workspace), Piece(key=f"evaluate-{key}", what=f"the evaluation of {which.name}")):
-        return compare.evaluate_contender(which, parent, corpus, profile.evaluate, Path(workspace))
+        return compare.evaluate_contender(which, parent, corpus, profile.evaluate, Path(workspace), dtype)
+
+
+@task_of("answers", "answers of {which.name}", None)
+def answers_task(which: Contender, parent: ParentInfo, profile: Profile, workspace: str) -> Any:
+    """See tasks.answers.answers_of."""
+    key = digest_of(path=answers.answers_path(which, parent, profile.evaluate))
+    with made_once(Path(workspace), Piece(key=f"answers-{key}", what=f"the answers of {which.name}")):
+        return answers.answers_of(which, parent, profile.evaluate, Path(workspace))
 
 
 @task_of("throughput", "throughput of {count} models", None)
@@ -82,6 +93,21 @@ def distill_globally(
             own = gkd_task.with_options(**limits_of(profile))
             distilled.append(own(which, teacher, parent, profile, str(workspace), tell))
     return distilled
+
+
+def let_answer(
+    contenders: Sequence[Contender], parent: ParentInfo, profile: Profile, workspace: Path
+) -> dict[tuple[str, str], tuple[Answer, ...]]:
+    """What each says to the profile's prompts, by name and stage; nobody is asked where there are none."""
+    if not profile.evaluate.prompts:
+        return {}
+    found: dict[tuple[str, str], tuple[Answer, ...]] = {}
+    with stage("answers") as tell:
+        for done, which in enumerate(contenders, start=1):
+            said = answers_task.with_options(**limits_of(profile))(which, parent, profile, str(workspace)).answers
+            found[which.name, which.stage] = said
+            tell(done, len(contenders), f"{which.name}, {sum(answer.loops for answer in said)} of {len(said)} loop")
+    return found
 
 
 def measure_speed(

@@ -112,6 +112,21 @@ def test_code_and_packages_are_refused_with_every_reason(roots: Roots) -> None:
     admit(asking(parent={"kind": "hub", "hub_id": "a/b", "trust_remote_code": True}), allowed)
 
 
+@pytest.mark.parametrize("name", ["link[1].txt", "fol?der", "*"])
+def test_a_link_whose_name_is_a_glob_leads_nowhere(name: str, roots: Roots, tmp_path: Path) -> None:
+    """A file or folder of that very name is read, not what the glob matches."""
+    (tmp_path / "data" / "link.txt").unlink()
+    (tmp_path / "data" / "out").unlink()
+    path = tmp_path / "data" / name
+    admit(asking(corpus__sources=text(str(path))), roots)
+    if name == "fol?der":
+        path.mkdir()
+        path = path / "a.txt"
+    path.symlink_to(tmp_path / "secret" / "key.txt")
+    with pytest.raises(Refused, match="is not below a folder"):
+        admit(asking(corpus__sources=text(f"{tmp_path}/data/{name}")), roots)
+
+
 @pytest.mark.parametrize("name", ["..", "../data", "a/b", "/etc", ".hidden", "", "A", "x" * 65, "a\n"])
 def test_a_workspace_is_a_plain_name(name: str, roots: Roots) -> None:
     with pytest.raises(ValidationError):
