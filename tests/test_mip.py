@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -247,6 +248,21 @@ def test_at_the_time_limit_the_answer_carries_its_gap() -> None:
     assert fits(program, tuple(answer.selection.tolist()))
     assert answer.objective == pytest.approx(math.fsum(program.scores[answer.selection]))
     assert 0.5 * answer.objective < answer.bound < answer.objective
+
+
+def test_a_first_choice_outlives_a_solver_without_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is never called optimal; its bound is the LP's."""
+
+    def stopped(*_: Any) -> None:
+        raise SolverStopped("no time")
+
+    program = instance(12, 8, 0, 2)
+    best, relaxed = minimise(program, EXACT), relaxation(program, EXACT)
+    monkeypatch.setattr("tasks.search.mip._solve", stopped)
+    answer = minimise(program, EXACT)
+    assert best is not None and relaxed is not None and answer is not None
+    assert answer.status == "time_limit" and fits(program, tuple(answer.selection.tolist()))
+    assert answer.bound == pytest.approx(relaxed.bound) and answer.bound < best.objective <= answer.objective
 
 
 def test_scale_does_not_matter() -> None:

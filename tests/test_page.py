@@ -231,5 +231,11 @@ def test_the_page_of_a_run_is_about_the_runs_own_choice() -> None:
 def test_a_library_that_was_made_again_is_not_taken_for_the_runs() -> None:
     problem = random_problem(3, Budget(layer_parameters_fraction=0.6))
     other = random_problem(5, Budget(layer_parameters_fraction=0.6))
-    with pytest.raises(LibraryFileError, match="not the one that its last run chose from"):
-        stored_choice(joint_view(stored(other)), request_of(problem), choose(problem))
+    for changed, what in (
+        (replace(problem, costs=other.costs), "costs"),
+        (replace(problem, scores=other.scores), "scores"),
+    ):
+        with pytest.raises(
+            LibraryFileError, match=f"not the one that its last run chose from: its {what} were measured"
+        ):
+            stored_choice(joint_view(stored(changed)), request_of(problem), choose(problem))

@@ -348,8 +348,13 @@ def test_a_batch_size_that_cannot_win_is_not_solved(monkeypatch: pytest.MonkeyPa
             alone.append(choose_joint(library.measured_at(None, size), request)[0].objective)
         except InfeasibleBudget:
             alone.append(math.inf)
-    solved = []
-    monkeypatch.setattr(solve, "minimise", lambda *asked: solved.append(asked) or minimise(*asked))
+    solved: list[Program] = []
+
+    def counted(program: Program, search: Search) -> Answer | None:
+        solved.append(program)
+        return minimise(program, search)
+
+    monkeypatch.setattr(solve, "minimise", counted)
     (choice,) = choose_joint(library, request)
     assert sum(math.isfinite(one) for one in alone) >= 2, "several batch sizes must have an answer"
     assert choice.objective == pytest.approx(min(alone)) and choice.bound <= min(alone) + 1e-9
@@ -360,15 +365,33 @@ def test_a_batch_size_that_cannot_win_is_not_solved(monkeypatch: pytest.MonkeyPa
 def test_optimal_is_said_of_all_batch_sizes_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """A combination that was stopped with a low bound: the other's answer is no proven optimum."""
     library, request = several_batches()
-    stopped = []
+    stopped: list[Program] = []
 
     def some_stop(program: Program, search: Search) -> Answer | None:
         answer = minimise(program, search)
         if answer is None or stopped:
             return answer
         stopped.append(program)
-        return replace(answer, objective=answer.objective, bound=0.5 * answer.objective, status="time_limit")
+        return replace(answer, bound=0.5 * answer.objective, status="time_limit")
 
     monkeypatch.setattr(solve, "minimise", some_stop)
     (choice,) = choose_joint(library, request)
     assert stopped and choice.status == "time_limit" and choice.gap > 0.1
+
+
+def test_equal_answers_go_to_the_larger_batch_though_its_bound_is_worse() -> None:
+    """Batch 1 has the lower LP bound and is solved first; at batch 4 the same architecture fits."""
+    options = [
+        JointOption(
+            layer=f"layer_{layer}",
+            label=label,
+            metrics={"kl_div": score},
+            costs={"memory_mib": memory},
+        )
+        for layer in range(2)
+        for label, score, memory in (("parent", 0.0, (2.0, 2.1)), ("half", 1.0, (1.0, 1.0)))
+    ]
+    places = (Place(batch_size=1), Place(batch_size=4))
+    library = JointLibrary(layers=("layer_0", "layer_1"), options=tuple(options), places=places)
+    (choice,) = choose_joint(library, Request(limits=limits(memory_mib=3.5)))
+    assert choice.objective == 1.0 and choice.scenarios[0].batch_size == 4
