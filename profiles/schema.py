@@ -11,7 +11,10 @@ from pydantic_core import CoreSchema
 
 EngineName = Literal["torch", "llama.cpp", "vllm", "tensorrt-llm", "sglang"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
-REMOTE_CODE = "run Python code that comes with the parent; only if you have read it"
+REMOTE_CODE = (
+    "take a parent that brings Python code of its own: the code is not run, transformers' class of the same model_type "
+    "computes it; only if the two compute the same"
+)
 Label = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
 # an id, never a path: libraries read a folder of that name first
 HubId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$")]

@@ -64,7 +64,7 @@ def prepare_parent(
     """
     texts = _texts_for(source, corpus_text)
     manifest = workspace / "parent" / f"{_source_key(source, texts)}.json"
-    # code that comes with a parent is read where it comes from, never taken from a store
+    # a parent that brings code is read where it comes from, never taken from a store
     fetch: Fetch = "never" if getattr(source, "trust_remote_code", False) else "ahead"
     known = remember(manifest, Manifest, lambda value: list(value.files), workspace, fetch)
     if known is not None:
@@ -254,8 +254,8 @@ def check_config(config: dict[str, Any], trust_remote_code: bool = False) -> Non
     model_type = config.get("model_type")
     if model_type == "nemotron-nas":
         raise ParentError(
-            "this is a child that puzzle wrote, or another model of the nemotron-nas schema (model_type in its config). "
-            "Its layers differ, and a parent's are all alike: name the parent that it was made from, with another "
+            "this is a child that puzzle wrote, or another model of the nemotron-nas schema (model_type in its config)."
+            " Its layers differ, and a parent's are all alike: name the parent that it was made from, with another "
             "budget for another child."
         )
     if model_type == "gemma3":
@@ -263,18 +263,19 @@ def check_config(config: dict[str, Any], trust_remote_code: bool = False) -> Non
             "this is a multimodal Gemma 3 (model_type gemma3, with a vision tower): only its text part can be a "
             "parent. Take a text-only checkpoint (model_type gemma3_text, such as gemma-3-1b) or save the text model."
         )
+    if model_type not in FAMILIES:
+        family_of(SimpleNamespace(model_type=model_type))  # raises, with the list of families
     if "auto_map" in config and not trust_remote_code:
         raise ParentError(
-            "this parent wants to run Python code of its own (auto_map in its config): set trust_remote_code: true in "
-            "the profile's parent if you have read that code, or take a parent that transformers knows."
+            "this parent brings Python code of its own (auto_map in its config), which is not run here: transformers' "
+            f"{model_type} would compute it. If that is the same model, set trust_remote_code: true in the profile's "
+            "parent; otherwise take a parent without code."
         )
     if config.get("quantization_config") is not None:
         raise ParentError(
             "this parent is quantised (quantization_config in its config): blocks are cut from float weights, take "
             "the float checkpoint."
         )
-    if model_type not in FAMILIES:
-        family_of(SimpleNamespace(model_type=model_type))  # raises, with the list of families
 
 
 def check_parent(folder: Path) -> None:
@@ -282,7 +283,7 @@ def check_parent(folder: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
-        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # without it, transformers asks at the console
     except Exception as error:  # tokenizers raises nothing more precise
         raise ParentError(f"config or tokenizer of the parent cannot be loaded: {_first_line(error)}") from error
     check_finite(folder, weights_of(folder))
@@ -316,10 +317,13 @@ def _copy_folder(
     small = [source / name for name in SMALL_FILES if (source / name).is_file()]
     tokenizer = source / "tokenizer_config.json"
     if not trust_remote_code and tokenizer.is_file() and "auto_map" in _read_json(tokenizer):
-        raise ParentError("the parent's tokenizer wants to run Python code of its own: set trust_remote_code: true.")
+        raise ParentError(
+            "the parent's tokenizer brings Python code of its own (auto_map in tokenizer_config.json), which is not "
+            "run here: set trust_remote_code: true if tokenizer.json does without it."
+        )
     if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & {path.name for path in small}:
         raise ParentError(f"{source.name} has no tokenizer: add tokenizer.json or tokenizer.model.")
-    for path in [*small, *(sorted(source.glob("*.py")) if trust_remote_code else [])]:
+    for path in small:
         shutil.copyfile(path, target / path.name)
     place_weights(source, target, weights, place)
     values = {key: value for key, value in values.items() if key not in _LEFT_OUT} | dict(weights.settings)
@@ -350,7 +354,7 @@ def _download(source: HubParent, config_only: bool = False) -> Path:
 
     if config_only:
         return fetch(source.revision, ["config.json"])
-    small = [*SMALL_FILES, INDEX, "adapter_config.json", *(["*.py"] if source.trust_remote_code else [])]
+    small = [*SMALL_FILES, INDEX, "adapter_config.json"]
     snapshot = fetch(source.revision, small)
     check_config(_read_json(snapshot / "config.json"), source.trust_remote_code)
     whole = fetch(snapshot.name, [*small, WEIGHTS])

@@ -153,7 +153,7 @@ def test_file_refusals(tmp_path: Path, source: Path) -> None:
     assert "cannot be loaded" in refusal(source, work)
     (source / "elsewhere").replace(source / "tokenizer.json")
     edit(source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]})
-    assert "tokenizer wants to run Python code" in refusal(source, work)
+    assert "tokenizer brings Python code" in refusal(source, work)
     (source / "config.json").write_text("{")
     assert "not valid JSON" in refusal(source, work)
     (source / "config.json").unlink()
@@ -168,11 +168,11 @@ def test_a_shard_name_cannot_leave_the_folder(tmp_path: Path, source: Path) -> N
     assert "lacks ../outside.safetensors" in refusal(source, tmp_path / "work")
 
 
-def test_trusted_code_travels_with_the_parent(tmp_path: Path, source: Path) -> None:
+def test_code_of_a_parent_stays_where_it_is(tmp_path: Path, source: Path) -> None:
     edit(source / "config.json", auto_map={"AutoModelForCausalLM": "own.Model"})
     (source / "own.py").write_text("raise RuntimeError('not run here')\n")
     info = prepared(source, tmp_path, trust_remote_code=True)
-    assert (tmp_path / info.folder / "own.py").exists()
+    assert not (tmp_path / info.folder / "own.py").exists()
 
 
 def test_hub_fetches_what_is_needed_at_one_commit(

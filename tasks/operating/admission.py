@@ -93,7 +93,7 @@ def _parent(profile: Profile, roots: Roots) -> Iterator[str]:
     if isinstance(parent, PackageParent):
         yield from _file("parent", parent.package, parent.file)
     if isinstance(parent, FolderParent | HubParent) and parent.trust_remote_code and not roots.remote_code:
-        yield "parent.trust_remote_code would run code of the parent: start `puzzle serve --allow-remote-code` for it"
+        yield "parent.trust_remote_code takes a parent that brings code: start `puzzle serve --allow-remote-code`"
 
 
 def _corpus(profile: Profile, roots: Roots) -> Iterator[str]:

@@ -96,7 +96,7 @@ class _Cursor:
         length = self.number("Q")
         found = self.data[self.at : self.at + length]
         if len(found) < length:
-            raise ValueError("it ends within a string")
+            raise struct.error("it ends within a string")
         self.at += length
         return found.decode("utf-8")
 

@@ -53,7 +53,7 @@ def parts_of(path: Path) -> list[Path]:
     if len(parts) != count or parts[0] != path:
         raise GgufError(
             f"{path.name} is part 1 of {count} of a split model, and its name does not say where the others are: call "
-            f"them NAME-00001-of-{count:05d}.gguf and so on, as llama.cpp does, or join them (llama-gguf-split --merge)."
+            f"them NAME-00001-of-{count:05d}.gguf and so on, as llama.cpp does, or merge them with llama-gguf-split."
         )
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
@@ -136,7 +136,10 @@ def check_model(header: Header, config: Any, name: str) -> None:
     for key, shape in wanted.items():
         if key in header.tensors and header.tensors[key].shape[::-1] != shape:
             found = list(header.tensors[key].shape[::-1])
-            raise GgufError(f"{name} does not fit its own metadata: {key} has shape {found}, expected {list(shape)}.")
+            raise GgufError(
+                f"{name} does not fit its metadata as transformers reads it: {key} has shape {found}, expected "
+                f"{list(shape)}. Take the safetensors folder it was made from."
+            )
 
 
 def _check_rotary(header: Header, name: str) -> None:
