@@ -28,8 +28,8 @@ from profiles.schema import FolderParent, GgufParent, HubParent, PackageParent, 
 from tasks.corpus import TOKENIZER_FILES, installed_file
 from tasks.parent_weights import INDEX, WEIGHTS, check_finite, place_weights, shards_of, weights_of
 from tasks.progress import say
-from tasks.serving.gguf_header import Header, without_vocabulary
-from tasks.serving.gguf_parts import check_model, describe, dtype_of, parts_of, stem_of
+from tasks.serving.gguf_header import Header, stem_of, without_vocabulary
+from tasks.serving.gguf_parts import check_model, describe, dtype_of, parts_of
 from tasks.serving.gguf_tokenizer import split_of
 from tasks.tiny import byte_tokenizer, family_config, make_tiny_parent, training_texts
 
@@ -96,7 +96,7 @@ def write_config(source: ParentSource, folder: Path) -> None:
         found = _download(source, config_only=True) if isinstance(source, HubParent) else _source_folder(source)
         values = _read_json(found / "config.json")
         check_config(values, source.trust_remote_code)
-        if isinstance(source, FolderParent):
+        if isinstance(source, FolderParent) and any(found.glob("*.safetensors")):
             values |= weights_of(found).settings
         values = {key: value for key, value in values.items() if key not in _LEFT_OUT}
         write_text(folder / "config.json", json.dumps(values))

@@ -17,7 +17,7 @@ from pydantic import Field
 from blocks.errors import PuzzleError
 from profiles.hardware import shipped_targets
 from profiles.schema import FolderParent, GgufParent, HubParent, PackageParent, Profile, TextSource, WikipediaDumpSource
-from tasks.serving.gguf_parts import named_parts
+from tasks.serving.gguf_header import named_parts
 
 ROOT, DATA_ROOTS, REMOTE_CODE = "PUZZLE_ROOT", "PUZZLE_DATA_ROOTS", "PUZZLE_ALLOW_REMOTE_CODE"
 STORES = "PUZZLE_STORES"  # URLs, a blank between
@@ -86,9 +86,9 @@ def admit(profile: Profile, roots: Roots) -> None:
 def _parent(profile: Profile, roots: Roots) -> Iterator[str]:
     parent = profile.parent
     if isinstance(parent, FolderParent):
-        yield from _path("parent.path", parent.path, roots, pattern=False)
+        yield from _path("parent.path", parent.path, roots)
     if isinstance(parent, GgufParent):
-        parts = (_path("parent.path", str(path), roots, pattern=False) for path in named_parts(Path(parent.path)))
+        parts = (_path("parent.path", str(path), roots) for path in named_parts(Path(parent.path)))
         yield from islice(chain.from_iterable(parts), 1)
     if isinstance(parent, PackageParent):
         yield from _file("parent", parent.package, parent.file)
@@ -127,18 +127,18 @@ def _within(url: str, allowed: str) -> bool:
     return scheme == their_scheme and ".." not in place.split("/") and place.startswith(their_place)
 
 
-def _path(field: str, given: str, roots: Roots, pattern: bool = True) -> Iterator[str]:
-    """A file, folder or glob must stay below a data root, and so must all that it matches. pattern: `given` may be a
-    glob; otherwise `[`, `?` and `*` are letters of a name.
+def _path(field: str, given: str, roots: Roots) -> Iterator[str]:
+    """A file, folder or glob must stay below a data root, and so must all that it matches. `[`, `?` and `*` are also
+    letters: a file of that very name is judged too.
     """
     allowed = ", ".join(map(str, roots.data)) or "none: start `puzzle serve --data FOLDER`"
     path = Path(given)
     named: Sequence[Path] = [path]
-    if pattern and glob.has_magic(given):
-        fixed = takewhile(lambda part: not glob.has_magic(part), path.parts)
-        named = [Path(*fixed), *map(Path, glob.glob(given, recursive=True))]  # noqa: PTH207
-    elif path.is_dir():
+    if path.is_dir():
         named = [path, *path.iterdir()]  # a link inside it may lead out again
+    if glob.has_magic(given):
+        fixed = takewhile(lambda part: not glob.has_magic(part), path.parts)
+        named = [*named, Path(*fixed), *map(Path, glob.glob(given, recursive=True))]  # noqa: PTH207
     if given.startswith("~") or ".." in path.parts or not all(_below(path, roots.data) for path in named):
         yield f"{field} {given!r} is not below a folder that served runs may read ({allowed})"
 

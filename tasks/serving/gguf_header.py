@@ -6,6 +6,7 @@ Source of the format: ggml's docs/gguf.md, versions 2 and 3, little-endian.
 """
 
 import mmap
+import re
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,9 @@ VERSIONS = (2, 3)
 ALIGNMENT = 32  # of the weights, unless general.alignment says otherwise
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _UINT32, _STRING, _ARRAY = 4, 8, 9
+
+
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 class GgufError(ParentError):
@@ -220,3 +224,18 @@ def _size_of_vocabulary(header: Header) -> bytes:
         return b""
     name = key.encode()
     return struct.pack("<Q", len(name)) + name + struct.pack("<II", _UINT32, len(tokens))
+
+
+def stem_of(path: Path) -> str:
+    """The name of a model by its file, without the number of a part."""
+    part = _PART.fullmatch(path.name)
+    return part["stem"] if part else path.stem
+
+
+def named_parts(path: Path) -> list[Path]:
+    """The files that belong to this one by its name; whether they exist is not asked."""
+    part = _PART.fullmatch(path.name)
+    if part is None:
+        return [path]
+    count = part["count"]
+    return [path.with_name(f"{part['stem']}-{number:05d}-of-{count}.gguf") for number in range(1, int(count) + 1)]

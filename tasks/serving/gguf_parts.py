@@ -5,7 +5,6 @@ there are; the first one holds the metadata.
 """
 
 import math
-import re
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -14,28 +13,12 @@ from typing import Any
 import gguf
 import torch
 
-from tasks.serving.gguf_header import GgufError, Header, read_header
+from tasks.serving.gguf_header import GgufError, Header, named_parts, read_header
 
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _Type = gguf.GGMLQuantizationType
 _FLOATS = {_Type.F32: torch.float32, _Type.F16: torch.float16, _Type.BF16: torch.bfloat16}
 # the name in gguf's tables of what transformers calls otherwise
 _ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
-
-
-def stem_of(path: Path) -> str:
-    """The name of a model by its file, without the number of a part."""
-    part = _PART.fullmatch(path.name)
-    return part["stem"] if part else path.stem
-
-
-def named_parts(path: Path) -> list[Path]:
-    """The files that belong to this one by its name; whether they exist is not asked."""
-    part = _PART.fullmatch(path.name)
-    if part is None:
-        return [path]
-    count = part["count"]
-    return [path.with_name(f"{part['stem']}-{number:05d}-of-{count}.gguf") for number in range(1, int(count) + 1)]
 
 
 def parts_of(path: Path) -> list[Path]:
