@@ -38,7 +38,8 @@ class Ref(Value):
 class ParentInfo(Value):
     """The parent, normalised to a Hugging Face folder inside the workspace (config.json, model.safetensors, tokenizer).
 
-    fingerprint: sha256 over config and weights; part of every cache key.
+    fingerprint: sha256 over config and weights; part of every cache key. notes: what a person should know of how it was
+    read, such as a precision or tensors that were ignored.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ParentInfo(Value):
     fingerprint: str
     source: str
     revision: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class CorpusInfo(Value):

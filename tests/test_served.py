@@ -249,7 +249,7 @@ def test_the_form_refuses_a_wrong_value(change: dict[str, Any], why: str) -> Non
 
 def test_unions_are_choices_in_the_form() -> None:
     definitions = schema_of(served.optimize)["definitions"]
-    assert len(definitions["Profile"]["properties"]["parent"]["anyOf"]) == 4
+    assert len(definitions["Profile"]["properties"]["parent"]["anyOf"]) == 5
     assert len(definitions["Corpus"]["properties"]["sources"]["items"]["anyOf"]) == 4
     assert "oneOf" not in str(definitions)
 
