@@ -28,7 +28,7 @@ from blocks.records import ParentInfo, Ref, Value
 from profiles.schema import FolderParent, HubParent, PackageParent, ParentSource, TinyParent
 from tasks.corpus import TOKENIZER_FILES, installed_file
 from tasks.serving.gguf_header import without_vocabulary
-from tasks.serving.gguf_tokenizer import split_of
+from tasks.serving.gguf_tokenizer_import import tokenizer_of
 from tasks.tiny import byte_tokenizer, family_config, make_tiny_parent, training_texts
 
 VERSION = 1  # raise it when the same source would give another folder
@@ -362,7 +362,7 @@ def _gguf_file(source: PackageParent) -> Path:
 
 def _convert_gguf(path: Path, folder: Path, package: str) -> str:
     """De-quantise a GGUF file to float32 safetensors; returns the version of its package."""
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM
 
     short = folder.with_name(path.name)
     try:
@@ -370,9 +370,7 @@ def _convert_gguf(path: Path, folder: Path, package: str) -> str:
         with _without_collection():
             model: Any = AutoModelForCausalLM.from_pretrained(short.parent, gguf_file=short.name, dtype=torch.float32)
         short.unlink()
-        tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
-        if fields.get("tokenizer.ggml.model") == "gpt2":
-            tokenizer.backend_tokenizer.pre_tokenizer = split_of(fields.get("tokenizer.ggml.pre", "default"))
+        tokenizer = tokenizer_of(fields)
     except Exception as error:  # tokenizers raises nothing more precise
         raise ParentError(f"{path.name} cannot be read as GGUF: {_first_line(error)}") from error
     # the weights are plain float32 by now, but transformers still takes the model for a quantised one

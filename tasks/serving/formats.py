@@ -2,12 +2,14 @@
 
 Every export is checked after it was written. A folder is loaded again as a stranger would and must give the very
 logits. A GGUF file is read back and must hold the very weights that its precision leaves; where llama.cpp is
-installed, its logits are compared with torch on the weights that the file holds. The same is done with a folder where
-vLLM is installed and can run the child, and there the greedy tokens are compared too.
+installed, its logits are compared with torch on the weights that the file holds, and its tokens with transformers'
+(tasks/serving/tokenizer_check.py). The logits of a folder are compared where vLLM is installed and can run the child,
+and there the greedy tokens too.
 """
 
 import copy
 import difflib
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +29,18 @@ from tasks.export import ExportError, export_folder, native_config
 from tasks.serving.children import Origin, config_of, in_precision, open_child, origin_of
 from tasks.serving.gguf_export import PRECISIONS, UnknownPrecision, write_gguf
 from tasks.serving.gguf_import import read_gguf
-from tasks.serving.gguf_tokenizer import NO_TOKENIZER, converted_tokenizer, copied_tokenizer
+from tasks.serving.gguf_tokenizer import (
+    NO_TOKENIZER,
+    copied_tokenizer,
+    fields_of,
+    left_out,
+    open_tokenizer,
+    stops_of,
+    with_stops,
+)
+from tasks.serving.tokenizer_check import check_tokenizer
 
+NONE = "none"  # for --tokenizer-from
 FORMATS = ("gguf", "nemotron-nas", "transformers", "native")
 ALIASES = {"f32": "float32", "fp32": "float32", "f16": "float16", "fp16": "float16", "bf16": "bfloat16"}
 CHECK_TOKENS, CHECK_STEPS = 32, 8
@@ -140,22 +152,37 @@ def _refuse_widths(config: Any) -> None:
 
 
 def export_gguf(model: Any, child: Path, precision: str, target: Path, tokenizer_from: Path | None = None) -> Exported:
-    """Write and check a GGUF file; see export_as."""
+    """Write and check a GGUF file; see export_as. It comes to `target` when every check was passed."""
     origin = origin_of(child)
     tokenizer, note = find_tokenizer(child, model.config.vocab_size, origin, tokenizer_from)
-    write_gguf(model, target, precision, tokenizer, origin.name or child.name)
-    back = read_gguf(target)
-    notes = [note, check_weights(model, back, target, precision)]
-    missing = LlamaCpp().missing()
-    if missing:
-        notes.append(f"not compared with llama.cpp's logits: {missing}")
-    else:
-        notes.append(check_logits(back, target, precision))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        part = write_gguf(model, Path(folder) / target.name, precision, tokenizer, origin.name or child.name)
+        back = read_gguf(part)
+        notes = [note, check_weights(model, back, part, precision), *_tokenizer_checked(part, child, tokenizer_from)]
+        missing = LlamaCpp().missing()
+        if missing:
+            notes.append(f"not compared with llama.cpp's logits: {missing}")
+        else:
+            notes.append(check_logits(back, part, precision))
+        part.replace(target)
     return Exported(path=target, notes=tuple(notes))
 
 
+def _tokenizer_checked(path: Path, child: Path, tokenizer_from: Path | None) -> list[str]:
+    """What the comparison of a GGUF file's tokenizer with the child's own found; nothing where one has none."""
+    own = open_tokenizer(child) if child.is_dir() and copied_tokenizer(path) != NO_TOKENIZER else None
+    if own is None:
+        return []
+    if tokenizer_from is None:
+        return check_tokenizer(path, own)
+    return check_tokenizer(path, own, "Leave --tokenizer-from out to have the child's own tokenizer converted.")
+
+
 def find_tokenizer(child: Path, vocab_size: int, origin: Origin, named: Path | None) -> tuple[dict[str, Any], str]:
-    """The tokenizer's fields for a GGUF file and a sentence on where they come from."""
+    """The tokenizer's fields for a GGUF file and a sentence on where they come from. Raises TokenizerLimit."""
+    if named is not None and str(named) == NONE:
+        return NO_TOKENIZER, "tokenizer: none, as asked, so the file takes token ids only"
     source = named or (child if child.is_file() else _parents_gguf(origin))
     if source is not None:
         fields = copied_tokenizer(source)
@@ -163,13 +190,20 @@ def find_tokenizer(child: Path, vocab_size: int, origin: Origin, named: Path | N
         if size and size != vocab_size:
             raise PuzzleError(f"{source.name} has {size} tokens, the child {vocab_size}: it is not the parent's GGUF.")
         return fields, f"tokenizer: copied from {source.name}"
-    fields_or_none = converted_tokenizer(child, vocab_size)
-    if fields_or_none is not None:
-        return fields_or_none, "tokenizer: converted from tokenizer.json"
-    return NO_TOKENIZER, (
-        "tokenizer: none (its kind has no certain name in llama.cpp), so the file takes token ids only; name a GGUF of "
-        "the parent with --tokenizer-from to have its tokenizer copied"
-    )
+    tokenizer = open_tokenizer(child)
+    if tokenizer is None:
+        return NO_TOKENIZER, (
+            f"tokenizer: none, because {child} has none, so the file takes token ids only; name a GGUF of the parent "
+            "with --tokenizer-from to have its tokenizer copied"
+        )
+    fields = with_stops(fields_of(tokenizer, vocab_size), stops_of(child))
+    note = "tokenizer: converted from the folder's, as transformers opens it"
+    gone = left_out(tokenizer, vocab_size)
+    if gone:
+        note += f"; left out, because the model has no rows for them: {', '.join(map(repr, gone))}"
+    if "tokenizer.ggml.eos_token_id" not in fields:
+        note += "; neither it nor the config names a token that ends a text, so llama.cpp takes its own default, 11"
+    return fields, note
 
 
 def _parents_gguf(origin: Origin) -> Path | None:
