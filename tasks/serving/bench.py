@@ -28,9 +28,9 @@ from tasks.picture import COLOURS, INK, figure_of, plain_axes
 from tasks.progress import part_of
 from tasks.serving.children import config_of, open_child, origin_of
 from tasks.serving.formats import find_tokenizer, precision_of, refuse
-from tasks.serving.gguf_tokenizer import NO_TOKENIZER, TokenizerLimit
 from tasks.serving.gguf_export import write_gguf
 from tasks.serving.gguf_header import read_header
+from tasks.serving.gguf_tokenizer import NO_TOKENIZER, TokenizerLimit
 from tasks.throughput import in_turns, summaries, timed_steps, tokens_before
 
 CHILD = "child"

@@ -31,6 +31,7 @@ from tasks.serving.gguf_export import PRECISIONS, UnknownPrecision, write_gguf
 from tasks.serving.gguf_import import read_gguf
 from tasks.serving.gguf_tokenizer import (
     NO_TOKENIZER,
+    TokenizerLimit,
     copied_tokenizer,
     fields_of,
     left_out,
@@ -38,6 +39,7 @@ from tasks.serving.gguf_tokenizer import (
     stops_of,
     with_stops,
 )
+from tasks.serving.gguf_tokenizer_import import tokenizer_of
 from tasks.serving.tokenizer_check import check_tokenizer
 
 NONE = "none"  # for --tokenizer-from
@@ -112,14 +114,31 @@ def export_as(
     step("writing, then reading back to compare logits")
     if form == "gguf":
         return export_gguf(model, child, precision, target, tokenizer_from)
-    source = child if child.is_dir() else child.parent
-    card = source / "README.md"
-    text = card.read_text(encoding="utf-8") if child.is_dir() and card.is_file() else f"# {origin_of(child).name}\n"
-    export_folder(model, source, target, text, heterogeneous=form == "nemotron-nas")
+    card = child / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {origin_of(child).name}\n"
     notes = ["checked: loaded as a stranger would, it gives the very logits"]
+    with tempfile.TemporaryDirectory(prefix="puzzle-tokenizer-") as folder:
+        if child.is_file():
+            notes.insert(0, _tokenizer_read(child, Path(folder)))
+        files_from = child if child.is_dir() else Path(folder)
+        export_folder(model, files_from, target, text, heterogeneous=form == "nemotron-nas")
     if form != "native":
         notes.append(check_in_vllm(model, target, precision, step))
     return Exported(path=target, notes=tuple(notes))
+
+
+def _tokenizer_read(path: Path, folder: Path) -> str:
+    """Write the tokenizer of a GGUF file as transformers has it; a sentence. Raises TokenizerLimit."""
+    fields = copied_tokenizer(path)
+    if fields.get("tokenizer.ggml.model", "no_vocab") == "no_vocab":
+        return f"tokenizer: none, because {path.name} has none"
+    try:
+        tokenizer = tokenizer_of(fields)
+    except (ValueError, KeyError, IndexError) as error:
+        raise TokenizerLimit(f"the tokenizer of {path.name} cannot be given to transformers: {error}") from error
+    tokenizer.save_pretrained(folder)
+    said = check_tokenizer(path, tokenizer)
+    return f"tokenizer: read from {path.name}; {'; '.join(said)}"
 
 
 def refuse(config: Any, form: str) -> None:
@@ -174,9 +193,7 @@ def _tokenizer_checked(path: Path, child: Path, tokenizer_from: Path | None) -> 
     own = open_tokenizer(child) if child.is_dir() and copied_tokenizer(path) != NO_TOKENIZER else None
     if own is None:
         return []
-    if tokenizer_from is None:
-        return check_tokenizer(path, own)
-    return check_tokenizer(path, own, "Leave --tokenizer-from out to have the child's own tokenizer converted.")
+    return check_tokenizer(path, own, named=tokenizer_from is not None)
 
 
 def find_tokenizer(child: Path, vocab_size: int, origin: Origin, named: Path | None) -> tuple[dict[str, Any], str]:

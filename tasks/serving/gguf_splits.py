@@ -12,7 +12,8 @@ _SUFFIXES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _CONTRACTIONS = _SUFFIXES + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _CONTRACTIONS + "{1,3}" + _REST
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+# llama.cpp knows upper and lower case of ASCII alone here, so what Mistral and OpenAI split by is not the same
+_UPPER, _LOWER = r"((?=[\p{L}])([^a-z]))", r"((?=[\p{L}])([^A-Z]))"
 _WORD = r"[^\r\n\p{L}\p{N}]?"
 _SLASHES = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _TEKKEN = f"{_WORD}{_UPPER}*{_LOWER}+|{_WORD}{_UPPER}+{_LOWER}*" + r"|\p{N}" + _SLASHES
@@ -116,6 +117,11 @@ def split_of(name: str) -> Any:
     return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own)])
 
 
+def is_byte_level(steps: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a pre-tokenizer of tokenizer.json ends in bytes, without a space of its own before them."""
+    return bool(steps) and steps[-1]["type"] == "ByteLevel" and not steps[-1].get("add_prefix_space")
+
+
 def names_of(steps: Sequence[Mapping[str, Any]]) -> list[str]:
     """llama.cpp's names for the steps of a pre-tokenizer of tokenizer.json; none where it does something else too."""
     patterns = _patterns(steps)
@@ -124,7 +130,7 @@ def names_of(steps: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _patterns(steps: Sequence[Mapping[str, Any]]) -> tuple[str, ...] | None:
     """The expressions that a byte-level pre-tokenizer splits by, None when it does something else too."""
-    if not steps or steps[-1]["type"] != "ByteLevel" or steps[-1].get("add_prefix_space"):
+    if not is_byte_level(steps):
         return None
     found = [_pattern(step) for step in steps[:-1]] + ([_GPT2] if steps[-1].get("use_regex", True) else [])
     return tuple(pattern for pattern in found if pattern is not None) if None not in found else None

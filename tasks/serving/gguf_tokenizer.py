@@ -15,12 +15,16 @@ from typing import Any
 from blocks.errors import PuzzleError
 from tasks.serving.children import config_of
 from tasks.serving.gguf_header import read_header
-from tasks.serving.gguf_splits import PRES, names_of
+from tasks.serving.gguf_splits import PRES, is_byte_level, names_of
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama_token_type
 NO_TOKENIZER: dict[str, Any] = {"tokenizer.ggml.model": "no_vocab"}
+NO_MERGE = "[none] [none]"  # llama.cpp wants a merge; this one never comes
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
-WAY_OUT = "Export with --tokenizer-from none (the file then takes token ids only), or with --format transformers."
+WAY_OUT = (
+    "Export with --format transformers, or with --tokenizer-from none (the file then takes token ids only), or with "
+    "--tokenizer-from and a GGUF of the parent (differences are then told)."
+)
 
 _ENDS_BY_NAME = (  # llama.cpp ends a text at these, whatever the file says
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "</s>"),
@@ -37,7 +41,7 @@ def copied_tokenizer(path: Path) -> dict[str, Any]:
     return {key: value for key, value in read_header(path).fields.items() if key.startswith("tokenizer.")}
 
 
-def open_tokenizer(folder: Path) -> Any | None:
+def open_tokenizer(folder: Path) -> Any:
     """What transformers makes of the tokenizer of a child's or parent's folder; None for a folder without one."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
@@ -181,7 +185,7 @@ def _byte_level(tokenizer: Any, whole: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": _pre_tokenizer(tokenizer, whole),
-        "tokenizer.ggml.merges": [" ".join(pair) for pair in _merges(model)],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in _merges(model)] or [NO_MERGE],
     }
 
 
@@ -194,7 +198,10 @@ def _steps(part: Mapping[str, Any] | None, inside: str) -> list[Any]:
 
 def _pre_tokenizer(tokenizer: Any, whole: Mapping[str, Any]) -> str:
     """llama.cpp's name for how a tokenizer.json splits text."""
-    names = names_of(_steps(whole.get("pre_tokenizer"), "pretokenizers"))
+    steps = _steps(whole.get("pre_tokenizer"), "pretokenizers")
+    names = names_of(steps)
+    if not names and not whole["model"]["merges"] and is_byte_level(steps):
+        names = ["gpt-2"]  # where nothing is merged, it is the same however text is split
     if not names:
         raise _limit(f"it splits text as none of those do that have a certain name in llama.cpp ({', '.join(PRES)})")
     whole_words = bool(whole["model"].get("ignore_merges"))

@@ -3,11 +3,12 @@
 transformers reads such a file too, and loses how text is split, what is put before it and which tokens are special.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tasks.serving.gguf_splits import pre_of, split_of
-from tasks.serving.gguf_tokenizer import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from tasks.serving.gguf_tokenizer import CONTROL, NO_MERGE, NORMAL, UNKNOWN, USER_DEFINED
 
 
 def tokenizer_of(fields: Mapping[str, Any]) -> Any:
@@ -47,11 +48,16 @@ def _names(fields: Mapping[str, Any], tokens: Sequence[str], kind: str) -> dict[
     return {f"{ours}_token": tokens[index] for ours, index in ids.items() if index is not None and index < len(tokens)}
 
 
+def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
+    """Tokens without what fills rows that the tokenizer has no token for."""
+    return {token: index for index, token in enumerate(tokens) if not re.fullmatch(rf"\[PAD{index}\]_*", token)}
+
+
 def _byte_level_model(fields: Mapping[str, Any]) -> Any:
     from tokenizers.models import BPE
 
-    vocabulary = {token: index for index, token in enumerate(fields["tokenizer.ggml.tokens"])}
-    merges = [tuple(pair.split(" ", 1)) for pair in fields["tokenizer.ggml.merges"]]
+    vocabulary = _vocabulary(fields["tokenizer.ggml.tokens"])
+    merges = [tuple(pair.split(" ", 1)) for pair in fields["tokenizer.ggml.merges"] if pair != NO_MERGE]
     whole_words = pre_of(fields.get("tokenizer.ggml.pre", "default")).whole_words
     return BPE(vocab=vocabulary, merges=merges, ignore_merges=whole_words)
 
@@ -61,7 +67,7 @@ def _sentencepiece_model(fields: Mapping[str, Any], types: Sequence[int]) -> Any
     from tokenizers.models import BPE
 
     tokens, scores = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
+    vocabulary = _vocabulary(tokens)
     unknown = next((token for token, type_ in zip(tokens, types, strict=True) if type_ == UNKNOWN), None)
     whole = [
         (scores[index], token)

@@ -34,7 +34,9 @@ TEXTS = (
     "1 12 123 1234 12345 1234567 3.14159 1,000,000 2\u00b2 \u00bd \u0664\u0662 1e-9 0xFF v1.2.3",
     "I'm you're they've we'll he'd it's don't I'M YOU'RE THEY'VE WE'LL HE'D IT'S DON'T 'quoted' rock'n'roll",
     "caf\u00e9 na\u00efve \u00c5ngstr\u00f6m stra\u00dfe \u0130stanbul",
+    "cafe\u0301",
     "cafe\u0301 nai\u0308ve A\u030angstro\u0308m",
+    "a\u00dcber M\u00c9t\u00e9o \u03b1\u0392\u03b3 \u043f\u0420\u0438",
     "\u4f60\u597d\uff0c\u4e16\u754c\u3002 \u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8 \ud55c\uad6d\uc5b4",
     "\u041f\u0440\u0438\u0432\u0435\u0442 \u043c\u0438\u0440 \u0645\u0631\u062d\u0628\u0627",
     "\u05e9\u05dc\u05d5\u05dd \u0928\u092e\u0938\u094d\u0924\u0947 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
@@ -70,8 +72,15 @@ class Divergence:
         return f"for {self.text!r} transformers gives {self.what} {short[0]}, llama.cpp {short[1]}"
 
 
-def check_tokenizer(path: Path, tokenizer: Any, remedy: str = WAY_OUT) -> list[str]:
-    """Sentences on what was compared. TokenizerLimit when a GGUF file's ids or template are not transformers'."""
+def check_tokenizer(path: Path, tokenizer: Any, named: bool = False) -> list[str]:
+    """Sentences on what was compared. TokenizerLimit when a GGUF file's ids or template are not transformers'.
+
+    named: somebody named the GGUF that the tokenizer was copied from. Where its tokens are the same, differences are
+    told and not refused: llama.cpp has no nearer one.
+    """
+    header = read_header(path).fields
+    if named:
+        _same_tokens(header.get("tokenizer.ggml.tokens", ()), tokenizer)
     missing = LlamaCpp().missing()
     if missing:
         return [f"tokenizer: not compared with llama.cpp's: {missing}"]
@@ -79,25 +88,40 @@ def check_tokenizer(path: Path, tokenizer: Any, remedy: str = WAY_OUT) -> list[s
     try:
         texts = texts_for(tokenizer, session.vocab_size)
         found = [one for text in texts for one in divergences(session, tokenizer, text)]
-        composed = _composes(tokenizer)
-        wrong = [one for one in found if not (composed and _decomposed(one.text))]
-        if wrong:
-            raise TokenizerLimit(
-                f"the tokenizer cannot be carried into GGUF exactly: {wrong[0]} ({len({one.text for one in wrong})} of "
-                f"{len(texts)} texts differ). {remedy}"
-            )
-        said = (
-            f"checked: {LlamaCpp().version()} gives transformers' token ids on {len(texts)} texts, with and without "
-            f"the special tokens that begin and end a text{_and_back(tokenizer)}"
-        )
-        if found:
-            said += (
-                "; but llama.cpp does not compose accents (Unicode NFC) as this tokenizer does in transformers: "
-                f"{found[0]}. Give it text in NFC"
-            )
-        return [said, *_check_template(path, session, tokenizer)]
+        return [_verdict(found, len(texts), tokenizer, named), *_check_template(path, session, tokenizer)]
     finally:
         session.close()
+
+
+def _same_tokens(tokens: Sequence[str], tokenizer: Any) -> None:
+    """TokenizerLimit when a GGUF's tokens are not the child's."""
+    for token, index in tokenizer.get_vocab().items():
+        if index < len(tokens) and tokens[index] != token:
+            raise TokenizerLimit(
+                f"the GGUF of --tokenizer-from is of another tokenizer: its token {index} is {tokens[index]!r}, the "
+                f"child's {token!r}. Leave --tokenizer-from out, or name a GGUF of the parent."
+            )
+
+
+def _verdict(found: Sequence[Divergence], texts: int, tokenizer: Any, named: bool) -> str:
+    """What to say of the comparison; TokenizerLimit when the file must not be."""
+    composed = _composes(tokenizer)
+    wrong = sorted((one for one in found if not (composed and _decomposed(one.text))), key=lambda one: len(one.text))
+    differ = f"{wrong[0]} ({len(wrong)} of {texts} texts differ)" if wrong else ""
+    if wrong and named:
+        return f"tokenizer: llama.cpp DIFFERS from transformers with the named GGUF's: {differ}"
+    if wrong:
+        raise TokenizerLimit(f"the tokenizer cannot be carried into GGUF exactly: {differ}. {WAY_OUT}")
+    said = (
+        f"checked: {LlamaCpp().version()} gives transformers' token ids on {texts - len(found)} texts, with and "
+        f"without the special tokens that begin and end a text{_and_back(tokenizer)}"
+    )
+    if found:
+        said += (
+            "; but llama.cpp does not compose accents (Unicode NFC) as this tokenizer does in transformers: "
+            f"{found[0]}. Give it text in NFC"
+        )
+    return said
 
 
 def _and_back(tokenizer: Any) -> str:
