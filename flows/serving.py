@@ -1,11 +1,10 @@
 """`puzzle export | bench`: a finished child in the formats of engines, and its speed in them beside its parent's."""
 
 import json
-import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,12 +50,11 @@ def export_command(
 
 def _logged(beside: Path, work: Callable[[], None]) -> None:
     """Work, of which a failure is one sentence: the traceback goes to puzzle.log in this folder, or the next one above
-    that is there to be written to.
+    that can be written to.
     """
     from flows.cli import run_logged
 
-    folders = (folder for folder in (beside, *beside.parents) if folder.is_dir() and os.access(folder, os.W_OK))
-    log = next(folders, Path(tempfile.gettempdir())) / "puzzle.log"
+    log = next(_logs((beside, *beside.parents, Path(tempfile.gettempdir()))))
 
     def told() -> str:
         work()
@@ -67,6 +65,13 @@ def _logged(beside: Path, work: Callable[[], None]) -> None:
     finally:
         if log.is_file() and not log.stat().st_size:
             log.unlink(missing_ok=True)
+
+
+def _logs(folders: Sequence[Path]) -> Iterator[Path]:
+    """A puzzle.log in each of the folders that lets one be written."""
+    for folder in folders:
+        with suppress(OSError), (folder / "puzzle.log").open("a"):
+            yield folder / "puzzle.log"
 
 
 def bench_command(

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,10 @@ def byte_level(pre: Any, whole_words: bool = False, added: Sequence[Any] = (END,
     )
     backend.add_special_tokens(list(added))
     return backend
+
+
+def named(name: str) -> Tokenizer:
+    return byte_level(split_of(name), PRES[name].whole_words)
 
 
 def ends(backend: Any, single: str) -> Tokenizer:
@@ -102,7 +107,7 @@ def ids_of(path: Path, texts: Sequence[str]) -> list[list[int]]:
 
 
 CARRIED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
-    **{name: (lambda name=name: byte_level(split_of(name), PRES[name].whole_words), {}) for name in PRES},
+    **{name: (partial(named, name), {}) for name in PRES},
     "begins": (lambda: ends(byte_level(split_of("llama-bpe"), True), f"{START} $A"), {}),
     "ends": (lambda: ends(byte_level(split_of("qwen2")), f"$A {END}"), {}),
     "both": (lambda: ends(byte_level(split_of("gpt-2")), f"{START} $A {END}"), {"bos_token": START, "eos_token": END}),

@@ -182,7 +182,8 @@ def _check_template(path: Path, session: LlamaSession, tokenizer: Any) -> list[s
     try:
         return [_rendered(path, session, tokenizer)]
     except (PuzzleError, OSError, ValueError, KeyError) as error:
-        return [f"chat template: the text is transformers' own; not compared as llama.cpp renders it: {error}"]
+        reason = str(error).splitlines()[0].split(" It ends with:")[0]
+        return [f"chat template: the text is transformers' own; not compared as llama.cpp renders it: {reason}"]
 
 
 def _rendered(path: Path, session: LlamaSession, tokenizer: Any) -> str:
