@@ -11,6 +11,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from typer.testing import CliRunner
 
+from blocks.errors import PuzzleError
 from blocks.files import write_text
 from flows import cli
 from tasks.engines.base import Load
@@ -284,9 +285,13 @@ def test_smollm2s_own_file_is_read_as_llama_cpp_reads_it() -> None:
 
 def test_a_failure_of_an_export_is_a_sentence_and_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     child = child_folder(tmp_path / "a", byte_level(pre_tokenizers.Split(Regex("a"), "isolated")), eos_token=END)
-    words = ["export", str(child), "--format", "gguf", "--out", str(tmp_path / "no" / "x.gguf")]
+    words = ["export", str(child), "--format", "gguf", "--out", str(tmp_path / "x.gguf")]
     refused = CliRunner().invoke(cli.app, words)
     assert isinstance(refused.exception, TokenizerLimit) and not (tmp_path / "puzzle.log").exists()  # main: exit 2
+
+    for out, sentence in ((tmp_path, "is a folder, and gguf is a file"), (child / "config.json" / "x", "cannot write")):
+        with pytest.raises(PuzzleError, match=sentence):
+            export_as(child, "gguf", "f32", out)
 
     def broken(*_: Any) -> None:
         raise IndexError("list index out of range")

@@ -109,8 +109,7 @@ def export_as(
     step("loading the child")
     model = open_child(child, dtype)
     refuse(model.config, form)
-    if target.resolve() == child.resolve():
-        raise PuzzleError(f"{target} is the child itself: name another --out.")
+    _refuse_target(child, form, target)
     step("writing, then reading back to compare logits")
     if form == "gguf":
         return export_gguf(model, child, precision, target, tokenizer_from)
@@ -125,6 +124,19 @@ def export_as(
     if form != "native":
         notes.append(check_in_vllm(model, target, precision, step))
     return Exported(path=target, notes=tuple(notes))
+
+
+def _refuse_target(child: Path, form: str, target: Path) -> None:
+    """PuzzleError, before anything is computed, where nothing can be written."""
+    if target.resolve() == child.resolve():
+        raise PuzzleError(f"{target} is the child itself: name another --out.")
+    if target.exists() and target.is_dir() == (form == "gguf"):
+        kind = "a folder, and gguf is a file" if form == "gguf" else f"a file, and {form} is a folder"
+        raise PuzzleError(f"{target} is {kind}: name another --out.")
+    try:
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PuzzleError(f"cannot write to {target.parent}: {error.strerror}. Name another --out.") from error
 
 
 def _tokenizer_read(path: Path, folder: Path) -> str:
