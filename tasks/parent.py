@@ -31,7 +31,7 @@ from tasks.parent_weights import INDEX, WEIGHTS, check_finite, place_weights, sh
 from tasks.progress import say
 from tasks.serving.gguf_header import Header, stem_of, without_vocabulary
 from tasks.serving.gguf_parts import check_model, describe, dtype_of, parts_of
-from tasks.serving.gguf_tokenizer import split_of
+from tasks.serving.gguf_tokenizer_import import tokenizer_of
 from tasks.tiny import byte_tokenizer, family_config, make_tiny_parent, training_texts
 
 VERSION = 2  # raise it when the same source would give another folder
@@ -385,7 +385,7 @@ def _gguf_file(source: PackageParent | GgufParent) -> Path:
 
 def _convert_gguf(path: Path, folder: Path) -> Header:
     """De-quantise a GGUF file, all parts of a split one, to float32 safetensors; returns its header."""
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM
 
     config = _gguf_config(path)
     short = folder.with_name(path.name)
@@ -394,10 +394,7 @@ def _convert_gguf(path: Path, folder: Path) -> Header:
         with _without_collection():
             model: Any = AutoModelForCausalLM.from_pretrained(short.parent, gguf_file=short.name, dtype=torch.float32)
         short.unlink()
-        tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
-        if header.fields.get("tokenizer.ggml.model") == "gpt2":
-            kind = header.fields.get("tokenizer.ggml.pre", "default")
-            tokenizer.backend_tokenizer.pre_tokenizer = split_of(kind)
+        tokenizer = tokenizer_of(header.fields)
     except PuzzleError:
         raise
     except Exception as error:  # tokenizers raises nothing more precise

@@ -284,13 +284,16 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
         LlamaCpp().load(tmp_path / "x.gguf", Load())
 
 
+NONE = ("--tokenizer-from", "none")  # WordLevel
+
+
 def run(*words: str) -> Any:
     return CliRunner().invoke(cli.app, list(words), catch_exceptions=True)
 
 
 def test_a_child_is_exported_to_what_can_express_it_and_comes_back(folders: dict[str, Path], tmp_path: Path) -> None:
     model = child_of()
-    exported = export_as(folders["child"], "gguf", "f32", tmp_path / "child.gguf")
+    exported = export_as(folders["child"], "gguf", "f32", tmp_path / "child.gguf", Path("none"))
     assert any("read back" in note for note in exported.notes)
     assert any(("against torch" if MISSING is None else "xllamacpp") in note for note in exported.notes)
     back = export_as(tmp_path / "child.gguf", "transformers", "f32", tmp_path / "back").path
@@ -317,7 +320,7 @@ def test_what_a_format_cannot_express_it_refuses(
 def test_families_that_deci_lacks_are_refused(family: str, tmp_path: Path) -> None:
     folder = export_folder(child_of(family), tmp_path, tmp_path / "child", "# x\n")
     with pytest.raises(EngineLimit, match="cannot express"):
-        export_as(folder, "gguf", "f32", tmp_path / "x.gguf")
+        export_as(folder, "gguf", "f32", tmp_path / "x.gguf", Path("none"))
 
 
 def test_widths_of_256_go_to_nemotron_nas_and_alike_layers_to_both_schemas(tmp_path: Path) -> None:
@@ -335,14 +338,14 @@ def test_widths_of_256_go_to_nemotron_nas_and_alike_layers_to_both_schemas(tmp_p
 def test_a_damaged_export_is_found(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.serving.gguf_export.interleaved", lambda rows, heads: rows)
     with pytest.raises(ExportError, match="read back, differs"):
-        export_as(folders["child"], "gguf", "f32", tmp_path / "x.gguf")
+        export_as(folders["child"], "gguf", "f32", tmp_path / "x.gguf", Path("none"))
 
 
 def test_export_and_its_refusals_on_the_command_line(folders: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "c.gguf"
-    done = run("export", str(folders["child"]), "--format", "gguf", "--precision", "q8_0", "--out", str(out))
+    done = run("export", str(folders["child"]), "--format", "gguf", "--precision", "q8_0", "--out", str(out), *NONE)
     assert done.exit_code == 0, done.output
-    assert "--tokenizer-from" in done.output and f"gguf: {out}" in done.output
+    assert "tokenizer: none, as asked" in done.output and f"gguf: {out}" in done.output
     for words in (["--format", "guf"], ["--format", "gguf", "--precision", "q9"], ["--format", "native"]):
         refused = run("export", str(folders["child"]), *words, "--out", str(tmp_path / "no"))
         assert refused.exit_code != 0 and "Traceback" not in refused.output

@@ -133,12 +133,25 @@ class LlamaSession(Session):
             step_cpu=(clock() - cpu) / steps,
         )
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, without added ones; special tokens in the text are found."""
+    def tokenize(self, text: str, add_special: bool = False) -> list[int]:
+        """Token ids of a text; special tokens in the text are found. add_special: with what begins and ends a text."""
         raw = text.encode()
         ids = (ctypes.c_int32 * (len(raw) + 8))()
-        count = self.c.llama_tokenize(self.vocabulary, raw, len(raw), ids, len(ids), False, True)
-        return list(ids[: max(count, 0)])
+        count = self.c.llama_tokenize(self.vocabulary, raw, len(raw), ids, len(ids), add_special, True)
+        if count < 0:
+            raise EngineFailed(f"llama.cpp gives more tokens for a text than it has bytes: {-count} for {len(raw)}")
+        return list(ids[:count])
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, put together one by one as a server does; special ones are spelled."""
+        piece = ctypes.create_string_buffer(1 << 12)
+        raw = b""
+        for token in tokens:
+            length = self.c.llama_token_to_piece(self.vocabulary, token, piece, len(piece), 0, True)
+            if length < 0:
+                raise EngineFailed(f"llama.cpp spells the token {token} in {-length} bytes")
+            raw += piece.raw[:length]
+        return raw.decode(errors="replace")
 
     def close(self) -> None:
         self.c.llama_batch_free(self.batch)

@@ -157,6 +157,10 @@ class LlamaLibrary:
                 integer,
                 [pointer, ctypes.c_char_p, integer, pointer, integer, ctypes.c_bool, ctypes.c_bool],
             ),
+            "llama_token_to_piece": (
+                integer,
+                [pointer, integer, ctypes.c_char_p, integer, integer, ctypes.c_bool],
+            ),
         }
         for name, (result, arguments) in signatures.items():
             function = getattr(c, name)
