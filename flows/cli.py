@@ -88,8 +88,13 @@ def rollback(profile: ProfileFile, workspace: WorkspaceOption = None, set_: Over
 
 @app.command()
 def validate(profile: ProfileFile, set_: Overrides = None) -> None:
-    """Check a profile without downloading or computing anything."""
+    """Check a profile, and that this machine has what it needs, without downloading or computing anything."""
+    from tasks.operating.requirements import advice, check_machine
+
     wanted = load_profile(profile, set_ or [])
+    check_machine(wanted)
+    for line in advice(wanted):
+        typer.echo(line, err=True)
     typer.echo(f"{profile}: a valid profile named {wanted.name!r}")
 
 
@@ -120,12 +125,22 @@ app.add_typer(library.app, name="library")
 def prepare_workspace(folder: Path) -> None:
     """Make the folder; keep Prefect's and MLflow's state in it; no server to start by hand."""
     try:
+        str(folder).encode()
         folder.mkdir(parents=True, exist_ok=True)
+    except UnicodeEncodeError:
+        raise PuzzleError(
+            f"{str(folder)!r} is not UTF-8, as databases want it: choose another with --workspace."
+        ) from None
     except OSError as error:
         raise PuzzleError(f"cannot write to {folder}: {error.strerror}. Choose another with --workspace.") from error
     configure()
+    from tasks.operating.servers import PREFECT_DATABASE, prefect_database
+
     home = prefect_home(folder, place_in(folder))
-    settings = {
+    before = os.environ.get("PREFECT_HOME")
+    if before and prefect_database(Path(before)).get(PREFECT_DATABASE) == os.environ.get(PREFECT_DATABASE):
+        os.environ.pop(PREFECT_DATABASE, None)  # of this process's workspace before this one
+    settings = ({} if PREFECT_DATABASE in os.environ else prefect_database(home)) | {
         "PREFECT_HOME": str(home),
         "PREFECT_LOCAL_STORAGE_PATH": str(home / "storage"),
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "240",

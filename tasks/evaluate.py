@@ -178,8 +178,7 @@ def run_benchmarks(
     """
     if not names:
         return {}
-    data = {name: _data_folder(name, package) for name in names}
-    _package_folder("lm_eval")
+    data = check_benchmarks(names, package)
     # the libraries read these once, at their first import
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -200,6 +199,13 @@ def run_benchmarks(
 def _result(samples: list[dict[str, Any]], metric: str) -> BenchmarkResult:
     correct = tuple(int(sample[metric]) for sample in sorted(samples, key=lambda sample: sample["doc_id"]))
     return BenchmarkResult(metric=mean_metric(torch.tensor(correct)), correct=correct)
+
+
+def check_benchmarks(names: Sequence[str], package: str) -> dict[str, Path]:
+    """Where the items of each benchmark lie; EvaluationError when one is unknown or a package is missing."""
+    data = {name: _data_folder(name, package) for name in names}
+    _package_folder("lm_eval")
+    return data
 
 
 def _package_folder(package: str) -> Path:

@@ -371,7 +371,7 @@ def check_answer(data: Any, answer: Any, asked: dict[str, Any], seed: int) -> No
 def test_the_broken_files_are_of_both_kinds(tmp_path: Path) -> None:
     file = tmp_path / "block_library.json"
     codes = []
-    for seed in range(40):
+    for seed in range(60):
         text, words = broken(seed)
         file.write_text(text)
         codes.append(puzzle("choose", "--library", file, *words)[0])
