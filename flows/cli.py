@@ -5,6 +5,7 @@ to go on. Heavy imports happen inside commands, after the process is configured.
 """
 
 import contextlib
+import errno
 import os
 import shlex
 import sys
@@ -25,6 +26,8 @@ from profiles.schema import Profile
 from tasks.failures.presence import place_in, prefect_home
 from tasks.progress import logged, without_tracebacks
 
+# what is wrong with a path that somebody named, wherever it is first looked at
+PATH_FAULTS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 ProfileFile = Annotated[Path, typer.Argument(metavar="PROFILE", help="a profile (YAML), e.g. profiles/tiny.yaml")]
 Overrides = Annotated[
@@ -189,3 +192,10 @@ def main() -> None:
     except (ProfileError, PuzzleError) as error:
         typer.echo(f"puzzle: {error}", err=True)
         raise SystemExit(1 if isinstance(error, PuzzleFailure) else 2) from None
+    except OSError as error:
+        if error.errno not in PATH_FAULTS or not error.filename:
+            raise
+        name = os.fsdecode(error.filename)
+        told = name if len(name) < 200 else f"{name[:80]}...{name[-20:]}"
+        typer.echo(f"puzzle: {told}: {error.strerror}; name another path", err=True)
+        raise SystemExit(2) from None

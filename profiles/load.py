@@ -71,8 +71,16 @@ def load_profile(path: Path | str, overrides: Sequence[str] = ()) -> Profile:
     return profile
 
 
+def expanded(path: Path | str) -> Path:
+    """The path with `~` and `~user` replaced; as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def _find(path: Path | str) -> Path:
-    file = Path(path).expanduser()
+    file = expanded(path)
     if file.is_file():
         return file
     if file.is_dir():

@@ -130,9 +130,9 @@ def _path(field: str, given: str, roots: Roots) -> Iterator[str]:
     named: Sequence[Path] = [pattern]
     if glob.has_magic(given):
         fixed = takewhile(lambda part: not glob.has_magic(part), pattern.parts)
-        named = [Path(*fixed), *map(Path, glob.glob(given, recursive=True))]  # noqa: PTH207
-    elif pattern.is_dir():
-        named = [pattern, *pattern.iterdir()]  # a link inside it may lead out again
+        named = [Path(*fixed), pattern, *map(Path, glob.glob(given, recursive=True))]  # noqa: PTH207
+    if pattern.is_dir():  # a name with brackets in it may be a folder's own
+        named = [*named, *pattern.iterdir()]  # a link inside it may lead out again
     if given.startswith("~") or ".." in pattern.parts or not all(_below(path, roots.data) for path in named):
         yield f"{field} {given!r} is not below a folder that served runs may read ({allowed})"
 
