@@ -1,10 +1,12 @@
 """What a profile asks for and this machine does not have is told before anything is computed, by all commands alike."""
 
+import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -213,11 +215,11 @@ def test_the_doctor_tells_the_engines_that_can_run(without_vllm: None) -> None:
 
 def test_default_threads_are_physical_cores_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 <= runtime.default_threads() <= runtime.usable_cores()
-    monkeypatch.setattr(runtime.os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     assert runtime.usable_cores() == runtime.default_threads() == 1
     monkeypatch.setattr(runtime, "Path", lambda name: Path("/nowhere"))  # a system that does not tell
-    monkeypatch.setattr(runtime.os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(runtime.psutil, "cpu_count", lambda logical: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 4)
     assert runtime.default_threads() == 4
 
 
