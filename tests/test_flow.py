@@ -86,8 +86,9 @@ def test_a_workspace_of_any_name_keeps_all_of_the_run(run: tuple[Path, str]) -> 
         assert (workspace / database).stat().st_size > 0
     assert any((workspace / "mlartifacts").rglob("report.json"))
     assert child_of(output).is_relative_to(workspace.resolve())
-    home, database = (f"{name}='" in output for name in ("PREFECT_HOME", PREFECT_DATABASE))
-    assert home and database, "the commands that open the pages name this workspace"
+    assert all(f"{name}='" in output for name in ("PREFECT_HOME", PREFECT_DATABASE)), (
+        "the commands that open the pages name this workspace"
+    )
 
 
 @pytest.fixture(scope="module")
