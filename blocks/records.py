@@ -318,11 +318,13 @@ class SumCheck(Value):
 class SpeedReport(Value):
     """All models end to end in the engine that the costs come from, by name, and what the sums of costs had said.
 
-    clock: what the sums are compared in, "CPU" or "wall". empty: nothing was measured (costs are modelled).
+    clock: what the sums are compared in, "CPU" or "wall". busy: who else was at work meanwhile, "" when nobody
+    was. empty: nothing was measured (costs are modelled).
     """
 
     engine: str = ""
     clock: str = ""
+    busy: str = ""
     calibration: Calibration | None = None
     models: dict[str, tuple[Throughput, ...]] = {}
     sums: tuple[SumCheck, ...] = ()

@@ -1,6 +1,7 @@
 """Engines: limits as data, llama.cpp's logits and text against torch's, exports and what they refuse."""
 
 import copy
+import ctypes
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,15 @@ from tasks.engines import llama_library
 from tasks.engines.base import Load
 from tasks.engines.limits import LIMITS, EngineLimit, UnknownEngine, check_parent, gaps, limits_of, runnable, width_of
 from tasks.engines.llama_cpp import LlamaCpp
-from tasks.engines.llama_library import LIBRARY_VARIABLE, Blob, EngineFailed, EngineMissing, find_fields, unmap
+from tasks.engines.llama_library import (
+    LIBRARY_VARIABLE,
+    Blob,
+    EngineFailed,
+    EngineMissing,
+    find_fields,
+    keep_off_gpus,
+    unmap,
+)
 from tasks.engines.registry import ENGINES, engine_of, installed_engine
 from tasks.engines.torch_engine import Torch
 from tasks.export import ExportError, export_folder
@@ -169,6 +178,30 @@ def test_fields_are_found_by_their_defaults_or_not_at_all() -> None:
     for broken in ([511, *words[1:]], [*words[:6], 3, *words[7:]], [*words[:26], 2, *words[27:]]):
         with pytest.raises(EngineFailed, match="unknown layout"):
             find_fields(broken)
+
+
+def test_llama_cpp_stays_off_gpus_in_every_layout_that_is_known() -> None:
+    """Its own default puts every layer on a GPU where the build has a backend for one."""
+    for layers in (-1, 0, 999):
+        blob = Blob()
+        blob.words[4:6] = [layers, 1]
+        assert keep_off_gpus(blob) and blob.words[4:6] == [0, 1]
+        address = blob.words[0] % 2**32 + (blob.words[1] << 32)
+        assert ctypes.c_void_p.from_address(address).value is None, "a list of devices that is empty, not the default"
+    for words in ([0, 0, -1, 1, 0, 0], [1, 0, 0, 0, -1, 1]):
+        blob = Blob()
+        blob.words[: len(words)] = words
+        assert not keep_off_gpus(blob) and blob.words[: len(words)] == words
+
+
+def test_an_unknown_layout_that_may_use_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = llama_library.llama_library()
+    library.model_parameters()
+    monkeypatch.setattr(llama_library, "keep_off_gpus", lambda blob: False)
+    library.model_parameters()
+    monkeypatch.setattr(library.c, "llama_supports_gpu_offload", lambda: True)
+    with pytest.raises(EngineFailed, match="it may use GPUs"):
+        library.model_parameters()
 
 
 def test_weights_are_read_not_mapped_in_every_layout_that_is_known() -> None:

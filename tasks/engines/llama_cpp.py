@@ -3,6 +3,7 @@
 # B = batch, P = prompt tokens, T = tokens, V = vocabulary
 
 import ctypes
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ class LlamaSession(Session):
 
     def __init__(self, library: LlamaLibrary, path: Path, how: Load) -> None:
         self.library, self.c, self.how = library, library.c, how
-        self.model = self.c.llama_model_load_from_file(str(path).encode(), library.model_parameters())
+        self.model = self.c.llama_model_load_from_file(os.fsencode(path), library.model_parameters())
         if not self.model:
             raise EngineFailed(f"llama.cpp ({library.origin}) cannot load {path.name}: is it a whole GGUF file?")
         self.vocabulary = self.c.llama_model_get_vocab(self.model)

@@ -26,6 +26,7 @@ from blocks.errors import PuzzleFailure
 from tasks.progress import say
 
 LOOPBACK = "127.0.0.1"
+PREFECT_DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
 GRACE_SECONDS = 8.0
 FRESH_SECONDS = 10.0  # so long a server that answered is believed to be there; its client asks again by itself
 _ANSWERED: dict[str, float] = {}  # URL -> time of its last answer
@@ -184,6 +185,38 @@ def stop(process: subprocess.Popen[bytes], grace_seconds: float = GRACE_SECONDS)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(wait)
     # a worker in the same group may outlive the leader by a moment
+
+
+def sqlite_url(path: Path, driver: str = "pysqlite") -> str:
+    """The database in a file, as SQLAlchemy, MLflow and Prefect read it: a path may hold `?`, `%` and `#`.
+
+    The driver is named: for a plain `sqlite:` MLflow would make a folder by the quoted name.
+    """
+    from sqlalchemy.engine import URL
+
+    return URL.create(f"sqlite+{driver}", database=str(path.resolve())).render_as_string()
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of an SQLite database, None for a database that is none."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        found = make_url(url)
+    except (ArgumentError, ValueError):  # the second: a port that is no number
+        return None
+    return Path(found.database) if found.get_backend_name() == "sqlite" and found.database else None
+
+
+def prefect_database(home: Path) -> dict[str, str]:
+    """What Prefect is to be told about its database in this home: nothing where its own default names the file.
+
+    Prefect writes the path into a URL as it is, so one with `?`, `%` or `#` would name another file.
+    """
+    file = home / "prefect.db"
+    url = sqlite_url(file, "aiosqlite")
+    return {} if url == f"sqlite+aiosqlite:///{file.resolve()}" else {PREFECT_DATABASE: url}
 
 
 def prefect_server(port: int) -> tuple[list[str], str]:
