@@ -18,7 +18,7 @@ from profiles.load import load_profile, shipped_profiles
 from profiles.schema import Profile
 from tasks.operating.admission import DATA_ROOTS, REMOTE_CODE, ROOT, STORES
 from tasks.operating.reach import check_servers
-from tasks.operating.servers import (
+from tasks.running.servers import (
     PREFECT_DATABASE,
     QUIET,
     is_free,
@@ -88,7 +88,7 @@ def served_environment(root: Path, data: list[Path], remote_code: bool, stores: 
         "PREFECT_HOME": str(root / ".prefect"),
         "PREFECT_LOCAL_STORAGE_PATH": str(root / ".prefect" / "storage"),
         "PREFECT_LOGGING_EXTRA_LOGGERS": "puzzle",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # tasks/failures/watch.py waits for more than two of them
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # tasks/operating/watch.py waits for more than two of them
     }
 
 
@@ -128,7 +128,7 @@ def offer(wanted: list[Profile], runs: int, reoptimize_at: str | None) -> None:
     from prefect.exceptions import TerminationSignal
     from prefect.runner import Runner
 
-    from tasks.failures.watch import keep_watch
+    from tasks.operating.watch import keep_watch
 
     runner: Any = Runner(pause_on_shutdown=True, limit=runs)
     for each in deployments(wanted, reoptimize_at):

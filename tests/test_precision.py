@@ -12,17 +12,17 @@ from blocks.parent import Parent
 from blocks.records import Architecture, LayerChoice
 from profiles.load import load_profile
 from profiles.schema import Evaluate, Hardware, Profile
-from tasks import costs
-from tasks.compare import Contender, build, evaluate_contender, parent_contender
-from tasks.costs import measure_costs
-from tasks.evaluate import parent_targets, quality_of, sequence_figures
-from tasks.export import export_folder
-from tasks.precision import RoundingError, as_written, child_dtype, served_precision, why
-from tasks.record import open_parent
-from tasks.roofline import held, modelled_costs, setting_of
-from tasks.serving.children import in_precision
-from tasks.serving.formats import export_as
-from tasks.serving.gguf_header import read_header
+from tasks.distill.record import open_parent
+from tasks.evaluate.compare import Contender, build, evaluate_contender, parent_contender
+from tasks.evaluate.quality import parent_targets, quality_of, sequence_figures
+from tasks.export.folder import export_folder
+from tasks.export.formats import export_as
+from tasks.gguf.header import read_header
+from tasks.inputs.children import in_precision
+from tasks.inputs.precision import RoundingError, as_written, child_dtype, served_precision, why
+from tasks.measure import costs
+from tasks.measure.costs import measure_costs
+from tasks.measure.roofline import held, modelled_costs, setting_of
 from tests.chain import SPACE, Chain, chosen
 from tests.test_costs import MEASURE, SCENARIOS
 from tests.tiny import tiny_model, tiny_parent, tiny_tokens, word_tokenizer
@@ -135,7 +135,7 @@ def test_memory_is_that_of_the_childs_dtype(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from profiles.schema import FolderParent
-    from tasks.parent import prepare_parent
+    from tasks.inputs.parent import prepare_parent
 
     parent_of(tmp_path / "source", dtype)
     parent = prepare_parent(FolderParent(path=str(tmp_path / "source")), tmp_path, None)

@@ -17,7 +17,7 @@ from pydantic import Field
 from blocks.errors import PuzzleError
 from profiles.hardware import shipped_targets
 from profiles.schema import FolderParent, GgufParent, HubParent, PackageParent, Profile, TextSource, WikipediaDumpSource
-from tasks.serving.gguf_header import named_parts
+from tasks.gguf.header import named_parts
 
 ROOT, DATA_ROOTS, REMOTE_CODE = "PUZZLE_ROOT", "PUZZLE_DATA_ROOTS", "PUZZLE_ALLOW_REMOTE_CODE"
 STORES = "PUZZLE_STORES"  # URLs, a blank between

@@ -22,9 +22,9 @@ from filelock import FileLock
 from blocks.errors import PuzzleError
 from blocks.records import Architecture, Candidate, ChildReport, CorpusInfo, Metric, ParentInfo, Value
 from profiles.schema import Profile
-from tasks.operating.servers import sqlite_url, wait_for_answer
-from tasks.picture import gain_of
-from tasks.report import final_of, parent_of
+from tasks.pages.picture import gain_of
+from tasks.pages.report import final_of, parent_of
+from tasks.running.servers import sqlite_url, wait_for_answer
 
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 TABLES_TAG = "mlflow.loggedArtifacts"
