@@ -64,7 +64,7 @@ STALE: dict[str, tuple[str | None, dict[str, Any]]] = {
     "nothing": (None, {}),
     "machine": ("platform.machine", {}),
     "processor": ("tasks.measure.timing.processor", {}),
-    "engine": ("tasks.measure.timings._engine_description", {}),
+    "engine": ("tasks.measure.timing._engine_description", {}),
     "name": (None, {"name": "another"}),
     "precision": (None, {"precision": "bfloat16"}),
     "threads": (None, {"threads": 2}),
