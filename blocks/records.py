@@ -38,7 +38,8 @@ class Ref(Value):
 class ParentInfo(Value):
     """The parent, normalised to a Hugging Face folder inside the workspace (config.json, model.safetensors, tokenizer).
 
-    fingerprint: sha256 over config and weights; part of every cache key.
+    fingerprint: sha256 over config and weights; part of every cache key. notes: what a person should know of how it was
+    read, such as a precision or tensors that were ignored.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ParentInfo(Value):
     fingerprint: str
     source: str
     revision: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class CorpusInfo(Value):
@@ -65,7 +67,7 @@ class LayerRecord(Value):
     """What recording left of one layer.
 
     boundary: hidden states that enter the layer, `train` (S, T, D) and `validation` (S, T, D), float32.
-    statistics: Gram matrices and channel contributions, see tasks/record.py.
+    statistics: Gram matrices and channel contributions, see tasks/distill/record.py.
     """
 
     layer: int
@@ -105,7 +107,7 @@ class Score(Value):
     A coupled block has subblock "block" and the variant label "<attention>+<ffn>".
 
     Standard errors are over sequences. The parent's own subblock scores exactly 0. tokens: really scored; where scoring
-    was adaptive, values of sequences beyond those are filled in (tasks/adaptive.py).
+    was adaptive, values of sequences beyond those are filled in (tasks/search/adaptive.py).
     """
 
     layer: int
@@ -317,11 +319,13 @@ class SumCheck(Value):
 class SpeedReport(Value):
     """All models end to end in the engine that the costs come from, by name, and what the sums of costs had said.
 
-    clock: what the sums are compared in, "CPU" or "wall". empty: nothing was measured (costs are modelled).
+    clock: what the sums are compared in, "CPU" or "wall". busy: who else was at work meanwhile, "" when nobody
+    was. empty: nothing was measured (costs are modelled).
     """
 
     engine: str = ""
     clock: str = ""
+    busy: str = ""
     calibration: Calibration | None = None
     models: dict[str, tuple[Throughput, ...]] = {}
     sums: tuple[SumCheck, ...] = ()
@@ -330,7 +334,7 @@ class SpeedReport(Value):
 class Answer(Value):
     """A greedy answer. ended: the model stopped by itself. chat: asked by the tokenizer's chat template.
 
-    repetition: share of the answer's runs of four tokens that were there before. loops: see tasks/answers.py.
+    repetition: share of the answer's runs of four tokens that were there before. loops: see tasks/evaluate/answers.py.
     """
 
     prompt: str

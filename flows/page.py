@@ -29,7 +29,7 @@ def report(
 ) -> None:
     """One HTML page: the choice, its certificate, architecture, Pareto front, confidence, prices, the run's table."""
     from tasks.pages.page import Extent, read_truth, truth_of, write_page
-    from tasks.run_page import study_of, study_of_run
+    from tasks.pages.run_page import study_of, study_of_run
     from tasks.search.confidence import Draws
 
     source = values["library"] or workspace

@@ -18,7 +18,17 @@ from profiles.load import load_profile, shipped_profiles
 from profiles.schema import Profile
 from tasks.operating.admission import DATA_ROOTS, REMOTE_CODE, ROOT, STORES
 from tasks.operating.reach import check_servers
-from tasks.operating.servers import QUIET, is_free, mlflow_server, prefect_server, running, stop_left_behind
+from tasks.running.servers import (
+    PREFECT_DATABASE,
+    QUIET,
+    is_free,
+    mlflow_server,
+    prefect_database,
+    prefect_server,
+    running,
+    sqlite_url,
+    stop_left_behind,
+)
 
 Folders = Annotated[
     list[Path] | None, typer.Option("--data", metavar="DIR", help="served profiles may read below it; repeat for more")
@@ -65,8 +75,12 @@ def serve_command(
 
 def served_environment(root: Path, data: list[Path], remote_code: bool, stores: list[str]) -> dict[str, str]:
     """What the runs of a serving process inherit. Prefect reads it when it is imported."""
+    parted = [folder for folder in data if os.pathsep in str(folder.resolve())]
+    if parted:
+        raise PuzzleError(f"--data {parted[0]}: a `{os.pathsep}` in a name parts folders here: rename the folder.")
     return {
         **QUIET,
+        **(prefect_database(root / ".prefect") if PREFECT_DATABASE not in os.environ else {}),
         ROOT: str(root),
         DATA_ROOTS: os.pathsep.join(str(folder.resolve()) for folder in data),
         REMOTE_CODE: "1" if remote_code else "0",
@@ -74,7 +88,7 @@ def served_environment(root: Path, data: list[Path], remote_code: bool, stores: 
         "PREFECT_HOME": str(root / ".prefect"),
         "PREFECT_LOCAL_STORAGE_PATH": str(root / ".prefect" / "storage"),
         "PREFECT_LOGGING_EXTRA_LOGGERS": "puzzle",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # tasks/failures/watch.py waits for more than two of them
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # tasks/operating/watch.py waits for more than two of them
     }
 
 
@@ -92,7 +106,7 @@ def servers(root: Path, port: int, mlflow_port: int) -> Iterator[None]:
             )
             os.environ["PREFECT_API_URL"] = url
         if not os.environ.get("MLFLOW_TRACKING_URI"):
-            store = f"sqlite:///{root / 'mlflow.db'}"
+            store = sqlite_url(root / "mlflow.db")
             command, url = mlflow_server(_free(mlflow_port, "--mlflow-port"), store, str(root / "mlartifacts"))
             stack.enter_context(running(command, f"{url}/health", root / "mlflow-server.log", {}))
             os.environ["MLFLOW_TRACKING_URI"] = url
@@ -114,7 +128,7 @@ def offer(wanted: list[Profile], runs: int, reoptimize_at: str | None) -> None:
     from prefect.exceptions import TerminationSignal
     from prefect.runner import Runner
 
-    from tasks.failures.watch import keep_watch
+    from tasks.operating.watch import keep_watch
 
     runner: Any = Runner(pause_on_shutdown=True, limit=runs)
     for each in deployments(wanted, reoptimize_at):

@@ -1,7 +1,7 @@
 """Hardware targets: what a device can do at most by its data sheet, and which share of that software gets.
 
 One YAML file each under `profiles/hardware/`; every figure's source stands beside it in a comment. The roofline
-(tasks/roofline.py) models costs from them, `puzzle plan` the time of a whole run. Figures are per device.
+(tasks/measure/roofline.py) models costs from them, `puzzle plan` the time of a whole run. Figures are per device.
 """
 
 from functools import lru_cache
@@ -11,7 +11,7 @@ from typing import Literal
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from profiles.errors import ProfileError
+from profiles.errors import ProfileError, expanded
 from profiles.schema import Fraction, Hardware, Precision, Section
 
 FOLDER = Path(__file__).parent / "hardware"
@@ -67,7 +67,7 @@ def shipped_targets() -> list[str]:
 @lru_cache
 def load_target(name: str) -> HardwareTarget:
     """A shipped target by its name, or one of your own by its file. Raises ProfileError."""
-    own = Path(name).expanduser()
+    own = expanded(name)
     file = own if own.suffix == ".yaml" else FOLDER / f"{name}.yaml"
     if not file.is_file():
         raise ProfileError(

@@ -16,10 +16,11 @@ import pytest
 
 from blocks.library import read_value
 from blocks.records import ChildReport
-from flows import cli
+from flows import in_workspace
 from profiles.load import load_profile
-from tasks.foreign.interchange import open_library, read_library
+from tasks.libraries.interchange import open_library, read_library
 from tasks.pages.page import read_truth, truth_of
+from tasks.running.servers import PREFECT_DATABASE
 from tasks.search.request import Request, limits
 from tasks.search.solve import choose_joint
 from tasks.search.totals import score_of
@@ -44,6 +45,9 @@ SMALLER = [
 ]
 ALONE = ("--set", "evaluate.baselines=[]")  # where the child is what is looked at
 OTHER = ("--set", "budget.layer_parameters_fraction=0.45")
+
+
+STRANGE = "we ird [1] 50%? #x é"  # what a URL or a glob would read otherwise
 
 
 def start(workspace: Path, *more: str) -> subprocess.Popen[str]:
@@ -71,8 +75,20 @@ def digests(child: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    workspace = tmp_path_factory.mktemp("flow")
+    workspace = tmp_path_factory.mktemp("flow") / STRANGE
     return workspace, finished(workspace)
+
+
+def test_a_workspace_of_any_name_keeps_all_of_the_run(run: tuple[Path, str]) -> None:
+    workspace, output = run
+    assert [path.name for path in workspace.parent.iterdir()] == [STRANGE]
+    for database in ("mlflow.db", "prefect/prefect.db"):
+        assert (workspace / database).stat().st_size > 0
+    assert any((workspace / "mlartifacts").rglob("report.json"))
+    assert child_of(output).is_relative_to(workspace.resolve())
+    assert all(f"{name}='" in output for name in ("PREFECT_HOME", PREFECT_DATABASE)), (
+        "the commands that open the pages name this workspace"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +294,7 @@ def test_killed_twice_and_started_again_it_makes_the_same_child(run: tuple[Path,
 
 COUNTED = """
 import os, sys
-from tasks import bld
+from tasks.distill import bld
 plain = bld._train_until_it_falls
 def counted(job, *rest):
     with open(os.environ["TRAINED"], "a") as file:
@@ -350,7 +366,7 @@ def test_a_failure_names_the_log_and_how_to_go_on(tmp_path: Path, capsys: pytest
         raise OSError("no space left on device")
 
     with pytest.raises(SystemExit) as stopped:
-        cli.run_logged(tmp_path, broken)
+        in_workspace.run_logged(tmp_path, broken)
     told = capsys.readouterr().err
     assert stopped.value.code == 1
     assert "no space left" in told and str(tmp_path / "puzzle.log") in told and "to go on" in told

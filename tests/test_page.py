@@ -11,13 +11,13 @@ import pytest
 
 from blocks.records import TruthPoint
 from profiles.schema import Budget
-from tasks.choose import choose
-from tasks.foreign.interchange import joint_view, open_library, write_library
+from tasks.libraries.interchange import joint_view, open_library, write_library
+from tasks.pages.front import front_of
 from tasks.pages.library_pictures import cells_of, colours_of, draw_strip
 from tasks.pages.page import figure, read_truth
+from tasks.pages.run_page import stored_choice
 from tasks.pages.svg import inline_svg
-from tasks.run_page import stored_choice
-from tasks.search.front import front_of
+from tasks.search.choose import choose
 from tasks.search.joint import LibraryFileError
 from tasks.search.request import Request, limits
 from tasks.search.solve import choose_joint

@@ -14,14 +14,13 @@ import yaml
 from prefect.utilities.callables import parameter_schema
 from pydantic import TypeAdapter, ValidationError
 
+from flows import admitted as run
 from flows import serve, served
 from profiles.load import load_profile
 from profiles.schema import Profile
-from tasks.failures import watch
-from tasks.failures.sharing import being_made
-from tasks.operating import admission
-from tasks.operating import served as run
+from tasks.operating import admission, watch
 from tasks.operating.admission import Refused, Roots, WorkspaceName, admit, admitted_workspace
+from tasks.running.sharing import being_made
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOWS = (served.optimize, served.reoptimize, served.sweep, served.measure_hardware)
@@ -249,7 +248,7 @@ def test_the_form_refuses_a_wrong_value(change: dict[str, Any], why: str) -> Non
 
 def test_unions_are_choices_in_the_form() -> None:
     definitions = schema_of(served.optimize)["definitions"]
-    assert len(definitions["Profile"]["properties"]["parent"]["anyOf"]) == 4
+    assert len(definitions["Profile"]["properties"]["parent"]["anyOf"]) == 5
     assert len(definitions["Corpus"]["properties"]["sources"]["items"]["anyOf"]) == 4
     assert "oneOf" not in str(definitions)
 
@@ -287,7 +286,7 @@ def test_whoever_serves_runs_sees_to_it_that_their_deaths_are_noticed() -> None:
 
 
 def test_servers_listen_on_loopback_only() -> None:
-    from tasks.operating.servers import mlflow_server, prefect_server
+    from tasks.running.servers import mlflow_server, prefect_server
 
     for command, url in (prefect_server(1234), mlflow_server(1234, "sqlite:///x", "x")):
         assert command[command.index("--host") + 1] == "127.0.0.1" and "127.0.0.1:1234" in url

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from blocks.errors import disk_is_full
-from tasks.operating import servers
-from tasks.operating.servers import (
+from tasks.running import servers
+from tasks.running.servers import (
     LOOPBACK,
     ServerFailure,
     answer,
@@ -93,7 +93,7 @@ def test_a_server_that_answered_is_not_asked_again_at_once(monkeypatch: pytest.M
 
     monkeypatch.setattr(servers, "is_up", answers)
     monkeypatch.setattr(servers, "_ANSWERED", {})
-    monkeypatch.setattr("tasks.operating.servers.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("tasks.running.servers.time.monotonic", lambda: now[0])
     for later in (0, 1, servers.FRESH_SECONDS - 1.5, 1):
         now[0] += later
         wait_for_answer("MLflow", "http://one")

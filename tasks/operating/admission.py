@@ -8,7 +8,7 @@ import glob
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +16,8 @@ from pydantic import Field
 
 from blocks.errors import PuzzleError
 from profiles.hardware import shipped_targets
-from profiles.schema import FolderParent, HubParent, PackageParent, Profile, TextSource, WikipediaDumpSource
+from profiles.schema import FolderParent, GgufParent, HubParent, PackageParent, Profile, TextSource, WikipediaDumpSource
+from tasks.gguf.header import named_parts
 
 ROOT, DATA_ROOTS, REMOTE_CODE = "PUZZLE_ROOT", "PUZZLE_DATA_ROOTS", "PUZZLE_ALLOW_REMOTE_CODE"
 STORES = "PUZZLE_STORES"  # URLs, a blank between
@@ -86,10 +87,13 @@ def _parent(profile: Profile, roots: Roots) -> Iterator[str]:
     parent = profile.parent
     if isinstance(parent, FolderParent):
         yield from _path("parent.path", parent.path, roots)
+    if isinstance(parent, GgufParent):
+        parts = (_path("parent.path", str(path), roots) for path in named_parts(Path(parent.path)))
+        yield from islice(chain.from_iterable(parts), 1)
     if isinstance(parent, PackageParent):
         yield from _file("parent", parent.package, parent.file)
     if isinstance(parent, FolderParent | HubParent) and parent.trust_remote_code and not roots.remote_code:
-        yield "parent.trust_remote_code would run code of the parent: start `puzzle serve --allow-remote-code` for it"
+        yield "parent.trust_remote_code takes a parent that brings code: start `puzzle serve --allow-remote-code`"
 
 
 def _corpus(profile: Profile, roots: Roots) -> Iterator[str]:
@@ -124,17 +128,18 @@ def _within(url: str, allowed: str) -> bool:
 
 
 def _path(field: str, given: str, roots: Roots) -> Iterator[str]:
-    """A file, folder or glob must stay below a data root, and so must all that it matches."""
+    """A file, folder or glob must stay below a data root, and so must all that it matches. `[`, `?` and `*` are also
+    letters: a file of that very name is judged too.
+    """
     allowed = ", ".join(map(str, roots.data)) or "none: start `puzzle serve --data FOLDER`"
-    pattern = Path(given)
-    named: Sequence[Path] = [pattern]
+    path = Path(given)
+    named: Sequence[Path] = [path]
+    if path.is_dir():
+        named = [path, *path.iterdir()]  # a link inside it may lead out again
     if glob.has_magic(given):
-        fixed = takewhile(lambda part: not glob.has_magic(part), pattern.parts)
-        # the pattern itself too: where there is a file of that very name, it is read
-        named = [pattern, Path(*fixed), *map(Path, glob.glob(given, recursive=True))]  # noqa: PTH207
-    if pattern.is_dir():
-        named = [*named, *pattern.iterdir()]  # a link inside it may lead out again
-    if given.startswith("~") or ".." in pattern.parts or not all(_below(path, roots.data) for path in named):
+        fixed = takewhile(lambda part: not glob.has_magic(part), path.parts)
+        named = [*named, Path(*fixed), *map(Path, glob.glob(given, recursive=True))]  # noqa: PTH207
+    if given.startswith("~") or ".." in path.parts or not all(_below(path, roots.data) for path in named):
         yield f"{field} {given!r} is not below a folder that served runs may read ({allowed})"
 
 

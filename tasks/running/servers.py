@@ -1,0 +1,280 @@
+"""Servers on this machine: start one and wait until it answers, stop it for certain, find those that a kill left.
+
+Everything binds to loopback. A stop is bounded: SIGTERM, a few seconds, then SIGKILL to the whole process group, since
+Prefect's workers have been seen to ignore the first.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+
+import psutil
+
+from blocks.errors import PuzzleFailure
+from tasks.running.progress import say
+
+LOOPBACK = "127.0.0.1"
+PREFECT_DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
+GRACE_SECONDS = 8.0
+FRESH_SECONDS = 10.0  # so long a server that answered is believed to be there; its client asks again by itself
+_ANSWERED: dict[str, float] = {}  # URL -> time of its last answer
+
+
+class ServerFailure(PuzzleFailure):
+    """A server that did not come up."""
+
+
+def free_port() -> int:
+    """A port of the loopback device that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def is_free(port: int) -> bool:
+    """True when a server could listen on this port of the loopback device."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError:
+            return False
+    return True
+
+
+def answer(url: str, timeout: float = 5.0) -> str | None:
+    """Body of a GET, or None when nobody answers with 200."""
+    try:
+        with urllib.request.urlopen(url, timeout=timeout) as response:
+            text: str = response.read().decode("utf-8", errors="replace")
+            return text if response.status == 200 else None
+    except (OSError, ValueError, HTTPException):  # refused, timed out, an error status, not a URL
+        return None
+
+
+def is_up(url: str) -> bool:
+    """True when somebody answers there; one who asks for a password is up, a proxy without its server is not."""
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code < 500
+    except (OSError, ValueError, HTTPException):
+        return False
+
+
+def wait_for_answer(name: str, url: str, seconds: float = 300) -> None:
+    """Return once a server answers its health check, told while it does not. ServerFailure after so long.
+
+    One that answered less than FRESH_SECONDS ago is not asked again.
+    """
+    if time.monotonic() < _ANSWERED.get(url, -math.inf) + FRESH_SECONDS:
+        return
+    deadline, told = time.monotonic() + seconds, False
+    while not is_up(f"{url}/health"):
+        if not told:
+            say(f"{name} at {url} does not answer: waiting for it, {seconds / 60:.0f} minutes at most")
+            told = True
+        if time.monotonic() > deadline:
+            raise ServerFailure(f"{name} at {url} has not answered for {seconds / 60:.0f} minutes: start it")
+        time.sleep(1)
+    _ANSWERED[url] = time.monotonic()
+    if told:
+        say(f"{name} at {url} answers again")
+
+
+@contextmanager
+def running(
+    command: Sequence[str],
+    health_url: str,
+    log: Path,
+    environment: Mapping[str, str],
+    start_seconds: float = 180,
+    grace_seconds: float = GRACE_SECONDS,
+    stdin: int = subprocess.DEVNULL,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A server for the length of the block, in a process group of its own. ServerFailure when it does not answer."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    kept = log.with_suffix(".pid")
+    if stop_left_behind(kept):
+        logging.getLogger("puzzle").info("stopped the server that a killed process left behind (%s)", kept.stem)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=stdin,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+    kept.write_text(" ".join(_identity(each) for each in (psutil.Process(process.pid), psutil.Process())))
+    try:
+        _wait_for(process, health_url, log, start_seconds)
+        yield process
+    finally:
+        stop(process, grace_seconds)
+        kept.unlink(missing_ok=True)
+
+
+def _identity(process: psutil.Process) -> str:
+    """Number and start time: numbers are used again."""
+    return f"{process.pid} {process.create_time()}"
+
+
+def _found(number: str, created: str) -> psutil.Process | None:
+    """The living process of an identity."""
+    try:
+        process = psutil.Process(int(number))
+        same = abs(process.create_time() - float(created)) < 1
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except (ValueError, psutil.NoSuchProcess):
+        return None
+
+
+def stop_left_behind(kept: Path) -> bool:
+    """End the server whose process a killed process kept in a file; True when there was one. One whose starter lives is
+    somebody's, and left alone.
+    """
+    try:
+        words = kept.read_text().split()
+        process, starter = _found(*words[:2]), _found(*words[2:])
+        if process is None or starter is not None:
+            return False
+        group = [process, *process.children(recursive=True)]
+    except (OSError, TypeError, psutil.Error):  # the second: not a file of ours
+        return False
+    for each in group:
+        with contextlib.suppress(psutil.Error):
+            each.terminate()
+    _, alive = psutil.wait_procs(group, timeout=GRACE_SECONDS)
+    for each in alive:
+        with contextlib.suppress(psutil.Error):
+            each.kill()
+    psutil.wait_procs(alive, timeout=10)
+    return True
+
+
+def _wait_for(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while answer(url, timeout=2) is None:
+        if process.poll() is not None:
+            raise ServerFailure(f"the server for {url} ended at once: its log is {log}.")
+        if time.monotonic() > deadline:
+            raise ServerFailure(f"no answer at {url} after {seconds:.0f} s: the log is {log}.")
+        time.sleep(0.2)
+
+
+def stop(process: subprocess.Popen[bytes], grace_seconds: float = GRACE_SECONDS) -> None:
+    """End a server and whatever it started; returns when it is gone."""
+    for number, wait in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, 10.0)):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(wait)
+    # a worker in the same group may outlive the leader by a moment
+
+
+def sqlite_url(path: Path, driver: str = "pysqlite") -> str:
+    """The database in a file, as SQLAlchemy, MLflow and Prefect read it: a path may hold `?`, `%` and `#`.
+
+    The driver is named: for a plain `sqlite:` MLflow would make a folder by the quoted name.
+    """
+    from sqlalchemy.engine import URL
+
+    return URL.create(f"sqlite+{driver}", database=str(path.resolve())).render_as_string()
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of an SQLite database, None for a database that is none."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        found = make_url(url)
+    except (ArgumentError, ValueError):  # the second: a port that is no number
+        return None
+    return Path(found.database) if found.get_backend_name() == "sqlite" and found.database else None
+
+
+def prefect_database(home: Path) -> dict[str, str]:
+    """What Prefect is to be told about its database in this home: nothing where its own default names the file.
+
+    Prefect writes the path into a URL as it is, so one with `?`, `%` or `#` would name another file.
+    """
+    file = home / "prefect.db"
+    url = sqlite_url(file, "aiosqlite")
+    return {} if url == f"sqlite+aiosqlite:///{file.resolve()}" else {PREFECT_DATABASE: url}
+
+
+def prefect_server(port: int) -> tuple[list[str], str]:
+    """Command of a Prefect server on loopback, and the URL of its API."""
+    program = str(Path(sys.executable).parent / "prefect")
+    command = [program, "server", "start", "--host", LOOPBACK, "--port", str(port)]
+    return command, f"http://{LOOPBACK}:{port}/api"
+
+
+def mlflow_server(port: int, store: str, artifacts: str) -> tuple[list[str], str]:
+    """Command of an MLflow server on loopback that hands out artifacts, and its URL. One worker: 490 MB, not 811.
+
+    What MLflow's own variables say wins, and stays off the command line, where others could read a password.
+    """
+    environment = os.environ
+    command = [
+        str(Path(sys.executable).parent / "mlflow"),
+        "server",
+        *(() if environment.get("MLFLOW_BACKEND_STORE_URI") else ("--backend-store-uri", store)),
+        *(() if environment.get("MLFLOW_ARTIFACTS_DESTINATION") else ("--artifacts-destination", artifacts)),
+        *(("--app-name", "basic-auth") if environment.get("MLFLOW_AUTH_CONFIG_PATH") else ()),
+        *("--host", LOOPBACK, "--port", str(port), "--workers", "1"),
+    ]
+    return command, f"http://{LOOPBACK}:{port}"
+
+
+# what every server of ours runs with: quiet, no telemetry, no job workers that nothing here uses, deaths remembered
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": "P30D",  # tasks/operating/watch.py says why
+    "PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL": "WARNING",  # a line for every finished task says nothing
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+}
+
+
+def orphaned_servers(prefect_home: Path | None = None) -> list[psutil.Process]:
+    """Ephemeral Prefect servers whose run was killed: all that are ours to see, or those of one PREFECT_HOME."""
+    found = []
+    for process in psutil.process_iter(["ppid", "cmdline"]):
+        if process.info["ppid"] != 1 or "prefect.server" not in " ".join(process.info["cmdline"] or []):
+            continue
+        try:
+            own = process.environ()
+        except psutil.Error:  # gone already, or somebody else's
+            continue
+        home = own.get("PREFECT_HOME")
+        if own.get("PREFECT__SERVER_EPHEMERAL") and (prefect_home is None or home == str(prefect_home)):
+            found.append(process)
+    return found
+
+
+def stop_orphaned_servers(prefect_home: Path) -> int:
+    """End the ephemeral Prefect servers that a killed process of this workspace left behind. Returns how many."""
+    orphans = orphaned_servers(prefect_home)
+    for process in orphans:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    return len(orphans)
