@@ -12,7 +12,7 @@ from blocks.errors import InfeasibleBudget, PuzzleError
 from profiles.schema import Search
 from tasks.search import solve
 from tasks.search.joint import JointLibrary, JointOption, LibraryFileError, Place, at
-from tasks.search.mip import Answer, minimise
+from tasks.search.mip import Answer, SolverStopped, minimise
 from tasks.search.program import Program
 from tasks.search.request import Limit, Request, limit_of, limits
 from tasks.search.solve import JointChoice, choose_joint, front, front_values, groups_of, prices
@@ -377,6 +377,24 @@ def test_optimal_is_said_of_all_batch_sizes_or_not_at_all(monkeypatch: pytest.Mo
     monkeypatch.setattr(solve, "minimise", some_stop)
     (choice,) = choose_joint(library, request)
     assert stopped and choice.status == "time_limit" and choice.gap > 0.1
+
+
+def test_a_batch_size_without_an_answer_in_time_spoils_only_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    library, request = several_batches()
+
+    def stopped_once(program: Program, search: Search) -> Answer | None:
+        calls.append(program)
+        if len(calls) == 1:
+            raise SolverStopped("no time")
+        return minimise(program, search)
+
+    calls: list[Program] = []
+    monkeypatch.setattr(solve, "minimise", stopped_once)
+    (choice,) = choose_joint(library, request)
+    assert len(calls) > 1 and choice.status == "time_limit" and choice.bound < choice.objective
+    calls.clear()
+    with pytest.raises(SolverStopped):
+        choose_joint(library.measured_at(None, choice.scenarios[0].batch_size), request)
 
 
 def test_equal_answers_go_to_the_larger_batch_though_its_bound_is_worse() -> None:

@@ -391,16 +391,16 @@ def _certificate(
     info = getattr(model.solver_stats, "extra_stats", None)
     gap, bound = getattr(info, "mip_gap", math.inf), getattr(info, "mip_dual_bound", math.nan)
     if model.value is None or (model.status != "optimal" and not math.isfinite(gap)):
-        raise _stopped(model.status, search)
+        raise _stopped(search)
     if not math.isfinite(bound):
         bound = model.value - search.gap * abs(model.value) if model.status == "optimal" else -math.inf
     return "optimal" if model.status == "optimal" else "time_limit", float(bound)
 
 
-def _stopped(status: str, search: Search) -> SolverStopped:
+def _stopped(search: Search) -> SolverStopped:
     return SolverStopped(
-        f"the solver had no architecture after {search.time_limit_seconds:g} s (status {status}): raise "
-        "search.time_limit_seconds, search fewer variants, or ease the budget."
+        f"the solver had no architecture after {search.time_limit_seconds:g} s: raise search.time_limit_seconds "
+        "(--time-limit), search fewer variants, or ease the budget."
     )
 
 

@@ -17,7 +17,7 @@ from profiles.schema import Search
 from tasks.search.cases import Case, cases_of
 from tasks.search.infeasible import TOLERANCE, why_infeasible
 from tasks.search.joint import QUANTITIES, JointLibrary, JointOption, Place, at, standard_error
-from tasks.search.mip import Answer, lower_bound, minimise, relaxation, solved_by
+from tasks.search.mip import Answer, SolverStopped, lower_bound, minimise, relaxation, solved_by
 from tasks.search.program import possible
 from tasks.search.request import Limit, Request, objective_of
 from tasks.search.totals import gap_between
@@ -114,27 +114,34 @@ def best_of(cases: Sequence[Case], search: Search) -> tuple[Case, Answer] | None
     alone = len(cases) == 1
     bounds = [-math.inf if alone else lower_bound(case.program, search) + case.constant for case in cases]
     best: tuple[int, Answer] | None = None
-    lowest, stopped = math.inf, False
-    for place in sorted(range(len(cases)), key=lambda place: bounds[place]):
+    lowest, stopped, unanswered = math.inf, False, list[SolverStopped]()
+    # a combination of which not even the LP has an answer is left out
+    for place in sorted(np.flatnonzero(np.array(bounds) < math.inf).tolist(), key=bounds.__getitem__):
         case = cases[place]
-        if math.isinf(bounds[place]) and bounds[place] > 0:
-            break  # not even the LP has an answer here or further on
         if best is not None and bounds[place] > _to_beat(cases, best, place, search):
             lowest = min(lowest, bounds[place])
             continue
-        answer = minimise(case.program, search)
+        try:
+            answer = minimise(case.program, search)
+        except SolverStopped as error:  # another combination may have an answer; the bound of this one counts
+            unanswered.append(error)
+            lowest = min(lowest, bounds[place])
+            continue
         if answer is None:
             continue
         lowest, stopped = min(lowest, answer.bound + case.constant), stopped or answer.status != "optimal"
         if best is None or answer.objective + case.constant <= _to_beat(cases, best, place, search):
             best = place, answer
     if best is None:
+        if unanswered:
+            raise unanswered[0]
         return None
     case, answer = cases[best[0]], best[1]
-    bound = min(lowest - case.constant, answer.objective)
     # "optimal" is said of all combinations or not at all
-    proven = not stopped or gap_between(answer.objective + case.constant, lowest) <= search.gap
-    return case, replace(answer, bound=bound, status="optimal" if proven else "time_limit")
+    proven = gap_between(answer.objective + case.constant, lowest) <= search.gap or not (stopped or unanswered)
+    return case, replace(
+        answer, bound=min(lowest - case.constant, answer.objective), status="optimal" if proven else "time_limit"
+    )
 
 
 def _to_beat(cases: Sequence[Case], best: tuple[int, Answer], place: int, search: Search) -> float:
