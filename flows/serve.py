@@ -15,17 +15,29 @@ import typer
 from blocks.errors import PuzzleError
 from blocks.runtime import configure
 from profiles.load import load_profile, shipped_profiles
-from profiles.schema import Profile
-from tasks.operating.admission import DATA_ROOTS, REMOTE_CODE, ROOT, STORES
+from tasks.operating.admission import Roots, served_profile
 from tasks.operating.reach import check_servers
+from tasks.operating.served_profile import ServedProfile
 from tasks.operating.servers import QUIET, is_free, mlflow_server, prefect_server, running, stop_left_behind
 
-Folders = Annotated[
-    list[Path] | None, typer.Option("--data", metavar="DIR", help="served profiles may read below it; repeat for more")
+Data = Annotated[
+    list[str] | None,
+    typer.Option("--data", metavar="NAME=FOLDER", help="served profiles may read NAME/...; repeat for more"),
 ]
-
 Stores = Annotated[
-    list[str] | None, typer.Option("--store", metavar="URL", help="served profiles may use it; repeat for more")
+    list[str] | None, typer.Option("--store", metavar="NAME=URL", help="served profiles may use it; repeat for more")
+]
+Packages = Annotated[
+    list[str] | None,
+    typer.Option("--package", metavar="NAME", help="served profiles may read its files, beside the shipped ones'"),
+]
+Trusted = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-remote-code",
+        metavar="OWNER/NAME@COMMIT",
+        help="a parent whose own code served runs may run, or NAME/folder of --data; repeat for more",
+    ),
 ]
 
 
@@ -34,28 +46,28 @@ def serve_command(
         list[str] | None, typer.Argument(metavar="[PROFILE ...]", help="deployments of these [all shipped profiles]")
     ] = None,
     root: Annotated[Path, typer.Option("--root", metavar="DIR", help="workspaces lie below it")] = Path("workspace"),
-    data: Folders = None,
+    data: Data = None,
     port: Annotated[int, typer.Option(help="of Prefect's UI, unless PREFECT_API_URL is set")] = 4200,
     mlflow_port: Annotated[int, typer.Option(help="of MLflow's UI, unless MLFLOW_TRACKING_URI is set")] = 5000,
     runs: Annotated[int, typer.Option(min=1, help="runs at a time on this machine; the others wait")] = 1,
     reoptimize_at: Annotated[
         str | None, typer.Option("--reoptimize-at", metavar="CRON", help="schedule of `reoptimize`, e.g. '0 3 * * 1'")
     ] = None,
-    allow_remote_code: Annotated[
-        bool, typer.Option("--allow-remote-code", help="a served profile may set trust_remote_code")
-    ] = False,
+    allow_remote_code: Trusted = None,
     store: Stores = None,
+    package: Packages = None,
 ) -> None:
     """Offer optimize, reoptimize, sweep and measure-hardware in Prefect's UI, on this machine only, until ctrl-c."""
-    wanted = [load_profile(name) for name in profiles or shipped_profiles()]
-    root = root.resolve()
+    roots = Roots.declared(root, data or (), store or (), package or (), allow_remote_code or ())
+    wanted = [served_profile(load_profile(name), roots) for name in profiles or shipped_profiles()]
+    root = roots.workspaces
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PuzzleError(f"cannot write to {root}: {error.strerror}. Choose another with --root.") from error
     configure()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # while servers start; later Prefect's runner takes it
-    os.environ.update(served_environment(root, data or [], allow_remote_code, store or []))
+    os.environ.update(served_environment(roots))
     with servers(root, port, mlflow_port):
         check_servers()
         typer.echo(f"Prefect: {os.environ['PREFECT_API_URL'].removesuffix('/api')}")
@@ -63,16 +75,14 @@ def serve_command(
         offer(wanted, runs, reoptimize_at)
 
 
-def served_environment(root: Path, data: list[Path], remote_code: bool, stores: list[str]) -> dict[str, str]:
+def served_environment(roots: Roots) -> dict[str, str]:
     """What the runs of a serving process inherit. Prefect reads it when it is imported."""
+    home = roots.workspaces / ".prefect"
     return {
         **QUIET,
-        ROOT: str(root),
-        DATA_ROOTS: os.pathsep.join(str(folder.resolve()) for folder in data),
-        REMOTE_CODE: "1" if remote_code else "0",
-        STORES: " ".join(stores),
-        "PREFECT_HOME": str(root / ".prefect"),
-        "PREFECT_LOCAL_STORAGE_PATH": str(root / ".prefect" / "storage"),
+        **roots.environment(),
+        "PREFECT_HOME": str(home),
+        "PREFECT_LOCAL_STORAGE_PATH": str(home / "storage"),
         "PREFECT_LOGGING_EXTRA_LOGGERS": "puzzle",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # tasks/failures/watch.py waits for more than two of them
     }
@@ -105,7 +115,7 @@ def _free(port: int, option: str) -> int:
     return port
 
 
-def offer(wanted: list[Profile], runs: int, reoptimize_at: str | None) -> None:
+def offer(wanted: list[ServedProfile], runs: int, reoptimize_at: str | None) -> None:
     """Register the deployments and wait for runs; each runs in a process of its own, a crashed one again.
 
     As `prefect.serve` does, with the watch begun in between; to register deployments twice would take away a schedule
@@ -124,7 +134,7 @@ def offer(wanted: list[Profile], runs: int, reoptimize_at: str | None) -> None:
         asyncio.run(runner.start())
 
 
-def deployments(wanted: list[Profile], reoptimize_at: str | None = None) -> list[Any]:
+def deployments(wanted: list[ServedProfile], reoptimize_at: str | None = None) -> list[Any]:
     """One deployment per flow and profile, named after the profile, with the profile's values in the form."""
     from prefect.types.entrypoint import EntrypointType
 

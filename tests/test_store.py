@@ -23,10 +23,11 @@ from blocks.store import MARKER, Store, StoreAway, StoreError, use_store
 from tasks import bld, scoring
 from tasks.failures import presence
 from tasks.operating import shared
-from tasks.operating.admission import Refused, Roots, admit
+from tasks.operating.admission import Refused, Roots, admitted
+from tasks.operating.served_profile import ServedProfile
 from tasks.operating.servers import free_port, running
 from tests.chain import Chain, make_chain
-from tests.test_served import asking
+from tests.test_served import asked, asking
 from tests.test_sharing import another_process
 
 
@@ -233,26 +234,17 @@ def test_a_profile_names_a_store_plainly(named: str) -> None:
         asking(store=named)
 
 
-def test_a_served_profile_uses_the_stores_that_it_may(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "out").symlink_to(tmp_path)
-    roots = Roots(workspaces=tmp_path, data=(), stores=("s3://bucket/team", f"file://{tmp_path}/mine"))
-    for allowed in ("s3://bucket/team", "s3://bucket/team/", "s3://bucket/team/sub", f"file://{tmp_path}/mine/a"):
-        admit(asking(store=allowed), roots)
-    for other in (
-        "s3://bucket",
-        "s3://bucket/team-b",
-        "s3://bucket/teams/x",
-        "memory://bucket/team",
-        "s3a://bucket/team",
-    ):
-        with pytest.raises(Refused, match="--store|may use"):
-            admit(asking(store=other), roots)
-    for other in (f"file://{tmp_path}/mine/out/other", f"file://{tmp_path}", "file:///etc"):
-        with pytest.raises(Refused, match="store"):
-            admit(asking(store=other), roots)
-    with pytest.raises(Refused, match="puzzle serve --store"):
-        admit(asking(store="s3://bucket/team"), Roots(workspaces=tmp_path, data=()))
+def test_a_served_profile_names_a_store_that_was_declared(tmp_path: Path) -> None:
+    roots = Roots.declared(tmp_path, stores=["team=s3://bucket/team", f"mine=file://{tmp_path}/mine"])
+    with_store = ServedProfile.model_validate({**asked().model_dump(), "store": "team"})
+    assert admitted(with_store, roots).store == "s3://bucket/team"
+    for other in ("s3://bucket/team", "team/sub", "team/..", "file:///etc", "/etc", "~", ""):
+        with pytest.raises(ValidationError, match="store"):
+            ServedProfile.model_validate({**asked().model_dump(), "store": other})
+    with pytest.raises(Refused, match=r"may use \(mine\)"):
+        admitted(with_store, Roots.declared(tmp_path, stores=[f"mine=file://{tmp_path}"]))
+    with pytest.raises(Refused, match="puzzle serve --store NAME=URL"):
+        admitted(with_store, Roots(workspaces=tmp_path))
 
 
 class Away:
