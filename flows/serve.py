@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +18,18 @@ from profiles.load import load_profile, shipped_profiles
 from tasks.operating.admission import Roots, served_profile
 from tasks.operating.reach import check_servers
 from tasks.operating.served_profile import ServedProfile
-from tasks.operating.servers import QUIET, is_free, mlflow_server, prefect_server, running, stop_left_behind
+from tasks.operating.servers import (
+    QUIET,
+    is_free,
+    mlflow_server,
+    prefect_guards,
+    prefect_server,
+    running,
+    stop_left_behind,
+)
+
+if TYPE_CHECKING:
+    from prefect import Flow
 
 Data = Annotated[
     list[str] | None,
@@ -97,9 +108,8 @@ def servers(root: Path, port: int, mlflow_port: int) -> Iterator[None]:
                 typer.echo(f"stopped the {name} that a killed `puzzle serve` left behind")
         if not os.environ.get("PREFECT_API_URL"):
             command, url = prefect_server(_free(port, "--port"))
-            stack.enter_context(
-                running(command, f"{url}/health", root / "prefect-server.log", {"PREFECT_UI_API_URL": url})
-            )
+            guards = prefect_guards(port)
+            stack.enter_context(running(command, f"{url}/health", root / "prefect-server.log", guards))
             os.environ["PREFECT_API_URL"] = url
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             store = f"sqlite:///{root / 'mlflow.db'}"
@@ -118,8 +128,8 @@ def _free(port: int, option: str) -> int:
 def offer(wanted: list[ServedProfile], runs: int, reoptimize_at: str | None) -> None:
     """Register the deployments and wait for runs; each runs in a process of its own, a crashed one again.
 
-    As `prefect.serve` does, with the watch begun in between; to register deployments twice would take away a schedule
-    that somebody added meanwhile.
+    As `prefect.serve` does, but for two things. The watch is begun before runs are taken. And the runner is given the
+    flows themselves: with deployments it would run whatever code the server says that they consist of by then.
     """
     from prefect.exceptions import TerminationSignal
     from prefect.runner import Runner
@@ -127,32 +137,33 @@ def offer(wanted: list[ServedProfile], runs: int, reoptimize_at: str | None) -> 
     from tasks.failures.watch import keep_watch
 
     runner: Any = Runner(pause_on_shutdown=True, limit=runs)
-    for each in deployments(wanted, reoptimize_at):
-        runner.add_deployment(each)
+    for flow, options in deployments(wanted, reoptimize_at):
+        runner.add_flow(flow, **options)
     keep_watch()
     with contextlib.suppress(KeyboardInterrupt, TerminationSignal):
         asyncio.run(runner.start())
 
 
-def deployments(wanted: list[ServedProfile], reoptimize_at: str | None = None) -> list[Any]:
-    """One deployment per flow and profile, named after the profile, with the profile's values in the form."""
+def deployments(
+    wanted: list[ServedProfile], reoptimize_at: str | None = None
+) -> list[tuple["Flow[..., Any]", dict[str, Any]]]:
+    """Every flow for every profile, and how it is offered: named after the profile, with its values in the form."""
     from prefect.types.entrypoint import EntrypointType
 
     from flows import served
 
-    made = []
+    made: list[tuple[Flow[..., Any], dict[str, Any]]] = []
     for profile in wanted:
         own = {"profile": profile.model_dump(mode="json"), "workspace": profile.name}
         for flow in (served.optimize, served.reoptimize, served.measure_hardware, served.sweep):
-            made.append(
-                flow.to_deployment(
-                    name=profile.name,
-                    parameters={key: own[key] for key in own if key in flow.parameters.properties},
-                    description=f"{profile.description}\n\n{flow.description}",
-                    tags=["puzzle"],
-                    paused=False,  # stopping `puzzle serve` pauses them
-                    cron=reoptimize_at if flow is served.reoptimize else None,
-                    entrypoint_type=EntrypointType.MODULE_PATH,
-                )
-            )
+            options = {
+                "name": profile.name,
+                "parameters": {key: own[key] for key in own if key in flow.parameters.properties},
+                "description": f"{profile.description}\n\n{flow.description}",
+                "tags": ["puzzle"],
+                "paused": False,  # stopping `puzzle serve` pauses them
+                "cron": reoptimize_at if flow is served.reoptimize else None,
+                "entrypoint_type": EntrypointType.MODULE_PATH,
+            }
+            made.append((flow, options))
     return made

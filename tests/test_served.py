@@ -383,13 +383,14 @@ def test_unions_are_choices_in_the_form() -> None:
 def test_puzzle_serve_offers_four_flows_per_profile_and_a_schedule() -> None:
     smollm2 = served_profile(load_profile("smollm2-cpu"), Roots(workspaces=ROOT))
     made = serve.deployments([asked(), smollm2], "0 3 * * 1")
-    assert {(each.flow_name, each.name) for each in made} == {
+    assert {(flow.name, options["name"]) for flow, options in made} == {
         (flow.name, profile) for flow in FLOWS for profile in ("tiny", "smollm2-cpu")
     }
-    assert {each.flow_name for each in made if each.schedules} == {"reoptimize"}
-    own = next(each for each in made if (each.flow_name, each.name) == ("optimize", "smollm2-cpu"))
-    assert ServedProfile.model_validate(own.parameters["profile"]) == smollm2
-    assert own.entrypoint == "flows.served.optimize" and own.enforce_parameter_schema
+    assert {flow.name for flow, options in made if options["cron"]} == {"reoptimize"}
+    own = {flow.name: options for flow, options in made if options["name"] == "smollm2-cpu"}["optimize"]
+    assert ServedProfile.model_validate(own["parameters"]["profile"]) == smollm2
+    registered: Any = served.optimize.to_deployment(**own)
+    assert registered.entrypoint == "flows.served.optimize" and registered.enforce_parameter_schema
 
 
 def test_prefect_yaml_names_flows_that_are_there() -> None:
@@ -407,7 +408,7 @@ def test_whoever_serves_runs_sees_to_it_that_their_deaths_are_noticed() -> None:
         assert watch.TAG in each["tags"] and each["work_pool"]["job_variables"]["env"] == beats
     environment = serve.served_environment(Roots(workspaces=ROOT))
     assert beats.items() <= environment.items()
-    assert all(watch.TAG in each.tags for each in serve.deployments([asked()]))
+    assert all(watch.TAG in options["tags"] for _, options in serve.deployments([asked()]))
     kept = TypeAdapter(timedelta).validate_python(environment["PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER"])
     assert kept == watch.FORGET
 
@@ -417,3 +418,47 @@ def test_servers_listen_on_loopback_only() -> None:
 
     for command, url in (prefect_server(1234), mlflow_server(1234, "sqlite:///x", "x")):
         assert command[command.index("--host") + 1] == "127.0.0.1" and "127.0.0.1:1234" in url
+
+
+def test_pages_of_other_sites_reach_neither_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks.operating.servers import mlflow_server, prefect_guards
+
+    guards = prefect_guards(4200)
+    assert guards["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "http://127.0.0.1:4200,http://localhost:4200"
+    assert guards["PREFECT_SERVER_CSRF_PROTECTION_ENABLED"] == "true"
+    words, _ = mlflow_server(5000, "sqlite:///x", "x")
+    assert words[words.index("--allowed-hosts") + 1] == "127.0.0.1:*,localhost:*"
+    assert words[words.index("--cors-allowed-origins") + 1] == "http://127.0.0.1:5000,http://localhost:5000"
+    told = {
+        "PREFECT_UI_API_URL": "https://host/api",
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": "https://host",
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "false",
+        "MLFLOW_SERVER_ALLOWED_HOSTS": "host",
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": "https://host",
+    }
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert prefect_guards(4200).items() <= told.items(), "of whoever serves behind a proxy"
+    words, _ = mlflow_server(5000, "sqlite:///x", "x")
+    assert not {"--allowed-hosts", "--cors-allowed-origins"} & set(words)
+
+
+def test_the_runner_has_the_flows_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With deployments it would load what the server's record names by then: whoever reaches the API may change that."""
+    offered: list[tuple[Any, dict[str, Any]]] = []
+
+    class Runner:
+        def __init__(self, **options: Any) -> None:
+            assert options == {"pause_on_shutdown": True, "limit": 2}
+
+        def add_flow(self, flow: Any, **options: Any) -> None:
+            offered.append((flow, options))
+
+        async def start(self) -> None:
+            assert watched == [True]
+
+    watched: list[bool] = []
+    monkeypatch.setattr("prefect.runner.Runner", Runner)
+    monkeypatch.setattr(watch, "keep_watch", lambda: watched.append(True))
+    serve.offer([asked()], 2, None)
+    assert [flow for flow, _ in offered] == [served.optimize, served.reoptimize, served.measure_hardware, served.sweep]

@@ -193,21 +193,44 @@ def prefect_server(port: int) -> tuple[list[str], str]:
     return command, f"http://{LOOPBACK}:{port}/api"
 
 
+def prefect_guards(port: int) -> dict[str, str]:
+    """Environment of a Prefect server that pages of other sites can neither read nor write to.
+
+    By default it lets every origin read, and a change needs no token: any page in a browser on this machine could start
+    runs. What the environment says already stands, for a server behind a proxy.
+    """
+    wanted = {
+        "PREFECT_UI_API_URL": f"http://{LOOPBACK}:{port}/api",
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": _origins(port),
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",  # Prefect's clients and its UI ask for a token by themselves
+    }
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
 def mlflow_server(port: int, store: str, artifacts: str) -> tuple[list[str], str]:
     """Command of an MLflow server on loopback that hands out artifacts, and its URL. One worker: 490 MB, not 811.
 
-    What MLflow's own variables say wins, and stays off the command line, where others could read a password.
+    It answers to the names of this machine's loopback device alone, and pages of other sites cannot write to it. What
+    MLflow's own variables say wins, and stays off the command line, where others could read a password.
     """
-    environment = os.environ
+    options = {
+        "MLFLOW_BACKEND_STORE_URI": ("--backend-store-uri", store),
+        "MLFLOW_ARTIFACTS_DESTINATION": ("--artifacts-destination", artifacts),
+        "MLFLOW_SERVER_ALLOWED_HOSTS": ("--allowed-hosts", f"{LOOPBACK}:*,localhost:*"),  # any port: of a tunnel
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ("--cors-allowed-origins", _origins(port)),
+    }
     command = [
         str(Path(sys.executable).parent / "mlflow"),
         "server",
-        *(() if environment.get("MLFLOW_BACKEND_STORE_URI") else ("--backend-store-uri", store)),
-        *(() if environment.get("MLFLOW_ARTIFACTS_DESTINATION") else ("--artifacts-destination", artifacts)),
-        *(("--app-name", "basic-auth") if environment.get("MLFLOW_AUTH_CONFIG_PATH") else ()),
+        *(word for name, words in options.items() if not os.environ.get(name) for word in words),
+        *(("--app-name", "basic-auth") if os.environ.get("MLFLOW_AUTH_CONFIG_PATH") else ()),
         *("--host", LOOPBACK, "--port", str(port), "--workers", "1"),
     ]
     return command, f"http://{LOOPBACK}:{port}"
+
+
+def _origins(port: int) -> str:
+    return f"http://{LOOPBACK}:{port},http://localhost:{port}"
 
 
 # what every server of ours runs with: quiet, no telemetry, no job workers that nothing here uses, deaths remembered
