@@ -1,5 +1,6 @@
 """Served runs: what they may ask for, what their forms show, what prefect.yaml and `puzzle serve` offer."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -444,7 +445,7 @@ def test_pages_of_other_sites_reach_neither_server(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_runner_has_the_flows_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With deployments it would load what the server's record names by then: whoever reaches the API may change that."""
+    """With deployments it would load what the server names by then: whoever reaches the API may change that."""
     offered: list[tuple[Any, dict[str, Any]]] = []
 
     class Runner:
@@ -462,3 +463,40 @@ def test_the_runner_has_the_flows_themselves(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(watch, "keep_watch", lambda: watched.append(True))
     serve.offer([asked()], 2, None)
     assert [flow for flow, _ in offered] == [served.optimize, served.reoptimize, served.measure_hardware, served.sweep]
+
+
+def test_the_image_is_pinned_holds_no_secrets_and_runs_as_nobody_in_particular() -> None:
+    compose = yaml.safe_load((ROOT / "docker-compose.yaml").read_text())
+    for name, service in compose["services"].items():
+        assert service["image"] == "puzzle" or ":" in service["image"], f"{name} takes whatever is newest"
+        assert service["image"] != "puzzle" or service["cap_drop"] == ["ALL"]
+        for port in service.get("ports", ()):
+            assert port.startswith("127.0.0.1:"), f"{name} listens on every device"
+    guards = compose["services"]["prefect"]["environment"]
+    assert guards["PREFECT_SERVER_CSRF_PROTECTION_ENABLED"] == "true"
+    assert "*" not in guards["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"]
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    steps = [line.split() for line in lines if line and not line.startswith(("#", " "))]
+    assert re.fullmatch(r"python:3\.11\.\d+-.*", steps[0][1]) and steps[-1] == ["USER", "puzzle"]
+    assert any("-c constraints-image.txt" in line for line in lines)
+    pinned = [line for line in (ROOT / "constraints-image.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!_-]+", line) for line in pinned)
+    everything, *named = [
+        line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith(("#", "**"))
+    ]
+    assert everything == "*" and all((ROOT / line.removeprefix("!")).exists() for line in named)
+    assert not {"!.env", "!.git", "!workspace", "!."} & set(named)
+
+
+def test_the_image_has_what_its_worker_serves(roots: Roots) -> None:
+    """The command of the compose file is one that `puzzle serve` takes, and its profiles' packages are installed."""
+    compose = yaml.safe_load((ROOT / "docker-compose.yaml").read_text())
+    program, command, *words = compose["services"]["worker"]["command"].split()
+    assert (program, command) == ("puzzle", "serve")
+    stores = [words[index + 1] for index, word in enumerate(words) if word == "--store"]
+    declared = Roots.declared(roots.workspaces, stores=stores)
+    assert declared.stores == {"library": "s3://puzzle/library"}
+    listed = (ROOT / "requirements-data.txt").read_text().replace("-", "_")
+    for name in words[: words.index("--root")]:
+        for _, package in admission._packages(served_profile(load_profile(name), declared)):
+            assert f"{package}==" in listed
