@@ -4,8 +4,10 @@ import hashlib
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -389,3 +391,34 @@ def test_the_store_of_a_run_at_work_stays_whatever_a_second_run_names(
             assert stores.store_named(workspace) == ours
         with shared.store_used(workspace, None):  # alone: none from now on
             assert stores.store_named(workspace) is None
+
+
+def test_of_two_runs_that_start_together_one_names_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have a place in the workspace before either has named its store, and an earlier run left a store's name."""
+    stores.use_store(tmp_path, f"file://{tmp_path}/of-old")
+    urls = [f"file://{tmp_path}/{name}" for name in ("one", "other")]
+    meet, found = threading.Barrier(2, timeout=20), dict[str, str]()
+    really = stores.store_named
+
+    def slowly(workspace: Path) -> str | None:
+        named = really(workspace)
+        time.sleep(0.2)  # both have looked by now, unless one waits for the other
+        return named
+
+    monkeypatch.setattr(shared, "store_named", slowly)
+
+    def run(url: str) -> None:
+        meet.wait()
+        try:
+            with shared.store_used(tmp_path, url):
+                meet.wait()  # until the other one has ended or begun
+                found[url] = str(really(tmp_path))
+        except StoreError as error:
+            found[url] = str(error)
+            meet.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, urls))
+    (used,) = [url for url in urls if found[url] == url]
+    (refused,) = [url for url in urls if url != used]
+    assert f"uses the store {used}, this one names {refused}" in found[refused]
