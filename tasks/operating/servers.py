@@ -6,29 +6,23 @@ Prefect's workers have been seen to ignore the first.
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from http.client import HTTPException
 from pathlib import Path
 
+import httpx
 import psutil
 
 from blocks.errors import PuzzleFailure
-from tasks.progress import say
 
 LOOPBACK = "127.0.0.1"
 GRACE_SECONDS = 8.0
-FRESH_SECONDS = 10.0  # so long a server that answered is believed to be there; its client asks again by itself
-_ANSWERED: dict[str, float] = {}  # URL -> time of its last answer
 
 
 class ServerFailure(PuzzleFailure):
@@ -57,42 +51,10 @@ def is_free(port: int) -> bool:
 def answer(url: str, timeout: float = 5.0) -> str | None:
     """Body of a GET, or None when nobody answers with 200."""
     try:
-        with urllib.request.urlopen(url, timeout=timeout) as response:
-            text: str = response.read().decode("utf-8", errors="replace")
-            return text if response.status == 200 else None
-    except (OSError, ValueError, HTTPException):  # refused, timed out, an error status, not a URL
+        found = httpx.get(url, timeout=timeout, follow_redirects=True)
+    except (httpx.HTTPError, httpx.InvalidURL):  # refused, timed out, no HTTP, not a URL
         return None
-
-
-def is_up(url: str) -> bool:
-    """True when somebody answers there; one who asks for a password is up, a proxy without its server is not."""
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except urllib.error.HTTPError as error:
-        return error.code < 500
-    except (OSError, ValueError, HTTPException):
-        return False
-
-
-def wait_for_answer(name: str, url: str, seconds: float = 300) -> None:
-    """Return once a server answers its health check, told while it does not. ServerFailure after so long.
-
-    One that answered less than FRESH_SECONDS ago is not asked again.
-    """
-    if time.monotonic() < _ANSWERED.get(url, -math.inf) + FRESH_SECONDS:
-        return
-    deadline, told = time.monotonic() + seconds, False
-    while not is_up(f"{url}/health"):
-        if not told:
-            say(f"{name} at {url} does not answer: waiting for it, {seconds / 60:.0f} minutes at most")
-            told = True
-        if time.monotonic() > deadline:
-            raise ServerFailure(f"{name} at {url} has not answered for {seconds / 60:.0f} minutes: start it")
-        time.sleep(1)
-    _ANSWERED[url] = time.monotonic()
-    if told:
-        say(f"{name} at {url} answers again")
+    return found.text if found.status_code == httpx.codes.OK else None
 
 
 @contextmanager
@@ -150,19 +112,11 @@ def stop_left_behind(kept: Path) -> bool:
     try:
         words = kept.read_text().split()
         process, starter = _found(*words[:2]), _found(*words[2:])
-        if process is None or starter is not None:
-            return False
-        group = [process, *process.children(recursive=True)]
-    except (OSError, TypeError, psutil.Error):  # the second: not a file of ours
+    except (OSError, TypeError):  # the second: not a file of ours
         return False
-    for each in group:
-        with contextlib.suppress(psutil.Error):
-            each.terminate()
-    _, alive = psutil.wait_procs(group, timeout=GRACE_SECONDS)
-    for each in alive:
-        with contextlib.suppress(psutil.Error):
-            each.kill()
-    psutil.wait_procs(alive, timeout=10)
+    if process is None or starter is not None:
+        return False
+    stop(process)
     return True
 
 
@@ -176,12 +130,12 @@ def _wait_for(process: subprocess.Popen[bytes], url: str, log: Path, seconds: fl
         time.sleep(0.2)
 
 
-def stop(process: subprocess.Popen[bytes], grace_seconds: float = GRACE_SECONDS) -> None:
-    """End a server and whatever it started; returns when it is gone."""
+def stop(process: subprocess.Popen[bytes] | psutil.Process, grace_seconds: float = GRACE_SECONDS) -> None:
+    """End a server and its process group, whatever it started; returns when it is gone."""
     for number, wait in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, 10.0)):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(subprocess.TimeoutExpired, psutil.TimeoutExpired):
             process.wait(wait)
     # a worker in the same group may outlive the leader by a moment
 

@@ -22,7 +22,7 @@ from filelock import FileLock
 from blocks.errors import PuzzleError
 from blocks.records import Architecture, Candidate, ChildReport, CorpusInfo, Metric, ParentInfo, Value
 from profiles.schema import Profile
-from tasks.operating.servers import wait_for_answer
+from tasks.operating.reach import wait_for_mlflow
 from tasks.picture import gain_of
 from tasks.report import final_of, parent_of
 
@@ -80,7 +80,7 @@ def quiet_mlflow() -> Any:
 def _client(uri: str) -> Any:
     mlflow = quiet_mlflow()
     if uri.startswith("http"):
-        wait_for_answer("MLflow", uri)
+        wait_for_mlflow(uri)
     return mlflow.MlflowClient(tracking_uri=uri)
 
 
