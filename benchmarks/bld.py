@@ -53,8 +53,8 @@ def main() -> None:
         f"{options.steps} AdamW steps of {base.batch_sequences * bench.corpus.sequence_length:,} tokens at "
         f"{base.learning_rate:g}, seed {bench.profile.seed}. nMSE on {bench.profile.record.validation_sequences} "
         "held-out sequences; KL = replace-1-block score on "
-        f"{bench.shape[0]} x {bench.shape[1]} held-out tokens; CPU-seconds of one variant, loading included; the "
-        "closed form's Gram matrices and channel order are made in the record stage, once per layer. "
+        f"{bench.scored.count} x {bench.scored.length} held-out tokens; CPU-seconds of one variant, loading included; "
+        "the closed form's Gram matrices and channel order are made in the record stage, once per layer. "
         "When steps end above the closed form, the closed form is what is kept."
     )
     write_page(
@@ -86,17 +86,15 @@ def job(bench: Bench, layer: int, subblock: Subblock, variant: str, settings: BL
 
 def measure(bench: Bench, layer: int, subblock: Subblock, variant: str, settings: BLD) -> tuple[float, float, float]:
     """Held-out nMSE, replace-1-block KL, CPU-seconds."""
-    block = distill(job(bench, layer, subblock, variant, settings), bench.workspace)
+    block = distill(job(bench, layer, subblock, variant, settings), bench.workspace, "cpu")
     assert block.nmse_after is not None, block.reason
     return block.nmse_after, score(bench, [block])[0], block.cpu_seconds
 
 
 def score(bench: Bench, blocks: Sequence[BlockRecord]) -> list[float]:
     """Replace-1-block KL of blocks of one layer."""
-    sequences, length = bench.shape
-    suffix = open_suffix(
-        bench.workspace / bench.parent.folder, bench.workspace, bench.corpus, bench.records[-1], bench.shape
-    )
+    sequences, length = bench.scored.count, bench.scored.length
+    suffix = open_suffix(bench.workspace / bench.parent.folder, bench.workspace, bench.scored, "cpu")
     boundary = read_tensors(bench.workspace, bench.records[blocks[0].layer].boundary, ["validation"])["validation"]
     found = score_batch(suffix, blocks, boundary[:, :length], tuple(range(sequences)), bench.workspace)
     return [statistics.fmean(score.kl) for score in found if score is not None]
@@ -107,7 +105,7 @@ def channels(bench: Bench, layers: Sequence[int]) -> list[list[str]]:
     """Contribution against elimination, the same fit after both."""
     rows = []
     for layer in layers:
-        data = layer_data(bench.workspace / bench.parent.folder, bench.workspace, bench.records[layer])
+        data = layer_data(bench.workspace / bench.parent.folder, bench.workspace, bench.records[layer], "cpu")
         gram, down = data.statistics["ffn_gram"], data.module.mlp.down_proj.weight  # type: ignore[union-attr]
         inputs: list[torch.Tensor] = []
         hook = data.module.mlp.down_proj.register_forward_pre_hook(  # type: ignore[union-attr]

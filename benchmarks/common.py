@@ -1,6 +1,7 @@
 """What the benchmarks share: a prepared workspace of a profile, and a header that says how a table was made."""
 
 import argparse
+import os
 import platform
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from blocks.runtime import configure
 
 configure()
 
+from benchmarks.pages import with_header  # noqa: E402
 from blocks.errors import PuzzleError  # noqa: E402
 from blocks.files import write_text  # noqa: E402
 from blocks.parent import Parent  # noqa: E402
@@ -25,7 +27,9 @@ from tasks.corpus import iterate_documents, prepare_corpus  # noqa: E402
 from tasks.costs import processor  # noqa: E402
 from tasks.parent import prepare_parent  # noqa: E402
 from tasks.record import open_parent, record_key, record_layer  # noqa: E402
+from tasks.scoring import ScoringSet  # noqa: E402
 
+LOAD = round(os.getloadavg()[0], 1)  # before the benchmark itself computes
 ROOT = Path(__file__).resolve().parent.parent
 PUZZLE = [sys.executable, "-c", "from flows.cli import main; main()"]  # of this tree, whatever is installed
 
@@ -43,10 +47,11 @@ class Bench:
     record_key: str
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Scored sequences and tokens of each."""
+    def scored(self) -> ScoringSet:
+        """The validation tokens that variants are scored on."""
         scoring = self.profile.scoring
-        return scoring.sequences, scoring.tokens_per_sequence or self.corpus.sequence_length
+        length = scoring.tokens_per_sequence or self.corpus.sequence_length
+        return ScoringSet(corpus=self.corpus, last=self.records[-1], count=scoring.sequences, length=length)
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -68,7 +73,7 @@ def open_bench(options: argparse.Namespace) -> Bench:
     corpus = prepare_corpus(profile.corpus, workspace / parent.folder, parent.fingerprint, workspace)
     reader = open_parent(workspace / parent.folder)
     records = [
-        record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, workspace)
+        record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, workspace, "cpu")
         for layer in range(reader.depth)
     ]
     key = record_key(parent, corpus, profile.record, profile.bld.ridge)
@@ -97,24 +102,23 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def commit() -> str:
+def commit() -> tuple[str, bool]:
     """The commit that runs, and whether the product was changed since."""
     short = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "--", "blocks", "tasks", "flows", "profiles"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    ).stdout
-    return f"{short.strip()}{' with local changes' if changed else ''}"
+    product = ["git", "status", "--porcelain", "--", "blocks", "tasks", "flows", "profiles"]
+    return short.strip(), bool(subprocess.run(product, cwd=ROOT, capture_output=True, text=True).stdout)
 
 
 def write_page(name: str, title: str, parts: Sequence[str]) -> None:
-    """Write benchmarks/<name>.md, and print it."""
+    """Write benchmarks/<name>.md with a header that benchmarks/pages.py can read, and print it."""
     module = Path(sys.argv[0]).stem
     command = " ".join([".venv/bin/python -m", f"benchmarks.{module}", *_without_places(sys.argv[1:])])
-    made = f"`{command}`, commit {commit()}, {processor()} ({platform.machine()}), {datetime.now(UTC):%Y-%m-%d}"
-    text = "\n\n".join([f"# {title}", made, *parts]) + "\n"
+    short, changed = commit()
+    machine, date = f"{processor()} ({platform.machine()})", f"{datetime.now(UTC):%Y-%m-%d}"
+    header = {"command": command, "commit": short, "changed": changed, "machine": machine, "date": date, "load": LOAD}
+    local = " with local changes" if changed else ""
+    made = f"`{command}`, commit {short}{local}, {machine}, {date}, load at the start {LOAD}"
+    text = with_header(header, "\n\n".join([f"# {title}", made, *parts]) + "\n")
     write_text(ROOT / "benchmarks" / f"{name}.md", text)
     print(text)
 

@@ -44,7 +44,7 @@ from benchmarks.faults_served import serve_killed, served_run_killed
 from tasks.operating.servers import QUIET, free_port, mlflow_server, prefect_server, running, stop
 
 RESULTS = PLACE / "results.jsonl"
-COMMIT = commit()  # the one that runs, whatever is there at the end
+COMMIT, _ = commit()  # the one that runs, whatever is there at the end
 
 
 def disk_full(bench: Bench) -> dict[str, Any]:

@@ -213,7 +213,7 @@ def row(site: Site, step: Step) -> list[object]:
 def run_section(name: str) -> str:
     """A section in a fresh folder, as Markdown."""
     title, place, steps = SECTIONS[name]
-    began = commit()
+    began, _ = commit()
     with tempfile.TemporaryDirectory(prefix="puzzle-operate-") as folder:
         with place(Path(folder)) as site:
             for step in steps:

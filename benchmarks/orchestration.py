@@ -99,7 +99,7 @@ def plain(profile: Profile, workspace: Path, options: argparse.Namespace) -> Non
         compare.evaluate_contender(which, bench.parent, bench.corpus, profile.evaluate, workspace) for which in everyone
     ]
     second = min(zip(rivals, found[2:], strict=True), key=lambda pair: pair[1].quality.kl.value)[0]
-    teacher = gkd.record_teacher(bench.parent, bench.corpus, profile.gkd, workspace)
+    teacher = gkd.record_teacher(bench.parent, bench.corpus, profile.gkd, workspace, "cpu")
     distilled = [
         compare.distill_contender(which, teacher, bench.parent, profile.gkd, workspace) for which in (child, second)
     ]
@@ -115,18 +115,16 @@ def plain(profile: Profile, workspace: Path, options: argparse.Namespace) -> Non
 def library(bench: Bench) -> tuple[list[BlockRecord], list[Score]]:
     """All blocks and scores of the profile's space."""
     from tasks.bld import distill
+    from tasks.jobs import jobs_of
     from tasks.scoring import score_sequences
-    from tasks.stages import jobs_of
 
     jobs = jobs_of(bench.profile, bench.parent, bench.records, bench.record_key, bench.reader)
-    blocks = [distill(job, bench.workspace) for job in jobs]
+    blocks = [distill(job, bench.workspace, "cpu") for job in jobs]
     scores: list[Score] = []
     for layer, record in enumerate(bench.records):
-        work = [(block, tuple(range(bench.shape[0]))) for block in blocks if block.layer == layer]
+        work = [(block, tuple(range(bench.scored.count))) for block in blocks if block.layer == layer]
         if work:
-            scores += score_sequences(
-                work, record, bench.records[-1], bench.parent, bench.corpus, bench.shape, bench.workspace
-            )
+            scores += score_sequences(work, record, bench.scored, bench.parent, bench.workspace, "cpu")
     return blocks, scores
 
 

@@ -132,7 +132,7 @@ def lowest(found: Sequence[tuple[float, float, str]]) -> str:
 def distilled(bench: Bench, which: Contender, steps: int, seed: int) -> Contender:
     """GKD of a contender."""
     settings = bench.profile.gkd.model_copy(update={"steps": steps, "seed": seed, "evaluate_every": max(1, steps // 4)})
-    teacher = gkd.record_teacher(bench.parent, bench.corpus, settings, bench.workspace)
+    teacher = gkd.record_teacher(bench.parent, bench.corpus, settings, bench.workspace, "cpu")
     return distill_contender(which, teacher, bench.parent, settings, bench.workspace)
 
 

@@ -73,6 +73,7 @@ def one_run(runner: str, tasks: int, workspace: Path) -> None:
     from prefect import flow
 
     from tasks import bld, record, stages
+    from tasks.jobs import jobs_of
     from tasks.workers import task_runner
 
     profile = profile_of("threads" if runner == "loop" else runner, tasks)
@@ -82,11 +83,12 @@ def one_run(runner: str, tasks: int, workspace: Path) -> None:
         parent, corpus = stages.prepare(profile, workspace)
         key = record.record_key(parent, corpus, profile.record, profile.bld.ridge)
         layers = [
-            record.record_layer(i, parent, corpus, profile.record, profile.bld.ridge, workspace) for i in range(LAYERS)
+            record.record_layer(i, parent, corpus, profile.record, profile.bld.ridge, workspace, "cpu")
+            for i in range(LAYERS)
         ]
-        jobs = stages.jobs_of(profile, parent, layers, key, record.open_parent(workspace / parent.folder))
+        jobs = jobs_of(profile, parent, layers, key, record.open_parent(workspace / parent.folder))
         distilling = time.perf_counter()
-        done = [bld.distill(job, workspace) for job in jobs]
+        done = [bld.distill(job, workspace, "cpu") for job in jobs]
         took = {"blocks": len(done), "distill": time.perf_counter() - distilling}
     else:
         with task_runner(profile) as pool:

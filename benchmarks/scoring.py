@@ -39,9 +39,9 @@ def main() -> None:
     ]
     intro = (
         f"{count} variants of layers {', '.join(map(str, options.layers))} of {bench.parent.name}, "
-        f"{bench.shape[0]} x {bench.shape[1]} tokens. All ways under the same allocator settings, in one process, "
-        "after one warm-up. The full forward is Hugging Face's own model with the subblock swapped in; its KL is the "
-        "plain double log-softmax in float32."
+        f"{bench.scored.count} x {bench.scored.length} tokens. All ways under the same allocator settings, in one "
+        "process, after one warm-up. The full forward is Hugging Face's own model with the subblock swapped in; its KL "
+        "is the plain double log-softmax in float32."
     )
     outro = (
         f"Largest difference of a score {worst:.1e} nats (relative to the score, {relative:.1e}); median score "
@@ -89,19 +89,19 @@ def library(bench: Bench, layer: int) -> list[BlockRecord]:
     members = []
     for subblock in SUBBLOCKS:
         for label in getattr(bench.profile.search_space, subblock):
-            members.append(distill(job(bench, layer, subblock, label, bench.profile.bld), bench.workspace))
+            members.append(distill(job(bench, layer, subblock, label, bench.profile.bld), bench.workspace, "cpu"))
     return members
 
 
 def suffix_scores(bench: Bench, blocks: dict[int, list[BlockRecord]]) -> tuple[dict[Key, float], Clock]:
     """Our scores and their time; the parent's targets are part of it."""
-    sequences, length = bench.shape
+    sequences, length = bench.scored.count, bench.scored.length
     folder = bench.workspace / bench.parent.folder
     found: dict[Key, float] = {}
     for _ in range(2):  # the first round warms up
         open_suffix.cache_clear()
         clock = Clock()
-        suffix = open_suffix(folder, bench.workspace, bench.corpus, bench.records[-1], bench.shape)
+        suffix = open_suffix(folder, bench.workspace, bench.scored, "cpu")
         for layer, members in blocks.items():
             boundary = read_tensors(bench.workspace, bench.records[layer].boundary, ["validation"])["validation"]
             for start in range(0, len(members), 4):
@@ -119,7 +119,7 @@ def suffix_scores(bench: Bench, blocks: dict[int, list[BlockRecord]]) -> tuple[d
 @torch.no_grad()
 def full_scores(bench: Bench, blocks: dict[int, list[BlockRecord]]) -> tuple[dict[Key, float], Clock, Clock]:
     """Scores by full forwards; time with the parent run again for each variant, and with its log-probs kept."""
-    sequences, length = bench.shape
+    sequences, length = bench.scored.count, bench.scored.length
     tokens = read_tensors(bench.workspace, bench.corpus.tokens)["validation"][:sequences, :length].long()
     model: Any = AutoModelForCausalLM.from_pretrained(bench.workspace / bench.parent.folder).eval()
     log_probs(model, tokens)

@@ -29,17 +29,19 @@ def assemble(parent: Parent, library: Library, architecture: Architecture, works
     for layer, choice in enumerate(architecture.layers):
         module = model.model.layers[layer]
         if choice.coupled:
-            module.load_state_dict(_weights(library, layer, "block", choice.block_label, workspace))
+            module.load_state_dict(_weights(library, layer, "block", choice.block_label, workspace, parent.device))
             continue
         for subblock in SUBBLOCKS:
             variant = getattr(choice, subblock)
             if variant not in ("parent", "no_op"):
-                load_subblock(module, subblock, _weights(library, layer, subblock, variant, workspace))
+                load_subblock(module, subblock, _weights(library, layer, subblock, variant, workspace, parent.device))
     return model
 
 
-def _weights(library: Library, layer: int, subblock: str, variant: str, workspace: Path) -> dict[str, Tensor]:
+def _weights(
+    library: Library, layer: int, subblock: str, variant: str, workspace: Path, device: str
+) -> dict[str, Tensor]:
     record = library.get((layer, subblock, variant))
     if record is None or record.weights is None:
         raise DamagedBlock(f"the library has no trained block for layer {layer} {subblock} {variant}: run again")
-    return read_tensors(workspace, record.weights)
+    return read_tensors(workspace, record.weights, device=device)

@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from blocks.errors import DamagedBlock
 from blocks.files import atomic_path, sha256_of, write_text
 from blocks.records import BlockRecord, Ref, Value
-from blocks.runtime import current_device
 from blocks.store import Store, store_of
 
 ValueT = TypeVar("ValueT", bound=Value)
@@ -88,9 +87,11 @@ def checked_path(workspace: Path, ref: Ref) -> Path:
     return workspace / ref.path
 
 
-def read_tensors(workspace: Path, ref: Ref, names: list[str] | None = None) -> dict[str, torch.Tensor]:
-    """Load tensors of a checked reference to the current device; all of them, or `names`."""
-    with safe_open(checked_path(workspace, ref), framework="pt", device=current_device()) as file:
+def read_tensors(
+    workspace: Path, ref: Ref, names: list[str] | None = None, device: str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Load tensors of a checked reference to a device; all of them, or `names`."""
+    with safe_open(checked_path(workspace, ref), framework="pt", device=device) as file:
         return {name: file.get_tensor(name) for name in names or file.keys()}
 
 

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
@@ -20,7 +19,6 @@ from blocks.devices import device_name, enter, places_of_task
 from blocks.errors import PuzzleError
 
 CallableT = TypeVar("CallableT", bound=Callable[..., Any])
-_DEVICE: ContextVar[str] = ContextVar("device that this thread computes on", default="cpu")
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
@@ -61,20 +59,18 @@ def set_threads(threads: int | None) -> int:
     return count
 
 
-def current_device() -> str:
-    """The torch device that this thread works on: that of `on_device`, else the CPU."""
-    return _DEVICE.get()
-
-
 def kept_per_device(count: int) -> Callable[[CallableT], CallableT]:
-    """Keep the last `count` results of a function on each device: what one loaded is no good to another."""
+    """Keep the last `count` results for each device; the device is the function's last argument.
+
+    Threads that work on different devices would push each other's results out of one common cache.
+    """
 
     def decorate(function: CallableT) -> CallableT:
         caches: dict[str, Any] = {}
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
-            return caches.setdefault(current_device(), lru_cache(maxsize=count)(function))(*arguments)
+            return caches.setdefault(arguments[-1], lru_cache(maxsize=count)(function))(*arguments)
 
         call.cache_clear = caches.clear  # type: ignore[attr-defined]
         return call  # type: ignore[return-value]
@@ -84,7 +80,7 @@ def kept_per_device(count: int) -> Callable[[CallableT], CallableT]:
 
 @contextmanager
 def on_device(devices: Sequence[str]) -> Iterator[str]:
-    """Compute on the first of `devices` that is free on this machine; wait while all are taken.
+    """Take the first of `devices` that is free on this machine; wait while all are taken.
 
     A numbered device (cuda:1) is one task's alone, whatever thread, process or run asks: a file lock that the system
     gives back when its holder is killed. `cpu` is shared; cpu:0, cpu:1 are places on it, to try a profile without GPUs.
@@ -93,8 +89,6 @@ def on_device(devices: Sequence[str]) -> Iterator[str]:
     """
     with ExitStack() as held:
         device = _taken(devices, held)
-        token = _DEVICE.set("cpu" if device.startswith("cpu") else device)
-        held.callback(_DEVICE.reset, token)
         yield device
 
 

@@ -20,7 +20,8 @@ from blocks.runtime import configure
 from flows import library, page, plan, search, serving, truth
 from flows.doctor import doctor_command
 from flows.serve import serve_command
-from profiles.load import ProfileError, load_profile
+from profiles.errors import ProfileError
+from profiles.load import load_profile
 from profiles.schema import Profile
 from tasks.failures.presence import place_in, prefect_home
 from tasks.progress import logged, without_tracebacks

@@ -7,6 +7,7 @@ from prefect import flow
 from flows.optimize import optimize
 from profiles.schema import Profile
 from tasks import stages
+from tasks.costs import costs_of
 from tasks.operating import champion, registry
 from tasks.operating.artifacts import show_link, show_markdown
 from tasks.operating.champion import Judgement
@@ -29,7 +30,7 @@ def reoptimize(profile: Profile, workspace: str, remeasure: bool = False) -> Jud
     parent, corpus = stages.prepare(profile, folder)
     for moved in stages.measure_again(profile, parent, folder) if remeasure else []:
         say(f"cost moved: {moved}")
-    now = champion.basis(profile, parent, corpus, stages.stored_costs(profile, parent, folder))
+    now = champion.basis(profile, parent, corpus, costs_of(profile, parent, folder))
     changed = champion.changes(registry.judged(store, name), now)
     reigning = registry.champion_of(store, name)
     if reigning and not changed:
@@ -46,7 +47,7 @@ def reoptimize(profile: Profile, workspace: str, remeasure: bool = False) -> Jud
         version = registry.register(store, report, run_folder, folder, found.reason)
         if found.outcome in ("first", "moved"):
             registry.crown(store, version)
-    now = champion.basis(profile, parent, corpus, stages.stored_costs(profile, parent, folder))
+    now = champion.basis(profile, parent, corpus, costs_of(profile, parent, folder))
     registry.remember_judged(store, name, now)
     registry.log_judgement(store, report.mlflow_run_id, found.outcome, champion.figures(found))
     if reigning:

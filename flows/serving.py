@@ -79,7 +79,8 @@ def bench_command(
     _quiet()
     from tasks.engines.registry import installed_engine
     from tasks.failures.devices import alone
-    from tasks.serving.bench import CHILD, Point, bench, bench_table, draw_bench
+    from tasks.serving.bench import CHILD, Point, bench
+    from tasks.serving.bench_table import bench_table, draw_bench
     from tasks.throughput import PARENT
 
     installed_engine(engine)

@@ -127,7 +127,7 @@ def _study(
     def run() -> str:
         with _opened(wanted, folder) as finished:
             from tasks.operating.experiment import open_experiment
-            from tasks.studies.verdicts import keep
+            from tasks.operating.study_runs import keep
 
             with shown(name, beside=True) as told:
                 value, text, figures, picture = work(finished, told)

@@ -11,7 +11,7 @@ from typing import Literal
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from profiles.load import ProfileError
+from profiles.errors import ProfileError
 from profiles.schema import Fraction, Hardware, Precision, Section
 
 FOLDER = Path(__file__).parent / "hardware"

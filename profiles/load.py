@@ -12,13 +12,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from profiles.errors import ProfileError
+from profiles.hardware import target_for
 from profiles.schema import Profile
 
 SHIPPED = Path(__file__).parent
-
-
-class ProfileError(Exception):
-    """A profile that cannot be used: one readable message, every problem on its own line."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -65,8 +63,6 @@ def load_profile(path: Path | str, overrides: Sequence[str] = ()) -> Profile:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise ProfileError("\n  ".join([f"{file} is not a valid profile, {count}:", *problems])) from None
     if profile.hardware.engine == "roofline":
-        from profiles.hardware import target_for  # which needs this file for its errors
-
         target_for(profile.hardware)
     return profile
 
@@ -202,15 +198,15 @@ def _walk(loc: tuple[int | str, ...]) -> tuple[str, list[type[BaseModel]]]:
         path += f".{step}" if path else str(step)
         holders = sections
         fields = [one.model_fields[step] for one in sections if step in one.model_fields]
-        sections = [found for field in fields for found in _sections_of(field.annotation)]
+        sections = [found for field in fields for found in sections_of(field.annotation)]
     return path, sections or holders
 
 
-def _sections_of(annotation: Any) -> list[type[BaseModel]]:
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
     """The pydantic models that an annotation mentions, through Annotated, unions and tuples."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for part in get_args(annotation) for found in _sections_of(part)]
+    return [found for part in get_args(annotation) for found in sections_of(part)]
 
 
 def _keys(sections: Iterable[type[BaseModel]]) -> list[str]:

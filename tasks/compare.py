@@ -105,9 +105,9 @@ def parent_contender(architecture: Architecture) -> Contender:
     return Contender(name="parent", architecture=own, blocks=())
 
 
-def build(which: Contender, parent: ParentInfo, workspace: Path) -> DeciLMForCausalLM:
-    """The contender as a model, GKD weights included."""
-    reader = open_parent(workspace / parent.folder)
+def build(which: Contender, parent: ParentInfo, workspace: Path, device: str = "cpu") -> DeciLMForCausalLM:
+    """The contender as a model on a device, GKD weights included."""
+    reader = open_parent(workspace / parent.folder, device)
     model = assemble(reader, library_of(list(which.blocks)), which.architecture, workspace)
     if which.gkd is not None:
         model.model.layers.load_state_dict(read_tensors(workspace, which.gkd.weights))

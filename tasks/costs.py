@@ -28,11 +28,12 @@ from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Cost, CostTable, LayerChoice, NonBlockCost, ParentInfo
 from blocks.resources import BYTES, non_block_parameters, resources, weight_bytes
 from blocks.variant import Variant, parse_labels
-from profiles.schema import Hardware, Measure, Scenario, SearchSpace
+from profiles.schema import Hardware, Measure, Profile, Scenario, SearchSpace
 from tasks.calibration import calibrated, drift, parent_bias
 from tasks.engines.limits import runnable
 from tasks.progress import part_of
 from tasks.record import open_parent
+from tasks.space import measured_space
 from tasks.sums import PHASES
 from tasks.throughput import ClockTooCoarse, cpu_clock, median_metric, relative_error
 
@@ -124,6 +125,12 @@ def stored_costs(path: Path, measure: Measure, workspace: Path) -> CostTable | N
         return None
     age = datetime.now(UTC) - datetime.fromisoformat(table.measured_at)
     return table if age <= timedelta(days=measure.max_age_days) else None
+
+
+def costs_of(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable | None:
+    """The stored costs of a profile that a run would not measure again, None where there are none."""
+    asked = measured_space(profile), profile.scenarios, profile.hardware, profile.measure
+    return stored_costs(costs_path(parent, *asked, workspace), profile.measure, workspace)
 
 
 def measure_costs(

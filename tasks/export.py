@@ -22,17 +22,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from blocks import export_code
 from blocks.errors import PuzzleFailure
+from blocks.export_code import AUTO_MAP, CODE_FILES
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM, family_class
 from blocks.records import CorpusInfo, ParentInfo
 from tasks.engines.limits import gaps, is_whole, limits_of
-
-AUTO_MAP = {
-    "AutoConfig": "configuration_decilm.DeciLMConfig",
-    "AutoModel": "modeling_decilm.DeciLMModel",
-    "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
-}
-CODE_FILES = ("configuration_decilm.py", "modeling_decilm.py")
 
 # what a child takes over from its parent's folder as it stands
 PARENT_FILES = (

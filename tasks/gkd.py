@@ -68,6 +68,7 @@ def record_teacher(
     corpus: CorpusInfo,
     settings: GKD,
     workspace: Path,
+    device: str,
     tell: Tell = lambda done, total, text: None,
 ) -> TeacherRecord:
     """Run the parent once over all GKD batches; finished steps of a killed run are not done again."""
@@ -77,11 +78,11 @@ def record_teacher(
     stored = remember(manifest, TeacherRecord, _files_of, workspace, "when read")
     if stored is not None:
         return stored
-    reader = open_parent(workspace / parent.folder)
+    reader = open_parent(workspace / parent.folder, device)
     model = reader.model()
     head = Head(model.lm_head.weight)
     layers = cosine_layers(reader.depth, settings.cosine_every)
-    tokens = read_tensors(workspace, corpus.tokens)
+    tokens = read_tensors(workspace, corpus.tokens, device=device)
     references = []
     for step in range(settings.steps):
         batch = tokens["train"][rows_of_step(step, settings, len(tokens["train"]))]
@@ -231,7 +232,7 @@ def _steps(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
     parts = Parts("GKD", settings.batch_sequences)
     for step, reference in enumerate(teacher.steps, start=1):
-        batch = read_tensors(workspace, reference)
+        batch = read_tensors(workspace, reference, device=str(head.weight.device))
         loss = parts.run(lambda count, batch=batch: _gradients(model, head, batch, teacher.layers, count))  # type: ignore[misc]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -279,6 +280,6 @@ def _targets(batch: dict[str, Tensor]) -> Targets:
 @torch.no_grad()
 def validation_kl(model: DeciLMForCausalLM, head: Head, teacher: TeacherRecord, workspace: Path) -> float:
     """KL(parent || child) in nats per token on the recorded validation sequences."""
-    batch = read_tensors(workspace, teacher.validation)
+    batch = read_tensors(workspace, teacher.validation, device=str(head.weight.device))
     hidden = model.model(batch["tokens"].long()).last_hidden_state.flatten(0, 1)
     return kl_per_token(hidden, _targets(batch), head)[0].mean().item()

@@ -18,7 +18,7 @@ from blocks.library import digest_of, is_whole, keep, read_tensors, read_value, 
 from blocks.packed import pack_linears
 from blocks.parent import Parent
 from blocks.records import CorpusInfo, LayerRecord, ParentInfo, Ref
-from blocks.runtime import current_device, kept_per_device
+from blocks.runtime import kept_per_device
 from profiles.schema import Record
 
 if TYPE_CHECKING:
@@ -37,9 +37,13 @@ def record_key(parent: ParentInfo, corpus: CorpusInfo, settings: Record, ridge: 
 
 
 @kept_per_device(2)
-def open_parent(folder: Path) -> Parent:
-    """The parent's reader, kept open; what it loads goes to the current device."""
-    return Parent(folder, current_device())
+def _open(folder: Path, device: str) -> Parent:
+    return Parent(folder, device)
+
+
+def open_parent(folder: Path, device: str = "cpu") -> Parent:
+    """The parent's reader, kept open; what it loads goes to `device`. Whoever reads its config alone names none."""
+    return _open(folder, device)
 
 
 def _manifest(layer: int, key: str, workspace: Path) -> Path:
@@ -54,16 +58,16 @@ def recorded(layer: int, key: str, workspace: Path) -> LayerRecord | None:
 
 
 def record_layer(
-    layer: int, parent: ParentInfo, corpus: CorpusInfo, settings: Record, ridge: float, workspace: Path
+    layer: int, parent: ParentInfo, corpus: CorpusInfo, settings: Record, ridge: float, workspace: Path, device: str
 ) -> LayerRecord:
-    """Record one layer; returns the stored record when its files are whole."""
+    """Record one layer on `device`; returns the stored record when its files are whole."""
     key = record_key(parent, corpus, settings, ridge)
     stored = recorded(layer, key, workspace)
     if stored is not None:
         return stored
     folder = f"record/{key}"
     started = time.perf_counter()
-    reader = open_parent(workspace / parent.folder)
+    reader = open_parent(workspace / parent.folder, device)
     hidden = _entering(reader, layer, corpus, settings, workspace, folder)
     module = reader.layer(layer)
     core: Any = module.mlp
@@ -105,8 +109,8 @@ def _entering(reader: Parent, layer: int, corpus: CorpusInfo, settings: Record, 
     if manifest.exists():
         reference = read_value(manifest, Ref)
         if is_whole(workspace, reference):
-            return read_tensors(workspace, reference)["hidden"]
-    tokens = read_tensors(workspace, corpus.tokens)
+            return read_tensors(workspace, reference, device=reader.device)["hidden"]
+    tokens = read_tensors(workspace, corpus.tokens, device=reader.device)
     chosen = torch.cat(
         [tokens["train"][: settings.statistics_sequences], tokens["validation"][: settings.validation_sequences]]
     )

@@ -23,7 +23,7 @@ from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
 from blocks.library import digest_of, keep, read_tensors, remember
 from blocks.packed import pack_linears
 from blocks.parent import Parent, load_subblock, run_subblock
-from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, LayerChoice, LayerRecord, ParentInfo, Score, Value
+from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, LayerChoice, LayerRecord, ParentInfo, Ref, Score, Value
 from blocks.runtime import kept_per_device
 from tasks.evaluate import mean_metric
 from tasks.failures.memory import Parts
@@ -31,7 +31,6 @@ from tasks.record import open_parent
 
 VERSION = 4
 BATCH_TOKENS = 4096
-Shape = tuple[int, int]  # sequences, tokens of each
 Sequences = tuple[int, ...]  # indices in the validation split
 Work = tuple[BlockRecord, Sequences]
 
@@ -60,6 +59,24 @@ class SequenceScores(Value):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoringSet:
+    """The validation tokens that variants are scored on, and where the parent's targets on them come from.
+
+    last: the record of the parent's last layer; count, length: how many sequences, and the tokens of each.
+    """
+
+    corpus: CorpusInfo
+    last: LayerRecord
+    count: int
+    length: int
+
+    def validation(self, ref: Ref, workspace: Path, device: str) -> Tensor:
+        """These sequences of a file's validation split: (S, T) tokens or (S, T, D) states."""
+        whole = read_tensors(workspace, ref, ["validation"], device)["validation"]
+        return whole[: self.count, : self.length]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParentSuffix:
     """The whole parent in memory, with its targets on the scored sequences."""
 
@@ -85,11 +102,11 @@ class ParentSuffix:
 
 
 @kept_per_device(1)
-def open_suffix(folder: Path, workspace: Path, corpus: CorpusInfo, last: LayerRecord, shape: Shape) -> ParentSuffix:
+def open_suffix(folder: Path, workspace: Path, scored: ScoringSet, device: str) -> ParentSuffix:
     """Load the parent and compute its targets from the recorded states that enter its last layer."""
-    hidden = read_tensors(workspace, last.boundary, ["validation"])["validation"][: shape[0], : shape[1]]
-    tokens = read_tensors(workspace, corpus.tokens, ["validation"])["validation"][: shape[0], : shape[1]].long()
-    return make_suffix(open_parent(folder), tokens, hidden)
+    hidden = scored.validation(scored.last.boundary, workspace, device)
+    tokens = scored.validation(scored.corpus.tokens, workspace, device).long()
+    return make_suffix(open_parent(folder, device), tokens, hidden)
 
 
 def make_suffix(reader: Parent, tokens: Tensor, hidden: Tensor) -> ParentSuffix:
@@ -134,33 +151,27 @@ def stored_score(record: BlockRecord, sequences: Sequence[int], length: int, wor
 
 
 def score_sequences(
-    work: Sequence[Work],
-    layer: LayerRecord,
-    last: LayerRecord,
-    parent: ParentInfo,
-    corpus: CorpusInfo,
-    shape: Shape,
-    workspace: Path,
+    work: Sequence[Work], layer: LayerRecord, scored: ScoringSet, parent: ParentInfo, workspace: Path, device: str
 ) -> list[Score]:
-    """Scores of variants of one layer, each on its own sequences of the first `shape`; values in the order asked.
+    """Scores of variants of one layer, each on its own sequences of `scored`; values in the order asked.
 
     Only what no earlier call measured is computed, and stored as soon as it is known. A variant that failed, or whose
     KL is not a number on some sequence, has no score.
     """
     usable = [(record, sequences) for record, sequences in work if record.status != "failed"]
-    known = {record.key: _stored(record, shape[1], workspace) for record, _ in usable}
+    length = scored.length
+    known = {record.key: _stored(record, length, workspace) for record, _ in usable}
     missing = [(record, known[record.key].without(sequences)) for record, sequences in usable]
     if any(sequences for _, sequences in missing):
-        suffix = open_suffix(workspace / parent.folder, workspace, corpus, last, shape)
-        hidden = read_tensors(workspace, layer.boundary, ["validation"])["validation"][: shape[0], : shape[1]]
-        parts = Parts(f"score layer {layer.layer}", BATCH_TOKENS // shape[1])
-        for batch in batches_of(missing, shape[1]):
-            scored = partial(_in_parts, suffix, batch, hidden, workspace)
-            for record, found in parts.run(scored):
+        suffix = open_suffix(workspace / parent.folder, workspace, scored, device)
+        hidden = scored.validation(layer.boundary, workspace, device)
+        parts = Parts(f"score layer {layer.layer}", BATCH_TOKENS // length)
+        for batch in batches_of(missing, length):
+            for record, found in parts.run(partial(_in_parts, suffix, batch, hidden, workspace)):
                 if found is not None:
                     known[record.key] = known[record.key].and_also(found)
-                    keep(_path(record, shape[1], workspace), known[record.key], [], workspace)
-    scores = [_score(record, known[record.key], sequences, shape[1]) for record, sequences in usable]
+                    keep(_path(record, length, workspace), known[record.key], [], workspace)
+    scores = [_score(record, known[record.key], sequences, length) for record, sequences in usable]
     return [score for score in scores if score is not None]
 
 
@@ -234,7 +245,7 @@ def load_variant(reader: Parent, record: BlockRecord, workspace: Path) -> DeciLM
     choice = LayerChoice.alone(record.subblock, record.variant)
     module = reader.empty_layer(record.layer, choice).requires_grad_(False)
     if record.weights is not None:
-        module.load_state_dict(read_tensors(workspace, record.weights))
+        module.load_state_dict(read_tensors(workspace, record.weights, device=reader.device))
     elif record.variant == "parent":
         whole = reader.layer(record.layer).state_dict()
         load_subblock(module, record.subblock, {n: whole[n] for n in module.state_dict()})  # type: ignore[arg-type]

@@ -18,20 +18,16 @@ from transformers.utils.logging import disable_progress_bar
 
 from blocks.errors import PuzzleError
 from blocks.library import BlockLibrary, digest_of
-from blocks.parent import Parent
 from blocks.records import (
-    SUBBLOCKS,
     Architecture,
     BlockRecord,
     CorpusInfo,
     CostTable,
-    LayerChoice,
     LayerRecord,
     ParentInfo,
     Score,
 )
 from blocks.runtime import release_memory, set_threads
-from blocks.variant import kind_of, parse_labels
 from profiles.hardware import load_target
 from profiles.schema import Profile
 from tasks import costs, scoring
@@ -43,6 +39,7 @@ from tasks.failures.devices import device_of, sharing
 from tasks.failures.presence import at_work_in, prefect_home
 from tasks.failures.retries import limits_of, told_in_time, told_when_prefect_is_away, worth_retrying
 from tasks.failures.sharing import Piece, in_turn, made_once
+from tasks.jobs import coupled_jobs, jobs_of
 from tasks.operating.artifacts import stage_bar
 from tasks.operating.reach import check_servers
 from tasks.operating.servers import stop_orphaned_servers
@@ -53,7 +50,7 @@ from tasks.record import open_parent, record_key, record_layer, recorded
 from tasks.reuse import show_finished
 from tasks.roofline import modelled_costs, setting_of
 from tasks.search.totals import Problem, predicted, problem_of
-from tasks.space import check_search_space, layers_of, measured_space, refused, refused_alone
+from tasks.space import check_search_space, measured_space
 from tasks.studies.peers import find
 from tasks.usage import noted
 from tasks.workers import Seat, at_a_time, seat_of, seated
@@ -105,36 +102,34 @@ def task_of(name: str, run_name: str, key: Callable[[Any, dict[str, Any]], str] 
 def record_task(layer: int, key: str, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: str) -> Any:
     """See tasks.record.record_layer."""
     piece = Piece(key=f"record-{key}-{layer}", what=f"the recording of layer {layer}")
-    with seated(seat_of(profile), Path(workspace), piece):
-        return record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, Path(workspace))
+    with seated(seat_of(profile), Path(workspace), piece) as device:
+        return record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, Path(workspace), device)
 
 
 @task_of("distill", "distill layer {job.layer:02d} {job.subblock} {job.variant}", lambda _, p: p["job"].key)
 def distill_task(job: Job, seat: Seat, workspace: str) -> Any:
     """See tasks.bld.distill."""
-    with seated(seat, Path(workspace), piece_of(job)):
-        return distill(job, Path(workspace))
+    with seated(seat, Path(workspace), piece_of(job)) as device:
+        return distill(job, Path(workspace), device)
 
 
-@task_of("score layer", "score layer {layer.layer:02d}", lambda _, p: _scores_key(p["work"], p["shape"]))
+@task_of("score layer", "score layer {layer.layer:02d}", lambda _, p: _scores_key(p["work"], p["scored"].length))
 def score_task(
     work: list[scoring.Work],
     layer: LayerRecord,
-    last: LayerRecord,
+    scored: scoring.ScoringSet,
     parent: ParentInfo,
-    corpus: CorpusInfo,
-    shape: tuple[int, int],
-    place: tuple[Seat, str],
+    seat: Seat,
+    workspace: str,
 ) -> Any:
-    """See tasks.scoring.score_sequences; `place` is a seat and the workspace."""
-    folder = Path(place[1])
+    """See tasks.scoring.score_sequences."""
     piece = Piece(key=f"scores-{layer.boundary.sha256[:32]}", what=f"the scores of layer {layer.layer}")
-    with seated(place[0], folder, piece):
-        return scoring.score_sequences(work, layer, last, parent, corpus, shape, folder)
+    with seated(seat, Path(workspace), piece) as device:
+        return scoring.score_sequences(work, layer, scored, parent, Path(workspace), device)
 
 
-def _scores_key(work: Sequence[scoring.Work], shape: tuple[int, int]) -> str:
-    return digest_of(scores=[(scoring.score_key(record, shape[1]), sequences) for record, sequences in work])
+def _scores_key(work: Sequence[scoring.Work], length: int) -> str:
+    return digest_of(scores=[(scoring.score_key(record, length), sequences) for record, sequences in work])
 
 
 def prepare(profile: Profile, workspace: Path) -> tuple[ParentInfo, CorpusInfo]:
@@ -167,58 +162,6 @@ def record(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, workspace: 
     for leftover in (workspace / "record" / key).glob("entering_*"):
         leftover.unlink(missing_ok=True)
     return records
-
-
-def jobs_of(
-    profile: Profile, parent: ParentInfo, records: Sequence[LayerRecord], key: str, reader: Parent
-) -> list[Job]:
-    """Every (layer, subblock, variant) of the search space but the parent's own."""
-    jobs = []
-    for layer in layers_of(profile, reader):
-        for subblock in SUBBLOCKS:
-            for variant in parse_labels(subblock, getattr(profile.search_space, subblock), reader.config)[1:]:
-                if refused_alone(profile, reader.config, layer, subblock, variant.label):
-                    continue  # the target could not run it: not trained, not scored, never chosen
-                jobs.append(
-                    Job(
-                        parent=parent,
-                        record=records[layer],
-                        record_key=key,
-                        layer=layer,
-                        subblock=subblock,
-                        variant=variant.label,
-                        settings=profile.bld,
-                        seed=profile.seed,
-                    )
-                )
-    return jobs
-
-
-def coupled_jobs(profile: Profile, jobs: Sequence[Job], blocks: Sequence[BlockRecord], reader: Parent) -> list[Job]:
-    """Second stage: whole blocks over the reduced space, started from the decoupled subblocks."""
-    settings = profile.bld
-    done = {(block.layer, block.subblock, block.variant): block for block in blocks if block.status == "trained"}
-    spaces = {part: parse_labels(part, getattr(settings, f"coupled_{part}"), reader.config) for part in SUBBLOCKS}
-    coupled = []
-    for layer in sorted({job.layer for job in jobs}):
-        model = next(job for job in jobs if job.layer == layer)
-        for attention in spaces["attention"]:
-            for ffn in spaces["ffn"]:
-                if not (kind_of(attention).trainable or kind_of(ffn).trainable):
-                    continue  # nothing to train: the additive score stands
-                if refused(profile, reader.config, layer, attention.label, ffn.label):
-                    continue
-                starts = [done.get((layer, v.subblock, v.label)) for v in (attention, ffn)]
-                coupled.append(
-                    model.model_copy(
-                        update={
-                            "subblock": "block",
-                            "variant": LayerChoice(attention=attention.label, ffn=ffn.label).block_label,
-                            "warm_start": tuple(start for start in starts if start is not None),
-                        }
-                    )
-                )
-    return coupled
 
 
 def distill_all(
@@ -276,22 +219,22 @@ def score_all(
 ) -> list[Score]:
     """Replace-1-block scores of every block that did not fail; `costs` matter to adaptive scoring alone."""
     settings, again = profile.scoring, score_task.with_options(**limits_of(profile))
-    shape = (settings.sequences, settings.tokens_per_sequence or corpus.sequence_length)
+    length = settings.tokens_per_sequence or corpus.sequence_length
+    scored = scoring.ScoringSet(corpus=corpus, last=records[-1], count=settings.sequences, length=length)
     usable: dict[Key, BlockRecord] = {
         (block.layer, block.subblock, block.variant): block for block in blocks if block.status != "failed"
     }
 
     def score(wanted: Mapping[Key, scoring.Sequences]) -> dict[Key, Score]:
-        stored = {key: scoring.stored_score(usable[key], wanted[key], shape[1], workspace) for key in wanted}
+        stored = {key: scoring.stored_score(usable[key], wanted[key], length, workspace) for key in wanted}
         show_finished("score", (score.layer for score in stored.values() if score))
         by_layer: dict[int, list[scoring.Work]] = {}
         for key, sequences in wanted.items():
             if stored[key] is None:
                 by_layer.setdefault(key[0], []).append((usable[key], sequences))
-        place = (seat_of(profile), str(workspace))
         with stage("score") as tell:  # entered first: what is submitted computes at once
             futures = [
-                again.submit(work, records[layer], records[-1], parent, corpus, shape, place)
+                again.submit(work, records[layer], scored, parent, seat_of(profile), str(workspace))
                 for layer, work in by_layer.items()
             ]
             for done, (layer, future) in enumerate(zip(by_layer, futures, strict=True), start=1):
@@ -300,13 +243,13 @@ def score_all(
         return {key: score for key, score in stored.items() if score}
 
     if settings.adaptive is None:
-        return list(score(dict.fromkeys(usable, tuple(range(shape[0])))).values())
-    order = tuple(np.random.default_rng(profile.seed).permutation(shape[0]).tolist())
+        return list(score(dict.fromkeys(usable, tuple(range(scored.count)))).values())
+    order = tuple(np.random.default_rng(profile.seed).permutation(scored.count).tolist())
     found = score_adaptively(
         list(usable),
         lambda scores: problem_of(profile, scores, costs),
         settings.adaptive,
-        shape[0],
+        scored.count,
         lambda depths: score({key: order[:depth] for key, depth in depths.items()}),
         lambda look: say(told(look)),
     )
@@ -320,7 +263,7 @@ def measure(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable:
         return modelled_costs(
             open_parent(workspace / parent.folder), measured_space(profile), profile.scenarios, setting
         )
-    stored = stored_costs(profile, parent, workspace)  # asked first: nobody waits for a device to read a table
+    stored = costs.costs_of(profile, parent, workspace)  # asked first: nobody waits for a device to read a table
     table: CostTable = stored or _timed(costs.measure_costs, profile, parent, workspace)
     return table
 
@@ -342,12 +285,6 @@ def _timed(function: Callable[..., Any], profile: Profile, parent: ParentInfo, w
             workspace,
             lambda done, total: tell(done, total),
         )
-
-
-def stored_costs(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable | None:
-    """The costs that `measure` would not measure again, None where there are none."""
-    asked = measured_space(profile), profile.scenarios, profile.hardware, profile.measure
-    return costs.stored_costs(costs.costs_path(parent, *asked, workspace), profile.measure, workspace)
 
 
 def choose_child(profile: Profile, scores: Sequence[Score], table: CostTable) -> tuple[Problem, Architecture]:

@@ -8,12 +8,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from blocks.export_code import AUTO_MAP, CODE_FILES
 from blocks.records import LayerChoice
 from profiles.schema import Scenario
 from tasks.costs import Timing
 from tasks.engine_costs import EngineBench, Name, Timed
 from tasks.engines.vllm_engine import CODE, Vllm, VllmSession
-from tasks.export import AUTO_MAP, CODE_FILES
 
 
 class _Kept(VllmSession):

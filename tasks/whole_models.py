@@ -19,7 +19,7 @@ def teacher_task(parent: ParentInfo, corpus: CorpusInfo, profile: Profile, works
     """See tasks.gkd.record_teacher."""
     key = f"teacher-{gkd.teacher_key(parent, corpus, profile.gkd)}"
     with made_once(Path(workspace), Piece(key=key, what="the recording of the parent for GKD")):
-        return gkd.record_teacher(parent, corpus, profile.gkd, Path(workspace), tell)
+        return gkd.record_teacher(parent, corpus, profile.gkd, Path(workspace), "cpu", tell)
 
 
 @task_of("GKD", "GKD of {which.name}", None)

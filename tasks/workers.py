@@ -50,7 +50,7 @@ def at_a_time(profile: Profile) -> int:
 
 
 @contextmanager
-def seated(seat: Seat, workspace: Path, piece: Piece) -> Iterator[None]:
+def seated(seat: Seat, workspace: Path, piece: Piece) -> Iterator[str]:
     """A submitted task at work, wherever that is: heard in Prefect's log, alone at what it makes, threads set, a device
     taken.
     """
@@ -58,16 +58,16 @@ def seated(seat: Seat, workspace: Path, piece: Piece) -> Iterator[None]:
     if context is not None and context.detached:
         configure()
         _log_to_prefect()
-    with made_once(workspace, piece), _at_a_device(seat):
-        yield
+    with made_once(workspace, piece), _at_a_device(seat) as device:
+        yield device
 
 
 @contextmanager
-def _at_a_device(seat: Seat) -> Iterator[None]:
+def _at_a_device(seat: Seat) -> Iterator[str]:
     threads = set_threads(seat.threads)
     with on_device(seat.devices) as device:
         log.info("on %s of %s, %d threads, process %d", device, socket.gethostname(), threads, os.getpid())
-        yield
+        yield "cpu" if device.startswith("cpu") else device
 
 
 def _log_to_prefect() -> None:

@@ -20,7 +20,7 @@ from tasks.bld import Job, distill
 from tasks.corpus import iterate_documents, prepare_corpus
 from tasks.parent import prepare_parent
 from tasks.record import open_parent, record_key, record_layer
-from tasks.scoring import score_sequences
+from tasks.scoring import ScoringSet, score_sequences
 
 SPACE = SearchSpace(attention=("kv1", "linear", "no_op"), ffn=("ffn32", "linear", "no_op"))
 CORPUS = Corpus(
@@ -45,6 +45,11 @@ class Chain:
     records: list[LayerRecord]
     blocks: list[BlockRecord]
     scores: list[Score]
+
+    @property
+    def scored(self) -> ScoringSet:
+        """The validation tokens that are scored."""
+        return ScoringSet(corpus=self.corpus, last=self.records[-1], count=6, length=32)
 
     def job(self, layer: int, subblock: Subblock, variant: str, settings: BLD = SETTINGS) -> Job:
         """One distillation of this chain."""
@@ -77,17 +82,17 @@ def make_chain(workspace: Path) -> Chain:
     """Record, distil and score the whole space of the tiny parent."""
     parent, corpus = prepare(workspace)
     reader = open_parent(workspace / parent.folder)
-    records = [record_layer(i, parent, corpus, RECORD, SETTINGS.ridge, workspace) for i in range(reader.depth)]
+    records = [record_layer(i, parent, corpus, RECORD, SETTINGS.ridge, workspace, "cpu") for i in range(reader.depth)]
     chain = Chain(
         workspace=workspace, parent=parent, corpus=corpus, reader=reader, records=records, blocks=[], scores=[]
     )
     for layer in range(reader.depth):
         members = []
         for subblock, labels in (("attention", SPACE.attention), ("ffn", SPACE.ffn)):
-            members += [distill(chain.job(layer, subblock, label), workspace) for label in labels]  # type: ignore[arg-type]
+            members += [distill(chain.job(layer, subblock, label), workspace, "cpu") for label in labels]  # type: ignore[arg-type]
         chain.blocks.extend(members)
         work = [(member, tuple(range(6))) for member in members]
-        chain.scores.extend(score_sequences(work, records[layer], records[-1], parent, corpus, (6, 32), workspace))
+        chain.scores.extend(score_sequences(work, records[layer], chain.scored, parent, workspace, "cpu"))
     return chain
 
 

@@ -246,8 +246,7 @@ def in_pieces(chain: Chain, workspace: Path, pieces: Sequence[dict[int, tuple[in
     scores: list[Score] = []
     for piece in pieces:
         work = [(members[index], sequences) for index, sequences in piece.items()]
-        args = (chain.records[1], chain.records[-1], chain.parent, chain.corpus, (6, 32), workspace)
-        scores = score_sequences(work, *args)
+        scores = score_sequences(work, chain.records[1], chain.scored, chain.parent, workspace, "cpu")
     return scores
 
 

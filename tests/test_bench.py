@@ -13,11 +13,12 @@ from profiles.load import load_profile
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.costs import measure_costs
 from tasks.engine_costs import FIRST, EngineBench
+from tasks.jobs import jobs_of
 from tasks.record import open_parent
-from tasks.serving.bench import BenchRow, Point, bench, bench_table, draw_bench
+from tasks.serving.bench import BenchRow, Point, bench
+from tasks.serving.bench_table import bench_table, draw_bench
 from tasks.serving.gguf_export import UnknownPrecision
 from tasks.space import check_search_space
-from tasks.stages import jobs_of
 from tasks.throughput import gains_of
 from tests.chain import prepare
 from tests.test_engines import folders, needs_llama_cpp, run

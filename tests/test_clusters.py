@@ -21,7 +21,8 @@ from prefect.testing.utilities import prefect_test_harness
 from blocks import devices, runtime
 from blocks.errors import PuzzleError
 from blocks.records import ParentInfo
-from profiles.load import ProfileError, load_profile
+from profiles.errors import ProfileError
+from profiles.load import load_profile
 from profiles.schema import Orchestration
 from tasks import reuse, stages, workers
 from tasks.failures import devices as turns
@@ -74,18 +75,16 @@ def test_the_plain_cpu_is_shared() -> None:
     assert sorted(met) == [0, 1, 2]
 
 
-def test_results_are_kept_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_kept_for_each_device() -> None:
     calls: list[str] = []
 
     @runtime.kept_per_device(1)
-    def load(name: str) -> str:
-        calls.append(f"{name} on {runtime.current_device()}")
+    def load(name: str, device: str) -> str:
+        calls.append(f"{name} on {device}")
         return calls[-1]
 
     for device in ("cpu", "cuda:0", "cpu"):
-        token = runtime._DEVICE.set(device)
-        assert load("a") == f"a on {device}"
-        runtime._DEVICE.reset(token)
+        assert load("a", device) == f"a on {device}"
     assert calls == ["a on cpu", "a on cuda:0"]
 
 
@@ -217,14 +216,14 @@ def sent(value: Any) -> int:
 
 def test_what_travels_to_a_worker_is_values_and_paths(chain: Chain) -> None:
     """A submission is its task, parameters and context: some kB, whatever the size of parent and corpus."""
-    profile, shape = profile_with(), (4, 32)
+    profile = profile_with()
     seat, job = workers.seat_of(profile), chain.job(0, "ffn", "no_op")
     submissions = {
         stages.record_task: (0, job.record_key, chain.parent, chain.corpus, profile, str(chain.workspace)),
         stages.distill_task: (job, seat, str(chain.workspace)),
         stages.score_task: (
             [(chain.blocks[0], (0, 1))],
-            *(chain.records[0], chain.records[-1], chain.parent, chain.corpus, shape, (seat, str(chain.workspace))),
+            *(chain.records[0], chain.scored, chain.parent, seat, str(chain.workspace)),
         ),
     }
     for task, parameters in submissions.items():

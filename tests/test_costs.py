@@ -195,7 +195,7 @@ def test_the_stage_measures_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert stages.measure_again(profile, parent, tmp_path) == []
     seconds[0] = 2.0
     assert all("+100%" in one for one in stages.measure_again(profile, parent, tmp_path))
-    now = stages.stored_costs(profile, parent, tmp_path)
+    now = costs.costs_of(profile, parent, tmp_path)
     assert now is not None and now != first and entered == ["measure"] * 3
     assert stages.measure(profile, parent, tmp_path) == now
     assert entered == ["measure"] * 3  # whoever only reads the table waits for no device, and lets others in

@@ -103,7 +103,7 @@ def test_gkd_targets_are_as_large_as_planned(chain: Chain, tmp_path: Path) -> No
     from tasks.gkd import record_teacher
 
     profile = chain_profile()
-    record = record_teacher(chain.parent, chain.corpus, profile.gkd, chain.workspace)
+    record = record_teacher(chain.parent, chain.corpus, profile.gkd, chain.workspace, "cpu")
     there = sum((chain.workspace / ref.path).stat().st_size for ref in (*record.steps, record.validation))
     assert effort.teacher_bytes(shape_of(profile, chain.reader)) == pytest.approx(there, rel=0.05)
 

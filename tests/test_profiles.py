@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from profiles.load import ProfileError, load_profile, shipped_profiles
+from profiles.errors import ProfileError
+from profiles.load import load_profile, shipped_profiles
 from profiles.schema import Corpus, FolderParent, PackageParent
 
 GOOD: dict[str, Any] = {

@@ -11,8 +11,9 @@ from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock
 from blocks.resources import non_block_parameters, parameters_of
 from blocks.variant import parse_label
+from profiles.errors import ProfileError
 from profiles.hardware import FOLDER, HardwareTarget, load_target, shipped_targets
-from profiles.load import ProfileError, load_profile
+from profiles.load import load_profile
 from profiles.schema import Budget, Hardware, Scenario, SearchSpace
 from tasks.roofline import (
     Pass,

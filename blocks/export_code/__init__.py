@@ -2,3 +2,10 @@
 
 puzzle itself runs children through these same files, so what is trained and measured is what is shipped.
 """
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_decilm.DeciLMConfig",
+    "AutoModel": "modeling_decilm.DeciLMModel",
+    "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
+}
+CODE_FILES = ("configuration_decilm.py", "modeling_decilm.py")

@@ -24,6 +24,7 @@ FOREIGN = "biases, norms or scales that Llama does not have"
 ROPE = "this scaling of the rotary frequencies"
 ACTIVATION = "an FFN that is not a SwiGLU"
 NARROW = "rows that are not a multiple of 32 in q8_0"
+GAPS = (LINEAR, BARE_START, MIXED_KV, WINDOW, WRONG_MULT, NO_MULT, FOREIGN, ROPE, ACTIVATION, NARROW)
 Q8_0_BLOCK = 32
 
 
@@ -167,8 +168,7 @@ def refused_label(engine: str, layer: int, kinds: Iterable[str], width: int, mix
 
 
 def _ordered(needs: set[str]) -> list[str]:
-    order = (LINEAR, BARE_START, MIXED_KV, WINDOW, WRONG_MULT, NO_MULT, FOREIGN, ROPE, ACTIVATION, NARROW)
-    return [need for need in order if need in needs]
+    return [need for need in GAPS if need in needs]
 
 
 def _parent_needs(config: Any, limits: Limits, family: str | None = None) -> set[str]:

@@ -10,12 +10,13 @@ from blocks.parent import Parent
 from blocks.records import BlockRecord, CorpusInfo, CostTable, LayerRecord, ParentInfo, Score
 from profiles.schema import Profile
 from tasks.corpus import iterate_documents, prepare_corpus
+from tasks.costs import costs_of
 from tasks.foreign.interchange import read_library
+from tasks.jobs import coupled_jobs, jobs_of
 from tasks.parent import prepare_parent
 from tasks.record import open_parent, record_key, recorded
 from tasks.scoring import stored_score
 from tasks.search.totals import Problem, problem_of
-from tasks.stages import coupled_jobs, jobs_of, stored_costs
 
 
 class UnfinishedLibrary(PuzzleError):
@@ -60,7 +61,7 @@ def open_finished(profile: Profile, workspace: Path) -> Finished:
     found = _scores(profile, workspace, corpus, blocks)
     if not found:
         raise _unfinished(profile, workspace, "no scores")
-    costs = stored_costs(profile, parent, workspace)
+    costs = costs_of(profile, parent, workspace)
     if costs is None:
         raise _unfinished(profile, workspace, f"no costs of its scenarios on hardware {profile.hardware.name}")
     return Finished(
