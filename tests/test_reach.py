@@ -1,10 +1,14 @@
 """Servers that ask for a password, or do not answer: a sentence before any work, and no password in it."""
 
 import base64
+import shutil
+import ssl
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
@@ -184,3 +188,25 @@ def test_mlflow_that_answered_is_not_asked_again_at_once(monkeypatch: pytest.Mon
     assert asked == ["http://one"] * 2
     wait_for_mlflow("http://other")
     assert asked[2:] == ["http://other"]
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_mlflow_is_waited_for_with_the_certificate_that_runs_trust(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    words = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    made = [*words.split(), "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(made, check=True, capture_output=True)
+    monkeypatch.setattr(reach, "_ANSWERED", {})
+    with ThreadingHTTPServer(("127.0.0.1", 0), Guarded) as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"https://localhost:{server.server_port}"
+        with pytest.raises(ServerAway, match="has not answered"):
+            wait_for_mlflow(address, seconds=0.1)
+        monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(certificate))
+        wait_for_mlflow(address, seconds=0.1)
+        server.shutdown()
