@@ -238,14 +238,16 @@ def test_a_person_s_profile_is_offered_by_names_or_not_at_all(roots: Roots, tmp_
         ({"data": ["A=/"]}, "lower-case"),
         ({"data": ["a=/", "a=/"]}, "stands twice"),
         ({"data": ["a=/nowhere-at-all"]}, "no such folder"),
-        ({"stores": ["s3://bucket"]}, "give NAME=URL"),
+        ({"stores": ["s3://user:key@bucket"]}, "give NAME=URL"),
+        ({"stores": ["s3://user:key@bucket?a=b"]}, "left of `=`"),
         ({"stores": ["a=s3://user:key@bucket"]}, "is no store"),
         ({"stores": ["a=s3://bucket/../x"]}, r"`\.\.`"),
     ],
 )
 def test_what_is_declared_wrongly_is_told(options: dict[str, list[str]], told: str, tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=told):
+    with pytest.raises(Refused, match=told) as refused:
         Roots.declared(tmp_path, **options)
+    assert "user:key" not in str(refused.value)
 
 
 def test_a_target_that_is_not_ours_is_refused(roots: Roots) -> None:

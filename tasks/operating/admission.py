@@ -122,13 +122,14 @@ class Roots:
 
 
 def _named(option: str, what: str, given: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """NAME=VALUE, each name once."""
+    """NAME=VALUE, each name once. What is wrong is not repeated: it may hold a password."""
     names = set[str]()
-    for pair in given:
+    for number, pair in enumerate(given, 1):
+        where = f"{option}, value {number}"
         name, equals, value = pair.partition("=")
         if not (equals and value):
-            raise Refused(f"{option} {pair!r} has no name: give NAME={what}; served profiles say NAME, never the rest")
-        _valid(Alias, name, f"{option} {pair!r}: a name has lower-case letters, digits, - and _")
+            raise Refused(f"{where} has no name: give NAME={what}; served profiles say NAME, never the rest")
+        _valid(Alias, name, f"{where}: a name, left of `=`, has lower-case letters, digits, - and _")
         if name in names:
             raise Refused(f"{option} {name} stands twice: give every name once")
         names.add(name)
@@ -152,8 +153,10 @@ def _folder(name: str, folder: str) -> Path:
 
 
 def _store(name: str, url: str) -> str:
-    told = f"--store {name}={url} is no store: give a URL without credentials, such as s3://bucket/prefix"
-    _valid(StoreURL, url, told)
+    # not repeated: it may hold a password
+    _valid(
+        StoreURL, url, f"--store {name} is no store: give a URL without credentials, such as {name}=s3://bucket/prefix"
+    )
     if ".." in url.split("/"):
         raise Refused(f"--store {name}={url} has `..` in it: name the folder itself")
     return url
