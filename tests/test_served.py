@@ -32,7 +32,15 @@ from tasks.operating.admission import (
     served_profile,
     shipped_packages,
 )
-from tasks.operating.served_profile import HARMLESS, ServedProfile, open_fields
+from tasks.operating.served_profile import (
+    HARMLESS,
+    Alias,
+    AliasPath,
+    PackageFile,
+    PackageName,
+    ServedProfile,
+    open_fields,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOWS = (served.optimize, served.reoptimize, served.sweep, served.measure_hardware)
@@ -502,3 +510,29 @@ def test_the_image_has_what_its_worker_serves(roots: Roots) -> None:
     for name in words[: words.index("--root")]:
         for _, package in admission._packages(served_profile(load_profile(name), declared)):
             assert f"{package}==" in listed
+
+
+def test_every_name_in_a_served_profile_has_somebody_who_says_what_it_stands_for() -> None:
+    """A field that is given one of these types has to be looked up in tasks/operating/admission.py too."""
+    schema = ServedProfile.model_json_schema()
+    sections = {"ServedProfile": schema, **schema["$defs"]}
+    looked_up = {
+        AliasPath: {"ServedFolderParent.path", "ServedTextSource.path"},
+        Alias: {
+            "ServedProfile.store",
+            "ServedProfile.name",
+        },  # the second has the same pattern, and is a name of its own
+        PackageName: {
+            *("ServedPackageParent.package", "ServedWikipediaDumpSource.package", "ServedEvaluate.benchmark_package"),
+        },
+        PackageFile: {"ServedPackageParent.file", "ServedWikipediaDumpSource.file"},  # inside such a package
+    }
+    for kind, expected in looked_up.items():
+        pattern = TypeAdapter(kind).json_schema()["pattern"]
+        found = {
+            f"{title}.{name}"
+            for title, section in sections.items()
+            for name, field in section["properties"].items()
+            if pattern in [part.get("pattern") for part in (field, *field.get("anyOf", ()))]
+        }
+        assert found == expected
