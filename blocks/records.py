@@ -326,8 +326,29 @@ class SpeedReport(Value):
     sums: tuple[SumCheck, ...] = ()
 
 
+class Answer(Value):
+    """A greedy answer. ended: the model stopped by itself. chat: asked by the tokenizer's chat template.
+
+    repetition: share of the answer's runs of four tokens that were there before. loops: see tasks/answers.py.
+    """
+
+    prompt: str
+    chat: bool
+    text: str
+    tokens: int
+    ended: bool
+    repetition: float
+    loops: bool
+
+
 class Candidate(Value):
-    """One row of the final table: parent, child or a baseline, before or after GKD."""
+    """One row of the final table: parent, child or a baseline, before or after GKD.
+
+    samples: loss, kl, top1_agreement of each test sequence. correct: 0 or 1 per item of each benchmark; items with the
+    same number in item_groups are on the same text. These are the same sequences and items for all candidates, so what
+    two differ by is told in pairs. layers: what stands in them. All empty in reports of older versions, as `answers`,
+    which only the parent and the finished child have.
+    """
 
     name: str
     stage: Literal["parent", "assembled", "distilled"]
@@ -345,6 +366,11 @@ class Candidate(Value):
     predicted_kl: float | None = None
     gkd_tokens: int = 0
     gains: Gains | None = None
+    layers: tuple[LayerChoice, ...] = ()
+    samples: dict[str, tuple[float, ...]] = {}
+    correct: dict[str, tuple[int, ...]] = {}
+    item_groups: dict[str, tuple[int, ...]] = {}
+    answers: tuple[Answer, ...] = ()
 
 
 class StageTime(Value):

@@ -104,9 +104,9 @@ def show(workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="th
             f"{workspace} holds no finished run; start one with `puzzle optimize PROFILE --workspace {workspace}`"
         )
     from tasks.progress import wide_console
-    from tasks.report import comparison_table
+    from tasks.report import print_report
 
-    wide_console().print(comparison_table(report))
+    print_report(report, wide_console())
     typer.echo(f"child: {workspace.resolve() / report.child_folder}")
 
 

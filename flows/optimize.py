@@ -8,7 +8,7 @@ from blocks.records import ChildReport
 from profiles.schema import Profile
 from tasks import stages, whole_models
 from tasks.compare import contender, parent_contender
-from tasks.finish import best_baseline, open_run
+from tasks.finish import Findings, best_baseline, open_run
 from tasks.workers import task_runner
 
 
@@ -37,14 +37,15 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         assembled = [own, child, *baselines]
         found = whole_models.evaluate_all(assembled, parent, corpus, profile, folder)
 
-        best = best_baseline(baselines, found[2:]) if profile.evaluate.distill_best_baseline else []
+        best = best_baseline(child, baselines, found[2:]) if profile.evaluate.distill_best_baseline else []
         distilled = whole_models.distill_globally([child, *best], parent, corpus, profile, folder)
         found += whole_models.evaluate_all(distilled, parent, corpus, profile, folder)
         speed = whole_models.measure_speed(assembled, parent, costs, profile, folder)
 
-        failed = [block for block in blocks if block.status == "failed"]
         final = distilled[0] if distilled else child
-        return run.finish(final, assembled + distilled, found, speed, (parent, corpus), failed)
+        said = whole_models.let_answer([own, final], parent, profile, folder)
+        findings = Findings(evaluations=found, speed=speed, answers=said)
+        return run.finish(final, assembled + distilled, findings, (parent, corpus), blocks)
 
 
 def run_optimize(profile: Profile, workspace: Path) -> ChildReport:

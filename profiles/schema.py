@@ -349,6 +349,26 @@ BaselineName = Literal[
 BenchmarkName = Literal["hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande"]
 
 
+PromptText = Annotated[str, Field(min_length=1, max_length=4000, pattern=r"\S")]
+
+
+class Chat(Section):
+    """A user's turn, asked by the tokenizer's chat template; as plain text where it has none."""
+
+    chat: PromptText = Field(description="what the user says", examples=["What is the capital of France?"])
+
+
+# facts, a poem or a story, an explanation, code: what a child loses first differs
+PROMPTS: tuple[Chat | str, ...] = (
+    Chat(chat="What is the capital of France?"),
+    Chat(chat="Write a short poem about the sea."),
+    Chat(chat="Explain in two sentences why the sky is blue."),
+    "The Roman Empire was",
+    "Once upon a time there was a",
+    "def fibonacci(n):\n",
+)
+
+
 class Evaluate(Section):
     """What parent, child and baselines are compared on."""
 
@@ -361,6 +381,11 @@ class Evaluate(Section):
     )
     distill_best_baseline: bool = Field(default=True, description="GKD for the best baseline, as many tokens")
     throughput_rounds: int = Field(default=5, ge=1, description="interleaved rounds of the end-to-end speed")
+    prompts: tuple[Chat | PromptText, ...] = Field(
+        default=PROMPTS,
+        description="what parent and child answer side by side, {chat: ...} or a text to go on with; six when absent",
+    )
+    answer_tokens: int = Field(default=60, ge=1, le=4096, description="of an answer, at most")
 
 
 class Champion(Section):

@@ -22,15 +22,17 @@ from tasks.evaluate import (
     BenchmarkResult,
     ParentTargets,
     Quality,
-    measure_quality,
     parent_targets,
+    quality_of,
     retention,
     run_benchmarks,
+    sequence_figures,
 )
 from tasks.gkd import GKDResult, TeacherRecord, Tell, distill_globally
 from tasks.record import open_parent
 
 VERSION = 1
+EVALUATION_VERSION = 2  # figures of each sequence and groups of items are kept
 
 
 class Contender(Value):
@@ -69,9 +71,10 @@ LINEAGE = "lineage.json"
 
 
 class Evaluation(Value):
-    """Quality on test sequences and results per benchmark."""
+    """Quality on test sequences, the same of each sequence, and results per benchmark."""
 
     quality: Quality
+    samples: dict[str, tuple[float, ...]]
     benchmarks: dict[str, BenchmarkResult]
 
 
@@ -142,7 +145,9 @@ def _test_tokens(corpus: CorpusInfo, sequences: int, workspace: Path) -> Tensor:
 def evaluation_path(which: Contender, parent: ParentInfo, corpus: CorpusInfo, settings: Evaluate) -> str:
     """Where a contender's evaluation lies, relative to the workspace."""
     asked = settings.model_dump(include={"sequences", "benchmarks", "benchmark_limit", "benchmark_package"})
-    key = digest_of(model=which.key, parent=parent.fingerprint, corpus=corpus.fingerprint, asked=asked, v=VERSION)
+    key = digest_of(
+        model=which.key, parent=parent.fingerprint, corpus=corpus.fingerprint, asked=asked, v=EVALUATION_VERSION
+    )
     return f"evaluations/{key}.json"
 
 
@@ -156,8 +161,10 @@ def evaluate_contender(
         return stored
     model = build(which, parent, workspace)
     targets = _test_targets(parent, corpus, settings.sequences, workspace)
+    figures = sequence_figures(model, targets, _test_tokens(corpus, settings.sequences, workspace))
     found = Evaluation(
-        quality=measure_quality(model, targets, _test_tokens(corpus, settings.sequences, workspace)),
+        quality=quality_of(figures),
+        samples={name: tuple(values.tolist()) for name, values in figures.items()},
         benchmarks=run_benchmarks(
             model,
             workspace / parent.folder,
@@ -200,4 +207,8 @@ def candidate(
         runtime_seconds=fast.runtime_seconds if fast else None,
         gains=fast.gains if fast else None,
         gkd_tokens=which.gkd.tokens if which.gkd else 0,
+        layers=which.architecture.layers,
+        samples=found.samples,
+        correct={name: result.correct for name, result in found.benchmarks.items()},
+        item_groups={name: result.groups for name, result in found.benchmarks.items()},
     )

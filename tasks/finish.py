@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from prefect.client.orchestration import get_client
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.library import digest_of, keep
 from blocks.records import (
+    Answer,
     Architecture,
     BlockRecord,
     ChildReport,
@@ -38,7 +39,7 @@ from tasks.operating.artifacts import show_link, show_markdown, show_picture, sh
 from tasks.operating.run_tables import layer_rows, variant_rows
 from tasks.operating.shared import keep_run
 from tasks.progress import say, wide_console
-from tasks.report import comparison_table, report_markdown, verdict, write_report
+from tasks.report import headlines, print_report, report_markdown, write_report
 from tasks.run_page import write_run_page
 from tasks.sums import PHASES, told
 from tasks.usage import Usage
@@ -49,6 +50,15 @@ COST_COLUMNS = (
     *("subblock", "variant", "scenario", "batch_size", "prefill_seconds", "decode_seconds_per_token"),
     *("prefill_spread", "decode_spread", "parameters"),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What was found of whole models: evaluations in the order of the contenders, speeds, answers by name and stage."""
+
+    evaluations: Sequence[Evaluation]
+    speed: SpeedReport
+    answers: Mapping[tuple[str, str], tuple[Answer, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +142,13 @@ class Run:
         self,
         final: Contender,
         contenders: Sequence[Contender],
-        found: Sequence[Evaluation],
-        speed: SpeedReport,
+        found: Findings,
         source: tuple[ParentInfo, CorpusInfo],
-        failed: Sequence[BlockRecord],
+        blocks: Sequence[BlockRecord],
     ) -> ChildReport:
         """Export the child, write and log the report, print the table. `contenders[0]` is the parent."""
         parent, corpus = source
+        speed, parents = found.speed, found.evaluations[0]
         folder = self.workspace / "runs" / f"{self.profile.name}-{digest_of(child=final.key)[:12]}"
         size = weight_bytes(self.profile.hardware.precision)
         report = ChildReport(
@@ -147,12 +157,16 @@ class Run:
             corpus=corpus,
             architecture=final.architecture,
             candidates=tuple(
-                candidate(which, evaluation, found[0], speed.models, size, self.profile.scoring.metric)
-                for which, evaluation in zip(contenders, found, strict=True)
+                candidate(which, evaluation, parents, speed.models, size, self.profile.scoring.metric).model_copy(
+                    update={"answers": found.answers.get((which.name, which.stage), ())}
+                )
+                for which, evaluation in zip(contenders, found.evaluations, strict=True)
             ),
             child_folder=str((folder / "child").relative_to(self.workspace)),
             speed=speed,
-            failed_variants=tuple(f"layer {block.layer} {block.subblock} {block.variant}" for block in failed),
+            failed_variants=tuple(
+                f"layer {block.layer} {block.subblock} {block.variant}" for block in blocks if block.status == "failed"
+            ),
             stages=tuple(self.usage.stages),
             seconds=self.usage.seconds(),
             cpu_seconds=self.usage.cpu_seconds(),
@@ -170,7 +184,7 @@ class Run:
             keep_run(folder, self.workspace)
         tracking.log_report(self.tracking, self.mlflow_run_id, report, files)
         self._link_to_others()
-        show_markdown("report", markdown, verdict(report))
+        show_markdown("report", markdown, " ".join(headlines(report)))
         for name in ("architecture", "comparison"):
             show_picture(name, folder / f"{name}.png", f"{name} of {self.profile.name}'s child")
         for line in told(speed):
@@ -200,7 +214,7 @@ class Run:
 
     def _print(self, report: ChildReport, folder: Path) -> None:
         console = wide_console()
-        console.print(comparison_table(report))
+        print_report(report, console)
         console.print(
             f"took {report.seconds / 60:.1f} min, {report.cpu_seconds:,.0f} CPU-seconds of this process, "
             f"peak memory {report.peak_memory_bytes / 2**30:.1f} GiB",
@@ -310,7 +324,8 @@ def _opened_run(profile: Profile, workspace: Path, kept: Path) -> Iterator[Run]:
     kept.unlink(missing_ok=True)
 
 
-def best_baseline(baselines: Sequence[Contender], found: Sequence[Evaluation]) -> list[Contender]:
-    """The baseline with the lowest measured KL, in a list; empty when there is none."""
-    ranked = sorted(zip(baselines, found, strict=True), key=lambda pair: pair[1].quality.kl.value)
+def best_baseline(child: Contender, baselines: Sequence[Contender], found: Sequence[Evaluation]) -> list[Contender]:
+    """The baseline with the lowest measured KL that is another model than the child, in a list; empty without one."""
+    pairs = [pair for pair in zip(baselines, found, strict=True) if pair[0].key != child.key]
+    ranked = sorted(pairs, key=lambda pair: pair[1].quality.kl.value)
     return [ranked[0][0]] if ranked else []

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from blocks.library import digest_of
-from blocks.records import CorpusInfo, CostTable, ParentInfo, SpeedReport
+from blocks.records import Answer, CorpusInfo, CostTable, ParentInfo, SpeedReport
 from profiles.schema import Profile
-from tasks import compare, gkd, speed
+from tasks import answers, compare, gkd, speed
 from tasks.compare import Contender, Evaluation
 from tasks.failures.retries import limits_of
 from tasks.failures.sharing import Piece, made_once
@@ -38,6 +38,14 @@ def evaluate_task(which: Contender, parent: ParentInfo, corpus: CorpusInfo, prof
     key = digest_of(path=compare.evaluation_path(which, parent, corpus, profile.evaluate))
     with made_once(Path(workspace), Piece(key=f"evaluate-{key}", what=f"the evaluation of {which.name}")):
         return compare.evaluate_contender(which, parent, corpus, profile.evaluate, Path(workspace))
+
+
+@task_of("answers", "answers of {which.name}", None)
+def answers_task(which: Contender, parent: ParentInfo, profile: Profile, workspace: str) -> Any:
+    """See tasks.answers.answers_of."""
+    key = digest_of(path=answers.answers_path(which, parent, profile.evaluate))
+    with made_once(Path(workspace), Piece(key=f"answers-{key}", what=f"the answers of {which.name}")):
+        return answers.answers_of(which, parent, profile.evaluate, Path(workspace))
 
 
 @task_of("throughput", "throughput of {count} models", None)
@@ -82,6 +90,21 @@ def distill_globally(
             own = gkd_task.with_options(**limits_of(profile))
             distilled.append(own(which, teacher, parent, profile, str(workspace), tell))
     return distilled
+
+
+def let_answer(
+    contenders: Sequence[Contender], parent: ParentInfo, profile: Profile, workspace: Path
+) -> dict[tuple[str, str], tuple[Answer, ...]]:
+    """What each says to the profile's prompts, by name and stage; nobody is asked where there are none."""
+    if not profile.evaluate.prompts:
+        return {}
+    found: dict[tuple[str, str], tuple[Answer, ...]] = {}
+    with stage("answers") as tell:
+        for done, which in enumerate(contenders, start=1):
+            said = answers_task.with_options(**limits_of(profile))(which, parent, profile, str(workspace)).answers
+            found[which.name, which.stage] = said
+            tell(done, len(contenders), f"{which.name}, {sum(answer.loops for answer in said)} of {len(said)} loop")
+    return found
 
 
 def measure_speed(

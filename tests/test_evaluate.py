@@ -13,7 +13,15 @@ from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM
 from profiles.schema import Scenario
 from tasks import evaluate, throughput
-from tasks.evaluate import BenchmarkResult, mean_metric, measure_quality, parent_targets, retention, run_benchmarks
+from tasks.evaluate import (
+    BenchmarkResult,
+    mean_metric,
+    parent_targets,
+    quality_of,
+    retention,
+    run_benchmarks,
+    sequence_figures,
+)
 from tasks.throughput import measure_throughput, median_metric
 
 KEPT: dict[str, Any] = {"no_op": False, "replace_with_linear": False}
@@ -66,7 +74,7 @@ def test_quality_is_that_of_the_whole_softmax(
     monkeypatch.setattr(evaluate, "CHUNK_TOKENS", 7)  # chunks cut through sequences, batches through the tokens
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", 20)
     parent, child = tiny_model(0, final_logit_softcapping=softcap), tiny_model(1, final_logit_softcapping=softcap)
-    quality = measure_quality(child, parent_targets(parent, tokens), tokens)
+    quality = quality_of(sequence_figures(child, parent_targets(parent, tokens), tokens))
     rows = oracle(parent, child, tokens)
     for metric, column in zip((quality.loss, quality.kl, quality.top1_agreement), zip(*rows, strict=True), strict=True):
         mean = sum(column) / 5
@@ -79,7 +87,7 @@ def test_quality_is_that_of_the_whole_softmax(
 
 def test_the_parent_against_itself_is_exactly_zero(tokens: torch.Tensor) -> None:
     parent = tiny_model(0).train()
-    quality = measure_quality(parent, parent_targets(parent, tokens), tokens)
+    quality = quality_of(sequence_figures(parent, parent_targets(parent, tokens), tokens))
     assert (quality.kl.value, quality.kl.se) == (0, 0)
     assert quality.top1_agreement.value == 1
     assert parent.training
@@ -88,7 +96,7 @@ def test_the_parent_against_itself_is_exactly_zero(tokens: torch.Tensor) -> None
 def test_targets_of_other_tokens_are_refused(tokens: torch.Tensor) -> None:
     parent = tiny_model(0)
     with pytest.raises(ValueError, match="other tokens"):
-        measure_quality(parent, parent_targets(parent, tokens), tokens.flip(0))
+        sequence_figures(parent, parent_targets(parent, tokens), tokens.flip(0))
 
 
 def test_standard_errors() -> None:
@@ -112,7 +120,7 @@ def test_retention_is_the_mean_ratio_with_a_paired_error() -> None:
     child = {"a": result(1, 1, 1, 0, 0, 0, 0, 0), "b": parent["b"]}
     found = retention(child, parent)
     assert found is not None
-    assert found.value == pytest.approx((0.5 + 1) / 2)
+    assert found.value == pytest.approx((3 / 8 + 4 / 8) / (6 / 8 + 4 / 8))
     assert 0.05 < found.se < 0.2
     assert retention(child, parent) == found
 
@@ -122,9 +130,22 @@ def test_retention_without_a_right_answer_of_the_parent() -> None:
     assert retention({"a": result(1, 0)}, hopeless) is None
     both = retention({"a": result(1, 0), "b": result(1, 1)}, hopeless | {"b": result(1, 1)})
     assert both is not None
-    assert (both.value, both.n) == (1, 2)
+    assert (both.value, both.n) == (1.5, 4)
     with pytest.raises(ValueError, match="same benchmarks and items"):
         retention({"a": result(1)}, hopeless)
+
+
+def test_items_on_one_text_go_together() -> None:
+    """Twins, and several items on one video, are fewer independent items than they look."""
+    twins = [{"doc": {"option1": f"a{i // 2}", "option2": "b"}, "doc_id": i, "acc": i // 2 % 2} for i in range(8)]
+    videos = [{"doc": {"source_id": f"v{i // 4}"}, "doc_id": i, "acc_norm": i // 4 % 2} for i in range(8)]
+    apart = [{"doc": {"goal": "same"}, "doc_id": i, "acc_norm": i // 4 % 2} for i in range(8)]
+    found = [evaluate._result(*one) for one in (("winogrande", twins[::-1]), ("hellaswag", videos), ("piqa", apart))]
+    assert [max(own.groups) + 1 for own in found] == [4, 2, 8]
+    assert [own.metric.n for own in found] == [8, 8, 8] and {own.metric.value for own in found} == {0.5}
+    independent = 0.5 * math.sqrt(8 / 7) / math.sqrt(8)
+    assert found[2].metric.se == pytest.approx(independent)
+    assert found[1].metric.se > found[0].metric.se > 1.4 * independent
 
 
 def byte_tokenizer(folder: Path) -> int:

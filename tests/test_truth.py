@@ -16,7 +16,7 @@ from blocks.library import read_tensors
 from blocks.records import CostTable, LayerChoice
 from profiles.schema import GKD, Budget, Evaluate, Profile, Scoring, TinyParent
 from tasks.compare import build, contender
-from tasks.evaluate import measure_quality, parent_targets
+from tasks.evaluate import mean_metric, parent_targets, sequence_figures
 from tasks.search.totals import predicted
 from tasks.studies.contest import Ask, contest
 from tasks.studies.finished import Finished, UnfinishedLibrary, open_finished
@@ -74,7 +74,7 @@ def test_like_the_assembled_model(finished: Finished, chain: Chain) -> None:
     tokens = read_tensors(chain.workspace, chain.corpus.tokens, ["validation"])["validation"][6:8, :32]
     which = contender("child", predicted(finished.problem, MIXED, "test"), finished.blocks)
     targets = parent_targets(chain.reader.model(), tokens)
-    kl = measure_quality(build(which, chain.parent, chain.workspace), targets, tokens).kl
+    kl = mean_metric(sequence_figures(build(which, chain.parent, chain.workspace), targets, tokens)["kl"])
     found = others(MIXED)
     assert np.mean(found.per_sequence) == pytest.approx(kl.value, rel=1e-4)
     assert found.tokens == 64 and kl.value > 0.01

@@ -34,6 +34,7 @@ SPEED_FIELDS = (
     "generated_tokens_per_second",
     "requests_per_second",
 )
+PARTS = frozenset({"layers", "samples", "correct", "item_groups", "answers"})  # in report.json, too long for a table
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's UI takes runs for chats with a model
 Tags = Mapping[str, str | None]
 
@@ -222,12 +223,17 @@ def log_params(tracking: Tracking, run_id: str, params: Mapping[str, str]) -> No
     client.log_batch(run_id, params=[Param(key, value) for key, value in params.items() if key not in there])
 
 
-def log_table(tracking: Tracking, run_id: str, name: str, rows: Sequence[Value]) -> None:
-    """Contracts as the table `<name>.json` of a run (BLD losses, scores, costs). A resumed run replaces it."""
+def log_table(
+    tracking: Tracking, run_id: str, name: str, rows: Sequence[Value], without: frozenset[str] = frozenset()
+) -> None:
+    """Contracts as the table `<name>.json` of a run (BLD losses, scores, costs). A resumed run replaces it.
+
+    without: fields that are no columns.
+    """
     if not rows:
         return
     client, file = _client(tracking.uri), f"{name}.json"
-    dumped = [row.model_dump(mode="json") for row in rows]
+    dumped = [row.model_dump(mode="json", exclude=set(without)) for row in rows]
     # MLflow's log_table appends to a table that is there; so write what it writes, and mark it as it does
     table = {"columns": list(dumped[0]), "data": [list(row.values()) for row in dumped]}
     client.log_dict(run_id, table, file)
@@ -240,7 +246,7 @@ def log_table(tracking: Tracking, run_id: str, name: str, rows: Sequence[Value])
 def log_report(tracking: Tracking, run_id: str, report: ChildReport, files: Sequence[Path]) -> None:
     """Metrics of all candidates, their table, and the files that `write_report` made (pictures, Markdown, JSON)."""
     log_metrics(tracking, run_id, report_metrics(report))
-    log_table(tracking, run_id, "candidates", report.candidates)
+    log_table(tracking, run_id, "candidates", report.candidates, PARTS)
     log_files(tracking, run_id, files, "report")
 
 
@@ -333,6 +339,9 @@ def _candidate_figures(candidate: Candidate, parent: Candidate | None) -> dict[s
     }
     if candidate.predicted_kl is not None:
         figures["predicted_kl"] = candidate.predicted_kl
+    if candidate.answers:
+        figures["answers"] = float(len(candidate.answers))
+        figures["looping_answers"] = float(sum(answer.loops for answer in candidate.answers))
     measured: dict[str, Metric | None] = {
         name: getattr(candidate, name)
         for name in (

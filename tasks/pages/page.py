@@ -21,7 +21,18 @@ from tasks.pages.library_pictures import Front, draw_confidence, draw_front, dra
 from tasks.pages.svg import inline_svg
 from tasks.picture import draw_comparison
 from tasks.progress import shown
-from tasks.report import BEST, LEGEND, comparison_rows, save_figure, speed_table, sums_table, verdict
+from tasks.report import (
+    BEST,
+    BEST_MEANS,
+    LEGEND,
+    SAID,
+    answered,
+    comparison_rows,
+    headlines,
+    save_figure,
+    speed_table,
+    sums_table,
+)
 from tasks.search.confidence import Confidence, bootstrap
 from tasks.search.front import front_of
 from tasks.search.joint import QUANTITIES, JointLibrary, LibraryFileError, at
@@ -158,10 +169,12 @@ def render(study: Study, figures: dict[str, Figure]) -> str:
         error="" if study.choice.score_se is None else f"{study.choice.score_se:.2g}",
         report=report,
         rows=[] if report is None else comparison_rows(report),
-        verdict="" if report is None else verdict(report),
+        headlines=[] if report is None else headlines(report),
+        answers=[] if report is None else answered(report),
+        said=SAID,
         speeds=[] if report is None else [table for table in (sums_table(report), speed_table(report)) if table[1]],
         best=BEST,
-        legend=LEGEND,
+        legend=f"{BEST_MEANS} {LEGEND}",
         percent=lambda share, digits=0: f"{round(100 * share, digits) + 0.0:.{digits}f} %",
     )
 

@@ -48,6 +48,7 @@ CHECK_SECONDS = 0.5  # a parent's config and tokenizer opened, its family's code
 MODULES = 13  # of a layer: itself, attention, FFN, four and three matrices, activation, two norms
 ENTRY_NAMES = 2  # a string of the header, walked twice, for the model and for the tokenizer, in names
 VOCABULARY_LISTS = 3  # tokens, their types, about as many merges
+STEP_SECONDS = 3e-4  # of one token through one layer, whatever its width
 CORPUS_TOKENS_PER_SECOND = 40_000  # text cleaned, tokenised, packed
 BUILD_BYTES_PER_SECOND = 3.5e8  # a model assembled: weights read, checked against their digests, copied
 BENCHMARK_SECONDS = 2.0  # lm-eval around one model: data opened, requests built
@@ -337,6 +338,18 @@ def benchmark_tokens(shape: Shape) -> int:
     settings = shape.profile.evaluate
     sizes = [BENCHMARKS[name] for name in settings.benchmarks]
     return sum(tokens * min(settings.benchmark_limit or items, items) for tokens, items in sizes)
+
+
+def answers_work(shape: Shape, share: float) -> Work:
+    """Parent and child answer every prompt to the last token: a token at a time, so all weights are read for each."""
+    settings = shape.profile.evaluate
+    tokens = len(settings.prompts) * settings.answer_tokens
+    work = Work()
+    for kept in (1.0, share):
+        weights = model_bytes(shape, kept)
+        steps = tokens * shape.depth * STEP_SECONDS
+        work += Work(stream=tokens * weights, fixed=steps + weights / BUILD_BYTES_PER_SECOND + TASK_SECONDS)
+    return work
 
 
 def teacher_work(shape: Shape) -> Work:

@@ -268,6 +268,7 @@ def stages_of(
     scored = profile.scoring.sequences * (profile.scoring.tokens_per_sequence or length)
     stepped = gkd.steps * gkd.batch_sequences * length
     shares = [1.0, *[share] * (1 + rivals)]
+    spoken = len(profile.evaluate.prompts) * profile.evaluate.answer_tokens
     rows = [
         ("parent", 1, 0, effort.parent_work(shape)),
         ("corpus", 1, packed, Work(fixed=packed / effort.CORPUS_TOKENS_PER_SECOND + effort.TASK_SECONDS)),
@@ -283,6 +284,7 @@ def stages_of(
         ("GKD best baseline", max(distilled - 1, 0), stepped, effort.gkd_work(shape, share)),
         ("evaluate", distilled, tested * distilled, effort.evaluate_work(shape, [share] * distilled, first=False)),
         ("throughput", 1 if serving else 0, 0, throughput_work(shape, serving, shares)),
+        ("answers", 2 if spoken else 0, 2 * spoken, effort.answers_work(shape, share)),
     ]
     return [
         StagePlan(name=name, tasks=tasks, tokens=tokens, seconds=None if work is None else work.seconds(rates))

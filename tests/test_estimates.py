@@ -1,0 +1,109 @@
+"""Errors against formulas and resampling, pairs and clusters, and when a difference is clear."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from blocks.records import Metric
+from tasks.estimates import (
+    clustered_standard_error,
+    independent_difference,
+    interval,
+    is_clear,
+    mean,
+    paired_difference,
+    pooled_accuracy,
+    ratio,
+)
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0, 4.0, 9.0], [0, 1, 1, 0, 1], [0.3] * 4, [-5.0, 7.0]])
+def test_a_mean_has_the_usual_error(values: list[float]) -> None:
+    found = mean(values).metric
+    assert found.value == pytest.approx(np.mean(values))
+    assert found.se == pytest.approx(stats.sem(values))
+    assert found.n == len(values)
+
+
+def test_one_value_tells_no_error() -> None:
+    one = mean([3.0])
+    assert (one.value, one.error) == (3, 0)
+    assert not is_clear(one.metric)
+    with pytest.raises(ValueError, match="two parts"):
+        interval(one)
+
+
+@pytest.mark.parametrize("copies", [2, 3, 5])
+def test_an_item_that_is_there_several_times_counts_once(copies: int) -> None:
+    """The same items, each copied: an error that took the copies as independent would shrink by sqrt(copies)."""
+    values = [0.0, 1.0, 1.0, 0.0, 1.0, 1.0]
+    repeated = [value for value in values for _ in range(copies)]
+    groups = [place for place in range(len(values)) for _ in range(copies)]
+    assert clustered_standard_error(repeated, groups) == pytest.approx(stats.sem(values))
+    assert clustered_standard_error(repeated) < stats.sem(values) / 1.2
+
+
+def test_groups_are_one_for_each_value() -> None:
+    with pytest.raises(ValueError, match="3 values need as many groups, not 2"):
+        mean([1, 2, 3], ["a", "b"])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_pairs_take_out_what_was_hard_for_both(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    hard = generator.normal(size=24)
+    first, second = hard + 0.3 + 0.05 * generator.normal(size=24), hard
+    lead = paired_difference(mean(first), mean(second))
+    assert lead.value == pytest.approx(np.mean(first - second)) and lead.se == pytest.approx(stats.sem(first - second))
+    assert is_clear(lead) and not is_clear(independent_difference(mean(first).metric, mean(second).metric))
+
+
+def test_pairs_need_one_sample() -> None:
+    with pytest.raises(ValueError, match="3 and 2 parts"):
+        paired_difference(mean([1, 2, 3]), mean([1, 2]))
+
+
+def test_accuracies_are_pooled_over_items_or_over_tasks() -> None:
+    correct = {"a": [1, 1, 1, 0], "b": [0, 1], "c": [0, 0, 0, 0]}
+    pooled, by_task = pooled_accuracy(correct), pooled_accuracy(correct, by_task=True)
+    assert pooled.value == pytest.approx(4 / 10)
+    assert by_task.value == pytest.approx((0.75 + 0.5 + 0) / 3)
+    errors = [stats.sem(correct[name]) for name in "abc"]
+    assert by_task.error == pytest.approx(math.hypot(*errors) / 3)
+    assert pooled.error == pytest.approx(math.hypot(4 * errors[0], 2 * errors[1], 4 * errors[2]) / 10)
+    with pytest.raises(ValueError, match="items"):
+        pooled_accuracy({"a": []})
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_ratio_has_the_error_of_its_paired_bootstrap(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    parents = {name: generator.random(80) < 0.6 for name in "abc"}
+    childs = {name: np.where(generator.random(80) < 0.8, own, ~own) for name, own in parents.items()}
+    as_items = [{name: own.astype(int).tolist() for name, own in side.items()} for side in (childs, parents)]
+    found = ratio(*(pooled_accuracy(side, by_task=True) for side in as_items))
+    assert found is not None
+    drawn = []
+    for _ in range(4000):
+        picked = {name: generator.integers(80, size=80) for name in "abc"}
+        means = [np.mean([side[name][picked[name]].mean() for name in "abc"]) for side in (childs, parents)]
+        drawn.append(means[0] / means[1])
+    assert found.error == pytest.approx(np.std(drawn), rel=0.08)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert interval(found) == pytest.approx((low, high), abs=0.012)
+
+
+def test_a_ratio_to_itself_has_no_error_and_one_to_nothing_is_none() -> None:
+    own = mean([1, 0, 1, 1])
+    same = ratio(own, own)
+    assert same is not None and (same.value, same.error) == (1, 0)
+    assert ratio(own, mean([0, 0, 0, 0])) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "se", "n", "clear"), [(0.2, 0.09, 8, True), (-0.2, 0.09, 8, True), (0.2, 0.1, 8, False), (9, 0, 1, False)]
+)
+def test_clear_is_more_than_two_standard_errors(value: float, se: float, n: int, clear: bool) -> None:
+    assert is_clear(Metric(value=value, se=se, n=n)) is clear
