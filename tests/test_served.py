@@ -205,6 +205,8 @@ def test_every_field_of_a_profile_is_closed_narrowed_or_listed_as_harmless(monke
     assert open_fields(ServedProfile) == []
     monkeypatch.setattr(served_profile_module, "HARMLESS", frozenset())
     assert set(open_fields(ServedProfile)) == HARMLESS, "every one of them is a field, and would be found"
+    with pytest.raises(TypeError, match=r"could set .*BLD\.coupled.* narrow it in tasks\.operating\.served_profile"):
+        admitted(asked(), Roots(workspaces=ROOT))
     wide = open_fields(Profile)
     for field in (
         *("Orchestration.address", "Profile.store", "FolderParent.path", "TextSource.path", "HubParent.revision"),

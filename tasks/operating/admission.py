@@ -21,7 +21,14 @@ from blocks.errors import PuzzleError
 from profiles.hardware import shipped_targets
 from profiles.load import load_profile, shipped_profiles
 from profiles.schema import Profile, StoreURL
-from tasks.operating.served_profile import Alias, PackageName, ServedFolderParent, ServedHubParent, ServedProfile
+from tasks.operating.served_profile import (
+    Alias,
+    PackageName,
+    ServedFolderParent,
+    ServedHubParent,
+    ServedProfile,
+    refuse_open_fields,
+)
 
 ROOT, DATA_ROOTS, REMOTE_CODE = "PUZZLE_ROOT", "PUZZLE_DATA_ROOTS", "PUZZLE_ALLOW_REMOTE_CODE"
 STORES, PACKAGES = "PUZZLE_STORES", "PUZZLE_PACKAGES"
@@ -172,6 +179,7 @@ def admitted_workspace(name: str, roots: Roots) -> Path:
 
 def admitted(served: ServedProfile, roots: Roots) -> Profile:
     """The profile that a served one stands for; Refused, with every reason, when a served run may not have it."""
+    refuse_open_fields()
     reasons = [*_unknown_packages(served, roots), *_unknown_target(served)]
     tree = served.model_dump()
 

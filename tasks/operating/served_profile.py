@@ -4,8 +4,8 @@ A person at a shell owns what the shell can read, so a `Profile` may name anythi
 start a served run with any parameters, so a `ServedProfile` holds numbers, choices from closed lists, and names. What a
 name stands for is said by whoever started `puzzle serve` (tasks/operating/admission.py).
 
-A section that is not narrowed here is the profile's own. A field that is added to the profile and could hold more than
-a number or a choice stops the import of this file until it is narrowed here or listed in HARMLESS.
+A section that is not narrowed here is the profile's own. While a field that was added to the profile could hold more
+than a number or a choice, nothing is served: it has to be narrowed here, or listed in HARMLESS.
 """
 
 from collections.abc import Iterator
@@ -160,6 +160,8 @@ HARMLESS = frozenset(
         "ServedTextSource.text_field",  # a column
         "ServedTextSource.separator",  # text is split at it
         "ServedHubSource.text_field",  # a column
+        "ServedEvaluate.prompts",  # what a model is asked
+        "Chat.chat",
         "BLD.closed_form",
         "BLD.coupled",
         "ServedEvaluate.distill_best_baseline",
@@ -204,5 +206,7 @@ def _is_open(leaf: dict[str, Any]) -> bool:
     return leaf.get("type") != "string" or leaf.get("pattern") not in _NAMES
 
 
-if _open := open_fields(ServedProfile):
-    raise TypeError(f"a served run could set {', '.join(_open)} to anything: narrow it in {__name__}, or see HARMLESS")
+def refuse_open_fields() -> None:
+    """TypeError while a field of the profile is neither narrowed nor known to be harmless: nothing is served."""
+    if found := open_fields(ServedProfile):
+        raise TypeError(f"a served run could set {', '.join(found)} to anything: narrow it in {__name__}, see HARMLESS")
