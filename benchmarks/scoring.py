@@ -121,7 +121,7 @@ def full_scores(bench: Bench, blocks: dict[int, list[BlockRecord]]) -> tuple[dic
     """Scores by full forwards; time with the parent run again for each variant, and with its log-probs kept."""
     sequences, length = bench.scored.count, bench.scored.length
     tokens = read_tensors(bench.workspace, bench.corpus.tokens)["validation"][:sequences, :length].long()
-    model: Any = AutoModelForCausalLM.from_pretrained(bench.workspace / bench.parent.folder).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(bench.workspace / bench.parent.folder, dtype=torch.float32).eval()
     log_probs(model, tokens)
     found: dict[Key, float] = {}
     twice, once = Clock().stop(), Clock().stop()

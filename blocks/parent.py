@@ -39,6 +39,13 @@ class Parent:
         """Number of layers."""
         return self.config.num_hidden_layers
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the parent's weights are released in, by its config; what is computed here is float32 all the same."""
+        named = getattr(self.config, "dtype", None)
+        dtype = getattr(torch, named, None) if isinstance(named, str) else named
+        return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
+
     @cached_property
     def attention_types(self) -> list[str]:
         """Attention type of each layer."""

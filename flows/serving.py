@@ -16,14 +16,15 @@ from tasks.progress import clock, say, shown, wide_console
 ChildPath = Annotated[
     Path, typer.Argument(metavar="CHILD", help="a child's folder (a parent's will do), or a .gguf file")
 ]
-Precision = Annotated[str, typer.Option("--precision", help="f32, f16, bf16; q8_0 in GGUF and llama.cpp")]
+PRECISION = "f32, f16, bf16; q8_0 in GGUF and llama.cpp"
+Precision = Annotated[str, typer.Option("--precision", help=PRECISION)]
 
 
 def export_command(
     child: ChildPath,
     form: Annotated[str, typer.Option("--format", help="gguf, nemotron-nas, transformers or native")],
     out: Annotated[Path, typer.Option("--out", metavar="PATH", help="the file (gguf) or folder to write")],
-    precision: Precision = "f32",
+    precision: Annotated[str | None, typer.Option("--precision", help=f"{PRECISION} [the child's own]")] = None,
     tokenizer_from: Annotated[
         Path | None, typer.Option("--tokenizer-from", metavar="GGUF", help="copy the tokenizer of this GGUF file")
     ] = None,

@@ -6,7 +6,17 @@ named in the error that asks for it.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import CoreSchema
 
 EngineName = Literal["torch", "llama.cpp", "vllm", "tensorrt-llm", "sglang"]
@@ -82,12 +92,16 @@ ParentSource = Annotated[FolderParent | HubParent | PackageParent | TinyParent, 
 
 
 class TextSource(Section):
-    """Text, jsonl or parquet files, read through `datasets`. Documents of text files are split at `separator`."""
+    """Text, jsonl or parquet files in UTF-8, also packed (gz, bz2, xz, zst). Only the wanted field is looked at."""
 
     kind: Literal["text", "jsonl", "parquet"]
-    path: str = Field(description="file or glob; relative paths start at the current folder")
-    text_field: str = Field(default="text", description="name of the column, for jsonl and parquet")
-    separator: str = Field(default="\n\n\n", description="between documents, for text")
+    path: str = Field(min_length=1, description="file, folder or glob; relative paths start at the current folder")
+    text_field: str = Field(
+        default="text",
+        description="field with the text, for jsonl and parquet; or with chats, as lists of messages: `messages` and "
+        "`conversations` are found where there is no `text`",
+    )
+    separator: str = Field(default="\n\n\n", min_length=1, description="between documents, for text")
 
 
 class HubSource(Section):
@@ -100,7 +114,7 @@ class HubSource(Section):
         default=None, description="where the data set has several", examples=["sample-10BT"]
     )
     split: str = Field(default="train", description="split of the data set; ours is made by document hash")
-    text_field: str = Field(default="text", description="name of the column")
+    text_field: str = Field(default="text", description="name of the column, with text or chats")
 
 
 class WikipediaDumpSource(Section):
@@ -215,11 +229,21 @@ class Hardware(Section):
     )
     device: Device = Field(default="cpu", description="a torch device", examples=["cpu", "cuda", "cuda:1"])
     precision: Precision = Field(
-        default="float32", description="of weights and products; float8 is modelled only, q8_0 runs in llama.cpp"
+        default="float32",
+        description="of weights and products, in the child too; float8 is modelled only, q8_0 runs in llama.cpp. "
+        "Absent: measured in float32, and the child has its parent's",
     )
     kv_precision: Precision | None = Field(default=None, description="of the KV cache, modelled only; as the weights")
     tensor_parallel: PositiveInt = Field(default=1, description="devices that share every layer, modelled only")
     threads: PositiveInt | None = Field(default=None, description="intra-op threads; all cores when absent")
+
+    @model_serializer(mode="wrap")
+    def _as_named(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A precision that nobody named stays unnamed when a profile travels: the child has its parent's then."""
+        values: dict[str, Any] = dump(self)
+        if "precision" not in self.model_fields_set:
+            values.pop("precision", None)
+        return values
 
     @model_validator(mode="after")
     def _modelled_only(self) -> Self:

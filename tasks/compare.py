@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from blocks.child import assemble, library_of
@@ -29,6 +30,7 @@ from tasks.evaluate import (
     sequence_figures,
 )
 from tasks.gkd import GKDResult, TeacherRecord, Tell, distill_globally
+from tasks.precision import as_written
 from tasks.record import open_parent
 
 VERSION = 1
@@ -142,9 +144,12 @@ def _test_tokens(corpus: CorpusInfo, sequences: int, workspace: Path) -> Tensor:
     return read_tensors(workspace, corpus.tokens, ["test"])["test"][:sequences]
 
 
-def evaluation_path(which: Contender, parent: ParentInfo, corpus: CorpusInfo, settings: Evaluate) -> str:
+def evaluation_path(
+    which: Contender, parent: ParentInfo, corpus: CorpusInfo, settings: Evaluate, dtype: torch.dtype = torch.float32
+) -> str:
     """Where a contender's evaluation lies, relative to the workspace."""
     asked = settings.model_dump(include={"sequences", "benchmarks", "benchmark_limit", "benchmark_package"})
+    asked |= {} if dtype == torch.float32 else {"weights": str(dtype)}
     key = digest_of(
         model=which.key, parent=parent.fingerprint, corpus=corpus.fingerprint, asked=asked, v=EVALUATION_VERSION
     )
@@ -152,14 +157,23 @@ def evaluation_path(which: Contender, parent: ParentInfo, corpus: CorpusInfo, se
 
 
 def evaluate_contender(
-    which: Contender, parent: ParentInfo, corpus: CorpusInfo, settings: Evaluate, workspace: Path
+    which: Contender,
+    parent: ParentInfo,
+    corpus: CorpusInfo,
+    settings: Evaluate,
+    workspace: Path,
+    dtype: torch.dtype = torch.float32,
 ) -> Evaluation:
-    """Loss, KL and agreement on the test split, and the benchmarks."""
-    path = workspace / evaluation_path(which, parent, corpus, settings)
+    """Loss, KL and agreement on the test split, and the benchmarks; on the weights as a folder of `dtype` holds them.
+
+    The parent is what all are compared with: its own weights count, whatever the children are written in.
+    """
+    dtype = torch.float32 if which.stage == "parent" else dtype
+    path = workspace / evaluation_path(which, parent, corpus, settings, dtype)
     stored = remember(path, Evaluation, lambda _: [], workspace)
     if stored is not None:
         return stored
-    model = build(which, parent, workspace)
+    model = as_written(build(which, parent, workspace), dtype)
     targets = _test_targets(parent, corpus, settings.sequences, workspace)
     figures = sequence_figures(model, targets, _test_tokens(corpus, settings.sequences, workspace))
     found = Evaluation(

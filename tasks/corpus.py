@@ -3,14 +3,13 @@
 Documents are normalised, exact duplicates dropped, and ordered by the sha256 of their text: the first fill the test
 split, the next validation, the rest train. So the split depends on the text alone, no document is in two splits, and
 a new document moves few others. One long document cannot be the whole of a split: each gives at most a fixed share,
-taken from its middle. Between documents stands the tokenizer's eos (and its bos, if it writes one).
+taken from its middle; only train takes more of one, when it must. Between documents stands the tokenizer's eos (and its
+bos, if it writes one). Memory follows what is asked for, not the size of the sources: see `iterate_documents`.
 """
 
 import bz2
-import glob
 import hashlib
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -18,11 +17,12 @@ import sysconfig
 import unicodedata
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from blocks.errors import CorpusError, PuzzleError
 from blocks.files import sha256_of
@@ -36,10 +36,17 @@ from profiles.schema import (
     TextSource,
     WikipediaDumpSource,
 )
+from tasks.chats import Chat, Message, contents_alone, template_of
+from tasks.progress import say
+from tasks.text_files import Tally, files_of, read_file, skipped, texts, value_of
 
 VERSION = 1  # raise it when the same sources would give other tokens
+READER = 2  # the same for text files and data sets of the hub alone
 MINIMUM_CHARACTERS = 20_000_000
 CHARACTERS_PER_TOKEN_ASKED = 24
+LONGEST = 4  # one document is at most 1 / this of what is read of a source
+HUB_PATIENCE = 100  # rows over the network
+PART = 1 << 20  # characters tokenised at once: a tokenizer takes about 150 bytes for each
 # split -> the largest share of its sequences that one document may give is 1 / this; only train may exceed it
 SHARES = {"test": 8, "validation": 8, "train": 32}
 TOKENIZER_FILES = (
@@ -52,6 +59,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
+CHAT_TEMPLATE = "chat_template.jinja"  # says nothing about other sources than those that may hold chats
 
 
 def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: str, workspace: Path) -> CorpusInfo:
@@ -60,14 +68,18 @@ def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: s
     The fingerprint covers the content of the sources, the settings and the tokenizer; what is there is used again.
     Raises CorpusError when a source cannot be read or the documents do not fill the splits.
     """
+    check_sources(corpus)
     pinned = corpus.model_copy(update={"sources": tuple(_pinned(source) for source in corpus.sources)})
     fingerprint = _fingerprint(pinned, tokenizer_folder, parent_fingerprint)
     manifest = workspace / "corpus" / f"{fingerprint}.json"
     known = remember(manifest, CorpusInfo, lambda info: [info.tokens], workspace)
     if known is not None:
         return known
-    documents = ordered_documents(iterate_documents(pinned))
     tokenizer = load_tokenizer(tokenizer_folder)
+    notes: list[str] = []
+    documents = ordered_documents(iterate_documents(pinned, tokenizer.chat, notes))
+    for note in notes:
+        say(f"corpus: {note}")
     wanted = {
         "test": corpus.test_sequences,
         "validation": corpus.validation_sequences,
@@ -83,7 +95,7 @@ def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: s
         validation_sequences=corpus.validation_sequences,
         test_sequences=corpus.test_sequences,
         documents=len(documents),
-        description=_description(corpus, used),
+        description=_description(corpus, used, notes),
     )
     keep(manifest, info, [info.tokens], workspace)
     return info
@@ -100,28 +112,64 @@ def _check_ids(packed: Mapping[str, torch.Tensor], config: Path) -> None:
         )
 
 
-def _description(corpus: Corpus, used: Mapping[str, int]) -> str:
+def _description(corpus: Corpus, used: Mapping[str, int], notes: Sequence[str]) -> str:
     kinds = ", ".join(dict.fromkeys(source.kind for source in corpus.sources))
-    return f"{kinds}; documents used: {', '.join(f'{split} {count}' for split, count in used.items())}"
+    counts = ", ".join(f"{split} {count}" for split, count in used.items())
+    return "; ".join([kinds, f"documents used: {counts}", *notes])
 
 
-def iterate_documents(corpus: Corpus) -> Iterator[str]:
+def check_sources(corpus: Corpus) -> None:
+    """Raises CorpusError for sources that are not there, cannot be read, or begin with nothing that is of use.
+
+    A fraction of a second: files are read up to their first text, nothing is tokenised, and no data set of the hub is
+    looked up.
+    """
+    for source in corpus.sources:
+        if isinstance(source, PythonStdlibSource):
+            _stdlib_files(source)
+        elif isinstance(source, WikipediaDumpSource):
+            _dump_file(source)
+        elif isinstance(source, TextSource):
+            for path in files_of(source):
+                next(read_file(path, source, contents_alone, Tally(str(path), "line"), PART), None)
+
+
+def iterate_documents(corpus: Corpus, chat: Chat = contents_alone, notes: list[str] | None = None) -> Iterator[str]:
     """Normalised, non-empty documents of all sources in their order; duplicates are still in.
 
     Of every source only the first max(20 million, 24 per token asked for) characters are read, so that a data set of
-    terabytes ends.
+    terabytes ends, and of one document a quarter of that. `chat` writes lists of messages as text. What was left out
+    is told in `notes`. Raises CorpusError.
     """
     sequences = corpus.train_sequences + corpus.validation_sequences + corpus.test_sequences
     limit = max(MINIMUM_CHARACTERS, CHARACTERS_PER_TOKEN_ASKED * sequences * corpus.sequence_length)
+    told = [] if notes is None else notes
     for source in corpus.sources:
-        read = 0
-        for text in _documents_of(source):
-            document = normalise(text)
+        read, long, tallies = 0, 0, list[Tally]()
+        for text in _documents_of(source, chat, tallies, limit // LONGEST + 1):
+            long += len(text) > limit // LONGEST
+            document = normalise(text[: limit // LONGEST])
             if document:
                 yield document
                 read += len(document)
             if read >= limit:
                 break
+        for tally in tallies:
+            tally.judge()
+        if not read:
+            raise CorpusError(
+                f"the corpus source {_name(source)} holds no text, all of it is empty: take it out, or name another."
+            )
+        told += skipped(tallies, _name(source))
+        if long:
+            told.append(f"documents of {_name(source)} cut after {limit // LONGEST:,} characters: {long}")
+
+
+def _name(source: CorpusSource) -> str:
+    """A source in a sentence that is published with the child: without folders of this machine."""
+    if isinstance(source, HubSource):
+        return source.hub_id
+    return Path(source.path).name if isinstance(source, TextSource) else source.kind
 
 
 def normalise(text: str) -> str:
@@ -138,17 +186,51 @@ def ordered_documents(documents: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class DocumentTokenizer:
-    """Text -> token ids without special tokens, and what stands before and after each document."""
+    """Text -> token ids without special tokens, what stands before and after each document, and chats -> text."""
 
     encode: Callable[[str], list[int]]
     start: tuple[int, ...] = ()
     end: tuple[int, ...] = ()
+    chat: Chat = contents_alone
 
-    def framed(self, ids: Sequence[int], limit: int) -> list[int]:
+    def framed(self, ids: NDArray[np.int32], limit: int) -> NDArray[np.int32]:
         """A document of at most `limit` tokens, from the middle: beginnings of documents are too much alike."""
         room = max(0, limit - len(self.start) - len(self.end))
         cut = max(0, (len(ids) - room) // 2)
-        return [*self.start, *ids[cut : cut + room], *self.end]
+        return np.array([*self.start, *ids[cut : cut + room], *self.end], dtype=np.int32)
+
+
+@dataclass
+class _Document:
+    """A document that is tokenised as far as its tokens are asked for, from its middle outwards."""
+
+    text: str
+    ids: dict[int, NDArray[np.int32]] = field(default_factory=dict)
+
+    def middle(self, tokenizer: DocumentTokenizer, limit: int) -> NDArray[np.int32]:
+        """At most `limit` tokens, framed."""
+        spans = spans_of(self.text)
+        taken: list[int] = []
+        for part in sorted(range(len(spans)), key=lambda part: abs(2 * part - len(spans) + 1)):
+            if sum(len(self.ids[one]) for one in taken) >= limit:
+                break
+            if part not in self.ids:
+                start, end = spans[part]
+                self.ids[part] = np.array(tokenizer.encode(self.text[start:end]), dtype=np.int32)
+            taken.append(part)
+        return tokenizer.framed(np.concatenate([self.ids[part] for part in sorted(taken)]), limit)
+
+
+def spans_of(text: str) -> list[tuple[int, int]]:
+    """(start, end) of parts of at most PART characters, cut before white space where there is some near the end."""
+    spans, start = [], 0
+    while len(text) - start > PART:
+        end = start + PART
+        space = re.search(r"\s\S*$", text[end - PART // 16 : end])
+        end -= PART // 16 - space.start() if space else 0
+        spans.append((start, end))
+        start = end
+    return [*spans, (start, len(text))]
 
 
 def load_tokenizer(folder: Path) -> DocumentTokenizer:
@@ -169,7 +251,15 @@ def load_tokenizer(folder: Path) -> DocumentTokenizer:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    return DocumentTokenizer(encode, start, end)
+    write = template_of(tokenizer)
+
+    def chat(messages: Sequence[Message]) -> str:
+        # many templates write bos and eos, which every document gets anyway
+        text = write(messages).strip()
+        text = text.removeprefix(tokenizer.bos_token).lstrip() if start else text
+        return text.removesuffix(tokenizer.eos_token).rstrip() if end else text
+
+    return DocumentTokenizer(encode, start, end, chat)
 
 
 def pack_splits(
@@ -179,15 +269,27 @@ def pack_splits(
 
     Returns name -> int32 (sequences, length), and name -> number of documents used. Raises CorpusError.
     """
+    try:
+        return _packed(documents, tokenizer, wanted, length)
+    except CorpusError:
+        # a document that is much of the whole text is lost to train when its hash puts it into another split
+        large = sum(map(len, documents)) // SHARES["test"]
+        if max(map(len, documents), default=0) <= large:
+            raise
+        return _packed(sorted(documents, key=lambda document: len(document) > large), tokenizer, wanted, length)
+
+
+def _packed(
+    documents: Sequence[str], tokenizer: DocumentTokenizer, wanted: Mapping[str, int], length: int
+) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     packed, used, position = {}, {}, 0
     for split, sequences in wanted.items():
-        rest = documents[position:]
         share = max(1, sequences // SHARES[split]) * length
-        parts = _fill(rest, tokenizer, sequences * length, share, stretch=split == "train")
-        tokens = list(itertools.chain.from_iterable(parts))[: sequences * length]
+        parts = _fill(documents[position:], tokenizer, sequences * length, share, stretch=split == "train")
+        tokens = np.concatenate([np.zeros(0, np.int32), *parts])[: sequences * length]
         if len(tokens) < sequences * length:
             _refuse(split, sequences, length, len(tokens), position, len(documents))
-        packed[split] = torch.tensor(tokens, dtype=torch.int32).view(sequences, length)
+        packed[split] = torch.from_numpy(tokens).view(sequences, length)
         used[split] = len(parts)
         position += len(parts)
     return packed, used
@@ -195,23 +297,22 @@ def pack_splits(
 
 def _fill(
     documents: Sequence[str], tokenizer: DocumentTokenizer, needed: int, share: int, stretch: bool
-) -> list[list[int]]:
+) -> list[NDArray[np.int32]]:
     """Tokens of the first documents that make `needed` tokens, at most `share` from each.
 
     With `stretch` the share doubles until there is enough, or until every document is used whole.
     """
-    whole: dict[int, list[int]] = {}
+    opened: list[_Document] = []
     while True:
-        parts, there = [], 0
+        parts, there = list[NDArray[np.int32]](), 0
         for index, document in enumerate(documents):
             if there >= needed:
                 break
-            if index not in whole:
-                whole[index] = tokenizer.encode(document)
-            parts.append(tokenizer.framed(whole[index], share))
+            if index == len(opened):
+                opened.append(_Document(document))
+            parts.append(opened[index].middle(tokenizer, share))
             there += len(parts[-1])
-        longest = max(map(len, whole.values()), default=0)
-        if there >= needed or not stretch or share > 2 * longest:
+        if there >= needed or not stretch or all(len(part) < share for part in parts):
             return parts
         share *= 2
 
@@ -221,15 +322,15 @@ def _refuse(split: str, sequences: int, length: int, there: int, before: int, do
         f"the corpus is too small: {split} needs {sequences} sequences x {length} = {sequences * length} tokens, but "
         f"{documents - before} documents are left for it ({before} of {documents} went to the splits before) and give "
         f"{there}, at most {max(1, sequences // SHARES[split]) * length} each outside train. Add text, split it into "
-        f"more documents, or lower corpus.{split}_sequences."
+        f"more documents (text files are split at `separator`), or lower corpus.{split}_sequences."
     )
 
 
 def _fingerprint(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: str) -> str:
     """Digest of content, settings and tokenizer; no paths in it."""
-    tokenizer = {
-        name: sha256_of(tokenizer_folder / name) for name in TOKENIZER_FILES if (tokenizer_folder / name).is_file()
-    }
+    chats = any(isinstance(source, TextSource | HubSource) for source in corpus.sources)
+    names = (*TOKENIZER_FILES, CHAT_TEMPLATE) if chats else TOKENIZER_FILES
+    tokenizer = {name: sha256_of(tokenizer_folder / name) for name in names if (tokenizer_folder / name).is_file()}
     settings = corpus.model_dump(mode="json", exclude={"sources"})
     sources = [
         {"settings": source.model_dump(mode="json", exclude={"path", "file"}), "content": _content(source)}
@@ -259,63 +360,45 @@ def _pinned(source: CorpusSource) -> CorpusSource:
 def _content(source: CorpusSource) -> list[str]:
     """Digests of what a source is made of; a hub data set is known by its commit."""
     if isinstance(source, TextSource):
-        return [sha256_of(path) for path in _text_files(source)]
+        return [f"reader {READER}", *(sha256_of(path) for path in files_of(source))]
     if isinstance(source, WikipediaDumpSource):
-        return [sha256_of(installed_file(source.package, source.file, CorpusError))]
+        return [sha256_of(_dump_file(source))]
     if isinstance(source, PythonStdlibSource):
         return [sha256_of(path) for path in _stdlib_files(source)]
-    return []
+    return [f"reader {READER}"]
 
 
-def _documents_of(source: CorpusSource) -> Iterator[str]:
+def _documents_of(source: CorpusSource, chat: Chat, tallies: list[Tally], longest: int) -> Iterator[str]:
+    """The texts of a source as they are; a tally for every file that was begun."""
     if isinstance(source, WikipediaDumpSource):
-        return _dump_documents(installed_file(source.package, source.file, CorpusError))
-    if isinstance(source, PythonStdlibSource):
-        return (path.read_text(encoding="utf-8", errors="replace") for path in _stdlib_files(source))
-    if isinstance(source, HubSource):
-        return _rows(source, source.hub_id, {"name": source.configuration, "revision": source.revision})
-    files = {"data_files": [str(path) for path in _text_files(source)]}
-    if source.kind == "text":
-        whole = _rows(source, "text", files | {"sample_by": "document"})
-        return (part for text in whole for part in text.split(source.separator))
-    return _rows(source, "json" if source.kind == "jsonl" else "parquet", files)
+        yield from _dump_documents(_dump_file(source))
+    elif isinstance(source, PythonStdlibSource):
+        yield from (path.read_text(encoding="utf-8", errors="replace") for path in _stdlib_files(source))
+    elif isinstance(source, HubSource):
+        tallies.append(Tally(source.hub_id, "row", HUB_PATIENCE))
+        yield from texts(_hub_rows(source), lambda row: value_of(row, source.text_field, chat), tallies[-1])
+    else:
+        for path in files_of(source):
+            tallies.append(Tally(str(path), "line"))
+            yield from read_file(path, source, chat, tallies[-1], longest)
 
 
-def _rows(source: TextSource | HubSource, name: str, arguments: Mapping[str, Any]) -> Iterator[str]:
-    """The text field of every row, streamed by `datasets`; nothing is copied into its cache."""
+def _hub_rows(source: HubSource) -> Iterator[tuple[int, Mapping[str, object]]]:
+    """The rows of a data set of the hub, streamed by `datasets`; nothing is copied into its cache."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    hub = isinstance(source, HubSource)
-    origin = source.hub_id if isinstance(source, HubSource) else source.path
-    field = "text" if source.kind == "text" else source.text_field
-    if hub and Path(origin).exists():  # `datasets` would read it, whoever asked for a data set of the hub
+    origin = source.hub_id
+    if Path(origin).exists():  # `datasets` would read it, whoever asked for a data set of the hub
         raise CorpusError(f"{origin} is a file or folder here, not read as a data set of the hub: start elsewhere.")
+    chosen = {"name": source.configuration, "revision": source.revision}
     try:
-        rows = load_dataset(
-            name, split=source.split if isinstance(source, HubSource) else "train", streaming=True, **arguments
-        )
-        for row in rows:
-            if field not in row:
-                raise CorpusError(f"{origin} has no field `{field}`. Set text_field to one of {', '.join(row)}.")
-            if isinstance(row[field], str):
-                yield row[field]
-            elif row[field] is not None:
-                raise CorpusError(
-                    f"field `{field}` of {origin} holds {type(row[field]).__name__}, not text: choose another."
-                )
-    except (DatasetsError, OSError, ValueError) as error:
-        advice = "Check id, configuration, split and network." if hub else f"Is it {source.kind}, in UTF-8?"
-        raise CorpusError(f"{origin} cannot be read ({_first_line(error)}). {advice}") from error
-
-
-def _text_files(source: TextSource) -> list[Path]:
-    pattern = str(Path(source.path).expanduser())
-    names = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
-    files = [path for path in map(Path, names) if path.is_file()]
-    if not files:
-        raise CorpusError(f"no file matches {source.path} (current folder: {Path.cwd()}). Give a file or a glob.")
-    return files
+        yield from enumerate(load_dataset(origin, split=source.split, streaming=True, **chosen), 1)
+    except (DatasetsError, OSError, ValueError, TypeError) as error:  # TypeError: a column that changes its type
+        raise CorpusError(
+            f"{origin} cannot be read ({_first_line(error)}). Check id, configuration, split and network; files that "
+            "were downloaded are read as kind jsonl or parquet, the text alone."
+        ) from error
 
 
 def _stdlib_files(source: PythonStdlibSource) -> list[Path]:
@@ -348,10 +431,14 @@ def installed_file(package: str, file: str, error: type[PuzzleError]) -> Path:
     raise error(f"the package `{package}` has no file {file}; beside it: {', '.join(alike) or 'nothing of that kind'}.")
 
 
-def _dump_documents(path: Path) -> Iterator[str]:
-    """Plain text of the articles of a MediaWiki dump, streamed; redirects and other namespaces are left out."""
+def _dump_file(source: WikipediaDumpSource) -> Path:
     if importlib.util.find_spec("mwparserfromhell") is None:
         raise CorpusError("a wikipedia_dump needs the package mwparserfromhell: pip install mwparserfromhell")
+    return installed_file(source.package, source.file, CorpusError)
+
+
+def _dump_documents(path: Path) -> Iterator[str]:
+    """Plain text of the articles of a MediaWiki dump, streamed; redirects and other namespaces are left out."""
     try:
         with bz2.open(path) as file:
             events = ElementTree.iterparse(file, events=("start", "end"))

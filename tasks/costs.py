@@ -31,6 +31,7 @@ from blocks.variant import Variant, parse_labels
 from profiles.schema import Hardware, Measure, Profile, Scenario, SearchSpace
 from tasks.calibration import calibrated, drift, parent_bias
 from tasks.engines.limits import runnable
+from tasks.precision import is_named, served_precision
 from tasks.progress import part_of
 from tasks.record import open_parent
 from tasks.space import measured_space
@@ -64,6 +65,12 @@ def hardware_description(hardware: Hardware) -> dict[str, str]:
         "threads": str(hardware.threads or torch.get_num_threads()),
         "clock": clock_for(hardware),
     }
+
+
+def _weights_of(hardware: Hardware, reader: Parent) -> dict[str, str]:
+    """What bytes are told of, where that is not what was timed."""
+    served = served_precision(hardware, reader)
+    return {} if served == hardware.precision else {"weights": served}
 
 
 def accelerator(device: str) -> str | None:
@@ -112,6 +119,7 @@ def costs_path(
         space=[space.attention, space.ffn],
         scenarios=scenarios,
         hardware=hardware_description(hardware),
+        named=is_named(hardware),
         measure=measure.model_dump(exclude={"max_age_days"}),
         version=VERSION,
     )
@@ -199,7 +207,7 @@ def _measured(
         non_block.append(_non_block(reader, scenario, batch, timings["non_block", ""], hardware))
         whole.append(_non_block(reader, scenario, batch, timings["parent", ""], hardware))
     table = CostTable(
-        hardware=hardware_description(hardware),
+        hardware=hardware_description(hardware) | _weights_of(hardware, reader),
         costs=tuple(costs),
         non_block=tuple(non_block),
         num_hidden_layers=reader.depth,
@@ -234,10 +242,10 @@ def _bench(reader: Parent, variants: Sequence[Variant], hardware: Hardware, meas
 
 
 def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timing: Timing, hardware: Hardware) -> Cost:
-    in_gguf = hardware.engine == "llama.cpp"
-    vector = BYTES["float32"] if in_gguf else weight_bytes(hardware.precision)  # GGUF keeps norms and biases so
-    needs = resources(reader, variant, scenario.prompt_tokens, weight_bytes(hardware.precision), vector)
-    kv_precision = "float16" if in_gguf else hardware.precision  # llama.cpp's default for any weights
+    in_gguf, served = hardware.engine == "llama.cpp", served_precision(hardware, reader)
+    vector = BYTES["float32"] if in_gguf else weight_bytes(served)  # GGUF keeps norms and biases so
+    needs = resources(reader, variant, scenario.prompt_tokens, weight_bytes(served), vector)
+    kv_precision = "float16" if in_gguf else served  # llama.cpp's default for any weights
     cache = resources(reader, variant, scenario.prompt_tokens, BYTES[kv_precision]).kv_bytes_per_token
     return Cost(
         subblock=variant.subblock,
@@ -256,14 +264,15 @@ def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timi
 
 def _non_block(reader: Parent, scenario: Scenario, batch: int, timing: Timing, hardware: Hardware) -> NonBlockCost:
     parameters, norm = non_block_parameters(reader.config), reader.config.hidden_size
-    vector = BYTES["float32"] if hardware.engine == "llama.cpp" else weight_bytes(hardware.precision)
+    served = served_precision(hardware, reader)
+    vector = BYTES["float32"] if hardware.engine == "llama.cpp" else weight_bytes(served)
     return NonBlockCost(
         scenario=scenario.name,
         batch_size=batch,
         prefill_seconds=timing.prefill,
         decode_seconds_per_token=timing.decode,
         parameters=parameters,
-        weight_bytes=math.ceil((parameters - norm) * weight_bytes(hardware.precision) + norm * vector),
+        weight_bytes=math.ceil((parameters - norm) * weight_bytes(served) + norm * vector),
         prefill_spread=timing.prefill_spread,
         decode_spread=timing.decode_spread,
     )

@@ -99,7 +99,7 @@ def _hidden_states(model: Any, tokens: Tensor) -> Iterator[Tensor]:
     """Last hidden states after the norm, a few sequences (s, T, D) at a time. tokens: (S, T)"""
     device = next(model.parameters()).device
     for batch in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):
-        yield model.model(input_ids=batch.to(device).long()).last_hidden_state
+        yield model.model(input_ids=batch.to(device).long(), use_cache=False).last_hidden_state
 
 
 def _log_probs(head: nn.Module, softcap: float | None, hidden: Tensor) -> Tensor:

@@ -11,13 +11,15 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from blocks import export_code
@@ -26,23 +28,8 @@ from blocks.export_code import AUTO_MAP, CODE_FILES
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM, family_class
 from blocks.records import CorpusInfo, ParentInfo
+from tasks.companions import copy_companions
 from tasks.engines.limits import gaps, is_whole, limits_of
-
-# what a child takes over from its parent's folder as it stands
-PARENT_FILES = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "spiece.model",
-    "*.tiktoken",
-    "chat_template*",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 # serving engines that read the nemotron-nas schema, as the card names them
 CARD_ENGINES = ("vllm", "tensorrt-llm", "sglang")
@@ -60,7 +47,7 @@ def export_child(model: DeciLMForCausalLM, parent: ParentInfo, workspace: Path, 
 def export_folder(
     model: DeciLMForCausalLM, files_from: Path, target: Path, card: str, heterogeneous: bool = False
 ) -> Path:
-    """Write `model` to the folder `target` with tokenizer and licence files of another folder.
+    """Write `model` to the folder `target` with tokenizer, chat templates and licence files of another folder.
 
     heterogeneous: in the nemotron-nas schema even when all layers are alike. The folder is written and verified under
     another name beside `target`, then moved there: an export that fails or is killed leaves what stood at `target`.
@@ -75,9 +62,9 @@ def export_folder(
     part.mkdir(parents=True)
     try:
         write_checkpoint(model, part, heterogeneous)
-        copy_parent_files(files_from, part)
+        copy_companions(files_from, part)
         (part / "README.md").write_text(card, encoding="utf-8")
-        for file in part.iterdir():
+        for file in (path for path in part.rglob("*") if path.is_file()):
             file.chmod(0o644)  # safetensors writes for its owner alone; an engine runs as somebody else
         verify_checkpoint(model, part)
         _sync(part)
@@ -141,14 +128,6 @@ def write_checkpoint(model: DeciLMForCausalLM, folder: Path, heterogeneous: bool
         shutil.copyfile(Path(export_code.__path__[0]) / name, folder / name)
 
 
-def copy_parent_files(parent_folder: Path, folder: Path) -> None:
-    """Copy the parent's generation config, tokenizer and licence files."""
-    for pattern in PARENT_FILES:
-        for path in sorted(parent_folder.glob(pattern)):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
-
-
 def verify_checkpoint(model: DeciLMForCausalLM, folder: Path, tokens: int = 32) -> None:
     """ExportError unless the folder, loaded as a stranger would, gives exactly the model's logits on random tokens."""
     length = min(tokens, model.config.max_position_embeddings)
@@ -209,12 +188,24 @@ def engine_gaps(config: DeciLMConfig) -> dict[str, list[str]]:
     return {limits_of(engine).title: gaps(engine, config) for engine in CARD_ENGINES}
 
 
-def model_card(parent: ParentInfo, corpus: CorpusInfo, config: DeciLMConfig, figures: str, command: str) -> str:
-    """README.md of an exported child (markdown). `figures` is a markdown block of measured figures."""
+def model_card(
+    parent: ParentInfo,
+    corpus: CorpusInfo,
+    config: DeciLMConfig,
+    figures: str,
+    command: str,
+    weights: str = "",
+    terms: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """README.md of an exported child (markdown).
+
+    figures: a markdown block of measured figures. weights: a sentence on their number format. terms: licence, language
+    and base model, as the parent's card names them.
+    """
     revision = f", revision `{parent.revision}`" if parent.revision else ""
     return "\n".join(
         [
-            "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [puzzle]\n---",
+            _front_matter(parent, terms),
             f"# A faster child of {parent.name}\n",
             "Made with puzzle: in each layer attention and FFN were replaced, where it pays, by cheaper variants, then",
             "the whole was distilled from its parent.\n",
@@ -222,6 +213,7 @@ def model_card(parent: ParentInfo, corpus: CorpusInfo, config: DeciLMConfig, fig
             f"* Command: `{command}`\n",
             "## Architecture\n",
             *_layer_table(config),
+            *([f"\n{weights}"] if weights else []),
             "\n## Figures\n",
             figures.strip(),
             "\n## Corpus\n",
@@ -231,9 +223,21 @@ def model_card(parent: ParentInfo, corpus: CorpusInfo, config: DeciLMConfig, fig
             *_loading(config),
             "\n## Licence\n",
             "The weights are derived from the parent's, so the parent's licence and terms of use hold for them too.",
-            "Licence files that lay beside the parent were copied here.\n",
+            f"Its card names {_licence(terms)}. Licence files that lay beside the parent were copied here.\n",
         ]
     )
+
+
+def _front_matter(parent: ParentInfo, terms: Mapping[str, Any]) -> str:
+    """The card's fields for machines. A parent from the hub is the child's base model."""
+    known = {"base_model": parent.name} if parent.source.startswith("hub ") else {}
+    fields = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["puzzle"], **terms, **known}
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
+
+
+def _licence(terms: Mapping[str, Any]) -> str:
+    names = [str(terms[key]) for key in ("license", "license_name") if key in terms]
+    return f"the licence {', '.join(names)}" if names else "no licence"
 
 
 def _sequences(corpus: CorpusInfo) -> str:

@@ -30,6 +30,7 @@ from blocks.records import (
 from blocks.resources import weight_bytes
 from profiles.schema import Profile
 from tasks.calibration import parent_bias
+from tasks.companions import terms_of
 from tasks.compare import LINEAGE, Contender, Evaluation, Lineage, build, candidate
 from tasks.export import export_child, model_card
 from tasks.failures.sharing import Piece, alone, made_once
@@ -38,9 +39,12 @@ from tasks.operating import experiment, tracking
 from tasks.operating.artifacts import show_link, show_markdown, show_picture, show_table
 from tasks.operating.run_tables import layer_rows, variant_rows
 from tasks.operating.shared import keep_run
+from tasks.precision import child_dtype, served_precision, why
 from tasks.progress import say, wide_console
+from tasks.record import open_parent
 from tasks.report import headlines, print_report, report_markdown, write_report
 from tasks.run_page import write_run_page
+from tasks.serving.children import in_precision
 from tasks.sums import PHASES, told
 from tasks.usage import Usage
 
@@ -150,7 +154,8 @@ class Run:
         parent, corpus = source
         speed, parents = found.speed, found.evaluations[0]
         folder = self.workspace / "runs" / f"{self.profile.name}-{digest_of(child=final.key)[:12]}"
-        size = weight_bytes(self.profile.hardware.precision)
+        reader = open_parent(self.workspace / parent.folder)
+        size = weight_bytes(served_precision(self.profile.hardware, reader))
         report = ChildReport(
             profile=self.profile.name,
             parent=parent,
@@ -175,8 +180,11 @@ class Run:
             mlflow_run_id=self.mlflow_run_id,
         )
         markdown = report_markdown(report)
-        model: Any = build(final, parent, self.workspace)
-        card = model_card(parent, corpus, model.config, markdown, command_of(self.profile))
+        model: Any = in_precision(build(final, parent, self.workspace), child_dtype(self.profile.hardware, reader))
+        weights = why(self.profile.hardware, reader)
+        card = model_card(
+            parent, corpus, model.config, markdown, command_of(self.profile), weights, terms_of(reader.folder)
+        )
         with made_once(self.workspace, Piece(key=f"run-{folder.name}", what="the same child's folder")):
             keep(folder / LINEAGE, Lineage(parent=parent, corpus=corpus, child=final), [], self.workspace)
             export_child(model, parent, self.workspace, folder / "child", card)

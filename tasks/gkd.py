@@ -120,7 +120,7 @@ def _record_batch(
     if stored is not None:
         return stored
     with torch.inference_mode():
-        states = model.model(tokens.long(), output_hidden_states=True).hidden_states
+        states = model.model(tokens.long(), output_hidden_states=True, use_cache=False).hidden_states
         targets = targets_of(states[-1].flatten(0, 1), head)
     # hidden_states[i] enters layer i, so layer i's output is [i + 1]; the last one is taken after the final norm
     tensors = {f"layer_{layer}": states[layer + 1].flatten(0, 1).bfloat16() for layer in layers}
@@ -265,7 +265,7 @@ def _rate(step: int, steps: int) -> float:
 
 def gkd_loss(model: DeciLMForCausalLM, head: Head, batch: dict[str, Tensor], layers: tuple[int, ...]) -> Tensor:
     """Sum over the compared layers of (1 - cosine), mean over tokens, plus the exact KL. Scalar."""
-    states = model.model(batch["tokens"].long(), output_hidden_states=True).hidden_states
+    states = model.model(batch["tokens"].long(), output_hidden_states=True, use_cache=False).hidden_states
     total = kl_loss(states[-1].flatten(0, 1), _targets(batch), head)
     for layer in layers:
         cosine = F.cosine_similarity(states[layer + 1].flatten(0, 1), batch[f"layer_{layer}"].float(), dim=-1)
@@ -281,5 +281,5 @@ def _targets(batch: dict[str, Tensor]) -> Targets:
 def validation_kl(model: DeciLMForCausalLM, head: Head, teacher: TeacherRecord, workspace: Path) -> float:
     """KL(parent || child) in nats per token on the recorded validation sequences."""
     batch = read_tensors(workspace, teacher.validation, device=str(head.weight.device))
-    hidden = model.model(batch["tokens"].long()).last_hidden_state.flatten(0, 1)
+    hidden = model.model(batch["tokens"].long(), use_cache=False).last_hidden_state.flatten(0, 1)
     return kl_per_token(hidden, _targets(batch), head)[0].mean().item()

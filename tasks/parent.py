@@ -26,12 +26,13 @@ from blocks.files import sha256_of, write_text
 from blocks.library import Fetch, digest_of, is_whole, keep, remember
 from blocks.records import ParentInfo, Ref, Value
 from profiles.schema import FolderParent, HubParent, PackageParent, ParentSource, TinyParent
+from tasks.companions import CARD, HUB_PATTERNS, companions, copy_companions, write_terms
 from tasks.corpus import TOKENIZER_FILES, installed_file
 from tasks.serving.gguf_header import without_vocabulary
 from tasks.serving.gguf_tokenizer import split_of
 from tasks.tiny import byte_tokenizer, family_config, make_tiny_parent, training_texts
 
-VERSION = 1  # raise it when the same source would give another folder
+VERSION = 2  # raise it when the same source would give another folder
 INDEX = "model.safetensors.index.json"
 SMALL_FILES = (
     "config.json",
@@ -40,6 +41,8 @@ SMALL_FILES = (
     "chat_template.json",
     INDEX,
     *TOKENIZER_FILES,
+    CARD,
+    *HUB_PATTERNS,
 )
 # what save_pretrained leaves in JSON of the machine it ran on
 _PATH_KEYS = ("_name_or_path", "name_or_path", "_model_name_or_path")
@@ -124,7 +127,11 @@ def _source_key(source: ParentSource, texts: list[str]) -> str:
     content: Any = None
     if isinstance(source, FolderParent):
         folder = _source_folder(source)
-        stats = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
+        files = [path for path in [*folder.iterdir(), *folder.glob("*/*")] if path.is_file()]
+        kept = [
+            path for path in sorted(files) if path.parent == folder or path.relative_to(folder) in companions(folder)
+        ]
+        stats = {path.relative_to(folder).as_posix(): path.stat() for path in kept}
         content = [str(folder), {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}]
     elif isinstance(source, PackageParent):
         content = sha256_of(_gguf_file(source))
@@ -167,7 +174,8 @@ def _names(source: ParentSource) -> tuple[str, str]:
 
 
 def _manifest(source: ParentSource, folder: Path, revision: str) -> Manifest:
-    digests = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    digests = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
     fingerprint = _fingerprint(folder, digests)
     name, origin = _names(source)
     target = f"parent/{fingerprint[:16]}"
@@ -199,7 +207,7 @@ def _install(folder: Path, workspace: Path, made: Manifest) -> None:
 def _clean(folder: Path) -> None:
     """Take paths of this machine out of the JSON files; make what safetensors wrote readable like the rest."""
     for path in folder.iterdir():
-        if path.stat().st_nlink == 1:  # a hard link shares its mode with the hub's cache
+        if path.is_file() and path.stat().st_nlink == 1:  # a hard link shares its mode with the hub's cache
             path.chmod(0o644)
     for name in ("config.json", "tokenizer_config.json"):
         path = folder / name
@@ -318,6 +326,7 @@ def _copy_folder(source: Path, target: Path, trust_remote_code: bool, place: Cal
         raise ParentError("the parent's tokenizer wants to run Python code of its own: set trust_remote_code: true.")
     if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & {path.name for path in small}:
         raise ParentError(f"{source.name} has no tokenizer: add tokenizer.json or tokenizer.model.")
+    copy_companions(source, target)
     for path in [*small, *(sorted(source.glob("*.py")) if trust_remote_code else [])]:
         shutil.copyfile(path, target / path.name)
     for name in weights:
@@ -383,6 +392,7 @@ def _convert_gguf(path: Path, folder: Path, package: str) -> str:
     check_config(model.config.to_dict())
     model.save_pretrained(folder, max_shard_size="1TB")
     tokenizer.save_pretrained(folder)
+    write_terms(folder, fields)
     with suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
     return ""

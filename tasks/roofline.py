@@ -18,7 +18,7 @@ than devices are copied. Not modelled: paging, scheduling, sampling, quantisatio
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from blocks.families.base import head_dim
@@ -28,6 +28,7 @@ from blocks.resources import BYTES, non_block_parameters, resources, weight_byte
 from blocks.variant import Variant, kind_of, parse_labels
 from profiles.hardware import HardwareTarget, check_use
 from profiles.schema import Hardware, Precision, Scenario, SearchSpace
+from tasks.precision import served_precision
 
 HIDDEN_PASSES = 4  # hidden states through memory per subblock: norm in and out, core in and out
 INNER_PASSES = 3  # an FFN's inner states through memory: gate and up read, the activated product written
@@ -41,6 +42,7 @@ class Setting:
     target: HardwareTarget
     precision: Precision
     kv_precision: Precision
+    held: Precision | None = None
     devices: int = 1
 
     @property
@@ -83,15 +85,30 @@ class Pass:
         return self.sequences * self.tokens
 
 
-def setting_of(hardware: Hardware, target: HardwareTarget) -> Setting:
-    """How a profile's hardware section uses a target. Raises ProfileError when the target cannot."""
+def setting_of(hardware: Hardware, target: HardwareTarget, parent: Parent | None = None) -> Setting:
+    """How a profile's hardware section uses a target. Raises ProfileError when the target cannot.
+
+    parent: where the profile names no precision, weights and KV cache take the room of the parent's; a modelled target
+    that has it computes in it too.
+    """
     check_use(target, hardware)
+    served = hardware.precision if parent is None else served_precision(hardware, parent)
+    modelled = hardware.engine == "roofline" and served in target.peak_tflops
+    precision = served if modelled else hardware.precision
     return Setting(
         target=target,
-        precision=hardware.precision,
-        kv_precision=hardware.kv_precision or ("float16" if hardware.precision == "q8_0" else hardware.precision),
+        precision=precision,
+        kv_precision=hardware.kv_precision or ("float16" if precision == "q8_0" else precision),
         devices=hardware.tensor_parallel,
+        held=None if served == precision or hardware.engine == "roofline" else served,
     )
+
+
+def held(setting: Setting) -> Setting:
+    """The setting by which memory is counted; that by which time is, unless the weights are kept otherwise."""
+    if setting.held is None:
+        return setting
+    return replace(setting, precision=setting.held, kv_precision=setting.held, held=None)
 
 
 def prefill_of(scenario: Scenario, batch: int) -> Pass:
@@ -186,7 +203,7 @@ def described(setting: Setting) -> dict[str, str]:
 
 
 def _cost(parent: Parent, variant: Variant, scenario: Scenario, batch: int, setting: Setting) -> Cost:
-    needs = resources(parent, variant, scenario.prompt_tokens, weight_bytes(setting.precision))
+    needs = resources(parent, variant, scenario.prompt_tokens, weight_bytes(held(setting).precision))
     return Cost(
         subblock=variant.subblock,
         variant=variant.label,
@@ -198,7 +215,7 @@ def _cost(parent: Parent, variant: Variant, scenario: Scenario, batch: int, sett
         decode_spread=0.0,
         parameters=needs.parameters,
         weight_bytes=-(-needs.weight_bytes // setting.devices),
-        kv_bytes_per_token=kv_bytes_per_device(parent, variant, setting),
+        kv_bytes_per_token=kv_bytes_per_device(parent, variant, held(setting)),
     )
 
 
@@ -210,5 +227,5 @@ def _non_block(parent: Parent, scenario: Scenario, batch: int, setting: Setting)
         prefill_seconds=non_block_seconds(parent, prefill_of(scenario, batch), setting),
         decode_seconds_per_token=non_block_seconds(parent, decode_of(scenario, batch), setting),
         parameters=parameters,
-        weight_bytes=-(-parameters * BYTES[setting.half] // setting.devices),
+        weight_bytes=-(-parameters * BYTES[held(setting).half] // setting.devices),
     )

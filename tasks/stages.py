@@ -259,10 +259,9 @@ def score_all(
 def measure(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable:
     """Costs of every variant on the hardware target: measured, or modelled where the profile says so."""
     if profile.hardware.engine == "roofline":
-        setting = setting_of(profile.hardware, load_target(profile.hardware.name))
-        return modelled_costs(
-            open_parent(workspace / parent.folder), measured_space(profile), profile.scenarios, setting
-        )
+        reader = open_parent(workspace / parent.folder)
+        setting = setting_of(profile.hardware, load_target(profile.hardware.name), reader)
+        return modelled_costs(reader, measured_space(profile), profile.scenarios, setting)
     stored = costs.costs_of(profile, parent, workspace)  # asked first: nobody waits for a device to read a table
     table: CostTable = stored or _timed(costs.measure_costs, profile, parent, workspace)
     return table

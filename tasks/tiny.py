@@ -62,6 +62,7 @@ def byte_tokenizer() -> "PreTrainedTokenizerFast":
         pad_token="<pad>",
         model_max_length=CONTEXT_TOKENS,
         clean_up_tokenization_spaces=False,
+        chat_template="{% for message in messages %}{{ message.role }}: {{ message.content }}\n\n{% endfor %}",
     )
 
 

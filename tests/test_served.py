@@ -265,6 +265,21 @@ def test_a_target_that_is_not_ours_is_refused(roots: Roots) -> None:
         admitted(asked(hardware={"name": "nowhere", "engine": "roofline"}), roots)
 
 
+@pytest.mark.parametrize("name", ["link[1].txt", "fol?der", "*"])
+def test_a_link_whose_name_is_a_glob_leads_nowhere(name: str, roots: Roots, tmp_path: Path) -> None:
+    """A file or folder of that very name is read, not what the glob matches."""
+    (tmp_path / "data" / "link.txt").unlink()
+    (tmp_path / "data" / "out").unlink()
+    path = tmp_path / "data" / name
+    admitted(asked(corpus__sources=text(f"texts/{name}")), roots)
+    if name == "fol?der":
+        path.mkdir()
+        path = path / "a.txt"
+    path.symlink_to(tmp_path / "secret" / "key.txt")
+    with pytest.raises(Refused, match="leads out"):
+        admitted(asked(corpus__sources=text(f"texts/{name}")), roots)
+
+
 @pytest.mark.parametrize("name", ["..", "../data", "a/b", "/etc", ".hidden", "", "A", "x" * 65, "a\n"])
 def test_a_workspace_is_a_plain_name(name: str, roots: Roots) -> None:
     with pytest.raises(ValidationError):

@@ -8,6 +8,8 @@ Linear subblocks bear the weight names that TensorRT-LLM reads: `self_attn.linea
 import copy
 import importlib
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +17,9 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_decilm import DeciLMConfig
 
@@ -60,7 +64,7 @@ class LinearMLP(nn.Module):
         return self.linear_mlp(hidden_states)
 
 
-class DeciLMDecoderLayer(nn.Module):
+class DeciLMDecoderLayer(GradientCheckpointingLayer):
     """One layer: `h + attention(h)`, then `h + ffn(h)`; a no-op subblock is absent, norms included.
 
     Norms before a subblock, and for Gemma 3 also after it, bear the parent's names.
@@ -69,7 +73,7 @@ class DeciLMDecoderLayer(nn.Module):
     def __init__(self, base_config: Any, base_model_type: str, block: Any, layer: int) -> None:
         super().__init__()
         attention, ffn = block["attention"], block["ffn"]
-        config = copy.copy(base_config)
+        self.config = config = copy.copy(base_config)
         if attention.get("num_key_value_heads"):
             config.num_key_value_heads = attention["num_key_value_heads"]
         if ffn.get("intermediate_size"):
@@ -123,10 +127,16 @@ class DeciLMDecoderLayer(nn.Module):
 class DeciLMPreTrainedModel(PreTrainedModel):
     config_class = DeciLMConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
     _no_split_modules = ["DeciLMDecoderLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers looks for attention code in this very file; the family's, which follows the switch, is elsewhere
+        return True
 
     def _init_weights(self, module: Any) -> None:
         # from_pretrained builds on the meta device: buffers that no checkpoint holds are made again here.
@@ -151,8 +161,10 @@ class DeciLMModel(DeciLMPreTrainedModel):
         )
         self.norm = family_class(family, "RMSNorm")(base.hidden_size, eps=base.rms_norm_eps)
         self.rotary_emb = family_class(family, "RotaryEmbedding")(config=base)
+        self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -162,36 +174,80 @@ class DeciLMModel(DeciLMPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        cache = past_key_values if cache is None else cache
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if not self.config.has_attention:  # nothing to cache, and no position that anyone would see
-            use_cache, cache = False, None
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
+        cache = self._cache(past_key_values if cache is None else cache, use_cache)
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen).unsqueeze(0)
-        # engines switch the attention implementation on the outer config only
-        self.base._attn_implementation = self.config._attn_implementation
+        self._follow_implementation()
         contexts = layer_contexts(
             self.config, self.rotary_emb, hidden, position_ids, attention_mask, cache, self.family
         )
-        states = []
-        for layer, kind in zip(self.layers, self.config.parent_layer_types, strict=True):
-            if output_hidden_states:
-                states.append(hidden)
-            hidden = layer(hidden, position_ids=position_ids, **{CACHE: cache}, **contexts[kind])
+        states: list[torch.Tensor] | None = (
+            [] if _asked(output_hidden_states, self.config.output_hidden_states) else None
+        )
+        with self._recorded(_asked(output_attentions, self.config.output_attentions)) as attentions:
+            for layer, kind in zip(self.layers, self.config.parent_layer_types, strict=True):
+                if states is not None:
+                    states.append(hidden)
+                hidden = layer(hidden, position_ids=position_ids, **{CACHE: cache}, **contexts[kind], **kwargs)
         hidden = self.norm(hidden)
-        if output_hidden_states:
-            states.append(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            hidden_states=tuple(states) if output_hidden_states else None,
-            **{CACHE: cache},  # type: ignore[arg-type]
+            hidden_states=None if states is None else (*states, hidden),
+            attentions=None if attentions is None else tuple(attentions),  # type: ignore[arg-type]
+            **{CACHE: cache},
         )
+
+    def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The KV cache of a forward: the one given, a new one where it is wanted, else None."""
+        if not self.config.has_attention:  # nothing to cache, and no position that anyone would see
+            return None
+        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        wanted = _asked(use_cache, self.config.use_cache) and not checkpointing
+        return DynamicCache(config=self.config) if wanted and cache is None else cache
+
+    def _follow_implementation(self) -> None:
+        """The attention implementation is switched on the outer config only; the layers have configs of their own."""
+        configs: list[Any] = [self.base, *(layer.config for layer in self.layers)]
+        for config in configs:
+            if config._attn_implementation != self.config._attn_implementation:
+                config._attn_implementation = self.config._attn_implementation
+
+    @contextmanager
+    def _recorded(self, wanted: bool) -> Iterator[list[torch.Tensor | None] | None]:
+        """Attention weights by layer, as the layers run; a layer without attention has none."""
+        if not wanted:
+            yield None
+            return
+        if self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions needs attn_implementation='eager', this is {self.config._attn_implementation}: "
+                "call set_attn_implementation('eager') first."
+            )
+        found: list[torch.Tensor | None] = [None] * len(self.layers)
+        modules: list[Any] = [layer.self_attn for layer in self.layers]
+        hooks = [
+            module.register_forward_hook(lambda _m, _i, out, index=index: found.__setitem__(index, out[1]))
+            for index, module in enumerate(modules)
+            if module is not None
+        ]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _asked(argument: bool | None, default: bool | None) -> bool:
+    """An argument of forward; the config's where it is absent."""
+    return bool(default if argument is None else argument)
 
 
 def build_embedding(base: Any, family: str) -> nn.Embedding:
@@ -241,6 +297,11 @@ class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """See GenerationMixin.generate; without any attention there is nothing to cache, whatever was asked."""
+        return super().generate(*args, **kwargs if self.config.has_attention else kwargs | {"use_cache": False})
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -270,7 +331,12 @@ class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):
             logits = torch.tanh(logits / cap) * cap
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            # kwargs: Trainer divides by the tokens of all accumulated batches (num_items_in_batch) here, not itself
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=out.hidden_states, **{CACHE: getattr(out, CACHE)}
+            loss=loss,
+            logits=logits,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+            **{CACHE: getattr(out, CACHE)},
         )

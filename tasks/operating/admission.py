@@ -284,9 +284,10 @@ def _path(where: str, given: str, roots: Roots) -> Path:
     found: Sequence[Path] = [pattern]
     if glob.has_magic(str(pattern)):
         fixed = takewhile(lambda part: not glob.has_magic(part), pattern.parts)
-        found = [Path(*fixed), *map(Path, glob.glob(str(pattern), recursive=True))]  # noqa: PTH207
-    elif pattern.is_dir():
-        found = [pattern, *pattern.rglob("*")]  # a link inside it may lead out again
+        # the pattern itself too: where there is a file of that very name, it is read
+        found = [pattern, Path(*fixed), *map(Path, glob.glob(str(pattern), recursive=True))]  # noqa: PTH207
+    if pattern.is_dir():
+        found = [*found, *pattern.rglob("*")]  # a link inside it may lead out again
     if ".." in pattern.parts or not all(_below(path, roots.data.values()) for path in found):
         raise Refused(f"{where} {given!r} leads out of the folders that served runs may read ({known})")
     return pattern

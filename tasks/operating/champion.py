@@ -25,6 +25,7 @@ from tasks.compare import LINEAGE, Lineage, build
 from tasks.corpus import TOKENIZER_FILES
 from tasks.evaluate import mean_metric, parent_targets, sequence_figures
 from tasks.foreign.interchange import read_library
+from tasks.precision import as_written, child_dtype
 from tasks.record import open_parent
 from tasks.report import rounded
 from tasks.search.totals import Problem, broken_limits, fitting_batches, problem_of
@@ -174,8 +175,9 @@ def last_problem(profile: Profile, workspace: Path) -> Problem:
 def _figures(side: Lineage, now: Lineage, profile: Profile, workspace: Path) -> Tensor:
     """(S,) of the rule's metric on the test split of now, against the parent of now."""
     tokens = read_tensors(workspace, now.corpus.tokens, ["test"])["test"][: profile.evaluate.sequences]
-    targets = parent_targets(open_parent(workspace / now.parent.folder).model(), tokens)
-    model = build(side.child, side.parent, workspace)
+    reader = open_parent(workspace / now.parent.folder)
+    targets = parent_targets(reader.model(), tokens)
+    model = as_written(build(side.child, side.parent, workspace), child_dtype(profile.hardware, reader))
     return sequence_figures(model, targets, tokens)[profile.champion.metric]
 
 

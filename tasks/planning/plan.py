@@ -96,7 +96,7 @@ def plan_of(profile: Profile, parent: Parent, rates: Rates, price_per_hour: floa
     shape = shape_of(profile, parent)
     searched = layers_of(profile, parent)
     modelled = profile.hardware.engine == "roofline"
-    setting = setting_of(profile.hardware, _serving(profile, rates))
+    setting = setting_of(profile.hardware, _serving(profile, rates), parent)
     problem = bounds_problem(profile, parent, setting, searched)
     children, infeasible = children_of(problem)
     share = share_of(children, shape)

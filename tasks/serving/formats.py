@@ -80,17 +80,18 @@ def format_of(text: str) -> str:
 def export_as(
     child: Path,
     form: str,
-    precision: str,
+    precision: str | None,
     target: Path,
     tokenizer_from: Path | None = None,
     step: Step = lambda text: None,
 ) -> Exported:
     """Write a child (a folder or a GGUF file) in another format; check it. `step` hears what is done next.
 
+    precision: None is the child's own, by its config; float32 for a GGUF file.
     Raises EngineLimit when the format cannot express the child, ExportError when the check fails.
     """
     form = format_of(form)
-    precision = precision_of(precision, form)
+    precision = precision_of(precision or _own_precision(child), form)
     dtype = torch.float32 if form == "gguf" else getattr(torch, precision)
     step("loading the child")
     model = open_child(child, dtype)
@@ -108,6 +109,12 @@ def export_as(
     if form != "native":
         notes.append(check_in_vllm(model, target, precision, step))
     return Exported(path=target, notes=tuple(notes))
+
+
+def _own_precision(child: Path) -> str:
+    """What the weights of a child are, by its config."""
+    dtype = torch.float32 if child.is_file() else getattr(config_of(child), "dtype", None) or torch.float32
+    return str(dtype).removeprefix("torch.")
 
 
 def refuse(config: Any, form: str) -> None:

@@ -1,0 +1,105 @@
+"""Chats -> text: lists of messages, as fine-tuning data holds them, through the chat template of the tokenizer.
+
+Two spellings are read: `role` and `content` (OpenAI), `from` and `value` (ShareGPT). A content may be a list of parts
+of type text. A chat that cannot be written whole is `Unusable`: the reader counts and names it, and goes on.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from blocks.errors import CorpusError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+ROLES = ("system", "developer", "user", "assistant")
+FIELDS = ("messages", "conversations")  # where chats stand, when no field is named
+DAY = datetime(2024, 7, 26)  # the day that Llama's templates fall back to
+DIRECTIVES = ("%d", "%-d", "%b", "%B", "%m", "%Y", "%y", "%a", "%A", "%H", "%I", "%p", "%M", "%S", "%j")
+# some templates (Llama 3, SmolLM3) write today's date into every chat; with this before them they write the same day
+# always, so that a corpus has the same tokens tomorrow. transformers passes no functions on to a template
+SAME_DAY = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('{one}', '{DAY.strftime(one)}')" for one in DIRECTIVES)
+    + " }}{%- endmacro %}"
+)
+
+Message = Mapping[str, str]
+Chat = Callable[[Sequence[Message]], str]
+
+
+class Unusable(Exception):
+    """Why one line, row or document of a source is left out, as the end of a sentence: "has no field ..."."""
+
+
+def messages_of(value: Sequence[Any]) -> list[Message]:
+    """The messages of a chat in one spelling. Raises Unusable for tools, pictures, and what is no chat."""
+    if not value:
+        raise Unusable("has no messages")
+    messages = [_message(item, number) for number, item in enumerate(value, 1)]
+    if not any(message["content"].strip() for message in messages):
+        raise Unusable("has no text in any message")
+    return messages
+
+
+def _message(item: Any, number: int) -> Message:
+    keys = item if isinstance(item, Mapping) else {}
+    speaker, content = ("role", "content") if keys.get("role") is not None else ("from", "value")
+    role = keys.get(speaker)
+    if not isinstance(role, str):
+        raise Unusable(f"holds a list whose item {number} is no message: neither `role` nor `from` names a speaker")
+    role = SPEAKERS.get(role, role)
+    if keys.get("tool_calls") or keys.get("function_call") or role not in ROLES:
+        called = f"of role `{role[:40]}`" if role not in ROLES else "that calls a tool"
+        raise Unusable(f"has a message {called}: system, user and assistant in words are read, tools are not")
+    return {"role": role, "content": _content(keys.get(content), number)}
+
+
+def _content(content: Any, number: int) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise Unusable(f"has no text in message {number}")
+    parts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+    texts = [text for text in parts if isinstance(text, str)]
+    if len(texts) < len(content):
+        raise Unusable(f"has a part in message {number} that is no text")
+    return "".join(texts)
+
+
+def contents_alone(messages: Sequence[Message]) -> str:
+    """A chat where there is no template: a tiny parent is trained on the text before it has a tokenizer of its own."""
+    return "\n\n".join(message["content"] for message in messages)
+
+
+def template_of(tokenizer: "PreTrainedTokenizerBase") -> Chat:
+    """Writes chats as the tokenizer's template does. The result raises Unusable, or CorpusError without a template."""
+    from jinja2 import TemplateError
+
+    def write(messages: Sequence[Message]) -> str:
+        if not tokenizer.chat_template:
+            raise CorpusError(
+                "the corpus holds chats, but the parent's tokenizer has no chat template to write them with: take a "
+                "parent that was tuned on chats, add chat_template.jinja to its folder, or give text instead of chats."
+            )
+        try:
+            template = tokenizer.get_chat_template()
+            text = tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=SAME_DAY + template if "strftime_now" in template else template,
+                tokenize=False,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise Unusable(f"is refused by the chat template ({_short(error)})") from error
+        for message in messages:  # not the assistant's: templates of reasoning models leave out earlier thoughts
+            if message["role"] != "assistant" and message["content"].strip() not in text:
+                raise Unusable(f"loses a message of role {message['role']} in the chat template")
+        return str(text)
+
+    return write
+
+
+def _short(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]

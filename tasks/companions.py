@@ -1,0 +1,77 @@
+"""What travels beside a model's weights: tokenizer, templates, generation config, licence; and its card's terms."""
+
+import re
+import shutil
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CARD = "README.md"
+HUB = "https://huggingface.co/"
+
+# paths relative to the model's folder, in lower case
+PATTERNS = (
+    "generation_config.json",
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "tekken.json"),
+    *("*.tiktoken", "spiece.model", "sentencepiece*", "*.bpe.model", "*.spm"),
+    *("preprocessor_config.json", "processor_config.json"),
+    *("chat_template*", "additional_chat_templates/*.jinja"),
+    *("*license*", "*licence*", "licenses/*", "copying*", "copyright*", "notice*", "third_party_notices*"),
+    *("*use_policy*", "*use-policy*", "*terms_of_use*", "*terms-of-use*"),
+)
+# the same for the hub, which tells capitals apart
+HUB_PATTERNS = tuple(re.sub("[a-z]", lambda found: f"[{found[0]}{found[0].upper()}]", one) for one in PATTERNS)
+NOT = (".py", ".pyc", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+TERMS = ("license", "license_name", "license_link", "language", "base_model")
+
+
+def is_companion(path: str) -> bool:
+    """Whether a file of a model's folder travels, by its relative path; weights and code never do."""
+    low = path.lower()
+    if low.endswith(NOT):
+        return False
+    return any(fnmatchcase(low, pattern) and low.count("/") == pattern.count("/") for pattern in PATTERNS)
+
+
+def companions(folder: Path) -> list[Path]:
+    """Relative paths of the files in a folder that travel."""
+    found = [path.relative_to(folder) for path in [*folder.glob("*"), *folder.glob("*/*")] if path.is_file()]
+    return sorted(path for path in found if is_companion(path.as_posix()))
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what travels from one model's folder to another's."""
+    for path in companions(source):
+        (target / path).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / path, target / path)
+
+
+def terms_of(folder: Path) -> dict[str, Any]:
+    """Licence, language and base model, as the card in a folder names them; empty where it names none."""
+    card = folder / CARD
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    lines = text.removeprefix("\ufeff").splitlines()
+    if not lines or lines[0].strip() != "---":
+        return {}
+    end = next((at for at, line in enumerate(lines[1:], start=1) if line.strip() == "---"), None)
+    try:
+        values = yaml.safe_load("\n".join(lines[1:end])) if end else {}
+    except yaml.YAMLError:
+        return {}
+    return {key: values[key] for key in TERMS if values.get(key)} if isinstance(values, dict) else {}
+
+
+def write_terms(folder: Path, fields: Mapping[str, Any]) -> None:
+    """The card of a parent from GGUF: the terms that the file's own fields name; none where they name none."""
+    keys = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
+    terms = {key: fields.get(f"general.{name}") for key, name in (keys | {"language": "languages"}).items()}
+    url = str(fields.get("general.base_model.0.repo_url") or "")
+    if url.startswith(HUB):
+        terms["base_model"] = url.removeprefix(HUB)
+    found = {key: value for key, value in terms.items() if value}
+    if found:
+        text = yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
+        (folder / CARD).write_text(f"---\n{text}---\n", encoding="utf-8")
