@@ -5,7 +5,6 @@
 The plan is made now, on this machine; the run's times are those of its report. Both should have had the machine alone.
 """
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from benchmarks.common import ROOT, arguments, table, write_page
 from blocks.errors import PuzzleError
 from blocks.library import read_value
 from blocks.records import ChildReport, StageTime
+from blocks.runtime import default_threads
 from profiles.load import load_profile
 from profiles.schema import Profile
 from tasks.planning.machine import Rates, calibrate
@@ -47,7 +47,7 @@ def whole_report(workspace: Path) -> ChildReport:
 def plan_here(profile: Profile) -> tuple[Plan, Rates]:
     """The profile's plan on this machine, measured now."""
     parent = config_parent(profile.parent)
-    threads = profile.hardware.threads or os.cpu_count() or 1
+    threads = profile.hardware.threads or default_threads()
     config = parent.config
     rates = calibrate(config.hidden_size, config.intermediate_size, profile.hardware.precision, threads)
     return plan_of(profile, parent, rates), rates

@@ -38,7 +38,8 @@ class Ref(Value):
 class ParentInfo(Value):
     """The parent, normalised to a Hugging Face folder inside the workspace (config.json, model.safetensors, tokenizer).
 
-    fingerprint: sha256 over config and weights; part of every cache key.
+    fingerprint: sha256 over config and weights; part of every cache key. notes: what a person should know of how it was
+    read, such as a precision or tensors that were ignored.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ParentInfo(Value):
     fingerprint: str
     source: str
     revision: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class CorpusInfo(Value):
@@ -316,11 +318,13 @@ class SumCheck(Value):
 class SpeedReport(Value):
     """All models end to end in the engine that the costs come from, by name, and what the sums of costs had said.
 
-    clock: what the sums are compared in, "CPU" or "wall". empty: nothing was measured (costs are modelled).
+    clock: what the sums are compared in, "CPU" or "wall". busy: who else was at work meanwhile, "" when nobody
+    was. empty: nothing was measured (costs are modelled).
     """
 
     engine: str = ""
     clock: str = ""
+    busy: str = ""
     calibration: Calibration | None = None
     models: dict[str, tuple[Throughput, ...]] = {}
     sums: tuple[SumCheck, ...] = ()

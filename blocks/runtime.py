@@ -13,7 +13,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, wraps
+from pathlib import Path
 from typing import Any, TypeVar
+
+import psutil
 
 from blocks.devices import device_name, enter, places_of_task
 from blocks.errors import PuzzleError
@@ -50,11 +53,27 @@ def release_memory() -> None:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def usable_cores() -> int:
+    """Processors that this process may use; two of them may be threads of one physical core."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_threads() -> int:
+    """Physical cores among the processors that this process may use: a second thread on one only waits."""
+    if hasattr(os, "sched_getaffinity"):
+        folders = [Path(f"/sys/devices/system/cpu/cpu{number}/topology") for number in os.sched_getaffinity(0)]
+        with contextlib.suppress(OSError):
+            return len({(folder / "thread_siblings_list").read_text() for folder in folders})
+    return min(usable_cores(), psutil.cpu_count(logical=False) or usable_cores())
+
+
 def set_threads(threads: int | None) -> int:
-    """Fix torch's intra-op threads (all cores when None); sums depend on it in the last bit. Returns the number."""
+    """Fix torch's intra-op threads (`default_threads` when None); sums depend on it in the last bit. Returns the
+    number.
+    """
     import torch
 
-    count = threads or os.cpu_count() or 1
+    count = threads or default_threads()
     torch.set_num_threads(count)
     return count
 

@@ -253,6 +253,11 @@ class Store:
         raise AssertionError("the last delay is None")
 
 
+def check_url(url: str) -> None:
+    """StoreError for a store of no known kind, or whose package is not here. Nobody is asked."""
+    _file_system(url)
+
+
 def _file_system(url: str) -> tuple[Any, str]:
     import fsspec
 

@@ -5,6 +5,7 @@ to go on. Heavy imports happen inside commands, after the process is configured.
 """
 
 import contextlib
+import errno
 import os
 import shlex
 import sys
@@ -26,6 +27,8 @@ from profiles.schema import Profile
 from tasks.failures.presence import place_in, prefect_home
 from tasks.progress import logged, without_tracebacks
 
+# what is wrong with a path that somebody named, wherever it is first looked at
+PATH_FAULTS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 ProfileFile = Annotated[Path, typer.Argument(metavar="PROFILE", help="a profile (YAML), e.g. profiles/tiny.yaml")]
 Overrides = Annotated[
@@ -89,8 +92,13 @@ def rollback(profile: ProfileFile, workspace: WorkspaceOption = None, set_: Over
 
 @app.command()
 def validate(profile: ProfileFile, set_: Overrides = None) -> None:
-    """Check a profile without downloading or computing anything."""
+    """Check a profile, and that this machine has what it needs, without downloading or computing anything."""
+    from tasks.operating.requirements import advice, check_machine
+
     wanted = load_profile(profile, set_ or [])
+    check_machine(wanted)
+    for line in advice(wanted):
+        typer.echo(line, err=True)
     typer.echo(f"{profile}: a valid profile named {wanted.name!r}")
 
 
@@ -121,12 +129,22 @@ app.add_typer(library.app, name="library")
 def prepare_workspace(folder: Path) -> None:
     """Make the folder; keep Prefect's and MLflow's state in it; no server to start by hand."""
     try:
+        str(folder).encode()
         folder.mkdir(parents=True, exist_ok=True)
+    except UnicodeEncodeError:
+        raise PuzzleError(
+            f"{str(folder)!r} is not UTF-8, as databases want it: choose another with --workspace."
+        ) from None
     except OSError as error:
         raise PuzzleError(f"cannot write to {folder}: {error.strerror}. Choose another with --workspace.") from error
     configure()
+    from tasks.operating.servers import PREFECT_DATABASE, prefect_database
+
     home = prefect_home(folder, place_in(folder))
-    settings = {
+    before = os.environ.get("PREFECT_HOME")
+    if before and prefect_database(Path(before)).get(PREFECT_DATABASE) == os.environ.get(PREFECT_DATABASE):
+        os.environ.pop(PREFECT_DATABASE, None)  # of this process's workspace before this one
+    settings = ({} if PREFECT_DATABASE in os.environ else prefect_database(home)) | {
         "PREFECT_HOME": str(home),
         "PREFECT_LOCAL_STORAGE_PATH": str(home / "storage"),
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "240",
@@ -175,3 +193,10 @@ def main() -> None:
     except (ProfileError, PuzzleError) as error:
         typer.echo(f"puzzle: {error}", err=True)
         raise SystemExit(1 if isinstance(error, PuzzleFailure) else 2) from None
+    except OSError as error:
+        if error.errno not in PATH_FAULTS or not error.filename:
+            raise
+        name = os.fsdecode(error.filename)
+        told = name if len(name) < 200 else f"{name[:80]}...{name[-20:]}"
+        typer.echo(f"puzzle: {told}: {error.strerror}; name another path", err=True)
+        raise SystemExit(2) from None

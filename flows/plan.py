@@ -1,21 +1,18 @@
 """`puzzle plan`: what a run will take and what its budget allows, before anything is spent."""
 
 import gc
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blocks.errors import PuzzleError
-from blocks.runtime import configure
+from blocks.errors import InfeasibleBudget, PuzzleError
+from blocks.runtime import configure, default_threads
 from profiles.load import load_profile
 
 if TYPE_CHECKING:
     from tasks.planning.plan import ChildPlan, Plan
-
-GIB = 2**30
 
 
 def plan_command(
@@ -42,6 +39,12 @@ def plan_command(
     from tasks.planning.machine import rates_here
     from tasks.planning.plan import config_parent, machine_rates, plan_of
 
+    if on in (None, "this-machine"):
+        from tasks.operating.requirements import advice, check_machine
+
+        check_machine(wanted)
+        for line in advice(wanted):
+            typer.echo(line, err=True)
     parent = config_parent(wanted.parent)
     rates = machine_rates(wanted, on)
     if rates is None:
@@ -50,7 +53,7 @@ def plan_command(
                 f"only the CPU of this machine can be measured, the profile computes on {wanted.hardware.device}: name "
                 "a hardware target with --on, for example --on h100."
             )
-        threads = wanted.hardware.threads or os.cpu_count() or 1
+        threads = wanted.hardware.threads or default_threads()
         precision = wanted.hardware.precision if wanted.hardware.engine == "torch" else "float32"
         sizes = (parent.config.hidden_size, parent.config.intermediate_size)
         rates = rates_here(*sizes, precision, threads, again=remeasure)
@@ -58,17 +61,19 @@ def plan_command(
     typer.echo(plan.model_dump_json(indent=1, exclude={"children": {"__all__": {"layers"}}}) if as_json else told(plan))
     gc.freeze()  # nor at the end: all goes with the process
     gc.enable()
+    if plan.infeasible:
+        raise InfeasibleBudget(f"{plan.infeasible} Times are modelled, parameters and memory are exact.")
 
 
 def told(plan: "Plan") -> str:
     """The plan as text."""
     lines = [
-        f"parent    {plan.parent_parameters / 1e6:,.1f} M parameters, {plan.layers} layers",
+        f"parent    {count_of(plan.parent_parameters)} parameters, {plan.layers} layers",
         f"search    {plan.attention_variants} attention x {plan.ffn_variants} FFN variants in {plan.layers_searched} "
         f"layers: 10^{plan.architectures_log10:.1f} architectures from {plan.blocks} distilled blocks",
         f"machine   {_machine(plan)}",
-        f"disk      {plan.disk_bytes / GIB:.1f} GiB in the workspace at the end",
-        f"memory    {plan.memory_bytes / GIB:.1f} GiB at the peak",
+        f"disk      {bytes_of(plan.disk_bytes)} in the workspace at the end",
+        f"memory    {bytes_of(plan.memory_bytes)} at the peak",
         "",
         f"{'stage':<18} {'tasks':>6} {'tokens':>12} {'time':>8}",
     ]
@@ -84,8 +89,6 @@ def told(plan: "Plan") -> str:
         "",
         f"children  times are modelled (roofline: {modelled['name']}, {modelled['precision']}, {modelled['rates']})",
     ]
-    if plan.infeasible:
-        lines.append(f"no child keeps the budget: {plan.infeasible}")
     for child in plan.children:
         lines += _child(child, plan.parent_parameters)
     return "\n".join(lines)
@@ -100,6 +103,18 @@ def _machine(plan: "Plan") -> str:
     return f"this machine with {plan.threads} threads, measured {plan.machine_at}{load}"
 
 
+def count_of(number: int) -> str:
+    """19.5 k, 134.5 M, 70.6 B."""
+    size, unit = next(((s, u) for s, u in ((1e9, " B"), (1e6, " M"), (1e3, " k")) if number >= s), (1, ""))
+    return f"{number / size:,.1f}{unit}" if unit else f"{number:,}"
+
+
+def bytes_of(number: float) -> str:
+    """1.2 MiB, 14.0 GiB."""
+    size, unit = next(((s, u) for s, u in ((2**30, "GiB"), (2**20, "MiB")) if number >= s), (2**10, "KiB"))
+    return f"{number / size:,.1f} {unit}"
+
+
 def _clock(seconds: float | None) -> str:
     """m:ss, or h:mm:ss."""
     if seconds is None:
@@ -111,10 +126,10 @@ def _clock(seconds: float | None) -> str:
 
 def _child(child: "ChildPlan", parent_parameters: int) -> list[str]:
     share = child.parameters / parent_parameters
-    lines = [f"  {child.name}: {child.parameters / 1e6:,.1f} M parameters ({share:.1%} of the parent's)"]
+    lines = [f"  {child.name}: {count_of(child.parameters)} parameters ({share:.1%} of the parent's)"]
     for own, parent in zip(child.totals, child.parent_totals, strict=True):
         lines.append(
-            f"    {own.scenario}, batch {own.batch_size}: memory {own.memory_bytes / GIB:.3f} GiB "
+            f"    {own.scenario}, batch {own.batch_size}: memory {bytes_of(own.memory_bytes)} "
             f"({own.memory_bytes / parent.memory_bytes:.1%}), {own.tokens_per_second:,.0f} tokens/s "
             f"({parent.runtime_seconds / own.runtime_seconds:.2f}x)"
         )

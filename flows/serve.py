@@ -19,12 +19,15 @@ from tasks.operating.admission import Roots, served_profile
 from tasks.operating.reach import check_servers
 from tasks.operating.served_profile import ServedProfile
 from tasks.operating.servers import (
+    PREFECT_DATABASE,
     QUIET,
     is_free,
     mlflow_server,
+    prefect_database,
     prefect_guards,
     prefect_server,
     running,
+    sqlite_url,
     stop_left_behind,
 )
 
@@ -91,6 +94,7 @@ def served_environment(roots: Roots) -> dict[str, str]:
     home = roots.workspaces / ".prefect"
     return {
         **QUIET,
+        **(prefect_database(home) if PREFECT_DATABASE not in os.environ else {}),
         **roots.environment(),
         "PREFECT_HOME": str(home),
         "PREFECT_LOCAL_STORAGE_PATH": str(home / "storage"),
@@ -112,7 +116,7 @@ def servers(root: Path, port: int, mlflow_port: int) -> Iterator[None]:
             stack.enter_context(running(command, f"{url}/health", root / "prefect-server.log", guards))
             os.environ["PREFECT_API_URL"] = url
         if not os.environ.get("MLFLOW_TRACKING_URI"):
-            store = f"sqlite:///{root / 'mlflow.db'}"
+            store = sqlite_url(root / "mlflow.db")
             command, url = mlflow_server(_free(mlflow_port, "--mlflow-port"), store, str(root / "mlartifacts"))
             stack.enter_context(running(command, f"{url}/health", root / "mlflow-server.log", {}))
             os.environ["MLFLOW_TRACKING_URI"] = url

@@ -1,9 +1,10 @@
 """`puzzle export | bench`: a finished child in the formats of engines, and its speed in them beside its parent's."""
 
 import json
+import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,10 +27,11 @@ def export_command(
     out: Annotated[Path, typer.Option("--out", metavar="PATH", help="the file (gguf) or folder to write")],
     precision: Annotated[str | None, typer.Option("--precision", help=f"{PRECISION} [the child's own]")] = None,
     tokenizer_from: Annotated[
-        Path | None, typer.Option("--tokenizer-from", metavar="GGUF", help="copy the tokenizer of this GGUF file")
+        Path | None,
+        typer.Option("--tokenizer-from", metavar="GGUF", help="copy the tokenizer of this GGUF file; none: write none"),
     ] = None,
 ) -> None:
-    """Write a child for an engine, and check that the engine gives the same logits."""
+    """Write a child for an engine, and check that the engine gives the same logits and tokens."""
     _quiet()
     from tasks.serving.formats import export_as
 
@@ -38,10 +40,39 @@ def export_command(
     def step(text: str) -> None:
         typer.echo(f"{clock(time.monotonic() - started)}  {text}", err=True)
 
-    done = export_as(child, form, precision, out, tokenizer_from, step)
-    for note in done.notes:
-        say(note)
-    typer.echo(f"{form}: {done.path.resolve()}")
+    def export() -> None:
+        done = export_as(child, form, precision, out, tokenizer_from, step)
+        for note in done.notes:
+            say(note)
+        typer.echo(f"{form}: {done.path.resolve()}")
+
+    _logged(out.resolve().parent, export)
+
+
+def _logged(beside: Path, work: Callable[[], None]) -> None:
+    """Work, of which a failure is one sentence: the traceback goes to puzzle.log in this folder, or the next one above
+    that can be written to.
+    """
+    from flows.cli import run_logged
+
+    log = next(_logs((beside, *beside.parents, Path(tempfile.gettempdir()))))
+
+    def told() -> str:
+        work()
+        return ""
+
+    try:
+        run_logged(log.parent, told)
+    finally:
+        if log.is_file() and not log.stat().st_size:
+            log.unlink(missing_ok=True)
+
+
+def _logs(folders: Sequence[Path]) -> Iterator[Path]:
+    """A puzzle.log in each of the folders that lets one be written."""
+    for folder in folders:
+        with suppress(OSError), (folder / "puzzle.log").open("a"):
+            yield folder / "puzzle.log"
 
 
 def bench_command(
@@ -79,9 +110,7 @@ def bench_command(
     """Parent and child in turns under the same load: prefill, decode, memory, gains of pairs."""
     _quiet()
     from tasks.engines.registry import installed_engine
-    from tasks.failures.devices import alone
-    from tasks.serving.bench import CHILD, Point, bench
-    from tasks.serving.bench_table import bench_table, draw_bench
+    from tasks.serving.bench import CHILD, Point
     from tasks.throughput import PARENT
 
     installed_engine(engine)
@@ -106,12 +135,23 @@ def bench_command(
             rates=() if rate is None else rates_of(rate),
             limits=Limits(first_token_ms=max_ttft, output_token_ms=max_tpot),
         )
-        _bench_servers(sources, plan, picture, as_json)
+        _logged(Path.cwd(), lambda: _bench_servers(sources, plan, picture, as_json))
         return
     if rate is not None or max_ttft is not None or max_tpot is not None:
         raise PuzzleError("--rate, --max-ttft and --max-tpot are of a load on servers: give --server or --url too.")
+    how = {"precision": precision, "rounds": rounds, "threads": threads}
+    _logged(Path.cwd(), lambda: _bench_engine(sources, engine, points, how, picture, as_json))
+
+
+def _bench_engine(
+    sources: dict[str, Path], engine: str, points: list[Any], how: dict[str, Any], picture: Path | None, as_json: bool
+) -> None:
+    from tasks.failures.devices import alone
+    from tasks.serving.bench import bench
+    from tasks.serving.bench_table import bench_table, draw_bench
+
     with alone("bench"), shown("bench", beside=True) as tell:
-        rows = bench(sources, engine, points, precision, rounds, threads, tell)
+        rows = bench(sources, engine, points, tell=tell, **how)
     if picture is not None:
         draw_bench(rows).savefig(picture)
     if as_json:

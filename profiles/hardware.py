@@ -11,7 +11,7 @@ from typing import Literal
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from profiles.errors import ProfileError
+from profiles.errors import ProfileError, expanded
 from profiles.schema import Fraction, Hardware, Precision, Section
 
 FOLDER = Path(__file__).parent / "hardware"
@@ -67,7 +67,7 @@ def shipped_targets() -> list[str]:
 @lru_cache
 def load_target(name: str) -> HardwareTarget:
     """A shipped target by its name, or one of your own by its file. Raises ProfileError."""
-    own = Path(name).expanduser()
+    own = expanded(name)
     file = own if own.suffix == ".yaml" else FOLDER / f"{name}.yaml"
     if not file.is_file():
         raise ProfileError(

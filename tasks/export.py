@@ -210,6 +210,7 @@ def model_card(
             "Made with puzzle: in each layer attention and FFN were replaced, where it pays, by cheaper variants, then",
             "the whole was distilled from its parent.\n",
             f"* Parent: {parent.name} from `{parent.source}`{revision}, fingerprint `{parent.fingerprint}`",
+            *(f"* Parent: {note}" for note in parent.notes),
             f"* Command: `{command}`\n",
             "## Architecture\n",
             *_layer_table(config),

@@ -38,6 +38,7 @@ from tasks.foreign.interchange import StoredLibrary, describe, sizes_of, write_l
 from tasks.operating import experiment, tracking
 from tasks.operating.artifacts import show_link, show_markdown, show_picture, show_table
 from tasks.operating.run_tables import layer_rows, variant_rows
+from tasks.operating.servers import prefect_database
 from tasks.operating.shared import keep_run
 from tasks.precision import child_dtype, served_precision, why
 from tasks.progress import say, wide_console
@@ -115,6 +116,11 @@ class Run:
         self._stage("measure", {"measure/variants": len(costs.costs)}, tables)
         if costs.modelled:
             say(f"costs of {costs.hardware['name']} are modelled by the roofline, not measured; nor is any speed")
+        if "busy" in costs.hardware:
+            say(
+                f"the costs are of a busy machine: {costs.hardware['busy']}; measure again when it is quiet (puzzle "
+                "reoptimize --remeasure), or with hardware.threads: 1, where CPU time counts"
+            )
         show_table("block library", blocks, BLOCK_COLUMNS, f"BLD of {len(blocks)} variants, nMSE on held-out tokens")
         show_table("scores", scores, SCORE_COLUMNS, "replace-1-block scores, nats per token")
         how = "modelled for" if costs.modelled else "measured on"
@@ -266,9 +272,11 @@ def ui_commands(run: Run) -> list[str]:
     if os.environ.get("PREFECT_API_URL"):
         return [f"Prefect: {runtime.flow_run.ui_url}", *mlflow]
     prefect = Path(sys.executable).parent / "prefect"
-    home = shlex.quote(os.environ.get("PREFECT_HOME") or str(run.workspace / "prefect"))
+    home = Path(os.environ.get("PREFECT_HOME") or run.workspace / "prefect")
+    settings = {"PREFECT_HOME": str(home), **prefect_database(home)}
+    told = " ".join(f"{name}={shlex.quote(value)}" for name, value in settings.items())
     return [
-        f"Prefect: PREFECT_HOME={home} {prefect} server start",
+        f"Prefect: {told} {prefect} server start",
         f"         http://127.0.0.1:4200/runs/flow-run/{run.prefect_run_id}",
         *mlflow,
     ]

@@ -18,34 +18,36 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from blocks.errors import ParentError
+from blocks.errors import ParentError, PuzzleError
 from blocks.families import FAMILIES, family_of
 from blocks.files import sha256_of, write_text
 from blocks.library import Fetch, digest_of, is_whole, keep, remember
 from blocks.records import ParentInfo, Ref, Value
-from profiles.schema import FolderParent, HubParent, PackageParent, ParentSource, TinyParent
+from profiles.schema import FolderParent, GgufParent, HubParent, PackageParent, ParentSource, TinyParent
 from tasks.companions import CARD, HUB_PATTERNS, companions, copy_companions, write_terms
 from tasks.corpus import TOKENIZER_FILES, installed_file
-from tasks.serving.gguf_header import without_vocabulary
-from tasks.serving.gguf_tokenizer import split_of
+from tasks.parent_weights import INDEX, WEIGHTS, check_finite, place_weights, shards_of, weights_of
+from tasks.progress import say
+from tasks.serving.gguf_header import Header, stem_of, without_vocabulary
+from tasks.serving.gguf_parts import check_model, describe, dtype_of, parts_of
+from tasks.serving.gguf_tokenizer_import import tokenizer_of
 from tasks.tiny import byte_tokenizer, family_config, make_tiny_parent, training_texts
 
 VERSION = 2  # raise it when the same source would give another folder
-INDEX = "model.safetensors.index.json"
 SMALL_FILES = (
     "config.json",
     "generation_config.json",
     "chat_template.jinja",
     "chat_template.json",
-    INDEX,
     *TOKENIZER_FILES,
     CARD,
     *HUB_PATTERNS,
 )
 # what save_pretrained leaves in JSON of the machine it ran on
 _PATH_KEYS = ("_name_or_path", "name_or_path", "_model_name_or_path")
+# what a prepared parent's config.json does not say: its code is never run, its weights are floats
+_LEFT_OUT = ("auto_map", "quantization_config")
 
 
 class Manifest(Value):
@@ -65,7 +67,7 @@ def prepare_parent(
     """
     texts = _texts_for(source, corpus_text)
     manifest = workspace / "parent" / f"{_source_key(source, texts)}.json"
-    # code that comes with a parent is read where it comes from, never taken from a store
+    # a parent that brings code is read where it comes from, never taken from a store
     fetch: Fetch = "never" if getattr(source, "trust_remote_code", False) else "ahead"
     known = remember(manifest, Manifest, lambda value: list(value.files), workspace, fetch)
     if known is not None:
@@ -74,27 +76,32 @@ def prepare_parent(
     with tempfile.TemporaryDirectory(dir=manifest.parent, prefix=".making-") as temporary:
         folder = Path(temporary) / "parent"
         folder.mkdir()
-        revision = _make(source, folder, texts)
+        revision, notes = _make(source, folder, texts)
         _clean(folder)
         check_parent(folder)
-        made = _manifest(source, folder, revision)
+        made = _manifest(source, folder, revision, notes)
         _install(folder, workspace, made)
+    for note in notes:
+        say(f"parent {made.parent.name}: {note}")
     keep(manifest, made, made.files, workspace, fetch)
     return made.parent
 
 
 def write_config(source: ParentSource, folder: Path) -> None:
     """The config.json that `prepare_parent` would leave, without weights: nothing is converted, trained or downloaded
-    but that file. Raises ParentError.
+    but that file; the weights of a folder are held against it by their headers. Raises ParentError.
     """
     if isinstance(source, TinyParent):
         family_config(source, len(byte_tokenizer())).save_pretrained(folder)
-    elif isinstance(source, PackageParent):
+    elif isinstance(source, PackageParent | GgufParent):
         _gguf_config(_gguf_file(source)).save_pretrained(folder)
     else:
         found = _download(source, config_only=True) if isinstance(source, HubParent) else _source_folder(source)
         values = _read_json(found / "config.json")
         check_config(values, source.trust_remote_code)
+        if isinstance(source, FolderParent) and any(found.glob("*.safetensors")):
+            values |= weights_of(found).settings
+        values = {key: value for key, value in values.items() if key not in _LEFT_OUT}
         write_text(folder / "config.json", json.dumps(values))
 
 
@@ -104,13 +111,18 @@ def _gguf_config(path: Path) -> Any:
 
     try:
         with tempfile.TemporaryDirectory() as folder:
-            without_vocabulary(path, Path(folder) / path.name, weights=False)
+            header = without_vocabulary(path, Path(folder) / path.name, False, parts_of(path)[1:])
             config: Any = AutoConfig.from_pretrained(folder, gguf_file=path.name)
+    except PuzzleError:
+        raise
     except Exception as error:  # nothing more precise is raised
         raise ParentError(f"{path.name} cannot be read as GGUF: {_first_line(error)}") from error
     for name in ("quantization_config", "_pre_quantization_dtype"):
         with suppress(AttributeError):
             delattr(config, name)
+    config.dtype = dtype_of(header)
+    check_config(config.to_dict())
+    check_model(header, config, path.name)
     return config
 
 
@@ -134,25 +146,35 @@ def _source_key(source: ParentSource, texts: list[str]) -> str:
         stats = {path.relative_to(folder).as_posix(): path.stat() for path in kept}
         content = [str(folder), {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}]
     elif isinstance(source, PackageParent):
-        content = sha256_of(_gguf_file(source))
+        content = [sha256_of(part) for part in parts_of(_gguf_file(source))]
+    elif isinstance(source, GgufParent):
+        parts = [(part, part.stat()) for part in parts_of(_gguf_file(source))]
+        content = [[str(part.resolve()), stat.st_size, stat.st_mtime_ns] for part, stat in parts]
     elif isinstance(source, TinyParent):
         content = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
     return digest_of(version=VERSION, source=source, content=content)
 
 
-def _make(source: ParentSource, folder: Path, texts: list[str]) -> str:
-    """Write the parent to `folder`; returns its revision (commit or package version), "" if it has none."""
+def _make(source: ParentSource, folder: Path, texts: list[str]) -> tuple[str, tuple[str, ...]]:
+    """Write the parent to `folder`; returns its revision (commit or package version, "" if it has none) and what a
+    person should know of it.
+    """
     if isinstance(source, TinyParent):
         make_tiny_parent(source, folder, texts)
-        return ""
-    if isinstance(source, PackageParent):
-        return _convert_gguf(_gguf_file(source), folder, source.package)
+        return "", ()
+    if isinstance(source, PackageParent | GgufParent):
+        header = _convert_gguf(_gguf_file(source), folder)
+        return _version_of(source), (describe(header),)
     if isinstance(source, HubParent):
         snapshot = _download(source)
         # blobs of the hub's cache never change, so a hard link is as good as a copy
-        _copy_folder(snapshot, folder, source.trust_remote_code, _link)
-        return snapshot.name
-    _copy_folder(_source_folder(source), folder, source.trust_remote_code, shutil.copyfile)
+        return snapshot.name, _copy_folder(snapshot, folder, source.trust_remote_code, _link)
+    return "", _copy_folder(_source_folder(source), folder, source.trust_remote_code, shutil.copyfile)
+
+
+def _version_of(source: PackageParent | GgufParent) -> str:
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(source.package) if isinstance(source, PackageParent) else ""
     return ""
 
 
@@ -166,21 +188,25 @@ def _names(source: ParentSource) -> tuple[str, str]:
     if isinstance(source, TinyParent):
         return f"tiny-{source.family}", f"tiny, seed {source.seed}, {source.train_steps} steps"
     if isinstance(source, PackageParent):
-        return Path(source.file).stem, f"package {source.package}, {source.file}"
+        return stem_of(Path(source.file)), f"package {source.package}, {source.file}"
+    if isinstance(source, GgufParent):
+        return stem_of(Path(source.path)), f"gguf {Path(source.path).name}"
     if isinstance(source, HubParent):
         return source.hub_id, f"hub {source.hub_id}"
     name = _source_folder(source).name
     return name, f"folder {name}"
 
 
-def _manifest(source: ParentSource, folder: Path, revision: str) -> Manifest:
+def _manifest(source: ParentSource, folder: Path, revision: str, notes: tuple[str, ...]) -> Manifest:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     digests = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
     fingerprint = _fingerprint(folder, digests)
     name, origin = _names(source)
     target = f"parent/{fingerprint[:16]}"
     return Manifest(
-        parent=ParentInfo(name=name, folder=target, fingerprint=fingerprint, source=origin, revision=revision),
+        parent=ParentInfo(
+            name=name, folder=target, fingerprint=fingerprint, source=origin, revision=revision, notes=notes
+        ),
         files=tuple(Ref(path=f"{target}/{file}", sha256=digest) for file, digest in digests.items()),
     )
 
@@ -234,103 +260,84 @@ def _read_json(path: Path) -> dict[str, Any]:
 def check_config(config: dict[str, Any], trust_remote_code: bool = False) -> None:
     """ParentError for a config.json that no family here understands, judged before any weights are fetched."""
     model_type = config.get("model_type")
+    if model_type == "nemotron-nas":
+        raise ParentError(
+            "this is a child that puzzle wrote, or another model of the nemotron-nas schema (model_type in its config)."
+            " Its layers differ, and a parent's are all alike: name the parent that it was made from, with another "
+            "budget for another child."
+        )
     if model_type == "gemma3":
         raise ParentError(
             "this is a multimodal Gemma 3 (model_type gemma3, with a vision tower): only its text part can be a "
             "parent. Take a text-only checkpoint (model_type gemma3_text, such as gemma-3-1b) or save the text model."
         )
+    if model_type not in FAMILIES:
+        family_of(SimpleNamespace(model_type=model_type))  # raises, with the list of families
     if "auto_map" in config and not trust_remote_code:
         raise ParentError(
-            "this parent wants to run Python code of its own (auto_map in its config): set trust_remote_code: true in "
-            "the profile's parent if you have read that code, or take a parent that transformers knows."
+            "this parent brings Python code of its own (auto_map in its config), which is not run here: transformers' "
+            f"{model_type} would compute it. If that is the same model, set trust_remote_code: true in the profile's "
+            "parent; otherwise take a parent without code."
         )
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise ParentError(
             "this parent is quantised (quantization_config in its config): blocks are cut from float weights, take "
             "the float checkpoint."
         )
-    if model_type not in FAMILIES:
-        family_of(SimpleNamespace(model_type=model_type))  # raises, with the list of families
 
 
 def check_parent(folder: Path) -> None:
     """ParentError unless config, weights and tokenizer of a normalised folder are usable together."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     try:
-        config = AutoConfig.from_pretrained(folder)
-        AutoTokenizer.from_pretrained(folder)
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # without it, transformers asks at the console
     except Exception as error:  # tokenizers raises nothing more precise
         raise ParentError(f"config or tokenizer of the parent cannot be loaded: {_first_line(error)}") from error
-    family_of(config)
-    shapes = _shapes(folder)
-    expected = {
-        "model.embed_tokens.weight": [config.vocab_size, config.hidden_size],
-        f"model.layers.{config.num_hidden_layers - 1}.mlp.down_proj.weight": [
-            config.hidden_size,
-            config.intermediate_size,
-        ],
-    }
-    for name, shape in expected.items():
-        if shapes.get(name) != shape:
-            found = f"has shape {shapes[name]}" if name in shapes else "is missing"
-            raise ParentError(f"the weights do not fit config.json: {name} {found}, expected {shape}.")
-
-
-def _shapes(folder: Path) -> dict[str, list[int]]:
-    shapes: dict[str, list[int]] = {}
-    for name in weight_files(folder):
-        try:
-            with safe_open(folder / name, framework="pt") as file:
-                shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, OSError) as error:
-            raise ParentError(
-                f"{name} is not a whole safetensors file ({_first_line(error)}): fetch it again "
-                "(a file of a few hundred bytes is a Git LFS pointer)."
-            ) from error
-    return shapes
-
-
-def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files that make the model: the shards of the index, or model.safetensors.
-
-    Others (adapters, a second format of the same weights) are not the model's. Raises ParentError.
-    """
-    names = ["model.safetensors"]
-    if (folder / INDEX).is_file():
-        names = sorted({str(name) for name in _read_json(folder / INDEX).get("weight_map", {}).values()})
-    missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
-    if not names or missing:
-        there = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
-        hint = f" There is {', '.join(there[:3])}: load it with transformers and save_pretrained it." if there else ""
-        raise ParentError(
-            f"{folder.name} lacks {', '.join(missing[:3]) or 'weights'}: only *.safetensors are read.{hint}"
-        )
-    return names
+    check_finite(folder, weights_of(folder))
 
 
 def _source_folder(source: FolderParent) -> Path:
     folder = Path(source.path).expanduser().resolve()
+    ggufs = [folder] if folder.is_file() else sorted(folder.glob("*.gguf")) if folder.is_dir() else []
+    if any(path.suffix == ".gguf" for path in ggufs) and not (folder / "config.json").is_file():
+        file = source.path if folder.is_file() else str(Path(source.path) / ggufs[0].name)
+        raise ParentError(f"{source.path} is GGUF: write `parent: {{kind: gguf, path: {json.dumps(file)}}}`.")
+    if folder.is_file():
+        raise ParentError(f"{source.path} is a file: name the folder that holds config.json and *.safetensors.")
     if not folder.is_dir():
         raise ParentError(f"the parent's folder {source.path} does not exist (current folder: {Path.cwd()}).")
     return folder
 
 
-def _copy_folder(source: Path, target: Path, trust_remote_code: bool, place: Callable[[Path, Path], Any]) -> None:
-    """Small files are copied, weights `place`d; whatever else lies in the folder stays there."""
-    check_config(_read_json(source / "config.json"), trust_remote_code)
-    weights = weight_files(source)
+def _copy_folder(
+    source: Path, target: Path, trust_remote_code: bool, place: Callable[[Path, Path], Any]
+) -> tuple[str, ...]:
+    """Small files are copied, weights `place`d; whatever else lies in the folder stays there. Returns notes."""
+    values = _read_json(source / "config.json")
+    check_config(values, trust_remote_code)
+    if (source / "adapter_config.json").is_file():
+        raise ParentError(
+            f"{source.name} holds an adapter (adapter_config.json): merge it into the weights (peft's "
+            "merge_and_unload, then save_pretrained), or take it out of the folder."
+        )
+    weights = weights_of(source)
     small = [source / name for name in SMALL_FILES if (source / name).is_file()]
     tokenizer = source / "tokenizer_config.json"
     if not trust_remote_code and tokenizer.is_file() and "auto_map" in _read_json(tokenizer):
-        raise ParentError("the parent's tokenizer wants to run Python code of its own: set trust_remote_code: true.")
+        raise ParentError(
+            "the parent's tokenizer brings Python code of its own (auto_map in tokenizer_config.json), which is not "
+            "run here: set trust_remote_code: true if tokenizer.json does without it."
+        )
     if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & {path.name for path in small}:
         raise ParentError(f"{source.name} has no tokenizer: add tokenizer.json or tokenizer.model.")
     copy_companions(source, target)
-    for path in [*small, *(sorted(source.glob("*.py")) if trust_remote_code else [])]:
+    for path in small:
         shutil.copyfile(path, target / path.name)
-    for name in weights:
-        place(source / name, target / name)
+    place_weights(source, target, weights, place)
+    values = {key: value for key, value in values.items() if key not in _LEFT_OUT} | dict(weights.settings)
+    write_text(target / "config.json", json.dumps(values, ensure_ascii=False))
+    return weights.notes
 
 
 def _link(source: Path, target: Path) -> None:
@@ -356,32 +363,40 @@ def _download(source: HubParent, config_only: bool = False) -> Path:
 
     if config_only:
         return fetch(source.revision, ["config.json"])
-    code = ["*.py"] if source.trust_remote_code else []
-    snapshot = fetch(source.revision, [*SMALL_FILES, *code])
+    small = [*SMALL_FILES, INDEX, "adapter_config.json"]
+    snapshot = fetch(source.revision, small)
     check_config(_read_json(snapshot / "config.json"), source.trust_remote_code)
-    weights = ["model.safetensors"]
-    if (snapshot / INDEX).is_file():
-        weights = sorted(set(_read_json(snapshot / INDEX).get("weight_map", {}).values()))
-    return fetch(snapshot.name, [*SMALL_FILES, *code, *weights])
+    whole = fetch(snapshot.name, [*small, WEIGHTS])
+    if (whole / WEIGHTS).is_file() or not (whole / INDEX).is_file():
+        return whole
+    return fetch(snapshot.name, [*small, *shards_of(whole)])
 
 
-def _gguf_file(source: PackageParent) -> Path:
-    return installed_file(source.package, source.file, ParentError)
+def _gguf_file(source: PackageParent | GgufParent) -> Path:
+    if isinstance(source, PackageParent):
+        return installed_file(source.package, source.file, ParentError)
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        raise ParentError(f"{source.path} is a folder: name the .gguf file in it, of a split model the first.")
+    if not path.is_file():
+        raise ParentError(f"the parent's file {source.path} does not exist (current folder: {Path.cwd()}).")
+    return path
 
 
-def _convert_gguf(path: Path, folder: Path, package: str) -> str:
-    """De-quantise a GGUF file to float32 safetensors; returns the version of its package."""
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+def _convert_gguf(path: Path, folder: Path) -> Header:
+    """De-quantise a GGUF file, all parts of a split one, to float32 safetensors; returns its header."""
+    from transformers import AutoModelForCausalLM
 
+    config = _gguf_config(path)
     short = folder.with_name(path.name)
     try:
-        fields = without_vocabulary(path, short, weights=True).fields
+        header = without_vocabulary(path, short, True, parts_of(path)[1:])
         with _without_collection():
             model: Any = AutoModelForCausalLM.from_pretrained(short.parent, gguf_file=short.name, dtype=torch.float32)
         short.unlink()
-        tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
-        if fields.get("tokenizer.ggml.model") == "gpt2":
-            tokenizer.backend_tokenizer.pre_tokenizer = split_of(fields.get("tokenizer.ggml.pre", "default"))
+        tokenizer = tokenizer_of(header.fields)
+    except PuzzleError:
+        raise
     except Exception as error:  # tokenizers raises nothing more precise
         raise ParentError(f"{path.name} cannot be read as GGUF: {_first_line(error)}") from error
     # the weights are plain float32 by now, but transformers still takes the model for a quantised one
@@ -389,13 +404,12 @@ def _convert_gguf(path: Path, folder: Path, package: str) -> str:
     for name in ("quantization_config", "_pre_quantization_dtype"):
         with suppress(AttributeError):
             delattr(model.config, name)
-    check_config(model.config.to_dict())
     model.save_pretrained(folder, max_shard_size="1TB")
     tokenizer.save_pretrained(folder)
-    write_terms(folder, fields)
-    with suppress(metadata.PackageNotFoundError):
-        return metadata.version(package)
-    return ""
+    write_terms(folder, header.fields)
+    values = _read_json(folder / "config.json") | {"dtype": str(config.dtype).removeprefix("torch.")}
+    write_text(folder / "config.json", json.dumps(values, ensure_ascii=False))
+    return header
 
 
 @contextmanager

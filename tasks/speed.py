@@ -22,6 +22,7 @@ from tasks.serving.gguf_export import write_gguf
 from tasks.serving.gguf_tokenizer import NO_TOKENIZER
 from tasks.sums import check_sums, clock_of
 from tasks.throughput import measure_throughput
+from tasks.usage import Others
 
 Tell = Callable[[int, int], None]
 Load = tuple[Scenario, int]
@@ -39,10 +40,14 @@ def measure_speed(
     loads = loads_of(contenders, profile.scenarios)
     measure = _in_torch if profile.hardware.engine == "torch" else _in_engine
     rounds = profile.evaluate.throughput_rounds
+    others = Others()
     models = measure(contenders, parent, loads, rounds, profile.hardware, workspace, tell)
     return SpeedReport(
         engine=costs.hardware["engine"],
         clock=clock_of(costs),
+        busy=others.crowd(profile.hardware.threads or torch.get_num_threads())
+        if profile.hardware.device == "cpu"
+        else "",
         calibration=costs.calibration,
         models=models,
         sums=check_sums({which.name: which.architecture for which in contenders}, models, costs),

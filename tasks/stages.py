@@ -42,6 +42,7 @@ from tasks.failures.sharing import Piece, in_turn, made_once
 from tasks.jobs import coupled_jobs, jobs_of
 from tasks.operating.artifacts import stage_bar
 from tasks.operating.reach import check_servers
+from tasks.operating.requirements import advice, check_machine
 from tasks.operating.servers import stop_orphaned_servers
 from tasks.operating.shared import store_used
 from tasks.parent import prepare_parent
@@ -314,7 +315,10 @@ def process_of(profile: Profile, workspace: Path) -> Iterator[None]:
     """This process at work in a workspace, beside others: threads set, leftovers of killed runs cleared, its stages in
     turn with those of other runs on the device.
     """
+    check_machine(profile)
     check_servers()
+    for line in advice(profile):
+        say(line)
     with at_work_in(workspace) as number, sharing(profile), told_when_prefect_is_away():
         set_threads(profile.hardware.threads)
         disable_progress_bar()  # transformers' own bars: ours tell the stage

@@ -124,8 +124,10 @@ def _parts(
 
 
 def told(speed: SpeedReport) -> list[str]:
-    """A line for each phase in which the child's median scenario is off by more than TOLERANCE."""
-    lines = []
+    """A line where others were at work meanwhile, one for each phase in which the child's median scenario is off by
+    more than TOLERANCE.
+    """
+    lines = [f"the speeds are of a busy machine: {speed.busy}; measure again when it is quiet"] if speed.busy else []
     for phase in PHASES:
         own = [check for check in speed.sums if (check.model, check.phase) == ("child", phase)]
         if not own:

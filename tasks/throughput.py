@@ -82,6 +82,8 @@ def _peak_bytes(model: Any, prompt: Tensor, generated_tokens: int) -> int | None
         before = torch.cuda.memory_allocated(device)
         work()
         return weights + int(torch.cuda.max_memory_allocated(device)) - before
+    if device.type != "cpu":
+        return None
     release_memory()
     before = resident_bytes("VmRSS")
     told = restart_peak()
@@ -191,11 +193,11 @@ def request_of(model: Any, prompt: Tensor, steps: int, grow: int = 0) -> Turn:
 
 def _timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float, float]:
     """Result, wall seconds, CPU seconds."""
-    _wait_for(device)
+    wait_for(device)
     clock = cpu_clock(torch.get_num_threads())
     wall, cpu = time.perf_counter(), clock()
     result = work()
-    _wait_for(device)
+    wait_for(device)
     return result, time.perf_counter() - wall, clock() - cpu
 
 
@@ -206,7 +208,7 @@ def cpu_clock(threads: int) -> Callable[[], float]:
     return time.thread_time if threads == 1 else time.process_time
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     """An accelerator works on after the call returned."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,6 +1,7 @@
 """What a run took: wall time, CPU seconds, peak memory; the same of every stage."""
 
 import contextlib
+import os
 import resource
 import sys
 import time
@@ -10,6 +11,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
+
+import psutil
 
 from blocks.records import StageTime
 
@@ -71,6 +74,45 @@ def restart_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+CROWDED = 0.15  # share of the processors; what takes less is the system's own housekeeping
+
+
+def busy_seconds() -> float:
+    """Processor seconds that anybody took since the machine started, other virtual machines on it included."""
+    times = psutil.cpu_times()
+    return float(times.user + times.system + getattr(times, "nice", 0.0) + getattr(times, "steal", 0.0))
+
+
+class Others:
+    """Who else computes on this machine, from the moment this is made: wall times beside them are theirs as well."""
+
+    def __init__(self) -> None:
+        self.began, self.busy, self.own = time.monotonic(), busy_seconds(), _family_seconds()
+
+    def crowd(self, threads: int) -> str:
+        """A clause for people when others left fewer processors than so many threads need; "" otherwise."""
+        took = max(time.monotonic() - self.began, 1e-9)
+        others = (busy_seconds() - self.busy - (_family_seconds() - self.own)) / took
+        return crowd(others, threads, os.cpu_count() or 1)
+
+
+def crowd(others: float, threads: int, processors: int) -> str:
+    """See `Others.crowd`. others: processors that others took, on average."""
+    if others <= CROWDED * processors or processors - others >= threads:
+        return ""
+    return f"others took {others:.1f} of {processors} processors while {threads} thread{'s' * (threads > 1)} were timed"
+
+
+def _family_seconds() -> float:
+    """CPU seconds of this process and of those that it started, also of those that have ended."""
+    own, found = psutil.Process(), 0.0
+    for process in (own, *own.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            found += times.user + times.system + times.children_user + times.children_system
+    return found
 
 
 @contextmanager

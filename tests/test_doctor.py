@@ -60,10 +60,12 @@ def test_threads_tell_a_busy_machine() -> None:
 
 
 def test_extras_are_optional() -> None:
-    *missing, engines = doctor.extras(lambda name: name in ("gensim", "vllm"))
+    missing = list(doctor.extras(lambda name: name in ("gensim", "pymoo", "ray")))
     assert {finding.status for finding in missing} == {"warn"}
     assert "lm_eval" in missing[0].detail and "gensim" not in missing[1].detail
-    assert engines.detail == "torch, vllm"
+    assert not [finding for finding in missing if "pymoo" in finding.detail]
+    assert any("prefect_ray" in finding.detail and " ray (" not in finding.detail for finding in missing)
+    assert only(doctor.extras(lambda name: True)).status == "ok"
 
 
 def test_a_workspace_that_is_a_file_or_in_use(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Engines: limits as data, llama.cpp's logits and text against torch's, exports and what they refuse."""
 
 import copy
+import ctypes
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,15 @@ from tasks.engines import llama_library
 from tasks.engines.base import Load
 from tasks.engines.limits import LIMITS, EngineLimit, UnknownEngine, check_parent, gaps, limits_of, runnable, width_of
 from tasks.engines.llama_cpp import LlamaCpp
-from tasks.engines.llama_library import LIBRARY_VARIABLE, Blob, EngineFailed, EngineMissing, find_fields, unmap
+from tasks.engines.llama_library import (
+    LIBRARY_VARIABLE,
+    Blob,
+    EngineFailed,
+    EngineMissing,
+    find_fields,
+    keep_off_gpus,
+    unmap,
+)
 from tasks.engines.registry import ENGINES, engine_of, installed_engine
 from tasks.engines.torch_engine import Torch
 from tasks.export import ExportError, export_folder
@@ -171,6 +180,30 @@ def test_fields_are_found_by_their_defaults_or_not_at_all() -> None:
             find_fields(broken)
 
 
+def test_llama_cpp_stays_off_gpus_in_every_layout_that_is_known() -> None:
+    """Its own default puts every layer on a GPU where the build has a backend for one."""
+    for layers in (-1, 0, 999):
+        blob = Blob()
+        blob.words[4:6] = [layers, 1]
+        assert keep_off_gpus(blob) and blob.words[4:6] == [0, 1]
+        address = blob.words[0] % 2**32 + (blob.words[1] << 32)
+        assert ctypes.c_void_p.from_address(address).value is None, "a list of devices that is empty, not the default"
+    for words in ([0, 0, -1, 1, 0, 0], [1, 0, 0, 0, -1, 1]):
+        blob = Blob()
+        blob.words[: len(words)] = words
+        assert not keep_off_gpus(blob) and blob.words[: len(words)] == words
+
+
+def test_an_unknown_layout_that_may_use_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = llama_library.llama_library()
+    library.model_parameters()
+    monkeypatch.setattr(llama_library, "keep_off_gpus", lambda blob: False)
+    library.model_parameters()
+    monkeypatch.setattr(library.c, "llama_supports_gpu_offload", lambda: True)
+    with pytest.raises(EngineFailed, match="it may use GPUs"):
+        library.model_parameters()
+
+
 def test_weights_are_read_not_mapped_in_every_layout_that_is_known() -> None:
     """Since b10107 an enum beside the split mode (automatic, mapped); before, a flag behind four pointers."""
     for third, after in ((-1, 0), (1, 0), (7, 7)):
@@ -284,13 +317,16 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
         LlamaCpp().load(tmp_path / "x.gguf", Load())
 
 
+NONE = ("--tokenizer-from", "none")  # WordLevel
+
+
 def run(*words: str) -> Any:
     return CliRunner().invoke(cli.app, list(words), catch_exceptions=True)
 
 
 def test_a_child_is_exported_to_what_can_express_it_and_comes_back(folders: dict[str, Path], tmp_path: Path) -> None:
     model = child_of()
-    exported = export_as(folders["child"], "gguf", "f32", tmp_path / "child.gguf")
+    exported = export_as(folders["child"], "gguf", "f32", tmp_path / "child.gguf", Path("none"))
     assert any("read back" in note for note in exported.notes)
     assert any(("against torch" if MISSING is None else "xllamacpp") in note for note in exported.notes)
     back = export_as(tmp_path / "child.gguf", "transformers", "f32", tmp_path / "back").path
@@ -317,7 +353,7 @@ def test_what_a_format_cannot_express_it_refuses(
 def test_families_that_deci_lacks_are_refused(family: str, tmp_path: Path) -> None:
     folder = export_folder(child_of(family), tmp_path, tmp_path / "child", "# x\n")
     with pytest.raises(EngineLimit, match="cannot express"):
-        export_as(folder, "gguf", "f32", tmp_path / "x.gguf")
+        export_as(folder, "gguf", "f32", tmp_path / "x.gguf", Path("none"))
 
 
 def test_widths_of_256_go_to_nemotron_nas_and_alike_layers_to_both_schemas(tmp_path: Path) -> None:
@@ -335,14 +371,14 @@ def test_widths_of_256_go_to_nemotron_nas_and_alike_layers_to_both_schemas(tmp_p
 def test_a_damaged_export_is_found(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.serving.gguf_export.interleaved", lambda rows, heads: rows)
     with pytest.raises(ExportError, match="read back, differs"):
-        export_as(folders["child"], "gguf", "f32", tmp_path / "x.gguf")
+        export_as(folders["child"], "gguf", "f32", tmp_path / "x.gguf", Path("none"))
 
 
 def test_export_and_its_refusals_on_the_command_line(folders: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "c.gguf"
-    done = run("export", str(folders["child"]), "--format", "gguf", "--precision", "q8_0", "--out", str(out))
+    done = run("export", str(folders["child"]), "--format", "gguf", "--precision", "q8_0", "--out", str(out), *NONE)
     assert done.exit_code == 0, done.output
-    assert "--tokenizer-from" in done.output and f"gguf: {out}" in done.output
+    assert "tokenizer: none, as asked" in done.output and f"gguf: {out}" in done.output
     for words in (["--format", "guf"], ["--format", "gguf", "--precision", "q9"], ["--format", "native"]):
         refused = run("export", str(folders["child"]), *words, "--out", str(tmp_path / "no"))
         assert refused.exit_code != 0 and "Traceback" not in refused.output

@@ -19,6 +19,7 @@ from blocks.records import ChildReport
 from flows import cli
 from profiles.load import load_profile
 from tasks.foreign.interchange import open_library, read_library
+from tasks.operating.servers import PREFECT_DATABASE
 from tasks.pages.page import read_truth, truth_of
 from tasks.search.request import Request, limits
 from tasks.search.solve import choose_joint
@@ -46,6 +47,9 @@ ALONE = ("--set", "evaluate.baselines=[]")  # where the child is what is looked 
 OTHER = ("--set", "budget.layer_parameters_fraction=0.45")
 
 
+STRANGE = "we ird [1] 50%? #x é"  # what a URL or a glob would read otherwise
+
+
 def start(workspace: Path, *more: str) -> subprocess.Popen[str]:
     command = [*PUZZLE, "optimize", "profiles/tiny.yaml", "--workspace", str(workspace), *SMALLER, *more]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -71,8 +75,20 @@ def digests(child: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    workspace = tmp_path_factory.mktemp("flow")
+    workspace = tmp_path_factory.mktemp("flow") / STRANGE
     return workspace, finished(workspace)
+
+
+def test_a_workspace_of_any_name_keeps_all_of_the_run(run: tuple[Path, str]) -> None:
+    workspace, output = run
+    assert [path.name for path in workspace.parent.iterdir()] == [STRANGE]
+    for database in ("mlflow.db", "prefect/prefect.db"):
+        assert (workspace / database).stat().st_size > 0
+    assert any((workspace / "mlartifacts").rglob("report.json"))
+    assert child_of(output).is_relative_to(workspace.resolve())
+    assert all(f"{name}='" in output for name in ("PREFECT_HOME", PREFECT_DATABASE)), (
+        "the commands that open the pages name this workspace"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from tasks.serving.gguf_export import PRECISIONS, UnknownPrecision, interleaved,
 from tasks.serving.gguf_header import GgufError, read_header, without_vocabulary
 from tasks.serving.gguf_import import GgufFile, read_gguf
 from tasks.serving.gguf_layout import FILLER_WIDTH, packed
-from tasks.serving.gguf_tokenizer import NO_TOKENIZER, converted_tokenizer, copied_tokenizer, split_of
+from tasks.serving.gguf_splits import split_of
+from tasks.serving.gguf_tokenizer import NO_TOKENIZER, TokenizerLimit, converted_tokenizer, copied_tokenizer
 from tests.test_modeling import LINEAR, NO_OP, attention, ffn, mixed_blocks, tiny_child, tiny_parent, token_ids
 
 
@@ -168,13 +169,13 @@ BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
 DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES])
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "qwen2", "smaug-bpe"])
 def test_a_split_is_what_its_name_says(tmp_path: Path, name: str) -> None:
     """From llama.cpp's name to a tokenizer.json and back."""
     fields = converted_tokenizer(bpe_folder(tmp_path, split_of(name)), 259)
     assert fields is not None and fields["tokenizer.ggml.pre"] == name
-    with pytest.raises(ValueError, match="'tekken', which is not known here"):
-        split_of("tekken")
+    with pytest.raises(ValueError, match="'bloom', which is not known here"):
+        split_of("bloom")
 
 
 def test_tokenizers_are_converted_where_their_split_is_known_and_copied_from_a_gguf(tmp_path: Path) -> None:
@@ -182,14 +183,15 @@ def test_tokenizers_are_converted_where_their_split_is_known_and_copied_from_a_g
     assert fields is not None
     assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
     assert fields["tokenizer.ggml.tokens"][256:] == ["ab", "abc", "<|end|>", "[PAD259]"]
-    assert fields["tokenizer.ggml.token_type"][256:] == [1, 1, 3, 4]
+    assert fields["tokenizer.ggml.token_type"][256:] == [1, 1, 3, 5]
     assert fields["tokenizer.ggml.merges"] == ["a b", "ab c"]
     assert (fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.chat_template"]) == (258, "{{ x }}")
     digits = converted_tokenizer(bpe_folder(tmp_path / "b", DIGITS), 259)
     assert digits is not None and digits["tokenizer.ggml.pre"] == "smollm"
     no_regex = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     for unknown in (no_regex, pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=True)):
-        assert converted_tokenizer(bpe_folder(tmp_path / "c", unknown), 259) is None
+        with pytest.raises(TokenizerLimit, match=r"splits text as none of those do .* --tokenizer-from none"):
+            converted_tokenizer(bpe_folder(tmp_path / "c", unknown), 259)
     assert converted_tokenizer(tmp_path, 259) is None
     path = written(child_of(), tmp_path, tokenizer=fields)
     assert copied_tokenizer(path) == fields

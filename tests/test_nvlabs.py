@@ -170,6 +170,62 @@ def test_layers_come_in_the_order_of_the_model(file: Path) -> None:
     assert list(answers("choose", "--library", file, "--memory-mib", 9000)["layers"]) == list(names)
 
 
+# --- libraries with a hole: what is missing would cost nothing and hurt nothing
+
+
+def renamed(data: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): variants for name, variants in data.items()}
+
+
+def without_parent(data: dict[str, Any], layer: str) -> dict[str, Any]:
+    kept = {name: variant for name, variant in data[layer].items() if name.count("parent * 100%") < 2}
+    return {**data, layer: kept}
+
+
+def with_figure(data: dict[str, Any], part: str, name: str, value: float) -> dict[str, Any]:
+    next(iter(data["layer_2"].values()))[part][name] = value
+    return data
+
+
+HOLES: dict[str, tuple[Any, str]] = {
+    "a layer between": (lambda d: {n: v for n, v in d.items() if n != "layer_2"}, "there is no layer 2"),
+    "two layers between": (lambda d: {n: d[n] for n in ("layer_0", "layer_3")}, "there is no layer 1"),
+    "the first layer": (lambda d: {n: v for n, v in d.items() if n != "layer_0"}, "there is no layer 0"),
+    "one late layer alone": (lambda d: {"layer_3": d["layer_3"]}, "there is no layer 0"),
+    "from 1 on": (lambda d: {f"layer_{i}": v for i, v in enumerate(d.values(), 1)}, "there is no layer 0"),
+    "a layer twice": (lambda d: renamed(d, {"layer_3": "block_2"}), "stands there twice"),
+    "a layer twice, by another spelling": (lambda d: d | {"layer_03": d["layer_3"]}, "stands there twice"),
+    "a name without a number": (lambda d: renamed(d, {"layer_1": "embedding"}), "'embedding' has no number"),
+    "an empty layer": (lambda d: d | {"layer_1": {}}, "layer_1 must be a JSON object with entries"),
+    "a layer that is none": (lambda d: d | {"layer_1": None}, "layer_1 must be a JSON object with entries"),
+    "no parent's block": (lambda d: without_parent(d, "layer_1"), "layer_1 lacks the parent's own block"),
+    "a cost that is not finite": (
+        lambda d: with_figure(d, "stats", "runtime_ms", math.inf),
+        "runtime_ms must be a num",
+    ),
+    "a cost that is no number": (lambda d: with_figure(d, "stats", "memory_mib", math.nan), "memory_mib must be a num"),
+    "a score that is not finite": (lambda d: with_figure(d, "metrics", "kl_div", math.nan), "kl_div must be a number"),
+    "a negative cost": (lambda d: with_figure(d, "stats", "num_params", -1.0), "num_params is -1.0"),
+}
+
+
+@pytest.mark.parametrize("hole", HOLES)
+def test_a_library_with_a_hole_is_refused(file: Path, hole: str) -> None:
+    change, told = HOLES[hole]
+    file.write_text(json.dumps(change(library())))
+    for words in (("choose", "--memory-mib", 5000), ("sweep", "--over", "memory_mib"), ("library", "show", file)):
+        library_is = () if "show" in words else ("--library", file)
+        code, out, err = puzzle(*words, *library_is)
+        assert (code, out) == (2, "") and told in " ".join(err.split()), err
+
+
+def test_a_library_that_marks_no_parent_and_one_that_numbers_no_layer_are_whole(file: Path) -> None:
+    bare = {layer: {n.replace("100%", "99%"): v for n, v in own.items()} for layer, own in library().items()}
+    for data in (bare, renamed(library(), {f"layer_{i}": name for i, name in enumerate("abcd")})):
+        file.write_text(json.dumps(data))
+        assert len(answers("choose", "--library", file, "--memory-mib", 5000)["layers"]) == LAYERS
+
+
 # --- when nothing fits
 
 
@@ -371,7 +427,7 @@ def check_answer(data: Any, answer: Any, asked: dict[str, Any], seed: int) -> No
 def test_the_broken_files_are_of_both_kinds(tmp_path: Path) -> None:
     file = tmp_path / "block_library.json"
     codes = []
-    for seed in range(40):
+    for seed in range(60):
         text, words = broken(seed)
         file.write_text(text)
         codes.append(puzzle("choose", "--library", file, *words)[0])

@@ -125,8 +125,8 @@ CONFIG_REFUSALS = {
     "multimodal": ({"model_type": "gemma3"}, "multimodal Gemma 3"),
     "remote code": ({"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "set trust_remote_code: true"),
     "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "take the float checkpoint"),
-    "other sizes": ({"vocab_size": 65}, "model.embed_tokens.weight has shape [64, 32], expected [65, 32]"),
-    "other depth": ({"num_hidden_layers": 3}, "model.layers.2.mlp.down_proj.weight is missing"),
+    "other sizes": ({"vocab_size": 65}, "lm_head.weight has shape [64, 32], expected [65, 32]"),
+    "other depth": ({"num_hidden_layers": 3}, "model.layers.2.self_attn.k_proj.weight and 7 more are missing"),
 }
 
 
@@ -153,7 +153,7 @@ def test_file_refusals(tmp_path: Path, source: Path) -> None:
     assert "cannot be loaded" in refusal(source, work)
     (source / "elsewhere").replace(source / "tokenizer.json")
     edit(source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]})
-    assert "tokenizer wants to run Python code" in refusal(source, work)
+    assert "tokenizer brings Python code" in refusal(source, work)
     (source / "config.json").write_text("{")
     assert "not valid JSON" in refusal(source, work)
     (source / "config.json").unlink()
@@ -168,11 +168,11 @@ def test_a_shard_name_cannot_leave_the_folder(tmp_path: Path, source: Path) -> N
     assert "lacks ../outside.safetensors" in refusal(source, tmp_path / "work")
 
 
-def test_trusted_code_travels_with_the_parent(tmp_path: Path, source: Path) -> None:
+def test_code_of_a_parent_stays_where_it_is(tmp_path: Path, source: Path) -> None:
     edit(source / "config.json", auto_map={"AutoModelForCausalLM": "own.Model"})
     (source / "own.py").write_text("raise RuntimeError('not run here')\n")
     info = prepared(source, tmp_path, trust_remote_code=True)
-    assert (tmp_path / info.folder / "own.py").exists()
+    assert not (tmp_path / info.folder / "own.py").exists()
 
 
 def test_hub_fetches_what_is_needed_at_one_commit(

@@ -20,7 +20,7 @@ from blocks import parent as parent_module
 from blocks.families import FAMILIES
 from blocks.records import SUBBLOCKS, LayerChoice, StageTime
 from flows import cli
-from flows.plan import told
+from flows.plan import bytes_of, count_of, told
 from profiles.hardware import FOLDER
 from profiles.load import load_profile
 from profiles.schema import Evaluate, FolderParent, Profile, TinyParent
@@ -30,6 +30,7 @@ from tasks.planning.machine import Rates, calibrate, machine_share
 from tasks.planning.plan import Plan, config_parent, machine_rates, plan_of
 from tasks.usage import Usage, noted
 from tests.chain import CORPUS, RECORD, SETTINGS, SPACE, Chain
+from tests.test_nvlabs import puzzle
 from tests.tiny import tiny_model
 
 RATES = Rates(
@@ -167,7 +168,29 @@ def test_what_the_engines_cannot_run_is_neither_trained_nor_chosen() -> None:
 def test_a_budget_out_of_reach_is_told() -> None:
     plan = planned(chain_profile(budget={"speedup": 1000.0}))
     assert [child.name for child in plan.children] == ["fastest of the space"]
-    assert "speedup" in plan.infeasible and "no child keeps the budget" in told(plan)
+    assert "speedup" in plan.infeasible
+
+
+@pytest.mark.parametrize(
+    ("budget", "limit"),
+    [
+        ("{speedup: 1000}", "speedup: 1000 asked"),
+        ("{parameters_fraction: 0.01}", "parameters_fraction"),
+        ("{memory_gib: 1.0e-9, layer_parameters_fraction: 0.9}", "memory_gib"),
+    ],
+)
+def test_the_command_of_a_budget_out_of_reach_exits_with_the_limit(budget: str, limit: str) -> None:
+    code, out, err = puzzle("plan", "tiny", "--on", "cpu", "--set", f"budget={budget}")
+    assert code == 2 and limit in err and "fastest of the space" in out
+    code, out, _ = puzzle("plan", "tiny", "--on", "cpu", "--json", "--set", f"budget={budget}")
+    assert code == 2 and limit in json.loads(out)["infeasible"]
+
+
+def test_amounts_have_units_that_show_them() -> None:
+    assert [count_of(n) for n in (950, 19_500, 134_515_008, 70_553_706_496)] == ["950", "19.5 k", "134.5 M", "70.6 B"]
+    assert [bytes_of(n) for n in (512, 3 * 2**19, 14 * 2**30)] == ["0.5 KiB", "1.5 MiB", "14.0 GiB"]
+    text = told(planned(chain_profile()))
+    assert " 0.0 M" not in text and "36.2 k parameters" in text and "0.000" not in text
 
 
 @pytest.mark.parametrize(

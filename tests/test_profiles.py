@@ -55,9 +55,9 @@ BROKEN = {
     ),
     "wrong kind": (
         {"parent": {"kind": "foldr"}},
-        ["parent.kind: is `foldr`", "Allowed: folder, hub, package, tiny.", "Did you mean `folder`?"],
+        ["parent.kind: is `foldr`", "Allowed: folder, hub, gguf, package, tiny.", "Did you mean `folder`?"],
     ),
-    "no kind": ({"parent": {"path": "x"}}, ["parent.kind: missing", "Allowed: folder, hub, package, tiny."]),
+    "no kind": ({"parent": {"path": "x"}}, ["parent.kind: missing", "Allowed: folder, hub, gguf, package, tiny."]),
     "not a mapping": ({"parent": 3}, ["parent: is a int, must be a mapping."]),
     "nothing": ({"gkd": None}, ["gkd: is nothing, must be a mapping."]),
     "not a list": ({"search_space": {"attention": "kv1"}}, ["search_space.attention: is text, must be a list."]),

@@ -403,7 +403,7 @@ def test_the_form_refuses_a_wrong_value(change: dict[str, Any], why: str) -> Non
 
 def test_unions_are_choices_in_the_form() -> None:
     definitions = schema_of(served.optimize)["definitions"]
-    assert len(definitions["ServedProfile"]["properties"]["parent"]["anyOf"]) == 4
+    assert len(definitions["ServedProfile"]["properties"]["parent"]["anyOf"]) == 5
     assert len(definitions["ServedCorpus"]["properties"]["sources"]["items"]["anyOf"]) == 4
     assert "oneOf" not in str(definitions)
 
@@ -534,7 +534,7 @@ def test_every_name_in_a_served_profile_has_somebody_who_says_what_it_stands_for
     schema = ServedProfile.model_json_schema()
     sections = {"ServedProfile": schema, **schema["$defs"]}
     looked_up = {
-        AliasPath: {"ServedFolderParent.path", "ServedTextSource.path"},
+        AliasPath: {"ServedFolderParent.path", "ServedGgufParent.path", "ServedTextSource.path"},
         Alias: {
             "ServedProfile.store",
             "ServedProfile.name",

@@ -1,6 +1,7 @@
 """MLflow round trip on a SQLite file in a temporary workspace: what was logged is found again."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from blocks.records import Cost
 from profiles.schema import Budget, Corpus, Profile, PythonStdlibSource, TinyParent
 from tasks.operating import tracking
+from tasks.operating.servers import sqlite_file, sqlite_url
 from tasks.operating.tracking import (
     Tracking,
     TrackingError,
@@ -41,7 +43,8 @@ def _nothing_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
-    return open_tracking(tmp_path_factory.mktemp("workspace"), "puzzle")  # seconds of migrations: once for the module
+    workspace = tmp_path_factory.mktemp("workspace") / "a?b%20c#d [1]"
+    return open_tracking(workspace, "puzzle")  # seconds of migrations: once for the module
 
 
 def client(opened: Tracking) -> Any:
@@ -153,7 +156,8 @@ def test_params_stay_what_they_were(opened: Tracking) -> None:
 
 def test_what_a_person_types(opened: Tracking) -> None:
     command = mlflow_ui_command(opened.workspace, port=5001)
-    assert f"sqlite:///{opened.workspace}/mlflow.db" in command
+    assert shlex.quote(sqlite_url(opened.workspace / "mlflow.db")) in command
+    assert list(opened.workspace.parent.iterdir()) == [opened.workspace], "no database and no folder beside it"
     assert "--host 127.0.0.1 --port 5001" in command
     assert run_url(opened, "abc", 5001) == f"http://127.0.0.1:5001/#/experiments/{opened.experiment_id}/runs/abc"
 
@@ -163,7 +167,8 @@ def test_a_kill_while_the_database_is_made_leaves_none(tmp_path: Path, monkeypat
     workspace, made = tmp_path / "workspace", tracking._client
 
     def killed(uri: str) -> Any:
-        place = Path(uri.removeprefix("sqlite:///"))
+        place = sqlite_file(uri)
+        assert place
         made(uri).search_experiments(max_results=1)
         whole = place.read_bytes()
         place.write_bytes(whole[: len(whole) // 2])

@@ -3,6 +3,7 @@
 # B = batch, P = prompt tokens, T = tokens, V = vocabulary
 
 import ctypes
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ class LlamaSession(Session):
 
     def __init__(self, library: LlamaLibrary, path: Path, how: Load) -> None:
         self.library, self.c, self.how = library, library.c, how
-        self.model = self.c.llama_model_load_from_file(str(path).encode(), library.model_parameters())
+        self.model = self.c.llama_model_load_from_file(os.fsencode(path), library.model_parameters())
         if not self.model:
             raise EngineFailed(f"llama.cpp ({library.origin}) cannot load {path.name}: is it a whole GGUF file?")
         self.vocabulary = self.c.llama_model_get_vocab(self.model)
@@ -133,12 +134,25 @@ class LlamaSession(Session):
             step_cpu=(clock() - cpu) / steps,
         )
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, without added ones; special tokens in the text are found."""
+    def tokenize(self, text: str, add_special: bool = False) -> list[int]:
+        """Token ids of a text; special tokens in the text are found. add_special: with what begins and ends a text."""
         raw = text.encode()
         ids = (ctypes.c_int32 * (len(raw) + 8))()
-        count = self.c.llama_tokenize(self.vocabulary, raw, len(raw), ids, len(ids), False, True)
-        return list(ids[: max(count, 0)])
+        count = self.c.llama_tokenize(self.vocabulary, raw, len(raw), ids, len(ids), add_special, True)
+        if count < 0:
+            raise EngineFailed(f"llama.cpp gives more tokens for a text than it has bytes: {-count} for {len(raw)}")
+        return list(ids[:count])
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, put together one by one as a server does; special ones are spelled."""
+        piece = ctypes.create_string_buffer(1 << 12)
+        raw = b""
+        for token in tokens:
+            length = self.c.llama_token_to_piece(self.vocabulary, token, piece, len(piece), 0, True)
+            if length < 0:
+                raise EngineFailed(f"llama.cpp spells the token {token} in {-length} bytes")
+            raw += piece.raw[:length]
+        return raw.decode(errors="replace")
 
     def close(self) -> None:
         self.c.llama_batch_free(self.batch)

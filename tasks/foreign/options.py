@@ -8,6 +8,7 @@ keeps it.
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -83,6 +84,7 @@ def checked(library: OptionLibrary, where: str) -> OptionLibrary:
     """The library if its numbers and its layers hold together; LibraryFileError says where not."""
     if not library.description.places or not library.description.layers:
         raise LibraryFileError(f"{where}: names no layer, or no scenario that costs were taken at.")
+    _check_layers(library, where)
     named = [(variant.layer, variant.part, variant.label) for variant in library.variants]
     twice = next((name for name in named if named.count(name) > 1), None) if len(set(named)) < len(named) else None
     if twice:
@@ -100,8 +102,39 @@ def checked(library: OptionLibrary, where: str) -> OptionLibrary:
         raise LibraryFileError(f"{where}: {uneven[0]} was taken over different numbers of sequences.")
     for place, costs in library.outside.items():
         _check_costs(costs, f"{where}: outside the blocks, {place}")
-    crossed(library)
+    _check_parents(library, where)
     return library
+
+
+def _check_layers(library: OptionLibrary, where: str) -> None:
+    """Every layer of the parent, first to last: one that is missing would cost nothing and hurt nothing."""
+    layers = library.description.layers
+    numbers = [int(found[0]) for name in layers if (found := re.findall(r"[0-9]+$", name))]
+    if numbers and len(numbers) < len(layers):
+        other = next(name for name in layers if not re.search(r"[0-9]$", name))
+        raise LibraryFileError(f"{where}: {other!r} has no number, and other layers have: name them alike.")
+    twice = next((name for name in layers if layers.count(name) > 1), None) or next(
+        (name for name, number in zip(layers, numbers, strict=False) if numbers.count(number) > 1), None
+    )
+    if twice:
+        raise LibraryFileError(f"{where}: {twice!r} stands there twice.")
+    if numbers != list(range(len(numbers))):
+        absent = sorted(set(range(max(numbers) + 1)) - set(numbers))
+        what = f"there is no layer {absent[0]}" if absent else "the layers are not in their order"
+        raise LibraryFileError(
+            f"{where}: {what}, and its last is {layers[numbers.index(max(numbers))]!r}: a library holds every layer of "
+            "the parent, from 0 on. Measure what is missing, or fetch the whole file."
+        )
+
+
+def _check_parents(library: OptionLibrary, where: str) -> None:
+    """The parent's own block in every layer or, where a library does not mark it, in none."""
+    own = {block.layer for block in crossed(library) if block.is_parent}
+    lacking = [layer for layer in library.description.layers if layer not in own]
+    if own and lacking:
+        raise LibraryFileError(
+            f"{where}: {lacking[0]} lacks the parent's own block, which other layers have: no child could keep it."
+        )
 
 
 def _check_numbers(variant: ScoredVariant, where: str) -> None:

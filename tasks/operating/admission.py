@@ -29,6 +29,7 @@ from tasks.operating.served_profile import (
     ServedProfile,
     refuse_open_fields,
 )
+from tasks.serving.gguf_header import named_parts
 
 ROOT, DATA_ROOTS, REMOTE_CODE = "PUZZLE_ROOT", "PUZZLE_DATA_ROOTS", "PUZZLE_ALLOW_REMOTE_CODE"
 STORES, PACKAGES = "PUZZLE_STORES", "PUZZLE_PACKAGES"
@@ -288,6 +289,8 @@ def _path(where: str, given: str, roots: Roots) -> Path:
         found = [pattern, Path(*fixed), *map(Path, glob.glob(str(pattern), recursive=True))]  # noqa: PTH207
     if pattern.is_dir():
         found = [*found, *pattern.rglob("*")]  # a link inside it may lead out again
+    if pattern.suffix == ".gguf":
+        found = [*found, *named_parts(pattern)]
     if ".." in pattern.parts or not all(_below(path, roots.data.values()) for path in found):
         raise Refused(f"{where} {given!r} leads out of the folders that served runs may read ({known})")
     return pattern

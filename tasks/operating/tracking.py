@@ -23,6 +23,7 @@ from blocks.errors import PuzzleError
 from blocks.records import Architecture, Candidate, ChildReport, CorpusInfo, Metric, ParentInfo, Value
 from profiles.schema import Profile
 from tasks.operating.reach import wait_for_mlflow
+from tasks.operating.servers import sqlite_url
 from tasks.picture import gain_of
 from tasks.report import final_of, parent_of
 
@@ -62,7 +63,7 @@ def server_uri() -> str | None:
 
 
 def _uri(workspace: Path) -> str:
-    return server_uri() or f"sqlite:///{workspace.resolve() / DATABASE}"
+    return server_uri() or sqlite_url(workspace / DATABASE)
 
 
 def quiet_mlflow() -> Any:
@@ -105,7 +106,7 @@ def open_tracking(workspace: Path, experiment: str) -> Tracking:
 def _make_database(workspace: Path) -> None:
     """Whole or not at all: one that a kill left half migrated is refused by MLflow for ever."""
     part = workspace / f".{DATABASE}-{secrets.token_hex(4)}.part"  # MLflow keeps a file that it opened open
-    _client(f"sqlite:///{part}").search_experiments(max_results=1)
+    _client(sqlite_url(part)).search_experiments(max_results=1)
     part.rename(workspace / DATABASE)
 
 

@@ -25,7 +25,7 @@ from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Subblock
 from blocks.resources import non_block_parameters, parameters_of
 from blocks.variant import Variant, kind_of, parse_label, parse_labels
-from profiles.schema import PackageParent, Profile, TinyParent
+from profiles.schema import GgufParent, PackageParent, Profile, TinyParent
 from tasks.planning.machine import BLOCK_NAMES, Rates
 from tasks.record import BATCH, CHUNK
 from tasks.space import layers_of, refused_alone
@@ -205,7 +205,7 @@ def parent_work(shape: Shape) -> Work:
     """Parent: converted, copied or made, and digested."""
     work = Work(disk=model_bytes(shape), fixed=CHECK_SECONDS)
     source = shape.profile.parent
-    if isinstance(source, PackageParent):
+    if isinstance(source, PackageParent | GgufParent):
         work += gguf_work(shape)
     if isinstance(source, TinyParent):
         tokens = source.train_steps * TRAIN_BATCH * TRAIN_TOKENS

@@ -29,6 +29,7 @@ from blocks.library import digest_of
 from blocks.packed import packed_product
 from profiles.hardware import HardwareTarget
 from profiles.schema import Precision
+from tasks.usage import busy_seconds
 
 TOKENS = 1024  # rows of the measured products
 LARGEST = 4096  # columns and inner length at most: 64 MB of noise, whatever the parent
@@ -195,14 +196,14 @@ class _Clock:
         work()
         wall: list[float] = []
         cpu: list[float] = []
-        started, busy, own = time.perf_counter(), _busy_seconds(), time.process_time()
+        started, busy, own = time.perf_counter(), busy_seconds(), time.process_time()
         while len(wall) < ROUNDS and (len(wall) < 2 or time.perf_counter() - started < SECONDS_EACH):
             a, b = time.perf_counter(), time.process_time()
             work()
             wall.append(time.perf_counter() - a)
             cpu.append((time.process_time() - b) / sharers)
         took = time.perf_counter() - started
-        others = _busy_seconds() - busy - (time.process_time() - own)
+        others = busy_seconds() - busy - (time.process_time() - own)
         seconds, loaded = machine_share(wall, cpu, others, took, os.cpu_count() or 1)
         self.loaded |= loaded
         return max(seconds, 1e-9)
@@ -214,12 +215,6 @@ def machine_share(
     """The best wall time, or, where others took too much of the processors meanwhile, the best CPU time."""
     loaded = others > LOADED * took * processors
     return (min(cpu), True) if loaded else (min(wall), False)
-
-
-def _busy_seconds() -> float:
-    """Processor seconds that anybody took since the machine started."""
-    times = psutil.cpu_times()
-    return float(times.user + times.system + getattr(times, "nice", 0.0))
 
 
 def _names_rate(clock: _Clock) -> float:

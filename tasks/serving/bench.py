@@ -26,6 +26,7 @@ from tasks.serving.children import config_of, open_child, origin_of
 from tasks.serving.formats import find_tokenizer, precision_of, refuse
 from tasks.serving.gguf_export import write_gguf
 from tasks.serving.gguf_header import read_header
+from tasks.serving.gguf_tokenizer import NO_TOKENIZER, TokenizerLimit
 from tasks.throughput import in_turns, summaries, timed_steps, tokens_before
 
 CHILD = "child"
@@ -149,7 +150,10 @@ def ready(
                 continue
             model: Any = open_child(source)
             refuse(model.config, form)
-            tokenizer, _ = find_tokenizer(source, model.config.vocab_size, origin_of(source), None)
+            try:
+                tokenizer, _ = find_tokenizer(source, model.config.vocab_size, origin_of(source), None)
+            except TokenizerLimit:  # the load is token ids
+                tokenizer = NO_TOKENIZER
             paths[name] = write_gguf(model, Path(temporary) / f"{name}.gguf", precision, tokenizer, name)
         yield paths
 

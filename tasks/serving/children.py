@@ -15,6 +15,7 @@ from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import read_value
 from blocks.parent import Parent
 from blocks.records import ChildReport
+from tasks.parent_weights import weights_of
 from tasks.serving.gguf_import import read_gguf
 
 
@@ -36,6 +37,12 @@ def open_child(path: Path, dtype: torch.dtype | None = None) -> DeciLMForCausalL
     if path.is_file():
         return in_precision(read_gguf(path), dtype)
     if config_of(path).model_type != "nemotron-nas":
+        weights = weights_of(path)
+        if weights.extra or "tie_word_embeddings" in weights.settings:
+            raise ChildError(
+                f"{path} is no plain folder (tensors of another name, left-over ones, or a tied head that is its own): "
+                "load it with transformers and save_pretrained it."
+            )
         return in_precision(Parent(path).model(), dtype)
     try:
         loaded: Any = DeciLMForCausalLM.from_pretrained(path, dtype=dtype or "auto", attn_implementation="sdpa")

