@@ -29,15 +29,15 @@ from blocks.records import Architecture, BlockRecord, Score
 from blocks.runtime import set_threads
 from profiles.load import load_profile
 from profiles.schema import Adaptive, Budget, Profile
-from tasks.adaptive import Key, score_adaptively
-from tasks.choose import choose
-from tasks.corpus import iterate_documents, prepare_corpus
-from tasks.evaluate import mean_metric
-from tasks.foreign.interchange import StoredLibrary, read_library
-from tasks.parent import prepare_parent
-from tasks.progress import shown
-from tasks.record import open_parent
-from tasks.scoring import ParentSuffix, Sequences, batches_of, make_suffix, score_batch
+from tasks.distill.record import open_parent
+from tasks.evaluate.quality import mean_metric
+from tasks.inputs.corpus import iterate_documents, prepare_corpus
+from tasks.inputs.parent import prepare_parent
+from tasks.libraries.interchange import StoredLibrary, read_library
+from tasks.running.progress import shown
+from tasks.score.scoring import ParentSuffix, Sequences, batches_of, make_suffix, score_batch
+from tasks.search.adaptive import Key, score_adaptively
+from tasks.search.choose import choose
 from tasks.search.program import Floats
 from tasks.search.totals import Problem, make_problem, score_of
 
@@ -83,8 +83,8 @@ def intro(library: StoredLibrary, options: argparse.Namespace) -> str:
     """What the tables say."""
     return (
         f"{len(library.scores)} variants of {library.description.parent}, all scored on all sequences once. Adaptive "
-        "scoring (`tasks/adaptive.py`, stops at an expected loss of *tolerance*, a few sequences *first*) sees them "
-        f"in {options.orders} random orders. *Worse*: objective of its choice under full scores, above that of full "
+        "scoring (`tasks/search/adaptive.py`, stops at an expected loss of *tolerance*, a few sequences *first*) sees "
+        f"them in {options.orders} orders. *Worse*: objective of its choice under full scores, above that of full "
         "scoring's own choice, mean and largest over the orders. *Uniform*: the same for as many tokens spread evenly "
         "over all variants, the choice made on plain means. *Expected*: what adaptive scoring itself expected to lose "
         "when it stopped. Windows are cut from held-out text; the drawn table is synthetic, lognormal with the means "

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from benchmarks.backends import START, both_servers, hits, last_line, puzzle, python_path
 from benchmarks.common import ROOT, table, write_page
-from tasks.operating.servers import LOOPBACK, QUIET, free_port, running, stop
+from tasks.running.servers import LOOPBACK, QUIET, free_port, running, stop
 
 PROFILE = "benchmarks/operate.yaml"
 SEARCH = "/api/2.0/mlflow/experiments/search?max_results=1"

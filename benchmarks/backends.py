@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.common import ROOT
-from tasks.operating.servers import LOOPBACK, QUIET, free_port, mlflow_server, prefect_server, running, stop
+from tasks.running.servers import LOOPBACK, QUIET, free_port, mlflow_server, prefect_server, running, stop
 
 POSTGRES = Path(os.environ.get("POSTGRES_BIN", "/usr/lib/postgresql/15/bin"))
 

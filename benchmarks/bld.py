@@ -13,8 +13,8 @@ from blocks.fit import contribution_order, ridge_solve
 from blocks.library import read_tensors
 from blocks.records import BlockRecord, Subblock
 from profiles.schema import BLD
-from tasks.bld import Job, distill, layer_data
-from tasks.scoring import open_suffix, score_batch
+from tasks.distill.bld import Job, distill, layer_data
+from tasks.score.scoring import open_suffix, score_batch
 
 VARIANTS: tuple[tuple[Subblock, str], ...] = (
     ("attention", "kv1"),

@@ -20,7 +20,7 @@ from types import MappingProxyType
 import psutil
 
 from benchmarks.common import ROOT
-from tasks.operating.servers import LOOPBACK, free_port, stop
+from tasks.running.servers import LOOPBACK, free_port, stop
 
 BIN = Path(sys.executable).parent
 
@@ -144,7 +144,7 @@ def ray_cluster(folder: Path, workers: int = 2) -> Iterator[Cluster]:
 
 def _warm() -> int:
     """In a worker: the imports of the tasks, which take longer than a short task; its process's number."""
-    importlib.import_module("tasks.stages")
+    importlib.import_module("flows.stages")
     return os.getpid()
 
 

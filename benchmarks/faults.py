@@ -41,7 +41,7 @@ from benchmarks.faults_runs import (
     wait_for,
 )
 from benchmarks.faults_served import serve_killed, served_run_killed
-from tasks.operating.servers import QUIET, free_port, mlflow_server, prefect_server, running, stop
+from tasks.running.servers import QUIET, free_port, mlflow_server, prefect_server, running, stop
 
 RESULTS = PLACE / "results.jsonl"
 COMMIT, _ = commit()  # the one that runs, whatever is there at the end

@@ -24,7 +24,7 @@ from benchmarks.faults_runs import (
     wait_for,
 )
 from benchmarks.site import request
-from tasks.failures.sharing import SIGNED
+from tasks.running.sharing import SIGNED
 
 DIED = "died at work on"
 

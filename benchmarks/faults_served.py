@@ -9,7 +9,7 @@ import psutil
 
 from benchmarks.operate import PROFILE, child_digest
 from benchmarks.site import Site, served
-from tasks.failures.watch import RESTART
+from tasks.operating.watch import RESTART
 
 
 def serving_process(root: Path) -> psutil.Process:

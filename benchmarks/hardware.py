@@ -20,7 +20,7 @@ from blocks.resources import non_block_parameters, parameters_of
 from blocks.variant import parse_label
 from profiles.hardware import load_target
 from profiles.schema import Budget, Hardware, Scenario, SearchSpace
-from tasks.roofline import Pass, Setting, modelled_costs, setting_of, subblock_seconds
+from tasks.measure.roofline import Pass, Setting, modelled_costs, setting_of, subblock_seconds
 from tasks.search.totals import Problem, cost_of, make_problem, totals_of
 
 LLAMA_70B = {

@@ -29,11 +29,11 @@ from blocks.records import Metric
 from blocks.runtime import set_threads
 from tasks.engines.base import Load
 from tasks.engines.llama_cpp import LlamaCpp
-from tasks.serving.children import open_child
-from tasks.serving.formats import difference
-from tasks.serving.gguf_export import write_gguf
-from tasks.serving.gguf_tokenizer import NO_TOKENIZER
-from tasks.throughput import PARENT, median_metric
+from tasks.engines.throughput import PARENT, median_metric
+from tasks.export.formats import difference
+from tasks.gguf.tokenizer import NO_TOKENIZER
+from tasks.gguf.writer import write_gguf
+from tasks.inputs.children import open_child
 
 PROMPT, GROW, STEPS, SEEN = 256, 16, 32, 3
 Times = tuple[float, float]  # CPU seconds of the prefill and of a decode step

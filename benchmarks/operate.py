@@ -38,8 +38,8 @@ from benchmarks.site import (
     same_child,
     served,
 )
-from tasks.failures.presence import others_at_work
-from tasks.operating.servers import LOOPBACK, free_port, running
+from tasks.running.presence import others_at_work
+from tasks.running.servers import LOOPBACK, free_port, running
 
 KEPT = ROOT / "workspace" / "operate"
 TIGHT = {"budget.layer_parameters_fraction": 0.45}

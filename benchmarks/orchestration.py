@@ -77,12 +77,13 @@ def command_of(name: str, profile: str, where: list[str]) -> list[str]:
 
 def plain(profile: Profile, workspace: Path, options: argparse.Namespace) -> None:
     """The chain of flows/optimize.py without Prefect and MLflow."""
-    from tasks import compare, gkd
-    from tasks.choose import choose
-    from tasks.costs import measure_costs
-    from tasks.export import export_child, model_card
+    from tasks.distill import gkd
+    from tasks.evaluate import compare
+    from tasks.export.folder import export_child, model_card
+    from tasks.measure.costs import measure_costs
+    from tasks.measure.speed import measure_speed
+    from tasks.search.choose import choose
     from tasks.search.totals import make_problem
-    from tasks.speed import measure_speed
     from tasks.studies.peers import find
 
     bench = open_bench(options)
@@ -114,9 +115,9 @@ def plain(profile: Profile, workspace: Path, options: argparse.Namespace) -> Non
 
 def library(bench: Bench) -> tuple[list[BlockRecord], list[Score]]:
     """All blocks and scores of the profile's space."""
-    from tasks.bld import distill
-    from tasks.jobs import jobs_of
-    from tasks.scoring import score_sequences
+    from tasks.distill.bld import distill
+    from tasks.distill.jobs import jobs_of
+    from tasks.score.scoring import score_sequences
 
     jobs = jobs_of(bench.profile, bench.parent, bench.records, bench.record_key, bench.reader)
     blocks = [distill(job, bench.workspace, "cpu") for job in jobs]

@@ -15,7 +15,7 @@ from benchmarks.common import ROOT, arguments, table, write_page
 from blocks.files import atomic_path
 from blocks.runtime import set_threads
 from profiles.load import load_profile
-from tasks.choose import choose
+from tasks.search.choose import choose
 from tasks.search.confidence import bootstrap
 from tasks.search.totals import Problem
 from tasks.search.view import library_of, request_of

@@ -22,8 +22,8 @@ from benchmarks.site import (
     environment_of,
     same_child,
 )
-from tasks.failures.watch import RESTART, SILENCE_SECONDS
-from tasks.operating.servers import stop
+from tasks.operating.watch import RESTART, SILENCE_SECONDS
+from tasks.running.servers import stop
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from benchmarks.orchestration import library
 from blocks.errors import PuzzleError
 from blocks.records import BlockRecord, Metric, Score
 from profiles.schema import Budget, Evaluate
-from tasks import gkd
-from tasks.choose import choose
-from tasks.compare import Contender, contender, distill_contender, evaluate_contender
-from tasks.costs import measure_costs
+from tasks.distill import gkd
+from tasks.evaluate.compare import Contender, contender, distill_contender, evaluate_contender
+from tasks.measure.costs import measure_costs
+from tasks.search.choose import choose
 from tasks.search.totals import Problem, make_problem
 from tasks.studies.peers import find
 

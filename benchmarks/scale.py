@@ -23,7 +23,7 @@ import psutil
 
 from benchmarks.common import ROOT, table, write_page
 from profiles.schema import Profile
-from tasks.operating.servers import QUIET, free_port, prefect_server, running
+from tasks.running.servers import QUIET, free_port, prefect_server, running
 
 LAYERS, WORKERS = 8, 2
 
@@ -53,7 +53,7 @@ def profile_of(runner: str, tasks: int) -> Profile:
 
 def library_flow(profile: Profile, workspace: str) -> dict[str, float]:
     """Prepare, record, distil: seconds of the distill stage and of the whole."""
-    from tasks import stages
+    from flows import stages
 
     started = time.perf_counter()
     folder = Path(workspace)
@@ -72,9 +72,10 @@ def one_run(runner: str, tasks: int, workspace: Path) -> None:
     configure()
     from prefect import flow
 
-    from tasks import bld, record, stages
-    from tasks.jobs import jobs_of
-    from tasks.workers import task_runner
+    from flows import stages
+    from tasks.distill import bld, record
+    from tasks.distill.jobs import jobs_of
+    from tasks.running.workers import task_runner
 
     profile = profile_of("threads" if runner == "loop" else runner, tasks)
     set_threads(1)

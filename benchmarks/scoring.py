@@ -16,8 +16,8 @@ from benchmarks.bld import job
 from benchmarks.common import Bench, arguments, open_bench, table, write_page
 from blocks.library import read_tensors
 from blocks.records import SUBBLOCKS, BlockRecord
-from tasks.bld import distill
-from tasks.scoring import load_variant, open_suffix, score_batch
+from tasks.distill.bld import distill
+from tasks.score.scoring import load_variant, open_suffix, score_batch
 
 
 def main() -> None:

@@ -15,18 +15,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import ROOT, last_report, table, write_page
+from blocks.child import config_of
+from blocks.engine_limits import gaps
 from blocks.library import read_value, write_value
 from blocks.records import ChildReport, Metric, Value
 from blocks.runtime import set_threads
-from tasks.engines.limits import gaps
 from tasks.engines.registry import engine_of
-from tasks.progress import clock, shown
-from tasks.serving.arrivals import Limits
-from tasks.serving.bench import Point
-from tasks.serving.children import config_of, open_child
-from tasks.serving.load_table import COLUMNS, draw_rates, failures_told, load_cells
-from tasks.serving.serving_load import LoadPlan, LoadRow, load_test, served_models
-from tasks.throughput import PARENT
+from tasks.engines.throughput import PARENT
+from tasks.inputs.children import open_child
+from tasks.loadtest.arrivals import Limits
+from tasks.loadtest.load_table import COLUMNS, draw_rates, failures_told, load_cells
+from tasks.loadtest.serving_load import LoadPlan, LoadRow, load_test, served_models
+from tasks.measure.bench import Point
+from tasks.running.progress import clock, shown
 
 CASES = ("llama.cpp:q8_0", "llama.cpp:bfloat16", "vllm:bfloat16")
 SHARES = (0.5, 0.8, 1.1)

@@ -14,21 +14,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.common import last_report, table, write_page
+from blocks.child import config_of
+from blocks.engine_limits import LIMITS, gaps
 from blocks.library import read_value, write_value
 from blocks.records import SUBBLOCKS, ChildReport, CostTable, LayerChoice, Metric, Value
 from blocks.runtime import set_threads
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
-from tasks.costs import measure_costs
-from tasks.engines.limits import LIMITS, gaps
 from tasks.engines.llama_cpp import LlamaCpp
 from tasks.engines.registry import ENGINES, engine_of
-from tasks.progress import say, shown
-from tasks.serving.bench import BenchRow, Point, bench
-from tasks.serving.children import config_of
-from tasks.serving.formats import Difference, compare_logits, export_as
-from tasks.serving.gguf_import import read_gguf
-from tasks.sums import MEASURED, PHASES, clock_of, error_of_sum, percent, sum_of
-from tasks.throughput import PARENT
+from tasks.engines.throughput import PARENT
+from tasks.export.formats import Difference, compare_logits, export_as
+from tasks.gguf.reader import read_gguf
+from tasks.measure.bench import BenchRow, Point, bench
+from tasks.measure.cost_sums import MEASURED, PHASES, clock_of, error_of_sum, percent, sum_of
+from tasks.measure.costs import measure_costs
+from tasks.running.progress import say, shown
 
 ValueT = TypeVar("ValueT", bound=Value)
 Case = tuple[str, str]  # engine and precision

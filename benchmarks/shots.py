@@ -22,7 +22,7 @@ from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 
 from benchmarks.site import OVER, PATIENCE, ROOT, Site, request, served
-from tasks.operating.servers import LOOPBACK, free_port, running
+from tasks.running.servers import LOOPBACK, free_port, running
 
 IMAGES = ROOT / "docs" / "images"
 QUICK = {"corpus.sources": [{"kind": "python_stdlib", "max_files": 60}], "hardware.threads": 1}

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tasks.operating.servers import LOOPBACK, QUIET, free_port, mlflow_server, prefect_server, running
+from tasks.running.servers import LOOPBACK, QUIET, free_port, mlflow_server, prefect_server, running
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILE = ROOT / "benchmarks" / "operate.yaml"

@@ -15,6 +15,10 @@ class ParentError(PuzzleError):
     """A parent that cannot be loaded, or that no family here understands."""
 
 
+class ChildError(PuzzleError):
+    """A path that holds no child that can be opened."""
+
+
 class CorpusError(PuzzleError):
     """A corpus that cannot be read, or is too small for the profile."""
 

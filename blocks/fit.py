@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class FitContext:
     """One layer of the parent and what was recorded of it.
 
-    statistics: Gram matrices over calibration tokens, float32 (tasks/record.py):
+    statistics: Gram matrices over calibration tokens, float32 (tasks/distill/record.py):
       ffn_gram (F, F) of the inputs of down_proj, ffn_order (F,) channels by importance, first = keep,
       ffn_in_gram (D, D) of the normed FFN input, ffn_in_cross (D, D) = inputs^T outputs of the FFN core,
       attention_in_gram, attention_in_cross (D, D): the same of the attention core.

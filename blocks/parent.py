@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Parent:
-    """A normalised Hugging Face folder (tasks/parent.py makes it)."""
+    """A normalised Hugging Face folder (tasks/inputs/parent.py makes it)."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.folder, self.device = folder, device

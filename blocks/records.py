@@ -67,7 +67,7 @@ class LayerRecord(Value):
     """What recording left of one layer.
 
     boundary: hidden states that enter the layer, `train` (S, T, D) and `validation` (S, T, D), float32.
-    statistics: Gram matrices and channel contributions, see tasks/record.py.
+    statistics: Gram matrices and channel contributions, see tasks/distill/record.py.
     """
 
     layer: int
@@ -107,7 +107,7 @@ class Score(Value):
     A coupled block has subblock "block" and the variant label "<attention>+<ffn>".
 
     Standard errors are over sequences. The parent's own subblock scores exactly 0. tokens: really scored; where scoring
-    was adaptive, values of sequences beyond those are filled in (tasks/adaptive.py).
+    was adaptive, values of sequences beyond those are filled in (tasks/search/adaptive.py).
     """
 
     layer: int
@@ -333,7 +333,7 @@ class SpeedReport(Value):
 class Answer(Value):
     """A greedy answer. ended: the model stopped by itself. chat: asked by the tokenizer's chat template.
 
-    repetition: share of the answer's runs of four tokens that were there before. loops: see tasks/answers.py.
+    repetition: share of the answer's runs of four tokens that were there before. loops: see tasks/evaluate/answers.py.
     """
 
     prompt: str

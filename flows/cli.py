@@ -4,28 +4,22 @@ Exit code 0: done. 2: the input is wrong, one sentence, no traceback. 1: somethi
 to go on. Heavy imports happen inside commands, after the process is configured.
 """
 
-import contextlib
 import errno
 import os
-import shlex
-import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from blocks.errors import PuzzleError, PuzzleFailure, disk_is_full
+from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.runtime import configure
 from flows import library, page, plan, search, serving, truth
 from flows.doctor import doctor_command
+from flows.in_workspace import prepare_workspace, run_logged
 from flows.serve import serve_command
 from profiles.errors import ProfileError
 from profiles.load import load_profile
 from profiles.schema import Profile
-from tasks.failures.presence import place_in, prefect_home
-from tasks.progress import logged, without_tracebacks
 
 # what is wrong with a path that somebody named, wherever it is first looked at
 PATH_FAULTS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
@@ -111,8 +105,8 @@ def show(workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="th
         raise PuzzleError(
             f"{workspace} holds no finished run; start one with `puzzle optimize PROFILE --workspace {workspace}`"
         )
-    from tasks.progress import wide_console
-    from tasks.report import print_report
+    from tasks.pages.report import print_report
+    from tasks.running.progress import wide_console
 
     print_report(report, wide_console())
     typer.echo(f"child: {workspace.resolve() / report.child_folder}")
@@ -124,66 +118,6 @@ app.command("doctor")(doctor_command)
 app.command("serve")(serve_command)
 app.command("report")(page.report_command)
 app.add_typer(library.app, name="library")
-
-
-def prepare_workspace(folder: Path) -> None:
-    """Make the folder; keep Prefect's and MLflow's state in it; no server to start by hand."""
-    try:
-        str(folder).encode()
-        folder.mkdir(parents=True, exist_ok=True)
-    except UnicodeEncodeError:
-        raise PuzzleError(
-            f"{str(folder)!r} is not UTF-8, as databases want it: choose another with --workspace."
-        ) from None
-    except OSError as error:
-        raise PuzzleError(f"cannot write to {folder}: {error.strerror}. Choose another with --workspace.") from error
-    configure()
-    from tasks.operating.servers import PREFECT_DATABASE, prefect_database
-
-    home = prefect_home(folder, place_in(folder))
-    before = os.environ.get("PREFECT_HOME")
-    if before and prefect_database(Path(before)).get(PREFECT_DATABASE) == os.environ.get(PREFECT_DATABASE):
-        os.environ.pop(PREFECT_DATABASE, None)  # of this process's workspace before this one
-    settings = ({} if PREFECT_DATABASE in os.environ else prefect_database(home)) | {
-        "PREFECT_HOME": str(home),
-        "PREFECT_LOCAL_STORAGE_PATH": str(home / "storage"),
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "240",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_LOGGING_LEVEL": "WARNING",
-        "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
-        "DO_NOT_TRACK": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    os.environ.update(settings)
-
-
-def run_logged(folder: Path, work: Callable[[], str]) -> str:
-    """Run with a log file in the workspace; a failure is one sentence, the traceback goes to the log."""
-    with logged(folder) as log, without_tracebacks():
-        try:
-            return work()
-        except KeyboardInterrupt:
-            typer.echo("stopped; run the same command again to go on where it stopped", err=True)
-            raise SystemExit(130) from None
-        except PuzzleError as error:
-            if not isinstance(error, PuzzleFailure):
-                raise
-            raise _failed(log, error) from error
-        except Exception as error:
-            raise _failed(log, error) from error
-
-
-def _failed(log: Path, error: Exception) -> SystemExit:
-    """Traceback to the log, a sentence to the console."""
-    with contextlib.suppress(OSError), log.open("a") as file:  # the disk may be full
-        file.write("".join(traceback.format_exception(error)))
-    again = shlex.join(["puzzle", *sys.argv[1:]])
-    told = f"{type(error).__name__}: {error}"
-    if disk_is_full(error):
-        told = f"no space left on the disk of {log.parent}: free some, or move the workspace to a larger one"
-    typer.echo(f"puzzle failed: {told}", err=True)
-    typer.echo(f"The log is {log}. Finished work is kept; to go on: {again}", err=True)
-    return SystemExit(1)
 
 
 def main() -> None:

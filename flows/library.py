@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from tasks.foreign.exchange import Share, Span, Summary
+    from tasks.libraries.exchange import Share, Span, Summary
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 Source = Annotated[
@@ -26,7 +26,7 @@ def export_command(
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="for NVlabs' format")] = None,
 ) -> None:
     """Write a library in the open format, or in NVlabs' (DEST ends in .json), for other tools to read."""
-    from tasks.foreign.exchange import export_library
+    from tasks.libraries.exchange import export_library
 
     export_library(source, target, scenario, batch_size)
     typer.echo(f"wrote {target}")
@@ -42,7 +42,7 @@ def import_command(
     ] = None,
 ) -> None:
     """Read a library that others measured into the open format; every command that takes --library reads it there."""
-    from tasks.foreign.exchange import import_library, summarise
+    from tasks.libraries.exchange import import_library, summarise
 
     import_library(source, target, scores)
     typer.echo(_told(summarise(target)))
@@ -51,7 +51,7 @@ def import_command(
 @app.command("show")
 def show_command(source: Source, as_json: Annotated[bool, typer.Option("--json", help="one object")] = False) -> None:
     """What a library holds: layers, variants, scores, costs at every scenario, and what is missing."""
-    from tasks.foreign.exchange import summarise
+    from tasks.libraries.exchange import summarise
 
     found = summarise(source)
     typer.echo(found.model_dump_json(indent=1) if as_json else _told(found))

@@ -5,11 +5,11 @@ from pathlib import Path
 from prefect import flow
 
 from blocks.records import ChildReport
+from flows import stages, whole_models
+from flows.finish import Findings, best_baseline, open_run
 from profiles.schema import Profile
-from tasks import stages, whole_models
-from tasks.compare import contender, parent_contender
-from tasks.finish import Findings, best_baseline, open_run
-from tasks.workers import task_runner
+from tasks.evaluate.compare import contender, parent_contender
+from tasks.running.workers import task_runner
 
 
 @flow(name="optimize", flow_run_name="optimize {profile.name}")

@@ -29,7 +29,7 @@ def report(
 ) -> None:
     """One HTML page: the choice, its certificate, architecture, Pareto front, confidence, prices, the run's table."""
     from tasks.pages.page import Extent, read_truth, truth_of, write_page
-    from tasks.run_page import batch_of_run, limits_of_run, study_of
+    from tasks.pages.run_page import batch_of_run, limits_of_run, study_of
 
     source = values["library"] or workspace
     if source is None:

@@ -4,16 +4,16 @@ from pathlib import Path
 
 from prefect import flow
 
+from flows import stages
 from flows.optimize import optimize
 from profiles.schema import Profile
-from tasks import stages
-from tasks.costs import costs_of
+from tasks.measure.costs import costs_of
 from tasks.operating import champion, registry
 from tasks.operating.artifacts import show_link, show_markdown
 from tasks.operating.champion import Judgement
 from tasks.operating.experiment import compare_url, open_experiment
-from tasks.progress import say
-from tasks.workers import task_runner
+from tasks.running.progress import say
+from tasks.running.workers import task_runner
 
 
 @flow(name="reoptimize", flow_run_name="reoptimize {profile.name}")

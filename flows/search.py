@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from blocks.errors import PuzzleError
 from profiles.schema import Search
-from tasks.progress import shown
+from tasks.running.progress import shown
 from tasks.search.joint import QUANTITIES, LibraryFileError, at, flag
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def asked(
 ) -> "tuple[JointLibrary, Request]":
     """What every command here is asked: a library, budgets, constraints."""
     values = dict(locals())
-    from tasks.foreign.interchange import open_library
+    from tasks.libraries.interchange import open_library
     from tasks.search.request import Request, limit_of
 
     opened = open_library(library, scenario, batch_size)

@@ -18,7 +18,7 @@ from profiles.load import load_profile, shipped_profiles
 from tasks.operating.admission import Roots, served_profile
 from tasks.operating.reach import check_servers
 from tasks.operating.served_profile import ServedProfile
-from tasks.operating.servers import (
+from tasks.running.servers import (
     PREFECT_DATABASE,
     QUIET,
     is_free,
@@ -99,7 +99,7 @@ def served_environment(roots: Roots) -> dict[str, str]:
         "PREFECT_HOME": str(home),
         "PREFECT_LOCAL_STORAGE_PATH": str(home / "storage"),
         "PREFECT_LOGGING_EXTRA_LOGGERS": "puzzle",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # tasks/failures/watch.py waits for more than two of them
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # tasks/operating/watch.py waits for more than two of them
     }
 
 
@@ -138,7 +138,7 @@ def offer(wanted: list[ServedProfile], runs: int, reoptimize_at: str | None) -> 
     from prefect.exceptions import TerminationSignal
     from prefect.runner import Runner
 
-    from tasks.failures.watch import keep_watch
+    from tasks.operating.watch import keep_watch
 
     runner: Any = Runner(pause_on_shutdown=True, limit=runs)
     for flow, options in deployments(wanted, reoptimize_at):

@@ -15,16 +15,16 @@ from prefect.states import Completed  # noqa: E402
 from pydantic import Field  # noqa: E402
 
 from blocks.records import ChildReport, CostTable  # noqa: E402
+from flows.admitted import at_work, default_profile  # noqa: E402
+from flows.finish import COST_COLUMNS  # noqa: E402
 from flows.optimize import optimize as pipeline  # noqa: E402
 from flows.reoptimize import reoptimize as challenge  # noqa: E402
-from tasks.finish import COST_COLUMNS  # noqa: E402
+from flows.stages import measure, prepare  # noqa: E402
 from tasks.operating import sweeping  # noqa: E402
 from tasks.operating.admission import Roots, WorkspaceName, admitted_workspace  # noqa: E402
 from tasks.operating.artifacts import show_table  # noqa: E402
 from tasks.operating.champion import Judgement  # noqa: E402
-from tasks.operating.served import at_work, default_profile  # noqa: E402
 from tasks.operating.served_profile import ServedProfile  # noqa: E402
-from tasks.stages import measure, prepare  # noqa: E402
 
 DEFAULT = default_profile()
 

@@ -12,7 +12,8 @@ import typer
 
 from blocks.errors import PuzzleError
 from blocks.runtime import configure
-from tasks.progress import clock, say, shown, wide_console
+from flows.in_workspace import run_logged
+from tasks.running.progress import clock, say, shown, wide_console
 
 ChildPath = Annotated[
     Path, typer.Argument(metavar="CHILD", help="a child's folder (a parent's will do), or a .gguf file")
@@ -33,7 +34,7 @@ def export_command(
 ) -> None:
     """Write a child for an engine, and check that the engine gives the same logits and tokens."""
     _quiet()
-    from tasks.serving.formats import export_as
+    from tasks.export.formats import export_as
 
     started = time.monotonic()
 
@@ -53,8 +54,6 @@ def _logged(beside: Path, work: Callable[[], None]) -> None:
     """Work, of which a failure is one sentence: the traceback goes to puzzle.log in this folder, or the next one above
     that can be written to.
     """
-    from flows.cli import run_logged
-
     log = next(_logs((beside, *beside.parents, Path(tempfile.gettempdir()))))
 
     def told() -> str:
@@ -110,8 +109,8 @@ def bench_command(
     """Parent and child in turns under the same load: prefill, decode, memory, gains of pairs."""
     _quiet()
     from tasks.engines.registry import installed_engine
-    from tasks.serving.bench import CHILD, Point
-    from tasks.throughput import PARENT
+    from tasks.engines.throughput import PARENT
+    from tasks.measure.bench import CHILD, Point
 
     installed_engine(engine)
     sources = (
@@ -121,8 +120,8 @@ def bench_command(
     if picture is not None:
         _check_picture(picture)
     if server is not None or url:
-        from tasks.serving.arrivals import Limits, rates_of
-        from tasks.serving.serving_load import LoadPlan
+        from tasks.loadtest.arrivals import Limits, rates_of
+        from tasks.loadtest.serving_load import LoadPlan
 
         plan = LoadPlan(
             server=server,
@@ -146,9 +145,9 @@ def bench_command(
 def _bench_engine(
     sources: dict[str, Path], engine: str, points: list[Any], how: dict[str, Any], picture: Path | None, as_json: bool
 ) -> None:
-    from tasks.failures.devices import alone
-    from tasks.serving.bench import bench
-    from tasks.serving.bench_table import bench_table, draw_bench
+    from tasks.loadtest.bench_table import bench_table, draw_bench
+    from tasks.measure.bench import bench
+    from tasks.running.devices import alone
 
     with alone("bench"), shown("bench", beside=True) as tell:
         rows = bench(sources, engine, points, tell=tell, **how)
@@ -161,9 +160,9 @@ def _bench_engine(
 
 
 def _bench_servers(sources: dict[str, Path], plan: Any, picture: Path | None, as_json: bool) -> None:
-    from tasks.failures.devices import alone
-    from tasks.serving.load_table import draw_load, failures_told, load_table
-    from tasks.serving.serving_load import bench_servers
+    from tasks.loadtest.load_table import draw_load, failures_told, load_table
+    from tasks.loadtest.serving_load import bench_servers
+    from tasks.running.devices import alone
 
     if plan.rates:
         least = plan.seconds(len(plan.urls) or len(sources))
@@ -201,7 +200,7 @@ def _quiet() -> None:
 
 
 def _parent_of(child: Path) -> Path:
-    from tasks.serving.children import origin_of
+    from tasks.inputs.children import origin_of
 
     folder = origin_of(child).parent_folder
     if folder is None:

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from blocks.errors import PuzzleError
+from flows.in_workspace import prepare_workspace, run_logged
 from profiles.load import load_profile
-from tasks.progress import Stage, shown
+from tasks.running.progress import Stage, shown
 
 ProfileFile = Annotated[Path, typer.Argument(metavar="PROFILE", help="the profile whose library is finished")]
 Overrides = Annotated[
@@ -78,7 +79,7 @@ def check_command(
     """Are scores additive? Predicted against true KL of the best architectures; correction, swaps on the true KL."""
 
     def work(finished: Any, told: Stage) -> tuple[Any, str, dict[str, float], Any]:
-        from tasks.choose import choose
+        from tasks.search.choose import choose
         from tasks.studies.additivity import OTHERS, Ask, check_additivity
         from tasks.studies.scatter import draw_check
         from tasks.studies.truth import measured_truth
@@ -116,8 +117,6 @@ def _study(
     work: Callable[[Any, Stage], tuple[Any, str, dict[str, float], Any]],
 ) -> None:
     """Open the finished library, do the work, print it and keep it."""
-    from flows.cli import prepare_workspace, run_logged
-
     wanted = load_profile(profile, set_ or [])
     folder = (workspace or Path("workspace") / wanted.name).resolve()
     if not folder.is_dir():
@@ -139,7 +138,7 @@ def _study(
 
 @contextmanager
 def _opened(profile: Any, folder: Path) -> Iterator[Any]:
-    from tasks.stages import process_of
+    from flows.stages import process_of
     from tasks.studies.finished import open_finished
 
     with process_of(profile, folder):

@@ -1,7 +1,7 @@
 """Hardware targets: what a device can do at most by its data sheet, and which share of that software gets.
 
 One YAML file each under `profiles/hardware/`; every figure's source stands beside it in a comment. The roofline
-(tasks/roofline.py) models costs from them, `puzzle plan` the time of a whole run. Figures are per device.
+(tasks/measure/roofline.py) models costs from them, `puzzle plan` the time of a whole run. Figures are per device.
 """
 
 from functools import lru_cache

@@ -16,11 +16,11 @@ from blocks.records import (
     Totals,
 )
 from profiles.schema import BLD, Corpus, PythonStdlibSource, Record, SearchSpace, TinyParent
-from tasks.bld import Job, distill
-from tasks.corpus import iterate_documents, prepare_corpus
-from tasks.parent import prepare_parent
-from tasks.record import open_parent, record_key, record_layer
-from tasks.scoring import ScoringSet, score_sequences
+from tasks.distill.bld import Job, distill
+from tasks.distill.record import open_parent, record_key, record_layer
+from tasks.inputs.corpus import iterate_documents, prepare_corpus
+from tasks.inputs.parent import prepare_parent
+from tasks.score.scoring import ScoringSet, score_sequences
 
 SPACE = SearchSpace(attention=("kv1", "linear", "no_op"), ffn=("ffn32", "linear", "no_op"))
 CORPUS = Corpus(

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from tasks.foreign.puzzletron import BLOCK_SCORES, STATS, SUBBLOCK_SCORES
+from tasks.libraries.puzzletron import BLOCK_SCORES, STATS, SUBBLOCK_SCORES
 
 LAYERS, SAMPLES = 3, 4
 COMMON = {"no_op": False, "replace_with_linear": False, "sparsify": None, "weights_precision": "bf16"}

@@ -12,10 +12,10 @@ from scipy import integrate, stats
 from blocks.errors import InfeasibleBudget
 from blocks.records import Score
 from profiles.schema import Adaptive, Budget, Scenario, Scoring
-from tasks import scoring
-from tasks.adaptive import AdaptiveScores, Key, comparable, expected_gain, score_adaptively, table_of
-from tasks.choose import choose
-from tasks.scoring import score_sequences
+from tasks.score import scoring
+from tasks.score.scoring import score_sequences
+from tasks.search.adaptive import AdaptiveScores, Key, comparable, expected_gain, score_adaptively, table_of
+from tasks.search.choose import choose
 from tasks.search.program import Floats
 from tasks.search.totals import Problem, make_problem, score_of
 from tests.chain import Chain

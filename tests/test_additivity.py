@@ -10,7 +10,7 @@ import pytest
 from blocks.errors import PuzzleError
 from blocks.records import LayerChoice
 from profiles.schema import Budget
-from tasks.choose import choose
+from tasks.search.choose import choose
 from tasks.search.mip import minimise
 from tasks.search.program import Floats, Integers, Program
 from tasks.search.totals import Problem, score_of, within_budget

@@ -8,9 +8,18 @@ import torch
 
 from blocks.records import LayerChoice, ParentInfo
 from profiles.schema import Chat, Evaluate, Profile
-from tasks.answers import answer_all, answers_of, answers_path, greedy, loops, prompt_ids, repetition, stop_tokens
-from tasks.compare import contender, parent_contender
-from tasks.tiny import byte_tokenizer
+from tasks.evaluate.answers import (
+    answer_all,
+    answers_of,
+    answers_path,
+    greedy,
+    loops,
+    prompt_ids,
+    repetition,
+    stop_tokens,
+)
+from tasks.evaluate.compare import contender, parent_contender
+from tasks.inputs.tiny import byte_tokenizer
 from tests.chain import Chain, chosen
 from tests.test_evaluate import tiny_model
 
@@ -187,7 +196,7 @@ def test_parent_and_child_answer_and_are_remembered(chain: Chain, monkeypatch: p
         found = answers_of(which, chain.parent, asked, chain.workspace)
         assert len(found.answers) == 3 and all(answer.tokens <= 6 for answer in found.answers)
         with monkeypatch.context() as patched:
-            patched.setattr("tasks.answers.build", None)  # not asked again
+            patched.setattr("tasks.evaluate.answers.build", None)  # not asked again
             assert answers_of(which, chain.parent, asked, chain.workspace) == found
     paths = {
         answers_path(which, chain.parent, settings)

@@ -12,11 +12,11 @@ import pytest
 
 from blocks.errors import PuzzleError
 from tasks.engines.openai_server import Served
-from tasks.serving.arrivals import NO_LIMITS, Limits, Traffic, rates_of, traffic_of
-from tasks.serving.bench import Point
-from tasks.serving.load_client import Request, send
-from tasks.serving.load_table import PANELS, draw_load, load_table
-from tasks.serving.serving_load import LoadPlan, LoadTurn, good_share, load_test, one_turn, prompts_of
+from tasks.loadtest.arrivals import NO_LIMITS, Limits, Traffic, rates_of, traffic_of
+from tasks.loadtest.load_client import Request, send
+from tasks.loadtest.load_table import PANELS, draw_load, load_table
+from tasks.loadtest.serving_load import LoadPlan, LoadTurn, good_share, load_test, one_turn, prompts_of
+from tasks.measure.bench import Point
 from tests.test_engines import run
 
 POINT = Point(batch_size=1, prompt_tokens=4, generated_tokens=3)

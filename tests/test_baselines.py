@@ -10,7 +10,7 @@ import pytest
 from blocks.errors import InfeasibleBudget
 from blocks.records import LayerChoice
 from profiles.schema import BaselineName, Budget
-from tasks.choose import choose
+from tasks.search.choose import choose
 from tasks.search.grid import make_grid
 from tasks.search.totals import Problem, predicted, within_budget
 from tasks.studies.peers import find

@@ -11,15 +11,15 @@ from blocks.records import LayerRecord, Ref, Turn
 from blocks.variant import parse_labels
 from profiles.load import load_profile
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
-from tasks.costs import measure_costs
-from tasks.engine_costs import FIRST, EngineBench
-from tasks.jobs import jobs_of
-from tasks.record import open_parent
-from tasks.serving.bench import BenchRow, Point, bench
-from tasks.serving.bench_table import bench_table, draw_bench
-from tasks.serving.gguf_export import UnknownPrecision
-from tasks.space import check_search_space
-from tasks.throughput import gains_of
+from tasks.distill.jobs import jobs_of
+from tasks.distill.record import open_parent
+from tasks.engines.throughput import gains_of
+from tasks.gguf.writer import UnknownPrecision
+from tasks.inputs.space import check_search_space
+from tasks.loadtest.bench_table import bench_table, draw_bench
+from tasks.measure.bench import BenchRow, Point, bench
+from tasks.measure.costs import measure_costs
+from tasks.measure.llama_cpp_costs import FIRST, EngineBench
 from tests.chain import prepare
 from tests.test_engines import folders, needs_llama_cpp, run
 from tests.test_gguf import child_of, written

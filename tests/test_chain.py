@@ -17,10 +17,10 @@ from blocks.records import SUBBLOCKS, Architecture, LayerChoice, Subblock
 from blocks.resources import resources
 from blocks.variant import kinds, parse_label, parse_labels
 from profiles.schema import BLD, GKD
-from tasks import bld, gkd, record
-from tasks.bld import Job, distill, layer_data
-from tasks.record import record_layer
-from tasks.scoring import load_variant, open_suffix, score_batch
+from tasks.distill import bld, gkd, record
+from tasks.distill.bld import Job, distill, layer_data
+from tasks.distill.record import record_layer
+from tasks.score.scoring import load_variant, open_suffix, score_batch
 from tests.chain import RECORD, SETTINGS, SPACE, Chain, prepare
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"]

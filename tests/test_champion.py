@@ -15,8 +15,8 @@ from blocks.library import read_value, write_value
 from blocks.records import ChildReport, Cost, CostTable, LayerChoice, NonBlockCost
 from profiles.load import load_profile
 from profiles.schema import Budget, Champion, Profile, Scenario
-from tasks.calibration import drift
-from tasks.compare import LINEAGE, Lineage, contender
+from tasks.evaluate.compare import LINEAGE, Lineage, contender
+from tasks.measure.calibration import drift
 from tasks.operating import champion, registry
 from tasks.operating.champion import basis, changes, decide
 from tasks.operating.tracking import Tracking, client_of, open_tracking

@@ -14,7 +14,7 @@ import pytest
 from blocks.errors import InfeasibleBudget
 from blocks.records import SUBBLOCKS, Architecture, Cost, CostTable, LayerChoice, NonBlockCost, Score
 from profiles.schema import Budget, Scenario, ScenarioBudget, Search
-from tasks.choose import choose
+from tasks.search.choose import choose
 from tasks.search.grid import make_grid
 from tasks.search.mip import SolverStopped
 from tasks.search.totals import (

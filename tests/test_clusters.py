@@ -21,11 +21,12 @@ from prefect.testing.utilities import prefect_test_harness
 from blocks import devices, runtime
 from blocks.errors import PuzzleError
 from blocks.records import ParentInfo
+from flows import reuse, stages
 from profiles.errors import ProfileError
 from profiles.load import load_profile
 from profiles.schema import Orchestration
-from tasks import reuse, stages, workers
-from tasks.failures import devices as turns
+from tasks.running import devices as turns
+from tasks.running import workers
 from tests.chain import Chain
 
 PLACES = ("cpu:0", "cpu:1")
@@ -190,7 +191,7 @@ def test_a_missing_extra_is_told_in_a_sentence(runner: str, monkeypatch: pytest.
     def missing(name: str) -> Any:
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr("tasks.workers.importlib.import_module", missing)
+    monkeypatch.setattr("tasks.running.workers.importlib.import_module", missing)
     assert f"pip install -e '.[{runner}]'" in refused(f"orchestration.runner={runner}")
 
 

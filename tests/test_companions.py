@@ -10,10 +10,10 @@ import yaml
 
 from blocks.records import ParentInfo
 from profiles.schema import FolderParent
-from tasks.companions import HUB_PATTERNS, companions, is_companion, terms_of, write_terms
-from tasks.export import export_child, model_card
-from tasks.parent import prepare_parent
-from tasks.record import open_parent
+from tasks.distill.record import open_parent
+from tasks.export.folder import export_child, model_card
+from tasks.inputs.companions import HUB_PATTERNS, companions, is_companion, terms_of, write_terms
+from tasks.inputs.parent import prepare_parent
 from tests.test_export import CORPUS, PARENT, child_config
 from tests.test_modeling import mixed_blocks
 from tests.tiny import tiny_parent

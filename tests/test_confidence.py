@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from profiles.schema import Budget, Search
-from tasks.foreign.interchange import joint_view
+from tasks.libraries.interchange import joint_view
 from tasks.search.confidence import bootstrap
 from tasks.search.joint import JointLibrary, JointOption, LibraryFileError
 from tasks.search.request import Request, limits
@@ -120,7 +120,7 @@ def test_without_scores_per_sequence_it_says_so() -> None:
 
 
 def test_the_command_tells_every_layer(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    from tasks.foreign.interchange import write_library
+    from tasks.libraries.interchange import write_library
 
     write_library(tmp_path, stored(random_problem(2, Budget(speedup=1.2))))
     code, out, err = puzzle("confidence", "--library", tmp_path, "--num-params", "70%", "--draws", 5)

@@ -21,10 +21,10 @@ from blocks.errors import CorpusError
 from blocks.library import read_tensors
 from blocks.records import CorpusInfo
 from profiles.schema import Corpus, HubSource, PythonStdlibSource, TextSource, WikipediaDumpSource
-from tasks import corpus as module
-from tasks import text_files
-from tasks.chats import Unusable, messages_of, template_of
-from tasks.corpus import (
+from tasks.inputs import corpus as module
+from tasks.inputs import text_files
+from tasks.inputs.chats import Unusable, messages_of, template_of
+from tasks.inputs.corpus import (
     DocumentTokenizer,
     check_sources,
     installed_file,
@@ -36,8 +36,8 @@ from tasks.corpus import (
     prepare_corpus,
     spans_of,
 )
-from tasks.text_files import Part, split_stream
-from tasks.tiny import byte_tokenizer
+from tasks.inputs.text_files import Part, split_stream
+from tasks.inputs.tiny import byte_tokenizer
 
 LETTERS = DocumentTokenizer(lambda text: [ord(letter) for letter in text], end=(0,))
 WANTED = {"test": 8, "validation": 8, "train": 16}

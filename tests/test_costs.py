@@ -10,21 +10,24 @@ import pytest
 import torch
 from gguf import GGUFReader
 
+from blocks.engine_limits import runnable
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import read_value, write_value
 from blocks.records import CostTable, LayerChoice
 from blocks.resources import non_block_parameters
 from blocks.variant import parse_label
+from flows import stages
+from flows.finish import sum_beside_whole
 from profiles.load import load_profile
 from profiles.schema import Hardware, Measure, Scenario
-from tasks import costs, stages
-from tasks.costs import hardware_description, measure_costs
-from tasks.engines.limits import runnable
-from tasks.finish import sum_beside_whole
-from tasks.record import open_parent
-from tasks.serving.gguf_export import write_gguf
-from tasks.serving.gguf_tokenizer import NO_TOKENIZER
-from tasks.throughput import ClockTooCoarse
+from tasks.distill.record import open_parent
+from tasks.engines.throughput import ClockTooCoarse
+from tasks.gguf.tokenizer import NO_TOKENIZER
+from tasks.gguf.writer import write_gguf
+from tasks.measure import costs
+from tasks.measure import timing as timings
+from tasks.measure.costs import measure_costs
+from tasks.measure.timing import Timing, hardware_description
 from tests.chain import SPACE, prepare
 
 SCENARIOS = (Scenario(name="chat", batch_sizes=(1, 3), prompt_tokens=8, generated_tokens=6),)
@@ -46,7 +49,7 @@ def test_every_variant_of_every_family_has_a_cost_at_every_batch(
         assert (cost.kv_bytes_per_token > 0) == (cost.variant in ("parent", "kv1") and cost.subblock == "attention")
     assert table.num_hidden_layers == 3 and len(table.parent_measured) == 2
     assert "prefill" in sum_beside_whole(table, table.parent_measured[0])
-    monkeypatch.setattr(costs, "_Bench", lambda *_: pytest.fail("measured twice"))
+    monkeypatch.setattr(costs, "TorchBench", lambda *_: pytest.fail("measured twice"))
     assert measure_costs(parent, SPACE, SCENARIOS, Hardware(threads=1), MEASURE, tmp_path) == table
 
 
@@ -60,8 +63,8 @@ def test_non_block_parameters_are_what_is_outside_the_layers(tmp_path: Path) -> 
 STALE: dict[str, tuple[str | None, dict[str, Any]]] = {
     "nothing": (None, {}),
     "machine": ("platform.machine", {}),
-    "processor": ("tasks.costs.processor", {}),
-    "engine": ("tasks.costs._engine_description", {}),
+    "processor": ("tasks.measure.timing.processor", {}),
+    "engine": ("tasks.measure.timing._engine_description", {}),
     "name": (None, {"name": "another"}),
     "precision": (None, {"precision": "bfloat16"}),
     "threads": (None, {"threads": 2}),
@@ -75,7 +78,7 @@ def test_stale_costs_are_measured_again(field: str, tmp_path: Path, monkeypatch:
     parent, _ = prepare(tmp_path, train_steps=0)
     now = Hardware(threads=1)
     first = CostTable(
-        hardware=costs.hardware_description(now),
+        hardware=hardware_description(now),
         costs=(),
         non_block=(),
         num_hidden_layers=3,
@@ -87,12 +90,12 @@ def test_stale_costs_are_measured_again(field: str, tmp_path: Path, monkeypatch:
     changes: Any
     where, changes = STALE[field]
     if where is not None:
-        value: Any = {**costs._engine_description(now), "engine": "torch 99"} if field == "engine" else "another"
+        value: Any = {**timings._engine_description(now), "engine": "torch 99"} if field == "engine" else "another"
         monkeypatch.setattr(where, lambda *_: value)
     if field == "age":
         old = datetime.now(UTC) - timedelta(days=91)
         write_value(path, first.model_copy(update={"measured_at": old.isoformat(timespec="seconds")}))
-    monkeypatch.setattr(costs, "_Bench", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(costs, "TorchBench", lambda *_: pytest.fail("measured"))
     hardware = now.model_copy(update=changes)
     if field == "nothing":
         assert measure_costs(parent, SPACE, SCENARIOS, hardware, MEASURE, tmp_path) == first
@@ -113,7 +116,7 @@ def test_q8_0_weighs_what_the_file_does(tmp_path: Path) -> None:
     file = write_gguf(model, tmp_path / "x.gguf", "q8_0", NO_TOKENIZER, "x")
     inside = sum(tensor.n_bytes for tensor in GGUFReader(file).tensors)
     hardware = Hardware(engine="llama.cpp", precision="q8_0", threads=1)
-    still = costs.Timing(prefill=1, decode=1, prefill_spread=0, decode_spread=0)
+    still = Timing(prefill=1, decode=1, prefill_spread=0, decode_spread=0)
     labels = [("attention", "parent"), ("ffn", "parent")] * 2 + [("attention", "linear"), ("ffn", "ffn32")]
     parts: list[Any] = [
         costs._cost(reader, parse_label(part, label, reader.config), SCENARIOS[0], 1, still, hardware)  # type: ignore[arg-type]
@@ -143,11 +146,11 @@ class Fake:
         self.seconds = seconds
         self.names = [(one.subblock, one.label) for one in variants] + [("non_block", ""), ("parent", "")]
 
-    def run(self, *_: Any) -> dict[tuple[str, str], costs.Timing]:
+    def run(self, *_: Any) -> dict[tuple[str, str], Timing]:
         (seconds,) = self.seconds
         if seconds < 0:
             raise KeyboardInterrupt
-        timing = costs.Timing(prefill=seconds, decode=seconds, prefill_spread=0.01, decode_spread=0.01)
+        timing = Timing(prefill=seconds, decode=seconds, prefill_spread=0.01, decode_spread=0.01)
         return dict.fromkeys(self.names, timing)
 
 
@@ -158,7 +161,7 @@ def test_costs_stand_until_new_ones_are_whole_and_are_replaced_if_they_moved(
     asked = (parent, SPACE, SCENARIOS, Hardware(threads=1), MEASURE)
     seconds = [1.0]
 
-    monkeypatch.setattr(costs, "_Bench", partial(Fake, seconds))
+    monkeypatch.setattr(costs, "TorchBench", partial(Fake, seconds))
     assert costs.measure_again(*asked, tmp_path) == []  # nothing to compare with
     before = measure_costs(*asked, tmp_path)
     seconds[0] = -1.0
@@ -182,7 +185,7 @@ def test_the_stage_measures_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     parent, _ = prepare(tmp_path, train_steps=0)
     small = "search_space={attention: [linear], ffn: [ffn32]}"
     profile, seconds = load_profile("tiny", [small]), [1.0]
-    monkeypatch.setattr(costs, "_Bench", partial(Fake, seconds))
+    monkeypatch.setattr(costs, "TorchBench", partial(Fake, seconds))
     monkeypatch.setattr(stages, "task_of", lambda *_: lambda function: function)
     entered: list[str] = []
 

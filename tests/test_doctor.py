@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from tasks.operating import doctor
 from tasks.operating.doctor import GIB, Finding
-from tasks.operating.servers import LOOPBACK, ServerFailure, answer, free_port, is_free, running, stop
+from tasks.running.servers import LOOPBACK, ServerFailure, answer, free_port, is_free, running, stop
 from tests.test_nvlabs import puzzle
 
 

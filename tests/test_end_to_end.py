@@ -15,7 +15,7 @@ from benchmarks.site import Site, both_servers, changed, served
 from blocks.files import sha256_of
 from flows.reoptimize import run_reoptimize
 from profiles.schema import Profile
-from tasks.compare import Lineage
+from tasks.evaluate.compare import Lineage
 from tasks.operating.champion import Judgement
 
 pytestmark = pytest.mark.timeout(1800)  # a minute on an idle machine, ten on one that is shared

@@ -11,10 +11,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from blocks.engine_limits import LIMITS, EngineLimit, UnknownEngine, check_parent, gaps, limits_of, runnable, width_of
 from flows import cli
 from tasks.engines import llama_library
 from tasks.engines.base import Load
-from tasks.engines.limits import LIMITS, EngineLimit, UnknownEngine, check_parent, gaps, limits_of, runnable, width_of
 from tasks.engines.llama_cpp import LlamaCpp
 from tasks.engines.llama_library import (
     LIBRARY_VARIABLE,
@@ -27,10 +27,9 @@ from tasks.engines.llama_library import (
 )
 from tasks.engines.registry import ENGINES, engine_of, installed_engine
 from tasks.engines.torch_engine import Torch
-from tasks.export import ExportError, export_folder
-from tasks.serving import formats
-from tasks.serving.children import in_precision
-from tasks.serving.formats import (
+from tasks.export import formats
+from tasks.export.folder import ExportError, export_folder
+from tasks.export.formats import (
     KL_TOLERANCE,
     LOGITS_TOLERANCE,
     Difference,
@@ -40,10 +39,11 @@ from tasks.serving.formats import (
     precision_of,
     verdict,
 )
-from tasks.serving.gguf_export import PRECISIONS, UnknownPrecision, write_gguf
-from tasks.serving.gguf_import import read_gguf
-from tasks.serving.gguf_layout import FILLER_WIDTH, packed
-from tasks.serving.gguf_tokenizer import converted_tokenizer
+from tasks.gguf.layout import FILLER_WIDTH, packed
+from tasks.gguf.reader import read_gguf
+from tasks.gguf.tokenizer import converted_tokenizer
+from tasks.gguf.writer import PRECISIONS, UnknownPrecision, write_gguf
+from tasks.inputs.children import in_precision
 from tests.test_export import PARENT, make_parent_folder
 from tests.test_gguf import BYTES, DIGITS, bpe_folder, child_of, logits, written
 from tests.test_modeling import FAMILIES, NO_OP, attention, ffn, mixed_blocks, parent_blocks, token_ids
@@ -287,7 +287,7 @@ def test_a_wrong_packing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             for layer in packed(config)
         ]
 
-    monkeypatch.setattr("tasks.serving.gguf_export.packed", stock)
+    monkeypatch.setattr("tasks.gguf.writer.packed", stock)
     child = child_of(blocks=[{"attention": attention(2), "ffn": NO_OP}] + parent_blocks()[1:])
     path = written(child, tmp_path)
     with pytest.raises(ExportError, match="does not give torch's logits"):
@@ -369,7 +369,7 @@ def test_widths_of_256_go_to_nemotron_nas_and_alike_layers_to_both_schemas(tmp_p
 
 
 def test_a_damaged_export_is_found(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.serving.gguf_export.interleaved", lambda rows, heads: rows)
+    monkeypatch.setattr("tasks.gguf.writer.interleaved", lambda rows, heads: rows)
     with pytest.raises(ExportError, match="read back, differs"):
         export_as(folders["child"], "gguf", "f32", tmp_path / "x.gguf", Path("none"))
 

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from blocks.records import Metric
-from tasks.estimates import (
+from tasks.evaluate.estimates import (
     clustered_standard_error,
     independent_difference,
     interval,

@@ -12,8 +12,10 @@ import torch
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM
 from profiles.schema import Scenario
-from tasks import evaluate, throughput
-from tasks.evaluate import (
+from tasks.engines import throughput
+from tasks.engines.throughput import measure_throughput, median_metric
+from tasks.evaluate import quality as evaluate
+from tasks.evaluate.quality import (
     BenchmarkResult,
     mean_metric,
     parent_targets,
@@ -22,7 +24,6 @@ from tasks.evaluate import (
     run_benchmarks,
     sequence_figures,
 )
-from tasks.throughput import measure_throughput, median_metric
 
 KEPT: dict[str, Any] = {"no_op": False, "replace_with_linear": False}
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from profiles.schema import Budget
-from tasks.foreign.exchange import as_options, export_library, import_library, summarise
-from tasks.foreign.interchange import StoredLibrary, open_library, read_library, write_library
-from tasks.foreign.labels import intermediate_size, kv_heads, needs_exact, run_labels, share
-from tasks.foreign.nvlabs import options_from_nvlabs
-from tasks.foreign.option_tables import read_options, write_options
-from tasks.foreign.options import joint_of, options_of
+from tasks.libraries.exchange import as_options, export_library, import_library, summarise
+from tasks.libraries.interchange import StoredLibrary, open_library, read_library, write_library
+from tasks.libraries.labels import intermediate_size, kv_heads, needs_exact, run_labels, share
+from tasks.libraries.nvlabs import options_from_nvlabs
+from tasks.libraries.option_tables import read_options, write_options
+from tasks.libraries.options import joint_of, options_of
 from tasks.search.joint import JointLibrary
 from tasks.search.request import Request, limits
 from tasks.search.solve import choose_joint

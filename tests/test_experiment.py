@@ -11,9 +11,9 @@ from urllib.parse import unquote
 import pytest
 
 from blocks.records import BlockRecord, Cost, CostTable, LayerChoice, Ref, Score
+from flows.finish import Run
 from profiles.load import load_profile
 from profiles.schema import Hardware
-from tasks.finish import Run
 from tasks.operating import experiment
 from tasks.operating.run_tables import layer_rows, variant_rows
 from tasks.operating.tracking import (
@@ -101,8 +101,8 @@ def test_a_finished_run_does_not_fail_for_a_link(
 
     monkeypatch.setattr(experiment, "finished_runs", lambda *asked: ["another"])
     monkeypatch.setattr(experiment, broken, refuse)
-    monkeypatch.setattr("tasks.finish.say", told.append)
-    monkeypatch.setattr("tasks.finish.show_link", lambda *asked: told.append("a link"))
+    monkeypatch.setattr("flows.finish.say", told.append)
+    monkeypatch.setattr("flows.finish.show_link", lambda *asked: told.append("a link"))
     own: dict[str, Any] = {
         "workspace": opened.workspace,
         "tracking": opened,

@@ -19,10 +19,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from blocks.engine_limits import width_of
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.records import CorpusInfo, ParentInfo, Ref
-from tasks.engines.limits import width_of
-from tasks.export import (
+from tasks.export.folder import (
     ExportError,
     engine_gaps,
     export_child,
@@ -95,7 +95,7 @@ def uniform_blocks() -> list[dict[str, Any]]:
 
 
 def make_parent_folder(workspace: Path) -> None:
-    """What tasks/parent.py leaves beside the weights."""
+    """What tasks/inputs/parent.py leaves beside the weights."""
     folder = workspace / PARENT.folder
     vocabulary = {"[UNK]": 0, **{chr(ord("a") + index): index + 1 for index in range(26)}}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))

@@ -16,11 +16,11 @@ import pytest
 
 from blocks.library import read_value
 from blocks.records import ChildReport
-from flows import cli
+from flows import in_workspace
 from profiles.load import load_profile
-from tasks.foreign.interchange import open_library, read_library
-from tasks.operating.servers import PREFECT_DATABASE
+from tasks.libraries.interchange import open_library, read_library
 from tasks.pages.page import read_truth, truth_of
+from tasks.running.servers import PREFECT_DATABASE
 from tasks.search.request import Request, limits
 from tasks.search.solve import choose_joint
 from tasks.search.totals import score_of
@@ -294,7 +294,7 @@ def test_killed_twice_and_started_again_it_makes_the_same_child(run: tuple[Path,
 
 COUNTED = """
 import os, sys
-from tasks import bld
+from tasks.distill import bld
 plain = bld._train_until_it_falls
 def counted(job, *rest):
     with open(os.environ["TRAINED"], "a") as file:
@@ -366,7 +366,7 @@ def test_a_failure_names_the_log_and_how_to_go_on(tmp_path: Path, capsys: pytest
         raise OSError("no space left on device")
 
     with pytest.raises(SystemExit) as stopped:
-        cli.run_logged(tmp_path, broken)
+        in_workspace.run_logged(tmp_path, broken)
     told = capsys.readouterr().err
     assert stopped.value.code == 1
     assert "no space left" in told and str(tmp_path / "puzzle.log") in told and "to go on" in told

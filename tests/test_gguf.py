@@ -14,12 +14,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from blocks.errors import PuzzleError
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.files import write_text
-from tasks.serving.gguf_export import PRECISIONS, UnknownPrecision, interleaved, rotate_half, write_gguf
-from tasks.serving.gguf_header import GgufError, read_header, without_vocabulary
-from tasks.serving.gguf_import import GgufFile, read_gguf
-from tasks.serving.gguf_layout import FILLER_WIDTH, packed
-from tasks.serving.gguf_splits import split_of
-from tasks.serving.gguf_tokenizer import NO_TOKENIZER, TokenizerLimit, converted_tokenizer, copied_tokenizer
+from tasks.gguf.header import GgufError, read_header, without_vocabulary
+from tasks.gguf.layout import FILLER_WIDTH, packed
+from tasks.gguf.reader import GgufFile, read_gguf
+from tasks.gguf.splits import split_of
+from tasks.gguf.tokenizer import NO_TOKENIZER, TokenizerLimit, converted_tokenizer, copied_tokenizer
+from tasks.gguf.writer import PRECISIONS, UnknownPrecision, interleaved, rotate_half, write_gguf
 from tests.test_modeling import LINEAR, NO_OP, attention, ffn, mixed_blocks, tiny_child, tiny_parent, token_ids
 
 
@@ -133,7 +133,7 @@ def test_a_file_without_puzzles_config_is_read_from_its_metadata(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child = child_of()
-    monkeypatch.setattr("tasks.serving.gguf_export.CONFIG_KEY", "somebody.elses")
+    monkeypatch.setattr("tasks.gguf.writer.CONFIG_KEY", "somebody.elses")
     back = read_gguf(written(child, tmp_path))
     torch.testing.assert_close(logits(back), logits(child), rtol=0, atol=1e-5)  # linear FFNs are layers of their own
     assert len(back.config.block_configs) == len(packed(child.config))

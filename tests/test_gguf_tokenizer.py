@@ -16,14 +16,14 @@ from blocks.files import write_text
 from flows import cli
 from tasks.engines.base import Load
 from tasks.engines.llama_cpp import LlamaCpp
-from tasks.serving import formats
-from tasks.serving.formats import export_as
-from tasks.serving.gguf_export import write_gguf
-from tasks.serving.gguf_header import read_header
-from tasks.serving.gguf_splits import PRES, split_of
-from tasks.serving.gguf_tokenizer import TokenizerLimit, converted_tokenizer, copied_tokenizer, open_tokenizer, stops_of
-from tasks.serving.gguf_tokenizer_import import tokenizer_of
-from tasks.serving.tokenizer_check import TEXTS, check_tokenizer, texts_for
+from tasks.export import formats
+from tasks.export.formats import export_as
+from tasks.export.tokenizer_check import TEXTS, check_tokenizer, texts_for
+from tasks.gguf.header import read_header
+from tasks.gguf.splits import PRES, split_of
+from tasks.gguf.tokenizer import TokenizerLimit, converted_tokenizer, copied_tokenizer, open_tokenizer, stops_of
+from tasks.gguf.tokenizer_reader import tokenizer_of
+from tasks.gguf.writer import write_gguf
 from tests.test_gguf import child_of
 
 needs_llama_cpp = pytest.mark.skipif(LlamaCpp().missing() is not None, reason=str(LlamaCpp().missing()))

@@ -10,9 +10,16 @@ import pytest
 from blocks.files import sha256_of
 from blocks.records import BlockRecord
 from profiles.schema import Budget
-from tasks.choose import choose
-from tasks.foreign.interchange import Description, StoredLibrary, joint_view, open_library, read_library, write_library
+from tasks.libraries.interchange import (
+    Description,
+    StoredLibrary,
+    joint_view,
+    open_library,
+    read_library,
+    write_library,
+)
 from tasks.operating.sweeping import sweep_library
+from tasks.search.choose import choose
 from tasks.search.joint import LibraryFileError
 from tasks.search.request import Request, limits
 from tasks.search.solve import choose_joint

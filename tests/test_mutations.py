@@ -17,8 +17,8 @@ import pytest
 
 from blocks.files import sha256_of
 from profiles.schema import Budget
-from tasks.foreign.exchange import import_library
-from tasks.foreign.interchange import write_library
+from tasks.libraries.exchange import import_library
+from tasks.libraries.interchange import write_library
 from tests import puzzletron
 from tests.test_choose import CHAT, LONG, random_problem
 from tests.test_interchange import stored

@@ -10,11 +10,11 @@ import pytest
 
 from blocks.records import TruthPoint
 from profiles.schema import Budget
-from tasks.foreign.interchange import joint_view, open_library, write_library
+from tasks.libraries.interchange import joint_view, open_library, write_library
+from tasks.pages.front import front_of
 from tasks.pages.library_pictures import cells_of, colours_of, draw_strip
 from tasks.pages.page import figure, read_truth
 from tasks.pages.svg import inline_svg
-from tasks.search.front import front_of
 from tasks.search.request import Request, limits
 from tasks.search.solve import choose_joint
 from tests import test_nvlabs

@@ -14,9 +14,9 @@ from blocks.errors import CorpusError, ParentError
 from blocks.files import sha256_of
 from blocks.records import ParentInfo
 from profiles.schema import FolderParent, HubParent, PackageParent, ParentSource, TinyParent
-from tasks import parent as module
-from tasks.parent import prepare_parent, write_config
-from tasks.tiny import byte_tokenizer, make_tiny_parent
+from tasks.inputs import parent as module
+from tasks.inputs.parent import prepare_parent, write_config
+from tasks.inputs.tiny import byte_tokenizer, make_tiny_parent
 from tests.tiny import FAMILIES, tiny_model, tiny_parent, tiny_tokens
 
 TEXTS = [f"def function_{index}(a, b):\n    return a + b * {index}\n" for index in range(200)]

@@ -17,10 +17,10 @@ from blocks.errors import ParentError
 from blocks.parent import Parent
 from blocks.records import LayerChoice, ParentInfo
 from profiles.schema import FolderParent, GgufParent, PackageParent, ParentSource
-from tasks.export import export_folder
+from tasks.export.folder import export_folder
+from tasks.inputs.parent import prepare_parent, write_config
 from tasks.operating.admission import Refused, Roots, admitted
 from tasks.operating.served_profile import ServedProfile
-from tasks.parent import prepare_parent, write_config
 from tests.tiny import FAMILIES, tiny_model, tiny_parent, tiny_tokens
 
 State = dict[str, Tensor]

@@ -10,11 +10,11 @@ import sqlalchemy
 import yaml
 
 from blocks.errors import PuzzleError
-from flows import cli
+from flows import in_workspace
 from flows.serve import served_environment
 from tasks.operating import admission
 from tasks.operating.doctor import mlflow_store
-from tasks.operating.servers import PREFECT_DATABASE, prefect_database, sqlite_file, sqlite_url
+from tasks.running.servers import PREFECT_DATABASE, prefect_database, sqlite_file, sqlite_url
 from tests.test_nvlabs import puzzle
 from tests.test_profiles import GOOD
 
@@ -61,10 +61,10 @@ def test_each_workspace_has_its_own_database_and_a_users_one_stands(
     for name in ("PREFECT_HOME", PREFECT_DATABASE):
         os.environ.pop(name, None)
     for name in ("a?", "b%", "plain", "c#"):
-        cli.prepare_workspace(tmp_path / name)
+        in_workspace.prepare_workspace(tmp_path / name)
         assert os.environ.get(PREFECT_DATABASE) == prefect_database(tmp_path / name / "prefect").get(PREFECT_DATABASE)
     os.environ[PREFECT_DATABASE] = "postgresql+asyncpg://db/prefect"
-    cli.prepare_workspace(tmp_path / "d?")
+    in_workspace.prepare_workspace(tmp_path / "d?")
     assert os.environ[PREFECT_DATABASE] == "postgresql+asyncpg://db/prefect"
 
 

@@ -9,7 +9,7 @@ import pytest
 from blocks.errors import PuzzleError
 from blocks.records import LayerChoice
 from profiles.schema import BaselineName, Budget
-from tasks.choose import choose
+from tasks.search.choose import choose
 from tasks.search.grid import make_grid
 from tasks.search.totals import Problem, batch_choices, score_of, within_budget
 from tasks.studies.peers import NAMES, PEERS, Aim, find, top

@@ -28,7 +28,7 @@ from tasks.planning import effort, machine
 from tasks.planning.effort import Work, shape_of
 from tasks.planning.machine import Rates, calibrate, machine_share
 from tasks.planning.plan import Plan, config_parent, machine_rates, plan_of
-from tasks.usage import Usage, noted
+from tasks.running.usage import Usage, noted
 from tests.chain import CORPUS, RECORD, SETTINGS, SPACE, Chain
 from tests.test_nvlabs import puzzle
 from tests.tiny import tiny_model
@@ -101,7 +101,7 @@ def test_disk_is_what_the_chain_left(chain: Chain) -> None:
 
 
 def test_gkd_targets_are_as_large_as_planned(chain: Chain, tmp_path: Path) -> None:
-    from tasks.gkd import record_teacher
+    from tasks.distill.gkd import record_teacher
 
     profile = chain_profile()
     record = record_teacher(chain.parent, chain.corpus, profile.gkd, chain.workspace, "cpu")

@@ -12,17 +12,17 @@ from blocks.parent import Parent
 from blocks.records import Architecture, LayerChoice
 from profiles.load import load_profile
 from profiles.schema import Evaluate, Hardware, Profile
-from tasks import costs
-from tasks.compare import Contender, build, evaluate_contender, parent_contender
-from tasks.costs import measure_costs
-from tasks.evaluate import parent_targets, quality_of, sequence_figures
-from tasks.export import export_folder
-from tasks.precision import RoundingError, as_written, child_dtype, served_precision, why
-from tasks.record import open_parent
-from tasks.roofline import held, modelled_costs, setting_of
-from tasks.serving.children import in_precision
-from tasks.serving.formats import export_as
-from tasks.serving.gguf_header import read_header
+from tasks.distill.record import open_parent
+from tasks.evaluate.compare import Contender, build, evaluate_contender, parent_contender
+from tasks.evaluate.quality import parent_targets, quality_of, sequence_figures
+from tasks.export.folder import export_folder
+from tasks.export.formats import export_as
+from tasks.gguf.header import read_header
+from tasks.inputs.children import in_precision
+from tasks.inputs.precision import RoundingError, as_written, child_dtype, served_precision, why
+from tasks.measure import costs
+from tasks.measure.costs import measure_costs
+from tasks.measure.roofline import held, modelled_costs, setting_of
 from tests.chain import SPACE, Chain, chosen
 from tests.test_costs import MEASURE, SCENARIOS
 from tests.tiny import tiny_model, tiny_parent, tiny_tokens, word_tokenizer
@@ -135,7 +135,7 @@ def test_memory_is_that_of_the_childs_dtype(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from profiles.schema import FolderParent
-    from tasks.parent import prepare_parent
+    from tasks.inputs.parent import prepare_parent
 
     parent_of(tmp_path / "source", dtype)
     parent = prepare_parent(FolderParent(path=str(tmp_path / "source")), tmp_path, None)
@@ -152,7 +152,7 @@ def test_memory_is_that_of_the_childs_dtype(
     inside = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
     own = [cost for cost in table.costs if cost.variant == "parent" and cost.batch_size == 1]
     assert 3 * sum(cost.weight_bytes for cost in own) + table.non_block[0].weight_bytes == inside
-    monkeypatch.setattr(costs, "_Bench", lambda *_: pytest.fail("measured twice"))
+    monkeypatch.setattr(costs, "TorchBench", lambda *_: pytest.fail("measured twice"))
     assert measure_costs(parent, SPACE, SCENARIOS, unnamed, MEASURE, tmp_path) == table
 
     target = setting_of(Hardware(name="h100", engine="roofline"), _target("h100"), reader)

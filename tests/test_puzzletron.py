@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tasks.foreign.option_tables import read_options
-from tasks.foreign.options import crossed
-from tasks.foreign.puzzletron import BLOCK_SCORES, STATS, options_from_puzzletron
+from tasks.libraries.option_tables import read_options
+from tasks.libraries.options import crossed
+from tasks.libraries.puzzletron import BLOCK_SCORES, STATS, options_from_puzzletron
 from tasks.search.joint import LibraryFileError
 from tests import puzzletron
 from tests.puzzletron import ATTENTION, FFN, LAYERS, PARENT, Block

@@ -15,7 +15,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 
 from tasks.operating import reach
 from tasks.operating.reach import ServerAway, ServerRefused, check_servers, wait_for_mlflow
-from tasks.operating.servers import free_port, mlflow_server
+from tasks.running.servers import free_port, mlflow_server
 
 PASSWORD = "a-secret-of-the-test"
 RIGHT = "Basic " + base64.b64encode(f"puzzle:{PASSWORD}".encode()).decode()

@@ -28,11 +28,12 @@ from blocks.records import (
     Turn,
 )
 from profiles.schema import Scenario
-from tasks.estimates import mean
-from tasks.evaluate import BenchmarkResult, retention
+from tasks.engines.throughput import summaries
+from tasks.evaluate.estimates import mean
+from tasks.evaluate.quality import BenchmarkResult, retention
 from tasks.operating.tracking import report_metrics
-from tasks.picture import draw_architecture, draw_comparison, ratio_of, variant_colours
-from tasks.report import (
+from tasks.pages.picture import draw_architecture, draw_comparison, ratio_of, variant_colours
+from tasks.pages.report import (
     BEST,
     answered,
     comparison_rows,
@@ -44,7 +45,6 @@ from tasks.report import (
     verdict,
     write_report,
 )
-from tasks.throughput import summaries
 
 
 def metric(value: float, se: float = 0.0) -> Metric:

@@ -12,14 +12,14 @@ import torch
 import yaml
 
 from blocks import runtime
+from flows import stages
 from profiles.errors import ProfileError
 from profiles.load import load_profile
 from profiles.schema import Profile
-from tasks import stages
 from tasks.engines import vllm_engine
 from tasks.operating import doctor, requirements
 from tasks.operating.requirements import MachineLacks, advice, check_machine, lacking
-from tasks.usage import crowd
+from tasks.running.usage import crowd
 from tests.test_nvlabs import puzzle
 from tests.test_profiles import GOOD
 

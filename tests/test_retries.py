@@ -17,12 +17,14 @@ from prefect.task_engine import TaskRunTimeoutError
 from blocks.errors import CorpusError, PuzzleFailure
 from profiles.load import load_profile
 from profiles.schema import GKD
-from tasks import bld, gkd, scoring
-from tasks.failures import memory, retries, watch
-from tasks.failures.memory import Parts
-from tasks.failures.retries import TookTooLong, told_in_time, worth_retrying
+from tasks.distill import bld, gkd
+from tasks.operating import watch
 from tasks.operating.champion import Judgement
-from tasks.progress import without_tracebacks
+from tasks.running import memory, retries
+from tasks.running.memory import Parts
+from tasks.running.progress import without_tracebacks
+from tasks.running.retries import TookTooLong, told_in_time, worth_retrying
+from tasks.score import scoring
 from tests.chain import Chain
 
 SHORT = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")

@@ -15,7 +15,7 @@ from profiles.errors import ProfileError
 from profiles.hardware import FOLDER, HardwareTarget, load_target, shipped_targets
 from profiles.load import load_profile
 from profiles.schema import Budget, Hardware, Scenario, SearchSpace
-from tasks.roofline import (
+from tasks.measure.roofline import (
     Pass,
     Setting,
     kv_bytes_per_device,

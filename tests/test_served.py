@@ -15,13 +15,11 @@ import yaml
 from prefect.utilities.callables import parameter_schema
 from pydantic import AnyUrl, TypeAdapter, ValidationError, create_model
 
+from flows import admitted as run
 from flows import serve, served
 from profiles.load import load_profile
 from profiles.schema import Profile, Section, StoreURL
-from tasks.failures import watch
-from tasks.failures.sharing import being_made
-from tasks.operating import admission
-from tasks.operating import served as run
+from tasks.operating import admission, watch
 from tasks.operating import served_profile as served_profile_module
 from tasks.operating.admission import (
     Refused,
@@ -41,6 +39,7 @@ from tasks.operating.served_profile import (
     ServedProfile,
     open_fields,
 )
+from tasks.running.sharing import being_made
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOWS = (served.optimize, served.reoptimize, served.sweep, served.measure_hardware)
@@ -442,14 +441,14 @@ def test_whoever_serves_runs_sees_to_it_that_their_deaths_are_noticed() -> None:
 
 
 def test_servers_listen_on_loopback_only() -> None:
-    from tasks.operating.servers import mlflow_server, prefect_server
+    from tasks.running.servers import mlflow_server, prefect_server
 
     for command, url in (prefect_server(1234), mlflow_server(1234, "sqlite:///x", "x")):
         assert command[command.index("--host") + 1] == "127.0.0.1" and "127.0.0.1:1234" in url
 
 
 def test_pages_of_other_sites_reach_neither_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks.operating.servers import mlflow_server, prefect_guards
+    from tasks.running.servers import mlflow_server, prefect_guards
 
     guards = prefect_guards(4200)
     assert guards["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "http://127.0.0.1:4200,http://localhost:4200"

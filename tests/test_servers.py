@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from blocks.errors import disk_is_full
-from tasks.operating.servers import (
+from tasks.running.servers import (
     LOOPBACK,
     answer,
     free_port,

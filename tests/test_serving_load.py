@@ -19,20 +19,19 @@ from typing import Any, ClassVar
 import psutil
 import pytest
 
+from blocks.child import config_of
+from blocks.engine_limits import EngineLimit
 from blocks.errors import PuzzleError, PuzzleFailure
 from tasks.engines import vllm_engine
 from tasks.engines.base import Load
-from tasks.engines.limits import EngineLimit
 from tasks.engines.openai_server import SERVERS, Served
-from tasks.serving import serving_load
-from tasks.serving.arrivals import NO_LIMITS, Traffic
-from tasks.serving.bench import Point
-from tasks.serving.children import config_of
-from tasks.serving.gguf_export import write_gguf
-from tasks.serving.gguf_tokenizer import converted_tokenizer
-from tasks.serving.load_client import Request, event_of, request_of
-from tasks.serving.load_table import draw_load, failures_told, load_table
-from tasks.serving.serving_load import (
+from tasks.gguf.tokenizer import converted_tokenizer
+from tasks.gguf.writer import write_gguf
+from tasks.loadtest import serving_load
+from tasks.loadtest.arrivals import NO_LIMITS, Traffic
+from tasks.loadtest.load_client import Request, event_of, request_of
+from tasks.loadtest.load_table import draw_load, failures_told, load_table
+from tasks.loadtest.serving_load import (
     API_KEY,
     LoadPlan,
     LoadTurn,
@@ -44,6 +43,7 @@ from tasks.serving.serving_load import (
     prompts_of,
     row_of,
 )
+from tasks.measure.bench import Point
 from tests.test_engines import folders, run
 from tests.test_gguf import DIGITS, bpe_folder, child_of
 from tests.test_vllm import ALIKE, HEAD, MIXED, blocks_of, exported, needs_vllm

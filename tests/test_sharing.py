@@ -20,11 +20,12 @@ from filelock import FileLock
 from blocks import devices as locks
 from blocks import runtime
 from blocks.devices import enter
+from flows import stages
 from profiles.load import load_profile
-from tasks import scoring, stages
-from tasks.failures import devices, presence, sharing
-from tasks.failures.devices import device_of
-from tasks.failures.sharing import Piece, being_made, in_turn, made_once
+from tasks.running import devices, presence, sharing
+from tasks.running.devices import device_of
+from tasks.running.sharing import Piece, being_made, in_turn, made_once
+from tasks.score import scoring
 
 ROOT = Path(__file__).resolve().parent.parent
 PIECES = [Piece(key=f"k{number}", what=f"variant {number}") for number in range(4)]
@@ -54,7 +55,7 @@ def another_process(code: str) -> Iterator[subprocess.Popen[str]]:
 
 def maker_of(workspace: Path, key: str) -> str:
     return (
-        "from pathlib import Path\nfrom tasks.failures.sharing import Piece, made_once\n"
+        "from pathlib import Path\nfrom tasks.running.sharing import Piece, made_once\n"
         f"with made_once(Path({str(workspace)!r}), Piece(key={key!r}, what='it')):"
     )
 
@@ -138,7 +139,7 @@ def test_every_run_has_a_place_and_only_the_first_clears_leftovers(tmp_path: Pat
     assert presence.place_in(tmp_path) == 1  # asked again: the same
     left.touch()  # now it is somebody's who is at work
     code = (
-        "from pathlib import Path\nfrom tasks.failures.presence import at_work_in\n"
+        "from pathlib import Path\nfrom tasks.running.presence import at_work_in\n"
         f"with at_work_in(Path({str(tmp_path)!r})) as"
     )
     with another_process(f"{code} number:\n    assert number == 2"):

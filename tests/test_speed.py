@@ -17,16 +17,17 @@ from blocks.records import (
     SpeedReport,
     Turn,
 )
+from flows.finish import sum_beside_whole
 from profiles.load import load_profile
 from profiles.schema import Hardware, Scenario
-from tasks.calibration import bias_of, calibrated, drift
-from tasks.compare import contender, parent_contender
-from tasks.costs import _summary, measure_costs
-from tasks.finish import sum_beside_whole
+from tasks.engines.throughput import ClockTooCoarse, in_turns, median_metric, summaries
+from tasks.evaluate.compare import contender, parent_contender
+from tasks.measure.calibration import bias_of, calibrated, drift
+from tasks.measure.cost_sums import check_sums, error_of_sum, told
+from tasks.measure.costs import measure_costs
+from tasks.measure.speed import measure_speed
+from tasks.measure.torch_costs import summary
 from tasks.search.totals import make_problem, totals_of
-from tasks.speed import measure_speed
-from tasks.sums import check_sums, error_of_sum, told
-from tasks.throughput import ClockTooCoarse, in_turns, median_metric, summaries
 from tests.chain import prepare
 from tests.test_engines import needs_llama_cpp
 
@@ -222,7 +223,7 @@ def test_a_clock_that_shows_no_time_gives_no_sums_and_no_calibration(clock: str)
     empty = table(clock=clock).model_copy(update={"costs": tuple(cost(*name, 0, 0) for name in NAMES)})
     _, sums = speeds(empty.model_copy(update={"non_block": (outside(0, 0),)}), [turn(25, 5)], [turn(20, 3)])
     assert sums == ()
-    assert _summary([(0.0, 0.25), (0.0, 0.25)]).prefill_spread == 0
+    assert summary([(0.0, 0.25), (0.0, 0.25)]).prefill_spread == 0
 
 
 def test_a_request_that_takes_no_time_is_a_sentence() -> None:

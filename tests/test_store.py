@@ -22,12 +22,13 @@ from blocks.errors import DamagedBlock
 from blocks.library import BlockLibrary, keep, read_tensors, remember, write_tensors
 from blocks.records import BlockRecord, ParentInfo, Ref
 from blocks.store import MARKER, Store, StoreAway, StoreError, use_store
-from tasks import bld, scoring
-from tasks.failures import presence
+from tasks.distill import bld
 from tasks.operating import shared
 from tasks.operating.admission import Refused, Roots, admitted
 from tasks.operating.served_profile import ServedProfile
-from tasks.operating.servers import free_port, running
+from tasks.running import presence
+from tasks.running.servers import free_port, running
+from tasks.score import scoring
 from tests.chain import Chain, make_chain
 from tests.test_served import asked, asking
 from tests.test_sharing import another_process
@@ -323,9 +324,9 @@ def test_a_second_machine_trains_nothing_again(
     for name in ("_train_until_it_falls", "_start"):
         monkeypatch.setattr(bld, name, lambda *_: pytest.fail("a block was trained again"))
     monkeypatch.setattr(scoring, "score_batch", lambda *_: pytest.fail("a block was scored again"))
-    monkeypatch.setattr("tasks.record._pass", lambda *_: pytest.fail("a layer was recorded again"))
-    monkeypatch.setattr("tasks.corpus.pack_splits", lambda *_: pytest.fail("a corpus was made again"))
-    monkeypatch.setattr("tasks.parent.make_tiny_parent", lambda *_: pytest.fail("a parent was trained again"))
+    monkeypatch.setattr("tasks.distill.record._pass", lambda *_: pytest.fail("a layer was recorded again"))
+    monkeypatch.setattr("tasks.inputs.corpus.pack_splits", lambda *_: pytest.fail("a corpus was made again"))
+    monkeypatch.setattr("tasks.inputs.parent.make_tiny_parent", lambda *_: pytest.fail("a parent was trained again"))
     told = again(other, f"{s3}/chain")
     second = make_chain(other)
     assert second.blocks == first.blocks and second.scores == first.scores and not told
@@ -371,7 +372,7 @@ def test_the_store_of_a_run_at_work_stays_whatever_a_second_run_names(
     workspace = tmp_path / "workspace"
     workspace.mkdir()
     code = (
-        "from pathlib import Path\nfrom tasks.failures.presence import at_work_in\n"
+        "from pathlib import Path\nfrom tasks.running.presence import at_work_in\n"
         f"from tasks.operating.shared import store_used\nworkspace = Path({str(workspace)!r})\n"
         f"with at_work_in(workspace), store_used(workspace, {theirs!r}):"
     )

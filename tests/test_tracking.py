@@ -11,7 +11,6 @@ import pytest
 from blocks.records import Cost
 from profiles.schema import Budget, Corpus, Profile, PythonStdlibSource, TinyParent
 from tasks.operating import tracking
-from tasks.operating.servers import sqlite_file, sqlite_url
 from tasks.operating.tracking import (
     Tracking,
     TrackingError,
@@ -27,7 +26,8 @@ from tasks.operating.tracking import (
     run_started,
     run_url,
 )
-from tasks.report import write_report
+from tasks.pages.report import write_report
+from tasks.running.servers import sqlite_file, sqlite_url
 from tests.test_report import report_of
 
 

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, StaticCache, Trainer, TrainingArguments
 
 from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM
-from tasks.export import export_folder
-from tasks.serving.children import in_precision
+from tasks.export.folder import export_folder
+from tasks.inputs.children import in_precision
 from tests.test_modeling import (
     FAMILIES,
     LINEAR,

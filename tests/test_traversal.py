@@ -15,9 +15,9 @@ from blocks.errors import CorpusError, DamagedBlock
 from blocks.files import sha256_of
 from blocks.records import BlockRecord, ChildReport
 from profiles.schema import Corpus, HubSource
-from tasks.corpus import iterate_documents
-from tasks.foreign.exchange import export_library, import_library
-from tasks.foreign.interchange import write_library
+from tasks.inputs.corpus import iterate_documents
+from tasks.libraries.exchange import export_library, import_library
+from tasks.libraries.interchange import write_library
 from tasks.operating.admission import Refused, Roots, admitted
 from tasks.operating.champion import lineage_of
 from tasks.operating.served_profile import ServedProfile

@@ -15,8 +15,8 @@ from blocks.errors import PuzzleError
 from blocks.library import read_tensors
 from blocks.records import CostTable, LayerChoice
 from profiles.schema import GKD, Budget, Evaluate, Profile, Scoring, TinyParent
-from tasks.compare import build, contender
-from tasks.evaluate import mean_metric, parent_targets, sequence_figures
+from tasks.evaluate.compare import build, contender
+from tasks.evaluate.quality import mean_metric, parent_targets, sequence_figures
 from tasks.search.totals import predicted
 from tasks.studies.contest import Ask, contest
 from tasks.studies.finished import Finished, UnfinishedLibrary, open_finished
@@ -68,7 +68,7 @@ def test_one_subblock_replaced_is_its_score_bit_for_bit(finished: Finished) -> N
 
 
 def test_like_the_assembled_model(finished: Finished, chain: Chain) -> None:
-    """On the sequences behind the scored ones, against the vocabulary-sized KL of tasks/evaluate.py."""
+    """On the sequences behind the scored ones, against the vocabulary-sized KL of tasks/evaluate/quality.py."""
     _, others = truth_of(finished, 2)
     assert (others.sequences.first, others.sequences.last) == (6, 8)
     tokens = read_tensors(chain.workspace, chain.corpus.tokens, ["validation"])["validation"][6:8, :32]

@@ -12,20 +12,21 @@ from typing import Any
 import pytest
 import torch
 
+from blocks.child import config_of
+from blocks.engine_limits import EngineLimit
 from blocks.errors import PuzzleError
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
-from tasks.costs import measure_costs
 from tasks.engines import vllm_engine, vllm_process
 from tasks.engines.base import Load
-from tasks.engines.limits import EngineLimit
 from tasks.engines.llama_library import EngineFailed, EngineMissing
 from tasks.engines.registry import installed_engine
 from tasks.engines.vllm_engine import INSTALL, PYTHON_VARIABLE, Vllm, VllmSession, cannot
-from tasks.export import ExportError, export_folder
-from tasks.serving.bench import Point, bench
-from tasks.serving.children import config_of, in_precision
-from tasks.serving.formats import KL_TOLERANCE, LOGITS_TOLERANCE, check_in_vllm, compare, export_as
+from tasks.export.folder import ExportError, export_folder
+from tasks.export.formats import KL_TOLERANCE, LOGITS_TOLERANCE, check_in_vllm, compare, export_as
+from tasks.inputs.children import in_precision
+from tasks.measure.bench import Point, bench
+from tasks.measure.costs import measure_costs
 from tests.chain import prepare
 from tests.test_engines import ROPES, YARN, run
 from tests.test_gguf import child_of

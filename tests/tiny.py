@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from profiles.schema import TinyParent
-from tasks.tiny import family_config
+from tasks.inputs.tiny import family_config
 
 FAMILIES: tuple[Any, ...] = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 HIDDEN_SIZE = 32

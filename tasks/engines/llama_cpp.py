@@ -15,7 +15,7 @@ from torch import Tensor
 from blocks.records import Turn
 from tasks.engines.base import Engine, Load, Session
 from tasks.engines.llama_library import F32, INSTALL, Batch, EngineFailed, LlamaLibrary, library_path, llama_library
-from tasks.throughput import cpu_clock
+from tasks.engines.throughput import cpu_clock
 
 _PAGE = 256  # llama.cpp rounds a sequence's context up to this
 

@@ -22,8 +22,8 @@ import psutil
 from tasks.engines.base import Load, own_code
 from tasks.engines.llama_library import EngineMissing
 from tasks.engines.vllm_process import kv_bytes
-from tasks.operating.servers import LOOPBACK, ServerFailure, free_port, running
-from tasks.usage import resident_of
+from tasks.running.servers import LOOPBACK, ServerFailure, free_port, running
+from tasks.running.usage import resident_of
 
 PACKAGE = "xllamacpp"
 START_SECONDS = 300.0  # vLLM needs a minute or two on a busy machine

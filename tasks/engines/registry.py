@@ -2,8 +2,8 @@
 
 import importlib
 
+from blocks.engine_limits import UnknownEngine, limits_of
 from tasks.engines.base import Engine
-from tasks.engines.limits import UnknownEngine, limits_of
 from tasks.engines.llama_library import EngineMissing
 
 ENGINES = {

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from blocks.records import Turn
 from tasks.engines.base import Engine, Load, Session
-from tasks.serving.children import open_child
-from tasks.throughput import request_of
+from tasks.engines.throughput import request_of
+from tasks.inputs.children import open_child
 
 
 class Torch(Engine):

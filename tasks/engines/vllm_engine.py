@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from blocks import export_code
+from blocks.child import config_of
+from blocks.engine_limits import EngineLimit, gaps
 from blocks.export_code import AUTO_MAP, CODE_FILES
 from blocks.files import sha256_of
 from blocks.records import Turn
 from tasks.engines.base import ROOT, Engine, Load, Process, Session
-from tasks.engines.limits import EngineLimit, gaps
 from tasks.engines.llama_library import EngineFailed, EngineMissing
 from tasks.engines.worker import Worker
-from tasks.serving.children import config_of
 
 PYTHON_VARIABLE = "PUZZLE_VLLM_PYTHON"  # the interpreter of an environment that holds vLLM
 FOLDER = ".venv-vllm"

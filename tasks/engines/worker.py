@@ -97,7 +97,7 @@ class _Server:
         from tasks.engines.registry import installed_engine
 
         found = installed_engine(engine)
-        from tasks.usage import resident_bytes
+        from tasks.running.usage import resident_bytes
 
         version = found.version()
         self.before = resident_bytes("VmRSS")
@@ -112,7 +112,7 @@ class _Server:
         return dict(self.session.request(prompt, steps, grow).model_dump())
 
     def memory(self) -> dict[str, Any]:
-        from tasks.usage import resident_bytes
+        from tasks.running.usage import resident_bytes
 
         return {"bytes": max(0, resident_bytes("VmHWM") - self.before)}
 

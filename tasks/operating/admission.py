@@ -21,6 +21,7 @@ from blocks.errors import PuzzleError
 from profiles.hardware import shipped_targets
 from profiles.load import load_profile, shipped_profiles
 from profiles.schema import Profile, StoreURL
+from tasks.gguf.header import named_parts
 from tasks.operating.served_profile import (
     Alias,
     PackageName,
@@ -29,7 +30,6 @@ from tasks.operating.served_profile import (
     ServedProfile,
     refuse_open_fields,
 )
-from tasks.serving.gguf_header import named_parts
 
 ROOT, DATA_ROOTS, REMOTE_CODE = "PUZZLE_ROOT", "PUZZLE_DATA_ROOTS", "PUZZLE_ALLOW_REMOTE_CODE"
 STORES, PACKAGES = "PUZZLE_STORES", "PUZZLE_PACKAGES"

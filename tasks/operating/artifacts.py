@@ -24,7 +24,7 @@ from prefect.artifacts import (
 from prefect.context import FlowRunContext
 
 from blocks.records import Value
-from tasks.progress import clock
+from tasks.running.progress import clock
 
 UPDATE_EVERY_SECONDS = 3.0
 log = logging.getLogger("puzzle")

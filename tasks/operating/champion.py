@@ -20,14 +20,17 @@ from blocks.files import sha256_of
 from blocks.library import digest_of, read_tensors, remember
 from blocks.records import CorpusInfo, CostTable, LayerChoice, Metric, ParentInfo, Value
 from profiles.schema import Champion, Profile
-from tasks import bld, costs, gkd, record, scoring
-from tasks.compare import LINEAGE, Lineage, build
-from tasks.corpus import TOKENIZER_FILES
-from tasks.evaluate import mean_metric, parent_targets, sequence_figures
-from tasks.foreign.interchange import read_library
-from tasks.precision import as_written, child_dtype
-from tasks.record import open_parent
-from tasks.report import rounded
+from tasks.distill import bld, gkd, record
+from tasks.distill.record import open_parent
+from tasks.evaluate.compare import LINEAGE, Lineage, build
+from tasks.evaluate.quality import mean_metric, parent_targets, sequence_figures
+from tasks.inputs.corpus import TOKENIZER_FILES
+from tasks.inputs.precision import as_written, child_dtype
+from tasks.libraries.interchange import read_library
+from tasks.measure import costs
+from tasks.measure.timing import hardware_description
+from tasks.pages.report import rounded
+from tasks.score import scoring
 from tasks.search.totals import Problem, broken_limits, fitting_batches, problem_of
 
 UNITS = {"kl": "nats", "loss": "nats", "top1_agreement": "of the tokens"}
@@ -64,7 +67,7 @@ class Judgement(Value):
 
 def basis(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, table: CostTable | None) -> dict[str, str]:
     """Digest of everything the child depends on, by part. `table`: the costs, None before they are measured."""
-    hardware = costs.hardware_description(profile.hardware)
+    hardware = hardware_description(profile.hardware)
     parts = {
         "parent": parent.fingerprint,
         "corpus": corpus.fingerprint,

@@ -23,9 +23,9 @@ from packaging.specifiers import SpecifierSet
 from blocks.records import Value
 from blocks.runtime import usable_cores
 from profiles.schema import DRIVEN
-from tasks.failures.presence import others_at_work
 from tasks.operating.requirements import EXTRAS, devices_here, engine_missing, is_there, nvidia_gpus
-from tasks.operating.servers import answer, orphaned_servers, sqlite_file
+from tasks.running.presence import others_at_work
+from tasks.running.servers import answer, orphaned_servers, sqlite_file
 
 GIB = 2**30
 # a run of the shipped demo took 4.4 GiB of disk and 5.3 GiB of memory (README)

@@ -13,10 +13,10 @@ from urllib.parse import quote
 
 from blocks.records import CorpusInfo, ParentInfo
 from profiles.schema import Hardware, Profile
-from tasks.costs import accelerator, processor
+from tasks.inputs.parent import name_of
+from tasks.measure.timing import accelerator, processor
 from tasks.operating.tracking import Tracking, client_of, open_tracking, server_uri
-from tasks.parent import name_of
-from tasks.progress import say
+from tasks.running.progress import say
 
 DIGEST = 32  # digits of a fingerprint; MLflow keeps 36 at most
 SAMPLE_SECONDS = 10.0  # MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL overrides it

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from blocks.errors import PuzzleError, PuzzleFailure
-from tasks.progress import say
+from tasks.running.progress import say
 
 PREFECT, MLFLOW = "PREFECT_API_URL", "MLFLOW_TRACKING_URI"
 CREDENTIALS = {

@@ -14,7 +14,7 @@ from typing import Any
 
 from blocks.errors import PuzzleError
 from blocks.records import ChildReport, Value
-from tasks.compare import LINEAGE
+from tasks.evaluate.compare import LINEAGE
 from tasks.operating.experiment import log_model_metrics
 from tasks.operating.tracking import Tracking, client_of, log_metrics, report_metrics
 

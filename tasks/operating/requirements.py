@@ -172,7 +172,7 @@ def _corpus(profile: Profile) -> Iterator[str]:
 
 
 def _file(field: str, package: str, file: str) -> Iterator[str]:
-    from tasks.corpus import installed_file
+    from tasks.inputs.corpus import installed_file
 
     try:
         installed_file(package, file, MachineLacks)
@@ -184,7 +184,7 @@ def _evaluation(profile: Profile) -> Iterator[str]:
     if "evolutionary" in profile.evaluate.baselines:
         yield from _packages("evaluate.baselines: evolutionary", "pymoo")
     if profile.evaluate.benchmarks:
-        from tasks.evaluate import EvaluationError, check_benchmarks
+        from tasks.evaluate.quality import EvaluationError, check_benchmarks
 
         try:
             check_benchmarks(profile.evaluate.benchmarks, profile.evaluate.benchmark_package)

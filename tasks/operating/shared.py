@@ -12,7 +12,7 @@ from blocks.files import sha256_of
 from blocks.library import keep
 from blocks.records import Ref, Value
 from blocks.store import StoreError, store_named, store_of, use_store
-from tasks.progress import say
+from tasks.running.progress import say
 
 FILES = "files.json"
 

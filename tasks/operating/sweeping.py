@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from blocks.records import Value
-from tasks.foreign.interchange import open_library
+from tasks.libraries.interchange import open_library
 from tasks.search.request import Request, limit_of
 from tasks.search.solve import front, front_values
 

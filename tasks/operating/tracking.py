@@ -23,9 +23,9 @@ from blocks.errors import PuzzleError
 from blocks.records import Architecture, Candidate, ChildReport, CorpusInfo, Metric, ParentInfo, Value
 from profiles.schema import Profile
 from tasks.operating.reach import wait_for_mlflow
-from tasks.operating.servers import sqlite_url
-from tasks.picture import gain_of
-from tasks.report import final_of, parent_of
+from tasks.pages.picture import gain_of
+from tasks.pages.report import final_of, parent_of
+from tasks.running.servers import sqlite_url
 
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 TABLES_TAG = "mlflow.loggedArtifacts"

@@ -21,8 +21,8 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from blocks.records import TruthPoint
+from tasks.pages.picture import FAINT, INK
 from tasks.pages.svg import GRID
-from tasks.picture import FAINT, INK
 from tasks.search.confidence import Confidence
 
 WIDTH = 5.6  # inches

@@ -15,13 +15,12 @@ from matplotlib.figure import Figure
 
 from blocks.files import write_text
 from blocks.records import ChildReport, TruthPoint
-from tasks.foreign.reading import read_json
-from tasks.foreign.tables import validated
+from tasks.libraries.reading import read_json
+from tasks.libraries.tables import validated
+from tasks.pages.front import front_of
 from tasks.pages.library_pictures import Front, draw_confidence, draw_front, draw_strip, draw_truth
-from tasks.pages.svg import inline_svg
-from tasks.picture import draw_comparison
-from tasks.progress import shown
-from tasks.report import (
+from tasks.pages.picture import draw_comparison
+from tasks.pages.report import (
     BEST,
     BEST_MEANS,
     LEGEND,
@@ -33,8 +32,9 @@ from tasks.report import (
     speed_table,
     sums_table,
 )
+from tasks.pages.svg import inline_svg
+from tasks.running.progress import shown
 from tasks.search.confidence import Confidence, bootstrap
-from tasks.search.front import front_of
 from tasks.search.joint import QUANTITIES, JointLibrary, LibraryFileError, at
 from tasks.search.request import Request, is_one_number
 from tasks.search.solve import JointChoice, Price, choose_joint, prices

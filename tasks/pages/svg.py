@@ -9,7 +9,7 @@ import re
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from tasks.picture import FAINT, INK
+from tasks.pages.picture import FAINT, INK
 
 GRID = "#e4e7eb"
 VARIABLES = {

@@ -26,10 +26,10 @@ from blocks.records import SUBBLOCKS, Subblock
 from blocks.resources import non_block_parameters, parameters_of
 from blocks.variant import Variant, kind_of, parse_label, parse_labels
 from profiles.schema import GgufParent, PackageParent, Profile, TinyParent
+from tasks.distill.record import BATCH, CHUNK
+from tasks.inputs.space import layers_of, refused_alone
+from tasks.inputs.tiny import TRAIN_BATCH, TRAIN_TOKENS
 from tasks.planning.machine import BLOCK_NAMES, Rates
-from tasks.record import BATCH, CHUNK
-from tasks.space import layers_of, refused_alone
-from tasks.tiny import TRAIN_BATCH, TRAIN_TOKENS
 
 FLOAT = 4  # bytes: the search computes and stores in float32
 LOGIT_PASSES = 4  # element-wise passes over a slice of logits that stays in the cache (online softmax)

@@ -3,7 +3,7 @@
 Seconds of models come from the roofline, of the machine that the run is planned on. In every engine a request is a
 prefill, the tokens to the middle of the generation at once and untimed, then decode steps; each model has one request
 that warms up and one per round. In torch, costs are of stacks of copies, all in memory at once. llama.cpp gets whole
-models, written and loaded one after another, each in turns with the parent (tasks/engine_costs.py), and at the end
+models, written and loaded one after another, each in turns with the parent (measure/llama_cpp_costs.py), and at the end
 an export of every model in a process of its own. How long vLLM starts and compiles is not known before it was seen.
 """
 
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from blocks.records import SUBBLOCKS, CostTable, LayerChoice
 from profiles.schema import Scenario
+from tasks.engines.throughput import timed_steps, tokens_before
+from tasks.inputs.space import measured_space
+from tasks.measure.roofline import Setting, modelled_costs
 from tasks.planning import effort
 from tasks.planning.effort import FLOAT, Shape, Work
-from tasks.roofline import Setting, modelled_costs
-from tasks.space import measured_space
-from tasks.throughput import timed_steps, tokens_before
 
 UNKNOWN = {"vllm": "how long vLLM takes to start and to compile a model is not known before it was seen"}
 WORKER_SECONDS = 1.9  # CPU seconds of an engine's process before its first word; all start at once
@@ -95,7 +95,7 @@ def _stacks(shape: Shape, places: Sequence[Place]) -> Work:
 
 def _whole_models(shape: Shape, places: Sequence[Place]) -> Work:
     """Parent and other in turns, for every other model; both are noise, written to a file and loaded."""
-    from tasks.engine_costs import EngineBench
+    from tasks.measure.llama_cpp_costs import EngineBench
 
     measure = shape.profile.measure
     variants = [variant for variants in shape.variants.values() for variant in variants]

@@ -29,7 +29,7 @@ from blocks.library import digest_of
 from blocks.packed import packed_product
 from profiles.hardware import HardwareTarget
 from profiles.schema import Precision
-from tasks.usage import busy_seconds
+from tasks.running.usage import busy_seconds
 
 TOKENS = 1024  # rows of the measured products
 LARGEST = 4096  # columns and inner length at most: 64 MB of noise, whatever the parent
@@ -91,7 +91,7 @@ def rates_of(target: HardwareTarget, precision: Precision) -> Rates:
 
 def target_of(rates: Rates, precision: Precision) -> HardwareTarget:
     """This machine as a hardware target: what was measured is achievable, so the shares are 1. Beside q8_0 weights
-    scores, embedding and head are in 16 bits (tasks/roofline.py): at the same rate.
+    scores, embedding and head are in 16 bits (tasks/measure/roofline.py): at the same rate.
     """
     precisions: tuple[Precision, ...] = (precision, "bfloat16") if precision == "q8_0" else (precision,)
     return HardwareTarget(

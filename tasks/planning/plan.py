@@ -18,15 +18,15 @@ from blocks.resources import weight_bytes
 from blocks.variant import kind_of, parse_labels
 from profiles.hardware import HardwareTarget, load_target
 from profiles.schema import ParentSource, Profile
-from tasks.choose import choose
-from tasks.parent import write_config
+from tasks.inputs.parent import write_config
+from tasks.inputs.space import check_search_space, layers_of, measured_space, refused_alone
+from tasks.measure.roofline import Setting, modelled_costs, setting_of
 from tasks.planning import effort
 from tasks.planning.effort import FLOAT, Shape, Work, shape_of
 from tasks.planning.engines import UNKNOWN, measure_work, throughput_work
 from tasks.planning.machine import Rates, rates_of, target_of
-from tasks.roofline import Setting, modelled_costs, setting_of
+from tasks.search.choose import choose
 from tasks.search.totals import Batches, Problem, batch_choices, make_problem, totals_of
-from tasks.space import check_search_space, layers_of, measured_space, refused_alone
 
 PROCESS_BYTES = 1 << 30  # this program with torch, transformers, MLflow and Prefect, before any tensor
 STATE_BYTES = 40 << 20  # Prefect's and MLflow's databases, logs, reports

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from blocks.engine_limits import refused_label
 from profiles.schema import Search
-from tasks.engines.limits import refused_label
 
 
 @dataclass(frozen=True, kw_only=True)

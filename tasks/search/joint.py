@@ -1,7 +1,7 @@
 """A joint block library: one score and the costs of every variant of every layer, whoever measured them.
 
-A library in NVlabs' format is joint by nature (tasks/foreign/nvlabs.py); one of our own is viewed so, a slot per
-layer, every pair of an attention and an FFN (tasks/foreign/interchange.py). What may be asked of it:
+A library in NVlabs' format is joint by nature (tasks/libraries/nvlabs.py); one of our own is viewed so, a slot per
+layer, every pair of an attention and an FFN (tasks/libraries/interchange.py). What may be asked of it:
 tasks/search/request.py; how it is answered: tasks/search/solve.py.
 """
 

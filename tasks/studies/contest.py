@@ -13,7 +13,7 @@ import numpy as np
 
 from blocks.errors import PuzzleError
 from blocks.records import Architecture, LayerChoice, Metric, Value
-from tasks.choose import choose
+from tasks.search.choose import choose
 from tasks.search.totals import Problem, predicted, within_budget
 from tasks.studies.additivity import Layers
 from tasks.studies.peers import EVALUATIONS, NAMES, PEERS, Aim, find, top

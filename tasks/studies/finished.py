@@ -9,13 +9,13 @@ from blocks.library import BlockLibrary
 from blocks.parent import Parent
 from blocks.records import BlockRecord, CorpusInfo, CostTable, LayerRecord, ParentInfo, Score
 from profiles.schema import Profile
-from tasks.corpus import iterate_documents, prepare_corpus
-from tasks.costs import costs_of
-from tasks.foreign.interchange import read_library
-from tasks.jobs import coupled_jobs, jobs_of
-from tasks.parent import prepare_parent
-from tasks.record import open_parent, record_key, recorded
-from tasks.scoring import stored_score
+from tasks.distill.jobs import coupled_jobs, jobs_of
+from tasks.distill.record import open_parent, record_key, recorded
+from tasks.inputs.corpus import iterate_documents, prepare_corpus
+from tasks.inputs.parent import prepare_parent
+from tasks.libraries.interchange import read_library
+from tasks.measure.costs import costs_of
+from tasks.score.scoring import stored_score
 from tasks.search.totals import Problem, problem_of
 
 
@@ -76,7 +76,7 @@ def open_finished(profile: Profile, workspace: Path) -> Finished:
 
 
 def _scores(profile: Profile, workspace: Path, corpus: CorpusInfo, blocks: Sequence[BlockRecord]) -> tuple[Score, ...]:
-    """What was scored; a score that is not a number is not kept (tasks/scoring.py), so some may lack."""
+    """What was scored; a score that is not a number is not kept (tasks/score/scoring.py), so some may lack."""
     if profile.scoring.adaptive is not None:  # of unequal depth, made comparable by the run
         tables = workspace / "tables" / profile.name
         return read_library(tables).scores if tables.exists() else ()

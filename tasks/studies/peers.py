@@ -1,6 +1,6 @@
 """Every search of an architecture behind one interface: a name, a problem, an architecture of that method.
 
-    mip              the exact minimum of the summed scores, with its certificate (tasks/choose.py)
+    mip              the exact minimum of the summed scores, with its certificate (tasks/search/choose.py)
     uniform, depth, greedy, random, no_op_only, max_params      tasks/studies/baselines.py
     evolutionary     a genetic algorithm                        tasks/studies/black_box.py
     policy_gradient  REINFORCE                                  tasks/studies/black_box.py
@@ -17,7 +17,7 @@ import numpy as np
 
 from blocks.errors import InfeasibleBudget, PuzzleError
 from blocks.records import Architecture, LayerChoice
-from tasks.choose import choose
+from tasks.search.choose import choose
 from tasks.search.grid import Grid, make_grid
 from tasks.search.mip import minimise
 from tasks.search.program import Floats, Integers

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from tasks.picture import COLOURS, FAINT, INK
+from tasks.pages.picture import COLOURS, FAINT, INK
 from tasks.studies.additivity import Check, Measured
 
 _MARKED = {"mip": COLOURS["child"], "corrected": COLOURS["random"], "repaired": COLOURS["greedy"]}

@@ -28,10 +28,10 @@ from blocks.library import digest_of, keep, read_tensors, remember
 from blocks.packed import pack_linears
 from blocks.parent import Parent, run_subblock
 from blocks.records import SUBBLOCKS, BlockRecord, LayerChoice, Value
-from tasks.compare import blocks_of
-from tasks.evaluate import parent_targets, sequence_figures
-from tasks.record import open_parent
-from tasks.scoring import load_variant
+from tasks.distill.record import open_parent
+from tasks.evaluate.compare import blocks_of
+from tasks.evaluate.quality import parent_targets, sequence_figures
+from tasks.score.scoring import load_variant
 from tasks.search.program import Floats
 from tasks.studies.additivity import Layers, Truth
 from tasks.studies.finished import Finished

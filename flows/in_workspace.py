@@ -1,0 +1,76 @@
+"""What every command does before and around its work: the workspace is made ready, a failure is one sentence."""
+
+import contextlib
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+
+from blocks.errors import PuzzleError, PuzzleFailure, disk_is_full
+from blocks.runtime import configure
+from tasks.running.presence import place_in, prefect_home
+from tasks.running.progress import logged, without_tracebacks
+
+
+def prepare_workspace(folder: Path) -> None:
+    """Make the folder; keep Prefect's and MLflow's state in it; no server to start by hand."""
+    try:
+        str(folder).encode()
+        folder.mkdir(parents=True, exist_ok=True)
+    except UnicodeEncodeError:
+        raise PuzzleError(
+            f"{str(folder)!r} is not UTF-8, as databases want it: choose another with --workspace."
+        ) from None
+    except OSError as error:
+        raise PuzzleError(f"cannot write to {folder}: {error.strerror}. Choose another with --workspace.") from error
+    configure()
+    from tasks.running.servers import PREFECT_DATABASE, prefect_database
+
+    home = prefect_home(folder, place_in(folder))
+    before = os.environ.get("PREFECT_HOME")
+    if before and prefect_database(Path(before)).get(PREFECT_DATABASE) == os.environ.get(PREFECT_DATABASE):
+        os.environ.pop(PREFECT_DATABASE, None)  # of this process's workspace before this one
+    settings = ({} if PREFECT_DATABASE in os.environ else prefect_database(home)) | {
+        "PREFECT_HOME": str(home),
+        "PREFECT_LOCAL_STORAGE_PATH": str(home / "storage"),
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "240",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_LEVEL": "WARNING",
+        "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    os.environ.update(settings)
+
+
+def run_logged(folder: Path, work: Callable[[], str]) -> str:
+    """Run with a log file in the workspace; a failure is one sentence, the traceback goes to the log."""
+    with logged(folder) as log, without_tracebacks():
+        try:
+            return work()
+        except KeyboardInterrupt:
+            typer.echo("stopped; run the same command again to go on where it stopped", err=True)
+            raise SystemExit(130) from None
+        except PuzzleError as error:
+            if not isinstance(error, PuzzleFailure):
+                raise
+            raise _failed(log, error) from error
+        except Exception as error:
+            raise _failed(log, error) from error
+
+
+def _failed(log: Path, error: Exception) -> SystemExit:
+    """Traceback to the log, a sentence to the console."""
+    with contextlib.suppress(OSError), log.open("a") as file:  # the disk may be full
+        file.write("".join(traceback.format_exception(error)))
+    again = shlex.join(["puzzle", *sys.argv[1:]])
+    told = f"{type(error).__name__}: {error}"
+    if disk_is_full(error):
+        told = f"no space left on the disk of {log.parent}: free some, or move the workspace to a larger one"
+    typer.echo(f"puzzle failed: {told}", err=True)
+    typer.echo(f"The log is {log}. Finished work is kept; to go on: {again}", err=True)
+    return SystemExit(1)

@@ -1,0 +1,1 @@
+"""What learns: recorded activations, BLD of every block variant, GKD of a whole child."""

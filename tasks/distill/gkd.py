@@ -1,0 +1,285 @@
+"""Global knowledge distillation of an assembled child: L = sum over layers (1 - cos(h_child, h_parent)) + KL(p || q),
+no LM loss (Puzzle, section 5: the best of the published combinations).
+
+The parent is recorded once, for every child, baseline and seed of a run: per token its hidden states at the layers of
+the cosine terms and the moment of its distribution (blocks/divergence.py), which makes the KL exact over the whole
+vocabulary while embedding and head stay frozen. Validation KL is watched, the best step kept; it stops when it harms.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blocks.divergence import Head, Targets, kl_loss, kl_per_token, targets_of
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.library import digest_of, keep, read_tensors, remember, write_tensors
+from blocks.records import CorpusInfo, ParentInfo, Ref, Value
+from profiles.schema import GKD
+from tasks.distill.record import open_parent
+from tasks.running.memory import Parts
+
+VERSION = 3
+Tell = Callable[[int, int, str], None]
+
+
+class TeacherRecord(Value):
+    """The parent's targets on the sequences that GKD trains on, one file per step, and on validation sequences."""
+
+    steps: tuple[Ref, ...]
+    validation: Ref
+    layers: tuple[int, ...]
+    tokens: int
+    seconds: float
+
+
+class GKDResult(Value):
+    """Trained weights, and the curve: (step, validation KL)."""
+
+    weights: Ref
+    best_step: int
+    best_kl: float
+    curve: tuple[tuple[int, float], ...]
+    losses: tuple[float, ...]
+    tokens: int
+    seconds: float
+    cpu_seconds: float
+    stopped: str
+
+
+def cosine_layers(depth: int, every: int) -> tuple[int, ...]:
+    """Layers whose output states are compared: every `every`-th, counted back from the last."""
+    return tuple(range(depth - 1, -1, -every))[::-1]
+
+
+def teacher_key(parent: ParentInfo, corpus: CorpusInfo, settings: GKD) -> str:
+    """Digest of what the targets of a step depend on: more steps or another rate reuse them."""
+    fields = settings.model_dump(exclude={"learning_rate", "evaluate_every", "patience", "steps"})
+    return digest_of(parent=parent.fingerprint, corpus=corpus.fingerprint, settings=fields, version=VERSION)
+
+
+def record_teacher(
+    parent: ParentInfo,
+    corpus: CorpusInfo,
+    settings: GKD,
+    workspace: Path,
+    device: str,
+    tell: Tell = lambda done, total, text: None,
+) -> TeacherRecord:
+    """Run the parent once over all GKD batches; finished steps of a killed run are not done again."""
+    started = time.perf_counter()
+    folder = f"gkd/teacher-{teacher_key(parent, corpus, settings)}"
+    manifest = workspace / folder / f"teacher-{settings.steps}.json"
+    stored = remember(manifest, TeacherRecord, _files_of, workspace, "when read")
+    if stored is not None:
+        return stored
+    reader = open_parent(workspace / parent.folder, device)
+    model = reader.model()
+    head = Head(model.lm_head.weight)
+    layers = cosine_layers(reader.depth, settings.cosine_every)
+    tokens = read_tensors(workspace, corpus.tokens, device=device)
+    references = []
+    for step in range(settings.steps):
+        batch = tokens["train"][rows_of_step(step, settings, len(tokens["train"]))]
+        references.append(_record_batch(model, head, batch, layers, workspace, f"{folder}/step_{step:05d}"))
+        tell(step + 1, settings.steps, "parent")
+    validation = tokens["validation"][: settings.validation_sequences]
+    record = TeacherRecord(
+        steps=tuple(references),
+        validation=_record_batch(model, head, validation, (), workspace, f"{folder}/validation"),
+        layers=layers,
+        tokens=settings.steps * settings.batch_sequences * corpus.sequence_length,
+        seconds=time.perf_counter() - started,
+    )
+    keep(manifest, record, _files_of(record), workspace)
+    return record
+
+
+def _files_of(record: TeacherRecord) -> list[Ref]:
+    return [*record.steps, record.validation]
+
+
+def rows_of_step(step: int, settings: GKD, available: int) -> list[int]:
+    """Train sequences of a step: a seeded order of the corpus, around again when it ends."""
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    first = step * settings.batch_sequences
+    return [order[(first + row) % available] for row in range(settings.batch_sequences)]
+
+
+def _record_batch(
+    model: DeciLMForCausalLM, head: Head, tokens: Tensor, layers: tuple[int, ...], workspace: Path, stem: str
+) -> Ref:
+    """Targets of one batch: states in bfloat16 (a cosine does not see the difference), the rest in float32."""
+    manifest = workspace / f"{stem}.json"
+    stored = remember(manifest, Ref, lambda ref: [ref], workspace, "when read")
+    if stored is not None:
+        return stored
+    with torch.inference_mode():
+        states = model.model(tokens.long(), output_hidden_states=True, use_cache=False).hidden_states
+        targets = targets_of(states[-1].flatten(0, 1), head)
+    # hidden_states[i] enters layer i, so layer i's output is [i + 1]; the last one is taken after the final norm
+    tensors = {f"layer_{layer}": states[layer + 1].flatten(0, 1).bfloat16() for layer in layers}
+    tensors |= {"hidden": targets.hidden, "moment": targets.moment, "lse": targets.lse, "tokens": tokens}
+    reference = write_tensors(workspace, f"{stem}.safetensors", tensors)
+    keep(manifest, reference, [reference], workspace)
+    return reference
+
+
+@dataclass(kw_only=True)
+class _Best:
+    """The best weights so far and how long ago that was."""
+
+    kl: float
+    step: int
+    state: dict[str, Tensor]
+    waited: int = 0
+
+    def see(self, kl: float, step: int, model: DeciLMForCausalLM) -> None:
+        if kl < self.kl:
+            self.keep(kl, step, model)
+        else:
+            self.waited += 1
+
+    def keep(self, kl: float, step: int, model: DeciLMForCausalLM) -> None:
+        self.kl, self.step, self.waited = kl, step, 0
+        self.state = {name: tensor.clone() for name, tensor in model.model.layers.state_dict().items()}
+
+
+def _watch(
+    best: _Best,
+    curve: list[tuple[int, float]],
+    step: int,
+    model: DeciLMForCausalLM,
+    head: Head,
+    teacher: TeacherRecord,
+    workspace: Path,
+) -> None:
+    """Measure the validation KL; one that is not a number counts as worse than any, and is no point of the curve."""
+    kl = validation_kl(model, head, teacher, workspace)
+    best.see(kl, step, model)
+    if math.isfinite(kl):
+        curve.append((step, kl))
+
+
+def distill_globally(
+    model: DeciLMForCausalLM,
+    teacher: TeacherRecord,
+    settings: GKD,
+    workspace: Path,
+    key: str,
+    tell: Tell = lambda done, total, text: None,
+) -> GKDResult:
+    """Train the layers of `model` in place; leaves it at its best step and stores the weights under `key`.
+
+    Never returns a child that is worse on the validation sequences than the one it was given: step 0 takes part.
+    """
+    folder = f"gkd/child-{key}"
+    manifest = workspace / folder / "result.json"
+    stored = remember(manifest, GKDResult, lambda result: [result.weights], workspace)
+    if stored is not None:
+        model.model.layers.load_state_dict(read_tensors(workspace, stored.weights))
+        return stored
+    started, cpu = time.perf_counter(), time.process_time()
+    best, head = _Best(kl=math.inf, step=0, state={}), Head(model.lm_head.weight)
+    curve: list[tuple[int, float]] = []
+    best.keep(math.inf, 0, model)
+    _watch(best, curve, 0, model, head, teacher, workspace)
+    losses: list[float] = []
+    stopped = "all steps done"
+    for step, loss in _steps(model, head, teacher, settings, workspace):
+        losses.append(loss)
+        tell(step, settings.steps, f"loss {loss:.3f}, best validation KL {best.kl:.3f}")
+        if step % settings.evaluate_every == 0 or step == settings.steps:
+            _watch(best, curve, step, model, head, teacher, workspace)
+        if not math.isfinite(loss) or best.waited >= settings.patience:
+            stopped = f"no better validation KL since step {best.step}" if math.isfinite(loss) else f"loss is {loss}"
+            break
+    model.requires_grad_(False)
+    model.model.layers.load_state_dict(best.state)
+    if not math.isfinite(best.kl):
+        raise RuntimeError("the child's validation KL is not a number before any GKD step: its blocks are damaged")
+    result = GKDResult(
+        weights=write_tensors(workspace, f"{folder}/layers.safetensors", best.state),
+        best_step=best.step,
+        best_kl=best.kl,
+        curve=tuple(curve),
+        losses=tuple(loss for loss in losses if math.isfinite(loss)),
+        tokens=len(losses) * settings.batch_sequences * (teacher.tokens // settings.steps // settings.batch_sequences)
+        if settings.steps
+        else 0,
+        seconds=time.perf_counter() - started,
+        cpu_seconds=time.process_time() - cpu,
+        stopped=stopped,
+    )
+    keep(manifest, result, [result.weights], workspace)
+    return result
+
+
+def _steps(
+    model: DeciLMForCausalLM, head: Head, teacher: TeacherRecord, settings: GKD, workspace: Path
+) -> Iterator[tuple[int, float]]:
+    """AdamW with a short warm-up and a cosine decay; yields (step, loss)."""
+    model.requires_grad_(False)
+    parameters = list(model.model.layers.requires_grad_(True).parameters())
+    if not parameters or not settings.steps:
+        return
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
+    parts = Parts("GKD", settings.batch_sequences)
+    for step, reference in enumerate(teacher.steps, start=1):
+        batch = read_tensors(workspace, reference, device=str(head.weight.device))
+        loss = parts.run(lambda count, batch=batch: _gradients(model, head, batch, teacher.layers, count))  # type: ignore[misc]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        yield step, loss
+
+
+def _gradients(
+    model: DeciLMForCausalLM, head: Head, batch: dict[str, Tensor], layers: tuple[int, ...], parts: int
+) -> float:
+    """Gradients of the loss on a batch that goes through in so many parts; returns the loss."""
+    model.zero_grad(set_to_none=True)
+    sequences, length = batch["tokens"].shape
+    total = 0.0
+    for part in torch.arange(sequences).chunk(parts):
+        rows, first, after = slice(int(part[0]), int(part[-1]) + 1), int(part[0]) * length, (int(part[-1]) + 1) * length
+        own = {name: tensor[rows] if name == "tokens" else tensor[first:after] for name, tensor in batch.items()}
+        loss = gkd_loss(model, head, own, layers) * (len(part) / sequences)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def _rate(step: int, steps: int) -> float:
+    warm = max(1, steps // 20)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def gkd_loss(model: DeciLMForCausalLM, head: Head, batch: dict[str, Tensor], layers: tuple[int, ...]) -> Tensor:
+    """Sum over the compared layers of (1 - cosine), mean over tokens, plus the exact KL. Scalar."""
+    states = model.model(batch["tokens"].long(), output_hidden_states=True, use_cache=False).hidden_states
+    total = kl_loss(states[-1].flatten(0, 1), _targets(batch), head)
+    for layer in layers:
+        cosine = F.cosine_similarity(states[layer + 1].flatten(0, 1), batch[f"layer_{layer}"].float(), dim=-1)
+        total = total + (1 - cosine).mean()
+    return total
+
+
+def _targets(batch: dict[str, Tensor]) -> Targets:
+    return Targets(hidden=batch["hidden"], moment=batch["moment"], lse=batch["lse"])
+
+
+@torch.no_grad()
+def validation_kl(model: DeciLMForCausalLM, head: Head, teacher: TeacherRecord, workspace: Path) -> float:
+    """KL(parent || child) in nats per token on the recorded validation sequences."""
+    batch = read_tensors(workspace, teacher.validation, device=str(head.weight.device))
+    hidden = model.model(batch["tokens"].long(), use_cache=False).last_hidden_state.flatten(0, 1)
+    return kl_per_token(hidden, _targets(batch), head)[0].mean().item()

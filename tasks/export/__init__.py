@@ -1,0 +1,1 @@
+"""A child in the formats that engines load, checked after writing."""

@@ -1,0 +1,290 @@
+"""Write a child as a Hugging Face folder that needs transformers or a serving engine, never puzzle.
+
+A heterogeneous child is written in the nemotron-nas schema (`block_configs`, `DeciLMForCausalLM`, the two files of
+blocks/export_code beside the weights); one whose layers are all alike as the plain model of its parent's family. The
+weight names are the same in both.
+"""
+
+import importlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from blocks import export_code
+from blocks.engine_limits import gaps, is_whole, limits_of
+from blocks.errors import PuzzleFailure
+from blocks.export_code import AUTO_MAP, CODE_FILES
+from blocks.export_code.configuration_decilm import DeciLMConfig
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM, family_class
+from blocks.records import CorpusInfo, ParentInfo
+from tasks.inputs.companions import copy_companions
+
+# serving engines that read the nemotron-nas schema, as the card names them
+CARD_ENGINES = ("vllm", "tensorrt-llm", "sglang")
+
+
+class ExportError(PuzzleFailure):
+    """The written folder does not give the logits of the model in memory."""
+
+
+def export_child(model: DeciLMForCausalLM, parent: ParentInfo, workspace: Path, target: Path, card: str) -> Path:
+    """Write a child of a workspace's parent to the folder `target` and return it; `card` becomes its README.md."""
+    return export_folder(model, workspace / parent.folder, target, card)
+
+
+def export_folder(
+    model: DeciLMForCausalLM, files_from: Path, target: Path, card: str, heterogeneous: bool = False
+) -> Path:
+    """Write `model` to the folder `target` with tokenizer, chat templates and licence files of another folder.
+
+    heterogeneous: in the nemotron-nas schema even when all layers are alike. The folder is written and verified under
+    another name beside `target`, then moved there: an export that fails or is killed leaves what stood at `target`.
+    Raises ExportError when the reloaded folder's logits are not exactly the model's.
+    """
+    target = target.absolute()
+    part, old = target.with_name(f".{target.name}.part"), target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():  # killed between the two moves below
+        old.rename(target)
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        write_checkpoint(model, part, heterogeneous)
+        copy_companions(files_from, part)
+        (part / "README.md").write_text(card, encoding="utf-8")
+        for file in (path for path in part.rglob("*") if path.is_file()):
+            file.chmod(0o644)  # safetensors writes for its owner alone; an engine runs as somebody else
+        verify_checkpoint(model, part)
+        _sync(part)
+        if target.exists():
+            target.rename(old)
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _sync(folder: Path) -> None:
+    """Have the disk hold every file of a folder before the folder gets its final name."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def native_config(config: DeciLMConfig) -> PreTrainedConfig | None:
+    """Config of the parent's own architecture when every layer is alike and whole, else None."""
+    sizes = {_layer_sizes(config, layer) for layer in range(len(config.block_configs))}
+    if len(sizes) != 1 or None in next(iter(sizes)):
+        return None
+    native = config.base_config()
+    native.num_key_value_heads, native.intermediate_size = next(iter(sizes))
+    native.architectures = [_native_name(config)]
+    if "layer_types" not in type(native)().to_dict() and hasattr(native, "layer_types"):
+        del native.layer_types  # Mistral would be taken for Ministral
+    return native
+
+
+def _native_name(config: DeciLMConfig) -> str:
+    """Name of the parent's own model class, e.g. LlamaForCausalLM."""
+    return str(family_class(config.base_model_type, "ForCausalLM").__name__)
+
+
+def _layer_sizes(config: DeciLMConfig, layer: int) -> tuple[int | None, int | None]:
+    """KV heads and intermediate size of a layer, None for a subblock that is linear or absent."""
+    block = config.block_configs[layer]
+    kv_heads = block["attention"].get("num_key_value_heads") or config.num_key_value_heads
+    width = block["ffn"].get("intermediate_size") or config.intermediate_size
+    return (
+        kv_heads if is_whole(block["attention"]) else None,
+        width if is_whole(block["ffn"]) else None,
+    )
+
+
+def write_checkpoint(model: DeciLMForCausalLM, folder: Path, heterogeneous: bool = False) -> None:
+    """Weights (tied ones once), config and generation config of a child; its code unless the native class will do."""
+    model.save_pretrained(folder)
+    native = None if heterogeneous else native_config(cast(DeciLMConfig, model.config))
+    if native is not None:
+        native.dtype = model.dtype
+        native.save_pretrained(folder)
+        return
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": AUTO_MAP}, indent=2) + "\n")
+    for name in CODE_FILES:
+        shutil.copyfile(Path(export_code.__path__[0]) / name, folder / name)
+
+
+def verify_checkpoint(model: DeciLMForCausalLM, folder: Path, tokens: int = 32) -> None:
+    """ExportError unless the folder, loaded as a stranger would, gives exactly the model's logits on random tokens."""
+    length = min(tokens, model.config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(model.device)
+    expected, found = _logits(model, ids), _logits(_reload(folder, model), ids)
+    if not torch.equal(expected, found):
+        difference = (expected - found).abs().max().item()
+        raise ExportError(
+            f"the exported folder differs from the model in memory by up to {difference:.3g} in its logits; they must "
+            "be equal. Nothing was replaced: check the disk and the memory, then run again."
+        )
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """(1, T) ids -> (1, T, vocabulary) logits in evaluation mode; the model's mode is left as it was."""
+    training = model.training
+    try:
+        return model.eval()(input_ids=ids, use_cache=False).logits
+    finally:
+        model.train(training)
+
+
+def _reload(folder: Path, model: DeciLMForCausalLM) -> Any:
+    with _private_code_cache():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=True, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+        )
+    return loaded.to(model.device)
+
+
+@contextmanager
+def _private_code_cache() -> Iterator[None]:
+    """Load remote code through a folder of its own, so that none of it stays on disk, in sys.path or in sys.modules."""
+    dynamic_modules: Any = importlib.import_module("transformers.dynamic_module_utils")
+
+    def loaded() -> list[str]:
+        return [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]
+
+    others = {name: sys.modules.pop(name) for name in loaded()}
+    cache, path = dynamic_modules.HF_MODULES_CACHE, list(sys.path)
+    with tempfile.TemporaryDirectory() as folder:
+        dynamic_modules.HF_MODULES_CACHE = folder
+        sys.path.insert(0, folder)
+        try:
+            yield
+        finally:
+            dynamic_modules.HF_MODULES_CACHE = cache
+            sys.path[:] = path
+            for name in loaded():
+                del sys.modules[name]
+            sys.modules.update(others)
+
+
+def engine_gaps(config: DeciLMConfig) -> dict[str, list[str]]:
+    """For each serving engine, what of this heterogeneous child it cannot run; an empty list: it can."""
+    return {limits_of(engine).title: gaps(engine, config) for engine in CARD_ENGINES}
+
+
+def model_card(
+    parent: ParentInfo,
+    corpus: CorpusInfo,
+    config: DeciLMConfig,
+    figures: str,
+    command: str,
+    weights: str = "",
+    terms: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """README.md of an exported child (markdown).
+
+    figures: a markdown block of measured figures. weights: a sentence on their number format. terms: licence, language
+    and base model, as the parent's card names them.
+    """
+    revision = f", revision `{parent.revision}`" if parent.revision else ""
+    return "\n".join(
+        [
+            _front_matter(parent, terms),
+            f"# A faster child of {parent.name}\n",
+            "Made with puzzle: in each layer attention and FFN were replaced, where it pays, by cheaper variants, then",
+            "the whole was distilled from its parent.\n",
+            f"* Parent: {parent.name} from `{parent.source}`{revision}, fingerprint `{parent.fingerprint}`",
+            *(f"* Parent: {note}" for note in parent.notes),
+            f"* Command: `{command}`\n",
+            "## Architecture\n",
+            *_layer_table(config),
+            *([f"\n{weights}"] if weights else []),
+            "\n## Figures\n",
+            figures.strip(),
+            "\n## Corpus\n",
+            f"{corpus.description or 'Text'}: {corpus.documents} documents, of them {_sequences(corpus)}.",
+            f"Fingerprint `{corpus.fingerprint}`. Distilled on this text alone: try the child on yours.",
+            "\n## Loading\n",
+            *_loading(config),
+            "\n## Licence\n",
+            "The weights are derived from the parent's, so the parent's licence and terms of use hold for them too.",
+            f"Its card names {_licence(terms)}. Licence files that lay beside the parent were copied here.\n",
+        ]
+    )
+
+
+def _front_matter(parent: ParentInfo, terms: Mapping[str, Any]) -> str:
+    """The card's fields for machines. A parent from the hub is the child's base model."""
+    known = {"base_model": parent.name} if parent.source.startswith("hub ") else {}
+    fields = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["puzzle"], **terms, **known}
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
+
+
+def _licence(terms: Mapping[str, Any]) -> str:
+    names = [str(terms[key]) for key in ("license", "license_name") if key in terms]
+    return f"the licence {', '.join(names)}" if names else "no licence"
+
+
+def _sequences(corpus: CorpusInfo) -> str:
+    counts = (
+        f"{corpus.train_sequences} train, {corpus.validation_sequences} validation and {corpus.test_sequences} test"
+    )
+    return f"{counts} sequences of {corpus.sequence_length} tokens"
+
+
+def _layer_table(config: DeciLMConfig) -> Sequence[str]:
+    """Markdown table of the layers, equal neighbours on one line."""
+    rows = ["| layers | attention | FFN |", "|---|---|---|"]
+    for cells, group in groupby(range(len(config.block_configs)), key=lambda layer: _cells(config, layer)):
+        layers = list(group)
+        span = str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+        rows.append(f"| {span} | {cells[0]} | {cells[1]} |")
+    return rows
+
+
+def _cells(config: DeciLMConfig, layer: int) -> tuple[str, str]:
+    """A layer's attention and FFN in words."""
+    block, (kv_heads, width) = config.block_configs[layer], _layer_sizes(config, layer)
+    window = f", window {config.sliding_window}" if config.layer_types[layer] == "sliding_attention" else ""
+    attention = f"{kv_heads} KV heads{window}" if kv_heads else _missing(block["attention"])
+    return attention, f"width {width}" if width else _missing(block["ffn"])
+
+
+def _missing(entry: dict[str, Any]) -> str:
+    return "no-op" if entry["no_op"] else "linear"
+
+
+def _loading(config: DeciLMConfig) -> list[str]:
+    """How to load the child, and what runs it."""
+    native = native_config(config)
+    trust = "" if native is not None else ", trust_remote_code=True"
+    snippet = [
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n",
+        'folder = "path/to/this/folder"',
+        f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
+        "```\n",
+    ]
+    if native is not None:
+        return [*snippet, f"All layers are alike: a plain `{_native_name(config)}`, for any engine that runs one."]
+    engines = ["| engine | runs it |", "|---|---|", "| transformers >= 5 | yes |"]
+    for engine, missing in engine_gaps(config).items():
+        engines.append(f"| {engine} | {'no: ' + '; '.join(missing) if missing else 'yes, as DeciLMForCausalLM'} |")
+    return [*snippet, *engines]

@@ -1,1 +1,0 @@
-"""Runs that share what they work on, and what happens when something goes wrong."""

@@ -1,1 +1,0 @@
-"""Libraries of others: read, checked, written."""

@@ -1,0 +1,157 @@
+"""A GGUF file as a parent: its parts where llama.cpp split it, whether all of it is there, and its precision.
+
+llama-gguf-split names parts `name-00001-of-0000N.gguf`. Each holds tensors of its own and says its number and how many
+there are; the first one holds the metadata.
+"""
+
+import math
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+
+from tasks.gguf.header import GgufError, Header, named_parts, read_header
+
+_Type = gguf.GGMLQuantizationType
+_FLOATS = {_Type.F32: torch.float32, _Type.F16: torch.float16, _Type.BF16: torch.bfloat16}
+# the name in gguf's tables of what transformers calls otherwise
+_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+
+
+def parts_of(path: Path) -> list[Path]:
+    """All files of the model that this file begins, in their order. Raises GgufError where one is missing, cut off or
+    another model's.
+    """
+    header = read_header(path)
+    count, number = (int(header.fields.get(f"split.{key}", default)) for key, default in (("count", 1), ("no", 0)))
+    parts = named_parts(path)
+    if count <= 1 and len(parts) > 1:
+        parts = [path]  # a whole file that is only called a part
+    if number:
+        first = parts[0].name if len(parts) == count else "the first"
+        raise GgufError(f"{path.name} is part {number + 1} of {count} of a split model: name {first}, all are read.")
+    if len(parts) != count or parts[0] != path:
+        raise GgufError(
+            f"{path.name} is part 1 of {count} of a split model, and its name does not say where the others are: call "
+            f"them NAME-00001-of-{count:05d}.gguf and so on, as llama.cpp does, or merge them with llama-gguf-split."
+        )
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more parts" if len(missing) > 1 else ""
+        raise GgufError(
+            f"{path.name} is part 1 of {count}: {missing[0]}{more} must lie beside it. Fetch what is missing."
+        )
+    headers = [header, *(read_header(part) for part in parts[1:])]
+    for index, (part, own) in enumerate(zip(parts, headers, strict=True)):
+        if count > 1 and (own.fields.get("split.no"), own.fields.get("split.count")) != (index, count):
+            raise GgufError(f"{part.name} does not say that it is part {index + 1} of {count}: fetch the parts again.")
+        _check_length(part, own)
+    total, found = header.fields.get("split.tensors.count"), sum(len(own.tensors) for own in headers)
+    if count > 1 and total is not None and total != found:
+        raise GgufError(f"the parts of {path.name} hold {found} tensors of {total}: fetch them again.")
+    return parts
+
+
+def _check_length(path: Path, header: Header) -> None:
+    """GgufError for a file that ends before its last weight."""
+    ends = [header.weights_at + place.offset + _bytes_of(path, name, place) for name, place in header.tensors.items()]
+    size = path.stat().st_size
+    if ends and max(ends) > size:
+        raise GgufError(f"{path.name} is cut off: it has {size} bytes of {max(ends)}. Fetch it again.")
+
+
+def _bytes_of(path: Path, name: str, place: Any) -> int:
+    try:
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(place.type_id)]
+    except (ValueError, KeyError):
+        raise GgufError(
+            f"{path.name} holds {name} in the type {place.type_id}, which gguf {version('gguf')} does not know: take a "
+            "file of another quantisation."
+        ) from None
+    return math.prod(place.shape) // block * size
+
+
+def dtype_of(header: Header) -> torch.dtype:
+    """The precision of a file: its widest common float; bfloat16 where weights are quantised."""
+    kinds = _kinds(header)
+    if any(kind not in _FLOATS for kind in kinds):
+        return torch.bfloat16
+    # norms are float32 in files of any precision
+    return next((_FLOATS[kind] for kind in _FLOATS if kind != _Type.F32 and kind in kinds), torch.float32)
+
+
+def describe(header: Header) -> str:
+    """How a file is read as a parent, for people."""
+    dtype = str(dtype_of(header)).removeprefix("torch.")
+    kinds = _kinds(header)
+    told = ", ".join(kind.name for kind in kinds)
+    verb = "de-quantised from" if any(kind not in _FLOATS for kind in kinds) else "read from"
+    return f"{verb} GGUF ({told}) to float32; its own dtype, which a child follows, is taken to be {dtype}"
+
+
+def _kinds(header: Header) -> list[gguf.GGMLQuantizationType]:
+    """Types of the tensors, the most common first."""
+    counted = Counter(place.type_id for place in header.tensors.values())
+    return [_Type(type_id) for type_id, _ in counted.most_common()]
+
+
+def check_model(header: Header, config: Any, name: str) -> None:
+    """GgufError unless the file holds the tensors of a model of this config, all of them and no others: transformers
+    would make up what is missing, and leave out the rest.
+    """
+    _check_rotary(header, name)
+    wanted = _wanted(config)
+    missing = [key for key in wanted if key not in header.tensors]
+    if config.tie_word_embeddings:
+        missing = [key for key in missing if key != "output.weight"]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise GgufError(f"{name} is not whole: {_some(missing)} {verb} missing. Fetch it again.")
+    left = [key for key in header.tensors if key not in wanted]
+    if left:
+        raise GgufError(
+            f"{name} holds {_some(left)}, for which {config.model_type} has no place as transformers reads it: the "
+            "parent would not be the model of the file. Take the safetensors folder it was made from."
+        )
+    for key, shape in wanted.items():
+        if key in header.tensors and header.tensors[key].shape[::-1] != shape:
+            found = list(header.tensors[key].shape[::-1])
+            raise GgufError(
+                f"{name} does not fit its metadata as transformers reads it: {key} has shape {found}, expected "
+                f"{list(shape)}. Take the safetensors folder it was made from."
+            )
+
+
+def _check_rotary(header: Header, name: str) -> None:
+    """GgufError for scaled rotary frequencies: transformers reads the base alone."""
+    fields = {key.partition(".")[2]: value for key, value in header.fields.items()}
+    kind, factor = fields.get("rope.scaling.type", "none"), fields.get("rope.scaling.factor", 1.0)
+    scaled = (kind != "none" and factor != 1.0) or fields.get("rope.scale_linear", 1.0) != 1.0
+    if scaled or "rope_freqs.weight" in header.tensors:
+        raise GgufError(
+            f"{name} scales its rotary frequencies (as Llama 3.1 does), which transformers does not read from GGUF: "
+            "the parent would be another model. Take the safetensors folder it was made from."
+        )
+
+
+def _wanted(config: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's tensors, by their names in a GGUF file."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    own = _ARCHITECTURES.get(config.model_type, config.model_type)
+    architecture = next(arch for arch, title in gguf.MODEL_ARCH_NAMES.items() if title == own)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    wanted = {}
+    for key, tensor in model.state_dict().items():
+        stem, _, suffix = key.rpartition(".")
+        wanted[f"{names.get_name(stem)}.{suffix}"] = tuple(tensor.shape)
+    return wanted
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

@@ -1,0 +1,192 @@
+"""Write a child as GGUF, architecture `deci`, for llama.cpp and all that is built on it.
+
+The stock converter maps layers one to one, which llama.cpp then runs wrongly or not at all
+(tasks/gguf/layout.py says why); this writer packs sub-layers anew. `puzzle.config` keeps the child's own
+config, so that the file can be read back (tasks/gguf/reader.py) as the same architecture.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import gguf.quants
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+
+from blocks.errors import PuzzleError
+from blocks.families.base import head_dim
+from blocks.files import atomic_path
+from tasks.gguf.layout import Entry, Layer, outer_entries, packed
+
+ARCHITECTURE = "deci"
+CONFIG_KEY = "puzzle.config"
+PRECISIONS: dict[str, tuple[Type, gguf.LlamaFileType]] = {
+    "float32": (Type.F32, gguf.LlamaFileType.ALL_F32),
+    "float16": (Type.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bfloat16": (Type.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "q8_0": (Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
+
+
+class UnknownPrecision(PuzzleError):
+    """A precision that the writer does not have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedTensor:
+    """A tensor of the file: GGUF name, type, and what it is made from."""
+
+    name: str
+    kind: Type
+    entry: Entry
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        block, size = gguf.GGML_QUANT_SIZES[self.kind]
+        return int(np.prod(self.shape)) // block * size
+
+
+def write_gguf(model: Any, path: Path, precision: str, tokenizer: dict[str, Any], name: str) -> Path:
+    """Write a DeciLMForCausalLM to one GGUF file, atomically; `tokenizer` is from tasks/gguf/tokenizer.py.
+
+    Matrices get `precision`; norms and biases stay float32, and a matrix whose rows the quantisation does not divide
+    stays float16. Whether deci can express the child is asked before (blocks/engine_limits.py).
+    """
+    if precision not in PRECISIONS:
+        raise UnknownPrecision(f"GGUF has no precision {precision!r} here: it is one of {', '.join(PRECISIONS)}.")
+    config, state = model.config, model.state_dict()
+    layers = packed(config)
+    with atomic_path(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
+        _add_metadata(writer, config, layers, precision, name)
+        for key, value in tokenizer.items():
+            add_field(writer, key, value)
+        tensors = [_named(entry, layer, state, precision) for entry, layer in _entries(config, layers, state)]
+        factors = rope_factors(config)
+        if factors is not None:
+            writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+        for tensor in tensors:
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(factors)
+        for tensor in tensors:  # one at a time: the file may be larger than what memory has left
+            writer.write_tensor_data(_values(tensor, state))
+        writer.close()
+    return path
+
+
+def _entries(config: Any, layers: list[Layer], state: dict[str, Tensor]) -> Iterator[tuple[Entry, int | None]]:
+    """Every tensor of the file and its GGUF layer; optional ones only where the model has them."""
+    for entry in outer_entries():
+        tied = entry.source == "lm_head.weight" and config.tie_word_embeddings
+        if not tied:
+            yield entry, None
+    for index, layer in enumerate(layers):
+        for entry in layer.entries:
+            if not entry.optional or entry.source in state:
+                yield entry, index
+
+
+def _named(entry: Entry, layer: int | None, state: dict[str, Tensor], precision: str) -> NamedTensor:
+    shape = _shape(entry, state)
+    kind = PRECISIONS[precision][0] if len(shape) > 1 else Type.F32
+    if kind == Type.Q8_0 and shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+        kind = Type.F16
+    name = entry.name if layer is None else f"blk.{layer}.{entry.name}"
+    return NamedTensor(name=name, kind=kind, entry=entry, shape=shape)
+
+
+def _shape(entry: Entry, state: dict[str, Tensor]) -> tuple[int, ...]:
+    return entry.shape if entry.source is None else tuple(state[entry.source].shape)
+
+
+def _values(tensor: NamedTensor, state: dict[str, Tensor]) -> Any:
+    entry = tensor.entry
+    if entry.source is None:
+        values = torch.full(entry.shape, entry.fill)
+    else:
+        values = state[entry.source].detach().to("cpu", torch.float32)
+        if entry.heads is not None:
+            values = interleaved(values, entry.heads)
+    return gguf.quants.quantize(values.contiguous().numpy(), tensor.kind)
+
+
+def interleaved(rows: Tensor, heads: int) -> Tensor:
+    """Rows of q or k, from rotate-half order (first halves, then second) to interleaved pairs, per head."""
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)
+
+
+def rotate_half(rows: Tensor, heads: int) -> Tensor:
+    """Inverse of `interleaved`."""
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)
+
+
+def rope_factors(config: Any) -> Any:
+    """Divisors of the rotary frequencies (head_dim / 2,) float32 of a llama3 scaling, else None."""
+    if rope_type(config) != "llama3":
+        return None
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    base = config.base_config()
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](base, torch.device("cpu"))
+    dim = head_dim(config)
+    plain = rope_theta(config) ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    return (plain / scaled).numpy().astype(np.float32)
+
+
+def rope_type(config: Any) -> str:
+    """`default`, `linear`, `llama3` ... of a config."""
+    return str((getattr(config, "rope_parameters", None) or {}).get("rope_type") or "default")
+
+
+def rope_theta(config: Any) -> float:
+    """Base of the rotary frequencies."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
+
+
+def _add_metadata(writer: gguf.GGUFWriter, config: Any, layers: list[Layer], precision: str, name: str) -> None:
+    head = head_dim(config)
+    writer.add_name(name)
+    writer.add_file_type(PRECISIONS[precision][1])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_block_count(len(layers))
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_head_count([layer.head_count for layer in layers])
+    writer.add_head_count_kv([layer.head_count_kv for layer in layers])
+    writer.add_feed_forward_length([layer.feed_forward_length for layer in layers])
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(rope_theta(config))
+    if rope_type(config) == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(config.rope_parameters["factor"]))
+    writer.add_string(CONFIG_KEY, json.dumps(config.to_dict(), sort_keys=True, default=str))
+
+
+def add_field(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """One metadata field by the Python type of its value."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, list(value))

@@ -1,0 +1,1 @@
+"""What comes in: the parent, the corpus, the search space of a parent."""

@@ -1,0 +1,72 @@
+"""Open a finished child (or any parent) from what was written of it: a Hugging Face folder or a GGUF file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from blocks.child import config_of
+from blocks.errors import ChildError
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.library import read_value
+from blocks.parent import Parent
+from blocks.records import ChildReport
+from tasks.gguf.reader import read_gguf
+from tasks.inputs.parent_weights import weights_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a child's parent lies, as far as the run's report beside the child tells."""
+
+    parent_folder: Path | None = None
+    parent_source: str = ""
+    name: str = ""
+
+
+def open_child(path: Path, dtype: torch.dtype | None = None) -> DeciLMForCausalLM:
+    """The model of a child's folder, a parent's folder or a GGUF file, in evaluation mode. Raises ChildError."""
+    if path.is_file():
+        return in_precision(read_gguf(path), dtype)
+    if config_of(path).model_type != "nemotron-nas":
+        weights = weights_of(path)
+        if weights.extra or "tie_word_embeddings" in weights.settings:
+            raise ChildError(
+                f"{path} is no plain folder (tensors of another name, left-over ones, or a tied head that is its own): "
+                "load it with transformers and save_pretrained it."
+            )
+        return in_precision(Parent(path).model(), dtype)
+    try:
+        loaded: Any = DeciLMForCausalLM.from_pretrained(path, dtype=dtype or "auto", attn_implementation="sdpa")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ChildError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return loaded.eval()
+
+
+def in_precision(model: DeciLMForCausalLM, dtype: torch.dtype | None) -> DeciLMForCausalLM:
+    """Round the weights; rotary frequencies stay float32, as they do when a folder is loaded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype or torch.float32)
+    if dtype is not None:
+        model.config.dtype = dtype
+    return model
+
+
+def origin_of(child: Path) -> Origin:
+    """The parent of a child, from `report.json` beside the child's folder; empty where there is none."""
+    report = child.resolve().parent / "report.json"
+    if not report.is_file():
+        return Origin(name=child.stem)
+    try:
+        parent = read_value(report, ChildReport).parent
+    except ValidationError:
+        return Origin(name=child.stem)
+    workspace = report.parents[2] if len(report.parents) > 2 else report.parent
+    folder = workspace / parent.folder
+    return Origin(
+        parent_folder=folder if folder.is_dir() else None,
+        parent_source=parent.source,
+        name=f"{report.parent.name} of {parent.name}",
+    )

@@ -1,0 +1,428 @@
+"""Any parent -> one Hugging Face folder inside the workspace, known by its content.
+
+Folder, hub id, GGUF in an installed package, or made on the spot: afterwards all are `parent/<fingerprint>/` with
+config.json, safetensors and tokenizer, checked, and free of paths. Nobody downstream asks where a parent came from.
+"""
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from blocks.errors import ParentError, PuzzleError
+from blocks.families import FAMILIES, family_of
+from blocks.files import sha256_of, write_text
+from blocks.library import Fetch, digest_of, is_whole, keep, remember
+from blocks.records import ParentInfo, Ref, Value
+from profiles.schema import FolderParent, GgufParent, HubParent, PackageParent, ParentSource, TinyParent
+from tasks.gguf.header import Header, stem_of, without_vocabulary
+from tasks.gguf.parts import check_model, describe, dtype_of, parts_of
+from tasks.gguf.tokenizer_reader import tokenizer_of
+from tasks.inputs.companions import CARD, HUB_PATTERNS, companions, copy_companions, write_terms
+from tasks.inputs.corpus import TOKENIZER_FILES, installed_file
+from tasks.inputs.parent_weights import INDEX, WEIGHTS, check_finite, place_weights, shards_of, weights_of
+from tasks.inputs.tiny import byte_tokenizer, family_config, make_tiny_parent, training_texts
+from tasks.running.progress import say
+
+VERSION = 2  # raise it when the same source would give another folder
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    *TOKENIZER_FILES,
+    CARD,
+    *HUB_PATTERNS,
+)
+# what save_pretrained leaves in JSON of the machine it ran on
+_PATH_KEYS = ("_name_or_path", "name_or_path", "_model_name_or_path")
+# what a prepared parent's config.json does not say: its code is never run, its weights are floats
+_LEFT_OUT = ("auto_map", "quantization_config")
+
+
+class Manifest(Value):
+    """What a source became: the parent, and every file of its folder by digest."""
+
+    parent: ParentInfo
+    files: tuple[Ref, ...]
+
+
+def prepare_parent(
+    source: ParentSource, workspace: Path, corpus_text: Callable[[], Iterable[str]] | None
+) -> ParentInfo:
+    """Normalise a parent to `workspace/parent/<first 16 digits of its fingerprint>/`; idempotent and atomic.
+
+    `corpus_text` gives the documents a tiny parent is trained on; other kinds do not read it. A hub revision such as
+    `main` is resolved once per workspace, the commit it stood for is recorded. Raises ParentError.
+    """
+    texts = _texts_for(source, corpus_text)
+    manifest = workspace / "parent" / f"{_source_key(source, texts)}.json"
+    # a parent that brings code is read where it comes from, never taken from a store
+    fetch: Fetch = "never" if getattr(source, "trust_remote_code", False) else "ahead"
+    known = remember(manifest, Manifest, lambda value: list(value.files), workspace, fetch)
+    if known is not None:
+        return known.parent
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=manifest.parent, prefix=".making-") as temporary:
+        folder = Path(temporary) / "parent"
+        folder.mkdir()
+        revision, notes = _make(source, folder, texts)
+        _clean(folder)
+        check_parent(folder)
+        made = _manifest(source, folder, revision, notes)
+        _install(folder, workspace, made)
+    for note in notes:
+        say(f"parent {made.parent.name}: {note}")
+    keep(manifest, made, made.files, workspace, fetch)
+    return made.parent
+
+
+def write_config(source: ParentSource, folder: Path) -> None:
+    """The config.json that `prepare_parent` would leave, without weights: nothing is converted, trained or downloaded
+    but that file; the weights of a folder are held against it by their headers. Raises ParentError.
+    """
+    if isinstance(source, TinyParent):
+        family_config(source, len(byte_tokenizer())).save_pretrained(folder)
+    elif isinstance(source, PackageParent | GgufParent):
+        _gguf_config(_gguf_file(source)).save_pretrained(folder)
+    else:
+        found = _download(source, config_only=True) if isinstance(source, HubParent) else _source_folder(source)
+        values = _read_json(found / "config.json")
+        check_config(values, source.trust_remote_code)
+        if isinstance(source, FolderParent) and any(found.glob("*.safetensors")):
+            values |= weights_of(found).settings
+        values = {key: value for key, value in values.items() if key not in _LEFT_OUT}
+        write_text(folder / "config.json", json.dumps(values))
+
+
+def _gguf_config(path: Path) -> Any:
+    """The config that the metadata of a GGUF file stands for; its tensors are not read."""
+    from transformers import AutoConfig
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            header = without_vocabulary(path, Path(folder) / path.name, False, parts_of(path)[1:])
+            config: Any = AutoConfig.from_pretrained(folder, gguf_file=path.name)
+    except PuzzleError:
+        raise
+    except Exception as error:  # nothing more precise is raised
+        raise ParentError(f"{path.name} cannot be read as GGUF: {_first_line(error)}") from error
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        with suppress(AttributeError):
+            delattr(config, name)
+    config.dtype = dtype_of(header)
+    check_config(config.to_dict())
+    check_model(header, config, path.name)
+    return config
+
+
+def _texts_for(source: ParentSource, corpus_text: Callable[[], Iterable[str]] | None) -> list[str]:
+    if not isinstance(source, TinyParent) or source.train_steps == 0:
+        return []
+    if corpus_text is None:
+        raise ParentError("a tiny parent is trained on text: hand over the corpus, or set parent.train_steps to 0.")
+    return list(training_texts(corpus_text()))
+
+
+def _source_key(source: ParentSource, texts: list[str]) -> str:
+    """Digest of a source and of the state it is in, without reading its weights."""
+    content: Any = None
+    if isinstance(source, FolderParent):
+        folder = _source_folder(source)
+        files = [path for path in [*folder.iterdir(), *folder.glob("*/*")] if path.is_file()]
+        kept = [
+            path for path in sorted(files) if path.parent == folder or path.relative_to(folder) in companions(folder)
+        ]
+        stats = {path.relative_to(folder).as_posix(): path.stat() for path in kept}
+        content = [str(folder), {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}]
+    elif isinstance(source, PackageParent):
+        content = [sha256_of(part) for part in parts_of(_gguf_file(source))]
+    elif isinstance(source, GgufParent):
+        parts = [(part, part.stat()) for part in parts_of(_gguf_file(source))]
+        content = [[str(part.resolve()), stat.st_size, stat.st_mtime_ns] for part, stat in parts]
+    elif isinstance(source, TinyParent):
+        content = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+    return digest_of(version=VERSION, source=source, content=content)
+
+
+def _make(source: ParentSource, folder: Path, texts: list[str]) -> tuple[str, tuple[str, ...]]:
+    """Write the parent to `folder`; returns its revision (commit or package version, "" if it has none) and what a
+    person should know of it.
+    """
+    if isinstance(source, TinyParent):
+        make_tiny_parent(source, folder, texts)
+        return "", ()
+    if isinstance(source, PackageParent | GgufParent):
+        header = _convert_gguf(_gguf_file(source), folder)
+        return _version_of(source), (describe(header),)
+    if isinstance(source, HubParent):
+        snapshot = _download(source)
+        # blobs of the hub's cache never change, so a hard link is as good as a copy
+        return snapshot.name, _copy_folder(snapshot, folder, source.trust_remote_code, _link)
+    return "", _copy_folder(_source_folder(source), folder, source.trust_remote_code, shutil.copyfile)
+
+
+def _version_of(source: PackageParent | GgufParent) -> str:
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(source.package) if isinstance(source, PackageParent) else ""
+    return ""
+
+
+def name_of(source: ParentSource) -> str:
+    """The name that the prepared parent will have."""
+    return _names(source)[0]
+
+
+def _names(source: ParentSource) -> tuple[str, str]:
+    """Name of the parent, and a word on where it came from; no paths of this machine."""
+    if isinstance(source, TinyParent):
+        return f"tiny-{source.family}", f"tiny, seed {source.seed}, {source.train_steps} steps"
+    if isinstance(source, PackageParent):
+        return stem_of(Path(source.file)), f"package {source.package}, {source.file}"
+    if isinstance(source, GgufParent):
+        return stem_of(Path(source.path)), f"gguf {Path(source.path).name}"
+    if isinstance(source, HubParent):
+        return source.hub_id, f"hub {source.hub_id}"
+    name = _source_folder(source).name
+    return name, f"folder {name}"
+
+
+def _manifest(source: ParentSource, folder: Path, revision: str, notes: tuple[str, ...]) -> Manifest:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    digests = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+    fingerprint = _fingerprint(folder, digests)
+    name, origin = _names(source)
+    target = f"parent/{fingerprint[:16]}"
+    return Manifest(
+        parent=ParentInfo(
+            name=name, folder=target, fingerprint=fingerprint, source=origin, revision=revision, notes=notes
+        ),
+        files=tuple(Ref(path=f"{target}/{file}", sha256=digest) for file, digest in digests.items()),
+    )
+
+
+def _fingerprint(folder: Path, digests: dict[str, str]) -> str:
+    """sha256 over config (without paths and library version), weight files and tokenizer."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kept = {key: value for key, value in config.items() if key != "transformers_version"}
+    files = {n: digest for n, digest in digests.items() if n.endswith(".safetensors") or n == "tokenizer.json"}
+    text = json.dumps({"config": kept, "files": files}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _install(folder: Path, workspace: Path, made: Manifest) -> None:
+    """Move a finished folder into place. One that is whole is kept: another run may be reading it."""
+    target = workspace / made.parent.folder
+    if all(is_whole(workspace, ref) for ref in made.files):
+        return
+    if target.exists():
+        target.replace(folder.with_name("damaged"))  # removed together with the temporary folder
+    folder.replace(target)
+
+
+def _clean(folder: Path) -> None:
+    """Take paths of this machine out of the JSON files; make what safetensors wrote readable like the rest."""
+    for path in folder.iterdir():
+        if path.is_file() and path.stat().st_nlink == 1:  # a hard link shares its mode with the hub's cache
+            path.chmod(0o644)
+    for name in ("config.json", "tokenizer_config.json"):
+        path = folder / name
+        if path.is_file():
+            values = {key: value for key, value in _read_json(path).items() if key not in _PATH_KEYS}
+            path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ParentError(
+            f"{path.parent} has no {path.name}: a parent is a Hugging Face folder with config.json, *.safetensors "
+            "and a tokenizer."
+        ) from None
+    except ValueError as error:
+        raise ParentError(f"{path} is not valid JSON ({error}): fetch the parent again.") from None
+    if not isinstance(values, dict):
+        raise ParentError(f"{path} holds no JSON object: fetch the parent again.")
+    return values
+
+
+def check_config(config: dict[str, Any], trust_remote_code: bool = False) -> None:
+    """ParentError for a config.json that no family here understands, judged before any weights are fetched."""
+    model_type = config.get("model_type")
+    if model_type == "nemotron-nas":
+        raise ParentError(
+            "this is a child that puzzle wrote, or another model of the nemotron-nas schema (model_type in its config)."
+            " Its layers differ, and a parent's are all alike: name the parent that it was made from, with another "
+            "budget for another child."
+        )
+    if model_type == "gemma3":
+        raise ParentError(
+            "this is a multimodal Gemma 3 (model_type gemma3, with a vision tower): only its text part can be a "
+            "parent. Take a text-only checkpoint (model_type gemma3_text, such as gemma-3-1b) or save the text model."
+        )
+    if model_type not in FAMILIES:
+        family_of(SimpleNamespace(model_type=model_type))  # raises, with the list of families
+    if "auto_map" in config and not trust_remote_code:
+        raise ParentError(
+            "this parent brings Python code of its own (auto_map in its config), which is not run here: transformers' "
+            f"{model_type} would compute it. If that is the same model, set trust_remote_code: true in the profile's "
+            "parent; otherwise take a parent without code."
+        )
+    if config.get("quantization_config") is not None:
+        raise ParentError(
+            "this parent is quantised (quantization_config in its config): blocks are cut from float weights, take "
+            "the float checkpoint."
+        )
+
+
+def check_parent(folder: Path) -> None:
+    """ParentError unless config, weights and tokenizer of a normalised folder are usable together."""
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # without it, transformers asks at the console
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise ParentError(f"config or tokenizer of the parent cannot be loaded: {_first_line(error)}") from error
+    check_finite(folder, weights_of(folder))
+
+
+def _source_folder(source: FolderParent) -> Path:
+    folder = Path(source.path).expanduser().resolve()
+    ggufs = [folder] if folder.is_file() else sorted(folder.glob("*.gguf")) if folder.is_dir() else []
+    if any(path.suffix == ".gguf" for path in ggufs) and not (folder / "config.json").is_file():
+        file = source.path if folder.is_file() else str(Path(source.path) / ggufs[0].name)
+        raise ParentError(f"{source.path} is GGUF: write `parent: {{kind: gguf, path: {json.dumps(file)}}}`.")
+    if folder.is_file():
+        raise ParentError(f"{source.path} is a file: name the folder that holds config.json and *.safetensors.")
+    if not folder.is_dir():
+        raise ParentError(f"the parent's folder {source.path} does not exist (current folder: {Path.cwd()}).")
+    return folder
+
+
+def _copy_folder(
+    source: Path, target: Path, trust_remote_code: bool, place: Callable[[Path, Path], Any]
+) -> tuple[str, ...]:
+    """Small files are copied, weights `place`d; whatever else lies in the folder stays there. Returns notes."""
+    values = _read_json(source / "config.json")
+    check_config(values, trust_remote_code)
+    if (source / "adapter_config.json").is_file():
+        raise ParentError(
+            f"{source.name} holds an adapter (adapter_config.json): merge it into the weights (peft's "
+            "merge_and_unload, then save_pretrained), or take it out of the folder."
+        )
+    weights = weights_of(source)
+    small = [source / name for name in SMALL_FILES if (source / name).is_file()]
+    tokenizer = source / "tokenizer_config.json"
+    if not trust_remote_code and tokenizer.is_file() and "auto_map" in _read_json(tokenizer):
+        raise ParentError(
+            "the parent's tokenizer brings Python code of its own (auto_map in tokenizer_config.json), which is not "
+            "run here: set trust_remote_code: true if tokenizer.json does without it."
+        )
+    if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & {path.name for path in small}:
+        raise ParentError(f"{source.name} has no tokenizer: add tokenizer.json or tokenizer.model.")
+    copy_companions(source, target)
+    for path in small:
+        shutil.copyfile(path, target / path.name)
+    place_weights(source, target, weights, place)
+    values = {key: value for key, value in values.items() if key not in _LEFT_OUT} | dict(weights.settings)
+    write_text(target / "config.json", json.dumps(values, ensure_ascii=False))
+    return weights.notes
+
+
+def _link(source: Path, target: Path) -> None:
+    """Hard link to the file itself (a hub snapshot is made of symlinks); a copy on another file system."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _download(source: HubParent, config_only: bool = False) -> Path:
+    """The hub's snapshot folder, named by its commit; only the files that are needed."""
+    from huggingface_hub import snapshot_download
+
+    def fetch(revision: str, names: Iterable[str]) -> Path:
+        try:
+            return Path(snapshot_download(source.hub_id, revision=revision, allow_patterns=list(names)))
+        except (OSError, ValueError) as error:
+            raise ParentError(
+                f"{source.hub_id} at `{source.revision}` cannot be fetched from the hub: {_first_line(error)} "
+                "Check id, revision, network and, for a gated model, `hf auth login`."
+            ) from error
+
+    if config_only:
+        return fetch(source.revision, ["config.json"])
+    small = [*SMALL_FILES, INDEX, "adapter_config.json"]
+    snapshot = fetch(source.revision, small)
+    check_config(_read_json(snapshot / "config.json"), source.trust_remote_code)
+    whole = fetch(snapshot.name, [*small, WEIGHTS])
+    if (whole / WEIGHTS).is_file() or not (whole / INDEX).is_file():
+        return whole
+    return fetch(snapshot.name, [*small, *shards_of(whole)])
+
+
+def _gguf_file(source: PackageParent | GgufParent) -> Path:
+    if isinstance(source, PackageParent):
+        return installed_file(source.package, source.file, ParentError)
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        raise ParentError(f"{source.path} is a folder: name the .gguf file in it, of a split model the first.")
+    if not path.is_file():
+        raise ParentError(f"the parent's file {source.path} does not exist (current folder: {Path.cwd()}).")
+    return path
+
+
+def _convert_gguf(path: Path, folder: Path) -> Header:
+    """De-quantise a GGUF file, all parts of a split one, to float32 safetensors; returns its header."""
+    from transformers import AutoModelForCausalLM
+
+    config = _gguf_config(path)
+    short = folder.with_name(path.name)
+    try:
+        header = without_vocabulary(path, short, True, parts_of(path)[1:])
+        with _without_collection():
+            model: Any = AutoModelForCausalLM.from_pretrained(short.parent, gguf_file=short.name, dtype=torch.float32)
+        short.unlink()
+        tokenizer = tokenizer_of(header.fields)
+    except PuzzleError:
+        raise
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise ParentError(f"{path.name} cannot be read as GGUF: {_first_line(error)}") from error
+    # the weights are plain float32 by now, but transformers still takes the model for a quantised one
+    model.hf_quantizer, model.is_quantized = None, False
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        with suppress(AttributeError):
+            delattr(model.config, name)
+    model.save_pretrained(folder, max_shard_size="1TB")
+    tokenizer.save_pretrained(folder)
+    write_terms(folder, header.fields)
+    values = _read_json(folder / "config.json") | {"dtype": str(config.dtype).removeprefix("torch.")}
+    write_text(folder / "config.json", json.dumps(values, ensure_ascii=False))
+    return header
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """No garbage is looked for meanwhile: millions of names in tables set it off again and again (half of the time)."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,54 @@
+"""Which layers and variants a profile asks for, checked against the parent's config."""
+
+from typing import Any
+
+from blocks.engine_limits import check_parent, refusal
+from blocks.errors import PuzzleError
+from blocks.parent import Parent
+from blocks.records import SUBBLOCKS, LayerChoice, Subblock
+from blocks.variant import parse_labels
+from profiles.schema import Profile, SearchSpace
+
+
+def layers_of(profile: Profile, reader: Parent) -> list[int]:
+    """The layers that are searched."""
+    return list(range(reader.depth)) if profile.search_space.layers is None else sorted(profile.search_space.layers)
+
+
+def check_search_space(profile: Profile, reader: Parent) -> None:
+    """UnknownVariant or PuzzleError for a search space this parent cannot have."""
+    for subblock in SUBBLOCKS:
+        parse_labels(subblock, getattr(profile.search_space, subblock), reader.config)
+        parse_labels(subblock, getattr(profile.bld, f"coupled_{subblock}"), reader.config)
+    outside = [layer for layer in profile.search_space.layers or () if not 0 <= layer < reader.depth]
+    if outside:
+        raise PuzzleError(f"search_space.layers names {outside}, but the parent's layers are 0 to {reader.depth - 1}")
+    check_parent(target_engines(profile), reader.config, profile.hardware.precision)
+
+
+def refused(profile: Profile, config: Any, layer: int, attention: str, ffn: str) -> str | None:
+    """Why an engine that has to run the child cannot run these variants in a layer of it, None when all can."""
+    return refusal(target_engines(profile), config, layer, attention, ffn, profile.hardware.precision)
+
+
+def refused_alone(profile: Profile, config: Any, layer: int, subblock: Subblock, label: str) -> str | None:
+    """The same of one variant beside the parent's other subblock."""
+    choice = LayerChoice().model_copy(update={subblock: label})
+    return refused(profile, config, layer, choice.attention, choice.ffn)
+
+
+def target_engines(profile: Profile) -> tuple[str, ...]:
+    """The engines that have to run the child; a roofline runs nothing."""
+    hardware = profile.hardware
+    return tuple(name for name in dict.fromkeys((hardware.engine, *hardware.must_run)) if name != "roofline")
+
+
+def measured_space(profile: Profile) -> SearchSpace:
+    """The search space with the labels that only whole, coupled blocks use."""
+    space, settings = profile.search_space, profile.bld
+    if not settings.coupled:
+        return space
+    attention = tuple(dict.fromkeys(space.attention + settings.coupled_attention))
+    return space.model_copy(
+        update={"attention": attention, "ffn": tuple(dict.fromkeys(space.ffn + settings.coupled_ffn))}
+    )

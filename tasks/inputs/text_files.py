@@ -1,0 +1,302 @@
+"""Text, jsonl and parquet files -> texts, one file after another, never a whole file in memory.
+
+An own reader, since `datasets` does not cope with files as they are found: its jsonl reader takes the types of all
+columns from the first 10 MiB and fails when one of them changes later, wanted or not; its text reader holds a file
+whole; its parquet reader casts every file to the types of the first. Here the wanted field alone is looked at. A line,
+row or document that is of no use is counted and named; a file most of which is of no use is refused.
+"""
+
+import bz2
+import glob
+import gzip
+import io
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from blocks.errors import CorpusError
+from profiles.schema import TextSource
+from tasks.inputs.chats import FIELDS, Chat, Unusable, messages_of
+
+CHUNK = 1 << 20  # characters read at a time
+LONGEST_LINE = 1 << 26  # characters of a jsonl line; a longer one is of no use
+PATIENCE = 10_000  # so many lines of no use, more than half of all, and the rest of a file is not read
+ROWS = 256  # rows of parquet read at a time
+SUFFIXES = {"text": (".txt", ".text", ".md"), "jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",)}
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+NOT_TEXT = {  # first bytes -> what the file is, what to do
+    b"PAR1": ("a parquet file", "set kind to parquet"),
+    b"PK\x03\x04": ("a zip archive", "unpack it"),
+    b"\xff\xfe": ("UTF-16 or UTF-32", "rewrite it in UTF-8: iconv -f UTF-16 -t UTF-8"),
+    b"\xfe\xff": ("UTF-16", "rewrite it in UTF-8: iconv -f UTF-16 -t UTF-8"),
+}
+UNDECODED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of bytes that are not UTF-8
+JSON_ARRAY = re.compile(rb'(\xef\xbb\xbf)?\s*\[\s*[\[{"]')
+
+
+@dataclass
+class Tally:
+    """How many lines, rows or documents of a file were read, and which were of no use."""
+
+    name: str
+    unit: str
+    patience: int = PATIENCE
+    read: int = 0
+    bad: int = 0
+    first: str = ""
+
+    def skip(self, number: int, reason: str) -> None:
+        """One is of no use. Raises CorpusError when so many are that reading on makes no sense."""
+        self.bad += 1
+        self.first = self.first or f"{self.unit} {number} {reason}"
+        if self.bad >= self.patience:
+            self.judge()
+
+    def judge(self) -> None:
+        """Raises CorpusError when most are of no use."""
+        if 2 * self.bad > self.read:
+            raise CorpusError(
+                f"{self.name} cannot be read: {self.bad:,} of {self.read:,} {self.unit}s are of no use, the first: "
+                f"{self.first}."
+            )
+
+
+def texts(rows: Iterable[tuple[int, Any]], parse: Callable[[Any], str | None], tally: Tally) -> Iterator[str]:
+    """The text of every row that has one; those that `parse` finds Unusable are counted."""
+    for number, row in rows:
+        tally.read += 1
+        try:
+            text = parse(row)
+        except Unusable as reason:
+            tally.skip(number, str(reason))
+        else:
+            if text:
+                yield text
+    tally.judge()
+
+
+def skipped(tallies: Iterable[Tally], origin: str) -> list[str]:
+    """One sentence about what was left out of a source, none when nothing was."""
+    there = list(tallies)
+    bad = [tally for tally in there if tally.bad]
+    if not bad:
+        return []
+    place = "" if len(there) == 1 else f"{Path(bad[0].name).name}, "
+    total, read = sum(tally.bad for tally in there), sum(tally.read for tally in there)
+    return [f"{total:,} of {read:,} {bad[0].unit}s of {origin} were skipped: first at {place}{bad[0].first}"]
+
+
+def value_of(row: Any, field: str, chat: Chat) -> str | None:
+    """The text of a row, or its chat as text; None when the field is null. Raises Unusable."""
+    if not isinstance(row, Mapping):
+        raise Unusable(f"is no object with fields, but {_kind(row)}")
+    value = row[_named(row, field)]
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
+        return chat(messages_of(value))
+    raise Unusable(f"holds {_kind(value)} in field `{_named(row, field)}`, not text. Choose another")
+
+
+def _named(names: Iterable[str], field: str) -> str:
+    """The field that is read: the one asked for; a field of chats where none was asked for and no text is there."""
+    there = list(names)
+    chats = [name for name in FIELDS if name in there] if field == TextSource.model_fields["text_field"].default else []
+    found = [field] if field in there else chats
+    if not found:
+        more = ", ..." if len(there) > 12 else ""
+        raise Unusable(f"has no field `{field}`. Set text_field to one of {', '.join(there[:12])}{more}")
+    return found[0]
+
+
+def _kind(value: Any) -> str:
+    return f"a list of {type(value[0]).__name__}" if isinstance(value, list) and value else type(value).__name__
+
+
+def files_of(source: TextSource) -> list[Path]:
+    """The file of that very name, the files of the kind in the folder of that name, or else what the glob matches."""
+    try:
+        path = Path(source.path).expanduser()
+        if path.is_file():  # before a glob is thought of: [, ? and * are letters of a name too
+            return [path]
+        if path.is_dir():
+            return _in_folder(path, source)
+        names = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
+        files = [path for path in map(Path, names) if path.is_file()]
+    except (OSError, RuntimeError, ValueError, re.error) as error:
+        raise CorpusError(f"{source.path} cannot be looked up ({error}). Give a file, a folder or a glob.") from error
+    if not files:
+        raise CorpusError(
+            f"no file matches {source.path} (current folder: {Path.cwd()}). Give a file, a folder or a glob."
+        )
+    return files
+
+
+def _in_folder(folder: Path, source: TextSource) -> list[Path]:
+    """Not what lies deeper: a glob with ** says that."""
+    endings = tuple(f"{end}{packed}" for end in SUFFIXES[source.kind] for packed in ("", *PACKED))
+    names = sorted(path for path in folder.iterdir() if path.name.lower().endswith(endings))
+    files = [path for path in names if path.is_file() and not path.name.startswith(".")]
+    if not files:
+        raise CorpusError(
+            f"the folder {source.path} holds no file of kind {source.kind} ({', '.join(SUFFIXES[source.kind])}; also "
+            f"packed: {', '.join(PACKED)}). For other names or deeper folders give a glob, such as {source.path}/**/*."
+        )
+    return files
+
+
+def read_file(path: Path, source: TextSource, chat: Chat, tally: Tally, longest: int) -> Iterator[str]:
+    """The texts of a file in their order, those of a text file cut to `longest` characters. Raises CorpusError."""
+    tally.unit = {"text": "document", "jsonl": "line", "parquet": "row"}[source.kind]
+    if source.kind == "parquet":
+        yield from texts(
+            _parquet_rows(path, source.text_field), lambda row: value_of(row, source.text_field, chat), tally
+        )
+        return
+    try:
+        with _opened(path, source.kind) as file:
+            if source.kind == "text":
+                yield from texts(_documents(file, _unix(source.separator), longest), _decoded, tally)
+            else:
+                lines = _lines(file, path)
+                yield from texts(lines, lambda line: value_of(_json(line), source.text_field, chat), tally)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        said = str(error).replace(str(path), path.name) or type(error).__name__
+        raise CorpusError(f"{path} cannot be read ({said}). Is it whole, and may you read it?") from error
+
+
+def _opened(path: Path, kind: str) -> io.TextIOWrapper:
+    """A text stream, unpacked; Unix line ends, no byte order mark, bytes that are not UTF-8 as lone surrogates."""
+    stream = _unpacked(path)
+    head = bytes(stream.peek(4096)[:4096])
+    known = next((told for start, told in NOT_TEXT.items() if head.startswith(start)), None)
+    if known is None and 4 * head.count(0) > len(head):
+        known = ("binary, or UTF-16 without a byte order mark", "give text in UTF-8")
+    if known is None and kind == "jsonl" and JSON_ARRAY.match(head):
+        known = ("one JSON array", "write one object a line: jq -c '.[]' FILE")
+    if known is not None:
+        stream.close()
+        raise CorpusError(f"{path} is not read as {kind}: it is {known[0]}. Instead {known[1]}.")
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=None)
+
+
+def _unpacked(path: Path) -> Any:
+    """Known by their first bytes, whatever the name says."""
+    with path.open("rb") as file:
+        start = file.read(6)
+    if start.startswith(b"\x28\xb5\x2f\xfd"):
+        import pyarrow  # reads zst, which Python 3.11 does not
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
+    for first, unpack in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\x00", lzma.open)):
+        if start.startswith(first):
+            return unpack(path, "rb")
+    return path.open("rb")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What stands between two separators: its text, whether that was cut, whether a separator follows."""
+
+    text: str
+    cut: bool = False
+    ended: bool = True
+
+
+def split_stream(file: IO[str], separator: str, longest: int) -> Iterator[Part]:
+    """The parts of a stream between separators; of a longer one than `longest` characters the beginning is kept."""
+    rest, kept = "", ""  # kept: the beginning of a part that is too long, whose rest is passed over
+    while chunk := file.read(max(CHUNK, len(rest))):  # more at a time for long parts, else the search is quadratic
+        *parts, rest = (rest + chunk).split(separator)
+        for part in parts:
+            yield _part(kept or part, longest, bool(kept))
+            kept = ""
+        if len(rest) > longest + len(separator):
+            kept = kept or rest[:longest]
+            rest = rest[len(rest) - len(separator) + 1 :]  # a separator may begin in it
+    yield replace(_part(kept or rest, longest, bool(kept)), ended=False)
+
+
+def _part(text: str, longest: int, cut: bool) -> Part:
+    return Part(text[:longest], cut or len(text) > longest)
+
+
+def _documents(file: IO[str], separator: str, longest: int) -> Iterator[tuple[int, Part]]:
+    found = (part for part in split_stream(file, separator, longest) if part.text.strip())
+    return enumerate(found, 1)
+
+
+def _decoded(part: Part) -> str:
+    if UNDECODED.search(part.text):
+        raise Unusable("is not in UTF-8 (iconv rewrites a file)")
+    return part.text
+
+
+def _lines(file: IO[str], path: Path) -> Iterator[tuple[int, Part]]:
+    """The lines of a jsonl file that are not blank. Raises CorpusError when the file ends within one.
+
+    A line of no use amid others is one bad line. A last line that stops in the middle is something else: the file is an
+    incomplete copy, and nobody knows how much of it is missing.
+    """
+    for number, line in enumerate(split_stream(file, "\n", LONGEST_LINE), 1):
+        if not line.text.strip():
+            continue
+        if not line.ended and _stops_within(line.text):
+            raise CorpusError(
+                f"{path} ends in the middle of line {number:,}: it is an incomplete copy. Get it again, or delete "
+                "that line if the rest is all there is."
+            )
+        yield number, line
+
+
+def _stops_within(text: str) -> bool:
+    """True for the beginning of a JSON object: what is wrong with it is that it ends."""
+    text = text.strip()
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        # the last letters may be part of an escape or of a word such as `false`
+        return text.startswith("{") and (
+            error.msg.startswith("Unterminated") or error.pos >= len(text) - len("\\u1234")
+        )
+    except (ValueError, RecursionError):
+        return False
+    return False
+
+
+def _json(line: Part) -> Any:
+    if line.cut:
+        raise Unusable(f"is longer than {LONGEST_LINE:,} characters")
+    _decoded(line)
+    try:
+        return json.loads(line.text)
+    except json.JSONDecodeError as error:
+        raise Unusable(f"is not JSON ({error.msg} at character {error.pos + 1})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
+        raise Unusable(f"is not JSON that can be read ({type(error).__name__})") from error
+
+
+def _parquet_rows(path: Path, field: str) -> Iterator[tuple[int, Any]]:
+    """The wanted column, some rows at a time."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path, buffer_size=CHUNK) as file:
+            name = _named(file.schema_arrow.names, field)
+            batches = file.iter_batches(batch_size=ROWS, columns=[name])
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from enumerate(rows, 1)
+    except Unusable as reason:
+        raise CorpusError(f"{path} {reason}.") from reason
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise CorpusError(f"{path} cannot be read ({str(error).splitlines()[0][:200]}). Is it parquet?") from error
+
+
+def _unix(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")

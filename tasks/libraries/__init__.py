@@ -1,0 +1,1 @@
+"""Block libraries of others, read and written."""

@@ -1,0 +1,161 @@
+"""Version 2 of the open format: a library of options, whoever measured it (tasks/libraries/options.py), as a folder.
+
+library.json     format, version 2, source, parent, hardware, layers, places, sha256 of each table
+options.parquet  layer, part, label, is_parent; part is "block", or the subblock's name
+metrics.parquet  layer, part, label, metric, value, se, per_sequence
+usage.parquet    layer, part, label, scenario, batch_size, cost, value
+outside.parquet  scenario, batch_size, cost, value: the non-block part
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from blocks.library import write_value
+from blocks.records import Value
+from tasks.libraries.options import OptionLibrary, OptionsDescription, Place, ScoredVariant, checked
+from tasks.libraries.tables import read_description, read_table, validated, write_tables
+from tasks.search.joint import LibraryFileError, standard_error
+
+Name = tuple[str, str, str]
+FieldT = TypeVar("FieldT")
+
+
+class _Named(Value):
+    layer: str
+    part: str
+    label: str
+
+    @property
+    def name(self) -> Name:
+        return self.layer, self.part, self.label
+
+
+class OptionRow(_Named):
+    """A variant of a block or of a subblock."""
+
+    is_parent: bool
+
+
+class MetricRow(_Named):
+    """One score of a variant; se over sequences, None where the scores per sequence are not known."""
+
+    metric: str
+    value: float
+    se: float | None
+    per_sequence: tuple[float, ...]
+
+
+class UsageRow(_Named):
+    """One cost of a variant at one place."""
+
+    scenario: str
+    batch_size: int
+    cost: str
+    value: float
+
+
+class OutsideRow(Value):
+    """One cost of the non-block part at one place."""
+
+    scenario: str
+    batch_size: int
+    cost: str
+    value: float
+
+
+def write_options(folder: Path, library: OptionLibrary) -> None:
+    """Write or replace the folder's files; library.json comes last, with the digests of what it goes with."""
+    digests = write_tables(
+        folder,
+        {
+            "options": [OptionRow(**_name(v), is_parent=v.is_parent) for v in library.variants],
+            "metrics": [row for variant in library.variants for row in _metric_rows(variant)],
+            "usage": [
+                UsageRow(**_name(v), scenario=place.scenario, batch_size=place.batch_size, cost=cost, value=value)
+                for v in library.variants
+                for place, costs in v.costs.items()
+                for cost, value in costs.items()
+            ],
+            "outside": [
+                OutsideRow(scenario=place.scenario, batch_size=place.batch_size, cost=cost, value=value)
+                for place, costs in library.outside.items()
+                for cost, value in costs.items()
+            ],
+        },
+    )
+    write_value(folder / "library.json", library.description.model_copy(update={"tables": digests}))
+
+
+def _name(variant: ScoredVariant) -> dict[str, str]:
+    return {"layer": variant.layer, "part": variant.part, "label": variant.label}
+
+
+def _metric_rows(variant: ScoredVariant) -> Iterable[MetricRow]:
+    for metric, value in variant.metrics.items():
+        samples = variant.samples.get(metric, ())
+        se = standard_error(np.array(samples)) if len(samples) > 1 else None
+        yield MetricRow(**_name(variant), metric=metric, value=value, se=se, per_sequence=samples)
+
+
+def read_options(folder: Path) -> OptionLibrary:
+    """Read and check a folder; LibraryFileError says what is missing, damaged or does not hold together."""
+    described = validated(OptionsDescription, read_description(folder), folder / "library.json")
+    variants = _variants(folder, described)
+    outside: dict[Place, dict[str, float]] = {}
+    for row in read_table(folder, described.tables, "outside", OutsideRow):
+        place = _known(described, row.scenario, row.batch_size, folder / "outside.parquet")
+        _put(outside.setdefault(place, {}), row.cost, row.value, f"{folder}/outside.parquet: {place}")
+    library = OptionLibrary(
+        description=described.model_copy(update={"tables": {}}), variants=tuple(variants), outside=outside
+    )
+    return checked(library, str(folder))
+
+
+def _variants(folder: Path, described: OptionsDescription) -> list[ScoredVariant]:
+    rows = read_table(folder, described.tables, "options", OptionRow)
+    metrics: dict[Name, dict[str, float]] = {row.name: {} for row in rows}
+    samples: dict[Name, dict[str, tuple[float, ...]]] = {row.name: {} for row in rows}
+    costs: dict[Name, dict[Place, dict[str, float]]] = {row.name: {} for row in rows}
+    for score in read_table(folder, described.tables, "metrics", MetricRow):
+        where = f"{folder}/metrics.parquet: {' '.join(score.name)}"
+        _put(_of(metrics, score.name, where), score.metric, score.value, where)
+        if score.per_sequence:
+            samples[score.name][score.metric] = score.per_sequence
+    for usage in read_table(folder, described.tables, "usage", UsageRow):
+        where = f"{folder}/usage.parquet: {' '.join(usage.name)}"
+        place = _known(described, usage.scenario, usage.batch_size, folder / "usage.parquet")
+        _put(_of(costs, usage.name, where).setdefault(place, {}), usage.cost, usage.value, where)
+    return [
+        ScoredVariant(
+            layer=row.layer,
+            part=row.part,
+            label=row.label,
+            is_parent=row.is_parent,
+            metrics=metrics[row.name],
+            samples=samples[row.name],
+            costs=costs[row.name],
+        )
+        for row in rows
+    ]
+
+
+def _of(table: dict[Name, FieldT], name: Name, where: str) -> FieldT:
+    if name not in table:
+        raise LibraryFileError(f"{where}: options.parquet has no such variant.")
+    return table[name]
+
+
+def _put(table: dict[str, float], name: str, value: float, where: str) -> None:
+    if name in table:
+        raise LibraryFileError(f"{where}: {name} stands there twice.")
+    table[name] = value
+
+
+def _known(described: OptionsDescription, scenario: str, batch_size: int, path: Path) -> Place:
+    for place in described.places:
+        if (place.scenario, place.batch_size) == (scenario, batch_size):
+            return place
+    raise LibraryFileError(f"{path}: {scenario}, batch {batch_size} is none of the places that library.json names.")

@@ -1,0 +1,296 @@
+"""A block library as others hand it over: what every variant of every layer scores and costs, in plain units.
+
+A variant is a whole block with a joint score (NVlabs' manner), or one subblock with a score of its own that is added
+to those of the other subblocks of its layer (Model-Optimizer's puzzletron). A library may hold both: a block that was
+scored as such takes the place of the sum. `joint_of`, `options_of` and `outside_of` know how tasks/search/joint.py
+keeps it.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, JsonValue
+
+from blocks.records import Value
+from tasks.libraries.reading import LARGEST
+from tasks.search import joint
+from tasks.search.joint import JointLibrary, JointOption, LibraryFileError
+
+BLOCK = "block"
+BETWEEN = " && "
+COSTS = ("memory_mib", "runtime_ms", "ttft_ms", "num_params", "active_params")
+SIZES = {"num_kv_heads": "num_key_value_heads", "ffn_intermediate_size": "intermediate_size"}
+
+
+class Place(Value):
+    """Where costs were taken: a scenario by name, the sequences that run at once, tokens of one; 0 is unknown."""
+
+    scenario: str
+    batch_size: int = Field(ge=1)
+    prompt_tokens: int = Field(default=0, ge=0)
+    generated_tokens: int = Field(default=0, ge=0)
+
+    def __str__(self) -> str:
+        return f"{self.scenario}, batch {self.batch_size}"
+
+
+class OptionsDescription(Value):
+    """library.json of a library of options. `measured`: what its makers noted, in their own words."""
+
+    format: Literal["puzzle-block-library"] = "puzzle-block-library"
+    version: Literal[2] = 2
+    source: str
+    parent: str = ""
+    hardware: dict[str, str] = {}
+    layers: tuple[str, ...]
+    places: tuple[Place, ...]
+    measured: dict[str, JsonValue] = {}
+    tables: dict[str, str] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredVariant:
+    """One variant of a layer's block, or of one subblock of it.
+
+    part: BLOCK, or the subblock's name. metrics: by name, less is better; of a subblock the rise over the parent's, so
+    that they add up. samples: the same per scored sequence, empty where unknown. costs: per place by name: memory_mib,
+    runtime_ms, ttft_ms, num_params, active_params; other names are kept for whoever made them.
+    """
+
+    layer: str
+    part: str
+    label: str
+    is_parent: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    costs: dict[Place, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionLibrary:
+    """Variants layer after layer; outside: costs of the non-block part per place, where they are known."""
+
+    description: OptionsDescription
+    variants: tuple[ScoredVariant, ...]
+    outside: dict[Place, dict[str, float]] = field(default_factory=dict)
+
+
+def checked(library: OptionLibrary, where: str) -> OptionLibrary:
+    """The library if its numbers and its layers hold together; LibraryFileError says where not."""
+    if not library.description.places or not library.description.layers:
+        raise LibraryFileError(f"{where}: names no layer, or no scenario that costs were taken at.")
+    _check_layers(library, where)
+    named = [(variant.layer, variant.part, variant.label) for variant in library.variants]
+    twice = next((name for name in named if named.count(name) > 1), None) if len(set(named)) < len(named) else None
+    if twice:
+        raise LibraryFileError(f"{where}: {' '.join(twice)!r} stands there twice.")
+    unknown = {variant.layer for variant in library.variants} - set(library.description.layers)
+    if unknown:
+        raise LibraryFileError(f"{where}: there are variants of {sorted(unknown)[0]!r}, which is none of its layers.")
+    lengths: dict[str, set[int]] = {}
+    for variant in library.variants:
+        _check_numbers(variant, where)
+        for metric, values in variant.samples.items():
+            lengths.setdefault(metric, set()).add(len(values))
+    uneven = [metric for metric, found in lengths.items() if len(found) > 1]
+    if uneven:
+        raise LibraryFileError(f"{where}: {uneven[0]} was taken over different numbers of sequences.")
+    for place, costs in library.outside.items():
+        _check_costs(costs, f"{where}: outside the blocks, {place}")
+    _check_parents(library, where)
+    return library
+
+
+def _check_layers(library: OptionLibrary, where: str) -> None:
+    """Every layer of the parent, first to last: one that is missing would cost nothing and hurt nothing."""
+    layers = library.description.layers
+    numbers = [int(found[0]) for name in layers if (found := re.findall(r"[0-9]+$", name))]
+    if numbers and len(numbers) < len(layers):
+        other = next(name for name in layers if not re.search(r"[0-9]$", name))
+        raise LibraryFileError(f"{where}: {other!r} has no number, and other layers have: name them alike.")
+    twice = next((name for name in layers if layers.count(name) > 1), None) or next(
+        (name for name, number in zip(layers, numbers, strict=False) if numbers.count(number) > 1), None
+    )
+    if twice:
+        raise LibraryFileError(f"{where}: {twice!r} stands there twice.")
+    if numbers != list(range(len(numbers))):
+        absent = sorted(set(range(max(numbers) + 1)) - set(numbers))
+        what = f"there is no layer {absent[0]}" if absent else "the layers are not in their order"
+        raise LibraryFileError(
+            f"{where}: {what}, and its last is {layers[numbers.index(max(numbers))]!r}: a library holds every layer of "
+            "the parent, from 0 on. Measure what is missing, or fetch the whole file."
+        )
+
+
+def _check_parents(library: OptionLibrary, where: str) -> None:
+    """The parent's own block in every layer or, where a library does not mark it, in none."""
+    own = {block.layer for block in crossed(library) if block.is_parent}
+    lacking = [layer for layer in library.description.layers if layer not in own]
+    if own and lacking:
+        raise LibraryFileError(
+            f"{where}: {lacking[0]} lacks the parent's own block, which other layers have: no child could keep it."
+        )
+
+
+def _check_numbers(variant: ScoredVariant, where: str) -> None:
+    where = f"{where}: {variant.layer}, {variant.part} {variant.label!r}"
+    for metric, value in variant.metrics.items():
+        if not all(abs(one) < LARGEST for one in (value, *variant.samples.get(metric, ()))):
+            raise LibraryFileError(f"{where}: {metric} must be numbers below {LARGEST:g}.")
+    for costs in variant.costs.values():
+        _check_costs(costs, where)
+
+
+def _check_costs(costs: dict[str, float], where: str) -> None:
+    wrong = [name for name, value in costs.items() if not 0 <= value < LARGEST]
+    if wrong:
+        raise LibraryFileError(f"{where}: {wrong[0]} is {costs[wrong[0]]}; costs are at least 0 and below {LARGEST:g}.")
+
+
+def crossed(library: OptionLibrary) -> list[ScoredVariant]:
+    """Whole blocks: those that were scored, and every combination of the subblocks of a layer that were not.
+
+    Raises LibraryFileError for a layer without any.
+    """
+    found: list[ScoredVariant] = []
+    for layer in library.description.layers:
+        own = [variant for variant in library.variants if variant.layer == layer]
+        whole = {variant.label: variant for variant in own if variant.part == BLOCK}
+        parts: dict[str, list[ScoredVariant]] = {}
+        for variant in own:
+            if variant.part != BLOCK:
+                parts.setdefault(variant.part, []).append(variant)
+        sums = [_sum(choice) for choice in itertools.product(*parts.values())] if parts else []
+        blocks = [whole.pop(block.label, block) for block in sums] + list(whole.values())
+        if not blocks:
+            raise LibraryFileError(f"{layer} has no variant, not even the parent's: every layer needs one.")
+        found += blocks
+    return found
+
+
+def _sum(parts: Sequence[ScoredVariant]) -> ScoredVariant:
+    """The block of these subblocks: scores and costs that all of them have, added up."""
+    first = parts[0]
+    metrics = [name for name in first.metrics if all(name in part.metrics for part in parts)]
+    sampled = [name for name in first.samples if all(name in part.samples for part in parts)]
+    places = [place for place in first.costs if all(place in part.costs for part in parts)]
+    return ScoredVariant(
+        layer=first.layer,
+        part=BLOCK,
+        label=BETWEEN.join(f"{part.part} = {part.label}" for part in parts),
+        is_parent=all(part.is_parent for part in parts),
+        metrics={name: math.fsum(part.metrics[name] for part in parts) for name in metrics},
+        samples={
+            name: tuple(map(math.fsum, zip(*(part.samples[name] for part in parts), strict=True))) for name in sampled
+        },
+        costs={place: _sum_costs([part.costs[place] for part in parts]) for place in places},
+    )
+
+
+def _sum_costs(costs: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: math.fsum(own[name] for own in costs) for name in costs[0] if all(name in own for own in costs)}
+
+
+def joint_of(library: OptionLibrary, scenario: str | None = None, batch_size: int | None = None) -> JointLibrary:
+    """The library for the search, at every place; at those of a scenario or batch size where one is named.
+
+    A cost that is not known at all of these places is not known.
+    """
+    places = places_of(library.description.places, scenario, batch_size)
+    options = [
+        JointOption(
+            layer=variant.layer,
+            label=variant.label,
+            metrics=variant.metrics,
+            costs=_joint_costs(variant.costs, places),
+            is_parent=variant.is_parent,
+            samples={name: np.array(values) for name, values in variant.samples.items()},
+            sizes=_sizes(variant),
+        )
+        for variant in crossed(library)
+    ]
+    outside = _joint_costs(library.outside, places)
+    return JointLibrary(
+        layers=library.description.layers,
+        options=tuple(options),
+        fixed={**outside, "layer_params": 0.0} if outside else {},
+        measured=dict(library.description.hardware),
+        places=tuple(joint.Place(**place.model_dump()) for place in places),
+    )
+
+
+def _joint_costs(costs: dict[Place, dict[str, float]], places: Sequence[Place]) -> dict[str, joint.Cost]:
+    """One figure where it is the same everywhere. Blocks are dense unless the library says otherwise."""
+    found: dict[str, joint.Cost] = {}
+    for name in COSTS:
+        values = tuple(costs[place][name] for place in places if name in costs.get(place, {}))
+        if len(values) == len(places):
+            found[name] = values[0] if len(set(values)) == 1 else values
+    if "num_params" in found:
+        found["layer_params"] = found["num_params"]
+        found.setdefault("active_params", found["num_params"])
+    return found
+
+
+def _sizes(variant: ScoredVariant) -> dict[str, int]:
+    """Sizes that a library tells as figures of a variant, in the words of config.json."""
+    told = next(iter(variant.costs.values()), {})
+    return {name: int(told[theirs]) for theirs, name in SIZES.items() if told.get(theirs)}
+
+
+def places_of(places: Sequence[Place], scenario: str | None, batch_size: int | None) -> list[Place]:
+    """The places that fit; LibraryFileError names those there are."""
+    named = [place for place in places if scenario in (None, place.scenario)]
+    if not named:
+        known = ", ".join(dict.fromkeys(place.scenario for place in places))
+        raise LibraryFileError(f"the library has no scenario {scenario!r}; it has {known}.")
+    fitting = [place for place in named if batch_size in (None, place.batch_size)]
+    if len({place.scenario for place in fitting}) < len({place.scenario for place in named}):
+        known = ", ".join(map(str, sorted({place.batch_size for place in named})))
+        raise LibraryFileError(f"the library was not measured at batch size {batch_size}, but at {known}.")
+    return fitting
+
+
+def options_of(library: JointLibrary) -> list[ScoredVariant]:
+    """The options of a joint library as they are, whole blocks at all its places."""
+    places = named_places(library)
+    return [
+        ScoredVariant(
+            layer=option.layer,
+            part=BLOCK,
+            label=option.label,
+            is_parent=option.is_parent,
+            metrics=option.metrics,
+            samples={name: tuple(map(float, values)) for name, values in option.samples.items() if len(values)},
+            costs={place: _placed(option.costs, index) for index, place in enumerate(places)},
+        )
+        for option in library.options
+    ]
+
+
+def outside_of(library: JointLibrary) -> dict[Place, dict[str, float]]:
+    """Costs of the non-block part per place, empty where the library does not know any."""
+    found = {place: _placed(library.fixed, index) for index, place in enumerate(named_places(library))}
+    return {place: costs for place, costs in found.items() if costs}
+
+
+def _placed(costs: dict[str, joint.Cost], index: int) -> dict[str, float]:
+    return {name: joint.at(costs[name], index) for name in COSTS if name in costs}
+
+
+def named_places(library: JointLibrary) -> list[Place]:
+    """The places of a joint library; a scenario without a name is called "measured"."""
+    return [
+        Place(
+            scenario=place.scenario or "measured",
+            batch_size=place.batch_size,
+            prompt_tokens=place.prompt_tokens,
+            generated_tokens=place.generated_tokens,
+        )
+        for place in library.places
+    ]

@@ -1,0 +1,1 @@
+"""Parent and child under load, in turns."""

@@ -1,0 +1,139 @@
+"""What a load on servers gave (tasks/loadtest/serving_load.py): a table, sentences on failures, a picture."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from blocks.records import Metric
+from tasks.loadtest.arrivals import NO_LIMITS, Limits
+from tasks.loadtest.serving_load import LoadRow
+from tasks.measure.bench import CHILD
+from tasks.pages.picture import COLOURS, INK, figure_of, plain_axes
+
+COLUMNS = ("load", "model", "ok", "req/s", "tok/s", "gain (CPU)", "TTFT p50/p95 ms", "gain", "TPOT p50/p95 ms", "gain")
+PANELS = ("TTFT, ms", "TPOT, ms", "answers per second")
+
+
+def load_table(rows: Sequence[LoadRow], limits: Limits = NO_LIMITS) -> Table:
+    """Models by load; ± is one standard error over the rounds."""
+    title = "servers in turns; load is requests at a time x prompt x generated tokens; gains are of pairs"
+    if any(row.rate for row in rows):
+        title += "\nat a rate: requests arrive by chance, so many a second; TTFT counts from the arrival"
+    if limits.given():
+        title += f"\ngood: share of requests with {limits.told()}"
+    table = Table(title=title, title_justify="left", box=None)
+    for column in (*COLUMNS, *(["good"] if limits.given() else []), "MiB"):
+        table.add_column(column, justify="left" if column in ("load", "model") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*load_cells(row))
+    return table
+
+
+def load_cells(row: LoadRow) -> list[str]:
+    """One row in words: COLUMNS, the share of good requests where there are limits, MiB."""
+    gains = row.gains
+    return [
+        row.load,
+        row.model,
+        f"{row.requests - row.failed}/{row.requests}",
+        f"{row.requests_per_second.value:,.2f}",
+        f"{row.tokens_per_second.value:,.1f} ±{row.tokens_per_second.se:,.1f}",
+        _gain(gains.throughput if gains else None) + (f" ({_gain(gains.cpu)})" if gains and gains.cpu else ""),
+        _pair(row.first_token_ms),
+        _gain(gains.first_token if gains else None),
+        _pair(row.output_token_ms),
+        _gain(gains.output_token if gains else None),
+        *([] if row.good is None else [f"{row.good.value:.0%} ±{row.good.se:.0%}"]),
+        "" if row.memory_bytes is None else f"{row.memory_bytes / 2**20:,.0f}",
+    ]
+
+
+def _gain(metric: Metric | None) -> str:
+    return "" if metric is None else f"{metric.value:.2f} ±{metric.se:.2f}"
+
+
+def _pair(values: Sequence[float | None]) -> str:
+    return " / ".join("failed" if value is None else f"{value:,.1f}" for value in values)
+
+
+def failures_told(rows: Sequence[LoadRow]) -> list[str]:
+    """A sentence for each row with failed requests."""
+    return [
+        f"{row.model}, {row.load}: {row.failed} of {row.requests} requests failed ({'; '.join(row.errors)}); gains are "
+        "left out at this load, they would not be of the same work"
+        for row in rows
+        if row.failed
+    ]
+
+
+def draw_load(rows: Sequence[LoadRow]) -> Figure:
+    """Latency against the rate where requests came at rates, else bars of the closed loop."""
+    return draw_rates(rows) if any(row.rate for row in rows) else _draw_closed(rows)
+
+
+def draw_rates(rows: Sequence[LoadRow]) -> Figure:
+    """TTFT and TPOT (p50 whole, p95 dashed) and answers per second against the rate, a line a model, a row a shape.
+
+    Dotted: what the model answers in a closed loop, the most it can do with so many at a time. A percentile at which
+    requests failed has no point.
+    """
+    shapes = list(dict.fromkeys(_shape(row) for row in rows))
+    figure = figure_of(11.0, 3.4 * len(shapes))
+    grid = figure.subplots(len(shapes), len(PANELS), squeeze=False)
+    for shape, panels in zip(shapes, grid, strict=True):
+        for axes, label in zip(panels, PANELS, strict=True):
+            plain_axes(axes)
+            axes.set_xlabel(f"arrivals per second, {shape}", color=INK)
+            axes.set_ylabel(label, color=INK)
+        for name in dict.fromkeys(row.model for row in rows):
+            _draw_model(panels, [row for row in rows if row.model == name and _shape(row) == shape], name)
+        panels[0].set_yscale("log")  # a queue that grows dwarfs all else
+        panels[-1].legend(frameon=False)
+    return figure
+
+
+def _shape(row: LoadRow) -> str:
+    return row.load.split(" at ")[0]
+
+
+def _draw_model(panels: Sequence[Axes], own: Sequence[LoadRow], name: str) -> None:
+    open_loop = sorted((row for row in own if row.rate is not None), key=lambda row: row.rate or 0)
+    colour, rates = COLOURS.get(name, COLOURS[CHILD]), [row.rate or 0 for row in open_loop]
+    for axes, field in zip(panels, ("first_token_ms", "output_token_ms"), strict=False):
+        for place, style in enumerate(("-", "--")):
+            values = [getattr(row, field)[place] for row in open_loop]
+            axes.plot(
+                rates, [math.nan if value is None else value for value in values], style, marker="o", color=colour
+            )
+    answers = [row.requests_per_second for row in open_loop]
+    look: dict[str, Any] = {"marker": "o", "color": colour, "label": name}
+    panels[-1].errorbar(rates, [one.value for one in answers], yerr=[one.se for one in answers], **look)
+    for row in own:
+        if row.rate is None:
+            panels[-1].axhline(row.requests_per_second.value, linestyle=":", color=colour)
+
+
+def _draw_closed(rows: Sequence[LoadRow]) -> Figure:
+    """Output tokens per second by load and model, with standard errors; TTFT (p50) beside it."""
+    loads = list(dict.fromkeys(row.load for row in rows))
+    names = list(dict.fromkeys(row.model for row in rows))
+    figure = figure_of(4.5 + 2.2 * len(loads), 3.6)
+    speed, wait = figure.subplots(1, 2)
+    for axes, label in ((speed, "output tokens per second"), (wait, "time to first token, ms (p50)")):
+        plain_axes(axes)
+        axes.set_xticks(range(len(loads)), loads)
+        axes.set_ylabel(label, color=INK)
+    for place, name in enumerate(names):
+        own = [row for row in rows if row.model == name]
+        centres = [index + (place - (len(names) - 1) / 2) * 0.8 / len(names) for index in range(len(own))]
+        look: dict[str, Any] = {"color": COLOURS.get(name, COLOURS[CHILD]), "label": name}
+        figures = [row.tokens_per_second for row in own]
+        errors = [metric.se for metric in figures]
+        speed.bar(centres, [metric.value for metric in figures], 0.76 / len(names), yerr=errors, **look)
+        wait.bar(centres, [row.first_token_ms[0] or 0 for row in own], 0.76 / len(names), **look)
+    wait.legend(frameon=False)
+    return figure

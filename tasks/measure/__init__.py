@@ -1,0 +1,1 @@
+"""What block variants and whole models cost in an engine."""

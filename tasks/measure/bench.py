@@ -1,0 +1,184 @@
+"""`puzzle bench`: parent and child in turns under the same load, in one engine; a table and a picture.
+
+Each model sits in a process of its own (tasks/engines/worker.py). Gains are of pairs: parent's time over child's in
+the same round, so that what the machine does besides falls on both. CPU time stands beside wall time for the same
+reason. Memory is the process's peak less what it held before the model was loaded.
+"""
+
+# B = batch, P = prompt tokens, G = generated tokens
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from blocks.child import config_of
+from blocks.engine_limits import limits_of
+from blocks.errors import PuzzleError
+from blocks.records import Gains, Throughput, Turn, Value
+from profiles.schema import Scenario
+from tasks.engines.base import Load
+from tasks.engines.registry import installed_engine
+from tasks.engines.throughput import in_turns, summaries, timed_steps, tokens_before
+from tasks.engines.worker import Worker
+from tasks.export.formats import find_tokenizer, precision_of, refuse
+from tasks.gguf.header import read_header
+from tasks.gguf.tokenizer import NO_TOKENIZER, TokenizerLimit
+from tasks.gguf.writer import write_gguf
+from tasks.inputs.children import open_child, origin_of
+from tasks.running.progress import part_of
+
+CHILD = "child"
+Tell = Callable[[int, int], None]
+
+
+class BenchRow(Value):
+    """One model under one load in one engine."""
+
+    model: str
+    engine: str
+    version: str
+    precision: str
+    threads: int
+    batch_size: int
+    prompt_tokens: int
+    generated_tokens: int
+    throughput: Throughput
+
+    @property
+    def gains(self) -> Gains | None:
+        """Over the parent; None for the parent."""
+        return self.throughput.gains
+
+    def cpu_speeds(self) -> tuple[float, float]:
+        """Prefill and decode tokens per CPU-second."""
+        prompt, speed = self.batch_size * self.prompt_tokens, self.throughput
+        return prompt / speed.prefill_cpu_seconds.value, self.batch_size / speed.step_cpu_seconds.value
+
+
+class Point(Value):
+    """One load: batch x prompt x generated."""
+
+    batch_size: int
+    prompt_tokens: int
+    generated_tokens: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Point":
+        """`1x256x64`. PuzzleError for anything else."""
+        words = text.lower().split("x")
+        if len(words) != 3 or not all(word.isdigit() and int(word) > 0 for word in words):
+            raise PuzzleError(f"a load is batch x prompt x generated tokens, such as 1x256x64, not {text!r}.")
+        batch, prompt, generated = map(int, words)
+        return cls(batch_size=batch, prompt_tokens=prompt, generated_tokens=generated)
+
+    @property
+    def label(self) -> str:
+        """batch x prompt x generated."""
+        return f"{self.batch_size}x{self.prompt_tokens}x{self.generated_tokens}"
+
+    @property
+    def steps(self) -> int:
+        """Decode steps that are timed."""
+        return timed_steps(self.generated_tokens)
+
+    @property
+    def grow(self) -> int:
+        """Tokens that are run untimed before those."""
+        return tokens_before(self.generated_tokens, self.steps)
+
+    @property
+    def scenario(self) -> Scenario:
+        """As the profile's schema has it."""
+        return Scenario(name="load", prompt_tokens=self.prompt_tokens, generated_tokens=self.generated_tokens)
+
+
+def bench(
+    sources: Mapping[str, Path],
+    engine: str,
+    points: Sequence[Point],
+    precision: str = "float32",
+    rounds: int = 5,
+    threads: int = 1,
+    tell: Tell = lambda done, total: None,
+) -> list[BenchRow]:
+    """Every model under every load, in turns; the one named `parent` is what gains are counted from.
+
+    Raises EngineMissing, EngineLimit for a child that the engine cannot run, PuzzleError for a load that is longer than
+    the model's context.
+    """
+    if rounds < 1:
+        raise PuzzleError(f"rounds must be at least 1, got {rounds}.")
+    precision = precision_of(precision, limits_of(engine).format)
+    with ready(sources, engine, precision, points) as paths, ExitStack() as stack:
+        how = Load(
+            precision=precision,
+            threads=threads,
+            batch_size=max(point.batch_size for point in points),
+            context_tokens=max(point.prompt_tokens + point.grow + point.steps for point in points),
+        )
+        processes = {name: installed_engine(engine).process(path, how) for name, path in paths.items()}
+        workers = {name: stack.enter_context(Worker(process)) for name, process in processes.items()}
+        for worker in workers.values():
+            worker.load()
+        rows = []
+        for index, point in enumerate(points):
+            turns = _turns(workers, point, rounds, part_of(tell, index, len(points)))
+            memory = {name: worker.memory_bytes() for name, worker in workers.items()}
+            base = {"engine": engine, "precision": precision, "threads": threads, **point.model_dump()}
+            rows += [
+                BenchRow(**base, model=name, version=workers[name].version, throughput=own)
+                for name, own in summaries(turns, point.scenario, point.batch_size, memory).items()
+            ]
+        return rows
+
+
+@contextmanager
+def ready(
+    sources: Mapping[str, Path], engine: str, precision: str, points: Sequence[Point]
+) -> Iterator[dict[str, Path]]:
+    """The models as the engine loads them: exported to a folder that is removed afterwards where that is needed."""
+    installed_engine(engine)
+    form = limits_of(engine).format
+    with tempfile.TemporaryDirectory(prefix="puzzle-bench-") as temporary:
+        paths = {}
+        for name, source in sources.items():
+            _check_length(_context_of(source), name, points)
+            if form != "gguf" or source.is_file():
+                paths[name] = source
+                continue
+            model: Any = open_child(source)
+            refuse(model.config, form)
+            try:
+                tokenizer, _ = find_tokenizer(source, model.config.vocab_size, origin_of(source), None)
+            except TokenizerLimit:  # the load is token ids
+                tokenizer = NO_TOKENIZER
+            paths[name] = write_gguf(model, Path(temporary) / f"{name}.gguf", precision, tokenizer, name)
+        yield paths
+
+
+def _context_of(source: Path) -> int | None:
+    """Tokens that a model was made for; None for a GGUF file that does not say."""
+    if source.is_dir():
+        return int(config_of(source).max_position_embeddings)
+    fields = read_header(source).fields
+    return fields.get(f"{fields.get('general.architecture')}.context_length")
+
+
+def _check_length(context: int | None, name: str, points: Sequence[Point]) -> None:
+    longest = max(point.prompt_tokens + point.generated_tokens for point in points)
+    if context is not None and longest > context:
+        raise PuzzleError(
+            f"a load of {longest} tokens is longer than the {name}'s context of {context}: "
+            "shorten prompt or generation."
+        )
+
+
+def _turns(workers: Mapping[str, Worker], point: Point, rounds: int, tell: Tell) -> dict[str, list[Turn]]:
+    shape = (point.batch_size, point.prompt_tokens)
+    for worker in workers.values():
+        worker.request(*shape, min(point.steps, 2), 0)  # warms caches up
+    requests = {name: partial(worker.request, *shape, point.steps, 0, point.grow) for name, worker in workers.items()}
+    return in_turns(requests, rounds, tell)

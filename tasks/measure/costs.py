@@ -1,0 +1,213 @@
+"""Measured costs of every variant on this machine: prefill seconds and decode seconds per token, per scenario.
+
+A variant costs the same in every layer, so each is measured once: a stack of copies with weights of their own (so that
+a cache does not hold what a real model streams) runs prefill, then decode steps on a KV cache of the scenario's
+length. All stacks are measured in turn in every round; the median over rounds is kept, with its spread. Embedding,
+final norm and head are measured the same way, apart. The parent end to end closes each round: sum against whole.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from blocks.engine_limits import runnable
+from blocks.library import digest_of, keep, remember
+from blocks.parent import Parent
+from blocks.records import SUBBLOCKS, Cost, CostTable, LayerChoice, NonBlockCost, ParentInfo
+from blocks.resources import BYTES, non_block_parameters, resources, weight_bytes
+from blocks.variant import Variant, parse_labels
+from profiles.schema import Hardware, Measure, Profile, Scenario, SearchSpace
+from tasks.distill.record import open_parent
+from tasks.engines.throughput import ClockTooCoarse
+from tasks.inputs.precision import is_named, served_precision
+from tasks.inputs.space import measured_space
+from tasks.measure.calibration import calibrated, drift, parent_bias
+from tasks.measure.cost_sums import PHASES
+from tasks.measure.llama_cpp_costs import EngineBench
+from tasks.measure.timing import Timing, hardware_description, noted
+from tasks.measure.torch_costs import TorchBench
+from tasks.measure.vllm_costs import VllmBench
+from tasks.running.progress import part_of
+from tasks.running.usage import Others
+
+VERSION = 3
+Tell = Callable[[int, int], None]
+
+
+def _weights_of(hardware: Hardware, reader: Parent) -> dict[str, str]:
+    """What bytes are told of, where that is not what was timed."""
+    served = served_precision(hardware, reader)
+    return {} if served == hardware.precision else {"weights": served}
+
+
+def costs_path(
+    parent: ParentInfo,
+    space: SearchSpace,
+    scenarios: Sequence[Scenario],
+    hardware: Hardware,
+    measure: Measure,
+    workspace: Path,
+) -> Path:
+    """Where the table of these costs lies, measured or not."""
+    key = digest_of(
+        parent=parent.fingerprint,
+        space=[space.attention, space.ffn],
+        scenarios=scenarios,
+        hardware=hardware_description(hardware),
+        named=is_named(hardware),
+        measure=measure.model_dump(exclude={"max_age_days"}),
+        version=VERSION,
+    )
+    return workspace / "costs" / f"{key}.json"
+
+
+def stored_costs(path: Path, measure: Measure, workspace: Path) -> CostTable | None:
+    """The table at a place of `costs_path`, None where there is none or it is older than the profile allows."""
+    table = remember(path, CostTable, lambda _: [], workspace)
+    if table is None:
+        return None
+    age = datetime.now(UTC) - datetime.fromisoformat(table.measured_at)
+    return table if age <= timedelta(days=measure.max_age_days) else None
+
+
+def costs_of(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable | None:
+    """The stored costs of a profile that a run would not measure again, None where there are none."""
+    asked = measured_space(profile), profile.scenarios, profile.hardware, profile.measure
+    return stored_costs(costs_path(parent, *asked, workspace), profile.measure, workspace)
+
+
+def measure_costs(
+    parent: ParentInfo,
+    space: SearchSpace,
+    scenarios: Sequence[Scenario],
+    hardware: Hardware,
+    measure: Measure,
+    workspace: Path,
+    tell: Tell = lambda done, total: None,
+) -> CostTable:
+    """Costs of every variant of the search space; the stored table when nothing it depends on has changed."""
+    path = costs_path(parent, space, scenarios, hardware, measure, workspace)
+    stored = stored_costs(path, measure, workspace)
+    if stored is not None:
+        return stored
+    table = _measured(open_parent(workspace / parent.folder), space, scenarios, hardware, measure, tell)
+    keep(path, table, [], workspace)
+    return table
+
+
+def measure_again(
+    parent: ParentInfo,
+    space: SearchSpace,
+    scenarios: Sequence[Scenario],
+    hardware: Hardware,
+    measure: Measure,
+    workspace: Path,
+    tell: Tell = lambda done, total: None,
+) -> list[str]:
+    """Measure costs whether they are stored or not. What has moved, in words; only then, or where there were none, is
+    a new table kept. The old one stands until the new one is whole.
+    """
+    path = costs_path(parent, space, scenarios, hardware, measure, workspace)
+    before = stored_costs(path, measure, workspace)
+    now = _measured(open_parent(workspace / parent.folder), space, scenarios, hardware, measure, tell)
+    moved = drift(before, now) if before else []
+    if moved or before is None:
+        keep(path, now, [], workspace)
+    return moved
+
+
+def _measured(
+    reader: Parent,
+    space: SearchSpace,
+    scenarios: Sequence[Scenario],
+    hardware: Hardware,
+    measure: Measure,
+    tell: Tell,
+) -> CostTable:
+    names = {subblock: parse_labels(subblock, getattr(space, subblock), reader.config) for subblock in SUBBLOCKS}
+    variants = [
+        variant for subblock in SUBBLOCKS for variant in names[subblock] if _runs(hardware.engine, reader, variant)
+    ]
+    costs: list[Cost] = []
+    non_block: list[NonBlockCost] = []
+    whole: list[NonBlockCost] = []
+    shapes = [(scenario, batch) for scenario in scenarios for batch in scenario.batch_sizes]
+    bench, others = _bench(reader, variants, hardware, measure), Others()
+    for index, (scenario, batch) in enumerate(shapes):
+        timings = bench.run(scenario, batch, part_of(tell, index, len(shapes)))
+        costs += [
+            _cost(reader, variant, scenario, batch, timings[variant.subblock, variant.label], hardware)
+            for variant in variants
+        ]
+        non_block.append(_non_block(reader, scenario, batch, timings["non_block", ""], hardware))
+        whole.append(_non_block(reader, scenario, batch, timings["parent", ""], hardware))
+    described = hardware_description(hardware)
+    busy = others.crowd(int(described["threads"])) if described["clock"] == "wall" and hardware.device == "cpu" else ""
+    table = CostTable(
+        hardware=described | noted("busy", busy) | _weights_of(hardware, reader),
+        costs=tuple(costs),
+        non_block=tuple(non_block),
+        num_hidden_layers=reader.depth,
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        parent_measured=tuple(whole),
+    )
+    if any(parent_bias(table, one, phase) is None for one in whole for phase in PHASES):
+        raise ClockTooCoarse(
+            "the clock shows no time for the parent: it is too coarse for so little work. Give the scenarios more "
+            "prompt_tokens, and `measure` more decode_steps."
+        )
+    return calibrated(table)
+
+
+def _runs(engine: str, reader: Parent, variant: Variant) -> bool:
+    """Whether the engine can run a variant at all, judged in the last layer: what it cannot has no cost there."""
+    alone = LayerChoice.alone(variant.subblock, variant.label)
+    return runnable(engine, reader.config, reader.depth - 1, alone.attention, alone.ffn) is None
+
+
+def _bench(reader: Parent, variants: Sequence[Variant], hardware: Hardware, measure: Measure) -> Any:
+    """What times variants in the profile's engine: `run(scenario, batch, tell)`."""
+    if hardware.engine == "torch":
+        return TorchBench(reader, variants, hardware, measure)
+    if hardware.engine == "vllm":
+        return VllmBench(reader, variants, hardware, measure)
+    return EngineBench(reader, variants, hardware, measure)
+
+
+def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timing: Timing, hardware: Hardware) -> Cost:
+    in_gguf, served = hardware.engine == "llama.cpp", served_precision(hardware, reader)
+    vector = BYTES["float32"] if in_gguf else weight_bytes(served)  # GGUF keeps norms and biases so
+    needs = resources(reader, variant, scenario.prompt_tokens, weight_bytes(served), vector)
+    kv_precision = "float16" if in_gguf else served  # llama.cpp's default for any weights
+    cache = resources(reader, variant, scenario.prompt_tokens, BYTES[kv_precision]).kv_bytes_per_token
+    return Cost(
+        subblock=variant.subblock,
+        variant=variant.label,
+        scenario=scenario.name,
+        batch_size=batch,
+        prefill_seconds=timing.prefill,
+        decode_seconds_per_token=timing.decode,
+        prefill_spread=timing.prefill_spread,
+        decode_spread=timing.decode_spread,
+        parameters=needs.parameters,
+        weight_bytes=needs.weight_bytes,
+        kv_bytes_per_token=cache,
+    )
+
+
+def _non_block(reader: Parent, scenario: Scenario, batch: int, timing: Timing, hardware: Hardware) -> NonBlockCost:
+    parameters, norm = non_block_parameters(reader.config), reader.config.hidden_size
+    served = served_precision(hardware, reader)
+    vector = BYTES["float32"] if hardware.engine == "llama.cpp" else weight_bytes(served)
+    return NonBlockCost(
+        scenario=scenario.name,
+        batch_size=batch,
+        prefill_seconds=timing.prefill,
+        decode_seconds_per_token=timing.decode,
+        parameters=parameters,
+        weight_bytes=math.ceil((parameters - norm) * weight_bytes(served) + norm * vector),
+        prefill_spread=timing.prefill_spread,
+        decode_spread=timing.decode_spread,
+    )

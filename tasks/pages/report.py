@@ -1,0 +1,517 @@
+"""The report of a run: parent, child and baselines side by side, predicted beside measured, the winner as it is.
+
+One list of rows feeds both the terminal's table and the Markdown (report.md, the child's model card).
+"""
+
+import html
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from blocks.files import atomic_path, write_text
+from blocks.library import write_value
+from blocks.records import Answer, Architecture, Candidate, ChildReport, Metric
+from tasks.evaluate.estimates import interval, is_clear
+from tasks.evaluate.standing import (
+    Reading,
+    alike,
+    best_places,
+    counted,
+    difference,
+    of_all_items,
+    of_items,
+    of_sequences,
+    over_parent,
+    retained,
+    timed,
+)
+from tasks.measure.cost_sums import percent, told
+from tasks.pages.picture import draw_architecture, draw_comparison, gain_of
+
+MIB = 2**20
+WordedTable = tuple[list[str], list[list[str]], str]
+BEST = "★"
+BEST_MEANS = (
+    "best of its row, the parent apart, by more than two standard errors of its lead over every other; no mark where "
+    "the error covers a lead."
+)
+LEGEND = (
+    "± is one standard error: over test sequences, benchmark items or rounds of the speed measurement. Candidates are "
+    "compared sequence by sequence and item by item. KL is to the parent; loss and KL are nats per token; gain is the "
+    "speed over the parent's."
+)
+SAID = (
+    "Greedy answers, with no penalty on repeats. Repeated: runs of four tokens that were there before. An answer loops "
+    "when it has a run of five words three times (of tokens, in a text without spaces), or ends in one run of tokens "
+    "three times in a row."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure of all candidates. `best`: places of the best for certain, the parent apart (evaluate/standing.py)."""
+
+    label: str
+    cells: tuple[str, ...]
+    best: frozenset[int]
+
+
+def rounded(metric: Metric, scale: float = 1.0) -> str:
+    """`value ±error` with the error to two figures; an error of 0 (exact, or one sample) is left out."""
+    value, error = metric.value * scale, metric.se * scale
+    if error <= 0:
+        return plain(value)
+    decimals = min(6, max(0, 1 - math.floor(math.log10(error))))
+    return f"{value:,.{decimals}f} ±{error:,.{decimals}f}"
+
+
+def plain(value: float) -> str:
+    """Four figures, without powers of ten for everyday sizes."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def parent_of(report: ChildReport) -> Candidate | None:
+    """The parent's row."""
+    return next((candidate for candidate in report.candidates if candidate.stage == "parent"), None)
+
+
+def final_of(candidates: Sequence[Candidate], name: str) -> Candidate | None:
+    """The last stage of a name: distilled if there is one, else assembled."""
+    own = [candidate for candidate in candidates if candidate.name == name and candidate.stage != "parent"]
+    return next((candidate for candidate in own if candidate.stage == "distilled"), own[0] if own else None)
+
+
+def _title(candidate: Candidate) -> str:
+    return candidate.name if candidate.stage == "parent" else f"{candidate.name} ({candidate.stage})"
+
+
+def comparison_rows(report: ChildReport) -> list[Row]:
+    """The rows of the comparison, columns in the order of `report.candidates`; what nobody measured is left out."""
+    candidates, parent = report.candidates, parent_of(report)
+
+    def share(value: Callable[[Candidate], int]) -> Callable[[Candidate], Reading | None]:
+        return lambda own: None if parent is None else counted(value(own) / value(parent))
+
+    def gain(field: str) -> Callable[[Candidate], Reading | None]:
+        return lambda own: timed(own, gain_of(own, parent, field))
+
+    rows = [
+        _row("parameters, M", candidates, lambda own: counted(own.parameters / 1e6), less=True),
+        _row("params/parent", candidates, share(lambda own: own.parameters), less=True),
+        _row("memory, MiB", candidates, lambda own: counted(own.memory_bytes / MIB), less=True),
+        _row("memory/parent", candidates, share(lambda own: own.memory_bytes), less=True),
+        _row("prefill, tok/s", candidates, lambda own: timed(own, own.prefill_tokens_per_second)),
+        _row("prefill gain", candidates, gain("prefill")),
+        _row("decode, tok/s", candidates, lambda own: timed(own, own.decode_tokens_per_second)),
+        _row("decode gain", candidates, gain("decode")),
+        _row("request, s", candidates, lambda own: timed(own, own.runtime_seconds), less=True),
+        _row("request gain", candidates, gain("request")),
+        _row("loss, nats", candidates, lambda own: of_sequences(own, "loss"), less=True),
+        _row("KL, nats", candidates, lambda own: of_sequences(own, "kl"), less=True),
+        _row("predicted KL", candidates, lambda own: counted(own.predicted_kl), less=None),
+        _row("top-1 agree, %", candidates, lambda own: of_sequences(own, "top1_agreement"), scale=100),
+        *_accuracy_rows(report),
+        Row(label="answers that loop", cells=tuple(_looping(own) for own in candidates), best=frozenset()),
+    ]
+    return [row for row in rows if any(cell != "–" for cell in row.cells)]
+
+
+def _accuracy_rows(report: ChildReport) -> list[Row]:
+    """Every benchmark, then all of them together."""
+    candidates, parent = report.candidates, parent_of(report)
+    names = list(dict.fromkeys(name for candidate in candidates for name in candidate.benchmarks))
+    rows = [_row(f"{name}, %", candidates, lambda own, name=name: of_items(own, name), scale=100) for name in names]  # type: ignore[misc]
+    if len(names) > 1:
+        rows.append(_row("all items, %", candidates, of_all_items, scale=100))
+        rows.append(_row("mean of tasks, %", candidates, lambda own: of_all_items(own, by_task=True), scale=100))
+    rows.append(_row("items over parent, %", candidates, lambda own: over_parent(own, parent), scale=100))
+    rows.append(_row("retention, %", candidates, lambda own: retained(own, parent), scale=100))
+    return rows
+
+
+def _looping(own: Candidate) -> str:
+    return f"{_count(own, lambda answer: answer.loops)} of {len(own.answers)}" if own.answers else "–"
+
+
+def _count(own: Candidate, which: Callable[[Answer], bool]) -> int:
+    return sum(which(answer) for answer in own.answers)
+
+
+def _row(
+    label: str,
+    candidates: Sequence[Candidate],
+    figure: Callable[[Candidate], Reading | None],
+    less: bool | None = False,
+    scale: float = 1.0,
+) -> Row:
+    """`less`: less is better; None where there is no better."""
+    figures = [figure(candidate) for candidate in candidates]
+    rivals = {
+        place: found
+        for place, (candidate, found) in enumerate(zip(candidates, figures, strict=True))
+        if candidate.stage != "parent" and found is not None
+    }
+    return Row(
+        label=label,
+        cells=tuple("–" if found is None else rounded(found.metric, scale) for found in figures),
+        best=frozenset() if less is None else best_places(rivals, less),
+    )
+
+
+def headlines(report: ChildReport) -> list[str]:
+    """What a reader has to know first: a child that does not speak, who wins, what the benchmarks can tell."""
+    child, parent = final_of(report.candidates, "child"), parent_of(report)
+    lines = [] if child is None or parent is None else _silence(child, parent)
+    return [*lines, verdict(report), *([] if child is None or parent is None else _benchmarks_told(child, parent))]
+
+
+def _silence(child: Candidate, parent: Candidate) -> list[str]:
+    """Whether more of the child's answers loop, or are empty, than of the parent's."""
+    kinds: dict[str, Callable[[Answer], bool]] = {
+        "loop": lambda answer: answer.loops,
+        "are empty": lambda answer: not answer.text.strip(),
+    }
+    found = {told: (_count(child, which), _count(parent, which)) for told, which in kinds.items()}
+    total = len(child.answers)
+    return [
+        f"{ours} of {total} answers {told}; the parent's {theirs}. Read them before anything else."
+        for told, (ours, theirs) in found.items()
+        if ours > theirs
+    ]
+
+
+def _benchmarks_told(child: Candidate, parent: Candidate) -> list[str]:
+    """Whether the benchmarks tell the child from its parent."""
+    lead, ours, theirs = over_parent(child, parent), of_all_items(child), of_all_items(parent)
+    if lead is None or ours is None or theirs is None:
+        return []
+    items = sum(len(own) for own in child.correct.values())
+    told = "" if is_clear(lead.metric) else "; the error covers it"
+    line = (
+        f"Benchmarks: {_percent(ours, 1)} of {items} items right, the parent {_percent(theirs, 1)}: "
+        f"{_signed(lead.metric)} points, item by item{told}."
+    )
+    kept = retained(child, parent)
+    if kept is not None and kept.estimate is not None and len(kept.estimate.moves) > 1:
+        low, high = interval(kept.estimate)
+        line += f" Retention {_percent(kept)}, 95 % interval {100 * low:.0f} to {100 * high:.0f} %."
+    return [line]
+
+
+def _percent(share: Reading, digits: int = 0) -> str:
+    return f"{100 * share.metric.value:.{digits}f} %"
+
+
+def _signed(points: Metric) -> str:
+    return f"{'+' if points.value >= 0 else ''}{rounded(points, 100)}"
+
+
+def verdict(report: ChildReport) -> str:
+    """Who wins, in a sentence: the lowest measured KL among the last stages of child and baselines.
+
+    A lead of less than two standard errors of the difference, sequence by sequence, is called no clear one. A baseline
+    that chose the child's own architecture is named, and is no rival.
+    """
+    names = dict.fromkeys(candidate.name for candidate in report.candidates if candidate.stage != "parent")
+    finals = [own for name in names if (own := final_of(report.candidates, name)) is not None and own.kl is not None]
+    child = next((own for own in finals if own.name == "child"), None)
+    if child is None or child.kl is None:
+        return "The child's KL was not measured."
+    others = [own for own in finals if own is not child]
+    twins = [own.name for own in others if alike(child, own)]
+    chose = f"{' and '.join(twins)} chose the same architecture" if twins else ""
+    rivals = sorted((own for own in others if own.name not in twins), key=_kl)
+    if not rivals:
+        nobody = f"{chose}; no other baseline" if twins else "no baseline"
+        return f"The child's KL is {rounded(child.kl)}; {nobody} was measured beside it."
+    told = _against(child, rivals[0])
+    return f"{told}; {chose}." if twins else f"{told}."
+
+
+def _against(child: Candidate, rival: Candidate) -> str:
+    """The child against the best of the baselines that are other models."""
+    ours, theirs = of_sequences(child, "kl"), of_sequences(rival, "kl")
+    assert ours is not None and theirs is not None
+    winner, loser = (child, rival) if _kl(child) <= _kl(rival) else (rival, child)
+    against = "the best baseline," if winner is child else "the"
+    figures = f"KL {_kl_text(winner)} against {_kl_text(loser)} of {against} {_title(loser)}"
+    subject = f"the {_title(winner)}" if winner is child else f"the baseline {_title(winner)}"
+    lead = difference(theirs, ours) if winner is child else difference(ours, theirs)
+    if is_clear(lead):
+        return f"Winner: {subject}, {figures}"
+    if lead.n < 2:
+        return f"No clear winner: one sequence tells no error ({figures})"
+    return f"No clear winner: {subject} leads by less than two standard errors ({figures}; {rounded(lead)} apart)"
+
+
+def _kl(candidate: Candidate) -> float:
+    return math.inf if candidate.kl is None else candidate.kl.value
+
+
+def _kl_text(candidate: Candidate) -> str:
+    return "?" if candidate.kl is None else rounded(candidate.kl)
+
+
+def comparison_table(report: ChildReport) -> Table:
+    """The comparison for the terminal: a column per candidate, the best of each row (parent apart) marked."""
+    table = Table(
+        title=f"{report.profile}: {report.parent.name} and its children",
+        caption="\n".join([*headlines(report), f"{BEST} {BEST_MEANS} {LEGEND}"]),
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+    )
+    table.add_column("", no_wrap=True)
+    for candidate in report.candidates:
+        header = f"{candidate.name} +GKD" if candidate.stage == "distilled" else candidate.name
+        table.add_column(header, justify="right", overflow="fold")
+    for row in comparison_rows(report):
+        cells = [
+            Text(f"{BEST}{cell}", style="bold green") if place in row.best else Text(cell)
+            for place, cell in enumerate(row.cells)
+        ]
+        table.add_row(row.label, *cells)
+    return table
+
+
+def print_report(report: ChildReport, console: Console) -> None:
+    """Answers and comparison, on the console."""
+    said = answered(report)
+    if said:
+        table = Table("prompt", "parent", "child", title=SAID, title_justify="left", box=SIMPLE_HEAD, show_lines=True)
+        for one in said:
+            cells = [Text.assemble(shown, (f"\n{how}", "dim")) for shown, how in (one.parent, one.child)]
+            table.add_row(Text.assemble(one.prompt, (f"\n{one.kind}", "dim")), *cells)
+        console.print(table)
+    console.print(comparison_table(report))
+
+
+def report_markdown(report: ChildReport) -> str:
+    """The report as Markdown: verdict, comparison, predicted beside measured, architecture, how it was made."""
+    parts = [
+        f"# {report.profile}: a child of {report.parent.name}",
+        *headlines(report),
+        "## Comparison",
+        _markdown_table(
+            ["", *(_title(candidate) for candidate in report.candidates)],
+            [
+                [row.label, *(f"**{cell}**" if place in row.best else cell for place, cell in enumerate(row.cells))]
+                for row in comparison_rows(report)
+            ],
+        ),
+        f"Bold: {BEST_MEANS} {LEGEND}",
+        *_answers_markdown(report),
+        "## Predicted and measured",
+        _predicted_markdown(report),
+        "## Architecture",
+        _architecture_markdown(report.architecture),
+        "## How it was made",
+        _facts_markdown(report),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """A prompt and its kind; what parent and child said, each with its figures in words."""
+
+    prompt: str
+    kind: str
+    parent: tuple[str, str]
+    child: tuple[str, str]
+
+
+def answered(report: ChildReport) -> list[Answered]:
+    """Parent and finished child side by side; empty in a report of a version that let nobody answer."""
+    parent, child = parent_of(report), final_of(report.candidates, "child")
+    if parent is None or child is None:
+        return []
+    return [
+        Answered(
+            prompt=visible(theirs.prompt),
+            kind="chat" if theirs.chat else "plain text",
+            parent=(visible(theirs.text), _how(theirs)),
+            child=(visible(ours.text), _how(ours)),
+        )
+        for theirs, ours in zip(parent.answers, child.answers, strict=False)
+    ]
+
+
+def visible(text: str) -> str:
+    """What a model wrote, its control characters spelt out, which a terminal would obey; empty lines counted."""
+    spelt = "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)
+    return re.sub(r"\n{3,}", lambda lines: f"\n(and {len(lines[0]) - 1} empty lines)\n", spelt)
+
+
+def _how(answer: Answer) -> str:
+    ended = "ended by itself" if answer.ended else "cut off"
+    loops = ", loops" if answer.loops else ""
+    return f"{answer.tokens} tokens, {ended}, {answer.repetition:.0%} repeated{loops}"
+
+
+def _answers_markdown(report: ChildReport) -> list[str]:
+    rows = [
+        [
+            f"{_quoted(one.prompt)}<br>({one.kind})",
+            *(f"{_quoted(shown)}<br>({how})" for shown, how in (one.parent, one.child)),
+        ]
+        for one in answered(report)
+    ]
+    return ["## Answers", _markdown_table(["prompt", "parent", "child"], rows, "---"), SAID] if rows else []
+
+
+def _quoted(text: str) -> str:
+    """Text that Markdown and HTML leave as it is, in a cell of a table."""
+    escaped = html.escape(text.strip("\n"))
+    return re.sub(r"[|*_`\[\]~\\$#!]", lambda sign: f"&#{ord(sign[0])};", escaped).replace("\n", "<br>")
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str = "---:") -> str:
+    lines = [header, ["---", *[align] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _predicted_markdown(report: ChildReport) -> str:
+    """What the search promised at each scenario, beside what the assembled child did."""
+    rows = []
+    for totals in report.architecture.totals:
+        case = f"{totals.scenario}, batch {totals.batch_size}"
+        decode_rate = (
+            "–" if totals.decode_seconds_per_token <= 0 else plain(totals.batch_size / totals.decode_seconds_per_token)
+        )
+        parents = [
+            own
+            for own in report.architecture.parent_totals
+            if (own.scenario, own.batch_size) == (totals.scenario, totals.batch_size)
+        ]
+        gain = plain(parents[0].runtime_seconds / totals.runtime_seconds) if parents and totals.runtime_seconds else "–"
+        rows.append([case, plain(totals.runtime_seconds), gain, decode_rate, plain(totals.memory_bytes / MIB)])
+    predicted = _markdown_table(
+        ["predicted", "request, s", "request speed-up", "decode, tokens/s", "memory, MiB"], rows
+    )
+    parts = [predicted]
+    calibration = report.speed.calibration
+    if calibration is not None:
+        parts.append(
+            f"Predicted times are calibrated: prefill x {calibration.prefill:.3f}, decode x {calibration.decode:.3f}, "
+            f"fitted on {calibration.origin}."
+        )
+    child, parent = final_of(report.candidates, "child"), parent_of(report)
+    gains = {kind: gain_of(child, parent, kind) for kind in ("prefill", "decode", "request")} if child else {}
+    found = [f"{kind} {rounded(gain)}×" for kind, gain in gains.items() if gain is not None]
+    parts += [f"Measured speed-up: {', '.join(found)}."] if found else []
+    for header, rows, words in (sums_table(report), speed_table(report)):
+        parts += [_markdown_table(header, rows), words] if rows else []
+    return "\n\n".join(parts)
+
+
+def sums_table(report: ChildReport) -> WordedTable:
+    """The sums of blocks beside whole models: header, rows, what to know of them."""
+    speed = report.speed
+    rows = [
+        [
+            check.model,
+            f"{check.scenario}, batch {check.batch_size}",
+            check.phase,
+            plain(1000 * check.predicted_seconds),
+            rounded(check.measured_seconds, 1000),
+            percent(check.off),
+            percent(check.gain_off),
+        ]
+        for check in speed.sums
+    ]
+    words = [f"Whole models, in turns, in {speed.engine}, {speed.clock} time; gain: over the parent.", *told(speed)]
+    header = ["sum of blocks", "scenario", "phase", "predicted, ms", "measured, ms", "off by", "gain off by"]
+    return header, rows, " ".join(words)
+
+
+def speed_table(report: ChildReport) -> WordedTable:
+    """Every model at every scenario, what a user of a served child asks for: header, rows, what the figures mean."""
+    rows = [
+        [
+            name,
+            f"{own.scenario}, batch {own.batch_size}",
+            rounded(own.first_token_seconds, 1000),
+            rounded(own.output_token_seconds, 1000),
+            rounded(own.generated_tokens_per_second),
+            rounded(own.requests_per_second),
+            "–" if own.gains is None else rounded(own.gains.request),
+            "–" if own.memory_bytes is None else plain(own.memory_bytes / MIB),
+        ]
+        for name, every in report.speed.models.items()
+        for own in every
+    ]
+    header = ["speed", "scenario", "TTFT, ms", "TPOT, ms", "tokens/s", "requests/s", "request gain", "peak, MiB"]
+    words = (
+        "Wall time. TTFT: time to first token, the prefill of the batch. TPOT: time per output token. tokens/s: "
+        "generated by the batch over the whole request; requests/s: that over the tokens generated per request. Peak "
+        "memory of the model: weights, KV cache, what a request takes."
+    )
+    return header, rows, words
+
+
+def _architecture_markdown(architecture: Architecture) -> str:
+    """Layers with the same choice are put together."""
+    rows, first = [], 0
+    for choice, run in itertools.groupby(architecture.layers):
+        last = first + len(list(run)) - 1
+        where = str(first) if first == last else f"{first}–{last}"
+        rows.append([where, choice.attention, choice.ffn + (" (coupled)" if choice.coupled else "")])
+        first = last + 1
+    score = rounded(Metric(value=architecture.score, se=architecture.score_se, n=1))
+    certificate = f"Found by {architecture.method}: status {architecture.status}, predicted score {score}, lower bound "
+    certificate += f"{plain(architecture.bound)}, gap {architecture.gap:.2g}."
+    return f"{certificate}\n\n{_markdown_table(['layers', 'attention', 'ffn'], rows)}"
+
+
+def _facts_markdown(report: ChildReport) -> str:
+    parent, corpus = report.parent, report.corpus
+    child = final_of(report.candidates, "child")
+    facts = [
+        f"parent: {parent.name} ({parent.source}{', ' + parent.revision if parent.revision else ''}), "
+        f"fingerprint `{parent.fingerprint[:16]}`",
+        f"corpus: {corpus.description or f'{corpus.documents} documents'}, {corpus.train_sequences} train sequences of "
+        f"{corpus.sequence_length} tokens, fingerprint `{corpus.fingerprint[:16]}`",
+        f"time: {report.seconds / 60:.1f} min, {report.cpu_seconds / 60:.1f} CPU-minutes, peak memory "
+        f"{report.peak_memory_bytes / 2**30:.2f} GiB",
+    ]
+    if child is not None and child.gkd_tokens:
+        facts.append(f"GKD: {child.gkd_tokens:,} tokens")
+    if report.failed_variants:
+        facts.append(f"variants left out because they failed: {', '.join(report.failed_variants)}")
+    for label, run in (("Prefect flow run", report.prefect_run_id), ("MLflow run", report.mlflow_run_id)):
+        if run:
+            facts.append(f"{label}: `{run}`")
+    return "\n".join(f"* {fact}" for fact in facts)
+
+
+def write_report(report: ChildReport, folder: Path) -> list[Path]:
+    """report.json, report.md, architecture.png and comparison.png, each written atomically. Returns the paths."""
+    child = final_of(report.candidates, "child")
+    pictures = {
+        "architecture.png": draw_architecture(report.architecture, parent_of(report), child),
+        "comparison.png": draw_comparison(report.candidates),
+    }
+    markdown = report_markdown(report) + "".join(f"\n![{Path(name).stem}]({name})\n" for name in pictures)
+    write_value(folder / "report.json", report)
+    write_text(folder / "report.md", markdown)
+    for name, figure in pictures.items():
+        save_figure(figure, folder / name)
+    return [folder / name for name in ("report.json", "report.md", *pictures)]
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a PNG atomically."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+    return path

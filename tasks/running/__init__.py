@@ -1,0 +1,1 @@
+"""A run among others on one machine: progress, turns on a device, retries, leftovers of killed runs."""

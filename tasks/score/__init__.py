@@ -1,0 +1,1 @@
+"""What a block variant hurts: replace-1-block scores."""

@@ -1,1 +1,0 @@
-"""A child in the formats of engines, and its speed there."""
