@@ -15,7 +15,7 @@ import numpy as np
 
 from blocks.library import write_value
 from blocks.records import Value
-from tasks.libraries.options import OptionLibrary, OptionsDescription, Place, ScoredVariant, checked
+from tasks.libraries.options import MeasuredAt, OptionLibrary, OptionsDescription, ScoredVariant, checked
 from tasks.libraries.tables import read_description, read_table, validated, write_tables
 from tasks.search.joint import LibraryFileError, standard_error
 
@@ -48,22 +48,17 @@ class MetricRow(_Named):
     per_sequence: tuple[float, ...]
 
 
-class UsageRow(_Named):
-    """One cost of a variant at one place."""
-
-    scenario: str
-    batch_size: int
-    cost: str
-    value: float
-
-
 class OutsideRow(Value):
-    """One cost of the non-block part at one place."""
+    """One cost of the non-block part at one scenario and batch size."""
 
     scenario: str
     batch_size: int
     cost: str
     value: float
+
+
+class UsageRow(OutsideRow, _Named):
+    """One cost of a variant at one scenario and batch size."""
 
 
 def write_options(folder: Path, library: OptionLibrary) -> None:
@@ -104,7 +99,7 @@ def read_options(folder: Path) -> OptionLibrary:
     """Read and check a folder; LibraryFileError says what is missing, damaged or does not hold together."""
     described = validated(OptionsDescription, read_description(folder), folder / "library.json")
     variants = _variants(folder, described)
-    outside: dict[Place, dict[str, float]] = {}
+    outside: dict[MeasuredAt, dict[str, float]] = {}
     for row in read_table(folder, described.tables, "outside", OutsideRow):
         place = _known(described, row.scenario, row.batch_size, folder / "outside.parquet")
         _put(outside.setdefault(place, {}), row.cost, row.value, f"{folder}/outside.parquet: {place}")
@@ -118,7 +113,7 @@ def _variants(folder: Path, described: OptionsDescription) -> list[ScoredVariant
     rows = read_table(folder, described.tables, "options", OptionRow)
     metrics: dict[Name, dict[str, float]] = {row.name: {} for row in rows}
     samples: dict[Name, dict[str, tuple[float, ...]]] = {row.name: {} for row in rows}
-    costs: dict[Name, dict[Place, dict[str, float]]] = {row.name: {} for row in rows}
+    costs: dict[Name, dict[MeasuredAt, dict[str, float]]] = {row.name: {} for row in rows}
     for score in read_table(folder, described.tables, "metrics", MetricRow):
         where = f"{folder}/metrics.parquet: {' '.join(score.name)}"
         _put(_of(metrics, score.name, where), score.metric, score.value, where)
@@ -154,7 +149,7 @@ def _put(table: dict[str, float], name: str, value: float, where: str) -> None:
     table[name] = value
 
 
-def _known(described: OptionsDescription, scenario: str, batch_size: int, path: Path) -> Place:
+def _known(described: OptionsDescription, scenario: str, batch_size: int, path: Path) -> MeasuredAt:
     for place in described.places:
         if (place.scenario, place.batch_size) == (scenario, batch_size):
             return place
