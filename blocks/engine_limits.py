@@ -4,12 +4,11 @@
 table. How each row is known stands in `known_by`: engines that run here are held to it by the tests.
 """
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from blocks.errors import PuzzleError
+from blocks.errors import PuzzleError, did_you_mean
 from blocks.families import family_of
 from blocks.families.base import head_dim
 from blocks.variant import kind_of, parse_label
@@ -86,9 +85,8 @@ class EngineLimit(PuzzleError):
 def limits_of(engine: str) -> Limits:
     """The limits of an engine; UnknownEngine names those there are."""
     if engine not in LIMITS:
-        near = difflib.get_close_matches(engine.lower(), LIMITS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise UnknownEngine(f"unknown engine {engine!r}; known are {', '.join(LIMITS)}.{hint}")
+        known = ", ".join(LIMITS)
+        raise UnknownEngine(f"unknown engine {engine!r}; known are {known}.{did_you_mean(engine, list(LIMITS))}")
     return LIMITS[engine]
 
 

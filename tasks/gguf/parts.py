@@ -13,6 +13,7 @@ from typing import Any
 import gguf
 import torch
 
+from blocks.errors import first_names
 from tasks.gguf.header import GgufError, Header, named_parts, read_header
 
 _Type = gguf.GGMLQuantizationType
@@ -109,11 +110,11 @@ def check_model(header: Header, config: Any, name: str) -> None:
         missing = [key for key in missing if key != "output.weight"]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        raise GgufError(f"{name} is not whole: {_some(missing)} {verb} missing. Fetch it again.")
+        raise GgufError(f"{name} is not whole: {first_names(missing)} {verb} missing. Fetch it again.")
     left = [key for key in header.tensors if key not in wanted]
     if left:
         raise GgufError(
-            f"{name} holds {_some(left)}, for which {config.model_type} has no place as transformers reads it: the "
+            f"{name} holds {first_names(left)}, for which {config.model_type} has no place as transformers reads it: the "
             "parent would not be the model of the file. Take the safetensors folder it was made from."
         )
     for key, shape in wanted.items():
@@ -151,7 +152,3 @@ def _wanted(config: Any) -> dict[str, tuple[int, ...]]:
         stem, _, suffix = key.rpartition(".")
         wanted[f"{names.get_name(stem)}.{suffix}"] = tuple(tensor.shape)
     return wanted
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from blocks.errors import CorpusError
+from blocks.errors import CorpusError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,14 +92,10 @@ def template_of(tokenizer: "PreTrainedTokenizerBase") -> Chat:
                 tokenize=False,
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise Unusable(f"is refused by the chat template ({_short(error)})") from error
+            raise Unusable(f"is refused by the chat template ({first_line(error, 120)})") from error
         for message in messages:  # not the assistant's: templates of reasoning models leave out earlier thoughts
             if message["role"] != "assistant" and message["content"].strip() not in text:
                 raise Unusable(f"loses a message of role {message['role']} in the chat template")
         return str(text)
 
     return write
-
-
-def _short(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]

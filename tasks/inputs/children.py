@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from blocks.child import config_of
-from blocks.errors import ChildError
+from blocks.errors import ChildError, first_line
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import read_value
 from blocks.parent import Parent
@@ -41,7 +41,7 @@ def open_child(path: Path, dtype: torch.dtype | None = None) -> DeciLMForCausalL
     try:
         loaded: Any = DeciLMForCausalLM.from_pretrained(path, dtype=dtype or "auto", attn_implementation="sdpa")
     except (OSError, RuntimeError, ValueError) as error:
-        raise ChildError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ChildError(f"{path} cannot be loaded: {first_line(error)}") from error
     return loaded.eval()
 
 

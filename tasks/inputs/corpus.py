@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blocks.errors import CorpusError, PuzzleError
+from blocks.errors import CorpusError, PuzzleError, first_line
 from blocks.files import sha256_of
 from blocks.library import digest_of, keep, remember, write_tensors
 from blocks.records import CorpusInfo
@@ -241,7 +241,7 @@ def load_tokenizer(folder: Path) -> DocumentTokenizer:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except Exception as error:  # tokenizers raises nothing more precise
         raise CorpusError(
-            f"the tokenizer in {folder} cannot be loaded ({_first_line(error)}): check the parent."
+            f"the tokenizer in {folder} cannot be loaded ({first_line(error)}): check the parent."
         ) from error
     start = tuple(token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id)
     end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
@@ -351,7 +351,7 @@ def _pinned(source: CorpusSource) -> CorpusSource:
         commit = HfApi().dataset_info(source.hub_id, revision=source.revision).sha
     except (OSError, ValueError) as error:
         raise CorpusError(
-            f"the data set {source.hub_id} at `{source.revision}` cannot be found on the hub ({_first_line(error)}). "
+            f"the data set {source.hub_id} at `{source.revision}` cannot be found on the hub ({first_line(error)}). "
             "Check id and network; with a full commit id as revision no look-up is needed."
         ) from error
     return source.model_copy(update={"revision": commit})
@@ -396,7 +396,7 @@ def _hub_rows(source: HubSource) -> Iterator[tuple[int, Mapping[str, object]]]:
         yield from enumerate(load_dataset(origin, split=source.split, streaming=True, **chosen), 1)
     except (DatasetsError, OSError, ValueError, TypeError) as error:  # TypeError: a column that changes its type
         raise CorpusError(
-            f"{origin} cannot be read ({_first_line(error)}). Check id, configuration, split and network; files that "
+            f"{origin} cannot be read ({first_line(error)}). Check id, configuration, split and network; files that "
             "were downloaded are read as kind jsonl or parquet, the text alone."
         ) from error
 
@@ -448,7 +448,7 @@ def _dump_documents(path: Path) -> Iterator[str]:
                     yield _article(element)
                     root.clear()  # else the whole dump piles up in memory
     except (OSError, EOFError, ElementTree.ParseError) as error:
-        raise CorpusError(f"{path} is not a whole MediaWiki XML dump in bz2 ({_first_line(error)}).") from error
+        raise CorpusError(f"{path} is not a whole MediaWiki XML dump in bz2 ({first_line(error)}).") from error
 
 
 def _article(page: ElementTree.Element) -> str:
@@ -485,7 +485,3 @@ def plain_text(wikitext: str) -> str:
     lines = mwparserfromhell.wikicode.Wikicode(kept).strip_code(normalize=True, collapse=True).split("\n")
     tidy = [_EMPTY_BRACKETS.sub("", re.sub(r"\s+", " ", line)).strip() for line in lines]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(line for line in tidy if not _LEFTOVER_LINE.match(line))).strip()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from blocks.errors import ParentError, PuzzleError
+from blocks.errors import ParentError, PuzzleError, first_line
 from blocks.families import FAMILIES, family_of
 from blocks.files import sha256_of, write_text
 from blocks.library import Fetch, digest_of, is_whole, keep, remember
@@ -116,7 +116,7 @@ def _gguf_config(path: Path) -> Any:
     except PuzzleError:
         raise
     except Exception as error:  # nothing more precise is raised
-        raise ParentError(f"{path.name} cannot be read as GGUF: {_first_line(error)}") from error
+        raise ParentError(f"{path.name} cannot be read as GGUF: {first_line(error)}") from error
     for name in ("quantization_config", "_pre_quantization_dtype"):
         with suppress(AttributeError):
             delattr(config, name)
@@ -293,7 +293,7 @@ def check_parent(folder: Path) -> None:
     try:
         AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # without it, transformers asks at the console
     except Exception as error:  # tokenizers raises nothing more precise
-        raise ParentError(f"config or tokenizer of the parent cannot be loaded: {_first_line(error)}") from error
+        raise ParentError(f"config or tokenizer of the parent cannot be loaded: {first_line(error)}") from error
     check_finite(folder, weights_of(folder))
 
 
@@ -357,7 +357,7 @@ def _download(source: HubParent, config_only: bool = False) -> Path:
             return Path(snapshot_download(source.hub_id, revision=revision, allow_patterns=list(names)))
         except (OSError, ValueError) as error:
             raise ParentError(
-                f"{source.hub_id} at `{source.revision}` cannot be fetched from the hub: {_first_line(error)} "
+                f"{source.hub_id} at `{source.revision}` cannot be fetched from the hub: {first_line(error)} "
                 "Check id, revision, network and, for a gated model, `hf auth login`."
             ) from error
 
@@ -398,7 +398,7 @@ def _convert_gguf(path: Path, folder: Path) -> Header:
     except PuzzleError:
         raise
     except Exception as error:  # tokenizers raises nothing more precise
-        raise ParentError(f"{path.name} cannot be read as GGUF: {_first_line(error)}") from error
+        raise ParentError(f"{path.name} cannot be read as GGUF: {first_line(error)}") from error
     # the weights are plain float32 by now, but transformers still takes the model for a quantised one
     model.hf_quantizer, model.is_quantized = None, False
     for name in ("quantization_config", "_pre_quantization_dtype"):
@@ -422,7 +422,3 @@ def _without_collection() -> Iterator[None]:
     finally:
         if before:
             gc.enable()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

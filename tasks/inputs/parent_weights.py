@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from blocks.errors import ParentError
+from blocks.errors import ParentError, first_line, first_names
 from blocks.families import family_of
 
 WEIGHTS = "model.safetensors"
@@ -87,7 +87,7 @@ def weights_of(folder: Path) -> Weights:
     dtype = _stored_in(tensors.values())
     notes = [*ties.values()]
     if left:
-        notes.append(f"ignored, as transformers ignores them: {_some(left)}")
+        notes.append(f"ignored, as transformers ignores them: {first_names(left)}")
     if dtype is None:
         kinds = sorted({found.dtype for found in tensors.values()})
         notes.append(f"its weights are of several dtypes ({', '.join(kinds)}); it is computed in float32")
@@ -138,7 +138,7 @@ def model_of(folder: Path) -> Model:
     except ParentError:
         raise
     except Exception as error:  # transformers raises nothing more precise
-        raise ParentError(f"no model can be built from the parent's config.json: {_first_line(error)}") from error
+        raise ParentError(f"no model can be built from the parent's config.json: {first_line(error)}") from error
     patterns = [_LEFT_OVER, *(model._keys_to_ignore_on_load_unexpected or ())]
     return Model(
         shapes={name: list(tensor.shape) for name, tensor in model.state_dict().items()},
@@ -188,7 +188,7 @@ def _header(folder: Path, file: str) -> list[Found]:
             ]
     except (SafetensorError, OSError) as error:
         raise ParentError(
-            f"{file} is not a whole safetensors file ({_first_line(error)}): fetch it again "
+            f"{file} is not a whole safetensors file ({first_line(error)}): fetch it again "
             "(a file of a few hundred bytes is a Git LFS pointer)."
         ) from error
 
@@ -240,7 +240,7 @@ def _check_names(folder: Path, tensors: Mapping[str, Found], others: Iterable[Fo
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise ParentError(
-            f"the weights do not fit config.json: {_some(missing)} {verb} missing.{_advice(folder, missing, others)}"
+            f"the weights do not fit config.json: {first_names(missing)} {verb} missing.{_advice(folder, missing, others)}"
         )
     modules = {name.rpartition(".")[0] for name in model.shapes}
     layers = {match[0] for name in modules if (match := _LAYER.match(name))}
@@ -253,7 +253,7 @@ def _check_names(folder: Path, tensors: Mapping[str, Found], others: Iterable[Fo
     if misplaced:
         verb = "is" if len(misplaced) == 1 else "are"
         raise ParentError(
-            f"the weights hold {_some(misplaced)}, for which a model of this config.json has no place: it would not "
+            f"the weights hold {first_names(misplaced)}, for which a model of this config.json has no place: it would not "
             "compute what was trained. Set what is missing in config.json (such as attention_bias or "
             "model_type), merge adapters into the weights, or take the tensors out."
         )
@@ -280,7 +280,7 @@ def _advice(folder: Path, missing: list[str], others: Iterable[Found]) -> str:
                 f" {path.name} holds it, but {INDEX if used != {WEIGHTS} else WEIGHTS} is what is read: mend the index."
             )
     names = [found.name for found in others]
-    seen = f" The files have {_some(names)} instead." if names else ""
+    seen = f" The files have {first_names(names)} instead." if names else ""
     return f"{seen} Fetch the parent again, or correct config.json."
 
 
@@ -306,12 +306,3 @@ def _stored_in(tensors: Iterable[Found]) -> torch.dtype | None:
 def _says_dtype(folder: Path) -> bool:
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return any(values.get(key) is not None for key in ("dtype", "torch_dtype"))
-
-
-def _some(names: list[str]) -> str:
-    """The first few names."""
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

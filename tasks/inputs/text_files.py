@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from blocks.errors import CorpusError
+from blocks.errors import CorpusError, first_line
 from profiles.schema import TextSource
 from tasks.inputs.chats import FIELDS, Chat, Unusable, messages_of
 
@@ -295,7 +295,7 @@ def _parquet_rows(path: Path, field: str) -> Iterator[tuple[int, Any]]:
     except Unusable as reason:
         raise CorpusError(f"{path} {reason}.") from reason
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise CorpusError(f"{path} cannot be read ({str(error).splitlines()[0][:200]}). Is it parquet?") from error
+        raise CorpusError(f"{path} cannot be read ({first_line(error, 200)}). Is it parquet?") from error
 
 
 def _unix(text: str) -> str:
