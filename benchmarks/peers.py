@@ -1,4 +1,4 @@
-"""Every search side by side at two budgets, with true KL; predicted against true; what correction and swaps bring.
+"""Every search side by side at two budgets, with true KL; predicted against true; what swaps bring.
 
     .venv/bin/python -m benchmarks.peers
 
@@ -16,17 +16,16 @@ from benchmarks.common import ROOT, arguments, table, write_page
 from blocks.files import atomic_path
 from blocks.runtime import set_threads
 from profiles.load import load_profile
+from tasks.pages.library_pictures import draw_truth
 from tasks.search.choose import choose
 from tasks.search.confidence import Draws, bootstrap
 from tasks.search.totals import Problem
 from tasks.search.view import library_of, request_of
-from tasks.studies.additivity import Ask as CheckAsk
-from tasks.studies.additivity import Check, check_additivity
-from tasks.studies.contest import Ask, contest
+from tasks.studies.additivity import Check, CheckSize, check_additivity
+from tasks.studies.contest import ContestSize, contest
 from tasks.studies.finished import Finished, open_finished
-from tasks.studies.scatter import draw_check
 from tasks.studies.truth import measured_truth
-from tasks.studies.verdicts import check_rows, check_verdict, contest_rows, contest_verdict
+from tasks.studies.verdicts import check_rows, check_verdict, contest_rows, contest_verdict, truth_points
 
 DRAWS = 200  # of the bootstrap
 
@@ -68,14 +67,16 @@ def section(finished: Finished, fraction: float, options: argparse.Namespace, tr
     top, different = options.top, options.min_different
     (scored, others), truth = measured_truth(finished, 8)
     problem = finished.problem
-    ask = Ask(true_evaluations=true_kl, min_different=different)
-    found = contest(problem, scored, others, ask, lambda done, total, text: print(f"{done}/{total} {text}", flush=True))
+    size = ContestSize(true_evaluations=true_kl, min_different=different)
+    found = contest(
+        problem, scored, others, size, lambda done, total, text="": print(f"{done}/{total} {text}", flush=True)
+    )
     best = choose(problem)
     checked = check_additivity(
         problem,
         truth,
         best,
-        CheckAsk(top=top, min_different=different, swaps=swaps),
+        CheckSize(top=top, min_different=different, swaps=swaps),
         lambda text: print(text, flush=True),
     )
     return [
@@ -111,7 +112,7 @@ def picture(checked: Check, fraction: float) -> Path:
     """Predicted against true, beside the page."""
     path = ROOT / "benchmarks" / f"peers-{round(100 * fraction)}.png"
     with atomic_path(path) as temporary:
-        draw_check(checked).savefig(temporary, format="png")
+        draw_truth(truth_points(checked)).savefig(temporary, format="png")
     return path
 
 

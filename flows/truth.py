@@ -10,7 +10,7 @@ import typer
 from blocks.errors import PuzzleError
 from flows.in_workspace import prepare_workspace, run_logged
 from profiles.load import load_profile
-from tasks.running.progress import Stage, shown
+from tasks.running.progress import Progress, shown
 
 ProfileFile = Annotated[Path, typer.Argument(metavar="PROFILE", help="the profile whose library is finished")]
 Overrides = Annotated[
@@ -46,19 +46,19 @@ def peers_command(
 ) -> None:
     """Every search under the profile's budget: objective, true KL, evaluations, seconds; the lowest true KL wins."""
 
-    def work(finished: Any, told: Stage) -> tuple[Any, str, dict[str, float], Any]:
-        from tasks.studies.contest import Ask, contest
+    def work(finished: Any, progress: Progress) -> tuple[Any, str, dict[str, float], Any]:
+        from tasks.studies.contest import ContestSize, contest
         from tasks.studies.truth import truth_of
         from tasks.studies.verdicts import aligned, contest_figures, contest_rows, contest_verdict
 
-        ask = Ask(
+        size = ContestSize(
             evaluations=evaluations,
             true_evaluations=true_evaluations,
             min_different=min_different,
             seed=seed,
             smaller=tuple(smaller or ()),
         )
-        found = contest(finished.problem, *truth_of(finished, sequences), ask, told)
+        found = contest(finished.problem, *truth_of(finished, sequences), size, progress)
         text = "\n".join([aligned(*contest_rows(found)), *contest_verdict(found)])
         return found, text, contest_figures(found), None
 
@@ -76,34 +76,34 @@ def check_command(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Are scores additive? Predicted against true KL of the best architectures; correction, swaps on the true KL."""
+    """Are scores additive? Predicted against true KL of the best architectures, then swaps that lower the true KL."""
 
-    def work(finished: Any, told: Stage) -> tuple[Any, str, dict[str, float], Any]:
+    def work(finished: Any, progress: Progress) -> tuple[Any, str, dict[str, float], Any]:
+        from tasks.pages.library_pictures import draw_truth
         from tasks.search.choose import choose
-        from tasks.studies.additivity import OTHERS, Ask, check_additivity
-        from tasks.studies.scatter import draw_check
+        from tasks.studies.additivity import OTHERS, CheckSize, check_additivity
         from tasks.studies.truth import measured_truth
-        from tasks.studies.verdicts import aligned, check_figures, check_rows, check_verdict
+        from tasks.studies.verdicts import aligned, check_figures, check_rows, check_verdict, truth_points
 
         total = top + len(OTHERS) + swaps + 1
-        ask = Ask(top=top, min_different=min_different, swaps=swaps, seed=seed)
+        size = CheckSize(top=top, min_different=min_different, swaps=swaps, seed=seed)
         problem, (scored, others), truth = finished.problem, *measured_truth(finished, sequences)
-        found = check_additivity(problem, truth, choose(problem), ask, _counted(told, total))
+        found = check_additivity(problem, truth, choose(problem), size, _counted(progress, total))
         where = f"same sequences: {scored.sequences}; other: {others.sequences}"
         text = "\n".join([aligned(*check_rows(found)), *check_verdict(found), where])
-        return found, text, check_figures(found), draw_check(found)
+        return found, text, check_figures(found), draw_truth(truth_points(found))
 
     _study("check", profile, workspace, set_, as_json, work)
 
 
-def _counted(told: Stage, total: int) -> Callable[[str], None]:
+def _counted(progress: Progress, total: int) -> Callable[[str], None]:
     """One more is done at every call; no more than `total`, so that a search that found more does not pass the end."""
     done = 0
 
     def tell(text: str) -> None:
         nonlocal done
         done = min(done + 1, total)
-        told(done, total, text)
+        progress(done, total, text)
 
     return tell
 
@@ -114,7 +114,7 @@ def _study(
     workspace: Path | None,
     set_: list[str] | None,
     as_json: bool,
-    work: Callable[[Any, Stage], tuple[Any, str, dict[str, float], Any]],
+    work: Callable[[Any, Progress], tuple[Any, str, dict[str, float], Any]],
 ) -> None:
     """Open the finished library, do the work, print it and keep it."""
     wanted = load_profile(profile, set_ or [])
@@ -128,8 +128,8 @@ def _study(
             from tasks.operating.experiment import open_experiment
             from tasks.operating.study_runs import keep
 
-            with shown(name, beside=True) as told:
-                value, text, figures, picture = work(finished, told)
+            with shown(name, beside=True) as progress:
+                value, text, figures, picture = work(finished, progress)
             kept = keep(open_experiment(wanted, folder), f"{name}-{wanted.name}", value, text, figures, picture)
         return str(value.model_dump_json(indent=1)) if as_json else f"{text}\nkept in {kept}"
 

@@ -2,7 +2,6 @@
 
 import itertools
 import zlib
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +13,7 @@ from tasks.search.choose import choose
 from tasks.search.mip import minimise
 from tasks.search.program import Floats, Integers, Program
 from tasks.search.totals import Problem, score_of, within_budget
-from tasks.studies.additivity import Ask, Check, Truth, check_additivity, contributions
-from tasks.studies.correction import LEAST, fit_correction
-from tasks.studies.neighbours import minimise_with_neighbours, with_neighbours
+from tasks.studies.additivity import Check, CheckSize, Truth, check_additivity, contributions
 from tasks.studies.swaps import ROUND, beyond_noise, nearest_swaps, swap_repair
 from tests.test_choose import SEQUENCES, random_problem
 from tests.test_mip import EXACT, every_selection, fits, instance
@@ -51,8 +48,8 @@ def truth_of(
     return truth, asked
 
 
-def checked(problem: Problem, truth: Truth, ask: Ask | None = None) -> Check:
-    return check_additivity(problem, truth, choose(problem), ask or Ask(top=6, min_different=2, swaps=24))
+def checked(problem: Problem, truth: Truth, size: CheckSize | None = None) -> Check:
+    return check_additivity(problem, truth, choose(problem), size or CheckSize(top=6, min_different=2, swaps=24))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -62,7 +59,6 @@ def test_an_additive_truth_is_not_accused(seed: int) -> None:
     assert not found.choice_misleads and not found.forecast_misleads
     assert found.ratio.value == pytest.approx(1, abs=3 * found.ratio.se + 0.02)
     assert found.rank_all.value > 0.8
-    assert found.correction is not None and not found.correction.changes_the_choice
 
 
 @pytest.mark.parametrize("seed", [0, 1, 3])  # of 2 the nearest swaps all leave as many out in a row
@@ -72,7 +68,7 @@ def test_a_planted_interaction_is_found_out_and_repaired(seed: int) -> None:
     best = choose(problem).layers
     assert in_a_row(best) > 1, "nothing is planted here"
     truth, asked = truth_of(problem, hidden=0.5)
-    found = checked(problem, truth, Ask(top=6, min_different=2, swaps=40))
+    found = checked(problem, truth, CheckSize(top=6, min_different=2, swaps=40))
     assert found.choice_misleads and found.forecast_misleads
     final = next(measured for measured in found.measured if measured.name == found.final)
     assert np.mean(final.true_others) < np.mean(found.measured[0].true_others)
@@ -85,14 +81,13 @@ def test_a_constant_factor_is_a_forecast_that_misleads_and_a_choice_that_stands(
     problem = random_problem(0, TIGHT, layers=6)
     found = checked(problem, truth_of(problem, factor=1.4)[0])
     assert found.forecast_misleads and not found.choice_misleads
-    assert found.correction is not None and found.correction.kind == "scale"
-    assert found.correction.common == pytest.approx(1.4, rel=0.03)
+    assert found.ratio.value == pytest.approx(1.4, rel=0.03)
 
 
 def test_scores_that_are_no_kl_are_refused() -> None:
     problem = random_problem(0, TIGHT, layers=6, metric="lm_loss")
     with pytest.raises(PuzzleError, match="scoring.metric: kl"):
-        check_additivity(problem, truth_of(problem)[0], choose(problem), Ask())
+        check_additivity(problem, truth_of(problem)[0], choose(problem), CheckSize())
 
 
 def test_contributions_sum_to_the_score() -> None:
@@ -101,39 +96,6 @@ def test_contributions_sum_to_the_score() -> None:
     each = contributions(problem, layers)
     assert each.shape == (4, SEQUENCES)
     assert each.mean(axis=1).sum() == pytest.approx(score_of(problem, layers)[0], rel=1e-12)
-
-
-def some_contributions(count: int, seed: int = 0) -> Floats:
-    return np.random.default_rng(seed).gamma(1.0, 0.1, (count, 12))
-
-
-def test_a_planted_scale_per_depth_is_recovered() -> None:
-    added = some_contributions(24)
-    planted = np.repeat([0.5, 1.0, 2.0], 4)
-    truth = added @ planted * np.random.default_rng(1).normal(1, 0.01, 24)
-    found = fit_correction(added, truth)
-    assert found.kind == "depth" and found.changes_the_choice
-    assert np.array(found.scales) == pytest.approx(planted, rel=0.05)
-    assert found.errors["depth"] < 0.05 < 0.1 < found.errors["scale"]
-
-
-def test_a_planted_term_of_neighbours_is_recovered() -> None:
-    added = some_contributions(24)
-    roots = np.sqrt(added)
-    truth = added.sum(axis=1) + 0.7 * (roots[:, 1:] * roots[:, :-1]).sum(axis=1)
-    found = fit_correction(added, truth * np.random.default_rng(1).normal(1, 0.002, 24))
-    assert found.kind == "neighbours"
-    assert found.neighbours == pytest.approx(0.7, rel=0.1)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_noise_is_not_fitted(seed: int) -> None:
-    """What is left out tells: on an additive truth with 10 % noise no correction may change the choice."""
-    added = some_contributions(16, seed)
-    found = fit_correction(added, added.sum(axis=1) * np.random.default_rng(seed).normal(1, 0.1, 16))
-    assert not found.changes_the_choice
-    with pytest.raises(ValueError, match="too few"):
-        fit_correction(added[: LEAST - 1], added[: LEAST - 1].sum(axis=1))
 
 
 def tangled(program: Program, strength: float, seed: int) -> tuple[object, Floats]:
@@ -215,16 +177,3 @@ def test_what_counts_as_beyond_noise() -> None:
     weak = np.array([-1.0, -0.2, -0.9, -0.1])
     assert beyond_noise(weak) and not beyond_noise(weak, 20)
     assert beyond_noise(np.full(3, -0.1)) and not beyond_noise(np.zeros(3))
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("weight", [0.8, -0.4])
-def test_neighbours_like_brute_force(seed: int, weight: float) -> None:
-    program = instance(4, 5, seed, 2)
-    program = replace(program, scores=program.scores - (0.01 if seed == 3 else 0.0))
-    fitting = np.array([one for one in every_selection(program) if fits(program, one)])
-    best = with_neighbours(program, fitting, weight).min()
-    found = minimise_with_neighbours(program, weight, EXACT)
-    assert found is not None and fits(program, tuple(found.tolist()))
-    assert with_neighbours(program, found[None], weight)[0] == pytest.approx(best, rel=1e-6)
-    assert minimise_with_neighbours(replace(program, room=program.room * 0.01), weight, EXACT) is None

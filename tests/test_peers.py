@@ -1,4 +1,4 @@
-"""The searches behind one interface: the registry is whole, every search keeps the budget, aims are minimised."""
+"""The searches behind one interface: the registry is whole, every search keeps the budget, any objective is minimised."""
 
 import itertools
 from typing import get_args
@@ -12,11 +12,10 @@ from profiles.schema import BaselineName, Budget
 from tasks.search.choose import choose
 from tasks.search.grid import make_grid
 from tasks.search.totals import Problem, batch_choices, score_of, within_budget
-from tasks.studies.peers import NAMES, PEERS, Aim, find, top
+from tasks.studies.peers import BLACK_BOXES, NAMES, Objective, find, top
 from tests.test_choose import ATTENTIONS, FFNS, random_problem
 
 Layers = tuple[LayerChoice, ...]
-BLACK_BOXES = [name for name, peer in PEERS.items() if peer.search]
 TIGHT = Budget(layer_parameters_fraction=0.6)
 
 
@@ -28,7 +27,7 @@ def every_architecture(problem: Problem) -> list[Layers]:
 
 def test_profiles_name_the_registry() -> None:
     assert ("mip", *get_args(BaselineName)) == NAMES
-    assert BLACK_BOXES == ["evolutionary", "policy_gradient"]
+    assert list(BLACK_BOXES) == ["evolutionary", "policy_gradient"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -43,13 +42,13 @@ def test_every_peer_says_what_it_found_and_took(name: str) -> None:
     assert find(name, problem, seed=2, evaluations=300).layers == found.layers
 
 
-def test_unknown_names_and_aims_that_do_not_fit_are_refused() -> None:
+def test_unknown_names_and_objectives_that_do_not_fit_are_refused() -> None:
     problem = random_problem(3, TIGHT)
     with pytest.raises(PuzzleError, match="unknown search 'annealing': it is one of mip"):
         find("annealing", problem)
-    aim = Aim(name="true KL", measure=lambda _: 0.0, evaluations=5, batches=(1,))
+    objective = Objective(name="true KL", measure=lambda _: 0.0, evaluations=5, batches=(1,))
     with pytest.raises(PuzzleError, match="can be given to evolutionary, policy_gradient"):
-        find("greedy", problem, aim=aim)
+        find("greedy", problem, objective=objective)
 
 
 def entangled(problem: Problem, layers: Layers) -> float:
@@ -61,7 +60,7 @@ def entangled(problem: Problem, layers: Layers) -> float:
 
 @pytest.mark.parametrize("name", BLACK_BOXES)
 @pytest.mark.parametrize("seed", range(2))
-def test_an_aim_is_minimised_where_the_sums_mislead(name: str, seed: int) -> None:
+def test_an_objective_is_minimised_where_the_sums_mislead(name: str, seed: int) -> None:
     problem = random_problem(seed, Budget(layer_parameters_fraction=0.5), layers=3)
     asked: list[Layers] = []
 
@@ -71,8 +70,8 @@ def test_an_aim_is_minimised_where_the_sums_mislead(name: str, seed: int) -> Non
 
     best = min(entangled(problem, layers) for layers in every_architecture(problem))
     by_sums = choose(problem)
-    aim = Aim(name="true KL", measure=measure, evaluations=400, batches=(1,), starts=(by_sums.layers,))
-    found = find(name, problem, seed=seed, aim=aim)
+    objective = Objective(name="true KL", measure=measure, evaluations=400, batches=(1,), starts=(by_sums.layers,))
+    found = find(name, problem, seed=seed, objective=objective)
     assert found.method == f"{name} on true KL"
     assert entangled(problem, found.layers) == pytest.approx(best, rel=1e-9)
     assert found.evaluations == len(asked) == len(set(asked)) <= 400

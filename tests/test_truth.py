@@ -18,7 +18,7 @@ from profiles.schema import GKD, Budget, Evaluate, Profile, Scoring, TinyParent
 from tasks.evaluate.compare import build, contender
 from tasks.evaluate.quality import mean_metric, parent_targets, sequence_figures
 from tasks.search.totals import predicted
-from tasks.studies.contest import Ask, contest
+from tasks.studies.contest import ContestSize, contest
 from tasks.studies.finished import Finished, UnfinishedLibrary, open_finished
 from tasks.studies.truth import Meter, Modules, measured_truth, other_model, other_sequences, scored_sequences, truth_of
 from tests.chain import CORPUS, RECORD, Chain
@@ -167,10 +167,10 @@ def test_a_smaller_model_that_is_closer_wins(finished: Finished) -> None:
     """The parent's own weights under another name: a contender while the child has as many parameters, else not."""
     scored, others = truth_of(finished, 2)
     own = finished.workspace / finished.parent.folder
-    ask = Ask(evaluations=50, smaller=(own,))
-    found = contest(finished.problem, scored, others, ask)
+    size = ContestSize(evaluations=50, smaller=(own,))
+    found = contest(finished.problem, scored, others, size)
     assert (found.winner, found.prune, found.entries[0].layers) == (own.name, False, ())
     fewer = [cost.model_copy(update={"parameters": cost.parameters // 1000}) for cost in finished.costs.costs]
     costs = finished.costs.model_copy(update={"costs": tuple(fewer)})
-    found = contest(replace(finished.problem, costs=costs), scored, others, ask)
+    found = contest(replace(finished.problem, costs=costs), scored, others, size)
     assert "more than the child's" in found.left_out[own.name] and found.prune

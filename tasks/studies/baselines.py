@@ -11,7 +11,8 @@ Each takes a grid whose slots are whole layers, options pairs (attention, ffn); 
 name.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -27,17 +28,9 @@ _ATTEMPTS = 64  # random: draws before a combination of batch sizes is given up
 Pair = tuple[str | None, str | None]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Ask:
-    """What a search gets beside the grid: a seeded generator, the solver's limits, evaluations it may spend."""
-
-    generator: np.random.Generator
-    search: Search
-    evaluations: int
-
-
 # the selection, (S,), and how many whole architectures it was picked from; None when none keeps the budget
 Picked = tuple[Integers, int] | None
+Baseline = Callable[[Grid, Search, np.random.Generator], Picked]
 
 
 def _fits(grid: Grid, selection: Integers) -> bool:
@@ -59,7 +52,7 @@ def _best_of(grid: Grid, slot: Integers, pair: Pair) -> int | None:
     return min(found, key=lambda index: grid.scores[index], default=None)
 
 
-def uniform(grid: Grid, _: Ask) -> Picked:
+def uniform(grid: Grid, *_: object) -> Picked:
     """The best-scoring pair of labels that fits; layers that are not searched keep the parent's."""
     pairs = dict.fromkeys(_pair(option) for option in grid.options)
     everywhere = [selection for pair in pairs if (selection := _in_all_layers(grid, pair)) is not None]
@@ -73,7 +66,7 @@ def _in_all_layers(grid: Grid, pair: Pair) -> Integers | None:
     return None if None in picks else np.array(picks)
 
 
-def depth(grid: Grid, _: Ask) -> Picked:
+def depth(grid: Grid, *_: object) -> Picked:
     """Drop whole layers, lowest score first, until the rest fits; only layers with both no-ops can go."""
     selection = grid.starts.copy()
     dropped = {layer: _best_of(grid, slot, ("no_op", "no_op")) for layer, slot in enumerate(_slots(grid))}
@@ -85,7 +78,7 @@ def depth(grid: Grid, _: Ask) -> Picked:
     return (selection, 1) if _fits(grid, selection) else None
 
 
-def greedy(grid: Grid, _: Ask) -> Picked:
+def greedy(grid: Grid, *_: object) -> Picked:
     """Equal budget per searched layer, layers by mean score ascending; the lowest score within it, the rest carried on.
 
     A layer where nothing fits takes what overruns least, and the next layers owe the difference.
@@ -109,27 +102,27 @@ def _lowest_within(grid: Grid, slot: Integers, available: Floats) -> int:
     return int(within[grid.scores[within].argmin()]) if len(within) else int(slot[overrun.argmin()])
 
 
-def random(grid: Grid, ask: Ask) -> Picked:
+def random(grid: Grid, _: Search, generator: np.random.Generator) -> Picked:
     """The first of some random choices that can be brought within the budget."""
     for attempt in range(1, _ATTEMPTS + 1):
-        drawn, kept = within(grid.program, draw(grid.program, 1, ask.generator), ask.generator)
+        drawn, kept = within(grid.program, draw(grid.program, 1, generator), generator)
         if kept[0]:
             return drawn[0], attempt
     return None
 
 
-def no_op_only(grid: Grid, ask: Ask) -> Picked:
+def no_op_only(grid: Grid, search: Search, *_: object) -> Picked:
     """The paper's ablation: subblocks are kept or removed, nothing in between."""
     kept = np.array([set(_pair(option)) <= {"parent", "no_op"} for option in grid.options])
-    answer = minimise(grid.program.only(kept), ask.search)
+    answer = minimise(grid.program.only(kept), search)
     return None if answer is None else (np.flatnonzero(kept)[answer.selection], 0)
 
 
-def max_params(grid: Grid, ask: Ask) -> Picked:
+def max_params(grid: Grid, search: Search, *_: object) -> Picked:
     """The paper's ablation: the scores are not looked at.
 
     Very many choices come close to filling a budget, and no solver tells them apart in time: a gap of 1e-4 is enough.
     """
-    search = ask.search.model_copy(update={"gap": max(ask.search.gap, 1e-4)})
+    search = search.model_copy(update={"gap": max(search.gap, 1e-4)})
     answer = minimise(replace(grid.program, scores=-grid.parameters), search)
     return None if answer is None else (answer.selection, 0)

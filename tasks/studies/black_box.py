@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from blocks.errors import PuzzleError
+from tasks.running.progress import Progress, no_progress
 from tasks.search.program import Floats, Integers, Program
 from tasks.studies.repair import draw, keeps, within
 
@@ -28,7 +29,7 @@ _FILLED = 0.5  # share of the repaired selections that are filled up: dearer is 
 class BlackBox:
     """What such a search is given: the budget's rows, an objective, how many selections it may evaluate, known starts.
 
-    program: scores are not looked at. starts: (K, S) selections that keep the rows. tell: (done, total).
+    program: scores are not looked at. starts: (K, S) selections that keep the rows.
     """
 
     program: Program
@@ -36,7 +37,7 @@ class BlackBox:
     evaluations: int
     generator: np.random.Generator
     starts: Integers | None = None
-    tell: Callable[[int, int], None] = lambda done, total: None
+    progress: Progress = no_progress
     known: dict[bytes, float] = field(default_factory=dict)
     best: Integers | None = None
     value: float = np.inf
@@ -72,7 +73,7 @@ class BlackBox:
             at = int(values.argmin())
             if values[at] < self.value:
                 self.best, self.value = list(fresh.values())[at].copy(), float(values[at])
-            self.tell(len(self.known), self.evaluations)
+            self.progress(len(self.known), self.evaluations)
         found = [self.known.get(one.tobytes(), np.inf) for one in selections]
         return np.where(kept, found, np.inf)
 

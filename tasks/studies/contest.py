@@ -4,7 +4,7 @@ Every search works on the sequences that were scored, the sums by scores, the bl
 evaluations are given for it. The true KL that counts is that of other sequences, which none of them looked at.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,12 @@ import numpy as np
 
 from blocks.errors import PuzzleError
 from blocks.records import Architecture, LayerChoice, Metric, Value
+from tasks.running.progress import Progress, no_progress
 from tasks.search.choose import choose
 from tasks.search.totals import Problem, predicted, within_budget
 from tasks.studies.additivity import Layers
-from tasks.studies.peers import EVALUATIONS, NAMES, PEERS, Aim, find, top
-from tasks.studies.swaps import beyond_noise, paired
+from tasks.studies.peers import BLACK_BOXES, EVALUATIONS, NAMES, Objective, find, top
+from tasks.studies.swaps import beyond_noise, mean_of
 from tasks.studies.truth import Meter, OtherModel, other_model
 
 SUMS, TRUE, NOTHING = "summed scores", "true KL", "nothing"
@@ -47,8 +48,7 @@ class Entry(Value):
     @property
     def kl(self) -> Metric:
         """The true KL with its standard error over sequences."""
-        mean, error = paired(np.array(self.true))
-        return Metric(value=mean, se=error if len(self.true) > 1 else 0.0, n=len(self.true))
+        return mean_of(self.true)
 
 
 class Contest(Value):
@@ -69,7 +69,7 @@ class Contest(Value):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask:
+class ContestSize:
     """What a black box may look at: so many sums, so many measured KLs (0: none), begun at the `starts` best sums."""
 
     evaluations: int = EVALUATIONS
@@ -84,26 +84,25 @@ def contest(
     problem: Problem,
     scored: Meter,
     others: Meter,
-    ask: Ask,
-    tell: Callable[[int, int, str], None] = lambda done, total, text: None,
+    size: ContestSize,
+    progress: Progress = no_progress,
 ) -> Contest:
     """Search by every name, measure what was found. Raises InfeasibleBudget when the MIP finds nothing."""
-    black_boxes = [name for name, peer in PEERS.items() if peer.search]
-    total = len(NAMES) + bool(ask.true_evaluations) * len(black_boxes) * ask.true_evaluations
+    total = len(NAMES) + len(BLACK_BOXES) * size.true_evaluations
     best = choose(problem)
     entries, left_out = list[Entry](), dict[str, str]()
     for done, name in enumerate(NAMES, start=1):
         try:
-            found = best if name == "mip" else find(name, problem, ask.seed, ask.evaluations)
+            found = best if name == "mip" else find(name, problem, size.seed, size.evaluations)
         except PuzzleError as error:
             left_out[name] = str(error)
             continue
         entries.append(_entry(found, name, SUMS, found.score, found.solve_seconds, others))
-        tell(done, total, f"{name} KL {entries[-1].kl.value:.4f}")
+        progress(done, total, f"{name} KL {entries[-1].kl.value:.4f}")
     if within_budget(problem, problem.parent):
         untouched = predicted(problem, problem.parent, "parent")
         entries.append(_entry(untouched, "parent", NOTHING, 0.0, 0.0, others))
-    for folder in ask.smaller:
+    for folder in size.smaller:
         smaller = other_model(folder, others)
         if smaller.parameters <= best.totals[0].parameters:
             entries.append(_untrained(smaller))
@@ -111,16 +110,16 @@ def contest(
             left_out[smaller.name] = (
                 f"{smaller.parameters:,} parameters, more than the child's {best.totals[0].parameters:,}"
             )
-    if ask.true_evaluations:
-        for place, name in enumerate(black_boxes):
-            before = len(NAMES) + place * ask.true_evaluations
-            told = partial(_tell_from, tell, before, total, f"{name} on {TRUE}")
-            entries.append(_on_truth(problem, name, best, (scored, others), ask, told))
+    if size.true_evaluations:
+        for place, name in enumerate(BLACK_BOXES):
+            after = partial(_after, progress, len(NAMES) + place * size.true_evaluations, total, f"{name} on {TRUE}")
+            entries.append(_on_truth(problem, name, best, (scored, others), size, after))
     return _ranked(problem, scored, others, entries, left_out)
 
 
-def _tell_from(tell: Callable[[int, int, str], None], before: int, total: int, text: str, done: int, _: int) -> None:
-    tell(before + done, total, text)
+def _after(progress: Progress, before: int, total: int, what: str, done: int, _: int, text: str = "") -> None:
+    """Steps of one search on the true KL as steps of the whole contest."""
+    progress(before + done, total, what)
 
 
 def _entry(found: Architecture, name: str, on: str, objective: float, seconds: float, others: Meter) -> Entry:
@@ -156,8 +155,8 @@ def _on_truth(
     name: str,
     best: Architecture,
     meters: tuple[Meter, Meter],
-    ask: Ask,
-    tell: Callable[[int, int], None],
+    size: ContestSize,
+    progress: Progress,
 ) -> Entry:
     """A black box on the measured KL of the scored sequences, started at the best sums."""
     scored, others = meters
@@ -169,15 +168,15 @@ def _on_truth(
         took[layers] = measured.seconds
         return float(np.mean(measured.per_sequence))
 
-    aim = Aim(
+    objective = Objective(
         name=TRUE,
         measure=measure,
-        evaluations=ask.true_evaluations,
+        evaluations=size.true_evaluations,
         batches=batches,
-        starts=tuple(top(problem, ask.starts, ask.min_different, batches)),
-        tell=tell,
+        starts=tuple(top(problem, size.starts, size.min_different, batches)),
+        progress=progress,
     )
-    found = find(name, problem, ask.seed, aim=aim)
+    found = find(name, problem, size.seed, objective=objective)
     # by the clock of the forward passes: those of an earlier run are stored, and would take no time
     return _entry(found, name, TRUE, measure(found.layers), sum(took.values()), others)
 

@@ -1,4 +1,4 @@
-"""Every search of an architecture behind one interface: a name, a problem, an architecture of that method.
+"""Every search of an architecture behind one function: a name and a problem in, an architecture of that method out.
 
     mip              the exact minimum of the summed scores, with its certificate (tasks/search/choose.py)
     uniform, depth, greedy, random, no_op_only, max_params      tasks/studies/baselines.py
@@ -17,21 +17,33 @@ import numpy as np
 
 from blocks.errors import InfeasibleBudget, PuzzleError
 from blocks.records import Architecture, LayerChoice
+from profiles.schema import Search
+from tasks.running.progress import Progress, no_progress
 from tasks.search.choose import choose
 from tasks.search.grid import Grid, grids_of, make_grid
 from tasks.search.mip import minimise
-from tasks.search.program import Floats, Integers
+from tasks.search.program import Integers
 from tasks.search.totals import Batches, Problem, predicted
 from tasks.studies import baselines
-from tasks.studies.baselines import Ask, Picked
 from tasks.studies.black_box import BlackBox, evolve, reinforce
 
 EVALUATIONS = 20_000  # summed scores that evolutionary and policy_gradient may look at
 _NEEDS = {"depth": " (it drops layers that have no_op as attention and as ffn, nothing else)"}
 
+BASELINES: dict[str, baselines.Baseline] = {
+    "uniform": baselines.uniform,
+    "depth": baselines.depth,
+    "greedy": baselines.greedy,
+    "random": baselines.random,
+    "no_op_only": baselines.no_op_only,
+    "max_params": baselines.max_params,
+}
+BLACK_BOXES: dict[str, Callable[[BlackBox], Integers | None]] = {"evolutionary": evolve, "policy_gradient": reinforce}
+NAMES = ("mip", *BASELINES, *BLACK_BOXES)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Aim:
+class Objective:
     """What a black-box search minimises instead of the summed scores, at fixed batch sizes.
 
     measure: a choice per layer -> objective, less is better. starts: choices to begin with.
@@ -42,115 +54,84 @@ class Aim:
     evaluations: int
     batches: Batches
     starts: tuple[tuple[LayerChoice, ...], ...] = ()
-    tell: Callable[[int, int], None] = lambda done, total: None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Peer:
-    """One search. whole_layers: its slots are layers, not subblocks. search: set for those that take any objective."""
-
-    method: Callable[[Grid, Ask], Picked]
-    whole_layers: bool = True
-    search: Callable[[BlackBox], Integers | None] | None = None
-
-
-def _black_box(search: Callable[[BlackBox], Integers | None]) -> Peer:
-    def method(grid: Grid, ask: Ask) -> Picked:
-        box = BlackBox(
-            program=grid.program,
-            objective=lambda selections: _sums(grid, selections),
-            evaluations=ask.evaluations,
-            generator=ask.generator,
-        )
-        selection = search(box)
-        return None if selection is None else (selection, len(box.known))
-
-    return Peer(method=method, whole_layers=False, search=search)
-
-
-def _sums(grid: Grid, selections: Integers) -> Floats:
-    return np.asarray(grid.scores[selections].sum(axis=1))
-
-
-PEERS: dict[str, Peer] = {
-    "uniform": Peer(method=baselines.uniform),
-    "depth": Peer(method=baselines.depth),
-    "greedy": Peer(method=baselines.greedy),
-    "random": Peer(method=baselines.random),
-    "no_op_only": Peer(method=baselines.no_op_only),
-    "max_params": Peer(method=baselines.max_params),
-    "evolutionary": _black_box(evolve),
-    "policy_gradient": _black_box(reinforce),
-}
-NAMES = ("mip", *PEERS)
+    progress: Progress = no_progress
 
 
 def find(
-    name: str, problem: Problem, seed: int = 0, evaluations: int = EVALUATIONS, aim: Aim | None = None
+    name: str, problem: Problem, seed: int = 0, evaluations: int = EVALUATIONS, objective: Objective | None = None
 ) -> Architecture:
     """The architecture that one search finds within the budget; `seed` and `evaluations` matter to those that draw.
 
     Raises InfeasibleBudget when the method finds none, even where the MIP does, and PuzzleError for an unknown name or
-    an aim given to a search that cannot take one.
+    an objective given to a search that minimises summed scores alone.
     """
     if name not in NAMES:
         raise PuzzleError(f"unknown search {name!r}: it is one of {', '.join(NAMES)}.")
-    if aim is not None:
-        return _aimed(name, problem, seed, aim)
+    if objective is not None and name not in BLACK_BOXES:
+        raise PuzzleError(
+            f"{name} minimises summed scores and nothing else: {objective.name} can be given to "
+            f"{', '.join(BLACK_BOXES)}."
+        )
     if name == "mip":
         return choose(problem)
     started = time.perf_counter()
-    grids = grids_of(problem, joint=PEERS[name].whole_layers)
+    if objective is None:
+        grids = grids_of(problem, joint=name in BASELINES)
+    else:
+        grids, evaluations = [make_grid(problem, objective.batches)], objective.evaluations
     best: tuple[float, Grid, Integers] | None = None
     evaluated = 0
     for grid in grids:
-        share = max(evaluations // len(grids), 1)
-        ask = Ask(generator=np.random.default_rng(seed), search=problem.search, evaluations=share)
-        picked = PEERS[name].method(grid, ask)
-        if picked is None:
+        found = _found(name, grid, problem.search, seed, max(evaluations // len(grids), 1), objective)
+        if found is None:
             continue
-        selection, count = picked
+        value, selection, count = found
         evaluated += count
-        score = float(grid.scores[selection].sum())
-        if best is None or score < best[0]:
-            best = score, grid, selection
+        if best is None or value < best[0]:
+            best = value, grid, selection
         if name == "random":
             break
     if best is None:
-        raise _refused(name)
+        raise InfeasibleBudget(
+            f"The {name} baseline finds no architecture within the budget{_NEEDS.get(name, '')}: ease the budget, add "
+            f"variants to search_space, or take {name} out of evaluate.baselines."
+        )
     _, grid, selection = best
-    found = predicted(problem, grid.choice(selection), name, grid.batches)
-    return found.model_copy(update={"evaluations": evaluated, "solve_seconds": time.perf_counter() - started})
+    method = name if objective is None else f"{name} on {objective.name}"
+    architecture = predicted(problem, grid.choice(selection), method, grid.batches)
+    return architecture.model_copy(update={"evaluations": evaluated, "solve_seconds": time.perf_counter() - started})
 
 
-def _aimed(name: str, problem: Problem, seed: int, aim: Aim) -> Architecture:
-    search = PEERS[name].search if name in PEERS else None
-    if search is None:
-        able = ", ".join(key for key, peer in PEERS.items() if peer.search)
-        raise PuzzleError(f"{name} minimises summed scores and nothing else: {aim.name} can be given to {able}.")
-    started = time.perf_counter()
-    grid = make_grid(problem, aim.batches)
-    starts = [grid.selection(layers) for layers in aim.starts]
-    known = [start for start in starts if start is not None]
-    box = BlackBox(
+def _found(
+    name: str, grid: Grid, search: Search, seed: int, evaluations: int, objective: Objective | None
+) -> tuple[float, Integers, int] | None:
+    """The objective of what one search finds in a grid, its selection, and how many architectures it looked at."""
+    generator = np.random.default_rng(seed)
+    if name in BASELINES:
+        picked = BASELINES[name](grid, search, generator)
+        return picked and (float(grid.scores[picked[0]].sum()), *picked)
+    box = _box(grid, generator, evaluations, objective)
+    selection = BLACK_BOXES[name](box)
+    return None if selection is None else (box.value, selection, len(box.known))
+
+
+def _box(grid: Grid, generator: np.random.Generator, evaluations: int, objective: Objective | None) -> BlackBox:
+    if objective is None:
+        return BlackBox(
+            program=grid.program,
+            objective=lambda selections: np.asarray(grid.scores[selections].sum(axis=1)),
+            evaluations=evaluations,
+            generator=generator,
+        )
+    measure = objective.measure
+    known = [start for layers in objective.starts if (start := grid.selection(layers)) is not None]
+    return BlackBox(
         program=grid.program,
-        objective=lambda selections: np.array([aim.measure(grid.choice(one)) for one in selections]),
-        evaluations=aim.evaluations,
-        generator=np.random.default_rng(seed),
+        objective=lambda selections: np.array([measure(grid.choice(one)) for one in selections]),
+        evaluations=evaluations,
+        generator=generator,
         starts=np.array(known) if known else None,
-        tell=aim.tell,
-    )
-    selection = search(box)
-    if selection is None:
-        raise _refused(name)
-    found = predicted(problem, grid.choice(selection), f"{name} on {aim.name}", grid.batches)
-    return found.model_copy(update={"evaluations": len(box.known), "solve_seconds": time.perf_counter() - started})
-
-
-def _refused(name: str) -> InfeasibleBudget:
-    return InfeasibleBudget(
-        f"The {name} baseline finds no architecture within the budget{_NEEDS.get(name, '')}: ease the budget, add "
-        f"variants to search_space, or take {name} out of evaluate.baselines."
+        progress=objective.progress,
     )
 
 

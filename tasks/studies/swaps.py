@@ -7,15 +7,16 @@ S = slots, N = options, R = rows, T = sequences.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.stats import sem, ttest_1samp
 
-from blocks.records import Value
+from blocks.records import Metric, Value
+from tasks.running.progress import Progress, no_progress
 from tasks.search.program import ROOM, Floats, Integers, Program
 
-LEVEL = 0.05  # chance that a round of swaps, none of which helps, is taken for a help
+LEVEL = 0.05  # chance that a round of swaps none of which helps is nevertheless taken to help
 ROUND = 8  # swaps tried before the best of them is kept
 _NEAREST = 400  # single swaps, lowest summed score first, that pairs are made of
 _REPEAT = 2  # how often one single swap may come up in a round
@@ -42,17 +43,22 @@ class Repair(Value):
 
 def paired(differences: Floats) -> tuple[float, float]:
     """Mean of paired differences (T,) and its standard error; inf for a single one, which shows no noise."""
-    count = len(differences)
-    error = float(differences.std(ddof=1)) / math.sqrt(count) if count > 1 else math.inf
-    return float(differences.mean()), error
+    return float(differences.mean()), float(sem(differences)) if len(differences) > 1 else math.inf
+
+
+def mean_of(per_sequence: Sequence[float]) -> Metric:
+    """Mean over sequences (T,) with its standard error, which is given as 0 for a single sequence."""
+    mean, error = paired(np.array(per_sequence))
+    return Metric(value=mean, se=error if math.isfinite(error) else 0.0, n=len(per_sequence))
 
 
 def beyond_noise(differences: Floats, comparisons: int = 1) -> bool:
     """True when paired differences (T,) are below 0 by a one-sided t test, its level shared among the comparisons."""
-    mean, error = paired(differences)
-    if not math.isfinite(error) or mean >= 0:
+    if len(differences) < 2 or differences.mean() >= 0:
         return False
-    return error == 0 or mean / error < student.ppf(LEVEL / comparisons, len(differences) - 1)
+    if np.ptp(differences) == 0:  # every sequence says the same
+        return True
+    return bool(ttest_1samp(differences, 0, alternative="less").pvalue < LEVEL / comparisons)
 
 
 def nearest_swaps(program: Program, selection: Integers, count: int, tried: set[bytes]) -> list[Integers]:
@@ -89,7 +95,7 @@ def swap_repair(
     start: Integers,
     measure: Measure,
     evaluations: int,
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> Repair:
     """Rounds of swaps from `start` (S,), which keeps the rows; the best of a round is kept if it is beyond noise.
 
@@ -107,7 +113,7 @@ def swap_repair(
             measured.append(measure(swap))
             tried.add(swap.tobytes())
             spent += 1
-            tell(spent, evaluations)
+            progress(spent, evaluations)
         best = int(np.argmin([found.mean() for found in measured]))
         if beyond_noise(measured[best] - now, len(swaps)):
             steps.append(_step(program, selection, swaps[best], measured[best] - now))

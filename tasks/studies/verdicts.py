@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from blocks.records import Metric, TruthPoint
-from tasks.studies.additivity import Check, Difference, Measured
+from tasks.studies.additivity import Check, Difference
 from tasks.studies.contest import Contest, Entry
 
 Rows = Sequence[Sequence[str]]
@@ -21,7 +21,7 @@ def _entry_row(entry: Entry) -> list[str]:
         entry.on,
         f"{entry.objective:.4f}",
         f"{entry.score:.4f}",
-        told(entry.kl),
+        with_error(entry.kl),
         f"{entry.evaluations:,}" if entry.evaluations else "-",
         f"{entry.seconds:.1f}",
     ]
@@ -47,7 +47,7 @@ def check_rows(check: Check) -> tuple[list[str], Rows]:
     return header, [
         [
             measured.name,
-            *(told(measured.figure(field)) for field in ("predicted", "true_scored", "true_others")),
+            *(with_error(measured.figure(field)) for field in ("predicted", "true_scored", "true_others")),
             against.get(measured.name, ""),
         ]
         for measured in check.measured
@@ -63,10 +63,10 @@ def check_verdict(check: Check) -> list[str]:
     forecast = "misleads" if check.forecast_misleads else "holds"
     chosen = "misleads" if check.choice_misleads else "stands"
     lines = [
-        f"forecast {forecast}: true / predicted over the top {check.top} is {told(check.ratio, 3)}, same sequences",
-        f"ranking: rank correlation {told(check.rank, 2)} within the top {check.top}, {told(check.rank_all, 2)} over "
-        f"all {check.rank_all.n} measured, other sequences",
-        f"correction: {_correction(check)}",
+        f"forecast {forecast}: true / predicted over the top {check.top} is {with_error(check.ratio, 3)}, same "
+        "sequences",
+        f"ranking: rank correlation {with_error(check.rank, 2)} within the top {check.top}, "
+        f"{with_error(check.rank_all, 2)} over all {check.rank_all.n} measured, other sequences",
         f"swaps: {len(check.steps)} kept beyond noise"
         + "".join(f"; true KL {step.true_change:+.4f} ± {step.se:.4f}" for step in check.steps),
     ]
@@ -75,16 +75,7 @@ def check_verdict(check: Check) -> list[str]:
     return [*lines, f"choice {chosen}: the best that is known beyond noise is {check.final}{by}"]
 
 
-def _correction(check: Check) -> str:
-    fitted = check.correction
-    if fitted is None:
-        return "too few architectures were measured to fit one"
-    errors = ", ".join(f"{name} {error:.1%}" for name, error in fitted.errors.items())
-    what = "the choice was made again with it" if fitted.changes_the_choice else "it leaves the choice as it was"
-    return f"{fitted.kind}, {what}; error on architectures left out ({fitted.architectures}): {errors}"
-
-
-def told(metric: Metric, digits: int = 4) -> str:
+def with_error(metric: Metric, digits: int = 4) -> str:
     """Value and standard error."""
     return f"{metric.value:.{digits}f} ± {metric.se:.{digits}f}"
 
@@ -100,19 +91,13 @@ def aligned(header: Sequence[str], rows: Rows) -> str:
 
 def check_figures(check: Check) -> dict[str, float]:
     """A check as metrics."""
-    figures = {
+    return {
         "check/ratio": check.ratio.value,
         "check/rank": check.rank.value,
         "check/choice_misleads": float(check.choice_misleads),
         "check/forecast_misleads": float(check.forecast_misleads),
+        **{f"check/{m.name.replace(' ', '_')}_kl": m.figure("true_others").value for m in check.measured},
     }
-    if check.correction is not None:
-        figures |= {f"check/error_{name.replace(' ', '_')}": error for name, error in check.correction.errors.items()}
-    return figures | {f"check/{_slug(m)}_kl": m.figure("true_others").value for m in check.measured}
-
-
-def _slug(measured: Measured) -> str:
-    return measured.name.replace(" ", "_")
 
 
 def contest_figures(contest: Contest) -> dict[str, float]:
