@@ -27,7 +27,7 @@ from tasks.search.request import Request, limits
 from tasks.search.solve import front
 from tests.test_mip import instance, scip
 
-THREE = ("memory_mib", "runtime_ms", "parameters")
+THREE = ("memory_gib", "latency_seconds", "parameters")
 
 
 def main() -> None:
@@ -135,11 +135,11 @@ def against_scip(count: int) -> str:
 def timed_sweep(points: int) -> tuple[float, int]:
     """Seconds of a sweep over the runtime, and how many limits had an answer."""
     library = joint(shared(80, 6, 9, 0), 80)
-    runtimes = [[o.costs["runtime_ms"] for o in library.options if o.layer == layer] for layer in library.layers]
+    runtimes = [[o.costs["latency_seconds"] for o in library.options if o.layer == layer] for layer in library.layers]
     low, high = sum(map(min, runtimes)), sum(map(max, runtimes))
     values = list(np.linspace(low + 0.02 * (high - low), high, points))
     started = time.perf_counter()
-    choices = front(library, Request(limits=limits(memory_mib=1.0)), "runtime_ms", values)
+    choices = front(library, Request(limits=limits(memory_gib=1.0)), "latency_seconds", values)
     return time.perf_counter() - started, sum(choice is not None for choice in choices)
 
 
@@ -150,7 +150,7 @@ def joint(program: Program, layers: int) -> JointLibrary:
         JointOption(
             layer=f"layer_{index // variants}",
             label=f"variant {index % variants}",
-            metrics={"kl_div": float(program.scores[index])},
+            metrics={"kl": float(program.scores[index])},
             costs={name: float(program.usage[row, index]) for row, name in enumerate(THREE[:2])},
         )
         for index in range(len(program.scores))

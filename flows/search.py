@@ -12,7 +12,7 @@ import typer
 from pydantic import ValidationError
 
 from blocks.errors import PuzzleError
-from profiles.schema import Search
+from profiles.schema import Search, read_share
 from tasks.running.progress import shown
 from tasks.search.joint import QUANTITIES, LibraryFileError, at, flag
 
@@ -37,13 +37,18 @@ def asked(
             "--library", metavar="PATH", help="a workspace, a library in the open format, or NVlabs' block_library.json"
         ),
     ],
-    memory_mib: Annotated[Budget, _budget("memory_mib", "weights + KV cache, MiB")] = None,
-    runtime_ms: Annotated[Budget, _budget("runtime_ms", "latency of one batch, ms")] = None,
-    ttft_ms: Annotated[Budget, _budget("ttft_ms", "time to first token, ms")] = None,
-    tokens_per_second: Annotated[Budget, _budget("tokens_per_second", "throughput, at least")] = None,
-    num_params: Annotated[Budget, _budget("num_params", "parameters")] = None,
-    active_params: Annotated[Budget, _budget("active_params", "parameters that a token passes through")] = None,
-    layer_params: Annotated[Budget, _budget("layer_params", "parameters of the layers alone")] = None,
+    memory_gib: Annotated[Budget, _budget("memory_gib", "weights + KV cache, GiB")] = None,
+    latency_seconds: Annotated[
+        Budget, _budget("latency_seconds", "prompt and generation of one batch, seconds")
+    ] = None,
+    time_to_first_token_seconds: Annotated[
+        Budget, _budget("time_to_first_token_seconds", "prompt of one batch, seconds")
+    ] = None,
+    tokens_per_second: Annotated[
+        Budget, _budget("tokens_per_second", "prompt and generated tokens per second, at least")
+    ] = None,
+    parameters: Annotated[Budget, _budget("parameters", "parameters")] = None,
+    layer_parameters: Annotated[Budget, _budget("layer_parameters", "parameters of the layers alone")] = None,
     score: Annotated[str | None, typer.Option("--score", metavar="N", help="budget: the summed score")] = None,
     traffic: Annotated[
         list[str] | None,
@@ -51,7 +56,7 @@ def asked(
     ] = None,
     scenario: Annotated[str | None, typer.Option("--scenario", help="this one alone [all of the library]")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="this one alone [the best]")] = None,
-    metric: Annotated[str, typer.Option("--metric", help="what is summed and minimised, e.g. lm_loss")] = "kl_div",
+    metric: Annotated[str, typer.Option("--metric", help="what is summed and minimised, e.g. lm_loss")] = "kl",
     robust: Annotated[float, typer.Option("--robust", help="minimise mean + this many standard errors")] = 0.0,
     max_block_types: Annotated[
         int | None, typer.Option("--max-block-types", help="distinct variants in one architecture")
@@ -67,8 +72,9 @@ def asked(
         list[int] | None, typer.Option("--keep", metavar="LAYER", help="a layer that stays as it is")
     ] = None,
     width_multiple: Annotated[int, typer.Option("--width-multiple", help="of every FFN width")] = 1,
-    engine: Annotated[
-        str | None, typer.Option("--engine", help="use only what it can run: llama.cpp, vllm, tensorrt-llm, sglang")
+    must_run: Annotated[
+        list[str] | None,
+        typer.Option("--must-run", metavar="ENGINE", help="an engine that has to run it: llama.cpp, vllm ..."),
     ] = None,
     time_limit: Annotated[float, typer.Option("--time-limit", help="seconds the solver may take, at most")] = 60.0,
 ) -> "tuple[JointLibrary, Request]":
@@ -87,10 +93,15 @@ def asked(
             forbid=tuple(forbid or ()),
             keep_layers=tuple(keep or ()),
             width_multiple=width_multiple,
-            engine=engine,  # type: ignore[arg-type]  # checked by pydantic
             time_limit_seconds=time_limit,
         )
-        request = Request(limits=tuple(found), metric=metric, traffic=_traffic(traffic or []), search=search)
+        request = Request(
+            limits=tuple(found),
+            metric=metric,
+            traffic=_traffic(traffic or []),
+            search=search,
+            must_run=tuple(must_run or ()),  # type: ignore[arg-type]  # checked by pydantic
+        )
     except ValidationError as error:
         raise _refused(error) from None
     return opened, request
@@ -103,14 +114,20 @@ def _listed(value: Any) -> list[str]:
 def _traffic(texts: Sequence[str]) -> dict[str, float]:
     shares = {}
     for text in texts:
-        name, equals, share = text.partition("=")
-        try:
-            shares[name.strip()] = float(share.strip().removesuffix("%"))
-        except ValueError:
-            raise PuzzleError(f"--traffic: SCENARIO=SHARE, such as chat=0.7, not {text!r}.") from None
-        if not 0 < shares[name.strip()] < math.inf:
-            raise PuzzleError(f"--traffic: a finite share greater than 0, not {text!r}.")
+        name, _, share = text.partition("=")
+        shares[name.strip()] = _share("--traffic SCENARIO=SHARE", share)
     return shares
+
+
+def _share(option: str, text: str, most: float = math.inf) -> float:
+    """`.7` or `70%`; PuzzleError for what is no such number."""
+    try:
+        value = float(read_share(text))  # type: ignore[arg-type]  # what is no number is refused here
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= most:
+        raise PuzzleError(f"{option}: a share such as 0.7 or 70%, not {text!r}.")
+    return value
 
 
 def _refused(error: ValidationError) -> PuzzleError:
@@ -149,7 +166,7 @@ def choose_command(
         int, typer.Option("--min-different", help="layers in which any two of them differ, at least")
     ] = 1,
     alpha: Annotated[
-        float | None, typer.Option("--alpha", min=0, max=1, help="or: the largest share of layers two may have alike")
+        str | None, typer.Option("--alpha", metavar="SHARE", help="or: the largest share of layers two may have alike")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -158,7 +175,7 @@ def choose_command(
     from tasks.search.solve import choose_joint
 
     if alpha is not None:
-        min_different = max(1, math.ceil((1 - alpha) * len(library.layers) - 1e-9))
+        min_different = max(1, math.ceil((1 - _share("--alpha", alpha, 1.0)) * len(library.layers) - 1e-9))
     try:
         several = {"diverse": diverse, "min_different": min_different}
         request = Request(**{**request.model_dump(), **several})
@@ -193,7 +210,7 @@ def explain_command(library: "JointLibrary", request: "Request", as_json: Json =
 def sweep_command(
     library: "JointLibrary",
     request: "Request",
-    over: Annotated[str, typer.Option("--over", help=f"what is limited: {', '.join(QUANTITIES)}")] = "runtime_ms",
+    over: Annotated[str, typer.Option("--over", help=f"what is limited: {', '.join(QUANTITIES)}")] = "latency_seconds",
     minimise: Annotated[
         str, typer.Option("--minimise", help="what is minimised at each limit (throughput: maximised)")
     ] = "score",
@@ -215,15 +232,15 @@ def sweep_command(
         rows = [{"limit": at, **_or_infeasible(choice)} for at, choice in zip(values, found, strict=True)]
         typer.echo(json.dumps(rows, indent=1))
         return
-    typer.echo(_row(over, "objective", "score", "memory_mib", "runtime_ms", "status"))
+    typer.echo(_row(over, "objective", "score", "memory_gib", "latency_seconds", "status"))
     for value, choice in zip(values, found, strict=True):
         figures = ("-", "-", "-", "-", "infeasible")
         if choice:
             figures = (
                 f"{choice.objective:.6f}",
                 f"{choice.score:.6f}",
-                _figure(choice.memory_mib),
-                _figure(choice.runtime_ms),
+                _figure(choice.memory_gib),
+                _figure(choice.latency_seconds),
                 choice.status,
             )
         typer.echo(_row(f"{value:.6g}", *figures))
@@ -255,7 +272,7 @@ def _row(*cells: str) -> str:
 
 
 def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+    return "-" if value is None else f"{value:.6g}"
 
 
 def _told(choice: "JointChoice", library: "JointLibrary", request: "Request") -> str:
@@ -276,10 +293,10 @@ def _summary(choice: "JointChoice", library: "JointLibrary", request: "Request")
     for totals in choice.scenarios:
         if totals.scenario:
             lines.append(f"scenario  {totals.scenario}, batch {totals.batch_size}")
-        for name in ("memory_mib", "runtime_ms", "ttft_ms", "tokens_per_second"):
+        for name in ("memory_gib", "latency_seconds", "time_to_first_token_seconds", "tokens_per_second"):
             limit = limits.get(f"{name} of {totals.scenario}", limits.get(name))
             lines += _used(library, name, getattr(totals, name), limit, _place(library, totals))
-    lines += _used(library, "num_params", choice.num_params, limits.get("num_params"), 0)
+    lines += _used(library, "parameters", choice.parameters, limits.get("parameters"), 0)
     return "\n".join(lines)
 
 
@@ -298,8 +315,8 @@ def _used(library: "JointLibrary", name: str, value: float | None, limit: Any, p
         of = f" of {100 * limit.asked:.10g}% of the parent's" if limit.share else f" of {limit.asked:.10g}"
     outside = ""
     if kind.cost in library.fixed and not kind.floor:
-        outside = f", {at(library.fixed[kind.cost], place):.3f} of it outside the blocks"
-    return [f"{name.removesuffix('_mib').removesuffix('_ms')}  {value:.3f}{of} {kind.unit}{outside}"]
+        outside = f", {at(library.fixed[kind.cost], place):.6g} of it outside the blocks"
+    return [f"{kind.title}  {value:.6g}{of} {kind.unit}{outside}"]
 
 
 def _shown(label: str) -> str:
@@ -311,7 +328,7 @@ def _priced(price: "Price", choice: "JointChoice") -> str:
         f"{step}: " + ("nothing fits" if value is None else f"{value:.6f} ({value - choice.objective:+.6f})")
         for step, value in price.resolved.items()
     ]
-    many = price.budget.endswith("params") and not price.share
+    many = price.unit == "parameters" and not price.share
     unit = "one percent of the parent's" if price.share else f"one {'million parameters' if many else price.unit}"
     per_unit = price.per_unit * (0.01 if price.share else 1e6 if many else 1)
     return (

@@ -77,30 +77,32 @@ def measure_hardware(profile: ServedProfile = DEFAULT, workspace: WorkspaceName 
 
 Share = Annotated[
     str | None,
-    Field(pattern=r"^[0-9]+(\.[0-9]+)?%?$", description="a number, or a share of the parent such as 80%"),
+    Field(pattern=r"^([0-9]+(\.[0-9]+)?|\.[0-9]+)%?$", description="a number, or a share of the parent such as 80%"),
 ]
 
 
 @flow(name="sweep", flow_run_name="sweep {over} in {workspace}")
 def sweep(
     workspace: WorkspaceName = DEFAULT.name,
-    over: Literal["runtime_ms", "ttft_ms", "tokens_per_second", "memory_mib", "num_params"] = "runtime_ms",
+    over: Literal[
+        "latency_seconds", "time_to_first_token_seconds", "tokens_per_second", "memory_gib", "parameters"
+    ] = "latency_seconds",
     points: Annotated[int, Field(ge=2, le=1000, description="how many limits, 2 to 1000")] = 20,
-    memory_mib: Share = None,
-    runtime_ms: Share = None,
-    num_params: Share = None,
+    memory_gib: Share = None,
+    latency_seconds: Share = None,
+    parameters: Share = None,
 ) -> list[Any]:
     """Every budget between the cheapest child and the parent, on a finished block library: a table in a minute.
 
     Args:
         workspace: Name of a folder that holds a finished block library.
-        over: The budget that is swept: ms, ms to the first token, tokens per second, MiB, or parameters.
+        over: The budget that is swept.
         points: How many limits, evenly between the cheapest child and the parent: 2 to 1000.
-        memory_mib: A second budget, kept at every limit: MiB such as 900, or a share of the parent such as 80%.
-        runtime_ms: A second budget, kept at every limit: ms such as 40, or a share of the parent such as 80%.
-        num_params: A second budget, kept at every limit: a number such as 90000000, or a share such as 80%.
+        memory_gib: A second budget, kept at every limit: GiB such as 0.9, or a share of the parent such as 80%.
+        latency_seconds: A second budget, kept at every limit: seconds such as 0.04, or a share such as 80%.
+        parameters: A second budget, kept at every limit: a number such as 90000000, or a share such as 80%.
     """
-    kept = {"memory_mib": memory_mib, "runtime_ms": runtime_ms, "num_params": num_params}
+    kept = {"memory_gib": memory_gib, "latency_seconds": latency_seconds, "parameters": parameters}
     folder = admitted_workspace(workspace, Roots.from_environment())
     found = sweeping.sweep_library(folder, over, points, kept)
     show_table("sweep", found, tuple(sweeping.Point.model_fields), f"best child at {points} limits of {over}")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
@@ -22,7 +23,20 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 EngineName = Literal["torch", "llama.cpp", "vllm", "tensorrt-llm", "sglang"]
-Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+def read_share(value: object) -> object:
+    """A share that is written as text with a percent sign, `70%`, as the number 0.7; anything else as it is."""
+    if not isinstance(value, str) or not value.strip().endswith("%"):
+        return value
+    try:
+        return float(value.strip().removesuffix("%")) / 100
+    except ValueError:
+        return value
+
+
+Share = Annotated[float, BeforeValidator(read_share)]
+Fraction = Annotated[Share, Field(gt=0, le=1)]
 REMOTE_CODE = (
     "take a parent that brings Python code of its own: the code is not run, transformers' class of the same model_type "
     "computes it; only if the two compute the same"
@@ -359,7 +373,7 @@ class Scenario(Section):
     )
     prompt_tokens: PositiveInt = Field(default=256, description="tokens of a prompt", examples=[256, 2048])
     generated_tokens: PositiveInt = Field(default=64, description="tokens of an answer", examples=[64, 512])
-    weight: float | None = Field(
+    weight: Share | None = Field(
         default=None,
         gt=0,
         description="share of the requests; where scenarios have weights, the budget's times hold for their mean",
@@ -386,7 +400,6 @@ class Budget(ScenarioBudget):
         default=None, description="parameters of the layers without embedding and head, as a share of the parent's"
     )
     parameters: PositiveInt | None = Field(default=None, description="all parameters, a number", examples=[100_000_000])
-    active_parameters: PositiveInt | None = Field(default=None, description="parameters a token passes through")
 
     @model_validator(mode="after")
     def _some_limit(self) -> Self:
@@ -408,7 +421,6 @@ class Search(Section):
         default=(), description="layers that stay the parent's"
     )
     width_multiple: PositiveInt = Field(default=1, description="FFN widths must be a multiple of this")
-    engine: EngineName | None = Field(default=None, description="blocks that this engine cannot run are not used")
 
 
 class GKD(Section):
@@ -478,7 +490,7 @@ class Champion(Section):
     min_improvement: float = Field(
         default=0.0, ge=0, description="it must be better by more than this: nats per token, or a share of tokens"
     )
-    confidence: float = Field(default=0.95, gt=0.5, lt=1, description="one-sided, of the paired comparison")
+    confidence: Share = Field(default=0.95, gt=0.5, lt=1, description="one-sided, of the paired comparison")
 
 
 class Orchestration(Section):

@@ -11,8 +11,10 @@ from blocks.errors import InfeasibleBudget
 from blocks.records import LayerChoice
 from profiles.schema import BaselineName, Budget
 from tasks.search.choose import choose
-from tasks.search.grid import make_grid
+from tasks.search.request import allowed
+from tasks.search.solve import choose_joint
 from tasks.search.totals import Problem, predicted, within_budget
+from tasks.search.view import library_of, request_of
 from tasks.studies.peers import find
 from tests.test_choose import ATTENTIONS, CHAT, FFNS, random_problem
 
@@ -181,19 +183,20 @@ def test_what_the_profile_rules_out_no_search_uses(name: str) -> None:
     assert find(name, free).layers != layers
 
 
-@pytest.mark.parametrize("name", ["mip", "uniform", "random"])
 @pytest.mark.parametrize(
     ("engine", "refused"), [("sglang", {("attention", "kv1"), ("ffn", "ffn50")}), ("tensorrt-llm", {("ffn", "ffn50")})]
 )
-def test_what_an_engine_cannot_run_no_search_uses(name: str, engine: str, refused: set[tuple[str, str]]) -> None:
+def test_what_an_engine_cannot_run_is_not_chosen(engine: Any, refused: set[tuple[str, str]]) -> None:
     """Other KV heads than the parent's, a width of 50; nothing else is missing here, but for layer 0 in SGLang."""
-    free = random_problem(6, Budget(layer_parameters_fraction=0.75), layers=3)
-    bound = replace(free, search=free.search.model_copy(update={"engine": engine}))
-    layers = find(name, bound, seed=3).layers
-    used = {(part, getattr(choice, part)) for choice in layers for part in ("attention", "ffn")}
-    assert not used & refused
-    assert layers[0].attention != "no_op" or engine != "sglang"
-    options = {
-        (part, getattr(o, part)) for o in make_grid(free, (1,), joint=True).options for part in ("attention", "ffn")
-    }
-    assert refused < options
+    problem = random_problem(6, Budget(layer_parameters_fraction=0.75), layers=3)
+    library, free = library_of(problem), request_of(problem)
+    bound = free.model_copy(update={"must_run": (engine,)})
+    chosen, options = (
+        {(part, getattr(library.options[index].own, part)) for index in kept for part in ("attention", "ffn")}
+        for kept in (allowed(library, bound), allowed(library, free))
+    )
+    assert refused < options and not chosen & refused
+    (choice,) = choose_joint(library, bound)
+    labels = " ".join(choice.layers.values())
+    assert not any(label in labels for _, label in refused)
+    assert "attention = no_op" not in choice.layers["layer_0"] or engine != "sglang"

@@ -25,9 +25,9 @@ def library(samples: dict[str, list[float]], layers: int = 1) -> JointLibrary:
         JointOption(
             layer=f"layer_{layer}",
             label=label,
-            metrics={"kl_div": float(np.mean(values))},
-            samples={"kl_div": np.array(values)},
-            costs={"memory_mib": 2.0 if label == "parent" else 1.0, "runtime_ms": 1.0},
+            metrics={"kl": float(np.mean(values))},
+            samples={"kl": np.array(values)},
+            costs={"memory_gib": 2.0 if label == "parent" else 1.0, "latency_seconds": 1.0},
         )
         for layer in range(layers)
         for label, values in samples.items()
@@ -40,7 +40,7 @@ SAMPLES = {"parent": [0.0, 0.0, 0.0], "a": [0.1, 0.5, 0.2], "b": [0.4, 0.1, 0.25
 
 def test_recurrence_like_all_27_draws() -> None:
     """One layer, three sequences: every draw can be listed."""
-    found = bootstrap(library(SAMPLES), Request(limits=limits(memory_mib=1.0)), Draws(most=500, seed=1))
+    found = bootstrap(library(SAMPLES), Request(limits=limits(memory_gib=1.0)), Draws(most=500, seed=1))
     draws = [np.array(draw) for draw in itertools.product(range(3), repeat=3)]
     best = [min("ab", key=lambda label: np.array(SAMPLES[label])[draw].mean()) for draw in draws]
     regret = [
@@ -61,7 +61,7 @@ def test_no_noise_no_doubt() -> None:
     """Sequences that all say the same: the choice always recurs, nothing is regretted or too good to be true."""
     found = bootstrap(
         library({"parent": [0.0] * 6, "a": [0.2] * 6, "b": [0.3] * 6}, 3),
-        Request(limits=limits(memory_mib=4.0)),
+        Request(limits=limits(memory_gib=4.0)),
         Draws(most=30),
     )
     assert found.low == pytest.approx(found.high) == pytest.approx(found.objective)
@@ -74,14 +74,14 @@ def test_the_winners_curse_is_seen() -> None:
     generator = np.random.default_rng(0)
     noisy = {f"v{i}": list(generator.gamma(2, 0.1, 12)) for i in range(20)}
     found = bootstrap(
-        library({"parent": [0.0] * 12, **noisy}, 2), Request(limits=limits(memory_mib=2.0)), Draws(most=100)
+        library({"parent": [0.0] * 12, **noisy}, 2), Request(limits=limits(memory_gib=2.0)), Draws(most=100)
     )
     assert found.optimism > 0.1 and found.regret > 0
 
 
 def test_a_seed_repeats_and_another_does_not() -> None:
     runs = [
-        bootstrap(library(SAMPLES), Request(limits=limits(memory_mib=1.0)), Draws(most=50, seed=seed))
+        bootstrap(library(SAMPLES), Request(limits=limits(memory_gib=1.0)), Draws(most=50, seed=seed))
         for seed in (3, 3, 4)
     ]
     assert runs[0] == runs[1] != runs[2]
@@ -89,7 +89,7 @@ def test_a_seed_repeats_and_another_does_not() -> None:
 
 def test_draws_keep_the_budget_and_sum_to_one() -> None:
     view = joint_view(stored(random_problem(2, Budget(speedup=1.2))))
-    request = Request(limits=limits(num_params="60%"))
+    request = Request(limits=limits(parameters="60%"))
     seen: list[tuple[int, int]] = []
     found = bootstrap(view, request, Draws(most=20), tell=lambda done, total: seen.append((done, total)))
     assert seen == [(i + 1, 20) for i in range(20)]
@@ -100,7 +100,7 @@ def test_draws_keep_the_budget_and_sum_to_one() -> None:
 
 def test_drawing_stops_when_it_is_precise_or_out_of_time() -> None:
     """Without noise the least number of draws is enough; with it all are used; without time two are."""
-    request = Request(limits=limits(memory_mib=3.0))
+    request = Request(limits=limits(memory_gib=3.0))
     quiet = library({"parent": [0.0] * 6, "a": [0.2] * 6, "b": [0.3] * 6}, 3)
     generator = np.random.default_rng(0)
     loud = library({"parent": [0.0] * 9, **{f"v{i}": list(generator.gamma(2, 0.1, 9)) for i in range(9)}}, 3)
@@ -117,7 +117,7 @@ def test_robust_like_brute_force(factor: float) -> None:
     samples = {"parent": [0.0] * 4, "wild": [0.0, 0.0, 0.0, 0.5], "steady": [0.15, 0.16, 0.15, 0.16]}
     view = library(samples, 2)
     (choice,) = choose_joint(
-        view, Request(limits=limits(memory_mib=2.0), search=EXACT.model_copy(update={"robust": factor}))
+        view, Request(limits=limits(memory_gib=2.0), search=EXACT.model_copy(update={"robust": factor}))
     )
     value = {name: np.mean(x) + factor * np.std(x, ddof=1) / 2 for name, x in samples.items()}
     assert choice.objective == pytest.approx(2 * min(value["wild"], value["steady"]))
@@ -130,10 +130,10 @@ def test_without_scores_per_sequence_it_says_so() -> None:
     view = library(SAMPLES)
     bare = replace(view, options=tuple(replace(option, samples={}) for option in view.options))
     for call in (
-        lambda: bootstrap(bare, Request(limits=limits(memory_mib=1.0))),
-        lambda: choose_joint(bare, Request(limits=limits(memory_mib=1.0), search=Search(robust=1.0))),
+        lambda: bootstrap(bare, Request(limits=limits(memory_gib=1.0))),
+        lambda: choose_joint(bare, Request(limits=limits(memory_gib=1.0), search=Search(robust=1.0))),
     ):
-        with pytest.raises(LibraryFileError, match="keeps no kl_div per sequence"):
+        with pytest.raises(LibraryFileError, match="keeps no kl per sequence"):
             call()
 
 
@@ -141,6 +141,6 @@ def test_the_command_tells_every_layer(tmp_path) -> None:  # type: ignore[no-unt
     from tasks.libraries.interchange import write_library
 
     write_library(tmp_path, stored(random_problem(2, Budget(speedup=1.2))))
-    code, out, err = puzzle("confidence", "--library", tmp_path, "--num-params", "70%", "--draws", 5)
+    code, out, err = puzzle("confidence", "--library", tmp_path, "--parameters", "70%", "--draws", 5)
     assert code == 0, err
     assert all(word in out for word in ("regret", "optimism", "agreement", "5 draws over 5 sequences", "layer_2"))

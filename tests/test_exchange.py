@@ -41,13 +41,13 @@ def run(coupled: bool = False) -> StoredLibrary:
 
 def same_choices(one: JointLibrary, other: JointLibrary) -> None:
     """At three budgets each: the same objective and sums."""
-    for name in ("memory_mib", "runtime_ms", "num_params"):
+    for name in ("memory_gib", "latency_seconds", "parameters"):
         for part in (0.5, 0.7, 0.9):
             limit = part * one.of_parent(name)
             request = Request(limits=limits(**{name: limit}))
             first, second = (choose_joint(library, request)[0] for library in (one, other))
             assert first.objective == pytest.approx(second.objective, rel=1e-12)
-            for field in ("memory_mib", "runtime_ms", "num_params"):
+            for field in ("memory_gib", "latency_seconds", "parameters"):
                 assert getattr(first, field) == pytest.approx(getattr(second, field), rel=1e-12)
 
 
@@ -55,7 +55,7 @@ def test_nvlabs_into_the_open_format(tmp_path: Path, nvlabs: Path) -> None:
     """The same answer from NVlabs' file, from what it was imported into, and from that imported again."""
     assert puzzle("library", "import", nvlabs, tmp_path / "open")[0] == 0
     assert puzzle("library", "import", tmp_path / "open", tmp_path / "again")[0] == 0
-    words = ("--memory-mib", 4000, "--runtime-ms", 1800, "--diverse", 2, "--min-different", 2)
+    words = ("--memory-gib", 4000 / 1024, "--latency-seconds", 1800 / 1000, "--diverse", 2, "--min-different", 2)
     expected = answers("choose", "--library", nvlabs, *words)
     for library in (tmp_path / "open", tmp_path / "again"):
         assert answers("choose", "--library", library, *words) == expected
@@ -66,8 +66,8 @@ def test_costs_outside_the_blocks_that_stand_beside_nvlabs_file_count(tmp_path: 
     """puzzle itself wrote `non_block` until November 2026."""
     info = nvlabs.with_name("measurement_info.json")
     info.write_text(json.dumps({**json.loads(info.read_text()), "non_block": {"memory_mib": 50.0, "runtime_ms": 10.0}}))
-    bare, whole = (answers("choose", "--library", nvlabs, "--memory-mib", most) for most in (3950, 4000))
-    assert whole["memory_mib"] <= 4000 and open_library(nvlabs).outside("memory_mib", 0) == 50
+    bare, whole = (answers("choose", "--library", nvlabs, "--memory-gib", most / 1024) for most in (3950, 4000))
+    assert whole["memory_gib"] <= 4000 / 1024 and open_library(nvlabs).outside("memory_gib", 0) == 50 / 1024
     assert bare["objective"] >= whole["objective"]
 
 
@@ -93,7 +93,7 @@ def test_options_keep_what_they_hold(tmp_path: Path) -> None:
     assert read_options(tmp_path / "open") == first
     assert {variant.part for variant in first.variants} == {"attention", "ffn"}
     assert len(first.description.places) == 2 and len(first.outside) == 2
-    assert summarise(tmp_path / "open").scores["kl_div"].sequences == puzzletron.SAMPLES
+    assert summarise(tmp_path / "open").scores["kl"].sequences == puzzletron.SAMPLES
 
 
 def test_labels_in_nvlabs_manner() -> None:
@@ -109,11 +109,11 @@ def test_show(tmp_path: Path, nvlabs: Path) -> None:
     stats = [v["stats"] for layer in test_nvlabs.library().values() for v in layer.values()]
     kl = [v["metrics"]["kl_div"] for layer in test_nvlabs.library().values() for v in layer.values()]
     assert (found["layers"], found["options"], found["options_per_layer"]) == (LAYERS, 9 * LAYERS, [9, 9])
-    assert found["scores"]["kl_div"]["least"] == 0 and found["scores"]["kl_div"]["largest"] == max(kl)
+    assert found["scores"]["kl"]["least"] == 0 and found["scores"]["kl"]["largest"] == max(kl)
     costs = found["costs"]["1200 tokens, batch 256"]
     parents = [own for own in stats if own["num_kv_heads"] == 8 and own["ffn_intermediate_size"] == 28672]
-    assert costs["memory_mib"]["parent"] == pytest.approx(sum(own["memory_mib"] for own in parents))
-    assert costs["memory_mib"]["cheapest_child"] == 0 and costs["memory_mib"]["outside_blocks"] is None
+    assert costs["memory_gib"]["parent"] == pytest.approx(sum(own["memory_mib"] for own in parents) / 1024)
+    assert costs["memory_gib"]["cheapest_child"] == 0 and costs["memory_gib"]["outside_blocks"] is None
     assert found["hardware"] == {"gpu": "H100", "dtype": "fp8"}
     assert any("per sequence" in what for what in found["missing"])
     code, out, _ = puzzle("library", "show", nvlabs)

@@ -86,7 +86,7 @@ def test_another_format_is_told(tmp_path: Path, library: StoredLibrary, change: 
     write_library(tmp_path, library)
     path = tmp_path / "library.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    code, out, err = puzzle("choose", "--library", tmp_path, "--num-params", "80%")
+    code, out, err = puzzle("choose", "--library", tmp_path, "--parameters", "80%")
     assert (code, out) == (2, "") and told in err
 
 
@@ -111,15 +111,15 @@ def test_the_joint_view_chooses_what_the_mip_chooses(seed: int, scenario: Any, c
     architecture = choose(problem)
     totals = architecture.totals[0]
     view = joint_view(stored(problem))
-    asked = limits(memory_mib=0.75 * view.of_parent("memory_mib"), runtime_ms=1000 * (budget.max_latency_seconds or 0))
+    asked = limits(memory_gib=0.75 * view.of_parent("memory_gib"), latency_seconds=budget.max_latency_seconds or 0)
     request = Request(limits=asked, search=EXACT)
     (choice,) = choose_joint(view, request)
     assert 0 < choice.objective == pytest.approx(architecture.score, rel=1e-9)
     assert choice.score_se == pytest.approx(architecture.score_se, rel=1e-9)
-    assert choice.memory_mib is not None and choice.runtime_ms is not None
-    assert choice.memory_mib * 2**20 == pytest.approx(totals.memory_bytes, rel=1e-9)
-    assert choice.runtime_ms / 1000 == pytest.approx(totals.runtime_seconds, rel=1e-9)
-    assert choice.num_params == pytest.approx(totals.parameters)
+    assert choice.memory_gib is not None and choice.latency_seconds is not None
+    assert choice.memory_gib * 2**30 == pytest.approx(totals.memory_bytes, rel=1e-9)
+    assert choice.latency_seconds == pytest.approx(totals.runtime_seconds, rel=1e-9)
+    assert choice.parameters == pytest.approx(totals.parameters)
     for layer, chosen in enumerate(architecture.layers):
         label = f"attention = {chosen.attention} && ffn = {chosen.ffn}{' (coupled)' if chosen.coupled else ''}"
         assert choice.layers[f"layer_{layer}"] == label
@@ -130,21 +130,21 @@ def test_shares_are_of_the_parent(tmp_path: Path) -> None:
     write_library(tmp_path / "tables" / "p", stored(problem))
     parent = totals_of(problem, problem.parent, (1,))[0]
     for share in (60, 90):
-        choice = answers("choose", "--library", tmp_path, "--num-params", f"{share}%")
-        assert 0.5 * share / 100 * parent.parameters < choice["num_params"] <= share / 100 * parent.parameters
-    same = answers("choose", "--library", tmp_path / "tables" / "p", "--runtime-ms", "100%")
-    assert same["objective"] == 0 and same["runtime_ms"] == pytest.approx(1000 * parent.runtime_seconds)
+        choice = answers("choose", "--library", tmp_path, "--parameters", f"{share}%")
+        assert 0.5 * share / 100 * parent.parameters < choice["parameters"] <= share / 100 * parent.parameters
+    same = answers("choose", "--library", tmp_path / "tables" / "p", "--latency-seconds", "100%")
+    assert same["objective"] == 0 and same["latency_seconds"] == pytest.approx(parent.runtime_seconds)
 
 
 def test_scenarios_and_batch_sizes(tmp_path: Path, library: StoredLibrary) -> None:
     write_library(tmp_path, library)
     runtimes = [
-        answers("choose", "--library", tmp_path, "--runtime-ms", "100%", "--scenario", name)["runtime_ms"]
+        answers("choose", "--library", tmp_path, "--latency-seconds", "100%", "--scenario", name)["latency_seconds"]
         for name in ("chat", "long")
     ]
     assert runtimes[0] != runtimes[1]
-    assert "it has chat, long" in puzzle("choose", "--library", tmp_path, "--scenario", "x", "--runtime-ms", 1)[2]
-    assert "but at 1" in puzzle("choose", "--library", tmp_path, "--batch-size", 3, "--runtime-ms", 1)[2]
+    assert "it has chat, long" in puzzle("choose", "--library", tmp_path, "--scenario", "x", "--latency-seconds", 1)[2]
+    assert "but at 1" in puzzle("choose", "--library", tmp_path, "--batch-size", 3, "--latency-seconds", 1)[2]
 
 
 def test_a_workspace_with_two_libraries_asks_which(tmp_path: Path, library: StoredLibrary) -> None:
@@ -159,6 +159,6 @@ def test_a_workspace_with_two_libraries_asks_which(tmp_path: Path, library: Stor
 @pytest.mark.parametrize(("name", "told"), [("", "it has no library.json"), ("nowhere", "there is no such folder")])
 def test_a_workspace_without_a_library_says_what_to_run_first(tmp_path: Path, name: str, told: str) -> None:
     with pytest.raises(LibraryFileError, match=rf"is no block library: {told}.*`puzzle optimize`.*run that first"):
-        sweep_library(tmp_path / name, "runtime_ms", 3, {})  # the deployment's
+        sweep_library(tmp_path / name, "latency_seconds", 3, {})  # the deployment's
     code, out, err = puzzle("sweep", "--library", tmp_path / name)
     assert (code, out) == (2, "") and "run that first" in " ".join(err.split())

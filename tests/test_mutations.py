@@ -24,7 +24,9 @@ from tests.test_choose import CHAT, LONG, random_problem
 from tests.test_interchange import stored
 from tests.test_nvlabs import JUNK, puzzle
 
-FLAGS = {"memory_mib": "--memory-mib", "runtime_ms": "--runtime-ms", "num_params": "--num-params"}
+FLAGS = {"memory_gib": "--memory-gib", "latency_seconds": "--latency-seconds", "parameters": "--parameters"}
+# the names in the tables of others -> the search's, and its unit in theirs
+NAMES = {"memory_mib": ("memory_gib", 1024), "runtime_ms": ("latency_seconds", 1000), "num_params": ("parameters", 1)}
 CELLS: list[Any] = [None, "x", "", -1, 0, 1e300, -1e-9, math.nan, math.inf, True, "parent", "no_op", [1.0], 7]
 # (score, costs by budget) by label by layer
 Table = dict[str, dict[str, tuple[float, dict[str, float]]]]
@@ -51,7 +53,7 @@ def request(draw: random.Random) -> list[Any]:
         if draw.random() < 0.5:
             odd = draw.random() < 0.1
             words += [flag, draw.choice(["x", -1, 0, "nan", 1e-9, "1e400"]) if odd else f"{draw.uniform(30, 110):.3f}%"]
-    return words or ["--num-params", "70%"]
+    return words or ["--parameters", "70%"]
 
 
 def ask(folder: Path, words: list[Any], seed: int) -> Any:
@@ -181,9 +183,14 @@ def options_table(folder: Path) -> tuple[Table, dict[str, float]]:
             ]
             costs = usage[(usage["layer"] == layer) & (usage["part"] == option.part) & (usage["label"] == option.label)]
             score = float(own[own["metric"] == "kl_div"]["value"].iloc[0])
-            rows[str(option.part), str(option.label)] = (score, dict(zip(costs["cost"], costs["value"], strict=True)))
+            rows[str(option.part), str(option.label)] = (score, named(costs))
         found[layer] = whole_blocks(rows)
-    return found, dict(zip(outside["cost"], outside["value"], strict=True)) if len(outside) else {}
+    return found, named(outside) if len(outside) else {}
+
+
+def named(costs: pd.DataFrame) -> dict[str, float]:
+    listed = {cost: value for cost, value in zip(costs["cost"], costs["value"], strict=True) if cost in NAMES}
+    return {NAMES[cost][0]: value / NAMES[cost][1] for cost, value in listed.items()}
 
 
 def whole_blocks(rows: dict[tuple[str, str], Any]) -> dict[str, Any]:
@@ -212,8 +219,8 @@ def run_table(folder: Path) -> tuple[Table, dict[str, float]]:
 
     def plain(row: Any, kv: float) -> dict[str, float]:
         runtime = row.prefill_seconds + scenario["generated_tokens"] * row.decode_seconds_per_token
-        memory = (row.weight_bytes + kv * tokens) / 2**20
-        return {"memory_mib": memory, "runtime_ms": 1000 * runtime, "num_params": float(row.parameters)}
+        memory = (row.weight_bytes + kv * tokens) / 2**30
+        return {"memory_gib": memory, "latency_seconds": runtime, "parameters": float(row.parameters)}
 
     def at(table: pd.DataFrame) -> Any:
         return table[(table["scenario"] == scenario["name"]) & (table["batch_size"] == size)].itertuples()

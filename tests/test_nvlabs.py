@@ -80,6 +80,14 @@ def total(selection: list[tuple[str, Any]], part: str, name: str) -> float:
     return math.fsum(variant[part][name] for _, variant in selection)
 
 
+# the file's name of a figure -> puzzle's, and how many of the file's units one of puzzle's is
+OURS = {"memory_mib": ("memory_gib", 1024), "runtime_ms": ("latency_seconds", 1000), "kl_div": ("kl", 1)}
+
+
+def ours(name: str, value: float) -> float:
+    return value / OURS.get(name, (name, 1))[1]
+
+
 @pytest.mark.parametrize("metric", ["kl_div", "lm_loss"])
 @pytest.mark.parametrize(
     ("memory", "runtime", "types", "forbid"),
@@ -96,8 +104,9 @@ def total(selection: list[tuple[str, Any]], part: str, name: str) -> float:
 def test_like_brute_force(
     file: Path, metric: str, memory: int | None, runtime: int | None, types: int | None, forbid: str | None
 ) -> None:
-    words: list[Any] = ["choose", "--library", file, "--metric", metric]
-    words += ["--memory-mib", memory] * (memory is not None) + ["--runtime-ms", runtime] * (runtime is not None)
+    words: list[Any] = ["choose", "--library", file, "--metric", OURS.get(metric, (metric,))[0]]
+    words += ["--memory-gib", memory / 1024] if memory is not None else []
+    words += ["--latency-seconds", runtime / 1000] if runtime is not None else []
     words += ["--max-block-types", types] * (types is not None) + ["--forbid", forbid] * (forbid is not None)
     fitting = [
         total(one, "metrics", metric)
@@ -115,17 +124,14 @@ def test_like_brute_force(
     assert answer["gap"] <= 1e-6 and answer["solved_by"].startswith("cvxpy/highs")
     chosen = [(name, library()[layer][name]) for layer, name in answer["layers"].items()]
     assert len(chosen) == LAYERS
-    for figure, part, name in (
-        ("objective", "metrics", metric),
-        *((n, "stats", n) for n in ("memory_mib", "runtime_ms")),
-    ):
-        assert answer[figure] == pytest.approx(total(chosen, part, name), rel=1e-12)
+    assert answer["objective"] == pytest.approx(total(chosen, "metrics", metric), rel=1e-12)
+    for name in ("memory_mib", "runtime_ms"):
+        assert answer[OURS[name][0]] == pytest.approx(ours(name, total(chosen, "stats", name)), rel=1e-12)
 
 
 def test_diverse_answers_are_the_best_that_differ(file: Path) -> None:
-    found = answers(
-        "choose", "--library", file, "--memory-mib", 4000, "--runtime-ms", 1800, "--diverse", 3, "--min-different", 2
-    )
+    words = ("--memory-gib", 4000 / 1024, "--latency-seconds", 1.8, "--diverse", 3, "--min-different", 2)
+    found = answers("choose", "--library", file, *words)
     assert len(found) == 3
     chosen = [tuple(one["layers"].values()) for one in found]
     for one, other in itertools.combinations(chosen, 2):
@@ -142,25 +148,25 @@ def test_diverse_answers_are_the_best_that_differ(file: Path) -> None:
 
 
 def test_one_of_one_is_a_list_only_when_several_were_asked_for(file: Path) -> None:
-    found = answers("choose", "--library", file, "--memory-mib", 1e6, "--diverse", 2, "--min-different", LAYERS)
+    found = answers("choose", "--library", file, "--memory-gib", 1e6 / 1024, "--diverse", 2, "--min-different", LAYERS)
     assert isinstance(found, list) and found[0]["objective"] == 0
-    assert isinstance(answers("choose", "--library", file, "--memory-mib", 1e6), dict)
+    assert isinstance(answers("choose", "--library", file, "--memory-gib", 1e6 / 1024), dict)
 
 
 def test_the_output_is_the_answer_alone(file: Path) -> None:
     """In a process of its own: what a solver's library writes by itself would be seen here."""
     main = "from flows.cli import main; main()"
-    words = [sys.executable, "-c", main, "choose", "--library", str(file), "--memory-mib", "4000", "--json"]
+    words = [sys.executable, "-c", main, "choose", "--library", str(file), "--memory-gib", "3.90625", "--json"]
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(cli.__file__).parent.parent)
     assert json.loads(done.stdout)["status"] == "optimal" and not done.stderr
 
 
 def test_told_to_a_person(file: Path) -> None:
-    code, out, _ = puzzle("choose", "--library", file, "--memory-mib", 4000)
-    answer = answers("choose", "--library", file, "--memory-mib", 4000)
+    code, out, _ = puzzle("choose", "--library", file, "--memory-gib", 4000 / 1024)
+    answer = answers("choose", "--library", file, "--memory-gib", 4000 / 1024)
     assert code == 0
-    assert f"objective  {answer['objective']:.6f} (kl_div, sum over 4 layers)" in out
-    assert "optimal" in out and "gap" in out and "of 4000 MiB" in out
+    assert f"objective  {answer['objective']:.6f} (kl, sum over 4 layers)" in out
+    assert "optimal" in out and "gap" in out and "of 3.90625 GiB" in out
     assert all(f"layer_{layer}" in out for layer in range(LAYERS))
 
 
@@ -168,7 +174,7 @@ def test_layers_come_in_the_order_of_the_model(file: Path) -> None:
     names = {f"layer_{i}": variants for i, variants in enumerate(library(layers=11).values())}
     file.write_text(json.dumps(dict(sorted(names.items()))))
     assert list(names) != sorted(names)
-    assert list(answers("choose", "--library", file, "--memory-mib", 9000)["layers"]) == list(names)
+    assert list(answers("choose", "--library", file, "--memory-gib", 9000 / 1024)["layers"]) == list(names)
 
 
 # --- libraries with a hole: what is missing would cost nothing and hurt nothing
@@ -214,7 +220,11 @@ HOLES: dict[str, tuple[Any, str]] = {
 def test_a_library_with_a_hole_is_refused(file: Path, hole: str) -> None:
     change, told = HOLES[hole]
     file.write_text(json.dumps(change(library())))
-    for words in (("choose", "--memory-mib", 5000), ("sweep", "--over", "memory_mib"), ("library", "show", file)):
+    for words in (
+        ("choose", "--memory-gib", 5000 / 1024),
+        ("sweep", "--over", "memory_gib"),
+        ("library", "show", file),
+    ):
         library_is = () if "show" in words else ("--library", file)
         code, out, err = puzzle(*words, *library_is)
         assert (code, out) == (2, "") and told in " ".join(err.split()), err
@@ -224,7 +234,7 @@ def test_a_library_that_marks_no_parent_and_one_that_numbers_no_layer_are_whole(
     bare = {layer: {n.replace("100%", "99%"): v for n, v in own.items()} for layer, own in library().items()}
     for data in (bare, renamed(library(), {f"layer_{i}": name for i, name in enumerate("abcd")})):
         file.write_text(json.dumps(data))
-        assert len(answers("choose", "--library", file, "--memory-mib", 5000)["layers"]) == LAYERS
+        assert len(answers("choose", "--library", file, "--memory-gib", 5000 / 1024)["layers"]) == LAYERS
 
 
 # --- when nothing fits
@@ -244,11 +254,11 @@ def named_value(err: str, budget: str) -> float:
 def test_a_budget_out_of_reach_names_the_cheapest_child(file: Path) -> None:
     """With every no-op forbidden; the value that is named works, a hair less does not."""
     words = ("choose", "--library", file, "--forbid", "no_op")
-    code, out, err = puzzle(*words, "--memory-mib", 100)
+    code, out, err = puzzle(*words, "--memory-gib", 100 / 1024)
     assert (code, out) == (2, "") and "by the cheapest child" in err
-    named = named_value(err, "memory_mib")
-    assert puzzle(*words, "--memory-mib", named)[0] == 0
-    assert puzzle(*words, "--memory-mib", named * (1 - 1e-4))[0] == 2
+    named = named_value(err, "memory_gib")
+    assert puzzle(*words, "--memory-gib", named)[0] == 0
+    assert puzzle(*words, "--memory-gib", named * (1 - 1e-4))[0] == 2
 
 
 def test_a_conflict_names_what_easing_one_alone_takes(file: Path) -> None:
@@ -258,14 +268,14 @@ def test_a_conflict_names_what_easing_one_alone_takes(file: Path) -> None:
         for variant in variants.values():
             variant["stats"]["runtime_ms"] = 1000 - variant["stats"]["memory_mib"] / 2
     file.write_text(json.dumps(data))
-    assert reachable(file, memory_mib=1000) and reachable(file, runtime_ms=2500)
-    code, _, err = puzzle("choose", "--library", file, "--memory-mib", 1000, "--runtime-ms", 2500)
+    assert reachable(file, memory_gib=1000 / 1024) and reachable(file, latency_seconds=2.5)
+    code, _, err = puzzle("choose", "--library", file, "--memory-gib", 1000 / 1024, "--latency-seconds", 2500 / 1000)
     assert code == 2 and "together" in err
-    memory, runtime = named_value(err, "memory_mib"), named_value(err, "runtime_ms")
-    assert reachable(file, memory_mib=memory, runtime_ms=2500)
-    assert not reachable(file, memory_mib=memory * (1 - 1e-4), runtime_ms=2500)
-    assert reachable(file, memory_mib=1000, runtime_ms=runtime)
-    assert not reachable(file, memory_mib=1000, runtime_ms=runtime * (1 - 1e-4))
+    memory, runtime = named_value(err, "memory_gib"), named_value(err, "latency_seconds")
+    assert reachable(file, memory_gib=memory, latency_seconds=2.5)
+    assert not reachable(file, memory_gib=memory * (1 - 1e-4), latency_seconds=2.5)
+    assert reachable(file, memory_gib=1000 / 1024, latency_seconds=runtime)
+    assert not reachable(file, memory_gib=1000 / 1024, latency_seconds=runtime * (1 - 1e-4))
 
 
 def test_too_few_block_types_are_counted(file: Path) -> None:
@@ -273,21 +283,30 @@ def test_too_few_block_types_are_counted(file: Path) -> None:
     for layer in ("layer_0", "layer_1"):  # these two share no label with the rest
         data[layer] = {f"{layer} {name}": variant for name, variant in data[layer].items()}
     file.write_text(json.dumps(data))
-    code, _, err = puzzle("choose", "--library", file, "--memory-mib", 5000, "--max-block-types", 2)
+    code, _, err = puzzle("choose", "--library", file, "--memory-gib", 5000 / 1024, "--max-block-types", 2)
     assert code == 2 and "at least 3 are needed" in err
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--memory-mib", 4000, "--forbid", "mamba"], "nothing in the library is called 'mamba'; kinds there:"),
-        (["--memory-mib", 4000, "--metric", "mmlu"], "has no metric 'mmlu'"),
+        (["--memory-gib", 4000 / 1024, "--forbid", "mamba"], "nothing in the library is called 'mamba'; kinds there:"),
+        (["--memory-gib", 4000 / 1024, "--metric", "mmlu"], "has no metric 'mmlu'"),
         ([], "a budget is needed"),
-        (["--memory-mib", 0], "--memory-mib: a finite number greater than 0, not 0"),
-        (["--memory-mib", "nan"], "--memory-mib:"),
-        (["--memory-mib", 4000, "--min-different", 5, "--diverse", 2], "there are 4 layers to differ in"),
+        (["--memory-gib", 0], "--memory-gib: a finite number greater than 0, not 0"),
+        (["--memory-gib", "nan"], "--memory-gib:"),
+        (["--memory-gib", 4000 / 1024, "--min-different", 5, "--diverse", 2], "there are 4 layers to differ in"),
         (
-            ["--memory-mib", 4000, "--forbid", "no_op", "--forbid", "attention=8 kv heads", "--forbid", "2 kv heads"],
+            [
+                "--memory-gib",
+                4000 / 1024,
+                "--forbid",
+                "no_op",
+                "--forbid",
+                "attention=8 kv heads",
+                "--forbid",
+                "2 kv heads",
+            ],
             "forbids every variant of layer_0",
         ),
     ],
@@ -302,7 +321,7 @@ def test_what_cannot_be_asked(file: Path, words: list[Any], told: str) -> None:
 
 
 def test_prices_are_what_the_next_unit_buys(file: Path) -> None:
-    words = ("--library", file, "--memory-mib", 4000, "--runtime-ms", 2600)
+    words = ("--library", file, "--memory-gib", 4000 / 1024, "--latency-seconds", 2600 / 1000)
     best = answers("choose", *words)
     for price in answers("explain", *words)["prices"]:
         moved = dict(zip(words[2::2], words[3::2], strict=True))
@@ -313,17 +332,17 @@ def test_prices_are_what_the_next_unit_buys(file: Path) -> None:
             assert objective == pytest.approx(again["objective"], abs=1e-6)
         assert price["per_unit"] <= 0 and price["used"] <= price["limit"]
         assert price["resolved"]["-5%"] >= best["objective"] - 1e-9 >= price["resolved"]["+5%"] - 2e-9
-    assert "one MiB more" in puzzle("explain", *words)[1]
+    assert "one GiB more" in puzzle("explain", *words)[1]
 
 
 def test_sweep_falls_and_ends_at_the_parent(file: Path) -> None:
-    points = answers("sweep", "--library", file, "--over", "memory-mib", "--points", 9, "--runtime-ms", 3000)
+    points = answers("sweep", "--library", file, "--over", "memory-gib", "--points", 9, "--latency-seconds", 3)
     assert [point["status"] for point in points].count("infeasible") < 9
     found = [point["objective"] for point in points if "objective" in point]
     assert found == sorted(found, reverse=True) and found[0] > found[-1]
     for point in points:
         if "objective" in point:
-            alone = answers("choose", "--library", file, "--memory-mib", point["limit"], "--runtime-ms", 3000)
+            alone = answers("choose", "--library", file, "--memory-gib", point["limit"], "--latency-seconds", 3)
             assert point["objective"] == pytest.approx(alone["objective"], abs=1e-6)
     assert "objective" in puzzle("sweep", "--library", file, "--points", 3)[1]
 
@@ -381,10 +400,10 @@ def spoil_variant(variant: Any, kind: str, draw: random.Random) -> None:
 
 def odd_request(draw: random.Random) -> list[Any]:
     words: list[Any] = []
-    for budget in ("--memory-mib", "--runtime-ms"):
+    for budget, unit in (("--memory-gib", 1024), ("--latency-seconds", 1000)):
         if draw.random() < 0.8:
             odd = draw.random() < 0.12
-            words += [budget, draw.choice([1e-9, 1e12, -1, 0, "x"]) if odd else draw.uniform(500, 4500)]
+            words += [budget, draw.choice([1e-9, 1e12, -1, 0, "x"]) if odd else draw.uniform(500, 4500) / unit]
     if draw.random() < 0.3:
         words += ["--max-block-types", draw.choice([1, 2, 2, 3, 0, 10**9])]
     if draw.random() < 0.3:
@@ -412,13 +431,13 @@ def test_broken_files_and_budgets(tmp_path: Path, tens: int) -> None:
 
 def check_answer(data: Any, answer: Any, asked: dict[str, Any], seed: int) -> None:
     best = answer[0] if isinstance(answer, list) else answer
-    memory, runtime = asked.get("--memory-mib", math.inf), asked.get("--runtime-ms", math.inf)
-    assert best["memory_mib"] <= memory * (1 + 1e-9) and best["runtime_ms"] <= runtime * (1 + 1e-9), seed
+    memory, runtime = asked.get("--memory-gib", math.inf), asked.get("--latency-seconds", math.inf)
+    assert best["memory_gib"] <= memory * (1 + 1e-9) and best["latency_seconds"] <= runtime * (1 + 1e-9), seed
     fitting = [
         total(one, "metrics", "kl_div")
         for one in selections(data)
-        if total(one, "stats", "memory_mib") <= memory
-        and total(one, "stats", "runtime_ms") <= runtime
+        if total(one, "stats", "memory_mib") / 1024 <= memory
+        and total(one, "stats", "runtime_ms") / 1000 <= runtime
         and len({name for name, _ in one}) <= asked.get("--max-block-types", math.inf)
         and not ("--forbid" in asked and any(asked["--forbid"].replace("=", " = ") in name for name, _ in one))
     ]

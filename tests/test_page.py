@@ -80,12 +80,12 @@ def page_of(tmp_path: Path, *words: Any) -> tuple[Page, str]:
 def test_a_library_alone(tmp_path: Path, nvlabs: Path) -> None:
     truth = [{"name": f"top <{i}>", "predicted": 0.1 * i, "true": 0.12 * i, "true_se": 0.01} for i in range(1, 4)]
     (tmp_path / "study.json").write_text(json.dumps(truth))
-    words = ("--library", nvlabs, "--memory-mib", 4000, "--runtime-ms", 1900)
+    words = ("--library", nvlabs, "--memory-gib", 4000 / 1024, "--latency-seconds", 1900 / 1000)
     page, text = page_of(tmp_path, *words, "--study", tmp_path / "study.json")
     answer = answers("choose", *words)
     told = " ".join(page.words)
     assert f"{answer['objective']:.6g}" in told and "optimal" in told
-    assert figure(answer["memory_mib"], "MiB") in told and figure(answer["runtime_ms"], "ms") in told
+    assert figure(answer["memory_gib"], "GiB") in told and figure(answer["latency_seconds"], "s") in told
     for name in set(answer["layers"].values()):
         assert " ".join(name.split()) in told
     assert "top <2>" in told and "no scores per sequence" in told
@@ -97,17 +97,17 @@ def test_a_library_alone(tmp_path: Path, nvlabs: Path) -> None:
 
 def test_a_floor_is_a_budget_too(tmp_path: Path, nvlabs: Path) -> None:
     """At least so much throughput; the front goes down to a child that takes no time at all, endlessly fast."""
-    page, _ = page_of(tmp_path, "--library", nvlabs, "--tokens-per-second", "160%", "--memory-mib", "90%")
+    page, _ = page_of(tmp_path, "--library", nvlabs, "--tokens-per-second", "160%", "--memory-gib", "90%")
     told = " ".join(page.words)
-    assert "at least 160 % of the parent's" in told and "Pareto front over runtime" in told
-    nothing = answers("choose", "--library", nvlabs, "--tokens-per-second", "160%", "--memory-mib", 1e-6)
-    assert nothing["runtime_ms"] == 0
+    assert "at least 160 % of the parent's" in told and "Pareto front over latency" in told
+    nothing = answers("choose", "--library", nvlabs, "--tokens-per-second", "160%", "--memory-gib", 1e-6)
+    assert nothing["latency_seconds"] == 0
 
 
 def test_confidence_where_the_library_can_tell(tmp_path: Path) -> None:
     write_library(tmp_path / "tables" / "p", stored(random_problem(0, Budget(speedup=1.2))))
-    page, _ = page_of(tmp_path, "--library", tmp_path, "--num-params", "70%")
-    found = answers("confidence", "--library", tmp_path, "--num-params", "70%", "--draws", 8)
+    page, _ = page_of(tmp_path, "--library", tmp_path, "--parameters", "70%")
+    found = answers("confidence", "--library", tmp_path, "--parameters", "70%", "--draws", 8)
     told = " ".join(page.words)
     assert f"{found['low']:.5g} to {found['high']:.5g}" in told and "8 draws" in told
     assert (tmp_path / "png" / "confidence.png").exists()
@@ -116,37 +116,37 @@ def test_confidence_where_the_library_can_tell(tmp_path: Path) -> None:
 def test_scenarios_that_nobody_weighs_have_a_page(tmp_path: Path) -> None:
     """Each has a runtime and a memory of its own, none the least: the front is over parameters, the budgets kept."""
     write_library(tmp_path / "tables" / "p", stored(random_problem(0, Budget(speedup=1.2), scenarios=(CHAT, LONG))))
-    words = ("--library", tmp_path, "--runtime-ms", "chat=70%", "--num-params", "95%")
+    words = ("--library", tmp_path, "--latency-seconds", "chat=70%", "--parameters", "95%")
     page, _ = page_of(tmp_path, *words)
     told = " ".join(page.words)
     assert "Pareto front over parameters" in told and f"{answers('choose', *words)['objective']:.6g}" in told
     weighed, _ = page_of(tmp_path, *words, "--traffic", "chat=3", "--traffic", "long=1")
-    assert "Pareto front over runtime" in " ".join(weighed.words)
+    assert "Pareto front over latency" in " ".join(weighed.words)
 
 
 def test_the_front_and_the_simple_searches(nvlabs: Path) -> None:
     """No simple search is below the front at its own cost; none breaks the other budget; the front falls."""
     library = open_library(nvlabs)
-    request = Request(limits=limits(memory_mib=3500, runtime_ms=2600))
+    request = Request(limits=limits(memory_gib=3500 / 1024, latency_seconds=2.6))
     choice = choose_joint(library, request)[0]
-    front = front_of(library, request, choice, "memory_mib", 7)
+    front = front_of(library, request, choice, "memory_gib", 7)
     assert [y for _, y in sorted(front.front)] == sorted((y for _, y in front.front), reverse=True)
     assert set(front.baselines) == {"uniform", "depth", "stepwise"} and all(front.baselines.values())
     for points in front.baselines.values():
         for used, objective in points:
             best = choose_joint(
-                library, Request(limits=limits(memory_mib=max(used, 1e-6) * (1 + 1e-9), runtime_ms=2600))
+                library, Request(limits=limits(memory_gib=max(used, 1e-9) * (1 + 1e-9), latency_seconds=2.6))
             )
             assert objective >= best[0].objective - 1e-9
     data = test_nvlabs.library()
     same = label("2 kv heads", "intermediate size 14e3")
-    memory = sum(layer[same]["stats"]["memory_mib"] for layer in data.values())
+    memory = sum(layer[same]["stats"]["memory_mib"] for layer in data.values()) / 1024
     runtime = sum(layer[same]["stats"]["runtime_ms"] for layer in data.values())
     assert runtime <= 2600, "the request must allow it"
     assert any(used == pytest.approx(memory) for used, _ in front.baselines["uniform"])
     parent = label("8 kv heads", "intermediate size 29e3")
     assert sum(layer[parent]["stats"]["runtime_ms"] for layer in data.values()) > 2600, "the request must bind"
-    dearest = sum(layer[parent]["stats"]["memory_mib"] for layer in data.values())
+    dearest = sum(layer[parent]["stats"]["memory_mib"] for layer in data.values()) / 1024
     assert not any(used == pytest.approx(dearest) for used, _ in front.baselines["uniform"])
 
 
@@ -178,7 +178,7 @@ def test_truth_is_a_contract(tmp_path: Path, nvlabs: Path) -> None:
     assert read_truth(tmp_path / "s.json") == (TruthPoint(name="a", predicted=1, true=2),)
     for text, told in (("3", "a list of {name"), ('[{"name": "a"}]', "predicted"), ("[", "is not the JSON")):
         (tmp_path / "s.json").write_text(text)
-        words = ("report", "--library", nvlabs, "--memory-mib", 4000, "--study", tmp_path / "s.json")
+        words = ("report", "--library", nvlabs, "--memory-gib", 4000 / 1024, "--study", tmp_path / "s.json")
         code, _, err = puzzle(*words, "--out", tmp_path / "x.html")
         assert code == 2 and told in err
 
@@ -188,8 +188,11 @@ def test_truth_is_a_contract(tmp_path: Path, nvlabs: Path) -> None:
     [
         ((), "name a workspace, or a library"),
         (("--library", "{nv}"), "a budget is needed"),
-        (("--library", "{nv}", "--memory-mib", "4000", "--over", "tokens-per-second"), "a front is drawn over one of"),
-        (("--library", "{nv}", "--memory-mib", "1", "--forbid", "no_op"), "No architecture"),
+        (
+            ("--library", "{nv}", "--memory-gib", "3.90625", "--over", "tokens-per-second"),
+            "a front is drawn over one of",
+        ),
+        (("--library", "{nv}", "--memory-gib", "0.001", "--forbid", "no_op"), "No architecture"),
     ],
 )
 def test_what_cannot_be_reported(nvlabs: Path, words: tuple[str, ...], told: str) -> None:
@@ -205,10 +208,10 @@ def test_layers_all_alike(layers: int) -> None:
 
 def test_the_view_of_a_run_gives_a_front() -> None:
     view = joint_view(stored(random_problem(1, Budget(speedup=1.2))))
-    request = Request(limits=limits(num_params="70%"))
+    request = Request(limits=limits(parameters="70%"))
     choice = choose_joint(view, request)[0]
-    front = front_of(view, request, choice, "num_params", 5)
-    assert front.parent == view.of_parent("num_params") and front.chosen == (choice.num_params, choice.objective)
+    front = front_of(view, request, choice, "parameters", 5)
+    assert front.parent == view.of_parent("parameters") and front.chosen == (choice.parameters, choice.objective)
     assert all(front.baselines.values())
 
 

@@ -78,11 +78,19 @@ def test_like_brute_force(tmp_path: Path, metric: str, one_subblock: bool) -> No
         if sums[0] + 50 <= memory and sums[1] + 10 <= runtime:
             fitting.append((sums[2], sums[0] + 50, sums[1] + 10, choice))
     best = min(fitting)
-    words = ("--memory-mib", memory, "--runtime-ms", runtime, "--metric", metric, *BATCH_16)
+    words = (
+        "--memory-gib",
+        memory / 1024,
+        "--latency-seconds",
+        runtime / 1000,
+        "--metric",
+        metric.removesuffix("_div"),
+        *BATCH_16,
+    )
     for library in (tmp_path, tmp_path / STATS):
         answer = answers("choose", "--library", library, *words)
         assert answer["objective"] == pytest.approx(best[0], rel=1e-9)
-        assert (answer["memory_mib"], answer["runtime_ms"]) == pytest.approx(best[1:3], rel=1e-9)
+        assert (1024 * answer["memory_gib"], 1000 * answer["latency_seconds"]) == pytest.approx(best[1:3], rel=1e-9)
         assert list(answer["layers"].values()) == [label(block) for block in best[3]]
     assert puzzle("library", "import", tmp_path, tmp_path / "open")[0] == 0
     assert answers("choose", "--library", tmp_path / "open", *words) == answer
@@ -110,19 +118,19 @@ def test_a_block_that_was_scored_takes_the_place_of_the_sum(tmp_path: Path) -> N
 
 def test_scores_per_sample_tell_how_sure_a_choice_is(tmp_path: Path) -> None:
     puzzletron.write(tmp_path, puzzletron.statistics(), puzzletron.solutions())
-    found = answers("confidence", "--library", tmp_path, "--num-params", "70%", "--draws", 20)
+    found = answers("confidence", "--library", tmp_path, "--parameters", "70%", "--draws", 20)
     assert found["sequences"] == puzzletron.SAMPLES
     accuracy = ("--metric", "one_minus_token_accuracy_top_1")
-    assert answers("choose", "--library", tmp_path, "--num-params", "70%", *accuracy)["score_se"] > 0
+    assert answers("choose", "--library", tmp_path, "--parameters", "70%", *accuracy)["score_se"] > 0
 
 
 def test_what_was_not_measured_cannot_be_budgeted(tmp_path: Path) -> None:
     puzzletron.write(tmp_path, puzzletron.statistics(), puzzletron.solutions())
-    code, _, err = puzzle("choose", "--library", tmp_path, "--runtime-ms", "80%", "--batch-size", 1)
-    assert code == 2 and "runtime_ms" in err
+    code, _, err = puzzle("choose", "--library", tmp_path, "--latency-seconds", "80%", "--batch-size", 1)
+    assert code == 2 and "latency_seconds" in err
     shown = answers("library", "show", tmp_path)
     assert set(shown["costs"]) == {"2048+512 tokens, bfloat16, batch 1", "2048+512 tokens, bfloat16, batch 16"}
-    assert any("runtime_ms" in text for text in shown["missing"])
+    assert any("latency_seconds" in text for text in shown["missing"])
     assert shown["parent"] == "/models/teacher" and shown["hardware"] == {"gpu": "NVIDIA H100 80GB HBM3"}
 
 
@@ -168,7 +176,7 @@ def test_later_versions_list_subblocks_by_kind(tmp_path: Path) -> None:
 def test_what_is_wrong_is_told(tmp_path: Path, spoil: Any, told: str) -> None:
     puzzletron.write(tmp_path, puzzletron.statistics(), puzzletron.solutions())
     spoil(tmp_path)
-    code, out, err = puzzle("choose", "--library", tmp_path, "--num-params", "70%")
+    code, out, err = puzzle("choose", "--library", tmp_path, "--parameters", "70%")
     assert (code, out) == (2, "") and told in err
     if told == "has costs but no scores":
         words = ("library", "import", tmp_path, tmp_path / "open", "--scores", tmp_path / "elsewhere")

@@ -39,21 +39,24 @@ def random_library(seed: int = 0, layers: int = LAYERS) -> JointLibrary:
             JointOption(
                 layer=f"layer_{layer}",
                 label=label,
-                metrics={"kl_div": index**2 * draw.uniform(0.5, 1.5)},
+                metrics={"kl": index**2 * draw.uniform(0.5, 1.5)},
                 costs={
-                    "memory_mib": tuple(heavy + p.batch_size * share * draw.uniform(1, 4) for p in PLACES),
-                    "runtime_ms": tuple(p + d for p, d in zip(prefill, decode, strict=True)),
-                    "ttft_ms": prefill,
-                    "num_params": 100 * share,
-                    "active_params": 60 * share,
-                    "layer_params": 100 * share,
+                    "memory_gib": tuple(heavy + p.batch_size * share * draw.uniform(1, 4) for p in PLACES),
+                    "latency_seconds": tuple(p + d for p, d in zip(prefill, decode, strict=True)),
+                    "time_to_first_token_seconds": prefill,
+                    "parameters": 100 * share,
+                    "layer_parameters": 100 * share,
                 },
                 is_parent=index == 0,
                 sizes={} if label == "gone" else {"intermediate_size": (96, 48, 20)[index]},
             )
         )
-    fixed: Any = {"memory_mib": 5.0, "runtime_ms": (3.0, 6.0, 4.0, 9.0), "ttft_ms": (1.0, 2.0, 3.0, 4.0)}
-    fixed |= {"num_params": 30.0, "active_params": 30.0}
+    fixed: Any = {
+        "memory_gib": 5.0,
+        "latency_seconds": (3.0, 6.0, 4.0, 9.0),
+        "time_to_first_token_seconds": (1.0, 2.0, 3.0, 4.0),
+    }
+    fixed |= {"parameters": 30.0}
     names = tuple(f"layer_{layer}" for layer in range(layers))
     return JointLibrary(layers=names, options=tuple(options), fixed=fixed, places=PLACES)
 
@@ -76,20 +79,20 @@ class Oracle:
     def values(self, chosen: Any, batches: Any, quantity: str) -> list[float]:
         """The quantity in every scenario, or once over the traffic."""
         if quantity == "score":
-            return [sum(option.metrics["kl_div"] for option in chosen)]
-        if quantity.endswith("params"):
+            return [sum(option.metrics["kl"] for option in chosen)]
+        if quantity.endswith("parameters"):
             return [self.cost(chosen, quantity, 0)]
-        name = "runtime_ms" if quantity == "tokens_per_second" else quantity
+        name = "latency_seconds" if quantity == "tokens_per_second" else quantity
         cost = {PLACES[i].scenario: self.cost(chosen, name, i) for i in batches}
         place = {PLACES[i].scenario: PLACES[i] for i in batches}
         request = {n: p.prompt_tokens + p.generated_tokens for n, p in place.items()}
-        if self.traffic and quantity in ("runtime_ms", "ttft_ms"):
+        if self.traffic and quantity in ("latency_seconds", "time_to_first_token_seconds"):
             return [sum(share * cost[n] for n, share in self.traffic.items())]
         if self.traffic and quantity == "tokens_per_second":
             tokens = sum(share * request[n] for n, share in self.traffic.items())
-            return [1000 * tokens / sum(s * cost[n] / place[n].batch_size for n, s in self.traffic.items())]
+            return [tokens / sum(s * cost[n] / place[n].batch_size for n, s in self.traffic.items())]
         if quantity == "tokens_per_second":
-            return [1000 * request[n] * place[n].batch_size / cost[n] for n in cost]
+            return [request[n] * place[n].batch_size / cost[n] for n in cost]
         return list(cost.values())
 
     def keeps(self, chosen: Any, batches: Any, limit: Limit) -> bool:
@@ -126,31 +129,30 @@ class Oracle:
 
 
 ASKED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, float]]] = {
-    "memory": ({"memory_mib": 75}, {}, {}),
-    "memory share": ({"memory_mib": "60%"}, {}, {}),
-    "latency": ({"runtime_ms": 300}, {}, {}),
-    "first token": ({"ttft_ms": 250}, {}, {}),
-    "first token share": ({"ttft_ms": "60%"}, {}, {}),
-    "throughput": ({"tokens_per_second": 700}, {}, {}),
+    "memory": ({"memory_gib": 75}, {}, {}),
+    "memory share": ({"memory_gib": "60%"}, {}, {}),
+    "latency": ({"latency_seconds": 300}, {}, {}),
+    "first token": ({"time_to_first_token_seconds": 250}, {}, {}),
+    "first token share": ({"time_to_first_token_seconds": "60%"}, {}, {}),
+    "throughput": ({"tokens_per_second": 0.7}, {}, {}),
     "throughput share": ({"tokens_per_second": "170%"}, {}, {}),
-    "parameters": ({"num_params": 250}, {}, {}),
-    "active parameters": ({"active_params": "55%"}, {}, {}),
-    "layer parameters": ({"layer_params": "50%"}, {}, {}),
-    "one scenario": ({"runtime_ms": "long=260"}, {}, {}),
-    "one scenario, share": ({"ttft_ms": "chat=40%", "memory_mib": "80%"}, {}, {}),
-    "several": ({"memory_mib": 80, "tokens_per_second": 600, "num_params": 330}, {}, {}),
-    "latency of a mix": ({"runtime_ms": 190}, {}, {"chat": 0.7, "long": 0.3}),
-    "first token of a mix": ({"ttft_ms": "55%"}, {}, {"chat": 0.7, "long": 0.3}),
-    "throughput of a mix": ({"tokens_per_second": 850, "memory_mib": 85}, {}, {"chat": 0.7, "long": 0.3}),
+    "parameters": ({"parameters": 250}, {}, {}),
+    "layer parameters": ({"layer_parameters": "50%"}, {}, {}),
+    "one scenario": ({"latency_seconds": "long=260"}, {}, {}),
+    "one scenario, share": ({"time_to_first_token_seconds": "chat=40%", "memory_gib": "80%"}, {}, {}),
+    "several": ({"memory_gib": 80, "tokens_per_second": 0.6, "parameters": 330}, {}, {}),
+    "latency of a mix": ({"latency_seconds": 190}, {}, {"chat": 0.7, "long": 0.3}),
+    "first token of a mix": ({"time_to_first_token_seconds": "55%"}, {}, {"chat": 0.7, "long": 0.3}),
+    "throughput of a mix": ({"tokens_per_second": 0.85, "memory_gib": 85}, {}, {"chat": 0.7, "long": 0.3}),
     "throughput of a mix, share": ({"tokens_per_second": "180%"}, {}, {"chat": 0.2, "long": 0.8}),
-    "types": ({"num_params": 285}, {"max_block_types": 2}, {}),
-    "one type": ({"num_params": 255}, {"max_block_types": 1}, {}),
-    "groups": ({"num_params": 285}, {"max_groups": 2}, {}),
-    "one group": ({"memory_mib": 61}, {"max_groups": 1}, {}),
-    "groups and types": ({"num_params": 285}, {"max_groups": 3, "max_block_types": 2}, {}),
-    "forbidden": ({"num_params": 195}, {"forbid": ("gone",)}, {}),
-    "kept layers": ({"num_params": 285}, {"keep_layers": (0, 2)}, {}),
-    "widths": ({"num_params": 255}, {"width_multiple": 16}, {}),
+    "types": ({"parameters": 285}, {"max_block_types": 2}, {}),
+    "one type": ({"parameters": 255}, {"max_block_types": 1}, {}),
+    "groups": ({"parameters": 285}, {"max_groups": 2}, {}),
+    "one group": ({"memory_gib": 61}, {"max_groups": 1}, {}),
+    "groups and types": ({"parameters": 285}, {"max_groups": 3, "max_block_types": 2}, {}),
+    "forbidden": ({"parameters": 195}, {"forbid": ("gone",)}, {}),
+    "kept layers": ({"parameters": 285}, {"keep_layers": (0, 2)}, {}),
+    "widths": ({"parameters": 255}, {"width_multiple": 16}, {}),
 }
 
 
@@ -174,17 +176,17 @@ def test_like_trying_everything(name: str, seed: int) -> None:
 @pytest.mark.parametrize(
     ("over", "minimise"),
     [
-        ("memory_mib", "score"),
-        ("tokens_per_second", "memory_mib"),
-        ("runtime_ms", "memory_mib"),
-        ("score", "runtime_ms"),
+        ("memory_gib", "score"),
+        ("tokens_per_second", "memory_gib"),
+        ("latency_seconds", "memory_gib"),
+        ("score", "latency_seconds"),
     ],
 )
 def test_a_front_of_any_two(over: str, minimise: str) -> None:
     """In one scenario, at one batch size: every point is the best of all, and the front falls."""
     library = random_library(1).measured_at("long", 4)
     most = 6.0 if "score" not in (over, minimise) else math.inf  # else the empty child wins on every cost
-    kept = limits(score=most) if math.isfinite(most) else limits(layer_params=1e9)
+    kept = limits(score=most) if math.isfinite(most) else limits(layer_parameters=1e9)
     request = Request(limits=kept, minimise=minimise, search=EXACT)
     values = front_values(library, request, over, 6)
     found = front(library, request, over, values)
@@ -193,7 +195,7 @@ def test_a_front_of_any_two(over: str, minimise: str) -> None:
         return sum(at(option.costs[cost], 0) for option in chosen)
 
     everything = Oracle(library, {}).all
-    totals = [(chosen, summed(chosen, "memory_mib"), summed(chosen, "runtime_ms")) for chosen in everything]
+    totals = [(chosen, summed(chosen, "memory_gib"), summed(chosen, "latency_seconds")) for chosen in everything]
     place, fixed = library.places[0], library.fixed
     objectives = []
     for value, choice in zip(values, found, strict=True):
@@ -201,10 +203,10 @@ def test_a_front_of_any_two(over: str, minimise: str) -> None:
         fitting = []
         for chosen, memory, runtime in totals:
             figures = {
-                "score": sum(option.metrics["kl_div"] for option in chosen),
-                "memory_mib": memory + 5.0,
-                "runtime_ms": runtime + at(fixed["runtime_ms"], 0),
-                "tokens_per_second": 1000 * place.tokens / (runtime + at(fixed["runtime_ms"], 0)),
+                "score": sum(option.metrics["kl"] for option in chosen),
+                "memory_gib": memory + 5.0,
+                "latency_seconds": runtime + at(fixed["latency_seconds"], 0),
+                "tokens_per_second": place.tokens / (runtime + at(fixed["latency_seconds"], 0)),
             }
             floor = over == "tokens_per_second"
             if figures["score"] > most:
@@ -224,17 +226,17 @@ def test_the_batch_size_is_chosen() -> None:
         return choose_joint(library, Request(limits=limits(**budgets)))[0].scenarios[0].batch_size
 
     parents = [option for option in library.options if option.is_parent]
-    memory = [5 + sum(at(option.costs["memory_mib"], i) for option in parents) for i in (0, 1)]
+    memory = [5 + sum(at(option.costs["memory_gib"], i) for option in parents) for i in (0, 1)]
     assert memory[0] < memory[1]
-    assert batch(memory_mib=(memory[0] + memory[1]) / 2) == 1
-    assert batch(memory_mib=memory[1] + 1) == 4
-    assert batch(tokens_per_second=1000) == 4
+    assert batch(memory_gib=(memory[0] + memory[1]) / 2) == 1
+    assert batch(memory_gib=memory[1] + 1) == 4
+    assert batch(tokens_per_second=1) == 4
 
 
 def test_prices_of_a_floor_and_a_ceiling() -> None:
     """More memory buys score, more throughput costs it; solved again at both sides."""
     library = random_library(3).measured_at("long", 1)
-    request = Request(limits=limits(memory_mib=70, tokens_per_second="150%"), search=EXACT)
+    request = Request(limits=limits(memory_gib=70, tokens_per_second="150%"), search=EXACT)
     memory, speed = prices(library, request, choose_joint(library, request)[0])
     best = choose_joint(library, request)[0].objective
     assert memory.per_unit <= 0 <= speed.per_unit and memory.per_unit + speed.per_unit != 0
@@ -253,17 +255,17 @@ def test_the_conflict_names_those_that_clash_and_no_others() -> None:
     """Small variants are slow: memory against latency; the parameters have nothing to do with it."""
     library = random_library(0).measured_at("chat", 1)
     slow = [
-        replace(option, costs={**option.costs, "runtime_ms": (200 - 2 * at(option.costs["memory_mib"], 0),)})
+        replace(option, costs={**option.costs, "latency_seconds": (200 - 2 * at(option.costs["memory_gib"], 0),)})
         for option in library.options
     ]
     library = replace(library, options=tuple(slow), places=library.places)
-    request = Request(limits=limits(memory_mib=45, runtime_ms=680, num_params=1e6))
-    with pytest.raises(InfeasibleBudget, match="keeps memory_mib and runtime_ms together") as error:
+    request = Request(limits=limits(memory_gib=45, latency_seconds=680, parameters=1e6))
+    with pytest.raises(InfeasibleBudget, match="keeps memory_gib and latency_seconds together") as error:
         choose_joint(library, request)
-    for name, asked in (("memory_mib", 45.0), ("runtime_ms", 680.0)):
+    for name, asked in (("memory_gib", 45.0), ("latency_seconds", 680.0)):
         named = float(str(error.value).partition(f"{name}: ")[2].partition("at least ")[2].split()[0])
         assert named > asked
-        eased = {"memory_mib": 45.0, "runtime_ms": 680.0, name: named}
+        eased = {"memory_gib": 45.0, "latency_seconds": 680.0, name: named}
         assert isinstance(choose_joint(library, Request(limits=limits(**eased)))[0], JointChoice)
         with pytest.raises(InfeasibleBudget):
             choose_joint(library, Request(limits=limits(**{**eased, name: named * 0.999})))
@@ -285,7 +287,7 @@ def test_too_few_groups_are_counted() -> None:
     apart = tuple(replace(option, label=f"{option.layer} {option.label}") for option in library.options)
     with pytest.raises(InfeasibleBudget, match=f"at least {LAYERS} are needed"):
         choose_joint(
-            replace(library, options=apart), Request(limits=limits(num_params=1e6), search=Search(max_groups=2))
+            replace(library, options=apart), Request(limits=limits(parameters=1e6), search=Search(max_groups=2))
         )
 
 
@@ -293,11 +295,11 @@ def test_too_few_groups_are_counted() -> None:
     ("request_", "told"),
     [
         (Request(), "a budget is needed"),
-        (Request(limits=limits(runtime_ms="short=5")), "no scenario 'short'; it has chat, long"),
-        (Request(limits=limits(num_params="chat=5")), "is the same in every scenario"),
-        (Request(limits=limits(num_params=5), traffic={"short": 1}), "no scenario 'short'"),
-        (Request(limits=limits(num_params=5), minimise="runtime_ms"), "differs between the scenarios chat, long"),
-        (Request(limits=limits(num_params=5), search=Search(keep_layers=(9,))), "no layer 9 to keep"),
+        (Request(limits=limits(latency_seconds="short=5")), "no scenario 'short'; it has chat, long"),
+        (Request(limits=limits(parameters="chat=5")), "is the same in every scenario"),
+        (Request(limits=limits(parameters=5), traffic={"short": 1}), "no scenario 'short'"),
+        (Request(limits=limits(parameters=5), minimise="latency_seconds"), "differs between the scenarios chat, long"),
+        (Request(limits=limits(parameters=5), search=Search(keep_layers=(9,))), "no layer 9 to keep"),
     ],
 )
 def test_what_cannot_be_asked(request_: Request, told: str) -> None:
@@ -307,16 +309,16 @@ def test_what_cannot_be_asked(request_: Request, told: str) -> None:
 
 @pytest.mark.parametrize("text", ["x", "chat=", "-1", "0", "nan", "inf%", "chat=x%"])
 def test_what_is_no_limit(text: str) -> None:
-    with pytest.raises(PuzzleError, match="--memory-mib: a "):
-        limit_of("memory_mib", text)
+    with pytest.raises(PuzzleError, match="--memory-gib: a "):
+        limit_of("memory_gib", text)
 
 
 def test_a_limit_as_it_is_written() -> None:
-    assert limit_of("runtime_ms", "chat=75%") == Limit(
-        quantity="runtime_ms", asked=0.75, share=True, scenario="chat", name="runtime_ms of chat"
+    assert limit_of("latency_seconds", "chat=75%") == Limit(
+        quantity="latency_seconds", asked=0.75, share=True, scenario="chat", name="latency_seconds of chat"
     )
-    with pytest.raises(ValueError, match="memory_mib is limited twice"):
-        Request(limits=limits(memory_mib=3) * 2)
+    with pytest.raises(ValueError, match="memory_gib is limited twice"):
+        Request(limits=limits(memory_gib=3) * 2)
 
 
 def several_batches() -> tuple[JointLibrary, Request]:
@@ -331,12 +333,12 @@ def several_batches() -> tuple[JointLibrary, Request]:
                 JointOption(
                     layer=f"layer_{layer}",
                     label=f"{share}",
-                    metrics={"kl_div": (1 - share) * generator.uniform(0.5, 1.5)},
-                    costs={"runtime_ms": runtime, "memory_mib": tuple(share * m for m in (1.0, 2.0, 4.0))},
+                    metrics={"kl": (1 - share) * generator.uniform(0.5, 1.5)},
+                    costs={"latency_seconds": runtime, "memory_gib": tuple(share * m for m in (1.0, 2.0, 4.0))},
                 )
             )
     library = JointLibrary(layers=tuple(f"layer_{i}" for i in range(6)), options=tuple(options), places=places)
-    return library, Request(limits=limits(tokens_per_second=4500, memory_mib=9))
+    return library, Request(limits=limits(tokens_per_second=4.5, memory_gib=9))
 
 
 def test_a_batch_size_that_cannot_win_is_not_solved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,13 +405,13 @@ def test_equal_answers_go_to_the_larger_batch_though_its_bound_is_worse() -> Non
         JointOption(
             layer=f"layer_{layer}",
             label=label,
-            metrics={"kl_div": score},
-            costs={"memory_mib": memory},
+            metrics={"kl": score},
+            costs={"memory_gib": memory},
         )
         for layer in range(2)
         for label, score, memory in (("parent", 0.0, (2.0, 2.1)), ("half", 1.0, (1.0, 1.0)))
     ]
     places = (Place(batch_size=1), Place(batch_size=4))
     library = JointLibrary(layers=("layer_0", "layer_1"), options=tuple(options), places=places)
-    (choice,) = choose_joint(library, Request(limits=limits(memory_mib=3.5)))
+    (choice,) = choose_joint(library, Request(limits=limits(memory_gib=3.5)))
     assert choice.objective == 1.0 and choice.scenarios[0].batch_size == 4

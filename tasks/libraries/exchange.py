@@ -127,7 +127,7 @@ def _span(options: Sequence[JointOption], metric: str) -> Span:
 def _shares(library: JointLibrary) -> dict[str, Share]:
     """Costs that every option has, of a library at one scenario and batch size."""
     found = {}
-    for name in (cost for cost in COSTS if library.knows(cost)):
+    for name in (cost for cost, _ in COSTS.values() if library.knows(cost)):
         by_layer: dict[str, list[float]] = {}
         for option in library.options:
             by_layer.setdefault(option.layer, []).append(at(option.costs[name], 0))
@@ -142,7 +142,8 @@ def _shares(library: JointLibrary) -> dict[str, Share]:
 
 def _missing(library: StoredLibrary | OptionLibrary, joint: JointLibrary) -> list[str]:
     shares = _shares(joint)
-    found = [f"{name}: not known of every variant, so it cannot be budgeted" for name in COSTS if name not in shares]
+    unknown = [name for name, _ in COSTS.values() if name not in shares]
+    found = [f"{name}: not known of every variant, so it cannot be budgeted" for name in unknown]
     found += [
         f"{name} outside the blocks (embedding, head): take it off your budget first"
         for name, share in shares.items()

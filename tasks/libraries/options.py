@@ -23,7 +23,14 @@ from tasks.search.joint import JointLibrary, JointOption, LibraryFileError
 
 BLOCK = "block"
 BETWEEN = " && "
-COSTS = ("memory_mib", "runtime_ms", "ttft_ms", "num_params", "active_params")
+# costs by the names that foreign files have, each with the search's name and how many of its units one is
+COSTS = {
+    "memory_mib": ("memory_gib", 1 / 1024),
+    "runtime_ms": ("latency_seconds", 1e-3),
+    "ttft_ms": ("time_to_first_token_seconds", 1e-3),
+    "num_params": ("parameters", 1.0),
+}
+METRICS = {"kl_div": "kl"}  # the same of metrics; others keep their names
 SIZES = {"num_kv_heads": "num_key_value_heads", "ffn_intermediate_size": "intermediate_size"}
 
 
@@ -58,8 +65,8 @@ class ScoredVariant:
     """One variant of a layer's block, or of one subblock of it.
 
     part: BLOCK, or the subblock's name. metrics: by name, less is better; of a subblock the rise over the parent's, so
-    that they add up. samples: the same per scored sequence, empty where unknown. costs: per place by name: memory_mib,
-    runtime_ms, ttft_ms, num_params, active_params; other names are kept for whoever made them.
+    that they add up. samples: the same per scored sequence, empty where unknown. costs: per place by the names
+    in COSTS; other names are kept for whoever made them.
     """
 
     layer: str
@@ -209,10 +216,10 @@ def joint_of(library: OptionLibrary, scenario: str | None = None, batch_size: in
         JointOption(
             layer=variant.layer,
             label=variant.label,
-            metrics=variant.metrics,
+            metrics={METRICS.get(name, name): value for name, value in variant.metrics.items()},
             costs=_joint_costs(variant.costs, places),
             is_parent=variant.is_parent,
-            samples={name: np.array(values) for name, values in variant.samples.items()},
+            samples={METRICS.get(name, name): np.array(values) for name, values in variant.samples.items()},
             sizes=_sizes(variant),
         )
         for variant in crossed(library)
@@ -221,22 +228,21 @@ def joint_of(library: OptionLibrary, scenario: str | None = None, batch_size: in
     return JointLibrary(
         layers=described.layers,
         options=tuple(options),
-        fixed={**outside, "layer_params": 0.0} if outside else {},
+        fixed={**outside, "layer_parameters": 0.0} if outside else {},
         measured=dict(described.hardware),
         places=wanted.places,
     )
 
 
 def _joint_costs(costs: dict[MeasuredAt, dict[str, float]], places: Sequence[MeasuredAt]) -> dict[str, joint.Cost]:
-    """One figure where it is the same everywhere. All parameters are active, unless the library says else."""
+    """Costs that are known at all places, in the search's units; one figure where it is the same everywhere."""
     found: dict[str, joint.Cost] = {}
-    for name in COSTS:
-        values = tuple(costs[place][name] for place in places if name in costs.get(place, {}))
+    for theirs, (name, unit) in COSTS.items():
+        values = tuple(unit * costs[place][theirs] for place in places if theirs in costs.get(place, {}))
         if len(values) == len(places):
             found[name] = values[0] if len(set(values)) == 1 else values
-    if "num_params" in found:
-        found["layer_params"] = found["num_params"]
-        found.setdefault("active_params", found["num_params"])
+    if "parameters" in found:
+        found["layer_parameters"] = found["parameters"]
     return found
 
 

@@ -46,7 +46,6 @@ _COSTS = {
     "runtime_ms": "runtime_ms",
     "prefill_runtime_ms": "ttft_ms",
     "num_params": "num_params",
-    "active_params": "active_params",
     "kv_cache_memory_mib": "kv_cache_memory_mib",
 }
 _LARGER_IS_BETTER = ("token_accuracy", "greedy_teacher_prediction")

@@ -15,9 +15,9 @@ class Point(Value):
     limit: float
     status: str
     score: float | None = None
-    memory_mib: float | None = None
-    runtime_ms: float | None = None
-    num_params: float | None = None
+    memory_gib: float | None = None
+    latency_seconds: float | None = None
+    parameters: float | None = None
 
 
 def sweep_library(
@@ -33,7 +33,7 @@ def sweep_library(
     request = Request(limits=kept)
     values = front_values(library, request, over, points)
     found = front(library, request, over, values, tell)
-    figures = ("status", "score", "memory_mib", "runtime_ms", "num_params")
+    figures = ("status", "score", "memory_gib", "latency_seconds", "parameters")
     return [
         Point(limit=value, **{name: getattr(choice, name) for name in figures})
         if choice

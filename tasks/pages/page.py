@@ -115,7 +115,7 @@ def _axis(library: JointLibrary, request: Request, priced: Sequence[Price]) -> s
         for price, limit in zip(priced, request.limits, strict=True)
         if limit.kind.cost and price.used and is_one_number(library, request, limit.kind.cost)
     ]
-    default = "memory_mib" if is_one_number(library, request, "memory_mib") else "num_params"
+    default = "memory_gib" if is_one_number(library, request, "memory_gib") else "parameters"
     return max(used)[1] if used else default
 
 
@@ -163,7 +163,7 @@ def render(study: Study, figures: dict[str, Figure]) -> str:
         choice=study.choice,
         request=study.request,
         front=study.front,
-        over=_words(study.front.over),
+        over=QUANTITIES[study.front.over].title,
         prices=[_priced(price, study.choice) for price in study.prices],
         sure=study.confidence,
         truth=study.truth,
@@ -191,7 +191,7 @@ def _budgets(study: Study) -> Iterator[dict[str, str]]:
     """What the choice takes of everything that the library knows or the request limits."""
     library, choice = study.library, study.choice
     limited = {price.budget: price for price in study.prices}
-    for name in ("memory_mib", "runtime_ms", "num_params"):
+    for name in ("memory_gib", "latency_seconds", "parameters"):
         value = getattr(choice, name)
         if value is not None:
             yield _tile(name, value, limited.pop(name, None), library, choice)
@@ -211,23 +211,17 @@ def _tile(name: str, value: float, price: Price | None, library: JointLibrary, c
         share = f"{100 * value / parent:.1f} % of the parent" if parent else ""
         known = quantity in library.fixed
         outside = f"{figure(at(library.fixed[quantity], index), kind.unit)} outside the blocks" if known else ""
-    told = figure(value, kind.unit)
+    shown_value = figure(value, kind.unit)
     if price is not None and price.share and value == price.used:
-        told = f"{100 * value:.1f} % of the parent's"
+        shown_value = f"{100 * value:.1f} % of the parent's"
     return {
-        "name": _words(quantity) + (f", {scenario}" if scenario else ""),
-        "value": told,
+        "name": QUANTITIES[quantity].title + (f", {scenario}" if scenario else ""),
+        "value": shown_value,
         "limit": "" if price is None else _limit(price),
         "used": "" if price is None else f"{100 * price.used / price.limit:.1f}",
         "share": share,
         "outside": outside,
     }
-
-
-def _words(quantity: str) -> str:
-    """memory_mib -> memory, num_params -> parameters, ttft_ms -> time to first token."""
-    told = {"num_params": "parameters", "ttft_ms": "time to first token", "tokens_per_second": "tokens per second"}
-    return told.get(quantity, quantity.removesuffix("_mib").removesuffix("_ms").replace("_params", " parameters"))
 
 
 def _limit(price: Price) -> str:
@@ -256,7 +250,7 @@ def _priced(price: Price, choice: JointChoice) -> dict[str, Any]:
     many = price.unit == "parameters"
     unit, scale = ("% of the parent's", 0.01) if price.share else ("million", 1e6) if many else (price.unit, 1.0)
     return {
-        "budget": _words(quantity) + (f", {scenario}" if scenario else ""),
+        "budget": QUANTITIES[quantity].title + (f", {scenario}" if scenario else ""),
         "used": f"{100 * price.used / price.limit:.1f} %",
         "limit": _limit(price),
         "unit": unit,

@@ -4,13 +4,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from blocks.records import Architecture, ChildReport, TruthPoint
 from tasks.libraries.exchange import Summary, summarise
 from tasks.libraries.interchange import open_library
 from tasks.pages.page import Extent, Study, study_choice, truth_of, write_page
 from tasks.search.confidence import Draws
 from tasks.search.joint import JointLibrary, LibraryFileError, Option
-from tasks.search.request import Limit, Request, objective_of
+from tasks.search.request import Request, objective_of
 from tasks.search.solve import Certificate, JointChoice, described, totals
 
 IN_A_RUN = Extent(points=12, draws=Draws(most=40, least=20, seconds=30))  # seconds, not minutes, at 30 layers
@@ -35,11 +37,14 @@ def study_of_run(workspace: Path, report: ChildReport, extent: Extent, truth: tu
 
 
 def _asked(report: ChildReport) -> Request:
-    """What the run was asked for, in the library's words; of an older report, no more than its choice takes."""
-    if not report.request:
-        return Request(limits=limits_of_run(report))
-    request = Request.model_validate(report.request)
-    named = tuple(limit.model_copy(update={"name": limit.label, "scale": 1.0}) for limit in request.limits)
+    """What the run was asked for, in the library's words."""
+    try:
+        request = Request.model_validate(report.request)
+    except ValidationError:
+        request = Request()
+    if not request.limits:
+        raise _another("an earlier version of puzzle made it, which named budgets differently")
+    named = tuple(limit.model_copy(update={"name": limit.label}) for limit in request.limits)
     return request.model_copy(update={"limits": named})
 
 
@@ -57,7 +62,7 @@ def stored_choice(library: JointLibrary, request: Request, architecture: Archite
     chosen = [by_own[own] for own in wanted]
     scenarios = tuple(totals(library, chosen, places.index(place)) for place in at_places)
     for found, total in zip(scenarios, architecture.totals, strict=True):
-        if not math.isclose(found.runtime_ms or 0.0, 1000 * total.runtime_seconds, rel_tol=_SAME, abs_tol=1e-9):
+        if not math.isclose(found.latency_seconds or 0.0, total.runtime_seconds, rel_tol=_SAME, abs_tol=1e-9):
             raise _another("its costs were measured again")
     objective = math.fsum(objective_of(option, request) for option in chosen)
     if not request.search.robust and not math.isclose(objective, architecture.score, rel_tol=_SAME, abs_tol=1e-9):
@@ -100,20 +105,3 @@ def facts_of(described: Summary, opened: JointLibrary) -> tuple[tuple[str, str],
         ("costs at", "; ".join(places)),
         ("hardware", hardware or "not named"),
     )
-
-
-def limits_of_run(report: ChildReport) -> tuple[Limit, ...]:
-    """No more memory and runtime in any scenario, and no more parameters, than the run's architecture takes."""
-    slack = 1 + 1e-6  # the same sums in another order
-    every = report.architecture.totals
-    found = []
-    for found_at in every:
-        scenario = found_at.scenario if len(every) > 1 else None
-        for quantity, value in (
-            ("memory_mib", found_at.memory_bytes / 2**20),
-            ("runtime_ms", 1000 * found_at.runtime_seconds),
-        ):
-            name = f"{quantity} of {scenario}" if scenario else quantity
-            found.append(Limit(quantity=quantity, asked=value * slack, scenario=scenario, name=name))
-    parameters = float(every[0].parameters) * slack
-    return (*found, Limit(quantity="num_params", asked=parameters, name="num_params"))

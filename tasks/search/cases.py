@@ -108,4 +108,4 @@ def _most(library: JointLibrary, limit: Limit, span: Span) -> float:
         most = parent / limit.asked if limit.kind.floor else parent * limit.asked
         return most or math.ulp(0.0)  # a parent that takes nothing leaves no room for anything
     tokens = math.fsum(weight * library.places[place].tokens for place, weight in span)
-    return 1000 * tokens / limit.asked if limit.kind.floor else limit.asked
+    return tokens / limit.asked if limit.kind.floor else limit.asked

@@ -84,7 +84,7 @@ def grids_of(problem: Problem, places: Sequence[Batches] | None = None, joint: b
                 batches=batches,
                 options=tuple(option for at in kept if (option := library.options[at].own) is not None),
                 program=case_at(library, request, kept, combination).program,
-                parameters=library.column("num_params", 0)[kept],
+                parameters=library.column("parameters", 0)[kept],
             )
         )
     return found

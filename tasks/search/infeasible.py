@@ -86,7 +86,7 @@ def _feasible(cases: Sequence[Case], limits: Sequence[Limit], search: Search) ->
 
 def _told(limit: Limit, usage: float, where: str) -> str:
     """One limit in words, rounded so that the value named can be reached."""
-    factor, unit = (100.0, "%") if limit.percent else (1 / limit.scale, "")
+    factor, unit = (100.0, "%") if limit.percent else (1.0, "")
     asked = f"{limit.name}: {limit.asked * factor:.10g}{unit} asked"
     if math.isinf(usage):
         return f"{asked}, no value helps {where}"

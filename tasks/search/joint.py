@@ -27,24 +27,37 @@ class LibraryFileError(PuzzleError):
 
 @dataclass(frozen=True, kw_only=True)
 class Quantity:
-    """Something a budget can limit. `cost`: the figure of the library behind it; `floor`: more is better."""
+    """Something a budget can limit.
 
+    title: its name in words. cost: the figure of the library behind it. floor: the budget is the least, not the most. per_place: it differs
+    between scenarios and batch sizes. time: over several scenarios it is that of the mean request. whole: it is a whole
+    number.
+    """
+
+    title: str
     unit: str
     cost: str
     floor: bool = False
     per_place: bool = True
     time: bool = False
+    whole: bool = False
 
 
+# names and units are those of a profile's budget; docs/explanation/glossary.md explains each
 QUANTITIES = {
-    "memory_mib": Quantity(unit="MiB", cost="memory_mib"),
-    "runtime_ms": Quantity(unit="ms", cost="runtime_ms", time=True),
-    "ttft_ms": Quantity(unit="ms", cost="ttft_ms", time=True),
-    "tokens_per_second": Quantity(unit="tokens/s", cost="runtime_ms", floor=True, time=True),
-    "num_params": Quantity(unit="parameters", cost="num_params", per_place=False),
-    "active_params": Quantity(unit="parameters", cost="active_params", per_place=False),
-    "layer_params": Quantity(unit="parameters", cost="layer_params", per_place=False),
-    "score": Quantity(unit="of the metric", cost="", per_place=False),
+    "memory_gib": Quantity(title="memory", unit="GiB", cost="memory_gib"),
+    "latency_seconds": Quantity(title="latency", unit="s", cost="latency_seconds", time=True),
+    "time_to_first_token_seconds": Quantity(
+        title="time to first token", unit="s", cost="time_to_first_token_seconds", time=True
+    ),
+    "tokens_per_second": Quantity(
+        title="tokens per second", unit="tokens/s", cost="latency_seconds", floor=True, time=True
+    ),
+    "parameters": Quantity(title="parameters", unit="parameters", cost="parameters", per_place=False, whole=True),
+    "layer_parameters": Quantity(
+        title="parameters of the layers", unit="parameters", cost="layer_parameters", per_place=False, whole=True
+    ),
+    "score": Quantity(title="score", unit="of the metric", cost="", per_place=False),
 }
 
 
@@ -86,7 +99,7 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class JointOption:
-    """One variant of one layer: its label, scores by metric, costs (memory_mib, runtime_ms, ttft_ms, num_params ...).
+    """One variant of one layer: its label, scores by metric, costs by the names in QUANTITIES.
 
     samples: scores by metric again, one per scored sequence, the same sequences for every option; empty when unknown.
     sizes: num_key_value_heads and intermediate_size where the variant has them. own: the same in our own words.
@@ -174,8 +187,8 @@ class JointLibrary:
     def measured_at(self, scenario: str | None, batch_size: int | None) -> "JointLibrary":
         """The library at one scenario or batch size alone; LibraryFileError when it was not measured there."""
         if scenario is not None and scenario not in self.scenarios:
-            told = ", ".join(filter(None, self.scenarios)) or "one, without a name"
-            raise LibraryFileError(f"the library has no scenario {scenario!r}; it has {told}.")
+            known = ", ".join(filter(None, self.scenarios)) or "one, without a name"
+            raise LibraryFileError(f"the library has no scenario {scenario!r}; it has {known}.")
         left = [i for i, place in enumerate(self.places) if scenario in (None, place.scenario)]
         kept = [i for i in left if batch_size in (None, self.places[i].batch_size)]
         if not kept or len({self.places[i].scenario for i in kept}) < len({self.places[i].scenario for i in left}):

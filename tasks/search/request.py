@@ -9,9 +9,9 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from blocks.engine_limits import refused_label
 from blocks.errors import InfeasibleBudget, PuzzleError
-from profiles.schema import Search, Section
-from tasks.search.constraints import Named, permitted
+from profiles.schema import EngineName, Search, Section, read_share
 from tasks.search.joint import (
     QUANTITIES,
     JointLibrary,
@@ -28,16 +28,13 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class Limit(Section):
-    """One budget. share: `asked` is a share of the parent's figure. name, scale: what the person who set it calls it,
-    and how many of the quantity's units one of theirs is.
-    """
+    """One budget. share: `asked` is a share of the parent's figure. name: what the person who set it calls it."""
 
     quantity: str
     asked: Positive
     share: bool = False
     scenario: str | None = None
     name: str
-    scale: Positive = 1.0
 
     @property
     def kind(self) -> Quantity:
@@ -63,16 +60,18 @@ class Request(Section):
     """What is asked: limits, what is minimised ("score" or a quantity of the library), how many answers.
 
     metric: which scores are summed. traffic: weights of scenarios; times and throughput without a scenario of their own
-    then hold for the mean request. search: the solver's limits and the constraints on the architecture.
+    then hold for the mean request. search: the solver's limits and the constraints on the architecture. must_run:
+    engines that have to run the child; what one of them cannot run is not chosen.
     """
 
     limits: tuple[Limit, ...] = ()
-    metric: str = "kl_div"
+    metric: str = "kl"
     minimise: str = "score"
     traffic: dict[str, Positive] = {}
     diverse: int = Field(default=1, ge=1, description="how many architectures")
     min_different: int = Field(default=1, ge=1, description="layers in which any two of them differ, at least")
     search: Search = Search()
+    must_run: tuple[EngineName, ...] = ()
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
@@ -89,25 +88,28 @@ class Request(Section):
 
 
 def limits(**budgets: float | str) -> tuple[Limit, ...]:
-    """limits(memory_mib=4000, runtime_ms="75%", ttft_ms="chat=90"): a limit each."""
+    """limits(memory_gib=4, latency_seconds="75%", time_to_first_token_seconds="chat=.09"): a limit each."""
     return tuple(limit_of(quantity, str(asked)) for quantity, asked in budgets.items())
 
 
 def limit_of(quantity: str, text: str) -> Limit:
-    """`4000`, `75%` of the parent's, or `chat=4000` for one scenario; PuzzleError for anything else."""
+    """`4`, `75%` of the parent's, or `chat=4` for one scenario; PuzzleError for anything else.
+
+    Parameters are whole numbers, so .75 of them is a share too.
+    """
     scenario, equals, amount = text.rpartition("=")
-    share = amount.strip().endswith("%")
     try:
-        value = float(amount.strip().removesuffix("%"))
+        value = float(read_share(amount))  # type: ignore[arg-type]  # what is no number is refused here
     except ValueError:
         raise PuzzleError(f"{flag(quantity)}: a number, or one with % of the parent's, not {text!r}.") from None
     if not 0 < value < math.inf:
         raise PuzzleError(f"{flag(quantity)}: a finite number greater than 0, not {text}.")
+    share = amount.strip().endswith("%") or (QUANTITIES[quantity].whole and value <= 1)
     if share and quantity == "score":
         raise PuzzleError("--score: the parent's score is 0, so no share of it can be taken; give a number.")
     return Limit(
         quantity=quantity,
-        asked=value / 100 if share else value,
+        asked=value,
         share=share,
         scenario=scenario.strip() if equals else None,
         name=f"{quantity} of {scenario.strip()}" if equals else quantity,
@@ -128,7 +130,7 @@ def check(library: JointLibrary, request: Request) -> None:
     if absolute and not all(place.tokens for place in library.places):
         raise LibraryFileError(
             "the library does not say how many tokens its runtime is for (sequence_length in measurement_info.json): "
-            "budget runtime_ms, or a share of the parent's tokens_per_second."
+            "budget latency_seconds, or a share of the parent's tokens_per_second."
         )
     _check_scenarios(library, request)
     if request.search.robust:
@@ -157,8 +159,8 @@ def _check_scenarios(library: JointLibrary, request: Request) -> None:
     named = [*(limit.scenario for limit in request.limits if limit.scenario is not None), *request.traffic]
     unknown = [name for name in named if name not in library.scenarios]
     if unknown:
-        told = ", ".join(filter(None, library.scenarios)) or "one, without a name"
-        raise LibraryFileError(f"the library has no scenario {unknown[0]!r}; it has {told}.")
+        known = ", ".join(filter(None, library.scenarios)) or "one, without a name"
+        raise LibraryFileError(f"the library has no scenario {unknown[0]!r}; it has {known}.")
     for limit in request.limits:
         if limit.scenario is not None and not limit.kind.per_place:
             raise LibraryFileError(f"{limit.quantity} is the same in every scenario: limit it without one.")
@@ -174,35 +176,34 @@ def allowed(library: JointLibrary, request: Request) -> list[int]:
     """Indices of the options that no constraint forbids; InfeasibleBudget when a layer is left without any."""
     search = request.search
     _check_names(library, search)
-    left = [
-        index
-        for index, option in enumerate(library.options)
-        if permitted(search, library.index_of(option), _named(library, option))
-    ]
+    left = [index for index, option in enumerate(library.options) if _permitted(library, request, option)]
     emptied = [layer for layer in library.layers if layer not in {library.options[index].layer for index in left}]
     if emptied:
-        told = [*search.forbid, *(["keep_layers"] if search.keep_layers else [])]
-        told += ["width_multiple"] if search.width_multiple > 1 else []
-        told += [f"what {search.engine} can run"] if search.engine else []
+        why = [*search.forbid, *(["keep_layers"] if search.keep_layers else [])]
+        why += ["width_multiple"] if search.width_multiple > 1 else []
+        why += [f"what {' and '.join(request.must_run)} can run"] if request.must_run else []
         raise InfeasibleBudget(
-            f"{' and '.join(told)} forbids every variant of {', '.join(emptied[:5])}"
+            f"{' and '.join(why)} forbids every variant of {', '.join(emptied[:5])}"
             f"{' and more' if len(emptied) > 5 else ''}: forbid less, or add variants there."
         )
     return left
 
 
-def _named(library: JointLibrary, option: JointOption) -> Named:
-    """What constraints ask of an option, as far as its label and sizes tell."""
-    parent = library.parents.get(option.layer, option).sizes
-    heads = option.sizes.get("num_key_value_heads", 0)
-    return Named(
-        names=frozenset(option.names),
-        kinds=frozenset(kinds_in(option.label)),
-        is_parent=option.is_parent,
-        width=option.sizes.get("intermediate_size", 0),
+def _permitted(library: JointLibrary, request: Request, option: JointOption) -> bool:
+    """False for an option that the constraints forbid in every architecture, as far as its label and sizes tell."""
+    search, layer = request.search, library.index_of(option)
+    if option.names & set(search.forbid):
+        return False
+    width, other_heads = 0, False
+    if not option.is_parent:
+        width, heads = option.sizes.get("intermediate_size", 0), option.sizes.get("num_key_value_heads", 0)
         # our own labels tell a variant's heads, not the parent's: it would be the parent if they were the same
-        other_heads=bool(heads) and heads != parent.get("num_key_value_heads"),
-    )
+        parent = library.parents.get(option.layer, option)
+        other_heads = bool(heads) and heads != parent.sizes.get("num_key_value_heads")
+        if layer in search.keep_layers or width % search.width_multiple:
+            return False
+    kinds = frozenset(kinds_in(option.label))
+    return all(refused_label(engine, layer, kinds, width, other_heads) is None for engine in request.must_run)
 
 
 def _check_names(library: JointLibrary, search: Search) -> None:

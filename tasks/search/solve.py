@@ -28,9 +28,9 @@ class PlaceTotals(Value):
 
     scenario: str
     batch_size: int
-    memory_mib: float | None
-    runtime_ms: float | None
-    ttft_ms: float | None
+    memory_gib: float | None
+    latency_seconds: float | None
+    time_to_first_token_seconds: float | None
     tokens_per_second: float | None
 
 
@@ -49,16 +49,16 @@ class JointChoice(Value):
     """One architecture: sums with the non-block part, the solver's certificate, the label chosen in every layer.
 
     objective: what was minimised. score, score_se: sum of the plain scores and its standard error over sequences, None
-    where the library keeps no scores per sequence. memory_mib: the largest over the scenarios; runtime_ms: the mean
+    where the library keeps no scores per sequence. memory_gib: the largest over the scenarios; latency_seconds: the mean
     over the traffic, else the largest. None where the library does not know.
     """
 
     objective: float
     score: float
     score_se: float | None
-    memory_mib: float | None
-    runtime_ms: float | None
-    num_params: float | None
+    memory_gib: float | None
+    latency_seconds: float | None
+    parameters: float | None
     status: str
     bound: float
     gap: float
@@ -274,9 +274,9 @@ def described(
         score=math.fsum(option.metrics[request.metric] for option in chosen),
         # all scores are over the same sequences: the error is that of the sums, not the root of the sum of squares
         score_se=standard_error(np.sum(samples, axis=0)) if min(map(len, samples)) > 1 else None,
-        memory_mib=_over_scenarios(request, scenarios, "memory_mib"),
-        runtime_ms=_over_scenarios(request, scenarios, "runtime_ms"),
-        num_params=total(library, chosen, "num_params", 0),
+        memory_gib=_over_scenarios(request, scenarios, "memory_gib"),
+        latency_seconds=_over_scenarios(request, scenarios, "latency_seconds"),
+        parameters=total(library, chosen, "parameters", 0),
         **certificate.model_dump(),
         scenarios=scenarios,
         layers={option.layer: option.label for option in chosen},
@@ -293,14 +293,14 @@ def total(library: JointLibrary, chosen: Sequence[JointOption], cost: str, place
 def totals(library: JointLibrary, chosen: Sequence[JointOption], index: int) -> PlaceTotals:
     """The sums of an architecture at one place."""
     place: Place = library.places[index]
-    runtime = total(library, chosen, "runtime_ms", index)
+    runtime = total(library, chosen, "latency_seconds", index)
     return PlaceTotals(
         scenario=place.scenario,
         batch_size=place.batch_size,
-        memory_mib=total(library, chosen, "memory_mib", index),
-        runtime_ms=runtime,
-        ttft_ms=total(library, chosen, "ttft_ms", index),
-        tokens_per_second=1000 * place.tokens / runtime if runtime and place.tokens else None,
+        memory_gib=total(library, chosen, "memory_gib", index),
+        latency_seconds=runtime,
+        time_to_first_token_seconds=total(library, chosen, "time_to_first_token_seconds", index),
+        tokens_per_second=place.tokens / runtime if runtime and place.tokens else None,
     )
 
 
@@ -329,7 +329,7 @@ def _objective(
     if request.minimise == "score":
         return math.fsum(objective_of(option, request) for option in chosen)
     if kind.floor and request.traffic:
-        return claimed  # milliseconds that a mean request takes of its batches; no total shows them
+        return claimed  # seconds that a mean request takes of its batches; no total shows them
     value = _over_scenarios(request, scenarios, kind.cost) if kind.per_place else total(library, chosen, kind.cost, 0)
     assert value is not None, "checked when it was asked"
     return value
@@ -388,14 +388,14 @@ def _values(
         else:
             each = [(w, f, library.places[_index(library, f)]) for w, f in mix]
             tokens = math.fsum(w * (p.prompt_tokens + p.generated_tokens) for w, _, p in each)
-            yield 1000 * tokens / math.fsum(w * (f.runtime_ms or 0.0) / f.batch_size for w, f, _ in each)
+            yield tokens / math.fsum(w * (f.latency_seconds or 0.0) / f.batch_size for w, f, _ in each)
     else:
         for found in scenarios:
             if limit.scenario in (None, found.scenario):
                 # tokens cancel in a share, so throughput is 1 / runtime where their number is unknown
                 value = getattr(found, limit.quantity)
                 if value is None:  # or nothing is left that takes time
-                    value = 1 / found.runtime_ms if found.runtime_ms else math.inf
+                    value = 1 / found.latency_seconds if found.latency_seconds else math.inf
                 yield value
 
 

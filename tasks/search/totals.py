@@ -224,7 +224,6 @@ def limits_of(problem: Problem, batches: Batches) -> tuple[Limit, ...]:
     outside = problem.non_block_table[totals[0].scenario, totals[0].batch_size].parameters
     everything = totals[0].parameters
     rows += _ceiling("parameters", "parameters", first, budget.parameters, 1)
-    rows += _ceiling("active_parameters", "parameters", first, budget.active_parameters, 1)
     rows += _ceiling("parameters_fraction", "parameters", first, budget.parameters_fraction, everything)
     share = budget.layer_parameters_fraction
     rows += _ceiling("layer_parameters_fraction", "layer_parameters", first, share, everything - outside)

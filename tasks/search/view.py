@@ -19,22 +19,20 @@ from tasks.search.program import Floats
 from tasks.search.request import Limit, Request
 from tasks.search.totals import Problem, cost_of, scores_behind
 
-MIB = 2**20
 Places = Sequence[tuple[Scenario, int]]  # scenarios at a batch size each
-METRICS = {"kl": "kl_div", "lm_loss": "lm_loss"}
-# budget field -> quantity, whether it is a share of the parent's, units of the quantity in one of the field's
-_FIELDS: dict[str, tuple[str, bool, float]] = {
-    "speedup": ("tokens_per_second", True, 1),
-    "min_tokens_per_second": ("tokens_per_second", False, 1),
-    "memory_fraction": ("memory_mib", True, 1),
-    "memory_gib": ("memory_mib", False, 1024),
-    "max_latency_seconds": ("runtime_ms", False, 1000),
-    "max_time_to_first_token_seconds": ("ttft_ms", False, 1000),
-    "time_to_first_token_fraction": ("ttft_ms", True, 1),
-    "parameters": ("num_params", False, 1),
-    "parameters_fraction": ("num_params", True, 1),
-    "layer_parameters_fraction": ("layer_params", True, 1),
-    "active_parameters": ("active_params", False, 1),
+METRICS = ("kl", "lm_loss")
+# budget field -> quantity, and whether the field is a share of the parent's
+_FIELDS: dict[str, tuple[str, bool]] = {
+    "speedup": ("tokens_per_second", True),
+    "min_tokens_per_second": ("tokens_per_second", False),
+    "memory_fraction": ("memory_gib", True),
+    "memory_gib": ("memory_gib", False),
+    "max_latency_seconds": ("latency_seconds", False),
+    "max_time_to_first_token_seconds": ("time_to_first_token_seconds", False),
+    "time_to_first_token_fraction": ("time_to_first_token_seconds", True),
+    "parameters": ("parameters", False),
+    "parameters_fraction": ("parameters", True),
+    "layer_parameters_fraction": ("layer_parameters", True),
 }
 
 
@@ -51,7 +49,7 @@ def library_of(problem: Problem, additive: bool = False) -> JointLibrary:
     return JointLibrary(
         layers=tuple(dict.fromkeys(option.layer for option in options)),
         options=options,
-        fixed=_costs([[part] for part in outside], places, {"layer_params": 0.0}),
+        fixed=_costs([[part] for part in outside], places, {"layer_parameters": 0.0}),
         measured=dict(problem.costs.hardware),
         places=tuple(
             Place(
@@ -108,16 +106,15 @@ def _option(problem: Problem, option: Option, places: Places) -> JointOption:
         "num_key_value_heads": labels.get("attention", "").removeprefix("kv"),
         "intermediate_size": labels.get("ffn", "").removeprefix("ffn"),
     }
-    told = " && ".join(f"{part} = {label}" for part, label in labels.items())
+    label = " && ".join(f"{part} = {label}" for part, label in labels.items())
     return JointOption(
         layer=f"layer_{option.layer}" + ("" if len(labels) > 1 else f" {next(iter(labels))}"),
-        label=f"{told}{' (coupled)' if option.coupled else ''}",
-        metrics={name: math.fsum(getattr(score, field) for score in scores) for field, name in METRICS.items()},
+        label=f"{label}{' (coupled)' if option.coupled else ''}",
+        metrics={name: math.fsum(getattr(score, name) for score in scores) for name in METRICS},
         costs=_costs(parts, places, {}),
         is_parent=chosen == LayerChoice(),
         samples={
-            name: _summed(problem, [getattr(score, f"{field}_per_sequence") for score in scores])
-            for field, name in METRICS.items()
+            name: _summed(problem, [getattr(score, f"{name}_per_sequence") for score in scores]) for name in METRICS
         },
         sizes={name: int(size) for name, size in named.items() if size.isdigit()},
         own=option,
@@ -137,12 +134,11 @@ def _costs(
     parameters = float(sum(part.parameters for part in parts[0]))
     runtime = [p + scenario.generated_tokens * d for p, d, (scenario, _) in zip(prefill, decode, places, strict=True)]
     return {
-        "memory_mib": tuple(value / MIB for value in memory),
-        "runtime_ms": tuple(1000 * value for value in runtime),
-        "ttft_ms": tuple(1000 * value for value in prefill),
-        "num_params": parameters,
-        "active_params": parameters,  # every kind so far is dense
-        "layer_params": parameters,
+        "memory_gib": tuple(value / 2**30 for value in memory),
+        "latency_seconds": tuple(runtime),
+        "time_to_first_token_seconds": tuple(prefill),
+        "parameters": parameters,
+        "layer_parameters": parameters,
         **known,
     }
 
@@ -163,13 +159,13 @@ def request_of(problem: Problem | Profile, **changes: Any) -> Request:
     for scenario in problem.scenarios:
         limits += _limits(scenario.budget, scenario.name)
     traffic = {scenario.name: scenario.weight for scenario in problem.scenarios if scenario.weight is not None}
-    metric = METRICS[problem.scoring.metric if isinstance(problem, Profile) else problem.metric]
+    metric = problem.scoring.metric if isinstance(problem, Profile) else problem.metric
     asked = {"limits": tuple(limits), "metric": metric, "traffic": traffic, "search": problem.search}
     return Request(**{**asked, **changes})
 
 
 def _limits(budget: ScenarioBudget, scenario: str | None) -> Iterator[Limit]:
     for field, asked in budget.model_dump(exclude_none=True).items():
-        quantity, share, scale = _FIELDS[field]
+        quantity, share = _FIELDS[field]
         name = field if scenario is None else f"{field} of {scenario}"
-        yield Limit(quantity=quantity, asked=asked * scale, share=share, scale=scale, scenario=scenario, name=name)
+        yield Limit(quantity=quantity, asked=asked, share=share, scenario=scenario, name=name)

@@ -172,9 +172,11 @@ def check_additivity(
 
 def contributions(problem: Problem, layers: Layers) -> Floats:
     """(L, T) the score that every layer adds, per scored sequence."""
-    nothing = np.zeros(max((len(score.kl_per_sequence) for score in problem.scores), default=0))
-    behind = (scores_behind(problem, layer, choice) for layer, choice in enumerate(layers))
-    return np.array([np.sum([nothing, *(score.kl_per_sequence for score in scores)], axis=0) for scores in behind])
+    found = np.zeros((len(layers), max((len(score.kl_per_sequence) for score in problem.scores), default=0)))
+    for layer, choice in enumerate(layers):
+        for score in scores_behind(problem, layer, choice):
+            found[layer] += score.kl_per_sequence
+    return found
 
 
 def _of_other_searches(problem: Problem, batches: Batches, seed: int) -> dict[str, Layers]:
