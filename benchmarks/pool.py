@@ -104,7 +104,7 @@ def measured(site: Site) -> str:
 
 def swept(site: Site) -> str:
     """`sweep` through the pool, on the library of the run above; then on a workspace without one."""
-    run = site.start("sweep", workspace="pool", over="num_params", points=12, memory_mib="95%")
+    run = site.start("sweep", workspace="pool", over="parameters", points=12, memory_gib="95%")
     site.finished(run)
     found = json.loads(site.artifacts(run)["sweep"]["data"])
     scores = [row["score"] for row in found if row["score"] is not None]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tasks.search.confidence import Confidence
     from tasks.search.joint import JointLibrary
     from tasks.search.request import Request
-    from tasks.search.solve import JointChoice, PlaceTotals, Price
+    from tasks.search.solve import JointChoice, Price
 
 Budget = list[str] | None
 AMOUNT = "N|N%|SCENARIO=N"
@@ -147,10 +147,10 @@ def with_request(command: Callable[..., None]) -> Callable[..., None]:
         library, request = asked(**{one.name: values.pop(one.name) for one in shared})
         command(library, request, **values)
 
-    told: Any = wrapped
-    del told.__wrapped__
-    told.__signature__ = inspect.Signature([*shared, *own])
-    told.__annotations__ = {one.name: one.annotation for one in [*shared, *own]}
+    command_of_all: Any = wrapped
+    del command_of_all.__wrapped__
+    command_of_all.__signature__ = inspect.Signature([*shared, *own])
+    command_of_all.__annotations__ = {one.name: one.annotation for one in [*shared, *own]}
     return wrapped
 
 
@@ -186,14 +186,14 @@ def choose_command(
         answers = [choice.model_dump() for choice in found]
         typer.echo(json.dumps(answers if diverse > 1 else answers[0], indent=1))
     else:
-        typer.echo("\n\n".join(_told(choice, library, request) for choice in found))
+        typer.echo("\n\n".join(_in_words(choice, library, request) for choice in found))
     if len(found) < diverse:
         typer.echo(f"no more than {len(found)} exist that differ in {min_different} layers", err=True)
 
 
 @with_request
 def explain_command(library: "JointLibrary", request: "Request", as_json: Json = False) -> None:
-    """What each budget costs: how much of it is used, its marginal price, the objective at 5 % less and more."""
+    """What each budget is worth: how much of it is used, and the objective with a little less or more of it."""
     from tasks.search.solve import choose_joint, prices
 
     (choice,) = choose_joint(library, request)
@@ -226,8 +226,8 @@ def sweep_command(
         raise LibraryFileError(f"a front needs two different of {', '.join(QUANTITIES)}, not {over} and {minimise}.")
     request = request.model_copy(update={"minimise": minimise})
     values = front_values(library, request, over, points)
-    with shown("sweep", beside=True) as tell:
-        found = front(library, request, over, values, tell)
+    with shown("sweep", beside=True) as progress:
+        found = front(library, request, over, values, progress)
     if as_json:
         rows = [{"limit": at, **_or_infeasible(choice)} for at, choice in zip(values, found, strict=True)]
         typer.echo(json.dumps(rows, indent=1))
@@ -258,8 +258,8 @@ def confidence_command(
     """How sure the choice is: the whole search again on resampled sequences, how often each layer's choice recurs."""
     from tasks.search.confidence import Draws, bootstrap
 
-    with shown("bootstrap", beside=True) as tell:
-        found = bootstrap(library, request, Draws(most=draws, seconds=seconds, seed=seed), tell)
+    with shown("bootstrap", beside=True) as progress:
+        found = bootstrap(library, request, Draws(most=draws, seconds=seconds, seed=seed), progress)
     typer.echo(found.model_dump_json(indent=1) if as_json else _sure(found))
 
 
@@ -275,7 +275,7 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.6g}"
 
 
-def _told(choice: "JointChoice", library: "JointLibrary", request: "Request") -> str:
+def _in_words(choice: "JointChoice", library: "JointLibrary", request: "Request") -> str:
     width = max(len(layer) for layer in choice.layers)
     rows = [f"{layer:<{width}}  {_shown(label)}" for layer, label in choice.layers.items()]
     return "\n".join([_summary(choice, library, request), *rows])
@@ -295,14 +295,11 @@ def _summary(choice: "JointChoice", library: "JointLibrary", request: "Request")
             lines.append(f"scenario  {totals.scenario}, batch {totals.batch_size}")
         for name in ("memory_gib", "latency_seconds", "time_to_first_token_seconds", "tokens_per_second"):
             limit = limits.get(f"{name} of {totals.scenario}", limits.get(name))
-            lines += _used(library, name, getattr(totals, name), limit, _place(library, totals))
+            lines += _used(
+                library, name, getattr(totals, name), limit, library.place_at(totals.scenario, totals.batch_size)
+            )
     lines += _used(library, "parameters", choice.parameters, limits.get("parameters"), 0)
     return "\n".join(lines)
-
-
-def _place(library: "JointLibrary", totals: "PlaceTotals") -> int:
-    places = [(place.scenario, place.batch_size) for place in library.places]
-    return places.index((totals.scenario, totals.batch_size))
 
 
 def _used(library: "JointLibrary", name: str, value: float | None, limit: Any, place: int) -> list[str]:
@@ -332,8 +329,8 @@ def _priced(price: "Price", choice: "JointChoice") -> str:
     unit = "one percent of the parent's" if price.share else f"one {'million parameters' if many else price.unit}"
     per_unit = price.per_unit * (0.01 if price.share else 1e6 if many else 1)
     return (
-        f"{price.budget}  {price.used / price.limit:.2%} used; {unit} more changes the LP's bound by {per_unit:+.3e}; "
-        f"solved again at {', '.join(moves)}"
+        f"{price.budget}  {price.used / price.limit:.2%} used; with {unit} more the objective changes by about "
+        f"{per_unit:+.3e} (estimate of the LP relaxation); solved again at {', '.join(moves)}"
     )
 
 

@@ -52,7 +52,7 @@ from tasks.running.sharing import Piece, in_turn, made_once
 from tasks.running.usage import noted
 from tasks.running.workers import Seat, at_a_time, seat_of, seated
 from tasks.score import scoring
-from tasks.search.adaptive import Key, score_adaptively, told
+from tasks.search.adaptive import Key, in_words, score_adaptively
 from tasks.search.choose import choose
 from tasks.search.totals import Problem, predicted, problem_of
 from tasks.studies.peers import find
@@ -253,7 +253,7 @@ def score_all(
         settings.adaptive,
         scored.count,
         lambda depths: score({key: order[:depth] for key, depth in depths.items()}),
-        lambda look: say(told(look)),
+        lambda look: say(in_words(look)),
     )
     return list(found.scores)
 

@@ -91,7 +91,7 @@ def test_draws_keep_the_budget_and_sum_to_one() -> None:
     view = joint_view(stored(random_problem(2, Budget(speedup=1.2))))
     request = Request(limits=limits(parameters="60%"))
     seen: list[tuple[int, int]] = []
-    found = bootstrap(view, request, Draws(most=20), tell=lambda done, total: seen.append((done, total)))
+    found = bootstrap(view, request, Draws(most=20), progress=lambda done, total, text="": seen.append((done, total)))
     assert seen == [(i + 1, 20) for i in range(20)]
     assert list(found.recurrence) == list(view.layers)
     assert all(sum(shares.values()) == pytest.approx(1) for shares in found.recurrence.values())

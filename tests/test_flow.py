@@ -176,13 +176,13 @@ def test_the_library_it_leaves_chooses_the_same_child(run: tuple[Path, str]) -> 
     """`puzzle choose` on the workspace, with the profile's budget in other words."""
     architecture = report_of(run[0]).architecture
     library = open_library(run[0], "chat", architecture.totals[0].batch_size)
-    fixed = library.outside("num_params", 0)
-    limit = fixed + 0.6 * (library.of_parent("num_params") - fixed)
-    (choice,) = choose_joint(library, Request(limits=limits(num_params=limit)))
-    (same,) = choose_joint(library, Request(limits=limits(layer_params="60%")))
+    fixed = library.outside("parameters", 0)
+    limit = fixed + 0.6 * (library.of_parent("parameters") - fixed)
+    (choice,) = choose_joint(library, Request(limits=limits(parameters=limit)))
+    (same,) = choose_joint(library, Request(limits=limits(layer_parameters="60%")))
     assert same == choice
     assert 0 < choice.objective == pytest.approx(architecture.score, rel=1e-5)
-    assert choice.memory_mib is not None and choice.memory_mib * 2**20 == pytest.approx(
+    assert choice.memory_gib is not None and choice.memory_gib * 2**30 == pytest.approx(
         architecture.totals[0].memory_bytes
     )
     tables = read_library(run[0] / "tables" / "tiny")

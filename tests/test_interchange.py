@@ -147,6 +147,23 @@ def test_scenarios_and_batch_sizes(tmp_path: Path, library: StoredLibrary) -> No
     assert "but at 1" in puzzle("choose", "--library", tmp_path, "--batch-size", 3, "--latency-seconds", 1)[2]
 
 
+def test_a_share_is_written_in_either_way(tmp_path: Path, library: StoredLibrary) -> None:
+    """.7 and 70% are one: of parameters, which are whole numbers, of a mix of scenarios, of layers that are alike."""
+    write_library(tmp_path, library)
+    words = ("choose", "--library", tmp_path)
+    assert answers(*words, "--parameters", ".8") == answers(*words, "--parameters", "80%")
+    assert answers(*words, "--layer-parameters", ".8") == answers(*words, "--layer-parameters", "80 %")
+    mixes = (("chat=.7", "long=30%"), ("chat=7", "long=3"), ("chat=70%", "long=.3"))
+    first, *others = (
+        answers(*words, "--latency-seconds", "85%", "--traffic", one, "--traffic", other) for one, other in mixes
+    )
+    assert all(other == first for other in others)
+    alike = ("--parameters", "80%", "--diverse", 2, "--alpha")
+    assert answers(*words, *alike, ".5") == answers(*words, *alike, "50%")
+    for odd in ("-1", "nan", "x%", "200%"):
+        assert "a share such as 0.7 or 70%" in puzzle(*words, *alike, odd)[2]
+
+
 def test_a_workspace_with_two_libraries_asks_which(tmp_path: Path, library: StoredLibrary) -> None:
     for name in ("a", "b"):
         write_library(tmp_path / "tables" / name, library)

@@ -77,7 +77,7 @@ def test_each_workspace_has_its_own_database_and_a_users_one_stands(
         ("plan", "tiny", "--set", f"parent={{kind: folder, path: {LONG}}}"),
         ("show", LONG),
         ("report", LONG),
-        ("choose", "--library", LONG, "--num-params", "80%"),
+        ("choose", "--library", LONG, "--parameters", "80%"),
         ("library", "show", LONG),
         ("export", LONG, "--format", "gguf", "--out", "x.gguf"),
         ("doctor", "--workspace", LONG),

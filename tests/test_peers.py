@@ -1,4 +1,4 @@
-"""The searches behind one interface: the registry is whole, every search keeps the budget, any objective is minimised."""
+"""The searches behind one function: all are registered, every one keeps the budget and minimises what it is given."""
 
 import itertools
 from typing import get_args

@@ -41,6 +41,23 @@ def test_a_file_wins_over_a_shipped_name(tmp_path: Path, monkeypatch: pytest.Mon
     assert load_profile("tiny").name == "good"
 
 
+def test_a_share_is_written_in_either_way(tmp_path: Path) -> None:
+    """70% and .7 are one wherever a profile takes a share; 70 is none."""
+    chat = {"name": "chat", "weight": "70%", "budget": {"time_to_first_token_fraction": "80 %"}}
+    asked: dict[str, Any] = {
+        "scenarios": [chat],
+        "budget": {"memory_fraction": "70%"},
+        "champion": {"confidence": "99%"},
+    }
+    profile = load_profile(write(tmp_path, **asked), ["scoring.adaptive.tolerance=1%"])
+    (scenario,) = profile.scenarios
+    assert (profile.budget.memory_fraction, scenario.weight, profile.champion.confidence) == (0.7, 0.7, 0.99)
+    assert scenario.budget.time_to_first_token_fraction == 0.8
+    assert profile.scoring.adaptive is not None and profile.scoring.adaptive.tolerance == 0.01
+    for wrong in ("70", "x%", "170%", "%"):
+        assert "budget.memory_fraction" in problem(write(tmp_path, budget={"memory_fraction": wrong}))
+
+
 BROKEN = {
     "unknown key": ({"budget": {"speedupp": 2.0}}, ["budget.speedupp: unknown key", "Did you mean `speedup`?"]),
     "unknown key at the top": ({"budgets": {}}, ["budgets: unknown key", "Did you mean `budget`?", "scenarios"]),

@@ -11,7 +11,7 @@ import pytest
 from blocks.errors import InfeasibleBudget, PuzzleError
 from profiles.schema import Search
 from tasks.search import solve
-from tasks.search.joint import JointLibrary, JointOption, LibraryFileError, Place, at
+from tasks.search.joint import JointLibrary, JointOption, LibraryFileError, MeasuredAt, at
 from tasks.search.mip import Answer, SolverStopped, minimise
 from tasks.search.program import Program
 from tasks.search.request import Limit, Request, limit_of, limits
@@ -20,7 +20,7 @@ from tests.test_choose import EXACT
 
 LAYERS, LABELS = 4, ("parent", "half", "quarter", "gone")
 PLACES = tuple(
-    Place(scenario=name, batch_size=batch, prompt_tokens=prompt, generated_tokens=generated)
+    MeasuredAt(scenario=name, batch_size=batch, prompt_tokens=prompt, generated_tokens=generated)
     for name, prompt, generated in (("chat", 32, 16), ("long", 128, 8))
     for batch in (1, 4)
 )
@@ -323,7 +323,7 @@ def test_a_limit_as_it_is_written() -> None:
 
 def several_batches() -> tuple[JointLibrary, Request]:
     """Three batch sizes; the larger, the less time a request takes and the more memory."""
-    places = tuple(Place(batch_size=size, prompt_tokens=8, generated_tokens=8) for size in (1, 2, 4))
+    places = tuple(MeasuredAt(batch_size=size, prompt_tokens=8, generated_tokens=8) for size in (1, 2, 4))
     generator = np.random.default_rng(0)
     options = []
     for layer in range(6):
@@ -411,7 +411,7 @@ def test_equal_answers_go_to_the_larger_batch_though_its_bound_is_worse() -> Non
         for layer in range(2)
         for label, score, memory in (("parent", 0.0, (2.0, 2.1)), ("half", 1.0, (1.0, 1.0)))
     ]
-    places = (Place(batch_size=1), Place(batch_size=4))
+    places = (MeasuredAt(batch_size=1), MeasuredAt(batch_size=4))
     library = JointLibrary(layers=("layer_0", "layer_1"), options=tuple(options), places=places)
     (choice,) = choose_joint(library, Request(limits=limits(memory_gib=3.5)))
     assert choice.objective == 1.0 and choice.scenarios[0].batch_size == 4

@@ -87,7 +87,7 @@ def summarise(path: Path) -> Summary:
         options_per_layer=(min(per_layer.values()), max(per_layer.values())),
         labels=len({option.label for option in first.options}),
         scores={metric: _span(first.options, metric) for metric in first.metrics},
-        costs={_place(joint): _shares(joint) for joint in joints},
+        costs={str(joint.places[0]): _shares(joint) for joint in joints},
         hardware=described.hardware,
         missing=(*unusable, *_missing(found, first)),
     )
@@ -100,15 +100,10 @@ def _joints(library: StoredLibrary | OptionLibrary) -> tuple[list[JointLibrary],
         try:
             found.append(joint_at(library, place.scenario, place.batch_size))
         except LibraryFileError as error:
-            unusable.append(f"{place.scenario}, batch {place.batch_size}: {error}")
+            unusable.append(f"{place}: {error}")
     if not found:
         raise LibraryFileError(unusable[0])
     return found, unusable
-
-
-def _place(library: JointLibrary) -> str:
-    place = library.places[0]
-    return f"{place.scenario or 'measured'}, batch {place.batch_size}"
 
 
 def _span(options: Sequence[JointOption], metric: str) -> Span:

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tasks.libraries.options import BLOCK, COSTS, MeasuredAt, OptionLibrary, OptionsDescription, ScoredVariant, checked
+from tasks.libraries.options import BLOCK, COSTS, OptionLibrary, OptionsDescription, ScoredVariant, checked
 from tasks.libraries.reading import LARGEST, cost, is_number, mapping, number, read_json
+from tasks.search.joint import MeasuredAt
 
 _NEEDED = ("memory_mib", "runtime_ms")  # stand in every such file; parameters may
 

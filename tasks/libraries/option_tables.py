@@ -15,9 +15,9 @@ import numpy as np
 
 from blocks.library import write_value
 from blocks.records import Value
-from tasks.libraries.options import MeasuredAt, OptionLibrary, OptionsDescription, ScoredVariant, checked
+from tasks.libraries.options import OptionLibrary, OptionsDescription, ScoredVariant, checked
 from tasks.libraries.tables import read_description, read_table, validated, write_tables
-from tasks.search.joint import LibraryFileError, standard_error
+from tasks.search.joint import LibraryFileError, MeasuredAt, standard_error
 
 Name = tuple[str, str, str]
 FieldT = TypeVar("FieldT")

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from pydantic import Field, JsonValue
+from pydantic import JsonValue
 
 from blocks.records import Value
 from tasks.libraries.reading import LARGEST
 from tasks.search import joint
-from tasks.search.joint import JointLibrary, JointOption, LibraryFileError
+from tasks.search.joint import JointLibrary, JointOption, LibraryFileError, MeasuredAt
 
 BLOCK = "block"
 BETWEEN = " && "
@@ -32,18 +32,6 @@ COSTS = {
 }
 METRICS = {"kl_div": "kl"}  # the same of metrics; others keep their names
 SIZES = {"num_kv_heads": "num_key_value_heads", "ffn_intermediate_size": "intermediate_size"}
-
-
-class MeasuredAt(Value):
-    """Where costs were measured: scenario, sequences that run at once, tokens of one sequence; 0 tokens: not known."""
-
-    scenario: str
-    batch_size: int = Field(ge=1)
-    prompt_tokens: int = Field(default=0, ge=0)
-    generated_tokens: int = Field(default=0, ge=0)
-
-    def __str__(self) -> str:
-        return f"{self.scenario}, batch {self.batch_size}"
 
 
 class OptionsDescription(Value):
@@ -209,9 +197,8 @@ def joint_of(library: OptionLibrary, scenario: str | None = None, batch_size: in
     A cost that was not measured at all of these places is not known. LibraryFileError for a place that is not there.
     """
     described = library.description
-    every = [joint.Place(**place.model_dump()) for place in described.places]
-    wanted = JointLibrary(layers=described.layers, options=(), places=tuple(every)).measured_at(scenario, batch_size)
-    places = [place for place, known in zip(described.places, every, strict=True) if known in wanted.places]
+    bare = JointLibrary(layers=described.layers, options=(), places=described.places)
+    places = bare.measured_at(scenario, batch_size).places
     options = [
         JointOption(
             layer=variant.layer,
@@ -230,7 +217,7 @@ def joint_of(library: OptionLibrary, scenario: str | None = None, batch_size: in
         options=tuple(options),
         fixed={**outside, "layer_parameters": 0.0} if outside else {},
         measured=dict(described.hardware),
-        places=wanted.places,
+        places=places,
     )
 
 

@@ -28,14 +28,13 @@ from tasks.libraries.labels import Config, Labels, canonical
 from tasks.libraries.options import (
     BETWEEN,
     BLOCK,
-    MeasuredAt,
     OptionLibrary,
     OptionsDescription,
     ScoredVariant,
     checked,
 )
 from tasks.libraries.reading import cost, is_number, mapping, number, read_json, sequence, short, whole
-from tasks.search.joint import LibraryFileError
+from tasks.search.joint import LibraryFileError, MeasuredAt
 
 STATS = "subblock_stats.json"
 BLOCK_SCORES = "single_sequence_replacement_solutions--validation"

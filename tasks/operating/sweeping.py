@@ -1,10 +1,11 @@
 """The front over one quantity of a workspace's block library: what the deployment `sweep` runs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from blocks.records import Value
 from tasks.libraries.interchange import open_library
+from tasks.running.progress import Progress, no_progress
 from tasks.search.request import Request, limit_of
 from tasks.search.solve import front, front_values
 
@@ -25,18 +26,16 @@ def sweep_library(
     over: str,
     points: int,
     budgets: Mapping[str, str | None],
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> list[Point]:
     """The front over one quantity on the library of a workspace, the other budgets kept."""
     library = open_library(folder)
     kept = tuple(limit_of(name, text) for name, text in budgets.items() if text is not None and name != over)
     request = Request(limits=kept)
     values = front_values(library, request, over, points)
-    found = front(library, request, over, values, tell)
-    figures = ("status", "score", "memory_gib", "latency_seconds", "parameters")
+    found = front(library, request, over, values, progress)
+    fields = set(Point.model_fields) - {"limit"}
     return [
-        Point(limit=value, **{name: getattr(choice, name) for name in figures})
-        if choice
-        else Point(limit=value, status="infeasible")
+        Point(limit=value, **choice.model_dump(include=fields)) if choice else Point(limit=value, status="infeasible")
         for value, choice in zip(values, found, strict=True)
     ]

@@ -5,16 +5,15 @@ depth     whole blocks removed, the cheapest in score first
 stepwise  from the best-scored variants, the step with the least score per saved cost, again and again
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
 from tasks.pages.library_pictures import Front, cells_of
+from tasks.running.progress import Progress, no_progress
 from tasks.search.cases import cases_of
 from tasks.search.joint import QUANTITIES, JointLibrary, JointOption, LibraryFileError
 from tasks.search.program import ROOM, Floats, Integers, Program
 from tasks.search.request import Limit, Request
-from tasks.search.solve import JointChoice, front, front_values, places_of, reached, totals
+from tasks.search.solve import JointChoice, case_of, front, front_values, reached, totals
 
 Points = tuple[tuple[float, float], ...]
 
@@ -25,7 +24,7 @@ def front_of(
     choice: JointChoice,
     over: str,
     points: int = 20,
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> Front:
     """Solve at `points` limits of the quantity `over`, the other budgets kept; less of it must be better.
 
@@ -37,7 +36,7 @@ def front_of(
     values = front_values(library, request, over, points)
     if not values[-1]:
         raise LibraryFileError(f"nothing in the library takes any {over}: there is no front over it.")
-    found = [one for one in front(library, request, over, values, tell) if one is not None]
+    found = [one for one in front(library, request, over, values, progress) if one is not None]
     plane = _Plane(library, request, over, values[-1], choice)
     return Front(
         over=over,
@@ -58,7 +57,7 @@ class _Plane:
         others = tuple(limit for limit in request.limits if limit.quantity != over)
         self.request = request.model_copy(update={"limits": (*others, self.limit)})
         self.options, cases = cases_of(library, self.request)
-        self.case = next((case for case in cases if places_of(library, case) == _places(choice)), cases[0])
+        self.case = case_of(library, cases, choice)
         self.by_name = {(option.layer, option.label): option for option in library.options}
 
     def of(self, choice: JointChoice) -> float:
@@ -99,10 +98,6 @@ class _Plane:
         return tuple(found)
 
 
-def _places(choice: JointChoice) -> list[tuple[str, int]]:
-    return [(found.scenario, found.batch_size) for found in choice.scenarios]
-
-
 def _uniform(program: Program) -> list[Integers]:
     """Every label that stands in every slot."""
     assert program.types is not None, "a joint program knows the types of its options"
@@ -113,8 +108,7 @@ def _uniform(program: Program) -> list[Integers]:
 
 def _best(program: Program) -> Integers:
     """The lowest score of every slot."""
-    ends = np.append(program.starts[1:], len(program.scores))
-    return np.array([a + np.argmin(program.scores[a:b]) for a, b in zip(program.starts, ends, strict=True)])
+    return np.array([slot[np.argmin(program.scores[slot])] for slot in program.slots])
 
 
 def _depth(program: Program, empty: np.ndarray) -> list[Integers]:

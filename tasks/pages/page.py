@@ -87,12 +87,12 @@ def study_choice(
         choice = choose_joint(library, request.model_copy(update={"diverse": 1}))[0]
     priced = prices(library, request, choice)
     over = extent.over or _axis(library, request, priced)
-    with shown("sweep", beside=True) as tell:
-        front = front_of(library, request, choice, over, extent.points, tell)
+    with shown("sweep", beside=True) as progress:
+        front = front_of(library, request, choice, over, extent.points, progress)
     sure = None
     if all(len(option.samples.get(request.metric, ())) > 1 for option in library.options):
-        with shown("bootstrap", beside=True) as tell:
-            sure = bootstrap(library, request, extent.draws, tell, choice)
+        with shown("bootstrap", beside=True) as progress:
+            sure = bootstrap(library, request, extent.draws, progress, choice)
     return Study(
         title=title,
         library=library,
@@ -204,8 +204,7 @@ def _tile(name: str, value: float, price: Price | None, library: JointLibrary, c
     kind = QUANTITIES[quantity]
     share = outside = ""
     if len(choice.scenarios) == 1 and kind.cost == quantity:
-        places = [(place.scenario, place.batch_size) for place in library.places]
-        index = places.index((choice.scenarios[0].scenario, choice.scenarios[0].batch_size))
+        index = library.place_at(choice.scenarios[0].scenario, choice.scenarios[0].batch_size)
         parents = set(library.parents) == set(library.layers)
         parent = library.of_parent(quantity, index) if parents and not (price and price.share) else 0.0
         share = f"{100 * value / parent:.1f} % of the parent" if parent else ""

@@ -55,12 +55,12 @@ def stored_choice(library: JointLibrary, request: Request, architecture: Archite
         Option(layer=index, attention=layer.attention, ffn=layer.ffn, coupled=layer.coupled)
         for index, layer in enumerate(architecture.layers)
     ]
-    places = [(place.scenario, place.batch_size) for place in library.places]
-    at_places = [(total.scenario, total.batch_size) for total in architecture.totals]
-    if not set(wanted) <= set(by_own) or not set(at_places) <= set(places):
-        raise _another("it lacks a variant or a batch size of the choice")
-    chosen = [by_own[own] for own in wanted]
-    scenarios = tuple(totals(library, chosen, places.index(place)) for place in at_places)
+    try:
+        chosen = [by_own[own] for own in wanted]
+        places = [library.place_at(total.scenario, total.batch_size) for total in architecture.totals]
+    except (KeyError, ValueError):
+        raise _another("it lacks a variant or a batch size of the choice") from None
+    scenarios = tuple(totals(library, chosen, place) for place in places)
     for found, total in zip(scenarios, architecture.totals, strict=True):
         if not math.isclose(found.latency_seconds or 0.0, total.runtime_seconds, rel_tol=_SAME, abs_tol=1e-9):
             raise _another("its costs were measured again")

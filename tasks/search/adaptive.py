@@ -1,16 +1,18 @@
-"""Adaptive scoring: few sequences for every variant, more only where they can still change the choice.
+"""Adaptive scoring: every variant is scored on a few sequences, and on more only while that may change the choice.
 
-After each round the MIP is solved on the estimates so far. Moving a slot from its chosen variant c to another j raises
-the objective, at the LP's prices, by d_j >= 0, known up to a standard error; the expected gain of that move over the
-truth is E[max(0, -(d_j + error))] under Student's t. Summed over all moves it bounds what stopping now is expected to
-lose ("expected opportunity cost", Chick and Inoue, Oper. Res. 49, 2001). Scoring stops when that is below a tolerance.
-The smallest gains, which together make up less than half of it, are let be; the variants behind the others get more.
+After each round the MIP is solved with the scores so far. Then, for every variant j that was not chosen, scoring asks:
+what if the chosen variant of this slot is exchanged for j? The objective rises by d_j >= 0 (the difference of the
+scores, and of what the two take of the budgets, valued by the LP relaxation). But d_j has a standard error. If the true
+difference is below 0, j was the better choice. What j is expected to gain is E[max(0, -(d_j + error))] under Student's
+t. The sum of these gains bounds what is expected to be lost by stopping now ("expected opportunity cost", Chick and
+Inoue, Oper. Res. 49, 2001). Scoring stops when the sum is below a tolerance. Until then the variants with the largest
+gains get more sequences. The smallest gains, which together make up less than half of the tolerance, are left alone.
 
-All variants see the same sequences in the same order, so errors are of differences, over the sequences both have seen.
-Some sequences are harder for every variant. A table of sequences x variants with holes is therefore fitted by
-level x difficulty (the chain-ladder estimator): a variant's level is comparable with any other's whatever it was scored
-on, and the common difficulty, which cannot change a choice, is no error. Errors are those against full scoring
-(finite population): nothing is left when all sequences are used.
+All variants see the same sequences in the same order, and two variants are compared on the sequences that both have
+seen. Some variants were scored on fewer sequences than others, and some sequences are harder for every variant. So each
+score is modelled as (level of the variant) x (difficulty of the sequence), the chain-ladder estimator. The levels can
+then be compared. The difficulty is common to all variants, cannot change a choice, and counts as no error. Errors are
+those against scoring on all sequences (finite population): nothing is left when all of them were used.
 
 A = scored variants, D = sequences of the deepest, N = options of the MIP, S = slots.
 """
@@ -29,7 +31,7 @@ from tasks.search.grid import Grid, grids_of
 from tasks.search.joint import Option
 from tasks.search.mip import Answer, minimise, relaxation
 from tasks.search.program import Floats, Integers
-from tasks.search.totals import Metric, Problem
+from tasks.search.totals import Problem, ScoreMetric
 
 _SWEEPS = 50  # of the fit; it settles within ten
 _PRIOR = 4.0  # degrees of freedom that a variant's variance borrows from all others'
@@ -42,8 +44,10 @@ Measure = Callable[[Mapping[Key, int]], Mapping[Key, Score]]
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One look: share of full scoring's tokens spent, objective, expected loss of stopping and how much of it (as a
-    share of the objective) is tolerated, variants to go on with.
+    """What one round found.
+
+    spent: share of the tokens of full scoring. expected_loss: of stopping now, in the objective's unit. tolerance: the
+    loss at which scoring stops, as a share of the objective. open_variants: those that get more sequences.
     """
 
     spent: float
@@ -82,7 +86,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Doubt:
-    """A move away from the choice: its expected gain in nats, the sequences behind it, the variants concerned."""
+    """An exchange that may be better than the choice: its expected gain in nats, sequences behind it, its variants."""
 
     gain: float
     depth: int
@@ -103,7 +107,7 @@ def score_adaptively(
     settings: Adaptive,
     sequences: int,
     measure: Measure,
-    tell: Callable[[Round], None] = lambda _: None,
+    looked: Callable[[Round], None] = lambda _: None,
 ) -> AdaptiveScores:
     """Score all variants as deep as the choice needs, at most on `sequences`.
 
@@ -132,15 +136,15 @@ def score_adaptively(
                 open_variants=len(deeper),
             )
         )
-        tell(rounds[-1])
+        looked(rounds[-1])
         if not deeper:
             return AdaptiveScores(scores=tuple(scores), rounds=tuple(rounds))
         names = list(depths)
         depths |= {names[index]: depth for index, depth in deeper.items()}
 
 
-def told(look: Round) -> str:
-    """One look in a line."""
+def in_words(look: Round) -> str:
+    """One round in a line."""
     going_on = f"{look.open_variants} variants get more" if look.open_variants else "no more is needed"
     return (
         f"score        {look.spent:.0%} of full scoring's tokens; expected loss "
@@ -166,7 +170,7 @@ def _deeper(doubts: Sequence[Doubt], limit: float, table: Table, growth: float) 
 # --- estimates from unequal depths
 
 
-def table_of(scores: Sequence[Score], metric: Metric, sequences: int) -> Table:
+def table_of(scores: Sequence[Score], metric: ScoreMetric, sequences: int) -> Table:
     """The fit of level x difficulty by alternating ratios; all variants weigh the same.
 
     Difficulty is fitted on KL whatever the metric: the rise of the LM loss is a noisy KL (the expectation of one under
@@ -245,7 +249,7 @@ def _filled(table: Table, index: int) -> Floats:
 
 
 def doubts_of(problem: Problem, table: Table, keys: Sequence[Key]) -> tuple[float, list[Doubt]]:
-    """The objective of the best architecture, and every move away from it that may still turn out better."""
+    """The objective of the best architecture, and every exchange that may still turn out better."""
     place = {key: index for index, key in enumerate(keys)}
     solved = [(grid, minimise(grid.program, problem.search)) for grid in grids_of(problem)]
     solutions = [Solution(grid=grid, answer=answer) for grid, answer in solved if answer is not None]
@@ -258,7 +262,7 @@ def doubts_of(problem: Problem, table: Table, keys: Sequence[Key]) -> tuple[floa
 
 
 def _moves(best: Solution, problem: Problem, table: Table, place: Mapping[Key, int]) -> list[Doubt]:
-    """One slot moved from its chosen option to another, at the LP's prices."""
+    """Every exchange of one slot's chosen option for another, with what it costs by the LP relaxation."""
     grid, program = best.grid, best.grid.program
     relaxed = relaxation(program, problem.search)
     assert relaxed is not None, "an integer answer is one of the relaxation"
@@ -309,7 +313,7 @@ def _doubt(distance: float, rivals: tuple[int, ...], chosen: tuple[int, ...], ta
 def _variance(differences: Floats, rows: list[int], table: Table) -> tuple[float, float]:
     """Variance of paired differences (n,) and its degrees of freedom, drawn towards what is usual in the library.
 
-    Few sequences tell a variance badly; relative to their level, residuals of all variants are much alike.
+    Few sequences say little about a variance; relative to their level, residuals of all variants are much alike.
     """
     freedom = len(differences) - 1
     usual = float(((table.spread * table.scale[rows]) ** 2).sum())

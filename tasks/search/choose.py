@@ -22,17 +22,12 @@ def choose(problem: Problem) -> Architecture:
 
     Raises InfeasibleBudget with the nearest reachable values, SolverStopped when time ran out without any answer.
     """
-    return choose_several(problem)[0]
-
-
-def choose_several(problem: Problem, count: int = 1, min_different: int = 1) -> list[Architecture]:
-    """The best architecture, then the best that differ from all before in `min_different` layers; may be fewer."""
     started = time.perf_counter()
     library = library_of(problem)
     options = {(option.layer, option.label): option.own for option in library.options}
-    found = choose_joint(library, request_of(problem, diverse=count, min_different=min_different))
-    seconds = (time.perf_counter() - started) / len(found)
-    return [_checked(problem, choice, [options[item] for item in choice.layers.items()], seconds) for choice in found]
+    (found,) = choose_joint(library, request_of(problem))
+    own = [options[item] for item in found.layers.items()]
+    return _checked(problem, found, own, time.perf_counter() - started)
 
 
 def _checked(problem: Problem, choice: JointChoice, options: list[Option | None], seconds: float) -> Architecture:

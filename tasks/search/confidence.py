@@ -1,22 +1,23 @@
 """How sure a choice is: a paired bootstrap of the whole search over the scored sequences.
 
 Scores are means over few sequences, the same for every variant. Each draw takes as many sequences with replacement,
-averages every variant's scores over them, and solves again: what recurs is what the data support. The minimum of noisy
-sums is too low on average (the winner's curse); the sequences that a draw left out tell by how much.
+averages every variant's scores over them, and searches again. A variant that most draws choose is supported by the
+data. The lowest of several noisy sums is too low on average (the winner's curse). The sequences that a draw left out
+show by how much.
 
-Every draw is a program that CVXPY and HiGHS solve, so the number of draws follows what they tell: drawing stops when
-more of them would not change the averages, or when its time is up.
+CVXPY and HiGHS solve every draw, which takes time. So drawing stops when more draws would not change the averages, or
+when its time is up.
 """
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from blocks.records import Value
 from profiles.schema import Search
+from tasks.running.progress import Progress, no_progress
 from tasks.search.cases import Case, cases_of
 from tasks.search.joint import JointLibrary, JointOption, LibraryFileError, samples_of
 from tasks.search.mip import SolverStopped
@@ -68,7 +69,7 @@ def bootstrap(
     library: JointLibrary,
     request: Request,
     draws: Draws = Draws(),
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
     choice: JointChoice | None = None,
 ) -> Confidence:
     """Solve again and again on resampled sequences. choice: what is judged, the best by the full scores when None.
@@ -84,7 +85,7 @@ def bootstrap(
     place = {(option.layer, option.label): index for index, option in enumerate(options)}
     chosen = np.array([place[item] for item in choice.layers.items()])
     drawn = _Drawn(cases=cases, samples=samples, request=request, chosen=chosen)
-    drawn.run(draws, tell)
+    drawn.run(draws, progress)
     objectives, bests, optimisms = (np.array(found) for found in zip(*drawn.figures, strict=True))
     picks = np.array(drawn.picks)
     regrets, agreements = drawn.regrets(), (picks == chosen).mean(axis=1)
@@ -115,7 +116,7 @@ class _Drawn:
     picks: list[Integers] = field(default_factory=list)
     figures: list[tuple[float, float, float]] = field(default_factory=list)
 
-    def run(self, draws: Draws, tell: Callable[[int, int], None]) -> None:
+    def run(self, draws: Draws, progress: Progress) -> None:
         """Draw until one of the reasons of `draws` to stop."""
         generator, started = np.random.default_rng(draws.seed), time.perf_counter()
         sequences = self.samples.shape[1]
@@ -134,7 +135,7 @@ class _Drawn:
                     raise
                 break
             each = (time.perf_counter() - started) / (done + 1)
-            tell(done + 1, max(done + 1, min(draws.most, math.ceil(draws.seconds / each))))
+            progress(done + 1, max(done + 1, min(draws.most, math.ceil(draws.seconds / each))))
 
     def _draw(self, counts: Integers, search: Search) -> None:
         scores = _scores(self.samples, counts, self.request)

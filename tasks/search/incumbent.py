@@ -40,7 +40,7 @@ def _nearest(program: Program, distance: Floats) -> Flags:
 
 
 def _beam(program: Program, best: Floats, distance: Floats) -> Integers | None:
-    slots = np.split(np.arange(len(distance)), program.starts[1:])
+    slots = program.slots
     # Slots in which a second choice is dear come first: they multiply the partial choices least.
     order = sorted(range(len(slots)), key=lambda slot: -_second(distance[slots[slot]]))
     columns = np.vstack([program.scores, program.usage])

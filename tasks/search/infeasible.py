@@ -22,15 +22,18 @@ def why_infeasible(cases: Sequence[Case], request: Request) -> str:
     alone = {limit.name: _nearest(plain, limit, [limit], request.search) for limit in limits}
     beyond = [limit.name for limit in limits if alone[limit.name] > 1 + TOLERANCE]
     if beyond:
-        told = "; ".join(_told(limit, alone[limit.name], "by the cheapest child of this library") for limit in limits)
+        each = "; ".join(
+            _in_words(limit, alone[limit.name], "by the cheapest child of this library") for limit in limits
+        )
         return (
-            f"No architecture of this library keeps the budget: {told}. "
+            f"No architecture of this library keeps the budget: {each}. "
             f"Ask no more of {' and '.join(beyond)} than is reachable, or add cheaper variants."
         )
     clash = _conflict(plain, limits, request.search)
     names = " and ".join(limit.name for limit in clash)
     eased = "; ".join(
-        _told(limit, _nearest(plain, limit, limits, request.search), "while the others are kept") for limit in limits
+        _in_words(limit, _nearest(plain, limit, limits, request.search), "while the others are kept")
+        for limit in limits
     )
     return (
         f"No architecture of this library keeps {names} together, though each alone is reachable. {eased}. "
@@ -84,7 +87,7 @@ def _feasible(cases: Sequence[Case], limits: Sequence[Limit], search: Search) ->
     return _nearest(cases, first, [first, *others], search) <= 1 + TOLERANCE
 
 
-def _told(limit: Limit, usage: float, where: str) -> str:
+def _in_words(limit: Limit, usage: float, where: str) -> str:
     """One limit in words, rounded so that the value named can be reached."""
     factor, unit = (100.0, "%") if limit.percent else (1.0, "")
     asked = f"{limit.name}: {limit.asked * factor:.10g}{unit} asked"

@@ -1,8 +1,8 @@
 """A joint block library: one score and the costs of every variant of every layer, whoever measured them.
 
-A library in NVlabs' format is joint by nature (tasks/libraries/nvlabs.py); one of our own is viewed so, a slot per
-layer, every pair of an attention and an FFN (tasks/libraries/interchange.py). What may be asked of it:
-tasks/search/request.py; how it is answered: tasks/search/solve.py.
+A library in NVlabs' format has such scores (tasks/libraries/nvlabs.py). In one of our own, every pair of an attention
+and an FFN is a variant of its layer (tasks/search/view.py). tasks/search/request.py says what may be asked of a
+library, tasks/search/solve.py answers it.
 """
 
 import itertools
@@ -13,8 +13,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from blocks.errors import PuzzleError
+from blocks.records import Value
 from tasks.search.program import Floats
 
 # N = options, S = scenarios
@@ -29,9 +31,9 @@ class LibraryFileError(PuzzleError):
 class Quantity:
     """Something a budget can limit.
 
-    title: its name in words. cost: the figure of the library behind it. floor: the budget is the least, not the most. per_place: it differs
-    between scenarios and batch sizes. time: over several scenarios it is that of the mean request. whole: it is a whole
-    number.
+    title: its name in words. cost: the figure of the library behind it. floor: the budget is the least, not the most.
+    per_place: it differs between scenarios and batch sizes. time: over several scenarios it is that of the mean
+    request. whole: it is a whole number.
     """
 
     title: str
@@ -66,14 +68,16 @@ def flag(name: object) -> str:
     return f"--{str(name).replace('_', '-')}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """A scenario at one batch size: where runtime and memory were measured. Tokens of one request; 0 is unknown."""
+class MeasuredAt(Value):
+    """A scenario at one batch size, at which costs were measured. Tokens are those of one request; 0: not known."""
 
     scenario: str = ""
-    batch_size: int = 1
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
+    batch_size: int = Field(default=1, ge=1)
+    prompt_tokens: int = Field(default=0, ge=0)
+    generated_tokens: int = Field(default=0, ge=0)
+
+    def __str__(self) -> str:
+        return f"{self.scenario or 'measured'}, batch {self.batch_size}"
 
     @property
     def tokens(self) -> int:
@@ -131,7 +135,7 @@ class JointLibrary:
     options: tuple[JointOption, ...]
     fixed: dict[str, Cost] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
-    places: tuple[Place, ...] = (Place(),)
+    places: tuple[MeasuredAt, ...] = (MeasuredAt(),)
 
     @property
     def metrics(self) -> list[str]:
@@ -147,6 +151,10 @@ class JointLibrary:
     def parents(self) -> dict[str, JointOption]:
         """The parent's own option of every layer that has one."""
         return {option.layer: option for option in self.options if option.is_parent}
+
+    def place_at(self, scenario: str, batch_size: int) -> int:
+        """Index of the place of a scenario at a batch size; ValueError when nothing was measured there."""
+        return [(place.scenario, place.batch_size) for place in self.places].index((scenario, batch_size))
 
     def index_of(self, option: JointOption) -> int:
         """Which layer of the model an option belongs to."""
@@ -229,6 +237,6 @@ def samples_of(options: "tuple[JointOption, ...] | list[JointOption]", metric: s
     lengths = {len(option.samples.get(metric, ())) for option in options}
     if len(lengths) != 1 or lengths <= {0, 1}:
         raise LibraryFileError(
-            f"this library keeps no {metric} per sequence for every variant, so how sure a choice is cannot be told."
+            f"this library keeps no {metric} per sequence for every variant, so nobody can say how sure a choice is."
         )
     return np.array([option.samples[metric] for option in options])

@@ -125,22 +125,37 @@ def relaxation(program: Program, search: Search) -> Relaxation | None:
     """The LP relaxation without the limits on types and groups; None when even that is infeasible."""
     import cvxpy as cp
 
-    x = cp.Variable(len(program.scores), nonneg=True)
+    duals = _duals(program, cp.Variable(len(program.scores), nonneg=True), [], search)
+    if duals is None:
+        return None
+    prices, _ = duals
+    # Any prices >= 0 give a valid bound: nothing here rests on the solver's tolerances.
+    reduced = program.scores + prices @ program.usage
+    least = np.minimum.reduceat(reduced, program.starts)
+    bound = math.fsum(least) - float(prices @ program.room)
+    return Relaxation(bound=bound, prices=prices, distance=reduced - least[program.slot_of])
+
+
+def _duals(program: Program, x: Any, rows: list[Any], search: Search) -> tuple[Floats, Floats | None] | None:
+    """Solve the LP over x under `rows`: prices of the limits (R,) >= 0 and worths of the slots (S,).
+
+    None when the LP is infeasible. Where the solver stopped early, the prices are 0 and there are no worths.
+    """
+    import cvxpy as cp
+
     scale = _scale(program.scores)
-    constraints: list[Any] = [_one_per_slot(program) @ x == 1]
+    constraints: list[Any] = [_one_per_slot(program) @ x == 1, *rows]
     if len(program.room):
         constraints.append(program.usage @ x <= program.room)
     model = cp.Problem(cp.Minimize((program.scores / scale) @ x), constraints)
     _run(model, search, search.time_limit_seconds)
     if model.status.startswith("infeasible"):
         return None
-    dual = constraints[1].dual_value if len(program.room) and model.status == "optimal" else None
+    if model.status != "optimal":
+        return np.zeros(len(program.room)), None
+    dual = constraints[-1].dual_value if len(program.room) else np.zeros(0)
     prices = np.zeros(len(program.room)) if dual is None else np.maximum(dual, 0.0) * scale
-    # Any prices >= 0 give a valid bound: nothing here rests on the solver's tolerances.
-    reduced = program.scores + prices @ program.usage
-    least = np.minimum.reduceat(reduced, program.starts)
-    bound = math.fsum(least) - float(prices @ program.room)
-    return Relaxation(bound=bound, prices=prices, distance=reduced - least[program.slot_of])
+    return prices, -constraints[0].dual_value * scale
 
 
 def _typed_relaxation(program: Program, search: Search) -> Relaxation | None:
@@ -149,22 +164,16 @@ def _typed_relaxation(program: Program, search: Search) -> Relaxation | None:
     With prices of the rows and a worth of every slot, a type in use gains the sum of what its options cost less than
     their slots' worth, and at best the K types of largest gain are in use (the Lagrangian of the K-median problem).
     """
-    import cvxpy as cp
 
     assert program.max_types is not None
     x, y, rows = _typed(program, boolean=False)
-    scale, types = _scale(program.scores), _types(program)[1]
-    constraints = [_one_per_slot(program) @ x == 1, *rows, y.sum() <= program.max_types]
-    if len(program.room):
-        constraints.append(program.usage @ x <= program.room)
-    model = cp.Problem(cp.Minimize((program.scores / scale) @ x), constraints)
-    _run(model, search, search.time_limit_seconds)
-    if model.status.startswith("infeasible"):
+    duals = _duals(program, x, [*rows, y.sum() <= program.max_types], search)
+    if duals is None:
         return None
-    solved = model.status == "optimal"
-    prices = np.maximum(constraints[-1].dual_value, 0.0) * scale if solved and len(program.room) else 0 * program.room
+    types, (prices, worth) = _types(program)[1], duals
     reduced = program.scores + prices @ program.usage
-    worth = -constraints[0].dual_value * scale if solved else np.minimum.reduceat(reduced, program.starts)
+    if worth is None:
+        worth = np.minimum.reduceat(reduced, program.starts)
     above = reduced - worth[program.slot_of]
     gains = np.bincount(types, weights=np.maximum(-above, 0.0), minlength=int(types.max()) + 1)
     last = np.sort(gains)[::-1][: program.max_types]
@@ -408,6 +417,4 @@ def _selection(program: Program, x: Floats | None) -> Integers:
     """The chosen option of every slot, (S,); AssertionError when a slot has not exactly one."""
     if x is None or not np.allclose(np.add.reduceat(x, program.starts), 1, atol=1e-4):
         raise AssertionError("the solver's answer has slots without exactly one option, a bug of puzzle or HiGHS")
-    ends = np.append(program.starts[1:], len(x))
-    picks = [start + int(np.argmax(x[start:end])) for start, end in zip(program.starts, ends, strict=True)]
-    return np.array(picks, dtype=np.int64)
+    return np.array([slot[np.argmax(x[slot])] for slot in program.slots], dtype=np.int64)

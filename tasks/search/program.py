@@ -30,10 +30,19 @@ class Program:
     max_groups: int | None = None
 
     @property
+    def sizes(self) -> Integers:
+        """(S,) number of options of every slot."""
+        return np.diff(np.append(self.starts, len(self.scores)))
+
+    @property
+    def slots(self) -> list[Integers]:
+        """Option indices of every slot."""
+        return np.split(np.arange(len(self.scores)), self.starts[1:])
+
+    @property
     def slot_of(self) -> Integers:
         """(N,) slot of every option."""
-        sizes = np.diff(np.append(self.starts, len(self.scores)))
-        return np.repeat(np.arange(len(self.starts)), sizes)
+        return np.repeat(np.arange(len(self.starts)), self.sizes)
 
     def only(self, kept: Flags) -> "Program":
         """The program over the options where `kept` (N,) is true; every slot must keep one."""

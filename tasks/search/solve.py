@@ -6,7 +6,7 @@ once, all sums taken again from the library's own numbers, every limit kept, the
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,9 +14,10 @@ import numpy as np
 from blocks.errors import InfeasibleBudget
 from blocks.records import Value
 from profiles.schema import Search
+from tasks.running.progress import Progress, no_progress
 from tasks.search.cases import Case, cases_of
 from tasks.search.infeasible import TOLERANCE, why_infeasible
-from tasks.search.joint import QUANTITIES, JointLibrary, JointOption, Place, at, standard_error
+from tasks.search.joint import QUANTITIES, JointLibrary, JointOption, at, standard_error
 from tasks.search.mip import Answer, SolverStopped, lower_bound, minimise, relaxation, solved_by
 from tasks.search.program import possible
 from tasks.search.request import Limit, Request, objective_of
@@ -49,8 +50,8 @@ class JointChoice(Value):
     """One architecture: sums with the non-block part, the solver's certificate, the label chosen in every layer.
 
     objective: what was minimised. score, score_se: sum of the plain scores and its standard error over sequences, None
-    where the library keeps no scores per sequence. memory_gib: the largest over the scenarios; latency_seconds: the mean
-    over the traffic, else the largest. None where the library does not know.
+    where the library keeps no scores per sequence. memory_gib: the largest over the scenarios. latency_seconds: the
+    mean over the traffic, else the largest. None where the library does not know.
     """
 
     objective: float
@@ -159,8 +160,7 @@ def prices(
 ) -> list[Price]:
     """What each budget costs or buys: the LP's marginal, and the best objective with the budget moved by `steps`."""
     options, cases = cases_of(library, request)
-    at_places = [(found.scenario, found.batch_size) for found in choice.scenarios]
-    case = next((case for case in cases if places_of(library, case) == at_places), cases[0])
+    case = case_of(library, cases, choice)
     relaxed = relaxation(case.program.only(possible(case.program)), request.search)
     assert relaxed is not None, "an architecture is one of the relaxation's answers"
     by_name = {(option.layer, option.label): option for option in options}
@@ -189,10 +189,10 @@ def prices(
     return found
 
 
-def places_of(library: JointLibrary, case: Case) -> list[tuple[str, int]]:
-    """Scenario and batch size of every place of a case."""
-    places = [library.places[index] for index in case.combination]
-    return [(place.scenario, place.batch_size) for place in places]
+def case_of(library: JointLibrary, cases: Sequence[Case], choice: JointChoice) -> Case:
+    """The program at the batch sizes of a choice; the only one there is where no limit depends on them."""
+    places = tuple(library.place_at(found.scenario, found.batch_size) for found in choice.scenarios)
+    return next((case for case in cases if case.combination == places), cases[0])
 
 
 def front(
@@ -200,7 +200,7 @@ def front(
     request: Request,
     over: str,
     values: Sequence[float],
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> list[JointChoice | None]:
     """The best architecture at every value of one quantity, the other limits kept; None where nothing fits."""
     others = tuple(limit for limit in request.limits if limit.quantity != over)
@@ -210,7 +210,7 @@ def front(
         options, cases = cases_of(library, moved)
         answered = best_of(cases, request.search)
         found.append(None if answered is None else verified(library, options, moved, *answered))
-        tell(len(found), len(values))
+        progress(len(found), len(values))
     return found
 
 
@@ -292,7 +292,7 @@ def total(library: JointLibrary, chosen: Sequence[JointOption], cost: str, place
 
 def totals(library: JointLibrary, chosen: Sequence[JointOption], index: int) -> PlaceTotals:
     """The sums of an architecture at one place."""
-    place: Place = library.places[index]
+    place = library.places[index]
     runtime = total(library, chosen, "latency_seconds", index)
     return PlaceTotals(
         scenario=place.scenario,
@@ -351,7 +351,7 @@ def reached(
     values = list(_values(library, request, limit, chosen, scenarios))
     if limit.share:
         parents = [library.parents[layer] for layer in library.layers]
-        indices = [_index(library, found) for found in scenarios]
+        indices = [library.place_at(found.scenario, found.batch_size) for found in scenarios]
         parent = [totals(library, parents, index) for index in indices]
         own = list(_values(library, request, limit, parents, parent))
         values = [_ratio(value, base) for value, base in zip(values, own, strict=True)]
@@ -362,11 +362,6 @@ def _ratio(value: float, base: float) -> float:
     if value == base:
         return 1.0
     return value / base if base else math.inf
-
-
-def _index(library: JointLibrary, found: PlaceTotals) -> int:
-    places = [(place.scenario, place.batch_size) for place in library.places]
-    return places.index((found.scenario, found.batch_size))
 
 
 def _values(
@@ -386,7 +381,7 @@ def _values(
         if not kind.floor:
             yield math.fsum(weight * getattr(found, kind.cost) for weight, found in mix)
         else:
-            each = [(w, f, library.places[_index(library, f)]) for w, f in mix]
+            each = [(w, f, library.places[library.place_at(f.scenario, f.batch_size)]) for w, f in mix]
             tokens = math.fsum(w * (p.prompt_tokens + p.generated_tokens) for w, _, p in each)
             yield tokens / math.fsum(w * (f.latency_seconds or 0.0) / f.batch_size for w, f, _ in each)
     else:

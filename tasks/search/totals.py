@@ -32,7 +32,7 @@ from blocks.records import (
 )
 from profiles.schema import Budget, Profile, Scenario, ScenarioBudget, Search
 
-Metric = Literal["kl", "lm_loss"]
+ScoreMetric = Literal["kl", "lm_loss"]
 Quantity = Literal["runtime", "prefill", "memory", "parameters", "layer_parameters"]
 Batches = tuple[int, ...]
 Weights = tuple[float, ...]
@@ -54,7 +54,7 @@ class Problem:
     budget: Budget
     scenarios: tuple[Scenario, ...]
     search: Search = Search()
-    metric: Metric = "kl"
+    metric: ScoreMetric = "kl"
 
     @cached_property
     def cost_table(self) -> dict[tuple[str, str, str, int], Cost]:
@@ -88,7 +88,7 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limit:
+class BudgetRow:
     """One row of the budget: a quantity, summed over the scenarios with `weights` (S,), that may not pass `most`."""
 
     field: str
@@ -103,7 +103,7 @@ def make_problem(
     budget: Budget,
     scenarios: Iterable[Scenario],
     search: Search | None = None,
-    metric: Metric = "kl",
+    metric: ScoreMetric = "kl",
 ) -> Problem:
     """Gather and check the inputs of the search.
 
@@ -210,7 +210,7 @@ def cost_of(problem: Problem, subblock: Subblock, variant: str, scenario: Scenar
     return cost
 
 
-def limits_of(problem: Problem, batches: Batches) -> tuple[Limit, ...]:
+def budget_rows(problem: Problem, batches: Batches) -> tuple[BudgetRow, ...]:
     """The rows of the budget: runtime and memory once per scenario or once over the traffic, parameters once."""
     totals = totals_of(problem, problem.parent, batches)
     alone = [tuple(float(i == index) for i in range(len(totals))) for index in range(len(totals))]
@@ -232,7 +232,7 @@ def limits_of(problem: Problem, batches: Batches) -> tuple[Limit, ...]:
 
 def _memory_limits(
     problem: Problem, budget: ScenarioBudget, totals: Sequence[Totals], weights: Weights, of: str = ""
-) -> list[Limit]:
+) -> list[BudgetRow]:
     parent = _weighed(problem, totals, "memory", weights)
     return [
         *_ceiling(f"memory_fraction{of}", "memory", weights, budget.memory_fraction, parent),
@@ -242,7 +242,7 @@ def _memory_limits(
 
 def _time_limits(
     problem: Problem, budget: ScenarioBudget, totals: Sequence[Totals], weights: Weights, of: str = ""
-) -> list[Limit]:
+) -> list[BudgetRow]:
     """Latency counts a batch of each scenario by its weight, throughput the share of it that one request takes."""
     each = tuple(weight / total.batch_size for weight, total in zip(weights, totals, strict=True))
     tokens = sum(
@@ -261,20 +261,24 @@ def _time_limits(
     ]
 
 
-def _ceiling(field: str, quantity: Quantity, weights: Weights, asked: float | None, reference: float) -> list[Limit]:
-    return [] if asked is None else [Limit(field=field, quantity=quantity, weights=weights, most=asked * reference)]
+def _ceiling(
+    field: str, quantity: Quantity, weights: Weights, asked: float | None, reference: float
+) -> list[BudgetRow]:
+    return [] if asked is None else [BudgetRow(field=field, quantity=quantity, weights=weights, most=asked * reference)]
 
 
-def _floor(field: str, weights: Weights, asked: float | None, reference: float) -> list[Limit]:
-    return [] if asked is None else [Limit(field=field, quantity="runtime", weights=weights, most=reference / asked)]
+def _floor(field: str, weights: Weights, asked: float | None, reference: float) -> list[BudgetRow]:
+    return (
+        [] if asked is None else [BudgetRow(field=field, quantity="runtime", weights=weights, most=reference / asked)]
+    )
 
 
-def broken_limits(problem: Problem, layers: Sequence[LayerChoice], batches: Batches) -> tuple[Limit, ...]:
+def broken_limits(problem: Problem, layers: Sequence[LayerChoice], batches: Batches) -> tuple[BudgetRow, ...]:
     """The rows of the budget that a choice passes by more than the tolerance, summed layer by layer in float64."""
     totals = totals_of(problem, layers, batches)
     return tuple(
         limit
-        for limit in limits_of(problem, batches)
+        for limit in budget_rows(problem, batches)
         if _weighed(problem, totals, limit.quantity, limit.weights) > limit.most * (1 + TOLERANCE)
     )
 

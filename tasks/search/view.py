@@ -14,7 +14,7 @@ import numpy as np
 from blocks.records import SUBBLOCKS, Cost, LayerChoice, NonBlockCost, Subblock
 from profiles.schema import Profile, Scenario, ScenarioBudget
 from tasks.search import joint
-from tasks.search.joint import JointLibrary, JointOption, Option, Place
+from tasks.search.joint import JointLibrary, JointOption, MeasuredAt, Option
 from tasks.search.program import Floats
 from tasks.search.request import Limit, Request
 from tasks.search.totals import Problem, cost_of, scores_behind
@@ -52,7 +52,7 @@ def library_of(problem: Problem, additive: bool = False) -> JointLibrary:
         fixed=_costs([[part] for part in outside], places, {"layer_parameters": 0.0}),
         measured=dict(problem.costs.hardware),
         places=tuple(
-            Place(
+            MeasuredAt(
                 scenario=scenario.name,
                 batch_size=size,
                 prompt_tokens=scenario.prompt_tokens,

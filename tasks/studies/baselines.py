@@ -37,11 +37,6 @@ def _fits(grid: Grid, selection: Integers) -> bool:
     return bool(keeps(grid.program, selection[None])[0])
 
 
-def _slots(grid: Grid) -> list[Integers]:
-    """Option indices of every slot; the first of each is the parent's own pair."""
-    return np.split(np.arange(len(grid.options)), grid.starts[1:])
-
-
 def _pair(option: Option) -> Pair:
     return option.attention, option.ffn
 
@@ -62,14 +57,14 @@ def uniform(grid: Grid, *_: object) -> Picked:
 
 
 def _in_all_layers(grid: Grid, pair: Pair) -> Integers | None:
-    picks = [_best_of(grid, slot, pair) if len(slot) > 1 else int(slot[0]) for slot in _slots(grid)]
+    picks = [_best_of(grid, slot, pair) if len(slot) > 1 else int(slot[0]) for slot in grid.program.slots]
     return None if None in picks else np.array(picks)
 
 
 def depth(grid: Grid, *_: object) -> Picked:
     """Drop whole layers, lowest score first, until the rest fits; only layers with both no-ops can go."""
     selection = grid.starts.copy()
-    dropped = {layer: _best_of(grid, slot, ("no_op", "no_op")) for layer, slot in enumerate(_slots(grid))}
+    dropped = {layer: _best_of(grid, slot, ("no_op", "no_op")) for layer, slot in enumerate(grid.program.slots)}
     droppable = {layer: index for layer, index in dropped.items() if index is not None}
     for layer, index in sorted(droppable.items(), key=lambda item: float(grid.scores[item[1]])):
         if _fits(grid, selection):
@@ -84,7 +79,7 @@ def greedy(grid: Grid, *_: object) -> Picked:
     A layer where nothing fits takes what overruns least, and the next layers owe the difference.
     """
     selection = grid.starts.copy()
-    slots = _slots(grid)
+    slots = grid.program.slots
     searched = sorted((i for i, slot in enumerate(slots) if len(slot) > 1), key=lambda i: grid.scores[slots[i]].mean())
     kept = grid.starts[[len(slot) == 1 for slot in slots]]
     share = (grid.program.room - taken(grid.program, kept[None])[0]) / max(len(searched), 1)

@@ -161,7 +161,7 @@ def reinforce(box: BlackBox) -> Integers | None:
     if not len(first):
         return None
     box(first)
-    sizes = np.diff(np.append(box.program.starts, len(box.program.scores)))
+    sizes = box.program.sizes
     width = int(sizes.max())
     blocked = torch.arange(width) >= torch.from_numpy(sizes)[:, None]  # (S, W)
     logits = _initial_logits(box, width).requires_grad_()

@@ -29,8 +29,7 @@ def after_swaps(program: Program, selections: Integers) -> Floats:
 
 def draw(program: Program, count: int, generator: np.random.Generator) -> Integers:
     """`count` selections (B, S), each option of a slot equally likely; they may break rows."""
-    sizes = np.diff(np.append(program.starts, len(program.scores)))
-    return np.asarray(program.starts + generator.integers(0, sizes, (count, len(sizes))))
+    return np.asarray(program.starts + generator.integers(0, program.sizes, (count, len(program.sizes))))
 
 
 def within(
