@@ -138,7 +138,7 @@ def _study(
 
 @contextmanager
 def _opened(profile: Any, folder: Path) -> Iterator[Any]:
-    from flows.stages import process_of
+    from flows.run import process_of
     from tasks.studies.finished import open_finished
 
     with process_of(profile, folder):

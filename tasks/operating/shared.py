@@ -8,7 +8,7 @@ from blocks.files import sha256_of
 from blocks.library import keep
 from blocks.records import Ref, Value
 from blocks.store import StoreError, store_named, store_of, use_store
-from tasks.running.presence import another_at_work
+from tasks.running.at_work import another_at_work
 from tasks.running.progress import say
 
 FILES = "files.json"
