@@ -31,6 +31,7 @@ from tasks.pages.run_page import write_run_page
 from tasks.running.progress import say, wide_console
 from tasks.running.servers import prefect_database
 from tasks.running.sharing import TaskKey, exclusive
+from tasks.search.view import request_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,7 @@ def _report(
         seconds=run.usage.seconds(),
         cpu_seconds=run.usage.cpu_seconds(),
         peak_memory_bytes=run.usage.peak_memory_bytes(),
+        request=request_of(run.profile).model_dump(mode="json"),
         prefect_run_id=run.prefect_run_id,
         mlflow_run_id=run.mlflow_run_id,
     )

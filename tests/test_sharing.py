@@ -126,7 +126,7 @@ def test_a_number_is_kept_until_the_last_block_that_asked_for_it_ends(tmp_path: 
     with at_work.at_work_in(tmp_path) as number:
         with at_work.at_work_in(tmp_path / ".") as again:
             assert again == number == 1
-        assert at_work.others_at_work(tmp_path) and not at_work.another_at_work(tmp_path)
+        assert at_work.others_at_work(tmp_path)
         at_work.leave(tmp_path)  # of a number that nobody asked to keep
         assert at_work.others_at_work(tmp_path)
     assert not at_work.others_at_work(tmp_path)

@@ -101,14 +101,6 @@ def others_at_work(workspace: Path) -> bool:
     return any(_is_held(path) for path in _lock_files(workspace))
 
 
-def another_at_work(workspace: Path) -> bool:
-    """True when a process that is not this one is at work there."""
-    own = _HELD.get(workspace.resolve())
-    own_path = None if own is None else Path(own.lock.lock_file)
-    with _entrance(workspace.resolve()):  # else somebody who enters could find a lock taken by this very look at it
-        return any(_is_held(path) for path in _lock_files(workspace.resolve()) if path != own_path)
-
-
 def _lock_files(workspace: Path) -> list[Path]:
     return [path for path in sorted(workspace.glob(".lock*")) if path.name != ENTRANCE]
 
