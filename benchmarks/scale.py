@@ -217,8 +217,8 @@ def main() -> None:
                 ],
                 rows,
             ),
-            "The same again, everything finished: the library is asked before a task is made, and a `Cached` task run "
-            "per layer says how many were there. *Flow*: parent, corpus and recordings found as well; *whole*: with "
+            "The same again, everything finished: the library is asked first, and the task of each variant ends as "
+            "`Cached` in the flow's process. *Flow*: parent, corpus and recordings found as well; *whole*: with "
             "the start of the cluster, without imports.",
             table(["runner", "distill, s", "flow, s", "whole, s"], again_rows),
         ],

@@ -133,7 +133,7 @@ class LibraryOptions:
         """Where the library is."""
         found = self.library or self.workspace
         if found is None:
-            raise PuzzleError("name the folder of a run with --workspace DIR, or a library with --library PATH.")
+            raise PuzzleError("name a workspace, or a library: --workspace DIR, or --library PATH.")
         return found
 
     def asks_nothing(self) -> bool:

@@ -35,12 +35,13 @@ from blocks.errors import PuzzleError
 from blocks.library import BlockLibrary
 from blocks.records import BlockRecord, ParentInfo
 from flows import stages
-from flows.run import Run
+from flows.run import Run, task_of
 from profiles.errors import ProfileError
 from profiles.load import load_profile
 from profiles.schema import Orchestration
 from tasks.running import devices as turns
 from tasks.running import workers
+from tasks.running.retries import TookTooLong
 from tests.chain import Chain
 
 PLACES = ("cpu:0", "cpu:1")
@@ -246,9 +247,25 @@ def test_what_travels_to_a_worker_is_values_and_paths(chain: Chain) -> None:
         assert sent(task) < 20_000, task.name
 
 
-def test_the_context_of_a_submission_is_small(chain: Chain) -> None:
+@task_of("broken", "broken")
+def broken() -> None:
+    raise PuzzleError("no such parent")
+
+
+@task_of("slow", "slow")
+def slow() -> None:
+    time.sleep(20)
+
+
+def test_the_context_of_a_submission_is_small_and_a_failure_keeps_its_kind(chain: Chain, tmp_path: Path) -> None:
     @flow
     def looking(parent: ParentInfo) -> int:
+        run = Run(profile=profile_with("orchestration.task_timeout=1"), workspace=tmp_path)
+        for which in (run.call, lambda *words: run.submit(*words).result()):
+            with pytest.raises(PuzzleError, match="no such parent"):
+                which(broken, "what is broken")
+        with pytest.raises(TookTooLong, match=r"'choose' took longer .* \(1.0 s\)"), run.stage("choose"):
+            run.call(slow, "what is slow")
         return sent(serialize_context())
 
     with prefect_test_harness(server_startup_timeout=180):

@@ -1,4 +1,4 @@
-"""What a task does when something goes wrong: again after a while, or at once a sentence; and how long it may take."""
+"""What happens when a task fails: it is tried again after a while, or the run ends with a sentence. Its time limit."""
 
 import logging
 from collections.abc import Iterator
