@@ -38,7 +38,7 @@ from benchmarks.site import (
     same_child,
     served,
 )
-from tasks.running.presence import others_at_work
+from tasks.running.at_work import others_at_work
 from tasks.running.servers import LOOPBACK, free_port, running
 
 KEPT = ROOT / "workspace" / "operate"

@@ -54,13 +54,14 @@ def profile_of(runner: str, tasks: int) -> Profile:
 def library_flow(profile: Profile, workspace: str) -> dict[str, float]:
     """Prepare, record, distil: seconds of the distill stage and of the whole."""
     from flows import stages
+    from flows.run import Run
 
     started = time.perf_counter()
-    folder = Path(workspace)
-    parent, corpus = stages.prepare(profile, folder)
-    records = stages.record(profile, parent, corpus, folder)
+    run = Run(profile=profile, workspace=Path(workspace))
+    parent, corpus = stages.prepare(run)
+    records = stages.record(run, parent, corpus)
     distilling = time.perf_counter()
-    blocks = stages.distill_all(profile, parent, corpus, records, folder)
+    blocks = stages.distill_all(run, parent, corpus, records)
     ended = time.perf_counter()
     return {"blocks": len(blocks), "distill": ended - distilling, "flow": ended - started}
 
@@ -73,6 +74,7 @@ def one_run(runner: str, tasks: int, workspace: Path) -> None:
     from prefect import flow
 
     from flows import stages
+    from flows.run import Run
     from tasks.distill import bld, record
     from tasks.distill.jobs import jobs_of
     from tasks.running.workers import task_runner
@@ -81,7 +83,7 @@ def one_run(runner: str, tasks: int, workspace: Path) -> None:
     set_threads(1)
     started = time.perf_counter()
     if runner == "loop":
-        parent, corpus = stages.prepare(profile, workspace)
+        parent, corpus = stages.prepare(Run(profile=profile, workspace=workspace))
         key = record.record_key(parent, corpus, profile.record, profile.bld.ridge)
         layers = [
             record.record_layer(i, parent, corpus, profile.record, profile.bld.ridge, workspace, "cpu")
@@ -215,8 +217,8 @@ def main() -> None:
                 ],
                 rows,
             ),
-            "The same again, everything finished: the library is asked before a task is made, and a `Cached` task run "
-            "per layer says how many were there. *Flow*: parent, corpus and recordings found as well; *whole*: with "
+            "The same again, everything finished: the library is asked first, and the task of each variant ends as "
+            "`Cached` in the flow's process. *Flow*: parent, corpus and recordings found as well; *whole*: with "
             "the start of the cluster, without imports.",
             table(["runner", "distill, s", "flow, s", "whole, s"], again_rows),
         ],

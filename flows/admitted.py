@@ -8,14 +8,14 @@ from pathlib import Path
 
 from prefect.context import FlowRunContext
 
-from flows.stages import process_of
+from flows.run import process_of
 from profiles.load import load_profile
 from profiles.schema import Profile
 from tasks.operating.admission import Roots, admitted, admitted_workspace, served_profile
 from tasks.operating.served_profile import ServedProfile
-from tasks.operating.watch import flow_run_id, piece_of_run, refuse_to_crash_for_ever
+from tasks.operating.watch import flow_run_id, key_of_run, refuse_to_crash_for_ever
 from tasks.running.progress import logged
-from tasks.running.sharing import made_once
+from tasks.running.sharing import exclusive
 from tasks.running.workers import task_runner
 
 
@@ -32,7 +32,7 @@ def at_work(served: ServedProfile, workspace: str) -> Iterator[tuple[Profile, Pa
     folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("puzzle").setLevel(logging.INFO)  # Prefect hands on what passes, and leaves the level as it is
     # its first process may live: a server that was down for minutes has heard no heartbeat
-    once = made_once(folder, piece_of_run(flow_run_id()))
+    once = exclusive(folder, key_of_run(flow_run_id()))
     with once, process_of(profile, folder), logged(folder), workers(profile):
         yield profile, folder
 

@@ -12,7 +12,7 @@ import typer
 
 from blocks.errors import PuzzleError, PuzzleFailure, disk_is_full
 from blocks.runtime import configure
-from tasks.running.presence import place_in, prefect_home
+from tasks.running.at_work import enter, prefect_home
 from tasks.running.progress import logged, without_tracebacks
 
 
@@ -30,7 +30,7 @@ def prepare_workspace(folder: Path) -> None:
     configure()
     from tasks.running.servers import PREFECT_DATABASE, prefect_database
 
-    home = prefect_home(folder, place_in(folder))
+    home = prefect_home(folder, enter(folder))
     before = os.environ.get("PREFECT_HOME")
     if before and prefect_database(Path(before)).get(PREFECT_DATABASE) == os.environ.get(PREFECT_DATABASE):
         os.environ.pop(PREFECT_DATABASE, None)  # of this process's workspace before this one

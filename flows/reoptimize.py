@@ -6,6 +6,7 @@ from prefect import flow
 
 from flows import stages
 from flows.optimize import optimize
+from flows.run import Run, process_of
 from profiles.schema import Profile
 from tasks.measure.costs import costs_of
 from tasks.operating import champion, registry
@@ -27,8 +28,9 @@ def reoptimize(profile: Profile, workspace: str, remeasure: bool = False) -> Jud
     """
     folder, name = Path(workspace), registry.model_name(profile.name)
     store = open_experiment(profile, folder)
-    parent, corpus = stages.prepare(profile, folder)
-    for moved in stages.measure_again(profile, parent, folder) if remeasure else []:
+    run = Run(profile=profile, workspace=folder)
+    parent, corpus = stages.prepare(run)
+    for moved in stages.measure_again(run, parent) if remeasure else []:
         say(f"cost moved: {moved}")
     now = champion.basis(profile, parent, corpus, costs_of(profile, parent, folder))
     changed = champion.changes(registry.judged(store, name), now)
@@ -40,7 +42,7 @@ def reoptimize(profile: Profile, workspace: str, remeasure: bool = False) -> Jud
     report = optimize.fn(profile, workspace)
     run_folder = str(Path(report.child_folder).parent)
     challenger = champion.lineage_of(folder, run_folder)
-    with stages.stage("judge"):
+    with run.stage("judge"):
         against = reigning.run_folder if reigning else None
         found = champion.judge(against, challenger, profile, folder, changed)
     if not found.same_child:
@@ -65,6 +67,6 @@ def announce(found: Judgement, before: str, challenger: str) -> Judgement:
 
 def run_reoptimize(profile: Profile, workspace: Path, remeasure: bool) -> Judgement:
     """Run the flow in this process, on the workers that the profile names."""
-    with stages.process_of(profile, workspace), task_runner(profile) as runner:
+    with process_of(profile, workspace), task_runner(profile) as runner:
         found: Judgement = reoptimize.with_options(task_runner=runner)(profile, str(workspace), remeasure)
     return found

@@ -1,20 +1,16 @@
 """`puzzle choose | explain | sweep | confidence`: the search on a block library alone; no model, no GPU, no Prefect."""
 
-import functools
-import inspect
 import json
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
 
-from blocks.errors import PuzzleError
-from profiles.schema import Search, read_share
+from flows.options import LibraryOptions, refused, share_of, takes
 from tasks.running.progress import shown
-from tasks.search.joint import QUANTITIES, LibraryFileError, at, flag
+from tasks.search.joint import QUANTITIES, LibraryFileError, at
 
 if TYPE_CHECKING:
     from tasks.search.confidence import Confidence
@@ -22,145 +18,12 @@ if TYPE_CHECKING:
     from tasks.search.request import Request
     from tasks.search.solve import JointChoice, Price
 
-Budget = list[str] | None
-AMOUNT = "N|N%|SCENARIO=N"
-
-
-def _budget(name: str, what: str) -> Any:
-    return typer.Option(flag(name), metavar=AMOUNT, help=f"budget: {what}, or a share of the parent's")
-
-
-def asked(
-    library: Annotated[
-        Path,
-        typer.Option(
-            "--library", metavar="PATH", help="a workspace, a library in the open format, or NVlabs' block_library.json"
-        ),
-    ],
-    memory_gib: Annotated[Budget, _budget("memory_gib", "weights + KV cache, GiB")] = None,
-    latency_seconds: Annotated[
-        Budget, _budget("latency_seconds", "prompt and generation of one batch, seconds")
-    ] = None,
-    time_to_first_token_seconds: Annotated[
-        Budget, _budget("time_to_first_token_seconds", "prompt of one batch, seconds")
-    ] = None,
-    tokens_per_second: Annotated[
-        Budget, _budget("tokens_per_second", "prompt and generated tokens per second, at least")
-    ] = None,
-    parameters: Annotated[Budget, _budget("parameters", "parameters")] = None,
-    layer_parameters: Annotated[Budget, _budget("layer_parameters", "parameters of the layers alone")] = None,
-    score: Annotated[str | None, typer.Option("--score", metavar="N", help="budget: the summed score")] = None,
-    traffic: Annotated[
-        list[str] | None,
-        typer.Option("--traffic", metavar="SCENARIO=SHARE", help="times then hold for the mean request of this mix"),
-    ] = None,
-    scenario: Annotated[str | None, typer.Option("--scenario", help="this one alone [all of the library]")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="this one alone [the best]")] = None,
-    metric: Annotated[str, typer.Option("--metric", help="what is summed and minimised, e.g. lm_loss")] = "kl",
-    robust: Annotated[float, typer.Option("--robust", help="minimise mean + this many standard errors")] = 0.0,
-    max_block_types: Annotated[
-        int | None, typer.Option("--max-block-types", help="distinct variants in one architecture")
-    ] = None,
-    max_groups: Annotated[
-        int | None, typer.Option("--max-groups", help="contiguous groups of layers with equal variants")
-    ] = None,
-    forbid: Annotated[
-        list[str] | None,
-        typer.Option("--forbid", metavar="LABEL_OR_KIND", help="e.g. no_op, attention=no_op, or a label"),
-    ] = None,
-    keep: Annotated[
-        list[int] | None, typer.Option("--keep", metavar="LAYER", help="a layer that stays as it is")
-    ] = None,
-    width_multiple: Annotated[int, typer.Option("--width-multiple", help="of every FFN width")] = 1,
-    must_run: Annotated[
-        list[str] | None,
-        typer.Option("--must-run", metavar="ENGINE", help="an engine that has to run it: llama.cpp, vllm ..."),
-    ] = None,
-    time_limit: Annotated[float, typer.Option("--time-limit", help="seconds the solver may take, at most")] = 60.0,
-) -> "tuple[JointLibrary, Request]":
-    """What every command here is asked: a library, budgets, constraints."""
-    values = dict(locals())
-    from tasks.libraries.interchange import open_library
-    from tasks.search.request import Request, limit_of
-
-    opened = open_library(library, scenario, batch_size)
-    found = [limit_of(name, text) for name in QUANTITIES for text in _listed(values[name])]
-    try:
-        search = Search(
-            robust=robust,
-            max_block_types=max_block_types,
-            max_groups=max_groups,
-            forbid=tuple(forbid or ()),
-            keep_layers=tuple(keep or ()),
-            width_multiple=width_multiple,
-            time_limit_seconds=time_limit,
-        )
-        request = Request(
-            limits=tuple(found),
-            metric=metric,
-            traffic=_traffic(traffic or []),
-            search=search,
-            must_run=tuple(must_run or ()),  # type: ignore[arg-type]  # checked by pydantic
-        )
-    except ValidationError as error:
-        raise _refused(error) from None
-    return opened, request
-
-
-def _listed(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else value or []
-
-
-def _traffic(texts: Sequence[str]) -> dict[str, float]:
-    shares = {}
-    for text in texts:
-        name, _, share = text.partition("=")
-        shares[name.strip()] = _share("--traffic SCENARIO=SHARE", share)
-    return shares
-
-
-def _share(option: str, text: str, most: float = math.inf) -> float:
-    """`.7` or `70%`; PuzzleError for what is no such number."""
-    try:
-        value = float(read_share(text))  # type: ignore[arg-type]  # what is no number is refused here
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= most:
-        raise PuzzleError(f"{option}: a share such as 0.7 or 70%, not {text!r}.")
-    return value
-
-
-def _refused(error: ValidationError) -> PuzzleError:
-    first = error.errors()[0]
-    where = f"{flag(first['loc'][0])}: " if first["loc"] else ""
-    message = first["msg"].removeprefix("Value error, ")
-    return PuzzleError(f"{where}{message[0].lower()}{message[1:]}.")
-
-
-def with_request(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `asked`; it is called with the open library and the request."""
-    shared = list(inspect.signature(asked).parameters.values())
-    own = list(inspect.signature(command).parameters.values())[2:]
-
-    @functools.wraps(command)
-    def wrapped(**values: Any) -> None:
-        library, request = asked(**{one.name: values.pop(one.name) for one in shared})
-        command(library, request, **values)
-
-    command_of_all: Any = wrapped
-    del command_of_all.__wrapped__
-    command_of_all.__signature__ = inspect.Signature([*shared, *own])
-    command_of_all.__annotations__ = {one.name: one.annotation for one in [*shared, *own]}
-    return wrapped
-
-
 Json = Annotated[bool, typer.Option("--json", help="one object, or a list when several were asked for")]
 
 
-@with_request
+@takes(LibraryOptions)
 def choose_command(
-    library: "JointLibrary",
-    request: "Request",
+    asked: LibraryOptions,
     diverse: Annotated[int, typer.Option("--diverse", help="how many architectures")] = 1,
     min_different: Annotated[
         int, typer.Option("--min-different", help="layers in which any two of them differ, at least")
@@ -174,13 +37,14 @@ def choose_command(
     from tasks.search.request import Request
     from tasks.search.solve import choose_joint
 
+    library, request = asked.open()
     if alpha is not None:
-        min_different = max(1, math.ceil((1 - _share("--alpha", alpha, 1.0)) * len(library.layers) - 1e-9))
+        min_different = max(1, math.ceil((1 - share_of("--alpha", alpha, 1.0)) * len(library.layers) - 1e-9))
     try:
         several = {"diverse": diverse, "min_different": min_different}
         request = Request(**{**request.model_dump(), **several})
     except ValidationError as error:
-        raise _refused(error) from None
+        raise refused(error) from None
     found = choose_joint(library, request)
     if as_json:
         answers = [choice.model_dump() for choice in found]
@@ -191,11 +55,12 @@ def choose_command(
         typer.echo(f"no more than {len(found)} exist that differ in {min_different} layers", err=True)
 
 
-@with_request
-def explain_command(library: "JointLibrary", request: "Request", as_json: Json = False) -> None:
+@takes(LibraryOptions)
+def explain_command(asked: LibraryOptions, as_json: Json = False) -> None:
     """What each budget is worth: how much of it is used, and the objective with a little less or more of it."""
     from tasks.search.solve import choose_joint, prices
 
+    library, request = asked.open()
     (choice,) = choose_joint(library, request)
     found = prices(library, request, choice)
     if as_json:
@@ -206,10 +71,9 @@ def explain_command(library: "JointLibrary", request: "Request", as_json: Json =
         typer.echo(_priced(price, choice))
 
 
-@with_request
+@takes(LibraryOptions)
 def sweep_command(
-    library: "JointLibrary",
-    request: "Request",
+    asked: LibraryOptions,
     over: Annotated[str, typer.Option("--over", help=f"what is limited: {', '.join(QUANTITIES)}")] = "latency_seconds",
     minimise: Annotated[
         str, typer.Option("--minimise", help="what is minimised at each limit (throughput: maximised)")
@@ -224,6 +88,7 @@ def sweep_command(
     unknown = [name for name in (over, minimise) if name not in QUANTITIES]
     if unknown or over == minimise:
         raise LibraryFileError(f"a front needs two different of {', '.join(QUANTITIES)}, not {over} and {minimise}.")
+    library, request = asked.open()
     request = request.model_copy(update={"minimise": minimise})
     values = front_values(library, request, over, points)
     with shown("sweep", beside=True) as progress:
@@ -246,10 +111,9 @@ def sweep_command(
         typer.echo(_row(f"{value:.6g}", *figures))
 
 
-@with_request
+@takes(LibraryOptions)
 def confidence_command(
-    library: "JointLibrary",
-    request: "Request",
+    asked: LibraryOptions,
     draws: Annotated[int, typer.Option("--draws", min=2, max=100_000, help="bootstrap draws, at most")] = 200,
     seconds: Annotated[float, typer.Option("--seconds", min=1, help="time for them, at most")] = 120,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
@@ -258,6 +122,7 @@ def confidence_command(
     """How sure the choice is: the whole search again on resampled sequences, how often each layer's choice recurs."""
     from tasks.search.confidence import Draws, bootstrap
 
+    library, request = asked.open()
     with shown("bootstrap", beside=True) as progress:
         found = bootstrap(library, request, Draws(most=draws, seconds=seconds, seed=seed), progress)
     typer.echo(found.model_dump_json(indent=1) if as_json else _sure(found))

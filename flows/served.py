@@ -16,10 +16,11 @@ from pydantic import Field  # noqa: E402
 
 from blocks.records import ChildReport, CostTable  # noqa: E402
 from flows.admitted import at_work, default_profile  # noqa: E402
-from flows.finish import COST_COLUMNS  # noqa: E402
 from flows.optimize import optimize as pipeline  # noqa: E402
 from flows.reoptimize import reoptimize as challenge  # noqa: E402
+from flows.run import Run  # noqa: E402
 from flows.stages import measure, prepare  # noqa: E402
+from flows.tracked_run import COST_COLUMNS  # noqa: E402
 from tasks.operating import sweeping  # noqa: E402
 from tasks.operating.admission import Roots, WorkspaceName, admitted_workspace  # noqa: E402
 from tasks.operating.artifacts import show_table  # noqa: E402
@@ -69,8 +70,9 @@ def measure_hardware(profile: ServedProfile = DEFAULT, workspace: WorkspaceName 
         workspace: Name of the folder that keeps the costs.
     """
     with at_work(profile, workspace) as (admitted, folder):
-        parent, _ = prepare(admitted, folder)
-        table = measure(admitted, parent, folder)
+        run = Run(profile=admitted, workspace=folder)
+        parent, _ = prepare(run)
+        table = measure(run, parent)
         show_table("costs", table.costs, COST_COLUMNS, f"measured on {profile.hardware.name}, {table.measured_at}")
     return table
 

@@ -9,16 +9,9 @@ import typer
 
 from blocks.errors import PuzzleError
 from flows.in_workspace import prepare_workspace, run_logged
-from profiles.load import load_profile
+from flows.options import ProfileOptions, takes
 from tasks.running.progress import Progress, shown
 
-ProfileFile = Annotated[Path, typer.Argument(metavar="PROFILE", help="the profile whose library is finished")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="PATH.TO.KEY=VALUE", help="override a field of the profile")
-]
-WorkspaceOption = Annotated[
-    Path | None, typer.Option("--workspace", metavar="DIR", help="of the run [workspace/<profile name>]")
-]
 Others = Annotated[
     int, typer.Option("--sequences", min=1, help="validation sequences behind the scored ones that KL is reported on")
 ]
@@ -27,10 +20,9 @@ Seed = Annotated[int, typer.Option("--seed", min=0)]
 Json = Annotated[bool, typer.Option("--json", help="one object instead of the table")]
 
 
+@takes(ProfileOptions)
 def peers_command(
-    profile: ProfileFile,
-    workspace: WorkspaceOption = None,
-    set_: Overrides = None,
+    given: ProfileOptions,
     evaluations: Annotated[int, typer.Option(min=2, help="sums that evolution and policy gradient look at")] = 20_000,
     true_evaluations: Annotated[
         int, typer.Option("--true-kl", min=0, help="measured KLs that each of the two may look at, besides")
@@ -62,13 +54,12 @@ def peers_command(
         text = "\n".join([aligned(*contest_rows(found)), *contest_verdict(found)])
         return found, text, contest_figures(found), None
 
-    _study("peers", profile, workspace, set_, as_json, work)
+    _study("peers", given, as_json, work)
 
 
+@takes(ProfileOptions)
 def check_command(
-    profile: ProfileFile,
-    workspace: WorkspaceOption = None,
-    set_: Overrides = None,
+    given: ProfileOptions,
     top: Annotated[int, typer.Option(min=2, help="best architectures by their sums that are measured")] = 8,
     swaps: Annotated[int, typer.Option(min=0, help="swaps that are measured to repair the choice")] = 24,
     min_different: Different = 4,
@@ -93,7 +84,7 @@ def check_command(
         text = "\n".join([aligned(*check_rows(found)), *check_verdict(found), where])
         return found, text, check_figures(found), draw_truth(truth_points(found))
 
-    _study("check", profile, workspace, set_, as_json, work)
+    _study("check", given, as_json, work)
 
 
 def _counted(progress: Progress, total: int) -> Callable[[str], None]:
@@ -110,17 +101,16 @@ def _counted(progress: Progress, total: int) -> Callable[[str], None]:
 
 def _study(
     name: str,
-    profile: Path,
-    workspace: Path | None,
-    set_: list[str] | None,
+    given: ProfileOptions,
     as_json: bool,
     work: Callable[[Any, Progress], tuple[Any, str, dict[str, float], Any]],
 ) -> None:
     """Open the finished library, do the work, print it and keep it."""
-    wanted = load_profile(profile, set_ or [])
-    folder = (workspace or Path("workspace") / wanted.name).resolve()
+    wanted, folder = given.load()
     if not folder.is_dir():
-        raise PuzzleError(f"{folder} is no workspace: run `puzzle optimize {profile} --workspace {folder}` first.")
+        raise PuzzleError(
+            f"{folder} is no workspace: run `puzzle optimize {given.profile} --workspace {folder}` first."
+        )
     prepare_workspace(folder)
 
     def run() -> str:
@@ -138,7 +128,7 @@ def _study(
 
 @contextmanager
 def _opened(profile: Any, folder: Path) -> Iterator[Any]:
-    from flows.stages import process_of
+    from flows.run import process_of
     from tasks.studies.finished import open_finished
 
     with process_of(profile, folder):

@@ -1,4 +1,4 @@
-"""The Prefect tasks of whole models, after the choice: GKD, evaluation, speed. See flows/stages.py for those before."""
+"""The stages of whole models, after the choice: GKD, evaluation, answers, speed. flows/stages.py has those before."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from blocks.library import digest_of
 from blocks.records import Answer, CorpusInfo, CostTable, ParentInfo, SpeedReport
-from flows.stages import stage, task_of
+from flows.run import Run, task_of
 from profiles.schema import Profile
 from tasks.distill import gkd
 from tasks.distill.record import open_parent
@@ -14,112 +14,114 @@ from tasks.evaluate import answers, compare
 from tasks.evaluate.compare import Contender, Evaluation
 from tasks.inputs.precision import child_dtype
 from tasks.measure import speed
-from tasks.running.retries import limits_of
-from tasks.running.sharing import Piece, made_once
+from tasks.running.sharing import TaskKey, exclusive
 
 
-@task_of("record the parent for GKD", "record the parent for GKD", None)
-def teacher_task(parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: str, tell: Any) -> Any:
+@task_of("record the parent for GKD", "record the parent for GKD")
+def teacher_task(parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path, progress: Any) -> Any:
     """See tasks.distill.gkd.record_teacher."""
     key = f"teacher-{gkd.teacher_key(parent, corpus, profile.gkd)}"
-    with made_once(Path(workspace), Piece(key=key, what="the recording of the parent for GKD")):
-        return gkd.record_teacher(parent, corpus, profile.gkd, Path(workspace), "cpu", tell)
+    with exclusive(workspace, TaskKey(key=key, what="the recording of the parent for GKD")):
+        return gkd.record_teacher(parent, corpus, profile.gkd, workspace, "cpu", progress)
 
 
-@task_of("GKD", "GKD of {which.name}", None)
+@task_of("GKD", "GKD of {which.name}")
 def gkd_task(
-    which: Contender, teacher: gkd.TeacherRecord, parent: ParentInfo, profile: Profile, workspace: str, tell: Any
+    which: Contender, teacher: gkd.TeacherRecord, parent: ParentInfo, profile: Profile, workspace: Path, progress: Any
 ) -> Any:
     """See tasks.evaluate.compare.distill_contender."""
-    piece = Piece(key=f"gkd-{which.key}-{digest_of(gkd=profile.gkd)}", what=f"GKD of {which.name}")
-    with made_once(Path(workspace), piece):
-        return compare.distill_contender(which, teacher, parent, profile.gkd, Path(workspace), tell)
+    task = TaskKey(key=f"gkd-{which.key}-{digest_of(gkd=profile.gkd)}", what=f"GKD of {which.name}")
+    with exclusive(workspace, task):
+        return compare.distill_contender(which, teacher, parent, profile.gkd, workspace, progress)
 
 
-@task_of("evaluate", "evaluate {which.name} ({which.stage})", None)
-def evaluate_task(which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: str) -> Any:
+@task_of("evaluate", "evaluate {which.name} ({which.stage})")
+def evaluate_task(which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path) -> Any:
     """See tasks.evaluate.compare.evaluate_contender."""
-    dtype = child_dtype(profile.hardware, open_parent(Path(workspace) / parent.folder))
+    dtype = child_dtype(profile.hardware, open_parent(workspace / parent.folder))
     key = digest_of(path=compare.evaluation_path(which, parent, corpus, profile.evaluate, dtype))
-    with made_once(Path(workspace), Piece(key=f"evaluate-{key}", what=f"the evaluation of {which.name}")):
-        return compare.evaluate_contender(which, parent, corpus, profile.evaluate, Path(workspace), dtype)
+    with exclusive(workspace, TaskKey(key=f"evaluate-{key}", what=f"the evaluation of {which.name}")):
+        return compare.evaluate_contender(which, parent, corpus, profile.evaluate, workspace, dtype)
 
 
-@task_of("answers", "answers of {which.name}", None)
-def answers_task(which: Contender, parent: ParentInfo, profile: Profile, workspace: str) -> Any:
+@task_of("answers", "answers of {which.name}")
+def answers_task(which: Contender, parent: ParentInfo, profile: Profile, workspace: Path) -> Any:
     """See tasks.evaluate.answers.answers_of."""
     key = digest_of(path=answers.answers_path(which, parent, profile.evaluate))
-    with made_once(Path(workspace), Piece(key=f"answers-{key}", what=f"the answers of {which.name}")):
-        return answers.answers_of(which, parent, profile.evaluate, Path(workspace))
+    with exclusive(workspace, TaskKey(key=f"answers-{key}", what=f"the answers of {which.name}")):
+        return answers.answers_of(which, parent, profile.evaluate, workspace)
 
 
-@task_of("throughput", "throughput of {count} models", None)
+@task_of("throughput", "throughput of {count} models")
 def throughput_task(
     contenders: list[Contender],
     count: int,
     parent: ParentInfo,
     table: CostTable,
     profile: Profile,
-    workspace: str,
-    tell: Any,
+    workspace: Path,
+    progress: Any,
 ) -> Any:
     """See tasks.measure.speed.measure_speed."""
-    return speed.measure_speed(contenders, parent, table, profile, Path(workspace), tell)
+    return speed.measure_speed(contenders, parent, table, profile, workspace, progress)
 
 
-def evaluate_all(
-    contenders: Sequence[Contender], parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path
-) -> list[Evaluation]:
+def made_of(which: Contender) -> str:
+    """What made a contender, by the name of its task run: it is the parent, a choice from the library, or distilled."""
+    return {"parent": "corpus", "assembled": "choice", "distilled": f"GKD {which.name}"}[which.stage]
+
+
+def evaluate_all(run: Run, contenders: Sequence[Contender], parent: ParentInfo, corpus: CorpusInfo) -> list[Evaluation]:
     """Evaluations in order, with progress."""
-    found = []
-    with stage("evaluate") as tell:
+    found: list[Evaluation] = []
+    with run.stage("evaluate") as progress:
         for done, which in enumerate(contenders, start=1):
-            found.append(
-                evaluate_task.with_options(**limits_of(profile))(which, parent, corpus, profile, str(workspace))
-            )
-            tell(done, len(contenders), f"{which.name} KL {found[-1].quality.kl.value:.3f}")
+            makes, values = f"evaluation {which.name} {which.stage}", (which, parent, corpus, run.profile)
+            found.append(run.call(evaluate_task, makes, *values, run.workspace, after=[made_of(which)]))
+            progress(done, len(contenders), f"{which.name} KL {found[-1].quality.kl.value:.3f}")
     return found
 
 
 def distill_globally(
-    contenders: Sequence[Contender], parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path
+    run: Run, contenders: Sequence[Contender], parent: ParentInfo, corpus: CorpusInfo
 ) -> list[Contender]:
     """GKD of each contender on the same tokens; the parent is recorded once for all."""
+    profile, workspace = run.profile, run.workspace
     if not profile.gkd.steps:
         return []
-    with stage("GKD parent") as tell:
-        teacher = teacher_task.with_options(**limits_of(profile))(parent, corpus, profile, str(workspace), tell)
+    with run.stage("GKD parent") as progress:
+        values: tuple[Any, ...] = (parent, corpus, profile, workspace, progress)
+        teacher = run.call(teacher_task, "GKD parent", *values, after=["corpus"])
     distilled = []
     for which in contenders:
-        with stage(f"GKD {which.name}") as tell:
-            own = gkd_task.with_options(**limits_of(profile))
-            distilled.append(own(which, teacher, parent, profile, str(workspace), tell))
+        with run.stage(f"GKD {which.name}") as progress:
+            values, needs = (which, teacher, parent, profile, workspace, progress), ["GKD parent", made_of(which)]
+            distilled.append(run.call(gkd_task, f"GKD {which.name}", *values, after=needs))
     return distilled
 
 
 def let_answer(
-    contenders: Sequence[Contender], parent: ParentInfo, profile: Profile, workspace: Path
+    run: Run, contenders: Sequence[Contender], parent: ParentInfo
 ) -> dict[tuple[str, str], tuple[Answer, ...]]:
     """What each says to the profile's prompts, by name and stage; nobody is asked where there are none."""
-    if not profile.evaluate.prompts:
+    if not run.profile.evaluate.prompts:
         return {}
     found: dict[tuple[str, str], tuple[Answer, ...]] = {}
-    with stage("answers") as tell:
+    with run.stage("answers") as progress:
         for done, which in enumerate(contenders, start=1):
-            said = answers_task.with_options(**limits_of(profile))(which, parent, profile, str(workspace)).answers
+            values = (which, parent, run.profile, run.workspace)
+            said = run.call(answers_task, f"answers {which.name}", *values, after=[made_of(which)]).answers
             found[which.name, which.stage] = said
-            tell(done, len(contenders), f"{which.name}, {sum(answer.loops for answer in said)} of {len(said)} loop")
+            progress(done, len(contenders), f"{which.name}, {sum(answer.loops for answer in said)} of {len(said)} loop")
     return found
 
 
-def measure_speed(
-    contenders: Sequence[Contender], parent: ParentInfo, table: CostTable, profile: Profile, workspace: Path
-) -> SpeedReport:
+def measure_speed(run: Run, contenders: Sequence[Contender], parent: ParentInfo, table: CostTable) -> SpeedReport:
     """All models end to end in the engine of the costs, in turns; nothing on a target that is not here."""
     if table.modelled:
         return SpeedReport()
-    with stage("throughput") as tell:
-        found: SpeedReport = throughput_task(
-            list(contenders), len(contenders), parent, table, profile, str(workspace), tell
-        )
+    with run.stage("throughput") as progress:
+        values = (list(contenders), len(contenders), parent, table, run.profile, run.workspace, progress)
+        needs = ["costs", *map(made_of, contenders)]
+        found: SpeedReport = run.call(throughput_task, "speed", *values, after=needs, limited=False)
     return found

@@ -4,29 +4,44 @@ Whole runs on real clusters, with workers killed, are in benchmarks/clusters.py:
 """
 
 import os
+import shutil
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import UUID, uuid4
 
 import cloudpickle
 import pytest
 import torch
 from prefect import flow
+from prefect.client.orchestration import get_client
 from prefect.context import serialize_context
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_LOCAL_STORAGE_PATH,
+    PREFECT_TASKS_REFRESH_CACHE,
+    temporary_settings,
+)
+from prefect.task_engine import SyncTaskRunEngine
+from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.testing.utilities import prefect_test_harness
 
 from blocks import devices, runtime
 from blocks.errors import PuzzleError
-from blocks.records import ParentInfo
-from flows import reuse, stages
+from blocks.library import BlockLibrary
+from blocks.records import BlockRecord, ParentInfo
+from flows import stages
+from flows.run import Run, task_of
 from profiles.errors import ProfileError
 from profiles.load import load_profile
 from profiles.schema import Orchestration
 from tasks.running import devices as turns
 from tasks.running import workers
+from tasks.running.retries import TookTooLong
 from tests.chain import Chain
 
 PLACES = ("cpu:0", "cpu:1")
@@ -133,7 +148,7 @@ def test_runs_and_tasks_name_a_gpu_alike_and_keep_each_other_out(
     sees(monkeypatch, "3,1", [GPUS[3], GPUS[1]])
     with runtime.on_device(["cuda:0"]), runtime.on_device(["cuda:0", "cuda:1"]) as second:
         assert second == "cuda:1"
-    with turns.sharing(profile_with("hardware.device=cuda:0")), turns.device_of("measure"):
+    with turns.device_turn("measure", profile_with("hardware.device=cuda:0")):
         sees(monkeypatch, None, GPUS)
         busy = [device for device in ("cuda:1", "cuda:3") if not is_free(device)]
     assert busy == ["cuda:3"] and is_free("cuda:3")
@@ -218,13 +233,13 @@ def sent(value: Any) -> int:
 def test_what_travels_to_a_worker_is_values_and_paths(chain: Chain) -> None:
     """A submission is its task, parameters and context: some kB, whatever the size of parent and corpus."""
     profile = profile_with()
-    seat, job = workers.seat_of(profile), chain.job(0, "ffn", "no_op")
+    slot, job = workers.worker_slot(profile), chain.job(0, "ffn", "no_op")
     submissions = {
         stages.record_task: (0, job.record_key, chain.parent, chain.corpus, profile, str(chain.workspace)),
-        stages.distill_task: (job, seat, str(chain.workspace)),
+        stages.distill_task: (job, slot, str(chain.workspace)),
         stages.score_task: (
             [(chain.blocks[0], (0, 1))],
-            *(chain.records[0], chain.scored, chain.parent, seat, str(chain.workspace)),
+            *(chain.records[0], chain.scored, chain.parent, slot, str(chain.workspace)),
         ),
     }
     for task, parameters in submissions.items():
@@ -232,25 +247,92 @@ def test_what_travels_to_a_worker_is_values_and_paths(chain: Chain) -> None:
         assert sent(task) < 20_000, task.name
 
 
-def test_the_context_of_a_submission_is_small_and_finished_work_is_one_cached_run_a_layer(
-    chain: Chain, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    states: list[tuple[Any, str]] = []
-    shown = reuse.found_task
+@task_of("broken", "broken")
+def broken() -> None:
+    raise PuzzleError("no such parent")
 
-    def noted(*asked: Any) -> None:
-        states.append((asked, shown(*asked, return_state=True).name))
 
-    monkeypatch.setattr(reuse, "found_task", noted)
+@task_of("slow", "slow")
+def slow() -> None:
+    time.sleep(20)
 
+
+def test_the_context_of_a_submission_is_small_and_a_failure_keeps_its_kind(chain: Chain, tmp_path: Path) -> None:
     @flow
     def looking(parent: ParentInfo) -> int:
-        reuse.show_finished("distill", [0, 1, 1, 1])
+        run = Run(profile=profile_with("orchestration.task_timeout=1"), workspace=tmp_path)
+        for which in (run.call, lambda *words: run.submit(*words).result()):
+            with pytest.raises(PuzzleError, match="no such parent"):
+                which(broken, "what is broken")
+        with pytest.raises(TookTooLong, match=r"'choose' took longer .* \(1.0 s\)"), run.stage("choose"):
+            run.call(slow, "what is slow")
         return sent(serialize_context())
 
     with prefect_test_harness(server_startup_timeout=180):
         assert looking(chain.parent) < 40_000
-    assert states == [(("distill", 0, 1), "Cached"), (("distill", 1, 3), "Cached")]
+
+
+@pytest.fixture
+def end_states(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The last state of every task run, in order."""
+    names: list[str] = []
+    ended = SyncTaskRunEngine.handle_success
+
+    def noted(engine: Any, result: Any, transaction: Any) -> Any:
+        ended(engine, result, transaction)
+        names.append(str(engine.state.name))
+
+    monkeypatch.setattr(SyncTaskRunEngine, "handle_success", noted)
+    return names
+
+
+def test_every_finished_variant_is_a_cached_task_run_and_what_is_not_whole_is_made_again(
+    chain: Chain, tmp_path: Path, end_states: list[str]
+) -> None:
+    """Prefect's record is asked only where the files are whole, and one that cannot be read does not stop the run."""
+    workspace = tmp_path / "w"
+    shutil.copytree(chain.workspace, workspace)
+    jobs = [chain.job(layer, "ffn", variant) for layer in range(2) for variant in ("ffn32", "no_op")]
+    storage = tmp_path / "storage"
+
+    runner: Any = ThreadPoolTaskRunner(max_workers=1)
+
+    @flow(task_runner=runner)
+    def distil() -> tuple[list[BlockRecord], dict[str, UUID]]:
+        run = Run(profile=profile_with("hardware.threads=1"), workspace=workspace)
+        run.task_runs["record 0"] = run.task_runs["record 1"] = uuid4()
+        return stages._distill(run, jobs, "distill"), run.task_runs
+
+    with (
+        prefect_test_harness(server_startup_timeout=180),
+        temporary_settings({PREFECT_LOCAL_STORAGE_PATH: storage, PREFECT_TASKS_REFRESH_CACHE: False}),
+    ):
+        first, _ = distil()  # the library was there before Prefect had a record
+        assert end_states == ["Completed"] * 4
+        again, runs = distil()
+        assert end_states[4:] == ["Cached"] * 4 and again == first
+        (storage / jobs[1].key).write_text("")  # a run was killed while it wrote
+        (workspace / "library" / f"{jobs[0].key}.safetensors").write_bytes(b"damaged")
+        healed, _ = distil()
+        assert end_states[8:] == ["Completed", "Cached", "Cached", "Completed"]  # the last was submitted
+        assert [block.key for block in healed] == [block.key for block in first]
+        assert healed[1:] == first[1:] and healed[0].weights == first[0].weights
+        assert BlockLibrary(workspace).find(jobs[0].key) == healed[0] != first[0]  # made again, in other seconds
+        distil()
+        assert end_states[12:] == ["Cached"] * 4
+        made = inputs_of(runs[jobs[0].key])
+    assert made == {"wait_for": {runs["record 0"]}}
+
+
+def inputs_of(task_run: UUID) -> dict[str, set[UUID]]:
+    """The edges that lead to a task run, as Prefect's server has them; it writes them some moments later."""
+    with get_client(sync_client=True) as client:
+        for _ in range(100):
+            with suppress(ObjectNotFound):
+                inputs = client.read_task_run(task_run).task_inputs
+                return {name: {one.id for one in ones} for name, ones in inputs.items() if ones}  # type: ignore[union-attr]
+            time.sleep(0.1)
+    raise AssertionError("the server never had the task run")
 
 
 def test_a_ray_cluster_of_a_run_has_a_token_of_its_own_and_leaves_none(

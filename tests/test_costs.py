@@ -17,7 +17,8 @@ from blocks.records import CostTable, LayerChoice
 from blocks.resources import non_block_parameters
 from blocks.variant import parse_label
 from flows import stages
-from flows.finish import sum_beside_whole
+from flows.run import Run
+from flows.tracked_run import sum_beside_whole
 from profiles.load import load_profile
 from profiles.schema import Hardware, Measure, Scenario
 from tasks.distill.record import open_parent
@@ -186,21 +187,22 @@ def test_the_stage_measures_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     small = "search_space={attention: [linear], ffn: [ffn32]}"
     profile, seconds = load_profile("tiny", [small]), [1.0]
     monkeypatch.setattr(costs, "TorchBench", partial(Fake, seconds))
-    monkeypatch.setattr(stages, "task_of", lambda *_: lambda function: function)
     entered: list[str] = []
 
-    def stage(name: str) -> Any:
+    def stage(_: Run, name: str) -> Any:
         entered.append(name)
         return nullcontext(lambda done, total: None)
 
-    monkeypatch.setattr(stages, "stage", stage)
-    first = stages.measure(profile, parent, tmp_path)
-    assert stages.measure_again(profile, parent, tmp_path) == []
+    monkeypatch.setattr(Run, "stage", stage)
+    monkeypatch.setattr(Run, "call", lambda _, task, makes, *values, **how: task.fn(*values))
+    run = Run(profile=profile, workspace=tmp_path)
+    first = stages.measure(run, parent)
+    assert stages.measure_again(run, parent) == []
     seconds[0] = 2.0
-    assert all("+100%" in one for one in stages.measure_again(profile, parent, tmp_path))
+    assert all("+100%" in one for one in stages.measure_again(run, parent))
     now = costs.costs_of(profile, parent, tmp_path)
     assert now is not None and now != first and entered == ["measure"] * 3
-    assert stages.measure(profile, parent, tmp_path) == now
+    assert stages.measure(run, parent) == now
     assert entered == ["measure"] * 3  # whoever only reads the table waits for no device, and lets others in
     modelled = load_profile("tiny", [small, "hardware={name: h100, engine: roofline}"])
-    assert stages.measure_again(modelled, parent, tmp_path) == []
+    assert stages.measure_again(Run(profile=modelled, workspace=tmp_path), parent) == []

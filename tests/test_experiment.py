@@ -11,7 +11,8 @@ from urllib.parse import unquote
 import pytest
 
 from blocks.records import BlockRecord, Cost, CostTable, LayerChoice, Ref, Score
-from flows.finish import Run
+from flows.finish import link_to_earlier_runs
+from flows.tracked_run import TrackedRun
 from profiles.load import load_profile
 from profiles.schema import Hardware
 from tasks.operating import experiment
@@ -109,7 +110,7 @@ def test_a_finished_run_does_not_fail_for_a_link(
         "mlflow_run_id": "this",
         "prefect_run_id": "",
     }
-    Run(profile=load_profile("tiny"), **own)._link_to_others()
+    link_to_earlier_runs(TrackedRun(profile=load_profile("tiny"), **own))
     assert told == ["no link to earlier runs, MLflow did not name them: 500, try later"]
 
 

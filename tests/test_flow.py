@@ -245,10 +245,8 @@ def test_another_budget_reuses_the_library_within_a_minute(
     assert child_of(output) != child_of(first)
     with sqlite3.connect(workspace / "prefect" / "prefect.db") as database:
         cached = database.execute("select name from task_run where state_name = 'Cached'").fetchall()
-    found = [
-        int(name.split()[3]) for (name,) in cached if name.startswith("distill layer")
-    ]  # "...00: 5 finished before"
-    assert sum(found) >= sum(path.suffix == ".json" for path in library)
+    found = [name for (name,) in cached if name.startswith("distill layer")]
+    assert len(found) >= sum(path.suffix == ".json" for path in library)
 
 
 def test_adaptive_scoring_reuses_what_is_scored_and_chooses_as_well(run: tuple[Path, str]) -> None:

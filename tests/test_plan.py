@@ -28,7 +28,7 @@ from tasks.planning import effort, machine
 from tasks.planning.effort import Work, shape_of
 from tasks.planning.machine import Rates, calibrate, machine_share
 from tasks.planning.plan import Plan, config_parent, machine_rates, plan_of
-from tasks.running.usage import Usage, noted
+from tasks.running.usage import Usage
 from tests.chain import CORPUS, RECORD, SETTINGS, SPACE, Chain
 from tests.test_nvlabs import puzzle
 from tests.tiny import tiny_model
@@ -242,9 +242,9 @@ def test_cpu_time_stands_for_wall_time_where_others_are_busy() -> None:
 
 def test_stages_are_noted_with_the_run_under_way() -> None:
     usage = Usage.start()
-    with noted("first"):
+    with usage.noted("first"):
         sum(range(200_000))
-    with pytest.raises(ValueError), noted("broken"):
+    with pytest.raises(ValueError), usage.noted("broken"):
         raise ValueError
     assert [entry.name for entry in usage.stages] == ["first"]
     assert isinstance(usage.stages[0], StageTime) and usage.stages[0].cpu_seconds > 0

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from blocks import runtime
-from flows import stages
+from flows.run import process_of
 from profiles.errors import ProfileError
 from profiles.load import load_profile
 from profiles.schema import Profile
@@ -126,7 +126,7 @@ def test_every_single_thing_is_told_at_once(without_vllm: None) -> None:
     wanted = profile_of(hardware={"engine": "vllm"}, orchestration={"devices": ["cuda:0", "cuda:1"]})
     with pytest.raises(MachineLacks, match=r"(?s)this machine lacks.*vLLM.*cuda:0.*cuda:1"):
         check_machine(wanted)
-    with pytest.raises(MachineLacks), stages.process_of(wanted, Path("nowhere")):
+    with pytest.raises(MachineLacks), process_of(wanted, Path("nowhere")):
         pass
 
 

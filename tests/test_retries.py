@@ -15,6 +15,8 @@ from prefect.states import Failed
 from prefect.task_engine import TaskRunTimeoutError
 
 from blocks.errors import CorpusError, PuzzleFailure
+from flows import stages
+from flows.run import Run
 from profiles.load import load_profile
 from profiles.schema import GKD
 from tasks.distill import bld, gkd
@@ -23,7 +25,7 @@ from tasks.operating.champion import Judgement
 from tasks.running import memory, retries
 from tasks.running.memory import Parts
 from tasks.running.progress import without_tracebacks
-from tasks.running.retries import TookTooLong, told_in_time, worth_retrying
+from tasks.running.retries import TookTooLong, time_limit_in_words, worth_retrying
 from tasks.score import scoring
 from tests.chain import Chain
 
@@ -161,10 +163,12 @@ def test_what_is_short_of_memory(error: Exception, short: bool) -> None:
 
 def test_a_time_limit_is_a_sentence() -> None:
     sentence = r"'distill' took longer than orchestration.task_timeout allows \(2.0 s\)"
-    with pytest.raises(TookTooLong, match=sentence), told_in_time("distill"):
+    with pytest.raises(TookTooLong, match=sentence), time_limit_in_words("distill"):
         raise TaskRunTimeoutError("Scope timed out after 2.0 second(s).")
-    assert retries.limits_of(load_profile("tiny", ["orchestration.task_timeout=2"])) == {"timeout_seconds": 2}
-    assert retries.limits_of(load_profile("tiny")) == {"timeout_seconds": None}
+    for seconds, settings in ((2, ["orchestration.task_timeout=2"]), (None, [])):
+        run = Run(profile=load_profile("tiny", settings), workspace=Path("nowhere"))
+        assert run._limited(stages.distill_task).timeout_seconds == seconds
+        assert run._limited(stages.measure_task, limited=False).timeout_seconds is None
 
 
 @pytest.mark.parametrize("name", ["prefect.events.clients", "prefect._internal.concurrency", "websockets.client"])
@@ -180,7 +184,7 @@ def test_a_prefect_server_that_is_away_is_told_once(name: str, monkeypatch: pyte
     monkeypatch.setattr(handler, "emit", lambda record: passed.append(record.getMessage()))
     log.addHandler(handler)
     try:
-        with retries.told_when_prefect_is_away():
+        with retries.one_line_when_prefect_is_away():
             log.warning("Unable to connect")
             log.error("a page of it")
             log.info("no trouble")

@@ -39,7 +39,7 @@ from tasks.operating.served_profile import (
     ServedProfile,
     open_fields,
 )
-from tasks.running.sharing import being_made
+from tasks.running.sharing import try_exclusive
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOWS = (served.optimize, served.reoptimize, served.sweep, served.measure_hardware)
@@ -318,7 +318,8 @@ def test_a_served_run_is_judged_before_it_is_at_work_and_once(
     @contextmanager
     def noted(what: str, *_: Any) -> Iterator[None]:
         done.append(what)
-        assert being_made(roots.workspaces / "mine", watch.piece_of_run(number))
+        with try_exclusive(roots.workspaces / "mine", watch.key_of_run(number).key) as free:
+            assert not free
         yield
 
     monkeypatch.setattr(run, "refuse_to_crash_for_ever", lambda: done.append("crashes counted"))

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,14 +20,15 @@ from blocks import devices as locks
 from blocks import runtime
 from blocks.devices import enter
 from flows import stages
+from flows.run import Run
 from profiles.load import load_profile
-from tasks.running import devices, presence, sharing
-from tasks.running.devices import device_of
-from tasks.running.sharing import Piece, being_made, in_turn, made_once
+from tasks.running import at_work, devices, sharing
+from tasks.running.devices import device_turn
+from tasks.running.sharing import TaskKey, exclusive, try_exclusive
 from tasks.score import scoring
 
 ROOT = Path(__file__).resolve().parent.parent
-PIECES = [Piece(key=f"k{number}", what=f"variant {number}") for number in range(4)]
+VARIANTS = [TaskKey(key=f"k{number}", what=f"variant {number}") for number in range(2)]
 
 
 @pytest.fixture
@@ -55,120 +55,89 @@ def another_process(code: str) -> Iterator[subprocess.Popen[str]]:
 
 def maker_of(workspace: Path, key: str) -> str:
     return (
-        "from pathlib import Path\nfrom tasks.running.sharing import Piece, made_once\n"
-        f"with made_once(Path({str(workspace)!r}), Piece(key={key!r}, what='it')):"
+        "from pathlib import Path\nfrom tasks.running.sharing import TaskKey, exclusive\n"
+        f"with exclusive(Path({str(workspace)!r}), TaskKey(key={key!r}, what='it')):"
     )
+
+
+def is_free(workspace: Path, task: TaskKey) -> bool:
+    with try_exclusive(workspace, task.key) as free:
+        return free
 
 
 def test_kill_9_lets_go_of_a_variant_at_once(tmp_path: Path, said: list[str]) -> None:
     with another_process(maker_of(tmp_path, "k0")) as process:
-        assert being_made(tmp_path, PIECES[0]) and not being_made(tmp_path, PIECES[1])
+        assert not is_free(tmp_path, VARIANTS[0]) and is_free(tmp_path, VARIANTS[1])
         threading.Timer(0.5, process.send_signal, [signal.SIGKILL]).start()
         started = time.monotonic()
-        with made_once(tmp_path, PIECES[0]):
+        with exclusive(tmp_path, VARIANTS[0]):
             assert 0.3 < time.monotonic() - started < 5
     waited, died = said
     assert waited == "waiting for variant 0: another process is at work on it"
     assert died.startswith(f"process {process.pid} on ") and died.endswith(
         " died at work on variant 0: it is taken up again"
     )
-    assert not being_made(tmp_path, PIECES[0])
-    with made_once(tmp_path, PIECES[0]):
+    assert is_free(tmp_path, VARIANTS[0])
+    with exclusive(tmp_path, VARIANTS[0]):
         pass
     assert len(said) == 2  # told once
 
 
 def test_one_who_fails_has_not_died(tmp_path: Path, said: list[str]) -> None:
-    with pytest.raises(ValueError, match="bad"), made_once(tmp_path, PIECES[0]):
+    with pytest.raises(ValueError, match="bad"), exclusive(tmp_path, VARIANTS[0]):
         raise ValueError("bad")
-    with made_once(tmp_path, PIECES[0]):
+    with exclusive(tmp_path, VARIANTS[0]):
         assert not said
 
 
 def test_the_first_is_told_that_it_is_alone_and_the_others_that_they_are_not(tmp_path: Path) -> None:
-    one, two, other = (sharing.alone(tmp_path, key) for key in ("run", "run", "another run"))
+    one, two, other = (try_exclusive(tmp_path, key) for key in ("run", "run", "another run"))
     with one as first, two as second, other as third:
         assert (first, second, third) == (True, False, True)
-    with sharing.alone(tmp_path, "run") as again:
+    with try_exclusive(tmp_path, "run") as again:
         assert again
 
 
-@pytest.mark.parametrize("at_a_time", [1, 2, 9])
-def test_what_another_run_makes_comes_last(tmp_path: Path, said: list[str], at_a_time: int) -> None:
-    order: list[int] = []
-    with ThreadPoolExecutor(max_workers=4) as pool, another_process(maker_of(tmp_path, "k0")) as process:
-
-        def submit(index: int) -> Future[int]:
-            order.append(index)
-            return pool.submit(lambda: index * 10)
-
-        found = []
-        for index, future in in_turn(PIECES, submit, tmp_path, at_a_time):
-            found.append((index, future.result()))
-            if len(found) == 3:
-                assert sorted(order) == [1, 2, 3]
-                threading.Timer(0.4, process.kill).start()
-    assert order[-1] == 0 and sorted(found) == [(index, index * 10) for index in range(4)]
-    assert said == ["waiting for variant 0: another process is at work on it"]
-
-
-def test_never_more_than_so_many_at_a_time(tmp_path: Path) -> None:
-    at_work, most, lock = 0, 0, threading.Lock()
-
-    def work() -> None:
-        nonlocal at_work, most
-        with lock:
-            at_work += 1
-            most = max(most, at_work)
-        time.sleep(0.02)
-        with lock:
-            at_work -= 1
-
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        done = [index for index, _ in in_turn(PIECES, lambda _: pool.submit(work), tmp_path, 2)]
-    assert sorted(done) == [0, 1, 2, 3] and most == 2
-
-
-def test_every_run_has_a_place_and_only_the_first_clears_leftovers(tmp_path: Path) -> None:
+def test_every_run_has_a_number_and_only_the_first_clears_leftovers(tmp_path: Path) -> None:
     left = tmp_path / "library" / ".x.part"
     unfinished = tmp_path / "parent" / ".making-x"
     left.parent.mkdir()
     unfinished.mkdir(parents=True)
     left.touch()
-    assert presence.place_in(tmp_path) == 1 and not left.exists() and not unfinished.exists()
-    assert presence.place_in(tmp_path) == 1  # asked again: the same
+    assert at_work.enter(tmp_path) == 1 and not left.exists() and not unfinished.exists()
+    assert at_work.enter(tmp_path) == 1  # asked again: the same
     left.touch()  # now it is somebody's who is at work
     code = (
-        "from pathlib import Path\nfrom tasks.running.presence import at_work_in\n"
+        "from pathlib import Path\nfrom tasks.running.at_work import at_work_in\n"
         f"with at_work_in(Path({str(tmp_path)!r})) as"
     )
     with another_process(f"{code} number:\n    assert number == 2"):
-        assert left.exists() and presence.others_at_work(tmp_path)
-        presence.leave(tmp_path)
-        assert presence.others_at_work(tmp_path)
-    assert not presence.others_at_work(tmp_path)
-    with presence.at_work_in(tmp_path) as number:
+        assert left.exists() and at_work.others_at_work(tmp_path)
+        at_work.leave(tmp_path)
+        assert at_work.others_at_work(tmp_path)
+    assert not at_work.others_at_work(tmp_path)
+    with at_work.at_work_in(tmp_path) as number:
         assert number == 1 and not left.exists()
-    assert presence.prefect_home(tmp_path, 1).name == "prefect"
-    assert presence.prefect_home(tmp_path, 2).name == "prefect-2"
+    assert at_work.prefect_home(tmp_path, 1).name == "prefect"
+    assert at_work.prefect_home(tmp_path, 2).name == "prefect-2"
 
 
-def test_a_place_is_kept_until_the_last_block_that_asked_for_it_ends(tmp_path: Path) -> None:
-    with presence.at_work_in(tmp_path) as number:
-        with presence.at_work_in(tmp_path / ".") as again:
+def test_a_number_is_kept_until_the_last_block_that_asked_for_it_ends(tmp_path: Path) -> None:
+    with at_work.at_work_in(tmp_path) as number:
+        with at_work.at_work_in(tmp_path / ".") as again:
             assert again == number == 1
-        assert presence.others_at_work(tmp_path)
-        presence.leave(tmp_path)  # of a place that nobody asked to keep
-        assert presence.others_at_work(tmp_path)
-    assert not presence.others_at_work(tmp_path)
-    assert presence.place_in(tmp_path) == 1
-    with presence.at_work_in(tmp_path):
+        assert at_work.others_at_work(tmp_path)
+        at_work.leave(tmp_path)  # of a number that nobody asked to keep
+        assert at_work.others_at_work(tmp_path)
+    assert not at_work.others_at_work(tmp_path)
+    assert at_work.enter(tmp_path) == 1
+    with at_work.at_work_in(tmp_path):
         pass
-    assert presence.others_at_work(tmp_path)  # kept for the process, as the command line asked
-    with presence.at_work_in(tmp_path):
-        presence.leave(tmp_path)
-        assert presence.others_at_work(tmp_path)
-    assert not presence.others_at_work(tmp_path)
+    assert at_work.others_at_work(tmp_path)  # kept for the process, as the command line asked
+    with at_work.at_work_in(tmp_path):
+        at_work.leave(tmp_path)
+        assert at_work.others_at_work(tmp_path)
+    assert not at_work.others_at_work(tmp_path)
 
 
 class AnotherRun:
@@ -181,7 +150,7 @@ class AnotherRun:
         self.thread.start()
 
     def _work(self) -> None:
-        with devices.sharing(self.profile), device_of(self.stage), device_of(self.stage):  # does not wait for itself
+        with device_turn(self.stage, self.profile):
             self.inside.set()
             self.leave.wait(20)
 
@@ -350,29 +319,29 @@ def test_one_who_waits_for_a_measurement_looks_seldom(tmp_path: Path, monkeypatc
 
 def test_scores_are_computed_in_their_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is submitted computes at once: before the stage has the device it would do so beside another run."""
-    at_work: list[str] = []
+    inside: list[str] = []
     submitted: list[bool] = []
 
     @contextmanager
-    def stage(name: str) -> Iterator[Any]:
-        at_work.append(name)
+    def stage(_: Run, name: str) -> Iterator[Any]:
+        inside.append(name)
         yield lambda done, total, text="": None
-        at_work.remove(name)
+        inside.remove(name)
 
-    def submit(*_: Any) -> Any:
-        submitted.append(at_work == ["score"])
+    def submit(*_: Any, **__: Any) -> Any:
+        submitted.append(inside == ["score"])
         return SimpleNamespace(result=list)
 
-    task = SimpleNamespace(with_options=lambda **_: SimpleNamespace(submit=submit))
-    monkeypatch.setattr(stages, "stage", stage)
-    monkeypatch.setattr(stages, "score_task", task)
+    monkeypatch.setattr(Run, "stage", stage)
+    monkeypatch.setattr(Run, "submit", submit)
     monkeypatch.setattr(scoring, "stored_score", lambda *_: None)
     blocks: list[Any] = [
-        SimpleNamespace(layer=layer, subblock="ffn", variant="no_op", status="trained") for layer in range(2)
+        SimpleNamespace(layer=layer, subblock="ffn", variant="no_op", status="trained", key=f"k{layer}")
+        for layer in range(2)
     ]
     given: Any = SimpleNamespace(sequence_length=8)
-    profile = load_profile("tiny", ["scoring.adaptive=false"])
-    assert stages.score_all(profile, given, given, [given] * 2, blocks, given, tmp_path) == []
+    run = Run(profile=load_profile("tiny", ["scoring.adaptive=false"]), workspace=tmp_path)
+    assert stages.score_all(run, given, given, [given] * 2, blocks, given) == []
     assert submitted == [True, True]
 
 

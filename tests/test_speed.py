@@ -17,7 +17,7 @@ from blocks.records import (
     SpeedReport,
     Turn,
 )
-from flows.finish import sum_beside_whole
+from flows.tracked_run import sum_beside_whole
 from profiles.load import load_profile
 from profiles.schema import Hardware, Scenario
 from tasks.engines.throughput import ClockTooCoarse, in_turns, median_metric, summaries

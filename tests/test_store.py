@@ -26,7 +26,7 @@ from tasks.distill import bld
 from tasks.operating import shared
 from tasks.operating.admission import Refused, Roots, admitted
 from tasks.operating.served_profile import ServedProfile
-from tasks.running import presence
+from tasks.running import at_work
 from tasks.running.servers import free_port, running
 from tasks.score import scoring
 from tests.chain import Chain, make_chain
@@ -372,11 +372,11 @@ def test_the_store_of_a_run_at_work_stays_whatever_a_second_run_names(
     workspace = tmp_path / "workspace"
     workspace.mkdir()
     code = (
-        "from pathlib import Path\nfrom tasks.running.presence import at_work_in\n"
+        "from pathlib import Path\nfrom tasks.running.at_work import at_work_in\n"
         f"from tasks.operating.shared import store_used\nworkspace = Path({str(workspace)!r})\n"
         f"with at_work_in(workspace), store_used(workspace, {theirs!r}):"
     )
-    with another_process(code), presence.at_work_in(workspace):
+    with another_process(code), at_work.at_work_in(workspace):
         with shared.store_used(workspace, None):
             assert stores.store_named(workspace) == theirs
             block(workspace)
@@ -387,7 +387,7 @@ def test_the_store_of_a_run_at_work_stays_whatever_a_second_run_names(
         assert stores.store_named(workspace) == theirs
         with shared.store_used(workspace, theirs):
             pass
-    with presence.at_work_in(workspace):
+    with at_work.at_work_in(workspace):
         with shared.store_used(workspace, ours):
             assert stores.store_named(workspace) == ours
         with shared.store_used(workspace, None):  # alone: none from now on

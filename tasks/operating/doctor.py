@@ -24,7 +24,7 @@ from blocks.records import Value
 from blocks.runtime import usable_cores
 from profiles.schema import DRIVEN
 from tasks.operating.requirements import EXTRAS, devices_here, engine_missing, is_there, nvidia_gpus
-from tasks.running.presence import others_at_work
+from tasks.running.at_work import others_at_work
 from tasks.running.servers import answer, orphaned_servers, sqlite_file
 
 GIB = 2**30

@@ -24,7 +24,7 @@ from prefect.events.schemas.events import ResourceSpecification
 
 from blocks.errors import PuzzleFailure
 from blocks.library import digest_of
-from tasks.running.sharing import Piece
+from tasks.running.sharing import TaskKey
 
 HEARTBEAT_SECONDS = 30  # Prefect's least
 SILENCE_SECONDS = 90  # on a busy machine beats were seen 44 s apart
@@ -101,9 +101,9 @@ def keep_watch() -> None:
                 automation.create()
 
 
-def piece_of_run(run: str) -> Piece:
-    """A flow run, as what only one process works at."""
-    return Piece(key=f"flow-run-{run}", what="this very run")
+def key_of_run(run: str) -> TaskKey:
+    """The key of a flow run: only one process works at it."""
+    return TaskKey(key=f"flow-run-{run}", what="this very run")
 
 
 def restarts_of(names: Sequence[str]) -> int:

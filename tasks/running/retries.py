@@ -1,4 +1,4 @@
-"""What a task does when something goes wrong: again after a while, or at once a sentence; and how long it may take."""
+"""What happens when a task fails: it is tried again after a while, or the run ends with a sentence. Its time limit."""
 
 import logging
 from collections.abc import Iterator
@@ -8,7 +8,6 @@ from typing import Any
 from prefect.task_engine import TaskRunTimeoutError
 
 from blocks.errors import PuzzleFailure
-from profiles.schema import Profile
 from tasks.running.memory import out_of_memory
 from tasks.running.progress import say
 
@@ -37,31 +36,26 @@ def worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
     return False
 
 
-def limits_of(profile: Profile) -> dict[str, Any]:
-    """Options of every task that computes for a profile."""
-    return {"timeout_seconds": profile.orchestration.task_timeout}
-
-
 class _Away(logging.Filter):
     """Prefect's events that reach nobody, as one sentence instead of a page for each."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.told = False
+        self.reported = False
 
     def filter(self, record: logging.LogRecord) -> bool:
         """False for what the sentence stands for."""
         if record.levelno < logging.WARNING:
             return True
-        if not self.told:
-            self.told = True
+        if not self.reported:
+            self.reported = True
             say("Prefect's server does not answer: the run goes on, what its UI shows of this run will have gaps")
         return False
 
 
 @contextmanager
-def told_when_prefect_is_away() -> Iterator[None]:
-    """A Prefect server that goes away under a run is told once."""
+def one_line_when_prefect_is_away() -> Iterator[None]:
+    """Within the block, a Prefect server that does not answer is reported once, in one line."""
     away = _Away()
     names = ("prefect.events.clients", "prefect._internal.concurrency", "websockets.client")
     for name in names:
@@ -74,7 +68,7 @@ def told_when_prefect_is_away() -> Iterator[None]:
 
 
 @contextmanager
-def told_in_time(stage: str) -> Iterator[None]:
+def time_limit_in_words(stage: str) -> Iterator[None]:
     """A task's time limit as a sentence that says what to do. Prefect's own names neither the stage nor the setting."""
     try:
         yield

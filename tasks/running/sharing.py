@@ -1,20 +1,17 @@
-"""Several runs on one workspace: a thing is made by one of them, the others wait for it or go on with what is free.
+"""Several runs on one workspace: each thing is made by one of them, and the others wait until it is there.
 
 Every lock is the operating system's (flock), so a process that dies, by kill -9 too, lets go of it at once: there is no
-stale lock. The files stay, empty, under `locks/`; beside each lies who is at work, so that the next one can tell when
-somebody died there. On NFS this holds for version 4 (and 3 with lockd), on Linux; two
+stale lock. The files stay, empty, under `locks/`. Beside each lies a file that says who is at work, so that the next
+one can tell when somebody died there. On NFS this holds for version 4 (and 3 with lockd), on Linux. Two
 machines that share the blocks through an object store have no lock between them: both may train the same variant, and
 store the same block.
 """
 
 import os
 import socket
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -25,8 +22,8 @@ POLL_SECONDS = 0.1
 SIGNED = ".by"
 
 
-class Piece(Value):
-    """Something that one run makes for all: the content key of it, and what it is in words."""
+class TaskKey(Value):
+    """What a task makes: the content key of it, and in words."""
 
     key: str
     what: str
@@ -39,30 +36,30 @@ def _lock(workspace: Path, key: str) -> FileLock:
 
 
 @contextmanager
-def made_once(workspace: Path, piece: Piece) -> Iterator[None]:
-    """Only one process at a time is inside for a key; a second one says what it waits for. What is inside looks first
-    whether the thing is there. One who takes over from a process that died says so.
+def exclusive(workspace: Path, task: TaskKey) -> Iterator[None]:
+    """Only one process at a time is inside for a key. A second one says what it waits for, and whoever takes over from
+    a process that died says so. The code inside asks first whether the thing is there by now.
     """
-    lock = _lock(workspace, piece.key)
+    lock = _lock(workspace, task.key)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(f"waiting for {piece.what}: another process is at work on it")
+        say(f"waiting for {task.what}: another process is at work on it")
         lock.acquire()
     try:
-        with _signed(workspace, piece):
+        with _signed(workspace, task):
             yield
     finally:
         lock.release()
 
 
 @contextmanager
-def _signed(workspace: Path, piece: Piece) -> Iterator[None]:
-    """A file that says who is at work on a piece. One that is there already is of a process that never left."""
-    path = workspace / "locks" / f"{piece.key}{SIGNED}"
+def _signed(workspace: Path, task: TaskKey) -> Iterator[None]:
+    """A file that says who is at work on it. One that is there already is of a process that died."""
+    path = workspace / "locks" / f"{task.key}{SIGNED}"
     with suppress(FileNotFoundError):
-        say(f"{path.read_text() or 'a process'} died at work on {piece.what}: it is taken up again")
-    with suppress(OSError):  # a full disk: whoever writes what matters will tell
+        say(f"{path.read_text() or 'a process'} died at work on {task.what}: it is taken up again")
+    with suppress(OSError):  # a full disk: whoever writes what matters will report it
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     try:
         yield
@@ -71,8 +68,8 @@ def _signed(workspace: Path, piece: Piece) -> Iterator[None]:
 
 
 @contextmanager
-def alone(workspace: Path, key: str) -> Iterator[bool]:
-    """True for the length of the block where no other run is inside for this key; False for the others, at once."""
+def try_exclusive(workspace: Path, key: str) -> Iterator[bool]:
+    """True for the length of the block if no other run is inside for this key. The others get False at once."""
     lock = _lock(workspace, key)
     try:
         lock.acquire(timeout=0)
@@ -83,40 +80,3 @@ def alone(workspace: Path, key: str) -> Iterator[bool]:
         yield True
     finally:
         lock.release()
-
-
-def being_made(workspace: Path, piece: Piece) -> bool:
-    """True while another task or run is inside `made_once` for this key."""
-    lock = _lock(workspace, piece.key)
-    try:
-        with lock.acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
-def in_turn(
-    pieces: Sequence[Piece], submit: Callable[[int], Any], workspace: Path, at_a_time: int
-) -> Iterator[tuple[int, Any]]:
-    """Submit every piece, so many at a time, first those that no other run is making; (index, future) as each is done.
-
-    `submit` takes an index and gives a Prefect future, whose task is inside `made_once` while it works.
-    """
-    waiting, done = list(range(len(pieces))), SimpleQueue[int]()
-    running: dict[int, Any] = {}
-    told: set[int] = set()
-    while waiting or running:
-        free = (index for index in list(waiting) if not being_made(workspace, pieces[index]))
-        while len(running) < at_a_time and (index := next(free, None)) is not None:
-            waiting.remove(index)
-            running[index] = submit(index)
-            running[index].add_done_callback(lambda _, index=index: done.put(index))
-        if not running and waiting[0] not in told:
-            told.add(waiting[0])
-            say(f"waiting for {pieces[waiting[0]].what}: another process is at work on it")
-        try:
-            index = done.get(timeout=2 * POLL_SECONDS if len(running) < at_a_time else None)
-        except Empty:
-            time.sleep(0)
-            continue
-        yield index, running.pop(index)

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -16,7 +15,6 @@ import psutil
 
 from blocks.records import StageTime
 
-_CURRENT: ContextVar["Usage | None"] = ContextVar("usage of the run under way", default=None)
 _PEAKS = [0]  # resident sizes before `restart_peak`
 
 
@@ -30,10 +28,16 @@ class Usage:
 
     @classmethod
     def start(cls) -> Self:
-        """Now, counted from the start of the process for CPU time. Stages that follow are noted here."""
-        usage = cls(wall=time.monotonic(), cpu=time.process_time())
-        _CURRENT.set(usage)
-        return usage
+        """Now, counted from the start of the process for CPU time."""
+        return cls(wall=time.monotonic(), cpu=time.process_time())
+
+    @contextmanager
+    def noted(self, name: str) -> Iterator[None]:
+        """Note what the stage inside the block takes. One that fails is not noted."""
+        wall, cpu = time.monotonic(), time.process_time()
+        yield
+        took = {"seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
+        self.stages.append(StageTime(name=name, **took))
 
     def seconds(self) -> float:
         """Wall seconds since the start."""
@@ -113,14 +117,3 @@ def _family_seconds() -> float:
             times = process.cpu_times()
             found += times.user + times.system + times.children_user + times.children_system
     return found
-
-
-@contextmanager
-def noted(name: str) -> Iterator[None]:
-    """Note what the stage inside takes with the run under way, if there is one; one that fails is not noted."""
-    wall, cpu = time.monotonic(), time.process_time()
-    yield
-    usage = _CURRENT.get()
-    if usage is not None:
-        took = {"seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
-        usage.stages.append(StageTime(name=name, **took))

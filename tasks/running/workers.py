@@ -23,49 +23,43 @@ from blocks.errors import PuzzleError
 from blocks.records import Value
 from blocks.runtime import configure, on_device, set_threads
 from profiles.schema import Orchestration, Profile
-from tasks.running.sharing import Piece, made_once
+from tasks.running.sharing import TaskKey, exclusive
 
 CONNECT_SECONDS = 20
-QUEUED = 10_000  # tasks that a cluster may hold; its scheduler is made for that
 LOCAL_OBJECT_STORE_BYTES = 80 << 20  # Ray's least: what travels is small
 RAY_TOKENS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 log = logging.getLogger("puzzle")
 
 
-class Seat(Value):
-    """What a worker computes with: one of these devices of its machine, so many threads."""
+class WorkerSlot(Value):
+    """What a worker computes a task with: one of these devices of its machine, and so many threads."""
 
     devices: tuple[str, ...] = ("cpu",)
     threads: int | None = None
 
 
-def seat_of(profile: Profile) -> Seat:
-    """The seat of every submitted task of a profile."""
-    return Seat(devices=profile.orchestration.devices, threads=profile.hardware.threads)
-
-
-def at_a_time(profile: Profile) -> int:
-    """Tasks that are handed to the runner at a time; a cluster queues what its workers cannot take yet."""
-    return profile.orchestration.workers if profile.orchestration.runner == "threads" else QUEUED
+def worker_slot(profile: Profile) -> WorkerSlot:
+    """The slot of every submitted task of a profile."""
+    return WorkerSlot(devices=profile.orchestration.devices, threads=profile.hardware.threads)
 
 
 @contextmanager
-def seated(seat: Seat, workspace: Path, piece: Piece) -> Iterator[str]:
-    """A submitted task at work, wherever that is: heard in Prefect's log, alone at what it makes, threads set, a device
-    taken.
+def in_slot(slot: WorkerSlot, workspace: Path, task: TaskKey) -> Iterator[str]:
+    """A submitted task at work, in whatever process: it logs to Prefect, no other process makes the same thing, the
+    threads are set, and a device is taken, whose name the block gets.
     """
     context = FlowRunContext.get()
     if context is not None and context.detached:
         configure()
         _log_to_prefect()
-    with made_once(workspace, piece), _at_a_device(seat) as device:
+    with exclusive(workspace, task), _at_a_device(slot) as device:
         yield device
 
 
 @contextmanager
-def _at_a_device(seat: Seat) -> Iterator[str]:
-    threads = set_threads(seat.threads)
-    with on_device(seat.devices) as device:
+def _at_a_device(slot: WorkerSlot) -> Iterator[str]:
+    threads = set_threads(slot.threads)
+    with on_device(slot.devices) as device:
         log.info("on %s of %s, %d threads, process %d", device, socket.gethostname(), threads, os.getpid())
         yield "cpu" if device.startswith("cpu") else device
 

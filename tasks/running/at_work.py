@@ -1,7 +1,7 @@
-"""Who is at work in a workspace. Each run has a place of its own there, numbered; the first free one is taken.
+"""Who is at work in a workspace. Every process that works there has a number, the lowest that is free.
 
-A place is a lock of the operating system, given back when its process dies. It also names the folder of the Prefect
-server that a run starts for itself: two servers on one SQLite file would fight over it.
+A number is a lock of the operating system, given back when its process dies. It also names the folder of the Prefect
+server that a run starts for itself, because two servers on one SQLite file would disturb each other.
 """
 
 import shutil
@@ -15,17 +15,17 @@ from filelock import FileLock, Timeout
 
 
 @dataclass
-class _Place:
-    """A place of this process, and how many of its blocks are within it; `kept` beyond them."""
+class _Holder:
+    """The number of this process, its lock, how many blocks of `at_work_in` are inside, and whether it stays after."""
 
     number: int
     lock: FileLock
     blocks: int = 0
-    kept: bool = False
+    stays: bool = False
 
 
 ENTRANCE = ".lock-entrance"
-_HELD: dict[Path, _Place] = {}
+_HELD: dict[Path, _Holder] = {}
 _CHANGING = threading.RLock()
 
 
@@ -37,22 +37,22 @@ def _lock(workspace: Path, number: int) -> FileLock:
     return FileLock(workspace / (".lock" if number == 1 else f".lock-{number}"), thread_local=False)
 
 
-def place_in(workspace: Path) -> int:
-    """The number of this process's place, 1 for the first run at work; held until `leave` or the end of the process.
+def enter(workspace: Path) -> int:
+    """The number of this process, 1 for the first one at work; held until `leave` or the end of the process.
 
     The first to come clears what killed runs left half-written, before anybody else may enter.
     """
     with _CHANGING:
-        place = _entered(workspace.resolve())
-        place.kept = True
-    return place.number
+        holder = _entered(workspace.resolve())
+        holder.stays = True
+    return holder.number
 
 
-def _entered(workspace: Path) -> _Place:
+def _entered(workspace: Path) -> _Holder:
     if workspace in _HELD:
         return _HELD[workspace]
     with _entrance(workspace):
-        alone, number = not others_at_work(workspace), 1
+        first, number = not others_at_work(workspace), 1
         while True:
             lock = _lock(workspace, number)
             try:
@@ -60,48 +60,48 @@ def _entered(workspace: Path) -> _Place:
                 break
             except Timeout:
                 number += 1
-        if alone:
+        if first:
             clear_leftovers(workspace)
-    _HELD[workspace] = _Place(number, lock)
+    _HELD[workspace] = _Holder(number, lock)
     return _HELD[workspace]
 
 
 def leave(workspace: Path) -> None:
-    """Give back the place of `place_in`; blocks of `at_work_in` that are not at their end keep it as long."""
+    """Give back the number of `enter`; blocks of `at_work_in` that have not ended keep it until they do."""
     with _CHANGING:
-        place = _HELD.get(workspace.resolve())
-        if place is not None:
-            place.kept = False
-            _give_back(workspace.resolve(), place)
+        holder = _HELD.get(workspace.resolve())
+        if holder is not None:
+            holder.stays = False
+            _give_back(workspace.resolve(), holder)
 
 
-def _give_back(workspace: Path, place: _Place) -> None:
-    if not place.kept and not place.blocks:
+def _give_back(workspace: Path, holder: _Holder) -> None:
+    if not holder.stays and not holder.blocks:
         del _HELD[workspace]
-        place.lock.release()
+        holder.lock.release()
 
 
 @contextmanager
 def at_work_in(workspace: Path) -> Iterator[int]:
-    """A place in the workspace for the length of the block; within another block of this process, the same one."""
+    """The number of this process, for the length of the block; a block within another one gets the same number."""
     workspace = workspace.resolve()
     with _CHANGING:
-        place = _entered(workspace)
-        place.blocks += 1
+        holder = _entered(workspace)
+        holder.blocks += 1
     try:
-        yield place.number
+        yield holder.number
     finally:
         with _CHANGING:
-            place.blocks -= 1
-            _give_back(workspace, place)
+            holder.blocks -= 1
+            _give_back(workspace, holder)
 
 
 def others_at_work(workspace: Path) -> bool:
-    """True when some process, this one included, has a place there."""
-    return any(_is_held(path) for path in _places(workspace))
+    """True when some process, this one included, is at work there."""
+    return any(_is_held(path) for path in _lock_files(workspace))
 
 
-def _places(workspace: Path) -> list[Path]:
+def _lock_files(workspace: Path) -> list[Path]:
     return [path for path in sorted(workspace.glob(".lock*")) if path.name != ENTRANCE]
 
 
