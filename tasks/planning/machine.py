@@ -5,8 +5,8 @@ time, the best of several. Where others take a good part of the processors, wall
 CPU time of this process, divided by its threads, stands for what the same work takes on the idle machine, and `loaded`
 says so.
 
-A stage is slower than its products alone, since it does not keep every thread busy: `SERIAL` is the share of its work that
-one thread does while the others wait. The rates of products are those that a stage reaches.
+A stage is slower than its products alone, since it does not keep every thread busy: `SERIAL` is the share of its work
+that one thread does while the others wait. The rates of products are those that a stage reaches.
 
 What an idle machine gave is kept for a day in the user's cache. Another device's rates come from its hardware target;
 the search itself computes in float32 there as well.
@@ -39,8 +39,9 @@ from tasks.running.usage import busy_seconds
 TOKENS = 1024  # rows of the measured products
 LARGEST = 4096  # columns and inner length at most: 64 MB of noise, whatever the parent
 ROUNDS, SECONDS_EACH = 9, 0.2  # repeats of one measurement, until its time is up
-# Of the demo's eight stages that compute, on two threads: they took 1,263 s. Products at the measured rates, both threads
-# busy throughout, explain 936 s, all other terms of the plan 118 s. (1263 - 118) / 936 = 1.22 = 1 + SERIAL * (2 - 1).
+# The demo's eight stages that compute took 1,263 s on two threads (benchmarks/plan.md). Products, at the measured rates
+# with both threads busy throughout, explain 936 s, all other terms of the plan 118 s:
+# (1263 - 118) / 936 = 1.22 = 1 + SERIAL * (2 - 1).
 SERIAL = 0.22
 LOADED = 0.15  # share of the processors taken by others from which wall time is not trusted
 HASH_BYTES = 8 << 20
@@ -55,8 +56,10 @@ EAGER_OPERATIONS = 12  # small operations' time behind one counted kernel in eag
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """product, packed: float32 FLOP/s that a stage reaches in plain products and in those of frozen, packed weights. serving: the same at the
-    precision that costs are measured in. solve: float64 FLOP/s of dense solves. stream: bytes/s of element-wise work,
+    """What a stage reaches.
+
+    product, packed: float32 FLOP/s of plain products, and of those with frozen, packed weights. serving: the same at
+    the precision that costs are measured in. solve: float64 FLOP/s of dense solves. stream: bytes/s of element-wise work,
     read and written. weights: bytes/s of matrices times one vector. disk: bytes/s written or read, with the digest.
     names: tensor names per second that gguf enters in a table, Python's speed. floor: seconds of a small operation.
     at: when this machine was measured, ISO 8601.
