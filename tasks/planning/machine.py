@@ -60,7 +60,7 @@ class Rates:
 
     product, packed: float32 FLOP/s of plain products, and of those with frozen, packed weights. serving: the same at
     the precision that costs are measured in. solve: float64 FLOP/s of dense solves. stream: bytes/s of element-wise
-    work, read and written. weights: bytes/s of matrices times one vector. disk: bytes/s written or read, with the digest.
+    work, read and written. weights: bytes/s of matrices times one vector. disk: bytes/s written or read, and digested.
     names: tensor names per second that gguf enters in a table, Python's speed. floor: seconds of a small operation.
     at: when this machine was measured, ISO 8601.
     """
