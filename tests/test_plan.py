@@ -250,6 +250,21 @@ def test_cpu_time_stands_for_wall_time_where_others_are_busy() -> None:
     assert machine_share(wall=[2.0, 3.0], cpu=[1.0, 0.9], others=5.0, took=5.0, processors=2) == (0.9, True)
 
 
+def test_beside_others_products_are_measured_with_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that wait for one another beside others spin: their CPU time is not that of the work."""
+    used: list[int] = []
+    monkeypatch.setattr(machine, "busy_seconds", iter(range(0, 10**6, 10**3)).__next__)  # others take everything
+    clock = machine._Clock(2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        clock.seconds(lambda: used.append(torch.get_num_threads()))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert clock.loaded and set(used[-machine.ROUNDS :]) == {1} and used[0] == 2
+
+
 def test_stages_are_noted_with_the_run_under_way() -> None:
     usage = Usage.start()
     with noted("first"):

@@ -2,8 +2,8 @@
 
 This machine is measured for about two seconds, on products of the parent's own sizes. On an idle machine that is wall
 time, the best of several. Where others take a good part of the processors, wall time would be theirs as well: then the
-CPU time of this process, divided by its threads, stands for what the same work takes on the idle machine, and `loaded`
-says so.
+CPU time that one thread takes, divided by the threads, stands for what the same work takes on the idle machine, and
+`loaded` says so.
 
 A stage is slower than its products alone, since it does not keep every thread busy: `SERIAL` is the share of its work
 that one thread does while the others wait. The rates of products are those that a stage reaches.
@@ -203,12 +203,23 @@ class _Clock:
         return self.seconds(work) * with_serial_share(self.threads)
 
     def seconds(self, work: Callable[[], Any], threads: int | None = None) -> float:
-        """Best of several, after one that warms up.
+        """Wall time; on a loaded machine one thread's CPU time, divided by `threads` [all of them].
 
-        threads: how many share CPU time on a loaded machine [all]. Memory serves one about as fast as all.
+        Memory serves one thread about as fast as all, and so does Python.
         """
-        sharers = threads or self.threads
         work()
+        seconds, loaded = self._timed(work)
+        self.loaded |= loaded
+        if loaded:  # threads that wait for one another spin, beside others for long: CPU time of one thread is its own
+            torch.set_num_threads(1)
+            try:
+                seconds = self._timed(work, cpu_time=True)[0] / (threads or self.threads)
+            finally:
+                torch.set_num_threads(self.threads)
+        return max(seconds, 1e-9)
+
+    def _timed(self, work: Callable[[], Any], cpu_time: bool = False) -> tuple[float, bool]:
+        """The best of several, in CPU time where that is asked for or others are busy; whether they were."""
         wall: list[float] = []
         cpu: list[float] = []
         started, busy, own = time.perf_counter(), busy_seconds(), time.process_time()
@@ -216,12 +227,11 @@ class _Clock:
             a, b = time.perf_counter(), time.process_time()
             work()
             wall.append(time.perf_counter() - a)
-            cpu.append((time.process_time() - b) / sharers)
+            cpu.append(time.process_time() - b)
         took = time.perf_counter() - started
         others = busy_seconds() - busy - (time.process_time() - own)
         seconds, loaded = machine_share(wall, cpu, others, took, os.cpu_count() or 1)
-        self.loaded |= loaded
-        return max(seconds, 1e-9)
+        return (min(cpu) if cpu_time else seconds), loaded
 
 
 def with_serial_share(threads: int) -> float:
