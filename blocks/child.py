@@ -1,4 +1,4 @@
-"""A child: assembled from an architecture and the block library, and its config read back from its folder."""
+"""A child: how it is assembled from an architecture and the block library, and how its config is read back."""
 
 import json
 from collections.abc import Mapping
@@ -12,8 +12,9 @@ from blocks.errors import ChildError, DamagedBlock
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import read_tensors
-from blocks.parent import Parent, load_subblock
+from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Architecture, BlockRecord
+from blocks.subblock import load_subblock
 
 Library = Mapping[tuple[int, str, str], BlockRecord]
 
@@ -24,7 +25,7 @@ def library_of(records: list[BlockRecord]) -> dict[tuple[int, str, str], BlockRe
 
 
 def assemble(parent: Parent, library: Library, architecture: Architecture, workspace: Path) -> DeciLMForCausalLM:
-    """The child: the parent's non-block weights, its own subblocks where chosen, trained variants elsewhere.
+    """The child: the parent's non-block weights, its subblocks where they were chosen, trained variants elsewhere.
 
     With every choice "parent" the logits are the parent's bit for bit. Raises DamagedBlock when a block is missing or
     does not match its digest.
@@ -56,5 +57,5 @@ def config_of(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
         raise ChildError(f"{folder} is no child: name a folder with config.json and *.safetensors, or a .gguf file.")
-    own = json.loads(path.read_text(encoding="utf-8")).get("model_type") == "nemotron-nas"
-    return DeciLMConfig.from_pretrained(folder) if own else AutoConfig.from_pretrained(folder)
+    is_child = json.loads(path.read_text(encoding="utf-8")).get("model_type") == "nemotron-nas"
+    return DeciLMConfig.from_pretrained(folder) if is_child else AutoConfig.from_pretrained(folder)

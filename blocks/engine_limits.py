@@ -12,7 +12,7 @@ from typing import Any
 from blocks.errors import PuzzleError
 from blocks.families import family_of
 from blocks.families.base import head_dim
-from blocks.variant import kind_of, parse_label
+from blocks.kinds import kind_of, parse_label
 
 LINEAR = "linear subblocks"
 BARE_START = "layer 0 without attention"
