@@ -2,8 +2,8 @@
 
     .venv/bin/python -m benchmarks.quality
 
-Seeds change the order, and so the choice, of the GKD text, for the child and the best baseline. Library and scores are
-one: BLD is seeded too, but was run once.
+Every seed orders the GKD text differently, and so chooses other text. The child and the best baseline are trained with
+several seeds. All use one block library and one set of scores: BLD is seeded too, but was run once.
 """
 
 import math
@@ -51,8 +51,8 @@ def intro(bench: Bench, evaluate: Evaluate) -> str:
     return (
         f"{bench.parent.name}; corpus: {bench.corpus.description}. KL(parent || child) in nats per token on "
         f"{evaluate.sequences} x {bench.corpus.sequence_length} test tokens that no stage saw, +- one standard error "
-        "over sequences. The prototype's figures are those of the issue, on its own held-out text: compare its "
-        "depth column with ours to see how the texts differ."
+        "over sequences. The prototype's figures are those of the issue, on other held-out text: its depth column "
+        "beside ours shows how the texts differ."
     )
 
 
@@ -123,10 +123,10 @@ def after(
 
 
 def lowest(found: Sequence[tuple[float, float, str]]) -> str:
-    """Who is lowest, and who lies within one standard error of the difference. found: (KL, error, name)."""
+    """The lowest, and those within one standard error of the difference. found: (KL, error, name)."""
     (best, error, name), *others = sorted(found)
     level = [other for value, se, other in others if value - best < math.hypot(error, se)]
-    return f"Lowest: **{name}**{', level within the error with ' + ' and '.join(level) if level else ''}."
+    return f"Lowest: **{name}**{', not clearly below ' + ' and '.join(level) if level else ''}."
 
 
 def distilled(bench: Bench, which: Contender, steps: int, seed: int) -> Contender:

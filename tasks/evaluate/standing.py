@@ -118,7 +118,7 @@ def _same(first: Reading, second: Reading, lead: Metric) -> bool:
     return lead.value == 0 and (first.exact or (first.estimate is not None and lead.se == 0))
 
 
-def alike(candidate: Candidate, other: Candidate) -> bool:
+def same_architecture(candidate: Candidate, other: Candidate) -> bool:
     """Whether two candidates have the same architecture. Old reports do not name it; there their KL is compared."""
     if candidate.layers and other.layers:
         return candidate.layers == other.layers

@@ -23,7 +23,6 @@ from blocks.library import write_value
 from blocks.records import Answer, Architecture, Candidate, ChildReport, Metric
 from tasks.evaluate.standing import (
     Reading,
-    alike,
     best_columns,
     counted,
     difference,
@@ -32,6 +31,7 @@ from tasks.evaluate.standing import (
     of_sequences,
     over_parent,
     retained,
+    same_architecture,
     timed,
 )
 from tasks.measure.cost_sums import percent, told
@@ -229,7 +229,7 @@ def verdict(report: ChildReport) -> str:
     if child is None or child.kl is None:
         return "The child's KL was not measured."
     others = [model for model in finals if model is not child]
-    twins = [model.name for model in others if alike(child, model)]
+    twins = [model.name for model in others if same_architecture(child, model)]
     chose = f"{' and '.join(twins)} chose the same architecture" if twins else ""
     rivals = sorted((model for model in others if model.name not in twins), key=_kl)
     if not rivals:

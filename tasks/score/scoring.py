@@ -193,12 +193,12 @@ def _in_parts(
 
 def batches_of(work: Iterable[Work], length: int, parts: int = 1) -> Iterator[Batch]:
     """Group the records that need the same sequences into batches of BATCH_TOKENS tokens, or a fraction of that."""
-    alike: dict[Sequences, list[BlockRecord]] = {}
+    groups: dict[Sequences, list[BlockRecord]] = {}
     for record, sequences in work:
-        alike.setdefault(sequences, []).append(record)
+        groups.setdefault(sequences, []).append(record)
     tokens = BATCH_TOKENS // parts
     most = max(1, tokens // length)
-    for sequences, records in alike.items():
+    for sequences, records in groups.items():
         for first in range(0, len(sequences), most):
             part = sequences[first : first + most]
             group = max(1, tokens // (len(part) * length))
