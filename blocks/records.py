@@ -5,7 +5,7 @@ as a `Ref`: a path relative to the workspace and the sha256 of the file.
 """
 
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -246,6 +246,7 @@ class Architecture(Value):
     status: str
     bound: float
     gap: float
+    solved_by: str = ""
     solve_seconds: float = 0.0
     evaluations: int = 0
 
@@ -408,7 +409,10 @@ class StageTime(Value):
 
 
 class ChildReport(Value):
-    """The result of a run: parent, child and baselines, predicted and measured."""
+    """The result of a run: parent, child and baselines, predicted and measured.
+
+    request: what was asked of the search (tasks/search/request.py); empty in reports of older versions.
+    """
 
     profile: str
     parent: ParentInfo
@@ -424,3 +428,4 @@ class ChildReport(Value):
     peak_memory_bytes: int = 0
     prefect_run_id: str = ""
     mlflow_run_id: str = ""
+    request: dict[str, Any] = {}

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,14 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """A server under load. pid: None where it runs elsewhere, and its memory and CPU time are not known."""
+    """A server under load. pid: None where it runs elsewhere, and its memory and CPU time are not known.
+
+    key: of its API, sent to it alone.
+    """
 
     url: str
     pid: int | None = None
+    key: str | None = field(default=None, repr=False)
 
     def cpu_seconds(self) -> float | None:
         """CPU seconds so far of the process and all it started, all threads, those that have ended included."""
