@@ -3,18 +3,20 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import AutoConfig
 
 from blocks.errors import ChildError, DamagedBlock
 from blocks.export_code.configuration_decilm import DeciLMConfig
-from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import read_tensors
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Architecture, BlockRecord
 from blocks.subblock import load_subblock
+
+if TYPE_CHECKING:
+    from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 
 Library = Mapping[tuple[int, str, str], BlockRecord]
 
@@ -24,7 +26,7 @@ def library_of(records: list[BlockRecord]) -> dict[tuple[int, str, str], BlockRe
     return {(record.layer, record.subblock, record.variant): record for record in records}
 
 
-def assemble(parent: Parent, library: Library, architecture: Architecture, workspace: Path) -> DeciLMForCausalLM:
+def assemble(parent: Parent, library: Library, architecture: Architecture, workspace: Path) -> "DeciLMForCausalLM":
     """The child: the parent's non-block weights, its subblocks where they were chosen, trained variants elsewhere.
 
     With every choice "parent" the logits are the parent's bit for bit. Raises DamagedBlock when a block is missing or

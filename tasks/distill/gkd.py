@@ -10,7 +10,7 @@ best step is kept, and training stops when the KL has not improved for some time
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -133,38 +133,23 @@ def _record_batch(
 
 @dataclass(kw_only=True)
 class _Best:
-    """The best weights so far. waited: how many measurements ago that was."""
+    """The best weights so far. waited: how many measurements ago that was. curve: (step, validation KL)."""
 
-    kl: float
-    step: int
-    state: dict[str, Tensor]
+    kl: float = math.inf
+    step: int = 0
+    state: dict[str, Tensor] | None = None
     waited: int = 0
+    curve: list[tuple[int, float]] = field(default_factory=list)
 
     def see(self, kl: float, step: int, model: DeciLMForCausalLM) -> None:
-        if kl < self.kl:
-            self.keep(kl, step, model)
-        else:
+        """A measurement. A KL that is not a number is worse than any other, and is left out of the curve."""
+        if math.isfinite(kl):
+            self.curve.append((step, kl))
+        if self.state is not None and not kl < self.kl:
             self.waited += 1
-
-    def keep(self, kl: float, step: int, model: DeciLMForCausalLM) -> None:
-        self.kl, self.step, self.waited = kl, step, 0
+            return
+        self.kl, self.step, self.waited = (kl if math.isfinite(kl) else math.inf), step, 0
         self.state = {name: tensor.clone() for name, tensor in model.model.layers.state_dict().items()}
-
-
-def _measure(
-    best: _Best,
-    curve: list[tuple[int, float]],
-    step: int,
-    model: DeciLMForCausalLM,
-    head: Head,
-    teacher: TeacherRecord,
-    workspace: Path,
-) -> None:
-    """Measure the validation KL. A KL that is not a number is worse than any other, and is left out of the curve."""
-    kl = validation_kl(model, head, teacher, workspace)
-    best.see(kl, step, model)
-    if math.isfinite(kl):
-        curve.append((step, kl))
 
 
 def distill_child(
@@ -186,21 +171,20 @@ def distill_child(
         model.model.layers.load_state_dict(read_tensors(workspace, stored.weights))
         return stored
     started, cpu = time.perf_counter(), time.process_time()
-    best, head = _Best(kl=math.inf, step=0, state={}), Head(model.lm_head.weight)
-    curve: list[tuple[int, float]] = []
-    best.keep(math.inf, 0, model)
-    _measure(best, curve, 0, model, head, teacher, workspace)
+    best, head = _Best(), Head(model.lm_head.weight)
+    best.see(validation_kl(model, head, teacher, workspace), 0, model)
     losses: list[float] = []
     stopped = "all steps done"
     for step, loss in _steps(model, head, teacher, settings, workspace):
         losses.append(loss)
         progress(step, settings.steps, f"loss {loss:.3f}, best validation KL {best.kl:.3f}")
         if step % settings.evaluate_every == 0 or step == settings.steps:
-            _measure(best, curve, step, model, head, teacher, workspace)
+            best.see(validation_kl(model, head, teacher, workspace), step, model)
         if not math.isfinite(loss) or best.waited >= settings.patience:
             stopped = f"no better validation KL since step {best.step}" if math.isfinite(loss) else f"loss is {loss}"
             break
     model.requires_grad_(False)
+    assert best.state is not None
     model.model.layers.load_state_dict(best.state)
     if not math.isfinite(best.kl):
         raise RuntimeError("the child's validation KL is not a number before any GKD step: its blocks are damaged")
@@ -208,7 +192,7 @@ def distill_child(
         weights=write_tensors(workspace, f"{folder}/layers.safetensors", best.state),
         best_step=best.step,
         best_kl=best.kl,
-        curve=tuple(curve),
+        curve=tuple(best.curve),
         losses=tuple(loss for loss in losses if math.isfinite(loss)),
         tokens=len(losses) * settings.batch_sequences * (teacher.tokens // settings.steps // settings.batch_sequences)
         if settings.steps

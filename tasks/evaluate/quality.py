@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from tqdm import tqdm
 
 from blocks import estimates
 from blocks.errors import PuzzleError
@@ -266,29 +267,19 @@ def _local_data(folder: Path, limit: int | None, **_metadata: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval and datasets without progress bars and log lines."""
-    import datasets
-    import lm_eval.api.model
-    import lm_eval.api.task
-    import lm_eval.models.huggingface
-    from tqdm import tqdm
-
-    def silent(*arguments: Any, **settings: Any) -> Any:
-        return tqdm(*arguments, **{**settings, "disable": True})
-
-    logger = logging.getLogger("lm_eval")
-    level, bars_off = logger.level, datasets.are_progress_bars_disabled()
+    """No progress bars and no log lines of lm-eval and datasets within the block."""
+    logger, start = logging.getLogger("lm_eval"), tqdm.__init__
+    level = logger.level
     logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
+
+    def start_disabled(bar: Any, *arguments: Any, **settings: Any) -> None:
+        start(bar, *arguments, **{**settings, "disable": True})
+
     try:
-        with contextlib.ExitStack() as stack:
-            for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
-                stack.enter_context(mock.patch.object(module, "tqdm", silent))
+        with mock.patch.object(tqdm, "__init__", start_disabled):
             yield
     finally:
         logger.setLevel(level)
-        if not bars_off:
-            datasets.enable_progress_bars()
 
 
 def accuracy(results: Mapping[str, BenchmarkResult], by_task: bool = False) -> Estimate:
