@@ -1,22 +1,16 @@
-"""A child: how it is assembled from an architecture and the block library, and how its config is read back."""
+"""A child: how it is assembled from an architecture and the block library."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import AutoConfig
 
-from blocks.errors import ChildError, DamagedBlock
-from blocks.export_code.configuration_decilm import DeciLMConfig
+from blocks.errors import DamagedBlock
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import read_tensors
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Architecture, BlockRecord
 from blocks.subblock import load_subblock
-
-if TYPE_CHECKING:
-    from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 
 Library = Mapping[tuple[int, str, str], BlockRecord]
 
@@ -26,7 +20,7 @@ def library_of(records: list[BlockRecord]) -> dict[tuple[int, str, str], BlockRe
     return {(record.layer, record.subblock, record.variant): record for record in records}
 
 
-def assemble(parent: Parent, library: Library, architecture: Architecture, workspace: Path) -> "DeciLMForCausalLM":
+def assemble(parent: Parent, library: Library, architecture: Architecture, workspace: Path) -> DeciLMForCausalLM:
     """The child: the parent's non-block weights, its subblocks where they were chosen, trained variants elsewhere.
 
     With every choice "parent" the logits are the parent's bit for bit. Raises DamagedBlock when a block is missing or
@@ -52,12 +46,3 @@ def _weights(
     if record is None or record.weights is None:
         raise DamagedBlock(f"the library has no trained block for layer {layer} {subblock} {variant}: run again")
     return read_tensors(workspace, record.weights, device=device)
-
-
-def config_of(folder: Path) -> Any:
-    """Config of a child's or a parent's folder. Raises ChildError."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ChildError(f"{folder} is no child: name a folder with config.json and *.safetensors, or a .gguf file.")
-    is_child = json.loads(path.read_text(encoding="utf-8")).get("model_type") == "nemotron-nas"
-    return DeciLMConfig.from_pretrained(folder) if is_child else AutoConfig.from_pretrained(folder)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from blocks.errors import ParentError
+from blocks.errors import ChildError, ParentError
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.families import Family, family_of
 from blocks.kinds import kind_of, parse_label
@@ -170,3 +170,12 @@ class Parent:
                     load_subblock(model.model.layers[layer], subblock, subblock_state(whole, subblock))
         whole_model: DeciLMForCausalLM = model.eval()
         return whole_model
+
+
+def config_of(folder: Path) -> Any:
+    """Config of a child's or a parent's folder. Raises ChildError."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ChildError(f"{folder} is no child: name a folder with config.json and *.safetensors, or a .gguf file.")
+    is_child = json.loads(path.read_text(encoding="utf-8")).get("model_type") == "nemotron-nas"
+    return DeciLMConfig.from_pretrained(folder) if is_child else AutoConfig.from_pretrained(folder)
