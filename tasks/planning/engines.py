@@ -84,7 +84,7 @@ def _stacks(shape: Shape, places: Sequence[RequestTimes]) -> Work:
     for place in places:
         for part in SUBBLOCKS:
             for label in {cost.variant for cost in place.table.costs if cost.subblock == part}:
-                single = LayerChoice.alone(part, label)
+                single = LayerChoice.only(part, label)
                 seconds += place.seconds([(single, copies)], 0, measure.decode_steps)
         seconds += place.seconds([(PARENT, shape.depth)], 1, measure.decode_steps)  # takes its turn as well
         seconds += place.seconds([], 1, measure.decode_steps)

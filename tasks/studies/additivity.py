@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from blocks.errors import PuzzleError
+from blocks.estimates import rank_correlation
 from blocks.records import Architecture, LayerChoice, Metric, Value
 from tasks.search.grid import Grid, make_grid
 from tasks.search.program import Floats, Integers
@@ -222,10 +222,8 @@ def _rank(measured: Sequence[Measured]) -> Metric:
     """Spearman's correlation of the summed scores with the true KL on the other sequences, error by bootstrap."""
     scores = np.array([m.score for m in measured])
     true = np.array([m.true_others for m in measured])
-    if np.ptp(scores) == 0:  # of one architecture, or of equals, there is no order
-        return Metric(value=0.0, se=0.0, n=len(measured))
     count = true.shape[1]
     drawn = np.random.default_rng(_SEED).multinomial(count, np.full(count, 1 / count), _DRAWS)
-    columns = np.column_stack([scores, true.mean(axis=1), true @ drawn.T])
-    value, *draws = np.nan_to_num(spearmanr(columns).statistic[0, 1:])  # nan: a draw in which all are equal
-    return Metric(value=float(value), se=float(np.std(draws)), n=len(measured))
+    draws = rank_correlation(scores, true @ drawn.T)
+    value = float(rank_correlation(scores, true.mean(axis=1, keepdims=True))[0])
+    return Metric(value=value, se=float(draws.std()), n=len(measured))
