@@ -107,7 +107,7 @@ def check_model(header: Header, config: Any, name: str) -> None:
     """
     silent = [key for key in _NEEDED if not any(field.endswith(f".{key}") for field in header.fields)]
     if silent:
-        raise GgufError(f"{name} lacks {_some(silent)} in its metadata, which llama.cpp needs too. Fetch it again.")
+        raise GgufError(f"{name} lacks {first_names(silent)} in its metadata, which llama.cpp needs too. Fetch it again.")
     _check_rotary(header, name)
     wanted = _wanted(config)
     missing = [key for key in wanted if key not in header.tensors]
