@@ -30,7 +30,7 @@ from blocks.runtime import set_threads
 from tasks.engines.base import Load
 from tasks.engines.llama_cpp import LlamaCpp
 from tasks.engines.throughput import PARENT, median_metric
-from tasks.export.formats import difference
+from tasks.export.logits_check import difference
 from tasks.gguf.tokenizer import NO_TOKENIZER
 from tasks.gguf.writer import write_gguf
 from tasks.inputs.children import open_child

@@ -23,7 +23,8 @@ from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.engines.llama_cpp import LlamaCpp
 from tasks.engines.registry import ENGINES, engine_of
 from tasks.engines.throughput import PARENT
-from tasks.export.formats import Difference, compare_logits, export_as
+from tasks.export.formats import export_as
+from tasks.export.logits_check import Difference, compare_logits
 from tasks.gguf.reader import read_gguf
 from tasks.measure.bench import BenchRow, Point, bench
 from tasks.measure.cost_sums import MEASURED, PHASES, clock_of, error_of_sum, percent, sum_of

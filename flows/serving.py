@@ -18,7 +18,7 @@ from tasks.running.progress import clock, say, shown, wide_console
 ChildPath = Annotated[
     Path, typer.Argument(metavar="CHILD", help="a child's folder (a parent's will do), or a .gguf file")
 ]
-PRECISION = "f32, f16, bf16; q8_0 in GGUF and llama.cpp"
+PRECISION = "float32, float16 or bfloat16; q8_0 too for GGUF and llama.cpp"
 Precision = Annotated[str, typer.Option("--precision", help=PRECISION)]
 
 
@@ -83,7 +83,7 @@ def bench_command(
     load: Annotated[
         list[str] | None, typer.Option("--load", metavar="BxPxG", help="batch x prompt x generated tokens [1x256x64]")
     ] = None,
-    precision: Precision = "f32",
+    precision: Precision = "float32",
     rounds: Annotated[int, typer.Option(min=1, help="turns of each model, interleaved")] = 5,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     picture: Annotated[Path | None, typer.Option("--picture", metavar="PNG", help="draw the figures")] = None,

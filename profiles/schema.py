@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
@@ -243,7 +244,17 @@ def _known_device(text: str) -> str:
 
 
 Device = Annotated[str, AfterValidator(_known_device), Field(json_schema_extra={"pattern": DEVICE})]
-Precision = Literal["float32", "bfloat16", "float16", "float8", "q8_0"]
+# short names of precisions: understood wherever a person names one, printed nowhere
+PRECISION_ALIASES = {"f32": "float32", "fp32": "float32", "f16": "float16", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def _full_precision_name(value: object) -> object:
+    return PRECISION_ALIASES.get(value.lower(), value) if isinstance(value, str) else value
+
+
+Precision = Annotated[
+    Literal["float32", "bfloat16", "float16", "float8", "q8_0"], BeforeValidator(_full_precision_name)
+]
 # what each engine is driven on, and in, by tasks/engines: whatever else it may do elsewhere
 DRIVEN: dict[str, tuple[tuple[str, ...], tuple[Precision, ...]]] = {
     "torch": (("cpu", "cuda", "mps"), ("float32", "bfloat16", "float16")),

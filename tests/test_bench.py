@@ -68,7 +68,7 @@ def test_bench_refuses_what_it_cannot_run(folders: dict[str, Path]) -> None:
     assert "--parent" in str(alone.exception)
     with pytest.raises(PuzzleError, match="longer than the child's context of 128"):
         bench({"child": folders["child"]}, "torch", [Point.parse("1x128x8")])
-    with pytest.raises(UnknownPrecision, match="f32, f16, bf16"):
+    with pytest.raises(UnknownPrecision, match="float32, float16, bfloat16"):
         bench({"child": folders["child"]}, "torch", [Point.parse("1x8x8")], "q8_0")
 
 

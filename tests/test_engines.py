@@ -27,25 +27,23 @@ from tasks.engines.llama_library import (
 )
 from tasks.engines.registry import ENGINES, engine_of, installed_engine
 from tasks.engines.torch_engine import Torch
-from tasks.export import formats
 from tasks.export.folder import ExportError, export_folder
-from tasks.export.formats import (
+from tasks.export.formats import export_as, precision_of
+from tasks.export.logits_check import (
     KL_TOLERANCE,
     LOGITS_TOLERANCE,
     Difference,
+    check_logits,
     compare_logits,
-    export_as,
     own_kl,
-    precision_of,
     verdict,
 )
 from tasks.gguf.layout import FILLER_WIDTH, packed
 from tasks.gguf.reader import read_gguf
-from tasks.gguf.tokenizer import converted_tokenizer
 from tasks.gguf.writer import PRECISIONS, UnknownPrecision, write_gguf
 from tasks.inputs.children import in_precision
 from tests.test_export import PARENT, make_parent_folder
-from tests.test_gguf import BYTES, DIGITS, bpe_folder, child_of, logits, written
+from tests.test_gguf import BYTES, DIGITS, bpe_folder, child_of, converted_tokenizer, logits, written
 from tests.test_modeling import FAMILIES, NO_OP, attention, ffn, mixed_blocks, parent_blocks, token_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -291,7 +289,7 @@ def test_a_wrong_packing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     child = child_of(blocks=[{"attention": attention(2), "ffn": NO_OP}] + parent_blocks()[1:])
     path = written(child, tmp_path)
     with pytest.raises(ExportError, match="does not give torch's logits"):
-        formats.check_logits(child, path, "float32")
+        check_logits(child, path, "float32")
 
 
 @needs_llama_cpp
@@ -382,7 +380,7 @@ def test_export_and_its_refusals_on_the_command_line(folders: dict[str, Path], t
     for words in (["--format", "guf"], ["--format", "gguf", "--precision", "q9"], ["--format", "native"]):
         refused = run("export", str(folders["child"]), *words, "--out", str(tmp_path / "no"))
         assert refused.exit_code != 0 and "Traceback" not in refused.output
-    with pytest.raises(UnknownPrecision, match="f32, f16, bf16, q8_0"):
+    with pytest.raises(UnknownPrecision, match="float32, float16, bfloat16, q8_0"):
         precision_of("q9", "gguf")
 
 

@@ -174,7 +174,7 @@ def test_notes_say_what_was_left_out(tmp_path: Path, source: Path) -> None:
         "ignored, as transformers ignores them: mm_projector.0.bias, model.layers.7.mlp.up_proj.weight and 1"
         in notes[0]
     )
-    assert "several dtypes (BF16, F32)" in notes[1]
+    assert "several dtypes (bfloat16, float32)" in notes[1]
     again = prepared(source, tmp_path / "work")
     assert again.notes == notes
 

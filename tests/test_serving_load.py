@@ -25,7 +25,6 @@ from blocks.errors import PuzzleError, PuzzleFailure
 from tasks.engines import vllm_engine
 from tasks.engines.base import Load
 from tasks.engines.openai_server import SERVERS, Served
-from tasks.gguf.tokenizer import converted_tokenizer
 from tasks.gguf.writer import write_gguf
 from tasks.loadtest import serving_load
 from tasks.loadtest.arrivals import NO_LIMITS, Traffic
@@ -43,7 +42,7 @@ from tasks.loadtest.serving_load import (
 )
 from tasks.measure.bench import Point
 from tests.test_engines import folders, run
-from tests.test_gguf import DIGITS, bpe_folder, child_of
+from tests.test_gguf import DIGITS, bpe_folder, child_of, converted_tokenizer
 from tests.test_vllm import ALIKE, HEAD, MIXED, blocks_of, exported, needs_vllm
 
 __all__ = ["folders"]  # a fixture

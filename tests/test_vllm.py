@@ -23,7 +23,8 @@ from tasks.engines.llama_library import EngineFailed, EngineMissing
 from tasks.engines.registry import installed_engine
 from tasks.engines.vllm_engine import INSTALL, PYTHON_VARIABLE, Vllm, VllmSession, cannot
 from tasks.export.folder import ExportError, export_folder
-from tasks.export.formats import KL_TOLERANCE, LOGITS_TOLERANCE, check_in_vllm, compare, export_as
+from tasks.export.formats import export_as
+from tasks.export.logits_check import KL_TOLERANCE, LOGITS_TOLERANCE, check_in_vllm, compare
 from tasks.inputs.children import in_precision
 from tasks.measure.bench import Point, bench
 from tasks.measure.costs import measure_costs

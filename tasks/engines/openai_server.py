@@ -22,12 +22,12 @@ import psutil
 from tasks.engines.base import Load, own_code
 from tasks.engines.llama_library import EngineMissing
 from tasks.engines.vllm_process import kv_bytes
+from tasks.inputs.companions import has_tokenizer
 from tasks.running.servers import LOOPBACK, ServerFailure, free_port, running
 from tasks.running.usage import resident_of
 
 PACKAGE = "xllamacpp"
 START_SECONDS = 300.0  # vLLM needs a minute or two on a busy machine
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def _vllm(model: Path, how: Load, port: int) -> tuple[list[str], dict[str, str]]
     command += ["--kv-cache-memory-bytes", str(room), "--enforce-eager", "--no-enable-prefix-caching"]
     command += ["--generation-config", "vllm"]  # the folder's own defaults would change what is measured
     command += ["--trust-remote-code"] if process.load["trust"] else []
-    command += [] if any((model / name).is_file() for name in TOKENIZERS) else ["--skip-tokenizer-init"]
+    command += [] if has_tokenizer(model) else ["--skip-tokenizer-init"]
     return command, dict(process.environment)
 
 

@@ -87,7 +87,7 @@ def _sync(folder: Path) -> None:
 
 def native_config(config: DeciLMConfig) -> PreTrainedConfig | None:
     """Config of the parent's own architecture when every layer is alike and whole, else None."""
-    sizes = {_layer_sizes(config, layer) for layer in range(len(config.block_configs))}
+    sizes = {layer_sizes(config, layer) for layer in range(len(config.block_configs))}
     if len(sizes) != 1 or None in next(iter(sizes)):
         return None
     native = config.base_config()
@@ -103,7 +103,7 @@ def _native_name(config: DeciLMConfig) -> str:
     return str(family_class(config.base_model_type, "ForCausalLM").__name__)
 
 
-def _layer_sizes(config: DeciLMConfig, layer: int) -> tuple[int | None, int | None]:
+def layer_sizes(config: DeciLMConfig, layer: int) -> tuple[int | None, int | None]:
     """KV heads and intermediate size of a layer, None for a subblock that is linear or absent."""
     block = config.block_configs[layer]
     kv_heads = block["attention"].get("num_key_value_heads") or config.num_key_value_heads
@@ -260,7 +260,7 @@ def _layer_table(config: DeciLMConfig) -> Sequence[str]:
 
 def _cells(config: DeciLMConfig, layer: int) -> tuple[str, str]:
     """A layer's attention and FFN in words."""
-    block, (kv_heads, width) = config.block_configs[layer], _layer_sizes(config, layer)
+    block, (kv_heads, width) = config.block_configs[layer], layer_sizes(config, layer)
     window = f", window {config.sliding_window}" if config.layer_types[layer] == "sliding_attention" else ""
     attention = f"{kv_heads} KV heads{window}" if kv_heads else _missing(block["attention"])
     return attention, f"width {width}" if width else _missing(block["ffn"])

@@ -14,6 +14,7 @@ import gguf
 import torch
 
 from blocks.errors import first_names
+from blocks.resources import precision_name
 from tasks.gguf.header import GgufError, Header, named_parts, read_header
 
 _Type = gguf.GGMLQuantizationType
@@ -86,11 +87,11 @@ def dtype_of(header: Header) -> torch.dtype:
 
 def describe(header: Header) -> str:
     """How a file is read as a parent, for people."""
-    dtype = str(dtype_of(header)).removeprefix("torch.")
+    dtype = precision_name(dtype_of(header))
     kinds = _kinds(header)
-    told = ", ".join(kind.name for kind in kinds)
+    stored = ", ".join(precision_name(_FLOATS[kind]) if kind in _FLOATS else kind.name for kind in kinds)
     verb = "de-quantised from" if any(kind not in _FLOATS for kind in kinds) else "read from"
-    return f"{verb} GGUF ({told}) to float32; its own dtype, which a child follows, is taken to be {dtype}"
+    return f"{verb} GGUF ({stored}) to float32; its own dtype, which a child follows, is taken to be {dtype}"
 
 
 def _kinds(header: Header) -> list[gguf.GGMLQuantizationType]:
@@ -114,8 +115,8 @@ def check_model(header: Header, config: Any, name: str) -> None:
     left = [key for key in header.tensors if key not in wanted]
     if left:
         raise GgufError(
-            f"{name} holds {first_names(left)}, for which {config.model_type} has no place as transformers reads it: the "
-            "parent would not be the model of the file. Take the safetensors folder it was made from."
+            f"{name} holds {first_names(left)}, for which {config.model_type} has no place as transformers reads it: "
+            "the parent would not be the model of the file. Take the safetensors folder it was made from."
         )
     for key, shape in wanted.items():
         if key in header.tensors and header.tensors[key].shape[::-1] != shape:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blocks.child import config_of
 from blocks.errors import PuzzleError
 from tasks.gguf.header import read_header
 from tasks.gguf.splits import PRES, is_byte_level, names_of
@@ -20,7 +19,6 @@ from tasks.gguf.splits import PRES, is_byte_level, names_of
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama_token_type
 NO_TOKENIZER: dict[str, Any] = {"tokenizer.ggml.model": "no_vocab"}
 NO_MERGE = "[none] [none]"  # llama.cpp wants a merge; this one never comes
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 WAY_OUT = (
     "Export with --format transformers, or with --tokenizer-from none (the file then takes token ids only), or with "
     "--tokenizer-from and a GGUF of the parent (differences are then told)."
@@ -41,30 +39,6 @@ def copied_tokenizer(path: Path) -> dict[str, Any]:
     return {key: value for key, value in read_header(path).fields.items() if key.startswith("tokenizer.")}
 
 
-def open_tokenizer(folder: Path) -> Any:
-    """What transformers makes of the tokenizer of a child's or parent's folder; None for a folder without one."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer, PreTrainedConfig
-
-    config = config_of(folder) if (folder / "config.json").is_file() else PreTrainedConfig()
-    try:
-        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises nothing more precise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise TokenizerLimit(
-            f"the tokenizer of {folder} cannot be opened by transformers: {reason} {WAY_OUT}"
-        ) from error
-
-
-def converted_tokenizer(folder: Path, vocab_size: int) -> dict[str, Any] | None:
-    """Fields for the tokenizer of a Hugging Face folder, None where it has none. TokenizerLimit: llama.cpp has no way
-    to say it.
-    """
-    tokenizer = open_tokenizer(folder)
-    return None if tokenizer is None else fields_of(tokenizer, vocab_size)
-
-
 def fields_of(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
     """Fields for a transformers tokenizer and a model with so many rows. TokenizerLimit: see `converted_tokenizer`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -81,16 +55,6 @@ def fields_of(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
     spm = bool(model.get("byte_fallback"))
     fields = _sentencepiece(tokenizer, whole, vocab_size) if spm else _byte_level(tokenizer, whole)
     return fields | _vocabulary(tokenizer, model, vocab_size, spm) | _special_tokens(tokenizer, vocab_size)
-
-
-def stops_of(folder: Path) -> list[int]:
-    """The ids at which generation ends, as a folder's generation config says, else its config."""
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-        if found is not None:
-            return [found] if isinstance(found, int) else list(found)
-    return []
 
 
 def with_stops(fields: dict[str, Any], stops: Sequence[int]) -> dict[str, Any]:

@@ -10,6 +10,13 @@ from typing import Any
 import yaml
 
 CARD = "README.md"
+# a model's folder has a tokenizer where one of these is there
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+# what tokens depend on: these files are compared and put into fingerprints
+TOKENIZER_FILES = (
+    *TOKENIZERS,
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "merges.txt"),
+)
 HUB = "https://huggingface.co/"
 
 # paths relative to the model's folder, in lower case
@@ -34,6 +41,11 @@ def is_companion(path: str) -> bool:
     if low.endswith(NOT):
         return False
     return any(fnmatchcase(low, pattern) and low.count("/") == pattern.count("/") for pattern in PATTERNS)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer lies in a model's folder."""
+    return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def companions(folder: Path) -> list[Path]:

@@ -24,26 +24,19 @@ from blocks.families import FAMILIES, family_of
 from blocks.files import sha256_of, write_text
 from blocks.library import Fetch, digest_of, is_whole, keep, remember
 from blocks.records import ParentInfo, Ref, Value
+from blocks.resources import precision_name
 from profiles.schema import FolderParent, GgufParent, HubParent, PackageParent, ParentSource, TinyParent
 from tasks.gguf.header import Header, stem_of, without_vocabulary
 from tasks.gguf.parts import check_model, describe, dtype_of, parts_of
 from tasks.gguf.tokenizer_reader import tokenizer_of
-from tasks.inputs.companions import CARD, HUB_PATTERNS, companions, copy_companions, write_terms
-from tasks.inputs.corpus import TOKENIZER_FILES, installed_file
+from tasks.inputs.companions import CARD, HUB_PATTERNS, companions, copy_companions, has_tokenizer, write_terms
+from tasks.inputs.installed_packages import installed_file
 from tasks.inputs.parent_weights import INDEX, WEIGHTS, check_finite, place_weights, shards_of, weights_of
 from tasks.inputs.tiny import byte_tokenizer, family_config, make_tiny_parent, training_texts
 from tasks.running.progress import say
 
 VERSION = 2  # raise it when the same source would give another folder
-SMALL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    *TOKENIZER_FILES,
-    CARD,
-    *HUB_PATTERNS,
-)
+HUB_FILES = ("config.json", CARD, *HUB_PATTERNS, INDEX, "adapter_config.json")  # all of the hub's but weights
 # what save_pretrained leaves in JSON of the machine it ran on
 _PATH_KEYS = ("_name_or_path", "name_or_path", "_model_name_or_path")
 # what a prepared parent's config.json does not say: its code is never run, its weights are floats
@@ -322,18 +315,17 @@ def _copy_folder(
             "merge_and_unload, then save_pretrained), or take it out of the folder."
         )
     weights = weights_of(source)
-    small = [source / name for name in SMALL_FILES if (source / name).is_file()]
     tokenizer = source / "tokenizer_config.json"
     if not trust_remote_code and tokenizer.is_file() and "auto_map" in _read_json(tokenizer):
         raise ParentError(
             "the parent's tokenizer brings Python code of its own (auto_map in tokenizer_config.json), which is not "
             "run here: set trust_remote_code: true if tokenizer.json does without it."
         )
-    if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & {path.name for path in small}:
+    if not has_tokenizer(source):
         raise ParentError(f"{source.name} has no tokenizer: add tokenizer.json or tokenizer.model.")
     copy_companions(source, target)
-    for path in small:
-        shutil.copyfile(path, target / path.name)
+    if (source / CARD).is_file():
+        shutil.copyfile(source / CARD, target / CARD)
     place_weights(source, target, weights, place)
     values = {key: value for key, value in values.items() if key not in _LEFT_OUT} | dict(weights.settings)
     write_text(target / "config.json", json.dumps(values, ensure_ascii=False))
@@ -363,13 +355,12 @@ def _download(source: HubParent, config_only: bool = False) -> Path:
 
     if config_only:
         return fetch(source.revision, ["config.json"])
-    small = [*SMALL_FILES, INDEX, "adapter_config.json"]
-    snapshot = fetch(source.revision, small)
+    snapshot = fetch(source.revision, HUB_FILES)
     check_config(_read_json(snapshot / "config.json"), source.trust_remote_code)
-    whole = fetch(snapshot.name, [*small, WEIGHTS])
+    whole = fetch(snapshot.name, [*HUB_FILES, WEIGHTS])
     if (whole / WEIGHTS).is_file() or not (whole / INDEX).is_file():
         return whole
-    return fetch(snapshot.name, [*small, *shards_of(whole)])
+    return fetch(snapshot.name, [*HUB_FILES, *shards_of(whole)])
 
 
 def _gguf_file(source: PackageParent | GgufParent) -> Path:
@@ -407,7 +398,7 @@ def _convert_gguf(path: Path, folder: Path) -> Header:
     model.save_pretrained(folder, max_shard_size="1TB")
     tokenizer.save_pretrained(folder)
     write_terms(folder, header.fields)
-    values = _read_json(folder / "config.json") | {"dtype": str(config.dtype).removeprefix("torch.")}
+    values = _read_json(folder / "config.json") | {"dtype": precision_name(config.dtype)}
     write_text(folder / "config.json", json.dumps(values, ensure_ascii=False))
     return header
 

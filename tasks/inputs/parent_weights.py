@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from blocks.errors import ParentError, first_line, first_names
 from blocks.families import family_of
+from blocks.resources import precision_name
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -89,11 +90,11 @@ def weights_of(folder: Path) -> Weights:
     if left:
         notes.append(f"ignored, as transformers ignores them: {first_names(left)}")
     if dtype is None:
-        kinds = sorted({found.dtype for found in tensors.values()})
+        kinds = sorted({precision_name(DTYPES[found.dtype]) for found in tensors.values()})
         notes.append(f"its weights are of several dtypes ({', '.join(kinds)}); it is computed in float32")
     settings: dict[str, Any] = {"tie_word_embeddings": False} if ties else {}
     if not _says_dtype(folder):
-        settings["dtype"] = str(dtype or torch.float32).removeprefix("torch.")
+        settings["dtype"] = precision_name(dtype or torch.float32)
     extra = renamed | {found.file for found in others}
     return Weights(tensors=tensors, extra=frozenset(extra), settings=settings, notes=tuple(notes))
 
@@ -238,10 +239,8 @@ def _check_names(folder: Path, tensors: Mapping[str, Found], others: Iterable[Fo
     """ParentError for what the model needs and the files lack, and for what the files have where the model computes."""
     missing = [name for name in model.shapes if name not in tensors and model.tied.get(name) not in tensors]
     if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        raise ParentError(
-            f"the weights do not fit config.json: {first_names(missing)} {verb} missing.{_advice(folder, missing, others)}"
-        )
+        what = f"{first_names(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+        raise ParentError(f"the weights do not fit config.json: {what}.{_advice(folder, missing, others)}")
     modules = {name.rpartition(".")[0] for name in model.shapes}
     layers = {match[0] for name in modules if (match := _LAYER.match(name))}
     misplaced = [
@@ -251,10 +250,9 @@ def _check_names(folder: Path, tensors: Mapping[str, Found], others: Iterable[Fo
         and _computes(model.name(found.name), found, modules, layers, model.base)
     ]
     if misplaced:
-        verb = "is" if len(misplaced) == 1 else "are"
         raise ParentError(
-            f"the weights hold {first_names(misplaced)}, for which a model of this config.json has no place: it would not "
-            "compute what was trained. Set what is missing in config.json (such as attention_bias or "
+            f"the weights hold {first_names(misplaced)}, for which a model of this config.json has no place: it would "
+            "not compute what was trained. Set what is missing in config.json (such as attention_bias or "
             "model_type), merge adapters into the weights, or take the tensors out."
         )
 

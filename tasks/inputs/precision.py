@@ -6,13 +6,14 @@ import torch
 
 from blocks.errors import PuzzleFailure
 from blocks.parent import Parent
+from blocks.resources import precision_name
 from profiles.schema import Hardware, Precision
 
 if TYPE_CHECKING:
     from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 
 # formats of a Hugging Face folder; float8 and q8_0 are made by an engine, from weights in one of these
-FOLDER_FORMATS = ("float32", "bfloat16", "float16")
+FOLDER_PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 class RoundingError(PuzzleFailure):
@@ -26,21 +27,21 @@ def is_named(hardware: Hardware) -> bool:
 
 def served_precision(hardware: Hardware, parent: Parent) -> Precision:
     """What the child's weights are served in, of which memory and bytes are told."""
-    return hardware.precision if is_named(hardware) else cast(Precision, _name(parent.dtype))
+    return hardware.precision if is_named(hardware) else cast(Precision, precision_name(parent.dtype))
 
 
 def child_dtype(hardware: Hardware, parent: Parent) -> torch.dtype:
     """What the weights in the child's folder are."""
-    named = is_named(hardware) and hardware.precision in FOLDER_FORMATS
+    named = is_named(hardware) and hardware.precision in FOLDER_PRECISIONS
     return getattr(torch, hardware.precision) if named else parent.dtype
 
 
 def why(hardware: Hardware, parent: Parent) -> str:
     """A sentence for the model card: the format of the weights, and why it is this one."""
-    name, dtype = _name(child_dtype(hardware, parent)), _name(parent.dtype)
+    name, dtype = precision_name(child_dtype(hardware, parent)), precision_name(parent.dtype)
     if not is_named(hardware):
         reason = "as the parent's; the profile names no `hardware.precision`"
-    elif hardware.precision in FOLDER_FORMATS:
+    elif hardware.precision in FOLDER_PRECISIONS:
         reason = f"as the profile's `hardware.precision` names it; the parent's are {dtype}"
     else:
         reason = f"as the parent's: the {hardware.precision} that the profile names is made of them by the engine"
@@ -57,12 +58,9 @@ def as_written(model: "DeciLMForCausalLM", dtype: torch.dtype) -> "DeciLMForCaus
         rounded = parameter.data.to(dtype)
         if rounded.isinf().any() > parameter.data.isinf().any():
             raise RoundingError(
-                f"{name} holds weights beyond {torch.finfo(dtype).max:.3g}, the largest number of {_name(dtype)}. Set "
-                "hardware.precision: bfloat16 in the profile (or float32) and run again; what was trained is kept."
+                f"{name} holds weights beyond {torch.finfo(dtype).max:.3g}, the largest number of "
+                f"{precision_name(dtype)}. Set hardware.precision: bfloat16 in the profile (or float32) and run again; "
+                "what was trained is kept."
             )
         parameter.data = rounded.to(parameter.dtype)
     return model
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

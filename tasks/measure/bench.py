@@ -23,7 +23,8 @@ from tasks.engines.base import Load
 from tasks.engines.registry import installed_engine
 from tasks.engines.throughput import in_turns, summaries, timed_steps, tokens_before
 from tasks.engines.worker import Worker
-from tasks.export.formats import find_tokenizer, precision_of, refuse
+from tasks.export.child_tokenizer import find_tokenizer
+from tasks.export.formats import precision_of, refuse
 from tasks.gguf.header import read_header
 from tasks.gguf.tokenizer import NO_TOKENIZER, TokenizerLimit
 from tasks.gguf.writer import write_gguf

@@ -172,7 +172,7 @@ def _corpus(profile: Profile) -> Iterator[str]:
 
 
 def _file(field: str, package: str, file: str) -> Iterator[str]:
-    from tasks.inputs.corpus import installed_file
+    from tasks.inputs.installed_packages import installed_file
 
     try:
         installed_file(package, file, MachineLacks)
