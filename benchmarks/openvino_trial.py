@@ -27,11 +27,11 @@ from benchmarks.common import table
 from benchmarks.served_load import last_report
 from blocks.records import Metric
 from blocks.runtime import set_threads
-from tasks.engines.base import Load
+from tasks.engines.base import LoadOptions
 from tasks.engines.llama_cpp import LlamaCpp
-from tasks.engines.throughput import PARENT, median_metric
+from tasks.engines.timing_in_turns import PARENT, median_metric
 from tasks.export.logits_check import difference
-from tasks.gguf.tokenizer import NO_TOKENIZER
+from tasks.gguf.tokenizer_writer import NO_TOKENIZER
 from tasks.gguf.writer import write_gguf
 from tasks.inputs.children import open_child
 
@@ -150,7 +150,7 @@ class Llama:
     def __init__(self, model: Any, precision: str) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="puzzle-trial-")
         file = write_gguf(model, Path(self.folder.name) / "model.gguf", precision, NO_TOKENIZER, "trial")
-        self.session = LlamaCpp().load(file, Load(precision=precision, threads=1, context_tokens=PROMPT + 64))
+        self.session = LlamaCpp().load(file, LoadOptions(precision=precision, threads=1, context_tokens=PROMPT + 64))
 
     def times(self, prompt: list[int]) -> Times:
         """CPU seconds of the prefill and of a decode step."""

@@ -22,7 +22,7 @@ from blocks.runtime import set_threads
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.engines.llama_cpp import LlamaCpp
 from tasks.engines.registry import ENGINES, engine_of
-from tasks.engines.throughput import PARENT
+from tasks.engines.timing_in_turns import PARENT
 from tasks.export.formats import export_as
 from tasks.export.logits_check import Difference, compare_logits
 from tasks.gguf.reader import read_gguf

@@ -109,7 +109,7 @@ def bench_command(
     """Parent and child in turns under the same load: prefill, decode, memory, gains of pairs."""
     _quiet()
     from tasks.engines.registry import installed_engine
-    from tasks.engines.throughput import PARENT
+    from tasks.engines.timing_in_turns import PARENT
     from tasks.measure.bench import CHILD, Point
 
     installed_engine(engine)
@@ -150,7 +150,7 @@ def _bench_engine(
     from tasks.running.devices import alone
 
     with alone("bench"), shown("bench", beside=True) as tell:
-        rows = bench(sources, engine, points, tell=tell, **how)
+        rows = bench(sources, engine, points, progress=tell, **how)
     if picture is not None:
         draw_bench(rows).savefig(picture)
     if as_json:

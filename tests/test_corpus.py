@@ -259,11 +259,11 @@ def test_endless_sources_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_python_stdlib_has_no_tests_and_nothing_installed() -> None:
     source = PythonStdlibSource(kind="python_stdlib", max_files=5000)
-    files = module._stdlib_files(source)
+    files = corpus_sources._stdlib_files(source)
     parts = {part for path in files for part in path.parts[:-1]}
     assert len(files) > 300
     assert not parts & {"site-packages", "test", "tests"}
-    assert len(module._stdlib_files(PythonStdlibSource(kind="python_stdlib", max_files=7))) == 7
+    assert len(corpus_sources._stdlib_files(PythonStdlibSource(kind="python_stdlib", max_files=7))) == 7
 
 
 WIKITEXT = """{{Infobox|a={{b}}}}

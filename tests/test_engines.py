@@ -14,17 +14,11 @@ from typer.testing import CliRunner
 from blocks.engine_limits import LIMITS, EngineLimit, UnknownEngine, check_parent, gaps, limits_of, runnable, width_of
 from flows import cli
 from tasks.engines import llama_library
-from tasks.engines.base import Load
+from tasks.engines.base import LoadOptions
+from tasks.engines.errors import EngineFailed, EngineMissing
 from tasks.engines.llama_cpp import LlamaCpp
-from tasks.engines.llama_library import (
-    LIBRARY_VARIABLE,
-    Blob,
-    EngineFailed,
-    EngineMissing,
-    find_fields,
-    keep_off_gpus,
-    unmap,
-)
+from tasks.engines.llama_library import LIBRARY_VARIABLE
+from tasks.engines.llama_structs import Blob, find_fields, keep_off_gpus, unmap
 from tasks.engines.registry import ENGINES, engine_of, installed_engine
 from tasks.engines.torch_engine import Torch
 from tasks.export.folder import ExportError, export_folder
@@ -219,7 +213,7 @@ def test_weights_are_read_not_mapped_in_every_layout_that_is_known() -> None:
 @needs_llama_cpp
 def test_an_open_model_holds_no_mapping_of_its_file(tmp_path: Path) -> None:
     path = written(child_of(), tmp_path)
-    session = LlamaCpp().load(path, Load())
+    session = LlamaCpp().load(path, LoadOptions())
     maps = Path("/proc/self/maps")
     assert not maps.exists() or path.name not in maps.read_text()
     session.close()
@@ -249,7 +243,7 @@ def test_llama_cpp_gives_torchs_logits_and_text(
         return
     assert found.most < LOGITS_TOLERANCE / 100 and found.agreement == 1  # such small sums: 1e-6
     prompt = token_ids(1, 12)
-    session = LlamaCpp().load(path, Load(exact=True, context_tokens=32))
+    session = LlamaCpp().load(path, LoadOptions(exact=True, context_tokens=32))
     generated = session.generate(prompt[0].tolist(), 8)
     session.close()
     expected = model.generate(prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
@@ -259,7 +253,7 @@ def test_llama_cpp_gives_torchs_logits_and_text(
 @needs_llama_cpp
 def test_a_batch_is_decoded_as_its_rows_are(tmp_path: Path) -> None:
     path = written(child_of(), tmp_path)
-    session = LlamaCpp().load(path, Load(exact=True, batch_size=3, context_tokens=24))
+    session = LlamaCpp().load(path, LoadOptions(exact=True, batch_size=3, context_tokens=24))
     prompt = token_ids(3, 8)
     session._decode(prompt.tolist(), 0)
     rows = torch.stack([session._row(8 * place + 7) for place in range(3)])
@@ -301,7 +295,7 @@ def test_a_converted_tokenizer_splits_as_the_original(pre: Any, tmp_path: Path) 
     fields = converted_tokenizer(folder, 259)
     assert fields is not None
     path = write_gguf(child_of(vocab_size=259), tmp_path / "x.gguf", "float32", fields, "x")
-    session = LlamaCpp().load(path, Load())
+    session = LlamaCpp().load(path, LoadOptions())
     original = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     for text in ("abc ab, 2024x", "\u00e9\u4f60 it's<|end|>ab", "  a\n\n b"):
         assert session.tokenize(text) == original(text)["input_ids"]
@@ -312,7 +306,7 @@ def test_a_converted_tokenizer_splits_as_the_original(pre: Any, tmp_path: Path) 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_text("no model")
     with pytest.raises(EngineFailed, match="cannot load x.gguf"):
-        LlamaCpp().load(tmp_path / "x.gguf", Load())
+        LlamaCpp().load(tmp_path / "x.gguf", LoadOptions())
 
 
 NONE = ("--tokenizer-from", "none")  # WordLevel
@@ -328,7 +322,7 @@ def test_a_child_is_exported_to_what_can_express_it_and_comes_back(folders: dict
     assert any("read back" in note for note in exported.notes)
     assert any(("against torch" if MISSING is None else "xllamacpp") in note for note in exported.notes)
     back = export_as(tmp_path / "child.gguf", "transformers", "f32", tmp_path / "back").path
-    reloaded = Torch().load(back, Load())
+    reloaded = Torch().load(back, LoadOptions())
     assert torch.equal(reloaded.logits(token_ids(1, 20)[0].tolist()), logits(model)[0])
     assert json.loads((back / "config.json").read_text())["block_configs"] == mixed_blocks()
     rounded = export_as(folders["child"], "transformers", "bf16", tmp_path / "bf16").path

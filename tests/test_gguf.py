@@ -17,9 +17,9 @@ from blocks.files import write_text
 from tasks.export.child_tokenizer import open_tokenizer
 from tasks.gguf.header import GgufError, read_header, without_vocabulary
 from tasks.gguf.layout import FILLER_WIDTH, packed
+from tasks.gguf.pre_tokenizers import split_of
 from tasks.gguf.reader import GgufFile, read_gguf
-from tasks.gguf.splits import split_of
-from tasks.gguf.tokenizer import NO_TOKENIZER, TokenizerLimit, copied_tokenizer, fields_of
+from tasks.gguf.tokenizer_writer import NO_TOKENIZER, TokenizerLimit, copied_tokenizer, fields_of
 from tasks.gguf.writer import PRECISIONS, UnknownPrecision, interleaved, rotate_half, write_gguf
 from tests.test_modeling import LINEAR, NO_OP, attention, ffn, mixed_blocks, tiny_child, tiny_parent, token_ids
 

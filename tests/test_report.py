@@ -28,7 +28,7 @@ from blocks.records import (
     Turn,
 )
 from profiles.schema import Scenario
-from tasks.engines.throughput import summaries
+from tasks.engines.timing_in_turns import summaries
 from tasks.evaluate.estimates import mean
 from tasks.evaluate.quality import BenchmarkResult, retention
 from tasks.operating.tracking import report_metrics

@@ -18,8 +18,8 @@ from blocks.errors import PuzzleError
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.engines import vllm_engine, vllm_process
-from tasks.engines.base import Load
-from tasks.engines.llama_library import EngineFailed, EngineMissing
+from tasks.engines.base import LoadOptions
+from tasks.engines.errors import EngineFailed, EngineMissing
 from tasks.engines.registry import installed_engine
 from tasks.engines.vllm_engine import INSTALL, PYTHON_VARIABLE, Vllm, VllmSession, cannot
 from tasks.export.folder import ExportError, export_folder
@@ -36,7 +36,7 @@ from tests.test_modeling import FULL, LINEAR, NO_OP, attention, token_ids
 pytestmark = pytest.mark.usefixtures("one_thread")
 MISSING = Vllm().missing()
 needs_vllm = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-HOW = Load(context_tokens=64, batch_size=2)
+HOW = LoadOptions(context_tokens=64, batch_size=2)
 HEAD: dict[str, Any] = {"head_dim": 32}  # the least that vLLM has a CPU kernel for
 
 
@@ -97,7 +97,7 @@ class Models:
     def __init__(self) -> None:
         self.session: VllmSession | None = None
 
-    def load(self, folder: Path, how: Load = HOW) -> VllmSession:
+    def load(self, folder: Path, how: LoadOptions = HOW) -> VllmSession:
         what = Vllm().process(folder, how)
         if self.session is None:
             self.session = VllmSession(what)
@@ -167,7 +167,7 @@ def test_what_is_refused_fails_or_is_wrong_in_vllm(
 def test_a_request_is_timed_in_both_precisions_and_with_the_threads_asked(models: Models, tmp_path: Path) -> None:
     child = in_precision(child_of(blocks=blocks_of(MIXED), **HEAD), torch.bfloat16)
     folder = exported(child, tmp_path)
-    session = models.load(folder, Load(context_tokens=64, batch_size=2, precision="bfloat16"))
+    session = models.load(folder, LoadOptions(context_tokens=64, batch_size=2, precision="bfloat16"))
     found = compare(session, in_precision(child, torch.float32), token_ids(1, 24))
     assert 0 < found.kl < KL_TOLERANCE["bfloat16"]
     for turn in (session.request(token_ids(2, 16), 4), session.request(token_ids(1, 16), 4, grow=9)):
@@ -180,7 +180,7 @@ def test_a_request_is_timed_in_both_precisions_and_with_the_threads_asked(models
 def test_an_export_is_checked_in_vllm(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the whole command, in the process that is already there."""
 
-    def load(self: Vllm, path: Path, how: Load) -> Any:
+    def load(self: Vllm, path: Path, how: LoadOptions) -> Any:
         session = models.load(path, how)
         monkeypatch.setattr(session, "close", lambda: None)
         return session
@@ -277,7 +277,7 @@ def test_what_the_cpu_build_cannot_run_is_said_before_it_starts(tmp_path: Path) 
         vllm_engine._trusted(tmp_path / "x.gguf")
     if MISSING is None:
         with pytest.raises(PuzzleError, match="float32 and bfloat16"):
-            Vllm().process(tmp_path, Load(precision="float16"))
+            Vllm().process(tmp_path, LoadOptions(precision="float16"))
 
 
 def test_the_process_imports_nothing_of_puzzle() -> None:

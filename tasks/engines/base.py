@@ -22,7 +22,7 @@ def own_code() -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
+class LoadOptions:
     """How an export is loaded. exact: full float32 inside the engine where it has a choice, for comparing logits."""
 
     precision: str = "float32"
@@ -82,10 +82,10 @@ class Engine(ABC):
         """Name and version of what would run. Raises EngineMissing."""
 
     @abstractmethod
-    def load(self, path: Path, how: Load) -> Session:
+    def load(self, path: Path, how: LoadOptions) -> Session:
         """Load an export. Raises EngineMissing, EngineFailed."""
 
-    def process(self, path: Path, how: Load) -> Process:
+    def process(self, path: Path, how: LoadOptions) -> Process:
         """What runs an export in a process of its own: by default this interpreter with this engine."""
         return Process(
             command=(sys.executable, "-m", "tasks.engines.worker"),

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from blocks.records import Turn
-from tasks.engines.base import Engine, Load, Session
-from tasks.engines.llama_library import F32, INSTALL, Batch, EngineFailed, LlamaLibrary, library_path, llama_library
-from tasks.engines.throughput import cpu_clock
+from tasks.engines.base import Engine, LoadOptions, Session
+from tasks.engines.errors import EngineFailed
+from tasks.engines.llama_library import INSTALL, Batch, LlamaLibrary, library_path, llama_library
+from tasks.engines.llama_structs import F32
+from tasks.engines.timing_in_turns import cpu_clock
 
 _PAGE = 256  # llama.cpp rounds a sequence's context up to this
 
@@ -33,14 +35,14 @@ class LlamaCpp(Engine):
     def version(self) -> str:
         return f"llama.cpp ({llama_library().origin})"
 
-    def load(self, path: Path, how: Load) -> "LlamaSession":
+    def load(self, path: Path, how: LoadOptions) -> "LlamaSession":
         return LlamaSession(llama_library(), path, how)
 
 
 class LlamaSession(Session):
     """One GGUF file in a context of its own."""
 
-    def __init__(self, library: LlamaLibrary, path: Path, how: Load) -> None:
+    def __init__(self, library: LlamaLibrary, path: Path, how: LoadOptions) -> None:
         self.library, self.c, self.how = library, library.c, how
         self.model = self.c.llama_model_load_from_file(os.fsencode(path), library.model_parameters())
         if not self.model:

@@ -19,8 +19,8 @@ from typing import Any
 
 import psutil
 
-from tasks.engines.base import Load, own_code
-from tasks.engines.llama_library import EngineMissing
+from tasks.engines.base import LoadOptions, own_code
+from tasks.engines.errors import EngineMissing
 from tasks.engines.vllm_process import kv_bytes
 from tasks.inputs.companions import has_tokenizer
 from tasks.running.servers import LOOPBACK, ServerFailure, free_port, running
@@ -62,7 +62,7 @@ def _peak_bytes(process: psutil.Process) -> int:
 
 
 @contextmanager
-def serving(server: str, model: Path, how: Load, log: Path) -> Iterator[Served]:
+def serving(server: str, model: Path, how: LoadOptions, log: Path) -> Iterator[Served]:
     """Serve a model for the length of the block: `how.batch_size` requests at a time, of `how.context_tokens` each.
 
     Raises EngineMissing without the server's package, EngineLimit for what vLLM cannot or should not run,
@@ -82,7 +82,7 @@ def serving(server: str, model: Path, how: Load, log: Path) -> Iterator[Served]:
         raise ServerFailure(f"{error} It ends with: {log.read_text(errors='replace').strip()[-600:]}") from error
 
 
-def _llama_cpp(model: Path, how: Load, port: int) -> tuple[list[str], dict[str, str]]:
+def _llama_cpp(model: Path, how: LoadOptions, port: int) -> tuple[list[str], dict[str, str]]:
     """Command and environment of llama.cpp's server, for a GGUF file."""
     if importlib.util.find_spec(PACKAGE) is None:
         raise EngineMissing(f"llama.cpp's server comes with {PACKAGE}: pip install {PACKAGE} (or puzzle[llama-cpp]).")
@@ -91,7 +91,7 @@ def _llama_cpp(model: Path, how: Load, port: int) -> tuple[list[str], dict[str, 
     return command, own_code()
 
 
-def _vllm(model: Path, how: Load, port: int) -> tuple[list[str], dict[str, str]]:
+def _vllm(model: Path, how: LoadOptions, port: int) -> tuple[list[str], dict[str, str]]:
     """Command and environment of vLLM's server, for an exported folder. Nothing is cached between requests."""
     from tasks.engines.vllm_engine import Vllm  # brings torch, which llama.cpp's server has no use for
 

@@ -4,7 +4,7 @@ import importlib
 
 from blocks.engine_limits import UnknownEngine, limits_of
 from tasks.engines.base import Engine
-from tasks.engines.llama_library import EngineMissing
+from tasks.engines.errors import EngineMissing
 
 ENGINES = {
     "torch": ("tasks.engines.torch_engine", "Torch"),

@@ -24,8 +24,8 @@ from blocks.engine_limits import EngineLimit, gaps
 from blocks.export_code import AUTO_MAP, CODE_FILES
 from blocks.files import sha256_of
 from blocks.records import Turn
-from tasks.engines.base import ROOT, Engine, Load, Process, Session
-from tasks.engines.llama_library import EngineFailed, EngineMissing
+from tasks.engines.base import ROOT, Engine, LoadOptions, Process, Session
+from tasks.engines.errors import EngineFailed, EngineMissing
 from tasks.engines.worker import Worker
 
 PYTHON_VARIABLE = "PUZZLE_VLLM_PYTHON"  # the interpreter of an environment that holds vLLM
@@ -99,7 +99,7 @@ class Vllm(Engine):
     def version(self) -> str:
         return _version(_installed())
 
-    def process(self, path: Path, how: Load, noise: bool = False) -> Process:
+    def process(self, path: Path, how: LoadOptions, noise: bool = False) -> Process:
         """Of vllm_process.py. noise: the folder has a config and no weights, vLLM makes some up.
 
         Raises EngineMissing, EngineLimit for a folder that vLLM cannot or should not run, or for another precision.
@@ -118,7 +118,7 @@ class Vllm(Engine):
             },
         )
 
-    def load(self, path: Path, how: Load) -> "VllmSession":
+    def load(self, path: Path, how: LoadOptions) -> "VllmSession":
         return VllmSession(self.process(path, how))
 
 
@@ -196,10 +196,9 @@ class VllmSession(Session):
         return list(self.worker.ask({"generate": {"tokens": list(tokens), "steps": steps}})["tokens"])
 
     def request(self, prompt: Tensor, steps: int, grow: int = 0) -> Turn:
-        """As every engine's; the prompt's size counts, its tokens are drawn anew in vLLM's process."""
+        """See Session. Only the prompt's shape matters: vLLM's process draws tokens of its own."""
         batch, tokens = prompt.shape
-        shape = {"batch_size": batch, "prompt_tokens": tokens, "steps": steps, "seed": 0, "grow": grow}
-        return Turn(**self.worker.ask({"request": shape}))
+        return self.worker.request(batch, tokens, steps, 0, grow)
 
     def close(self) -> None:
         self.worker.close()

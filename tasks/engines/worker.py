@@ -16,6 +16,7 @@ from blocks.errors import PuzzleError
 from blocks.runtime import configure
 
 if TYPE_CHECKING:  # at run time torch comes after `configure`
+    from blocks.records import Turn
     from tasks.engines.base import Process
 
 
@@ -45,8 +46,8 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def request(self, batch_size: int, prompt_tokens: int, steps: int, seed: int, grow: int = 0) -> Any:
-        """Time one request of random prompts, `grow` tokens untimed before the decode steps. Returns a Turn."""
+    def request(self, batch_size: int, prompt_tokens: int, steps: int, seed: int, grow: int = 0) -> "Turn":
+        """Time one request of random prompts; `grow` tokens are run untimed before the decode steps."""
         from blocks.records import Turn
 
         shape = {"batch_size": batch_size, "prompt_tokens": prompt_tokens, "steps": steps, "seed": seed, "grow": grow}
@@ -68,7 +69,7 @@ class Worker:
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
         """The answer to {name: arguments}. Raises EngineFailed with the process's own words, or when it has ended."""
-        from tasks.engines.llama_library import EngineFailed
+        from tasks.engines.errors import EngineFailed
 
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
@@ -93,7 +94,7 @@ class _Server:
         self.session: Any = None
 
     def load(self, engine: str, path: str, how: dict[str, Any]) -> dict[str, Any]:
-        from tasks.engines.base import Load
+        from tasks.engines.base import LoadOptions
         from tasks.engines.registry import installed_engine
 
         found = installed_engine(engine)
@@ -101,7 +102,7 @@ class _Server:
 
         version = found.version()
         self.before = resident_bytes("VmRSS")
-        self.session = found.load(Path(path), Load(**how))
+        self.session = found.load(Path(path), LoadOptions(**how))
         return {"version": version}
 
     def request(self, batch_size: int, prompt_tokens: int, steps: int, seed: int, grow: int = 0) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from typing import Any
 from blocks.child import config_of
 from blocks.errors import PuzzleError, first_line
 from tasks.export.tokenizer_check import check_tokenizer
-from tasks.gguf.tokenizer import (
+from tasks.gguf.tokenizer_reader import tokenizer_of
+from tasks.gguf.tokenizer_writer import (
     NO_TOKENIZER,
     WAY_OUT,
     TokenizerLimit,
@@ -22,7 +23,6 @@ from tasks.gguf.tokenizer import (
     left_out,
     with_stops,
 )
-from tasks.gguf.tokenizer_reader import tokenizer_of
 from tasks.inputs.children import Origin
 from tasks.inputs.companions import has_tokenizer
 from tasks.inputs.installed_packages import installed_file

@@ -26,7 +26,7 @@ from tasks.export.folder import ExportError, export_folder, layer_sizes, native_
 from tasks.export.logits_check import Step, check_in_vllm, check_logits, no_step
 from tasks.export.tokenizer_check import check_tokenizer
 from tasks.gguf.reader import read_gguf
-from tasks.gguf.tokenizer import NO_TOKENIZER, copied_tokenizer
+from tasks.gguf.tokenizer_writer import NO_TOKENIZER, copied_tokenizer
 from tasks.gguf.writer import PRECISIONS, UnknownPrecision, write_gguf
 from tasks.inputs.children import open_child, origin_of
 from tasks.inputs.precision import FOLDER_PRECISIONS

@@ -16,9 +16,9 @@ from torch import Tensor
 from blocks.child import config_of
 from blocks.engine_limits import limits_of
 from blocks.errors import PuzzleFailure
-from tasks.engines.base import Engine, Load, Session
+from tasks.engines.base import Engine, LoadOptions, Session
+from tasks.engines.errors import EngineFailed
 from tasks.engines.llama_cpp import LlamaCpp
-from tasks.engines.llama_library import EngineFailed
 from tasks.engines.vllm_engine import Vllm, cannot
 from tasks.export.folder import ExportError
 from tasks.inputs.children import in_precision
@@ -64,7 +64,7 @@ def check_in_vllm(model: Any, folder: Path, precision: str, step: Step = no_step
     tokens = min(CHECK_TOKENS, model.config.max_position_embeddings - CHECK_STEPS)
     step("starting vLLM with what was written (about half a minute on an idle machine)")
     try:
-        session = engine.load(folder, Load(precision=precision, context_tokens=tokens + CHECK_STEPS))
+        session = engine.load(folder, LoadOptions(precision=precision, context_tokens=tokens + CHECK_STEPS))
     except EngineFailed as error:
         raise EngineFailed(
             f"{folder} was written and gives torch's logits, but vLLM does not load it: {error}"
@@ -120,7 +120,7 @@ def verdict(found: Difference, engine: Engine, path: Path, precision: str, own_k
 def compare_logits(model: Any, path: Path, tokens: int = CHECK_TOKENS, exact: bool = True) -> Difference:
     """llama.cpp's logits of a GGUF file beside those of a model in torch, random tokens."""
     ids = _check_ids(model, tokens)
-    session = LlamaCpp().load(path, Load(exact=exact, context_tokens=ids.shape[1]))
+    session = LlamaCpp().load(path, LoadOptions(exact=exact, context_tokens=ids.shape[1]))
     try:
         return compare(session, model, ids)
     finally:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from blocks.errors import PuzzleError
-from tasks.engines.base import Load
+from tasks.engines.base import LoadOptions
 from tasks.engines.llama_cpp import LlamaCpp, LlamaSession
 from tasks.engines.openai_server import serving
 from tasks.gguf.header import read_header
-from tasks.gguf.tokenizer import WAY_OUT, TokenizerLimit, chat_templates, left_out
+from tasks.gguf.tokenizer_writer import WAY_OUT, TokenizerLimit, chat_templates, left_out
 
 TEXTS = (
     "",
@@ -84,7 +84,7 @@ def check_tokenizer(path: Path, tokenizer: Any, named: bool = False) -> list[str
     missing = LlamaCpp().missing()
     if missing:
         return [f"tokenizer: not compared with llama.cpp's: {missing}"]
-    session = LlamaCpp().load(path, Load(context_tokens=32))
+    session = LlamaCpp().load(path, LoadOptions(context_tokens=32))
     try:
         texts = texts_for(tokenizer, session.vocab_size)
         found = [one for text in texts for one in divergences(session, tokenizer, text)]
@@ -189,7 +189,7 @@ def _check_template(path: Path, session: LlamaSession, tokenizer: Any) -> list[s
 def _rendered(path: Path, session: LlamaSession, tokenizer: Any) -> str:
     """llama.cpp's server renders conversations, the ids are compared with transformers'."""
     with tempfile.TemporaryDirectory(prefix="puzzle-template-") as folder:
-        how = Load(context_tokens=64)
+        how = LoadOptions(context_tokens=64)
         with serving("llama.cpp", path, how, Path(folder) / "server.log") as server:
             compared = 0
             for conversation in CONVERSATIONS:

@@ -54,7 +54,7 @@ class NamedTensor:
 
 
 def write_gguf(model: Any, path: Path, precision: str, tokenizer: dict[str, Any], name: str) -> Path:
-    """Write a DeciLMForCausalLM to one GGUF file, atomically; `tokenizer` is from tasks/gguf/tokenizer.py.
+    """Write a DeciLMForCausalLM to one GGUF file, atomically; `tokenizer` is from tasks/gguf/tokenizer_writer.py.
 
     Matrices get `precision`; norms and biases stay float32, and a matrix whose rows the quantisation does not divide
     stays float16. Whether deci can express the child is asked before (blocks/engine_limits.py).

@@ -27,7 +27,7 @@ from blocks.records import ParentInfo, Ref, Value
 from blocks.resources import precision_name
 from profiles.schema import FolderParent, GgufParent, HubParent, PackageParent, ParentSource, TinyParent
 from tasks.gguf.header import Header, stem_of, without_vocabulary
-from tasks.gguf.parts import check_model, describe, dtype_of, parts_of
+from tasks.gguf.parent_file import check_model, describe, dtype_of, parts_of
 from tasks.gguf.tokenizer_reader import tokenizer_of
 from tasks.inputs.companions import CARD, HUB_PATTERNS, companions, copy_companions, has_tokenizer, write_terms
 from tasks.inputs.installed_packages import installed_file

@@ -22,9 +22,9 @@ from blocks.child import config_of
 from blocks.engine_limits import limits_of
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.records import Metric, Value
-from tasks.engines.base import Load
+from tasks.engines.base import LoadOptions
 from tasks.engines.openai_server import SERVERS, Served, serving
-from tasks.engines.throughput import PARENT, median_metric
+from tasks.engines.timing_in_turns import PARENT, median_metric
 from tasks.export.formats import precision_of
 from tasks.inputs.children import open_child
 from tasks.loadtest.arrivals import NO_LIMITS, Limits, Traffic, traffic_of
@@ -150,7 +150,7 @@ def served_models(
             "and name it with --url."
         )
     precision = precision_of(precision, limits_of(server).format)
-    how = Load(
+    how = LoadOptions(
         precision=precision,
         threads=threads,
         batch_size=max(point.batch_size for point in points),

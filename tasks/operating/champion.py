@@ -28,7 +28,7 @@ from tasks.inputs.companions import TOKENIZER_FILES
 from tasks.inputs.precision import as_written, child_dtype
 from tasks.libraries.interchange import read_library
 from tasks.measure import costs
-from tasks.measure.timing import hardware_description
+from tasks.measure.hardware_description import hardware_description
 from tasks.pages.report import rounded
 from tasks.score import scoring
 from tasks.search.totals import Problem, broken_limits, fitting_batches, problem_of

@@ -34,7 +34,7 @@ from tasks.evaluate.standing import (
     retained,
     timed,
 )
-from tasks.measure.cost_sums import percent, told
+from tasks.measure.cost_sums import percent, warnings_of
 from tasks.pages.picture import draw_architecture, draw_comparison, gain_of
 
 MIB = 2**20
@@ -430,7 +430,10 @@ def sums_table(report: ChildReport) -> WordedTable:
         ]
         for check in speed.sums
     ]
-    words = [f"Whole models, in turns, in {speed.engine}, {speed.clock} time; gain: over the parent.", *told(speed)]
+    words = [
+        f"Whole models, in turns, in {speed.engine}, {speed.clock} time; gain: over the parent.",
+        *warnings_of(speed),
+    ]
     header = ["sum of blocks", "scenario", "phase", "predicted, ms", "measured, ms", "off by", "gain off by"]
     return header, rows, " ".join(words)
 

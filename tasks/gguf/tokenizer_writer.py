@@ -14,7 +14,7 @@ from typing import Any
 
 from blocks.errors import PuzzleError
 from tasks.gguf.header import read_header
-from tasks.gguf.splits import PRES, is_byte_level, names_of
+from tasks.gguf.pre_tokenizers import PRES, is_byte_level, names_of
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama_token_type
 NO_TOKENIZER: dict[str, Any] = {"tokenizer.ggml.model": "no_vocab"}

@@ -1,7 +1,8 @@
-"""How whole models are timed: requests in turns, medians and gains of pairs; requests in torch.
+"""How whole models are timed: in turns, so that whatever else a machine does falls on all of them alike.
 
-On a machine that others use too, only an interleaved order is fair: in every round each model has its turn, every
-other round backwards.
+In every round each model answers one request, and every other round goes backwards. A speed is the median over the
+rounds, a gain the median of the parent's time over the model's in the same round. Requests to models in torch are made
+here too.
 """
 
 # B = batch, P = prompt tokens
@@ -19,6 +20,7 @@ from blocks.errors import PuzzleFailure
 from blocks.records import Gains, Metric, Throughput, Turn
 from blocks.runtime import release_memory
 from profiles.schema import Scenario
+from tasks.running.progress import Progress, no_progress
 from tasks.running.usage import resident_bytes, restart_peak
 
 PARENT = "parent"
@@ -92,7 +94,7 @@ def _peak_bytes(model: Any, prompt: Tensor, generated_tokens: int) -> int | None
 
 
 def in_turns(
-    requests: Mapping[str, Callable[[], Turn]], rounds: int, tell: Callable[[int, int], None] = lambda done, total: None
+    requests: Mapping[str, Callable[[], Turn]], rounds: int, progress: Progress = no_progress
 ) -> dict[str, list[Turn]]:
     """So many turns of every request, in rounds: each once a round, every other round backwards."""
     order = list(requests)
@@ -100,7 +102,7 @@ def in_turns(
     for number in range(rounds):
         for place, name in enumerate(reversed(order) if number % 2 else order, start=1):
             turns[name].append(_seen(requests[name](), name))
-            tell(number * len(order) + place, rounds * len(order))
+            progress(number * len(order) + place, rounds * len(order))
     return turns
 
 
