@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from benchmarks.common import last_report, table, write_page
 from blocks.child import config_of
-from blocks.engine_limits import LIMITS, gaps
+from blocks.engine_limits import KNOWN_ENGINES, gaps
 from blocks.library import read_value, write_value
 from blocks.records import SUBBLOCKS, ChildReport, CostTable, LayerChoice, Metric, Value
 from blocks.runtime import set_threads
@@ -268,7 +268,7 @@ def _logits(lines: Sequence[Sequence[str]]) -> str:
 
 def _limits(sources: dict[str, Path]) -> str:
     config = config_of(sources["child"])
-    lines = [[one.title, "; ".join(gaps(name, config)) or "yes", one.known_by] for name, one in LIMITS.items()]
+    lines = [[one.title, "; ".join(gaps(name, config)) or "yes", one.known_by] for name, one in KNOWN_ENGINES.items()]
     return "## Engines that can run this child\n\n" + table(
         ["engine", "runs it, or what is missing", "known by"], lines
     )

@@ -11,7 +11,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from blocks.engine_limits import LIMITS, EngineLimit, UnknownEngine, check_parent, gaps, limits_of, runnable, width_of
+from blocks.engine_limits import (
+    KNOWN_ENGINES,
+    EngineLimit,
+    UnknownEngine,
+    check_parent,
+    gaps,
+    known_engine,
+    runnable,
+    width_of,
+)
 from flows import cli
 from tasks.engines import llama_library
 from tasks.engines.base import LoadOptions
@@ -95,7 +104,7 @@ def test_what_an_engine_runs_in_a_layer(
 ) -> None:
     config = config_of("llama", attention_bias=False, intermediate_size=512)
     found = runnable(engine, config, layer, attention_label, ffn_label)
-    assert found == (reason and f"{limits_of(engine).title} cannot run {reason}")
+    assert found == (reason and f"{known_engine(engine).title} cannot run {reason}")
 
 
 @pytest.mark.parametrize(
@@ -110,14 +119,14 @@ def test_what_an_engine_runs_in_a_layer(
         (
             "llama",
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
-            set(LIMITS) - {"llama.cpp"},
+            set(KNOWN_ENGINES) - {"llama.cpp"},
         ),
     ],
 )
 def test_engines_that_run_a_parent(family: str, changes: dict[str, Any], runs: set[str]) -> None:
     config = config_of(family, intermediate_size=512, **changes)
-    assert {engine for engine in LIMITS if runnable(engine, config, 1, "parent", "parent") is None} == runs
-    for engine in LIMITS:
+    assert {engine for engine in KNOWN_ENGINES if runnable(engine, config, 1, "parent", "parent") is None} == runs
+    for engine in KNOWN_ENGINES:
         if engine in runs:
             check_parent([engine], config)
         else:
@@ -130,7 +139,7 @@ def test_a_layer_is_judged_as_the_whole_child_is() -> None:
     parent = config_of("llama", attention_bias=False)
     labels = [("no_op", "parent"), ("linear", "ffn16"), ("kv1", "linear"), ("parent", "ffn24"), ("kv1", "parent")]
     labels.append(("parent", "no_op"))
-    for engine in LIMITS:
+    for engine in KNOWN_ENGINES:
         layers = [runnable(engine, parent, layer, *pair) for layer, pair in enumerate(labels)]
         assert any(layers) == bool(gaps(engine, child)), engine
 
@@ -146,9 +155,9 @@ def test_unknown_engines_and_those_that_are_not_driven_are_named() -> None:
         engine_of("llama-cpp")
     with pytest.raises(UnknownEngine, match="export to nemotron-nas"):
         engine_of("sglang")
-    assert set(ENGINES) <= set(LIMITS)
+    assert set(ENGINES) <= set(KNOWN_ENGINES)
     for name in ENGINES:
-        assert (engine_of(name).name, engine_of(name).format) == (name, limits_of(name).format)
+        assert (engine_of(name).name, engine_of(name).format) == (name, known_engine(name).format)
 
 
 def test_without_llama_cpp_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

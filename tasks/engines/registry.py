@@ -2,7 +2,7 @@
 
 import importlib
 
-from blocks.engine_limits import UnknownEngine, limits_of
+from blocks.engine_limits import UnknownEngine, known_engine
 from tasks.engines.base import Engine
 from tasks.engines.errors import EngineMissing
 
@@ -15,10 +15,10 @@ ENGINES = {
 
 def engine_of(name: str) -> Engine:
     """An engine that can be driven from here, installed or not. Raises UnknownEngine."""
-    limits = limits_of(name)
+    known = known_engine(name)
     if name not in ENGINES:
         raise UnknownEngine(
-            f"{limits.title} is known by its limits only, it is not driven from here: export to {limits.format} and "
+            f"{known.title} is known by its limits only, it is not driven from here: export to {known.format} and "
             f"run it there. Engines that run here: {', '.join(ENGINES)}."
         )
     module, cls = ENGINES[name]

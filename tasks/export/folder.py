@@ -23,7 +23,7 @@ import yaml
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from blocks import export_code
-from blocks.engine_limits import gaps, is_whole, limits_of
+from blocks.engine_limits import gaps, is_whole, known_engine
 from blocks.errors import PuzzleFailure
 from blocks.export_code import AUTO_MAP, CODE_FILES
 from blocks.export_code.configuration_decilm import DeciLMConfig
@@ -185,7 +185,7 @@ def _private_code_cache() -> Iterator[None]:
 
 def engine_gaps(config: DeciLMConfig) -> dict[str, list[str]]:
     """For each serving engine, what of this heterogeneous child it cannot run; an empty list: it can."""
-    return {limits_of(engine).title: gaps(engine, config) for engine in CARD_ENGINES}
+    return {known_engine(engine).title: gaps(engine, config) for engine in CARD_ENGINES}
 
 
 def model_card(

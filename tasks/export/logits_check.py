@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blocks.child import config_of
-from blocks.engine_limits import limits_of
+from blocks.engine_limits import known_engine
 from blocks.errors import PuzzleFailure
 from tasks.engines.base import Engine, LoadOptions, Session
 from tasks.engines.errors import EngineFailed
@@ -108,8 +108,8 @@ def verdict(found: Difference, engine: Engine, path: Path, precision: str, own_k
     value, what = (found.most, "largest difference of logits") if precision == "float32" else (found.kl, "KL, nats")
     if not value <= limit:
         raise ExportError(
-            f"{limits_of(engine.name).title} does not give torch's logits on {path.name}: {what} {value:.3g}, allowed "
-            f"{limit:.3g}"
+            f"{known_engine(engine.name).title} does not give torch's logits on {path.name}: {what} {value:.3g}, "
+            f"allowed {limit:.3g}"
         )
     return (
         f"checked: {engine.version()} against torch on the same weights, {found.tokens} tokens: {what} {value:.2g} "

@@ -18,6 +18,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
+from blocks.engine_limits import rope_type
 from blocks.errors import PuzzleError
 from blocks.families.base import head_dim
 from blocks.files import atomic_path
@@ -142,11 +143,6 @@ def rope_factors(config: Any) -> Any:
     dim = head_dim(config)
     plain = rope_theta(config) ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     return (plain / scaled).numpy().astype(np.float32)
-
-
-def rope_type(config: Any) -> str:
-    """`default`, `linear`, `llama3` ... of a config."""
-    return str((getattr(config, "rope_parameters", None) or {}).get("rope_type") or "default")
 
 
 def rope_theta(config: Any) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from blocks.child import config_of
-from blocks.engine_limits import limits_of
+from blocks.engine_limits import known_engine
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.records import Metric, Value
 from tasks.engines.base import LoadOptions
@@ -149,7 +149,7 @@ def served_models(
             f"no server {server!r} can be started from here, only {', '.join(SERVERS)}: start another one yourself "
             "and name it with --url."
         )
-    precision = precision_of(precision, limits_of(server).format)
+    precision = precision_of(precision, known_engine(server).format)
     how = LoadOptions(
         precision=precision,
         threads=threads,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from blocks.child import config_of
-from blocks.engine_limits import limits_of
+from blocks.engine_limits import known_engine
 from blocks.errors import PuzzleError
 from blocks.records import Gains, Throughput, Turn, Value
 from profiles.schema import Scenario
@@ -111,7 +111,7 @@ def bench(
     """
     if rounds < 1:
         raise PuzzleError(f"rounds must be at least 1, got {rounds}.")
-    precision = precision_of(precision, limits_of(engine).format)
+    precision = precision_of(precision, known_engine(engine).format)
     with ready(sources, engine, precision, points) as paths, ExitStack() as stack:
         how = LoadOptions(
             precision=precision,
@@ -143,7 +143,7 @@ def ready(
     being.
     """
     installed_engine(engine)
-    form = limits_of(engine).format
+    form = known_engine(engine).format
     with tempfile.TemporaryDirectory(prefix="puzzle-bench-") as temporary:
         paths = {}
         for name, source in sources.items():

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from blocks.engine_limits import limits_of
+from blocks.engine_limits import known_engine
 from blocks.records import CostTable, ParentInfo, SpeedReport, Throughput, Totals
 from profiles.schema import Hardware, Profile, Scenario
 from tasks.engines.timing_in_turns import measure_throughput
@@ -107,7 +107,7 @@ def _exported(
         files = {}
         for which in contenders:
             model, target = build(which, parent, workspace), Path(temporary) / which.name
-            if limits_of(hardware.engine).format == "gguf":
+            if known_engine(hardware.engine).format == "gguf":
                 path = target.with_suffix(".gguf")
                 files[which.name] = write_gguf(model, path, hardware.precision, NO_TOKENIZER, which.name)
             else:
