@@ -57,7 +57,7 @@ class LlamaLibrary:
         self.fields = find_fields(list(self.c.llama_context_default_params().words))
 
     def model_parameters(self) -> Blob:
-        """The defaults, but weights are read into memory instead of mapped from the file, and stay off GPUs."""
+        """The default parameters, changed so that weights are read into memory, not mapped, and stay off GPUs."""
         blob: Blob = self.c.llama_model_default_params()
         unmap(blob)
         if not keep_off_gpus(blob) and self.c.llama_supports_gpu_offload():
@@ -109,7 +109,7 @@ class LlamaLibrary:
 
 
 def _candidates() -> list[tuple[Path, str]]:
-    """Libraries in the order of preference, each with a word on where it comes from."""
+    """The libraries on this machine, the preferred one first, each with the name of where it comes from."""
     found = []
     named = os.environ.get(LIBRARY_VARIABLE)
     if named:
@@ -127,7 +127,9 @@ def _candidates() -> list[tuple[Path, str]]:
 
 
 def _build(folder: Path) -> str:
-    """Tells builds of one's own apart, which have no version: names, sizes and times of the libraries in the folder."""
+    """A digest that tells builds of one's own apart, which have no version: names, sizes and times of the folder's
+    files.
+    """
     files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:12]
@@ -139,7 +141,7 @@ def _libraries(folder: Path) -> list[Path]:
 
 
 def library_path() -> Path | None:
-    """The library that would be used, None when there is none."""
+    """The library that would be used; None when there is none."""
     candidates = _candidates()
     return candidates[0][0] if candidates else None
 

@@ -1,4 +1,4 @@
-"""The engine `torch`: an exported folder (or a GGUF file) in eager torch, the reference for all others."""
+"""The engine `torch`: runs an exported folder (or a GGUF file) in eager torch. Other engines are compared with it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from tasks.inputs.children import open_child
 
 
 class Torch(Engine):
-    """Always there."""
+    """torch, which is always installed."""
 
     name: ClassVar[str] = "torch"
     format: ClassVar[str] = "transformers"

@@ -1,7 +1,9 @@
-"""One engine with one model in a process of its own: its memory is its own, its threads meet nobody's.
+"""One model in one engine in a process of its own, so that its memory can be measured and no other threads disturb it.
 
-`python -m tasks.engines.worker` reads one JSON object a line and answers with one: {"load": ...} first, then
-{"request": ...} as often as wanted. `Worker` is the other end.
+`Worker` starts the process and asks it questions. The process (`python -m tasks.engines.worker`, or vllm_process.py for
+vLLM) reads one JSON object a line and answers each with one: {"load": ...} first, then {"request": ...} and {"memory":
+{}} as often as wanted. Pipes and JSON are used instead of `multiprocessing`, because vLLM's process has another
+interpreter, in which puzzle cannot be imported.
 """
 
 import contextlib
@@ -17,13 +19,13 @@ from blocks.runtime import configure
 
 if TYPE_CHECKING:  # at run time torch comes after `configure`
     from blocks.records import Turn
-    from tasks.engines.base import Process
+    from tasks.engines.base import EngineProcess
 
 
 class Worker:
     """A process that holds one model in one engine. Use as a context manager."""
 
-    def __init__(self, what: "Process") -> None:
+    def __init__(self, what: "EngineProcess") -> None:
         self.process = subprocess.Popen(
             what.command,
             stdin=subprocess.PIPE,
@@ -35,7 +37,7 @@ class Worker:
         self.version = ""
 
     def load(self) -> dict[str, Any]:
-        """Load the model. Apart from the start, so that several workers can start at the same time."""
+        """Load the model. Starting is a step of its own, so that several processes can start at the same time."""
         answer = self.ask({"load": self.what})
         self.version = str(answer["version"])
         return answer
@@ -54,7 +56,7 @@ class Worker:
         return Turn(**self.ask({"request": shape}))
 
     def memory_bytes(self) -> int:
-        """Highest resident size so far, less what the process held before the model was loaded."""
+        """The highest resident size so far, less what the process held before the model was loaded."""
         return int(self.ask({"memory": {}})["bytes"])
 
     def close(self) -> None:
@@ -68,7 +70,7 @@ class Worker:
             self.process.kill()
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """The answer to {name: arguments}. Raises EngineFailed with the process's own words, or when it has ended."""
+        """The answer to {name: arguments}. Raises EngineFailed when the process reports an error, or has ended."""
         from tasks.engines.errors import EngineFailed
 
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -87,7 +89,7 @@ class Worker:
 
 
 class _Server:
-    """The worker's side: answers questions by name."""
+    """The other side, in the process: answers questions. Each question is a method."""
 
     def __init__(self) -> None:
         self.before = 0
@@ -119,7 +121,7 @@ class _Server:
 
 
 def main() -> None:
-    """Answer until the questions end. What libraries print goes to standard error."""
+    """Answer until standard input ends. What libraries print goes to standard error."""
     configure()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

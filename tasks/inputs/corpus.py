@@ -1,10 +1,12 @@
-"""Text -> packed token ids, split into train, validation and test by document hash.
+"""Turn text into sequences of token ids, divided into train, validation and test.
 
-Documents are normalised, exact duplicates dropped, and ordered by the sha256 of their text: the first fill the test
-split, the next validation, the rest train. So the split depends on the text alone, no document is in two splits, and
-a new document moves few others. One long document cannot be the whole of a split: each gives at most a fixed share,
-taken from its middle; only train takes more of one, when it must. Between documents stands the tokenizer's eos (and its
-bos, if it writes one). Memory follows what is asked for, not the size of the sources: see `iterate_documents`.
+Documents are normalised, exact duplicates are dropped, and the rest is ordered by the sha256 of the text. The first
+fill the test split, the next ones validation, the others train. So the division depends on the text alone, no document
+is in two splits, and a new document moves few others.
+
+A document gives at most a fixed share of a split, from its middle; only train takes more of one, when there is too
+little text. After each document comes the tokenizer's eos token (and before it the bos token, if the tokenizer writes
+one).
 """
 
 import hashlib
@@ -75,7 +77,7 @@ def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: s
 
 
 def _check_ids(packed: Mapping[str, torch.Tensor], config: Path) -> None:
-    """CorpusError for token ids that the model has no embedding for: a tokenizer of another model."""
+    """Raise CorpusError for token ids that the model has no embedding for: the tokenizer is another model's."""
     vocab_size = json.loads(config.read_text(encoding="utf-8"))["vocab_size"] if config.is_file() else None
     largest = max(int(tokens.max()) for tokens in packed.values())
     if vocab_size is not None and largest >= vocab_size:
@@ -107,7 +109,7 @@ class DocumentTokenizer:
     chat: Chat = contents_alone
 
     def framed(self, ids: NDArray[np.int32], limit: int) -> NDArray[np.int32]:
-        """A document of at most `limit` tokens, from the middle: beginnings of documents are too much alike."""
+        """At most `limit` tokens from the middle of a document: the beginnings of documents are too much alike."""
         room = max(0, limit - len(self.start) - len(self.end))
         cut = max(0, (len(ids) - room) // 2)
         return np.array([*self.start, *ids[cut : cut + room], *self.end], dtype=np.int32)
@@ -115,13 +117,13 @@ class DocumentTokenizer:
 
 @dataclass
 class _Document:
-    """A document that is tokenised as far as its tokens are asked for, from its middle outwards."""
+    """A document that is tokenised only as far as its tokens are needed, from its middle outwards."""
 
     text: str
     ids: dict[int, NDArray[np.int32]] = field(default_factory=dict)
 
     def middle(self, tokenizer: DocumentTokenizer, limit: int) -> NDArray[np.int32]:
-        """At most `limit` tokens, framed."""
+        """At most `limit` tokens, with what stands before and after a document."""
         spans = spans_of(self.text)
         taken: list[int] = []
         for part in sorted(range(len(spans)), key=lambda part: abs(2 * part - len(spans) + 1)):
@@ -135,7 +137,7 @@ class _Document:
 
 
 def spans_of(text: str) -> list[tuple[int, int]]:
-    """(start, end) of parts of at most PART characters, cut before white space where there is some near the end."""
+    """(start, end) of parts of at most PART characters, each cut before white space if there is some near its end."""
     spans, start = [], 0
     while len(text) - start > PART:
         end = start + PART
@@ -147,7 +149,7 @@ def spans_of(text: str) -> list[tuple[int, int]]:
 
 
 def load_tokenizer(folder: Path) -> DocumentTokenizer:
-    """The parent's tokenizer: documents begin with bos if it writes one by itself, and end with eos."""
+    """The parent's tokenizer. Documents begin with the bos token if it writes one by itself, and end with eos."""
     from transformers import AutoTokenizer
 
     try:
@@ -178,7 +180,7 @@ def load_tokenizer(folder: Path) -> DocumentTokenizer:
 def pack_splits(
     documents: Sequence[str], tokenizer: DocumentTokenizer, wanted: Mapping[str, int], length: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """Fill the splits of `wanted` (name -> sequences) one after the other with documents.
+    """Fill the splits of `wanted` (name -> number of sequences) with documents, one split after another.
 
     Returns name -> int32 (sequences, length), and name -> number of documents used. Raises CorpusError.
     """
@@ -211,9 +213,9 @@ def _packed(
 def _fill(
     documents: Sequence[str], tokenizer: DocumentTokenizer, needed: int, share: int, stretch: bool
 ) -> list[NDArray[np.int32]]:
-    """Tokens of the first documents that make `needed` tokens, at most `share` from each.
+    """Tokens of the first documents until there are `needed` tokens, at most `share` from each document.
 
-    With `stretch` the share doubles until there is enough, or until every document is used whole.
+    stretch: while there are too few, double the share, until every document is used whole.
     """
     opened: list[_Document] = []
     while True:
@@ -240,7 +242,7 @@ def _refuse(split: str, sequences: int, length: int, there: int, before: int, do
 
 
 def _fingerprint(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: str) -> str:
-    """Digest of content, settings and tokenizer; no paths in it."""
+    """A digest of content, settings and tokenizer. Paths of this machine are not part of it."""
     chats = any(isinstance(source, TextSource | HubSource) for source in corpus.sources)
     names = (*TOKENIZER_FILES, CHAT_TEMPLATE) if chats else TOKENIZER_FILES
     tokenizer = {name: sha256_of(tokenizer_folder / name) for name in names if (tokenizer_folder / name).is_file()}

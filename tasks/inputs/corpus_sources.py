@@ -34,10 +34,9 @@ HUB_PATIENCE = 100  # rows over the network
 
 
 def check_sources(corpus: Corpus) -> None:
-    """Raises CorpusError for sources that are not there, cannot be read, or begin with nothing that is of use.
+    """Raise CorpusError for sources that do not exist, cannot be read, or begin without usable text.
 
-    A fraction of a second: files are read up to their first text, nothing is tokenised, and no data set of the hub is
-    looked up.
+    This takes a fraction of a second: files are read up to their first text, and the hub is not asked.
     """
     for source in corpus.sources:
         if isinstance(source, PythonStdlibSource):
@@ -50,15 +49,15 @@ def check_sources(corpus: Corpus) -> None:
 
 
 def iterate_documents(corpus: Corpus, chat: Chat = contents_alone, notes: list[str] | None = None) -> Iterator[str]:
-    """Normalised, non-empty documents of all sources in their order; duplicates are still in.
+    """Normalised, non-empty documents of all sources, in the order of the sources. Duplicates are not yet dropped.
 
-    Of every source only the first max(20 million, 24 per token asked for) characters are read, so that a data set of
-    terabytes ends, and of one document a quarter of that. `chat` writes lists of messages as text. What was left out
-    is told in `notes`. Raises CorpusError.
+    Of every source only the first 20 million characters are read, or 24 for each token that is needed if that is more,
+    so that reading a data set of terabytes ends. A single document counts up to a quarter of that. `chat` writes lists
+    of messages as text. Sentences on what was left out are added to `notes`. Raises CorpusError.
     """
     sequences = corpus.train_sequences + corpus.validation_sequences + corpus.test_sequences
     limit = max(MINIMUM_CHARACTERS, CHARACTERS_PER_TOKEN_ASKED * sequences * corpus.sequence_length)
-    told = [] if notes is None else notes
+    notes = [] if notes is None else notes
     for source in corpus.sources:
         read, long, tallies = 0, 0, list[Tally]()
         for text in _documents_of(source, chat, tallies, limit // LONGEST + 1):
@@ -75,26 +74,28 @@ def iterate_documents(corpus: Corpus, chat: Chat = contents_alone, notes: list[s
             raise CorpusError(
                 f"the corpus source {_name(source)} holds no text, all of it is empty: take it out, or name another."
             )
-        told += skipped(tallies, _name(source))
+        notes += skipped(tallies, _name(source))
         if long:
-            told.append(f"documents of {_name(source)} cut after {limit // LONGEST:,} characters: {long}")
+            notes.append(f"documents of {_name(source)} cut after {limit // LONGEST:,} characters: {long}")
 
 
 def _name(source: CorpusSource) -> str:
-    """A source in a sentence that is published with the child: without folders of this machine."""
+    """The name of a source in sentences that are published with the child: without folders of this machine."""
     if isinstance(source, HubSource):
         return source.hub_id
     return Path(source.path).name if isinstance(source, TextSource) else source.kind
 
 
 def normalise(text: str) -> str:
-    """NFC, Unix line ends, no white space around; what UTF-8 cannot hold (lone surrogates) becomes `?`."""
+    """Unicode NFC, Unix line ends, no white space around. What UTF-8 cannot hold (lone surrogates) becomes `?`."""
     unix = text.replace("\r\n", "\n").replace("\r", "\n")
     return unicodedata.normalize("NFC", unix).strip().encode("utf-8", "replace").decode("utf-8")
 
 
 def pinned(source: CorpusSource) -> CorpusSource:
-    """A hub data set at its commit, so that fingerprint and text belong together; other sources as they are."""
+    """A data set of the hub with its commit as revision, so that text and fingerprint belong together; other sources as
+    they are.
+    """
     if not isinstance(source, HubSource) or re.fullmatch(r"[0-9a-f]{40}", source.revision):
         return source
     from huggingface_hub import HfApi
@@ -110,7 +111,7 @@ def pinned(source: CorpusSource) -> CorpusSource:
 
 
 def content_of(source: CorpusSource) -> list[str]:
-    """Digests of what a source is made of; a hub data set is known by its commit."""
+    """Digests of the content of a source. A data set of the hub is known by its commit."""
     if isinstance(source, TextSource):
         return [f"reader {READER}", *(sha256_of(path) for path in files_of(source))]
     if isinstance(source, WikipediaDumpSource):
@@ -121,7 +122,7 @@ def content_of(source: CorpusSource) -> list[str]:
 
 
 def _documents_of(source: CorpusSource, chat: Chat, tallies: list[Tally], longest: int) -> Iterator[str]:
-    """The texts of a source as they are; a tally for every file that was begun."""
+    """The texts of a source as they are. A tally is added to `tallies` for every file that is opened."""
     if isinstance(source, WikipediaDumpSource):
         yield from articles_of(_dump_file(source))
     elif isinstance(source, PythonStdlibSource):
@@ -136,7 +137,7 @@ def _documents_of(source: CorpusSource, chat: Chat, tallies: list[Tally], longes
 
 
 def _hub_rows(source: HubSource) -> Iterator[tuple[int, Mapping[str, object]]]:
-    """The rows of a data set of the hub, streamed by `datasets`; nothing is copied into its cache."""
+    """The rows of a data set of the hub, streamed by the package `datasets`, without filling its cache."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -154,7 +155,7 @@ def _hub_rows(source: HubSource) -> Iterator[tuple[int, Mapping[str, object]]]:
 
 
 def _stdlib_files(source: PythonStdlibSource) -> list[Path]:
-    """The first `max_files` modules of the standard library by path; no tests, nothing installed."""
+    """The first `max_files` modules of the standard library, by path, without tests and installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     files: list[Path] = []

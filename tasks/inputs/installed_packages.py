@@ -7,7 +7,7 @@ from blocks.errors import PuzzleError
 
 
 def installed_file(package: str, file: str, error: type[PuzzleError]) -> Path:
-    """A file inside an installed package, found without importing it: that may be slow, or fail.
+    """A file inside an installed package. The package is not imported, since that may be slow, or fail.
 
     Raises `error` when the package is not installed or has no such file.
     """

@@ -1,4 +1,4 @@
-"""The number format of a child's weights: what the profile names, else its parent's."""
+"""The number format of a child's weights: the one that the profile names, else its parent's."""
 
 from typing import TYPE_CHECKING, cast
 
@@ -12,7 +12,7 @@ from profiles.schema import Hardware, Precision
 if TYPE_CHECKING:
     from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 
-# formats of a Hugging Face folder; float8 and q8_0 are made by an engine, from weights in one of these
+# precisions that a Hugging Face folder can have; an engine makes float8 and q8_0 from weights in one of these
 FOLDER_PRECISIONS = ("float32", "float16", "bfloat16")
 
 
@@ -21,17 +21,17 @@ class RoundingError(PuzzleFailure):
 
 
 def is_named(hardware: Hardware) -> bool:
-    """Whether the profile itself names a precision; the default says what is measured in, not what the child is."""
+    """Whether the profile names a precision. The default is what costs are measured in, not the format of the child."""
     return "precision" in hardware.model_fields_set
 
 
 def served_precision(hardware: Hardware, parent: Parent) -> Precision:
-    """What the child's weights are served in, of which memory and bytes are told."""
+    """The format in which the child is served: memory and bytes are counted in it."""
     return hardware.precision if is_named(hardware) else cast(Precision, precision_name(parent.dtype))
 
 
 def child_dtype(hardware: Hardware, parent: Parent) -> torch.dtype:
-    """What the weights in the child's folder are."""
+    """The dtype of the weights in the child's folder."""
     named = is_named(hardware) and hardware.precision in FOLDER_PRECISIONS
     return getattr(torch, hardware.precision) if named else parent.dtype
 
@@ -45,9 +45,9 @@ def why(hardware: Hardware, parent: Parent) -> str:
         reason = f"as the profile's `hardware.precision` names it; the parent's are {dtype}"
     else:
         reason = f"as the parent's: the {hardware.precision} that the profile names is made of them by the engine"
-    told = f"The weights are {name}, {reason}. Quality was measured on these very weights, products in float32."
+    sentence = f"The weights are {name}, {reason}. Quality was measured on these very weights, products in float32."
     measured = hardware.engine != "roofline" and served_precision(hardware, parent) != hardware.precision
-    return told + (f" Times were measured in {hardware.precision}." if measured else "")
+    return sentence + (f" Times were measured in {hardware.precision}." if measured else "")
 
 
 def as_written(model: "DeciLMForCausalLM", dtype: torch.dtype) -> "DeciLMForCausalLM":

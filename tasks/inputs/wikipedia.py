@@ -20,7 +20,7 @@ _LEFTOVER_LINE = re.compile(
 
 
 def articles_of(path: Path) -> Iterator[str]:
-    """Plain text of the articles of a MediaWiki dump, streamed; redirects and other namespaces are left out."""
+    """The plain text of each article; empty for redirects and pages that are not articles. Raises CorpusError."""
     try:
         with bz2.open(path) as file:
             events = ElementTree.iterparse(file, events=("start", "end"))
@@ -34,14 +34,14 @@ def articles_of(path: Path) -> Iterator[str]:
 
 
 def _article(page: ElementTree.Element) -> str:
-    """Plain text of a page, empty when it is no article."""
+    """The plain text of a page; empty when it is not an article."""
     if page.find("{*}redirect") is not None or page.findtext("{*}ns", "0") != "0":
         return ""
     return plain_text(page.findtext("{*}revision/{*}text") or "")
 
 
 def plain_text(wikitext: str) -> str:
-    """Prose of an article: no templates, tables, files, categories, references, nor the lists at its end."""
+    """The prose of an article, without templates, tables, files, categories, references and the lists at its end."""
     import mwparserfromhell
     from mwparserfromhell.nodes import Heading, Tag, Wikilink
 
