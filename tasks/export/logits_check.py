@@ -6,6 +6,7 @@ file and vLLM for a folder; where the engine is not installed or cannot run the 
 
 import copy
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,14 +70,12 @@ def check_in_vllm(model: Any, folder: Path, precision: str, step: Step = no_step
         raise EngineFailed(
             f"{folder} was written and gives torch's logits, but vLLM does not load it: {error}"
         ) from error
-    try:
+    with closing(session):
         step(f"comparing the logits of {tokens} tokens in vLLM and in torch")
         ids = _check_ids(model, tokens)
         exact = model if model.dtype == torch.float32 else in_precision(copy.deepcopy(model), torch.float32)
         text = verdict(compare(session, exact, ids), engine, folder, precision, own_kl(model, exact, ids))
         return text + (_greedy(session, exact, ids, folder) if precision == "float32" else "")
-    finally:
-        session.close()
 
 
 @torch.inference_mode()
@@ -120,11 +119,8 @@ def verdict(found: Difference, engine: Engine, path: Path, precision: str, own_k
 def compare_logits(model: Any, path: Path, tokens: int = CHECK_TOKENS, exact: bool = True) -> Difference:
     """llama.cpp's logits of a GGUF file beside those of a model in torch, random tokens."""
     ids = _check_ids(model, tokens)
-    session = LlamaCpp().load(path, LoadOptions(exact=exact, context_tokens=ids.shape[1]))
-    try:
+    with closing(LlamaCpp().load(path, LoadOptions(exact=exact, context_tokens=ids.shape[1]))) as session:
         return compare(session, model, ids)
-    finally:
-        session.close()
 
 
 def _check_ids(model: Any, tokens: int) -> Tensor:

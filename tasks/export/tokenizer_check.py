@@ -7,12 +7,13 @@ import json
 import random
 import tempfile
 import unicodedata
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from blocks.errors import PuzzleError
 from tasks.engines.base import LoadOptions
@@ -84,13 +85,10 @@ def check_tokenizer(path: Path, tokenizer: Any, named: bool = False) -> list[str
     missing = LlamaCpp().missing()
     if missing:
         return [f"tokenizer: not compared with llama.cpp's: {missing}"]
-    session = LlamaCpp().load(path, LoadOptions(context_tokens=32))
-    try:
+    with closing(LlamaCpp().load(path, LoadOptions(context_tokens=32))) as session:
         texts = texts_for(tokenizer, session.vocab_size)
         found = [one for text in texts for one in divergences(session, tokenizer, text)]
         return [_verdict(found, len(texts), tokenizer, named), *_check_template(path, session, tokenizer)]
-    finally:
-        session.close()
 
 
 def _same_tokens(tokens: Sequence[str], tokenizer: Any) -> None:
@@ -181,7 +179,7 @@ def _check_template(path: Path, session: LlamaSession, tokenizer: Any) -> list[s
         return []
     try:
         return [_rendered(path, session, tokenizer)]
-    except (PuzzleError, OSError, ValueError, KeyError) as error:
+    except (PuzzleError, httpx.HTTPError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0].split(" It ends with:")[0]
         return [f"chat template: the text is transformers' own; not compared as llama.cpp renders it: {reason}"]
 
@@ -218,10 +216,7 @@ def _own_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int] | 
 
 
 def _ask(url: str, messages: Sequence[dict[str, str]]) -> str:
-    body = json.dumps({"messages": messages}).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return str(json.load(answer)["prompt"])
-    except urllib.error.HTTPError as error:
-        raise ValueError(f"its server answers {error.read().decode(errors='replace')[:200]}") from error
+    answer = httpx.post(url, json={"messages": list(messages)}, timeout=60)
+    if answer.is_error:
+        raise ValueError(f"its server answers {answer.text[:200]}")
+    return str(answer.json()["prompt"])

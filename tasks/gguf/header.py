@@ -58,11 +58,6 @@ class Header:
         return int(self.fields.get("general.alignment", ALIGNMENT))
 
     @property
-    def entries(self) -> int:
-        """How many single values the metadata has, those in lists included: a reader goes through them one by one."""
-        return sum(len(value) if isinstance(value, list) else 1 for value in self.fields.values())
-
-    @property
     def vocabulary(self) -> list[str]:
         """Keys of the tokenizer's lists of tokens, merges, scores and types."""
         return [key for key, value in self.fields.items() if key.startswith("tokenizer.") and isinstance(value, list)]

@@ -113,9 +113,7 @@ def _gguf_config(path: Path) -> Any:
         raise
     except Exception as error:  # nothing more precise is raised
         raise ParentError(f"{path.name} cannot be read as GGUF: {first_line(error)}") from error
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        with suppress(AttributeError):
-            delattr(config, name)
+    _forget_quantisation(config)
     config.dtype = dtype_of(header)
     check_config(config.to_dict())
     check_model(header, config, path.name)
@@ -397,15 +395,19 @@ def _convert_gguf(path: Path, folder: Path) -> Header:
         raise ParentError(f"{path.name} cannot be read as GGUF: {first_line(error)}") from error
     # the weights are plain float32 by now, but transformers still takes the model for a quantised one
     model.hf_quantizer, model.is_quantized = None, False
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        with suppress(AttributeError):
-            delattr(model.config, name)
+    _forget_quantisation(model.config)
     model.save_pretrained(folder, max_shard_size="1TB")
     tokenizer.save_pretrained(folder)
     write_terms(folder, header.fields)
     values = _read_json(folder / "config.json") | {"dtype": precision_name(config.dtype)}
     write_text(folder / "config.json", json.dumps(values, ensure_ascii=False))
     return header
+
+
+def _forget_quantisation(config: Any) -> None:
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        with suppress(AttributeError):
+            delattr(config, name)
 
 
 @contextmanager

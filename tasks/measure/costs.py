@@ -172,10 +172,7 @@ def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timi
         variant=variant.label,
         scenario=scenario.name,
         batch_size=batch,
-        prefill_seconds=timing.prefill,
-        decode_seconds_per_token=timing.decode,
-        prefill_spread=timing.prefill_spread,
-        decode_spread=timing.decode_spread,
+        **timing.as_cost(),
         parameters=needs.parameters,
         weight_bytes=needs.weight_bytes,
         kv_bytes_per_token=cache,
@@ -189,12 +186,9 @@ def _non_block(reader: Parent, scenario: Scenario, batch: int, timing: Timing, h
     return NonBlockCost(
         scenario=scenario.name,
         batch_size=batch,
-        prefill_seconds=timing.prefill,
-        decode_seconds_per_token=timing.decode,
+        **timing.as_cost(),
         parameters=parameters,
         weight_bytes=math.ceil((parameters - norm) * weight_bytes(served) + norm * vector),
-        prefill_spread=timing.prefill_spread,
-        decode_spread=timing.decode_spread,
     )
 
 

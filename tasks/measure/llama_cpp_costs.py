@@ -12,16 +12,17 @@ from transformers.initialization import no_init_weights
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.records import LayerChoice
 from profiles.schema import Scenario
+from tasks.engines.base import Session
 from tasks.engines.llama_cpp import LlamaCpp
 from tasks.gguf.tokenizer_writer import NO_TOKENIZER
 from tasks.gguf.writer import write_gguf
-from tasks.measure.whole_model_costs import LoadedModel, WholeModelTimer
+from tasks.measure.whole_model_costs import WholeModelTimer
 
 
 class LlamaCppTimer(WholeModelTimer):
     """Times models in llama.cpp, in this process."""
 
-    def _open(self, folder: Path, layers: Sequence[LayerChoice], scenario: Scenario, batch: int) -> LoadedModel:
+    def _open(self, folder: Path, layers: Sequence[LayerChoice], scenario: Scenario, batch: int) -> Session:
         with no_init_weights():
             model: Any = DeciLMForCausalLM(self.reader.child_config(layers))
         model.tie_weights()

@@ -74,7 +74,7 @@ class TorchTimer:
                     rounds.setdefault(name, []).append(figures)
                 done += 1
                 progress(done, total)
-        free = Timing(prefill=0.0, decode=0.0, prefill_spread=0.0, decode_spread=0.0)
+        free = Timing(prefill=0.0, decode=0.0)
         return {name: summary(figures) for name, figures in rounds.items()} | dict.fromkeys(self.free, free)
 
     def _time(

@@ -18,8 +18,8 @@ class Timing:
 
     prefill: float
     decode: float
-    prefill_spread: float
-    decode_spread: float
+    prefill_spread: float = 0.0
+    decode_spread: float = 0.0
 
     @classmethod
     def of(cls, prefill: Metric, decode: Metric) -> Self:
@@ -30,6 +30,15 @@ class Timing:
             prefill_spread=relative_error(prefill),
             decode_spread=relative_error(decode),
         )
+
+    def as_cost(self) -> dict[str, float]:
+        """The fields of a Cost or NonBlockCost that are times."""
+        return {
+            "prefill_seconds": self.prefill,
+            "decode_seconds_per_token": self.decode,
+            "prefill_spread": self.prefill_spread,
+            "decode_spread": self.decode_spread,
+        }
 
 
 class VariantTimer(Protocol):

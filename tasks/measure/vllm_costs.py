@@ -11,27 +11,17 @@ from pathlib import Path
 from blocks.export_code import AUTO_MAP, CODE_FILES
 from blocks.records import LayerChoice
 from profiles.schema import Scenario
+from tasks.engines.base import Session
 from tasks.engines.vllm_engine import CODE, Vllm, VllmSession
 from tasks.measure.variant_timing import Timed, Timing
-from tasks.measure.whole_model_costs import LoadedModel, WholeModelTimer
+from tasks.measure.whole_model_costs import WholeModelTimer
 from tasks.running.progress import Progress
-
-
-class _KeptSession(VllmSession):
-    """A session whose process stays for the next model: starting vLLM takes longer than loading one."""
-
-    def close(self) -> None:
-        """Nothing yet; see `end`."""
-
-    def end(self) -> None:
-        """End the process."""
-        super().close()
 
 
 class VllmTimer(WholeModelTimer):
     """Times models in vLLM: the parent in one process, the others one after another in a second."""
 
-    _sessions: list[_KeptSession]
+    _sessions: list[VllmSession]
 
     def run(self, scenario: Scenario, batch: int, progress: Progress) -> dict[Timed, Timing]:
         """See VariantTimer."""
@@ -40,9 +30,12 @@ class VllmTimer(WholeModelTimer):
             return super().run(scenario, batch, progress)
         finally:
             for session in self._sessions:
-                session.end()
+                session.close()
 
-    def _open(self, folder: Path, layers: Sequence[LayerChoice], scenario: Scenario, batch: int) -> LoadedModel:
+    def _release(self, model: Session) -> None:
+        """The process stays for the next model: starting vLLM takes longer than loading a model."""
+
+    def _open(self, folder: Path, layers: Sequence[LayerChoice], scenario: Scenario, batch: int) -> Session:
         path = folder / "model"
         _write_config(self.reader.child_config(layers), path)
         try:
@@ -50,7 +43,7 @@ class VllmTimer(WholeModelTimer):
             if len(self._sessions) > 1:
                 self._sessions[1].load(process)
             else:
-                self._sessions.append(_KeptSession(process))
+                self._sessions.append(VllmSession(process))
         finally:
             shutil.rmtree(path)
         return self._sessions[-1]

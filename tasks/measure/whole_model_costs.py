@@ -19,10 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from blocks.engine_limits import check_parent
 from blocks.parent import Parent
@@ -30,7 +28,7 @@ from blocks.records import LayerChoice, Metric, Turn
 from blocks.resources import parameters_of
 from blocks.variant import Variant
 from profiles.schema import Hardware, Measure, Scenario
-from tasks.engines.base import LoadOptions
+from tasks.engines.base import LoadOptions, Session
 from tasks.engines.timing_in_turns import in_turns, median_metric, tokens_before
 from tasks.measure.hardware_description import clock_for
 from tasks.measure.variant_timing import Timed, Timing
@@ -38,16 +36,6 @@ from tasks.running.progress import Progress
 
 Shares = tuple[Metric, Metric]  # times of a prefill and of a decode step, as shares of the parent's
 PARENT_LAYER, FIRST = LayerChoice(), "layer 0"
-
-
-class LoadedModel(Protocol):
-    """A model in an engine, such as a tasks.engines.base.Session."""
-
-    def request(self, prompt: Tensor, steps: int, grow: int = 0) -> Turn:
-        """Prefill of `prompt` (B, P), then `grow` tokens untimed, then `steps` decode steps."""
-
-    def close(self) -> None:
-        """Give back what the engine holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +79,15 @@ class WholeModelTimer(ABC):
         self.narrowest = narrowest_ffn(reader, variants)
 
     @abstractmethod
-    def _open(self, folder: Path, layers: Sequence[LayerChoice], scenario: Scenario, batch: int) -> LoadedModel:
+    def _open(self, folder: Path, layers: Sequence[LayerChoice], scenario: Scenario, batch: int) -> Session:
         """Load a model of these layers. Its weights are noise, because time does not depend on them.
 
         `folder` is there for the model's file, which may be removed as soon as the model is loaded.
         """
+
+    def _release(self, model: Session) -> None:
+        """A model has been timed."""
+        model.close()
 
     def run(self, scenario: Scenario, batch: int, progress: Progress) -> dict[Timed, Timing]:
         """See VariantTimer."""
@@ -108,11 +100,11 @@ class WholeModelTimer(ABC):
                 rest = [] if model.repeated is None else [model.repeated] * (self.reader.depth - 1)
                 other = self._open(Path(temporary), [PARENT_LAYER, *rest], scenario, batch)
                 turns = self._turns({"parent": parent, "other": other}, scenario, batch)
-                other.close()
+                self._release(other)
                 parents += turns["parent"]
                 shares[model.name] = self._shares(turns)
                 progress(done, len(models))
-            parent.close()
+            self._release(parent)
         return self._apart(shares, [self._clock(turn) for turn in parents])
 
     def _how(self, scenario: Scenario, batch: int) -> LoadOptions:
@@ -125,7 +117,7 @@ class WholeModelTimer(ABC):
             context_tokens=scenario.prompt_tokens + tokens_before(scenario.generated_tokens, steps) + steps,
         )
 
-    def _turns(self, models: Mapping[str, LoadedModel], scenario: Scenario, batch: int) -> dict[str, list[Turn]]:
+    def _turns(self, models: Mapping[str, Session], scenario: Scenario, batch: int) -> dict[str, list[Turn]]:
         prompt = torch.randint(
             self.reader.config.vocab_size,
             (batch, scenario.prompt_tokens),
