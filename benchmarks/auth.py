@@ -220,6 +220,8 @@ def served(site: Path, password: str, rows: Rows) -> None:
             assert time.monotonic() < deadline, found.text
             time.sleep(1)
         asked = {"parameters": found.json()["parameters"]}
+        token = api.get("/csrf-token", params={"client": "auth"}).json()["token"]
+        api.headers.update({"Prefect-Csrf-Token": token, "Prefect-Csrf-Client": "auth"})
         run = api.post(f"/deployments/{found.json()['id']}/create_flow_run", json=asked).json()["id"]
         while (state := api.get(f"/flow_runs/{run}").json()["state"])["type"] not in ("COMPLETED", "FAILED", "CRASHED"):
             assert time.monotonic() < deadline + START, state

@@ -12,20 +12,19 @@ from benchmarks.site import Site, served
 from tasks.operating.watch import RESTART
 
 
-def processes_of(root: Path, run: str = "") -> list[psutil.Process]:
-    """`puzzle serve` of a root (its servers are others), or the process of one of its runs."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        try:
-            if run:
-                mine = process.environ().get("PREFECT__FLOW_RUN_ID") == run
-            else:
-                mine = "serve" in process.info["cmdline"] and str(root) in process.info["cmdline"]
-        except (psutil.Error, TypeError):
-            continue
-        if mine:
-            found.append(process)
+def serving_process(root: Path) -> psutil.Process:
+    """`puzzle serve` of a root; its servers are others."""
+    (found,) = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if {"serve", str(root)} <= set(process.info["cmdline"] or ())
+    ]
     return found
+
+
+def runs_of(serving: psutil.Process) -> list[psutil.Process]:
+    """The processes of its runs, each spawned by it."""
+    return [each for each in serving.children() if "spawn_main" in " ".join(each.cmdline())]
 
 
 def killed_in_mid_distillation(site: Site, workspace: str, serve_too: bool) -> tuple[str, dict[Path, int]]:
@@ -34,9 +33,9 @@ def killed_in_mid_distillation(site: Site, workspace: str, serve_too: bool) -> t
     while len(list(folder.glob("library/*.json"))) < 3:
         assert site.state(run)["type"] in ("SCHEDULED", "PENDING", "RUNNING"), site.state(run)
         time.sleep(0.05)
-    victims = processes_of(site.root, run) + (processes_of(site.root) if serve_too else [])
-    assert victims, "the run's process was not found"
-    for victim in victims:
+    serving = serving_process(site.root)
+    assert (victims := runs_of(serving)), "the run's process was not found"
+    for victim in [*victims, *([serving] if serve_too else [])]:
         victim.kill()
     return run, {path: path.stat().st_mtime_ns for path in folder.glob("library/*.json")}
 

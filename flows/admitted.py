@@ -11,7 +11,8 @@ from prefect.context import FlowRunContext
 from flows.stages import process_of
 from profiles.load import load_profile
 from profiles.schema import Profile
-from tasks.operating.admission import Roots, admit, admitted_workspace
+from tasks.operating.admission import Roots, admitted, admitted_workspace, served_profile
+from tasks.operating.served_profile import ServedProfile
 from tasks.operating.watch import flow_run_id, piece_of_run, refuse_to_crash_for_ever
 from tasks.running.progress import logged
 from tasks.running.sharing import made_once
@@ -19,21 +20,21 @@ from tasks.running.workers import task_runner
 
 
 @contextmanager
-def at_work(profile: Profile, workspace: str) -> Iterator[Path]:
-    """The folder of an admitted run, at work in it, threads and workers as the profile says, a log file in it.
+def at_work(served: ServedProfile, workspace: str) -> Iterator[tuple[Profile, Path]]:
+    """Profile and folder of an admitted run, at work in it, threads and workers as the profile says, a log file in it.
 
     Raises Refused for a profile that a served run may not have, PuzzleFailure for a run that crashed too often.
     """
     refuse_to_crash_for_ever()
     roots = Roots.from_environment()
     folder = admitted_workspace(workspace, roots)
-    admit(profile, roots)
+    profile = admitted(served, roots)
     folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("puzzle").setLevel(logging.INFO)  # Prefect hands on what passes, and leaves the level as it is
     # its first process may live: a server that was down for minutes has heard no heartbeat
     once = made_once(folder, piece_of_run(flow_run_id()))
     with once, process_of(profile, folder), logged(folder), workers(profile):
-        yield folder
+        yield profile, folder
 
 
 @contextmanager
@@ -46,6 +47,6 @@ def workers(profile: Profile) -> Iterator[None]:
         yield
 
 
-def default_profile() -> Profile:
+def default_profile() -> ServedProfile:
     """What a form shows before a deployment's own parameters: the profile PUZZLE_PROFILE names, else the tiny one."""
-    return load_profile(os.environ.get("PUZZLE_PROFILE", "tiny"))
+    return served_profile(load_profile(os.environ.get("PUZZLE_PROFILE", "tiny")), Roots.from_environment())

@@ -8,34 +8,50 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from blocks.errors import PuzzleError
 from blocks.runtime import configure
 from profiles.load import load_profile, shipped_profiles
-from profiles.schema import Profile
-from tasks.operating.admission import DATA_ROOTS, REMOTE_CODE, ROOT, STORES
+from tasks.operating.admission import Roots, served_profile
 from tasks.operating.reach import check_servers
+from tasks.operating.served_profile import ServedProfile
 from tasks.running.servers import (
     PREFECT_DATABASE,
     QUIET,
     is_free,
     mlflow_server,
     prefect_database,
+    prefect_guards,
     prefect_server,
     running,
     sqlite_url,
     stop_left_behind,
 )
 
-Folders = Annotated[
-    list[Path] | None, typer.Option("--data", metavar="DIR", help="served profiles may read below it; repeat for more")
-]
+if TYPE_CHECKING:
+    from prefect import Flow
 
+Data = Annotated[
+    list[str] | None,
+    typer.Option("--data", metavar="NAME=FOLDER", help="served profiles may read NAME/...; repeat for more"),
+]
 Stores = Annotated[
-    list[str] | None, typer.Option("--store", metavar="URL", help="served profiles may use it; repeat for more")
+    list[str] | None, typer.Option("--store", metavar="NAME=URL", help="served profiles may use it; repeat for more")
+]
+Packages = Annotated[
+    list[str] | None,
+    typer.Option("--package", metavar="NAME", help="served profiles may read its files, beside the shipped ones'"),
+]
+Trusted = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-remote-code",
+        metavar="OWNER/NAME@COMMIT",
+        help="a parent whose own code served runs may run, or NAME/folder of --data; repeat for more",
+    ),
 ]
 
 
@@ -44,28 +60,28 @@ def serve_command(
         list[str] | None, typer.Argument(metavar="[PROFILE ...]", help="deployments of these [all shipped profiles]")
     ] = None,
     root: Annotated[Path, typer.Option("--root", metavar="DIR", help="workspaces lie below it")] = Path("workspace"),
-    data: Folders = None,
+    data: Data = None,
     port: Annotated[int, typer.Option(help="of Prefect's UI, unless PREFECT_API_URL is set")] = 4200,
     mlflow_port: Annotated[int, typer.Option(help="of MLflow's UI, unless MLFLOW_TRACKING_URI is set")] = 5000,
     runs: Annotated[int, typer.Option(min=1, help="runs at a time on this machine; the others wait")] = 1,
     reoptimize_at: Annotated[
         str | None, typer.Option("--reoptimize-at", metavar="CRON", help="schedule of `reoptimize`, e.g. '0 3 * * 1'")
     ] = None,
-    allow_remote_code: Annotated[
-        bool, typer.Option("--allow-remote-code", help="a served profile may set trust_remote_code")
-    ] = False,
+    allow_remote_code: Trusted = None,
     store: Stores = None,
+    package: Packages = None,
 ) -> None:
     """Offer optimize, reoptimize, sweep and measure-hardware in Prefect's UI, on this machine only, until ctrl-c."""
-    wanted = [load_profile(name) for name in profiles or shipped_profiles()]
-    root = root.resolve()
+    roots = Roots.declared(root, data or (), store or (), package or (), allow_remote_code or ())
+    wanted = [served_profile(load_profile(name), roots) for name in profiles or shipped_profiles()]
+    root = roots.workspaces
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PuzzleError(f"cannot write to {root}: {error.strerror}. Choose another with --root.") from error
     configure()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # while servers start; later Prefect's runner takes it
-    os.environ.update(served_environment(root, data or [], allow_remote_code, store or []))
+    os.environ.update(served_environment(roots))
     with servers(root, port, mlflow_port):
         check_servers()
         typer.echo(f"Prefect: {os.environ['PREFECT_API_URL'].removesuffix('/api')}")
@@ -73,20 +89,15 @@ def serve_command(
         offer(wanted, runs, reoptimize_at)
 
 
-def served_environment(root: Path, data: list[Path], remote_code: bool, stores: list[str]) -> dict[str, str]:
+def served_environment(roots: Roots) -> dict[str, str]:
     """What the runs of a serving process inherit. Prefect reads it when it is imported."""
-    parted = [folder for folder in data if os.pathsep in str(folder.resolve())]
-    if parted:
-        raise PuzzleError(f"--data {parted[0]}: a `{os.pathsep}` in a name parts folders here: rename the folder.")
+    home = roots.workspaces / ".prefect"
     return {
         **QUIET,
-        **(prefect_database(root / ".prefect") if PREFECT_DATABASE not in os.environ else {}),
-        ROOT: str(root),
-        DATA_ROOTS: os.pathsep.join(str(folder.resolve()) for folder in data),
-        REMOTE_CODE: "1" if remote_code else "0",
-        STORES: " ".join(stores),
-        "PREFECT_HOME": str(root / ".prefect"),
-        "PREFECT_LOCAL_STORAGE_PATH": str(root / ".prefect" / "storage"),
+        **(prefect_database(home) if PREFECT_DATABASE not in os.environ else {}),
+        **roots.environment(),
+        "PREFECT_HOME": str(home),
+        "PREFECT_LOCAL_STORAGE_PATH": str(home / "storage"),
         "PREFECT_LOGGING_EXTRA_LOGGERS": "puzzle",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # tasks/operating/watch.py waits for more than two of them
     }
@@ -101,9 +112,8 @@ def servers(root: Path, port: int, mlflow_port: int) -> Iterator[None]:
                 typer.echo(f"stopped the {name} that a killed `puzzle serve` left behind")
         if not os.environ.get("PREFECT_API_URL"):
             command, url = prefect_server(_free(port, "--port"))
-            stack.enter_context(
-                running(command, f"{url}/health", root / "prefect-server.log", {"PREFECT_UI_API_URL": url})
-            )
+            guards = prefect_guards(port)
+            stack.enter_context(running(command, f"{url}/health", root / "prefect-server.log", guards))
             os.environ["PREFECT_API_URL"] = url
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             store = sqlite_url(root / "mlflow.db")
@@ -119,11 +129,11 @@ def _free(port: int, option: str) -> int:
     return port
 
 
-def offer(wanted: list[Profile], runs: int, reoptimize_at: str | None) -> None:
+def offer(wanted: list[ServedProfile], runs: int, reoptimize_at: str | None) -> None:
     """Register the deployments and wait for runs; each runs in a process of its own, a crashed one again.
 
-    As `prefect.serve` does, with the watch begun in between; to register deployments twice would take away a schedule
-    that somebody added meanwhile.
+    As `prefect.serve` does, but for two things. The watch is begun before runs are taken. And the runner is given the
+    flows themselves: with deployments it would run whatever code the server says that they consist of by then.
     """
     from prefect.exceptions import TerminationSignal
     from prefect.runner import Runner
@@ -131,32 +141,33 @@ def offer(wanted: list[Profile], runs: int, reoptimize_at: str | None) -> None:
     from tasks.operating.watch import keep_watch
 
     runner: Any = Runner(pause_on_shutdown=True, limit=runs)
-    for each in deployments(wanted, reoptimize_at):
-        runner.add_deployment(each)
+    for flow, options in deployments(wanted, reoptimize_at):
+        runner.add_flow(flow, **options)
     keep_watch()
     with contextlib.suppress(KeyboardInterrupt, TerminationSignal):
         asyncio.run(runner.start())
 
 
-def deployments(wanted: list[Profile], reoptimize_at: str | None = None) -> list[Any]:
-    """One deployment per flow and profile, named after the profile, with the profile's values in the form."""
+def deployments(
+    wanted: list[ServedProfile], reoptimize_at: str | None = None
+) -> list[tuple["Flow[..., Any]", dict[str, Any]]]:
+    """Every flow for every profile, and how it is offered: named after the profile, with its values in the form."""
     from prefect.types.entrypoint import EntrypointType
 
     from flows import served
 
-    made = []
+    made: list[tuple[Flow[..., Any], dict[str, Any]]] = []
     for profile in wanted:
         own = {"profile": profile.model_dump(mode="json"), "workspace": profile.name}
         for flow in (served.optimize, served.reoptimize, served.measure_hardware, served.sweep):
-            made.append(
-                flow.to_deployment(
-                    name=profile.name,
-                    parameters={key: own[key] for key in own if key in flow.parameters.properties},
-                    description=f"{profile.description}\n\n{flow.description}",
-                    tags=["puzzle"],
-                    paused=False,  # stopping `puzzle serve` pauses them
-                    cron=reoptimize_at if flow is served.reoptimize else None,
-                    entrypoint_type=EntrypointType.MODULE_PATH,
-                )
-            )
+            options = {
+                "name": profile.name,
+                "parameters": {key: own[key] for key in own if key in flow.parameters.properties},
+                "description": f"{profile.description}\n\n{flow.description}",
+                "tags": ["puzzle"],
+                "paused": False,  # stopping `puzzle serve` pauses them
+                "cron": reoptimize_at if flow is served.reoptimize else None,
+                "entrypoint_type": EntrypointType.MODULE_PATH,
+            }
+            made.append((flow, options))
     return made

@@ -20,17 +20,17 @@ from flows.finish import COST_COLUMNS  # noqa: E402
 from flows.optimize import optimize as pipeline  # noqa: E402
 from flows.reoptimize import reoptimize as challenge  # noqa: E402
 from flows.stages import measure, prepare  # noqa: E402
-from profiles.schema import Profile  # noqa: E402
 from tasks.operating import sweeping  # noqa: E402
 from tasks.operating.admission import Roots, WorkspaceName, admitted_workspace  # noqa: E402
 from tasks.operating.artifacts import show_table  # noqa: E402
 from tasks.operating.champion import Judgement  # noqa: E402
+from tasks.operating.served_profile import ServedProfile  # noqa: E402
 
 DEFAULT = default_profile()
 
 
 @flow(name="optimize", flow_run_name="optimize {profile.name} in {workspace}")
-def optimize(profile: Profile = DEFAULT, workspace: WorkspaceName = DEFAULT.name) -> ChildReport:
+def optimize(profile: ServedProfile = DEFAULT, workspace: WorkspaceName = DEFAULT.name) -> ChildReport:
     """Make a faster child of a parent: record, distil, score, measure, choose, distil globally, evaluate.
 
     Whatever the workspace holds already is not done again. Cancel and start again as you like.
@@ -39,14 +39,14 @@ def optimize(profile: Profile = DEFAULT, workspace: WorkspaceName = DEFAULT.name
         profile: What is wanted: parent, corpus, search space, hardware, scenarios, budget.
         workspace: Name of the folder that keeps the block library and the children.
     """
-    with at_work(profile, workspace) as folder:
-        report: ChildReport = pipeline.fn(profile, str(folder))
+    with at_work(profile, workspace) as (admitted, folder):
+        report: ChildReport = pipeline.fn(admitted, str(folder))
     return report
 
 
 @flow(name="reoptimize", flow_run_name="reoptimize {profile.name} in {workspace}")
 def reoptimize(
-    profile: Profile = DEFAULT, workspace: WorkspaceName = DEFAULT.name, remeasure: bool = False
+    profile: ServedProfile = DEFAULT, workspace: WorkspaceName = DEFAULT.name, remeasure: bool = False
 ) -> State[Judgement]:
     """If anything changed that the child depends on, make a challenger and compare it with the champion.
 
@@ -55,22 +55,22 @@ def reoptimize(
         workspace: Name of the folder that keeps the block library and the children.
         remeasure: Measure the costs again first; they count as changed if one moved by 10 % and three times its spread.
     """
-    with at_work(profile, workspace) as folder:
-        found = challenge.fn(profile, str(folder), remeasure)
+    with at_work(profile, workspace) as (admitted, folder):
+        found = challenge.fn(admitted, str(folder), remeasure)
     return Completed(name=found.outcome.capitalize(), message=found.reason, data=found)
 
 
 @flow(name="measure-hardware", flow_run_name="measure {profile.hardware.name} for {profile.name}")
-def measure_hardware(profile: Profile = DEFAULT, workspace: WorkspaceName = DEFAULT.name) -> CostTable:
+def measure_hardware(profile: ServedProfile = DEFAULT, workspace: WorkspaceName = DEFAULT.name) -> CostTable:
     """Measure what every variant costs on this machine, and nothing else.
 
     Args:
         profile: Its parent, search space, hardware, scenarios and measure are used; the rest may stay as it is.
         workspace: Name of the folder that keeps the costs.
     """
-    with at_work(profile, workspace) as folder:
-        parent, _ = prepare(profile, folder)
-        table = measure(profile, parent, folder)
+    with at_work(profile, workspace) as (admitted, folder):
+        parent, _ = prepare(admitted, folder)
+        table = measure(admitted, parent, folder)
         show_table("costs", table.costs, COST_COLUMNS, f"measured on {profile.hardware.name}, {table.measured_at}")
     return table
 

@@ -19,7 +19,8 @@ from blocks.records import LayerChoice, ParentInfo
 from profiles.schema import FolderParent, GgufParent, PackageParent, ParentSource
 from tasks.export.folder import export_folder
 from tasks.inputs.parent import prepare_parent, write_config
-from tasks.operating.admission import Refused, Roots, admit
+from tasks.operating.admission import Refused, Roots, admitted
+from tasks.operating.served_profile import ServedProfile
 from tests.tiny import FAMILIES, tiny_model, tiny_parent, tiny_tokens
 
 State = dict[str, Tensor]
@@ -423,29 +424,27 @@ def test_gguf_split_in_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_served_gguf_lies_below_a_root(tmp_path: Path) -> None:
-    from profiles.schema import Profile
-
     data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
     data.mkdir()
     elsewhere.mkdir()
-    roots = Roots(workspaces=tmp_path, data=(data,))
+    roots = Roots(workspaces=tmp_path, data={"own": data})
     corpus = {"sources": [{"kind": "python_stdlib"}]}
 
-    def admitted(path: Path) -> None:
+    def admit(name: str) -> None:
         profile = {
             "name": "t",
-            "parent": {"kind": "gguf", "path": str(path)},
+            "parent": {"kind": "gguf", "path": f"own/{name}"},
             "corpus": corpus,
             "budget": {"speedup": 2},
         }
-        admit(Profile.model_validate(profile), roots)
+        admitted(ServedProfile.model_validate(profile), roots)
 
     for name in ("m.gguf", "m-00001-of-00002.gguf", "m-00002-of-00002.gguf"):
         (elsewhere / name).write_text("")
     (data / "m-00001-of-00002.gguf").write_text("")
-    admitted(data / "m-00001-of-00002.gguf")
+    admit("m-00001-of-00002.gguf")
     (data / "m-00002-of-00002.gguf").symlink_to(elsewhere / "m-00002-of-00002.gguf")
     (data / "[m].gguf").symlink_to(elsewhere / "m.gguf")
-    for path in (elsewhere / "m.gguf", data / "m-00001-of-00002.gguf", data / "[m].gguf"):
-        with pytest.raises(Refused, match="is not below a folder"):
-            admitted(path)
+    for name in ("m-00001-of-00002.gguf", "[m].gguf"):
+        with pytest.raises(Refused, match="leads out"):
+            admit(name)

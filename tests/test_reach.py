@@ -1,16 +1,20 @@
 """Servers that ask for a password, or do not answer: a sentence before any work, and no password in it."""
 
 import base64
+import shutil
+import ssl
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from tasks.operating import reach
-from tasks.operating.reach import ServerAway, ServerRefused, check_servers
+from tasks.operating.reach import ServerAway, ServerRefused, check_servers, wait_for_mlflow
 from tasks.running.servers import free_port, mlflow_server
 
 PASSWORD = "a-secret-of-the-test"
@@ -124,3 +128,85 @@ def test_what_mlflows_variables_say_stays_off_the_command_line(monkeypatch: pyte
     words, _ = mlflow_server(1234, "sqlite:///x", "folder")
     assert PASSWORD not in " ".join(words) and "sqlite:///x" not in words and "folder" not in words
     assert words[words.index("--app-name") + 1] == "basic-auth"
+
+
+class Away(BaseHTTPRequestHandler):
+    """A proxy whose server is away."""
+
+    def do_GET(self) -> None:
+        self.send_response(502)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_mlflow_that_is_away_is_waited_for_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(reach, "say", said.append)
+    monkeypatch.setattr(reach, "_ANSWERED", {})
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    with pytest.raises(ServerAway, match="has not answered"):
+        wait_for_mlflow(address, seconds=0.1)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Away) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        with pytest.raises(ServerAway, match="has not answered"):
+            wait_for_mlflow(f"http://127.0.0.1:{proxy.server_port}", seconds=0.1)
+        proxy.shutdown()
+    found: list[ThreadingHTTPServer] = []
+
+    def come_back() -> None:  # asking for a password: it is there
+        found.append(ThreadingHTTPServer(("127.0.0.1", port), Guarded))
+        found[0].serve_forever()
+
+    threading.Timer(0.5, come_back).start()
+    said.clear()
+    wait_for_mlflow(address, seconds=20)
+    found[0].shutdown()
+    assert [line.split(address)[1] for line in said] == [
+        " does not answer: waiting for it, 0 minutes at most",
+        " answers again",
+    ]
+
+
+def test_mlflow_that_answered_is_not_asked_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    now = [100.0]
+
+    def answers(address: str) -> bool:
+        asked.append(address)
+        return True
+
+    monkeypatch.setattr(reach, "_mlflow_is_up", answers)
+    monkeypatch.setattr(reach, "_ANSWERED", {})
+    monkeypatch.setattr("tasks.operating.reach.time.monotonic", lambda: now[0])
+    for later in (0, 1, reach.FRESH_SECONDS - 1.5, 1):
+        now[0] += later
+        wait_for_mlflow("http://one")
+    assert asked == ["http://one"] * 2
+    wait_for_mlflow("http://other")
+    assert asked[2:] == ["http://other"]
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_mlflow_is_waited_for_with_the_certificate_that_runs_trust(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    words = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    made = [*words.split(), "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(made, check=True, capture_output=True)
+    monkeypatch.setattr(reach, "_ANSWERED", {})
+    with ThreadingHTTPServer(("127.0.0.1", 0), Guarded) as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"https://localhost:{server.server_port}"
+        with pytest.raises(ServerAway, match="has not answered"):
+            wait_for_mlflow(address, seconds=0.1)
+        monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(certificate))
+        wait_for_mlflow(address, seconds=0.1)
+        server.shutdown()

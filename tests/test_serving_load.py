@@ -31,11 +31,13 @@ from tasks.loadtest.arrivals import NO_LIMITS, Traffic
 from tasks.loadtest.load_client import Request, event_of, request_of
 from tasks.loadtest.load_table import draw_load, failures_told, load_table
 from tasks.loadtest.serving_load import (
+    API_KEY,
     LoadPlan,
     LoadTurn,
     bench_servers,
     load_gains,
     load_test,
+    named_servers,
     one_turn,
     prompts_of,
     row_of,
@@ -172,10 +174,9 @@ def stub() -> Iterator[str]:
         server.shutdown()
 
 
-def test_what_a_server_is_asked(stub: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "a-key")
+def test_what_a_server_is_asked(stub: str) -> None:
     prompts = prompts_of(CLOSED, 50, 6, 0)
-    found = one_turn(Served(url=f"{stub}/v1/"), CLOSED, prompts, 0)
+    found = one_turn(Served(url=f"{stub}/v1/", key="a-key"), CLOSED, prompts, 0)
     assert (found.failed(), len(found.requests), found.cpu_seconds) == (0, 6, None) and found.seconds > 0.08
     assert sorted(one["prompt"] for one in Stub.asked) == sorted(map(list, prompts))
     for one in Stub.asked:
@@ -184,9 +185,40 @@ def test_what_a_server_is_asked(stub: str, monkeypatch: pytest.MonkeyPatch) -> N
         assert one["stream"] and one["stream_options"] == {"include_usage": True}
     assert len({one["from"] for one in Stub.asked}) == 6  # a connection each
     assert Stub.under_way[1] == POINT.batch_size
-    monkeypatch.delenv("OPENAI_API_KEY")
     one_turn(Served(url=stub), CLOSED, prompts[:1], 0)
     assert Stub.asked[-1]["key"] is None
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    """A server that sends whoever asks on to `there`."""
+
+    there = ""
+
+    def do_GET(self) -> None:
+        self.send_response(307)
+        self.send_header("Location", f"{self.there}{self.path}")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_a_key_goes_to_the_host_that_it_was_given_for(stub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "of somebody else")
+    monkeypatch.delenv(API_KEY, raising=False)
+    assert [server.key for server in named_servers([stub, stub]).values()] == [None, None]
+    monkeypatch.setenv(API_KEY, "a-key")
+    found = named_servers(["http://127.0.0.1:1", "http://127.0.0.1:2/v1"])
+    assert [server.key for server in found.values()] == ["a-key", "a-key"] and "a-key" not in repr(found)
+    with pytest.raises(PuzzleError, match="a key for one host"):
+        named_servers(["http://127.0.0.1:1", "http://localhost:1"])
+    Elsewhere.there = stub.replace("127.0.0.1", "localhost")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        threading.Thread(target=partial(server.serve_forever, poll_interval=0.02), daemon=True).start()
+        with pytest.raises(PuzzleFailure, match="307") as refused:
+            one_turn(Served(url=f"http://127.0.0.1:{server.server_port}", key="a-key"), CLOSED, [[1]], 0)
+        server.shutdown()
+    assert not Stub.asked and "a-key" not in str(refused.value)
 
 
 def test_what_a_server_answers_wrongly_is_kept_with_its_reason(stub: str) -> None:

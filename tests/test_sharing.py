@@ -157,7 +157,7 @@ def test_a_place_is_kept_until_the_last_block_that_asked_for_it_ends(tmp_path: P
     with presence.at_work_in(tmp_path) as number:
         with presence.at_work_in(tmp_path / ".") as again:
             assert again == number == 1
-        assert presence.others_at_work(tmp_path) and not presence.another_at_work(tmp_path)
+        assert presence.others_at_work(tmp_path)
         presence.leave(tmp_path)  # of a place that nobody asked to keep
         assert presence.others_at_work(tmp_path)
     assert not presence.others_at_work(tmp_path)

@@ -4,8 +4,10 @@ import hashlib
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,12 +24,13 @@ from blocks.records import BlockRecord, ParentInfo, Ref
 from blocks.store import MARKER, Store, StoreAway, StoreError, use_store
 from tasks.distill import bld
 from tasks.operating import shared
-from tasks.operating.admission import Refused, Roots, admit
+from tasks.operating.admission import Refused, Roots, admitted
+from tasks.operating.served_profile import ServedProfile
 from tasks.running import presence
 from tasks.running.servers import free_port, running
 from tasks.score import scoring
 from tests.chain import Chain, make_chain
-from tests.test_served import asking
+from tests.test_served import asked, asking
 from tests.test_sharing import another_process
 
 
@@ -234,26 +237,17 @@ def test_a_profile_names_a_store_plainly(named: str) -> None:
         asking(store=named)
 
 
-def test_a_served_profile_uses_the_stores_that_it_may(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "out").symlink_to(tmp_path)
-    roots = Roots(workspaces=tmp_path, data=(), stores=("s3://bucket/team", f"file://{tmp_path}/mine"))
-    for allowed in ("s3://bucket/team", "s3://bucket/team/", "s3://bucket/team/sub", f"file://{tmp_path}/mine/a"):
-        admit(asking(store=allowed), roots)
-    for other in (
-        "s3://bucket",
-        "s3://bucket/team-b",
-        "s3://bucket/teams/x",
-        "memory://bucket/team",
-        "s3a://bucket/team",
-    ):
-        with pytest.raises(Refused, match="--store|may use"):
-            admit(asking(store=other), roots)
-    for other in (f"file://{tmp_path}/mine/out/other", f"file://{tmp_path}", "file:///etc"):
-        with pytest.raises(Refused, match="store"):
-            admit(asking(store=other), roots)
-    with pytest.raises(Refused, match="puzzle serve --store"):
-        admit(asking(store="s3://bucket/team"), Roots(workspaces=tmp_path, data=()))
+def test_a_served_profile_names_a_store_that_was_declared(tmp_path: Path) -> None:
+    roots = Roots.declared(tmp_path, stores=["team=s3://bucket/team", f"mine=file://{tmp_path}/mine"])
+    with_store = ServedProfile.model_validate({**asked().model_dump(), "store": "team"})
+    assert admitted(with_store, roots).store == "s3://bucket/team"
+    for other in ("s3://bucket/team", "team/sub", "team/..", "file:///etc", "/etc", "~", ""):
+        with pytest.raises(ValidationError, match="store"):
+            ServedProfile.model_validate({**asked().model_dump(), "store": other})
+    with pytest.raises(Refused, match=r"may use \(mine\)"):
+        admitted(with_store, Roots.declared(tmp_path, stores=[f"mine=file://{tmp_path}"]))
+    with pytest.raises(Refused, match="puzzle serve --store NAME=URL"):
+        admitted(with_store, Roots(workspaces=tmp_path))
 
 
 class Away:
@@ -398,3 +392,34 @@ def test_the_store_of_a_run_at_work_stays_whatever_a_second_run_names(
             assert stores.store_named(workspace) == ours
         with shared.store_used(workspace, None):  # alone: none from now on
             assert stores.store_named(workspace) is None
+
+
+def test_of_two_runs_that_start_together_one_names_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have a place in the workspace before either has named its store, and an earlier run left a store's name."""
+    stores.use_store(tmp_path, f"file://{tmp_path}/of-old")
+    urls = [f"file://{tmp_path}/{name}" for name in ("one", "other")]
+    meet, found = threading.Barrier(2, timeout=20), dict[str, str]()
+    really = stores.store_named
+
+    def slowly(workspace: Path) -> str | None:
+        named = really(workspace)
+        time.sleep(0.2)  # both have looked by now, unless one waits for the other
+        return named
+
+    monkeypatch.setattr(shared, "store_named", slowly)
+
+    def run(url: str) -> None:
+        meet.wait()
+        try:
+            with shared.store_used(tmp_path, url):
+                meet.wait()  # until the other one has ended or begun
+                found[url] = str(really(tmp_path))
+        except StoreError as error:
+            found[url] = str(error)
+            meet.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, urls))
+    (used,) = [url for url in urls if found[url] == url]
+    (refused,) = [url for url in urls if url != used]
+    assert f"uses the store {used}, this one names {refused}" in found[refused]

@@ -18,12 +18,13 @@ from profiles.schema import Corpus, HubSource
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.libraries.exchange import export_library, import_library
 from tasks.libraries.interchange import write_library
-from tasks.operating.admission import Refused, Roots, admit
+from tasks.operating.admission import Refused, Roots, admitted
 from tasks.operating.champion import lineage_of
+from tasks.operating.served_profile import ServedProfile
 from tasks.search.joint import LibraryFileError
 from tests import test_nvlabs
 from tests.test_exchange import run
-from tests.test_served import asking
+from tests.test_served import asked, asking
 
 OUT = ["../evil", "/tmp/evil", "a/../../evil", "..", "a\\..\\evil", "~/evil", "a\n", ""]
 
@@ -59,11 +60,57 @@ def test_a_hub_data_set_is_never_a_folder_of_this_machine(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("name", ["/etc/target.yaml", "../hardware/h100", "../../profiles/tiny.yaml", "~/own.yaml"])
 def test_a_served_run_models_shipped_hardware_only(name: str, tmp_path: Path) -> None:
-    roots = Roots(workspaces=tmp_path, data=())
+    roots = Roots(workspaces=tmp_path)
+    with pytest.raises(ValidationError, match="name"):
+        asked(hardware={"engine": "roofline", "name": name})
     with pytest.raises(Refused, match=r"hardware\.name"):
-        admit(asking(hardware__engine="roofline", hardware__name=name), roots)
-    admit(asking(hardware__engine="roofline", hardware__name="h100"), roots)
-    admit(asking(hardware__name="a machine of mine"), roots)
+        admitted(asked(hardware={"engine": "roofline", "name": "own.yaml"}), roots)
+    admitted(asked(hardware={"engine": "roofline", "name": "h100"}), roots)
+    admitted(asked(hardware={"name": "a machine of mine"}), roots)
+
+
+@pytest.mark.parametrize("path", [*OUT, "s3://bucket/x", "file:///etc", "x\0"])
+def test_no_field_of_a_served_run_takes_a_way_out(path: str, tmp_path: Path) -> None:
+    """Each field that names a place, a version or a package, with every way out."""
+    ways = {
+        "store": path,
+        "hardware__name": path,
+        "evaluate__benchmark_package": path,
+        "orchestration__address": path,
+        "parent": {"kind": "folder", "path": path},
+    }
+    hub = {"kind": "hub", "hub_id": "owner/name"}
+    sources = [
+        {"kind": "text", "path": path},
+        {**hub, "revision": path},
+        {**hub, "configuration": path},
+        {**hub, "split": path},
+        {"kind": "wikipedia_dump", "package": path},
+        {"kind": "wikipedia_dump", "file": path},
+    ]
+    parents = [
+        {**hub, "revision": path},
+        {"kind": "package", "package": path, "file": "x"},
+        {"kind": "package", "package": "gensim", "file": path},
+    ]
+    for changes in [{key: ways[key]} for key in ways] + [{"parent": each} for each in parents]:
+        with pytest.raises(ValidationError):
+            served(changes)
+    for source in sources:
+        with pytest.raises(ValidationError):
+            served({"corpus__sources": [source]})
+
+
+def served(changes: dict[str, Any]) -> ServedProfile:
+    """What the API is sent, judged by the served profile alone."""
+    tree: dict[str, Any] = asked().model_dump(mode="json")
+    for place, value in changes.items():
+        node = tree
+        *above, last = place.split("__")
+        for key in above:
+            node = node[key]
+        node[last] = value
+    return ServedProfile.model_validate(tree)
 
 
 @pytest.mark.parametrize("path", ["../../evil.safetensors", "/tmp/evil.safetensors", "library/../../evil.safetensors"])

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,15 @@ START_SECONDS = 300.0  # vLLM needs a minute or two on a busy machine
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """A server under load. pid: None for a server that was not started here, whose memory and CPU time are unknown."""
+    """A server under load.
+
+    pid: None for a server that was not started here, whose memory and CPU time are unknown. key: of its API; it is sent
+    to this server only.
+    """
 
     url: str
     pid: int | None = None
+    key: str | None = field(default=None, repr=False)
 
     def cpu_seconds(self) -> float | None:
         """CPU seconds so far of the process and of all processes that it started, also of those that have ended."""

@@ -8,7 +8,6 @@ sent: a client that is late would else hide what people wait.
 import asyncio
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -43,19 +42,22 @@ async def send(
     prompts: Sequence[Sequence[int]],
     arrivals: Sequence[float],
     answered: Callable[[], None],
+    key: str | None = None,
 ) -> tuple[list[Request], float]:
     """Send each prompt when it arrives; a closed loop has `batch_size` under way. `answered` is called after each.
+    `key` goes to this server alone, in a header: no redirect is followed.
 
     Returns the requests and the wall seconds from the first arrival's clock to the last answer. Raises PuzzleFailure
     when no server answers.
     """
     free = asyncio.Semaphore(traffic.point.batch_size) if traffic.rate is None else nullcontext()
-    key = os.environ.get("OPENAI_API_KEY")  # goes into the header, nowhere else
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     # a connection each: llama.cpp's server closes idle ones, and a request that meets that fails
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     base = url.rstrip("/").removesuffix("/v1")
-    async with httpx.AsyncClient(base_url=base, headers=headers, timeout=TIMEOUT_SECONDS, limits=limits) as client:
+    async with httpx.AsyncClient(
+        base_url=base, headers=headers, timeout=TIMEOUT_SECONDS, limits=limits, follow_redirects=False
+    ) as client:
         model = await _model_of(client)
         begin = time.perf_counter()
 
@@ -80,7 +82,7 @@ async def _model_of(client: httpx.AsyncClient) -> str:
     except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
         raise PuzzleFailure(
             f"no OpenAI-style server answers at {client.base_url}v1/models ({error or type(error).__name__}): "
-            "start one there, or name another --url."
+            "start one there, or name another --url. A key of its API goes into PUZZLE_BENCH_API_KEY."
         ) from error
 
 

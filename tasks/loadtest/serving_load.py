@@ -7,6 +7,7 @@ late in the percentiles.
 
 import asyncio
 import math
+import os
 import random
 import statistics
 import tempfile
@@ -31,6 +32,7 @@ from tasks.loadtest.arrivals import NO_LIMITS, Limits, Traffic, traffic_of
 from tasks.loadtest.load_client import Request, send
 from tasks.measure.bench import CHILD, Point, ready
 
+API_KEY = "PUZZLE_BENCH_API_KEY"  # ours: a key that is in the environment for somebody else's API goes nowhere
 SPARE_TOKENS = 16  # a server may add tokens of its own to a prompt
 Tell = Callable[[int, int], None]
 
@@ -168,12 +170,18 @@ def served_models(
 
 
 def named_servers(urls: Sequence[str]) -> dict[str, Served]:
-    """Servers that run already: the child's alone, or parent's then child's."""
+    """Servers that run already: the child's alone, or parent's then child's. One key is for one host."""
     if len(urls) not in (1, 2) or not all(map(_is_address, urls)):
         raise PuzzleError(
             "--url is http://HOST:PORT of the child's server, or given twice: the parent's, then the child's."
         )
-    return dict(zip((PARENT, CHILD)[-len(urls) :], (Served(url=url) for url in urls), strict=True))
+    key = os.environ.get(API_KEY) or None
+    hosts = sorted({httpx.URL(url).host for url in urls})
+    if key and len(hosts) > 1:
+        raise PuzzleError(
+            f"{API_KEY} is a key for one host, and --url names {' and '.join(hosts)}: bench one at a time, or unset it."
+        )
+    return dict(zip((PARENT, CHILD)[-len(urls) :], (Served(url=url, key=key) for url in urls), strict=True))
 
 
 def _is_address(url: str) -> bool:
@@ -246,7 +254,7 @@ def one_turn(
     """
     cpu = server.cpu_seconds()
     arrivals = traffic.arrivals(len(prompts), number)
-    found, seconds = asyncio.run(send(server.url, traffic, prompts, arrivals, answered))
+    found, seconds = asyncio.run(send(server.url, traffic, prompts, arrivals, answered, server.key))
     seconds = max(seconds, len(prompts) / traffic.rate if traffic.rate else 0.0)
     after = server.cpu_seconds()
     used = None if cpu is None or after is None else after - cpu

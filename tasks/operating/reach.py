@@ -5,11 +5,14 @@ MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. Asked through the product
 proxies are those that the run will meet. No address may hold a password: addresses are printed, logged and linked.
 """
 
+import math
 import os
+import time
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from blocks.errors import PuzzleError, PuzzleFailure
+from tasks.running.progress import say
 
 PREFECT, MLFLOW = "PREFECT_API_URL", "MLFLOW_TRACKING_URI"
 CREDENTIALS = {
@@ -18,6 +21,8 @@ CREDENTIALS = {
 }
 CERTIFICATE = {PREFECT: "PREFECT_API_SSL_CERT_FILE", MLFLOW: "MLFLOW_TRACKING_SERVER_CERT_PATH"}
 REFUSED = (401, 403)
+FRESH_SECONDS = 10.0  # so long a server that answered is believed to be there
+_ANSWERED: dict[str, float] = {}  # URL -> time of its last answer
 
 
 class ServerRefused(PuzzleError):
@@ -68,24 +73,59 @@ def _ask_prefect(url: str) -> None:
 
 
 def _ask_mlflow(url: str) -> None:
+    try:
+        status = _mlflow_status(url, retries=3)
+    except Exception as error:  # MLflow wraps what requests raises
+        raise _away(MLFLOW, url, error) from error
+    _judge(MLFLOW, url, status)
+
+
+def _mlflow_status(url: str, retries: int) -> int:
+    """HTTP status of a search for experiments: the health page is open to everybody."""
     from tasks.operating.tracking import quiet_mlflow
 
     quiet_mlflow()
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
+    answer = http_request(
+        get_default_host_creds(url.rstrip("/")),
+        "/api/2.0/mlflow/experiments/search",
+        "GET",
+        max_retries=retries,
+        raise_on_status=False,
+        params={"max_results": 1},
+    )
+    return int(answer.status_code)
+
+
+def wait_for_mlflow(url: str, seconds: float = 300) -> None:
+    """Return once MLflow's server answers, told while it does not. ServerAway after so long.
+
+    MLflow's client asks again by itself, for two minutes and without a word. A server that answered less than
+    FRESH_SECONDS ago is not asked again.
+    """
+    if time.monotonic() < _ANSWERED.get(url, -math.inf) + FRESH_SECONDS:
+        return
+    deadline, told = time.monotonic() + seconds, False
+    while not _mlflow_is_up(url):
+        if not told:
+            say(f"MLflow at {url} does not answer: waiting for it, {seconds / 60:.0f} minutes at most")
+            told = True
+        if time.monotonic() > deadline:
+            raise ServerAway(f"MLflow at {url} has not answered for {seconds / 60:.0f} minutes: start it")
+        time.sleep(1)
+    _ANSWERED[url] = time.monotonic()
+    if told:
+        say(f"MLflow at {url} answers again")
+
+
+def _mlflow_is_up(url: str) -> bool:
+    """True for one who asks for a password too; not for a proxy without its server."""
     try:
-        # searched, since the health page is open to everybody
-        answer = http_request(
-            get_default_host_creds(url.rstrip("/")),
-            "/api/2.0/mlflow/experiments/search",
-            "GET",
-            max_retries=3,
-            params={"max_results": 1},
-        )
-    except Exception as error:  # MLflow wraps what requests raises
-        raise _away(MLFLOW, url, error) from error
-    _judge(MLFLOW, url, answer.status_code)
+        return _mlflow_status(url, retries=0) < 500
+    except Exception:  # MLflow wraps what requests raises
+        return False
 
 
 def _judge(name: str, url: str, status: int) -> None:

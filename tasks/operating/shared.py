@@ -1,14 +1,17 @@
 """The store that a run shares with other machines: opened before it works, what moved told at its end."""
 
+import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+from filelock import FileLock
 
 from blocks.files import sha256_of
 from blocks.library import keep
 from blocks.records import Ref, Value
 from blocks.store import StoreError, store_named, store_of, use_store
-from tasks.running.presence import another_at_work
 from tasks.running.progress import say
 
 FILES = "files.json"
@@ -24,26 +27,44 @@ class RunFiles(Value):
 def store_used(workspace: Path, url: str | None) -> Iterator[None]:
     """The workspace has this store within the block, and keeps it until a run names another or none.
 
-    A workspace has one store: beside a run of another process, its store stands. Raises StoreError, StoreAway.
+    A workspace has one store: beside another run, its store stands. Raises StoreError, StoreAway.
     """
+    locks = workspace / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with (locks / "store-users").open("a") as users:  # held, shared, by every run within the block
+        with FileLock(locks / "store.lock"):  # looked at and named by one run at a time
+            store = use_store(workspace, _agreed(workspace, url, users))
+            fcntl.flock(users, fcntl.LOCK_SH)
+        if store is None:
+            yield
+            return
+        store.tell = say
+        try:
+            yield
+        finally:
+            say(store.traffic())
+
+
+def _agreed(workspace: Path, url: str | None, users: IO[str]) -> str | None:
+    """The store that a run uses: its own, or that of the runs that are at work already."""
     theirs = store_named(workspace)
-    if theirs not in (None, url) and another_at_work(workspace):
-        if url is not None:
-            raise StoreError(
-                f"another run at work in {workspace} uses the store {theirs}, this one names {url}, and a workspace "
-                "has one store: wait for its end, name the same store, or another workspace."
-            )
-        say(f"another run at work in {workspace} uses the store {theirs}: what both make goes there")
-        url = theirs
-    store = use_store(workspace, url)
-    if store is None:
-        yield
-        return
-    store.tell = say
+    if theirs in (None, url) or _nobody_else(users):
+        return url
+    if url is not None:
+        raise StoreError(
+            f"another run at work in {workspace} uses the store {theirs}, this one names {url}, and a workspace "
+            "has one store: wait for its end, name the same store, or another workspace."
+        )
+    say(f"another run at work in {workspace} uses the store {theirs}: what both make goes there")
+    return theirs
+
+
+def _nobody_else(users: IO[str]) -> bool:
     try:
-        yield
-    finally:
-        say(store.traffic())
+        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def keep_run(folder: Path, workspace: Path) -> None:

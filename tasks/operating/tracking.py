@@ -22,9 +22,10 @@ from filelock import FileLock
 from blocks.errors import PuzzleError
 from blocks.records import Architecture, Candidate, ChildReport, CorpusInfo, Metric, ParentInfo, Value
 from profiles.schema import Profile
+from tasks.operating.reach import wait_for_mlflow
 from tasks.pages.picture import gain_of
 from tasks.pages.report import final_of, parent_of
-from tasks.running.servers import sqlite_url, wait_for_answer
+from tasks.running.servers import sqlite_url
 
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 TABLES_TAG = "mlflow.loggedArtifacts"
@@ -81,7 +82,7 @@ def quiet_mlflow() -> Any:
 def _client(uri: str) -> Any:
     mlflow = quiet_mlflow()
     if uri.startswith("http"):
-        wait_for_answer("MLflow", uri)
+        wait_for_mlflow(uri)
     return mlflow.MlflowClient(tracking_uri=uri)
 
 

@@ -101,14 +101,6 @@ def others_at_work(workspace: Path) -> bool:
     return any(_is_held(path) for path in _places(workspace))
 
 
-def another_at_work(workspace: Path) -> bool:
-    """True when a process that is not this one has a place there."""
-    own = _HELD.get(workspace.resolve())
-    own_path = None if own is None else Path(own.lock.lock_file)
-    with _entrance(workspace.resolve()):  # else somebody who comes in might find a place taken by this look at it
-        return any(_is_held(path) for path in _places(workspace.resolve()) if path != own_path)
-
-
 def _places(workspace: Path) -> list[Path]:
     return [path for path in sorted(workspace.glob(".lock*")) if path.name != ENTRANCE]
 

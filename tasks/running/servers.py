@@ -6,30 +6,24 @@ Prefect's workers have been seen to ignore the first.
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from http.client import HTTPException
 from pathlib import Path
 
+import httpx
 import psutil
 
 from blocks.errors import PuzzleFailure
-from tasks.running.progress import say
 
 LOOPBACK = "127.0.0.1"
 PREFECT_DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
 GRACE_SECONDS = 8.0
-FRESH_SECONDS = 10.0  # so long a server that answered is believed to be there; its client asks again by itself
-_ANSWERED: dict[str, float] = {}  # URL -> time of its last answer
 
 
 class ServerFailure(PuzzleFailure):
@@ -58,42 +52,10 @@ def is_free(port: int) -> bool:
 def answer(url: str, timeout: float = 5.0) -> str | None:
     """Body of a GET, or None when nobody answers with 200."""
     try:
-        with urllib.request.urlopen(url, timeout=timeout) as response:
-            text: str = response.read().decode("utf-8", errors="replace")
-            return text if response.status == 200 else None
-    except (OSError, ValueError, HTTPException):  # refused, timed out, an error status, not a URL
+        found = httpx.get(url, timeout=timeout, follow_redirects=True)
+    except (httpx.HTTPError, httpx.InvalidURL):  # refused, timed out, no HTTP, not a URL
         return None
-
-
-def is_up(url: str) -> bool:
-    """True when somebody answers there; one who asks for a password is up, a proxy without its server is not."""
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except urllib.error.HTTPError as error:
-        return error.code < 500
-    except (OSError, ValueError, HTTPException):
-        return False
-
-
-def wait_for_answer(name: str, url: str, seconds: float = 300) -> None:
-    """Return once a server answers its health check, told while it does not. ServerFailure after so long.
-
-    One that answered less than FRESH_SECONDS ago is not asked again.
-    """
-    if time.monotonic() < _ANSWERED.get(url, -math.inf) + FRESH_SECONDS:
-        return
-    deadline, told = time.monotonic() + seconds, False
-    while not is_up(f"{url}/health"):
-        if not told:
-            say(f"{name} at {url} does not answer: waiting for it, {seconds / 60:.0f} minutes at most")
-            told = True
-        if time.monotonic() > deadline:
-            raise ServerFailure(f"{name} at {url} has not answered for {seconds / 60:.0f} minutes: start it")
-        time.sleep(1)
-    _ANSWERED[url] = time.monotonic()
-    if told:
-        say(f"{name} at {url} answers again")
+    return found.text if found.status_code == httpx.codes.OK else None
 
 
 @contextmanager
@@ -151,19 +113,11 @@ def stop_left_behind(kept: Path) -> bool:
     try:
         words = kept.read_text().split()
         process, starter = _found(*words[:2]), _found(*words[2:])
-        if process is None or starter is not None:
-            return False
-        group = [process, *process.children(recursive=True)]
-    except (OSError, TypeError, psutil.Error):  # the second: not a file of ours
+    except (OSError, TypeError):  # the second: not a file of ours
         return False
-    for each in group:
-        with contextlib.suppress(psutil.Error):
-            each.terminate()
-    _, alive = psutil.wait_procs(group, timeout=GRACE_SECONDS)
-    for each in alive:
-        with contextlib.suppress(psutil.Error):
-            each.kill()
-    psutil.wait_procs(alive, timeout=10)
+    if process is None or starter is not None:
+        return False
+    stop(process)
     return True
 
 
@@ -177,14 +131,17 @@ def _wait_for(process: subprocess.Popen[bytes], url: str, log: Path, seconds: fl
         time.sleep(0.2)
 
 
-def stop(process: subprocess.Popen[bytes], grace_seconds: float = GRACE_SECONDS) -> None:
-    """End a server and whatever it started; returns when it is gone."""
+def stop(process: subprocess.Popen[bytes] | psutil.Process, grace_seconds: float = GRACE_SECONDS) -> None:
+    """End a server and its process group, whatever it started; returns when they are gone."""
+    workers: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        workers = psutil.Process(process.pid).children(recursive=True)
     for number, wait in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, 10.0)):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(subprocess.TimeoutExpired, psutil.TimeoutExpired):
             process.wait(wait)
-    # a worker in the same group may outlive the leader by a moment
+    psutil.wait_procs(workers, timeout=GRACE_SECONDS)  # one may outlive its leader by a moment
 
 
 def sqlite_url(path: Path, driver: str = "pysqlite") -> str:
@@ -226,21 +183,44 @@ def prefect_server(port: int) -> tuple[list[str], str]:
     return command, f"http://{LOOPBACK}:{port}/api"
 
 
+def prefect_guards(port: int) -> dict[str, str]:
+    """Environment of a Prefect server that pages of other sites can neither read nor write to.
+
+    By default it lets every origin read, and a change needs no token: any page in a browser on this machine could start
+    runs. What the environment says already stands, for a server behind a proxy.
+    """
+    wanted = {
+        "PREFECT_UI_API_URL": f"http://{LOOPBACK}:{port}/api",
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": _origins(port),
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",  # Prefect's clients and its UI ask for a token by themselves
+    }
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
 def mlflow_server(port: int, store: str, artifacts: str) -> tuple[list[str], str]:
     """Command of an MLflow server on loopback that hands out artifacts, and its URL. One worker: 490 MB, not 811.
 
-    What MLflow's own variables say wins, and stays off the command line, where others could read a password.
+    It answers to the names of this machine's loopback device alone, and pages of other sites cannot write to it. What
+    MLflow's own variables say wins, and stays off the command line, where others could read a password.
     """
-    environment = os.environ
+    options = {
+        "MLFLOW_BACKEND_STORE_URI": ("--backend-store-uri", store),
+        "MLFLOW_ARTIFACTS_DESTINATION": ("--artifacts-destination", artifacts),
+        "MLFLOW_SERVER_ALLOWED_HOSTS": ("--allowed-hosts", f"{LOOPBACK}:*,localhost:*"),  # any port: of a tunnel
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ("--cors-allowed-origins", _origins(port)),
+    }
     command = [
         str(Path(sys.executable).parent / "mlflow"),
         "server",
-        *(() if environment.get("MLFLOW_BACKEND_STORE_URI") else ("--backend-store-uri", store)),
-        *(() if environment.get("MLFLOW_ARTIFACTS_DESTINATION") else ("--artifacts-destination", artifacts)),
-        *(("--app-name", "basic-auth") if environment.get("MLFLOW_AUTH_CONFIG_PATH") else ()),
+        *(word for name, words in options.items() if not os.environ.get(name) for word in words),
+        *(("--app-name", "basic-auth") if os.environ.get("MLFLOW_AUTH_CONFIG_PATH") else ()),
         *("--host", LOOPBACK, "--port", str(port), "--workers", "1"),
     ]
     return command, f"http://{LOOPBACK}:{port}"
+
+
+def _origins(port: int) -> str:
+    return f"http://{LOOPBACK}:{port},http://localhost:{port}"
 
 
 # what every server of ours runs with: quiet, no telemetry, no job workers that nothing here uses, deaths remembered
