@@ -1,10 +1,9 @@
-"""`puzzle export`: a child in the format an engine loads, refused with a sentence where the format cannot express it.
+"""`puzzle export`: write a child in the format that an engine loads. A format that cannot express the child is refused.
 
-Every export is checked after it was written. A folder is loaded again as a stranger would and must give the very
-logits. A GGUF file is read back and must hold the very weights that its precision leaves; where llama.cpp is
-installed, its logits are compared with torch on the weights that the file holds, and its tokens with transformers'
-(tasks/export/tokenizer_check.py). The logits of a folder are compared where vLLM is installed and can run the child,
-and there the greedy tokens too.
+Every export is checked after it was written. A folder is loaded again, as anyone would load it, and must give exactly
+the same logits; where vLLM is installed and can run the child, vLLM's logits and greedy tokens are compared too. A GGUF
+file is read back and must hold the child's weights as its precision rounds them; where llama.cpp is installed, its
+logits (logits_check.py) and its tokens (tokenizer_check.py) are compared too.
 """
 
 import tempfile
@@ -87,7 +86,7 @@ def export_as(
         return export_gguf(model, child, precision, target, tokenizer_from)
     card = child / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {origin_of(child).name}\n"
-    notes = ["checked: loaded as a stranger would, it gives the very logits"]
+    notes = ["checked: loaded again with transformers, it gives exactly the same logits"]
     with tempfile.TemporaryDirectory(prefix="puzzle-tokenizer-") as folder:
         if child.is_file():
             notes.insert(0, write_tokenizer(child, Path(folder)))
@@ -105,7 +104,7 @@ def _own_precision(child: Path) -> str:
 
 
 def _refuse_target(child: Path, form: str, target: Path) -> None:
-    """PuzzleError, before anything is computed, where nothing can be written."""
+    """Raise PuzzleError, before anything is computed, when the target cannot be written."""
     if target.resolve() == child.resolve():
         raise PuzzleError(f"{target} is the child itself: name another --out.")
     if target.exists() and target.is_dir() == (form == "gguf"):
@@ -118,7 +117,7 @@ def _refuse_target(child: Path, form: str, target: Path) -> None:
 
 
 def refuse(config: Any, form: str) -> None:
-    """EngineLimit when a format cannot express a child with this DeciLMConfig."""
+    """Raise EngineLimit when a format cannot express a child with this DeciLMConfig."""
     if form == "gguf":
         missing = gaps("llama.cpp", config)
         if missing:
@@ -130,7 +129,7 @@ def refuse(config: Any, form: str) -> None:
 
 
 def _refuse_widths(config: Any) -> None:
-    """Engines that read `ffn_mult` round every width up to a multiple of 256."""
+    """Raise EngineLimit for FFN widths that engines would change: they round up to a multiple of 256."""
     widths = {layer: layer_sizes(config, layer)[1] for layer in range(len(config.block_configs))}
     wrong = {layer: width for layer, width in widths.items() if width and width % 256}
     if wrong:
@@ -143,7 +142,7 @@ def _refuse_widths(config: Any) -> None:
 
 
 def export_gguf(model: Any, child: Path, precision: str, target: Path, tokenizer_from: Path | None = None) -> Exported:
-    """Write and check a GGUF file; see export_as. It comes to `target` when every check was passed."""
+    """Write and check a GGUF file; see export_as. It is moved to `target` when it has passed every check."""
     origin = origin_of(child)
     tokenizer, note = find_tokenizer(child, model.config.vocab_size, origin, tokenizer_from)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +160,7 @@ def export_gguf(model: Any, child: Path, precision: str, target: Path, tokenizer
 
 
 def _tokenizer_checked(path: Path, child: Path, tokenizer_from: Path | None) -> list[str]:
-    """What the comparison of a GGUF file's tokenizer with the child's own found; nothing where one has none."""
+    """Sentences on how a GGUF file's tokenizer compares with the child's; none where one of them has no tokenizer."""
     own = open_tokenizer(child) if child.is_dir() and copied_tokenizer(path) != NO_TOKENIZER else None
     if own is None:
         return []
@@ -169,7 +168,9 @@ def _tokenizer_checked(path: Path, child: Path, tokenizer_from: Path | None) -> 
 
 
 def check_weights(model: Any, back: Any, path: Path, precision: str) -> str:
-    """`back`, read from the file, is of the same architecture and has weights as near as the precision lets them be."""
+    """Raise ExportError unless the model `back`, which was read from the file, has the architecture of `model`, and its
+    weights up to the rounding of the precision. Returns a sentence.
+    """
     if back.config.block_configs != model.config.block_configs:
         raise ExportError(f"{path.name}, read back, has another architecture: it was not written right")
     own = model.state_dict()

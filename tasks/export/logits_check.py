@@ -47,19 +47,22 @@ class Difference:
 
 
 def check_logits(back: Any, path: Path, precision: str) -> str:
-    """llama.cpp beside torch on `back`, the weights of the file. Raises ExportError beyond the tolerance."""
+    """Compare llama.cpp with torch on the weights that the file holds (`back`). Returns a sentence, or raises
+    ExportError.
+    """
     return verdict(compare_logits(back, path), LlamaCpp(), path, precision)
 
 
 def check_in_vllm(model: Any, folder: Path, precision: str, step: Step = no_step) -> str:
-    """vLLM beside torch on an exported folder's weights, or why there is nothing to compare.
+    """Compare vLLM with torch on an exported folder's weights. Returns a sentence: the result, or why nothing was
+    compared.
 
     Raises ExportError beyond the tolerance, EngineFailed when vLLM cannot load what it should be able to.
     """
     engine = Vllm()
     reason = engine.missing() or cannot(config_of(folder))
     if reason is None and precision not in engine.precisions:
-        reason = f"it is driven in {' and '.join(engine.precisions)} only"
+        reason = f"puzzle runs it in {' and '.join(engine.precisions)} only"
     if reason:
         return f"not compared with vLLM's logits: {reason}"
     tokens = min(CHECK_TOKENS, model.config.max_position_embeddings - CHECK_STEPS)
@@ -102,7 +105,9 @@ def own_kl(model: Any, exact: Any, ids: Tensor) -> float:
 
 
 def verdict(found: Difference, engine: Engine, path: Path, precision: str, own_kl: float = 0.0) -> str:
-    """A sentence, or ExportError beyond the tolerance; `own_kl` is what torch itself loses in this precision."""
+    """A sentence on a comparison, or ExportError beyond the tolerance. own_kl: what torch itself loses in this
+    precision.
+    """
     limit = LOGITS_TOLERANCE if precision == "float32" else max(KL_TOLERANCE[precision], OWN_KL * own_kl)
     value, what = (found.most, "largest difference of logits") if precision == "float32" else (found.kl, "KL, nats")
     if not value <= limit:
@@ -117,7 +122,7 @@ def verdict(found: Difference, engine: Engine, path: Path, precision: str, own_k
 
 
 def compare_logits(model: Any, path: Path, tokens: int = CHECK_TOKENS, exact: bool = True) -> Difference:
-    """llama.cpp's logits of a GGUF file beside those of a model in torch, random tokens."""
+    """Compare llama.cpp's logits of a GGUF file with those of a model in torch, on random tokens."""
     ids = _check_ids(model, tokens)
     with closing(LlamaCpp().load(path, LoadOptions(exact=exact, context_tokens=ids.shape[1]))) as session:
         return compare(session, model, ids)
@@ -131,7 +136,7 @@ def _check_ids(model: Any, tokens: int) -> Tensor:
 
 @torch.inference_mode()
 def compare(session: Session, model: Any, ids: Tensor) -> Difference:
-    """An engine's logits beside torch's on the same (1, T) tokens."""
+    """Compare an engine's logits with torch's on the same (1, T) tokens."""
     return difference(model(ids, use_cache=False).logits[0], session.logits(ids[0].tolist()))
 
 

@@ -41,7 +41,7 @@ GAINS = {
     ("prefill", "CPU"): "prefill_cpu",
     ("decode", "CPU"): "decode_cpu",
 }
-TOLERANCE = 0.05  # a median scenario that is off by more is printed
+TOLERANCE = 0.05  # when the median scenario is off by more, a sentence says so
 
 
 def clock_of(costs: CostTable) -> str:
@@ -106,7 +106,7 @@ def sum_of(costs: CostTable, layers: Sequence[LayerChoice], at: ScenarioBatch, p
 
 
 def error_of_sum(costs: CostTable, layers: Sequence[LayerChoice], at: ScenarioBatch, phase: Phase) -> float:
-    """Standard error, in seconds, of that."""
+    """Standard error of that sum, in seconds."""
     return math.hypot(*(error for _, error in _parts(costs, layers, at, phase)))
 
 
