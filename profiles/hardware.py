@@ -78,7 +78,7 @@ def load_target(name: str) -> HardwareTarget:
     try:
         return HardwareTarget.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (ValidationError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ProfileError(f"{file} is no valid hardware target: {_reason(error)}.") from None
+        raise ProfileError(f"{file} is not a valid hardware target: {_reason(error)}.") from None
 
 
 def target_for(hardware: Hardware) -> HardwareTarget:

@@ -132,7 +132,9 @@ def _override(tree: dict[Any, Any], override: str) -> None:
 def _index(key: str, items: list[Any], override: str, where: str) -> int:
     if not key.isdecimal() or int(key) >= len(items):
         allowed = f"0 to {len(items) - 1}" if items else "none, the list is empty"
-        raise ProfileError(f"override `{override}`: {where} is a list, `{key}` is no index of it (allowed: {allowed}).")
+        raise ProfileError(
+            f"override `{override}`: {where} is a list, `{key}` is not an index of it (allowed: {allowed})."
+        )
     return int(key)
 
 

@@ -77,8 +77,7 @@ class GgufParent(Section):
     kind: Literal["gguf"] = "gguf"
     path: str = Field(
         description="The file; of a split model the first one (name-00001-of-0000N.gguf). A relative path starts at "
-        "the "
-        "current folder."
+        "the current folder."
     )
 
 
@@ -121,8 +120,7 @@ class TextSource(Section):
     text_field: str = Field(
         default="text",
         description="For jsonl and parquet: the field that holds the text, or chats as lists of messages. Where there "
-        "is no "
-        "field `text`, the fields `messages` and `conversations` are looked for.",
+        "is no field `text`, the fields `messages` and `conversations` are looked for.",
     )
     separator: str = Field(default="\n\n\n", min_length=1, description="For text files: what separates two documents.")
 
@@ -219,8 +217,8 @@ class BLD(Section):
     closed_form: bool = Field(default=True, description="Start from a ridge regression on the parent's activations.")
     max_attempts: PositiveInt = Field(
         default=3,
-        description="How often a variant is trained when its loss is NaN or rises. Each further attempt has a third of "
-        "the learning rate.",
+        description="How often a variant is trained when its loss is NaN or rises. Each further attempt has a third of"
+        " the learning rate.",
     )
     coupled: bool = Field(default=False, description="Train whole blocks too, in a second stage.")
     coupled_attention: tuple[Label, ...] = Field(default=(), description="Attention variants of the second stage.")
@@ -277,8 +275,8 @@ DEVICE = r"^(cpu|cuda|mps)(:(0|[1-9]\d*))?$"
 def _known_device(text: str) -> str:
     if not re.fullmatch(DEVICE, text):
         raise ValueError(
-            f"`{text}` is no device that puzzle computes on: cpu, cuda or mps, with a number where there are several, "
-            "such as cuda:1"
+            f"`{text}` is not a device that puzzle computes on: cpu, cuda or mps, with a number where there are "
+            "several, such as cuda:1"
         )
     return text
 
@@ -324,9 +322,8 @@ class Hardware(Section):
     precision: Precision = Field(
         default="float32",
         description="Number format of weights and matrix products, also of the child that is written. float8 can only "
-        "be "
-        "modelled, q8_0 only be run in llama.cpp. When left out, costs are measured in float32 and the child keeps its "
-        "parent's format.",
+        "be modelled, q8_0 only be run in llama.cpp. When left out, costs are measured in float32 and the child keeps "
+        "its parent's format.",
     )
     kv_precision: Precision | None = Field(
         default=None, description="Number format of the KV cache, with engine roofline only. null: as the weights."
@@ -436,8 +433,7 @@ class Scenario(Section):
         default=None,
         gt=0,
         description="This scenario's part of all requests. Where scenarios have weights, the budget's limits on time "
-        "hold "
-        "for the weighted mean, and not for each scenario.",
+        "hold for the weighted mean, and not for each scenario.",
     )
     budget: ScenarioBudget = Field(default=ScenarioBudget(), description="Further limits, for this scenario only.")
 
@@ -448,8 +444,8 @@ class Measure(Section):
     rounds: int = Field(default=7, ge=3, description="Rounds in which variants take turns; the median is kept.")
     stack: PositiveInt = Field(
         default=8,
-        description="Number of copies of a subblock that are run one after another, so that a processor's cache cannot "
-        "hold them all.",
+        description="Number of copies of a subblock that are run one after another, so that a processor's cache cannot"
+        " hold them all.",
     )
     decode_steps: PositiveInt = Field(default=8, description="Number of decode steps that are timed in each round.")
     max_age_days: float = Field(default=90, gt=0, description="Age in days at which stored costs are measured again.")
@@ -577,8 +573,8 @@ class Champion(Section):
 
     metric: Literal["kl", "loss", "top1_agreement"] = Field(
         default="kl",
-        description="What is compared, sequence by sequence on the test split: the KL divergence from the parent, loss "
-        "or agreement.",
+        description="What is compared, sequence by sequence on the test split: the KL divergence from the parent, loss"
+        " or agreement.",
     )
     min_improvement: float = Field(
         default=0.0,
@@ -651,8 +647,8 @@ class Profile(Section):
         str,
         Field(
             pattern=r"^[a-z0-9][a-z0-9_-]*$",
-            description="Name of the runs, of their folders and of the registered model: lower-case letters, digits, - "
-            "and _.",
+            description="Name of the runs, of their folders and of the registered model: lower-case letters, digits, -"
+            " and _.",
         ),
     ]
     description: str = Field(default="", description="A line for people.")
@@ -677,8 +673,7 @@ class Profile(Section):
     store: StoreURL | None = Field(
         default=None,
         description="Where finished work is kept for other machines as well: any fsspec URL without credentials, such "
-        "as "
-        "s3://bucket/prefix. null: only in the workspace.",
+        "as s3://bucket/prefix. null: only in the workspace.",
     )
 
     @field_validator("store")

@@ -330,7 +330,7 @@ GOOD = [{"text": "one"}, {"text": "two"}, {"text": "three"}]
         ({"text": 3}, "line 4 holds int in field `text`, not text"),
         ({"text": ["a", "b"]}, "line 4 holds a list of str in field `text`, not text"),
         ({"text": {"de": "a"}}, "line 4 holds dict in field `text`, not text"),
-        ("a string", "line 4 is no object with fields, but str"),
+        ("a string", "line 4 is not an object with fields, but str"),
         ({"text": []}, "line 4 has no messages"),
     ],
 )
@@ -609,9 +609,9 @@ TEMPLATE = """{{ bos_token }}{% if strftime_now is defined %}{{ strftime_now("%d
         ([*SHARED, {"from": "observation", "value": "3"}], "has a message of role `observation`"),
         ([CHAT[0], {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}], "that calls a tool"),
         ([CHAT[0], {"role": "assistant", "content": None}], "has no text in message 2"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "has a part in message 1 that is no text"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "has a part in message 1 that is not text"),
         ([{"role": "user", "content": " "}], "has no text in any message"),
-        ([{"speaker": "user", "content": "x"}], "whose item 1 is no message"),
+        ([{"speaker": "user", "content": "x"}], "whose item 1 is not a message"),
     ],
 )
 def test_chats_that_cannot_be_written_whole_are_counted(tmp_path: Path, chat: list[Any], reason: str) -> None:

@@ -247,7 +247,7 @@ def test_shards(tmp_path: Path, source: Path) -> None:
     message = refused(folder, tmp_path / "refused")
     assert "are missing. model-00002-of-00002.safetensors holds it" in message
     (source / "model.safetensors.index.json").write_text("[]")
-    assert "is no index of weights" in refused(folder, tmp_path / "refused")
+    assert "is not an index of weights" in refused(folder, tmp_path / "refused")
     shards(source, {**files, "model-00002-of-00002.safetensors": {**second, names[0]: state[names[0]]}})
     assert f"hold {names[0]} twice" in refused(folder, tmp_path / "refused")
     shards(source, files)

@@ -56,10 +56,10 @@ def seen_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
         ({"engine": "vllm", "device": "cuda:0"}, "engine vllm is driven on cpu alone"),
         ({"engine": "vllm", "precision": "float16"}, "engine vllm is driven in float32, bfloat16, not in float16"),
         ({"device": "cpu:1"}, "write device: cpu"),
-        ({"device": "xpu"}, "`xpu` is no device that puzzle computes on: cpu, cuda or mps"),
-        ({"device": "npu:0"}, "`npu:0` is no device"),
-        ({"device": "cuda:01"}, "`cuda:01` is no device"),
-        ({"device": "CUDA"}, "`CUDA` is no device"),
+        ({"device": "xpu"}, "`xpu` is not a device that puzzle computes on: cpu, cuda or mps"),
+        ({"device": "npu:0"}, "`npu:0` is not a device"),
+        ({"device": "cuda:01"}, "`cuda:01` is not a device"),
+        ({"device": "CUDA"}, "`CUDA` is not a device"),
     ],
 )
 def test_impossible_pairs_are_no_profile(tmp_path: Path, hardware: dict[str, Any], told: str) -> None:

@@ -246,7 +246,7 @@ def test_without_vllm_the_sentence_says_what_to_install(tmp_path: Path, monkeypa
     python.touch()
     assert vllm_engine.interpreter() == python
     monkeypatch.setenv(PYTHON_VARIABLE, str(tmp_path / "python"))
-    with pytest.raises(EngineMissing, match="which is no interpreter of an environment with vLLM"):
+    with pytest.raises(EngineMissing, match="which is not the interpreter of an environment with vLLM"):
         installed_engine("vllm")
 
 
@@ -273,7 +273,7 @@ def test_what_the_cpu_build_cannot_run_is_said_before_it_starts(tmp_path: Path) 
     assert cannot(child.config) == (
         "vLLM has no CPU kernel for attention heads of 8, only for 32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512"
     )
-    with pytest.raises(EngineLimit, match="is no folder"):
+    with pytest.raises(EngineLimit, match="is not a folder"):
         vllm_engine._trusted(tmp_path / "x.gguf")
     if MISSING is None:
         with pytest.raises(PuzzleError, match="float32 and bfloat16"):

@@ -49,7 +49,7 @@ class LlamaLibrary:
             self.c = ctypes.CDLL(str(path))
             self._bind()
         except (OSError, AttributeError) as error:
-            raise EngineFailed(f"{path.name} ({origin}) is no llama.cpp that can be used here: {error}") from error
+            raise EngineFailed(f"{path.name} ({origin}) is not a llama.cpp that can be used here: {error}") from error
         self._silence = _log_callback(lambda level, text, data: None)
         self.c.llama_log_set(self._silence, None)
         self._load_backends()

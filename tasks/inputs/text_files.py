@@ -94,7 +94,7 @@ def skipped(tallies: Iterable[Tally], origin: str) -> list[str]:
 def value_of(row: Any, field: str, chat: Chat) -> str | None:
     """The text of a row, or its chat as text; None when the field is null. Raises Unusable."""
     if not isinstance(row, Mapping):
-        raise Unusable(f"is no object with fields, but {_kind(row)}")
+        raise Unusable(f"is not an object with fields, but {_kind(row)}")
     value = row[_named(row, field)]
     if value is None or isinstance(value, str):
         return value
