@@ -71,7 +71,7 @@ def test_impossible_pairs_are_no_profile(tmp_path: Path, hardware: dict[str, Any
 
 @pytest.mark.parametrize(
     ("devices", "told"),
-    [(["mps"], "float64, which mps does not have"), (["cuda", "cuda:0"], "each named once"), (["hpu"], "no device")],
+    [(["mps"], "float64, which mps does not have"), (["cuda", "cuda:0"], "each named once"), (["hpu"], "not a device")],
 )
 def test_impossible_workers_are_no_profile(tmp_path: Path, devices: list[str], told: str) -> None:
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(GOOD | {"orchestration": {"devices": devices}}))

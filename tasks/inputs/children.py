@@ -34,8 +34,8 @@ def open_child(path: Path, dtype: torch.dtype | None = None) -> DeciLMForCausalL
         weights = weights_of(path)
         if weights.extra or "tie_word_embeddings" in weights.settings:
             raise ChildError(
-                f"{path} is not a plain folder (tensors of another name, left-over ones, or a tied head that is its own): load "
-                " it with transformers and save_pretrained it."
+                f"{path} is not a plain folder (renamed or left-over tensors, or a tied head that is its own): "
+                "load it with transformers and save it with save_pretrained."
             )
         return in_precision(Parent(path).model(), dtype)
     try:
