@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from blocks.child import config_of
 from blocks.errors import PuzzleError, first_line
+from blocks.parent import config_of
 from tasks.export.tokenizer_check import check_tokenizer
 from tasks.gguf.tokenizer_reader import tokenizer_of
 from tasks.gguf.tokenizer_writer import (

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blocks.child import config_of
 from blocks.engine_limits import EngineLimit, gaps
 from blocks.errors import PuzzleError, did_you_mean
+from blocks.parent import config_of
 from blocks.resources import precision_name
 from profiles.schema import PRECISION_ALIASES
 from tasks.engines.llama_cpp import LlamaCpp

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blocks.child import config_of
 from blocks.engine_limits import known_engine
 from blocks.errors import PuzzleFailure
+from blocks.parent import config_of
 from tasks.engines.base import Engine, LoadOptions, Session
 from tasks.engines.errors import EngineFailed
 from tasks.engines.llama_cpp import LlamaCpp
