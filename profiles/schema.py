@@ -333,6 +333,7 @@ class Hardware(Section):
     )
     threads: PositiveInt | None = Field(
         default=None,
+        le=4096,  # torch ends the process at a number that no machine has
         description="Number of threads of one operation. null: the physical cores that the process may use.",
     )
 

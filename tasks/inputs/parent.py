@@ -40,8 +40,9 @@ VERSION = 2  # raise it when the same source would give another folder
 HUB_FILES = ("config.json", CARD, *HUB_PATTERNS, INDEX, "adapter_config.json")  # all of the hub's but weights
 # keys by which save_pretrained writes paths of this machine into JSON
 _PATH_KEYS = ("_name_or_path", "name_or_path", "_model_name_or_path")
-# keys that a prepared parent's config.json does not have: its code is never run, its weights are not quantised
-_LEFT_OUT = ("auto_map", "quantization_config")
+# keys that a prepared parent's config.json does not have: its code is never run, its weights are not quantised, and a
+# forward pass returns what its caller asks for
+_LEFT_OUT = ("auto_map", "quantization_config", "output_attentions", "output_hidden_states", "return_dict")
 
 
 class Manifest(Value):
@@ -79,6 +80,14 @@ def prepare_parent(
         say(f"parent {made.parent.name}: {note}")
     keep(manifest, made, made.files, workspace, fetch)
     return made.parent
+
+
+def check_source(source: FolderParent | GgufParent) -> None:
+    """Raise ParentError for a folder or file that is missing, or whose config is not a parent's. Weights are not read."""
+    if isinstance(source, GgufParent):
+        parts_of(_gguf_file(source))
+    else:
+        check_config(_read_json(_source_folder(source) / "config.json"), source.trust_remote_code)
 
 
 def write_config(source: ParentSource, folder: Path) -> None:
