@@ -83,7 +83,7 @@ def prepare_parent(
 
 
 def check_source(source: FolderParent | GgufParent) -> None:
-    """Raise ParentError for a folder or file that is missing, or whose config is not a parent's. Weights are not read."""
+    """Raise ParentError for a folder or file that is missing or cannot be a parent by its config."""
     if isinstance(source, GgufParent):
         parts_of(_gguf_file(source))
     else:
