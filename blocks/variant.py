@@ -2,7 +2,7 @@
 
 A variant is its subblock and a short label (`kv1`, `ffn768`, `linear`, `no_op`, `parent`). Each kind lives in a file
 of its own under blocks/attention/ or blocks/ffn/ and registers itself here; the lists of names are derived from the
-registry. To add a kind see docs/add-a-variant-kind.md.
+registry. To add a kind see docs/how-to/add-a-variant-kind.md.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Start: the channels with the highest contribution C_i = mean |X_i| * ||W_down[:, i]|| (puzzle.md). Closed form: the
 channels are chosen again by backward elimination with refit (blocks/fit.py), which measures better than contribution
-(benchmarks/bld.md), and down_proj is the ridge solution from the shared Gram matrix: its sub-matrix serves any width.
+(docs/log.md), and down_proj is the ridge solution from the shared Gram matrix: its sub-matrix serves any width.
 """
 
 from __future__ import annotations
