@@ -23,8 +23,9 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 TUTORIAL = DOCS / "tutorial" / "first-child.md"
 # the tutorial's that need its finished run: what they do is tested elsewhere, their options below
 NEED_A_CHILD = ("export", "bench", "show", "report", "reoptimize")
+# in an indented line, a console line, or `inline`
 CODE_LINE = re.compile(
-    r"^(?:\$ )?(?:    )?(?:\.venv/bin/)?puzzle ([a-z]+(?: (?:show|import|export)\b)?)([^#`]*)", re.MULTILINE
+    r"(?:^ {4}|^\$ \.venv/bin/|`)puzzle ([a-z]+(?: (?:show|import|export)\b)?)([^#`\n]*)", flags=re.MULTILINE
 )
 
 
