@@ -6,6 +6,7 @@ Works on a workspace whose run is finished (`puzzle optimize` with the same prof
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from blocks.files import atomic_path
 from blocks.runtime import set_threads
 from profiles.load import load_profile
 from tasks.search.choose import choose
-from tasks.search.confidence import bootstrap
+from tasks.search.confidence import Draws, bootstrap
 from tasks.search.totals import Problem
 from tasks.search.view import library_of, request_of
 from tasks.studies.additivity import Ask as CheckAsk
@@ -93,7 +94,7 @@ def how_sure(problem: Problem) -> str:
     library, rows = library_of(problem), []
     for robust in (0.0, 1.0):
         request = request_of(problem, search=problem.search.model_copy(update={"robust": robust}))
-        found = bootstrap(library, request, DRAWS)
+        found = bootstrap(library, request, Draws(most=DRAWS, least=DRAWS, seconds=math.inf))
         least = sorted(found.chosen, key=lambda layer: found.recurrence[layer].get(found.chosen[layer], 0.0))[:3]
         doubtful = ", ".join(f"{layer} {found.recurrence[layer].get(found.chosen[layer], 0.0):.0%}" for layer in least)
         interval = f"{found.low:.4f} to {found.high:.4f}"

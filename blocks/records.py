@@ -4,7 +4,7 @@ Tensors travel as a `Ref`: a path relative to the workspace and the sha256 of th
 """
 
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -232,6 +232,7 @@ class Architecture(Value):
     status: str
     bound: float
     gap: float
+    solved_by: str = ""
     solve_seconds: float = 0.0
     evaluations: int = 0
 
@@ -386,7 +387,10 @@ class StageTime(Value):
 
 
 class ChildReport(Value):
-    """What a run leaves: predicted beside measured, parent beside child beside baselines."""
+    """What a run leaves: predicted beside measured, parent beside child beside baselines.
+
+    request: what was asked of the search (tasks/search/request.py); empty in reports of older versions.
+    """
 
     profile: str
     parent: ParentInfo
@@ -402,3 +406,4 @@ class ChildReport(Value):
     peak_memory_bytes: int = 0
     prefect_run_id: str = ""
     mlflow_run_id: str = ""
+    request: dict[str, Any] = {}

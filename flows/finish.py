@@ -48,6 +48,7 @@ from tasks.running.progress import say, wide_console
 from tasks.running.servers import prefect_database
 from tasks.running.sharing import Piece, alone, made_once
 from tasks.running.usage import Usage
+from tasks.search.view import request_of
 
 BLOCK_COLUMNS = ("layer", "subblock", "variant", "status", "nmse_closed_form", "nmse_after", "steps", "seconds")
 SCORE_COLUMNS = ("layer", "subblock", "variant", "kl", "kl_se", "lm_loss", "lm_loss_se")
@@ -182,6 +183,7 @@ class Run:
             seconds=self.usage.seconds(),
             cpu_seconds=self.usage.cpu_seconds(),
             peak_memory_bytes=self.usage.peak_memory_bytes(),
+            request=request_of(self.profile).model_dump(mode="json"),
             prefect_run_id=self.prefect_run_id,
             mlflow_run_id=self.mlflow_run_id,
         )

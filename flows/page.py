@@ -20,7 +20,7 @@ def report(
     ] = None,
     over: Annotated[str | None, typer.Option("--over", help="what is on the front's axis [what binds most]")] = None,
     points: Annotated[int, typer.Option("--points", min=2, max=1000, help="limits on the front")] = 20,
-    draws: Annotated[int, typer.Option("--draws", min=2, max=100_000, help="bootstrap draws")] = 200,
+    draws: Annotated[int, typer.Option("--draws", min=2, max=100_000, help="bootstrap draws, at most")] = 200,
     study: Annotated[
         Path | None, typer.Option("--study", metavar="FILE", help="JSON list of {name, predicted, true, true_se}")
     ] = None,
@@ -29,22 +29,29 @@ def report(
 ) -> None:
     """One HTML page: the choice, its certificate, architecture, Pareto front, confidence, prices, the run's table."""
     from tasks.pages.page import Extent, read_truth, truth_of, write_page
-    from tasks.pages.run_page import batch_of_run, limits_of_run, study_of
+    from tasks.pages.run_page import study_of, study_of_run
+    from tasks.search.confidence import Draws
 
     source = values["library"] or workspace
     if source is None:
         raise PuzzleError("name a workspace, or a library with --library PATH.")
     finished = finished_run(workspace) if workspace else None
     opened, request = asked(**{**values, "library": source})
-    if finished is not None and not request.limits:
-        batch = values["batch_size"] or batch_of_run(finished)
-        opened = asked(**{**values, "library": source, "batch_size": batch})[0]
-        request = request.model_copy(update={"limits": limits_of_run(finished)})
     truth = read_truth(study) if study else truth_of(source if source.is_dir() else source.parent)
-    extent = Extent(over=over and over.replace("-", "_"), points=points, draws=draws)
-    made = study_of(source, opened, request, extent, truth=truth, report=finished)
+    extent = Extent(over=over and over.replace("-", "_"), points=points, draws=Draws(most=draws))
+    parts = {"truth": truth, "report": finished}
+    if workspace and finished is not None and not values["library"] and _asks_nothing(values):
+        made = study_of_run(workspace, finished, extent, truth)
+    else:
+        made = study_of(source, opened, request, extent, **parts)
     for file in write_page(made, out, png):
         typer.echo(f"wrote {file}")
+
+
+def _asks_nothing(values: dict[str, Any]) -> bool:
+    """True when no budget and no constraint was given: the page is then about the run's own choice."""
+    defaults = inspect.signature(asked).parameters
+    return all(value in (None, defaults[name].default) for name, value in values.items() if name != "library")
 
 
 def finished_run(workspace: Path) -> "ChildReport | None":

@@ -180,7 +180,7 @@ def explain_command(library: "JointLibrary", request: "Request", as_json: Json =
     from tasks.search.solve import choose_joint, prices
 
     (choice,) = choose_joint(library, request)
-    found = prices(library, request)
+    found = prices(library, request, choice)
     if as_json:
         typer.echo(json.dumps({**choice.model_dump(), "prices": [price.model_dump() for price in found]}, indent=1))
         return
@@ -233,15 +233,16 @@ def sweep_command(
 def confidence_command(
     library: "JointLibrary",
     request: "Request",
-    draws: Annotated[int, typer.Option("--draws", min=2, max=100_000, help="bootstrap draws")] = 200,
+    draws: Annotated[int, typer.Option("--draws", min=2, max=100_000, help="bootstrap draws, at most")] = 200,
+    seconds: Annotated[float, typer.Option("--seconds", min=1, help="time for them, at most")] = 120,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
     """How sure the choice is: the whole search again on resampled sequences, how often each layer's choice recurs."""
-    from tasks.search.confidence import bootstrap
+    from tasks.search.confidence import Draws, bootstrap
 
     with shown("bootstrap", beside=True) as tell:
-        found = bootstrap(library, request, draws, seed, tell)
+        found = bootstrap(library, request, Draws(most=draws, seconds=seconds, seed=seed), tell)
     typer.echo(found.model_dump_json(indent=1) if as_json else _sure(found))
 
 
@@ -270,6 +271,7 @@ def _summary(choice: "JointChoice", library: "JointLibrary", request: "Request")
     if choice.score_se is not None:
         lines.append(f"score  {choice.score:.6f} +- {choice.score_se:.6f} (one standard error over sequences)")
     lines.append(f"certificate  {choice.status}, bound {choice.bound:.6f}, gap {choice.gap:.2e}; {types} block types")
+    lines.append(f"solved by  {choice.solved_by}")
     limits = {limit.label: limit for limit in request.limits}
     for totals in choice.scenarios:
         if totals.scenario:
@@ -324,7 +326,7 @@ def _sure(found: "Confidence") -> str:
         f"regret  {found.regret:.2%} above the draw's own best on average; within 1 % in "
         f"{found.within_1_percent:.0%} of {found.draws} draws over {found.sequences} sequences",
         f"optimism  a choice scores {found.optimism:+.1%} on sequences that did not help to choose it",
-        f"agreement  {found.agreement:.0%} of the layers' choices recur on average",
+        f"agreement  {found.agreement:.0%} +- {found.agreement_se:.1%} of the layers' choices recur on average",
     ]
     width = max(len(layer) for layer in found.chosen)
     for layer, label in found.chosen.items():

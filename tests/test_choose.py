@@ -15,12 +15,13 @@ from blocks.errors import InfeasibleBudget
 from blocks.records import SUBBLOCKS, Architecture, Cost, CostTable, LayerChoice, NonBlockCost, Score
 from profiles.schema import Budget, Scenario, ScenarioBudget, Search
 from tasks.search.choose import choose
-from tasks.search.grid import make_grid
-from tasks.search.mip import SolverStopped
+from tasks.search.grid import grids_of, make_grid
+from tasks.search.mip import SolverStopped, minimise
 from tasks.search.totals import (
     InconsistentTables,
     Problem,
     batch_choices,
+    broken_limits,
     make_problem,
     predicted,
     score_of,
@@ -262,6 +263,24 @@ def test_limits_of_one_scenario_and_of_the_traffic(seed: int) -> None:
     assert within_budget(problem, architecture.layers)
     without = choose(replace(problem, scenarios=(chat, long.model_copy(update={"budget": ScenarioBudget()}))))
     assert without.score <= architecture.score
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("joint", [False, True])
+def test_the_program_of_the_studies_is_the_same(coupled: bool, joint: bool) -> None:
+    """A slot per subblock or per layer: the optimum of brute force, under limits that totals.py keeps too."""
+    scenarios = [CHAT.model_copy(update={"batch_sizes": (1, 4)}), LONG]
+    problem = random_problem(4, Budget(**BUDGETS["three"]), scenarios=scenarios, coupled=coupled)
+    found = []
+    for grid in grids_of(problem, joint=joint):
+        assert len(grid.starts) == (3 if joint else 4 if coupled else 6)
+        answer = minimise(grid.program, EXACT)
+        if answer is not None:
+            layers = grid.choice(answer.selection)
+            assert not broken_limits(problem, layers, grid.batches)
+            assert score_of(problem, layers)[0] == pytest.approx(answer.objective)
+            found.append(answer.objective)
+    assert min(found) == pytest.approx(brute_force(problem)[0], rel=1e-6)
 
 
 def test_constraints_of_the_profile_hold() -> None:

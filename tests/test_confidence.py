@@ -10,7 +10,7 @@ import pytest
 
 from profiles.schema import Budget, Search
 from tasks.libraries.interchange import joint_view
-from tasks.search.confidence import bootstrap
+from tasks.search.confidence import Draws, bootstrap
 from tasks.search.joint import JointLibrary, JointOption, LibraryFileError
 from tasks.search.request import Request, limits
 from tasks.search.solve import choose_joint
@@ -40,7 +40,7 @@ SAMPLES = {"parent": [0.0, 0.0, 0.0], "a": [0.1, 0.5, 0.2], "b": [0.4, 0.1, 0.25
 
 def test_recurrence_like_all_27_draws() -> None:
     """One layer, three sequences: every draw can be listed."""
-    found = bootstrap(library(SAMPLES), Request(limits=limits(memory_mib=1.0)), draws=500, seed=1)
+    found = bootstrap(library(SAMPLES), Request(limits=limits(memory_mib=1.0)), Draws(most=500, seed=1))
     draws = [np.array(draw) for draw in itertools.product(range(3), repeat=3)]
     best = [min("ab", key=lambda label: np.array(SAMPLES[label])[draw].mean()) for draw in draws]
     regret = [
@@ -60,7 +60,9 @@ def test_recurrence_like_all_27_draws() -> None:
 def test_no_noise_no_doubt() -> None:
     """Sequences that all say the same: the choice always recurs, nothing is regretted or too good to be true."""
     found = bootstrap(
-        library({"parent": [0.0] * 6, "a": [0.2] * 6, "b": [0.3] * 6}, 3), Request(limits=limits(memory_mib=4.0)), 30
+        library({"parent": [0.0] * 6, "a": [0.2] * 6, "b": [0.3] * 6}, 3),
+        Request(limits=limits(memory_mib=4.0)),
+        Draws(most=30),
     )
     assert found.low == pytest.approx(found.high) == pytest.approx(found.objective)
     assert found.regret == pytest.approx(0, abs=1e-9) and found.within_1_percent == 1
@@ -71,13 +73,16 @@ def test_the_winners_curse_is_seen() -> None:
     """Many equal options, noise alone tells them apart: what was chosen is worse on the sequences left out."""
     generator = np.random.default_rng(0)
     noisy = {f"v{i}": list(generator.gamma(2, 0.1, 12)) for i in range(20)}
-    found = bootstrap(library({"parent": [0.0] * 12, **noisy}, 2), Request(limits=limits(memory_mib=2.0)), 100)
+    found = bootstrap(
+        library({"parent": [0.0] * 12, **noisy}, 2), Request(limits=limits(memory_mib=2.0)), Draws(most=100)
+    )
     assert found.optimism > 0.1 and found.regret > 0
 
 
 def test_a_seed_repeats_and_another_does_not() -> None:
     runs = [
-        bootstrap(library(SAMPLES), Request(limits=limits(memory_mib=1.0)), draws=50, seed=seed) for seed in (3, 3, 4)
+        bootstrap(library(SAMPLES), Request(limits=limits(memory_mib=1.0)), Draws(most=50, seed=seed))
+        for seed in (3, 3, 4)
     ]
     assert runs[0] == runs[1] != runs[2]
 
@@ -86,11 +91,24 @@ def test_draws_keep_the_budget_and_sum_to_one() -> None:
     view = joint_view(stored(random_problem(2, Budget(speedup=1.2))))
     request = Request(limits=limits(num_params="60%"))
     seen: list[tuple[int, int]] = []
-    found = bootstrap(view, request, draws=20, tell=lambda done, total: seen.append((done, total)))
+    found = bootstrap(view, request, Draws(most=20), tell=lambda done, total: seen.append((done, total)))
     assert seen == [(i + 1, 20) for i in range(20)]
     assert list(found.recurrence) == list(view.layers)
     assert all(sum(shares.values()) == pytest.approx(1) for shares in found.recurrence.values())
     assert found.low <= found.high and found.regret >= -1e-9
+
+
+def test_drawing_stops_when_it_is_precise_or_out_of_time() -> None:
+    """Without noise the least number of draws is enough; with it all are used; without time two are."""
+    request = Request(limits=limits(memory_mib=3.0))
+    quiet = library({"parent": [0.0] * 6, "a": [0.2] * 6, "b": [0.3] * 6}, 3)
+    generator = np.random.default_rng(0)
+    loud = library({"parent": [0.0] * 9, **{f"v{i}": list(generator.gamma(2, 0.1, 9)) for i in range(9)}}, 3)
+    sure = bootstrap(quiet, request, Draws(most=90, least=7))
+    assert sure.draws == 7 and sure.agreement == 1 and sure.agreement_se == 0
+    found = bootstrap(loud, request, Draws(most=30, least=7))
+    assert found.draws == 30 and found.agreement_se > 0.01
+    assert bootstrap(loud, request, Draws(most=30, seconds=0.0)).draws == 2
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.0, 5.0])

@@ -133,10 +133,13 @@ def test_the_example_kind_of_the_guide_works() -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_every_room_says_what_it_is_for() -> None:
+def test_every_room_says_what_it_is_for_and_is_in_the_readme() -> None:
     loose = [path.name for path in (ROOT / "tasks").glob("*.py") if path.name != "__init__.py"]
     assert loose == []
     for room in sorted((ROOT / "tasks").iterdir()):
         if room.is_dir() and any(room.glob("*.py")):
             docstring = ast.get_docstring(ast.parse((room / "__init__.py").read_text()))
             assert docstring and len(docstring.split()) >= 5, room.name
+            assert f"\n    tasks/{room.name}/ " in (ROOT / "README.md").read_text(), (
+                f"README.md does not list {room.name}"
+            )

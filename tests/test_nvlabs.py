@@ -112,6 +112,7 @@ def test_like_brute_force(
     answer = answers(*words)
     assert answer["objective"] == pytest.approx(min(fitting), abs=1e-6)
     assert answer["status"] == "optimal" and answer["objective"] - 1e-5 <= answer["bound"] <= answer["objective"]
+    assert answer["gap"] <= 1e-6 and answer["solved_by"].startswith("cvxpy/highs")
     chosen = [(name, library()[layer][name]) for layer, name in answer["layers"].items()]
     assert len(chosen) == LAYERS
     for figure, part, name in (

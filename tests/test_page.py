@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,15 @@ from tasks.libraries.interchange import joint_view, open_library, write_library
 from tasks.pages.front import front_of
 from tasks.pages.library_pictures import cells_of, colours_of, draw_strip
 from tasks.pages.page import figure, read_truth
+from tasks.pages.run_page import stored_choice
 from tasks.pages.svg import inline_svg
+from tasks.search.choose import choose
+from tasks.search.joint import LibraryFileError
 from tasks.search.request import Request, limits
 from tasks.search.solve import choose_joint
+from tasks.search.view import request_of
 from tests import test_nvlabs
-from tests.test_choose import CHAT, LONG, random_problem
+from tests.test_choose import CHAT, EXACT, LONG, random_problem
 from tests.test_interchange import stored
 from tests.test_nvlabs import answers, label, puzzle
 
@@ -205,3 +210,32 @@ def test_the_view_of_a_run_gives_a_front() -> None:
     front = front_of(view, request, choice, "num_params", 5)
     assert front.parent == view.of_parent("num_params") and front.chosen == (choice.num_params, choice.objective)
     assert all(front.baselines.values())
+
+
+def test_the_page_of_a_run_is_about_the_runs_own_choice() -> None:
+    """Under constraints and batch sizes of its own: labels, sums, certificate are the run's, nothing is solved."""
+    batches = CHAT.model_copy(update={"batch_sizes": (1, 4)})
+    problem = random_problem(3, Budget(layer_parameters_fraction=0.6), scenarios=(batches,))
+    problem = replace(problem, search=problem.search.model_copy(update={"max_block_types": 2}))
+    library, request = joint_view(stored(problem)), request_of(problem)
+    architecture = choose(problem)
+    told, solved = stored_choice(library, request, architecture), choose_joint(library, request)[0]
+    assert told == solved and len(set(told.layers.values())) == 2
+    free = choose_joint(library, request.model_copy(update={"search": EXACT}))[0]
+    assert free.layers != told.layers, "the constraint binds, so a new choice would be another"
+    unproven = architecture.model_copy(update={"status": "time_limit", "bound": 0.0, "gap": 1.0})
+    open_one = stored_choice(library, request, unproven)
+    assert (open_one.status, open_one.bound, open_one.gap) == ("time_limit", 0.0, 1.0)
+
+
+def test_a_library_that_was_made_again_is_not_taken_for_the_runs() -> None:
+    problem = random_problem(3, Budget(layer_parameters_fraction=0.6))
+    other = random_problem(5, Budget(layer_parameters_fraction=0.6))
+    for changed, what in (
+        (replace(problem, costs=other.costs), "costs"),
+        (replace(problem, scores=other.scores), "scores"),
+    ):
+        with pytest.raises(
+            LibraryFileError, match=f"not the one that its last run chose from: its {what} were measured"
+        ):
+            stored_choice(joint_view(stored(changed)), request_of(problem), choose(problem))

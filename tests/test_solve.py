@@ -10,7 +10,10 @@ import pytest
 
 from blocks.errors import InfeasibleBudget, PuzzleError
 from profiles.schema import Search
+from tasks.search import solve
 from tasks.search.joint import JointLibrary, JointOption, LibraryFileError, Place, at
+from tasks.search.mip import Answer, SolverStopped, minimise
+from tasks.search.program import Program
 from tasks.search.request import Limit, Request, limit_of, limits
 from tasks.search.solve import JointChoice, choose_joint, front, front_values, groups_of, prices
 from tests.test_choose import EXACT
@@ -232,7 +235,7 @@ def test_prices_of_a_floor_and_a_ceiling() -> None:
     """More memory buys score, more throughput costs it; solved again at both sides."""
     library = random_library(3).measured_at("long", 1)
     request = Request(limits=limits(memory_mib=70, tokens_per_second="150%"), search=EXACT)
-    memory, speed = prices(library, request)
+    memory, speed = prices(library, request, choose_joint(library, request)[0])
     best = choose_joint(library, request)[0].objective
     assert memory.per_unit <= 0 <= speed.per_unit and memory.per_unit + speed.per_unit != 0
     assert memory.resolved["-5%"] is None or memory.resolved["-5%"] >= best >= (memory.resolved["+5%"] or 0)
@@ -314,3 +317,99 @@ def test_a_limit_as_it_is_written() -> None:
     )
     with pytest.raises(ValueError, match="memory_mib is limited twice"):
         Request(limits=limits(memory_mib=3) * 2)
+
+
+def several_batches() -> tuple[JointLibrary, Request]:
+    """Three batch sizes; the larger, the less time a request takes and the more memory."""
+    places = tuple(Place(batch_size=size, prompt_tokens=8, generated_tokens=8) for size in (1, 2, 4))
+    generator = np.random.default_rng(0)
+    options = []
+    for layer in range(6):
+        for share in (1.0, 0.7, 0.3):
+            runtime = tuple(share * time * generator.uniform(0.9, 1.1) for time in (1.0, 1.5, 2.5))
+            options.append(
+                JointOption(
+                    layer=f"layer_{layer}",
+                    label=f"{share}",
+                    metrics={"kl_div": (1 - share) * generator.uniform(0.5, 1.5)},
+                    costs={"runtime_ms": runtime, "memory_mib": tuple(share * m for m in (1.0, 2.0, 4.0))},
+                )
+            )
+    library = JointLibrary(layers=tuple(f"layer_{i}" for i in range(6)), options=tuple(options), places=places)
+    return library, Request(limits=limits(tokens_per_second=4500, memory_mib=9))
+
+
+def test_a_batch_size_that_cannot_win_is_not_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The LP's bound rules it out; the answer and its bound are those of all batch sizes."""
+    library, request = several_batches()
+    alone = []
+    for size in (1, 2, 4):
+        try:
+            alone.append(choose_joint(library.measured_at(None, size), request)[0].objective)
+        except InfeasibleBudget:
+            alone.append(math.inf)
+    solved: list[Program] = []
+
+    def counted(program: Program, search: Search) -> Answer | None:
+        solved.append(program)
+        return minimise(program, search)
+
+    monkeypatch.setattr(solve, "minimise", counted)
+    (choice,) = choose_joint(library, request)
+    assert sum(math.isfinite(one) for one in alone) >= 2, "several batch sizes must have an answer"
+    assert choice.objective == pytest.approx(min(alone)) and choice.bound <= min(alone) + 1e-9
+    assert 1 <= len(solved) < 3
+    assert choice.status == "optimal" and choice.gap <= 1e-6 and choice.solved_by.startswith("cvxpy/highs")
+
+
+def test_optimal_is_said_of_all_batch_sizes_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A combination that was stopped with a low bound: the other's answer is no proven optimum."""
+    library, request = several_batches()
+    stopped: list[Program] = []
+
+    def some_stop(program: Program, search: Search) -> Answer | None:
+        answer = minimise(program, search)
+        if answer is None or stopped:
+            return answer
+        stopped.append(program)
+        return replace(answer, bound=0.5 * answer.objective, status="time_limit")
+
+    monkeypatch.setattr(solve, "minimise", some_stop)
+    (choice,) = choose_joint(library, request)
+    assert stopped and choice.status == "time_limit" and choice.gap > 0.1
+
+
+def test_a_batch_size_without_an_answer_in_time_spoils_only_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    library, request = several_batches()
+
+    def stopped_once(program: Program, search: Search) -> Answer | None:
+        calls.append(program)
+        if len(calls) == 1:
+            raise SolverStopped("no time")
+        return minimise(program, search)
+
+    calls: list[Program] = []
+    monkeypatch.setattr(solve, "minimise", stopped_once)
+    (choice,) = choose_joint(library, request)
+    assert len(calls) > 1 and choice.status == "time_limit" and choice.bound < choice.objective
+    calls.clear()
+    with pytest.raises(SolverStopped):
+        choose_joint(library.measured_at(None, choice.scenarios[0].batch_size), request)
+
+
+def test_equal_answers_go_to_the_larger_batch_though_its_bound_is_worse() -> None:
+    """Batch 1 has the lower LP bound and is solved first; at batch 4 the same architecture fits."""
+    options = [
+        JointOption(
+            layer=f"layer_{layer}",
+            label=label,
+            metrics={"kl_div": score},
+            costs={"memory_mib": memory},
+        )
+        for layer in range(2)
+        for label, score, memory in (("parent", 0.0, (2.0, 2.1)), ("half", 1.0, (1.0, 1.0)))
+    ]
+    places = (Place(batch_size=1), Place(batch_size=4))
+    library = JointLibrary(layers=("layer_0", "layer_1"), options=tuple(options), places=places)
+    (choice,) = choose_joint(library, Request(limits=limits(memory_mib=3.5)))
+    assert choice.objective == 1.0 and choice.scenarios[0].batch_size == 4

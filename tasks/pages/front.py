@@ -10,10 +10,11 @@ from collections.abc import Callable
 import numpy as np
 
 from tasks.pages.library_pictures import Front, cells_of
+from tasks.search.cases import cases_of
 from tasks.search.joint import QUANTITIES, JointLibrary, JointOption, LibraryFileError
 from tasks.search.program import ROOM, Floats, Integers, Program
 from tasks.search.request import Limit, Request
-from tasks.search.solve import Case, JointChoice, cases_of, front, front_values, reached, totals
+from tasks.search.solve import JointChoice, front, front_values, places_of, reached, totals
 
 Points = tuple[tuple[float, float], ...]
 
@@ -57,12 +58,8 @@ class _Plane:
         others = tuple(limit for limit in request.limits if limit.quantity != over)
         self.request = request.model_copy(update={"limits": (*others, self.limit)})
         self.options, cases = cases_of(library, self.request)
-        self.case = next((case for case in cases if self._places(case) == _places(choice)), cases[0])
+        self.case = next((case for case in cases if places_of(library, case) == _places(choice)), cases[0])
         self.by_name = {(option.layer, option.label): option for option in library.options}
-
-    def _places(self, case: Case) -> list[tuple[str, int]]:
-        places = [self.library.places[index] for index in case.combination]
-        return [(place.scenario, place.batch_size) for place in places]
 
     def of(self, choice: JointChoice) -> float:
         """What a choice uses."""

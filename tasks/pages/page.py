@@ -34,7 +34,7 @@ from tasks.pages.report import (
 )
 from tasks.pages.svg import inline_svg
 from tasks.running.progress import shown
-from tasks.search.confidence import Confidence, bootstrap
+from tasks.search.confidence import Confidence, Draws, bootstrap
 from tasks.search.joint import QUANTITIES, JointLibrary, LibraryFileError, at
 from tasks.search.request import Request, is_one_number
 from tasks.search.solve import JointChoice, Price, choose_joint, prices
@@ -48,7 +48,7 @@ class Extent:
 
     over: str | None = None
     points: int = 20
-    draws: int = 200
+    draws: Draws = Draws()
 
 
 DEFAULT = Extent()
@@ -71,20 +71,28 @@ class Study:
     report: ChildReport | None = None
 
 
-def study_choice(title: str, library: JointLibrary, request: Request, extent: Extent = DEFAULT, **parts: Any) -> Study:
-    """Choose, price, sweep and resample, with progress on standard error. parts: the other fields of Study.
+def study_choice(
+    title: str,
+    library: JointLibrary,
+    request: Request,
+    extent: Extent = DEFAULT,
+    choice: JointChoice | None = None,
+    **parts: Any,
+) -> Study:
+    """Price, sweep and resample a choice, the best one when None is given, with progress on standard error.
 
-    Raises InfeasibleBudget when nothing fits.
+    parts: the other fields of Study. Raises InfeasibleBudget when nothing fits.
     """
-    choice = choose_joint(library, request.model_copy(update={"diverse": 1}))[0]
-    priced = prices(library, request)
+    if choice is None:
+        choice = choose_joint(library, request.model_copy(update={"diverse": 1}))[0]
+    priced = prices(library, request, choice)
     over = extent.over or _axis(library, request, priced)
     with shown("sweep", beside=True) as tell:
         front = front_of(library, request, choice, over, extent.points, tell)
     sure = None
     if all(len(option.samples.get(request.metric, ())) > 1 for option in library.options):
         with shown("bootstrap", beside=True) as tell:
-            sure = bootstrap(library, request, extent.draws, tell=tell)
+            sure = bootstrap(library, request, extent.draws, tell, choice)
     return Study(
         title=title,
         library=library,

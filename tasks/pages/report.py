@@ -470,7 +470,8 @@ def _architecture_markdown(architecture: Architecture) -> str:
         first = last + 1
     score = rounded(Metric(value=architecture.score, se=architecture.score_se, n=1))
     certificate = f"Found by {architecture.method}: status {architecture.status}, predicted score {score}, lower bound "
-    certificate += f"{plain(architecture.bound)}, gap {architecture.gap:.2g}."
+    certificate += f"{plain(architecture.bound)}, gap {architecture.gap:.2g}"
+    certificate += f"; solved by {architecture.solved_by}." if architecture.solved_by else "."
     return f"{certificate}\n\n{_markdown_table(['layers', 'attention', 'ffn'], rows)}"
 
 

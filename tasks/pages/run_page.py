@@ -1,24 +1,81 @@
-"""The page of a finished run: the choice from its own library within what its own architecture takes."""
+"""The page of a finished run: the choice that the run made, with the certificate of that very search."""
 
+import math
 from pathlib import Path
 from typing import Any
 
-from blocks.records import ChildReport
+from blocks.records import Architecture, ChildReport, TruthPoint
 from tasks.libraries.exchange import Summary, summarise
 from tasks.libraries.interchange import open_library
 from tasks.pages.page import Extent, Study, study_choice, truth_of, write_page
-from tasks.search.joint import JointLibrary
-from tasks.search.request import Limit, Request
+from tasks.search.confidence import Draws
+from tasks.search.joint import JointLibrary, LibraryFileError, Option
+from tasks.search.request import Limit, Request, objective_of
+from tasks.search.solve import Certificate, JointChoice, described, totals
 
-IN_A_RUN = Extent(points=12, draws=40)  # seconds, not minutes, at 30 layers
+IN_A_RUN = Extent(points=12, draws=Draws(most=40, least=20, seconds=30))  # seconds, not minutes, at 30 layers
+_SAME = 1e-6  # relative; sums of the same figures in another order
 
 
 def write_run_page(workspace: Path, report: ChildReport, target: Path) -> list[Path]:
     """Write the page at the end of a run; its library is the one of the report's profile."""
+    return write_page(study_of_run(workspace, report, IN_A_RUN, truth_of(workspace)), target)
+
+
+def study_of_run(workspace: Path, report: ChildReport, extent: Extent, truth: tuple[TruthPoint, ...]) -> Study:
+    """A run's own choice, in its own library, under what the run was asked for.
+
+    LibraryFileError when the library is no longer the one that the run chose from.
+    """
     tables = workspace / "tables" / report.profile
-    opened = open_library(tables, batch_size=batch_of_run(report))
-    request = Request(limits=limits_of_run(report))
-    return write_page(study_of(tables, opened, request, IN_A_RUN, truth=truth_of(workspace), report=report), target)
+    library = open_library(tables)
+    request = _asked(report)
+    choice = stored_choice(library, request, report.architecture)
+    return study_of(tables, library, request, extent, choice=choice, truth=truth, report=report)
+
+
+def _asked(report: ChildReport) -> Request:
+    """What the run was asked for, in the library's words; of an older report, no more than its choice takes."""
+    if not report.request:
+        return Request(limits=limits_of_run(report))
+    request = Request.model_validate(report.request)
+    named = tuple(limit.model_copy(update={"name": limit.label, "scale": 1.0}) for limit in request.limits)
+    return request.model_copy(update={"limits": named})
+
+
+def stored_choice(library: JointLibrary, request: Request, architecture: Architecture) -> JointChoice:
+    """An architecture that was chosen before, with its own certificate; nothing is solved."""
+    by_own = {option.own: option for option in library.options}
+    wanted = [
+        Option(layer=index, attention=layer.attention, ffn=layer.ffn, coupled=layer.coupled)
+        for index, layer in enumerate(architecture.layers)
+    ]
+    places = [(place.scenario, place.batch_size) for place in library.places]
+    at_places = [(total.scenario, total.batch_size) for total in architecture.totals]
+    if not set(wanted) <= set(by_own) or not set(at_places) <= set(places):
+        raise _another("it lacks a variant or a batch size of the choice")
+    chosen = [by_own[own] for own in wanted]
+    scenarios = tuple(totals(library, chosen, places.index(place)) for place in at_places)
+    for found, total in zip(scenarios, architecture.totals, strict=True):
+        if not math.isclose(found.runtime_ms or 0.0, 1000 * total.runtime_seconds, rel_tol=_SAME, abs_tol=1e-9):
+            raise _another("its costs were measured again")
+    objective = math.fsum(objective_of(option, request) for option in chosen)
+    if not request.search.robust and not math.isclose(objective, architecture.score, rel_tol=_SAME, abs_tol=1e-9):
+        raise _another("its scores were measured again")
+    certificate = Certificate(
+        status=architecture.status,
+        bound=min(architecture.bound, objective),
+        gap=architecture.gap,
+        solved_by=architecture.solved_by,
+    )
+    return described(library, request, chosen, scenarios, objective, certificate)
+
+
+def _another(why: str) -> LibraryFileError:
+    return LibraryFileError(
+        f"the workspace's library is not the one that its last run chose from: {why}. Run `puzzle optimize` again, or "
+        "give a budget, and the page is about a new choice."
+    )
 
 
 def study_of(source: Path, opened: JointLibrary, request: Request, extent: Extent, **parts: Any) -> Study:
@@ -45,22 +102,16 @@ def facts_of(described: Summary, opened: JointLibrary) -> tuple[tuple[str, str],
     )
 
 
-def batch_of_run(report: ChildReport) -> int | None:
-    """The batch size that the run chose in all its scenarios, None where they differ."""
-    sizes = {totals.batch_size for totals in report.architecture.totals}
-    return sizes.pop() if len(sizes) == 1 else None
-
-
 def limits_of_run(report: ChildReport) -> tuple[Limit, ...]:
     """No more memory and runtime in any scenario, and no more parameters, than the run's architecture takes."""
     slack = 1 + 1e-6  # the same sums in another order
     every = report.architecture.totals
     found = []
-    for totals in every:
-        scenario = totals.scenario if len(every) > 1 else None
+    for found_at in every:
+        scenario = found_at.scenario if len(every) > 1 else None
         for quantity, value in (
-            ("memory_mib", totals.memory_bytes / 2**20),
-            ("runtime_ms", 1000 * totals.runtime_seconds),
+            ("memory_mib", found_at.memory_bytes / 2**20),
+            ("runtime_ms", 1000 * found_at.runtime_seconds),
         ):
             name = f"{quantity} of {scenario}" if scenario else quantity
             found.append(Limit(quantity=quantity, asked=value * slack, scenario=scenario, name=name))

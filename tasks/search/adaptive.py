@@ -25,10 +25,11 @@ import numpy as np
 from blocks.records import SUBBLOCKS, Score
 from profiles.schema import Adaptive
 from tasks.search.choose import choose
-from tasks.search.grid import Grid, Option, make_grid
+from tasks.search.grid import Grid, grids_of
+from tasks.search.joint import Option
 from tasks.search.mip import Answer, minimise, relaxation
 from tasks.search.program import Floats, Integers
-from tasks.search.totals import Metric, Problem, batch_choices
+from tasks.search.totals import Metric, Problem
 
 _SWEEPS = 50  # of the fit; it settles within ten
 _PRIOR = 4.0  # degrees of freedom that a variant's variance borrows from all others'
@@ -246,8 +247,7 @@ def _filled(table: Table, index: int) -> Floats:
 def doubts_of(problem: Problem, table: Table, keys: Sequence[Key]) -> tuple[float, list[Doubt]]:
     """The objective of the best architecture, and every move away from it that may still turn out better."""
     place = {key: index for index, key in enumerate(keys)}
-    grids = [make_grid(problem, batches) for batches in batch_choices(problem)]
-    solved = [(grid, minimise(grid.program, problem.search)) for grid in grids]
+    solved = [(grid, minimise(grid.program, problem.search)) for grid in grids_of(problem)]
     solutions = [Solution(grid=grid, answer=answer) for grid, answer in solved if answer is not None]
     if not solutions:
         choose(problem)  # raises, and says why

@@ -1,7 +1,5 @@
 """The MIP: one variant per subblock per layer, the lowest summed score within the whole budget (Puzzle, appendix B).
 
-    min  sum_ij score_ij x_ij    s.t.  sum_j x_ij = 1 for every layer i,   usage x <= 1 - non-block share,  x in {0, 1}
-
 The tables are viewed as a joint library (tasks/search/view.py) and solved like any other (tasks/search/solve.py). The
 answer is checked again by sums that share no code with either (tasks/search/totals.py).
 """
@@ -10,6 +8,7 @@ import math
 import time
 
 from blocks.records import Architecture, LayerChoice
+from tasks.search.joint import Option
 from tasks.search.solve import JointChoice, choose_joint
 from tasks.search.totals import Batches, Problem, broken_limits, predicted
 from tasks.search.view import library_of, request_of
@@ -19,7 +18,7 @@ def choose(problem: Problem) -> Architecture:
     """The best architecture of the library within the budget, over all combinations of batch sizes.
 
     Equal scores go to the larger batch. The time limit holds for each combination; at the limit the best architecture
-    so far comes back with status "user_limit" and its gap. `bound` holds for all combinations together.
+    so far comes back with status "time_limit" and its gap. `bound` holds for all combinations together.
 
     Raises InfeasibleBudget with the nearest reachable values, SolverStopped when time ran out without any answer.
     """
@@ -30,17 +29,15 @@ def choose_several(problem: Problem, count: int = 1, min_different: int = 1) -> 
     """The best architecture, then the best that differ from all before in `min_different` layers; may be fewer."""
     started = time.perf_counter()
     library = library_of(problem)
-    choices = {(option.layer, option.label): option.choice for option in library.options}
+    options = {(option.layer, option.label): option.own for option in library.options}
     found = choose_joint(library, request_of(problem, diverse=count, min_different=min_different))
     seconds = (time.perf_counter() - started) / len(found)
-    return [
-        _checked(problem, choice, [choices[item] or LayerChoice() for item in choice.layers.items()], seconds)
-        for choice in found
-    ]
+    return [_checked(problem, choice, [options[item] for item in choice.layers.items()], seconds) for choice in found]
 
 
-def _checked(problem: Problem, choice: JointChoice, layers: list[LayerChoice], seconds: float) -> Architecture:
+def _checked(problem: Problem, choice: JointChoice, options: list[Option | None], seconds: float) -> Architecture:
     """The architecture of a choice, its limits and score summed again without the library."""
+    layers = [LayerChoice(**own.choice) for own in options if own is not None]
     sizes = {found.scenario: found.batch_size for found in choice.scenarios}
     batches: Batches = tuple(sizes[scenario.name] for scenario in problem.scenarios)
     architecture = predicted(problem, layers, "mip", batches)
@@ -49,5 +46,6 @@ def _checked(problem: Problem, choice: JointChoice, layers: list[LayerChoice], s
         problems.append(f"the score is {architecture.score}, not {choice.score}")
     if problems:
         raise AssertionError(f"the solver's answer fails its own check, a bug of puzzle: {'; '.join(problems)}")
-    certificate = {"status": choice.status, "bound": min(choice.bound, choice.objective), "gap": choice.gap}
+    certificate = {name: getattr(choice, name) for name in ("status", "gap", "solved_by")}
+    certificate["bound"] = min(choice.bound, choice.objective)
     return architecture.model_copy(update={**certificate, "solve_seconds": seconds})

@@ -3,18 +3,41 @@
 Scores are means over few sequences, the same for every variant. Each draw takes as many sequences with replacement,
 averages every variant's scores over them, and solves again: what recurs is what the data support. The minimum of noisy
 sums is too low on average (the winner's curse); the sequences that a draw left out tell by how much.
+
+Every draw is a program that CVXPY and HiGHS solve, so the number of draws follows what they tell: drawing stops when
+more of them would not change the averages, or when its time is up.
 """
 
+import math
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from blocks.records import Value
+from profiles.schema import Search
+from tasks.search.cases import Case, cases_of
 from tasks.search.joint import JointLibrary, JointOption, LibraryFileError, samples_of
+from tasks.search.mip import SolverStopped
 from tasks.search.program import Floats, Integers
 from tasks.search.request import Request
-from tasks.search.solve import Case, best_of, cases_of, choose_joint
+from tasks.search.solve import JointChoice, best_of, choose_joint
+
+_GAP = 1e-4  # of a draw's own best: far below what resampling moves it by
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """When drawing ends: after `most` draws, after `seconds`, or once the standard errors of agreement and regret over
+    at least `least` draws are both at most `error`.
+    """
+
+    most: int = 200
+    least: int = 40
+    error: float = 0.01
+    seconds: float = 120.0
+    seed: int = 0
 
 
 class Confidence(Value):
@@ -23,7 +46,8 @@ class Confidence(Value):
     low, high: the 5 and 95 % points of its objective. regret: mean of its objective above the draw's own best, as a
     share of it; within_1_percent: share of draws in which that is at most 0.01. optimism: by how much, as a share, the
     score of a draw's best on the sequences left out lies above its score on those it was chosen on. recurrence: per
-    layer, the share of draws that chose each label, most first; agreement: mean over layers of the chosen label's.
+    layer, the share of draws that chose each label, most first; agreement: mean over layers of the chosen label's;
+    agreement_se: its standard error over the draws.
     """
 
     draws: int
@@ -35,6 +59,7 @@ class Confidence(Value):
     within_1_percent: float
     optimism: float
     agreement: float
+    agreement_se: float
     chosen: dict[str, str]
     recurrence: dict[str, dict[str, float]]
 
@@ -42,34 +67,29 @@ class Confidence(Value):
 def bootstrap(
     library: JointLibrary,
     request: Request,
-    draws: int = 200,
-    seed: int = 0,
+    draws: Draws = Draws(),
     tell: Callable[[int, int], None] = lambda done, total: None,
+    choice: JointChoice | None = None,
 ) -> Confidence:
-    """Solve `draws` times on resampled sequences.
+    """Solve again and again on resampled sequences. choice: what is judged, the best by the full scores when None.
 
-    Raises InfeasibleBudget when nothing fits, LibraryFileError when the library keeps no scores per sequence.
+    Raises InfeasibleBudget when nothing fits, LibraryFileError when the library keeps no scores per sequence,
+    SolverStopped when time was up before two draws were solved.
     """
-    options, cases = cases_of(library, request)
     if request.minimise != "score" or any(limit.quantity == "score" for limit in request.limits):
         raise LibraryFileError("the confidence is that of a search for the lowest score: do not limit the score.")
+    options, cases = cases_of(library, request)
     samples = samples_of(options, request.metric)
-    choice = choose_joint(library, request.model_copy(update={"diverse": 1}))[0]
+    choice = choice or choose_joint(library, request.model_copy(update={"diverse": 1}))[0]
     place = {(option.layer, option.label): index for index, option in enumerate(options)}
     chosen = np.array([place[item] for item in choice.layers.items()])
-    generator = np.random.default_rng(seed)
-    objectives, bests, optimisms, picks = np.empty(draws), np.empty(draws), np.full(draws, np.nan), []
-    for draw in range(draws):
-        counts = generator.multinomial(samples.shape[1], np.full(samples.shape[1], 1 / samples.shape[1]))
-        selection, bests[draw] = _best(cases, samples, counts, request)
-        objectives[draw] = _scores(samples, counts, request)[chosen].sum()
-        optimisms[draw] = _optimism(samples[selection].sum(axis=0), counts)
-        picks.append(selection)
-        tell(draw + 1, draws)
-    regrets = (objectives - bests) / np.maximum(np.abs(bests), 1e-12)
-    recurrence = _recurrence(options, np.array(picks))
+    drawn = _Drawn(cases=cases, samples=samples, request=request, chosen=chosen)
+    drawn.run(draws, tell)
+    objectives, bests, optimisms = (np.array(found) for found in zip(*drawn.figures, strict=True))
+    picks = np.array(drawn.picks)
+    regrets, agreements = drawn.regrets(), (picks == chosen).mean(axis=1)
     return Confidence(
-        draws=draws,
+        draws=len(picks),
         sequences=samples.shape[1],
         objective=choice.objective,
         low=float(np.quantile(objectives, 0.05)),
@@ -77,10 +97,70 @@ def bootstrap(
         regret=float(regrets.mean()),
         within_1_percent=float((regrets <= 0.01).mean()),
         optimism=float(np.nan_to_num(np.nanmean(optimisms))) if np.isfinite(optimisms).any() else 0.0,
-        agreement=float(np.mean([recurrence[layer].get(label, 0.0) for layer, label in choice.layers.items()])),
+        agreement=float(agreements.mean()),
+        agreement_se=_error(agreements),
         chosen=choice.layers,
-        recurrence=recurrence,
+        recurrence=_recurrence(options, picks),
     )
+
+
+@dataclass(kw_only=True, eq=False)
+class _Drawn:
+    """What was drawn so far. figures: of every draw, the chosen one's objective, the draw's best, its optimism."""
+
+    cases: list[Case]
+    samples: Floats
+    request: Request
+    chosen: Integers
+    picks: list[Integers] = field(default_factory=list)
+    figures: list[tuple[float, float, float]] = field(default_factory=list)
+
+    def run(self, draws: Draws, tell: Callable[[int, int], None]) -> None:
+        """Draw until one of the reasons of `draws` to stop."""
+        generator, started = np.random.default_rng(draws.seed), time.perf_counter()
+        sequences = self.samples.shape[1]
+        while (done := len(self.picks)) < draws.most and not (done >= draws.least and self._precise(draws.error)):
+            spent = time.perf_counter() - started
+            if done >= 2 and spent >= draws.seconds:
+                break
+            limit = min(self.request.search.time_limit_seconds, max(draws.seconds - spent, 1.0))
+            search = self.request.search.model_copy(
+                update={"time_limit_seconds": limit, "gap": max(self.request.search.gap, _GAP)}
+            )
+            try:
+                self._draw(generator.multinomial(sequences, np.full(sequences, 1 / sequences)), search)
+            except SolverStopped:
+                if done < 2:
+                    raise
+                break
+            each = (time.perf_counter() - started) / (done + 1)
+            tell(done + 1, max(done + 1, min(draws.most, math.ceil(draws.seconds / each))))
+
+    def _draw(self, counts: Integers, search: Search) -> None:
+        scores = _scores(self.samples, counts, self.request)
+        cases = [replace(case, program=replace(case.program, scores=scores)) for case in self.cases]
+        answered = best_of(cases, search)
+        assert answered is not None, "the budget does not depend on the scores"
+        selection, own = answered[1].selection, float(scores[self.chosen].sum())
+        # within the gap the chosen one may be the better of the two
+        self.figures.append(
+            (own, min(answered[1].objective, own), _optimism(self.samples[selection].sum(axis=0), counts))
+        )
+        self.picks.append(selection)
+
+    def regrets(self) -> Floats:
+        """(D,) by how much the chosen one lies above each draw's best, as a share of it."""
+        own, best, _ = np.array(self.figures).T
+        return np.asarray((own - best) / np.maximum(np.abs(best), 1e-12))
+
+    def _precise(self, error: float) -> bool:
+        agreements = (np.array(self.picks) == self.chosen).mean(axis=1)
+        return max(_error(agreements), _error(self.regrets())) <= error
+
+
+def _error(values: Floats) -> float:
+    """Standard error of the mean over the draws."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def _scores(samples: Floats, counts: Integers, request: Request) -> Floats:
@@ -91,14 +171,6 @@ def _scores(samples: Floats, counts: Integers, request: Request) -> Floats:
         return np.asarray(mean)
     variance = ((samples - mean[:, None]) ** 2) @ counts / (total - 1)
     return np.asarray(mean + robust * np.sqrt(variance / total))
-
-
-def _best(cases: list[Case], samples: Floats, counts: Integers, request: Request) -> tuple[Integers, float]:
-    scores = _scores(samples, counts, request)
-    drawn = [replace(case, program=replace(case.program, scores=scores)) for case in cases]
-    answered = best_of(drawn, request.search)
-    assert answered is not None, "the budget does not depend on the scores"
-    return answered[1].selection, answered[1].objective
 
 
 def _optimism(sums: Floats, counts: Integers) -> float:

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from profiles.schema import Search
+from tasks.search.cases import Case
 from tasks.search.mip import fewest_groups, fewest_types, least_usage, minimise
 from tasks.search.request import Limit, Request
-from tasks.search.solve import TOLERANCE, Case
+
+TOLERANCE = 1e-9  # relative; a sum of floats in another order may differ by so much
 
 
 def why_infeasible(cases: Sequence[Case], request: Request) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from blocks.errors import PuzzleError
-from blocks.records import LayerChoice
 from tasks.search.program import Floats
 
 # N = options, S = scenarios
@@ -70,11 +69,27 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Option:
+    """What a variant is in our own words: an attention, an FFN, or both of them, of one layer."""
+
+    layer: int
+    attention: str | None = None
+    ffn: str | None = None
+    coupled: bool = False
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """The fields of a LayerChoice that it decides."""
+        named = {"attention": self.attention, "ffn": self.ffn, "coupled": self.coupled}
+        return {name: value for name, value in named.items() if value}
+
+
+@dataclass(frozen=True, kw_only=True)
 class JointOption:
     """One variant of one layer: its label, scores by metric, costs (memory_mib, runtime_ms, ttft_ms, num_params ...).
 
     samples: scores by metric again, one per scored sequence, the same sequences for every option; empty when unknown.
-    sizes: num_key_value_heads and intermediate_size where the variant has them. choice: the same in our own words.
+    sizes: num_key_value_heads and intermediate_size where the variant has them. own: the same in our own words.
     """
 
     layer: str
@@ -84,7 +99,7 @@ class JointOption:
     is_parent: bool = False
     samples: dict[str, Floats] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
-    choice: LayerChoice | None = None
+    own: Option | None = None
 
     @property
     def names(self) -> set[str]:
@@ -94,7 +109,10 @@ class JointOption:
 
 @dataclass(frozen=True, kw_only=True)
 class JointLibrary:
-    """Options layer after layer; what the non-block part costs, where known; where and how it was measured."""
+    """Options slot after slot; what the non-block part costs, where known; where and how it was measured.
+
+    layers: names of the slots. A slot is a layer, or one subblock of it where scores of subblocks are added.
+    """
 
     layers: tuple[str, ...]
     options: tuple[JointOption, ...]
@@ -116,6 +134,10 @@ class JointLibrary:
     def parents(self) -> dict[str, JointOption]:
         """The parent's own option of every layer that has one."""
         return {option.layer: option for option in self.options if option.is_parent}
+
+    def index_of(self, option: JointOption) -> int:
+        """Which layer of the model an option belongs to."""
+        return self.layers.index(option.layer) if option.own is None else option.own.layer
 
     def knows(self, cost: str) -> bool:
         """True when every option has this cost."""

@@ -1,13 +1,13 @@
-"""The mixed-integer program alone, in numbers: pick one option of every slot, lowest sum of scores, within all rows.
+"""The mixed-integer program, in CVXPY, solved by HiGHS: pick one option of every slot, lowest sum of scores.
 
     min  scores @ x    s.t.  one option per slot,   usage @ x <= room,   x in {0, 1},
                              at most `max_types` types in use, at most `max_groups` runs of equal types
 
-Most options can be proven useless before any search. With the duals of the LP relaxation as prices, L is a lower bound
+Before HiGHS starts, reduced costs shrink the program. With the duals of the LP relaxation as prices, L is a lower bound
 of any answer, and L + d_j one of any answer that uses option j, d_j being what j costs above its slot's cheapest at
-those prices. A search of a core of options with small d finds an answer, and that rules out every option with L + d_j
-above it (the core idea of Pisinger, EJOR 83, 1995; exact, the certificate covers all options). tasks/search/branch.py
-searches; HiGHS takes over where that is too hard, and where types count. Scores and rows may have any scale and sign.
+those prices. A choice that is known already (tasks/search/incumbent.py) rules out every option with L + d_j above its
+objective. HiGHS solves over the rest. The certificate covers all options: its bound is the lower of HiGHS's own and
+the bound of those that were left out. Scores and rows may have any scale and sign.
 """
 
 import math
@@ -15,14 +15,16 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
 from blocks.errors import PuzzleError
 from profiles.schema import Search
-from tasks.search.branch import Found, branch, nearest, quick
-from tasks.search.program import ROOM, Floats, Integers, Program, Relaxation, possible
+from tasks.search.incumbent import incumbent
+from tasks.search.program import ROOM, Flags, Floats, Integers, Program, Relaxation, possible
 
 _ROUNDS = 12  # sets of types that are tried before the solver starts
 
@@ -31,14 +33,24 @@ class SolverStopped(PuzzleError):
     """The solver gave up before it had any answer."""
 
 
+@cache
+def solved_by() -> str:
+    """What solves and proves, for whoever reads an answer."""
+    return f"cvxpy/highs (cvxpy {version('cvxpy')}, highspy {version('highspy')})"
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Answer:
-    """selection (S,) option indices; objective, a proven lower bound of it, and the solver's status."""
+    """selection (S,) option indices; objective, a proven lower bound of it; status "optimal" or "time_limit"."""
 
     selection: Integers
     objective: float
     bound: float
     status: str
+
+    def among(self, kept: Flags) -> "Answer":
+        """The same answer of the program that this one's was the `only(kept)` of."""
+        return replace(self, selection=np.flatnonzero(kept)[self.selection])
 
 
 def minimise(program: Program, search: Search) -> Answer | None:
@@ -52,82 +64,61 @@ def minimise(program: Program, search: Search) -> Answer | None:
         if not np.logical_or.reduceat(useful, program.starts).all():
             return None
         answer = minimise(program.only(useful), search)
-        return answer and replace(answer, selection=np.flatnonzero(useful)[answer.selection])
-    if program.max_groups is not None and program.max_groups < len(program.starts):
-        return _minimise_grouped(program, search, ends)
-    if program.max_types is not None and program.max_types < len(_types(program)[0]):
-        return _minimise_typed(program, search, ends)
-    program = replace(program, max_types=None, max_groups=None)
-    relaxed = relaxation(program, search)
+        return answer and answer.among(useful)
+    program = _without_idle_limits(program)
+    relaxed = relaxation(program, search) if program.max_types is None else _typed_relaxation(program, search)
     if relaxed is None:
         return None
-    found = branch(program, relaxed, search.gap, ends)
-    if not found.finished:
-        return _solved(program, relaxed, found, search, ends)
-    if found.selection is None:
-        return None
-    return Answer(selection=found.selection, objective=found.objective, bound=found.bound, status="optimal")
-
-
-def _minimise_grouped(program: Program, search: Search, ends: float) -> Answer | None:
-    """As `minimise`, by HiGHS alone: prices of the rows know nothing of neighbours."""
-    relaxed = relaxation(program, search)
-    if relaxed is None:
-        return None
-    nothing = Found(selection=None, objective=math.inf, bound=relaxed.bound, finished=False)
-    return _solved(program, relaxed, nothing, search, ends)
-
-
-def _minimise_typed(program: Program, search: Search, ends: float) -> Answer | None:
-    """As `minimise`: a good answer by swaps of types, then HiGHS on the options that could still beat it."""
-    relaxed = _typed_relaxation(program, search)
-    if relaxed is None:
-        return None
-    return _solved(program, relaxed, _swap_types(program, relaxed, search, ends), search, ends)
-
-
-def _solved(program: Program, relaxed: Relaxation, found: Found, search: Search, ends: float) -> Answer | None:
-    """HiGHS on a core of options that is grown until it proves; what is already `found` narrows it."""
-    known = None
-    plain = program.max_types is None and program.max_groups is None
-    core = nearest(program, relaxed.distance) if plain else np.ones(len(program.scores), dtype=bool)
-    if found.selection is not None:
-        known = Answer(selection=found.selection, objective=found.objective, bound=found.bound, status="user_limit")
-        core = relaxed.useful(found.objective, search.gap)
-    while True:
-        outside = relaxed.bound + relaxed.distance[~core].min(initial=math.inf)
-        if not np.logical_or.reduceat(core, program.starts).all():
-            return _better(None, known, outside)
-        try:
-            answer = _solve(program.only(core), search, max(ends - time.perf_counter(), 1e-9))
-        except SolverStopped:
-            if known is None:
-                raise
-            return known
-        if answer is None and known is None:
-            if core.all():
-                return None
-            core = np.ones_like(core)
-            continue
-        answer = _better(answer and replace(answer, selection=np.flatnonzero(core)[answer.selection]), known, outside)
-        useful = relaxed.useful(answer.objective, search.gap)
-        if answer.status != "optimal" or not (useful & ~core).any():
-            return answer
-        core |= useful
-
-
-def _better(answer: Answer | None, known: Answer | None, outside: float) -> Answer:
-    """The better of two, with the better of their bounds; outside: a bound of what the solver did not see."""
-    if answer is None:  # nothing among what could beat the known one
-        assert known is not None
-        return replace(known, bound=min(outside, known.objective), status="optimal")
-    answer = replace(answer, bound=min(answer.bound, outside, answer.objective))
+    known = _known(program, relaxed, search, ends)
     if known is None:
-        return answer
-    bound = max(answer.bound, known.bound)
-    if known.objective < answer.objective:
-        answer = replace(known, status=answer.status)
+        return _solve(program, search, max(ends - time.perf_counter(), 1e-9))
+    kept = relaxed.bound + relaxed.distance <= known.objective
+    kept[known.selection] = True
+    try:
+        answer = _solve(program.only(kept), search, max(ends - time.perf_counter(), 1e-9), known.objective)
+    except SolverStopped:
+        return known
+    if answer is None:  # the known choice keeps a row by a rounding that HiGHS does not grant
+        return _solve(program, search, max(ends - time.perf_counter(), 1e-9))
+    answer = answer.among(kept)
+    if known.objective < answer.objective:  # only where the solver stopped at the time limit, or within its gap
+        answer = replace(known, bound=answer.bound, status=answer.status)
+    outside = relaxed.bound + float(relaxed.distance[~kept].min(initial=math.inf))
+    bound = max(min(answer.bound, outside), relaxed.bound)
     return replace(answer, bound=min(bound, answer.objective))
+
+
+def _without_idle_limits(program: Program) -> Program:
+    """The program without a limit on types or groups that no choice can break."""
+    types, groups = program.max_types, program.max_groups
+    if types is not None and types >= len(_types(program)[0]):
+        types = None
+    if groups is not None and groups >= len(program.starts):
+        groups = None
+    return replace(program, max_types=types, max_groups=groups)
+
+
+def _known(program: Program, relaxed: Relaxation, search: Search, ends: float) -> Answer | None:
+    """A good choice, not proven to be the best; none where groups of layers are limited, or time is up."""
+    if program.max_groups is not None or time.perf_counter() > ends:
+        return None
+    if program.max_types is not None:
+        selection = _swap_types(program, relaxed, search, ends)
+    else:
+        selection = incumbent(program, relaxed)
+    if selection is None:
+        return None
+    objective = math.fsum(program.scores[selection])
+    return Answer(selection=selection, objective=objective, bound=min(relaxed.bound, objective), status="time_limit")
+
+
+def lower_bound(program: Program, search: Search) -> float:
+    """A proven lower bound of any answer, by the LP relaxation; inf when not even that has one."""
+    useful = possible(program)
+    if not np.logical_or.reduceat(useful, program.starts).all():
+        return math.inf
+    relaxed = relaxation(program.only(useful), search)
+    return math.inf if relaxed is None else relaxed.bound
 
 
 def relaxation(program: Program, search: Search) -> Relaxation | None:
@@ -182,15 +173,14 @@ def _typed_relaxation(program: Program, search: Search) -> Relaxation | None:
     return Relaxation(bound=bound, prices=prices, distance=distance)
 
 
-def _swap_types(program: Program, relaxed: Relaxation, search: Search, ends: float) -> Found:
-    """A good answer: K types by swaps at prices of the rows, the program of those alone, its own prices, and again."""
+def _swap_types(program: Program, relaxed: Relaxation, search: Search, ends: float) -> Integers | None:
+    """A good choice: K types by swaps at prices of the rows, the program of those alone, its own prices, and again."""
     generator = np.random.default_rng(0)
-    best = Found(selection=None, objective=math.inf, bound=relaxed.bound, finished=False)
+    best, least = None, math.inf
     names, types = _types(program)
     prices, untyped, tried = relaxed.prices, replace(program, max_types=None), set[bytes]()
     for _ in range(_ROUNDS):
-        chosen = _cheapest_types(program, prices, types, len(names))
-        kept = np.isin(types, chosen)
+        kept = np.isin(types, _cheapest_types(program, prices, types, len(names)))
         if time.perf_counter() > ends:
             break
         again = kept.tobytes() in tried
@@ -202,10 +192,13 @@ def _swap_types(program: Program, relaxed: Relaxation, search: Search, ends: flo
         if part is None:
             prices = prices * 1.5
             continue
-        found = quick(untyped.only(kept), part, search.gap, ends).among(kept)
+        found = incumbent(untyped.only(kept), part)
         prices = (prices + part.prices) / 2
-        if found.objective < best.objective:
-            best = replace(best, selection=found.selection, objective=found.objective)
+        if found is not None:
+            selection = np.flatnonzero(kept)[found]
+            objective = math.fsum(program.scores[selection])
+            if objective < least:
+                best, least = selection, objective
     return best
 
 
@@ -256,33 +249,34 @@ def least_usage(program: Program, rows: Sequence[int], kept: Sequence[int], sear
 
 
 def fewest_types(program: Program, search: Search) -> int:
-    """How many types an answer needs at least; ValueError when the rows alone are infeasible."""
+    """How many types an answer needs at least, by the proven bound; ValueError when the rows alone are infeasible."""
     import cvxpy as cp
 
     x, y, rows = _typed(program)
     rows += [_one_per_slot(program) @ x == 1, program.usage @ x <= program.room]
     model = cp.Problem(cp.Minimize(y.sum()), rows)
-    if _certificate(model, search, search.time_limit_seconds) is None:
+    found = _certificate(model, search, search.time_limit_seconds)
+    if found is None:
         raise ValueError("nothing fits, whatever the number of types")
-    return round(model.value)
+    return math.ceil(found[1] - 1e-6)
 
 
 def fewest_groups(program: Program, search: Search) -> int:
-    """How many runs of equal types an answer needs at least; ValueError when the rows alone are infeasible."""
+    """How many runs of equal types an answer needs at least, proven; ValueError when the rows alone are infeasible."""
     import cvxpy as cp
 
     x, rows = _variables(replace(program, max_groups=None))
     stays, links = _stays(program, x)
     if len(program.room):
         rows.append(program.usage @ x <= program.room)
-    model = cp.Problem(cp.Minimize(len(program.starts) - stays), [*rows, *links])
-    if _certificate(model, search, search.time_limit_seconds) is None:
+    found = _certificate(cp.Problem(cp.Minimize(-stays), [*rows, *links]), search, search.time_limit_seconds)
+    if found is None:
         raise ValueError("nothing fits, whatever the number of groups")
-    return round(model.value)
+    return len(program.starts) + math.ceil(found[1] - 1e-6)
 
 
-def _solve(program: Program, search: Search, seconds: float) -> Answer | None:
-    """The solver on all options of the program."""
+def _solve(program: Program, search: Search, seconds: float, known: float | None = None) -> Answer | None:
+    """The solver on all options of the program. known: the objective of a choice that is there already."""
     import cvxpy as cp
 
     x, constraints = _variables(program)
@@ -290,7 +284,13 @@ def _solve(program: Program, search: Search, seconds: float) -> Answer | None:
     scale = _scale(program.scores)
     if len(program.room):
         constraints.append(program.usage @ x <= program.room)
-    found = _certificate(cp.Problem(cp.Minimize((program.scores / scale) @ x), constraints), search, seconds)
+    narrowed: dict[str, float | bool] = {}
+    if known is not None:  # what is dearer is cut off, and no time goes into looking for first answers
+        narrowed = {"objective_bound": known / scale + 1e-7, "mip_heuristic_effort": 0.0}
+    if program.max_types is None and program.max_groups is None:  # with few rows, cuts in the tree cost more than nodes
+        narrowed["mip_allow_cut_separation_at_nodes"] = False
+    model = cp.Problem(cp.Minimize((program.scores / scale) @ x), constraints)
+    found = _certificate(model, search, seconds, narrowed)
     if found is None:
         return None
     status, bound = found
@@ -364,10 +364,10 @@ def _one_per_slot(program: Program) -> Any:
     return csr_array((np.ones(count), np.arange(count), bounds), shape=(len(program.starts), count))
 
 
-def _run(model: Any, search: Search, seconds: float) -> None:
+def _run(model: Any, search: Search, seconds: float, narrowed: dict[str, float | bool] | None = None) -> None:
     import cvxpy as cp
 
-    tolerances: dict[str, float] = {"primal_feasibility_tolerance": ROOM}
+    tolerances: dict[str, float | bool] = {"primal_feasibility_tolerance": ROOM, **(narrowed or {})}
     if model.is_mixed_integer():
         # Tighter than the check afterwards, since the errors of many options add up.
         tolerances |= {"mip_rel_gap": search.gap, "mip_abs_gap": 1e-9, "mip_feasibility_tolerance": ROOM}
@@ -377,28 +377,30 @@ def _run(model: Any, search: Search, seconds: float) -> None:
         model.solve(solver=cp.HIGHS, time_limit=seconds, **tolerances)
 
 
-def _certificate(model: Any, search: Search, seconds: float) -> tuple[str, float] | None:
-    """Solve; the status and the proven bound of the objective, None when infeasible.
+def _certificate(
+    model: Any, search: Search, seconds: float, narrowed: dict[str, float | bool] | None = None
+) -> tuple[str, float] | None:
+    """Solve; "optimal" or "time_limit" and the proven bound of the objective; None when infeasible.
 
     HiGHS through cvxpy answers x = 0 with status `user_limit` when time is up before a first solution, so at a limit
     only a finite gap counts as an answer (and sums of 1 per slot, which `_selection` checks).
     """
-    _run(model, search, seconds)
+    _run(model, search, seconds, narrowed)
     if model.status.startswith("infeasible"):
         return None
     info = getattr(model.solver_stats, "extra_stats", None)
     gap, bound = getattr(info, "mip_gap", math.inf), getattr(info, "mip_dual_bound", math.nan)
     if model.value is None or (model.status != "optimal" and not math.isfinite(gap)):
-        raise _stopped(model.status, search)
+        raise _stopped(search)
     if not math.isfinite(bound):
-        bound = model.value - search.gap * abs(model.value)
-    return model.status, float(bound)
+        bound = model.value - search.gap * abs(model.value) if model.status == "optimal" else -math.inf
+    return "optimal" if model.status == "optimal" else "time_limit", float(bound)
 
 
-def _stopped(status: str, search: Search) -> SolverStopped:
+def _stopped(search: Search) -> SolverStopped:
     return SolverStopped(
-        f"the solver had no architecture after {search.time_limit_seconds:g} s (status {status}): raise "
-        "search.time_limit_seconds, search fewer variants, or ease the budget."
+        f"the solver had no architecture after {search.time_limit_seconds:g} s: raise search.time_limit_seconds "
+        "(--time-limit), search fewer variants, or ease the budget."
     )
 
 

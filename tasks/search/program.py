@@ -1,6 +1,5 @@
 """A choice in numbers: one option of every slot, scores that add up, rows that must not be exceeded."""
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -55,19 +54,6 @@ class Relaxation:
     bound: float
     prices: Floats
     distance: Floats
-
-    def only(self, kept: Flags) -> "Relaxation":
-        """The same bound, of the program over the options where `kept` (N,) is true."""
-        return replace(self, distance=self.distance[kept])
-
-    def useful(self, objective: float, gap: float) -> Flags:
-        """(N,) true for options that an answer better than `objective` by more than the relative `gap` may use."""
-        return np.asarray(self.bound + self.distance < worth(objective, gap))
-
-
-def worth(objective: float, gap: float) -> float:
-    """What a better answer must stay below to be worth the search."""
-    return objective - gap * abs(objective) if math.isfinite(objective) else objective
 
 
 def possible(program: Program) -> Flags:

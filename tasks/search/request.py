@@ -177,7 +177,7 @@ def allowed(library: JointLibrary, request: Request) -> list[int]:
     left = [
         index
         for index, option in enumerate(library.options)
-        if permitted(search, library.layers.index(option.layer), _named(library, option))
+        if permitted(search, library.index_of(option), _named(library, option))
     ]
     emptied = [layer for layer in library.layers if layer not in {library.options[index].layer for index in left}]
     if emptied:
@@ -214,9 +214,10 @@ def _check_names(library: JointLibrary, search: Search) -> None:
             f"nothing in the library is called {unknown[0]!r}; kinds there: {', '.join(kinds[:12])}"
             f"{' ...' if len(kinds) > 12 else ''}; or give a whole label."
         )
-    beyond = [layer for layer in search.keep_layers if layer >= len(library.layers)]
+    last = max(library.index_of(option) for option in library.options)
+    beyond = [layer for layer in search.keep_layers if layer > last]
     if beyond:
-        raise LibraryFileError(f"there is no layer {beyond[0]} to keep: they are 0 to {len(library.layers) - 1}.")
+        raise LibraryFileError(f"there is no layer {beyond[0]} to keep: they are 0 to {last}.")
 
 
 def objective_of(option: JointOption, request: Request) -> float:

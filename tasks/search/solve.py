@@ -1,39 +1,26 @@
-"""Answers what is asked of a joint library (Puzzle's MIP, arXiv 2411.19146, appendix B, a slot per layer).
+"""Answers what is asked of a joint library: the best architecture, fronts, prices.
 
-The batch sizes are an outer loop: a program per combination of one batch size per scenario, the best answer is kept,
-equal ones go to the larger batches. tasks/search/mip.py solves; what it answers is summed again from the library's
-numbers.
+tasks/search/cases.py makes a program of it per combination of batch sizes, tasks/search/mip.py solves each with CVXPY
+and HiGHS. The best answer is kept; equal ones go to the larger batches. Before it is shown it is checked: every layer
+once, all sums taken again from the library's own numbers, every limit kept, the objective the same.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from blocks.errors import InfeasibleBudget
 from blocks.records import Value
 from profiles.schema import Search
+from tasks.search.cases import Case, cases_of
+from tasks.search.infeasible import TOLERANCE, why_infeasible
 from tasks.search.joint import QUANTITIES, JointLibrary, JointOption, Place, at, standard_error
-from tasks.search.mip import Answer, minimise, relaxation
-from tasks.search.program import Floats, Program, possible
-from tasks.search.request import Limit, Request, allowed, check, objective_of
+from tasks.search.mip import Answer, SolverStopped, lower_bound, minimise, relaxation, solved_by
+from tasks.search.program import possible
+from tasks.search.request import Limit, Request, objective_of
 from tasks.search.totals import gap_between
-
-TOLERANCE = 1e-9  # relative; a sum of floats in another order may differ by so much
-Span = list[tuple[int, float]]  # places and their weights
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Case:
-    """The program at one combination of places; `rows` says which limit each row belongs to, `constant` is what the
-    non-block part adds to the objective.
-    """
-
-    combination: tuple[int, ...]
-    program: Program
-    rows: tuple[Limit, ...]
-    constant: float
 
 
 class PlaceTotals(Value):
@@ -45,6 +32,17 @@ class PlaceTotals(Value):
     runtime_ms: float | None
     ttft_ms: float | None
     tokens_per_second: float | None
+
+
+class Certificate(Value):
+    """What one solve proved: its status, a lower bound of every answer's objective, how far the answer may lie above it
+    (relative), and by what it was solved.
+    """
+
+    status: str
+    bound: float
+    gap: float
+    solved_by: str
 
 
 class JointChoice(Value):
@@ -64,6 +62,7 @@ class JointChoice(Value):
     status: str
     bound: float
     gap: float
+    solved_by: str
     scenarios: tuple[PlaceTotals, ...]
     layers: dict[str, str]
 
@@ -102,117 +101,70 @@ def choose_joint(library: JointLibrary, request: Request) -> list[JointChoice]:
         room = 1 - request.min_different / len(library.layers)
         cases = [replace(case, program=case.program.with_row(same, room)) for case in cases]
     if not found:
-        from tasks.search.infeasible import why_infeasible
-
         raise InfeasibleBudget(why_infeasible(cases, request))
     return found
 
 
-def cases_of(library: JointLibrary, request: Request) -> tuple[list[JointOption], list[Case]]:
-    """The options that are allowed, (N,), and a program over them per combination of batch sizes."""
-    check(library, request)
-    kept = allowed(library, request)
-    options = [library.options[index] for index in kept]
-    wanted = [limit.kind for limit in request.limits] + [QUANTITIES[request.minimise]]
-    combinations = library.combinations()
-    if not any(kind.per_place for kind in wanted):
-        combinations = combinations[:1]  # nothing depends on the batch
-    return options, [_case(library, request, kept, combination) for combination in combinations]
-
-
-def _case(library: JointLibrary, request: Request, kept: list[int], combination: tuple[int, ...]) -> Case:
-    options = [library.options[index] for index in kept]
-    place = {layer: index for index, layer in enumerate(library.layers)}
-    slots = np.array([place[option.layer] for option in options])
-    scores = np.array([objective_of(option, request) for option in options])
-    usage, room, rows = [], [], []
-    for limit in request.limits:
-        for span in spans(library, request, limit, combination):
-            taken, outside = (
-                (scores, 0.0) if limit.quantity == "score" else _taken(library, limit.kind.cost, span, kept)
-            )
-            most = limit.asked if limit.quantity == "score" else _most(library, limit, span)
-            usage.append(taken / most)
-            room.append(1 - outside / most)
-            rows.append(limit)
-    constant = 0.0
-    if request.minimise != "score":
-        target = Limit(quantity=request.minimise, asked=1, name=request.minimise)
-        (span,) = spans(library, request, target, combination)
-        scores, constant = _taken(library, target.kind.cost, span, kept)
-    program = Program(
-        scores=scores,
-        starts=np.searchsorted(slots, np.arange(len(library.layers))),
-        usage=np.array(usage),
-        room=np.array(room),
-        types=np.unique([option.label for option in options], return_inverse=True)[1],
-        max_types=request.search.max_block_types,
-        max_groups=request.search.max_groups,
-    )
-    return Case(combination=combination, program=program, rows=tuple(rows), constant=constant)
-
-
-def spans(library: JointLibrary, request: Request, limit: Limit, combination: Sequence[int]) -> list[Span]:
-    """The rows of a limit: places whose costs are added, with weights.
-
-    Over the traffic a time is the mean of a request's; throughput counts what one request takes of its batch.
-    """
-    if not limit.kind.per_place:
-        return [[(combination[0], 1.0)]]
-    at_places = {library.places[index].scenario: index for index in combination}
-    if limit.scenario is not None:
-        return [[(at_places[limit.scenario], 1.0)]]
-    if request.traffic and limit.kind.time:
-        weights = [(at_places[name], weight) for name, weight in request.weights.items()]
-        if limit.kind.floor:
-            weights = [(index, weight / library.places[index].batch_size) for index, weight in weights]
-        return [weights]
-    return [[(index, 1.0)] for index in combination]
-
-
-def _taken(library: JointLibrary, cost: str, span: Span, kept: list[int]) -> tuple[Floats, float]:
-    """What options (N,) and the non-block part take of a cost over a span."""
-    columns = [weight * library.column(cost, place)[kept] for place, weight in span]
-    return np.sum(columns, axis=0), math.fsum(weight * library.outside(cost, place) for place, weight in span)
-
-
-def _most(library: JointLibrary, limit: Limit, span: Span) -> float:
-    """The most of the cost behind a limit that may be taken over a span."""
-    if limit.share:
-        parent = math.fsum(weight * library.of_parent(limit.kind.cost, place) for place, weight in span)
-        most = parent / limit.asked if limit.kind.floor else parent * limit.asked
-        return most or math.ulp(0.0)  # a parent that takes nothing leaves no room for anything
-    tokens = math.fsum(weight * library.places[place].tokens for place, weight in span)
-    return 1000 * tokens / limit.asked if limit.kind.floor else limit.asked
-
-
 def best_of(cases: Sequence[Case], search: Search) -> tuple[Case, Answer] | None:
-    """The best answer over all combinations, its bound valid for all; None when nothing fits any of them."""
-    solved = [(case, minimise(case.program, search)) for case in cases]
-    found = [(case, answer) for case, answer in solved if answer is not None]
-    if not found:
+    """The best answer over all combinations, its bound valid for all; None when nothing fits any of them.
+
+    Of several combinations those with the lowest LP bound are solved first; one whose LP bound shows that it cannot
+    win is not solved.
+    """
+    alone = len(cases) == 1
+    bounds = [-math.inf if alone else lower_bound(case.program, search) + case.constant for case in cases]
+    best: tuple[int, Answer] | None = None
+    lowest, stopped, unanswered = math.inf, False, list[SolverStopped]()
+    # a combination of which not even the LP has an answer is left out
+    for place in sorted(np.flatnonzero(np.array(bounds) < math.inf).tolist(), key=bounds.__getitem__):
+        case = cases[place]
+        if best is not None and bounds[place] > _to_beat(cases, best, place, search):
+            lowest = min(lowest, bounds[place])
+            continue
+        try:
+            answer = minimise(case.program, search)
+        except SolverStopped as error:  # another combination may have an answer; the bound of this one counts
+            unanswered.append(error)
+            lowest = min(lowest, bounds[place])
+            continue
+        if answer is None:
+            continue
+        lowest, stopped = min(lowest, answer.bound + case.constant), stopped or answer.status != "optimal"
+        if best is None or answer.objective + case.constant <= _to_beat(cases, best, place, search):
+            best = place, answer
+    if best is None:
+        if unanswered:
+            raise unanswered[0]
         return None
-    best = found[0]
-    for case, answer in found[1:]:
-        # two optima closer than the solver's own gap are equal, and the larger batch came first
-        tie = max(search.gap * abs(best[1].objective), 1e-12)
-        if answer.objective + case.constant < best[1].objective + best[0].constant - tie:
-            best = case, answer
-    bound = min(answer.bound + case.constant for case, answer in found) - best[0].constant
-    return best[0], replace(best[1], bound=min(bound, best[1].objective))
+    case, answer = cases[best[0]], best[1]
+    # "optimal" is said of all combinations or not at all
+    proven = gap_between(answer.objective + case.constant, lowest) <= search.gap or not (stopped or unanswered)
+    return case, replace(
+        answer, bound=min(lowest - case.constant, answer.objective), status="optimal" if proven else "time_limit"
+    )
 
 
-def prices(library: JointLibrary, request: Request, steps: Sequence[float] = (-0.05, 0.05)) -> list[Price]:
+def _to_beat(cases: Sequence[Case], best: tuple[int, Answer], place: int, search: Search) -> float:
+    """The objective at most with which the combination at `place` replaces the best so far.
+
+    Two optima closer than the solver's own gap are equal. Larger batches come first among the cases, and win then.
+    """
+    objective = best[1].objective + cases[best[0]].constant
+    tie = max(search.gap * abs(best[1].objective), 1e-12)
+    return objective + tie if place < best[0] else objective - tie
+
+
+def prices(
+    library: JointLibrary, request: Request, choice: JointChoice, steps: Sequence[float] = (-0.05, 0.05)
+) -> list[Price]:
     """What each budget costs or buys: the LP's marginal, and the best objective with the budget moved by `steps`."""
     options, cases = cases_of(library, request)
-    answered = best_of(cases, request.search)
-    if answered is None:
-        return []
-    case, answer = answered
-    best = verified(library, options, request, case, answer)
+    at_places = [(found.scenario, found.batch_size) for found in choice.scenarios]
+    case = next((case for case in cases if places_of(library, case) == at_places), cases[0])
     relaxed = relaxation(case.program.only(possible(case.program)), request.search)
-    assert relaxed is not None
-    chosen = [options[index] for index in answer.selection]
+    assert relaxed is not None, "an architecture is one of the relaxation's answers"
+    by_name = {(option.layer, option.label): option for option in options}
+    chosen = [by_name[name] for name in choice.layers.items()]
     found = []
     for index, limit in enumerate(request.limits):
         price = math.fsum(p for p, row in zip(relaxed.prices, case.rows, strict=True) if row is limit)
@@ -222,7 +174,7 @@ def prices(library: JointLibrary, request: Request, steps: Sequence[float] = (-0
             moved = (*request.limits[:index], limit.scaled(1 + step), *request.limits[index + 1 :])
             again = best_of(cases_of(library, request.model_copy(update={"limits": moved}))[1], request.search)
             resolved[f"{step:+.0%}"] = None if again is None else again[1].objective + again[0].constant
-        used = reached(library, request, limit, chosen, best.scenarios)
+        used = reached(library, request, limit, chosen, choice.scenarios)
         found.append(
             Price(
                 budget=limit.name,
@@ -235,6 +187,12 @@ def prices(library: JointLibrary, request: Request, steps: Sequence[float] = (-0
             )
         )
     return found
+
+
+def places_of(library: JointLibrary, case: Case) -> list[tuple[str, int]]:
+    """Scenario and batch size of every place of a case."""
+    places = [library.places[index] for index in case.combination]
+    return [(place.scenario, place.batch_size) for place in places]
 
 
 def front(
@@ -295,6 +253,21 @@ def verified(
     if broken or [option.layer for option in chosen] != list(library.layers):
         raise AssertionError(f"the solver's answer fails its own check ({broken}), a bug of puzzle")
     bound = min(answer.bound + case.constant, objective)
+    certificate = Certificate(
+        status=answer.status, bound=bound, gap=gap_between(objective, bound), solved_by=solved_by()
+    )
+    return described(library, request, chosen, scenarios, objective, certificate)
+
+
+def described(
+    library: JointLibrary,
+    request: Request,
+    chosen: Sequence[JointOption],
+    scenarios: tuple[PlaceTotals, ...],
+    objective: float,
+    certificate: Certificate,
+) -> JointChoice:
+    """An architecture with its sums, in the words of its library."""
     samples = [option.samples.get(request.metric, np.empty(0)) for option in chosen]
     return JointChoice(
         objective=objective,
@@ -304,11 +277,9 @@ def verified(
         memory_mib=_over_scenarios(request, scenarios, "memory_mib"),
         runtime_ms=_over_scenarios(request, scenarios, "runtime_ms"),
         num_params=total(library, chosen, "num_params", 0),
-        status=answer.status,
-        bound=bound,
-        gap=gap_between(objective, bound),
+        **certificate.model_dump(),
         scenarios=scenarios,
-        layers=dict(zip(library.layers, labels, strict=True)),
+        layers={option.layer: option.label for option in chosen},
     )
 
 

@@ -1,26 +1,26 @@
 """Our own tables as a joint library, and a profile's budget as what is asked of it: so there is one search for all.
 
 Every pair of an attention and an FFN is a choice of a layer; its score is the sum of the two, unless both were
-distilled as one block. Labels read as NVlabs writes them.
+distilled as one block. Labels read as NVlabs writes them. Where only sums are wanted (tasks/search/grid.py), the two
+subblocks of a layer may be slots of their own.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from blocks.records import SUBBLOCKS, Cost, LayerChoice, NonBlockCost
-from profiles.schema import Scenario, ScenarioBudget, Search
+from blocks.records import SUBBLOCKS, Cost, LayerChoice, NonBlockCost, Subblock
+from profiles.schema import Profile, Scenario, ScenarioBudget
 from tasks.search import joint
-from tasks.search.grid import slots_of
-from tasks.search.joint import JointLibrary, JointOption, Place
+from tasks.search.joint import JointLibrary, JointOption, Option, Place
 from tasks.search.program import Floats
 from tasks.search.request import Limit, Request
 from tasks.search.totals import Problem, cost_of, scores_behind
 
 MIB = 2**20
+Places = Sequence[tuple[Scenario, int]]  # scenarios at a batch size each
 METRICS = {"kl": "kl_div", "lm_loss": "lm_loss"}
 # budget field -> quantity, whether it is a share of the parent's, units of the quantity in one of the field's
 _FIELDS: dict[str, tuple[str, bool, float]] = {
@@ -38,20 +38,19 @@ _FIELDS: dict[str, tuple[str, bool, float]] = {
 }
 
 
-def library_of(problem: Problem) -> JointLibrary:
-    """All choices that are scored, and measured at every scenario and batch size of the problem."""
-    free = replace(problem, search=Search())  # what the profile rules out is the request's to tell
+def library_of(problem: Problem, additive: bool = False) -> JointLibrary:
+    """All choices that are scored, and measured at every scenario and batch size of the problem.
+
+    additive: where no coupled pair was scored, attention and ffn of a layer are slots of their own.
+    """
     places = [(scenario, size) for scenario in problem.scenarios for size in sorted(set(scenario.batch_sizes))]
-    options = []
-    for layer in range(problem.costs.num_hidden_layers):
-        (slot,) = slots_of(free, layer, places, joint=True)
-        for option in slot:
-            chosen = LayerChoice(attention=str(option.attention), ffn=str(option.ffn), coupled=option.coupled)
-            options.append(_option(problem, layer, chosen, places))
+    depth = problem.costs.num_hidden_layers
+    slots = [slot for layer in range(depth) for slot in _slots_of(problem, layer, places, additive)]
+    options = tuple(_option(problem, option, places) for slot in slots for option in slot)
     outside = [problem.non_block_table[scenario.name, size] for scenario, size in places]
     return JointLibrary(
-        layers=tuple(f"layer_{layer}" for layer in range(problem.costs.num_hidden_layers)),
-        options=tuple(options),
+        layers=tuple(dict.fromkeys(option.layer for option in options)),
+        options=options,
         fixed=_costs([[part] for part in outside], places, {"layer_params": 0.0}),
         measured=dict(problem.costs.hardware),
         places=tuple(
@@ -66,19 +65,53 @@ def library_of(problem: Problem) -> JointLibrary:
     )
 
 
-def _option(problem: Problem, layer: int, chosen: LayerChoice, places: Sequence[tuple[Scenario, int]]) -> JointOption:
-    scores = scores_behind(problem, layer, chosen)
+def _slots_of(problem: Problem, layer: int, places: Places, additive: bool) -> list[list[Option]]:
+    """The slots of a layer, attention and ffn or both as one: choices that are scored, and measured at all places."""
+    attentions = _labels(problem, layer, "attention", places)
+    ffns = _labels(problem, layer, "ffn", places)
+    coupled = _coupled(problem, layer, places)
+    if additive and not coupled:
+        return [
+            [Option(layer=layer, attention=label) for label in attentions],
+            [Option(layer=layer, ffn=label) for label in ffns],
+        ]
+    return [[Option(layer=layer, attention=a, ffn=f) for a in attentions for f in ffns] + coupled]
+
+
+def _labels(problem: Problem, layer: int, subblock: Subblock, places: Places) -> list[str]:
+    scored = problem.score_table.get((layer, subblock), {})
+    names = dict.fromkeys(["parent", *scored])
+    return [name for name in names if _measured(problem, subblock, name, places)]
+
+
+def _coupled(problem: Problem, layer: int, places: Places) -> list[Option]:
+    pairs = [label.split("+", 1) for label in problem.score_table.get((layer, "block"), {})]
+    return [
+        Option(layer=layer, attention=attention, ffn=ffn, coupled=True)
+        for attention, ffn in pairs
+        if _measured(problem, "attention", attention, places) and _measured(problem, "ffn", ffn, places)
+    ]
+
+
+def _measured(problem: Problem, subblock: Subblock, label: str, places: Places) -> bool:
+    return all((subblock, label, scenario.name, size) in problem.cost_table for scenario, size in places)
+
+
+def _option(problem: Problem, option: Option, places: Places) -> JointOption:
+    labels = {part: label for part in SUBBLOCKS if (label := getattr(option, part)) is not None}
+    chosen = LayerChoice(**option.choice)
+    scores = [score for score in scores_behind(problem, option.layer, chosen) if score.subblock in {"block", *labels}]
     parts = [
-        [cost_of(problem, part, getattr(chosen, part), scenario, size) for part in SUBBLOCKS]
-        for scenario, size in places
+        [cost_of(problem, part, label, scenario, size) for part, label in labels.items()] for scenario, size in places
     ]
     named = {
-        "num_key_value_heads": chosen.attention.removeprefix("kv"),
-        "intermediate_size": chosen.ffn.removeprefix("ffn"),
+        "num_key_value_heads": labels.get("attention", "").removeprefix("kv"),
+        "intermediate_size": labels.get("ffn", "").removeprefix("ffn"),
     }
+    told = " && ".join(f"{part} = {label}" for part, label in labels.items())
     return JointOption(
-        layer=f"layer_{layer}",
-        label=f"attention = {chosen.attention} && ffn = {chosen.ffn}{' (coupled)' if chosen.coupled else ''}",
+        layer=f"layer_{option.layer}" + ("" if len(labels) > 1 else f" {next(iter(labels))}"),
+        label=f"{told}{' (coupled)' if option.coupled else ''}",
         metrics={name: math.fsum(getattr(score, field) for score in scores) for field, name in METRICS.items()},
         costs=_costs(parts, places, {}),
         is_parent=chosen == LayerChoice(),
@@ -87,12 +120,12 @@ def _option(problem: Problem, layer: int, chosen: LayerChoice, places: Sequence[
             for field, name in METRICS.items()
         },
         sizes={name: int(size) for name, size in named.items() if size.isdigit()},
-        choice=chosen,
+        own=option,
     )
 
 
 def _costs(
-    parts: Sequence[Sequence[Cost | NonBlockCost]], places: Sequence[tuple[Scenario, int]], known: dict[str, float]
+    parts: Sequence[Sequence[Cost | NonBlockCost]], places: Places, known: dict[str, float]
 ) -> dict[str, joint.Cost]:
     """Costs of what stands together, per place."""
     prefill = [math.fsum(part.prefill_seconds for part in one) for one in parts]
@@ -124,13 +157,14 @@ def _summed(problem: Problem, per_sequence: Sequence[tuple[float, ...]]) -> Floa
     return np.array([*per_sequence, np.zeros(length)]).sum(axis=0)
 
 
-def request_of(problem: Problem, **changes: Any) -> Request:
-    """The problem's budget, its scenarios' own limits, its traffic and its solver's settings."""
+def request_of(problem: Problem | Profile, **changes: Any) -> Request:
+    """The budget of a problem or a profile, its scenarios' own limits, its traffic and its solver's settings."""
     limits = [*_limits(problem.budget, None)]
     for scenario in problem.scenarios:
         limits += _limits(scenario.budget, scenario.name)
     traffic = {scenario.name: scenario.weight for scenario in problem.scenarios if scenario.weight is not None}
-    asked = {"limits": tuple(limits), "metric": METRICS[problem.metric], "traffic": traffic, "search": problem.search}
+    metric = METRICS[problem.scoring.metric if isinstance(problem, Profile) else problem.metric]
+    asked = {"limits": tuple(limits), "metric": metric, "traffic": traffic, "search": problem.search}
     return Request(**{**asked, **changes})
 
 

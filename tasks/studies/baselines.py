@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from profiles.schema import Search
-from tasks.search.grid import Grid, Option
+from tasks.search.grid import Grid
+from tasks.search.joint import Option
 from tasks.search.mip import minimise
 from tasks.search.program import ROOM, Floats, Integers
 from tasks.studies.repair import draw, keeps, taken, within
@@ -93,7 +94,7 @@ def greedy(grid: Grid, _: Ask) -> Picked:
     slots = _slots(grid)
     searched = sorted((i for i, slot in enumerate(slots) if len(slot) > 1), key=lambda i: grid.scores[slots[i]].mean())
     kept = grid.starts[[len(slot) == 1 for slot in slots]]
-    share = (1 - grid.fixed - taken(grid.program, kept[None])[0]) / max(len(searched), 1)
+    share = (grid.program.room - taken(grid.program, kept[None])[0]) / max(len(searched), 1)
     carried = np.zeros_like(share)
     for layer in searched:
         available = share + carried

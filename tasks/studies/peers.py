@@ -18,10 +18,10 @@ import numpy as np
 from blocks.errors import InfeasibleBudget, PuzzleError
 from blocks.records import Architecture, LayerChoice
 from tasks.search.choose import choose
-from tasks.search.grid import Grid, make_grid
+from tasks.search.grid import Grid, grids_of, make_grid
 from tasks.search.mip import minimise
 from tasks.search.program import Floats, Integers
-from tasks.search.totals import Batches, Problem, batch_choices, predicted
+from tasks.search.totals import Batches, Problem, predicted
 from tasks.studies import baselines
 from tasks.studies.baselines import Ask, Picked
 from tasks.studies.black_box import BlackBox, evolve, reinforce
@@ -99,12 +99,12 @@ def find(
         return _aimed(name, problem, seed, aim)
     if name == "mip":
         return choose(problem)
-    started, places = time.perf_counter(), batch_choices(problem)
+    started = time.perf_counter()
+    grids = grids_of(problem, joint=PEERS[name].whole_layers)
     best: tuple[float, Grid, Integers] | None = None
     evaluated = 0
-    for batches in places:
-        grid = make_grid(problem, batches, joint=PEERS[name].whole_layers)
-        share = max(evaluations // len(places), 1)
+    for grid in grids:
+        share = max(evaluations // len(grids), 1)
         ask = Ask(generator=np.random.default_rng(seed), search=problem.search, evaluations=share)
         picked = PEERS[name].method(grid, ask)
         if picked is None:

@@ -1,0 +1,87 @@
+"""A good choice in a few hundredths of a second, by beam search: it shrinks the program that HiGHS then solves.
+
+An option whose reduced cost lifts the bound above a known choice cannot be part of a better one. So the better the
+known choice, the fewer options HiGHS has to look at. No proof rests on this file: HiGHS proves the answer among the
+options that are left, and tasks/search/mip.py states the bound of those that are not. Where time ends before HiGHS has
+an answer as good, the choice found here is shown with the status "time_limit" and the bound proven by then.
+
+The beam decides slot after slot. It keeps the partial choices with the lowest Lagrangian bound. At prices p >= 0 of the
+rows no completion of a partial choice is cheaper than
+
+    score + p @ used  +  sum over the slots to come of min_j (score_j + p @ usage_j)  -  p @ room
+
+The LP's prices are the best at the start. What has been chosen shifts them, so a cloud of others is drawn around them.
+"""
+
+import numpy as np
+
+from tasks.search.program import ROOM, Flags, Floats, Integers, Program, Relaxation
+
+_NEAR = 4  # options per slot, on average, among which it looks
+_WIDTH = 1024  # partial choices that are kept
+_SPREADS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # of the logarithm of the prices
+_DRAWS = 8  # price vectors per spread
+
+
+def incumbent(program: Program, relaxed: Relaxation) -> Integers | None:
+    """A choice (S,) that keeps all rows; None when the beam ends in none, which proves nothing."""
+    near = _nearest(program, relaxed.distance)
+    found = _beam(program.only(near), relaxed.prices, relaxed.distance[near])
+    return None if found is None else np.flatnonzero(near)[found]
+
+
+def _nearest(program: Program, distance: Floats) -> Flags:
+    """(N,) true for the options of least distance, at least one in every slot."""
+    count = _NEAR * len(program.starts)
+    if count >= len(distance):
+        return np.ones(len(distance), dtype=bool)
+    near = distance <= np.partition(distance, count)[count]
+    return np.asarray(near | (distance <= np.minimum.reduceat(distance, program.starts)[program.slot_of]))
+
+
+def _beam(program: Program, best: Floats, distance: Floats) -> Integers | None:
+    slots = np.split(np.arange(len(distance)), program.starts[1:])
+    # Slots in which a second choice is dear come first: they multiply the partial choices least.
+    order = sorted(range(len(slots)), key=lambda slot: -_second(distance[slots[slot]]))
+    columns = np.vstack([program.scores, program.usage])
+    prices = _cloud(best)
+    weights = np.hstack([np.ones((len(prices), 1)), prices])
+    rest = _to_come(weights @ columns, [slots[slot] for slot in order]) - (prices @ program.room)[:, None]
+    least = _to_come(program.usage, [slots[slot] for slot in order])
+    sums, steps = np.zeros((len(columns), 1)), list[tuple[Integers, Integers]]()
+    for depth, slot in enumerate(slots[place] for place in order):
+        sums = (sums[:, :, None] + columns[:, None, slot]).reshape(len(columns), -1)
+        fits = (sums[1:] + least[:, depth + 1, None] <= program.room[:, None] + ROOM).all(axis=0)
+        bound = np.where(fits, (weights @ sums + rest[:, depth + 1, None]).max(axis=0), np.inf)
+        kept = np.argpartition(bound, _WIDTH)[:_WIDTH] if len(bound) > _WIDTH else np.arange(len(bound))
+        kept = kept[np.isfinite(bound[kept])]
+        if not len(kept):
+            return None
+        sums = sums[:, kept]
+        steps.append((kept // len(slot), slot[kept % len(slot)]))
+    selection, at = np.zeros(len(slots), dtype=np.int64), int(sums[0].argmin())
+    for place, (origin, option) in zip(reversed(order), reversed(steps), strict=True):
+        selection[place], at = option[at], int(origin[at])
+    return selection
+
+
+def _second(distance: Floats) -> float:
+    return float(np.partition(distance, 1)[1]) if len(distance) > 1 else np.inf
+
+
+def _to_come(values: Floats, slots: list[Integers]) -> Floats:
+    """(V, S + 1): least sums over the slots from a depth on, of values (V, N)."""
+    least = np.stack([values[:, slot].min(axis=1) for slot in slots], axis=1)
+    return np.hstack([np.cumsum(least[:, ::-1], axis=1)[:, ::-1], np.zeros((len(values), 1))])
+
+
+def _cloud(best: Floats) -> Floats:
+    """(P, R): the LP's prices first, then a cloud around them; free rows get a price in half of it."""
+    generator = np.random.default_rng(0)
+    some = np.maximum(best, 0.05 * best.max(initial=0.0))
+    cloud = [
+        base * np.exp(generator.normal(0, spread, (_DRAWS // 2, len(best))))
+        for spread in _SPREADS
+        for base in (best, some)
+    ]
+    return np.vstack([best, *cloud])
