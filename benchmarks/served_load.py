@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import ROOT, last_report, table, write_page
-from blocks.child import config_of
 from blocks.engine_limits import gaps
 from blocks.library import read_value, write_value
+from blocks.parent import config_of
 from blocks.records import ChildReport, Metric, Value
 from blocks.runtime import set_threads
 from tasks.engines.registry import engine_of

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.common import last_report, table, write_page
-from blocks.child import config_of
 from blocks.engine_limits import LIMITS, gaps
 from blocks.library import read_value, write_value
+from blocks.parent import config_of
 from blocks.records import SUBBLOCKS, ChildReport, CostTable, LayerChoice, Metric, Value
 from blocks.runtime import set_threads
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace

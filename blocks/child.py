@@ -1,15 +1,11 @@
-"""A child: assembled from an architecture and the block library, and its config read back from its folder."""
+"""Assemble: an architecture and the block library become a model."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig
 
-from blocks.errors import ChildError, DamagedBlock
-from blocks.export_code.configuration_decilm import DeciLMConfig
+from blocks.errors import DamagedBlock
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import read_tensors
 from blocks.parent import Parent, load_subblock
@@ -49,12 +45,3 @@ def _weights(
     if record is None or record.weights is None:
         raise DamagedBlock(f"the library has no trained block for layer {layer} {subblock} {variant}: run again")
     return read_tensors(workspace, record.weights, device=device)
-
-
-def config_of(folder: Path) -> Any:
-    """Config of a child's or a parent's folder. Raises ChildError."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ChildError(f"{folder} is no child: name a folder with config.json and *.safetensors, or a .gguf file.")
-    own = json.loads(path.read_text(encoding="utf-8")).get("model_type") == "nemotron-nas"
-    return DeciLMConfig.from_pretrained(folder) if own else AutoConfig.from_pretrained(folder)

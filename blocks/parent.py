@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from blocks.errors import ParentError
+from blocks.errors import ChildError, ParentError
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.families import Family, family_of
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock
@@ -199,3 +199,12 @@ def run_subblock(
 ) -> Tensor | None:
     """Output of one subblock before the residual add, None for a no-op. (B, T, D) -> (B, T, D)"""
     return layer.attention(hidden, **context) if subblock == "attention" else layer.ffn(hidden)
+
+
+def config_of(folder: Path) -> Any:
+    """Config of a child's or a parent's folder. Raises ChildError."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ChildError(f"{folder} is no child: name a folder with config.json and *.safetensors, or a .gguf file.")
+    own = json.loads(path.read_text(encoding="utf-8")).get("model_type") == "nemotron-nas"
+    return DeciLMConfig.from_pretrained(folder) if own else AutoConfig.from_pretrained(folder)

@@ -36,6 +36,7 @@ def export_command(
     _quiet()
     from tasks.export.formats import export_as
 
+    child.exists()  # a name that no file can have is the caller's mistake, no failure of the export
     started = time.monotonic()
 
     def step(text: str) -> None:

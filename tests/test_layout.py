@@ -16,7 +16,8 @@ from tests.test_modeling import NO_OP, parents_twin, tiny_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("flows", "tasks", "blocks", "profiles")
-DATED = {"CHANGELOG.md", "log.md"}  # these name what there was on their day
+# the log and the list of changes tell what was true on their day: files that they name may have moved since
+DATED = {"CHANGELOG.md", "log.md"}
 DOCS = sorted(path for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")] if path.name not in DATED)
 # `blocks/parent.py`, `profiles/*.yaml`, `Makefile`; not `a/b` of prose, nor what a run makes
 REPO_PATH = re.compile(

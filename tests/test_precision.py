@@ -179,5 +179,5 @@ def test_export_keeps_the_childs_dtype_unless_told(dtype: torch.dtype, kind: int
     assert {tensor.dtype for tensor in load_file(again / "model.safetensors").values()} == {dtype}
     other = export_as(child, "transformers", "f16", tmp_path / "other").path
     assert {tensor.dtype for tensor in load_file(other / "model.safetensors").values()} == {torch.float16}
-    file = export_as(child, "gguf", None, tmp_path / "child.gguf").path
+    file = export_as(child, "gguf", None, tmp_path / "child.gguf", Path("none")).path
     assert {place.type_id for place in read_header(file).tensors.values() if len(place.shape) > 1} == {kind}

@@ -19,9 +19,9 @@ from typing import Any, ClassVar
 import psutil
 import pytest
 
-from blocks.child import config_of
 from blocks.engine_limits import EngineLimit
 from blocks.errors import PuzzleError, PuzzleFailure
+from blocks.parent import config_of
 from tasks.engines import vllm_engine
 from tasks.engines.base import Load
 from tasks.engines.openai_server import SERVERS, Served

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from blocks.child import config_of
 from blocks.engine_limits import EngineLimit
 from blocks.errors import PuzzleError
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.parent import config_of
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.engines import vllm_engine, vllm_process
 from tasks.engines.base import Load

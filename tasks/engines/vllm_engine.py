@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from blocks import export_code
-from blocks.child import config_of
 from blocks.engine_limits import EngineLimit, gaps
 from blocks.export_code import AUTO_MAP, CODE_FILES
 from blocks.files import sha256_of
+from blocks.parent import config_of
 from blocks.records import Turn
 from tasks.engines.base import ROOT, Engine, Load, Process, Session
 from tasks.engines.llama_library import EngineFailed, EngineMissing

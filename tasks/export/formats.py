@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blocks.child import config_of
 from blocks.engine_limits import EngineLimit, gaps, is_whole, limits_of
 from blocks.errors import PuzzleError, PuzzleFailure
+from blocks.parent import config_of
 from tasks.engines.base import Engine, Load, Session
 from tasks.engines.llama_cpp import LlamaCpp
 from tasks.engines.llama_library import EngineFailed

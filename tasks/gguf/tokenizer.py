@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blocks.child import config_of
 from blocks.errors import PuzzleError
+from blocks.parent import config_of
 from tasks.gguf.header import read_header
 from tasks.gguf.splits import PRES, is_byte_level, names_of
 

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from blocks.child import config_of
 from blocks.errors import ChildError
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import read_value
-from blocks.parent import Parent
+from blocks.parent import Parent, config_of
 from blocks.records import ChildReport
 from tasks.gguf.reader import read_gguf
 from tasks.inputs.parent_weights import weights_of

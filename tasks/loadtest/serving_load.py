@@ -19,9 +19,9 @@ from typing import Any
 
 import httpx
 
-from blocks.child import config_of
 from blocks.engine_limits import limits_of
 from blocks.errors import PuzzleError, PuzzleFailure
+from blocks.parent import config_of
 from blocks.records import Metric, Value
 from tasks.engines.base import Load
 from tasks.engines.openai_server import SERVERS, Served, serving

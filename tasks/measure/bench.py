@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from blocks.child import config_of
 from blocks.engine_limits import limits_of
 from blocks.errors import PuzzleError
+from blocks.parent import config_of
 from blocks.records import Gains, Throughput, Turn, Value
 from profiles.schema import Scenario
 from tasks.engines.base import Load
