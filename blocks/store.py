@@ -271,7 +271,7 @@ def _file_system(url: str) -> tuple[Any, str]:
         raise StoreError(
             f"the store {url} needs a package that is not here ({_line(error)}): pip install 'puzzle[s3]' for s3://."
         ) from error
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # some kinds look their host up at once
         raise StoreError(f"{url} is no store: {_line(error)}. For instance s3://bucket/prefix.") from error
     return fs, str(root).rstrip("/")
 

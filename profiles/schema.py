@@ -271,7 +271,9 @@ class Hardware(Section):
     kv_precision: Precision | None = Field(default=None, description="of the KV cache, modelled only; as the weights")
     tensor_parallel: PositiveInt = Field(default=1, description="devices that share every layer, modelled only")
     threads: PositiveInt | None = Field(
-        default=None, description="intra-op threads; the physical cores that the process may use when absent"
+        default=None,
+        le=4096,  # torch ends the process at a number that no machine has
+        description="intra-op threads; the physical cores that the process may use when absent",
     )
 
     @model_serializer(mode="wrap")

@@ -618,9 +618,10 @@ TEMPLATE = """{{ bos_token }}{% if strftime_now is defined %}{{ strftime_now("%d
         ([{"role": "user", "content": [{"type": "image_url"}]}], "has a part in message 1 that is no text"),
         ([{"role": "user", "content": " "}], "has no text in any message"),
         ([{"speaker": "user", "content": "x"}], "whose item 1 is no message"),
+        (json.dumps(CHAT), "holds text in field `messages`, not a list of messages"),
     ],
 )
-def test_chats_that_cannot_be_written_whole_are_counted(tmp_path: Path, chat: list[Any], reason: str) -> None:
+def test_chats_that_cannot_be_written_whole_are_counted(tmp_path: Path, chat: Any, reason: str) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     source = jsonl(tmp_path, {"messages": CHAT}, {"messages": chat}, {"messages": CHAT})

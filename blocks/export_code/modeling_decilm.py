@@ -211,6 +211,9 @@ class DeciLMModel(DeciLMPreTrainedModel):
             return None
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         wanted = _asked(use_cache, self.config.use_cache) and not checkpointing
+        if isinstance(cache, DynamicCache) and not cache.layers:
+            # made without a config: its length would be read off layer 0, which may have no attention
+            cache.layers = DynamicCache(config=self.config).layers
         return DynamicCache(config=self.config) if wanted and cache is None else cache
 
     def _follow_implementation(self) -> None:

@@ -12,3 +12,7 @@ class Llama(Family):
 
     def biases(self, config: Any) -> tuple[bool, bool, bool]:
         return config.attention_bias, config.attention_bias, config.mlp_bias
+
+    def attention_types(self, config: Any) -> list[str]:
+        """Full whatever the config says: transformers' Llama reads neither `layer_types` nor `sliding_window`."""
+        return ["full_attention"] * config.num_hidden_layers

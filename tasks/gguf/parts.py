@@ -17,6 +17,8 @@ from tasks.gguf.header import GgufError, Header, named_parts, read_header
 
 _Type = gguf.GGMLQuantizationType
 _FLOATS = {_Type.F32: torch.float32, _Type.F16: torch.float16, _Type.BF16: torch.bfloat16}
+# what transformers makes up where a file is silent
+_NEEDED = ("attention.layer_norm_rms_epsilon", "context_length")
 # the name in gguf's tables of what transformers calls otherwise
 _ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
 
@@ -102,6 +104,9 @@ def check_model(header: Header, config: Any, name: str) -> None:
     """GgufError unless the file holds the tensors of a model of this config, all of them and no others: transformers
     would make up what is missing, and leave out the rest.
     """
+    silent = [key for key in _NEEDED if not any(field.endswith(f".{key}") for field in header.fields)]
+    if silent:
+        raise GgufError(f"{name} lacks {_some(silent)} in its metadata, which llama.cpp needs too. Fetch it again.")
     _check_rotary(header, name)
     wanted = _wanted(config)
     missing = [key for key in wanted if key not in header.tensors]
@@ -128,8 +133,11 @@ def check_model(header: Header, config: Any, name: str) -> None:
 def _check_rotary(header: Header, name: str) -> None:
     """GgufError for scaled rotary frequencies: transformers reads the base alone."""
     fields = {key.partition(".")[2]: value for key, value in header.fields.items()}
-    kind, factor = fields.get("rope.scaling.type", "none"), fields.get("rope.scaling.factor", 1.0)
-    scaled = (kind != "none" and factor != 1.0) or fields.get("rope.scale_linear", 1.0) != 1.0
+    # llama.cpp scales linearly by a factor without a type, and takes a factor of 0 for none
+    kind, factor = fields.get("rope.scaling.type", "linear"), fields.get("rope.scaling.factor", 1.0)
+    scaled = (kind != "none" and factor not in (0.0, 1.0)) or any(
+        fields.get(f"rope.{key}", 1.0) != 1.0 for key in ("scale_linear", "scaling.attn_factor")
+    )
     if scaled or "rope_freqs.weight" in header.tensors:
         raise GgufError(
             f"{name} scales its rotary frequencies (as Llama 3.1 does), which transformers does not read from GGUF: "

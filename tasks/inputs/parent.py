@@ -46,8 +46,9 @@ SMALL_FILES = (
 )
 # what save_pretrained leaves in JSON of the machine it ran on
 _PATH_KEYS = ("_name_or_path", "name_or_path", "_model_name_or_path")
-# what a prepared parent's config.json does not say: its code is never run, its weights are floats
-_LEFT_OUT = ("auto_map", "quantization_config")
+# what a prepared parent's config.json does not say: its code is never run, its weights are floats, and a forward gives
+# what its caller asks for
+_LEFT_OUT = ("auto_map", "quantization_config", "output_attentions", "output_hidden_states", "return_dict")
 
 
 class Manifest(Value):
@@ -85,6 +86,14 @@ def prepare_parent(
         say(f"parent {made.parent.name}: {note}")
     keep(manifest, made, made.files, workspace, fetch)
     return made.parent
+
+
+def check_source(source: FolderParent | GgufParent) -> None:
+    """ParentError for a folder or file that is not there or is no parent by its config; weights are not read."""
+    if isinstance(source, GgufParent):
+        parts_of(_gguf_file(source))
+    else:
+        check_config(_read_json(_source_folder(source) / "config.json"), source.trust_remote_code)
 
 
 def write_config(source: ParentSource, folder: Path) -> None:

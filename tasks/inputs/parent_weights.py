@@ -23,7 +23,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 # buffers of old checkpoints that transformers drops without a word
-_LEFT_OVER = r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)position_ids$"
+_LEFT_OVER = r"(^|\.)rotary_emb\.\w+$|(^|\.)position_ids$|\.masked_bias$"
 _LAYER = re.compile(r".*\.layers\.\d+\.")
 
 
@@ -260,8 +260,10 @@ def _check_names(folder: Path, tensors: Mapping[str, Found], others: Iterable[Fo
 
 
 def _computes(name: str, found: Found, modules: set[str], layers: set[str], base: str) -> bool:
-    """True for a tensor within a layer or module that the model computes with; a mask of booleans is none."""
-    if found.dtype in ("BOOL", "U8"):
+    """True for a tensor within a layer or module that the model computes with; a mask is none: it holds booleans, or
+    has more dimensions than any weight.
+    """
+    if found.dtype in ("BOOL", "U8") or len(found.shape) > 2:
         return False
     names = (name, f"{base}.{name}")
     inside = any(one.startswith(layer) for one in names for layer in layers)

@@ -95,12 +95,15 @@ def value_of(row: Any, field: str, chat: Chat) -> str | None:
     """The text of a row, or its chat as text; None when the field is null. Raises Unusable."""
     if not isinstance(row, Mapping):
         raise Unusable(f"is no object with fields, but {_kind(row)}")
-    value = row[_named(row, field)]
+    name = _named(row, field)
+    value = row[name]
+    if isinstance(value, str) and name != field:  # a chat written as JSON would be read as text
+        raise Unusable(f"holds text in field `{name}`, not a list of messages. Name it as text_field if it is text")
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
         return chat(messages_of(value))
-    raise Unusable(f"holds {_kind(value)} in field `{_named(row, field)}`, not text. Choose another")
+    raise Unusable(f"holds {_kind(value)} in field `{name}`, not text. Choose another")
 
 
 def _named(names: Iterable[str], field: str) -> str:

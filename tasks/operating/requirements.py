@@ -11,9 +11,18 @@ from collections.abc import Callable, Iterator
 from importlib import util
 
 from blocks.devices import device_name
-from blocks.errors import PuzzleError
+from blocks.errors import CorpusError, ParentError, PuzzleError
 from blocks.runtime import usable_cores
-from profiles.schema import DRIVEN, Hardware, PackageParent, Profile, WikipediaDumpSource
+from profiles.schema import (
+    DRIVEN,
+    FolderParent,
+    GgufParent,
+    Hardware,
+    PackageParent,
+    Profile,
+    TextSource,
+    WikipediaDumpSource,
+)
 
 # import name of an optional package: what it is for, how it comes
 EXTRAS = {
@@ -162,6 +171,13 @@ def _packages(field: str, *names: str) -> Iterator[str]:
 def _parent(profile: Profile) -> Iterator[str]:
     if isinstance(profile.parent, PackageParent):
         yield from _file("parent", profile.parent.package, profile.parent.file)
+    elif isinstance(profile.parent, FolderParent | GgufParent):
+        from tasks.inputs.parent import check_source
+
+        try:
+            check_source(profile.parent)
+        except ParentError as error:
+            yield f"parent: {error}"
 
 
 def _corpus(profile: Profile) -> Iterator[str]:
@@ -169,6 +185,13 @@ def _corpus(profile: Profile) -> Iterator[str]:
         if isinstance(source, WikipediaDumpSource):
             yield from _packages(f"corpus.sources[{index}]", "mwparserfromhell")
             yield from _file(f"corpus.sources[{index}]", source.package, source.file)
+        elif isinstance(source, TextSource):
+            from tasks.inputs.corpus import check_sources
+
+            try:
+                check_sources(profile.corpus.model_copy(update={"sources": (source,)}))
+            except CorpusError as error:
+                yield f"corpus.sources[{index}]: {error}"
 
 
 def _file(field: str, package: str, file: str) -> Iterator[str]:
