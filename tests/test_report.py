@@ -453,8 +453,8 @@ def test_speed_and_sums_are_told_in_the_report_and_to_mlflow() -> None:
     assert figures["sum_chat/child_decode_off"] == 0.1 and figures["sum_chat/child_decode_off_se"] == 0.02
     assert figures["sum_chat/child_decode_gain_off"] == -0.03
     assert figures["speed_chat/child_first_token_seconds"] == 1
-    assert figures["speed_chat/parent_peak_memory_bytes"] == 2**22
-    assert "speed_chat/child_peak_memory_bytes" not in figures
+    assert figures["speed_chat/parent_peak_memory_gib"] == 2**22 / 2**30
+    assert "speed_chat/child_peak_memory_gib" not in figures
 
 
 def test_written_report_reads_back(tmp_path: Path) -> None:

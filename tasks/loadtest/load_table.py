@@ -41,7 +41,7 @@ def load_cells(row: LoadRow) -> list[str]:
         row.model,
         f"{row.requests - row.failed}/{row.requests}",
         f"{row.requests_per_second.value:,.2f}",
-        f"{row.tokens_per_second.value:,.1f} ±{row.tokens_per_second.se:,.1f}",
+        f"{row.generated_tokens_per_second.value:,.1f} ±{row.generated_tokens_per_second.se:,.1f}",
         gain_cell(gains.throughput, gains.cpu) if gains else "",
         _pair(row.first_token_ms),
         gain_cell(gains.first_token, None) if gains else "",
@@ -118,7 +118,9 @@ def _draw_closed(rows: Sequence[LoadRow]) -> Figure:
     return draw_bars(
         [(row.load, row.model) for row in rows],
         {
-            "output tokens per second": [(row.tokens_per_second.value, row.tokens_per_second.se) for row in rows],
+            "output tokens per second": [
+                (row.generated_tokens_per_second.value, row.generated_tokens_per_second.se) for row in rows
+            ],
             "time to first token, ms (p50)": [(row.first_token_ms[0] or 0, 0) for row in rows],
         },
     )

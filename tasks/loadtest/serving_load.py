@@ -49,7 +49,7 @@ class LoadTurn(Value):
         """Requests that do not count."""
         return sum(bool(request.error) for request in self.requests)
 
-    def tokens_per_second(self) -> float:
+    def generated_tokens_per_second(self) -> float:
         """Output tokens of the requests that count, over the whole turn."""
         return sum(request.output_tokens for request in self.requests if not request.error) / self.seconds
 
@@ -84,7 +84,7 @@ class LoadRow(Value):
     errors: tuple[str, ...]
     good: Metric | None
     requests_per_second: Metric
-    tokens_per_second: Metric
+    generated_tokens_per_second: Metric
     first_token_ms: tuple[float | None, float | None]
     output_token_ms: tuple[float | None, float | None]
     memory_bytes: int | None
@@ -267,7 +267,7 @@ def row_of(
         errors=tuple(sorted({request.error for request in everything if request.error}))[:5],
         good=good_share(own, limits),
         requests_per_second=median_metric([(len(turn.requests) - turn.failed()) / turn.seconds for turn in own]),
-        tokens_per_second=median_metric([turn.tokens_per_second() for turn in own]),
+        generated_tokens_per_second=median_metric([turn.generated_tokens_per_second() for turn in own]),
         first_token_ms=_percentiles([request.first for request in everything]),
         output_token_ms=_percentiles([request.per_token() for request in everything]),
         memory_bytes=memory,
@@ -307,7 +307,7 @@ def load_gains(parents: Sequence[LoadTurn], own: Sequence[LoadTurn]) -> LoadGain
     known = all(turn.cpu_seconds for pair in pairs for turn in pair)
     spaced = all(between(turn) for pair in pairs for turn in pair)
     return LoadGains(
-        throughput=gain(lambda turn: 1 / turn.tokens_per_second()),
+        throughput=gain(lambda turn: 1 / turn.generated_tokens_per_second()),
         first_token=gain(lambda turn: turn.quantile(lambda request: request.first, 0.5)),
         output_token=gain(between) if spaced else None,
         cpu=gain(lambda turn: turn.cpu_seconds or 0.0) if known else None,

@@ -275,7 +275,7 @@ def report_metrics(report: ChildReport) -> dict[str, float]:
     figures = {
         "run/seconds": report.seconds,
         "run/cpu_seconds": report.cpu_seconds,
-        "run/peak_memory_bytes": float(report.peak_memory_bytes),
+        "run/peak_memory_gib": report.peak_memory_bytes / 2**30,
         **search_metrics(report.architecture),
     }
     for stage in report.stages:
@@ -301,7 +301,7 @@ def speed_figures(report: ChildReport) -> dict[str, float]:
             for field in SPEED_FIELDS:
                 measured[f"{prefix}_{field}"] = getattr(own, field)
             if own.memory_bytes is not None:
-                figures[f"{prefix}_peak_memory_bytes"] = float(own.memory_bytes)
+                figures[f"{prefix}_peak_memory_gib"] = own.memory_bytes / 2**30
     for check in report.speed.sums:
         prefix = f"sum_{check.scenario}/{check.model}_{check.phase}"
         measured[f"{prefix}_off"] = check.off
@@ -321,7 +321,7 @@ def _candidate_figures(candidate: Candidate, parent: Candidate | None) -> dict[s
     figures = {
         "parameters": float(candidate.parameters),
         "weight_bytes": float(candidate.weight_bytes),
-        "memory_bytes": float(candidate.memory_bytes),
+        "memory_gib": candidate.memory_bytes / 2**30,
         "gkd_tokens": float(candidate.gkd_tokens),
     }
     if candidate.predicted_kl is not None:
