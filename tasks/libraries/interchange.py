@@ -26,10 +26,9 @@ from blocks.records import (
     Value,
 )
 from profiles.schema import Budget, Profile, Scenario
-from tasks.libraries.labels import INTERMEDIATE, KV_HEADS
 from tasks.libraries.nvlabs import options_from_nvlabs
 from tasks.libraries.option_tables import read_options
-from tasks.libraries.options import OptionLibrary, joint_of
+from tasks.libraries.options import SIZES, OptionLibrary, joint_of
 from tasks.libraries.puzzletron import is_puzzletron, options_from_puzzletron
 from tasks.libraries.reading import LARGEST
 from tasks.libraries.tables import read_description, read_table, validated, write_tables
@@ -89,7 +88,7 @@ def describe(
 def sizes_of(config: Path) -> dict[str, int]:
     """Sizes that labels tell shares of, from a parent's config.json; those that it has."""
     fields = json.loads(config.read_text(encoding="utf-8"))
-    return {name: fields[name] for name in (KV_HEADS, INTERMEDIATE) if isinstance(fields.get(name), int)}
+    return {name: fields[name] for name in SIZES.values() if isinstance(fields.get(name), int)}
 
 
 def write_library(folder: Path, library: StoredLibrary) -> None:
