@@ -486,7 +486,7 @@ class Champion(Section):
 class Orchestration(Section):
     """Where the variant tasks run: threads of this process, or workers of a Dask or Ray cluster."""
 
-    runner: Literal["threads", "dask", "ray"] = Field(default="threads", description="docs/clusters.md")
+    runner: Literal["threads", "dask", "ray"] = Field(default="threads", description="docs/how-to/run-on-a-cluster.md")
     address: str | None = Field(
         default=None,
         description="of a running cluster; a local one is started for the run when absent",

@@ -6,7 +6,8 @@
     costs.parquet    per subblock variant, scenario and batch size
     non_block.parquet  embedding, final norm and head: scenario, batch size, costs
 
-Columns are the fields of the contracts in blocks/records.py. Every run writes one; `docs/search.md` lists the columns.
+Columns are the fields of the contracts in blocks/records.py. Every run writes one.
+`docs/how-to/exchange-libraries.md` lists the columns.
 What others measured is version 2 of the format, tasks/libraries/option_tables.py.
 """
 
