@@ -1,5 +1,6 @@
-"""Model families: what must be known of a parent beyond its config. One small class each; to add one see
-docs/how-to/add-a-family.md.
+"""Model families: what must be known of a parent beyond its config. One small class each.
+
+To add one see docs/how-to/add-a-family.md.
 """
 
 from typing import Any
