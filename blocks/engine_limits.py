@@ -11,7 +11,7 @@ from typing import Any
 from blocks.errors import PuzzleError, did_you_mean
 from blocks.families import family_of
 from blocks.families.base import head_dim
-from blocks.variant import kind_of, parse_label
+from blocks.kinds import kind_of, parse_label
 
 LINEAR = "linear subblocks"
 BARE_START = "layer 0 without attention"

@@ -1,4 +1,4 @@
-"""Errors that a person reads: one sentence, no traceback. Exit code 2 for wrong input, 1 for a PuzzleFailure."""
+"""Errors that a user reads, without a traceback. The exit code is 2 for wrong input and 1 for a PuzzleFailure."""
 
 import difflib
 import errno
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class PuzzleError(Exception):
-    """What is wrong, what is allowed, what to do."""
+    """A message for the user: what is wrong, what is allowed, what to do."""
 
 
 class UnknownVariant(PuzzleError):
@@ -38,12 +38,12 @@ class DamagedBlock(PuzzleFailure):
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """True when there was no room on a disk, whoever says it: the system, safetensors, SQLite."""
+    """True when an error, or one that caused it, says that a disk is full: from the system, safetensors or SQLite."""
     while error is not None:
-        said = str(error).lower()
+        text = str(error).lower()
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if "no space left on device" in said or "database or disk is full" in said:
+        if "no space left on device" in text or "database or disk is full" in text:
             return True
         error = error.__cause__ or error.__context__
     return False

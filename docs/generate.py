@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from blocks.engine_limits import GAPS, KNOWN_ENGINES  # noqa: E402
+from blocks.kinds import kinds  # noqa: E402
 from blocks.records import SUBBLOCKS  # noqa: E402
-from blocks.variant import kinds  # noqa: E402
 from flows.cli import app  # noqa: E402
 from profiles.load import sections_of, shipped_profiles  # noqa: E402
 from profiles.schema import Profile  # noqa: E402

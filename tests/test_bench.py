@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from blocks.errors import PuzzleError
+from blocks.kinds import parse_labels
 from blocks.records import LayerRecord, Metric, Ref, Turn
-from blocks.variant import parse_labels
 from profiles.load import load_profile
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.distill.jobs import jobs_of

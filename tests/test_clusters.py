@@ -19,6 +19,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
 from blocks import devices, runtime
+from blocks.devices import on_device
 from blocks.errors import PuzzleError
 from blocks.records import ParentInfo
 from flows import reuse, stages
@@ -37,7 +38,7 @@ def at_work(devices: tuple[str, ...], count: int) -> list[tuple[str, float, floa
     seen: list[tuple[str, float, float]] = []
 
     def work() -> None:
-        with runtime.on_device(devices) as device:
+        with on_device(devices) as device:
             started = time.monotonic()
             time.sleep(0.05)
             seen.append((device, started, time.monotonic()))
@@ -65,7 +66,7 @@ def test_the_plain_cpu_is_shared() -> None:
     together, met = threading.Barrier(3, timeout=10), list[int]()
 
     def work() -> None:
-        with runtime.on_device(["cpu"]):
+        with on_device(["cpu"]):
             met.append(together.wait())
 
     threads = [threading.Thread(target=work) for _ in range(3)]
@@ -93,7 +94,7 @@ def test_results_are_kept_for_each_device() -> None:
 def test_a_worker_without_the_device_says_so() -> None:
     with (
         pytest.raises(PuzzleError, match=r"none of the devices cuda:0, cuda:1"),
-        runtime.on_device(["cuda:0", "cuda:1"]),
+        on_device(["cuda:0", "cuda:1"]),
     ):
         pass
 
@@ -131,7 +132,7 @@ def test_runs_and_tasks_name_a_gpu_alike_and_keep_each_other_out(
 ) -> None:
     monkeypatch.setenv("PUZZLE_DEVICE_LOCKS", str(tmp_path))
     sees(monkeypatch, "3,1", [GPUS[3], GPUS[1]])
-    with runtime.on_device(["cuda:0"]), runtime.on_device(["cuda:0", "cuda:1"]) as second:
+    with on_device(["cuda:0"]), on_device(["cuda:0", "cuda:1"]) as second:
         assert second == "cuda:1"
     with turns.sharing(profile_with("hardware.device=cuda:0")), turns.device_of("measure"):
         sees(monkeypatch, None, GPUS)
@@ -142,7 +143,7 @@ def test_runs_and_tasks_name_a_gpu_alike_and_keep_each_other_out(
 def is_free(device: str) -> bool:
     name = devices.device_name(device)
     assert name is not None
-    place = devices.enter(name, "task", devices.places_of_task(device))
+    place = devices.enter(name, "task", devices.slots_of_task(device))
     if place is not None:
         place.release()
     return place is not None

@@ -12,10 +12,10 @@ from gguf import GGUFReader
 
 from blocks.engine_limits import runnable
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.kinds import parse_label
 from blocks.library import read_value, write_value
 from blocks.records import CostTable, LayerChoice
 from blocks.resources import non_block_parameters
-from blocks.variant import parse_label
 from flows import stages
 from flows.finish import sum_beside_whole
 from profiles.load import load_profile

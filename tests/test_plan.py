@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from blocks import parent as parent_module
 from blocks.families import FAMILIES
 from blocks.records import SUBBLOCKS, LayerChoice, StageTime
+from blocks.subblock import subblock_state
 from flows import cli
 from flows.plan import bytes_of, count_of, told
 from profiles.hardware import FOLDER
@@ -321,7 +322,7 @@ def assert_same_weights(parent: parent_module.Parent, choice: LayerChoice) -> No
     entries = parent.block_entry(choice)
     for part in SUBBLOCKS:
         named = parent.family.weights(parent.config, part, entries[part])
-        state = parent_module.subblock_state(layer, part)
+        state = subblock_state(layer, part)
         there: dict[str, list[tuple[int, ...]]] = {}
         for name, tensor in state.items():
             there.setdefault(name.rpartition(".")[0], []).append(tuple(tensor.shape))

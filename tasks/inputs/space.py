@@ -4,9 +4,9 @@ from typing import Any
 
 from blocks.engine_limits import check_parent, refusal
 from blocks.errors import PuzzleError
+from blocks.kinds import parse_labels
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock
-from blocks.variant import parse_labels
 from profiles.schema import Profile, SearchSpace
 
 

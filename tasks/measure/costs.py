@@ -11,11 +11,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from blocks.engine_limits import runnable
+from blocks.kinds import parse_labels
 from blocks.library import digest_of, keep, remember
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Cost, CostTable, LayerChoice, NonBlockCost, ParentInfo
 from blocks.resources import BYTES, non_block_parameters, resources, weight_bytes
-from blocks.variant import Variant, parse_labels
+from blocks.variant import Variant
 from profiles.schema import Hardware, Measure, Profile, Scenario, SearchSpace
 from tasks.distill.record import open_parent
 from tasks.engines.timing_in_turns import ClockTooCoarse
@@ -157,7 +158,7 @@ def _measured(
 
 def _runs(engine: str, reader: Parent, variant: Variant) -> bool:
     """Whether the engine can run a variant in the last layer. A variant that it cannot run has no cost."""
-    alone = LayerChoice.alone(variant.subblock, variant.label)
+    alone = LayerChoice.only(variant.subblock, variant.label)
     return runnable(engine, reader.config, reader.depth - 1, alone.attention, alone.ffn) is None
 
 

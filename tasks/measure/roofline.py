@@ -22,10 +22,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from blocks.families.base import head_dim
+from blocks.kinds import kind_of, parse_labels
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Cost, CostTable, NonBlockCost
 from blocks.resources import BYTES, non_block_parameters, resources, weight_bytes
-from blocks.variant import Variant, kind_of, parse_labels
+from blocks.variant import Variant
 from profiles.hardware import HardwareTarget, check_use
 from profiles.schema import Hardware, Precision, Scenario, SearchSpace
 from tasks.inputs.precision import served_precision

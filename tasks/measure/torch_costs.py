@@ -45,7 +45,7 @@ class TorchTimer:
 
     def _stack(self, variant: Variant, generator: torch.Generator) -> DeciLMModel:
         """A model of `copies` layers that hold this subblock alone; weights are noise, time does not depend on it."""
-        alone = LayerChoice.alone(variant.subblock, variant.label)
+        alone = LayerChoice.only(variant.subblock, variant.label)
         config = self.reader.child_config([alone] * self.copies)
         config.vocab_size = 8  # the embedding is not run
         config.pad_token_id = None

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from scipy import stats
 from torch import Tensor
 
 from blocks.errors import DamagedBlock, PuzzleError
+from blocks.estimates import lower_bound
 from blocks.files import sha256_of
 from blocks.library import digest_of, read_tensors, remember
 from blocks.records import CorpusInfo, CostTable, LayerChoice, Metric, ParentInfo, Value
@@ -188,8 +188,7 @@ def decide(ours: Tensor, theirs: Tensor, rule: Champion, changed: tuple[str, ...
     """The rule on paired figures, (S,) each: moved when the improvement's lower bound passes `min_improvement`."""
     better = ours - theirs if rule.metric == "top1_agreement" else theirs - ours
     gain = mean_metric(better)
-    quantile = float(stats.t.ppf(rule.confidence, gain.n - 1)) if gain.n > 1 else float("inf")
-    lower = gain.value - quantile * gain.se if gain.n > 1 else float("-inf")
+    lower = lower_bound(gain, rule.confidence)
     moved = lower > rule.min_improvement
     size = rounded(gain.model_copy(update={"value": abs(gain.value)}))
     reason = (

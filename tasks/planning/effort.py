@@ -21,10 +21,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from blocks.fit import elimination_flops
+from blocks.kinds import kind_of, parse_label, parse_labels
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Subblock
 from blocks.resources import non_block_parameters, parameters_of
-from blocks.variant import Variant, kind_of, parse_label, parse_labels
+from blocks.variant import Variant
 from profiles.schema import GgufParent, PackageParent, Profile, TinyParent
 from tasks.distill.record import BATCH, CHUNK
 from tasks.inputs.space import layers_of, refused_alone

@@ -84,7 +84,7 @@ def _stacks(shape: Shape, places: Sequence[Place]) -> Work:
     for place in places:
         for part in SUBBLOCKS:
             for label in {cost.variant for cost in place.table.costs if cost.subblock == part}:
-                alone = LayerChoice.alone(part, label)
+                alone = LayerChoice.only(part, label)
                 seconds += place.seconds([(alone, copies)], 0, measure.decode_steps)
         seconds += place.seconds([(PARENT, shape.depth)], 1, measure.decode_steps)  # takes its turn as well
         seconds += place.seconds([], 1, measure.decode_steps)

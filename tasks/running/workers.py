@@ -19,9 +19,10 @@ from prefect.context import FlowRunContext
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from blocks.devices import on_device
 from blocks.errors import PuzzleError
 from blocks.records import Value
-from blocks.runtime import configure, on_device, set_threads
+from blocks.runtime import configure, set_threads
 from profiles.schema import Orchestration, Profile
 from tasks.running.sharing import Piece, made_once
 
