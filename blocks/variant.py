@@ -2,7 +2,7 @@
 
 A variant is its subblock and a short label (`kv1`, `ffn768`, `linear`, `no_op`, `parent`). This file holds the base
 classes. Each kind of variant is one class in a file of its own under blocks/attention/ or blocks/ffn/, and
-blocks/kinds.py lists them all. To add a kind see docs/add-a-variant-kind.md.
+blocks/kinds.py lists them all. To add a kind see docs/how-to/add-a-variant-kind.md.
 """
 
 from __future__ import annotations

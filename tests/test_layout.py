@@ -16,8 +16,9 @@ from tests.test_modeling import NO_OP, parents_twin, tiny_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("flows", "tasks", "blocks", "profiles")
-# the log tells what was true on its day: files that it names may have moved since
-DOCS = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")} - {ROOT / "docs" / "log.md"})
+# the log and the list of changes tell what was true on their day: files that they name may have moved since
+DATED = {"CHANGELOG.md", "log.md"}
+DOCS = sorted(path for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")] if path.name not in DATED)
 # `blocks/parent.py`, `profiles/*.yaml`, `Makefile`; not `a/b` of prose, nor what a run makes
 REPO_PATH = re.compile(
     r"^(?:\.ci|benchmarks|blocks|docs|flows|profiles|tasks|tests)/[\w./*-]*$|^[\w-]+\.(?:md|toml|txt)$"
@@ -59,6 +60,18 @@ def test_paths_named_in_the_docs_exist(path: Path) -> None:
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", prose)
     missing = [name for name in named if not any(ROOT.glob(name.rstrip("/")))]
     missing += [link for link in links if not (path.parent / link).exists()]
+    assert missing == []
+
+
+def test_documents_named_in_the_code_exist() -> None:
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    missing = []
+    for name in files:
+        if name.endswith((".md", ".png", ".txt")):
+            continue
+        text = (ROOT / name).read_text(errors="ignore")
+        named = re.findall(r"(?<![\w/'-])(?<!ggml's )docs/[\w/-]+(?:\.md|\.conf|(?=[ ),.;:]))", text)
+        missing += [f"{name}: {page}" for page in named if not any(ROOT.glob(f"{page}*"))]
     assert missing == []
 
 
@@ -122,7 +135,7 @@ assert losses[1] < 0.9 * losses[0], losses
 
 
 def test_the_example_kind_of_the_guide_works() -> None:
-    guide = (ROOT / "docs" / "add-a-variant-kind.md").read_text()
+    guide = (ROOT / "docs" / "how-to" / "add-a-variant-kind.md").read_text()
     example = re.search(r"^```python\n(.*?)^```", guide, flags=re.MULTILINE | re.DOTALL)
     assert example
     # in a process of its own, which adds the kind to its table
@@ -132,10 +145,13 @@ def test_the_example_kind_of_the_guide_works() -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_every_room_says_what_it_is_for() -> None:
+def test_every_room_says_what_it_is_for_and_is_in_the_readme() -> None:
     loose = [path.name for path in (ROOT / "tasks").glob("*.py") if path.name != "__init__.py"]
     assert loose == []
     for room in sorted((ROOT / "tasks").iterdir()):
         if room.is_dir() and any(room.glob("*.py")):
             docstring = ast.get_docstring(ast.parse((room / "__init__.py").read_text()))
             assert docstring and len(docstring.split()) >= 5, room.name
+            assert f"\n    tasks/{room.name}/ " in (ROOT / "README.md").read_text(), (
+                f"README.md does not list {room.name}"
+            )

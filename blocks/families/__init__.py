@@ -1,5 +1,6 @@
-"""Model families: what must be known of a parent beyond its config. One small class each; to add one see
-docs/add-a-family.md.
+"""Model families: what must be known of a parent beyond its config. One small class each.
+
+To add one see docs/how-to/add-a-family.md.
 """
 
 from typing import Any
@@ -23,7 +24,7 @@ def family_of(config: Any) -> Family:
     if family is None:
         raise ParentError(
             f"model_type {config.model_type!r} is not known here; allowed: {', '.join(FAMILIES)}. "
-            "To add a family see docs/add-a-family.md."
+            "To add a family see docs/how-to/add-a-family.md."
         )
     family.check(config)
     return family

@@ -2,7 +2,7 @@
 
 Start: the channels with the highest contribution C_i = mean |X_i| * ||W_down[:, i]|| (Puzzle, section 3).
 Closed form: the channels are chosen again by backward elimination with refit (blocks/fit.py), which gives a lower error
-than contribution (benchmarks/bld.md). Then down_proj is the ridge solution from the layer's Gram matrix, of which every
+than contribution (docs/log.md). Then down_proj is the ridge solution from the layer's Gram matrix, of which every
 width uses a sub-matrix.
 """
 

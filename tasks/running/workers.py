@@ -232,6 +232,6 @@ def _reachable(address: str) -> None:
 
 def _nobody(address: str, what: str) -> PuzzleError:
     return PuzzleError(
-        f"no {what} answers at {address} (orchestration.address): start the cluster as docs/clusters.md says, or leave "
-        "the address out"
+        f"no {what} answers at {address} (orchestration.address): start the cluster as "
+        "docs/how-to/run-on-a-cluster.md says, or leave the address out"
     )
