@@ -24,9 +24,10 @@ from flows.page import finished_run  # noqa: E402
 from profiles.load import load_profile  # noqa: E402
 from profiles.schema import Profile  # noqa: E402
 from tasks.distill.record import open_parent, record_key, record_layer  # noqa: E402
-from tasks.inputs.corpus import iterate_documents, prepare_corpus  # noqa: E402
+from tasks.inputs.corpus import prepare_corpus  # noqa: E402
+from tasks.inputs.corpus_sources import iterate_documents  # noqa: E402
 from tasks.inputs.parent import prepare_parent  # noqa: E402
-from tasks.measure.timing import processor  # noqa: E402
+from tasks.measure.hardware_description import processor  # noqa: E402
 from tasks.score.scoring import ScoringSet  # noqa: E402
 
 LOAD = round(os.getloadavg()[0], 1)  # the machine's load before the benchmark itself computes

@@ -21,7 +21,7 @@ from blocks.parent import config_of
 from blocks.records import ChildReport, Metric, Value
 from blocks.runtime import set_threads
 from tasks.engines.registry import engine_of
-from tasks.engines.throughput import PARENT
+from tasks.engines.timing_in_turns import PARENT
 from tasks.inputs.children import open_child
 from tasks.loadtest.arrivals import Limits
 from tasks.loadtest.load_table import COLUMNS, draw_rates, failures_of, load_cells

@@ -78,3 +78,8 @@ def non_block_parameters(config: Any) -> int:
 def weight_bytes(precision: str) -> float:
     """Bytes of one weight of a matrix."""
     return Q8_0_BYTES if precision == "q8_0" else BYTES[precision]
+
+
+def precision_name(dtype: object) -> str:
+    """The name that profiles and tables have for a torch dtype, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from blocks.engine_limits import GAPS, LIMITS  # noqa: E402
+from blocks.engine_limits import GAPS, KNOWN_ENGINES  # noqa: E402
 from blocks.kinds import kinds  # noqa: E402
 from blocks.records import SUBBLOCKS  # noqa: E402
 from blocks.variant import NoOpKind  # noqa: E402
@@ -213,17 +213,20 @@ def engine_page() -> str:
     """What each engine can run."""
     rows = []
     for gap in GAPS:
-        rows.append([gap, *("no" if gap in limits.gaps else "yes" for limits in LIMITS.values())])
-    known = [["how it is known", *(limits.known_by for limits in LIMITS.values())]]
-    forms = [["loads the export format", *(f"`{limits.format}`" for limits in LIMITS.values())]]
+        rows.append([gap, *("no" if gap in engine.gaps else "yes" for engine in KNOWN_ENGINES.values())])
+    known = [["how it is known", *(engine.known_by for engine in KNOWN_ENGINES.values())]]
+    forms = [["loads the export format", *(f"`{engine.format}`" for engine in KNOWN_ENGINES.values())]]
     families = [
-        ["families", *(", ".join(sorted(limits.families)) if limits.families else "all" for limits in LIMITS.values())]
+        [
+            "families",
+            *(", ".join(sorted(engine.families)) if engine.families else "all" for engine in KNOWN_ENGINES.values()),
+        ]
     ]
     return page(
         "Engines",
         "What each engine can run of a child. `hardware.must_run` keeps everything that a named engine cannot run "
         "out of the search.",
-        table(["", *(limits.title for limits in LIMITS.values())], [*forms, *families, *rows, *known]),
+        table(["", *(engine.title for engine in KNOWN_ENGINES.values())], [*forms, *families, *rows, *known]),
     )
 
 

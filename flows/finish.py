@@ -37,7 +37,7 @@ from tasks.inputs.companions import terms_of
 from tasks.inputs.precision import child_dtype, served_precision, why
 from tasks.libraries.interchange import StoredLibrary, describe, sizes_of, write_library
 from tasks.measure.calibration import parent_bias
-from tasks.measure.cost_sums import PHASES, told
+from tasks.measure.cost_sums import PHASES, warnings_of
 from tasks.operating import experiment, tracking
 from tasks.operating.artifacts import show_link, show_markdown, show_picture, show_table
 from tasks.operating.run_tables import layer_rows, variant_rows
@@ -203,7 +203,7 @@ class Run:
         show_markdown("report", markdown, " ".join(headlines(report)))
         for name in ("architecture", "comparison"):
             show_picture(name, folder / f"{name}.png", f"{name} of {self.profile.name}'s child")
-        for line in told(speed):
+        for line in warnings_of(speed):
             say(line)
         self._print(report, folder)
         return report

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ChildPath = Annotated[
     Path, typer.Argument(metavar="CHILD", help="a child's folder (a parent's will do), or a .gguf file")
 ]
-PRECISION = "f32, f16, bf16; q8_0 in GGUF and llama.cpp"
+PRECISION = "float32, float16 or bfloat16; q8_0 too for GGUF and llama.cpp"
 Precision = Annotated[str, typer.Option("--precision", help=PRECISION)]
 
 
@@ -99,7 +99,7 @@ def bench_command(
     engine: Annotated[str, typer.Option("--engine", help="torch, llama.cpp or vllm")] = "torch",
     parent: Parent = None,
     load: Loads = None,
-    precision: Precision = "f32",
+    precision: Precision = "float32",
     rounds: Rounds = 5,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     picture: Picture = None,
@@ -119,7 +119,7 @@ def bench_command(
 
     def measure() -> None:
         with alone("bench"), shown("bench", beside=True) as report:
-            rows = bench(sources, engine, points, precision=precision, rounds=rounds, threads=threads, tell=report)
+            rows = bench(sources, engine, points, precision=precision, rounds=rounds, threads=threads, progress=report)
         _show(rows, lambda: bench_table(rows), lambda: draw_bench(rows), picture, as_json)
 
     _logged(Path.cwd(), measure)
@@ -170,7 +170,7 @@ def loadtest_command(
         server=server,
         urls=tuple(url or ()),
         points=tuple(Point.parse(text) for text in load or [DEFAULT_LOAD]),
-        precision=precision or "f32",
+        precision=precision or "float32",
         rounds=rounds,
         threads=threads or 1,
         requests=requests,
@@ -194,7 +194,7 @@ def loadtest_command(
 
 
 def _parent_and_child(child: Path, parent: Path | None) -> dict[str, Path]:
-    from tasks.engines.throughput import PARENT
+    from tasks.engines.timing_in_turns import PARENT
     from tasks.measure.bench import CHILD
 
     return {PARENT: parent or _parent_of(child), CHILD: child}

@@ -13,7 +13,7 @@ from tasks.distill.record import open_parent
 from tasks.evaluate import answers, compare
 from tasks.evaluate.compare import Contender, Evaluation
 from tasks.inputs.precision import child_dtype
-from tasks.measure import speed
+from tasks.measure import end_to_end
 from tasks.running.retries import limits_of
 from tasks.running.sharing import Piece, made_once
 
@@ -63,8 +63,8 @@ def throughput_task(
     workspace: str,
     tell: Any,
 ) -> Any:
-    """See tasks.measure.speed.measure_speed."""
-    return speed.measure_speed(contenders, parent, table, profile, Path(workspace), tell)
+    """See tasks.measure.end_to_end.measure_speed."""
+    return end_to_end.measure_speed(contenders, parent, table, profile, Path(workspace), tell)
 
 
 def evaluate_all(

@@ -156,7 +156,7 @@ def is_free(device: str) -> bool:
         ({"runner": "ray", "address": "127.0.0.1:1", "max_workers": 2}, "leave it out"),
         ({"devices": ["cuda:0", "cpu"]}, "of one kind"),
         ({"devices": ["cuda:0", "cuda:0"]}, "each named once"),
-        ({"devices": ["gpu"]}, "is no device"),
+        ({"devices": ["gpu"]}, "is not a device"),
     ],
 )
 def test_an_orchestration_that_contradicts_itself_is_refused(fields: dict[str, Any], told: str) -> None:

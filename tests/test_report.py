@@ -29,7 +29,7 @@ from blocks.records import (
     Turn,
 )
 from profiles.schema import Scenario
-from tasks.engines.throughput import summaries
+from tasks.engines.timing_in_turns import summaries
 from tasks.evaluate.quality import BenchmarkResult, retention
 from tasks.operating.tracking import report_metrics
 from tasks.pages.picture import draw_architecture, draw_comparison, variant_colours

@@ -23,9 +23,8 @@ from blocks.engine_limits import EngineLimit
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.parent import config_of
 from tasks.engines import vllm_engine
-from tasks.engines.base import Load
+from tasks.engines.base import LoadOptions
 from tasks.engines.openai_server import SERVERS, Served
-from tasks.gguf.tokenizer import converted_tokenizer
 from tasks.gguf.writer import write_gguf
 from tasks.loadtest import serving_load
 from tasks.loadtest.arrivals import NO_LIMITS, Traffic
@@ -45,7 +44,7 @@ from tasks.loadtest.serving_load import (
 )
 from tasks.measure.bench import Point
 from tests.test_engines import folders, run
-from tests.test_gguf import DIGITS, bpe_folder, child_of
+from tests.test_gguf import DIGITS, bpe_folder, child_of, converted_tokenizer
 from tests.test_vllm import ALIKE, HEAD, MIXED, blocks_of, exported, needs_vllm
 
 __all__ = ["folders"]  # a fixture
@@ -292,10 +291,10 @@ import signal, sys, time
 from pathlib import Path
 # a worker of the suite, or a job in the background, ignores it
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from tasks.engines.base import Load
+from tasks.engines.base import LoadOptions
 from tasks.engines.openai_server import serving
 server, model, log = sys.argv[1:]
-with serving(server, Path(model), Load(batch_size=2, context_tokens=64), Path(log)) as served:
+with serving(server, Path(model), LoadOptions(batch_size=2, context_tokens=64), Path(log)) as served:
     print(served.pid, served.url, flush=True)
     time.sleep(60)
 """
@@ -350,10 +349,10 @@ def test_vllms_server_answers_under_load_and_ends_with_its_owner(tmp_path: Path)
 def test_vllms_server_trusts_no_code_but_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "_installed", lambda: Path("python"))
     folder = exported(child_of(blocks=blocks_of(MIXED), **HEAD), tmp_path)
-    command, _ = SERVERS["vllm"](folder, Load(), 1)
+    command, _ = SERVERS["vllm"](folder, LoadOptions(), 1)
     assert "--trust-remote-code" in command and "--no-enable-prefix-caching" in command
     native = exported(child_of(blocks=blocks_of(ALIKE), **HEAD), tmp_path / "native")
-    assert "--trust-remote-code" not in SERVERS["vllm"](native, Load(), 1)[0]
+    assert "--trust-remote-code" not in SERVERS["vllm"](native, LoadOptions(), 1)[0]
     (folder / "configuration_decilm.py").write_text("import os")
     with pytest.raises(EngineLimit, match="holds other code"):
-        SERVERS["vllm"](folder, Load(), 1)
+        SERVERS["vllm"](folder, LoadOptions(), 1)

@@ -15,7 +15,7 @@ from blocks.errors import CorpusError, DamagedBlock
 from blocks.files import sha256_of
 from blocks.records import BlockRecord, ChildReport
 from profiles.schema import Corpus, HubSource
-from tasks.inputs.corpus import iterate_documents
+from tasks.inputs.corpus_sources import iterate_documents
 from tasks.libraries.exchange import import_library
 from tasks.libraries.interchange import write_library
 from tasks.operating.admission import Refused, Roots, admitted

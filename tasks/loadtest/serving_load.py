@@ -20,13 +20,13 @@ from typing import Any
 
 import httpx
 
-from blocks.engine_limits import limits_of
+from blocks.engine_limits import known_engine
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.parent import config_of
 from blocks.records import Metric, Value
-from tasks.engines.base import Load
+from tasks.engines.base import LoadOptions
 from tasks.engines.openai_server import SERVERS, Served, serving
-from tasks.engines.throughput import PARENT, median_metric
+from tasks.engines.timing_in_turns import PARENT, median_metric
 from tasks.export.formats import precision_of
 from tasks.inputs.children import open_child
 from tasks.loadtest.arrivals import NO_LIMITS, Limits, Traffic, traffic_of
@@ -155,8 +155,8 @@ def served_models(
             f"no server {server!r} can be started from here, only {', '.join(SERVERS)}: start another one yourself "
             "and name it with --url."
         )
-    precision = precision_of(precision, limits_of(server).format)
-    how = Load(
+    precision = precision_of(precision, known_engine(server).format)
+    how = LoadOptions(
         precision=precision,
         threads=threads,
         batch_size=max(point.batch_size for point in points),

@@ -24,11 +24,11 @@ from tasks.distill import bld, gkd, record
 from tasks.distill.record import open_parent
 from tasks.evaluate.compare import LINEAGE, Lineage, build
 from tasks.evaluate.quality import mean_metric, parent_targets, sequence_figures
-from tasks.inputs.corpus import TOKENIZER_FILES
+from tasks.inputs.companions import TOKENIZER_FILES
 from tasks.inputs.precision import as_written, child_dtype
 from tasks.libraries.interchange import read_library
 from tasks.measure import costs
-from tasks.measure.timing import hardware_description
+from tasks.measure.hardware_description import hardware_description
 from tasks.pages.report import rounded
 from tasks.score import scoring
 from tasks.search.totals import Problem, broken_limits, fitting_batches, problem_of

@@ -34,7 +34,7 @@ from tasks.evaluate.standing import (
     same_architecture,
     timed,
 )
-from tasks.measure.cost_sums import percent, told
+from tasks.measure.cost_sums import percent, warnings_of
 from tasks.pages.picture import draw_architecture, draw_comparison, gain_of
 
 MIB = 2**20
@@ -436,7 +436,7 @@ def sums_table(report: ChildReport) -> WordedTable:
         f"Predicted: the sum of the measured costs of a model's blocks. Measured: the whole model in {speed.engine}, "
         f"in {speed.clock} time, one model after the other in every round. Error of the gain: of the predicted speed "
         "over the parent's, which does not depend on how fast the machine was that day.",
-        *told(speed),
+        *warnings_of(speed),
     ]
     header = ["model", "scenario", "phase", "predicted, ms", "measured, ms", "error", "error of the gain"]
     return header, rows, " ".join(words)

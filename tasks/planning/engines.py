@@ -3,8 +3,8 @@
 Seconds of models come from the roofline, of the machine that the run is planned on. In every engine a request is a
 prefill, the tokens to the middle of the generation at once and untimed, then decode steps; each model has one request
 that warms up and one per round. In torch, costs are of stacks of copies, all in memory at once. llama.cpp gets whole
-models, written and loaded one after another, each in turns with the parent (measure/llama_cpp_costs.py), and at the end
-an export of every model in a process of its own. How long vLLM starts and compiles is not known before it was seen.
+models, written and loaded one after another, each in turns with the parent (measure/whole_model_costs.py), and at the
+end an export of every model in a process of its own. How long vLLM starts and compiles is not known before it was seen.
 """
 
 import os
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from blocks.records import SUBBLOCKS, CostTable, LayerChoice
 from profiles.schema import Scenario
-from tasks.engines.throughput import timed_steps, tokens_before
+from tasks.engines.timing_in_turns import timed_steps, tokens_before
 from tasks.inputs.space import measured_space
 from tasks.measure.roofline import Setting, modelled_costs
 from tasks.planning import effort
@@ -95,16 +95,15 @@ def _stacks(shape: Shape, places: Sequence[RequestTimes]) -> Work:
 
 def _whole_models(shape: Shape, places: Sequence[RequestTimes]) -> Work:
     """Parent and other in turns, for every other model; both are noise, written to a file and loaded."""
-    from tasks.measure.llama_cpp_costs import EngineBench
+    from tasks.measure.whole_model_costs import models_to_time
 
     measure = shape.profile.measure
     variants = [variant for variants in shape.variants.values() for variant in variants]
-    wholes = EngineBench(shape.parent, variants, shape.profile.hardware, measure).wholes()
     work = Work()
     for place in places:
         parent = [(PARENT, float(shape.depth))]
         work += _written(shape, parent)
-        for whole in wholes:
+        for whole in models_to_time(shape.parent, variants):
             layers = [(PARENT, 1.0)]
             if whole.repeated is not None:
                 layers.append((whole.repeated, float(shape.depth - 1)))

@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -26,9 +26,13 @@ def no_progress(done: int, total: int, text: str = "") -> None:
     """The `Progress` of work that nobody watches."""
 
 
-def part_of(tell: Callable[[int, int], None], part: int, parts: int) -> Callable[[int, int], None]:
-    """How far one of several parts of equal size is, told as how far the whole is."""
-    return lambda done, total: tell(part * total + done, parts * total)
+def part_of(progress: Progress, part: int, parts: int) -> Progress:
+    """The `Progress` of one of several equal parts: its steps are reported as steps of the whole."""
+
+    def report(done: int, total: int, text: str = "") -> None:
+        progress(part * total + done, parts * total, text)
+
+    return report
 
 
 class Stage:
