@@ -598,7 +598,7 @@ class Champion(Section):
 
 
 class Orchestration(Section):
-    """Where tasks run: on threads of this process, or on workers of a Dask or Ray cluster."""
+    """Where tasks run: on threads of this process, or on a Dask or Ray cluster (docs/how-to/run-on-a-cluster.md)."""
 
     runner: Literal["threads", "dask", "ray"] = Field(default="threads", description="What runs the tasks.")
     address: str | None = Field(

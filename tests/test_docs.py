@@ -84,7 +84,9 @@ def test_every_command_is_documented() -> None:
         assert f"puzzle {command.name or command.callback.__name__}" in readme
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name != "log.md"], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_options_of_documented_commands_exist(page: Path) -> None:
     root: Any = typer.main.get_command(cli.app)
     for words, rest in CODE_LINE.findall(page.read_text()):

@@ -1,7 +1,7 @@
 """The two parameter structs of llama.cpp's C interface, whose fields are found by the values that they have by default.
 
 llama.cpp adds fields to these structs in nearly every release, and no installed package says where they lie
-(docs/adr/0005-llama-cpp-structs.md). A library fills in its own defaults, so each field that is set here is found by a
+(docs/adr/0007-llama-cpp-structs.md). A library fills in its own defaults, so each field that is set here is found by a
 run of known defaults. A build whose defaults look otherwise is refused: it is never given a value in a wrong field.
 """
 
