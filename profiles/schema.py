@@ -35,8 +35,10 @@ def read_share(value: object) -> object:
         return value
 
 
-Share = Annotated[float, BeforeValidator(read_share)]
-Fraction = Annotated[Share, Field(gt=0, le=1)]
+# the bounds stand before the validator: only so does the JSON schema, and with it Prefect's form, have them
+Fraction = Annotated[float, Field(gt=0, le=1), BeforeValidator(read_share)]
+Weight = Annotated[float, Field(gt=0), BeforeValidator(read_share)]
+Confidence = Annotated[float, Field(gt=0.5, lt=1), BeforeValidator(read_share)]
 REMOTE_CODE = (
     "Accept a parent that brings Python code of its own. That code is never run: transformers' class of the same "
     "model_type computes the parent instead, so set this only if both compute the same."
@@ -443,9 +445,8 @@ class Scenario(Section):
     )
     prompt_tokens: PositiveInt = Field(default=256, description="Tokens of a prompt.", examples=[256, 2048])
     generated_tokens: PositiveInt = Field(default=64, description="Tokens of an answer.", examples=[64, 512])
-    weight: Share | None = Field(
+    weight: Weight | None = Field(
         default=None,
-        gt=0,
         description="This scenario's part of all requests. Where scenarios have weights, the budget's limits on time "
         "hold for the weighted mean, and not for each scenario.",
     )
@@ -592,9 +593,7 @@ class Champion(Section):
         description="The challenger must be better by more than this: nats per token, or a share of tokens for "
         "top1_agreement.",
     )
-    confidence: Share = Field(
-        default=0.95, gt=0.5, lt=1, description="Confidence of the comparison (paired, one-sided)."
-    )
+    confidence: Confidence = Field(default=0.95, description="Confidence of the comparison (paired, one-sided).")
 
 
 class Orchestration(Section):
