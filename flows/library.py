@@ -27,7 +27,10 @@ def import_command(
         typer.Option("--scores", metavar="DIR", help="puzzletron's solution_*.json, where not beside its statistics"),
     ] = None,
 ) -> None:
-    """Write a library of any kind into a folder in the open format, which any tool can read."""
+    """Write a library of any kind into a folder in the open format, which any tool can read.
+
+    See docs/how-to/exchange-libraries.md.
+    """
     from tasks.libraries.exchange import import_library, summarise
 
     import_library(source, target, scores)
