@@ -1,4 +1,4 @@
-# UNTESTED: written without a container engine at hand. The image of docker-compose.yaml and of docs/kubernetes.md.
+# UNTESTED: written without a container engine at hand. The image of docker-compose.yaml and of docs/how-to/run-on-kubernetes.md.
 FROM python:3.11.13-slim-bookworm
 # runs write below /srv/puzzle, MLflow's users lie in /var/lib/mlflow: a volume takes over whose they are
 RUN useradd --uid 10001 --create-home puzzle \

@@ -31,7 +31,8 @@ from profiles.load import load_profile
 from profiles.schema import Adaptive, Budget, Profile
 from tasks.distill.record import open_parent
 from tasks.evaluate.quality import mean_metric
-from tasks.inputs.corpus import iterate_documents, prepare_corpus
+from tasks.inputs.corpus import prepare_corpus
+from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
 from tasks.libraries.interchange import StoredLibrary, read_library
 from tasks.running.progress import shown

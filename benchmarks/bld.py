@@ -1,4 +1,4 @@
-"""What each part of BLD buys: pruned start, closed form, closed form + steps, steps alone, per variant kind.
+"""What each part of BLD gains for every kind of variant: pruned start, closed form, closed form + steps, steps alone.
 
 .venv/bin/python -m benchmarks.bld
 """

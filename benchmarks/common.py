@@ -24,14 +24,15 @@ from flows.page import finished_run  # noqa: E402
 from profiles.load import load_profile  # noqa: E402
 from profiles.schema import Profile  # noqa: E402
 from tasks.distill.record import open_parent, record_key, record_layer  # noqa: E402
-from tasks.inputs.corpus import iterate_documents, prepare_corpus  # noqa: E402
+from tasks.inputs.corpus import prepare_corpus  # noqa: E402
+from tasks.inputs.corpus_sources import iterate_documents  # noqa: E402
 from tasks.inputs.parent import prepare_parent  # noqa: E402
-from tasks.measure.timing import processor  # noqa: E402
+from tasks.measure.hardware_description import processor  # noqa: E402
 from tasks.score.scoring import ScoringSet  # noqa: E402
 
-LOAD = round(os.getloadavg()[0], 1)  # before the benchmark itself computes
+LOAD = round(os.getloadavg()[0], 1)  # the machine's load before the benchmark itself computes
 ROOT = Path(__file__).resolve().parent.parent
-PUZZLE = [sys.executable, "-c", "from flows.cli import main; main()"]  # of this tree, whatever is installed
+PUZZLE = [sys.executable, "-c", "from flows.cli import main; main()"]  # the code of this folder, whatever is installed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +125,6 @@ def write_page(name: str, title: str, parts: Sequence[str]) -> None:
 
 
 def _without_places(words: Sequence[str]) -> list[str]:
-    """A command's words without the options that name an absolute path: a place of this machine helps nobody."""
+    """A command's words without options that name an absolute path, which means nothing on another machine."""
     pairs = zip(words, [*words, ""][1:], strict=True)
     return [word for word, after in pairs if not (word.startswith("/") or (word.startswith("--") and after[:1] == "/"))]

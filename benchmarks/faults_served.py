@@ -52,7 +52,8 @@ def recovered(site: Site, run: str, workspace: str, before: dict[Path, int], sin
     seconds = time.monotonic() - since
     while (state := site.state(run))["type"] != "COMPLETED":
         assert state["type"] not in ("FAILED", "CANCELLED"), state
-        # a server that was down too waits a quarter of an hour before it restarts a run this short (docs/operate.md)
+        # a server that was down too waits a quarter of an hour before it restarts a run this short
+        # (docs/how-to/recover-from-failures.md)
         assert time.monotonic() - since < 1500, f"noticed, not done: {state}"
         time.sleep(0.5)
     names = [state["name"] for state in site.call(f"/flow_run_states/?flow_run_id={run}")[1]]

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.common import table, write_page
+from blocks.kinds import parse_label
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, LayerChoice
 from blocks.resources import non_block_parameters, parameters_of
-from blocks.variant import parse_label
 from profiles.hardware import load_target
 from profiles.schema import Budget, Hardware, Scenario, SearchSpace
 from tasks.measure.roofline import Pass, Setting, modelled_costs, setting_of, subblock_seconds

@@ -81,7 +81,7 @@ def plain(profile: Profile, workspace: Path, options: argparse.Namespace) -> Non
     from tasks.evaluate import compare
     from tasks.export.folder import export_child, model_card
     from tasks.measure.costs import measure_costs
-    from tasks.measure.speed import measure_speed
+    from tasks.measure.end_to_end import measure_speed
     from tasks.search.choose import choose
     from tasks.search.totals import make_problem
     from tasks.studies.peers import find

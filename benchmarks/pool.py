@@ -116,7 +116,7 @@ def swept(site: Site) -> str:
 
 
 def worker_environment(site: Site) -> dict[str, str]:
-    """What the deployments and the worker are given, as docs/operate.md says."""
+    """What the deployments and the worker are given, as docs/how-to/operate.md says."""
     named = {"PUZZLE_HOME": str(ROOT), "PUZZLE_ROOT": str(site.root), "PUZZLE_PROFILE": str(PROFILE)}
     quiet = {
         "PREFECT_HOME": str(site.root / ".prefect"),

@@ -2,8 +2,8 @@
 
     .venv/bin/python -m benchmarks.quality
 
-Seeds change the order, and so the choice, of the GKD text, for the child and the best baseline. Library and scores are
-one: BLD is seeded too, but was run once.
+Every seed orders the GKD text differently, and so chooses other text. The child and the best baseline are trained with
+several seeds. All use one block library and one set of scores: BLD is seeded too, but was run once.
 """
 
 import math
@@ -22,8 +22,7 @@ from tasks.search.choose import choose
 from tasks.search.totals import Problem, make_problem
 from tasks.studies.peers import find
 
-PROTOTYPE = {0.9: 0.22, 0.7: 0.85, 0.5: 1.65}  # KL of the throwaway prototype of the design notes, before GKD
-PROTOTYPE_DEPTH = {0.9: 0.52, 0.7: 1.78, 0.5: 4.78}
+FRACTIONS = (0.9, 0.7, 0.5)  # budgets before GKD: fractions of the layers' parameters
 
 
 def main() -> None:
@@ -51,8 +50,7 @@ def intro(bench: Bench, evaluate: Evaluate) -> str:
     return (
         f"{bench.parent.name}; corpus: {bench.corpus.description}. KL(parent || child) in nats per token on "
         f"{evaluate.sequences} x {bench.corpus.sequence_length} test tokens that no stage saw, +- one standard error "
-        "over sequences. The prototype's figures are those of the issue, on its own held-out text: compare its "
-        "depth column with ours to see how the texts differ."
+        "over sequences."
     )
 
 
@@ -86,13 +84,13 @@ def before(bench: Bench, blocks: Sequence[BlockRecord], scores: Sequence[Score],
     """All contenders at three budgets."""
     names = ["child", *bench.profile.evaluate.baselines]
     rows = []
-    for fraction in PROTOTYPE:
+    for fraction in FRACTIONS:
         problem = problem_of(bench, scores, fraction)
         found = {which.name: which for which in contenders(bench, problem, blocks)}
         cells = [text(kl_of(bench, found[name], evaluate)) if name in found else "-" for name in names]
         predicted = f"{found['child'].architecture.score:.3f}"
-        rows.append([f"{fraction:.0%}", predicted, *cells, PROTOTYPE[fraction], PROTOTYPE_DEPTH[fraction]])
-    header = ["budget", "child predicted", *names, "prototype", "prototype's depth"]
+        rows.append([f"{fraction:.0%}", predicted, *cells])
+    header = ["budget", "child predicted", *names]
     return table(header, rows)
 
 
@@ -123,10 +121,10 @@ def after(
 
 
 def lowest(found: Sequence[tuple[float, float, str]]) -> str:
-    """Who is lowest, and who lies within one standard error of the difference. found: (KL, error, name)."""
+    """The lowest, and those within one standard error of the difference. found: (KL, error, name)."""
     (best, error, name), *others = sorted(found)
     level = [other for value, se, other in others if value - best < math.hypot(error, se)]
-    return f"Lowest: **{name}**{', level within the error with ' + ' and '.join(level) if level else ''}."
+    return f"Lowest: **{name}**{', not clearly below ' + ' and '.join(level) if level else ''}."
 
 
 def distilled(bench: Bench, which: Contender, steps: int, seed: int) -> Contender:
@@ -139,7 +137,7 @@ def distilled(bench: Bench, which: Contender, steps: int, seed: int) -> Contende
 def long_gkd(
     bench: Bench, problem: Problem, blocks: Sequence[BlockRecord], evaluate: Evaluate, steps: int
 ) -> list[str]:
-    """The child at 70 % after as many tokens as the prototype's GKD: .85 -> .60 there."""
+    """The child at 70 % after many more steps."""
     child = contender("child", choose(problem), blocks)
     done = distilled(bench, child, steps, 0)
     assert done.gkd is not None
@@ -148,8 +146,7 @@ def long_gkd(
         f"## {steps} GKD steps at 70 %",
         f"KL {text(kl_of(bench, child, evaluate))} -> **{text(kl_of(bench, done, evaluate))}** after "
         f"{done.gkd.tokens:,} tokens ({done.gkd.cpu_seconds:.0f} CPU-s, {done.gkd.seconds:.0f} s without the parent's "
-        f"recording); the prototype took .85 to .60 in 80 x 1,024 tokens. Validation KL by step: {curve}. "
-        f"Kept: step {done.gkd.best_step}.",
+        f"recording). Validation KL by step: {curve}. Kept: step {done.gkd.best_step}.",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Suffix-only batched scoring against a full forward per variant: same scores, how much faster.
+"""Batched scoring from recorded states beside a full forward for every variant: equal scores, and how much faster.
 
 .venv/bin/python -m benchmarks.scoring
 """
@@ -55,9 +55,9 @@ def main() -> None:
     write_page("scoring", "Replace-1-block scoring", [intro, table(header, rows), outro])
 
 
-def line(own: "Clock", base: "Clock", count: int) -> list[str]:
+def line(clock: "Clock", base: "Clock", count: int) -> list[str]:
     """Seconds, CPU-seconds, seconds a variant, speed-up."""
-    return [f"{own.wall:.1f}", f"{own.cpu:.1f}", f"{own.wall / count:.2f}", f"{base / own:.2f}x"]
+    return [f"{clock.wall:.1f}", f"{clock.cpu:.1f}", f"{clock.wall / count:.2f}", f"{base / clock:.2f}x"]
 
 
 class Clock:

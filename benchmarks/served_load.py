@@ -21,10 +21,10 @@ from blocks.parent import config_of
 from blocks.records import ChildReport, Metric, Value
 from blocks.runtime import set_threads
 from tasks.engines.registry import engine_of
-from tasks.engines.throughput import PARENT
+from tasks.engines.timing_in_turns import PARENT
 from tasks.inputs.children import open_child
 from tasks.loadtest.arrivals import Limits
-from tasks.loadtest.load_table import COLUMNS, draw_rates, failures_told, load_cells
+from tasks.loadtest.load_table import COLUMNS, draw_rates, failures_of, load_cells
 from tasks.loadtest.serving_load import LoadPlan, LoadRow, load_test, served_models
 from tasks.measure.bench import Point
 from tasks.running.progress import clock, shown
@@ -59,7 +59,7 @@ def main() -> None:
             notes.append(f"Not run: {case}: {reason}.")
         else:
             found[case] = _case(options, sources, case)
-    notes += [sentence for one in found.values() for sentence in failures_told((*one.closed, *one.opened))]
+    notes += [sentence for one in found.values() for sentence in failures_of((*one.closed, *one.opened))]
     parts = [_intro(options, report, sources, load_before), *notes]
     parts += [_section(case, one, options.load) for case, one in found.items()]
     write_page("serving-load", "Parent and child behind servers, under load", parts)
@@ -98,22 +98,22 @@ def _measured(options: argparse.Namespace, sources: dict[str, Path], case: str) 
     """Closed loops of one and of `load` requests at a time; then the rates that these set."""
     server, precision = case.split(":")
     started, vocab_size = time.monotonic(), config_of(sources["child"]).vocab_size
-    alone = options.load.model_copy(update={"batch_size": 1})
+    single = options.load.model_copy(update={"batch_size": 1})
     first_rounds = min(FIRST_ROUNDS, options.rounds)
-    points = tuple(dict.fromkeys((alone, options.load)))  # one, where the load is of one at a time
+    points = tuple(dict.fromkeys((single, options.load)))  # one, where the load is of one at a time
     plan = LoadPlan(points=points, rounds=first_rounds, requests=options.requests)
     with served_models(sources, server, plan.points, precision, 1) as servers:
-        with shown(f"{case} closed") as tell:
-            closed = load_test(servers, plan, vocab_size, tell)
-        limits, rates = limits_of_parent(closed, alone.label), rates_of_parent(closed, options.load, options.shares)
+        with shown(f"{case} closed") as report:
+            closed = load_test(servers, plan, vocab_size, report)
+        limits, rates = limits_of_parent(closed, single.label), rates_of_parent(closed, options.load, options.shares)
         plan = LoadPlan(
             points=(options.load,), rates=rates, limits=limits, rounds=options.rounds, requests=options.requests
         )
         print(f"{case}: {rates} requests/s; the arrivals alone take {clock(plan.seconds(len(servers)))}", flush=True)
-        with shown(f"{case} rates") as tell:
-            opened = load_test(servers, plan, vocab_size, tell)
+        with shown(f"{case} rates") as report:
+            opened = load_test(servers, plan, vocab_size, report)
     return Served(
-        closed=tuple(row for row in closed if row.load == alone.label),
+        closed=tuple(row for row in closed if row.load == single.label),
         opened=tuple(opened),
         limits=limits,
         seconds=time.monotonic() - started,
@@ -167,7 +167,7 @@ def _section(case: str, found: Served, load: Point) -> str:
     return "\n\n".join(
         [
             f"## {found.version}, {case.split(':')[1]}",
-            f"Good: {found.limits.told()}. The case took {clock(found.seconds)}.",
+            f"Good: {found.limits.words()}. The case took {clock(found.seconds)}.",
             table([*COLUMNS, "good", "MiB"], rows),
             f"TTFT gain by rate: {'; '.join(best)}." if best else "No gains: requests failed.",
             f"![latency against rate]({picture.name})",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.common import last_report, table, write_page
-from blocks.engine_limits import LIMITS, gaps
+from blocks.engine_limits import KNOWN_ENGINES, gaps
 from blocks.library import read_value, write_value
 from blocks.parent import config_of
 from blocks.records import SUBBLOCKS, ChildReport, CostTable, LayerChoice, Metric, Value
@@ -22,8 +22,9 @@ from blocks.runtime import set_threads
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.engines.llama_cpp import LlamaCpp
 from tasks.engines.registry import ENGINES, engine_of
-from tasks.engines.throughput import PARENT
-from tasks.export.formats import Difference, compare_logits, export_as
+from tasks.engines.timing_in_turns import PARENT
+from tasks.export.formats import export_as
+from tasks.export.logits_check import Difference, compare_logits
 from tasks.gguf.reader import read_gguf
 from tasks.measure.bench import BenchRow, Point, bench
 from tasks.measure.cost_sums import MEASURED, PHASES, clock_of, error_of_sum, percent, sum_of
@@ -267,7 +268,7 @@ def _logits(lines: Sequence[Sequence[str]]) -> str:
 
 def _limits(sources: dict[str, Path]) -> str:
     config = config_of(sources["child"])
-    lines = [[one.title, "; ".join(gaps(name, config)) or "yes", one.known_by] for name, one in LIMITS.items()]
+    lines = [[one.title, "; ".join(gaps(name, config)) or "yes", one.known_by] for name, one in KNOWN_ENGINES.items()]
     return "## Engines that can run this child\n\n" + table(
         ["engine", "runs it, or what is missing", "known by"], lines
     )

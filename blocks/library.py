@@ -1,8 +1,9 @@
-"""Content-addressed files of a workspace: safetensors with digests, small JSON manifests, atomic writes.
+"""The files of a workspace: tensors (safetensors) with digests, small JSON records, written atomically.
 
-Every key is a digest of what went in; every tensor file is checked against its digest before it is used. Where the
-workspace has a store (blocks/store.py), `remember` looks there for what is missing here, and `keep` puts there what was
-finished: the only two places that ask it, with `checked_path`, which fetches what was left until it is read.
+Every key is a digest of the inputs, and every tensor file is checked against its own digest before it is used. A
+workspace may have a store that other machines share (blocks/store.py). Only three functions here use it: `remember`
+looks there for what the workspace lacks, `keep` puts there what was finished, and `checked_path` fetches files that
+`remember` left in the store until they are read.
 """
 
 import hashlib
@@ -22,9 +23,9 @@ from blocks.records import BlockRecord, Ref, Value
 from blocks.store import Store, store_of
 
 ValueT = TypeVar("ValueT", bound=Value)
-# of the files that a record of the store names: all at once, each when it is read, or not to be taken from a store
+# when the files that a stored record names are fetched: all at once, each when it is read, or never
 Fetch = Literal["ahead", "when read", "never"]
-# nothing that Python would run crosses a store
+# kinds of files that are fetched from a store: none that Python would run
 FETCHED = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
 
@@ -41,12 +42,12 @@ def _as_json(value: Any) -> Any:
 
 
 def write_value(path: Path, value: Value) -> Path:
-    """Write a contract as JSON, atomically."""
+    """Write a record as JSON, atomically."""
     return write_text(path, value.model_dump_json(indent=1))
 
 
 def read_value(path: Path, kind: type[ValueT]) -> ValueT:
-    """Read a contract; DamagedBlock names the file when it does not hold one."""
+    """Read a record; DamagedBlock names the file when it does not hold one of this kind."""
     try:
         return kind.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -68,7 +69,7 @@ def _digest_at(path: str, size: int, modified_ns: int) -> str:
 
 
 def is_whole(workspace: Path, ref: Ref) -> bool:
-    """True when the referenced file exists and has its digest. A file is hashed once per process and change."""
+    """True when the referenced file exists and has its digest. A process hashes a file again only when it changed."""
     path = workspace / ref.path
     try:
         stat = path.stat()
@@ -82,7 +83,7 @@ def checked_path(workspace: Path, ref: Ref) -> Path:
     if not is_whole(workspace, ref) and not _fetched(workspace, ref):
         raise DamagedBlock(
             f"{workspace / ref.path} is missing or differs from its digest {ref.sha256[:12]}: "
-            "delete it and run again, it will be made anew."
+            "delete it and run again, and it is made anew."
         )
     return workspace / ref.path
 
@@ -107,9 +108,9 @@ def remember(
     workspace: Path,
     fetch: Fetch = "ahead",
 ) -> ValueT | None:
-    """The stored value at `path` if all files it refers to are whole, else None (the caller makes it again).
+    """The stored record at `path` if all files it refers to are whole, else None: the caller then makes it again.
 
-    What the workspace lacks is taken from its store, if it has one; what the store lacks is put there.
+    What the workspace lacks is fetched from its store, if it has one; what the store lacks is sent there.
     """
     found = _here(path, kind, refs, workspace)
     store = None if fetch == "never" else store_of(workspace)
@@ -117,13 +118,15 @@ def remember(
         return found
     if found is None:
         return _from_store(store, path, kind, refs, workspace, fetch)
-    if not store.has_record(_name(path, workspace)):  # finished before it had a store, or while that was away
+    if not store.has_record(
+        _name(path, workspace)
+    ):  # it was finished while the workspace had no store, or could not reach it
         _send(store, path, refs(found), workspace)
     return found
 
 
 def keep(path: Path, value: Value, refs: Sequence[Ref], workspace: Path, fetch: Fetch = "ahead") -> None:
-    """Write a finished value as JSON, atomically, and put it and the files it refers to into the store, if any."""
+    """Write a finished record as JSON, atomically, and send it and the files it refers to to the store, if any."""
     write_value(path, value)
     store = None if fetch == "never" else store_of(workspace)
     if store is not None:
@@ -145,30 +148,33 @@ def _here(path: Path, kind: type[ValueT], refs: Callable[[ValueT], list[Ref]], w
 
 
 def _send(store: Store, path: Path, refs: Sequence[Ref], workspace: Path) -> None:
-    """Data first; the record, which makes it count, last."""
+    """The data first, the record last: a record makes its data count."""
     for ref in refs:
         if is_whole(workspace, ref):
             store.send(workspace / ref.path, ref.sha256)
         elif not store.has(ref.sha256):
-            return  # never fetched, and gone there by now: whoever needs it makes it again
+            return  # it was never fetched and has since gone from the store: whoever needs it makes it again
     store.keep_record(_name(path, workspace), path.read_bytes())
 
 
 def _from_store(
     store: Store, path: Path, kind: type[ValueT], refs: Callable[[ValueT], list[Ref]], workspace: Path, fetch: Fetch
 ) -> ValueT | None:
-    """A value of the store, written here once its files are: all of them, or known to be there."""
+    """A record from the store. It is written here only once all its files were fetched, or are known to be there."""
     text = store.record(_name(path, workspace))
     if text is None:
         return None
     try:
         value = kind.model_validate_json(text)
-    except ValueError:  # of another version of this program
+    except ValueError:  # written by another version of this program
         return None
     for ref in refs(value):
         target = workspace / ref.path
         if not _belongs(path, target) or target.suffix not in FETCHED:
-            store.tell(f"store {store.url}: {path.name} names {ref.path}, which is not its own: not used, made again")
+            store.report(
+                f"store {store.url}: {path.name} names {ref.path}, which is not its own file. "
+                "The record is not used, and made again."
+            )
             return None
         if is_whole(workspace, ref):
             continue
@@ -179,7 +185,7 @@ def _from_store(
 
 
 def _belongs(record: Path, target: Path) -> bool:
-    """True for a file below the folder of its record, wherever links lead."""
+    """True for a file below the folder of its record, symbolic links followed."""
     return target.resolve().is_relative_to(record.parent.resolve()) and ".." not in target.parts
 
 

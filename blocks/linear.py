@@ -1,7 +1,7 @@
-"""What the two linear kinds share: one (D, D) matrix in the place of a subblock's core.
+"""What the two linear kinds share: one (D, D) matrix in the place of a subblock's core, which is all but its norms.
 
-Start: the product of the parent's matrices that ignores what is not linear (puzzle.md). Closed form: ridge regression
-from the normed input to the core's output over the calibration tokens.
+Start: the product of the parent's matrices, whatever is not linear between them left out (Puzzle, section 3). Closed
+form: ridge regression from the normed input to the core's output over the calibration tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from blocks.fit import FitContext, ridge_solve, solve_flops
-from blocks.parent import load_subblock, subblock_prefixes, subblock_state
+from blocks.subblock import load_subblock, subblock_prefixes, subblock_state
 from blocks.variant import SizelessKind, Variant
 
 

@@ -1,7 +1,7 @@
-"""Frozen linear layers whose weight is laid out for the CPU's matrix kernels once, not at every product.
+"""Frozen linear layers whose weight is arranged for the CPU's matrix kernels once, not at every product.
 
-torch lays a weight out anew in each call; oneDNN's own layout, made once, gives the same sums 1.1 times (a layer) to
-1.4 times (a head) as fast on the machine of docs/log.md. Away from a CPU, or where torch was built without oneDNN, the
+torch arranges a weight anew in each call. Arranged once by oneDNN, it gives the same sums 1.1 times (a layer) to 1.4
+times (a head) as fast on the machine of docs/log.md. On other devices, and where torch was built without oneDNN, the
 plain product is used.
 """
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ROWS = 1024  # tokens of one product that the layout is made for; others are right, too
+ROWS = 1024  # tokens of a product that the layout is best for; other numbers give right results too
 
 
 def packed_product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """x (..., in) -> x @ weight.T + bias (..., out), without gradients. weight (out, in), float32, must not change."""
+    """x (..., in) -> x @ weight.T + bias (..., out), no gradients. weight (out, in), float32, must not change."""
     can_pack = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     if not can_pack:
         return lambda x: F.linear(x, weight, bias)

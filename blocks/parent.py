@@ -1,7 +1,7 @@
-"""The parent on disk: its config, its tensors by name, its layers built one at a time.
+"""The parent on disk: its config, its tensors by name, and its layers, built one at a time.
 
-A layer is built only when asked for, so recording a parent of any depth holds one layer in memory. Modelling code of
-transformers takes seconds to import, so it is imported by what builds: a parent known by its config needs none.
+A layer is built only when asked for, so recording a parent of any depth holds one layer in memory. The modelling
+code of transformers takes seconds to import, so only the methods that build modules import it.
 """
 
 import json
@@ -18,15 +18,16 @@ from transformers import AutoConfig
 from blocks.errors import ChildError, ParentError
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.families import Family, family_of
-from blocks.records import SUBBLOCKS, LayerChoice, Subblock
-from blocks.variant import kind_of, parse_label
+from blocks.kinds import kind_of, parse_label
+from blocks.records import SUBBLOCKS, LayerChoice
+from blocks.subblock import load_subblock, subblock_state
 
 if TYPE_CHECKING:
     from blocks.export_code.modeling_decilm import DeciLMDecoderLayer, DeciLMForCausalLM
 
 
 class Parent:
-    """A normalised Hugging Face folder (tasks/inputs/parent.py makes it)."""
+    """A parent in a normalised Hugging Face folder, which tasks/inputs/parent.py writes."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.folder, self.device = folder, device
@@ -41,7 +42,7 @@ class Parent:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the parent's weights are released in, by its config; what is computed here is float32 all the same."""
+        """The precision that the parent was released in, by its config. Puzzle computes in float32 all the same."""
         named = getattr(self.config, "dtype", None)
         dtype = getattr(torch, named, None) if isinstance(named, str) else named
         return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
@@ -61,7 +62,7 @@ class Parent:
             return dict.fromkeys(file.keys(), whole)
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors whose name starts with `prefix`, the prefix cut off, float32."""
+        """Tensors whose name starts with `prefix`, named without it, in float32."""
         names = [name for name in self._files if name.startswith(prefix)]
         if not names:
             raise ParentError(f"{self.folder} has no tensor named {prefix}*: is it a whole {self.family.model_type}?")
@@ -93,7 +94,7 @@ class Parent:
         )
 
     def empty_layer(self, layer: int, choice: LayerChoice) -> "DeciLMDecoderLayer":
-        """A layer with these variants; its weights are not set."""
+        """A layer with these variants; its weights are not set yet."""
         from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
 
         return DeciLMDecoderLayer(self.config, self.config.model_type, self.block_entry(choice), layer).to(self.device)
@@ -147,15 +148,15 @@ class Parent:
         return [per_type[kind] for kind in self.attention_types]
 
     def model(self, layers: Sequence[LayerChoice] | None = None) -> "DeciLMForCausalLM":
-        """A whole model with these choices; non-block weights and the parent's own subblocks are loaded."""
+        """A whole model with these choices. Non-block weights and the parent's own subblocks are loaded, no others."""
         from transformers.initialization import no_init_weights
 
         from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 
         choices = list(layers or [LayerChoice()] * self.depth)
-        with no_init_weights():  # all are loaded: here, or by whoever asked for variants (blocks/child.py)
+        with no_init_weights():  # all weights are loaded, here or by blocks/child.py
             model: Any = DeciLMForCausalLM(self.child_config(choices))
-        model.tie_weights()  # is left out with the initialisation
+        model.tie_weights()  # no_init_weights skips it
         model = model.to(self.device)
         model.model.embed_tokens.load_state_dict(self.tensors("model.embed_tokens."), strict=False)
         model.model.norm.load_state_dict(self.tensors("model.norm."))
@@ -171,40 +172,10 @@ class Parent:
         return whole_model
 
 
-def subblock_prefixes(layer: "DeciLMDecoderLayer", subblock: Subblock) -> tuple[str, ...]:
-    """Names of the modules of a layer that belong to a subblock: its core and its norms."""
-    norms = layer.attention_norms if subblock == "attention" else layer.ffn_norms
-    return ("self_attn" if subblock == "attention" else "mlp", *(name for name in norms if name))
-
-
-def subblock_state(layer: "DeciLMDecoderLayer", subblock: Subblock) -> dict[str, Tensor]:
-    """Weights of one subblock, norms included, named as in the layer."""
-    prefixes = subblock_prefixes(layer, subblock)
-    return {name: tensor for name, tensor in layer.state_dict().items() if name.split(".")[0] in prefixes}
-
-
-def load_subblock(layer: "DeciLMDecoderLayer", subblock: Subblock, state: dict[str, Tensor]) -> None:
-    """Set the weights of one subblock; ValueError when a name is missing, left over or of another shape."""
-    wanted = subblock_state(layer, subblock)
-    if set(wanted) != set(state):
-        raise ValueError(f"{subblock} weights differ in names: {sorted(set(wanted) ^ set(state))}")
-    for name, tensor in wanted.items():
-        if tensor.shape != state[name].shape:
-            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, the subblock needs {tuple(tensor.shape)}")
-        tensor.copy_(state[name])
-
-
-def run_subblock(
-    layer: "DeciLMDecoderLayer", subblock: Subblock, hidden: Tensor, context: dict[str, Any]
-) -> Tensor | None:
-    """Output of one subblock before the residual add, None for a no-op. (B, T, D) -> (B, T, D)"""
-    return layer.attention(hidden, **context) if subblock == "attention" else layer.ffn(hidden)
-
-
 def config_of(folder: Path) -> Any:
     """Config of a child's or a parent's folder. Raises ChildError."""
     path = folder / "config.json"
     if not path.is_file():
         raise ChildError(f"{folder} is no child: name a folder with config.json and *.safetensors, or a .gguf file.")
-    own = json.loads(path.read_text(encoding="utf-8")).get("model_type") == "nemotron-nas"
-    return DeciLMConfig.from_pretrained(folder) if own else AutoConfig.from_pretrained(folder)
+    is_child = json.loads(path.read_text(encoding="utf-8")).get("model_type") == "nemotron-nas"
+    return DeciLMConfig.from_pretrained(folder) if is_child else AutoConfig.from_pretrained(folder)

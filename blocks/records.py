@@ -1,6 +1,7 @@
-"""The data contracts: small frozen values that stages hand to each other, JSON both ways.
+"""What stages hand to each other and what a run reports: small frozen records, stored as JSON.
 
-Tensors travel as a `Ref`: a path relative to the workspace and the sha256 of the file.
+In the order of a run: inputs, recording, blocks, scores, costs, architectures, speeds, the report. Tensors are passed
+as a `Ref`: a path relative to the workspace and the sha256 of the file.
 """
 
 from pathlib import PurePosixPath
@@ -13,7 +14,7 @@ SUBBLOCKS: tuple[Subblock, ...] = ("attention", "ffn")
 
 
 def _relative(path: str) -> str:
-    """ValueError for a path that would leave the workspace: contracts are also read from files of others."""
+    """ValueError for a path that would leave the workspace: records are also read from files of other people."""
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\\" in path or "\0" in path:
         raise ValueError(f"{path!r} leaves the workspace: a path inside it, please")
     return path
@@ -23,23 +24,26 @@ RelativePath = Annotated[str, AfterValidator(_relative)]
 
 
 class Value(BaseModel):
-    """Frozen, strict base of all contracts."""
+    """The frozen, strict base of all records."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Ref(Value):
-    """A file by content. `path` is relative to the workspace."""
+    """A file and its content. `path` is relative to the workspace."""
 
     path: RelativePath
     sha256: str
 
 
+# --- inputs
+
+
 class ParentInfo(Value):
     """The parent, normalised to a Hugging Face folder inside the workspace (config.json, model.safetensors, tokenizer).
 
-    fingerprint: sha256 over config and weights; part of every cache key. notes: what a person should know of how it was
-    read, such as a precision or tensors that were ignored.
+    fingerprint: sha256 over config and weights; part of every cache key. notes: remarks for the user on how it was
+    read, such as its precision or tensors that were ignored.
     """
 
     name: str
@@ -63,11 +67,14 @@ class CorpusInfo(Value):
     description: str = ""
 
 
+# --- recording, blocks, scores
+
+
 class LayerRecord(Value):
-    """What recording left of one layer.
+    """The recorded activations of one layer.
 
     boundary: hidden states that enter the layer, `train` (S, T, D) and `validation` (S, T, D), float32.
-    statistics: Gram matrices and channel contributions, see tasks/distill/record.py.
+    statistics: Gram matrices and channel contributions, see blocks/fit.py.
     """
 
     layer: int
@@ -77,9 +84,10 @@ class LayerRecord(Value):
 
 
 class BlockRecord(Value):
-    """What distilling one variant left; weights stay in the block library (None for parent and no-op).
+    """The result of distilling one variant. Its weights lie in the block library; None for the parent and a no-op.
 
-    nMSE = MSE(o_parent, o_variant) / MSE(o_parent, 0) on held-out tokens (Puzzle, section 3).
+    nMSE = MSE(o_parent, o_variant) / MSE(o_parent, 0) on held-out tokens (Puzzle, section 3). status: "free" needed no
+    training.
     """
 
     key: str
@@ -104,10 +112,9 @@ class BlockRecord(Value):
 class Score(Value):
     """Replace-1-block score of one variant: KL(parent || child) and rise of the LM loss, nats per token.
 
-    A coupled block has subblock "block" and the variant label "<attention>+<ffn>".
-
-    Standard errors are over sequences. The parent's own subblock scores exactly 0. tokens: really scored; where scoring
-    was adaptive, values of sequences beyond those are filled in (tasks/search/adaptive.py).
+    A coupled block has subblock "block" and the variant label "<attention>+<ffn>". Standard errors are over sequences.
+    The parent's own subblock scores exactly 0. tokens: how many were really scored; adaptive scoring estimates the
+    values of further sequences (tasks/search/adaptive.py).
     """
 
     layer: int
@@ -123,10 +130,13 @@ class Score(Value):
     seconds: float = 0.0
 
 
-class Cost(Value):
-    """Measured cost of one variant of one subblock, at one scenario and batch size (same for every layer).
+# --- costs
 
-    spread: standard error of the seconds over the seconds.
+
+class Cost(Value):
+    """Measured cost of one variant of one subblock, at one scenario and batch size; the same in every layer.
+
+    spread: relative standard error, that of the seconds divided by the seconds.
     """
 
     subblock: Subblock
@@ -143,7 +153,7 @@ class Cost(Value):
 
 
 class NonBlockCost(Value):
-    """Embedding, final norm, head: taken off the budget before the MIP, added back after. spread: as of a Cost."""
+    """Cost of embedding, final norm and head. The search subtracts it from the budget. spread: as in a Cost."""
 
     scenario: str
     batch_size: int
@@ -156,7 +166,7 @@ class NonBlockCost(Value):
 
 
 class Calibration(Value):
-    """Factors that the seconds of a cost table were multiplied by, and what they were fitted on."""
+    """Factors that the seconds of a cost table were multiplied by. origin: what they were fitted on."""
 
     prefill: float
     decode: float
@@ -164,9 +174,10 @@ class Calibration(Value):
 
 
 class CostTable(Value):
-    """All costs of one parent on one hardware target: measured on it, or modelled for it. Never both in one table.
+    """All costs of one parent on one hardware target, either measured on it or modelled for it, never both.
 
-    parent_measured: the parent end to end in the same rounds. calibration: None where the sums need none.
+    parent_measured: the whole parent, measured in the same rounds. calibration: None where the sums of blocks need
+    none.
     """
 
     hardware: dict[str, str]
@@ -179,20 +190,23 @@ class CostTable(Value):
 
     @property
     def modelled(self) -> bool:
-        """True for a table of the roofline. What names the hardware tells it, wherever the table goes."""
+        """True for costs of the roofline model. The table itself says so, wherever it is copied."""
         return self.hardware.get("engine") == "roofline"
 
 
+# --- architectures
+
+
 class LayerChoice(Value):
-    """The variants that stand in one layer. `coupled`: both were distilled together, as one block."""
+    """The two variants of one layer. coupled: they were distilled together, as one block."""
 
     attention: str = "parent"
     ffn: str = "parent"
     coupled: bool = False
 
     @classmethod
-    def alone(cls, subblock: Subblock | Literal["block"], variant: str) -> "LayerChoice":
-        """A layer that holds one subblock only, or both of a coupled block ("<attention>+<ffn>")."""
+    def only(cls, subblock: Subblock | Literal["block"], variant: str) -> "LayerChoice":
+        """A layer that holds only this subblock, or both subblocks of a coupled block ("<attention>+<ffn>")."""
         if subblock == "block":
             attention, ffn = variant.split("+")
             return cls(attention=attention, ffn=ffn, coupled=True)
@@ -205,7 +219,7 @@ class LayerChoice(Value):
 
 
 class Totals(Value):
-    """Predicted totals of an architecture at one scenario and batch size, non-block part included."""
+    """Predicted costs of a whole architecture at one scenario and batch size, embedding and head included."""
 
     scenario: str
     batch_size: int
@@ -218,9 +232,9 @@ class Totals(Value):
 
 
 class Architecture(Value):
-    """One variant per subblock per layer, with what was predicted and how sure the solver is.
+    """One variant per subblock per layer, with its predicted score and costs, and the solver's proof.
 
-    evaluations: whole architectures whose objective was looked at to find it; 0 where a solver did without.
+    evaluations: how many whole architectures were evaluated to find it; 0 for a solver that evaluates none.
     """
 
     method: str
@@ -237,8 +251,11 @@ class Architecture(Value):
     evaluations: int = 0
 
 
+# --- measured figures and speeds
+
+
 class Metric(Value):
-    """A measured figure with its standard error and sample size."""
+    """A measured figure, its standard error and the size of the sample."""
 
     value: float
     se: float
@@ -246,7 +263,7 @@ class Metric(Value):
 
 
 class TruthPoint(Value):
-    """An architecture by name: its predicted score (sum of block scores), and what the assembled model measures."""
+    """An architecture by name: its predicted score (the sum of block scores) and that of the assembled model."""
 
     name: str
     predicted: float
@@ -264,7 +281,7 @@ class Turn(Value):
 
 
 class Gains(Value):
-    """Parent's time over the model's, paired by round: above 1 is faster. Prefill, decode, whole request; CPU too."""
+    """The parent's time divided by the model's, paired by round; above 1 the model is faster. Wall and CPU time."""
 
     prefill: Metric
     decode: Metric
@@ -278,9 +295,9 @@ class Throughput(Value):
 
     first_token_seconds (TTFT): the prefill of the batch. output_token_seconds (TPOT): one decode step of the batch, in
     the middle of the generation. runtime_seconds: a whole request, prompt and all generated tokens; cpu_seconds: the
-    same in CPU time (load of other processes does not count). generated_tokens_per_second: throughput of the batch.
-    requests_per_second: that over the tokens generated per request (request-level efficiency). memory_bytes: at peak,
-    None where it cannot be told. gains: over the parent.
+    same in CPU time, which leaves out the load of other processes. generated_tokens_per_second: throughput of the
+    batch. requests_per_second: that divided by the tokens generated per request. memory_bytes: at peak, None where it
+    is not known. gains: over the parent.
     """
 
     scenario: str
@@ -300,10 +317,11 @@ class Throughput(Value):
 
 
 class SumCheck(Value):
-    """The predicted time of one model in one phase (sum of its blocks and the non-block part) beside end to end.
+    """The predicted time of one model in one phase beside the measured one. Predicted: the sum over all its parts.
 
-    off: predicted / measured - 1. gain_off: the same of the gain over the parent, which a machine that became slower
-    between the two measurements does not touch; None for the parent. Errors count both sides.
+    off: predicted / measured - 1. gain_off: the same of the gain over the parent, which does not change when the
+    machine becomes slower between the two measurements; None for the parent. The errors of both measurements are
+    included.
     """
 
     model: str
@@ -317,10 +335,10 @@ class SumCheck(Value):
 
 
 class SpeedReport(Value):
-    """All models end to end in the engine that the costs come from, by name, and what the sums of costs had said.
+    """Speeds of all models, by name, in the engine that the costs come from, and how well the costs predicted them.
 
-    clock: what the sums are compared in, "CPU" or "wall". busy: who else was at work meanwhile, "" when nobody
-    was. empty: nothing was measured (costs are modelled).
+    clock: the time that predictions are compared in, "CPU" or "wall". busy: which other programs computed meanwhile,
+    "" for none. A report without models: nothing was measured, because the costs are modelled.
     """
 
     engine: str = ""
@@ -331,10 +349,14 @@ class SpeedReport(Value):
     sums: tuple[SumCheck, ...] = ()
 
 
-class Answer(Value):
-    """A greedy answer. ended: the model stopped by itself. chat: asked by the tokenizer's chat template.
+# --- the report
 
-    repetition: share of the answer's runs of four tokens that were there before. loops: see tasks/evaluate/answers.py.
+
+class Answer(Value):
+    """A greedy answer. ended: the model ended it itself. chat: the prompt was put into the tokenizer's chat template.
+
+    repetition: share of the runs of four tokens that occurred earlier in the answer. loops: see
+    tasks/evaluate/answers.py.
     """
 
     prompt: str
@@ -347,12 +369,12 @@ class Answer(Value):
 
 
 class Candidate(Value):
-    """One row of the final table: parent, child or a baseline, before or after GKD.
+    """A model of the final table: the parent, the child or a baseline, before or after GKD.
 
     samples: loss, kl, top1_agreement of each test sequence. correct: 0 or 1 per item of each benchmark; items with the
-    same number in item_groups are on the same text. These are the same sequences and items for all candidates, so what
-    two differ by is told in pairs. layers: what stands in them. All empty in reports of older versions, as `answers`,
-    which only the parent and the finished child have.
+    same number in item_groups are on the same text. Sequences and items are the same for all candidates, so two
+    candidates are compared in pairs. layers: the variants of each layer. answers: only the parent and the finished
+    child have some. All of these are empty in reports of older versions.
     """
 
     name: str
@@ -379,7 +401,7 @@ class Candidate(Value):
 
 
 class StageTime(Value):
-    """What one stage of a run took: wall seconds, CPU seconds of the process (all threads)."""
+    """The time of one stage of a run: wall seconds, and CPU seconds of all threads of the process."""
 
     name: str
     seconds: float
@@ -387,7 +409,7 @@ class StageTime(Value):
 
 
 class ChildReport(Value):
-    """What a run leaves: predicted beside measured, parent beside child beside baselines.
+    """The result of a run: parent, child and baselines, predicted and measured.
 
     request: what was asked of the search (tasks/search/request.py); empty in reports of older versions.
     """

@@ -1,6 +1,6 @@
 """What a variant needs, from the parent's config alone: parameters, bytes, KV cache, FLOPs. Exact; allocates nothing.
 
-Parameters are counted from the weights' shapes as the parent's family names them (blocks/families/base.py).
+Parameters are counted from the shapes of the weights, which the parent's family gives (blocks/families/base.py).
 """
 
 import math
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from blocks.kinds import kind_of
 from blocks.parent import Parent
-from blocks.variant import Variant, kind_of
+from blocks.variant import Variant
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 Q8_0_BYTES = 34 / 32  # GGUF: blocks of 32 weights in 8 bits with a float16 scale
@@ -19,7 +20,7 @@ Q8_0_BYTES = 34 / 32  # GGUF: blocks of 32 weights in 8 bits with a float16 scal
 class Resources:
     """parameters: norms included. weight_bytes and kv_bytes_per_token at the given precision. FLOPs at a context.
 
-    kernels: launches of one forward at least: one per norm and matrix, one for an attention's scores.
+    kernels: the least number of kernel launches of one forward: one per norm and matrix, one for an attention's scores.
     """
 
     parameters: int
@@ -38,7 +39,7 @@ def resources(
 ) -> Resources:
     """Resources of one subblock variant of this parent (same for every layer).
 
-    vector_bytes: of an element of norms and biases, where these are kept in another precision than the matrices.
+    vector_bytes: bytes of an element of norms and biases, where their precision differs from the matrices'.
     """
     kind = kind_of(variant)
     parameters, vectors, modules = _counts(parent, variant)
@@ -60,7 +61,7 @@ def parameters_of(parent: Parent, variant: Variant) -> int:
 
 @lru_cache(maxsize=1024)
 def _counts(parent: Parent, variant: Variant) -> tuple[int, int, int]:
-    """Parameters of a subblock, those of them in norms and biases, and how many of its modules hold any."""
+    """Parameters of a subblock, how many of them are in norms and biases, and the number of modules with parameters."""
     entry = kind_of(variant).block_entry(variant, parent.config)
     modules = parent.family.weights(parent.config, variant.subblock, entry)
     shapes = [shape for module in modules for shape in module]
@@ -77,3 +78,8 @@ def non_block_parameters(config: Any) -> int:
 def weight_bytes(precision: str) -> float:
     """Bytes of one weight of a matrix."""
     return Q8_0_BYTES if precision == "q8_0" else BYTES[precision]
+
+
+def precision_name(dtype: object) -> str:
+    """The name that profiles and tables have for a torch dtype, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")

@@ -1,12 +1,14 @@
-"""A store: what workspaces finish, kept where other machines find it. Any fsspec URL; digests are checked on reading.
+"""A store: finished work of several machines, under any fsspec URL. Every file is checked against its digest.
 
-    puzzle-store.json      says that this is one, and of which layout
-    objects/<ab>/<sha256>  data by content: two machines that make the same thing write the same object
-    records/<path>         what makes data count, under its path in the workspace: sha256 of the rest, a line end, JSON
+    puzzle-store.json      says that this folder is a store, and of which layout
+    objects/<ab>/<sha256>  data, named by its content: two machines that make the same thing write the same object
+    records/<path>         what makes data count, named by its path in the workspace: sha256 of the rest, newline, JSON
 
-Data goes first, its record last: whoever reads a record finds what it names. What does not have its digest is told,
-removed and never used; whoever asked makes it again. Names are digests or paths of our own, so no name leads out.
-Credentials are the file system's own affair (AWS_ACCESS_KEY_ID, ~/.aws, an instance's role); none pass through here.
+Data is sent first and its record last, so whoever reads a record finds the data that it names. An object or record that
+does not have its digest is reported, removed and never used; whoever asked for it makes it again. All names in a store
+are digests or checked relative paths, so no name leads outside. The file system finds its credentials itself
+(AWS_ACCESS_KEY_ID, ~/.aws, a machine's role); this program handles none. Why fsspec's caching file systems or Prefect's
+result storage cannot do this: docs/adr/0005-store.md.
 """
 
 import hashlib
@@ -26,13 +28,12 @@ from blocks.files import atomic_path, sha256_of, write_text
 
 LAYOUT = 1
 SIGN = "puzzle-store.json"
-MARKER = ".store"  # in a workspace: the URL of its store
-DELAYS = (1, 2, 4, 8, 16, 32)  # seconds before another try: a minute in all
-LINE_EVERY_SECONDS = 10.0
-LARGE = 256 * 2**20  # bytes of a file that is told before it moves
+MARKER = ".store"  # a file in a workspace that holds the URL of its store
+DELAYS = (1, 2, 4, 8, 16, 32)  # seconds before each further try: a minute in all
+LARGE = 256 * 2**20  # bytes; a file of this size is reported before it moves
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._+=-]*(/[A-Za-z0-9_-][A-Za-z0-9._+=-]*)*")
 DIGEST = re.compile(r"[0-9a-f]{64}")
-# botocore's words for "who are you"; by name, so that a store on another file system needs no botocore
+# botocore's errors for missing credentials, by name, so that a store on another file system needs no botocore
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError")
 AnswerT = TypeVar("AnswerT")
 
@@ -45,8 +46,8 @@ class StoreAway(PuzzleFailure):
     """A store that did not answer, however often it was asked."""
 
 
-class _Unfit(Exception):
-    """Bytes that are not what they should be; they must not be moved into place."""
+class _Damaged(Exception):
+    """Bytes without the right digest; they must not be moved into place."""
 
 
 class _Gone(Exception):
@@ -56,23 +57,23 @@ class _Gone(Exception):
 class Store:
     """A place for finished work. Thread-safe; counts what it moves.
 
-    Raises StoreError for a place that is not there or not ours, StoreAway when it does not answer within a minute.
+    Raises StoreError for a place that does not exist or is no store, StoreAway when it does not answer for a minute.
     """
 
     def __init__(self, url: str, delays: tuple[float, ...] = DELAYS) -> None:
         self.url, self.delays = url, delays
         self.fs, self.root = _file_system(url)
-        self.tell: Callable[[str], None] = logging.getLogger("puzzle").info
+        self.report: Callable[[str], None] = logging.getLogger("puzzle").info
         self.sent_bytes = self.fetched_bytes = self.sent_files = self.fetched_files = 0
-        self._lock, self._told_at = threading.Lock(), time.monotonic()
+        self._lock = threading.Lock()
         self._folders: dict[str, set[str]] = {}
         self._check()
 
     def _check(self) -> None:
-        """Reads the sign, or puts it there: a wrong bucket or a missing permission shows before any work."""
+        """Read the sign, or write it: a wrong bucket or a missing permission shows before any work."""
         sign = self._read(SIGN)
         if sign is None:
-            self._ask("write to", lambda: self._put_bytes(SIGN, json.dumps({"layout": LAYOUT}).encode()))
+            self._put(json.dumps({"layout": LAYOUT}).encode(), SIGN)
             return
         try:
             layout = json.loads(sign)["layout"]
@@ -84,30 +85,30 @@ class Store:
     # --- records
 
     def record(self, path: str) -> bytes | None:
-        """The record at a workspace path; None when there is none, or when it was damaged (told, and removed)."""
+        """The record of a workspace path; None when there is none, or when it was damaged (reported and removed)."""
         name = _record(path)
         body = self._read(name)
         if body is None:
             return None
         digest, _, text = body.partition(b"\n")
         if hashlib.sha256(text).hexdigest().encode() != digest:
-            self._damaged(name, "its record does not have its digest")
+            self._remove_damaged(name, "its record does not have its digest")
             return None
-        self._count(fetched=len(body))
+        self._count_fetched(len(body))
         return text
 
     def keep_record(self, path: str, text: bytes) -> None:
-        """Put a record; what it names must have been sent before."""
-        name, body = _record(path), hashlib.sha256(text).hexdigest().encode() + b"\n" + text
-        self._ask("write to", lambda: self._put_bytes(name, body))
-        self._count(sent=len(body))
-        self._listed(path).add(path.rpartition("/")[2])
+        """Write a record; what it names must have been sent before."""
+        body = hashlib.sha256(text).hexdigest().encode() + b"\n" + text
+        self._put(body, _record(path))
+        self._count_sent(len(body))
+        self._names_in_folder_of(path).add(path.rpartition("/")[2])
 
     def has_record(self, path: str) -> bool:
-        """True when a record lay there when its folder was first listed by this process, or was put there since."""
-        return path.rpartition("/")[2] in self._listed(path)
+        """True when the record was there when this process first listed its folder, or was written here since."""
+        return path.rpartition("/")[2] in self._names_in_folder_of(path)
 
-    def _listed(self, path: str) -> set[str]:
+    def _names_in_folder_of(self, path: str) -> set[str]:
         folder = _record(path).rpartition("/")[0]
         with self._lock:
             known = self._folders.get(folder)
@@ -120,69 +121,65 @@ class Store:
     # --- data
 
     def send(self, source: Path, digest: str) -> None:
-        """Put a file whose digest was checked; nothing moves when an object of its name and size is there."""
+        """Send a file whose digest was checked; nothing moves when an object of its name and size is there."""
         name, size = _object(digest), source.stat().st_size
         if self._size(name) == size:
             return
-        self._announce("sending", source.name, size)
-        self._ask("write to", lambda: self._put_file(source, name))
-        self._count(sent=size)
+        self._report_large("sending", source.name, size)
+        self._put(source, name)
+        self._count_sent(size)
 
     def has(self, digest: str) -> bool:
         """True when there is an object of this digest; its content is checked when it is fetched."""
         return self._size(_object(digest)) is not None
 
     def fetch(self, digest: str, target: Path) -> bool:
-        """Get a file and check it; False when it is missing, or was damaged (told, and removed)."""
+        """Get a file and check it; False when it is missing, or was damaged (reported and removed)."""
         name = _object(digest)
         size = self._size(name)
         if size is None:
             return False
-        self._announce("fetching", target.name, size)
+        self._report_large("fetching", target.name, size)
         try:
             with atomic_path(target) as place:
                 if not self._ask("read from", partial(self._get_file, name, place)):
                     raise _Gone
                 if sha256_of(place) != digest:
-                    raise _Unfit
+                    raise _Damaged
         except _Gone:
             return False
-        except _Unfit:
-            self._damaged(name, f"{target.name} does not have its digest")
+        except _Damaged:
+            self._remove_damaged(name, f"{target.name} does not have its digest")
             return False
-        self._count(fetched=size)
+        self._count_fetched(size)
         return True
 
-    # --- told
+    # --- what is reported
 
     def traffic(self) -> str:
-        """What went to and fro since this process opened the store."""
+        """What was sent and fetched since this process opened the store."""
         return (
             f"store {self.url}: sent {_bytes(self.sent_bytes)} in {self.sent_files} files, "
             f"fetched {_bytes(self.fetched_bytes)} in {self.fetched_files}"
         )
 
-    def _count(self, sent: int | None = None, fetched: int | None = None) -> None:
+    def _count_sent(self, size: int) -> None:
         with self._lock:
-            self.sent_bytes += sent or 0
-            self.fetched_bytes += fetched or 0
-            self.sent_files += sent is not None
-            self.fetched_files += fetched is not None
-            due = time.monotonic() - self._told_at >= LINE_EVERY_SECONDS
-            if due:
-                self._told_at = time.monotonic()
-        if due:
-            self.tell(self.traffic())
+            self.sent_bytes, self.sent_files = self.sent_bytes + size, self.sent_files + 1
 
-    def _announce(self, doing: str, name: str, size: int) -> None:
+    def _count_fetched(self, size: int) -> None:
+        with self._lock:
+            self.fetched_bytes, self.fetched_files = self.fetched_bytes + size, self.fetched_files + 1
+
+    def _report_large(self, doing: str, name: str, size: int) -> None:
         if size >= LARGE:
-            self.tell(f"store {self.url}: {doing} {name}, {_bytes(size)}")
+            self.report(f"store {self.url}: {doing} {name}, {_bytes(size)}")
 
-    def _damaged(self, name: str, what: str) -> None:
-        self.tell(f"store {self.url}: damaged, {what} ({name}): removed there, not used, made again")
-        self._remove(name)
+    def _remove_damaged(self, name: str, what: str) -> None:
+        self.report(f"store {self.url}: damaged, {what} ({name}). It is removed there and made again.")
+        self._ask("remove from", lambda: self.fs.rm_file(self._at(name)))
 
-    # --- the file system, asked patiently
+    # --- the file system, with retries
 
     def _at(self, name: str) -> str:
         return f"{self.root}/{name}"
@@ -194,31 +191,25 @@ class Store:
     def _read(self, name: str) -> bytes | None:
         return self._ask("read from", lambda: self.fs.cat_file(self._at(name)))
 
-    def _remove(self, name: str) -> None:
-        self._ask("remove from", lambda: self.fs.rm_file(self._at(name)))
-
     def _get_file(self, name: str, place: Path) -> bool:
         self.fs.get_file(self._at(name), str(place))
         return True
 
-    def _put_bytes(self, name: str, data: bytes) -> bool:
-        if _is_local(self.fs):
-            with atomic_path(Path(self._at(name))) as place:
-                place.write_bytes(data)
-        else:
-            self.fs.pipe_file(self._at(name), data)
-        return True
+    def _put(self, source: Path | bytes, name: str) -> None:
+        self._ask("write to", partial(self._put_once, source, self._at(name)))
 
-    def _put_file(self, source: Path, name: str) -> bool:
+    def _put_once(self, source: Path | bytes, target: str) -> None:
+        """Object stores write atomically; on a local file system fsspec does not, so this does."""
         if _is_local(self.fs):
-            with atomic_path(Path(self._at(name))) as place:
-                shutil.copyfile(source, place)
+            with atomic_path(Path(target)) as place:
+                place.write_bytes(source) if isinstance(source, bytes) else shutil.copyfile(source, place)
+        elif isinstance(source, bytes):
+            self.fs.pipe_file(target, source)
         else:
-            self.fs.put_file(str(source), self._at(name))
-        return True
+            self.fs.put_file(str(source), target)
 
     def _ask(self, doing: str, question: Callable[[], AnswerT]) -> AnswerT | None:
-        """The answer, None for what is not there. What may pass is asked again, later and later."""
+        """The answer, None for what is not there. An error that may pass is tried again, with growing delays."""
         for delay in (*self.delays, None):
             try:
                 return question()
@@ -235,7 +226,7 @@ class Store:
                     "environment, or name another in `store`."
                 ) from error
             except (ValueError, TypeError, LookupError, AttributeError):
-                raise  # a bug will not pass
+                raise  # a bug of ours, which no retry mends
             except Exception as error:  # each file system has its own
                 if type(error).__name__ in NO_CREDENTIALS:
                     raise StoreError(
@@ -246,15 +237,15 @@ class Store:
                     raise StoreAway(
                         f"the store {self.url} does not answer ({type(error).__name__}: {_line(error)}), asked "
                         f"{len(self.delays) + 1} times. What is finished is kept in the workspace: start again when "
-                        "it is back, or without `store`."
+                        "the store is back, or without `store`."
                     ) from error
-                self.tell(f"store {self.url} does not answer ({type(error).__name__}), asked again in {delay:g} s")
+                self.report(f"store {self.url} does not answer ({type(error).__name__}); next try in {delay:g} s")
                 time.sleep(delay)
         raise AssertionError("the last delay is None")
 
 
 def check_url(url: str) -> None:
-    """StoreError for a store of no known kind, or whose package is not here. Nobody is asked."""
+    """StoreError for a store of no known kind, or whose package is not installed. Nothing is read from it."""
     _file_system(url)
 
 
@@ -262,14 +253,15 @@ def _file_system(url: str) -> tuple[Any, str]:
     import fsspec
 
     # a listing of an hour ago would hide what another machine put there since
-    own: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if url.startswith(("s3://", "s3a://")):
-        own["config_kwargs"] = {"retries": {"max_attempts": 2}, "connect_timeout": 10, "read_timeout": 60}
+        options["config_kwargs"] = {"retries": {"max_attempts": 2}, "connect_timeout": 10, "read_timeout": 60}
     try:
-        fs, root = fsspec.core.url_to_fs(url, **own)
+        fs, root = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         raise StoreError(
-            f"the store {url} needs a package that is not here ({_line(error)}): pip install 'puzzle[s3]' for s3://."
+            f"the store {url} needs a package that is not installed ({_line(error)}): pip install 'puzzle[s3]' for "
+            "s3://."
         ) from error
     except (ValueError, OSError) as error:  # some kinds look their host up at once
         raise StoreError(f"{url} is no store: {_line(error)}. For instance s3://bucket/prefix.") from error
@@ -295,15 +287,16 @@ def _object(digest: str) -> str:
     return f"objects/{digest[:2]}/{digest}"
 
 
-def _bytes(count: int) -> str:
+def _bytes(count: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.4g} {unit}"
-        count = count / 1024  # type: ignore[assignment]
+        count /= 1024
     return f"{count:.4g} GiB"
 
 
 def _line(error: BaseException) -> str:
+    """The first line of an error."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
@@ -330,7 +323,7 @@ def store_named(workspace: Path) -> str | None:
 
 
 def use_store(workspace: Path, url: str | None) -> Store | None:
-    """Name the store of a workspace, for every process that works in it; None: it has none from now on."""
+    """Set the store of a workspace for every process that works in it; None: it has none from now on."""
     if url is None:
         (workspace / MARKER).unlink(missing_ok=True)
         return None

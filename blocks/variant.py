@@ -1,19 +1,16 @@
 """Block variants: what may stand in a subblock's place, known from the parent's config alone.
 
-A variant is its subblock and a short label (`kv1`, `ffn768`, `linear`, `no_op`, `parent`). Each kind lives in a file
-of its own under blocks/attention/ or blocks/ffn/ and registers itself here; the lists of names are derived from the
-registry. To add a kind see docs/add-a-variant-kind.md.
+A variant is its subblock and a short label (`kv1`, `ffn768`, `linear`, `no_op`, `parent`). This file holds the base
+classes. Each kind of variant is one class in a file of its own under blocks/attention/ or blocks/ffn/, and
+blocks/kinds.py lists them all. To add a kind see docs/how-to/add-a-variant-kind.md.
 """
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from blocks.errors import UnknownVariant
 from blocks.records import Subblock
 
 if TYPE_CHECKING:
@@ -24,16 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Variant:
-    """One alternative for one subblock. `size` is KV heads or intermediate size where the kind has one."""
+    """One alternative for one subblock.
+
+    kind: the name of its VariantKind. size: KV heads or intermediate size, where the kind has one. label: a short name,
+    unique within the subblock; it stands in profiles, tables and cache keys.
+    """
 
     subblock: Subblock
     kind: str
     size: int | None = None
-
-    @property
-    def label(self) -> str:
-        """Short name, unique within the subblock."""
-        return kind_of(self).label(self)
+    label: str
 
 
 class VariantKind(ABC):
@@ -43,16 +40,17 @@ class VariantKind(ABC):
     name: ClassVar[str]
     trainable: ClassVar[bool] = True
 
+    def variant(self, label: str, size: int | None = None) -> Variant:
+        """A variant of this kind."""
+        return Variant(subblock=self.subblock, kind=self.name, size=size, label=label)
+
     @abstractmethod
     def parse(self, label: str, config: Any) -> Variant | None:
         """The variant that `label` names for a parent with this config, None when it is not of this kind.
 
-        Raises UnknownVariant when it is, but this parent cannot have it.
+        Several labels may name one variant (`ffn50pct`, `ffn768`); the variant's own label, parsed again, gives the
+        same variant. Raises UnknownVariant when the label is of this kind but this parent cannot have it.
         """
-
-    @abstractmethod
-    def label(self, variant: Variant) -> str:
-        """Inverse of `parse`."""
 
     @abstractmethod
     def examples(self, config: Any) -> list[str]:
@@ -67,19 +65,22 @@ class VariantKind(ABC):
         """Floating point operations of one token that sees `context_tokens` (2 per multiply-add)."""
 
     def kv_elements_per_token(self, variant: Variant, config: Any) -> int:
-        """KV cache elements one token leaves behind: 2 * KV heads * head_dim for an attention, else 0."""
+        """KV cache elements that one token leaves behind: 2 * KV heads * head_dim for an attention, else 0."""
         return 0
 
     def initialise(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
-        """Copy what the parent has into `module` (puzzle.md, initialisation). Kinds that train must have it."""
+        """Copy what the parent has into `module` (Puzzle, section 3). Every trainable kind must implement it."""
         raise NotImplementedError(f"{self.subblock} {self.name} has nothing to initialise")
 
     def closed_form(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
-        """Ridge regression on the parent's activations, where the kind has one; may replace `initialise`'s choice."""
+        """Fit `module` by ridge regression to the parent's recorded activations. Every trainable kind must have it.
+
+        It may replace what `initialise` chose, for instance the channels that are kept.
+        """
         raise NotImplementedError(f"{self.subblock} {self.name} has nothing to fit")
 
     def fit_flops(self, variant: Variant, config: Any, tokens: int) -> tuple[int, int]:
-        """FLOPs of `closed_form` over so many recorded tokens, for plans: float32 products, float64 solves."""
+        """FLOPs of `closed_form` over so many recorded tokens, for plans: (float32 products, float64 solves)."""
         return 0, 0
 
 
@@ -87,10 +88,7 @@ class SizelessKind(VariantKind):
     """A kind whose only label is its name."""
 
     def parse(self, label: str, config: Any) -> Variant | None:
-        return Variant(subblock=self.subblock, kind=self.name) if label == self.name else None
-
-    def label(self, variant: Variant) -> str:
-        return self.name
+        return self.variant(label) if label == self.name else None
 
     def examples(self, config: Any) -> list[str]:
         return [self.name]
@@ -107,46 +105,3 @@ class NoOpKind(SizelessKind):
 
     def flops_per_token(self, variant: Variant, config: Any, context_tokens: int) -> int:
         return 0
-
-
-_KINDS: dict[tuple[Subblock, str], VariantKind] = {}
-
-
-def register(kind: type[VariantKind]) -> type[VariantKind]:
-    """Class decorator: make a kind known."""
-    key = (kind.subblock, kind.name)
-    if key in _KINDS:
-        raise ValueError(f"two variant kinds are named {key}")
-    _KINDS[key] = kind()
-    return kind
-
-
-def kinds(subblock: Subblock) -> list[VariantKind]:
-    """All kinds of a subblock, in the order of registration."""
-    import blocks.attention
-    import blocks.ffn  # noqa: F401  registration is a side effect of the import
-
-    return [kind for (where, _), kind in _KINDS.items() if where == subblock]
-
-
-def kind_of(variant: Variant) -> VariantKind:
-    """The kind a variant belongs to."""
-    return next(kind for kind in kinds(variant.subblock) if kind.name == variant.kind)
-
-
-def parse_label(subblock: Subblock, label: str, config: Any) -> Variant:
-    """The variant a label names; UnknownVariant names what this parent can have."""
-    for kind in kinds(subblock):
-        variant = kind.parse(label, config)
-        if variant is not None:
-            return variant
-    allowed = [example for kind in kinds(subblock) for example in kind.examples(config)]
-    near = difflib.get_close_matches(label, allowed, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise UnknownVariant(f"unknown {subblock} variant {label!r}; this parent can have {', '.join(allowed)}.{hint}")
-
-
-def parse_labels(subblock: Subblock, labels: Iterable[str], config: Any) -> list[Variant]:
-    """The search space of one subblock: the parent's own first, then `labels`, each once."""
-    variants = [parse_label(subblock, label, config) for label in ("parent", *labels)]
-    return list(dict.fromkeys(variants))

@@ -17,9 +17,10 @@ from transformers import LlamaConfig
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from blocks.engine_limits import GAPS, LIMITS  # noqa: E402
+from blocks.engine_limits import GAPS, KNOWN_ENGINES  # noqa: E402
+from blocks.kinds import kinds  # noqa: E402
 from blocks.records import SUBBLOCKS  # noqa: E402
-from blocks.variant import kinds  # noqa: E402
+from blocks.variant import NoOpKind  # noqa: E402
 from flows.cli import app  # noqa: E402
 from profiles.load import sections_of, shipped_profiles  # noqa: E402
 from profiles.schema import Profile  # noqa: E402
@@ -47,9 +48,10 @@ def profile_page() -> str:
     return page(
         "Profile",
         "A profile is one YAML file. It says which parent to shrink, on which text, for which hardware and traffic, "
-        "and under which budget. A key that is not listed here is refused. On the command line, "
-        "`--set path.to.key=value` overrides one field.",
-        f"Shipped profiles: {shipped}.",
+        "and under which budget. `name`, `parent`, `corpus` and `budget` are required; all others have defaults. A "
+        "key that is not listed here is refused. On the command line, `--set budget.speedup=1.5` overrides one field; "
+        "`--set corpus.sources.0.path=my.txt` reaches into a list.",
+        f"Shipped profiles, to copy from: {shipped}. Words and units: [glossary](../explanation/glossary.md).",
         *dict.fromkeys(_sections("", Profile)),
     )
 
@@ -57,9 +59,8 @@ def profile_page() -> str:
 def _sections(path: str, model: type[BaseModel]) -> Iterator[str]:
     """The table of one section, then those of the sections below it."""
     title = f"`{path}`" if path else "The profile"
-    kind = model.model_fields.get("kind")
-    if kind is not None:
-        title += f", kind `{_kind(model)}`"
+    if "kind" in model.model_fields:
+        title += f", kind {_or([f'`{one}`' for one in _kinds(model)])}"
     rows, below = [], []
     for name, field in model.model_fields.items():
         inner = sections_of(field.annotation)
@@ -67,7 +68,7 @@ def _sections(path: str, model: type[BaseModel]) -> Iterator[str]:
             below += [(f"{path}.{name}".lstrip("."), one) for one in inner]
             if name == "kind" or inner:
                 continue
-        rows.append([f"`{name}`", _type(model, name), _default(field), field.description or ""])
+        rows.append([f"`{name}`", _words(_property(model, name)), _default(field), field.description or ""])
         below += [(f"{path}.{name}".lstrip("."), one) for one in inner]
     text = " ".join((model.__doc__ or "").split())
     yield "\n\n".join([f"## {title}", text, *([table(["field", "type", "default", "meaning"], rows)] if rows else [])])
@@ -75,8 +76,9 @@ def _sections(path: str, model: type[BaseModel]) -> Iterator[str]:
         yield from _sections(where, one)
 
 
-def _kind(model: type[BaseModel]) -> str:
-    return str(_property(model, "kind").get("const", ""))
+def _kinds(model: type[BaseModel]) -> list[str]:
+    schema = _property(model, "kind")
+    return [str(one) for one in schema.get("enum", [schema.get("const")])]
 
 
 def _property(model: type[BaseModel], name: str) -> dict[str, Any]:
@@ -84,28 +86,46 @@ def _property(model: type[BaseModel], name: str) -> dict[str, Any]:
     return found
 
 
-def _type(model: type[BaseModel], name: str) -> str:
+def _or(words: list[str]) -> str:
+    """`a, b or c`."""
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 2 else words)
+
+
+NAMES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
+PLURALS = {"integer": "whole numbers", "number": "numbers", "string": "texts", "object": "mappings"}
+BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+
+
+def _words(schema: dict[str, Any]) -> str:
     """A field's type in words, from its JSON schema."""
-    return _words(_property(model, name), model.model_json_schema().get("$defs", {}))
-
-
-def _words(schema: dict[str, Any], defs: dict[str, Any]) -> str:
     if "$ref" in schema:
-        return "section"
+        return "section (below)"
     if "enum" in schema:
-        return " or ".join(f"`{value}`" for value in schema["enum"])
-    if "const" in schema:
-        return f"`{schema['const']}`"
+        return _or([f"`{value}`" for value in schema["enum"]])
     if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(_words(one, defs) for one in schema["anyOf"]))
+        words = list(dict.fromkeys(_words(one) for one in schema["anyOf"]))
+        return f"{_or(words[:-1])}, or null" if words[-1] == "null" else _or(words)
     if schema.get("type") == "array":
-        items = schema.get("items") or {}
-        return f"list of {_words(items, defs)}" if items else "list"
-    name = {"integer": "integer", "number": "number", "string": "text", "boolean": "true/false", "null": "null"}
-    text = name.get(schema.get("type", ""), "mapping")
-    bounds = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    limits = [f"{sign} {schema[key]:g}" for key, sign in bounds.items() if key in schema]
-    return f"{text} {', '.join(limits)}" if limits else text
+        return _list_of(schema["items"])
+    return " ".join([NAMES[schema["type"]], *_limits(schema)])
+
+
+def _list_of(items: dict[str, Any]) -> str:
+    """A list's type in words; what its items may be stands in the plural."""
+    if "enum" in items:
+        return f"list of any of {', '.join(f'`{value}`' for value in items['enum'])}"
+    kinds = [_plural(one) for one in items.get("anyOf", [items])]
+    limits = _limits(items)
+    return f"list of {_or(list(dict.fromkeys(kinds)))}" + (f", each {' '.join(limits)}" if limits else "")
+
+
+def _plural(items: dict[str, Any]) -> str:
+    return "sections (below)" if "$ref" in items else PLURALS[items["type"]]
+
+
+def _limits(schema: dict[str, Any]) -> list[str]:
+    found = [f"{sign} {schema[key]:g}" for key, sign in BOUNDS.items() if key in schema]
+    return [" and ".join(found)] if found else []
 
 
 def _default(field: Any) -> str:
@@ -113,20 +133,25 @@ def _default(field: Any) -> str:
         return "required"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
-        return "section"
+        return ""  # the defaults of its own fields
+    if isinstance(value, bool) or value is None or value == "":
+        return {True: "`true`", False: "`false`", None: "`null`"}.get(value, "empty")
     if isinstance(value, tuple):
-        if any(isinstance(one, BaseModel) for one in value):
-            return "one"
-        return "`[" + ", ".join(map(str, value)) + "]`"
-    return f"`{str(value).lower() if isinstance(value, bool) else 'null' if value is None else value!r}`".replace(
-        "'", ""
-    )
+        made = any(isinstance(one, BaseModel) for one in value)
+        return f"{len(value)} built in" if made else f"`[{', '.join(map(str, value))}]`"
+    return "`" + str(value).replace("\n", "\\n") + "`"
 
 
 def command_page() -> str:
     """`--help` of every command."""
     root: Any = typer.main.get_command(app)
-    return page("Command line", *_commands("puzzle", root))
+    told = [word for name, command in root.commands.items() for word in _commands(f"puzzle {name}", command)]
+    return page(
+        "Command line",
+        "Exit code 0: done. 2: the input is wrong; one sentence says what to do. 1: something failed; the message says "
+        "what, where the log is, and how to go on. An option with a list of values may be given several times.",
+        *told,
+    )
 
 
 def _commands(name: str, command: Any) -> Iterator[str]:
@@ -166,8 +191,7 @@ def variant_page() -> str:
     for subblock in SUBBLOCKS:
         for kind in kinds(subblock):
             examples = ", ".join(f"`{label}`" for label in kind.examples(config)[:4])
-            text = " ".join((type(kind).__doc__ or "").split())
-            rows.append([subblock, f"`{kind.name}`", examples, "yes" if kind.trainable else "no", text])
+            rows.append([subblock, f"`{kind.name}`", examples, "yes" if kind.trainable else "no", _meaning(type(kind))])
     return page(
         "Block variants",
         "What may stand in the place of an attention or of an FFN. The labels are what `search_space` takes; the "
@@ -176,21 +200,33 @@ def variant_page() -> str:
     )
 
 
+def _meaning(kind: type) -> str:
+    """What a kind is: its docstring, or its file's where the docstring is the label alone."""
+    documented = next(one for one in kind.__mro__ if len((one.__doc__ or "").split()) > 1)
+    text = documented.__doc__ or ""
+    if documented not in (kind, NoOpKind):
+        text = (sys.modules[kind.__module__].__doc__ or "").split("\n\n")[0]
+    return " ".join(text.split())
+
+
 def engine_page() -> str:
     """What each engine can run."""
     rows = []
     for gap in GAPS:
-        rows.append([gap, *("no" if gap in limits.gaps else "yes" for limits in LIMITS.values())])
-    known = [["how it is known", *(limits.known_by for limits in LIMITS.values())]]
-    forms = [["loads the export format", *(f"`{limits.format}`" for limits in LIMITS.values())]]
+        rows.append([gap, *("no" if gap in engine.gaps else "yes" for engine in KNOWN_ENGINES.values())])
+    known = [["how it is known", *(engine.known_by for engine in KNOWN_ENGINES.values())]]
+    forms = [["loads the export format", *(f"`{engine.format}`" for engine in KNOWN_ENGINES.values())]]
     families = [
-        ["families", *(", ".join(sorted(limits.families)) if limits.families else "all" for limits in LIMITS.values())]
+        [
+            "families",
+            *(", ".join(sorted(engine.families)) if engine.families else "all" for engine in KNOWN_ENGINES.values()),
+        ]
     ]
     return page(
         "Engines",
         "What each engine can run of a child. `hardware.must_run` keeps everything that a named engine cannot run "
         "out of the search.",
-        table(["", *(limits.title for limits in LIMITS.values())], [*forms, *families, *rows, *known]),
+        table(["", *(engine.title for engine in KNOWN_ENGINES.values())], [*forms, *families, *rows, *known]),
     )
 
 

@@ -22,7 +22,7 @@ from tasks.export.folder import export_child, model_card
 from tasks.inputs.children import in_precision
 from tasks.inputs.companions import terms_of
 from tasks.inputs.precision import child_dtype, served_precision, why
-from tasks.measure.cost_sums import told
+from tasks.measure.cost_sums import warnings_of
 from tasks.operating import experiment, tracking
 from tasks.operating.artifacts import show_link, show_markdown, show_picture
 from tasks.operating.shared import keep_run
@@ -71,7 +71,7 @@ def finish(
     show_markdown("report", markdown, " ".join(headlines(report)))
     for name in ("architecture", "comparison"):
         show_picture(name, folder / f"{name}.png", f"{name} of {run.profile.name}'s child")
-    for line in told(found.speed):
+    for line in warnings_of(found.speed):
         say(line)
     _print(run, report, folder)
     return report

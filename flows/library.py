@@ -1,4 +1,4 @@
-"""`puzzle library export | import | show`: block libraries between formats; no model, no GPU, no Prefect."""
+"""`puzzle library import | show`: block libraries of others, and what a library holds; no model, no GPU, no Prefect."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,20 +18,6 @@ Source = Annotated[
 ]
 
 
-@app.command("export")
-def export_command(
-    source: Source,
-    target: Annotated[Path, typer.Argument(metavar="DEST", help="a folder (open format) or a .json file (NVlabs')")],
-    scenario: Annotated[str | None, typer.Option("--scenario", help="for NVlabs' format, which holds one")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="for NVlabs' format")] = None,
-) -> None:
-    """Write a library in the open format, or in NVlabs' (DEST ends in .json), for other tools to read."""
-    from tasks.libraries.exchange import export_library
-
-    export_library(source, target, scenario, batch_size)
-    typer.echo(f"wrote {target}")
-
-
 @app.command("import")
 def import_command(
     source: Source,
@@ -41,11 +27,14 @@ def import_command(
         typer.Option("--scores", metavar="DIR", help="puzzletron's solution_*.json, where not beside its statistics"),
     ] = None,
 ) -> None:
-    """Read a library that others measured into the open format; every command that takes --library reads it there."""
+    """Write a library of any kind into a folder in the open format, which any tool can read.
+
+    See docs/how-to/exchange-libraries.md.
+    """
     from tasks.libraries.exchange import import_library, summarise
 
     import_library(source, target, scores)
-    typer.echo(_told(summarise(target)))
+    typer.echo(_page(summarise(target)))
 
 
 @app.command("show")
@@ -54,10 +43,10 @@ def show_command(source: Source, as_json: Annotated[bool, typer.Option("--json",
     from tasks.libraries.exchange import summarise
 
     found = summarise(source)
-    typer.echo(found.model_dump_json(indent=1) if as_json else _told(found))
+    typer.echo(found.model_dump_json(indent=1) if as_json else _page(found))
 
 
-def _told(found: "Summary") -> str:
+def _page(found: "Summary") -> str:
     least, most = found.options_per_layer
     per_layer = str(least) if least == most else f"{least} to {most}"
     lines = [

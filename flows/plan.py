@@ -58,14 +58,16 @@ def plan_command(
         sizes = (parent.config.hidden_size, parent.config.intermediate_size)
         rates = rates_here(*sizes, precision, threads, again=remeasure)
     plan = plan_of(wanted, parent, rates, price_per_hour)
-    typer.echo(plan.model_dump_json(indent=1, exclude={"children": {"__all__": {"layers"}}}) if as_json else told(plan))
+    typer.echo(
+        plan.model_dump_json(indent=1, exclude={"children": {"__all__": {"layers"}}}) if as_json else plan_text(plan)
+    )
     gc.freeze()  # nor at the end: all goes with the process
     gc.enable()
     if plan.infeasible:
         raise InfeasibleBudget(f"{plan.infeasible} Times are modelled, parameters and memory are exact.")
 
 
-def told(plan: "Plan") -> str:
+def plan_text(plan: "Plan") -> str:
     """The plan as text."""
     lines = [
         f"parent    {count_of(plan.parent_parameters)} parameters, {plan.layers} layers",

@@ -1,4 +1,6 @@
-"""`puzzle export | bench`: a finished child in the formats of engines, and its speed in them beside its parent's."""
+"""`puzzle export | bench | loadtest`: a finished child in the formats of engines; its speed beside its parent's, in an
+engine and behind a server.
+"""
 
 import json
 import tempfile
@@ -6,19 +8,24 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import BaseModel
+from rich.table import Table
 
 from blocks.errors import PuzzleError
 from blocks.runtime import configure
 from flows.in_workspace import run_logged
 from tasks.running.progress import clock, say, shown, wide_console
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 ChildPath = Annotated[
     Path, typer.Argument(metavar="CHILD", help="a child's folder (a parent's will do), or a .gguf file")
 ]
-PRECISION = "f32, f16, bf16; q8_0 in GGUF and llama.cpp"
+PRECISION = "float32, float16 or bfloat16; q8_0 too for GGUF and llama.cpp"
 Precision = Annotated[str, typer.Option("--precision", help=PRECISION)]
 
 
@@ -75,28 +82,64 @@ def _logs(folders: Sequence[Path]) -> Iterator[Path]:
             yield folder / "puzzle.log"
 
 
+Parent = Annotated[
+    Path | None, typer.Option("--parent", metavar="PATH", help="folder or .gguf [the parent of the child's run]")
+]
+Loads = Annotated[
+    list[str] | None, typer.Option("--load", metavar="BxPxG", help="batch x prompt x generated tokens [1x256x64]")
+]
+Rounds = Annotated[int, typer.Option(min=1, help="turns of each model, interleaved")]
+Picture = Annotated[Path | None, typer.Option("--picture", metavar="PNG", help="draw the figures")]
+AsJson = Annotated[bool, typer.Option("--json", help="the rows as a list")]
+DEFAULT_LOAD = "1x256x64"
+
+
 def bench_command(
     child: ChildPath,
     engine: Annotated[str, typer.Option("--engine", help="torch, llama.cpp or vllm")] = "torch",
-    parent: Annotated[
-        Path | None, typer.Option("--parent", metavar="PATH", help="folder or .gguf [the parent of the child's run]")
-    ] = None,
-    load: Annotated[
-        list[str] | None, typer.Option("--load", metavar="BxPxG", help="batch x prompt x generated tokens [1x256x64]")
-    ] = None,
-    precision: Precision = "f32",
-    rounds: Annotated[int, typer.Option(min=1, help="turns of each model, interleaved")] = 5,
+    parent: Parent = None,
+    load: Loads = None,
+    precision: Precision = "float32",
+    rounds: Rounds = 5,
     threads: Annotated[int, typer.Option(min=1)] = 1,
-    picture: Annotated[Path | None, typer.Option("--picture", metavar="PNG", help="draw the figures")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="the rows as a list")] = False,
+    picture: Picture = None,
+    as_json: AsJson = False,
+) -> None:
+    """Parent and child in one engine, in turns under the same load: prefill, decode, memory, gains of pairs."""
+    _quiet()
+    from tasks.engines.registry import installed_engine
+    from tasks.loadtest.bench_table import bench_table, draw_bench
+    from tasks.measure.bench import Point, bench
+    from tasks.running.devices import alone
+
+    installed_engine(engine)
+    sources = _parent_and_child(child, parent)
+    points = [Point.parse(text) for text in load or [DEFAULT_LOAD]]
+    _check_picture(picture)
+
+    def measure() -> None:
+        with alone("bench"), shown("bench", beside=True) as report:
+            rows = bench(sources, engine, points, precision=precision, rounds=rounds, threads=threads, progress=report)
+        _show(rows, lambda: bench_table(rows), lambda: draw_bench(rows), picture, as_json)
+
+    _logged(Path.cwd(), measure)
+
+
+def loadtest_command(
+    child: ChildPath,
     server: Annotated[
-        str | None, typer.Option("--server", help="llama.cpp or vllm: serve both on loopback, put load on them")
+        str | None, typer.Option("--server", help="llama.cpp or vllm: serve parent and child on loopback")
     ] = None,
     url: Annotated[
         list[str] | None,
-        typer.Option("--url", help="a server that runs already: the child's, or parent's then child's"),
+        typer.Option("--url", help="a server that runs already: the child's, or the parent's and then the child's"),
     ] = None,
-    requests: Annotated[int, typer.Option(min=1, help="of each model in a round, with --server or --url")] = 8,
+    parent: Parent = None,
+    load: Loads = None,
+    precision: Annotated[str | None, typer.Option("--precision", help=f"{PRECISION} [f32]; with --server")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="of each server [1]; with --server")] = None,
+    rounds: Rounds = 5,
+    requests: Annotated[int, typer.Option(min=1, help="of each model in a round")] = 8,
     rate: Annotated[
         str | None, typer.Option("--rate", metavar="R,R", help="also at so many arrivals a second, by chance: 0.5,1,2")
     ] = None,
@@ -106,83 +149,76 @@ def bench_command(
     max_tpot: Annotated[
         float | None, typer.Option("--max-tpot", min=0.001, metavar="MS", help="good: MS between output tokens at most")
     ] = None,
+    picture: Picture = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Parent and child in turns under the same load: prefill, decode, memory, gains of pairs."""
+    """Parent and child behind OpenAI-style servers, in turns under the same requests: latency, throughput, failures."""
     _quiet()
-    from tasks.engines.registry import installed_engine
-    from tasks.engines.throughput import PARENT
+    from tasks.loadtest.arrivals import Limits, rates_of
+    from tasks.loadtest.load_table import draw_load, failures_of, load_table
+    from tasks.loadtest.serving_load import LoadPlan, bench_servers
     from tasks.measure.bench import CHILD, Point
-
-    installed_engine(engine)
-    sources = (
-        {CHILD: child} if url is not None and len(url) == 1 else {PARENT: parent or _parent_of(child), CHILD: child}
-    )
-    points = [Point.parse(text) for text in load or ["1x256x64"]]
-    if picture is not None:
-        _check_picture(picture)
-    if server is not None or url:
-        from tasks.loadtest.arrivals import Limits, rates_of
-        from tasks.loadtest.serving_load import LoadPlan
-
-        plan = LoadPlan(
-            server=server,
-            urls=tuple(url or ()),
-            points=tuple(points),
-            precision=precision,
-            rounds=rounds,
-            threads=threads,
-            requests=requests,
-            rates=() if rate is None else rates_of(rate),
-            limits=Limits(first_token_ms=max_ttft, output_token_ms=max_tpot),
-        )
-        _logged(Path.cwd(), lambda: _bench_servers(sources, plan, picture, as_json))
-        return
-    if rate is not None or max_ttft is not None or max_tpot is not None:
-        raise PuzzleError("--rate, --max-ttft and --max-tpot are of a load on servers: give --server or --url too.")
-    how = {"precision": precision, "rounds": rounds, "threads": threads}
-    _logged(Path.cwd(), lambda: _bench_engine(sources, engine, points, how, picture, as_json))
-
-
-def _bench_engine(
-    sources: dict[str, Path], engine: str, points: list[Any], how: dict[str, Any], picture: Path | None, as_json: bool
-) -> None:
-    from tasks.loadtest.bench_table import bench_table, draw_bench
-    from tasks.measure.bench import bench
     from tasks.running.devices import alone
 
-    with alone("bench"), shown("bench", beside=True) as tell:
-        rows = bench(sources, engine, points, tell=tell, **how)
+    if server is None and not url:
+        raise PuzzleError("name what is put under load: --server starts servers, --url names some that run already.")
+    given = {"--parent": parent, "--precision": precision, "--threads": threads}
+    unused = [name for name, value in given.items() if url and value is not None]
+    if unused:
+        raise PuzzleError(f"{unused[0]} is for servers that --server starts; those that --url names run already.")
+    plan = LoadPlan(
+        server=server,
+        urls=tuple(url or ()),
+        points=tuple(Point.parse(text) for text in load or [DEFAULT_LOAD]),
+        precision=precision or "float32",
+        rounds=rounds,
+        threads=threads or 1,
+        requests=requests,
+        rates=() if rate is None else rates_of(rate),
+        limits=Limits(first_token_ms=max_ttft, output_token_ms=max_tpot),
+    )
+    sources = {CHILD: child} if url else _parent_and_child(child, parent)
+    _check_picture(picture)
+
+    def measure() -> None:
+        if plan.rates:
+            least = plan.seconds(len(plan.urls) or len(sources))
+            typer.echo(f"load: the arrivals alone take {clock(least)} (requests x rounds / rate, each model)", err=True)
+        with nullcontext() if plan.urls else alone("load"), shown("load", beside=True) as report:
+            rows = bench_servers(sources, plan, report)
+        _show(rows, lambda: load_table(rows, plan.limits), lambda: draw_load(rows), picture, as_json)
+        for sentence in () if as_json else failures_of(rows):
+            say(sentence)
+
+    _logged(Path.cwd(), measure)
+
+
+def _parent_and_child(child: Path, parent: Path | None) -> dict[str, Path]:
+    from tasks.engines.timing_in_turns import PARENT
+    from tasks.measure.bench import CHILD
+
+    return {PARENT: parent or _parent_of(child), CHILD: child}
+
+
+def _show(
+    rows: Sequence[BaseModel],
+    table: Callable[[], Table],
+    draw: Callable[[], "Figure"],
+    picture: Path | None,
+    as_json: bool,
+) -> None:
     if picture is not None:
-        draw_bench(rows).savefig(picture)
+        draw().savefig(picture)
     if as_json:
         typer.echo(json.dumps([row.model_dump() for row in rows], indent=1))
     else:
-        wide_console().print(bench_table(rows))
+        wide_console().print(table())
 
 
-def _bench_servers(sources: dict[str, Path], plan: Any, picture: Path | None, as_json: bool) -> None:
-    from tasks.loadtest.load_table import draw_load, failures_told, load_table
-    from tasks.loadtest.serving_load import bench_servers
-    from tasks.running.devices import alone
-
-    if plan.rates:
-        least = plan.seconds(len(plan.urls) or len(sources))
-        typer.echo(f"load: the arrivals alone take {clock(least)} (requests x rounds / rate, each model)", err=True)
-    here = nullcontext() if plan.urls else alone("load")
-    with here, shown("load", beside=True) as tell:
-        rows = bench_servers(sources, plan, tell)
-    if picture is not None:
-        draw_load(rows).savefig(picture)
-    if as_json:
-        typer.echo(json.dumps([row.model_dump() for row in rows], indent=1))
-        return
-    wide_console().print(load_table(rows, plan.limits))
-    for sentence in failures_told(rows):
-        say(sentence)
-
-
-def _check_picture(file: Path) -> None:
+def _check_picture(file: Path | None) -> None:
     """PuzzleError, before anything is measured, for a picture that could not be written."""
+    if file is None:
+        return
     from matplotlib.backend_bases import FigureCanvasBase
 
     kinds = FigureCanvasBase.get_supported_filetypes()
@@ -211,4 +247,4 @@ def _parent_of(child: Path) -> Path:
 
 def commands() -> Sequence[tuple[str, Any]]:
     """Name and function of every command here."""
-    return (("export", export_command), ("bench", bench_command))
+    return (("export", export_command), ("bench", bench_command), ("loadtest", loadtest_command))

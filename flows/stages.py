@@ -20,7 +20,8 @@ from profiles.schema import Profile
 from tasks.distill.bld import Job, distill
 from tasks.distill.jobs import coupled_jobs, jobs_of
 from tasks.distill.record import open_parent, record_key, record_layer, recorded
-from tasks.inputs.corpus import iterate_documents, prepare_corpus
+from tasks.inputs.corpus import prepare_corpus
+from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
 from tasks.inputs.space import check_search_space, measured_space
 from tasks.measure import costs

@@ -13,7 +13,7 @@ from tasks.distill.record import open_parent
 from tasks.evaluate import answers, compare
 from tasks.evaluate.compare import Contender, Evaluation
 from tasks.inputs.precision import child_dtype
-from tasks.measure import speed
+from tasks.measure import end_to_end
 from tasks.running.sharing import TaskKey, exclusive
 
 
@@ -62,8 +62,8 @@ def throughput_task(
     workspace: Path,
     progress: Any,
 ) -> Any:
-    """See tasks.measure.speed.measure_speed."""
-    return speed.measure_speed(contenders, parent, table, profile, workspace, progress)
+    """See tasks.measure.end_to_end.measure_speed."""
+    return end_to_end.measure_speed(contenders, parent, table, profile, workspace, progress)
 
 
 def made_of(which: Contender) -> str:

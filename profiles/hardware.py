@@ -1,7 +1,7 @@
-"""Hardware targets: what a device can do at most by its data sheet, and which share of that software gets.
+"""Hardware targets: what a device can do at most by its data sheet, and which share of that software reaches.
 
-One YAML file each under `profiles/hardware/`; every figure's source stands beside it in a comment. The roofline
-(tasks/measure/roofline.py) models costs from them, `puzzle plan` the time of a whole run. Figures are per device.
+Each target is a YAML file in `profiles/hardware/`, with the source of every figure in a comment beside it. The roofline
+(tasks/measure/roofline.py) models costs from a target, and `puzzle plan` the time of a whole run.
 """
 
 from functools import lru_cache
@@ -18,26 +18,27 @@ FOLDER = Path(__file__).parent / "hardware"
 
 
 class HardwareTarget(Section):
-    """One device.
+    """One kind of device: the rates of its data sheet, and the shares of them that software reaches."""
 
-    peak_tflops: 10^12 floating point operations per second, dense, products with float32 sums; a precision that is
-    absent cannot be used. float64 serves the closed-form fits of the search itself.
-    kernel_floor_microseconds: what the shortest kernel takes, its launch included.
-    interconnect_gb_per_second: one direction, to the other devices of a tensor-parallel group.
-    """
-
-    name: str
-    description: str = ""
-    kind: Literal["gpu", "cpu"] = "gpu"
-    peak_tflops: dict[Literal["float64"] | Precision, PositiveFloat] = Field(min_length=1)
-    memory_gb_per_second: PositiveFloat
-    memory_gib: PositiveFloat
-    kernel_floor_microseconds: PositiveFloat
-    interconnect_gb_per_second: PositiveFloat | None = None
-    max_tensor_parallel: PositiveInt = 1
-    achievable_compute: Fraction = Field(description="share of the peak that products of a model's sizes reach")
-    achievable_bandwidth: Fraction = Field(description="share of the memory's peak that streaming weights reaches")
-    achievable_interconnect: Fraction = 1.0
+    name: str = Field(description="Name of the target; that of its file.")
+    description: str = Field(default="", description="The device in words.")
+    kind: Literal["gpu", "cpu"] = Field(default="gpu", description="What it is.")
+    peak_tflops: dict[Literal["float64"] | Precision, PositiveFloat] = Field(
+        min_length=1,
+        description="10^12 floating-point operations per second for each precision: dense products, sums in float32. A "
+        "precision that is left out cannot be used. float64 serves the closed-form fits of the search.",
+    )
+    memory_gb_per_second: PositiveFloat = Field(description="Bandwidth of its memory, in 10^9 bytes per second.")
+    memory_gib: PositiveFloat = Field(description="Memory that a process may use, in GiB.")
+    kernel_floor_microseconds: PositiveFloat = Field(description="Time of the shortest kernel, with its launch.")
+    interconnect_gb_per_second: PositiveFloat | None = Field(
+        default=None,
+        description="Bandwidth to the other devices of a tensor-parallel group, in 10^9 bytes per second each way.",
+    )
+    max_tensor_parallel: PositiveInt = Field(default=1, description="Most devices that can share a layer.")
+    achievable_compute: Fraction = Field(description="Share of the peak that products of a model's sizes reach.")
+    achievable_bandwidth: Fraction = Field(description="Share of the memory's bandwidth that reading weights reaches.")
+    achievable_interconnect: Fraction = Field(default=1.0, description="Share of the interconnect's bandwidth reached.")
 
     @model_validator(mode="after")
     def _groups_are_linked(self) -> "HardwareTarget":
@@ -77,7 +78,7 @@ def load_target(name: str) -> HardwareTarget:
     try:
         return HardwareTarget.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (ValidationError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ProfileError(f"{file} is no valid hardware target: {_told(error)}.") from None
+        raise ProfileError(f"{file} is not a valid hardware target: {_reason(error)}.") from None
 
 
 def target_for(hardware: Hardware) -> HardwareTarget:
@@ -97,7 +98,7 @@ def check_use(target: HardwareTarget, hardware: Hardware) -> None:
         )
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error).splitlines()[0]
     return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False))

@@ -1,6 +1,6 @@
-"""YAML -> Profile. Whatever is wrong is told at once: file, field, what is allowed, the nearest right key.
+"""Read a profile from YAML. All that is wrong is reported at once: the field, what is allowed, the nearest key.
 
-Overrides (`budget.speedup=1.5`) are applied to the YAML tree before it is validated, so they obey the same rules.
+Overrides (`--set budget.speedup=1.5`) change the YAML tree before it is validated, so the same rules hold for them.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
@@ -20,7 +20,7 @@ SHIPPED = Path(__file__).parent
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice; YAML itself would silently keep the last."""
+    """Refuses a key that is written twice in one mapping. PyYAML would keep the last one without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
@@ -99,12 +99,12 @@ def _parse(text: str, origin: str) -> Any:
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ProfileError(f"{origin}{where}: not valid YAML: {error.problem or error.context}.") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # ValueError: a date such as 2024-13-45, which YAML insists on reading as one
+        # ValueError: PyYAML takes 2024-13-45 for a date
         raise ProfileError(f"{origin}: not valid YAML: {error}.") from None
 
 
 def _override(tree: dict[Any, Any], override: str) -> None:
-    """Set one key of the tree in place; mappings that are absent are made."""
+    """Set one key of the tree in place. Mappings that are missing on the way are made."""
     path, separator, text = override.partition("=")
     keys = path.strip().split(".")
     if not separator or not all(keys):
@@ -132,7 +132,9 @@ def _override(tree: dict[Any, Any], override: str) -> None:
 def _index(key: str, items: list[Any], override: str, where: str) -> int:
     if not key.isdecimal() or int(key) >= len(items):
         allowed = f"0 to {len(items) - 1}" if items else "none, the list is empty"
-        raise ProfileError(f"override `{override}`: {where} is a list, `{key}` is no index of it (allowed: {allowed}).")
+        raise ProfileError(
+            f"override `{override}`: {where} is a list, `{key}` is not an index of it (allowed: {allowed})."
+        )
     return int(key)
 
 
@@ -159,7 +161,7 @@ def _problem(details: ErrorDetails) -> str:
 
 
 def _choice(details: ErrorDetails, path: str, sections: Sequence[type[BaseModel]]) -> tuple[str, str, list[str]]:
-    """Field, given name and allowed names of a value that is none of a closed list."""
+    """Field, given name and allowed names, for a value that is not one of a closed list."""
     context = details["ctx"]
     if details["type"] == "union_tag_invalid":
         return f"{path}.kind", str(context["tag"]), _tags(sections)
@@ -168,12 +170,12 @@ def _choice(details: ErrorDetails, path: str, sections: Sequence[type[BaseModel]
 
 
 def _is_echo(details: ErrorDetails) -> bool:
-    """Pydantic counts the items that failed as absent: `[{bad item}]` is also told to be too short."""
+    """Whether an error only repeats another: pydantic also calls a list too short when its items are wrong."""
     return details["type"] == "too_short" and bool(details["input"])
 
 
 def _must(message: str) -> str:
-    """Pydantic's `Input should be ...` in our words."""
+    """Pydantic's `Input should be ...` as `must be ...`."""
     for start in ("Input should ", "String should ", "Value should ", "Tuple should "):
         if message.startswith(start):
             return f"must {message.removeprefix(start)}"
@@ -181,9 +183,10 @@ def _must(message: str) -> str:
 
 
 def _walk(loc: tuple[int | str, ...]) -> tuple[str, list[type[BaseModel]]]:
-    """Field path as a user writes it, and the sections that may stand where the last key was looked up.
+    """The path of a field as a user writes it, and the sections in which its last key was looked up.
 
-    Pydantic puts the tag of a discriminated union (`package`) into the location: it is no key, and left out.
+    Pydantic puts the tag of a discriminated union (such as `package`) into the location. It is not a key, so it is left
+    out.
     """
     path = ""
     sections: list[type[BaseModel]] = [Profile]

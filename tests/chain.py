@@ -18,7 +18,8 @@ from blocks.records import (
 from profiles.schema import BLD, Corpus, PythonStdlibSource, Record, SearchSpace, TinyParent
 from tasks.distill.bld import Job, distill
 from tasks.distill.record import open_parent, record_key, record_layer
-from tasks.inputs.corpus import iterate_documents, prepare_corpus
+from tasks.inputs.corpus import prepare_corpus
+from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
 from tasks.score.scoring import ScoringSet, score_sequences
 

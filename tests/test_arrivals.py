@@ -119,13 +119,28 @@ def test_rates_are_read() -> None:
             rates_of(wrong)
     labels = [traffic.label for traffic in traffic_of((POINT,), (0.5, 2))]
     assert labels == ["1x4x3", "1x4x3 at 0.5/s", "1x4x3 at 2/s"]
-    done = run("bench", "child", "--url", "http://127.0.0.1:1", "--rate", "fast")
+    done = run("loadtest", "child", "--url", "http://127.0.0.1:1", "--rate", "fast")
     assert done.exit_code != 0 and "requests per second" in str(done.exception)
 
 
-def test_rates_need_a_server(tmp_path: Path) -> None:
-    done = run("bench", str(tmp_path), "--parent", str(tmp_path), "--rate", "1")
-    assert done.exit_code != 0 and "give --server or --url too" in str(done.exception)
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ((), "--server starts servers, --url names some"),
+        (("--server", "llama.cpp", "--url", "http://127.0.0.1:1"), "one of the two"),
+        (("--url", "http://127.0.0.1:1", "--threads", "2"), "--threads is for servers that --server starts"),
+        (("--url", "http://127.0.0.1:1", "--precision", "q8_0"), "--precision is for servers that --server starts"),
+        (("--url", "http://127.0.0.1:1", "--parent", "x"), "--parent is for servers that --server starts"),
+    ],
+)
+def test_what_is_put_under_load_is_named_once(words: tuple[str, ...], reason: str) -> None:
+    done = run("loadtest", "child", *words)
+    assert done.exit_code != 0 and reason in str(done.exception)
+
+
+@pytest.mark.parametrize("flag", ["--rate", "--requests", "--url", "--server", "--max-ttft"])
+def test_the_bench_in_one_engine_has_no_flag_of_the_load_test(flag: str) -> None:
+    assert run("bench", "child", flag, "1").exit_code == 2
 
 
 def test_in_an_open_loop_nobody_waits_for_the_answers_before() -> None:

@@ -7,19 +7,20 @@ from typing import Any
 import pytest
 
 from blocks.errors import PuzzleError
-from blocks.records import LayerRecord, Ref, Turn
-from blocks.variant import parse_labels
+from blocks.kinds import parse_labels
+from blocks.records import LayerRecord, Metric, Ref, Turn
 from profiles.load import load_profile
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.distill.jobs import jobs_of
 from tasks.distill.record import open_parent
-from tasks.engines.throughput import gains_of
+from tasks.engines.timing_in_turns import gains_of
 from tasks.gguf.writer import UnknownPrecision
 from tasks.inputs.space import check_search_space
 from tasks.loadtest.bench_table import bench_table, draw_bench
 from tasks.measure.bench import BenchRow, Point, bench
 from tasks.measure.costs import measure_costs
-from tasks.measure.llama_cpp_costs import FIRST, EngineBench
+from tasks.measure.llama_cpp_costs import LlamaCppTimer
+from tasks.measure.whole_model_costs import FIRST, models_to_time
 from tests.chain import prepare
 from tests.test_engines import folders, needs_llama_cpp, run
 from tests.test_gguf import child_of, written
@@ -50,7 +51,7 @@ def test_loads_are_read() -> None:
 def test_bench_measures_parent_and_child_in_turns(engine: str, folders: dict[str, Path], tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     points = [Point.parse("1x8x4"), Point.parse("2x8x3")]
-    rows = bench(folders, engine, points, rounds=2, tell=lambda *done: told.append(done))
+    rows = bench(folders, engine, points, rounds=2, progress=lambda done, total, text="": told.append((done, total)))
     assert [(row.model, row.batch_size) for row in rows] == [("child", 1), ("parent", 1), ("child", 2), ("parent", 2)]
     assert told == [(done, 8) for done in range(1, 9)]
     for row in rows:
@@ -68,7 +69,7 @@ def test_bench_refuses_what_it_cannot_run(folders: dict[str, Path]) -> None:
     assert "--parent" in str(alone.exception)
     with pytest.raises(PuzzleError, match="longer than the child's context of 128"):
         bench({"child": folders["child"]}, "torch", [Point.parse("1x128x8")])
-    with pytest.raises(UnknownPrecision, match="f32, f16, bf16"):
+    with pytest.raises(UnknownPrecision, match="float32, float16, bfloat16"):
         bench({"child": folders["child"]}, "torch", [Point.parse("1x8x8")], "q8_0")
 
 
@@ -78,7 +79,7 @@ def test_a_gguf_file_is_held_to_its_context(tmp_path: Path) -> None:
         bench({"child": file}, "torch", [Point.parse("1x8x8"), Point.parse("1x64x8")])
 
 
-class Exact(EngineBench):
+class Exact(LlamaCppTimer):
     """Times that are sums of made-up costs, so that taking them apart must give these back."""
 
     made_up = {"parent": 8.0, "kv1": 5.0, "linear": 2.0, "no_op": 0.0}
@@ -99,14 +100,15 @@ def test_whole_models_are_taken_apart_exactly(tmp_path: Path) -> None:
     reader = open_parent(tmp_path / parent.folder)
     variants = [v for part in ("attention", "ffn") for v in parse_labels(part, getattr(SPACE, part), reader.config)]
     exact = Exact(reader, variants, Hardware(engine="llama.cpp", threads=1), Measure(rounds=3))
-    assert FIRST in {whole.name for whole in exact.wholes()}
-    times = {whole.name: (exact.seconds(whole.repeated), 0.0) for whole in exact.wholes()}
-    found = exact._one_phase(times, (1.0, 0.0))
+    wholes = models_to_time(reader, variants)
+    assert FIRST in {whole.name for whole in wholes}
+    times = {whole.name: Metric(value=exact.seconds(whole.repeated), se=0.0, n=3) for whole in wholes}
+    found = exact._one_phase(times, Metric(value=1.0, se=0.0, n=3))
     for label, seconds in exact.made_up.items():
-        assert found["attention", label][0] == pytest.approx(seconds)
+        assert found["attention", label].value == pytest.approx(seconds)
     for label, seconds in exact.widths.items():
-        assert found["ffn", label][0] == pytest.approx(seconds)
-    assert found["non_block", ""][0] == pytest.approx(100.0)
+        assert found["ffn", label].value == pytest.approx(seconds)
+    assert found["non_block", ""].value == pytest.approx(100.0)
 
 
 @needs_llama_cpp

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from blocks.child import assemble, library_of
 from blocks.divergence import Head
+from blocks.kinds import kinds, parse_label, parse_labels
 from blocks.library import read_tensors
-from blocks.parent import Parent, load_subblock
+from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Architecture, LayerChoice, Subblock
 from blocks.resources import resources
-from blocks.variant import kinds, parse_label, parse_labels
+from blocks.subblock import load_subblock
 from profiles.schema import BLD, GKD
 from tasks.distill import bld, gkd, record
 from tasks.distill.bld import Job, distill, layer_data
@@ -66,7 +67,7 @@ def test_every_variant_works_in_every_family_and_costs_what_was_said(family: str
     recorded = record_layer(0, parent, corpus, RECORD, SETTINGS.ridge, tmp_path, "cpu")
     for subblock in SUBBLOCKS:
         for variant in parse_labels(subblock, getattr(SPACE, subblock), reader.config):
-            layer = reader.empty_layer(0, LayerChoice.alone(subblock, variant.label))
+            layer = reader.empty_layer(0, LayerChoice.only(subblock, variant.label))
             needs = resources(reader, variant, context_tokens=32, bytes_per_element=4)
             assert needs.parameters == sum(p.numel() for p in layer.parameters())
             assert needs.weight_bytes == sum(p.numel() * p.element_size() for p in layer.parameters())
@@ -312,7 +313,7 @@ def test_gkd_lowers_the_validation_kl_and_is_repeatable(chain: Chain) -> None:
     results = []
     for key in ("a", "b"):
         child = assemble(chain.reader, library_of(chain.blocks), architecture(child_layers()), chain.workspace)
-        results.append(gkd.distill_globally(child, teacher, settings, chain.workspace, key))
+        results.append(gkd.distill_child(child, teacher, settings, chain.workspace, key))
     assert results[0].best_kl < 0.97 * results[0].curve[0][1]
     assert results[0].best_kl == min(kl for _, kl in results[0].curve)
     assert results[0].weights.sha256 == results[1].weights.sha256
@@ -326,7 +327,7 @@ def test_gkd_that_harms_gives_back_the_child_it_was_given(chain: Chain) -> None:
     teacher = gkd.record_teacher(chain.parent, chain.corpus, settings, chain.workspace, "cpu")
     child = assemble(chain.reader, library_of(chain.blocks), architecture(child_layers()), chain.workspace)
     before = {name: tensor.clone() for name, tensor in child.state_dict().items()}
-    result = gkd.distill_globally(child, teacher, settings, chain.workspace, "harm")
+    result = gkd.distill_child(child, teacher, settings, chain.workspace, "harm")
     assert result.best_step == 0 and len(result.curve) < 7
     assert all(torch.equal(before[name], tensor) for name, tensor in child.state_dict().items())
 

@@ -31,6 +31,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.testing.utilities import prefect_test_harness
 
 from blocks import devices, runtime
+from blocks.devices import on_device
 from blocks.errors import PuzzleError
 from blocks.library import BlockLibrary
 from blocks.records import BlockRecord, ParentInfo
@@ -52,7 +53,7 @@ def at_work(devices: tuple[str, ...], count: int) -> list[tuple[str, float, floa
     seen: list[tuple[str, float, float]] = []
 
     def work() -> None:
-        with runtime.on_device(devices) as device:
+        with on_device(devices) as device:
             started = time.monotonic()
             time.sleep(0.05)
             seen.append((device, started, time.monotonic()))
@@ -80,7 +81,7 @@ def test_the_plain_cpu_is_shared() -> None:
     together, met = threading.Barrier(3, timeout=10), list[int]()
 
     def work() -> None:
-        with runtime.on_device(["cpu"]):
+        with on_device(["cpu"]):
             met.append(together.wait())
 
     threads = [threading.Thread(target=work) for _ in range(3)]
@@ -108,7 +109,7 @@ def test_results_are_kept_for_each_device() -> None:
 def test_a_worker_without_the_device_says_so() -> None:
     with (
         pytest.raises(PuzzleError, match=r"none of the devices cuda:0, cuda:1"),
-        runtime.on_device(["cuda:0", "cuda:1"]),
+        on_device(["cuda:0", "cuda:1"]),
     ):
         pass
 
@@ -146,7 +147,7 @@ def test_runs_and_tasks_name_a_gpu_alike_and_keep_each_other_out(
 ) -> None:
     monkeypatch.setenv("PUZZLE_DEVICE_LOCKS", str(tmp_path))
     sees(monkeypatch, "3,1", [GPUS[3], GPUS[1]])
-    with runtime.on_device(["cuda:0"]), runtime.on_device(["cuda:0", "cuda:1"]) as second:
+    with on_device(["cuda:0"]), on_device(["cuda:0", "cuda:1"]) as second:
         assert second == "cuda:1"
     with turns.device_turn("measure", profile_with("hardware.device=cuda:0")):
         sees(monkeypatch, None, GPUS)
@@ -157,7 +158,7 @@ def test_runs_and_tasks_name_a_gpu_alike_and_keep_each_other_out(
 def is_free(device: str) -> bool:
     name = devices.device_name(device)
     assert name is not None
-    place = devices.enter(name, "task", devices.places_of_task(device))
+    place = devices.enter(name, "task", devices.slots_of_task(device))
     if place is not None:
         place.release()
     return place is not None
@@ -170,7 +171,7 @@ def is_free(device: str) -> bool:
         ({"runner": "ray", "address": "127.0.0.1:1", "max_workers": 2}, "leave it out"),
         ({"devices": ["cuda:0", "cpu"]}, "of one kind"),
         ({"devices": ["cuda:0", "cuda:0"]}, "each named once"),
-        ({"devices": ["gpu"]}, "is no device"),
+        ({"devices": ["gpu"]}, "is not a device"),
     ],
 )
 def test_an_orchestration_that_contradicts_itself_is_refused(fields: dict[str, Any], told: str) -> None:

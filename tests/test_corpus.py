@@ -22,22 +22,14 @@ from blocks.library import read_tensors
 from blocks.records import CorpusInfo
 from profiles.schema import Corpus, HubSource, PythonStdlibSource, TextSource, WikipediaDumpSource
 from tasks.inputs import corpus as module
-from tasks.inputs import text_files
+from tasks.inputs import corpus_sources, text_files
 from tasks.inputs.chats import Unusable, messages_of, template_of
-from tasks.inputs.corpus import (
-    DocumentTokenizer,
-    check_sources,
-    installed_file,
-    iterate_documents,
-    normalise,
-    ordered_documents,
-    pack_splits,
-    plain_text,
-    prepare_corpus,
-    spans_of,
-)
+from tasks.inputs.corpus import DocumentTokenizer, ordered_documents, pack_splits, prepare_corpus, spans_of
+from tasks.inputs.corpus_sources import check_sources, iterate_documents, normalise
+from tasks.inputs.installed_packages import installed_file
 from tasks.inputs.text_files import Part, split_stream
 from tasks.inputs.tiny import byte_tokenizer
+from tasks.inputs.wikipedia import plain_text
 
 LETTERS = DocumentTokenizer(lambda text: [ord(letter) for letter in text], end=(0,))
 WANTED = {"test": 8, "validation": 8, "train": 16}
@@ -253,8 +245,8 @@ def test_endless_sources_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
         while True:
             yield "y" * 1000
 
-    monkeypatch.setattr(module, "_documents_of", endless)
-    monkeypatch.setattr(module, "MINIMUM_CHARACTERS", 5000)
+    monkeypatch.setattr(corpus_sources, "_documents_of", endless)
+    monkeypatch.setattr(corpus_sources, "MINIMUM_CHARACTERS", 5000)
     corpus = Corpus(
         sources=(PythonStdlibSource(kind="python_stdlib"),) * 2,
         sequence_length=8,
@@ -267,11 +259,11 @@ def test_endless_sources_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_python_stdlib_has_no_tests_and_nothing_installed() -> None:
     source = PythonStdlibSource(kind="python_stdlib", max_files=5000)
-    files = module._stdlib_files(source)
+    files = corpus_sources._stdlib_files(source)
     parts = {part for path in files for part in path.parts[:-1]}
     assert len(files) > 300
     assert not parts & {"site-packages", "test", "tests"}
-    assert len(module._stdlib_files(PythonStdlibSource(kind="python_stdlib", max_files=7))) == 7
+    assert len(corpus_sources._stdlib_files(PythonStdlibSource(kind="python_stdlib", max_files=7))) == 7
 
 
 WIKITEXT = """{{Infobox|a={{b}}}}
@@ -338,7 +330,7 @@ GOOD = [{"text": "one"}, {"text": "two"}, {"text": "three"}]
         ({"text": 3}, "line 4 holds int in field `text`, not text"),
         ({"text": ["a", "b"]}, "line 4 holds a list of str in field `text`, not text"),
         ({"text": {"de": "a"}}, "line 4 holds dict in field `text`, not text"),
-        ("a string", "line 4 is no object with fields, but str"),
+        ("a string", "line 4 is not an object with fields, but str"),
         ({"text": []}, "line 4 has no messages"),
     ],
 )
@@ -361,8 +353,10 @@ def test_a_hopeless_file_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pyt
     source = jsonl(tmp_path, *[b"x"] * 25_000)
     with pytest.raises(CorpusError, match=r"10,000 of 10,000 lines"):
         read(source)
-    monkeypatch.setattr(module, "MINIMUM_CHARACTERS", 8)  # enough is read before the end: what was read is judged
-    monkeypatch.setattr(module, "CHARACTERS_PER_TOKEN_ASKED", 0)
+    monkeypatch.setattr(
+        corpus_sources, "MINIMUM_CHARACTERS", 8
+    )  # enough is read before the end: what was read is judged
+    monkeypatch.setattr(corpus_sources, "CHARACTERS_PER_TOKEN_ASKED", 0)
     with pytest.raises(CorpusError, match=r"7 of 11 lines"):
         read(jsonl(tmp_path, *[b"x"] * 7, *GOOD * 9))
 
@@ -518,8 +512,8 @@ def test_text_files_keep_to_lines_of_any_system_and_to_utf8(tmp_path: Path) -> N
 
 
 def test_a_document_without_an_end_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MINIMUM_CHARACTERS", 400)
-    monkeypatch.setattr(module, "CHARACTERS_PER_TOKEN_ASKED", 0)
+    monkeypatch.setattr(corpus_sources, "MINIMUM_CHARACTERS", 400)
+    monkeypatch.setattr(corpus_sources, "CHARACTERS_PER_TOKEN_ASKED", 0)
     (tmp_path / "a.txt").write_text("x" * 3_000_000 + "\n\n\nnext")
     documents, told = read(TextSource(kind="text", path=str(tmp_path / "a.txt")))
     assert documents == ["x" * 100, "next"]  # a quarter of what is read, so that others are read too
@@ -615,9 +609,9 @@ TEMPLATE = """{{ bos_token }}{% if strftime_now is defined %}{{ strftime_now("%d
         ([*SHARED, {"from": "observation", "value": "3"}], "has a message of role `observation`"),
         ([CHAT[0], {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}], "that calls a tool"),
         ([CHAT[0], {"role": "assistant", "content": None}], "has no text in message 2"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "has a part in message 1 that is no text"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "has a part in message 1 that is not text"),
         ([{"role": "user", "content": " "}], "has no text in any message"),
-        ([{"speaker": "user", "content": "x"}], "whose item 1 is no message"),
+        ([{"speaker": "user", "content": "x"}], "whose item 1 is not a message"),
         (json.dumps(CHAT), "holds text in field `messages`, not a list of messages"),
     ],
 )

@@ -12,23 +12,24 @@ from gguf import GGUFReader
 
 from blocks.engine_limits import runnable
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.kinds import parse_label
 from blocks.library import read_value, write_value
 from blocks.records import CostTable, LayerChoice
 from blocks.resources import non_block_parameters
-from blocks.variant import parse_label
 from flows import stages
 from flows.run import Run
 from flows.tracked_run import sum_beside_whole
 from profiles.load import load_profile
 from profiles.schema import Hardware, Measure, Scenario
 from tasks.distill.record import open_parent
-from tasks.engines.throughput import ClockTooCoarse
-from tasks.gguf.tokenizer import NO_TOKENIZER
+from tasks.engines.timing_in_turns import ClockTooCoarse
+from tasks.gguf.tokenizer_writer import NO_TOKENIZER
 from tasks.gguf.writer import write_gguf
 from tasks.measure import costs
-from tasks.measure import timing as timings
+from tasks.measure import hardware_description as timings
 from tasks.measure.costs import measure_costs
-from tasks.measure.timing import Timing, hardware_description
+from tasks.measure.hardware_description import hardware_description
+from tasks.measure.variant_timing import Timing
 from tests.chain import SPACE, prepare
 
 SCENARIOS = (Scenario(name="chat", batch_sizes=(1, 3), prompt_tokens=8, generated_tokens=6),)
@@ -50,7 +51,7 @@ def test_every_variant_of_every_family_has_a_cost_at_every_batch(
         assert (cost.kv_bytes_per_token > 0) == (cost.variant in ("parent", "kv1") and cost.subblock == "attention")
     assert table.num_hidden_layers == 3 and len(table.parent_measured) == 2
     assert "prefill" in sum_beside_whole(table, table.parent_measured[0])
-    monkeypatch.setattr(costs, "TorchBench", lambda *_: pytest.fail("measured twice"))
+    monkeypatch.setattr(costs, "TorchTimer", lambda *_: pytest.fail("measured twice"))
     assert measure_costs(parent, SPACE, SCENARIOS, Hardware(threads=1), MEASURE, tmp_path) == table
 
 
@@ -64,8 +65,8 @@ def test_non_block_parameters_are_what_is_outside_the_layers(tmp_path: Path) -> 
 STALE: dict[str, tuple[str | None, dict[str, Any]]] = {
     "nothing": (None, {}),
     "machine": ("platform.machine", {}),
-    "processor": ("tasks.measure.timing.processor", {}),
-    "engine": ("tasks.measure.timing._engine_description", {}),
+    "processor": ("tasks.measure.hardware_description.processor", {}),
+    "engine": ("tasks.measure.hardware_description._engine_description", {}),
     "name": (None, {"name": "another"}),
     "precision": (None, {"precision": "bfloat16"}),
     "threads": (None, {"threads": 2}),
@@ -96,7 +97,7 @@ def test_stale_costs_are_measured_again(field: str, tmp_path: Path, monkeypatch:
     if field == "age":
         old = datetime.now(UTC) - timedelta(days=91)
         write_value(path, first.model_copy(update={"measured_at": old.isoformat(timespec="seconds")}))
-    monkeypatch.setattr(costs, "TorchBench", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(costs, "TorchTimer", lambda *_: pytest.fail("measured"))
     hardware = now.model_copy(update=changes)
     if field == "nothing":
         assert measure_costs(parent, SPACE, SCENARIOS, hardware, MEASURE, tmp_path) == first
@@ -162,7 +163,7 @@ def test_costs_stand_until_new_ones_are_whole_and_are_replaced_if_they_moved(
     asked = (parent, SPACE, SCENARIOS, Hardware(threads=1), MEASURE)
     seconds = [1.0]
 
-    monkeypatch.setattr(costs, "TorchBench", partial(Fake, seconds))
+    monkeypatch.setattr(costs, "TorchTimer", partial(Fake, seconds))
     assert costs.measure_again(*asked, tmp_path) == []  # nothing to compare with
     before = measure_costs(*asked, tmp_path)
     seconds[0] = -1.0
@@ -186,7 +187,7 @@ def test_the_stage_measures_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     parent, _ = prepare(tmp_path, train_steps=0)
     small = "search_space={attention: [linear], ffn: [ffn32]}"
     profile, seconds = load_profile("tiny", [small]), [1.0]
-    monkeypatch.setattr(costs, "TorchBench", partial(Fake, seconds))
+    monkeypatch.setattr(costs, "TorchTimer", partial(Fake, seconds))
     entered: list[str] = []
 
     def stage(_: Run, name: str) -> Any:

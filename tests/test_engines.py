@@ -11,41 +11,42 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from blocks.engine_limits import LIMITS, EngineLimit, UnknownEngine, check_parent, gaps, limits_of, runnable, width_of
+from blocks.engine_limits import (
+    KNOWN_ENGINES,
+    EngineLimit,
+    UnknownEngine,
+    check_parent,
+    gaps,
+    known_engine,
+    runnable,
+    width_of,
+)
 from flows import cli
 from tasks.engines import llama_library
-from tasks.engines.base import Load
+from tasks.engines.base import LoadOptions
+from tasks.engines.errors import EngineFailed, EngineMissing
 from tasks.engines.llama_cpp import LlamaCpp
-from tasks.engines.llama_library import (
-    LIBRARY_VARIABLE,
-    Blob,
-    EngineFailed,
-    EngineMissing,
-    find_fields,
-    keep_off_gpus,
-    unmap,
-)
+from tasks.engines.llama_library import LIBRARY_VARIABLE
+from tasks.engines.llama_structs import Blob, find_fields, keep_off_gpus, unmap
 from tasks.engines.registry import ENGINES, engine_of, installed_engine
 from tasks.engines.torch_engine import Torch
-from tasks.export import formats
 from tasks.export.folder import ExportError, export_folder
-from tasks.export.formats import (
+from tasks.export.formats import export_as, precision_of
+from tasks.export.logits_check import (
     KL_TOLERANCE,
     LOGITS_TOLERANCE,
     Difference,
+    check_logits,
     compare_logits,
-    export_as,
     own_kl,
-    precision_of,
     verdict,
 )
 from tasks.gguf.layout import FILLER_WIDTH, packed
 from tasks.gguf.reader import read_gguf
-from tasks.gguf.tokenizer import converted_tokenizer
 from tasks.gguf.writer import PRECISIONS, UnknownPrecision, write_gguf
 from tasks.inputs.children import in_precision
 from tests.test_export import PARENT, make_parent_folder
-from tests.test_gguf import BYTES, DIGITS, bpe_folder, child_of, logits, written
+from tests.test_gguf import BYTES, DIGITS, bpe_folder, child_of, converted_tokenizer, logits, written
 from tests.test_modeling import FAMILIES, NO_OP, attention, ffn, mixed_blocks, parent_blocks, token_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -103,7 +104,7 @@ def test_what_an_engine_runs_in_a_layer(
 ) -> None:
     config = config_of("llama", attention_bias=False, intermediate_size=512)
     found = runnable(engine, config, layer, attention_label, ffn_label)
-    assert found == (reason and f"{limits_of(engine).title} cannot run {reason}")
+    assert found == (reason and f"{known_engine(engine).title} cannot run {reason}")
 
 
 @pytest.mark.parametrize(
@@ -118,14 +119,14 @@ def test_what_an_engine_runs_in_a_layer(
         (
             "llama",
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
-            set(LIMITS) - {"llama.cpp"},
+            set(KNOWN_ENGINES) - {"llama.cpp"},
         ),
     ],
 )
 def test_engines_that_run_a_parent(family: str, changes: dict[str, Any], runs: set[str]) -> None:
     config = config_of(family, intermediate_size=512, **changes)
-    assert {engine for engine in LIMITS if runnable(engine, config, 1, "parent", "parent") is None} == runs
-    for engine in LIMITS:
+    assert {engine for engine in KNOWN_ENGINES if runnable(engine, config, 1, "parent", "parent") is None} == runs
+    for engine in KNOWN_ENGINES:
         if engine in runs:
             check_parent([engine], config)
         else:
@@ -138,7 +139,7 @@ def test_a_layer_is_judged_as_the_whole_child_is() -> None:
     parent = config_of("llama", attention_bias=False)
     labels = [("no_op", "parent"), ("linear", "ffn16"), ("kv1", "linear"), ("parent", "ffn24"), ("kv1", "parent")]
     labels.append(("parent", "no_op"))
-    for engine in LIMITS:
+    for engine in KNOWN_ENGINES:
         layers = [runnable(engine, parent, layer, *pair) for layer, pair in enumerate(labels)]
         assert any(layers) == bool(gaps(engine, child)), engine
 
@@ -154,9 +155,9 @@ def test_unknown_engines_and_those_that_are_not_driven_are_named() -> None:
         engine_of("llama-cpp")
     with pytest.raises(UnknownEngine, match="export to nemotron-nas"):
         engine_of("sglang")
-    assert set(ENGINES) <= set(LIMITS)
+    assert set(ENGINES) <= set(KNOWN_ENGINES)
     for name in ENGINES:
-        assert (engine_of(name).name, engine_of(name).format) == (name, limits_of(name).format)
+        assert (engine_of(name).name, engine_of(name).format) == (name, known_engine(name).format)
 
 
 def test_without_llama_cpp_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -221,7 +222,7 @@ def test_weights_are_read_not_mapped_in_every_layout_that_is_known() -> None:
 @needs_llama_cpp
 def test_an_open_model_holds_no_mapping_of_its_file(tmp_path: Path) -> None:
     path = written(child_of(), tmp_path)
-    session = LlamaCpp().load(path, Load())
+    session = LlamaCpp().load(path, LoadOptions())
     maps = Path("/proc/self/maps")
     assert not maps.exists() or path.name not in maps.read_text()
     session.close()
@@ -251,7 +252,7 @@ def test_llama_cpp_gives_torchs_logits_and_text(
         return
     assert found.most < LOGITS_TOLERANCE / 100 and found.agreement == 1  # such small sums: 1e-6
     prompt = token_ids(1, 12)
-    session = LlamaCpp().load(path, Load(exact=True, context_tokens=32))
+    session = LlamaCpp().load(path, LoadOptions(exact=True, context_tokens=32))
     generated = session.generate(prompt[0].tolist(), 8)
     session.close()
     expected = model.generate(prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
@@ -261,7 +262,7 @@ def test_llama_cpp_gives_torchs_logits_and_text(
 @needs_llama_cpp
 def test_a_batch_is_decoded_as_its_rows_are(tmp_path: Path) -> None:
     path = written(child_of(), tmp_path)
-    session = LlamaCpp().load(path, Load(exact=True, batch_size=3, context_tokens=24))
+    session = LlamaCpp().load(path, LoadOptions(exact=True, batch_size=3, context_tokens=24))
     prompt = token_ids(3, 8)
     session._decode(prompt.tolist(), 0)
     rows = torch.stack([session._row(8 * place + 7) for place in range(3)])
@@ -291,7 +292,7 @@ def test_a_wrong_packing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     child = child_of(blocks=[{"attention": attention(2), "ffn": NO_OP}] + parent_blocks()[1:])
     path = written(child, tmp_path)
     with pytest.raises(ExportError, match="does not give torch's logits"):
-        formats.check_logits(child, path, "float32")
+        check_logits(child, path, "float32")
 
 
 @needs_llama_cpp
@@ -303,7 +304,7 @@ def test_a_converted_tokenizer_splits_as_the_original(pre: Any, tmp_path: Path) 
     fields = converted_tokenizer(folder, 259)
     assert fields is not None
     path = write_gguf(child_of(vocab_size=259), tmp_path / "x.gguf", "float32", fields, "x")
-    session = LlamaCpp().load(path, Load())
+    session = LlamaCpp().load(path, LoadOptions())
     original = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     for text in ("abc ab, 2024x", "\u00e9\u4f60 it's<|end|>ab", "  a\n\n b"):
         assert session.tokenize(text) == original(text)["input_ids"]
@@ -314,7 +315,7 @@ def test_a_converted_tokenizer_splits_as_the_original(pre: Any, tmp_path: Path) 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_text("no model")
     with pytest.raises(EngineFailed, match="cannot load x.gguf"):
-        LlamaCpp().load(tmp_path / "x.gguf", Load())
+        LlamaCpp().load(tmp_path / "x.gguf", LoadOptions())
 
 
 NONE = ("--tokenizer-from", "none")  # WordLevel
@@ -330,7 +331,7 @@ def test_a_child_is_exported_to_what_can_express_it_and_comes_back(folders: dict
     assert any("read back" in note for note in exported.notes)
     assert any(("against torch" if MISSING is None else "xllamacpp") in note for note in exported.notes)
     back = export_as(tmp_path / "child.gguf", "transformers", "f32", tmp_path / "back").path
-    reloaded = Torch().load(back, Load())
+    reloaded = Torch().load(back, LoadOptions())
     assert torch.equal(reloaded.logits(token_ids(1, 20)[0].tolist()), logits(model)[0])
     assert json.loads((back / "config.json").read_text())["block_configs"] == mixed_blocks()
     rounded = export_as(folders["child"], "transformers", "bf16", tmp_path / "bf16").path
@@ -382,7 +383,7 @@ def test_export_and_its_refusals_on_the_command_line(folders: dict[str, Path], t
     for words in (["--format", "guf"], ["--format", "gguf", "--precision", "q9"], ["--format", "native"]):
         refused = run("export", str(folders["child"]), *words, "--out", str(tmp_path / "no"))
         assert refused.exit_code != 0 and "Traceback" not in refused.output
-    with pytest.raises(UnknownPrecision, match="f32, f16, bf16, q8_0"):
+    with pytest.raises(UnknownPrecision, match="float32, float16, bfloat16, q8_0"):
         precision_of("q9", "gguf")
 
 

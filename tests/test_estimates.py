@@ -6,17 +6,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from blocks.records import Metric
-from tasks.evaluate.estimates import (
-    clustered_standard_error,
+from blocks.estimates import (
     independent_difference,
     interval,
     is_clear,
+    lower_bound,
     mean,
     paired_difference,
     pooled_accuracy,
+    rank_correlation,
     ratio,
 )
+from blocks.records import Metric
 
 
 @pytest.mark.parametrize("values", [[1.0, 2.0, 4.0, 9.0], [0, 1, 1, 0, 1], [0.3] * 4, [-5.0, 7.0]])
@@ -41,8 +42,8 @@ def test_an_item_that_is_there_several_times_counts_once(copies: int) -> None:
     values = [0.0, 1.0, 1.0, 0.0, 1.0, 1.0]
     repeated = [value for value in values for _ in range(copies)]
     groups = [place for place in range(len(values)) for _ in range(copies)]
-    assert clustered_standard_error(repeated, groups) == pytest.approx(stats.sem(values))
-    assert clustered_standard_error(repeated) < stats.sem(values) / 1.2
+    assert mean(repeated, groups).error == pytest.approx(stats.sem(values))
+    assert mean(repeated).error < stats.sem(values) / 1.2
 
 
 def test_groups_are_one_for_each_value() -> None:
@@ -107,3 +108,20 @@ def test_a_ratio_to_itself_has_no_error_and_one_to_nothing_is_none() -> None:
 )
 def test_clear_is_more_than_two_standard_errors(value: float, se: float, n: int, clear: bool) -> None:
     assert is_clear(Metric(value=value, se=se, n=n)) is clear
+
+
+def test_a_lower_bound_is_that_of_a_one_sided_t_test() -> None:
+    values = [0.3, -0.1, 0.4, 0.2, 0.05]
+    expected = stats.ttest_1samp(values, 0, alternative="greater").confidence_interval(0.95).low
+    assert lower_bound(mean(values).metric, 0.95) == pytest.approx(expected)
+    assert lower_bound(mean([0.3]).metric, 0.95) == -math.inf
+    assert lower_bound(mean([0.2] * 4).metric, 0.95) == pytest.approx(0.2)
+
+
+def test_rank_correlations_are_spearmans_and_nothing_where_nothing_varies() -> None:
+    generator = np.random.default_rng(0)
+    scores, true = generator.normal(size=9).round(1), generator.normal(size=(9, 5)).round(1)
+    true[:, 2] = 0.5
+    expected = [stats.spearmanr(scores, column).statistic if np.ptp(column) else 0.0 for column in true.T]
+    np.testing.assert_allclose(rank_correlation(scores, true), expected)
+    assert not rank_correlation(np.ones(9), true).any()

@@ -12,8 +12,8 @@ import torch
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM
 from profiles.schema import Scenario
-from tasks.engines import throughput
-from tasks.engines.throughput import measure_throughput, median_metric
+from tasks.engines import timing_in_turns
+from tasks.engines.timing_in_turns import measure_throughput, median_metric
 from tasks.evaluate import quality as evaluate
 from tasks.evaluate.quality import (
     BenchmarkResult,
@@ -225,7 +225,7 @@ def test_throughput_counts_tokens_over_seconds(monkeypatch: pytest.MonkeyPatch) 
     """On a false clock a prompt takes 2 s and a token 1 s, twice that for `slow`."""
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(throughput, "cpu_clock", lambda threads: lambda: 2 * clock[0])
+    monkeypatch.setattr(timing_in_turns, "cpu_clock", lambda threads: lambda: 2 * clock[0])
     order: list[str] = []
 
     def watched(name: str, factor: float) -> Any:

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from profiles.schema import Budget
-from tasks.libraries.exchange import as_options, export_library, import_library, summarise
+from tasks.libraries.exchange import import_library, summarise
 from tasks.libraries.interchange import StoredLibrary, open_library, read_library, write_library
-from tasks.libraries.labels import intermediate_size, kv_heads, needs_exact, run_labels, share
+from tasks.libraries.labels import intermediate_size, kv_heads, needs_exact, share
 from tasks.libraries.nvlabs import options_from_nvlabs
 from tasks.libraries.option_tables import read_options, write_options
-from tasks.libraries.options import joint_of, options_of
+from tasks.libraries.options import joint_of
 from tasks.search.joint import JointLibrary
 from tasks.search.request import Request, limits
 from tasks.search.solve import choose_joint
@@ -51,38 +51,35 @@ def same_choices(one: JointLibrary, other: JointLibrary) -> None:
                 assert getattr(first, field) == pytest.approx(getattr(second, field), rel=1e-12)
 
 
-def test_nvlabs_there_and_back(tmp_path: Path, nvlabs: Path) -> None:
-    """import -> export: the very figures and labels of the file that was read."""
+def test_nvlabs_into_the_open_format(tmp_path: Path, nvlabs: Path) -> None:
+    """The same answer from NVlabs' file, from what it was imported into, and from that imported again."""
     assert puzzle("library", "import", nvlabs, tmp_path / "open")[0] == 0
-    assert puzzle("library", "export", tmp_path / "open", tmp_path / "again" / "block_library.json")[0] == 0
-    again = tmp_path / "again" / "block_library.json"
-    assert json.loads(again.read_text()) == json.loads(nvlabs.read_text())
-    for beside in ("measurement_info.json", "parent_block_stats.json"):
-        written = json.loads(again.with_name(beside).read_text())
-        if beside == "measurement_info.json":
-            assert written == json.loads(nvlabs.with_name(beside).read_text())
-        else:
-            assert written["metrics"]["kl_div"] == 0 and written["stats"]["num_kv_heads"] == 8
+    assert puzzle("library", "import", tmp_path / "open", tmp_path / "again")[0] == 0
     words = ("--memory-mib", 4000, "--runtime-ms", 1800, "--diverse", 2, "--min-different", 2)
     expected = answers("choose", "--library", nvlabs, *words)
-    for library in (tmp_path / "open", again):
+    for library in (tmp_path / "open", tmp_path / "again"):
         assert answers("choose", "--library", library, *words) == expected
+    same_choices(joint_of(options_from_nvlabs(nvlabs)), open_library(tmp_path / "again"))
+
+
+def test_costs_outside_the_blocks_that_stand_beside_nvlabs_file_count(tmp_path: Path, nvlabs: Path) -> None:
+    """puzzle itself wrote `non_block` until November 2026."""
+    info = nvlabs.with_name("measurement_info.json")
+    info.write_text(json.dumps({**json.loads(info.read_text()), "non_block": {"memory_mib": 50.0, "runtime_ms": 10.0}}))
+    bare, whole = (answers("choose", "--library", nvlabs, "--memory-mib", most) for most in (3950, 4000))
+    assert whole["memory_mib"] <= 4000 and open_library(nvlabs).outside("memory_mib", 0) == 50
+    assert bare["objective"] >= whole["objective"]
 
 
 @pytest.mark.parametrize("coupled", [False, True])
-def test_a_run_to_nvlabs_and_to_the_open_format(tmp_path: Path, coupled: bool) -> None:
+def test_a_run_is_copied_as_it_is(tmp_path: Path, coupled: bool) -> None:
     library = run(coupled)
     write_library(tmp_path / "run" / "tables" / "p", library)
-    for scenario, size in (("chat", 1), ("long", 2)):
-        size = next(s.batch_sizes[-1] for s in library.description.scenarios if s.name == scenario) if size > 1 else 1
-        target = tmp_path / scenario / "block_library.json"
-        export_library(tmp_path / "run", target, scenario, size)
-        same_choices(open_library(tmp_path / "run", scenario, size), joint_of(options_from_nvlabs(target)))
-        import_library(target, tmp_path / f"open-{scenario}")
-        same_choices(joint_of(options_from_nvlabs(target)), open_library(tmp_path / f"open-{scenario}"))
-    export_library(tmp_path / "run", tmp_path / "copy")
+    import_library(tmp_path / "run", tmp_path / "copy")
     assert read_library(tmp_path / "copy").scores == library.scores
     assert read_library(tmp_path / "copy").description.parent_sizes == SIZES
+    for scenario, size in (("chat", 1), ("long", None)):
+        same_choices(open_library(tmp_path / "run", scenario, size), open_library(tmp_path / "copy", scenario, size))
 
 
 def test_options_keep_what_they_hold(tmp_path: Path) -> None:
@@ -105,12 +102,6 @@ def test_labels_in_nvlabs_manner() -> None:
     assert share(1001, 1000) == " (parent * 101%)" and share(0, 8) == " (parent * 0%)"
     assert "100%" not in share(999, 1000) + share(9999, 10000), "only the parent's own is 100 %"
     assert needs_exact([1536, 1434]) is False and needs_exact([1536, 1600]) is True
-    named = run_labels(["parent", "kv1", "linear"], ["parent", "ffn64", "no_op"], SIZES)
-    assert named["attention", "parent"] == "4 kv heads (parent * 100%)"
-    assert named["ffn", "ffn64"] == "intermediate size 64 (parent * 50%)"
-    assert (named["attention", "linear"], named["ffn", "no_op"]) == ("linear", "no_op (parent * 0%)")
-    labels = [variant.label for variant in as_options(run()).variants]
-    assert len(set(labels)) * run().description.num_hidden_layers == len(labels)
 
 
 def test_show(tmp_path: Path, nvlabs: Path) -> None:
@@ -138,24 +129,13 @@ def test_show(tmp_path: Path, nvlabs: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("import", "{nv}", "{tmp}/x.json"), "`puzzle library export` writes NVlabs' file"),
-        (("export", "{nv}", "{tmp}/open", "--scenario", "chat"), "holds every scenario"),
-        (("export", "{tmp}/nothing", "{tmp}/open"), "is no block library"),
+        (("import", "{nv}", "{tmp}/x.json"), "NVlabs' format are read, not written"),
+        (("import", "{tmp}/nothing", "{tmp}/open"), "is no block library"),
         (("show", "{tmp}/nothing.json"), "is no block library"),
-        (("export", "{nv}", "{nv}/below/block_library.json"), "cannot write"),
-        (("export", "{tmp}", "{tmp}/a/block_library.json"), "is no block library"),
+        (("import", "{nv}", "{nv}/below"), "cannot write"),
+        (("import", "{tmp}", "{tmp}/a"), "is no block library"),
     ],
 )
 def test_what_cannot_be_done(tmp_path: Path, nvlabs: Path, words: Any, told: str) -> None:
     code, out, err = puzzle("library", *(word.format(nv=nvlabs, tmp=tmp_path) for word in words))
     assert (code, out) == (2, "") and told in err
-
-
-def test_nvlabs_needs_a_runtime(tmp_path: Path) -> None:
-    puzzletron.write(tmp_path, puzzletron.statistics(), puzzletron.solutions())
-    code, _, err = puzzle("library", "export", tmp_path, tmp_path / "nv" / "block_library.json")
-    assert code == 2 and "needs runtime_ms of every variant" in err
-    target = tmp_path / "nv" / "block_library.json"
-    assert puzzle("library", "export", tmp_path, target, "--batch-size", 16)[0] == 0
-    same_choices(open_library(tmp_path, batch_size=16), joint_of(options_from_nvlabs(target)))
-    assert {own.is_parent for own in options_of(joint_of(options_from_nvlabs(target)))} == {True, False}

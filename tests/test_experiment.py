@@ -73,7 +73,7 @@ def asked_run(opened: Tracking, name: str, fraction: float, kl: float) -> str:
 
 
 def test_the_saved_query_and_the_compare_page_of_the_docs(opened: Tracking) -> None:
-    page = (ROOT / "docs" / "operate.md").read_text()
+    page = (ROOT / "docs" / "how-to" / "read-runs-in-mlflow.md").read_text()
     (query,) = re.findall(r"^    (params\.profile = .+)$", page, re.MULTILINE)
     assert query in page.split("search_runs(")[1]  # the same in the UI and in Python
     good, also = asked_run(opened, "tiny", 0.6, 0.2), asked_run(opened, "tiny", 0.6, 0.4)

@@ -14,17 +14,18 @@ from typer.testing import CliRunner
 from blocks.errors import PuzzleError
 from blocks.files import write_text
 from flows import cli
-from tasks.engines.base import Load
+from tasks.engines.base import LoadOptions
 from tasks.engines.llama_cpp import LlamaCpp
 from tasks.export import formats
+from tasks.export.child_tokenizer import open_tokenizer, stops_of
 from tasks.export.formats import export_as
 from tasks.export.tokenizer_check import TEXTS, check_tokenizer, texts_for
 from tasks.gguf.header import read_header
-from tasks.gguf.splits import PRES, split_of
-from tasks.gguf.tokenizer import TokenizerLimit, converted_tokenizer, copied_tokenizer, open_tokenizer, stops_of
+from tasks.gguf.pre_tokenizers import PRES, split_of
 from tasks.gguf.tokenizer_reader import tokenizer_of
+from tasks.gguf.tokenizer_writer import TokenizerLimit, copied_tokenizer
 from tasks.gguf.writer import write_gguf
-from tests.test_gguf import child_of
+from tests.test_gguf import child_of, converted_tokenizer
 
 needs_llama_cpp = pytest.mark.skipif(LlamaCpp().missing() is not None, reason=str(LlamaCpp().missing()))
 END, START = "<|endoftext|>", "<|im_start|>"
@@ -100,7 +101,7 @@ def child_folder(folder: Path, backend: Any, vocab_size: int | None = None, **co
 
 
 def ids_of(path: Path, texts: Sequence[str]) -> list[list[int]]:
-    session = LlamaCpp().load(path, Load(context_tokens=32))
+    session = LlamaCpp().load(path, LoadOptions(context_tokens=32))
     try:
         return [session.tokenize(text, add_special) for text in texts for add_special in (False, True)]
     finally:

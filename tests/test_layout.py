@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
+from blocks.kinds import KINDS, kind_of, kinds, parse_label
 from blocks.records import SUBBLOCKS
-from blocks.variant import kind_of, kinds, parse_label
 from tests.test_modeling import NO_OP, parents_twin, tiny_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("flows", "tasks", "blocks", "profiles")
-# the log tells what was true on its day: files that it names may have moved since
-DOCS = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")} - {ROOT / "docs" / "log.md"})
+# the log and the list of changes tell what was true on their day: files that they name may have moved since
+DATED = {"CHANGELOG.md", "log.md"}
+DOCS = sorted(path for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")] if path.name not in DATED)
 # `blocks/parent.py`, `profiles/*.yaml`, `Makefile`; not `a/b` of prose, nor what a run makes
 REPO_PATH = re.compile(
     r"^(?:\.ci|benchmarks|blocks|docs|flows|profiles|tasks|tests)/[\w./*-]*$|^[\w-]+\.(?:md|toml|txt)$"
@@ -62,16 +63,37 @@ def test_paths_named_in_the_docs_exist(path: Path) -> None:
     assert missing == []
 
 
+def test_documents_named_in_the_code_exist() -> None:
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    missing = []
+    for name in files:
+        if name.endswith((".md", ".png", ".txt")):
+            continue
+        text = (ROOT / name).read_text(errors="ignore")
+        named = re.findall(r"(?<![\w/'-])(?<!ggml's )docs/[\w/-]+(?:\.md|\.conf|(?=[ ),.;:]))", text)
+        missing += [f"{name}: {page}" for page in named if not any(ROOT.glob(f"{page}*"))]
+    assert missing == []
+
+
 def test_blocks_and_profiles_load_without_prefect_and_mlflow() -> None:
     code = (
-        "import sys, blocks.library, blocks.variant, profiles.schema; blocks.variant.kinds('ffn');"
+        "import sys, blocks.library, blocks.kinds, profiles.schema;"
         "found = {'prefect', 'mlflow'} & set(sys.modules); sys.exit(', '.join(found) or 0)"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
 
 
-def test_every_registered_kind_builds_what_its_labels_say() -> None:
+def test_every_kind_has_a_name_of_its_own_and_every_file_of_kinds_is_in_the_table() -> None:
+    names = [(kind.subblock, kind.name) for kind in KINDS]
+    assert len(set(names)) == len(names)
+    files = {
+        f"blocks.{room}.{path.stem}" for room in ("attention", "ffn") for path in (ROOT / "blocks" / room).glob("*.py")
+    }
+    assert {type(kind).__module__ for kind in KINDS} == {name for name in files if not name.endswith("__init__")}
+
+
+def test_every_kind_builds_what_its_labels_say() -> None:
     twin = parents_twin(tiny_parent("gemma3_text"))
     for subblock in SUBBLOCKS:
         for label in [label for kind in kinds(subblock) for label in kind.examples(twin.config)]:
@@ -86,14 +108,16 @@ def test_every_registered_kind_builds_what_its_labels_say() -> None:
 GUIDE_CHECK = """
 from types import SimpleNamespace
 import torch
-from blocks.variant import kind_of, parse_label
+import blocks.kinds
+from blocks.kinds import kind_of, parse_label
 from tests.test_modeling import ffn, parents_twin, tiny_child, tiny_parent
 
+blocks.kinds.KINDS = (*blocks.kinds.KINDS, FirstChannels())
 parent = parents_twin(tiny_parent("llama"))
 variant = parse_label("ffn", "first24", parent.config)
-blocks = parent.config.block_configs
-blocks[0]["ffn"] = kind_of(variant).block_entry(variant, parent.config)
-layer = tiny_child(tiny_parent("llama"), blocks).model.layers[0]
+entries = parent.config.block_configs
+entries[0]["ffn"] = kind_of(variant).block_entry(variant, parent.config)
+layer = tiny_child(tiny_parent("llama"), entries).model.layers[0]
 whole = parent.model.layers[0].mlp.down_proj.weight
 inputs = torch.randn(99, 48) @ torch.randn(48, 48)
 context = SimpleNamespace(
@@ -111,20 +135,23 @@ assert losses[1] < 0.9 * losses[0], losses
 
 
 def test_the_example_kind_of_the_guide_works() -> None:
-    guide = (ROOT / "docs" / "add-a-variant-kind.md").read_text()
+    guide = (ROOT / "docs" / "how-to" / "add-a-variant-kind.md").read_text()
     example = re.search(r"^```python\n(.*?)^```", guide, flags=re.MULTILINE | re.DOTALL)
     assert example
-    # in a process of its own: the registry of kinds is for ever
+    # in a process of its own, which adds the kind to its table
     run = subprocess.run(
         [sys.executable, "-c", example[1] + GUIDE_CHECK], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert run.returncode == 0, run.stderr
 
 
-def test_every_room_says_what_it_is_for() -> None:
+def test_every_room_says_what_it_is_for_and_is_in_the_readme() -> None:
     loose = [path.name for path in (ROOT / "tasks").glob("*.py") if path.name != "__init__.py"]
     assert loose == []
     for room in sorted((ROOT / "tasks").iterdir()):
         if room.is_dir() and any(room.glob("*.py")):
             docstring = ast.get_docstring(ast.parse((room / "__init__.py").read_text()))
             assert docstring and len(docstring.split()) >= 5, room.name
+            assert f"\n    tasks/{room.name}/ " in (ROOT / "README.md").read_text(), (
+                f"README.md does not list {room.name}"
+            )

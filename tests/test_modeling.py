@@ -17,10 +17,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from blocks import families
 from blocks.export_code.configuration_decilm import DeciLMConfig
-from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM
-from blocks.export_code.modeling_decilm import FAMILIES as MODELING_FAMILIES
-from blocks.families import FAMILIES as BLOCKS_FAMILIES
+from blocks.export_code.modeling_decilm import CACHE, TRANSFORMERS_CLASSES, DeciLMForCausalLM
 
 SIZES = {
     "vocab_size": 64,
@@ -112,7 +111,7 @@ def token_ids(batch: int, length: int) -> torch.Tensor:
 
 
 def test_every_family_is_tested() -> None:
-    assert set(FAMILIES) == set(MODELING_FAMILIES) == set(BLOCKS_FAMILIES)
+    assert set(FAMILIES) == set(TRANSFORMERS_CLASSES) == set(families.FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -192,7 +192,7 @@ def test_notes_say_what_was_left_out(tmp_path: Path, source: Path) -> None:
         "ignored, as transformers ignores them: mm_projector.0.bias, model.layers.7.mlp.up_proj.weight and 1"
         in notes[0]
     )
-    assert "several dtypes (BF16, F32)" in notes[1]
+    assert "several dtypes (bfloat16, float32)" in notes[1]
     again = prepared(source, tmp_path / "work")
     assert again.notes == notes
 
@@ -264,7 +264,7 @@ def test_shards(tmp_path: Path, source: Path) -> None:
     message = refused(folder, tmp_path / "refused")
     assert "are missing. model-00002-of-00002.safetensors holds it" in message
     (source / "model.safetensors.index.json").write_text("[]")
-    assert "is no index of weights" in refused(folder, tmp_path / "refused")
+    assert "is not an index of weights" in refused(folder, tmp_path / "refused")
     shards(source, {**files, "model-00002-of-00002.safetensors": {**second, names[0]: state[names[0]]}})
     assert f"hold {names[0]} twice" in refused(folder, tmp_path / "refused")
     shards(source, files)

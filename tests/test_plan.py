@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 from blocks import parent as parent_module
 from blocks.families import FAMILIES
 from blocks.records import SUBBLOCKS, LayerChoice, StageTime
+from blocks.subblock import subblock_state
 from flows import cli
-from flows.plan import bytes_of, count_of, told
+from flows.plan import bytes_of, count_of, plan_text
 from profiles.hardware import FOLDER
 from profiles.load import load_profile
 from profiles.schema import Evaluate, FolderParent, Profile, TinyParent
@@ -189,7 +190,7 @@ def test_the_command_of_a_budget_out_of_reach_exits_with_the_limit(budget: str, 
 def test_amounts_have_units_that_show_them() -> None:
     assert [count_of(n) for n in (950, 19_500, 134_515_008, 70_553_706_496)] == ["950", "19.5 k", "134.5 M", "70.6 B"]
     assert [bytes_of(n) for n in (512, 3 * 2**19, 14 * 2**30)] == ["0.5 KiB", "1.5 MiB", "14.0 GiB"]
-    text = told(planned(chain_profile()))
+    text = plan_text(planned(chain_profile()))
     assert " 0.0 M" not in text and "36.2 k parameters" in text and "0.000" not in text
 
 
@@ -235,9 +236,34 @@ def test_this_machine_is_measured_in_seconds() -> None:
     assert torch.get_num_threads() == 1
 
 
+def test_two_threads_do_not_halve_the_time_of_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates of products are those that a stage reaches; what one thread does as fast as two is not touched."""
+    monkeypatch.setattr(machine._Clock, "seconds", lambda *_, **__: 0.5)
+    one, two = (calibrate(64, 192, "float32", threads) for threads in (1, 2))
+    assert one.product == pytest.approx(2 * 1024 * 64 * 192 / 0.5)
+    for name in ("product", "packed", "serving", "solve"):
+        assert getattr(one, name) == pytest.approx(1.22 * getattr(two, name))
+    assert (one.stream, one.weights, one.disk, one.names) == (two.stream, two.weights, two.disk, two.names)
+
+
 def test_cpu_time_stands_for_wall_time_where_others_are_busy() -> None:
     assert machine_share(wall=[2.0, 3.0], cpu=[2.0, 1.9], others=0.0, took=5.0, processors=2) == (2.0, False)
     assert machine_share(wall=[2.0, 3.0], cpu=[1.0, 0.9], others=5.0, took=5.0, processors=2) == (0.9, True)
+
+
+def test_beside_others_products_are_measured_with_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that wait for one another beside others spin: their CPU time is not that of the work."""
+    used: list[int] = []
+    monkeypatch.setattr(machine, "busy_seconds", iter(range(0, 10**6, 10**3)).__next__)  # others take everything
+    clock = machine._Clock(2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        clock.seconds(lambda: used.append(torch.get_num_threads()))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert clock.loaded and set(used[-machine.ROUNDS :]) == {1} and used[0] == 2
 
 
 def test_stages_are_noted_with_the_run_under_way() -> None:
@@ -321,7 +347,7 @@ def assert_same_weights(parent: parent_module.Parent, choice: LayerChoice) -> No
     entries = parent.block_entry(choice)
     for part in SUBBLOCKS:
         named = parent.family.weights(parent.config, part, entries[part])
-        state = parent_module.subblock_state(layer, part)
+        state = subblock_state(layer, part)
         there: dict[str, list[tuple[int, ...]]] = {}
         for name, tensor in state.items():
             there.setdefault(name.rpartition(".")[0], []).append(tuple(tensor.shape))
@@ -373,5 +399,5 @@ def test_an_engine_whose_time_is_not_known_is_told_and_not_guessed() -> None:
     space = {"attention": ["kv1", "no_op"], "ffn": ["ffn32", "no_op"]}
     plan = planned(chain_profile(hardware={"engine": "vllm"}, search_space=space))
     assert [s.name for s in plan.stages if s.seconds is None] == ["measure", "throughput"]
-    assert "not counted: measure, throughput; how long vLLM" in told(plan)
+    assert "not counted: measure, throughput; how long vLLM" in plan_text(plan)
     assert plan.seconds == sum(s.seconds for s in plan.stages if s.seconds is not None)

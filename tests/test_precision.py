@@ -152,7 +152,7 @@ def test_memory_is_that_of_the_childs_dtype(
     inside = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
     own = [cost for cost in table.costs if cost.variant == "parent" and cost.batch_size == 1]
     assert 3 * sum(cost.weight_bytes for cost in own) + table.non_block[0].weight_bytes == inside
-    monkeypatch.setattr(costs, "TorchBench", lambda *_: pytest.fail("measured twice"))
+    monkeypatch.setattr(costs, "TorchTimer", lambda *_: pytest.fail("measured twice"))
     assert measure_costs(parent, SPACE, SCENARIOS, unnamed, MEASURE, tmp_path) == table
 
     target = setting_of(Hardware(name="h100", engine="roofline"), _target("h100"), reader)

@@ -9,6 +9,7 @@ import pytest
 from matplotlib.patches import Rectangle
 from rich.console import Console
 
+from blocks.estimates import independent_ratio, mean
 from blocks.library import read_value
 from blocks.records import (
     Answer,
@@ -28,11 +29,10 @@ from blocks.records import (
     Turn,
 )
 from profiles.schema import Scenario
-from tasks.engines.throughput import summaries
-from tasks.evaluate.estimates import mean
+from tasks.engines.timing_in_turns import summaries
 from tasks.evaluate.quality import BenchmarkResult, retention
 from tasks.operating.tracking import report_metrics
-from tasks.pages.picture import draw_architecture, draw_comparison, ratio_of, variant_colours
+from tasks.pages.picture import draw_architecture, draw_comparison, variant_colours
 from tasks.pages.report import (
     BEST,
     answered,
@@ -146,11 +146,11 @@ def test_numbers_are_rounded_by_their_error(value: float, se: float, scale: floa
 
 
 def test_ratio_propagates_both_errors() -> None:
-    ratio = ratio_of(metric(6, 0.3), metric(3, 0.2))
+    ratio = independent_ratio(metric(6, 0.3), metric(3, 0.2))
     assert ratio is not None
     assert ratio.value == 2
     assert ratio.se == pytest.approx(2 * (0.05**2 + (0.2 / 3) ** 2) ** 0.5)
-    assert ratio_of(None, metric(3)) is None
+    assert independent_ratio(None, metric(3)) is None
 
 
 def test_rows_mark_the_best_that_is_not_the_parent() -> None:
@@ -255,7 +255,7 @@ def test_a_third_that_the_error_covers_takes_the_star() -> None:
 def test_one_sequence_tells_no_winner() -> None:
     report = compared(measured("child", (0.5,)), measured("greedy", (0.9,)))
     assert best_of(report, "KL, nats") == set()
-    assert verdict(report).startswith("No clear winner: one sequence tells no error")
+    assert verdict(report).startswith("No clear winner: a single sequence shows no error")
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -313,7 +313,7 @@ def test_benchmarks_are_pooled_and_paired(shares: tuple[int, ...], told: str, co
     parent = right("parent", "parent", 10, 10, 10)
     report = report_of().model_copy(update={"candidates": (parent, right("child", "assembled", *shares))})
     line = headlines(report)[-1]
-    assert told in line and ("; the error covers it" in line) is covered
+    assert told in line and ("; this is within the error" in line) is covered
     assert re.search(r"Retention \d+ %, 95 % interval \d+ to \d+ %\.$", line)
     cells = {row.label: row.cells for row in comparison_rows(report)}
     assert cells["items over parent, %"][0] == "–" and cells["all items, %"][0].startswith("50.0")

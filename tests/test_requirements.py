@@ -57,10 +57,10 @@ def seen_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
         ({"engine": "vllm", "precision": "float16"}, "engine vllm is driven in float32, bfloat16, not in float16"),
         ({"device": "cpu:1"}, "write device: cpu"),
         ({"threads": 100_000}, "must be less than or equal to 4096"),
-        ({"device": "xpu"}, "`xpu` is no device that puzzle computes on: cpu, cuda or mps"),
-        ({"device": "npu:0"}, "`npu:0` is no device"),
-        ({"device": "cuda:01"}, "`cuda:01` is no device"),
-        ({"device": "CUDA"}, "`CUDA` is no device"),
+        ({"device": "xpu"}, "`xpu` is not a device that puzzle computes on: cpu, cuda or mps"),
+        ({"device": "npu:0"}, "`npu:0` is not a device"),
+        ({"device": "cuda:01"}, "`cuda:01` is not a device"),
+        ({"device": "CUDA"}, "`CUDA` is not a device"),
     ],
 )
 def test_impossible_pairs_are_no_profile(tmp_path: Path, hardware: dict[str, Any], told: str) -> None:
@@ -72,7 +72,7 @@ def test_impossible_pairs_are_no_profile(tmp_path: Path, hardware: dict[str, Any
 
 @pytest.mark.parametrize(
     ("devices", "told"),
-    [(["mps"], "float64, which mps does not have"), (["cuda", "cuda:0"], "each named once"), (["hpu"], "no device")],
+    [(["mps"], "float64, which mps does not have"), (["cuda", "cuda:0"], "each named once"), (["hpu"], "not a device")],
 )
 def test_impossible_workers_are_no_profile(tmp_path: Path, devices: list[str], told: str) -> None:
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(GOOD | {"orchestration": {"devices": devices}}))

@@ -110,7 +110,7 @@ def test_gkd_in_parts_gives_the_same_child(chain: Chain, monkeypatch: pytest.Mon
         model = chain.reader.model()
         for parameter in model.model.layers.parameters():
             parameter.data *= 0.9
-        return gkd.distill_globally(model, teacher, settings, chain.workspace, key)
+        return gkd.distill_child(model, teacher, settings, chain.workspace, key)
 
     whole = distilled("whole")
     monkeypatch.setattr(gkd, "gkd_loss", short_of_memory(gkd.gkd_loss, size, 2))

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from benchmarks.hardware import BLOCKS, FITTED, LLAMA_70B, nemotron, unit_of_work
+from blocks.kinds import parse_label
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock
 from blocks.resources import non_block_parameters, parameters_of
-from blocks.variant import parse_label
 from profiles.errors import ProfileError
 from profiles.hardware import FOLDER, HardwareTarget, load_target, shipped_targets
 from profiles.load import load_profile

@@ -23,14 +23,13 @@ from blocks.engine_limits import EngineLimit
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.parent import config_of
 from tasks.engines import vllm_engine
-from tasks.engines.base import Load
+from tasks.engines.base import LoadOptions
 from tasks.engines.openai_server import SERVERS, Served
-from tasks.gguf.tokenizer import converted_tokenizer
 from tasks.gguf.writer import write_gguf
 from tasks.loadtest import serving_load
 from tasks.loadtest.arrivals import NO_LIMITS, Traffic
 from tasks.loadtest.load_client import Request, event_of, request_of
-from tasks.loadtest.load_table import draw_load, failures_told, load_table
+from tasks.loadtest.load_table import draw_load, failures_of, load_table
 from tasks.loadtest.serving_load import (
     API_KEY,
     LoadPlan,
@@ -45,7 +44,7 @@ from tasks.loadtest.serving_load import (
 )
 from tasks.measure.bench import Point
 from tests.test_engines import folders, run
-from tests.test_gguf import DIGITS, bpe_folder, child_of
+from tests.test_gguf import DIGITS, bpe_folder, child_of, converted_tokenizer
 from tests.test_vllm import ALIKE, HEAD, MIXED, blocks_of, exported, needs_vllm
 
 __all__ = ["folders"]  # a fixture
@@ -86,11 +85,11 @@ def test_a_failed_request_stays_in_every_denominator() -> None:
     turns = {"parent": [turn(2, good(0.1, 0.3), good(0.1, 0.3))], "child": [turn(2, good(0.1, 0.3), BAD)]}
     row = row_of("child", CLOSED, turns, None, NO_LIMITS)
     assert (row.requests, row.failed, row.requests_per_second.value) == (2, 1, 0.5)
-    assert row.tokens_per_second.value == 1.5 and row.request_efficiency == 0.5
+    assert row.tokens_per_second.value == 1.5
     assert (row.first_token_ms[0], row.output_token_ms[0]) == pytest.approx((100, 100))
     assert row.first_token_ms[1] is None  # p95 is the failed one: infinitely late
     assert row.output_token_ms[1] is None
-    assert row.gains is None and "1 of 2 requests failed (status 500: no)" in failures_told([row])[0]
+    assert row.gains is None and "1 of 2 requests failed (status 500: no)" in failures_of([row])[0]
     assert row_of("parent", CLOSED, turns, None, NO_LIMITS).gains is None
 
 
@@ -114,9 +113,8 @@ def test_prompts_are_the_same_for_all_and_new_in_every_round() -> None:
 
 
 def test_what_cannot_be_served_is_refused(folders: dict[str, Path]) -> None:
-    both = LoadPlan(server="llama.cpp", urls=("http://127.0.0.1:1",), points=(POINT,))
     with pytest.raises(PuzzleError, match="one of the two"):
-        bench_servers(folders, both)
+        LoadPlan(server="llama.cpp", urls=("http://127.0.0.1:1",), points=(POINT,))
     with pytest.raises(PuzzleError, match="only llama.cpp, vllm"):
         bench_servers(folders, LoadPlan(server="sglang", points=(POINT,)))
     for wrong in ("nonsense", "http://HOST:PORT", "http://"):
@@ -293,10 +291,10 @@ import signal, sys, time
 from pathlib import Path
 # a worker of the suite, or a job in the background, ignores it
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from tasks.engines.base import Load
+from tasks.engines.base import LoadOptions
 from tasks.engines.openai_server import serving
 server, model, log = sys.argv[1:]
-with serving(server, Path(model), Load(batch_size=2, context_tokens=64), Path(log)) as served:
+with serving(server, Path(model), LoadOptions(batch_size=2, context_tokens=64), Path(log)) as served:
     print(served.pid, served.url, flush=True)
     time.sleep(60)
 """
@@ -319,7 +317,7 @@ def test_no_server_outlives_its_owner(number: int, tmp_path: Path) -> None:
 def test_the_command_prints_rows(tmp_path: Path) -> None:
     file = str(served_file(tmp_path))
     wanted = ["--server", "llama.cpp", "--load", "1x4x3", "--rounds", "1", "--requests", "2", "--json"]
-    done = run("bench", file, "--parent", file, *wanted)
+    done = run("loadtest", file, "--parent", file, *wanted)
     assert done.exit_code == 0, done.output
     assert [row["failed"] for row in json.loads(done.stdout)] == [0, 0]
 
@@ -351,10 +349,10 @@ def test_vllms_server_answers_under_load_and_ends_with_its_owner(tmp_path: Path)
 def test_vllms_server_trusts_no_code_but_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "_installed", lambda: Path("python"))
     folder = exported(child_of(blocks=blocks_of(MIXED), **HEAD), tmp_path)
-    command, _ = SERVERS["vllm"](folder, Load(), 1)
+    command, _ = SERVERS["vllm"](folder, LoadOptions(), 1)
     assert "--trust-remote-code" in command and "--no-enable-prefix-caching" in command
     native = exported(child_of(blocks=blocks_of(ALIKE), **HEAD), tmp_path / "native")
-    assert "--trust-remote-code" not in SERVERS["vllm"](native, Load(), 1)[0]
+    assert "--trust-remote-code" not in SERVERS["vllm"](native, LoadOptions(), 1)[0]
     (folder / "configuration_decilm.py").write_text("import os")
     with pytest.raises(EngineLimit, match="holds other code"):
-        SERVERS["vllm"](folder, Load(), 1)
+        SERVERS["vllm"](folder, LoadOptions(), 1)

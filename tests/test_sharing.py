@@ -17,8 +17,7 @@ import pytest
 from filelock import FileLock
 
 from blocks import devices as locks
-from blocks import runtime
-from blocks.devices import enter
+from blocks.devices import enter, on_device
 from flows import stages
 from flows.run import Run
 from profiles.load import load_profile
@@ -241,13 +240,13 @@ def test_nobody_begins_while_a_measurement_waits(
 def test_a_measurement_and_a_task_of_another_run_keep_each_other_out(
     device: str, said: list[str], another_run: Callable[[str, int], AnotherRun]
 ) -> None:
-    with runtime.on_device([device]):
+    with on_device([device]):
         measuring = another_run("measure", 1)
         assert measuring.waits()
     assert measuring.inside.wait(5)
     threading.Timer(0.3, measuring.ends).start()
     started = time.monotonic()
-    with runtime.on_device([device]):
+    with on_device([device]):
         assert time.monotonic() - started > 0.2
 
 
@@ -259,7 +258,7 @@ def test_tasks_of_a_run_that_a_measurement_waits_for_go_on(
     measuring = another_run("measure", 1)
     assert measuring.waits()
     started = time.monotonic()
-    with runtime.on_device(["cpu:0"]):  # one of that run's tasks
+    with on_device(["cpu:0"]):  # one of that run's tasks
         assert time.monotonic() - started < 1
     working.ends()
     assert measuring.inside.wait(5)

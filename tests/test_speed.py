@@ -20,12 +20,12 @@ from blocks.records import (
 from flows.tracked_run import sum_beside_whole
 from profiles.load import load_profile
 from profiles.schema import Hardware, Scenario
-from tasks.engines.throughput import ClockTooCoarse, in_turns, median_metric, summaries
+from tasks.engines.timing_in_turns import ClockTooCoarse, in_turns, median_metric, summaries
 from tasks.evaluate.compare import contender, parent_contender
 from tasks.measure.calibration import bias_of, calibrated, drift
-from tasks.measure.cost_sums import check_sums, error_of_sum, told
+from tasks.measure.cost_sums import check_sums, error_of_sum, warnings_of
 from tasks.measure.costs import measure_costs
-from tasks.measure.speed import measure_speed
+from tasks.measure.end_to_end import measure_speed
 from tasks.measure.torch_costs import summary
 from tasks.search.totals import make_problem, totals_of
 from tests.chain import prepare
@@ -130,10 +130,10 @@ def test_only_a_median_scenario_that_is_off_by_more_than_5_percent_is_told() -> 
     for step, lines in ((4.5, 0), (4.4, 0), (4.0, 1), (5.5, 1)):
         models, sums = speeds(table(), [turn(20, 5)], [turn(17, step)])
         report = SpeedReport(engine="x 1", clock="wall", models=models, sums=sums)
-        found = told(report)
+        found = warnings_of(report)
         assert len(found) == lines, step
         assert all("decode" in line and "x 1" in line for line in found)
-    assert told(SpeedReport()) == []
+    assert warnings_of(SpeedReport()) == []
 
 
 def test_copies_of_a_variant_share_their_error() -> None:

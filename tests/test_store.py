@@ -75,7 +75,7 @@ def again(workspace: Path, url: str) -> list[str]:
     told: list[str] = []
     store = use_store(workspace, url)
     assert store is not None
-    store.tell = told.append
+    store.report = told.append
     return told
 
 
@@ -269,7 +269,7 @@ class Away:
 def test_a_store_that_is_away_is_asked_again_then_told() -> None:
     told: list[str] = []
     store = Store(f"memory://{uuid4()}", delays=(0.0, 0.0))
-    store.tell = told.append
+    store.report = told.append
     store.keep_record("a.json", b"{}")
     whole = store.fs
     store.fs = Away(whole, 2, ConnectionError("refused"))
@@ -356,7 +356,7 @@ def test_an_object_that_goes_while_it_is_fetched_is_missing_not_damaged(
 ) -> None:
     told: list[Any] = []
     store = Store(f"file://{tmp_path}/store")
-    store.tell = told.append
+    store.report = told.append
     monkeypatch.setattr(store, "_size", lambda name: 3)
     assert not store.fetch("a" * 64, tmp_path / "there.json")
     assert not told

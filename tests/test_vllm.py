@@ -18,12 +18,13 @@ from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.parent import config_of
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.engines import vllm_engine, vllm_process
-from tasks.engines.base import Load
-from tasks.engines.llama_library import EngineFailed, EngineMissing
+from tasks.engines.base import LoadOptions
+from tasks.engines.errors import EngineFailed, EngineMissing
 from tasks.engines.registry import installed_engine
 from tasks.engines.vllm_engine import INSTALL, PYTHON_VARIABLE, Vllm, VllmSession, cannot
 from tasks.export.folder import ExportError, export_folder
-from tasks.export.formats import KL_TOLERANCE, LOGITS_TOLERANCE, check_in_vllm, compare, export_as
+from tasks.export.formats import export_as
+from tasks.export.logits_check import KL_TOLERANCE, LOGITS_TOLERANCE, check_in_vllm, compare
 from tasks.inputs.children import in_precision
 from tasks.measure.bench import Point, bench
 from tasks.measure.costs import measure_costs
@@ -35,7 +36,7 @@ from tests.test_modeling import FULL, LINEAR, NO_OP, attention, token_ids
 pytestmark = pytest.mark.usefixtures("one_thread")
 MISSING = Vllm().missing()
 needs_vllm = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-HOW = Load(context_tokens=64, batch_size=2)
+HOW = LoadOptions(context_tokens=64, batch_size=2)
 HEAD: dict[str, Any] = {"head_dim": 32}  # the least that vLLM has a CPU kernel for
 
 
@@ -96,7 +97,7 @@ class Models:
     def __init__(self) -> None:
         self.session: VllmSession | None = None
 
-    def load(self, folder: Path, how: Load = HOW) -> VllmSession:
+    def load(self, folder: Path, how: LoadOptions = HOW) -> VllmSession:
         what = Vllm().process(folder, how)
         if self.session is None:
             self.session = VllmSession(what)
@@ -166,7 +167,7 @@ def test_what_is_refused_fails_or_is_wrong_in_vllm(
 def test_a_request_is_timed_in_both_precisions_and_with_the_threads_asked(models: Models, tmp_path: Path) -> None:
     child = in_precision(child_of(blocks=blocks_of(MIXED), **HEAD), torch.bfloat16)
     folder = exported(child, tmp_path)
-    session = models.load(folder, Load(context_tokens=64, batch_size=2, precision="bfloat16"))
+    session = models.load(folder, LoadOptions(context_tokens=64, batch_size=2, precision="bfloat16"))
     found = compare(session, in_precision(child, torch.float32), token_ids(1, 24))
     assert 0 < found.kl < KL_TOLERANCE["bfloat16"]
     for turn in (session.request(token_ids(2, 16), 4), session.request(token_ids(1, 16), 4, grow=9)):
@@ -179,7 +180,7 @@ def test_a_request_is_timed_in_both_precisions_and_with_the_threads_asked(models
 def test_an_export_is_checked_in_vllm(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the whole command, in the process that is already there."""
 
-    def load(self: Vllm, path: Path, how: Load) -> Any:
+    def load(self: Vllm, path: Path, how: LoadOptions) -> Any:
         session = models.load(path, how)
         monkeypatch.setattr(session, "close", lambda: None)
         return session
@@ -245,7 +246,7 @@ def test_without_vllm_the_sentence_says_what_to_install(tmp_path: Path, monkeypa
     python.touch()
     assert vllm_engine.interpreter() == python
     monkeypatch.setenv(PYTHON_VARIABLE, str(tmp_path / "python"))
-    with pytest.raises(EngineMissing, match="which is no interpreter of an environment with vLLM"):
+    with pytest.raises(EngineMissing, match="which is not the interpreter of an environment with vLLM"):
         installed_engine("vllm")
 
 
@@ -272,11 +273,11 @@ def test_what_the_cpu_build_cannot_run_is_said_before_it_starts(tmp_path: Path) 
     assert cannot(child.config) == (
         "vLLM has no CPU kernel for attention heads of 8, only for 32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512"
     )
-    with pytest.raises(EngineLimit, match="is no folder"):
+    with pytest.raises(EngineLimit, match="is not a folder"):
         vllm_engine._trusted(tmp_path / "x.gguf")
     if MISSING is None:
         with pytest.raises(PuzzleError, match="float32 and bfloat16"):
-            Vllm().process(tmp_path, Load(precision="float16"))
+            Vllm().process(tmp_path, LoadOptions(precision="float16"))
 
 
 def test_the_process_imports_nothing_of_puzzle() -> None:

@@ -1,3 +1,1 @@
-"""Variants of the attention subblock, a file per kind."""
-
-from blocks.attention import parent, kv_heads, linear, no_op  # noqa: F401, I001  order of registration
+"""The kinds of variants of the attention subblock, a file for each. blocks/kinds.py lists them."""

@@ -1,7 +1,7 @@
 """Attention with fewer KV heads (grouped-query attention with larger groups).
 
-Start: the K and V heads of each merged group are mean-pooled (puzzle.md). Closed form: `o_proj` is fitted by ridge
-regression to the parent's attention output, given the contexts that the pooled heads produce.
+Start: the K and V heads of each merged group are mean-pooled (Puzzle, section 3). Closed form: `o_proj` is fitted by
+ridge regression, from what the pooled heads put out to the parent's attention output.
 
 H = query heads, K = KV heads, C = head_dim, D = hidden_size.
 """
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from blocks.errors import UnknownVariant
 from blocks.families.base import head_dim
 from blocks.fit import FitContext, ridge_solve, solve_flops
-from blocks.parent import load_subblock, subblock_state
 from blocks.records import Subblock
-from blocks.variant import Variant, VariantKind, register
+from blocks.subblock import load_subblock, subblock_state
+from blocks.variant import Variant, VariantKind
 
 
 def attention_entry(config: Any, num_key_value_heads: int) -> dict[str, Any]:
@@ -39,7 +39,6 @@ def attention_flops(config: Any, num_key_value_heads: int, context_tokens: int) 
     return 2 * projections + 4 * width * context_tokens
 
 
-@register
 class KVHeads(VariantKind):
     """`kv<N>`: N KV heads, N divides the parent's and is smaller."""
 
@@ -55,10 +54,7 @@ class KVHeads(VariantKind):
                 f"{label}: a parent with {config.num_key_value_heads} KV heads can have "
                 f"{', '.join(self.examples(config)) or 'no fewer'} (a smaller divisor)"
             )
-        return Variant(subblock="attention", kind=self.name, size=int(match[1]))
-
-    def label(self, variant: Variant) -> str:
-        return f"kv{variant.size}"
+        return self.variant(label, int(match[1]))
 
     def examples(self, config: Any) -> list[str]:
         heads = config.num_key_value_heads

@@ -1,4 +1,4 @@
-"""A matrix in the place of an attention; starts as W_O W_V: each token attends to itself."""
+"""A matrix in the place of an attention. It starts as W_O W_V, as if each token attended only to itself."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from blocks.families.base import head_dim
 from blocks.fit import FitContext
 from blocks.linear import LinearKind
 from blocks.records import Subblock
-from blocks.variant import register
 
 
-@register
 class LinearAttentionKind(LinearKind):
     """`linear`"""
 

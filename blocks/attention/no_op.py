@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from blocks.records import Subblock
-from blocks.variant import NoOpKind, register
+from blocks.variant import NoOpKind
 
 
-@register
 class NoOpAttention(NoOpKind):
     """`no_op`"""
 

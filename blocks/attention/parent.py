@@ -7,10 +7,9 @@ from typing import Any, ClassVar
 from blocks.attention.kv_heads import attention_entry, attention_flops
 from blocks.families.base import head_dim
 from blocks.records import Subblock
-from blocks.variant import SizelessKind, Variant, register
+from blocks.variant import SizelessKind, Variant
 
 
-@register
 class ParentAttention(SizelessKind):
     """`parent`: as many KV heads as the parent has."""
 
@@ -19,8 +18,8 @@ class ParentAttention(SizelessKind):
     trainable = False
 
     def parse(self, label: str, config: Any) -> Variant | None:
-        own = label in ("parent", f"kv{config.num_key_value_heads}")
-        return Variant(subblock="attention", kind=self.name) if own else None
+        is_parent = label in ("parent", f"kv{config.num_key_value_heads}")
+        return self.variant("parent") if is_parent else None
 
     def block_entry(self, variant: Variant, config: Any) -> dict[str, Any]:
         return attention_entry(config, config.num_key_value_heads)

@@ -24,7 +24,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_decilm import DeciLMConfig
 
 # family -> (module under transformers.models, prefix of its classes)
-FAMILIES = {
+TRANSFORMERS_CLASSES = {
     "llama": ("llama", "Llama"),
     "mistral": ("mistral", "Mistral"),
     "qwen2": ("qwen2", "Qwen2"),
@@ -38,7 +38,7 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 
 def family_class(base_model_type: str, suffix: str) -> Any:
     """Class `<Prefix><suffix>` of a family, e.g. ("llama", "DecoderLayer") -> LlamaDecoderLayer."""
-    module, prefix = FAMILIES[base_model_type]
+    module, prefix = TRANSFORMERS_CLASSES[base_model_type]
     return getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), prefix + suffix)
 
 

@@ -1,4 +1,7 @@
-"""Model families: what must be known of a parent beyond its config. One small class each, see docs/add-a-family.md."""
+"""Model families: what must be known of a parent beyond its config. One small class each.
+
+To add one see docs/how-to/add-a-family.md.
+"""
 
 from typing import Any
 
@@ -16,12 +19,12 @@ __all__ = ["FAMILIES", "Family", "family_of"]
 
 
 def family_of(config: Any) -> Family:
-    """The family of a parent's config; ParentError for one that is unknown or has a feature not carried through."""
+    """The family of a parent's config; ParentError for one that is unknown or has a feature that a child would lose."""
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ParentError(
             f"model_type {config.model_type!r} is not known here; allowed: {', '.join(FAMILIES)}. "
-            "To add a family see docs/add-a-family.md."
+            "To add a family see docs/how-to/add-a-family.md."
         )
     family.check(config)
     return family

@@ -1,4 +1,4 @@
-"""The seam between puzzle and a model family: attention types per layer, and what a child cannot carry."""
+"""What puzzle asks of a model family: attention types per layer, shapes of weights, and what a child cannot carry."""
 
 from abc import ABC
 from typing import Any, ClassVar
@@ -22,9 +22,9 @@ class Family(ABC):
     """One family of decoder-only models whose layer is attention, then FFN, each with residual add.
 
     Where subblocks and norms lie is read off the family's own decoder layer by
-    blocks/export_code/modeling_decilm.py; a family only says what cannot be read off, and, so that a plan needs no
-    modelling code, which norms and biases its layer has beside the matrices (held to the layer itself by a test).
-    norms: of one subblock, before it and after it; head_norms: on queries and keys.
+    blocks/export_code/modeling_decilm.py; a family class says only what cannot be read off. It also says which norms
+    and biases the layer has beside the matrices, so that a plan needs no modelling code; a test compares this with the
+    layer itself. norms: how many a subblock has, before and after it. head_norms: whether queries and keys have some.
     """
 
     model_type: ClassVar[str]

@@ -1,4 +1,4 @@
-"""A matrix in the place of an FFN; starts as W_down W_up: the gate is ignored."""
+"""A matrix in the place of an FFN. It starts as W_down W_up, as if there were no gate."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from torch import Tensor
 from blocks.fit import FitContext
 from blocks.linear import LinearKind
 from blocks.records import Subblock
-from blocks.variant import register
 
 
-@register
 class LinearFFNKind(LinearKind):
     """`linear`"""
 

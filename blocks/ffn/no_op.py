@@ -1,14 +1,13 @@
-"""No ffn at all: the residual passes through."""
+"""No FFN at all: the residual passes through."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
 from blocks.records import Subblock
-from blocks.variant import NoOpKind, register
+from blocks.variant import NoOpKind
 
 
-@register
 class NoOpFFN(NoOpKind):
     """`no_op`"""
 

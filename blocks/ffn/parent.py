@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 
 from blocks.ffn.width import ffn_entry
 from blocks.records import Subblock
-from blocks.variant import SizelessKind, Variant, register
+from blocks.variant import SizelessKind, Variant
 
 
-@register
 class ParentFFN(SizelessKind):
     """`parent`: as wide as the parent's."""
 
@@ -18,8 +17,8 @@ class ParentFFN(SizelessKind):
     trainable = False
 
     def parse(self, label: str, config: Any) -> Variant | None:
-        own = label in ("parent", f"ffn{config.intermediate_size}", "ffn100pct")
-        return Variant(subblock="ffn", kind=self.name) if own else None
+        is_parent = label in ("parent", f"ffn{config.intermediate_size}", "ffn100pct")
+        return self.variant("parent") if is_parent else None
 
     def block_entry(self, variant: Variant, config: Any) -> dict[str, Any]:
         return ffn_entry(config, config.intermediate_size)

@@ -1,8 +1,9 @@
 """A narrower FFN: some of the parent's intermediate channels, `down_proj` refitted.
 
-Start: the channels with the highest contribution C_i = mean |X_i| * ||W_down[:, i]|| (puzzle.md). Closed form: the
-channels are chosen again by backward elimination with refit (blocks/fit.py), which measures better than contribution
-(benchmarks/bld.md), and down_proj is the ridge solution from the shared Gram matrix: its sub-matrix serves any width.
+Start: the channels with the highest contribution C_i = mean |X_i| * ||W_down[:, i]|| (Puzzle, section 3).
+Closed form: the channels are chosen again by backward elimination with refit (blocks/fit.py), which gives a lower error
+than contribution (docs/log.md). Then down_proj is the ridge solution from the layer's Gram matrix, of which every
+width uses a sub-matrix.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 
 from blocks.errors import UnknownVariant
 from blocks.fit import FitContext, contribution_order, ridge_solve, solve_flops
-from blocks.parent import load_subblock, subblock_state
 from blocks.records import Subblock
-from blocks.variant import Variant, VariantKind, register
+from blocks.subblock import load_subblock, subblock_state
+from blocks.variant import Variant, VariantKind
 
 
 def ffn_entry(config: Any, intermediate_size: int) -> dict[str, Any]:
@@ -30,7 +31,6 @@ def ffn_entry(config: Any, intermediate_size: int) -> dict[str, Any]:
     return entry if intermediate_size % 256 else entry | {"ffn_mult": mult}
 
 
-@register
 class Width(VariantKind):
     """`ffn<N>`: N intermediate channels; `ffn<P>pct`: P % of the parent's, rounded to a multiple of 8."""
 
@@ -49,10 +49,7 @@ class Width(VariantKind):
                 f"{label}: a narrower FFN needs 1 to {config.intermediate_size - 1} channels "
                 f"(the parent has {config.intermediate_size}), or ffn1pct to ffn99pct"
             )
-        return Variant(subblock="ffn", kind=self.name, size=size)
-
-    def label(self, variant: Variant) -> str:
-        return f"ffn{variant.size}"
+        return self.variant(f"ffn{size}", size)
 
     def examples(self, config: Any) -> list[str]:
         return [f"ffn{config.intermediate_size * part // 4}" for part in (3, 2, 1)]

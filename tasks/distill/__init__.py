@@ -1,1 +1,1 @@
-"""What learns: recorded activations, BLD of every block variant, GKD of a whole child."""
+"""What is trained: BLD of every block variant on recorded activations, GKD of a whole child."""

@@ -1,8 +1,8 @@
-"""Blockwise local distillation (Puzzle, section 3): one variant learns to do what the parent's subblock does.
+"""Blockwise local distillation (Puzzle, section 3): one variant is trained to do what the parent's subblock does.
 
-Closed-form ridge fit first, then AdamW steps on loss = MSE(o_parent, o_variant) / MSE(o_parent, 0), fed with the
-parent's activations. Decoupled: a subblock at a time. Coupled: attention and FFN of one layer together, output = what
-the whole layer adds to the residual.
+First a closed-form ridge fit, then AdamW steps on loss = MSE(o_parent, o_variant) / MSE(o_parent, 0), on the parent's
+recorded activations. Decoupled BLD trains one subblock at a time. Coupled BLD trains attention and FFN of one
+layer together; the output is then what the whole layer adds to the residual.
 """
 
 import math
@@ -17,21 +17,22 @@ from torch import Tensor
 
 from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
 from blocks.fit import FitContext
+from blocks.kinds import kind_of, parse_label
 from blocks.library import BlockLibrary, digest_of, read_tensors, write_tensors
-from blocks.parent import Parent, load_subblock, run_subblock, subblock_state
+from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, BlockRecord, LayerChoice, LayerRecord, ParentInfo, Ref, Subblock, Value
 from blocks.runtime import kept_per_device
-from blocks.variant import kind_of, parse_label
+from blocks.subblock import load_subblock, run_subblock, subblock_state
 from profiles.schema import BLD
 from tasks.distill.record import open_parent
 from tasks.running.memory import Parts
 
 VERSION = 2
-RISE = 1.05  # held-out loss after the steps over the loss before them that counts as rising
+RISE = 1.05  # the loss rises when the held-out loss after the steps exceeds this multiple of the one before them
 
 
 class Job(Value):
-    """One distillation: what its result depends on, and nothing else (no paths of the machine, no budget)."""
+    """One distillation: everything that its result depends on, and nothing else, such as paths or the budget."""
 
     parent: ParentInfo
     record: LayerRecord
@@ -61,8 +62,8 @@ class Job(Value):
 
     @property
     def choice(self) -> LayerChoice:
-        """The variant as a layer; the other subblock is left out of a decoupled one."""
-        return LayerChoice.alone(self.subblock, self.variant)
+        """The variant as a layer. In decoupled BLD the other subblock is left out."""
+        return LayerChoice.only(self.subblock, self.variant)
 
     @property
     def parts(self) -> tuple[Subblock, ...]:
@@ -72,7 +73,10 @@ class Job(Value):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerData:
-    """A layer's activations: states that enter each subblock and what the parent's subblock makes of them (S, T, D)."""
+    """One layer's activations (S, T, D): the states that enter each subblock, and what the parent's subblock puts out.
+
+    The keys of inputs and targets are (subblock, split).
+    """
 
     module: DeciLMDecoderLayer
     context: dict[str, Any]
@@ -121,7 +125,7 @@ def distill(job: Job, workspace: Path, device: str) -> BlockRecord:
     data = layer_data(workspace / job.parent.folder, workspace, job.record, device)
     variants = [parse_label(part, getattr(job.choice, part), reader.config) for part in job.parts]
     trainable = any(kind_of(variant).trainable for variant in variants)
-    module = reader.empty_layer(job.layer, job.choice).eval()  # as it is measured: no dropout
+    module = reader.empty_layer(job.layer, job.choice).eval()  # evaluation mode, as it is scored later: no dropout
     fitted = _start(job, reader, data, module, workspace)
     attempt = _Attempt(loss=fitted.get("closed_form", math.nan))
     if trainable:
@@ -159,7 +163,7 @@ class _Attempt:
 
 
 def _start(job: Job, reader: Parent, data: LayerData, module: DeciLMDecoderLayer, workspace: Path) -> dict[str, float]:
-    """Initialise from the parent, then fit in closed form; returns the held-out losses of both that are finite."""
+    """Initialise from the parent, then fit in closed form. Returns the held-out loss after each, where it is finite."""
     context = FitContext(
         config=reader.config,
         layer=job.layer,
@@ -186,7 +190,7 @@ def _start(job: Job, reader: Parent, data: LayerData, module: DeciLMDecoderLayer
             kind_of(variant).closed_form(variant, module, context)
     losses["closed_form"] = held_out_loss(job, data, module)
     if math.isfinite(losses["start"]) and not losses["closed_form"] <= losses["start"]:
-        module.load_state_dict(pruned)  # a fit that harms on held-out tokens is not where the steps begin
+        module.load_state_dict(pruned)  # the fit made held-out tokens worse: the steps begin before it
         losses["closed_form"] = losses["start"]
     return {name: loss for name, loss in losses.items() if math.isfinite(loss)}
 
@@ -207,9 +211,10 @@ def held_out_loss(job: Job, data: LayerData, module: DeciLMDecoderLayer) -> floa
 
 
 def _train_until_it_falls(job: Job, data: LayerData, module: DeciLMDecoderLayer, before: float) -> _Attempt:
-    """Steps; again from the same start at a third of the rate while the held-out loss is NaN or rises.
+    """Train; while the held-out loss is NaN or rises, train again from the same start at a third of the learning rate.
 
-    When no attempt falls, a closed form that was finite stands (the reason says so); without one the variant failed.
+    When the loss falls in no attempt, the closed-form fit is kept if its loss was finite, and the reason says so.
+    Without a closed form the variant has failed.
     """
     start = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     rate, number = job.settings.learning_rate, 0
@@ -225,11 +230,11 @@ def _train_until_it_falls(job: Job, data: LayerData, module: DeciLMDecoderLayer,
     made: dict[str, Any] = {"number": number, "steps": job.settings.steps, "learning_rate": rate}
     if fell and not after > before:
         return _Attempt(loss=after, **made)
-    told = f"held-out loss {after:.4g} after {number} attempts, {before:.4g} before the steps"
+    losses = f"held-out loss {after:.4g} after {number} attempts, {before:.4g} before the steps"
     if not math.isfinite(before) or not (fell or job.settings.closed_form):
-        return _Attempt(loss=after, failed=True, reason=told, **made)
+        return _Attempt(loss=after, failed=True, reason=losses, **made)
     module.load_state_dict(start)
-    return _Attempt(loss=before, reason="" if fell else f"closed form kept: {told}", **made)
+    return _Attempt(loss=before, reason="" if fell else f"closed form kept: {losses}", **made)
 
 
 def _train(job: Job, data: LayerData, module: DeciLMDecoderLayer, rate: float) -> None:
@@ -254,7 +259,7 @@ def _train(job: Job, data: LayerData, module: DeciLMDecoderLayer, rate: float) -
 
 
 def _gradients(job: Job, data: LayerData, module: DeciLMDecoderLayer, batch: Sequence[int], parts: int) -> None:
-    """Gradients of the loss on some train sequences, which go through in so many parts."""
+    """Set the gradients of the loss on some train sequences, computed in so many parts to save memory."""
     hidden, target = data.inputs[job.subblock, "train"], data.targets[job.subblock, "train"]
     module.zero_grad(set_to_none=True)
     scale = target[batch].square().sum()

@@ -1,15 +1,16 @@
 """Global knowledge distillation of an assembled child: L = sum over layers (1 - cos(h_child, h_parent)) + KL(p || q),
 no LM loss (Puzzle, section 5: the best of the published combinations).
 
-The parent is recorded once, for every child, baseline and seed of a run: per token its hidden states at the layers of
-the cosine terms and the moment of its distribution (blocks/divergence.py), which makes the KL exact over the whole
-vocabulary while embedding and head stay frozen. Validation KL is watched, the best step kept; it stops when it harms.
+The parent is recorded once for every child, baseline and seed of a run: per token its hidden states at the layers of
+the cosine terms, and the moment of its distribution (blocks/divergence.py). With the moment the KL is exact over the
+whole vocabulary, while embedding and head stay frozen. The KL on validation sequences is measured every few steps. The
+best step is kept, and training stops when the KL has not improved for some time.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,9 +24,9 @@ from blocks.records import CorpusInfo, ParentInfo, Ref, Value
 from profiles.schema import GKD
 from tasks.distill.record import open_parent
 from tasks.running.memory import Parts
+from tasks.running.progress import Progress, no_progress
 
 VERSION = 3
-Tell = Callable[[int, int, str], None]
 
 
 class TeacherRecord(Value):
@@ -39,7 +40,7 @@ class TeacherRecord(Value):
 
 
 class GKDResult(Value):
-    """Trained weights, and the curve: (step, validation KL)."""
+    """What GKD left: the trained weights, and the curve of (step, validation KL). stopped: why training ended."""
 
     weights: Ref
     best_step: int
@@ -58,7 +59,7 @@ def cosine_layers(depth: int, every: int) -> tuple[int, ...]:
 
 
 def teacher_key(parent: ParentInfo, corpus: CorpusInfo, settings: GKD) -> str:
-    """Digest of what the targets of a step depend on: more steps or another rate reuse them."""
+    """Digest of what the parent's targets of a step depend on. More steps or another learning rate reuse them."""
     fields = settings.model_dump(exclude={"learning_rate", "evaluate_every", "patience", "steps"})
     return digest_of(parent=parent.fingerprint, corpus=corpus.fingerprint, settings=fields, version=VERSION)
 
@@ -69,9 +70,9 @@ def record_teacher(
     settings: GKD,
     workspace: Path,
     device: str,
-    tell: Tell = lambda done, total, text: None,
+    progress: Progress = no_progress,
 ) -> TeacherRecord:
-    """Run the parent once over all GKD batches; finished steps of a killed run are not done again."""
+    """Run the parent once over all GKD batches. The steps that a killed run finished are not done again."""
     started = time.perf_counter()
     folder = f"gkd/teacher-{teacher_key(parent, corpus, settings)}"
     manifest = workspace / folder / f"teacher-{settings.steps}.json"
@@ -87,7 +88,7 @@ def record_teacher(
     for step in range(settings.steps):
         batch = tokens["train"][rows_of_step(step, settings, len(tokens["train"]))]
         references.append(_record_batch(model, head, batch, layers, workspace, f"{folder}/step_{step:05d}"))
-        tell(step + 1, settings.steps, "parent")
+        progress(step + 1, settings.steps, "parent")
     validation = tokens["validation"][: settings.validation_sequences]
     record = TeacherRecord(
         steps=tuple(references),
@@ -105,7 +106,7 @@ def _files_of(record: TeacherRecord) -> list[Ref]:
 
 
 def rows_of_step(step: int, settings: GKD, available: int) -> list[int]:
-    """Train sequences of a step: a seeded order of the corpus, around again when it ends."""
+    """The train sequences of a step: the corpus in a seeded order, from its start again when it ends."""
     order = torch.randperm(available, generator=torch.Generator().manual_seed(settings.seed)).tolist()
     first = step * settings.batch_sequences
     return [order[(first + row) % available] for row in range(settings.batch_sequences)]
@@ -114,7 +115,7 @@ def rows_of_step(step: int, settings: GKD, available: int) -> list[int]:
 def _record_batch(
     model: DeciLMForCausalLM, head: Head, tokens: Tensor, layers: tuple[int, ...], workspace: Path, stem: str
 ) -> Ref:
-    """Targets of one batch: states in bfloat16 (a cosine does not see the difference), the rest in float32."""
+    """Targets of one batch: hidden states in bfloat16, which is enough for a cosine, the rest in float32."""
     manifest = workspace / f"{stem}.json"
     stored = remember(manifest, Ref, lambda ref: [ref], workspace, "when read")
     if stored is not None:
@@ -132,51 +133,36 @@ def _record_batch(
 
 @dataclass(kw_only=True)
 class _Best:
-    """The best weights so far and how long ago that was."""
+    """The best weights so far. waited: how many measurements ago that was. curve: (step, validation KL)."""
 
-    kl: float
-    step: int
-    state: dict[str, Tensor]
+    kl: float = math.inf
+    step: int = 0
+    state: dict[str, Tensor] | None = None
     waited: int = 0
+    curve: list[tuple[int, float]] = field(default_factory=list)
 
     def see(self, kl: float, step: int, model: DeciLMForCausalLM) -> None:
-        if kl < self.kl:
-            self.keep(kl, step, model)
-        else:
+        """A measurement. A KL that is not a number is worse than any other, and is left out of the curve."""
+        if math.isfinite(kl):
+            self.curve.append((step, kl))
+        if self.state is not None and not kl < self.kl:
             self.waited += 1
-
-    def keep(self, kl: float, step: int, model: DeciLMForCausalLM) -> None:
-        self.kl, self.step, self.waited = kl, step, 0
+            return
+        self.kl, self.step, self.waited = (kl if math.isfinite(kl) else math.inf), step, 0
         self.state = {name: tensor.clone() for name, tensor in model.model.layers.state_dict().items()}
 
 
-def _watch(
-    best: _Best,
-    curve: list[tuple[int, float]],
-    step: int,
-    model: DeciLMForCausalLM,
-    head: Head,
-    teacher: TeacherRecord,
-    workspace: Path,
-) -> None:
-    """Measure the validation KL; one that is not a number counts as worse than any, and is no point of the curve."""
-    kl = validation_kl(model, head, teacher, workspace)
-    best.see(kl, step, model)
-    if math.isfinite(kl):
-        curve.append((step, kl))
-
-
-def distill_globally(
+def distill_child(
     model: DeciLMForCausalLM,
     teacher: TeacherRecord,
     settings: GKD,
     workspace: Path,
     key: str,
-    tell: Tell = lambda done, total, text: None,
+    progress: Progress = no_progress,
 ) -> GKDResult:
-    """Train the layers of `model` in place; leaves it at its best step and stores the weights under `key`.
+    """Train the layers of `model` in place, leave it at its best step, and store the weights under `key`.
 
-    Never returns a child that is worse on the validation sequences than the one it was given: step 0 takes part.
+    The untrained model takes part as step 0, so the result is never worse on the validation sequences than that.
     """
     folder = f"gkd/child-{key}"
     manifest = workspace / folder / "result.json"
@@ -185,21 +171,20 @@ def distill_globally(
         model.model.layers.load_state_dict(read_tensors(workspace, stored.weights))
         return stored
     started, cpu = time.perf_counter(), time.process_time()
-    best, head = _Best(kl=math.inf, step=0, state={}), Head(model.lm_head.weight)
-    curve: list[tuple[int, float]] = []
-    best.keep(math.inf, 0, model)
-    _watch(best, curve, 0, model, head, teacher, workspace)
+    best, head = _Best(), Head(model.lm_head.weight)
+    best.see(validation_kl(model, head, teacher, workspace), 0, model)
     losses: list[float] = []
     stopped = "all steps done"
     for step, loss in _steps(model, head, teacher, settings, workspace):
         losses.append(loss)
-        tell(step, settings.steps, f"loss {loss:.3f}, best validation KL {best.kl:.3f}")
+        progress(step, settings.steps, f"loss {loss:.3f}, best validation KL {best.kl:.3f}")
         if step % settings.evaluate_every == 0 or step == settings.steps:
-            _watch(best, curve, step, model, head, teacher, workspace)
+            best.see(validation_kl(model, head, teacher, workspace), step, model)
         if not math.isfinite(loss) or best.waited >= settings.patience:
             stopped = f"no better validation KL since step {best.step}" if math.isfinite(loss) else f"loss is {loss}"
             break
     model.requires_grad_(False)
+    assert best.state is not None
     model.model.layers.load_state_dict(best.state)
     if not math.isfinite(best.kl):
         raise RuntimeError("the child's validation KL is not a number before any GKD step: its blocks are damaged")
@@ -207,7 +192,7 @@ def distill_globally(
         weights=write_tensors(workspace, f"{folder}/layers.safetensors", best.state),
         best_step=best.step,
         best_kl=best.kl,
-        curve=tuple(curve),
+        curve=tuple(best.curve),
         losses=tuple(loss for loss in losses if math.isfinite(loss)),
         tokens=len(losses) * settings.batch_sequences * (teacher.tokens // settings.steps // settings.batch_sequences)
         if settings.steps
@@ -243,14 +228,14 @@ def _steps(
 def _gradients(
     model: DeciLMForCausalLM, head: Head, batch: dict[str, Tensor], layers: tuple[int, ...], parts: int
 ) -> float:
-    """Gradients of the loss on a batch that goes through in so many parts; returns the loss."""
+    """Set the gradients of the loss on a batch, which is computed in so many parts to save memory; return the loss."""
     model.zero_grad(set_to_none=True)
     sequences, length = batch["tokens"].shape
     total = 0.0
     for part in torch.arange(sequences).chunk(parts):
         rows, first, after = slice(int(part[0]), int(part[-1]) + 1), int(part[0]) * length, (int(part[-1]) + 1) * length
-        own = {name: tensor[rows] if name == "tokens" else tensor[first:after] for name, tensor in batch.items()}
-        loss = gkd_loss(model, head, own, layers) * (len(part) / sequences)
+        piece = {name: tensor[rows] if name == "tokens" else tensor[first:after] for name, tensor in batch.items()}
+        loss = gkd_loss(model, head, piece, layers) * (len(part) / sequences)
         loss.backward()
         total += loss.item()
     return total

@@ -1,10 +1,10 @@
-"""The BLD jobs of a profile: every (layer, subblock, variant) of its search space, and the coupled ones after them."""
+"""The BLD jobs of a profile: one for every (layer, subblock, variant) of its search space, then the coupled ones."""
 
 from collections.abc import Sequence
 
+from blocks.kinds import kind_of, parse_labels
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, BlockRecord, LayerChoice, LayerRecord, ParentInfo
-from blocks.variant import kind_of, parse_labels
 from profiles.schema import Profile
 from tasks.distill.bld import Job
 from tasks.inputs.space import layers_of, refused, refused_alone
@@ -13,13 +13,13 @@ from tasks.inputs.space import layers_of, refused, refused_alone
 def jobs_of(
     profile: Profile, parent: ParentInfo, records: Sequence[LayerRecord], key: str, reader: Parent
 ) -> list[Job]:
-    """Every (layer, subblock, variant) of the search space but the parent's own."""
+    """A job for every (layer, subblock, variant) of the search space but the parent's own."""
     jobs = []
     for layer in layers_of(profile, reader):
         for subblock in SUBBLOCKS:
             for variant in parse_labels(subblock, getattr(profile.search_space, subblock), reader.config)[1:]:
                 if refused_alone(profile, reader.config, layer, subblock, variant.label):
-                    continue  # the target could not run it: not trained, not scored, never chosen
+                    continue  # the target engine cannot run it, so it is not trained, not scored and never chosen
                 jobs.append(
                     Job(
                         parent=parent,
@@ -36,22 +36,22 @@ def jobs_of(
 
 
 def coupled_jobs(profile: Profile, jobs: Sequence[Job], blocks: Sequence[BlockRecord], reader: Parent) -> list[Job]:
-    """Second stage: whole blocks over the reduced space, started from the decoupled subblocks."""
+    """Jobs of the second stage: whole blocks of the reduced space, which start from the trained subblocks."""
     settings = profile.bld
-    done = {(block.layer, block.subblock, block.variant): block for block in blocks if block.status == "trained"}
+    trained = {(block.layer, block.subblock, block.variant): block for block in blocks if block.status == "trained"}
     spaces = {part: parse_labels(part, getattr(settings, f"coupled_{part}"), reader.config) for part in SUBBLOCKS}
     coupled = []
     for layer in sorted({job.layer for job in jobs}):
-        model = next(job for job in jobs if job.layer == layer)
+        template = next(job for job in jobs if job.layer == layer)
         for attention in spaces["attention"]:
             for ffn in spaces["ffn"]:
                 if not (kind_of(attention).trainable or kind_of(ffn).trainable):
-                    continue  # nothing to train: the additive score stands
+                    continue  # nothing to train: the sum of the two subblocks' scores stands
                 if refused(profile, reader.config, layer, attention.label, ffn.label):
                     continue
-                starts = [done.get((layer, v.subblock, v.label)) for v in (attention, ffn)]
+                starts = [trained.get((layer, v.subblock, v.label)) for v in (attention, ffn)]
                 coupled.append(
-                    model.model_copy(
+                    template.model_copy(
                         update={
                             "subblock": "block",
                             "variant": LayerChoice(attention=attention.label, ffn=ffn.label).block_label,

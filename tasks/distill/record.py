@@ -1,7 +1,7 @@
-"""Record: one streamed pass over the parent, a layer in memory at a time.
+"""Record the parent's activations in one pass, with one layer in memory at a time.
 
-Per layer it leaves the hidden states that enter it (for a bounded number of sequences) and the statistics that
-initialisation and closed-form fits need. A layer is recorded once; a killed pass goes on at the layer where it stopped.
+For each layer the pass writes the hidden states that enter it, for a bounded number of sequences, and the statistics
+that initialisation and closed-form fits need. A layer is recorded once; a killed pass goes on where it stopped.
 
 Legend: S = sequences, T = tokens, D = hidden_size, F = intermediate_size.
 """
@@ -42,7 +42,7 @@ def _open(folder: Path, device: str) -> Parent:
 
 
 def open_parent(folder: Path, device: str = "cpu") -> Parent:
-    """The parent's reader, kept open; what it loads goes to `device`. Whoever reads its config alone names none."""
+    """The parent, kept open for later calls. Its tensors are loaded to `device`, which its config does not need."""
     return _open(folder, device)
 
 
@@ -53,7 +53,7 @@ def _manifest(layer: int, key: str, workspace: Path) -> Path:
 def recorded(layer: int, key: str, workspace: Path) -> LayerRecord | None:
     """The stored record of a layer when its files are whole, else None."""
     path = _manifest(layer, key, workspace)
-    # large, and asked for only where a block or a score is missing
+    # its files are large, and needed only where a block or a score is missing
     return remember(path, LayerRecord, lambda record: [record.boundary, record.statistics], workspace, "when read")
 
 
@@ -72,7 +72,7 @@ def record_layer(
     module = reader.layer(layer)
     core: Any = module.mlp
     down: Tensor = core.down_proj.weight.data
-    pack_linears(module)  # as scoring does: the parent's own block then repeats these states to the bit
+    pack_linears(module)  # as in scoring, so that the parent's own block gives these states again bit for bit
     kept = torch.cat([hidden[: settings.hidden_sequences], hidden[settings.statistics_sequences :]])
     boundary = write_tensors(
         workspace,
@@ -98,13 +98,13 @@ def _rolling(workspace: Path, folder: str, layer: int) -> tuple[Path, Path]:
 
 
 def _write_entering(workspace: Path, folder: str, layer: int, hidden: Tensor) -> None:
-    """Keep all states that enter `layer` until that layer is recorded."""
+    """Write all states that enter `layer`; they are deleted once that layer is recorded."""
     data, manifest = _rolling(workspace, folder, layer)
     write_value(manifest, write_tensors(workspace, f"{folder}/{data.name}", {"hidden": hidden}))
 
 
 def _entering(reader: Parent, layer: int, corpus: CorpusInfo, settings: Record, workspace: Path, folder: str) -> Tensor:
-    """States (S, T, D) that enter a layer: from the rolling file, else replayed from the embedding."""
+    """States (S, T, D) that enter a layer: from the file of the pass, else computed again from the embedding."""
     _, manifest = _rolling(workspace, folder, layer)
     if manifest.exists():
         reference = read_value(manifest, Ref)
@@ -127,7 +127,7 @@ def _entering(reader: Parent, layer: int, corpus: CorpusInfo, settings: Record, 
 def _pass(
     reader: Parent, module: "DeciLMDecoderLayer", layer: int, hidden: Tensor, counted: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run a layer over (S, T, D); statistics over the first `counted` sequences."""
+    """Run a layer over states (S, T, D); returns its output, and statistics over the first `counted` sequences."""
     sums: dict[str, Tensor] = {}
     parts = []
     core: Any = module.mlp

@@ -1,4 +1,4 @@
-"""What every engine is here: a class that says whether it is installed, and loads an export; a session that runs it."""
+"""The interface of engines: an `Engine` says whether it is installed and loads an export; a `Session` runs it."""
 
 import dataclasses
 import os
@@ -16,14 +16,18 @@ from blocks.records import Turn
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def own_code() -> dict[str, str]:
-    """Environment in which a process finds this very code, wherever it is started."""
+def python_path() -> dict[str, str]:
+    """The environment variable by which a process finds this code, in whatever folder it is started."""
     return {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
-    """How an export is loaded. exact: full float32 inside the engine where it has a choice, for comparing logits."""
+class LoadOptions:
+    """How an export is loaded.
+
+    batch_size and context_tokens: the largest request that it has to hold. exact: for comparing logits, the engine
+    computes in float32 also where it would otherwise use a shorter format inside.
+    """
 
     precision: str = "float32"
     threads: int = 1
@@ -33,8 +37,12 @@ class Load:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Process:
-    """What runs one model apart: a command that answers as tasks/engines/worker.py does, and its `load` question."""
+class EngineProcess:
+    """How to run one model in a process of its own.
+
+    command: starts a process that answers questions as tasks/engines/worker.py does. load: arguments of the question
+    `load`, which loads the model there.
+    """
 
     command: tuple[str, ...]
     environment: Mapping[str, str]
@@ -54,7 +62,7 @@ class Session(ABC):
     def request(self, prompt: Tensor, steps: int, grow: int = 0) -> Turn:
         """Time one prefill of `prompt` (B, P), then `steps` greedy decode steps of B tokens each.
 
-        `grow` tokens a sequence are run untimed between the two.
+        Between the two, `grow` tokens of each sequence are run without being timed.
         """
 
     @abstractmethod
@@ -63,11 +71,11 @@ class Session(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what the engine holds."""
+        """Free what the engine holds."""
 
 
 class Engine(ABC):
-    """One engine. `format` is the export it loads, `precisions` those that its exports can have here."""
+    """One engine. `format` is the kind of export that it loads, `precisions` are those that the export may have."""
 
     name: ClassVar[str]
     format: ClassVar[str]
@@ -75,20 +83,20 @@ class Engine(ABC):
 
     @abstractmethod
     def missing(self) -> str | None:
-        """What to install, None when the engine is there."""
+        """What has to be installed; None when the engine is there."""
 
     @abstractmethod
     def version(self) -> str:
-        """Name and version of what would run. Raises EngineMissing."""
+        """Name and version of the engine. Raises EngineMissing."""
 
     @abstractmethod
-    def load(self, path: Path, how: Load) -> Session:
+    def load(self, path: Path, how: LoadOptions) -> Session:
         """Load an export. Raises EngineMissing, EngineFailed."""
 
-    def process(self, path: Path, how: Load) -> Process:
-        """What runs an export in a process of its own: by default this interpreter with this engine."""
-        return Process(
+    def process(self, path: Path, how: LoadOptions) -> EngineProcess:
+        """How to run an export in a process of its own: in this interpreter, unless an engine has another."""
+        return EngineProcess(
             command=(sys.executable, "-m", "tasks.engines.worker"),
-            environment=own_code() | {"OMP_NUM_THREADS": str(how.threads)},
+            environment=python_path() | {"OMP_NUM_THREADS": str(how.threads)},
             load={"engine": self.name, "path": str(path.resolve()), "how": dataclasses.asdict(how)},
         )

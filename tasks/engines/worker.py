@@ -1,7 +1,9 @@
-"""One engine with one model in a process of its own: its memory is its own, its threads meet nobody's.
+"""One model in one engine in a process of its own, so that its memory can be measured and no other threads disturb it.
 
-`python -m tasks.engines.worker` reads one JSON object a line and answers with one: {"load": ...} first, then
-{"request": ...} as often as wanted. `Worker` is the other end.
+`Worker` starts the process and asks it questions. The process (`python -m tasks.engines.worker`, or vllm_process.py for
+vLLM) reads one JSON object a line and answers each with one: {"load": ...} first, then {"request": ...} and {"memory":
+{}} as often as wanted. Pipes and JSON are used instead of `multiprocessing`, because vLLM's process has another
+interpreter, in which puzzle cannot be imported.
 """
 
 import contextlib
@@ -16,13 +18,14 @@ from blocks.errors import PuzzleError
 from blocks.runtime import configure
 
 if TYPE_CHECKING:  # at run time torch comes after `configure`
-    from tasks.engines.base import Process
+    from blocks.records import Turn
+    from tasks.engines.base import EngineProcess
 
 
 class Worker:
     """A process that holds one model in one engine. Use as a context manager."""
 
-    def __init__(self, what: "Process") -> None:
+    def __init__(self, what: "EngineProcess") -> None:
         self.process = subprocess.Popen(
             what.command,
             stdin=subprocess.PIPE,
@@ -34,7 +37,7 @@ class Worker:
         self.version = ""
 
     def load(self) -> dict[str, Any]:
-        """Load the model. Apart from the start, so that several workers can start at the same time."""
+        """Load the model. Starting is a step of its own, so that several processes can start at the same time."""
         answer = self.ask({"load": self.what})
         self.version = str(answer["version"])
         return answer
@@ -45,15 +48,15 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def request(self, batch_size: int, prompt_tokens: int, steps: int, seed: int, grow: int = 0) -> Any:
-        """Time one request of random prompts, `grow` tokens untimed before the decode steps. Returns a Turn."""
+    def request(self, batch_size: int, prompt_tokens: int, steps: int, seed: int, grow: int = 0) -> "Turn":
+        """Time one request of random prompts; `grow` tokens are run untimed before the decode steps."""
         from blocks.records import Turn
 
         shape = {"batch_size": batch_size, "prompt_tokens": prompt_tokens, "steps": steps, "seed": seed, "grow": grow}
         return Turn(**self.ask({"request": shape}))
 
     def memory_bytes(self) -> int:
-        """Highest resident size so far, less what the process held before the model was loaded."""
+        """The highest resident size so far, less what the process held before the model was loaded."""
         return int(self.ask({"memory": {}})["bytes"])
 
     def close(self) -> None:
@@ -67,8 +70,8 @@ class Worker:
             self.process.kill()
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """The answer to {name: arguments}. Raises EngineFailed with the process's own words, or when it has ended."""
-        from tasks.engines.llama_library import EngineFailed
+        """The answer to {name: arguments}. Raises EngineFailed when the process reports an error, or has ended."""
+        from tasks.engines.errors import EngineFailed
 
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
@@ -86,14 +89,14 @@ class Worker:
 
 
 class _Server:
-    """The worker's side: answers questions by name."""
+    """The other side, in the process: answers questions. Each question is a method."""
 
     def __init__(self) -> None:
         self.before = 0
         self.session: Any = None
 
     def load(self, engine: str, path: str, how: dict[str, Any]) -> dict[str, Any]:
-        from tasks.engines.base import Load
+        from tasks.engines.base import LoadOptions
         from tasks.engines.registry import installed_engine
 
         found = installed_engine(engine)
@@ -101,7 +104,7 @@ class _Server:
 
         version = found.version()
         self.before = resident_bytes("VmRSS")
-        self.session = found.load(Path(path), Load(**how))
+        self.session = found.load(Path(path), LoadOptions(**how))
         return {"version": version}
 
     def request(self, batch_size: int, prompt_tokens: int, steps: int, seed: int, grow: int = 0) -> dict[str, Any]:
@@ -118,7 +121,7 @@ class _Server:
 
 
 def main() -> None:
-    """Answer until the questions end. What libraries print goes to standard error."""
+    """Answer until standard input ends. What libraries print goes to standard error."""
     configure()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -1,9 +1,8 @@
-"""What the finished child says, beside its parent: greedy answers to the profile's prompts, and whether they loop.
+"""Greedy answers of the finished child and its parent to the profile's prompts, and whether the answers loop.
 
-KL and accuracies are means over tokens that the text gave. What a model says when each of its tokens is the next one's
-context is another question: a child with a fair KL may say one sentence over and over. An answer loops when a run of
-five words stands in it three times, or a run of tokens where the text is written without spaces, or when its end is one
-run of tokens three times in a row.
+KL and accuracy are measured on given text. They do not show what a model says when it reads its own words: a child with
+a good KL may repeat one sentence for ever. An answer loops when the same five words occur in it three times, or the
+same run of tokens in a text without spaces, or when it ends in one run of tokens three times in a row.
 """
 
 from collections import Counter
@@ -21,11 +20,11 @@ from profiles.schema import Chat, Evaluate
 from tasks.evaluate.compare import Contender, build
 
 VERSION = 1
-RUN = 5  # words, or tokens, of a run
-TIMES = 3  # that it stands in a looping answer
-GRAM = 4  # tokens of the runs whose share of repeats is told
-SPACED = 16  # characters a word, at most, of a text that is written with spaces
-RUN_CHARACTERS = 8  # of a run of tokens, at least: one token of a byte is a third of a Chinese character
+RUN = 5  # a run is so many words, or tokens
+TIMES = 3  # an answer loops when a run occurs so many times
+GRAM = 4  # length in tokens of the runs whose share of repeats is reported
+SPACED = 16  # a text is written with spaces when its words have at most so many characters on average
+RUN_CHARACTERS = 8  # a run of tokens has at least so many characters: a token may be a third of a Chinese character
 
 
 class Answers(Value):
@@ -35,13 +34,13 @@ class Answers(Value):
 
 
 def repetition(tokens: Sequence[int]) -> float:
-    """Share of the runs of four tokens that were there before; 0 for fewer than four tokens."""
+    """Share of the runs of four tokens that occurred earlier in the answer; 0 for fewer than four tokens."""
     runs = _runs(tokens, GRAM)
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def loops(text: str, tokens: Sequence[int]) -> bool:
-    """Whether an answer says the same over and over. A refrain that comes twice does not loop."""
+    """Whether an answer repeats itself three times or more. A refrain that occurs twice is no loop."""
     words = text.split()
     if _recurs(words, RUN) or _ends_in_a_loop(tokens):
         return True
@@ -94,7 +93,7 @@ def prompt_ids(tokenizer: Any, prompt: Chat | str) -> tuple[list[int], bool]:
         turns = [{"role": "user", "content": text}]
         try:
             rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        except TemplateError:  # one that asks for more than a user's turn
+        except TemplateError:  # the template needs more than a user's message
             rendered = None
         if rendered is not None:
             return tokenizer(rendered, add_special_tokens=False)["input_ids"], True
@@ -102,16 +101,17 @@ def prompt_ids(tokenizer: Any, prompt: Chat | str) -> tuple[list[int], bool]:
 
 
 def greedy(model: Any, ids: Sequence[int], limit: int, stops: frozenset[int]) -> tuple[list[int], bool]:
-    """The most likely token at a time, by the code that is exported: the new tokens, and whether one of `stops` came.
+    """Generate the most likely token each time: the new tokens, and whether one of `stops` ended them.
 
-    No penalty on repeats and no sampling, whatever the parent's generation config asks for: they would hide a loop.
+    There is no penalty on repeats and no sampling, whatever the parent's generation config asks for: they would hide a
+    loop. The model runs in the code that is exported with a child.
     """
     from transformers import GenerationConfig
 
     asked = GenerationConfig(
         max_new_tokens=limit, do_sample=False, eos_token_id=sorted(stops) or None, pad_token_id=min(stops, default=0)
     )
-    model.generation_config = asked  # what `asked` leaves open, generate takes from there
+    model.generation_config = asked  # `generate` takes what its argument leaves open from here
     prompt = torch.tensor([list(ids)], device=next(model.parameters()).device)
     with torch.inference_mode():
         out = model.eval().generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=asked)
@@ -121,26 +121,26 @@ def greedy(model: Any, ids: Sequence[int], limit: int, stops: frozenset[int]) ->
 
 
 def stop_tokens(folder: Path, config: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end an answer: of generation_config.json, where the folder has one, else of the config; the
-    tokenizer's own end of text.
+    """Tokens that end an answer: those of generation_config.json, or of the config where there is no such file, and the
+    tokenizer's end of text.
     """
     from transformers import GenerationConfig
 
     written = (folder / "generation_config.json").is_file()
     asked = GenerationConfig.from_pretrained(folder).eos_token_id if written else None
-    own = config.eos_token_id if asked is None else asked
-    named = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    ends = config.eos_token_id if asked is None else asked
+    named = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
     return frozenset(token for token in named if token is not None)
 
 
 def answers_path(which: Contender, parent: ParentInfo, settings: Evaluate) -> str:
-    """Where a contender's answers lie, relative to the workspace."""
+    """The file of a contender's answers, relative to the workspace."""
     asked = settings.model_dump(mode="json", include={"prompts", "answer_tokens"})
     return f"answers/{digest_of(model=which.key, parent=parent.fingerprint, asked=asked, v=VERSION)}.json"
 
 
 def answers_of(which: Contender, parent: ParentInfo, settings: Evaluate, workspace: Path) -> Answers:
-    """The answers of the parent or of a child, made or found."""
+    """The answers of the parent or of a child; stored ones are read."""
     from transformers import AutoTokenizer
 
     path = workspace / answers_path(which, parent, settings)

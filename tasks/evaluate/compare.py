@@ -1,7 +1,7 @@
-"""Parent, child and baselines side by side: the same text, the same benchmark items, the same GKD tokens, in turns.
+"""Parent, child and baselines compared on the same text, the same benchmark items and after the same GKD tokens.
 
 A contender is an architecture with the trained blocks it is made of, before or after GKD. Its evaluation is stored
-under a content address, so a killed run evaluates nothing twice.
+under a digest of everything it depends on, so a run that was killed evaluates nothing twice.
 """
 
 import math
@@ -19,7 +19,7 @@ from blocks.library import digest_of, keep, read_tensors, remember
 from blocks.records import Architecture, BlockRecord, Candidate, CorpusInfo, LayerChoice, ParentInfo, Throughput, Value
 from profiles.schema import GKD, Evaluate
 from tasks.distill import gkd
-from tasks.distill.gkd import GKDResult, TeacherRecord, Tell, distill_globally
+from tasks.distill.gkd import GKDResult, TeacherRecord, distill_child
 from tasks.distill.record import open_parent
 from tasks.evaluate.quality import (
     BenchmarkResult,
@@ -32,6 +32,7 @@ from tasks.evaluate.quality import (
     sequence_figures,
 )
 from tasks.inputs.precision import as_written
+from tasks.running.progress import Progress, no_progress
 
 VERSION = 1
 EVALUATION_VERSION = 2  # figures of each sequence and groups of items are kept
@@ -52,7 +53,7 @@ class Contender(Value):
 
     @property
     def key(self) -> str:
-        """Digest of what the model is: choices, blocks, GKD weights. Not its name."""
+        """Digest of what the model is made of: choices, blocks, GKD weights. Its name is not part of it."""
         return digest_of(
             layers=self.architecture.layers,
             blocks=[block.key for block in self.blocks],
@@ -62,7 +63,7 @@ class Contender(Value):
 
 
 class Lineage(Value):
-    """What a finished run leaves beside its child: the child down to every block by digest, its parent and corpus."""
+    """What a finished run writes beside its child: the parent, the corpus, and every block of the child by digest."""
 
     parent: ParentInfo
     corpus: CorpusInfo
@@ -73,7 +74,7 @@ LINEAGE = "lineage.json"
 
 
 class Evaluation(Value):
-    """Quality on test sequences, the same of each sequence, and results per benchmark."""
+    """Quality on the test sequences, their single values (`samples`), and the results of each benchmark."""
 
     quality: Quality
     samples: dict[str, tuple[float, ...]]
@@ -98,7 +99,7 @@ def contender(name: str, architecture: Architecture, blocks: Sequence[BlockRecor
 
 def parent_contender(architecture: Architecture) -> Contender:
     """The parent as a contender; `architecture` gives its totals."""
-    own = architecture.model_copy(
+    parents = architecture.model_copy(
         update={
             "method": "parent",
             "layers": (LayerChoice(),) * len(architecture.layers),
@@ -107,7 +108,7 @@ def parent_contender(architecture: Architecture) -> Contender:
             "totals": architecture.parent_totals,
         }
     )
-    return Contender(name="parent", architecture=own, blocks=())
+    return Contender(name="parent", architecture=parents, blocks=())
 
 
 def build(which: Contender, parent: ParentInfo, workspace: Path, device: str = "cpu") -> DeciLMForCausalLM:
@@ -125,14 +126,14 @@ def distill_contender(
     parent: ParentInfo,
     settings: GKD,
     workspace: Path,
-    tell: Tell = lambda done, total, text: None,
+    progress: Progress = no_progress,
 ) -> Contender:
-    """GKD of a contender; stored under its content, the teacher's and the settings."""
+    """GKD of a contender, stored under a digest of the contender, the parent's targets and the settings."""
     model = build(which, parent, workspace)
     key = digest_of(
         model=which.key, teacher=teacher.validation.sha256, steps=len(teacher.steps), settings=settings, v=gkd.VERSION
     )
-    return which.model_copy(update={"gkd": distill_globally(model, teacher, settings, workspace, key, tell)})
+    return which.model_copy(update={"gkd": distill_child(model, teacher, settings, workspace, key, progress)})
 
 
 @lru_cache(maxsize=1)
@@ -164,9 +165,9 @@ def evaluate_contender(
     workspace: Path,
     dtype: torch.dtype = torch.float32,
 ) -> Evaluation:
-    """Loss, KL and agreement on the test split, and the benchmarks; on the weights as a folder of `dtype` holds them.
+    """Loss, KL and agreement on the test split, and the benchmarks, with weights rounded to `dtype` as in an export.
 
-    The parent is what all are compared with: its own weights count, whatever the children are written in.
+    The parent, with which all are compared, keeps its own weights whatever the children are exported in.
     """
     dtype = torch.float32 if which.stage == "parent" else dtype
     path = workspace / evaluation_path(which, parent, corpus, settings, dtype)
@@ -201,7 +202,7 @@ def candidate(
     bytes_per_parameter: float,
     scored_by: str,
 ) -> Candidate:
-    """One row of the final table; speed is that of the first scenario."""
+    """A model of the final table; its speed is that of the first scenario."""
     totals = which.architecture.totals[0]
     fast = next(iter(speed.get(which.name, ())), None)
     return Candidate(

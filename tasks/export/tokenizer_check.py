@@ -1,25 +1,26 @@
-"""The tokenizer of a GGUF file in llama.cpp beside the child's in transformers: ids, text back, the chat template.
+"""Compare the tokenizer of a GGUF file in llama.cpp with the child's in transformers: ids, decoded text, chat template.
 
-Texts that hold what tokenizers differ on, every added token of the child's own, and words drawn from its vocabulary.
+They are compared on texts with what tokenizers often differ in, on every added token, and on words from the vocabulary.
 """
 
 import json
 import random
 import tempfile
 import unicodedata
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from blocks.errors import PuzzleError
-from tasks.engines.base import Load
+from tasks.engines.base import LoadOptions
 from tasks.engines.llama_cpp import LlamaCpp, LlamaSession
 from tasks.engines.openai_server import serving
 from tasks.gguf.header import read_header
-from tasks.gguf.tokenizer import WAY_OUT, TokenizerLimit, chat_templates, left_out
+from tasks.gguf.tokenizer_writer import WAY_OUT, TokenizerLimit, chat_templates, left_out
 
 TEXTS = (
     "",
@@ -73,10 +74,10 @@ class Divergence:
 
 
 def check_tokenizer(path: Path, tokenizer: Any, named: bool = False) -> list[str]:
-    """Sentences on what was compared. TokenizerLimit when a GGUF file's ids or template are not transformers'.
+    """Sentences on what was compared. Raises TokenizerLimit when a GGUF file's ids or template are not transformers'.
 
-    named: somebody named the GGUF that the tokenizer was copied from. Where its tokens are the same, differences are
-    told and not refused: llama.cpp has no nearer one.
+    named: a person named the GGUF file that the tokenizer was copied from. If its tokens are the child's, differences
+    are reported and not refused, because llama.cpp has no better tokenizer for the child.
     """
     header = read_header(path).fields
     if named:
@@ -84,17 +85,14 @@ def check_tokenizer(path: Path, tokenizer: Any, named: bool = False) -> list[str
     missing = LlamaCpp().missing()
     if missing:
         return [f"tokenizer: not compared with llama.cpp's: {missing}"]
-    session = LlamaCpp().load(path, Load(context_tokens=32))
-    try:
+    with closing(LlamaCpp().load(path, LoadOptions(context_tokens=32))) as session:
         texts = texts_for(tokenizer, session.vocab_size)
         found = [one for text in texts for one in divergences(session, tokenizer, text)]
         return [_verdict(found, len(texts), tokenizer, named), *_check_template(path, session, tokenizer)]
-    finally:
-        session.close()
 
 
 def _same_tokens(tokens: Sequence[str], tokenizer: Any) -> None:
-    """TokenizerLimit when a GGUF's tokens are not the child's."""
+    """Raise TokenizerLimit when a GGUF file's tokens are not the child's."""
     for token, index in tokenizer.get_vocab().items():
         if index < len(tokens) and tokens[index] != token:
             raise TokenizerLimit(
@@ -104,7 +102,7 @@ def _same_tokens(tokens: Sequence[str], tokenizer: Any) -> None:
 
 
 def _verdict(found: Sequence[Divergence], texts: int, tokenizer: Any, named: bool) -> str:
-    """What to say of the comparison; TokenizerLimit when the file must not be."""
+    """A sentence on the comparison. Raises TokenizerLimit when the file would tokenize otherwise than transformers."""
     composed = _composes(tokenizer)
     wrong = sorted((one for one in found if not (composed and _decomposed(one.text))), key=lambda one: len(one.text))
     differ = f"{wrong[0]} ({len(wrong)} of {texts} texts differ)" if wrong else ""
@@ -129,7 +127,7 @@ def _and_back(tokenizer: Any) -> str:
 
 
 def texts_for(tokenizer: Any, vocab_size: int) -> list[str]:
-    """The texts to compare on; none that holds an added token which was left out."""
+    """The texts to compare on, without those that hold an added token which the file does not have."""
     gone = left_out(tokenizer, vocab_size)
     added = [token.content for index, token in tokenizer.added_tokens_decoder.items() if index < vocab_size]
     texts = [*TEXTS, "".join(added), " ".join(added)]
@@ -169,7 +167,7 @@ def _decomposed(text: str) -> bool:
 
 
 def _check_template(path: Path, session: LlamaSession, tokenizer: Any) -> list[str]:
-    """Sentences on the chat template; TokenizerLimit when the file holds another than transformers."""
+    """Sentences on the chat template. Raises TokenizerLimit when the file holds another one than transformers."""
     wanted = chat_templates(tokenizer)
     written = read_header(path).fields.get("tokenizer.chat_template")
     if written != wanted.get("default"):
@@ -181,15 +179,15 @@ def _check_template(path: Path, session: LlamaSession, tokenizer: Any) -> list[s
         return []
     try:
         return [_rendered(path, session, tokenizer)]
-    except (PuzzleError, OSError, ValueError, KeyError) as error:
+    except (PuzzleError, httpx.HTTPError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0].split(" It ends with:")[0]
         return [f"chat template: the text is transformers' own; not compared as llama.cpp renders it: {reason}"]
 
 
 def _rendered(path: Path, session: LlamaSession, tokenizer: Any) -> str:
-    """llama.cpp's server renders conversations, the ids are compared with transformers'."""
+    """Have llama.cpp's server render conversations, and compare the ids with transformers'."""
     with tempfile.TemporaryDirectory(prefix="puzzle-template-") as folder:
-        how = Load(context_tokens=64)
+        how = LoadOptions(context_tokens=64)
         with serving("llama.cpp", path, how, Path(folder) / "server.log") as server:
             compared = 0
             for conversation in CONVERSATIONS:
@@ -218,10 +216,7 @@ def _own_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int] | 
 
 
 def _ask(url: str, messages: Sequence[dict[str, str]]) -> str:
-    body = json.dumps({"messages": messages}).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return str(json.load(answer)["prompt"])
-    except urllib.error.HTTPError as error:
-        raise ValueError(f"its server answers {error.read().decode(errors='replace')[:200]}") from error
+    answer = httpx.post(url, json={"messages": list(messages)}, timeout=60)
+    if answer.is_error:
+        raise ValueError(f"its server answers {answer.text[:200]}")
+    return str(answer.json()["prompt"])

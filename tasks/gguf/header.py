@@ -1,8 +1,8 @@
-"""What stands before the weights in a GGUF file: its metadata and its table of tensors, read in a tenth of a second.
+"""Read the header of a GGUF file: its metadata and its table of tensors. This takes a tenth of a second.
 
-gguf.GGUFReader makes an array of every token and merge; SmolLM2's 147,000 take it seconds, transformers reads them
-again for the config and again for the weights. `without_vocabulary` leaves a file that both get through at once.
-Source of the format: ggml's docs/gguf.md, versions 2 and 3, little-endian.
+gguf.GGUFReader makes an array of every token and merge, which takes seconds for SmolLM2's 147,000 of them, and
+transformers reads them twice more, for the config and for the weights. `without_vocabulary` writes a copy without them,
+which both read at once. The format is described in ggml's docs/gguf.md; versions 2 and 3, little-endian, are read.
 """
 
 import mmap
@@ -26,12 +26,12 @@ _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 class GgufError(ParentError):
-    """A file that is no GGUF, or none that can be read as a parent or a child."""
+    """A file that is not GGUF, or a GGUF file that cannot be read as a parent or a child."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """A tensor in the file. shape: as ggml counts, innermost first; offset: in bytes from where weights start."""
+class TensorInfo:
+    """Where a tensor lies in a file. shape: innermost first, as in ggml. offset: bytes from the start of weights."""
 
     shape: tuple[int, ...]
     type_id: int
@@ -40,34 +40,31 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """fields: metadata by key. spans: where each lies in the file, key included. entries: single values, those of
-    arrays too. table: where the table of tensors lies. weights_at: where weights start.
+    """What stands before the weights.
+
+    fields: metadata by key. spans: from where to where each field reaches in the file, with its key. table: the same of
+    the table of tensors. weights_at: where the weights start.
     """
 
     fields: dict[str, Any]
     spans: dict[str, tuple[int, int]]
-    tensors: dict[str, Place]
+    tensors: dict[str, TensorInfo]
     table: tuple[int, int]
     weights_at: int
 
     @property
     def alignment(self) -> int:
-        """Of the weights, in bytes."""
+        """Alignment of the weights, in bytes."""
         return int(self.fields.get("general.alignment", ALIGNMENT))
 
     @property
-    def entries(self) -> int:
-        """What a reader goes through one by one."""
-        return sum(len(value) if isinstance(value, list) else 1 for value in self.fields.values())
-
-    @property
     def vocabulary(self) -> list[str]:
-        """Keys of the tokenizer's lists."""
+        """Keys of the tokenizer's lists of tokens, merges, scores and types."""
         return [key for key, value in self.fields.items() if key.startswith("tokenizer.") and isinstance(value, list)]
 
 
 def read_header(path: Path) -> Header:
-    """Raises GgufError for what is no whole header of a GGUF file."""
+    """The header of a GGUF file. Raises GgufError for a file that has none, or not a whole one."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _header(_Cursor(data))
@@ -78,7 +75,7 @@ def read_header(path: Path) -> Header:
 
 
 class _Cursor:
-    """Reads one thing after the other."""
+    """Reads values one after another."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
@@ -89,7 +86,7 @@ class _Cursor:
         return value
 
     def numbers(self, kind: str, count: int) -> tuple[Any, ...]:
-        """So many of a kind; struct.error beyond the end of the file."""
+        """`count` numbers of one kind. Raises struct.error beyond the end of the file."""
         form = f"<{count}{kind}"
         values = struct.unpack_from(form, self.data, self.at)
         self.at += struct.calcsize(form)
@@ -105,7 +102,7 @@ class _Cursor:
         return found.decode("utf-8")
 
     def value(self, kind: int) -> Any:
-        """A value of the type with this number."""
+        """A value whose type has this number in the format."""
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
         if kind == _STRING:
@@ -136,28 +133,29 @@ def _header(cursor: _Cursor) -> Header:
         fields[key] = cursor.value(cursor.number("I"))
         spans[key] = start, cursor.at
     start = cursor.at
-    places = dict(_place(cursor) for _ in range(tensors))
+    infos = dict(_tensor_info(cursor) for _ in range(tensors))
     alignment = int(fields.get("general.alignment", ALIGNMENT))
     return Header(
         fields=fields,
         spans=spans,
-        tensors=places,
+        tensors=infos,
         table=(start, cursor.at),
         weights_at=-(-cursor.at // alignment) * alignment,
     )
 
 
-def _place(cursor: _Cursor) -> tuple[str, Place]:
+def _tensor_info(cursor: _Cursor) -> tuple[str, TensorInfo]:
     name = cursor.text()
     shape = cursor.numbers("Q", cursor.number("I"))
-    return name, Place(shape=shape, type_id=cursor.number("I"), offset=cursor.number("Q"))
+    return name, TensorInfo(shape=shape, type_id=cursor.number("I"), offset=cursor.number("Q"))
 
 
 def without_vocabulary(path: Path, target: Path, weights: bool, further: Sequence[Path] = ()) -> Header:
-    """A copy of the file without its tokenizer's lists, their length kept as the vocabulary's size; the whole header.
+    """Write a copy of a file without its tokenizer's lists; the size of the vocabulary is kept. Returns the whole
+    header.
 
-    weights: copy them too; otherwise the file ends in a hole of their size, which takes no disk. further: the other
-    parts of a split file, whose tensors are added.
+    weights: copy them too; otherwise the file ends in a hole of their size, which takes no room on the disk. further:
+    the other parts of a split file, whose tensors are added.
     """
     header, starts, size = _joined([path, *further])
     left_out = [*header.vocabulary, *(key for key in header.fields if key.startswith("split."))]
@@ -181,11 +179,11 @@ def without_vocabulary(path: Path, target: Path, weights: bool, further: Sequenc
 
 
 def _joined(parts: Sequence[Path]) -> tuple[Header, dict[Path, tuple[int, int]], int]:
-    """The first part's header with the tensors of all; per part, where its weights start in it and in the whole; the
-    size of all weights.
+    """The parts of a split file as one: the first part's header with the tensors of all parts; for each part, where its
+    weights start in it and in the whole; the size of all weights.
     """
     whole = read_header(parts[0])
-    tensors: dict[str, Place] = {}
+    tensors: dict[str, TensorInfo] = {}
     starts, size = {}, 0
     for part in parts:
         header = whole if part == parts[0] else read_header(part)
@@ -194,19 +192,19 @@ def _joined(parts: Sequence[Path]) -> tuple[Header, dict[Path, tuple[int, int]],
             raise GgufError(f"{part.name} holds {twice[0]}, which an earlier part holds too: fetch the parts again.")
         size += -size % whole.alignment
         for name, place in header.tensors.items():
-            tensors[name] = Place(shape=place.shape, type_id=place.type_id, offset=place.offset + size)
+            tensors[name] = TensorInfo(shape=place.shape, type_id=place.type_id, offset=place.offset + size)
         starts[part] = header.weights_at, size
         size += max(0, part.stat().st_size - header.weights_at)
     return replace(whole, tensors=tensors), starts, size
 
 
-def _table_entry(name: str, place: Place) -> bytes:
+def _table_entry(name: str, info: TensorInfo) -> bytes:
     text = name.encode()
     return (
         struct.pack("<Q", len(text))
         + text
-        + struct.pack(f"<I{len(place.shape)}Q", len(place.shape), *place.shape)
-        + struct.pack("<IQ", place.type_id, place.offset)
+        + struct.pack(f"<I{len(info.shape)}Q", len(info.shape), *info.shape)
+        + struct.pack("<IQ", info.type_id, info.offset)
     )
 
 
@@ -217,7 +215,7 @@ def _bytes(source: Any, span: tuple[int, int]) -> bytes:
 
 
 def _size_of_vocabulary(header: Header) -> bytes:
-    """The field ARCHITECTURE.vocab_size, as bytes, where only the list of tokens says it; else b""."""
+    """The field ARCHITECTURE.vocab_size as bytes; b"" where the file has that field, or no tokens."""
     key = f"{header.fields.get('general.architecture')}.vocab_size"
     tokens = header.fields.get("tokenizer.ggml.tokens")
     if tokens is None or key in header.fields:
@@ -227,13 +225,13 @@ def _size_of_vocabulary(header: Header) -> bytes:
 
 
 def stem_of(path: Path) -> str:
-    """The name of a model by its file, without the number of a part."""
+    """The name of a model from its file's name, without the number of a part."""
     part = _PART.fullmatch(path.name)
     return part["stem"] if part else path.stem
 
 
 def named_parts(path: Path) -> list[Path]:
-    """The files that belong to this one by its name; whether they exist is not asked."""
+    """All parts of a split file, from its name. Whether they exist is not checked."""
     part = _PART.fullmatch(path.name)
     if part is None:
         return [path]

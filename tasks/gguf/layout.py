@@ -1,9 +1,14 @@
-"""A child's sub-layers packed into the layers of GGUF's `deci` architecture: which tensor goes where.
+"""Which tensor of a child goes where in a GGUF file of the architecture `deci`.
 
-A deci layer is a front (attention, or one matrix, or nothing) and a SwiGLU. llama.cpp drops the front of a layer that
-has no SwiGLU, reads the head size off layer 0's head count, and knows no linear FFN. All three are avoided exactly:
-sub-layers are laid out in a row and packed anew, a linear FFN takes a front of its own, a front without a SwiGLU after
-it gets one of zeros, and a first layer without a front gets a matrix of zeros. Writer and reader follow this one plan.
+A deci layer is a front (an attention, or one matrix, or nothing) and then a SwiGLU. llama.cpp leaves out the front of a
+layer that has no SwiGLU, computes the head size from layer 0's number of heads, and has no linear FFN. So the child's
+attentions and FFNs are put in a row and packed into layers anew:
+
+* a linear FFN becomes the front of a layer,
+* a front that no SwiGLU follows gets a SwiGLU whose weights are all 0,
+* a first layer without a front gets a matrix of zeros as its front.
+
+The packed model computes exactly what the child does. Writer and reader both follow this plan.
 """
 
 from collections.abc import Sequence
@@ -15,9 +20,10 @@ FILLER_WIDTH = 32  # the narrowest SwiGLU that every quantisation can hold
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One GGUF tensor and the child's tensor it holds; without a `source` it is filled with `fill`.
+    """One GGUF tensor, and the child's tensor that it holds. Without a `source` it is filled with `fill`.
 
-    heads: the rows are permuted per head, from rotate-half to interleaved rotary embedding. optional: a bias.
+    heads: rows are reordered within each of so many heads, from rotate-half to interleaved rotary embedding. optional:
+    a bias, which the child may not have.
     """
 
     name: str
@@ -30,7 +36,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One GGUF layer: values of the three per-layer metadata arrays, and its tensors without the `blk.N.`."""
+    """One GGUF layer: its values in the three metadata arrays, and its tensors, named without `blk.N.`."""
 
     head_count: int
     head_count_kv: int
@@ -40,7 +46,7 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class _Sublayer:
-    """One sub-layer of the child: size is KV heads or intermediate size."""
+    """One attention or FFN of the child. size: its KV heads or its intermediate size."""
 
     kind: Literal["attention", "linear", "swiglu"]
     layer: int

@@ -1,7 +1,7 @@
-"""Read a GGUF file back: the child's architecture and float32 weights, whoever wrote it.
+"""Read a child from a GGUF file: its architecture, and its weights in float32.
 
-A file of tasks/gguf/writer.py holds the child's own config. Any other of the architectures `deci` and `llama`
-is read layer by layer from its metadata, with a SwiGLU of zeros taken for none.
+A file that tasks/gguf/writer.py wrote holds the child's own config. Another file, of the architecture `deci` or
+`llama`, is read layer by layer from its metadata; a SwiGLU whose weights are all 0 counts as none.
 """
 
 import json
@@ -27,7 +27,7 @@ ARCHITECTURES = ("deci", "llama")
 
 
 class GgufFile:
-    """An opened file: its metadata by key, its tensors by name."""
+    """An opened GGUF file: its metadata by key, its tensors by name."""
 
     def __init__(self, path: Path) -> None:
         header = read_header(path)
@@ -43,7 +43,7 @@ class GgufFile:
         return found
 
     def per_layer(self, key: str) -> list[int]:
-        """A field that may be one number for all layers or a list."""
+        """The values for each layer of a field that may be one number for all layers, or a list."""
         found = self.value(key)
         return list(found) if isinstance(found, list) else [found] * self.value("block_count")
 
@@ -51,11 +51,11 @@ class GgufFile:
         """A tensor's values, float32."""
         if name not in self.tensors:
             raise GgufError(f"the GGUF file has no tensor {name}: is it whole?")
-        place = self.tensors[name]
+        info = self.tensors[name]
         try:
-            kind = gguf.GGMLQuantizationType(place.type_id)
-            shape = gguf.quants.quant_shape_to_byte_shape(place.shape[::-1], kind)
-            start = self._weights_at + place.offset
+            kind = gguf.GGMLQuantizationType(info.type_id)
+            shape = gguf.quants.quant_shape_to_byte_shape(info.shape[::-1], kind)
+            start = self._weights_at + info.offset
             rows = self._data[start : start + math.prod(shape)].reshape(shape)
             return torch.from_numpy(np.array(gguf.quants.dequantize(rows, kind), dtype=np.float32))
         except (ValueError, NotImplementedError) as error:
@@ -96,7 +96,7 @@ def _plan(file: GgufFile) -> tuple[DeciLMConfig, list[Layer]]:
 
 
 def _constructor_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """What DeciLMConfig derives itself is left out."""
+    """The fields that DeciLMConfig takes; those that it derives itself are left out."""
     return {key: value for key, value in values.items() if key not in ("layer_types", "model_type", "auto_map")}
 
 
@@ -113,7 +113,7 @@ def _state(file: GgufFile, layers: list[Layer]) -> dict[str, Tensor]:
 
 
 def _foreign_config(file: GgufFile) -> DeciLMConfig:
-    """Config of a file that others wrote, from its metadata."""
+    """The config of a file that another program wrote, from its metadata."""
     heads = file.per_layer("attention.head_count")
     hidden, most = file.value("embedding_length"), max(heads)
     if file.fields.get(f"{file.architecture}.rope.scaling.type") or "rope_freqs.weight" in file.tensors:
@@ -160,7 +160,7 @@ def _foreign_blocks(file: GgufFile, heads: list[int]) -> list[dict[str, Any]]:
 
 
 def _one_to_one(file: GgufFile, config: DeciLMConfig) -> list[Layer]:
-    """Layers of a foreign file: each of its layers is one of the child's."""
+    """The layers of a file that another program wrote: each GGUF layer is one layer of the child."""
     layers = []
     for index, block in enumerate(config.block_configs):
         # a child of this layer alone packs into one GGUF layer, whose tensors are then named by the real one

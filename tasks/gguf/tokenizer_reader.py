@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tasks.gguf.splits import pre_of, split_of
-from tasks.gguf.tokenizer import CONTROL, NO_MERGE, NORMAL, UNKNOWN, USER_DEFINED
+from tasks.gguf.pre_tokenizers import pre_of, split_of
+from tasks.gguf.tokenizer_writer import CONTROL, NO_MERGE, NORMAL, UNKNOWN, USER_DEFINED
 
 
 def tokenizer_of(fields: Mapping[str, Any]) -> Any:

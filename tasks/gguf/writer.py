@@ -1,8 +1,8 @@
-"""Write a child as GGUF, architecture `deci`, for llama.cpp and all that is built on it.
+"""Write a child as a GGUF file of the architecture `deci`, for llama.cpp and programs that are built on it.
 
-The stock converter maps layers one to one, which llama.cpp then runs wrongly or not at all
-(tasks/gguf/layout.py says why); this writer packs sub-layers anew. `puzzle.config` keeps the child's own
-config, so that the file can be read back (tasks/gguf/reader.py) as the same architecture.
+llama.cpp's own converter maps layers one to one, and llama.cpp then runs some children wrongly or not at all, so this
+writer packs them anew (tasks/gguf/layout.py). The field `puzzle.config` keeps the child's config, so that the file can
+be read back as the same architecture (tasks/gguf/reader.py).
 """
 
 import json
@@ -18,6 +18,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
+from blocks.engine_limits import rope_type
 from blocks.errors import PuzzleError
 from blocks.families.base import head_dim
 from blocks.files import atomic_path
@@ -54,7 +55,7 @@ class NamedTensor:
 
 
 def write_gguf(model: Any, path: Path, precision: str, tokenizer: dict[str, Any], name: str) -> Path:
-    """Write a DeciLMForCausalLM to one GGUF file, atomically; `tokenizer` is from tasks/gguf/tokenizer.py.
+    """Write a DeciLMForCausalLM to one GGUF file, atomically; `tokenizer` is from tasks/gguf/tokenizer_writer.py.
 
     Matrices get `precision`; norms and biases stay float32, and a matrix whose rows the quantisation does not divide
     stays float16. Whether deci can express the child is asked before (blocks/engine_limits.py).
@@ -86,7 +87,7 @@ def write_gguf(model: Any, path: Path, precision: str, tokenizer: dict[str, Any]
 
 
 def _entries(config: Any, layers: list[Layer], state: dict[str, Tensor]) -> Iterator[tuple[Entry, int | None]]:
-    """Every tensor of the file and its GGUF layer; optional ones only where the model has them."""
+    """Every tensor of the file with its GGUF layer; optional tensors only where the model has them."""
     for entry in outer_entries():
         tied = entry.source == "lm_head.weight" and config.tie_word_embeddings
         if not tied:
@@ -132,7 +133,7 @@ def rotate_half(rows: Tensor, heads: int) -> Tensor:
 
 
 def rope_factors(config: Any) -> Any:
-    """Divisors of the rotary frequencies (head_dim / 2,) float32 of a llama3 scaling, else None."""
+    """Divisors of the rotary frequencies, (head_dim / 2,) float32, of a llama3 scaling; None for other scalings."""
     if rope_type(config) != "llama3":
         return None
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -142,11 +143,6 @@ def rope_factors(config: Any) -> Any:
     dim = head_dim(config)
     plain = rope_theta(config) ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     return (plain / scaled).numpy().astype(np.float32)
-
-
-def rope_type(config: Any) -> str:
-    """`default`, `linear`, `llama3` ... of a config."""
-    return str((getattr(config, "rope_parameters", None) or {}).get("rope_type") or "default")
 
 
 def rope_theta(config: Any) -> float:

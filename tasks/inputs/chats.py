@@ -1,14 +1,15 @@
-"""Chats -> text: lists of messages, as fine-tuning data holds them, through the chat template of the tokenizer.
+"""Write chats (lists of messages, as fine-tuning data holds them) as text, with the chat template of the tokenizer.
 
-Two spellings are read: `role` and `content` (OpenAI), `from` and `value` (ShareGPT). A content may be a list of parts
-of type text. A chat that cannot be written whole is `Unusable`: the reader counts and names it, and goes on.
+Two forms of messages are read: with `role` and `content` (OpenAI), and with `from` and `value` (ShareGPT). A content
+may be a list of parts of type text. A chat that cannot be written completely is `Unusable`: the reader counts it and
+goes on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from blocks.errors import CorpusError
+from blocks.errors import CorpusError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,8 +19,8 @@ ROLES = ("system", "developer", "user", "assistant")
 FIELDS = ("messages", "conversations")  # where chats stand, when no field is named
 DAY = datetime(2024, 7, 26)  # the day that Llama's templates fall back to
 DIRECTIVES = ("%d", "%-d", "%b", "%B", "%m", "%Y", "%y", "%a", "%A", "%H", "%I", "%p", "%M", "%S", "%j")
-# some templates (Llama 3, SmolLM3) write today's date into every chat; with this before them they write the same day
-# always, so that a corpus has the same tokens tomorrow. transformers passes no functions on to a template
+# Some templates (Llama 3, SmolLM3) write today's date into every chat. With this macro before them they always write
+# the same day, so that a corpus has the same tokens tomorrow. (transformers does not pass functions on to a template.)
 SAME_DAY = (
     "{%- macro strftime_now(format) -%}{{ format"
     + "".join(f" | replace('{one}', '{DAY.strftime(one)}')" for one in DIRECTIVES)
@@ -31,11 +32,11 @@ Chat = Callable[[Sequence[Message]], str]
 
 
 class Unusable(Exception):
-    """Why one line, row or document of a source is left out, as the end of a sentence: "has no field ..."."""
+    """A line, row or document of a source cannot be used. The message ends a sentence: "has no field ..."."""
 
 
 def messages_of(value: Sequence[Any]) -> list[Message]:
-    """The messages of a chat in one spelling. Raises Unusable for tools, pictures, and what is no chat."""
+    """The messages of a chat in one form. Raises Unusable for tools, pictures, and for what is not a chat."""
     if not value:
         raise Unusable("has no messages")
     messages = [_message(item, number) for number, item in enumerate(value, 1)]
@@ -49,7 +50,7 @@ def _message(item: Any, number: int) -> Message:
     speaker, content = ("role", "content") if keys.get("role") is not None else ("from", "value")
     role = keys.get(speaker)
     if not isinstance(role, str):
-        raise Unusable(f"holds a list whose item {number} is no message: neither `role` nor `from` names a speaker")
+        raise Unusable(f"holds a list whose item {number} is not a message: neither `role` nor `from` names a speaker")
     role = SPEAKERS.get(role, role)
     if keys.get("tool_calls") or keys.get("function_call") or role not in ROLES:
         called = f"of role `{role[:40]}`" if role not in ROLES else "that calls a tool"
@@ -65,17 +66,17 @@ def _content(content: Any, number: int) -> str:
     parts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
     texts = [text for text in parts if isinstance(text, str)]
     if len(texts) < len(content):
-        raise Unusable(f"has a part in message {number} that is no text")
+        raise Unusable(f"has a part in message {number} that is not text")
     return "".join(texts)
 
 
 def contents_alone(messages: Sequence[Message]) -> str:
-    """A chat where there is no template: a tiny parent is trained on the text before it has a tokenizer of its own."""
+    """A chat as text without a template. A tiny parent is trained on such text before it has a tokenizer."""
     return "\n\n".join(message["content"] for message in messages)
 
 
 def template_of(tokenizer: "PreTrainedTokenizerBase") -> Chat:
-    """Writes chats as the tokenizer's template does. The result raises Unusable, or CorpusError without a template."""
+    """Make the function that writes chats with the tokenizer's template. It raises Unusable, or CorpusError."""
     from jinja2 import TemplateError
 
     def write(messages: Sequence[Message]) -> str:
@@ -92,14 +93,10 @@ def template_of(tokenizer: "PreTrainedTokenizerBase") -> Chat:
                 tokenize=False,
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise Unusable(f"is refused by the chat template ({_short(error)})") from error
+            raise Unusable(f"is refused by the chat template ({first_line(error, 120)})") from error
         for message in messages:  # not the assistant's: templates of reasoning models leave out earlier thoughts
             if message["role"] != "assistant" and message["content"].strip() not in text:
                 raise Unusable(f"loses a message of role {message['role']} in the chat template")
         return str(text)
 
     return write
-
-
-def _short(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]

@@ -1,4 +1,4 @@
-"""Open a finished child (or any parent) from what was written of it: a Hugging Face folder or a GGUF file."""
+"""Open a finished child, or any parent, from a Hugging Face folder or a GGUF file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from blocks.errors import ChildError
+from blocks.errors import ChildError, first_line
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import read_value
 from blocks.parent import Parent, config_of
@@ -18,7 +18,7 @@ from tasks.inputs.parent_weights import weights_of
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where a child's parent lies, as far as the run's report beside the child tells."""
+    """Where a child's parent lies, as far as the run's report beside the child says."""
 
     parent_folder: Path | None = None
     parent_source: str = ""
@@ -33,19 +33,19 @@ def open_child(path: Path, dtype: torch.dtype | None = None) -> DeciLMForCausalL
         weights = weights_of(path)
         if weights.extra or "tie_word_embeddings" in weights.settings:
             raise ChildError(
-                f"{path} is no plain folder (tensors of another name, left-over ones, or a tied head that is its own): "
-                "load it with transformers and save_pretrained it."
+                f"{path} is not a plain folder (renamed or left-over tensors, or a tied head that is its own): "
+                "load it with transformers and save it with save_pretrained."
             )
         return in_precision(Parent(path).model(), dtype)
     try:
         loaded: Any = DeciLMForCausalLM.from_pretrained(path, dtype=dtype or "auto", attn_implementation="sdpa")
     except (OSError, RuntimeError, ValueError) as error:
-        raise ChildError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ChildError(f"{path} cannot be loaded: {first_line(error)}") from error
     return loaded.eval()
 
 
 def in_precision(model: DeciLMForCausalLM, dtype: torch.dtype | None) -> DeciLMForCausalLM:
-    """Round the weights; rotary frequencies stay float32, as they do when a folder is loaded."""
+    """Convert the weights in place. Rotary frequencies stay float32, as they do when a folder is loaded."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype or torch.float32)
     if dtype is not None:
@@ -54,7 +54,7 @@ def in_precision(model: DeciLMForCausalLM, dtype: torch.dtype | None) -> DeciLMF
 
 
 def origin_of(child: Path) -> Origin:
-    """The parent of a child, from `report.json` beside the child's folder; empty where there is none."""
+    """The parent of a child, from `report.json` beside the child's folder. An empty Origin where there is none."""
     report = child.resolve().parent / "report.json"
     if not report.is_file():
         return Origin(name=child.stem)

@@ -1,4 +1,7 @@
-"""What travels beside a model's weights: tokenizer, templates, generation config, licence; and its card's terms."""
+"""The files of a model's folder that are copied with its weights: tokenizer, templates, generation config, licence.
+
+Also the terms (licence, language, base model) that the model's card names.
+"""
 
 import re
 import shutil
@@ -10,6 +13,13 @@ from typing import Any
 import yaml
 
 CARD = "README.md"
+# a model's folder has a tokenizer where one of these is there
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+# what tokens depend on: these files are compared and put into fingerprints
+TOKENIZER_FILES = (
+    *TOKENIZERS,
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "merges.txt"),
+)
 HUB = "https://huggingface.co/"
 
 # paths relative to the model's folder, in lower case
@@ -22,28 +32,33 @@ PATTERNS = (
     *("*license*", "*licence*", "licenses/*", "copying*", "copyright*", "notice*", "third_party_notices*"),
     *("*use_policy*", "*use-policy*", "*terms_of_use*", "*terms-of-use*"),
 )
-# the same for the hub, which tells capitals apart
+# the same for the hub, where capital letters matter
 HUB_PATTERNS = tuple(re.sub("[a-z]", lambda found: f"[{found[0]}{found[0].upper()}]", one) for one in PATTERNS)
 NOT = (".py", ".pyc", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 TERMS = ("license", "license_name", "license_link", "language", "base_model")
 
 
 def is_companion(path: str) -> bool:
-    """Whether a file of a model's folder travels, by its relative path; weights and code never do."""
+    """Whether a file of a model's folder, by its relative path, is copied with the weights. Code never is."""
     low = path.lower()
     if low.endswith(NOT):
         return False
     return any(fnmatchcase(low, pattern) and low.count("/") == pattern.count("/") for pattern in PATTERNS)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer lies in a model's folder."""
+    return any((folder / name).is_file() for name in TOKENIZERS)
+
+
 def companions(folder: Path) -> list[Path]:
-    """Relative paths of the files in a folder that travel."""
+    """Relative paths of the files in a folder that are copied with the weights."""
     found = [path.relative_to(folder) for path in [*folder.glob("*"), *folder.glob("*/*")] if path.is_file()]
     return sorted(path for path in found if is_companion(path.as_posix()))
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy what travels from one model's folder to another's."""
+    """Copy the files that go with the weights from one model's folder to another."""
     for path in companions(source):
         (target / path).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / path, target / path)
@@ -65,7 +80,7 @@ def terms_of(folder: Path) -> dict[str, Any]:
 
 
 def write_terms(folder: Path, fields: Mapping[str, Any]) -> None:
-    """The card of a parent from GGUF: the terms that the file's own fields name; none where they name none."""
+    """Write the card of a parent that came as a GGUF file: the terms that the file's fields name, if they name any."""
     keys = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
     terms = {key: fields.get(f"general.{name}") for key, name in (keys | {"language": "languages"}).items()}
     url = str(fields.get("general.base_model.0.repo_url") or "")

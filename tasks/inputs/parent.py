@@ -1,7 +1,8 @@
-"""Any parent -> one Hugging Face folder inside the workspace, known by its content.
+"""Prepare a parent, wherever it comes from, as a Hugging Face folder in the workspace.
 
-Folder, hub id, GGUF in an installed package, or made on the spot: afterwards all are `parent/<fingerprint>/` with
-config.json, safetensors and tokenizer, checked, and free of paths. Nobody downstream asks where a parent came from.
+A parent may be a folder, a hub id, a GGUF file (also in an installed package), or a tiny model that is made for the
+run. Afterwards each is `parent/<fingerprint>/` with config.json, safetensors and tokenizer, checked, and without paths
+of this machine. Later stages do not ask where it came from.
 """
 
 import gc
@@ -19,40 +20,33 @@ from typing import Any
 
 import torch
 
-from blocks.errors import ParentError, PuzzleError
+from blocks.errors import ParentError, PuzzleError, first_line
 from blocks.families import FAMILIES, family_of
 from blocks.files import sha256_of, write_text
 from blocks.library import Fetch, digest_of, is_whole, keep, remember
 from blocks.records import ParentInfo, Ref, Value
+from blocks.resources import precision_name
 from profiles.schema import FolderParent, GgufParent, HubParent, PackageParent, ParentSource, TinyParent
 from tasks.gguf.header import Header, stem_of, without_vocabulary
-from tasks.gguf.parts import check_model, describe, dtype_of, parts_of
+from tasks.gguf.parent_file import check_model, describe, dtype_of, parts_of
 from tasks.gguf.tokenizer_reader import tokenizer_of
-from tasks.inputs.companions import CARD, HUB_PATTERNS, companions, copy_companions, write_terms
-from tasks.inputs.corpus import TOKENIZER_FILES, installed_file
+from tasks.inputs.companions import CARD, HUB_PATTERNS, companions, copy_companions, has_tokenizer, write_terms
+from tasks.inputs.installed_packages import installed_file
 from tasks.inputs.parent_weights import INDEX, WEIGHTS, check_finite, place_weights, shards_of, weights_of
 from tasks.inputs.tiny import byte_tokenizer, family_config, make_tiny_parent, training_texts
 from tasks.running.progress import say
 
 VERSION = 2  # raise it when the same source would give another folder
-SMALL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    *TOKENIZER_FILES,
-    CARD,
-    *HUB_PATTERNS,
-)
-# what save_pretrained leaves in JSON of the machine it ran on
+HUB_FILES = ("config.json", CARD, *HUB_PATTERNS, INDEX, "adapter_config.json")  # all of the hub's but weights
+# keys by which save_pretrained writes paths of this machine into JSON
 _PATH_KEYS = ("_name_or_path", "name_or_path", "_model_name_or_path")
-# what a prepared parent's config.json does not say: its code is never run, its weights are floats, and a forward gives
-# what its caller asks for
+# keys that a prepared parent's config.json does not have: its code is never run, its weights are not quantised, and a
+# forward pass returns what its caller asks for
 _LEFT_OUT = ("auto_map", "quantization_config", "output_attentions", "output_hidden_states", "return_dict")
 
 
 class Manifest(Value):
-    """What a source became: the parent, and every file of its folder by digest."""
+    """A prepared parent, and every file of its folder with its digest."""
 
     parent: ParentInfo
     files: tuple[Ref, ...]
@@ -61,10 +55,10 @@ class Manifest(Value):
 def prepare_parent(
     source: ParentSource, workspace: Path, corpus_text: Callable[[], Iterable[str]] | None
 ) -> ParentInfo:
-    """Normalise a parent to `workspace/parent/<first 16 digits of its fingerprint>/`; idempotent and atomic.
+    """Prepare a parent as `workspace/parent/<first 16 digits of its fingerprint>/`; one that is there is used again.
 
-    `corpus_text` gives the documents a tiny parent is trained on; other kinds do not read it. A hub revision such as
-    `main` is resolved once per workspace, the commit it stood for is recorded. Raises ParentError.
+    `corpus_text` gives the documents that a tiny parent is trained on; other kinds do not read it. A hub revision such
+    as `main` is looked up once per workspace, and its commit is recorded. Raises ParentError.
     """
     texts = _texts_for(source, corpus_text)
     manifest = workspace / "parent" / f"{_source_key(source, texts)}.json"
@@ -89,7 +83,7 @@ def prepare_parent(
 
 
 def check_source(source: FolderParent | GgufParent) -> None:
-    """ParentError for a folder or file that is not there or is no parent by its config; weights are not read."""
+    """Raise ParentError for a folder or file that is missing or cannot be a parent by its config."""
     if isinstance(source, GgufParent):
         parts_of(_gguf_file(source))
     else:
@@ -97,8 +91,10 @@ def check_source(source: FolderParent | GgufParent) -> None:
 
 
 def write_config(source: ParentSource, folder: Path) -> None:
-    """The config.json that `prepare_parent` would leave, without weights: nothing is converted, trained or downloaded
-    but that file; the weights of a folder are held against it by their headers. Raises ParentError.
+    """Write the config.json that `prepare_parent` would write, and no weights.
+
+    Nothing is converted or trained, and nothing else is downloaded. The headers of a folder's weights are checked
+    against the config. Raises ParentError.
     """
     if isinstance(source, TinyParent):
         family_config(source, len(byte_tokenizer())).save_pretrained(folder)
@@ -115,7 +111,7 @@ def write_config(source: ParentSource, folder: Path) -> None:
 
 
 def _gguf_config(path: Path) -> Any:
-    """The config that the metadata of a GGUF file stands for; its tensors are not read."""
+    """The config of a GGUF file, from its metadata. Its tensors are not read."""
     from transformers import AutoConfig
 
     try:
@@ -125,10 +121,8 @@ def _gguf_config(path: Path) -> Any:
     except PuzzleError:
         raise
     except Exception as error:  # nothing more precise is raised
-        raise ParentError(f"{path.name} cannot be read as GGUF: {_first_line(error)}") from error
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        with suppress(AttributeError):
-            delattr(config, name)
+        raise ParentError(f"{path.name} cannot be read as GGUF: {first_line(error)}") from error
+    _forget_quantisation(config)
     config.dtype = dtype_of(header)
     check_config(config.to_dict())
     check_model(header, config, path.name)
@@ -144,7 +138,7 @@ def _texts_for(source: ParentSource, corpus_text: Callable[[], Iterable[str]] | 
 
 
 def _source_key(source: ParentSource, texts: list[str]) -> str:
-    """Digest of a source and of the state it is in, without reading its weights."""
+    """A digest of a source and of the state that it is in. Weights are not read, except those in packages."""
     content: Any = None
     if isinstance(source, FolderParent):
         folder = _source_folder(source)
@@ -165,8 +159,8 @@ def _source_key(source: ParentSource, texts: list[str]) -> str:
 
 
 def _make(source: ParentSource, folder: Path, texts: list[str]) -> tuple[str, tuple[str, ...]]:
-    """Write the parent to `folder`; returns its revision (commit or package version, "" if it has none) and what a
-    person should know of it.
+    """Write the parent to `folder`. Returns its revision (commit or package version, "" if it has none) and sentences
+    on what a person should know of it.
     """
     if isinstance(source, TinyParent):
         make_tiny_parent(source, folder, texts)
@@ -193,7 +187,7 @@ def name_of(source: ParentSource) -> str:
 
 
 def _names(source: ParentSource) -> tuple[str, str]:
-    """Name of the parent, and a word on where it came from; no paths of this machine."""
+    """Name of the parent, and a few words on where it came from, without paths of this machine."""
     if isinstance(source, TinyParent):
         return f"tiny-{source.family}", f"tiny, seed {source.seed}, {source.train_steps} steps"
     if isinstance(source, PackageParent):
@@ -221,7 +215,7 @@ def _manifest(source: ParentSource, folder: Path, revision: str, notes: tuple[st
 
 
 def _fingerprint(folder: Path, digests: dict[str, str]) -> str:
-    """sha256 over config (without paths and library version), weight files and tokenizer."""
+    """sha256 of config (without the version of transformers), weight files and tokenizer."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kept = {key: value for key, value in config.items() if key != "transformers_version"}
     files = {n: digest for n, digest in digests.items() if n.endswith(".safetensors") or n == "tokenizer.json"}
@@ -230,7 +224,7 @@ def _fingerprint(folder: Path, digests: dict[str, str]) -> str:
 
 
 def _install(folder: Path, workspace: Path, made: Manifest) -> None:
-    """Move a finished folder into place. One that is whole is kept: another run may be reading it."""
+    """Move a finished folder into place. A folder that is there and complete is kept: another run may be reading it."""
     target = workspace / made.parent.folder
     if all(is_whole(workspace, ref) for ref in made.files):
         return
@@ -240,7 +234,7 @@ def _install(folder: Path, workspace: Path, made: Manifest) -> None:
 
 
 def _clean(folder: Path) -> None:
-    """Take paths of this machine out of the JSON files; make what safetensors wrote readable like the rest."""
+    """Take paths of this machine out of the JSON files, and make the files that safetensors wrote readable for all."""
     for path in folder.iterdir():
         if path.is_file() and path.stat().st_nlink == 1:  # a hard link shares its mode with the hub's cache
             path.chmod(0o644)
@@ -267,7 +261,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def check_config(config: dict[str, Any], trust_remote_code: bool = False) -> None:
-    """ParentError for a config.json that no family here understands, judged before any weights are fetched."""
+    """Raise ParentError for a config.json that no family here understands. No weights are needed for this."""
     model_type = config.get("model_type")
     if model_type == "nemotron-nas":
         raise ParentError(
@@ -296,13 +290,13 @@ def check_config(config: dict[str, Any], trust_remote_code: bool = False) -> Non
 
 
 def check_parent(folder: Path) -> None:
-    """ParentError unless config, weights and tokenizer of a normalised folder are usable together."""
+    """Raise ParentError unless config, weights and tokenizer of a prepared folder fit together."""
     from transformers import AutoTokenizer
 
     try:
         AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # without it, transformers asks at the console
     except Exception as error:  # tokenizers raises nothing more precise
-        raise ParentError(f"config or tokenizer of the parent cannot be loaded: {_first_line(error)}") from error
+        raise ParentError(f"config or tokenizer of the parent cannot be loaded: {first_line(error)}") from error
     check_finite(folder, weights_of(folder))
 
 
@@ -322,7 +316,9 @@ def _source_folder(source: FolderParent) -> Path:
 def _copy_folder(
     source: Path, target: Path, trust_remote_code: bool, place: Callable[[Path, Path], Any]
 ) -> tuple[str, ...]:
-    """Small files are copied, weights `place`d; whatever else lies in the folder stays there. Returns notes."""
+    """Copy tokenizer, card and the like, and bring weights to `target` with `place`; other files are left out. Returns
+    notes.
+    """
     values = _read_json(source / "config.json")
     check_config(values, trust_remote_code)
     if (source / "adapter_config.json").is_file():
@@ -331,18 +327,17 @@ def _copy_folder(
             "merge_and_unload, then save_pretrained), or take it out of the folder."
         )
     weights = weights_of(source)
-    small = [source / name for name in SMALL_FILES if (source / name).is_file()]
     tokenizer = source / "tokenizer_config.json"
     if not trust_remote_code and tokenizer.is_file() and "auto_map" in _read_json(tokenizer):
         raise ParentError(
             "the parent's tokenizer brings Python code of its own (auto_map in tokenizer_config.json), which is not "
             "run here: set trust_remote_code: true if tokenizer.json does without it."
         )
-    if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & {path.name for path in small}:
+    if not has_tokenizer(source):
         raise ParentError(f"{source.name} has no tokenizer: add tokenizer.json or tokenizer.model.")
     copy_companions(source, target)
-    for path in small:
-        shutil.copyfile(path, target / path.name)
+    if (source / CARD).is_file():
+        shutil.copyfile(source / CARD, target / CARD)
     place_weights(source, target, weights, place)
     values = {key: value for key, value in values.items() if key not in _LEFT_OUT} | dict(weights.settings)
     write_text(target / "config.json", json.dumps(values, ensure_ascii=False))
@@ -350,7 +345,7 @@ def _copy_folder(
 
 
 def _link(source: Path, target: Path) -> None:
-    """Hard link to the file itself (a hub snapshot is made of symlinks); a copy on another file system."""
+    """Link to the file itself (a hub snapshot is made of symbolic links), or copy it to another file system."""
     try:
         os.link(source.resolve(), target)
     except OSError:
@@ -358,7 +353,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _download(source: HubParent, config_only: bool = False) -> Path:
-    """The hub's snapshot folder, named by its commit; only the files that are needed."""
+    """Fetch the files that are needed from the hub. Returns the snapshot's folder, which is named by its commit."""
     from huggingface_hub import snapshot_download
 
     def fetch(revision: str, names: Iterable[str]) -> Path:
@@ -366,19 +361,18 @@ def _download(source: HubParent, config_only: bool = False) -> Path:
             return Path(snapshot_download(source.hub_id, revision=revision, allow_patterns=list(names)))
         except (OSError, ValueError) as error:
             raise ParentError(
-                f"{source.hub_id} at `{source.revision}` cannot be fetched from the hub: {_first_line(error)} "
+                f"{source.hub_id} at `{source.revision}` cannot be fetched from the hub: {first_line(error)} "
                 "Check id, revision, network and, for a gated model, `hf auth login`."
             ) from error
 
     if config_only:
         return fetch(source.revision, ["config.json"])
-    small = [*SMALL_FILES, INDEX, "adapter_config.json"]
-    snapshot = fetch(source.revision, small)
+    snapshot = fetch(source.revision, HUB_FILES)
     check_config(_read_json(snapshot / "config.json"), source.trust_remote_code)
-    whole = fetch(snapshot.name, [*small, WEIGHTS])
+    whole = fetch(snapshot.name, [*HUB_FILES, WEIGHTS])
     if (whole / WEIGHTS).is_file() or not (whole / INDEX).is_file():
         return whole
-    return fetch(snapshot.name, [*small, *shards_of(whole)])
+    return fetch(snapshot.name, [*HUB_FILES, *shards_of(whole)])
 
 
 def _gguf_file(source: PackageParent | GgufParent) -> Path:
@@ -393,7 +387,7 @@ def _gguf_file(source: PackageParent | GgufParent) -> Path:
 
 
 def _convert_gguf(path: Path, folder: Path) -> Header:
-    """De-quantise a GGUF file, all parts of a split one, to float32 safetensors; returns its header."""
+    """Write the weights of a GGUF file (all parts of a split one) as float32 safetensors. Returns its header."""
     from transformers import AutoModelForCausalLM
 
     config = _gguf_config(path)
@@ -407,23 +401,29 @@ def _convert_gguf(path: Path, folder: Path) -> Header:
     except PuzzleError:
         raise
     except Exception as error:  # tokenizers raises nothing more precise
-        raise ParentError(f"{path.name} cannot be read as GGUF: {_first_line(error)}") from error
+        raise ParentError(f"{path.name} cannot be read as GGUF: {first_line(error)}") from error
     # the weights are plain float32 by now, but transformers still takes the model for a quantised one
     model.hf_quantizer, model.is_quantized = None, False
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        with suppress(AttributeError):
-            delattr(model.config, name)
+    _forget_quantisation(model.config)
     model.save_pretrained(folder, max_shard_size="1TB")
     tokenizer.save_pretrained(folder)
     write_terms(folder, header.fields)
-    values = _read_json(folder / "config.json") | {"dtype": str(config.dtype).removeprefix("torch.")}
+    values = _read_json(folder / "config.json") | {"dtype": precision_name(config.dtype)}
     write_text(folder / "config.json", json.dumps(values, ensure_ascii=False))
     return header
 
 
+def _forget_quantisation(config: Any) -> None:
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        with suppress(AttributeError):
+            delattr(config, name)
+
+
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """No garbage is looked for meanwhile: millions of names in tables set it off again and again (half of the time)."""
+    """Switch garbage collection off meanwhile: millions of new strings would trigger it so often that it takes half of
+    the time.
+    """
     before = gc.isenabled()
     gc.disable()
     try:
@@ -431,7 +431,3 @@ def _without_collection() -> Iterator[None]:
     finally:
         if before:
             gc.enable()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

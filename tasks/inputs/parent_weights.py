@@ -1,8 +1,8 @@
-"""The weights of a folder, every name and shape held against its config.json, as transformers would load them.
+"""The weights of a folder as transformers would load them, with every name and shape checked against config.json.
 
-A model is built from the config without memory, and the headers of the safetensors files are compared with it: what
-transformers renames, ties or ignores is renamed, tied or ignored; what is missing or different is refused. The parent's
-folder then holds the model's tensors and no others.
+The config gives a model without memory (on torch's meta device), and the headers of the safetensors files are compared
+with it. What transformers renames, ties or ignores is renamed, tied or ignored here too. What is missing or has another
+shape is refused. The prepared parent's folder then holds exactly the tensors of the model.
 """
 
 import json
@@ -16,8 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from blocks.errors import ParentError
+from blocks.errors import ParentError, first_line, first_names
 from blocks.families import family_of
+from blocks.resources import precision_name
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -28,8 +29,8 @@ _LAYER = re.compile(r".*\.layers\.\d+\.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """A tensor of a file, by its header. dtype: as safetensors names it."""
+class StoredTensor:
+    """A tensor of a safetensors file, from its header. dtype: by safetensors' name."""
 
     file: str
     name: str
@@ -39,7 +40,11 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What a config asks for. tied: a name and the one whose tensor it shares; base: prefix of all but the head."""
+    """What a config asks for.
+
+    shapes: of every tensor, by name. tied: a tensor's name, and the name of the one that it is the same as. base:
+    prefix of all names but the head's. ignored: names that transformers ignores.
+    """
 
     shapes: Mapping[str, list[int]]
     tied: Mapping[str, str]
@@ -47,7 +52,7 @@ class Model:
     ignored: re.Pattern[str]
 
     def name(self, stored: str) -> str:
-        """The model's name of a stored tensor: transformers adds and takes away the prefix of the base model."""
+        """The model's name of a stored tensor. transformers adds or takes away the prefix of the base model."""
         short = stored.removeprefix(f"{self.base}.")
         if short != stored and short in self.shapes:
             return short
@@ -56,11 +61,13 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """tensors: by the model's names. extra: files that hold something else too. settings: what config.json should say;
-    notes: what a person should know of the parent.
+    """The weights of a folder.
+
+    tensors: by the model's names. extra: files that hold something else too. settings: what config.json should say.
+    notes: sentences on what a person should know of the parent.
     """
 
-    tensors: Mapping[str, Found]
+    tensors: Mapping[str, StoredTensor]
     extra: frozenset[str]
     settings: Mapping[str, Any]
     notes: tuple[str, ...]
@@ -72,8 +79,9 @@ class Weights:
 
 
 def weights_of(folder: Path) -> Weights:
-    """The weights of a folder as transformers would load them. Raises ParentError where it would make some up, or
-    where they are not what config.json says.
+    """The weights of a folder as transformers would load them.
+
+    Raises ParentError where transformers would fill some in, or where they are not what config.json says.
     """
     model = model_of(folder)
     everything = [found for file in weight_files(folder) for found in _header(folder, file)]
@@ -87,19 +95,22 @@ def weights_of(folder: Path) -> Weights:
     dtype = _stored_in(tensors.values())
     notes = [*ties.values()]
     if left:
-        notes.append(f"ignored, as transformers ignores them: {_some(left)}")
+        notes.append(f"ignored, as transformers ignores them: {first_names(left)}")
     if dtype is None:
-        kinds = sorted({found.dtype for found in tensors.values()})
+        kinds = sorted({precision_name(DTYPES[found.dtype]) for found in tensors.values()})
         notes.append(f"its weights are of several dtypes ({', '.join(kinds)}); it is computed in float32")
     settings: dict[str, Any] = {"tie_word_embeddings": False} if ties else {}
     if not _says_dtype(folder):
-        settings["dtype"] = str(dtype or torch.float32).removeprefix("torch.")
+        settings["dtype"] = precision_name(dtype or torch.float32)
     extra = renamed | {found.file for found in others}
     return Weights(tensors=tensors, extra=frozenset(extra), settings=settings, notes=tuple(notes))
 
 
 def place_weights(source: Path, target: Path, weights: Weights, place: Callable[[Path, Path], Any]) -> None:
-    """The model's tensors in `target`: files are `place`d; one with others in it, or other names, is written anew."""
+    """Bring the model's tensors to the folder `target`.
+
+    A file is brought there with `place`; one that holds other tensors too, or has other names, is written anew.
+    """
     for file in weights.files:
         if file not in weights.extra:
             place(source / file, target / file)
@@ -115,7 +126,7 @@ def place_weights(source: Path, target: Path, weights: Weights, place: Callable[
 
 
 def check_finite(folder: Path, weights: Weights) -> None:
-    """ParentError for a weight that is no number; every tensor is read once."""
+    """Raise ParentError for a weight that is NaN or infinite. Every tensor is read once."""
     for file in weights.files:
         with safe_open(folder / file, framework="pt") as opened:
             for found in weights.tensors.values():
@@ -127,7 +138,7 @@ def check_finite(folder: Path, weights: Weights) -> None:
 
 
 def model_of(folder: Path) -> Model:
-    """What the config.json of a folder asks for; takes no memory."""
+    """What the config.json of a folder asks for. No memory is used for weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -138,7 +149,7 @@ def model_of(folder: Path) -> Model:
     except ParentError:
         raise
     except Exception as error:  # transformers raises nothing more precise
-        raise ParentError(f"no model can be built from the parent's config.json: {_first_line(error)}") from error
+        raise ParentError(f"no model can be built from the parent's config.json: {first_line(error)}") from error
     patterns = [_LEFT_OVER, *(model._keys_to_ignore_on_load_unexpected or ())]
     return Model(
         shapes={name: list(tensor.shape) for name, tensor in model.state_dict().items()},
@@ -175,27 +186,27 @@ def shards_of(folder: Path) -> list[str]:
         values = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         return sorted({str(name) for name in values["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ParentError(f"{INDEX} of {folder.name} is no index of weights: fetch the parent again.") from None
+        raise ParentError(f"{INDEX} of {folder.name} is not an index of weights: fetch the parent again.") from None
 
 
-def _header(folder: Path, file: str) -> list[Found]:
+def _header(folder: Path, file: str) -> list[StoredTensor]:
     try:
         with safe_open(folder / file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
             return [
-                Found(file=file, name=name, shape=list(part.get_shape()), dtype=str(part.get_dtype()))
+                StoredTensor(file=file, name=name, shape=list(part.get_shape()), dtype=str(part.get_dtype()))
                 for name, part in slices.items()
             ]
     except (SafetensorError, OSError) as error:
         raise ParentError(
-            f"{file} is not a whole safetensors file ({_first_line(error)}): fetch it again "
+            f"{file} is not a whole safetensors file ({first_line(error)}): fetch it again "
             "(a file of a few hundred bytes is a Git LFS pointer)."
         ) from error
 
 
-def _assigned(everything: Iterable[Found], model: Model) -> tuple[dict[str, Found], list[Found]]:
+def _assigned(everything: Iterable[StoredTensor], model: Model) -> tuple[dict[str, StoredTensor], list[StoredTensor]]:
     """Tensors by the model's names, and those that it has no name for."""
-    tensors: dict[str, Found] = {}
+    tensors: dict[str, StoredTensor] = {}
     others = []
     for found in everything:
         name = model.name(found.name)
@@ -212,8 +223,8 @@ def _assigned(everything: Iterable[Found], model: Model) -> tuple[dict[str, Foun
     return tensors, others
 
 
-def _tied(folder: Path, tensors: dict[str, Found], model: Model) -> dict[str, str]:
-    """Settle tensors that the config ties, as transformers does; returns a note for each that is not tied after all."""
+def _tied(folder: Path, tensors: dict[str, StoredTensor], model: Model) -> dict[str, str]:
+    """Treat tensors that the config ties as transformers does. Returns a sentence for each that is not tied."""
     notes = {}
     for name, shared in model.tied.items():
         if name in tensors and shared not in tensors:
@@ -226,7 +237,7 @@ def _tied(folder: Path, tensors: dict[str, Found], model: Model) -> dict[str, st
     return notes
 
 
-def _same(folder: Path, first: Found, second: Found) -> bool:
+def _same(folder: Path, first: StoredTensor, second: StoredTensor) -> bool:
     if first.shape != second.shape:
         return False
     with safe_open(folder / first.file, framework="pt") as one, safe_open(folder / second.file, framework="pt") as two:
@@ -234,14 +245,16 @@ def _same(folder: Path, first: Found, second: Found) -> bool:
         return bool(torch.equal(a.to(torch.float32), b.to(torch.float32)))
 
 
-def _check_names(folder: Path, tensors: Mapping[str, Found], others: Iterable[Found], model: Model) -> None:
-    """ParentError for what the model needs and the files lack, and for what the files have where the model computes."""
+def _check_names(
+    folder: Path, tensors: Mapping[str, StoredTensor], others: Iterable[StoredTensor], model: Model
+) -> None:
+    """Raise ParentError for tensors that the model needs and the files lack, and for tensors within the model's layers
+    that the model does not have.
+    """
     missing = [name for name in model.shapes if name not in tensors and model.tied.get(name) not in tensors]
     if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        raise ParentError(
-            f"the weights do not fit config.json: {_some(missing)} {verb} missing.{_advice(folder, missing, others)}"
-        )
+        what = f"{first_names(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+        raise ParentError(f"the weights do not fit config.json: {what}.{_advice(folder, missing, others)}")
     modules = {name.rpartition(".")[0] for name in model.shapes}
     layers = {match[0] for name in modules if (match := _LAYER.match(name))}
     misplaced = [
@@ -251,17 +264,16 @@ def _check_names(folder: Path, tensors: Mapping[str, Found], others: Iterable[Fo
         and _computes(model.name(found.name), found, modules, layers, model.base)
     ]
     if misplaced:
-        verb = "is" if len(misplaced) == 1 else "are"
         raise ParentError(
-            f"the weights hold {_some(misplaced)}, for which a model of this config.json has no place: it would not "
-            "compute what was trained. Set what is missing in config.json (such as attention_bias or "
+            f"the weights hold {first_names(misplaced)}, for which a model of this config.json has no place: it would "
+            "not compute what was trained. Set what is missing in config.json (such as attention_bias or "
             "model_type), merge adapters into the weights, or take the tensors out."
         )
 
 
-def _computes(name: str, found: Found, modules: set[str], layers: set[str], base: str) -> bool:
-    """True for a tensor within a layer or module that the model computes with; a mask is none: it holds booleans, or
-    has more dimensions than any weight.
+def _computes(name: str, found: StoredTensor, modules: set[str], layers: set[str], base: str) -> bool:
+    """Whether a tensor lies in a layer or module that the model computes with. A mask does not count: it holds
+    booleans, or has more dimensions than any weight.
     """
     if found.dtype in ("BOOL", "U8") or len(found.shape) > 2:
         return False
@@ -271,8 +283,8 @@ def _computes(name: str, found: Found, modules: set[str], layers: set[str], base
     return inside or bool(parents & modules)
 
 
-def _advice(folder: Path, missing: list[str], others: Iterable[Found]) -> str:
-    """What may be done about missing tensors."""
+def _advice(folder: Path, missing: list[str], others: Iterable[StoredTensor]) -> str:
+    """A sentence on what to do about missing tensors."""
     if missing == ["lm_head.weight"]:
         return " Set tie_word_embeddings: true in config.json if the head is the embedding; otherwise fetch it again."
     used = set(weight_files(folder))
@@ -282,11 +294,11 @@ def _advice(folder: Path, missing: list[str], others: Iterable[Found]) -> str:
                 f" {path.name} holds it, but {INDEX if used != {WEIGHTS} else WEIGHTS} is what is read: mend the index."
             )
     names = [found.name for found in others]
-    seen = f" The files have {_some(names)} instead." if names else ""
+    seen = f" The files have {first_names(names)} instead." if names else ""
     return f"{seen} Fetch the parent again, or correct config.json."
 
 
-def _check_tensor(name: str, found: Found, shape: list[int]) -> None:
+def _check_tensor(name: str, found: StoredTensor, shape: list[int]) -> None:
     if found.shape != shape:
         raise ParentError(
             f"the weights do not fit config.json: {found.name} has shape {found.shape}, expected {shape}. All "
@@ -299,8 +311,8 @@ def _check_tensor(name: str, found: Found, shape: list[int]) -> None:
         )
 
 
-def _stored_in(tensors: Iterable[Found]) -> torch.dtype | None:
-    """The dtype of the weights, None where they are of several."""
+def _stored_in(tensors: Iterable[StoredTensor]) -> torch.dtype | None:
+    """The dtype of the weights; None where they have several."""
     kinds = {DTYPES[found.dtype] for found in tensors}
     return kinds.pop() if len(kinds) == 1 else None
 
@@ -308,12 +320,3 @@ def _stored_in(tensors: Iterable[Found]) -> torch.dtype | None:
 def _says_dtype(folder: Path) -> bool:
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return any(values.get(key) is not None for key in ("dtype", "torch_dtype"))
-
-
-def _some(names: list[str]) -> str:
-    """The first few names."""
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

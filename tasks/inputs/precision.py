@@ -1,4 +1,4 @@
-"""The number format of a child's weights: what the profile names, else its parent's."""
+"""The number format of a child's weights: the one that the profile names, else its parent's."""
 
 from typing import TYPE_CHECKING, cast
 
@@ -6,13 +6,14 @@ import torch
 
 from blocks.errors import PuzzleFailure
 from blocks.parent import Parent
+from blocks.resources import precision_name
 from profiles.schema import Hardware, Precision
 
 if TYPE_CHECKING:
     from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 
-# formats of a Hugging Face folder; float8 and q8_0 are made by an engine, from weights in one of these
-FOLDER_FORMATS = ("float32", "bfloat16", "float16")
+# precisions that a Hugging Face folder can have; an engine makes float8 and q8_0 from weights in one of these
+FOLDER_PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 class RoundingError(PuzzleFailure):
@@ -20,33 +21,33 @@ class RoundingError(PuzzleFailure):
 
 
 def is_named(hardware: Hardware) -> bool:
-    """Whether the profile itself names a precision; the default says what is measured in, not what the child is."""
+    """Whether the profile names a precision. The default is what costs are measured in, not the format of the child."""
     return "precision" in hardware.model_fields_set
 
 
 def served_precision(hardware: Hardware, parent: Parent) -> Precision:
-    """What the child's weights are served in, of which memory and bytes are told."""
-    return hardware.precision if is_named(hardware) else cast(Precision, _name(parent.dtype))
+    """The format in which the child is served: memory and bytes are counted in it."""
+    return hardware.precision if is_named(hardware) else cast(Precision, precision_name(parent.dtype))
 
 
 def child_dtype(hardware: Hardware, parent: Parent) -> torch.dtype:
-    """What the weights in the child's folder are."""
-    named = is_named(hardware) and hardware.precision in FOLDER_FORMATS
+    """The dtype of the weights in the child's folder."""
+    named = is_named(hardware) and hardware.precision in FOLDER_PRECISIONS
     return getattr(torch, hardware.precision) if named else parent.dtype
 
 
 def why(hardware: Hardware, parent: Parent) -> str:
     """A sentence for the model card: the format of the weights, and why it is this one."""
-    name, dtype = _name(child_dtype(hardware, parent)), _name(parent.dtype)
+    name, dtype = precision_name(child_dtype(hardware, parent)), precision_name(parent.dtype)
     if not is_named(hardware):
         reason = "as the parent's; the profile names no `hardware.precision`"
-    elif hardware.precision in FOLDER_FORMATS:
+    elif hardware.precision in FOLDER_PRECISIONS:
         reason = f"as the profile's `hardware.precision` names it; the parent's are {dtype}"
     else:
         reason = f"as the parent's: the {hardware.precision} that the profile names is made of them by the engine"
-    told = f"The weights are {name}, {reason}. Quality was measured on these very weights, products in float32."
+    sentence = f"The weights are {name}, {reason}. Quality was measured on these very weights, products in float32."
     measured = hardware.engine != "roofline" and served_precision(hardware, parent) != hardware.precision
-    return told + (f" Times were measured in {hardware.precision}." if measured else "")
+    return sentence + (f" Times were measured in {hardware.precision}." if measured else "")
 
 
 def as_written(model: "DeciLMForCausalLM", dtype: torch.dtype) -> "DeciLMForCausalLM":
@@ -57,12 +58,9 @@ def as_written(model: "DeciLMForCausalLM", dtype: torch.dtype) -> "DeciLMForCaus
         rounded = parameter.data.to(dtype)
         if rounded.isinf().any() > parameter.data.isinf().any():
             raise RoundingError(
-                f"{name} holds weights beyond {torch.finfo(dtype).max:.3g}, the largest number of {_name(dtype)}. Set "
-                "hardware.precision: bfloat16 in the profile (or float32) and run again; what was trained is kept."
+                f"{name} holds weights beyond {torch.finfo(dtype).max:.3g}, the largest number of "
+                f"{precision_name(dtype)}. Set hardware.precision: bfloat16 in the profile (or float32) and run again; "
+                "what was trained is kept."
             )
         parameter.data = rounded.to(parameter.dtype)
     return model
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,12 +1,12 @@
-"""Which layers and variants a profile asks for, checked against the parent's config."""
+"""The layers and variants that a profile asks for, checked against the parent's config."""
 
 from typing import Any
 
 from blocks.engine_limits import check_parent, refusal
 from blocks.errors import PuzzleError
+from blocks.kinds import parse_labels
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock
-from blocks.variant import parse_labels
 from profiles.schema import Profile, SearchSpace
 
 
@@ -16,7 +16,7 @@ def layers_of(profile: Profile, reader: Parent) -> list[int]:
 
 
 def check_search_space(profile: Profile, reader: Parent) -> None:
-    """UnknownVariant or PuzzleError for a search space this parent cannot have."""
+    """Raise UnknownVariant or PuzzleError for a search space that this parent cannot have."""
     for subblock in SUBBLOCKS:
         parse_labels(subblock, getattr(profile.search_space, subblock), reader.config)
         parse_labels(subblock, getattr(profile.bld, f"coupled_{subblock}"), reader.config)
@@ -32,19 +32,21 @@ def refused(profile: Profile, config: Any, layer: int, attention: str, ffn: str)
 
 
 def refused_alone(profile: Profile, config: Any, layer: int, subblock: Subblock, label: str) -> str | None:
-    """The same of one variant beside the parent's other subblock."""
+    """Why an engine that has to run the child cannot run one variant beside the parent's other subblock; None when it
+    can.
+    """
     choice = LayerChoice().model_copy(update={subblock: label})
     return refused(profile, config, layer, choice.attention, choice.ffn)
 
 
 def target_engines(profile: Profile) -> tuple[str, ...]:
-    """The engines that have to run the child; a roofline runs nothing."""
+    """The engines that have to run the child. The engine `roofline` is a model and runs nothing."""
     hardware = profile.hardware
     return tuple(name for name in dict.fromkeys((hardware.engine, *hardware.must_run)) if name != "roofline")
 
 
 def measured_space(profile: Profile) -> SearchSpace:
-    """The search space with the labels that only whole, coupled blocks use."""
+    """The variants whose costs are measured: those of the search space, and those that only coupled blocks use."""
     space, settings = profile.search_space, profile.bld
     if not settings.coupled:
         return space

@@ -1,9 +1,9 @@
-"""Text, jsonl and parquet files -> texts, one file after another, never a whole file in memory.
+"""Read texts from text, jsonl and parquet files, one after another, never a whole file in memory.
 
-An own reader, since `datasets` does not cope with files as they are found: its jsonl reader takes the types of all
-columns from the first 10 MiB and fails when one of them changes later, wanted or not; its text reader holds a file
-whole; its parquet reader casts every file to the types of the first. Here the wanted field alone is looked at. A line,
-row or document that is of no use is counted and named; a file most of which is of no use is refused.
+The package `datasets` is not used, because it fails on many real files: its jsonl reader takes the types of all columns
+from the first 10 MiB and fails when any of them changes later; its text reader holds a whole file; its parquet reader
+converts every file to the types of the first. Here only the wanted field is read. Lines, rows and documents that cannot
+be used are counted and reported; a file is refused when most of it cannot be used.
 """
 
 import bz2
@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from blocks.errors import CorpusError
+from blocks.errors import CorpusError, first_line
 from profiles.schema import TextSource
 from tasks.inputs.chats import FIELDS, Chat, Unusable, messages_of
 
@@ -41,7 +41,7 @@ JSON_ARRAY = re.compile(rb'(\xef\xbb\xbf)?\s*\[\s*[\[{"]')
 
 @dataclass
 class Tally:
-    """How many lines, rows or documents of a file were read, and which were of no use."""
+    """How many lines, rows or documents of a file were read, how many could not be used, and the first of those."""
 
     name: str
     unit: str
@@ -51,14 +51,14 @@ class Tally:
     first: str = ""
 
     def skip(self, number: int, reason: str) -> None:
-        """One is of no use. Raises CorpusError when so many are that reading on makes no sense."""
+        """Count one that cannot be used. Raises CorpusError when so many cannot that reading on makes no sense."""
         self.bad += 1
         self.first = self.first or f"{self.unit} {number} {reason}"
         if self.bad >= self.patience:
             self.judge()
 
     def judge(self) -> None:
-        """Raises CorpusError when most are of no use."""
+        """Raise CorpusError when most cannot be used."""
         if 2 * self.bad > self.read:
             raise CorpusError(
                 f"{self.name} cannot be read: {self.bad:,} of {self.read:,} {self.unit}s are of no use, the first: "
@@ -67,7 +67,7 @@ class Tally:
 
 
 def texts(rows: Iterable[tuple[int, Any]], parse: Callable[[Any], str | None], tally: Tally) -> Iterator[str]:
-    """The text of every row that has one; those that `parse` finds Unusable are counted."""
+    """The text of every row that has one. Rows for which `parse` raises Unusable are counted."""
     for number, row in rows:
         tally.read += 1
         try:
@@ -94,7 +94,7 @@ def skipped(tallies: Iterable[Tally], origin: str) -> list[str]:
 def value_of(row: Any, field: str, chat: Chat) -> str | None:
     """The text of a row, or its chat as text; None when the field is null. Raises Unusable."""
     if not isinstance(row, Mapping):
-        raise Unusable(f"is no object with fields, but {_kind(row)}")
+        raise Unusable(f"is not an object with fields, but {_kind(row)}")
     name = _named(row, field)
     value = row[name]
     if isinstance(value, str) and name != field:  # a chat written as JSON would be read as text
@@ -107,7 +107,7 @@ def value_of(row: Any, field: str, chat: Chat) -> str | None:
 
 
 def _named(names: Iterable[str], field: str) -> str:
-    """The field that is read: the one asked for; a field of chats where none was asked for and no text is there."""
+    """The field to read: the one asked for, or a field of chats where no field was asked for and there is no text."""
     there = list(names)
     chats = [name for name in FIELDS if name in there] if field == TextSource.model_fields["text_field"].default else []
     found = [field] if field in there else chats
@@ -122,7 +122,9 @@ def _kind(value: Any) -> str:
 
 
 def files_of(source: TextSource) -> list[Path]:
-    """The file of that very name, the files of the kind in the folder of that name, or else what the glob matches."""
+    """The file with the source's path, or the files of its kind in that folder, or else what the path matches as a
+    glob.
+    """
     try:
         path = Path(source.path).expanduser()
         if path.is_file():  # before a glob is thought of: [, ? and * are letters of a name too
@@ -141,7 +143,7 @@ def files_of(source: TextSource) -> list[Path]:
 
 
 def _in_folder(folder: Path, source: TextSource) -> list[Path]:
-    """Not what lies deeper: a glob with ** says that."""
+    """Files that lie deeper are not read; a glob with ** names them."""
     endings = tuple(f"{end}{packed}" for end in SUFFIXES[source.kind] for packed in ("", *PACKED))
     names = sorted(path for path in folder.iterdir() if path.name.lower().endswith(endings))
     files = [path for path in names if path.is_file() and not path.name.startswith(".")]
@@ -177,7 +179,7 @@ def _opened(path: Path, kind: str) -> io.TextIOWrapper:
     """A text stream, unpacked; Unix line ends, no byte order mark, bytes that are not UTF-8 as lone surrogates."""
     stream = _unpacked(path)
     head = bytes(stream.peek(4096)[:4096])
-    known = next((told for start, told in NOT_TEXT.items() if head.startswith(start)), None)
+    known = next((hint for start, hint in NOT_TEXT.items() if head.startswith(start)), None)
     if known is None and 4 * head.count(0) > len(head):
         known = ("binary, or UTF-16 without a byte order mark", "give text in UTF-8")
     if known is None and kind == "jsonl" and JSON_ARRAY.match(head):
@@ -189,7 +191,7 @@ def _opened(path: Path, kind: str) -> io.TextIOWrapper:
 
 
 def _unpacked(path: Path) -> Any:
-    """Known by their first bytes, whatever the name says."""
+    """A stream of the file's bytes, decompressed. The format is known by the first bytes, not by the name."""
     with path.open("rb") as file:
         start = file.read(6)
     if start.startswith(b"\x28\xb5\x2f\xfd"):
@@ -204,7 +206,7 @@ def _unpacked(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Part:
-    """What stands between two separators: its text, whether that was cut, whether a separator follows."""
+    """The text between two separators. cut: it was longer. ended: a separator follows."""
 
     text: str
     cut: bool = False
@@ -212,7 +214,7 @@ class Part:
 
 
 def split_stream(file: IO[str], separator: str, longest: int) -> Iterator[Part]:
-    """The parts of a stream between separators; of a longer one than `longest` characters the beginning is kept."""
+    """The parts of a stream between separators. Of a part longer than `longest` characters the beginning is kept."""
     rest, kept = "", ""  # kept: the beginning of a part that is too long, whose rest is passed over
     while chunk := file.read(max(CHUNK, len(rest))):  # more at a time for long parts, else the search is quadratic
         *parts, rest = (rest + chunk).split(separator)
@@ -243,8 +245,8 @@ def _decoded(part: Part) -> str:
 def _lines(file: IO[str], path: Path) -> Iterator[tuple[int, Part]]:
     """The lines of a jsonl file that are not blank. Raises CorpusError when the file ends within one.
 
-    A line of no use amid others is one bad line. A last line that stops in the middle is something else: the file is an
-    incomplete copy, and nobody knows how much of it is missing.
+    A bad line among others is only counted. But a last line that stops in the middle means that the file is an
+    incomplete copy, and that nobody knows how much is missing.
     """
     for number, line in enumerate(split_stream(file, "\n", LONGEST_LINE), 1):
         if not line.text.strip():
@@ -258,7 +260,7 @@ def _lines(file: IO[str], path: Path) -> Iterator[tuple[int, Part]]:
 
 
 def _stops_within(text: str) -> bool:
-    """True for the beginning of a JSON object: what is wrong with it is that it ends."""
+    """Whether a text is the beginning of a JSON object that ends too early."""
     text = text.strip()
     try:
         json.loads(text)
@@ -285,7 +287,7 @@ def _json(line: Part) -> Any:
 
 
 def _parquet_rows(path: Path, field: str) -> Iterator[tuple[int, Any]]:
-    """The wanted column, some rows at a time."""
+    """The values of the wanted column, read some rows at a time."""
     import pyarrow
     from pyarrow import parquet
 
@@ -298,7 +300,7 @@ def _parquet_rows(path: Path, field: str) -> Iterator[tuple[int, Any]]:
     except Unusable as reason:
         raise CorpusError(f"{path} {reason}.") from reason
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise CorpusError(f"{path} cannot be read ({str(error).splitlines()[0][:200]}). Is it parquet?") from error
+        raise CorpusError(f"{path} cannot be read ({first_line(error, 200)}). Is it parquet?") from error
 
 
 def _unix(text: str) -> str:

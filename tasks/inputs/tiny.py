@@ -1,7 +1,7 @@
-"""A tiny parent made on the spot, so that the whole chain runs anywhere without a download.
+"""Make a tiny parent, so that a whole run works anywhere without a download.
 
-A byte-level tokenizer, a model of one of the families from its Hugging Face config, and a short training on the
-corpus, so that its layers do something and replacing them costs something. The same spec and text give the same bytes.
+It has a byte-level tokenizer and the architecture of one of the families. A short training on the corpus makes its
+layers useful, so that replacing them makes a difference. The same settings and text give the same bytes.
 """
 
 import itertools

@@ -1,10 +1,9 @@
-"""Between formats of block libraries, and what one holds in a page: `puzzle library export | import | show`."""
+"""Foreign libraries into the open format, and what a library holds on one page: `puzzle library import | show`."""
 
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,25 +11,9 @@ import numpy as np
 from blocks.errors import PuzzleError
 from blocks.records import Value
 from tasks.libraries.interchange import StoredLibrary, joint_at, joint_view, read_source, write_library
-from tasks.libraries.labels import run_labels
-from tasks.libraries.nvlabs import write_nvlabs
 from tasks.libraries.option_tables import write_options
-from tasks.libraries.options import (
-    BETWEEN,
-    BLOCK,
-    COSTS,
-    OptionLibrary,
-    OptionsDescription,
-    Place,
-    ScoredVariant,
-    crossed,
-    named_places,
-    options_of,
-    outside_of,
-)
-from tasks.search.joint import QUANTITIES, JointLibrary, LibraryFileError, standard_error
-
-COUPLED = " (coupled)"
+from tasks.libraries.options import BLOCK, COSTS, OptionLibrary, crossed
+from tasks.search.joint import QUANTITIES, JointLibrary, JointOption, LibraryFileError, at, standard_error
 
 
 class Span(Value):
@@ -44,7 +27,7 @@ class Span(Value):
 
 
 class Share(Value):
-    """What a library says of one cost at one place; None where it does not."""
+    """What a library says of one cost at one scenario and batch size; None where it does not."""
 
     unit: str
     parent: float | None
@@ -53,7 +36,9 @@ class Share(Value):
 
 
 class Summary(Value):
-    """A library in a page. costs: by place, then by name. missing: what it does not know, in sentences."""
+    """A library on one page. costs: by scenario and batch size, then by name. missing: what the library does not know,
+    in sentences.
+    """
 
     path: str
     source: str
@@ -68,153 +53,94 @@ class Summary(Value):
     missing: tuple[str, ...]
 
 
-def export_library(source: Path, target: Path, scenario: str | None = None, batch_size: int | None = None) -> None:
-    """Write a library in the format that `target` names: a folder in the open format, a .json file in NVlabs'."""
-    found = read_source(source)
-    if target.suffix == ".json":
-        options = as_options(found) if isinstance(found, StoredLibrary) else found
-        _writing(target, lambda: write_nvlabs(target, options, scenario, batch_size))
-        return
-    if scenario or batch_size:
-        raise LibraryFileError("the open format holds every scenario: name one only for NVlabs' format (a .json file).")
-    store(target, found)
-
-
 def import_library(source: Path, target: Path, scores: Path | None = None) -> None:
-    """Write what others measured into a folder in the open format."""
+    """Write a library of any kind that is read into a folder in the open format: version 1 of what a run measured,
+    version 2 of anything else.
+    """
     if target.suffix == ".json":
-        raise LibraryFileError(f"{target}: the open format is a folder; `puzzle library export` writes NVlabs' file.")
-    store(target, read_source(source, scores))
-
-
-def store(folder: Path, library: StoredLibrary | OptionLibrary) -> None:
-    """Write a folder in the open format: version 1 of what a run measured, version 2 of anything else."""
-    if isinstance(library, StoredLibrary):
-        _writing(folder, lambda: write_library(folder, library))
-    else:
-        _writing(folder, lambda: write_options(folder, library))
-
-
-def _writing(target: Path, write: Callable[[], None]) -> None:
+        raise LibraryFileError(f"{target}: the open format is a folder; files in NVlabs' format are read, not written.")
+    library = read_source(source, scores)
     try:
-        write()
+        if isinstance(library, StoredLibrary):
+            write_library(target, library)
+        else:
+            write_options(target, library)
     except OSError as error:
         raise PuzzleError(f"cannot write {target}: {error.strerror}. Choose another place.") from error
 
 
-def as_options(library: StoredLibrary) -> OptionLibrary:
-    """What a run measured as whole blocks, labels with sizes in NVlabs' manner."""
-    view = joint_view(library)
-    variants = options_of(view)
-    parts = [_parts(variant.label) for variant in variants]
-    named = run_labels(
-        (attention for attention, _, _ in parts), (ffn for _, ffn, _ in parts), library.description.parent_sizes
-    )
-    described = library.description
-    return OptionLibrary(
-        description=OptionsDescription(
-            source=f"puzzle, profile {described.profile}",
-            parent=described.parent,
-            hardware=described.hardware,
-            layers=view.layers,
-            places=tuple(named_places(view)),
-        ),
-        variants=tuple(
-            replace(variant, label=_label(named["attention", attention], named["ffn", ffn], coupled))
-            for variant, (attention, ffn, coupled) in zip(variants, parts, strict=True)
-        ),
-        outside=outside_of(view),
-    )
-
-
-def _parts(label: str) -> tuple[str, str, bool]:
-    """`attention = kv1 && ffn = ffn96 (coupled)` -> kv1, ffn96, True."""
-    attention, _, ffn = label.removesuffix(COUPLED).partition(BETWEEN)
-    return attention.partition(" = ")[2], ffn.partition(" = ")[2], label.endswith(COUPLED)
-
-
-def _label(attention: str, ffn: str, coupled: bool) -> str:
-    return f"attention = {attention}{BETWEEN}ffn = {ffn}{COUPLED if coupled else ''}"
-
-
-# --- in a page
-
-
 def summarise(path: Path) -> Summary:
-    """What a library holds: layers, variants, scores, costs at every place, and what it does not know."""
+    """What a library holds: layers, variants, scores, costs wherever they were measured, and what it does not know."""
     found = read_source(path)
+    described = found.description
     joints, unusable = _joints(found)
     first = joints[0]
-    options = options_of(first)
-    described = found.description
-    per_layer = Counter(option.layer for option in options)
+    per_layer = Counter(option.layer for option in first.options)
     return Summary(
         path=str(path),
-        source=described.source
-        if isinstance(described, OptionsDescription)
-        else f"puzzle, profile {described.profile}",
+        source=f"puzzle, profile {found.description.profile}"
+        if isinstance(found, StoredLibrary)
+        else found.description.source,
         parent=described.parent,
         layers=len(first.layers),
-        options=len(options),
+        options=len(first.options),
         options_per_layer=(min(per_layer.values()), max(per_layer.values())),
-        labels=len({option.label for option in options}),
-        scores={metric: _span(options, metric) for metric in first.metrics},
-        costs={str(named_places(joint)[0]): _shares(joint) for joint in joints},
+        labels=len({option.label for option in first.options}),
+        scores={metric: _span(first.options, metric) for metric in first.metrics},
+        costs={_place(joint): _shares(joint) for joint in joints},
         hardware=described.hardware,
         missing=(*unusable, *_missing(found, first)),
     )
 
 
 def _joints(library: StoredLibrary | OptionLibrary) -> tuple[list[JointLibrary], list[str]]:
-    """The library at every place where it can be used, and why it cannot elsewhere."""
+    """The library wherever it was measured and can be used, and why it cannot elsewhere."""
     found, unusable = [], []
-    for place in _places(library):
+    for place in library.description.places if isinstance(library, OptionLibrary) else joint_view(library).places:
         try:
             found.append(joint_at(library, place.scenario, place.batch_size))
         except LibraryFileError as error:
-            unusable.append(f"{place}: {error}")
+            unusable.append(f"{place.scenario}, batch {place.batch_size}: {error}")
     if not found:
         raise LibraryFileError(unusable[0])
     return found, unusable
 
 
-def _places(library: StoredLibrary | OptionLibrary) -> list[Place]:
-    return list(library.description.places) if isinstance(library, OptionLibrary) else named_places(joint_view(library))
+def _place(library: JointLibrary) -> str:
+    place = library.places[0]
+    return f"{place.scenario or 'measured'}, batch {place.batch_size}"
 
 
-def _span(options: Sequence[ScoredVariant], metric: str) -> Span:
+def _span(options: Sequence[JointOption], metric: str) -> Span:
     values = [option.metrics[metric] for option in options]
-    samples = [option.samples.get(metric, ()) for option in options]
+    samples = [np.asarray(option.samples.get(metric, ())) for option in options]
     known = min(map(len, samples)) > 1
     return Span(
         least=min(values),
         median=statistics.median(values),
         largest=max(values),
-        se=max(standard_error(np.array(own)) for own in samples) if known else None,
+        se=max(map(standard_error, samples)) if known else None,
         sequences=len(samples[0]) if known else 0,
     )
 
 
 def _shares(library: JointLibrary) -> dict[str, Share]:
-    """Costs that every option has, of a library at one place."""
-    options = options_of(library)
-    outside = next(iter(outside_of(library).values()), {})
+    """Costs that every option has, of a library at one scenario and batch size."""
     found = {}
     for name in (cost for cost in COSTS if library.knows(cost)):
         by_layer: dict[str, list[float]] = {}
-        for option in options:
-            by_layer.setdefault(option.layer, []).extend(costs[name] for costs in option.costs.values())
+        for option in library.options:
+            by_layer.setdefault(option.layer, []).append(at(option.costs[name], 0))
         found[name] = Share(
             unit=QUANTITIES[name].unit,
             parent=library.of_parent(name) if set(library.parents) == set(library.layers) else None,
-            cheapest_child=outside.get(name, 0.0) + math.fsum(map(min, by_layer.values())),
-            outside_blocks=outside.get(name),
+            cheapest_child=library.outside(name, 0) + math.fsum(map(min, by_layer.values())),
+            outside_blocks=library.outside(name, 0) if name in library.fixed else None,
         )
     return found
 
 
 def _missing(library: StoredLibrary | OptionLibrary, joint: JointLibrary) -> list[str]:
-    options = options_of(joint)
     shares = _shares(joint)
     found = [f"{name}: not known of every variant, so it cannot be budgeted" for name in COSTS if name not in shares]
     found += [
@@ -224,7 +150,7 @@ def _missing(library: StoredLibrary | OptionLibrary, joint: JointLibrary) -> lis
     ]
     if set(joint.parents) != set(joint.layers):
         found.append("the parent's own block in every layer: budgets cannot be shares of the parent")
-    if any(not option.samples for option in options):
+    if not all(any(map(len, option.samples.values())) for option in joint.options):
         found.append("scores per sequence: no errors, no confidence, no --robust")
     if not library.description.hardware:
         found.append("the hardware that costs were measured on")

@@ -6,7 +6,8 @@
     costs.parquet    per subblock variant, scenario and batch size
     non_block.parquet  embedding, final norm and head: scenario, batch size, costs
 
-Columns are the fields of the contracts in blocks/records.py. Every run writes one; `docs/search.md` lists the columns.
+Columns are the fields of the contracts in blocks/records.py. Every run writes one.
+`docs/how-to/exchange-libraries.md` lists the columns.
 What others measured is version 2 of the format, tasks/libraries/option_tables.py.
 """
 
@@ -26,10 +27,9 @@ from blocks.records import (
     Value,
 )
 from profiles.schema import Budget, Profile, Scenario
-from tasks.libraries.labels import INTERMEDIATE, KV_HEADS
 from tasks.libraries.nvlabs import options_from_nvlabs
 from tasks.libraries.option_tables import read_options
-from tasks.libraries.options import OptionLibrary, joint_of
+from tasks.libraries.options import SIZES, OptionLibrary, joint_of
 from tasks.libraries.puzzletron import is_puzzletron, options_from_puzzletron
 from tasks.libraries.reading import LARGEST
 from tasks.libraries.tables import read_description, read_table, validated, write_tables
@@ -89,7 +89,7 @@ def describe(
 def sizes_of(config: Path) -> dict[str, int]:
     """Sizes that labels tell shares of, from a parent's config.json; those that it has."""
     fields = json.loads(config.read_text(encoding="utf-8"))
-    return {name: fields[name] for name in (KV_HEADS, INTERMEDIATE) if isinstance(fields.get(name), int)}
+    return {name: fields[name] for name in SIZES.values() if isinstance(fields.get(name), int)}
 
 
 def write_library(folder: Path, library: StoredLibrary) -> None:

@@ -1,13 +1,36 @@
-"""Labels of variants in NVlabs' manner: what stands there, its size, and its share of the parent's.
+"""Labels of puzzletron's subblocks in NVlabs' manner: what stands there, its size, and its share of the parent's.
 
     attention = 2 kv heads (parent * 25%) && ffn = intermediate size 14e3 (parent * 50%)
 
 "(parent * 100%)" in every part marks the parent's own block; nothing else may round to it.
 """
 
+import json
 from collections.abc import Iterable, Mapping
+from typing import Any
 
-KV_HEADS, INTERMEDIATE = "num_key_value_heads", "intermediate_size"
+from tasks.libraries.reading import is_number
+
+Config = dict[str, Any]
+# fields that the sized part of a label already tells, and names that tell nothing
+_SIZES = {
+    "num_key_value_heads",
+    "n_heads_in_group",
+    "intermediate_size",
+    "ffn_mult",
+    "num_local_experts",
+    "num_experts",
+    "kind",
+    "name",
+}
+
+
+def canonical(config: Any) -> str:
+    """A config as text, without what is unset: versions differ in the fields that they write."""
+    if isinstance(config, dict):
+        kept = {name: canonical(value) for name, value in config.items() if value is not None and value is not False}
+        return json.dumps(kept, sort_keys=True)
+    return json.dumps(config)
 
 
 def share(size: float, parent_size: float) -> str:
@@ -27,10 +50,10 @@ def kv_heads(heads: int, parent_heads: int) -> str:
 
 def intermediate_size(size: int, parent_size: int, exact: bool) -> str:
     """`intermediate size 14e3 (parent * 50%)`; `exact`: 14336 instead of 14e3."""
-    return f"intermediate size {size if exact else thousands(size)}{share(size, parent_size)}"
+    return f"intermediate size {size if exact else _thousands(size)}{share(size, parent_size)}"
 
 
-def thousands(size: int) -> str:
+def _thousands(size: int) -> str:
     """28672 -> 29e3, as NVlabs rounds; below 1000 as it is."""
     return f"{round(size / 1000)}e3" if size >= 1000 else str(size)
 
@@ -38,35 +61,73 @@ def thousands(size: int) -> str:
 def needs_exact(sizes: Iterable[int]) -> bool:
     """True when two sizes would read the same after rounding to thousands."""
     different = set(sizes)
-    return len({thousands(size) for size in different}) < len(different)
+    return len({_thousands(size) for size in different}) < len(different)
 
 
-def run_labels(attentions: Iterable[str], ffns: Iterable[str], sizes: Mapping[str, int]) -> dict[tuple[str, str], str]:
-    """Labels of a run of ours (`kv1`, `ffn768`, `no_op`, `parent` ...) by subblock and label.
+class Labels:
+    """Labels of one library's subblock configs: the size, then whatever else sets one apart from the teacher's."""
 
-    sizes: the parent's num_key_value_heads and intermediate_size, where known.
-    """
-    heads, width = sizes.get(KV_HEADS, 0), sizes.get(INTERMEDIATE, 0)
-    ffns = list(ffns)
-    widths = [int(label[3:]) for label in ffns if label.startswith("ffn") and label[3:].isdigit()]
-    exact = needs_exact([*widths, width])
-    found: dict[tuple[str, str], str] = {}
-    for label in attentions:
-        if label == "parent" and heads:
-            found["attention", label] = kv_heads(heads, heads)
-        elif label.startswith("kv") and label[2:].isdigit():
-            found["attention", label] = kv_heads(int(label[2:]), heads)
-        else:
-            found["attention", label] = _unsized(label)
-    for label in ffns:
-        if label == "parent" and width:
-            found["ffn", label] = intermediate_size(width, width, exact)
-        elif label.startswith("ffn") and label[3:].isdigit():
-            found["ffn", label] = intermediate_size(int(label[3:]), width, exact)
-        else:
-            found["ffn", label] = _unsized(label)
-    return found
+    def __init__(self, blocks: Iterable[Mapping[str, Config]], args: Mapping[str, Any]) -> None:
+        self.args = args
+        widths = (_whole(config, "intermediate_size") for block in blocks for config in block.values())
+        self.exact = needs_exact(filter(None, widths))
+
+    def text(self, config: Config, teacher: Config) -> str:
+        """The label of one subblock; "(parent * 100%)" stands in the teacher's own and in no other."""
+        if config.get("no_op"):
+            return "no_op (parent * 0%)"
+        config, teacher = _flat(config), _flat(teacher)
+        sized = self._sized(config, teacher)
+        if canonical(config) == canonical(teacher):
+            return sized if "(parent" in sized else f"{sized} (parent * 100%)"
+        if config.get("replace_with_linear"):
+            return "linear"
+        differing = {
+            name: value
+            for name, value in config.items()
+            if name not in _SIZES and canonical(value) != canonical(teacher.get(name))
+        }
+        if not differing:
+            return sized
+        return f"{sized.partition(' (parent')[0]} {json.dumps(differing, sort_keys=True)}".replace("=", ":")
+
+    def _sized(self, config: Config, teacher: Config) -> str:
+        heads, width, multiple = self._heads(config), _whole(config, "intermediate_size"), config.get("ffn_mult")
+        if heads:
+            return kv_heads(heads, self._heads(teacher))
+        if width:
+            return intermediate_size(width, _whole(teacher, "intermediate_size"), self.exact)
+        if experts := _experts(config):
+            return f"{experts} experts{share(experts, _experts(teacher))}"
+        if is_number(multiple):
+            own = teacher.get("ffn_mult")
+            return f"ffn_mult {multiple:g}{share(multiple, float(own) if is_number(own) else 0.0)}"
+        return str(config.get("kind") or "unnamed")
+
+    def sizes(self, block: Mapping[str, Config]) -> dict[str, float]:
+        """KV heads and intermediate size of a block, as NVlabs' statistics name them."""
+        return {
+            "num_kv_heads": float(sum(self._heads(config) for config in block.values())),
+            "ffn_intermediate_size": float(sum(_whole(config, "intermediate_size") for config in block.values())),
+        }
+
+    def _heads(self, config: Config) -> int:
+        """KV heads; older configs say how many query heads share one."""
+        group, every = _whole(config, "n_heads_in_group"), _whole(self.args, "n_head")
+        return _whole(config, "num_key_value_heads") or (every // group if group else 0)
 
 
-def _unsized(label: str) -> str:
-    return label + {"parent": " (parent * 100%)", "no_op": " (parent * 0%)"}.get(label, "")
+def _flat(config: Config) -> Config:
+    """A config with the fields of its experts among its own."""
+    experts = config.get("moe")
+    return {**{k: v for k, v in config.items() if k != "moe"}, **experts} if isinstance(experts, dict) else config
+
+
+def _experts(config: Config) -> int:
+    return _whole(config, "num_local_experts") or _whole(config, "num_experts")
+
+
+def _whole(config: Mapping[str, Any], name: str) -> int:
+    """A whole number of a config, 0 where it has none."""
+    value = config.get(name)
+    return int(value) if is_number(value) and value > 0 else 0

@@ -7,7 +7,7 @@ usage.parquet    layer, part, label, scenario, batch_size, cost, value
 outside.parquet  scenario, batch_size, cost, value: the non-block part
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,12 +15,13 @@ import numpy as np
 
 from blocks.library import write_value
 from blocks.records import Value
-from tasks.libraries.options import OptionLibrary, OptionsDescription, Place, ScoredVariant, checked
+from tasks.libraries.options import MeasuredAt, OptionLibrary, OptionsDescription, ScoredVariant, checked
 from tasks.libraries.tables import read_description, read_table, validated, write_tables
 from tasks.search.joint import LibraryFileError, standard_error
 
 Name = tuple[str, str, str]
-FieldT = TypeVar("FieldT")
+KeyT = TypeVar("KeyT")
+ValueT = TypeVar("ValueT")
 
 
 class _Named(Value):
@@ -48,22 +49,17 @@ class MetricRow(_Named):
     per_sequence: tuple[float, ...]
 
 
-class UsageRow(_Named):
-    """One cost of a variant at one place."""
-
-    scenario: str
-    batch_size: int
-    cost: str
-    value: float
-
-
 class OutsideRow(Value):
-    """One cost of the non-block part at one place."""
+    """One cost of the non-block part at one scenario and batch size."""
 
     scenario: str
     batch_size: int
     cost: str
     value: float
+
+
+class UsageRow(OutsideRow, _Named):
+    """One cost of a variant at one scenario and batch size."""
 
 
 def write_options(folder: Path, library: OptionLibrary) -> None:
@@ -103,59 +99,42 @@ def _metric_rows(variant: ScoredVariant) -> Iterable[MetricRow]:
 def read_options(folder: Path) -> OptionLibrary:
     """Read and check a folder; LibraryFileError says what is missing, damaged or does not hold together."""
     described = validated(OptionsDescription, read_description(folder), folder / "library.json")
-    variants = _variants(folder, described)
-    outside: dict[Place, dict[str, float]] = {}
-    for row in read_table(folder, described.tables, "outside", OutsideRow):
-        place = _known(described, row.scenario, row.batch_size, folder / "outside.parquet")
-        _put(outside.setdefault(place, {}), row.cost, row.value, f"{folder}/outside.parquet: {place}")
+    places = {(place.scenario, place.batch_size): place for place in described.places}
+    variants: dict[Name, ScoredVariant] = {}
+    for row in read_table(folder, described.tables, "options", OptionRow):
+        variant = ScoredVariant(layer=row.layer, part=row.part, label=row.label, is_parent=row.is_parent)
+        _put(variants, row.name, variant, f"{folder}/options.parquet")
+    for score in read_table(folder, described.tables, "metrics", MetricRow):
+        where = f"{folder}/metrics.parquet: {' '.join(score.name)}"
+        variant = _known(variants, score.name, f"{where}: options.parquet has no such variant.")
+        _put(variant.metrics, score.metric, score.value, where)
+        if score.per_sequence:
+            variant.samples[score.metric] = score.per_sequence
+    outside: dict[MeasuredAt, dict[str, float]] = {}
+    for name, kind in (("usage", UsageRow), ("outside", OutsideRow)):
+        for usage in read_table(folder, described.tables, name, kind):
+            at, where = (usage.scenario, usage.batch_size), f"{folder}/{name}.parquet"
+            place = _known(
+                places, at, f"{where}: {at[0]}, batch {at[1]} is none of the places that library.json names."
+            )
+            costs = outside
+            if isinstance(usage, UsageRow):
+                where = f"{where}: {' '.join(usage.name)}"
+                costs = _known(variants, usage.name, f"{where}: options.parquet has no such variant.").costs
+            _put(costs.setdefault(place, {}), usage.cost, usage.value, f"{where}: {place}")
     library = OptionLibrary(
-        description=described.model_copy(update={"tables": {}}), variants=tuple(variants), outside=outside
+        description=described.model_copy(update={"tables": {}}), variants=tuple(variants.values()), outside=outside
     )
     return checked(library, str(folder))
 
 
-def _variants(folder: Path, described: OptionsDescription) -> list[ScoredVariant]:
-    rows = read_table(folder, described.tables, "options", OptionRow)
-    metrics: dict[Name, dict[str, float]] = {row.name: {} for row in rows}
-    samples: dict[Name, dict[str, tuple[float, ...]]] = {row.name: {} for row in rows}
-    costs: dict[Name, dict[Place, dict[str, float]]] = {row.name: {} for row in rows}
-    for score in read_table(folder, described.tables, "metrics", MetricRow):
-        where = f"{folder}/metrics.parquet: {' '.join(score.name)}"
-        _put(_of(metrics, score.name, where), score.metric, score.value, where)
-        if score.per_sequence:
-            samples[score.name][score.metric] = score.per_sequence
-    for usage in read_table(folder, described.tables, "usage", UsageRow):
-        where = f"{folder}/usage.parquet: {' '.join(usage.name)}"
-        place = _known(described, usage.scenario, usage.batch_size, folder / "usage.parquet")
-        _put(_of(costs, usage.name, where).setdefault(place, {}), usage.cost, usage.value, where)
-    return [
-        ScoredVariant(
-            layer=row.layer,
-            part=row.part,
-            label=row.label,
-            is_parent=row.is_parent,
-            metrics=metrics[row.name],
-            samples=samples[row.name],
-            costs=costs[row.name],
-        )
-        for row in rows
-    ]
+def _known(table: Mapping[KeyT, ValueT], key: KeyT, otherwise: str) -> ValueT:
+    if key not in table:
+        raise LibraryFileError(otherwise)
+    return table[key]
 
 
-def _of(table: dict[Name, FieldT], name: Name, where: str) -> FieldT:
-    if name not in table:
-        raise LibraryFileError(f"{where}: options.parquet has no such variant.")
-    return table[name]
-
-
-def _put(table: dict[str, float], name: str, value: float, where: str) -> None:
-    if name in table:
-        raise LibraryFileError(f"{where}: {name} stands there twice.")
-    table[name] = value
-
-
-def _known(described: OptionsDescription, scenario: str, batch_size: int, path: Path) -> Place:
-    for place in described.places:
-        if (place.scenario, place.batch_size) == (scenario, batch_size):
-            return place
-    raise LibraryFileError(f"{path}: {scenario}, batch {batch_size} is none of the places that library.json names.")
+def _put(table: dict[KeyT, ValueT], key: KeyT, value: ValueT, where: str) -> None:
+    if key in table:
+        raise LibraryFileError(f"{where}: {key!r} stands there twice.")
+    table[key] = value

@@ -1,9 +1,9 @@
 """A block library as others hand it over: what every variant of every layer scores and costs, in plain units.
 
-A variant is a whole block with a joint score (NVlabs' manner), or one subblock with a score of its own that is added
-to those of the other subblocks of its layer (Model-Optimizer's puzzletron). A library may hold both: a block that was
-scored as such takes the place of the sum. `joint_of`, `options_of` and `outside_of` know how tasks/search/joint.py
-keeps it.
+Every reader of a foreign format makes one (tasks/libraries/nvlabs.py, puzzletron.py), and version 2 of the open format
+keeps it (option_tables.py). A variant is a whole block with a joint score, as NVlabs has them, or one subblock whose
+score is added to those of the layer's other subblocks, as Model-Optimizer's puzzletron has them. A library may hold
+both: a block that was scored whole takes the place of the sum. `joint_of` turns the library into what is searched.
 """
 
 import itertools
@@ -27,8 +27,8 @@ COSTS = ("memory_mib", "runtime_ms", "ttft_ms", "num_params", "active_params")
 SIZES = {"num_kv_heads": "num_key_value_heads", "ffn_intermediate_size": "intermediate_size"}
 
 
-class Place(Value):
-    """Where costs were taken: a scenario by name, the sequences that run at once, tokens of one; 0 is unknown."""
+class MeasuredAt(Value):
+    """Where costs were measured: scenario, sequences that run at once, tokens of one sequence; 0 tokens: not known."""
 
     scenario: str
     batch_size: int = Field(ge=1)
@@ -48,7 +48,7 @@ class OptionsDescription(Value):
     parent: str = ""
     hardware: dict[str, str] = {}
     layers: tuple[str, ...]
-    places: tuple[Place, ...]
+    places: tuple[MeasuredAt, ...]
     measured: dict[str, JsonValue] = {}
     tables: dict[str, str] = {}
 
@@ -68,7 +68,7 @@ class ScoredVariant:
     is_parent: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     samples: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    costs: dict[Place, dict[str, float]] = field(default_factory=dict)
+    costs: dict[MeasuredAt, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,24 +77,18 @@ class OptionLibrary:
 
     description: OptionsDescription
     variants: tuple[ScoredVariant, ...]
-    outside: dict[Place, dict[str, float]] = field(default_factory=dict)
+    outside: dict[MeasuredAt, dict[str, float]] = field(default_factory=dict)
 
 
 def checked(library: OptionLibrary, where: str) -> OptionLibrary:
-    """The library if its numbers and its layers hold together; LibraryFileError says where not."""
+    """The library if its numbers and its layers hold together; LibraryFileError names what does not, and where."""
     if not library.description.places or not library.description.layers:
         raise LibraryFileError(f"{where}: names no layer, or no scenario that costs were taken at.")
     _check_layers(library, where)
-    named = [(variant.layer, variant.part, variant.label) for variant in library.variants]
-    twice = next((name for name in named if named.count(name) > 1), None) if len(set(named)) < len(named) else None
-    if twice:
-        raise LibraryFileError(f"{where}: {' '.join(twice)!r} stands there twice.")
-    unknown = {variant.layer for variant in library.variants} - set(library.description.layers)
-    if unknown:
-        raise LibraryFileError(f"{where}: there are variants of {sorted(unknown)[0]!r}, which is none of its layers.")
+    _check_names(library, where)
     lengths: dict[str, set[int]] = {}
     for variant in library.variants:
-        _check_numbers(variant, where)
+        _check_numbers(variant, f"{where}: {variant.layer}, {variant.part} {variant.label!r}")
         for metric, values in variant.samples.items():
             lengths.setdefault(metric, set()).add(len(values))
     uneven = [metric for metric, found in lengths.items() if len(found) > 1]
@@ -102,7 +96,12 @@ def checked(library: OptionLibrary, where: str) -> OptionLibrary:
         raise LibraryFileError(f"{where}: {uneven[0]} was taken over different numbers of sequences.")
     for place, costs in library.outside.items():
         _check_costs(costs, f"{where}: outside the blocks, {place}")
-    _check_parents(library, where)
+    own = {block.layer for block in crossed(library) if block.is_parent}
+    lacking = [layer for layer in library.description.layers if layer not in own]
+    if own and lacking:  # a library that marks the parent's block nowhere is whole
+        raise LibraryFileError(
+            f"{where}: {lacking[0]} lacks the parent's own block, which other layers have: no child could keep it."
+        )
     return library
 
 
@@ -127,18 +126,19 @@ def _check_layers(library: OptionLibrary, where: str) -> None:
         )
 
 
-def _check_parents(library: OptionLibrary, where: str) -> None:
-    """The parent's own block in every layer or, where a library does not mark it, in none."""
-    own = {block.layer for block in crossed(library) if block.is_parent}
-    lacking = [layer for layer in library.description.layers if layer not in own]
-    if own and lacking:
-        raise LibraryFileError(
-            f"{where}: {lacking[0]} lacks the parent's own block, which other layers have: no child could keep it."
-        )
+def _check_names(library: OptionLibrary, where: str) -> None:
+    """Every variant stands there once, in a layer that the library names."""
+    seen: set[tuple[str, str, str]] = set()
+    for variant in library.variants:
+        name = (variant.layer, variant.part, variant.label)
+        if name in seen:
+            raise LibraryFileError(f"{where}: {' '.join(name)!r} stands there twice.")
+        if variant.layer not in library.description.layers:
+            raise LibraryFileError(f"{where}: there are variants of {variant.layer!r}, which is none of its layers.")
+        seen.add(name)
 
 
 def _check_numbers(variant: ScoredVariant, where: str) -> None:
-    where = f"{where}: {variant.layer}, {variant.part} {variant.label!r}"
     for metric, value in variant.metrics.items():
         if not all(abs(one) < LARGEST for one in (value, *variant.samples.get(metric, ()))):
             raise LibraryFileError(f"{where}: {metric} must be numbers below {LARGEST:g}.")
@@ -197,11 +197,14 @@ def _sum_costs(costs: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def joint_of(library: OptionLibrary, scenario: str | None = None, batch_size: int | None = None) -> JointLibrary:
-    """The library for the search, at every place; at those of a scenario or batch size where one is named.
+    """The library for the search, with costs at every place, or at those of one scenario or batch size.
 
-    A cost that is not known at all of these places is not known.
+    A cost that was not measured at all of these places is not known. LibraryFileError for a place that is not there.
     """
-    places = places_of(library.description.places, scenario, batch_size)
+    described = library.description
+    every = [joint.Place(**place.model_dump()) for place in described.places]
+    wanted = JointLibrary(layers=described.layers, options=(), places=tuple(every)).measured_at(scenario, batch_size)
+    places = [place for place, known in zip(described.places, every, strict=True) if known in wanted.places]
     options = [
         JointOption(
             layer=variant.layer,
@@ -216,16 +219,16 @@ def joint_of(library: OptionLibrary, scenario: str | None = None, batch_size: in
     ]
     outside = _joint_costs(library.outside, places)
     return JointLibrary(
-        layers=library.description.layers,
+        layers=described.layers,
         options=tuple(options),
         fixed={**outside, "layer_params": 0.0} if outside else {},
-        measured=dict(library.description.hardware),
-        places=tuple(joint.Place(**place.model_dump()) for place in places),
+        measured=dict(described.hardware),
+        places=wanted.places,
     )
 
 
-def _joint_costs(costs: dict[Place, dict[str, float]], places: Sequence[Place]) -> dict[str, joint.Cost]:
-    """One figure where it is the same everywhere. Blocks are dense unless the library says otherwise."""
+def _joint_costs(costs: dict[MeasuredAt, dict[str, float]], places: Sequence[MeasuredAt]) -> dict[str, joint.Cost]:
+    """One figure where it is the same everywhere. All parameters are active, unless the library says else."""
     found: dict[str, joint.Cost] = {}
     for name in COSTS:
         values = tuple(costs[place][name] for place in places if name in costs.get(place, {}))
@@ -238,59 +241,6 @@ def _joint_costs(costs: dict[Place, dict[str, float]], places: Sequence[Place]) 
 
 
 def _sizes(variant: ScoredVariant) -> dict[str, int]:
-    """Sizes that a library tells as figures of a variant, in the words of config.json."""
-    told = next(iter(variant.costs.values()), {})
-    return {name: int(told[theirs]) for theirs, name in SIZES.items() if told.get(theirs)}
-
-
-def places_of(places: Sequence[Place], scenario: str | None, batch_size: int | None) -> list[Place]:
-    """The places that fit; LibraryFileError names those there are."""
-    named = [place for place in places if scenario in (None, place.scenario)]
-    if not named:
-        known = ", ".join(dict.fromkeys(place.scenario for place in places))
-        raise LibraryFileError(f"the library has no scenario {scenario!r}; it has {known}.")
-    fitting = [place for place in named if batch_size in (None, place.batch_size)]
-    if len({place.scenario for place in fitting}) < len({place.scenario for place in named}):
-        known = ", ".join(map(str, sorted({place.batch_size for place in named})))
-        raise LibraryFileError(f"the library was not measured at batch size {batch_size}, but at {known}.")
-    return fitting
-
-
-def options_of(library: JointLibrary) -> list[ScoredVariant]:
-    """The options of a joint library as they are, whole blocks at all its places."""
-    places = named_places(library)
-    return [
-        ScoredVariant(
-            layer=option.layer,
-            part=BLOCK,
-            label=option.label,
-            is_parent=option.is_parent,
-            metrics=option.metrics,
-            samples={name: tuple(map(float, values)) for name, values in option.samples.items() if len(values)},
-            costs={place: _placed(option.costs, index) for index, place in enumerate(places)},
-        )
-        for option in library.options
-    ]
-
-
-def outside_of(library: JointLibrary) -> dict[Place, dict[str, float]]:
-    """Costs of the non-block part per place, empty where the library does not know any."""
-    found = {place: _placed(library.fixed, index) for index, place in enumerate(named_places(library))}
-    return {place: costs for place, costs in found.items() if costs}
-
-
-def _placed(costs: dict[str, joint.Cost], index: int) -> dict[str, float]:
-    return {name: joint.at(costs[name], index) for name in COSTS if name in costs}
-
-
-def named_places(library: JointLibrary) -> list[Place]:
-    """The places of a joint library; a scenario without a name is called "measured"."""
-    return [
-        Place(
-            scenario=place.scenario or "measured",
-            batch_size=place.batch_size,
-            prompt_tokens=place.prompt_tokens,
-            generated_tokens=place.generated_tokens,
-        )
-        for place in library.places
-    ]
+    """KV heads and intermediate size where the library gives them, by their names in config.json."""
+    figures = next(iter(variant.costs.values()), {})
+    return {name: int(figures[theirs]) for theirs, name in SIZES.items() if figures.get(theirs)}

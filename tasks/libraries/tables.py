@@ -1,6 +1,5 @@
 """Tables of frozen contracts as parquet, each checked against its digest before it is read."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +9,7 @@ from pydantic import ValidationError
 
 from blocks.files import atomic_path, sha256_of
 from blocks.records import Value
+from tasks.libraries.reading import mapping, read_json
 from tasks.search.joint import LibraryFileError
 
 ValueT = TypeVar("ValueT", bound=Value)
@@ -48,7 +48,7 @@ def read_table(folder: Path, digests: Mapping[str, str], name: str, kind: type[V
     try:
         return tuple(kind.model_validate({str(key): _plain(value) for key, value in row.items()}) for row in rows)
     except ValidationError as error:
-        raise LibraryFileError(f"{path}: {told(error)}.") from error
+        raise LibraryFileError(f"{path}: {first_fault(error)}.") from error
 
 
 def _plain(value: Any) -> Any:
@@ -63,21 +63,13 @@ def _plain(value: Any) -> Any:
 def read_description(folder: Path) -> dict[str, Any]:
     """library.json of a folder; LibraryFileError when there is none, or it is no JSON object."""
     path = folder / "library.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not path.is_file():
         lacks = "it has no library.json" if folder.is_dir() else "there is no such folder"
         raise LibraryFileError(
             f"{folder} is no block library: {lacks}. "
             "A workspace has one once `puzzle optimize` has made it: run that first, or name another folder."
-        ) from error
-    except OSError as error:
-        raise LibraryFileError(f"{folder} is no block library: library.json: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise LibraryFileError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise LibraryFileError(f"{path} must be a JSON object.")
-    return found
+        )
+    return mapping(read_json(path), str(path))
 
 
 def validated(kind: type[ValueT], found: Mapping[str, Any], where: Path) -> ValueT:
@@ -85,10 +77,10 @@ def validated(kind: type[ValueT], found: Mapping[str, Any], where: Path) -> Valu
     try:
         return kind.model_validate(found)
     except ValidationError as error:
-        raise LibraryFileError(f"{where}: {told(error)}.") from error
+        raise LibraryFileError(f"{where}: {first_fault(error)}.") from error
 
 
-def told(error: ValidationError) -> str:
+def first_fault(error: ValidationError) -> str:
     """The first thing that is wrong, in a sentence."""
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

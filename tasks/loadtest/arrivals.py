@@ -55,7 +55,7 @@ class Limits(Value):
         pairs = ((first_token, self.first_token_ms), (output_token, self.output_token_ms))
         return all(limit is None or seconds * 1e3 <= limit for seconds, limit in pairs)
 
-    def told(self) -> str:
+    def words(self) -> str:
         """In words; empty without limits."""
         pairs = (("TTFT", self.first_token_ms), ("TPOT", self.output_token_ms))
         return ", ".join(f"{name} <= {limit:g} ms" for name, limit in pairs if limit is not None)

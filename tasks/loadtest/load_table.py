@@ -1,4 +1,4 @@
-"""What a load on servers gave (tasks/loadtest/serving_load.py): a table, sentences on failures, a picture."""
+"""The rows of `puzzle loadtest` (tasks/loadtest/serving_load.py) as a table, sentences on failures, a picture."""
 
 import math
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from blocks.records import Metric
 from tasks.loadtest.arrivals import NO_LIMITS, Limits
+from tasks.loadtest.bench_table import draw_bars, gain_cell
 from tasks.loadtest.serving_load import LoadRow
 from tasks.measure.bench import CHILD
 from tasks.pages.picture import COLOURS, INK, figure_of, plain_axes
@@ -24,7 +24,7 @@ def load_table(rows: Sequence[LoadRow], limits: Limits = NO_LIMITS) -> Table:
     if any(row.rate for row in rows):
         title += "\nat a rate: requests arrive by chance, so many a second; TTFT counts from the arrival"
     if limits.given():
-        title += f"\ngood: share of requests with {limits.told()}"
+        title += f"\ngood: share of requests with {limits.words()}"
     table = Table(title=title, title_justify="left", box=None)
     for column in (*COLUMNS, *(["good"] if limits.given() else []), "MiB"):
         table.add_column(column, justify="left" if column in ("load", "model") else "right", no_wrap=True)
@@ -42,25 +42,21 @@ def load_cells(row: LoadRow) -> list[str]:
         f"{row.requests - row.failed}/{row.requests}",
         f"{row.requests_per_second.value:,.2f}",
         f"{row.tokens_per_second.value:,.1f} ±{row.tokens_per_second.se:,.1f}",
-        _gain(gains.throughput if gains else None) + (f" ({_gain(gains.cpu)})" if gains and gains.cpu else ""),
+        gain_cell(gains.throughput, gains.cpu) if gains else "",
         _pair(row.first_token_ms),
-        _gain(gains.first_token if gains else None),
+        gain_cell(gains.first_token, None) if gains else "",
         _pair(row.output_token_ms),
-        _gain(gains.output_token if gains else None),
+        gain_cell(gains.output_token, None) if gains else "",
         *([] if row.good is None else [f"{row.good.value:.0%} ±{row.good.se:.0%}"]),
         "" if row.memory_bytes is None else f"{row.memory_bytes / 2**20:,.0f}",
     ]
-
-
-def _gain(metric: Metric | None) -> str:
-    return "" if metric is None else f"{metric.value:.2f} ±{metric.se:.2f}"
 
 
 def _pair(values: Sequence[float | None]) -> str:
     return " / ".join("failed" if value is None else f"{value:,.1f}" for value in values)
 
 
-def failures_told(rows: Sequence[LoadRow]) -> list[str]:
+def failures_of(rows: Sequence[LoadRow]) -> list[str]:
     """A sentence for each row with failed requests."""
     return [
         f"{row.model}, {row.load}: {row.failed} of {row.requests} requests failed ({'; '.join(row.errors)}); gains are "
@@ -119,21 +115,10 @@ def _draw_model(panels: Sequence[Axes], own: Sequence[LoadRow], name: str) -> No
 
 def _draw_closed(rows: Sequence[LoadRow]) -> Figure:
     """Output tokens per second by load and model, with standard errors; TTFT (p50) beside it."""
-    loads = list(dict.fromkeys(row.load for row in rows))
-    names = list(dict.fromkeys(row.model for row in rows))
-    figure = figure_of(4.5 + 2.2 * len(loads), 3.6)
-    speed, wait = figure.subplots(1, 2)
-    for axes, label in ((speed, "output tokens per second"), (wait, "time to first token, ms (p50)")):
-        plain_axes(axes)
-        axes.set_xticks(range(len(loads)), loads)
-        axes.set_ylabel(label, color=INK)
-    for place, name in enumerate(names):
-        own = [row for row in rows if row.model == name]
-        centres = [index + (place - (len(names) - 1) / 2) * 0.8 / len(names) for index in range(len(own))]
-        look: dict[str, Any] = {"color": COLOURS.get(name, COLOURS[CHILD]), "label": name}
-        figures = [row.tokens_per_second for row in own]
-        errors = [metric.se for metric in figures]
-        speed.bar(centres, [metric.value for metric in figures], 0.76 / len(names), yerr=errors, **look)
-        wait.bar(centres, [row.first_token_ms[0] or 0 for row in own], 0.76 / len(names), **look)
-    wait.legend(frameon=False)
-    return figure
+    return draw_bars(
+        [(row.load, row.model) for row in rows],
+        {
+            "output tokens per second": [(row.tokens_per_second.value, row.tokens_per_second.se) for row in rows],
+            "time to first token, ms (p50)": [(row.first_token_ms[0] or 0, 0) for row in rows],
+        },
+    )

@@ -1,4 +1,4 @@
-"""`puzzle bench --server`: an OpenAI-style load on servers of parent and child, in turns.
+"""`puzzle loadtest`: an OpenAI-style load on servers of parent and child, in turns.
 
 Prompts are random token ids, new in every round, the same for every model; so are the times at which they arrive
 (arrivals.py). A request that failed, or was short, stays in every denominator: it counts as no token, and as infinitely
@@ -6,6 +6,7 @@ late in the percentiles.
 """
 
 import asyncio
+import itertools
 import math
 import os
 import random
@@ -19,13 +20,13 @@ from typing import Any
 
 import httpx
 
-from blocks.engine_limits import limits_of
+from blocks.engine_limits import known_engine
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.parent import config_of
 from blocks.records import Metric, Value
-from tasks.engines.base import Load
+from tasks.engines.base import LoadOptions
 from tasks.engines.openai_server import SERVERS, Served, serving
-from tasks.engines.throughput import PARENT, median_metric
+from tasks.engines.timing_in_turns import PARENT, median_metric
 from tasks.export.formats import precision_of
 from tasks.inputs.children import open_child
 from tasks.loadtest.arrivals import NO_LIMITS, Limits, Traffic, traffic_of
@@ -34,7 +35,7 @@ from tasks.measure.bench import CHILD, Point, ready
 
 API_KEY = "PUZZLE_BENCH_API_KEY"  # ours: a key that is in the environment for somebody else's API goes nowhere
 SPARE_TOKENS = 16  # a server may add tokens of its own to a prompt
-Tell = Callable[[int, int], None]
+Report = Callable[[int, int], None]  # hears how many requests are done, and how many there are
 
 
 class LoadTurn(Value):
@@ -84,7 +85,6 @@ class LoadRow(Value):
     good: Metric | None
     requests_per_second: Metric
     tokens_per_second: Metric
-    request_efficiency: float
     first_token_ms: tuple[float | None, float | None]
     output_token_ms: tuple[float | None, float | None]
     memory_bytes: int | None
@@ -98,7 +98,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadPlan:
-    """What is put under load: servers that are started here (`server`), or that run already (`urls`)."""
+    """What is put under load: servers that are started here (`server`), or else those that run already (`urls`)."""
 
     server: str | None = None
     urls: tuple[str, ...] = ()
@@ -110,6 +110,10 @@ class LoadPlan:
     threads: int = 1
     requests: int = 8
 
+    def __post_init__(self) -> None:
+        if self.server is not None and self.urls:
+            raise PuzzleError("--server starts servers, --url names running ones: give one of the two.")
+
     @property
     def traffic(self) -> tuple[Traffic, ...]:
         """Every point in a closed loop, then at every rate."""
@@ -120,13 +124,13 @@ class LoadPlan:
         return models * self.rounds * sum(self.requests / load.rate for load in self.traffic if load.rate)
 
 
-def bench_servers(sources: Mapping[str, Path], plan: LoadPlan, tell: Tell = lambda done, total: None) -> list[LoadRow]:
+def bench_servers(
+    sources: Mapping[str, Path], plan: LoadPlan, report: Report = lambda done, total: None
+) -> list[LoadRow]:
     """Parent and child under the same loads, in turns. `sources` has the child, for its vocabulary, and what is served.
 
     Raises PuzzleError for a server that cannot be started, PuzzleFailure for one that does not answer.
     """
-    if plan.server is not None and plan.urls:
-        raise PuzzleError("--server starts servers, --url names running ones: give one of the two.")
     most = max(point.batch_size for point in plan.points)
     if most > plan.requests:
         raise PuzzleError(f"{plan.requests} requests are never {most} at a time: give --requests {most} or more.")
@@ -138,7 +142,7 @@ def bench_servers(sources: Mapping[str, Path], plan: LoadPlan, tell: Tell = lamb
             if plan.server is None
             else stack.enter_context(served_models(sources, plan.server, plan.points, plan.precision, plan.threads))
         )
-        return load_test(servers, plan, config.vocab_size, tell)
+        return load_test(servers, plan, config.vocab_size, report)
 
 
 @contextmanager
@@ -151,8 +155,8 @@ def served_models(
             f"no server {server!r} can be started from here, only {', '.join(SERVERS)}: start another one yourself "
             "and name it with --url."
         )
-    precision = precision_of(precision, limits_of(server).format)
-    how = Load(
+    precision = precision_of(precision, known_engine(server).format)
+    how = LoadOptions(
         precision=precision,
         threads=threads,
         batch_size=max(point.batch_size for point in points),
@@ -193,14 +197,14 @@ def _is_address(url: str) -> bool:
 
 
 def load_test(
-    servers: Mapping[str, Served], plan: LoadPlan, vocab_size: int, tell: Tell = lambda done, total: None
+    servers: Mapping[str, Served], plan: LoadPlan, vocab_size: int, report: Report = lambda done, total: None
 ) -> list[LoadRow]:
     """Every server under every load, in turns; the one named `parent` is what gains are counted from.
 
-    `tell` hears of requests. PuzzleFailure when none of a server's requests succeeds.
+    PuzzleFailure when none of a server's requests succeeds.
     """
     order, rows = list(servers), list[LoadRow]()
-    count = Count(tell, len(plan.traffic) * plan.rounds * len(order) * plan.requests)
+    total, done = len(plan.traffic) * plan.rounds * len(order) * plan.requests, itertools.count(1)
     for traffic in plan.traffic:
         turns: dict[str, list[LoadTurn]] = {name: [] for name in order}
         if traffic.rate is None:
@@ -209,26 +213,13 @@ def load_test(
         for number in range(plan.rounds):
             prompts = prompts_of(traffic, vocab_size, plan.requests, number)
             for name in reversed(order) if number % 2 else order:
-                turns[name].append(one_turn(servers[name], traffic, prompts, number, count))
+                turns[name].append(one_turn(servers[name], traffic, prompts, number, lambda: report(next(done), total)))
         rows += [row_of(name, traffic, turns, servers[name].peak_bytes(), plan.limits) for name in order]
     return rows
 
 
-@dataclass
-class Count:
-    """Counts requests and tells."""
-
-    tell: Tell
-    total: int
-    done: int = 0
-
-    def __call__(self) -> None:
-        self.done += 1
-        self.tell(self.done, self.total)
-
-
 def _warm(name: str, server: Served, traffic: Traffic, vocab_size: int) -> None:
-    """One untimed turn; a server that answers nothing is told here."""
+    """One untimed turn. PuzzleFailure for a server that answers nothing."""
     turn = one_turn(server, traffic, prompts_of(traffic, vocab_size, traffic.point.batch_size, -1), -1)
     if turn.failed() == len(turn.requests):
         raise PuzzleFailure(
@@ -267,7 +258,6 @@ def row_of(
     """One model's turns, summed up: medians over the rounds, percentiles over all requests of all rounds."""
     own = turns[name]
     everything = [request for turn in own for request in turn.requests]
-    tokens = median_metric([turn.tokens_per_second() for turn in own])
     return LoadRow(
         model=name,
         load=traffic.label,
@@ -277,8 +267,7 @@ def row_of(
         errors=tuple(sorted({request.error for request in everything if request.error}))[:5],
         good=good_share(own, limits),
         requests_per_second=median_metric([(len(turn.requests) - turn.failed()) / turn.seconds for turn in own]),
-        tokens_per_second=tokens,
-        request_efficiency=tokens.value / traffic.point.generated_tokens,
+        tokens_per_second=median_metric([turn.tokens_per_second() for turn in own]),
         first_token_ms=_percentiles([request.first for request in everything]),
         output_token_ms=_percentiles([request.per_token() for request in everything]),
         memory_bytes=memory,

@@ -1,37 +1,37 @@
 """`puzzle bench`: parent and child in turns under the same load, in one engine; a table and a picture.
 
-Each model sits in a process of its own (tasks/engines/worker.py). Gains are of pairs: parent's time over child's in
-the same round, so that what the machine does besides falls on both. CPU time stands beside wall time for the same
-reason. Memory is the process's peak less what it held before the model was loaded.
+Each model runs in a process of its own (tasks/engines/worker.py). A gain is the parent's time over the child's in the
+same round, so that whatever else the machine does falls on both. CPU time is shown beside wall time for the same
+reason. Memory is the highest that the process held, less what it held before the model was loaded.
 """
 
 # B = batch, P = prompt tokens, G = generated tokens
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from blocks.engine_limits import limits_of
+from blocks.engine_limits import known_engine
 from blocks.errors import PuzzleError
 from blocks.parent import config_of
 from blocks.records import Gains, Throughput, Turn, Value
 from profiles.schema import Scenario
-from tasks.engines.base import Load
+from tasks.engines.base import LoadOptions
 from tasks.engines.registry import installed_engine
-from tasks.engines.throughput import in_turns, summaries, timed_steps, tokens_before
+from tasks.engines.timing_in_turns import in_turns, summaries, timed_steps, tokens_before
 from tasks.engines.worker import Worker
-from tasks.export.formats import find_tokenizer, precision_of, refuse
+from tasks.export.child_tokenizer import find_tokenizer
+from tasks.export.formats import precision_of, refuse
 from tasks.gguf.header import read_header
-from tasks.gguf.tokenizer import NO_TOKENIZER, TokenizerLimit
+from tasks.gguf.tokenizer_writer import NO_TOKENIZER, TokenizerLimit
 from tasks.gguf.writer import write_gguf
 from tasks.inputs.children import open_child, origin_of
-from tasks.running.progress import part_of
+from tasks.running.progress import Progress, no_progress, part_of
 
 CHILD = "child"
-Tell = Callable[[int, int], None]
 
 
 class BenchRow(Value):
@@ -102,18 +102,18 @@ def bench(
     precision: str = "float32",
     rounds: int = 5,
     threads: int = 1,
-    tell: Tell = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> list[BenchRow]:
-    """Every model under every load, in turns; the one named `parent` is what gains are counted from.
+    """Time every model under every load, in turns. Gains are over the model named `parent`.
 
     Raises EngineMissing, EngineLimit for a child that the engine cannot run, PuzzleError for a load that is longer than
     the model's context.
     """
     if rounds < 1:
         raise PuzzleError(f"rounds must be at least 1, got {rounds}.")
-    precision = precision_of(precision, limits_of(engine).format)
+    precision = precision_of(precision, known_engine(engine).format)
     with ready(sources, engine, precision, points) as paths, ExitStack() as stack:
-        how = Load(
+        how = LoadOptions(
             precision=precision,
             threads=threads,
             batch_size=max(point.batch_size for point in points),
@@ -125,7 +125,7 @@ def bench(
             worker.load()
         rows = []
         for index, point in enumerate(points):
-            turns = _turns(workers, point, rounds, part_of(tell, index, len(points)))
+            turns = _turns(workers, point, rounds, part_of(progress, index, len(points)))
             memory = {name: worker.memory_bytes() for name, worker in workers.items()}
             base = {"engine": engine, "precision": precision, "threads": threads, **point.model_dump()}
             rows += [
@@ -139,9 +139,11 @@ def bench(
 def ready(
     sources: Mapping[str, Path], engine: str, precision: str, points: Sequence[Point]
 ) -> Iterator[dict[str, Path]]:
-    """The models as the engine loads them: exported to a folder that is removed afterwards where that is needed."""
+    """Paths of the models in the format that the engine loads. Models in another format are exported for the time
+    being.
+    """
     installed_engine(engine)
-    form = limits_of(engine).format
+    form = known_engine(engine).format
     with tempfile.TemporaryDirectory(prefix="puzzle-bench-") as temporary:
         paths = {}
         for name, source in sources.items():
@@ -160,7 +162,7 @@ def ready(
 
 
 def _context_of(source: Path) -> int | None:
-    """Tokens that a model was made for; None for a GGUF file that does not say."""
+    """The longest sequence that a model was made for, in tokens; None for a GGUF file that does not say."""
     if source.is_dir():
         return int(config_of(source).max_position_embeddings)
     fields = read_header(source).fields
@@ -176,9 +178,9 @@ def _check_length(context: int | None, name: str, points: Sequence[Point]) -> No
         )
 
 
-def _turns(workers: Mapping[str, Worker], point: Point, rounds: int, tell: Tell) -> dict[str, list[Turn]]:
+def _turns(workers: Mapping[str, Worker], point: Point, rounds: int, progress: Progress) -> dict[str, list[Turn]]:
     shape = (point.batch_size, point.prompt_tokens)
     for worker in workers.values():
         worker.request(*shape, min(point.steps, 2), 0)  # warms caches up
     requests = {name: partial(worker.request, *shape, point.steps, 0, point.grow) for name, worker in workers.items()}
-    return in_turns(requests, rounds, tell)
+    return in_turns(requests, rounds, progress)

@@ -1,14 +1,16 @@
-"""Calibration of a cost table: where the parent's sum is biased beyond its error, one factor per phase.
+"""Calibration of a cost table: one factor per phase, if the sum of the parent's costs is off by more than its error.
 
-Fitted on the parent, which was measured end to end in the same rounds as the blocks, never on a child: a child's sum is
-checked against the child itself afterwards (cost_sums.py). It is kept with the costs, so a search that finds them
-stored chooses what the first one chose. On six unseen architectures of SmolLM2 it took the mean error of absolute times
-in llama.cpp from 2.4 to 1.2 % and from 5.1 to 2.5 % (bfloat16, prefill and decode), from 3.0 to 2.5 % and from 2.8 to
-2.4 % (float32); a gain over the parent within one phase is not touched by it.
+The factors are fitted on the parent, which was measured end to end in the same rounds as the blocks. They are never
+fitted on a child: a child's sum is compared with the child itself afterwards (cost_sums.py). They are stored with the
+costs, so that a search which finds stored costs makes the same choice as the first one. On six unseen architectures of
+SmolLM2 it took the mean error of absolute times in llama.cpp from 2.4 to 1.2 % and from 5.1 to 2.5 % (bfloat16, prefill
+and decode), from 3.0 to 2.5 % and from 2.8 to 2.4 % (float32); a gain over the parent within one phase is not touched
+by it.
 
-The rule is a step, so it may come and go between two measurements of one machine: whether costs moved is asked of the
-seconds as measured (`drift`). A continuous rule would not mend that: over nine settings of a simulation it raised up to
-79 false alarms in 100 where the step raised up to 87, and seconds as measured at most 1, for the same error of sums.
+The calibration is applied or not applied, so it may change between two measurements of the same machine. Whether costs
+have changed is therefore decided on the seconds as measured (`drift`). A continuous rule would not help: over nine
+settings of a simulation it raised up to 79 false alarms in 100 where the present rule raised up to 87, and seconds as
+measured at most 1, for the same error of sums.
 """
 
 import math
@@ -24,7 +26,7 @@ DRIFT, DRIFT_SPREADS = 0.1, 3.0  # a cost has moved when it differs by 10 % and 
 
 
 def calibrated(table: CostTable) -> CostTable:
-    """The table with its seconds multiplied by the factors that its parent asks for; itself where none is needed."""
+    """The table with its seconds multiplied by the factors that fit its parent, if any are needed."""
     prefill, decode = bias_of(table, "prefill"), bias_of(table, "decode")
     if prefill is None and decode is None:
         return table
@@ -48,7 +50,7 @@ def _scaled(cost: Any, factors: dict[str, float]) -> Any:
 
 
 def bias_of(table: CostTable, phase: Phase) -> float | None:
-    """Sum of the parent's blocks over the parent, median over the scenarios; None where its error explains it."""
+    """The sum of the parent's costs over the parent's time, median over the scenarios; None where errors explain it."""
     found = [one for whole in table.parent_measured if (one := parent_bias(table, whole, phase))]
     if not found:
         return None
@@ -58,23 +60,24 @@ def bias_of(table: CostTable, phase: Phase) -> float | None:
 
 
 def parent_bias(table: CostTable, whole: NonBlockCost, phase: Phase) -> tuple[float, float] | None:
-    """The parent's sum over the parent measured at this place, and the standard error of that; None where the clock
-    shows no time for one of them.
+    """The sum of the parent's costs over its measured time in one scenario, and the standard error of that ratio.
+
+    None where the clock shows no time for one of them.
     """
     layers = (LayerChoice(),) * table.num_hidden_layers
-    place = (whole.scenario, whole.batch_size)
-    measured, summed = getattr(whole, SECONDS[phase]), sum_of(table, layers, place, phase)
+    at = (whole.scenario, whole.batch_size)
+    measured, summed = getattr(whole, SECONDS[phase]), sum_of(table, layers, at, phase)
     if not measured or not summed:
         return None
-    relative = math.hypot(error_of_sum(table, layers, place, phase) / summed, getattr(whole, f"{phase}_spread"))
+    relative = math.hypot(error_of_sum(table, layers, at, phase) / summed, getattr(whole, f"{phase}_spread"))
     return summed / measured, summed / measured * relative
 
 
 def drift(before: CostTable, now: CostTable) -> list[str]:
-    """What moved by more than DRIFT and by more than its spreads explain, in words: costs, and the parent end to end.
+    """What has changed by more than DRIFT and by more than its errors explain, in words: costs, and the whole parent.
 
-    Costs are compared as they were measured: a calibration follows the parent, and one noisy measurement of that moves
-    every cost of a table at once.
+    Costs are compared as they were measured, without calibration: a calibration follows the parent, so one noisy
+    measurement of the parent would change every cost of a table.
     """
     old = dict(_as_measured(before))
     moved = []

@@ -1,7 +1,7 @@
-"""The sum is checked: what the costs of single blocks add up to, beside whole models measured in the same run.
+"""What the costs of single blocks add up to, compared with whole models that were measured in the same run.
 
-The error of a sum counts every variant's standard error as often as the variant stands in the model (copies share one
-measurement), different variants as independent.
+All copies of a variant in a model share one measurement, so the variant's standard error counts once for each copy.
+Errors of different variants are taken to be independent.
 """
 
 import math
@@ -23,10 +23,10 @@ from blocks.records import (
     Throughput,
     Totals,
 )
-from tasks.engines.throughput import PARENT
+from tasks.engines.timing_in_turns import PARENT
 
 Phase = Literal["prefill", "decode"]
-Place = tuple[str, int]  # scenario and batch size
+ScenarioBatch = tuple[str, int]  # a scenario's name and a batch size
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 SECONDS: dict[Phase, str] = {"prefill": "prefill_seconds", "decode": "decode_seconds_per_token"}
 MEASURED = {
@@ -41,7 +41,7 @@ GAINS = {
     ("prefill", "CPU"): "prefill_cpu",
     ("decode", "CPU"): "decode_cpu",
 }
-TOLERANCE = 0.05  # a median scenario that is off by more is printed
+TOLERANCE = 0.05  # when the median scenario is off by more, a sentence says so
 
 
 def clock_of(costs: CostTable) -> str:
@@ -52,7 +52,7 @@ def clock_of(costs: CostTable) -> str:
 def check_sums(
     architectures: Mapping[str, Architecture], speed: Mapping[str, Sequence[Throughput]], costs: CostTable
 ) -> tuple[SumCheck, ...]:
-    """Every model at every scenario, prefill and decode apart; none where the clock shows no time."""
+    """A check for every model, scenario and phase, except where the clock shows no time."""
     clock, found = clock_of(costs), []
     for name, measured in speed.items():
         for own in measured:
@@ -60,8 +60,8 @@ def check_sums(
                 totals = {
                     which: _totals(architectures[which], own.scenario, own.batch_size) for which in {PARENT, name}
                 }
-                place = (own.scenario, own.batch_size)
-                spread = error_of_sum(costs, architectures[name].layers, place, phase)
+                at = (own.scenario, own.batch_size)
+                spread = error_of_sum(costs, architectures[name].layers, at, phase)
                 check = _check(name, phase, clock, totals, spread, own)
                 found += [check] if check else []
     return tuple(found)
@@ -100,32 +100,32 @@ def _off(ratio: float, relative_error: float, n: int) -> Metric:
     return Metric(value=ratio - 1, se=ratio * relative_error, n=n)
 
 
-def sum_of(costs: CostTable, layers: Sequence[LayerChoice], place: Place, phase: Phase) -> float:
+def sum_of(costs: CostTable, layers: Sequence[LayerChoice], at: ScenarioBatch, phase: Phase) -> float:
     """Predicted seconds of these layers and the non-block part at a scenario and batch size."""
-    return math.fsum(seconds for seconds, _ in _parts(costs, layers, place, phase))
+    return math.fsum(seconds for seconds, _ in _parts(costs, layers, at, phase))
 
 
-def error_of_sum(costs: CostTable, layers: Sequence[LayerChoice], place: Place, phase: Phase) -> float:
-    """Standard error, in seconds, of that."""
-    return math.hypot(*(error for _, error in _parts(costs, layers, place, phase)))
+def error_of_sum(costs: CostTable, layers: Sequence[LayerChoice], at: ScenarioBatch, phase: Phase) -> float:
+    """Standard error of that sum, in seconds."""
+    return math.hypot(*(error for _, error in _parts(costs, layers, at, phase)))
 
 
 def _parts(
-    costs: CostTable, layers: Sequence[LayerChoice], place: Place, phase: Phase
+    costs: CostTable, layers: Sequence[LayerChoice], at: ScenarioBatch, phase: Phase
 ) -> Iterator[tuple[float, float]]:
     """Seconds and standard error of every variant with all its copies, and of the non-block part."""
     counts = Counter((part, getattr(choice, part)) for choice in layers for part in SUBBLOCKS)
     every: list[tuple[int, Cost | NonBlockCost]] = [(1, cost) for cost in costs.non_block]
     every += [(counts[cost.subblock, cost.variant], cost) for cost in costs.costs]
     for copies, cost in every:
-        if (cost.scenario, cost.batch_size) == place:
+        if (cost.scenario, cost.batch_size) == at:
             seconds = copies * float(getattr(cost, SECONDS[phase]))
             yield seconds, seconds * getattr(cost, f"{phase}_spread")
 
 
-def told(speed: SpeedReport) -> list[str]:
-    """A line where others were at work meanwhile, one for each phase in which the child's median scenario is off by
-    more than TOLERANCE.
+def warnings_of(speed: SpeedReport) -> list[str]:
+    """A sentence where others used the machine meanwhile, and one for each phase in which the child's sum of costs is
+    off by more than TOLERANCE in the median scenario.
     """
     lines = [f"the speeds are of a busy machine: {speed.busy}; measure again when it is quiet"] if speed.busy else []
     for phase in PHASES:

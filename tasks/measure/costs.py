@@ -1,45 +1,38 @@
-"""Measured costs of every variant on this machine: prefill seconds and decode seconds per token, per scenario.
+"""Measured costs of every variant on this machine: seconds of a prefill and of a decode step, for every scenario.
 
-A variant costs the same in every layer, so each is measured once: a stack of copies with weights of their own (so that
-a cache does not hold what a real model streams) runs prefill, then decode steps on a KV cache of the scenario's
-length. All stacks are measured in turn in every round; the median over rounds is kept, with its spread. Embedding,
-final norm and head are measured the same way, apart. The parent end to end closes each round: sum against whole.
+A variant costs the same in every layer, so each is measured once, over several rounds; the median is kept, with its
+standard error. How a variant is timed depends on the engine (torch_costs.py, whole_model_costs.py). Each round also
+times the whole parent, so that the sum of the costs can be compared with it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 from blocks.engine_limits import runnable
+from blocks.kinds import parse_labels
 from blocks.library import digest_of, keep, remember
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Cost, CostTable, LayerChoice, NonBlockCost, ParentInfo
 from blocks.resources import BYTES, non_block_parameters, resources, weight_bytes
-from blocks.variant import Variant, parse_labels
+from blocks.variant import Variant
 from profiles.schema import Hardware, Measure, Profile, Scenario, SearchSpace
 from tasks.distill.record import open_parent
-from tasks.engines.throughput import ClockTooCoarse
+from tasks.engines.timing_in_turns import ClockTooCoarse
 from tasks.inputs.precision import is_named, served_precision
 from tasks.inputs.space import measured_space
 from tasks.measure.calibration import calibrated, drift, parent_bias
 from tasks.measure.cost_sums import PHASES
-from tasks.measure.llama_cpp_costs import EngineBench
-from tasks.measure.timing import Timing, hardware_description, noted
-from tasks.measure.torch_costs import TorchBench
-from tasks.measure.vllm_costs import VllmBench
-from tasks.running.progress import part_of
+from tasks.measure.hardware_description import entry, hardware_description
+from tasks.measure.llama_cpp_costs import LlamaCppTimer
+from tasks.measure.torch_costs import TorchTimer
+from tasks.measure.variant_timing import Timing, VariantTimer
+from tasks.measure.vllm_costs import VllmTimer
+from tasks.running.progress import Progress, no_progress, part_of
 from tasks.running.usage import Others
 
 VERSION = 3
-Tell = Callable[[int, int], None]
-
-
-def _weights_of(hardware: Hardware, reader: Parent) -> dict[str, str]:
-    """What bytes are told of, where that is not what was timed."""
-    served = served_precision(hardware, reader)
-    return {} if served == hardware.precision else {"weights": served}
 
 
 def costs_path(
@@ -50,7 +43,7 @@ def costs_path(
     measure: Measure,
     workspace: Path,
 ) -> Path:
-    """Where the table of these costs lies, measured or not."""
+    """The file of these costs, whether they have been measured or not."""
     key = digest_of(
         parent=parent.fingerprint,
         space=[space.attention, space.ffn],
@@ -64,7 +57,7 @@ def costs_path(
 
 
 def stored_costs(path: Path, measure: Measure, workspace: Path) -> CostTable | None:
-    """The table at a place of `costs_path`, None where there is none or it is older than the profile allows."""
+    """The table in a file of `costs_path`. None where there is none, or where it is older than the profile allows."""
     table = remember(path, CostTable, lambda _: [], workspace)
     if table is None:
         return None
@@ -85,14 +78,14 @@ def measure_costs(
     hardware: Hardware,
     measure: Measure,
     workspace: Path,
-    tell: Tell = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> CostTable:
     """Costs of every variant of the search space; the stored table when nothing it depends on has changed."""
     path = costs_path(parent, space, scenarios, hardware, measure, workspace)
     stored = stored_costs(path, measure, workspace)
     if stored is not None:
         return stored
-    table = _measured(open_parent(workspace / parent.folder), space, scenarios, hardware, measure, tell)
+    table = _measured(open_parent(workspace / parent.folder), space, scenarios, hardware, measure, progress)
     keep(path, table, [], workspace)
     return table
 
@@ -104,14 +97,16 @@ def measure_again(
     hardware: Hardware,
     measure: Measure,
     workspace: Path,
-    tell: Tell = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> list[str]:
-    """Measure costs whether they are stored or not. What has moved, in words; only then, or where there were none, is
-    a new table kept. The old one stands until the new one is whole.
+    """Measure costs even where they are stored, and return what has changed, in words.
+
+    A new table replaces the stored one only when something has changed. The stored one stays until the new one is
+    whole.
     """
     path = costs_path(parent, space, scenarios, hardware, measure, workspace)
     before = stored_costs(path, measure, workspace)
-    now = _measured(open_parent(workspace / parent.folder), space, scenarios, hardware, measure, tell)
+    now = _measured(open_parent(workspace / parent.folder), space, scenarios, hardware, measure, progress)
     moved = drift(before, now) if before else []
     if moved or before is None:
         keep(path, now, [], workspace)
@@ -124,7 +119,7 @@ def _measured(
     scenarios: Sequence[Scenario],
     hardware: Hardware,
     measure: Measure,
-    tell: Tell,
+    progress: Progress,
 ) -> CostTable:
     names = {subblock: parse_labels(subblock, getattr(space, subblock), reader.config) for subblock in SUBBLOCKS}
     variants = [
@@ -134,19 +129,19 @@ def _measured(
     non_block: list[NonBlockCost] = []
     whole: list[NonBlockCost] = []
     shapes = [(scenario, batch) for scenario in scenarios for batch in scenario.batch_sizes]
-    bench, others = _bench(reader, variants, hardware, measure), Others()
+    timer, others = _timer(reader, variants, hardware, measure), Others()
     for index, (scenario, batch) in enumerate(shapes):
-        timings = bench.run(scenario, batch, part_of(tell, index, len(shapes)))
+        timings = timer.run(scenario, batch, part_of(progress, index, len(shapes)))
         costs += [
             _cost(reader, variant, scenario, batch, timings[variant.subblock, variant.label], hardware)
             for variant in variants
         ]
         non_block.append(_non_block(reader, scenario, batch, timings["non_block", ""], hardware))
         whole.append(_non_block(reader, scenario, batch, timings["parent", ""], hardware))
-    described = hardware_description(hardware)
+    described, served = hardware_description(hardware), served_precision(hardware, reader)
     busy = others.crowd(int(described["threads"])) if described["clock"] == "wall" and hardware.device == "cpu" else ""
     table = CostTable(
-        hardware=described | noted("busy", busy) | _weights_of(hardware, reader),
+        hardware=described | entry("busy", busy) | entry("weights", None if served == hardware.precision else served),
         costs=tuple(costs),
         non_block=tuple(non_block),
         num_hidden_layers=reader.depth,
@@ -162,18 +157,9 @@ def _measured(
 
 
 def _runs(engine: str, reader: Parent, variant: Variant) -> bool:
-    """Whether the engine can run a variant at all, judged in the last layer: what it cannot has no cost there."""
-    alone = LayerChoice.alone(variant.subblock, variant.label)
+    """Whether the engine can run a variant in the last layer. A variant that it cannot run has no cost."""
+    alone = LayerChoice.only(variant.subblock, variant.label)
     return runnable(engine, reader.config, reader.depth - 1, alone.attention, alone.ffn) is None
-
-
-def _bench(reader: Parent, variants: Sequence[Variant], hardware: Hardware, measure: Measure) -> Any:
-    """What times variants in the profile's engine: `run(scenario, batch, tell)`."""
-    if hardware.engine == "torch":
-        return TorchBench(reader, variants, hardware, measure)
-    if hardware.engine == "vllm":
-        return VllmBench(reader, variants, hardware, measure)
-    return EngineBench(reader, variants, hardware, measure)
 
 
 def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timing: Timing, hardware: Hardware) -> Cost:
@@ -187,10 +173,7 @@ def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timi
         variant=variant.label,
         scenario=scenario.name,
         batch_size=batch,
-        prefill_seconds=timing.prefill,
-        decode_seconds_per_token=timing.decode,
-        prefill_spread=timing.prefill_spread,
-        decode_spread=timing.decode_spread,
+        **timing.as_cost(),
         parameters=needs.parameters,
         weight_bytes=needs.weight_bytes,
         kv_bytes_per_token=cache,
@@ -204,10 +187,16 @@ def _non_block(reader: Parent, scenario: Scenario, batch: int, timing: Timing, h
     return NonBlockCost(
         scenario=scenario.name,
         batch_size=batch,
-        prefill_seconds=timing.prefill,
-        decode_seconds_per_token=timing.decode,
+        **timing.as_cost(),
         parameters=parameters,
         weight_bytes=math.ceil((parameters - norm) * weight_bytes(served) + norm * vector),
-        prefill_spread=timing.prefill_spread,
-        decode_spread=timing.decode_spread,
     )
+
+
+def _timer(reader: Parent, variants: Sequence[Variant], hardware: Hardware, measure: Measure) -> VariantTimer:
+    """What times variants in the profile's engine."""
+    if hardware.engine == "torch":
+        return TorchTimer(reader, variants, hardware, measure)
+    if hardware.engine == "vllm":
+        return VllmTimer(reader, variants, hardware, measure)
+    return LlamaCppTimer(reader, variants, hardware, measure)

@@ -1,6 +1,6 @@
-"""Costs that are modelled, not measured: an analytic roofline (Williams et al., CACM 52, 2009) of every variant.
+"""Costs that are modelled and not measured: an analytic roofline (Williams et al., CACM 52, 2009) of every variant.
 
-A subblock's forward takes, on each of `tensor_parallel` devices,
+A forward pass of a subblock takes, on each of `tensor_parallel` devices,
 
     max(product FLOPs / compute, weights / bandwidth)                       its matrices
     + (hidden states + inner states) / bandwidth                            norm, activation: kernels of their own
@@ -22,10 +22,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from blocks.families.base import head_dim
+from blocks.kinds import kind_of, parse_labels
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Cost, CostTable, NonBlockCost
 from blocks.resources import BYTES, non_block_parameters, resources, weight_bytes
-from blocks.variant import Variant, kind_of, parse_labels
+from blocks.variant import Variant
 from profiles.hardware import HardwareTarget, check_use
 from profiles.schema import Hardware, Precision, Scenario, SearchSpace
 from tasks.inputs.precision import served_precision
@@ -37,7 +38,7 @@ COLLECTIVE_FLOORS = 2  # latency of an all-reduce, in kernel floors: reduce, the
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A target and how a model lies on it."""
+    """A hardware target, and how a model is placed on it. held: precision of weights in memory, if another."""
 
     target: HardwareTarget
     precision: Precision
@@ -86,10 +87,10 @@ class Pass:
 
 
 def setting_of(hardware: Hardware, target: HardwareTarget, parent: Parent | None = None) -> Setting:
-    """How a profile's hardware section uses a target. Raises ProfileError when the target cannot.
+    """How a profile's hardware section uses a target. Raises ProfileError when the target cannot be used like that.
 
-    parent: where the profile names no precision, weights and KV cache take the room of the parent's; a modelled target
-    that has it computes in it too.
+    parent: where the profile names no precision, weights and KV cache have the parent's; a modelled target that has
+    this precision computes in it too.
     """
     check_use(target, hardware)
     served = hardware.precision if parent is None else served_precision(hardware, parent)
@@ -105,7 +106,7 @@ def setting_of(hardware: Hardware, target: HardwareTarget, parent: Parent | None
 
 
 def held(setting: Setting) -> Setting:
-    """The setting by which memory is counted; that by which time is, unless the weights are kept otherwise."""
+    """The setting for counting memory: another than for times where weights are held in another precision."""
     if setting.held is None:
         return setting
     return replace(setting, precision=setting.held, kv_precision=setting.held, held=None)
@@ -169,7 +170,7 @@ def non_block_seconds(parent: Parent, work: Pass, setting: Setting) -> float:
 
 
 def modelled_costs(parent: Parent, space: SearchSpace, scenarios: Sequence[Scenario], setting: Setting) -> CostTable:
-    """The cost table of a parent known by its config alone; nothing in it is measured.
+    """The cost table of a parent, modelled from its config alone.
 
     Memory is that of one device: `weight_bytes` and `kv_bytes_per_token` are what each of them holds; parameters are
     the model's.
@@ -186,7 +187,7 @@ def modelled_costs(parent: Parent, space: SearchSpace, scenarios: Sequence[Scena
 
 
 def described(setting: Setting) -> dict[str, str]:
-    """What the figures hold for; whoever prints it tells a model from a measurement."""
+    """What the figures hold for. It says that they are modelled."""
     target = setting.target
     return {
         "name": target.name,

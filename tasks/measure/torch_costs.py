@@ -1,7 +1,7 @@
-"""Costs of variants in torch: a stack of copies of each subblock, all in memory at once, timed in turns.
+"""Costs of variants in torch: each variant is a stack of copies of its subblock, and the stacks are timed in turns.
 
-The copies have weights of their own, so that a cache does not hold what a real model streams. Embedding, final norm and
-head are timed the same way, apart, and the parent end to end closes each round.
+Every copy has weights of its own. A processor's cache then cannot hold them all, as it cannot hold those of a real
+model. Embedding, final norm and head are timed in the same way, and each round ends with the whole parent.
 """
 
 import time
@@ -19,13 +19,13 @@ from blocks.parent import Parent
 from blocks.records import LayerChoice
 from blocks.variant import Variant
 from profiles.schema import Hardware, Measure, Scenario
-from tasks.engines.throughput import cpu_clock, median_metric, relative_error, wait_for
-from tasks.measure.timing import Timing, clock_for
+from tasks.engines.timing_in_turns import cpu_clock, median_metric, wait_for
+from tasks.measure.hardware_description import clock_for
+from tasks.measure.variant_timing import Timed, Timing
+from tasks.running.progress import Progress
 
-Tell = Callable[[int, int], None]
 
-
-class TorchBench:
+class TorchTimer:
     """Stacks of every variant, in memory at once, and the parent; runs rounds over them in turn."""
 
     def __init__(self, reader: Parent, variants: Sequence[Variant], hardware: Hardware, measure: Measure) -> None:
@@ -45,7 +45,7 @@ class TorchBench:
 
     def _stack(self, variant: Variant, generator: torch.Generator) -> DeciLMModel:
         """A model of `copies` layers that hold this subblock alone; weights are noise, time does not depend on it."""
-        alone = LayerChoice.alone(variant.subblock, variant.label)
+        alone = LayerChoice.only(variant.subblock, variant.label)
         config = self.reader.child_config([alone] * self.copies)
         config.vocab_size = 8  # the embedding is not run
         config.pad_token_id = None
@@ -57,13 +57,13 @@ class TorchBench:
         return stack.to(self.device, self.dtype).eval()
 
     @torch.inference_mode()
-    def run(self, scenario: Scenario, batch: int, tell: Tell) -> dict[tuple[str, str], Timing]:
+    def run(self, scenario: Scenario, batch: int, progress: Progress) -> dict[Timed, Timing]:
         """Rounds over all stacks, non-block parts and the whole parent, in turns."""
-        rounds: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        rounds: dict[Timed, list[tuple[float, float]]] = {}
         total = (self.measure.rounds + 1) * (len(self.stacks) + 2)
         done = 0
         for number in range(self.measure.rounds + 1):
-            jobs: list[tuple[tuple[str, str], Callable[[], tuple[float, float]]]] = [
+            jobs: list[tuple[Timed, Callable[[], tuple[float, float]]]] = [
                 (name, partial(self._time, stack, scenario, batch, self.copies)) for name, stack in self.stacks.items()
             ]
             jobs.append((("non_block", ""), lambda: self._time_non_block(scenario, batch)))
@@ -73,8 +73,8 @@ class TorchBench:
                 if number:  # the first round warms up
                     rounds.setdefault(name, []).append(figures)
                 done += 1
-                tell(done, total)
-        free = Timing(prefill=0.0, decode=0.0, prefill_spread=0.0, decode_spread=0.0)
+                progress(done, total)
+        free = Timing(prefill=0.0, decode=0.0)
         return {name: summary(figures) for name, figures in rounds.items()} | dict.fromkeys(self.free, free)
 
     def _time(
@@ -133,11 +133,5 @@ class TorchBench:
 
 
 def summary(figures: list[tuple[float, float]]) -> Timing:
-    """Medians of (prefill, decode) seconds over the rounds, with their relative standard errors."""
-    prefill, decode = (median_metric([figure[phase] for figure in figures]) for phase in (0, 1))
-    return Timing(
-        prefill=prefill.value,
-        decode=decode.value,
-        prefill_spread=relative_error(prefill),
-        decode_spread=relative_error(decode),
-    )
+    """The timing of (prefill, decode) seconds that were measured in several rounds."""
+    return Timing.of(*(median_metric([figure[phase] for figure in figures]) for phase in (0, 1)))

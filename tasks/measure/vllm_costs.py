@@ -1,62 +1,55 @@
-"""Costs of variants in vLLM: the method of tasks/measure/llama_cpp_costs.py, in two processes of vLLM's own.
+"""Costs of variants in vLLM, from whole models. Each is a folder with a config and no weights: vLLM makes noise up.
 
-A model is a folder with a config and no weights: vLLM fills in noise (`load_format: dummy`).
+The parent stays loaded in one process of vLLM's own, the other models are loaded one after another in a second.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from blocks.export_code import AUTO_MAP, CODE_FILES
 from blocks.records import LayerChoice
 from profiles.schema import Scenario
+from tasks.engines.base import Session
 from tasks.engines.vllm_engine import CODE, Vllm, VllmSession
-from tasks.measure.llama_cpp_costs import EngineBench, Name, Timed
-from tasks.measure.timing import Timing
+from tasks.measure.variant_timing import Timed, Timing
+from tasks.measure.whole_model_costs import WholeModelTimer
+from tasks.running.progress import Progress
 
 
-class _Kept(VllmSession):
-    """A session whose process stays for the next model."""
-
-    def close(self) -> None:
-        """Nothing yet: a start of vLLM costs more than a load."""
-
-    def end(self) -> None:
-        """End the process."""
-        super().close()
-
-
-class VllmBench(EngineBench):
+class VllmTimer(WholeModelTimer):
     """Times models in vLLM: the parent in one process, the others one after another in a second."""
 
-    _kept: list[_Kept]
+    _sessions: list[VllmSession]
 
-    def run(self, scenario: Scenario, batch: int, tell: Callable[[int, int], None]) -> dict[Name, Timing]:
-        """See EngineBench."""
-        self._kept = []
+    def run(self, scenario: Scenario, batch: int, progress: Progress) -> dict[Timed, Timing]:
+        """See VariantTimer."""
+        self._sessions = []
         try:
-            return super().run(scenario, batch, tell)
+            return super().run(scenario, batch, progress)
         finally:
-            for session in self._kept:
-                session.end()
+            for session in self._sessions:
+                session.close()
 
-    def _open(self, folder: Path, layers: Sequence[LayerChoice], scenario: Scenario, batch: int) -> Timed:
-        """A model of these layers with noise for weights: time does not depend on them."""
+    def _release(self, model: Session) -> None:
+        """The process stays for the next model: starting vLLM takes longer than loading a model."""
+
+    def _open(self, folder: Path, layers: Sequence[LayerChoice], scenario: Scenario, batch: int) -> Session:
         path = folder / "model"
-        write_config(self.reader.child_config(layers), path)
+        _write_config(self.reader.child_config(layers), path)
         try:
             process = Vllm().process(path, self._how(scenario, batch), noise=True)
-            if len(self._kept) > 1:
-                self._kept[1].load(process)
+            if len(self._sessions) > 1:
+                self._sessions[1].load(process)
             else:
-                self._kept.append(_Kept(process))
+                self._sessions.append(VllmSession(process))
         finally:
             shutil.rmtree(path)
-        return self._kept[-1]
+        return self._sessions[-1]
 
 
-def write_config(config: object, folder: Path) -> None:
+def _write_config(config: object, folder: Path) -> None:
     """A nemotron-nas folder without weights."""
     fields = json.loads(config.to_json_string(use_diff=False))  # type: ignore[attr-defined]
     folder.mkdir()

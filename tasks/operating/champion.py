@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from scipy import stats
 from torch import Tensor
 
 from blocks.errors import DamagedBlock, PuzzleError
+from blocks.estimates import lower_bound
 from blocks.files import sha256_of
 from blocks.library import digest_of, read_tensors, remember
 from blocks.records import CorpusInfo, CostTable, LayerChoice, Metric, ParentInfo, Value
@@ -24,11 +24,11 @@ from tasks.distill import bld, gkd, record
 from tasks.distill.record import open_parent
 from tasks.evaluate.compare import LINEAGE, Lineage, build
 from tasks.evaluate.quality import mean_metric, parent_targets, sequence_figures
-from tasks.inputs.corpus import TOKENIZER_FILES
+from tasks.inputs.companions import TOKENIZER_FILES
 from tasks.inputs.precision import as_written, child_dtype
 from tasks.libraries.interchange import read_library
 from tasks.measure import costs
-from tasks.measure.timing import hardware_description
+from tasks.measure.hardware_description import hardware_description
 from tasks.pages.report import rounded
 from tasks.score import scoring
 from tasks.search.totals import Problem, broken_limits, fitting_batches, problem_of
@@ -188,8 +188,7 @@ def decide(ours: Tensor, theirs: Tensor, rule: Champion, changed: tuple[str, ...
     """The rule on paired figures, (S,) each: moved when the improvement's lower bound passes `min_improvement`."""
     better = ours - theirs if rule.metric == "top1_agreement" else theirs - ours
     gain = mean_metric(better)
-    quantile = float(stats.t.ppf(rule.confidence, gain.n - 1)) if gain.n > 1 else float("inf")
-    lower = gain.value - quantile * gain.se if gain.n > 1 else float("-inf")
+    lower = lower_bound(gain, rule.confidence)
     moved = lower > rule.min_improvement
     size = rounded(gain.model_copy(update={"value": abs(gain.value)}))
     reason = (

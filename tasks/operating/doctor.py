@@ -249,7 +249,7 @@ def prefect_server(environment: Mapping[str, str]) -> Iterator[Finding]:
     if theirs and theirs.split(".")[:2] != (_version("prefect") or "").split(".")[:2]:
         yield warn("prefect server", f"{url} runs Prefect {theirs}, here is {_version('prefect')}", "use one version")
     elif urlsplit(url).hostname not in LOOPBACK_HOSTS and not environment.get("PREFECT_API_AUTH_STRING"):
-        todo = "put authentication before it, see docs/operate.md"
+        todo = "put authentication before it, see docs/how-to/protect-the-servers.md"
         yield warn("prefect server", f"{url} answers without authentication, and not only on this machine", todo)
     else:
         yield ok("prefect server", f"{url} answers, Prefect {theirs or 'of unknown version'}")

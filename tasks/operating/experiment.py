@@ -14,7 +14,7 @@ from urllib.parse import quote
 from blocks.records import CorpusInfo, ParentInfo
 from profiles.schema import Hardware, Profile
 from tasks.inputs.parent import name_of
-from tasks.measure.timing import accelerator, processor
+from tasks.measure.hardware_description import accelerator, processor
 from tasks.operating.tracking import Tracking, client_of, open_tracking, server_uri
 from tasks.running.progress import say
 

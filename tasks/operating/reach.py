@@ -5,10 +5,12 @@ MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. Asked through the product
 proxies are those that the run will meet. No address may hold a password: addresses are printed, logged and linked.
 """
 
+import logging
 import math
 import os
 import time
 from collections.abc import Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 from blocks.errors import PuzzleError, PuzzleFailure
@@ -82,8 +84,6 @@ def _ask_mlflow(url: str) -> None:
 
 def _mlflow_status(url: str, retries: int) -> int:
     """HTTP status of a search for experiments: the health page is open to everybody."""
-    from tasks.operating.tracking import quiet_mlflow
-
     quiet_mlflow()
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
@@ -145,3 +145,16 @@ def _away(name: str, url: str, error: Exception) -> PuzzleError:
             f"{CERTIFICATE[name]}."
         )
     return ServerAway(f"no answer at {url} ({name}): {told[:160]}. Start it, or unset {name} to do without.")
+
+
+def quiet_mlflow() -> Any:
+    """Import mlflow without telemetry, progress bars and log lines."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow
+
+    for noisy in ("alembic", "mlflow"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    return mlflow

@@ -186,7 +186,7 @@ def _corpus(profile: Profile) -> Iterator[str]:
             yield from _packages(f"corpus.sources[{index}]", "mwparserfromhell")
             yield from _file(f"corpus.sources[{index}]", source.package, source.file)
         elif isinstance(source, TextSource):
-            from tasks.inputs.corpus import check_sources
+            from tasks.inputs.corpus_sources import check_sources
 
             try:
                 check_sources(profile.corpus.model_copy(update={"sources": (source,)}))
@@ -195,7 +195,7 @@ def _corpus(profile: Profile) -> Iterator[str]:
 
 
 def _file(field: str, package: str, file: str) -> Iterator[str]:
-    from tasks.inputs.corpus import installed_file
+    from tasks.inputs.installed_packages import installed_file
 
     try:
         installed_file(package, file, MachineLacks)

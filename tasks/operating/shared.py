@@ -38,7 +38,7 @@ def store_used(workspace: Path, url: str | None) -> Iterator[None]:
         if store is None:
             yield
             return
-        store.tell = say
+        store.report = say
         try:
             yield
         finally:

@@ -6,7 +6,6 @@ do not meet. Metric names are the same in every run (`report_metrics`), so runs 
 """
 
 import json
-import logging
 import os
 import secrets
 import shlex
@@ -22,7 +21,7 @@ from filelock import FileLock
 from blocks.errors import PuzzleError
 from blocks.records import Architecture, Candidate, ChildReport, CorpusInfo, Metric, ParentInfo, Value
 from profiles.schema import Profile
-from tasks.operating.reach import wait_for_mlflow
+from tasks.operating.reach import quiet_mlflow, wait_for_mlflow
 from tasks.pages.picture import gain_of
 from tasks.pages.report import final_of, parent_of
 from tasks.running.servers import sqlite_url
@@ -64,19 +63,6 @@ def server_uri() -> str | None:
 
 def _uri(workspace: Path) -> str:
     return server_uri() or sqlite_url(workspace / DATABASE)
-
-
-def quiet_mlflow() -> Any:
-    """The package, imported without its telemetry, its bars and its chatter."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    import mlflow
-
-    for noisy in ("alembic", "mlflow"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    return mlflow
 
 
 def _client(uri: str) -> Any:

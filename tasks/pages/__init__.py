@@ -1,1 +1,1 @@
-"""The page of a run and its pictures."""
+"""What a run shows: its report, its page, its pictures."""

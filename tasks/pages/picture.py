@@ -1,6 +1,6 @@
-"""Two pictures of a run: the architecture layer by layer, and all candidates in the plane of speed and quality.
+"""Two pictures of a run: the architecture layer by layer, and the quality of all candidates against their speed.
 
-Figures are made without pyplot, so no display and no global state are needed, and threads do not meet.
+Figures are made without pyplot, so they need no display and no global state, and threads may draw at the same time.
 """
 
 import re
@@ -17,11 +17,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from blocks.estimates import independent_ratio
 from blocks.records import SUBBLOCKS, Architecture, Candidate, LayerChoice, Metric, Subblock, Totals
 
 INK, FAINT = "#1f2933", "#9aa5b1"
 PARENT_COLOUR, NO_OP_COLOUR, LINEAR_COLOUR = "#3e4c59", "#ffffff", "#f0a04b"
-SIZED_MAPS = {"kv": "Blues", "ffn": "Greens"}  # kinds with a size: the more remains, the darker
+SIZED_MAPS = {"kv": "Blues", "ffn": "Greens"}  # kinds with a size: the larger, the darker
 OTHER_MAPS = ("Purples", "RdPu", "YlOrBr", "GnBu")
 COLOURS = {
     "parent": PARENT_COLOUR,
@@ -41,13 +42,13 @@ def _split_label(label: str) -> tuple[str, int | None]:
 
 
 def variant_colours(labels: Sequence[str]) -> dict[str, str]:
-    """A colour per label: hue by kind, shade by the rank of the size among the labels given."""
+    """A colour per label. The hue depends on the kind, the shade on the rank of the size among these labels."""
     sizes: dict[str, list[int]] = {}
     for label in labels:
         kind, size = _split_label(label)
         if size is not None:
             sizes.setdefault(kind, []).append(size)
-    ranks = {kind: sorted(set(own)) for kind, own in sizes.items()}
+    ranks = {kind: sorted(set(known)) for kind, known in sizes.items()}
     others = sorted({_split_label(label)[0] for label in labels} - set(SIZED_MAPS) - {"parent", "no_op", "linear"})
     fixed = {"parent": PARENT_COLOUR, "no_op": NO_OP_COLOUR, "linear": LINEAR_COLOUR}
     colours = {}
@@ -57,14 +58,14 @@ def variant_colours(labels: Sequence[str]) -> dict[str, str]:
             colours[label] = fixed[label]
             continue
         name = SIZED_MAPS.get(kind) or OTHER_MAPS[others.index(kind) % len(OTHER_MAPS)]
-        own = ranks.get(kind, [])
-        share = own.index(size) / (len(own) - 1) if size is not None and len(own) > 1 else 0.5
+        ranked = ranks.get(kind, [])
+        share = ranked.index(size) / (len(ranked) - 1) if size is not None and len(ranked) > 1 else 0.5
         colours[label] = to_hex(colormaps[name](0.25 + 0.55 * share))
     return colours
 
 
 def figure_of(width: float, height: float) -> Figure:
-    """An empty figure, inches, that needs no display."""
+    """An empty figure of this size in inches, which needs no display."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
@@ -82,9 +83,9 @@ def plain_axes(axes: Axes) -> None:
 def draw_architecture(
     architecture: Architecture, parent: Candidate | None = None, child: Candidate | None = None
 ) -> Figure:
-    """Layers across, attention above ffn, a cell per subblock; beside it the child's cost as a share of the parent's.
+    """A cell per subblock, layers from left to right, attention above FFN; beside it child / parent costs.
 
-    parent, child: measured figures, drawn beside the predicted ones where they are given.
+    parent, child: rows of the report, whose measured figures are drawn beside the predicted ones.
     """
     depth = len(architecture.layers)
     width = min(30.0, max(12.0, 5.5 + 0.4 * depth))
@@ -143,9 +144,9 @@ def _draw_cell(axes: Axes, layer: int, height: int, label: str, colour: str, cel
             linewidth=0.8,
         )
     )
-    points = min(9.0, 0.62 * 72 * cell_inches)  # upright text is as high as the cell is wide
+    points = min(9.0, 0.62 * 72 * cell_inches)  # text that is turned by 90 degrees is as high as the cell is wide
     if points >= 4:
-        lies = 0.62 * points * len(label) / 72 < 0.85 * cell_inches
+        fits_across = 0.62 * points * len(label) / 72 < 0.85 * cell_inches
         axes.text(
             layer,
             height,
@@ -153,7 +154,7 @@ def _draw_cell(axes: Axes, layer: int, height: int, label: str, colour: str, cel
             ha="center",
             va="center",
             fontsize=points,
-            rotation=0 if lies else 90,
+            rotation=0 if fits_across else 90,
             color=_readable_on(colour),
         )
 
@@ -164,7 +165,7 @@ def _readable_on(colour: str) -> str:
 
 
 def _legend(figure: Figure, axes: Axes, subblock: Subblock, labels: Sequence[str], colours: dict[str, str]) -> None:
-    """Variants of one subblock with how often each stands, from most to least that remains; ffn below the cells."""
+    """Variants of one subblock with how often each occurs, the largest first; the FFN's legend is below the cells."""
     order = {"parent": (0, 0), "linear": (2, 0), "no_op": (3, 0)}
     counts = Counter(labels)
     names = sorted(counts, key=lambda label: order.get(label, (1, -(_split_label(label)[1] or 0))))
@@ -196,15 +197,17 @@ def _draw_costs(axes: Axes, architecture: Architecture, parent: Candidate | None
     predicted = _predicted_shares(architecture)
     measured = _measured_shares(parent, child) if parent is not None and child is not None else {}
     for place, (name, share) in enumerate(predicted.items()):
-        own = measured.get(name)
+        found = measured.get(name)
         axes.barh(place - 0.2, share, 0.34, color="#cbd2d9")
         axes.text(share + 0.015, place - 0.2, f"{share:.2f}", va="center", fontsize=9, color=INK)
-        if own is not None:
-            error = own.se if own.se > 0 else None
-            axes.barh(place + 0.2, own.value, 0.34, color=COLOURS["child"], xerr=error, error_kw={"ecolor": INK})
-            axes.text(own.value + own.se + 0.015, place + 0.2, f"{own.value:.2f}", va="center", fontsize=9, color=INK)
+        if found is not None:
+            error = found.se if found.se > 0 else None
+            axes.barh(place + 0.2, found.value, 0.34, color=COLOURS["child"], xerr=error, error_kw={"ecolor": INK})
+            axes.text(
+                found.value + found.se + 0.015, place + 0.2, f"{found.value:.2f}", va="center", fontsize=9, color=INK
+            )
     axes.axvline(1, color=INK, linewidth=1, linestyle=":")
-    top = max([1.0, *predicted.values(), *(own.value + own.se for own in measured.values())])
+    top = max([1.0, *predicted.values(), *(found.value + found.se for found in measured.values())])
     axes.set_xlim(0, top * 1.15)
     axes.set_ylim(len(predicted) - 0.4, -0.6)
     axes.yaxis.set_major_locator(FixedLocator(list(range(len(predicted)))))
@@ -248,34 +251,24 @@ def _measured_shares(parent: Candidate, child: Candidate) -> dict[str, Metric]:
     return shares
 
 
-def gain_of(own: Candidate, parent: Candidate | None, kind: str) -> Metric | None:
-    """Speed over the parent's, `prefill`, `decode` or `request`: of pairs, and of medians in reports without pairs."""
+def gain_of(candidate: Candidate, parent: Candidate | None, kind: str) -> Metric | None:
+    """Speed over the parent's: `prefill`, `decode` or `request`. From pairs of rounds, in old reports from medians."""
     field = {"request": "runtime_seconds"}.get(kind, f"{kind}_tokens_per_second")
-    if own is parent:
-        return None if getattr(own, field) is None else Metric(value=1.0, se=0.0, n=1)
-    if own.gains is not None:
-        paired: Metric = getattr(own.gains, kind)
+    if candidate is parent:
+        return None if getattr(candidate, field) is None else Metric(value=1.0, se=0.0, n=1)
+    if candidate.gains is not None:
+        paired: Metric = getattr(candidate.gains, kind)
         return paired
     if parent is None:
         return None
-    above, below = (parent, own) if kind == "request" else (own, parent)
-    return ratio_of(getattr(above, field), getattr(below, field))
-
-
-def ratio_of(numerator: Metric | None, denominator: Metric | None) -> Metric | None:
-    """Quotient of two independently measured figures, errors propagated to first order; None where one is missing."""
-    if numerator is None or denominator is None or denominator.value == 0:
-        return None
-    value = numerator.value / denominator.value
-    relative = (numerator.se / numerator.value) ** 2 if numerator.value else 0.0
-    relative += (denominator.se / denominator.value) ** 2
-    return Metric(value=value, se=abs(value) * relative**0.5, n=min(numerator.n, denominator.n))
+    above, below = (parent, candidate) if kind == "request" else (candidate, parent)
+    return independent_ratio(getattr(above, field), getattr(below, field))
 
 
 def draw_comparison(candidates: Sequence[Candidate]) -> Figure:
     """Quality against speed: KL (and retention, where it was measured) over prefill and decode speed-up.
 
-    Hollow marks are assembled, filled ones distilled; a line joins the two of one name. The parent is at (1, 0).
+    Hollow marks are assembled models, filled ones distilled; a line joins the two of one name. The parent is at (1, 0).
     """
     parent = next((candidate for candidate in candidates if candidate.stage == "parent"), None)
     others = [candidate for candidate in candidates if candidate.stage != "parent"]
@@ -334,7 +327,7 @@ def _draw_plane(axes: Axes, parent: Candidate | None, others: Sequence[Candidate
 
 
 def _scale(axes: Axes, quality: str, heights: Sequence[float]) -> None:
-    """KL on a logarithmic axis where candidates differ tenfold; a line at the parent's place where it can be shown."""
+    """KL on a logarithmic axis where candidates differ tenfold; else a line at the parent's height."""
     positive = [height for height in heights if height > 0]
     if quality == "kl" and positive and max(positive) > 10 * min(positive):
         axes.set_yscale("log")

@@ -1,6 +1,6 @@
-"""The report of a run: parent, child and baselines side by side, predicted beside measured, the winner as it is.
+"""The report of a run: parent, child and baselines side by side, predicted beside measured, and which is best.
 
-One list of rows feeds both the terminal's table and the Markdown (report.md, the child's model card).
+The terminal's table and the Markdown (report.md, the child's model card) are made from one list of rows.
 """
 
 import html
@@ -17,14 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from blocks.estimates import interval, is_clear
 from blocks.files import atomic_path, write_text
 from blocks.library import write_value
 from blocks.records import Answer, Architecture, Candidate, ChildReport, Metric
-from tasks.evaluate.estimates import interval, is_clear
 from tasks.evaluate.standing import (
     Reading,
-    alike,
-    best_places,
+    best_columns,
     counted,
     difference,
     of_all_items,
@@ -32,33 +31,34 @@ from tasks.evaluate.standing import (
     of_sequences,
     over_parent,
     retained,
+    same_architecture,
     timed,
 )
-from tasks.measure.cost_sums import percent, told
+from tasks.measure.cost_sums import percent, warnings_of
 from tasks.pages.picture import draw_architecture, draw_comparison, gain_of
 
 MIB = 2**20
 WordedTable = tuple[list[str], list[list[str]], str]
 BEST = "★"
 BEST_MEANS = (
-    "best of its row, the parent apart, by more than two standard errors of its lead over every other; no mark where "
-    "the error covers a lead."
+    "the best of its row, the parent not counted. Its lead over every other column is more than two standard errors; "
+    "where it is not, none is marked."
 )
 LEGEND = (
-    "± is one standard error: over test sequences, benchmark items or rounds of the speed measurement. Candidates are "
-    "compared sequence by sequence and item by item. KL is to the parent; loss and KL are nats per token; gain is the "
-    "speed over the parent's."
+    "± is one standard error over test sequences, benchmark items or rounds of the speed measurement. Models are "
+    "compared sequence by sequence and item by item. KL is the divergence from the parent. Loss and KL are in nats per "
+    "token. A gain is the model's speed divided by the parent's."
 )
 SAID = (
-    "Greedy answers, with no penalty on repeats. Repeated: runs of four tokens that were there before. An answer loops "
-    "when it has a run of five words three times (of tokens, in a text without spaces), or ends in one run of tokens "
-    "three times in a row."
+    "Greedy answers, without a penalty on repeats. Repeated: the share of runs of four tokens that occurred earlier "
+    "in the answer. An answer loops when it has the same five words three times (five tokens in a text without "
+    "spaces), or ends in one run of tokens three times in a row."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One figure of all candidates. `best`: places of the best for certain, the parent apart (evaluate/standing.py)."""
+    """One figure of all candidates. `best`: the columns that are marked as the best (tasks/evaluate/standing.py)."""
 
     label: str
     cells: tuple[str, ...]
@@ -66,7 +66,7 @@ class Row:
 
 
 def rounded(metric: Metric, scale: float = 1.0) -> str:
-    """`value ±error` with the error to two figures; an error of 0 (exact, or one sample) is left out."""
+    """`value ±error` with the error to two digits; an error of 0 (exact, or one sample) is left out."""
     value, error = metric.value * scale, metric.se * scale
     if error <= 0:
         return plain(value)
@@ -75,7 +75,7 @@ def rounded(metric: Metric, scale: float = 1.0) -> str:
 
 
 def plain(value: float) -> str:
-    """Four figures, without powers of ten for everyday sizes."""
+    """Four digits, without a power of ten for everyday sizes."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -85,9 +85,9 @@ def parent_of(report: ChildReport) -> Candidate | None:
 
 
 def final_of(candidates: Sequence[Candidate], name: str) -> Candidate | None:
-    """The last stage of a name: distilled if there is one, else assembled."""
-    own = [candidate for candidate in candidates if candidate.name == name and candidate.stage != "parent"]
-    return next((candidate for candidate in own if candidate.stage == "distilled"), own[0] if own else None)
+    """The candidate of a name after its last stage: distilled if it was, else assembled."""
+    models = [model for model in candidates if model.name == name and model.stage != "parent"]
+    return next((model for model in models if model.stage == "distilled"), models[0] if models else None)
 
 
 def _title(candidate: Candidate) -> str:
@@ -95,55 +95,55 @@ def _title(candidate: Candidate) -> str:
 
 
 def comparison_rows(report: ChildReport) -> list[Row]:
-    """The rows of the comparison, columns in the order of `report.candidates`; what nobody measured is left out."""
+    """The rows of the comparison, columns in the order of `report.candidates`; rows without any figure are left out."""
     candidates, parent = report.candidates, parent_of(report)
 
     def share(value: Callable[[Candidate], int]) -> Callable[[Candidate], Reading | None]:
-        return lambda own: None if parent is None else counted(value(own) / value(parent))
+        return lambda model: None if parent is None else counted(value(model) / value(parent))
 
     def gain(field: str) -> Callable[[Candidate], Reading | None]:
-        return lambda own: timed(own, gain_of(own, parent, field))
+        return lambda model: timed(model, gain_of(model, parent, field))
 
     rows = [
-        _row("parameters, M", candidates, lambda own: counted(own.parameters / 1e6), less=True),
-        _row("params/parent", candidates, share(lambda own: own.parameters), less=True),
-        _row("memory, MiB", candidates, lambda own: counted(own.memory_bytes / MIB), less=True),
-        _row("memory/parent", candidates, share(lambda own: own.memory_bytes), less=True),
-        _row("prefill, tok/s", candidates, lambda own: timed(own, own.prefill_tokens_per_second)),
+        _row("parameters, M", candidates, lambda model: counted(model.parameters / 1e6), less=True),
+        _row("params/parent", candidates, share(lambda model: model.parameters), less=True),
+        _row("memory, MiB", candidates, lambda model: counted(model.memory_bytes / MIB), less=True),
+        _row("memory/parent", candidates, share(lambda model: model.memory_bytes), less=True),
+        _row("prefill, tok/s", candidates, lambda model: timed(model, model.prefill_tokens_per_second)),
         _row("prefill gain", candidates, gain("prefill")),
-        _row("decode, tok/s", candidates, lambda own: timed(own, own.decode_tokens_per_second)),
+        _row("decode, tok/s", candidates, lambda model: timed(model, model.decode_tokens_per_second)),
         _row("decode gain", candidates, gain("decode")),
-        _row("request, s", candidates, lambda own: timed(own, own.runtime_seconds), less=True),
+        _row("request, s", candidates, lambda model: timed(model, model.runtime_seconds), less=True),
         _row("request gain", candidates, gain("request")),
-        _row("loss, nats", candidates, lambda own: of_sequences(own, "loss"), less=True),
-        _row("KL, nats", candidates, lambda own: of_sequences(own, "kl"), less=True),
-        _row("predicted KL", candidates, lambda own: counted(own.predicted_kl), less=None),
-        _row("top-1 agree, %", candidates, lambda own: of_sequences(own, "top1_agreement"), scale=100),
+        _row("loss, nats", candidates, lambda model: of_sequences(model, "loss"), less=True),
+        _row("KL, nats", candidates, lambda model: of_sequences(model, "kl"), less=True),
+        _row("predicted KL", candidates, lambda model: counted(model.predicted_kl), less=None),
+        _row("top-1 agree, %", candidates, lambda model: of_sequences(model, "top1_agreement"), scale=100),
         *_accuracy_rows(report),
-        Row(label="answers that loop", cells=tuple(_looping(own) for own in candidates), best=frozenset()),
+        Row(label="answers that loop", cells=tuple(_looping(model) for model in candidates), best=frozenset()),
     ]
     return [row for row in rows if any(cell != "–" for cell in row.cells)]
 
 
 def _accuracy_rows(report: ChildReport) -> list[Row]:
-    """Every benchmark, then all of them together."""
+    """A row for every benchmark, then rows for all of them together."""
     candidates, parent = report.candidates, parent_of(report)
-    names = list(dict.fromkeys(name for candidate in candidates for name in candidate.benchmarks))
-    rows = [_row(f"{name}, %", candidates, lambda own, name=name: of_items(own, name), scale=100) for name in names]  # type: ignore[misc]
+    names = list(dict.fromkeys(name for model in candidates for name in model.benchmarks))
+    rows = [_row(f"{name}, %", candidates, lambda model, name=name: of_items(model, name), scale=100) for name in names]  # type: ignore[misc]
     if len(names) > 1:
         rows.append(_row("all items, %", candidates, of_all_items, scale=100))
-        rows.append(_row("mean of tasks, %", candidates, lambda own: of_all_items(own, by_task=True), scale=100))
-    rows.append(_row("items over parent, %", candidates, lambda own: over_parent(own, parent), scale=100))
-    rows.append(_row("retention, %", candidates, lambda own: retained(own, parent), scale=100))
+        rows.append(_row("mean of tasks, %", candidates, lambda model: of_all_items(model, by_task=True), scale=100))
+    rows.append(_row("items over parent, %", candidates, lambda model: over_parent(model, parent), scale=100))
+    rows.append(_row("retention, %", candidates, lambda model: retained(model, parent), scale=100))
     return rows
 
 
-def _looping(own: Candidate) -> str:
-    return f"{_count(own, lambda answer: answer.loops)} of {len(own.answers)}" if own.answers else "–"
+def _looping(model: Candidate) -> str:
+    return f"{_count(model, lambda answer: answer.loops)} of {len(model.answers)}" if model.answers else "–"
 
 
-def _count(own: Candidate, which: Callable[[Answer], bool]) -> int:
-    return sum(which(answer) for answer in own.answers)
+def _count(model: Candidate, which: Callable[[Answer], bool]) -> int:
+    return sum(which(answer) for answer in model.answers)
 
 
 def _row(
@@ -163,42 +163,42 @@ def _row(
     return Row(
         label=label,
         cells=tuple("–" if found is None else rounded(found.metric, scale) for found in figures),
-        best=frozenset() if less is None else best_places(rivals, less),
+        best=frozenset() if less is None else best_columns(rivals, less),
     )
 
 
 def headlines(report: ChildReport) -> list[str]:
-    """What a reader has to know first: a child that does not speak, who wins, what the benchmarks can tell."""
+    """What a reader must know first: broken answers of the child, the best model, what the benchmarks show."""
     child, parent = final_of(report.candidates, "child"), parent_of(report)
-    lines = [] if child is None or parent is None else _silence(child, parent)
-    return [*lines, verdict(report), *([] if child is None or parent is None else _benchmarks_told(child, parent))]
+    lines = [] if child is None or parent is None else _broken_answers(child, parent)
+    return [*lines, verdict(report), *([] if child is None or parent is None else _benchmark_lines(child, parent))]
 
 
-def _silence(child: Candidate, parent: Candidate) -> list[str]:
-    """Whether more of the child's answers loop, or are empty, than of the parent's."""
+def _broken_answers(child: Candidate, parent: Candidate) -> list[str]:
+    """A line for each fault that more of the child's answers have than of the parent's."""
     kinds: dict[str, Callable[[Answer], bool]] = {
         "loop": lambda answer: answer.loops,
         "are empty": lambda answer: not answer.text.strip(),
     }
-    found = {told: (_count(child, which), _count(parent, which)) for told, which in kinds.items()}
+    found = {fault: (_count(child, which), _count(parent, which)) for fault, which in kinds.items()}
     total = len(child.answers)
     return [
-        f"{ours} of {total} answers {told}; the parent's {theirs}. Read them before anything else."
-        for told, (ours, theirs) in found.items()
+        f"{ours} of {total} answers {fault}; the parent's {theirs}. Read them before anything else."
+        for fault, (ours, theirs) in found.items()
         if ours > theirs
     ]
 
 
-def _benchmarks_told(child: Candidate, parent: Candidate) -> list[str]:
-    """Whether the benchmarks tell the child from its parent."""
+def _benchmark_lines(child: Candidate, parent: Candidate) -> list[str]:
+    """Whether the benchmarks show a difference between the child and its parent."""
     lead, ours, theirs = over_parent(child, parent), of_all_items(child), of_all_items(parent)
     if lead is None or ours is None or theirs is None:
         return []
-    items = sum(len(own) for own in child.correct.values())
-    told = "" if is_clear(lead.metric) else "; the error covers it"
+    items = sum(len(answers) for answers in child.correct.values())
+    error = "" if is_clear(lead.metric) else "; this is within the error"
     line = (
         f"Benchmarks: {_percent(ours, 1)} of {items} items right, the parent {_percent(theirs, 1)}: "
-        f"{_signed(lead.metric)} points, item by item{told}."
+        f"{_signed(lead.metric)} points, item by item{error}."
     )
     kept = retained(child, parent)
     if kept is not None and kept.estimate is not None and len(kept.estimate.moves) > 1:
@@ -216,29 +216,31 @@ def _signed(points: Metric) -> str:
 
 
 def verdict(report: ChildReport) -> str:
-    """Who wins, in a sentence: the lowest measured KL among the last stages of child and baselines.
+    """Which of child and baselines has the lowest measured KL after its last stage, in a sentence.
 
-    A lead of less than two standard errors of the difference, sequence by sequence, is called no clear one. A baseline
-    that chose the child's own architecture is named, and is no rival.
+    A lead of less than two standard errors of the difference, sequence by sequence, makes no clear winner. A baseline
+    that chose the child's architecture is named and not compared.
     """
-    names = dict.fromkeys(candidate.name for candidate in report.candidates if candidate.stage != "parent")
-    finals = [own for name in names if (own := final_of(report.candidates, name)) is not None and own.kl is not None]
-    child = next((own for own in finals if own.name == "child"), None)
+    names = dict.fromkeys(model.name for model in report.candidates if model.stage != "parent")
+    finals = [
+        model for name in names if (model := final_of(report.candidates, name)) is not None and model.kl is not None
+    ]
+    child = next((model for model in finals if model.name == "child"), None)
     if child is None or child.kl is None:
         return "The child's KL was not measured."
-    others = [own for own in finals if own is not child]
-    twins = [own.name for own in others if alike(child, own)]
+    others = [model for model in finals if model is not child]
+    twins = [model.name for model in others if same_architecture(child, model)]
     chose = f"{' and '.join(twins)} chose the same architecture" if twins else ""
-    rivals = sorted((own for own in others if own.name not in twins), key=_kl)
+    rivals = sorted((model for model in others if model.name not in twins), key=_kl)
     if not rivals:
         nobody = f"{chose}; no other baseline" if twins else "no baseline"
         return f"The child's KL is {rounded(child.kl)}; {nobody} was measured beside it."
-    told = _against(child, rivals[0])
-    return f"{told}; {chose}." if twins else f"{told}."
+    result = _against(child, rivals[0])
+    return f"{result}; {chose}." if twins else f"{result}."
 
 
 def _against(child: Candidate, rival: Candidate) -> str:
-    """The child against the best of the baselines that are other models."""
+    """The child compared with the best baseline of another architecture."""
     ours, theirs = of_sequences(child, "kl"), of_sequences(rival, "kl")
     assert ours is not None and theirs is not None
     winner, loser = (child, rival) if _kl(child) <= _kl(rival) else (rival, child)
@@ -249,7 +251,7 @@ def _against(child: Candidate, rival: Candidate) -> str:
     if is_clear(lead):
         return f"Winner: {subject}, {figures}"
     if lead.n < 2:
-        return f"No clear winner: one sequence tells no error ({figures})"
+        return f"No clear winner: a single sequence shows no error ({figures})"
     return f"No clear winner: {subject} leads by less than two standard errors ({figures}; {rounded(lead)} apart)"
 
 
@@ -262,7 +264,7 @@ def _kl_text(candidate: Candidate) -> str:
 
 
 def comparison_table(report: ChildReport) -> Table:
-    """The comparison for the terminal: a column per candidate, the best of each row (parent apart) marked."""
+    """The comparison for the terminal: a column per candidate, the best of each row marked."""
     table = Table(
         title=f"{report.profile}: {report.parent.name} and its children",
         caption="\n".join([*headlines(report), f"{BEST} {BEST_MEANS} {LEGEND}"]),
@@ -285,7 +287,7 @@ def comparison_table(report: ChildReport) -> Table:
 
 
 def print_report(report: ChildReport, console: Console) -> None:
-    """Answers and comparison, on the console."""
+    """Print answers and comparison."""
     said = answered(report)
     if said:
         table = Table("prompt", "parent", "child", title=SAID, title_justify="left", box=SIMPLE_HEAD, show_lines=True)
@@ -323,7 +325,7 @@ def report_markdown(report: ChildReport) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """A prompt and its kind; what parent and child said, each with its figures in words."""
+    """A prompt and its kind, and the answers of parent and child: (text, figures in words)."""
 
     prompt: str
     kind: str
@@ -332,7 +334,7 @@ class Answered:
 
 
 def answered(report: ChildReport) -> list[Answered]:
-    """Parent and finished child side by side; empty in a report of a version that let nobody answer."""
+    """Answers of parent and finished child side by side; empty in an old report without answers."""
     parent, child = parent_of(report), final_of(report.candidates, "child")
     if parent is None or child is None:
         return []
@@ -348,7 +350,7 @@ def answered(report: ChildReport) -> list[Answered]:
 
 
 def visible(text: str) -> str:
-    """What a model wrote, its control characters spelt out, which a terminal would obey; empty lines counted."""
+    """A model's text that is safe on a terminal: control characters are spelt out, long runs of empty lines counted."""
     spelt = "".join(sign if sign.isprintable() or sign == "\n" else repr(sign)[1:-1] for sign in text)
     return re.sub(r"\n{3,}", lambda lines: f"\n(and {len(lines[0]) - 1} empty lines)\n", spelt)
 
@@ -371,7 +373,7 @@ def _answers_markdown(report: ChildReport) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    """Text that Markdown and HTML leave as it is, in a cell of a table."""
+    """Text for a cell of a table, escaped so that Markdown and HTML show it as it is."""
     escaped = html.escape(text.strip("\n"))
     return re.sub(r"[|*_`\[\]~\\$#!]", lambda sign: f"&#{ord(sign[0])};", escaped).replace("\n", "<br>")
 
@@ -382,7 +384,7 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], align:
 
 
 def _predicted_markdown(report: ChildReport) -> str:
-    """What the search promised at each scenario, beside what the assembled child did."""
+    """What the search predicted at each scenario, beside what was measured."""
     rows = []
     for totals in report.architecture.totals:
         case = f"{totals.scenario}, batch {totals.batch_size}"
@@ -390,9 +392,9 @@ def _predicted_markdown(report: ChildReport) -> str:
             "–" if totals.decode_seconds_per_token <= 0 else plain(totals.batch_size / totals.decode_seconds_per_token)
         )
         parents = [
-            own
-            for own in report.architecture.parent_totals
-            if (own.scenario, own.batch_size) == (totals.scenario, totals.batch_size)
+            parent
+            for parent in report.architecture.parent_totals
+            if (parent.scenario, parent.batch_size) == (totals.scenario, totals.batch_size)
         ]
         gain = plain(parents[0].runtime_seconds / totals.runtime_seconds) if parents and totals.runtime_seconds else "–"
         rows.append([case, plain(totals.runtime_seconds), gain, decode_rate, plain(totals.memory_bytes / MIB)])
@@ -409,14 +411,14 @@ def _predicted_markdown(report: ChildReport) -> str:
     child, parent = final_of(report.candidates, "child"), parent_of(report)
     gains = {kind: gain_of(child, parent, kind) for kind in ("prefill", "decode", "request")} if child else {}
     found = [f"{kind} {rounded(gain)}×" for kind, gain in gains.items() if gain is not None]
-    parts += [f"Measured speed-up: {', '.join(found)}."] if found else []
+    parts += [f"Measured speed-up over the parent: {', '.join(found)}."] if found else []
     for header, rows, words in (sums_table(report), speed_table(report)):
         parts += [_markdown_table(header, rows), words] if rows else []
     return "\n\n".join(parts)
 
 
 def sums_table(report: ChildReport) -> WordedTable:
-    """The sums of blocks beside whole models: header, rows, what to know of them."""
+    """Predicted and measured times of whole models: header, rows, and an explanation."""
     speed = report.speed
     rows = [
         [
@@ -430,38 +432,43 @@ def sums_table(report: ChildReport) -> WordedTable:
         ]
         for check in speed.sums
     ]
-    words = [f"Whole models, in turns, in {speed.engine}, {speed.clock} time; gain: over the parent.", *told(speed)]
-    header = ["sum of blocks", "scenario", "phase", "predicted, ms", "measured, ms", "off by", "gain off by"]
+    words = [
+        f"Predicted: the sum of the measured costs of a model's blocks. Measured: the whole model in {speed.engine}, "
+        f"in {speed.clock} time, one model after the other in every round. Error of the gain: of the predicted speed "
+        "over the parent's, which does not depend on how fast the machine was that day.",
+        *warnings_of(speed),
+    ]
+    header = ["model", "scenario", "phase", "predicted, ms", "measured, ms", "error", "error of the gain"]
     return header, rows, " ".join(words)
 
 
 def speed_table(report: ChildReport) -> WordedTable:
-    """Every model at every scenario, what a user of a served child asks for: header, rows, what the figures mean."""
+    """The speed of every model at every scenario, as its users see it: header, rows, and an explanation."""
     rows = [
         [
             name,
-            f"{own.scenario}, batch {own.batch_size}",
-            rounded(own.first_token_seconds, 1000),
-            rounded(own.output_token_seconds, 1000),
-            rounded(own.generated_tokens_per_second),
-            rounded(own.requests_per_second),
-            "–" if own.gains is None else rounded(own.gains.request),
-            "–" if own.memory_bytes is None else plain(own.memory_bytes / MIB),
+            f"{speed.scenario}, batch {speed.batch_size}",
+            rounded(speed.first_token_seconds, 1000),
+            rounded(speed.output_token_seconds, 1000),
+            rounded(speed.generated_tokens_per_second),
+            rounded(speed.requests_per_second),
+            "–" if speed.gains is None else rounded(speed.gains.request),
+            "–" if speed.memory_bytes is None else plain(speed.memory_bytes / MIB),
         ]
         for name, every in report.speed.models.items()
-        for own in every
+        for speed in every
     ]
     header = ["speed", "scenario", "TTFT, ms", "TPOT, ms", "tokens/s", "requests/s", "request gain", "peak, MiB"]
     words = (
-        "Wall time. TTFT: time to first token, the prefill of the batch. TPOT: time per output token. tokens/s: "
-        "generated by the batch over the whole request; requests/s: that over the tokens generated per request. Peak "
-        "memory of the model: weights, KV cache, what a request takes."
+        "Wall time. TTFT: time to the first token, which is the prefill of the batch. TPOT: time per output token. "
+        "tokens/s: tokens that the batch generates over the time of the whole request; requests/s: tokens/s over the "
+        "tokens generated per request. Peak memory: weights, KV cache and what a request needs beside them."
     )
     return header, rows, words
 
 
 def _architecture_markdown(architecture: Architecture) -> str:
-    """Layers with the same choice are put together."""
+    """The variant of every layer; neighbours with the same variants share a row."""
     rows, first = [], 0
     for choice, run in itertools.groupby(architecture.layers):
         last = first + len(list(run)) - 1

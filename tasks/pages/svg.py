@@ -1,6 +1,6 @@
-"""Matplotlib figures as inline SVG that follows the page: its ink, its paper, its font, light or dark.
+"""Matplotlib figures as inline SVG in the colours and the font of the page, light or dark.
 
-A figure is drawn once, in the colours below; in the SVG these become CSS variables, in a PNG they stay.
+A figure is drawn once, in the colours below. In the SVG they become CSS variables; in a PNG they stay as they are.
 """
 
 import io
@@ -22,9 +22,9 @@ VARIABLES = {
 
 
 def inline_svg(figure: Figure, name: str) -> str:
-    """The figure as an <svg> element to put into HTML: no ids that two pictures share, nothing loaded from elsewhere.
+    """The figure as an <svg> element for HTML, without ids that two pictures could share and without external files.
 
-    name: read out in its place (aria-label).
+    name: what a screen reader says in its place (aria-label).
     """
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):

@@ -21,12 +21,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from blocks.fit import elimination_flops
+from blocks.kinds import kind_of, parse_label, parse_labels
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Subblock
 from blocks.resources import non_block_parameters, parameters_of
-from blocks.variant import Variant, kind_of, parse_label, parse_labels
+from blocks.variant import Variant
 from profiles.schema import GgufParent, PackageParent, Profile, TinyParent
-from tasks.distill.record import BATCH, CHUNK
+from tasks.distill.record import CHUNK
 from tasks.inputs.space import layers_of, refused_alone
 from tasks.inputs.tiny import TRAIN_BATCH, TRAIN_TOKENS
 from tasks.planning.machine import BLOCK_NAMES, Rates
@@ -38,7 +39,6 @@ ADAMW_PASSES = 14  # floats read or written per weight and step: gradient made, 
 COLUMN_GATHER = 3.3  # picking columns of a matrix, in time of a stream of its bytes (6.6 ms beside 2.0, F = 1536)
 # the elimination's inverse: product written, difference, rows picked, columns picked, each read and written
 INVERSE_PASSES = 7 + 2 * COLUMN_GATHER
-SUM_PASSES = 3  # a batch's Gram matrices added to their sums: two read, one written
 ATTEMPTS = 1.1  # distillations per variant: one in ten rises and is tried again
 HELD_OUT = 3  # losses per distillation: start, closed form, after the steps
 TASK_SECONDS = 0.016  # Prefect around one task, on threads (benchmarks/scale.md)
@@ -237,8 +237,7 @@ def record_work(shape: Shape) -> Work:
     rounds = inner // CHUNK
     layer += Work(
         solve=elimination_flops(inner, width, CHUNK),
-        stream=8 * rounds * (INVERSE_PASSES * inner**2 / 3 + 5 * inner * width / 2)
-        + math.ceil(settings.statistics_sequences / BATCH) * SUM_PASSES * statistics_bytes(shape),
+        stream=8 * rounds * (INVERSE_PASSES * inner**2 / 3 + 5 * inner * width / 2),
         disk=3 * shape.states(sequences) + shape.states(kept) + statistics_bytes(shape),
         fixed=TASK_SECONDS,
     )

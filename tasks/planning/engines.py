@@ -3,8 +3,8 @@
 Seconds of models come from the roofline, of the machine that the run is planned on. In every engine a request is a
 prefill, the tokens to the middle of the generation at once and untimed, then decode steps; each model has one request
 that warms up and one per round. In torch, costs are of stacks of copies, all in memory at once. llama.cpp gets whole
-models, written and loaded one after another, each in turns with the parent (measure/llama_cpp_costs.py), and at the end
-an export of every model in a process of its own. How long vLLM starts and compiles is not known before it was seen.
+models, written and loaded one after another, each in turns with the parent (measure/whole_model_costs.py), and at the
+end an export of every model in a process of its own. How long vLLM starts and compiles is not known before it was seen.
 """
 
 import os
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from blocks.records import SUBBLOCKS, CostTable, LayerChoice
 from profiles.schema import Scenario
-from tasks.engines.throughput import timed_steps, tokens_before
+from tasks.engines.timing_in_turns import timed_steps, tokens_before
 from tasks.inputs.space import measured_space
 from tasks.measure.roofline import Setting, modelled_costs
 from tasks.planning import effort
@@ -25,7 +25,7 @@ PARENT = LayerChoice()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class RequestTimes:
     """Seconds of models at one scenario and batch size, from the modelled costs."""
 
     table: CostTable
@@ -56,11 +56,11 @@ class Place:
         return found.prefill_seconds, found.decode_seconds_per_token
 
 
-def places_of(shape: Shape, setting: Setting, largest_only: bool = False) -> list[Place]:
+def request_times_of(shape: Shape, setting: Setting, largest_only: bool = False) -> list[RequestTimes]:
     """Every scenario at every batch size, or at its largest."""
     table = modelled_costs(shape.parent, measured_space(shape.profile), shape.profile.scenarios, setting)
     return [
-        Place(table=table, scenario=scenario, batch=batch)
+        RequestTimes(table=table, scenario=scenario, batch=batch)
         for scenario in shape.profile.scenarios
         for batch in ([max(scenario.batch_sizes)] if largest_only else scenario.batch_sizes)
     ]
@@ -73,19 +73,19 @@ def measure_work(shape: Shape, setting: Setting | None) -> Work | None:
         return Work()
     if engine in UNKNOWN:
         return None
-    places = places_of(shape, setting)
+    places = request_times_of(shape, setting)
     return (_stacks if engine == "torch" else _whole_models)(shape, places) + Work(fixed=effort.TASK_SECONDS)
 
 
-def _stacks(shape: Shape, places: Sequence[Place]) -> Work:
+def _stacks(shape: Shape, places: Sequence[RequestTimes]) -> Work:
     """Stacks of every variant, non-block part and parent, in rounds."""
     measure, copies = shape.profile.measure, min(shape.profile.measure.stack, shape.depth)
     seconds = 0.0
     for place in places:
         for part in SUBBLOCKS:
             for label in {cost.variant for cost in place.table.costs if cost.subblock == part}:
-                alone = LayerChoice.alone(part, label)
-                seconds += place.seconds([(alone, copies)], 0, measure.decode_steps)
+                single = LayerChoice.only(part, label)
+                seconds += place.seconds([(single, copies)], 0, measure.decode_steps)
         seconds += place.seconds([(PARENT, shape.depth)], 1, measure.decode_steps)  # takes its turn as well
         seconds += place.seconds([], 1, measure.decode_steps)
     noise = copies * FLOAT * sum(shape.parameters(v) for variants in shape.variants.values() for v in variants)
@@ -93,18 +93,17 @@ def _stacks(shape: Shape, places: Sequence[Place]) -> Work:
     return Work(fixed=seconds * (measure.rounds + 1) + build)
 
 
-def _whole_models(shape: Shape, places: Sequence[Place]) -> Work:
+def _whole_models(shape: Shape, places: Sequence[RequestTimes]) -> Work:
     """Parent and other in turns, for every other model; both are noise, written to a file and loaded."""
-    from tasks.measure.llama_cpp_costs import EngineBench
+    from tasks.measure.whole_model_costs import models_to_time
 
     measure = shape.profile.measure
     variants = [variant for variants in shape.variants.values() for variant in variants]
-    wholes = EngineBench(shape.parent, variants, shape.profile.hardware, measure).wholes()
     work = Work()
     for place in places:
         parent = [(PARENT, float(shape.depth))]
         work += _written(shape, parent)
-        for whole in wholes:
+        for whole in models_to_time(shape.parent, variants):
             layers = [(PARENT, 1.0)]
             if whole.repeated is not None:
                 layers.append((whole.repeated, float(shape.depth - 1)))
@@ -130,7 +129,7 @@ def throughput_work(shape: Shape, setting: Setting | None, shares: Sequence[floa
         return Work()
     if engine in UNKNOWN:
         return None
-    rounds, places = shape.profile.evaluate.throughput_rounds, places_of(shape, setting, largest_only=True)
+    rounds, places = shape.profile.evaluate.throughput_rounds, request_times_of(shape, setting, largest_only=True)
     work = Work(fixed=effort.TASK_SECONDS)
     if engine != "torch":
         work += Work(fixed=WORKER_SECONDS * max(1.0, len(shares) / (os.cpu_count() or 1)))

@@ -1,10 +1,15 @@
 """How fast a machine is, in the few rates that the time of a run is modelled from.
 
 This machine is measured for about two seconds, on products of the parent's own sizes. On an idle machine that is wall
-time, the best of several. Where others take a good part of the processors, wall time would tell of them: then the CPU
-time of this process, shared by its threads, stands for what the same work takes on the idle machine, and `loaded` says
-so. What an idle machine gave is kept for a day in the user's cache. Another device's rates come from its hardware
-target; the search itself computes in float32 there as well.
+time, the best of several. Where others take a good part of the processors, wall time would be theirs as well: then the
+CPU time that one thread takes, divided by the threads, stands for what the same work takes on the idle machine, and
+`loaded` says so.
+
+A stage is slower than its products alone, since it does not keep every thread busy: `SERIAL` is the share of its work
+that one thread does while the others wait. The rates of products are those that a stage reaches.
+
+What an idle machine gave is kept for a day in the user's cache. Another device's rates come from its hardware target;
+the search itself computes in float32 there as well.
 """
 
 import hashlib
@@ -34,6 +39,10 @@ from tasks.running.usage import busy_seconds
 TOKENS = 1024  # rows of the measured products
 LARGEST = 4096  # columns and inner length at most: 64 MB of noise, whatever the parent
 ROUNDS, SECONDS_EACH = 9, 0.2  # repeats of one measurement, until its time is up
+# The demo's eight stages that compute took 1,263 s on two threads (benchmarks/plan.md). Products, at the measured rates
+# with both threads busy throughout, explain 936 s, all other terms of the plan 118 s:
+# (1263 - 118) / 936 = 1.22 = 1 + SERIAL * (2 - 1).
+SERIAL = 0.22
 LOADED = 0.15  # share of the processors taken by others from which wall time is not trusted
 HASH_BYTES = 8 << 20
 WEIGHT_BYTES = 192 << 20
@@ -47,9 +56,11 @@ EAGER_OPERATIONS = 12  # small operations' time behind one counted kernel in eag
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """product, packed: float32 FLOP/s of plain products and of frozen, packed weights. serving: the same at the
-    precision that costs are measured in. solve: float64 FLOP/s of dense solves. stream: bytes/s of element-wise work,
-    read and written. weights: bytes/s of matrices times one vector. disk: bytes/s written or read, with the digest.
+    """What a stage reaches.
+
+    product, packed: float32 FLOP/s of plain products, and of those with frozen, packed weights. serving: the same at
+    the precision that costs are measured in. solve: float64 FLOP/s of dense solves. stream: bytes/s of element-wise
+    work, read and written. weights: bytes/s of matrices times one vector. disk: bytes/s written or read, and digested.
     names: tensor names per second that gguf enters in a table, Python's speed. floor: seconds of a small operation.
     at: when this machine was measured, ISO 8601.
     """
@@ -163,14 +174,14 @@ def _calibrate(width: int, inner: int, precision: Precision, threads: int) -> Ra
     packed = packed_product(weight)
     clock = _Clock(threads)
     flops = 2.0 * TOKENS * width * inner
-    product = flops / clock.seconds(lambda: F.linear(x, weight))
+    product = flops / clock.stage_seconds(lambda: F.linear(x, weight))
     return Rates(
         name="this machine",
         measured=True,
         product=product,
-        packed=max(product, flops / clock.seconds(lambda: packed(x))),
-        serving=product if precision == "float32" else flops / clock.seconds(lambda: F.linear(low_x, low_weight)),
-        solve=(2 * size**3 / 3 + 2 * size**3) / clock.seconds(lambda: torch.linalg.solve(gram, sides)),
+        packed=max(product, flops / clock.stage_seconds(lambda: packed(x))),
+        serving=product if precision == "float32" else flops / clock.stage_seconds(lambda: F.linear(low_x, low_weight)),
+        solve=(2 * size**3 / 3 + 2 * size**3) / clock.stage_seconds(lambda: torch.linalg.solve(gram, sides)),
         stream=2 * states.nbytes / clock.seconds(lambda: F.silu(states), threads=1),
         weights=count * low_weight.nbytes / clock.seconds(lambda: [F.linear(one, m) for m in matrices], threads=1),
         disk=_disk_rate(clock),
@@ -187,13 +198,28 @@ class _Clock:
     def __init__(self, threads: int) -> None:
         self.threads, self.loaded = threads, False
 
-    def seconds(self, work: Callable[[], Any], threads: int | None = None) -> float:
-        """Best of several, after one that warms up.
+    def stage_seconds(self, work: Callable[[], Any]) -> float:
+        """What products take within a stage, where the threads are not all busy all the time."""
+        return self.seconds(work) * with_serial_share(self.threads)
 
-        threads: how many share CPU time on a loaded machine, all unless told. Memory serves one about as fast as all.
+    def seconds(self, work: Callable[[], Any], threads: int | None = None) -> float:
+        """Wall time; on a loaded machine one thread's CPU time, divided by `threads` [all of them].
+
+        Memory serves one thread about as fast as all, and so does Python.
         """
-        sharers = threads or self.threads
         work()
+        seconds, loaded = self._timed(work)
+        self.loaded |= loaded
+        if loaded:  # threads that wait for one another spin, beside others for long: CPU time of one thread is its own
+            torch.set_num_threads(1)
+            try:
+                seconds = self._timed(work, cpu_time=True)[0] / (threads or self.threads)
+            finally:
+                torch.set_num_threads(self.threads)
+        return max(seconds, 1e-9)
+
+    def _timed(self, work: Callable[[], Any], cpu_time: bool = False) -> tuple[float, bool]:
+        """The best of several, in CPU time where that is asked for or others are busy; whether they were."""
         wall: list[float] = []
         cpu: list[float] = []
         started, busy, own = time.perf_counter(), busy_seconds(), time.process_time()
@@ -201,12 +227,16 @@ class _Clock:
             a, b = time.perf_counter(), time.process_time()
             work()
             wall.append(time.perf_counter() - a)
-            cpu.append((time.process_time() - b) / sharers)
+            cpu.append(time.process_time() - b)
         took = time.perf_counter() - started
         others = busy_seconds() - busy - (time.process_time() - own)
         seconds, loaded = machine_share(wall, cpu, others, took, os.cpu_count() or 1)
-        self.loaded |= loaded
-        return max(seconds, 1e-9)
+        return (min(cpu) if cpu_time else seconds), loaded
+
+
+def with_serial_share(threads: int) -> float:
+    """How much longer a stage takes than its products would with every thread busy throughout (Amdahl's law)."""
+    return 1 + SERIAL * (threads - 1)
 
 
 def machine_share(

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from blocks.errors import InfeasibleBudget
+from blocks.kinds import kind_of, parse_labels
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Architecture, CostTable, LayerChoice, Score, Subblock, Totals, Value
 from blocks.resources import weight_bytes
-from blocks.variant import kind_of, parse_labels
 from profiles.hardware import HardwareTarget, load_target
 from profiles.schema import ParentSource, Profile
 from tasks.inputs.parent import write_config

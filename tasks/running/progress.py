@@ -3,21 +3,36 @@
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LINE_EVERY_SECONDS = 10.0
 
 
-def part_of(tell: Callable[[int, int], None], part: int, parts: int) -> Callable[[int, int], None]:
-    """How far one of several parts of equal size is, told as how far the whole is."""
-    return lambda done, total: tell(part * total + done, parts * total)
+class Progress(Protocol):
+    """Whoever does a long piece of work calls this after each step. `text` says what was done last."""
+
+    def __call__(self, done: int, total: int, text: str = "") -> None:
+        """`done` of `total` steps are finished."""
+
+
+def no_progress(done: int, total: int, text: str = "") -> None:
+    """The `Progress` of work that nobody watches."""
+
+
+def part_of(progress: Progress, part: int, parts: int) -> Progress:
+    """The `Progress` of one of several equal parts: its steps are reported as steps of the whole."""
+
+    def report(done: int, total: int, text: str = "") -> None:
+        progress(part * total + done, parts * total, text)
+
+    return report
 
 
 class Stage:
@@ -26,19 +41,19 @@ class Stage:
     def __init__(self, name: str, console: Console) -> None:
         self.name, self.console = name, console
         self.started = self.last = time.monotonic()
-        self.live: Progress | None = None
+        self.live: rich_progress.Progress | None = None
         self.done = 0
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
-            self.live = Progress(
-                TextColumn("{task.description:<12}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"),
+            self.live = rich_progress.Progress(
+                rich_progress.TextColumn("{task.description:<12}"),
+                rich_progress.BarColumn(),
+                rich_progress.MofNCompleteColumn(),
+                rich_progress.TimeElapsedColumn(),
+                rich_progress.TextColumn("ETA"),
+                rich_progress.TimeRemainingColumn(),
+                rich_progress.TextColumn("{task.fields[text]}"),
                 console=self.console,
                 transient=True,
             )
@@ -47,7 +62,7 @@ class Stage:
         return self
 
     def __call__(self, done: int, total: int, text: str = "") -> None:
-        """Tell how far the stage is."""
+        """See `Progress`."""
         self.done = done
         now = time.monotonic()
         if self.live is not None:

@@ -19,9 +19,10 @@ from prefect.context import FlowRunContext
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from blocks.devices import on_device
 from blocks.errors import PuzzleError
 from blocks.records import Value
-from blocks.runtime import configure, on_device, set_threads
+from blocks.runtime import configure, set_threads
 from profiles.schema import Orchestration, Profile
 from tasks.running.sharing import TaskKey, exclusive
 
@@ -225,6 +226,6 @@ def _reachable(address: str) -> None:
 
 def _nobody(address: str, what: str) -> PuzzleError:
     return PuzzleError(
-        f"no {what} answers at {address} (orchestration.address): start the cluster as docs/clusters.md says, or leave "
-        "the address out"
+        f"no {what} answers at {address} (orchestration.address): start the cluster as "
+        "docs/how-to/run-on-a-cluster.md says, or leave the address out"
     )

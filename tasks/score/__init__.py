@@ -1,1 +1,1 @@
-"""What a block variant hurts: replace-1-block scores."""
+"""How much each block variant hurts the parent: replace-1-block scores."""

@@ -1,9 +1,9 @@
 """Replace-1-block scores (Puzzle, section 3): put one variant into the parent, measure KL(parent || child) and the
 rise of the LM loss on held-out sequences. Lower is better; the parent's own subblock scores exactly 0.
 
-Replacing layer i leaves everything before it as it was, so a score starts from the recorded states that enter the
-layer, and the variants of a layer run through the rest of the parent as one batch. The divergence needs no vocabulary
-sized target (blocks/divergence.py).
+Replacing layer i changes nothing before it. So scoring starts from the recorded states that enter the layer, and the
+variants of a layer run through the rest of the parent as one batch. The parent's side of the divergence is stored as
+one vector per token instead of a whole distribution (blocks/divergence.py).
 
 S = sequences, T = tokens, D = hidden_size.
 """
@@ -19,14 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from blocks.divergence import Head, Targets, kl_per_token, targets_of
+from blocks.estimates import mean
 from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
 from blocks.library import digest_of, keep, read_tensors, remember
 from blocks.packed import pack_linears
-from blocks.parent import Parent, load_subblock, run_subblock
+from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, LayerChoice, LayerRecord, ParentInfo, Ref, Score, Value
 from blocks.runtime import kept_per_device
+from blocks.subblock import load_subblock, run_subblock
 from tasks.distill.record import open_parent
-from tasks.evaluate.quality import mean_metric
 from tasks.running.memory import Parts
 
 VERSION = 4
@@ -36,7 +37,7 @@ Work = tuple[BlockRecord, Sequences]
 
 
 class SequenceScores(Value):
-    """What is known of one block: KL and rise of the LM loss on single sequences, nats per token; seconds it took."""
+    """The scores of one block so far: KL and rise of the LM loss on single sequences, in nats per token."""
 
     sequences: Sequences = ()
     kl: tuple[float, ...] = ()
@@ -44,9 +45,9 @@ class SequenceScores(Value):
     seconds: float = 0.0
 
     def without(self, sequences: Sequence[int]) -> Sequences:
-        """Those of `sequences` that were not scored."""
-        there = set(self.sequences)
-        return tuple(sequence for sequence in sequences if sequence not in there)
+        """Those of `sequences` that were not scored yet."""
+        scored = set(self.sequences)
+        return tuple(sequence for sequence in sequences if sequence not in scored)
 
     def and_also(self, other: "SequenceScores") -> "SequenceScores":
         """Both together."""
@@ -78,7 +79,7 @@ class ScoringSet:
 
 @dataclass(frozen=True, kw_only=True)
 class ParentSuffix:
-    """The whole parent in memory, with its targets on the scored sequences."""
+    """The whole parent in memory, with its targets on the scored sequences. Scores run through its last layers."""
 
     reader: Parent
     layers: list[DeciLMDecoderLayer]
@@ -129,8 +130,8 @@ def make_suffix(reader: Parent, tokens: Tensor, hidden: Tensor) -> ParentSuffix:
 
 
 def score_key(record: BlockRecord, length: int) -> str:
-    """Content address of what is known of a block's score: the block (which carries parent and corpus) and the tokens
-    scored of each sequence. Sequences that are scored later join the same file.
+    """Digest that names the file of a block's scores. It depends on the block, whose key covers parent and corpus, and
+    on the tokens scored of each sequence. Sequences that are scored later are added to the same file.
     """
     return digest_of(block=record.key, tokens=length, version=VERSION)
 
@@ -140,7 +141,7 @@ def _path(record: BlockRecord, length: int, workspace: Path) -> Path:
 
 
 def _stored(record: BlockRecord, length: int, workspace: Path) -> SequenceScores:
-    """What was measured before; nothing when the file is missing or damaged."""
+    """The scores measured before; empty when the file is missing or damaged."""
     found = remember(_path(record, length, workspace), SequenceScores, lambda _: [], workspace)
     return found or SequenceScores()
 
@@ -155,7 +156,7 @@ def score_sequences(
 ) -> list[Score]:
     """Scores of variants of one layer, each on its own sequences of `scored`; values in the order asked.
 
-    Only what no earlier call measured is computed, and stored as soon as it is known. A variant that failed, or whose
+    Only what no earlier call measured is computed, and each result is stored at once. A variant that failed, or whose
     KL is not a number on some sequence, has no score.
     """
     usable = [(record, sequences) for record, sequences in work if record.status != "failed"]
@@ -167,9 +168,9 @@ def score_sequences(
         hidden = scored.validation(layer.boundary, workspace, device)
         parts = Parts(f"score layer {layer.layer}", BATCH_TOKENS // length)
         for batch in batches_of(missing, length):
-            for record, found in parts.run(partial(_in_parts, suffix, batch, hidden, workspace)):
-                if found is not None:
-                    known[record.key] = known[record.key].and_also(found)
+            for record, more in parts.run(partial(_in_parts, suffix, batch, hidden, workspace)):
+                if more is not None:
+                    known[record.key] = known[record.key].and_also(more)
                     keep(_path(record, length, workspace), known[record.key], [], workspace)
     scores = [_score(record, known[record.key], sequences, length) for record, sequences in usable]
     return [score for score in scores if score is not None]
@@ -181,7 +182,7 @@ Batch = tuple[list[BlockRecord], Sequences]
 def _in_parts(
     suffix: ParentSuffix, batch: Batch, hidden: Tensor, workspace: Path, parts: int
 ) -> list[tuple[BlockRecord, SequenceScores | None]]:
-    """What each variant of a batch loses; the batch goes through in so many parts."""
+    """`score_batch` of a batch, computed in so many parts to save memory."""
     records, sequences = batch
     return [
         pair
@@ -191,13 +192,13 @@ def _in_parts(
 
 
 def batches_of(work: Iterable[Work], length: int, parts: int = 1) -> Iterator[Batch]:
-    """Records that miss the same sequences, as many together as a batch of tokens holds, or a part of one."""
-    alike: dict[Sequences, list[BlockRecord]] = {}
+    """Group the records that need the same sequences into batches of BATCH_TOKENS tokens, or a fraction of that."""
+    groups: dict[Sequences, list[BlockRecord]] = {}
     for record, sequences in work:
-        alike.setdefault(sequences, []).append(record)
+        groups.setdefault(sequences, []).append(record)
     tokens = BATCH_TOKENS // parts
     most = max(1, tokens // length)
-    for sequences, records in alike.items():
+    for sequences, records in groups.items():
         for first in range(0, len(sequences), most):
             part = sequences[first : first + most]
             group = max(1, tokens // (len(part) * length))
@@ -208,8 +209,8 @@ def batches_of(work: Iterable[Work], length: int, parts: int = 1) -> Iterator[Ba
 def score_batch(
     suffix: ParentSuffix, records: Sequence[BlockRecord], hidden: Tensor, sequences: Sequences, workspace: Path
 ) -> list[SequenceScores | None]:
-    """What several variants of one layer lose on some `sequences` of `hidden` (S, T, D), which enters the layer; None
-    where a KL is not a number.
+    """Scores of several variants of one layer on some `sequences` of `hidden` (S, T, D), which enters the layer; None
+    for a variant whose KL is not a number.
     """
     started = time.perf_counter()
     layer = records[0].layer
@@ -241,8 +242,8 @@ def _replaced(suffix: ParentSuffix, record: BlockRecord, hidden: Tensor, workspa
 
 
 def load_variant(reader: Parent, record: BlockRecord, workspace: Path) -> DeciLMDecoderLayer:
-    """A layer that holds a record's trained subblock (both of a coupled one); the rest is left out."""
-    choice = LayerChoice.alone(record.subblock, record.variant)
+    """A layer that holds only the trained subblock of a record, or both of a coupled block."""
+    choice = LayerChoice.only(record.subblock, record.variant)
     module = reader.empty_layer(record.layer, choice).requires_grad_(False)
     if record.weights is not None:
         module.load_state_dict(read_tensors(workspace, record.weights, device=reader.device))
@@ -268,7 +269,7 @@ def _score(record: BlockRecord, known: SequenceScores, sequences: Sequence[int],
         return None
     place = {sequence: index for index, sequence in enumerate(known.sequences)}
     kl, lm_loss = ([values[place[sequence]] for sequence in sequences] for values in (known.kl, known.lm_loss))
-    kl_mean, lm_mean = (mean_metric(torch.tensor(values, dtype=torch.float64)) for values in (kl, lm_loss))
+    kl_mean, lm_mean = (mean(values).metric for values in (kl, lm_loss))
     return Score(
         layer=record.layer,
         subblock=record.subblock,

@@ -29,7 +29,7 @@ from tasks.search.grid import Grid, grids_of
 from tasks.search.joint import Option
 from tasks.search.mip import Answer, minimise, relaxation
 from tasks.search.program import Floats, Integers
-from tasks.search.totals import Metric, Problem
+from tasks.search.totals import Problem, ScoreMetric
 
 _SWEEPS = 50  # of the fit; it settles within ten
 _PRIOR = 4.0  # degrees of freedom that a variant's variance borrows from all others'
@@ -166,7 +166,7 @@ def _deeper(doubts: Sequence[Doubt], limit: float, table: Table, growth: float) 
 # --- estimates from unequal depths
 
 
-def table_of(scores: Sequence[Score], metric: Metric, sequences: int) -> Table:
+def table_of(scores: Sequence[Score], metric: ScoreMetric, sequences: int) -> Table:
     """The fit of level x difficulty by alternating ratios; all variants weigh the same.
 
     Difficulty is fitted on KL whatever the metric: the rise of the LM loss is a noisy KL (the expectation of one under

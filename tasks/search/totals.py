@@ -32,7 +32,7 @@ from blocks.records import (
 )
 from profiles.schema import Budget, Profile, Scenario, ScenarioBudget, Search
 
-Metric = Literal["kl", "lm_loss"]
+ScoreMetric = Literal["kl", "lm_loss"]
 Quantity = Literal["runtime", "prefill", "memory", "parameters", "layer_parameters"]
 Batches = tuple[int, ...]
 Weights = tuple[float, ...]
@@ -54,7 +54,7 @@ class Problem:
     budget: Budget
     scenarios: tuple[Scenario, ...]
     search: Search = Search()
-    metric: Metric = "kl"
+    metric: ScoreMetric = "kl"
 
     @cached_property
     def cost_table(self) -> dict[tuple[str, str, str, int], Cost]:
@@ -103,7 +103,7 @@ def make_problem(
     budget: Budget,
     scenarios: Iterable[Scenario],
     search: Search | None = None,
-    metric: Metric = "kl",
+    metric: ScoreMetric = "kl",
 ) -> Problem:
     """Gather and check the inputs of the search.
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-from scipy.stats import rankdata
 
 from blocks.errors import PuzzleError
+from blocks.estimates import rank_correlation
 from blocks.records import Architecture, LayerChoice, Metric, Value
 from tasks.search.grid import Grid, make_grid
 from tasks.search.mip import minimise
@@ -273,13 +273,6 @@ def _rank(measured: Sequence[Measured]) -> Metric:
     true = np.array([m.true_others for m in measured])
     count = true.shape[1]
     drawn = np.random.default_rng(_SEED).multinomial(count, np.full(count, 1 / count), _DRAWS)
-    draws = _spearman(scores, true @ drawn.T)
-    value = float(_spearman(scores, true.mean(axis=1, keepdims=True))[0])
+    draws = rank_correlation(scores, true @ drawn.T)
+    value = float(rank_correlation(scores, true.mean(axis=1, keepdims=True))[0])
     return Metric(value=value, se=float(draws.std()), n=len(measured))
-
-
-def _spearman(scores: Floats, true: Floats) -> Floats:
-    """(D,) rank correlations of scores (K,) with every column of true (K, D); 0 where one of the two does not vary."""
-    first, second = rankdata(scores) - (len(scores) + 1) / 2, rankdata(true, axis=0) - (len(scores) + 1) / 2
-    spread = np.sqrt((first**2).sum() * (second**2).sum(axis=0))
-    return np.divide(first @ second, spread, out=np.zeros(true.shape[1]), where=spread > 0)

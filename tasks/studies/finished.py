@@ -11,7 +11,8 @@ from blocks.records import BlockRecord, CorpusInfo, CostTable, LayerRecord, Pare
 from profiles.schema import Profile
 from tasks.distill.jobs import coupled_jobs, jobs_of
 from tasks.distill.record import open_parent, record_key, recorded
-from tasks.inputs.corpus import iterate_documents, prepare_corpus
+from tasks.inputs.corpus import prepare_corpus
+from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
 from tasks.libraries.interchange import read_library
 from tasks.measure.costs import costs_of

@@ -26,8 +26,9 @@ from blocks.divergence import Head, Targets, kl_per_token, targets_of
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.library import digest_of, keep, read_tensors, remember
 from blocks.packed import pack_linears
-from blocks.parent import Parent, run_subblock
+from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, BlockRecord, LayerChoice, Value
+from blocks.subblock import run_subblock
 from tasks.distill.record import open_parent
 from tasks.evaluate.compare import blocks_of
 from tasks.evaluate.quality import parent_targets, sequence_figures

@@ -1,7 +1,7 @@
-"""A GGUF file as a parent: its parts where llama.cpp split it, whether all of it is there, and its precision.
+"""A GGUF file as a parent: its parts where llama.cpp split it, whether it is complete, and its precision.
 
-llama-gguf-split names parts `name-00001-of-0000N.gguf`. Each holds tensors of its own and says its number and how many
-there are; the first one holds the metadata.
+llama-gguf-split names parts `name-00001-of-0000N.gguf`. Each part holds some of the tensors, and says its number and
+how many parts there are. The first part holds the metadata.
 """
 
 import math
@@ -13,19 +13,22 @@ from typing import Any
 import gguf
 import torch
 
-from tasks.gguf.header import GgufError, Header, named_parts, read_header
+from blocks.errors import first_names
+from blocks.resources import precision_name
+from tasks.gguf.header import GgufError, Header, TensorInfo, named_parts, read_header
 
 _Type = gguf.GGMLQuantizationType
 _FLOATS = {_Type.F32: torch.float32, _Type.F16: torch.float16, _Type.BF16: torch.bfloat16}
-# what transformers makes up where a file is silent
+# keys for which transformers fills in a value of its own where a file lacks them
 _NEEDED = ("attention.layer_norm_rms_epsilon", "context_length")
 # the name in gguf's tables of what transformers calls otherwise
 _ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
 
 
 def parts_of(path: Path) -> list[Path]:
-    """All files of the model that this file begins, in their order. Raises GgufError where one is missing, cut off or
-    another model's.
+    """All parts of the model whose first part (or only file) this is, in their order.
+
+    Raises GgufError where a part is missing, cut off, or another model's.
     """
     header = read_header(path)
     count, number = (int(header.fields.get(f"split.{key}", default)) for key, default in (("count", 1), ("no", 0)))
@@ -58,26 +61,28 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def _check_length(path: Path, header: Header) -> None:
-    """GgufError for a file that ends before its last weight."""
-    ends = [header.weights_at + place.offset + _bytes_of(path, name, place) for name, place in header.tensors.items()]
+    """Raise GgufError for a file that ends before its last weight."""
+    ends = [header.weights_at + info.offset + _bytes_of(path, name, info) for name, info in header.tensors.items()]
     size = path.stat().st_size
     if ends and max(ends) > size:
         raise GgufError(f"{path.name} is cut off: it has {size} bytes of {max(ends)}. Fetch it again.")
 
 
-def _bytes_of(path: Path, name: str, place: Any) -> int:
+def _bytes_of(path: Path, name: str, info: TensorInfo) -> int:
     try:
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(place.type_id)]
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(info.type_id)]
     except (ValueError, KeyError):
         raise GgufError(
-            f"{path.name} holds {name} in the type {place.type_id}, which gguf {version('gguf')} does not know: take a "
+            f"{path.name} holds {name} in the type {info.type_id}, which gguf {version('gguf')} does not know: take a "
             "file of another quantisation."
         ) from None
-    return math.prod(place.shape) // block * size
+    return math.prod(info.shape) // block * size
 
 
 def dtype_of(header: Header) -> torch.dtype:
-    """The precision of a file: its widest common float; bfloat16 where weights are quantised."""
+    """The precision that a child of this file gets: the file's short float format if it has one, else float32. bfloat16
+    where weights are quantised.
+    """
     kinds = _kinds(header)
     if any(kind not in _FLOATS for kind in kinds):
         return torch.bfloat16
@@ -86,27 +91,30 @@ def dtype_of(header: Header) -> torch.dtype:
 
 
 def describe(header: Header) -> str:
-    """How a file is read as a parent, for people."""
-    dtype = str(dtype_of(header)).removeprefix("torch.")
+    """A sentence on how a file is read as a parent."""
+    dtype = precision_name(dtype_of(header))
     kinds = _kinds(header)
-    told = ", ".join(kind.name for kind in kinds)
+    stored = ", ".join(precision_name(_FLOATS[kind]) if kind in _FLOATS else kind.name for kind in kinds)
     verb = "de-quantised from" if any(kind not in _FLOATS for kind in kinds) else "read from"
-    return f"{verb} GGUF ({told}) to float32; its own dtype, which a child follows, is taken to be {dtype}"
+    return f"{verb} GGUF ({stored}) to float32; its own dtype, which a child follows, is taken to be {dtype}"
 
 
 def _kinds(header: Header) -> list[gguf.GGMLQuantizationType]:
     """Types of the tensors, the most common first."""
-    counted = Counter(place.type_id for place in header.tensors.values())
+    counted = Counter(info.type_id for info in header.tensors.values())
     return [_Type(type_id) for type_id, _ in counted.most_common()]
 
 
 def check_model(header: Header, config: Any, name: str) -> None:
-    """GgufError unless the file holds the tensors of a model of this config, all of them and no others: transformers
-    would make up what is missing, and leave out the rest.
+    """Raise GgufError unless the file holds exactly the tensors of a model of this config.
+
+    transformers would fill in what is missing, and leave out what it does not know.
     """
     silent = [key for key in _NEEDED if not any(field.endswith(f".{key}") for field in header.fields)]
     if silent:
-        raise GgufError(f"{name} lacks {_some(silent)} in its metadata, which llama.cpp needs too. Fetch it again.")
+        raise GgufError(
+            f"{name} lacks {first_names(silent)} in its metadata, which llama.cpp needs too. Fetch it again."
+        )
     _check_rotary(header, name)
     wanted = _wanted(config)
     missing = [key for key in wanted if key not in header.tensors]
@@ -114,12 +122,12 @@ def check_model(header: Header, config: Any, name: str) -> None:
         missing = [key for key in missing if key != "output.weight"]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        raise GgufError(f"{name} is not whole: {_some(missing)} {verb} missing. Fetch it again.")
+        raise GgufError(f"{name} is not whole: {first_names(missing)} {verb} missing. Fetch it again.")
     left = [key for key in header.tensors if key not in wanted]
     if left:
         raise GgufError(
-            f"{name} holds {_some(left)}, for which {config.model_type} has no place as transformers reads it: the "
-            "parent would not be the model of the file. Take the safetensors folder it was made from."
+            f"{name} holds {first_names(left)}, for which {config.model_type} has no place as transformers reads it: "
+            "the parent would not be the model of the file. Take the safetensors folder it was made from."
         )
     for key, shape in wanted.items():
         if key in header.tensors and header.tensors[key].shape[::-1] != shape:
@@ -131,7 +139,7 @@ def check_model(header: Header, config: Any, name: str) -> None:
 
 
 def _check_rotary(header: Header, name: str) -> None:
-    """GgufError for scaled rotary frequencies: transformers reads the base alone."""
+    """Raise GgufError for scaled rotary frequencies: transformers reads only their base from a GGUF file."""
     fields = {key.partition(".")[2]: value for key, value in header.fields.items()}
     # llama.cpp scales linearly by a factor without a type, and takes a factor of 0 for none
     kind, factor = fields.get("rope.scaling.type", "linear"), fields.get("rope.scaling.factor", 1.0)
@@ -159,7 +167,3 @@ def _wanted(config: Any) -> dict[str, tuple[int, ...]]:
         stem, _, suffix = key.rpartition(".")
         wanted[f"{names.get_name(stem)}.{suffix}"] = tuple(tensor.shape)
     return wanted
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

@@ -1,16 +1,16 @@
-"""Figures with the error they have, and whether one is larger than another for certain.
+"""Figures with standard errors, and whether one is larger than another for certain. All statistics of the project that
+scipy.stats does not give as it is.
 
-An estimate is a value and what each independent part of its sample moved it by: a test sequence, a benchmark item, a
-group of items on one text. The squares of these moves add up to the square of the standard error (the sandwich
-estimator, with clusters). Two estimates of the same sample are compared part by part, so what was hard for both counts
-for neither; a ratio's moves are those of its tangent (the delta method).
+An estimate is a value together with how far each independent part of its sample moved it. A part is a test sequence, a
+benchmark item, or a group of items on one text. The squares of these moves add up to the square of the standard error
+(the sandwich estimator, with clusters). Two estimates of the same sample are compared part by part, so a part that was
+hard for both counts for neither. The moves of a ratio are those of its tangent (the delta method).
 """
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,12 +18,12 @@ from scipy import stats
 
 from blocks.records import Metric
 
-CLEAR = 2.0  # standard errors that a difference must exceed
+CLEAR = 2.0  # a difference is clear when it exceeds so many standard errors
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Estimate:
-    """A figure and what each independent part of its sample moved it by."""
+    """A figure and how far each independent part of its sample moved it."""
 
     value: float
     moves: NDArray[np.float64]
@@ -40,25 +40,19 @@ class Estimate:
 
 
 def mean(values: ArrayLike, groups: Sequence[Hashable] | None = None) -> Estimate:
-    """Mean of (N,) values; those of one group are not independent of each other. Without groups: std / sqrt(N)."""
+    """Mean of (N,) values. Without groups its error is std / sqrt(N), with N - 1 degrees of freedom.
+
+    groups: one for each value; the values of one group are not independent of each other and count as one part.
+    """
     numbers = np.asarray(values, dtype=np.float64)
     if groups is not None and len(groups) != len(numbers):
         raise ValueError(f"{len(numbers)} values need as many groups, not {len(groups)}")
-    places = np.arange(len(numbers)) if groups is None else _numbered(groups)
-    summed = np.bincount(places, weights=(numbers - numbers.mean()) / len(numbers))
+    order = {group: part for part, group in enumerate(dict.fromkeys(groups or ()))}
+    parts = np.arange(len(numbers)) if groups is None else np.array([order[group] for group in groups])
+    summed = np.bincount(parts, weights=(numbers - numbers.mean()) / len(numbers))
     count = len(summed)
     moves = np.asarray(summed * (math.sqrt(count / (count - 1)) if count > 1 else 1.0), dtype=np.float64)
     return Estimate(value=float(numbers.mean()), moves=moves)
-
-
-def _numbered(groups: Sequence[Hashable]) -> NDArray[Any]:
-    order = {group: place for place, group in enumerate(dict.fromkeys(groups))}
-    return np.array([order[group] for group in groups])
-
-
-def clustered_standard_error(values: ArrayLike, groups: Sequence[Hashable] | None = None) -> float:
-    """Standard error of the mean of (N,) values that come in groups."""
-    return mean(values, groups).error
 
 
 Groups = Mapping[str, Sequence[Hashable]]
@@ -70,7 +64,8 @@ def pooled_accuracy(
 ) -> Estimate:
     """Share of all items that are right; `by_task`: the mean of the tasks' shares. correct: 0 or 1 per item, by task.
 
-    Tasks are given, not drawn: only the items within each have an error. ValueError without items.
+    The tasks are given, not drawn from many: only the items within each contribute to the error. ValueError without
+    items.
     """
     if not any(correct.values()):
         raise ValueError("an accuracy needs items")
@@ -91,7 +86,7 @@ def paired_difference(first: Estimate, second: Estimate) -> Metric:
 
 
 def independent_difference(first: Metric, second: Metric) -> Metric:
-    """first - second, measured apart from each other."""
+    """first - second, where the two were measured independently of each other."""
     return Metric(value=first.value - second.value, se=math.hypot(first.se, second.se), n=min(first.n, second.n))
 
 
@@ -103,14 +98,44 @@ def ratio(numerator: Estimate, denominator: Estimate) -> Estimate | None:
     return Estimate(value=value, moves=(numerator.moves - value * denominator.moves) / denominator.value)
 
 
+def independent_ratio(numerator: Metric | None, denominator: Metric | None) -> Metric | None:
+    """numerator / denominator, measured independently of each other, with errors to first order.
+
+    None where one of the two is missing or the denominator is 0.
+    """
+    if numerator is None or denominator is None or denominator.value == 0:
+        return None
+    value = numerator.value / denominator.value
+    relative = numerator.se / numerator.value if numerator.value else 0.0
+    error = abs(value) * math.hypot(relative, denominator.se / denominator.value)
+    return Metric(value=value, se=error, n=min(numerator.n, denominator.n))
+
+
 def interval(found: Estimate, confidence: float = 0.95) -> tuple[float, float]:
-    """Two-sided, by Student's t. ValueError for one part, which tells no error."""
+    """Two-sided confidence interval by Student's t. ValueError for a single part, which shows no error."""
     if len(found.moves) < 2:
         raise ValueError("an interval needs a sample of two parts or more")
     half = float(stats.t.ppf((1 + confidence) / 2, len(found.moves) - 1)) * found.error
     return found.value - half, found.value + half
 
 
+def lower_bound(found: Metric, confidence: float) -> float:
+    """One-sided lower confidence bound by Student's t; minus infinity for a single part, which shows no error."""
+    if found.n < 2:
+        return -math.inf
+    return found.value - float(stats.t.ppf(confidence, found.n - 1)) * found.se
+
+
+def rank_correlation(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
+    """(D,) Spearman correlations of `first` (K,) with every column of `second` (K, D); 0 where one does not vary."""
+    ranks, columns = stats.rankdata(first), stats.rankdata(second, axis=0)
+    varies = (np.ptp(columns, axis=0) > 0) & (np.ptp(ranks) > 0)
+    found = np.zeros(columns.shape[1])
+    if varies.any():
+        found[varies] = stats.pearsonr(ranks[:, None], columns[:, varies], axis=0).statistic
+    return found
+
+
 def is_clear(difference: Metric) -> bool:
-    """Whether a difference is more than its error covers. One sample tells no error, so nothing is clear."""
+    """Whether a difference exceeds its error. A sample of one shows no error, so none of its differences is clear."""
     return difference.n > 1 and abs(difference.value) > CLEAR * difference.se

@@ -1,7 +1,8 @@
-"""How whole models are timed: requests in turns, medians and gains of pairs; requests in torch.
+"""How whole models are timed: in turns, so that whatever else a machine does falls on all of them alike.
 
-On a machine that others use too, only an interleaved order is fair: in every round each model has its turn, every
-other round backwards.
+In every round each model answers one request, and every other round goes backwards. A speed is the median over the
+rounds, a gain the median of the parent's time over the model's in the same round. Requests to models in torch are made
+here too.
 """
 
 # B = batch, P = prompt tokens
@@ -19,15 +20,16 @@ from blocks.errors import PuzzleFailure
 from blocks.records import Gains, Metric, Throughput, Turn
 from blocks.runtime import release_memory
 from profiles.schema import Scenario
+from tasks.running.progress import Progress, no_progress
 from tasks.running.usage import resident_bytes, restart_peak
 
 PARENT = "parent"
-MAX_DECODE_STEPS = 32  # decoding is measured over at most so many tokens, then extrapolated to the whole request
+MAX_DECODE_STEPS = 32  # at most this many decode steps are timed; a whole request is extrapolated from them
 SE_OF_MEDIAN = 1.2533  # sqrt(pi / 2): standard error of a median over that of a mean, normal samples
 
 
 class ClockTooCoarse(PuzzleFailure):
-    """Requests too small for the clock of this machine."""
+    """Requests took less time than the machine's clock can show."""
 
 
 def median_metric(values: Sequence[float]) -> Metric:
@@ -45,9 +47,10 @@ def relative_error(metric: Metric) -> float:
 def measure_throughput(
     models: Mapping[str, Any], scenario: Scenario, batch_size: int, rounds: int, seed: int = 0
 ) -> dict[str, Throughput]:
-    """Speed of every model on random prompts of the scenario. Weights stay on the device where they are.
+    """Speed of every model in torch, on random prompts of the scenario. Weights stay on the device where they are.
 
-    The first, untimed request of each model warms caches up and tells its memory. ValueError for less than one round.
+    The first request of each model is not timed: it warms caches up, and the model's memory is measured in it. Raises
+    ValueError for less than one round.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -62,17 +65,20 @@ def measure_throughput(
 
 
 def timed_steps(generated_tokens: int) -> int:
-    """Decode steps that are timed of a generation."""
+    """How many decode steps of a generation are timed."""
     return min(generated_tokens, MAX_DECODE_STEPS)
 
 
 def tokens_before(generated_tokens: int, steps: int) -> int:
-    """Tokens from the prompt to the timed steps: those in the middle of the generation cost what its average does."""
+    """How many tokens are run between the prompt and the timed steps.
+
+    The steps in the middle of a generation are timed, because they take as long as its average step.
+    """
     return max(0, (generated_tokens - steps) // 2)
 
 
 def _peak_bytes(model: Any, prompt: Tensor, generated_tokens: int) -> int | None:
-    """Weights, and what a request takes beside them at its peak; None where the system does not tell."""
+    """Bytes of the weights and of what a request needs beside them at most; None where the system does not say."""
     device = next(model.parameters()).device
     weights = sum(parameter.nbytes for parameter in model.parameters())
     steps = min(generated_tokens, 2)
@@ -86,21 +92,21 @@ def _peak_bytes(model: Any, prompt: Tensor, generated_tokens: int) -> int | None
         return None
     release_memory()
     before = resident_bytes("VmRSS")
-    told = restart_peak()
+    is_restarted = restart_peak()
     work()
-    return weights + max(0, resident_bytes("VmHWM") - before) if told else None
+    return weights + max(0, resident_bytes("VmHWM") - before) if is_restarted else None
 
 
 def in_turns(
-    requests: Mapping[str, Callable[[], Turn]], rounds: int, tell: Callable[[int, int], None] = lambda done, total: None
+    requests: Mapping[str, Callable[[], Turn]], rounds: int, progress: Progress = no_progress
 ) -> dict[str, list[Turn]]:
-    """So many turns of every request, in rounds: each once a round, every other round backwards."""
+    """Make every request once in each round, every other round in reverse order; returns the turns of each."""
     order = list(requests)
     turns: dict[str, list[Turn]] = {name: [] for name in order}
     for number in range(rounds):
         for place, name in enumerate(reversed(order) if number % 2 else order, start=1):
             turns[name].append(_seen(requests[name](), name))
-            tell(number * len(order) + place, rounds * len(order))
+            progress(number * len(order) + place, rounds * len(order))
     return turns
 
 
@@ -117,7 +123,7 @@ def _seen(turn: Turn, name: str) -> Turn:
 def summaries(
     turns: Mapping[str, Sequence[Turn]], scenario: Scenario, batch_size: int, memory: Mapping[str, int | None]
 ) -> dict[str, Throughput]:
-    """Every model's turns in figures; gains are over the one named `parent`, where there is one."""
+    """Speeds from every model's turns. Gains are over the model named `parent`, where there is one."""
     parents = turns.get(PARENT)
     return {
         name: _summary(own, scenario, batch_size).model_copy(
@@ -131,7 +137,7 @@ def summaries(
 
 
 def _summary(turns: Sequence[Turn], scenario: Scenario, batch_size: int) -> Throughput:
-    """Medians of one model's turns."""
+    """The medians of one model's turns."""
     prompt_tokens, generated = scenario.prompt_tokens * batch_size, scenario.generated_tokens
     requests = [turn.prefill + generated * turn.step for turn in turns]
     return Throughput(
@@ -151,7 +157,7 @@ def _summary(turns: Sequence[Turn], scenario: Scenario, batch_size: int) -> Thro
 
 
 def gains_of(parents: Sequence[Turn], own: Sequence[Turn], generated: int) -> Gains:
-    """Gains of a model over the parent, turn by turn."""
+    """Gains of a model over the parent: medians of the ratios of times in the same round."""
     pairs = list(zip(parents, own, strict=True))
 
     def gain(seconds: Callable[[Turn], float]) -> Metric:
@@ -167,7 +173,7 @@ def gains_of(parents: Sequence[Turn], own: Sequence[Turn], generated: int) -> Ga
 
 
 def request_of(model: Any, prompt: Tensor, steps: int, grow: int = 0) -> Turn:
-    """One prefill of `prompt` (B, P) with cache, `grow` tokens a sequence untimed, then `steps` greedy decode steps."""
+    """One request to a model in torch; see tasks.engines.base.Session.request."""
     from blocks.export_code.modeling_decilm import CACHE
 
     device = next(model.parameters()).device
@@ -202,13 +208,14 @@ def _timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float, f
 
 
 def cpu_clock(threads: int) -> Callable[[], float]:
-    """CPU seconds of the calling thread where it does all the work, so that a flow's own threads are left out; else
-    of the process.
+    """A clock of CPU seconds: of the calling thread where one thread does all the work, else of the process.
+
+    With one thread, the threads of a flow that runs in the same process do not count.
     """
     return time.thread_time if threads == 1 else time.process_time
 
 
 def wait_for(device: torch.device) -> None:
-    """An accelerator works on after the call returned."""
+    """Wait until an accelerator has finished: it still computes when a call has returned."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -1,7 +1,6 @@
-"""What the seconds of a cost table are: of which machine, engine and clock, with which spread."""
+"""Of which machine, engine, precision and clock the seconds of a cost table are."""
 
 import platform
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,25 +10,15 @@ from profiles.schema import Hardware
 from tasks.engines.registry import installed_engine
 
 
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """Medians over rounds and their standard errors over them."""
-
-    prefill: float
-    decode: float
-    prefill_spread: float
-    decode_spread: float
-
-
 def hardware_description(hardware: Hardware) -> dict[str, str]:
-    """What the figures hold for: machine, engine, versions, precision, threads."""
+    """What measured figures hold for: machine, engine, versions, precision, threads."""
     return {
         "name": hardware.name,
         "machine": platform.machine(),
         "processor": processor(),
         **_engine_description(hardware),
         "device": hardware.device,
-        **noted("accelerator", accelerator(hardware.device)),
+        **entry("accelerator", accelerator(hardware.device)),
         "precision": hardware.precision,
         "threads": str(hardware.threads or torch.get_num_threads()),
         "clock": clock_for(hardware),
@@ -37,17 +26,19 @@ def hardware_description(hardware: Hardware) -> dict[str, str]:
 
 
 def accelerator(device: str) -> str | None:
-    """A GPU's name, None for a CPU: machines with the same processor may hold different ones."""
+    """A GPU's name, None for a CPU. Two machines with the same processor may hold different GPUs."""
     return torch.cuda.get_device_name(device) if device.startswith("cuda") and torch.cuda.is_available() else None
 
 
-def noted(name: str, told: str | None) -> dict[str, str]:
-    """One entry of a description, none where there is nothing to say."""
-    return {name: told} if told else {}
+def entry(name: str, text: str | None) -> dict[str, str]:
+    """One entry of a description; no entry where there is no text."""
+    return {name: text} if text else {}
 
 
 def clock_for(hardware: Hardware) -> str:
-    """What the seconds of costs are. On one thread of a CPU: CPU time, which a busy machine does not stretch."""
+    """`CPU` or `wall`: what the seconds of costs are. On one thread of a CPU they are CPU seconds, which do not grow
+    when others use the machine.
+    """
     threads = hardware.threads or torch.get_num_threads()
     here = hardware.engine != "roofline" and hardware.device == "cpu"
     return "CPU" if here and threads == 1 else "wall"
@@ -60,7 +51,7 @@ def _engine_description(hardware: Hardware) -> dict[str, str]:
 
 
 def processor() -> str:
-    """The CPU's name, as the system tells it."""
+    """The CPU's name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

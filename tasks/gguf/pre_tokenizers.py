@@ -1,6 +1,6 @@
-"""How a byte-level BPE splits text before it merges, by the names that llama.cpp has for it (`tokenizer.ggml.pre`).
+"""How a byte-level BPE splits text before it merges tokens, by llama.cpp's names (`tokenizer.ggml.pre`).
 
-llama.cpp has its expressions in its code, so a file can only name them. Source: llama.cpp's src/llama-vocab.cpp.
+The regular expressions are part of llama.cpp's code (src/llama-vocab.cpp), so a GGUF file can only name them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,8 +39,10 @@ _SPELLINGS = {  # of the same expression
 
 @dataclass(frozen=True, kw_only=True)
 class Pre:
-    """What llama.cpp does under a name: expressions that split a text one after the other; whole_words: a piece that is
-    a token is taken as it is (`ignore_merges`); adds_bos: unless the file says otherwise.
+    """What llama.cpp does under a name.
+
+    patterns: expressions that split a text, one after another. whole_words: a part that is a token is not split further
+    (`ignore_merges`). adds_bos: a BOS is put before a text, unless the file says otherwise.
     """
 
     patterns: tuple[str, ...]
@@ -69,7 +71,7 @@ PRES = {
         )
     ),
 }
-_SAME = {  # other names of theirs for what stands above
+_SAME = {  # other names of llama.cpp for the same
     "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
     "smaug-bpe": ("dbrx", "chatglm-bpe", "glm4"),
     "gpt-2": (
@@ -92,7 +94,7 @@ _ALIASES = {other: name for name, others in _SAME.items() for other in others}
 
 
 def pre_of(name: str) -> Pre:
-    """What a `tokenizer.ggml.pre` means; ValueError for one not known here."""
+    """What a `tokenizer.ggml.pre` means. Raises ValueError for an unknown one."""
     found = PRES.get(_ALIASES.get(name, name))
     if found is None:
         raise ValueError(f"its tokenizer splits text as {name!r}, which is not known here")
@@ -100,9 +102,9 @@ def pre_of(name: str) -> Pre:
 
 
 def split_of(name: str) -> Any:
-    """The `tokenizers` pre-tokenizer that llama.cpp means by `tokenizer.ggml.pre`; ValueError for one not known here.
+    """The pre-tokenizer of the package `tokenizers` that does what `tokenizer.ggml.pre` names. Raises ValueError.
 
-    transformers forgets it when it reads a GGUF file: digits that SmolLM takes one by one are then merged.
+    transformers ignores that field of a GGUF file, so that digits which SmolLM takes one by one would be merged.
     """
     from tokenizers import Regex, pre_tokenizers
 
@@ -123,13 +125,13 @@ def is_byte_level(steps: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def names_of(steps: Sequence[Mapping[str, Any]]) -> list[str]:
-    """llama.cpp's names for the steps of a pre-tokenizer of tokenizer.json; none where it does something else too."""
+    """llama.cpp's names for a pre-tokenizer of tokenizer.json; none where it does something that llama.cpp does not."""
     patterns = _patterns(steps)
     return [name for name, pre in PRES.items() if pre.patterns == patterns]
 
 
 def _patterns(steps: Sequence[Mapping[str, Any]]) -> tuple[str, ...] | None:
-    """The expressions that a byte-level pre-tokenizer splits by, None when it does something else too."""
+    """The expressions that a byte-level pre-tokenizer splits by; None when it does something else too."""
     if not is_byte_level(steps):
         return None
     found = [_pattern(step) for step in steps[:-1]] + ([_GPT2] if steps[-1].get("use_regex", True) else [])

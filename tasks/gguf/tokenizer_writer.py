@@ -1,9 +1,8 @@
-"""The tokenizer of a GGUF file: copied from a GGUF of the parent, or converted from a Hugging Face folder, or none.
+"""The fields of a GGUF file for a tokenizer: copied from another GGUF file, or converted from a transformers tokenizer.
 
-What is converted is the tokenizer that transformers makes of the folder, which may differ from what its files say.
-llama.cpp knows how a byte-level BPE splits text by a name alone, so only splits that are known here are converted: a
-wrong name would tokenize wrongly without a word. What llama.cpp has no fields for is refused in a sentence;
-tasks/export/tokenizer_check.py then compares the rest in llama.cpp itself.
+A GGUF file only names how a byte-level BPE splits text, so only ways of splitting whose name is known are converted:
+with a wrong name, llama.cpp would silently give other tokens. What GGUF has no fields for is refused in a sentence. The
+rest is compared in llama.cpp itself by tasks/export/tokenizer_check.py.
 """
 
 import json
@@ -13,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from blocks.errors import PuzzleError
-from blocks.parent import config_of
 from tasks.gguf.header import read_header
-from tasks.gguf.splits import PRES, is_byte_level, names_of
+from tasks.gguf.pre_tokenizers import PRES, is_byte_level, names_of
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama_token_type
 NO_TOKENIZER: dict[str, Any] = {"tokenizer.ggml.model": "no_vocab"}
 NO_MERGE = "[none] [none]"  # llama.cpp wants a merge; this one never comes
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 WAY_OUT = (
     "Export with --format transformers, or with --tokenizer-from none (the file then takes token ids only), or with "
-    "--tokenizer-from and a GGUF of the parent (differences are then told)."
+    "--tokenizer-from and a GGUF of the parent (differences are then reported)."
 )
 
 _ENDS_BY_NAME = (  # llama.cpp ends a text at these, whatever the file says
@@ -41,32 +38,11 @@ def copied_tokenizer(path: Path) -> dict[str, Any]:
     return {key: value for key, value in read_header(path).fields.items() if key.startswith("tokenizer.")}
 
 
-def open_tokenizer(folder: Path) -> Any:
-    """What transformers makes of the tokenizer of a child's or parent's folder; None for a folder without one."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer, PreTrainedConfig
-
-    config = config_of(folder) if (folder / "config.json").is_file() else PreTrainedConfig()
-    try:
-        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises nothing more precise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise TokenizerLimit(
-            f"the tokenizer of {folder} cannot be opened by transformers: {reason} {WAY_OUT}"
-        ) from error
-
-
-def converted_tokenizer(folder: Path, vocab_size: int) -> dict[str, Any] | None:
-    """Fields for the tokenizer of a Hugging Face folder, None where it has none. TokenizerLimit: llama.cpp has no way
-    to say it.
-    """
-    tokenizer = open_tokenizer(folder)
-    return None if tokenizer is None else fields_of(tokenizer, vocab_size)
-
-
 def fields_of(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
-    """Fields for a transformers tokenizer and a model with so many rows. TokenizerLimit: see `converted_tokenizer`."""
+    """Fields for a transformers tokenizer and a model with this many embedding rows.
+
+    Raises TokenizerLimit for what GGUF has no fields for.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise _limit(f"it is a {type(tokenizer).__name__}, which keeps no tokenizer.json")
@@ -83,18 +59,8 @@ def fields_of(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
     return fields | _vocabulary(tokenizer, model, vocab_size, spm) | _special_tokens(tokenizer, vocab_size)
 
 
-def stops_of(folder: Path) -> list[int]:
-    """The ids at which generation ends, as a folder's generation config says, else its config."""
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-        if found is not None:
-            return [found] if isinstance(found, int) else list(found)
-    return []
-
-
 def with_stops(fields: dict[str, Any], stops: Sequence[int]) -> dict[str, Any]:
-    """The fields, so that llama.cpp ends a text at all of these ids; without any id it would take the 11th token."""
+    """The fields, changed so that llama.cpp ends a text at all of these ids. Without any it would end at token 11."""
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     known = [stop for stop in stops if stop < len(tokens)]
     if UNUSED in kinds:
@@ -112,12 +78,12 @@ def _limit(what: str) -> TokenizerLimit:
 
 
 def left_out(tokenizer: Any, vocab_size: int) -> list[str]:
-    """Added tokens of a tokenizer for which a model with so many rows has none."""
+    """Added tokens of a tokenizer for which a model with this many embedding rows has no row."""
     return [token.content for index, token in tokenizer.added_tokens_decoder.items() if index >= vocab_size]
 
 
 def refuse_rows(tokenizer: Any, vocab_size: int) -> None:
-    """TokenizerLimit when a token that texts need has no row in the model."""
+    """Raise TokenizerLimit when a token that texts need has no embedding row in the model."""
     added = tokenizer.added_tokens_decoder
     ordinary = [token for token, index in tokenizer.get_vocab().items() if index >= vocab_size and index not in added]
     if ordinary:
@@ -158,7 +124,7 @@ def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _unreached(tokenizer: Any, model: Mapping[str, Any]) -> list[str]:
-    """Tokens of more than one letter that their own merges do not give."""
+    """Tokens of more than one letter that the tokenizer's own merges never give."""
     from tokenizers.models import BPE
 
     bpe: Any = BPE(vocab=model["vocab"], merges=_merges(model))
@@ -255,7 +221,7 @@ def _space_prefix(whole: Mapping[str, Any]) -> bool:
 
 
 def _vocabulary(tokenizer: Any, model: Mapping[str, Any], vocab_size: int, spm: bool) -> dict[str, Any]:
-    """Tokens by id and their types; ids that the model has and the tokenizer has not are padded."""
+    """Tokens by id, and their types. Ids that only the model has get a placeholder."""
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     added, taken = tokenizer.added_tokens_decoder, set(by_id.values())
     tokens, kinds = [], []
@@ -275,7 +241,7 @@ def _vocabulary(tokenizer: Any, model: Mapping[str, Any], vocab_size: int, spm: 
 
 
 def _free(name: str, taken: Iterable[str]) -> str:
-    """A name that is no token yet: llama.cpp ends the process for two that are alike."""
+    """A name that is not yet a token: llama.cpp aborts when two tokens have the same name."""
     while name in taken:
         name += "_"
     return name

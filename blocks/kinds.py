@@ -1,0 +1,59 @@
+"""The table of all kinds of block variants, and the way from a label to its variant.
+
+To add a kind, import its class here and add it to KINDS. The order of the table is the order of messages and docs.
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from blocks.attention.kv_heads import KVHeads
+from blocks.attention.linear import LinearAttentionKind
+from blocks.attention.no_op import NoOpAttention
+from blocks.attention.parent import ParentAttention
+from blocks.errors import UnknownVariant
+from blocks.ffn.linear import LinearFFNKind
+from blocks.ffn.no_op import NoOpFFN
+from blocks.ffn.parent import ParentFFN
+from blocks.ffn.width import Width
+from blocks.records import Subblock
+from blocks.variant import Variant, VariantKind
+
+KINDS: tuple[VariantKind, ...] = (
+    ParentAttention(),
+    KVHeads(),
+    LinearAttentionKind(),
+    NoOpAttention(),
+    ParentFFN(),
+    Width(),
+    LinearFFNKind(),
+    NoOpFFN(),
+)
+
+
+def kinds(subblock: Subblock) -> list[VariantKind]:
+    """All kinds of a subblock, the parent's own first."""
+    return [kind for kind in KINDS if kind.subblock == subblock]
+
+
+def kind_of(variant: Variant) -> VariantKind:
+    """The kind a variant belongs to."""
+    return next(kind for kind in kinds(variant.subblock) if kind.name == variant.kind)
+
+
+def parse_label(subblock: Subblock, label: str, config: Any) -> Variant:
+    """The variant a label names; UnknownVariant names what this parent can have."""
+    for kind in kinds(subblock):
+        variant = kind.parse(label, config)
+        if variant is not None:
+            return variant
+    allowed = [example for kind in kinds(subblock) for example in kind.examples(config)]
+    near = difflib.get_close_matches(label, allowed, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise UnknownVariant(f"unknown {subblock} variant {label!r}; this parent can have {', '.join(allowed)}.{hint}")
+
+
+def parse_labels(subblock: Subblock, labels: Iterable[str], config: Any) -> list[Variant]:
+    """The search space of one subblock: the parent's own variant first, then those of `labels`, each once."""
+    variants = [parse_label(subblock, label, config) for label in ("parent", *labels)]
+    return list(dict.fromkeys(variants))

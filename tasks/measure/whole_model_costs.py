@@ -1,0 +1,178 @@
+"""Costs of variants in an engine that runs whole models only: the costs are differences between models.
+
+A stack of a few copies fits into a processor's cache and runs faster than in a real model, above all when it decodes.
+So models of the parent's full depth are timed: layer 0 is the parent's, and all other layers are copies of one
+candidate.
+
+    cost of a candidate = (T(layer 0, candidate, candidate, ...) - T(layer 0)) / (depth - 1)
+
+Each model is timed in turns with the parent, and its time is taken as a share of the parent's in the same round, so
+that whatever else the machine does falls on both.
+
+The engines want an FFN after every attention. An attention is therefore timed with the narrowest FFN, whose own cost is
+subtracted. An FFN that is linear or absent is timed behind the parent's attention, whose cost is subtracted.
+"""
+
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from blocks.engine_limits import check_parent
+from blocks.parent import Parent
+from blocks.records import LayerChoice, Metric, Turn
+from blocks.resources import parameters_of
+from blocks.variant import Variant
+from profiles.schema import Hardware, Measure, Scenario
+from tasks.engines.base import LoadOptions, Session
+from tasks.engines.timing_in_turns import in_turns, median_metric, tokens_before
+from tasks.measure.hardware_description import clock_for
+from tasks.measure.variant_timing import Timed, Timing
+from tasks.running.progress import Progress
+
+Shares = tuple[Metric, Metric]  # times of a prefill and of a decode step, as shares of the parent's
+PARENT_LAYER, FIRST = LayerChoice(), "layer 0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeModel:
+    """A model to time: layer 0 is the parent's, all others are `repeated`; None: it has no others."""
+
+    name: str
+    repeated: LayerChoice | None
+
+
+def narrowest_ffn(reader: Parent, variants: Sequence[Variant]) -> str:
+    """The label of the FFN that stands behind every attention that is timed."""
+    sized = [variant for variant in variants if variant.subblock == "ffn" and variant.size]
+    return min(sized, key=lambda variant: parameters_of(reader, variant)).label if sized else "parent"
+
+
+def models_to_time(reader: Parent, variants: Sequence[Variant]) -> list[WholeModel]:
+    """The models that are timed beside the parent."""
+    narrowest = narrowest_ffn(reader, variants)
+    choices = {FIRST: None, f"ffn {narrowest}": LayerChoice(attention="no_op", ffn=narrowest)}
+    for variant in variants:
+        name = f"{variant.subblock} {variant.label}"
+        if variant.subblock == "ffn":
+            choices[name] = LayerChoice(attention="no_op" if _is_whole(variant) else "parent", ffn=variant.label)
+        elif variant.kind != "no_op":
+            choices[name] = LayerChoice(attention=variant.label, ffn=narrowest)
+    return [WholeModel(name=name, repeated=choice) for name, choice in choices.items()]
+
+
+def _is_whole(variant: Variant) -> bool:
+    return variant.kind not in ("no_op", "linear")
+
+
+class WholeModelTimer(ABC):
+    """Makes the models, times them, and takes their times apart. One subclass per engine loads them."""
+
+    def __init__(self, reader: Parent, variants: Sequence[Variant], hardware: Hardware, measure: Measure) -> None:
+        check_parent([hardware.engine], reader.config, hardware.precision)
+        self.reader, self.variants, self.hardware, self.measure = reader, variants, hardware, measure
+        self.threads, self.clock = hardware.threads or torch.get_num_threads(), clock_for(hardware)
+        self.narrowest = narrowest_ffn(reader, variants)
+
+    @abstractmethod
+    def _open(self, folder: Path, layers: Sequence[LayerChoice], scenario: Scenario, batch: int) -> Session:
+        """Load a model of these layers. Its weights are noise, because time does not depend on them.
+
+        `folder` is there for the model's file, which may be removed as soon as the model is loaded.
+        """
+
+    def _release(self, model: Session) -> None:
+        """A model has been timed."""
+        model.close()
+
+    def run(self, scenario: Scenario, batch: int, progress: Progress) -> dict[Timed, Timing]:
+        """See VariantTimer."""
+        models = models_to_time(self.reader, self.variants)
+        shares: dict[str, Shares] = {}
+        parents: list[Turn] = []
+        with tempfile.TemporaryDirectory(prefix="puzzle-costs-") as temporary:
+            parent = self._open(Path(temporary), [PARENT_LAYER] * self.reader.depth, scenario, batch)
+            for done, model in enumerate(models, start=1):
+                rest = [] if model.repeated is None else [model.repeated] * (self.reader.depth - 1)
+                other = self._open(Path(temporary), [PARENT_LAYER, *rest], scenario, batch)
+                turns = self._turns({"parent": parent, "other": other}, scenario, batch)
+                self._release(other)
+                parents += turns["parent"]
+                shares[model.name] = self._shares(turns)
+                progress(done, len(models))
+            self._release(parent)
+        return self._apart(shares, [self._clock(turn) for turn in parents])
+
+    def _how(self, scenario: Scenario, batch: int) -> LoadOptions:
+        """Options with room for the requests that are timed."""
+        steps = self.measure.decode_steps
+        return LoadOptions(
+            precision=self.hardware.precision,
+            threads=self.threads,
+            batch_size=batch,
+            context_tokens=scenario.prompt_tokens + tokens_before(scenario.generated_tokens, steps) + steps,
+        )
+
+    def _turns(self, models: Mapping[str, Session], scenario: Scenario, batch: int) -> dict[str, list[Turn]]:
+        prompt = torch.randint(
+            self.reader.config.vocab_size,
+            (batch, scenario.prompt_tokens),
+            generator=torch.Generator().manual_seed(0),
+        )
+        steps = self.measure.decode_steps
+        grow = tokens_before(scenario.generated_tokens, steps)
+        requests = {name: partial(model.request, prompt, steps, grow) for name, model in models.items()}
+        for request in requests.values():
+            request()  # warms caches up
+        return in_turns(requests, self.measure.rounds)
+
+    def _clock(self, turn: Turn) -> tuple[float, float]:
+        return (turn.prefill_cpu, turn.step_cpu) if self.clock == "CPU" else (turn.prefill, turn.step)
+
+    def _shares(self, turns: Mapping[str, Sequence[Turn]]) -> Shares:
+        """The other model's times over the parent's of the same round."""
+        pairs = [
+            (self._clock(other), self._clock(own)) for other, own in zip(turns["other"], turns["parent"], strict=True)
+        ]
+        prefill, decode = (median_metric([other[phase] / own[phase] for other, own in pairs]) for phase in (0, 1))
+        return prefill, decode
+
+    def _apart(self, shares: Mapping[str, Shares], parents: Sequence[tuple[float, float]]) -> dict[Timed, Timing]:
+        """Costs of single subblocks from the whole models' shares of the parent's time."""
+        found: dict[Timed, list[Metric]] = {}
+        for phase in (0, 1):
+            parent = median_metric([turn[phase] for turn in parents])
+            times = {name: scaled(pair[phase], parent.value) for name, pair in shares.items()}
+            for name, cost in self._one_phase(times, parent).items():
+                found.setdefault(name, []).append(cost)
+        return {name: Timing.of(*phases) for name, phases in found.items()}
+
+    def _one_phase(self, times: Mapping[str, Metric], parent: Metric) -> dict[Timed, Metric]:
+        first, copies = times[FIRST], self.reader.depth - 1
+
+        def cost(name: str, *less: float) -> Metric:
+            seconds = times[name]
+            value = max(0.0, (seconds.value - first.value) / copies - sum(less))
+            return Metric(value=value, se=seconds.se / copies, n=seconds.n)
+
+        narrowest = cost(f"ffn {self.narrowest}").value
+        attention = cost("attention parent", narrowest).value
+        found: dict[Timed, Metric] = {}
+        for variant in self.variants:
+            name, key = f"{variant.subblock} {variant.label}", (variant.subblock, variant.label)
+            if variant.subblock == "ffn":
+                found[key] = cost(name) if _is_whole(variant) else cost(name, attention)
+            else:
+                free = variant.kind == "no_op"
+                found[key] = Metric(value=0.0, se=0.0, n=parent.n) if free else cost(name, narrowest)
+        outside = max(0.0, first.value - attention - found["ffn", "parent"].value)
+        return found | {("non_block", ""): first.model_copy(update={"value": outside}), ("parent", ""): parent}
+
+
+def scaled(metric: Metric, factor: float) -> Metric:
+    """A value and its standard error, both multiplied."""
+    return Metric(value=metric.value * factor, se=metric.se * factor, n=metric.n)
