@@ -59,7 +59,10 @@ class TrackedRun(Run):
         scores: Sequence[Score],
         costs: CostTable,
     ) -> None:
-        """What was asked, and the block library as tables: BLD losses, scores, costs; a nested run per stage."""
+        """Log to MLflow what was asked, and the block library, with a nested run for each stage.
+
+        The library is also written as tables to the workspace, and shown as artifacts in Prefect's UI.
+        """
         self._log_inputs(parent, corpus)
         sizes = sizes_of(self.workspace / parent.folder / "config.json")
         described = describe(self.profile, parent, corpus, costs, sizes)

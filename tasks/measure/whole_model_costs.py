@@ -47,7 +47,7 @@ class WholeModel:
 
 
 def narrowest_ffn(reader: Parent, variants: Sequence[Variant]) -> str:
-    """The label of the FFN that stands behind every attention that is timed."""
+    """The label of the narrowest FFN that has a width. Every attention variant is timed in a layer with this FFN."""
     sized = [variant for variant in variants if variant.subblock == "ffn" and variant.size]
     return min(sized, key=lambda variant: parameters_of(reader, variant)).label if sized else "parent"
 

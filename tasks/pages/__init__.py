@@ -1,1 +1,1 @@
-"""What a run shows: its report, its page, its pictures."""
+"""What a run shows: the table of parent, child and baselines (report.py), the HTML page, pictures."""

@@ -1,7 +1,8 @@
 """Runs take turns on a device of this machine, one stage at a time. A stage that measures has the device to itself.
 
-The locks are in blocks/devices.py. They are the machine's and not a server's: a run by hand has no server that the
-other runs know.
+blocks/devices.py makes the locks and says how they work. Here is only which stages take one, and how a run waits. The
+locks are files of the machine and not entries of a server: a run that was started by hand has no server in common with
+the other runs.
 """
 
 import time

@@ -100,7 +100,10 @@ def say(text: str) -> None:
 
 
 class _QuietHandler(logging.FileHandler):
-    """A log that cannot be written, on a full disk, is no reason for a traceback: a sentence follows."""
+    """A log file that prints no traceback when a line cannot be written, as on a full disk.
+
+    flows/in_workspace.py says in a sentence that the disk is full.
+    """
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Nothing."""

@@ -325,7 +325,10 @@ def score_of(problem: Problem, layers: Sequence[LayerChoice]) -> tuple[float, fl
 
 
 def scores_behind(problem: Problem, layer: int, choice: LayerChoice) -> list[Score]:
-    """The listed scores behind one layer's choice; a parent's subblock that is not listed scores 0 and adds none."""
+    """The scores of one layer's choice, out of the table.
+
+    A subblock of the parent needs no score in the table. If it has none there, it counts as 0 and is left out here.
+    """
     wanted: list[tuple[str, str]] = [*_subblocks([choice])]
     if choice.coupled:
         wanted = [("block", choice.block_label)]

@@ -1,1 +1,1 @@
-"""Studies of the search: other searches beside it, the truth of its sums, what helps where they fail."""
+"""Studies of the search: the baselines and other searches beside it, the truth of its sums, what helps if they fail."""

@@ -7,8 +7,9 @@
     no_op_only  the MIP over the parent's own subblocks and no-ops alone
     max_params  as many parameters as the budget allows, whatever they score
 
-Each takes a grid whose slots are whole layers, options pairs (attention, ffn); tasks/studies/peers.py calls them by
-name.
+Each takes a grid whose slots are whole layers and whose options are pairs (attention, ffn). A new one needs its name in
+two more places: BASELINES in tasks/studies/peers.py, by which it is called, and BaselineName in profiles/schema.py, by
+which a profile asks for it. It may have a colour of its own: COLOURS in tasks/pages/picture.py.
 """
 
 from collections.abc import Callable
