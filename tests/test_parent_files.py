@@ -306,11 +306,18 @@ def test_names_of_folders_are_letters(tmp_path: Path, source: Path, name: str) -
 
 
 def write_gguf(
-    path: Path, family: Any = "llama", quantise: Any = None, extra: State | None = None, **options: Any
+    path: Path,
+    family: Any = "llama",
+    quantise: Any = None,
+    extra: State | None = None,
+    sizes: dict[str, int] | None = None,
+    **options: Any,
 ) -> Any:
     """A model of three layers as GGUF, as a converter would name things; options: of gguf.GGUFWriter."""
-    # transformers reads no key_length of a qwen3
-    sizes = {"head_dim": 128} if family == "qwen3" else {}
+    # transformers reads no key_length of a qwen3, and takes 256 for the scale of any gemma3
+    sizes = sizes or {"qwen3": {"head_dim": 128}, "gemma3_text": {"head_dim": 256, "query_pre_attn_scalar": 256}}.get(
+        family, {}
+    )
     model = tiny_model(family, tie_word_embeddings=True, **sizes)
     config = model.config
     title = {"gemma3_text": "gemma3", "mistral": "llama"}.get(family, family)
@@ -363,6 +370,20 @@ def test_gguf_by_its_path_whole_and_split(tmp_path: Path, family: str) -> None:
     assert info.fingerprint == whole.fingerprint
     write_config(GgufParent(path=str(first)), tmp_path / "split")
     assert Parent(tmp_path / "split").depth == 3
+
+
+def test_a_gemma3_of_another_head_size_has_llama_cpps_scale(tmp_path: Path) -> None:
+    """transformers' own load of such a file divides by sqrt(256) and gives other logits without a word."""
+    write_gguf(tmp_path / "g.gguf", "gemma3_text", sizes={"head_dim": 16})
+    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="g.gguf", dtype=torch.float32).eval()
+    for layer in theirs.model.layers:
+        assert layer.self_attn.scaling == 1 / 16
+        layer.self_attn.scaling = 1 / 4
+    info = prepare_parent(GgufParent(path=str(tmp_path / "g.gguf")), tmp_path / "work", None)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        ours = Parent(tmp_path / "work" / info.folder).model()(ids).logits
+        torch.testing.assert_close(ours, theirs(ids).logits)
 
 
 PRECISIONS = {"F16": torch.float16, "BF16": torch.bfloat16, "Q8_0": torch.bfloat16, "Q4_0": torch.bfloat16}

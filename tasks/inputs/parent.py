@@ -124,9 +124,19 @@ def _gguf_config(path: Path) -> Any:
         raise ParentError(f"{path.name} cannot be read as GGUF: {first_line(error)}") from error
     _forget_quantisation(config)
     config.dtype = dtype_of(header)
+    if config.model_type == "gemma3_text":
+        config.query_pre_attn_scalar = _gemma3_scale(config)
     check_config(config.to_dict())
     check_model(header, config, path.name)
     return config
+
+
+def _gemma3_scale(config: Any) -> int:
+    """What a query of Gemma 3 is divided by the square root of. A GGUF file does not say, and transformers takes 256
+    whatever the size of a head. llama.cpp takes that size, but in the 27B model (62 layers) hidden_size / query heads.
+    """
+    whole: int = config.hidden_size // config.num_attention_heads
+    return whole if config.num_hidden_layers == 62 else int(config.head_dim)
 
 
 def _texts_for(source: ParentSource, corpus_text: Callable[[], Iterable[str]] | None) -> list[str]:
@@ -409,6 +419,8 @@ def _convert_gguf(path: Path, folder: Path) -> Header:
     tokenizer.save_pretrained(folder)
     write_terms(folder, header.fields)
     values = _read_json(folder / "config.json") | {"dtype": precision_name(config.dtype)}
+    if config.model_type == "gemma3_text":
+        values["query_pre_attn_scalar"] = config.query_pre_attn_scalar
     write_text(folder / "config.json", json.dumps(values, ensure_ascii=False))
     return header
 
