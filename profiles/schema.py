@@ -519,14 +519,53 @@ class GKD(Section):
     """Global knowledge distillation (GKD): the whole child is trained on its parent's outputs and hidden states."""
 
     steps: int = Field(default=48, ge=0, description="Training steps (AdamW). 0 leaves GKD out.")
-    batch_sequences: PositiveInt = Field(default=4, description="Number of sequences in one training step.")
-    learning_rate: float = Field(default=3e-4, gt=0, description="Highest learning rate of AdamW.")
+    batch_sequences: PositiveInt = Field(
+        default=4,
+        description="Number of sequences in one training step, of all devices together. Their gradients are added up "
+        "in parts of `hardware.micro_batch_tokens`.",
+    )
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="Highest learning rate of AdamW. null: three are tried for a few steps, and the one that leaves "
+        "the child nearest to its parent on validation text is taken.",
+    )
+    warmup: float = Field(
+        default=0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises to its highest."
+    )
+    schedule: Literal["cosine", "constant"] = Field(
+        default="cosine", description="The learning rate after that: a cosine down to a tenth, or the highest."
+    )
+    clip_norm: float = Field(default=1.0, gt=0, description="Longer gradients are shortened to this norm.")
+    also_train: tuple[Literal["norm", "head"], ...] = Field(
+        default=(),
+        description="What is trained beside the layers: the final norm, the head (with it the embedding, if they are "
+        "tied). The head makes a step dearer: the KL needs two passes over the vocabulary then.",
+    )
     cosine_every: int = Field(
         default=3, ge=1, description="Hidden states are compared after every n-th layer, and always after the last."
     )
     evaluate_every: PositiveInt = Field(default=12, description="Steps between two evaluations on validation text.")
-    patience: PositiveInt = Field(default=2, description="Evaluations without a better KL before GKD stops.")
+    patience: PositiveInt | None = Field(
+        default=None,
+        description="Evaluations without a better KL before GKD stops. null: all steps are done, since a cosine "
+        "schedule is at its best near its end. The best weights are kept in any case.",
+    )
     validation_sequences: PositiveInt = Field(default=8, description="Number of validation sequences of an evaluation.")
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Compute a layer's activations again in the backward pass and do not keep them: a third more "
+        "computing, and the memory of one layer.",
+    )
+    recorded_gib: float = Field(
+        default=8.0,
+        ge=0,
+        description="Highest size of the parent's targets on disk, in GiB, which all children of a run share. Where "
+        "they would be larger, the parent runs beside the child on every batch.",
+    )
+    checkpoint_minutes: float = Field(
+        default=10.0, ge=0, description="Minutes between two checkpoints: what a killed GKD does again at most."
+    )
     seed: int = Field(default=0, description="Seed of the order of train sequences.")
 
 
