@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from benchmarks.common import Bench, arguments, open_bench, table, write_page
 from benchmarks.orchestration import library
+from blocks.compute import HOST
 from blocks.errors import PuzzleError
 from blocks.records import BlockRecord, Metric, Score
 from profiles.schema import Budget, Evaluate
@@ -130,8 +131,8 @@ def lowest(found: Sequence[tuple[float, float, str]]) -> str:
 def distilled(bench: Bench, which: Contender, steps: int, seed: int) -> Contender:
     """GKD of a contender."""
     settings = bench.profile.gkd.model_copy(update={"steps": steps, "seed": seed, "evaluate_every": max(1, steps // 4)})
-    teacher = gkd.record_teacher(bench.parent, bench.corpus, settings, bench.workspace, "cpu")
-    return distill_contender(which, teacher, bench.parent, settings, bench.workspace)
+    teacher = gkd.record_teacher(bench.parent, bench.corpus, settings, bench.workspace, HOST)
+    return distill_contender(which, teacher, bench.parent, settings, bench.workspace, HOST)
 
 
 def long_gkd(

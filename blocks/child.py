@@ -30,12 +30,16 @@ def assemble(parent: Parent, library: Library, architecture: Architecture, works
     for layer, choice in enumerate(architecture.layers):
         module = model.model.layers[layer]
         if choice.coupled:
-            module.load_state_dict(_weights(library, layer, "block", choice.block_label, workspace, parent.device))
+            module.load_state_dict(
+                _weights(library, layer, "block", choice.block_label, workspace, parent.compute.device)
+            )
             continue
         for subblock in SUBBLOCKS:
             variant = getattr(choice, subblock)
             if variant not in ("parent", "no_op"):
-                load_subblock(module, subblock, _weights(library, layer, subblock, variant, workspace, parent.device))
+                load_subblock(
+                    module, subblock, _weights(library, layer, subblock, variant, workspace, parent.compute.device)
+                )
     return model
 
 

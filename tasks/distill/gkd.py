@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blocks.compute import Compute
 from blocks.divergence import Head, Targets, kl_loss, kl_per_token, targets_of
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import digest_of, keep, read_tensors, remember, write_tensors
@@ -69,7 +70,7 @@ def record_teacher(
     corpus: CorpusInfo,
     settings: GKD,
     workspace: Path,
-    device: str,
+    compute: Compute,
     progress: Progress = no_progress,
 ) -> TeacherRecord:
     """Run the parent once over all GKD batches. The steps that a killed run finished are not done again."""
@@ -79,11 +80,11 @@ def record_teacher(
     stored = remember(manifest, TeacherRecord, _files_of, workspace, "when read")
     if stored is not None:
         return stored
-    reader = open_parent(workspace / parent.folder, device)
+    reader = open_parent(workspace / parent.folder, compute)
     model = reader.model()
     head = Head(model.lm_head.weight)
     layers = cosine_layers(reader.depth, settings.cosine_every)
-    tokens = read_tensors(workspace, corpus.tokens, device=device)
+    tokens = read_tensors(workspace, corpus.tokens, device=compute.device)
     references = []
     for step in range(settings.steps):
         batch = tokens["train"][rows_of_step(step, settings, len(tokens["train"]))]
