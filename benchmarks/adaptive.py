@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import arguments, table, write_page
+from blocks.compute import HOST
 from blocks.files import write_text
 from blocks.library import digest_of, read_tensors, read_value
 from blocks.packed import pack_linears
@@ -221,7 +222,7 @@ def full_values(profile: Profile, library: StoredLibrary, options: argparse.Name
     parent = prepare_parent(profile.parent, workspace, lambda: iterate_documents(profile.corpus))
     corpus = prepare_corpus(profile.corpus, workspace / parent.folder, parent.fingerprint, workspace)
     blocks = [read_value(workspace / "library" / f"{block.key}.json", BlockRecord) for block in library.variants]
-    reader = open_parent(workspace / parent.folder)
+    reader = open_parent(workspace / parent.folder, HOST)
     tokens = read_tensors(workspace, corpus.tokens, ["validation"])["validation"].long()
     tokens = tokens.unflatten(1, (-1, options.window)).flatten(0, 1)[: options.windows, : options.tokens]
     parts = [tuple(range(len(tokens)))[first : first + PART] for first in range(0, len(tokens), PART)]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.common import Bench, arguments, open_bench, table, write_page
+from blocks.compute import HOST
 from blocks.fit import contribution_order, ridge_solve
 from blocks.library import read_tensors
 from blocks.records import BlockRecord, Subblock
@@ -86,7 +87,7 @@ def job(bench: Bench, layer: int, subblock: Subblock, variant: str, settings: BL
 
 def measure(bench: Bench, layer: int, subblock: Subblock, variant: str, settings: BLD) -> tuple[float, float, float]:
     """Held-out nMSE, replace-1-block KL, CPU-seconds."""
-    block = distill(job(bench, layer, subblock, variant, settings), bench.workspace, "cpu")
+    block = distill(job(bench, layer, subblock, variant, settings), bench.workspace, HOST)
     assert block.nmse_after is not None, block.reason
     return block.nmse_after, score(bench, [block])[0], block.cpu_seconds
 
@@ -94,7 +95,7 @@ def measure(bench: Bench, layer: int, subblock: Subblock, variant: str, settings
 def score(bench: Bench, blocks: Sequence[BlockRecord]) -> list[float]:
     """Replace-1-block KL of blocks of one layer."""
     sequences, length = bench.scored.count, bench.scored.length
-    suffix = open_suffix(bench.workspace / bench.parent.folder, bench.workspace, bench.scored, "cpu")
+    suffix = open_suffix(bench.workspace / bench.parent.folder, bench.workspace, bench.scored, HOST)
     boundary = read_tensors(bench.workspace, bench.records[blocks[0].layer].boundary, ["validation"])["validation"]
     found = score_batch(suffix, blocks, boundary[:, :length], tuple(range(sequences)), bench.workspace)
     return [statistics.fmean(score.kl) for score in found if score is not None]
@@ -105,7 +106,7 @@ def channels(bench: Bench, layers: Sequence[int]) -> list[list[str]]:
     """Contribution against elimination, the same fit after both."""
     rows = []
     for layer in layers:
-        data = layer_data(bench.workspace / bench.parent.folder, bench.workspace, bench.records[layer], "cpu")
+        data = layer_data(bench.workspace / bench.parent.folder, bench.workspace, bench.records[layer], HOST)
         gram, down = data.statistics["ffn_gram"], data.module.mlp.down_proj.weight  # type: ignore[union-attr]
         inputs: list[torch.Tensor] = []
         hook = data.module.mlp.down_proj.register_forward_pre_hook(  # type: ignore[union-attr]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from blocks.compute import HOST
 from blocks.runtime import configure
 
 configure()
@@ -72,9 +73,9 @@ def open_bench(options: argparse.Namespace) -> Bench:
     set_threads(profile.hardware.threads)
     parent = prepare_parent(profile.parent, workspace, lambda: iterate_documents(profile.corpus))
     corpus = prepare_corpus(profile.corpus, workspace / parent.folder, parent.fingerprint, workspace)
-    reader = open_parent(workspace / parent.folder)
+    reader = open_parent(workspace / parent.folder, HOST)
     records = [
-        record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, workspace, "cpu")
+        record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, workspace, HOST)
         for layer in range(reader.depth)
     ]
     key = record_key(parent, corpus, profile.record, profile.bld.ridge)

@@ -50,8 +50,8 @@ def record_task(layer: int, key: str, parent: ParentInfo, corpus: CorpusInfo, pr
     found = recorded(layer, key, Path(workspace))
     if found is not None:
         return found
-    with in_slot(worker_slot(profile), Path(workspace), task) as device:
-        return record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, Path(workspace), device)
+    with in_slot(worker_slot(profile), Path(workspace), task) as compute:
+        return record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, Path(workspace), compute)
 
 
 @task_of("distill", "distill layer {job.layer:02d} {job.subblock} {job.variant}", lambda _, p: p["job"].key)
@@ -60,8 +60,8 @@ def distill_task(job: Job, slot: WorkerSlot, workspace: str) -> Any:
     found = BlockLibrary(Path(workspace)).find(job.key)
     if found is not None:
         return found
-    with in_slot(slot, Path(workspace), TaskKey(key=f"block-{job.key}", what=_named(job))) as device:
-        return distill(job, Path(workspace), device)
+    with in_slot(slot, Path(workspace), TaskKey(key=f"block-{job.key}", what=_named(job))) as compute:
+        return distill(job, Path(workspace), compute)
 
 
 @task_of("score layer", "score layer {layer.layer:02d}", lambda _, p: _scores_key(p["work"], p["scored"].length))
@@ -78,8 +78,8 @@ def score_task(
     if all(found):
         return found
     task = TaskKey(key=f"scores-{layer.boundary.sha256[:32]}", what=f"the scores of layer {layer.layer}")
-    with in_slot(slot, Path(workspace), task) as device:
-        return scoring.score_sequences(work, layer, scored, parent, Path(workspace), device)
+    with in_slot(slot, Path(workspace), task) as compute:
+        return scoring.score_sequences(work, layer, scored, parent, Path(workspace), compute)
 
 
 def _named(job: Job) -> str:

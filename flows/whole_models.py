@@ -15,6 +15,7 @@ from tasks.evaluate.compare import Contender, Evaluation
 from tasks.inputs.precision import child_dtype
 from tasks.measure import end_to_end
 from tasks.running.sharing import TaskKey, exclusive
+from tasks.running.workers import compute_of
 
 
 @task_of("record the parent for GKD", "record the parent for GKD")
@@ -22,7 +23,7 @@ def teacher_task(parent: ParentInfo, corpus: CorpusInfo, profile: Profile, works
     """See tasks.distill.gkd.record_teacher."""
     key = f"teacher-{gkd.teacher_key(parent, corpus, profile.gkd)}"
     with exclusive(workspace, TaskKey(key=key, what="the recording of the parent for GKD")):
-        return gkd.record_teacher(parent, corpus, profile.gkd, workspace, "cpu", progress)
+        return gkd.record_teacher(parent, corpus, profile.gkd, workspace, compute_of(profile), progress)
 
 
 @task_of("GKD", "GKD of {which.name}")
@@ -32,16 +33,17 @@ def gkd_task(
     """See tasks.evaluate.compare.distill_contender."""
     task = TaskKey(key=f"gkd-{which.key}-{digest_of(gkd=profile.gkd)}", what=f"GKD of {which.name}")
     with exclusive(workspace, task):
-        return compare.distill_contender(which, teacher, parent, profile.gkd, workspace, progress)
+        return compare.distill_contender(which, teacher, parent, profile.gkd, workspace, compute_of(profile), progress)
 
 
 @task_of("evaluate", "evaluate {which.name} ({which.stage})")
 def evaluate_task(which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path) -> Any:
     """See tasks.evaluate.compare.evaluate_contender."""
     dtype = child_dtype(profile.hardware, open_parent(workspace / parent.folder))
-    key = digest_of(path=compare.evaluation_path(which, parent, corpus, profile.evaluate, dtype))
+    compute = compute_of(profile)
+    key = digest_of(path=compare.evaluation_path(which, parent, corpus, profile.evaluate, compute, dtype))
     with exclusive(workspace, TaskKey(key=f"evaluate-{key}", what=f"the evaluation of {which.name}")):
-        return compare.evaluate_contender(which, parent, corpus, profile.evaluate, workspace, dtype)
+        return compare.evaluate_contender(which, parent, corpus, profile.evaluate, workspace, compute, dtype)
 
 
 @task_of("answers", "answers of {which.name}")
@@ -49,7 +51,7 @@ def answers_task(which: Contender, parent: ParentInfo, profile: Profile, workspa
     """See tasks.evaluate.answers.answers_of."""
     key = digest_of(path=answers.answers_path(which, parent, profile.evaluate))
     with exclusive(workspace, TaskKey(key=f"answers-{key}", what=f"the answers of {which.name}")):
-        return answers.answers_of(which, parent, profile.evaluate, workspace)
+        return answers.answers_of(which, parent, profile.evaluate, workspace, compute_of(profile))
 
 
 @task_of("throughput", "throughput of {count} models")

@@ -332,7 +332,20 @@ class Hardware(Section):
         description="Further engines that must be able to run the child. Variants that they cannot run are not chosen.",
     )
     device: Device = Field(
-        default="cpu", description="The torch device that costs are measured on.", examples=["cpu", "cuda", "cuda:1"]
+        default="cpu",
+        description="The torch device that costs are measured on, and that every stage computes on unless "
+        "`orchestration.devices` names others.",
+        examples=["cpu", "cuda", "cuda:1"],
+    )
+    compute_precision: Literal["float32", "bfloat16"] | None = Field(
+        default=None,
+        description="Number format of matrix products in recording, BLD, scoring, GKD and evaluation. What is trained "
+        "has float32 weights, and losses and Gram matrices are float32, in any case. null: bfloat16 on a GPU, float32 "
+        "on a CPU.",
+    )
+    micro_batch_tokens: PositiveInt = Field(
+        default=2048,
+        description="Number of tokens of one forward pass in every stage, at least one sequence. Memory grows with it.",
     )
     precision: Precision = Field(
         default="float32",
@@ -645,10 +658,9 @@ class Orchestration(Section):
         examples=["tcp://127.0.0.1:8786", "127.0.0.1:6379"],
     )
     devices: tuple[Device, ...] = Field(
-        default=("cpu",),
-        min_length=1,
-        description="Devices of every machine that runs tasks. A device with a number, such as cuda:1, runs one task "
-        "at a time.",
+        default=(),
+        description="Devices of every machine that runs tasks; whole models are computed on the first. A device with "
+        "a number, such as cuda:1, runs one task at a time. Empty: hardware.device.",
     )
     max_workers: PositiveInt | None = Field(
         default=None,
@@ -668,7 +680,7 @@ class Orchestration(Section):
     @property
     def workers(self) -> int:
         """Tasks at a time, where puzzle starts the workers."""
-        return self.max_workers or len(self.devices)
+        return self.max_workers or max(1, len(self.devices))
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -680,11 +692,6 @@ class Orchestration(Section):
         mixed = len(self.devices) > 1 and kinds & set(self.devices)  # cuda is one of cuda:0, cuda:1
         if len(kinds) > 1 or len(set(self.devices)) < len(self.devices) or mixed:
             raise ValueError("devices must be of one kind, each named once, such as [cuda:0, cuda:1]")
-        if kinds == {"mps"}:
-            raise ValueError(
-                "devices: variants are fitted and scored in float64, which mps does not have: leave devices out, or "
-                "name cpu; costs may be measured on it (hardware.device: mps)"
-            )
         return self
 
 
@@ -730,6 +737,20 @@ class Profile(Section):
         if url is not None and ".." in url.split("/"):
             raise ValueError("a store has no `..` in it: name the folder itself")
         return url
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """What variants and whole models are computed on."""
+        return self.orchestration.devices or (self.hardware.device,)
+
+    @model_validator(mode="after")
+    def _can_compute(self) -> Self:
+        if self.devices[0].startswith("mps"):
+            raise ValueError(
+                "orchestration.devices: variants are fitted and scored in float64, which mps does not have: set "
+                "orchestration.devices: [cpu]; costs may still be measured on it (hardware.device: mps)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sequences_fit(self) -> Self:

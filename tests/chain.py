@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from blocks.compute import HOST
 from blocks.parent import Parent
 from blocks.records import (
     Architecture,
@@ -82,18 +83,18 @@ def prepare(workspace: Path, family: str = "llama", train_steps: int = 40) -> tu
 def make_chain(workspace: Path) -> Chain:
     """Record, distil and score the whole space of the tiny parent."""
     parent, corpus = prepare(workspace)
-    reader = open_parent(workspace / parent.folder)
-    records = [record_layer(i, parent, corpus, RECORD, SETTINGS.ridge, workspace, "cpu") for i in range(reader.depth)]
+    reader = open_parent(workspace / parent.folder, HOST)
+    records = [record_layer(i, parent, corpus, RECORD, SETTINGS.ridge, workspace, HOST) for i in range(reader.depth)]
     chain = Chain(
         workspace=workspace, parent=parent, corpus=corpus, reader=reader, records=records, blocks=[], scores=[]
     )
     for layer in range(reader.depth):
         members = []
         for subblock, labels in (("attention", SPACE.attention), ("ffn", SPACE.ffn)):
-            members += [distill(chain.job(layer, subblock, label), workspace, "cpu") for label in labels]  # type: ignore[arg-type]
+            members += [distill(chain.job(layer, subblock, label), workspace, HOST) for label in labels]  # type: ignore[arg-type]
         chain.blocks.extend(members)
         work = [(member, tuple(range(6))) for member in members]
-        chain.scores.extend(score_sequences(work, records[layer], chain.scored, parent, workspace, "cpu"))
+        chain.scores.extend(score_sequences(work, records[layer], chain.scored, parent, workspace, HOST))
     return chain
 
 

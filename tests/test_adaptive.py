@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
+from blocks.compute import HOST
 from blocks.errors import InfeasibleBudget
 from blocks.records import Score
 from profiles.schema import Adaptive, Budget, Scenario, Scoring
@@ -246,7 +247,7 @@ def in_pieces(chain: Chain, workspace: Path, pieces: Sequence[dict[int, tuple[in
     scores: list[Score] = []
     for piece in pieces:
         work = [(members[index], sequences) for index, sequences in piece.items()]
-        scores = score_sequences(work, chain.records[1], chain.scored, chain.parent, workspace, "cpu")
+        scores = score_sequences(work, chain.records[1], chain.scored, chain.parent, workspace, HOST)
     return scores
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from blocks.compute import HOST
 from blocks.errors import PuzzleError
 from blocks.kinds import parse_labels
 from blocks.records import LayerRecord, Metric, Ref, Turn
@@ -97,7 +98,7 @@ SPACE = SearchSpace(attention=("kv1", "linear", "no_op"), ffn=("ffn32", "linear"
 
 def test_whole_models_are_taken_apart_exactly(tmp_path: Path) -> None:
     parent, _ = prepare(tmp_path, train_steps=0)
-    reader = open_parent(tmp_path / parent.folder)
+    reader = open_parent(tmp_path / parent.folder, HOST)
     variants = [v for part in ("attention", "ffn") for v in parse_labels(part, getattr(SPACE, part), reader.config)]
     exact = Exact(reader, variants, Hardware(engine="llama.cpp", threads=1), Measure(rounds=3))
     wholes = models_to_time(reader, variants)
@@ -129,7 +130,7 @@ def test_costs_in_llama_cpp_are_a_cost_table(tmp_path: Path) -> None:
 
 def test_a_search_for_an_engine_leaves_out_what_it_cannot_run(tmp_path: Path) -> None:
     parent, _ = prepare(tmp_path, train_steps=0)
-    reader = open_parent(tmp_path / parent.folder)
+    reader = open_parent(tmp_path / parent.folder, HOST)
     root = Path(importlib.util.find_spec("profiles").submodule_search_locations[0])  # type: ignore[union-attr,index]
     wanted = ['search_space.attention=["linear","no_op"]', 'search_space.ffn=["linear","ffn32"]']
     ref = Ref(path="x", sha256="0")

@@ -14,12 +14,14 @@ from prefect.automations import Automation
 from prefect.states import Failed
 from prefect.task_engine import TaskRunTimeoutError
 
+from blocks.compute import HOST
 from blocks.errors import CorpusError, PuzzleFailure
 from flows import stages
 from flows.run import Run
 from profiles.load import load_profile
 from profiles.schema import GKD
-from tasks.distill import bld, gkd
+from tasks.distill import bld, gkd, gkd_student
+from tasks.distill.gkd_targets import record_teacher
 from tasks.operating import watch
 from tasks.operating.champion import Judgement
 from tasks.running import memory, retries
@@ -70,7 +72,7 @@ def test_parts_double_until_it_fits_and_stay() -> None:
 def test_bld_in_parts_gives_the_same_variant(chain: Chain, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     def trained() -> dict[str, torch.Tensor]:
         job = chain.job(1, "ffn", "ffn32")
-        data = bld.layer_data(chain.workspace / job.parent.folder, chain.workspace, job.record, "cpu")
+        data = bld.layer_data(chain.workspace / job.parent.folder, chain.workspace, job.record, HOST)
         module = chain.reader.empty_layer(1, job.choice).eval()
         bld._start(job, chain.reader, data, module, chain.workspace)
         bld._train(job, data, module, job.settings.learning_rate)
@@ -94,7 +96,7 @@ def test_scores_in_parts_are_the_same(
     size = lambda suffix, records, hidden, sequences, workspace: len(records) * len(sequences)  # noqa: E731
     monkeypatch.setattr(scoring, "score_batch", short_of_memory(scoring.score_batch, size, 5))
     monkeypatch.setattr(scoring, "_path", lambda record, length, workspace: tmp_path / f"{record.key}.json")
-    place = (chain.records[1], chain.scored, chain.parent, chain.workspace, "cpu")
+    place = (chain.records[1], chain.scored, chain.parent, chain.workspace, HOST)
     found = scoring.score_sequences([(member, tuple(range(6))) for member in members], *place)
     assert said and all("score layer 1: out of memory" in line for line in said)
     for one, other in zip(found, whole, strict=True):
@@ -103,7 +105,7 @@ def test_scores_in_parts_are_the_same(
 
 def test_gkd_in_parts_gives_the_same_child(chain: Chain, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     settings = GKD(steps=3, batch_sequences=4, learning_rate=1e-3, cosine_every=1, validation_sequences=4)
-    teacher = gkd.record_teacher(chain.parent, chain.corpus, settings, chain.workspace, "cpu")
+    teacher = record_teacher(chain.parent, chain.corpus, settings, chain.workspace, HOST)
     size = lambda model, head, batch, layers: len(batch["tokens"])  # noqa: E731
 
     def distilled(key: str) -> gkd.GKDResult:

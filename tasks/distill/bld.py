@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from blocks.compute import Compute
 from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
 from blocks.fit import FitContext
 from blocks.kinds import kind_of, parse_label
@@ -86,11 +87,11 @@ class LayerData:
 
 
 @kept_per_device(1)
-def layer_data(folder: Path, workspace: Path, record: LayerRecord, device: str) -> LayerData:
+def layer_data(folder: Path, workspace: Path, record: LayerRecord, compute: Compute) -> LayerData:
     """Load a recorded layer to a device, once for all its variants."""
-    reader = open_parent(folder, device)
+    reader = open_parent(folder, compute)
     module = reader.layer(record.layer)
-    boundary = read_tensors(workspace, record.boundary, device=device)
+    boundary = read_tensors(workspace, record.boundary, device=compute.device)
     context = reader.contexts(boundary["train"][:1])[record.layer]
     inputs: dict[tuple[str, str], Tensor] = {}
     targets: dict[tuple[str, str], Tensor] = {}
@@ -104,7 +105,7 @@ def layer_data(folder: Path, workspace: Path, record: LayerRecord, device: str) 
     return LayerData(
         module=module,
         context=context,
-        statistics=read_tensors(workspace, record.statistics, device=device),
+        statistics=read_tensors(workspace, record.statistics, device=compute.device),
         inputs=inputs,
         targets=targets,
     )
@@ -114,15 +115,15 @@ def _in_batches(function: Any, hidden: Tensor, batch: int = 8) -> Tensor:
     return torch.cat([function(part) for part in hidden.split(batch)])
 
 
-def distill(job: Job, workspace: Path, device: str) -> BlockRecord:
-    """Distil one variant on a device, or return the finished record of the library."""
+def distill(job: Job, workspace: Path, compute: Compute) -> BlockRecord:
+    """Distil one variant, or return the finished record of the library."""
     library = BlockLibrary(workspace)
     found = library.find(job.key)
     if found is not None:
         return found
     started, cpu = time.perf_counter(), time.process_time()
-    reader = open_parent(workspace / job.parent.folder, device)
-    data = layer_data(workspace / job.parent.folder, workspace, job.record, device)
+    reader = open_parent(workspace / job.parent.folder, compute)
+    data = layer_data(workspace / job.parent.folder, workspace, job.record, compute)
     variants = [parse_label(part, getattr(job.choice, part), reader.config) for part in job.parts]
     trainable = any(kind_of(variant).trainable for variant in variants)
     module = reader.empty_layer(job.layer, job.choice).eval()  # evaluation mode, as it is scored later: no dropout
@@ -185,7 +186,7 @@ def _start(job: Job, reader: Parent, data: LayerData, module: DeciLMDecoderLayer
         variant = parse_label(part, getattr(job.choice, part), reader.config)
         warm = next((record for record in job.warm_start if record.subblock == part and record.weights), None)
         if warm is not None and warm.weights is not None:
-            load_subblock(module, part, read_tensors(workspace, warm.weights, device=reader.device))
+            load_subblock(module, part, read_tensors(workspace, warm.weights, device=reader.compute.device))
         elif job.settings.closed_form and kind_of(variant).trainable:
             kind_of(variant).closed_form(variant, module, context)
     losses["closed_form"] = held_out_loss(job, data, module)

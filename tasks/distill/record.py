@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from blocks.compute import Compute
 from blocks.fit import elimination_order
 from blocks.library import digest_of, is_whole, keep, read_tensors, read_value, remember, write_tensors, write_value
 from blocks.packed import pack_linears
@@ -37,13 +38,13 @@ def record_key(parent: ParentInfo, corpus: CorpusInfo, settings: Record, ridge: 
 
 
 @kept_per_device(2)
-def _open(folder: Path, device: str) -> Parent:
-    return Parent(folder, device)
+def _open(folder: Path, compute: Compute | None) -> Parent:
+    return Parent(folder, compute)
 
 
-def open_parent(folder: Path, device: str = "cpu") -> Parent:
-    """The parent, kept open for later calls. Its tensors are loaded to `device`, which its config does not need."""
-    return _open(folder, device)
+def open_parent(folder: Path, compute: Compute | None = None) -> Parent:
+    """The parent, kept open for later calls. Its tensors need a `compute`, its config does not."""
+    return _open(folder, compute)
 
 
 def _manifest(layer: int, key: str, workspace: Path) -> Path:
@@ -58,16 +59,22 @@ def recorded(layer: int, key: str, workspace: Path) -> LayerRecord | None:
 
 
 def record_layer(
-    layer: int, parent: ParentInfo, corpus: CorpusInfo, settings: Record, ridge: float, workspace: Path, device: str
+    layer: int,
+    parent: ParentInfo,
+    corpus: CorpusInfo,
+    settings: Record,
+    ridge: float,
+    workspace: Path,
+    compute: Compute,
 ) -> LayerRecord:
-    """Record one layer on `device`; returns the stored record when its files are whole."""
+    """Record one layer; returns the stored record when its files are whole."""
     key = record_key(parent, corpus, settings, ridge)
     stored = recorded(layer, key, workspace)
     if stored is not None:
         return stored
     folder = f"record/{key}"
     started = time.perf_counter()
-    reader = open_parent(workspace / parent.folder, device)
+    reader = open_parent(workspace / parent.folder, compute)
     hidden = _entering(reader, layer, corpus, settings, workspace, folder)
     module = reader.layer(layer)
     core: Any = module.mlp
@@ -109,8 +116,8 @@ def _entering(reader: Parent, layer: int, corpus: CorpusInfo, settings: Record, 
     if manifest.exists():
         reference = read_value(manifest, Ref)
         if is_whole(workspace, reference):
-            return read_tensors(workspace, reference, device=reader.device)["hidden"]
-    tokens = read_tensors(workspace, corpus.tokens, device=reader.device)
+            return read_tensors(workspace, reference, device=reader.compute.device)["hidden"]
+    tokens = read_tensors(workspace, corpus.tokens, device=reader.compute.device)
     chosen = torch.cat(
         [tokens["train"][: settings.statistics_sequences], tokens["validation"][: settings.validation_sequences]]
     )

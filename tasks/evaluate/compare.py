@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from blocks.child import assemble, library_of
+from blocks.compute import Compute
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import digest_of, keep, read_tensors, remember
 from blocks.records import Architecture, BlockRecord, Candidate, CorpusInfo, LayerChoice, ParentInfo, Throughput, Value
@@ -111,12 +112,12 @@ def parent_contender(architecture: Architecture) -> Contender:
     return Contender(name="parent", architecture=parents, blocks=())
 
 
-def build(which: Contender, parent: ParentInfo, workspace: Path, device: str = "cpu") -> DeciLMForCausalLM:
-    """The contender as a model on a device, GKD weights included."""
-    reader = open_parent(workspace / parent.folder, device)
+def build(which: Contender, parent: ParentInfo, workspace: Path, compute: Compute) -> DeciLMForCausalLM:
+    """The contender as a model, GKD weights included."""
+    reader = open_parent(workspace / parent.folder, compute)
     model = assemble(reader, library_of(list(which.blocks)), which.architecture, workspace)
     if which.gkd is not None:
-        model.model.layers.load_state_dict(read_tensors(workspace, which.gkd.weights))
+        model.model.layers.load_state_dict(read_tensors(workspace, which.gkd.weights, device=compute.device))
     return model
 
 
@@ -126,10 +127,11 @@ def distill_contender(
     parent: ParentInfo,
     settings: GKD,
     workspace: Path,
+    compute: Compute,
     progress: Progress = no_progress,
 ) -> Contender:
     """GKD of a contender, stored under a digest of the contender, the parent's targets and the settings."""
-    model = build(which, parent, workspace)
+    model = build(which, parent, workspace, compute.with_weights(torch.float32))
     key = digest_of(
         model=which.key, teacher=teacher.validation.sha256, steps=len(teacher.steps), settings=settings, v=gkd.VERSION
     )
@@ -137,8 +139,11 @@ def distill_contender(
 
 
 @lru_cache(maxsize=1)
-def _test_targets(parent: ParentInfo, corpus: CorpusInfo, sequences: int, workspace: Path) -> ParentTargets:
-    return parent_targets(open_parent(workspace / parent.folder).model(), _test_tokens(corpus, sequences, workspace))
+def _test_targets(
+    parent: ParentInfo, corpus: CorpusInfo, sequences: int, workspace: Path, compute: Compute
+) -> ParentTargets:
+    model = open_parent(workspace / parent.folder, compute).model()
+    return parent_targets(model, _test_tokens(corpus, sequences, workspace), compute)
 
 
 def _test_tokens(corpus: CorpusInfo, sequences: int, workspace: Path) -> Tensor:
@@ -146,11 +151,17 @@ def _test_tokens(corpus: CorpusInfo, sequences: int, workspace: Path) -> Tensor:
 
 
 def evaluation_path(
-    which: Contender, parent: ParentInfo, corpus: CorpusInfo, settings: Evaluate, dtype: torch.dtype = torch.float32
+    which: Contender,
+    parent: ParentInfo,
+    corpus: CorpusInfo,
+    settings: Evaluate,
+    compute: Compute,
+    dtype: torch.dtype = torch.float32,
 ) -> str:
     """Where a contender's evaluation lies, relative to the workspace."""
     asked = settings.model_dump(include={"sequences", "benchmarks", "benchmark_limit", "benchmark_package"})
-    asked |= {} if dtype == torch.float32 else {"weights": str(dtype)}
+    formats = {"weights": dtype, "products": compute.dtype}
+    asked |= {name: str(one) for name, one in formats.items() if one != torch.float32}
     key = digest_of(
         model=which.key, parent=parent.fingerprint, corpus=corpus.fingerprint, asked=asked, v=EVALUATION_VERSION
     )
@@ -163,6 +174,7 @@ def evaluate_contender(
     corpus: CorpusInfo,
     settings: Evaluate,
     workspace: Path,
+    compute: Compute,
     dtype: torch.dtype = torch.float32,
 ) -> Evaluation:
     """Loss, KL and agreement on the test split, and the benchmarks, with weights rounded to `dtype` as in an export.
@@ -170,13 +182,13 @@ def evaluate_contender(
     The parent, with which all are compared, keeps its own weights whatever the children are exported in.
     """
     dtype = torch.float32 if which.stage == "parent" else dtype
-    path = workspace / evaluation_path(which, parent, corpus, settings, dtype)
+    path = workspace / evaluation_path(which, parent, corpus, settings, compute, dtype)
     stored = remember(path, Evaluation, lambda _: [], workspace)
     if stored is not None:
         return stored
-    model = as_written(build(which, parent, workspace), dtype)
-    targets = _test_targets(parent, corpus, settings.sequences, workspace)
-    figures = sequence_figures(model, targets, _test_tokens(corpus, settings.sequences, workspace))
+    model = as_written(build(which, parent, workspace, compute), dtype)
+    targets = _test_targets(parent, corpus, settings.sequences, workspace, compute)
+    figures = sequence_figures(model, targets, _test_tokens(corpus, settings.sequences, workspace), compute)
     found = Evaluation(
         quality=quality_of(figures),
         samples={name: tuple(values.tolist()) for name, values in figures.items()},

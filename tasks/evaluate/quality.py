@@ -23,12 +23,12 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from blocks import estimates
+from blocks.compute import Compute
 from blocks.errors import PuzzleError
 from blocks.estimates import Estimate
 from blocks.records import Metric, Value
 
 CHUNK_TOKENS = 512  # tokens whose logits exist at a time: 512 x 49,152 floats are 100 MB
-BATCH_TOKENS = 2048  # tokens of one forward pass
 
 # benchmark -> (folder of the data in the package, lm-eval's own definition, metric)
 BENCHMARKS = {
@@ -97,11 +97,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _hidden_states(model: Any, tokens: Tensor) -> Iterator[Tensor]:
+def _hidden_states(model: Any, tokens: Tensor, compute: Compute) -> Iterator[Tensor]:
     """Last hidden states after the norm, a few sequences (s, T, D) at a time. tokens: (S, T)"""
-    device = next(model.parameters()).device
-    for batch in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):
-        yield model.model(input_ids=batch.to(device).long(), use_cache=False).last_hidden_state
+    for batch in tokens.split(compute.sequences(tokens.shape[1])):
+        yield model.model(input_ids=batch.to(compute.device).long(), use_cache=False).last_hidden_state
 
 
 def _log_probs(head: nn.Module, softcap: float | None, hidden: Tensor) -> Tensor:
@@ -116,13 +115,13 @@ def _softcap(model: Any) -> float | None:
     return getattr(model.config, "final_logit_softcapping", None)
 
 
-def parent_targets(parent_model: Any, tokens: Tensor) -> ParentTargets:
+def parent_targets(parent_model: Any, tokens: Tensor, compute: Compute) -> ParentTargets:
     """The parent's side of `sequence_figures`, computed once and shared by all models. tokens: (S, T) int.
 
     The result refers to the parent's head (the embedding where it is tied), not to its layers.
     """
     with _evaluating(parent_model):
-        hidden = torch.cat(list(_hidden_states(parent_model, tokens)))
+        hidden = torch.cat(list(_hidden_states(parent_model, tokens, compute)))
     return ParentTargets(tokens=tokens, hidden=hidden, head=parent_model.lm_head, softcap=_softcap(parent_model))
 
 
@@ -131,7 +130,7 @@ def quality_of(figures: Mapping[str, Tensor]) -> Quality:
     return Quality(**{name: mean_metric(values) for name, values in figures.items()})
 
 
-def sequence_figures(model: Any, targets: ParentTargets, tokens: Tensor) -> dict[str, Tensor]:
+def sequence_figures(model: Any, targets: ParentTargets, tokens: Tensor, compute: Compute) -> dict[str, Tensor]:
     """Loss, kl and top1_agreement of a model on every sequence of `tokens` (S, T), each (S,) float64.
 
     KL and agreement are means over all T positions, the loss over the T - 1 that have a next token. The parent against
@@ -142,7 +141,7 @@ def sequence_figures(model: Any, targets: ParentTargets, tokens: Tensor) -> dict
     rows: list[Tensor] = []
     with _evaluating(model):
         first = 0
-        for hidden in _hidden_states(model, tokens):
+        for hidden in _hidden_states(model, tokens, compute):
             last = first + hidden.shape[0]
             rows.append(_token_figures(model, hidden, targets, slice(first, last)))
             first = last

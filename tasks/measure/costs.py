@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from blocks.compute import HOST
 from blocks.engine_limits import runnable
 from blocks.kinds import parse_labels
 from blocks.library import digest_of, keep, remember
@@ -85,7 +86,7 @@ def measure_costs(
     stored = stored_costs(path, measure, workspace)
     if stored is not None:
         return stored
-    table = _measured(open_parent(workspace / parent.folder), space, scenarios, hardware, measure, progress)
+    table = _measured(open_parent(workspace / parent.folder, HOST), space, scenarios, hardware, measure, progress)
     keep(path, table, [], workspace)
     return table
 
@@ -106,7 +107,7 @@ def measure_again(
     """
     path = costs_path(parent, space, scenarios, hardware, measure, workspace)
     before = stored_costs(path, measure, workspace)
-    now = _measured(open_parent(workspace / parent.folder), space, scenarios, hardware, measure, progress)
+    now = _measured(open_parent(workspace / parent.folder, HOST), space, scenarios, hardware, measure, progress)
     moved = drift(before, now) if before else []
     if moved or before is None:
         keep(path, now, [], workspace)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from blocks.compute import HOST
 from blocks.engine_limits import known_engine
 from blocks.records import CostTable, ParentInfo, SpeedReport, Throughput, Totals
 from profiles.schema import Hardware, Profile, Scenario
@@ -66,7 +67,7 @@ def _in_torch(
     progress: Progress,
 ) -> dict[str, tuple[Throughput, ...]]:
     hardware = profile.hardware
-    models: dict[str, Any] = {which.name: build(which, parent, workspace) for which in contenders}
+    models: dict[str, Any] = {which.name: build(which, parent, workspace, HOST) for which in contenders}
     models = {name: model.to(hardware.device, getattr(torch, hardware.precision)) for name, model in models.items()}
     found = []
     for done, (scenario, batch) in enumerate(loads, start=1):
@@ -106,7 +107,7 @@ def _exported(
     with tempfile.TemporaryDirectory(prefix=".speed-", suffix=".part", dir=workspace) as temporary:
         files = {}
         for which in contenders:
-            model, target = build(which, parent, workspace), Path(temporary) / which.name
+            model, target = build(which, parent, workspace, HOST), Path(temporary) / which.name
             if known_engine(hardware.engine).format == "gguf":
                 path = target.with_suffix(".gguf")
                 files[which.name] = write_gguf(model, path, hardware.precision, NO_TOKENIZER, which.name)

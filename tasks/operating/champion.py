@@ -30,6 +30,7 @@ from tasks.libraries.interchange import read_library
 from tasks.measure import costs
 from tasks.measure.hardware_description import hardware_description
 from tasks.pages.report import rounded
+from tasks.running.workers import compute_of
 from tasks.score import scoring
 from tasks.search.totals import Problem, broken_limits, fitting_batches, problem_of
 
@@ -178,10 +179,11 @@ def last_problem(profile: Profile, workspace: Path) -> Problem:
 def _figures(side: Lineage, now: Lineage, profile: Profile, workspace: Path) -> Tensor:
     """(S,) of the rule's metric on the test split of now, against the parent of now."""
     tokens = read_tensors(workspace, now.corpus.tokens, ["test"])["test"][: profile.evaluate.sequences]
-    reader = open_parent(workspace / now.parent.folder)
-    targets = parent_targets(reader.model(), tokens)
-    model = as_written(build(side.child, side.parent, workspace), child_dtype(profile.hardware, reader))
-    return sequence_figures(model, targets, tokens)[profile.champion.metric]
+    compute = compute_of(profile)
+    reader = open_parent(workspace / now.parent.folder, compute)
+    targets = parent_targets(reader.model(), tokens, compute)
+    model = as_written(build(side.child, side.parent, workspace, compute), child_dtype(profile.hardware, reader))
+    return sequence_figures(model, targets, tokens, compute)[profile.champion.metric]
 
 
 def decide(ours: Tensor, theirs: Tensor, rule: Champion, changed: tuple[str, ...] = ()) -> Judgement:

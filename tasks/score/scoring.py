@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blocks.compute import Compute
 from blocks.divergence import Head, Targets, kl_per_token, targets_of
 from blocks.estimates import mean
 from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
@@ -103,11 +104,11 @@ class ParentSuffix:
 
 
 @kept_per_device(1)
-def open_suffix(folder: Path, workspace: Path, scored: ScoringSet, device: str) -> ParentSuffix:
+def open_suffix(folder: Path, workspace: Path, scored: ScoringSet, compute: Compute) -> ParentSuffix:
     """Load the parent and compute its targets from the recorded states that enter its last layer."""
-    hidden = scored.validation(scored.last.boundary, workspace, device)
-    tokens = scored.validation(scored.corpus.tokens, workspace, device).long()
-    return make_suffix(open_parent(folder, device), tokens, hidden)
+    hidden = scored.validation(scored.last.boundary, workspace, compute.device)
+    tokens = scored.validation(scored.corpus.tokens, workspace, compute.device).long()
+    return make_suffix(open_parent(folder, compute), tokens, hidden)
 
 
 def make_suffix(reader: Parent, tokens: Tensor, hidden: Tensor) -> ParentSuffix:
@@ -152,7 +153,7 @@ def stored_score(record: BlockRecord, sequences: Sequence[int], length: int, wor
 
 
 def score_sequences(
-    work: Sequence[Work], layer: LayerRecord, scored: ScoringSet, parent: ParentInfo, workspace: Path, device: str
+    work: Sequence[Work], layer: LayerRecord, scored: ScoringSet, parent: ParentInfo, workspace: Path, compute: Compute
 ) -> list[Score]:
     """Scores of variants of one layer, each on its own sequences of `scored`; values in the order asked.
 
@@ -164,8 +165,8 @@ def score_sequences(
     known = {record.key: _stored(record, length, workspace) for record, _ in usable}
     missing = [(record, known[record.key].without(sequences)) for record, sequences in usable]
     if any(sequences for _, sequences in missing):
-        suffix = open_suffix(workspace / parent.folder, workspace, scored, device)
-        hidden = scored.validation(layer.boundary, workspace, device)
+        suffix = open_suffix(workspace / parent.folder, workspace, scored, compute)
+        hidden = scored.validation(layer.boundary, workspace, compute.device)
         parts = Parts(f"score layer {layer.layer}", BATCH_TOKENS // length)
         for batch in batches_of(missing, length):
             for record, more in parts.run(partial(_in_parts, suffix, batch, hidden, workspace)):
@@ -246,7 +247,7 @@ def load_variant(reader: Parent, record: BlockRecord, workspace: Path) -> DeciLM
     choice = LayerChoice.only(record.subblock, record.variant)
     module = reader.empty_layer(record.layer, choice).requires_grad_(False)
     if record.weights is not None:
-        module.load_state_dict(read_tensors(workspace, record.weights, device=reader.device))
+        module.load_state_dict(read_tensors(workspace, record.weights, device=reader.compute.device))
     elif record.variant == "parent":
         whole = reader.layer(record.layer).state_dict()
         load_subblock(module, record.subblock, {n: whole[n] for n in module.state_dict()})  # type: ignore[arg-type]
