@@ -103,7 +103,7 @@ def plain(profile: Profile, workspace: Path, options: argparse.Namespace) -> Non
     second = min(zip(rivals, found[2:], strict=True), key=lambda pair: pair[1].quality.kl.value)[0]
     teacher = gkd_targets.record_teacher(bench.parent, bench.corpus, profile.gkd, workspace, HOST)
     distilled = [
-        compare.distill_contender(which, teacher, bench.parent, profile.gkd, workspace, HOST)
+        compare.distill_contender(which, teacher, profile.gkd, workspace, HOST)
         for which in (child, second)
     ]
     for which in distilled:

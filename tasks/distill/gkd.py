@@ -47,6 +47,11 @@ class Seen(Value):
         """For people."""
         return f"loss {self.kl + self.cosine:.3f}, best validation KL {self.best_kl:.3f}"
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """For curves over the steps."""
+        return self.model_dump(include={"kl", "cosine", "learning_rate", "validation_kl"}, exclude_none=True)
+
 
 Watch = Callable[[Seen], None]
 

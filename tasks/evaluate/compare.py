@@ -19,8 +19,10 @@ from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import digest_of, keep, read_tensors, remember
 from blocks.records import Architecture, BlockRecord, Candidate, CorpusInfo, LayerChoice, ParentInfo, Throughput, Value
 from profiles.schema import GKD, Evaluate
-from tasks.distill import gkd
-from tasks.distill.gkd import GKDResult, TeacherRecord, distill_child
+from tasks.distill.gkd import GKDResult, Watch, no_watch
+from tasks.distill.gkd_job import distill_globally, job_of
+from tasks.distill.gkd_student import load_trained
+from tasks.distill.gkd_targets import TeacherRecord
 from tasks.distill.record import open_parent
 from tasks.evaluate.quality import (
     BenchmarkResult,
@@ -33,7 +35,6 @@ from tasks.evaluate.quality import (
     sequence_figures,
 )
 from tasks.inputs.precision import as_written
-from tasks.running.progress import Progress, no_progress
 
 VERSION = 1
 EVALUATION_VERSION = 2  # figures of each sequence and groups of items are kept
@@ -117,25 +118,22 @@ def build(which: Contender, parent: ParentInfo, workspace: Path, compute: Comput
     reader = open_parent(workspace / parent.folder, compute)
     model = assemble(reader, library_of(list(which.blocks)), which.architecture, workspace)
     if which.gkd is not None:
-        model.model.layers.load_state_dict(read_tensors(workspace, which.gkd.weights, device=compute.device))
+        load_trained(model, read_tensors(workspace, which.gkd.weights, device=compute.device))
     return model
 
 
 def distill_contender(
     which: Contender,
     teacher: TeacherRecord,
-    parent: ParentInfo,
     settings: GKD,
     workspace: Path,
     compute: Compute,
-    progress: Progress = no_progress,
+    processes: int = 1,
+    watch: Watch = no_watch,
 ) -> Contender:
-    """GKD of a contender, stored under a digest of the contender, the parent's targets and the settings."""
-    model = build(which, parent, workspace, compute.with_weights(torch.float32))
-    key = digest_of(
-        model=which.key, teacher=teacher.validation.sha256, steps=len(teacher.steps), settings=settings, v=gkd.VERSION
-    )
-    return which.model_copy(update={"gkd": distill_child(model, teacher, settings, workspace, key, progress)})
+    """GKD of a contender, stored under a digest of all that decides it; on so many devices as there are processes."""
+    job = job_of(which.architecture, which.blocks, teacher, settings, compute)
+    return which.model_copy(update={"gkd": distill_globally(job, workspace, compute, processes, watch)})
 
 
 @lru_cache(maxsize=1)
