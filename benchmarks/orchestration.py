@@ -102,10 +102,7 @@ def plain(profile: Profile, workspace: Path, options: argparse.Namespace) -> Non
     ]
     second = min(zip(rivals, found[2:], strict=True), key=lambda pair: pair[1].quality.kl.value)[0]
     teacher = gkd_targets.record_teacher(bench.parent, bench.corpus, profile.gkd, workspace, HOST)
-    distilled = [
-        compare.distill_contender(which, teacher, profile.gkd, workspace, HOST)
-        for which in (child, second)
-    ]
+    distilled = [compare.distill_contender(which, teacher, profile.gkd, workspace, HOST) for which in (child, second)]
     for which in distilled:
         compare.evaluate_contender(which, bench.parent, bench.corpus, profile.evaluate, workspace)
     measure_speed(everyone, bench.parent, problem.costs, profile, workspace)

@@ -122,7 +122,9 @@ class _KLOfHeads(torch.autograd.Function):
     """KL of every token where parent and child have a head each; both passes go over slices of the vocabulary."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, parent_ND: Tensor, parent_VD: Tensor, lse_N: Tensor) -> Any:
+    def forward(
+        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, parent_ND: Tensor, parent_VD: Tensor, lse_N: Tensor
+    ) -> Any:
         lse = hidden_ND.new_full((len(hidden_ND),), -torch.inf)
         shift = torch.zeros_like(lse)
         for rows in torch.arange(len(hidden_ND)).split(CHUNK):

@@ -106,16 +106,17 @@ def test_scores_in_parts_are_the_same(
 def test_gkd_in_parts_gives_the_same_child(chain: Chain, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     settings = GKD(steps=3, batch_sequences=4, learning_rate=1e-3, cosine_every=1, validation_sequences=4)
     teacher = record_teacher(chain.parent, chain.corpus, settings, chain.workspace, HOST)
-    size = lambda model, head, batch, layers: len(batch["tokens"])  # noqa: E731
+    size = lambda student, batch, layers, watched=False: 0 if watched else len(batch["tokens"])  # noqa: E731
 
     def distilled(key: str) -> gkd.GKDResult:
         model = chain.reader.model()
         for parameter in model.model.layers.parameters():
             parameter.data *= 0.9
-        return gkd.distill_child(model, teacher, settings, chain.workspace, key)
+        return gkd.distill_child(model, teacher, settings, chain.workspace, key, HOST)
 
     whole = distilled("whole")
-    monkeypatch.setattr(gkd, "gkd_loss", short_of_memory(gkd.gkd_loss, size, 2))
+    forward = gkd_student.Student.forward
+    monkeypatch.setattr(gkd_student.Student, "forward", short_of_memory(forward, size, 2))
     in_parts = distilled("parts")
     assert said == ["GKD: out of memory, again in 2 parts"]
     assert in_parts.losses == pytest.approx(whole.losses, rel=1e-4)

@@ -318,7 +318,7 @@ class Training:
         rows = torch.arange(mine.start, mine.stop)
         for part in rows.tensor_split(min(self._parts_of(self._rows(sequences)), sequences // self.group.size)):
             piece = self._rows_of(batch, slice(int(part[0]), int(part[-1]) + 1), length)
-            total += self.student(piece, (), watched=True)[0].sum()
+            total += self.student(piece, (), True)[0].sum()
         return self.group.sum(total).item() / (sequences * length)
 
     # --- what a checkpoint holds, and small things

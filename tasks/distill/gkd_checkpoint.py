@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as read_slices
+from torch.distributed.checkpoint.state_dict_saver import save as write_slices
 
 from blocks.errors import DamagedBlock
 from blocks.files import sha256_of
@@ -63,7 +65,7 @@ def save(folder: Path, course: Course, tensors: Mapping[str, Tensor], group: Gro
         part.mkdir(parents=True)
     group.gather(None)
     writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
-    dcp.save(dict(tensors), storage_writer=writer, no_dist=group.size == 1)
+    write_slices(dict(tensors), storage_writer=writer, no_dist=group.size == 1)
     files = {key: digest for found in group.gather(_digests(part, group)) for key, digest in found.items()}
     if group.first:
         write_value(part / MANIFEST, _Manifest(course=course, files=files))
@@ -80,7 +82,7 @@ def load(folder: Path, tensors: Mapping[str, Tensor], group: Group) -> Course | 
         course = checked(path, group)
         if course is None:
             continue
-        dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=group.size == 1)
+        read_slices(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=group.size == 1)
         return course
     return None
 
@@ -103,8 +105,12 @@ def checked(path: Path, group: Group) -> Course | None:
 def best_weights(path: Path) -> dict[str, Tensor]:
     """The best weights until a checkpoint, whole, whatever the number of processes that wrote their slices."""
     sizes = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    best = {name: torch.empty(held.size) for name, held in sizes.items() if name.startswith("best.")}
-    dcp.load(best, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+    best = {
+        name: torch.empty(held.size)
+        for name, held in sizes.items()
+        if name.startswith("best.") and isinstance(held, TensorStorageMetadata)
+    }
+    read_slices(best, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
     return {name.removeprefix("best."): tensor for name, tensor in best.items()}
 
 
@@ -126,4 +132,3 @@ def _folders(folder: Path) -> list[Path]:
 def _digests(path: Path, group: Group) -> dict[str, str]:
     """Digests of this process's part of the files, each of which one process reads."""
     return {file.name: sha256_of(file) for file in sorted(path.glob("*.safetensors"))[group.rank :: group.size]}
-

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
 import torch
+from pydantic import ValidationError
 
 from blocks.child import assemble, library_of
 from blocks.compute import HOST, Compute

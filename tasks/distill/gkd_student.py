@@ -2,7 +2,6 @@
 
 from contextlib import nullcontext
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,7 +25,9 @@ class Student(nn.Module):
             module.requires_grad_(True)
         self.head = None if sharded or own_head else Head(model.lm_head.weight)
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # transformers 5.24 renamed it
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
             for layer in model.model.layers:
                 layer.training = True  # the layer alone: what is in it keeps its evaluation mode, without dropout
 

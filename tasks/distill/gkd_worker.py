@@ -28,7 +28,6 @@ from tasks.distill.gkd_student import Student  # noqa: E402
 from tasks.distill.gkd_targets import Teacher  # noqa: E402
 from tasks.distill.record import open_parent  # noqa: E402
 from tasks.distill.sharding import Group, joined, local_device, shard  # noqa: E402
-
 from tasks.running.sharing import TaskKey, exclusive  # noqa: E402
 
 
@@ -56,7 +55,8 @@ def train(job: Job, workspace: Path, compute: Compute, group: Group) -> GKDResul
             raise SystemExit("torchrun was killed")
         try:
             if group.first:
-                print(seen.model_dump_json(), flush=True)
+                sys.stdout.write(seen.model_dump_json() + "\n")
+                sys.stdout.flush()
         except BrokenPipeError:
             os.kill(starter, signal.SIGTERM)
 
