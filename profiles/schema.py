@@ -540,8 +540,9 @@ class GKD(Section):
     learning_rate: float | None = Field(
         default=None,
         gt=0,
-        description="Highest learning rate of AdamW. null: three are tried for a few steps, and the one that leaves "
-        "the child nearest to its parent on validation text is taken.",
+        description="Highest learning rate of AdamW. null: 3e-4, 1e-4, 3e-5 and 1e-5 are tried for a few steps each (4, or "
+        "a twelfth of `steps` up to 20), until a lower one leaves the child no nearer to its parent on validation text; "
+        "the best of them is taken.",
     )
     warmup: float = Field(
         default=0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises to its highest."

@@ -6,6 +6,7 @@ validation sequences is measured every few steps, and the best weights are kept.
 """
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,13 +22,14 @@ from blocks.records import Ref, Value
 from profiles.schema import GKD
 from tasks.distill import gkd_checkpoint
 from tasks.distill.gkd_checkpoint import Course
+from tasks.distill.gkd_settings import rows_of_step, share_of_rate, trial_steps
 from tasks.distill.gkd_student import Student, trained_modules
-from tasks.distill.gkd_targets import Teacher, TeacherRecord, rows_of_step
+from tasks.distill.gkd_targets import Teacher, TeacherRecord
 from tasks.distill.sharding import ALONE, Group, held_bytes, whole
 from tasks.running.memory import Parts
 
 VERSION = 4
-TRIAL_RATES = (3e-4, 1e-4, 3e-5)
+TRIAL_RATES = (3e-4, 1e-4, 3e-5, 1e-5)
 RESULT = "result.json"
 
 
@@ -181,15 +183,20 @@ class Training:
         return course
 
     def _trials(self) -> tuple[tuple[float, float], ...]:
-        """The KL on validation text that each rate leads to after a few steps. The child is put back each time."""
-        tried = []
+        """The KL on validation text that each rate leads to after a few steps, until a lower rate is no better.
+
+        The child is put back after each. A near child wants a lower rate than a broken one (docs/log.md).
+        """
+        tried: list[tuple[float, float]] = []
         for rate in TRIAL_RATES:
             for step in range(1, trial_steps(self.steps) + 1):
                 self._update(step, rate)
             kl = self.validation_kl()
-            tried.append((rate, kl if math.isfinite(kl) else 1e9))
+            tried.append((rate, kl if math.isfinite(kl) else sys.float_info.max))
             self._put_best()
             self._forget()
+            if len(tried) > 1 and tried[-1][1] >= tried[-2][1]:
+                break
         return tuple(tried)
 
     def _step(self, course: Course) -> Course | None:
@@ -380,18 +387,3 @@ class _Clock:
     def saved(self) -> None:
         """There is a checkpoint now."""
         self.last = time.monotonic()
-
-
-def trial_steps(steps: int) -> int:
-    """Steps in which each learning rate is tried."""
-    return max(2, min(20, steps // 12))
-
-
-def share_of_rate(step: int, steps: int, settings: GKD) -> float:
-    """The share of the highest learning rate at a step, counted from 0."""
-    warm = max(1, int(steps * settings.warmup + 1e-9))
-    if step < warm:
-        return (step + 1) / warm
-    if settings.schedule == "constant":
-        return 1.0
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))

@@ -25,8 +25,9 @@ from blocks.records import Architecture, BlockRecord, Value
 from profiles.schema import GKD
 from tasks.distill import gkd_checkpoint
 from tasks.distill.gkd import VERSION, GKDResult, Seen, Training, Watch, finished, no_watch
+from tasks.distill.gkd_settings import asked
 from tasks.distill.gkd_student import Student, load_trained
-from tasks.distill.gkd_targets import Teacher, TeacherRecord, asked
+from tasks.distill.gkd_targets import Teacher, TeacherRecord
 from tasks.distill.record import open_parent
 from tasks.distill.sharding import ALONE
 

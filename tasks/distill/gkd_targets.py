@@ -16,18 +16,13 @@ from blocks.compute import Compute
 from blocks.divergence import Head, Targets, targets_of
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import digest_of, keep, read_tensors, remember, write_tensors
-from blocks.parent import Parent
 from blocks.records import CorpusInfo, ParentInfo, Ref, Value
 from profiles.schema import GKD
+from tasks.distill.gkd_settings import HOW, NOT_OF_THE_PARENT, cosine_layers, is_recorded, rows_of_step
 from tasks.distill.record import open_parent
 from tasks.running.progress import Progress, no_progress
 
 VERSION = 4  # of the targets
-# settings of GKD that the targets of a step do not depend on
-_NOT_OF_THE_PARENT = {"learning_rate", "evaluate_every", "patience", "steps", "warmup", "schedule", "clip_norm"}
-_NOT_OF_THE_PARENT |= {"also_train"}
-# settings that say how GKD is computed, and not what comes out
-_HOW = {"recorded_gib", "checkpoint_minutes", "gradient_checkpointing"}
 
 
 class TeacherRecord(Value):
@@ -45,26 +40,10 @@ class TeacherRecord(Value):
     seconds: float
 
 
-def cosine_layers(depth: int, every: int) -> tuple[int, ...]:
-    """Layers whose output states are compared: every `every`-th, counted back from the last."""
-    return tuple(range(depth - 1, -1, -every))[::-1]
-
-
-def asked(settings: GKD) -> dict[str, object]:
-    """Those settings that decide what GKD makes."""
-    return settings.model_dump(exclude=_HOW)
-
-
 def teacher_key(parent: ParentInfo, corpus: CorpusInfo, settings: GKD, compute: Compute) -> str:
     """Digest of what the parent's targets of a step depend on. More steps or another learning rate reuse them."""
-    fields = settings.model_dump(exclude=_HOW | _NOT_OF_THE_PARENT) | {"products": str(compute.dtype)}
+    fields = settings.model_dump(exclude=HOW | NOT_OF_THE_PARENT) | {"products": str(compute.dtype)}
     return digest_of(parent=parent.fingerprint, corpus=corpus.fingerprint, settings=fields, version=VERSION)
-
-
-def target_bytes(settings: GKD, corpus: CorpusInfo, reader: Parent) -> int:
-    """Bytes of the recorded targets of all steps: states in bfloat16, hidden and moment in float32."""
-    numbers = 8 + 2 * len(cosine_layers(reader.depth, settings.cosine_every))
-    return settings.steps * settings.batch_sequences * corpus.sequence_length * numbers * reader.config.hidden_size
 
 
 class Teacher(nn.Module):
@@ -105,7 +84,8 @@ def record_teacher(
     """
     started = time.perf_counter()
     reader = open_parent(workspace / parent.folder, compute)
-    steps = settings.steps if target_bytes(settings, corpus, reader) <= settings.recorded_gib * 2**30 else 0
+    recorded = is_recorded(settings, corpus.sequence_length, reader.depth, reader.config.hidden_size)
+    steps = settings.steps if recorded else 0
     folder = f"gkd/teacher-{teacher_key(parent, corpus, settings, compute)}"
     manifest = workspace / folder / f"teacher-{settings.steps}{'' if steps else '-beside'}.json"
     stored = remember(manifest, TeacherRecord, _files_of, workspace, "when read")
@@ -135,13 +115,6 @@ def record_teacher(
 
 def _files_of(record: TeacherRecord) -> list[Ref]:
     return [*record.steps, record.validation]
-
-
-def rows_of_step(step: int, settings: GKD, available: int) -> list[int]:
-    """The train sequences of a step: the corpus in a seeded order, from its start again when it ends."""
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    first = step * settings.batch_sequences
-    return [order[(first + row) % available] for row in range(settings.batch_sequences)]
 
 
 def _in_parts(

@@ -20,7 +20,7 @@ from blocks.files import sha256_of
 from blocks.library import digest_of, read_tensors, remember
 from blocks.records import CorpusInfo, CostTable, LayerChoice, Metric, ParentInfo, Value
 from profiles.schema import Champion, Profile
-from tasks.distill import bld, gkd, gkd_targets, record
+from tasks.distill import bld, gkd, gkd_settings, record
 from tasks.distill.record import open_parent
 from tasks.evaluate.compare import LINEAGE, Lineage, build
 from tasks.evaluate.quality import mean_metric, parent_targets, sequence_figures
@@ -80,7 +80,7 @@ def basis(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, table: CostT
         "traffic": profile.scenarios,
         "budget": profile.budget,
         "search": profile.search,
-        "gkd": [gkd_targets.asked(profile.gkd), gkd.VERSION],
+        "gkd": [gkd_settings.asked(profile.gkd), gkd.VERSION],
         "rule": profile.champion,
     }
     return {name: digest_of(part=part) for name, part in parts.items()}

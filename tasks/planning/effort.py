@@ -27,6 +27,7 @@ from blocks.records import SUBBLOCKS, Subblock
 from blocks.resources import non_block_parameters, parameters_of
 from blocks.variant import Variant
 from profiles.schema import GgufParent, PackageParent, Profile, TinyParent
+from tasks.distill.gkd_settings import is_recorded, token_bytes, trial_steps
 from tasks.distill.record import CHUNK
 from tasks.inputs.space import layers_of, refused_alone
 from tasks.inputs.tiny import TRAIN_BATCH, TRAIN_TOKENS
@@ -352,40 +353,43 @@ def answers_work(shape: Shape, share: float) -> Work:
 
 
 def teacher_work(shape: Shape) -> Work:
-    """GKD's targets, once for all children."""
+    """GKD's targets, once for all children; those of validation alone where the parent runs beside each."""
     settings = shape.profile.gkd
-    tokens = (settings.steps * settings.batch_sequences + settings.validation_sequences) * shape.length
+    stepped = settings.steps * settings.batch_sequences if gkd_recorded(shape) else 0
+    tokens = (stepped + settings.validation_sequences) * shape.length
     work = shape.forward(tokens, shape.depth) + shape.head(tokens, moment=True)
     build = model_bytes(shape) / BUILD_BYTES_PER_SECOND
     return work + Work(disk=2.0 * teacher_bytes(shape), fixed=TASK_SECONDS + build)
 
 
-def cosine_count(shape: Shape) -> int:
-    """Layers whose states GKD compares."""
-    return math.ceil(shape.depth / shape.profile.gkd.cosine_every)
+def gkd_recorded(shape: Shape) -> bool:
+    """Whether the parent is recorded for GKD, or else runs beside the child."""
+    return is_recorded(shape.profile.gkd, shape.length, shape.depth, shape.hidden)
 
 
 def teacher_bytes(shape: Shape) -> int:
-    """Bytes of the recorded targets: states in bfloat16, hidden, moment and lse in float32, tokens."""
+    """Bytes of the recorded targets. Those of validation have no states of layers."""
     settings = shape.profile.gkd
-    per_token = shape.hidden * 2 * FLOAT + 8
-    trained = settings.steps * settings.batch_sequences * shape.length
-    validation = settings.validation_sequences * shape.length
-    return trained * (per_token + cosine_count(shape) * shape.hidden * 2) + validation * per_token
+    trained = settings.steps * settings.batch_sequences * shape.length if gkd_recorded(shape) else 0
+    validation = settings.validation_sequences * shape.length * (shape.hidden * 2 * FLOAT + 8)
+    return trained * token_bytes(settings, shape.depth, shape.hidden) + validation
 
 
 def gkd_work(shape: Shape, share: float) -> Work:
-    """GKD of one child to its last step: it stops earlier when validation asks for it."""
+    """GKD of one child to its last step, with three trials where it finds its learning rate itself."""
     settings = shape.profile.gkd
-    step_tokens = settings.batch_sequences * shape.length
-    tokens = settings.steps * step_tokens
-    watched = (1 + math.ceil(settings.steps / settings.evaluate_every)) * settings.validation_sequences * shape.length
+    trials = 3 if settings.learning_rate is None else 0
+    steps = settings.steps + trials * trial_steps(settings.steps)
+    tokens = steps * settings.batch_sequences * shape.length
+    looks = 1 + trials + math.ceil(settings.steps / settings.evaluate_every)
+    watched = looks * settings.validation_sequences * shape.length
     weights = share * shape.depth * shape.layer_parameters * FLOAT
-    return (
+    beside = Work() if gkd_recorded(shape) else shape.forward(tokens, shape.depth) + shape.head(tokens, moment=True)
+    return beside + (
         shape.forward(tokens, share * shape.depth) * 3
         + shape.head(tokens, moment=True)
         + shape.forward(watched, share * shape.depth)
         + shape.head(watched)
-        + Work(stream=settings.steps * weights * ADAMW_PASSES, disk=teacher_bytes(shape) * 2 + weights)
+        + Work(stream=steps * weights * ADAMW_PASSES, disk=teacher_bytes(shape) * 2 + weights)
         + Work(fixed=TASK_SECONDS + model_bytes(shape, share) / BUILD_BYTES_PER_SECOND)
     )

@@ -321,10 +321,12 @@ def memory_bytes(shape: Shape, share: float) -> int:
     """The process's peak: the largest of scoring, GKD, evaluation and throughput, beside the program itself."""
     profile, width, inner = shape.profile, shape.hidden, shape.inner
     weights = share * shape.depth * shape.layer_parameters * FLOAT
-    tokens = profile.gkd.batch_sequences * shape.length
+    at_once = max(shape.length, profile.hardware.micro_batch_tokens)
+    tokens = min(profile.gkd.batch_sequences * shape.length, at_once)
     activations = tokens * share * shape.depth * FLOAT * (22 * width + 5 * inner)
-    # beside the model: gradients, two moments, the best weights so far and their successor, the optimiser's temporary
-    gkd = effort.model_bytes(shape, share) + 6 * weights + activations + shape.vocabulary * width * FLOAT
+    # beside the model: gradients, two moments, the best weights so far, the optimiser's temporary
+    gkd = effort.model_bytes(shape, share) + 5 * weights + activations + shape.vocabulary * width * FLOAT
+    gkd += 0 if effort.gkd_recorded(shape) else effort.model_bytes(shape)
     models = 2 + len(profile.evaluate.baselines)
     served = weight_bytes(profile.hardware.precision) / FLOAT
     throughput = served * (effort.model_bytes(shape) + (models - 1) * effort.model_bytes(shape, share))
