@@ -25,6 +25,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "auth": ("tasks/operating", "tasks/running"),
     "bld": LEARNING,
     "faults": ("flows", "tasks/operating", "tasks/running"),
+    "gkd": ("blocks/divergence.py", "tasks/distill"),
     "hardware": ("tasks/measure/roofline.py", "profiles/hardware"),
     "operate": ("flows", "tasks/operating", "tasks/running"),
     "orchestration": ("flows", "tasks/running"),

@@ -1,6 +1,6 @@
 """A child: how it is assembled from an architecture and the block library."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -26,8 +26,15 @@ def assemble(parent: Parent, library: Library, architecture: Architecture, works
     With every choice "parent" the logits are the parent's bit for bit. Raises DamagedBlock when a block is missing or
     does not match its digest.
     """
-    model = parent.frame(architecture.layers)
-    for layer, choice in enumerate(architecture.layers):
+    return assemble_layers(parent, library, architecture.layers, workspace)
+
+
+def assemble_layers(
+    parent: Parent, library: Library, layers: Sequence[LayerChoice], workspace: Path
+) -> DeciLMForCausalLM:
+    """The child with these layers."""
+    model = parent.frame(layers)
+    for layer, choice in enumerate(layers):
         model.model.layers.append(assembled_layer(parent, library, choice, layer, workspace))
     return model
 

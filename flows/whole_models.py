@@ -1,9 +1,11 @@
 """The stages of whole models, after the choice: GKD, evaluation, answers, speed. flows/stages.py has those before."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from blocks.devices import on_device
 from blocks.library import digest_of
 from blocks.records import Answer, CorpusInfo, CostTable, ParentInfo, SpeedReport
 from flows.run import Progress, Run, task_of
@@ -36,9 +38,19 @@ def gkd_task(
 ) -> Any:
     """See tasks.distill.gkd_job.distill_globally."""
     compute, devices = compute_of(profile), profile.devices
-    job = job_of(which.architecture, which.blocks, teacher, profile.gkd, compute)
-    with exclusive(workspace, TaskKey(key=job.folder.replace("/", "-"), what=f"GKD of {which.name}")):
+    job = job_of(which.architecture.layers, which.blocks, teacher, profile.gkd, compute)
+    task = TaskKey(key=job.folder.replace("/", "-"), what=f"GKD of {which.name}")
+    with exclusive(workspace, task), _all_of(devices):
         return compare.distill_contender(which, teacher, profile.gkd, workspace, compute, len(devices), watch)
+
+
+@contextmanager
+def _all_of(devices: Sequence[str]) -> Iterator[None]:
+    """Several devices of this machine for one task. In one order, so that two runs do not wait for each other."""
+    with ExitStack() as held:
+        for device in sorted(devices) if len(devices) > 1 else ():
+            held.enter_context(on_device((device,)))
+        yield
 
 
 @task_of("evaluate", "evaluate {which.name} ({which.stage})")

@@ -540,9 +540,9 @@ class GKD(Section):
     learning_rate: float | None = Field(
         default=None,
         gt=0,
-        description="Highest learning rate of AdamW. null: 3e-4, 1e-4, 3e-5 and 1e-5 are tried for a few steps each (4, or "
-        "a twelfth of `steps` up to 20), until a lower one leaves the child no nearer to its parent on validation text; "
-        "the best of them is taken.",
+        description="Highest learning rate of AdamW. null: 3e-4, 1e-4, 3e-5 and 1e-5 are tried for a few steps each "
+        "(4, or a twelfth of `steps` up to 20), until a lower one leaves the child no nearer to its parent on "
+        "validation text; the best of them is taken.",
     )
     warmup: float = Field(
         default=0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises to its highest."
@@ -782,6 +782,13 @@ class Profile(Section):
         for field, (asked, there, limit) in wanted.items():
             if asked > there:
                 raise ValueError(f"{field} is {asked}, but {limit} is {there}: lower the first or raise the second")
+        among = len(self.devices)
+        if self.gkd.steps and (self.gkd.batch_sequences % among or self.gkd.validation_sequences < among):
+            raise ValueError(
+                f"GKD runs on all {among} devices, each with as many sequences: set gkd.batch_sequences (it is "
+                f"{self.gkd.batch_sequences}) to a multiple of {among}, and gkd.validation_sequences (it is "
+                f"{self.gkd.validation_sequences}) to {among} or more"
+            )
         if len({scenario.name for scenario in self.scenarios}) != len(self.scenarios):
             raise ValueError("scenarios need different names")
         return self

@@ -23,7 +23,7 @@ from tasks.distill.gkd_student import Student, load_trained
 from tasks.distill.gkd_targets import record_teacher
 from tasks.distill.sharding import ALONE, joined
 from tasks.running.servers import free_port
-from tests.chain import Chain, chosen
+from tests.chain import Chain
 
 CHILD = (
     LayerChoice(attention="linear", ffn="ffn32"),
@@ -44,7 +44,7 @@ def job_of(chain: Chain, **changes: Any) -> gkd_job.Job:
     """A GKD of the tiny chain's child whose folder is empty."""
     settings = GKD(**(SETTINGS | changes))
     teacher = record_teacher(chain.parent, chain.corpus, settings, chain.workspace, HOST)
-    job = gkd_job.job_of(chosen(CHILD), chain.blocks, teacher, settings, HOST)
+    job = gkd_job.job_of(CHILD, chain.blocks, teacher, settings, HOST)
     shutil.rmtree(chain.workspace / job.folder, ignore_errors=True)
     return job
 

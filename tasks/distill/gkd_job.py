@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from blocks.child import assemble, library_of
+from blocks.child import assemble_layers, library_of
 from blocks.compute import HOST, Compute
 from blocks.errors import ChildError, PuzzleError, PuzzleFailure
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import digest_of, read_value, write_value
-from blocks.records import Architecture, BlockRecord, Value
+from blocks.records import BlockRecord, LayerChoice, Value
 from profiles.schema import GKD
 from tasks.distill import gkd_checkpoint
 from tasks.distill.gkd import VERSION, GKDResult, Seen, Training, Watch, finished, no_watch
@@ -38,11 +38,11 @@ LAST_LINES = 12
 
 
 class Job(Value):
-    """A child that is to be distilled globally: its architecture with the trained blocks it is made of, the parent's
+    """A child that is to be distilled globally: its layers with the trained blocks they are made of, the parent's
     targets, and the settings. dtype, attention and micro_batch_tokens: see `Compute`.
     """
 
-    architecture: Architecture
+    layers: tuple[LayerChoice, ...]
     blocks: tuple[BlockRecord, ...]
     record: TeacherRecord
     settings: GKD
@@ -55,7 +55,7 @@ class Job(Value):
     def folder(self) -> str:
         """Of checkpoints and result, within the workspace: named by all that decides the result."""
         key = digest_of(
-            layers=self.architecture.layers,
+            layers=self.layers,
             blocks=[block.key for block in self.blocks],
             teacher=self.record.validation.sha256,
             settings=asked(self.settings),
@@ -76,7 +76,7 @@ class Job(Value):
 
 
 def job_of(
-    architecture: Architecture,
+    layers: Sequence[LayerChoice],
     blocks: Sequence[BlockRecord],
     record: TeacherRecord,
     settings: GKD,
@@ -84,7 +84,7 @@ def job_of(
 ) -> Job:
     """The job of a child."""
     return Job(
-        architecture=architecture,
+        layers=tuple(layers),
         blocks=tuple(blocks),
         record=record,
         settings=settings,
@@ -141,7 +141,7 @@ def check_processes(settings: GKD, processes: int) -> None:
 def built(job: Job, workspace: Path, compute: Compute) -> DeciLMForCausalLM:
     """The child before its GKD, whole, with float32 weights."""
     reader = open_parent(workspace / job.record.parent.folder, compute.with_weights(torch.float32))
-    return assemble(reader, library_of(list(job.blocks)), job.architecture, workspace)
+    return assemble_layers(reader, library_of(list(job.blocks)), job.layers, workspace)
 
 
 def _parent_of(job: Job, workspace: Path, compute: Compute) -> DeciLMForCausalLM:

@@ -34,13 +34,18 @@ from tasks.running.sharing import TaskKey, exclusive  # noqa: E402
 def main() -> None:
     """Train this process's part of the job of the command line."""
     workspace, folder = Path(sys.argv[1]), sys.argv[2]
-    job = read_value(workspace / folder / JOB, Job)
-    device = local_device(job.device)
+    device = local_device(read_value(workspace / folder / JOB, Job).device)
     with joined(device) as group:
-        check_processes(job.settings, group.size)
-        task = TaskKey(key=f"workers-{Path(folder).name}", what="the processes of this GKD")
-        with exclusive(workspace, task) if group.first else nullcontext():  # those of a killed run may still be ending
-            train(job, workspace, job.compute.on(device), group)
+        take_part(workspace, folder, device, group)
+
+
+def take_part(workspace: Path, folder: str, device: str, group: Group) -> None:
+    """This process's part in the job of a folder. Processes of a killed run that still end are waited for."""
+    job = read_value(workspace / folder / JOB, Job)
+    check_processes(job.settings, group.size)
+    task = TaskKey(key=f"workers-{Path(folder).name}", what="the processes of this GKD")
+    with exclusive(workspace, task) if group.first else nullcontext():
+        train(job, workspace, job.compute.on(device), group)
 
 
 def train(job: Job, workspace: Path, compute: Compute, group: Group) -> GKDResult:
@@ -82,8 +87,8 @@ def train(job: Job, workspace: Path, compute: Compute, group: Group) -> GKDResul
 def _sharded_child(job: Job, workspace: Path, compute: Compute) -> DeciLMForCausalLM:
     """The child before its GKD: float32 slices of every layer, of which only one is whole at a time."""
     reader = open_parent(workspace / job.record.parent.folder, compute.with_weights(torch.float32))
-    model, library = reader.frame(job.architecture.layers), library_of(list(job.blocks))
-    for layer, choice in enumerate(job.architecture.layers):
+    model, library = reader.frame(job.layers), library_of(list(job.blocks))
+    for layer, choice in enumerate(job.layers):
         module = assembled_layer(reader, library, choice, layer, workspace)
         shard(module, compute)
         model.model.layers.append(module)

@@ -132,7 +132,7 @@ def distill_contender(
     watch: Watch = no_watch,
 ) -> Contender:
     """GKD of a contender, stored under a digest of all that decides it; on so many devices as there are processes."""
-    job = job_of(which.architecture, which.blocks, teacher, settings, compute)
+    job = job_of(which.architecture.layers, which.blocks, teacher, settings, compute)
     return which.model_copy(update={"gkd": distill_globally(job, workspace, compute, processes, watch)})
 
 
