@@ -69,10 +69,12 @@ def save(folder: Path, course: Course, tensors: Mapping[str, Tensor], group: Gro
     files = {key: digest for found in group.gather(_digests(part, group)) for key, digest in found.items()}
     if group.first:
         write_value(part / MANIFEST, _Manifest(course=course, files=files))
-        before = _folders(folder)
+        before = list(folder.glob("checkpoint-*"))
+        shutil.rmtree(folder / name, ignore_errors=True)  # a damaged one, after which training began again
         part.rename(folder / name)
         for old in before:
-            shutil.rmtree(old, ignore_errors=True)
+            if old.name != name:
+                shutil.rmtree(old, ignore_errors=True)
     group.gather(None)
 
 
@@ -116,7 +118,7 @@ def best_weights(path: Path) -> dict[str, Tensor]:
 
 def drop(folder: Path) -> None:
     """Delete all checkpoints, once the result is there."""
-    for path in [*_folders(folder), *folder.glob(".checkpoint-*.part")]:
+    for path in [*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*.part")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
