@@ -174,7 +174,9 @@ def test_a_run_holds_the_states_of_few_layers_and_leaves_none(
         yield lambda *_: None
 
     monkeypatch.setattr(stages, "as_completed", list)
-    run: Any = SimpleNamespace(profile=profile, workspace=tmp_path, submit=submit, stage=stage, call=print)
+    run: Any = SimpleNamespace(
+        profile=profile, workspace=tmp_path, submit=submit, stage=stage, call=lambda *_, after: None
+    )
     jobs = [job_of(chain, place, layer, variant) for layer in range(3) for variant in ("ffn32", "linear")]
     trained: list[tuple[str, int]] = []
 
