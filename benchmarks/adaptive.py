@@ -37,7 +37,7 @@ from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
 from tasks.libraries.interchange import StoredLibrary, read_library
 from tasks.running.progress import shown
-from tasks.score.scoring import ParentSuffix, Sequences, batches_of, make_suffix, score_batch
+from tasks.score.scoring import ParentSuffix, Passes, Sequences, batches_of, make_suffix, score_batch
 from tasks.search.adaptive import Key, score_adaptively
 from tasks.search.choose import choose
 from tasks.search.program import Floats
@@ -233,7 +233,7 @@ def full_values(profile: Profile, library: StoredLibrary, options: argparse.Name
     }
     if not all(path.exists() for path in paths.values()):
         states = list(entering(reader, tokens))
-        suffix = make_suffix(reader, tokens, states[-1])
+        suffix = make_suffix(Passes(reader), tokens, states[-1].clone(), reader.depth - 1)
         with shown("full scores") as tell:
             for done, ((part, layer), path) in enumerate(paths.items(), start=1):
                 if not path.exists():

@@ -74,9 +74,8 @@ def main() -> None:
 def job(bench: Bench, layer: int, subblock: Subblock, variant: str, settings: BLD) -> Job:
     """One distillation of this bench."""
     return Job(
-        parent=bench.parent,
+        recording=bench.recording,
         record=bench.records[layer],
-        record_key=bench.record_key,
         layer=layer,
         subblock=subblock,
         variant=variant,
@@ -106,13 +105,14 @@ def channels(bench: Bench, layers: Sequence[int]) -> list[list[str]]:
     """Contribution against elimination, the same fit after both."""
     rows = []
     for layer in layers:
-        data = layer_data(bench.workspace / bench.parent.folder, bench.workspace, bench.records[layer], HOST)
+        own = job(bench, layer, "ffn", "parent", bench.profile.bld)
+        data = layer_data(own, bench.recording.shards[0], bench.workspace, HOST)
         gram, down = data.statistics["ffn_gram"], data.module.mlp.down_proj.weight  # type: ignore[union-attr]
         inputs: list[torch.Tensor] = []
         hook = data.module.mlp.down_proj.register_forward_pre_hook(  # type: ignore[union-attr]
             lambda _, arguments, seen=inputs: seen.append(arguments[0].flatten(0, 1))
         )
-        target = data.module.ffn(data.inputs["ffn", "validation"]).flatten(0, 1)
+        target = data.module.ffn(data.pairs(own, "validation", slice(None))[0]).flatten(0, 1)
         hook.remove()
         orders = (contribution_order(data.statistics["ffn_contribution"]), data.statistics["ffn_order"])
         for width in (1280, 768, 256):

@@ -24,7 +24,7 @@ from blocks.runtime import set_threads  # noqa: E402
 from flows.page import finished_run  # noqa: E402
 from profiles.load import load_profile  # noqa: E402
 from profiles.schema import Profile  # noqa: E402
-from tasks.distill.record import open_parent, record_key, record_layer  # noqa: E402
+from tasks.distill.record import Recording, open_parent, record_layer, recording_of  # noqa: E402
 from tasks.inputs.corpus import prepare_corpus  # noqa: E402
 from tasks.inputs.corpus_sources import iterate_documents  # noqa: E402
 from tasks.inputs.parent import prepare_parent  # noqa: E402
@@ -46,7 +46,7 @@ class Bench:
     corpus: CorpusInfo
     reader: Parent
     records: list[LayerRecord]
-    record_key: str
+    recording: Recording
 
     @property
     def scored(self) -> ScoringSet:
@@ -74,11 +74,9 @@ def open_bench(options: argparse.Namespace) -> Bench:
     parent = prepare_parent(profile.parent, workspace, lambda: iterate_documents(profile.corpus))
     corpus = prepare_corpus(profile.corpus, workspace / parent.folder, parent.fingerprint, workspace)
     reader = open_parent(workspace / parent.folder, HOST)
-    records = [
-        record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, workspace, HOST)
-        for layer in range(reader.depth)
-    ]
-    key = record_key(parent, corpus, profile.record, profile.bld.ridge)
+    recording = recording_of(profile, parent, corpus, HOST)
+    assert recording.kept, "this benchmark reads recorded states: raise record.shard_tokens"
+    records = [record_layer(layer, recording, workspace, HOST) for layer in range(reader.depth)]
     return Bench(
         profile=profile,
         workspace=workspace,
@@ -86,7 +84,7 @@ def open_bench(options: argparse.Namespace) -> Bench:
         corpus=corpus,
         reader=reader,
         records=records,
-        record_key=key,
+        recording=recording,
     )
 
 

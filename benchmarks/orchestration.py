@@ -118,7 +118,7 @@ def library(bench: Bench) -> tuple[list[BlockRecord], list[Score]]:
     from tasks.distill.jobs import jobs_of
     from tasks.score.scoring import score_sequences
 
-    jobs = jobs_of(bench.profile, bench.parent, bench.records, bench.record_key, bench.reader)
+    jobs = jobs_of(bench.profile, bench.recording, bench.records, bench.reader)
     blocks = [distill(job, bench.workspace, HOST) for job in jobs]
     scores: list[Score] = []
     for layer, record in enumerate(bench.records):

@@ -18,6 +18,7 @@ from blocks.compute import HOST
 from blocks.library import read_tensors
 from blocks.records import SUBBLOCKS, BlockRecord
 from tasks.distill.bld import distill
+from tasks.score import scoring
 from tasks.score.scoring import load_variant, open_suffix, score_batch
 
 
@@ -100,6 +101,7 @@ def suffix_scores(bench: Bench, blocks: dict[int, list[BlockRecord]]) -> tuple[d
     folder = bench.workspace / bench.parent.folder
     found: dict[Key, float] = {}
     for _ in range(2):  # the first round warms up
+        scoring._passes.cache_clear()
         open_suffix.cache_clear()
         clock = Clock()
         suffix = open_suffix(folder, bench.workspace, bench.scored, HOST)

@@ -69,6 +69,12 @@ class Parent:
         with safe_open(whole, framework="pt") as file:
             return dict.fromkeys(file.keys(), whole)
 
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of all its weights in the dtype that it computes in."""
+        there = sum(path.stat().st_size for path in set(self._files.values()))
+        return there * self.compute.dtype.itemsize // self.dtype.itemsize
+
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Tensors whose name starts with `prefix`, named without it."""
         names = [name for name in self._files if name.startswith(prefix)]

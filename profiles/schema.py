@@ -37,6 +37,7 @@ def read_share(value: object) -> object:
 
 # the bounds stand before the validator: only so does the JSON schema, and with it Prefect's form, have them
 Fraction = Annotated[float, Field(gt=0, le=1), BeforeValidator(read_share)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(gt=0), BeforeValidator(read_share)]
 Confidence = Annotated[float, Field(gt=0.5, lt=1), BeforeValidator(read_share)]
 REMOTE_CODE = (
@@ -67,6 +68,14 @@ class Section(BaseModel):
     """Base of every part of a profile. Unknown keys are refused, and values cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def keyed(self, first: tuple[str, ...]) -> dict[str, Any]:
+        """What a key of stored work is made of: the fields that keys had from the `first`, and all that differ from
+        their defaults. So a field that is added later makes nothing anew where nobody sets it.
+        """
+        found = self.model_dump(mode="json")
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        return {name: found[name] for name in found if name in first or getattr(self, name) != defaults[name]}
 
 
 class FolderParent(Section):
@@ -212,18 +221,50 @@ class Record(Section):
         default=128,
         description="Number of train sequences for the statistics that closed-form fits need (Gram matrices).",
     )
-    hidden_sequences: PositiveInt = Field(default=64, description="Of these, sequences whose hidden states are stored.")
+    hidden_sequences: PositiveInt = Field(
+        default=64, description="Of these, sequences that variants are trained on, unless `bld.tokens` says how many."
+    )
     validation_sequences: PositiveInt = Field(
         default=8, description="Number of validation sequences whose hidden states are stored."
+    )
+    shard_tokens: PositiveInt = Field(
+        default=65536,
+        description="Number of tokens whose hidden states lie on the disk and in memory at a time. A recording that "
+        "needs no more is kept; a larger one goes through the parent shard by shard, and each shard is dropped when "
+        "every variant was trained on it.",
     )
 
 
 class BLD(Section):
     """Blockwise local distillation (BLD): how one variant is trained to do what the parent's subblock does."""
 
-    steps: int = Field(default=16, ge=0, description="Training steps (AdamW) after the closed-form fit; may be 0.")
+    steps: int = Field(
+        default=16, ge=0, description="Training steps (AdamW) after the closed-form fit; may be 0. See also `tokens`."
+    )
+    tokens: PositiveInt | None = Field(
+        default=None,
+        description="Number of distinct train tokens that each variant is trained on, each once; `steps` then counts "
+        "for nothing. null: `steps` batches, of record.hidden_sequences.",
+        examples=[1_000_000_000],
+    )
     batch_sequences: PositiveInt = Field(default=4, description="Number of sequences in one training step.")
     learning_rate: float = Field(default=3e-4, gt=0, description="Highest learning rate of AdamW.")
+    warmup_steps: int = Field(
+        default=0, ge=0, description="First steps, in which the learning rate rises from near 0 to the highest."
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="How the learning rate falls after the warm-up."
+    )
+    final_rate_fraction: float = Field(
+        default=0.1, ge=0, le=1, description="Learning rate of the last step, as a share of the highest."
+    )
+    clip_norm: float | None = Field(
+        default=None, gt=0, description="Longest gradient, as a norm over a variant; longer ones are cut. null: any."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
+    betas: tuple[Rate, Rate] = Field(
+        default=(0.9, 0.999), description="AdamW's memory of gradients, and of their squares."
+    )
     ridge: float = Field(
         default=1e-3,
         gt=0,
@@ -744,6 +785,17 @@ class Profile(Section):
         """What variants and whole models are computed on."""
         return self.orchestration.devices or (self.hardware.device,)
 
+    @property
+    def trained_sequences(self) -> int:
+        """Train sequences that every variant is trained on."""
+        whole = self.bld.tokens
+        return self.record.hidden_sequences if whole is None else whole // self.corpus.sequence_length
+
+    @property
+    def trained_steps(self) -> int:
+        """Training steps of every variant."""
+        return self.bld.steps if self.bld.tokens is None else self.trained_sequences // self.bld.batch_sequences
+
     @model_validator(mode="after")
     def _can_compute(self) -> Self:
         if self.devices[0].startswith("mps"):
@@ -764,7 +816,21 @@ class Profile(Section):
                 corpus.validation_sequences,
                 "validation_sequences",
             ),
-            "bld.batch_sequences": (self.bld.batch_sequences, record.hidden_sequences, "record.hidden_sequences"),
+            "bld.tokens": (
+                self.bld.tokens or 1,
+                corpus.train_sequences * corpus.sequence_length,
+                "corpus.train_sequences x corpus.sequence_length",
+            ),
+            "bld.batch_sequences": (
+                self.bld.batch_sequences,
+                self.trained_sequences,
+                "record.hidden_sequences" if self.bld.tokens is None else "bld.tokens / corpus.sequence_length",
+            ),
+            "bld.batch_sequences x corpus.sequence_length": (
+                self.bld.batch_sequences * corpus.sequence_length,
+                record.shard_tokens,
+                "record.shard_tokens",
+            ),
             "gkd.batch_sequences": (self.gkd.batch_sequences, corpus.train_sequences, "corpus.train_sequences"),
             "scoring.sequences": (self.scoring.sequences, record.validation_sequences, "record.validation_sequences"),
             "scoring.tokens_per_sequence": (

@@ -288,7 +288,7 @@ def test_what_is_known_is_not_computed_again(chain: Chain, workspace: Path, monk
         return real(suffix, records, hidden, sequences, folder)
 
     monkeypatch.setattr(scoring, "score_batch", counted)
-    monkeypatch.setattr(scoring, "BATCH_TOKENS", 64)
+    monkeypatch.setattr(scoring, "HELD_TOKENS", 64)
     with pytest.raises(KeyboardInterrupt):
         in_pieces(chain, workspace, [{0: (2, 0), 1: (2, 0)}])
     in_pieces(chain, workspace, [{0: (2, 0), 1: (2, 0)}])

@@ -14,7 +14,7 @@ from blocks.compute import HOST
 from blocks.kinds import kinds, parse_label, parse_labels
 from blocks.library import read_tensors
 from blocks.parent import Parent
-from blocks.records import SUBBLOCKS, Architecture, LayerChoice, Subblock
+from blocks.records import SUBBLOCKS, Architecture, LayerChoice, LayerRecord, Ref, Subblock
 from blocks.resources import resources
 from blocks.subblock import load_subblock
 from profiles.schema import BLD, GKD
@@ -23,7 +23,7 @@ from tasks.distill.bld import Job, distill, layer_data
 from tasks.distill.gkd_student import Student
 from tasks.distill.record import record_layer
 from tasks.score.scoring import load_variant, open_suffix, score_batch
-from tests.chain import RECORD, SETTINGS, SPACE, Chain, prepare
+from tests.chain import RECORD, SETTINGS, SPACE, Chain, prepare, recording
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"]
 
@@ -40,6 +40,11 @@ def architecture(layers: list[LayerChoice]) -> Architecture:
         bound=0,
         gap=0,
     )
+
+
+def boundary_of(record: LayerRecord) -> Ref:
+    assert record.boundary is not None
+    return record.boundary
 
 
 def tokens(chain: Chain, split: str = "validation") -> torch.Tensor:
@@ -65,7 +70,7 @@ def test_every_variant_works_in_every_family_and_costs_what_was_said(family: str
     """record -> distil of every kind, and parameters, KV bytes and weight bytes against the real module."""
     parent, corpus = prepare(tmp_path, family, train_steps=2)
     reader = Parent(tmp_path / parent.folder, HOST)
-    recorded = record_layer(0, parent, corpus, RECORD, SETTINGS.ridge, tmp_path, HOST)
+    recorded = record_layer(0, recording(parent, corpus), tmp_path, HOST)
     for subblock in SUBBLOCKS:
         for variant in parse_labels(subblock, getattr(SPACE, subblock), reader.config):
             layer = reader.empty_layer(0, LayerChoice.only(subblock, variant.label))
@@ -76,9 +81,8 @@ def test_every_variant_works_in_every_family_and_costs_what_was_said(family: str
             if variant.kind == "parent":
                 continue
             job = Job(
-                parent=parent,
+                recording=recording(parent, corpus),
                 record=recorded,
-                record_key="k",
                 layer=0,
                 subblock=subblock,
                 variant=variant.label,
@@ -127,7 +131,7 @@ def test_recorded_states_are_the_parents(chain: Chain) -> None:
     with torch.no_grad():
         states = chain.reader.model().model(ids, output_hidden_states=True).hidden_states
     for layer, recorded in enumerate(chain.records):
-        train = read_tensors(chain.workspace, recorded.boundary)["train"]
+        train = read_tensors(chain.workspace, boundary_of(recorded))["train"]
         torch.testing.assert_close(train, states[layer], rtol=1e-4, atol=1e-5)
 
 
@@ -148,13 +152,13 @@ def test_statistics_against_a_loop(chain: Chain) -> None:
 def test_recording_goes_on_where_it_stopped(chain: Chain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A recorded layer is not run again; a lost rolling file is replayed to the same bits."""
     parent, corpus = prepare(tmp_path)
-    first = [record_layer(i, parent, corpus, RECORD, SETTINGS.ridge, tmp_path, HOST) for i in range(2)]
+    first = [record_layer(i, recording(parent, corpus), tmp_path, HOST) for i in range(2)]
     for rolling in (tmp_path / "record").glob("*/entering_*"):
         rolling.unlink()
-    again = record_layer(2, parent, corpus, RECORD, SETTINGS.ridge, tmp_path, HOST)
-    assert again.boundary.sha256 == chain.records[2].boundary.sha256
+    again = record_layer(2, recording(parent, corpus), tmp_path, HOST)
+    assert again.boundary == chain.records[2].boundary
     monkeypatch.setattr(record, "_pass", lambda *_: pytest.fail("a finished layer was run again"))
-    assert record_layer(1, parent, corpus, RECORD, SETTINGS.ridge, tmp_path, HOST) == first[1]
+    assert record_layer(1, recording(parent, corpus), tmp_path, HOST) == first[1]
 
 
 # --- BLD
@@ -228,7 +232,7 @@ def test_coupled_distillation_starts_from_the_decoupled_blocks(chain: Chain) -> 
         architecture([LayerChoice(), choice, LayerChoice()]),
         chain.workspace,
     )
-    data = layer_data(chain.workspace / chain.parent.folder, chain.workspace, chain.records[1], HOST)
+    data = layer_data(job, job.recording.shards[0], chain.workspace, HOST)
     module = child.model.layers[1]
     assert bld.held_out_loss(job, data, module) == pytest.approx(block.nmse_after, rel=1e-5)
 
@@ -277,7 +281,7 @@ def test_the_parents_own_subblock_scores_exactly_zero(chain: Chain) -> None:
     for layer in range(chain.reader.depth):
         for subblock in SUBBLOCKS:
             own = distill(chain.job(layer, subblock, "parent"), chain.workspace, HOST)
-            hidden = read_tensors(chain.workspace, chain.records[layer].boundary)["validation"][:6]
+            hidden = read_tensors(chain.workspace, boundary_of(chain.records[layer]))["validation"][:6]
             (score,) = score_batch(suffix, [own], hidden, tuple(range(6)), chain.workspace)
             assert score is not None and (score.kl, score.lm_loss) == ((0.0,) * 6, (0.0,) * 6)
 

@@ -16,6 +16,7 @@ from prefect.task_engine import TaskRunTimeoutError
 
 from blocks.compute import HOST
 from blocks.errors import CorpusError, PuzzleFailure
+from blocks.subblock import run_subblock
 from flows import stages
 from flows.run import Run
 from profiles.load import load_profile
@@ -72,10 +73,10 @@ def test_parts_double_until_it_fits_and_stay() -> None:
 def test_bld_in_parts_gives_the_same_variant(chain: Chain, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     def trained() -> dict[str, torch.Tensor]:
         job = chain.job(1, "ffn", "ffn32")
-        data = bld.layer_data(chain.workspace / job.parent.folder, chain.workspace, job.record, HOST)
+        data = bld.layer_data(job, job.recording.shards[0], chain.workspace, HOST)
         module = chain.reader.empty_layer(1, job.choice).eval()
         bld._start(job, chain.reader, data, module, chain.workspace)
-        bld._train(job, data, module, job.settings.learning_rate)
+        bld._train(bld._Course(job=job, data=data, module=module, number=0), job.settings.learning_rate)
         return dict(module.state_dict())
 
     whole = trained()
@@ -93,12 +94,12 @@ def test_scores_in_parts_are_the_same(
 ) -> None:
     members = [block for block in chain.blocks if block.layer == 1]
     whole = [score for score in chain.scores if score.layer == 1]
-    size = lambda suffix, records, hidden, sequences, workspace: len(records) * len(sequences)  # noqa: E731
-    monkeypatch.setattr(scoring, "score_batch", short_of_memory(scoring.score_batch, size, 5))
+    size = lambda source, subblock, states, context: len(states)  # noqa: E731
+    monkeypatch.setattr("tasks.score.scoring.run_subblock", short_of_memory(run_subblock, size, 2))
     monkeypatch.setattr(scoring, "_path", lambda record, length, workspace: tmp_path / f"{record.key}.json")
     place = (chain.records[1], chain.scored, chain.parent, chain.workspace, HOST)
     found = scoring.score_sequences([(member, tuple(range(6))) for member in members], *place)
-    assert said and all("score layer 1: out of memory" in line for line in said)
+    assert said and all("score: out of memory" in line for line in said)
     for one, other in zip(found, whole, strict=True):
         assert one.variant == other.variant and one.kl == pytest.approx(other.kl, rel=1e-4, abs=1e-7)
 

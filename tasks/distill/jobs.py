@@ -4,17 +4,17 @@ from collections.abc import Sequence
 
 from blocks.kinds import kind_of, parse_labels
 from blocks.parent import Parent
-from blocks.records import SUBBLOCKS, BlockRecord, LayerChoice, LayerRecord, ParentInfo
+from blocks.records import SUBBLOCKS, BlockRecord, LayerChoice, LayerRecord
 from profiles.schema import Profile
 from tasks.distill.bld import Job
+from tasks.distill.record import Recording
 from tasks.inputs.space import layers_of, refused, refused_alone
 
 
-def jobs_of(
-    profile: Profile, parent: ParentInfo, records: Sequence[LayerRecord], key: str, reader: Parent
-) -> list[Job]:
+def jobs_of(profile: Profile, recording: Recording, records: Sequence[LayerRecord], reader: Parent) -> list[Job]:
     """A job for every (layer, subblock, variant) of the search space but the parent's own."""
     jobs = []
+    settings = profile.bld.model_copy(update={"steps": profile.trained_steps})
     for layer in layers_of(profile, reader):
         for subblock in SUBBLOCKS:
             for variant in parse_labels(subblock, getattr(profile.search_space, subblock), reader.config)[1:]:
@@ -22,13 +22,12 @@ def jobs_of(
                     continue  # the target engine cannot run it, so it is not trained, not scored and never chosen
                 jobs.append(
                     Job(
-                        parent=parent,
+                        recording=recording,
                         record=records[layer],
-                        record_key=key,
                         layer=layer,
                         subblock=subblock,
                         variant=variant.label,
-                        settings=profile.bld,
+                        settings=settings,
                         seed=profile.seed,
                     )
                 )

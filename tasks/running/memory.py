@@ -20,7 +20,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 class Parts:
-    """In how many parts a batch goes through: `count` at first, which out of memory doubles for good."""
+    """In how many parts a batch goes through: `count` at first; out of memory doubles the number for good."""
 
     def __init__(self, what: str, most: int, count: int = 1) -> None:
         self.what, self.most, self.count = what, most, count
