@@ -29,7 +29,7 @@ from tasks.running.progress import say
 
 # share of the layers' parameters -> (share of the FFN's width that is taken out, in which share of the layers)
 BUDGETS = {"90 %": (0.17, 0.8), "80 %": (0.33, 0.8), "70 %": (0.5, 0.8), "50 %": (0.83, 0.8)}
-LOG = "steps.txt"
+LOG, DEVICES = "steps.txt", ("cpu:0", "cpu:1")
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def fresh(bench: Bench, settings: GKD, removed: float = 0.5, among: float = 0.8)
 def curves(bench: Bench) -> str:
     """50 steps in one process and in two."""
     settings = GKD(steps=50, learning_rate=1e-4, recorded_gib=0)
-    one, two = (distill_globally(fresh(bench, settings), bench.workspace, HOST, processes) for processes in (1, 2))
+    one, two = (distill_globally(fresh(bench, settings), bench.workspace, HOST, DEVICES[:count]) for count in (1, 2))
     off = max(abs(a - b) / a for a, b in zip(one.losses, two.losses, strict=True))
     held = " and ".join(f"{held / 2**20:.1f}" for held in two.held_bytes)
     assert off < 1e-4 and max(two.held_bytes) < 0.55 * one.held_bytes[0]
@@ -105,7 +105,7 @@ def train(workspace: Path, folder: str, processes: int) -> None:
         def watch(seen: Seen) -> None:
             log.write(f"{seen.step}\n")
 
-        distill_globally(read_value(workspace / folder / JOB, Job), workspace, HOST, processes, watch)
+        distill_globally(read_value(workspace / folder / JOB, Job), workspace, HOST, DEVICES[:processes], watch)
 
 
 def killed(bench: Bench, processes: int, kills: int) -> str:
@@ -118,7 +118,7 @@ def killed(bench: Bench, processes: int, kills: int) -> str:
         checkpoint_minutes=0,
         seed=processes,  # a folder of its own
     )
-    alone = distill_globally(fresh(bench, settings), bench.workspace, HOST, processes)
+    alone = distill_globally(fresh(bench, settings), bench.workspace, HOST, DEVICES[:processes])
     job, chance, done, seen = fresh(bench, settings), random.Random(processes), 0, 0
     folder = bench.workspace / job.folder
     write_value(folder / JOB, job)

@@ -26,10 +26,10 @@ SLICE = 4096  # vocabulary entries: CHUNK x SLICE logits are 16 MB
 
 
 class Head:
-    """A frozen head: its weight (V, D), and slices of it packed for many products."""
+    """A frozen head: its weight (V, D) in float32, and slices of it packed for many products."""
 
     def __init__(self, weight_VD: Tensor) -> None:
-        self.weight = weight_VD.detach()
+        self.weight = weight_VD.detach().float()
         self.slices = [(part, packed_product(part)) for part in self.weight.split(SLICE)]
 
 

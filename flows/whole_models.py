@@ -41,7 +41,7 @@ def gkd_task(
     job = job_of(which.architecture.layers, which.blocks, teacher, profile.gkd, compute)
     task = TaskKey(key=job.folder.replace("/", "-"), what=f"GKD of {which.name}")
     with exclusive(workspace, task), _all_of(devices):
-        return compare.distill_contender(which, teacher, profile.gkd, workspace, compute, len(devices), watch)
+        return compare.distill_contender(which, teacher, profile.gkd, workspace, compute, devices, watch)
 
 
 @contextmanager

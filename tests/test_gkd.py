@@ -214,7 +214,7 @@ def test_torchrun_starts_two_processes_and_again_when_one_is_killed(chain: Chain
             second.kill()
             killed.append(second.pid)
 
-    result = gkd_job.distill_globally(job, chain.workspace, HOST, processes=2, watch=watch)
+    result = gkd_job.distill_globally(job, chain.workspace, HOST, ("cpu:0", "cpu:1"), watch)
     assert result.losses == pytest.approx(whole.losses, rel=1e-4)
     assert killed and set(steps) == set(range(1, 21)) and len(steps) <= 21
 
@@ -222,4 +222,4 @@ def test_torchrun_starts_two_processes_and_again_when_one_is_killed(chain: Chain
 def test_sequences_that_cannot_be_shared_out_are_refused(chain: Chain) -> None:
     job = job_of(chain)
     with pytest.raises(PuzzleError, match="gkd.batch_sequences that 3 divides"):
-        gkd_job.distill_globally(job, chain.workspace, HOST, processes=3)
+        gkd_job.distill_globally(job, chain.workspace, HOST, ("cpu:0", "cpu:1", "cpu:2"))

@@ -96,28 +96,29 @@ def job_of(
 
 
 def distill_globally(
-    job: Job, workspace: Path, compute: Compute, processes: int = 1, watch: Watch = no_watch
+    job: Job, workspace: Path, compute: Compute, devices: Sequence[str] = (), watch: Watch = no_watch
 ) -> GKDResult:
     """The result of a job: the stored one, or the end of a training that goes on from its last checkpoint.
 
-    processes: of torchrun on this machine, one a device; 1 trains in this one, on the device of `compute`.
+    devices: of this machine, a process of torchrun for each where there are several. Else this process trains, on the
+    device of `compute`.
     """
     found = finished(workspace, job.folder)
     if found is not None:
         return found
-    check_processes(job.settings, processes)
+    check_processes(job.settings, max(1, len(devices)))
     path = workspace / job.folder / JOB
     write_value(path, job)
     launcher = shlex.split(os.environ.get(LAUNCHER, ""))
-    if launcher or processes > 1:
-        _launched(launcher or _torchrun(processes), workspace.resolve(), job.folder, watch)
+    if launcher or len(devices) > 1:
+        _launched(launcher or _torchrun(len(devices)), workspace.resolve(), job.folder, _shown(devices), watch)
         found = finished(workspace, job.folder)
         if found is None:
             raise PuzzleFailure(f"the processes of GKD ended without {path.with_name('result.json')}: run again")
         return found
     return Training(
         student=Student(built(job, workspace, compute), job.settings, compute),
-        beside=None if job.record.steps else Teacher(_parent_of(job, workspace, compute)),
+        beside=None if job.record.steps else Teacher(_parent_of(job, workspace, compute), compute),
         record=job.record,
         settings=job.settings,
         workspace=workspace,
@@ -181,14 +182,24 @@ def _torchrun(processes: int) -> list[str]:
     return [*run, f"--nproc-per-node={processes}", f"--max-restarts={RESTARTS}"]
 
 
-def _launched(launcher: Sequence[str], workspace: Path, folder: str, watch: Watch) -> None:
+def _shown(devices: Sequence[str]) -> dict[str, str]:
+    """The environment in which the processes see these GPUs alone, the first of them as number 0."""
+    if not devices or not devices[0].startswith("cuda"):
+        return {}
+    numbers, seen = [int(device.partition(":")[2] or 0) for device in devices], os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = seen.split(",") if seen else [str(number) for number in range(max(numbers) + 1)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[number] for number in numbers)}
+
+
+def _launched(launcher: Sequence[str], workspace: Path, folder: str, environment: dict[str, str], watch: Watch) -> None:
     """Start the processes of a job, pass on what the first of them reports, and wait for their end.
 
     They end when this process is killed: nobody reads then what they report.
     """
     command = [*launcher, "-m", "tasks.distill.gkd_worker", str(workspace), folder]
     last: deque[str] = deque(maxlen=LAST_LINES)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    own = os.environ | environment
+    with subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         try:
             for line in process.stdout:

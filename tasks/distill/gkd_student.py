@@ -9,7 +9,7 @@ from blocks.compute import Compute
 from blocks.divergence import Head, Targets, kl_loss, kl_of_heads, kl_per_token
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from profiles.schema import GKD
-from tasks.distill.gkd_targets import targets_in
+from tasks.distill.gkd_targets import head_products, targets_in
 
 
 class Student(nn.Module):
@@ -37,12 +37,10 @@ class Student(nn.Module):
         """Loss and, of it, the KL, means over tokens. watched: the KL of every token (N,) instead, twice."""
         with nullcontext() if self.sharded else self.compute.products():
             states = self.model.model(batch["tokens"].long(), output_hidden_states=bool(layers), use_cache=False)
-        last = states.last_hidden_state.flatten(0, 1).float()
-        if watched:
-            kl = self._kl(last, targets_in(batch), watched)
-            return kl, kl
-        total = kl = self._kl(last, targets_in(batch), watched)
-        for layer in layers:
+        with head_products(self.compute):
+            kl = self._kl(states.last_hidden_state.flatten(0, 1).float(), targets_in(batch), watched)
+        total = kl
+        for layer in () if watched else layers:
             child, parent = states.hidden_states[layer + 1].flatten(0, 1).float(), batch[f"layer_{layer}"].float()
             total = total + (1 - F.cosine_similarity(child, parent, dim=-1)).mean()
         return total, kl.detach()

@@ -7,6 +7,7 @@ runs beside the child, on the batch that the child is trained on, and gives the 
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -46,12 +47,24 @@ def teacher_key(parent: ParentInfo, corpus: CorpusInfo, settings: GKD, compute: 
     return digest_of(parent=parent.fingerprint, corpus=corpus.fingerprint, settings=fields, version=VERSION)
 
 
+@contextmanager
+def head_products(compute: Compute) -> Iterator[None]:
+    """The head's products are float32. Where all others are bfloat16, a GPU's tensor cores may do them (TF32)."""
+    before = torch.get_float32_matmul_precision()
+    if compute.dtype != torch.float32:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Teacher(nn.Module):
     """The parent, which says what the child should."""
 
-    def __init__(self, model: DeciLMForCausalLM, sharded: bool = False) -> None:
+    def __init__(self, model: DeciLMForCausalLM, compute: Compute, sharded: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.compute = model, compute
         self.head = None if sharded else Head(model.lm_head.weight)
 
     @torch.no_grad()
@@ -61,7 +74,8 @@ class Teacher(nn.Module):
         # hidden_states[i] enters layer i, so layer i's output is [i + 1]; the last one is taken after the final norm
         tensors = {f"layer_{i}": states.hidden_states[i + 1].flatten(0, 1).bfloat16() for i in layers}
         last = states.last_hidden_state.flatten(0, 1).float()
-        targets = targets_of(last, self.head or Head(self.model.lm_head.weight))
+        with head_products(self.compute):
+            targets = targets_of(last, self.head or Head(self.model.lm_head.weight))
         return tensors | {"hidden": targets.hidden, "moment": targets.moment, "lse": targets.lse, "tokens": tokens}
 
 
@@ -91,7 +105,7 @@ def record_teacher(
     stored = remember(manifest, TeacherRecord, _files_of, workspace, "when read")
     if stored is not None:
         return stored
-    teacher, layers = Teacher(reader.model()), cosine_layers(reader.depth, settings.cosine_every)
+    teacher, layers = Teacher(reader.model(), compute), cosine_layers(reader.depth, settings.cosine_every)
     tokens = read_tensors(workspace, corpus.tokens, device=compute.device)
     references = []
     for step in range(steps):

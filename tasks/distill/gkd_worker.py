@@ -50,8 +50,6 @@ def take_part(workspace: Path, folder: str, device: str, group: Group) -> None:
 
 def train(job: Job, workspace: Path, compute: Compute, group: Group) -> GKDResult:
     """The part of this process in a job."""
-    if compute.device.startswith("cuda"):
-        torch.set_float32_matmul_precision("high")  # the head's products: bfloat16 numbers lose nothing by it
     starter = os.getppid()
 
     def report(seen: Seen) -> None:
@@ -69,7 +67,7 @@ def train(job: Job, workspace: Path, compute: Compute, group: Group) -> GKDResul
     shard(student, compute)
     beside = None
     if not job.record.steps:
-        beside = Teacher(_sharded_parent(job, workspace, compute), sharded=True)
+        beside = Teacher(_sharded_parent(job, workspace, compute), compute, sharded=True)
         shard(beside, compute)
     return Training(
         student=student,

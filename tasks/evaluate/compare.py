@@ -128,12 +128,12 @@ def distill_contender(
     settings: GKD,
     workspace: Path,
     compute: Compute,
-    processes: int = 1,
+    devices: Sequence[str] = (),
     watch: Watch = no_watch,
 ) -> Contender:
-    """GKD of a contender, stored under a digest of all that decides it; on so many devices as there are processes."""
+    """GKD of a contender, stored under a digest of all that decides it; on several devices where they are named."""
     job = job_of(which.architecture.layers, which.blocks, teacher, settings, compute)
-    return which.model_copy(update={"gkd": distill_globally(job, workspace, compute, processes, watch)})
+    return which.model_copy(update={"gkd": distill_globally(job, workspace, compute, devices, watch)})
 
 
 @lru_cache(maxsize=1)
