@@ -175,8 +175,8 @@ class Parent:
         config._attn_implementation = self.compute.attention
         with no_init_weights():  # all weights are loaded, here or by blocks/child.py
             model: Any = DeciLMForCausalLM(config)
-        model.tie_weights()  # no_init_weights skips it
         model = in_dtype(model.to(self.compute.device), self.compute.dtype)
+        model.tie_weights()  # no_init_weights skips it
         model.model.embed_tokens.load_state_dict(self.tensors("model.embed_tokens."), strict=False)
         model.model.norm.load_state_dict(self.tensors("model.norm."))
         if not self.config.tie_word_embeddings:
