@@ -178,8 +178,8 @@ class Parent:
         with no_init_weights():  # all weights are loaded
             model: Any = DeciLMForCausalLM(config)
         config.block_configs = entries
-        model.tie_weights()  # no_init_weights skips it
         model = in_dtype(model.to(self.compute.device), self.compute.dtype)
+        model.tie_weights()  # no_init_weights skips it
         model.model.embed_tokens.load_state_dict(self.tensors("model.embed_tokens."), strict=False)
         model.model.norm.load_state_dict(self.tensors("model.norm."))
         if not self.config.tie_word_embeddings:

@@ -249,7 +249,7 @@ def _entering(reader: Parent, layer: int, shard: Shard, recording: Recording, wo
     return hidden
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _embedded(reader: Parent, shard: Shard, recording: Recording, workspace: Path) -> Tensor:
     tokens = read_tensors(workspace, recording.corpus.tokens)
     chosen = torch.cat([tokens["train"][slice(*shard.train)], tokens["validation"][slice(*shard.validation)]])
@@ -258,7 +258,7 @@ def _embedded(reader: Parent, shard: Shard, recording: Recording, workspace: Pat
     return torch.cat([embedding(part.to(reader.compute.device).long()).cpu() for part in parts])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _pass(reader: Parent, module: "DeciLMDecoderLayer", layer: int, hidden: Tensor, counted: int) -> dict[str, Tensor]:
     """Run a layer over states (S, T, D) on the host, in place; returns statistics over the first `counted` sequences.
 

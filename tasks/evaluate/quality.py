@@ -145,7 +145,7 @@ def sequence_figures(model: Any, targets: ParentTargets, tokens: Tensor, compute
             last = first + hidden.shape[0]
             rows.append(_token_figures(model, hidden, targets, slice(first, last)))
             first = last
-    loss, kl, agree = torch.cat(rows, dim=1)
+    loss, kl, agree = torch.cat(rows, dim=1).cpu()
     return {"loss": loss[:, :-1].mean(dim=1), "kl": kl.mean(dim=1), "top1_agreement": agree.mean(dim=1)}
 
 
