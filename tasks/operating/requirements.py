@@ -104,7 +104,7 @@ def _text(profile: Profile, folder: Path, doubts: list[str]) -> Iterator[str]:
     try:
         doubt = check_enough(profile.corpus, folder if write_tokenizer(profile.parent, folder) else None)
     except CorpusError as error:
-        yield f"corpus: {error}"
+        yield str(error)
     else:
         doubts += [doubt] if doubt else []
 
