@@ -130,3 +130,19 @@ def test_the_schema_knows_what_the_profile_takes() -> None:
     assert schema["additionalProperties"] is False and set(schema["required"]) == {"name", "parent", "corpus", "budget"}
     code, out, err = puzzle("schema")
     assert code == 0 and json.loads(out) == schema and "yaml-language-server: $schema=" in err
+
+
+def test_show_names_the_workspaces_below(tmp_path: Path) -> None:
+    report = tmp_path / "mine" / "runs" / "mine-1" / "report.json"
+    report.parent.mkdir(parents=True)
+    report.touch()
+    code, _, err = puzzle("show", "--workspace", tmp_path)
+    assert code == 2 and str(tmp_path / "mine") in err and "optimize" not in err
+    code, _, err = puzzle("show", "--workspace", tmp_path / "empty")
+    assert code == 2 and "puzzle optimize PROFILE --workspace" in err
+
+
+def test_a_count_in_percent_is_told_its_field(here: Path) -> None:
+    assert puzzle("init", "--parent", "tiny", "--text", "python_stdlib", "--name", "a")[0] == 0
+    code, _, err = puzzle("validate", "a.yaml", "--set", "budget.parameters=70%")
+    assert code == 2 and "A share of the parent's is written as `parameters_fraction`" in err
