@@ -221,7 +221,7 @@ def check_address(runner: str, address: str, seconds: float = CONNECT_SECONDS) -
     try:
         socket.create_connection(_host_and_port(address), timeout=seconds).close()
     except (OSError, ValueError) as error:
-        raise _nobody(address, "Ray node" if runner == "ray" else "Dask scheduler") from error
+        raise _nobody(address, "Ray node" if runner == "ray" else "dask scheduler") from error
 
 
 def _nobody(address: str, what: str) -> PuzzleError:
