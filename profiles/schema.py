@@ -585,7 +585,7 @@ class GKD(Section):
         "(4, or a twelfth of `steps` up to 20), until a lower one leaves the child no nearer to its parent on "
         "validation text; the best of them is taken.",
     )
-    warmup: float = Field(
+    warmup_fraction: float = Field(
         default=0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises to its highest."
     )
     schedule: Literal["cosine", "constant"] = Field(

@@ -158,7 +158,7 @@ def test_without_a_rate_the_one_that_fits_is_taken(chain: Chain) -> None:
 
 
 def test_the_schedule() -> None:
-    rates = [share_of_rate(step, 100, GKD(warmup=0.1)) for step in range(100)]
+    rates = [share_of_rate(step, 100, GKD(warmup_fraction=0.1)) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[-1] == pytest.approx(0.1, abs=1e-3)
     assert share_of_rate(99, 100, GKD(schedule="constant")) == 1.0
 

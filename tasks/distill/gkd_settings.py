@@ -7,7 +7,7 @@ import torch
 from profiles.schema import GKD
 
 # settings of GKD that the targets of a step do not depend on
-NOT_OF_THE_PARENT = {"learning_rate", "evaluate_every", "patience", "steps", "warmup", "schedule", "clip_norm"}
+NOT_OF_THE_PARENT = {"learning_rate", "evaluate_every", "patience", "steps", "warmup_fraction", "schedule", "clip_norm"}
 NOT_OF_THE_PARENT |= {"also_train"}
 # settings that say how GKD is computed, and not what comes out
 HOW = {"recorded_gib", "checkpoint_minutes", "gradient_checkpointing"}
@@ -48,7 +48,7 @@ def trial_steps(steps: int) -> int:
 
 def share_of_rate(step: int, steps: int, settings: GKD) -> float:
     """The share of the highest learning rate at a step, counted from 0."""
-    warm = max(1, int(steps * settings.warmup + 1e-9))
+    warm = max(1, int(steps * settings.warmup_fraction + 1e-9))
     if step < warm:
         return (step + 1) / warm
     if settings.schedule == "constant":
