@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from blocks.compute import HOST, Compute
-from blocks.errors import PuzzleError
+from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.library import read_tensors
 from blocks.records import LayerChoice
 from profiles.schema import GKD
@@ -217,6 +217,14 @@ def test_torchrun_starts_two_processes_and_again_when_one_is_killed(chain: Chain
     result = gkd_job.distill_globally(job, chain.workspace, HOST, ("cpu:0", "cpu:1"), watch)
     assert result.losses == pytest.approx(whole.losses, rel=1e-4)
     assert killed and set(steps) == set(range(1, 21)) and len(steps) <= 21
+
+
+def test_why_a_process_failed_is_said_in_its_own_words(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = job_of(chain, steps=2)
+    said = f"import sys; print('noise'); print('{gkd_job.FAILED}OSError: the disk is full'); sys.exit(1)"
+    monkeypatch.setenv(gkd_job.LAUNCHER, f'{sys.executable} -c "{said}"')
+    with pytest.raises(PuzzleFailure, match="restarted: OSError: the disk is full$"):
+        gkd_job.distill_globally(job, chain.workspace, HOST)
 
 
 def test_sequences_that_cannot_be_shared_out_are_refused(chain: Chain) -> None:

@@ -4,6 +4,7 @@ What is asked lies in a file, `job.json` in the folder of the training. So a tra
 other machines (docs/how-to/distil-on-many-gpus.md), and a checkpoint can be made a child of.
 """
 
+import logging
 import os
 import shlex
 import subprocess
@@ -34,7 +35,10 @@ from tasks.distill.sharding import ALONE
 LAUNCHER = "PUZZLE_GKD_LAUNCHER"
 JOB = "job.json"
 RESTARTS = 3  # of all processes from the last checkpoint, when one of them died
-LAST_LINES = 12
+# else processes that were started again find the addresses of those that died, and connect to nobody
+FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+FAILED, LAST_LINES = "GKD failed: ", 12
+log = logging.getLogger("puzzle")
 
 
 class Job(Value):
@@ -198,21 +202,26 @@ def _launched(launcher: Sequence[str], workspace: Path, folder: str, environment
     """
     command = [*launcher, "-m", "tasks.distill.gkd_worker", str(workspace), folder]
     last: deque[str] = deque(maxlen=LAST_LINES)
-    own = os.environ | environment
+    failures: list[str] = []
+    own = os.environ | environment | FRESH_STORE
     with subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         try:
             for line in process.stdout:
-                last.append(line.rstrip())
                 seen = _seen_in(line)
                 if seen is not None:
+                    failures.clear()  # of those that torchrun has started again since
                     watch(seen)
+                    continue
+                last.append(line.rstrip())
+                log.info("GKD: %s", last[-1])
+                failures += [line.partition(FAILED)[2].strip()] if FAILED in line else []
         finally:
             if process.poll() is None:
                 process.terminate()
     if process.returncode:
-        told = "\n".join(last)
-        raise PuzzleFailure(f"GKD on several devices ended with status {process.returncode}. Its last words:\n{told}")
+        told = failures[0] if failures else "\n".join(last)
+        raise PuzzleFailure(f"a process of GKD ended, and again after it was restarted: {told}")
 
 
 def _seen_in(line: str) -> Seen | None:

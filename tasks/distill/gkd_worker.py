@@ -23,11 +23,12 @@ from blocks.export_code.modeling_decilm import DeciLMForCausalLM  # noqa: E402
 from blocks.library import read_value  # noqa: E402
 from blocks.records import LayerChoice  # noqa: E402
 from tasks.distill.gkd import GKDResult, Seen, Training  # noqa: E402
-from tasks.distill.gkd_job import JOB, Job, check_processes  # noqa: E402
+from tasks.distill.gkd_job import FAILED, JOB, Job, check_processes  # noqa: E402
 from tasks.distill.gkd_student import Student  # noqa: E402
 from tasks.distill.gkd_targets import Teacher  # noqa: E402
 from tasks.distill.record import open_parent  # noqa: E402
 from tasks.distill.sharding import Group, joined, local_device, shard  # noqa: E402
+from tasks.running.progress import say  # noqa: E402
 from tasks.running.sharing import TaskKey, exclusive  # noqa: E402
 
 
@@ -35,8 +36,12 @@ def main() -> None:
     """Train this process's part of the job of the command line."""
     workspace, folder = Path(sys.argv[1]), sys.argv[2]
     device = local_device(read_value(workspace / folder / JOB, Job).device)
-    with joined(device) as group:
-        take_part(workspace, folder, device, group)
+    try:
+        with joined(device) as group:
+            take_part(workspace, folder, device, group)
+    except Exception as error:
+        say(f"{FAILED}{type(error).__name__}: {error}")
+        raise
 
 
 def take_part(workspace: Path, folder: str, device: str, group: Group) -> None:
