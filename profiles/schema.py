@@ -262,9 +262,8 @@ class BLD(Section):
         default=None, gt=0, description="Longest gradient, as a norm over a variant; longer ones are cut. null: any."
     )
     weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
-    betas: tuple[Rate, Rate] = Field(
-        default=(0.9, 0.999), description="AdamW's memory of gradients, and of their squares."
-    )
+    beta1: Rate = Field(default=0.9, description="How much AdamW keeps of earlier gradients at each step.")
+    beta2: Rate = Field(default=0.999, description="How much AdamW keeps of earlier squared gradients at each step.")
     ridge: float = Field(
         default=1e-3,
         gt=0,

@@ -337,7 +337,7 @@ def test_shapes_that_a_family_names_are_those_of_its_own_layer(family: str, tmp_
     for number, change in enumerate(({}, changes)):
         config = tiny_model(family, layers=1, **change).config
         config.save_pretrained(tmp_path / str(number))
-        parent = parent_module.Parent(tmp_path / str(number))
+        parent = parent_module.Parent(tmp_path / str(number), HOST)
         for choice in (LayerChoice(), LayerChoice(attention="kv1", ffn="ffn24")):
             assert_same_weights(parent, choice)
         assert_same_weights(parent, LayerChoice(attention="linear", ffn="linear"))

@@ -102,7 +102,7 @@ def test_states_of_a_shard_are_the_parents(chain: Chain, place: Path) -> None:
 def test_a_variant_goes_on_where_the_shard_before_left_it(chain: Chain, place: Path, tmp_path: Path) -> None:
     """Killed between two shards it ends in the same bits; it was trained on both, and the whole schedule."""
     for part in ("parent", "corpus", "record"):
-        shutil.copytree(place / part, tmp_path / part)
+        shutil.copytree(place / part, tmp_path / part, ignore=shutil.ignore_patterns("entering_*"))
     steps = BLD(steps=12, batch_sequences=4, learning_rate=2e-3, warmup_steps=2, clip_norm=1.0)
     job = job_of(chain, place, 1, "ffn32", steps)
     assert [job.steps_of(number) for number in range(2)] == [range(6), range(6, 12)]
@@ -153,7 +153,7 @@ def test_a_run_holds_the_states_of_few_layers_and_leaves_none(
 ) -> None:
     """The stage of the flow, its tasks called as plain functions: killed in the second shard, and run again."""
     for part in ("parent", "corpus", "record"):
-        shutil.copytree(place / part, tmp_path / part)
+        shutil.copytree(place / part, tmp_path / part, ignore=shutil.ignore_patterns("entering_*"))
     settings = [f"hardware.micro_batch_tokens={COMPUTE.micro_batch_tokens}", "hardware.threads=1"]
     profile = load_profile("tiny", settings)
     seen: list[int] = []

@@ -29,7 +29,7 @@ from blocks.records import SUBBLOCKS, BlockRecord, LayerChoice, LayerRecord, Ref
 from blocks.runtime import kept_per_device
 from blocks.subblock import load_subblock, run_subblock, subblock_state
 from profiles.schema import BLD
-from tasks.distill.record import Recording, Shard, enter, entered, open_parent
+from tasks.distill.record import Recording, Shard, drop, enter, entered, open_parent
 from tasks.running.memory import Parts
 
 VERSION = 2
@@ -170,11 +170,12 @@ def _through(data: LayerData, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def distill(job: Job, workspace: Path, compute: Compute) -> BlockRecord:
-    """Distil one variant, or return the finished record of the library. What is not recorded of a shard is recorded."""
+    """Distil one variant, or return the finished record of the library. States that are not kept are recorded for it."""
     for number, shard in enumerate(job.recording.shards):
-        if job.record.boundary is None:
+        if job.record.boundary is None and progress_of(job, number, workspace) is None:
             enter(job.layer, shard, job.recording, workspace, compute)
         found = distill_shard(job, workspace, compute, number)
+        drop(job.layer, shard, job.recording, workspace)
         if isinstance(found, BlockRecord):
             break
     assert isinstance(found, BlockRecord)
@@ -333,9 +334,10 @@ class _Course:
     def optimizer(self, rate: float) -> torch.optim.AdamW:
         """AdamW that goes on from the moments."""
         settings, on_cpu = self.job.settings, self.data.compute.device == "cpu"
+        betas = (settings.beta1, settings.beta2)
         named = dict(self.module.named_parameters())
         optimizer = torch.optim.AdamW(
-            named.values(), lr=rate, weight_decay=settings.weight_decay, betas=settings.betas, fused=on_cpu
+            named.values(), lr=rate, weight_decay=settings.weight_decay, betas=betas, fused=on_cpu
         )
         for name, parameter in named.items() if self.moments else ():
             moments = {each: self.moments[f"{each}.{name}"] for each in ("exp_avg", "exp_avg_sq")}
