@@ -15,12 +15,12 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.bld import job as bld_job
 from benchmarks.common import Bench, arguments, open_bench, table, write_page
 from blocks.compute import HOST
 from blocks.library import read_value, write_value
 from blocks.records import BlockRecord, LayerChoice
 from profiles.schema import BLD, GKD
-from tasks.distill.bld import Job as Variant
 from tasks.distill.bld import distill
 from tasks.distill.gkd import Seen, finished
 from tasks.distill.gkd_job import JOB, Job, distill_globally, job_of
@@ -55,23 +55,8 @@ def child(bench: Bench, removed: float, among: float) -> tuple[tuple[LayerChoice
     depth, width = bench.reader.depth, bench.reader.config.intermediate_size
     edge = round(depth * (1 - among) / 2)
     label, layers = f"ffn{round(width * (1 - removed) / 8) * 8}", range(edge, depth - edge)
-    blocks = [
-        distill(
-            Variant(
-                parent=bench.parent,
-                record=bench.records[layer],
-                record_key=bench.record_key,
-                layer=layer,
-                subblock="ffn",
-                variant=label,
-                settings=BLD(steps=0),
-                seed=0,
-            ),
-            bench.workspace,
-            HOST,
-        )
-        for layer in layers
-    ]
+    jobs = [bld_job(bench, layer, "ffn", label, BLD(steps=0)) for layer in layers]
+    blocks = [distill(job, bench.workspace, HOST) for job in jobs]
     return tuple(LayerChoice(ffn=label) if i in layers else LayerChoice() for i in range(depth)), blocks
 
 
