@@ -111,15 +111,14 @@ def forms(site: Site, page: Browser) -> None:
     """The forms of `optimize` and `sweep`, and a value that is refused."""
     own = site.deployment("optimize")
     run = f"{site.prefect}/deployments/deployment/{own['id']}/run"
-    page.open(run, "Parameters", (940, 1500))
+    page.open(run, "Parameters", (940, 2150))
     page.shoot("form")
     page.open(f"{site.prefect}/deployments/deployment/{site.deployment('sweep')['id']}/run", "Parameters", (940, 1180))
     page.shoot("form-sweep")
-    profile = {**own["parameters"]["profile"], "budget": {"layer_parameters_fraction": 7}}
-    asked = quote(json.dumps({**own["parameters"], "profile": profile}))
+    asked = quote(json.dumps({**own["parameters"], "budget": {"layer_parameters_fraction": "700%"}}))
     page.open(f"{run}?parameters={asked}", "Parameters", (940, 900))
     page.click("Submit")
-    page.reveal("7 is not valid under any of the given schemas")
+    page.reveal("700% is not valid under any of the given schemas")
     page.shoot("form-refused")
 
 
@@ -136,6 +135,13 @@ def while_running(site: Site, page: Browser) -> str:
     page.click("Artifacts")
     time.sleep(4)
     page.shoot("artifacts")
+    again = site.start("optimize", QUICK | {"budget.layer_parameters_fraction": 0.45}, workspace="shown")
+    site.finished(again)
+    page.open(f"{site.prefect}/runs/flow-run/{again}?tab=TaskRuns", "Task Runs", (1300, 1300), settle=8)
+    page.click("Task Runs")
+    page.wait_for("Cached")
+    time.sleep(4)
+    page.shoot("run-cached")
     return run
 
 

@@ -35,13 +35,16 @@ def reoptimize(profile: Profile, workspace: str, remeasure: bool = False) -> Jud
     parent, corpus = stages.prepare(run)
     for moved in stages.measure_again(run, parent) if remeasure else []:
         say(f"cost moved: {moved}")
-    now = champion.basis(profile, parent, corpus, costs_of(profile, parent, folder))
+    table = costs_of(profile, parent, folder)
+    now = champion.basis(profile, parent, corpus, table)
     changed = champion.changes(registry.judged(store, name), now)
     reigning = registry.champion_of(store, name)
     if reigning and not changed:
         return announce(champion.nothing_changed(reigning.version), reigning, None, "")
 
-    say(champion.looked_at(changed, not reigning))
+    if table is None and profile.hardware.engine != "roofline":
+        say(f"no costs of this hardware and traffic are younger than {profile.measure.max_age_days:g} days")
+    say(f"{champion.told(changed)} changed: a challenger is made" if reigning else "no champion yet: the first is made")
     report = optimize.fn(profile, workspace)
     run_folder = str(Path(report.child_folder).parent)
     challenger = champion.lineage_of(folder, run_folder)
@@ -66,11 +69,8 @@ def reoptimize(profile: Profile, workspace: str, remeasure: bool = False) -> Jud
 
 def announce(found: Judgement, reigning: Version | None, version: Version | None, challenger: str) -> Judgement:
     """Two sentences on the console, in the log and in the judgement, and the figures as an artifact."""
-    before = reigning.version if reigning else None
-    sentences = (
-        champion.looked_at(found.changed, not reigning),
-        champion.decided(found, before, version and version.version),
-    )
+    before, after = (which.version if which else None for which in (reigning, version))
+    sentences = champion.looked_at(found.changed, not reigning), champion.decided(found, before, after)
     for sentence in sentences:
         say(sentence)
     found = found.model_copy(update={"summary": " ".join(sentences)})

@@ -21,11 +21,13 @@ from flows.reoptimize import reoptimize as challenge  # noqa: E402
 from flows.run import Run  # noqa: E402
 from flows.stages import measure, prepare  # noqa: E402
 from flows.tracked_run import COST_COLUMNS  # noqa: E402
+from tasks.measure.costs import costs_of  # noqa: E402
 from tasks.operating import sweeping  # noqa: E402
 from tasks.operating.admission import Roots, WorkspaceName, WorkspaceOrProfile, admitted_workspace  # noqa: E402
 from tasks.operating.artifacts import show_table  # noqa: E402
 from tasks.operating.champion import Judgement  # noqa: E402
 from tasks.operating.form import AskedBudget, AskedHardware, More  # noqa: E402
+from tasks.running.progress import say  # noqa: E402
 
 OFFERED = list(Roots.from_environment().profiles)
 ProfileName = Annotated[str, Field(json_schema_extra={"enum": OFFERED})]
@@ -104,6 +106,11 @@ def measure_hardware(
     with at_work(profile, NO_LIMITS, hardware, more, workspace) as (admitted, folder):
         run = Run(profile=admitted, workspace=folder)
         parent, _ = prepare(run)
+        if known := costs_of(admitted, parent, folder):
+            say(
+                f"nothing is measured: the costs of {known.measured_at} are of this hardware and traffic, and younger "
+                f"than {admitted.measure.max_age_days:g} days; reoptimize with remeasure measures them again"
+            )
         table = measure(run, parent)
         show_table("costs", table.costs, COST_COLUMNS, f"measured on {admitted.hardware.name}, {table.measured_at}")
     return table

@@ -95,7 +95,8 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, ...
 
 def told(changed: tuple[str, ...]) -> str:
     """Changed parts in words."""
-    return ", ".join(NAMES[name] for name in changed)
+    *names, last = (NAMES[name] for name in changed)
+    return f"{', '.join(names)} and {last}" if names else last
 
 
 def lineage_of(workspace: Path, run_folder: str) -> Lineage:
@@ -125,7 +126,7 @@ def rolled_back(found: Judgement) -> Judgement:
 def looked_at(changed: tuple[str, ...], first: bool) -> str:
     """The first sentence at the end of a re-optimisation."""
     if first:
-        return f"Looked for a champion, and there was none to compare {told(tuple(NAMES))} with."
+        return "Looked for a champion of this profile: there was none yet."
     what = f"{told(changed)} changed" if changed else "nothing changed"
     return f"Looked at {told(tuple(NAMES))}: {what} since the last judgement."
 

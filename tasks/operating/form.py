@@ -57,9 +57,7 @@ class Asked(Section):
             if _FRACTION.items() <= field.items():
                 for key in ("type", *_FRACTION):
                     field.pop(key, None)
-                field |= {**SHARE, **_FRACTION, "type": ["string", "number"]}
-                if "memory" in str(field.get("title")).lower():
-                    field.pop("type")
+                field["anyOf"] = [SHARE, {"type": "number", **_FRACTION}]  # 70% is text, and the API sends numbers
         return schema
 
 
