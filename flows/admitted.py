@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from prefect.context import FlowRunContext
+from prefect.settings import PREFECT_API_URL
 from pydantic import BaseModel
 
 from flows.run import process_of
@@ -13,7 +14,8 @@ from profiles.schema import Profile
 from tasks.operating.admission import Roots, admitted, admitted_workspace
 from tasks.operating.form import profile_asked_for
 from tasks.operating.watch import flow_run_id, key_of_run, refuse_to_crash_for_ever
-from tasks.running.progress import logged
+from tasks.running.progress import logged, say
+from tasks.running.recording import where_earlier_runs_are
 from tasks.running.sharing import exclusive
 from tasks.running.workers import task_runner
 
@@ -36,6 +38,8 @@ def at_work(
     # its first process may live: a server that was down for minutes has heard no heartbeat
     once = exclusive(folder, key_of_run(flow_run_id()))
     with once, process_of(profile, folder), logged(folder), workers(profile):
+        if elsewhere := where_earlier_runs_are(folder, PREFECT_API_URL.value() or "Prefect's database"):
+            say(elsewhere)
         yield profile, folder
 
 

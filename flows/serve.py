@@ -18,9 +18,8 @@ from blocks.runtime import configure
 from profiles.load import load_profile, shipped_profiles
 from tasks.operating.admission import Roots, served_profile
 from tasks.operating.reach import check_servers
-from tasks.running.recording import ADDRESS, API, HOME, SERVED, in_force, take_for_server, users_settings
+from tasks.running.recording import ADDRESS, API, HOME, SERVED, in_force, own_prefect, take_for_server, users_settings
 from tasks.running.servers import (
-    PREFECT_DATABASE,
     QUIET,
     is_free,
     mlflow_server,
@@ -124,7 +123,7 @@ def served_environment(roots: Roots, told: Mapping[str, str] = MappingProxyType(
     own = {HOME: str(home), **prefect_database(home)}
     return {
         **{name: value for name, value in QUIET.items() if name not in told},
-        **({API: told[API]} if told.get(API) else {} if told.get(HOME) or told.get(PREFECT_DATABASE) else own),
+        **({API: told[API]} if told.get(API) else {} if own_prefect(told) else own),
         **roots.environment(),
         "PREFECT_LOGGING_EXTRA_LOGGERS": "puzzle",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # tasks/operating/watch.py waits for more than two of them

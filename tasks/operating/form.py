@@ -58,6 +58,7 @@ class Asked(Section):
                 for key in ("type", *_FRACTION):
                     field.pop(key, None)
                 field["anyOf"] = [SHARE, {"type": "number", **_FRACTION}]  # 70% is text, and the API sends numbers
+                field["description"] = f"{field.get('description', '')} Write .7 or 70%.".strip()
         return schema
 
 

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from blocks.errors import PuzzleError
 from tasks.running.at_work import prefect_home
-from tasks.running.servers import PREFECT_DATABASE, is_up, prefect_database
+from tasks.running.servers import PREFECT_DATABASE, is_up, prefect_database, stop_left_behind
 
 API, HOME = "PREFECT_API_URL", "PREFECT_HOME"
 SERVED = ".prefect"  # in the root of `puzzle serve`
@@ -53,13 +53,18 @@ def recorded_by(told: Mapping[str, str], workspace: Path, number: int, server: s
         return Recorded(place=told[API], settings=quiet | {API: told[API]})
     # a profile that is no server's may forbid the server that a run starts for itself
     quiet |= {"PREFECT_SERVER_EPHEMERAL_ENABLED": "true"}
-    if told.get(HOME) or told.get(PREFECT_DATABASE):
+    if own_prefect(told):
         return Recorded(place="your own Prefect", settings=quiet)
     served = workspace.parent / SERVED
     if server:
         return Recorded(place=server, settings=quiet | {API: server, HOME: str(served)})
     home = served if free and (served / "prefect.db").is_file() else prefect_home(workspace, number)
     return Recorded(place=str(home), settings=quiet | {HOME: str(home), **prefect_database(home)})
+
+
+def own_prefect(told: Mapping[str, str]) -> bool:
+    """Whether the user has set up a Prefect of his own: a server, a home or a database."""
+    return any(told.get(name) for name in (API, HOME, PREFECT_DATABASE))
 
 
 def record(workspace: Path, number: int) -> str:
@@ -71,16 +76,24 @@ def record(workspace: Path, number: int) -> str:
             del os.environ[name]
     _OURS.clear()
     in_force({})
-    root = workspace.parent
+    root, told = workspace.parent, users_settings()
     server = served_address(root)
-    found = recorded_by(users_settings(), workspace, number, server, server is None and _alone_in(root / SERVED))
+    free = server is None and not own_prefect(told) and _alone_in(root / SERVED)
+    if free:
+        stop_left_behind(root / SERVER)  # of a `puzzle serve` that was killed
+    found = recorded_by(told, workspace, number, server, free)
     _OURS.update({name: value for name, value in found.settings.items() if name not in os.environ})
     in_force(_OURS)
+    return where_earlier_runs_are(workspace, found.place)
+
+
+def where_earlier_runs_are(workspace: Path, place: str) -> str:
+    """A sentence for a workspace that holds a history, while its runs are recorded in another place; else ""."""
     before = prefect_home(workspace, 1)
-    if found.place == str(before) or not (before / "prefect.db").is_file():
+    if place == str(before) or not (before / "prefect.db").is_file():
         return ""
     return (
-        f"this run is recorded in {found.place}; earlier ones of this workspace are in {before} "
+        f"this run is recorded in {place}; earlier ones of this workspace are in {before} "
         f"(look at them with PREFECT_HOME={before} prefect server start)"
     )
 
