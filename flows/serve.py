@@ -76,8 +76,7 @@ def serve_command(
         check_cron(reoptimize_at)
     offered = named(profiles or shipped_profiles())
     roots = Roots.declared(root, data or (), store or (), package or (), allow_remote_code or (), offered)
-    for file in roots.profiles.values():
-        served_profile(load_profile(file), roots)
+    described = {name: served_profile(load_profile(file), roots).description for name, file in roots.profiles.items()}
     root = roots.workspaces
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -91,7 +90,7 @@ def serve_command(
         check_servers()
         typer.echo(f"Prefect: {os.environ['PREFECT_API_URL'].removesuffix('/api')}")
         typer.echo(f"MLflow:  {os.environ['MLFLOW_TRACKING_URI']}")
-        offer(roots.profiles, runs, reoptimize_at)
+        offer(described, runs, reoptimize_at)
 
 
 def check_cron(text: str) -> None:
@@ -161,7 +160,7 @@ def _free(port: int, option: str) -> int:
     return port
 
 
-def offer(profiles: Iterable[str], runs: int, reoptimize_at: str | None) -> None:
+def offer(profiles: Mapping[str, str], runs: int, reoptimize_at: str | None) -> None:
     """Register the deployments and wait for runs; each runs in a process of its own, a crashed one again.
 
     As `prefect.serve` does, but for two things. The watch is begun before runs are taken. And the runner is given the
@@ -181,21 +180,21 @@ def offer(profiles: Iterable[str], runs: int, reoptimize_at: str | None) -> None
 
 
 def deployments(
-    profiles: Iterable[str], reoptimize_at: str | None = None
+    profiles: Mapping[str, str], reoptimize_at: str | None = None
 ) -> list[tuple["Flow[..., Any]", dict[str, Any]]]:
-    """Every flow for every profile: named after the profile, which its form starts from."""
+    """Every flow for every profile, named after it; the form starts from it. profiles: names and descriptions."""
     from prefect.types.entrypoint import EntrypointType
 
     from flows import served
 
     made: list[tuple[Flow[..., Any], dict[str, Any]]] = []
-    for profile in profiles:
+    for profile, about in profiles.items():
         for flow in (served.optimize, served.reoptimize, served.measure_hardware, served.sweep):
             given = "workspace" if flow is served.sweep else "profile"
             options = {
                 "name": profile,
                 "parameters": {given: profile},
-                "description": flow.description,
+                "description": f"{about}\n\n{flow.description}".strip(),
                 "tags": ["puzzle"],
                 "paused": False,  # stopping `puzzle serve` pauses them
                 "cron": reoptimize_at if flow is served.reoptimize else None,

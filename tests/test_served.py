@@ -494,11 +494,12 @@ def test_unions_are_choices_in_the_form() -> None:
 
 
 def test_puzzle_serve_offers_four_flows_per_profile_and_a_schedule() -> None:
-    made = serve.deployments(["tiny", "smollm2-cpu"], "0 3 * * 1")
+    made = serve.deployments({"tiny": "A Llama.", "smollm2-cpu": ""}, "0 3 * * 1")
     assert {(flow.name, options["name"]) for flow, options in made} == {
         (flow.name, profile) for flow in FLOWS for profile in ("tiny", "smollm2-cpu")
     }
     assert {flow.name for flow, options in made if options["cron"]} == {"reoptimize"}
+    assert made[0][1]["description"].startswith("A Llama.\n\nMake a faster child")
     own = {flow.name: options for flow, options in made if options["name"] == "smollm2-cpu"}["optimize"]
     assert own["parameters"] == {"profile": "smollm2-cpu"}, "the rest is as the profile says when the run starts"
     registered: Any = served.optimize.to_deployment(**own)
@@ -520,7 +521,7 @@ def test_whoever_serves_runs_sees_to_it_that_their_deaths_are_noticed() -> None:
         assert watch.TAG in each["tags"] and each["work_pool"]["job_variables"]["env"] == beats
     environment = serve.served_environment(Roots(workspaces=ROOT))
     assert beats.items() <= environment.items()
-    assert all(watch.TAG in options["tags"] for _, options in serve.deployments(["tiny"]))
+    assert all(watch.TAG in options["tags"] for _, options in serve.deployments({"tiny": ""}))
     kept = TypeAdapter(timedelta).validate_python(environment["PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER"])
     assert kept == watch.FORGET
 
@@ -572,7 +573,7 @@ def test_the_runner_has_the_flows_themselves(monkeypatch: pytest.MonkeyPatch) ->
     watched: list[bool] = []
     monkeypatch.setattr("prefect.runner.Runner", Runner)
     monkeypatch.setattr(watch, "keep_watch", lambda: watched.append(True))
-    serve.offer(["tiny"], 2, None)
+    serve.offer({"tiny": ""}, 2, None)
     assert [flow for flow, _ in offered] == [served.optimize, served.reoptimize, served.measure_hardware, served.sweep]
 
 

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     GetJsonSchemaHandler,
     SerializerFunctionWrapHandler,
@@ -35,8 +34,6 @@ _FRACTION = {key: value for key, value in TypeAdapter(Fraction).json_schema().it
 
 class Asked(Section):
     """Values of a part of the profile, as far as somebody has filled them in."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_serializer(mode="wrap")
     def _as_filled_in(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -78,9 +75,13 @@ def _fields_of(section: type[BaseModel], names: Iterable[str] | None = None) -> 
     }
 
 
-def _part_of(name: str, kind: Any, told: str) -> tuple[Any, str]:
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def _part_of(kind: Any, told: str) -> tuple[Any, str]:
     """A section of the profile as one whose fields need not be filled in; anything else as it is."""
-    if not (isinstance(kind, type) and issubclass(kind, Section)):
+    if not _is_section(kind):
         return kind, told
     return _asked(f"{kind.__name__.removeprefix('Served')}Changes", told, _fields_of(kind)), told
 
@@ -114,21 +115,18 @@ class AskedHardware(Asked):
     threads: Annotated[int, Field(gt=0, le=4096)] | None = Field(default=None, description="Threads of one operation.")
 
 
-_OWN = ("name", "description", "budget", "hardware")
 _HARDWARE = ("must_run", "device", "kv_precision", "tensor_parallel")
-_served = ServedProfile.model_fields
+_PARTS = _fields_of(ServedProfile)
 MoreHardware: Any = _asked(
-    "MoreHardware",
-    "Further fields of the hardware.",
-    _fields_of(_served["hardware"].annotation, _HARDWARE),  # type: ignore[arg-type]
+    "MoreHardware", "Further fields of the hardware.", _fields_of(_PARTS["hardware"][0], _HARDWARE)
 )
 More: Any = _asked(
     "More",
     "The rest of the profile. What is left empty is the profile's own.",
     {
-        name: _part_of(name, kind, Profile.model_fields[name].description or "")
-        for name, (kind, _) in _fields_of(ServedProfile).items()
-        if name not in _OWN
+        name: _part_of(kind, Profile.model_fields[name].description or "")
+        for name, (kind, _) in _PARTS.items()
+        if name not in ("name", "description", "budget", "hardware")
     }
     | {"limits": (MoreLimits, MoreLimits.__doc__), "hardware": (MoreHardware, MoreHardware.__doc__)},
 )
@@ -151,9 +149,7 @@ def profile_asked_for(
     if limits:
         tree["budget"] = limits
     for part, values in (wanted | {"hardware": machine}).items():
-        tree[part] = (
-            {**tree[part], **values} if isinstance(_served[part].default, Section) or part == "corpus" else values
-        )
+        tree[part] = {**tree[part], **values} if _is_section(_PARTS[part][0]) else values
     try:
         return ServedProfile.model_validate(tree)
     except ValidationError as error:
