@@ -62,7 +62,7 @@ def _at_a_device(slot: WorkerSlot, task: TaskKey) -> Iterator[str]:
     threads = set_threads(slot.threads)
     with on_device(slot.devices) as device:
         where = f"{device} of {socket.gethostname()}, process {os.getpid()}"
-        log.info("%s is being made on %s, with %d thread%s", task.what, where, threads, "s" if threads > 1 else "")
+        log.info("at work on %s, on %s, with %d thread%s", task.what, where, threads, "s" if threads > 1 else "")
         yield "cpu" if device.startswith("cpu") else device
 
 
