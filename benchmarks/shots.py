@@ -57,7 +57,7 @@ class Browser:
 
     def click(self, text: str) -> None:
         """Press the last button, link or tab of exactly this text."""
-        found = f"[...document.querySelectorAll('button,a,[role=tab],label')].filter(e=>e.innerText.trim()=={text!r})"
+        found = f"[...document.querySelectorAll('button,a,[role=tab],.p-tab,label')].filter(e=>e.innerText.trim()=={text!r})"
         deadline = time.monotonic() + 180
         while not self.evaluate(f"(e=>(e&&e.click(),!!e))({found}.pop())"):
             assert time.monotonic() < deadline, f"nothing to press named {text!r}"
