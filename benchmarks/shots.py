@@ -57,15 +57,16 @@ class Browser:
 
     def click(self, text: str) -> None:
         """Press the last button, link or tab of exactly this text."""
-        found = f"[...document.querySelectorAll('button,a,[role=tab],.p-tab,label')].filter(e=>e.innerText.trim()=={text!r})"
+        kinds = "button,a,[role=tab],.p-tab,label"
+        found = f"[...document.querySelectorAll('{kinds}')].filter(e=>e.innerText.trim()=={text!r})"
         deadline = time.monotonic() + 180
         while not self.evaluate(f"(e=>(e&&e.click(),!!e))({found}.pop())"):
             assert time.monotonic() < deadline, f"nothing to press named {text!r}"
             time.sleep(0.5)
 
-    def write(self, number: int, text: str) -> None:
-        """Write into one of the page's text fields, as a person would."""
-        self.evaluate(f"document.querySelectorAll('textarea')[{number}].focus()")
+    def write(self, field: str, text: str) -> None:
+        """Write into the first text field of a CSS selector, as a person would."""
+        self.evaluate(f"document.querySelector({json.dumps(field)}).focus()")
         self.tell("Input.insertText", text=text)
         time.sleep(1)
 
@@ -121,7 +122,7 @@ def forms(site: Site, page: Browser) -> None:
     page.open(f"{site.prefect}/deployments/deployment/{site.deployment('sweep')['id']}/run", "Parameters", (940, 1180))
     page.shoot("form-sweep")
     page.open(run, "Parameters", (940, 900))
-    page.write(0, "700%")
+    page.write("textarea", "700%")
     page.click("Submit")
     page.reveal("is not valid under any of the given schemas")
     page.shoot("form-refused")
@@ -144,6 +145,8 @@ def while_running(site: Site, page: Browser) -> str:
     site.finished(again)
     page.open(f"{site.prefect}/runs/flow-run/{again}?tab=TaskRuns", "Task Runs", (1300, 1300), settle=8)
     page.click("Task Runs")
+    time.sleep(4)
+    page.write("input[placeholder='Search by run name']", "distill")
     page.wait_for("Cached")
     time.sleep(4)
     page.shoot("run-cached")
