@@ -24,9 +24,11 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
     """
     with open_run(profile, Path(workspace)) as run:
         parent, corpus = stages.prepare(run)
+        run.log_inputs(parent, corpus)
         records = stages.record(run, parent, corpus)
         blocks = stages.distill_all(run, parent, corpus, records)
         costs = stages.measure(run, parent)
+        run.log_costs(costs)
         scores = stages.score_all(run, parent, corpus, records, blocks, costs)
         run.log_library(parent, corpus, blocks, scores, costs)
 

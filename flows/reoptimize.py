@@ -46,7 +46,7 @@ def reoptimize(profile: Profile, workspace: str, remeasure: bool = False) -> Jud
         against = reigning.run_folder if reigning else None
         found = champion.judge(against, challenger, profile, folder, changed)
     if not found.same_child:
-        version = registry.register(store, report, run_folder, folder, found.reason)
+        version = registry.register(store, report, run_folder, folder, registry.standing(found, reigning))
         if found.outcome in ("first", "moved"):
             registry.crown(store, version)
     now = champion.basis(profile, parent, corpus, costs_of(profile, parent, folder))
