@@ -91,6 +91,21 @@ def test_the_saved_query_and_the_compare_page_of_the_docs(opened: Tracking) -> N
     assert unquote(url) == f"http://127.0.0.1:5001/#/compare-runs?{where}" and '"' not in url
 
 
+def test_the_charts_that_a_link_opens_are_kept_with_the_experiment(opened: Tracking) -> None:
+    url = experiment.charts_url(opened, 5001)
+    page, _, asked = url.partition("?")
+    assert page == f"http://127.0.0.1:5001/#/experiments/{opened.experiment_id}/runs"
+    key = dict(part.split("=") for part in asked.split("&"))["viewStateShareKey"]
+    client = client_of(opened)
+    tag = f"mlflow.sharedViewState.{key}"
+    state = json.loads(client.get_experiment(opened.experiment_id).tags[tag])
+    first = state["compareRunCharts"][0]
+    assert (first["xaxis"]["key"], first["yaxis"]["key"]) == (f"{GLANCE}/decode_speedup", f"{GLANCE}/kl")
+    client.set_experiment_tag(opened.experiment_id, tag, "of an earlier version")
+    open_tracking(opened.workspace, "puzzle tiny-llama on a machine")
+    assert json.loads(client.get_experiment(opened.experiment_id).tags[tag]) == state
+
+
 @pytest.mark.parametrize("broken", ["finished_runs", "compare_url"])
 def test_a_finished_run_does_not_fail_for_a_link(
     opened: Tracking, broken: str, monkeypatch: pytest.MonkeyPatch
@@ -125,6 +140,7 @@ def test_a_run_does_not_wait_for_its_last_system_metrics(opened: Tracking, monke
     started = time.monotonic()
     with run_started(opened, "tiny") as run_id, experiment.system_metrics(opened, run_id):
         pass
+    assert not [name for name in client_of(opened).get_run(run_id).data.metrics if name.startswith("system/")]
     down.set()
     assert time.monotonic() - started < 15 and len(told) == 1 and "within 0.1 s: going on without them" in told[0]
 

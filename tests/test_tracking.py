@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from blocks.errors import PuzzleError
+from blocks.library import write_value
 from blocks.records import Cost, CostTable
 from profiles.schema import (
     BLD,
@@ -23,10 +24,13 @@ from profiles.schema import (
     ScenarioBudget,
     TinyParent,
 )
+from tasks.libraries.interchange import Description, StoredLibrary
+from tasks.measure.bench import BenchRow
 from tasks.operating import tracking
 from tasks.operating.charts import shared_view
 from tasks.operating.run_figures import GLANCE, HEADLINES, cost_metrics, report_metrics, run_name, run_params
-from tasks.operating.study_runs import log_costs, log_report
+from tasks.operating.study_runs import log_bench, log_costs, log_report, log_sweep
+from tasks.operating.sweeping import SweepPoint
 from tasks.operating.tracking import (
     Tracking,
     TrackingError,
@@ -42,7 +46,7 @@ from tasks.operating.tracking import (
 )
 from tasks.pages.report import write_report
 from tasks.running.servers import sqlite_file, sqlite_url
-from tests.test_report import report_of
+from tests.test_report import report_of, with_speed
 
 
 @pytest.fixture(autouse=True)
@@ -230,6 +234,44 @@ def test_a_cost_table_is_one_run(opened: Tracking) -> None:
     run = client(opened).get_run(first)
     assert (run.data.tags["puzzle.engine"], run.data.tags["puzzle.threads"]) == ("torch", "2")
     assert run.data.params["hardware.engine"] == "torch 9" and run.data.metrics["cost/ffn768/parameters"] == 10
+
+
+def test_a_sweep_is_a_series_of_its_limits(opened: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
+    described = Description(
+        profile="tiny",
+        parent="tiny-llama",
+        parent_fingerprint="f",
+        corpus="c",
+        num_hidden_layers=2,
+        hardware={"name": "this-machine", "processor": "AMD EPYC"},
+        measured_at="now",
+        scenarios=(Scenario(),),
+    )
+    library = StoredLibrary(description=described, variants=(), scores=(), costs=table())
+    monkeypatch.setattr("tasks.operating.study_runs.read_source", lambda _: library)
+    points = [SweepPoint(limit=1.0, status="infeasible"), SweepPoint(limit=2.0, status="optimal", score=0.5)]
+    page = log_sweep(opened.workspace, "memory_gib", points)
+    found = client(opened).get_experiment_by_name("puzzle tiny-llama on AMD EPYC")
+    assert page and f"/experiments/{found.experiment_id}/runs/" in page
+    series = client(opened).get_metric_history(page.rpartition("/")[2], "sweep/limit")
+    assert [(point.step, point.value) for point in series] == [(0, 1.0), (1, 2.0)]
+    assert [point.step for point in client(opened).get_metric_history(page.rpartition("/")[2], "sweep/score")] == [1]
+
+
+def test_a_bench_lies_under_the_run_that_made_the_child(opened: Tracking, tmp_path: Path) -> None:
+    child = opened.workspace / "runs" / "tiny-1" / "child"
+    with run_started(opened, "tiny") as run_id:
+        pass
+    write_value(child.parent / "report.json", report_of().model_copy(update={"mlflow_run_id": run_id}))
+    load = {"batch_size": 1, "prompt_tokens": 256, "generated_tokens": 64}
+    row = {"engine": "torch", "version": "torch 9", "precision": "float32", "threads": 2, **load}
+    speeds = {name: speed for name, (speed,) in with_speed().speed.models.items()}
+    page = log_bench(child, [BenchRow(model=name, throughput=speed, **row) for name, speed in speeds.items()])
+    assert page
+    run = client(opened).get_run(page.rpartition("/")[2])
+    assert run.data.tags["mlflow.parentRunId"] == run_id and run.data.params["loads"] == "1x256x64"
+    assert run.data.metrics["bench_1x256x64/child_prefill_speedup"] == pytest.approx(2)
+    assert log_bench(tmp_path / "child.gguf", []) is None  # of no workspace
 
 
 def test_more_metrics_than_mlflow_takes_at_once(opened: Tracking) -> None:
