@@ -33,7 +33,7 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         run.log_library(parent, corpus, blocks, scores, costs)
 
         problem, architecture = stages.choose_child(run, scores, costs)
-        run.log_architecture(architecture, blocks, scores, costs)
+        run.log_architecture(problem, architecture, blocks, scores, costs)
         rivals = stages.choose_baselines(run, problem, architecture)
         own, child = parent_contender(architecture), contender("child", architecture, blocks)
         baselines = [contender(name, rival, blocks) for name, rival in rivals.items()]

@@ -264,7 +264,7 @@ def test_a_bench_lies_under_the_run_that_made_the_child(opened: Tracking, tmp_pa
         pass
     write_value(child.parent / "report.json", report_of().model_copy(update={"mlflow_run_id": run_id}))
     load = {"batch_size": 1, "prompt_tokens": 256, "generated_tokens": 64}
-    row = {"engine": "torch", "version": "torch 9", "precision": "float32", "threads": 2, **load}
+    row: dict[str, Any] = {"engine": "torch", "version": "torch 9", "precision": "float32", "threads": 2, **load}
     speeds = {name: speed for name, (speed,) in with_speed().speed.models.items()}
     page = log_bench(child, [BenchRow(model=name, throughput=speed, **row) for name, speed in speeds.items()])
     assert page
