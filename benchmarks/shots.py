@@ -159,9 +159,7 @@ def in_mlflow(page: Browser, mlflow: str, run_id: str) -> None:
     page.shoot("mlflow-run")
     page.open(f"{home}/{machine.info.run_id}/system-metrics", "system", (1300, 900), settle=10)
     page.shoot("mlflow-system")
-    page.open(
-        f"{home}?viewStateShareKey={VIEW}&compareRunsMode=CHART", "decode_speedup and KL", (1300, 1000), settle=10
-    )
+    page.open(f"{home}?viewStateShareKey={VIEW}&compareRunsMode=CHART", "decode_speedup vs", (1800, 1000), settle=10)
     page.shoot("mlflow-charts")
     page.open(runs, "at_a_glance/kl", (1300, 1500), settle=10)
     page.shoot("mlflow-compare")
@@ -169,6 +167,8 @@ def in_mlflow(page: Browser, mlflow: str, run_id: str) -> None:
     page.shoot("mlflow-costs")
     page.open(f"{mlflow}/#/models/{MODELS}", MODELS, (1300, 900))
     page.shoot("registry")
+    page.open(f"{mlflow}/#/models/{MODELS}/versions/2", "A child of", (1300, 900))
+    page.shoot("registry-version")
 
 
 def main() -> None:

@@ -69,8 +69,8 @@ class TrackedRun(Run):
         experiment.log_inputs(self.tracking, self.mlflow_run_id, parent, corpus)
 
     def log_costs(self, costs: CostTable) -> None:
-        """The costs as a run of their own, to which this run's tag and note lead."""
-        own = log_costs(self.tracking, costs, self.profile.hardware)
+        """The costs as a run of their own, to which the tag and the note of this run lead."""
+        own = log_costs(self.tracking, costs, self.profile.hardware, self.mlflow_run_id)
         page = f"#/experiments/{self.tracking.experiment_id}/runs/{own}"
         notes = [*filter(None, [prefect_note()]), f"[The costs that the child was chosen by]({page})"]
         tags = {"puzzle.costs_run": own, "mlflow.note.content": "\n\n".join(notes)}

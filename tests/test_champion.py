@@ -211,10 +211,10 @@ def test_reigns_and_rollbacks(store: Tracking) -> None:
     assert registry.rollback(store, "puzzle-x") == (second, first)
     with pytest.raises(registry.NoChampion, match="first champion"):
         registry.rollback(store, "puzzle-x")
-    registry.remember_judged(store, "puzzle-x", {"parent": "a", "search_space": "b"})
+    registry.remember_judged(store, "puzzle-x", second.mlflow_run_id, {"parent": "a", "search_space": "b"})
     assert registry.judged(store, "puzzle-x") == {"parent": "a", "search_space": "b"}
     client = client_of(store)
-    assert client.get_registered_model("puzzle-x").tags[registry.JUDGED] == "parent a, search_space b"
+    assert client.get_registered_model("puzzle-x").tags[registry.JUDGED] == second.mlflow_run_id
     client.set_registered_model_tag("puzzle-x", registry.JUDGED, json.dumps({"parent": "0123456789abcdef"}))
     assert registry.judged(store, "puzzle-x") == {"parent": "01234567"}  # as an earlier version wrote it
     said = [client.get_model_version("puzzle-x", str(version)).description for version in (1, 2, 3)]

@@ -25,7 +25,7 @@ def _state() -> dict[str, object]:
 
     def against(speed: str) -> dict[str, object]:
         axes = {"xaxis": _axis(speed), "yaxis": _axis("kl")}
-        return chart("SCATTER", f"{speed} and KL from the parent", **axes)
+        return chart("SCATTER", speed, **axes)
 
     bars = [chart("BAR", name, metricKey=f"{GLANCE}/{name}") for name in HEADLINES]
     return {

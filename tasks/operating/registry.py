@@ -21,7 +21,7 @@ from tasks.operating.run_figures import headlines, report_metrics
 from tasks.operating.tracking import Tracking, client_of, log_metrics, set_tags
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-REIGNS, JUDGED, FOLDER = "puzzle.reigns", "puzzle.judged", "puzzle.run_folder"
+REIGNS, JUDGED, BASIS, FOLDER = "puzzle.reigns", "puzzle.judged", "puzzle.basis", "puzzle.run_folder"
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model, no such alias
 CODE = Path(__file__).with_name("pyfunc_child.py")
 
@@ -211,19 +211,22 @@ def judged(tracking: Tracking, name: str) -> dict[str, str]:
     """What the last comparison was made for: digests by part; empty before the first."""
     from mlflow.exceptions import MlflowException
 
+    client = client_of(tracking)
     try:
-        tags = client_of(tracking).get_registered_model(name).tags
+        text: str = client.get_registered_model(name).tags.get(JUDGED, "")
+        if text.startswith("{"):  # of a version before 0.3: the digests themselves
+            return {part: digest[:DIGITS] for part, digest in json.loads(text).items()}
+        text = client.get_run(text).data.tags.get(BASIS, "") if text else ""
     except MlflowException as error:
         if error.error_code not in ABSENT:
             raise
         return {}
-    text: str = tags.get(JUDGED, "")
-    if text.startswith("{"):  # of a version before 0.3, whole digests
-        return {part: digest[:DIGITS] for part, digest in json.loads(text).items()}
     return dict(part.rpartition(" ")[::2] for part in text.split(", ") if part)
 
 
-def remember_judged(tracking: Tracking, name: str, basis: Mapping[str, str]) -> None:
-    """Keep what a comparison was made for, whoever won it: `parent 1f0c2ab3, corpus 90e1d2c3, ...`."""
-    text = ", ".join(f"{part} {digest}" for part, digest in basis.items())
-    client_of(tracking).set_registered_model_tag(name, JUDGED, text)
+def remember_judged(tracking: Tracking, name: str, run_id: str, basis: Mapping[str, str]) -> None:
+    """Keep what a comparison was made for, whoever won it, on the challenger's run: `parent 1f0c2ab3, corpus ...`. The
+    registered model names the run, so that its page is no screen of digests.
+    """
+    set_tags(tracking, run_id, {BASIS: ", ".join(f"{part} {digest}" for part, digest in basis.items())})
+    client_of(tracking).set_registered_model_tag(name, JUDGED, run_id)

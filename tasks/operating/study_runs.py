@@ -29,8 +29,10 @@ def log_report(store: tracking.Tracking, run_id: str, report: ChildReport, files
     tracking.log_files(store, run_id, files, "report")
 
 
-def log_costs(store: tracking.Tracking, table: CostTable, hardware: Hardware) -> str:
-    """A cost table as a run, one for each table: every cost is a metric. Returns the run's id."""
+def log_costs(store: tracking.Tracking, table: CostTable, hardware: Hardware, parent_run_id: str | None = None) -> str:
+    """A cost table as a run, one for each table: every cost is a metric. Nested in the optimisation that measured it,
+    if one did. Returns the run's id.
+    """
     digest = digest_of(costs=table.model_dump(mode="json", exclude={"measured_at"}))[:16]
     there = tracking.client_of(store).search_runs(
         [store.experiment_id], f"tags.`puzzle.costs` = '{digest}' and attributes.status = 'FINISHED'", max_results=1
@@ -44,7 +46,8 @@ def log_costs(store: tracking.Tracking, table: CostTable, hardware: Hardware) ->
     if table.calibration is not None:
         params["calibration"] = table.calibration.model_dump_json()
     tables = {"costs": table.costs, "non_block": table.non_block, "parent": table.parent_measured}
-    return tracking.log_stage(store, name, None, tags | {"puzzle.costs": digest}, cost_metrics(table), tables, params)
+    tags["puzzle.costs"] = digest
+    return tracking.log_stage(store, name, parent_run_id, tags, cost_metrics(table), tables, params)
 
 
 def log_sweep(workspace: Path, over: str, points: Sequence[SweepPoint]) -> str | None:
