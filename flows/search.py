@@ -99,17 +99,17 @@ def sweep_command(
     values = front_values(library, request, over, points)
     with shown("sweep", beside=True) as progress:
         found = front(library, request, over, values, progress)
-    _show_front(over, values, found, as_json)
+    if as_json:
+        rows = [{"limit": at, **_or_infeasible(choice)} for at, choice in zip(values, found, strict=True)]
+        typer.echo(json.dumps(rows, indent=1))
+    else:
+        typer.echo(f"the best {minimise} at each limit on {over}")
+        _show_front(values, found)
     if asked.workspace and not asked.library:
         _keep_front(asked.workspace, over, values, found)
 
 
-def _show_front(over: str, values: Sequence[float], found: "Sequence[JointChoice | None]", as_json: bool) -> None:
-    if as_json:
-        rows = [{"limit": at, **_or_infeasible(choice)} for at, choice in zip(values, found, strict=True)]
-        typer.echo(json.dumps(rows, indent=1))
-        return
-    typer.echo(f"the best {minimise} at each limit on {over}")
+def _show_front(values: Sequence[float], found: "Sequence[JointChoice | None]") -> None:
     typer.echo(_row("limit", "objective", "score", "memory_gib", "latency_seconds", "status"))
     for value, choice in zip(values, found, strict=True):
         figures = ("-", "-", "-", "-", "infeasible")
