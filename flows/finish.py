@@ -29,6 +29,7 @@ from tasks.measure.cost_sums import warnings_of
 from tasks.operating import experiment, tracking
 from tasks.operating.artifacts import show_link, show_markdown, show_picture
 from tasks.operating.shared import keep_run
+from tasks.operating.study_runs import log_report
 from tasks.pages.report import headlines, print_report, report_markdown, write_report
 from tasks.pages.run_page import write_run_page
 from tasks.running.progress import say, wide_console
@@ -70,7 +71,7 @@ def finish(
     needs = [name for name in run.task_runs if name.split()[0] in ("evaluation", "answers", "speed")]
     values = (final, run, source, report, folder)
     files = run.call(export_task, "child", *values, after=[made_of(final), *needs], limited=False)
-    tracking.log_report(run.tracking, run.mlflow_run_id, report, files)
+    log_report(run.tracking, run.mlflow_run_id, report, files)
     link_to_earlier_runs(run)
     show_markdown("report", markdown, " ".join(headlines(report)))
     for name in ("architecture", "comparison"):
@@ -150,11 +151,18 @@ def link_to_earlier_runs(run: TrackedRun) -> None:
         others = [one for one in experiment.finished_runs(run.tracking, 5) if one != run.mlflow_run_id]
         if not others:
             return
-        url = experiment.compare_url(run.tracking, [run.mlflow_run_id, *others])
+        pages = {
+            "mlflow charts": (experiment.charts_url(run.tracking), "speed against quality, all of this experiment"),
+            "mlflow compare": (
+                experiment.compare_url(run.tracking, [run.mlflow_run_id, *others]),
+                f"beside the last {len(others)} of this parent on this hardware, figure by figure",
+            ),
+        }
     except (PuzzleError, experiment.mlflow_error()) as error:
         say(f"no link to earlier runs, MLflow did not name them: {error}")
         return
-    show_link("mlflow compare", url, f"beside the last {len(others)} of this parent on this hardware")
+    for name, (url, what) in pages.items():
+        show_link(name, url, what)
 
 
 def _page(run: TrackedRun, report: ChildReport, folder: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from tasks.running.progress import clock, say, shown, wide_console
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from tasks.measure.bench import Point
+    from tasks.measure.bench import BenchRow, Point
 
 ChildPath = Annotated[
     Path, typer.Argument(metavar="CHILD", help="a child's folder (a parent's will do), or a .gguf file")
@@ -123,8 +123,22 @@ def bench_command(
         with alone("bench"), shown("bench", beside=True) as report:
             rows = bench(sources, engine, points, precision=precision, rounds=rounds, threads=threads, progress=report)
         _show(rows, lambda: bench_table(rows), lambda: draw_bench(rows), picture, as_json)
+        _keep_bench(child, rows)
 
     _logged(Path.cwd(), measure)
+
+
+def _keep_bench(child: Path, rows: "Sequence[BenchRow]") -> None:
+    """The figures as a run in the MLflow of the child's workspace. They are printed already: no failure for this."""
+    from tasks.operating.experiment import mlflow_error
+    from tasks.operating.study_runs import log_bench
+
+    try:
+        page = log_bench(child, rows)
+    except (PuzzleError, mlflow_error()) as error:
+        page = f"not kept, MLflow did not take it: {error}"
+    if page:
+        typer.echo(f"in MLflow: {page}", err=True)
 
 
 def loadtest_command(
