@@ -368,13 +368,30 @@ class Answer(Value):
     loops: bool
 
 
+class LimitKept(Value):
+    """One limit of the budget, by the profile's name, and what a model takes of it.
+
+    asked, got, measured: in the unit of that name (GiB, s, tokens/s, or a share or multiple of the parent's). floor:
+    the least is asked, else the most. got: counted; of times, the sum of the measured costs of the blocks. measured: a
+    time of the whole model, None for what is counted and where no model was timed.
+    """
+
+    name: str
+    asked: float
+    floor: bool
+    got: float
+    timed: bool = False
+    measured: Metric | None = None
+
+
 class Candidate(Value):
     """A model of the final table: the parent, the child or a baseline, before or after GKD.
 
     samples: loss, kl, top1_agreement of each test sequence. correct: 0 or 1 per item of each benchmark; items with the
     same number in item_groups are on the same text. Sequences and items are the same for all candidates, so two
     candidates are compared in pairs. layers: the variants of each layer. answers: only the parent and the finished
-    child have some. All of these are empty in reports of older versions.
+    child have some. limits: the budget, and what the model takes of it. All of these are empty in reports of older
+    versions.
     """
 
     name: str
@@ -398,6 +415,7 @@ class Candidate(Value):
     correct: dict[str, tuple[int, ...]] = {}
     item_groups: dict[str, tuple[int, ...]] = {}
     answers: tuple[Answer, ...] = ()
+    limits: tuple[LimitKept, ...] = ()
 
 
 class StageTime(Value):
@@ -411,7 +429,9 @@ class StageTime(Value):
 class ChildReport(Value):
     """The result of a run: parent, child and baselines, predicted and measured.
 
-    request: what was asked of the search (tasks/search/request.py); empty in reports of older versions.
+    request: what was asked of the search (tasks/search/request.py). rule: when one child counts as better than another
+    (`champion` in the profile). finished_at, command: when the run ended, and the command that makes the child again.
+    All are empty in reports of older versions.
     """
 
     profile: str
@@ -429,3 +449,6 @@ class ChildReport(Value):
     prefect_run_id: str = ""
     mlflow_run_id: str = ""
     request: dict[str, Any] = {}
+    rule: dict[str, Any] = {}
+    finished_at: str = ""
+    command: str = ""

@@ -46,7 +46,7 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         final = distilled[0] if distilled else child
         said = whole_models.let_answer(run, [own, final], parent)
         findings = Findings(evaluations=found, speed=speed, answers=said)
-        return finish(run, final, assembled + distilled, findings, (parent, corpus), blocks)
+        return finish(run, final, assembled + distilled, findings, (parent, corpus), (blocks, problem))
 
 
 def run_optimize(profile: Profile, workspace: Path) -> ChildReport:

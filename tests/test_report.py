@@ -9,7 +9,7 @@ import pytest
 from matplotlib.patches import Rectangle
 from rich.console import Console
 
-from blocks.estimates import independent_ratio, mean
+from blocks.estimates import independent_ratio, mean, rounded
 from blocks.library import read_value
 from blocks.records import (
     Answer,
@@ -38,13 +38,11 @@ from tasks.pages.report import (
     answered,
     comparison_rows,
     comparison_table,
-    headlines,
     print_report,
     report_markdown,
-    rounded,
-    verdict,
     write_report,
 )
+from tasks.pages.verdict import headlines, verdict
 
 
 def metric(value: float, se: float = 0.0) -> Metric:
@@ -168,13 +166,24 @@ def test_rows_mark_the_best_that_is_not_the_parent() -> None:
 @pytest.mark.parametrize(
     ("child_kl", "greedy_kl", "start"),
     [
-        (0.4, 0.8, "Winner: the child (distilled), KL 0.400 ±0.020 against 0.800"),
-        (0.8, 0.4, "Winner: the baseline greedy (distilled), KL 0.400 ±0.020 against 0.800"),
-        (0.42, 0.4, "No clear winner: the baseline greedy (distilled) leads by less than two standard errors"),
+        (0.4, 0.8, "better. The child is nearer to its parent than every baseline and is faster than its parent."),
+        (
+            0.8,
+            0.4,
+            "mixed. The child is faster than its parent. But it is farther from its parent than the baseline greedy",
+        ),
+        (
+            0.42,
+            0.4,
+            "not decided. The child is faster than its parent. Not clear: whether it is nearer to its parent than",
+        ),
     ],
 )
 def test_verdict_names_the_winner_whoever_it_is(child_kl: float, greedy_kl: float, start: str) -> None:
-    assert verdict(report_of(child_kl, greedy_kl)).startswith(start)
+    report = report_of(child_kl, greedy_kl)
+    assert verdict(report).startswith(f"Verdict: {start}")
+    line = next(line for line in headlines(report) if line.startswith("Quality"))
+    assert f"KL {child_kl:.3f} ±0.020; the best baseline, greedy (distilled), {greedy_kl:.3f} ±0.020." in line
 
 
 def test_the_table_shows_all_candidates() -> None:
@@ -182,7 +191,7 @@ def test_the_table_shows_all_candidates() -> None:
     with console.capture() as captured:
         console.print(comparison_table(report_of()))
     text = captured.get()
-    for words in ("parent", "child +GKD", "uniform", "greedy +GKD", "retention, %", f"{BEST}0.400 ±0.020", "Winner"):
+    for words in ("parent", "child +GKD", "uniform", "greedy +GKD", "retention, %", f"{BEST}0.400 ±0.020"):
         assert words in text
     assert text.count(BEST) == 4  # loss, KL, agreement, and what the mark means
 
@@ -194,7 +203,7 @@ def test_markdown_has_rows_of_one_width_and_the_facts() -> None:
     for table in tables:
         assert len({line.count("|") for line in table.splitlines()}) == 1
     assert "| 0–1 | kv1 | ffn512 |\n| 2 | no_op | linear (coupled) |" in text
-    assert "| chat, batch 1 | 2.25 | 1.333 | 26.67 | 71.53 |" in text
+    assert "| chat, batch 1 | 2.25 | 1.333 | 26.67 | 0.06985 |" in text
     assert "prefill 1.300 ±0.0" in text
     assert "layer 1 ffn ffn512" in text
     assert "run-1" in text
@@ -239,7 +248,8 @@ def test_a_star_is_a_lead_that_pairs_make_clear(lead: float, noise: float, clear
     noisy = [offset + noise * (-1) ** place for place, offset in enumerate(HARD)]
     report = compared(measured("child", ours), measured("greedy", spread(0.5 + lead, noisy)))
     assert best_of(report, "KL, nats") == ({"child"} if clear else set())
-    assert verdict(report).startswith("Winner: the child" if clear else "No clear winner: the child")
+    assert "whether it is nearer" not in verdict(report) if clear else "whether it is nearer" in verdict(report)
+    assert ("is nearer to its parent than every baseline" in verdict(report)) is clear
     lost = compared(measured("child", spread(0.5 + lead, noisy)), measured("greedy", ours))
     assert best_of(lost, "KL, nats") == ({"greedy"} if clear else set())
 
@@ -255,7 +265,8 @@ def test_a_third_that_the_error_covers_takes_the_star() -> None:
 def test_one_sequence_tells_no_winner() -> None:
     report = compared(measured("child", (0.5,)), measured("greedy", (0.9,)))
     assert best_of(report, "KL, nats") == set()
-    assert verdict(report).startswith("No clear winner: a single sequence shows no error")
+    assert "Not clear: whether it is nearer to its parent than the baseline greedy" in verdict(report)
+    assert "A single sequence shows no error." in headlines(report)[1]
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -265,12 +276,13 @@ def test_a_baseline_with_the_childs_own_architecture_is_no_rival(told: bool) -> 
     ours = measured("child", spread(0.5, HARD), **layers)
     twin = measured("greedy", spread(0.5, HARD), **layers)
     rival = measured("uniform", spread(0.7, HARD), **other)
-    found = verdict(compared(ours, twin, rival))
-    assert found.startswith("Winner: the child") and found.endswith("; greedy chose the same architecture.")
-    assert "of the best baseline, uniform" in found
+    assert "is nearer to its parent than every baseline" in verdict(compared(ours, twin, rival))
+    line = headlines(compared(ours, twin, rival))[1]
+    assert line.endswith("greedy chose the same child.") and "the best baseline, uniform" in line
     assert best_of(compared(ours, twin, rival), "KL, nats") == {"child", "greedy"}
-    alone = verdict(compared(ours, twin))
-    assert alone.endswith("greedy chose the same architecture; no other baseline was measured beside it.")
+    alone = headlines(compared(ours, twin))
+    assert alone[1].endswith("no other baseline was measured beside it. greedy chose the same child.")
+    assert "nearer" not in alone[0] and "farther" not in alone[0]
 
 
 @pytest.mark.parametrize(
@@ -312,7 +324,8 @@ def right(name: str, stage: str, *shares: int, items: int = 20) -> Candidate:
 def test_benchmarks_are_pooled_and_paired(shares: tuple[int, ...], told: str, covered: bool) -> None:
     parent = right("parent", "parent", 10, 10, 10)
     report = report_of().model_copy(update={"candidates": (parent, right("child", "assembled", *shares))})
-    line = headlines(report)[-1]
+    line = next(line for line in headlines(report) if line.startswith("Benchmarks"))
+    assert ("gets fewer benchmark items right than its parent" in verdict(report)) is not covered
     assert told in line and ("; this is within the error" in line) is covered
     assert re.search(r"Retention \d+ %, 95 % interval \d+ to \d+ %\.$", line)
     cells = {row.label: row.cells for row in comparison_rows(report)}
@@ -360,10 +373,11 @@ def console_of(report: ChildReport) -> str:
 
 def test_a_child_that_loops_is_said_first() -> None:
     report = with_answers(said("a", "b", "c"), said("x", "y", "z", looping=2))
-    first = "2 of 3 answers loop; the parent's 0."
+    first = "Warning: 2 of 3 answers loop; the parent's 0."
+    assert "But it gives answers that loop." in verdict(report)
     assert headlines(report)[0].startswith(first)
     assert report_markdown(report).split("\n\n")[1].startswith(first)
-    assert first in console_of(report)
+    assert console_of(report).startswith(first)
     row = next(row for row in comparison_rows(report) if row.label == "answers that loop")
     assert row.cells == ("0 of 3", "–", "2 of 3", "–", "–") and not row.best
     figures = report_metrics(report)
@@ -378,7 +392,7 @@ def test_a_child_that_loops_no_more_than_its_parent_is_not_accused(parents: int,
 
 def test_a_child_that_says_nothing_is_said_first() -> None:
     assert headlines(with_answers(said("a", "b"), said("", " \n")))[0].startswith(
-        "2 of 2 answers are empty; the parent's 0"
+        "Warning: 2 of 2 answers are empty; the parent's 0"
     )
 
 
@@ -412,7 +426,7 @@ def test_a_report_of_an_older_version_is_read_and_told(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(json.dumps(report))
     old = read_value(tmp_path / "report.json", ChildReport)
     assert answered(old) == [] and "## Answers" not in report_markdown(old)
-    assert verdict(old).startswith("Winner: the child (distilled)")
+    assert "is nearer to its parent than every baseline" in verdict(old)
     assert BEST in console_of(old) and "piqa, %" in console_of(old)
 
 
@@ -444,11 +458,11 @@ def with_speed() -> ChildReport:
 
 def test_speed_and_sums_are_told_in_the_report_and_to_mlflow() -> None:
     text = report_markdown(with_speed())
-    assert "| child | chat, batch 1 | decode | 110 | 100 | +10.0 ±2.0 % | -3.0 ±1.0 % |" in text
+    assert "| child | chat, batch 1 | decode | 0.11 | 0.1 | +10.0 ±2.0 % | -3.0 ±1.0 % |" in text
     assert "off by +10.0 ±2.0 % from the child end to end in llama.cpp (x)" in text
     assert "Predicted times are calibrated: prefill x 1.020" in text
-    assert "| parent | chat, batch 1 | 2,000 | 200 | 2.5 | 0.25 | – | 4 |" in text
-    assert "| child | chat, batch 1 | 1,000 | 100 | 5 | 0.5 | 2 | – |" in text
+    assert "| parent | chat, batch 1 | 2 | 0.2 | 2.5 | 0.25 | – | 0.003906 |" in text
+    assert "| child | chat, batch 1 | 1 | 0.1 | 5 | 0.5 | 2 | – |" in text
     figures = report_metrics(with_speed())
     assert figures["sum_chat/child_decode_off"] == 0.1 and figures["sum_chat/child_decode_off_se"] == 0.02
     assert figures["sum_chat/child_decode_gain_off"] == -0.03

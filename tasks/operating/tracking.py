@@ -21,9 +21,9 @@ from filelock import FileLock
 from blocks.errors import PuzzleError
 from blocks.records import Architecture, Candidate, ChildReport, CorpusInfo, Metric, ParentInfo, Value
 from profiles.schema import Profile
+from tasks.evaluate.standing import final_of, parent_of
 from tasks.operating.reach import quiet_mlflow, wait_for_mlflow
 from tasks.pages.picture import gain_of
-from tasks.pages.report import final_of, parent_of
 from tasks.running.servers import sqlite_url
 
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
@@ -34,7 +34,9 @@ SPEED_FIELDS = (
     "generated_tokens_per_second",
     "requests_per_second",
 )
-PARTS = frozenset({"layers", "samples", "correct", "item_groups", "answers"})  # in report.json, too long for a table
+PARTS = frozenset(
+    {"layers", "samples", "correct", "item_groups", "answers", "limits"}
+)  # in report.json, too long for a table
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's UI takes runs for chats with a model
 Tags = Mapping[str, str | None]
 
