@@ -35,7 +35,7 @@ def report_command(
 ) -> None:
     """One HTML page: the choice, its certificate, architecture, Pareto front, confidence, prices, the run's table."""
     from tasks.pages.page import Extent, read_truth, truth_of, write_page
-    from tasks.pages.run_page import study_of, study_of_run
+    from tasks.pages.run_page import clock, study_of, study_of_run
     from tasks.search.confidence import Draws
 
     asked = replace(asked, workspace=asked.workspace or folder)
@@ -49,7 +49,7 @@ def report_command(
         made = study_of_run(asked.workspace, finished, extent, truth)
     else:
         made = study_of(source, opened, request, extent, truth=truth, made=(("library", str(source.resolve())),))
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    now = clock(datetime.now(UTC).isoformat())
     told = (*made.made, ("this page", f"{now}, {shlex.join(['puzzle', *sys.argv[1:]])}"))
     for file in write_page(replace(made, made=told), out, png):
         typer.echo(f"wrote {file}")

@@ -29,6 +29,7 @@ from tasks.pages.report import (
     column_names,
     comparison_rows,
     save_figure,
+    shipped_column,
     speed_table,
     sums_table,
 )
@@ -185,6 +186,7 @@ def render(study: Study, figures: dict[str, Figure]) -> str:
         budget_header=BUDGET_HEADER,
         budget=(budget_rows(report) if report else []) or [_asked_and_got(price) for price in study.prices],
         columns=[] if report is None else column_names(report),
+        shipped=-1 if report is None else shipped_column(report),
         rows=[] if report is None else comparison_rows(report),
         warnings=[] if report is None else warnings(report),
         verdict="" if report is None else verdict(report),
@@ -226,7 +228,7 @@ def _tile(name: str, value: float, price: Price | None, library: JointLibrary, c
         parents = set(library.parents) == set(library.layers)
         parent = library.of_parent(quantity, index) if parents and not (price and price.share) else 0.0
         share = f"{100 * value / parent:.1f} % of the parent" if parent else ""
-        known = quantity in library.fixed
+        known = quantity in library.fixed and at(library.fixed[quantity], index)
         outside = f"{figure(at(library.fixed[quantity], index), kind.unit)} outside the blocks" if known else ""
     shown_value = figure(value, kind.unit)
     if price is not None and price.share and value == price.used:

@@ -174,6 +174,12 @@ def column_names(report: ChildReport) -> list[str]:
     return [f"{model.name} +GKD" if model.stage == "distilled" else model.name for model in report.candidates]
 
 
+def shipped_column(report: ChildReport) -> int:
+    """The column of the child that is exported; -1 where there is none."""
+    child = final_of(report.candidates, "child")
+    return -1 if child is None else report.candidates.index(child)
+
+
 def comparison_table(report: ChildReport) -> Table:
     """The comparison for the terminal: a column per candidate, the best of each row marked."""
     table = Table(caption=f"{BEST} {BEST_MEANS} {LEGEND}", caption_justify="left", **TABLE_STYLE)
@@ -348,8 +354,7 @@ def sums_table(report: ChildReport) -> WordedTable:
             check.phase,
             plain(check.predicted_seconds),
             rounded(check.measured_seconds) + mark,
-            percent(check.off),
-            percent(check.gain_off),
+            *("–" if mark else percent(off) for off in (check.off, check.gain_off)),
         ]
         for check in speed.sums
     ]

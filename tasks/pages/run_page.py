@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,15 @@ def study_of_run(workspace: Path, report: ChildReport, extent: Extent, truth: tu
     request = _asked(report)
     choice = stored_choice(library, request, report.architecture)
     folder = (workspace / report.child_folder).resolve()
-    made = (("finished", report.finished_at), ("command", report.command), ("folder", str(folder.parent)))
+    made = (("finished", clock(report.finished_at)), ("command", report.command), ("folder", str(folder.parent)))
     parts: dict[str, Any] = {"truth": truth, "report": report, "following": following(report, folder)}
     parts["made"] = tuple((name, value) for name, value in made if value)
     return study_of(tables, library, request, extent, choice=choice, **parts)
+
+
+def clock(moment: str) -> str:
+    """An ISO 8601 moment for people."""
+    return f"{datetime.fromisoformat(moment):%Y-%m-%d %H:%M} UTC" if moment else ""
 
 
 def following(report: ChildReport, child: Path) -> tuple[tuple[str, str], ...]:
