@@ -457,6 +457,18 @@ def test_speed_and_sums_are_told_in_the_report_and_to_mlflow() -> None:
     assert "speed_chat/child_peak_memory_gib" not in figures
 
 
+def test_a_speed_of_a_busy_machine_gets_no_star() -> None:
+    report = report_of()
+    fast = report.candidates[1].model_copy(update={"decode_tokens_per_second": metric(1e6, 1)})
+    everyone = (report.candidates[0], fast, *report.candidates[2:])
+    quiet, busy = (
+        report.model_copy(update={"candidates": everyone, "speed": SpeedReport(busy=who)}) for who in ("", "others")
+    )
+    starred, bare = ({row.label: row.best for row in comparison_rows(one)} for one in (quiet, busy))
+    assert starred["decode, tok/s"] == {1, 2} and bare == starred | {"decode, tok/s": frozenset()}
+    assert busy.speed.disturbed in report_markdown(busy)
+
+
 def test_written_report_reads_back(tmp_path: Path) -> None:
     report = report_of()
     files = write_report(report, tmp_path)

@@ -97,6 +97,7 @@ def _title(candidate: Candidate) -> str:
 def comparison_rows(report: ChildReport) -> list[Row]:
     """The rows of the comparison, columns in the order of `report.candidates`; rows without any figure are left out."""
     candidates, parent = report.candidates, parent_of(report)
+    starred = not report.speed.disturbed  # no speed is the best that was measured on a busy machine
 
     def share(value: Callable[[Candidate], int]) -> Callable[[Candidate], Reading | None]:
         return lambda model: None if parent is None else counted(value(model) / value(parent))
@@ -109,12 +110,14 @@ def comparison_rows(report: ChildReport) -> list[Row]:
         _row("params/parent", candidates, share(lambda model: model.parameters), less=True),
         _row("memory, MiB", candidates, lambda model: counted(model.memory_bytes / MIB), less=True),
         _row("memory/parent", candidates, share(lambda model: model.memory_bytes), less=True),
-        _row("prefill, tok/s", candidates, lambda model: timed(model, model.prefill_tokens_per_second)),
-        _row("prefill gain", candidates, gain("prefill")),
-        _row("decode, tok/s", candidates, lambda model: timed(model, model.decode_tokens_per_second)),
-        _row("decode gain", candidates, gain("decode")),
-        _row("request, s", candidates, lambda model: timed(model, model.runtime_seconds), less=True),
-        _row("request gain", candidates, gain("request")),
+        _row(
+            "prefill, tok/s", candidates, lambda model: timed(model, model.prefill_tokens_per_second), starred=starred
+        ),
+        _row("prefill gain", candidates, gain("prefill"), starred=starred),
+        _row("decode, tok/s", candidates, lambda model: timed(model, model.decode_tokens_per_second), starred=starred),
+        _row("decode gain", candidates, gain("decode"), starred=starred),
+        _row("request, s", candidates, lambda model: timed(model, model.runtime_seconds), less=True, starred=starred),
+        _row("request gain", candidates, gain("request"), starred=starred),
         _row("loss, nats", candidates, lambda model: of_sequences(model, "loss"), less=True),
         _row("KL, nats", candidates, lambda model: of_sequences(model, "kl"), less=True),
         _row("predicted KL", candidates, lambda model: counted(model.predicted_kl), less=None),
@@ -152,8 +155,9 @@ def _row(
     figure: Callable[[Candidate], Reading | None],
     less: bool | None = False,
     scale: float = 1.0,
+    starred: bool = True,
 ) -> Row:
-    """`less`: less is better; None where there is no better."""
+    """`less`: less is better; None where there is no better. `starred`: the best may be marked."""
     figures = [figure(candidate) for candidate in candidates]
     rivals = {
         place: found
@@ -163,7 +167,7 @@ def _row(
     return Row(
         label=label,
         cells=tuple("–" if found is None else rounded(found.metric, scale) for found in figures),
-        best=frozenset() if less is None else best_columns(rivals, less),
+        best=best_columns(rivals, less) if starred and less is not None else frozenset(),
     )
 
 
