@@ -4,10 +4,13 @@ In the order of a run: inputs, recording, blocks, scores, costs, architectures, 
 as a `Ref`: a path relative to the workspace and the sha256 of the file.
 """
 
+import statistics
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from blocks.disturbance import why_disturbed
 
 Subblock = Literal["attention", "ffn"]
 SUBBLOCKS: tuple[Subblock, ...] = ("attention", "ffn")
@@ -193,6 +196,19 @@ class CostTable(Value):
         """True for costs of the roofline model. The table itself says so, wherever it is copied."""
         return self.hardware.get("engine") == "roofline"
 
+    @property
+    def errors(self) -> list[float]:
+        """Relative standard errors: of the parent, and of the median cost: some take hardly any time."""
+        found = [spread for whole in self.parent_measured for spread in (whole.prefill_spread, whole.decode_spread)]
+        for spreads in zip(*((cost.prefill_spread, cost.decode_spread) for cost in self.costs), strict=True):
+            found.append(statistics.median(spreads))
+        return found
+
+    @property
+    def disturbed(self) -> str:
+        """Why these costs are not reliable, as a sentence for people; "" where they are."""
+        return why_disturbed(self.hardware.get("busy", ""), self.errors)
+
 
 # --- architectures
 
@@ -315,6 +331,13 @@ class Throughput(Value):
     memory_bytes: int | None = None
     gains: Gains | None = None
 
+    @property
+    def errors(self) -> list[float]:
+        """Relative standard errors of the times, and of the gains over the parent."""
+        metrics = [self.first_token_seconds, self.output_token_seconds, self.runtime_seconds]
+        metrics += [self.gains.prefill, self.gains.decode, self.gains.request] if self.gains else []
+        return [metric.se / metric.value for metric in metrics if metric.value]
+
 
 class SumCheck(Value):
     """The predicted time of one model in one phase beside the measured one. Predicted: the sum over all its parts.
@@ -338,15 +361,28 @@ class SpeedReport(Value):
     """Speeds of all models, by name, in the engine that the costs come from, and how well the costs predicted them.
 
     clock: the time that predictions are compared in, "CPU" or "wall". busy: which other programs computed meanwhile,
-    "" for none. A report without models: nothing was measured, because the costs are modelled.
+    "" for none; load: how many processors those took on average. measured_at: when, ISO 8601. A report without models:
+    nothing was measured, because the costs are modelled.
     """
 
     engine: str = ""
     clock: str = ""
     busy: str = ""
+    load: float = 0.0
+    measured_at: str = ""
     calibration: Calibration | None = None
     models: dict[str, tuple[Throughput, ...]] = {}
     sums: tuple[SumCheck, ...] = ()
+
+    @property
+    def errors(self) -> list[float]:
+        """Relative standard errors of all models' times and gains."""
+        return [error for every in self.models.values() for own in every for error in own.errors]
+
+    @property
+    def disturbed(self) -> str:
+        """Why these speeds are not reliable, as a sentence for people; "" where they are."""
+        return why_disturbed(self.busy, self.errors)
 
 
 # --- the report

@@ -31,7 +31,7 @@ from tasks.operating.artifacts import show_link, show_markdown, show_picture
 from tasks.operating.shared import keep_run
 from tasks.pages.report import print_report, report_markdown, write_report
 from tasks.pages.run_page import write_run_page
-from tasks.pages.verdict import disturbance, verdict, warnings
+from tasks.pages.verdict import verdict, warnings
 from tasks.running.progress import say, wide_console
 from tasks.running.servers import prefect_database
 from tasks.running.sharing import TaskKey, exclusive
@@ -78,7 +78,7 @@ def finish(
     show_markdown("report", markdown, " ".join([*warnings(report), verdict(report)]))
     for name in ("architecture", "comparison"):
         show_picture(name, folder / f"{name}.png", f"{name} of {run.profile.name}'s child")
-    for line in () if disturbance(report) else warnings_of(found.speed):  # a disturbance heads the report
+    for line in () if report.speed.disturbed else warnings_of(found.speed):  # a disturbance heads the report
         say(line)
     _print(run, report, folder)
     return report

@@ -117,10 +117,10 @@ def remarks_on_costs(costs: CostTable) -> Iterator[str]:
     """What somebody who reads the costs should know about them."""
     if costs.modelled:
         yield f"costs of {costs.hardware['name']} are modelled by the roofline, not measured; nor is any speed"
-    if "busy" in costs.hardware:
+    if costs.disturbed:
         yield (
-            f"the costs are of a busy machine: {costs.hardware['busy']}; measure again when it is quiet (puzzle "
-            "reoptimize --remeasure), or with hardware.threads: 1, where CPU time counts"
+            f"costs: {costs.disturbed}. Measure again when it is quiet (puzzle reoptimize --remeasure), or with "
+            "hardware.threads: 1, where CPU time counts"
         )
     for whole in costs.parent_measured:
         yield sum_beside_whole(costs, whole)

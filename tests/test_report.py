@@ -20,6 +20,7 @@ from blocks.records import (
     CorpusInfo,
     Gains,
     LayerChoice,
+    LimitKept,
     Metric,
     ParentInfo,
     Ref,
@@ -42,7 +43,7 @@ from tasks.pages.report import (
     report_markdown,
     write_report,
 )
-from tasks.pages.verdict import headlines, verdict
+from tasks.pages.verdict import budget_rows, headlines, verdict
 
 
 def metric(value: float, se: float = 0.0) -> Metric:
@@ -342,6 +343,76 @@ def test_twenty_items_give_random_no_star() -> None:
     assert best_of(clear, "a, %") == best_of(clear, "all items, %") == best_of(clear, "retention, %") == {"child"}
 
 
+def with_gain(report: ChildReport, gain: float, error: float = 0.02) -> ChildReport:
+    """The child's requests are so many times as fast as the parent's."""
+    one = metric(gain, error)
+    gains = Gains(prefill=one, decode=one, request=one, prefill_cpu=one, decode_cpu=one)
+    own = [model.model_copy(update={"gains": gains}) if model.name == "child" else model for model in report.candidates]
+    return report.model_copy(update={"candidates": tuple(own)})
+
+
+@pytest.mark.parametrize(
+    ("gain", "error", "busy", "told"),
+    [
+        (1.3, 0.02, "", "better. The child is nearer to its parent than every baseline and is faster than its parent."),
+        (0.59, 0.05, "", "mixed. The child is nearer to its parent than every baseline. But it is slower"),
+        (0.59, 0.29, "", "not decided. The child is nearer"),  # slower by less than two standard errors
+        (1.3, 0.02, "others", "not decided. The child is nearer"),
+    ],
+)
+def test_the_verdict_weighs_speed_beside_quality(gain: float, error: float, busy: str, told: str) -> None:
+    report = with_gain(report_of(), gain, error)
+    report = report.model_copy(update={"speed": SpeedReport(busy=busy)})
+    assert verdict(report).startswith(f"Verdict: {told}")
+
+
+def test_a_lead_counts_as_the_profile_asks() -> None:
+    """By 0.4 nats; the rule of the profile may ask for more, or for another metric."""
+    report = report_of()
+    assert "nearer to its parent than every baseline" in verdict(report)
+    asks = report.model_copy(update={"rule": {"metric": "kl", "min_improvement": 0.5}})
+    assert "whether it is nearer to its parent than the baseline" in verdict(asks)
+    other = report.model_copy(update={"rule": {"metric": "top1_agreement"}})
+    assert any(line.startswith("Quality: top-1 agreement 92.0 ±1.0") for line in headlines(other))
+
+
+@pytest.mark.parametrize(("kl", "absurd"), [(3.7, True), (1.1, False)])
+def test_a_child_that_is_no_model_is_said_first(kl: float, absurd: bool) -> None:
+    report = report_of(child_kl=kl)
+    assert headlines(report)[0].startswith("Warning: this child is no usable model, KL 3.700") is absurd
+    assert console_of(report).startswith("Warning") is absurd
+    assert report_markdown(report).split("\n\n")[1].startswith("Warning") is absurd
+
+
+def test_the_budget_comes_first_asked_got_and_kept() -> None:
+    kept = LimitKept(name="memory_gib", asked=0.1, floor=False, got=0.08)
+    broken = LimitKept(name="speedup", asked=1.5, floor=True, got=1.6, timed=True, measured=metric(1.3, 0.05))
+    report = report_of()
+    own = [
+        model if model.stage == "parent" else model.model_copy(update={"limits": (kept, broken)})
+        for model in report.candidates
+    ]
+    report = report.model_copy(update={"candidates": tuple(own)})
+    assert budget_rows(report) == [
+        ("memory_gib", "at most 0.1 GiB", "0.08 GiB", "–", "kept"),
+        (
+            "speedup",
+            "at least 1.5 times the parent's",
+            "1.6 times the parent's, predicted",
+            "1.300 ±0.050 times the parent's",
+            "not kept",
+        ),
+    ]
+    row = comparison_rows(report)[0]
+    assert (row.label, row.cells) == ("budget", ("–", *["not kept"] * 4))
+    assert "does not keep its budget (speedup)" in verdict(report)
+    assert report_markdown(report).split("\n\n")[1].startswith("| budget | asked | got | measured | kept |")
+    text = console_of(report)
+    assert (
+        text.index("at most 0.1 GiB") < text.index("KL, nats") < text.index("decode gain") < text.index("memory, GiB")
+    )
+
+
 def said(*texts: str, looping: int = 0) -> tuple[Answer, ...]:
     return tuple(
         Answer(
@@ -469,6 +540,18 @@ def test_speed_and_sums_are_told_in_the_report_and_to_mlflow() -> None:
     assert figures["speed_chat/child_first_token_seconds"] == 1
     assert figures["speed_chat/parent_peak_memory_gib"] == 2**22 / 2**30
     assert "speed_chat/child_peak_memory_gib" not in figures
+
+
+def test_a_speed_of_a_busy_machine_gets_no_star() -> None:
+    report = report_of()
+    fast = report.candidates[1].model_copy(update={"decode_tokens_per_second": metric(1e6, 1)})
+    everyone = (report.candidates[0], fast, *report.candidates[2:])
+    quiet, busy = (
+        report.model_copy(update={"candidates": everyone, "speed": SpeedReport(busy=who)}) for who in ("", "others")
+    )
+    starred, bare = ({row.label: row.best for row in comparison_rows(one)} for one in (quiet, busy))
+    assert starred["decode, tokens/s"] == {1, 2} and not any(bare[label] for label in bare if "decode" in label)
+    assert busy.speed.disturbed in report_markdown(busy)
 
 
 def test_written_report_reads_back(tmp_path: Path) -> None:

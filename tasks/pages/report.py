@@ -37,7 +37,7 @@ from tasks.evaluate.standing import (
 )
 from tasks.measure.cost_sums import percent, warnings_of
 from tasks.pages.picture import draw_architecture, draw_comparison, gain_of
-from tasks.pages.verdict import BUDGET_HEADER, GIB, budget_rows, count, disturbance, findings, title, verdict, warnings
+from tasks.pages.verdict import BUDGET_HEADER, GIB, budget_rows, count, findings, title, verdict, warnings
 
 WordedTable = tuple[list[str], list[list[str]], str]
 BEST = "★"
@@ -75,7 +75,7 @@ def comparison_rows(report: ChildReport) -> list[Row]:
     without any figure are left out.
     """
     candidates = report.candidates
-    kept = tuple(budget_state(model, disturbance(report)) or "–" for model in candidates)
+    kept = tuple(budget_state(model, report.speed.disturbed) or "–" for model in candidates)
     rows = [
         Row(label="budget", cells=kept, best=frozenset()),
         *_quality_rows(report),
@@ -101,7 +101,7 @@ def _speed_rows(report: ChildReport) -> list[Row]:
     candidates, parent = report.candidates, parent_of(report)
 
     def row(label: str, figure: Callable[[Candidate], Metric | None], less: bool = False) -> Row:
-        return _row(label, candidates, lambda model: timed(model, figure(model), bool(disturbance(report))), less)
+        return _row(label, candidates, lambda model: timed(model, figure(model), bool(report.speed.disturbed)), less)
 
     return [
         row("request gain", lambda model: gain_of(model, parent, "request")),
@@ -346,7 +346,7 @@ def _predicted_markdown(report: ChildReport) -> str:
 
 def sums_table(report: ChildReport) -> WordedTable:
     """Predicted and measured times of whole models: header, rows, and an explanation."""
-    speed, mark = report.speed, DISTURBED if disturbance(report) else ""
+    speed, mark = report.speed, DISTURBED if report.speed.disturbed else ""
     rows = [
         [
             check.model,
@@ -370,7 +370,7 @@ def sums_table(report: ChildReport) -> WordedTable:
 
 def speed_table(report: ChildReport) -> WordedTable:
     """The speed of every model at every scenario, as its users see it: header, rows, and an explanation."""
-    mark = DISTURBED if disturbance(report) else ""
+    mark = DISTURBED if report.speed.disturbed else ""
     rows = [
         [
             name + mark,

@@ -47,11 +47,6 @@ def headlines(report: ChildReport) -> list[str]:
     return [*warnings(report), verdict(report), *(found.line for found in findings(report) if found.line)]
 
 
-def disturbance(report: ChildReport) -> str:
-    """Why the speeds of a report are not reliable, "" where they are."""
-    return report.speed.busy
-
-
 def warnings(report: ChildReport) -> list[str]:
     """A child that nobody should use without looking, and speeds that nobody should believe."""
     child, parent = final_of(report.candidates, "child"), parent_of(report)
@@ -64,7 +59,7 @@ def warnings(report: ChildReport) -> list[str]:
             "or more training."
         )
     lines += [f"Warning: {line}" for line in _broken_answers(child, parent)]
-    if disturbance(report):
+    if report.speed.disturbed:
         lines.append(f"Warning: {warnings_of(report.speed)[0]}.")
     return lines
 
@@ -103,7 +98,7 @@ def budget_rows(report: ChildReport) -> list[tuple[str, ...]]:
             asked_words(limit),
             figure_words(limit, limit.got) + (", predicted" if limit.timed else ""),
             "–" if limit.measured is None else figure_words(limit, limit.measured),
-            state_of(limit, disturbance(report)),
+            state_of(limit, report.speed.disturbed),
         )
         for limit in child.limits
     ]
@@ -142,13 +137,13 @@ def findings(report: ChildReport) -> list[Finding]:
 
 
 def _budget(report: ChildReport, child: Candidate) -> Finding:
-    state = budget_state(child, disturbance(report))
+    state = budget_state(child, report.speed.disturbed)
     if state is None:
         return Finding()
     if state == "kept":
         return Finding(better="keeps its budget")
     if state == "not kept":
-        broken = [limit.name for limit in child.limits if state_of(limit, disturbance(report)) == "not kept"]
+        broken = [limit.name for limit in child.limits if state_of(limit, report.speed.disturbed) == "not kept"]
         return Finding(worse=f"does not keep its budget ({', '.join(broken)})")
     return Finding(unclear=f"whether it keeps its budget ({state})")
 
@@ -277,7 +272,7 @@ def _speed(report: ChildReport, child: Candidate, parent: Candidate) -> Finding:
         return Finding(
             line="Speed: nothing was timed, the costs are modelled.", unclear="how fast it is (nothing was timed)"
         )
-    doubt = " (not reliable)" if disturbance(report) else ""
+    doubt = " (not reliable)" if report.speed.disturbed else ""
     line = f"Speed over the parent's{doubt}: {'; '.join(lines)}."
     if doubt:
         return Finding(line=line, unclear="how fast it is (the measurement was disturbed)")
