@@ -154,8 +154,8 @@ def _intro(report: ChildReport, load_before: float) -> str:
 
 
 def _speed(rows: Sequence[BenchRow], points: Sequence[Point]) -> list[str]:
-    header = ["engine", "model", "prefill tok/CPU s", "decode tok/CPU s", "TTFT ms", "TPOT ms", "requests/s"]
-    header += ["prefill gain", "in CPU time", "decode gain", "in CPU time", "MiB"]
+    header = ["engine", "model", "prefill tok/CPU s", "decode tok/CPU s", "TTFT, s", "TPOT, s", "requests/s"]
+    header += ["prefill gain", "in CPU time", "decode gain", "in CPU time", "GiB"]
     parts = []
     for point in points:
         own = [row for row in rows if _point_of(row) == point.label]
@@ -180,11 +180,11 @@ def _speed_cells(row: BenchRow) -> list[str]:
         row.model,
         f"{prefill:.0f}",
         f"{decode:.1f}",
-        f"{1e3 * speed.first_token_seconds.value:.0f}",
-        f"{1e3 * speed.output_token_seconds.value:.1f}",
+        f"{speed.first_token_seconds.value:.4f}",
+        f"{speed.output_token_seconds.value:.5f}",
         f"{speed.requests_per_second.value:.3f}",
         *gains,
-        "–" if speed.memory_bytes is None else f"{speed.memory_bytes / 2**20:.0f}",
+        "–" if speed.memory_bytes is None else f"{speed.memory_bytes / 2**30:.3f}",
     ]
 
 
