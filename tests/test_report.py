@@ -380,6 +380,7 @@ def test_a_lead_counts_as_the_profile_asks() -> None:
 def test_a_child_that_is_no_model_is_said_first(kl: float, absurd: bool) -> None:
     report = report_of(child_kl=kl)
     assert headlines(report)[0].startswith("Warning: this child is no usable model, KL 3.700") is absurd
+    assert verdict(report).startswith("Verdict: not usable.") is absurd
     assert console_of(report).startswith("Warning") is absurd
     assert report_markdown(report).split("\n\n")[1].startswith("Warning") is absurd
 

@@ -214,7 +214,7 @@ def print_report(report: ChildReport, console: Console) -> None:
             table.add_row(Text.assemble(_short(one.prompt), (f"\n{one.kind}", "dim")), *cells)
         console.print(table)
         if len(said) > SHOWN:
-            console.print(f"{len(said) - SHOWN} more answers stand in report.html and report.md", highlight=False)
+            console.print(f"all {len(said)} answers stand in report.html and report.md", highlight=False)
     for line in (verdict(report), *(found.line for found in findings(report) if found.line)):
         console.print(Text(line, style="bold" if line.startswith("Verdict") else ""))
 

@@ -34,12 +34,15 @@ NAMES = {"kl": ("KL", 1), "loss": ("loss", 1), "top1_agreement": ("top-1 agreeme
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What is known of one aspect. line: the figures. The others are clauses of the verdict, "" where there is none."""
+    """What is known of one aspect. line: the figures. better, worse, unclear: clauses of the verdict, "" where there is
+    none. unusable: nothing else counts.
+    """
 
     line: str = ""
     better: str = ""
     worse: str = ""
     unclear: str = ""
+    unusable: bool = False
 
 
 def headlines(report: ChildReport) -> list[str]:
@@ -53,15 +56,21 @@ def warnings(report: ChildReport) -> list[str]:
     if child is None or parent is None:
         return []
     lines = []
-    if child.kl is not None and child.kl.value > ABSURD_KL:
+    absurd = _absurd(child)
+    if absurd is not None:
         lines.append(
-            f"Warning: this child is no usable model, KL {rounded(child.kl)} nats per token. Give it a larger budget "
+            f"Warning: this child is no usable model, KL {rounded(absurd)} nats per token. Give it a larger budget "
             "or more training."
         )
     lines += [f"Warning: {line}" for line in _broken_answers(child, parent)]
     if report.speed.disturbed:
         lines.append(f"Warning: {warnings_of(report.speed)[0]}.")
     return lines
+
+
+def _absurd(child: Candidate) -> Metric | None:
+    """The child's KL where it is that of no usable model."""
+    return child.kl if child.kl is not None and child.kl.value > ABSURD_KL else None
 
 
 def _broken_answers(child: Candidate, parent: Candidate) -> list[str]:
@@ -105,12 +114,17 @@ def budget_rows(report: ChildReport) -> list[tuple[str, ...]]:
 
 
 def verdict(report: ChildReport) -> str:
-    """Better, mixed, worse or not decided, and in what."""
+    """Better, mixed, worse, not decided or not usable, and in what."""
     found = findings(report)
     better, worse, unclear = (
         [clause for one in found if (clause := getattr(one, kind))] for kind in ("better", "worse", "unclear")
     )
-    word = "mixed" if better and worse else "worse" if worse else "not decided" if unclear or not better else "better"
+    if any(one.unusable for one in found):
+        word = "not usable"
+    else:
+        word = (
+            "mixed" if better and worse else "worse" if worse else "better" if better and not unclear else "not decided"
+        )
     said = [f"The child {_listed(better)}."] if better else []
     said += [f"{'But it' if better else 'The child'} {_listed(worse)}."] if worse else []
     said += [f"Not clear: {'; '.join(unclear)}."] if unclear else []
@@ -127,6 +141,8 @@ def findings(report: ChildReport) -> list[Finding]:
     if child is None:
         return []
     found = [_budget(report, child), _quality(report, child)]
+    if _absurd(child) is not None:
+        found.append(Finding(worse="is no usable model", unusable=True))
     if parent is None:
         return found
     return [*found, _benchmarks(report, child, parent), _speed(report, child, parent), _size(child, parent)] + [
@@ -168,7 +184,7 @@ def _quality(report: ChildReport, child: Candidate) -> Finding:
     names = dict.fromkeys(model.name for model in report.candidates if model.name not in ("parent", "child"))
     others = [model for other in names if (model := final_of(report.candidates, other)) is not None]
     twins = [model.name for model in others if same_architecture(child, model)]
-    chose = f" {' and '.join(twins)} chose the same child." if twins else ""
+    chose = f" {_listed(twins)} chose the same child." if twins else ""
     figure = f"Quality: {name} {rounded(ours.metric, scale)}"
     leads = [
         (_lead(ours, theirs, rule.metric), theirs, model)

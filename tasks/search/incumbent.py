@@ -77,7 +77,7 @@ def _to_come(values: Floats, slots: list[Integers]) -> Floats:
 
 
 def _cloud(best: Floats) -> Floats:
-    """(P, R): the LP relaxation's prices first, then random ones around them; free rows get a price in half of those."""
+    """(P, R): the LP relaxation's prices first, then random ones around; free rows get a price in half of those."""
     generator = np.random.default_rng(0)
     some = np.maximum(best, 0.05 * best.max(initial=0.0))
     cloud = [
