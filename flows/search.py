@@ -172,13 +172,14 @@ def _used(library: "JointLibrary", name: str, value: float | None, limit: Any, p
     if value is None:
         return []
     kind = QUANTITIES[name]
-    of = ""
+    unit, asked = "" if kind.unit == kind.title else f" {kind.unit}", ""
     if limit is not None:
-        of = f" of {100 * limit.asked:.10g}% of the parent's" if limit.share else f" of {limit.asked:.10g}"
+        most = f"{100 * limit.asked:.10g}% of the parent's" if limit.share else f"{limit.asked:.10g}{unit}"
+        asked = f", asked: {'at least' if kind.floor else 'at most'} {most}"
     outside = ""
     if kind.cost in library.fixed and not kind.floor:
         outside = f", {at(library.fixed[kind.cost], place):.6g} of it outside the blocks"
-    return [f"{kind.title}  {value:.6g}{of} {kind.unit}{outside}"]
+    return [f"{kind.title}  {value:.6g}{unit}{asked}{outside}"]
 
 
 def _shown(label: str) -> str:
