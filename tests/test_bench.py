@@ -18,7 +18,7 @@ from tasks.gguf.writer import UnknownPrecision
 from tasks.inputs.space import check_search_space
 from tasks.loadtest.bench_table import bench_table, draw_bench
 from tasks.measure.bench import BenchRow, Point, bench
-from tasks.measure.costs import measure_costs
+from tasks.measure.costs import CostRequest, measure_costs
 from tasks.measure.llama_cpp_costs import LlamaCppTimer
 from tasks.measure.whole_model_costs import FIRST, models_to_time
 from tests.chain import prepare
@@ -117,14 +117,15 @@ def test_costs_in_llama_cpp_are_a_cost_table(tmp_path: Path) -> None:
     scenarios = (Scenario(batch_sizes=(1, 2), prompt_tokens=8, generated_tokens=6),)
     hardware = Hardware(threads=1, engine="llama.cpp")
     measure = Measure(rounds=3, decode_steps=2)
-    table = measure_costs(parent, SPACE, scenarios, hardware, measure, tmp_path)
+    asked = CostRequest(parent=parent, space=SPACE, scenarios=scenarios, hardware=hardware, measure=measure)
+    table = measure_costs(asked, tmp_path)
     assert "llama.cpp" in table.hardware["engine"] and table.hardware["threads"] == "1"
     assert len(table.costs) == 2 * 8 and len(table.parent_measured) == 2
     costs = {(cost.subblock, cost.variant, cost.batch_size): cost for cost in table.costs}
     assert costs["attention", "no_op", 1].prefill_seconds == 0
     assert all(cost.prefill_seconds >= 0 for cost in table.costs)  # at these sizes noise, cut at 0
     assert table.parent_measured[1].prefill_seconds > table.parent_measured[0].prefill_seconds > 0
-    assert measure_costs(parent, SPACE, scenarios, hardware, measure, tmp_path) == table
+    assert measure_costs(asked, tmp_path) == table
 
 
 def test_a_search_for_an_engine_leaves_out_what_it_cannot_run(tmp_path: Path) -> None:
