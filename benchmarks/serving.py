@@ -28,7 +28,7 @@ from tasks.export.logits_check import Difference, compare_logits
 from tasks.gguf.reader import read_gguf
 from tasks.measure.bench import BenchRow, Point, bench
 from tasks.measure.cost_sums import MEASURED, PHASES, clock_of, error_of_sum, percent, sum_of
-from tasks.measure.costs import measure_costs
+from tasks.measure.costs import CostRequest, measure_costs
 from tasks.running.progress import say, shown
 
 ValueT = TypeVar("ValueT", bound=Value)
@@ -200,7 +200,10 @@ def _cost_table(options: argparse.Namespace, report: ChildReport, case: Case, po
     (options.keep / "parent").symlink_to((options.workspace / "parent").resolve())
     with shown(f"costs in {engine} {precision}") as tell:  # stored by what they depend on, as a run's are
         measure = Measure(rounds=options.cost_rounds, decode_steps=16)
-        return measure_costs(report.parent, space, scenarios, hardware, measure, options.keep, tell)
+        asked = CostRequest(
+            parent=report.parent, space=space, scenarios=tuple(scenarios), hardware=hardware, measure=measure
+        )
+        return measure_costs(asked, options.keep, tell)
 
 
 def _scenario(point: Point) -> Scenario:

@@ -180,7 +180,7 @@ class CostTable(Value):
     """All costs of one parent on one hardware target, either measured on it or modelled for it, never both.
 
     parent_measured: the whole parent, measured in the same rounds. calibration: None where the sums of blocks need
-    none.
+    none. load: how many processors others took meanwhile, on average.
     """
 
     hardware: dict[str, str]
@@ -190,6 +190,7 @@ class CostTable(Value):
     measured_at: str
     parent_measured: tuple[NonBlockCost, ...] = ()
     calibration: Calibration | None = None
+    load: float = 0.0
 
     @property
     def modelled(self) -> bool:

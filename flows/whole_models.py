@@ -7,6 +7,7 @@ from typing import Any
 from blocks.library import digest_of
 from blocks.records import Answer, CorpusInfo, CostTable, ParentInfo, SpeedReport
 from flows.run import Run, task_of
+from flows.stages import cost_tasks
 from profiles.schema import Profile
 from tasks.distill import gkd
 from tasks.distill.record import open_parent
@@ -130,7 +131,7 @@ def measure_speed(run: Run, contenders: Sequence[Contender], parent: ParentInfo,
 
     def call(progress: Any) -> Any:
         values = (list(contenders), len(contenders), parent, table, profile, workspace, progress)
-        needs = ["costs", *map(made_of, contenders)]
+        needs = [*cost_tasks(run), *map(made_of, contenders)]
         return run.call(throughput_task, "speed", *values, after=needs, limited=False, refresh=stored is None)
 
     if stored is not None:  # asked first: nobody waits for a device to read what is known

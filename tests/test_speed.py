@@ -29,7 +29,7 @@ from tasks.evaluate.compare import contender, parent_contender
 from tasks.measure import end_to_end
 from tasks.measure.calibration import bias_of, calibrated, drift
 from tasks.measure.cost_sums import check_sums, error_of_sum, warnings_of
-from tasks.measure.costs import measure_costs
+from tasks.measure.costs import CostRequest, measure_costs
 from tasks.measure.end_to_end import measure_speed
 from tasks.measure.torch_costs import summary
 from tasks.running.usage import Others
@@ -281,7 +281,7 @@ def test_models_are_measured_in_the_engine_of_the_costs(
     torch.set_num_threads(1)
     profile = load_profile("tiny", [*SMALL, f"hardware={hardware}"])
     parent, _ = prepare(tmp_path, train_steps=0)
-    costs = measure_costs(parent, profile.search_space, profile.scenarios, profile.hardware, profile.measure, tmp_path)
+    costs = measure_costs(CostRequest.of(profile, parent), tmp_path)
     problem = make_problem([], costs, profile.budget, profile.scenarios)
     child = architecture(table(), PARENT).model_copy(
         update={

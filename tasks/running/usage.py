@@ -102,7 +102,7 @@ class Others:
 
     def crowd(self, threads: int) -> str:
         """A clause for people when others left fewer processors than so many threads need; "" otherwise."""
-        return crowd(self.load(), threads, os.cpu_count() or 1)
+        return crowd(self.load(), threads)
 
 
 def crowd_now(threads: int, seconds: float = 0.5) -> str:
@@ -112,7 +112,7 @@ def crowd_now(threads: int, seconds: float = 0.5) -> str:
     return others.crowd(threads)
 
 
-def crowd(others: float, threads: int, processors: int) -> str:
+def crowd(others: float, threads: int, processors: int = os.cpu_count() or 1) -> str:
     """See `Others.crowd`. others: processors that others took, on average."""
     if others <= CROWDED * processors or processors - others >= threads:
         return ""
