@@ -33,10 +33,12 @@ from tasks.pages.report import print_report, report_markdown, write_report
 from tasks.pages.run_page import write_run_page
 from tasks.pages.verdict import verdict, warnings
 from tasks.running.progress import say, wide_console
-from tasks.running.servers import prefect_database
+from tasks.running.servers import answer, prefect_database
 from tasks.running.sharing import TaskKey, exclusive
 from tasks.search.totals import Problem
 from tasks.search.view import request_of
+
+LOCAL_PREFECT, LOCAL_MLFLOW = "http://127.0.0.1:4200", "http://127.0.0.1:5000"  # where the commands below listen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,17 +198,22 @@ def command_of(profile: Profile) -> str:
 
 def ui_commands(run: TrackedRun) -> list[str]:
     """Where to see this very run in Prefect's and MLflow's UI, with the commands that open them where it takes any."""
-    mlflow = [f"MLflow:  {tracking.run_url(run.tracking, run.mlflow_run_id)}"]
-    if not tracking.server_uri():
-        mlflow = [f"MLflow:  {tracking.mlflow_ui_command(run.workspace)}", f"         {mlflow[0].split()[1]}"]
+    url = tracking.run_url(run.tracking, run.mlflow_run_id)
+    mlflow = [f"MLflow:  {url}"]
+    shown = answer(f"{LOCAL_MLFLOW}/ajax-api/2.0/mlflow/runs/get?run_id={run.mlflow_run_id}", timeout=2)
+    if not tracking.server_uri() and not shown:
+        mlflow = [f"MLflow:  {tracking.mlflow_ui_command(run.workspace)}", f"         {url}"]
     if os.environ.get("PREFECT_API_URL"):
         return [f"Prefect: {runtime.flow_run.ui_url}", *mlflow]
+    page = f"{LOCAL_PREFECT}/runs/flow-run/{run.prefect_run_id}"
+    if answer(f"{LOCAL_PREFECT}/api/flow_runs/{run.prefect_run_id}", timeout=2):
+        return [f"Prefect: {page}", *mlflow]
     prefect = Path(sys.executable).parent / "prefect"
     home = Path(os.environ.get("PREFECT_HOME") or run.workspace / "prefect")
     settings = {"PREFECT_HOME": str(home), **prefect_database(home)}
     given = " ".join(f"{name}={shlex.quote(value)}" for name, value in settings.items())
     return [
         f"Prefect: {given} {prefect} server start",
-        f"         http://127.0.0.1:4200/runs/flow-run/{run.prefect_run_id}",
+        f"         {page}",
         *mlflow,
     ]

@@ -76,7 +76,11 @@ def sweep_command(
     asked: LibraryOptions,
     over: Annotated[str, typer.Option("--over", help=f"what is limited: {', '.join(QUANTITIES)}")] = "latency_seconds",
     minimise: Annotated[
-        str, typer.Option("--minimise", help="what is minimised at each limit (throughput: maximised)")
+        str,
+        typer.Option(
+            "--minimise",
+            help=f"what is minimised at each limit (tokens_per_second: maximised): {', '.join(QUANTITIES)}",
+        ),
     ] = "score",
     points: Annotated[int, typer.Option("--points", min=2, max=1000, help="limits along the front")] = 20,
     as_json: Json = False,
@@ -97,7 +101,8 @@ def sweep_command(
         rows = [{"limit": at, **_or_infeasible(choice)} for at, choice in zip(values, found, strict=True)]
         typer.echo(json.dumps(rows, indent=1))
         return
-    typer.echo(_row(over, "objective", "score", "memory_gib", "latency_seconds", "status"))
+    typer.echo(f"the best {minimise} at each limit on {over}")
+    typer.echo(_row("limit", "objective", "score", "memory_gib", "latency_seconds", "status"))
     for value, choice in zip(values, found, strict=True):
         figures = ("-", "-", "-", "-", "infeasible")
         if choice:
