@@ -5,7 +5,7 @@ engine and behind a server.
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +21,8 @@ from tasks.running.progress import clock, say, shown, wide_console
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from tasks.measure.bench import BenchRow, Point
 
 ChildPath = Annotated[
     Path, typer.Argument(metavar="CHILD", help="a child's folder (a parent's will do), or a .gguf file")
@@ -109,20 +111,34 @@ def bench_command(
     _quiet()
     from tasks.engines.registry import installed_engine
     from tasks.loadtest.bench_table import bench_table, draw_bench
-    from tasks.measure.bench import Point, bench
+    from tasks.measure.bench import bench
     from tasks.running.devices import alone
 
     installed_engine(engine)
     sources = _parent_and_child(child, parent)
-    points = [Point.parse(text) for text in load or [DEFAULT_LOAD]]
+    points = _points(load, sources)
     _check_picture(picture)
 
     def measure() -> None:
         with alone("bench"), shown("bench", beside=True) as report:
             rows = bench(sources, engine, points, precision=precision, rounds=rounds, threads=threads, progress=report)
         _show(rows, lambda: bench_table(rows), lambda: draw_bench(rows), picture, as_json)
+        _keep_bench(child, rows)
 
     _logged(Path.cwd(), measure)
+
+
+def _keep_bench(child: Path, rows: "Sequence[BenchRow]") -> None:
+    """The figures as a run in the MLflow of the child's workspace. They are printed already: no failure for this."""
+    from tasks.operating.experiment import mlflow_error
+    from tasks.operating.study_runs import log_bench
+
+    try:
+        page = log_bench(child, rows)
+    except (PuzzleError, mlflow_error()) as error:
+        page = f"not kept, MLflow did not take it: {error}"
+    if page:
+        typer.echo(f"in MLflow: {page}", err=True)
 
 
 def loadtest_command(
@@ -157,7 +173,7 @@ def loadtest_command(
     from tasks.loadtest.arrivals import Limits, rates_of
     from tasks.loadtest.load_table import draw_load, failures_of, load_table
     from tasks.loadtest.serving_load import LoadPlan, bench_servers
-    from tasks.measure.bench import CHILD, Point
+    from tasks.measure.bench import CHILD
     from tasks.running.devices import alone
 
     if server is None and not url:
@@ -166,10 +182,11 @@ def loadtest_command(
     unused = [name for name, value in given.items() if url and value is not None]
     if unused:
         raise PuzzleError(f"{unused[0]} is for servers that --server starts; those that --url names run already.")
+    sources = {CHILD: child} if url else _parent_and_child(child, parent)
     plan = LoadPlan(
         server=server,
         urls=tuple(url or ()),
-        points=tuple(Point.parse(text) for text in load or [DEFAULT_LOAD]),
+        points=tuple(_points(load, sources)),
         precision=precision or "float32",
         rounds=rounds,
         threads=threads or 1,
@@ -177,7 +194,6 @@ def loadtest_command(
         rates=() if rate is None else rates_of(rate),
         limits=Limits(first_token_ms=max_ttft, output_token_ms=max_tpot),
     )
-    sources = {CHILD: child} if url else _parent_and_child(child, parent)
     _check_picture(picture)
 
     def measure() -> None:
@@ -191,6 +207,19 @@ def loadtest_command(
             say(sentence)
 
     _logged(Path.cwd(), measure)
+
+
+def _points(load: Sequence[str] | None, sources: Mapping[str, Path]) -> "list[Point]":
+    """The loads that were asked for, or the usual one, shortened to what parent and child can take."""
+    from tasks.measure.bench import Point, fitting
+
+    if load:
+        return [Point.parse(text) for text in load]
+    usual = Point.parse(DEFAULT_LOAD)
+    point = fitting(usual, sources.values())
+    if point != usual:
+        say(f"load {point.label} instead of {usual.label}, which is longer than the model's context")
+    return [point]
 
 
 def _parent_and_child(child: Path, parent: Path | None) -> dict[str, Path]:

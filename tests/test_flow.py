@@ -231,9 +231,13 @@ def test_prefect_and_mlflow_carry_each_other(run: tuple[Path, str]) -> None:
         rows = dict(database.execute("select key, value from tags where run_uuid = ?", (report.mlflow_run_id,)))
         names = {name for (name,) in database.execute("select name from runs")}
         metrics = {key for (key,) in database.execute("select distinct key from metrics")}
+        params = {key for (key,) in database.execute("select distinct key from params")}
     assert rows["prefect.flow_run_id"] == report.prefect_run_id
-    assert {"tiny", "distill", "score", "measure", "choose"} <= names
-    assert {"child/kl", "child/loss", "parent/loss", "child/speedup_prefill", "search/score"} <= metrics
+    assert {"machine", "distill", "score", "choose"} <= names
+    assert {name.split()[0] for name in names} >= {"tiny", "costs"}
+    assert {"at_a_glance/kl", "child/loss", "parent/loss", "child/speedup_prefill", "search/score"} <= metrics
+    assert {"cost/ffn48/decode_ms_b4", "cost/kv1/kv_bytes_per_token"} <= metrics
+    assert {"bld.steps", "hardware.engine", "search_space.ffn", "gkd.steps"} <= params and rows["puzzle.costs_run"]
 
 
 def test_another_budget_reuses_the_library_within_a_minute(
