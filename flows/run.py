@@ -22,7 +22,7 @@ from prefect.tasks import exponential_backoff
 from prefect.utilities.annotations import quote
 from transformers.utils.logging import disable_progress_bar
 
-from blocks.runtime import release_memory, set_threads
+from blocks.runtime import imports_left_alone, release_memory, set_threads
 from profiles.schema import Profile
 from tasks.operating.artifacts import stage_bar
 from tasks.operating.reach import check_servers
@@ -141,7 +141,7 @@ def process_of(profile: Profile, workspace: Path) -> Iterator[None]:
     check_servers()
     for line in advice(profile):
         say(line)
-    with at_work_in(workspace) as number, one_line_when_prefect_is_away():
+    with at_work_in(workspace) as number, one_line_when_prefect_is_away(), imports_left_alone():
         set_threads(profile.hardware.threads)
         disable_progress_bar()  # transformers' own bars: ours show the stage
         stop_orphaned_servers(prefect_home(workspace, number))

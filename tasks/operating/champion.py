@@ -75,7 +75,7 @@ def basis(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, table: CostT
         "distillation": [profile.record, profile.bld, profile.seed, record.VERSION, bld.VERSION],
         "scoring": [profile.scoring, scoring.VERSION],
         "hardware": [hardware, profile.measure, costs.VERSION],
-        "costs": table.model_dump(mode="json", exclude={"measured_at"}) if table else "not measured",
+        "costs": table.model_dump(mode="json", exclude={"measured_at", "load"}) if table else "not measured",
         "traffic": profile.scenarios,
         "budget": profile.budget,
         "search": profile.search,
