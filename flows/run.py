@@ -23,7 +23,7 @@ from prefect.tasks import exponential_backoff
 from prefect.utilities.annotations import quote
 from transformers.utils.logging import disable_progress_bar
 
-from blocks.runtime import release_memory, set_threads
+from blocks.runtime import imports_left_alone, release_memory, set_threads
 from profiles.schema import Profile
 from tasks.operating.artifacts import stage_bar
 from tasks.operating.reach import check_servers
@@ -96,14 +96,23 @@ class Run:
         finally:
             release_memory()
 
-    def call(self, which: Any, makes: str, *values: Any, after: Iterable[str] = (), limited: bool = True) -> Any:
-        """The result of a task that runs here and now. `limited`: the profile's time limit holds for it.
+    def call(
+        self,
+        which: Any,
+        makes: str,
+        *values: Any,
+        after: Iterable[str] = (),
+        limited: bool = True,
+        refresh: bool = False,
+    ) -> Any:
+        """The result of a task that runs here and now. `limited`: the profile's time limit holds for it. `refresh`: the
+        files are not whole, so whatever Prefect has kept of the task is not asked for.
 
         Where the files are whole, that is a task run which Prefect's record of it ends as `Cached`. Prefect may have no
         record that it can read: another machine made them, or a run with another Prefect server, or one that was killed
         wrote half of it. Then the task finds the files, and Prefect has a record from then on.
         """
-        wanted = self._limited(which, limited)
+        wanted = self._limited(which, limited, refresh)
         state: State[Any] = wanted(*map(quote, values), wait_for=self._made_by(after), return_state=True)
         if state.state_details.task_run_id is not None:
             self.task_runs[makes] = state.state_details.task_run_id
@@ -138,7 +147,7 @@ def process_of(profile: Profile, workspace: Path) -> Iterator[None]:
         say(line)
     if home := os.environ.get("PREFECT_HOME"):
         stop_orphaned_servers(Path(home))
-    with at_work_in(workspace) as number, one_line_when_prefect_is_away():
+    with at_work_in(workspace) as number, one_line_when_prefect_is_away(), imports_left_alone():
         set_threads(profile.hardware.threads)
         disable_progress_bar()  # transformers' own bars: ours show the stage
         if number > 1:

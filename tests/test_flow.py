@@ -267,6 +267,7 @@ def test_another_budget_reuses_the_library_within_a_minute(
     assert child_of(output) != child_of(first)
     with sqlite3.connect(workspace / "prefect" / "prefect.db") as database:
         cached = database.execute("select name from task_run where state_name = 'Cached'").fetchall()
+    assert ("measure ffn parent chat x1",) in cached and ("measure parent chat x1",) in cached
     found = [name for (name,) in cached if name.startswith("distill layer")]
     assert len(found) >= sum(path.suffix == ".json" for path in library)
 

@@ -17,7 +17,7 @@ from typing import Literal
 from torch import Tensor
 
 from blocks.errors import DamagedBlock, PuzzleError
-from blocks.estimates import confidence_of_look, lower_bound
+from blocks.estimates import confidence_of_look, lower_bound, rounded
 from blocks.files import sha256_of
 from blocks.library import digest_of, read_tensors, remember
 from blocks.records import CorpusInfo, CostTable, LayerChoice, Metric, ParentInfo, Value
@@ -31,7 +31,6 @@ from tasks.inputs.precision import as_written, child_dtype
 from tasks.libraries.interchange import read_library
 from tasks.measure import costs
 from tasks.measure.hardware_description import hardware_description
-from tasks.pages.report import rounded
 from tasks.score import scoring
 from tasks.search.totals import Problem, broken_limits, fitting_batches, problem_of
 
@@ -79,7 +78,7 @@ def basis(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, table: CostT
         "distillation": [profile.record, profile.bld, profile.seed, record.VERSION, bld.VERSION],
         "scoring": [profile.scoring, scoring.VERSION],
         "hardware": [hardware, profile.measure, costs.VERSION],
-        "costs": table.model_dump(mode="json", exclude={"measured_at"}) if table else "not measured",
+        "costs": table.model_dump(mode="json", exclude={"measured_at", "load"}) if table else "not measured",
         "traffic": profile.scenarios,
         "budget": profile.budget,
         "search": profile.search,
