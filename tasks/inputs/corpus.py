@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +29,14 @@ from profiles.schema import Corpus, HubSource, TextSource
 from tasks.inputs.chats import Chat, Message, contents_alone, template_of
 from tasks.inputs.companions import TOKENIZER_FILES
 from tasks.inputs.corpus_sources import check_sources, content_of, iterate_documents, pinned
+from tasks.inputs.text_files import SUFFIXES
 from tasks.running.progress import say
 
 VERSION = 1  # raise it when the same sources would give other tokens
 PART = 1 << 20  # characters tokenised at once: a tokenizer takes about 150 bytes for each
+TRIED_TOKENS = 1 << 19  # tokenised in a second or two
+COUNTED_BYTES = 1 << 26  # read in a second or two
+BYTES_PER_TOKEN = 4
 # split -> the largest share of its sequences that one document may give is 1 / this; only train may exceed it
 SHARES = {"test": 8, "validation": 8, "train": 32}
 CHAT_TEMPLATE = "chat_template.jinja"  # says nothing about other sources than those that may hold chats
@@ -55,12 +60,7 @@ def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: s
     documents = ordered_documents(iterate_documents(at_commits, tokenizer.chat, notes))
     for note in notes:
         say(f"corpus: {note}")
-    wanted = {
-        "test": corpus.test_sequences,
-        "validation": corpus.validation_sequences,
-        "train": corpus.train_sequences,
-    }
-    packed, used = pack_splits(documents, tokenizer, wanted, corpus.sequence_length)
+    packed, used = pack_splits(documents, tokenizer, splits_of(corpus), corpus.sequence_length)
     _check_ids(packed, tokenizer_folder / "config.json")
     info = CorpusInfo(
         tokens=write_tensors(workspace, f"corpus/{fingerprint}.safetensors", packed),
@@ -74,6 +74,51 @@ def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: s
     )
     keep(manifest, info, [info.tokens], workspace)
     return info
+
+
+def check_enough(corpus: Corpus, tokenizer_folder: Path | None) -> str:
+    """Whether the text fills the splits, before a run. Raises CorpusError; returns a sentence of doubt, or "".
+
+    With the tokenizer, a corpus of up to half a million tokens is packed for a try. Otherwise bytes are counted: no
+    token is less than one.
+    """
+    splits = splits_of(corpus)
+    needed = sum(splits.values()) * corpus.sequence_length
+    if tokenizer_folder is not None and needed <= TRIED_TOKENS:
+        tokenizer = load_tokenizer(tokenizer_folder)
+        documents = ordered_documents(iterate_documents(corpus, tokenizer.chat))
+        packed, _ = pack_splits(documents, tokenizer, splits, corpus.sequence_length)
+        _check_ids(packed, tokenizer_folder / "config.json")
+        return ""
+    there, enough = 0, min(BYTES_PER_TOKEN * needed, COUNTED_BYTES)
+    for document in iterate_documents(corpus):
+        there += len(document.encode()) + 2  # a document may get bos and eos
+        if there >= enough:
+            return ""
+    told = f"{needed:,} tokens are asked for, and the documents hold {there:,} bytes"
+    ways = "add text, or lower corpus.train_sequences"
+    if there < needed:
+        raise CorpusError(f"the corpus is too small: {told}: {ways}.")
+    return f"corpus: {told}. A token is about {BYTES_PER_TOKEN} bytes of English, so that may be too little: {ways}."
+
+
+def splits_of(corpus: Corpus) -> dict[str, int]:
+    """Number of sequences of each split, in the order in which documents fill them."""
+    return {
+        "test": corpus.test_sequences,
+        "validation": corpus.validation_sequences,
+        "train": corpus.train_sequences,
+    }
+
+
+def tokens_of_file(path: Path, tokenizer_folder: Path, sequences: int, length: int) -> torch.Tensor:
+    """A text, jsonl or parquet file as token ids (sequences, length). Raises CorpusError where it is too short."""
+    kind: Any = next((kind for kind, ends in SUFFIXES.items() if path.suffix.lower() in ends), "text")
+    source = TextSource(kind=kind, path=str(path))
+    asked = Corpus(sources=(source,), sequence_length=length, train_sequences=sequences)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    documents = ordered_documents(iterate_documents(asked, tokenizer.chat))
+    return pack_splits(documents, tokenizer, {"train": sequences}, length)[0]["train"].long()
 
 
 def _check_ids(packed: Mapping[str, torch.Tensor], config: Path) -> None:

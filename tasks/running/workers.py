@@ -65,15 +65,16 @@ def in_slot(slot: WorkerSlot, workspace: Path, task: TaskKey) -> Iterator[Comput
     if context is not None and context.detached:
         configure()
         _log_to_prefect()
-    with exclusive(workspace, task), _at_a_device(slot) as compute:
+    with exclusive(workspace, task), _at_a_device(slot, task) as compute:
         yield compute
 
 
 @contextmanager
-def _at_a_device(slot: WorkerSlot) -> Iterator[Compute]:
+def _at_a_device(slot: WorkerSlot, task: TaskKey) -> Iterator[Compute]:
     threads = set_threads(slot.threads)
     with on_device(slot.devices) as device:
-        log.info("on %s of %s, %d threads, process %d", device, socket.gethostname(), threads, os.getpid())
+        where = f"{device} of {socket.gethostname()}, process {os.getpid()}"
+        log.info("at work on %s, on %s, with %d thread%s", task.what, where, threads, "s" if threads > 1 else "")
         yield slot.compute.on(device)
 
 
@@ -183,7 +184,7 @@ def _ray(wanted: Orchestration, stack: ExitStack) -> None:
         "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
     }
     if wanted.address is not None:
-        _reachable(wanted.address)
+        check_address("ray", wanted.address)
     try:
         ray.init(address=wanted.address or "local", **quiet, **({} if wanted.address else own))
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -228,12 +229,12 @@ def _host_and_port(address: str) -> tuple[str, int]:
     return host, int(port) if port.isdecimal() else 0
 
 
-def _reachable(address: str) -> None:
-    """Ray waits for minutes for a node that is not there."""
+def check_address(runner: str, address: str, seconds: float = CONNECT_SECONDS) -> None:
+    """PuzzleError where nobody listens at a cluster's address. Ray itself waits for minutes."""
     try:
-        socket.create_connection(_host_and_port(address), timeout=CONNECT_SECONDS).close()
+        socket.create_connection(_host_and_port(address), timeout=seconds).close()
     except (OSError, ValueError) as error:
-        raise _nobody(address, "Ray node") from error
+        raise _nobody(address, "Ray node" if runner == "ray" else "dask scheduler") from error
 
 
 def _nobody(address: str, what: str) -> PuzzleError:
