@@ -171,7 +171,7 @@ def _takes_over(now: CostTable, before: CostTable) -> bool:
 
 
 def _measured(asked: CostRequest, workspace: Path, progress: Progress, hand: Handed) -> CostTable:
-    reader = open_parent(workspace / asked.parent.folder)
+    reader = open_parent(workspace / asked.parent.folder, HOST)
     kept = KeptFigures(asked.path(workspace).with_suffix(".unfinished"))
     timer, others = _timer(reader, asked), Others()
     try:
