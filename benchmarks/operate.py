@@ -50,9 +50,8 @@ def refused(site: Site) -> str:
     """A form with a wrong value, an unknown field, a workspace that is a path."""
     deployment = site.deployment("optimize")
     reasons = []
-    for change, workspace in (({"budget": {"layer_parameters_fraction": 7}}, "w"), ({"sped_up": 2}, "w"), ({}, "../w")):
-        profile = {**deployment["parameters"]["profile"], **change}
-        body = {"parameters": {"profile": profile, "workspace": workspace}}
+    for given in ({"budget": {"layer_parameters_fraction": 7}}, {"budget": {"sped_up": 2}}, {"workspace": "../w"}):
+        body = {"parameters": {**deployment["parameters"], **given}}
         status, said = site.call(f"/deployments/{deployment['id']}/create_flow_run", body)
         assert status == 409, said
         reasons.append(said.split("Failure reason: ")[1].split('"}')[0])
@@ -74,12 +73,12 @@ def optimized(site: Site) -> str:
     metrics = {metric["key"]: metric["value"] for metric in logged["data"]["metrics"]}
     inputs = [found["dataset"]["name"] for found in logged["inputs"]["dataset_inputs"]]
     assert tags["prefect.flow_run_id"] == run and run in tags["prefect.flow_run_url"]
-    assert logged["info"]["status"] == "FINISHED" and metrics["child/kl"] >= 0 and len(inputs) == 2
+    assert logged["info"]["status"] == "FINISHED" and metrics["at_a_glance/kl"] >= 0 and len(inputs) == 2
     site.kept["first"] = child_digest(site.root / "first")
     return (
         f"Prefect: Completed, {len(bars)} progress bars, {len(artifacts)} artifacts; "
-        f"MLflow: {logged['info']['status']}, child/kl "
-        f"{metrics['child/kl']:.4f}, {len(metrics)} metrics, inputs {', '.join(inputs)}; each names the other"
+        f"MLflow: {logged['info']['status']}, KL "
+        f"{metrics['at_a_glance/kl']:.4f}, {len(metrics)} metrics, inputs {', '.join(inputs)}; each names the other"
     )
 
 

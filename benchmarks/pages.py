@@ -33,6 +33,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "plan": ("tasks/planning",),
     "quality": (*LEARNING, "tasks/evaluate", "tasks/score", "tasks/search"),
     "scale": ("flows", "tasks/running"),
+    "scale_tokens": (*LEARNING, "tasks/score"),
     "scoring": ("blocks/divergence.py", "tasks/score"),
     "search": ("tasks/search",),
     "serving": ("tasks/engines", "tasks/export", "tasks/gguf", "tasks/measure"),

@@ -2,8 +2,8 @@
 
     .venv/bin/python -m benchmarks.shots                # about five minutes on an idle machine; needs `chromium`
 
-Two runs of the tiny profile with different budgets and a re-optimisation are made first, so that there is something to
-compare. Chromium is told what to do over its debugging port: pages are waited for, not guessed at.
+Two runs of the tiny profile with different engines and budgets and a re-optimisation are made first, so that there is
+something to compare. Chromium is told what to do over its debugging port: pages are waited for, not guessed at.
 """
 
 import base64
@@ -18,14 +18,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from mlflow import MlflowClient
 from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 
 from benchmarks.site import OVER, PATIENCE, ROOT, Site, request, served
+from tasks.operating.charts import OPTIMISATIONS, VIEW
 from tasks.running.servers import LOOPBACK, free_port, running
 
 IMAGES = ROOT / "docs" / "images"
 QUICK = {"corpus.sources": [{"kind": "python_stdlib", "max_files": 60}], "hardware.threads": 1}
+OTHER = {"budget.layer_parameters_fraction": 0.45, "hardware.engine": "llama.cpp"}
 MODELS = "puzzle-tiny"
 
 
@@ -58,11 +61,18 @@ class Browser:
 
     def click(self, text: str) -> None:
         """Press the last button, link or tab of exactly this text."""
-        found = f"[...document.querySelectorAll('button,a,[role=tab],label')].filter(e=>e.innerText.trim()=={text!r})"
+        kinds = "button,a,[role=tab],.p-tab,label"
+        found = f"[...document.querySelectorAll('{kinds}')].filter(e=>e.innerText.trim()=={text!r})"
         deadline = time.monotonic() + 180
         while not self.evaluate(f"(e=>(e&&e.click(),!!e))({found}.pop())"):
             assert time.monotonic() < deadline, f"nothing to press named {text!r}"
             time.sleep(0.5)
+
+    def write(self, field: str, text: str) -> None:
+        """Write into the first text field of a CSS selector, as a person would."""
+        self.evaluate(f"document.querySelector({json.dumps(field)}).focus()")
+        self.tell("Input.insertText", text=text)
+        time.sleep(1)
 
     def reveal(self, text: str) -> None:
         """Scroll to the innermost element of a text, once it is there."""
@@ -111,21 +121,20 @@ def forms(site: Site, page: Browser) -> None:
     """The forms of `optimize` and `sweep`, and a value that is refused."""
     own = site.deployment("optimize")
     run = f"{site.prefect}/deployments/deployment/{own['id']}/run"
-    page.open(run, "Parameters", (940, 1500))
+    page.open(run, "Parameters", (940, 2150))
     page.shoot("form")
     page.open(f"{site.prefect}/deployments/deployment/{site.deployment('sweep')['id']}/run", "Parameters", (940, 1180))
     page.shoot("form-sweep")
-    profile = {**own["parameters"]["profile"], "budget": {"layer_parameters_fraction": 7}}
-    asked = quote(json.dumps({**own["parameters"], "profile": profile}))
-    page.open(f"{run}?parameters={asked}", "Parameters", (940, 900))
+    page.open(run, "Parameters", (940, 900))
+    page.write("textarea", "700%")
     page.click("Submit")
-    page.reveal("7 is not valid under any of the given schemas")
+    page.reveal("is not valid under any of the given schemas")
     page.shoot("form-refused")
 
 
 def while_running(site: Site, page: Browser) -> str:
     """A run at work, and its artifacts when it is done. Returns the run."""
-    run = site.start("optimize", QUICK | {"budget.layer_parameters_fraction": 0.45}, workspace="shown")
+    run = site.start("optimize", QUICK | OTHER, workspace="shown")
     while not list((site.root / "shown").glob("scores/*.json")):
         assert site.state(run)["type"] not in OVER
         time.sleep(0.2)
@@ -136,21 +145,45 @@ def while_running(site: Site, page: Browser) -> str:
     page.click("Artifacts")
     time.sleep(4)
     page.shoot("artifacts")
+    again = site.start("optimize", QUICK | {"budget.layer_parameters_fraction": 0.45}, workspace="shown")
+    site.finished(again)
+    page.open(f"{site.prefect}/runs/flow-run/{again}?tab=TaskRuns", "Task Runs", (1300, 1300), settle=8)
+    page.click("Task Runs")
+    time.sleep(4)
+    page.write("input[placeholder='Search by run name']", "distill")
+    page.wait_for("Cached")
+    time.sleep(4)
+    page.shoot("run-cached")
     return run
 
 
-def in_mlflow(site: Site, page: Browser, run: str) -> None:
-    """The run, what the machine did meanwhile, two runs side by side, the registry."""
-    linked = {key: site.artifacts(run)[key]["data"] for key in ("mlflow-run", "mlflow-compare")}
-    address = {key: text[text.index("(") + 1 : text.rindex(")")] for key, text in linked.items()}
-    page.open(address["mlflow-run"], "child/kl", (1300, 900))
+def in_mlflow(page: Browser, mlflow: str, run_id: str) -> None:
+    """The run, what the machine did meanwhile, two runs in charts and side by side, their costs, the registry."""
+    client = MlflowClient(tracking_uri=mlflow)
+    of = client.get_run(run_id).info.experiment_id
+    (machine,) = client.search_runs([of], f"tags.`mlflow.parentRunId` = '{run_id}' and run_name = 'machine'")
+    pairs = [
+        client.search_runs([of], which, max_results=2) for which in (OPTIMISATIONS, "tags.`puzzle.costs` LIKE '%'")
+    ]
+    side_by_side = [quote(json.dumps([run.info.run_id for run in pair])) for pair in pairs]
+    runs, costs = (
+        f"{mlflow}/#/compare-runs?runs={pair}&experiments={quote(json.dumps([of]))}" for pair in side_by_side
+    )
+    home = f"{mlflow}/#/experiments/{of}/runs"
+    page.open(f"{home}/{run_id}", "at_a_glance/kl", (1300, 900))
     page.shoot("mlflow-run")
-    page.open(f"{address['mlflow-run']}/system-metrics", "system", (1300, 900), settle=10)
+    page.open(f"{home}/{machine.info.run_id}/system-metrics", "system", (1300, 900), settle=10)
     page.shoot("mlflow-system")
-    page.open(address["mlflow-compare"], "child/kl", (1300, 1300), settle=10)
+    page.open(f"{home}?viewStateShareKey={VIEW}&compareRunsMode=CHART", "decode_speedup vs", (1800, 1000), settle=10)
+    page.shoot("mlflow-charts")
+    page.open(runs, "at_a_glance/kl", (1300, 1500), settle=10)
     page.shoot("mlflow-compare")
-    page.open(f"{site.mlflow}/#/models/{MODELS}", MODELS, (1300, 700))
+    page.open(costs, "cost/", (1300, 1500), settle=10)
+    page.shoot("mlflow-costs")
+    page.open(f"{mlflow}/#/models/{MODELS}", MODELS, (1300, 900))
     page.shoot("registry")
+    page.open(f"{mlflow}/#/models/{MODELS}/versions/2", "A child of", (1300, 900))
+    page.shoot("registry-version")
 
 
 def main() -> None:
@@ -161,8 +194,8 @@ def main() -> None:
             forms(site, page)
             site.finished(site.start("optimize", QUICK))
             run = while_running(site, page)
-            site.finished(site.start("reoptimize", QUICK | {"budget.layer_parameters_fraction": 0.45}))
-            in_mlflow(site, page, run)
+            site.finished(site.start("reoptimize", QUICK | OTHER))
+            in_mlflow(page, site.mlflow, site.mlflow_run_of(run))
 
 
 if __name__ == "__main__":

@@ -126,6 +126,14 @@ def lower_bound(found: Metric, confidence: float) -> float:
     return found.value - float(stats.t.ppf(confidence, found.n - 1)) * found.se
 
 
+def confidence_of_look(confidence: float, look: int) -> float:
+    """The confidence that the look-th of many comparisons needs, from 1, so that all of them together, however many
+    there will be, err with a probability of at most 1 - confidence. That error is spent as 1/2, 1/6, 1/12, ... of it;
+    the bound is the sum (Bonferroni), so the comparisons may depend on each other in any way.
+    """
+    return 1 - (1 - confidence) / (look * (look + 1))
+
+
 def rank_correlation(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
     """(D,) Spearman correlations of `first` (K,) with every column of `second` (K, D); 0 where one does not vary."""
     ranks, columns = stats.rankdata(first), stats.rankdata(second, axis=0)
@@ -139,3 +147,17 @@ def rank_correlation(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]
 def is_clear(difference: Metric) -> bool:
     """Whether a difference exceeds its error. A sample of one shows no error, so none of its differences is clear."""
     return difference.n > 1 and abs(difference.value) > CLEAR * difference.se
+
+
+def rounded(metric: Metric, scale: float = 1.0) -> str:
+    """`value ±error` with the error to two digits; an error of 0 (exact, or one sample) is left out."""
+    value, error = metric.value * scale, metric.se * scale
+    if error <= 0:
+        return plain(value)
+    decimals = min(9, max(0, 1 - math.floor(math.log10(error))))
+    return f"{value:,.{decimals}f} ±{error:,.{decimals}f}"
+
+
+def plain(value: float) -> str:
+    """Four digits, without a power of ten for everyday sizes."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

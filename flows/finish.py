@@ -5,19 +5,25 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from prefect import runtime
+from prefect.settings import PREFECT_HOME
 
 from blocks.compute import HOST
 from blocks.errors import PuzzleError
 from blocks.library import digest_of, keep
 from blocks.records import Answer, BlockRecord, ChildReport, CorpusInfo, ParentInfo, SpeedReport
 from blocks.resources import weight_bytes
+from flows.run import task_of
 from flows.tracked_run import TrackedRun
+from flows.whole_models import made_of
 from profiles.schema import Profile
 from tasks.distill.record import open_parent
+from tasks.engines.timing_in_turns import PARENT
+from tasks.evaluate.budget import limits_of
 from tasks.evaluate.compare import LINEAGE, Contender, Evaluation, Lineage, build, candidate
 from tasks.export.folder import export_child, model_card
 from tasks.inputs.children import in_precision
@@ -27,11 +33,14 @@ from tasks.measure.cost_sums import warnings_of
 from tasks.operating import experiment, tracking
 from tasks.operating.artifacts import show_link, show_markdown, show_picture
 from tasks.operating.shared import keep_run
-from tasks.pages.report import headlines, print_report, report_markdown, write_report
+from tasks.operating.study_runs import log_report
+from tasks.pages.report import print_report, report_markdown, write_report
 from tasks.pages.run_page import write_run_page
+from tasks.pages.verdict import verdict, warnings
 from tasks.running.progress import say, wide_console
 from tasks.running.servers import answer, prefect_database
 from tasks.running.sharing import TaskKey, exclusive
+from tasks.search.totals import Problem
 from tasks.search.view import request_of
 
 LOCAL_PREFECT, LOCAL_MLFLOW = "http://127.0.0.1:4200", "http://127.0.0.1:5000"  # where the commands below listen
@@ -59,25 +68,38 @@ def finish(
     contenders: Sequence[Contender],
     found: Findings,
     source: tuple[ParentInfo, CorpusInfo],
-    blocks: Sequence[BlockRecord],
+    library: tuple[Sequence[BlockRecord], Problem],
 ) -> ChildReport:
-    """Export the child, write and log the report, print the table. `contenders[0]` is the parent."""
+    """Export the child, write and log the report, print the table. `contenders[0]` is the parent. library: all trained
+    blocks, and the question that the child answers.
+    """
     folder = run.workspace / "runs" / f"{run.profile.name}-{digest_of(child=final.key)[:12]}"
-    report = _report(run, final, contenders, found, source, blocks, folder)
+    report = _report(run, final, contenders, found, source, library, folder)
     markdown = report_markdown(report)
-    with exclusive(run.workspace, TaskKey(key=f"run-{folder.name}", what="the same child's folder")):
-        _export(run, final, source, markdown, folder)
-        files = [*write_report(report, folder), *_page(run, report, folder), folder / LINEAGE]
-        keep_run(folder, run.workspace)
-    tracking.log_report(run.tracking, run.mlflow_run_id, report, files)
+    needs = [name for name in run.task_runs if name.split()[0] in ("evaluation", "answers", "speed")]
+    values = (final, run, source, report, folder)
+    files = run.call(export_task, "child", *values, after=[made_of(final), *needs], limited=False)
+    log_report(run.tracking, run.mlflow_run_id, report, files)
     link_to_earlier_runs(run)
-    show_markdown("report", markdown, " ".join(headlines(report)))
+    show_markdown("report", markdown, " ".join([*warnings(report), verdict(report)]))
     for name in ("architecture", "comparison"):
         show_picture(name, folder / f"{name}.png", f"{name} of {run.profile.name}'s child")
-    for line in warnings_of(found.speed):
+    for line in () if report.speed.disturbed else warnings_of(found.speed):  # a disturbance heads the report
         say(line)
     _print(run, report, folder)
     return report
+
+
+@task_of("export", "export {which.name} and write the report")
+def export_task(
+    which: Contender, run: TrackedRun, source: tuple[ParentInfo, CorpusInfo], report: ChildReport, folder: Path
+) -> Any:
+    """The folder of a finished run: the child, its report, pictures and page. Returns the files to log."""
+    with exclusive(run.workspace, TaskKey(key=f"run-{folder.name}", what="the same child's folder")):
+        _export(run, which, source, report_markdown(report), folder)
+        files = [*write_report(report, folder), *_page(run, report, folder), folder / LINEAGE]
+        keep_run(folder, run.workspace)
+    return files
 
 
 def _report(
@@ -86,11 +108,12 @@ def _report(
     contenders: Sequence[Contender],
     found: Findings,
     source: tuple[ParentInfo, CorpusInfo],
-    blocks: Sequence[BlockRecord],
+    library: tuple[Sequence[BlockRecord], Problem],
     folder: Path,
 ) -> ChildReport:
-    parent, corpus = source
+    (parent, corpus), (blocks, problem) = source, library
     speed, own = found.speed, found.evaluations[0]
+    parents = speed.models.get(PARENT, ())
     size = weight_bytes(served_precision(run.profile.hardware, open_parent(run.workspace / parent.folder)))
     return ChildReport(
         profile=run.profile.name,
@@ -99,9 +122,14 @@ def _report(
         architecture=final.architecture,
         candidates=tuple(
             candidate(which, evaluation, own, speed.models, size, run.profile.scoring.metric).model_copy(
-                update={"answers": found.answers.get((which.name, which.stage), ())}
+                update={
+                    "answers": found.answers.get((which.name, which.stage), ()),
+                    "limits": ()
+                    if which.stage == "parent"
+                    else limits_of(problem, which.architecture, speed.models.get(which.name, ()), parents),
+                }
             )
-            for which, evaluation in zip(contenders, found.evaluations, strict=True)
+            for which, evaluation in _ordered(contenders, found.evaluations, final)
         ),
         child_folder=str((folder / "child").relative_to(run.workspace)),
         speed=speed,
@@ -113,9 +141,20 @@ def _report(
         cpu_seconds=run.usage.cpu_seconds(),
         peak_memory_bytes=run.usage.peak_memory_bytes(),
         request=request_of(run.profile).model_dump(mode="json"),
+        rule=run.profile.champion.model_dump(mode="json"),
+        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command_of(run.profile),
         prefect_run_id=run.prefect_run_id,
         mlflow_run_id=run.mlflow_run_id,
     )
+
+
+def _ordered(
+    contenders: Sequence[Contender], found: Sequence[Evaluation], final: Contender
+) -> list[tuple[Contender, Evaluation]]:
+    """Parent, then the child that is shipped, then all others: a narrow screen shows the first columns."""
+    pairs = list(zip(contenders, found, strict=True))
+    return sorted(pairs, key=lambda pair: (pair[0].stage != "parent", pair[0] is not final))
 
 
 def _export(
@@ -137,11 +176,18 @@ def link_to_earlier_runs(run: TrackedRun) -> None:
         others = [one for one in experiment.finished_runs(run.tracking, 5) if one != run.mlflow_run_id]
         if not others:
             return
-        url = experiment.compare_url(run.tracking, [run.mlflow_run_id, *others])
+        pages = {
+            "mlflow charts": (experiment.charts_url(run.tracking), "speed against quality, all of this experiment"),
+            "mlflow compare": (
+                experiment.compare_url(run.tracking, [run.mlflow_run_id, *others]),
+                f"beside the last {len(others)} of this parent on this hardware, figure by figure",
+            ),
+        }
     except (PuzzleError, experiment.mlflow_error()) as error:
         say(f"no link to earlier runs, MLflow did not name them: {error}")
         return
-    show_link("mlflow compare", url, f"beside the last {len(others)} of this parent on this hardware")
+    for name, (url, what) in pages.items():
+        show_link(name, url, what)
 
 
 def _page(run: TrackedRun, report: ChildReport, folder: Path) -> list[Path]:
@@ -186,7 +232,7 @@ def ui_commands(run: TrackedRun) -> list[str]:
     if answer(f"{LOCAL_PREFECT}/api/flow_runs/{run.prefect_run_id}", timeout=2):
         return [f"Prefect: {page}", *mlflow]
     prefect = Path(sys.executable).parent / "prefect"
-    home = Path(os.environ.get("PREFECT_HOME") or run.workspace / "prefect")
+    home = PREFECT_HOME.value()
     settings = {"PREFECT_HOME": str(home), **prefect_database(home)}
     given = " ".join(f"{name}={shlex.quote(value)}" for name, value in settings.items())
     return [

@@ -24,9 +24,11 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
     """
     with open_run(profile, Path(workspace)) as run:
         parent, corpus = stages.prepare(run)
+        run.log_inputs(parent, corpus)
         records = stages.record(run, parent, corpus)
         blocks = stages.distill_all(run, parent, corpus, records)
         costs = stages.measure(run, parent)
+        run.log_costs(costs)
         scores = stages.score_all(run, parent, corpus, records, blocks, costs)
         run.log_library(parent, corpus, blocks, scores, costs)
 
@@ -46,7 +48,7 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         final = distilled[0] if distilled else child
         said = whole_models.let_answer(run, [own, final], parent)
         findings = Findings(evaluations=found, speed=speed, answers=said)
-        return finish(run, final, assembled + distilled, findings, (parent, corpus), blocks)
+        return finish(run, final, assembled + distilled, findings, (parent, corpus), (blocks, problem))
 
 
 def run_optimize(profile: Profile, workspace: Path) -> ChildReport:

@@ -22,12 +22,13 @@ from tasks.running.progress import clock, say, shown, wide_console
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from tasks.measure.bench import Point
+    from tasks.measure.bench import BenchRow, Point
 
 ChildPath = Annotated[
     Path, typer.Argument(metavar="CHILD", help="a child's folder (a parent's will do), or a .gguf file")
 ]
 PRECISION = "float32, float16 or bfloat16; q8_0 too for GGUF and llama.cpp"
+CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 128, 256
 Precision = Annotated[str, typer.Option("--precision", help=PRECISION)]
 
 
@@ -42,10 +43,17 @@ def export_command(
     ],
     form: Annotated[str, typer.Option("--format", help="gguf, nemotron-nas, transformers or native")],
     out: Annotated[Path, typer.Option("--out", metavar="PATH", help="the file (gguf) or folder to write")],
-    precision: Annotated[str | None, typer.Option("--precision", help=f"{PRECISION} [the child's own]")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", help=f"{PRECISION}; GGUF alone: q5_1, q5_0, q4_1, q4_0, iq4_nl [the child's own]"),
+    ] = None,
     tokenizer_from: Annotated[
         Path | None,
         typer.Option("--tokenizer-from", metavar="GGUF", help="copy the tokenizer of this GGUF file; none: write none"),
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option("--calibrate", metavar="FILE", help="text that q4_0 to iq4_nl are fitted to [the run's corpus]"),
     ] = None,
 ) -> None:
     """Write a child for an engine, and check that the engine gives the same logits and tokens."""
@@ -60,7 +68,9 @@ def export_command(
 
     def export() -> None:
         with _at_its_checkpoint(child, step) as folder:
-            done = export_as(folder, form, precision, out, tokenizer_from, step)
+            done = export_as(
+                folder, form, precision, out, tokenizer_from, step, lambda: _calibration(folder, calibrate)
+            )
         for note in done.notes:
             say(note)
         typer.echo(f"{form}: {done.path.resolve()}")
@@ -87,6 +97,23 @@ def _at_its_checkpoint(child: Path, step: Callable[[str], None]) -> Iterator[Pat
     with tempfile.TemporaryDirectory() as folder:
         model = in_precision(found.model(), Parent(parent).dtype)
         yield export_folder(model, parent, Path(folder) / "child", f"# A child within its GKD: {what}\n")
+
+
+def _calibration(child: Path, text: Path | None) -> Any:
+    """Tokens (S, T) of the text that an export is fitted to: the file named, or the corpus of the run that made the
+    child. None without either.
+    """
+    from blocks.library import read_tensors, read_value
+    from tasks.evaluate.compare import LINEAGE, Lineage
+    from tasks.inputs.corpus import tokens_of_file
+
+    if text is not None:
+        return tokens_of_file(text, child, CALIBRATION_SEQUENCES, CALIBRATION_TOKENS)
+    lineage = child.resolve().parent / LINEAGE
+    if not lineage.is_file():
+        return None
+    stored = read_value(lineage, Lineage).corpus.tokens
+    return read_tensors(lineage.parents[2], stored, ["train"])["train"][:CALIBRATION_SEQUENCES].long()
 
 
 def _logged(beside: Path, work: Callable[[], None]) -> None:
@@ -152,8 +179,22 @@ def bench_command(
         with alone("bench"), shown("bench", beside=True) as report:
             rows = bench(sources, engine, points, precision=precision, rounds=rounds, threads=threads, progress=report)
         _show(rows, lambda: bench_table(rows), lambda: draw_bench(rows), picture, as_json)
+        _keep_bench(child, rows)
 
     _logged(Path.cwd(), measure)
+
+
+def _keep_bench(child: Path, rows: "Sequence[BenchRow]") -> None:
+    """The figures as a run in the MLflow of the child's workspace. They are printed already: no failure for this."""
+    from tasks.operating.experiment import mlflow_error
+    from tasks.operating.study_runs import log_bench
+
+    try:
+        page = log_bench(child, rows)
+    except (PuzzleError, mlflow_error()) as error:
+        page = f"not kept, MLflow did not take it: {error}"
+    if page:
+        typer.echo(f"in MLflow: {page}", err=True)
 
 
 def loadtest_command(
@@ -174,11 +215,13 @@ def loadtest_command(
     rate: Annotated[
         str | None, typer.Option("--rate", metavar="R,R", help="also at so many arrivals a second, by chance: 0.5,1,2")
     ] = None,
-    max_ttft: Annotated[
-        float | None, typer.Option("--max-ttft", min=0.001, metavar="MS", help="good: first token within MS")
+    max_first: Annotated[
+        float | None,
+        typer.Option("--max-time-to-first-token-seconds", min=1e-6, metavar="S", help="good: first token within S"),
     ] = None,
-    max_tpot: Annotated[
-        float | None, typer.Option("--max-tpot", min=0.001, metavar="MS", help="good: MS between output tokens at most")
+    max_output: Annotated[
+        float | None,
+        typer.Option("--max-output-token-seconds", min=1e-6, metavar="S", help="good: S between output tokens at most"),
     ] = None,
     picture: Picture = None,
     as_json: AsJson = False,
@@ -207,7 +250,7 @@ def loadtest_command(
         threads=threads or 1,
         requests=requests,
         rates=() if rate is None else rates_of(rate),
-        limits=Limits(first_token_ms=max_ttft, output_token_ms=max_tpot),
+        limits=Limits(first_token_seconds=max_first, output_token_seconds=max_output),
     )
     _check_picture(picture)
 

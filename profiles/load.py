@@ -240,3 +240,8 @@ def _kind(value: Any) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def in_yaml(profile: Profile) -> str:
+    """A profile as text that `load_profile` reads as the same profile."""
+    return yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -96,6 +96,9 @@ class opened:  # noqa: N801
     def keys(self) -> list[str]:
         return list(self.file.keys())
 
+    def get_slice(self, name: str) -> Any:
+        return self.file.get_slice(name)
+
     def get_tensor(self, name: str) -> torch.Tensor:
         return self.file.get_tensor(name).to(self.device)
 

@@ -170,7 +170,7 @@ def _through(data: LayerData, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def distill(job: Job, workspace: Path, compute: Compute) -> BlockRecord:
-    """Distil one variant, or return the finished record of the library. States that are not kept are recorded for it."""
+    """Distil one variant, or return the library's finished record. States that are not kept are recorded for it."""
     for number, shard in enumerate(job.recording.shards):
         if job.record.boundary is None and progress_of(job, number, workspace) is None:
             enter(job.layer, shard, job.recording, workspace, compute)

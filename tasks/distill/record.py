@@ -18,7 +18,17 @@ from torch import Tensor
 
 from blocks.compute import Compute
 from blocks.fit import elimination_order
-from blocks.library import digest_of, is_whole, keep, read_tensors, read_value, remember, write_tensors, write_value
+from blocks.library import (
+    digest_of,
+    is_whole,
+    keep,
+    read_rows,
+    read_tensors,
+    read_value,
+    remember,
+    write_tensors,
+    write_value,
+)
 from blocks.packed import pack_linears
 from blocks.parent import Parent
 from blocks.records import CorpusInfo, LayerRecord, ParentInfo, Ref, Value
@@ -251,8 +261,8 @@ def _entering(reader: Parent, layer: int, shard: Shard, recording: Recording, wo
 
 @torch.no_grad()
 def _embedded(reader: Parent, shard: Shard, recording: Recording, workspace: Path) -> Tensor:
-    tokens = read_tensors(workspace, recording.corpus.tokens)
-    chosen = torch.cat([tokens["train"][slice(*shard.train)], tokens["validation"][slice(*shard.validation)]])
+    place = (workspace, recording.corpus.tokens)
+    chosen = torch.cat([read_rows(*place, "train", *shard.train), read_rows(*place, "validation", *shard.validation)])
     embedding = reader.embedding()
     parts = chosen.split(reader.compute.sequences(chosen.shape[1]))
     return torch.cat([embedding(part.to(reader.compute.device).long()).cpu() for part in parts])

@@ -69,7 +69,8 @@ class BenchmarkResult(Value):
 
 @dataclass(frozen=True, kw_only=True)
 class ParentTargets:
-    """What the parent says about `tokens` (S, T): its last hidden states after the norm (S, T, D) and its head.
+    """What the parent says about `tokens` (S, T): its last hidden states after the norm (S, T, D), on the host, and its
+    head.
 
     Its logits (S, T, V) are computed again, chunk by chunk, where they are needed: D is about a hundredth of V.
     """
@@ -103,9 +104,10 @@ def _hidden_states(model: Any, tokens: Tensor, compute: Compute) -> Iterator[Ten
         yield model.model(input_ids=batch.to(compute.device).long(), use_cache=False).last_hidden_state
 
 
-def _log_probs(head: nn.Module, softcap: float | None, hidden: Tensor) -> Tensor:
+def _log_probs(head: Any, softcap: float | None, hidden: Tensor) -> Tensor:
     """(tokens, D) -> (tokens, V), float32."""
-    logits = head(hidden).float()
+    bias = getattr(head, "bias", None)
+    logits = functional.linear(hidden.float(), head.weight.float(), None if bias is None else bias.float())
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     return functional.log_softmax(logits, dim=-1)
@@ -121,7 +123,7 @@ def parent_targets(parent_model: Any, tokens: Tensor, compute: Compute) -> Paren
     The result refers to the parent's head (the embedding where it is tied), not to its layers.
     """
     with _evaluating(parent_model):
-        hidden = torch.cat(list(_hidden_states(parent_model, tokens, compute)))
+        hidden = torch.cat([part.cpu() for part in _hidden_states(parent_model, tokens, compute)])
     return ParentTargets(tokens=tokens, hidden=hidden, head=parent_model.lm_head, softcap=_softcap(parent_model))
 
 
@@ -161,7 +163,7 @@ def _token_figures(model: Any, hidden: Tensor, targets: ParentTargets, where: sl
     figures = []
     for model_hidden, parent_hidden, label in triples:
         models = _log_probs(model.lm_head, _softcap(model), model_hidden)
-        parents = _log_probs(targets.head, targets.softcap, parent_hidden).to(models.device)
+        parents = _log_probs(targets.head, targets.softcap, parent_hidden.to(models.device))
         loss = functional.nll_loss(models, label, ignore_index=-100, reduction="none")
         kl = (parents.exp() * (parents - models)).sum(dim=-1)
         agree = models.argmax(dim=-1) == parents.argmax(dim=-1)

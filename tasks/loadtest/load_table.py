@@ -9,13 +9,24 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from tasks.loadtest.arrivals import NO_LIMITS, Limits
-from tasks.loadtest.bench_table import draw_bars, gain_cell
+from tasks.loadtest.bench_table import MEMORY, draw_bars, gain_cell
 from tasks.loadtest.serving_load import LoadRow
 from tasks.measure.bench import CHILD
 from tasks.pages.picture import COLOURS, INK, figure_of, plain_axes
 
-COLUMNS = ("load", "model", "ok", "req/s", "tok/s", "gain (CPU)", "TTFT p50/p95 ms", "gain", "TPOT p50/p95 ms", "gain")
-PANELS = ("TTFT, ms", "TPOT, ms", "answers per second")
+COLUMNS = (
+    "load",
+    "model",
+    "ok",
+    "requests/s",
+    "generated tokens/s",
+    "gain (CPU)",
+    "TTFT p50/p95, s",
+    "gain",
+    "TPOT p50/p95, s",
+    "gain",
+)
+PANELS = ("TTFT, s", "TPOT, s", "answers per second")
 
 
 def load_table(rows: Sequence[LoadRow], limits: Limits = NO_LIMITS) -> Table:
@@ -26,7 +37,7 @@ def load_table(rows: Sequence[LoadRow], limits: Limits = NO_LIMITS) -> Table:
     if limits.given():
         title += f"\ngood: share of requests with {limits.words()}"
     table = Table(title=title, title_justify="left", box=None)
-    for column in (*COLUMNS, *(["good"] if limits.given() else []), "MiB"):
+    for column in (*COLUMNS, *(["good"] if limits.given() else []), MEMORY):
         table.add_column(column, justify="left" if column in ("load", "model") else "right", no_wrap=True)
     for row in rows:
         table.add_row(*load_cells(row))
@@ -34,7 +45,7 @@ def load_table(rows: Sequence[LoadRow], limits: Limits = NO_LIMITS) -> Table:
 
 
 def load_cells(row: LoadRow) -> list[str]:
-    """One row in words: COLUMNS, the share of good requests where there are limits, MiB."""
+    """One row in words: COLUMNS, the share of good requests where there are limits, memory."""
     gains = row.gains
     return [
         row.load,
@@ -43,17 +54,17 @@ def load_cells(row: LoadRow) -> list[str]:
         f"{row.requests_per_second.value:,.2f}",
         f"{row.generated_tokens_per_second.value:,.1f} ±{row.generated_tokens_per_second.se:,.1f}",
         gain_cell(gains.throughput, gains.cpu) if gains else "",
-        _pair(row.first_token_ms),
+        _pair(row.first_token_seconds),
         gain_cell(gains.first_token, None) if gains else "",
-        _pair(row.output_token_ms),
+        _pair(row.output_token_seconds),
         gain_cell(gains.output_token, None) if gains else "",
         *([] if row.good is None else [f"{row.good.value:.0%} ±{row.good.se:.0%}"]),
-        "" if row.memory_bytes is None else f"{row.memory_bytes / 2**20:,.0f}",
+        "" if row.memory_bytes is None else f"{row.memory_bytes / 2**30:,.3f}",
     ]
 
 
 def _pair(values: Sequence[float | None]) -> str:
-    return " / ".join("failed" if value is None else f"{value:,.1f}" for value in values)
+    return " / ".join("failed" if value is None else f"{value:,.4f}" for value in values)
 
 
 def failures_of(rows: Sequence[LoadRow]) -> list[str]:
@@ -99,7 +110,7 @@ def _shape(row: LoadRow) -> str:
 def _draw_model(panels: Sequence[Axes], own: Sequence[LoadRow], name: str) -> None:
     open_loop = sorted((row for row in own if row.rate is not None), key=lambda row: row.rate or 0)
     colour, rates = COLOURS.get(name, COLOURS[CHILD]), [row.rate or 0 for row in open_loop]
-    for axes, field in zip(panels, ("first_token_ms", "output_token_ms"), strict=False):
+    for axes, field in zip(panels, ("first_token_seconds", "output_token_seconds"), strict=False):
         for place, style in enumerate(("-", "--")):
             values = [getattr(row, field)[place] for row in open_loop]
             axes.plot(
@@ -121,6 +132,6 @@ def _draw_closed(rows: Sequence[LoadRow]) -> Figure:
             "output tokens per second": [
                 (row.generated_tokens_per_second.value, row.generated_tokens_per_second.se) for row in rows
             ],
-            "time to first token, ms (p50)": [(row.first_token_ms[0] or 0, 0) for row in rows],
+            "time to first token, s (p50)": [(row.first_token_seconds[0] or 0, 0) for row in rows],
         },
     )

@@ -24,7 +24,7 @@ from blocks.compute import Compute
 from blocks.divergence import Head, Targets, kl_per_token, targets_of
 from blocks.estimates import mean
 from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
-from blocks.library import digest_of, keep, read_tensors, remember
+from blocks.library import digest_of, keep, read_rows, read_tensors, remember
 from blocks.packed import pack_linears
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, LayerChoice, LayerRecord, ParentInfo, Ref, Score, Value
@@ -78,8 +78,7 @@ class ScoringSet:
 
     def validation(self, ref: Ref, workspace: Path) -> Tensor:
         """These sequences of a file's validation split: (S, T) tokens or (S, T, D) states."""
-        whole = read_tensors(workspace, ref, ["validation"])["validation"]
-        return whole[self.first : self.first + self.count, : self.length]
+        return read_rows(workspace, ref, "validation", self.first, self.first + self.count)[:, : self.length]
 
     def among(self, sequences: Sequences) -> Sequences:
         """Those of `sequences` that are of this set."""
