@@ -88,7 +88,7 @@ class Recording(Value):
     @property
     def kept(self) -> bool:
         """True where all states fit in one shard: they are recorded once, and kept for later runs."""
-        return max(self.settings.statistics_sequences, self.trained) + self._held_out <= self._sequences
+        return fits_in_a_shard(self.settings, self.trained, self.corpus.sequence_length)
 
     @property
     def counted(self) -> tuple[Shard, ...]:
@@ -111,6 +111,12 @@ class Recording(Value):
     @property
     def _held_out(self) -> int:
         return self.settings.validation_sequences
+
+
+def fits_in_a_shard(settings: Record, trained: int, length: int) -> bool:
+    """Whether all sequences that are recorded and trained on have no more tokens than a shard."""
+    whole = max(settings.statistics_sequences, trained) + settings.validation_sequences
+    return whole <= max(1, settings.shard_tokens // length)
 
 
 def slices(total: int, most: int) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
+from blocks.compute import HOST
 from blocks.disturbance import is_better
 from blocks.engine_limits import runnable
 from blocks.kinds import parse_labels

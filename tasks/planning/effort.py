@@ -28,7 +28,7 @@ from blocks.resources import non_block_parameters, parameters_of
 from blocks.variant import Variant
 from profiles.schema import GgufParent, PackageParent, Profile, TinyParent
 from tasks.distill.gkd_settings import is_recorded, token_bytes, trial_steps
-from tasks.distill.record import CHUNK
+from tasks.distill.record import CHUNK, fits_in_a_shard
 from tasks.inputs.space import layers_of, refused_alone
 from tasks.inputs.tiny import TRAIN_BATCH, TRAIN_TOKENS
 from tasks.planning.machine import BLOCK_NAMES, Rates
@@ -232,7 +232,7 @@ def record_work(shape: Shape) -> Work:
     settings, width, inner = shape.profile.record, shape.hidden, shape.inner
     sequences = settings.statistics_sequences + settings.validation_sequences
     counted = settings.statistics_sequences * shape.length
-    kept = settings.hidden_sequences + settings.validation_sequences
+    kept = shape.profile.trained_sequences + settings.validation_sequences if states_are_kept(shape) else 0
     layer = shape.forward(sequences * shape.length, packed=True)
     layer += Work(packed=2.0 * counted * inner**2, product=8.0 * counted * width**2)
     rounds = inner // CHUNK
@@ -245,6 +245,11 @@ def record_work(shape: Shape) -> Work:
     return layer * shape.depth
 
 
+def states_are_kept(shape: Shape) -> bool:
+    """Whether all hidden states fit in one shard, and stay on the disk."""
+    return fits_in_a_shard(shape.profile.record, shape.profile.trained_sequences, shape.length)
+
+
 def statistics_bytes(shape: Shape) -> int:
     """Bytes of one layer's Gram matrices, contributions (float32) and channel order (int64)."""
     return FLOAT * (shape.inner**2 + 4 * shape.hidden**2 + shape.inner) + 8 * shape.inner
@@ -252,10 +257,11 @@ def statistics_bytes(shape: Shape) -> int:
 
 def distill_work(shape: Shape, layers: int) -> Work:
     """Blockwise local distillation of the whole search space in so many layers."""
-    record = shape.profile.record
-    kept = record.hidden_sequences + record.validation_sequences
-    layer = shape.forward(kept * shape.length)
-    layer += Work(disk=shape.states(kept) + statistics_bytes(shape) + shape.layer_parameters * FLOAT)
+    trained = shape.profile.trained_sequences + shape.profile.record.validation_sequences
+    layer = shape.forward(trained * shape.length)
+    if not states_are_kept(shape):  # they are recorded again, a shard at a time
+        layer += shape.forward(trained * shape.length, packed=True) + Work(disk=shape.states(trained))
+    layer += Work(disk=shape.states(trained) + statistics_bytes(shape) + shape.layer_parameters * FLOAT)
     for part in SUBBLOCKS:
         for variant in shape.variants[part][1:]:
             layer += variant_work(shape, variant)
@@ -267,9 +273,10 @@ def variant_work(shape: Shape, variant: Variant) -> Work:
     settings, record = shape.profile.bld, shape.profile.record
     if not kind_of(variant).trainable:
         return Work(fixed=TASK_SECONDS)
-    tokens = record.hidden_sequences * shape.length
+    tokens = shape.profile.trained_sequences * shape.length
     held_out = HELD_OUT * record.validation_sequences * shape.length
-    stepped = ATTEMPTS * settings.steps * settings.batch_sequences * shape.length
+    steps = shape.profile.trained_steps
+    stepped = ATTEMPTS * steps * settings.batch_sequences * shape.length
     products, solves = kind_of(variant).fit_flops(variant, shape.parent.config, tokens if settings.closed_form else 0)
     parameters, flops = shape.parameters(variant), shape.flops(variant)
     share = flops / shape.layer()
@@ -277,7 +284,7 @@ def variant_work(shape: Shape, variant: Variant) -> Work:
         product=flops * (held_out + 3 * stepped) + (products if settings.closed_form else 0),
         solve=solves if settings.closed_form else 0,
         stream=(held_out + 3 * stepped) * share * shape.elementwise
-        + ATTEMPTS * settings.steps * parameters * FLOAT * ADAMW_PASSES,
+        + ATTEMPTS * steps * parameters * FLOAT * ADAMW_PASSES,
         disk=parameters * FLOAT,
         fixed=TASK_SECONDS,
     )
