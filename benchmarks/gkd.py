@@ -113,7 +113,7 @@ def killed(bench: Bench, processes: int, kills: int) -> str:
         while process.poll() is None:
             time.sleep(chance.random() * 0.2)
             if done < kills and len(steps_of(folder)) >= seen + 2:
-                with suppress(psutil.NoSuchProcess):
+                with suppress(psutil.Error):  # it has ended
                     chance.choice(victims(process.pid, processes)).kill()
                     done += 1
                 seen = len(steps_of(folder))

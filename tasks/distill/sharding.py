@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -73,7 +74,8 @@ def local_device(kind: str) -> str:
 def shard(module: nn.Module, compute: Compute) -> None:
     """Keep a slice of every parameter of `module` here that is not yet sliced; products in `compute.dtype`."""
     products = MixedPrecisionPolicy(param_dtype=compute.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    fully_shard(module, mp_policy=products)
+    mesh = init_device_mesh(compute.device.partition(":")[0], (dist.get_world_size(),))  # not the first GPU there is
+    fully_shard(module, mesh=mesh, mp_policy=products)
 
 
 def whole(tensor: Tensor) -> Tensor:
