@@ -23,8 +23,6 @@ from tasks.pages.page import read_truth, truth_of
 from tasks.running.servers import PREFECT_DATABASE
 from tasks.search.request import Request, limits
 from tasks.search.solve import choose_joint
-from tasks.search.totals import score_of
-from tasks.studies.finished import open_finished
 from tasks.studies.peers import NAMES
 from tests.test_nvlabs import puzzle
 
@@ -247,20 +245,6 @@ def test_another_budget_reuses_the_library_within_a_minute(
         cached = database.execute("select name from task_run where state_name = 'Cached'").fetchall()
     found = [name for (name,) in cached if name.startswith("distill layer")]
     assert len(found) >= sum(path.suffix == ".json" for path in library)
-
-
-def test_adaptive_scoring_reuses_what_is_scored_and_chooses_as_well(run: tuple[Path, str]) -> None:
-    """On a library whose scores are there, in the profile's own order of stages: nothing is scored again."""
-    workspace, _ = run
-    before = times(workspace / "scores")
-    output = finished(workspace, "--set", "scoring.adaptive={start_sequences: 2}", "--set", "gkd.steps=0")
-    assert times(workspace / "scores") == before
-    assert "25% of full scoring's tokens" in output and "no more is needed" in output
-    reports = [read_value(child_of(text).parent / "report.json", ChildReport) for text in (run[1], output)]
-    profile = load_profile(ROOT / "profiles" / "tiny.yaml", [word for word in SMALLER if word != "--set"])
-    problem = open_finished(profile, workspace).problem  # scored in full
-    full, adaptive = (score_of(problem, report.architecture.layers)[0] for report in reports)
-    assert 0 < full == pytest.approx(reports[0].architecture.score) and adaptive <= 1.2 * full
 
 
 def killed_when(workspace: Path, ready: Callable[[], bool]) -> None:
