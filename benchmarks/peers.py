@@ -34,9 +34,7 @@ def main() -> None:
     """Both studies at every budget."""
     parser = arguments(__doc__)
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.7, 0.5])
-    parser.add_argument(
-        "--true-kl", type=int, nargs="*", default=[30, 16], help="measured KLs of evolution, of the policy gradient"
-    )
+    parser.add_argument("--true-kl", type=int, nargs="*", default=[30, 16], help="measured KLs, per budget")
     parser.add_argument("--top", type=int, default=8)
     parser.add_argument("--swaps", type=int, nargs="*", default=[24, 16], help="per budget")
     parser.add_argument("--min-different", type=int, default=6)

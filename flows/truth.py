@@ -23,9 +23,9 @@ Json = Annotated[bool, typer.Option("--json", help="one object instead of the ta
 @takes(ProfileOptions)
 def peers_command(
     given: ProfileOptions,
-    evaluations: Annotated[int, typer.Option(min=2, help="sums that evolution and policy gradient look at")] = 20_000,
+    evaluations: Annotated[int, typer.Option(min=2, help="sums that the evolutionary search looks at")] = 20_000,
     true_evaluations: Annotated[
-        int, typer.Option("--true-kl", min=0, help="measured KLs that each of the two may look at, besides")
+        int, typer.Option("--true-kl", min=0, help="measured KLs that it may look at, besides")
     ] = 0,
     min_different: Different = 4,
     smaller: Annotated[

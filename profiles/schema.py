@@ -505,9 +505,7 @@ class GKD(Section):
     seed: int = Field(default=0, description="Seed of the order of train sequences.")
 
 
-BaselineName = Literal[
-    "uniform", "depth", "greedy", "random", "no_op_only", "max_params", "evolutionary", "policy_gradient"
-]
+BaselineName = Literal["uniform", "depth", "greedy", "random", "no_op_only", "max_params", "evolutionary"]
 BenchmarkName = Literal["hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande"]
 
 

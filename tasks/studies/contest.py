@@ -1,6 +1,6 @@
 """All searches side by side under one budget: what each minimised, the true KL of what it found, what it took.
 
-Every search works on the sequences that were scored, the sums by scores, the black boxes by measured KL as well if
+Every search works on the sequences that were scored, the sums by scores, the evolutionary one by measured KL as well if
 evaluations are given for it. The true KL that counts is that of other sequences, which none of them looked at.
 """
 
@@ -17,7 +17,7 @@ from tasks.running.progress import Progress, no_progress
 from tasks.search.choose import choose
 from tasks.search.totals import Problem, predicted, within_budget
 from tasks.studies.additivity import Layers
-from tasks.studies.peers import BLACK_BOXES, EVALUATIONS, NAMES, Objective, find, top
+from tasks.studies.peers import EVALUATIONS, EVOLUTIONARY, NAMES, Objective, find, top
 from tasks.studies.swaps import beyond_noise, mean_of
 from tasks.studies.truth import Meter, OtherModel, other_model
 
@@ -70,7 +70,7 @@ class Contest(Value):
 
 @dataclass(frozen=True, kw_only=True)
 class ContestSize:
-    """What a black box may look at: so many sums, so many measured KLs (0: none), begun at the `starts` best sums."""
+    """What the evolutionary search may look at: so many sums, so many measured KLs (0: none); begun at the best sums."""
 
     evaluations: int = EVALUATIONS
     true_evaluations: int = 0
@@ -88,7 +88,7 @@ def contest(
     progress: Progress = no_progress,
 ) -> Contest:
     """Search by every name, measure what was found. Raises InfeasibleBudget when the MIP finds nothing."""
-    total = len(NAMES) + len(BLACK_BOXES) * size.true_evaluations
+    total = len(NAMES) + size.true_evaluations
     best = choose(problem)
     entries, left_out = list[Entry](), dict[str, str]()
     for done, name in enumerate(NAMES, start=1):
@@ -111,15 +111,13 @@ def contest(
                 f"{smaller.parameters:,} parameters, more than the child's {best.totals[0].parameters:,}"
             )
     if size.true_evaluations:
-        for place, name in enumerate(BLACK_BOXES):
-            after = partial(_after, progress, len(NAMES) + place * size.true_evaluations, total, f"{name} on {TRUE}")
-            entries.append(_on_truth(problem, name, best, (scored, others), size, after))
+        entries.append(_on_truth(problem, best, (scored, others), size, partial(_after, progress, len(NAMES), total)))
     return _ranked(problem, scored, others, entries, left_out)
 
 
-def _after(progress: Progress, before: int, total: int, what: str, done: int, _: int, text: str = "") -> None:
-    """Steps of one search on the true KL as steps of the whole contest."""
-    progress(before + done, total, what)
+def _after(progress: Progress, before: int, total: int, done: int, _: int, text: str = "") -> None:
+    """Steps of the search on the true KL as steps of the whole contest."""
+    progress(before + done, total, f"{EVOLUTIONARY} on {TRUE}")
 
 
 def _entry(found: Architecture, name: str, on: str, objective: float, seconds: float, others: Meter) -> Entry:
@@ -152,13 +150,12 @@ def _untrained(model: OtherModel) -> Entry:
 
 def _on_truth(
     problem: Problem,
-    name: str,
     best: Architecture,
     meters: tuple[Meter, Meter],
     size: ContestSize,
     progress: Progress,
 ) -> Entry:
-    """A black box on the measured KL of the scored sequences, started at the best sums."""
+    """The evolutionary search on the measured KL of the scored sequences, started at the best sums."""
     scored, others = meters
     batches = tuple(totals.batch_size for totals in best.totals)
     took: dict[tuple[LayerChoice, ...], float] = {}
@@ -176,9 +173,9 @@ def _on_truth(
         starts=tuple(top(problem, size.starts, size.min_different, batches)),
         progress=progress,
     )
-    found = find(name, problem, size.seed, objective=objective)
+    found = find(EVOLUTIONARY, problem, size.seed, objective=objective)
     # by the clock of the forward passes: those of an earlier run are stored, and would take no time
-    return _entry(found, name, TRUE, measure(found.layers), sum(took.values()), others)
+    return _entry(found, EVOLUTIONARY, TRUE, measure(found.layers), sum(took.values()), others)
 
 
 def _ranked(

@@ -3,9 +3,8 @@
     mip              the exact minimum of the summed scores, with its certificate (tasks/search/choose.py)
     uniform, depth, greedy, random, no_op_only, max_params      tasks/studies/baselines.py
     evolutionary     a genetic algorithm                        tasks/studies/black_box.py
-    policy_gradient  REINFORCE                                  tasks/studies/black_box.py
 
-The last two may be given another objective than the summed scores, such as a measured KL. Every search is tried at
+The last may be given another objective than the summed scores, such as a measured KL. Every search is tried at
 every combination of batch sizes and the lowest sum is kept; random keeps the first that works.
 """
 
@@ -25,9 +24,9 @@ from tasks.search.mip import minimise
 from tasks.search.program import Integers
 from tasks.search.totals import Batches, Problem, predicted
 from tasks.studies import baselines
-from tasks.studies.black_box import BlackBox, evolve, reinforce
+from tasks.studies.black_box import BlackBox, evolve
 
-EVALUATIONS = 20_000  # summed scores that evolutionary and policy_gradient may look at
+EVALUATIONS = 20_000  # summed scores that evolutionary may look at
 _NEEDS = {"depth": " (it drops layers that have no_op as attention and as ffn, nothing else)"}
 
 BASELINES: dict[str, baselines.Baseline] = {
@@ -38,13 +37,13 @@ BASELINES: dict[str, baselines.Baseline] = {
     "no_op_only": baselines.no_op_only,
     "max_params": baselines.max_params,
 }
-BLACK_BOXES: dict[str, Callable[[BlackBox], Integers | None]] = {"evolutionary": evolve, "policy_gradient": reinforce}
-NAMES = ("mip", *BASELINES, *BLACK_BOXES)
+EVOLUTIONARY = "evolutionary"
+NAMES = ("mip", *BASELINES, EVOLUTIONARY)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Objective:
-    """What a black-box search minimises instead of the summed scores, at fixed batch sizes.
+    """What the evolutionary search minimises instead of the summed scores, at fixed batch sizes.
 
     measure: a choice per layer -> objective, less is better. starts: choices to begin with.
     """
@@ -67,10 +66,9 @@ def find(
     """
     if name not in NAMES:
         raise PuzzleError(f"unknown search {name!r}: it is one of {', '.join(NAMES)}.")
-    if objective is not None and name not in BLACK_BOXES:
+    if objective is not None and name != EVOLUTIONARY:
         raise PuzzleError(
-            f"{name} minimises summed scores and nothing else: {objective.name} can be given to "
-            f"{', '.join(BLACK_BOXES)}."
+            f"{name} minimises summed scores and nothing else: {objective.name} can be given to {EVOLUTIONARY} alone."
         )
     if name == "mip":
         return choose(problem)
@@ -111,7 +109,7 @@ def _found(
         picked = BASELINES[name](grid, search, generator)
         return picked and (float(grid.scores[picked[0]].sum()), *picked)
     box = _box(grid, generator, evaluations, objective)
-    selection = BLACK_BOXES[name](box)
+    selection = evolve(box)
     return None if selection is None else (box.value, selection, len(box.known))
 
 
