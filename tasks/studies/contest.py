@@ -70,7 +70,7 @@ class Contest(Value):
 
 @dataclass(frozen=True, kw_only=True)
 class ContestSize:
-    """What the evolutionary search may look at: so many sums, so many measured KLs (0: none); begun at the best sums."""
+    """What the evolutionary search may look at: sums, and measured KLs (0: none) begun at the `starts` best sums."""
 
     evaluations: int = EVALUATIONS
     true_evaluations: int = 0
