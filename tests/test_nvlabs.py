@@ -1,16 +1,20 @@
 """Libraries in NVlabs' format: the command against brute force, what it says, and 200 broken files and budgets."""
 
 import copy
+import gc
 import itertools
 import json
 import math
+import os
 import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from flows import cli
@@ -53,9 +57,11 @@ def file(tmp_path: Path) -> Path:
 
 
 def puzzle(*words: Any) -> tuple[int, str, str]:
-    """Exit code, output and errors as main() gives them; a traceback would be an exception here."""
-    runner = CliRunner()
-    with pytest.MonkeyPatch.context() as patch:
+    """Exit code, output and errors as main() gives them; a traceback would be an exception here. What a command sets
+    for its process (variables, threads, a frozen heap) is taken back.
+    """
+    runner, threads = CliRunner(), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
         patch.setattr("sys.argv", ["puzzle", *map(str, words)])
         with runner.isolation() as (out, err, _):
             try:
@@ -63,6 +69,8 @@ def puzzle(*words: Any) -> tuple[int, str, str]:
                 code: Any = 0
             except SystemExit as end:
                 code = end.code or 0
+            torch.set_num_threads(threads)
+            gc.unfreeze()
             return code, out.getvalue().decode(), err.getvalue().decode()
 
 
