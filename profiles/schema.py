@@ -478,9 +478,6 @@ class Search(Section):
     max_block_types: PositiveInt | None = Field(
         default=None, description="Highest number of different blocks in the child. null: no limit."
     )
-    max_groups: PositiveInt | None = Field(
-        default=None, description="Highest number of groups of equal neighbouring blocks. null: no limit."
-    )
     forbid: tuple[str, ...] = Field(
         default=(), description="Variants that must not be chosen: kinds (no_op, attention=no_op) or labels."
     )
