@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -91,9 +92,14 @@ def test_a_workspace_of_any_name_keeps_all_of_the_run(run: tuple[Path, str]) -> 
 
 @pytest.fixture(scope="module")
 def another(run: tuple[Path, str]) -> tuple[str, dict[Path, int], float]:
-    """Another budget on the finished library: output, the library's files before it, seconds."""
-    library, started = times(run[0] / "library"), time.monotonic()
-    return finished(run[0], *OTHER, *ALONE), library, time.monotonic() - started
+    """Another budget on the finished library: output, the library's files before it, CPU-seconds of its processes."""
+    library, before = times(run[0] / "library"), cpu_of_children()
+    return finished(run[0], *OTHER, *ALONE), library, cpu_of_children() - before
+
+
+def cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def times(folder: Path, pattern: str = "*") -> dict[Path, int]:
@@ -237,7 +243,7 @@ def test_another_budget_reuses_the_library_within_a_minute(
     run: tuple[Path, str], another: tuple[str, dict[Path, int], float]
 ) -> None:
     (workspace, first), (output, library, seconds) = run, another
-    assert seconds < 120  # 26 on an idle machine without GKD, and this one has another worker of the suite beside it
+    assert seconds < 60  # of CPU time; 37 on a machine with a load of 14, most of them to start Prefect and MLflow
     assert times(workspace / "library") == library and library
     assert child_of(output) != child_of(first)
     with sqlite3.connect(workspace / "prefect" / "prefect.db") as database:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -194,7 +194,7 @@ def test_a_served_run_names_no_cluster(roots: Roots) -> None:
             with pytest.raises(ValidationError, match=r"orchestration\.address"):
                 ServedProfile.model_validate(tree)
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate({"profile": tree}, schema_of(served.optimize))
+            validate({"profile": tree}, schema_of(served.optimize))
     with pytest.raises(Refused, match=r"orchestration\.address is not for served runs"):
         served_profile(asking(orchestration={"runner": "ray", "address": "10.0.0.1:6379"}), roots)
 
@@ -342,8 +342,16 @@ def test_the_form_begins_with_the_profile_that_the_server_names(monkeypatch: pyt
     assert run.default_profile() == asked()
 
 
+@cache
 def schema_of(flow: Any) -> dict[str, Any]:
-    return parameter_schema(flow).model_dump()
+    schema: dict[str, Any] = parameter_schema(flow).model_dump()
+    jsonschema.validators.validator_for(schema).check_schema(schema)
+    return schema
+
+
+def validate(value: Any, schema: dict[str, Any]) -> None:
+    """As jsonschema.validate, which checks the whole schema at each call."""
+    jsonschema.validators.validator_for(schema)(schema).validate(value)
 
 
 @pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.name)
@@ -353,7 +361,7 @@ def test_every_flow_has_a_form_whose_defaults_are_valid(flow: Any) -> None:
     for name, field in schema["properties"].items():
         assert field.get("description"), f"{flow.name}: {name} has no help text"
         assert "default" in field, f"{flow.name}: {name} has no default"
-    jsonschema.validate({name: field["default"] for name, field in schema["properties"].items()}, schema)
+    validate({name: field["default"] for name, field in schema["properties"].items()}, schema)
 
 
 def test_every_field_of_the_form_has_a_help_text_and_examples_that_are_valid() -> None:
@@ -364,7 +372,7 @@ def test_every_field_of_the_form_has_a_help_text_and_examples_that_are_valid() -
             assert told, f"{section}.{name} has no help text"
             for example in field.get("examples", ()):
                 bare = {key: value for key, value in field.items() if key != "examples"} | {"definitions": definitions}
-                jsonschema.validate(example, bare)
+                validate(example, bare)
         assert definition.get("description"), f"{section} has no help text"
 
 
@@ -390,7 +398,7 @@ def test_every_field_of_the_form_has_a_help_text_and_examples_that_are_valid() -
 )
 def test_the_form_refuses_a_wrong_value(change: dict[str, Any], why: str) -> None:
     tree = asked().model_dump(mode="json")
-    jsonschema.validate({"profile": tree}, schema_of(served.optimize))
+    validate({"profile": tree}, schema_of(served.optimize))
     for path, value in change.items():
         node = tree
         *above, last = path.split("__")
@@ -398,7 +406,7 @@ def test_the_form_refuses_a_wrong_value(change: dict[str, Any], why: str) -> Non
             node = node[key]
         node[last] = value
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({"profile": tree}, schema_of(served.optimize))
+        validate({"profile": tree}, schema_of(served.optimize))
 
 
 def test_unions_are_choices_in_the_form() -> None:
