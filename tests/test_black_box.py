@@ -51,32 +51,11 @@ def test_they_come_close_on_a_larger_one() -> None:
 
 
 @pytest.mark.parametrize("most", [1, 3, 40])
-def test_few_evaluations_are_kept_and_a_good_start_is_not_lost(most: int) -> None:
-    program = instance(30, 12, 1, 2)
-    best = minimise(program, EXACT)
-    assert best is not None
-    box = box_of(program, most)
-    box.starts = best.selection[None]
+def test_no_more_is_evaluated_than_asked(most: int) -> None:
+    box = box_of(instance(30, 12, 1, 2), most)
     found = evolve(box)
     assert found is not None and 1 <= len(box.known) <= most
-    assert (found == best.selection).all()
-
-
-def test_forty_evaluations_improve_on_a_start() -> None:
-    """Started at the best of another objective, forty looks at this one find better ones, on most seeds."""
-    better = 0
-    for seed in range(5):
-        program = instance(20, 6, seed, 1)
-        noise = np.random.default_rng(seed).lognormal(0, 1.0, len(program.scores))
-        start = minimise(replace(program, scores=program.scores * noise), EXACT)
-        assert start is not None
-        box = box_of(program, 40, seed)
-        box.starts = start.selection[None]
-        found = evolve(box)
-        assert found is not None
-        assert program.scores[found].sum() <= program.scores[start.selection].sum() + 1e-12
-        better += bool(program.scores[found].sum() < 0.97 * program.scores[start.selection].sum())
-    assert better >= 3
+    assert box.value == min(box.known.values()) == box.program.scores[found].sum()
 
 
 def test_nothing_fits() -> None:

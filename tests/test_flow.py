@@ -200,7 +200,7 @@ def study(workspace: Path, *words: str) -> tuple[int, str, str]:
 def test_the_library_it_leaves_is_checked_against_true_kl(run: tuple[Path, str]) -> None:
     """Every search side by side, predicted against true; what they leave; a profile that was never run."""
     workspace, _ = run
-    code, out, told = study(workspace, "peers", "--evaluations", "500", "--true-kl", "4")
+    code, out, told = study(workspace, "peers", "--evaluations", "500")
     assert code == 0, told
     assert "lowest true KL: " in out and "peers        done in" in told
     kept = json.loads(next(workspace.glob("studies/peers-tiny-*/study.json")).read_text())

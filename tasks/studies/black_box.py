@@ -1,7 +1,6 @@
 """A search that sees of an architecture what an objective says of it, nothing of how it is made up.
 
-The objective may be the summed scores or a measured KL. Every selection is brought within the budget first
-(tasks/studies/repair.py), evaluated once, and counted. It may start from selections that are known to be good.
+Every selection is brought within the budget first (tasks/studies/repair.py), evaluated once, and counted.
 B = selections, S = slots, N = options.
 """
 
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from blocks.errors import PuzzleError
-from tasks.running.progress import Progress, no_progress
 from tasks.search.program import Floats, Integers, Program
 from tasks.studies.repair import draw, keeps, within
 
@@ -24,17 +22,15 @@ _FILLED = 0.5  # share of the repaired selections that are filled up: dearer is 
 
 @dataclass(kw_only=True, eq=False)
 class BlackBox:
-    """What such a search is given: the budget's rows, an objective, how many selections it may evaluate, known starts.
+    """What such a search is given: the budget's rows, an objective, how many selections it may evaluate.
 
-    program: scores are not looked at. starts: (K, S) selections that keep the rows.
+    program: scores are not looked at.
     """
 
     program: Program
     objective: Objective
     evaluations: int
     generator: np.random.Generator
-    starts: Integers | None = None
-    progress: Progress = no_progress
     known: dict[bytes, float] = field(default_factory=dict)
     best: Integers | None = None
     value: float = np.inf
@@ -45,16 +41,9 @@ class BlackBox:
         return len(self.known) >= self.evaluations
 
     def begin(self, count: int) -> Integers:
-        """Up to `count` (B, S) to begin with: the starts first, then random ones within the budget; may be empty."""
+        """Up to `count` random selections (B, S) within the budget; there may be none."""
         drawn, kept = within(self.program, draw(self.program, count, self.generator), self.generator, _FILLED)
-        drawn = drawn[kept]
-        if self.starts is not None and len(self.starts):
-            near = self.starts[self.generator.integers(0, len(self.starts), len(drawn))]
-            # half of every drawn one is a start's, so that the first generation is about the starts
-            mixed = np.where(self.generator.random(drawn.shape) < 0.5, drawn, near)
-            mixed, kept = within(self.program, mixed, self.generator, _FILLED)
-            drawn = np.concatenate([self.starts, mixed[kept]])
-        return drawn[:count]
+        return drawn[kept]
 
     def __call__(self, selections: Integers) -> Floats:
         """(B,) objective; inf where rows are broken or nothing may be evaluated any more."""
@@ -70,7 +59,6 @@ class BlackBox:
             at = int(values.argmin())
             if values[at] < self.value:
                 self.best, self.value = list(fresh.values())[at].copy(), float(values[at])
-            self.progress(len(self.known), self.evaluations)
         found = [self.known.get(one.tobytes(), np.inf) for one in selections]
         return np.where(kept, found, np.inf)
 
