@@ -27,7 +27,7 @@ from tasks.search.solve import choose_joint
 from tasks.studies.peers import NAMES
 from tests.test_nvlabs import puzzle
 
-pytestmark = pytest.mark.timeout(900)  # whole runs, each with a server of its own
+pytestmark = pytest.mark.timeout(2400)  # whole runs, each with a server of its own
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "profiles" / "tiny.yaml"
@@ -56,7 +56,7 @@ def start(workspace: Path, *more: str) -> subprocess.Popen[str]:
 
 def finished(workspace: Path, *more: str) -> str:
     process = start(workspace, *more)
-    output, _ = process.communicate(timeout=280)
+    output, _ = process.communicate(timeout=800)
     assert process.returncode == 0, output
     return output
 
@@ -268,7 +268,7 @@ main()
 
 def killed_when(processes: list[subprocess.Popen[str]], ready: Callable[[], bool]) -> None:
     """Wait for the moment, kill -9."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not ready():
         for process in processes:
             assert process.poll() is None, process.communicate()[0]
@@ -301,7 +301,7 @@ def test_killed_twice_and_two_at_once_they_make_the_same_children(
     processes = [start(workspace, *both), start(workspace, *OTHER, *both)]
     killed_when(processes, lambda: len(times(workspace, "gkd/teacher-*/step_*.json")) >= 3)
     processes = [start(workspace, *both), start(workspace, *OTHER, *both)]
-    outputs = [process.communicate(timeout=400)[0] for process in processes]
+    outputs = [process.communicate(timeout=900)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
 
     assert {path: path.stat().st_mtime_ns for path in done} == done

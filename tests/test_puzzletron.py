@@ -20,7 +20,7 @@ BATCH_16 = ("--batch-size", 16)
 
 
 def share(name: str) -> str:
-    return {"8 kv heads": 100, "2 kv heads": 25, "intermediate size 14e3": 100, "intermediate size 7e3": 50}.get(
+    return {"8 kv heads": 100, "2 kv heads": 25, "intermediate size 14336": 100, "intermediate size 7168": 50}.get(
         name, 0
     ).__format__("d") + "%"
 

@@ -145,7 +145,7 @@ def _variants(
 ) -> Iterator[ScoredVariant]:
     """The teacher's of one layer, which scores 0, then what was scored: whole blocks, or subblocks."""
     teacher, like = teachers[layer], replacements[0]
-    labels = Labels([*teachers.values(), *(one.block for one in replacements)], statistics.args)
+    labels = Labels(statistics.args)
     zeros = {name: (0.0,) * len(values) for name, values in like.samples.items()}, dict.fromkeys(like.metrics, 0.0)
     additive = any(one.one_subblock for one in replacements)
     own: list[Block] = [{part: config} for part, config in teacher.items()] if additive else [teacher]
