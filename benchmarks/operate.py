@@ -74,12 +74,12 @@ def optimized(site: Site) -> str:
     metrics = {metric["key"]: metric["value"] for metric in logged["data"]["metrics"]}
     inputs = [found["dataset"]["name"] for found in logged["inputs"]["dataset_inputs"]]
     assert tags["prefect.flow_run_id"] == run and run in tags["prefect.flow_run_url"]
-    assert logged["info"]["status"] == "FINISHED" and metrics["child/kl"] >= 0 and len(inputs) == 2
+    assert logged["info"]["status"] == "FINISHED" and metrics["at_a_glance/kl"] >= 0 and len(inputs) == 2
     site.kept["first"] = child_digest(site.root / "first")
     return (
         f"Prefect: Completed, {len(bars)} progress bars, {len(artifacts)} artifacts; "
-        f"MLflow: {logged['info']['status']}, child/kl "
-        f"{metrics['child/kl']:.4f}, {len(metrics)} metrics, inputs {', '.join(inputs)}; each names the other"
+        f"MLflow: {logged['info']['status']}, KL "
+        f"{metrics['at_a_glance/kl']:.4f}, {len(metrics)} metrics, inputs {', '.join(inputs)}; each names the other"
     )
 
 

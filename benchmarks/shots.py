@@ -2,8 +2,8 @@
 
     .venv/bin/python -m benchmarks.shots                # about five minutes on an idle machine; needs `chromium`
 
-Two runs of the tiny profile with different budgets and a re-optimisation are made first, so that there is something to
-compare. Chromium is told what to do over its debugging port: pages are waited for, not guessed at.
+Two runs of the tiny profile with different engines and budgets and a re-optimisation are made first, so that there is
+something to compare. Chromium is told what to do over its debugging port: pages are waited for, not guessed at.
 """
 
 import base64
@@ -18,14 +18,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from mlflow import MlflowClient
 from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 
 from benchmarks.site import OVER, PATIENCE, ROOT, Site, request, served
+from tasks.operating.charts import OPTIMISATIONS, VIEW
 from tasks.running.servers import LOOPBACK, free_port, running
 
 IMAGES = ROOT / "docs" / "images"
 QUICK = {"corpus.sources": [{"kind": "python_stdlib", "max_files": 60}], "hardware.threads": 1}
+OTHER = {"budget.layer_parameters_fraction": 0.45, "hardware.engine": "llama.cpp"}
 MODELS = "puzzle-tiny"
 
 
@@ -125,7 +128,7 @@ def forms(site: Site, page: Browser) -> None:
 
 def while_running(site: Site, page: Browser) -> str:
     """A run at work, and its artifacts when it is done. Returns the run."""
-    run = site.start("optimize", QUICK | {"budget.layer_parameters_fraction": 0.45}, workspace="shown")
+    run = site.start("optimize", QUICK | OTHER, workspace="shown")
     while not list((site.root / "shown").glob("scores/*.json")):
         assert site.state(run)["type"] not in OVER
         time.sleep(0.2)
@@ -139,18 +142,33 @@ def while_running(site: Site, page: Browser) -> str:
     return run
 
 
-def in_mlflow(site: Site, page: Browser, run: str) -> None:
-    """The run, what the machine did meanwhile, two runs side by side, the registry."""
-    linked = {key: site.artifacts(run)[key]["data"] for key in ("mlflow-run", "mlflow-compare")}
-    address = {key: text[text.index("(") + 1 : text.rindex(")")] for key, text in linked.items()}
-    page.open(address["mlflow-run"], "child/kl", (1300, 900))
+def in_mlflow(page: Browser, mlflow: str, run_id: str) -> None:
+    """The run, what the machine did meanwhile, two runs in charts and side by side, their costs, the registry."""
+    client = MlflowClient(tracking_uri=mlflow)
+    of = client.get_run(run_id).info.experiment_id
+    (machine,) = client.search_runs([of], f"tags.`mlflow.parentRunId` = '{run_id}' and run_name = 'machine'")
+    pairs = [
+        client.search_runs([of], which, max_results=2) for which in (OPTIMISATIONS, "tags.`puzzle.costs` LIKE '%'")
+    ]
+    side_by_side = [quote(json.dumps([run.info.run_id for run in pair])) for pair in pairs]
+    runs, costs = (
+        f"{mlflow}/#/compare-runs?runs={pair}&experiments={quote(json.dumps([of]))}" for pair in side_by_side
+    )
+    home = f"{mlflow}/#/experiments/{of}/runs"
+    page.open(f"{home}/{run_id}", "at_a_glance/kl", (1300, 900))
     page.shoot("mlflow-run")
-    page.open(f"{address['mlflow-run']}/system-metrics", "system", (1300, 900), settle=10)
+    page.open(f"{home}/{machine.info.run_id}/system-metrics", "system", (1300, 900), settle=10)
     page.shoot("mlflow-system")
-    page.open(address["mlflow-compare"], "child/kl", (1300, 1300), settle=10)
+    page.open(f"{home}?viewStateShareKey={VIEW}&compareRunsMode=CHART", "decode_speedup vs", (1800, 1000), settle=10)
+    page.shoot("mlflow-charts")
+    page.open(runs, "at_a_glance/kl", (1300, 1500), settle=10)
     page.shoot("mlflow-compare")
-    page.open(f"{site.mlflow}/#/models/{MODELS}", MODELS, (1300, 700))
+    page.open(costs, "cost/", (1300, 1500), settle=10)
+    page.shoot("mlflow-costs")
+    page.open(f"{mlflow}/#/models/{MODELS}", MODELS, (1300, 900))
     page.shoot("registry")
+    page.open(f"{mlflow}/#/models/{MODELS}/versions/2", "A child of", (1300, 900))
+    page.shoot("registry-version")
 
 
 def main() -> None:
@@ -161,8 +179,8 @@ def main() -> None:
             forms(site, page)
             site.finished(site.start("optimize", QUICK))
             run = while_running(site, page)
-            site.finished(site.start("reoptimize", QUICK | {"budget.layer_parameters_fraction": 0.45}))
-            in_mlflow(site, page, run)
+            site.finished(site.start("reoptimize", QUICK | OTHER))
+            in_mlflow(page, site.mlflow, site.mlflow_run_of(run))
 
 
 if __name__ == "__main__":

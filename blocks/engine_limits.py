@@ -137,10 +137,21 @@ def refusal(
 
 def check_parent(engines: Sequence[str], config: Any, precision: str = "float32") -> None:
     """Raise EngineLimit when an engine that has to run the child cannot run the parent's own blocks."""
+    layer, reason = _refused_layer(engines, config, precision)
+    if reason is not None:
+        able = [name for name in KNOWN_ENGINES if _refused_layer([name], config, precision)[1] is None]
+        raise EngineLimit(
+            f"{reason}, which layer {layer} of the parent has. Engines that can run this parent: {', '.join(able)}."
+        )
+
+
+def _refused_layer(engines: Sequence[str], config: Any, precision: str) -> tuple[int, str | None]:
+    """The first layer whose own blocks cannot be run, and why; None when all can."""
     for layer in range(config.num_hidden_layers):
         reason = refusal(engines, config, layer, "parent", "parent", precision)
         if reason is not None:
-            raise EngineLimit(f"{reason}, which layer {layer} of the parent has: take another hardware.engine.")
+            return layer, reason
+    return 0, None
 
 
 def gaps(engine: str, config: Any) -> list[str]:

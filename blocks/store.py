@@ -60,19 +60,21 @@ class Store:
     Raises StoreError for a place that does not exist or is no store, StoreAway when it does not answer for a minute.
     """
 
-    def __init__(self, url: str, delays: tuple[float, ...] = DELAYS) -> None:
+    def __init__(self, url: str, delays: tuple[float, ...] = DELAYS, sign: bool = True) -> None:
         self.url, self.delays = url, delays
         self.fs, self.root = _file_system(url)
         self.report: Callable[[str], None] = logging.getLogger("puzzle").info
         self.sent_bytes = self.fetched_bytes = self.sent_files = self.fetched_files = 0
         self._lock = threading.Lock()
         self._folders: dict[str, set[str]] = {}
-        self._check()
+        self._check(sign)
 
-    def _check(self) -> None:
+    def _check(self, write: bool) -> None:
         """Read the sign, or write it: a wrong bucket or a missing permission shows before any work."""
         sign = self._read(SIGN)
         if sign is None:
+            if not write:
+                return
             self._put(json.dumps({"layout": LAYOUT}).encode(), SIGN)
             return
         try:
@@ -247,6 +249,24 @@ class Store:
 def check_url(url: str) -> None:
     """StoreError for a store of no known kind, or whose package is not installed. Nothing is read from it."""
     _file_system(url)
+
+
+def check_answers(url: str, seconds: float) -> None:
+    """StoreError or StoreAway for a store that cannot be used, or does not answer in time. Nothing is written."""
+    fault: list[PuzzleError] = [StoreAway(f"the store {url} does not answer within {seconds:g} s.")]
+
+    def ask() -> None:
+        try:
+            Store(url, delays=(), sign=False)
+            fault.clear()
+        except PuzzleError as error:
+            fault[:] = [error]
+
+    asking = threading.Thread(target=ask, daemon=True)  # some file systems wait for minutes
+    asking.start()
+    asking.join(seconds)
+    for error in fault:
+        raise error
 
 
 def _file_system(url: str) -> tuple[Any, str]:

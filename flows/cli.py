@@ -7,16 +7,16 @@ to go on. Heavy imports happen inside commands, after the process is configured.
 import errno
 import os
 from importlib.metadata import version as version_of
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from blocks.errors import PuzzleError, PuzzleFailure
-from flows import library, page, plan, search, serving, truth
+from blocks.runtime import configure
+from flows import init, library, page, plan, search, serving, truth
 from flows.doctor import doctor_command
 from flows.in_workspace import prepare_workspace, run_logged
-from flows.options import ProfileOptions, takes
+from flows.options import Overrides, ProfileOptions, ProfilePath, takes
 from flows.serve import serve_command
 from profiles.errors import ProfileError
 from profiles.load import load_profile
@@ -92,23 +92,21 @@ def rollback(given: ProfileOptions) -> None:
 
 @app.command()
 def validate(
-    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="a profile (YAML), or the name of a shipped one")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="PATH.TO.KEY=VALUE", help="override a field of the profile")
-    ] = None,
+    profile: ProfilePath,
+    set_: Overrides = None,
 ) -> None:
     """Check a profile, and that this machine has what it needs, without downloading or computing anything."""
-    from tasks.operating.requirements import advice, check_machine
+    configure()
+    from tasks.operating.requirements import check_profile
 
     wanted = load_profile(profile, set_ or [])
-    check_machine(wanted)
-    for line in advice(wanted):
+    for line in check_profile(wanted)[0]:
         typer.echo(line, err=True)
     typer.echo(f"{profile}: a valid profile named {wanted.name!r}")
 
 
 app.command("show")(page.show_command)
-for name, command in (*search.commands(), *truth.commands(), *plan.commands(), *serving.commands()):
+for name, command in (*init.commands(), *search.commands(), *truth.commands(), *plan.commands(), *serving.commands()):
     app.command(name)(command)
 app.command("doctor")(doctor_command)
 app.command("serve")(serve_command)

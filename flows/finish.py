@@ -26,12 +26,15 @@ from tasks.measure.cost_sums import warnings_of
 from tasks.operating import experiment, tracking
 from tasks.operating.artifacts import show_link, show_markdown, show_picture
 from tasks.operating.shared import keep_run
+from tasks.operating.study_runs import log_report
 from tasks.pages.report import headlines, print_report, report_markdown, write_report
 from tasks.pages.run_page import write_run_page
 from tasks.running.progress import say, wide_console
-from tasks.running.servers import prefect_database
+from tasks.running.servers import answer, prefect_database
 from tasks.running.sharing import TaskKey, exclusive
 from tasks.search.view import request_of
+
+LOCAL_PREFECT, LOCAL_MLFLOW = "http://127.0.0.1:4200", "http://127.0.0.1:5000"  # where the commands below listen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,7 @@ def finish(
         _export(run, final, source, markdown, folder)
         files = [*write_report(report, folder), *_page(run, report, folder), folder / LINEAGE]
         keep_run(folder, run.workspace)
-    tracking.log_report(run.tracking, run.mlflow_run_id, report, files)
+    log_report(run.tracking, run.mlflow_run_id, report, files)
     link_to_earlier_runs(run)
     show_markdown("report", markdown, " ".join(headlines(report)))
     for name in ("architecture", "comparison"):
@@ -134,11 +137,18 @@ def link_to_earlier_runs(run: TrackedRun) -> None:
         others = [one for one in experiment.finished_runs(run.tracking, 5) if one != run.mlflow_run_id]
         if not others:
             return
-        url = experiment.compare_url(run.tracking, [run.mlflow_run_id, *others])
+        pages = {
+            "mlflow charts": (experiment.charts_url(run.tracking), "speed against quality, all of this experiment"),
+            "mlflow compare": (
+                experiment.compare_url(run.tracking, [run.mlflow_run_id, *others]),
+                f"beside the last {len(others)} of this parent on this hardware, figure by figure",
+            ),
+        }
     except (PuzzleError, experiment.mlflow_error()) as error:
         say(f"no link to earlier runs, MLflow did not name them: {error}")
         return
-    show_link("mlflow compare", url, f"beside the last {len(others)} of this parent on this hardware")
+    for name, (url, what) in pages.items():
+        show_link(name, url, what)
 
 
 def _page(run: TrackedRun, report: ChildReport, folder: Path) -> list[Path]:
@@ -172,17 +182,22 @@ def command_of(profile: Profile) -> str:
 
 def ui_commands(run: TrackedRun) -> list[str]:
     """Where to see this very run in Prefect's and MLflow's UI, with the commands that open them where it takes any."""
-    mlflow = [f"MLflow:  {tracking.run_url(run.tracking, run.mlflow_run_id)}"]
-    if not tracking.server_uri():
-        mlflow = [f"MLflow:  {tracking.mlflow_ui_command(run.workspace)}", f"         {mlflow[0].split()[1]}"]
+    url = tracking.run_url(run.tracking, run.mlflow_run_id)
+    mlflow = [f"MLflow:  {url}"]
+    shown = answer(f"{LOCAL_MLFLOW}/ajax-api/2.0/mlflow/runs/get?run_id={run.mlflow_run_id}", timeout=2)
+    if not tracking.server_uri() and not shown:
+        mlflow = [f"MLflow:  {tracking.mlflow_ui_command(run.workspace)}", f"         {url}"]
     if os.environ.get("PREFECT_API_URL"):
         return [f"Prefect: {runtime.flow_run.ui_url}", *mlflow]
+    page = f"{LOCAL_PREFECT}/runs/flow-run/{run.prefect_run_id}"
+    if answer(f"{LOCAL_PREFECT}/api/flow_runs/{run.prefect_run_id}", timeout=2):
+        return [f"Prefect: {page}", *mlflow]
     prefect = Path(sys.executable).parent / "prefect"
     home = Path(os.environ.get("PREFECT_HOME") or run.workspace / "prefect")
     settings = {"PREFECT_HOME": str(home), **prefect_database(home)}
     given = " ".join(f"{name}={shlex.quote(value)}" for name, value in settings.items())
     return [
         f"Prefect: {given} {prefect} server start",
-        f"         http://127.0.0.1:4200/runs/flow-run/{run.prefect_run_id}",
+        f"         {page}",
         *mlflow,
     ]

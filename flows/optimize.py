@@ -24,14 +24,16 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
     """
     with open_run(profile, Path(workspace)) as run:
         parent, corpus = stages.prepare(run)
+        run.log_inputs(parent, corpus)
         records = stages.record(run, parent, corpus)
         blocks = stages.distill_all(run, parent, corpus, records)
         costs = stages.measure(run, parent)
+        run.log_costs(costs)
         scores = stages.score_all(run, parent, corpus, records, blocks)
         run.log_library(parent, corpus, blocks, scores, costs)
 
         problem, architecture = stages.choose_child(run, scores, costs)
-        run.log_architecture(architecture, blocks, scores, costs)
+        run.log_architecture(problem, architecture, blocks, scores, costs)
         rivals = stages.choose_baselines(run, problem, architecture)
         own, child = parent_contender(architecture), contender("child", architecture, blocks)
         baselines = [contender(name, rival, blocks) for name, rival in rivals.items()]

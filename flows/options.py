@@ -10,14 +10,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from pydantic import ValidationError
 
 from blocks.errors import PuzzleError
-from profiles.load import load_profile
-from profiles.schema import Profile, Search, read_share
+from profiles.load import load_profile, shipped_profiles
+from profiles.schema import EngineName, Profile, Search, read_share
 from tasks.search.joint import QUANTITIES, flag
 
 if TYPE_CHECKING:
@@ -54,17 +54,30 @@ def takes(options: type[Any]) -> Callable[[Callable[..., None]], Callable[..., N
     return decorate
 
 
+ProfilePath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PROFILE",
+        help=f"a profile (YAML), or the name of a shipped one: {', '.join(shipped_profiles())}",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="PATH.TO.KEY=VALUE", help="override a field of the profile, such as budget.speedup=2"
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProfileOptions:
     """A profile, and the workspace of its run."""
 
-    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="a profile (YAML), or the name of a shipped one")]
+    profile: ProfilePath
     workspace: Annotated[
         Path | None, typer.Option("--workspace", metavar="DIR", help="the folder of the run [workspace/<profile name>]")
     ] = None
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="PATH.TO.KEY=VALUE", help="override a field of the profile")
-    ] = None
+    set_: Overrides = None
 
     def load(self) -> tuple[Profile, Path]:
         """The profile with its overrides, and the folder of its workspace."""
@@ -125,7 +138,9 @@ class LibraryOptions:
     width_multiple: Annotated[int, typer.Option("--width-multiple", help="of every FFN width")] = 1
     must_run: Annotated[
         list[str] | None,
-        typer.Option("--must-run", metavar="ENGINE", help="an engine that has to run it: llama.cpp, vllm ..."),
+        typer.Option(
+            "--must-run", metavar="ENGINE", help=f"an engine that has to run it: {', '.join(get_args(EngineName))}"
+        ),
     ] = None
     time_limit: Annotated[float, typer.Option("--time-limit", help="seconds the solver may take, at most")] = 60.0
 

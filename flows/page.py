@@ -11,6 +11,7 @@ import typer
 from blocks.errors import PuzzleError
 from blocks.runtime import configure
 from flows.options import LibraryOptions, takes
+from tasks.search.joint import QUANTITIES
 
 if TYPE_CHECKING:
     from blocks.records import ChildReport
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 def report_command(
     asked: LibraryOptions,
     folder: Annotated[Path | None, typer.Argument(metavar="[WORKSPACE]", help="the same as --workspace")] = None,
-    over: Annotated[str | None, typer.Option("--over", help="what is on the front's axis [what binds most]")] = None,
+    over: Annotated[
+        str | None,
+        typer.Option("--over", help=f"what is on the front's axis: {', '.join(QUANTITIES)} [what binds most]"),
+    ] = None,
     points: Annotated[int, typer.Option("--points", min=2, max=1000, help="limits on the front")] = 20,
     draws: Annotated[int, typer.Option("--draws", min=2, max=100_000, help="bootstrap draws, at most")] = 200,
     study: Annotated[
@@ -59,7 +63,10 @@ def show_command(
         raise PuzzleError("name the folder of a run with --workspace DIR.")
     report = finished_run(place)
     if report is None:
-        raise PuzzleError(f"{place} holds no finished run; start one: `puzzle optimize PROFILE --workspace {place}`")
+        below = sorted({str(path.parents[2]) for path in place.glob("*/runs/*/report.json")})
+        named = f"name one of the workspaces below it: {', '.join(below)}"
+        start = f"start one: `puzzle optimize PROFILE --workspace {place}`"
+        raise PuzzleError(f"{place} holds no finished run; {named if below else start}")
     from tasks.pages.report import print_report
     from tasks.running.progress import wide_console
 

@@ -2,13 +2,14 @@
 
 import gc
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from blocks.errors import InfeasibleBudget, PuzzleError
 from blocks.runtime import configure, default_threads
+from flows.options import Overrides, ProfilePath
+from profiles.hardware import shipped_targets
 from profiles.load import load_profile
 
 if TYPE_CHECKING:
@@ -16,13 +17,15 @@ if TYPE_CHECKING:
 
 
 def plan_command(
-    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="a profile (YAML), or the name of a shipped one")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="PATH.TO.KEY=VALUE", help="override a field of the profile")
-    ] = None,
+    profile: ProfilePath,
+    set_: Overrides = None,
     on: Annotated[
         str | None,
-        typer.Option("--on", metavar="TARGET", help="plan the run on a hardware target [this machine, measured]"),
+        typer.Option(
+            "--on",
+            metavar="TARGET",
+            help=f"plan the run on a hardware target: {', '.join(shipped_targets())}, or a YAML file [this machine]",
+        ),
     ] = None,
     price_per_hour: Annotated[
         float | None, typer.Option("--price-per-hour", min=0, help="money for one hour of the machine")
@@ -39,13 +42,14 @@ def plan_command(
     from tasks.planning.machine import rates_here
     from tasks.planning.plan import config_parent, machine_rates, plan_of
 
+    parent = None
     if on in (None, "this-machine"):
-        from tasks.operating.requirements import advice, check_machine
+        from tasks.operating.requirements import check_profile
 
-        check_machine(wanted)
-        for line in advice(wanted):
+        doubts, parent = check_profile(wanted)
+        for line in doubts:
             typer.echo(line, err=True)
-    parent = config_parent(wanted.parent)
+    parent = parent or config_parent(wanted.parent)
     rates = machine_rates(wanted, on)
     if rates is None:
         if wanted.hardware.device != "cpu":

@@ -46,11 +46,11 @@ def reoptimize(profile: Profile, workspace: str, remeasure: bool = False) -> Jud
         against = reigning.run_folder if reigning else None
         found = champion.judge(against, challenger, profile, folder, changed)
     if not found.same_child:
-        version = registry.register(store, report, run_folder, folder, found.reason)
+        version = registry.register(store, report, run_folder, folder, registry.standing(found, reigning))
         if found.outcome in ("first", "moved"):
             registry.crown(store, version)
     now = champion.basis(profile, parent, corpus, costs_of(profile, parent, folder))
-    registry.remember_judged(store, name, now)
+    registry.remember_judged(store, name, report.mlflow_run_id, now)
     registry.log_judgement(store, report.mlflow_run_id, found.outcome, champion.figures(found))
     if reigning:
         url = compare_url(store, [reigning.mlflow_run_id, report.mlflow_run_id])

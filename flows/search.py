@@ -3,11 +3,13 @@
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
 
+from blocks.errors import PuzzleError
 from flows.options import LibraryOptions, refused, share_of, takes
 from tasks.running.progress import shown
 from tasks.search.joint import QUANTITIES, LibraryFileError, at
@@ -76,7 +78,11 @@ def sweep_command(
     asked: LibraryOptions,
     over: Annotated[str, typer.Option("--over", help=f"what is limited: {', '.join(QUANTITIES)}")] = "latency_seconds",
     minimise: Annotated[
-        str, typer.Option("--minimise", help="what is minimised at each limit (throughput: maximised)")
+        str,
+        typer.Option(
+            "--minimise",
+            help=f"what is minimised at each limit (tokens_per_second: maximised): {', '.join(QUANTITIES)}",
+        ),
     ] = "score",
     points: Annotated[int, typer.Option("--points", min=2, max=1000, help="limits along the front")] = 20,
     as_json: Json = False,
@@ -96,8 +102,15 @@ def sweep_command(
     if as_json:
         rows = [{"limit": at, **_or_infeasible(choice)} for at, choice in zip(values, found, strict=True)]
         typer.echo(json.dumps(rows, indent=1))
-        return
-    typer.echo(_row(over, "objective", "score", "memory_gib", "latency_seconds", "status"))
+    else:
+        typer.echo(f"the best {minimise} at each limit on {over}")
+        _show_front(values, found)
+    if asked.workspace and not asked.library:
+        _keep_front(asked.workspace, over, values, found)
+
+
+def _show_front(values: Sequence[float], found: "Sequence[JointChoice | None]") -> None:
+    typer.echo(_row("limit", "objective", "score", "memory_gib", "latency_seconds", "status"))
     for value, choice in zip(values, found, strict=True):
         figures = ("-", "-", "-", "-", "infeasible")
         if choice:
@@ -109,6 +122,25 @@ def sweep_command(
                 choice.status,
             )
         typer.echo(_row(f"{value:.6g}", *figures))
+
+
+def _keep_front(folder: Path, over: str, values: Sequence[float], found: "Sequence[JointChoice | None]") -> None:
+    """A workspace's front as a run in its MLflow, where it has one. The answer is printed already: it does not fail for
+    this.
+    """
+    from tasks.operating.experiment import mlflow_error
+    from tasks.operating.study_runs import log_sweep
+    from tasks.operating.sweeping import points_of
+    from tasks.operating.tracking import has_runs
+
+    if not has_runs(folder):
+        return
+    try:
+        page = log_sweep(folder, over, points_of(values, found))
+    except (PuzzleError, mlflow_error()) as error:
+        page = f"not kept, MLflow did not take it: {error}"
+    if page:
+        typer.echo(f"in MLflow: {page}", err=True)
 
 
 @takes(LibraryOptions)

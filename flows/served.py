@@ -21,11 +21,13 @@ from flows.reoptimize import reoptimize as challenge  # noqa: E402
 from flows.run import Run  # noqa: E402
 from flows.stages import measure, prepare  # noqa: E402
 from flows.tracked_run import COST_COLUMNS  # noqa: E402
-from tasks.operating import sweeping  # noqa: E402
+from tasks.operating import study_runs, sweeping  # noqa: E402
 from tasks.operating.admission import Roots, WorkspaceName, admitted_workspace  # noqa: E402
-from tasks.operating.artifacts import show_table  # noqa: E402
+from tasks.operating.artifacts import show_link, show_table  # noqa: E402
 from tasks.operating.champion import Judgement  # noqa: E402
+from tasks.operating.experiment import open_experiment  # noqa: E402
 from tasks.operating.served_profile import ServedProfile  # noqa: E402
+from tasks.operating.tracking import run_url  # noqa: E402
 
 DEFAULT = default_profile()
 
@@ -74,6 +76,9 @@ def measure_hardware(profile: ServedProfile = DEFAULT, workspace: WorkspaceName 
         parent, _ = prepare(run)
         table = measure(run, parent)
         show_table("costs", table.costs, COST_COLUMNS, f"measured on {profile.hardware.name}, {table.measured_at}")
+        store = open_experiment(admitted, folder)
+        own = study_runs.log_costs(store, table, admitted.hardware)
+        show_link("mlflow costs", run_url(store, own), "what every variant costs, in MLflow")
     return table
 
 
@@ -107,5 +112,8 @@ def sweep(
     kept = {"memory_gib": memory_gib, "latency_seconds": latency_seconds, "parameters": parameters}
     folder = admitted_workspace(workspace, Roots.from_environment())
     found = sweeping.sweep_library(folder, over, points, kept)
-    show_table("sweep", found, tuple(sweeping.Point.model_fields), f"best child at {points} limits of {over}")
+    show_table("sweep", found, tuple(sweeping.SweepPoint.model_fields), f"best child at {points} limits of {over}")
+    page = study_runs.log_sweep(folder, over, found)
+    if page:
+        show_link("mlflow sweep", page, "the front as a run in MLflow")
     return [point.model_dump() for point in found]

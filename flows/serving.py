@@ -5,10 +5,10 @@ engine and behind a server.
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel
@@ -18,6 +18,9 @@ from blocks.errors import PuzzleError
 from blocks.runtime import configure
 from flows.in_workspace import run_logged
 from tasks.running.progress import clock, say, shown, wide_console
+
+if TYPE_CHECKING:
+    from tasks.measure.bench import BenchRow, Point
 
 ChildPath = Annotated[
     Path, typer.Argument(metavar="CHILD", help="a child's folder (a parent's will do), or a .gguf file")
@@ -104,19 +107,33 @@ def bench_command(
     _quiet()
     from tasks.engines.registry import installed_engine
     from tasks.loadtest.bench_table import bench_table
-    from tasks.measure.bench import Point, bench
+    from tasks.measure.bench import bench
     from tasks.running.devices import alone
 
     installed_engine(engine)
     sources = _parent_and_child(child, parent)
-    points = [Point.parse(text) for text in load or [DEFAULT_LOAD]]
+    points = _points(load, sources)
 
     def measure() -> None:
         with alone("bench"), shown("bench", beside=True) as report:
             rows = bench(sources, engine, points, precision=precision, rounds=rounds, threads=threads, progress=report)
         _show(rows, lambda: bench_table(rows), as_json)
+        _keep_bench(child, rows)
 
     _logged(Path.cwd(), measure)
+
+
+def _keep_bench(child: Path, rows: "Sequence[BenchRow]") -> None:
+    """The figures as a run in the MLflow of the child's workspace. They are printed already: no failure for this."""
+    from tasks.operating.experiment import mlflow_error
+    from tasks.operating.study_runs import log_bench
+
+    try:
+        page = log_bench(child, rows)
+    except (PuzzleError, mlflow_error()) as error:
+        page = f"not kept, MLflow did not take it: {error}"
+    if page:
+        typer.echo(f"in MLflow: {page}", err=True)
 
 
 def loadtest_command(
@@ -150,7 +167,7 @@ def loadtest_command(
     from tasks.loadtest.arrivals import Limits, rates_of
     from tasks.loadtest.load_table import failures_of, load_table
     from tasks.loadtest.serving_load import LoadPlan, bench_servers
-    from tasks.measure.bench import CHILD, Point
+    from tasks.measure.bench import CHILD
     from tasks.running.devices import alone
 
     if server is None and not url:
@@ -159,10 +176,11 @@ def loadtest_command(
     unused = [name for name, value in given.items() if url and value is not None]
     if unused:
         raise PuzzleError(f"{unused[0]} is for servers that --server starts; those that --url names run already.")
+    sources = {CHILD: child} if url else _parent_and_child(child, parent)
     plan = LoadPlan(
         server=server,
         urls=tuple(url or ()),
-        points=tuple(Point.parse(text) for text in load or [DEFAULT_LOAD]),
+        points=tuple(_points(load, sources)),
         precision=precision or "float32",
         rounds=rounds,
         threads=threads or 1,
@@ -170,7 +188,6 @@ def loadtest_command(
         rates=() if rate is None else rates_of(rate),
         limits=Limits(first_token_ms=max_ttft, output_token_ms=max_tpot),
     )
-    sources = {CHILD: child} if url else _parent_and_child(child, parent)
 
     def measure() -> None:
         if plan.rates:
@@ -183,6 +200,19 @@ def loadtest_command(
             say(sentence)
 
     _logged(Path.cwd(), measure)
+
+
+def _points(load: Sequence[str] | None, sources: Mapping[str, Path]) -> "list[Point]":
+    """The loads that were asked for, or the usual one, shortened to what parent and child can take."""
+    from tasks.measure.bench import Point, fitting
+
+    if load:
+        return [Point.parse(text) for text in load]
+    usual = Point.parse(DEFAULT_LOAD)
+    point = fitting(usual, sources.values())
+    if point != usual:
+        say(f"load {point.label} instead of {usual.label}, which is longer than the model's context")
+    return [point]
 
 
 def _parent_and_child(child: Path, parent: Path | None) -> dict[str, Path]:

@@ -1,5 +1,5 @@
-"""An optimisation in MLflow: its run is opened, or the one that a killed process left goes on; the library and the
-choice are logged as tables, and each stage as a nested run.
+"""An optimisation in MLflow: its run is opened with the whole profile, or the one that a killed process left goes on;
+the library and the choice are logged as tables, each stage as a nested run, and the costs as a run of their own.
 """
 
 import os
@@ -11,6 +11,7 @@ from typing import Any
 
 from prefect import runtime
 from prefect.client.orchestration import get_client
+from torch import get_num_threads
 
 from blocks.errors import PuzzleFailure
 from blocks.library import digest_of
@@ -25,15 +26,19 @@ from blocks.records import (
     Value,
 )
 from flows.run import Run
+from profiles.load import in_yaml
 from profiles.schema import Profile
 from tasks.libraries.interchange import StoredLibrary, describe, sizes_of, write_library
 from tasks.measure.calibration import parent_bias
 from tasks.measure.cost_sums import PHASES
 from tasks.operating import experiment, tracking
 from tasks.operating.artifacts import show_link, show_table
+from tasks.operating.run_figures import GLANCE, engine_tags, flattened, run_name, run_params, search_metrics
 from tasks.operating.run_tables import layer_rows, variant_rows
+from tasks.operating.study_runs import log_costs
 from tasks.running.progress import say
 from tasks.running.sharing import TaskKey, exclusive, try_exclusive
+from tasks.search.totals import Problem, broken_limits
 
 BLOCK_COLUMNS = ("layer", "subblock", "variant", "status", "nmse_closed_form", "nmse_after", "steps", "seconds")
 SCORE_COLUMNS = ("layer", "subblock", "variant", "kl", "kl_se", "lm_loss", "lm_loss_se")
@@ -51,6 +56,27 @@ class TrackedRun(Run):
     mlflow_run_id: str
     prefect_run_id: str
 
+    def log_inputs(self, parent: ParentInfo, corpus: CorpusInfo) -> None:
+        """Parent and corpus, by their fingerprints. A run that goes on must have been started with the same ones."""
+        params = run_params(self.profile, parent, corpus, experiment.hardware_label(self.profile.hardware))
+        try:
+            tracking.log_params(self.tracking, self.mlflow_run_id, params)
+        except tracking.TrackingError as error:
+            kept_run(self.profile, self.workspace).unlink(missing_ok=True)
+            raise PuzzleFailure(
+                f"parent or corpus changed since the run that was killed ({error}). Start again, as a new MLflow run."
+            ) from error
+        experiment.log_inputs(self.tracking, self.mlflow_run_id, parent, corpus)
+
+    def log_costs(self, costs: CostTable) -> None:
+        """The costs as a run of their own, to which the tag and the note of this run lead."""
+        own = log_costs(self.tracking, costs, self.profile.hardware, self.mlflow_run_id)
+        page = f"#/experiments/{self.tracking.experiment_id}/runs/{own}"
+        notes = [*filter(None, [prefect_note()]), f"[The costs that the child was chosen by]({page})"]
+        tags = {"puzzle.costs_run": own, "mlflow.note.content": "\n\n".join(notes)}
+        tracking.set_tags(self.tracking, self.mlflow_run_id, tags)
+        show_link("mlflow costs", tracking.run_url(self.tracking, own), "what every variant costs, in MLflow")
+
     def log_library(
         self,
         parent: ParentInfo,
@@ -59,11 +85,10 @@ class TrackedRun(Run):
         scores: Sequence[Score],
         costs: CostTable,
     ) -> None:
-        """Log to MLflow what was asked, and the block library, with a nested run for each stage.
+        """Log the block library, with a nested run for distillation and scoring.
 
         The library is also written as tables to the workspace, and shown as artifacts in Prefect's UI.
         """
-        self._log_inputs(parent, corpus)
         sizes = sizes_of(self.workspace / parent.folder / "config.json")
         described = describe(self.profile, parent, corpus, costs, sizes)
         library = StoredLibrary(description=described, variants=tuple(blocks), scores=tuple(scores), costs=costs)
@@ -77,8 +102,6 @@ class TrackedRun(Run):
         }
         self._log_stage("distill", figures, {"bld_losses": blocks})
         self._log_stage("score", {"score/variants": len(scores)}, {"scores": scores})
-        rows = {"costs": costs.costs, "non_block": costs.non_block}
-        self._log_stage("measure", {"measure/variants": len(costs.costs)}, rows)
         how = "modelled for" if costs.modelled else "measured on"
         show_table("block library", blocks, BLOCK_COLUMNS, f"BLD of {len(blocks)} variants, nMSE on held-out tokens")
         show_table("scores", scores, SCORE_COLUMNS, "replace-1-block scores, nats per token")
@@ -86,25 +109,22 @@ class TrackedRun(Run):
         for line in (*remarks_on_costs(costs), *left_out(blocks, scores)):
             say(line)
 
-    def _log_inputs(self, parent: ParentInfo, corpus: CorpusInfo) -> None:
-        params = tracking.run_params(self.profile, parent, corpus, experiment.hardware_label(self.profile.hardware))
-        try:
-            tracking.log_params(self.tracking, self.mlflow_run_id, params)
-        except tracking.TrackingError as error:
-            kept_run(self.profile, self.workspace).unlink(missing_ok=True)
-            raise PuzzleFailure(
-                f"parent or corpus changed since the run that was killed ({error}). Start again, as a new MLflow run."
-            ) from error
-        experiment.log_inputs(self.tracking, self.mlflow_run_id, parent, corpus)
-
     def log_architecture(
-        self, architecture: Architecture, blocks: Sequence[BlockRecord], scores: Sequence[Score], costs: CostTable
+        self,
+        problem: Problem,
+        architecture: Architecture,
+        blocks: Sequence[BlockRecord],
+        scores: Sequence[Score],
+        costs: CostTable,
     ) -> None:
         """The solver's answer; what every variant and every layer came to, as tables of the run itself."""
-        self._log_stage("choose", tracking.search_metrics(architecture), {"architecture": architecture.layers})
-        for table, rows in (("variants", variant_rows), ("layers", layer_rows)):
-            found: Sequence[Value] = rows(blocks, scores, costs, architecture)
-            tracking.log_table(self.tracking, self.mlflow_run_id, table, found)
+        batches = tuple(totals.batch_size for totals in architecture.totals)
+        kept = not broken_limits(problem, architecture.layers, batches)
+        tracking.log_metrics(self.tracking, self.mlflow_run_id, {f"{GLANCE}/keeps_budget": float(kept)})
+        self._log_stage("choose", search_metrics(architecture), {"architecture": architecture.layers})
+        found = (blocks, scores, costs, architecture)
+        tables: dict[str, Sequence[Value]] = {"variants": variant_rows(*found), "layers": layer_rows(*found)}
+        tracking.log_tables(self.tracking, self.mlflow_run_id, tables)
         text = f"predicted score {architecture.score:.4g} nats, {architecture.status}, gap {architecture.gap:.2g}"
         show_table("chosen", architecture.layers, ("attention", "ffn", "coupled"), f"layer by layer: {text}")
 
@@ -157,15 +177,19 @@ def kept_run(profile: Profile, workspace: Path) -> Path:
 def prefect_tags() -> dict[str, str | None]:
     """The flow run as tags of its MLflow run; its page as the note that MLflow shows on top."""
     run = runtime.flow_run
-    tags: dict[str, str | None] = {
+    return {
         "prefect.flow_run_id": str(run.id or ""),
         "prefect.flow_run_name": run.name,
         "prefect.deployment_id": runtime.deployment.id,
+        "prefect.flow_run_url": run.ui_url if prefect_note() else None,
+        "mlflow.note.content": prefect_note(),
     }
-    if os.environ.get("PREFECT_API_URL") and run.id:
-        tags["prefect.flow_run_url"] = run.ui_url
-        tags["mlflow.note.content"] = f"Prefect flow run [{run.name}]({run.ui_url})"
-    return tags
+
+
+def prefect_note() -> str | None:
+    """A link to the page of this flow run, where there is a server that shows it."""
+    run = runtime.flow_run
+    return f"Prefect flow run [{run.name}]({run.ui_url})" if os.environ.get("PREFECT_API_URL") and run.id else None
 
 
 @contextmanager
@@ -186,13 +210,16 @@ def _opened_run(profile: Profile, workspace: Path, kept: Path) -> Iterator[Track
     store = experiment.open_experiment(profile, workspace)
     left = kept.read_text() if kept.exists() else None
     prefect_run_id = str(runtime.flow_run.id or "")
-    tags = prefect_tags()
+    hardware = profile.hardware
+    engine = engine_tags(hardware.engine, hardware.precision, hardware.threads or get_num_threads(), hardware.device)
     with (
-        tracking.run_started(store, profile.name, tags=tags, run_id=left) as mlflow_run_id,
+        tracking.run_started(store, run_name(profile), tags=prefect_tags() | engine, run_id=left) as mlflow_run_id,
         experiment.system_metrics(store, mlflow_run_id),
     ):
         kept.parent.mkdir(exist_ok=True)
         kept.write_text(mlflow_run_id)
+        tracking.log_params(store, mlflow_run_id, {"profile": profile.name, **flattened(profile)})
+        tracking.log_texts(store, mlflow_run_id, {"profile.yaml": in_yaml(profile)})
         if prefect_run_id:
             with get_client(sync_client=True) as client:
                 client.update_flow_run(runtime.flow_run.id, tags=[f"mlflow.run_id:{mlflow_run_id}"])

@@ -157,7 +157,9 @@ def _problem(details: ErrorDetails) -> str:
     if kind in ("model_type", "model_attributes_type", "tuple_type"):
         shape = "list" if kind == "tuple_type" else "mapping"
         return f"{where}is {_kind(given)}, must be a {shape}."
-    return f"{where}is {_short(given)}, {_must(details['msg'])}."
+    share = f"{details['loc'][-1]}_fraction"
+    other = f" A share of the parent's is written as `{share}`." if share in _keys(sections) else ""
+    return f"{where}is {_short(given)}, {_must(details['msg'])}.{other}"
 
 
 def _choice(details: ErrorDetails, path: str, sections: Sequence[type[BaseModel]]) -> tuple[str, str, list[str]]:
@@ -238,3 +240,8 @@ def _kind(value: Any) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def in_yaml(profile: Profile) -> str:
+    """A profile as text that `load_profile` reads as the same profile."""
+    return yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -17,7 +17,7 @@ from tasks.engines.timing_in_turns import gains_of
 from tasks.gguf.writer import UnknownPrecision
 from tasks.inputs.space import check_search_space
 from tasks.loadtest.bench_table import bench_table
-from tasks.measure.bench import BenchRow, Point, bench
+from tasks.measure.bench import BenchRow, Point, bench, fitting
 from tasks.measure.costs import measure_costs
 from tasks.measure.llama_cpp_costs import LlamaCppTimer
 from tasks.measure.whole_model_costs import FIRST, models_to_time
@@ -76,6 +76,15 @@ def test_a_gguf_file_is_held_to_its_context(tmp_path: Path) -> None:
     file = written(child_of(max_position_embeddings=64), tmp_path)
     with pytest.raises(PuzzleError, match="72 tokens is longer than the child's context of 64"):
         bench({"child": file}, "torch", [Point.parse("1x8x8"), Point.parse("1x64x8")])
+
+
+def test_the_usual_load_is_shortened_to_the_shortest_context(tmp_path: Path) -> None:
+    usual, (long, short) = Point.parse("1x256x64"), (tmp_path / "long", tmp_path / "short")
+    for folder, context in ((long, 320), (short, 64)):
+        folder.mkdir()
+        child_of(max_position_embeddings=context).config.save_pretrained(folder)
+    assert fitting(usual, [long]) == usual
+    assert fitting(usual, [long, short]).label == "1x52x12"
 
 
 class Exact(LlamaCppTimer):

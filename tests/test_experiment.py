@@ -16,6 +16,7 @@ from flows.tracked_run import TrackedRun
 from profiles.load import load_profile
 from profiles.schema import Hardware
 from tasks.operating import experiment
+from tasks.operating.run_figures import GLANCE, run_params
 from tasks.operating.run_tables import layer_rows, variant_rows
 from tasks.operating.tracking import (
     Tracking,
@@ -23,7 +24,6 @@ from tasks.operating.tracking import (
     log_metrics,
     log_params,
     open_tracking,
-    run_params,
     run_started,
 )
 from tests.chain import chosen
@@ -66,7 +66,7 @@ def asked_run(opened: Tracking, name: str, fraction: float, kl: float) -> str:
     profile = load_profile("tiny", [f"budget.layer_parameters_fraction={fraction}", f"name={name}"])
     with run_started(opened, name) as run_id:
         log_params(opened, run_id, run_params(profile, report.parent, report.corpus, "a machine"))
-        log_metrics(opened, run_id, {"child/kl": kl})
+        log_metrics(opened, run_id, {f"{GLANCE}/kl": kl})
     with run_started(opened, "choose", run_id):  # a nested run has neither parameters nor these metrics
         pass
     return run_id
@@ -82,13 +82,28 @@ def test_the_saved_query_and_the_compare_page_of_the_docs(opened: Tracking) -> N
         asked_run(opened, "tiny", 0.5, 0.2),
         asked_run(opened, "o", 0.6, 0.1),
     ]
-    found = client_of(opened).search_runs([opened.experiment_id], query, order_by=["metrics.`child/kl`"])
+    found = client_of(opened).search_runs([opened.experiment_id], query, order_by=[f"metrics.`{GLANCE}/kl`"])
     assert [run.info.run_id for run in found] == [good, also]
     assert set(experiment.finished_runs(opened, 10)) == {good, also, *others}
     assert experiment.finished_runs(opened, 2) == [others[2], others[1]]
     url = experiment.compare_url(opened, [good, also], 5001)
     where = f'runs=["{good}","{also}"]&experiments=["{opened.experiment_id}"]'
     assert unquote(url) == f"http://127.0.0.1:5001/#/compare-runs?{where}" and '"' not in url
+
+
+def test_the_charts_that_a_link_opens_are_kept_with_the_experiment(opened: Tracking) -> None:
+    url = experiment.charts_url(opened, 5001)
+    page, _, asked = url.partition("?")
+    assert page == f"http://127.0.0.1:5001/#/experiments/{opened.experiment_id}/runs"
+    key = dict(part.split("=") for part in asked.split("&"))["viewStateShareKey"]
+    client = client_of(opened)
+    tag = f"mlflow.sharedViewState.{key}"
+    state = json.loads(client.get_experiment(opened.experiment_id).tags[tag])
+    first = state["compareRunCharts"][0]
+    assert (first["xaxis"]["key"], first["yaxis"]["key"]) == (f"{GLANCE}/decode_speedup", f"{GLANCE}/kl")
+    client.set_experiment_tag(opened.experiment_id, tag, "of an earlier version")
+    open_tracking(opened.workspace, "puzzle tiny-llama on a machine")
+    assert json.loads(client.get_experiment(opened.experiment_id).tags[tag]) == state
 
 
 @pytest.mark.parametrize("broken", ["finished_runs", "compare_url"])
@@ -125,6 +140,7 @@ def test_a_run_does_not_wait_for_its_last_system_metrics(opened: Tracking, monke
     started = time.monotonic()
     with run_started(opened, "tiny") as run_id, experiment.system_metrics(opened, run_id):
         pass
+    assert not [name for name in client_of(opened).get_run(run_id).data.metrics if name.startswith("system/")]
     down.set()
     assert time.monotonic() - started < 15 and len(told) == 1 and "within 0.1 s: going on without them" in told[0]
 

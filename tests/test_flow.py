@@ -234,9 +234,13 @@ def test_prefect_and_mlflow_carry_each_other(run: tuple[Path, str]) -> None:
         rows = dict(database.execute("select key, value from tags where run_uuid = ?", (report.mlflow_run_id,)))
         names = {name for (name,) in database.execute("select name from runs")}
         metrics = {key for (key,) in database.execute("select distinct key from metrics")}
+        params = {key for (key,) in database.execute("select distinct key from params")}
     assert rows["prefect.flow_run_id"] == report.prefect_run_id
-    assert {"tiny", "distill", "score", "measure", "choose"} <= names
-    assert {"child/kl", "child/loss", "parent/loss", "child/speedup_prefill", "search/score"} <= metrics
+    assert {"machine", "distill", "score", "choose"} <= names
+    assert {name.split()[0] for name in names} >= {"tiny", "costs"}
+    assert {"at_a_glance/kl", "child/loss", "parent/loss", "child/speedup_prefill", "search/score"} <= metrics
+    assert {"cost/ffn48/decode_ms_b4", "cost/kv1/kv_bytes_per_token"} <= metrics
+    assert {"bld.steps", "hardware.engine", "search_space.ffn", "gkd.steps"} <= params and rows["puzzle.costs_run"]
 
 
 def test_another_budget_reuses_the_library_within_a_minute(
@@ -293,11 +297,11 @@ def test_killed_twice_and_two_at_once_they_make_the_same_children(
     monkeypatch.setattr(sys.modules[__name__], "PUZZLE", [sys.executable, "-c", COUNTED])
     for home in ("prefect", "prefect-2"):
         with_database(workspace / home, run[0] / "prefect")
-    killed_when([start(workspace, *ALONE)], lambda: len(times(workspace / "library", "*.json")) >= 5)
+    both = (*ALONE, "--set", "orchestration.runs_per_device=2")
+    killed_when([start(workspace, *both)], lambda: len(times(workspace / "library", "*.json")) >= 5)
     done, recorded = times(workspace / "library", "*.json"), times(workspace, "record/*/layer_*.json")
     trained.unlink()
 
-    both = (*ALONE, "--set", "orchestration.runs_per_device=2")
     processes = [start(workspace, *both), start(workspace, *OTHER, *both)]
     killed_when(processes, lambda: len(times(workspace, "gkd/teacher-*/step_*.json")) >= 3)
     processes = [start(workspace, *both), start(workspace, *OTHER, *both)]

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from profiles.errors import ProfileError
-from profiles.load import load_profile, shipped_profiles
+from profiles.load import in_yaml, load_profile, shipped_profiles
 from profiles.schema import Corpus, FolderParent, PackageParent
 
 GOOD: dict[str, Any] = {
@@ -192,3 +192,11 @@ def test_profiles_are_frozen(tmp_path: Path) -> None:
     assert isinstance(profile.parent, PackageParent)
     with pytest.raises(ValueError, match="frozen"):
         profile.corpus = Corpus(sources=profile.corpus.sources)
+
+
+@pytest.mark.parametrize("override", ["evaluate.benchmark_limit=null", "hardware.precision=float32", "seed=3"])
+def test_a_profile_as_text_is_the_same_profile(override: str, tmp_path: Path) -> None:
+    wanted = load_profile("smollm2-cpu", [override])
+    (tmp_path / "profile.yaml").write_text(in_yaml(wanted))
+    again = load_profile(tmp_path / "profile.yaml")
+    assert again == wanted and again.hardware.model_fields_set >= wanted.hardware.model_fields_set & {"precision"}

@@ -31,7 +31,7 @@ from blocks.records import (
 from profiles.schema import Scenario
 from tasks.engines.timing_in_turns import summaries
 from tasks.evaluate.quality import BenchmarkResult, retention
-from tasks.operating.tracking import report_metrics
+from tasks.operating.run_figures import report_metrics
 from tasks.pages.picture import draw_architecture, draw_comparison, variant_colours
 from tasks.pages.report import (
     BEST,
@@ -367,7 +367,11 @@ def test_a_child_that_loops_is_said_first() -> None:
     row = next(row for row in comparison_rows(report) if row.label == "answers that loop")
     assert row.cells == ("0 of 3", "–", "2 of 3", "–", "–") and not row.best
     figures = report_metrics(report)
-    assert (figures["child/looping_answers"], figures["parent/looping_answers"], figures["child/answers"]) == (2, 0, 3)
+    assert (figures["child_gkd/looping_answers"], figures["parent/looping_answers"], figures["child_gkd/answers"]) == (
+        2,
+        0,
+        3,
+    )
 
 
 @pytest.mark.parametrize(("parents", "childs"), [(0, 0), (2, 2), (2, 1)])

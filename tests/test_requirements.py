@@ -1,6 +1,8 @@
 """What a profile asks for and this machine does not have is told before anything is computed, by all commands alike."""
 
+import json
 import os
+import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +17,14 @@ from blocks import runtime
 from flows.run import process_of
 from profiles.errors import ProfileError
 from profiles.load import load_profile
-from profiles.schema import Profile
+from profiles.schema import HubParent, Profile
 from tasks.engines import vllm_engine
 from tasks.operating import doctor, requirements
-from tasks.operating.requirements import MachineLacks, advice, check_machine, lacking
+from tasks.operating.requirements import MachineLacks, advice, check_machine, check_profile, lacking
 from tasks.running.usage import crowd
 from tests.test_nvlabs import puzzle
 from tests.test_profiles import GOOD
+from tests.tiny import tiny_parent
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
@@ -124,7 +127,7 @@ def test_validate_plan_and_run_refuse_what_is_not_here(
 @NO_GPU
 def test_every_single_thing_is_told_at_once(without_vllm: None) -> None:
     wanted = profile_of(hardware={"engine": "vllm"}, orchestration={"devices": ["cuda:0", "cuda:1"]})
-    with pytest.raises(MachineLacks, match=r"(?s)this machine lacks.*vLLM.*cuda:0.*cuda:1"):
+    with pytest.raises(MachineLacks, match=r"(?s)cannot run here.*vLLM.*cuda:0.*cuda:1"):
         check_machine(wanted)
     with pytest.raises(MachineLacks), process_of(wanted, Path("nowhere")):
         pass
@@ -217,6 +220,78 @@ def test_the_doctor_tells_the_engines_that_can_run(without_vllm: None) -> None:
     there, lacks = doctor.engines()
     assert there.detail == "torch on cpu and cuda and mps, llama.cpp on cpu"
     assert lacks.status == "warn" and lacks.detail.startswith("not vllm: vLLM is not installed")
+
+
+# --- parts of a profile that do not fit each other
+
+
+def own(folder: Path, **changes: Any) -> Profile:
+    """A profile on a tiny folder parent (3 layers, 2 KV heads, FFN 48) and a jsonl of 40 lines of 50 words."""
+    if not (folder / "model").exists():
+        tiny_parent(folder / "model")
+        (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"w{i + 4} " * 50}) + "\n" for i in range(40)))
+    corpus = {
+        "sources": [{"kind": "jsonl", "path": str(folder / "text.jsonl")}],
+        "sequence_length": 16,
+        **{f"{split}_sequences": 8 for split in ("train", "validation", "test")},
+    }
+    sizes = {
+        "record": {"statistics_sequences": 8, "hidden_sequences": 8},
+        "gkd": {"validation_sequences": 8},
+        "evaluate": {"sequences": 8},
+    }
+    parent = {"kind": "folder", "path": str(folder / "model")}
+    space = {"attention": ["kv1"], "ffn": ["ffn24"]}
+    return profile_of(**{"parent": parent, "corpus": corpus, "search_space": space, **sizes, **changes})
+
+
+def test_labels_are_judged_by_the_parents_config_all_at_once(tmp_path: Path) -> None:
+    doubts, parent = check_profile(own(tmp_path))
+    assert doubts == [] and parent is not None and parent.depth == 3
+    space = {"attention": ["kv3", "kv1"], "ffn": ["ffn6400"], "layers": [0, 7]}
+    with pytest.raises(MachineLacks) as caught:
+        check_profile(own(tmp_path, search_space=space))
+    told = str(caught.value).split("\n  ")
+    assert [line.split(":")[0] for line in told[1:3]] == ["search_space.attention", "search_space.ffn"]
+    assert "a parent with 2 KV heads can have kv1" in told[1] and "narrower FFN" in told[2] and "0 to 2" in told[3]
+
+
+def test_too_little_text_is_told_before_a_run(tmp_path: Path) -> None:
+    """2,000 words: with the tokenizer they are packed for a try; without it, bytes are counted."""
+    wanted = own(tmp_path)
+    corpus = wanted.corpus.model_copy(update={"train_sequences": 200})
+    with pytest.raises(MachineLacks, match="the corpus is too small: train needs 200 sequences x 16"):
+        check_profile(wanted.model_copy(update={"corpus": corpus}))
+    hub = wanted.model_copy(update={"parent": HubParent(hub_id="nobody/nothing")})
+    assert check_profile(hub) == ([], None)
+    (doubt,) = check_profile(hub.model_copy(update={"corpus": corpus}))[0]
+    assert "3,456 tokens are asked for, and the documents hold" in doubt
+    corpus = corpus.model_copy(update={"train_sequences": 2000})
+    with pytest.raises(MachineLacks, match="the corpus is too small: 32,256 tokens are asked for"):
+        check_profile(hub.model_copy(update={"corpus": corpus}))
+
+
+def test_a_folder_without_tokenizer_or_weights_is_no_parent(tmp_path: Path) -> None:
+    wanted = own(tmp_path)
+    for name in ("tokenizer.json", "model.safetensors"):
+        (tmp_path / "model" / name).rename(tmp_path / name)
+        with pytest.raises(MachineLacks, match="parent: .*(has no tokenizer|no weights|safetensors)"):
+            check_profile(wanted)
+        (tmp_path / name).rename(tmp_path / "model" / name)
+
+
+def test_clusters_and_stores_are_asked(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        port = there.getsockname()[1]
+        for runner, address in (("dask", f"tcp://127.0.0.1:{port}"), ("ray", f"127.0.0.1:{port}")):
+            asked = {"runner": runner, "address": address}
+            assert check_profile(own(tmp_path, orchestration=asked, store=f"file://{tmp_path}/store"))[0] == []
+    assert not (tmp_path / "store").exists(), "nothing is written"
+    with pytest.raises(MachineLacks, match="no Ray node answers at"):
+        check_profile(own(tmp_path, orchestration=asked))
+    (tmp_path / "puzzle-store.json").write_text('{"layout": 99}')
+    with pytest.raises(MachineLacks, match="has layout 99"):
+        check_profile(own(tmp_path, store=f"file://{tmp_path}"))
 
 
 # --- threads and company

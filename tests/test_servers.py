@@ -6,11 +6,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
 from blocks.errors import disk_is_full
+from flows import finish
 from tasks.running.servers import (
     LOOPBACK,
     answer,
@@ -84,3 +87,26 @@ def test_a_server_that_speaks_no_http_is_not_up() -> None:
         assert answer(f"http://127.0.0.1:{server.getsockname()[1]}") is None
         thread.join()
     assert answer("http://[") is None and answer("not a URL") is None
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_server_that_runs_is_linked_to_and_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: bool
+) -> None:
+    """Asked is for this very run: another server on the port does not know it."""
+    asked = []
+
+    def knows(url: str, timeout: float) -> str | None:
+        asked.append(url)
+        return "{}" if runs else None
+
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(finish, "answer", knows)
+    tracked: Any = SimpleNamespace(
+        workspace=tmp_path, prefect_run_id="p1", mlflow_run_id="m1", tracking=SimpleNamespace(experiment_id="7")
+    )
+    told = "\n".join(finish.ui_commands(tracked))
+    assert ("server" in told) != runs
+    assert "http://127.0.0.1:4200/runs/flow-run/p1" in told and "http://127.0.0.1:5000/#/experiments/7/runs/m1" in told
+    assert [url.rpartition("/")[2] for url in asked] == ["get?run_id=m1", "p1"]

@@ -32,6 +32,9 @@ from tasks.running.progress import say
 
 VERSION = 1  # raise it when the same sources would give other tokens
 PART = 1 << 20  # characters tokenised at once: a tokenizer takes about 150 bytes for each
+TRIED_TOKENS = 1 << 19  # tokenised in a second or two
+COUNTED_BYTES = 1 << 26  # read in a second or two
+BYTES_PER_TOKEN = 4
 # split -> the largest share of its sequences that one document may give is 1 / this; only train may exceed it
 SHARES = {"test": 8, "validation": 8, "train": 32}
 CHAT_TEMPLATE = "chat_template.jinja"  # says nothing about other sources than those that may hold chats
@@ -55,12 +58,7 @@ def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: s
     documents = ordered_documents(iterate_documents(at_commits, tokenizer.chat, notes))
     for note in notes:
         say(f"corpus: {note}")
-    wanted = {
-        "test": corpus.test_sequences,
-        "validation": corpus.validation_sequences,
-        "train": corpus.train_sequences,
-    }
-    packed, used = pack_splits(documents, tokenizer, wanted, corpus.sequence_length)
+    packed, used = pack_splits(documents, tokenizer, splits_of(corpus), corpus.sequence_length)
     _check_ids(packed, tokenizer_folder / "config.json")
     info = CorpusInfo(
         tokens=write_tensors(workspace, f"corpus/{fingerprint}.safetensors", packed),
@@ -74,6 +72,41 @@ def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: s
     )
     keep(manifest, info, [info.tokens], workspace)
     return info
+
+
+def check_enough(corpus: Corpus, tokenizer_folder: Path | None) -> str:
+    """Whether the text fills the splits, before a run. Raises CorpusError; returns a sentence of doubt, or "".
+
+    With the tokenizer, a corpus of up to half a million tokens is packed for a try. Otherwise bytes are counted: no
+    token is less than one.
+    """
+    splits = splits_of(corpus)
+    needed = sum(splits.values()) * corpus.sequence_length
+    if tokenizer_folder is not None and needed <= TRIED_TOKENS:
+        tokenizer = load_tokenizer(tokenizer_folder)
+        documents = ordered_documents(iterate_documents(corpus, tokenizer.chat))
+        packed, _ = pack_splits(documents, tokenizer, splits, corpus.sequence_length)
+        _check_ids(packed, tokenizer_folder / "config.json")
+        return ""
+    there, enough = 0, min(BYTES_PER_TOKEN * needed, COUNTED_BYTES)
+    for document in iterate_documents(corpus):
+        there += len(document.encode()) + 2  # a document may get bos and eos
+        if there >= enough:
+            return ""
+    told = f"{needed:,} tokens are asked for, and the documents hold {there:,} bytes"
+    ways = "add text, or lower corpus.train_sequences"
+    if there < needed:
+        raise CorpusError(f"the corpus is too small: {told}: {ways}.")
+    return f"corpus: {told}. A token is about {BYTES_PER_TOKEN} bytes of English, so that may be too little: {ways}."
+
+
+def splits_of(corpus: Corpus) -> dict[str, int]:
+    """Number of sequences of each split, in the order in which documents fill them."""
+    return {
+        "test": corpus.test_sequences,
+        "validation": corpus.validation_sequences,
+        "train": corpus.train_sequences,
+    }
 
 
 def _check_ids(packed: Mapping[str, torch.Tensor], config: Path) -> None:

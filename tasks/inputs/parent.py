@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -27,12 +27,12 @@ from blocks.library import Fetch, digest_of, is_whole, keep, remember
 from blocks.records import ParentInfo, Ref, Value
 from blocks.resources import precision_name
 from profiles.schema import FolderParent, GgufParent, HubParent, PackageParent, ParentSource, TinyParent
-from tasks.gguf.header import Header, stem_of, without_vocabulary
+from tasks.gguf.header import Header, read_header, stem_of, without_vocabulary
 from tasks.gguf.parent_file import check_model, describe, dtype_of, parts_of
 from tasks.gguf.tokenizer_reader import tokenizer_of
 from tasks.inputs.companions import CARD, HUB_PATTERNS, companions, copy_companions, has_tokenizer, write_terms
 from tasks.inputs.installed_packages import installed_file
-from tasks.inputs.parent_weights import INDEX, WEIGHTS, check_finite, place_weights, shards_of, weights_of
+from tasks.inputs.parent_weights import INDEX, WEIGHTS, Weights, check_finite, place_weights, shards_of, weights_of
 from tasks.inputs.tiny import byte_tokenizer, family_config, make_tiny_parent, training_texts
 from tasks.running.progress import say
 
@@ -83,31 +83,68 @@ def prepare_parent(
 
 
 def check_source(source: FolderParent | GgufParent) -> None:
-    """Raise ParentError for a folder or file that is missing or cannot be a parent by its config."""
+    """Raise ParentError for a folder or file that is missing or cannot be a parent. Of weights, headers are read."""
     if isinstance(source, GgufParent):
         parts_of(_gguf_file(source))
     else:
-        check_config(_read_json(_source_folder(source) / "config.json"), source.trust_remote_code)
+        _checked_weights(_source_folder(source), source.trust_remote_code)
 
 
-def write_config(source: ParentSource, folder: Path) -> None:
+def write_config(source: ParentSource, folder: Path, download: bool = True) -> bool:
     """Write the config.json that `prepare_parent` would write, and no weights.
 
-    Nothing is converted or trained, and nothing else is downloaded. The headers of a folder's weights are checked
-    against the config. Raises ParentError.
+    Nothing is converted or trained. Of the hub, config.json alone is fetched; where nothing may be downloaded and the
+    hub's cache has none, the answer is False. The headers of a folder's weights are checked against the config. Raises
+    ParentError.
     """
     if isinstance(source, TinyParent):
         family_config(source, len(byte_tokenizer())).save_pretrained(folder)
     elif isinstance(source, PackageParent | GgufParent):
         _gguf_config(_gguf_file(source)).save_pretrained(folder)
+    elif isinstance(source, HubParent):
+        found = _download(source, config_only=True) if download else _cached(source)
+        if found is None:
+            return False
+        _copy_config(found, folder, source.trust_remote_code)
     else:
-        found = _download(source, config_only=True) if isinstance(source, HubParent) else _source_folder(source)
-        values = _read_json(found / "config.json")
-        check_config(values, source.trust_remote_code)
-        if isinstance(source, FolderParent) and any(found.glob("*.safetensors")):
-            values |= weights_of(found).settings
-        values = {key: value for key, value in values.items() if key not in _LEFT_OUT}
-        write_text(folder / "config.json", json.dumps(values))
+        found = _source_folder(source)
+        settings = weights_of(found).settings if any(found.glob("*.safetensors")) else {}
+        _copy_config(found, folder, source.trust_remote_code, settings)
+    return True
+
+
+def write_tokenizer(source: ParentSource, folder: Path) -> bool:
+    """Write the tokenizer that `prepare_parent` would write; False for one that would have to be downloaded. Raises
+    ParentError.
+    """
+    if isinstance(source, TinyParent):
+        byte_tokenizer().save_pretrained(folder)
+    elif isinstance(source, PackageParent | GgufParent):
+        path = _gguf_file(source)
+        try:
+            tokenizer_of(read_header(path).fields).save_pretrained(folder)
+        except (ValueError, KeyError) as error:
+            raise ParentError(f"{path.name} cannot be read as GGUF: {first_line(error)}") from error
+    else:
+        found = _cached(source) if isinstance(source, HubParent) else _source_folder(source)
+        if found is not None:
+            copy_companions(found, folder)
+    return has_tokenizer(folder)
+
+
+def _cached(source: HubParent) -> Path | None:
+    """The folder in the hub's cache that holds the config of a parent, None where it was never fetched."""
+    from huggingface_hub import try_to_load_from_cache
+
+    known = try_to_load_from_cache(source.hub_id, "config.json", revision=source.revision)
+    return Path(known).parent if isinstance(known, str) else None
+
+
+def _copy_config(found: Path, folder: Path, trust_remote_code: bool, settings: Mapping[str, Any] | None = None) -> None:
+    values = _read_json(found / "config.json")
+    check_config(values, trust_remote_code)
+    values = {key: value for key, value in {**values, **(settings or {})}.items() if key not in _LEFT_OUT}
+    write_text(folder / "config.json", json.dumps(values))
 
 
 def _gguf_config(path: Path) -> Any:
@@ -329,8 +366,20 @@ def _copy_folder(
     """Copy tokenizer, card and the like, and bring weights to `target` with `place`; other files are left out. Returns
     notes.
     """
+    weights = _checked_weights(source, trust_remote_code)
+    copy_companions(source, target)
+    if (source / CARD).is_file():
+        shutil.copyfile(source / CARD, target / CARD)
+    place_weights(source, target, weights, place)
     values = _read_json(source / "config.json")
-    check_config(values, trust_remote_code)
+    values = {key: value for key, value in values.items() if key not in _LEFT_OUT} | dict(weights.settings)
+    write_text(target / "config.json", json.dumps(values, ensure_ascii=False))
+    return weights.notes
+
+
+def _checked_weights(source: Path, trust_remote_code: bool) -> Weights:
+    """The weights of a folder, by their headers. Raises ParentError for a folder that cannot be a parent."""
+    check_config(_read_json(source / "config.json"), trust_remote_code)
     if (source / "adapter_config.json").is_file():
         raise ParentError(
             f"{source.name} holds an adapter (adapter_config.json): merge it into the weights (peft's "
@@ -345,13 +394,7 @@ def _copy_folder(
         )
     if not has_tokenizer(source):
         raise ParentError(f"{source.name} has no tokenizer: add tokenizer.json or tokenizer.model.")
-    copy_companions(source, target)
-    if (source / CARD).is_file():
-        shutil.copyfile(source / CARD, target / CARD)
-    place_weights(source, target, weights, place)
-    values = {key: value for key, value in values.items() if key not in _LEFT_OUT} | dict(weights.settings)
-    write_text(target / "config.json", json.dumps(values, ensure_ascii=False))
-    return weights.notes
+    return weights
 
 
 def _link(source: Path, target: Path) -> None:

@@ -3,8 +3,8 @@
 from typing import Any
 
 from blocks.engine_limits import check_parent, refusal
-from blocks.errors import PuzzleError
-from blocks.kinds import parse_labels
+from blocks.errors import PuzzleError, UnknownVariant
+from blocks.kinds import parse_label
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock
 from profiles.schema import Profile, SearchSpace
@@ -16,14 +16,30 @@ def layers_of(profile: Profile, reader: Parent) -> list[int]:
 
 
 def check_search_space(profile: Profile, reader: Parent) -> None:
-    """Raise UnknownVariant or PuzzleError for a search space that this parent cannot have."""
+    """Raise PuzzleError for a search space that this parent cannot have, with all that is wrong."""
+    found = misfits(profile, reader)
+    if found:
+        raise PuzzleError("\n  ".join(found))
+
+
+def misfits(profile: Profile, reader: Parent) -> list[str]:
+    """What of a search space this parent cannot have, a sentence each."""
+    found = []
     for subblock in SUBBLOCKS:
-        parse_labels(subblock, getattr(profile.search_space, subblock), reader.config)
-        parse_labels(subblock, getattr(profile.bld, f"coupled_{subblock}"), reader.config)
+        for section, field in (("search_space", subblock), ("bld", f"coupled_{subblock}")):
+            for label in getattr(getattr(profile, section), field):
+                try:
+                    parse_label(subblock, label, reader.config)
+                except UnknownVariant as error:
+                    found.append(f"{section}.{field}: {error}")
     outside = [layer for layer in profile.search_space.layers or () if not 0 <= layer < reader.depth]
     if outside:
-        raise PuzzleError(f"search_space.layers names {outside}, but the parent's layers are 0 to {reader.depth - 1}")
-    check_parent(target_engines(profile), reader.config, profile.hardware.precision)
+        found.append(f"search_space.layers names {outside}, but the parent's layers are 0 to {reader.depth - 1}")
+    try:
+        check_parent(target_engines(profile), reader.config, profile.hardware.precision)
+    except PuzzleError as error:
+        found.append(f"hardware: {error}")
+    return found
 
 
 def refused(profile: Profile, config: Any, layer: int, attention: str, ffn: str) -> str | None:

@@ -117,6 +117,37 @@ def _named(names: Iterable[str], field: str) -> str:
     return found[0]
 
 
+def field_of(path: Path, source: TextSource) -> str:
+    """The field of a jsonl or parquet file to read, by its first row: the usual ones, or else the longest text there.
+    Raises CorpusError.
+    """
+    if source.kind == "parquet":
+        from pyarrow import ArrowException, parquet
+
+        try:
+            row = next(parquet.ParquetFile(path).iter_batches(batch_size=1)).to_pylist()[0]
+        except (ArrowException, OSError, StopIteration, IndexError) as error:
+            raise CorpusError(
+                f"{path} cannot be read ({first_line(error, 200)}). Is it parquet, and has it rows?"
+            ) from error
+    else:
+        with _opened(path, source.kind) as file:
+            number, line = next(_lines(file, path), (0, Part("{}")))
+        try:
+            row = _json(line)
+        except Unusable as reason:
+            raise CorpusError(f"{path}: line {number} {reason}.") from reason
+    fields = row if isinstance(row, Mapping) else {}
+    if any(name in fields for name in (source.text_field, *FIELDS)):
+        return source.text_field
+    found = {name: len(value) for name, value in fields.items() if isinstance(value, str)}
+    if not found:
+        raise CorpusError(
+            f"{path} has no field with text in its first {'row' if source.kind == 'parquet' else 'line'}."
+        )
+    return max(found, key=found.__getitem__)
+
+
 def _kind(value: Any) -> str:
     return f"a list of {type(value[0]).__name__}" if isinstance(value, list) and value else type(value).__name__
 

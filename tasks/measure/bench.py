@@ -8,7 +8,7 @@ reason. Memory is the highest that the process held, less what it held before th
 # B = batch, P = prompt tokens, G = generated tokens
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -93,6 +93,14 @@ class Point(Value):
     def scenario(self) -> Scenario:
         """As the profile's schema has it."""
         return Scenario(name="load", prompt_tokens=self.prompt_tokens, generated_tokens=self.generated_tokens)
+
+
+def fitting(point: Point, sources: Iterable[Path]) -> Point:
+    """The load, shortened in proportion to what the model with the shortest context can take."""
+    asked = point.prompt_tokens + point.generated_tokens
+    room = min([asked, *(context for context in map(_context_of, sources) if context is not None)])
+    generated = max(1, point.generated_tokens * room // asked)
+    return point.model_copy(update={"prompt_tokens": room - generated, "generated_tokens": generated})
 
 
 def bench(

@@ -33,6 +33,7 @@ from tasks.pages.report import rounded
 from tasks.score import scoring
 from tasks.search.totals import Problem, broken_limits, fitting_batches, problem_of
 
+DIGITS = 8  # of each digest: a person sees them in the registry, and looks for the one that differs
 UNITS = {"kl": "nats", "loss": "nats", "top1_agreement": "of the tokens"}
 # part of the basis -> what a person calls it
 NAMES = {
@@ -82,7 +83,7 @@ def basis(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, table: CostT
         "gkd": [profile.gkd, gkd.VERSION],
         "rule": profile.champion,
     }
-    return {name: digest_of(part=part) for name, part in parts.items()}
+    return {name: digest_of(part=part)[:DIGITS] for name, part in parts.items()}
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, ...]:

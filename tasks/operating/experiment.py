@@ -5,7 +5,7 @@ inputs, what the machine did meanwhile, and a link that shows runs side by side.
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,27 +14,40 @@ from urllib.parse import quote
 from blocks.records import CorpusInfo, ParentInfo
 from profiles.schema import Hardware, Profile
 from tasks.inputs.parent import name_of
-from tasks.measure.hardware_description import accelerator, processor
-from tasks.operating.tracking import Tracking, client_of, open_tracking, server_uri
+from tasks.measure.hardware_description import accelerator, entry, processor
+from tasks.operating.charts import OPTIMISATIONS, VIEW
+from tasks.operating.run_figures import CHILDS_FIGURES
+from tasks.operating.tracking import Tracking, client_of, open_tracking, resume_or_start, server_uri
 from tasks.running.progress import say
 
 DIGEST = 32  # digits of a fingerprint; MLflow keeps 36 at most
 SAMPLE_SECONDS = 10.0  # MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL overrides it
 FINISH_SECONDS = 15.0  # for the last sample to arrive
-OWN = ("child/", "parent/")  # metrics that a registered child carries too
 
 
 def hardware_label(hardware: Hardware) -> str:
-    """The hardware target as runs name it; a machine without a name of its own by its processor."""
-    if hardware.engine == "roofline":
-        return f"{hardware.name} (modelled)"
-    unnamed = hardware.name == Hardware().name
-    return (accelerator(hardware.device) or processor() or hardware.name) if unnamed else hardware.name
+    """The hardware target as runs name it."""
+    described = {"name": hardware.name, "engine": hardware.engine, "processor": processor()}
+    return label_of(described | entry("accelerator", accelerator(hardware.device)))
+
+
+def label_of(described: Mapping[str, str]) -> str:
+    """The same of a cost table's hardware; a machine without a name of its own is named by its processor."""
+    name = described["name"]
+    if described.get("engine") == "roofline":
+        return f"{name} (modelled)"
+    unnamed = name == Hardware().name
+    return (described.get("accelerator") or described.get("processor") or name) if unnamed else name
 
 
 def experiment_name(profile: Profile) -> str:
     """`puzzle <parent> on <hardware>`: runs that can be compared lie in one experiment."""
-    return f"puzzle {name_of(profile.parent)} on {hardware_label(profile.hardware)}"
+    return named(name_of(profile.parent), hardware_label(profile.hardware))
+
+
+def named(parent: str, hardware: str) -> str:
+    """The experiment of a parent on a hardware target."""
+    return f"puzzle {parent} on {hardware}"
 
 
 def open_experiment(profile: Profile, workspace: Path) -> Tracking:
@@ -69,19 +82,25 @@ def corpus_name(corpus: CorpusInfo) -> str:
 
 @contextmanager
 def system_metrics(tracking: Tracking, run_id: str) -> Iterator[None]:
-    """CPU, memory, disk, network, and GPUs where there are any, as `system/...` metrics of a run while it goes."""
-    client_of(tracking)  # sets MLflow's environment before its first import
+    """CPU, memory, disk, network, and GPUs where there are any, as `system/...` metrics of a nested run `machine`: on
+    the run itself they would stand among what is compared.
+    """
+    client = client_of(tracking)  # sets MLflow's environment before its first import
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # a sample less is no news
-    monitor: Any = SystemMetricsMonitor(
-        run_id, sampling_interval=SAMPLE_SECONDS, resume_logging=True, tracking_uri=tracking.uri
-    )
+    own = resume_or_start(tracking, "machine", parent_run_id=run_id)
+    monitor: Any = SystemMetricsMonitor(own, sampling_interval=SAMPLE_SECONDS, tracking_uri=tracking.uri)
     monitor.start()
+
+    def end() -> None:
+        monitor.finish()
+        client.set_terminated(own)
+
     try:
         yield
     finally:
-        _within(FINISH_SECONDS, monitor.finish)
+        _within(FINISH_SECONDS, end)
 
 
 def _within(seconds: float, end: Callable[[], object]) -> None:
@@ -100,6 +119,12 @@ def mlflow_error() -> type[Exception]:
     return MlflowException
 
 
+def charts_url(tracking: Tracking, port: int = 5000) -> str:
+    """MLflow's page of an experiment: all its optimisations in charts, speed against quality first."""
+    page = f"{server_uri() or f'http://127.0.0.1:{port}'}/#/experiments/{tracking.experiment_id}/runs"
+    return f"{page}?viewStateShareKey={VIEW}&compareRunsMode=CHART"
+
+
 def compare_url(tracking: Tracking, run_ids: Sequence[str], port: int = 5000) -> str:
     """MLflow's page that shows runs side by side: parameters, metrics, charts."""
     experiments = [client_of(tracking).get_run(run_id).info.experiment_id for run_id in run_ids]
@@ -115,7 +140,7 @@ def finished_runs(tracking: Tracking, count: int) -> list[str]:
     """The last finished optimisations of an experiment, newest first; nested runs have no parameters."""
     found = client_of(tracking).search_runs(
         [tracking.experiment_id],
-        "attributes.status = 'FINISHED' and params.profile LIKE '%'",
+        f"attributes.status = 'FINISHED' and {OPTIMISATIONS}",
         max_results=count,
         order_by=["attributes.start_time DESC"],
     )
@@ -133,6 +158,6 @@ def log_model_metrics(
     points = [
         Metric(name, value, now, 0, model_id, corpus_name(corpus), corpus.fingerprint[:DIGEST], run_id)
         for name, value in metrics.items()
-        if name.startswith(OWN)
+        if name.partition("/")[0] in CHILDS_FIGURES
     ]
     client_of(tracking).log_batch(run_id, metrics=points)

@@ -15,11 +15,13 @@ from typing import Any
 from blocks.errors import PuzzleError
 from blocks.records import ChildReport, Value
 from tasks.evaluate.compare import LINEAGE
+from tasks.operating.champion import DIGITS, Judgement
 from tasks.operating.experiment import log_model_metrics
-from tasks.operating.tracking import Tracking, client_of, log_metrics, report_metrics
+from tasks.operating.run_figures import headlines, report_metrics
+from tasks.operating.tracking import Tracking, client_of, log_metrics, set_tags
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-REIGNS, JUDGED, FOLDER = "puzzle.reigns", "puzzle.judged", "puzzle.run_folder"
+REIGNS, JUDGED, BASIS, FOLDER = "puzzle.reigns", "puzzle.judged", "puzzle.basis", "puzzle.run_folder"
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model, no such alias
 CODE = Path(__file__).with_name("pyfunc_child.py")
 
@@ -64,7 +66,35 @@ def _version(found: Any) -> Version:
     )
 
 
-def register(tracking: Tracking, report: ChildReport, run_folder: str, workspace: Path, reason: str) -> Version:
+def description(report: ChildReport, why: str) -> str:
+    """What a version says of itself: what it is, its figures, and why it became champion or did not."""
+    found = {name.partition("/")[2]: value for name, value in headlines(report).items()}
+    limits = ", ".join(f"{limit['name']} {limit['asked']:g}" for limit in report.request.get("limits", ()))
+    engine = f", measured in {report.speed.engine}" if report.speed.engine else ""
+    words = {
+        "decode_speedup": "Decodes {:.2f} times as fast as its parent.",
+        "prefill_speedup": "Reads a prompt {:.2f} times as fast.",
+        "parameters_fraction": "Has {:.0%} of its parent's parameters",
+        "memory_fraction": "and takes {:.0%} of its memory.",
+        "kl": "KL from the parent: {:.4g} nats per token.",
+        "top1_agreement": "The likeliest next token is the parent's in {:.0%} of all places.",
+    }
+    figures = " ".join(text.format(found[name]) for name, text in words.items() if name in found)
+    made = f"A child of {report.parent.name}, made by the profile {report.profile}"
+    return "\n\n".join(filter(None, [f"{made} for {limits or 'its budget'}{engine}.", figures, why]))
+
+
+def standing(found: Judgement, before: Version | None) -> str:
+    """Why a version is champion, or is not. `before`: who was champion when it was judged."""
+    if before is None:
+        return "Champion: the first one."
+    reason = found.reason.replace("the champion", f"version {before.version}")
+    if found.outcome == "moved":
+        return f"Champion: it replaced version {before.version}. Why: {reason}."
+    return f"Not champion: version {before.version} stayed. Why: {reason}."
+
+
+def register(tracking: Tracking, report: ChildReport, run_folder: str, workspace: Path, why: str) -> Version:
     """Log a run's child as a pyfunc model of its MLflow run, and make it the `challenger` of the registered model."""
     import mlflow
 
@@ -90,23 +120,28 @@ def register(tracking: Tracking, report: ChildReport, run_folder: str, workspace
             tags=tags,
         )
         client = client_of(tracking)
-        _known(client, name)
+        _known(client, report)
         # in here too: a registry without a server looks a logged model up where MLflow's global URI points
         made = client.create_model_version(
-            name, logged.model_uri, run_id, tags=tags, description=reason, model_id=logged.model_id
+            name, logged.model_uri, run_id, tags=tags, description=description(report, why), model_id=logged.model_id
         )
     log_model_metrics(tracking, run_id, logged.model_id, report_metrics(report), report.corpus)
     client.set_registered_model_alias(name, CHALLENGER, made.version)
     return _version(client.get_model_version(name, made.version))
 
 
-def _known(client: Any, name: str) -> None:
+def _known(client: Any, report: ChildReport) -> None:
     from mlflow.exceptions import MlflowException
 
+    name = model_name(report.profile)
     try:
         client.get_registered_model(name)
     except MlflowException:
-        client.create_registered_model(name, description="children made by puzzle; alias champion: the one in use")
+        what = (
+            f"Children of {report.parent.name}, made by the profile {report.profile}. The alias `champion` names the "
+            "one in use, `challenger` the last that was compared with it. `puzzle rollback` goes back."
+        )
+        client.create_registered_model(name, description=what)
 
 
 @contextmanager
@@ -129,7 +164,15 @@ def crown(tracking: Tracking, version: Version) -> None:
     reigns = _reigns(client, version.name)
     if not reigns or reigns[-1] != version.version:
         client.set_registered_model_tag(version.name, REIGNS, json.dumps([*reigns, version.version]))
+        if reigns:
+            _add(client, version.name, reigns[-1], f"Champion until version {version.version} replaced it.")
     client.set_registered_model_alias(version.name, CHAMPION, str(version.version))
+
+
+def _add(client: Any, name: str, version: int, sentence: str) -> None:
+    """What became of a version, at the end of its description."""
+    said = client.get_model_version(name, str(version)).description or ""
+    client.update_model_version(name, str(version), f"{said}\n\n{sentence}".strip())
 
 
 def _reigns(client: Any, name: str) -> list[int]:
@@ -153,12 +196,14 @@ def rollback(tracking: Tracking, name: str) -> tuple[Version, Version]:
     client.set_registered_model_alias(name, CHAMPION, str(before.version))
     client.set_registered_model_tag(name, REIGNS, json.dumps(reigns[:-1]))
     client.set_model_version_tag(name, str(now.version), "puzzle.rolled_back", "true")
+    _add(client, name, now.version, f"Rolled back: version {before.version} is champion again.")
+    _add(client, name, before.version, f"Champion again: version {now.version} was rolled back.")
     return now, before
 
 
 def log_judgement(tracking: Tracking, run_id: str, outcome: str, figures: Mapping[str, float]) -> None:
     """What a challenger's run came to: a tag `puzzle.outcome`, and the paired comparison as metrics."""
-    client_of(tracking).set_tag(run_id, "puzzle.outcome", outcome)
+    set_tags(tracking, run_id, {"puzzle.outcome": outcome})
     log_metrics(tracking, run_id, figures)
 
 
@@ -166,16 +211,22 @@ def judged(tracking: Tracking, name: str) -> dict[str, str]:
     """What the last comparison was made for: digests by part; empty before the first."""
     from mlflow.exceptions import MlflowException
 
+    client = client_of(tracking)
     try:
-        tags = client_of(tracking).get_registered_model(name).tags
+        text: str = client.get_registered_model(name).tags.get(JUDGED, "")
+        if text.startswith("{"):  # of a version before 0.3: the digests themselves
+            return {part: digest[:DIGITS] for part, digest in json.loads(text).items()}
+        text = client.get_run(text).data.tags.get(BASIS, "") if text else ""
     except MlflowException as error:
         if error.error_code not in ABSENT:
             raise
         return {}
-    found: dict[str, str] = json.loads(tags.get(JUDGED, "{}"))
-    return found
+    return dict(part.rpartition(" ")[::2] for part in text.split(", ") if part)
 
 
-def remember_judged(tracking: Tracking, name: str, basis: Mapping[str, str]) -> None:
-    """Keep what a comparison was made for, whoever won it."""
-    client_of(tracking).set_registered_model_tag(name, JUDGED, json.dumps(dict(basis)))
+def remember_judged(tracking: Tracking, name: str, run_id: str, basis: Mapping[str, str]) -> None:
+    """Keep what a comparison was made for, whoever won it, on the challenger's run: `parent 1f0c2ab3, corpus ...`. The
+    registered model names the run, so that its page is no screen of digests.
+    """
+    set_tags(tracking, run_id, {BASIS: ", ".join(f"{part} {digest}" for part, digest in basis.items())})
+    client_of(tracking).set_registered_model_tag(name, JUDGED, run_id)

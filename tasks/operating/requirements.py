@@ -1,14 +1,18 @@
 """What a profile needs of this machine, and what of it is not here: told before anything is computed.
 
-`puzzle validate`, `plan` and every run ask the same function; `puzzle doctor` looks at the machine with its parts.
+Every run asks `check_machine`. `puzzle validate` and `plan` ask `check_profile`, which looks further: at the labels, at
+the amount of text, at clusters and stores. A run sees those a little later by itself; `puzzle doctor` uses the parts.
 Impossible on any machine is what profiles/schema.py refuses already. `engine: roofline` models hardware that is not
 here, so its device is not looked for; workers at an address are on machines that this one cannot see.
 """
 
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from importlib import util
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blocks.devices import device_name
 from blocks.errors import CorpusError, ParentError, PuzzleError
@@ -23,6 +27,9 @@ from profiles.schema import (
     TextSource,
     WikipediaDumpSource,
 )
+
+if TYPE_CHECKING:
+    from blocks.parent import Parent
 
 # import name of an optional package: what it is for, how it comes
 EXTRAS = {
@@ -45,16 +52,80 @@ RUNNERS: dict[str, tuple[str, ...]] = {
 }
 
 
+SECONDS = 5.0  # that a cluster or a store may take to answer
+
+
 class MachineLacks(PuzzleError):
-    """A profile that needs what is not on this machine."""
+    """A profile that needs what is not on this machine, or whose parts do not fit each other."""
 
 
 def check_machine(profile: Profile) -> None:
     """MachineLacks, with every single thing that is not here."""
-    found = lacking(profile)
+    _refuse(profile, lacking(profile))
+
+
+def check_profile(profile: Profile) -> "tuple[list[str], Parent | None]":
+    """All that can be known of a run without computing or downloading. MachineLacks with every single fault.
+
+    Returns advice, and the parent as its config tells it; None for a parent of the hub that was never fetched.
+    """
+    from blocks.parent import Parent
+    from tasks.inputs.parent import write_config
+    from tasks.inputs.space import misfits
+
+    found, doubts, parent = lacking(profile), advice(profile), None
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            if write_config(profile.parent, folder, download=False):
+                parent = Parent(folder)
+                found += misfits(profile, parent)
+            found += _text(profile, folder, doubts)
+        except ParentError as error:
+            found.append(f"parent: {error}")
+    found += _unanswered(profile)
+    _refuse(profile, list(dict.fromkeys(found)))
+    return doubts, parent
+
+
+def _refuse(profile: Profile, found: Sequence[str]) -> None:
     if found:
-        lines = "\n  ".join([f"this machine lacks what profile {profile.name} needs:", *found])
+        lines = "\n  ".join([f"profile {profile.name} cannot run here:", *found])
         raise MachineLacks(lines if len(found) > 1 else f"{found[0]}")
+
+
+def _text(profile: Profile, folder: Path, doubts: list[str]) -> Iterator[str]:
+    """Text of one's own that does not fill the splits. The folder has the parent's config, and gets its tokenizer."""
+    if not all(isinstance(source, TextSource) for source in profile.corpus.sources) or any(_corpus(profile)):
+        return
+    from tasks.inputs.corpus import check_enough
+    from tasks.inputs.parent import write_tokenizer
+
+    try:
+        doubt = check_enough(profile.corpus, folder if write_tokenizer(profile.parent, folder) else None)
+    except CorpusError as error:
+        yield str(error)
+    else:
+        doubts += [doubt] if doubt else []
+
+
+def _unanswered(profile: Profile) -> Iterator[str]:
+    """A cluster or a store that does not answer."""
+    wanted = profile.orchestration
+    try:
+        if wanted.address:
+            from tasks.running.workers import check_address
+
+            check_address(wanted.runner, wanted.address, SECONDS)
+    except PuzzleError as error:
+        yield str(error)
+    if profile.store and not any(_store(profile)):
+        from blocks.store import check_answers
+
+        try:
+            check_answers(profile.store, SECONDS)
+        except PuzzleError as error:
+            yield f"store: {error}"
 
 
 def lacking(profile: Profile) -> list[str]:

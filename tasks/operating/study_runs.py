@@ -1,17 +1,89 @@
-"""What a workspace and MLflow keep of a study."""
+"""What MLflow keeps beside the stages of an optimisation: reports, cost tables, sweeps, benches, studies."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from blocks.files import atomic_path, write_text
-from blocks.library import digest_of, write_value
-from blocks.records import Value
+from blocks.library import digest_of, read_value, write_value
+from blocks.records import ChildReport, CostTable, Value
+from profiles.schema import Hardware
+from tasks.libraries.interchange import StoredLibrary, read_source
+from tasks.measure.bench import BenchRow
 from tasks.operating import tracking
+from tasks.operating.experiment import label_of, named
+from tasks.operating.run_figures import bench_metrics, cost_metrics, engine_tags, load_of, report_metrics
+from tasks.operating.sweeping import SweepPoint
 from tasks.studies.additivity import Check
 from tasks.studies.verdicts import truth_points
+
+PARTS = frozenset({"layers", "samples", "correct", "item_groups", "answers"})  # in report.json, too long for a table
+
+
+def log_report(store: tracking.Tracking, run_id: str, report: ChildReport, files: Sequence[Path]) -> None:
+    """Metrics of all candidates, their table, and the files that `write_report` made (pictures, Markdown, JSON)."""
+    tracking.log_metrics(store, run_id, report_metrics(report))
+    tracking.log_tables(store, run_id, {"candidates": report.candidates}, PARTS)
+    tracking.log_files(store, run_id, files, "report")
+
+
+def log_costs(store: tracking.Tracking, table: CostTable, hardware: Hardware, parent_run_id: str | None = None) -> str:
+    """A cost table as a run, one for each table: every cost is a metric. Nested in the optimisation that measured it,
+    if one did. Returns the run's id.
+    """
+    digest = digest_of(costs=table.model_dump(mode="json", exclude={"measured_at"}))[:16]
+    there = tracking.client_of(store).search_runs(
+        [store.experiment_id], f"tags.`puzzle.costs` = '{digest}' and attributes.status = 'FINISHED'", max_results=1
+    )
+    if there:
+        return str(there[0].info.run_id)
+    threads = int(table.hardware.get("threads") or hardware.threads or 1)
+    tags = engine_tags(hardware.engine, hardware.precision, threads, hardware.device)
+    name = f"costs {hardware.engine} {hardware.precision} {threads} threads {digest[:6]}"
+    params = {f"hardware.{key}": value for key, value in table.hardware.items()} | {"measured_at": table.measured_at}
+    if table.calibration is not None:
+        params["calibration"] = table.calibration.model_dump_json()
+    tables = {"costs": table.costs, "non_block": table.non_block, "parent": table.parent_measured}
+    tags["puzzle.costs"] = digest
+    return tracking.log_stage(store, name, parent_run_id, tags, cost_metrics(table), tables, params)
+
+
+def log_sweep(workspace: Path, over: str, points: Sequence[SweepPoint]) -> str | None:
+    """A front over the library of a workspace, as a run: a step for each limit. Returns its page; None where there is
+    no experiment to put it in, since the library is none of puzzle's.
+    """
+    library = read_source(workspace)
+    if not isinstance(library, StoredLibrary):
+        return None
+    described = library.description
+    store = tracking.open_tracking(workspace, named(described.parent, label_of(described.hardware)))
+    with tracking.run_started(store, f"sweep over {over} of {described.profile}") as run_id:
+        tracking.log_params(store, run_id, {"over": over, "library": described.profile, "points": str(len(points))})
+        figures = [point.model_dump(exclude={"status"}, exclude_none=True) for point in points]
+        series = [(step, {f"sweep/{name}": value for name, value in own.items()}) for step, own in enumerate(figures)]
+        tracking.log_series(store, run_id, series)
+        tracking.log_tables(store, run_id, {"sweep": points})
+    return tracking.run_url(store, run_id)
+
+
+def log_bench(child: Path, rows: Sequence[BenchRow]) -> str | None:
+    """A bench as a run nested in the one that made the child. Returns its page; None where no such run is known."""
+    report = child.resolve().parent / "report.json"
+    workspace = report.parents[min(2, len(report.parents) - 1)]
+    if not report.is_file() or not tracking.has_runs(workspace):
+        return None
+    store = tracking.tracking_of(workspace, read_value(report, ChildReport).mlflow_run_id)
+    if store is None:
+        return None
+    of, run = store
+    first = rows[0]
+    tags = engine_tags(first.engine, first.precision, first.threads)
+    loads = ", ".join(dict.fromkeys(load_of(row) for row in rows))
+    params = {"engine": first.engine, "version": first.version, "precision": first.precision, "loads": loads}
+    own = tracking.log_stage(of, f"bench {first.engine} {first.precision}", run, tags, bench_metrics(rows), {}, params)
+    return tracking.run_url(of, own)
 
 
 def keep(

@@ -1,16 +1,16 @@
 """The front over one quantity of a workspace's block library: what the deployment `sweep` runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from blocks.records import Value
 from tasks.libraries.interchange import open_library
 from tasks.running.progress import Progress, no_progress
 from tasks.search.request import Request, limit_of
-from tasks.search.solve import front, front_values
+from tasks.search.solve import JointChoice, front, front_values
 
 
-class Point(Value):
+class SweepPoint(Value):
     """The best child at one limit; figures are None where nothing fits, or where the library does not know."""
 
     limit: float
@@ -27,15 +27,21 @@ def sweep_library(
     points: int,
     budgets: Mapping[str, str | None],
     progress: Progress = no_progress,
-) -> list[Point]:
+) -> list[SweepPoint]:
     """The front over one quantity on the library of a workspace, the other budgets kept."""
     library = open_library(folder)
     kept = tuple(limit_of(name, text) for name, text in budgets.items() if text is not None and name != over)
     request = Request(limits=kept)
     values = front_values(library, request, over, points)
-    found = front(library, request, over, values, progress)
-    fields = set(Point.model_fields) - {"limit"}
+    return points_of(values, front(library, request, over, values, progress))
+
+
+def points_of(values: Sequence[float], found: Sequence[JointChoice | None]) -> list[SweepPoint]:
+    """The answers at each limit of a front, without their layers."""
+    fields = set(SweepPoint.model_fields) - {"limit"}
     return [
-        Point(limit=value, **choice.model_dump(include=fields)) if choice else Point(limit=value, status="infeasible")
+        SweepPoint(limit=value, **choice.model_dump(include=fields))
+        if choice
+        else SweepPoint(limit=value, status="infeasible")
         for value, choice in zip(values, found, strict=True)
     ]

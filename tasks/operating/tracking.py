@@ -2,7 +2,7 @@
 server of MLFLOW_TRACKING_URI.
 
 Everything goes through a client with explicit run ids: no active run, nothing global, so threads and Prefect tasks
-do not meet. Metric names are the same in every run (`report_metrics`), so runs compare.
+do not meet. Figures go in batches: a batch of hundreds takes as long as two single ones. run_figures.py names them.
 """
 
 import json
@@ -10,33 +10,28 @@ import os
 import secrets
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from blocks.errors import PuzzleError
-from blocks.records import Architecture, Candidate, ChildReport, CorpusInfo, Metric, ParentInfo, Value
-from profiles.schema import Profile
+from blocks.records import Value
+from tasks.operating.charts import shared_view
 from tasks.operating.reach import quiet_mlflow, wait_for_mlflow
-from tasks.pages.picture import gain_of
-from tasks.pages.report import final_of, parent_of
 from tasks.running.servers import sqlite_url
 
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 TABLES_TAG = "mlflow.loggedArtifacts"
-SPEED_FIELDS = (
-    "first_token_seconds",
-    "output_token_seconds",
-    "generated_tokens_per_second",
-    "requests_per_second",
-)
-PARTS = frozenset({"layers", "samples", "correct", "item_groups", "answers"})  # in report.json, too long for a table
+FAILURE, MAX_TAG = "puzzle.failure", 8000  # why a run failed, in a sentence; MLflow takes so many characters
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's UI takes runs for chats with a model
 Tags = Mapping[str, str | None]
+Tables = Mapping[str, Sequence[Value]]
 
 
 class TrackingError(PuzzleError):
@@ -61,15 +56,24 @@ def server_uri() -> str | None:
     return os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/") or None
 
 
+def has_runs(workspace: Path) -> bool:
+    """Whether there is an MLflow that runs of this workspace go to."""
+    return server_uri() is not None or (workspace / DATABASE).is_file()
+
+
 def _uri(workspace: Path) -> str:
     return server_uri() or sqlite_url(workspace / DATABASE)
 
 
 def _client(uri: str) -> Any:
-    mlflow = quiet_mlflow()
     if uri.startswith("http"):
         wait_for_mlflow(uri)
-    return mlflow.MlflowClient(tracking_uri=uri)
+    return _client_once(uri)
+
+
+@lru_cache(maxsize=8)
+def _client_once(uri: str) -> Any:
+    return quiet_mlflow().MlflowClient(tracking_uri=uri)
 
 
 def open_tracking(workspace: Path, experiment: str) -> Tracking:
@@ -86,6 +90,9 @@ def open_tracking(workspace: Path, experiment: str) -> Tracking:
             return Tracking(workspace=workspace, experiment_id=_create(client, experiment, workspace))
         if found.lifecycle_stage == "deleted":
             client.restore_experiment(found.experiment_id)
+        for key, value in shared_view().items():  # an earlier version's experiment has none
+            if found.tags.get(key) != value:
+                client.set_experiment_tag(found.experiment_id, key, value)
     return Tracking(workspace=workspace, experiment_id=found.experiment_id)
 
 
@@ -101,7 +108,7 @@ def _create(client: Any, experiment: str, workspace: Path) -> str:
 
     place = None if server_uri() else (workspace / ARTIFACTS).as_uri()
     try:
-        made: str = client.create_experiment(experiment, place, tags=KIND)
+        made: str = client.create_experiment(experiment, place, tags=KIND | shared_view())
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":  # on a server, a run in another workspace may be faster
             raise
@@ -118,11 +125,13 @@ def resume_or_start(
     """
     client = _client(tracking.uri)
     kept = {key: value for key, value in (tags or {}).items() if value is not None}
-    if run_id is not None and _knows(client, tracking, run_id):
+    left = None if run_id is None else _left(client, tracking, run_id)
+    if run_id is not None and left is not None:
         _close_left_over(client, tracking, run_id)
         client.update_run(run_id, status="RUNNING", name=name)
-        for key, value in kept.items():
-            client.set_tag(run_id, key, value)
+        if FAILURE in left.data.tags:
+            client.delete_tag(run_id, FAILURE)
+        set_tags(tracking, run_id, kept)
         return run_id
     if parent_run_id is not None:
         kept["mlflow.parentRunId"] = parent_run_id
@@ -130,14 +139,16 @@ def resume_or_start(
     return started
 
 
-def _knows(client: Any, tracking: Tracking, run_id: str) -> bool:
+def _left(client: Any, tracking: Tracking, run_id: str) -> Any:
+    """The run of an id, where this experiment has it."""
     from mlflow.exceptions import MlflowException
 
     try:
-        info = client.get_run(run_id).info
+        run = client.get_run(run_id)
     except MlflowException:
-        return False
-    return bool(info.experiment_id == tracking.experiment_id and info.lifecycle_stage == "active")
+        return None
+    here = run.info.experiment_id == tracking.experiment_id and run.info.lifecycle_stage == "active"
+    return run if here else None
 
 
 def _close_left_over(client: Any, tracking: Tracking, run_id: str) -> None:
@@ -146,6 +157,17 @@ def _close_left_over(client: Any, tracking: Tracking, run_id: str) -> None:
     )
     for run in nested:
         client.set_terminated(run.info.run_id, status="KILLED")
+
+
+def tracking_of(workspace: Path, run_id: str) -> tuple[Tracking, str] | None:
+    """The experiment of a run, and the run, where the workspace's MLflow still has it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        info = _client(_uri(workspace)).get_run(run_id).info
+    except MlflowException:
+        return None
+    return Tracking(workspace=workspace, experiment_id=info.experiment_id), info.run_id
 
 
 def client_of(tracking: Tracking) -> Any:
@@ -157,201 +179,144 @@ def client_of(tracking: Tracking) -> Any:
 def run_started(
     tracking: Tracking, name: str, parent_run_id: str | None = None, tags: Tags | None = None, run_id: str | None = None
 ) -> Iterator[str]:
-    """A run that is open within the block; gives its id. Closed as FINISHED, FAILED, or KILLED when interrupted."""
+    """A run that is open within the block; gives its id. Closed as FINISHED, FAILED, or KILLED when interrupted. Why a
+    run failed stands on it as a tag.
+    """
     own = resume_or_start(tracking, name, run_id, tags, parent_run_id)
     client, status = _client(tracking.uri), "KILLED"
     try:
         yield own
         status = "FINISHED"
-    except Exception:
+    except Exception as error:
         status = "FAILED"
+        client.set_tag(own, FAILURE, _reason(error)[:MAX_TAG])
         raise
     finally:
         client.set_terminated(own, status=status)
 
 
+def _reason(error: Exception) -> str:
+    """An error of puzzle's is a sentence already; any other says little without its name."""
+    return str(error) if isinstance(error, PuzzleError) else f"{type(error).__name__}: {error}"
+
+
 def log_stage(
     tracking: Tracking,
     name: str,
-    parent_run_id: str,
+    parent_run_id: str | None,
     tags: Tags | None = None,
     metrics: Mapping[str, float] | None = None,
-    tables: Mapping[str, Sequence[Value]] | None = None,
+    tables: Tables | None = None,
+    params: Mapping[str, str] | None = None,
 ) -> str:
-    """A finished nested run of one stage, with its metrics and one table per name. Returns its id."""
-    with run_started(tracking, name, parent_run_id, tags) as run_id:
+    """A finished run with its figures and tables, nested in another where one is named. Returns its id."""
+    marked = {**(tags or {}), **_marks(tables or {})}
+    with run_started(tracking, name, parent_run_id, marked) as run_id:
+        if params:
+            log_params(tracking, run_id, params)
         log_metrics(tracking, run_id, metrics or {})
-        for table, rows in (tables or {}).items():
-            log_table(tracking, run_id, table, rows)
+        _write_tables(tracking, run_id, tables or {})
     return run_id
 
 
 def log_metrics(tracking: Tracking, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
-    """Many metrics in one transaction."""
+    """Many metrics in one transaction, or a few: MLflow takes so many at a time."""
+    log_series(tracking, run_id, [(step, metrics)])
+
+
+def log_series(tracking: Tracking, run_id: str, series: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+    """Metrics of several steps, each with its number."""
     from mlflow.entities import Metric as Point
     from mlflow.utils.time import get_current_time_millis
+    from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
     client, now = _client(tracking.uri), get_current_time_millis()
-    client.log_batch(run_id, metrics=[Point(key, float(value), now, step) for key, value in metrics.items()])
+    points = [Point(key, float(value), now, step) for step, metrics in series for key, value in metrics.items()]
+    for some in _batches(points, MAX_METRICS_PER_BATCH):
+        client.log_batch(run_id, metrics=some)
 
 
 def log_params(tracking: Tracking, run_id: str, params: Mapping[str, str]) -> None:
-    """Parameters of a run; the same ones may be logged again when it resumes. TrackingError when they differ."""
+    """Parameters of a run, cut to the length that MLflow keeps. The same ones may be logged again when it resumes.
+    TrackingError when they differ.
+    """
     from mlflow.entities import Param
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
 
     client = _client(tracking.uri)
-    there = client.get_run(run_id).data.params
-    differ = sorted(key for key, value in params.items() if there.get(key, value) != value)
-    if differ:
+    cut = {key: value[:MAX_PARAM_VAL_LENGTH] for key, value in params.items()}
+    try:
+        for some in _batches([Param(key, value) for key, value in cut.items()], MAX_PARAMS_TAGS_PER_BATCH):
+            client.log_batch(run_id, params=some)
+    except MlflowException as refused:
+        there = client.get_run(run_id).data.params
+        differ = sorted(key for key, value in cut.items() if there.get(key, value) != value)
+        if not differ:
+            raise
         raise TrackingError(
             f"MLflow run {run_id} was started with another {', '.join(differ)}: a run keeps its parameters; start "
             "a new run instead of resuming this one"
-        )
-    client.log_batch(run_id, params=[Param(key, value) for key, value in params.items() if key not in there])
+        ) from refused
 
 
-def log_table(
-    tracking: Tracking, run_id: str, name: str, rows: Sequence[Value], without: frozenset[str] = frozenset()
-) -> None:
-    """Contracts as the table `<name>.json` of a run (BLD losses, scores, costs). A resumed run replaces it.
+def set_tags(tracking: Tracking, run_id: str, tags: Mapping[str, str]) -> None:
+    """A few tags at once."""
+    from mlflow.entities import RunTag
+
+    _client(tracking.uri).log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def _batches(values: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    return (list(values[first : first + size]) for first in range(0, len(values), size))
+
+
+def log_tables(tracking: Tracking, run_id: str, tables: Tables, without: frozenset[str] = frozenset()) -> None:
+    """Contracts as tables `<name>.json` of a run (losses, scores, candidates). A resumed run replaces its own.
 
     without: fields that are no columns.
     """
-    if not rows:
-        return
-    client, file = _client(tracking.uri), f"{name}.json"
-    dumped = [row.model_dump(mode="json", exclude=set(without)) for row in rows]
-    # MLflow's log_table appends to a table that is there; so write what it writes, and mark it as it does
-    table = {"columns": list(dumped[0]), "data": [list(row.values()) for row in dumped]}
-    client.log_dict(run_id, table, file)
+    client = _client(tracking.uri)
     marked = json.loads(client.get_run(run_id).data.tags.get(TABLES_TAG, "[]"))
-    mark = {"path": file, "type": "table"}
-    if mark not in marked:
-        client.set_tag(run_id, TABLES_TAG, json.dumps([*marked, mark]))
+    _write_tables(tracking, run_id, tables, without)
+    for key, value in _marks(tables, marked).items():
+        client.set_tag(run_id, key, value)
 
 
-def log_report(tracking: Tracking, run_id: str, report: ChildReport, files: Sequence[Path]) -> None:
-    """Metrics of all candidates, their table, and the files that `write_report` made (pictures, Markdown, JSON)."""
-    log_metrics(tracking, run_id, report_metrics(report))
-    log_table(tracking, run_id, "candidates", report.candidates, PARTS)
-    log_files(tracking, run_id, files, "report")
+def _marks(tables: Tables, marked: Sequence[Mapping[str, str]] = ()) -> dict[str, str]:
+    """The tag by which MLflow's UI knows that files are tables; no tag without a table."""
+    marks = [{"path": f"{name}.json", "type": "table"} for name, rows in tables.items() if rows]
+    every = [*marked, *(mark for mark in marks if mark not in marked)]
+    return {TABLES_TAG: json.dumps(every)} if marks else {}
+
+
+def _write_tables(tracking: Tracking, run_id: str, tables: Tables, without: frozenset[str] = frozenset()) -> None:
+    """What MLflow's log_table writes, all at once; that one would append to a table that is there."""
+    written = {}
+    for name, rows in tables.items():
+        dumped = [row.model_dump(mode="json", exclude=set(without)) for row in rows]
+        if dumped:
+            table = {"columns": list(dumped[0]), "data": [list(row.values()) for row in dumped]}
+            written[f"{name}.json"] = json.dumps(table)
+    log_texts(tracking, run_id, written)
+
+
+def log_texts(tracking: Tracking, run_id: str, texts: Mapping[str, str]) -> None:
+    """Texts by file name, as artifacts of a run."""
+    if not texts:
+        return
+    with tempfile.TemporaryDirectory(prefix="puzzle-mlflow-") as folder:
+        for name, text in texts.items():
+            Path(folder, name).write_text(text, encoding="utf-8")
+        _client(tracking.uri).log_artifacts(run_id, folder)
 
 
 def log_files(tracking: Tracking, run_id: str, files: Sequence[Path], folder: str) -> None:
     """Files as artifacts of a run, in a folder of theirs."""
-    client = _client(tracking.uri)
-    for file in files:
-        client.log_artifact(run_id, str(file), folder)
-
-
-def run_params(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, hardware: str) -> dict[str, str]:
-    """What a run was asked for: profile, seed, budget, scenarios, hardware, and fingerprints of parent and corpus.
-
-    The same names in every run: `budget/<limit>`, `scenario_<name>/<field>`, `scenario_<name>/budget/<limit>`.
-    """
-    params = {
-        "profile": profile.name,
-        "seed": profile.seed,
-        "parent": parent.name,
-        "parent_fingerprint": parent.fingerprint,
-        "corpus_fingerprint": corpus.fingerprint,
-        "hardware": hardware,
-    }
-    params |= {f"budget/{key}": value for key, value in profile.budget.model_dump(exclude_none=True).items()}
-    for scenario in profile.scenarios:
-        fields = scenario.model_dump(mode="json", exclude={"name", "budget"}, exclude_none=True)
-        limits = scenario.budget.model_dump(exclude_none=True)
-        fields |= {f"budget/{key}": value for key, value in limits.items()}
-        params |= {f"scenario_{scenario.name}/{key}": value for key, value in fields.items()}
-    return {key: str(value) for key, value in params.items()}
-
-
-def report_metrics(report: ChildReport) -> dict[str, float]:
-    """Figures of a report by name: `child/kl`, `child/speedup_prefill`, `parent/loss`, `baseline_greedy/kl_se`, ...
-
-    `child` and `baseline_<name>` are the last stage; `child_assembled` and so on stand beside them where GKD followed.
-    """
-    parent = parent_of(report)
-    figures = {
-        "run/seconds": report.seconds,
-        "run/cpu_seconds": report.cpu_seconds,
-        "run/peak_memory_gib": report.peak_memory_bytes / 2**30,
-        **search_metrics(report.architecture),
-    }
-    for stage in report.stages:
-        name = f"stage/{stage.name.replace(' ', '_')}_seconds"
-        figures[name] = figures.get(name, 0.0) + stage.seconds
-    for candidate in report.candidates:
-        prefix = candidate.name if candidate.name in ("parent", "child") else f"baseline_{candidate.name}"
-        if candidate.stage != "parent" and candidate is not final_of(report.candidates, candidate.name):
-            prefix += "_assembled"
-        figures |= {f"{prefix}/{key}": value for key, value in _candidate_figures(candidate, parent).items()}
-    return figures | speed_figures(report)
-
-
-def speed_figures(report: ChildReport) -> dict[str, float]:
-    """Speed and sums of every model per scenario: `speed_chat/child_first_token_seconds`, `sum_chat/child_decode_off`
-    (predicted / measured - 1), with `_se` beside each.
-    """
-    measured: dict[str, Metric] = {}
-    figures: dict[str, float] = {}
-    for name, every in report.speed.models.items():
-        for own in every:
-            prefix = f"speed_{own.scenario}/{name}"
-            for field in SPEED_FIELDS:
-                measured[f"{prefix}_{field}"] = getattr(own, field)
-            if own.memory_bytes is not None:
-                figures[f"{prefix}_peak_memory_gib"] = own.memory_bytes / 2**30
-    for check in report.speed.sums:
-        prefix = f"sum_{check.scenario}/{check.model}_{check.phase}"
-        measured[f"{prefix}_off"] = check.off
-        if check.gain_off is not None:
-            measured[f"{prefix}_gain_off"] = check.gain_off
-    for name, metric in measured.items():
-        figures |= {name: metric.value, f"{name}_se": metric.se}
-    return figures
-
-
-def search_metrics(architecture: Architecture) -> dict[str, float]:
-    """The solver's answer in figures."""
-    return {f"search/{name}": getattr(architecture, name) for name in ("score", "score_se", "gap")}
-
-
-def _candidate_figures(candidate: Candidate, parent: Candidate | None) -> dict[str, float]:
-    figures = {
-        "parameters": float(candidate.parameters),
-        "weight_bytes": float(candidate.weight_bytes),
-        "memory_gib": candidate.memory_bytes / 2**30,
-        "gkd_tokens": float(candidate.gkd_tokens),
-    }
-    if candidate.predicted_kl is not None:
-        figures["predicted_kl"] = candidate.predicted_kl
-    if candidate.answers:
-        figures["answers"] = float(len(candidate.answers))
-        figures["looping_answers"] = float(sum(answer.loops for answer in candidate.answers))
-    measured: dict[str, Metric | None] = {
-        name: getattr(candidate, name)
-        for name in (
-            "prefill_tokens_per_second",
-            "decode_tokens_per_second",
-            "runtime_seconds",
-            "loss",
-            "kl",
-            "top1_agreement",
-            "retention",
-        )
-    }
-    measured |= {f"benchmark_{name}": metric for name, metric in candidate.benchmarks.items()}
-    if parent is not None:
-        figures["parameters_fraction"] = candidate.parameters / parent.parameters
-        figures["memory_fraction"] = candidate.memory_bytes / parent.memory_bytes
-        if candidate is not parent:
-            for kind in ("prefill", "decode"):
-                measured[f"speedup_{kind}"] = gain_of(candidate, parent, kind)
-    for name, metric in measured.items():
-        if metric is not None:
-            figures |= {name: metric.value, f"{name}_se": metric.se}
-    return figures
+    with tempfile.TemporaryDirectory(prefix="puzzle-mlflow-") as together:
+        for file in files:
+            Path(together, file.name).symlink_to(file.resolve())
+        _client(tracking.uri).log_artifacts(run_id, together, folder)
 
 
 def mlflow_ui_command(workspace: Path, port: int = 5000) -> str:

@@ -171,7 +171,7 @@ def _ray(wanted: Orchestration, stack: ExitStack) -> None:
         "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
     }
     if wanted.address is not None:
-        _reachable(wanted.address)
+        check_address("ray", wanted.address)
     try:
         ray.init(address=wanted.address or "local", **quiet, **({} if wanted.address else own))
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -216,12 +216,12 @@ def _host_and_port(address: str) -> tuple[str, int]:
     return host, int(port) if port.isdecimal() else 0
 
 
-def _reachable(address: str) -> None:
-    """Ray waits for minutes for a node that is not there."""
+def check_address(runner: str, address: str, seconds: float = CONNECT_SECONDS) -> None:
+    """PuzzleError where nobody listens at a cluster's address. Ray itself waits for minutes."""
     try:
-        socket.create_connection(_host_and_port(address), timeout=CONNECT_SECONDS).close()
+        socket.create_connection(_host_and_port(address), timeout=seconds).close()
     except (OSError, ValueError) as error:
-        raise _nobody(address, "Ray node") from error
+        raise _nobody(address, "Ray node" if runner == "ray" else "dask scheduler") from error
 
 
 def _nobody(address: str, what: str) -> PuzzleError:

@@ -22,11 +22,9 @@ def why_infeasible(cases: Sequence[Case], request: Request) -> str:
     alone = {limit.name: _nearest(plain, limit, [limit], request.search) for limit in limits}
     beyond = [limit.name for limit in limits if alone[limit.name] > 1 + TOLERANCE]
     if beyond:
-        each = "; ".join(
-            _in_words(limit, alone[limit.name], "by the cheapest child of this library") for limit in limits
-        )
+        each = "; ".join(_in_words(limit, alone[limit.name], "by the cheapest child") for limit in limits)
         return (
-            f"No architecture of this library keeps the budget: {each}. "
+            f"No architecture keeps the budget: {each}. "
             f"Ask no more of {' and '.join(beyond)} than is reachable, or add cheaper variants."
         )
     clash = _conflict(plain, limits, request.search)
@@ -36,7 +34,7 @@ def why_infeasible(cases: Sequence[Case], request: Request) -> str:
         for limit in limits
     )
     return (
-        f"No architecture of this library keeps {names} together, though each alone is reachable. {eased}. "
+        f"No architecture keeps {names} together, though each alone is reachable. {eased}. "
         "Relax one of them that far, or several a little, or add cheaper variants."
     )
 

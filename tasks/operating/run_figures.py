@@ -1,0 +1,263 @@
+"""Parameters and metrics of an MLflow run by name. Each name means one thing in every run, so that runs compare.
+
+MLflow lists metrics by alphabet and groups them by what stands before the last slash. So the ten figures that matter
+most are `at_a_glance/...`, before all others. docs/how-to/read-runs-in-mlflow.md lists the names.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+
+from blocks.library import digest_of
+from blocks.records import (
+    Architecture,
+    Candidate,
+    ChildReport,
+    CorpusInfo,
+    Cost,
+    CostTable,
+    Metric,
+    NonBlockCost,
+    ParentInfo,
+)
+from profiles.schema import Hardware, Profile
+from tasks.measure.bench import BenchRow
+from tasks.pages.picture import gain_of
+from tasks.pages.report import final_of, parent_of
+
+GLANCE = "at_a_glance"
+HEADLINES = (
+    *("decode_speedup", "keeps_budget", "kl", "looping_answers", "memory_fraction"),
+    *("parameters_fraction", "prefill_speedup", "request_speedup", "retention", "top1_agreement"),
+)
+CHILDS_FIGURES = (GLANCE, "child", "child_gkd", "parent")  # what a registered child carries too
+SPEED_FIELDS = (
+    "first_token_seconds",
+    "output_token_seconds",
+    "generated_tokens_per_second",
+    "requests_per_second",
+)
+
+
+def run_name(profile: Profile) -> str:
+    """What tells a run from others: profile, budget, engine and precision where they are not the default, and a short
+    id. Two runs have the same id if exactly the same was asked of them.
+    """
+    hardware, plain = profile.hardware, Hardware()
+    limits = [f"{name.removeprefix('budget.')}={value}" for name, value in _budget(profile)]
+    setting = [
+        *([hardware.engine] if hardware.engine != plain.engine else []),
+        *([hardware.precision] if hardware.precision != plain.precision else []),
+    ]
+    return " ".join([profile.name, *limits, *setting, digest_of(profile=profile)[:6]])
+
+
+def _budget(profile: Profile) -> Iterator[tuple[str, str]]:
+    for name, value in flattened(profile).items():
+        if name.startswith("budget."):
+            yield name, value
+        elif name.startswith("scenarios.") and ".budget." in name:
+            yield name.removeprefix("scenarios.").replace(".budget.", "."), value
+
+
+def flattened(profile: Profile) -> dict[str, str]:
+    """Every field of a profile that is not null, by the path that `--set` takes; scenarios by their names."""
+    tree = profile.model_dump(mode="json", exclude={"name", "description"}, exclude_none=True)
+    tree["hardware"]["precision"] = profile.hardware.precision  # not dumped where nobody named it
+    tree["scenarios"] = {scenario.pop("name"): scenario for scenario in tree["scenarios"]}
+    return dict(_leaves(tree, ""))
+
+
+def _leaves(tree: object, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}.{key}" if path else key)
+    elif isinstance(tree, list) and tree and all(isinstance(one, dict) for one in tree):
+        for place, value in enumerate(tree):
+            yield from _leaves(value, f"{path}.{place}")
+    else:
+        yield path, tree if isinstance(tree, str) else json.dumps(tree, ensure_ascii=False)
+
+
+def run_params(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, hardware: str) -> dict[str, str]:
+    """The whole profile, flattened; its name as `profile`; the hardware as runs call it; parent and corpus."""
+    return {
+        "profile": profile.name,
+        "parent": parent.name,
+        "parent_fingerprint": parent.fingerprint,
+        "corpus_fingerprint": corpus.fingerprint,
+        "hardware": hardware,
+        **flattened(profile),
+    }
+
+
+def report_metrics(report: ChildReport) -> dict[str, float]:
+    """Figures of a report by name: `child/kl`, `parent/loss`, `baseline_greedy_gkd/kl`, `run/seconds`, ...
+
+    One rule for every model: `child` and `baseline_<name>` are as assembled from the library; `_gkd` at the end means
+    after global distillation. The headlines are of the child after its last stage.
+    """
+    parent = parent_of(report)
+    figures = {
+        **headlines(report),
+        "run/seconds": report.seconds,
+        "run/cpu_seconds": report.cpu_seconds,
+        "run/peak_memory_gib": report.peak_memory_bytes / 2**30,
+        **search_metrics(report.architecture),
+    }
+    for stage in report.stages:
+        name = f"stage/{stage.name.replace(' ', '_')}_seconds"
+        figures[name] = figures.get(name, 0.0) + stage.seconds
+    for candidate in report.candidates:
+        prefix = candidate.name if candidate.name in ("parent", "child") else f"baseline_{candidate.name}"
+        prefix += "_gkd" if candidate.stage == "distilled" else ""
+        figures |= {f"{prefix}/{key}": value for key, value in _candidate_figures(candidate, parent).items()}
+    return figures | speed_figures(report)
+
+
+def headlines(report: ChildReport) -> dict[str, float]:
+    """Speed, quality and size of the finished child, what was measured of them; `keeps_budget` is logged at the choice.
+
+    The alphabet puts the speed first: MLflow's page that compares runs opens on the first metric.
+    """
+    child, parent = final_of(report.candidates, "child"), parent_of(report)
+    if child is None or parent is None:
+        return {}
+    measured: dict[str, Metric | None] = {
+        "decode_speedup": gain_of(child, parent, "decode"),
+        "kl": child.kl,
+        "prefill_speedup": gain_of(child, parent, "prefill"),
+        "request_speedup": gain_of(child, parent, "request"),
+        "retention": child.retention,
+        "top1_agreement": child.top1_agreement,
+    }
+    found = {name: metric.value for name, metric in measured.items() if metric is not None}
+    found["memory_fraction"] = child.memory_bytes / parent.memory_bytes
+    found["parameters_fraction"] = child.parameters / parent.parameters
+    if child.answers:
+        found["looping_answers"] = sum(answer.loops for answer in child.answers) / len(child.answers)
+    return {f"{GLANCE}/{name}": value for name, value in found.items()}
+
+
+def speed_figures(report: ChildReport) -> dict[str, float]:
+    """Speed and sums of every model per scenario: `speed_chat/child_first_token_seconds`, `sum_chat/child_decode_off`
+    (predicted / measured - 1), with `_se` beside each.
+    """
+    measured: dict[str, Metric] = {}
+    figures: dict[str, float] = {}
+    for name, every in report.speed.models.items():
+        for own in every:
+            prefix = f"speed_{own.scenario}/{name}"
+            for field in SPEED_FIELDS:
+                measured[f"{prefix}_{field}"] = getattr(own, field)
+            if own.memory_bytes is not None:
+                figures[f"{prefix}_peak_memory_gib"] = own.memory_bytes / 2**30
+    for check in report.speed.sums:
+        prefix = f"sum_{check.scenario}/{check.model}_{check.phase}"
+        measured[f"{prefix}_off"] = check.off
+        if check.gain_off is not None:
+            measured[f"{prefix}_gain_off"] = check.gain_off
+    for name, metric in measured.items():
+        figures |= {name: metric.value, f"{name}_se": metric.se}
+    return figures
+
+
+def search_metrics(architecture: Architecture) -> dict[str, float]:
+    """The solver's answer in figures."""
+    return {f"search/{name}": getattr(architecture, name) for name in ("score", "score_se", "gap")}
+
+
+def _candidate_figures(candidate: Candidate, parent: Candidate | None) -> dict[str, float]:
+    figures = {
+        "parameters": float(candidate.parameters),
+        "weight_bytes": float(candidate.weight_bytes),
+        "memory_gib": candidate.memory_bytes / 2**30,
+        "gkd_tokens": float(candidate.gkd_tokens),
+    }
+    if candidate.predicted_kl is not None:
+        figures["predicted_kl"] = candidate.predicted_kl
+    if candidate.answers:
+        figures["answers"] = float(len(candidate.answers))
+        figures["looping_answers"] = float(sum(answer.loops for answer in candidate.answers))
+    measured: dict[str, Metric | None] = {
+        name: getattr(candidate, name)
+        for name in (
+            "prefill_tokens_per_second",
+            "decode_tokens_per_second",
+            "runtime_seconds",
+            "loss",
+            "kl",
+            "top1_agreement",
+            "retention",
+        )
+    }
+    measured |= {f"benchmark_{name}": metric for name, metric in candidate.benchmarks.items()}
+    if parent is not None:
+        figures["parameters_fraction"] = candidate.parameters / parent.parameters
+        figures["memory_fraction"] = candidate.memory_bytes / parent.memory_bytes
+        if candidate is not parent:
+            for kind in ("prefill", "decode"):
+                measured[f"speedup_{kind}"] = gain_of(candidate, parent, kind)
+    for name, metric in measured.items():
+        if metric is not None:
+            figures |= {name: metric.value, f"{name}_se": metric.se}
+    return figures
+
+
+def cost_metrics(table: CostTable) -> dict[str, float]:
+    """Every cost by the variant's name: `cost/ffn768/decode_ms`, `cost/kv1/prefill_ms`, `cost/kv1/weight_bytes`.
+
+    decode_ms: one decode step of the batch; prefill_ms: the batch's prompt. Batch sizes above 1 and, where there are
+    several, scenarios stand at the end: `cost/ffn768/decode_ms_b4`, `cost/ffn768/decode_ms_rag_b4`.
+    """
+    several = len({cost.scenario for cost in table.costs}) > 1
+    figures: dict[str, float] = {}
+    parts: list[tuple[str, Cost | NonBlockCost]] = [(_variant_name(cost), cost) for cost in table.costs]
+    parts += [("outside_blocks", cost) for cost in table.non_block]
+    parts += [("whole_parent", cost) for cost in table.parent_measured]
+    for name, cost in parts:
+        scenario = f"_{cost.scenario}" if several else ""
+        batch = f"_b{cost.batch_size}" if cost.batch_size > 1 else ""
+        figures[f"cost/{name}/prefill_ms{scenario}{batch}"] = 1e3 * cost.prefill_seconds
+        figures[f"cost/{name}/decode_ms{scenario}{batch}"] = 1e3 * cost.decode_seconds_per_token
+        figures[f"cost/{name}/weight_bytes"] = cost.weight_bytes
+        figures[f"cost/{name}/parameters"] = cost.parameters
+        if isinstance(cost, Cost) and cost.subblock == "attention":
+            figures[f"cost/{name}/kv_bytes_per_token{scenario}"] = cost.kv_bytes_per_token
+    return figures
+
+
+def load_of(row: BenchRow) -> str:
+    """The load of a row as `--load` takes it."""
+    return f"{row.batch_size}x{row.prompt_tokens}x{row.generated_tokens}"
+
+
+def bench_metrics(rows: Sequence[BenchRow]) -> dict[str, float]:
+    """Speeds of a bench by load and model: `bench_1x256x64/child_decode_tokens_per_second`, with `_se` beside each."""
+    figures: dict[str, float] = {}
+    for row in rows:
+        speed, prefix = row.throughput, f"bench_{load_of(row)}/{row.model}"
+        measured = {
+            "prefill_tokens_per_second": speed.prefill_tokens_per_second,
+            "decode_tokens_per_second": speed.decode_tokens_per_second,
+            "first_token_seconds": speed.first_token_seconds,
+        }
+        if row.gains is not None:
+            gains = {kind: getattr(row.gains, kind) for kind in ("prefill", "decode", "request")}
+            measured |= {f"{kind}_speedup": gain for kind, gain in gains.items()}
+        for name, metric in measured.items():
+            figures |= {f"{prefix}_{name}": metric.value, f"{prefix}_{name}_se": metric.se}
+        if speed.memory_bytes is not None:
+            figures[f"{prefix}_peak_memory_gib"] = speed.memory_bytes / 2**30
+    return figures
+
+
+def _variant_name(cost: Cost) -> str:
+    """`ffn768` and `kv1` say themselves what they are; `linear`, `no_op` and `parent` exist in both subblocks."""
+    own = {"attention": "kv", "ffn": "ffn"}[cost.subblock]
+    return cost.variant if cost.variant.startswith(own) else f"{cost.subblock}_{cost.variant}"
+
+
+def engine_tags(engine: str, precision: str, threads: int, device: str = "cpu") -> dict[str, str]:
+    """What speeds were measured in: figures of runs that differ here are of different things."""
+    values = {"engine": engine, "precision": precision, "threads": threads, "device": device}
+    return {f"puzzle.{name}": str(value) for name, value in values.items()}
