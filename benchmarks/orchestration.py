@@ -80,7 +80,7 @@ def plain(profile: Profile, workspace: Path, options: argparse.Namespace) -> Non
     from tasks.distill import gkd
     from tasks.evaluate import compare
     from tasks.export.folder import export_child, model_card
-    from tasks.measure.costs import measure_costs
+    from tasks.measure.costs import CostRequest, measure_costs
     from tasks.measure.end_to_end import measure_speed
     from tasks.search.choose import choose
     from tasks.search.totals import make_problem
@@ -88,9 +88,7 @@ def plain(profile: Profile, workspace: Path, options: argparse.Namespace) -> Non
 
     bench = open_bench(options)
     blocks, scores = library(bench)
-    costs = measure_costs(
-        bench.parent, profile.search_space, profile.scenarios, profile.hardware, profile.measure, workspace
-    )
+    costs = measure_costs(CostRequest.of(profile, bench.parent), workspace)
     problem = make_problem(scores, costs, profile.budget, profile.scenarios, profile.search, profile.scoring.metric)
     best = choose(problem)
     child = compare.contender("child", best, blocks)

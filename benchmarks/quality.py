@@ -17,7 +17,7 @@ from blocks.records import BlockRecord, Metric, Score
 from profiles.schema import Budget, Evaluate
 from tasks.distill import gkd
 from tasks.evaluate.compare import Contender, contender, distill_contender, evaluate_contender
-from tasks.measure.costs import measure_costs
+from tasks.measure.costs import CostRequest, measure_costs
 from tasks.search.choose import choose
 from tasks.search.totals import Problem, make_problem
 from tasks.studies.peers import find
@@ -57,9 +57,7 @@ def intro(bench: Bench, evaluate: Evaluate) -> str:
 def problem_of(bench: Bench, scores: Sequence[Score], fraction: float) -> Problem:
     """The MIP at a fraction of the layers' parameters."""
     profile = bench.profile
-    costs = measure_costs(
-        bench.parent, profile.search_space, profile.scenarios, profile.hardware, profile.measure, bench.workspace
-    )
+    costs = measure_costs(CostRequest.of(profile, bench.parent), bench.workspace)
     budget = Budget(layer_parameters_fraction=fraction)
     return make_problem(scores, costs, budget, profile.scenarios, profile.search, profile.scoring.metric)
 

@@ -189,7 +189,7 @@ def main() -> None:
             first, again, size = on_a_fresh_server(runner, options.tasks, place)
             assert first["blocks"] == again["blocks"] == loop["blocks"]
             each = first["distill"] / first["blocks"]
-            peaks = [f"{first[f'{name} peak'] / 2**20:.0f}" for name in ("flow", "workers", "server")]
+            peaks = [f"{first[f'{name} peak'] / 2**30:.3f}" for name in ("flow", "workers", "server")]
             rows.append(
                 [runner, f"{first['distill']:.1f}", f"{1000 * (each - plain):.0f}", *peaks, f"{size / 2**20:.1f}"]
             )
@@ -210,9 +210,9 @@ def main() -> None:
                     "runner",
                     "distill, s",
                     "orchestration, ms a task",
-                    "flow, MiB",
-                    "workers, MiB",
-                    "server, MiB",
+                    "flow, GiB",
+                    "workers, GiB",
+                    "server, GiB",
                     "DB, MiB",
                 ],
                 rows,

@@ -55,8 +55,8 @@ def main() -> None:
         f"them. {solved_by()}. "
         f"Load average of the last five minutes {os.getloadavg()[1]:.1f} on {os.cpu_count()} cores.",
         table(["library", "layers x variants", "median", "least", "most", "median CPU", "most CPU", "asked"], rows),
-        f"Peak memory of the process {after:.0f} MiB, {after - before:.0f} MiB more than with cvxpy, HiGHS and the "
-        "libraries' imports alone.",
+        f"Peak memory of the process {after / 1024:.3f} GiB, {(after - before) / 1024:.3f} GiB more than with "
+        "cvxpy, HiGHS and the libraries' imports alone.",
         f"Pareto sweep, 80 x 54 with shared costs, 50 limits of the runtime under one of the memory: {seconds:.1f} s, "
         f"{found} limits with an answer (asked: under 30 s).",
         "## At most 6 of 54 block types",

@@ -24,6 +24,7 @@ from tasks.engines.registry import engine_of
 from tasks.engines.timing_in_turns import PARENT
 from tasks.inputs.children import open_child
 from tasks.loadtest.arrivals import Limits
+from tasks.loadtest.bench_table import MEMORY
 from tasks.loadtest.load_table import COLUMNS, failures_of, load_cells
 from tasks.loadtest.serving_load import LoadPlan, LoadRow, load_test, served_models
 from tasks.measure.bench import Point
@@ -124,9 +125,9 @@ def _measured(options: argparse.Namespace, sources: dict[str, Path], case: str) 
 def limits_of_parent(rows: Sequence[LoadRow], load: str) -> Limits:
     """So many times what the parent takes when nobody else asks."""
     (row,) = [row for row in rows if row.model == PARENT and row.load == load]
-    first, token = row.first_token_ms[0], row.output_token_ms[0]
+    first, token = row.first_token_seconds[0], row.output_token_seconds[0]
     assert first is not None and token is not None, "the parent's server failed with one request at a time"
-    return Limits(first_token_ms=_rounded(PATIENCE * first), output_token_ms=_rounded(PATIENCE * token))
+    return Limits(first_token_seconds=_rounded(PATIENCE * first), output_token_seconds=_rounded(PATIENCE * token))
 
 
 def rates_of_parent(rows: Sequence[LoadRow], load: Point, shares: Sequence[float]) -> tuple[float, ...]:
@@ -166,7 +167,7 @@ def _section(case: str, found: Served, load: Point) -> str:
         [
             f"## {found.version}, {case.split(':')[1]}",
             f"Good: {found.limits.words()}. The case took {clock(found.seconds)}.",
-            table([*COLUMNS, "good", "MiB"], rows),
+            table([*COLUMNS, "good", MEMORY], rows),
             f"TTFT gain by rate: {'; '.join(best)}." if best else "No gains: requests failed.",
         ]
     )

@@ -28,7 +28,7 @@ from tasks.export.logits_check import Difference, compare_logits
 from tasks.gguf.reader import read_gguf
 from tasks.measure.bench import BenchRow, Point, bench
 from tasks.measure.cost_sums import MEASURED, PHASES, clock_of, error_of_sum, percent, sum_of
-from tasks.measure.costs import measure_costs
+from tasks.measure.costs import CostRequest, measure_costs
 from tasks.running.progress import say, shown
 
 ValueT = TypeVar("ValueT", bound=Value)
@@ -154,8 +154,8 @@ def _intro(report: ChildReport, load_before: float) -> str:
 
 
 def _speed(rows: Sequence[BenchRow], points: Sequence[Point]) -> list[str]:
-    header = ["engine", "model", "prefill tok/CPU s", "decode tok/CPU s", "TTFT ms", "TPOT ms", "requests/s"]
-    header += ["prefill gain", "in CPU time", "decode gain", "in CPU time", "MiB"]
+    header = ["engine", "model", "prefill tok/CPU s", "decode tok/CPU s", "TTFT, s", "TPOT, s", "requests/s"]
+    header += ["prefill gain", "in CPU time", "decode gain", "in CPU time", "GiB"]
     parts = []
     for point in points:
         own = [row for row in rows if _point_of(row) == point.label]
@@ -180,11 +180,11 @@ def _speed_cells(row: BenchRow) -> list[str]:
         row.model,
         f"{prefill:.0f}",
         f"{decode:.1f}",
-        f"{1e3 * speed.first_token_seconds.value:.0f}",
-        f"{1e3 * speed.output_token_seconds.value:.1f}",
+        f"{speed.first_token_seconds.value:.4f}",
+        f"{speed.output_token_seconds.value:.5f}",
         f"{speed.requests_per_second.value:.3f}",
         *gains,
-        "–" if speed.memory_bytes is None else f"{speed.memory_bytes / 2**20:.0f}",
+        "–" if speed.memory_bytes is None else f"{speed.memory_bytes / 2**30:.3f}",
     ]
 
 
@@ -200,7 +200,10 @@ def _cost_table(options: argparse.Namespace, report: ChildReport, case: Case, po
     (options.keep / "parent").symlink_to((options.workspace / "parent").resolve())
     with shown(f"costs in {engine} {precision}") as tell:  # stored by what they depend on, as a run's are
         measure = Measure(rounds=options.cost_rounds, decode_steps=16)
-        return measure_costs(report.parent, space, scenarios, hardware, measure, options.keep, tell)
+        asked = CostRequest(
+            parent=report.parent, space=space, scenarios=tuple(scenarios), hardware=hardware, measure=measure
+        )
+        return measure_costs(asked, options.keep, tell)
 
 
 def _scenario(point: Point) -> Scenario:

@@ -139,3 +139,17 @@ def rank_correlation(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]
 def is_clear(difference: Metric) -> bool:
     """Whether a difference exceeds its error. A sample of one shows no error, so none of its differences is clear."""
     return difference.n > 1 and abs(difference.value) > CLEAR * difference.se
+
+
+def rounded(metric: Metric, scale: float = 1.0) -> str:
+    """`value ±error` with the error to two digits; an error of 0 (exact, or one sample) is left out."""
+    value, error = metric.value * scale, metric.se * scale
+    if error <= 0:
+        return plain(value)
+    decimals = min(9, max(0, 1 - math.floor(math.log10(error))))
+    return f"{value:,.{decimals}f} ±{error:,.{decimals}f}"
+
+
+def plain(value: float) -> str:
+    """Four digits, without a power of ten for everyday sizes."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -4,10 +4,13 @@ In the order of a run: inputs, recording, blocks, scores, costs, architectures, 
 as a `Ref`: a path relative to the workspace and the sha256 of the file.
 """
 
+import statistics
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from blocks.disturbance import why_disturbed
 
 Subblock = Literal["attention", "ffn"]
 SUBBLOCKS: tuple[Subblock, ...] = ("attention", "ffn")
@@ -176,7 +179,7 @@ class CostTable(Value):
     """All costs of one parent on one hardware target, either measured on it or modelled for it, never both.
 
     parent_measured: the whole parent, measured in the same rounds. calibration: None where the sums of blocks need
-    none.
+    none. load: how many processors others took meanwhile, on average.
     """
 
     hardware: dict[str, str]
@@ -186,11 +189,25 @@ class CostTable(Value):
     measured_at: str
     parent_measured: tuple[NonBlockCost, ...] = ()
     calibration: Calibration | None = None
+    load: float = 0.0
 
     @property
     def modelled(self) -> bool:
         """True for costs of the roofline model. The table itself says so, wherever it is copied."""
         return self.hardware.get("engine") == "roofline"
+
+    @property
+    def errors(self) -> list[float]:
+        """Relative standard errors: of the parent, and of the median cost: some take hardly any time."""
+        found = [spread for whole in self.parent_measured for spread in (whole.prefill_spread, whole.decode_spread)]
+        for spreads in zip(*((cost.prefill_spread, cost.decode_spread) for cost in self.costs), strict=True):
+            found.append(statistics.median(spreads))
+        return found
+
+    @property
+    def disturbed(self) -> str:
+        """Why these costs are not reliable, as a sentence for people; "" where they are."""
+        return why_disturbed(self.hardware.get("busy", ""), self.errors)
 
 
 # --- architectures
@@ -314,6 +331,13 @@ class Throughput(Value):
     memory_bytes: int | None = None
     gains: Gains | None = None
 
+    @property
+    def errors(self) -> list[float]:
+        """Relative standard errors of the times, and of the gains over the parent."""
+        metrics = [self.first_token_seconds, self.output_token_seconds, self.runtime_seconds]
+        metrics += [self.gains.prefill, self.gains.decode, self.gains.request] if self.gains else []
+        return [metric.se / metric.value for metric in metrics if metric.value]
+
 
 class SumCheck(Value):
     """The predicted time of one model in one phase beside the measured one. Predicted: the sum over all its parts.
@@ -337,15 +361,28 @@ class SpeedReport(Value):
     """Speeds of all models, by name, in the engine that the costs come from, and how well the costs predicted them.
 
     clock: the time that predictions are compared in, "CPU" or "wall". busy: which other programs computed meanwhile,
-    "" for none. A report without models: nothing was measured, because the costs are modelled.
+    "" for none; load: how many processors those took on average. measured_at: when, ISO 8601. A report without models:
+    nothing was measured, because the costs are modelled.
     """
 
     engine: str = ""
     clock: str = ""
     busy: str = ""
+    load: float = 0.0
+    measured_at: str = ""
     calibration: Calibration | None = None
     models: dict[str, tuple[Throughput, ...]] = {}
     sums: tuple[SumCheck, ...] = ()
+
+    @property
+    def errors(self) -> list[float]:
+        """Relative standard errors of all models' times and gains."""
+        return [error for every in self.models.values() for own in every for error in own.errors]
+
+    @property
+    def disturbed(self) -> str:
+        """Why these speeds are not reliable, as a sentence for people; "" where they are."""
+        return why_disturbed(self.busy, self.errors)
 
 
 # --- the report
@@ -367,13 +404,30 @@ class Answer(Value):
     loops: bool
 
 
+class LimitKept(Value):
+    """One limit of the budget, by the profile's name, and what a model takes of it.
+
+    asked, got, measured: in the unit of that name (GiB, s, tokens/s, or a share or multiple of the parent's). floor:
+    the least is asked, else the most. got: counted; of times, the sum of the measured costs of the blocks. measured: a
+    time of the whole model, None for what is counted and where no model was timed.
+    """
+
+    name: str
+    asked: float
+    floor: bool
+    got: float
+    timed: bool = False
+    measured: Metric | None = None
+
+
 class Candidate(Value):
     """A model of the final table: the parent, the child or a baseline, before or after GKD.
 
     samples: loss, kl, top1_agreement of each test sequence. correct: 0 or 1 per item of each benchmark; items with the
     same number in item_groups are on the same text. Sequences and items are the same for all candidates, so two
     candidates are compared in pairs. layers: the variants of each layer. answers: only the parent and the finished
-    child have some. All of these are empty in reports of older versions.
+    child have some. limits: the budget, and what the model takes of it. All of these are empty in reports of older
+    versions.
     """
 
     name: str
@@ -397,6 +451,7 @@ class Candidate(Value):
     correct: dict[str, tuple[int, ...]] = {}
     item_groups: dict[str, tuple[int, ...]] = {}
     answers: tuple[Answer, ...] = ()
+    limits: tuple[LimitKept, ...] = ()
 
 
 class StageTime(Value):
@@ -410,7 +465,9 @@ class StageTime(Value):
 class ChildReport(Value):
     """The result of a run: parent, child and baselines, predicted and measured.
 
-    request: what was asked of the search (tasks/search/request.py); empty in reports of older versions.
+    request: what was asked of the search (tasks/search/request.py). rule: when one child counts as better than another
+    (`champion` in the profile). finished_at, command: when the run ended, and the command that makes the child again.
+    All are empty in reports of older versions.
     """
 
     profile: str
@@ -428,3 +485,6 @@ class ChildReport(Value):
     prefect_run_id: str = ""
     mlflow_run_id: str = ""
     request: dict[str, Any] = {}
+    rule: dict[str, Any] = {}
+    finished_at: str = ""
+    command: str = ""

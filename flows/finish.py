@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from blocks.resources import weight_bytes
 from flows.tracked_run import TrackedRun
 from profiles.schema import Profile
 from tasks.distill.record import open_parent
+from tasks.engines.timing_in_turns import PARENT
+from tasks.evaluate.budget import limits_of
 from tasks.evaluate.compare import LINEAGE, Contender, Evaluation, Lineage, build, candidate
 from tasks.export.folder import export_child, model_card
 from tasks.inputs.children import in_precision
@@ -27,11 +30,13 @@ from tasks.operating import experiment, tracking
 from tasks.operating.artifacts import show_link, show_markdown, show_picture
 from tasks.operating.shared import keep_run
 from tasks.operating.study_runs import log_report
-from tasks.pages.report import headlines, print_report, report_markdown, write_report
+from tasks.pages.report import print_report, report_markdown, write_report
 from tasks.pages.run_page import write_run_page
+from tasks.pages.verdict import verdict, warnings
 from tasks.running.progress import say, wide_console
 from tasks.running.servers import answer, prefect_database
 from tasks.running.sharing import TaskKey, exclusive
+from tasks.search.totals import Problem
 from tasks.search.view import request_of
 
 LOCAL_PREFECT, LOCAL_MLFLOW = "http://127.0.0.1:4200", "http://127.0.0.1:5000"  # where the commands below listen
@@ -59,11 +64,13 @@ def finish(
     contenders: Sequence[Contender],
     found: Findings,
     source: tuple[ParentInfo, CorpusInfo],
-    blocks: Sequence[BlockRecord],
+    library: tuple[Sequence[BlockRecord], Problem],
 ) -> ChildReport:
-    """Export the child, write and log the report, print the table. `contenders[0]` is the parent."""
+    """Export the child, write and log the report, print the table. `contenders[0]` is the parent. library: all trained
+    blocks, and the question that the child answers.
+    """
     folder = run.workspace / "runs" / f"{run.profile.name}-{digest_of(child=final.key)[:12]}"
-    report = _report(run, final, contenders, found, source, blocks, folder)
+    report = _report(run, final, contenders, found, source, library, folder)
     markdown = report_markdown(report)
     with exclusive(run.workspace, TaskKey(key=f"run-{folder.name}", what="the same child's folder")):
         _export(run, final, source, markdown, folder)
@@ -71,10 +78,10 @@ def finish(
         keep_run(folder, run.workspace)
     log_report(run.tracking, run.mlflow_run_id, report, files)
     link_to_earlier_runs(run)
-    show_markdown("report", markdown, " ".join(headlines(report)))
+    show_markdown("report", markdown, " ".join([*warnings(report), verdict(report)]))
     for name in ("architecture", "comparison"):
         show_picture(name, folder / f"{name}.png", f"{name} of {run.profile.name}'s child")
-    for line in warnings_of(found.speed):
+    for line in () if report.speed.disturbed else warnings_of(found.speed):  # a disturbance heads the report
         say(line)
     _print(run, report, folder)
     return report
@@ -86,11 +93,12 @@ def _report(
     contenders: Sequence[Contender],
     found: Findings,
     source: tuple[ParentInfo, CorpusInfo],
-    blocks: Sequence[BlockRecord],
+    library: tuple[Sequence[BlockRecord], Problem],
     folder: Path,
 ) -> ChildReport:
-    parent, corpus = source
+    (parent, corpus), (blocks, problem) = source, library
     speed, own = found.speed, found.evaluations[0]
+    parents = speed.models.get(PARENT, ())
     size = weight_bytes(served_precision(run.profile.hardware, open_parent(run.workspace / parent.folder)))
     return ChildReport(
         profile=run.profile.name,
@@ -99,9 +107,14 @@ def _report(
         architecture=final.architecture,
         candidates=tuple(
             candidate(which, evaluation, own, speed.models, size, run.profile.scoring.metric).model_copy(
-                update={"answers": found.answers.get((which.name, which.stage), ())}
+                update={
+                    "answers": found.answers.get((which.name, which.stage), ()),
+                    "limits": ()
+                    if which.stage == "parent"
+                    else limits_of(problem, which.architecture, speed.models.get(which.name, ()), parents),
+                }
             )
-            for which, evaluation in zip(contenders, found.evaluations, strict=True)
+            for which, evaluation in _ordered(contenders, found.evaluations, final)
         ),
         child_folder=str((folder / "child").relative_to(run.workspace)),
         speed=speed,
@@ -113,9 +126,20 @@ def _report(
         cpu_seconds=run.usage.cpu_seconds(),
         peak_memory_bytes=run.usage.peak_memory_bytes(),
         request=request_of(run.profile).model_dump(mode="json"),
+        rule=run.profile.champion.model_dump(mode="json"),
+        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command_of(run.profile),
         prefect_run_id=run.prefect_run_id,
         mlflow_run_id=run.mlflow_run_id,
     )
+
+
+def _ordered(
+    contenders: Sequence[Contender], found: Sequence[Evaluation], final: Contender
+) -> list[tuple[Contender, Evaluation]]:
+    """Parent, then the child that is shipped, then all others: a narrow screen shows the first columns."""
+    pairs = list(zip(contenders, found, strict=True))
+    return sorted(pairs, key=lambda pair: (pair[0].stage != "parent", pair[0] is not final))
 
 
 def _export(

@@ -33,7 +33,7 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         run.log_library(parent, corpus, blocks, scores, costs)
 
         problem, architecture = stages.choose_child(run, scores, costs)
-        run.log_architecture(problem, architecture, blocks, scores, costs)
+        run.log_architecture(architecture, blocks, scores, costs)
         rivals = stages.choose_baselines(run, problem, architecture)
         own, child = parent_contender(architecture), contender("child", architecture, blocks)
         baselines = [contender(name, rival, blocks) for name, rival in rivals.items()]
@@ -48,7 +48,7 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         final = distilled[0] if distilled else child
         said = whole_models.let_answer(run, [own, final], parent)
         findings = Findings(evaluations=found, speed=speed, answers=said)
-        return finish(run, final, assembled + distilled, findings, (parent, corpus), blocks)
+        return finish(run, final, assembled + distilled, findings, (parent, corpus), (blocks, problem))
 
 
 def run_optimize(profile: Profile, workspace: Path) -> ChildReport:

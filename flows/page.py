@@ -2,7 +2,10 @@
 the table of a finished run.
 """
 
+import shlex
+import sys
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +30,7 @@ def report_command(
     ] = None,
     points: Annotated[int, typer.Option("--points", min=2, max=1000, help="limits on the front")] = 20,
     draws: Annotated[int, typer.Option("--draws", min=2, max=100_000, help="bootstrap draws, at most")] = 200,
+    seconds: Annotated[float, typer.Option("--seconds", min=1, help="time for the draws, at most")] = 60,
     study: Annotated[
         Path | None, typer.Option("--study", metavar="FILE", help="JSON list of {name, predicted, true, true_se}")
     ] = None,
@@ -35,20 +39,23 @@ def report_command(
 ) -> None:
     """One HTML page: the choice, its certificate, architecture, Pareto front, confidence, prices, the run's table."""
     from tasks.pages.page import Extent, read_truth, truth_of, write_page
-    from tasks.pages.run_page import study_of, study_of_run
+    from tasks.pages.run_page import clock, study_of, study_of_run
     from tasks.search.confidence import Draws
 
     asked = replace(asked, workspace=asked.workspace or folder)
     source = asked.source
     finished = finished_run(asked.workspace) if asked.workspace else None
     truth = read_truth(study) if study else truth_of(source if source.is_dir() else source.parent)
-    extent = Extent(over=over and over.replace("-", "_"), points=points, draws=Draws(most=draws))
+    drawing = Draws(most=draws, seconds=seconds)
+    extent = Extent(over=over and over.replace("-", "_"), points=points, draws=drawing)
     opened, request = asked.open()
     if asked.workspace and finished is not None and not asked.library and asked.asks_nothing():
         made = study_of_run(asked.workspace, finished, extent, truth)
     else:
-        made = study_of(source, opened, request, extent, truth=truth, report=finished)
-    for file in write_page(made, out, png):
+        made = study_of(source, opened, request, extent, truth=truth, made=(("library", str(source.resolve())),))
+    now = clock(datetime.now(UTC).isoformat())
+    told = (*made.made, ("this page", f"{now}, {shlex.join(['puzzle', *sys.argv[1:]])}"))
+    for file in write_page(replace(made, made=told), out, png):
         typer.echo(f"wrote {file}")
 
 

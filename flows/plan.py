@@ -135,7 +135,7 @@ def _child(child: "ChildPlan", parent_parameters: int) -> list[str]:
     lines = [f"  {child.name}: {count_of(child.parameters)} parameters ({share:.1%} of the parent's)"]
     for own, parent in zip(child.totals, child.parent_totals, strict=True):
         lines.append(
-            f"    {own.scenario}, batch {own.batch_size}: memory {bytes_of(own.memory_bytes)} "
+            f"    {own.scenario}, batch {own.batch_size}: memory {own.memory_bytes / 2**30:.4g} GiB "
             f"({own.memory_bytes / parent.memory_bytes:.1%}), {own.tokens_per_second:,.0f} tokens/s "
             f"({parent.runtime_seconds / own.runtime_seconds:.2f}x)"
         )

@@ -93,14 +93,23 @@ class Run:
         finally:
             release_memory()
 
-    def call(self, which: Any, makes: str, *values: Any, after: Iterable[str] = (), limited: bool = True) -> Any:
-        """The result of a task that runs here and now. `limited`: the profile's time limit holds for it.
+    def call(
+        self,
+        which: Any,
+        makes: str,
+        *values: Any,
+        after: Iterable[str] = (),
+        limited: bool = True,
+        refresh: bool = False,
+    ) -> Any:
+        """The result of a task that runs here and now. `limited`: the profile's time limit holds for it. `refresh`: the
+        files are not whole, so whatever Prefect has kept of the task is not asked for.
 
         Where the files are whole, that is a task run which Prefect's record of it ends as `Cached`. Prefect may have no
         record that it can read: another machine made them, or a run with another Prefect server, or one that was killed
         wrote half of it. Then the task finds the files, and Prefect has a record from then on.
         """
-        wanted = self._limited(which, limited)
+        wanted = self._limited(which, limited, refresh)
         state: State[Any] = wanted(*map(quote, values), wait_for=self._made_by(after), return_state=True)
         if state.state_details.task_run_id is not None:
             self.task_runs[makes] = state.state_details.task_run_id

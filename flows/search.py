@@ -204,13 +204,14 @@ def _used(library: "JointLibrary", name: str, value: float | None, limit: Any, p
     if value is None:
         return []
     kind = QUANTITIES[name]
-    of = ""
+    unit, asked = "" if kind.unit == kind.title else f" {kind.unit}", ""
     if limit is not None:
-        of = f" of {100 * limit.asked:.10g}% of the parent's" if limit.share else f" of {limit.asked:.10g}"
+        most = f"{100 * limit.asked:.10g}% of the parent's" if limit.share else f"{limit.asked:.10g}{unit}"
+        asked = f", asked: {'at least' if kind.floor else 'at most'} {most}"
     outside = ""
     if kind.cost in library.fixed and not kind.floor:
         outside = f", {at(library.fixed[kind.cost], place):.6g} of it outside the blocks"
-    return [f"{kind.title}  {value:.6g}{of} {kind.unit}{outside}"]
+    return [f"{kind.title}  {value:.6g}{unit}{asked}{outside}"]
 
 
 def _shown(label: str) -> str:
@@ -223,11 +224,12 @@ def _priced(price: "Price", choice: "JointChoice") -> str:
         for step, value in price.resolved.items()
     ]
     many = price.unit == "parameters" and not price.share
-    unit = "one percent of the parent's" if price.share else f"one {'million parameters' if many else price.unit}"
+    unit = "1 % of the parent's" if price.share else f"one {'million parameters' if many else price.unit}"
     per_unit = price.per_unit * (0.01 if price.share else 1e6 if many else 1)
     return (
-        f"{price.budget}  {price.used / price.limit:.2%} used; with {unit} more the objective changes by about "
-        f"{per_unit:+.3e} (estimate of the LP relaxation); solved again at {', '.join(moves)}"
+        f"{price.budget}  {price.used / price.limit:.2%} used. If the budget were {unit} larger, the objective would "
+        f"change by about {per_unit:+.3e} (an estimate by the LP relaxation). Solved again with other budgets: "
+        f"{', '.join(moves)}"
     )
 
 
@@ -238,6 +240,7 @@ def _sure(found: "Confidence") -> str:
         f"{found.within_1_percent:.0%} of {found.draws} draws over {found.sequences} sequences",
         f"optimism  a choice scores {found.optimism:+.1%} on sequences that did not help to choose it",
         f"agreement  {found.agreement:.0%} +- {found.agreement_se:.1%} of the layers' choices recur on average",
+        f"draws  {found.draws}; no more, because {found.stopped}",
     ]
     width = max(len(layer) for layer in found.chosen)
     for layer, label in found.chosen.items():

@@ -154,11 +154,13 @@ def loadtest_command(
     rate: Annotated[
         str | None, typer.Option("--rate", metavar="R,R", help="also at so many arrivals a second, by chance: 0.5,1,2")
     ] = None,
-    max_ttft: Annotated[
-        float | None, typer.Option("--max-ttft", min=0.001, metavar="MS", help="good: first token within MS")
+    max_first: Annotated[
+        float | None,
+        typer.Option("--max-time-to-first-token-seconds", min=1e-6, metavar="S", help="good: first token within S"),
     ] = None,
-    max_tpot: Annotated[
-        float | None, typer.Option("--max-tpot", min=0.001, metavar="MS", help="good: MS between output tokens at most")
+    max_output: Annotated[
+        float | None,
+        typer.Option("--max-output-token-seconds", min=1e-6, metavar="S", help="good: S between output tokens at most"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -186,7 +188,7 @@ def loadtest_command(
         threads=threads or 1,
         requests=requests,
         rates=() if rate is None else rates_of(rate),
-        limits=Limits(first_token_ms=max_ttft, output_token_ms=max_tpot),
+        limits=Limits(first_token_seconds=max_first, output_token_seconds=max_output),
     )
 
     def measure() -> None:

@@ -24,6 +24,7 @@ from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
 from tasks.inputs.space import check_search_space, measured_space
 from tasks.measure import costs
+from tasks.measure.calibration import drift
 from tasks.measure.roofline import modelled_costs, setting_of
 from tasks.running.at_work import at_work_in
 from tasks.running.progress import say
@@ -36,8 +37,6 @@ from tasks.studies.peers import find
 
 parent_task = task_of("prepare parent", "prepare parent")(prepare_parent)
 corpus_task = task_of("prepare corpus", "prepare corpus")(prepare_corpus)
-measure_task = task_of("measure costs", "measure costs")(costs.measure_costs)
-measure_again_task = task_of("measure costs", "measure costs again")(costs.measure_again)
 choose_task = task_of("choose", "choose")(choose)
 
 
@@ -78,6 +77,13 @@ def score_task(
     task = TaskKey(key=f"scores-{layer.boundary.sha256[:32]}", what=f"the scores of layer {layer.layer}")
     with in_slot(slot, Path(workspace), task) as device:
         return scoring.score_sequences(work, layer, scored, parent, Path(workspace), device)
+
+
+@task_of("measure", "measure {part.label}", lambda _, p: p["part"].key)
+def measure_task(part: costs.Part, measure: Callable[[], None]) -> str:
+    """See tasks.measure.costs.measure_costs, whose table says what was measured."""
+    measure()
+    return part.label
 
 
 def _named(job: Job) -> str:
@@ -204,29 +210,45 @@ def measure(run: Run, parent: ParentInfo) -> CostTable:
         reader = open_parent(run.workspace / parent.folder)
         setting = setting_of(profile.hardware, load_target(profile.hardware.name), reader)
         return modelled_costs(reader, measured_space(profile), profile.scenarios, setting)
-    stored = costs.costs_of(profile, parent, run.workspace)  # asked first: nobody waits for a device to read a table
-    table: CostTable = stored or _timed(run, measure_task, parent)
-    return table
+    asked = costs.CostRequest.of(profile, parent)
+    stored = asked.stored(run.workspace)  # asked first: nobody waits for a device to read a table
+    if stored is None:
+        return _measured(run, asked)
+    for part in asked.parts(open_parent(run.workspace / parent.folder)):
+        run.call(measure_task, f"cost {part.label}", part, lambda: None, after=["parent"], limited=False)
+    return stored
 
 
 def measure_again(run: Run, parent: ParentInfo) -> list[str]:
-    """See tasks.measure.costs.measure_again; modelled costs do not move."""
-    modelled = run.profile.hardware.engine == "roofline"
-    return [] if modelled else _timed(run, measure_again_task, parent)
+    """Measure costs even where they are stored; returns what has changed, in words. Modelled costs do not move."""
+    if run.profile.hardware.engine == "roofline":
+        return []
+    asked = costs.CostRequest.of(run.profile, parent)
+    before, now = asked.stored(run.workspace), _measured(run, asked, again=True)
+    return drift(before, now) if before else []
 
 
-def _timed(run: Run, task: Any, parent: ParentInfo) -> Any:
-    profile = run.profile
-    wanted = (measured_space(profile), profile.scenarios, profile.hardware, profile.measure)
+def _measured(run: Run, asked: costs.CostRequest, again: bool = False) -> CostTable:
+    """Each part is a task, whatever Prefect has kept of it: it is measured because no table is whole."""
+
+    def hand(part: costs.Part, measure: Callable[[], None]) -> None:
+        how: dict[str, Any] = {"after": ["parent"], "limited": False, "refresh": True}
+        run.call(measure_task, f"cost {part.label}", part, measure, **how)
+
     with run.stage("measure") as progress:
-        return run.call(task, "costs", parent, *wanted, run.workspace, progress, after=["parent"], limited=False)
+        return costs.measure_costs(asked, run.workspace, progress, again, hand)
+
+
+def cost_tasks(run: Run) -> list[str]:
+    """What measured the costs, by the names of the task runs."""
+    return [name for name in run.task_runs if name.startswith("cost ")]
 
 
 def choose_child(run: Run, scores: Sequence[Score], table: CostTable) -> tuple[Problem, Architecture]:
     """The MIP under the profile's budget."""
     with run.stage("choose"):
         problem = problem_of(run.profile, scores, table)
-        needs = ["costs", *(f"score {layer}" for layer in sorted({score.layer for score in scores}))]
+        needs = [*cost_tasks(run), *(f"score {layer}" for layer in sorted({score.layer for score in scores}))]
         architecture: Architecture = run.call(choose_task, "choice", problem, after=needs, limited=False)
     return problem, architecture
 

@@ -33,12 +33,11 @@ from tasks.measure.calibration import parent_bias
 from tasks.measure.cost_sums import PHASES
 from tasks.operating import experiment, tracking
 from tasks.operating.artifacts import show_link, show_table
-from tasks.operating.run_figures import GLANCE, engine_tags, flattened, run_name, run_params, search_metrics
+from tasks.operating.run_figures import engine_tags, flattened, run_name, run_params, search_metrics
 from tasks.operating.run_tables import layer_rows, variant_rows
 from tasks.operating.study_runs import log_costs
 from tasks.running.progress import say
 from tasks.running.sharing import TaskKey, exclusive, try_exclusive
-from tasks.search.totals import Problem, broken_limits
 
 BLOCK_COLUMNS = ("layer", "subblock", "variant", "status", "nmse_closed_form", "nmse_after", "steps", "seconds")
 SCORE_COLUMNS = ("layer", "subblock", "variant", "kl", "kl_se", "lm_loss", "lm_loss_se")
@@ -110,17 +109,9 @@ class TrackedRun(Run):
             say(line)
 
     def log_architecture(
-        self,
-        problem: Problem,
-        architecture: Architecture,
-        blocks: Sequence[BlockRecord],
-        scores: Sequence[Score],
-        costs: CostTable,
+        self, architecture: Architecture, blocks: Sequence[BlockRecord], scores: Sequence[Score], costs: CostTable
     ) -> None:
         """The solver's answer; what every variant and every layer came to, as tables of the run itself."""
-        batches = tuple(totals.batch_size for totals in architecture.totals)
-        kept = not broken_limits(problem, architecture.layers, batches)
-        tracking.log_metrics(self.tracking, self.mlflow_run_id, {f"{GLANCE}/keeps_budget": float(kept)})
         self._log_stage("choose", search_metrics(architecture), {"architecture": architecture.layers})
         found = (blocks, scores, costs, architecture)
         tables: dict[str, Sequence[Value]] = {"variants": variant_rows(*found), "layers": layer_rows(*found)}
@@ -137,10 +128,10 @@ def remarks_on_costs(costs: CostTable) -> Iterator[str]:
     """What somebody who reads the costs should know about them."""
     if costs.modelled:
         yield f"costs of {costs.hardware['name']} are modelled by the roofline, not measured; nor is any speed"
-    if "busy" in costs.hardware:
+    if costs.disturbed:
         yield (
-            f"the costs are of a busy machine: {costs.hardware['busy']}; measure again when it is quiet (puzzle "
-            "reoptimize --remeasure), or with hardware.threads: 1, where CPU time counts"
+            f"costs: {costs.disturbed}. Measure again when it is quiet (puzzle reoptimize --remeasure), or with "
+            "hardware.threads: 1, where CPU time counts"
         )
     for whole in costs.parent_measured:
         yield sum_beside_whole(costs, whole)

@@ -7,6 +7,7 @@ from typing import Any
 from blocks.library import digest_of
 from blocks.records import Answer, CorpusInfo, CostTable, ParentInfo, SpeedReport
 from flows.run import Run, task_of
+from flows.stages import cost_tasks
 from profiles.schema import Profile
 from tasks.distill import gkd
 from tasks.distill.record import open_parent
@@ -14,6 +15,7 @@ from tasks.evaluate import answers, compare
 from tasks.evaluate.compare import Contender, Evaluation
 from tasks.inputs.precision import child_dtype
 from tasks.measure import end_to_end
+from tasks.running.progress import no_progress
 from tasks.running.sharing import TaskKey, exclusive
 
 
@@ -52,7 +54,11 @@ def answers_task(which: Contender, parent: ParentInfo, profile: Profile, workspa
         return answers.answers_of(which, parent, profile.evaluate, workspace)
 
 
-@task_of("throughput", "throughput of {count} models")
+def _speed_key(_: Any, given: dict[str, Any]) -> str:
+    return end_to_end.speed_key(given["contenders"], given["parent"], given["profile"])
+
+
+@task_of("throughput", "throughput of {count} models", _speed_key)
 def throughput_task(
     contenders: list[Contender],
     count: int,
@@ -120,8 +126,17 @@ def measure_speed(run: Run, contenders: Sequence[Contender], parent: ParentInfo,
     """All models end to end in the engine of the costs, in turns; nothing on a target that is not here."""
     if table.modelled:
         return SpeedReport()
+    profile, workspace = run.profile, run.workspace
+    stored = end_to_end.stored_speed(contenders, parent, table, profile, workspace)
+
+    def call(progress: Any) -> Any:
+        values = (list(contenders), len(contenders), parent, table, profile, workspace, progress)
+        needs = [*cost_tasks(run), *map(made_of, contenders)]
+        return run.call(throughput_task, "speed", *values, after=needs, limited=False, refresh=stored is None)
+
+    if stored is not None:  # asked first: nobody waits for a device to read what is known
+        call(no_progress)
+        return stored
     with run.stage("throughput") as progress:
-        values = (list(contenders), len(contenders), parent, table, run.profile, run.workspace, progress)
-        needs = ["costs", *map(made_of, contenders)]
-        found: SpeedReport = run.call(throughput_task, "speed", *values, after=needs, limited=False)
+        found: SpeedReport = call(progress)
     return found

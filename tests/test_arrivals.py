@@ -137,7 +137,7 @@ def test_what_is_put_under_load_is_named_once(words: tuple[str, ...], reason: st
     assert done.exit_code != 0 and reason in str(done.exception)
 
 
-@pytest.mark.parametrize("flag", ["--rate", "--requests", "--url", "--server", "--max-ttft"])
+@pytest.mark.parametrize("flag", ["--rate", "--requests", "--url", "--server", "--max-time-to-first-token-seconds"])
 def test_the_bench_in_one_engine_has_no_flag_of_the_load_test(flag: str) -> None:
     assert run("bench", "child", flag, "1").exit_code == 2
 
@@ -172,7 +172,7 @@ def test_in_a_closed_loop_so_many_are_under_way() -> None:
 
 def test_parent_and_child_meet_the_same_arrivals_in_turns() -> None:
     told: list[tuple[int, int]] = []
-    plan = LoadPlan(points=(POINT,), rates=(12.0,), limits=Limits(first_token_ms=1e4), rounds=2, requests=4)
+    plan = LoadPlan(points=(POINT,), rates=(12.0,), limits=Limits(first_token_seconds=10), rounds=2, requests=4)
     assert plan.seconds(models=2) == pytest.approx(2 * 2 * 4 / 12)
     with fake() as (parent, seen), fake(speed=4.0) as (child, other):
         rows = load_test({"parent": parent, "child": child}, plan, 50, lambda *done: told.append(done))
@@ -186,7 +186,7 @@ def test_parent_and_child_meet_the_same_arrivals_in_turns() -> None:
     gains = rows[3].gains
     assert gains is not None and gains.first_token.value > 1.5
     table = load_table(rows, plan.limits)
-    assert "TTFT <= 10000 ms" in str(table.title) and "good" in [column.header for column in table.columns]
+    assert "TTFT <= 10 s" in str(table.title) and "good" in [column.header for column in table.columns]
     assert "good" not in [column.header for column in load_table(rows[:1], NO_LIMITS).columns]
 
 
@@ -197,13 +197,13 @@ def test_a_request_is_good_within_every_limit_and_never_when_it_failed() -> None
         LoadTurn(requests=(fast, bad), seconds=1, cpu_seconds=None),
         LoadTurn(requests=(fast, fast), seconds=1, cpu_seconds=None),
     ]
-    share = good_share(turns, Limits(first_token_ms=150))
+    share = good_share(turns, Limits(first_token_seconds=0.15))
     assert share is not None and (share.value, share.n) == (0.75, 2)
     assert share.se == pytest.approx(0.25)  # of the two rounds' shares, 1/2 and 1
     for limits in (
-        Limits(first_token_ms=99),
-        Limits(output_token_ms=99),
-        Limits(first_token_ms=150, output_token_ms=9),
+        Limits(first_token_seconds=0.099),
+        Limits(output_token_seconds=0.099),
+        Limits(first_token_seconds=0.15, output_token_seconds=0.009),
     ):
         none = good_share(turns, limits)
         assert none is not None and none.value == 0

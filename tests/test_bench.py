@@ -17,8 +17,9 @@ from tasks.engines.timing_in_turns import gains_of
 from tasks.gguf.writer import UnknownPrecision
 from tasks.inputs.space import check_search_space
 from tasks.loadtest.bench_table import bench_table
+from tasks.measure import costs
 from tasks.measure.bench import BenchRow, Point, bench, fitting
-from tasks.measure.costs import measure_costs
+from tasks.measure.costs import CostRequest, measure_costs
 from tasks.measure.llama_cpp_costs import LlamaCppTimer
 from tasks.measure.whole_model_costs import FIRST, models_to_time
 from tests.chain import prepare
@@ -100,6 +101,26 @@ class Exact(LlamaCppTimer):
         return whole + (self.reader.depth - 1) * (self.made_up[repeated.attention] + self.widths[repeated.ffn])
 
 
+class Timed(Exact):
+    """Loads nothing; counts the models that it times, and is killed before one of them."""
+
+    def _open(self, folder: Path, layers: Any, scenario: Scenario, batch: int) -> Any:
+        return layers
+
+    def _release(self, model: Any) -> None:
+        pass
+
+    def _turns(self, models: Any, scenario: Scenario, batch: int) -> Any:
+        counts["timed"] += 1
+        if counts["timed"] == counts["killed at"]:
+            raise KeyboardInterrupt
+        seconds = {name: self.seconds(layers[1] if len(layers) > 1 else None) for name, layers in models.items()}
+        return {
+            name: [Turn(prefill=time, step=time, prefill_cpu=time, step_cpu=time)] * 3 for name, time in seconds.items()
+        }
+
+
+counts = {"timed": 0, "killed at": 0}
 SPACE = SearchSpace(attention=("kv1", "linear", "no_op"), ffn=("ffn32", "linear", "no_op"))
 
 
@@ -119,20 +140,42 @@ def test_whole_models_are_taken_apart_exactly(tmp_path: Path) -> None:
     assert found["non_block", ""].value == pytest.approx(100.0)
 
 
+def test_after_a_kill_one_model_is_timed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, _ = prepare(tmp_path, train_steps=0)
+    monkeypatch.setattr(costs, "LlamaCppTimer", Timed)
+    monkeypatch.setattr(costs, "hardware_description", lambda _: {"engine": "x", "threads": "1", "clock": "CPU"})
+    asked = CostRequest(
+        parent=parent,
+        space=SPACE,
+        scenarios=(Scenario(batch_sizes=(1, 2), prompt_tokens=8, generated_tokens=6),),
+        hardware=Hardware(threads=1, engine="llama.cpp"),
+        measure=Measure(rounds=3),
+    )
+    models = len(asked.parts(open_parent(tmp_path / parent.folder)))
+    counts["killed at"] = models - 2
+    with pytest.raises(KeyboardInterrupt):
+        measure_costs(asked, tmp_path)
+    table = measure_costs(asked, tmp_path)
+    assert counts["timed"] == models + 1
+    found = {(one.variant, one.batch_size): one.prefill_seconds for one in table.costs if one.subblock == "ffn"}
+    assert {label: found[label, 2] for label in Exact.widths} == pytest.approx(Exact.widths)
+
+
 @needs_llama_cpp
 def test_costs_in_llama_cpp_are_a_cost_table(tmp_path: Path) -> None:
     parent, _ = prepare(tmp_path, train_steps=0)
     scenarios = (Scenario(batch_sizes=(1, 2), prompt_tokens=8, generated_tokens=6),)
     hardware = Hardware(threads=1, engine="llama.cpp")
     measure = Measure(rounds=3, decode_steps=2)
-    table = measure_costs(parent, SPACE, scenarios, hardware, measure, tmp_path)
+    asked = CostRequest(parent=parent, space=SPACE, scenarios=scenarios, hardware=hardware, measure=measure)
+    table = measure_costs(asked, tmp_path)
     assert "llama.cpp" in table.hardware["engine"] and table.hardware["threads"] == "1"
     assert len(table.costs) == 2 * 8 and len(table.parent_measured) == 2
     costs = {(cost.subblock, cost.variant, cost.batch_size): cost for cost in table.costs}
     assert costs["attention", "no_op", 1].prefill_seconds == 0
     assert all(cost.prefill_seconds >= 0 for cost in table.costs)  # at these sizes noise, cut at 0
     assert table.parent_measured[1].prefill_seconds > table.parent_measured[0].prefill_seconds > 0
-    assert measure_costs(parent, SPACE, scenarios, hardware, measure, tmp_path) == table
+    assert measure_costs(asked, tmp_path) == table
 
 
 def test_a_search_for_an_engine_leaves_out_what_it_cannot_run(tmp_path: Path) -> None:

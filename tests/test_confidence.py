@@ -105,10 +105,11 @@ def test_drawing_stops_when_it_is_precise_or_out_of_time() -> None:
     generator = np.random.default_rng(0)
     loud = library({"parent": [0.0] * 9, **{f"v{i}": list(generator.gamma(2, 0.1, 9)) for i in range(9)}}, 3)
     sure = bootstrap(quiet, request, Draws(most=90, least=7))
-    assert sure.draws == 7 and sure.agreement == 1 and sure.agreement_se == 0
+    assert sure.draws == 7 and sure.agreement == 1 and sure.agreement_se == 0 and "known to 1%" in sure.stopped
     found = bootstrap(loud, request, Draws(most=30, least=7))
-    assert found.draws == 30 and found.agreement_se > 0.01
-    assert bootstrap(loud, request, Draws(most=30, seconds=0.0)).draws == 2
+    assert found.draws == 30 and found.agreement_se > 0.01 and "30 draws" in found.stopped
+    hurried = bootstrap(loud, request, Draws(most=30, seconds=0.0))
+    assert hurried.draws == 2 and "time" in hurried.stopped
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.0, 5.0])

@@ -1,10 +1,11 @@
 """Measured costs on tiny parents: every family, nothing missing, stored once; the sum of blocks beside the whole."""
 
+import os
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from blocks.engine_limits import runnable
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.kinds import parse_label
 from blocks.library import read_value, write_value
-from blocks.records import CostTable, LayerChoice
+from blocks.records import CostTable, LayerChoice, ParentInfo
 from blocks.resources import non_block_parameters
 from flows import stages
 from flows.run import Run
@@ -25,15 +26,22 @@ from tasks.distill.record import open_parent
 from tasks.engines.timing_in_turns import ClockTooCoarse
 from tasks.gguf.tokenizer_writer import NO_TOKENIZER
 from tasks.gguf.writer import write_gguf
-from tasks.measure import costs
+from tasks.measure import costs, torch_costs
 from tasks.measure import hardware_description as timings
-from tasks.measure.costs import measure_costs
+from tasks.measure.calibration import drift
+from tasks.measure.costs import CostRequest, measure_costs
 from tasks.measure.hardware_description import hardware_description
-from tasks.measure.variant_timing import Timing
+from tasks.measure.torch_costs import TorchTimer
+from tasks.measure.variant_timing import KeptFigures, Load, Timing
 from tests.chain import SPACE, prepare
 
 SCENARIOS = (Scenario(name="chat", batch_sizes=(1, 3), prompt_tokens=8, generated_tokens=6),)
+HARDWARE = Hardware(threads=1)
 MEASURE = Measure(rounds=3, stack=2, decode_steps=2)  # a stack below the depth of 3
+
+
+def asked_of(parent: ParentInfo, hardware: Hardware = HARDWARE, measure: Measure = MEASURE) -> CostRequest:
+    return CostRequest(parent=parent, space=SPACE, scenarios=SCENARIOS, hardware=hardware, measure=measure)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
@@ -41,7 +49,7 @@ def test_every_variant_of_every_family_has_a_cost_at_every_batch(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parent, _ = prepare(tmp_path, family, train_steps=0)
-    table = measure_costs(parent, SPACE, SCENARIOS, Hardware(threads=1), MEASURE, tmp_path)
+    table = measure_costs(asked_of(parent), tmp_path)
     found = {(cost.subblock, cost.variant, cost.batch_size) for cost in table.costs}
     labels = {("attention", label) for label in ("parent", *SPACE.attention)}
     labels |= {("ffn", label) for label in ("parent", *SPACE.ffn)}
@@ -52,7 +60,7 @@ def test_every_variant_of_every_family_has_a_cost_at_every_batch(
     assert table.num_hidden_layers == 3 and len(table.parent_measured) == 2
     assert "prefill" in sum_beside_whole(table, table.parent_measured[0])
     monkeypatch.setattr(costs, "TorchTimer", lambda *_: pytest.fail("measured twice"))
-    assert measure_costs(parent, SPACE, SCENARIOS, Hardware(threads=1), MEASURE, tmp_path) == table
+    assert measure_costs(asked_of(parent), tmp_path) == table
 
 
 def test_non_block_parameters_are_what_is_outside_the_layers(tmp_path: Path) -> None:
@@ -86,7 +94,7 @@ def test_stale_costs_are_measured_again(field: str, tmp_path: Path, monkeypatch:
         num_hidden_layers=3,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    path = costs.costs_path(parent, SPACE, SCENARIOS, now, MEASURE, tmp_path)
+    path = asked_of(parent, now).path(tmp_path)
     write_value(path, first)
     where: Any
     changes: Any
@@ -100,12 +108,12 @@ def test_stale_costs_are_measured_again(field: str, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(costs, "TorchTimer", lambda *_: pytest.fail("measured"))
     hardware = now.model_copy(update=changes)
     if field == "nothing":
-        assert measure_costs(parent, SPACE, SCENARIOS, hardware, MEASURE, tmp_path) == first
+        assert measure_costs(asked_of(parent, hardware), tmp_path) == first
         patient = MEASURE.model_copy(update={"max_age_days": 9})
-        assert measure_costs(parent, SPACE, SCENARIOS, hardware, patient, tmp_path) == read_value(path, CostTable)
+        assert measure_costs(asked_of(parent, hardware, patient), tmp_path) == read_value(path, CostTable)
     else:
         with pytest.raises(pytest.fail.Exception, match="measured"):
-            measure_costs(parent, SPACE, SCENARIOS, hardware, MEASURE, tmp_path)
+            measure_costs(asked_of(parent, hardware), tmp_path)
 
 
 def test_q8_0_weighs_what_the_file_does(tmp_path: Path) -> None:
@@ -148,39 +156,125 @@ class Fake:
         self.seconds = seconds
         self.names = [(one.subblock, one.label) for one in variants] + [("non_block", ""), ("parent", "")]
 
-    def run(self, *_: Any) -> dict[tuple[str, str], Timing]:
-        (seconds,) = self.seconds
-        if seconds < 0:
-            raise KeyboardInterrupt
-        timing = Timing(prefill=seconds, decode=seconds, prefill_spread=0.01, decode_spread=0.01)
+    def time(self, what: str, load: Load, kept: KeptFigures, progress: Any) -> None:
+        if not kept.of(load, what):
+            if self.seconds[-1] < 0:
+                raise KeyboardInterrupt
+            kept.add(load, what, seconds=self.seconds.pop() if len(self.seconds) > 2 else self.seconds[-1])
+
+    def timings(self, load: Load, kept: KeptFigures) -> dict[tuple[str, str], Timing]:
+        seconds = kept.of(load)[0]["seconds"]
+        spread = self.seconds[0] if len(self.seconds) > 1 else 0.01
+        timing = Timing(prefill=seconds, decode=seconds, prefill_spread=spread, decode_spread=spread)
         return dict.fromkeys(self.names, timing)
+
+    def close(self) -> None:
+        pass
 
 
 def test_costs_stand_until_new_ones_are_whole_and_are_replaced_if_they_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parent, _ = prepare(tmp_path, train_steps=0)
-    asked = (parent, SPACE, SCENARIOS, Hardware(threads=1), MEASURE)
-    seconds = [1.0]
-
+    asked, seconds, spread = asked_of(parent), [1.0], 0.01
     monkeypatch.setattr(costs, "TorchTimer", partial(Fake, seconds))
-    assert costs.measure_again(*asked, tmp_path) == []  # nothing to compare with
-    before = measure_costs(*asked, tmp_path)
-    seconds[0] = -1.0
+
+    def measured(value: float, error: float = spread) -> CostTable:
+        seconds[:] = [error, value]
+        return measure_costs(asked, tmp_path, again=True)
+
+    before = measured(1.0)
+    assert measure_costs(asked, tmp_path) == before
     with pytest.raises(KeyboardInterrupt):
-        costs.measure_again(*asked, tmp_path)
-    assert measure_costs(*asked, tmp_path) == before
-    seconds[0] = 1.05
-    assert costs.measure_again(*asked, tmp_path) == [] and measure_costs(*asked, tmp_path) == before
-    seconds[0] = 1.5
-    moved = costs.measure_again(*asked, tmp_path)
-    assert "attention parent prefill (chat, batch 1): +50%" in moved
-    after = measure_costs(*asked, tmp_path)
-    seconds[0] = 0.0
+        measured(-1.0)
+    assert measure_costs(asked, tmp_path) == before
+    assert measured(1.05) == before  # no cost has moved
+    assert measured(1.5, error=0.3) == before == measure_costs(asked, tmp_path)  # disturbed: it does not tell
+    after = measured(1.5)
+    assert after != before and measure_costs(asked, tmp_path) == after
+    assert "attention parent prefill (chat, batch 1): +50%" in drift(before, after)
     with pytest.raises(ClockTooCoarse, match="no time for the parent.*decode_steps"):
-        costs.measure_again(*asked, tmp_path)
-    seconds[0] = 1.5
-    assert after != before and not costs.measure_again(*asked, tmp_path) and measure_costs(*asked, tmp_path) == after
+        measured(0.0)
+    assert measured(1.5) == after
+
+
+def test_a_reliable_table_takes_the_place_of_a_disturbed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, _ = prepare(tmp_path, train_steps=0)
+    asked, seconds = asked_of(parent), [0.4, 1.0]
+    monkeypatch.setattr(costs, "TorchTimer", partial(Fake, seconds))
+    worst = measure_costs(asked, tmp_path)
+    assert worst.disturbed.startswith("the machine was busy: not reliable")
+    seconds[0] = 0.5
+    assert measure_costs(asked, tmp_path, again=True) == worst
+    for spread in (0.3, 0.01):  # nothing has moved
+        seconds[0] = spread
+        assert measure_costs(asked, tmp_path, again=True).costs[0].prefill_spread == spread
+
+
+class Counted(TorchTimer):
+    """The real one; it counts its turns, and is killed before one of them."""
+
+    turns: ClassVar[list[int]] = [0, 0]  # so far, and the one that is not begun
+
+    def _time(self, *what: Any) -> tuple[float, float]:
+        super()._time(*what)
+        return 1.0, 1.0
+
+    def time(self, what: str, load: Load, kept: KeptFigures, progress: Any) -> None:
+        def add(*values: Any, **figures: Any) -> None:
+            self.turns[0] += 1
+            if self.turns[0] == self.turns[1]:
+                raise KeyboardInterrupt
+            KeptFigures.add(kept, *values, **figures)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kept, "add", add)
+            super().time(what, load, kept, progress)
+
+
+@pytest.mark.parametrize("killed_at", [2, 5, 25, 40])
+def test_after_a_kill_one_turn_is_measured_again(
+    killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 parts, 3 rounds, 2 batch sizes: 48 turns. The one that was interrupted is measured again, and once the parent,
+    by which the turns of the two processes are compared.
+    """
+    parent, _ = prepare(tmp_path, train_steps=0)
+    monkeypatch.setattr(costs, "TorchTimer", Counted)
+    Counted.turns[:] = [0, killed_at]
+    with pytest.raises(KeyboardInterrupt):
+        measure_costs(asked_of(parent), tmp_path)
+    (left,) = (tmp_path / "costs").iterdir()
+    with left.open("a") as file:
+        file.write('{"load": "chat x1", "wh')  # a line that was not written whole
+    table = measure_costs(asked_of(parent), tmp_path)
+    assert Counted.turns[0] == 48 + 1 + ((killed_at - 1) % 24 > 0)
+    assert len(table.costs) == 2 * 8 and [path.suffix for path in (tmp_path / "costs").iterdir()] == [".json"]
+
+
+def test_turns_of_two_processes_are_compared_by_the_parent() -> None:
+    """The second process finds the machine half as fast: seconds of both count as those of one machine."""
+    rows = [
+        {"what": what, "sitting": sitting, "round": number, "prefill": slow * seconds, "decode": slow * seconds}
+        for number, sitting, slow in ((1, 0, 1.0), (2, 0, 1.0), (0, 1, 2.0), (3, 1, 2.0))
+        for what, seconds in (("parent", 10.0), ("ffn ffn32", 1.0))
+        if number or what == "parent"
+    ]
+    found = torch_costs._at_one_speed(rows)
+    assert len(set(found["ffn ffn32"])) == 1 and len(found["ffn ffn32"]) == len(found["parent"]) == 3
+    assert found["ffn ffn32"][0][0] / found["parent"][0][0] == pytest.approx(0.1)
+    first = [row for row in rows if row["sitting"] == 0]
+    assert torch_costs._at_one_speed(first)["ffn ffn32"] == [(1.0, 1.0)] * 2
+
+
+def test_figures_of_another_day_are_not_gone_on_with(tmp_path: Path) -> None:
+    load = Load(scenario=SCENARIOS[0], batch=1)
+    kept = KeptFigures(tmp_path / "x.unfinished")
+    kept.add(load, "ffn parent", seconds=1.0)
+    assert KeptFigures(kept.path).of(load) == kept.of(load) and KeptFigures(kept.path).sitting == 1
+    old = kept.path.stat().st_mtime - 25 * 3600
+    os.utime(kept.path, (old, old))
+    assert KeptFigures(kept.path).rows == []
 
 
 def test_the_stage_measures_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +289,13 @@ def test_the_stage_measures_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return nullcontext(lambda done, total: None)
 
     monkeypatch.setattr(Run, "stage", stage)
-    monkeypatch.setattr(Run, "call", lambda _, task, makes, *values, **how: task.fn(*values))
+    called: list[str] = []
+
+    def call(_: Run, task: Any, makes: str, *values: Any, **how: Any) -> Any:
+        called.append(f"{task.name} {values[0].label}")
+        return task.fn(*values)
+
+    monkeypatch.setattr(Run, "call", call)
     run = Run(profile=profile, workspace=tmp_path)
     first = stages.measure(run, parent)
     assert stages.measure_again(run, parent) == []
@@ -203,6 +303,7 @@ def test_the_stage_measures_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert all("+100%" in one for one in stages.measure_again(run, parent))
     now = costs.costs_of(profile, parent, tmp_path)
     assert now is not None and now != first and entered == ["measure"] * 3
+    assert {name for name in called if "ffn32" in name} == {"measure ffn ffn32 chat x1", "measure ffn ffn32 chat x4"}
     assert stages.measure(run, parent) == now
     assert entered == ["measure"] * 3  # whoever only reads the table waits for no device, and lets others in
     modelled = load_profile("tiny", [small, "hardware={name: h100, engine: roofline}"])

@@ -177,7 +177,7 @@ def test_told_to_a_person(file: Path) -> None:
     answer = answers("choose", "--library", file, "--memory-gib", 4000 / 1024)
     assert code == 0
     assert f"objective  {answer['objective']:.6f} (kl, sum over 4 layers)" in out
-    assert "optimal" in out and "gap" in out and "of 3.90625 GiB" in out
+    assert "optimal" in out and "gap" in out and "asked: at most 3.90625 GiB" in out
     assert all(f"layer_{layer}" in out for layer in range(LAYERS))
 
 
@@ -343,7 +343,7 @@ def test_prices_are_what_the_next_unit_buys(file: Path) -> None:
             assert objective == pytest.approx(again["objective"], abs=1e-6)
         assert price["per_unit"] <= 0 and price["used"] <= price["limit"]
         assert price["resolved"]["-5%"] >= best["objective"] - 1e-9 >= price["resolved"]["+5%"] - 2e-9
-    assert "one GiB more" in puzzle("explain", *words)[1]
+    assert "one GiB larger" in puzzle("explain", *words)[1]
 
 
 def test_sweep_falls_and_ends_at_the_parent(file: Path) -> None:

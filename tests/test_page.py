@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from blocks.records import TruthPoint
+from blocks.records import SpeedReport, TruthPoint
 from profiles.schema import Budget
 from tasks.libraries.interchange import joint_view, open_library, write_library
 from tasks.pages.front import front_of
 from tasks.pages.library_pictures import cells_of, colours_of, draw_strip
 from tasks.pages.page import figure, read_truth
-from tasks.pages.run_page import stored_choice
+from tasks.pages.run_page import following, stored_choice
 from tasks.pages.svg import inline_svg
 from tasks.search.choose import choose
 from tasks.search.joint import LibraryFileError
@@ -26,6 +26,7 @@ from tests import test_nvlabs
 from tests.test_choose import CHAT, EXACT, LONG, random_problem
 from tests.test_interchange import stored
 from tests.test_nvlabs import answers, label, puzzle
+from tests.test_report import report_of
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -88,6 +89,9 @@ def test_a_library_alone(tmp_path: Path, nvlabs: Path) -> None:
     assert figure(answer["memory_gib"], "GiB") in told and figure(answer["latency_seconds"], "s") in told
     for name in set(answer["layers"].values()):
         assert " ".join(name.split()) in told
+    told = " ".join(told.split())
+    assert told.index("budget asked got measured kept memory_gib at most 3.906 GiB") < told.index("objective")
+    assert f"library {nvlabs.resolve()} this page" in told
     assert "top <2>" in told and "no scores per sequence" in told
     assert page.tags.count("svg") == 3  # strip, front, truth
     assert {path.name for path in (tmp_path / "png").iterdir()} == {"strip.png", "front.png", "truth.png"}
@@ -242,3 +246,17 @@ def test_a_library_that_was_made_again_is_not_taken_for_the_runs() -> None:
             LibraryFileError, match=f"not the one that its last run chose from: its {what} were measured"
         ):
             stored_choice(joint_view(stored(changed)), request_of(problem), choose(problem))
+
+
+def test_a_page_says_what_to_do_next() -> None:
+    command = "puzzle optimize mine/profile.yaml --workspace 'a b' --set seed=1"
+    report = report_of().model_copy(update={"command": command, "speed": SpeedReport(engine="llama.cpp (x 1)")})
+    found = dict(following(report, Path("/w/a b/child")))
+    assert list(found.values()) == [
+        "puzzle export '/w/a b/child' --format gguf --out tiny.gguf",
+        "puzzle bench '/w/a b/child' --engine llama.cpp",
+        "puzzle reoptimize mine/profile.yaml --workspace 'a b' --set seed=1",
+        "puzzle serve mine/profile.yaml",
+    ]
+    served = report.model_copy(update={"command": "prefect deployment run 'optimize/mine'"})
+    assert "puzzle reoptimize PROFILE" in dict(following(served, Path("c"))).values()

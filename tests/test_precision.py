@@ -24,7 +24,7 @@ from tasks.measure import costs
 from tasks.measure.costs import measure_costs
 from tasks.measure.roofline import held, modelled_costs, setting_of
 from tests.chain import SPACE, Chain, chosen
-from tests.test_costs import MEASURE, SCENARIOS
+from tests.test_costs import SCENARIOS, asked_of
 from tests.tiny import tiny_model, tiny_parent, tiny_tokens, word_tokenizer
 
 LAYERS = (LayerChoice(attention="no_op"), LayerChoice(), LayerChoice(ffn="no_op"))
@@ -141,8 +141,8 @@ def test_memory_is_that_of_the_childs_dtype(
     parent = prepare_parent(FolderParent(path=str(tmp_path / "source")), tmp_path, None)
     reader = open_parent(tmp_path / parent.folder)
     unnamed, named = Hardware(threads=1), Hardware(threads=1, precision="float32")
-    table = measure_costs(parent, SPACE, SCENARIOS, unnamed, MEASURE, tmp_path)
-    wide = measure_costs(parent, SPACE, SCENARIOS, named, MEASURE, tmp_path)
+    table = measure_costs(asked_of(parent, unnamed), tmp_path)
+    wide = measure_costs(asked_of(parent, named), tmp_path)
     assert table.hardware["precision"] == wide.hardware["precision"] == "float32"
     assert table.hardware["weights"] == str(dtype).removeprefix("torch.") and "weights" not in wide.hardware
     for halves, fulls in ((table.costs, wide.costs), (table.non_block, wide.non_block)):
@@ -153,7 +153,7 @@ def test_memory_is_that_of_the_childs_dtype(
     own = [cost for cost in table.costs if cost.variant == "parent" and cost.batch_size == 1]
     assert 3 * sum(cost.weight_bytes for cost in own) + table.non_block[0].weight_bytes == inside
     monkeypatch.setattr(costs, "TorchTimer", lambda *_: pytest.fail("measured twice"))
-    assert measure_costs(parent, SPACE, SCENARIOS, unnamed, MEASURE, tmp_path) == table
+    assert measure_costs(asked_of(parent, unnamed), tmp_path) == table
 
     target = setting_of(Hardware(name="h100", engine="roofline"), _target("h100"), reader)
     assert target.precision == target.kv_precision == table.hardware["weights"]  # what is modelled runs in it too

@@ -80,9 +80,9 @@ def test_a_failed_request_stays_in_every_denominator() -> None:
     row = row_of("child", CLOSED, turns, None, NO_LIMITS)
     assert (row.requests, row.failed, row.requests_per_second.value) == (2, 1, 0.5)
     assert row.generated_tokens_per_second.value == 1.5
-    assert (row.first_token_ms[0], row.output_token_ms[0]) == pytest.approx((100, 100))
-    assert row.first_token_ms[1] is None  # p95 is the failed one: infinitely late
-    assert row.output_token_ms[1] is None
+    assert (row.first_token_seconds[0], row.output_token_seconds[0]) == pytest.approx((0.1, 0.1))
+    assert row.first_token_seconds[1] is None  # p95 is the failed one: infinitely late
+    assert row.output_token_seconds[1] is None
     assert row.gains is None and "1 of 2 requests failed (status 500: no)" in failures_of([row])[0]
     assert row_of("parent", CLOSED, turns, None, NO_LIMITS).gains is None
 
@@ -267,7 +267,9 @@ def test_a_round_trip_through_llama_cpps_server(file: Path) -> None:
     assert [(row.model, row.requests, row.failed) for row in rows] == [("parent", 6, 0), ("child", 6, 0)]
     for row in rows:
         assert row.memory_bytes and row.memory_bytes > 2**20
-        assert row.first_token_ms[1] and row.first_token_ms[1] > 0 and row.generated_tokens_per_second.value > 0
+        assert (
+            row.first_token_seconds[1] and row.first_token_seconds[1] > 0 and row.generated_tokens_per_second.value > 0
+        )
     assert rows[1].gains is not None  # no CPU gain: so little is below the tick of the CPU clock
     assert load_table(rows).row_count == 2
     assert not [one for one in psutil.Process().children(recursive=True) if "openai_server" in " ".join(one.cmdline())]

@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from blocks.disturbance import is_better
+from blocks.library import read_value, write_value
 from blocks.records import (
     Architecture,
     Cost,
     CostTable,
     LayerChoice,
+    Metric,
     NonBlockCost,
     SpeedReport,
+    Throughput,
     Turn,
 )
 from flows.tracked_run import sum_beside_whole
@@ -22,11 +26,13 @@ from profiles.load import load_profile
 from profiles.schema import Hardware, Scenario
 from tasks.engines.timing_in_turns import ClockTooCoarse, in_turns, median_metric, summaries
 from tasks.evaluate.compare import contender, parent_contender
+from tasks.measure import end_to_end
 from tasks.measure.calibration import bias_of, calibrated, drift
 from tasks.measure.cost_sums import check_sums, error_of_sum, warnings_of
-from tasks.measure.costs import measure_costs
+from tasks.measure.costs import CostRequest, measure_costs
 from tasks.measure.end_to_end import measure_speed
 from tasks.measure.torch_costs import summary
+from tasks.running.usage import Others
 from tasks.search.totals import make_problem, totals_of
 from tests.chain import prepare
 from tests.test_engines import needs_llama_cpp
@@ -134,6 +140,27 @@ def test_only_a_median_scenario_that_is_off_by_more_than_5_percent_is_told() -> 
         assert len(found) == lines, step
         assert all("decode" in line and "x 1" in line for line in found)
     assert warnings_of(SpeedReport()) == []
+
+
+def test_what_disturbs_a_measurement_and_which_of_two_stays() -> None:
+    """Even rounds; rounds so uneven that the error of the gain is above a quarter; even ones beside others."""
+
+    def speed(steps: list[float], busy: str = "") -> SpeedReport:
+        models, _ = speeds(table(), [turn(20, 5)] * len(steps), [turn(17, step) for step in steps])
+        return SpeedReport(engine="x 1", models=models, busy=busy)
+
+    steady, uneven, crowded = speed([3, 3, 3.1]), speed([1, 3, 9]), speed([3, 3, 3.1], "others took 2 of 2")
+    assert steady.disturbed == ""
+    assert uneven.disturbed.startswith("the machine was busy: not reliable (standard errors up to ")
+    assert crowded.disturbed == "the machine was busy: not reliable (others took 2 of 2)"
+    assert warnings_of(crowded) == [
+        f"speeds: {crowded.disturbed}. Give the same command when it is quiet, and they are measured again"
+    ]
+    assert is_better(steady, uneven) and is_better(steady, crowded) and is_better(crowded, uneven)
+    assert not (is_better(uneven, steady) or is_better(crowded, steady) or is_better(uneven, crowded))
+    noisy = [table(outside(20, 5, spread=0.3)), table(outside(20, 5), spread=0.3)]
+    assert table(outside(20, 5, spread=0.2), spread=0.2).disturbed == ""
+    assert all(one.disturbed.startswith("the machine was busy") for one in noisy)
 
 
 def test_copies_of_a_variant_share_their_error() -> None:
@@ -246,13 +273,15 @@ SMALL = [
     "hardware",
     ["{threads: 1}", pytest.param("{engine: llama.cpp, precision: q8_0, threads: 1}", marks=needs_llama_cpp)],
 )
-def test_models_are_measured_in_the_engine_of_the_costs(hardware: str, tmp_path: Path) -> None:
+def test_models_are_measured_in_the_engine_of_the_costs(
+    hardware: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Parent, child and a baseline at two scenarios; nothing is left behind."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     profile = load_profile("tiny", [*SMALL, f"hardware={hardware}"])
     parent, _ = prepare(tmp_path, train_steps=0)
-    costs = measure_costs(parent, profile.search_space, profile.scenarios, profile.hardware, profile.measure, tmp_path)
+    costs = measure_costs(CostRequest.of(profile, parent), tmp_path)
     problem = make_problem([], costs, profile.budget, profile.scenarios)
     child = architecture(table(), PARENT).model_copy(
         update={
@@ -262,6 +291,7 @@ def test_models_are_measured_in_the_engine_of_the_costs(hardware: str, tmp_path:
     )
     own = [parent_contender(child), contender("child", child, []), contender("uniform", child, [])]
     report = measure_speed(own, parent, costs, profile, tmp_path)
+    _measured_once_and_again_when_disturbed(own, parent, costs, profile, tmp_path, report, monkeypatch)
     torch.set_num_threads(threads)
     assert report.engine == costs.hardware["engine"] and report.clock == "CPU"
     assert set(report.models) == {"parent", "child", "uniform"}
@@ -270,8 +300,44 @@ def test_models_are_measured_in_the_engine_of_the_costs(hardware: str, tmp_path:
         assert all((one.gains is None) == (name == "parent") for one in every)
         assert all(one.memory_bytes is None or one.memory_bytes > 2**16 for one in every)
     assert len(report.sums) == 3 * 2 * 2
-    assert not [path for path in tmp_path.iterdir() if "speed" in path.name]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".speed")]
     assert SpeedReport.model_validate_json(report.model_dump_json()) == report
+
+
+def _measured_once_and_again_when_disturbed(
+    own: Any, parent: Any, costs: Any, profile: Any, workspace: Path, first: SpeedReport, monkeypatch: Any
+) -> None:
+    """Stored speeds are read. Disturbed ones stay while others are at work, or while a new measurement is worse."""
+    (path,) = (workspace / "speeds").iterdir()
+    steady = {name: tuple(_steady(one) for one in every) for name, every in first.models.items()}
+    write_value(path, first.model_copy(update={"models": steady, "busy": ""}))
+    crowd, asked = [""], (own, parent, costs, profile, workspace)
+    monkeypatch.setattr(end_to_end, "crowd_now", lambda _: crowd[0])
+    monkeypatch.setattr(Others, "crowd", lambda *_: crowd[0])
+    monkeypatch.setattr(end_to_end, "_measured", lambda *_: pytest.fail("measured"))
+    assert measure_speed(*asked).models == steady
+    write_value(path, first.model_copy(update={"models": steady, "busy": "others"}))
+    crowd[0] = "others"
+    assert measure_speed(*asked).busy == "others"  # no use while they are still there
+    crowd[0] = ""
+    with pytest.raises(pytest.fail.Exception, match="measured"):
+        measure_speed(*asked)
+
+    def then_others(*_: Any) -> Any:
+        crowd[0] = "even more"
+        return first.models
+
+    monkeypatch.setattr(end_to_end, "_measured", then_others)
+    assert measure_speed(*asked).models == steady and read_value(path, SpeedReport).busy == "others"
+    crowd[0] = ""
+    monkeypatch.setattr(end_to_end, "_measured", lambda *_: steady)
+    assert measure_speed(*asked).disturbed == "" and read_value(path, SpeedReport).busy == ""
+
+
+def _steady(one: Throughput) -> Throughput:
+    exact = {name: {"se": 0.0} for name, value in one if isinstance(value, Metric)}
+    found = one.model_copy(update={name: getattr(one, name).model_copy(update=how) for name, how in exact.items()})
+    return found.model_copy(update={"gains": None})
 
 
 def test_precisions_that_an_engine_does_not_have_are_refused() -> None:

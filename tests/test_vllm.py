@@ -33,7 +33,7 @@ from tasks.export.logits_check import KL_TOLERANCE, LOGITS_TOLERANCE, check_in_v
 from tasks.inputs.children import in_precision
 from tasks.loadtest.serving_load import LoadPlan, load_test
 from tasks.measure.bench import Point, bench
-from tasks.measure.costs import measure_costs
+from tasks.measure.costs import CostRequest, measure_costs
 from tests.chain import prepare
 from tests.test_engines import ROPES, YARN, run
 from tests.test_gguf import child_of
@@ -225,7 +225,9 @@ def test_costs_in_vllm_are_a_cost_table(tmp_path: Path) -> None:
     space = SearchSpace(attention=("linear", "no_op"), ffn=("ffn32", "no_op"))
     scenarios = (Scenario(prompt_tokens=8, generated_tokens=6),)
     hardware = Hardware(threads=1, engine="vllm", precision="bfloat16")
-    table = measure_costs(parent, space, scenarios, hardware, Measure(rounds=3, decode_steps=2), tmp_path)
+    measure = Measure(rounds=3, decode_steps=2)
+    asked = CostRequest(parent=parent, space=space, scenarios=scenarios, hardware=hardware, measure=measure)
+    table = measure_costs(asked, tmp_path)
     assert table.hardware["engine"] == Vllm().version() and table.hardware["precision"] == "bfloat16"
     found = {(cost.subblock, cost.variant) for cost in table.costs}
     ffn = {("ffn", label) for label in ("parent", "ffn32", "no_op")}

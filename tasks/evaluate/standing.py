@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from blocks import estimates
 from blocks.estimates import Estimate
-from blocks.records import Candidate, Metric
+from blocks.records import Candidate, ChildReport, Metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,13 +17,26 @@ class Reading:
     """A figure of a candidate.
 
     estimate: the figure with the parts of its sample, where it can be compared in pairs. exact: it was counted, not
-    measured. model: of a speed, the model that was timed; two speeds of one model count as the same.
+    measured. model: of a speed, the model that was timed; two speeds of one model count as the same. disturbed: others
+    used the machine meanwhile, so that the figure decides nothing.
     """
 
     metric: Metric
     estimate: Estimate | None = None
     exact: bool = False
     model: object = None
+    disturbed: bool = False
+
+
+def parent_of(report: ChildReport) -> Candidate | None:
+    """The parent's row."""
+    return next((candidate for candidate in report.candidates if candidate.stage == "parent"), None)
+
+
+def final_of(candidates: Sequence[Candidate], name: str) -> Candidate | None:
+    """The candidate of a name after its last stage: distilled if it was, else assembled."""
+    models = [model for model in candidates if model.name == name and model.stage != "parent"]
+    return next((model for model in models if model.stage == "distilled"), models[0] if models else None)
 
 
 def counted(value: float | None) -> Reading | None:
@@ -31,9 +44,11 @@ def counted(value: float | None) -> Reading | None:
     return None if value is None else Reading(metric=Metric(value=value, se=0, n=1), exact=True)
 
 
-def timed(candidate: Candidate, metric: Metric | None) -> Reading | None:
+def timed(candidate: Candidate, metric: Metric | None, disturbed: bool = False) -> Reading | None:
     """A speed. It depends on the layers only, whatever their weights are."""
-    return None if metric is None else Reading(metric=metric, model=candidate.layers or candidate.name)
+    if metric is None:
+        return None
+    return Reading(metric=metric, model=candidate.layers or candidate.name, disturbed=disturbed)
 
 
 def of_sequences(candidate: Candidate, name: str) -> Reading | None:
@@ -94,9 +109,10 @@ def difference(first: Reading, second: Reading) -> Metric:
 def best_columns(figures: Mapping[int, Reading], less: bool) -> frozenset[int]:
     """Columns of the best figure; several where their figures are the same.
 
-    Empty where the lead over any other figure is within its error, and where all figures are the same.
+    Empty where the lead over any other figure is within its error, where all figures are the same, and where one of
+    them is of a disturbed measurement.
     """
-    if not figures:
+    if not figures or any(figure.disturbed for figure in figures.values()):
         return frozenset()
     value = {column: figure.metric.value for column, figure in figures.items()}
     top = (min if less else max)(value, key=value.__getitem__)

@@ -31,8 +31,8 @@ class Traffic(Value):
     def arrivals(self, requests: int, number: int) -> list[float]:
         """Seconds from the start of round `number` at which requests arrive; all 0 in a closed loop.
 
-        A Poisson process of this rate, given that `requests` arrive in requests / rate seconds: their times are then
-        independent and uniform. So every round has the very load that it is named for. The same for every model.
+        A round lasts requests / rate seconds, and each request arrives at a random moment of it, whatever the others
+        do. So every round has exactly the load that it is named for. The moments are the same for every model.
         """
         if self.rate is None:
             return [0.0] * requests
@@ -41,24 +41,24 @@ class Traffic(Value):
 
 
 class Limits(Value):
-    """How long a request may take to count as good, in milliseconds: to its first token, between output tokens."""
+    """How long a request may take to count as good: to its first token, between output tokens."""
 
-    first_token_ms: float | None = Field(default=None, gt=0)
-    output_token_ms: float | None = Field(default=None, gt=0)
+    first_token_seconds: float | None = Field(default=None, gt=0)
+    output_token_seconds: float | None = Field(default=None, gt=0)
 
     def given(self) -> bool:
         """Whether there is any."""
-        return self.first_token_ms is not None or self.output_token_ms is not None
+        return self.first_token_seconds is not None or self.output_token_seconds is not None
 
     def hold(self, first_token: float, output_token: float) -> bool:
         """Whether a request of so many seconds is good; one that failed is infinitely late."""
-        pairs = ((first_token, self.first_token_ms), (output_token, self.output_token_ms))
-        return all(limit is None or seconds * 1e3 <= limit for seconds, limit in pairs)
+        pairs = ((first_token, self.first_token_seconds), (output_token, self.output_token_seconds))
+        return all(limit is None or seconds <= limit for seconds, limit in pairs)
 
     def words(self) -> str:
         """In words; empty without limits."""
-        pairs = (("TTFT", self.first_token_ms), ("TPOT", self.output_token_ms))
-        return ", ".join(f"{name} <= {limit:g} ms" for name, limit in pairs if limit is not None)
+        pairs = (("TTFT", self.first_token_seconds), ("TPOT", self.output_token_seconds))
+        return ", ".join(f"{name} <= {limit:g} s" for name, limit in pairs if limit is not None)
 
 
 NO_LIMITS = Limits()

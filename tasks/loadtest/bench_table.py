@@ -20,19 +20,20 @@ def bench_table(rows: Sequence[BenchRow]) -> Table:
     return table
 
 
+MEMORY = "peak memory, GiB"
 COLUMNS = (
     "load",
     "model",
-    "prefill tok/s",
+    "prefill tokens/s",
     "gain (CPU)",
-    "decode tok/s",
+    "decode tokens/s",
     "gain (CPU)",
-    "TTFT ms",
-    "TPOT ms",
-    "tok/s",
+    "TTFT, s",
+    "TPOT, s",
+    "generated tokens/s",
     "requests/s",
     "CPU s",
-    "peak MiB",
+    MEMORY,
 )
 
 
@@ -46,12 +47,12 @@ def cells(row: BenchRow) -> list[str]:
         "" if gains is None else gain_cell(gains.prefill, gains.prefill_cpu),
         _figure(speed.decode_tokens_per_second),
         "" if gains is None else gain_cell(gains.decode, gains.decode_cpu),
-        f"{speed.first_token_seconds.value * 1e3:,.0f}",
-        f"{speed.output_token_seconds.value * 1e3:,.1f}",
+        f"{speed.first_token_seconds.value:,.4f}",
+        f"{speed.output_token_seconds.value:,.5f}",
         f"{speed.generated_tokens_per_second.value:,.1f}",
         f"{speed.requests_per_second.value:,.3g}",
         f"{speed.cpu_seconds.value:,.2f}",
-        "–" if speed.memory_bytes is None else f"{speed.memory_bytes / 2**20:,.0f}",
+        "–" if speed.memory_bytes is None else f"{speed.memory_bytes / 2**30:,.3f}",
     ]
 
 

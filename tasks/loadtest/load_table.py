@@ -5,10 +5,21 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from tasks.loadtest.arrivals import NO_LIMITS, Limits
-from tasks.loadtest.bench_table import gain_cell
+from tasks.loadtest.bench_table import MEMORY, gain_cell
 from tasks.loadtest.serving_load import LoadRow
 
-COLUMNS = ("load", "model", "ok", "req/s", "tok/s", "gain (CPU)", "TTFT p50/p95 ms", "gain", "TPOT p50/p95 ms", "gain")
+COLUMNS = (
+    "load",
+    "model",
+    "ok",
+    "requests/s",
+    "generated tokens/s",
+    "gain (CPU)",
+    "TTFT p50/p95, s",
+    "gain",
+    "TPOT p50/p95, s",
+    "gain",
+)
 
 
 def load_table(rows: Sequence[LoadRow], limits: Limits = NO_LIMITS) -> Table:
@@ -19,7 +30,7 @@ def load_table(rows: Sequence[LoadRow], limits: Limits = NO_LIMITS) -> Table:
     if limits.given():
         title += f"\ngood: share of requests with {limits.words()}"
     table = Table(title=title, title_justify="left", box=None)
-    for column in (*COLUMNS, *(["good"] if limits.given() else []), "MiB"):
+    for column in (*COLUMNS, *(["good"] if limits.given() else []), MEMORY):
         table.add_column(column, justify="left" if column in ("load", "model") else "right", no_wrap=True)
     for row in rows:
         table.add_row(*load_cells(row))
@@ -27,7 +38,7 @@ def load_table(rows: Sequence[LoadRow], limits: Limits = NO_LIMITS) -> Table:
 
 
 def load_cells(row: LoadRow) -> list[str]:
-    """One row in words: COLUMNS, the share of good requests where there are limits, MiB."""
+    """One row in words: COLUMNS, the share of good requests where there are limits, memory."""
     gains = row.gains
     return [
         row.load,
@@ -36,17 +47,17 @@ def load_cells(row: LoadRow) -> list[str]:
         f"{row.requests_per_second.value:,.2f}",
         f"{row.generated_tokens_per_second.value:,.1f} ±{row.generated_tokens_per_second.se:,.1f}",
         gain_cell(gains.throughput, gains.cpu) if gains else "",
-        _pair(row.first_token_ms),
+        _pair(row.first_token_seconds),
         gain_cell(gains.first_token, None) if gains else "",
-        _pair(row.output_token_ms),
+        _pair(row.output_token_seconds),
         gain_cell(gains.output_token, None) if gains else "",
         *([] if row.good is None else [f"{row.good.value:.0%} ±{row.good.se:.0%}"]),
-        "" if row.memory_bytes is None else f"{row.memory_bytes / 2**20:,.0f}",
+        "" if row.memory_bytes is None else f"{row.memory_bytes / 2**30:,.3f}",
     ]
 
 
 def _pair(values: Sequence[float | None]) -> str:
-    return " / ".join("failed" if value is None else f"{value:,.1f}" for value in values)
+    return " / ".join("failed" if value is None else f"{value:,.4f}" for value in values)
 
 
 def failures_of(rows: Sequence[LoadRow]) -> list[str]:

@@ -85,8 +85,8 @@ class LoadRow(Value):
     good: Metric | None
     requests_per_second: Metric
     generated_tokens_per_second: Metric
-    first_token_ms: tuple[float | None, float | None]
-    output_token_ms: tuple[float | None, float | None]
+    first_token_seconds: tuple[float | None, float | None]
+    output_token_seconds: tuple[float | None, float | None]
     memory_bytes: int | None
     gains: LoadGains | None
 
@@ -268,8 +268,8 @@ def row_of(
         good=good_share(own, limits),
         requests_per_second=median_metric([(len(turn.requests) - turn.failed()) / turn.seconds for turn in own]),
         generated_tokens_per_second=median_metric([turn.generated_tokens_per_second() for turn in own]),
-        first_token_ms=_percentiles([request.first for request in everything]),
-        output_token_ms=_percentiles([request.per_token() for request in everything]),
+        first_token_seconds=_percentiles([request.first for request in everything]),
+        output_token_seconds=_percentiles([request.per_token() for request in everything]),
         memory_bytes=memory,
         gains=load_gains(turns[PARENT], own) if PARENT in turns and name != PARENT else None,
     )
@@ -287,8 +287,8 @@ def good_share(turns: Sequence[LoadTurn], limits: Limits) -> Metric | None:
 
 
 def _percentiles(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """p50 and p95 in milliseconds."""
-    first, second = (quantile(values, share) * 1e3 for share in (0.5, 0.95))
+    """p50 and p95."""
+    first, second = (quantile(values, share) for share in (0.5, 0.95))
     return (first if math.isfinite(first) else None), (second if math.isfinite(second) else None)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from blocks.engine_limits import known_engine
 from blocks.errors import PuzzleError
 from blocks.parent import config_of
-from blocks.records import Gains, Throughput, Turn, Value
+from blocks.records import Gains, Throughput, Value
 from profiles.schema import Scenario
 from tasks.engines.base import LoadOptions
 from tasks.engines.registry import installed_engine
@@ -74,6 +74,12 @@ class Point(Value):
         batch, prompt, generated = map(int, words)
         return cls(batch_size=batch, prompt_tokens=prompt, generated_tokens=generated)
 
+    @classmethod
+    def of(cls, scenario: Scenario, batch: int) -> "Point":
+        """A scenario at a batch size."""
+        tokens = {"prompt_tokens": scenario.prompt_tokens, "generated_tokens": scenario.generated_tokens}
+        return cls(batch_size=batch, **tokens)
+
     @property
     def label(self) -> str:
         """batch x prompt x generated."""
@@ -120,6 +126,23 @@ def bench(
     if rounds < 1:
         raise PuzzleError(f"rounds must be at least 1, got {rounds}.")
     precision = precision_of(precision, known_engine(engine).format)
+    rows = []
+    with at_work(sources, engine, points, precision, threads) as workers:
+        for index, point in enumerate(points):
+            found = time_in_turns(workers, point, point.scenario, rounds, part_of(progress, index, len(points)))
+            base = {"engine": engine, "precision": precision, "threads": threads, **point.model_dump()}
+            rows += [
+                BenchRow(**base, model=name, version=workers[name].version, throughput=own)
+                for name, own in found.items()
+            ]
+    return rows
+
+
+@contextmanager
+def at_work(
+    sources: Mapping[str, Path], engine: str, points: Sequence[Point], precision: str, threads: int
+) -> Iterator[Mapping[str, Worker]]:
+    """Every model loaded in a process of its own, with room for these loads."""
     with ready(sources, engine, precision, points) as paths, ExitStack() as stack:
         how = LoadOptions(
             precision=precision,
@@ -131,16 +154,7 @@ def bench(
         workers = {name: stack.enter_context(Worker(process)) for name, process in processes.items()}
         for worker in workers.values():
             worker.load()
-        rows = []
-        for index, point in enumerate(points):
-            turns = _turns(workers, point, rounds, part_of(progress, index, len(points)))
-            memory = {name: worker.memory_bytes() for name, worker in workers.items()}
-            base = {"engine": engine, "precision": precision, "threads": threads, **point.model_dump()}
-            rows += [
-                BenchRow(**base, model=name, version=workers[name].version, throughput=own)
-                for name, own in summaries(turns, point.scenario, point.batch_size, memory).items()
-            ]
-        return rows
+        yield workers
 
 
 @contextmanager
@@ -186,9 +200,14 @@ def _check_length(context: int | None, name: str, points: Sequence[Point]) -> No
         )
 
 
-def _turns(workers: Mapping[str, Worker], point: Point, rounds: int, progress: Progress) -> dict[str, list[Turn]]:
+def time_in_turns(
+    workers: Mapping[str, Worker], point: Point, scenario: Scenario, rounds: int, progress: Progress = no_progress
+) -> dict[str, Throughput]:
+    """Speed of every model under one load, by the name of the scenario."""
     shape = (point.batch_size, point.prompt_tokens)
     for worker in workers.values():
         worker.request(*shape, min(point.steps, 2), 0)  # warms caches up
     requests = {name: partial(worker.request, *shape, point.steps, 0, point.grow) for name, worker in workers.items()}
-    return in_turns(requests, rounds, progress)
+    turns = in_turns(requests, rounds, progress)
+    memory = {name: worker.memory_bytes() for name, worker in workers.items()}
+    return summaries(turns, scenario, point.batch_size, memory)

@@ -124,10 +124,12 @@ def _parts(
 
 
 def warnings_of(speed: SpeedReport) -> list[str]:
-    """A sentence where others used the machine meanwhile, and one for each phase in which the child's sum of costs is
-    off by more than TOLERANCE in the median scenario.
+    """A sentence where the speeds are not reliable. Where they are, one for each phase in which the child's sum of
+    costs is off by more than TOLERANCE in the median scenario.
     """
-    lines = [f"the speeds are of a busy machine: {speed.busy}; measure again when it is quiet"] if speed.busy else []
+    if speed.disturbed:
+        return [f"speeds: {speed.disturbed}. Give the same command when it is quiet, and they are measured again"]
+    lines = []
     for phase in PHASES:
         own = [check for check in speed.sums if (check.model, check.phase) == ("child", phase)]
         if not own:

@@ -6,15 +6,17 @@ times the whole parent, so that the sum of the costs can be compared with it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
+from blocks.disturbance import is_better
 from blocks.engine_limits import runnable
 from blocks.kinds import parse_labels
 from blocks.library import digest_of, keep, remember
 from blocks.parent import Parent
-from blocks.records import SUBBLOCKS, Cost, CostTable, LayerChoice, NonBlockCost, ParentInfo
+from blocks.records import SUBBLOCKS, Cost, CostTable, LayerChoice, NonBlockCost, ParentInfo, Value
 from blocks.resources import BYTES, non_block_parameters, resources, weight_bytes
 from blocks.variant import Variant
 from profiles.schema import Hardware, Measure, Profile, Scenario, SearchSpace
@@ -26,129 +28,163 @@ from tasks.measure.calibration import calibrated, drift, parent_bias
 from tasks.measure.cost_sums import PHASES
 from tasks.measure.hardware_description import entry, hardware_description
 from tasks.measure.llama_cpp_costs import LlamaCppTimer
-from tasks.measure.torch_costs import TorchTimer
-from tasks.measure.variant_timing import Timing, VariantTimer
+from tasks.measure.torch_costs import TorchTimer, stacks_to_time
+from tasks.measure.variant_timing import KeptFigures, Load, Timed, Timing, VariantTimer
 from tasks.measure.vllm_costs import VllmTimer
-from tasks.running.progress import Progress, no_progress, part_of
-from tasks.running.usage import Others
+from tasks.measure.whole_model_costs import models_to_time
+from tasks.running.progress import Progress, no_progress, part_of, say
+from tasks.running.usage import Others, crowd
 
 VERSION = 3
 
 
-def costs_path(
-    parent: ParentInfo,
-    space: SearchSpace,
-    scenarios: Sequence[Scenario],
-    hardware: Hardware,
-    measure: Measure,
-    workspace: Path,
-) -> Path:
-    """The file of these costs, whether they have been measured or not."""
-    key = digest_of(
-        parent=parent.fingerprint,
-        space=[space.attention, space.ffn],
-        scenarios=scenarios,
-        hardware=hardware_description(hardware),
-        named=is_named(hardware),
-        measure=measure.model_dump(exclude={"max_age_days"}),
-        version=VERSION,
-    )
-    return workspace / "costs" / f"{key}.json"
+class CostRequest(Value):
+    """What costs are asked for: of which parent and variants, under which loads, on what, and how they are measured."""
+
+    parent: ParentInfo
+    space: SearchSpace
+    scenarios: tuple[Scenario, ...]
+    hardware: Hardware
+    measure: Measure
+
+    @classmethod
+    def of(cls, profile: Profile, parent: ParentInfo) -> "CostRequest":
+        """The costs that a run of a profile needs."""
+        return cls(
+            parent=parent,
+            space=measured_space(profile),
+            scenarios=profile.scenarios,
+            hardware=profile.hardware,
+            measure=profile.measure,
+        )
+
+    @property
+    def key(self) -> str:
+        """Digest of all that the costs depend on."""
+        return digest_of(
+            parent=self.parent.fingerprint,
+            space=[self.space.attention, self.space.ffn],
+            scenarios=self.scenarios,
+            hardware=hardware_description(self.hardware),
+            named=is_named(self.hardware),
+            measure=self.measure.model_dump(exclude={"max_age_days"}),
+            version=VERSION,
+        )
+
+    @property
+    def loads(self) -> list[Load]:
+        """Every scenario at every batch size."""
+        return [Load(scenario=scenario, batch=batch) for scenario in self.scenarios for batch in scenario.batch_sizes]
+
+    def path(self, workspace: Path) -> Path:
+        """The file of these costs, whether they have been measured or not."""
+        return workspace / "costs" / f"{self.key}.json"
+
+    def stored(self, workspace: Path) -> CostTable | None:
+        """The stored costs. None where there are none, or where they are older than the profile allows."""
+        table = remember(self.path(workspace), CostTable, lambda _: [], workspace)
+        if table is None:
+            return None
+        age = datetime.now(UTC) - datetime.fromisoformat(table.measured_at)
+        return table if age <= timedelta(days=self.measure.max_age_days) else None
+
+    def variants(self, reader: Parent) -> list[Variant]:
+        """Those that the engine can run in the last layer. A variant that it cannot run has no cost."""
+        config, layer, found = reader.config, reader.depth - 1, []
+        for subblock in SUBBLOCKS:
+            for variant in parse_labels(subblock, getattr(self.space, subblock), config):
+                alone = LayerChoice.only(subblock, variant.label)
+                if runnable(self.hardware.engine, config, layer, alone.attention, alone.ffn) is None:
+                    found.append(variant)
+        return found
+
+    def parts(self, reader: Parent) -> list["Part"]:
+        """All that is measured, one after another, each a task of its own."""
+        variants, key, in_torch = self.variants(reader), self.key, self.hardware.engine == "torch"
+        names = stacks_to_time(variants) if in_torch else [one.name for one in models_to_time(reader, variants)]
+        return [Part(of=key, what=name, load=load) for load in self.loads for name in names]
 
 
-def stored_costs(path: Path, measure: Measure, workspace: Path) -> CostTable | None:
-    """The table in a file of `costs_path`. None where there is none, or where it is older than the profile allows."""
-    table = remember(path, CostTable, lambda _: [], workspace)
-    if table is None:
-        return None
-    age = datetime.now(UTC) - datetime.fromisoformat(table.measured_at)
-    return table if age <= timedelta(days=measure.max_age_days) else None
+class Part(Value):
+    """What is measured at once: a variant, or what its cost is told from, under one load."""
+
+    of: str
+    what: str
+    load: Load
+
+    @property
+    def key(self) -> str:
+        """Digest of all that its figures depend on."""
+        return digest_of(of=self.of, what=self.what, load=self.load)
+
+    @property
+    def label(self) -> str:
+        """`ffn ffn768 chat x4`."""
+        return f"{self.what} {self.load.label}"
 
 
 def costs_of(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable | None:
     """The stored costs of a profile that a run would not measure again, None where there are none."""
-    asked = measured_space(profile), profile.scenarios, profile.hardware, profile.measure
-    return stored_costs(costs_path(parent, *asked, workspace), profile.measure, workspace)
+    return CostRequest.of(profile, parent).stored(workspace)
+
+
+Handed = Callable[[Part, Callable[[], None]], object]  # gets what has to be measured, and the function that does it
 
 
 def measure_costs(
-    parent: ParentInfo,
-    space: SearchSpace,
-    scenarios: Sequence[Scenario],
-    hardware: Hardware,
-    measure: Measure,
+    asked: CostRequest,
     workspace: Path,
     progress: Progress = no_progress,
+    again: bool = False,
+    hand: Handed = lambda _, measure: measure(),
 ) -> CostTable:
-    """Costs of every variant of the search space; the stored table when nothing it depends on has changed."""
-    path = costs_path(parent, space, scenarios, hardware, measure, workspace)
-    stored = stored_costs(path, measure, workspace)
-    if stored is not None:
-        return stored
-    table = _measured(open_parent(workspace / parent.folder), space, scenarios, hardware, measure, progress)
-    keep(path, table, [], workspace)
-    return table
+    """Costs of every variant of the search space; the stored table when nothing it depends on has changed.
 
+    Whatever has been measured of a part is kept at once, so a process that is killed measures no other part again.
 
-def measure_again(
-    parent: ParentInfo,
-    space: SearchSpace,
-    scenarios: Sequence[Scenario],
-    hardware: Hardware,
-    measure: Measure,
-    workspace: Path,
-    progress: Progress = no_progress,
-) -> list[str]:
-    """Measure costs even where they are stored, and return what has changed, in words.
-
-    A new table replaces the stored one only when something has changed. The stored one stays until the new one is
-    whole.
+    Args:
+        asked: the costs.
+        workspace: folder that keeps them.
+        progress: told how far it is.
+        again: measure them even where they are stored. The stored table stays until the new one is whole; the new one
+            takes its place if a cost has moved, or if only the new one is reliable.
+        hand: calls the function that measures a part; a run makes a task of each.
     """
-    path = costs_path(parent, space, scenarios, hardware, measure, workspace)
-    before = stored_costs(path, measure, workspace)
-    now = _measured(open_parent(workspace / parent.folder), space, scenarios, hardware, measure, progress)
-    moved = drift(before, now) if before else []
-    if moved or before is None:
-        keep(path, now, [], workspace)
-    return moved
+    before = asked.stored(workspace)
+    if before is not None and not again:
+        return before
+    now = _measured(asked, workspace, progress, hand)
+    if before is not None and not _takes_over(now, before):
+        return before
+    keep(asked.path(workspace), now, [], workspace)
+    return now
 
 
-def _measured(
-    reader: Parent,
-    space: SearchSpace,
-    scenarios: Sequence[Scenario],
-    hardware: Hardware,
-    measure: Measure,
-    progress: Progress,
-) -> CostTable:
-    names = {subblock: parse_labels(subblock, getattr(space, subblock), reader.config) for subblock in SUBBLOCKS}
-    variants = [
-        variant for subblock in SUBBLOCKS for variant in names[subblock] if _runs(hardware.engine, reader, variant)
-    ]
-    costs: list[Cost] = []
-    non_block: list[NonBlockCost] = []
-    whole: list[NonBlockCost] = []
-    shapes = [(scenario, batch) for scenario in scenarios for batch in scenario.batch_sizes]
-    timer, others = _timer(reader, variants, hardware, measure), Others()
-    for index, (scenario, batch) in enumerate(shapes):
-        timings = timer.run(scenario, batch, part_of(progress, index, len(shapes)))
-        costs += [
-            _cost(reader, variant, scenario, batch, timings[variant.subblock, variant.label], hardware)
-            for variant in variants
-        ]
-        non_block.append(_non_block(reader, scenario, batch, timings["non_block", ""], hardware))
-        whole.append(_non_block(reader, scenario, batch, timings["parent", ""], hardware))
-    described, served = hardware_description(hardware), served_precision(hardware, reader)
-    busy = others.crowd(int(described["threads"])) if described["clock"] == "wall" and hardware.device == "cpu" else ""
-    table = CostTable(
-        hardware=described | entry("busy", busy) | entry("weights", None if served == hardware.precision else served),
-        costs=tuple(costs),
-        non_block=tuple(non_block),
-        num_hidden_layers=reader.depth,
-        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        parent_measured=tuple(whole),
-    )
-    if any(parent_bias(table, one, phase) is None for one in whole for phase in PHASES):
+def _takes_over(now: CostTable, before: CostTable) -> bool:
+    """Two reliable tables differ where a cost has moved; a disturbed one does not tell."""
+    if not (now.disturbed or before.disturbed):
+        return bool(drift(before, now))
+    if not is_better(now, before):
+        say(f"costs: {now.disturbed}. Those that are stored stay")
+        return False
+    return True
+
+
+def _measured(asked: CostRequest, workspace: Path, progress: Progress, hand: Handed) -> CostTable:
+    reader = open_parent(workspace / asked.parent.folder)
+    kept = KeptFigures(asked.path(workspace).with_suffix(".unfinished"))
+    timer, others = _timer(reader, asked), Others()
+    try:
+        for part in asked.parts(reader):
+            report = part_of(progress, asked.loads.index(part.load), len(asked.loads))
+            hand(part, partial(timer.time, part.what, part.load, kept, report))
+        timings = {at.label: timer.timings(at, kept) for at in asked.loads}
+    finally:
+        timer.close()
+        kept.close()
+    table = _table(asked, reader, timings, others)
+    kept.discard()
+    if any(parent_bias(table, one, phase) is None for one in table.parent_measured for phase in PHASES):
         raise ClockTooCoarse(
             "the clock shows no time for the parent: it is too coarse for so little work. Give the scenarios more "
             "prompt_tokens, and `measure` more decode_steps."
@@ -156,10 +192,33 @@ def _measured(
     return calibrated(table)
 
 
-def _runs(engine: str, reader: Parent, variant: Variant) -> bool:
-    """Whether the engine can run a variant in the last layer. A variant that it cannot run has no cost."""
-    alone = LayerChoice.only(variant.subblock, variant.label)
-    return runnable(engine, reader.config, reader.depth - 1, alone.attention, alone.ffn) is None
+def _table(
+    asked: CostRequest, reader: Parent, timings: Mapping[str, Mapping[Timed, Timing]], others: Others
+) -> CostTable:
+    hardware = asked.hardware
+    described, served, load = hardware_description(hardware), served_precision(hardware, reader), others.load()
+    others_count = described["clock"] == "wall" and hardware.device == "cpu"
+    busy = crowd(load, int(described["threads"])) if others_count else ""
+    variants = asked.variants(reader)
+
+    def rest(what: str) -> tuple[NonBlockCost, ...]:
+        return tuple(
+            _non_block(reader, at.scenario, at.batch, timings[at.label][what, ""], hardware) for at in asked.loads
+        )
+
+    return CostTable(
+        hardware=described | entry("busy", busy) | entry("weights", None if served == hardware.precision else served),
+        costs=tuple(
+            _cost(reader, one, at.scenario, at.batch, timings[at.label][one.subblock, one.label], hardware)
+            for at in asked.loads
+            for one in variants
+        ),
+        non_block=rest("non_block"),
+        num_hidden_layers=reader.depth,
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        parent_measured=rest("parent"),
+        load=load,
+    )
 
 
 def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timing: Timing, hardware: Hardware) -> Cost:
@@ -193,10 +252,8 @@ def _non_block(reader: Parent, scenario: Scenario, batch: int, timing: Timing, h
     )
 
 
-def _timer(reader: Parent, variants: Sequence[Variant], hardware: Hardware, measure: Measure) -> VariantTimer:
+def _timer(reader: Parent, asked: CostRequest) -> VariantTimer:
     """What times variants in the profile's engine."""
-    if hardware.engine == "torch":
-        return TorchTimer(reader, variants, hardware, measure)
-    if hardware.engine == "vllm":
-        return VllmTimer(reader, variants, hardware, measure)
-    return LlamaCppTimer(reader, variants, hardware, measure)
+    timers = {"torch": TorchTimer, "vllm": VllmTimer, "llama.cpp": LlamaCppTimer}
+    found: VariantTimer = timers[asked.hardware.engine](reader, asked.variants(reader), asked.hardware, asked.measure)
+    return found

@@ -2,18 +2,23 @@
 
 torch runs them in this process. Another engine loads each from a temporary export, in a process of its own. In both
 cases the models take turns, and a gain is over the parent's time in the same round. What the costs of single blocks add
-up to is compared with these measurements (cost_sums.py).
+up to is compared with these measurements (cost_sums.py). Speeds are stored with the load of the machine, and measured
+again only where they were disturbed (blocks/disturbance.py).
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from blocks.disturbance import is_better
 from blocks.engine_limits import known_engine
+from blocks.library import digest_of, keep, remember
 from blocks.records import CostTable, ParentInfo, SpeedReport, Throughput, Totals
 from profiles.schema import Hardware, Profile, Scenario
 from tasks.engines.timing_in_turns import measure_throughput
@@ -21,10 +26,39 @@ from tasks.evaluate.compare import Contender, build
 from tasks.export.folder import export_child
 from tasks.gguf.tokenizer_writer import NO_TOKENIZER
 from tasks.gguf.writer import write_gguf
-from tasks.measure.bench import Point, bench
+from tasks.measure.bench import Point, at_work, time_in_turns
 from tasks.measure.cost_sums import check_sums, clock_of
+from tasks.measure.hardware_description import hardware_description
 from tasks.running.progress import Progress, no_progress
-from tasks.running.usage import Others
+from tasks.running.usage import Others, crowd_now
+
+VERSION = 1
+
+
+def speed_key(contenders: Sequence[Contender], parent: ParentInfo, profile: Profile) -> str:
+    """Digest of all that the speeds depend on: the layers of every model whatever their weights are, the loads, the
+    rounds, the engine and the machine.
+    """
+    return digest_of(
+        parent=parent.fingerprint,
+        models={which.name: which.architecture.layers for which in contenders},
+        loads=loads_of(contenders, profile.scenarios),
+        rounds=profile.evaluate.throughput_rounds,
+        hardware=hardware_description(profile.hardware),
+        version=VERSION,
+    )
+
+
+def stored_speed(
+    contenders: Sequence[Contender], parent: ParentInfo, costs: CostTable, profile: Profile, workspace: Path
+) -> SpeedReport | None:
+    """The stored speeds of these models. None where there are none, and where they were disturbed and could be measured
+    better now: nobody else uses the machine.
+    """
+    found = remember(_path(contenders, parent, profile, workspace), SpeedReport, lambda _: [], workspace)
+    if found is None or (found.disturbed and not _others_on(profile.hardware, crowd_now)):
+        return None
+    return _with_sums(found, contenders, costs)
 
 
 def measure_speed(
@@ -35,19 +69,43 @@ def measure_speed(
     workspace: Path,
     progress: Progress = no_progress,
 ) -> SpeedReport:
-    """Speed of all contenders at the batch sizes that the child was chosen for, and the check of their sums."""
-    measure = _in_torch if profile.hardware.engine == "torch" else _in_engine
-    others = Others()
-    models = measure(contenders, parent, loads_of(contenders, profile.scenarios), profile, workspace, progress)
-    crowd = others.crowd(profile.hardware.threads or torch.get_num_threads())
-    return SpeedReport(
+    """Speed of all contenders at the batch sizes that the child was chosen for, and the check of their sums.
+
+    Speeds that are stored are not measured again unless `stored_speed` says so; the better measurement stays.
+    """
+    stored = stored_speed(contenders, parent, costs, profile, workspace)
+    if stored is not None:
+        return stored
+    path, others = _path(contenders, parent, profile, workspace), Others()
+    models = _measured(contenders, parent, profile, workspace, progress)
+    found = SpeedReport(
         engine=costs.hardware["engine"],
         clock=clock_of(costs),
-        busy=crowd if profile.hardware.device == "cpu" else "",
-        calibration=costs.calibration,
+        busy=_others_on(profile.hardware, others.crowd),
+        load=others.load(),
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         models=models,
-        sums=check_sums({which.name: which.architecture for which in contenders}, models, costs),
     )
+    before = remember(path, SpeedReport, lambda _: [], workspace)
+    if before is not None and not is_better(found, before):
+        found = before
+    keep(path, found, [], workspace)
+    return _with_sums(found, contenders, costs)
+
+
+def _path(contenders: Sequence[Contender], parent: ParentInfo, profile: Profile, workspace: Path) -> Path:
+    return workspace / "speeds" / f"{speed_key(contenders, parent, profile)}.json"
+
+
+def _others_on(hardware: Hardware, crowd: Callable[[int], str]) -> str:
+    """Who else computes on the processors that models are timed on."""
+    return crowd(hardware.threads or torch.get_num_threads()) if hardware.device == "cpu" else ""
+
+
+def _with_sums(speed: SpeedReport, contenders: Sequence[Contender], costs: CostTable) -> SpeedReport:
+    """What these costs add up to beside the measured speeds: costs may be measured again without them."""
+    sums = check_sums({which.name: which.architecture for which in contenders}, speed.models, costs)
+    return speed.model_copy(update={"sums": sums, "calibration": costs.calibration, "clock": clock_of(costs)})
 
 
 def loads_of(contenders: Sequence[Contender], scenarios: Sequence[Scenario]) -> list[tuple[Scenario, int]]:
@@ -57,45 +115,41 @@ def loads_of(contenders: Sequence[Contender], scenarios: Sequence[Scenario]) -> 
     return [(scenario, batches[scenario.name].batch_size) for scenario in scenarios]
 
 
-def _in_torch(
-    contenders: Sequence[Contender],
-    parent: ParentInfo,
-    loads: Sequence[tuple[Scenario, int]],
-    profile: Profile,
-    workspace: Path,
-    progress: Progress,
+def _measured(
+    contenders: Sequence[Contender], parent: ParentInfo, profile: Profile, workspace: Path, progress: Progress
 ) -> dict[str, tuple[Throughput, ...]]:
-    hardware = profile.hardware
-    models: dict[str, Any] = {which.name: build(which, parent, workspace) for which in contenders}
-    models = {name: model.to(hardware.device, getattr(torch, hardware.precision)) for name, model in models.items()}
+    """Every model at every load, in turns."""
+    loads, rounds = loads_of(contenders, profile.scenarios), profile.evaluate.throughput_rounds
     found = []
-    for done, (scenario, batch) in enumerate(loads, start=1):
-        found.append(measure_throughput(models, scenario, batch, profile.evaluate.throughput_rounds))
-        progress(done, len(loads))
-    return {name: tuple(at[name] for at in found) for name in models}
+    with _timer(contenders, parent, loads, profile, workspace) as time_at:
+        for done, (scenario, batch) in enumerate(loads, start=1):
+            found.append(time_at(scenario, batch, rounds))
+            progress(done, len(loads))
+    return {which.name: tuple(at[which.name] for at in found) for which in contenders}
 
 
-def _in_engine(
+@contextmanager
+def _timer(
     contenders: Sequence[Contender],
     parent: ParentInfo,
     loads: Sequence[tuple[Scenario, int]],
     profile: Profile,
     workspace: Path,
-    progress: Progress,
-) -> dict[str, tuple[Throughput, ...]]:
-    hardware, rounds = profile.hardware, profile.evaluate.throughput_rounds
-    points = [
-        Point(batch_size=batch, prompt_tokens=scenario.prompt_tokens, generated_tokens=scenario.generated_tokens)
-        for scenario, batch in loads
-    ]
+) -> Iterator[Callable[[Scenario, int, int], dict[str, Throughput]]]:
+    """What times all models in a scenario, at a batch size, in so many rounds."""
+    hardware = profile.hardware
+    if hardware.engine == "torch":
+        models: dict[str, Any] = {which.name: build(which, parent, workspace) for which in contenders}
+        dtype = getattr(torch, hardware.precision)
+        yield partial(measure_throughput, {name: model.to(hardware.device, dtype) for name, model in models.items()})
+        return
+    points = [Point.of(scenario, batch) for scenario, batch in loads]
     threads = hardware.threads or torch.get_num_threads()
-    with _exported(contenders, parent, hardware, workspace) as files:
-        rows = bench(files, hardware.engine, points, hardware.precision, rounds, threads, progress)
-    names = [scenario.name for scenario, _ in loads for _ in contenders]  # rows are in the order of the loads
-    found: dict[str, list[Throughput]] = {which.name: [] for which in contenders}
-    for name, row in zip(names, rows, strict=True):
-        found[row.model].append(row.throughput.model_copy(update={"scenario": name}))
-    return {name: tuple(own) for name, own in found.items()}
+    with (
+        _exported(contenders, parent, hardware, workspace) as files,
+        at_work(files, hardware.engine, points, hardware.precision, threads) as workers,
+    ):
+        yield lambda scenario, batch, rounds: time_in_turns(workers, Point.of(scenario, batch), scenario, rounds)
 
 
 @contextmanager

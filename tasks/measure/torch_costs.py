@@ -1,11 +1,17 @@
 """Costs of variants in torch: each variant is a stack of copies of its subblock, and the stacks are timed in turns.
 
+In every round each stack has one turn, so that whatever else the machine does falls on all of them alike. So the parts
+of one load are measured together, when the first of them is asked for. Every turn is kept on disk: after a kill the
+rounds go on at the turn that was interrupted. The machine may have become faster or slower meanwhile. The turns of each
+process are therefore compared with those of the whole parent in the same process.
+
 Every copy has weights of its own. A processor's cache then cannot hold them all, as it cannot hold those of a real
 model. Embedding, final norm and head are timed in the same way, and each round ends with the whole parent.
 """
 
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,8 +27,16 @@ from blocks.variant import Variant
 from profiles.schema import Hardware, Measure, Scenario
 from tasks.engines.timing_in_turns import cpu_clock, median_metric, wait_for
 from tasks.measure.hardware_description import clock_for
-from tasks.measure.variant_timing import Timed, Timing
+from tasks.measure.variant_timing import KeptFigures, Load, Timed, Timing
 from tasks.running.progress import Progress
+
+NON_BLOCK, PARENT = "non_block", "parent"
+
+
+def stacks_to_time(variants: Sequence[Variant]) -> list[str]:
+    """The parts that are timed."""
+    stacked = [f"{variant.subblock} {variant.label}" for variant in variants if variant.kind != "no_op"]
+    return [*stacked, NON_BLOCK, PARENT]
 
 
 class TorchTimer:
@@ -34,12 +48,12 @@ class TorchTimer:
         self.clock = cpu_clock(1) if clock_for(hardware) == "CPU" else time.perf_counter
         self.copies = min(measure.stack, reader.depth)
         generator = torch.Generator().manual_seed(0)
+        self.variants = variants
         self.stacks = {
-            (variant.subblock, variant.label): self._stack(variant, generator)
+            f"{variant.subblock} {variant.label}": self._stack(variant, generator)
             for variant in variants
             if variant.kind != "no_op"
         }
-        self.free = [(variant.subblock, variant.label) for variant in variants if variant.kind == "no_op"]
         model: Any = reader.model()
         self.parent = model.to(self.device, self.dtype)
 
@@ -57,25 +71,42 @@ class TorchTimer:
         return stack.to(self.device, self.dtype).eval()
 
     @torch.inference_mode()
-    def run(self, scenario: Scenario, batch: int, progress: Progress) -> dict[Timed, Timing]:
-        """Rounds over all stacks, non-block parts and the whole parent, in turns."""
-        rounds: dict[Timed, list[tuple[float, float]]] = {}
-        total = (self.measure.rounds + 1) * (len(self.stacks) + 2)
-        done = 0
-        for number in range(self.measure.rounds + 1):
-            jobs: list[tuple[Timed, Callable[[], tuple[float, float]]]] = [
-                (name, partial(self._time, stack, scenario, batch, self.copies)) for name, stack in self.stacks.items()
-            ]
-            jobs.append((("non_block", ""), lambda: self._time_non_block(scenario, batch)))
-            jobs.append((("parent", ""), lambda: self._time(self.parent, scenario, batch, 1)))
-            for name, job in jobs if number % 2 else reversed(jobs):
-                figures = job()
-                if number:  # the first round warms up
-                    rounds.setdefault(name, []).append(figures)
-                done += 1
-                progress(done, total)
+    def time(self, what: str, load: Load, kept: KeptFigures, progress: Progress) -> None:
+        """See VariantTimer. All parts take turns, so all that are not finished are measured with this one."""
+        shape, rounds = (load.scenario, load.batch), self.measure.rounds
+        jobs: dict[str, Callable[[], tuple[float, float]]] = {
+            name: partial(self._time, stack, *shape, self.copies) for name, stack in self.stacks.items()
+        }
+        jobs |= {NON_BLOCK: partial(self._time_non_block, *shape), PARENT: partial(self._time, self.parent, *shape, 1)}
+        have = {(row["what"], row["round"]) for row in kept.of(load)}
+        turns = [
+            (name, number)
+            for number in range(1, rounds + 1)
+            for name in (jobs if number % 2 else reversed(jobs))
+            if (name, number) not in have
+        ]
+        if not turns:
+            return
+        for warm_up in jobs.values():
+            warm_up()
+        if have:  # a killed process left off within a round: its turns and these are compared by the parent
+            turns.insert(0, (PARENT, 0))
+        for done, (name, number) in enumerate(turns, start=1):
+            prefill, decode = jobs[name]()
+            kept.add(load, name, round=number, prefill=prefill, decode=decode)
+            progress(done, len(turns))
+
+    def timings(self, load: Load, kept: KeptFigures) -> dict[Timed, Timing]:
+        """See VariantTimer."""
+        scaled = _at_one_speed(kept.of(load))
+        named = {f"{variant.subblock} {variant.label}": (variant.subblock, variant.label) for variant in self.variants}
         free = Timing(prefill=0.0, decode=0.0)
-        return {name: summary(figures) for name, figures in rounds.items()} | dict.fromkeys(self.free, free)
+        return {timed: summary(scaled[name]) if name in scaled else free for name, timed in named.items()} | {
+            (name, ""): summary(scaled[name]) for name in (NON_BLOCK, PARENT)
+        }
+
+    def close(self) -> None:
+        """See VariantTimer."""
 
     def _time(
         self, model: DeciLMModel | DeciLMForCausalLM, scenario: Scenario, batch: int, copies: int
@@ -130,6 +161,27 @@ class TorchTimer:
     def _now(self) -> float:
         wait_for(torch.device(self.device))
         return self.clock()
+
+
+def _at_one_speed(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """(prefill, decode) seconds of every part in every round. Where several processes measured, each one's seconds are
+    divided by its parent's and multiplied by the parent's of all.
+    """
+    sittings = sorted({row["sitting"] for row in rows})
+
+    def factor(sitting: int, phase: str) -> float:
+        parents = [row for row in rows if row["what"] == PARENT]
+        own = statistics.median([row[phase] for row in parents if row["sitting"] == sitting] or [0.0])
+        every = statistics.median(row[phase] for row in parents)
+        return every / own if len(sittings) > 1 and own else 1.0
+
+    factors = {sitting: [factor(sitting, phase) for phase in ("prefill", "decode")] for sitting in sittings}
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["round"]:
+            prefill, decode = factors[row["sitting"]]
+            found.setdefault(row["what"], []).append((prefill * row["prefill"], decode * row["decode"]))
+    return found
 
 
 def summary(figures: list[tuple[float, float]]) -> Timing:

@@ -7,30 +7,28 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from blocks.export_code import AUTO_MAP, CODE_FILES
 from blocks.records import LayerChoice
 from profiles.schema import Scenario
 from tasks.engines.base import Session
 from tasks.engines.vllm_engine import CODE, Vllm, VllmSession
-from tasks.measure.variant_timing import Timed, Timing
 from tasks.measure.whole_model_costs import WholeModelTimer
-from tasks.running.progress import Progress
 
 
 class VllmTimer(WholeModelTimer):
     """Times models in vLLM: the parent in one process, the others one after another in a second."""
 
-    _sessions: list[VllmSession]
+    def __init__(self, *what: Any) -> None:
+        super().__init__(*what)
+        self._sessions: list[VllmSession] = []
 
-    def run(self, scenario: Scenario, batch: int, progress: Progress) -> dict[Timed, Timing]:
+    def close(self) -> None:
         """See VariantTimer."""
-        self._sessions = []
-        try:
-            return super().run(scenario, batch, progress)
-        finally:
-            for session in self._sessions:
-                session.close()
+        super().close()
+        while self._sessions:
+            self._sessions.pop().close()
 
     def _release(self, model: Session) -> None:
         """The process stays for the next model: starting vLLM takes longer than loading a model."""

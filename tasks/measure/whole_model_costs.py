@@ -31,7 +31,7 @@ from profiles.schema import Hardware, Measure, Scenario
 from tasks.engines.base import LoadOptions, Session
 from tasks.engines.timing_in_turns import in_turns, median_metric, tokens_before
 from tasks.measure.hardware_description import clock_for
-from tasks.measure.variant_timing import Timed, Timing
+from tasks.measure.variant_timing import KeptFigures, Load, Timed, Timing
 from tasks.running.progress import Progress
 
 Shares = tuple[Metric, Metric]  # times of a prefill and of a decode step, as shares of the parent's
@@ -77,6 +77,8 @@ class WholeModelTimer(ABC):
         self.reader, self.variants, self.hardware, self.measure = reader, variants, hardware, measure
         self.threads, self.clock = hardware.threads or torch.get_num_threads(), clock_for(hardware)
         self.narrowest = narrowest_ffn(reader, variants)
+        self.models = {model.name: model for model in models_to_time(reader, variants)}
+        self._loaded: tuple[Load, Session] | None = None
 
     @abstractmethod
     def _open(self, folder: Path, layers: Sequence[LayerChoice], scenario: Scenario, batch: int) -> Session:
@@ -89,23 +91,44 @@ class WholeModelTimer(ABC):
         """A model has been timed."""
         model.close()
 
-    def run(self, scenario: Scenario, batch: int, progress: Progress) -> dict[Timed, Timing]:
+    def time(self, what: str, load: Load, kept: KeptFigures, progress: Progress) -> None:
         """See VariantTimer."""
-        models = models_to_time(self.reader, self.variants)
+        names = list(self.models)
+        if not kept.of(load, what):
+            rest = self.models[what].repeated
+            layers = [PARENT_LAYER, *([] if rest is None else [rest] * (self.reader.depth - 1))]
+            with tempfile.TemporaryDirectory(prefix="puzzle-costs-") as temporary:
+                parent = self._parent(Path(temporary), load)
+                other = self._open(Path(temporary), layers, load.scenario, load.batch)
+            turns = self._turns({"parent": parent, "other": other}, load.scenario, load.batch)
+            self._release(other)
+            kept.add(load, what, **{name: [turn.model_dump() for turn in own] for name, own in turns.items()})
+        progress(names.index(what) + 1, len(names))
+
+    def _parent(self, folder: Path, load: Load) -> Session:
+        """The parent, loaded once for all models of a load."""
+        if self._loaded is None or self._loaded[0] != load:
+            self.close()
+            layers = [PARENT_LAYER] * self.reader.depth
+            self._loaded = (load, self._open(folder, layers, load.scenario, load.batch))
+        return self._loaded[1]
+
+    def close(self) -> None:
+        """See VariantTimer."""
+        if self._loaded is not None:
+            self._release(self._loaded[1])
+        self._loaded = None
+
+    def timings(self, load: Load, kept: KeptFigures) -> dict[Timed, Timing]:
+        """See VariantTimer."""
         shares: dict[str, Shares] = {}
-        parents: list[Turn] = []
-        with tempfile.TemporaryDirectory(prefix="puzzle-costs-") as temporary:
-            parent = self._open(Path(temporary), [PARENT_LAYER] * self.reader.depth, scenario, batch)
-            for done, model in enumerate(models, start=1):
-                rest = [] if model.repeated is None else [model.repeated] * (self.reader.depth - 1)
-                other = self._open(Path(temporary), [PARENT_LAYER, *rest], scenario, batch)
-                turns = self._turns({"parent": parent, "other": other}, scenario, batch)
-                self._release(other)
-                parents += turns["parent"]
-                shares[model.name] = self._shares(turns)
-                progress(done, len(models))
-            self._release(parent)
-        return self._apart(shares, [self._clock(turn) for turn in parents])
+        parents: list[tuple[float, float]] = []
+        for name in self.models:
+            (row,) = kept.of(load, name)
+            turns = {which: [Turn(**turn) for turn in row[which]] for which in ("parent", "other")}
+            parents += [self._clock(turn) for turn in turns["parent"]]
+            shares[name] = self._shares(turns)
+        return self._apart(shares, parents)
 
     def _how(self, scenario: Scenario, batch: int) -> LoadOptions:
         """Options with room for the requests that are timed."""

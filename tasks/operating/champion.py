@@ -15,7 +15,7 @@ from typing import Literal
 from torch import Tensor
 
 from blocks.errors import DamagedBlock, PuzzleError
-from blocks.estimates import lower_bound
+from blocks.estimates import lower_bound, rounded
 from blocks.files import sha256_of
 from blocks.library import digest_of, read_tensors, remember
 from blocks.records import CorpusInfo, CostTable, LayerChoice, Metric, ParentInfo, Value
@@ -29,7 +29,6 @@ from tasks.inputs.precision import as_written, child_dtype
 from tasks.libraries.interchange import read_library
 from tasks.measure import costs
 from tasks.measure.hardware_description import hardware_description
-from tasks.pages.report import rounded
 from tasks.score import scoring
 from tasks.search.totals import Problem, broken_limits, fitting_batches, problem_of
 

@@ -20,9 +20,10 @@ from blocks.records import (
     ParentInfo,
 )
 from profiles.schema import Hardware, Profile
+from tasks.evaluate.budget import budget_state
+from tasks.evaluate.standing import final_of, parent_of
 from tasks.measure.bench import BenchRow
 from tasks.pages.picture import gain_of
-from tasks.pages.report import final_of, parent_of
 
 GLANCE = "at_a_glance"
 HEADLINES = (
@@ -115,7 +116,7 @@ def report_metrics(report: ChildReport) -> dict[str, float]:
 
 
 def headlines(report: ChildReport) -> dict[str, float]:
-    """Speed, quality and size of the finished child, what was measured of them; `keeps_budget` is logged at the choice.
+    """Speed, quality, size and kept budget of the finished child, what was measured of them.
 
     The alphabet puts the speed first: MLflow's page that compares runs opens on the first metric.
     """
@@ -133,6 +134,9 @@ def headlines(report: ChildReport) -> dict[str, float]:
     found = {name: metric.value for name, metric in measured.items() if metric is not None}
     found["memory_fraction"] = child.memory_bytes / parent.memory_bytes
     found["parameters_fraction"] = child.parameters / parent.parameters
+    state = budget_state(child, report.speed.disturbed)
+    if state is not None:
+        found["keeps_budget"] = float(state == "kept")
     if child.answers:
         found["looping_answers"] = sum(answer.loops for answer in child.answers) / len(child.answers)
     return {f"{GLANCE}/{name}": value for name, value in found.items()}

@@ -19,7 +19,8 @@ from tasks.operating.sweeping import SweepPoint
 from tasks.studies.additivity import Check
 from tasks.studies.verdicts import truth_points
 
-PARTS = frozenset({"layers", "samples", "correct", "item_groups", "answers"})  # in report.json, too long for a table
+# in report.json, too long for a table
+PARTS = frozenset({"layers", "samples", "correct", "item_groups", "answers", "limits"})
 
 
 def log_report(store: tracking.Tracking, run_id: str, report: ChildReport, files: Sequence[Path]) -> None:

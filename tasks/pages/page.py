@@ -26,13 +26,15 @@ from tasks.pages.report import (
     LEGEND,
     SAID,
     answered,
+    column_names,
     comparison_rows,
-    headlines,
     save_figure,
+    shipped_column,
     speed_table,
     sums_table,
 )
 from tasks.pages.svg import inline_svg
+from tasks.pages.verdict import BUDGET_HEADER, budget_rows, findings, verdict, warnings
 from tasks.running.progress import shown
 from tasks.search.confidence import Confidence, Draws, bootstrap
 from tasks.search.joint import QUANTITIES, JointLibrary, LibraryFileError, at
@@ -56,7 +58,9 @@ DEFAULT = Extent()
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """All that a page says of a choice. confidence: None where the library keeps no scores per sequence."""
+    """All that a page says of a choice. confidence: None where the library keeps no scores per sequence. made: when,
+    where and by which command, by name. following: what to do next, and the command for it.
+    """
 
     title: str
     library: JointLibrary
@@ -69,6 +73,8 @@ class Study:
     facts: tuple[tuple[str, str], ...] = ()
     missing: tuple[str, ...] = ()
     report: ChildReport | None = None
+    made: tuple[tuple[str, str], ...] = ()
+    following: tuple[tuple[str, str], ...] = ()
 
 
 def study_choice(
@@ -175,9 +181,16 @@ def render(study: Study, figures: dict[str, Figure]) -> str:
         runs=_runs(study.choice.layers),
         types=len(set(study.choice.layers.values())),
         error="" if study.choice.score_se is None else f"{study.choice.score_se:.2g}",
-        report=report,
+        made=study.made,
+        following=study.following,
+        budget_header=BUDGET_HEADER,
+        budget=(budget_rows(report) if report else []) or [_asked_and_got(price) for price in study.prices],
+        columns=[] if report is None else column_names(report),
+        shipped=-1 if report is None else shipped_column(report),
         rows=[] if report is None else comparison_rows(report),
-        headlines=[] if report is None else headlines(report),
+        warnings=[] if report is None else warnings(report),
+        verdict="" if report is None else verdict(report),
+        findings=[] if report is None else [found.line for found in findings(report) if found.line],
         answers=[] if report is None else answered(report),
         said=SAID,
         speeds=[] if report is None else [table for table in (sums_table(report), speed_table(report)) if table[1]],
@@ -185,6 +198,13 @@ def render(study: Study, figures: dict[str, Figure]) -> str:
         legend=f"{BEST_MEANS} {LEGEND}",
         percent=lambda share, digits=0: f"{round(100 * share, digits) + 0.0:.{digits}f} %",
     )
+
+
+def _asked_and_got(price: Price) -> tuple[str, ...]:
+    """A limit of a choice from a library, in the order of BUDGET_HEADER; the solver's answer keeps all of them."""
+    got = f"{100 * price.used:.4g} % of the parent's" if price.share else figure(price.used, price.unit)
+    least = "" if QUANTITIES[price.budget.partition(" of ")[0]].floor else "at most "
+    return price.budget, least + _limit(price), got, "–", "kept"
 
 
 def _budgets(study: Study) -> Iterator[dict[str, str]]:
@@ -208,7 +228,7 @@ def _tile(name: str, value: float, price: Price | None, library: JointLibrary, c
         parents = set(library.parents) == set(library.layers)
         parent = library.of_parent(quantity, index) if parents and not (price and price.share) else 0.0
         share = f"{100 * value / parent:.1f} % of the parent" if parent else ""
-        known = quantity in library.fixed
+        known = quantity in library.fixed and at(library.fixed[quantity], index)
         outside = f"{figure(at(library.fixed[quantity], index), kind.unit)} outside the blocks" if known else ""
     shown_value = figure(value, kind.unit)
     if price is not None and price.share and value == price.used:

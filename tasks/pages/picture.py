@@ -282,7 +282,7 @@ def draw_comparison(candidates: Sequence[Candidate]) -> Figure:
             axes = grid[row][column]
             _draw_plane(axes, parent, others, speed, quality)
             if row == len(rows) - 1:
-                axes.set_xlabel(f"{speed} speed-up over the parent (more is better)", color=INK)
+                axes.set_xlabel(f"{speed} gain over the parent (more is better)", color=INK)
             if column == 0:
                 name = "KL(parent || model), nats per token (less is better)"
                 axes.set_ylabel(name if quality == "kl" else "retention of benchmarks (more is better)", color=INK)
@@ -319,6 +319,8 @@ def _draw_plane(axes: Axes, parent: Candidate | None, others: Sequence[Candidate
     for name, pair in points.items():
         axes.plot(*zip(*pair, strict=True), color=COLOURS.get(name, INK), linewidth=1, alpha=0.4, zorder=2)
     axes.axvline(1, color=FAINT, linewidth=1, linestyle=":")
+    # the errors of a disturbed measurement would leave no room for anything else
+    axes.set_xlim(0, 1.2 * max([1.0, *(point[0] for pair in points.values() for point in pair)]))
     _scale(axes, quality, [point[1] for pair in points.values() for point in pair])
     axes.grid(color="#e4e7eb", linewidth=0.6)
     axes.set_axisbelow(True)

@@ -5,11 +5,11 @@ The terminal's table and the Markdown (report.md, the child's model card) are ma
 
 import html
 import itertools
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
@@ -17,29 +17,31 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from blocks.estimates import interval, is_clear
+from blocks.estimates import plain, rounded
 from blocks.files import atomic_path, write_text
 from blocks.library import write_value
 from blocks.records import Answer, Architecture, Candidate, ChildReport, Metric
+from tasks.evaluate.budget import budget_state
 from tasks.evaluate.standing import (
     Reading,
     best_columns,
     counted,
-    difference,
+    final_of,
     of_all_items,
     of_items,
     of_sequences,
     over_parent,
+    parent_of,
     retained,
-    same_architecture,
     timed,
 )
 from tasks.measure.cost_sums import percent, warnings_of
 from tasks.pages.picture import draw_architecture, draw_comparison, gain_of
+from tasks.pages.verdict import BUDGET_HEADER, GIB, budget_rows, count, findings, title, verdict, warnings
 
-MIB = 2**20
 WordedTable = tuple[list[str], list[list[str]], str]
 BEST = "★"
+DISTURBED = "†"
 BEST_MEANS = (
     "the best of its row, the parent not counted. Its lead over every other column is more than two standard errors; "
     "where it is not, none is marked."
@@ -47,8 +49,11 @@ BEST_MEANS = (
 LEGEND = (
     "± is one standard error over test sequences, benchmark items or rounds of the speed measurement. Models are "
     "compared sequence by sequence and item by item. KL is the divergence from the parent. Loss and KL are in nats per "
-    "token. A gain is the model's speed divided by the parent's."
+    "token. A gain is the model's speed divided by the parent's. † was measured while other programs used the machine: "
+    "it is not reliable, has no star and decides nothing."
 )
+SHOWN, SHORT = 2, 160  # answers that a terminal shows, and of how many characters
+TABLE_STYLE: dict[str, Any] = {"title_justify": "left", "box": SIMPLE_HEAD, "padding": (0, 0, 0, 1)}
 SAID = (
     "Greedy answers, without a penalty on repeats. Repeated: the share of runs of four tokens that occurred earlier "
     "in the answer. An answer loops when it has the same five words three times (five tokens in a text without "
@@ -65,64 +70,61 @@ class Row:
     best: frozenset[int]
 
 
-def rounded(metric: Metric, scale: float = 1.0) -> str:
-    """`value ±error` with the error to two digits; an error of 0 (exact, or one sample) is left out."""
-    value, error = metric.value * scale, metric.se * scale
-    if error <= 0:
-        return plain(value)
-    decimals = min(6, max(0, 1 - math.floor(math.log10(error))))
-    return f"{value:,.{decimals}f} ±{error:,.{decimals}f}"
-
-
-def plain(value: float) -> str:
-    """Four digits, without a power of ten for everyday sizes."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def parent_of(report: ChildReport) -> Candidate | None:
-    """The parent's row."""
-    return next((candidate for candidate in report.candidates if candidate.stage == "parent"), None)
-
-
-def final_of(candidates: Sequence[Candidate], name: str) -> Candidate | None:
-    """The candidate of a name after its last stage: distilled if it was, else assembled."""
-    models = [model for model in candidates if model.name == name and model.stage != "parent"]
-    return next((model for model in models if model.stage == "distilled"), models[0] if models else None)
-
-
-def _title(candidate: Candidate) -> str:
-    return candidate.name if candidate.stage == "parent" else f"{candidate.name} ({candidate.stage})"
-
-
 def comparison_rows(report: ChildReport) -> list[Row]:
-    """The rows of the comparison, columns in the order of `report.candidates`; rows without any figure are left out."""
+    """The rows of the comparison: budget, quality, speed, size. Columns in the order of `report.candidates`; rows
+    without any figure are left out.
+    """
+    candidates = report.candidates
+    kept = tuple(budget_state(model, report.speed.disturbed) or "–" for model in candidates)
+    rows = [
+        Row(label="budget", cells=kept, best=frozenset()),
+        *_quality_rows(report),
+        *_speed_rows(report),
+        *_size_rows(report),
+    ]
+    return [row for row in rows if any(cell != "–" for cell in row.cells)]
+
+
+def _quality_rows(report: ChildReport) -> list[Row]:
+    candidates = report.candidates
+    return [
+        _row("KL, nats", candidates, lambda model: of_sequences(model, "kl"), less=True),
+        _row("predicted KL", candidates, lambda model: counted(model.predicted_kl), less=None),
+        _row("loss, nats", candidates, lambda model: of_sequences(model, "loss"), less=True),
+        _row("top-1 agree, %", candidates, lambda model: of_sequences(model, "top1_agreement"), scale=100),
+        *_accuracy_rows(report),
+        Row(label="answers that loop", cells=tuple(_looping(model) for model in candidates), best=frozenset()),
+    ]
+
+
+def _speed_rows(report: ChildReport) -> list[Row]:
+    candidates, parent = report.candidates, parent_of(report)
+
+    def row(label: str, figure: Callable[[Candidate], Metric | None], less: bool = False) -> Row:
+        return _row(label, candidates, lambda model: timed(model, figure(model), bool(report.speed.disturbed)), less)
+
+    return [
+        row("request gain", lambda model: gain_of(model, parent, "request")),
+        row("prefill gain", lambda model: gain_of(model, parent, "prefill")),
+        row("decode gain", lambda model: gain_of(model, parent, "decode")),
+        row("request, s", lambda model: model.runtime_seconds, less=True),
+        row("prefill, tokens/s", lambda model: model.prefill_tokens_per_second),
+        row("decode, tokens/s", lambda model: model.decode_tokens_per_second),
+    ]
+
+
+def _size_rows(report: ChildReport) -> list[Row]:
     candidates, parent = report.candidates, parent_of(report)
 
     def share(value: Callable[[Candidate], int]) -> Callable[[Candidate], Reading | None]:
         return lambda model: None if parent is None else counted(value(model) / value(parent))
 
-    def gain(field: str) -> Callable[[Candidate], Reading | None]:
-        return lambda model: timed(model, gain_of(model, parent, field))
-
-    rows = [
+    return [
         _row("parameters, M", candidates, lambda model: counted(model.parameters / 1e6), less=True),
         _row("params/parent", candidates, share(lambda model: model.parameters), less=True),
-        _row("memory, MiB", candidates, lambda model: counted(model.memory_bytes / MIB), less=True),
+        _row("memory, GiB", candidates, lambda model: counted(model.memory_bytes / GIB), less=True),
         _row("memory/parent", candidates, share(lambda model: model.memory_bytes), less=True),
-        _row("prefill, tok/s", candidates, lambda model: timed(model, model.prefill_tokens_per_second)),
-        _row("prefill gain", candidates, gain("prefill")),
-        _row("decode, tok/s", candidates, lambda model: timed(model, model.decode_tokens_per_second)),
-        _row("decode gain", candidates, gain("decode")),
-        _row("request, s", candidates, lambda model: timed(model, model.runtime_seconds), less=True),
-        _row("request gain", candidates, gain("request")),
-        _row("loss, nats", candidates, lambda model: of_sequences(model, "loss"), less=True),
-        _row("KL, nats", candidates, lambda model: of_sequences(model, "kl"), less=True),
-        _row("predicted KL", candidates, lambda model: counted(model.predicted_kl), less=None),
-        _row("top-1 agree, %", candidates, lambda model: of_sequences(model, "top1_agreement"), scale=100),
-        *_accuracy_rows(report),
-        Row(label="answers that loop", cells=tuple(_looping(model) for model in candidates), best=frozenset()),
     ]
-    return [row for row in rows if any(cell != "–" for cell in row.cells)]
 
 
 def _accuracy_rows(report: ChildReport) -> list[Row]:
@@ -139,11 +141,7 @@ def _accuracy_rows(report: ChildReport) -> list[Row]:
 
 
 def _looping(model: Candidate) -> str:
-    return f"{_count(model, lambda answer: answer.loops)} of {len(model.answers)}" if model.answers else "–"
-
-
-def _count(model: Candidate, which: Callable[[Answer], bool]) -> int:
-    return sum(which(answer) for answer in model.answers)
+    return f"{count(model, lambda answer: answer.loops)} of {len(model.answers)}" if model.answers else "–"
 
 
 def _row(
@@ -162,121 +160,32 @@ def _row(
     }
     return Row(
         label=label,
-        cells=tuple("–" if found is None else rounded(found.metric, scale) for found in figures),
+        cells=tuple("–" if found is None else _cell(found, scale) for found in figures),
         best=frozenset() if less is None else best_columns(rivals, less),
     )
 
 
-def headlines(report: ChildReport) -> list[str]:
-    """What a reader must know first: broken answers of the child, the best model, what the benchmarks show."""
-    child, parent = final_of(report.candidates, "child"), parent_of(report)
-    lines = [] if child is None or parent is None else _broken_answers(child, parent)
-    return [*lines, verdict(report), *([] if child is None or parent is None else _benchmark_lines(child, parent))]
+def _cell(found: Reading, scale: float) -> str:
+    return rounded(found.metric, scale) + (DISTURBED if found.disturbed else "")
 
 
-def _broken_answers(child: Candidate, parent: Candidate) -> list[str]:
-    """A line for each fault that more of the child's answers have than of the parent's."""
-    kinds: dict[str, Callable[[Answer], bool]] = {
-        "loop": lambda answer: answer.loops,
-        "are empty": lambda answer: not answer.text.strip(),
-    }
-    found = {fault: (_count(child, which), _count(parent, which)) for fault, which in kinds.items()}
-    total = len(child.answers)
-    return [
-        f"{ours} of {total} answers {fault}; the parent's {theirs}. Read them before anything else."
-        for fault, (ours, theirs) in found.items()
-        if ours > theirs
-    ]
+def column_names(report: ChildReport) -> list[str]:
+    """The heads of the comparison's columns."""
+    return [f"{model.name} +GKD" if model.stage == "distilled" else model.name for model in report.candidates]
 
 
-def _benchmark_lines(child: Candidate, parent: Candidate) -> list[str]:
-    """Whether the benchmarks show a difference between the child and its parent."""
-    lead, ours, theirs = over_parent(child, parent), of_all_items(child), of_all_items(parent)
-    if lead is None or ours is None or theirs is None:
-        return []
-    items = sum(len(answers) for answers in child.correct.values())
-    error = "" if is_clear(lead.metric) else "; this is within the error"
-    line = (
-        f"Benchmarks: {_percent(ours, 1)} of {items} items right, the parent {_percent(theirs, 1)}: "
-        f"{_signed(lead.metric)} points, item by item{error}."
-    )
-    kept = retained(child, parent)
-    if kept is not None and kept.estimate is not None and len(kept.estimate.moves) > 1:
-        low, high = interval(kept.estimate)
-        line += f" Retention {_percent(kept)}, 95 % interval {100 * low:.0f} to {100 * high:.0f} %."
-    return [line]
-
-
-def _percent(share: Reading, digits: int = 0) -> str:
-    return f"{100 * share.metric.value:.{digits}f} %"
-
-
-def _signed(points: Metric) -> str:
-    return f"{'+' if points.value >= 0 else ''}{rounded(points, 100)}"
-
-
-def verdict(report: ChildReport) -> str:
-    """Which of child and baselines has the lowest measured KL after its last stage, in a sentence.
-
-    A lead of less than two standard errors of the difference, sequence by sequence, makes no clear winner. A baseline
-    that chose the child's architecture is named and not compared.
-    """
-    names = dict.fromkeys(model.name for model in report.candidates if model.stage != "parent")
-    finals = [
-        model for name in names if (model := final_of(report.candidates, name)) is not None and model.kl is not None
-    ]
-    child = next((model for model in finals if model.name == "child"), None)
-    if child is None or child.kl is None:
-        return "The child's KL was not measured."
-    others = [model for model in finals if model is not child]
-    twins = [model.name for model in others if same_architecture(child, model)]
-    chose = f"{' and '.join(twins)} chose the same architecture" if twins else ""
-    rivals = sorted((model for model in others if model.name not in twins), key=_kl)
-    if not rivals:
-        nobody = f"{chose}; no other baseline" if twins else "no baseline"
-        return f"The child's KL is {rounded(child.kl)}; {nobody} was measured beside it."
-    result = _against(child, rivals[0])
-    return f"{result}; {chose}." if twins else f"{result}."
-
-
-def _against(child: Candidate, rival: Candidate) -> str:
-    """The child compared with the best baseline of another architecture."""
-    ours, theirs = of_sequences(child, "kl"), of_sequences(rival, "kl")
-    assert ours is not None and theirs is not None
-    winner, loser = (child, rival) if _kl(child) <= _kl(rival) else (rival, child)
-    against = "the best baseline," if winner is child else "the"
-    figures = f"KL {_kl_text(winner)} against {_kl_text(loser)} of {against} {_title(loser)}"
-    subject = f"the {_title(winner)}" if winner is child else f"the baseline {_title(winner)}"
-    lead = difference(theirs, ours) if winner is child else difference(ours, theirs)
-    if is_clear(lead):
-        return f"Winner: {subject}, {figures}"
-    if lead.n < 2:
-        return f"No clear winner: a single sequence shows no error ({figures})"
-    return f"No clear winner: {subject} leads by less than two standard errors ({figures}; {rounded(lead)} apart)"
-
-
-def _kl(candidate: Candidate) -> float:
-    return math.inf if candidate.kl is None else candidate.kl.value
-
-
-def _kl_text(candidate: Candidate) -> str:
-    return "?" if candidate.kl is None else rounded(candidate.kl)
+def shipped_column(report: ChildReport) -> int:
+    """The column of the child that is exported; -1 where there is none."""
+    child = final_of(report.candidates, "child")
+    return -1 if child is None else report.candidates.index(child)
 
 
 def comparison_table(report: ChildReport) -> Table:
     """The comparison for the terminal: a column per candidate, the best of each row marked."""
-    table = Table(
-        title=f"{report.profile}: {report.parent.name} and its children",
-        caption="\n".join([*headlines(report), f"{BEST} {BEST_MEANS} {LEGEND}"]),
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
-    )
+    table = Table(caption=f"{BEST} {BEST_MEANS} {LEGEND}", caption_justify="left", **TABLE_STYLE)
     table.add_column("", no_wrap=True)
-    for candidate in report.candidates:
-        header = f"{candidate.name} +GKD" if candidate.stage == "distilled" else candidate.name
-        table.add_column(header, justify="right", overflow="fold")
+    for name in column_names(report):
+        table.add_column(name, justify="right", overflow="fold")
     for row in comparison_rows(report):
         cells = [
             Text(f"{BEST}{cell}", style="bold green") if place in row.best else Text(cell)
@@ -287,25 +196,49 @@ def comparison_table(report: ChildReport) -> Table:
 
 
 def print_report(report: ChildReport, console: Console) -> None:
-    """Print answers and comparison."""
+    """Print warnings, the budget, the comparison, two answers, and last the verdict, where a reader looks."""
+    for line in warnings(report):
+        console.print(Text(line, style="bold"))
+    console.print(Text(f"{report.profile}: {report.parent.name} and its children", style="bold"))
+    if rows := budget_rows(report):
+        budget = Table(*BUDGET_HEADER, **TABLE_STYLE)
+        for row in rows:
+            budget.add_row(*row)
+        console.print(budget)
+    console.print(comparison_table(report))
     said = answered(report)
     if said:
-        table = Table("prompt", "parent", "child", title=SAID, title_justify="left", box=SIMPLE_HEAD, show_lines=True)
-        for one in said:
-            cells = [Text.assemble(shown, (f"\n{how}", "dim")) for shown, how in (one.parent, one.child)]
-            table.add_row(Text.assemble(one.prompt, (f"\n{one.kind}", "dim")), *cells)
+        table = Table("prompt", "parent", "child", show_lines=True, **TABLE_STYLE)
+        for one in said[:SHOWN]:
+            cells = [Text.assemble(_short(shown), (f"\n{how}", "dim")) for shown, how in (one.parent, one.child)]
+            table.add_row(Text.assemble(_short(one.prompt), (f"\n{one.kind}", "dim")), *cells)
         console.print(table)
-    console.print(comparison_table(report))
+        if len(said) > SHOWN:
+            console.print(f"all {len(said)} answers stand in report.html and report.md", highlight=False)
+    for line in (verdict(report), *(found.line for found in findings(report) if found.line)):
+        console.print(Text(line, style="bold" if line.startswith("Verdict") else ""))
+
+
+def _short(text: str) -> str:
+    """An answer in a few lines of a terminal."""
+    joined = " ".join(text.split())
+    return joined if len(joined) <= SHORT else f"{joined[:SHORT].rstrip()} ..."
 
 
 def report_markdown(report: ChildReport) -> str:
-    """The report as Markdown: verdict, comparison, predicted beside measured, architecture, how it was made."""
+    """The report as Markdown: warnings, budget, verdict, comparison, answers, predicted beside measured, architecture,
+    how it was made.
+    """
+    budget = budget_rows(report)
     parts = [
         f"# {report.profile}: a child of {report.parent.name}",
-        *headlines(report),
+        *warnings(report),
+        *([_markdown_table(BUDGET_HEADER, budget, "---")] if budget else []),
+        f"**{verdict(report)}**",
+        *(found.line for found in findings(report) if found.line),
         "## Comparison",
         _markdown_table(
-            ["", *(_title(candidate) for candidate in report.candidates)],
+            ["", *(title(candidate) for candidate in report.candidates)],
             [
                 [row.label, *(f"**{cell}**" if place in row.best else cell for place, cell in enumerate(row.cells))]
                 for row in comparison_rows(report)
@@ -397,10 +330,8 @@ def _predicted_markdown(report: ChildReport) -> str:
             if (parent.scenario, parent.batch_size) == (totals.scenario, totals.batch_size)
         ]
         gain = plain(parents[0].runtime_seconds / totals.runtime_seconds) if parents and totals.runtime_seconds else "–"
-        rows.append([case, plain(totals.runtime_seconds), gain, decode_rate, plain(totals.memory_bytes / MIB)])
-    predicted = _markdown_table(
-        ["predicted", "request, s", "request speed-up", "decode, tokens/s", "memory, MiB"], rows
-    )
+        rows.append([case, plain(totals.runtime_seconds), gain, decode_rate, plain(totals.memory_bytes / GIB)])
+    predicted = _markdown_table(["predicted", "request, s", "request gain", "decode, tokens/s", "memory, GiB"], rows)
     parts = [predicted]
     calibration = report.speed.calibration
     if calibration is not None:
@@ -408,10 +339,6 @@ def _predicted_markdown(report: ChildReport) -> str:
             f"Predicted times are calibrated: prefill x {calibration.prefill:.3f}, decode x {calibration.decode:.3f}, "
             f"fitted on {calibration.origin}."
         )
-    child, parent = final_of(report.candidates, "child"), parent_of(report)
-    gains = {kind: gain_of(child, parent, kind) for kind in ("prefill", "decode", "request")} if child else {}
-    found = [f"{kind} {rounded(gain)}×" for kind, gain in gains.items() if gain is not None]
-    parts += [f"Measured speed-up over the parent: {', '.join(found)}."] if found else []
     for header, rows, words in (sums_table(report), speed_table(report)):
         parts += [_markdown_table(header, rows), words] if rows else []
     return "\n\n".join(parts)
@@ -419,16 +346,15 @@ def _predicted_markdown(report: ChildReport) -> str:
 
 def sums_table(report: ChildReport) -> WordedTable:
     """Predicted and measured times of whole models: header, rows, and an explanation."""
-    speed = report.speed
+    speed, mark = report.speed, DISTURBED if report.speed.disturbed else ""
     rows = [
         [
             check.model,
             f"{check.scenario}, batch {check.batch_size}",
             check.phase,
-            plain(1000 * check.predicted_seconds),
-            rounded(check.measured_seconds, 1000),
-            percent(check.off),
-            percent(check.gain_off),
+            plain(check.predicted_seconds),
+            rounded(check.measured_seconds) + mark,
+            *("–" if mark else percent(off) for off in (check.off, check.gain_off)),
         ]
         for check in speed.sums
     ]
@@ -436,33 +362,35 @@ def sums_table(report: ChildReport) -> WordedTable:
         f"Predicted: the sum of the measured costs of a model's blocks. Measured: the whole model in {speed.engine}, "
         f"in {speed.clock} time, one model after the other in every round. Error of the gain: of the predicted speed "
         "over the parent's, which does not depend on how fast the machine was that day.",
-        *warnings_of(speed),
+        *([] if mark else warnings_of(speed)),
     ]
-    header = ["model", "scenario", "phase", "predicted, ms", "measured, ms", "error", "error of the gain"]
+    header = ["model", "scenario", "phase", "predicted, s", "measured, s", "error", "error of the gain"]
     return header, rows, " ".join(words)
 
 
 def speed_table(report: ChildReport) -> WordedTable:
     """The speed of every model at every scenario, as its users see it: header, rows, and an explanation."""
+    mark = DISTURBED if report.speed.disturbed else ""
     rows = [
         [
-            name,
+            name + mark,
             f"{speed.scenario}, batch {speed.batch_size}",
-            rounded(speed.first_token_seconds, 1000),
-            rounded(speed.output_token_seconds, 1000),
+            rounded(speed.first_token_seconds),
+            rounded(speed.output_token_seconds),
             rounded(speed.generated_tokens_per_second),
             rounded(speed.requests_per_second),
             "–" if speed.gains is None else rounded(speed.gains.request),
-            "–" if speed.memory_bytes is None else plain(speed.memory_bytes / MIB),
+            "–" if speed.memory_bytes is None else plain(speed.memory_bytes / GIB),
         ]
         for name, every in report.speed.models.items()
         for speed in every
     ]
-    header = ["speed", "scenario", "TTFT, ms", "TPOT, ms", "tokens/s", "requests/s", "request gain", "peak, MiB"]
+    header = ["speed", "scenario", "TTFT, s", "TPOT, s", "generated tokens/s", "requests/s", "request gain"]
+    header.append("peak memory, GiB")
     words = (
         "Wall time. TTFT: time to the first token, which is the prefill of the batch. TPOT: time per output token. "
-        "tokens/s: tokens that the batch generates over the time of the whole request; requests/s: tokens/s over the "
-        "tokens generated per request. Peak memory: weights, KV cache and what a request needs beside them."
+        "Generated tokens/s: of the batch, over the time of the whole request; requests/s: the same over the tokens "
+        "generated per request. Peak memory: weights, KV cache and what a request needs beside them."
     )
     return header, rows, words
 

@@ -1,6 +1,8 @@
 """The page of a finished run: the choice that the run made, with the certificate of that very search."""
 
 import math
+import shlex
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,32 @@ def study_of_run(workspace: Path, report: ChildReport, extent: Extent, truth: tu
     library = open_library(tables)
     request = _asked(report)
     choice = stored_choice(library, request, report.architecture)
-    return study_of(tables, library, request, extent, choice=choice, truth=truth, report=report)
+    folder = (workspace / report.child_folder).resolve()
+    made = (("finished", clock(report.finished_at)), ("command", report.command), ("folder", str(folder.parent)))
+    parts: dict[str, Any] = {"truth": truth, "report": report, "following": following(report, folder)}
+    parts["made"] = tuple((name, value) for name, value in made if value)
+    return study_of(tables, library, request, extent, choice=choice, **parts)
+
+
+def clock(moment: str) -> str:
+    """An ISO 8601 moment for people."""
+    return f"{datetime.fromisoformat(moment):%Y-%m-%d %H:%M} UTC" if moment else ""
+
+
+def following(report: ChildReport, child: Path) -> tuple[tuple[str, str], ...]:
+    """What to do with a child, and the command for each."""
+    words = shlex.split(report.command)
+    by_hand = words[:2] == ["puzzle", "optimize"]
+    again = shlex.join(["puzzle", "reoptimize", *words[2:]]) if by_hand else "puzzle reoptimize PROFILE"
+    profile = next((word for word in words[2:] if word.endswith((".yaml", ".yml"))), "PROFILE")
+    engine = next((name for name in ("llama.cpp", "vllm") if report.speed.engine.lower().startswith(name)), "torch")
+    where = shlex.quote(str(child))
+    return (
+        ("export it", f"puzzle export {where} --format gguf --out {report.profile}.gguf"),
+        ("measure it beside its parent", f"puzzle bench {where} --engine {engine}"),
+        ("make it anew when something changed", again),
+        ("forms, runs and schedules in a browser", f"puzzle serve {shlex.quote(profile)}"),
+    )
 
 
 def _asked(report: ChildReport) -> Request:

@@ -201,7 +201,7 @@ def children_of(problem: Problem) -> tuple[list[ChildPlan], str]:
     """The child with most parameters within the budget and the fastest of the space; why there is none, else "".
 
     Parameters and memory are exact; times are the model's. Layers are alike here, so very many choices come close to
-    filling a budget: what the largest child drops is the least possible to 0.5 %.
+    filling a budget, and the search for the largest child stops early: a child that drops 0.5 % less may exist.
     """
     quick = problem.search.model_copy(update={"gap": max(problem.search.gap, 5e-3)})
     fastest = fastest_of(problem)

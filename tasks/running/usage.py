@@ -95,14 +95,24 @@ class Others:
     def __init__(self) -> None:
         self.began, self.busy, self.own = time.monotonic(), busy_seconds(), _family_seconds()
 
+    def load(self) -> float:
+        """How many processors others took since then, on average."""
+        took = max(time.monotonic() - self.began, 1e-9)
+        return max(0.0, (busy_seconds() - self.busy - (_family_seconds() - self.own)) / took)
+
     def crowd(self, threads: int) -> str:
         """A clause for people when others left fewer processors than so many threads need; "" otherwise."""
-        took = max(time.monotonic() - self.began, 1e-9)
-        others = (busy_seconds() - self.busy - (_family_seconds() - self.own)) / took
-        return crowd(others, threads, os.cpu_count() or 1)
+        return crowd(self.load(), threads)
 
 
-def crowd(others: float, threads: int, processors: int) -> str:
+def crowd_now(threads: int, seconds: float = 0.5) -> str:
+    """See `Others.crowd`, over the next moment."""
+    others = Others()
+    time.sleep(seconds)
+    return others.crowd(threads)
+
+
+def crowd(others: float, threads: int, processors: int = os.cpu_count() or 1) -> str:
     """See `Others.crowd`. others: processors that others took, on average."""
     if others <= CROWDED * processors or processors - others >= threads:
         return ""

@@ -48,7 +48,7 @@ class Confidence(Value):
     share of it; within_1_percent: share of draws in which that is at most 0.01. optimism: by how much, as a share, the
     score of a draw's best on the sequences left out lies above its score on those it was chosen on. recurrence: per
     layer, the share of draws that chose each label, most first; agreement: mean over layers of the chosen label's;
-    agreement_se: its standard error over the draws.
+    agreement_se: its standard error over the draws. stopped: why there are no more draws.
     """
 
     draws: int
@@ -63,6 +63,7 @@ class Confidence(Value):
     agreement_se: float
     chosen: dict[str, str]
     recurrence: dict[str, dict[str, float]]
+    stopped: str
 
 
 def bootstrap(
@@ -102,6 +103,7 @@ def bootstrap(
         agreement_se=_error(agreements),
         chosen=choice.layers,
         recurrence=_recurrence(options, picks),
+        stopped=drawn.stopped,
     )
 
 
@@ -115,14 +117,20 @@ class _Drawn:
     chosen: Integers
     picks: list[Integers] = field(default_factory=list)
     figures: list[tuple[float, float, float]] = field(default_factory=list)
+    stopped: str = ""
 
     def run(self, draws: Draws, progress: Progress) -> None:
-        """Draw until one of the reasons of `draws` to stop."""
+        """Draw until one of the reasons of `draws` to stop, and keep it in words."""
         generator, started = np.random.default_rng(draws.seed), time.perf_counter()
         sequences = self.samples.shape[1]
-        while (done := len(self.picks)) < draws.most and not (done >= draws.least and self._precise(draws.error)):
+        self.stopped = f"{draws.most} draws were asked for"
+        while (done := len(self.picks)) < draws.most:
             spent = time.perf_counter() - started
+            if done >= draws.least and self._precise(draws.error):
+                self.stopped = f"agreement and regret are known to {draws.error:.0%}"
+                break
             if done >= 2 and spent >= draws.seconds:
+                self.stopped = f"the time for draws, {draws.seconds:.0f} s, was up"
                 break
             limit = min(self.request.search.time_limit_seconds, max(draws.seconds - spent, 1.0))
             search = self.request.search.model_copy(
@@ -133,6 +141,7 @@ class _Drawn:
             except SolverStopped:
                 if done < 2:
                     raise
+                self.stopped = f"the time for draws, {draws.seconds:.0f} s, was up"
                 break
             each = (time.perf_counter() - started) / (done + 1)
             progress(done + 1, max(done + 1, min(draws.most, math.ceil(draws.seconds / each))))

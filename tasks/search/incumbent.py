@@ -10,7 +10,8 @@ rows no completion of a partial choice is cheaper than
 
     score + p @ used  +  sum over the slots to come of min_j (score_j + p @ usage_j)  -  p @ room
 
-The LP's prices are the best at the start. What has been chosen shifts them, so a cloud of others is drawn around them.
+Before anything is chosen, the dual prices of the LP relaxation give the best bound. Every choice made shifts the best
+prices, so the beam also tries prices drawn at random around them.
 """
 
 import numpy as np
@@ -76,7 +77,7 @@ def _to_come(values: Floats, slots: list[Integers]) -> Floats:
 
 
 def _cloud(best: Floats) -> Floats:
-    """(P, R): the LP's prices first, then a cloud around them; free rows get a price in half of it."""
+    """(P, R): the LP relaxation's prices first, then random ones around; free rows get a price in half of those."""
     generator = np.random.default_rng(0)
     some = np.maximum(best, 0.05 * best.max(initial=0.0))
     cloud = [

@@ -276,11 +276,12 @@ def _floor(field: str, weights: Weights, asked: float | None, reference: float) 
 def broken_limits(problem: Problem, layers: Sequence[LayerChoice], batches: Batches) -> tuple[BudgetRow, ...]:
     """The rows of the budget that a choice passes by more than the tolerance, summed layer by layer in float64."""
     totals = totals_of(problem, layers, batches)
-    return tuple(
-        limit
-        for limit in budget_rows(problem, batches)
-        if _weighed(problem, totals, limit.quantity, limit.weights) > limit.most * (1 + TOLERANCE)
-    )
+    return tuple(limit for limit in budget_rows(problem, batches) if used_of(problem, totals, limit) > 1 + TOLERANCE)
+
+
+def used_of(problem: Problem, totals: Sequence[Totals], row: BudgetRow) -> float:
+    """What an architecture takes of a row's `most`, as a share."""
+    return _weighed(problem, totals, row.quantity, row.weights) / row.most
 
 
 def _weighed(problem: Problem, totals: Sequence[Totals], quantity: Quantity, weights: Weights) -> float:

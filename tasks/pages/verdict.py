@@ -1,0 +1,312 @@
+"""What a run came to, in sentences: warnings first, then the budget, then what is better, what is not, what is open.
+
+The verdict weighs whether the budget is kept, how near the child is to its parent beside every baseline, how fast it is
+beside its parent, how many benchmark items it gets right, and whether its answers loop. What counts as nearer is the
+profile's rule (`champion`). A difference within its error decides nothing, and neither does a disturbed measurement.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from blocks.estimates import interval, is_clear, lower_bound, plain, rounded
+from blocks.records import Answer, Candidate, ChildReport, Gains, Metric
+from profiles.schema import Champion
+from tasks.evaluate.budget import asked_words, budget_state, figure_words, state_of
+from tasks.evaluate.standing import (
+    Reading,
+    difference,
+    final_of,
+    of_all_items,
+    of_sequences,
+    over_parent,
+    parent_of,
+    retained,
+    same_architecture,
+)
+from tasks.measure.cost_sums import warnings_of
+from tasks.pages.picture import gain_of
+
+ABSURD_KL = 2.0  # nats per token: the parent's next tokens get a seventh of their probability on average
+BUDGET_HEADER = ("budget", "asked", "got", "measured", "kept")
+GIB = 2**30
+NAMES = {"kl": ("KL", 1), "loss": ("loss", 1), "top1_agreement": ("top-1 agreement", 100)}  # and the table's scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What is known of one aspect. line: the figures. better, worse, unclear: clauses of the verdict, "" where there is
+    none. unusable: nothing else counts.
+    """
+
+    line: str = ""
+    better: str = ""
+    worse: str = ""
+    unclear: str = ""
+    unusable: bool = False
+
+
+def headlines(report: ChildReport) -> list[str]:
+    """What a reader must know first: warnings, the verdict, and the figures behind it."""
+    return [*warnings(report), verdict(report), *(found.line for found in findings(report) if found.line)]
+
+
+def warnings(report: ChildReport) -> list[str]:
+    """A child that nobody should use without looking, and speeds that nobody should believe."""
+    child, parent = final_of(report.candidates, "child"), parent_of(report)
+    if child is None or parent is None:
+        return []
+    lines = []
+    absurd = _absurd(child)
+    if absurd is not None:
+        lines.append(
+            f"Warning: this child is no usable model, KL {rounded(absurd)} nats per token. Give it a larger budget "
+            "or more training."
+        )
+    lines += [f"Warning: {line}" for line in _broken_answers(child, parent)]
+    if report.speed.disturbed:
+        lines.append(f"Warning: {warnings_of(report.speed)[0]}.")
+    return lines
+
+
+def _absurd(child: Candidate) -> Metric | None:
+    """The child's KL where it is that of no usable model."""
+    return child.kl if child.kl is not None and child.kl.value > ABSURD_KL else None
+
+
+def _broken_answers(child: Candidate, parent: Candidate) -> list[str]:
+    """A line for each fault that more of the child's answers have than of the parent's."""
+    total = len(child.answers)
+    return [
+        f"{ours} of {total} answers {fault}; the parent's {theirs}. Read them before anything else."
+        for fault, ours, theirs in _faults(child, parent)
+        if ours > theirs
+    ]
+
+
+def _faults(child: Candidate, parent: Candidate) -> list[tuple[str, int, int]]:
+    kinds: dict[str, Callable[[Answer], bool]] = {
+        "loop": lambda answer: answer.loops,
+        "are empty": lambda answer: not answer.text.strip(),
+    }
+    return [(fault, count(child, which), count(parent, which)) for fault, which in kinds.items()]
+
+
+def count(model: Candidate, which: Callable[[Answer], bool]) -> int:
+    """How many of a model's answers are such."""
+    return sum(which(answer) for answer in model.answers)
+
+
+def budget_rows(report: ChildReport) -> list[tuple[str, ...]]:
+    """The budget of the finished child, in the order of BUDGET_HEADER."""
+    child = final_of(report.candidates, "child")
+    if child is None:
+        return []
+    return [
+        (
+            limit.name,
+            asked_words(limit),
+            figure_words(limit, limit.got) + (", predicted" if limit.timed else ""),
+            "–" if limit.measured is None else figure_words(limit, limit.measured),
+            state_of(limit, report.speed.disturbed),
+        )
+        for limit in child.limits
+    ]
+
+
+def verdict(report: ChildReport) -> str:
+    """Better, mixed, worse, not decided or not usable, and in what."""
+    found = findings(report)
+    better, worse, unclear = (
+        [clause for one in found if (clause := getattr(one, kind))] for kind in ("better", "worse", "unclear")
+    )
+    if any(one.unusable for one in found):
+        word = "not usable"
+    else:
+        word = (
+            "mixed" if better and worse else "worse" if worse else "better" if better and not unclear else "not decided"
+        )
+    said = [f"The child {_listed(better)}."] if better else []
+    said += [f"{'But it' if better else 'The child'} {_listed(worse)}."] if worse else []
+    said += [f"Not clear: {'; '.join(unclear)}."] if unclear else []
+    return " ".join([f"Verdict: {word}.", *said])
+
+
+def _listed(clauses: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(clauses[:-1]), clauses[-1]]))
+
+
+def findings(report: ChildReport) -> list[Finding]:
+    """Every aspect, in the order of the report: budget, quality, benchmarks, speed, size, answers."""
+    child, parent = final_of(report.candidates, "child"), parent_of(report)
+    if child is None:
+        return []
+    found = [_budget(report, child), _quality(report, child)]
+    if _absurd(child) is not None:
+        found.append(Finding(worse="is no usable model", unusable=True))
+    if parent is None:
+        return found
+    return [*found, _benchmarks(report, child, parent), _speed(report, child, parent), _size(child, parent)] + [
+        Finding(worse="gives answers that " + " or ".join(fault for fault, a, b in faults if a > b))
+        for faults in [_faults(child, parent)]
+        if any(a > b for _, a, b in faults)
+    ]
+
+
+def _budget(report: ChildReport, child: Candidate) -> Finding:
+    state = budget_state(child, report.speed.disturbed)
+    if state is None:
+        return Finding()
+    if state == "kept":
+        return Finding(better="keeps its budget")
+    if state == "not kept":
+        broken = [limit.name for limit in child.limits if state_of(limit, report.speed.disturbed) == "not kept"]
+        return Finding(worse=f"does not keep its budget ({', '.join(broken)})")
+    return Finding(unclear=f"whether it keeps its budget ({state})")
+
+
+def rule_of(report: ChildReport) -> Champion:
+    """When one child counts as better than another."""
+    return Champion.model_validate(report.rule)
+
+
+def _wins(lead: Metric, rule: Champion) -> bool:
+    """Whether a lead is clear, and large enough for the profile's rule."""
+    return is_clear(lead) and lower_bound(lead, rule.confidence) > rule.min_improvement
+
+
+def _quality(report: ChildReport, child: Candidate) -> Finding:
+    """The child beside every baseline of another architecture, by the rule's metric, sequence by sequence."""
+    rule = rule_of(report)
+    name, scale = NAMES[rule.metric]
+    ours = of_sequences(child, rule.metric)
+    if ours is None:
+        return Finding(line=f"Quality: the child's {name} was not measured.")
+    names = dict.fromkeys(model.name for model in report.candidates if model.name not in ("parent", "child"))
+    others = [model for other in names if (model := final_of(report.candidates, other)) is not None]
+    twins = [model.name for model in others if same_architecture(child, model)]
+    chose = f" {_listed(twins)} chose the same child." if twins else ""
+    figure = f"Quality: {name} {rounded(ours.metric, scale)}"
+    leads = [
+        (_lead(ours, theirs, rule.metric), theirs, model)
+        for model in others
+        if model.name not in twins and (theirs := of_sequences(model, rule.metric)) is not None
+    ]
+    if not leads:
+        return Finding(line=f"{figure}; no {'other ' if twins else ''}baseline was measured beside it.{chose}")
+    lead, theirs, rival = min(leads, key=lambda one: one[0].value)
+    best = f"the best baseline, {title(rival)}, {rounded(theirs.metric, scale)}"
+    line = f"{figure}; {best}. {_apart(lead, rule, scale)}{chose}"
+    lost = [model for lead, _, model in leads if _wins(lead.model_copy(update={"value": -lead.value}), rule)]
+    open_ = [model for lead, _, model in leads if not _wins(lead, rule) and model not in lost]
+    if lost:
+        return Finding(line=line, worse=f"is farther from its parent than {_named(lost)}")
+    if open_:
+        return Finding(line=line, unclear=f"whether it is nearer to its parent than {_named(open_)}")
+    return Finding(line=line, better="is nearer to its parent than every baseline")
+
+
+def _named(models: Sequence[Candidate]) -> str:
+    return f"the baseline{'s' * (len(models) > 1)} {_listed([title(model) for model in models])}"
+
+
+def _lead(ours: Reading, theirs: Reading, metric: str) -> Metric:
+    """By how much the child is better."""
+    return difference(ours, theirs) if metric == "top1_agreement" else difference(theirs, ours)
+
+
+def _apart(lead: Metric, rule: Champion, scale: int) -> str:
+    if lead.n < 2:
+        return "A single sequence shows no error."
+    size = rounded(lead.model_copy(update={"value": abs(lead.value)}), scale)
+    who = "the child leads" if lead.value >= 0 else "the baseline leads"
+    if not is_clear(lead):
+        return f"They are {size} apart, which is within the error."
+    least = f", and the profile asks for more than {rule.min_improvement:g}" if rule.min_improvement else ""
+    return f"Sequence by sequence {who} by {size}{least}."
+
+
+def title(candidate: Candidate) -> str:
+    """A model by its name and stage."""
+    return candidate.name if candidate.stage == "parent" else f"{candidate.name} ({candidate.stage})"
+
+
+def _benchmarks(report: ChildReport, child: Candidate, parent: Candidate) -> Finding:
+    """Whether the benchmarks show a difference between the child and its parent, or a baseline above it."""
+    lead, ours, theirs = over_parent(child, parent), of_all_items(child), of_all_items(parent)
+    if lead is None or ours is None or theirs is None:
+        return Finding()
+    items = sum(len(answers) for answers in child.correct.values())
+    error = "" if is_clear(lead.metric) else "; this is within the error"
+    line = (
+        f"Benchmarks: {_percent(ours, 1)} of {items} items right, the parent {_percent(theirs, 1)}: "
+        f"{_signed(lead.metric)} points, item by item{error}."
+    )
+    kept = retained(child, parent)
+    if kept is not None and kept.estimate is not None and len(kept.estimate.moves) > 1:
+        low, high = interval(kept.estimate)
+        line += f" Retention {_percent(kept)}, 95 % interval {100 * low:.0f} to {100 * high:.0f} %."
+    lost = " and ".join(
+        [
+            *(["its parent"] if is_clear(lead.metric) and lead.metric.value < 0 else []),
+            *(title(model) for model in report.candidates if model.stage != "parent" and _above(model, child)),
+        ]
+    )
+    return Finding(line=line, worse=f"gets fewer benchmark items right than {lost}" if lost else "")
+
+
+def _above(model: Candidate, child: Candidate) -> bool:
+    """Whether a baseline clearly gets more items right."""
+    theirs, ours = of_all_items(model), of_all_items(child)
+    if model.name == "child" or theirs is None or ours is None:
+        return False
+    lead = difference(theirs, ours)
+    return lead.value > 0 and is_clear(lead)
+
+
+def _percent(share: Reading, digits: int = 0) -> str:
+    return f"{100 * share.metric.value:.{digits}f} %"
+
+
+def _signed(points: Metric) -> str:
+    return f"{'+' if points.value >= 0 else ''}{rounded(points, 100)}"
+
+
+def _speed(report: ChildReport, child: Candidate, parent: Candidate) -> Finding:
+    """The child's speed over its parent's at every scenario, in pairs of rounds."""
+    measured = [
+        (f"{speed.scenario}, batch {speed.batch_size}", speed.gains)
+        for speed in report.speed.models.get("child", ())
+        if speed.gains is not None
+    ]
+    lines = [f"{where}: {_gains(gains)}" for where, gains in measured]
+    requests = [gains.request for _, gains in measured]
+    if not measured:
+        known = {kind: gain_of(child, parent, kind) for kind in ("request", "prefill", "decode")}
+        requests = [gain for gain in known.values() if gain is not None]
+        lines = [", ".join(f"{kind} {rounded(gain)}" for kind, gain in known.items() if gain is not None)]
+    if not requests:
+        return Finding(
+            line="Speed: nothing was timed, the costs are modelled.", unclear="how fast it is (nothing was timed)"
+        )
+    doubt = " (not reliable)" if report.speed.disturbed else ""
+    line = f"Speed over the parent's{doubt}: {'; '.join(lines)}."
+    if doubt:
+        return Finding(line=line, unclear="how fast it is (the measurement was disturbed)")
+    moves = [gain.model_copy(update={"value": gain.value - 1}) for gain in requests]
+    if any(is_clear(move) and move.value < 0 for move in moves):
+        return Finding(line=line, worse="is slower than its parent")
+    if all(is_clear(move) for move in moves):
+        return Finding(line=line, better="is faster than its parent")
+    return Finding(line=line, unclear="whether it is faster than its parent")
+
+
+def _gains(gains: Gains) -> str:
+    return f"request {rounded(gains.request)}, prefill {rounded(gains.prefill)}, decode {rounded(gains.decode)}"
+
+
+def _size(child: Candidate, parent: Candidate) -> Finding:
+    shares = (child.parameters / parent.parameters, child.memory_bytes / parent.memory_bytes)
+    return Finding(
+        line=f"Size: {plain(child.parameters / 1e6)} M parameters, {100 * shares[0]:.1f} % of the parent's; memory "
+        f"{plain(child.memory_bytes / GIB)} GiB, {100 * shares[1]:.1f} %."
+    )
