@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,7 @@ ChildPath = Annotated[
     Path, typer.Argument(metavar="CHILD", help="a child's folder (a parent's will do), or a .gguf file")
 ]
 PRECISION = "float32, float16 or bfloat16; q8_0 too for GGUF and llama.cpp"
+CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 128, 256
 Precision = Annotated[str, typer.Option("--precision", help=PRECISION)]
 
 
@@ -33,10 +35,17 @@ def export_command(
     child: ChildPath,
     form: Annotated[str, typer.Option("--format", help="gguf, nemotron-nas, transformers or native")],
     out: Annotated[Path, typer.Option("--out", metavar="PATH", help="the file (gguf) or folder to write")],
-    precision: Annotated[str | None, typer.Option("--precision", help=f"{PRECISION} [the child's own]")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", help=f"{PRECISION}; GGUF alone: q5_1, q5_0, q4_1, q4_0, iq4_nl [the child's own]"),
+    ] = None,
     tokenizer_from: Annotated[
         Path | None,
         typer.Option("--tokenizer-from", metavar="GGUF", help="copy the tokenizer of this GGUF file; none: write none"),
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option("--calibrate", metavar="FILE", help="text that q4_0 to iq4_nl are fitted to [the run's corpus]"),
     ] = None,
 ) -> None:
     """Write a child for an engine, and check that the engine gives the same logits and tokens."""
@@ -50,12 +59,29 @@ def export_command(
         typer.echo(f"{clock(time.monotonic() - started)}  {text}", err=True)
 
     def export() -> None:
-        done = export_as(child, form, precision, out, tokenizer_from, step)
+        done = export_as(child, form, precision, out, tokenizer_from, step, lambda: _calibration(child, calibrate))
         for note in done.notes:
             say(note)
         typer.echo(f"{form}: {done.path.resolve()}")
 
     _logged(out.resolve().parent, export)
+
+
+def _calibration(child: Path, text: Path | None) -> Any:
+    """Tokens (S, T) of the text that an export is fitted to: the file named, or the corpus of the run that made the
+    child. None without either.
+    """
+    from blocks.library import read_tensors, read_value
+    from tasks.evaluate.compare import LINEAGE, Lineage
+    from tasks.inputs.corpus import tokens_of_file
+
+    if text is not None:
+        return tokens_of_file(text, child, CALIBRATION_SEQUENCES, CALIBRATION_TOKENS)
+    lineage = child.resolve().parent / LINEAGE
+    if not lineage.is_file():
+        return None
+    stored = read_value(lineage, Lineage).corpus.tokens
+    return read_tensors(lineage.parents[2], stored, ["train"])["train"][:CALIBRATION_SEQUENCES].long()
 
 
 def _logged(beside: Path, work: Callable[[], None]) -> None:
@@ -169,7 +195,7 @@ def loadtest_command(
     from tasks.loadtest.arrivals import Limits, rates_of
     from tasks.loadtest.load_table import failures_of, load_table
     from tasks.loadtest.serving_load import LoadPlan, bench_servers
-    from tasks.measure.bench import CHILD
+    from tasks.measure.bench import CHILD, Point
     from tasks.running.devices import alone
 
     if server is None and not url:
@@ -178,11 +204,10 @@ def loadtest_command(
     unused = [name for name, value in given.items() if url and value is not None]
     if unused:
         raise PuzzleError(f"{unused[0]} is for servers that --server starts; those that --url names run already.")
-    sources = {CHILD: child} if url else _parent_and_child(child, parent)
     plan = LoadPlan(
         server=server,
         urls=tuple(url or ()),
-        points=tuple(_points(load, sources)),
+        points=tuple(Point.parse(text) for text in load or [DEFAULT_LOAD]),
         precision=precision or "float32",
         rounds=rounds,
         threads=threads or 1,
@@ -190,6 +215,8 @@ def loadtest_command(
         rates=() if rate is None else rates_of(rate),
         limits=Limits(first_token_seconds=max_first, output_token_seconds=max_output),
     )
+    sources = {CHILD: child} if url else _parent_and_child(child, parent)
+    plan = replace(plan, points=tuple(_points(load, sources)))
 
     def measure() -> None:
         if plan.rates:

@@ -60,7 +60,7 @@ class AnyOf:
         """See pydantic."""
         schema = handler(core)
         schema.pop("discriminator", None)
-        return {**{key: value for key, value in schema.items() if key != "oneOf"}, "anyOf": schema["oneOf"]}
+        return {"anyOf" if key == "oneOf" else key: value for key, value in schema.items()}
 
 
 class Section(BaseModel):

@@ -1,5 +1,6 @@
 """Measured costs on tiny parents: every family, nothing missing, stored once; the sum of blocks beside the whole."""
 
+import gc
 import os
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
@@ -17,6 +18,7 @@ from blocks.kinds import parse_label
 from blocks.library import read_value, write_value
 from blocks.records import CostTable, LayerChoice, ParentInfo
 from blocks.resources import non_block_parameters
+from blocks.runtime import imports_left_alone
 from flows import stages
 from flows.run import Run
 from flows.tracked_run import sum_beside_whole
@@ -308,3 +310,9 @@ def test_the_stage_measures_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert entered == ["measure"] * 3  # whoever only reads the table waits for no device, and lets others in
     modelled = load_profile("tiny", [small, "hardware={name: h100, engine: roofline}"])
     assert stages.measure_again(Run(profile=modelled, workspace=tmp_path), parent) == []
+
+
+def test_collections_leave_imports_alone_for_the_length_of_a_run() -> None:
+    with imports_left_alone():
+        assert gc.get_freeze_count() > 10_000
+    assert gc.get_freeze_count() == 0

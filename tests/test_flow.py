@@ -90,6 +90,24 @@ def test_a_workspace_of_any_name_keeps_all_of_the_run(run: tuple[Path, str]) -> 
     )
 
 
+def test_the_graph_of_a_run_has_an_edge_into_every_task(run: tuple[Path, str]) -> None:
+    """As Prefect's UI draws it: from the parent to the export, which waits for all that the report shows."""
+    with closing(sqlite3.connect(run[0] / "prefect" / "prefect.db")) as database:
+        rows = database.execute("select id, name, task_inputs from task_run").fetchall()
+    names = {one.replace("-", ""): name for one, name, _ in rows}
+    edges = {
+        name: {names[one["id"].replace("-", "")] for values in json.loads(inputs).values() for one in values}
+        for _, name, inputs in rows
+    }
+    assert [name for name, needs in edges.items() if not needs] == ["prepare parent"]
+    (export,) = (needs for name, needs in edges.items() if name.startswith("export"))
+    shown = {name for name in edges if name.startswith(("evaluate", "answers", "throughput"))}
+    assert {"GKD of child"} | shown <= export and len(shown) > 5
+    assert {"measure costs", "score layer 03"} <= edges["choose"] and edges["evaluate child (distilled)"] == {
+        "GKD of child"
+    }
+
+
 @pytest.fixture(scope="module")
 def another(run: tuple[Path, str]) -> tuple[str, dict[Path, int], float]:
     """Another budget on the finished library: output, the library's files before it, CPU-seconds of its processes."""
@@ -252,6 +270,7 @@ def test_another_budget_reuses_the_library_within_a_minute(
     assert child_of(output) != child_of(first)
     with sqlite3.connect(workspace / "prefect" / "prefect.db") as database:
         cached = database.execute("select name from task_run where state_name = 'Cached'").fetchall()
+    assert ("measure ffn parent chat x1",) in cached and ("measure parent chat x1",) in cached
     found = [name for (name,) in cached if name.startswith("distill layer")]
     assert len(found) >= sum(path.suffix == ".json" for path in library)
 

@@ -7,6 +7,7 @@ logits (logits_check.py) and its tokens (tokenizer_check.py) are compared too.
 """
 
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from tasks.engines.llama_cpp import LlamaCpp
 from tasks.export.child_tokenizer import find_tokenizer, open_tokenizer, write_tokenizer
 from tasks.export.folder import ExportError, export_folder, layer_sizes, native_config
 from tasks.export.logits_check import Step, check_in_vllm, check_logits, no_step
+from tasks.export.quantise import quantise, refuse_rows
 from tasks.export.tokenizer_check import check_tokenizer
 from tasks.gguf.reader import read_gguf
 from tasks.gguf.tokenizer_writer import NO_TOKENIZER, copied_tokenizer
-from tasks.gguf.writer import PRECISIONS, UnknownPrecision, write_gguf
+from tasks.gguf.writer import CORRECTED, PRECISIONS, Stored, UnknownPrecision, write_gguf
 from tasks.inputs.children import open_child, origin_of
 from tasks.inputs.precision import FOLDER_PRECISIONS
 
@@ -67,23 +69,35 @@ def export_as(
     target: Path,
     tokenizer_from: Path | None = None,
     step: Step = no_step,
+    calibration: Callable[[], Tensor | None] = lambda: None,
 ) -> Exported:
     """Write a child (a folder or a GGUF file) in another format, then check what was written.
 
     precision: None stands for the precision that the child's config names, and for float32 where the child is a GGUF
-    file. step: called with a sentence before each part of the work that takes long.
+    file. step: called with a sentence before each part of the work that takes long. calibration: gives tokens (S, T) of
+    a text, which the types of 4 and 5 bits are fitted to (tasks/export/quantise.py).
     Raises EngineLimit when the format cannot express the child, ExportError when the check fails.
     """
     form = format_of(form)
     precision = precision_of(precision or _own_precision(child), form)
+    fit_to = calibration() if precision in CORRECTED else None
+    if precision in CORRECTED and fit_to is None:
+        raise PuzzleError(
+            f"{precision} is fitted to text, and beside {child} lies no run to take it from: name a text with "
+            "--calibrate FILE, or take q8_0, which needs none."
+        )
     dtype = torch.float32 if form == "gguf" else getattr(torch, precision)
     step("loading the child")
     model = open_child(child, dtype)
     refuse(model.config, form)
     _refuse_target(child, form, target)
-    step("writing, then reading back to compare logits")
+    if fit_to is not None:
+        refuse_rows(model, precision)
+        step(f"rounding to {precision}, layer after layer")
+    else:
+        step("writing, then reading back to compare logits")
     if form == "gguf":
-        return export_gguf(model, child, precision, target, tokenizer_from)
+        return export_gguf(model, child, precision, target, tokenizer_from, fit_to)
     card = child / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {origin_of(child).name}\n"
     notes = ["checked: loaded again with transformers, it gives exactly the same logits"]
@@ -141,15 +155,27 @@ def _refuse_widths(config: Any) -> None:
         )
 
 
-def export_gguf(model: Any, child: Path, precision: str, target: Path, tokenizer_from: Path | None = None) -> Exported:
+def export_gguf(
+    model: Any,
+    child: Path,
+    precision: str,
+    target: Path,
+    tokenizer_from: Path | None = None,
+    fit_to: Tensor | None = None,
+) -> Exported:
     """Write and check a GGUF file; see export_as. It is moved to `target` when it has passed every check."""
     origin = origin_of(child)
     tokenizer, note = find_tokenizer(child, model.config.vocab_size, origin, tokenizer_from)
     target.parent.mkdir(parents=True, exist_ok=True)
+    stored: Mapping[str, Stored] = {}
+    notes = [note]
+    if fit_to is not None:
+        sentence, stored = quantise(model, fit_to, precision)
+        notes.append(sentence)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        part = write_gguf(model, Path(folder) / target.name, precision, tokenizer, origin.name or child.name)
+        part = write_gguf(model, Path(folder) / target.name, precision, tokenizer, origin.name or child.name, stored)
         back = read_gguf(part)
-        notes = [note, check_weights(model, back, part, precision), *_tokenizer_checked(part, child, tokenizer_from)]
+        notes += [check_weights(model, back, part, precision), *_tokenizer_checked(part, child, tokenizer_from)]
         missing = LlamaCpp().missing()
         if missing:
             notes.append(f"not compared with llama.cpp's logits: {missing}")
@@ -175,7 +201,7 @@ def check_weights(model: Any, back: Any, path: Path, precision: str) -> str:
         raise ExportError(f"{path.name}, read back, has another architecture: it was not written right")
     own = model.state_dict()
     worst = max(_relative(own[name], tensor) for name, tensor in back.state_dict().items())
-    limit = {"float32": 0.0, "float16": 2e-3, "bfloat16": 8e-3, "q8_0": 2e-2}[precision]
+    limit = {"float32": 0.0, "float16": 2e-3, "bfloat16": 8e-3}.get(precision, 2e-2)  # q8_0
     if worst > limit:
         raise ExportError(
             f"{path.name}, read back, differs by {worst:.2g} of a tensor's size; {precision} allows {limit}"

@@ -108,7 +108,11 @@ def verdict(found: Difference, engine: Engine, path: Path, precision: str, own_k
     """A sentence on a comparison, or ExportError beyond the tolerance. own_kl: what torch itself loses in this
     precision.
     """
-    limit = LOGITS_TOLERANCE if precision == "float32" else max(KL_TOLERANCE[precision], OWN_KL * own_kl)
+    limit = (
+        LOGITS_TOLERANCE
+        if precision == "float32"
+        else max(KL_TOLERANCE.get(precision, KL_TOLERANCE["q8_0"]), OWN_KL * own_kl)
+    )
     value, what = (found.most, "largest difference of logits") if precision == "float32" else (found.kl, "KL, nats")
     if not value <= limit:
         raise ExportError(

@@ -6,9 +6,10 @@ be read back as the same architecture (tasks/gguf/reader.py).
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -31,7 +32,13 @@ PRECISIONS: dict[str, tuple[Type, gguf.LlamaFileType]] = {
     "float16": (Type.F16, gguf.LlamaFileType.MOSTLY_F16),
     "bfloat16": (Type.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "q5_1": (Type.Q5_1, gguf.LlamaFileType.MOSTLY_Q5_1),
+    "q5_0": (Type.Q5_0, gguf.LlamaFileType.MOSTLY_Q5_0),
+    "q4_1": (Type.Q4_1, gguf.LlamaFileType.MOSTLY_Q4_1),
+    "q4_0": (Type.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
+    "iq4_nl": (Type.IQ4_NL, gguf.LlamaFileType.MOSTLY_IQ4_NL),
 }
+CORRECTED = ("q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")  # so coarse that tasks/export/quantise.py has to round them
 
 
 class UnknownPrecision(PuzzleError):
@@ -54,11 +61,27 @@ class NamedTensor:
         return int(np.prod(self.shape)) // block * size
 
 
-def write_gguf(model: Any, path: Path, precision: str, tokenizer: dict[str, Any], name: str) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A matrix that is rounded already: its type and its bytes, (rows, bytes of a row) uint8."""
+
+    kind: Type
+    rows: Tensor
+
+
+def write_gguf(
+    model: Any,
+    path: Path,
+    precision: str,
+    tokenizer: dict[str, Any],
+    name: str,
+    stored: Mapping[str, Stored] = MappingProxyType({}),
+) -> Path:
     """Write a DeciLMForCausalLM to one GGUF file, atomically; `tokenizer` is from tasks/gguf/tokenizer_writer.py.
 
     Matrices get `precision`; norms and biases stay float32, and a matrix whose rows the quantisation does not divide
-    stays float16. Whether deci can express the child is asked before (blocks/engine_limits.py).
+    stays float16. `stored` holds, by the weight's name, matrices that are rounded already; beside them the embedding
+    and the head are q8_0. Whether deci can express the child is asked before (blocks/engine_limits.py).
     """
     if precision not in PRECISIONS:
         raise UnknownPrecision(f"GGUF has no precision {precision!r} here: it is one of {', '.join(PRECISIONS)}.")
@@ -69,7 +92,7 @@ def write_gguf(model: Any, path: Path, precision: str, tokenizer: dict[str, Any]
         _add_metadata(writer, config, layers, precision, name)
         for key, value in tokenizer.items():
             add_field(writer, key, value)
-        tensors = [_named(entry, layer, state, precision) for entry, layer in _entries(config, layers, state)]
+        tensors = [_named(entry, layer, state, precision, stored) for entry, layer in _entries(config, layers, state)]
         factors = rope_factors(config)
         if factors is not None:
             writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
@@ -81,7 +104,7 @@ def write_gguf(model: Any, path: Path, precision: str, tokenizer: dict[str, Any]
         if factors is not None:
             writer.write_tensor_data(factors)
         for tensor in tensors:  # one at a time: the file may be larger than what memory has left
-            writer.write_tensor_data(_values(tensor, state))
+            writer.write_tensor_data(_values(tensor, state, stored))
         writer.close()
     return path
 
@@ -98,9 +121,14 @@ def _entries(config: Any, layers: list[Layer], state: dict[str, Tensor]) -> Iter
                 yield entry, index
 
 
-def _named(entry: Entry, layer: int | None, state: dict[str, Tensor], precision: str) -> NamedTensor:
+def _named(
+    entry: Entry, layer: int | None, state: dict[str, Tensor], precision: str, stored: Mapping[str, Stored]
+) -> NamedTensor:
     shape = _shape(entry, state)
-    kind = PRECISIONS[precision][0] if len(shape) > 1 else Type.F32
+    kind = PRECISIONS["q8_0" if precision in CORRECTED else precision][0] if len(shape) > 1 else Type.F32
+    ready = stored.get(entry.source or "")
+    if ready is not None:
+        kind = ready.kind
     if kind == Type.Q8_0 and shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
         kind = Type.F16
     name = entry.name if layer is None else f"blk.{layer}.{entry.name}"
@@ -111,8 +139,11 @@ def _shape(entry: Entry, state: dict[str, Tensor]) -> tuple[int, ...]:
     return entry.shape if entry.source is None else tuple(state[entry.source].shape)
 
 
-def _values(tensor: NamedTensor, state: dict[str, Tensor]) -> Any:
+def _values(tensor: NamedTensor, state: dict[str, Tensor], stored: Mapping[str, Stored]) -> Any:
     entry = tensor.entry
+    ready = stored.get(entry.source or "")
+    if ready is not None:
+        return (ready.rows if entry.heads is None else interleaved(ready.rows, entry.heads)).contiguous().numpy()
     if entry.source is None:
         values = torch.full(entry.shape, entry.fill)
     else:

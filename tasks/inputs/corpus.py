@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from profiles.schema import Corpus, HubSource, TextSource
 from tasks.inputs.chats import Chat, Message, contents_alone, template_of
 from tasks.inputs.companions import TOKENIZER_FILES
 from tasks.inputs.corpus_sources import check_sources, content_of, iterate_documents, pinned
+from tasks.inputs.text_files import SUFFIXES
 from tasks.running.progress import say
 
 VERSION = 1  # raise it when the same sources would give other tokens
@@ -107,6 +109,16 @@ def splits_of(corpus: Corpus) -> dict[str, int]:
         "validation": corpus.validation_sequences,
         "train": corpus.train_sequences,
     }
+
+
+def tokens_of_file(path: Path, tokenizer_folder: Path, sequences: int, length: int) -> torch.Tensor:
+    """A text, jsonl or parquet file as token ids (sequences, length). Raises CorpusError where it is too short."""
+    kind: Any = next((kind for kind, ends in SUFFIXES.items() if path.suffix.lower() in ends), "text")
+    source = TextSource(kind=kind, path=str(path))
+    asked = Corpus(sources=(source,), sequence_length=length, train_sequences=sequences)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    documents = ordered_documents(iterate_documents(asked, tokenizer.chat))
+    return pack_splits(documents, tokenizer, {"train": sequences}, length)[0]["train"].long()
 
 
 def _check_ids(packed: Mapping[str, torch.Tensor], config: Path) -> None:

@@ -74,7 +74,8 @@ def measure_work(shape: Shape, setting: Setting | None) -> Work | None:
     if engine in UNKNOWN:
         return None
     places = request_times_of(shape, setting)
-    return (_stacks if engine == "torch" else _whole_models)(shape, places) + Work(fixed=effort.TASK_SECONDS)
+    tasks = len(places) * (2 + sum(map(len, shape.variants.values())))
+    return (_stacks if engine == "torch" else _whole_models)(shape, places) + Work(fixed=tasks * effort.TASK_SECONDS)
 
 
 def _stacks(shape: Shape, places: Sequence[RequestTimes]) -> Work:

@@ -1,0 +1,74 @@
+"""Quantise a matrix so that its output, not its entries, stays close: block-wise error correction on a Gram matrix.
+
+The columns are quantised a block after the other. What a block loses is made up for by the columns that are still to
+come, as the least-squares fit over the calibration inputs says (GPTQ, arXiv 2210.17323, algorithm 1; here a block is
+rounded as a whole, by any rounding that takes an importance for each column).
+
+Legend: D = outputs (rows), K = inputs (columns), N = calibration tokens, s = columns of a block.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# (columns (D, s), importance (s,)) -> (what the file holds of them, the values (D, s) that it stands for)
+Rounding = Callable[[Tensor, Tensor], tuple[Any, Tensor]]
+
+
+def correct(
+    weight_DK: Tensor, gram_KK: Tensor, rounding: Rounding, block: int, damping: float
+) -> tuple[list[Any], Tensor]:
+    """Round a matrix (D, K), of which X (N, K) are the inputs and `gram_KK` is X^T X.
+
+    damping: share of the Gram's mean diagonal that is added to its diagonal; without it, columns that no token excited
+    have no inverse. Returns what the file holds of each block in order, and the rounded matrix (D, K) float32. The
+    arithmetic is float64.
+    """
+    gram = gram_KK.double()
+    damped = gram + damping * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram), dtype=gram.dtype)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)  # (H + lam I)^-1 = U^T U
+    left, rounded, parts = weight_DK.double().clone(), torch.empty(weight_DK.shape), []
+    for start in range(0, left.shape[1], block):
+        here, after = slice(start, start + block), slice(start + block, None)
+        own = upper[here, here]
+        importance = torch.linalg.inv(own.T @ own).diagonal()  # curvature of the loss when the later columns adapt
+        part, values = rounding(left[:, here].float(), importance.float())
+        parts.append(part)
+        rounded[:, here] = values
+        lost = left[:, here] - values.double()
+        left[:, after] -= torch.linalg.solve_triangular(own, lost, upper=True, left=False) @ upper[here, after]
+    return parts, rounded
+
+
+def output_error(weight_DK: Tensor, rounded_DK: Tensor, gram_KK: Tensor) -> float:
+    """||X W^T - X Q^T||^2 / ||X W^T||^2 over the calibration tokens, from X^T X."""
+    gram, difference = gram_KK.double(), (weight_DK - rounded_DK).double()
+    size = (weight_DK.double() @ gram * weight_DK.double()).sum()
+    return float((difference @ gram * difference).sum() / size)
+
+
+class InputGrams:
+    """Sums X^T X of what enters each linear layer of a module, float32, while it runs inside a `with` block."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.linears = {name: one for name, one in module.named_modules() if isinstance(one, nn.Linear)}
+        self.sums: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> "InputGrams":
+        for name, linear in self.linears.items():
+            self._hooks.append(
+                linear.register_forward_pre_hook(lambda _, values, name=name: self._add(name, values[0]))
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _add(self, name: str, inputs: Tensor) -> None:
+        x = inputs.detach().flatten(0, -2).float()
+        gram = x.T @ x
+        self.sums[name] = self.sums[name] + gram if name in self.sums else gram

@@ -1,0 +1,54 @@
+"""ggml's own rounding to its block types, from the library of llama.cpp that is installed."""
+
+import ctypes
+from dataclasses import dataclass
+
+import gguf
+import gguf.quants
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+
+from tasks.engines.errors import EngineFailed
+from tasks.engines.llama_library import llama_library
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgmlRounding:
+    """Rounds rows to a ggml type of blocks of 32 values; see blocks/error_correction.py, `Rounding`."""
+
+    kind: Type
+
+    def __call__(self, columns: Tensor, importance: Tensor | None) -> tuple[np.ndarray, Tensor]:
+        """Columns (D, s) with s a multiple of 32, importance (s,) or None -> bytes (D, bytes of s), values (D, s)."""
+        rows, width = columns.shape
+        source = np.ascontiguousarray(columns.numpy(), dtype=np.float32)
+        target = np.empty((rows, self.row_bytes(width)), dtype=np.uint8)
+        weights = None if importance is None else np.ascontiguousarray(importance.numpy(), dtype=np.float32)
+        pointer = ctypes.POINTER(ctypes.c_float)
+        written = _chunk()(
+            int(self.kind),
+            source.ctypes.data_as(pointer),
+            target.ctypes.data,
+            0,
+            rows,
+            width,
+            None if weights is None else weights.ctypes.data_as(pointer),
+        )
+        if written != target.nbytes:
+            raise EngineFailed(f"ggml wrote {written} bytes of {self.kind.name}, {target.nbytes} were expected")
+        return target, torch.from_numpy(gguf.quants.dequantize(target, self.kind).astype(np.float32))
+
+    def row_bytes(self, width: int) -> int:
+        """Bytes of so many values."""
+        block, size = gguf.GGML_QUANT_SIZES[self.kind]
+        return width // block * size
+
+
+def _chunk() -> "ctypes._NamedFuncPointer":
+    function = llama_library().c.ggml_quantize_chunk
+    pointer, whole = ctypes.POINTER(ctypes.c_float), ctypes.c_int64
+    function.restype = ctypes.c_size_t
+    function.argtypes = [ctypes.c_int, pointer, ctypes.c_void_p, whole, whole, whole, pointer]
+    return function

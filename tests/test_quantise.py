@@ -1,0 +1,117 @@
+"""Types of 4 and 5 bits: ggml rounds, the correction lowers the output's error, the file holds what was fitted."""
+
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+
+from blocks.error_correction import InputGrams, correct, output_error
+from blocks.errors import CorpusError, PuzzleError
+from blocks.library import read_tensors
+from tasks.engines.ggml import GgmlRounding
+from tasks.engines.llama_cpp import LlamaCpp
+from tasks.export.formats import export_as
+from tasks.gguf.writer import CORRECTED, PRECISIONS
+from tasks.inputs.corpus import tokens_of_file
+from tests.chain import Chain
+
+needs_llama_cpp = pytest.mark.skipif(LlamaCpp().missing() is not None, reason="llama.cpp is not installed")
+
+
+def to_grid(columns: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds to multiples of 1/4."""
+    values = (columns * 4).round() / 4
+    return values, values
+
+
+@pytest.fixture
+def matrix() -> tuple[Tensor, Tensor]:
+    """A weight (24, 96) and inputs (512, 96) that lie near 24 dimensions."""
+    draw = torch.Generator().manual_seed(0)
+    mixed = torch.randn(512, 24, generator=draw) @ torch.randn(24, 96, generator=draw)
+    return torch.randn(24, 96, generator=draw), mixed + torch.randn(512, 96, generator=draw)
+
+
+def test_with_independent_inputs_the_correction_changes_nothing(matrix: tuple[Tensor, Tensor]) -> None:
+    weight, _ = matrix
+    parts, rounded = correct(weight, torch.eye(96), to_grid, block=32, damping=0.01)
+    assert torch.equal(rounded, to_grid(weight, weight[0])[1])
+    assert torch.equal(torch.cat(parts, dim=1), rounded)
+
+
+def test_a_block_is_made_up_for_by_the_best_that_the_rest_can_do(matrix: tuple[Tensor, Tensor]) -> None:
+    """Two blocks, the second not rounded: its columns are the least-squares answer to what the first lost."""
+    weight, inputs = matrix
+    gram = inputs.T @ inputs
+
+    def first_only(columns: Tensor, importance: Tensor) -> tuple[None, Tensor]:
+        seen.append(len(columns.T))
+        return None, to_grid(columns, importance)[1] if len(seen) == 1 else columns
+
+    seen: list[int] = []
+    _, rounded = correct(weight, gram, first_only, block=48, damping=1e-9)
+    lost = (weight - rounded)[:, :48].double()
+    best = torch.linalg.lstsq(inputs[:, 48:].double(), inputs[:, :48].double() @ lost.T).solution.T
+    torch.testing.assert_close(rounded[:, 48:], (weight[:, 48:].double() + best).float(), rtol=1e-4, atol=1e-4)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("precision", CORRECTED)
+def test_corrected_rounding_of_ggml_loses_less_than_half(precision: str, matrix: tuple[Tensor, Tensor]) -> None:
+    weight, inputs = matrix
+    gram, rounding = inputs.T @ inputs, GgmlRounding(kind=PRECISIONS[precision][0])
+    plain = output_error(weight, rounding(weight, None)[1], gram)
+    parts, rounded = correct(weight, gram, rounding, block=32, damping=0.01)
+    assert output_error(weight, rounded, gram) < plain / 2
+    assert torch.cat([torch.from_numpy(part) for part in parts], dim=1).shape == (24, rounding.row_bytes(96))
+
+
+@needs_llama_cpp
+def test_what_lies_on_the_grid_stays() -> None:
+    rounding = GgmlRounding(kind=Type.Q4_0)
+    once = rounding(torch.randn(4, 64, generator=torch.Generator().manual_seed(1)), None)
+    again = rounding(once[1], None)
+    torch.testing.assert_close(again[1], once[1], rtol=1e-3, atol=1e-3)
+
+
+def test_grams_are_of_what_enters_each_linear_layer() -> None:
+    draw = torch.Generator().manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
+    x = torch.randn(2, 5, 4, generator=draw)
+    with InputGrams(model) as grams:
+        model(x[:1]), model(x[1:])
+    middle = model[1](model[0](x)).detach().flatten(0, 1)
+    torch.testing.assert_close(grams.sums["0"], x.flatten(0, 1).T @ x.flatten(0, 1))
+    torch.testing.assert_close(grams.sums["2"], middle.T @ middle)
+    assert not model[0]._forward_pre_hooks
+
+
+@needs_llama_cpp
+def test_a_child_in_four_bits_is_what_llama_cpp_runs(chain: Chain, tmp_path: Path) -> None:
+    child, out = chain.workspace / chain.parent.folder, tmp_path / "child.gguf"
+    tokens = read_tensors(chain.workspace, chain.corpus.tokens, ["train"])["train"].long()
+    text = " ".join(export_as(child, "gguf", "iq4_nl", out, calibration=lambda: tokens).notes)
+    assert "iq4_nl fitted to 1,344 tokens: KL 0.0" in text and "on 192 others" in text
+    assert "weights within" in text and "checked: llama.cpp" in text
+    kinds = {info.name: info.tensor_type for info in gguf.GGUFReader(out).tensors if info.data.ndim > 1}
+    inner = {kind for name, kind in kinds.items() if name.startswith("blk.")}
+    assert inner == {Type.IQ4_NL} and {kinds[name] for name in kinds if not name.startswith("blk.")} == {Type.Q8_0}
+
+
+def test_without_text_it_is_refused_before_anything_is_computed(chain: Chain, tmp_path: Path) -> None:
+    with pytest.raises(PuzzleError, match="--calibrate"):
+        export_as(chain.workspace / chain.parent.folder, "gguf", "iq4_nl", tmp_path / "child.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_file_becomes_sequences_of_the_childs_tokens(chain: Chain, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(
+        "\n\n\n".join(f"document {number} says {number**3}" * 20 for number in range(50))
+    )
+    folder = chain.workspace / chain.parent.folder
+    assert tokens_of_file(tmp_path / "text.txt", folder, 8, 16).shape == (8, 16)
+    with pytest.raises(CorpusError, match="train"):
+        tokens_of_file(tmp_path / "text.txt", folder, 10**6, 16)
