@@ -116,7 +116,7 @@ class Place:
         scored = ScoringSet(corpus=self.corpus, last=records[-1], count=count, length=self.corpus.sequence_length)
         for shard in scored.shards(self.profile.record.shard_tokens):
             for layer, record in enumerate(records):
-                work = [(block, shard.among(tuple(range(count)))) for block in blocks if block.layer == layer]
+                work = [(block, shard.sequences) for block in blocks if block.layer == layer]
                 score_sequences(work, record, shard, self.parent, self.workspace, self.compute)
 
 

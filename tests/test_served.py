@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -197,7 +197,7 @@ def test_a_served_run_names_no_cluster(roots: Roots) -> None:
             with pytest.raises(ValidationError, match=r"orchestration\.address"):
                 ServedProfile.model_validate(tree)
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate({"more": {"orchestration": {"address": address or 1}}}, schema_of(served.optimize))
+            validate({"more": {"orchestration": {"address": address or 1}}}, schema_of(served.optimize))
     with pytest.raises(Refused, match=r"orchestration\.address is not for served runs"):
         served_profile(asking(orchestration={"runner": "ray", "address": "10.0.0.1:6379"}), roots)
 
@@ -395,8 +395,16 @@ def test_a_schedule_that_is_none_is_refused_in_a_sentence(text: str) -> None:
         serve.check_cron(good)
 
 
+@cache
 def schema_of(flow: Any) -> dict[str, Any]:
-    return parameter_schema(flow).model_dump()
+    schema: dict[str, Any] = parameter_schema(flow).model_dump()
+    jsonschema.validators.validator_for(schema).check_schema(schema)
+    return schema
+
+
+def validate(value: Any, schema: dict[str, Any]) -> None:
+    """As jsonschema.validate does, but for the check of the whole schema at each call."""
+    jsonschema.validators.validator_for(schema)(schema).validate(value)
 
 
 @pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.name)
@@ -406,7 +414,7 @@ def test_every_flow_has_a_form_whose_defaults_are_valid(flow: Any) -> None:
     for name, field in schema["properties"].items():
         assert field.get("description"), f"{flow.name}: {name} has no help text"
         assert "default" in field, f"{flow.name}: {name} has no default"
-    jsonschema.validate({name: field["default"] for name, field in schema["properties"].items()}, schema)
+    validate({name: field["default"] for name, field in schema["properties"].items()}, schema)
 
 
 def test_the_form_is_short() -> None:
@@ -433,7 +441,7 @@ def test_every_field_of_the_form_has_a_help_text_and_examples_that_are_valid() -
             assert told, f"{section}.{name} has no help text"
             for example in field.get("examples", ()):
                 bare = {key: value for key, value in field.items() if key != "examples"} | {"definitions": definitions}
-                jsonschema.validate(example, bare)
+                validate(example, bare)
         assert definition.get("description"), f"{section} has no help text"
 
 
@@ -466,12 +474,12 @@ def test_every_field_of_the_form_has_a_help_text_and_examples_that_are_valid() -
 )
 def test_the_form_refuses_a_wrong_value(given: dict[str, Any], why: str) -> None:
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(given, schema_of(served.optimize))
+        validate(given, schema_of(served.optimize))
 
 
 def test_the_form_takes_shares_in_both_notations_and_the_rest_of_a_profile() -> None:
     for share in (0.7, ".7", "0.7", "1", "70%", "70 %", "100%", "12.5 %"):
-        jsonschema.validate({"budget": {"layer_parameters_fraction": share}}, schema_of(served.optimize))
+        validate({"budget": {"layer_parameters_fraction": share}}, schema_of(served.optimize))
         assert AskedBudget.model_validate({"layer_parameters_fraction": share})
     parts = served_profile(load_profile("smollm2-cpu"), Roots(workspaces=ROOT)).model_dump(mode="json")
     for name in ("name", "description", "budget"):
@@ -479,7 +487,7 @@ def test_the_form_takes_shares_in_both_notations_and_the_rest_of_a_profile() -> 
     hardware = {name: parts["hardware"][name] for name in ("must_run", "device")}
     given = {name: value for name, value in (parts | {"hardware": hardware}).items() if value is not None}
     given = {name: _without_none(value) for name, value in given.items()}
-    jsonschema.validate({"more": given}, schema_of(served.optimize))
+    validate({"more": given}, schema_of(served.optimize))
 
 
 def _without_none(value: Any) -> Any:

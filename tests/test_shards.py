@@ -140,7 +140,7 @@ def test_scores_without_recorded_states_are_those_with(chain: Chain, place: Path
         members = [block for block in chain.blocks if block.layer == layer]
         assert record is not None
         for shard in shards:
-            work = [(member, shard.among(tuple(range(6)))) for member in members]
+            work = [(member, shard.sequences) for member in members]
             score_sequences(work, record, shard, chain.parent, place, COMPUTE)
         found = score_sequences([(m, tuple(range(6))) for m in members], record, scored, chain.parent, place, COMPUTE)
         for one, other in zip(found, [s for s in chain.scores if s.layer == layer], strict=True):

@@ -80,9 +80,10 @@ class ScoringSet:
         """These sequences of a file's validation split: (S, T) tokens or (S, T, D) states."""
         return read_rows(workspace, ref, "validation", self.first, self.first + self.count)[:, : self.length]
 
-    def among(self, sequences: Sequences) -> Sequences:
-        """Those of `sequences` that are of this set."""
-        return tuple(each for each in sequences if self.first <= each < self.first + self.count)
+    @property
+    def sequences(self) -> Sequences:
+        """The numbers of the sequences in the validation split."""
+        return tuple(range(self.first, self.first + self.count))
 
     def shards(self, most: int) -> "list[ScoringSet]":
         """The same in parts of at most `most` tokens; the whole where states are recorded."""
