@@ -257,7 +257,7 @@ def test_prefect_and_mlflow_carry_each_other(run: tuple[Path, str]) -> None:
     assert {"machine", "distill", "score", "choose"} <= names
     assert {name.split()[0] for name in names} >= {"tiny", "costs"}
     assert {"at_a_glance/kl", "child/loss", "parent/loss", "child/speedup_prefill", "search/score"} <= metrics
-    assert {"cost/ffn48/decode_ms_b4", "cost/kv1/kv_bytes_per_token"} <= metrics
+    assert {"cost/ffn96/decode_ms_b4", "cost/kv1/kv_bytes_per_token"} <= metrics
     assert {"bld.steps", "hardware.engine", "search_space.ffn", "gkd.steps"} <= params and rows["puzzle.costs_run"]
 
 
