@@ -3,16 +3,19 @@
 import shutil
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import psutil
 import pytest
 import torch
 
-from blocks.compute import HOST, Compute
+from blocks.compute import HOST
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.library import read_tensors
 from blocks.records import LayerChoice
+from profiles.errors import ProfileError
+from profiles.load import load_profile
 from profiles.schema import GKD
 from tasks.distill import gkd_checkpoint, gkd_job
 from tasks.distill.gkd import GKDResult, Seen, Training
@@ -64,10 +67,21 @@ def test_the_parent_beside_the_child_gives_the_child_of_recorded_targets_bit_for
 
 def test_parts_of_a_batch_add_up_to_it(chain: Chain) -> None:
     whole, job = distilled(chain), job_of(chain)
-    compute = Compute(device="cpu", dtype=torch.float32, attention="sdpa", micro_batch_tokens=64)
+    compute = replace(HOST, micro_batch_tokens=64)
     in_parts = gkd_job.distill_globally(job, chain.workspace, compute)
     assert in_parts.losses == pytest.approx(whole.losses, rel=1e-4)
     assert in_parts.best_kl == pytest.approx(whole.best_kl, rel=1e-3)
+
+
+def test_products_in_bfloat16_train_float32_weights(chain: Chain) -> None:
+    compute, settings = replace(HOST, dtype=torch.bfloat16), GKD(**SETTINGS)
+    teacher = record_teacher(chain.parent, chain.corpus, settings, chain.workspace, compute)
+    job = gkd_job.job_of(CHILD, chain.blocks, teacher, settings, compute)
+    shutil.rmtree(chain.workspace / job.folder, ignore_errors=True)
+    rough, exact = gkd_job.distill_globally(job, chain.workspace, compute), distilled(chain)
+    assert rough.best_kl == pytest.approx(exact.best_kl, rel=0.05) and rough.losses != exact.losses
+    assert {w.dtype for w in read_tensors(chain.workspace, rough.weights).values()} == {torch.float32}
+    assert rough.held_bytes == exact.held_bytes
 
 
 @pytest.mark.parametrize("killed_at", [1, 5, 9])
@@ -195,6 +209,8 @@ def test_why_a_process_failed_is_said_in_its_own_words(chain: Chain, monkeypatch
 
 
 def test_sequences_that_cannot_be_shared_out_are_refused(chain: Chain) -> None:
+    with pytest.raises(ProfileError, match="to a multiple of 3"):
+        load_profile("tiny", ["orchestration.devices=[cpu:0, cpu:1, cpu:2]"])
     job = job_of(chain)
     with pytest.raises(PuzzleError, match="gkd.batch_sequences that 3 divides"):
         gkd_job.distill_globally(job, chain.workspace, HOST, ("cpu:0", "cpu:1", "cpu:2"))
