@@ -13,7 +13,7 @@ from profiles.hardware import shipped_targets
 from profiles.load import load_profile
 
 if TYPE_CHECKING:
-    from tasks.planning.plan import ChildPlan, Plan
+    from tasks.planning.plan import ChildPlan, Plan, StagePlan
 
 
 def plan_command(
@@ -40,17 +40,17 @@ def plan_command(
     configure()
     gc.disable()  # a short life: looking for garbage among what torch and transformers load takes a second
     from tasks.planning.machine import rates_here
+    from tasks.planning.memory import NoRoom
     from tasks.planning.plan import config_parent, machine_rates, plan_of
 
-    parent = None
-    if on in (None, "this-machine"):
+    parent, rates = None, machine_rates(wanted, on)
+    if rates is None:
         from tasks.operating.requirements import check_profile
 
         doubts, parent = check_profile(wanted)
         for line in doubts:
             typer.echo(line, err=True)
     parent = parent or config_parent(wanted.parent)
-    rates = machine_rates(wanted, on)
     if rates is None:
         if wanted.hardware.device != "cpu":
             raise PuzzleError(
@@ -69,6 +69,8 @@ def plan_command(
     gc.enable()
     if plan.infeasible:
         raise InfeasibleBudget(f"{plan.infeasible} Times are modelled, parameters and memory are exact.")
+    if plan.no_room:
+        raise NoRoom(plan.no_room)
 
 
 def plan_text(plan: "Plan") -> str:
@@ -81,11 +83,14 @@ def plan_text(plan: "Plan") -> str:
         f"disk      {bytes_of(plan.disk_bytes)} in the workspace at the end",
         f"memory    {bytes_of(plan.memory_bytes)} at the peak",
         "",
-        f"{'stage':<18} {'tasks':>6} {'tokens':>12} {'time':>8}",
+        f"{'stage':<18} {'tasks':>6} {'tokens':>9} {'FLOPs':>9} {'devices':>8} {'bytes of each':>13} {'time':>9}",
     ]
-    lines += [f"{s.name:<18} {s.tasks:>6} {s.tokens or '':>12} {_clock(s.seconds):>8}" for s in plan.stages]
+    lines += [_stage(stage) for stage in plan.stages]
     missing = [s.name for s in plan.stages if s.seconds is None]
-    lines += [f"{'all':<18} {plan.tasks:>6} {plan.tokens:>12} {_clock(plan.seconds):>8}", ""]
+    flops = sum(stage.flops or 0 for stage in plan.stages)
+    lines += [f"{'all':<18} {plan.tasks:>6} {count_of(plan.tokens):>9} {flops:>9.2e} {_clock(plan.seconds):>32}", ""]
+    if plan.utilisation:
+        lines.append(f"products at {plan.utilisation}")
     cost = "" if plan.money is None else f", {plan.money:,.2f} at the given price"
     lines.append(f"{plan.seconds / 3600:.2f} hours, {plan.core_hours:.2f} core- or device-hours{cost}")
     if missing:
@@ -100,9 +105,20 @@ def plan_text(plan: "Plan") -> str:
     return "\n".join(lines)
 
 
+def _stage(stage: "StagePlan") -> str:
+    tokens = count_of(stage.tokens) if stage.tokens else ""
+    flops = f"{stage.flops:.2e}" if stage.flops else ""
+    held = bytes_of(stage.device_bytes) if stage.device_bytes else ""
+    return (
+        f"{stage.name:<18} {stage.tasks:>6} {tokens:>9} {flops:>9} {stage.devices:>8} {held:>13} "
+        f"{_clock(stage.seconds):>9}"
+    )
+
+
 def _machine(plan: "Plan") -> str:
     if not plan.machine_measured:
-        return f"{plan.machine}, by its data sheet and achievable shares"
+        room = "" if plan.device_bytes is None else f", {bytes_of(plan.device_bytes)} each"
+        return f"{plan.devices} x {plan.machine}, by its data sheet and achievable shares{room}"
     load = (
         "; others are busy on it: rates from CPU time, the plan is for the idle machine" if plan.machine_loaded else ""
     )

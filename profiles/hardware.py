@@ -15,6 +15,7 @@ from profiles.errors import ProfileError, expanded
 from profiles.schema import Fraction, Hardware, Precision, Section
 
 FOLDER = Path(__file__).parent / "hardware"
+ARCHITECTURES = Path(__file__).parent / "architectures"  # configs of parents on the hub that ask who reads them
 
 
 class HardwareTarget(Section):

@@ -673,6 +673,11 @@ class Orchestration(Section):
         description="Devices of every machine that runs tasks; whole models are computed on the first. A device with "
         "a number, such as cuda:1, runs one task at a time. Empty: hardware.device.",
     )
+    machines: PositiveInt = Field(
+        default=1,
+        description="Number of machines with these devices, at the address of a cluster. `puzzle plan` counts with it; "
+        "GKD runs on all where PUZZLE_GKD_LAUNCHER starts it there.",
+    )
     max_workers: PositiveInt | None = Field(
         default=None,
         description="Number of tasks at a time, where puzzle starts the workers. null: one for each device.",
@@ -699,6 +704,8 @@ class Orchestration(Section):
             raise ValueError("address is for runner: dask or runner: ray; threads are of this process")
         if self.address and self.max_workers:
             raise ValueError("max_workers is for workers that puzzle starts: leave it out, the cluster has its own")
+        if self.machines > 1 and not self.address:
+            raise ValueError("machines above 1 needs the address of a cluster, with runner: dask or runner: ray")
         kinds = {device.partition(":")[0] for device in self.devices}
         mixed = len(self.devices) > 1 and kinds & set(self.devices)  # cuda is one of cuda:0, cuda:1
         if len(kinds) > 1 or len(set(self.devices)) < len(self.devices) or mixed:
@@ -753,6 +760,11 @@ class Profile(Section):
     def devices(self) -> tuple[str, ...]:
         """What variants and whole models are computed on."""
         return self.orchestration.devices or (self.hardware.device,)
+
+    @property
+    def compute_precision(self) -> str:
+        """Number format of matrix products in every stage."""
+        return self.hardware.compute_precision or ("float32" if self.devices[0].startswith("cpu") else "bfloat16")
 
     @property
     def trained_sequences(self) -> int:
@@ -817,7 +829,7 @@ class Profile(Section):
         for field, (asked, there, limit) in wanted.items():
             if asked > there:
                 raise ValueError(f"{field} is {asked}, but {limit} is {there}: lower the first or raise the second")
-        among = len(self.devices)
+        among = len(self.devices) * self.orchestration.machines
         if self.gkd.steps and (self.gkd.batch_sequences % among or self.gkd.validation_sequences < among):
             raise ValueError(
                 f"GKD runs on all {among} devices, each with as many sequences: set gkd.batch_sequences (it is "

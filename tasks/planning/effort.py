@@ -8,7 +8,7 @@ moment of the distribution is taken (blocks/divergence.py), and element-wise pas
     record    forward with packed weights; Gram matrices of the FFN's channels, of both inputs and cross terms; backward
               elimination (blocks/fit.py) in float64, whose inverse is rewritten every round; states stored and hashed
     distill   the layer's own forward once; per variant its closed form (VariantKind.fit_flops), held-out losses, steps
-    score     layers after the replaced one and the head, for every variant at once, with packed weights
+    score     layers after the replaced one and the head, for every variant, with packed weights
     evaluate  models once over the test sequences, both heads; benchmark items at their mean length
     GKD       the parent's states and moments once; per child steps through layers and head, validation between
 
@@ -18,17 +18,17 @@ overheads, below: set once from the main job, the same for every parent and mach
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from blocks.fit import elimination_flops
 from blocks.kinds import kind_of, parse_label, parse_labels
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Subblock
-from blocks.resources import non_block_parameters, parameters_of
+from blocks.resources import BYTES, non_block_parameters, parameters_of
 from blocks.variant import Variant
 from profiles.schema import GgufParent, PackageParent, Profile, TinyParent
 from tasks.distill.gkd_settings import is_recorded, token_bytes, trial_steps
-from tasks.distill.record import CHUNK, fits_in_a_shard
+from tasks.distill.record import CHUNK, fits_in_a_shard, slices
 from tasks.inputs.space import layers_of, refused_alone
 from tasks.inputs.tiny import TRAIN_BATCH, TRAIN_TOKENS
 from tasks.planning.machine import BLOCK_NAMES, Rates
@@ -41,7 +41,7 @@ COLUMN_GATHER = 3.3  # picking columns of a matrix, in time of a stream of its b
 # the elimination's inverse: product written, difference, rows picked, columns picked, each read and written
 INVERSE_PASSES = 7 + 2 * COLUMN_GATHER
 ATTEMPTS = 1.1  # distillations per variant: one in ten rises and is tried again
-HELD_OUT = 3  # losses per distillation: start, closed form, after the steps
+LOOKS = 2  # held-out losses before the steps: start, closed form; one more after the steps of each attempt
 TASK_SECONDS = 0.016  # Prefect around one task, on threads (benchmarks/scale.md)
 IMPORT_SECONDS = 6.0  # lm-eval and datasets, when the first model is evaluated
 CHECK_SECONDS = 0.5  # a parent's config and tokenizer opened, its family's code imported
@@ -65,16 +65,21 @@ BENCHMARKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Counts of one stage. product, packed: float32 FLOPs of plain products and of those with packed weights; solve:
-    float64 FLOPs; stream, disk: bytes; names: tensor names that gguf enters in a table; fixed: seconds that no rate
-    changes.
+    """Counts of one stage. product, packed: FLOPs of plain products and of those with packed weights.
+
+    float32, tf32: how many of those a GPU does in these formats, whatever the stage's own is. solve: float64 FLOPs.
+    stream, disk: bytes. exchange: bytes through the link of each device, while it computes. names: tensor names that
+    gguf enters in a table. fixed: seconds that no rate changes.
     """
 
     product: float = 0.0
     packed: float = 0.0
+    float32: float = 0.0
+    tf32: float = 0.0
     solve: float = 0.0
     stream: float = 0.0
     disk: float = 0.0
+    exchange: float = 0.0
     names: float = 0.0
     fixed: float = 0.0
 
@@ -84,11 +89,23 @@ class Work:
     def __mul__(self, times: float) -> "Work":
         return Work(**{f.name: getattr(self, f.name) * times for f in fields(self)})
 
+    @property
+    def flops(self) -> float:
+        """All of them."""
+        return self.product + self.packed + self.solve
+
+    def over(self, devices: int) -> "Work":
+        """What each of so many devices does of it."""
+        whole = {"exchange": self.exchange, "names": self.names, "fixed": self.fixed}
+        return replace(self * (1 / devices), **whole)
+
     def seconds(self, rates: Rates) -> float:
         """Wall seconds at these rates, one after the other."""
         computed = self.product / rates.product + self.packed / rates.packed + self.solve / rates.solve
+        for flops, rate in ((self.float32, rates.float32), (self.tf32, rates.tf32)):
+            computed += flops * (1 / rate - 1 / rates.product) if rate else 0.0
         moved = self.stream / rates.stream + self.disk / rates.disk
-        return computed + moved + self.names / rates.names + self.fixed
+        return max(computed + moved, self.exchange / rates.link) + self.names / rates.names + self.fixed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +145,10 @@ class Shape:
         """Of one token."""
         return kind_of(variant).flops_per_token(variant, self.parent.config, length or self.length)
 
+    def runs(self, layer: int, variant: Variant) -> bool:
+        """Whether the engines run a variant in a layer."""
+        return refused_alone(self.profile, self.parent.config, layer, variant.subblock, variant.label) is None
+
     def parameters(self, variant: Variant) -> int:
         """Of one subblock."""
         return parameters_of(self.parent, variant)
@@ -153,7 +174,43 @@ class Shape:
     @property
     def elementwise(self) -> int:
         """Bytes that one token's element-wise work in one layer reads and writes."""
-        return FLOAT * (10 * self.hidden + 6 * self.inner)
+        return self.size * (10 * self.hidden + 6 * self.inner)
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number in the precision that the stages compute in."""
+        return BYTES[self.profile.compute_precision]
+
+    @property
+    def processes(self) -> int:
+        """Of GKD, and tasks at a time: one for each device of all machines."""
+        return len(self.profile.devices) * self.profile.orchestration.machines
+
+    @property
+    def devices(self) -> int:
+        """How many times as fast as one: several slots of a CPU are one CPU."""
+        on_cpu = self.profile.devices[0].startswith("cpu")
+        return self.profile.orchestration.machines if on_cpu else self.processes
+
+    @property
+    def at_once(self) -> int:
+        """Tokens of one forward pass."""
+        return max(1, self.profile.hardware.micro_batch_tokens // self.length) * self.length
+
+    @property
+    def shards(self) -> list[int]:
+        """Train sequences of each shard that variants are trained on."""
+        whole = self.profile.trained_sequences
+        if states_are_kept(self):
+            return [whole]
+        most = max(1, self.profile.record.shard_tokens // self.length)
+        return [last - first for first, last in slices(whole, most)]
+
+    @property
+    def held_out(self) -> int:
+        """Validation sequences beside each shard."""
+        most = max(1, self.profile.record.shard_tokens // self.length)
+        return min(self.profile.record.validation_sequences, most)
 
     def forward(self, tokens: float, layers: float = 1.0, packed: bool = False, length: int | None = None) -> Work:
         """Tokens through so many of the parent's layers (a share counts as a part of one)."""
@@ -168,12 +225,13 @@ class Shape:
         return Work(
             packed=logits if packed else 0.0,
             product=(0.0 if packed else logits) + (logits if moment else 0.0),
+            float32=logits * (2 if moment else 1),
             stream=stream,
         )
 
     def states(self, sequences: int) -> int:
         """Bytes of hidden states at one layer."""
-        return sequences * self.length * self.hidden * FLOAT
+        return sequences * self.length * self.hidden * self.size
 
 
 def shape_of(profile: Profile, parent: Parent) -> Shape:
@@ -192,11 +250,8 @@ def shape_of(profile: Profile, parent: Parent) -> Shape:
 
 def counts_of(shape: Shape, layers: Sequence[int]) -> dict[tuple[int, Subblock], int]:
     """How many variants but the parent's own the engines run, by layer and subblock."""
-    profile, config = shape.profile, shape.parent.config
     return {
-        (layer, part): sum(
-            refused_alone(profile, config, layer, part, v.label) is None for v in shape.variants[part][1:]
-        )
+        (layer, part): sum(shape.runs(layer, variant) for variant in shape.variants[part][1:])
         for layer in layers
         for part in SUBBLOCKS
     }
@@ -234,7 +289,8 @@ def record_work(shape: Shape) -> Work:
     counted = settings.statistics_sequences * shape.length
     kept = shape.profile.trained_sequences + settings.validation_sequences if states_are_kept(shape) else 0
     layer = shape.forward(sequences * shape.length, packed=True)
-    layer += Work(packed=2.0 * counted * inner**2, product=8.0 * counted * width**2)
+    grams = 2.0 * counted * inner**2, 8.0 * counted * width**2
+    layer += Work(packed=grams[0], product=grams[1], float32=sum(grams))
     rounds = inner // CHUNK
     layer += Work(
         solve=elimination_flops(inner, width, CHUNK),
@@ -255,13 +311,20 @@ def statistics_bytes(shape: Shape) -> int:
     return FLOAT * (shape.inner**2 + 4 * shape.hidden**2 + shape.inner) + 8 * shape.inner
 
 
+def entering_work(shape: Shape) -> Work:
+    """States that are not kept, recorded again for BLD, a shard at a time: one task after another."""
+    if states_are_kept(shape):
+        return Work()
+    tokens = sum(trained + shape.held_out for trained in shape.shards)
+    layer = shape.forward(tokens * shape.length, packed=True) + Work(disk=2 * shape.states(tokens))
+    return layer * shape.depth
+
+
 def distill_work(shape: Shape, layers: int) -> Work:
     """Blockwise local distillation of the whole search space in so many layers."""
-    trained = shape.profile.trained_sequences + shape.profile.record.validation_sequences
-    layer = shape.forward(trained * shape.length)
-    if not states_are_kept(shape):  # they are recorded again, a shard at a time
-        layer += shape.forward(trained * shape.length, packed=True) + Work(disk=shape.states(trained))
-    layer += Work(disk=shape.states(trained) + statistics_bytes(shape) + shape.layer_parameters * FLOAT)
+    seen = sum(trained + shape.held_out for trained in shape.shards)
+    layer = shape.forward(seen * shape.length)
+    layer += Work(disk=shape.states(seen) + statistics_bytes(shape) + shape.layer_parameters * FLOAT)
     for part in SUBBLOCKS:
         for variant in shape.variants[part][1:]:
             layer += variant_work(shape, variant)
@@ -269,25 +332,28 @@ def distill_work(shape: Shape, layers: int) -> Work:
 
 
 def variant_work(shape: Shape, variant: Variant) -> Work:
-    """One variant: closed form, held-out losses, steps, storage."""
-    settings, record = shape.profile.bld, shape.profile.record
+    """One variant: closed form on the first shard, held-out losses, steps; storage, also between two shards."""
+    settings = shape.profile.bld
     if not kind_of(variant).trainable:
-        return Work(fixed=TASK_SECONDS)
-    tokens = shape.profile.trained_sequences * shape.length
-    held_out = HELD_OUT * record.validation_sequences * shape.length
-    steps = shape.profile.trained_steps
+        # its loss is measured all the same, twice, on the first shard
+        return step_work(shape, variant, 2 * shape.held_out * shape.length, 0, 0) + Work(fixed=TASK_SECONDS)
+    shards, steps = shape.shards, shape.profile.trained_steps
+    held_out = (LOOKS + ATTEMPTS * len(shards)) * shape.held_out * shape.length
     stepped = ATTEMPTS * steps * settings.batch_sequences * shape.length
-    products, solves = kind_of(variant).fit_flops(variant, shape.parent.config, tokens if settings.closed_form else 0)
-    parameters, flops = shape.parameters(variant), shape.flops(variant)
-    share = flops / shape.layer()
-    return Work(
-        product=flops * (held_out + 3 * stepped) + (products if settings.closed_form else 0),
-        solve=solves if settings.closed_form else 0,
-        stream=(held_out + 3 * stepped) * share * shape.elementwise
-        + ATTEMPTS * steps * parameters * FLOAT * ADAMW_PASSES,
-        disk=parameters * FLOAT,
-        fixed=TASK_SECONDS,
-    )
+    work = step_work(shape, variant, held_out, stepped, ATTEMPTS * steps)
+    if settings.closed_form:
+        products, solves = kind_of(variant).fit_flops(variant, shape.parent.config, shards[0] * shape.length)
+        work += Work(product=products, float32=products, solve=solves)
+    # between two shards weights, moments and the best weights are written and read
+    stored = shape.parameters(variant) * FLOAT * (1 + 2 * 4 * (len(shards) - 1))
+    return work + Work(disk=stored, fixed=TASK_SECONDS * len(shards))
+
+
+def step_work(shape: Shape, variant: Variant, watched: float, stepped: float, steps: float) -> Work:
+    """A variant that tokens go through: `watched` forwards alone, `stepped` for training."""
+    flops, passes = shape.flops(variant), watched + 3 * stepped
+    moved = passes * flops / shape.layer() * shape.elementwise
+    return Work(product=flops * passes, stream=moved + steps * shape.parameters(variant) * FLOAT * ADAMW_PASSES)
 
 
 def coupled_work(shape: Shape, layers: int) -> tuple[Work, int]:
@@ -295,25 +361,39 @@ def coupled_work(shape: Shape, layers: int) -> tuple[Work, int]:
     settings = shape.profile.bld
     if not settings.coupled:
         return Work(), 0
-    spaces = [parse_labels(p, getattr(settings, f"coupled_{p}"), shape.parent.config) for p in SUBBLOCKS]
-    pairs = [(a, f) for a in spaces[0] for f in spaces[1] if kind_of(a).trainable or kind_of(f).trainable]
-    work = Work()
+    pairs, work = coupled_pairs(shape), Work()
     for pair in pairs:
         work += variant_work(shape, pair[0]) + variant_work(shape, pair[1])
     return work * layers, len(pairs) * layers
 
 
-def score_work(shape: Shape, layers: list[int], variants: float) -> Work:
-    """Replace-1-block scores of so many variants, on average, in each of `layers`."""
-    scoring = shape.profile.scoring
+def coupled_pairs(shape: Shape) -> list[tuple[Variant, Variant]]:
+    """The whole blocks of the second stage."""
+    spaces = [parse_labels(p, getattr(shape.profile.bld, f"coupled_{p}"), shape.parent.config) for p in SUBBLOCKS]
+    return [(a, f) for a in spaces[0] for f in spaces[1] if kind_of(a).trainable or kind_of(f).trainable]
+
+
+def score_work(shape: Shape, layers: Sequence[int]) -> Work:
+    """Replace-1-block scores of all variants of `layers`."""
+    scoring, settings = shape.profile.scoring, shape.profile.bld
     length = scoring.tokens_per_sequence or shape.length
-    tokens = scoring.sequences * length * variants
-    work = shape.forward(scoring.sequences * length, packed=True) + shape.head(scoring.sequences * length, moment=True)
+    tokens = scoring.sequences * length
+    behind = 1 if states_are_kept(shape) else 2 * shape.depth - 1  # the parent's targets, and the states that enter
+    work = shape.forward(tokens, behind, packed=True, length=length) + shape.head(tokens, moment=True)
     work += Work(disk=shape.depth * shape.layer_parameters * FLOAT)
+    whole = shape.layer(length)
     for layer in layers:
-        replaced = 0.75  # one subblock is the parent's, the other a cheaper one
-        work += shape.forward(tokens, shape.depth - 1 - layer + replaced, packed=True, length=length)
-        work += shape.head(tokens) + Work(fixed=TASK_SECONDS)
+        replaced = [
+            whole - shape.flops(shape.own(part), length) + shape.flops(variant, length)
+            for part in SUBBLOCKS
+            for variant in shape.variants[part][1:]
+            if shape.runs(layer, variant)
+        ]
+        if settings.coupled:
+            replaced += [sum(shape.flops(each, length) for each in pair) for pair in coupled_pairs(shape)]
+        suffix = shape.depth - 1 - layer + sum(replaced) / whole / max(len(replaced), 1)
+        work += shape.forward(tokens * len(replaced), suffix, packed=True, length=length)
+        work += shape.head(tokens * len(replaced)) + Work(fixed=TASK_SECONDS)
         work += Work(disk=FLOAT * sum(shape.parameters(v) for part in SUBBLOCKS for v in shape.variants[part][1:]))
     return work
 
@@ -382,8 +462,11 @@ def teacher_bytes(shape: Shape) -> int:
     return trained * token_bytes(settings, shape.depth, shape.hidden) + validation
 
 
-def gkd_work(shape: Shape, share: float) -> Work:
-    """GKD of one child to its last step, with three trials where it finds its learning rate itself."""
+def gkd_work(shape: Shape, share: float, layers: float | None = None) -> Work:
+    """GKD of one child to its last step, with three trials where it finds its learning rate itself.
+
+    layers: the parent's layers that have as many FLOPs as the child's. What checkpointing does again is not counted.
+    """
     settings = shape.profile.gkd
     trials = 3 if settings.learning_rate is None else 0
     steps = settings.steps + trials * trial_steps(settings.steps)
@@ -392,11 +475,15 @@ def gkd_work(shape: Shape, share: float) -> Work:
     watched = looks * settings.validation_sequences * shape.length
     weights = share * shape.depth * shape.layer_parameters * FLOAT
     beside = Work() if gkd_recorded(shape) else shape.forward(tokens, shape.depth) + shape.head(tokens, moment=True)
-    return beside + (
-        shape.forward(tokens, share * shape.depth) * 3
-        + shape.head(tokens, moment=True)
-        + shape.forward(watched, share * shape.depth)
-        + shape.head(watched)
+    layers = share * shape.depth if layers is None else layers
+    own = shape.forward(tokens, layers)
+    work = beside + own * 3 + shape.head(tokens, moment=True) + shape.forward(watched, layers) + shape.head(watched)
+    most = shape.devices * shape.at_once
+    parts = steps * math.ceil(settings.batch_sequences * shape.length / most) + math.ceil(watched / most)
+    parent = 0.0 if gkd_recorded(shape) else shape.size * shape.depth * shape.layer_parameters
+    gathered = 0.0 if shape.devices == 1 else parts * (parent + (2 * shape.size + FLOAT) * weights / FLOAT)
+    return Work(**{**vars(work), "tf32": work.float32, "float32": 0.0}) + (
+        Work(exchange=gathered)
         + Work(stream=steps * weights * ADAMW_PASSES, disk=teacher_bytes(shape) * 2 + weights)
         + Work(fixed=TASK_SECONDS + model_bytes(shape, share) / BUILD_BYTES_PER_SECOND)
     )

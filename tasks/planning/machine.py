@@ -14,6 +14,7 @@ the search itself computes in float32 there as well.
 
 import hashlib
 import json
+import math
 import os
 import platform
 import tempfile
@@ -51,6 +52,9 @@ NAMES_PER_SECOND = 1.5e6  # CPython 3.11 on a server's core, for a machine that 
 BLOCK_NAMES = 290  # of one layer in that table, over all spellings gguf 0.19 knows
 NAMES = 32 * BLOCK_NAMES
 KEPT_FOR = timedelta(days=1)
+TRAINING = 0.40  # of a GPU's bfloat16 peak in record, BLD, GKD: assumed. Model FLOPs, without what is computed twice
+# from and to the other machines, for each of 8 devices that share 8 adapters of 400 Gbit/s, of which 70 % are reached
+NETWORK = 8 * 50e9 * 0.70
 EAGER_OPERATIONS = 12  # small operations' time behind one counted kernel in eager torch: Python, reshapes, rotary
 
 
@@ -62,7 +66,9 @@ class Rates:
     the precision that costs are measured in. solve: float64 FLOP/s of dense solves. stream: bytes/s of element-wise
     work, read and written. weights: bytes/s of matrices times one vector. disk: bytes/s written or read, and digested.
     names: tensor names per second that gguf enters in a table, Python's speed. floor: seconds of a small operation.
-    at: when this machine was measured, ISO 8601.
+    float32, tf32: FLOP/s of products in these formats, where the stages' own is another. link: bytes/s from and to the
+    other devices. memory: bytes of a device. utilisation: of the peak in products, in words, where it is assumed. at:
+    when this machine was measured, ISO 8601.
     """
 
     name: str
@@ -76,15 +82,24 @@ class Rates:
     disk: float
     names: float
     floor: float
+    float32: float | None = None
+    tf32: float | None = None
+    link: float = math.inf
+    memory: float | None = None
+    utilisation: str = ""
     threads: int = 1
     loaded: bool = False
     at: str = ""
 
 
-def rates_of(target: HardwareTarget, precision: Precision) -> Rates:
-    """Rates of a device that is not here, by its hardware target."""
-    product = target.flops_per_second("float32")
+def rates_of(target: HardwareTarget, precision: Precision, computed: Precision = "float32", machines: int = 1) -> Rates:
+    """Rates of a device that is not here, by its hardware target. computed: precision of the stages' products."""
+    on_gpu = target.kind == "gpu"
+    computed = computed if computed in target.peak_tflops else "float32"
+    share = TRAINING if on_gpu and computed != "float32" else target.achievable_compute
+    product = target.peak_tflops[computed] * 1e12 * share
     solve = target.peak_tflops.get("float64", target.peak_tflops["float32"] / 2) * 1e12 * target.achievable_compute
+    link = (target.interconnect_gb_per_second or 0) * 1e9 * target.achievable_interconnect
     return Rates(
         name=target.name,
         measured=False,
@@ -97,6 +112,11 @@ def rates_of(target: HardwareTarget, precision: Precision) -> Rates:
         disk=DISK_BYTES_PER_SECOND,
         names=NAMES_PER_SECOND,
         floor=target.kernel_floor_microseconds * 1e-6,
+        float32=target.flops_per_second("float32"),
+        tf32=product / 2 if on_gpu and computed != "float32" else None,  # half of bfloat16's, by every data sheet
+        link=(min(link, NETWORK) if machines > 1 and link else NETWORK if machines > 1 else link) or math.inf,
+        memory=target.memory_gib * 2**30,
+        utilisation=f"{share:.0%} of {computed} peak ({target.peak_tflops[computed]:g} TFLOP/s), assumed",
     )
 
 

@@ -6,6 +6,7 @@ parameters, and the fastest of the space. Which of them is *good* only the searc
 """
 
 import math
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,28 +17,36 @@ from blocks.kinds import kind_of, parse_labels
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Architecture, CostTable, LayerChoice, Score, Subblock, Totals, Value
 from blocks.resources import weight_bytes
-from profiles.hardware import HardwareTarget, load_target
+from profiles.hardware import ARCHITECTURES, HardwareTarget, load_target
 from profiles.schema import ParentSource, Profile
 from tasks.inputs.parent import write_config
 from tasks.inputs.space import check_search_space, layers_of, measured_space, refused_alone
 from tasks.measure.roofline import Setting, modelled_costs, setting_of
 from tasks.planning import effort
-from tasks.planning.effort import FLOAT, Shape, Work, shape_of
+from tasks.planning.effort import Shape, Work, shape_of
 from tasks.planning.engines import UNKNOWN, measure_work, throughput_work
 from tasks.planning.machine import Rates, rates_of, target_of
+from tasks.planning.memory import Need, needs_of, no_room
 from tasks.search.choose import choose
 from tasks.search.totals import Batches, Problem, batch_choices, make_problem, totals_of
 
 PROCESS_BYTES = 1 << 30  # this program with torch, transformers, MLflow and Prefect, before any tensor
+LIKE = {"shards": "record", "coupled": "distill", "GKD best baseline": "GKD child", "answers": "evaluate"}
 STATE_BYTES = 40 << 20  # Prefect's and MLflow's databases, logs, reports
 
 
 class StagePlan(Value):
-    """One stage: tasks, tokens through layers or head, seconds on an idle machine; None where they are not known."""
+    """One stage: tasks, tokens through layers or head, FLOPs, seconds on an idle machine; None where they are unknown.
+
+    devices: that share it. device_bytes: on each of them at the peak; None where the stage uses none.
+    """
 
     name: str
     tasks: int
     tokens: int
+    flops: float | None
+    devices: int
+    device_bytes: int | None
     seconds: float | None
 
 
@@ -53,7 +62,8 @@ class ChildPlan(Value):
 
 class Plan(Value):
     """All of it. seconds: of the stages whose time is known; unknown: why it is not for the others, "" when it is.
-    disk_bytes, memory_bytes: what the workspace holds at the end, the process at its peak.
+    disk_bytes, memory_bytes: what the workspace holds at the end, the process at its peak. utilisation: of the peak,
+    where it is assumed and not measured. device_bytes: what a device has, where that is known.
     """
 
     profile: str
@@ -62,6 +72,9 @@ class Plan(Value):
     machine_loaded: bool
     machine_at: str
     threads: int
+    devices: int
+    device_bytes: int | None
+    utilisation: str
     costs_of: dict[str, str]
     parent_parameters: int
     layers: int
@@ -81,12 +94,20 @@ class Plan(Value):
     unknown: str
     children: tuple[ChildPlan, ...]
     infeasible: str = ""
+    no_room: str = ""
 
 
 def config_parent(source: ParentSource) -> Parent:
-    """A parent known by its config; asking it for weights fails. Raises ParentError."""
+    """A parent known by its config; asking it for weights fails. Raises ParentError.
+
+    The configs in profiles/architectures are those of parents on the hub that are not free to be read by anybody.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        write_config(source, Path(folder))
+        shipped = ARCHITECTURES / f"{getattr(source, 'hub_id', '').replace('/', '--')}.json"
+        if shipped.is_file():
+            shutil.copyfile(shipped, Path(folder) / "config.json")
+        else:
+            write_config(source, Path(folder))
         return Parent(Path(folder))
 
 
@@ -100,7 +121,8 @@ def plan_of(profile: Profile, parent: Parent, rates: Rates, price_per_hour: floa
     problem = bounds_problem(profile, parent, setting, searched)
     children, infeasible = children_of(problem)
     share = share_of(children, shape)
-    stages = stages_of(shape, searched, share, rates, None if modelled else setting)
+    needs = needs_of(shape, share, rates.memory)
+    stages = stages_of(shape, searched, children[0], share, rates, None if modelled else setting, needs)
     seconds = sum(stage.seconds or 0.0 for stage in stages)
     unknown = any(stage.seconds is None for stage in stages)
     options = [len(shape.variants[part]) for part in SUBBLOCKS]
@@ -113,6 +135,9 @@ def plan_of(profile: Profile, parent: Parent, rates: Rates, price_per_hour: floa
         machine_loaded=rates.loaded,
         machine_at=rates.at,
         threads=rates.threads,
+        devices=shape.processes,
+        device_bytes=None if rates.memory is None else int(rates.memory),
+        utilisation=rates.utilisation,
         costs_of=problem.costs.hardware,
         parent_parameters=parent.depth * shape.layer_parameters + shape.outside_parameters,
         layers=parent.depth,
@@ -125,13 +150,14 @@ def plan_of(profile: Profile, parent: Parent, rates: Rates, price_per_hour: floa
         tokens=sum(stage.tokens for stage in stages),
         stages=tuple(stages),
         seconds=seconds,
-        core_hours=seconds * rates.threads / 3600,
+        core_hours=seconds * rates.threads * shape.devices / 3600,
         disk_bytes=disk_bytes(shape, len(searched), share),
-        memory_bytes=memory_bytes(shape, share),
+        memory_bytes=memory_bytes(shape, share, needs),
         money=None if price_per_hour is None else seconds / 3600 * price_per_hour,
         unknown=UNKNOWN[profile.hardware.engine] if unknown else "",
         children=tuple(children),
         infeasible=infeasible,
+        no_room=no_room(needs, rates.memory),
     )
 
 
@@ -145,7 +171,8 @@ def machine_rates(profile: Profile, on: str | None) -> Rates | None:
         return None
     target: HardwareTarget = load_target(name)
     precision = profile.hardware.precision
-    rates = rates_of(target, precision if precision in target.peak_tflops else "float32")
+    computed, machines = profile.compute_precision, profile.orchestration.machines
+    rates = rates_of(target, precision if precision in target.peak_tflops else "float32", computed, machines)
     return replace(rates, name=name)  # by which it is found again: a target of one's own is found by its file
 
 
@@ -252,13 +279,22 @@ def share_of(children: Sequence[ChildPlan], shape: Shape) -> float:
 
 
 def stages_of(
-    shape: Shape, searched: list[int], share: float, rates: Rates, serving: Setting | None
+    shape: Shape,
+    searched: list[int],
+    child: ChildPlan,
+    share: float,
+    rates: Rates,
+    serving: Setting | None,
+    needs: Sequence[Need],
 ) -> list[StagePlan]:
-    """Every stage that prints itself, in order. serving: where costs and speed are measured; None when modelled."""
+    """Every stage that prints itself, in order. serving: where costs and speed are measured; None when modelled.
+
+    Layers are recorded one after the other, on one device. All devices train and score variants, and share GKD.
+    """
     profile, length = shape.profile, shape.length
     jobs = sum(effort.counts_of(shape, searched).values())
     coupled, pairs = effort.coupled_work(shape, len(searched))
-    variants = (jobs + pairs) / max(len(searched), 1)
+    layers = child_layers(child, shape)
     rivals = len(profile.evaluate.baselines)
     distilled = (1 + (1 if rivals and profile.evaluate.distill_best_baseline else 0)) if profile.gkd.steps else 0
     record, corpus, gkd = profile.record, profile.corpus, profile.gkd
@@ -269,28 +305,49 @@ def stages_of(
     stepped = gkd.steps * gkd.batch_sequences * length
     shares = [1.0, *[share] * (1 + rivals)]
     spoken = len(profile.evaluate.prompts) * profile.evaluate.answer_tokens
+    entering, everywhere = (
+        effort.entering_work(shape),
+        {"distill", "coupled", "score", "GKD child", "GKD best baseline"},
+    )
+    used = dict.fromkeys(everywhere, shape.devices)
+    bytes_of = {need.stage: need.bytes for need in needs}
     rows = [
         ("parent", 1, 0, effort.parent_work(shape)),
         ("corpus", 1, packed, Work(fixed=packed / effort.CORPUS_TOKENS_PER_SECOND + effort.TASK_SECONDS)),
         ("record", shape.depth, sequences * length * shape.depth, effort.record_work(shape)),
+        ("shards", shape.depth * len(shape.shards) if entering.flops else 0, 0, entering),
         ("distill", jobs, _bld_tokens(shape, len(searched)), effort.distill_work(shape, len(searched))),
         ("coupled", pairs, pairs * profile.trained_steps * profile.bld.batch_sequences * length, coupled),
-        ("score", len(searched), scored * (jobs + pairs), effort.score_work(shape, searched, variants)),
+        ("score", len(searched), scored * (jobs + pairs), effort.score_work(shape, searched)),
         ("measure", 1, 0, measure_work(shape, serving)),
         ("choose", 1, 0, Work(fixed=2.0)),
         ("evaluate", len(shares), tested * len(shares), effort.evaluate_work(shape, shares, first=True)),
         ("GKD parent", min(distilled, 1), stepped + gkd.validation_sequences * length, effort.teacher_work(shape)),
-        ("GKD child", min(distilled, 1), stepped, effort.gkd_work(shape, share)),
+        ("GKD child", min(distilled, 1), stepped, effort.gkd_work(shape, share, layers)),
         ("GKD best baseline", max(distilled - 1, 0), stepped, effort.gkd_work(shape, share)),
         ("evaluate", distilled, tested * distilled, effort.evaluate_work(shape, [share] * distilled, first=False)),
         ("throughput", 1 if serving else 0, 0, throughput_work(shape, serving, shares)),
         ("answers", 2 if spoken else 0, 2 * spoken, effort.answers_work(shape, share)),
     ]
     return [
-        StagePlan(name=name, tasks=tasks, tokens=tokens, seconds=None if work is None else work.seconds(rates))
+        StagePlan(
+            name=name,
+            tasks=tasks,
+            tokens=tokens,
+            flops=None if work is None else work.flops,
+            devices=used.get(name, 1),
+            device_bytes=bytes_of.get(LIKE.get(name, name)),
+            seconds=None if work is None else work.over(used.get(name, 1)).seconds(rates),
+        )
         for name, tasks, tokens, work in rows
         if tasks
     ]
+
+
+def child_layers(child: ChildPlan, shape: Shape) -> float:
+    """The parent's layers that have as many FLOPs as a child's."""
+    flops = {(part, v.label): shape.flops(v) for part in SUBBLOCKS for v in shape.variants[part]}
+    return sum(flops[part, getattr(choice, part)] for choice in child.layers for part in SUBBLOCKS) / shape.layer()
 
 
 def _bld_tokens(shape: Shape, layers: int) -> int:
@@ -308,34 +365,36 @@ def disk_bytes(shape: Shape, layers: int, share: float) -> int:
     total += shape.depth * (shape.states(kept) + effort.statistics_bytes(shape))
     total += (
         layers
-        * FLOAT
+        * effort.FLOAT
         * sum(shape.parameters(v) for part in SUBBLOCKS for v in shape.variants[part][1:] if v.kind != "no_op")
     )
     if profile.gkd.steps:
         rivals = 1 if profile.evaluate.baselines and profile.evaluate.distill_best_baseline else 0
-        total += effort.teacher_bytes(shape) + (1 + rivals) * share * shape.depth * shape.layer_parameters * FLOAT
+        total += (
+            effort.teacher_bytes(shape) + (1 + rivals) * share * shape.depth * shape.layer_parameters * effort.FLOAT
+        )
     return int(total + effort.model_bytes(shape, share) + STATE_BYTES)
 
 
-def memory_bytes(shape: Shape, share: float) -> int:
-    """The process's peak: the largest of scoring, GKD, evaluation and throughput, beside the program itself."""
-    profile, width, inner = shape.profile, shape.hidden, shape.inner
-    weights = share * shape.depth * shape.layer_parameters * FLOAT
-    at_once = max(shape.length, profile.hardware.micro_batch_tokens)
-    tokens = min(profile.gkd.batch_sequences * shape.length, at_once)
-    activations = tokens * share * shape.depth * FLOAT * (22 * width + 5 * inner)
-    # beside the model: gradients, two moments, the best weights so far, the optimiser's temporary
-    gkd = effort.model_bytes(shape, share) + 5 * weights + activations + shape.vocabulary * width * FLOAT
-    gkd += 0 if effort.gkd_recorded(shape) else effort.model_bytes(shape)
-    models = 2 + len(profile.evaluate.baselines)
-    served = weight_bytes(profile.hardware.precision) / FLOAT
+def memory_bytes(shape: Shape, share: float, needs: Sequence[Need]) -> int:
+    """A machine's peak, beside the program itself: shards of activations, whole models on their way, and on a CPU what
+    its stages compute with.
+    """
+    profile, models = shape.profile, 2 + len(shape.profile.evaluate.baselines)
+    served = weight_bytes(profile.hardware.precision) / effort.FLOAT
     throughput = served * (effort.model_bytes(shape) + (models - 1) * effort.model_bytes(shape, share))
-    scoring = 2 * effort.model_bytes(shape)
     recorded = profile.record.statistics_sequences + profile.record.validation_sequences
     recorded = min(recorded, max(1, profile.record.shard_tokens // shape.length))
-    record = 3 * shape.states(recorded) + 4 * effort.statistics_bytes(shape)
-    stages = [scoring, record, *([gkd] if profile.gkd.steps else []), *([throughput] if _measures(profile) else [])]
-    return int(PROCESS_BYTES + max(stages))
+    on_cpu = profile.devices[0].startswith("cpu")
+    workers = 1 if on_cpu else len(profile.devices)
+    shard = max(shape.shards) + shape.held_out
+    at_once = {need.stage: need.bytes * on_cpu for need in needs}
+    at_once["record"] += 2 * shape.states(recorded)
+    at_once["distill"] += 3 * shape.states(shard) * workers  # what enters a layer, its attention's and its FFN's output
+    at_once["throughput"] = int(throughput) if _measures(profile) else 0
+    if profile.gkd.steps:  # the first process writes the trained weights whole
+        at_once["GKD child"] += int(share * shape.depth * shape.layer_parameters * effort.FLOAT)
+    return int(PROCESS_BYTES * workers + max(at_once.values()))
 
 
 def _measures(profile: Profile) -> bool:

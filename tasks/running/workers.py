@@ -46,8 +46,7 @@ class WorkerSlot:
 def compute_of(profile: Profile) -> Compute:
     """How the stages of a profile compute: whole models on the first of its devices, a task on the one it takes."""
     hardware, device = profile.hardware, profile.devices[0]
-    precision = hardware.compute_precision or ("float32" if device.startswith("cpu") else "bfloat16")
-    tokens, dtype = hardware.micro_batch_tokens, getattr(torch, precision)
+    tokens, dtype = hardware.micro_batch_tokens, getattr(torch, profile.compute_precision)
     return Compute(device="", dtype=dtype, attention="sdpa", micro_batch_tokens=tokens).on(device)
 
 

@@ -1,0 +1,196 @@
+"""Bytes of a device in every stage: weights, gradients, optimiser and shards exactly as the stages hold them, and what
+one micro-batch needs beside, as its widths give it.
+
+Legend: b = bytes of a number in the stages' precision, D = hidden_size, F = intermediate_size, V = vocab_size,
+m = tokens of a micro-batch, P and C = bytes of parent and child. Trained weights, Gram matrices and heads are float32.
+"""
+
+from dataclasses import dataclass
+
+from blocks.divergence import CHUNK, SLICE
+from blocks.errors import PuzzleError
+from blocks.kinds import kind_of
+from blocks.records import SUBBLOCKS
+from blocks.variant import Variant
+from tasks.distill.gkd_settings import cosine_layers
+from tasks.distill.record import CHUNK as ELIMINATED
+from tasks.planning.effort import FLOAT, Shape, gkd_recorded, statistics_bytes
+
+DOUBLE = 8
+EVALUATED = 512  # tokens whose logits exist at a time in evaluation (tasks/evaluate/quality.py)
+LOGITS = 6  # copies of them: logits and log-probabilities of model and parent, their differences
+
+
+class NoRoom(PuzzleError):
+    """A profile of which a stage does not fit on its device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Bytes on each device that a stage uses: what stays, and what a micro-batch adds. cure: what makes it smaller."""
+
+    stage: str
+    held: float
+    passing: float
+    cure: str
+
+    @property
+    def bytes(self) -> int:
+        """Both."""
+        return int(self.held + self.passing)
+
+
+def needs_of(shape: Shape, share: float, room: float | None = None) -> list[Need]:
+    """Of every stage. share: of the layers' parameters that a child keeps. room: bytes of a device, where known."""
+    profile = shape.profile
+    found = [record_need(shape), distill_need(shape), score_need(shape, room), evaluate_need(shape, share, room)]
+    if profile.gkd.steps:
+        found += [teacher_need(shape, room), gkd_need(shape, share)]
+    return found
+
+
+def no_room(needs: list[Need], room: float | None) -> str:
+    """Stages that need more than a device has: which, how much, and what to do; "" where all fit, or nobody knows."""
+    return "; ".join(
+        f"{need.stage} needs {_gib(need.bytes)} of a device that has {_gib(room)}, {_gib(need.bytes - room)} too much: "
+        f"{need.cure}"
+        for need in needs
+        if room is not None and need.bytes > room
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**28 else f"{size / 2**20:,.1f} MiB"
+
+
+def passing(shape: Shape) -> float:
+    """What a layer's forward without gradients holds: states in and out, attention, both matrices of the FFN."""
+    return shape.at_once * shape.size * (8 * shape.hidden + 3 * shape.inner)
+
+
+def record_need(shape: Shape) -> Need:
+    """A layer, its sums over the micro-batches before and those of this one; or the elimination in float64."""
+    inner, width = shape.inner, shape.hidden
+    sums = statistics_bytes(shape)
+    weights = shape.size * shape.layer_parameters
+    batch = passing(shape) + shape.at_once * FLOAT * (inner + 4 * width) + sums
+    # Gram and eye, scaled and summed, the inverse and its factors; coefficients before and after
+    solving = DOUBLE * (5 * inner**2 + 3 * inner * width + 2 * ELIMINATED * inner)
+    more = "lower hardware.micro_batch_tokens" if batch > solving else "take a device with more memory"
+    return Need(stage="record", held=weights + sums, passing=max(batch, solving), cure=more)
+
+
+def trained_bytes(shape: Shape, variant: Variant) -> int:
+    """A variant in training: weights, gradients, two moments; the state to go back to, with moments after a first shard
+    and the best weights until then; AdamW's temporaries.
+    """
+    copies = 4 + 1 + 1 + (4 + 2 if len(shape.shards) > 1 else 1)
+    return FLOAT * copies * shape.parameters(variant)
+
+
+def solved_bytes(shape: Shape, variant: Variant) -> int:
+    """A closed form in float64: Gram, regularised Gram, its factors; right sides and solution."""
+    side = variant.size if variant.kind == "width" and variant.size else shape.hidden
+    return DOUBLE * (4 * side**2 + 3 * side * shape.hidden)
+
+
+def distill_need(shape: Shape) -> Need:
+    """The parent's layer in float32, its statistics, and the largest variant: trained, or solved for."""
+    variants = [v for part in SUBBLOCKS for v in shape.variants[part][1:] if kind_of(v).trainable]
+    held = FLOAT * shape.layer_parameters + statistics_bytes(shape)
+    trained = max((trained_bytes(shape, v) for v in variants), default=0)
+    solved = max((solved_bytes(shape, v) for v in variants), default=0) if shape.profile.bld.closed_form else 0
+    batch = activation_bytes(shape) * shape.at_once
+    if shape.size < FLOAT:  # autocast keeps them
+        batch += shape.size * shape.layer_parameters
+    return Need(
+        stage="distill", held=held + max(trained, solved), passing=batch, cure="lower hardware.micro_batch_tokens"
+    )
+
+
+def activation_bytes(shape: Shape, inner: int | None = None) -> int:
+    """Of a token in a layer, kept for its gradients: normed, projected, rotated and mixed states, gate, up, product."""
+    return shape.size * (10 * shape.hidden + 4 * (shape.inner if inner is None else inner)) + FLOAT * 4 * shape.hidden
+
+
+def head_bytes(shape: Shape) -> int:
+    """The head in float32, on a CPU packed as well, and a slice of logits."""
+    copies = 2 if shape.profile.devices[0].startswith("cpu") else 1
+    return FLOAT * (copies * shape.vocabulary * shape.hidden + 2 * CHUNK * SLICE)
+
+
+def layers_held(shape: Shape, kept: float, room: float | None) -> float:
+    """Bytes of a model's layers: all where they take less than half of the device, else two at a time."""
+    whole = shape.size * kept * shape.depth * shape.layer_parameters
+    outside = shape.size * shape.outside_parameters
+    parent = shape.size * shape.depth * shape.layer_parameters + outside
+    stays = room is None or parent < room / 2
+    return outside + (whole if stays else 2 * shape.size * shape.layer_parameters)
+
+
+def score_need(shape: Shape, room: float | None) -> Need:
+    """The parent, or a layer of it at a time; the largest variant; targets and logits of a micro-batch."""
+    length = shape.profile.scoring.tokens_per_sequence or shape.length
+    tokens = max(1, shape.profile.hardware.micro_batch_tokens // length) * length
+    held = layers_held(shape, 1.0, room) + head_bytes(shape) + shape.size * shape.layer_parameters
+    batch = passing(shape) * tokens / shape.at_once + tokens * 6 * FLOAT * shape.hidden
+    return Need(stage="score", held=held, passing=batch, cure="lower hardware.micro_batch_tokens")
+
+
+def evaluate_need(shape: Shape, share: float, room: float | None) -> Need:
+    """The parent twice, since its targets are made while it is judged itself; logits of a few tokens."""
+    batch = passing(shape) + LOGITS * FLOAT * EVALUATED * shape.vocabulary + 2 * FLOAT * shape.vocabulary * shape.hidden
+    return Need(
+        stage="evaluate",
+        held=2 * layers_held(shape, 1.0, room),
+        passing=batch,
+        cure="lower hardware.micro_batch_tokens, or take a device with more memory",
+    )
+
+
+def teacher_need(shape: Shape, room: float | None) -> Need:
+    """The parent, whose targets of validation are made once."""
+    batch = passing(shape) + shape.at_once * 4 * FLOAT * shape.hidden
+    return Need(
+        stage="GKD parent",
+        held=layers_held(shape, 1.0, room) + head_bytes(shape),
+        passing=batch,
+        cure="lower hardware.micro_batch_tokens",
+    )
+
+
+def trained_in_gkd(shape: Shape, share: float) -> float:
+    """Bytes of what is trained: float32 weights, their best so far, two moments. The gradient comes beside it."""
+    extra = {"norm": shape.hidden, "head": shape.vocabulary * shape.hidden}
+    count = share * shape.depth * shape.layer_parameters + sum(extra[name] for name in shape.profile.gkd.also_train)
+    return 4 * FLOAT * count / shape.processes
+
+
+def gkd_need(shape: Shape, share: float) -> Need:
+    """A slice of all that is trained, of the frozen rest and of the parent; the layers that are whole at a time; the
+    activations of a micro-batch.
+    """
+    settings, among, size = shape.profile.gkd, shape.processes, shape.size
+    trained = trained_in_gkd(shape, share)
+    held = trained * 5 / 4 + FLOAT * shape.outside_parameters / among  # with gradients
+    if not gkd_recorded(shape):
+        held += size * (shape.depth * shape.layer_parameters + shape.outside_parameters) / among
+    whole = head_bytes(shape) + 2 * FLOAT * shape.parameters(shape.own("ffn"))  # AdamW's temporaries
+    if among > 1:  # two layers on their way, embedding and head of both until the step ends; a layer's gradients
+        whole += 2 * size * shape.layer_parameters + 2 * size * shape.outside_parameters
+        whole += (size + FLOAT) * shape.layer_parameters
+    elif not gkd_recorded(shape):
+        whole += head_bytes(shape)
+    layers = share * shape.depth
+    states = shape.at_once * shape.hidden
+    kept = size * states * (shape.depth + 1)
+    activations = activation_bytes(shape) * shape.at_once
+    kept += activations if settings.gradient_checkpointing else layers * activations
+    compared = len(cosine_layers(shape.depth, settings.cosine_every))
+    kept += states * (compared * (2 * FLOAT + 2) + 6 * FLOAT)
+    cure = "lower hardware.micro_batch_tokens or corpus.sequence_length"
+    if not settings.gradient_checkpointing:
+        cure = "set gkd.gradient_checkpointing: true, or lower hardware.micro_batch_tokens"
+    if held > kept:
+        cure = f"share it among more than {among} devices (orchestration.devices, orchestration.machines)"
+    return Need(stage="GKD child", held=held + whole, passing=kept, cure=cure)
