@@ -12,14 +12,17 @@ from blocks.library import read_tensors
 from blocks.parent import Parent
 from blocks.records import LayerChoice
 from profiles.load import load_profile
-from profiles.schema import Evaluate
+from profiles.schema import GKD, Evaluate
 from tasks.distill.bld import distill
+from tasks.distill.gkd_job import distill_globally, job_of
+from tasks.distill.gkd_targets import record_teacher
 from tasks.distill.record import record_layer
 from tasks.evaluate.compare import contender, evaluate_contender
 from tasks.running.workers import compute_of, worker_slot
 from tasks.score.scoring import ScoringSet, score_sequences
 from tests.chain import Chain, chosen, recording
 from tests.elsewhere import DEVICE, OnDevice
+from tests.test_gkd import CHILD, SETTINGS, distilled
 
 THERE = replace(HOST, device=DEVICE)
 
@@ -70,6 +73,16 @@ def test_evaluation_computes_there(chain: Chain, workspace: Path) -> None:
     places = ((workspace, THERE), (chain.workspace, HOST))
     found, own = (evaluate_contender(which, chain.parent, chain.corpus, settings, *place) for place in places)
     assert found.quality.kl.value == pytest.approx(own.quality.kl.value, rel=1e-5)
+
+
+@pytest.mark.parametrize("recorded_gib", [8, 0])
+def test_gkd_trains_there(chain: Chain, workspace: Path, recorded_gib: float) -> None:
+    (workspace / "library").symlink_to(chain.workspace / "library")
+    settings = GKD(**(SETTINGS | {"recorded_gib": recorded_gib}))
+    teacher = record_teacher(chain.parent, chain.corpus, settings, workspace, THERE)
+    job = job_of(CHILD, chain.blocks, teacher, settings, THERE)
+    found, own = distill_globally(job, workspace, THERE), distilled(chain)
+    assert found.best_kl == pytest.approx(own.best_kl, rel=1e-3)  # AdamW has another code there
 
 
 def test_what_is_not_told_where_to_compute_does_not_compute(chain: Chain) -> None:
