@@ -66,6 +66,28 @@ def test_record_bld_and_scores_compute_there(chain: Chain, workspace: Path) -> N
         assert score.kl == pytest.approx(same.kl, rel=1e-3, abs=1e-6)
 
 
+def test_bfloat16_products_give_nearly_the_same(chain: Chain, tmp_path: Path) -> None:
+    for part in ("parent", "corpus"):
+        (tmp_path / part).symlink_to(chain.workspace / part)
+    half = replace(HOST, dtype=torch.bfloat16)
+    wanted = recording(chain.parent, chain.corpus).model_copy(update={"dtype": "bfloat16"})
+    assert wanted.key != recording(chain.parent, chain.corpus).key
+    records = [record_layer(layer, wanted, tmp_path, half) for layer in range(3)]
+    more = {"recording": wanted, "record": records[1]}
+    jobs = [chain.job(1, "attention", "kv1"), chain.job(1, "ffn", "linear"), chain.job(1, "ffn", "parent")]
+    blocks = [distill(job.model_copy(update=more), tmp_path, half) for job in jobs]
+    for block in blocks[:2]:
+        assert block.weights is not None
+        assert {tensor.dtype for tensor in read_tensors(tmp_path, block.weights).values()} == {torch.float32}
+    scored = ScoringSet(corpus=chain.corpus, last=records[-1], count=6, length=32)
+    work = [(block, scored.sequences) for block in blocks]
+    *found, own = score_sequences(work, records[1], scored, chain.parent, tmp_path, half)
+    assert own.kl == 0
+    for score in found:
+        same = next(s for s in chain.scores if (s.layer, s.subblock, s.variant) == (1, score.subblock, score.variant))
+        assert score.kl == pytest.approx(same.kl, rel=0.2)
+
+
 def test_evaluation_computes_there(chain: Chain, workspace: Path) -> None:
     layers = (LayerChoice(), LayerChoice(ffn="no_op"), LayerChoice(attention="linear", ffn="ffn32"))
     (workspace / "library").symlink_to(chain.workspace / "library")
