@@ -16,7 +16,7 @@ from blocks.records import Architecture, BlockRecord, CorpusInfo, CostTable, Lay
 from flows.run import Run, task_of
 from profiles.hardware import load_target
 from tasks.distill.bld import Job, distill_shard, progress_of
-from tasks.distill.jobs import coupled_jobs, jobs_of
+from tasks.distill.jobs import better_of, coupled_jobs, jobs_of
 from tasks.distill.record import (
     Recording,
     Shard,
@@ -160,7 +160,7 @@ def distill_all(run: Run, parent: ParentInfo, corpus: CorpusInfo, records: Seque
     """BLD of the whole search space; a variant that fails is left out and named, the run goes on."""
     profile, reader = run.profile, open_parent(run.workspace / parent.folder)
     jobs = jobs_of(profile, recording(run, parent, corpus), records, reader)
-    blocks = _distill(run, jobs, "distill")
+    blocks = better_of(_distill(run, jobs, "distill"))
     if profile.bld.coupled:
         blocks += _distill(run, coupled_jobs(profile, jobs, blocks, reader), "coupled")
     return blocks

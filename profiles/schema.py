@@ -269,7 +269,11 @@ class BLD(Section):
         gt=0,
         description="Strength of the ridge regression, relative to the mean of the Gram matrix's diagonal.",
     )
-    closed_form: bool = Field(default=True, description="Start from a ridge regression on the parent's activations.")
+    closed_form: bool | Literal["compare"] = Field(
+        default=True,
+        description="Start from a ridge regression on the parent's activations. compare: variants with fewer KV heads "
+        "are trained from both starts, and the better one is kept; with many tokens the regression may be the worse.",
+    )
     max_attempts: PositiveInt = Field(
         default=3,
         description="How often a variant is trained when its loss is NaN or rises. Each further attempt has a third of"

@@ -12,14 +12,17 @@ from blocks.library import read_tensors
 from blocks.parent import Parent
 from blocks.records import LayerChoice
 from profiles.load import load_profile
-from profiles.schema import Evaluate
+from profiles.schema import GKD, Evaluate
 from tasks.distill.bld import distill
+from tasks.distill.gkd_job import distill_globally, job_of
+from tasks.distill.gkd_targets import record_teacher
 from tasks.distill.record import record_layer
 from tasks.evaluate.compare import contender, evaluate_contender
 from tasks.running.workers import compute_of, worker_slot
 from tasks.score.scoring import ScoringSet, score_sequences
 from tests.chain import Chain, chosen, recording
 from tests.elsewhere import DEVICE, OnDevice
+from tests.test_gkd import CHILD, SETTINGS, distilled
 
 THERE = replace(HOST, device=DEVICE)
 
@@ -63,6 +66,28 @@ def test_record_bld_and_scores_compute_there(chain: Chain, workspace: Path) -> N
         assert score.kl == pytest.approx(same.kl, rel=1e-3, abs=1e-6)
 
 
+def test_bfloat16_products_give_nearly_the_same(chain: Chain, tmp_path: Path) -> None:
+    for part in ("parent", "corpus"):
+        (tmp_path / part).symlink_to(chain.workspace / part)
+    half = replace(HOST, dtype=torch.bfloat16)
+    wanted = recording(chain.parent, chain.corpus).model_copy(update={"dtype": "bfloat16"})
+    assert wanted.key != recording(chain.parent, chain.corpus).key
+    records = [record_layer(layer, wanted, tmp_path, half) for layer in range(3)]
+    more = {"recording": wanted, "record": records[1]}
+    jobs = [chain.job(1, "attention", "kv1"), chain.job(1, "ffn", "linear"), chain.job(1, "ffn", "parent")]
+    blocks = [distill(job.model_copy(update=more), tmp_path, half) for job in jobs]
+    for block in blocks[:2]:
+        assert block.weights is not None
+        assert {tensor.dtype for tensor in read_tensors(tmp_path, block.weights).values()} == {torch.float32}
+    scored = ScoringSet(corpus=chain.corpus, last=records[-1], count=6, length=32)
+    work = [(block, scored.sequences) for block in blocks]
+    *found, own = score_sequences(work, records[1], scored, chain.parent, tmp_path, half)
+    assert own.kl == 0
+    for score in found:
+        same = next(s for s in chain.scores if (s.layer, s.subblock, s.variant) == (1, score.subblock, score.variant))
+        assert score.kl == pytest.approx(same.kl, rel=0.2)
+
+
 def test_evaluation_computes_there(chain: Chain, workspace: Path) -> None:
     layers = (LayerChoice(), LayerChoice(ffn="no_op"), LayerChoice(attention="linear", ffn="ffn32"))
     (workspace / "library").symlink_to(chain.workspace / "library")
@@ -70,6 +95,16 @@ def test_evaluation_computes_there(chain: Chain, workspace: Path) -> None:
     places = ((workspace, THERE), (chain.workspace, HOST))
     found, own = (evaluate_contender(which, chain.parent, chain.corpus, settings, *place) for place in places)
     assert found.quality.kl.value == pytest.approx(own.quality.kl.value, rel=1e-5)
+
+
+@pytest.mark.parametrize("recorded_gib", [8, 0])
+def test_gkd_trains_there(chain: Chain, workspace: Path, recorded_gib: float) -> None:
+    (workspace / "library").symlink_to(chain.workspace / "library")
+    settings = GKD(**(SETTINGS | {"recorded_gib": recorded_gib}))
+    teacher = record_teacher(chain.parent, chain.corpus, settings, workspace, THERE)
+    job = job_of(CHILD, chain.blocks, teacher, settings, THERE)
+    found, own = distill_globally(job, workspace, THERE), distilled(chain)
+    assert found.best_kl == pytest.approx(own.best_kl, rel=1e-3)  # AdamW has another code there
 
 
 def test_what_is_not_told_where_to_compute_does_not_compute(chain: Chain) -> None:

@@ -21,6 +21,7 @@ from profiles.schema import BLD, Record
 from tasks.distill import bld
 from tasks.distill import record as recording_module
 from tasks.distill.bld import Job, State, distill, distill_shard, rates_of
+from tasks.distill.jobs import better_of, jobs_of
 from tasks.distill.record import Recording, drop, enter, record_layer, recorded, slices
 from tasks.score.scoring import ScoringSet, score_sequences
 from tests.chain import RECORD, SETTINGS, Chain, recording
@@ -213,6 +214,22 @@ def test_keys_that_others_have_stand(chain: Chain) -> None:
     }
     assert changed["coupled"] == job.key and len({job.key, *changed.values()}) == 3
     assert recording_module.VERSION == 2 and bld.VERSION == 2
+
+
+def test_two_starts_are_compared_where_the_closed_form_may_lose(chain: Chain) -> None:
+    space = ["search_space.layers=[1]", "search_space.ffn=[ffn32,no_op]"]
+    profile = load_profile("tiny", ["bld.closed_form=compare", *space])
+    wanted = recording(chain.parent, chain.corpus)
+    jobs = jobs_of(profile, wanted, chain.records, chain.reader)
+    starts = {(job.variant, job.settings.closed_form) for job in jobs if job.subblock == "attention"}
+    assert starts == {("kv1", True), ("kv1", False), ("linear", True), ("no_op", True)}
+    assert all(job.settings.closed_form is True for job in jobs if job.subblock == "ffn")
+    plain = load_profile("tiny", space)
+    assert {job.key for job in jobs_of(plain, wanted, chain.records, chain.reader)} < {job.key for job in jobs}
+    block = next(block for block in chain.blocks if block.variant == "kv1")
+    other = block.model_copy(update={"key": "other", "nmse_after": 1e-9})
+    failed = block.model_copy(update={"status": "failed", "nmse_after": None})
+    assert better_of([block, other]) == better_of([failed, other, block]) == [other] and better_of([failed]) == [failed]
 
 
 def test_rates_rise_in_the_warm_up_and_fall_to_the_last() -> None:

@@ -360,7 +360,7 @@ class Training:
         return -(-rows // self.compute.sequences(self.tokens.shape[1]))
 
     def _on_device(self, values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=self.compute.device)
+        return torch.tensor(values, dtype=torch.float64).to(self.compute.device)
 
     def _agreed(self, answer: bool) -> bool:
         """What the first process says, for all."""

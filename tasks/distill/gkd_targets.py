@@ -106,7 +106,7 @@ def record_teacher(
     if stored is not None:
         return stored
     teacher, layers = Teacher(reader.model(), compute), cosine_layers(reader.depth, settings.cosine_every)
-    tokens = read_tensors(workspace, corpus.tokens, device=compute.device)
+    tokens = read_tensors(workspace, corpus.tokens, ["train", "validation"])
     references = []
     for step in range(steps):
         batch = tokens["train"][rows_of_step(step, settings, len(tokens["train"]))]
@@ -135,7 +135,7 @@ def _in_parts(
     teacher: Teacher, tokens: Tensor, layers: tuple[int, ...], compute: Compute
 ) -> Iterator[dict[str, Tensor]]:
     for part in tokens.split(compute.sequences(tokens.shape[1])):
-        yield teacher(part, layers)
+        yield teacher(part.to(compute.device), layers)
 
 
 def _record_batch(parts: Iterator[dict[str, Tensor]], workspace: Path, stem: str) -> Ref:

@@ -327,7 +327,8 @@ def distill_work(shape: Shape, layers: int) -> Work:
     layer += Work(disk=shape.states(seen) + statistics_bytes(shape) + shape.layer_parameters * FLOAT)
     for part in SUBBLOCKS:
         for variant in shape.variants[part][1:]:
-            layer += variant_work(shape, variant)
+            compared = shape.profile.bld.closed_form == "compare" and kind_of(variant).closed_form_may_lose
+            layer += variant_work(shape, variant) * (2 if compared else 1)
     return layer * layers
 
 

@@ -9,7 +9,7 @@ from blocks.library import BlockLibrary
 from blocks.parent import Parent
 from blocks.records import BlockRecord, CorpusInfo, CostTable, LayerRecord, ParentInfo, Score
 from profiles.schema import Profile
-from tasks.distill.jobs import coupled_jobs, jobs_of
+from tasks.distill.jobs import better_of, coupled_jobs, jobs_of
 from tasks.distill.record import open_parent, recorded, recording_of
 from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
@@ -96,7 +96,9 @@ def _blocks(
     jobs = jobs_of(profile, recording, records, reader)
     blocks = [library.find(job.key) for job in jobs]
     there = [block for block in blocks if block is not None]
-    if profile.bld.coupled and len(there) == len(jobs):
+    if None not in blocks:
+        there = better_of(there)
+    if profile.bld.coupled and None not in blocks:
         jobs = coupled_jobs(profile, jobs, there, reader)
         blocks = [library.find(job.key) for job in jobs]
         there += [block for block in blocks if block is not None]
