@@ -39,7 +39,7 @@ class LinearKind(SizelessKind):
         weight = "self_attn.linear_attn.weight" if self.subblock == "attention" else "mlp.linear_mlp.weight"
         load_subblock(module, self.subblock, norms | {weight: self.product(context)})  # type: ignore[arg-type]
 
-    def fit_flops(self, variant: Variant, config: Any, tokens: int) -> tuple[int, int]:
+    def fit_flops(self, variant: Variant, config: Any, tokens: int, length: int) -> tuple[int, int]:
         return 0, solve_flops(config.hidden_size, config.hidden_size)
 
     def closed_form(self, variant: Variant, module: nn.Module, context: FitContext) -> None:

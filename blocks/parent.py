@@ -197,6 +197,8 @@ class Parent:
 
     def own_part(self, layer: int, choice: LayerChoice) -> "DeciLMDecoderLayer":
         """A layer with these variants, of which the parent's own subblocks are loaded."""
+        if choice == LayerChoice():
+            return self.layer(layer)
         module = self.empty_layer(layer, choice).eval()
         kept = [subblock for subblock in SUBBLOCKS if getattr(choice, subblock) == "parent"]
         whole = self.layer(layer) if kept else module

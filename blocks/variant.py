@@ -82,8 +82,14 @@ class VariantKind(ABC):
         """
         raise NotImplementedError(f"{self.subblock} {self.name} has nothing to fit")
 
-    def fit_flops(self, variant: Variant, config: Any, tokens: int) -> tuple[int, int]:
-        """FLOPs of `closed_form` over so many recorded tokens, for plans: (float32 products, float64 solves)."""
+    def initial_flops(self, variant: Variant, config: Any) -> int:
+        """FLOPs of `initialise`, for plans."""
+        return 0
+
+    def fit_flops(self, variant: Variant, config: Any, tokens: int, length: int) -> tuple[int, int]:
+        """FLOPs of `closed_form` over so many recorded tokens in sequences of `length`, for plans: (float32 products,
+        float64 solves).
+        """
         return 0, 0
 
 

@@ -766,7 +766,7 @@ class Profile(Section):
         return self.orchestration.devices or (self.hardware.device,)
 
     @property
-    def compute_precision(self) -> str:
+    def compute_precision(self) -> Literal["float32", "bfloat16"]:
         """Number format of matrix products in every stage."""
         return self.hardware.compute_precision or ("float32" if self.devices[0].startswith("cpu") else "bfloat16")
 

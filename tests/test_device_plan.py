@@ -1,5 +1,6 @@
 """What a plan says of devices: FLOPs are those that torch counts, bytes those that the stages hold, no room is told."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -10,23 +11,28 @@ from typing import Any
 
 import pytest
 import torch
+from torch import profiler
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from blocks.compute import HOST
-from blocks.library import read_tensors
-from blocks.records import SUBBLOCKS
+from blocks.fit import elimination_order
+from blocks.records import SUBBLOCKS, LayerChoice
 from profiles.load import load_profile
-from profiles.schema import GKD
+from profiles.schema import GKD, Orchestration, Profile
 from tasks.distill import bld, record
 from tasks.distill.gkd_job import distill_globally, job_of
 from tasks.distill.gkd_targets import record_teacher
+from tasks.distill.jobs import jobs_of
+from tasks.inputs.corpus import prepare_corpus
+from tasks.inputs.corpus_sources import iterate_documents
+from tasks.inputs.parent import prepare_parent
 from tasks.planning import effort, memory
 from tasks.planning.effort import Shape, shape_of
 from tasks.planning.plan import config_parent, machine_rates, plan_of
 from tasks.score.scoring import score_sequences
-from tests.chain import SETTINGS, Chain, prepare, recording
+from tests.chain import CORPUS, SETTINGS, Chain, prepare, recording
 from tests.test_gkd import CHILD
 from tests.test_nvlabs import puzzle
 from tests.test_plan import chain_profile
@@ -51,7 +57,10 @@ def counted() -> Iterator[FlopCounterMode]:
     def packed(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return 2 * int(torch.Size(x).numel()) * int(out_shape[-1])
 
-    more = {torch.ops.aten.addmm_: addmm_flop, torch.ops.mkldnn._linear_pointwise: packed}
+    def added(_: Any, a: Any, b: Any, **__: Any) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    more = {torch.ops.aten.addmm_: added, torch.ops.mkldnn._linear_pointwise: packed}
     with pytest.MonkeyPatch.context() as patch, FlopCounterMode(display=False, custom_mapping=more) as counter:
         patch.setattr(LlamaRotaryEmbedding, "forward", not_counted(LlamaRotaryEmbedding.forward))
         yield counter
@@ -70,7 +79,7 @@ def products(work: effort.Work) -> float:
 def test_flops_of_recording(shape: Shape, tmp_path: Path) -> None:
     parent, corpus = prepare(tmp_path)
     with counted() as counter, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(record, "elimination_order", not_counted(record.elimination_order))
+        patch.setattr(record, "elimination_order", not_counted(elimination_order))
         for layer in range(shape.depth):
             record.record_layer(layer, recording(parent, corpus), tmp_path, EAGER)
     assert counter.get_total_flops() == products(effort.record_work(shape))
@@ -81,7 +90,7 @@ def test_flops_of_distilling(shape: Shape, chain: Chain, closed_form: bool, monk
     monkeypatch.setattr(effort, "ATTEMPTS", 1)
     for part in SUBBLOCKS:
         for variant in shape.variants[part][1:]:
-            settings = SETTINGS.model_copy(update={"closed_form": closed_form, "ridge": 3e-3})  # a block of its own
+            settings = SETTINGS.model_copy(update={"closed_form": closed_form, "learning_rate": 1e-5})
             job = chain.job(1, part, variant.label, settings)
             bld.layer_data(job, job.recording.shards[0], chain.workspace, EAGER)  # once for all variants
             profile = chain_profile(bld=settings)
@@ -129,3 +138,113 @@ def test_flops_of_gkd(shape: Shape, chain: Chain, recorded_gib: float) -> None:
     share = parameters / own.depth / own.layer_parameters
     assert counter.get_total_flops() == pytest.approx(products(effort.gkd_work(own, share, layers)), rel=1e-12)
     assert result.held_bytes == (round(memory.trained_in_gkd(own, share)),)
+
+
+def peak_of(work: Any) -> tuple[Any, int]:
+    """What a function gives, and the most bytes of tensors that torch had allocated for it at a time."""
+    with profiler.profile(activities=[profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        found = work()
+    events = seen.profiler.kineto_results.events()
+    sizes = [size for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")]
+    return found, max(itertools.accumulate(sizes))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Profile, Path, Any, Any]]:
+    """A parent whose tensors are larger than what surrounds them, without packed copies, which only a CPU has."""
+    asked = {
+        "parent": {
+            "kind": "tiny",
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "train_steps": 0,
+        },
+        "corpus": {**CORPUS.model_dump(), "sequence_length": 64},
+        "hardware": {"micro_batch_tokens": 256, "compute_precision": "float32"},
+        "record": {"statistics_sequences": 16, "hidden_sequences": 16, "validation_sequences": 4},
+        "search_space": {"attention": ["kv1"], "ffn": ["ffn512"]},
+        "bld": {"steps": 2},
+        "scoring": {"sequences": 4},
+        "orchestration": {"devices": ["cuda:0"]},
+    }
+    profile, workspace = chain_profile(**asked), tmp_path_factory.mktemp("wide")
+    parent = prepare_parent(profile.parent, workspace, lambda: iterate_documents(profile.corpus))
+    corpus = prepare_corpus(profile.corpus, workspace / parent.folder, parent.fingerprint, workspace)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        yield profile, workspace, parent, corpus
+
+
+NARROW = replace(HOST, micro_batch_tokens=256)
+
+
+def test_bytes_of_recording_and_bld(wide: tuple[Profile, Path, Any, Any]) -> None:
+    profile, workspace, parent, corpus = wide
+    asked = record.recording_of(profile, parent, corpus, NARROW)
+    reader = record.open_parent(workspace / parent.folder, NARROW)
+    shape = shape_of(profile, reader)
+    made, most = peak_of(lambda: record.record_layer(0, asked, workspace, NARROW))
+    states = shape.states(20)  # on the host, which is the device here
+    assert memory.record_need(shape).bytes + 2 * states == pytest.approx(most, rel=0.1)
+    job = next(j for j in jobs_of(profile, asked, [made] * 4, reader) if j.subblock == "ffn" and j.layer == 0)
+    _, most = peak_of(lambda: bld.distill(job, workspace, NARROW))
+    assert memory.distill_need(shape).bytes + 3 * states == pytest.approx(most, rel=0.1)
+
+
+@pytest.mark.parametrize(("checkpointing", "batch"), [(False, 8), (True, 4)])
+def test_bytes_of_gkd(wide: tuple[Profile, Path, Any, Any], checkpointing: bool, batch: int) -> None:
+    profile, workspace, parent, corpus = wide
+    settings = GKD(
+        steps=1,
+        batch_sequences=batch,
+        learning_rate=1e-4,
+        recorded_gib=0,
+        validation_sequences=4,
+        gradient_checkpointing=checkpointing,
+    )
+    teacher = record_teacher(parent, corpus, settings, workspace, NARROW)
+    job = job_of((LayerChoice(),) * 4, (), teacher, settings, NARROW)
+    _, most = peak_of(lambda: distill_globally(job, workspace, NARROW))
+    changes = {"gkd": settings, "orchestration": Orchestration()}  # AdamW's temporaries are a CPU's
+    shape = shape_of(profile.model_copy(update=changes), record.open_parent(workspace / parent.folder))
+    assert memory.gkd_need(shape, 1.0).bytes == pytest.approx(most, rel=0.1)
+
+
+LARGE = {"llama-3.1-8b-8xh100": (8_030_261_248, 8), "llama-3.3-70b-16-nodes": (70_553_706_496, 128)}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_large_profiles_are_planned_without_a_download(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.inputs.parent._download", lambda *_, **__: pytest.fail("a plan asked the hub"))
+    profile = load_profile(name)
+    rates = machine_rates(profile, None)
+    assert rates is not None
+    plan = plan_of(profile, config_parent(profile.parent), rates)
+    parameters, devices = LARGE[name]
+    assert (plan.parent_parameters, plan.devices) == (parameters, devices)
+    assert "40% of bfloat16 peak" in plan.utilisation and not plan.no_room
+    assert all(s.device_bytes < 79.1 * 2**30 for s in plan.stages if s.device_bytes is not None)
+    gkd = next(s for s in plan.stages if s.name == "GKD child")
+    assert gkd.tokens >= 2e9 and gkd.flops is not None and gkd.seconds is not None
+    assert gkd.flops / gkd.devices / (989.4e12 * gkd.seconds) == pytest.approx(0.4, rel=0.35)
+
+
+def test_twice_the_devices_hold_half_and_take_half_the_time() -> None:
+    profile = load_profile("llama-3.1-8b-8xh100", ["gkd.recorded_gib=0"])
+    four = load_profile("llama-3.1-8b-8xh100", [f"orchestration.devices={[f'cuda:{n}' for n in range(4)]}"])
+    shapes = [shape_of(each, config_parent(each.parent)) for each in (profile, four)]
+    whole = [memory.trained_in_gkd(shape, 0.7) for shape in shapes]
+    assert whole[1] == 2 * whole[0]
+    work = effort.Work(product=8.0, exchange=3.0, fixed=1.0)
+    assert work.over(4) == effort.Work(product=2.0, exchange=3.0, fixed=1.0)
+
+
+def test_what_does_not_fit_is_refused_with_its_stage_and_a_cure() -> None:
+    code, out, err = puzzle("plan", "llama-3.1-8b-8xh100", "--set", "orchestration.devices=[cuda:0]")
+    assert code == 2 and "GKD child needs" in err and "of a device that has 79.1 GiB" in err and "too much" in err
+    assert "share it among more than 1 devices" in err and "GKD child" in out
+    more = ("--set", "gkd.gradient_checkpointing=false", "--set", "hardware.micro_batch_tokens=32768")
+    code, out, _ = puzzle("plan", "llama-3.1-8b-8xh100", "--json", *more)
+    assert code == 2 and "gkd.gradient_checkpointing: true" in json.loads(out)["no_room"]

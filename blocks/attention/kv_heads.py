@@ -106,10 +106,10 @@ class KVHeads(VariantKind):
         weight = attention.o_proj.weight.data
         weight.copy_(ridge_solve(gram, cross, weight.T, context.ridge).T)
 
-    def fit_flops(self, variant: Variant, config: Any, tokens: int) -> tuple[int, int]:
+    def fit_flops(self, variant: Variant, config: Any, tokens: int, length: int) -> tuple[int, int]:
         assert variant.size is not None
         width = config.num_attention_heads * head_dim(config)
-        forward = sum(attention_flops(config, heads, 0) for heads in (variant.size, config.num_key_value_heads))
+        forward = sum(attention_flops(config, heads, length) for heads in (variant.size, config.num_key_value_heads))
         return tokens * (forward + 2 * width * (width + config.hidden_size)), solve_flops(width, config.hidden_size)
 
 

@@ -10,12 +10,16 @@ from blocks.families.base import head_dim
 from blocks.fit import FitContext
 from blocks.linear import LinearKind
 from blocks.records import Subblock
+from blocks.variant import Variant
 
 
 class LinearAttentionKind(LinearKind):
     """`linear`"""
 
     subblock: ClassVar[Subblock] = "attention"
+
+    def initial_flops(self, variant: Variant, config: Any) -> int:
+        return 2 * config.hidden_size**2 * config.num_attention_heads * head_dim(config)
 
     def product(self, context: FitContext) -> Tensor:
         attention: Any = context.parent_layer.self_attn

@@ -9,12 +9,16 @@ from torch import Tensor
 from blocks.fit import FitContext
 from blocks.linear import LinearKind
 from blocks.records import Subblock
+from blocks.variant import Variant
 
 
 class LinearFFNKind(LinearKind):
     """`linear`"""
 
     subblock: ClassVar[Subblock] = "ffn"
+
+    def initial_flops(self, variant: Variant, config: Any) -> int:
+        return 2 * config.hidden_size**2 * config.intermediate_size
 
     def product(self, context: FitContext) -> Tensor:
         mlp: Any = context.parent_layer.mlp

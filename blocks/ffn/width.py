@@ -76,7 +76,7 @@ class Width(VariantKind):
         fitted = ridge_solve(gram[channels][:, channels], gram[channels] @ whole.T, prior, context.ridge)
         down.weight.data.copy_(fitted.T)
 
-    def fit_flops(self, variant: Variant, config: Any, tokens: int) -> tuple[int, int]:
+    def fit_flops(self, variant: Variant, config: Any, tokens: int, length: int) -> tuple[int, int]:
         assert variant.size is not None
         cross = 2 * variant.size * config.intermediate_size * config.hidden_size
         return cross, solve_flops(variant.size, config.hidden_size)

@@ -342,8 +342,11 @@ def variant_work(shape: Shape, variant: Variant) -> Work:
     held_out = (LOOKS + ATTEMPTS * len(shards)) * shape.held_out * shape.length
     stepped = ATTEMPTS * steps * settings.batch_sequences * shape.length
     work = step_work(shape, variant, held_out, stepped, ATTEMPTS * steps)
+    work += Work(product=kind_of(variant).initial_flops(variant, shape.parent.config))
     if settings.closed_form:
-        products, solves = kind_of(variant).fit_flops(variant, shape.parent.config, shards[0] * shape.length)
+        products, solves = kind_of(variant).fit_flops(
+            variant, shape.parent.config, shards[0] * shape.length, shape.length
+        )
         work += Work(product=products, float32=products, solve=solves)
     # between two shards weights, moments and the best weights are written and read
     stored = shape.parameters(variant) * FLOAT * (1 + 2 * 4 * (len(shards) - 1))

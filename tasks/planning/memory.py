@@ -74,8 +74,8 @@ def record_need(shape: Shape) -> Need:
     sums = statistics_bytes(shape)
     weights = shape.size * shape.layer_parameters
     batch = passing(shape) + shape.at_once * FLOAT * (inner + 4 * width) + sums
-    # Gram and eye, scaled and summed, the inverse and its factors; coefficients before and after
-    solving = DOUBLE * (5 * inner**2 + 3 * inner * width + 2 * ELIMINATED * inner)
+    # Gram, regularised Gram, its inverse and factors; coefficients before and after
+    solving = DOUBLE * (4 * inner**2 + 2 * inner * width + 2 * ELIMINATED * inner)
     more = "lower hardware.micro_batch_tokens" if batch > solving else "take a device with more memory"
     return Need(stage="record", held=weights + sums, passing=max(batch, solving), cure=more)
 
@@ -95,28 +95,35 @@ def solved_bytes(shape: Shape, variant: Variant) -> int:
 
 
 def distill_need(shape: Shape) -> Need:
-    """The parent's layer in float32, its statistics, and the largest variant: trained, or solved for."""
+    """The parent's layer in float32, its statistics, and a variant: trained on a micro-batch, or solved for."""
     variants = [v for part in SUBBLOCKS for v in shape.variants[part][1:] if kind_of(v).trainable]
     held = FLOAT * shape.layer_parameters + statistics_bytes(shape)
-    trained = max((trained_bytes(shape, v) for v in variants), default=0)
+    cast = shape.size if shape.size < FLOAT else 0  # autocast keeps weights in the precision of the products
+    loss = FLOAT * 3 * shape.hidden  # of a token: what comes out, what should, their difference
+    batch = {v: shape.at_once * (activation_bytes(shape, v) + loss) + cast * shape.parameters(v) for v in variants}
+    most = max(variants, key=lambda v: trained_bytes(shape, v) + batch[v], default=shape.own("ffn"))
+    trained, passing = trained_bytes(shape, most), batch.get(most, 0)
     solved = max((solved_bytes(shape, v) for v in variants), default=0) if shape.profile.bld.closed_form else 0
-    batch = activation_bytes(shape) * shape.at_once
-    if shape.size < FLOAT:  # autocast keeps them
-        batch += shape.size * shape.layer_parameters
-    return Need(
-        stage="distill", held=held + max(trained, solved), passing=batch, cure="lower hardware.micro_batch_tokens"
-    )
+    more = max(0, solved - trained - passing)
+    return Need(stage="distill", held=held + trained, passing=passing + more, cure="lower hardware.micro_batch_tokens")
 
 
-def activation_bytes(shape: Shape, inner: int | None = None) -> int:
-    """Of a token in a layer, kept for its gradients: normed, projected, rotated and mixed states, gate, up, product."""
-    return shape.size * (10 * shape.hidden + 4 * (shape.inner if inner is None else inner)) + FLOAT * 4 * shape.hidden
+def activation_bytes(shape: Shape, variant: Variant) -> int:
+    """Of a token in a subblock, kept for its gradients: three states of its norm in float32; rotated queries, keys,
+    values and what is mixed of them; or gate, its activation, up and their product.
+    """
+    width, config = shape.hidden, shape.parent.config
+    norm = FLOAT * 3 * width
+    if variant.subblock == "ffn":
+        return norm + shape.size * 4 * (0 if variant.kind == "linear" else variant.size or shape.inner)
+    return norm + shape.size * (2 * width + kind_of(variant).kv_elements_per_token(variant, config))
 
 
 def head_bytes(shape: Shape) -> int:
     """The head in float32, on a CPU packed as well, and a slice of logits."""
     copies = 2 if shape.profile.devices[0].startswith("cpu") else 1
-    return FLOAT * (copies * shape.vocabulary * shape.hidden + 2 * CHUNK * SLICE)
+    logits = min(CHUNK, shape.at_once) * min(SLICE, shape.vocabulary)
+    return FLOAT * (copies * shape.vocabulary * shape.hidden + 2 * logits)
 
 
 def layers_held(shape: Shape, kept: float, room: float | None) -> float:
@@ -168,29 +175,28 @@ def trained_in_gkd(shape: Shape, share: float) -> float:
 
 def gkd_need(shape: Shape, share: float) -> Need:
     """A slice of all that is trained, of the frozen rest and of the parent; the layers that are whole at a time; the
-    activations of a micro-batch.
+    activations of a micro-batch, or AdamW's temporaries after them.
     """
     settings, among, size = shape.profile.gkd, shape.processes, shape.size
-    trained = trained_in_gkd(shape, share)
-    held = trained * 5 / 4 + FLOAT * shape.outside_parameters / among  # with gradients
-    if not gkd_recorded(shape):
+    gradients, beside = trained_in_gkd(shape, share) / 4, not gkd_recorded(shape)
+    held = 4 * gradients + FLOAT * shape.outside_parameters / among + (1 + beside * (among == 1)) * head_bytes(shape)
+    if beside:
         held += size * (shape.depth * shape.layer_parameters + shape.outside_parameters) / among
-    whole = head_bytes(shape) + 2 * FLOAT * shape.parameters(shape.own("ffn"))  # AdamW's temporaries
     if among > 1:  # two layers on their way, embedding and head of both until the step ends; a layer's gradients
-        whole += 2 * size * shape.layer_parameters + 2 * size * shape.outside_parameters
-        whole += (size + FLOAT) * shape.layer_parameters
-    elif not gkd_recorded(shape):
-        whole += head_bytes(shape)
-    layers = share * shape.depth
-    states = shape.at_once * shape.hidden
-    kept = size * states * (shape.depth + 1)
-    activations = activation_bytes(shape) * shape.at_once
-    kept += activations if settings.gradient_checkpointing else layers * activations
-    compared = len(cosine_layers(shape.depth, settings.cosine_every))
-    kept += states * (compared * (2 * FLOAT + 2) + 6 * FLOAT)
+        held += 2 * size * (shape.layer_parameters + shape.outside_parameters)
+        held += (size + FLOAT) * shape.layer_parameters
+    states, compared = shape.at_once * shape.hidden, len(cosine_layers(shape.depth, settings.cosine_every))
+    layer = sum(activation_bytes(shape, shape.own(part)) for part in SUBBLOCKS) * shape.at_once
+    kept = size * states * shape.depth + layer if settings.gradient_checkpointing else share * shape.depth * layer
+    kept += states * (compared * (2 * FLOAT * (size < FLOAT) + 2) + 6 * FLOAT)
+    own = settings.batch_sequences // among * shape.length
+    kept = gradients + kept if own > shape.at_once else max(gradients, kept)
+    # on a GPU of all weights at once, on a CPU of one after the other
+    stepping = FLOAT * 2 * shape.hidden * shape.inner if shape.profile.devices[0].startswith("cpu") else gradients
+    kept = max(kept, gradients + stepping)
     cure = "lower hardware.micro_batch_tokens or corpus.sequence_length"
     if not settings.gradient_checkpointing:
         cure = "set gkd.gradient_checkpointing: true, or lower hardware.micro_batch_tokens"
     if held > kept:
         cure = f"share it among more than {among} devices (orchestration.devices, orchestration.machines)"
-    return Need(stage="GKD child", held=held + whole, passing=kept, cure=cure)
+    return Need(stage="GKD child", held=held, passing=kept, cure=cure)
