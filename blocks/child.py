@@ -1,15 +1,18 @@
 """A child: how it is assembled from an architecture and the block library."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from blocks.compute import Compute
 from blocks.errors import DamagedBlock
 from blocks.export_code.modeling_decilm import DeciLMDecoderLayer, DeciLMForCausalLM
 from blocks.library import read_tensors
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Architecture, BlockRecord, LayerChoice
+from blocks.runtime import free_bytes
 from blocks.subblock import load_subblock
 
 Library = Mapping[tuple[int, str, str], BlockRecord]
@@ -37,6 +40,30 @@ def assemble_layers(
     for layer, choice in enumerate(layers):
         model.model.layers.append(assembled_layer(parent, library, choice, layer, workspace))
     return model
+
+
+def for_passes(build: Callable[[Compute], DeciLMForCausalLM], compute: Compute, size: int) -> DeciLMForCausalLM:
+    """A whole model of `size` bytes for forward passes. Where that is more than half of what its device has free, the
+    layers wait on the host, and each comes to the device while it computes.
+    """
+    device = compute.device
+    if device == "cpu" or size < free_bytes(device) / 2:
+        return build(compute)
+    model: Any = build(compute.on("cpu"))
+
+    def comes(layer: nn.Module, _: object) -> None:
+        layer.to(device)
+
+    def goes(layer: nn.Module, *_: object) -> None:
+        layer.to("cpu")
+
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(comes)
+        layer.register_forward_hook(goes)
+    for part in (*(part for name, part in model.model.named_children() if name != "layers"), model.lm_head):
+        part.to(device)
+    model.tie_weights()
+    return model  # type: ignore[no-any-return]
 
 
 def assembled_layer(

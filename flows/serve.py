@@ -15,7 +15,7 @@ import typer
 
 from blocks.errors import PuzzleError
 from blocks.runtime import configure
-from profiles.load import load_profile, shipped_profiles
+from profiles.load import load_profile, runnable_profiles
 from tasks.operating.admission import Roots, served_profile
 from tasks.operating.reach import check_servers
 from tasks.running.recording import ADDRESS, API, HOME, SERVED, in_force, own_prefect, take_for_server, users_settings
@@ -57,7 +57,8 @@ Trusted = Annotated[
 
 def serve_command(
     profiles: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROFILE ...]", help="deployments of these [all shipped profiles]")
+        list[str] | None,
+        typer.Argument(metavar="[PROFILE ...]", help="deployments of these [all for this machine]"),
     ] = None,
     root: Annotated[Path, typer.Option("--root", metavar="DIR", help="workspaces lie below it")] = Path("workspace"),
     data: Data = None,
@@ -74,7 +75,7 @@ def serve_command(
     """Offer optimize, reoptimize, sweep and measure-hardware in Prefect's UI, on this machine only, until ctrl-c."""
     if reoptimize_at is not None:
         check_cron(reoptimize_at)
-    offered = named(profiles or shipped_profiles())
+    offered = named(profiles or runnable_profiles())
     roots = Roots.declared(root, data or (), store or (), package or (), allow_remote_code or (), offered)
     described = {name: served_profile(load_profile(file), roots).description for name, file in roots.profiles.items()}
     root = roots.workspaces

@@ -43,6 +43,11 @@ def shipped_profiles() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
+def runnable_profiles() -> list[str]:
+    """Of these, the profiles for the machine at hand; the others are for planning a run on other hardware."""
+    return [name for name in shipped_profiles() if load_profile(name).hardware.engine != "roofline"]
+
+
 def load_profile(path: Path | str, overrides: Sequence[str] = ()) -> Profile:
     """Read, override and validate a profile. `path` is a file, or the name of a shipped profile such as `tiny`.
 

@@ -1,5 +1,6 @@
 """Every stage computes where its Compute says, and gives what it gives on the CPU; what cannot be is refused."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from tasks.distill.bld import distill
 from tasks.distill.gkd_job import distill_globally, job_of
 from tasks.distill.gkd_targets import record_teacher
 from tasks.distill.record import record_layer
+from tasks.evaluate import compare
 from tasks.evaluate.compare import contender, evaluate_contender
 from tasks.running.workers import compute_of, worker_slot
 from tasks.score.scoring import ScoringSet, score_sequences
@@ -130,3 +132,21 @@ def test_a_device_without_float64_is_refused(setting: str) -> None:
     with pytest.raises(Exception, match="which mps does not have: set orchestration.devices"):
         load_profile("tiny", [setting])
     load_profile("tiny", ["hardware.device=mps", "orchestration.devices=[cpu]"])
+
+
+def test_a_model_without_room_on_its_device_comes_layer_by_layer(
+    chain: Chain, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluation and the targets of GKD give what they give with the whole model there."""
+    settings, which = Evaluate(sequences=4), contender("child", chosen(CHILD), chain.blocks)
+    (workspace / "library").symlink_to(chain.workspace / "library")
+    asked = (which, chain.parent, chain.corpus, settings)
+    whole = evaluate_contender(*asked, workspace, THERE)
+    shutil.rmtree(workspace / "evaluations")
+    compare._test_targets.cache_clear()
+    monkeypatch.setattr("blocks.child.free_bytes", lambda _: 0)
+    seen: list[str] = []
+    own = torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda m, *to: seen.append(str(to[0])) or own(m, *to))  # type: ignore[func-returns-value]
+    apart = evaluate_contender(*asked, workspace, THERE)
+    assert apart.quality == whole.quality and seen.count("cpu") >= 2 * 3 and DEVICE in seen

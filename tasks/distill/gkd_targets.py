@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from blocks.child import for_passes
 from blocks.compute import Compute
 from blocks.divergence import Head, Targets, targets_of
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
@@ -97,7 +98,8 @@ def record_teacher(
     The steps that a killed run finished are not done again.
     """
     started = time.perf_counter()
-    reader = open_parent(workspace / parent.folder, compute)
+    source = workspace / parent.folder
+    reader = open_parent(source, compute)
     recorded = is_recorded(settings, corpus.sequence_length, reader.depth, reader.config.hidden_size)
     steps = settings.steps if recorded else 0
     folder = f"gkd/teacher-{teacher_key(parent, corpus, settings, compute)}"
@@ -105,7 +107,8 @@ def record_teacher(
     stored = remember(manifest, TeacherRecord, _files_of, workspace, "when read")
     if stored is not None:
         return stored
-    teacher, layers = Teacher(reader.model(), compute), cosine_layers(reader.depth, settings.cosine_every)
+    model = for_passes(lambda on: open_parent(source, on).model(), compute, reader.weight_bytes)
+    teacher, layers = Teacher(model, compute), cosine_layers(reader.depth, settings.cosine_every)
     tokens = read_tensors(workspace, corpus.tokens, ["train", "validation"])
     references = []
     for step in range(steps):

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from blocks.child import assemble, library_of
+from blocks.child import assemble, for_passes, library_of
 from blocks.compute import Compute
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import digest_of, keep, read_tensors, remember
@@ -115,11 +115,15 @@ def parent_contender(architecture: Architecture) -> Contender:
 
 def build(which: Contender, parent: ParentInfo, workspace: Path, compute: Compute) -> DeciLMForCausalLM:
     """The contender as a model, GKD weights included."""
-    reader = open_parent(workspace / parent.folder, compute)
-    model = assemble(reader, library_of(list(which.blocks)), which.architecture, workspace)
-    if which.gkd is not None:
-        load_trained(model, read_tensors(workspace, which.gkd.weights, device=compute.device))
-    return model
+    folder = workspace / parent.folder
+
+    def made(on: Compute) -> DeciLMForCausalLM:
+        model = assemble(open_parent(folder, on), library_of(list(which.blocks)), which.architecture, workspace)
+        if which.gkd is not None:
+            load_trained(model, read_tensors(workspace, which.gkd.weights, device=on.device))
+        return model
+
+    return for_passes(made, compute, open_parent(folder, compute).weight_bytes)
 
 
 def distill_contender(
@@ -140,7 +144,8 @@ def distill_contender(
 def _test_targets(
     parent: ParentInfo, corpus: CorpusInfo, sequences: int, workspace: Path, compute: Compute
 ) -> ParentTargets:
-    model = open_parent(workspace / parent.folder, compute).model()
+    folder = workspace / parent.folder
+    model = for_passes(lambda on: open_parent(folder, on).model(), compute, open_parent(folder, compute).weight_bytes)
     return parent_targets(model, _test_tokens(corpus, sequences, workspace), compute)
 
 

@@ -19,7 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from blocks.errors import PuzzleError
 from profiles.hardware import shipped_targets
-from profiles.load import load_profile, shipped_profiles
+from profiles.load import load_profile, runnable_profiles
 from profiles.schema import Profile, StoreURL
 from tasks.gguf.header import named_parts
 from tasks.operating.served_profile import (
@@ -57,7 +57,7 @@ class Refused(PuzzleError):
 @cache
 def shipped_packages() -> frozenset[str]:
     """Packages that the shipped profiles read data files of."""
-    return frozenset(name for profile in shipped_profiles() for _, name in _packages(load_profile(profile)))
+    return frozenset(name for profile in runnable_profiles() for _, name in _packages(load_profile(profile)))
 
 
 def _packages(profile: Profile) -> Iterator[tuple[str, str]]:
@@ -82,7 +82,7 @@ class Roots:
     stores: Mapping[str, str] = field(default_factory=dict)
     packages: frozenset[str] = field(default_factory=shipped_packages)
     trusted: frozenset[str] = frozenset()
-    profiles: Mapping[str, str] = field(default_factory=lambda: {name: name for name in shipped_profiles()})
+    profiles: Mapping[str, str] = field(default_factory=lambda: {name: name for name in runnable_profiles()})
 
     @classmethod
     def declared(
@@ -109,7 +109,7 @@ class Roots:
             stores={name: _store(name, url) for name, url in _named("--store", "URL", stores)},
             packages=shipped_packages() | set(packages),
             trusted=frozenset(trusted),
-            profiles=dict(_named("profile", "FILE", profiles or (f"{name}={name}" for name in shipped_profiles()))),
+            profiles=dict(_named("profile", "FILE", profiles or (f"{name}={name}" for name in runnable_profiles()))),
         )
 
     def environment(self) -> dict[str, str]:
