@@ -20,7 +20,7 @@ from profiles.schema import Profile
 from tasks.distill.bld import Job, distill
 from tasks.distill.jobs import coupled_jobs, jobs_of
 from tasks.distill.record import open_parent, record_key, record_layer, recorded
-from tasks.inputs.corpus import prepare_corpus
+from tasks.inputs.corpus import documents_of, prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
 from tasks.inputs.space import check_search_space, measured_space
@@ -186,6 +186,8 @@ def score_all(
         (block.layer, block.subblock, block.variant): block for block in blocks if block.status != "failed"
     }
 
+    documents = documents_of(corpus, "validation", run.workspace, length)
+
     def score(wanted: Mapping[Key, scoring.Sequences]) -> dict[Key, Score]:
         stored = {key: scoring.stored_score(usable[key], wanted[key], length, run.workspace) for key in wanted}
 
@@ -203,7 +205,11 @@ def score_all(
             for done, (layer, future) in enumerate(futures.items(), start=1):
                 stored |= {(one.layer, one.subblock, one.variant): one for one in future.result()}
                 progress(done, len(missing), f"layer {layer}")
-        return {key: score for key, score in stored.items() if score}
+        return {
+            key: scoring.by_document(score, documents and [documents[sequence] for sequence in wanted[key]])
+            for key, score in stored.items()
+            if score
+        }
 
     if settings.adaptive is None:
         return list(score(dict.fromkeys(usable, tuple(range(scored.count)))).values())

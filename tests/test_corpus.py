@@ -18,13 +18,20 @@ import pytest
 import torch
 
 from blocks.errors import CorpusError
-from blocks.library import read_tensors
+from blocks.library import read_tensors, write_tensors
 from blocks.records import CorpusInfo
 from profiles.schema import Corpus, HubSource, PythonStdlibSource, TextSource, WikipediaDumpSource
 from tasks.inputs import corpus as module
 from tasks.inputs import corpus_sources, text_files
 from tasks.inputs.chats import Unusable, messages_of, template_of
-from tasks.inputs.corpus import DocumentTokenizer, ordered_documents, pack_splits, prepare_corpus, spans_of
+from tasks.inputs.corpus import (
+    DocumentTokenizer,
+    documents_of,
+    ordered_documents,
+    pack_splits,
+    prepare_corpus,
+    spans_of,
+)
 from tasks.inputs.corpus_sources import check_sources, iterate_documents, normalise
 from tasks.inputs.installed_packages import installed_file
 from tasks.inputs.text_files import Part, split_stream
@@ -71,7 +78,7 @@ def words_of(tokens: torch.Tensor) -> set[str]:
 def prepared(corpus: Corpus, tokenizer: Path, workspace: Path) -> tuple[CorpusInfo, dict[str, torch.Tensor]]:
     info = prepare_corpus(corpus, tokenizer, "f" * 64, workspace)
     # copies: the tensors of a file are mapped, and one test damages the file
-    return info, {name: tensor.clone() for name, tensor in read_tensors(workspace, info.tokens).items()}
+    return info, {name: tensor.clone() for name, tensor in read_tensors(workspace, info.tokens, list(WANTED)).items()}
 
 
 def test_splits_have_their_shapes_and_share_no_document(tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -83,6 +90,29 @@ def test_splits_have_their_shapes_and_share_no_document(tmp_path: Path, tokenize
     for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
         assert not words[one] & words[other]
     assert info.documents == 60
+
+
+def test_every_sequence_knows_its_document(tmp_path: Path, tokenizer_folder: Path) -> None:
+    info, splits = prepared(small(write_texts(tmp_path, make_documents(60))), tokenizer_folder, tmp_path)
+    for split, tokens in splits.items():
+        ends = (tokens.flatten() == byte_tokenizer().eos_token_id).nonzero().flatten()
+        starts = read_tensors(tmp_path, info.tokens, [f"{split}_starts"])[f"{split}_starts"]
+        assert starts[0] == 0 and torch.equal(starts[1:], ends[ends < tokens.numel() - 1] + 1)
+        number = torch.bucketize(torch.arange(tokens.numel()), starts, right=True).view_as(tokens) - 1
+        for length in (None, 5):
+            main = [int(row[:length].mode().values) for row in number]
+            documents = documents_of(info, split, tmp_path, length)
+            counts = [(row[:length] == document).sum() for row, document in zip(number, documents, strict=True)]
+            assert counts == [(row[:length] == document).sum() for row, document in zip(number, main, strict=True)]
+    assert len(set(documents_of(info, "train", tmp_path))) > 3
+
+
+def test_a_corpus_of_an_older_version_does_not_say_where_documents_begin(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    info, splits = prepared(small(write_texts(tmp_path, make_documents(60))), tokenizer_folder, tmp_path)
+    older = info.model_copy(update={"tokens": write_tensors(tmp_path, "corpus/older.safetensors", splits)})
+    assert documents_of(older, "test", tmp_path) == ()
 
 
 def test_tokens_decode_to_the_text(tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -144,7 +174,7 @@ def test_one_long_document_cannot_be_the_test_set() -> None:
     documents = ["x" * 100_000, *make_documents(40)]
     packed, used = pack_splits(documents, LETTERS, WANTED, 32)
     assert int((packed["test"] == ord("x")).sum()) == 31  # an eighth of 8 sequences, with eos
-    assert used["test"] >= 8
+    assert len(used["test"]) >= 8
 
 
 def test_train_may_take_more_of_a_document_when_it_must() -> None:

@@ -80,9 +80,9 @@ class ParentTargets:
     softcap: float | None
 
 
-def mean_metric(values: Tensor) -> Metric:
-    """Mean of (N,) values, standard error std / sqrt(N) with N - 1 degrees of freedom (0 for a single value)."""
-    return estimates.mean(values.detach().double().cpu().numpy()).metric
+def mean_metric(values: Tensor, documents: Sequence[int] = ()) -> Metric:
+    """Mean of (N,) values, its standard error over documents (N), or over the values where no documents are known."""
+    return estimates.mean(values.detach().double().cpu().numpy(), documents).metric
 
 
 @contextlib.contextmanager
@@ -126,9 +126,9 @@ def parent_targets(parent_model: Any, tokens: Tensor) -> ParentTargets:
     return ParentTargets(tokens=tokens, hidden=hidden, head=parent_model.lm_head, softcap=_softcap(parent_model))
 
 
-def quality_of(figures: Mapping[str, Tensor]) -> Quality:
-    """Means of `sequence_figures` with their standard errors over the sequences."""
-    return Quality(**{name: mean_metric(values) for name, values in figures.items()})
+def quality_of(figures: Mapping[str, Tensor], documents: Sequence[int] = ()) -> Quality:
+    """Means of `sequence_figures` with their standard errors over the sequences' documents."""
+    return Quality(**{name: mean_metric(values, documents) for name, values in figures.items()})
 
 
 def sequence_figures(model: Any, targets: ParentTargets, tokens: Tensor) -> dict[str, Tensor]:

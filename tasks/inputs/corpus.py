@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from blocks.errors import CorpusError, first_line
 from blocks.files import sha256_of
-from blocks.library import digest_of, keep, remember, write_tensors
+from blocks.library import digest_of, keep, read_tensors, remember, write_tensors
 from blocks.records import CorpusInfo
 from profiles.schema import Corpus, HubSource, TextSource
 from tasks.inputs.chats import Chat, Message, contents_alone, template_of
@@ -32,18 +33,20 @@ from tasks.inputs.corpus_sources import check_sources, content_of, iterate_docum
 from tasks.inputs.text_files import SUFFIXES
 from tasks.running.progress import say
 
-VERSION = 1  # raise it when the same sources would give other tokens
+VERSION = 2  # raise it when the same sources would give other tokens
 PART = 1 << 20  # characters tokenised at once: a tokenizer takes about 150 bytes for each
 TRIED_TOKENS = 1 << 19  # tokenised in a second or two
 COUNTED_BYTES = 1 << 26  # read in a second or two
 BYTES_PER_TOKEN = 4
 # split -> the largest share of its sequences that one document may give is 1 / this; only train may exceed it
 SHARES = {"test": 8, "validation": 8, "train": 32}
+STARTS = "_starts"
 CHAT_TEMPLATE = "chat_template.jinja"  # says nothing about other sources than those that may hold chats
 
 
 def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: str, workspace: Path) -> CorpusInfo:
-    """Tokenise and pack a corpus to `corpus/<fingerprint>.safetensors`: int32 `train`, `validation`, `test` (S, T).
+    """Tokenise and pack a corpus to `corpus/<fingerprint>.safetensors`: int32 `train`, `validation`, `test` (S, T), and
+    beside each of them, as `train_starts` and so on, where each of its documents begins.
 
     The fingerprint covers the content of the sources, the settings and the tokenizer; what is there is used again.
     Raises CorpusError when a source cannot be read or the documents do not fill the splits.
@@ -60,17 +63,18 @@ def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: s
     documents = ordered_documents(iterate_documents(at_commits, tokenizer.chat, notes))
     for note in notes:
         say(f"corpus: {note}")
-    packed, used = pack_splits(documents, tokenizer, splits_of(corpus), corpus.sequence_length)
+    packed, starts = pack_splits(documents, tokenizer, splits_of(corpus), corpus.sequence_length)
     _check_ids(packed, tokenizer_folder / "config.json")
+    beside = {f"{split}{STARTS}": where for split, where in starts.items()}
     info = CorpusInfo(
-        tokens=write_tensors(workspace, f"corpus/{fingerprint}.safetensors", packed),
+        tokens=write_tensors(workspace, f"corpus/{fingerprint}.safetensors", packed | beside),
         fingerprint=fingerprint,
         sequence_length=corpus.sequence_length,
         train_sequences=corpus.train_sequences,
         validation_sequences=corpus.validation_sequences,
         test_sequences=corpus.test_sequences,
         documents=len(documents),
-        description=_description(corpus, used, notes),
+        description=_description(corpus, starts, notes),
     )
     keep(manifest, info, [info.tokens], workspace)
     return info
@@ -102,7 +106,7 @@ def check_enough(corpus: Corpus, tokenizer_folder: Path | None) -> str:
     return f"corpus: {told}. A token is about {BYTES_PER_TOKEN} bytes of English, so that may be too little: {ways}."
 
 
-def splits_of(corpus: Corpus) -> dict[str, int]:
+def splits_of(corpus: Corpus | CorpusInfo) -> dict[str, int]:
     """Number of sequences of each split, in the order in which documents fill them."""
     return {
         "test": corpus.test_sequences,
@@ -121,6 +125,33 @@ def tokens_of_file(path: Path, tokenizer_folder: Path, sequences: int, length: i
     return pack_splits(documents, tokenizer, {"train": sequences}, length)[0]["train"].long()
 
 
+def documents_of(corpus: CorpusInfo, split: str, workspace: Path, length: int | None = None) -> tuple[int, ...]:
+    """For each sequence of a split the document that most of its first `length` tokens are of; all of them when None.
+
+    Sequences of one document are not independent of each other. Empty for a corpus of an older version, which does not
+    say where documents begin.
+    """
+    try:
+        starts = read_tensors(workspace, corpus.tokens, [f"{split}{STARTS}"])[f"{split}{STARTS}"].numpy()
+    except SafetensorError:
+        return ()
+    total = splits_of(corpus)[split] * corpus.sequence_length
+    return main_documents(starts, total, corpus.sequence_length, length or corpus.sequence_length)
+
+
+def main_documents(starts: NDArray[np.int64], total: int, every: int, length: int) -> tuple[int, ...]:
+    """For each of the sequences that begin at every `every`-th of `total` tokens, the document that has most of its
+    first `length` tokens, by its number. starts: of each document, ascending from 0.
+    """
+    begins = np.arange(0, total, every)
+    bounds = np.unique(np.concatenate([starts, begins, begins + length]))
+    bounds = bounds[bounds < total]
+    sizes = np.diff(bounds, append=total) * (bounds % every < length)
+    order = np.lexsort((-sizes, bounds // every))  # of each sequence, its longest piece first
+    _, first = np.unique(bounds[order] // every, return_index=True)
+    return tuple((np.searchsorted(starts, bounds[order][first], side="right") - 1).tolist())
+
+
 def _check_ids(packed: Mapping[str, torch.Tensor], config: Path) -> None:
     """Raise CorpusError for token ids that the model has no embedding for: the tokenizer is another model's."""
     vocab_size = json.loads(config.read_text(encoding="utf-8"))["vocab_size"] if config.is_file() else None
@@ -132,9 +163,9 @@ def _check_ids(packed: Mapping[str, torch.Tensor], config: Path) -> None:
         )
 
 
-def _description(corpus: Corpus, used: Mapping[str, int], notes: Sequence[str]) -> str:
+def _description(corpus: Corpus, starts: Mapping[str, torch.Tensor], notes: Sequence[str]) -> str:
     kinds = ", ".join(dict.fromkeys(source.kind for source in corpus.sources))
-    counts = ", ".join(f"{split} {count}" for split, count in used.items())
+    counts = ", ".join(f"{split} {len(where)}" for split, where in starts.items())
     return "; ".join([kinds, f"documents used: {counts}", *notes])
 
 
@@ -224,10 +255,11 @@ def load_tokenizer(folder: Path) -> DocumentTokenizer:
 
 def pack_splits(
     documents: Sequence[str], tokenizer: DocumentTokenizer, wanted: Mapping[str, int], length: int
-) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Fill the splits of `wanted` (name -> number of sequences) with documents, one split after another.
 
-    Returns name -> int32 (sequences, length), and name -> number of documents used. Raises CorpusError.
+    Returns name -> int32 (sequences, length), and name -> int64 (documents,): how many tokens of the split come before
+    each document. Raises CorpusError.
     """
     try:
         return _packed(documents, tokenizer, wanted, length)
@@ -241,8 +273,8 @@ def pack_splits(
 
 def _packed(
     documents: Sequence[str], tokenizer: DocumentTokenizer, wanted: Mapping[str, int], length: int
-) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    packed, used, position = {}, {}, 0
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    packed, starts, position = {}, {}, 0
     for split, sequences in wanted.items():
         share = max(1, sequences // SHARES[split]) * length
         parts = _fill(documents[position:], tokenizer, sequences * length, share, stretch=split == "train")
@@ -250,9 +282,9 @@ def _packed(
         if len(tokens) < sequences * length:
             _refuse(split, sequences, length, len(tokens), position, len(documents))
         packed[split] = torch.from_numpy(tokens).view(sequences, length)
-        used[split] = len(parts)
+        starts[split] = torch.from_numpy(np.cumsum([0, *map(len, parts[:-1])])[: len(parts)])
         position += len(parts)
-    return packed, used
+    return packed, starts
 
 
 def _fill(

@@ -11,13 +11,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
+from blocks.estimates import mean
 from blocks.library import write_value
 from blocks.records import Value
 from tasks.libraries.options import OptionLibrary, OptionsDescription, ScoredVariant, checked
 from tasks.libraries.tables import read_description, read_table, validated, write_tables
-from tasks.search.joint import LibraryFileError, MeasuredAt, standard_error
+from tasks.search.joint import LibraryFileError, MeasuredAt
 
 Name = tuple[str, str, str]
 KeyT = TypeVar("KeyT")
@@ -92,7 +91,7 @@ def _name(variant: ScoredVariant) -> dict[str, str]:
 def _metric_rows(variant: ScoredVariant) -> Iterable[MetricRow]:
     for metric, value in variant.metrics.items():
         samples = variant.samples.get(metric, ())
-        se = standard_error(np.array(samples)) if len(samples) > 1 else None
+        se = mean(samples).error if len(samples) > 1 else None
         yield MetricRow(**_name(variant), metric=metric, value=value, se=se, per_sequence=samples)
 
 

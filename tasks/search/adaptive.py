@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from blocks.estimates import mean
 from blocks.records import SUBBLOCKS, Score
 from profiles.schema import Adaptive
 from tasks.search.choose import choose
@@ -214,8 +215,9 @@ def comparable(scores: Sequence[Score]) -> list[Score]:
 
     What was measured stays. The rest is level x difficulty plus the variant's own residuals again, so much larger that
     mean and standard error, and those of differences of two variants of one depth, are what the measured sequences
-    give. `tokens` keeps counting what was measured.
+    give, were they independent of each other. `tokens` keeps counting what was measured.
     """
+    documents = max((score.documents for score in scores), key=len, default=())
     filled = {}
     for metric in ("kl", "lm_loss"):
         table = table_of(scores, metric, 0)
@@ -225,8 +227,9 @@ def comparable(scores: Sequence[Score]) -> list[Score]:
         update: dict[str, Any] = {}
         for metric, rows in filled.items():
             row = rows[index]
-            error = float(row.std(ddof=1)) / math.sqrt(len(row)) if len(row) > 1 else 0.0
+            error = mean(row, documents).error
             update |= {metric: float(row.mean()), f"{metric}_se": error, f"{metric}_per_sequence": tuple(row.tolist())}
+        update["documents"] = documents
         found.append(score.model_copy(update=update) if table.depths[index] < len(row) else score)
     return found
 

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from blocks.errors import PuzzleError
+from blocks.estimates import mean
 from blocks.records import Architecture, LayerChoice, Metric, Value
 from tasks.running.progress import Progress, no_progress
 from tasks.search.choose import choose
 from tasks.search.totals import Problem, predicted, within_budget
 from tasks.studies.additivity import Layers
 from tasks.studies.peers import BLACK_BOXES, EVALUATIONS, NAMES, Objective, find, top
-from tasks.studies.swaps import beyond_noise, mean_of
+from tasks.studies.swaps import beyond_noise
 from tasks.studies.truth import Meter, OtherModel, other_model
 
 SUMS, TRUE, NOTHING = "summed scores", "true KL", "nothing"
@@ -27,8 +28,9 @@ SUMS, TRUE, NOTHING = "summed scores", "true KL", "nothing"
 class Entry(Value):
     """One search and what it found.
 
-    objective: what it minimised, at what it found. true: KL of every other sequence. evaluations: architectures whose
-    objective was looked at; 0 for a solver. seconds: of the search, measured KLs included.
+    objective: what it minimised, at what it found. true: KL of every other sequence, and documents: the
+    document of each. evaluations: architectures whose objective was looked at; 0 for a solver. seconds: of the search,
+    measured KLs included.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Entry(Value):
     score: float
     objective: float
     true: tuple[float, ...]
+    documents: tuple[int, ...]
     evaluations: int
     seconds: float
 
@@ -47,12 +50,13 @@ class Entry(Value):
 
     @property
     def kl(self) -> Metric:
-        """The true KL with its standard error over sequences."""
-        return mean_of(self.true)
+        """The true KL with its standard error over documents."""
+        return mean(self.true, self.documents).metric
 
 
 class Contest(Value):
-    """The searches, lowest true KL first. level: those that differ from the winner by no more than noise, paired.
+    """The searches, lowest true KL first. level: those that differ from the winner by no more than noise, paired,
+    the test's level shared among them.
 
     prune: False where the untouched parent keeps the budget, or a smaller model that somebody else trained wins.
     left_out: why, by name.
@@ -105,7 +109,7 @@ def contest(
     for folder in size.smaller:
         smaller = other_model(folder, others)
         if smaller.parameters <= best.totals[0].parameters:
-            entries.append(_untrained(smaller))
+            entries.append(_untrained(smaller, others))
         else:
             left_out[smaller.name] = (
                 f"{smaller.parameters:,} parameters, more than the child's {best.totals[0].parameters:,}"
@@ -130,12 +134,13 @@ def _entry(found: Architecture, name: str, on: str, objective: float, seconds: f
         score=found.score,
         objective=objective,
         true=others(found.layers).per_sequence,
+        documents=others.documents,
         evaluations=found.evaluations,
         seconds=seconds,
     )
 
 
-def _untrained(model: OtherModel) -> Entry:
+def _untrained(model: OtherModel, others: Meter) -> Entry:
     """A smaller model as an entry: nothing was searched, nothing summed."""
     kl = float(np.mean(model.per_sequence))
     return Entry(
@@ -145,6 +150,7 @@ def _untrained(model: OtherModel) -> Entry:
         score=kl,
         objective=kl,
         true=model.per_sequence,
+        documents=others.documents,
         evaluations=0,
         seconds=model.seconds,
     )
@@ -189,7 +195,8 @@ def _ranked(
     level = [
         entry.title
         for entry in ranked[1:]
-        if entry.layers == first.layers or not beyond_noise(np.array(first.true) - np.array(entry.true))
+        if entry.layers == first.layers
+        or not beyond_noise(np.array(first.true) - np.array(entry.true), max(len(ranked) - 1, 1), first.documents)
     ]
     return Contest(
         budget=problem.budget.model_dump(exclude_none=True),
