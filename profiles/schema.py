@@ -127,7 +127,17 @@ ParentSource = Annotated[
 ]
 
 
-class TextSource(Section):
+class Source(Section):
+    """A source of a corpus."""
+
+    weight: Weight | None = Field(
+        default=None,
+        description="Its share of the tokens of every split, beside the weights of the other sources: 3 and 1, or 75% "
+        "and 25%. All sources have one, or none. null: as many documents as it has.",
+    )
+
+
+class TextSource(Source):
     """Text, jsonl or parquet files in UTF-8, also compressed (gz, bz2, xz, zst). Only the wanted field is read."""
 
     kind: Literal["text", "jsonl", "parquet"] = Field(description="The format of the files.")
@@ -140,7 +150,7 @@ class TextSource(Section):
     separator: str = Field(default="\n\n\n", min_length=1, description="For text files: what separates two documents.")
 
 
-class HubSource(Section):
+class HubSource(Source):
     """A data set on the Hugging Face hub."""
 
     kind: Literal["hub"]
@@ -153,7 +163,7 @@ class HubSource(Section):
     text_field: str = Field(default="text", description="The column with the text, or with chats as lists of messages.")
 
 
-class WikipediaDumpSource(Section):
+class WikipediaDumpSource(Source):
     """A MediaWiki XML dump (.bz2) in an installed Python package; gensim has one with 95 real articles."""
 
     kind: Literal["wikipedia_dump"]
@@ -164,7 +174,7 @@ class WikipediaDumpSource(Section):
     )
 
 
-class PythonStdlibSource(Section):
+class PythonStdlibSource(Source):
     """The source code of Python's standard library, which is on every machine."""
 
     kind: Literal["python_stdlib"]
@@ -186,6 +196,18 @@ class Corpus(Section):
     train_sequences: PositiveInt = Field(default=512, description="Number of sequences for recording, BLD and GKD.")
     validation_sequences: PositiveInt = Field(default=32, description="Sequences for scores, and for when GKD stops.")
     test_sequences: PositiveInt = Field(default=32, description="Sequences for the final comparison alone.")
+    near_duplicates: Annotated[float, Field(ge=0.5, le=1), BeforeValidator(read_share)] | None = Field(
+        default=0.7,
+        description="How much of its text (Jaccard index of pieces of 24 bytes) a document must share with one of test "
+        "or validation to be left out of all splits. null: only exact duplicates are dropped.",
+    )
+
+    @model_validator(mode="after")
+    def _all_sources_have_weights_or_none(self) -> Self:
+        without = [number for number, source in enumerate(self.sources) if source.weight is None]
+        if 0 < len(without) < len(self.sources):
+            raise ValueError(f"source {without[0] + 1} has no weight, others have: give every source one, or none")
+        return self
 
 
 class SearchSpace(Section):

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pydantic import ValidationError
 
 from blocks.errors import CorpusError
 from blocks.library import read_tensors, write_tensors
@@ -26,6 +27,8 @@ from tasks.inputs import corpus_sources, text_files
 from tasks.inputs.chats import Unusable, messages_of, template_of
 from tasks.inputs.corpus import (
     DocumentTokenizer,
+    Packed,
+    Queue,
     documents_of,
     ordered_documents,
     pack_splits,
@@ -34,6 +37,7 @@ from tasks.inputs.corpus import (
 )
 from tasks.inputs.corpus_sources import check_sources, iterate_documents, normalise
 from tasks.inputs.installed_packages import installed_file
+from tasks.inputs.near_duplicates import SHINGLE, likeness, sketch_of
 from tasks.inputs.text_files import Part, split_stream
 from tasks.inputs.tiny import byte_tokenizer
 from tasks.inputs.wikipedia import plain_text
@@ -163,25 +167,112 @@ def test_fingerprint_follows_content_settings_and_tokenizer(tmp_path: Path, toke
 
 def test_duplicates_go_and_order_is_by_hash() -> None:
     documents = make_documents(20)
-    ordered = ordered_documents(documents + documents[::-1])
+    ordered = ordered_documents((0, document) for document in documents + documents[::-1])
     assert sorted(ordered) == sorted(documents)
     assert ordered != documents
-    added = ordered_documents([*documents, "another"])
+    added = ordered_documents((0, document) for document in [*documents, "another"])
     assert [document for document in added if document != "another"] == ordered
+
+
+def words(generator: random.Random, count: int) -> list[str]:
+    return ["".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=generator.randint(2, 9))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.05, 0.1, 0.5])
+def test_likeness_is_the_jaccard_index(share: float) -> None:
+    generator = random.Random(1)
+    first = words(generator, 800)
+    second = [word if generator.random() >= share else words(generator, 1)[0] for word in first]
+    texts = [" ".join(each) for each in (first, second)]
+    pieces = [{text[start : start + SHINGLE] for start in range(len(text) - SHINGLE + 1)} for text in texts]
+    jaccard = len(pieces[0] & pieces[1]) / len(pieces[0] | pieces[1])
+    assert likeness(*map(sketch_of, texts)) == pytest.approx(jaccard, abs=0.17)
+    assert likeness(sketch_of(texts[0]), sketch_of(texts[0].upper().replace(" ", "\n "))) == 1
+    assert likeness(sketch_of(""), sketch_of("x")) == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_document_and_none_nearly_the_same_is_in_two_splits(seed: int) -> None:
+    """Families of documents that differ in one word; the first word of each document names its family."""
+    generator = random.Random(seed)
+    families = [words(generator, generator.randint(90, 150)) for _ in range(40)]
+    documents = []
+    for number, family in enumerate(families):
+        for _ in range(generator.randint(1, 4)):
+            copy = [*family]
+            copy[generator.randrange(len(copy))] = words(generator, 1)[0]
+            documents.append(
+                " ".join(f"\N{BULLET}{number:02d}" if place % 5 == 0 else word for place, word in enumerate(copy))
+            )
+    queues = [Queue(documents=ordered_documents((0, document) for document in documents))]
+
+    def families_of(packed: Packed) -> dict[str, set[str]]:
+        texts = {split: "".join(map(chr, tokens.flatten().tolist())) for split, tokens in packed.tokens.items()}
+        return {split: set(re.findall("\N{BULLET}..", text)) for split, text in texts.items()}
+
+    kept, apart = (families_of(pack_splits(queues, LETTERS, WANTED, 64, near)) for near in (None, 0.7))
+    pairs = (("train", "validation"), ("train", "test"), ("validation", "test"))
+    assert any(kept[one] & kept[other] for one, other in pairs)
+    assert not any(apart[one] & apart[other] for one, other in pairs)
+
+
+def test_all_nearly_the_same_is_told(tmp_path: Path) -> None:
+    same = " ".join(words(random.Random(0), 200))
+    queue = Queue(documents=[f"{same} {number}" for number in range(90)])
+    with pytest.raises(CorpusError, match="89 are nearly the same as one of test"):
+        pack_splits([queue], LETTERS, WANTED, 32, 0.7)
+
+
+@pytest.mark.parametrize(("batch", "train"), [(20_000_000, 30), (2000, 40)])
+def test_a_larger_train_split_moves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer_folder: Path, batch: int, train: int
+) -> None:
+    """Even where more text is read for it: what is read later is behind what was there."""
+    monkeypatch.setattr(corpus_sources, "MINIMUM_CHARACTERS", batch)
+    monkeypatch.setattr(corpus_sources, "CHARACTERS_PER_TOKEN_ASKED", 4)
+    corpus = small(write_texts(tmp_path, make_documents(200, 20)))
+    larger = corpus.model_copy(update={"train_sequences": train})
+    one, other = (prepared(each, tokenizer_folder, tmp_path) for each in (corpus, larger))
+    assert (other[0].documents > one[0].documents) == (batch == 2000)
+    assert all(torch.equal(one[1][split], other[1][split]) for split in ("test", "validation"))
+    assert torch.equal(other[1]["train"][:8], one[1]["train"][:8])
+
+
+@pytest.mark.parametrize(("weights", "share"), [((3, 1), 0.25), ((0.5, 0.5), 0.5), ((1, 9), 0.9)])
+def test_sources_give_their_share_of_every_split(
+    tmp_path: Path, tokenizer_folder: Path, weights: tuple[float, float], share: float
+) -> None:
+    sources = []
+    for name, weight in zip("ab", weights, strict=True):
+        (tmp_path / name).mkdir()
+        source = write_texts(tmp_path / name, [text.replace("d", name) for text in make_documents(300, 20)])
+        sources.append(source.model_copy(update={"weight": weight}))
+    corpus = small(sources[0]).model_copy(update={"sources": tuple(sources), "train_sequences": 64})
+    for split, tokens in prepared(corpus, tokenizer_folder, tmp_path)[1].items():
+        text = text_of(tokens)
+        # up to a document of the other source more, of about 60 bytes
+        assert text.count("b") / (text.count("a") + text.count("b")) == pytest.approx(share, abs=90 / tokens.numel()), (
+            split
+        )
+    scarce = corpus.model_copy(update={"train_sequences": 1800})
+    with pytest.raises(CorpusError, match=r"Lower the weight of texts.txt, which ran out"):
+        prepared(scarce, tokenizer_folder, tmp_path)
+    with pytest.raises(ValidationError, match="source 2 has no weight"):
+        Corpus(sources=(sources[0], sources[1].model_copy(update={"weight": None})))
 
 
 def test_one_long_document_cannot_be_the_test_set() -> None:
     documents = ["x" * 100_000, *make_documents(40)]
-    packed, used = pack_splits(documents, LETTERS, WANTED, 32)
-    assert int((packed["test"] == ord("x")).sum()) == 31  # an eighth of 8 sequences, with eos
-    assert len(used["test"]) >= 8
+    packed = pack_splits([Queue(documents=documents)], LETTERS, WANTED, 32)
+    assert int((packed.tokens["test"] == ord("x")).sum()) == 31  # an eighth of 8 sequences, with eos
+    assert len(packed.starts["test"]) >= 8
 
 
 def test_train_may_take_more_of_a_document_when_it_must() -> None:
     documents = [f"{index:03d}" * 40 for index in range(16)] + ["y" * 10_000]
-    packed, _ = pack_splits(documents, LETTERS, WANTED, 32)
-    assert packed["train"].shape == (16, 32)
-    assert int((packed["train"] == ord("y")).sum()) > 32  # the share train begins with
+    packed = pack_splits([Queue(documents=documents)], LETTERS, WANTED, 32)
+    assert packed.tokens["train"].shape == (16, 32)
+    assert int((packed.tokens["train"] == ord("y")).sum()) > 32  # the share train begins with
 
 
 @pytest.mark.parametrize("count", [1, 12])
@@ -487,7 +578,7 @@ def test_folders_links_and_files_named_twice(tmp_path: Path) -> None:
     source = TextSource(kind="text", path=str(folder))
     documents = [*iterate_documents(Corpus(sources=(source, source)))]
     assert documents == ["one", "two", "three", "one", "two"] * 2
-    assert len(ordered_documents(documents)) == 3
+    assert len(ordered_documents((0, document) for document in documents)) == 3
     for missing in ("deeper/none.txt", "gone.txt", "a.txt/b"):
         (folder / "gone.txt").unlink(missing_ok=True)
         (folder / "gone.txt").symlink_to(folder / "nowhere")
@@ -571,8 +662,8 @@ def test_long_documents_are_tokenised_in_parts_from_the_middle(monkeypatch: pyte
 
     tokenizer = DocumentTokenizer(encode, end=(0,))
     document = "a" * 20_000 + "b" * 1500 + "c" * 20_000
-    packed, _ = pack_splits([document, *make_documents(40)], tokenizer, {"test": 8}, 32)
-    assert packed["test"].flatten()[:32].tolist().count(ord("b")) == 31
+    packed = pack_splits([Queue(documents=[document, *make_documents(40)])], tokenizer, {"test": 8}, 32)
+    assert packed.tokens["test"].flatten()[:32].tolist().count(ord("b")) == 31
     assert max(asked) <= 640 and asked[:1] == [640] and sum(asked) < 4000
 
 
@@ -580,11 +671,11 @@ def test_a_document_larger_than_all_others_goes_to_train_when_train_needs_it() -
     small = [f"s{index:02d}" * 30 for index in range(20)]
     for place in (0, 3, 10, 20):
         documents = [*small[:place], "W" * 9000, *small[place:]]
-        packed, _ = pack_splits(documents, LETTERS, {"test": 8, "validation": 8, "train": 64}, 32)
-        shares = {split: float((tokens == ord("W")).float().mean()) for split, tokens in packed.items()}
+        packed = pack_splits([Queue(documents=documents)], LETTERS, {"test": 8, "validation": 8, "train": 64}, 32)
+        shares = {split: float((tokens == ord("W")).float().mean()) for split, tokens in packed.tokens.items()}
         assert shares["train"] > 0.3 and shares["test"] == shares["validation"] == 0
     with pytest.raises(CorpusError, match="too small: train needs"):
-        pack_splits([*small, "W" * 200], LETTERS, {"test": 8, "validation": 8, "train": 64}, 32)
+        pack_splits([Queue(documents=[*small, "W" * 200])], LETTERS, {"test": 8, "validation": 8, "train": 64}, 32)
 
 
 def test_skipped_lines_are_in_the_description(tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -612,7 +703,7 @@ PARTS = [{"role": one["role"], "content": [{"type": "text", "text": one["content
         ({"messages": [message | {"name": None, "tool_calls": None} for message in CHAT]}, {}),
     ],
 )
-def test_chats_are_read_in_every_spelling(tmp_path: Path, row: dict[str, Any], settings: dict[str, str]) -> None:
+def test_chats_are_read_in_every_spelling(tmp_path: Path, row: dict[str, Any], settings: dict[str, Any]) -> None:
     source = jsonl(tmp_path, row).model_copy(update=settings)
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
     table = TextSource(kind="parquet", path=str(tmp_path / "a.parquet"), **settings)

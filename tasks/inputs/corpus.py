@@ -1,8 +1,13 @@
 """Turn text into sequences of token ids, divided into train, validation and test.
 
-Documents are normalised, exact duplicates are dropped, and the rest is ordered by the sha256 of the text. The first
-fill the test split, the next ones validation, the others train. So the division depends on the text alone, no document
-is in two splits, and a new document moves few others.
+Documents are normalised, exact duplicates are dropped, and the rest is ordered by the sha256 of the text: first the
+documents of the first 20 million characters of each source, then those behind them. The first fill the test split, the
+next ones validation, the others train. So no document is in two splits, a new document moves few others, and when
+train_sequences grow no document changes its split, although more is read. A document that is nearly the same as one of
+test or validation is left out.
+
+Where sources have weights, each gives its share of the tokens of every split: the next document is of the source that
+is farthest behind.
 
 A document gives at most a fixed share of a split, from its middle; only train takes more of one, when there is too
 little text. After each document comes the tokenizer's eos token (and before it the bos token, if the tokenizer writes
@@ -12,8 +17,8 @@ one).
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +34,8 @@ from blocks.records import CorpusInfo
 from profiles.schema import Corpus, HubSource, TextSource
 from tasks.inputs.chats import Chat, Message, contents_alone, template_of
 from tasks.inputs.companions import TOKENIZER_FILES
-from tasks.inputs.corpus_sources import check_sources, content_of, iterate_documents, pinned
+from tasks.inputs.corpus_sources import check_sources, content_of, iterate_batches, iterate_documents, name_of, pinned
+from tasks.inputs.near_duplicates import NearDuplicates
 from tasks.inputs.text_files import SUFFIXES
 from tasks.running.progress import say
 
@@ -60,21 +66,23 @@ def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: s
         return known
     tokenizer = load_tokenizer(tokenizer_folder)
     notes: list[str] = []
-    documents = ordered_documents(iterate_documents(at_commits, tokenizer.chat, notes))
+    queues = queues_of(at_commits, tokenizer.chat, notes)
+    packed = pack_splits(queues, tokenizer, splits_of(corpus), corpus.sequence_length, corpus.near_duplicates)
+    if packed.near:
+        notes.append(f"nearly the same as a document of test or validation, and left out: {packed.near}")
     for note in notes:
         say(f"corpus: {note}")
-    packed, starts = pack_splits(documents, tokenizer, splits_of(corpus), corpus.sequence_length)
-    _check_ids(packed, tokenizer_folder / "config.json")
-    beside = {f"{split}{STARTS}": where for split, where in starts.items()}
+    _check_ids(packed.tokens, tokenizer_folder / "config.json")
+    beside = {f"{split}{STARTS}": where for split, where in packed.starts.items()}
     info = CorpusInfo(
-        tokens=write_tensors(workspace, f"corpus/{fingerprint}.safetensors", packed | beside),
+        tokens=write_tensors(workspace, f"corpus/{fingerprint}.safetensors", packed.tokens | beside),
         fingerprint=fingerprint,
         sequence_length=corpus.sequence_length,
         train_sequences=corpus.train_sequences,
         validation_sequences=corpus.validation_sequences,
         test_sequences=corpus.test_sequences,
-        documents=len(documents),
-        description=_description(corpus, starts, notes),
+        documents=sum(len(queue.documents) for queue in queues),
+        description=_description(corpus, packed.starts, notes),
     )
     keep(manifest, info, [info.tokens], workspace)
     return info
@@ -90,9 +98,9 @@ def check_enough(corpus: Corpus, tokenizer_folder: Path | None) -> str:
     needed = sum(splits.values()) * corpus.sequence_length
     if tokenizer_folder is not None and needed <= TRIED_TOKENS:
         tokenizer = load_tokenizer(tokenizer_folder)
-        documents = ordered_documents(iterate_documents(corpus, tokenizer.chat))
-        packed, _ = pack_splits(documents, tokenizer, splits, corpus.sequence_length)
-        _check_ids(packed, tokenizer_folder / "config.json")
+        queues = queues_of(corpus, tokenizer.chat)
+        packed = pack_splits(queues, tokenizer, splits, corpus.sequence_length, corpus.near_duplicates)
+        _check_ids(packed.tokens, tokenizer_folder / "config.json")
         return ""
     there, enough = 0, min(BYTES_PER_TOKEN * needed, COUNTED_BYTES)
     for document in iterate_documents(corpus):
@@ -121,8 +129,8 @@ def tokens_of_file(path: Path, tokenizer_folder: Path, sequences: int, length: i
     source = TextSource(kind=kind, path=str(path))
     asked = Corpus(sources=(source,), sequence_length=length, train_sequences=sequences)
     tokenizer = load_tokenizer(tokenizer_folder)
-    documents = ordered_documents(iterate_documents(asked, tokenizer.chat))
-    return pack_splits(documents, tokenizer, {"train": sequences}, length)[0]["train"].long()
+    queues = queues_of(asked, tokenizer.chat)
+    return pack_splits(queues, tokenizer, {"train": sequences}, length).tokens["train"].long()
 
 
 def documents_of(corpus: CorpusInfo, split: str, workspace: Path, length: int | None = None) -> tuple[int, ...]:
@@ -169,10 +177,54 @@ def _description(corpus: Corpus, starts: Mapping[str, torch.Tensor], notes: Sequ
     return "; ".join([kinds, f"documents used: {counts}", *notes])
 
 
-def ordered_documents(documents: Iterable[str]) -> list[str]:
-    """Distinct documents in the order of the sha256 of their text."""
-    by_hash = {hashlib.sha256(document.encode()).digest(): document for document in documents}
-    return [by_hash[key] for key in sorted(by_hash)]
+def ordered_documents(documents: Iterable[tuple[int, str]], known: Container[str] = ()) -> list[str]:
+    """Distinct documents in the order of their batch, those of a batch in that of the sha256 of their text.
+
+    documents: each with the number of its batch; `known` ones are left out.
+    """
+    batches: dict[str, int] = {}
+    for batch, text in documents:
+        if text not in known:
+            batches[text] = min(batch, batches.get(text, batch))
+    return sorted(batches, key=lambda text: (batches[text], hashlib.sha256(text.encode()).digest()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queue:
+    """Documents in the order in which they are used. weight: its share of the tokens, beside those of other queues."""
+
+    documents: Sequence[str]
+    weight: float = 1.0
+    name: str = ""
+
+
+def queues_of(corpus: Corpus, chat: Chat, notes: list[str] | None = None) -> list[Queue]:
+    """The distinct documents of all sources as one queue; where sources have weights, a queue of each source.
+
+    Of what two sources hold, the first keeps it.
+    """
+    if corpus.sources[0].weight is None:
+        return [Queue(documents=ordered_documents(iterate_batches(corpus, chat, notes)))]
+    queues, known = [], set[str]()
+    for source in corpus.sources:
+        alone = corpus.model_copy(update={"sources": (source,)})
+        documents = ordered_documents(iterate_batches(alone, chat, notes), known)
+        known.update(documents)
+        assert source.weight is not None, "the profile is checked"
+        queues.append(Queue(documents=documents, weight=source.weight, name=name_of(source)))
+    return queues
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """Splits that are filled. tokens: name -> int32 (sequences, length). starts: name -> int64 (documents,): how many
+    tokens of the split come before each document. near: how many documents were left out, because they are nearly the
+    same as one of test or validation.
+    """
+
+    tokens: dict[str, torch.Tensor]
+    starts: dict[str, torch.Tensor]
+    near: int
 
 
 @dataclass(frozen=True)
@@ -254,67 +306,122 @@ def load_tokenizer(folder: Path) -> DocumentTokenizer:
 
 
 def pack_splits(
-    documents: Sequence[str], tokenizer: DocumentTokenizer, wanted: Mapping[str, int], length: int
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    queues: Sequence[Queue],
+    tokenizer: DocumentTokenizer,
+    wanted: Mapping[str, int],
+    length: int,
+    near: float | None = None,
+) -> Packed:
     """Fill the splits of `wanted` (name -> number of sequences) with documents, one split after another.
 
-    Returns name -> int32 (sequences, length), and name -> int64 (documents,): how many tokens of the split come before
-    each document. Raises CorpusError.
+    near: how alike a document must be to one of test or validation to be left out. Raises CorpusError.
     """
     try:
-        return _packed(documents, tokenizer, wanted, length)
+        return _packed(queues, tokenizer, wanted, length, NearDuplicates(near))
     except CorpusError:
         # a document that is much of the whole text is lost to train when its hash puts it into another split
-        large = sum(map(len, documents)) // SHARES["test"]
-        if max(map(len, documents), default=0) <= large:
+        sizes = [len(document) for queue in queues for document in queue.documents]
+        large = sum(sizes) // SHARES["test"]
+        if max(sizes, default=0) <= large:
             raise
-        return _packed(sorted(documents, key=lambda document: len(document) > large), tokenizer, wanted, length)
+        last = [
+            replace(queue, documents=sorted(queue.documents, key=lambda text: len(text) > large)) for queue in queues
+        ]
+        return _packed(last, tokenizer, wanted, length, NearDuplicates(near))
 
 
 def _packed(
-    documents: Sequence[str], tokenizer: DocumentTokenizer, wanted: Mapping[str, int], length: int
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    packed, starts, position = {}, {}, 0
+    queues: Sequence[Queue],
+    tokenizer: DocumentTokenizer,
+    wanted: Mapping[str, int],
+    length: int,
+    near: NearDuplicates,
+) -> Packed:
+    packed = Packed(tokens={}, starts={}, near=0)
+    left = list(queues)
     for split, sequences in wanted.items():
         share = max(1, sequences // SHARES[split]) * length
-        parts = _fill(documents[position:], tokenizer, sequences * length, share, stretch=split == "train")
-        tokens = np.concatenate([np.zeros(0, np.int32), *parts])[: sequences * length]
+        filled = _Filled(queues=left, tokenizer=tokenizer, near=near, held_out=split != "train")
+        filled.until(sequences * length, share)
+        tokens = np.concatenate([np.zeros(0, np.int32), *filled.parts])[: sequences * length]
         if len(tokens) < sequences * length:
-            _refuse(split, sequences, length, len(tokens), position, len(documents))
-        packed[split] = torch.from_numpy(tokens).view(sequences, length)
-        starts[split] = torch.from_numpy(np.cumsum([0, *map(len, parts[:-1])])[: len(parts)])
-        position += len(parts)
-    return packed, starts
+            raise CorpusError(_too_small(split, sequences, length, len(tokens), queues, filled))
+        packed.tokens[split] = torch.from_numpy(tokens).view(sequences, length)
+        sizes = [len(part) for part in filled.parts]
+        packed.starts[split] = torch.from_numpy(np.cumsum([0, *sizes[:-1]])[: len(sizes)])
+        packed = replace(packed, near=packed.near + filled.left_out)
+        left = [
+            replace(queue, documents=queue.documents[place:]) for queue, place in zip(left, filled.places, strict=True)
+        ]
+    return packed
 
 
-def _fill(
-    documents: Sequence[str], tokenizer: DocumentTokenizer, needed: int, share: int, stretch: bool
-) -> list[NDArray[np.int32]]:
-    """Tokens of the first documents until there are `needed` tokens, at most `share` from each document.
+@dataclass(kw_only=True)
+class _Filled:
+    """A split that is filled from the fronts of queues.
 
-    stretch: while there are too few, double the share, until every document is used whole.
+    held_out: what comes after may not be nearly the same as this. places: documents taken from each queue, those that
+    were left out among them. empty: the queue that was to give the next document and had none.
     """
-    opened: list[_Document] = []
-    while True:
-        parts, there = list[NDArray[np.int32]](), 0
-        for index, document in enumerate(documents):
-            if there >= needed:
-                break
-            if index == len(opened):
-                opened.append(_Document(document))
-            parts.append(opened[index].middle(tokenizer, share))
-            there += len(parts[-1])
-        if there >= needed or not stretch or all(len(part) < share for part in parts):
-            return parts
-        share *= 2
+
+    queues: Sequence[Queue]
+    tokenizer: DocumentTokenizer
+    near: NearDuplicates
+    held_out: bool
+    parts: list[NDArray[np.int32]] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    left_out: int = 0
+    empty: Queue | None = None
+    opened: dict[tuple[int, int], _Document | None] = field(default_factory=dict)
+
+    def until(self, needed: int, share: int) -> None:
+        """Take the first documents until there are `needed` tokens, at most `share` from each document.
+
+        Train doubles the share while there are too few, until every document is used whole.
+        """
+        while not self._taken(needed, share) and not self.held_out and any(len(part) >= share for part in self.parts):
+            share *= 2
+
+    def _taken(self, needed: int, share: int) -> bool:
+        """Whether there are enough tokens."""
+        self.parts, self.places, self.left_out = [], [0] * len(self.queues), 0
+        taken = [0.0] * len(self.queues)
+        there = 0
+        while there < needed:
+            number = taken.index(min(taken))
+            queue, place = self.queues[number], self.places[number]
+            if place == len(queue.documents):
+                self.empty = queue
+                return False
+            self.places[number] += 1
+            document = self._open(number, place)
+            if document is None:
+                self.left_out += 1
+                continue
+            self.parts.append(document.middle(self.tokenizer, share))
+            there += len(self.parts[-1])
+            taken[number] += len(self.parts[-1]) / queue.weight
+        return True
+
+    def _open(self, number: int, place: int) -> _Document | None:
+        """A document of a queue; None where it is nearly the same as one that is held out."""
+        if (number, place) not in self.opened:
+            text = self.queues[number].documents[place]
+            self.opened[number, place] = None if self.near.seen(text, add=self.held_out) else _Document(text)
+        return self.opened[number, place]
 
 
-def _refuse(split: str, sequences: int, length: int, there: int, before: int, documents: int) -> None:
-    raise CorpusError(
+def _too_small(split: str, sequences: int, length: int, there: int, queues: Sequence[Queue], filled: _Filled) -> str:
+    total = sum(len(queue.documents) for queue in queues)
+    left = sum(len(queue.documents) for queue in filled.queues)
+    near = f"; {filled.left_out} are nearly the same as one of test or validation" if filled.left_out else ""
+    source = filled.empty.name if filled.empty else ""
+    ways = f"Lower the weight of {source}, which ran out, or add" if source else "Add"
+    return (
         f"the corpus is too small: {split} needs {sequences} sequences x {length} = {sequences * length} tokens, but "
-        f"{documents - before} documents are left for it ({before} of {documents} went to the splits before) and give "
-        f"{there}, at most {max(1, sequences // SHARES[split]) * length} each outside train. Add text, split it into "
-        f"more documents (text files are split at `separator`), or lower corpus.{split}_sequences."
+        f"{left} documents are left for it ({total - left} of {total} went to the splits before{near}) and give "
+        f"{there}, at most {max(1, sequences // SHARES[split]) * length} each outside train. {ways} text, split it "
+        f"into more documents (text files are split at `separator`), or lower corpus.{split}_sequences."
     )
 
 

@@ -49,7 +49,17 @@ def check_sources(corpus: Corpus) -> None:
 
 
 def iterate_documents(corpus: Corpus, chat: Chat = contents_alone, notes: list[str] | None = None) -> Iterator[str]:
+    """The documents of `iterate_batches` alone."""
+    return (document for _, document in iterate_batches(corpus, chat, notes))
+
+
+def iterate_batches(
+    corpus: Corpus, chat: Chat = contents_alone, notes: list[str] | None = None
+) -> Iterator[tuple[int, str]]:
     """Normalised, non-empty documents of all sources, in the order of the sources. Duplicates are not yet dropped.
+
+    Each has the number of its batch: 0 for the first 20 million characters of a source, 1 for as many more, 2 for twice
+    as many, and so on. A corpus that asks for more text has the same first batches.
 
     Of every source only the first 20 million characters are read, or 24 for each token that is needed if that is more,
     so that reading a data set of terabytes ends. A single document counts up to a quarter of that. `chat` writes lists
@@ -64,7 +74,7 @@ def iterate_documents(corpus: Corpus, chat: Chat = contents_alone, notes: list[s
             long += len(text) > limit // LONGEST
             document = normalise(text[: limit // LONGEST])
             if document:
-                yield document
+                yield (read // MINIMUM_CHARACTERS).bit_length(), document
                 read += len(document)
             if read >= limit:
                 break
@@ -72,14 +82,14 @@ def iterate_documents(corpus: Corpus, chat: Chat = contents_alone, notes: list[s
             tally.judge()
         if not read:
             raise CorpusError(
-                f"the corpus source {_name(source)} holds no text, all of it is empty: take it out, or name another."
+                f"the corpus source {name_of(source)} holds no text, all of it is empty: take it out, or name another."
             )
-        notes += skipped(tallies, _name(source))
+        notes += skipped(tallies, name_of(source))
         if long:
-            notes.append(f"documents of {_name(source)} cut after {limit // LONGEST:,} characters: {long}")
+            notes.append(f"documents of {name_of(source)} cut after {limit // LONGEST:,} characters: {long}")
 
 
-def _name(source: CorpusSource) -> str:
+def name_of(source: CorpusSource) -> str:
     """The name of a source in sentences that are published with the child: without folders of this machine."""
     if isinstance(source, HubSource):
         return source.hub_id
