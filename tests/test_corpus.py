@@ -27,8 +27,6 @@ from tasks.inputs import corpus_sources, text_files
 from tasks.inputs.chats import Unusable, messages_of, template_of
 from tasks.inputs.corpus import (
     DocumentTokenizer,
-    Packed,
-    Queue,
     documents_of,
     ordered_documents,
     pack_splits,
@@ -37,7 +35,7 @@ from tasks.inputs.corpus import (
 )
 from tasks.inputs.corpus_sources import check_sources, iterate_documents, normalise
 from tasks.inputs.installed_packages import installed_file
-from tasks.inputs.near_duplicates import SHINGLE, likeness, sketch_of
+from tasks.inputs.near_duplicates import SHINGLE, NearDuplicates, likeness, sketch_of
 from tasks.inputs.text_files import Part, split_stream
 from tasks.inputs.tiny import byte_tokenizer
 from tasks.inputs.wikipedia import plain_text
@@ -167,10 +165,10 @@ def test_fingerprint_follows_content_settings_and_tokenizer(tmp_path: Path, toke
 
 def test_duplicates_go_and_order_is_by_hash() -> None:
     documents = make_documents(20)
-    ordered = ordered_documents((0, document) for document in documents + documents[::-1])
+    ordered = ordered_documents(documents + documents[::-1])
     assert sorted(ordered) == sorted(documents)
     assert ordered != documents
-    added = ordered_documents((0, document) for document in [*documents, "another"])
+    added = ordered_documents([*documents, "another"])
     assert [document for document in added if document != "another"] == ordered
 
 
@@ -204,13 +202,14 @@ def test_no_document_and_none_nearly_the_same_is_in_two_splits(seed: int) -> Non
             documents.append(
                 " ".join(f"\N{BULLET}{number:02d}" if place % 5 == 0 else word for place, word in enumerate(copy))
             )
-    queues = [Queue(documents=ordered_documents((0, document) for document in documents))]
+    ordered = ordered_documents(documents)
 
-    def families_of(packed: Packed) -> dict[str, set[str]]:
-        texts = {split: "".join(map(chr, tokens.flatten().tolist())) for split, tokens in packed.tokens.items()}
+    def families_of(near: float | None) -> dict[str, set[str]]:
+        packed, _ = pack_splits(ordered, LETTERS, WANTED, 64, NearDuplicates(near))
+        texts = {split: "".join(map(chr, tokens.flatten().tolist())) for split, tokens in packed.items()}
         return {split: set(re.findall("\N{BULLET}..", text)) for split, text in texts.items()}
 
-    kept, apart = (families_of(pack_splits(queues, LETTERS, WANTED, 64, near)) for near in (None, 0.7))
+    kept, apart = map(families_of, (None, 0.7))
     pairs = (("train", "validation"), ("train", "test"), ("validation", "test"))
     assert any(kept[one] & kept[other] for one, other in pairs)
     assert not any(apart[one] & apart[other] for one, other in pairs)
@@ -218,9 +217,9 @@ def test_no_document_and_none_nearly_the_same_is_in_two_splits(seed: int) -> Non
 
 def test_all_nearly_the_same_is_told(tmp_path: Path) -> None:
     same = " ".join(words(random.Random(0), 200))
-    queue = Queue(documents=[f"{same} {number}" for number in range(90)])
+    documents = [f"{same} {number}" for number in range(90)]
     with pytest.raises(CorpusError, match="89 are nearly the same as one of test"):
-        pack_splits([queue], LETTERS, WANTED, 32, 0.7)
+        pack_splits(documents, LETTERS, WANTED, 32, NearDuplicates(0.7))
 
 
 @pytest.mark.parametrize(("batch", "train"), [(20_000_000, 30), (2000, 40)])
@@ -263,16 +262,16 @@ def test_sources_give_their_share_of_every_split(
 
 def test_one_long_document_cannot_be_the_test_set() -> None:
     documents = ["x" * 100_000, *make_documents(40)]
-    packed = pack_splits([Queue(documents=documents)], LETTERS, WANTED, 32)
-    assert int((packed.tokens["test"] == ord("x")).sum()) == 31  # an eighth of 8 sequences, with eos
-    assert len(packed.starts["test"]) >= 8
+    packed, starts = pack_splits(documents, LETTERS, WANTED, 32)
+    assert int((packed["test"] == ord("x")).sum()) == 31  # an eighth of 8 sequences, with eos
+    assert len(starts["test"]) >= 8
 
 
 def test_train_may_take_more_of_a_document_when_it_must() -> None:
     documents = [f"{index:03d}" * 40 for index in range(16)] + ["y" * 10_000]
-    packed = pack_splits([Queue(documents=documents)], LETTERS, WANTED, 32)
-    assert packed.tokens["train"].shape == (16, 32)
-    assert int((packed.tokens["train"] == ord("y")).sum()) > 32  # the share train begins with
+    packed, _ = pack_splits(documents, LETTERS, WANTED, 32)
+    assert packed["train"].shape == (16, 32)
+    assert int((packed["train"] == ord("y")).sum()) > 32  # the share train begins with
 
 
 @pytest.mark.parametrize("count", [1, 12])
@@ -578,7 +577,7 @@ def test_folders_links_and_files_named_twice(tmp_path: Path) -> None:
     source = TextSource(kind="text", path=str(folder))
     documents = [*iterate_documents(Corpus(sources=(source, source)))]
     assert documents == ["one", "two", "three", "one", "two"] * 2
-    assert len(ordered_documents((0, document) for document in documents)) == 3
+    assert len(ordered_documents(documents)) == 3
     for missing in ("deeper/none.txt", "gone.txt", "a.txt/b"):
         (folder / "gone.txt").unlink(missing_ok=True)
         (folder / "gone.txt").symlink_to(folder / "nowhere")
@@ -662,8 +661,8 @@ def test_long_documents_are_tokenised_in_parts_from_the_middle(monkeypatch: pyte
 
     tokenizer = DocumentTokenizer(encode, end=(0,))
     document = "a" * 20_000 + "b" * 1500 + "c" * 20_000
-    packed = pack_splits([Queue(documents=[document, *make_documents(40)])], tokenizer, {"test": 8}, 32)
-    assert packed.tokens["test"].flatten()[:32].tolist().count(ord("b")) == 31
+    packed, _ = pack_splits([document, *make_documents(40)], tokenizer, {"test": 8}, 32)
+    assert packed["test"].flatten()[:32].tolist().count(ord("b")) == 31
     assert max(asked) <= 640 and asked[:1] == [640] and sum(asked) < 4000
 
 
@@ -671,11 +670,11 @@ def test_a_document_larger_than_all_others_goes_to_train_when_train_needs_it() -
     small = [f"s{index:02d}" * 30 for index in range(20)]
     for place in (0, 3, 10, 20):
         documents = [*small[:place], "W" * 9000, *small[place:]]
-        packed = pack_splits([Queue(documents=documents)], LETTERS, {"test": 8, "validation": 8, "train": 64}, 32)
-        shares = {split: float((tokens == ord("W")).float().mean()) for split, tokens in packed.tokens.items()}
+        packed, _ = pack_splits(documents, LETTERS, {"test": 8, "validation": 8, "train": 64}, 32)
+        shares = {split: float((tokens == ord("W")).float().mean()) for split, tokens in packed.items()}
         assert shares["train"] > 0.3 and shares["test"] == shares["validation"] == 0
     with pytest.raises(CorpusError, match="too small: train needs"):
-        pack_splits([Queue(documents=[*small, "W" * 200])], LETTERS, {"test": 8, "validation": 8, "train": 64}, 32)
+        pack_splits([*small, "W" * 200], LETTERS, {"test": 8, "validation": 8, "train": 64}, 32)
 
 
 def test_skipped_lines_are_in_the_description(tmp_path: Path, tokenizer_folder: Path) -> None:

@@ -17,7 +17,7 @@ one).
 import hashlib
 import json
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from profiles.schema import Corpus, HubSource, TextSource
 from tasks.inputs.chats import Chat, Message, contents_alone, template_of
 from tasks.inputs.companions import TOKENIZER_FILES
 from tasks.inputs.corpus_sources import check_sources, content_of, iterate_batches, iterate_documents, name_of, pinned
-from tasks.inputs.near_duplicates import NearDuplicates
+from tasks.inputs.near_duplicates import NONE, NearDuplicates
 from tasks.inputs.text_files import SUFFIXES
 from tasks.running.progress import say
 
@@ -67,22 +67,23 @@ def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: s
     tokenizer = load_tokenizer(tokenizer_folder)
     notes: list[str] = []
     queues = queues_of(at_commits, tokenizer.chat, notes)
-    packed = pack_splits(queues, tokenizer, splits_of(corpus), corpus.sequence_length, corpus.near_duplicates)
-    if packed.near:
-        notes.append(f"nearly the same as a document of test or validation, and left out: {packed.near}")
+    near = NearDuplicates(corpus.near_duplicates)
+    packed, starts = pack_splits(queues, tokenizer, splits_of(corpus), corpus.sequence_length, near)
+    if near.found:
+        notes.append(f"nearly the same as a document of test or validation, and left out: {near.found}")
     for note in notes:
         say(f"corpus: {note}")
-    _check_ids(packed.tokens, tokenizer_folder / "config.json")
-    beside = {f"{split}{STARTS}": where for split, where in packed.starts.items()}
+    _check_ids(packed, tokenizer_folder / "config.json")
+    beside = {f"{split}{STARTS}": where for split, where in starts.items()}
     info = CorpusInfo(
-        tokens=write_tensors(workspace, f"corpus/{fingerprint}.safetensors", packed.tokens | beside),
+        tokens=write_tensors(workspace, f"corpus/{fingerprint}.safetensors", packed | beside),
         fingerprint=fingerprint,
         sequence_length=corpus.sequence_length,
         train_sequences=corpus.train_sequences,
         validation_sequences=corpus.validation_sequences,
         test_sequences=corpus.test_sequences,
         documents=sum(len(queue.documents) for queue in queues),
-        description=_description(corpus, packed.starts, notes),
+        description=_description(corpus, starts, notes),
     )
     keep(manifest, info, [info.tokens], workspace)
     return info
@@ -99,8 +100,9 @@ def check_enough(corpus: Corpus, tokenizer_folder: Path | None) -> str:
     if tokenizer_folder is not None and needed <= TRIED_TOKENS:
         tokenizer = load_tokenizer(tokenizer_folder)
         queues = queues_of(corpus, tokenizer.chat)
-        packed = pack_splits(queues, tokenizer, splits, corpus.sequence_length, corpus.near_duplicates)
-        _check_ids(packed.tokens, tokenizer_folder / "config.json")
+        near = NearDuplicates(corpus.near_duplicates)
+        packed, _ = pack_splits(queues, tokenizer, splits, corpus.sequence_length, near)
+        _check_ids(packed, tokenizer_folder / "config.json")
         return ""
     there, enough = 0, min(BYTES_PER_TOKEN * needed, COUNTED_BYTES)
     for document in iterate_documents(corpus):
@@ -130,7 +132,7 @@ def tokens_of_file(path: Path, tokenizer_folder: Path, sequences: int, length: i
     asked = Corpus(sources=(source,), sequence_length=length, train_sequences=sequences)
     tokenizer = load_tokenizer(tokenizer_folder)
     queues = queues_of(asked, tokenizer.chat)
-    return pack_splits(queues, tokenizer, {"train": sequences}, length).tokens["train"].long()
+    return pack_splits(queues, tokenizer, {"train": sequences}, length)[0]["train"].long()
 
 
 def documents_of(corpus: CorpusInfo, split: str, workspace: Path, length: int | None = None) -> tuple[int, ...]:
@@ -177,16 +179,9 @@ def _description(corpus: Corpus, starts: Mapping[str, torch.Tensor], notes: Sequ
     return "; ".join([kinds, f"documents used: {counts}", *notes])
 
 
-def ordered_documents(documents: Iterable[tuple[int, str]], known: Container[str] = ()) -> list[str]:
-    """Distinct documents in the order of their batch, those of a batch in that of the sha256 of their text.
-
-    documents: each with the number of its batch; `known` ones are left out.
-    """
-    batches: dict[str, int] = {}
-    for batch, text in documents:
-        if text not in known:
-            batches[text] = min(batch, batches.get(text, batch))
-    return sorted(batches, key=lambda text: (batches[text], hashlib.sha256(text.encode()).digest()))
+def ordered_documents(documents: Iterable[str]) -> list[str]:
+    """Distinct documents in the order of the sha256 of their text."""
+    return sorted(set(documents), key=lambda text: hashlib.sha256(text.encode()).digest())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,28 +198,30 @@ def queues_of(corpus: Corpus, chat: Chat, notes: list[str] | None = None) -> lis
 
     Of what two sources hold, the first keeps it.
     """
+    known: set[str] = set()
     if corpus.sources[0].weight is None:
-        return [Queue(documents=ordered_documents(iterate_batches(corpus, chat, notes)))]
-    queues, known = [], set[str]()
-    for source in corpus.sources:
-        alone = corpus.model_copy(update={"sources": (source,)})
-        documents = ordered_documents(iterate_batches(alone, chat, notes), known)
-        known.update(documents)
-        assert source.weight is not None, "the profile is checked"
-        queues.append(Queue(documents=documents, weight=source.weight, name=name_of(source)))
-    return queues
+        return [Queue(documents=_in_order(iterate_batches(corpus, chat, notes), known))]
+    return [
+        Queue(
+            documents=_in_order(iterate_batches(corpus.model_copy(update={"sources": (one,)}), chat, notes), known),
+            weight=one.weight or 0.0,  # each has one where the first has: the profile was checked
+            name=name_of(one),
+        )
+        for one in corpus.sources
+    ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Packed:
-    """Splits that are filled. tokens: name -> int32 (sequences, length). starts: name -> int64 (documents,): how many
-    tokens of the split come before each document. near: how many documents were left out, because they are nearly the
-    same as one of test or validation.
-    """
-
-    tokens: dict[str, torch.Tensor]
-    starts: dict[str, torch.Tensor]
-    near: int
+def _in_order(documents: Iterable[tuple[int, str]], known: set[str]) -> list[str]:
+    """Documents batch by batch, each batch in the order of the hashes. Those that are `known` are left out."""
+    batches: dict[int, set[str]] = {}
+    for batch, text in documents:
+        batches.setdefault(batch, set()).add(text)
+    found: list[str] = []
+    for batch in sorted(batches):
+        new = batches[batch] - known
+        known |= new
+        found += ordered_documents(new)
+    return found
 
 
 @dataclass(frozen=True)
@@ -306,18 +303,21 @@ def load_tokenizer(folder: Path) -> DocumentTokenizer:
 
 
 def pack_splits(
-    queues: Sequence[Queue],
+    documents: Sequence[str] | Sequence[Queue],
     tokenizer: DocumentTokenizer,
     wanted: Mapping[str, int],
     length: int,
-    near: float | None = None,
-) -> Packed:
+    near: NearDuplicates = NONE,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Fill the splits of `wanted` (name -> number of sequences) with documents, one split after another.
 
-    near: how alike a document must be to one of test or validation to be left out. Raises CorpusError.
+    documents: in the order in which they are used, or several queues of them. Returns name -> int32 (sequences,
+    length), and name -> int64 (documents,): how many tokens of the split come before each document. Raises CorpusError.
     """
+    alone = [text for text in documents if isinstance(text, str)]
+    queues = [queue for queue in documents if isinstance(queue, Queue)] or [Queue(documents=alone)]
     try:
-        return _packed(queues, tokenizer, wanted, length, NearDuplicates(near))
+        return _packed(queues, tokenizer, wanted, length, near)
     except CorpusError:
         # a document that is much of the whole text is lost to train when its hash puts it into another split
         sizes = [len(document) for queue in queues for document in queue.documents]
@@ -327,7 +327,7 @@ def pack_splits(
         last = [
             replace(queue, documents=sorted(queue.documents, key=lambda text: len(text) > large)) for queue in queues
         ]
-        return _packed(last, tokenizer, wanted, length, NearDuplicates(near))
+        return _packed(last, tokenizer, wanted, length, near)
 
 
 def _packed(
@@ -336,9 +336,9 @@ def _packed(
     wanted: Mapping[str, int],
     length: int,
     near: NearDuplicates,
-) -> Packed:
-    packed = Packed(tokens={}, starts={}, near=0)
-    left = list(queues)
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    packed, starts, left = {}, {}, list(queues)
+    near.clear()
     for split, sequences in wanted.items():
         share = max(1, sequences // SHARES[split]) * length
         filled = _Filled(queues=left, tokenizer=tokenizer, near=near, held_out=split != "train")
@@ -346,22 +346,20 @@ def _packed(
         tokens = np.concatenate([np.zeros(0, np.int32), *filled.parts])[: sequences * length]
         if len(tokens) < sequences * length:
             raise CorpusError(_too_small(split, sequences, length, len(tokens), queues, filled))
-        packed.tokens[split] = torch.from_numpy(tokens).view(sequences, length)
-        sizes = [len(part) for part in filled.parts]
-        packed.starts[split] = torch.from_numpy(np.cumsum([0, *sizes[:-1]])[: len(sizes)])
-        packed = replace(packed, near=packed.near + filled.left_out)
+        packed[split] = torch.from_numpy(tokens).view(sequences, length)
+        starts[split] = torch.from_numpy(np.cumsum([0, *map(len, filled.parts[:-1])])[: len(filled.parts)])
         left = [
             replace(queue, documents=queue.documents[place:]) for queue, place in zip(left, filled.places, strict=True)
         ]
-    return packed
+    return packed, starts
 
 
 @dataclass(kw_only=True)
 class _Filled:
     """A split that is filled from the fronts of queues.
 
-    held_out: what comes after may not be nearly the same as this. places: documents taken from each queue, those that
-    were left out among them. empty: the queue that was to give the next document and had none.
+    held_out: no document after these may be nearly the same as one of them. places: documents taken from each queue,
+    those left out among them. empty: the queue that was to give the next document and had none.
     """
 
     queues: Sequence[Queue]
@@ -370,7 +368,6 @@ class _Filled:
     held_out: bool
     parts: list[NDArray[np.int32]] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
-    left_out: int = 0
     empty: Queue | None = None
     opened: dict[tuple[int, int], _Document | None] = field(default_factory=dict)
 
@@ -384,7 +381,7 @@ class _Filled:
 
     def _taken(self, needed: int, share: int) -> bool:
         """Whether there are enough tokens."""
-        self.parts, self.places, self.left_out = [], [0] * len(self.queues), 0
+        self.parts, self.places = [], [0] * len(self.queues)
         taken = [0.0] * len(self.queues)
         there = 0
         while there < needed:
@@ -395,12 +392,10 @@ class _Filled:
                 return False
             self.places[number] += 1
             document = self._open(number, place)
-            if document is None:
-                self.left_out += 1
-                continue
-            self.parts.append(document.middle(self.tokenizer, share))
-            there += len(self.parts[-1])
-            taken[number] += len(self.parts[-1]) / queue.weight
+            if document is not None:
+                self.parts.append(document.middle(self.tokenizer, share))
+                there += len(self.parts[-1])
+                taken[number] += len(self.parts[-1]) / queue.weight
         return True
 
     def _open(self, number: int, place: int) -> _Document | None:
@@ -414,7 +409,7 @@ class _Filled:
 def _too_small(split: str, sequences: int, length: int, there: int, queues: Sequence[Queue], filled: _Filled) -> str:
     total = sum(len(queue.documents) for queue in queues)
     left = sum(len(queue.documents) for queue in filled.queues)
-    near = f"; {filled.left_out} are nearly the same as one of test or validation" if filled.left_out else ""
+    near = f"; {filled.near.found} are nearly the same as one of test or validation" if filled.near.found else ""
     source = filled.empty.name if filled.empty else ""
     ways = f"Lower the weight of {source}, which ran out, or add" if source else "Add"
     return (

@@ -44,6 +44,11 @@ class NearDuplicates:
     def __init__(self, least: float | None) -> None:
         """least: the likeness from which on texts count as nearly the same; None: none do."""
         self.least = least
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was added. found: how many texts were nearly the same as one of those."""
+        self.found = 0
         self._bands: dict[tuple[int, bytes], list[Sketch]] = {}
 
     def seen(self, text: str, add: bool) -> bool:
@@ -53,6 +58,10 @@ class NearDuplicates:
         sketch = sketch_of(text)
         keys = [(band, rows.tobytes()) for band, rows in enumerate(sketch.reshape(BANDS, ROWS))]
         known = any(likeness(sketch, other) >= self.least for key in keys for other in self._bands.get(key, ()))
+        self.found += known
         for key in keys if add and not known else ():
             self._bands.setdefault(key, []).append(sketch)
         return known
+
+
+NONE = NearDuplicates(None)
