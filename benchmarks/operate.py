@@ -50,9 +50,8 @@ def refused(site: Site) -> str:
     """A form with a wrong value, an unknown field, a workspace that is a path."""
     deployment = site.deployment("optimize")
     reasons = []
-    for change, workspace in (({"budget": {"layer_parameters_fraction": 7}}, "w"), ({"sped_up": 2}, "w"), ({}, "../w")):
-        profile = {**deployment["parameters"]["profile"], **change}
-        body = {"parameters": {"profile": profile, "workspace": workspace}}
+    for given in ({"budget": {"layer_parameters_fraction": 7}}, {"budget": {"sped_up": 2}}, {"workspace": "../w"}):
+        body = {"parameters": {**deployment["parameters"], **given}}
         status, said = site.call(f"/deployments/{deployment['id']}/create_flow_run", body)
         assert status == 409, said
         reasons.append(said.split("Failure reason: ")[1].split('"}')[0])

@@ -34,9 +34,6 @@ def main() -> None:
     """Both studies at every budget."""
     parser = arguments(__doc__)
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.7, 0.5])
-    parser.add_argument(
-        "--true-kl", type=int, nargs="*", default=[30, 16], help="measured KLs of evolution, of the policy gradient"
-    )
     parser.add_argument("--top", type=int, default=8)
     parser.add_argument("--swaps", type=int, nargs="*", default=[24, 16], help="per budget")
     parser.add_argument("--min-different", type=int, default=6)
@@ -44,32 +41,30 @@ def main() -> None:
     options = parser.parse_args()
     parts: list[str] = []
     started = time.perf_counter(), time.process_time()
-    for fraction, true_kl, swaps in zip(options.budgets, options.true_kl, options.swaps, strict=True):
+    for fraction, swaps in zip(options.budgets, options.swaps, strict=True):
         budget = f"budget={{layer_parameters_fraction: {fraction}}}"
         profile = load_profile(options.profile, [*options.set, budget])
         set_threads(profile.hardware.threads)  # the costs are found by it
         finished = open_finished(profile, (options.workspace or ROOT / "workspace" / profile.name).resolve())
         if options.threads:
             torch.set_num_threads(options.threads)
-        parts += [f"## {fraction:.0%} of the layers' parameters", *section(finished, fraction, options, true_kl, swaps)]
+        parts += [f"## {fraction:.0%} of the layers' parameters", *section(finished, fraction, options, swaps)]
     wall, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
     intro = (
         f"{finished.parent.name}; corpus: {finished.corpus.description}. One library, one seed of every search that "
         f"draws. The last run of this page took {wall:.0f} s of wall time and {cpu:.0f} CPU-s; KLs that were stored "
-        "before took none of it. Seconds of a search on true KL are those of its forward passes when they were made, "
-        "on a machine with other work. Errors are one standard error over sequences."
+        "before took none of it. Errors are one standard error over sequences."
     )
     write_page("peers", "Searches side by side, and what additive scores are worth", [intro, *parts])
 
 
-def section(finished: Finished, fraction: float, options: argparse.Namespace, true_kl: int, swaps: int) -> list[str]:
+def section(finished: Finished, fraction: float, options: argparse.Namespace, swaps: int) -> list[str]:
     """One budget."""
     top, different = options.top, options.min_different
     (scored, others), truth = measured_truth(finished, 8)
     problem = finished.problem
-    size = ContestSize(true_evaluations=true_kl, min_different=different)
     found = contest(
-        problem, scored, others, size, lambda done, total, text="": print(f"{done}/{total} {text}", flush=True)
+        problem, scored, others, ContestSize(), lambda done, total, text="": print(f"{done}/{total} {text}", flush=True)
     )
     best = choose(problem)
     checked = check_additivity(

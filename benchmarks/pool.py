@@ -117,7 +117,7 @@ def swept(site: Site) -> str:
 
 def worker_environment(site: Site) -> dict[str, str]:
     """What the deployments and the worker are given, as docs/how-to/operate.md says."""
-    named = {"PUZZLE_HOME": str(ROOT), "PUZZLE_ROOT": str(site.root), "PUZZLE_PROFILE": str(PROFILE)}
+    named = {"PUZZLE_HOME": str(ROOT), "PUZZLE_ROOT": str(site.root), "PUZZLE_PROFILES": f"operate={PROFILE}"}
     quiet = {
         "PREFECT_HOME": str(site.root / ".prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -155,7 +155,7 @@ def joint(program: Program, layers: int) -> JointLibrary:
         )
         for index in range(len(program.scores))
     ]
-    return JointLibrary(layers=tuple(f"layer_{i}" for i in range(layers)), options=tuple(options), measured={})
+    return JointLibrary(layers=tuple(f"layer_{i}" for i in range(layers)), options=tuple(options))
 
 
 def uncorrelated(slots: int, options: int, seed: int) -> Program:

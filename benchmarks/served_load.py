@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common import ROOT, last_report, table, write_page
+from benchmarks.common import last_report, table, write_page
 from blocks.engine_limits import gaps
 from blocks.library import read_value, write_value
 from blocks.parent import config_of
@@ -25,7 +25,7 @@ from tasks.engines.timing_in_turns import PARENT
 from tasks.inputs.children import open_child
 from tasks.loadtest.arrivals import Limits
 from tasks.loadtest.bench_table import MEMORY
-from tasks.loadtest.load_table import COLUMNS, draw_rates, failures_of, load_cells
+from tasks.loadtest.load_table import COLUMNS, failures_of, load_cells
 from tasks.loadtest.serving_load import LoadPlan, LoadRow, load_test, served_models
 from tasks.measure.bench import Point
 from tasks.running.progress import clock, shown
@@ -47,7 +47,7 @@ class Served(Value):
 
 
 def main() -> None:
-    """Measure what is not kept yet, then write benchmarks/serving-load.md and its pictures."""
+    """Measure what is not kept yet, then write benchmarks/serving-load.md."""
     options = _options()
     set_threads(1)
     load_before, report = os.getloadavg()[0], last_report(options.workspace)
@@ -158,8 +158,6 @@ def _intro(options: argparse.Namespace, report: ChildReport, sources: dict[str, 
 
 
 def _section(case: str, found: Served, load: Point) -> str:
-    picture = ROOT / "benchmarks" / f"serving-load-{case.replace(':', '-')}.png"
-    draw_rates(found.opened).savefig(picture)
     rows = [load_cells(row) for row in (*found.closed, *found.opened)]
     for cells, row in zip(rows, (*found.closed, *found.opened), strict=True):
         if row.good is None:
@@ -171,7 +169,6 @@ def _section(case: str, found: Served, load: Point) -> str:
             f"Good: {found.limits.words()}. The case took {clock(found.seconds)}.",
             table([*COLUMNS, "good", MEMORY], rows),
             f"TTFT gain by rate: {'; '.join(best)}." if best else "No gains: requests failed.",
-            f"![latency against rate]({picture.name})",
         ]
     )
 

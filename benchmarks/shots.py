@@ -61,11 +61,18 @@ class Browser:
 
     def click(self, text: str) -> None:
         """Press the last button, link or tab of exactly this text."""
-        found = f"[...document.querySelectorAll('button,a,[role=tab],label')].filter(e=>e.innerText.trim()=={text!r})"
+        kinds = "button,a,[role=tab],.p-tab,label"
+        found = f"[...document.querySelectorAll('{kinds}')].filter(e=>e.innerText.trim()=={text!r})"
         deadline = time.monotonic() + 180
         while not self.evaluate(f"(e=>(e&&e.click(),!!e))({found}.pop())"):
             assert time.monotonic() < deadline, f"nothing to press named {text!r}"
             time.sleep(0.5)
+
+    def write(self, field: str, text: str) -> None:
+        """Write into the first text field of a CSS selector, as a person would."""
+        self.evaluate(f"document.querySelector({json.dumps(field)}).focus()")
+        self.tell("Input.insertText", text=text)
+        time.sleep(1)
 
     def reveal(self, text: str) -> None:
         """Scroll to the innermost element of a text, once it is there."""
@@ -114,15 +121,14 @@ def forms(site: Site, page: Browser) -> None:
     """The forms of `optimize` and `sweep`, and a value that is refused."""
     own = site.deployment("optimize")
     run = f"{site.prefect}/deployments/deployment/{own['id']}/run"
-    page.open(run, "Parameters", (940, 1500))
+    page.open(run, "Parameters", (940, 2150))
     page.shoot("form")
     page.open(f"{site.prefect}/deployments/deployment/{site.deployment('sweep')['id']}/run", "Parameters", (940, 1180))
     page.shoot("form-sweep")
-    profile = {**own["parameters"]["profile"], "budget": {"layer_parameters_fraction": 7}}
-    asked = quote(json.dumps({**own["parameters"], "profile": profile}))
-    page.open(f"{run}?parameters={asked}", "Parameters", (940, 900))
+    page.open(run, "Parameters", (940, 900))
+    page.write("textarea", "700%")
     page.click("Submit")
-    page.reveal("7 is not valid under any of the given schemas")
+    page.reveal("is not valid under any of the given schemas")
     page.shoot("form-refused")
 
 
@@ -139,6 +145,15 @@ def while_running(site: Site, page: Browser) -> str:
     page.click("Artifacts")
     time.sleep(4)
     page.shoot("artifacts")
+    again = site.start("optimize", QUICK | {"budget.layer_parameters_fraction": 0.45}, workspace="shown")
+    site.finished(again)
+    page.open(f"{site.prefect}/runs/flow-run/{again}?tab=TaskRuns", "Task Runs", (1300, 1300), settle=8)
+    page.click("Task Runs")
+    time.sleep(4)
+    page.write("input[placeholder='Search by run name']", "distill")
+    page.wait_for("Cached")
+    time.sleep(4)
+    page.shoot("run-cached")
     return run
 
 

@@ -122,14 +122,14 @@ class Site:
 
 
 def changed(parameters: Changes, changes: Changes) -> dict[str, Any]:
-    """Parameters of a deployment with some values of the profile changed, as a form hands them over."""
+    """Parameters of a deployment with some values of the profile filled in, as a form hands them over."""
     made: dict[str, Any] = json.loads(json.dumps(dict(parameters)))
     for path, value in changes.items():
-        node: Any = made["profile"]
-        *above, last = path.split(".")
-        for key in above:
-            node = node[key]
-        node[last] = value
+        part, *rest = path.split(".")
+        node = made if part in ("budget", "hardware") else made.setdefault("more", {})
+        for key in (part, *rest)[:-1]:
+            node = node.setdefault(key, {})
+        node[rest[-1] if rest else part] = value
     return made
 
 

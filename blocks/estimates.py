@@ -140,6 +140,14 @@ def lower_bound(found: Metric, confidence: float) -> float:
     return found.value - float(stats.t.ppf(confidence, found.n - 1)) * found.se
 
 
+def confidence_of_look(confidence: float, look: int) -> float:
+    """The confidence that the look-th of many comparisons needs, from 1, so that all of them together, however many
+    there will be, err with a probability of at most 1 - confidence. That error is spent as 1/2, 1/6, 1/12, ... of it;
+    the bound is the sum (Bonferroni), so the comparisons may depend on each other in any way.
+    """
+    return 1 - (1 - confidence) / (look * (look + 1))
+
+
 def rank_correlation(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
     """(D,) Spearman correlations of `first` (K,) with every column of `second` (K, D); 0 where one does not vary."""
     ranks, columns = stats.rankdata(first), stats.rankdata(second, axis=0)

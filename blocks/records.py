@@ -119,9 +119,8 @@ class Score(Value):
     """Replace-1-block score of one variant: KL(parent || child) and rise of the LM loss, nats per token.
 
     A coupled block has subblock "block" and the variant label "<attention>+<ffn>". Standard errors are over sequences.
-    The parent's own subblock scores exactly 0. documents: the document that each sequence is of; where they are known,
-    standard errors are over documents. tokens: how many were really scored; adaptive scoring estimates the
-    values of further sequences (tasks/search/adaptive.py).
+    The parent's own subblock scores exactly 0. tokens: how many were scored. documents: the document that each sequence
+    is of; where they are known, standard errors are over documents.
     """
 
     layer: int

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from prefect import runtime
+from prefect.settings import PREFECT_HOME
 
 from blocks.errors import PuzzleError
 from blocks.library import digest_of, keep
 from blocks.records import Answer, BlockRecord, ChildReport, CorpusInfo, ParentInfo, SpeedReport
 from blocks.resources import weight_bytes
+from flows.run import task_of
 from flows.tracked_run import TrackedRun
+from flows.whole_models import made_of
 from profiles.schema import Profile
 from tasks.distill.record import open_parent
 from tasks.engines.timing_in_turns import PARENT
@@ -72,10 +75,9 @@ def finish(
     folder = run.workspace / "runs" / f"{run.profile.name}-{digest_of(child=final.key)[:12]}"
     report = _report(run, final, contenders, found, source, library, folder)
     markdown = report_markdown(report)
-    with exclusive(run.workspace, TaskKey(key=f"run-{folder.name}", what="the same child's folder")):
-        _export(run, final, source, markdown, folder)
-        files = [*write_report(report, folder), *_page(run, report, folder), folder / LINEAGE]
-        keep_run(folder, run.workspace)
+    needs = [name for name in run.task_runs if name.split()[0] in ("evaluation", "answers", "speed")]
+    values = (final, run, source, report, folder)
+    files = run.call(export_task, "child", *values, after=[made_of(final), *needs], limited=False)
     log_report(run.tracking, run.mlflow_run_id, report, files)
     link_to_earlier_runs(run)
     show_markdown("report", markdown, " ".join([*warnings(report), verdict(report)]))
@@ -85,6 +87,18 @@ def finish(
         say(line)
     _print(run, report, folder)
     return report
+
+
+@task_of("export", "export {which.name} and write the report")
+def export_task(
+    which: Contender, run: TrackedRun, source: tuple[ParentInfo, CorpusInfo], report: ChildReport, folder: Path
+) -> Any:
+    """The folder of a finished run: the child, its report, pictures and page. Returns the files to log."""
+    with exclusive(run.workspace, TaskKey(key=f"run-{folder.name}", what="the same child's folder")):
+        _export(run, which, source, report_markdown(report), folder)
+        files = [*write_report(report, folder), *_page(run, report, folder), folder / LINEAGE]
+        keep_run(folder, run.workspace)
+    return files
 
 
 def _report(
@@ -217,7 +231,7 @@ def ui_commands(run: TrackedRun) -> list[str]:
     if answer(f"{LOCAL_PREFECT}/api/flow_runs/{run.prefect_run_id}", timeout=2):
         return [f"Prefect: {page}", *mlflow]
     prefect = Path(sys.executable).parent / "prefect"
-    home = Path(os.environ.get("PREFECT_HOME") or run.workspace / "prefect")
+    home = PREFECT_HOME.value()
     settings = {"PREFECT_HOME": str(home), **prefect_database(home)}
     given = " ".join(f"{name}={shlex.quote(value)}" for name, value in settings.items())
     return [

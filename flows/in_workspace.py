@@ -1,7 +1,6 @@
 """What every command does before and around its work: the workspace is made ready, a failure is one sentence."""
 
 import contextlib
-import os
 import shlex
 import sys
 import traceback
@@ -12,12 +11,12 @@ import typer
 
 from blocks.errors import PuzzleError, PuzzleFailure, disk_is_full
 from blocks.runtime import configure
-from tasks.running.at_work import enter, prefect_home
+from tasks.running.at_work import enter
 from tasks.running.progress import logged, without_tracebacks
 
 
 def prepare_workspace(folder: Path) -> None:
-    """Make the folder; keep Prefect's and MLflow's state in it; no server to start by hand."""
+    """Make the folder, and see where Prefect records the run: no server to start by hand."""
     try:
         str(folder).encode()
         folder.mkdir(parents=True, exist_ok=True)
@@ -28,23 +27,10 @@ def prepare_workspace(folder: Path) -> None:
     except OSError as error:
         raise PuzzleError(f"cannot write to {folder}: {error.strerror}. Choose another with --workspace.") from error
     configure()
-    from tasks.running.servers import PREFECT_DATABASE, prefect_database
+    from tasks.running.recording import record
 
-    home = prefect_home(folder, enter(folder))
-    before = os.environ.get("PREFECT_HOME")
-    if before and prefect_database(Path(before)).get(PREFECT_DATABASE) == os.environ.get(PREFECT_DATABASE):
-        os.environ.pop(PREFECT_DATABASE, None)  # of this process's workspace before this one
-    settings = ({} if PREFECT_DATABASE in os.environ else prefect_database(home)) | {
-        "PREFECT_HOME": str(home),
-        "PREFECT_LOCAL_STORAGE_PATH": str(home / "storage"),
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "240",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_LOGGING_LEVEL": "WARNING",
-        "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
-        "DO_NOT_TRACK": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    os.environ.update(settings)
+    if elsewhere := record(folder, enter(folder)):
+        typer.echo(elsewhere, err=True)
 
 
 def run_logged(folder: Path, work: Callable[[], str]) -> str:

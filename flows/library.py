@@ -1,4 +1,4 @@
-"""`puzzle library import | show`: block libraries of others, and what a library holds; no model, no GPU, no Prefect."""
+"""`puzzle library show`: what a block library holds, ours or others'; no model, no GPU, no Prefect."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from tasks.libraries.exchange import Share, Span, Summary
+    from tasks.libraries.summary import Share, Span, Summary
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 Source = Annotated[
@@ -18,29 +18,10 @@ Source = Annotated[
 ]
 
 
-@app.command("import")
-def import_command(
-    source: Source,
-    target: Annotated[Path, typer.Argument(metavar="DEST", help="a folder, made where it is missing")],
-    scores: Annotated[
-        Path | None,
-        typer.Option("--scores", metavar="DIR", help="puzzletron's solution_*.json, where not beside its statistics"),
-    ] = None,
-) -> None:
-    """Write a library of any kind into a folder in the open format, which any tool can read.
-
-    See docs/how-to/exchange-libraries.md.
-    """
-    from tasks.libraries.exchange import import_library, summarise
-
-    import_library(source, target, scores)
-    typer.echo(_page(summarise(target)))
-
-
 @app.command("show")
 def show_command(source: Source, as_json: Annotated[bool, typer.Option("--json", help="one object")] = False) -> None:
     """What a library holds: layers, variants, scores, costs at every scenario, and what is missing."""
-    from tasks.libraries.exchange import summarise
+    from tasks.libraries.summary import summarise
 
     found = summarise(source)
     typer.echo(found.model_dump_json(indent=1) if as_json else _page(found))

@@ -29,7 +29,7 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         blocks = stages.distill_all(run, parent, corpus, records)
         costs = stages.measure(run, parent)
         run.log_costs(costs)
-        scores = stages.score_all(run, parent, corpus, records, blocks, costs)
+        scores = stages.score_all(run, parent, corpus, records, blocks)
         run.log_library(parent, corpus, blocks, scores, costs)
 
         problem, architecture = stages.choose_child(run, scores, costs)

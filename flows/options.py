@@ -128,9 +128,6 @@ class LibraryOptions:
     max_block_types: Annotated[
         int | None, typer.Option("--max-block-types", help="distinct variants in one architecture")
     ] = None
-    max_groups: Annotated[
-        int | None, typer.Option("--max-groups", help="contiguous groups of layers with equal variants")
-    ] = None
     forbid: Annotated[
         list[str] | None,
         typer.Option("--forbid", metavar="LABEL_OR_KIND", help="e.g. no_op, attention=no_op, or a label"),
@@ -170,7 +167,6 @@ class LibraryOptions:
             search = Search(
                 robust=self.robust,
                 max_block_types=self.max_block_types,
-                max_groups=self.max_groups,
                 forbid=tuple(self.forbid or ()),
                 keep_layers=tuple(self.keep or ()),
                 width_multiple=self.width_multiple,

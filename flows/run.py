@@ -5,6 +5,7 @@ are asked first, and a task whose files are not whole runs with `refresh_cache`.
 process (5 to 16 ms), whatever runner the profile names: a cluster would take 300 ms for it.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from tasks.operating.artifacts import stage_bar
 from tasks.operating.reach import check_servers
 from tasks.operating.requirements import advice, check_machine
 from tasks.operating.shared import store_used
-from tasks.running.at_work import at_work_in, prefect_home
+from tasks.running.at_work import at_work_in, number_in, prefect_home
 from tasks.running.devices import device_turn
 from tasks.running.progress import say, shown
 from tasks.running.retries import one_line_when_prefect_is_away, time_limit_in_words, worth_retrying
@@ -59,8 +60,10 @@ def task_of(name: str, run_name: str, key: Callable[[Any, dict[str, Any]], str] 
 
 
 @lru_cache(maxsize=128)
-def _with_options(which: Task[..., Any], timeout_seconds: float | None, refresh_cache: bool) -> Task[..., Any]:
-    return which.with_options(timeout_seconds=timeout_seconds, refresh_cache=refresh_cache)
+def _with_options(
+    which: Task[..., Any], timeout_seconds: float | None, refresh_cache: bool, storage: Path
+) -> Task[..., Any]:
+    return which.with_options(timeout_seconds=timeout_seconds, refresh_cache=refresh_cache, result_storage=storage)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +127,8 @@ class Run:
 
     def _limited(self, which: Any, limited: bool = True, refresh_cache: bool = False) -> Any:
         seconds = self.profile.orchestration.task_timeout if limited else None
-        return _with_options(which, seconds, refresh_cache)
+        storage = prefect_home(self.workspace, number_in(self.workspace)) / "storage"  # whichever server records
+        return _with_options(which, seconds, refresh_cache, storage)
 
     def _made_by(self, names: Iterable[str]) -> list[State[Any]]:
         """The task runs that made these, as the states that Prefect draws edges from, without what they made."""
@@ -141,10 +145,11 @@ def process_of(profile: Profile, workspace: Path) -> Iterator[None]:
     check_servers()
     for line in advice(profile):
         say(line)
+    if home := os.environ.get("PREFECT_HOME"):
+        stop_orphaned_servers(Path(home))
     with at_work_in(workspace) as number, one_line_when_prefect_is_away(), imports_left_alone():
         set_threads(profile.hardware.threads)
         disable_progress_bar()  # transformers' own bars: ours show the stage
-        stop_orphaned_servers(prefect_home(workspace, number))
         if number > 1:
             say(f"another run is at work in {workspace}: what both need is made once")
         with store_used(workspace, profile.store):

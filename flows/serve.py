@@ -5,9 +5,10 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,9 +18,8 @@ from blocks.runtime import configure
 from profiles.load import load_profile, shipped_profiles
 from tasks.operating.admission import Roots, served_profile
 from tasks.operating.reach import check_servers
-from tasks.operating.served_profile import ServedProfile
+from tasks.running.recording import ADDRESS, API, HOME, SERVED, in_force, own_prefect, take_for_server, users_settings
 from tasks.running.servers import (
-    PREFECT_DATABASE,
     QUIET,
     is_free,
     mlflow_server,
@@ -72,8 +72,11 @@ def serve_command(
     package: Packages = None,
 ) -> None:
     """Offer optimize, reoptimize, sweep and measure-hardware in Prefect's UI, on this machine only, until ctrl-c."""
-    roots = Roots.declared(root, data or (), store or (), package or (), allow_remote_code or ())
-    wanted = [served_profile(load_profile(name), roots) for name in profiles or shipped_profiles()]
+    if reoptimize_at is not None:
+        check_cron(reoptimize_at)
+    offered = named(profiles or shipped_profiles())
+    roots = Roots.declared(root, data or (), store or (), package or (), allow_remote_code or (), offered)
+    described = {name: served_profile(load_profile(file), roots).description for name, file in roots.profiles.items()}
     root = roots.workspaces
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -81,23 +84,46 @@ def serve_command(
         raise PuzzleError(f"cannot write to {root}: {error.strerror}. Choose another with --root.") from error
     configure()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # while servers start; later Prefect's runner takes it
-    os.environ.update(served_environment(roots))
+    in_force(served_environment(roots, users_settings()))
     with servers(root, port, mlflow_port):
+        in_force({})
         check_servers()
         typer.echo(f"Prefect: {os.environ['PREFECT_API_URL'].removesuffix('/api')}")
         typer.echo(f"MLflow:  {os.environ['MLFLOW_TRACKING_URI']}")
-        offer(wanted, runs, reoptimize_at)
+        offer(described, runs, reoptimize_at)
 
 
-def served_environment(roots: Roots) -> dict[str, str]:
-    """What the runs of a serving process inherit. Prefect reads it when it is imported."""
-    home = roots.workspaces / ".prefect"
+def check_cron(text: str) -> None:
+    """PuzzleError for a schedule that Prefect could not keep."""
+    from prefect.client.schemas.schedules import CronSchedule
+    from pydantic import ValidationError
+
+    try:
+        CronSchedule(cron=text)
+    except ValidationError as error:
+        raise PuzzleError(
+            f"--reoptimize-at {text!r} is no cron expression: give minute, hour, day, month and weekday, such as "
+            "'0 3 * * 1' (Mondays at 3:00), or @hourly, @daily, @weekly, @monthly."
+        ) from error
+
+
+def named(files: Iterable[str]) -> list[str]:
+    """NAME=FILE of every profile, as served runs are told. The name is the one that the profile gives itself."""
+    found = []
+    for file in files:
+        path = Path(file).expanduser()
+        found.append(f"{load_profile(file).name}={path.resolve() if path.is_file() else file}")
+    return found
+
+
+def served_environment(roots: Roots, told: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """What the runs of a serving process inherit. `told`: Prefect's settings that the user made, which stand."""
+    home = roots.workspaces / SERVED
+    own = {HOME: str(home), **prefect_database(home)}
     return {
-        **QUIET,
-        **(prefect_database(home) if PREFECT_DATABASE not in os.environ else {}),
+        **{name: value for name, value in QUIET.items() if name not in told},
+        **({API: told[API]} if told.get(API) else {} if own_prefect(told) else own),
         **roots.environment(),
-        "PREFECT_HOME": str(home),
-        "PREFECT_LOCAL_STORAGE_PATH": str(home / "storage"),
         "PREFECT_LOGGING_EXTRA_LOGGERS": "puzzle",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # tasks/operating/watch.py waits for more than two of them
     }
@@ -113,8 +139,13 @@ def servers(root: Path, port: int, mlflow_port: int) -> Iterator[None]:
         if not os.environ.get("PREFECT_API_URL"):
             command, url = prefect_server(_free(port, "--port"))
             guards = prefect_guards(port)
+            if os.environ.get(HOME) == str(root / SERVED):
+                take_for_server(root / SERVED)
             stack.enter_context(running(command, f"{url}/health", root / "prefect-server.log", guards))
             os.environ["PREFECT_API_URL"] = url
+            if os.environ.get(HOME) == str(root / SERVED):  # runs of the command line are to find it
+                stack.callback((root / ADDRESS).unlink, missing_ok=True)
+                (root / ADDRESS).write_text(url)
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             store = sqlite_url(root / "mlflow.db")
             command, url = mlflow_server(_free(mlflow_port, "--mlflow-port"), store, str(root / "mlartifacts"))
@@ -129,7 +160,7 @@ def _free(port: int, option: str) -> int:
     return port
 
 
-def offer(wanted: list[ServedProfile], runs: int, reoptimize_at: str | None) -> None:
+def offer(profiles: Mapping[str, str], runs: int, reoptimize_at: str | None) -> None:
     """Register the deployments and wait for runs; each runs in a process of its own, a crashed one again.
 
     As `prefect.serve` does, but for two things. The watch is begun before runs are taken. And the runner is given the
@@ -141,7 +172,7 @@ def offer(wanted: list[ServedProfile], runs: int, reoptimize_at: str | None) -> 
     from tasks.operating.watch import keep_watch
 
     runner: Any = Runner(pause_on_shutdown=True, limit=runs)
-    for flow, options in deployments(wanted, reoptimize_at):
+    for flow, options in deployments(profiles, reoptimize_at):
         runner.add_flow(flow, **options)
     keep_watch()
     with contextlib.suppress(KeyboardInterrupt, TerminationSignal):
@@ -149,21 +180,21 @@ def offer(wanted: list[ServedProfile], runs: int, reoptimize_at: str | None) -> 
 
 
 def deployments(
-    wanted: list[ServedProfile], reoptimize_at: str | None = None
+    profiles: Mapping[str, str], reoptimize_at: str | None = None
 ) -> list[tuple["Flow[..., Any]", dict[str, Any]]]:
-    """Every flow for every profile, and how it is offered: named after the profile, with its values in the form."""
+    """Every flow for every profile, named after it; the form starts from it. profiles: names and descriptions."""
     from prefect.types.entrypoint import EntrypointType
 
     from flows import served
 
     made: list[tuple[Flow[..., Any], dict[str, Any]]] = []
-    for profile in wanted:
-        own = {"profile": profile.model_dump(mode="json"), "workspace": profile.name}
+    for profile, about in profiles.items():
         for flow in (served.optimize, served.reoptimize, served.measure_hardware, served.sweep):
+            given = "workspace" if flow is served.sweep else "profile"
             options = {
-                "name": profile.name,
-                "parameters": {key: own[key] for key in own if key in flow.parameters.properties},
-                "description": f"{profile.description}\n\n{flow.description}",
+                "name": profile,
+                "parameters": {given: profile},
+                "description": f"{about}\n\n{flow.description}".strip(),
                 "tags": ["puzzle"],
                 "paused": False,  # stopping `puzzle serve` pauses them
                 "cron": reoptimize_at if flow is served.reoptimize else None,

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,8 +21,6 @@ from flows.in_workspace import run_logged
 from tasks.running.progress import clock, say, shown, wide_console
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from tasks.measure.bench import BenchRow, Point
 
 ChildPath = Annotated[
@@ -116,7 +115,6 @@ Loads = Annotated[
     list[str] | None, typer.Option("--load", metavar="BxPxG", help="batch x prompt x generated tokens [1x256x64]")
 ]
 Rounds = Annotated[int, typer.Option(min=1, help="turns of each model, interleaved")]
-Picture = Annotated[Path | None, typer.Option("--picture", metavar="PNG", help="draw the figures")]
 AsJson = Annotated[bool, typer.Option("--json", help="the rows as a list")]
 DEFAULT_LOAD = "1x256x64"
 
@@ -129,25 +127,23 @@ def bench_command(
     precision: Precision = "float32",
     rounds: Rounds = 5,
     threads: Annotated[int, typer.Option(min=1)] = 1,
-    picture: Picture = None,
     as_json: AsJson = False,
 ) -> None:
     """Parent and child in one engine, in turns under the same load: prefill, decode, memory, gains of pairs."""
     _quiet()
     from tasks.engines.registry import installed_engine
-    from tasks.loadtest.bench_table import bench_table, draw_bench
+    from tasks.loadtest.bench_table import bench_table
     from tasks.measure.bench import bench
     from tasks.running.devices import alone
 
     installed_engine(engine)
     sources = _parent_and_child(child, parent)
     points = _points(load, sources)
-    _check_picture(picture)
 
     def measure() -> None:
         with alone("bench"), shown("bench", beside=True) as report:
             rows = bench(sources, engine, points, precision=precision, rounds=rounds, threads=threads, progress=report)
-        _show(rows, lambda: bench_table(rows), lambda: draw_bench(rows), picture, as_json)
+        _show(rows, lambda: bench_table(rows), as_json)
         _keep_bench(child, rows)
 
     _logged(Path.cwd(), measure)
@@ -192,15 +188,14 @@ def loadtest_command(
         float | None,
         typer.Option("--max-output-token-seconds", min=1e-6, metavar="S", help="good: S between output tokens at most"),
     ] = None,
-    picture: Picture = None,
     as_json: AsJson = False,
 ) -> None:
     """Parent and child behind OpenAI-style servers, in turns under the same requests: latency, throughput, failures."""
     _quiet()
     from tasks.loadtest.arrivals import Limits, rates_of
-    from tasks.loadtest.load_table import draw_load, failures_of, load_table
+    from tasks.loadtest.load_table import failures_of, load_table
     from tasks.loadtest.serving_load import LoadPlan, bench_servers
-    from tasks.measure.bench import CHILD
+    from tasks.measure.bench import CHILD, Point
     from tasks.running.devices import alone
 
     if server is None and not url:
@@ -209,11 +204,10 @@ def loadtest_command(
     unused = [name for name, value in given.items() if url and value is not None]
     if unused:
         raise PuzzleError(f"{unused[0]} is for servers that --server starts; those that --url names run already.")
-    sources = {CHILD: child} if url else _parent_and_child(child, parent)
     plan = LoadPlan(
         server=server,
         urls=tuple(url or ()),
-        points=tuple(_points(load, sources)),
+        points=tuple(Point.parse(text) for text in load or [DEFAULT_LOAD]),
         precision=precision or "float32",
         rounds=rounds,
         threads=threads or 1,
@@ -221,7 +215,8 @@ def loadtest_command(
         rates=() if rate is None else rates_of(rate),
         limits=Limits(first_token_seconds=max_first, output_token_seconds=max_output),
     )
-    _check_picture(picture)
+    sources = {CHILD: child} if url else _parent_and_child(child, parent)
+    plan = replace(plan, points=tuple(_points(load, sources)))
 
     def measure() -> None:
         if plan.rates:
@@ -229,7 +224,7 @@ def loadtest_command(
             typer.echo(f"load: the arrivals alone take {clock(least)} (requests x rounds / rate, each model)", err=True)
         with nullcontext() if plan.urls else alone("load"), shown("load", beside=True) as report:
             rows = bench_servers(sources, plan, report)
-        _show(rows, lambda: load_table(rows, plan.limits), lambda: draw_load(rows), picture, as_json)
+        _show(rows, lambda: load_table(rows, plan.limits), as_json)
         for sentence in () if as_json else failures_of(rows):
             say(sentence)
 
@@ -256,32 +251,11 @@ def _parent_and_child(child: Path, parent: Path | None) -> dict[str, Path]:
     return {PARENT: parent or _parent_of(child), CHILD: child}
 
 
-def _show(
-    rows: Sequence[BaseModel],
-    table: Callable[[], Table],
-    draw: Callable[[], "Figure"],
-    picture: Path | None,
-    as_json: bool,
-) -> None:
-    if picture is not None:
-        draw().savefig(picture)
+def _show(rows: Sequence[BaseModel], table: Callable[[], Table], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([row.model_dump() for row in rows], indent=1))
     else:
         wide_console().print(table())
-
-
-def _check_picture(file: Path | None) -> None:
-    """PuzzleError, before anything is measured, for a picture that could not be written."""
-    if file is None:
-        return
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    kinds = FigureCanvasBase.get_supported_filetypes()
-    if file.suffix and file.suffix[1:].lower() not in kinds:
-        raise PuzzleError(f"--picture {file} is no picture: let its name end in one of {', '.join(sorted(kinds))}.")
-    if not file.parent.is_dir():
-        raise PuzzleError(f"--picture {file}: there is no folder {file.parent}.")
 
 
 def _quiet() -> None:

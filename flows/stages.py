@@ -4,11 +4,10 @@ A stage asks the files first. What is whole becomes a task run at once, `Cached`
 the workers. See flows/run.py for the how, flows/whole_models.py for the stages after the choice.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from prefect.futures import as_completed
 
 from blocks.errors import PuzzleError
@@ -32,7 +31,6 @@ from tasks.running.progress import say
 from tasks.running.sharing import TaskKey, exclusive
 from tasks.running.workers import WorkerSlot, in_slot, worker_slot
 from tasks.score import scoring
-from tasks.search.adaptive import Key, in_words, score_adaptively
 from tasks.search.choose import choose
 from tasks.search.totals import Problem, predicted, problem_of
 from tasks.studies.peers import find
@@ -176,53 +174,34 @@ def score_all(
     corpus: CorpusInfo,
     records: Sequence[LayerRecord],
     blocks: Iterable[BlockRecord],
-    costs: CostTable,
 ) -> list[Score]:
-    """Replace-1-block scores of every block that did not fail; `costs` matter to adaptive scoring alone."""
+    """Replace-1-block scores of every block that did not fail."""
     settings, profile = run.profile.scoring, run.profile
     length = settings.tokens_per_sequence or corpus.sequence_length
     scored = scoring.ScoringSet(corpus=corpus, last=records[-1], count=settings.sequences, length=length)
-    usable: dict[Key, BlockRecord] = {
-        (block.layer, block.subblock, block.variant): block for block in blocks if block.status != "failed"
-    }
+    sequences = tuple(range(scored.count))
+    usable = [block for block in blocks if block.status != "failed"]
+    stored = {block.key: scoring.stored_score(block, sequences, length, run.workspace) for block in usable}
 
-    documents = documents_of(corpus, "validation", run.workspace, length)
+    def handed_to(call: Callable[..., Any], layer: int) -> Any:
+        work = [(block, sequences) for block in usable if block.layer == layer]
+        values = (work, records[layer], scored, parent, worker_slot(profile), str(run.workspace))
+        needs = [*(block.key for block, _ in work), f"record {layer}", f"record {len(records) - 1}"]
+        return call(score_task, f"score {layer}", *values, after=needs)
 
-    def score(wanted: Mapping[Key, scoring.Sequences]) -> dict[Key, Score]:
-        stored = {key: scoring.stored_score(usable[key], wanted[key], length, run.workspace) for key in wanted}
-
-        def handed_to(call: Callable[..., Any], layer: int) -> Any:
-            work = [(usable[key], sequences) for key, sequences in wanted.items() if key[0] == layer]
-            values = (work, records[layer], scored, parent, worker_slot(profile), str(run.workspace))
-            needs = [*(block.key for block, _ in work), f"record {layer}", f"record {len(records) - 1}"]
-            return call(score_task, f"score {layer}", *values, after=needs)
-
-        missing = list(dict.fromkeys(key[0] for key in wanted if stored[key] is None))
-        for layer in dict.fromkeys(key[0] for key in wanted if key[0] not in missing):
-            handed_to(run.call, layer)
-        with run.stage("score") as progress:  # entered first: what is submitted computes at once
-            futures = {layer: handed_to(run.submit, layer) for layer in missing}
-            for done, (layer, future) in enumerate(futures.items(), start=1):
-                stored |= {(one.layer, one.subblock, one.variant): one for one in future.result()}
-                progress(done, len(missing), f"layer {layer}")
-        return {
-            key: scoring.by_document(score, documents and [documents[sequence] for sequence in wanted[key]])
-            for key, score in stored.items()
-            if score
-        }
-
-    if settings.adaptive is None:
-        return list(score(dict.fromkeys(usable, tuple(range(scored.count)))).values())
-    order = tuple(np.random.default_rng(profile.seed).permutation(scored.count).tolist())
-    found = score_adaptively(
-        list(usable),
-        lambda scores: problem_of(profile, scores, costs),
-        settings.adaptive,
-        scored.count,
-        lambda depths: score({key: order[:depth] for key, depth in depths.items()}),
-        lambda look: say(in_words(look)),
-    )
-    return list(found.scores)
+    missing = list(dict.fromkeys(block.layer for block in usable if stored[block.key] is None))
+    for layer in dict.fromkeys(block.layer for block in usable if block.layer not in missing):
+        handed_to(run.call, layer)
+    found: dict[int, list[Score]] = {}
+    with run.stage("score") as progress:  # entered first: what is submitted computes at once
+        futures = {layer: handed_to(run.submit, layer) for layer in missing}
+        for done, (layer, future) in enumerate(futures.items(), start=1):
+            found[layer] = future.result()
+            progress(done, len(missing), f"layer {layer}")
+    fresh = {(one.layer, one.subblock, one.variant): one for scores in found.values() for one in scores}
+    scores = (fresh.get((block.layer, block.subblock, block.variant), stored[block.key]) for block in usable)
+    documents = documents_of(corpus, "validation", run.workspace, length)[: scored.count]
+    return [scoring.by_document(score, documents) for score in scores if score is not None]
 
 
 def measure(run: Run, parent: ParentInfo) -> CostTable:

@@ -41,6 +41,7 @@ from tasks.running.sharing import TaskKey, exclusive, try_exclusive
 
 BLOCK_COLUMNS = ("layer", "subblock", "variant", "status", "nmse_closed_form", "nmse_after", "steps", "seconds")
 SCORE_COLUMNS = ("layer", "subblock", "variant", "kl", "kl_se", "lm_loss", "lm_loss_se")
+MLFLOW_TAG = "mlflow.run_id:"
 COST_COLUMNS = (
     *("subblock", "variant", "scenario", "batch_size", "prefill_seconds", "decode_seconds_per_token"),
     *("prefill_spread", "decode_spread", "parameters"),
@@ -183,6 +184,11 @@ def prefect_note() -> str | None:
     return f"Prefect flow run [{run.name}]({run.ui_url})" if os.environ.get("PREFECT_API_URL") and run.id else None
 
 
+def with_mlflow_tag(tags: Sequence[str], mlflow_run_id: str) -> list[str]:
+    """The tags of a flow run, those of whoever started it among them, and its MLflow run in place of an earlier one."""
+    return [*(tag for tag in tags if not tag.startswith(MLFLOW_TAG)), MLFLOW_TAG + mlflow_run_id]
+
+
 @contextmanager
 def open_run(profile: Profile, workspace: Path) -> Iterator[TrackedRun]:
     """Open the MLflow run of this profile, or go on with the one a killed process left; closed at the end.
@@ -213,7 +219,7 @@ def _opened_run(profile: Profile, workspace: Path, kept: Path) -> Iterator[Track
         tracking.log_texts(store, mlflow_run_id, {"profile.yaml": in_yaml(profile)})
         if prefect_run_id:
             with get_client(sync_client=True) as client:
-                client.update_flow_run(runtime.flow_run.id, tags=[f"mlflow.run_id:{mlflow_run_id}"])
+                client.update_flow_run(runtime.flow_run.id, tags=with_mlflow_tag(runtime.flow_run.tags, mlflow_run_id))
         show_link("mlflow run", tracking.run_url(store, mlflow_run_id), "this run in MLflow")
         yield TrackedRun(
             profile=profile,

@@ -23,11 +23,7 @@ Json = Annotated[bool, typer.Option("--json", help="one object instead of the ta
 @takes(ProfileOptions)
 def peers_command(
     given: ProfileOptions,
-    evaluations: Annotated[int, typer.Option(min=2, help="sums that evolution and policy gradient look at")] = 20_000,
-    true_evaluations: Annotated[
-        int, typer.Option("--true-kl", min=0, help="measured KLs that each of the two may look at, besides")
-    ] = 0,
-    min_different: Different = 4,
+    evaluations: Annotated[int, typer.Option(min=2, help="sums that the evolutionary search looks at")] = 20_000,
     smaller: Annotated[
         list[Path] | None,
         typer.Option("--smaller", metavar="FOLDER", help="a smaller model of the parent's family, as a contender"),
@@ -43,13 +39,7 @@ def peers_command(
         from tasks.studies.truth import truth_of
         from tasks.studies.verdicts import aligned, contest_figures, contest_rows, contest_verdict
 
-        size = ContestSize(
-            evaluations=evaluations,
-            true_evaluations=true_evaluations,
-            min_different=min_different,
-            seed=seed,
-            smaller=tuple(smaller or ()),
-        )
+        size = ContestSize(evaluations=evaluations, seed=seed, smaller=tuple(smaller or ()))
         found = contest(finished.problem, *truth_of(finished, sequences), size, progress)
         text = "\n".join([aligned(*contest_rows(found)), *contest_verdict(found)])
         return found, text, contest_figures(found), None

@@ -60,7 +60,7 @@ class AnyOf:
         """See pydantic."""
         schema = handler(core)
         schema.pop("discriminator", None)
-        return {**{key: value for key, value in schema.items() if key != "oneOf"}, "anyOf": schema["oneOf"]}
+        return {"anyOf" if key == "oneOf" else key: value for key, value in schema.items()}
 
 
 class Section(BaseModel):
@@ -268,25 +268,10 @@ class BLD(Section):
         return self
 
 
-class Adaptive(Section):
-    """Score every variant on few sequences, and on more only where that can still change the choice."""
-
-    start_sequences: int = Field(default=4, ge=2, description="Sequences that every variant is scored on at first.")
-    growth: float = Field(default=2.0, gt=1, description="Times as many sequences for variants that stay undecided.")
-    tolerance: Fraction = Field(
-        default=0.02,
-        description="Scoring stops when more of it is expected to improve the objective by less than this share.",
-    )
-
-
 class Scoring(Section):
     """Replace-1-block scores, computed on validation sequences."""
 
-    sequences: PositiveInt = Field(
-        default=8,
-        description="Number of sequences that every variant is scored on; the highest number where scoring is "
-        "adaptive.",
-    )
+    sequences: PositiveInt = Field(default=8, description="Number of sequences that every variant is scored on.")
     tokens_per_sequence: PositiveInt | None = Field(
         default=None, description="Number of tokens at the start of each sequence that count. null: all."
     )
@@ -294,16 +279,6 @@ class Scoring(Section):
         default="kl",
         description="The score: KL divergence from the parent, or the loss of the language model, in nats per token.",
     )
-    adaptive: Adaptive | None = Field(
-        default=None,
-        description="Settings of adaptive scoring; true stands for the defaults. null: every variant gets all "
-        "sequences.",
-    )
-
-    @field_validator("adaptive", mode="before")
-    @classmethod
-    def _defaults_when_true(cls, value: object) -> object:
-        return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
 
 DEVICE = r"^(cpu|cuda|mps)(:(0|[1-9]\d*))?$"
@@ -525,9 +500,6 @@ class Search(Section):
     max_block_types: PositiveInt | None = Field(
         default=None, description="Highest number of different blocks in the child. null: no limit."
     )
-    max_groups: PositiveInt | None = Field(
-        default=None, description="Highest number of groups of equal neighbouring blocks. null: no limit."
-    )
     forbid: tuple[str, ...] = Field(
         default=(), description="Variants that must not be chosen: kinds (no_op, attention=no_op) or labels."
     )
@@ -552,9 +524,7 @@ class GKD(Section):
     seed: int = Field(default=0, description="Seed of the order of train sequences.")
 
 
-BaselineName = Literal[
-    "uniform", "depth", "greedy", "random", "no_op_only", "max_params", "evolutionary", "policy_gradient"
-]
+BaselineName = Literal["uniform", "depth", "greedy", "random", "no_op_only", "max_params", "evolutionary"]
 BenchmarkName = Literal["hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande"]
 
 

@@ -1,6 +1,10 @@
 """A tiny chain for tests: parent, corpus, recording, distilled blocks, scores; made once per session."""
 
+import atexit
+import shutil
+import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from blocks.parent import Parent
@@ -67,7 +71,16 @@ class Chain:
 
 
 def prepare(workspace: Path, family: str = "llama", train_steps: int = 40) -> tuple[ParentInfo, CorpusInfo]:
-    """A briefly trained tiny parent and its corpus."""
+    """A briefly trained tiny parent and its corpus: made once per process, then copied."""
+    made, parent, corpus = _prepared(family, train_steps)
+    shutil.copytree(made, workspace, dirs_exist_ok=True)
+    return parent, corpus
+
+
+@cache
+def _prepared(family: str, train_steps: int) -> tuple[Path, ParentInfo, CorpusInfo]:
+    workspace = Path(tempfile.mkdtemp(prefix="puzzle-test-parent-"))
+    atexit.register(shutil.rmtree, workspace, ignore_errors=True)
     source = TinyParent(
         family=family,  # type: ignore[arg-type]
         hidden_size=32,
@@ -76,7 +89,7 @@ def prepare(workspace: Path, family: str = "llama", train_steps: int = 40) -> tu
         train_steps=train_steps,
     )
     parent = prepare_parent(source, workspace, lambda: iterate_documents(CORPUS))
-    return parent, prepare_corpus(CORPUS, workspace / parent.folder, parent.fingerprint, workspace)
+    return workspace, parent, prepare_corpus(CORPUS, workspace / parent.folder, parent.fingerprint, workspace)
 
 
 def make_chain(workspace: Path) -> Chain:

@@ -16,11 +16,11 @@ ATTENTION: dict[str, Any] = {
     "no_op": {**COMMON, "no_op": True, "num_key_value_heads": None, "llama4": None, "mamba": None},
 }
 FFN: dict[str, Any] = {
-    "intermediate size 14e3": {**COMMON, "moe": None, "intermediate_size": 14336},
-    "intermediate size 7e3": {**COMMON, "moe": None, "intermediate_size": 7168},
+    "intermediate size 14336": {**COMMON, "moe": None, "intermediate_size": 14336},
+    "intermediate size 7168": {**COMMON, "moe": None, "intermediate_size": 7168},
     "no_op": {**COMMON, "no_op": True, "moe": None, "intermediate_size": None},
 }
-PARENT = ("8 kv heads", "intermediate size 14e3")
+PARENT = ("8 kv heads", "intermediate size 14336")
 Block = tuple[str, str]
 
 

@@ -16,7 +16,7 @@ from tasks.distill.record import open_parent
 from tasks.engines.timing_in_turns import gains_of
 from tasks.gguf.writer import UnknownPrecision
 from tasks.inputs.space import check_search_space
-from tasks.loadtest.bench_table import bench_table, draw_bench
+from tasks.loadtest.bench_table import bench_table
 from tasks.measure import costs
 from tasks.measure.bench import BenchRow, Point, bench, fitting
 from tasks.measure.costs import CostRequest, measure_costs
@@ -49,7 +49,7 @@ def test_loads_are_read() -> None:
 
 
 @pytest.mark.parametrize("engine", ["torch", pytest.param("llama.cpp", marks=needs_llama_cpp)])
-def test_bench_measures_parent_and_child_in_turns(engine: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_bench_measures_parent_and_child_in_turns(engine: str, folders: dict[str, Path]) -> None:
     told: list[tuple[int, int]] = []
     points = [Point.parse("1x8x4"), Point.parse("2x8x3")]
     rows = bench(folders, engine, points, rounds=2, progress=lambda done, total, text="": told.append((done, total)))
@@ -60,7 +60,6 @@ def test_bench_measures_parent_and_child_in_turns(engine: str, folders: dict[str
         assert row.throughput.memory_bytes and row.throughput.memory_bytes > 2**20 and engine in row.version
         assert row.throughput.decode_tokens_per_second.n == 2
     assert bench_table(rows).row_count == 4
-    draw_bench(rows).savefig(tmp_path / "b.png")
     assert BenchRow.model_validate_json(rows[0].model_dump_json()) == rows[0]
 
 
@@ -195,11 +194,3 @@ def test_a_search_for_an_engine_leaves_out_what_it_cannot_run(tmp_path: Path) ->
     assert len(found["[]"]) == 4 * reader.depth
     kept = {(layer, "attention", "no_op") for layer in range(1, reader.depth)}
     assert found['["vllm"]'] == kept | {(layer, "ffn", "ffn32") for layer in range(reader.depth)}
-
-
-@pytest.mark.parametrize(("name", "said"), [("missing/bench.png", "there is no folder"), ("bench.txt", "png")])
-def test_a_picture_that_cannot_be_written_is_told_before_anything_is_measured(
-    name: str, said: str, folders: dict[str, Path], tmp_path: Path
-) -> None:
-    done = run("bench", str(folders["child"]), "--parent", str(folders["parent"]), "--picture", str(tmp_path / name))
-    assert isinstance(done.exception, PuzzleError) and said in str(done.exception)

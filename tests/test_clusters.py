@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -255,10 +256,19 @@ def broken() -> None:
 
 @task_of("slow", "slow")
 def slow() -> None:
-    time.sleep(20)
+    time.sleep(5)
 
 
-def test_the_context_of_a_submission_is_small_and_a_failure_keeps_its_kind(chain: Chain, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def server() -> Iterator[None]:
+    """A Prefect server for the tests of this file that need one."""
+    with prefect_test_harness(server_startup_timeout=180):
+        yield
+
+
+def test_the_context_of_a_submission_is_small_and_a_failure_keeps_its_kind(
+    chain: Chain, server: None, tmp_path: Path
+) -> None:
     @flow
     def looking(parent: ParentInfo) -> int:
         run = Run(profile=profile_with("orchestration.task_timeout=1"), workspace=tmp_path)
@@ -269,8 +279,7 @@ def test_the_context_of_a_submission_is_small_and_a_failure_keeps_its_kind(chain
             run.call(slow, "what is slow")
         return sent(serialize_context())
 
-    with prefect_test_harness(server_startup_timeout=180):
-        assert looking(chain.parent) < 40_000
+    assert looking(chain.parent) < 40_000
 
 
 @pytest.fixture
@@ -288,7 +297,7 @@ def end_states(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_every_finished_variant_is_a_cached_task_run_and_what_is_not_whole_is_made_again(
-    chain: Chain, tmp_path: Path, end_states: list[str]
+    chain: Chain, server: None, tmp_path: Path, end_states: list[str]
 ) -> None:
     """Prefect's record is asked only where the files are whole, and one that cannot be read does not stop the run."""
     workspace = tmp_path / "w"
@@ -304,10 +313,7 @@ def test_every_finished_variant_is_a_cached_task_run_and_what_is_not_whole_is_ma
         run.task_runs["record 0"] = run.task_runs["record 1"] = uuid4()
         return stages._distill(run, jobs, "distill"), run.task_runs
 
-    with (
-        prefect_test_harness(server_startup_timeout=180),
-        temporary_settings({PREFECT_LOCAL_STORAGE_PATH: storage, PREFECT_TASKS_REFRESH_CACHE: False}),
-    ):
+    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: storage, PREFECT_TASKS_REFRESH_CACHE: False}):
         first, _ = distil()  # the library was there before Prefect had a record
         assert end_states == ["Completed"] * 4
         again, runs = distil()

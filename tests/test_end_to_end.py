@@ -14,7 +14,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from benchmarks.site import Site, both_servers, changed, served
 from blocks.files import sha256_of
 from flows.reoptimize import run_reoptimize
-from profiles.schema import Profile
+from profiles.load import load_profile
 from tasks.evaluate.compare import Lineage
 from tasks.operating.champion import Judgement
 
@@ -120,10 +120,10 @@ def test_mlflow_tells_the_same_run(site: Site, optimized: str, monkeypatch: pyte
 
 def reoptimized(site: Site, **changes: Any) -> Judgement:
     """`puzzle reoptimize` on the workspace of the run above, against the same servers."""
-    tree = changed(site.deployment("optimize")["parameters"], QUICK | changes)["profile"]
+    words = [f"{path}={json.dumps(value)}" for path, value in (QUICK | changes).items()]
     with temporary_settings({PREFECT_API_URL: f"{site.prefect}/api", PREFECT_HOME: site.root / ".prefect"}):
         try:
-            return run_reoptimize(Profile.model_validate(tree), site.root / "tiny", remeasure=False)
+            return run_reoptimize(load_profile("tiny", words), site.root / "tiny", remeasure=False)
         finally:  # while their server is there: later each event is tried for a minute by whoever drains next
             EventsWorker.drain_all()
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -23,12 +24,10 @@ from tasks.pages.page import read_truth, truth_of
 from tasks.running.servers import PREFECT_DATABASE
 from tasks.search.request import Request, limits
 from tasks.search.solve import choose_joint
-from tasks.search.totals import score_of
-from tasks.studies.finished import open_finished
 from tasks.studies.peers import NAMES
 from tests.test_nvlabs import puzzle
 
-pytestmark = pytest.mark.timeout(900)  # whole runs, each with a server of its own
+pytestmark = pytest.mark.timeout(2400)  # whole runs, each with a server of its own
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "profiles" / "tiny.yaml"
@@ -57,7 +56,7 @@ def start(workspace: Path, *more: str) -> subprocess.Popen[str]:
 
 def finished(workspace: Path, *more: str) -> str:
     process = start(workspace, *more)
-    output, _ = process.communicate(timeout=280)
+    output, _ = process.communicate(timeout=800)
     assert process.returncode == 0, output
     return output
 
@@ -91,11 +90,34 @@ def test_a_workspace_of_any_name_keeps_all_of_the_run(run: tuple[Path, str]) -> 
     )
 
 
+def test_the_graph_of_a_run_has_an_edge_into_every_task(run: tuple[Path, str]) -> None:
+    """As Prefect's UI draws it: from the parent to the export, which waits for all that the report shows."""
+    with closing(sqlite3.connect(run[0] / "prefect" / "prefect.db")) as database:
+        rows = database.execute("select id, name, task_inputs from task_run").fetchall()
+    names = {one.replace("-", ""): name for one, name, _ in rows}
+    edges = {
+        name: {names[one["id"].replace("-", "")] for values in json.loads(inputs).values() for one in values}
+        for _, name, inputs in rows
+    }
+    assert [name for name, needs in edges.items() if not needs] == ["prepare parent"]
+    (export,) = (needs for name, needs in edges.items() if name.startswith("export"))
+    shown = {name for name in edges if name.startswith(("evaluate", "answers", "throughput"))}
+    assert {"GKD of child"} | shown <= export and len(shown) > 5
+    measured = {name for name in edges if name.startswith("measure")}
+    assert measured | {"score layer 03"} <= edges["choose"] and len(measured) > 5
+    assert edges["evaluate child (distilled)"] == {"GKD of child"}
+
+
 @pytest.fixture(scope="module")
 def another(run: tuple[Path, str]) -> tuple[str, dict[Path, int], float]:
-    """Another budget on the finished library: output, the library's files before it, seconds."""
-    library, started = times(run[0] / "library"), time.monotonic()
-    return finished(run[0], *OTHER, *ALONE), library, time.monotonic() - started
+    """Another budget on the finished library: output, the library's files before it, CPU-seconds of its processes."""
+    library, before = times(run[0] / "library"), cpu_of_children()
+    return finished(run[0], *OTHER, *ALONE), library, cpu_of_children() - before
+
+
+def cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def times(folder: Path, pattern: str = "*") -> dict[Path, int]:
@@ -189,25 +211,24 @@ def test_the_library_it_leaves_chooses_the_same_child(run: tuple[Path, str]) -> 
     assert len(tables.variants) == len(tables.scores) == 4 * (3 + 2)
 
 
-def study(workspace: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [*PUZZLE, words[0], "profiles/tiny.yaml", "--workspace", str(workspace), *SMALLER, *words[1:]]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+def study(workspace: Path, *words: str) -> tuple[int, str, str]:
+    return puzzle(words[0], TINY, "--workspace", workspace, *SMALLER, *words[1:])
 
 
 def test_the_library_it_leaves_is_checked_against_true_kl(run: tuple[Path, str]) -> None:
     """Every search side by side, predicted against true; what they leave; a profile that was never run."""
     workspace, _ = run
-    peers = study(workspace, "peers", "--evaluations", "500", "--true-kl", "4")
-    assert peers.returncode == 0, peers.stderr
-    assert "lowest true KL: " in peers.stdout and "peers        done in" in peers.stderr
+    code, out, told = study(workspace, "peers", "--evaluations", "500")
+    assert code == 0, told
+    assert "lowest true KL: " in out and "peers        done in" in told
     kept = json.loads(next(workspace.glob("studies/peers-tiny-*/study.json")).read_text())
     assert {entry["name"] for entry in kept["entries"]} | set(kept["left_out"]) == set(NAMES)
     kls = [sum(entry["true"]) for entry in kept["entries"]]
     assert kls == sorted(kls)
 
-    check = study(workspace, "check", "--top", "4", "--swaps", "4")
-    assert check.returncode == 0, check.stderr
-    assert "rank correlation" in check.stdout and "swaps: " in check.stdout
+    code, out, told = study(workspace, "check", "--top", "4", "--swaps", "4")
+    assert code == 0, told
+    assert "rank correlation" in out and "swaps: " in out
     (folder,) = workspace.glob("studies/check-tiny-*")
     assert (folder / "predicted-against-true.png").stat().st_size > 10_000
     points = read_truth(folder / "truth.json")
@@ -215,8 +236,8 @@ def test_the_library_it_leaves_is_checked_against_true_kl(run: tuple[Path, str])
     child = json.loads((folder / "study.json").read_text())["measured"][0]
     assert child["layers"] == [choice.model_dump() for choice in report_of(workspace).architecture.layers]
 
-    other = study(workspace, "check", "--set", "search_space.ffn=[ffn64, no_op]")
-    assert other.returncode == 2 and "4 of" in other.stderr and "run `puzzle optimize`" in other.stderr
+    code, _, told = study(workspace, "check", "--set", "search_space.ffn=[ffn64, no_op]")
+    assert code == 2 and "4 of" in told and "run `puzzle optimize`" in told
     code, _, told = puzzle("peers", TINY, "--workspace", workspace / "nowhere")
     assert code == 2 and "is no workspace" in told and not (workspace / "nowhere").exists()
 
@@ -236,7 +257,7 @@ def test_prefect_and_mlflow_carry_each_other(run: tuple[Path, str]) -> None:
     assert {"machine", "distill", "score", "choose"} <= names
     assert {name.split()[0] for name in names} >= {"tiny", "costs"}
     assert {"at_a_glance/kl", "child/loss", "parent/loss", "child/speedup_prefill", "search/score"} <= metrics
-    assert {"cost/ffn48/decode_ms_b4", "cost/kv1/kv_bytes_per_token"} <= metrics
+    assert {"cost/ffn96/decode_ms_b4", "cost/kv1/kv_bytes_per_token"} <= metrics
     assert {"bld.steps", "hardware.engine", "search_space.ffn", "gkd.steps"} <= params and rows["puzzle.costs_run"]
 
 
@@ -244,7 +265,7 @@ def test_another_budget_reuses_the_library_within_a_minute(
     run: tuple[Path, str], another: tuple[str, dict[Path, int], float]
 ) -> None:
     (workspace, first), (output, library, seconds) = run, another
-    assert seconds < 120  # 26 on an idle machine without GKD, and this one has another worker of the suite beside it
+    assert seconds < 60  # of CPU time; 37 on a machine with a load of 14, most of them to start Prefect and MLflow
     assert times(workspace / "library") == library and library
     assert child_of(output) != child_of(first)
     with sqlite3.connect(workspace / "prefect" / "prefect.db") as database:
@@ -252,47 +273,6 @@ def test_another_budget_reuses_the_library_within_a_minute(
     assert ("measure ffn parent chat x1",) in cached and ("measure parent chat x1",) in cached
     found = [name for (name,) in cached if name.startswith("distill layer")]
     assert len(found) >= sum(path.suffix == ".json" for path in library)
-
-
-def test_adaptive_scoring_reuses_what_is_scored_and_chooses_as_well(run: tuple[Path, str]) -> None:
-    """On a library whose scores are there, in the profile's own order of stages: nothing is scored again."""
-    workspace, _ = run
-    before = times(workspace / "scores")
-    output = finished(workspace, "--set", "scoring.adaptive={start_sequences: 2}", "--set", "gkd.steps=0")
-    assert times(workspace / "scores") == before
-    assert "25% of full scoring's tokens" in output and "no more is needed" in output
-    reports = [read_value(child_of(text).parent / "report.json", ChildReport) for text in (run[1], output)]
-    profile = load_profile(ROOT / "profiles" / "tiny.yaml", [word for word in SMALLER if word != "--set"])
-    problem = open_finished(profile, workspace).problem  # scored in full
-    full, adaptive = (score_of(problem, report.architecture.layers)[0] for report in reports)
-    assert 0 < full == pytest.approx(reports[0].architecture.score) and adaptive <= 1.2 * full
-
-
-def killed_when(workspace: Path, ready: Callable[[], bool]) -> None:
-    """Start, wait for the moment, kill -9."""
-    process = start(workspace, *ALONE)
-    deadline = time.monotonic() + 200
-    while not ready():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "the moment never came"
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def test_killed_twice_and_started_again_it_makes_the_same_child(run: tuple[Path, str], tmp_path: Path) -> None:
-    """Nothing finished is done twice; the child is the same bit for bit as the uninterrupted run's."""
-    with_database(tmp_path / "prefect", run[0] / "prefect")
-    killed_when(tmp_path, lambda: len(times(tmp_path / "library", "*.json")) >= 5)
-    done, recorded = times(tmp_path / "library", "*.json"), times(tmp_path, "record/*/layer_*.json")
-    killed_when(tmp_path, lambda: len(times(tmp_path, "gkd/teacher-*/step_*.json")) >= 3)
-    output = finished(tmp_path, *ALONE)
-    assert {path: path.stat().st_mtime_ns for path in done} == done
-    assert {path: path.stat().st_mtime_ns for path in recorded} == recorded
-    assert digests(child_of(output)) == digests(child_of(run[1]))
-    with sqlite3.connect(tmp_path / "mlflow.db") as database:
-        (runs,) = database.execute("select count(*) from runs where name = 'tiny'").fetchone()
-    assert runs == 1  # the killed runs went on as the same MLflow run
 
 
 COUNTED = """
@@ -309,44 +289,56 @@ main()
 """
 
 
-def test_two_runs_at_once_share_the_library(
+def killed_when(processes: list[subprocess.Popen[str]], ready: Callable[[], bool]) -> None:
+    """Wait for the moment, kill -9."""
+    deadline = time.monotonic() + 600
+    while not ready():
+        for process in processes:
+            assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the moment never came"
+        time.sleep(0.02)
+    for process in processes:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_killed_twice_and_two_at_once_they_make_the_same_children(
     run: tuple[Path, str],
     another: tuple[str, dict[Path, int], float],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Started together on a workspace without work: each variant is trained by one of them, both children are right."""
-    monkeypatch.setenv("TRAINED", str(tmp_path / "trained"))
+    """Kill -9 one run while it distils, then two that share its library while they distil globally, start both again:
+    nothing finished is done twice, each variant is trained by one of them, both children are those of whole runs.
+    """
+    workspace, trained = tmp_path / "w", tmp_path / "trained"
+    monkeypatch.setenv("TRAINED", str(trained))
     monkeypatch.setattr(sys.modules[__name__], "PUZZLE", [sys.executable, "-c", COUNTED])
     for home in ("prefect", "prefect-2"):
-        with_database(tmp_path / "w" / home, run[0] / "prefect")
+        with_database(workspace / home, run[0] / "prefect")
     both = (*ALONE, "--set", "orchestration.runs_per_device=2")
-    processes = [start(tmp_path / "w", *both), start(tmp_path / "w", *OTHER, *both)]
-    outputs = [process.communicate(timeout=400)[0] for process in processes]
+    killed_when([start(workspace, *both)], lambda: len(times(workspace / "library", "*.json")) >= 5)
+    done, recorded = times(workspace / "library", "*.json"), times(workspace, "record/*/layer_*.json")
+    trained.unlink()
+
+    processes = [start(workspace, *both), start(workspace, *OTHER, *both)]
+    killed_when(processes, lambda: len(times(workspace, "gkd/teacher-*/step_*.json")) >= 3)
+    processes = [start(workspace, *both), start(workspace, *OTHER, *both)]
+    outputs = [process.communicate(timeout=900)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    trained = (tmp_path / "trained").read_text().split()
-    assert len(trained) == len(set(trained)) == len(list((tmp_path / "w" / "library").glob("*.safetensors")))
+
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert {path: path.stat().st_mtime_ns for path in recorded} == recorded
+    keys = trained.read_text().split()
+    fresh = {path.stem for path in times(workspace / "library", "*.safetensors")} - {path.stem for path in done}
+    assert len(keys) == len(set(keys)) == len(fresh)
     assert any("another run is at work" in output for output in outputs)
     first, second = (child_of(output) for output in outputs)
     assert first != second and digests(first) == digests(child_of(run[1]))
     assert digests(second) == digests(child_of(another[0]))
-    with sqlite3.connect(tmp_path / "w" / "mlflow.db") as database:
-        statuses = [status for (status,) in database.execute("select status from runs where name = 'tiny'")]
-    assert statuses == ["FINISHED", "FINISHED"]
-
-
-def cli_fails(*arguments: str) -> str:
-    process = subprocess.run([*PUZZLE, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert process.returncode == 2, process.stdout + process.stderr
-    assert "Traceback" not in process.stderr + process.stdout
-    return process.stderr
-
-
-def test_an_impossible_budget_names_the_nearest_reachable_one(run: tuple[Path, str]) -> None:
-    message = cli_fails(
-        *("optimize", "profiles/tiny.yaml", "--workspace", str(run[0]), *SMALLER, "--set", "budget.speedup=500")
-    )
-    assert "500" in message and "reachable" in message
+    with sqlite3.connect(workspace / "mlflow.db") as database:
+        statuses = [status for (status,) in database.execute("select status from runs where name like 'tiny %'")]
+    assert statuses == ["FINISHED", "FINISHED"]  # the killed runs went on as the same MLflow runs
 
 
 def test_a_mistyped_key_is_one_sentence_before_any_work(tmp_path: Path) -> None:

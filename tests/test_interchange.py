@@ -76,7 +76,7 @@ def test_a_flipped_bit_or_a_lost_table_is_told(tmp_path: Path, library: StoredLi
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"version": 3}, "version 3 of the format; this puzzle reads 1 and 2"),
+        ({"version": 3}, "version 3 of the format; this puzzle reads version 1"),
         ({"format": "other"}, "format"),
         ({"surprise": 1}, "surprise"),
         ({"num_hidden_layers": "many"}, "num_hidden_layers"),

@@ -75,7 +75,7 @@ def check(program: Program, answer: Answer | None, best: float | None) -> None:
     assert answer.objective - answer.bound <= 1e-6 * max(1.0, abs(best))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))  # each room with each sign of the scores
 @pytest.mark.parametrize("max_types", [None, 2])
 @pytest.mark.parametrize("rows", [0, 1, 3])
 def test_like_brute_force(seed: int, max_types: int | None, rows: int) -> None:
@@ -87,9 +87,9 @@ def test_like_brute_force(seed: int, max_types: int | None, rows: int) -> None:
 
 def test_brute_force_saw_both_sides() -> None:
     """The instances above: some have an answer, some none, and in most the rows bind."""
-    bests = [best_of_all(instance(4, 5, seed, 3, room=(0.6, 0.25, 0.1)[seed % 3])) for seed in range(12)]
+    bests = [best_of_all(instance(4, 5, seed, 3, room=(0.6, 0.25, 0.1)[seed % 3])) for seed in range(6)]
     assert any(best is None for best in bests)
-    assert sum(best is not None and best > 0 for best in bests) >= 4
+    assert sum(best is not None and best > 0 for best in bests) >= 2
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -121,7 +121,7 @@ def test_every_option_costs_at_least_its_distance(seed: int) -> None:
         assert min(found, default=math.inf) >= relaxed.bound + relaxed.distance[option] - 1e-9
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))  # a room each
 @pytest.mark.parametrize("near, width", [(1, 1), (1, 1000), (2, 3), (4, 1000)])
 def test_any_beam_before_the_solver(seed: int, near: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A good first choice, a bad one or none: what it leaves to the solver never loses the best answer."""
@@ -155,7 +155,7 @@ def test_the_gap_is_kept(seed: int, gap: float) -> None:
     assert best - 1e-9 <= found.objective <= found.bound + gap * abs(found.objective) + 1e-9
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("max_types", [1, 2, 3])
 def test_with_few_types_every_option_costs_at_least_its_distance(seed: int, max_types: int) -> None:
     """And the answer from swaps has few types, fits and is not better than the best."""

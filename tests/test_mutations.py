@@ -1,4 +1,4 @@
-"""Library files with something wrong, or merely odd: the open format in both versions, and puzzletron's.
+"""Library files with something wrong, or merely odd: the open format, and puzzletron's.
 
 Each: a clear error (2, one sentence), or the right answer within its budget, summed again from the files by code of its
 own; never a traceback. NVlabs' files are in test_nvlabs.py.
@@ -17,8 +17,9 @@ import pytest
 
 from blocks.files import sha256_of
 from profiles.schema import Budget
-from tasks.libraries.exchange import import_library
 from tasks.libraries.interchange import write_library
+from tasks.libraries.options import OptionLibrary
+from tasks.libraries.puzzletron import options_from_puzzletron
 from tests import puzzletron
 from tests.test_choose import CHAT, LONG, random_problem
 from tests.test_interchange import stored
@@ -30,20 +31,6 @@ NAMES = {"memory_mib": ("memory_gib", 1024), "runtime_ms": ("latency_seconds", 1
 CELLS: list[Any] = [None, "x", "", -1, 0, 1e300, -1e-9, math.nan, math.inf, True, "parent", "no_op", [1.0], 7]
 # (score, costs by budget) by label by layer
 Table = dict[str, dict[str, tuple[float, dict[str, float]]]]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A whole library of each kind."""
-    base = tmp_path_factory.mktemp("whole")
-    problem = random_problem(0, Budget(speedup=1.2), scenarios=(CHAT, LONG), coupled=True)
-    write_library(base / "run", stored(problem))
-    stats = puzzletron.statistics(0, 2)[1:]
-    puzzletron.write(base / "joint_dir", stats, puzzletron.solutions(0, 2))
-    puzzletron.write(base / "additive_dir", stats, puzzletron.solutions(0, 2, one_subblock=True), one_subblock=True)
-    for kind in ("joint", "additive"):
-        import_library(base / f"{kind}_dir", base / kind)
-    return {name: base / name for name in ("run", "joint", "additive")}
 
 
 def request(draw: random.Random) -> list[Any]:
@@ -168,29 +155,8 @@ def spoil_table(table: pd.DataFrame, draw: random.Random) -> pd.DataFrame:
     return table.assign(**{column: pd.Series(values, index=table.index)})
 
 
-def options_table(folder: Path) -> tuple[Table, dict[str, float]]:
-    """Version 2, at its one place."""
-    described = json.loads((folder / "library.json").read_text())
-    options, metrics, usage, outside = (
-        pd.read_parquet(folder / f"{name}.parquet") for name in ("options", "metrics", "usage", "outside")
-    )
-    found: Table = {}
-    for layer in described["layers"]:
-        rows: dict[tuple[str, str], tuple[float, dict[str, float]]] = {}
-        for option in rows_of(options[options["layer"] == layer]):
-            own = metrics[
-                (metrics["layer"] == layer) & (metrics["part"] == option.part) & (metrics["label"] == option.label)
-            ]
-            costs = usage[(usage["layer"] == layer) & (usage["part"] == option.part) & (usage["label"] == option.label)]
-            score = float(own[own["metric"] == "kl_div"]["value"].iloc[0])
-            rows[str(option.part), str(option.label)] = (score, named(costs))
-        found[layer] = whole_blocks(rows)
-    return found, named(outside) if len(outside) else {}
-
-
-def named(costs: pd.DataFrame) -> dict[str, float]:
-    listed = {cost: value for cost, value in zip(costs["cost"], costs["value"], strict=True) if cost in NAMES}
-    return {NAMES[cost][0]: value / NAMES[cost][1] for cost, value in listed.items()}
+def named(costs: dict[str, float]) -> dict[str, float]:
+    return {NAMES[cost][0]: value / NAMES[cost][1] for cost, value in costs.items() if cost in NAMES}
 
 
 def whole_blocks(rows: dict[tuple[str, str], Any]) -> dict[str, Any]:
@@ -256,24 +222,34 @@ def run_table(folder: Path) -> tuple[Table, dict[str, float]]:
     return found, outside
 
 
-@pytest.mark.parametrize("kind", ["run", "joint", "additive"])
-def test_mutated_open_format(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+def test_mutated_open_format(tmp_path: Path) -> None:
+    problem = random_problem(0, Budget(speedup=1.2), scenarios=(CHAT, LONG), coupled=True)
+    write_library(tmp_path / "run", stored(problem))
     codes = []
     for seed in range(40):
-        draw = random.Random(f"{kind}{seed}")
+        draw = random.Random(f"run{seed}")
         folder = tmp_path / str(seed)
-        mutated(folders[kind], folder, draw)
+        mutated(tmp_path / "run", folder, draw)
         words = request(draw)
-        at = ["--scenario", CHAT.name, "--batch-size", min(CHAT.batch_sizes)] if kind == "run" else []
-        answer = ask(folder, [*words, *at], seed)
+        answer = ask(folder, [*words, "--scenario", CHAT.name, "--batch-size", min(CHAT.batch_sizes)], seed)
         codes.append(answer is None)
         if answer is not None:
-            table, outside = run_table(folder) if kind == "run" else options_table(folder)
-            check(answer, table, outside, words, seed)
+            check(answer, *run_table(folder), words, seed)
     assert codes.count(True) >= 10 and codes.count(False) >= 8, "the files are of both kinds"
 
 
 # --- puzzletron
+
+
+def options_table(library: OptionLibrary) -> tuple[Table, dict[str, float]]:
+    """A library with costs at one place."""
+    (place,) = library.description.places
+    found: Table = {}
+    for layer in library.description.layers:
+        own = [variant for variant in library.variants if variant.layer == layer]
+        rows = {(v.part, v.label): (v.metrics["kl_div"], named(v.costs[place])) for v in own}
+        found[layer] = whole_blocks(rows)
+    return found, named(library.outside[place])
 
 
 def spoil(value: Any, draw: random.Random) -> Any:
@@ -302,7 +278,7 @@ def spoil(value: Any, draw: random.Random) -> Any:
 
 @pytest.mark.parametrize("one_subblock", [False, True])
 def test_mutated_puzzletron(tmp_path: Path, one_subblock: bool) -> None:
-    """What is answered is what the open format answers after an import, whose sums are checked above."""
+    """What is answered keeps the budget and is the best, by brute force over the variants that were read."""
     codes = []
     for seed in range(40):
         draw = random.Random(f"{one_subblock}{seed}")
@@ -315,7 +291,5 @@ def test_mutated_puzzletron(tmp_path: Path, one_subblock: bool) -> None:
         answer = ask(folder, words, seed)
         codes.append(answer is None)
         if answer is not None:
-            assert puzzle("library", "import", folder, folder / "open")[0] == 0
-            table, outside = options_table(folder / "open")
-            check(answer, table, outside, words, seed)
+            check(answer, *options_table(options_from_puzzletron(folder)), words, seed)
     assert codes.count(True) >= 10 and codes.count(False) >= 8, "the files are of both kinds"

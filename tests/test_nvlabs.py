@@ -1,19 +1,24 @@
 """Libraries in NVlabs' format: the command against brute force, what it says, and 200 broken files and budgets."""
 
 import copy
+import gc
 import itertools
 import json
 import math
+import os
 import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from flows import cli
+from tasks.running import at_work
 
 ATTENTION = {"8 kv heads": 1.0, "2 kv heads": 0.55, "no_op": 0.0}
 FFN = {"intermediate size 29e3": 1.0, "intermediate size 14e3": 0.5, "no_op": 0.0}
@@ -53,9 +58,11 @@ def file(tmp_path: Path) -> Path:
 
 
 def puzzle(*words: Any) -> tuple[int, str, str]:
-    """Exit code, output and errors as main() gives them; a traceback would be an exception here."""
-    runner = CliRunner()
-    with pytest.MonkeyPatch.context() as patch:
+    """Exit code, output and errors as main() gives them; a traceback would be an exception here. What a command sets
+    for its process (variables, threads, a frozen heap, its number in a workspace) is taken back.
+    """
+    runner, threads, entered = CliRunner(), torch.get_num_threads(), set(at_work._HELD)
+    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
         patch.setattr("sys.argv", ["puzzle", *map(str, words)])
         with runner.isolation() as (out, err, _):
             try:
@@ -63,6 +70,10 @@ def puzzle(*words: Any) -> tuple[int, str, str]:
                 code: Any = 0
             except SystemExit as end:
                 code = end.code or 0
+            torch.set_num_threads(threads)
+            gc.unfreeze()
+            for workspace in set(at_work._HELD) - entered:
+                at_work.leave(workspace)
             return code, out.getvalue().decode(), err.getvalue().decode()
 
 

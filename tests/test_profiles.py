@@ -49,11 +49,10 @@ def test_a_share_is_written_in_either_way(tmp_path: Path) -> None:
         "budget": {"memory_fraction": "70%"},
         "champion": {"confidence": "99%"},
     }
-    profile = load_profile(write(tmp_path, **asked), ["scoring.adaptive.tolerance=1%"])
+    profile = load_profile(write(tmp_path, **asked))
     (scenario,) = profile.scenarios
     assert (profile.budget.memory_fraction, scenario.weight, profile.champion.confidence) == (0.7, 0.7, 0.99)
     assert scenario.budget.time_to_first_token_fraction == 0.8
-    assert profile.scoring.adaptive is not None and profile.scoring.adaptive.tolerance == 0.01
     for wrong in ("70", "x%", "170%", "%"):
         assert "budget.memory_fraction" in problem(write(tmp_path, budget={"memory_fraction": wrong}))
 

@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,10 +16,11 @@ import yaml
 from prefect.utilities.callables import parameter_schema
 from pydantic import AnyUrl, TypeAdapter, ValidationError, create_model
 
+from blocks.errors import PuzzleError
 from flows import admitted as run
 from flows import serve, served
 from profiles.load import load_profile
-from profiles.schema import Profile, Section, StoreURL
+from profiles.schema import Budget, Profile, Section, StoreURL
 from tasks.operating import admission, watch
 from tasks.operating import served_profile as served_profile_module
 from tasks.operating.admission import (
@@ -30,6 +32,7 @@ from tasks.operating.admission import (
     served_profile,
     shipped_packages,
 )
+from tasks.operating.form import AskedBudget, AskedHardware, More, profile_asked_for
 from tasks.operating.served_profile import (
     HARMLESS,
     Alias,
@@ -194,7 +197,7 @@ def test_a_served_run_names_no_cluster(roots: Roots) -> None:
             with pytest.raises(ValidationError, match=r"orchestration\.address"):
                 ServedProfile.model_validate(tree)
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate({"profile": tree}, schema_of(served.optimize))
+            validate({"more": {"orchestration": {"address": address or 1}}}, schema_of(served.optimize))
     with pytest.raises(Refused, match=r"orchestration\.address is not for served runs"):
         served_profile(asking(orchestration={"runner": "ray", "address": "10.0.0.1:6379"}), roots)
 
@@ -294,7 +297,8 @@ def test_a_workspace_lies_right_below_the_root_even_behind_the_schema(roots: Roo
 
 
 def test_roots_are_what_the_server_was_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    variables = (admission.ROOT, admission.DATA_ROOTS, admission.REMOTE_CODE, admission.STORES, admission.PACKAGES)
+    names = ("ROOT", "DATA_ROOTS", "REMOTE_CODE", "STORES", "PACKAGES", "PROFILES")
+    variables = [getattr(admission, name) for name in names]
     for name in variables:
         monkeypatch.delenv(name, raising=False)
     assert Roots.from_environment() == Roots(workspaces=Path("workspace").resolve())
@@ -327,23 +331,80 @@ def test_a_served_run_is_judged_before_it_is_at_work_and_once(
     for name in ("process_of", "logged", "workers"):
         monkeypatch.setattr(run, name, partial(noted, name))
     monkeypatch.setattr(Roots, "from_environment", lambda: roots)
-    with run.at_work(asked(), "mine") as (profile, folder):
+    with run.at_work("tiny", AskedBudget(), AskedHardware(), None, "mine") as (profile, folder):
         assert folder == roots.workspaces / "mine" and folder.is_dir() and profile == load_profile("tiny")
     assert done == ["crashes counted", "process_of", "logged", "workers"]
-    with pytest.raises(Refused), run.at_work(asked(corpus__sources=text("texts/link.txt")), "other"):
+    linked = More.model_validate({"corpus": {"sources": text("texts/link.txt")}})
+    with pytest.raises(Refused), run.at_work("tiny", AskedBudget(), AskedHardware(), linked, "other"):
         pass
     assert done[4:] == ["crashes counted"] and not (roots.workspaces / "other").exists()
 
 
-def test_the_form_begins_with_the_profile_that_the_server_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PUZZLE_PROFILE", "smollm2-cpu")
-    assert run.default_profile().name == "smollm2-cpu"
-    monkeypatch.delenv("PUZZLE_PROFILE")
-    assert run.default_profile() == asked()
+def filled_in(
+    roots: Roots, name: str = "tiny", budget: Any = None, hardware: Any = None, more: Any = None
+) -> ServedProfile:
+    """The profile that a form asks for."""
+    parts = AskedBudget.model_validate(budget or {}), AskedHardware.model_validate(hardware or {})
+    return profile_asked_for(name, *parts, More.model_validate(more) if more else None, roots)
 
 
+def test_a_form_that_is_left_empty_is_the_profile(roots: Roots) -> None:
+    for name in ("tiny", "smollm2-cpu"):
+        assert admitted(filled_in(roots, name), roots) == load_profile(name)
+
+
+def test_what_is_filled_in_is_the_profile_with_these_values(roots: Roots) -> None:
+    """As `--set` would make it; a budget that is given is the whole budget."""
+    budget, hardware = {"layer_parameters_fraction": "70 %"}, {"engine": "llama.cpp", "threads": 2}
+    more = {"gkd": {"steps": 3}, "search_space": {"ffn": ["ffn512"]}, "limits": {"parameters": 1000}, "seed": 5}
+    found = admitted(filled_in(roots, "smollm2-cpu", budget, hardware, more), roots)
+    words = ["budget={layer_parameters_fraction: .7, parameters: 1000}", "hardware.engine=llama.cpp", "seed=5"]
+    words += ["hardware.threads=2", "gkd.steps=3", "search_space.ffn=[ffn512]"]
+    assert found == load_profile("smollm2-cpu", words) and found.budget.speedup is None
+    modelled = filled_in(roots, hardware={"target": "h100", "precision": "float8"}).hardware
+    assert (modelled.engine, modelled.name) == ("roofline", "h100")
+    for share in (0.7, ".7", "0.7", "70%", "70 %"):
+        assert filled_in(roots, budget={"memory_fraction": share}).budget.memory_fraction == 0.7
+
+
+def test_what_does_not_go_together_is_refused_before_anything_is_made(roots: Roots) -> None:
+    with pytest.raises(Refused, match=r"'huge' is none that this server offers \(smollm2-cpu, tiny\)"):
+        filled_in(roots, "huge")
+    with pytest.raises(Refused, match="h100 is modelled, so no engine measures it"):
+        filled_in(roots, hardware={"target": "h100", "engine": "torch"})
+    with pytest.raises(Refused, match=r"tiny with these values is no valid profile: .*statistics_sequences"):
+        filled_in(roots, more={"record": {"statistics_sequences": 100000}})
+
+
+def test_a_profile_is_read_when_the_run_starts(roots: Roots, tmp_path: Path) -> None:
+    """A schedule holds a name, so it sees what was changed in the file since."""
+    file = tmp_path / "mine.yaml"
+    tree = load_profile("tiny").model_dump(mode="json") | {"name": "mine"}
+    offered = replace(roots, profiles={"mine": str(file)})
+    for steps in (3, 4):
+        file.write_text(yaml.safe_dump({**tree, "gkd": {"steps": steps}}))
+        assert filled_in(offered, "mine").gkd.steps == steps
+    assert serve.named([str(file), "tiny"]) == [f"mine={file}", "tiny=tiny"]
+
+
+@pytest.mark.parametrize("text", ["weekly", "0 3 * *", "61 * * * *", ""])
+def test_a_schedule_that_is_none_is_refused_in_a_sentence(text: str) -> None:
+    with pytest.raises(PuzzleError, match=r"no cron expression: .*'0 3 \* \* 1'"):
+        serve.check_cron(text)
+    for good in ("0 3 * * 1", "@weekly"):
+        serve.check_cron(good)
+
+
+@cache
 def schema_of(flow: Any) -> dict[str, Any]:
-    return parameter_schema(flow).model_dump()
+    schema: dict[str, Any] = parameter_schema(flow).model_dump()
+    jsonschema.validators.validator_for(schema).check_schema(schema)
+    return schema
+
+
+def validate(value: Any, schema: dict[str, Any]) -> None:
+    """As jsonschema.validate does, but for the check of the whole schema at each call."""
+    jsonschema.validators.validator_for(schema)(schema).validate(value)
 
 
 @pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.name)
@@ -353,7 +414,23 @@ def test_every_flow_has_a_form_whose_defaults_are_valid(flow: Any) -> None:
     for name, field in schema["properties"].items():
         assert field.get("description"), f"{flow.name}: {name} has no help text"
         assert "default" in field, f"{flow.name}: {name} has no default"
-    jsonschema.validate({name: field["default"] for name, field in schema["properties"].items()}, schema)
+    validate({name: field["default"] for name, field in schema["properties"].items()}, schema)
+
+
+def test_the_form_is_short() -> None:
+    """What is seen before `more` is opened; all of a profile is in it."""
+    schema = schema_of(served.optimize)
+    shown = [*schema["properties"], *(f for part in ("AskedBudget", "AskedHardware") for f in fields_of(part, schema))]
+    assert list(schema["properties"]) == ["profile", "budget", "hardware", "workspace", "more"] and len(shown) == 13
+    assert schema["properties"]["profile"]["enum"] == ["smollm2-cpu", "tiny"]
+    everything = set(fields_of("More", schema)) | {"name", "description", "budget"}
+    assert everything == {*ServedProfile.model_fields, "limits"}
+    limits = {*fields_of("AskedBudget", schema), *fields_of("MoreLimits", schema)}
+    assert limits == set(Budget.model_fields)
+
+
+def fields_of(section: str, schema: dict[str, Any]) -> list[str]:
+    return list(schema["definitions"][section]["properties"])
 
 
 def test_every_field_of_the_form_has_a_help_text_and_examples_that_are_valid() -> None:
@@ -364,59 +441,75 @@ def test_every_field_of_the_form_has_a_help_text_and_examples_that_are_valid() -
             assert told, f"{section}.{name} has no help text"
             for example in field.get("examples", ()):
                 bare = {key: value for key, value in field.items() if key != "examples"} | {"definitions": definitions}
-                jsonschema.validate(example, bare)
+                validate(example, bare)
         assert definition.get("description"), f"{section} has no help text"
 
 
 @pytest.mark.parametrize(
-    ("change", "why"),
+    ("given", "why"),
     [
-        ({"budget__layer_parameters_fraction": 7}, "a share above 1"),
-        ({"scoring__metric": "bleu"}, "no such choice"),
-        ({"parent": {"kind": "tiny", "hidden_size": -1}}, "a width below 1, inside a union"),
-        ({"parent": {"kind": "floppy"}}, "no such kind"),
-        ({"corpus__sources": [{"kind": "text"}]}, "a source without its path"),
-        ({"bld__stepz": 3}, "no such field"),
-        ({"scenarios": [{"name": "chat", "batch_sizes": []}]}, "a scenario without a batch size"),
-        ({"budget__speedup": 0.9}, "a child that need not be faster"),
-        ({"orchestration__address": "tcp://10.0.0.1:8786"}, "a cluster"),
-        ({"parent": {"kind": "hub", "hub_id": "a/b", "trust_remote_code": True}}, "code of a parent"),
-        ({"parent": {"kind": "folder", "path": "/etc"}}, "a path, inside a union"),
-        ({"corpus__sources": [{"kind": "text", "path": "texts/../x"}]}, "a path that leads out"),
-        ({"store": "s3://bucket/x"}, "a store by its address"),
-        ({"hardware__name": "../x.yaml"}, "a file as hardware"),
-        ({"evaluate__benchmark_package": "../x"}, "a package that is a path"),
+        ({"profile": "huge"}, "a profile that is not offered"),
+        ({"budget": {"layer_parameters_fraction": 7}}, "a share above 1"),
+        ({"budget": {"layer_parameters_fraction": "700%"}}, "the same as text"),
+        ({"budget": {"memory_fraction": "0"}}, "a share of nothing"),
+        ({"budget": {"memory_fraction": "half"}}, "no share"),
+        ({"budget": {"speedup": 0.9}}, "a child that need not be faster"),
+        ({"budget": {"sped_up": 2}}, "no such limit"),
+        ({"hardware": {"engine": "roofline"}}, "an engine without its target"),
+        ({"hardware": {"target": "../x.yaml"}}, "a file as hardware"),
+        ({"workspace": "../x"}, "a workspace that is a path"),
+        ({"more": {"scoring": {"metric": "bleu"}}}, "no such choice"),
+        ({"more": {"parent": {"kind": "tiny", "hidden_size": -1}}}, "a width below 1, inside a union"),
+        ({"more": {"parent": {"kind": "floppy"}}}, "no such kind"),
+        ({"more": {"corpus": {"sources": [{"kind": "text"}]}}}, "a source without its path"),
+        ({"more": {"bld": {"stepz": 3}}}, "no such field"),
+        ({"more": {"scenarios": [{"name": "chat", "batch_sizes": []}]}}, "a scenario without a batch size"),
+        ({"more": {"orchestration": {"address": "tcp://10.0.0.1:8786"}}}, "a cluster"),
+        ({"more": {"parent": {"kind": "hub", "hub_id": "a/b", "trust_remote_code": True}}}, "code of a parent"),
+        ({"more": {"parent": {"kind": "folder", "path": "/etc"}}}, "a path, inside a union"),
+        ({"more": {"corpus": {"sources": [{"kind": "text", "path": "texts/../x"}]}}}, "a path that leads out"),
+        ({"more": {"store": "s3://bucket/x"}}, "a store by its address"),
+        ({"more": {"evaluate": {"benchmark_package": "../x"}}}, "a package that is a path"),
     ],
 )
-def test_the_form_refuses_a_wrong_value(change: dict[str, Any], why: str) -> None:
-    tree = asked().model_dump(mode="json")
-    jsonschema.validate({"profile": tree}, schema_of(served.optimize))
-    for path, value in change.items():
-        node = tree
-        *above, last = path.split("__")
-        for key in above:
-            node = node[key]
-        node[last] = value
+def test_the_form_refuses_a_wrong_value(given: dict[str, Any], why: str) -> None:
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({"profile": tree}, schema_of(served.optimize))
+        validate(given, schema_of(served.optimize))
+
+
+def test_the_form_takes_shares_in_both_notations_and_the_rest_of_a_profile() -> None:
+    for share in (0.7, ".7", "0.7", "1", "70%", "70 %", "100%", "12.5 %"):
+        validate({"budget": {"layer_parameters_fraction": share}}, schema_of(served.optimize))
+        assert AskedBudget.model_validate({"layer_parameters_fraction": share})
+    parts = served_profile(load_profile("smollm2-cpu"), Roots(workspaces=ROOT)).model_dump(mode="json")
+    for name in ("name", "description", "budget"):
+        del parts[name]
+    hardware = {name: parts["hardware"][name] for name in ("must_run", "device")}
+    given = {name: value for name, value in (parts | {"hardware": hardware}).items() if value is not None}
+    given = {name: _without_none(value) for name, value in given.items()}
+    validate({"more": given}, schema_of(served.optimize))
+
+
+def _without_none(value: Any) -> Any:
+    return {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else value
 
 
 def test_unions_are_choices_in_the_form() -> None:
     definitions = schema_of(served.optimize)["definitions"]
-    assert len(definitions["ServedProfile"]["properties"]["parent"]["anyOf"]) == 5
-    assert len(definitions["ServedCorpus"]["properties"]["sources"]["items"]["anyOf"]) == 4
+    assert len(definitions["More"]["properties"]["parent"]["anyOf"]) == 6, "five kinds, or the profile's own"
+    assert len(definitions["CorpusChanges"]["properties"]["sources"]["items"]["anyOf"]) == 4
     assert "oneOf" not in str(definitions)
 
 
 def test_puzzle_serve_offers_four_flows_per_profile_and_a_schedule() -> None:
-    smollm2 = served_profile(load_profile("smollm2-cpu"), Roots(workspaces=ROOT))
-    made = serve.deployments([asked(), smollm2], "0 3 * * 1")
+    made = serve.deployments({"tiny": "A Llama.", "smollm2-cpu": ""}, "0 3 * * 1")
     assert {(flow.name, options["name"]) for flow, options in made} == {
         (flow.name, profile) for flow in FLOWS for profile in ("tiny", "smollm2-cpu")
     }
     assert {flow.name for flow, options in made if options["cron"]} == {"reoptimize"}
+    assert made[0][1]["description"].startswith("A Llama.\n\nMake a faster child")
     own = {flow.name: options for flow, options in made if options["name"] == "smollm2-cpu"}["optimize"]
-    assert ServedProfile.model_validate(own["parameters"]["profile"]) == smollm2
+    assert own["parameters"] == {"profile": "smollm2-cpu"}, "the rest is as the profile says when the run starts"
     registered: Any = served.optimize.to_deployment(**own)
     assert registered.entrypoint == "flows.served.optimize" and registered.enforce_parameter_schema
 
@@ -436,7 +529,7 @@ def test_whoever_serves_runs_sees_to_it_that_their_deaths_are_noticed() -> None:
         assert watch.TAG in each["tags"] and each["work_pool"]["job_variables"]["env"] == beats
     environment = serve.served_environment(Roots(workspaces=ROOT))
     assert beats.items() <= environment.items()
-    assert all(watch.TAG in options["tags"] for _, options in serve.deployments([asked()]))
+    assert all(watch.TAG in options["tags"] for _, options in serve.deployments({"tiny": ""}))
     kept = TypeAdapter(timedelta).validate_python(environment["PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER"])
     assert kept == watch.FORGET
 
@@ -488,7 +581,7 @@ def test_the_runner_has_the_flows_themselves(monkeypatch: pytest.MonkeyPatch) ->
     watched: list[bool] = []
     monkeypatch.setattr("prefect.runner.Runner", Runner)
     monkeypatch.setattr(watch, "keep_watch", lambda: watched.append(True))
-    serve.offer([asked()], 2, None)
+    serve.offer({"tiny": ""}, 2, None)
     assert [flow for flow, _ in offered] == [served.optimize, served.reoptimize, served.measure_hardware, served.sweep]
 
 

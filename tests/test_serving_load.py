@@ -19,24 +19,19 @@ from typing import Any, ClassVar
 import psutil
 import pytest
 
-from blocks.engine_limits import EngineLimit
 from blocks.errors import PuzzleError, PuzzleFailure
-from blocks.parent import config_of
-from tasks.engines import vllm_engine
-from tasks.engines.base import LoadOptions
-from tasks.engines.openai_server import SERVERS, Served
+from tasks.engines.openai_server import Served
 from tasks.gguf.writer import write_gguf
 from tasks.loadtest import serving_load
 from tasks.loadtest.arrivals import NO_LIMITS, Traffic
 from tasks.loadtest.load_client import Request, event_of, request_of
-from tasks.loadtest.load_table import draw_load, failures_of, load_table
+from tasks.loadtest.load_table import failures_of, load_table
 from tasks.loadtest.serving_load import (
     API_KEY,
     LoadPlan,
     LoadTurn,
     bench_servers,
     load_gains,
-    load_test,
     named_servers,
     one_turn,
     prompts_of,
@@ -45,7 +40,6 @@ from tasks.loadtest.serving_load import (
 from tasks.measure.bench import Point
 from tests.test_engines import folders, run
 from tests.test_gguf import DIGITS, bpe_folder, child_of, converted_tokenizer
-from tests.test_vllm import ALIKE, HEAD, MIXED, blocks_of, exported, needs_vllm
 
 __all__ = ["folders"]  # a fixture
 needs_server = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
@@ -254,7 +248,10 @@ def test_servers_that_run_are_measured_in_turns_the_parent_first_then_backwards(
         bench_servers(folders, replace(plan, urls=("http://a", "http://b", "http://c")))
 
 
-def served_file(folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A child with a tokenizer, as a GGUF file."""
+    folder = tmp_path_factory.mktemp("served")
     model = child_of(vocab_size=259)
     tokenizer = converted_tokenizer(bpe_folder(folder / "tokenizer", DIGITS), model.config.vocab_size)
     assert tokenizer is not None
@@ -262,9 +259,7 @@ def served_file(folder: Path) -> Path:
 
 
 @needs_server
-def test_a_round_trip_through_llama_cpps_server(tmp_path: Path) -> None:
-    file = served_file(tmp_path)
-    picture = tmp_path / "load.png"
+def test_a_round_trip_through_llama_cpps_server(file: Path) -> None:
     told: list[tuple[int, int]] = []
     plan = LoadPlan(server="llama.cpp", points=(POINT,), rounds=2, requests=3)
     rows = bench_servers({"parent": file, "child": file}, plan, lambda *done: told.append(done))
@@ -277,7 +272,6 @@ def test_a_round_trip_through_llama_cpps_server(tmp_path: Path) -> None:
         )
     assert rows[1].gains is not None  # no CPU gain: so little is below the tick of the CPU clock
     assert load_table(rows).row_count == 2
-    draw_load(rows).savefig(picture)
     assert not [one for one in psutil.Process().children(recursive=True) if "openai_server" in " ".join(one.cmdline())]
 
 
@@ -304,8 +298,8 @@ with serving(server, Path(model), LoadOptions(batch_size=2, context_tokens=64), 
 
 @needs_server
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_no_server_outlives_its_owner(number: int, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", OWNER, "llama.cpp", str(served_file(tmp_path)), str(tmp_path / "log")]
+def test_no_server_outlives_its_owner(number: int, file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OWNER, "llama.cpp", str(file), str(tmp_path / "log")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ}, cwd=Path.cwd()) as owner:
         assert owner.stdout is not None
         pid = int(owner.stdout.readline().split()[0])
@@ -316,45 +310,8 @@ def test_no_server_outlives_its_owner(number: int, tmp_path: Path) -> None:
 
 
 @needs_server
-def test_the_command_prints_rows(tmp_path: Path) -> None:
-    file = str(served_file(tmp_path))
+def test_the_command_prints_rows(file: Path) -> None:
     wanted = ["--server", "llama.cpp", "--load", "1x4x3", "--rounds", "1", "--requests", "2", "--json"]
-    done = run("loadtest", file, "--parent", file, *wanted)
+    done = run("loadtest", str(file), "--parent", str(file), *wanted)
     assert done.exit_code == 0, done.output
     assert [row["failed"] for row in json.loads(done.stdout)] == [0, 0]
-
-
-@needs_vllm
-def test_vllms_server_answers_under_load_and_ends_with_its_owner(tmp_path: Path) -> None:
-    """One start for all: it takes longer than the rest. The folder's own config class is run, so it was trusted."""
-    folder = exported(child_of(blocks=blocks_of(MIXED), **HEAD), tmp_path)
-    command = [sys.executable, "-c", OWNER, "vllm", str(folder), str(tmp_path / "log")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ}, cwd=Path.cwd()) as owner:
-        try:
-            assert owner.stdout is not None
-            pid, url = owner.stdout.readline().split()
-            served = Served(url=url, pid=int(pid))
-            (row,) = load_test(
-                {"child": served}, LoadPlan(points=(POINT,), rounds=2, requests=3), config_of(folder).vocab_size
-            )
-            assert (row.requests, row.failed, row.errors) == (6, 0, ())
-            family = [int(pid), *(one.pid for one in psutil.Process(int(pid)).children(recursive=True))]
-            assert len(family) > 1  # the engine core is a process of its own
-            alone = psutil.Process(int(pid)).memory_info().rss
-            assert row.memory_bytes and row.memory_bytes > 1.2 * alone
-        finally:
-            owner.kill()
-        owner.wait(20)
-        wait_until_gone(family)
-
-
-def test_vllms_server_trusts_no_code_but_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_engine, "_installed", lambda: Path("python"))
-    folder = exported(child_of(blocks=blocks_of(MIXED), **HEAD), tmp_path)
-    command, _ = SERVERS["vllm"](folder, LoadOptions(), 1)
-    assert "--trust-remote-code" in command and "--no-enable-prefix-caching" in command
-    native = exported(child_of(blocks=blocks_of(ALIKE), **HEAD), tmp_path / "native")
-    assert "--trust-remote-code" not in SERVERS["vllm"](native, LoadOptions(), 1)[0]
-    (folder / "configuration_decilm.py").write_text("import os")
-    with pytest.raises(EngineLimit, match="holds other code"):
-        SERVERS["vllm"](folder, LoadOptions(), 1)

@@ -339,8 +339,8 @@ def test_scores_are_computed_in_their_stage(tmp_path: Path, monkeypatch: pytest.
         for layer in range(2)
     ]
     given: Any = SimpleNamespace(sequence_length=8)
-    run = Run(profile=load_profile("tiny", ["scoring.adaptive=false"]), workspace=tmp_path)
-    assert stages.score_all(run, given, given, [given] * 2, blocks, given) == []
+    run = Run(profile=load_profile("tiny"), workspace=tmp_path)
+    assert stages.score_all(run, given, given, [given] * 2, blocks) == []
     assert submitted == [True, True]
 
 

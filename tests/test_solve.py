@@ -15,7 +15,7 @@ from tasks.search.joint import JointLibrary, JointOption, LibraryFileError, Meas
 from tasks.search.mip import Answer, SolverStopped, minimise
 from tasks.search.program import Program
 from tasks.search.request import Limit, Request, limit_of, limits
-from tasks.search.solve import JointChoice, choose_joint, front, front_values, groups_of, prices
+from tasks.search.solve import JointChoice, choose_joint, front, front_values, prices
 from tests.test_choose import EXACT
 
 LAYERS, LABELS = 4, ("parent", "half", "quarter", "gone")
@@ -116,7 +116,7 @@ class Oracle:
         for chosen in self.all:
             labels = [option.label for option in chosen]
             search = request.search
-            if len(set(labels)) > (search.max_block_types or LAYERS) or groups_of(labels) > (search.max_groups or 99):
+            if len(set(labels)) > (search.max_block_types or LAYERS):
                 continue
             if any(name in search.forbid for name in labels) or any(labels[i] != "parent" for i in search.keep_layers):
                 continue
@@ -147,9 +147,6 @@ ASKED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, float]]] = {
     "throughput of a mix, share": ({"tokens_per_second": "180%"}, {}, {"chat": 0.2, "long": 0.8}),
     "types": ({"parameters": 285}, {"max_block_types": 2}, {}),
     "one type": ({"parameters": 255}, {"max_block_types": 1}, {}),
-    "groups": ({"parameters": 285}, {"max_groups": 2}, {}),
-    "one group": ({"memory_gib": 61}, {"max_groups": 1}, {}),
-    "groups and types": ({"parameters": 285}, {"max_groups": 3, "max_block_types": 2}, {}),
     "forbidden": ({"parameters": 195}, {"forbid": ("gone",)}, {}),
     "kept layers": ({"parameters": 285}, {"keep_layers": (0, 2)}, {}),
     "widths": ({"parameters": 255}, {"width_multiple": 16}, {}),
@@ -279,16 +276,6 @@ def test_a_floor_out_of_reach_names_the_most() -> None:
     choose_joint(library, Request(limits=limits(tokens_per_second=f"{named}%")))
     with pytest.raises(InfeasibleBudget):
         choose_joint(library, Request(limits=limits(tokens_per_second=f"{named * 1.001}%")))
-
-
-def test_too_few_groups_are_counted() -> None:
-    """Layers without a label in common: as many groups as layers."""
-    library = random_library(0)
-    apart = tuple(replace(option, label=f"{option.layer} {option.label}") for option in library.options)
-    with pytest.raises(InfeasibleBudget, match=f"at least {LAYERS} are needed"):
-        choose_joint(
-            replace(library, options=apart), Request(limits=limits(parameters=1e6), search=Search(max_groups=2))
-        )
 
 
 @pytest.mark.parametrize(

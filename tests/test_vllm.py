@@ -5,10 +5,14 @@ One process holds one model after another, since a start of vLLM takes longer th
 
 import ast
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -20,18 +24,21 @@ from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.engines import vllm_engine, vllm_process
 from tasks.engines.base import LoadOptions
 from tasks.engines.errors import EngineFailed, EngineMissing
+from tasks.engines.openai_server import SERVERS, Served
 from tasks.engines.registry import installed_engine
 from tasks.engines.vllm_engine import INSTALL, PYTHON_VARIABLE, Vllm, VllmSession, cannot
 from tasks.export.folder import ExportError, export_folder
 from tasks.export.formats import export_as
 from tasks.export.logits_check import KL_TOLERANCE, LOGITS_TOLERANCE, check_in_vllm, compare
 from tasks.inputs.children import in_precision
+from tasks.loadtest.serving_load import LoadPlan, load_test
 from tasks.measure.bench import Point, bench
 from tasks.measure.costs import CostRequest, measure_costs
 from tests.chain import prepare
 from tests.test_engines import ROPES, YARN, run
 from tests.test_gguf import child_of
 from tests.test_modeling import FULL, LINEAR, NO_OP, attention, token_ids
+from tests.test_serving_load import OWNER, POINT, wait_until_gone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MISSING = Vllm().missing()
@@ -309,3 +316,39 @@ def test_the_cache_holds_every_sequence() -> None:
     one = 2 * 30 * 3 * 64 * 4
     assert vllm_process.kv_bytes(config, "float32", 4, 320) >= 4 * 320 * one
     assert vllm_process.kv_bytes(config, "bfloat16", 4, 320) == vllm_process.kv_bytes(config, "float32", 4, 320) // 2
+
+
+@needs_vllm
+def test_vllms_server_answers_under_load_and_ends_with_its_owner(tmp_path: Path) -> None:
+    """One start for all: it takes longer than the rest. The folder's own config class is run, so it was trusted."""
+    folder = exported(child_of(blocks=blocks_of(MIXED), **HEAD), tmp_path)
+    command = [sys.executable, "-c", OWNER, "vllm", str(folder), str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ}, cwd=Path.cwd()) as owner:
+        try:
+            assert owner.stdout is not None
+            pid, url = owner.stdout.readline().split()
+            served = Served(url=url, pid=int(pid))
+            (row,) = load_test(
+                {"child": served}, LoadPlan(points=(POINT,), rounds=2, requests=3), config_of(folder).vocab_size
+            )
+            assert (row.requests, row.failed, row.errors) == (6, 0, ())
+            family = [int(pid), *(one.pid for one in psutil.Process(int(pid)).children(recursive=True))]
+            assert len(family) > 1  # the engine core is a process of its own
+            alone = psutil.Process(int(pid)).memory_info().rss
+            assert row.memory_bytes and row.memory_bytes > 1.2 * alone
+        finally:
+            owner.kill()
+        owner.wait(20)
+        wait_until_gone(family)
+
+
+def test_vllms_server_trusts_no_code_but_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "_installed", lambda: Path("python"))
+    folder = exported(child_of(blocks=blocks_of(MIXED), **HEAD), tmp_path)
+    command, _ = SERVERS["vllm"](folder, LoadOptions(), 1)
+    assert "--trust-remote-code" in command and "--no-enable-prefix-caching" in command
+    native = exported(child_of(blocks=blocks_of(ALIKE), **HEAD), tmp_path / "native")
+    assert "--trust-remote-code" not in SERVERS["vllm"](native, LoadOptions(), 1)[0]
+    (folder / "configuration_decilm.py").write_text("import os")
+    with pytest.raises(EngineLimit, match="holds other code"):
+        SERVERS["vllm"](folder, LoadOptions(), 1)

@@ -9,6 +9,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -80,6 +81,23 @@ def prepare_parent(
         say(f"parent {made.parent.name}: {note}")
     keep(manifest, made, made.files, workspace, fetch)
     return made.parent
+
+
+def at_its_commit(source: ParentSource) -> ParentSource:
+    """A hub parent with the commit that its revision names now, so that a branch that has moved is another parent.
+
+    Where the hub does not answer, and for other sources, it is the source as it is.
+    """
+    if not isinstance(source, HubParent) or re.fullmatch(r"[0-9a-f]{40}", source.revision):
+        return source
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().model_info(source.hub_id, revision=source.revision).sha
+    except (OSError, ValueError) as error:
+        say(f"the hub does not say what {source.hub_id} is now: what was fetched before is used ({first_line(error)})")
+        return source
+    return source.model_copy(update={"revision": commit})
 
 
 def check_source(source: FolderParent | GgufParent) -> None:

@@ -8,7 +8,6 @@
 
 Columns are the fields of the contracts in blocks/records.py. Every run writes one.
 `docs/how-to/exchange-libraries.md` lists the columns.
-What others measured is version 2 of the format, tasks/libraries/option_tables.py.
 """
 
 import json
@@ -28,7 +27,6 @@ from blocks.records import (
 )
 from profiles.schema import Budget, Profile, Scenario
 from tasks.libraries.nvlabs import options_from_nvlabs
-from tasks.libraries.option_tables import read_options
 from tasks.libraries.options import SIZES, OptionLibrary, joint_of
 from tasks.libraries.puzzletron import is_puzzletron, options_from_puzzletron
 from tasks.libraries.reading import LARGEST
@@ -185,20 +183,20 @@ def joint_at(
     return joint_view(found).measured_at(scenario, batch_size)
 
 
-def read_source(path: Path, scores: Path | None = None) -> StoredLibrary | OptionLibrary:
-    """A workspace, a folder in the open format, NVlabs' file, or a puzzletron folder or its subblock_stats.json.
-
-    scores: the folder with puzzletron's solution_*.json, where it does not lie beside its statistics.
-    """
+def read_source(path: Path) -> StoredLibrary | OptionLibrary:
+    """A workspace, a folder in the open format, NVlabs' file, or a puzzletron folder or its subblock_stats.json."""
     if is_puzzletron(path):
-        return options_from_puzzletron(path, scores)
+        return options_from_puzzletron(path)
     if path.is_file() and path.name != "library.json":
         return options_from_nvlabs(path)
     folder = kept_library(path.parent if path.is_file() else path)
     version = read_description(folder).get("version")
-    if version not in (1, 2):
-        raise LibraryFileError(f"{folder}/library.json: version {version!r} of the format; this puzzle reads 1 and 2.")
-    return read_options(folder) if version == 2 else read_library(folder)
+    if version != 1:
+        raise LibraryFileError(
+            f"{folder}/library.json: version {version!r} of the format; this puzzle reads version 1. "
+            "Version 2 was a copy of NVlabs' or puzzletron's files: name those."
+        )
+    return read_library(folder)
 
 
 def kept_library(folder: Path) -> Path:

@@ -1,12 +1,12 @@
 """Labels of puzzletron's subblocks in NVlabs' manner: what stands there, its size, and its share of the parent's.
 
-    attention = 2 kv heads (parent * 25%) && ffn = intermediate size 14e3 (parent * 50%)
+    attention = 2 kv heads (parent * 25%) && ffn = intermediate size 14336 (parent * 50%)
 
 "(parent * 100%)" in every part marks the parent's own block; nothing else may round to it.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tasks.libraries.reading import is_number
@@ -43,34 +43,11 @@ def share(size: float, parent_size: float) -> str:
     return f" (parent * {percent}%)"
 
 
-def kv_heads(heads: int, parent_heads: int) -> str:
-    """`2 kv heads (parent * 25%)`."""
-    return f"{heads} kv heads{share(heads, parent_heads)}"
-
-
-def intermediate_size(size: int, parent_size: int, exact: bool) -> str:
-    """`intermediate size 14e3 (parent * 50%)`; `exact`: 14336 instead of 14e3."""
-    return f"intermediate size {size if exact else _thousands(size)}{share(size, parent_size)}"
-
-
-def _thousands(size: int) -> str:
-    """28672 -> 29e3, as NVlabs rounds; below 1000 as it is."""
-    return f"{round(size / 1000)}e3" if size >= 1000 else str(size)
-
-
-def needs_exact(sizes: Iterable[int]) -> bool:
-    """True when two sizes would read the same after rounding to thousands."""
-    different = set(sizes)
-    return len({_thousands(size) for size in different}) < len(different)
-
-
 class Labels:
     """Labels of one library's subblock configs: the size, then whatever else sets one apart from the teacher's."""
 
-    def __init__(self, blocks: Iterable[Mapping[str, Config]], args: Mapping[str, Any]) -> None:
+    def __init__(self, args: Mapping[str, Any]) -> None:
         self.args = args
-        widths = (_whole(config, "intermediate_size") for block in blocks for config in block.values())
-        self.exact = needs_exact(filter(None, widths))
 
     def text(self, config: Config, teacher: Config) -> str:
         """The label of one subblock; "(parent * 100%)" stands in the teacher's own and in no other."""
@@ -94,9 +71,9 @@ class Labels:
     def _sized(self, config: Config, teacher: Config) -> str:
         heads, width, multiple = self._heads(config), _whole(config, "intermediate_size"), config.get("ffn_mult")
         if heads:
-            return kv_heads(heads, self._heads(teacher))
+            return f"{heads} kv heads{share(heads, self._heads(teacher))}"
         if width:
-            return intermediate_size(width, _whole(teacher, "intermediate_size"), self.exact)
+            return f"intermediate size {width}{share(width, _whole(teacher, 'intermediate_size'))}"
         if experts := _experts(config):
             return f"{experts} experts{share(experts, _experts(teacher))}"
         if is_number(multiple):

@@ -32,7 +32,6 @@ def options_from_nvlabs(path: Path) -> OptionLibrary:
             hardware={name: value for name, value in measured.items() if isinstance(value, str) and name != "scenario"},
             layers=tuple(_ordered(layers)),
             places=(place,),
-            measured=measured,
         ),
         variants=variants,
         outside={place: _stats(mapping(outside, f"{beside}: non_block"), str(beside), ())} if outside else {},

@@ -1,9 +1,9 @@
 """A block library as others hand it over: what every variant of every layer scores and costs, in plain units.
 
-Every reader of a foreign format makes one (tasks/libraries/nvlabs.py, puzzletron.py), and version 2 of the open format
-keeps it (option_tables.py). A variant is a whole block with a joint score, as NVlabs has them, or one subblock whose
-score is added to those of the layer's other subblocks, as Model-Optimizer's puzzletron has them. A library may hold
-both: a block that was scored whole takes the place of the sum. `joint_of` turns the library into what is searched.
+Every reader of a foreign format makes one (tasks/libraries/nvlabs.py, puzzletron.py). A variant is a whole block with a
+joint score, as NVlabs has them, or one subblock whose score is added to those of the layer's other subblocks, as
+Model-Optimizer's puzzletron has them. A library may hold both: a block that was scored whole takes the place of the
+sum. `joint_of` turns the library into what is searched.
 """
 
 import itertools
@@ -11,10 +11,8 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
-from pydantic import JsonValue
 
 from blocks.records import Value
 from tasks.libraries.reading import LARGEST
@@ -35,17 +33,13 @@ SIZES = {"num_kv_heads": "num_key_value_heads", "ffn_intermediate_size": "interm
 
 
 class OptionsDescription(Value):
-    """library.json of a library of options. `measured`: what its makers noted, in their own words."""
+    """Where a library of options comes from, its layers in order, and where its costs were measured."""
 
-    format: Literal["puzzle-block-library"] = "puzzle-block-library"
-    version: Literal[2] = 2
     source: str
     parent: str = ""
     hardware: dict[str, str] = {}
     layers: tuple[str, ...]
     places: tuple[MeasuredAt, ...]
-    measured: dict[str, JsonValue] = {}
-    tables: dict[str, str] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +48,7 @@ class ScoredVariant:
 
     part: BLOCK, or the subblock's name. metrics: by name, less is better; of a subblock the rise over the parent's, so
     that they add up. samples: the same per scored sequence, empty where unknown. costs: per place by the names
-    in COSTS; other names are kept for whoever made them.
+    in COSTS; others are not used.
     """
 
     layer: str
@@ -216,7 +210,6 @@ def joint_of(library: OptionLibrary, scenario: str | None = None, batch_size: in
         layers=described.layers,
         options=tuple(options),
         fixed={**outside, "layer_parameters": 0.0} if outside else {},
-        measured=dict(described.hardware),
         places=places,
     )
 

@@ -97,19 +97,19 @@ def is_puzzletron(path: Path) -> bool:
     return path.is_file() and path.suffix == ".json" and "subblock_stats" in path.name
 
 
-def options_from_puzzletron(path: Path, scores: Path | None = None) -> OptionLibrary:
-    """Read and check a puzzle_dir, or its statistics with the folder of solution_*.json files in `scores`.
+def options_from_puzzletron(path: Path) -> OptionLibrary:
+    """Read and check a puzzle_dir, or its statistics beside the folders of solution_*.json files.
 
     Raises LibraryFileError that names the file and the place in it.
     """
     file = path / STATS if path.is_dir() else path
     statistics = _statistics(file)
-    folders = [scores] if scores else [file.parent / name for name in (BLOCK_SCORES, SUBBLOCK_SCORES)]
+    folders = [file.parent / name for name in (BLOCK_SCORES, SUBBLOCK_SCORES)]
     present = [folder for folder in folders if folder.is_dir()]
     if not present:
         raise LibraryFileError(
             f"{file} has costs but no scores: there is no folder {folders[0]} with solution_*.json files; "
-            "fetch it, or name it with --scores."
+            "fetch it there."
         )
     teachers: dict[int, Block] = {}
     replacements: list[Replacement] = []
@@ -131,7 +131,6 @@ def options_from_puzzletron(path: Path, scores: Path | None = None) -> OptionLib
             hardware={name: str(args[name]) for name in ("gpu",) if args.get(name)},
             layers=tuple(f"layer_{layer}" for layer in layers),
             places=tuple(statistics.costs),
-            measured={"args": {name: value for name, value in args.items() if isinstance(value, str | int | float)}},
         ),
         variants=tuple(
             variant for layer in layers for variant in _variants(layer, teachers, replacements, statistics, str(file))
@@ -146,7 +145,7 @@ def _variants(
 ) -> Iterator[ScoredVariant]:
     """The teacher's of one layer, which scores 0, then what was scored: whole blocks, or subblocks."""
     teacher, like = teachers[layer], replacements[0]
-    labels = Labels([*teachers.values(), *(one.block for one in replacements)], statistics.args)
+    labels = Labels(statistics.args)
     zeros = {name: (0.0,) * len(values) for name, values in like.samples.items()}, dict.fromkeys(like.metrics, 0.0)
     additive = any(one.one_subblock for one in replacements)
     own: list[Block] = [{part: config} for part, config in teacher.items()] if additive else [teacher]

@@ -32,7 +32,7 @@ from tasks.operating.served_profile import (
 )
 
 ROOT, DATA_ROOTS, REMOTE_CODE = "PUZZLE_ROOT", "PUZZLE_DATA_ROOTS", "PUZZLE_ALLOW_REMOTE_CODE"
-STORES, PACKAGES = "PUZZLE_STORES", "PUZZLE_PACKAGES"
+STORES, PACKAGES, PROFILES = "PUZZLE_STORES", "PUZZLE_PACKAGES", "PUZZLE_PROFILES"
 # how a parent is named whose own code may run: a branch, and so a pull request, is somebody else's to fill
 TRUSTED = re.compile(r"[A-Za-z0-9._/-]+@[0-9a-f]{40}|[a-z0-9][a-z0-9_-]*(/[^\s/@]+)*")
 
@@ -46,6 +46,8 @@ WorkspaceName = Annotated[
         examples=["tiny"],
     ),
 ]
+# as a parameter of a form: empty stands for the profile's name
+WorkspaceOrProfile = Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9_-]{0,63})?$", title="Workspace")]
 
 
 class Refused(PuzzleError):
@@ -70,6 +72,7 @@ def _packages(profile: Profile) -> Iterator[tuple[str, str]]:
 class Roots:
     """Where served runs keep workspaces, and what the names in their profiles stand for.
 
+    profiles: files that they may start from, or names of shipped profiles, by the name that the profile gives itself.
     data: folders that they may read, by name. stores: URLs, by name. packages: of which they may read files. trusted:
     parents whose own code they may run, as OWNER/NAME@COMMIT or as the path in `data`.
     """
@@ -79,6 +82,7 @@ class Roots:
     stores: Mapping[str, str] = field(default_factory=dict)
     packages: frozenset[str] = field(default_factory=shipped_packages)
     trusted: frozenset[str] = frozenset()
+    profiles: Mapping[str, str] = field(default_factory=lambda: {name: name for name in shipped_profiles()})
 
     @classmethod
     def declared(
@@ -88,6 +92,7 @@ class Roots:
         stores: Sequence[str] = (),
         packages: Sequence[str] = (),
         trusted: Sequence[str] = (),
+        profiles: Sequence[str] = (),
     ) -> "Roots":
         """As the options of `puzzle serve` say. Raises Refused for what is not NAME=FOLDER, NAME=URL, a package."""
         for package in packages:
@@ -104,6 +109,7 @@ class Roots:
             stores={name: _store(name, url) for name, url in _named("--store", "URL", stores)},
             packages=shipped_packages() | set(packages),
             trusted=frozenset(trusted),
+            profiles=dict(_named("profile", "FILE", profiles or (f"{name}={name}" for name in shipped_profiles()))),
         )
 
     def environment(self) -> dict[str, str]:
@@ -114,6 +120,7 @@ class Roots:
             STORES: " ".join(f"{name}={url}" for name, url in self.stores.items()),
             PACKAGES: " ".join(sorted(self.packages - shipped_packages())),
             REMOTE_CODE: " ".join(sorted(self.trusted)),
+            PROFILES: os.pathsep.join(f"{name}={file}" for name, file in self.profiles.items()),
         }
 
     @classmethod
@@ -126,6 +133,7 @@ class Roots:
             told(STORES, "").split(),
             told(PACKAGES, "").split(),
             told(REMOTE_CODE, "").split(),
+            [part for part in told(PROFILES, "").split(os.pathsep) if part],
         )
 
 

@@ -3,7 +3,9 @@
 A child depends on its parent, corpus, search space, distillation, scores, costs, traffic and budget. Each is a digest
 in the basis; when none differs from what was judged last, there is nothing to do. Otherwise a challenger is made, and
 both stand the same held-out sequences: the improvement is the mean of paired differences, its lower bound a one-sided
-t interval. A champion that no longer keeps the budget loses without a comparison.
+t interval. A schedule makes many challengers, and one of them would look better by luck. So each further one that is
+compared with the same champion needs more confidence. A champion that no longer keeps the budget loses without a
+comparison. A child that somebody has rolled back does not become champion again.
 """
 
 # S = test sequences
@@ -15,7 +17,7 @@ from typing import Literal
 from torch import Tensor
 
 from blocks.errors import DamagedBlock, PuzzleError
-from blocks.estimates import lower_bound, rounded
+from blocks.estimates import confidence_of_look, lower_bound, rounded
 from blocks.files import sha256_of
 from blocks.library import digest_of, read_tensors, remember
 from blocks.records import CorpusInfo, CostTable, LayerChoice, Metric, ParentInfo, Value
@@ -57,6 +59,7 @@ class Judgement(Value):
 
     outcome: Literal["unchanged", "first", "kept", "moved"]
     reason: str
+    summary: str = ""  # two sentences: what was looked at, what was decided
     changed: tuple[str, ...] = ()
     same_child: bool = False
     metric: str = ""
@@ -93,7 +96,8 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, ...
 
 def told(changed: tuple[str, ...]) -> str:
     """Changed parts in words."""
-    return ", ".join(NAMES[name] for name in changed)
+    *names, last = (NAMES[name] for name in changed)
+    return f"{', '.join(names)} and {last}" if names else last
 
 
 def lineage_of(workspace: Path, run_folder: str) -> Lineage:
@@ -112,20 +116,60 @@ def nothing_changed(version: int) -> Judgement:
     return Judgement(outcome="unchanged", reason=reason)
 
 
+def rolled_back(found: Judgement) -> Judgement:
+    """The judgement on a challenger that was champion until somebody rolled it back, whatever the comparison says."""
+    if found.outcome != "moved":
+        return found
+    reason = f"this very child was champion and was rolled back, so it is not crowned again; else: {found.reason}"
+    return found.model_copy(update={"outcome": "kept", "reason": reason})
+
+
+def looked_at(changed: tuple[str, ...], first: bool) -> str:
+    """The first sentence at the end of a re-optimisation."""
+    if first:
+        return "Looked for a champion of this profile: there was none yet."
+    what = f"{told(changed)} changed" if changed else "nothing changed"
+    return f"Looked at {told(tuple(NAMES))}: {what} since the last judgement."
+
+
+def decided(found: Judgement, champion: int | None, version: int | None) -> str:
+    """The second sentence. champion: the version that reigned until now; version: that of the challenger."""
+    if found.outcome == "unchanged":
+        return f"Version {champion} stays the champion, and no challenger was made."
+    if found.outcome == "kept":
+        return f"Version {champion} stays the champion: {found.reason}."
+    if found.outcome == "first":
+        return f"The child of this run is the first champion, version {version}."
+    return f"Version {version} is the champion now, in place of version {champion}: {found.reason}."
+
+
 def judge(
-    run_folder: str | None, challenger: Lineage, profile: Profile, workspace: Path, changed: tuple[str, ...]
+    run_folder: str | None,
+    challenger: Lineage,
+    profile: Profile,
+    workspace: Path,
+    changed: tuple[str, ...],
+    look: int = 1,
 ) -> Judgement:
-    """Whether a challenger takes over from the champion whose run lies in `run_folder`; None: there is none."""
+    """Whether a challenger takes over from the champion whose run lies in `run_folder`; None: there is none.
+
+    look: its number among the challengers of this champion, from 1.
+    """
     if run_folder is None:
         return Judgement(outcome="first", reason="the first champion", changed=changed)
     try:
-        return judge_against(lineage_of(workspace, run_folder), challenger, profile, workspace, changed)
+        return judge_against(lineage_of(workspace, run_folder), challenger, profile, workspace, changed, look)
     except DamagedBlock as error:
         return Judgement(outcome="moved", reason=f"the champion cannot be compared: {error}", changed=changed)
 
 
 def judge_against(
-    reigning: Lineage, challenger: Lineage, profile: Profile, workspace: Path, changed: tuple[str, ...]
+    reigning: Lineage,
+    challenger: Lineage,
+    profile: Profile,
+    workspace: Path,
+    changed: tuple[str, ...],
+    look: int = 1,
 ) -> Judgement:
     """Whether the challenger takes over: `kept` or `moved`, and why."""
     if reigning.child.key == challenger.child.key:
@@ -139,7 +183,7 @@ def judge_against(
         return Judgement(outcome="moved", reason=f"the champion no longer keeps the budget: {broken}", changed=changed)
     ours, theirs = (_figures(side, challenger, profile, workspace) for side in (challenger, reigning))
     documents = documents_of(challenger.corpus, "test", workspace)[: len(ours)]
-    return decide(ours, theirs, profile.champion, changed, documents)
+    return decide(ours, theirs, profile.champion, changed, look, documents)
 
 
 def same_tokenizer(first: ParentInfo, second: ParentInfo, workspace: Path) -> bool:
@@ -187,22 +231,29 @@ def _figures(side: Lineage, now: Lineage, profile: Profile, workspace: Path) -> 
 
 
 def decide(
-    ours: Tensor, theirs: Tensor, rule: Champion, changed: tuple[str, ...] = (), documents: Sequence[int] = ()
+    ours: Tensor,
+    theirs: Tensor,
+    rule: Champion,
+    changed: tuple[str, ...] = (),
+    look: int = 1,
+    documents: Sequence[int] = (),
 ) -> Judgement:
     """The rule on paired figures, (S,) each: moved when the improvement's lower bound passes `min_improvement`.
 
-    documents: that of each sequence; sequences of one document count as one look at it.
+    The rule's confidence is that of all challengers of a champion together; look: the number of this one, from 1.
+    documents: that of each sequence; sequences of one document are not independent of each other.
     """
     better = ours - theirs if rule.metric == "top1_agreement" else theirs - ours
     gain = mean_metric(better, documents)
-    lower = lower_bound(gain, rule.confidence)
+    confidence = confidence_of_look(rule.confidence, look)
+    lower = lower_bound(gain, confidence)
     moved = lower > rule.min_improvement
     sample = f"{len(ours)} paired sequences{f' of {gain.n} documents' if documents else ''}"
     size = rounded(gain.model_copy(update={"value": abs(gain.value)}))
     reason = (
         f"{rule.metric} {'better' if gain.value >= 0 else 'worse'} by {size} {UNITS[rule.metric]} over {sample}, "
-        f"lower bound of the gain {lower:.3g} at {rule.confidence:.0%}; the rule asks for more than "
-        f"{rule.min_improvement:g}"
+        f"lower bound of the gain {lower:.3g} at {confidence:.4g} (challenger {look} of this champion; "
+        f"{rule.confidence:.0%} for all of them together); the rule asks for more than {rule.min_improvement:g}"
     )
     return Judgement(
         outcome="moved" if moved else "kept",
@@ -229,9 +280,7 @@ def figures(found: Judgement) -> dict[str, float]:
 
 def judgement_markdown(found: Judgement, champion: str, challenger: str) -> str:
     """A page on one judgement."""
-    lines = [f"# {found.outcome}: {found.reason}", ""]
-    if found.changed:
-        lines += [f"Changed since the last judgement: {told(found.changed)}.", ""]
+    lines = [f"# {found.outcome}", "", found.summary, ""]
     if found.champion and found.challenger and found.improvement:
         lines += [
             f"| {found.metric} | mean ± standard error | independent parts |",

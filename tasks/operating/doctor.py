@@ -25,6 +25,7 @@ from blocks.runtime import usable_cores
 from profiles.schema import DRIVEN
 from tasks.operating.requirements import EXTRAS, devices_here, engine_missing, is_there, nvidia_gpus
 from tasks.running.at_work import others_at_work
+from tasks.running.recording import users_settings
 from tasks.running.servers import answer, orphaned_servers, sqlite_file
 
 GIB = 2**30
@@ -71,7 +72,7 @@ def examine(workspace: Path) -> list[Finding]:
         lambda: memory(psutil.virtual_memory().available, psutil.virtual_memory().total),
         lambda: threads(usable_cores(), psutil.getloadavg()[0], os.environ),
         lambda: write_access(workspace),
-        lambda: prefect_server(os.environ),
+        lambda: prefect_server(users_settings()),
         lambda: prefect_state(workspace / "prefect"),
         lambda: mlflow_store(workspace, os.environ),
         lambda: accelerator(),

@@ -62,12 +62,16 @@ def plain_address(name: str, url: str) -> None:
 
 def _ask_prefect(url: str) -> None:
     import httpx
+    from prefect.client.base import ServerType
     from prefect.client.orchestration import get_client
     from prefect.exceptions import PrefectHTTPStatusError
 
     try:
         with get_client(sync_client=True) as client:
-            client.request("GET", "/admin/version")
+            if client.server_type == ServerType.CLOUD:  # which has no page of its version
+                client.read_flows(limit=1)
+            else:
+                client.request("GET", "/admin/version")
     except (PrefectHTTPStatusError, httpx.HTTPStatusError) as error:
         _judge(PREFECT, url, error.response.status_code)
     except (httpx.HTTPError, httpx.InvalidURL) as error:

@@ -22,6 +22,7 @@ from tasks.operating.tracking import Tracking, client_of, log_metrics, set_tags
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 REIGNS, JUDGED, BASIS, FOLDER = "puzzle.reigns", "puzzle.judged", "puzzle.basis", "puzzle.run_folder"
+ROLLED_BACK = "puzzle.rolled_back"
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model, no such alias
 CODE = Path(__file__).with_name("pyfunc_child.py")
 
@@ -195,10 +196,26 @@ def rollback(tracking: Tracking, name: str) -> tuple[Version, Version]:
     before = _version(client.get_model_version(name, str(reigns[-2])))
     client.set_registered_model_alias(name, CHAMPION, str(before.version))
     client.set_registered_model_tag(name, REIGNS, json.dumps(reigns[:-1]))
-    client.set_model_version_tag(name, str(now.version), "puzzle.rolled_back", "true")
+    client.set_model_version_tag(name, str(now.version), ROLLED_BACK, "true")
     _add(client, name, now.version, f"Rolled back: version {before.version} is champion again.")
     _add(client, name, before.version, f"Champion again: version {now.version} was rolled back.")
     return now, before
+
+
+def rolled_back(tracking: Tracking, name: str) -> set[str]:
+    """The run folders, named by their child, of those that were champion until somebody rolled them back."""
+    return {version.tags.get(FOLDER, "") for version in _versions(tracking, name) if version.tags.get(ROLLED_BACK)}
+
+
+def challenges_of(tracking: Tracking, reigning: Version) -> int:
+    """How many challengers were compared with a champion: the versions since. After a rollback some of them were
+    compared with another champion; they count too, which is on the safe side.
+    """
+    return sum(int(version.version) > reigning.version for version in _versions(tracking, reigning.name))
+
+
+def _versions(tracking: Tracking, name: str) -> list[Any]:
+    return list(client_of(tracking).search_model_versions(f"name='{name}'", max_results=10_000))
 
 
 def log_judgement(tracking: Tracking, run_id: str, outcome: str, figures: Mapping[str, float]) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from blocks.records import Architecture, ChildReport, TruthPoint
-from tasks.libraries.exchange import Summary, summarise
 from tasks.libraries.interchange import open_library
+from tasks.libraries.summary import Summary, summarise
 from tasks.pages.page import Extent, Study, study_choice, truth_of, write_page
 from tasks.search.confidence import Draws
 from tasks.search.joint import JointLibrary, LibraryFileError, Option

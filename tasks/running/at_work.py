@@ -119,6 +119,12 @@ def clear_leftovers(workspace: Path) -> None:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
+def number_in(workspace: Path) -> int:
+    """The number of this process there; 1 for one that has none."""
+    holder = _HELD.get(workspace.resolve())
+    return holder.number if holder else 1
+
+
 def prefect_home(workspace: Path, number: int) -> Path:
     """Where the Prefect server that a run starts for itself keeps its state."""
     return workspace / ("prefect" if number == 1 else f"prefect-{number}")

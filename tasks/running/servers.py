@@ -110,15 +110,25 @@ def stop_left_behind(kept: Path) -> bool:
     """End the server whose process a killed process kept in a file; True when there was one. One whose starter lives is
     somebody's, and left alone.
     """
-    try:
-        words = kept.read_text().split()
-        process, starter = _found(*words[:2]), _found(*words[2:])
-    except (OSError, TypeError):  # the second: not a file of ours
-        return False
+    process, starter = _kept(kept)
     if process is None or starter is not None:
         return False
     stop(process)
     return True
+
+
+def is_up(kept: Path) -> bool:
+    """Whether the server whose process is kept in a file lives, and whoever started it."""
+    return None not in _kept(kept)
+
+
+def _kept(kept: Path) -> tuple[psutil.Process | None, psutil.Process | None]:
+    """The server and its starter, as `running` wrote them into a file; None for one that is gone."""
+    try:
+        words = kept.read_text().split()
+        return _found(*words[:2]), _found(*words[2:])
+    except (OSError, TypeError):  # the second: not a file of ours
+        return None, None
 
 
 def _wait_for(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float) -> None:

@@ -53,15 +53,16 @@ def in_slot(slot: WorkerSlot, workspace: Path, task: TaskKey) -> Iterator[str]:
     if context is not None and context.detached:
         configure()
         _log_to_prefect()
-    with exclusive(workspace, task), _at_a_device(slot) as device:
+    with exclusive(workspace, task), _at_a_device(slot, task) as device:
         yield device
 
 
 @contextmanager
-def _at_a_device(slot: WorkerSlot) -> Iterator[str]:
+def _at_a_device(slot: WorkerSlot, task: TaskKey) -> Iterator[str]:
     threads = set_threads(slot.threads)
     with on_device(slot.devices) as device:
-        log.info("on %s of %s, %d threads, process %d", device, socket.gethostname(), threads, os.getpid())
+        where = f"{device} of {socket.gethostname()}, process {os.getpid()}"
+        log.info("at work on %s, on %s, with %d thread%s", task.what, where, threads, "s" if threads > 1 else "")
         yield "cpu" if device.startswith("cpu") else device
 
 

@@ -72,7 +72,6 @@ def case_at(library: JointLibrary, request: Request, kept: list[int], combinatio
         room=np.array(room),
         types=np.unique([option.label for option in options], return_inverse=True)[1],
         max_types=request.search.max_block_types,
-        max_groups=request.search.max_groups,
     )
     return Case(combination=combination, program=program, rows=tuple(rows), constant=constant)
 

@@ -1,6 +1,6 @@
 """The program of a problem at given batch sizes, with the way back to a choice per layer: for searches without the MIP.
 
-It is the same program that the MIP solves (tasks/search/cases.py), except for limits on block types and groups. A slot
+It is the same program that the MIP solves (tasks/search/cases.py), except for a limit on block types. A slot
 is one subblock of a layer; where coupled blocks were scored, or when asked, it is the whole layer, and its options are
 pairs.
 """
@@ -70,7 +70,7 @@ def make_grid(problem: Problem, batches: Batches, joint: bool = False) -> Grid:
 def grids_of(problem: Problem, places: Sequence[Batches] | None = None, joint: bool = False) -> list[Grid]:
     """A grid per combination of batch sizes; all of them, larger ones first, where none are named."""
     library = library_of(problem, additive=not joint)
-    free = problem.search.model_copy(update={"max_block_types": None, "max_groups": None})
+    free = problem.search.model_copy(update={"max_block_types": None})
     request = request_of(problem, search=free)
     check(library, request)
     kept = allowed(library, request)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from profiles.schema import Search
 from tasks.search.cases import Case
-from tasks.search.mip import fewest_groups, fewest_types, least_usage, minimise
+from tasks.search.mip import fewest_types, least_usage, minimise
 from tasks.search.request import Limit, Request
 
 TOLERANCE = 1e-9  # relative; a sum of floats in another order may differ by so much
@@ -17,7 +17,7 @@ def why_infeasible(cases: Sequence[Case], request: Request) -> str:
     shape = _shape(cases, request.search)
     if shape:
         return shape
-    plain = [replace(case, program=replace(case.program, max_types=None, max_groups=None)) for case in cases]
+    plain = [replace(case, program=replace(case.program, max_types=None)) for case in cases]
     limits = list(dict.fromkeys(row for case in plain for row in case.rows))
     alone = {limit.name: _nearest(plain, limit, [limit], request.search) for limit in limits}
     beyond = [limit.name for limit in limits if alone[limit.name] > 1 + TOLERANCE]
@@ -40,23 +40,18 @@ def why_infeasible(cases: Sequence[Case], request: Request) -> str:
 
 
 def _shape(cases: Sequence[Case], search: Search) -> str:
-    """What is said when the limits can be kept, but not with so few block types or groups; else nothing."""
-    programs = [case.program for case in cases]
-    for field, loose, fewest, what in (
-        ("max_block_types", [replace(p, max_types=None) for p in programs], fewest_types, "block types"),
-        ("max_groups", [replace(p, max_groups=None) for p in programs], fewest_groups, "groups of equal blocks"),
-    ):
-        asked = getattr(search, field)
-        if asked is None:
-            continue
-        feasible = [program for program in loose if minimise(program, search) is not None]
-        if feasible:
-            least = min(fewest(program, search) for program in feasible)
-            return (
-                f"No architecture keeps the budget with at most {asked} {what}: at least {least} are needed. "
-                f"Raise {field}, or ease a budget."
-            )
-    return ""
+    """What is said when the limits can be kept, but not with so few block types; else nothing."""
+    if search.max_block_types is None:
+        return ""
+    loose = [replace(case.program, max_types=None) for case in cases]
+    feasible = [program for program in loose if minimise(program, search) is not None]
+    if not feasible:
+        return ""
+    least = min(fewest_types(program, search) for program in feasible)
+    return (
+        f"No architecture keeps the budget with at most {search.max_block_types} block types: at least {least} are "
+        "needed. Raise max_block_types, or ease a budget."
+    )
 
 
 def _rows(case: Case, limits: Sequence[Limit]) -> list[int]:

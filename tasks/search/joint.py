@@ -126,7 +126,7 @@ class JointOption:
 
 @dataclass(frozen=True, kw_only=True)
 class JointLibrary:
-    """Options slot after slot; what the non-block part costs, where known; where and how it was measured.
+    """Options slot after slot; what the non-block part costs, where known; where it was measured.
 
     layers: names of the slots. A slot is a layer, or one subblock of it where scores of subblocks are added. documents:
     the document of each scored sequence; sequences of one document are not independent. Empty where nobody knows.
@@ -135,7 +135,6 @@ class JointLibrary:
     layers: tuple[str, ...]
     options: tuple[JointOption, ...]
     fixed: dict[str, Cost] = field(default_factory=dict)
-    measured: dict[str, Any] = field(default_factory=dict)
     places: tuple[MeasuredAt, ...] = (MeasuredAt(),)
     documents: tuple[int, ...] = ()
 

@@ -1,7 +1,7 @@
 """The mixed-integer program, in CVXPY, solved by HiGHS: pick one option of every slot, lowest sum of scores.
 
     min  scores @ x    s.t.  one option per slot,   usage @ x <= room,   x in {0, 1},
-                             at most `max_types` types in use, at most `max_groups` runs of equal types
+                             at most `max_types` types in use
 
 Before HiGHS starts, reduced costs shrink the program. With the duals of the LP relaxation as prices, L is a lower bound
 of any answer, and L + d_j one of any answer that uses option j, d_j being what j costs above its slot's cheapest at
@@ -65,7 +65,8 @@ def minimise(program: Program, search: Search) -> Answer | None:
             return None
         answer = minimise(program.only(useful), search)
         return answer and answer.among(useful)
-    program = _without_idle_limits(program)
+    if program.max_types is not None and program.max_types >= len(_types(program)[0]):
+        program = replace(program, max_types=None)  # no choice can break it
     relaxed = relaxation(program, search) if program.max_types is None else _typed_relaxation(program, search)
     if relaxed is None:
         return None
@@ -88,19 +89,9 @@ def minimise(program: Program, search: Search) -> Answer | None:
     return replace(answer, bound=min(bound, answer.objective))
 
 
-def _without_idle_limits(program: Program) -> Program:
-    """The program without a limit on types or groups that no choice can break."""
-    types, groups = program.max_types, program.max_groups
-    if types is not None and types >= len(_types(program)[0]):
-        types = None
-    if groups is not None and groups >= len(program.starts):
-        groups = None
-    return replace(program, max_types=types, max_groups=groups)
-
-
 def _known(program: Program, relaxed: Relaxation, search: Search, ends: float) -> Answer | None:
-    """A good choice, not proven to be the best; none where groups of layers are limited, or time is up."""
-    if program.max_groups is not None or time.perf_counter() > ends:
+    """A good choice, not proven to be the best; none when time is up."""
+    if time.perf_counter() > ends:
         return None
     if program.max_types is not None:
         selection = _swap_types(program, relaxed, search, ends)
@@ -122,7 +113,7 @@ def lower_bound(program: Program, search: Search) -> float:
 
 
 def relaxation(program: Program, search: Search) -> Relaxation | None:
-    """The LP relaxation without the limits on types and groups; None when even that is infeasible."""
+    """The LP relaxation without the limit on types; None when even that is infeasible."""
     import cvxpy as cp
 
     duals = _duals(program, cp.Variable(len(program.scores), nonneg=True), [], search)
@@ -270,20 +261,6 @@ def fewest_types(program: Program, search: Search) -> int:
     return math.ceil(found[1] - 1e-6)
 
 
-def fewest_groups(program: Program, search: Search) -> int:
-    """How many runs of equal types an answer needs at least, proven; ValueError when the rows alone are infeasible."""
-    import cvxpy as cp
-
-    x, rows = _variables(replace(program, max_groups=None))
-    stays, links = _stays(program, x)
-    if len(program.room):
-        rows.append(program.usage @ x <= program.room)
-    found = _certificate(cp.Problem(cp.Minimize(-stays), [*rows, *links]), search, search.time_limit_seconds)
-    if found is None:
-        raise ValueError("nothing fits, whatever the number of groups")
-    return len(program.starts) + math.ceil(found[1] - 1e-6)
-
-
 def _solve(program: Program, search: Search, seconds: float, known: float | None = None) -> Answer | None:
     """The solver on all options of the program. known: the objective of a choice that is there already."""
     import cvxpy as cp
@@ -296,7 +273,7 @@ def _solve(program: Program, search: Search, seconds: float, known: float | None
     narrowed: dict[str, float | bool] = {}
     if known is not None:  # what is dearer is cut off, and no time goes into looking for first answers
         narrowed = {"objective_bound": known / scale + 1e-7, "mip_heuristic_effort": 0.0}
-    if program.max_types is None and program.max_groups is None:  # with few rows, cuts in the tree cost more than nodes
+    if program.max_types is None:  # with few rows, cuts in the tree cost more than nodes
         narrowed["mip_allow_cut_separation_at_nodes"] = False
     model = cp.Problem(cp.Minimize((program.scores / scale) @ x), constraints)
     found = _certificate(model, search, seconds, narrowed)
@@ -335,7 +312,7 @@ def _typed(program: Program, boolean: bool = True) -> tuple[Any, Any, list[Any]]
 
 
 def _variables(program: Program) -> tuple[Any, list[Any]]:
-    """x (N,) and the constraints that every integer model has: one option per slot, few enough types and groups."""
+    """x (N,) and the constraints that every integer model has: one option per slot, few enough types."""
     import cvxpy as cp
 
     rows: list[Any] = []
@@ -344,24 +321,7 @@ def _variables(program: Program) -> tuple[Any, list[Any]]:
     else:
         x, y, rows = _typed(program)
         rows.append(y.sum() <= program.max_types)
-    if program.max_groups is not None:
-        stays, links = _stays(program, x)
-        rows += [*links, stays >= len(program.starts) - program.max_groups]
     return x, [*rows, _one_per_slot(program) @ x == 1]
-
-
-def _stays(program: Program, x: Any) -> tuple[Any, list[Any]]:
-    """How many slots have the type of the slot before them, at most, and the constraints that make it so."""
-    import cvxpy as cp
-
-    assert program.types is not None
-    place = {pair: j for j, pair in enumerate(zip(program.slot_of.tolist(), program.types.tolist(), strict=True))}
-    pairs = [(place[slot - 1, kind], j) for (slot, kind), j in place.items() if (slot - 1, kind) in place]
-    if not pairs:
-        return cp.Constant(0), []
-    before, here = map(list, zip(*pairs, strict=True))
-    stay = cp.Variable(len(pairs), nonneg=True)
-    return stay.sum(), [stay <= x[before], stay <= x[here]]
 
 
 def _one_per_slot(program: Program) -> Any:

@@ -17,8 +17,8 @@ ROOM = 1e-9  # how far, of a whole limit, the solver may overstep; the check aft
 class Program:
     """options slot after slot: scores (N,), starts (S,) first option of each slot, usage (R, N) <= room (R,) in sum.
 
-    types: (N,) type of every option, different within a slot; needed with max_types and max_groups alone. Rows should
-    be scaled so that a limit is about 1.
+    types: (N,) type of every option, different within a slot; needed with max_types alone. Rows should be scaled so
+    that a limit is about 1.
     """
 
     scores: Floats
@@ -27,7 +27,6 @@ class Program:
     room: Floats
     types: Integers | None = None
     max_types: int | None = None
-    max_groups: int | None = None
 
     @property
     def sizes(self) -> Integers:

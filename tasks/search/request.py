@@ -178,7 +178,8 @@ def allowed(library: JointLibrary, request: Request) -> list[int]:
     search = request.search
     _check_names(library, search)
     left = [index for index, option in enumerate(library.options) if _permitted(library, request, option)]
-    emptied = [layer for layer in library.layers if layer not in {library.options[index].layer for index in left}]
+    filled = {library.options[index].layer for index in left}
+    emptied = [layer for layer in library.layers if layer not in filled]
     if emptied:
         why = [*search.forbid, *(["keep_layers"] if search.keep_layers else [])]
         why += ["width_multiple"] if search.width_multiple > 1 else []
@@ -193,7 +194,7 @@ def allowed(library: JointLibrary, request: Request) -> list[int]:
 def _permitted(library: JointLibrary, request: Request, option: JointOption) -> bool:
     """False for an option that the constraints forbid in every architecture, as far as its label and sizes tell."""
     search, layer = request.search, library.index_of(option)
-    if option.names & set(search.forbid):
+    if search.forbid and option.names & set(search.forbid):
         return False
     width, other_heads = 0, False
     if not option.is_parent:
@@ -203,7 +204,7 @@ def _permitted(library: JointLibrary, request: Request, option: JointOption) -> 
         other_heads = bool(heads) and heads != parent.sizes.get("num_key_value_heads")
         if layer in search.keep_layers or width % search.width_multiple:
             return False
-    kinds = frozenset(kinds_in(option.label))
+    kinds = frozenset(kinds_in(option.label)) if request.must_run else frozenset()
     return all(refused_label(engine, layer, kinds, width, other_heads) is None for engine in request.must_run)
 
 
@@ -216,7 +217,7 @@ def _check_names(library: JointLibrary, search: Search) -> None:
             f"nothing in the library is called {unknown[0]!r}; kinds there: {', '.join(kinds[:12])}"
             f"{' ...' if len(kinds) > 12 else ''}; or give a whole label."
         )
-    last = max(library.index_of(option) for option in library.options)
+    last = max(library.index_of(option) for option in library.options) if search.keep_layers else 0
     beyond = [layer for layer in search.keep_layers if layer > last]
     if beyond:
         raise LibraryFileError(f"there is no layer {beyond[0]} to keep: they are 0 to {last}.")

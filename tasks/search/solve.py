@@ -245,8 +245,6 @@ def verified(
     broken = list(_broken(library, request, chosen, scenarios))
     if request.search.max_block_types is not None and len(set(labels)) > request.search.max_block_types:
         broken.append("max_block_types")
-    if request.search.max_groups is not None and groups_of(labels) > request.search.max_groups:
-        broken.append("max_groups")
     claimed = answer.objective + case.constant
     objective = _objective(library, request, chosen, scenarios, claimed)
     if not math.isclose(objective, claimed, rel_tol=TOLERANCE, abs_tol=1e-9):
@@ -312,11 +310,6 @@ def _over_scenarios(request: Request, scenarios: Sequence[PlaceTotals], cost: st
     if request.traffic and QUANTITIES[cost].time:
         return math.fsum(weight * values[name] for name, weight in request.weights.items())
     return max(values.values())
-
-
-def groups_of(labels: Sequence[str]) -> int:
-    """Number of runs of equal labels."""
-    return 1 + sum(one != other for one, other in zip(labels, labels[1:], strict=False))
 
 
 def _objective(

@@ -1,8 +1,7 @@
-"""Searches that see of an architecture what an objective says of it, nothing of how it is made up.
+"""A search that sees of an architecture what an objective says of it, nothing of how it is made up.
 
-The objective may be the summed scores or a measured KL. Every selection is brought within the budget first
-(tasks/studies/repair.py), evaluated once, and counted. Both searches may start from selections that are known to be
-good. B = selections, S = slots, N = options.
+Every selection is brought within the budget first (tasks/studies/repair.py), evaluated once, and counted.
+B = selections, S = slots, N = options.
 """
 
 from collections.abc import Callable
@@ -12,32 +11,26 @@ from typing import Any
 import numpy as np
 
 from blocks.errors import PuzzleError
-from tasks.running.progress import Progress, no_progress
 from tasks.search.program import Floats, Integers, Program
 from tasks.studies.repair import draw, keeps, within
 
 Objective = Callable[[Integers], Floats]  # (B, S) option indices that keep the budget -> (B,), less is better
 
 POPULATION, STALE = 100, 60  # most selections of a generation; generations without a better one before it stops
-BATCH = 64  # most selections of a step of the policy gradient
-TRAVEL = 15.0  # steps x learning rate, so that few steps still move the policy
-SEEN = 1.5  # policy gradient: logit that a start's option gets above the others, if all starts have it
 _FILLED = 0.5  # share of the repaired selections that are filled up: dearer is often better, not always
 
 
 @dataclass(kw_only=True, eq=False)
 class BlackBox:
-    """What such a search is given: the budget's rows, an objective, how many selections it may evaluate, known starts.
+    """What such a search is given: the budget's rows, an objective, how many selections it may evaluate.
 
-    program: scores are not looked at. starts: (K, S) selections that keep the rows.
+    program: scores are not looked at.
     """
 
     program: Program
     objective: Objective
     evaluations: int
     generator: np.random.Generator
-    starts: Integers | None = None
-    progress: Progress = no_progress
     known: dict[bytes, float] = field(default_factory=dict)
     best: Integers | None = None
     value: float = np.inf
@@ -48,16 +41,9 @@ class BlackBox:
         return len(self.known) >= self.evaluations
 
     def begin(self, count: int) -> Integers:
-        """Up to `count` (B, S) to begin with: the starts first, then random ones within the budget; may be empty."""
+        """Up to `count` random selections (B, S) within the budget; there may be none."""
         drawn, kept = within(self.program, draw(self.program, count, self.generator), self.generator, _FILLED)
-        drawn = drawn[kept]
-        if self.starts is not None and len(self.starts):
-            near = self.starts[self.generator.integers(0, len(self.starts), len(drawn))]
-            # half of every drawn one is a start's, so that the first generation is about the starts
-            mixed = np.where(self.generator.random(drawn.shape) < 0.5, drawn, near)
-            mixed, kept = within(self.program, mixed, self.generator, _FILLED)
-            drawn = np.concatenate([self.starts, mixed[kept]])
-        return drawn[:count]
+        return drawn[kept]
 
     def __call__(self, selections: Integers) -> Floats:
         """(B,) objective; inf where rows are broken or nothing may be evaluated any more."""
@@ -73,7 +59,6 @@ class BlackBox:
             at = int(values.argmin())
             if values[at] < self.value:
                 self.best, self.value = list(fresh.values())[at].copy(), float(values[at])
-            self.progress(len(self.known), self.evaluations)
         found = [self.known.get(one.tobytes(), np.inf) for one in selections]
         return np.where(kept, found, np.inf)
 
@@ -147,55 +132,3 @@ def _genetic(box: BlackBox, first: Integers, size: int) -> Any:
     algorithm.mating.n_max_iterations = 8  # drawing until no child is a twin: in a small space there are no others
     algorithm.setup(Selections(), termination=NoTermination(), seed=int(box.generator.integers(2**31)), verbose=False)
     return algorithm
-
-
-def reinforce(box: BlackBox) -> Integers | None:
-    """REINFORCE (Williams, 1992), a batch's mean as baseline: one softmax per slot, sampled and pushed by reward.
-
-    What is rewarded is the selection after repair. Returns the best one it met, None when none could be repaired.
-    """
-    import torch
-
-    size = int(np.clip(box.evaluations // 8, 4, BATCH))
-    first = box.begin(size)
-    if not len(first):
-        return None
-    box(first)
-    sizes = box.program.sizes
-    width = int(sizes.max())
-    blocked = torch.arange(width) >= torch.from_numpy(sizes)[:, None]  # (S, W)
-    logits = _initial_logits(box, width).requires_grad_()
-    optimizer = torch.optim.Adam([logits], lr=min(0.5, TRAVEL * size / box.evaluations))
-    draws = torch.Generator().manual_seed(int(box.generator.integers(2**31)))
-    stale = 0
-    while not box.spent and stale < STALE:
-        before = box.value, len(box.known)
-        policy = logits.masked_fill(blocked, -torch.inf).log_softmax(dim=1)
-        picks = torch.multinomial(policy.detach().exp(), size, replacement=True, generator=draws).T.numpy()
-        selections, kept = within(box.program, box.program.starts + picks, box.generator, _FILLED)
-        values = box(selections)
-        usable = kept & np.isfinite(values)
-        stale = 0 if box.value < before[0] else stale + 1
-        if usable.sum() < 2:
-            continue
-        reward = -torch.from_numpy(values[usable]).float()
-        advantage = (reward - reward.mean()) / (reward.std() + 1e-8)
-        places = torch.from_numpy(selections[usable] - box.program.starts)  # (B, S)
-        chosen = policy.gather(1, places.T)  # (S, B)
-        optimizer.zero_grad()
-        (-(chosen.sum(dim=0) * advantage).mean()).backward()
-        optimizer.step()
-    return box.best
-
-
-def _initial_logits(box: BlackBox, width: int) -> Any:
-    """(S, W): zeros; an option of the starts begins higher, by how many of them have it."""
-    import torch
-
-    logits = torch.zeros(len(box.program.starts), width)
-    if box.starts is not None and len(box.starts):
-        places = box.starts - box.program.starts
-        for slot in range(logits.shape[0]):
-            share = np.bincount(places[:, slot], minlength=width) / len(places)
-            logits[slot] += torch.from_numpy(2 * SEEN * share).float()
-    return logits

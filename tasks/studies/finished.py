@@ -14,7 +14,6 @@ from tasks.distill.record import open_parent, record_key, recorded
 from tasks.inputs.corpus import documents_of, prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
-from tasks.libraries.interchange import read_library
 from tasks.measure.costs import costs_of
 from tasks.score.scoring import by_document, stored_score
 from tasks.search.totals import Problem, problem_of
@@ -78,9 +77,6 @@ def open_finished(profile: Profile, workspace: Path) -> Finished:
 
 def _scores(profile: Profile, workspace: Path, corpus: CorpusInfo, blocks: Sequence[BlockRecord]) -> tuple[Score, ...]:
     """What was scored; a score that is not a number is not kept (tasks/score/scoring.py), so some may lack."""
-    if profile.scoring.adaptive is not None:  # of unequal depth, made comparable by the run
-        tables = workspace / "tables" / profile.name
-        return read_library(tables).scores if tables.exists() else ()
     sequences = range(profile.scoring.sequences)
     length = profile.scoring.tokens_per_sequence or corpus.sequence_length
     scores = [stored_score(block, sequences, length, workspace) for block in blocks if block.status != "failed"]

@@ -3,31 +3,26 @@
     mip              the exact minimum of the summed scores, with its certificate (tasks/search/choose.py)
     uniform, depth, greedy, random, no_op_only, max_params      tasks/studies/baselines.py
     evolutionary     a genetic algorithm                        tasks/studies/black_box.py
-    policy_gradient  REINFORCE                                  tasks/studies/black_box.py
 
-The last two may be given another objective than the summed scores, such as a measured KL. Every search is tried at
-every combination of batch sizes and the lowest sum is kept; random keeps the first that works.
+Every search is tried at every combination of batch sizes and the lowest sum is kept; random keeps the first that works.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from blocks.errors import InfeasibleBudget, PuzzleError
 from blocks.records import Architecture, LayerChoice
 from profiles.schema import Search
-from tasks.running.progress import Progress, no_progress
 from tasks.search.choose import choose
 from tasks.search.grid import Grid, grids_of, make_grid
 from tasks.search.mip import minimise
 from tasks.search.program import Integers
 from tasks.search.totals import Batches, Problem, predicted
 from tasks.studies import baselines
-from tasks.studies.black_box import BlackBox, evolve, reinforce
+from tasks.studies.black_box import BlackBox, evolve
 
-EVALUATIONS = 20_000  # summed scores that evolutionary and policy_gradient may look at
+EVALUATIONS = 20_000  # summed scores that evolutionary may look at
 _NEEDS = {"depth": " (it drops layers that have no_op as attention and as ffn, nothing else)"}
 
 BASELINES: dict[str, baselines.Baseline] = {
@@ -38,55 +33,30 @@ BASELINES: dict[str, baselines.Baseline] = {
     "no_op_only": baselines.no_op_only,
     "max_params": baselines.max_params,
 }
-BLACK_BOXES: dict[str, Callable[[BlackBox], Integers | None]] = {"evolutionary": evolve, "policy_gradient": reinforce}
-NAMES = ("mip", *BASELINES, *BLACK_BOXES)
+EVOLUTIONARY = "evolutionary"
+NAMES = ("mip", *BASELINES, EVOLUTIONARY)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Objective:
-    """What a black-box search minimises instead of the summed scores, at fixed batch sizes.
-
-    measure: a choice per layer -> objective, less is better. starts: choices to begin with.
-    """
-
-    name: str
-    measure: Callable[[tuple[LayerChoice, ...]], float]
-    evaluations: int
-    batches: Batches
-    starts: tuple[tuple[LayerChoice, ...], ...] = ()
-    progress: Progress = no_progress
-
-
-def find(
-    name: str, problem: Problem, seed: int = 0, evaluations: int = EVALUATIONS, objective: Objective | None = None
-) -> Architecture:
+def find(name: str, problem: Problem, seed: int = 0, evaluations: int = EVALUATIONS) -> Architecture:
     """The architecture that one search finds within the budget; `seed` and `evaluations` matter to those that draw.
 
-    Raises InfeasibleBudget when the method finds none, even where the MIP does, and PuzzleError for an unknown name or
-    an objective given to a search that minimises summed scores alone.
+    Raises InfeasibleBudget when the method finds none, even where the MIP does, and PuzzleError for an unknown name.
     """
     if name not in NAMES:
         raise PuzzleError(f"unknown search {name!r}: it is one of {', '.join(NAMES)}.")
-    if objective is not None and name not in BLACK_BOXES:
-        raise PuzzleError(
-            f"{name} minimises summed scores and nothing else: {objective.name} can be given to "
-            f"{', '.join(BLACK_BOXES)}."
-        )
     if name == "mip":
         return choose(problem)
     started = time.perf_counter()
-    if objective is None:
-        grids = grids_of(problem, joint=name in BASELINES)
-    else:
-        grids, evaluations = [make_grid(problem, objective.batches)], objective.evaluations
+    grids = grids_of(problem, joint=name in BASELINES)
     best: tuple[float, Grid, Integers] | None = None
     evaluated = 0
     for grid in grids:
-        found = _found(name, grid, problem.search, seed, max(evaluations // len(grids), 1), objective)
+        found = _found(name, grid, problem.search, np.random.default_rng(seed), max(evaluations // len(grids), 1))
         if found is None:
             continue
-        value, selection, count = found
+        selection, count = found
         evaluated += count
+        value = float(grid.scores[selection].sum())
         if best is None or value < best[0]:
             best = value, grid, selection
         if name == "random":
@@ -97,42 +67,22 @@ def find(
             f"variants to search_space, or take {name} out of evaluate.baselines."
         )
     _, grid, selection = best
-    method = name if objective is None else f"{name} on {objective.name}"
-    architecture = predicted(problem, grid.choice(selection), method, grid.batches)
+    architecture = predicted(problem, grid.choice(selection), name, grid.batches)
     return architecture.model_copy(update={"evaluations": evaluated, "solve_seconds": time.perf_counter() - started})
 
 
-def _found(
-    name: str, grid: Grid, search: Search, seed: int, evaluations: int, objective: Objective | None
-) -> tuple[float, Integers, int] | None:
-    """The objective of what one search finds in a grid, its selection, and how many architectures it looked at."""
-    generator = np.random.default_rng(seed)
+def _found(name: str, grid: Grid, search: Search, generator: np.random.Generator, evaluations: int) -> baselines.Picked:
+    """What one search finds in a grid, and how many architectures it looked at."""
     if name in BASELINES:
-        picked = BASELINES[name](grid, search, generator)
-        return picked and (float(grid.scores[picked[0]].sum()), *picked)
-    box = _box(grid, generator, evaluations, objective)
-    selection = BLACK_BOXES[name](box)
-    return None if selection is None else (box.value, selection, len(box.known))
-
-
-def _box(grid: Grid, generator: np.random.Generator, evaluations: int, objective: Objective | None) -> BlackBox:
-    if objective is None:
-        return BlackBox(
-            program=grid.program,
-            objective=lambda selections: np.asarray(grid.scores[selections].sum(axis=1)),
-            evaluations=evaluations,
-            generator=generator,
-        )
-    measure = objective.measure
-    known = [start for layers in objective.starts if (start := grid.selection(layers)) is not None]
-    return BlackBox(
+        return BASELINES[name](grid, search, generator)
+    box = BlackBox(
         program=grid.program,
-        objective=lambda selections: np.array([measure(grid.choice(one)) for one in selections]),
+        objective=lambda selections: np.asarray(grid.scores[selections].sum(axis=1)),
         evaluations=evaluations,
         generator=generator,
-        starts=np.array(known) if known else None,
-        progress=objective.progress,
     )
+    selection = evolve(box)
+    return None if selection is None else (selection, len(box.known))
 
 
 def top(problem: Problem, count: int, min_different: int, batches: Batches) -> list[tuple[LayerChoice, ...]]:

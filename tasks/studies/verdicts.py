@@ -11,15 +11,13 @@ Rows = Sequence[Sequence[str]]
 
 def contest_rows(contest: Contest) -> tuple[list[str], Rows]:
     """Header and rows, the winner first."""
-    header = ["search", "on", "objective", "summed scores", "true KL", "evaluations", "seconds"]
+    header = ["search", "summed scores", "true KL", "evaluations", "seconds"]
     return header, [_entry_row(entry) for entry in contest.entries]
 
 
 def _entry_row(entry: Entry) -> list[str]:
     return [
         entry.name,
-        entry.on,
-        f"{entry.objective:.4f}",
         f"{entry.score:.4f}",
         with_error(entry.kl),
         f"{entry.evaluations:,}" if entry.evaluations else "-",
@@ -103,7 +101,7 @@ def check_figures(check: Check) -> dict[str, float]:
 def contest_figures(contest: Contest) -> dict[str, float]:
     """A contest as metrics."""
     return {
-        f"peers/{entry.name}{'_true_kl' if entry.on == 'true KL' else ''}_{key}": value
+        f"peers/{entry.name}_{key}": value
         for entry in contest.entries
         for key, value in (("kl", entry.kl.value), ("kl_se", entry.kl.se), ("score", entry.score))
     }

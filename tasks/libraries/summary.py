@@ -1,4 +1,4 @@
-"""Foreign libraries into the open format, and what a library holds on one page: `puzzle library import | show`."""
+"""What a block library holds, on one page: `puzzle library show`."""
 
 import math
 import statistics
@@ -8,11 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from blocks.errors import PuzzleError
 from blocks.estimates import mean
 from blocks.records import Value
-from tasks.libraries.interchange import StoredLibrary, joint_at, joint_view, read_source, write_library
-from tasks.libraries.option_tables import write_options
+from tasks.libraries.interchange import StoredLibrary, joint_at, joint_view, read_source
 from tasks.libraries.options import BLOCK, COSTS, OptionLibrary, crossed
 from tasks.search.joint import QUANTITIES, JointLibrary, JointOption, LibraryFileError, at
 
@@ -52,22 +50,6 @@ class Summary(Value):
     costs: dict[str, dict[str, Share]]
     hardware: dict[str, str]
     missing: tuple[str, ...]
-
-
-def import_library(source: Path, target: Path, scores: Path | None = None) -> None:
-    """Write a library of any kind that is read into a folder in the open format: version 1 of what a run measured,
-    version 2 of anything else.
-    """
-    if target.suffix == ".json":
-        raise LibraryFileError(f"{target}: the open format is a folder; files in NVlabs' format are read, not written.")
-    library = read_source(source, scores)
-    try:
-        if isinstance(library, StoredLibrary):
-            write_library(target, library)
-        else:
-            write_options(target, library)
-    except OSError as error:
-        raise PuzzleError(f"cannot write {target}: {error.strerror}. Choose another place.") from error
 
 
 def summarise(path: Path) -> Summary:

@@ -1,0 +1,127 @@
+"""Which Prefect records a run: a table of environments, the files that a `puzzle serve` leaves, the user's profile."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from prefect.context import refresh_global_settings_context
+
+from blocks.errors import PuzzleError
+from flows.serve import served_environment
+from flows.tracked_run import with_mlflow_tag
+from tasks.operating.admission import Roots
+from tasks.running import recording
+from tasks.running.recording import API, HOME, recorded_by
+from tasks.running.servers import PREFECT_DATABASE
+
+CLOUD = "https://api.prefect.cloud/api/accounts/a/workspaces/w"
+SERVING = "http://127.0.0.1:4200/api"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A root that `puzzle serve` has worked in."""
+    (tmp_path / ".prefect").mkdir()
+    (tmp_path / ".prefect" / "prefect.db").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("told", "number", "server", "free", "home", "api"),
+    [
+        ({}, 1, None, False, "w/prefect", None),
+        ({}, 2, None, False, "w/prefect-2", None),
+        ({}, 1, None, True, ".prefect", None),
+        ({}, 1, SERVING, False, ".prefect", SERVING),
+        ({API: CLOUD}, 1, None, True, None, CLOUD),
+        ({API: CLOUD, HOME: "/home/me/.prefect"}, 1, SERVING, True, None, CLOUD),
+        ({HOME: "/home/me/.prefect"}, 1, SERVING, True, None, None),
+        ({PREFECT_DATABASE: "postgresql+asyncpg://db/prefect"}, 2, SERVING, True, None, None),
+        ({"PREFECT_LOGGING_LEVEL": "DEBUG"}, 1, None, False, "w/prefect", None),
+    ],
+)
+def test_what_the_user_has_set_up_records_the_run(
+    root: Path, told: dict[str, str], number: int, server: str | None, free: bool, home: str | None, api: str | None
+) -> None:
+    settings = recorded_by(told, root / "w", number, server, free).settings
+    assert settings.get(HOME) == (str(root / home) if home else None) and settings.get(API) == api
+    assert not {name for name in told if name != API} & set(settings), "what the user says is not said again"
+
+
+def test_a_root_that_nobody_has_served_keeps_no_history(tmp_path: Path) -> None:
+    assert recorded_by({}, tmp_path / "w", 1, None, True).settings[HOME] == str(tmp_path / "w" / "prefect")
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The home of a user whose active Prefect profile is that of `prefect cloud login`; nothing in the environment."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    monkeypatch.setattr(os, "environ", kept)
+    profiles = tmp_path / "profiles.toml"
+    profiles.write_text(f'active = "mine"\n[profiles.mine]\nPREFECT_API_URL = "{CLOUD}"\nPREFECT_API_KEY = "key"\n')
+    kept["PREFECT_PROFILES_PATH"] = str(profiles)
+    recording._OURS.clear()
+    yield profiles
+    recording._OURS.clear()
+    monkeypatch.undo()
+    refresh_global_settings_context()
+
+
+def test_the_active_profile_of_prefect_records_the_run(shell: Path, tmp_path: Path) -> None:
+    (tmp_path / "w" / "prefect").mkdir(parents=True)
+    assert recording.record(tmp_path / "w", 1) == ""
+    assert os.environ[API] == CLOUD and HOME not in os.environ
+    assert recording.users_settings()["PREFECT_API_KEY"] == "key", "what logs in is still read from the profile"
+    (tmp_path / "w" / "prefect" / "prefect.db").touch()
+    told = recording.record(tmp_path / "w", 1)
+    assert f"recorded in {CLOUD}" in told and f"earlier ones of this workspace are in {tmp_path}/w/prefect" in told
+
+
+def test_a_process_takes_back_what_it_set_for_the_workspace_before(shell: Path, tmp_path: Path) -> None:
+    shell.write_text('active = "mine"\n[profiles.mine]\nPREFECT_LOGGING_LEVEL = "DEBUG"\n')
+    for name in ("a", "b"):
+        (tmp_path / name / "prefect").mkdir(parents=True)
+        recording.record(tmp_path / name, 1)
+        assert os.environ[HOME] == str(tmp_path / name / "prefect")
+    os.environ[HOME] = str(tmp_path / "own")  # by the user, from now on
+    recording.record(tmp_path / "b", 1)
+    assert os.environ[HOME] == str(tmp_path / "own")
+
+
+def test_a_serve_that_is_up_is_found_and_one_that_was_killed_is_not(root: Path) -> None:
+    me = psutil.Process()
+    alive, gone = f"{me.pid} {me.create_time()}", f"{me.pid} 1.0"
+    assert recording.served_address(root) is None
+    (root / recording.ADDRESS).write_text(SERVING)
+    for written, found in ((f"{alive} {alive}", SERVING), (f"{alive} {gone}", None), (f"{gone} {alive}", None)):
+        (root / recording.SERVER).write_text(written)
+        assert recording.served_address(root) == found
+
+
+def test_two_servers_never_write_one_database(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from filelock import FileLock
+
+    monkeypatch.setattr(recording, "_HELD", [])
+    other = FileLock(root / ".prefect" / ".recording", thread_local=False)
+    with other:
+        assert not recording._alone_in(root / ".prefect")
+        with pytest.raises(PuzzleError, match=r"a run of the command line records in .*start again when it has ended"):
+            recording.take_for_server(root / ".prefect")
+    recording.take_for_server(root / ".prefect")
+    assert recording._alone_in(root / ".prefect"), "this process has it already"
+    recording._HELD[0].release()
+
+
+def test_served_runs_go_to_the_users_own_prefect_too(tmp_path: Path) -> None:
+    roots = Roots(workspaces=tmp_path)
+    assert served_environment(roots)[HOME] == str(tmp_path / ".prefect")
+    cloud = served_environment(roots, {API: CLOUD, "PREFECT_SERVER_LOGGING_LEVEL": "DEBUG"})
+    assert cloud[API] == CLOUD and not {HOME, "PREFECT_SERVER_LOGGING_LEVEL"} & set(cloud)
+    assert not {HOME, API} & set(served_environment(roots, {HOME: "/home/me/.prefect"}))
+
+
+def test_a_flow_run_keeps_the_tags_of_whoever_started_it() -> None:
+    """`puzzle` among them: by it the server knows whose crashes it takes care of."""
+    assert with_mlflow_tag(["puzzle", "mine", "mlflow.run_id:old"], "new") == ["puzzle", "mine", "mlflow.run_id:new"]
