@@ -144,8 +144,9 @@ class TextSource(Source):
     path: str = Field(min_length=1, description="A file, folder or glob. Relative paths start at the current folder.")
     text_field: str = Field(
         default="text",
-        description="For jsonl and parquet: the field that holds the text, or chats as lists of messages. Where there "
-        "is no field `text`, the fields `messages` and `conversations` are looked for.",
+        description="For jsonl and parquet: the field with text, with chats as lists of messages, or with token ids of "
+        "the parent's tokenizer. Where there is no field `text`, the fields `messages`, `conversations` and "
+        "`input_ids` are looked for.",
     )
     separator: str = Field(default="\n\n\n", min_length=1, description="For text files: what separates two documents.")
 
@@ -160,7 +161,9 @@ class HubSource(Source):
         default=None, description="The configuration, where the data set has several.", examples=["sample-10BT"]
     )
     split: str = Field(default="train", description="The split that is read. It is divided anew for our own splits.")
-    text_field: str = Field(default="text", description="The column with the text, or with chats as lists of messages.")
+    text_field: str = Field(
+        default="text", description="The column with text, chats as lists of messages, or token ids."
+    )
 
 
 class WikipediaDumpSource(Source):

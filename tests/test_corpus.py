@@ -24,7 +24,7 @@ from blocks.records import CorpusInfo
 from profiles.schema import Corpus, HubSource, PythonStdlibSource, TextSource, WikipediaDumpSource
 from tasks.inputs import corpus as module
 from tasks.inputs import corpus_sources, text_files
-from tasks.inputs.chats import Unusable, messages_of, template_of
+from tasks.inputs.chats import Unusable, contents_alone, messages_of, template_of
 from tasks.inputs.corpus import (
     DocumentTokenizer,
     documents_of,
@@ -36,7 +36,7 @@ from tasks.inputs.corpus import (
 from tasks.inputs.corpus_sources import check_sources, iterate_documents, normalise
 from tasks.inputs.installed_packages import installed_file
 from tasks.inputs.near_duplicates import SHINGLE, NearDuplicates, likeness, sketch_of
-from tasks.inputs.text_files import Part, split_stream
+from tasks.inputs.text_files import Part, split_stream, value_of
 from tasks.inputs.tiny import byte_tokenizer
 from tasks.inputs.wikipedia import plain_text
 
@@ -258,6 +258,43 @@ def test_sources_give_their_share_of_every_split(
         prepared(scarce, tokenizer_folder, tmp_path)
     with pytest.raises(ValidationError, match="source 2 has no weight"):
         Corpus(sources=(sources[0], sources[1].model_copy(update={"weight": None})))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_token_ids_are_documents_as_text_is(tmp_path: Path, tokenizer_folder: Path, kind: Any) -> None:
+    texts = make_documents(60, 20)
+    eos = byte_tokenizer().eos_token_id
+    rows = [
+        {"input_ids": byte_tokenizer()(text)["input_ids"] + [eos] * (place % 2)} for place, text in enumerate(texts)
+    ]
+    path = tmp_path / f"ids.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    source = TextSource(kind=kind, path=str(path))
+    info, splits = prepared(small(source), tokenizer_folder, tmp_path)
+    assert info.documents == 60
+    for split, tokens in splits.items():
+        starts = read_tensors(tmp_path, info.tokens, [f"{split}_starts"])[f"{split}_starts"].tolist()
+        pieces = [tokens.flatten()[one:end] for one, end in zip(starts, starts[1:], strict=False)]
+        assert all(int((piece == eos).sum()) == 1 and piece[-1] == eos for piece in pieces)
+        assert pieces and all(any(text_of(piece[:-1]) in text for text in texts) for piece in pieces)
+    with pytest.raises(CorpusError, match="token ids. A tiny parent"):
+        list(iterate_documents(small(source)))
+
+
+@pytest.mark.parametrize("ids", [[1, 2.5], [3, -1], [1, "a"], [1, 2**31], [1, [2]], [1, 2**70], [1, None]])
+def test_what_is_no_list_of_token_ids_is_told(tmp_path: Path, ids: list[Any]) -> None:
+    with pytest.raises(Unusable, match="begins like token ids"):
+        value_of({"input_ids": ids}, "text", contents_alone)
+
+
+def test_token_ids_of_a_larger_tokenizer_are_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tokenizer_folder / "config.json").write_text('{"vocab_size": 300}')
+    source = jsonl(tmp_path, *({"input_ids": random.Random(number).choices(range(310), k=60)} for number in range(90)))
+    with pytest.raises(CorpusError, match="the parent knows 300 tokens"):
+        prepared(small(source), tokenizer_folder, tmp_path)
 
 
 def test_one_long_document_cannot_be_the_test_set() -> None:

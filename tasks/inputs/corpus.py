@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,12 +34,13 @@ from blocks.records import CorpusInfo
 from profiles.schema import Corpus, HubSource, TextSource
 from tasks.inputs.chats import Chat, Message, contents_alone, template_of
 from tasks.inputs.companions import TOKENIZER_FILES
-from tasks.inputs.corpus_sources import check_sources, content_of, iterate_batches, iterate_documents, name_of, pinned
+from tasks.inputs.corpus_sources import check_sources, content_of, iterate_batches, name_of, pinned
 from tasks.inputs.near_duplicates import NONE, NearDuplicates
-from tasks.inputs.text_files import SUFFIXES
+from tasks.inputs.text_files import SUFFIXES, Document
 from tasks.running.progress import say
 
 VERSION = 2  # raise it when the same sources would give other tokens
+DocumentT = TypeVar("DocumentT", str, Document)
 PART = 1 << 20  # characters tokenised at once: a tokenizer takes about 150 bytes for each
 TRIED_TOKENS = 1 << 19  # tokenised in a second or two
 COUNTED_BYTES = 1 << 26  # read in a second or two
@@ -105,8 +106,8 @@ def check_enough(corpus: Corpus, tokenizer_folder: Path | None) -> str:
         _check_ids(packed, tokenizer_folder / "config.json")
         return ""
     there, enough = 0, min(BYTES_PER_TOKEN * needed, COUNTED_BYTES)
-    for document in iterate_documents(corpus):
-        there += len(document.encode()) + 2  # a document may get bos and eos
+    for _, document in iterate_batches(corpus):
+        there += len(_bytes_of(document)) + 2  # a document may get bos and eos
         if there >= enough:
             return ""
     told = f"{needed:,} tokens are asked for, and the documents hold {there:,} bytes"
@@ -179,16 +180,20 @@ def _description(corpus: Corpus, starts: Mapping[str, torch.Tensor], notes: Sequ
     return "; ".join([kinds, f"documents used: {counts}", *notes])
 
 
-def ordered_documents(documents: Iterable[str]) -> list[str]:
-    """Distinct documents in the order of the sha256 of their text."""
-    return sorted(set(documents), key=lambda text: hashlib.sha256(text.encode()).digest())
+def ordered_documents(documents: Iterable[DocumentT]) -> list[DocumentT]:
+    """Distinct documents in the order of the sha256 of their text or ids."""
+    return sorted(set(documents), key=lambda document: hashlib.sha256(_bytes_of(document)).digest())
+
+
+def _bytes_of(document: Document) -> bytes:
+    return document.encode() if isinstance(document, str) else document
 
 
 @dataclass(frozen=True, kw_only=True)
 class Queue:
     """Documents in the order in which they are used. weight: its share of the tokens, beside those of other queues."""
 
-    documents: Sequence[str]
+    documents: Sequence[Document]
     weight: float = 1.0
     name: str = ""
 
@@ -198,7 +203,7 @@ def queues_of(corpus: Corpus, chat: Chat, notes: list[str] | None = None) -> lis
 
     Of what two sources hold, the first keeps it.
     """
-    known: set[str] = set()
+    known: set[Document] = set()
     if corpus.sources[0].weight is None:
         return [Queue(documents=_in_order(iterate_batches(corpus, chat, notes), known))]
     return [
@@ -211,12 +216,12 @@ def queues_of(corpus: Corpus, chat: Chat, notes: list[str] | None = None) -> lis
     ]
 
 
-def _in_order(documents: Iterable[tuple[int, str]], known: set[str]) -> list[str]:
+def _in_order(documents: Iterable[tuple[int, Document]], known: set[Document]) -> list[Document]:
     """Documents batch by batch, each batch in the order of the hashes. Those that are `known` are left out."""
-    batches: dict[int, set[str]] = {}
-    for batch, text in documents:
-        batches.setdefault(batch, set()).add(text)
-    found: list[str] = []
+    batches: dict[int, set[Document]] = {}
+    for batch, document in documents:
+        batches.setdefault(batch, set()).add(document)
+    found: list[Document] = []
     for batch in sorted(batches):
         new = batches[batch] - known
         known |= new
@@ -233,6 +238,12 @@ class DocumentTokenizer:
     end: tuple[int, ...] = ()
     chat: Chat = contents_alone
 
+    def bare(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Token ids without what stands before and after each document, which whoever made them may have written."""
+        first = len(self.start) if self.start and tuple(ids[: len(self.start)]) == self.start else 0
+        last = len(ids) - (len(self.end) if self.end and tuple(ids[-len(self.end) :]) == self.end else 0)
+        return ids[first:last]
+
     def framed(self, ids: NDArray[np.int32], limit: int) -> NDArray[np.int32]:
         """At most `limit` tokens from the middle of a document: the beginnings of documents are too much alike."""
         room = max(0, limit - len(self.start) - len(self.end))
@@ -244,11 +255,13 @@ class DocumentTokenizer:
 class _Document:
     """A document that is tokenised only as far as its tokens are needed, from its middle outwards."""
 
-    text: str
+    text: Document
     ids: dict[int, NDArray[np.int32]] = field(default_factory=dict)
 
     def middle(self, tokenizer: DocumentTokenizer, limit: int) -> NDArray[np.int32]:
         """At most `limit` tokens, with what stands before and after a document."""
+        if isinstance(self.text, bytes):
+            return tokenizer.framed(tokenizer.bare(np.frombuffer(self.text, np.int32)), limit)
         spans = spans_of(self.text)
         taken: list[int] = []
         for part in sorted(range(len(spans)), key=lambda part: abs(2 * part - len(spans) + 1)):
@@ -303,7 +316,7 @@ def load_tokenizer(folder: Path) -> DocumentTokenizer:
 
 
 def pack_splits(
-    documents: Sequence[str] | Sequence[Queue],
+    documents: Sequence[Document] | Sequence[Queue],
     tokenizer: DocumentTokenizer,
     wanted: Mapping[str, int],
     length: int,
@@ -314,8 +327,8 @@ def pack_splits(
     documents: in the order in which they are used, or several queues of them. Returns name -> int32 (sequences,
     length), and name -> int64 (documents,): how many tokens of the split come before each document. Raises CorpusError.
     """
-    alone = [text for text in documents if isinstance(text, str)]
-    queues = [queue for queue in documents if isinstance(queue, Queue)] or [Queue(documents=alone)]
+    alone = [one for one in documents if not isinstance(one, Queue)]
+    queues = [one for one in documents if isinstance(one, Queue)] or [Queue(documents=alone)]
     try:
         return _packed(queues, tokenizer, wanted, length, near)
     except CorpusError:

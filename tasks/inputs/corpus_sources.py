@@ -23,7 +23,7 @@ from profiles.schema import (
 )
 from tasks.inputs.chats import Chat, contents_alone
 from tasks.inputs.installed_packages import installed_file
-from tasks.inputs.text_files import CHUNK, Tally, files_of, read_file, skipped, texts, value_of
+from tasks.inputs.text_files import CHUNK, Document, Tally, files_of, read_file, skipped, texts, value_of
 from tasks.inputs.wikipedia import articles_of
 
 READER = 2  # the same for text files and data sets of the hub alone
@@ -49,13 +49,18 @@ def check_sources(corpus: Corpus) -> None:
 
 
 def iterate_documents(corpus: Corpus, chat: Chat = contents_alone, notes: list[str] | None = None) -> Iterator[str]:
-    """The documents of `iterate_batches` alone."""
-    return (document for _, document in iterate_batches(corpus, chat, notes))
+    """The documents of `iterate_batches` alone. CorpusError for token ids, which are no text."""
+    for _, document in iterate_batches(corpus, chat, notes):
+        if not isinstance(document, str):
+            raise CorpusError(
+                "the corpus holds token ids. A tiny parent and `puzzle init` need text: name a text_field with text."
+            )
+        yield document
 
 
 def iterate_batches(
     corpus: Corpus, chat: Chat = contents_alone, notes: list[str] | None = None
-) -> Iterator[tuple[int, str]]:
+) -> Iterator[tuple[int, Document]]:
     """Normalised, non-empty documents of all sources, in the order of the sources. Duplicates are not yet dropped.
 
     Each has the number of its batch: 0 for the first 20 million characters of a source, 1 for as many more, 2 for twice
@@ -72,7 +77,9 @@ def iterate_batches(
         read, long, tallies = 0, 0, list[Tally]()
         for text in _documents_of(source, chat, tallies, limit // LONGEST + 1):
             long += len(text) > limit // LONGEST
-            document = normalise(text[: limit // LONGEST])
+            document = (
+                normalise(text[: limit // LONGEST]) if isinstance(text, str) else text[: limit // LONGEST // 4 * 4]
+            )
             if document:
                 yield (read // MINIMUM_CHARACTERS).bit_length(), document
                 read += len(document)
@@ -131,8 +138,8 @@ def content_of(source: CorpusSource) -> list[str]:
     return [f"reader {READER}"]
 
 
-def _documents_of(source: CorpusSource, chat: Chat, tallies: list[Tally], longest: int) -> Iterator[str]:
-    """The texts of a source as they are. A tally is added to `tallies` for every file that is opened."""
+def _documents_of(source: CorpusSource, chat: Chat, tallies: list[Tally], longest: int) -> Iterator[Document]:
+    """The documents of a source as they are. A tally is added to `tallies` for every file that is opened."""
     if isinstance(source, WikipediaDumpSource):
         yield from articles_of(_dump_file(source))
     elif isinstance(source, PythonStdlibSource):

@@ -17,9 +17,10 @@ _FLIPS, _FACTORS = np.random.default_rng(0).integers(1, 1 << 63, (2, BANDS * ROW
 Sketch = NDArray[np.uint64]
 
 
-def sketch_of(text: str) -> Sketch:
-    """(BANDS * ROWS,) for each hash function the least value over the text's shingles."""
-    letters = np.frombuffer(" ".join(text.lower().split()).encode().ljust(SHINGLE, b"\0"), np.uint8)
+def sketch_of(document: str | bytes) -> Sketch:
+    """(BANDS * ROWS,) for each hash function the least value over the shingles of a text, or of token ids (int32)."""
+    plain = " ".join(document.lower().split()).encode() if isinstance(document, str) else document
+    letters = np.frombuffer(plain.ljust(SHINGLE, b"\0"), np.uint8)
     least = np.full(BANDS * ROWS, np.iinfo(np.uint64).max, np.uint64)
     for start in range(0, len(letters) - SHINGLE + 1, CHUNK):
         part = letters[start : start + CHUNK + SHINGLE - 1].astype(np.uint64)
@@ -51,7 +52,7 @@ class NearDuplicates:
         self.found = 0
         self._bands: dict[tuple[int, bytes], list[Sketch]] = {}
 
-    def seen(self, text: str, add: bool) -> bool:
+    def seen(self, text: str | bytes, add: bool) -> bool:
         """Whether a text is nearly the same as an added one; if not, and it is to be, it is added."""
         if self.least is None or not (add or self._bands):
             return False
