@@ -164,6 +164,12 @@ class HubSource(Source):
     text_field: str = Field(
         default="text", description="The column with text, chats as lists of messages, or token ids."
     )
+    shuffle_buffer: int = Field(
+        default=10_000,
+        ge=0,
+        description="Rows are streamed in a random order, the same in every run: the files of the data set are "
+        "shuffled, and each row is drawn from a buffer of so many. 0: in the data set's own order.",
+    )
 
 
 class WikipediaDumpSource(Source):

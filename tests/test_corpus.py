@@ -365,9 +365,10 @@ def test_hub_data_is_pinned_to_its_commit(
 
     calls = []
 
-    def load(path: str, **arguments: object) -> list[dict[str, str]]:
+    def load(path: str, **arguments: object) -> object:
         calls.append((path, arguments["revision"]))
-        return [{"text": document} for document in make_documents(60)]
+        rows = [{"text": document} for document in make_documents(60)]
+        return datasets.Dataset.from_list(rows).to_iterable_dataset()
 
     class Api:
         def dataset_info(self, name: str, revision: str) -> object:
@@ -383,6 +384,24 @@ def test_hub_data_is_pinned_to_its_commit(
     pinned = corpus.model_copy(update={"sources": (HubSource(kind="hub", hub_id="some/data", revision="a" * 40),)})
     assert prepare_corpus(pinned, tokenizer_folder, "f" * 64, tmp_path) == info
     assert len(calls) == 1
+
+
+def test_hub_data_is_streamed_in_one_random_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import datasets
+
+    for number in range(4):
+        rows = [{"text": f"{number:02d}-{row:03d}"} for row in range(100)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{number}.parquet")
+    local = datasets.load_dataset("parquet", data_files=str(tmp_path / "*.parquet"), split="train", streaming=True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: local)
+
+    def read(buffer: int) -> list[str]:
+        source = HubSource(kind="hub", hub_id="some/data", shuffle_buffer=buffer)
+        return list(iterate_documents(Corpus(sources=(source,))))
+
+    ordered, shuffled = read(0), read(50)
+    assert ordered == sorted(ordered) and len(ordered) == 400
+    assert sorted(shuffled) == ordered != shuffled and shuffled == read(50)
 
 
 def test_a_tokenizer_of_another_model_is_told(tmp_path: Path, tokenizer_folder: Path) -> None:

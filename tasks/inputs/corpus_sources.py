@@ -30,6 +30,7 @@ READER = 2  # the same for text files and data sets of the hub alone
 MINIMUM_CHARACTERS = 20_000_000
 CHARACTERS_PER_TOKEN_ASKED = 24
 LONGEST = 4  # one document is at most 1 / this of what is read of a source
+SHUFFLE_SEED = 0
 HUB_PATIENCE = 100  # rows over the network
 
 
@@ -163,7 +164,10 @@ def _hub_rows(source: HubSource) -> Iterator[tuple[int, Mapping[str, object]]]:
         raise CorpusError(f"{origin} is a file or folder here, not read as a data set of the hub: start elsewhere.")
     chosen = {"name": source.configuration, "revision": source.revision}
     try:
-        yield from enumerate(load_dataset(origin, split=source.split, streaming=True, **chosen), 1)
+        rows = load_dataset(origin, split=source.split, streaming=True, **chosen)
+        if source.shuffle_buffer:  # of a large data set only the beginning is read, and many are sorted
+            rows = rows.shuffle(seed=SHUFFLE_SEED, buffer_size=source.shuffle_buffer)
+        yield from enumerate(rows, 1)
     except (DatasetsError, OSError, ValueError, TypeError) as error:  # TypeError: a column that changes its type
         raise CorpusError(
             f"{origin} cannot be read ({first_line(error)}). Check id, configuration, split and network; files that "
