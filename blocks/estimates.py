@@ -18,7 +18,7 @@ from scipy import stats
 
 from blocks.records import Metric
 
-CLEAR = 2.0  # a difference is clear when it exceeds so many standard errors
+CLEAR = 2.0  # a difference of large samples is clear when it exceeds so many standard errors
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -171,8 +171,13 @@ def is_below_zero(difference: Metric, level: float, comparisons: int = 1) -> boo
 
 
 def is_clear(difference: Metric) -> bool:
-    """Whether a difference exceeds its error. A sample of one shows no error, so none of its differences is clear."""
-    return difference.n > 1 and abs(difference.value) > CLEAR * difference.se
+    """Whether a difference exceeds its error: two standard errors, or as many as give the same confidence by Student's t
+    where the sample is small (2.5 for seven parts). A sample of one shows no error, so none of its differences is clear.
+    """
+    if difference.n < 2:
+        return False
+    errors = float(stats.t.isf(stats.norm.sf(CLEAR), difference.n - 1))
+    return abs(difference.value) > errors * difference.se
 
 
 def rounded(metric: Metric, scale: float = 1.0) -> str:

@@ -43,8 +43,8 @@ WordedTable = tuple[list[str], list[list[str]], str]
 BEST = "★"
 DISTURBED = "†"
 BEST_MEANS = (
-    "the best of its row, the parent not counted. Its lead over every other column is more than two standard errors; "
-    "where it is not, none is marked."
+    "the best of its row, the parent not counted. Its lead over every other column is more than two standard errors "
+    "(of few documents or rounds, by as much more as Student's t asks); where it is not, none is marked."
 )
 LEGEND = (
     "± is one standard error over the documents of the test text, benchmark items or rounds of the speed measurement. "
