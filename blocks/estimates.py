@@ -171,8 +171,8 @@ def is_below_zero(difference: Metric, level: float, comparisons: int = 1) -> boo
 
 
 def is_clear(difference: Metric) -> bool:
-    """Whether a difference exceeds its error: two standard errors, or as many as give the same confidence by Student's t
-    where the sample is small (2.5 for seven parts). A sample of one shows no error, so none of its differences is clear.
+    """Whether a difference exceeds its error: two standard errors; where the sample is small, as many as give the same
+    confidence by Student's t (2.5 for seven parts). A sample of one shows no error: nothing is clear.
     """
     if difference.n < 2:
         return False

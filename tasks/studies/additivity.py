@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from blocks.errors import PuzzleError
-from blocks.estimates import CLEAR, Estimate, mean, parts_of, rank_correlation, ratio, resampled
+from blocks.estimates import Estimate, is_clear, mean, parts_of, rank_correlation, ratio, resampled
 from blocks.records import Architecture, LayerChoice, Metric, Value
 from tasks.search.grid import Grid, make_grid
 from tasks.search.program import Floats, Integers
@@ -184,7 +184,7 @@ def check_additivity(
         ratio=share,
         steps=tuple(steps),
         differences=tuple(_difference(measured, chosen) for measured in measuring.found[1:]),
-        forecast_misleads=off > FAR_OFF and off > CLEAR * share.se,
+        forecast_misleads=off > FAR_OFF and is_clear(share.model_copy(update={"value": off})),
         choice_misleads=final is not chosen and _difference(final, chosen).clear,
         final=final.name,
         evaluations=len(measuring.found) + swaps,
