@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from blocks.error_correction import InputGrams, correct
 from blocks.errors import PuzzleError
+from blocks.estimates import mean
 from blocks.export_code.modeling_decilm import layer_contexts
 from tasks.engines.ggml import GgmlRounding
 from tasks.gguf.writer import PRECISIONS, Stored
@@ -32,11 +33,11 @@ def quantise(model: Any, tokens: Tensor, precision: str) -> tuple[str, Mapping[s
     before = _log_probabilities(model, held_out)
     stored = quantise_layers(model, tokens[: -len(held_out)], precision)
     after = _log_probabilities(model, held_out)
-    kl = torch.stack([(p.exp() * (p - q)).sum(-1).mean() for p, q in zip(before, after, strict=True)])
-    error = f" ±{kl.std() / len(kl) ** 0.5:.2g}" if len(kl) > 1 else ""
+    kl = mean([float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(before, after, strict=True)])
+    error = f" ±{kl.error:.2g}" if len(held_out) > 1 else ""
     fitted = f"fitted to {tokens.shape[1] * (len(tokens) - len(held_out)):,} tokens"
     return (
-        f"{precision} {fitted}: KL {kl.mean():.3g}{error} nats from the child, on {held_out.numel():,} others",
+        f"{precision} {fitted}: KL {kl.value:.3g}{error} nats from the child, on {held_out.numel():,} others",
         stored,
     )
 

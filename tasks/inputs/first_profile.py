@@ -37,6 +37,7 @@ from profiles.schema import (
 from tasks.inputs.corpus import DocumentTokenizer, load_tokenizer, ordered_documents, pack_splits, splits_of
 from tasks.inputs.corpus_sources import check_sources, iterate_documents
 from tasks.inputs.installed_packages import installed_file
+from tasks.inputs.near_duplicates import NearDuplicates
 from tasks.inputs.parent import write_config, write_tokenizer
 from tasks.inputs.text_files import PACKED, SUFFIXES, field_of, files_of
 
@@ -166,10 +167,11 @@ def _fitting(source: CorpusSource, tokenizer: DocumentTokenizer, context: int) -
         return ladder[0]
     cuts = [source.model_copy(update={"separator": one}) for one in SEPARATORS] if source.kind == "text" else [source]
     documents = {cut: ordered_documents(iterate_documents(_sized(cut, 8, 1), tokenizer.chat)) for cut in cuts}
+    near = NearDuplicates(ladder[0].near_duplicates)
     for corpus in ladder:
         for cut, there in documents.items():
             try:
-                pack_splits(there, tokenizer, splits_of(corpus), corpus.sequence_length)
+                pack_splits(there, tokenizer, splits_of(corpus), corpus.sequence_length, near)
             except CorpusError as error:
                 told = error
             else:
