@@ -1,10 +1,12 @@
 """Bench in worker processes, costs measured in llama.cpp, and a search that keeps to what its engine can run."""
 
 import importlib.util
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from blocks.errors import PuzzleError
 from blocks.kinds import parse_labels
@@ -59,7 +61,9 @@ def test_bench_measures_parent_and_child_in_turns(engine: str, folders: dict[str
         assert (row.gains is None) == (row.model == "parent")
         assert row.throughput.memory_bytes and row.throughput.memory_bytes > 2**20 and engine in row.version
         assert row.throughput.decode_tokens_per_second.n == 2
-    assert bench_table(rows).row_count == 4
+    table = Console(width=110, file=StringIO(), record=True)
+    table.print(bench_table(rows))
+    assert bench_table(rows).row_count == 4 and "…" not in table.export_text()  # no figure is cut
     assert BenchRow.model_validate_json(rows[0].model_dump_json()) == rows[0]
 
 
