@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.common import Bench, arguments, open_bench, table, write_page
+from blocks.compute import HOST
 from blocks.fit import contribution_order, ridge_solve
 from blocks.library import read_tensors
 from blocks.records import BlockRecord, Subblock
@@ -73,9 +74,8 @@ def main() -> None:
 def job(bench: Bench, layer: int, subblock: Subblock, variant: str, settings: BLD) -> Job:
     """One distillation of this bench."""
     return Job(
-        parent=bench.parent,
+        recording=bench.recording,
         record=bench.records[layer],
-        record_key=bench.record_key,
         layer=layer,
         subblock=subblock,
         variant=variant,
@@ -86,7 +86,7 @@ def job(bench: Bench, layer: int, subblock: Subblock, variant: str, settings: BL
 
 def measure(bench: Bench, layer: int, subblock: Subblock, variant: str, settings: BLD) -> tuple[float, float, float]:
     """Held-out nMSE, replace-1-block KL, CPU-seconds."""
-    block = distill(job(bench, layer, subblock, variant, settings), bench.workspace, "cpu")
+    block = distill(job(bench, layer, subblock, variant, settings), bench.workspace, HOST)
     assert block.nmse_after is not None, block.reason
     return block.nmse_after, score(bench, [block])[0], block.cpu_seconds
 
@@ -94,7 +94,7 @@ def measure(bench: Bench, layer: int, subblock: Subblock, variant: str, settings
 def score(bench: Bench, blocks: Sequence[BlockRecord]) -> list[float]:
     """Replace-1-block KL of blocks of one layer."""
     sequences, length = bench.scored.count, bench.scored.length
-    suffix = open_suffix(bench.workspace / bench.parent.folder, bench.workspace, bench.scored, "cpu")
+    suffix = open_suffix(bench.workspace / bench.parent.folder, bench.workspace, bench.scored, HOST)
     boundary = read_tensors(bench.workspace, bench.records[blocks[0].layer].boundary, ["validation"])["validation"]
     found = score_batch(suffix, blocks, boundary[:, :length], tuple(range(sequences)), bench.workspace)
     return [statistics.fmean(score.kl) for score in found if score is not None]
@@ -105,13 +105,14 @@ def channels(bench: Bench, layers: Sequence[int]) -> list[list[str]]:
     """Contribution against elimination, the same fit after both."""
     rows = []
     for layer in layers:
-        data = layer_data(bench.workspace / bench.parent.folder, bench.workspace, bench.records[layer], "cpu")
+        own = job(bench, layer, "ffn", "parent", bench.profile.bld)
+        data = layer_data(own, bench.recording.shards[0], bench.workspace, HOST)
         gram, down = data.statistics["ffn_gram"], data.module.mlp.down_proj.weight  # type: ignore[union-attr]
         inputs: list[torch.Tensor] = []
         hook = data.module.mlp.down_proj.register_forward_pre_hook(  # type: ignore[union-attr]
             lambda _, arguments, seen=inputs: seen.append(arguments[0].flatten(0, 1))
         )
-        target = data.module.ffn(data.inputs["ffn", "validation"]).flatten(0, 1)
+        target = data.module.ffn(data.pairs(own, "validation", slice(None))[0]).flatten(0, 1)
         hook.remove()
         orders = (contribution_order(data.statistics["ffn_contribution"]), data.statistics["ffn_order"])
         for width in (1280, 768, 256):

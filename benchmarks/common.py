@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from blocks.compute import HOST
 from blocks.runtime import configure
 
 configure()
@@ -23,7 +24,7 @@ from blocks.runtime import set_threads  # noqa: E402
 from flows.page import finished_run  # noqa: E402
 from profiles.load import load_profile  # noqa: E402
 from profiles.schema import Profile  # noqa: E402
-from tasks.distill.record import open_parent, record_key, record_layer  # noqa: E402
+from tasks.distill.record import Recording, open_parent, record_layer, recording_of  # noqa: E402
 from tasks.inputs.corpus import prepare_corpus  # noqa: E402
 from tasks.inputs.corpus_sources import iterate_documents  # noqa: E402
 from tasks.inputs.parent import prepare_parent  # noqa: E402
@@ -45,7 +46,7 @@ class Bench:
     corpus: CorpusInfo
     reader: Parent
     records: list[LayerRecord]
-    record_key: str
+    recording: Recording
 
     @property
     def scored(self) -> ScoringSet:
@@ -72,12 +73,10 @@ def open_bench(options: argparse.Namespace) -> Bench:
     set_threads(profile.hardware.threads)
     parent = prepare_parent(profile.parent, workspace, lambda: iterate_documents(profile.corpus))
     corpus = prepare_corpus(profile.corpus, workspace / parent.folder, parent.fingerprint, workspace)
-    reader = open_parent(workspace / parent.folder)
-    records = [
-        record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, workspace, "cpu")
-        for layer in range(reader.depth)
-    ]
-    key = record_key(parent, corpus, profile.record, profile.bld.ridge)
+    reader = open_parent(workspace / parent.folder, HOST)
+    recording = recording_of(profile, parent, corpus, HOST)
+    assert recording.kept, "this benchmark reads recorded states: raise record.shard_tokens"
+    records = [record_layer(layer, recording, workspace, HOST) for layer in range(reader.depth)]
     return Bench(
         profile=profile,
         workspace=workspace,
@@ -85,7 +84,7 @@ def open_bench(options: argparse.Namespace) -> Bench:
         corpus=corpus,
         reader=reader,
         records=records,
-        record_key=key,
+        recording=recording,
     )
 
 

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from benchmarks.common import ROOT, Bench, arguments, last_report, open_bench, table, write_page
+from blocks.compute import HOST
 from blocks.records import BlockRecord, Score
 from profiles.load import load_profile
 from profiles.schema import Profile
@@ -77,7 +78,7 @@ def command_of(name: str, profile: str, where: list[str]) -> list[str]:
 
 def plain(profile: Profile, workspace: Path, options: argparse.Namespace) -> None:
     """The chain of flows/optimize.py without Prefect and MLflow."""
-    from tasks.distill import gkd
+    from tasks.distill import gkd_targets
     from tasks.evaluate import compare
     from tasks.export.folder import export_child, model_card
     from tasks.measure.costs import CostRequest, measure_costs
@@ -98,14 +99,12 @@ def plain(profile: Profile, workspace: Path, options: argparse.Namespace) -> Non
         compare.evaluate_contender(which, bench.parent, bench.corpus, profile.evaluate, workspace) for which in everyone
     ]
     second = min(zip(rivals, found[2:], strict=True), key=lambda pair: pair[1].quality.kl.value)[0]
-    teacher = gkd.record_teacher(bench.parent, bench.corpus, profile.gkd, workspace, "cpu")
-    distilled = [
-        compare.distill_contender(which, teacher, bench.parent, profile.gkd, workspace) for which in (child, second)
-    ]
+    teacher = gkd_targets.record_teacher(bench.parent, bench.corpus, profile.gkd, workspace, HOST)
+    distilled = [compare.distill_contender(which, teacher, profile.gkd, workspace, HOST) for which in (child, second)]
     for which in distilled:
         compare.evaluate_contender(which, bench.parent, bench.corpus, profile.evaluate, workspace)
     measure_speed(everyone, bench.parent, problem.costs, profile, workspace)
-    model = compare.build(distilled[0], bench.parent, workspace)
+    model = compare.build(distilled[0], bench.parent, workspace, HOST)
     card = model_card(bench.parent, bench.corpus, model.config, "", "plain loop")  # type: ignore[arg-type]
     export_child(model, bench.parent, workspace, workspace / "plain-child", card)
     shutil.rmtree(workspace / "plain-child")
@@ -117,13 +116,13 @@ def library(bench: Bench) -> tuple[list[BlockRecord], list[Score]]:
     from tasks.distill.jobs import jobs_of
     from tasks.score.scoring import score_sequences
 
-    jobs = jobs_of(bench.profile, bench.parent, bench.records, bench.record_key, bench.reader)
-    blocks = [distill(job, bench.workspace, "cpu") for job in jobs]
+    jobs = jobs_of(bench.profile, bench.recording, bench.records, bench.reader)
+    blocks = [distill(job, bench.workspace, HOST) for job in jobs]
     scores: list[Score] = []
     for layer, record in enumerate(bench.records):
         work = [(block, tuple(range(bench.scored.count))) for block in blocks if block.layer == layer]
         if work:
-            scores += score_sequences(work, record, bench.scored, bench.parent, bench.workspace, "cpu")
+            scores += score_sequences(work, record, bench.scored, bench.parent, bench.workspace, HOST)
     return blocks, scores
 
 

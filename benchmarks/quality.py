@@ -12,10 +12,11 @@ from collections.abc import Sequence
 
 from benchmarks.common import Bench, arguments, open_bench, table, write_page
 from benchmarks.orchestration import library
+from blocks.compute import HOST
 from blocks.errors import PuzzleError
 from blocks.records import BlockRecord, Metric, Score
 from profiles.schema import Budget, Evaluate
-from tasks.distill import gkd
+from tasks.distill import gkd_targets
 from tasks.evaluate.compare import Contender, contender, distill_contender, evaluate_contender
 from tasks.measure.costs import CostRequest, measure_costs
 from tasks.search.choose import choose
@@ -128,8 +129,8 @@ def lowest(found: Sequence[tuple[float, float, str]]) -> str:
 def distilled(bench: Bench, which: Contender, steps: int, seed: int) -> Contender:
     """GKD of a contender."""
     settings = bench.profile.gkd.model_copy(update={"steps": steps, "seed": seed, "evaluate_every": max(1, steps // 4)})
-    teacher = gkd.record_teacher(bench.parent, bench.corpus, settings, bench.workspace, "cpu")
-    return distill_contender(which, teacher, bench.parent, settings, bench.workspace)
+    teacher = gkd_targets.record_teacher(bench.parent, bench.corpus, settings, bench.workspace, HOST)
+    return distill_contender(which, teacher, bench.parent, settings, bench.workspace, HOST)
 
 
 def long_gkd(

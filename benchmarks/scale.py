@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from benchmarks.common import ROOT, table, write_page
+from blocks.compute import HOST
 from profiles.schema import Profile
 from tasks.running.servers import QUIET, free_port, prefect_server, running
 
@@ -84,14 +85,11 @@ def one_run(runner: str, tasks: int, workspace: Path) -> None:
     started = time.perf_counter()
     if runner == "loop":
         parent, corpus = stages.prepare(Run(profile=profile, workspace=workspace))
-        key = record.record_key(parent, corpus, profile.record, profile.bld.ridge)
-        layers = [
-            record.record_layer(i, parent, corpus, profile.record, profile.bld.ridge, workspace, "cpu")
-            for i in range(LAYERS)
-        ]
-        jobs = jobs_of(profile, parent, layers, key, record.open_parent(workspace / parent.folder))
+        wanted = record.recording_of(profile, parent, corpus, HOST)
+        layers = [record.record_layer(i, wanted, workspace, HOST) for i in range(LAYERS)]
+        jobs = jobs_of(profile, wanted, layers, record.open_parent(workspace / parent.folder))
         distilling = time.perf_counter()
-        done = [bld.distill(job, workspace, "cpu") for job in jobs]
+        done = [bld.distill(job, workspace, HOST) for job in jobs]
         took = {"blocks": len(done), "distill": time.perf_counter() - distilling}
     else:
         with task_runner(profile) as pool:

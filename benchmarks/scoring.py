@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.bld import job
 from benchmarks.common import Bench, arguments, open_bench, table, write_page
+from blocks.compute import HOST
 from blocks.library import read_tensors
 from blocks.records import SUBBLOCKS, BlockRecord
 from tasks.distill.bld import distill
+from tasks.score import scoring
 from tasks.score.scoring import load_variant, open_suffix, score_batch
 
 
@@ -89,7 +91,7 @@ def library(bench: Bench, layer: int) -> list[BlockRecord]:
     members = []
     for subblock in SUBBLOCKS:
         for label in getattr(bench.profile.search_space, subblock):
-            members.append(distill(job(bench, layer, subblock, label, bench.profile.bld), bench.workspace, "cpu"))
+            members.append(distill(job(bench, layer, subblock, label, bench.profile.bld), bench.workspace, HOST))
     return members
 
 
@@ -99,9 +101,10 @@ def suffix_scores(bench: Bench, blocks: dict[int, list[BlockRecord]]) -> tuple[d
     folder = bench.workspace / bench.parent.folder
     found: dict[Key, float] = {}
     for _ in range(2):  # the first round warms up
+        scoring._passes.cache_clear()
         open_suffix.cache_clear()
         clock = Clock()
-        suffix = open_suffix(folder, bench.workspace, bench.scored, "cpu")
+        suffix = open_suffix(folder, bench.workspace, bench.scored, HOST)
         for layer, members in blocks.items():
             boundary = read_tensors(bench.workspace, bench.records[layer].boundary, ["validation"])["validation"]
             for start in range(0, len(members), 4):

@@ -1,15 +1,15 @@
 """A child: how it is assembled from an architecture and the block library."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from blocks.errors import DamagedBlock
-from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.export_code.modeling_decilm import DeciLMDecoderLayer, DeciLMForCausalLM
 from blocks.library import read_tensors
 from blocks.parent import Parent
-from blocks.records import SUBBLOCKS, Architecture, BlockRecord
+from blocks.records import SUBBLOCKS, Architecture, BlockRecord, LayerChoice
 from blocks.subblock import load_subblock
 
 Library = Mapping[tuple[int, str, str], BlockRecord]
@@ -26,17 +26,32 @@ def assemble(parent: Parent, library: Library, architecture: Architecture, works
     With every choice "parent" the logits are the parent's bit for bit. Raises DamagedBlock when a block is missing or
     does not match its digest.
     """
-    model = parent.model(architecture.layers)
-    for layer, choice in enumerate(architecture.layers):
-        module = model.model.layers[layer]
-        if choice.coupled:
-            module.load_state_dict(_weights(library, layer, "block", choice.block_label, workspace, parent.device))
-            continue
-        for subblock in SUBBLOCKS:
-            variant = getattr(choice, subblock)
-            if variant not in ("parent", "no_op"):
-                load_subblock(module, subblock, _weights(library, layer, subblock, variant, workspace, parent.device))
+    return assemble_layers(parent, library, architecture.layers, workspace)
+
+
+def assemble_layers(
+    parent: Parent, library: Library, layers: Sequence[LayerChoice], workspace: Path
+) -> DeciLMForCausalLM:
+    """The child with these layers."""
+    model = parent.frame(layers)
+    for layer, choice in enumerate(layers):
+        model.model.layers.append(assembled_layer(parent, library, choice, layer, workspace))
     return model
+
+
+def assembled_layer(
+    parent: Parent, library: Library, choice: LayerChoice, layer: int, workspace: Path
+) -> DeciLMDecoderLayer:
+    """One layer of a child."""
+    module, device = parent.own_part(layer, choice), parent.compute.device
+    if choice.coupled:
+        module.load_state_dict(_weights(library, layer, "block", choice.block_label, workspace, device))
+        return module
+    for subblock in SUBBLOCKS:
+        variant = getattr(choice, subblock)
+        if variant not in ("parent", "no_op"):
+            load_subblock(module, subblock, _weights(library, layer, subblock, variant, workspace, device))
+    return module
 
 
 def _weights(

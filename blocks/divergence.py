@@ -26,10 +26,10 @@ SLICE = 4096  # vocabulary entries: CHUNK x SLICE logits are 16 MB
 
 
 class Head:
-    """A frozen head: its weight (V, D), and slices of it packed for many products."""
+    """A frozen head: its weight (V, D) in float32, and slices of it packed for many products."""
 
     def __init__(self, weight_VD: Tensor) -> None:
-        self.weight = weight_VD.detach()
+        self.weight = weight_VD.detach().float()
         self.slices = [(part, packed_product(part)) for part in self.weight.split(SLICE)]
 
 
@@ -116,3 +116,43 @@ def kl_loss(hidden_ND: Tensor, targets: Targets, head: Head) -> Tensor:
     """Differentiable mean KL(parent || child) in nats per token; the head is frozen."""
     loss: Tensor = _KL.apply(hidden_ND, targets.hidden, targets.moment, targets.lse, head)
     return loss
+
+
+class _KLOfHeads(torch.autograd.Function):
+    """KL of every token where parent and child have a head each; both passes go over slices of the vocabulary."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, parent_ND: Tensor, parent_VD: Tensor, lse_N: Tensor
+    ) -> Any:
+        lse = hidden_ND.new_full((len(hidden_ND),), -torch.inf)
+        shift = torch.zeros_like(lse)
+        for rows in torch.arange(len(hidden_ND)).split(CHUNK):
+            for own, parents in zip(head_VD.split(SLICE), parent_VD.split(SLICE), strict=True):
+                child, parent = hidden_ND[rows] @ own.T, parent_ND[rows] @ parents.T
+                shift[rows] += ((parent - lse_N[rows, None]).exp() * (parent - child)).sum(1)
+                lse[rows] = torch.logaddexp(lse[rows], child.logsumexp(1))
+        ctx.save_for_backward(hidden_ND, head_VD, parent_ND, parent_VD, lse_N, lse)
+        return shift + lse - lse_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        hidden_ND, head_VD, parent_ND, parent_VD, lse_N, lse = ctx.saved_tensors
+        of_hidden, of_head = torch.zeros_like(hidden_ND), torch.zeros_like(head_VD)
+        for rows in torch.arange(len(hidden_ND)).split(CHUNK):
+            parts = zip(head_VD.split(SLICE), parent_VD.split(SLICE), of_head.split(SLICE), strict=True)
+            for own, parents, of_own in parts:
+                rise = (hidden_ND[rows] @ own.T - lse[rows, None]).exp()
+                rise -= (parent_ND[rows] @ parents.T - lse_N[rows, None]).exp()
+                rise *= gradients[0][rows, None]
+                of_hidden[rows] += rise @ own
+                of_own.addmm_(rise.T, hidden_ND[rows])
+        return of_hidden, of_head, None, None, None
+
+
+def kl_of_heads(hidden_ND: Tensor, head_VD: Tensor, targets: Targets, parent_VD: Tensor) -> Tensor:
+    """Differentiable KL(parent || child) of every token (N,), in hidden states and head, where the child's head is
+    trained and the parent's is another one. Twice the work of `kl_loss`: the moment says nothing about another head.
+    """
+    found: Tensor = _KLOfHeads.apply(hidden_ND, head_VD, targets.hidden, parent_VD, targets.lse)
+    return found

@@ -24,8 +24,8 @@ class FitContext:
       ffn_gram (F, F) of the inputs of down_proj, ffn_order (F,) channels by importance, first = keep,
       ffn_in_gram (D, D) of the normed FFN input, ffn_in_cross (D, D) = inputs^T outputs of the FFN core,
       attention_in_gram, attention_in_cross (D, D): the same of the attention core.
-    hidden: states (S, T, D) that enter the layer. context: keyword arguments of the layer's attention. ridge: strength
-      of the regularisation, see `ridge_solve`.
+    hidden: states (S, T, D) that enter the layer, on the host. context: keyword arguments of the layer's attention.
+    ridge: strength of the regularisation, see `ridge_solve`.
     """
 
     config: Any
@@ -39,7 +39,9 @@ class FitContext:
 
     def hidden_batches(self) -> Iterator[Tensor]:
         """The hidden states that enter the layer, in batches (B, T, D)."""
-        yield from self.hidden.split(self.batch_sequences)
+        weight = next(self.parent_layer.parameters())
+        for part in self.hidden.split(self.batch_sequences):
+            yield part.to(weight.device, weight.dtype)
 
 
 def ridge_solve(gram_KK: Tensor, cross_KD: Tensor, prior_KD: Tensor, ridge: float) -> Tensor:

@@ -96,6 +96,13 @@ def read_tensors(
         return {name: file.get_tensor(name) for name in names or file.keys()}
 
 
+def read_rows(workspace: Path, ref: Ref, name: str, first: int, last: int) -> torch.Tensor:
+    """Some rows of a tensor of a checked reference, on the host; the others are not read."""
+    with safe_open(checked_path(workspace, ref), framework="pt", device="cpu") as file:
+        rows: torch.Tensor = file.get_slice(name)[first:last]
+    return rows
+
+
 def _fetched(workspace: Path, ref: Ref) -> bool:
     store = store_of(workspace)
     return store is not None and store.fetch(ref.sha256, workspace / ref.path)

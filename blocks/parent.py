@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from blocks.compute import HOST, Compute
 from blocks.errors import ChildError, ParentError
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.families import Family, family_of
@@ -29,11 +30,18 @@ if TYPE_CHECKING:
 class Parent:
     """A parent in a normalised Hugging Face folder, which tasks/inputs/parent.py writes."""
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
-        self.folder, self.device = folder, device
+    def __init__(self, folder: Path, compute: Compute | None = None) -> None:
+        self.folder, self._compute = folder, compute
         self.config: Any = AutoConfig.from_pretrained(folder)
         self.family: Family = family_of(self.config)
-        self.config._attn_implementation = "sdpa"
+        self.config._attn_implementation = compute.attention if compute else HOST.attention
+
+    @property
+    def compute(self) -> Compute:
+        """Where and in what its tensors are loaded. A parent that was opened without it has a config alone."""
+        if self._compute is None:
+            raise ValueError(f"{self.folder} was opened for its config alone: open it with a Compute to load tensors")
+        return self._compute
 
     @property
     def depth(self) -> int:
@@ -42,7 +50,7 @@ class Parent:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision that the parent was released in, by its config. Puzzle computes in float32 all the same."""
+        """The precision that the parent was released in, by its config; what it computes in, `compute` says."""
         named = getattr(self.config, "dtype", None)
         dtype = getattr(torch, named, None) if isinstance(named, str) else named
         return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
@@ -61,8 +69,14 @@ class Parent:
         with safe_open(whole, framework="pt") as file:
             return dict.fromkeys(file.keys(), whole)
 
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of all its weights in the dtype that it computes in."""
+        there = sum(path.stat().st_size for path in set(self._files.values()))
+        return there * self.compute.dtype.itemsize // self.dtype.itemsize
+
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors whose name starts with `prefix`, named without it, in float32."""
+        """Tensors whose name starts with `prefix`, named without it."""
         names = [name for name in self._files if name.startswith(prefix)]
         if not names:
             raise ParentError(f"{self.folder} has no tensor named {prefix}*: is it a whole {self.family.model_type}?")
@@ -71,7 +85,9 @@ class Parent:
             with safe_open(path, framework="pt") as file:
                 for name in names:
                     if self._files[name] == path:
-                        found[name.removeprefix(prefix)] = file.get_tensor(name).to(self.device, torch.float32)
+                        found[name.removeprefix(prefix)] = file.get_tensor(name).to(
+                            self.compute.device, self.compute.dtype
+                        )
         return found
 
     def block_entry(self, choice: LayerChoice) -> dict[str, Any]:
@@ -97,7 +113,8 @@ class Parent:
         """A layer with these variants; its weights are not set yet."""
         from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
 
-        return DeciLMDecoderLayer(self.config, self.config.model_type, self.block_entry(choice), layer).to(self.device)
+        module = DeciLMDecoderLayer(self.config, self.config.model_type, self.block_entry(choice), layer)
+        return module.to(self.compute.device, self.compute.dtype)
 
     def layer(self, layer: int) -> "DeciLMDecoderLayer":
         """The parent's own layer with its weights, in evaluation mode, without gradients."""
@@ -109,7 +126,7 @@ class Parent:
         """The input embedding."""
         from blocks.export_code.modeling_decilm import build_embedding
 
-        module = build_embedding(self.config, self.config.model_type).to(self.device)
+        module = build_embedding(self.config, self.config.model_type).to(self.compute.device, self.compute.dtype)
         module.load_state_dict(self.tensors("model.embed_tokens."), strict=False)
         return module.requires_grad_(False)
 
@@ -119,7 +136,7 @@ class Parent:
 
         module = family_class(self.config.model_type, "RMSNorm")(self.config.hidden_size, eps=self.config.rms_norm_eps)
         module.load_state_dict(self.tensors("model.norm."))
-        return module.to(self.device).requires_grad_(False)
+        return module.to(self.compute.device, self.compute.dtype).requires_grad_(False)
 
     def head_weight(self) -> Tensor:
         """(vocab_size, D) weight of the head; the embedding when tied."""
@@ -130,13 +147,13 @@ class Parent:
     def _rotary(self) -> nn.Module:
         from blocks.export_code.modeling_decilm import family_class
 
-        return family_class(self.config.model_type, "RotaryEmbedding")(config=self.config).to(self.device)
+        return family_class(self.config.model_type, "RotaryEmbedding")(config=self.config).to(self.compute.device)
 
     @cached_property
     def _own_config(self) -> DeciLMConfig:
         """The parent in the child's schema; masks are made from it."""
         config = self.child_config([LayerChoice()] * self.depth)
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = self.compute.attention
         return config
 
     def contexts(self, hidden: Tensor) -> list[dict[str, Any]]:
@@ -147,29 +164,52 @@ class Parent:
         per_type = layer_contexts(self._own_config, self._rotary, hidden, positions, None, None, self.config.model_type)
         return [per_type[kind] for kind in self.attention_types]
 
-    def model(self, layers: Sequence[LayerChoice] | None = None) -> "DeciLMForCausalLM":
-        """A whole model with these choices. Non-block weights and the parent's own subblocks are loaded, no others."""
+    def frame(self, layers: Sequence[LayerChoice]) -> "DeciLMForCausalLM":
+        """A model with these choices without its layers: embedding, final norm and head are loaded. Layers are appended
+        to `model.layers`, each when it is built: a model of any depth is sharded with one whole layer in memory.
+        """
         from transformers.initialization import no_init_weights
 
         from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 
-        choices = list(layers or [LayerChoice()] * self.depth)
-        with no_init_weights():  # all weights are loaded, here or by blocks/child.py
-            model: Any = DeciLMForCausalLM(self.child_config(choices))
+        config = self.child_config(layers)
+        config._attn_implementation = self.compute.attention
+        entries, config.block_configs = config.block_configs, []
+        with no_init_weights():  # all weights are loaded
+            model: Any = DeciLMForCausalLM(config)
+        config.block_configs = entries
+        model = in_dtype(model.to(self.compute.device), self.compute.dtype)
         model.tie_weights()  # no_init_weights skips it
-        model = model.to(self.device)
         model.model.embed_tokens.load_state_dict(self.tensors("model.embed_tokens."), strict=False)
         model.model.norm.load_state_dict(self.tensors("model.norm."))
         if not self.config.tie_word_embeddings:
             model.lm_head.weight.data.copy_(self.head_weight())
+        framed: DeciLMForCausalLM = model.eval()
+        return framed
+
+    def model(self, layers: Sequence[LayerChoice] | None = None) -> "DeciLMForCausalLM":
+        """A whole model with these choices. Non-block weights and the parent's own subblocks are loaded, no others."""
+        choices = list(layers or [LayerChoice()] * self.depth)
+        model = self.frame(choices)
         for layer, choice in enumerate(choices):
-            kept = [subblock for subblock in SUBBLOCKS if getattr(choice, subblock) == "parent"]
-            if kept:
-                whole = self.layer(layer)
-                for subblock in kept:
-                    load_subblock(model.model.layers[layer], subblock, subblock_state(whole, subblock))
-        whole_model: DeciLMForCausalLM = model.eval()
-        return whole_model
+            model.model.layers.append(self.own_part(layer, choice))
+        return model
+
+    def own_part(self, layer: int, choice: LayerChoice) -> "DeciLMDecoderLayer":
+        """A layer with these variants, of which the parent's own subblocks are loaded."""
+        module = self.empty_layer(layer, choice).eval()
+        kept = [subblock for subblock in SUBBLOCKS if getattr(choice, subblock) == "parent"]
+        whole = self.layer(layer) if kept else module
+        for subblock in kept:
+            load_subblock(module, subblock, subblock_state(whole, subblock))
+        return module
+
+
+def in_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """Convert the weights in place. Rotary frequencies stay float32, as they do when a folder is loaded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def config_of(folder: Path) -> Any:

@@ -76,12 +76,13 @@ class CorpusInfo(Value):
 class LayerRecord(Value):
     """The recorded activations of one layer.
 
-    boundary: hidden states that enter the layer, `train` (S, T, D) and `validation` (S, T, D), float32.
+    boundary: hidden states that enter the layer, `train` (S, T, D) and `validation` (S, T, D). None where they are more
+      than a shard: then they are recorded again shard by shard, where they are needed.
     statistics: Gram matrices and channel contributions, see blocks/fit.py.
     """
 
     layer: int
-    boundary: Ref
+    boundary: Ref | None
     statistics: Ref
     seconds: float
 

@@ -84,6 +84,15 @@ def set_threads(threads: int | None) -> int:
     return count
 
 
+def free_bytes(device: str) -> int:
+    """Memory that is free on a torch device."""
+    if not device.startswith("cuda"):
+        return psutil.virtual_memory().available
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0]
+
+
 def kept_per_device(count: int) -> Callable[[CallableT], CallableT]:
     """A decorator that keeps the last `count` results for each device, the function's last argument.
 

@@ -72,6 +72,9 @@ class VariantKind(ABC):
         """Copy what the parent has into `module` (Puzzle, section 3). Every trainable kind must implement it."""
         raise NotImplementedError(f"{self.subblock} {self.name} has nothing to initialise")
 
+    # whether a long training may end better without the closed form: then profiles can ask to compare the two
+    closed_form_may_lose: ClassVar[bool] = False
+
     def closed_form(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
         """Fit `module` by ridge regression to the parent's recorded activations. Every trainable kind must have it.
 

@@ -12,6 +12,7 @@ from typing import Any
 from prefect import runtime
 from prefect.settings import PREFECT_HOME
 
+from blocks.compute import HOST
 from blocks.errors import PuzzleError
 from blocks.library import digest_of, keep
 from blocks.records import Answer, BlockRecord, ChildReport, CorpusInfo, ParentInfo, SpeedReport
@@ -162,7 +163,7 @@ def _export(
     """The child's folder, and beside it what it was made of."""
     parent, corpus = source
     hardware, reader = run.profile.hardware, open_parent(run.workspace / parent.folder)
-    model: Any = in_precision(build(final, parent, run.workspace), child_dtype(hardware, reader))
+    model: Any = in_precision(build(final, parent, run.workspace, HOST), child_dtype(hardware, reader))
     weights, terms = why(hardware, reader), terms_of(reader.folder)
     card = model_card(parent, corpus, model.config, markdown, command_of(run.profile), weights, terms)
     keep(folder / LINEAGE, Lineage(parent=parent, corpus=corpus, child=final), [], run.workspace)

@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,7 +32,14 @@ Precision = Annotated[str, typer.Option("--precision", help=PRECISION)]
 
 
 def export_command(
-    child: ChildPath,
+    child: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHILD",
+            help="a child's folder (a parent's will do), a .gguf file, or a folder below gkd/ of a workspace: the "
+            "child of a GKD that is at work, at its last checkpoint",
+        ),
+    ],
     form: Annotated[str, typer.Option("--format", help="gguf, nemotron-nas, transformers or native")],
     out: Annotated[Path, typer.Option("--out", metavar="PATH", help="the file (gguf) or folder to write")],
     precision: Annotated[
@@ -59,12 +66,36 @@ def export_command(
         typer.echo(f"{clock(time.monotonic() - started)}  {text}", err=True)
 
     def export() -> None:
-        done = export_as(child, form, precision, out, tokenizer_from, step, lambda: _calibration(child, calibrate))
+        with _at_its_checkpoint(child, step) as folder:
+            done = export_as(
+                folder, form, precision, out, tokenizer_from, step, lambda: _calibration(folder, calibrate)
+            )
         for note in done.notes:
             say(note)
         typer.echo(f"{form}: {done.path.resolve()}")
 
     _logged(out.resolve().parent, export)
+
+
+@contextmanager
+def _at_its_checkpoint(child: Path, step: Callable[[str], None]) -> Iterator[Path]:
+    """The folder of a child, or for the length of the block one that is written from a checkpoint of GKD."""
+    from tasks.distill.gkd_job import open_checkpoint
+
+    found = open_checkpoint(child)
+    if found is None:
+        yield child
+        return
+    from blocks.parent import Parent
+    from tasks.export.folder import export_folder
+    from tasks.inputs.children import in_precision
+
+    course, parent = found.course, found.workspace / found.job.record.parent.folder
+    what = f"step {course.best_step} of {found.job.settings.steps}, validation KL {course.best_kl:.4f}"
+    step(f"the child at {what}, the best until checkpoint {course.step}")
+    with tempfile.TemporaryDirectory() as folder:
+        model = in_precision(found.model(), Parent(parent).dtype)
+        yield export_folder(model, parent, Path(folder) / "child", f"# A child within its GKD: {what}\n")
 
 
 def _calibration(child: Path, text: Path | None) -> Any:

@@ -4,7 +4,7 @@ A stage asks the files first. What is whole becomes a task run at once, `Cached`
 the workers. See flows/run.py for the how, flows/whole_models.py for the stages after the choice.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,18 @@ from blocks.library import BlockLibrary, digest_of
 from blocks.records import Architecture, BlockRecord, CorpusInfo, CostTable, LayerRecord, ParentInfo, Score
 from flows.run import Run, task_of
 from profiles.hardware import load_target
-from profiles.schema import Profile
-from tasks.distill.bld import Job, distill
-from tasks.distill.jobs import coupled_jobs, jobs_of
-from tasks.distill.record import open_parent, record_key, record_layer, recorded
+from tasks.distill.bld import Job, distill_shard, progress_of
+from tasks.distill.jobs import better_of, coupled_jobs, jobs_of
+from tasks.distill.record import (
+    Recording,
+    Shard,
+    drop,
+    enter,
+    open_parent,
+    record_layer,
+    recorded,
+    recording_of,
+)
 from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
@@ -29,7 +37,7 @@ from tasks.measure.roofline import modelled_costs, setting_of
 from tasks.running.at_work import at_work_in
 from tasks.running.progress import say
 from tasks.running.sharing import TaskKey, exclusive
-from tasks.running.workers import WorkerSlot, in_slot, worker_slot
+from tasks.running.workers import WorkerSlot, compute_of, in_slot, worker_slot
 from tasks.score import scoring
 from tasks.search.choose import choose
 from tasks.search.totals import Problem, predicted, problem_of
@@ -40,25 +48,35 @@ corpus_task = task_of("prepare corpus", "prepare corpus")(prepare_corpus)
 choose_task = task_of("choose", "choose")(choose)
 
 
-@task_of("record layer", "record layer {layer:02d}", lambda _, p: f"{p['key']}-{p['layer']}")
-def record_task(layer: int, key: str, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: str) -> Any:
+@task_of("record layer", "record layer {layer:02d}", lambda _, p: f"{p['recording'].key}-{p['layer']}-{p['number']}")
+def record_task(layer: int, recording: Recording, number: int, slot: WorkerSlot, workspace: str) -> Any:
     """See tasks.distill.record.record_layer."""
-    task = TaskKey(key=f"record-{key}-{layer}", what=f"the recording of layer {layer}")
-    found = recorded(layer, key, Path(workspace))
+    task = TaskKey(key=f"record-{recording.key}-{layer}", what=f"the recording of layer {layer}")
+    found = recorded(layer, recording, Path(workspace), number)
     if found is not None:
         return found
-    with in_slot(worker_slot(profile), Path(workspace), task) as device:
-        return record_layer(layer, parent, corpus, profile.record, profile.bld.ridge, Path(workspace), device)
+    with in_slot(slot, Path(workspace), task) as compute:
+        return record_layer(layer, recording, Path(workspace), compute, number)
 
 
-@task_of("distill", "distill layer {job.layer:02d} {job.subblock} {job.variant}", lambda _, p: p["job"].key)
-def distill_task(job: Job, slot: WorkerSlot, workspace: str) -> Any:
-    """See tasks.distill.bld.distill."""
-    found = BlockLibrary(Path(workspace)).find(job.key)
+@task_of("record shard", "record shard {shard} into layer {layer:02d}")
+def enter_task(layer: int, shard: Shard, recording: Recording, slot: WorkerSlot, workspace: str) -> Any:
+    """See tasks.distill.record.enter."""
+    task = TaskKey(key=f"enter-{recording.key}-{layer}", what=f"the recording of layer {layer}")
+    with in_slot(slot, Path(workspace), task) as compute:
+        return enter(layer, shard, recording, Path(workspace), compute)
+
+
+@task_of(
+    "distill", "distill layer {job.layer:02d} {job.subblock} {job.variant}", lambda _, p: f"{p['job'].key}{p['part']}"
+)
+def distill_task(job: Job, slot: WorkerSlot, workspace: str, number: int = 0, part: str = "") -> Any:
+    """See tasks.distill.bld.distill_shard. part: names a shard that is not the last one."""
+    found = progress_of(job, number, Path(workspace))
     if found is not None:
         return found
-    with in_slot(slot, Path(workspace), TaskKey(key=f"block-{job.key}", what=_named(job))) as device:
-        return distill(job, Path(workspace), device)
+    with in_slot(slot, Path(workspace), TaskKey(key=f"block-{job.key}", what=_named(job))) as compute:
+        return distill_shard(job, Path(workspace), compute, number)
 
 
 @task_of("score layer", "score layer {layer.layer:02d}", lambda _, p: _scores_key(p["work"], p["scored"].length))
@@ -74,9 +92,9 @@ def score_task(
     found = [scoring.stored_score(record, sequences, scored.length, Path(workspace)) for record, sequences in work]
     if all(found):
         return found
-    task = TaskKey(key=f"scores-{layer.boundary.sha256[:32]}", what=f"the scores of layer {layer.layer}")
-    with in_slot(slot, Path(workspace), task) as device:
-        return scoring.score_sequences(work, layer, scored, parent, Path(workspace), device)
+    task = TaskKey(key=f"scores-{layer.statistics.sha256[:32]}", what=f"the scores of layer {layer.layer}")
+    with in_slot(slot, Path(workspace), task) as compute:
+        return scoring.score_sequences(work, layer, scored, parent, Path(workspace), compute)
 
 
 @task_of("measure", "measure {part.label}", lambda _, p: p["part"].key)
@@ -107,34 +125,42 @@ def prepare(run: Run) -> tuple[ParentInfo, CorpusInfo]:
     return parent, corpus
 
 
+def recording(run: Run, parent: ParentInfo, corpus: CorpusInfo) -> Recording:
+    """The recording of a run."""
+    return recording_of(run.profile, parent, corpus, compute_of(run.profile))
+
+
 def record(run: Run, parent: ParentInfo, corpus: CorpusInfo) -> list[LayerRecord]:
     """Record every layer, one after the other: each starts from what the one before it left."""
-    profile, depth = run.profile, open_parent(run.workspace / parent.folder).depth
-    key = record_key(parent, corpus, profile.record, profile.bld.ridge)
-    records: list[LayerRecord] = []
+    wanted, depth = recording(run, parent, corpus), open_parent(run.workspace / parent.folder).depth
+    records: dict[int, LayerRecord] = {}
     with run.stage("record") as progress:
-        for layer in range(depth):
-            found = recorded(layer, key, run.workspace)
-            call: Callable[..., Any] = run.submit if found is None else run.call
-            future = call(
-                record_task,
-                f"record {layer}",
-                *(layer, key, parent, corpus, profile, str(run.workspace)),
-                after=[f"record {layer - 1}" if layer else "corpus"],
-            )
-            records.append(found or future.result())
-            progress(layer + 1, depth)
-    for leftover in (run.workspace / "record" / key).glob("entering_*"):
+        for number in range(len(wanted.counted)):
+            for layer in range(depth):
+                found = recorded(layer, wanted, run.workspace, number)
+                call: Callable[..., Any] = run.submit if found is None else run.call
+                future = call(
+                    record_task,
+                    f"record {layer}",
+                    *(layer, wanted, number, worker_slot(run.profile), str(run.workspace)),
+                    after=[f"record {layer - 1}" if layer else "corpus"],
+                )
+                records[layer] = found or future.result()
+                progress(number * depth + layer + 1, len(wanted.counted) * depth)
+    _clear(run, wanted)
+    return list(records.values())
+
+
+def _clear(run: Run, wanted: Recording) -> None:
+    for leftover in (run.workspace / "record" / wanted.key).glob("entering_*"):
         leftover.unlink(missing_ok=True)
-    return records
 
 
 def distill_all(run: Run, parent: ParentInfo, corpus: CorpusInfo, records: Sequence[LayerRecord]) -> list[BlockRecord]:
     """BLD of the whole search space; a variant that fails is left out and named, the run goes on."""
     profile, reader = run.profile, open_parent(run.workspace / parent.folder)
-    key = record_key(parent, corpus, profile.record, profile.bld.ridge)
-    jobs = jobs_of(profile, parent, records, key, reader)
-    blocks = _distill(run, jobs, "distill")
+    jobs = jobs_of(profile, recording(run, parent, corpus), records, reader)
+    blocks = better_of(_distill(run, jobs, "distill"))
     if profile.bld.coupled:
         blocks += _distill(run, coupled_jobs(profile, jobs, blocks, reader), "coupled")
     return blocks
@@ -150,9 +176,9 @@ def _distill(run: Run, jobs: Sequence[Job], name: str) -> list[BlockRecord]:
     found = {job.key: library.find(job.key) for job in jobs}
     missing = [job for job in jobs if found[job.key] is None]
 
-    def handed_to(call: Callable[..., Any], job: Job) -> Any:
+    def handed_to(call: Callable[..., Any], job: Job, *part: Any) -> Any:
         needs = [f"record {job.layer}", *(start.key for start in job.warm_start)]
-        return call(distill_task, job.key, job, worker_slot(run.profile), str(run.workspace), after=needs)
+        return call(distill_task, job.key, job, worker_slot(run.profile), str(run.workspace), *part, after=needs)
 
     for job in jobs:
         if found[job.key]:
@@ -160,12 +186,40 @@ def _distill(run: Run, jobs: Sequence[Job], name: str) -> list[BlockRecord]:
         elif (library.folder / f"{job.key}.json").exists():
             say(f"{_named(job)}: the stored block is damaged or not whole, it is made again")
     with at_work_in(run.workspace) as number, run.stage(name) as progress:
-        futures = {handed_to(run.submit, job): job for job in (missing if number % 2 else missing[::-1])}
-        for done, future in enumerate(as_completed(list(futures)), start=1):
-            job = futures[future]
-            found[job.key] = library.find(job.key) or future.result()
-            progress(done, len(missing), _named(job))
+        done, total = 0, sum(len(job.recording.shards) for job in missing)
+        for shard, wave in _waves(run, missing if number % 2 else missing[::-1]):
+            last = shard == len(wave[0].recording.shards) - 1
+            part = () if last and not shard else (shard, "" if last else f"-{shard}")
+            futures = {handed_to(run.submit, job, *part): job for job in wave}
+            for future in as_completed(list(futures)):
+                job, done = futures[future], done + 1
+                found[job.key] = library.find(job.key) or (future.result() if last else None)
+                progress(done, total, _named(job))
     return [block for job in jobs if (block := found[job.key])]
+
+
+def _waves(run: Run, jobs: Sequence[Job]) -> Iterator[tuple[int, Sequence[Job]]]:
+    """A shard, and the variants that are trained on it together: all of them where states are kept.
+
+    Else those of a few layers, as many as there are workers. States of a shard are recorded before its variants are
+    trained, and taken away after: no more of them lie on the disk.
+    """
+    if not jobs or jobs[0].recording.kept:
+        yield from [(0, jobs)] if jobs else []
+        return
+    wanted, place = jobs[0].recording, (worker_slot(run.profile), str(run.workspace))
+    for number, shard in enumerate(wanted.shards):
+        behind = [job for job in jobs if progress_of(job, number, run.workspace) is None]
+        layers = sorted({job.layer for job in behind})
+        for first in range(0, len(layers), run.profile.orchestration.workers):
+            there = layers[first : first + run.profile.orchestration.workers]
+            for layer in there:
+                needs = [f"record {layer}"]
+                run.submit(enter_task, f"states {layer}", layer, shard, wanted, *place, after=needs).result()
+            for layer in layers[:first]:
+                drop(layer, shard, wanted, run.workspace)
+            yield number, [job for job in behind if job.layer in there]
+        _clear(run, wanted)
 
 
 def score_all(
@@ -183,24 +237,24 @@ def score_all(
     usable = [block for block in blocks if block.status != "failed"]
     stored = {block.key: scoring.stored_score(block, sequences, length, run.workspace) for block in usable}
 
-    def handed_to(call: Callable[..., Any], layer: int) -> Any:
-        work = [(block, sequences) for block in usable if block.layer == layer]
-        values = (work, records[layer], scored, parent, worker_slot(profile), str(run.workspace))
+    def handed_to(call: Callable[..., Any], layer: int, shard: scoring.ScoringSet = scored) -> Any:
+        work = [(block, shard.sequences) for block in usable if block.layer == layer]
+        values = (work, records[layer], shard, parent, worker_slot(profile), str(run.workspace))
         needs = [*(block.key for block, _ in work), f"record {layer}", f"record {len(records) - 1}"]
         return call(score_task, f"score {layer}", *values, after=needs)
 
     missing = list(dict.fromkeys(block.layer for block in usable if stored[block.key] is None))
     for layer in dict.fromkeys(block.layer for block in usable if block.layer not in missing):
         handed_to(run.call, layer)
-    found: dict[int, list[Score]] = {}
     with run.stage("score") as progress:  # entered first: what is submitted computes at once
-        futures = {layer: handed_to(run.submit, layer) for layer in missing}
-        for done, (layer, future) in enumerate(futures.items(), start=1):
-            found[layer] = future.result()
-            progress(done, len(missing), f"layer {layer}")
-    fresh = {(one.layer, one.subblock, one.variant): one for scores in found.values() for one in scores}
-    scores = (fresh.get((block.layer, block.subblock, block.variant), stored[block.key]) for block in usable)
-    return [score for score in scores if score is not None]
+        shards = scored.shards(profile.record.shard_tokens)
+        futures = [(layer, handed_to(run.submit, layer, shard)) for shard in shards for layer in missing]
+        for done, (layer, future) in enumerate(futures, start=1):
+            future.result()
+            progress(done, len(futures), f"layer {layer}")
+    for block in usable:
+        stored[block.key] = stored[block.key] or scoring.stored_score(block, sequences, length, run.workspace)
+    return [score for score in stored.values() if score is not None]
 
 
 def measure(run: Run, parent: ParentInfo) -> CostTable:

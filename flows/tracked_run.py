@@ -120,6 +120,11 @@ class TrackedRun(Run):
         text = f"predicted score {architecture.score:.4g} nats, {architecture.status}, gap {architecture.gap:.2g}"
         show_table("chosen", architecture.layers, ("attention", "ffn", "coupled"), f"layer by layer: {text}")
 
+    def log_curves(self, name: str, step: int, figures: dict[str, float]) -> None:
+        """Points of curves of the run itself, `<name>/<figure>`, while a stage is at work."""
+        points = {f"{name}/{figure}": value for figure, value in figures.items()}
+        tracking.log_metrics(self.tracking, self.mlflow_run_id, points, step)
+
     def _log_stage(self, name: str, metrics: dict[str, float], tables: dict[str, Any]) -> None:
         tags = {"prefect.flow_run_id": self.prefect_run_id}
         tracking.log_stage(self.tracking, name, self.mlflow_run_id, tags, metrics, tables)

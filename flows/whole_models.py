@@ -1,15 +1,20 @@
 """The stages of whole models, after the choice: GKD, evaluation, answers, speed. flows/stages.py has those before."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from blocks.devices import on_device
 from blocks.library import digest_of
 from blocks.records import Answer, CorpusInfo, CostTable, ParentInfo, SpeedReport
-from flows.run import Run, task_of
+from flows.run import Progress, Run, task_of
 from flows.stages import cost_tasks
+from flows.tracked_run import TrackedRun
 from profiles.schema import Profile
-from tasks.distill import gkd
+from tasks.distill import gkd_targets
+from tasks.distill.gkd import Seen, Watch
+from tasks.distill.gkd_job import job_of
 from tasks.distill.record import open_parent
 from tasks.evaluate import answers, compare
 from tasks.evaluate.compare import Contender, Evaluation
@@ -17,33 +22,47 @@ from tasks.inputs.precision import child_dtype
 from tasks.measure import end_to_end
 from tasks.running.progress import no_progress
 from tasks.running.sharing import TaskKey, exclusive
+from tasks.running.workers import compute_of
 
 
 @task_of("record the parent for GKD", "record the parent for GKD")
 def teacher_task(parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path, progress: Any) -> Any:
-    """See tasks.distill.gkd.record_teacher."""
-    key = f"teacher-{gkd.teacher_key(parent, corpus, profile.gkd)}"
+    """See tasks.distill.gkd_targets.record_teacher."""
+    compute = compute_of(profile)
+    key = f"teacher-{gkd_targets.teacher_key(parent, corpus, profile.gkd, compute)}"
     with exclusive(workspace, TaskKey(key=key, what="the recording of the parent for GKD")):
-        return gkd.record_teacher(parent, corpus, profile.gkd, workspace, "cpu", progress)
+        return gkd_targets.record_teacher(parent, corpus, profile.gkd, workspace, compute, progress)
 
 
 @task_of("GKD", "GKD of {which.name}")
 def gkd_task(
-    which: Contender, teacher: gkd.TeacherRecord, parent: ParentInfo, profile: Profile, workspace: Path, progress: Any
+    which: Contender, teacher: gkd_targets.TeacherRecord, profile: Profile, workspace: Path, watch: Watch
 ) -> Any:
-    """See tasks.evaluate.compare.distill_contender."""
-    task = TaskKey(key=f"gkd-{which.key}-{digest_of(gkd=profile.gkd)}", what=f"GKD of {which.name}")
-    with exclusive(workspace, task):
-        return compare.distill_contender(which, teacher, parent, profile.gkd, workspace, progress)
+    """See tasks.distill.gkd_job.distill_globally."""
+    compute, devices = compute_of(profile), profile.devices
+    job = job_of(which.architecture.layers, which.blocks, teacher, profile.gkd, compute)
+    task = TaskKey(key=job.folder.replace("/", "-"), what=f"GKD of {which.name}")
+    with exclusive(workspace, task), _all_of(devices):
+        return compare.distill_contender(which, teacher, profile.gkd, workspace, compute, devices, watch)
+
+
+@contextmanager
+def _all_of(devices: Sequence[str]) -> Iterator[None]:
+    """Several devices of this machine for one task. In one order, so that two runs do not wait for each other."""
+    with ExitStack() as held:
+        for device in sorted(devices) if len(devices) > 1 else ():
+            held.enter_context(on_device((device,)))
+        yield
 
 
 @task_of("evaluate", "evaluate {which.name} ({which.stage})")
 def evaluate_task(which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path) -> Any:
     """See tasks.evaluate.compare.evaluate_contender."""
     dtype = child_dtype(profile.hardware, open_parent(workspace / parent.folder))
-    key = digest_of(path=compare.evaluation_path(which, parent, corpus, profile.evaluate, dtype))
+    compute = compute_of(profile)
+    key = digest_of(path=compare.evaluation_path(which, parent, corpus, profile.evaluate, compute, dtype))
     with exclusive(workspace, TaskKey(key=f"evaluate-{key}", what=f"the evaluation of {which.name}")):
-        return compare.evaluate_contender(which, parent, corpus, profile.evaluate, workspace, dtype)
+        return compare.evaluate_contender(which, parent, corpus, profile.evaluate, workspace, compute, dtype)
 
 
 @task_of("answers", "answers of {which.name}")
@@ -51,7 +70,7 @@ def answers_task(which: Contender, parent: ParentInfo, profile: Profile, workspa
     """See tasks.evaluate.answers.answers_of."""
     key = digest_of(path=answers.answers_path(which, parent, profile.evaluate))
     with exclusive(workspace, TaskKey(key=f"answers-{key}", what=f"the answers of {which.name}")):
-        return answers.answers_of(which, parent, profile.evaluate, workspace)
+        return answers.answers_of(which, parent, profile.evaluate, workspace, compute_of(profile))
 
 
 def _speed_key(_: Any, given: dict[str, Any]) -> str:
@@ -89,7 +108,7 @@ def evaluate_all(run: Run, contenders: Sequence[Contender], parent: ParentInfo, 
 
 
 def distill_globally(
-    run: Run, contenders: Sequence[Contender], parent: ParentInfo, corpus: CorpusInfo
+    run: TrackedRun, contenders: Sequence[Contender], parent: ParentInfo, corpus: CorpusInfo
 ) -> list[Contender]:
     """GKD of each contender on the same tokens; the parent is recorded once for all."""
     profile, workspace = run.profile, run.workspace
@@ -101,9 +120,19 @@ def distill_globally(
     distilled = []
     for which in contenders:
         with run.stage(f"GKD {which.name}") as progress:
-            values, needs = (which, teacher, parent, profile, workspace, progress), ["GKD parent", made_of(which)]
-            distilled.append(run.call(gkd_task, f"GKD {which.name}", *values, after=needs))
+            values = (which, teacher, profile, workspace, _watch(run, which.name, progress))
+            distilled.append(run.call(gkd_task, f"GKD {which.name}", *values, after=["GKD parent", made_of(which)]))
     return distilled
+
+
+def _watch(run: TrackedRun, name: str, progress: Progress) -> Watch:
+    """What is called after each step of GKD: the console, Prefect's bar and MLflow's curves."""
+
+    def watch(seen: Seen) -> None:
+        progress(seen.step, seen.steps, seen.text)
+        run.log_curves(f"gkd_{name}", seen.step, seen.figures)
+
+    return watch
 
 
 def let_answer(

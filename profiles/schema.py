@@ -37,6 +37,7 @@ def read_share(value: object) -> object:
 
 # the bounds stand before the validator: only so does the JSON schema, and with it Prefect's form, have them
 Fraction = Annotated[float, Field(gt=0, le=1), BeforeValidator(read_share)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(gt=0), BeforeValidator(read_share)]
 Confidence = Annotated[float, Field(gt=0.5, lt=1), BeforeValidator(read_share)]
 REMOTE_CODE = (
@@ -67,6 +68,14 @@ class Section(BaseModel):
     """Base of every part of a profile. Unknown keys are refused, and values cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def keyed(self, first: tuple[str, ...]) -> dict[str, Any]:
+        """What a key of stored work is made of: the fields that keys had from the `first`, and all that differ from
+        their defaults. So a field that is added later makes nothing anew where nobody sets it.
+        """
+        found = self.model_dump(mode="json")
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        return {name: found[name] for name in found if name in first or getattr(self, name) != defaults[name]}
 
 
 class FolderParent(Section):
@@ -212,24 +221,59 @@ class Record(Section):
         default=128,
         description="Number of train sequences for the statistics that closed-form fits need (Gram matrices).",
     )
-    hidden_sequences: PositiveInt = Field(default=64, description="Of these, sequences whose hidden states are stored.")
+    hidden_sequences: PositiveInt = Field(
+        default=64, description="Of these, sequences that variants are trained on, unless `bld.tokens` says how many."
+    )
     validation_sequences: PositiveInt = Field(
         default=8, description="Number of validation sequences whose hidden states are stored."
+    )
+    shard_tokens: PositiveInt = Field(
+        default=65536,
+        description="Number of tokens whose hidden states lie on the disk and in memory at a time. A recording that "
+        "needs no more is kept; a larger one goes through the parent shard by shard, and each shard is dropped when "
+        "every variant was trained on it.",
     )
 
 
 class BLD(Section):
     """Blockwise local distillation (BLD): how one variant is trained to do what the parent's subblock does."""
 
-    steps: int = Field(default=16, ge=0, description="Training steps (AdamW) after the closed-form fit; may be 0.")
+    steps: int = Field(
+        default=16, ge=0, description="Training steps (AdamW) after the closed-form fit; may be 0. See also `tokens`."
+    )
+    tokens: PositiveInt | None = Field(
+        default=None,
+        description="Number of distinct train tokens that each variant is trained on, each once; `steps` then counts "
+        "for nothing. null: `steps` batches, of record.hidden_sequences.",
+        examples=[1_000_000_000],
+    )
     batch_sequences: PositiveInt = Field(default=4, description="Number of sequences in one training step.")
     learning_rate: float = Field(default=3e-4, gt=0, description="Highest learning rate of AdamW.")
+    warmup_steps: int = Field(
+        default=0, ge=0, description="First steps, in which the learning rate rises from near 0 to the highest."
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="How the learning rate falls after the warm-up."
+    )
+    final_rate_fraction: float = Field(
+        default=0.1, ge=0, le=1, description="Learning rate of the last step, as a share of the highest."
+    )
+    clip_norm: float | None = Field(
+        default=None, gt=0, description="Longest gradient, as a norm over a variant; longer ones are cut. null: any."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
+    beta1: Rate = Field(default=0.9, description="How much AdamW keeps of earlier gradients at each step.")
+    beta2: Rate = Field(default=0.999, description="How much AdamW keeps of earlier squared gradients at each step.")
     ridge: float = Field(
         default=1e-3,
         gt=0,
         description="Strength of the ridge regression, relative to the mean of the Gram matrix's diagonal.",
     )
-    closed_form: bool = Field(default=True, description="Start from a ridge regression on the parent's activations.")
+    closed_form: bool | Literal["compare"] = Field(
+        default=True,
+        description="Start from a ridge regression on the parent's activations. compare: variants with fewer KV heads "
+        "are trained from both starts, and the better one is kept; with many tokens the regression may be the worse.",
+    )
     max_attempts: PositiveInt = Field(
         default=3,
         description="How often a variant is trained when its loss is NaN or rises. Each further attempt has a third of"
@@ -307,7 +351,20 @@ class Hardware(Section):
         description="Further engines that must be able to run the child. Variants that they cannot run are not chosen.",
     )
     device: Device = Field(
-        default="cpu", description="The torch device that costs are measured on.", examples=["cpu", "cuda", "cuda:1"]
+        default="cpu",
+        description="The torch device that costs are measured on, and that every stage computes on unless "
+        "`orchestration.devices` names others.",
+        examples=["cpu", "cuda", "cuda:1"],
+    )
+    compute_precision: Literal["float32", "bfloat16"] | None = Field(
+        default=None,
+        description="Number format of matrix products in recording, BLD, scoring, GKD and evaluation. What is trained "
+        "has float32 weights, and losses and Gram matrices are float32, in any case. null: bfloat16 on a GPU, float32 "
+        "on a CPU.",
+    )
+    micro_batch_tokens: PositiveInt = Field(
+        default=2048,
+        description="Number of tokens of one forward pass in every stage, at least one sequence. Memory grows with it.",
     )
     precision: Precision = Field(
         default="float32",
@@ -491,14 +548,54 @@ class GKD(Section):
     """Global knowledge distillation (GKD): the whole child is trained on its parent's outputs and hidden states."""
 
     steps: int = Field(default=48, ge=0, description="Training steps (AdamW). 0 leaves GKD out.")
-    batch_sequences: PositiveInt = Field(default=4, description="Number of sequences in one training step.")
-    learning_rate: float = Field(default=3e-4, gt=0, description="Highest learning rate of AdamW.")
+    batch_sequences: PositiveInt = Field(
+        default=4,
+        description="Number of sequences in one training step, of all devices together. Their gradients are added up "
+        "in parts of `hardware.micro_batch_tokens`.",
+    )
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="Highest learning rate of AdamW. null: 3e-4, 1e-4, 3e-5 and 1e-5 are tried for a few steps each "
+        "(4, or a twelfth of `steps` up to 20), until a lower one leaves the child no nearer to its parent on "
+        "validation text; the best of them is taken.",
+    )
+    warmup_fraction: float = Field(
+        default=0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises to its highest."
+    )
+    schedule: Literal["cosine", "constant"] = Field(
+        default="cosine", description="The learning rate after that: a cosine down to a tenth, or the highest."
+    )
+    clip_norm: float = Field(default=1.0, gt=0, description="Longer gradients are shortened to this norm.")
+    also_train: tuple[Literal["norm", "head"], ...] = Field(
+        default=(),
+        description="What is trained beside the layers: the final norm, the head (with it the embedding, if they are "
+        "tied). The head makes a step dearer: the KL needs two passes over the vocabulary then.",
+    )
     cosine_every: int = Field(
         default=3, ge=1, description="Hidden states are compared after every n-th layer, and always after the last."
     )
     evaluate_every: PositiveInt = Field(default=12, description="Steps between two evaluations on validation text.")
-    patience: PositiveInt = Field(default=2, description="Evaluations without a better KL before GKD stops.")
+    patience: PositiveInt | None = Field(
+        default=None,
+        description="Evaluations without a better KL before GKD stops. null: all steps are done, since a cosine "
+        "schedule is at its best near its end. The best weights are kept in any case.",
+    )
     validation_sequences: PositiveInt = Field(default=8, description="Number of validation sequences of an evaluation.")
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Compute a layer's activations again in the backward pass and do not keep them: a third more "
+        "computing, and the memory of one layer.",
+    )
+    recorded_gib: float = Field(
+        default=8.0,
+        ge=0,
+        description="Highest size of the parent's targets on disk, in GiB, which all children of a run share. Where "
+        "they would be larger, the parent runs beside the child on every batch.",
+    )
+    checkpoint_minutes: float = Field(
+        default=10.0, ge=0, description="Minutes between two checkpoints: what a killed GKD does again at most."
+    )
     seed: int = Field(default=0, description="Seed of the order of train sequences.")
 
 
@@ -576,10 +673,9 @@ class Orchestration(Section):
         examples=["tcp://127.0.0.1:8786", "127.0.0.1:6379"],
     )
     devices: tuple[Device, ...] = Field(
-        default=("cpu",),
-        min_length=1,
-        description="Devices of every machine that runs tasks. A device with a number, such as cuda:1, runs one task "
-        "at a time.",
+        default=(),
+        description="Devices of every machine that runs tasks; whole models are computed on the first. A device with "
+        "a number, such as cuda:1, runs one task at a time. Empty: hardware.device.",
     )
     max_workers: PositiveInt | None = Field(
         default=None,
@@ -599,7 +695,7 @@ class Orchestration(Section):
     @property
     def workers(self) -> int:
         """Tasks at a time, where puzzle starts the workers."""
-        return self.max_workers or len(self.devices)
+        return self.max_workers or max(1, len(self.devices))
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -611,11 +707,6 @@ class Orchestration(Section):
         mixed = len(self.devices) > 1 and kinds & set(self.devices)  # cuda is one of cuda:0, cuda:1
         if len(kinds) > 1 or len(set(self.devices)) < len(self.devices) or mixed:
             raise ValueError("devices must be of one kind, each named once, such as [cuda:0, cuda:1]")
-        if kinds == {"mps"}:
-            raise ValueError(
-                "devices: variants are fitted and scored in float64, which mps does not have: leave devices out, or "
-                "name cpu; costs may be measured on it (hardware.device: mps)"
-            )
         return self
 
 
@@ -662,6 +753,31 @@ class Profile(Section):
             raise ValueError("a store has no `..` in it: name the folder itself")
         return url
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """What variants and whole models are computed on."""
+        return self.orchestration.devices or (self.hardware.device,)
+
+    @property
+    def trained_sequences(self) -> int:
+        """Train sequences that every variant is trained on."""
+        whole = self.bld.tokens
+        return self.record.hidden_sequences if whole is None else whole // self.corpus.sequence_length
+
+    @property
+    def trained_steps(self) -> int:
+        """Training steps of every variant."""
+        return self.bld.steps if self.bld.tokens is None else self.trained_sequences // self.bld.batch_sequences
+
+    @model_validator(mode="after")
+    def _can_compute(self) -> Self:
+        if self.devices[0].startswith("mps"):
+            raise ValueError(
+                "orchestration.devices: variants are fitted and scored in float64, which mps does not have: set "
+                "orchestration.devices: [cpu]; costs may still be measured on it (hardware.device: mps)"
+            )
+        return self
+
     @model_validator(mode="after")
     def _sequences_fit(self) -> Self:
         corpus, record = self.corpus, self.record
@@ -673,7 +789,21 @@ class Profile(Section):
                 corpus.validation_sequences,
                 "validation_sequences",
             ),
-            "bld.batch_sequences": (self.bld.batch_sequences, record.hidden_sequences, "record.hidden_sequences"),
+            "bld.tokens": (
+                self.bld.tokens or 1,
+                corpus.train_sequences * corpus.sequence_length,
+                "corpus.train_sequences x corpus.sequence_length",
+            ),
+            "bld.batch_sequences": (
+                self.bld.batch_sequences,
+                self.trained_sequences,
+                "record.hidden_sequences" if self.bld.tokens is None else "bld.tokens / corpus.sequence_length",
+            ),
+            "bld.batch_sequences x corpus.sequence_length": (
+                self.bld.batch_sequences * corpus.sequence_length,
+                record.shard_tokens,
+                "record.shard_tokens",
+            ),
             "gkd.batch_sequences": (self.gkd.batch_sequences, corpus.train_sequences, "corpus.train_sequences"),
             "scoring.sequences": (self.scoring.sequences, record.validation_sequences, "record.validation_sequences"),
             "scoring.tokens_per_sequence": (
@@ -691,6 +821,13 @@ class Profile(Section):
         for field, (asked, there, limit) in wanted.items():
             if asked > there:
                 raise ValueError(f"{field} is {asked}, but {limit} is {there}: lower the first or raise the second")
+        among = len(self.devices)
+        if self.gkd.steps and (self.gkd.batch_sequences % among or self.gkd.validation_sequences < among):
+            raise ValueError(
+                f"GKD runs on all {among} devices, each with as many sequences: set gkd.batch_sequences (it is "
+                f"{self.gkd.batch_sequences}) to a multiple of {among}, and gkd.validation_sequences (it is "
+                f"{self.gkd.validation_sequences}) to {among} or more"
+            )
         if len({scenario.name for scenario in self.scenarios}) != len(self.scenarios):
             raise ValueError("scenarios need different names")
         return self

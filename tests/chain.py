@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from blocks.compute import HOST
 from blocks.parent import Parent
 from blocks.records import (
     Architecture,
@@ -21,7 +22,7 @@ from blocks.records import (
 )
 from profiles.schema import BLD, Corpus, PythonStdlibSource, Record, SearchSpace, TinyParent
 from tasks.distill.bld import Job, distill
-from tasks.distill.record import open_parent, record_key, record_layer
+from tasks.distill.record import Recording, open_parent, record_layer
 from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
@@ -59,15 +60,19 @@ class Chain:
     def job(self, layer: int, subblock: Subblock, variant: str, settings: BLD = SETTINGS) -> Job:
         """One distillation of this chain."""
         return Job(
-            parent=self.parent,
+            recording=recording(self.parent, self.corpus),
             record=self.records[layer],
-            record_key=record_key(self.parent, self.corpus, RECORD, SETTINGS.ridge),
             layer=layer,
             subblock=subblock,
             variant=variant,
             settings=settings,
             seed=0,
         )
+
+
+def recording(parent: ParentInfo, corpus: CorpusInfo, settings: Record = RECORD, trained: int = 16) -> Recording:
+    """What is recorded of the tiny parent."""
+    return Recording(parent=parent, corpus=corpus, settings=settings, ridge=SETTINGS.ridge, trained=trained)
 
 
 def prepare(workspace: Path, family: str = "llama", train_steps: int = 40) -> tuple[ParentInfo, CorpusInfo]:
@@ -95,18 +100,18 @@ def _prepared(family: str, train_steps: int) -> tuple[Path, ParentInfo, CorpusIn
 def make_chain(workspace: Path) -> Chain:
     """Record, distil and score the whole space of the tiny parent."""
     parent, corpus = prepare(workspace)
-    reader = open_parent(workspace / parent.folder)
-    records = [record_layer(i, parent, corpus, RECORD, SETTINGS.ridge, workspace, "cpu") for i in range(reader.depth)]
+    reader = open_parent(workspace / parent.folder, HOST)
+    records = [record_layer(i, recording(parent, corpus), workspace, HOST) for i in range(reader.depth)]
     chain = Chain(
         workspace=workspace, parent=parent, corpus=corpus, reader=reader, records=records, blocks=[], scores=[]
     )
     for layer in range(reader.depth):
         members = []
         for subblock, labels in (("attention", SPACE.attention), ("ffn", SPACE.ffn)):
-            members += [distill(chain.job(layer, subblock, label), workspace, "cpu") for label in labels]  # type: ignore[arg-type]
+            members += [distill(chain.job(layer, subblock, label), workspace, HOST) for label in labels]  # type: ignore[arg-type]
         chain.blocks.extend(members)
         work = [(member, tuple(range(6))) for member in members]
-        chain.scores.extend(score_sequences(work, records[layer], chain.scored, parent, workspace, "cpu"))
+        chain.scores.extend(score_sequences(work, records[layer], chain.scored, parent, workspace, HOST))
     return chain
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from blocks.compute import HOST
 from blocks.records import LayerChoice, ParentInfo
 from profiles.schema import Chat, Evaluate, Profile
 from tasks.evaluate.answers import (
@@ -195,11 +196,11 @@ def test_parent_and_child_answer_and_are_remembered(chain: Chain, monkeypatch: p
     child = contender("child", chosen(layers), chain.blocks)
     asked = Evaluate(prompts=("import ", "def f(", Chat(chat="class ")), answer_tokens=6)
     for which in (own, child):
-        found = answers_of(which, chain.parent, asked, chain.workspace)
+        found = answers_of(which, chain.parent, asked, chain.workspace, HOST)
         assert len(found.answers) == 3 and all(answer.tokens <= 6 for answer in found.answers)
         with monkeypatch.context() as patched:
             patched.setattr("tasks.evaluate.answers.build", None)  # not asked again
-            assert answers_of(which, chain.parent, asked, chain.workspace) == found
+            assert answers_of(which, chain.parent, asked, chain.workspace, HOST) == found
     paths = {
         answers_path(which, chain.parent, settings)
         for which in (own, child)

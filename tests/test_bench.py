@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from blocks.compute import HOST
 from blocks.errors import PuzzleError
 from blocks.kinds import parse_labels
 from blocks.records import LayerRecord, Metric, Ref, Turn
@@ -24,7 +25,7 @@ from tasks.measure.bench import BenchRow, Point, bench, fitting
 from tasks.measure.costs import CostRequest, measure_costs
 from tasks.measure.llama_cpp_costs import LlamaCppTimer
 from tasks.measure.whole_model_costs import FIRST, models_to_time
-from tests.chain import prepare
+from tests.chain import prepare, recording
 from tests.test_engines import folders, needs_llama_cpp, run
 from tests.test_gguf import child_of, written
 
@@ -129,8 +130,8 @@ SPACE = SearchSpace(attention=("kv1", "linear", "no_op"), ffn=("ffn32", "linear"
 
 
 def test_whole_models_are_taken_apart_exactly(tmp_path: Path) -> None:
-    parent, _ = prepare(tmp_path, train_steps=0)
-    reader = open_parent(tmp_path / parent.folder)
+    parent, corpus = prepare(tmp_path, train_steps=0)
+    reader = open_parent(tmp_path / parent.folder, HOST)
     variants = [v for part in ("attention", "ffn") for v in parse_labels(part, getattr(SPACE, part), reader.config)]
     exact = Exact(reader, variants, Hardware(engine="llama.cpp", threads=1), Measure(rounds=3))
     wholes = models_to_time(reader, variants)
@@ -167,7 +168,7 @@ def test_after_a_kill_one_model_is_timed_again(tmp_path: Path, monkeypatch: pyte
 
 @needs_llama_cpp
 def test_costs_in_llama_cpp_are_a_cost_table(tmp_path: Path) -> None:
-    parent, _ = prepare(tmp_path, train_steps=0)
+    parent, corpus = prepare(tmp_path, train_steps=0)
     scenarios = (Scenario(batch_sizes=(1, 2), prompt_tokens=8, generated_tokens=6),)
     hardware = Hardware(threads=1, engine="llama.cpp")
     measure = Measure(rounds=3, decode_steps=2)
@@ -183,8 +184,8 @@ def test_costs_in_llama_cpp_are_a_cost_table(tmp_path: Path) -> None:
 
 
 def test_a_search_for_an_engine_leaves_out_what_it_cannot_run(tmp_path: Path) -> None:
-    parent, _ = prepare(tmp_path, train_steps=0)
-    reader = open_parent(tmp_path / parent.folder)
+    parent, corpus = prepare(tmp_path, train_steps=0)
+    reader = open_parent(tmp_path / parent.folder, HOST)
     root = Path(importlib.util.find_spec("profiles").submodule_search_locations[0])  # type: ignore[union-attr,index]
     wanted = ['search_space.attention=["linear","no_op"]', 'search_space.ffn=["linear","ffn32"]']
     ref = Ref(path="x", sha256="0")
@@ -193,7 +194,7 @@ def test_a_search_for_an_engine_leaves_out_what_it_cannot_run(tmp_path: Path) ->
     for must in ("[]", '["vllm"]'):
         profile = load_profile(root / "tiny.yaml", [*wanted, f"hardware.must_run={must}"])
         check_search_space(profile, reader)
-        jobs = jobs_of(profile, parent, records, "key", reader)
+        jobs = jobs_of(profile, recording(parent, corpus), records, reader)
         found[must] = {(job.layer, job.subblock, job.variant) for job in jobs}
     assert len(found["[]"]) == 4 * reader.depth
     kept = {(layer, "attention", "no_op") for layer in range(1, reader.depth)}

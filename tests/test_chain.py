@@ -10,19 +10,20 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from blocks.child import assemble, library_of
-from blocks.divergence import Head
+from blocks.compute import HOST
 from blocks.kinds import kinds, parse_label, parse_labels
 from blocks.library import read_tensors
 from blocks.parent import Parent
-from blocks.records import SUBBLOCKS, Architecture, LayerChoice, Subblock
+from blocks.records import SUBBLOCKS, Architecture, LayerChoice, LayerRecord, Ref, Subblock
 from blocks.resources import resources
 from blocks.subblock import load_subblock
 from profiles.schema import BLD, GKD
-from tasks.distill import bld, gkd, record
+from tasks.distill import bld, gkd, gkd_targets, record
 from tasks.distill.bld import Job, distill, layer_data
+from tasks.distill.gkd_student import Student
 from tasks.distill.record import record_layer
 from tasks.score.scoring import load_variant, open_suffix, score_batch
-from tests.chain import RECORD, SETTINGS, SPACE, Chain, prepare
+from tests.chain import RECORD, SETTINGS, SPACE, Chain, prepare, recording
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"]
 
@@ -41,6 +42,11 @@ def architecture(layers: list[LayerChoice]) -> Architecture:
     )
 
 
+def boundary_of(record: LayerRecord) -> Ref:
+    assert record.boundary is not None
+    return record.boundary
+
+
 def tokens(chain: Chain, split: str = "validation") -> torch.Tensor:
     return read_tensors(chain.workspace, chain.corpus.tokens)[split].long()
 
@@ -51,7 +57,7 @@ def tokens(chain: Chain, split: str = "validation") -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_child_of_the_parents_own_blocks_gives_its_logits_bit_for_bit(family: str, tmp_path: Path) -> None:
     parent, corpus = prepare(tmp_path, family, train_steps=2)
-    reader = Parent(tmp_path / parent.folder)
+    reader = Parent(tmp_path / parent.folder, HOST)
     child = assemble(reader, {}, architecture([LayerChoice()] * reader.depth), tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / parent.folder).eval()
     ids = read_tensors(tmp_path, corpus.tokens)["test"][:2].long()
@@ -63,8 +69,8 @@ def test_child_of_the_parents_own_blocks_gives_its_logits_bit_for_bit(family: st
 def test_every_variant_works_in_every_family_and_costs_what_was_said(family: str, tmp_path: Path) -> None:
     """record -> distil of every kind, and parameters, KV bytes and weight bytes against the real module."""
     parent, corpus = prepare(tmp_path, family, train_steps=2)
-    reader = Parent(tmp_path / parent.folder)
-    recorded = record_layer(0, parent, corpus, RECORD, SETTINGS.ridge, tmp_path, "cpu")
+    reader = Parent(tmp_path / parent.folder, HOST)
+    recorded = record_layer(0, recording(parent, corpus), tmp_path, HOST)
     for subblock in SUBBLOCKS:
         for variant in parse_labels(subblock, getattr(SPACE, subblock), reader.config):
             layer = reader.empty_layer(0, LayerChoice.only(subblock, variant.label))
@@ -75,16 +81,15 @@ def test_every_variant_works_in_every_family_and_costs_what_was_said(family: str
             if variant.kind == "parent":
                 continue
             job = Job(
-                parent=parent,
+                recording=recording(parent, corpus),
                 record=recorded,
-                record_key="k",
                 layer=0,
                 subblock=subblock,
                 variant=variant.label,
                 settings=SETTINGS,
                 seed=0,
             )
-            block = distill(job, tmp_path, "cpu")
+            block = distill(job, tmp_path, HOST)
             assert block.status != "failed", block.reason
             if block.weights:
                 assert block.nmse_after is not None and block.nmse_after < 1
@@ -126,7 +131,7 @@ def test_recorded_states_are_the_parents(chain: Chain) -> None:
     with torch.no_grad():
         states = chain.reader.model().model(ids, output_hidden_states=True).hidden_states
     for layer, recorded in enumerate(chain.records):
-        train = read_tensors(chain.workspace, recorded.boundary)["train"]
+        train = read_tensors(chain.workspace, boundary_of(recorded))["train"]
         torch.testing.assert_close(train, states[layer], rtol=1e-4, atol=1e-5)
 
 
@@ -147,13 +152,13 @@ def test_statistics_against_a_loop(chain: Chain) -> None:
 def test_recording_goes_on_where_it_stopped(chain: Chain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A recorded layer is not run again; a lost rolling file is replayed to the same bits."""
     parent, corpus = prepare(tmp_path)
-    first = [record_layer(i, parent, corpus, RECORD, SETTINGS.ridge, tmp_path, "cpu") for i in range(2)]
+    first = [record_layer(i, recording(parent, corpus), tmp_path, HOST) for i in range(2)]
     for rolling in (tmp_path / "record").glob("*/entering_*"):
         rolling.unlink()
-    again = record_layer(2, parent, corpus, RECORD, SETTINGS.ridge, tmp_path, "cpu")
-    assert again.boundary.sha256 == chain.records[2].boundary.sha256
+    again = record_layer(2, recording(parent, corpus), tmp_path, HOST)
+    assert again.boundary == chain.records[2].boundary
     monkeypatch.setattr(record, "_pass", lambda *_: pytest.fail("a finished layer was run again"))
-    assert record_layer(1, parent, corpus, RECORD, SETTINGS.ridge, tmp_path, "cpu") == first[1]
+    assert record_layer(1, recording(parent, corpus), tmp_path, HOST) == first[1]
 
 
 # --- BLD
@@ -171,7 +176,7 @@ def test_closed_form_and_steps_lower_the_held_out_loss(chain: Chain) -> None:
 def test_steps_alone_lower_the_held_out_loss(chain: Chain) -> None:
     for variant in ("ffn32", "linear"):
         block = distill(
-            chain.job(1, "ffn", variant, SETTINGS.model_copy(update={"closed_form": False})), chain.workspace, "cpu"
+            chain.job(1, "ffn", variant, SETTINGS.model_copy(update={"closed_form": False})), chain.workspace, HOST
         )
         assert block.nmse_start == block.nmse_closed_form
         assert block.nmse_after < 0.95 * block.nmse_start  # type: ignore[operator]
@@ -179,7 +184,7 @@ def test_steps_alone_lower_the_held_out_loss(chain: Chain) -> None:
 
 def test_a_finished_variant_is_not_trained_again(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bld, "_train", lambda *_: pytest.fail("trained twice"))
-    assert distill(chain.job(0, "ffn", "ffn32"), chain.workspace, "cpu") in chain.blocks
+    assert distill(chain.job(0, "ffn", "ffn32"), chain.workspace, HOST) in chain.blocks
 
 
 def test_a_damaged_block_is_trained_again_to_the_same_bits(chain: Chain) -> None:
@@ -187,27 +192,27 @@ def test_a_damaged_block_is_trained_again_to_the_same_bits(chain: Chain) -> None
     assert block.weights is not None
     path = chain.workspace / block.weights.path
     path.write_bytes(path.read_bytes()[:-1] + b"\x00\x01")
-    again = distill(chain.job(1, "ffn", "ffn32"), chain.workspace, "cpu")
+    again = distill(chain.job(1, "ffn", "ffn32"), chain.workspace, HOST)
     assert again.weights == block.weights
 
 
 def test_a_variant_that_never_converges_is_reported_not_raised(chain: Chain) -> None:
     wild = BLD(steps=6, batch_sequences=4, learning_rate=1e4, max_attempts=2, closed_form=False)
-    block = distill(chain.job(0, "ffn", "ffn32", wild), chain.workspace, "cpu")
+    block = distill(chain.job(0, "ffn", "ffn32", wild), chain.workspace, HOST)
     assert block.status == "failed" and block.weights is None
     assert "2 attempts" in block.reason
 
 
 def test_a_closed_form_outlives_steps_that_only_harm(chain: Chain) -> None:
     wild = BLD(steps=6, batch_sequences=4, learning_rate=1e4, max_attempts=2)
-    block = distill(chain.job(0, "ffn", "ffn32", wild), chain.workspace, "cpu")
+    block = distill(chain.job(0, "ffn", "ffn32", wild), chain.workspace, HOST)
     assert block.status == "trained" and block.nmse_after == block.nmse_closed_form
     assert block.reason.startswith("closed form kept")
 
 
 def test_a_rising_loss_is_tried_again_at_a_lower_rate(chain: Chain) -> None:
     rising = BLD(steps=6, batch_sequences=4, learning_rate=0.3, max_attempts=8)
-    block = distill(chain.job(0, "ffn", "ffn32", rising), chain.workspace, "cpu")
+    block = distill(chain.job(0, "ffn", "ffn32", rising), chain.workspace, HOST)
     assert block.status == "trained" and block.attempts > 1
     assert block.learning_rate == pytest.approx(0.3 / 3 ** (block.attempts - 1))
 
@@ -217,7 +222,7 @@ def test_coupled_distillation_starts_from_the_decoupled_blocks(chain: Chain) -> 
     job = chain.job(1, "attention", "kv1").model_copy(
         update={"subblock": "block", "variant": "kv1+ffn32", "warm_start": starts}
     )
-    block = distill(job, chain.workspace, "cpu")
+    block = distill(job, chain.workspace, HOST)
     assert block.status == "trained" and block.nmse_after is not None and block.nmse_closed_form is not None
     assert block.nmse_after <= block.nmse_closed_form < 1
     choice = LayerChoice(attention="kv1", ffn="ffn32", coupled=True)
@@ -227,7 +232,7 @@ def test_coupled_distillation_starts_from_the_decoupled_blocks(chain: Chain) -> 
         architecture([LayerChoice(), choice, LayerChoice()]),
         chain.workspace,
     )
-    data = layer_data(chain.workspace / chain.parent.folder, chain.workspace, chain.records[1], "cpu")
+    data = layer_data(job, job.recording.shards[0], chain.workspace, HOST)
     module = child.model.layers[1]
     assert bld.held_out_loss(job, data, module) == pytest.approx(block.nmse_after, rel=1e-5)
 
@@ -272,11 +277,11 @@ def test_suffix_scores_equal_full_forwards(chain: Chain, layer: int, subblock: S
 
 
 def test_the_parents_own_subblock_scores_exactly_zero(chain: Chain) -> None:
-    suffix = open_suffix(chain.workspace / chain.parent.folder, chain.workspace, chain.scored, "cpu")
+    suffix = open_suffix(chain.workspace / chain.parent.folder, chain.workspace, chain.scored, HOST)
     for layer in range(chain.reader.depth):
         for subblock in SUBBLOCKS:
-            own = distill(chain.job(layer, subblock, "parent"), chain.workspace, "cpu")
-            hidden = read_tensors(chain.workspace, chain.records[layer].boundary)["validation"][:6]
+            own = distill(chain.job(layer, subblock, "parent"), chain.workspace, HOST)
+            hidden = read_tensors(chain.workspace, boundary_of(chain.records[layer]))["validation"][:6]
             (score,) = score_batch(suffix, [own], hidden, tuple(range(6)), chain.workspace)
             assert score is not None and (score.kl, score.lm_loss) == ((0.0,) * 6, (0.0,) * 6)
 
@@ -309,38 +314,37 @@ def test_gkd_lowers_the_validation_kl_and_is_repeatable(chain: Chain) -> None:
     settings = GKD(
         steps=10, batch_sequences=4, learning_rate=3e-3, cosine_every=1, evaluate_every=5, validation_sequences=4
     )
-    teacher = gkd.record_teacher(chain.parent, chain.corpus, settings, chain.workspace, "cpu")
+    teacher = gkd_targets.record_teacher(chain.parent, chain.corpus, settings, chain.workspace, HOST)
     results = []
     for key in ("a", "b"):
         child = assemble(chain.reader, library_of(chain.blocks), architecture(child_layers()), chain.workspace)
-        results.append(gkd.distill_child(child, teacher, settings, chain.workspace, key))
+        results.append(gkd.distill_child(child, teacher, settings, chain.workspace, key, HOST))
     assert results[0].best_kl < 0.97 * results[0].curve[0][1]
     assert results[0].best_kl == min(kl for _, kl in results[0].curve)
     assert results[0].weights.sha256 == results[1].weights.sha256
-    assert gkd.validation_kl(child, Head(child.lm_head.weight), teacher, chain.workspace) == pytest.approx(
-        results[1].best_kl, rel=1e-6
-    )
+    again = gkd.distill_child(child, teacher, settings.model_copy(update={"steps": 0}), chain.workspace, "c", HOST)
+    assert again.best_kl == pytest.approx(results[1].best_kl, rel=1e-6)
 
 
 def test_gkd_that_harms_gives_back_the_child_it_was_given(chain: Chain) -> None:
     settings = GKD(steps=6, batch_sequences=4, learning_rate=10.0, evaluate_every=1, patience=1, validation_sequences=4)
-    teacher = gkd.record_teacher(chain.parent, chain.corpus, settings, chain.workspace, "cpu")
+    teacher = gkd_targets.record_teacher(chain.parent, chain.corpus, settings, chain.workspace, HOST)
     child = assemble(chain.reader, library_of(chain.blocks), architecture(child_layers()), chain.workspace)
     before = {name: tensor.clone() for name, tensor in child.state_dict().items()}
-    result = gkd.distill_child(child, teacher, settings, chain.workspace, "harm")
+    result = gkd.distill_child(child, teacher, settings, chain.workspace, "harm", HOST)
     assert result.best_step == 0 and len(result.curve) < 7
     assert all(torch.equal(before[name], tensor) for name, tensor in child.state_dict().items())
 
 
 def test_gkd_loss_against_plain_formulas(chain: Chain) -> None:
     settings = GKD(steps=1, batch_sequences=2, cosine_every=2, validation_sequences=2)
-    teacher = gkd.record_teacher(chain.parent, chain.corpus, settings, chain.workspace, "cpu")
+    teacher = gkd_targets.record_teacher(chain.parent, chain.corpus, settings, chain.workspace, HOST)
     assert teacher.layers == (0, 2)
     batch = read_tensors(chain.workspace, teacher.steps[0])
     child = assemble(chain.reader, library_of(chain.blocks), architecture(child_layers()), chain.workspace)
     ids = batch["tokens"].long()
     with torch.no_grad():
-        ours = gkd.gkd_loss(child, Head(child.lm_head.weight), batch, teacher.layers).item()
+        ours = Student(child, settings, HOST)(batch, teacher.layers)[0].item()
         outputs = [m.model(ids, output_hidden_states=True).hidden_states for m in (chain.reader.model(), child)]
         p, q = (F.log_softmax(states[-1] @ child.lm_head.weight.T, -1) for states in outputs)
         wanted = (p.exp() * (p - q)).sum(-1).mean()

@@ -237,7 +237,7 @@ def test_what_travels_to_a_worker_is_values_and_paths(chain: Chain) -> None:
     profile = profile_with()
     slot, job = workers.worker_slot(profile), chain.job(0, "ffn", "no_op")
     submissions = {
-        stages.record_task: (0, job.record_key, chain.parent, chain.corpus, profile, str(chain.workspace)),
+        stages.record_task: (0, job.recording, 0, slot, str(chain.workspace)),
         stages.distill_task: (job, slot, str(chain.workspace)),
         stages.score_task: (
             [(chain.blocks[0], (0, 1))],

@@ -12,6 +12,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 
+from blocks.compute import HOST
 from blocks.engine_limits import runnable
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.kinds import parse_label
@@ -67,7 +68,7 @@ def test_every_variant_of_every_family_has_a_cost_at_every_batch(
 
 def test_non_block_parameters_are_what_is_outside_the_layers(tmp_path: Path) -> None:
     parent, _ = prepare(tmp_path, train_steps=0)
-    reader = open_parent(tmp_path / parent.folder)
+    reader = open_parent(tmp_path / parent.folder, HOST)
     outside = sum(p.numel() for name, p in reader.model().named_parameters() if ".layers." not in name)
     assert non_block_parameters(reader.config) == outside
 
@@ -121,7 +122,7 @@ def test_stale_costs_are_measured_again(field: str, tmp_path: Path, monkeypatch:
 def test_q8_0_weighs_what_the_file_does(tmp_path: Path) -> None:
     """The sum over the layers and the rest against the tensors of the GGUF file; widths that q8_0 cannot hold."""
     parent, _ = prepare(tmp_path, train_steps=0)
-    reader = open_parent(tmp_path / parent.folder)
+    reader = open_parent(tmp_path / parent.folder, HOST)
     choice = LayerChoice(attention="linear", ffn="ffn32")
     with torch.device("cpu"):
         model: Any = DeciLMForCausalLM(reader.child_config([LayerChoice(), LayerChoice(), choice]))

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from blocks.divergence import CHUNK, SLICE, Head, kl_loss, kl_per_token, logsumexp, targets_of
+from blocks.divergence import CHUNK, SLICE, Head, kl_loss, kl_of_heads, kl_per_token, logsumexp, targets_of
 
 N, D, V = CHUNK + 37, 16, SLICE + 101  # more than one chunk, more than one slice
 
@@ -60,3 +60,19 @@ def test_gradient_equals_autograd_through_the_plain_softmax() -> None:
 def test_logsumexp_survives_large_logits() -> None:
     hidden, head = torch.full((3, 1), 200.0), torch.tensor([[1.0], [0.5]])
     torch.testing.assert_close(logsumexp(hidden, Head(head)), torch.full((3,), 200.0))
+
+
+def test_kl_of_two_heads_and_its_gradients_equal_the_plain_softmax() -> None:
+    parents_head, parent, child = states(4)
+    own_head = parents_head + 0.1 * torch.randn(V, D, generator=torch.Generator().manual_seed(5))
+    targets = targets_of(parent, Head(parents_head))
+    ours, theirs = [[one.clone().requires_grad_() for one in (child, own_head)] for _ in range(2)]
+    found = kl_of_heads(ours[0], ours[1], targets, parents_head)
+    p, q = F.log_softmax(parent @ parents_head.T, -1), F.log_softmax(theirs[0] @ theirs[1].T, -1)
+    wanted = (p.exp() * (p - q)).sum(-1)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    found.mean().backward()
+    wanted.mean().backward()
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.grad is not None and other.grad is not None
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-6)

@@ -3,12 +3,14 @@
 import importlib.util
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from blocks.compute import HOST
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM
 from profiles.schema import Scenario
@@ -25,6 +27,7 @@ from tasks.evaluate.quality import (
     sequence_figures,
 )
 
+SMALL = replace(HOST, micro_batch_tokens=20)
 KEPT: dict[str, Any] = {"no_op": False, "replace_with_linear": False}
 
 
@@ -73,9 +76,8 @@ def test_quality_is_that_of_the_whole_softmax(
     tokens: torch.Tensor, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluate, "CHUNK_TOKENS", 7)  # chunks cut through sequences, batches through the tokens
-    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 20)
     parent, child = tiny_model(0, final_logit_softcapping=softcap), tiny_model(1, final_logit_softcapping=softcap)
-    quality = quality_of(sequence_figures(child, parent_targets(parent, tokens), tokens))
+    quality = quality_of(sequence_figures(child, parent_targets(parent, tokens, SMALL), tokens, SMALL))
     rows = oracle(parent, child, tokens)
     for metric, column in zip((quality.loss, quality.kl, quality.top1_agreement), zip(*rows, strict=True), strict=True):
         mean = sum(column) / 5
@@ -88,7 +90,7 @@ def test_quality_is_that_of_the_whole_softmax(
 
 def test_the_parent_against_itself_is_exactly_zero(tokens: torch.Tensor) -> None:
     parent = tiny_model(0).train()
-    quality = quality_of(sequence_figures(parent, parent_targets(parent, tokens), tokens))
+    quality = quality_of(sequence_figures(parent, parent_targets(parent, tokens, SMALL), tokens, SMALL))
     assert (quality.kl.value, quality.kl.se) == (0, 0)
     assert quality.top1_agreement.value == 1
     assert parent.training
@@ -97,7 +99,7 @@ def test_the_parent_against_itself_is_exactly_zero(tokens: torch.Tensor) -> None
 def test_targets_of_other_tokens_are_refused(tokens: torch.Tensor) -> None:
     parent = tiny_model(0)
     with pytest.raises(ValueError, match="other tokens"):
-        sequence_figures(parent, parent_targets(parent, tokens), tokens.flip(0))
+        sequence_figures(parent, parent_targets(parent, tokens, SMALL), tokens.flip(0), SMALL)
 
 
 def test_standard_errors() -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from blocks.compute import HOST
 from blocks.errors import ParentError
 from blocks.parent import Parent
 from blocks.records import LayerChoice, ParentInfo
@@ -60,7 +61,7 @@ def assert_as_transformers(folder: Path, workspace: Path, file: str | None = Non
     """The prepared parent gives what transformers' own load gives."""
     source = GgufParent(path=str(folder / file)) if file else FolderParent(path=str(folder), **options)
     info = prepare_parent(source, workspace, None)
-    parent = Parent(workspace / info.folder)
+    parent = Parent(workspace / info.folder, HOST)
     tokens = tiny_tokens()
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, gguf_file=file).eval()
     with torch.no_grad():
@@ -73,8 +74,8 @@ def assert_as_transformers(folder: Path, workspace: Path, file: str | None = Non
     alone = workspace / "alone"
     alone.mkdir()
     write_config(source, alone)
-    assert Parent(alone).config.tie_word_embeddings == parent.config.tie_word_embeddings
-    assert Parent(alone).dtype == parent.dtype
+    assert Parent(alone, HOST).config.tie_word_embeddings == parent.config.tie_word_embeddings
+    assert Parent(alone, HOST).dtype == parent.dtype
     return parent
 
 
@@ -290,7 +291,7 @@ def test_folders_with_code_adapters_or_a_child_in_them(tmp_path: Path, source: P
     (source / "adapter_config.json").write_text("{}")
     assert "holds an adapter" in refused(FolderParent(path=str(source)), tmp_path / "refused")
     (source / "adapter_config.json").unlink()
-    model = Parent(source).model([LayerChoice(), LayerChoice(ffn="no_op")])
+    model = Parent(source, HOST).model([LayerChoice(), LayerChoice(ffn="no_op")])
     export_folder(model, source, tmp_path / "child", "# card")
     for trust in (True, False):
         message = refused(FolderParent(path=str(tmp_path / "child"), trust_remote_code=trust), tmp_path / "refused")
@@ -369,7 +370,7 @@ def test_gguf_by_its_path_whole_and_split(tmp_path: Path, family: str) -> None:
     whole = prepare_parent(GgufParent(path=str(tmp_path / "whole [1]%.gguf")), tmp_path / "split", None)
     assert info.fingerprint == whole.fingerprint
     write_config(GgufParent(path=str(first)), tmp_path / "split")
-    assert Parent(tmp_path / "split").depth == 3
+    assert Parent(tmp_path / "split", HOST).depth == 3
 
 
 def test_a_gemma3_of_another_head_size_has_llama_cpps_scale(tmp_path: Path) -> None:
@@ -382,7 +383,7 @@ def test_a_gemma3_of_another_head_size_has_llama_cpps_scale(tmp_path: Path) -> N
     info = prepare_parent(GgufParent(path=str(tmp_path / "g.gguf")), tmp_path / "work", None)
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
-        ours = Parent(tmp_path / "work" / info.folder).model()(ids).logits
+        ours = Parent(tmp_path / "work" / info.folder, HOST).model()(ids).logits
         torch.testing.assert_close(ours, theirs(ids).logits)
 
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from blocks import parent as parent_module
+from blocks.compute import HOST
 from blocks.families import FAMILIES
 from blocks.records import SUBBLOCKS, LayerChoice, StageTime
 from blocks.subblock import subblock_state
@@ -102,10 +103,10 @@ def test_disk_is_what_the_chain_left(chain: Chain) -> None:
 
 
 def test_gkd_targets_are_as_large_as_planned(chain: Chain, tmp_path: Path) -> None:
-    from tasks.distill.gkd import record_teacher
+    from tasks.distill.gkd_targets import record_teacher
 
     profile = chain_profile()
-    record = record_teacher(chain.parent, chain.corpus, profile.gkd, chain.workspace, "cpu")
+    record = record_teacher(chain.parent, chain.corpus, profile.gkd, chain.workspace, HOST)
     there = sum((chain.workspace / ref.path).stat().st_size for ref in (*record.steps, record.validation))
     assert effort.teacher_bytes(shape_of(profile, chain.reader)) == pytest.approx(there, rel=0.05)
 
@@ -336,7 +337,7 @@ def test_shapes_that_a_family_names_are_those_of_its_own_layer(family: str, tmp_
     for number, change in enumerate(({}, changes)):
         config = tiny_model(family, layers=1, **change).config
         config.save_pretrained(tmp_path / str(number))
-        parent = parent_module.Parent(tmp_path / str(number))
+        parent = parent_module.Parent(tmp_path / str(number), HOST)
         for choice in (LayerChoice(), LayerChoice(attention="kv1", ffn="ffn24")):
             assert_same_weights(parent, choice)
         assert_same_weights(parent, LayerChoice(attention="linear", ffn="linear"))

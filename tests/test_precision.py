@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from blocks.compute import HOST
 from blocks.parent import Parent
 from blocks.records import Architecture, LayerChoice
 from profiles.load import load_profile
@@ -34,7 +35,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def parent_of(folder: Path, dtype: torch.dtype, family: str = "llama") -> Parent:
     tiny_model(family).to(dtype).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
-    return Parent(folder)
+    return Parent(folder, HOST)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,9 +67,9 @@ def test_a_parent_that_names_no_dtype_is_float32(tmp_path: Path) -> None:
     tiny_parent(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(path.read_text().replace('"dtype": "float32",', ""))
-    assert Parent(tmp_path).dtype == torch.float32
+    assert Parent(tmp_path, HOST).dtype == torch.float32
     path.write_text(path.read_text().replace("{", '{"torch_dtype": "float16",', 1))  # as transformers 4 wrote it
-    assert Parent(tmp_path).dtype == torch.float16
+    assert Parent(tmp_path, HOST).dtype == torch.float16
 
 
 @pytest.mark.parametrize("named", ["float32", "bfloat16", None])
@@ -115,15 +116,15 @@ def test_quality_is_that_of_the_weights_as_written(chain: Chain, tmp_path: Path)
     architecture: Architecture = chosen(layers)
     which = Contender(name="child", architecture=architecture, blocks=())
     settings = Evaluate(sequences=4, benchmarks=())
-    arguments = (chain.parent, chain.corpus, settings, chain.workspace)
+    arguments = (chain.parent, chain.corpus, settings, chain.workspace, HOST)
     found = {dtype: evaluate_contender(which, *arguments, dtype).quality for dtype in DTYPES}
     tokens = load_file(chain.workspace / chain.corpus.tokens.path)["test"][:4]
-    targets = parent_targets(chain.reader.model(), tokens)
+    targets = parent_targets(chain.reader.model(), tokens, HOST)
     for dtype in DTYPES:
-        model = in_precision(build(which, chain.parent, chain.workspace), dtype)
+        model = in_precision(build(which, chain.parent, chain.workspace, HOST), dtype)
         folder = export_folder(model, chain.reader.folder, tmp_path / "child", "# x\n")
         wide: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-        assert found[dtype] == quality_of(sequence_figures(wide, targets, tokens))
+        assert found[dtype] == quality_of(sequence_figures(wide, targets, tokens, HOST))
     assert len({quality.kl.value for quality in found.values()}) == 3
     assert evaluate_contender(which, *arguments).quality == found[torch.float32]
     own = evaluate_contender(parent_contender(architecture), *arguments, torch.bfloat16)
@@ -139,7 +140,7 @@ def test_memory_is_that_of_the_childs_dtype(
 
     parent_of(tmp_path / "source", dtype)
     parent = prepare_parent(FolderParent(path=str(tmp_path / "source")), tmp_path, None)
-    reader = open_parent(tmp_path / parent.folder)
+    reader = open_parent(tmp_path / parent.folder, HOST)
     unnamed, named = Hardware(threads=1), Hardware(threads=1, precision="float32")
     table = measure_costs(asked_of(parent, unnamed), tmp_path)
     wide = measure_costs(asked_of(parent, named), tmp_path)

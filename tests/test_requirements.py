@@ -148,13 +148,22 @@ def test_a_number_beyond_the_gpus_that_are_here(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     "changes",
     [
-        {"hardware": {"engine": "roofline", "name": "h100", "device": "cuda", "precision": "float8"}},
+        {
+            "hardware": {"engine": "roofline", "name": "h100", "device": "cuda", "precision": "float8"},
+            "orchestration": {"devices": ["cpu"]},
+        },
         {"orchestration": {"devices": ["cuda"], "runner": "ray", "address": "10.0.0.7:6379"}},
         {"orchestration": {"devices": ["cuda:0", "cuda:1"], "runner": "dask", "address": "tcp://127.0.0.1:8786"}},
     ],
 )
 def test_what_is_modelled_or_on_other_machines_is_not_looked_for(changes: dict[str, Any]) -> None:
     assert lacking(profile_of(**changes)) == []
+
+
+@NO_GPU
+def test_where_costs_are_modelled_variants_are_trained_all_the_same() -> None:
+    (told,) = lacking(profile_of(hardware={"engine": "roofline", "name": "h100", "device": "cuda"}))
+    assert told.startswith("hardware.device: cuda is not on this machine") and "orchestration.devices: [cpu]" in told
 
 
 @NO_GPU

@@ -14,12 +14,15 @@ from prefect.automations import Automation
 from prefect.states import Failed
 from prefect.task_engine import TaskRunTimeoutError
 
+from blocks.compute import HOST
 from blocks.errors import CorpusError, PuzzleFailure
+from blocks.subblock import run_subblock
 from flows import stages
 from flows.run import Run
 from profiles.load import load_profile
 from profiles.schema import GKD
-from tasks.distill import bld, gkd
+from tasks.distill import bld, gkd, gkd_student
+from tasks.distill.gkd_targets import record_teacher
 from tasks.operating import watch
 from tasks.operating.champion import Judgement
 from tasks.running import memory, retries
@@ -70,10 +73,10 @@ def test_parts_double_until_it_fits_and_stay() -> None:
 def test_bld_in_parts_gives_the_same_variant(chain: Chain, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     def trained() -> dict[str, torch.Tensor]:
         job = chain.job(1, "ffn", "ffn32")
-        data = bld.layer_data(chain.workspace / job.parent.folder, chain.workspace, job.record, "cpu")
+        data = bld.layer_data(job, job.recording.shards[0], chain.workspace, HOST)
         module = chain.reader.empty_layer(1, job.choice).eval()
         bld._start(job, chain.reader, data, module, chain.workspace)
-        bld._train(job, data, module, job.settings.learning_rate)
+        bld._train(bld._Course(job=job, data=data, module=module, number=0), job.settings.learning_rate)
         return dict(module.state_dict())
 
     whole = trained()
@@ -91,29 +94,30 @@ def test_scores_in_parts_are_the_same(
 ) -> None:
     members = [block for block in chain.blocks if block.layer == 1]
     whole = [score for score in chain.scores if score.layer == 1]
-    size = lambda suffix, records, hidden, sequences, workspace: len(records) * len(sequences)  # noqa: E731
-    monkeypatch.setattr(scoring, "score_batch", short_of_memory(scoring.score_batch, size, 5))
+    size = lambda source, subblock, states, context: len(states)  # noqa: E731
+    monkeypatch.setattr("tasks.score.scoring.run_subblock", short_of_memory(run_subblock, size, 2))
     monkeypatch.setattr(scoring, "_path", lambda record, length, workspace: tmp_path / f"{record.key}.json")
-    place = (chain.records[1], chain.scored, chain.parent, chain.workspace, "cpu")
+    place = (chain.records[1], chain.scored, chain.parent, chain.workspace, HOST)
     found = scoring.score_sequences([(member, tuple(range(6))) for member in members], *place)
-    assert said and all("score layer 1: out of memory" in line for line in said)
+    assert said and all("score: out of memory" in line for line in said)
     for one, other in zip(found, whole, strict=True):
         assert one.variant == other.variant and one.kl == pytest.approx(other.kl, rel=1e-4, abs=1e-7)
 
 
 def test_gkd_in_parts_gives_the_same_child(chain: Chain, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     settings = GKD(steps=3, batch_sequences=4, learning_rate=1e-3, cosine_every=1, validation_sequences=4)
-    teacher = gkd.record_teacher(chain.parent, chain.corpus, settings, chain.workspace, "cpu")
-    size = lambda model, head, batch, layers: len(batch["tokens"])  # noqa: E731
+    teacher = record_teacher(chain.parent, chain.corpus, settings, chain.workspace, HOST)
+    size = lambda student, batch, layers, watched=False: 0 if watched else len(batch["tokens"])  # noqa: E731
 
     def distilled(key: str) -> gkd.GKDResult:
         model = chain.reader.model()
         for parameter in model.model.layers.parameters():
             parameter.data *= 0.9
-        return gkd.distill_child(model, teacher, settings, chain.workspace, key)
+        return gkd.distill_child(model, teacher, settings, chain.workspace, key, HOST)
 
     whole = distilled("whole")
-    monkeypatch.setattr(gkd, "gkd_loss", short_of_memory(gkd.gkd_loss, size, 2))
+    forward = gkd_student.Student.forward
+    monkeypatch.setattr(gkd_student.Student, "forward", short_of_memory(forward, size, 2))
     in_parts = distilled("parts")
     assert said == ["GKD: out of memory, again in 2 parts"]
     assert in_parts.losses == pytest.approx(whole.losses, rel=1e-4)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.hardware import BLOCKS, FITTED, LLAMA_70B, nemotron, unit_of_work
+from blocks.compute import HOST
 from blocks.kinds import parse_label
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock
@@ -32,7 +33,7 @@ SCENARIO = Scenario(name="chat", batch_sizes=(1, 64), prompt_tokens=128, generat
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Parent:
     folder = tmp_path_factory.mktemp("llama-70b")
     (folder / "config.json").write_text(json.dumps(LLAMA_70B))
-    return Parent(folder)
+    return Parent(folder, HOST)
 
 
 def setting(devices: int = 1, precision: Any = "float8", **changes: Any) -> Setting:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from blocks.compute import HOST
 from blocks.errors import PuzzleError
 from blocks.library import read_tensors
 from blocks.records import CostTable, LayerChoice
@@ -73,8 +74,9 @@ def test_like_the_assembled_model(finished: Finished, chain: Chain) -> None:
     assert (others.sequences.first, others.sequences.last) == (6, 8)
     tokens = read_tensors(chain.workspace, chain.corpus.tokens, ["validation"])["validation"][6:8, :32]
     which = contender("child", predicted(finished.problem, MIXED, "test"), finished.blocks)
-    targets = parent_targets(chain.reader.model(), tokens)
-    kl = mean_metric(sequence_figures(build(which, chain.parent, chain.workspace), targets, tokens)["kl"])
+    targets = parent_targets(chain.reader.model(), tokens, HOST)
+    model = build(which, chain.parent, chain.workspace, HOST)
+    kl = mean_metric(sequence_figures(model, targets, tokens, HOST)["kl"])
     found = others(MIXED)
     assert np.mean(found.per_sequence) == pytest.approx(kl.value, rel=1e-4)
     assert found.tokens == 64 and kl.value > 0.01

@@ -44,6 +44,9 @@ class KVHeads(VariantKind):
 
     subblock: ClassVar[Subblock] = "attention"
     name = "kv_heads"
+    # nMSE of kv1 in two layers of SmolLM2 with and without it: .570 .616 and .596 .657 after 24 steps of 1,024 tokens,
+    # .484 .424 after 96, .422 .347 after 160
+    closed_form_may_lose = True
 
     def parse(self, label: str, config: Any) -> Variant | None:
         match = re.fullmatch(r"kv(\d+)", label)

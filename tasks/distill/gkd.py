@@ -1,270 +1,389 @@
 """Global knowledge distillation of an assembled child: L = sum over layers (1 - cos(h_child, h_parent)) + KL(p || q),
 no LM loss (Puzzle, section 5: the best of the published combinations).
 
-The parent is recorded once for every child, baseline and seed of a run: per token its hidden states at the layers of
-the cosine terms, and the moment of its distribution (blocks/divergence.py). With the moment the KL is exact over the
-whole vocabulary, while embedding and head stay frozen. The KL on validation sequences is measured every few steps. The
-best step is kept, and training stops when the KL has not improved for some time.
+The trainer is the same for one process and for several that share the child (tasks/distill/sharding.py). The KL on
+validation sequences is measured every few steps, and the best weights are kept. tasks/distill/gkd_job.py starts it.
 """
 
 import math
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from blocks.divergence import Head, Targets, kl_loss, kl_per_token, targets_of
+from blocks.compute import Compute
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
-from blocks.library import digest_of, keep, read_tensors, remember, write_tensors
-from blocks.records import CorpusInfo, ParentInfo, Ref, Value
+from blocks.library import keep, read_tensors, read_value, remember, write_tensors
+from blocks.records import Ref, Value
 from profiles.schema import GKD
-from tasks.distill.record import open_parent
+from tasks.distill import gkd_checkpoint
+from tasks.distill.gkd_checkpoint import Course
+from tasks.distill.gkd_settings import rows_of_step, share_of_rate, trial_steps
+from tasks.distill.gkd_student import Student, trained_modules
+from tasks.distill.gkd_targets import Teacher, TeacherRecord
+from tasks.distill.sharding import ALONE, Group, held_bytes, whole
 from tasks.running.memory import Parts
-from tasks.running.progress import Progress, no_progress
 
-VERSION = 3
+VERSION = 4
+TRIAL_RATES = (3e-4, 1e-4, 3e-5, 1e-5)
+RESULT = "result.json"
 
 
-class TeacherRecord(Value):
-    """The parent's targets on the sequences that GKD trains on, one file per step, and on validation sequences."""
+class Seen(Value):
+    """A step that was done: the two losses on its batch, and the KL on validation text where that was measured."""
 
-    steps: tuple[Ref, ...]
-    validation: Ref
-    layers: tuple[int, ...]
-    tokens: int
-    seconds: float
+    step: int
+    steps: int
+    kl: float
+    cosine: float
+    learning_rate: float
+    validation_kl: float | None
+    best_kl: float
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return f"loss {self.kl + self.cosine:.3f}, best validation KL {self.best_kl:.3f}"
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """For curves over the steps."""
+        return self.model_dump(include={"kl", "cosine", "learning_rate", "validation_kl"}, exclude_none=True)
+
+
+Watch = Callable[[Seen], None]
+
+
+def no_watch(seen: Seen) -> None:
+    """The `Watch` of work that nobody looks at."""
 
 
 class GKDResult(Value):
-    """What GKD left: the trained weights, and the curve of (step, validation KL). stopped: why training ended."""
+    """What GKD left: the trained weights, and the curve of (step, validation KL). stopped: why training ended.
+
+    losses: of every step, the KL and the cosine terms together; kl_losses: the KL alone. tried: (learning rate,
+    validation KL after its trial). held_bytes: of what is trained and its optimiser's state, in each process.
+    """
 
     weights: Ref
     best_step: int
     best_kl: float
     curve: tuple[tuple[int, float], ...]
     losses: tuple[float, ...]
+    kl_losses: tuple[float, ...]
+    learning_rate: float
+    tried: tuple[tuple[float, float], ...]
+    held_bytes: tuple[int, ...]
     tokens: int
     seconds: float
     cpu_seconds: float
     stopped: str
 
 
-def cosine_layers(depth: int, every: int) -> tuple[int, ...]:
-    """Layers whose output states are compared: every `every`-th, counted back from the last."""
-    return tuple(range(depth - 1, -1, -every))[::-1]
-
-
-def teacher_key(parent: ParentInfo, corpus: CorpusInfo, settings: GKD) -> str:
-    """Digest of what the parent's targets of a step depend on. More steps or another learning rate reuse them."""
-    fields = settings.model_dump(exclude={"learning_rate", "evaluate_every", "patience", "steps"})
-    return digest_of(parent=parent.fingerprint, corpus=corpus.fingerprint, settings=fields, version=VERSION)
-
-
-def record_teacher(
-    parent: ParentInfo,
-    corpus: CorpusInfo,
-    settings: GKD,
-    workspace: Path,
-    device: str,
-    progress: Progress = no_progress,
-) -> TeacherRecord:
-    """Run the parent once over all GKD batches. The steps that a killed run finished are not done again."""
-    started = time.perf_counter()
-    folder = f"gkd/teacher-{teacher_key(parent, corpus, settings)}"
-    manifest = workspace / folder / f"teacher-{settings.steps}.json"
-    stored = remember(manifest, TeacherRecord, _files_of, workspace, "when read")
-    if stored is not None:
-        return stored
-    reader = open_parent(workspace / parent.folder, device)
-    model = reader.model()
-    head = Head(model.lm_head.weight)
-    layers = cosine_layers(reader.depth, settings.cosine_every)
-    tokens = read_tensors(workspace, corpus.tokens, device=device)
-    references = []
-    for step in range(settings.steps):
-        batch = tokens["train"][rows_of_step(step, settings, len(tokens["train"]))]
-        references.append(_record_batch(model, head, batch, layers, workspace, f"{folder}/step_{step:05d}"))
-        progress(step + 1, settings.steps, "parent")
-    validation = tokens["validation"][: settings.validation_sequences]
-    record = TeacherRecord(
-        steps=tuple(references),
-        validation=_record_batch(model, head, validation, (), workspace, f"{folder}/validation"),
-        layers=layers,
-        tokens=settings.steps * settings.batch_sequences * corpus.sequence_length,
-        seconds=time.perf_counter() - started,
-    )
-    keep(manifest, record, _files_of(record), workspace)
-    return record
-
-
-def _files_of(record: TeacherRecord) -> list[Ref]:
-    return [*record.steps, record.validation]
-
-
-def rows_of_step(step: int, settings: GKD, available: int) -> list[int]:
-    """The train sequences of a step: the corpus in a seeded order, from its start again when it ends."""
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    first = step * settings.batch_sequences
-    return [order[(first + row) % available] for row in range(settings.batch_sequences)]
-
-
-def _record_batch(
-    model: DeciLMForCausalLM, head: Head, tokens: Tensor, layers: tuple[int, ...], workspace: Path, stem: str
-) -> Ref:
-    """Targets of one batch: hidden states in bfloat16, which is enough for a cosine, the rest in float32."""
-    manifest = workspace / f"{stem}.json"
-    stored = remember(manifest, Ref, lambda ref: [ref], workspace, "when read")
-    if stored is not None:
-        return stored
-    with torch.inference_mode():
-        states = model.model(tokens.long(), output_hidden_states=True, use_cache=False).hidden_states
-        targets = targets_of(states[-1].flatten(0, 1), head)
-    # hidden_states[i] enters layer i, so layer i's output is [i + 1]; the last one is taken after the final norm
-    tensors = {f"layer_{layer}": states[layer + 1].flatten(0, 1).bfloat16() for layer in layers}
-    tensors |= {"hidden": targets.hidden, "moment": targets.moment, "lse": targets.lse, "tokens": tokens}
-    reference = write_tensors(workspace, f"{stem}.safetensors", tensors)
-    keep(manifest, reference, [reference], workspace)
-    return reference
-
-
-@dataclass(kw_only=True)
-class _Best:
-    """The best weights so far. waited: how many measurements ago that was. curve: (step, validation KL)."""
-
-    kl: float = math.inf
-    step: int = 0
-    state: dict[str, Tensor] | None = None
-    waited: int = 0
-    curve: list[tuple[int, float]] = field(default_factory=list)
-
-    def see(self, kl: float, step: int, model: DeciLMForCausalLM) -> None:
-        """A measurement. A KL that is not a number is worse than any other, and is left out of the curve."""
-        if math.isfinite(kl):
-            self.curve.append((step, kl))
-        if self.state is not None and not kl < self.kl:
-            self.waited += 1
-            return
-        self.kl, self.step, self.waited = (kl if math.isfinite(kl) else math.inf), step, 0
-        self.state = {name: tensor.clone() for name, tensor in model.model.layers.state_dict().items()}
-
-
 def distill_child(
     model: DeciLMForCausalLM,
-    teacher: TeacherRecord,
+    record: TeacherRecord,
     settings: GKD,
     workspace: Path,
     key: str,
-    progress: Progress = no_progress,
+    compute: Compute,
+    watch: Watch = no_watch,
 ) -> GKDResult:
-    """Train the layers of `model` in place, leave it at its best step, and store the weights under `key`.
-
-    The untrained model takes part as step 0, so the result is never worse on the validation sequences than that.
-    """
-    folder = f"gkd/child-{key}"
-    manifest = workspace / folder / "result.json"
-    stored = remember(manifest, GKDResult, lambda result: [result.weights], workspace)
-    if stored is not None:
-        model.model.layers.load_state_dict(read_tensors(workspace, stored.weights))
-        return stored
-    started, cpu = time.perf_counter(), time.process_time()
-    best, head = _Best(), Head(model.lm_head.weight)
-    best.see(validation_kl(model, head, teacher, workspace), 0, model)
-    losses: list[float] = []
-    stopped = "all steps done"
-    for step, loss in _steps(model, head, teacher, settings, workspace):
-        losses.append(loss)
-        progress(step, settings.steps, f"loss {loss:.3f}, best validation KL {best.kl:.3f}")
-        if step % settings.evaluate_every == 0 or step == settings.steps:
-            best.see(validation_kl(model, head, teacher, workspace), step, model)
-        if not math.isfinite(loss) or best.waited >= settings.patience:
-            stopped = f"no better validation KL since step {best.step}" if math.isfinite(loss) else f"loss is {loss}"
-            break
-    model.requires_grad_(False)
-    assert best.state is not None
-    model.model.layers.load_state_dict(best.state)
-    if not math.isfinite(best.kl):
-        raise RuntimeError("the child's validation KL is not a number before any GKD step: its blocks are damaged")
-    result = GKDResult(
-        weights=write_tensors(workspace, f"{folder}/layers.safetensors", best.state),
-        best_step=best.step,
-        best_kl=best.kl,
-        curve=tuple(best.curve),
-        losses=tuple(loss for loss in losses if math.isfinite(loss)),
-        tokens=len(losses) * settings.batch_sequences * (teacher.tokens // settings.steps // settings.batch_sequences)
-        if settings.steps
-        else 0,
-        seconds=time.perf_counter() - started,
-        cpu_seconds=time.process_time() - cpu,
-        stopped=stopped,
+    """Train `model` in place, in this process and with recorded targets, and leave it at its best weights."""
+    student = Student(model, settings, compute)
+    training = Training(
+        student=student,
+        record=record,
+        settings=settings,
+        workspace=workspace,
+        folder=f"gkd/child-{key}",
+        compute=compute,
+        watch=watch,
     )
-    keep(manifest, result, [result.weights], workspace)
-    return result
+    return training.run()
 
 
-def _steps(
-    model: DeciLMForCausalLM, head: Head, teacher: TeacherRecord, settings: GKD, workspace: Path
-) -> Iterator[tuple[int, float]]:
-    """AdamW with a short warm-up and a cosine decay; yields (step, loss)."""
-    model.requires_grad_(False)
-    parameters = list(model.model.layers.requires_grad_(True).parameters())
-    if not parameters or not settings.steps:
-        return
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
-    parts = Parts("GKD", settings.batch_sequences)
-    for step, reference in enumerate(teacher.steps, start=1):
-        batch = read_tensors(workspace, reference, device=str(head.weight.device))
-        loss = parts.run(lambda count, batch=batch: _gradients(model, head, batch, teacher.layers, count))  # type: ignore[misc]
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        yield step, loss
+def finished(workspace: Path, folder: str) -> GKDResult | None:
+    """The result of a training that ended, if its weights are whole."""
+    return remember(workspace / folder / RESULT, GKDResult, lambda result: [result.weights], workspace)
 
 
-def _gradients(
-    model: DeciLMForCausalLM, head: Head, batch: dict[str, Tensor], layers: tuple[int, ...], parts: int
-) -> float:
-    """Set the gradients of the loss on a batch, which is computed in so many parts to save memory; return the loss."""
-    model.zero_grad(set_to_none=True)
-    sequences, length = batch["tokens"].shape
-    total = 0.0
-    for part in torch.arange(sequences).chunk(parts):
-        rows, first, after = slice(int(part[0]), int(part[-1]) + 1), int(part[0]) * length, (int(part[-1]) + 1) * length
-        piece = {name: tensor[rows] if name == "tokens" else tensor[first:after] for name, tensor in batch.items()}
-        loss = gkd_loss(model, head, piece, layers) * (len(part) / sequences)
-        loss.backward()
-        total += loss.item()
-    return total
+@dataclass(kw_only=True)
+class Training:
+    """One child at its GKD, in this process or in one of several.
+
+    beside: the parent, where its targets are not recorded. folder: of checkpoints and result, within the workspace.
+    """
+
+    student: Student
+    record: TeacherRecord
+    settings: GKD
+    workspace: Path
+    folder: str
+    compute: Compute
+    beside: Teacher | None = None
+    group: Group = ALONE
+    watch: Watch = no_watch
+    parameters: dict[str, nn.Parameter] = field(init=False)
+    best: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = {
+            prefix + name: parameter
+            for prefix, module in trained_modules(self.student.model, self.settings)
+            for name, parameter in module.named_parameters()
+        }
+        groups = [{"params": list(self.parameters.values())}]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95))
+        self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.steps = self.settings.steps if self.parameters else 0
+        self.tokens = read_tensors(self.workspace, self.record.corpus.tokens, ["train"])["train"]
+        rows = self._rows(self.settings.batch_sequences)
+        count = self._parts_of(rows)
+        # one process of several cannot take smaller parts: the others would wait for it
+        self.parts = Parts("GKD", rows if self.group.size == 1 else count, count)
+        self._forget()
+
+    def run(self) -> GKDResult:
+        """Train to the end, from the last checkpoint if there is one, and leave the model at its best weights.
+
+        The untrained child takes part as step 0, so the result is never worse on the validation sequences than that.
+        """
+        course = gkd_checkpoint.load(self._path, self._state(), self.group)
+        clock = _Clock(course)
+        if course is None:
+            course = self._begin()
+        for state in self.optimizer.state.values():
+            state["step"].fill_(course.step)
+        while (stopped := self._ended(course)) is None:
+            done = self._step(course)
+            if done is None:
+                stopped = "the loss is not a number"
+                break
+            course = done
+            if self._agreed(clock.since_saved() >= self.settings.checkpoint_minutes):
+                gkd_checkpoint.save(self._path, clock.stamp(course), self._state(), self.group)
+                clock.saved()
+        return self._finished(clock.stamp(course), stopped)
+
+    def _begin(self) -> Course:
+        kl = self.validation_kl()
+        if not math.isfinite(kl):
+            raise RuntimeError("the child's validation KL is not a number before any GKD step: its blocks are damaged")
+        course = Course(learning_rate=self.settings.learning_rate or TRIAL_RATES[-1], curve=((0, kl),))
+        if self.settings.learning_rate is None and self.steps:
+            tried = self._trials()
+            rate, _ = min(tried, key=lambda each: each[1])
+            course = course.model_copy(update={"tried": tried, "learning_rate": rate})
+            gkd_checkpoint.save(self._path, course, self._state(), self.group)
+        return course
+
+    def _trials(self) -> tuple[tuple[float, float], ...]:
+        """The KL on validation text that each rate leads to after a few steps, until a lower rate is no better.
+
+        The child is put back after each. A near child wants a lower rate than a broken one (docs/log.md).
+        """
+        tried: list[tuple[float, float]] = []
+        for rate in TRIAL_RATES:
+            for step in range(1, trial_steps(self.steps) + 1):
+                self._update(step, rate)
+            kl = self.validation_kl()
+            tried.append((rate, kl if math.isfinite(kl) else sys.float_info.max))
+            self._put_best()
+            self._forget()
+            if len(tried) > 1 and tried[-1][1] >= tried[-2][1]:
+                break
+        return tuple(tried)
+
+    def _step(self, course: Course) -> Course | None:
+        """A training step, and a measurement where one is due. None when the loss is not a number."""
+        step = course.step + 1
+        rate = course.learning_rate * share_of_rate(step - 1, self.steps, self.settings)
+        loss, kl = self._update(step, rate)
+        if not math.isfinite(loss):
+            return None
+        course = course.model_copy(update={"step": step, "losses": (*course.losses, (loss, kl))})
+        measured = None
+        if step % self.settings.evaluate_every == 0 or step == self.steps:
+            measured = self.validation_kl()
+            course = self._kept(course, measured)
+        self.watch(
+            Seen(
+                step=step,
+                steps=self.steps,
+                kl=kl,
+                cosine=loss - kl,
+                learning_rate=rate,
+                validation_kl=measured if measured is not None and math.isfinite(measured) else None,
+                best_kl=course.best_kl,
+            )
+        )
+        return course
+
+    def _kept(self, course: Course, kl: float) -> Course:
+        """After a measurement. A KL that is not a number is worse than any other, and is left out of the curve."""
+        curve = (*course.curve, (course.step, kl)) if math.isfinite(kl) else course.curve
+        if not kl < course.best_kl:
+            return course.model_copy(update={"curve": curve, "waited": course.waited + 1})
+        for name, parameter in self.parameters.items():
+            self.best[name].copy_(parameter.detach())
+        return course.model_copy(update={"curve": curve, "best_step": course.step, "waited": 0})
+
+    def _ended(self, course: Course) -> str | None:
+        """Why training ends here; None where it goes on."""
+        if course.step >= self.steps:
+            return "all steps done"
+        if self.settings.patience is not None and course.waited >= self.settings.patience:
+            return f"no better validation KL since step {course.best_step}"
+        return None
+
+    def _finished(self, course: Course, stopped: str) -> GKDResult:
+        self.student.requires_grad_(False)
+        self._put_best()
+        best = {}
+        for name, tensor in self.best.items():
+            full = whole(tensor)
+            if self.group.first:
+                best[name] = full.cpu()
+        held = [*self.parameters.values(), *(self.best.values()), *self._moments().values()]
+        of_each = self.group.gather((held_bytes(held), course.cpu_seconds))
+        if self.group.first:
+            result = GKDResult(
+                weights=write_tensors(self.workspace, f"{self.folder}/layers.safetensors", best),
+                best_step=course.best_step,
+                best_kl=course.best_kl,
+                curve=course.curve,
+                losses=tuple(loss for loss, _ in course.losses),
+                kl_losses=tuple(kl for _, kl in course.losses),
+                learning_rate=course.learning_rate,
+                tried=course.tried,
+                held_bytes=tuple(held for held, _ in of_each),
+                tokens=len(course.losses) * self.settings.batch_sequences * self.tokens.shape[1],
+                seconds=course.seconds,
+                cpu_seconds=sum(seconds for _, seconds in of_each),
+                stopped=stopped,
+            )
+            keep(self._path / RESULT, result, [result.weights], self.workspace)
+            gkd_checkpoint.drop(self._path)
+        self.group.gather(None)
+        return read_value(self._path / RESULT, GKDResult)
+
+    # --- one step
+
+    def _update(self, step: int, rate: float) -> tuple[float, float]:
+        """A step of AdamW. The loss and, of it, the KL, on the batch of all processes."""
+        batch = self._batch(step)
+        loss, kl = self.parts.run(lambda count: self._gradients(batch, count))
+        torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.clip_norm)
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
+        if self.group.size > 1:
+            loss, kl = (self.group.sum(self._on_device([loss, kl])) / self.group.size).tolist()
+        return loss, kl
+
+    def _batch(self, step: int) -> dict[str, Tensor]:
+        """This process's sequences of a step, with the parent's targets where they were recorded."""
+        rows, length = self.group.part(self.settings.batch_sequences), self.tokens.shape[1]
+        if not self.record.steps:
+            wanted = rows_of_step(step - 1, self.settings, len(self.tokens))[rows]
+            return {"tokens": self.tokens[wanted].to(self.compute.device)}
+        return self._rows_of(read_tensors(self.workspace, self.record.steps[step - 1]), rows, length)
+
+    def _rows_of(self, batch: dict[str, Tensor], rows: slice, length: int) -> dict[str, Tensor]:
+        """Those sequences of a batch: a row of `tokens` each, `length` rows of what there is for every token."""
+        tokens = slice(rows.start * length, rows.stop * length)
+        chosen = {name: tensor[rows if name == "tokens" else tokens] for name, tensor in batch.items()}
+        return {name: tensor.to(self.compute.device) for name, tensor in chosen.items()}
+
+    def _gradients(self, batch: dict[str, Tensor], parts: int) -> tuple[float, float]:
+        """Set the gradients of the loss on a batch, which goes through in so many parts; return the loss and the KL."""
+        self.optimizer.zero_grad(set_to_none=True)
+        sequences, length = batch["tokens"].shape
+        total = of_kl = 0.0
+        for part in torch.arange(sequences).chunk(parts):
+            piece = self._rows_of(batch, slice(int(part[0]), int(part[-1]) + 1), length)
+            if self.beside is not None:
+                piece = self.beside(piece["tokens"], self.record.layers)
+            loss, kl = self.student(piece, self.record.layers)
+            share = len(part) / sequences
+            loss = loss * share
+            loss.backward()
+            total += loss.item()
+            of_kl += kl.item() * share
+        return total, of_kl
+
+    @torch.no_grad()
+    def validation_kl(self) -> float:
+        """KL(parent || child) in nats per token on the validation sequences."""
+        batch = read_tensors(self.workspace, self.record.validation)
+        sequences, length = batch["tokens"].shape
+        mine, total = self.group.part(sequences), self._on_device([0.0])
+        rows = torch.arange(mine.start, mine.stop)
+        for part in rows.tensor_split(min(self._parts_of(self._rows(sequences)), sequences // self.group.size)):
+            piece = self._rows_of(batch, slice(int(part[0]), int(part[-1]) + 1), length)
+            total += self.student(piece, (), True)[0].sum()
+        return self.group.sum(total).item() / (sequences * length)
+
+    # --- what a checkpoint holds, and small things
+
+    def _state(self) -> dict[str, Tensor]:
+        weights = {f"weights.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        return weights | self._moments() | {f"best.{name}": tensor for name, tensor in self.best.items()}
+
+    def _moments(self) -> dict[str, Tensor]:
+        states = {name: self.optimizer.state[parameter] for name, parameter in self.parameters.items()}
+        return {f"{key}.{name}": states[name][key] for name in states for key in ("exp_avg", "exp_avg_sq")}
+
+    def _forget(self) -> None:
+        """AdamW as it is before its first step."""
+        for parameter in self.parameters.values():
+            moments = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
+    def _put_best(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.detach().copy_(self.best[name])
+
+    @property
+    def _path(self) -> Path:
+        return self.workspace / self.folder
+
+    def _rows(self, sequences: int) -> int:
+        """The most of so many sequences that a process has."""
+        return -(-sequences // self.group.size)
+
+    def _parts_of(self, rows: int) -> int:
+        return -(-rows // self.compute.sequences(self.tokens.shape[1]))
+
+    def _on_device(self, values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64).to(self.compute.device)
+
+    def _agreed(self, answer: bool) -> bool:
+        """What the first process says, for all."""
+        return bool(self.group.sum(self._on_device([float(answer and self.group.first)])).item())
 
 
-def _rate(step: int, steps: int) -> float:
-    warm = max(1, steps // 20)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+class _Clock:
+    """The time of a training, over all the processes that were killed on the way."""
 
+    def __init__(self, before: Course | None) -> None:
+        self.started, self.cpu, self.last = time.perf_counter(), time.process_time(), time.monotonic()
+        self.seconds, self.cpu_seconds = (before.seconds, before.cpu_seconds) if before else (0.0, 0.0)
 
-def gkd_loss(model: DeciLMForCausalLM, head: Head, batch: dict[str, Tensor], layers: tuple[int, ...]) -> Tensor:
-    """Sum over the compared layers of (1 - cosine), mean over tokens, plus the exact KL. Scalar."""
-    states = model.model(batch["tokens"].long(), output_hidden_states=True, use_cache=False).hidden_states
-    total = kl_loss(states[-1].flatten(0, 1), _targets(batch), head)
-    for layer in layers:
-        cosine = F.cosine_similarity(states[layer + 1].flatten(0, 1), batch[f"layer_{layer}"].float(), dim=-1)
-        total = total + (1 - cosine).mean()
-    return total
+    def stamp(self, course: Course) -> Course:
+        """The course with the time until now."""
+        seconds = self.seconds + time.perf_counter() - self.started
+        cpu = self.cpu_seconds + time.process_time() - self.cpu
+        return course.model_copy(update={"seconds": seconds, "cpu_seconds": cpu})
 
+    def since_saved(self) -> float:
+        """Minutes since the last checkpoint."""
+        return (time.monotonic() - self.last) / 60
 
-def _targets(batch: dict[str, Tensor]) -> Targets:
-    return Targets(hidden=batch["hidden"], moment=batch["moment"], lse=batch["lse"])
-
-
-@torch.no_grad()
-def validation_kl(model: DeciLMForCausalLM, head: Head, teacher: TeacherRecord, workspace: Path) -> float:
-    """KL(parent || child) in nats per token on the recorded validation sequences."""
-    batch = read_tensors(workspace, teacher.validation, device=str(head.weight.device))
-    hidden = model.model(batch["tokens"].long(), use_cache=False).last_hidden_state.flatten(0, 1)
-    return kl_per_token(hidden, _targets(batch), head)[0].mean().item()
+    def saved(self) -> None:
+        """There is a checkpoint now."""
+        self.last = time.monotonic()

@@ -4,35 +4,50 @@ from collections.abc import Sequence
 
 from blocks.kinds import kind_of, parse_labels
 from blocks.parent import Parent
-from blocks.records import SUBBLOCKS, BlockRecord, LayerChoice, LayerRecord, ParentInfo
+from blocks.records import SUBBLOCKS, BlockRecord, LayerChoice, LayerRecord
 from profiles.schema import Profile
 from tasks.distill.bld import Job
+from tasks.distill.record import Recording
 from tasks.inputs.space import layers_of, refused, refused_alone
 
 
-def jobs_of(
-    profile: Profile, parent: ParentInfo, records: Sequence[LayerRecord], key: str, reader: Parent
-) -> list[Job]:
-    """A job for every (layer, subblock, variant) of the search space but the parent's own."""
+def jobs_of(profile: Profile, recording: Recording, records: Sequence[LayerRecord], reader: Parent) -> list[Job]:
+    """A job for every (layer, subblock, variant) of the search space but the parent's own, and two where the profile
+    compares starts: `better_of` takes one.
+    """
     jobs = []
+    settings = profile.bld.model_copy(update={"steps": profile.trained_steps})
     for layer in layers_of(profile, reader):
         for subblock in SUBBLOCKS:
             for variant in parse_labels(subblock, getattr(profile.search_space, subblock), reader.config)[1:]:
                 if refused_alone(profile, reader.config, layer, subblock, variant.label):
                     continue  # the target engine cannot run it, so it is not trained, not scored and never chosen
-                jobs.append(
+                starts = [settings.closed_form]
+                if settings.closed_form == "compare":
+                    starts = [True, False] if kind_of(variant).closed_form_may_lose else [True]
+                jobs += [
                     Job(
-                        parent=parent,
+                        recording=recording,
                         record=records[layer],
-                        record_key=key,
                         layer=layer,
                         subblock=subblock,
                         variant=variant.label,
-                        settings=profile.bld,
+                        settings=settings.model_copy(update={"closed_form": start}),
                         seed=profile.seed,
                     )
-                )
+                    for start in starts
+                ]
     return jobs
+
+
+def better_of(blocks: Sequence[BlockRecord]) -> list[BlockRecord]:
+    """Of blocks of one variant in one layer, the one with the lowest loss on held-out text."""
+    best: dict[tuple[int, str, str], BlockRecord] = {}
+    for block in blocks:
+        other = best.setdefault((block.layer, block.subblock, block.variant), block)
+        if block.nmse_after is not None and (other.nmse_after is None or block.nmse_after < other.nmse_after):
+            best[block.layer, block.subblock, block.variant] = block
+    return list(best.values())
 
 
 def coupled_jobs(profile: Profile, jobs: Sequence[Job], blocks: Sequence[BlockRecord], reader: Parent) -> list[Job]:

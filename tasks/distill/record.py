@@ -1,168 +1,329 @@
-"""Record the parent's activations in one pass, with one layer in memory at a time.
+"""Record the parent's activations, with one layer in memory at a time.
 
-For each layer the pass writes the hidden states that enter it, for a bounded number of sequences, and the statistics
-that initialisation and closed-form fits need. A layer is recorded once; a killed pass goes on where it stopped.
+For each layer the first pass writes the statistics that initialisation and closed-form fits need, and the hidden states
+that enter it, where all of them fit in one shard. Else the states are recorded again when variants are trained, shard
+by shard: so neither disk nor memory depends on the number of tokens. A layer is recorded once; a killed pass goes on
+where it stopped.
 
 Legend: S = sequences, T = tokens, D = hidden_size, F = intermediate_size.
 """
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from blocks.compute import Compute
 from blocks.fit import elimination_order
-from blocks.library import digest_of, is_whole, keep, read_tensors, read_value, remember, write_tensors, write_value
+from blocks.library import (
+    digest_of,
+    is_whole,
+    keep,
+    read_rows,
+    read_tensors,
+    read_value,
+    remember,
+    write_tensors,
+    write_value,
+)
 from blocks.packed import pack_linears
 from blocks.parent import Parent
-from blocks.records import CorpusInfo, LayerRecord, ParentInfo, Ref
+from blocks.records import CorpusInfo, LayerRecord, ParentInfo, Ref, Value
 from blocks.runtime import kept_per_device
-from profiles.schema import Record
+from profiles.schema import Profile, Record
+from tasks.running.memory import Parts
 
 if TYPE_CHECKING:
     from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
 
 VERSION = 2
-BATCH = 8
 CHUNK = 32  # channels that the elimination takes out at a time
 
 
-def record_key(parent: ParentInfo, corpus: CorpusInfo, settings: Record, ridge: float) -> str:
-    """Digest of everything a recording depends on."""
-    return digest_of(
-        parent=parent.fingerprint, corpus=corpus.fingerprint, settings=settings, ridge=ridge, version=VERSION
+class Shard(Value):
+    """Sequences that go through the parent together: some of the train split, and behind them some of validation."""
+
+    train: tuple[int, int] = (0, 0)
+    validation: tuple[int, int] = (0, 0)
+
+    @property
+    def trained(self) -> int:
+        """Number of train sequences."""
+        return self.train[1] - self.train[0]
+
+    def __str__(self) -> str:
+        return "-".join(map(str, self.train + self.validation))
+
+
+class Recording(Value):
+    """What is recorded of a parent, and on how much text. trained: train sequences that variants are trained on."""
+
+    parent: ParentInfo
+    corpus: CorpusInfo
+    settings: Record
+    ridge: float
+    trained: int
+    dtype: str = "float32"
+
+    @property
+    def key(self) -> str:
+        """Digest of everything a recording depends on."""
+        settings = self.settings.keyed(("statistics_sequences", "hidden_sequences", "validation_sequences"))
+        settings.pop("shard_tokens", None)
+        more = {"trained": self.trained} if self.trained != self.settings.hidden_sequences else {}
+        more |= {} if self.kept else {"shard": self._sequences}
+        return digest_of(
+            parent=self.parent.fingerprint,
+            corpus=self.corpus.fingerprint,
+            settings=settings,
+            ridge=self.ridge,
+            version=VERSION,
+            **({} if self.dtype == "float32" else {"dtype": self.dtype}),
+            **more,
+        )
+
+    @property
+    def kept(self) -> bool:
+        """True where all states fit in one shard: they are recorded once, and kept for later runs."""
+        return fits_in_a_shard(self.settings, self.trained, self.corpus.sequence_length)
+
+    @property
+    def counted(self) -> tuple[Shard, ...]:
+        """The shards of the first pass, which sums the statistics."""
+        if self.kept:
+            last = max(self.settings.statistics_sequences, self.trained)
+            return (Shard(train=(0, last), validation=(0, self._held_out)),)
+        return tuple(Shard(train=part) for part in slices(self.settings.statistics_sequences, self._sequences))
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The shards that variants are trained on, one after another, each with the sequences that are held out."""
+        parts = [(0, self.trained)] if self.kept else slices(self.trained, self._sequences)
+        return tuple(Shard(train=part, validation=(0, min(self._held_out, self._sequences))) for part in parts)
+
+    @property
+    def _sequences(self) -> int:
+        return max(1, self.settings.shard_tokens // self.corpus.sequence_length)
+
+    @property
+    def _held_out(self) -> int:
+        return self.settings.validation_sequences
+
+
+def fits_in_a_shard(settings: Record, trained: int, length: int) -> bool:
+    """Whether all sequences that are recorded and trained on have no more tokens than a shard."""
+    whole = max(settings.statistics_sequences, trained) + settings.validation_sequences
+    return whole <= max(1, settings.shard_tokens // length)
+
+
+def slices(total: int, most: int) -> list[tuple[int, int]]:
+    """(first, last) of as few equal parts as have at most `most` each."""
+    count = -(-total // most)
+    return [(total * part // count, total * (part + 1) // count) for part in range(count)]
+
+
+def recording_of(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, compute: Compute) -> Recording:
+    """The recording that a profile asks for."""
+    return Recording(
+        parent=parent,
+        corpus=corpus,
+        settings=profile.record,
+        ridge=profile.bld.ridge,
+        trained=profile.trained_sequences,
+        dtype=str(compute.dtype).removeprefix("torch."),
     )
 
 
 @kept_per_device(2)
-def _open(folder: Path, device: str) -> Parent:
-    return Parent(folder, device)
+def _open(folder: Path, compute: Compute | None) -> Parent:
+    return Parent(folder, compute)
 
 
-def open_parent(folder: Path, device: str = "cpu") -> Parent:
-    """The parent, kept open for later calls. Its tensors are loaded to `device`, which its config does not need."""
-    return _open(folder, device)
+def open_parent(folder: Path, compute: Compute | None = None) -> Parent:
+    """The parent, kept open for later calls. Its tensors need a `compute`, its config does not."""
+    return _open(folder, compute)
 
 
-def _manifest(layer: int, key: str, workspace: Path) -> Path:
-    return workspace / "record" / key / f"layer_{layer:03d}.json"
+def _folder(recording: Recording) -> str:
+    return f"record/{recording.key}"
 
 
-def recorded(layer: int, key: str, workspace: Path) -> LayerRecord | None:
-    """The stored record of a layer when its files are whole, else None."""
-    path = _manifest(layer, key, workspace)
+def recorded(layer: int, recording: Recording, workspace: Path, number: int | None = None) -> LayerRecord | None:
+    """The stored record of a layer when its files are whole, else None; `number`: after that shard, or a later one."""
     # its files are large, and needed only where a block or a score is missing
-    return remember(path, LayerRecord, lambda record: [record.boundary, record.statistics], workspace, "when read")
+    found = remember(_manifest(layer, recording, workspace), LayerRecord, _files_of, workspace, "when read")
+    if found is not None or number is None:
+        return found
+    later = (_manifest(layer, recording, workspace, other) for other in range(number, len(recording.counted) - 1))
+    stored = (remember(path, LayerRecord, _files_of, workspace, "never") for path in later)
+    return next((record for record in stored if record is not None), None)
 
 
-def record_layer(
-    layer: int, parent: ParentInfo, corpus: CorpusInfo, settings: Record, ridge: float, workspace: Path, device: str
-) -> LayerRecord:
-    """Record one layer on `device`; returns the stored record when its files are whole."""
-    key = record_key(parent, corpus, settings, ridge)
-    stored = recorded(layer, key, workspace)
+def _manifest(layer: int, recording: Recording, workspace: Path, number: int | None = None) -> Path:
+    """Where the record of a layer lies; `number`: the one after that shard, which the next shard replaces."""
+    return workspace / _folder(recording) / f"layer_{layer:03d}{'' if number is None else f'_{number}'}.json"
+
+
+def _files_of(record: LayerRecord) -> list[Ref]:
+    return [record.statistics] if record.boundary is None else [record.boundary, record.statistics]
+
+
+def record_layer(layer: int, recording: Recording, workspace: Path, compute: Compute, number: int = 0) -> LayerRecord:
+    """Add shard `number` of the first pass to a layer's statistics, which the last shard completes.
+
+    A stored record whose files are whole is returned. A layer of the shard before it must be recorded first.
+    """
+    stored = recorded(layer, recording, workspace, number)
     if stored is not None:
         return stored
-    folder = f"record/{key}"
-    started = time.perf_counter()
-    reader = open_parent(workspace / parent.folder, device)
-    hidden = _entering(reader, layer, corpus, settings, workspace, folder)
+    started, shard = time.perf_counter(), recording.counted[number]
+    reader = open_parent(workspace / recording.parent.folder, compute)
+    hidden = _entering(reader, layer, shard, recording, workspace)
     module = reader.layer(layer)
-    core: Any = module.mlp
-    down: Tensor = core.down_proj.weight.data
+    down: Tensor = module.mlp.down_proj.weight.data.float()  # type: ignore[union-attr,assignment]
     pack_linears(module)  # as in scoring, so that the parent's own block gives these states again bit for bit
-    kept = torch.cat([hidden[: settings.hidden_sequences], hidden[settings.statistics_sequences :]])
-    boundary = write_tensors(
-        workspace,
-        f"{folder}/boundary_{layer:03d}.safetensors",
-        {"train": kept[: settings.hidden_sequences], "validation": kept[settings.hidden_sequences :]},
-    )
-    after, statistics = _pass(reader, module, layer, hidden, settings.statistics_sequences)
-    statistics["ffn_contribution"] = statistics["ffn_contribution"] * down.norm(dim=0)
-    statistics["ffn_order"] = elimination_order(statistics["ffn_gram"], down, ridge, chunk=CHUNK)
-    reference = write_tensors(workspace, f"{folder}/statistics_{layer:03d}.safetensors", statistics)
+    last = shard == recording.counted[-1]
+    manifest = _manifest(layer, recording, workspace, None if last else number)
+    name = f"{_folder(recording)}/%s_{manifest.stem.removeprefix('layer_')}.safetensors"
+    kept = {"train": hidden[: recording.trained], "validation": hidden[shard.trained :]}
+    boundary = write_tensors(workspace, name % "boundary", kept) if recording.kept else None
+    statistics = _pass(reader, module, layer, hidden, min(shard.trained, recording.settings.statistics_sequences))
+    before = recorded(layer, recording, workspace, number - 1) if number else None
+    if before is not None:
+        for each, value in read_tensors(workspace, before.statistics, device=compute.device).items():
+            _add(statistics, each, value)
+    if last:
+        tokens = recording.settings.statistics_sequences * hidden.shape[1]
+        statistics["ffn_contribution"] = statistics["ffn_contribution"] / tokens * down.norm(dim=0)
+        statistics["ffn_order"] = elimination_order(statistics["ffn_gram"], down, recording.ridge, chunk=CHUNK)
+    reference = write_tensors(workspace, name % "statistics", statistics)
     if layer + 1 < reader.depth:
-        _write_entering(workspace, folder, layer + 1, after)
+        _write_entering(workspace, recording, layer + 1, shard, hidden)
     record = LayerRecord(layer=layer, boundary=boundary, statistics=reference, seconds=time.perf_counter() - started)
-    keep(_manifest(layer, key, workspace), record, [record.boundary, record.statistics], workspace)
-    for leftover in _rolling(workspace, folder, layer):
-        leftover.unlink(missing_ok=True)
+    keep(manifest, record, _files_of(record), workspace, "ahead" if last else "never")
+    drop(layer, shard, recording, workspace)
+    if before is not None:
+        (workspace / before.statistics.path).unlink(missing_ok=True)
+        _manifest(layer, recording, workspace, number - 1).unlink(missing_ok=True)
     return record
 
 
-def _rolling(workspace: Path, folder: str, layer: int) -> tuple[Path, Path]:
-    stem = workspace / folder / f"entering_{layer:03d}"
+def enter(layer: int, shard: Shard, recording: Recording, workspace: Path, compute: Compute) -> Ref:
+    """Write the states of a shard that enter a layer (`hidden`, S x T x D), until `drop` takes them away.
+
+    They are made from those of the nearest layer before it that lie there, else from the embedding.
+    """
+    found = entered(layer, shard, recording, workspace)
+    if found is not None:
+        return found
+    reader = open_parent(workspace / recording.parent.folder, compute)
+    return _write_entering(workspace, recording, layer, shard, _entering(reader, layer, shard, recording, workspace))
+
+
+def entered(layer: int, shard: Shard, recording: Recording, workspace: Path) -> Ref | None:
+    """The states of a shard that enter a layer, where they lie on the disk."""
+    _, manifest = _rolling(workspace, recording, layer, shard)
+    if not manifest.exists():
+        return None
+    reference = read_value(manifest, Ref)
+    return reference if is_whole(workspace, reference) else None
+
+
+def drop(layer: int, shard: Shard, recording: Recording, workspace: Path) -> None:
+    """Take away the states of a shard that enter a layer."""
+    for leftover in _rolling(workspace, recording, layer, shard):
+        leftover.unlink(missing_ok=True)
+
+
+def _rolling(workspace: Path, recording: Recording, layer: int, shard: Shard) -> tuple[Path, Path]:
+    stem = workspace / _folder(recording) / f"entering_{layer:03d}_{shard}"
     return stem.with_suffix(".safetensors"), stem.with_suffix(".json")
 
 
-def _write_entering(workspace: Path, folder: str, layer: int, hidden: Tensor) -> None:
-    """Write all states that enter `layer`; they are deleted once that layer is recorded."""
-    data, manifest = _rolling(workspace, folder, layer)
-    write_value(manifest, write_tensors(workspace, f"{folder}/{data.name}", {"hidden": hidden}))
+def _write_entering(workspace: Path, recording: Recording, layer: int, shard: Shard, hidden: Tensor) -> Ref:
+    data, manifest = _rolling(workspace, recording, layer, shard)
+    reference = write_tensors(workspace, data.relative_to(workspace).as_posix(), {"hidden": hidden})
+    write_value(manifest, reference)
+    return reference
 
 
-def _entering(reader: Parent, layer: int, corpus: CorpusInfo, settings: Record, workspace: Path, folder: str) -> Tensor:
-    """States (S, T, D) that enter a layer: from the file of the pass, else computed again from the embedding."""
-    _, manifest = _rolling(workspace, folder, layer)
-    if manifest.exists():
-        reference = read_value(manifest, Ref)
-        if is_whole(workspace, reference):
-            return read_tensors(workspace, reference, device=reader.device)["hidden"]
-    tokens = read_tensors(workspace, corpus.tokens, device=reader.device)
-    chosen = torch.cat(
-        [tokens["train"][: settings.statistics_sequences], tokens["validation"][: settings.validation_sequences]]
-    )
-    with torch.inference_mode():
-        hidden = reader.embedding()(chosen.long())
-    for earlier in range(layer):
+def _entering(reader: Parent, layer: int, shard: Shard, recording: Recording, workspace: Path) -> Tensor:
+    """States (S, T, D), on the host, that enter a layer."""
+    there = ((first, entered(first, shard, recording, workspace)) for first in range(layer, -1, -1))
+    first, reference = next(((first, found) for first, found in there if found), (0, None))
+    if reference is not None:
+        hidden = read_tensors(workspace, reference)["hidden"]
+    else:
+        hidden = _embedded(reader, shard, recording, workspace)
+    for earlier in range(first, layer):
         module = reader.layer(earlier)
         pack_linears(module)
-        hidden, _ = _pass(reader, module, earlier, hidden, 0)
-    return hidden.clone()
+        _pass(reader, module, earlier, hidden, 0)
+    return hidden
 
 
-@torch.inference_mode()
-def _pass(
-    reader: Parent, module: "DeciLMDecoderLayer", layer: int, hidden: Tensor, counted: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run a layer over states (S, T, D); returns its output, and statistics over the first `counted` sequences."""
+@torch.no_grad()
+def _embedded(reader: Parent, shard: Shard, recording: Recording, workspace: Path) -> Tensor:
+    place = (workspace, recording.corpus.tokens)
+    chosen = torch.cat([read_rows(*place, "train", *shard.train), read_rows(*place, "validation", *shard.validation)])
+    embedding = reader.embedding()
+    parts = chosen.split(reader.compute.sequences(chosen.shape[1]))
+    return torch.cat([embedding(part.to(reader.compute.device).long()).cpu() for part in parts])
+
+
+@torch.no_grad()
+def _pass(reader: Parent, module: "DeciLMDecoderLayer", layer: int, hidden: Tensor, counted: int) -> dict[str, Tensor]:
+    """Run a layer over states (S, T, D) on the host, in place; returns statistics over the first `counted` sequences.
+
+    Only micro-batches lie on the device.
+    """
     sums: dict[str, Tensor] = {}
-    parts = []
+    size = reader.compute.sequences(hidden.shape[1])
+    parts = Parts(f"record layer {layer}", size)
     core: Any = module.mlp
-    attention: Any = module.self_attn
     seen: list[Tensor] = []
     hook = core.down_proj.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+
+    def run(part: Tensor, counts: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = part.to(reader.compute.device)
+        seen.clear()
+        context = reader.contexts(batch)[layer]
+        normed = getattr(module, module.attention_norms[0])(batch)
+        mixed = module.self_attn(hidden_states=normed, **context)[0]  # type: ignore[misc]
+        middle = batch + _after(module, module.attention_norms[1], mixed)
+        ffn_in = getattr(module, module.ffn_norms[0])(middle)
+        ffn_out = core(ffn_in)
+        out = middle + _after(module, module.ffn_norms[1], ffn_out)
+        if not counts:
+            return out, {}
+        channels = seen.pop().flatten(0, 1).float()
+        products = _products("attention_in", normed, mixed) | _products("ffn_in", ffn_in, ffn_out)
+        return out, products | {"ffn_gram": channels.T @ channels, "ffn_contribution": channels.abs().sum(0)}
+
+    def run_in_parts(batch: Tensor, counts: bool, count: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        return [run(part, counts) for part in batch.chunk(count)]
+
     for segment, counts in ((hidden[:counted], True), (hidden[counted:], False)):
-        for batch in segment.split(BATCH) if len(segment) else ():
-            context = reader.contexts(batch)[layer]
-            normed = getattr(module, module.attention_norms[0])(batch)
-            mixed = attention(hidden_states=normed, **context)[0]
-            middle = batch + _after(module, module.attention_norms[1], mixed)
-            ffn_in = getattr(module, module.ffn_norms[0])(middle)
-            ffn_out = core(ffn_in)
-            channels = seen.pop().flatten(0, 1)
-            parts.append(middle + _after(module, module.ffn_norms[1], ffn_out))
-            if counts:
-                _accumulate(sums, "attention_in", normed, mixed)
-                _accumulate(sums, "ffn_in", ffn_in, ffn_out)
-                _add(sums, "ffn_gram", channels.T @ channels)
-                _add(sums, "ffn_contribution", channels.abs().sum(0))
+        for batch in segment.split(size) if len(segment) else ():
+            made = parts.run(partial(run_in_parts, batch, counts))
+            batch.copy_(torch.cat([out for out, _ in made]))
+            for _, products in made:
+                for name, value in products.items():
+                    _add(sums, name, value)
     hook.remove()
-    if "ffn_contribution" in sums:
-        sums["ffn_contribution"] /= counted * hidden.shape[1]
-    return torch.cat(parts), sums
+    return sums
 
 
 def _after(module: "DeciLMDecoderLayer", norm: str | None, out: Tensor) -> Tensor:
     return out if norm is None else getattr(module, norm)(out)
 
 
-def _accumulate(sums: dict[str, Tensor], name: str, inputs: Tensor, outputs: Tensor) -> None:
-    x, y = inputs.flatten(0, 1), outputs.flatten(0, 1)
-    _add(sums, f"{name}_gram", x.T @ x)
-    _add(sums, f"{name}_cross", x.T @ y)
+def _products(name: str, inputs: Tensor, outputs: Tensor) -> dict[str, Tensor]:
+    x, y = inputs.flatten(0, 1).float(), outputs.flatten(0, 1).float()
+    return {f"{name}_gram": x.T @ x, f"{name}_cross": x.T @ y}
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

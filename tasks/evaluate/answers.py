@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
+from blocks.compute import Compute
 from blocks.library import digest_of, keep, remember
 from blocks.records import Answer, ParentInfo, Value
 from profiles.schema import Chat, Evaluate
@@ -139,7 +140,7 @@ def answers_path(which: Contender, parent: ParentInfo, settings: Evaluate) -> st
     return f"answers/{digest_of(model=which.key, parent=parent.fingerprint, asked=asked, v=VERSION)}.json"
 
 
-def answers_of(which: Contender, parent: ParentInfo, settings: Evaluate, workspace: Path) -> Answers:
+def answers_of(which: Contender, parent: ParentInfo, settings: Evaluate, workspace: Path, compute: Compute) -> Answers:
     """The answers of the parent or of a child; stored ones are read."""
     from transformers import AutoTokenizer
 
@@ -148,7 +149,7 @@ def answers_of(which: Contender, parent: ParentInfo, settings: Evaluate, workspa
     if stored is not None:
         return stored
     folder = workspace / parent.folder
-    model, tokenizer = build(which, parent, workspace), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = build(which, parent, workspace, compute), AutoTokenizer.from_pretrained(folder)
     stops = stop_tokens(folder, model.config, tokenizer)
     found = Answers(answers=answer_all(model, tokenizer, settings, stops))
     keep(path, found, [], workspace)

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from blocks.child import assemble, library_of
+from blocks.compute import Compute
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import digest_of, keep, read_tensors, remember
 from blocks.records import Architecture, BlockRecord, Candidate, CorpusInfo, LayerChoice, ParentInfo, Throughput, Value
 from profiles.schema import GKD, Evaluate
-from tasks.distill import gkd
-from tasks.distill.gkd import GKDResult, TeacherRecord, distill_child
+from tasks.distill.gkd import GKDResult, Watch, no_watch
+from tasks.distill.gkd_job import distill_globally, job_of
+from tasks.distill.gkd_student import load_trained
+from tasks.distill.gkd_targets import TeacherRecord
 from tasks.distill.record import open_parent
 from tasks.evaluate.quality import (
     BenchmarkResult,
@@ -32,7 +35,6 @@ from tasks.evaluate.quality import (
     sequence_figures,
 )
 from tasks.inputs.precision import as_written
-from tasks.running.progress import Progress, no_progress
 
 VERSION = 1
 EVALUATION_VERSION = 2  # figures of each sequence and groups of items are kept
@@ -111,34 +113,35 @@ def parent_contender(architecture: Architecture) -> Contender:
     return Contender(name="parent", architecture=parents, blocks=())
 
 
-def build(which: Contender, parent: ParentInfo, workspace: Path, device: str = "cpu") -> DeciLMForCausalLM:
-    """The contender as a model on a device, GKD weights included."""
-    reader = open_parent(workspace / parent.folder, device)
+def build(which: Contender, parent: ParentInfo, workspace: Path, compute: Compute) -> DeciLMForCausalLM:
+    """The contender as a model, GKD weights included."""
+    reader = open_parent(workspace / parent.folder, compute)
     model = assemble(reader, library_of(list(which.blocks)), which.architecture, workspace)
     if which.gkd is not None:
-        model.model.layers.load_state_dict(read_tensors(workspace, which.gkd.weights))
+        load_trained(model, read_tensors(workspace, which.gkd.weights, device=compute.device))
     return model
 
 
 def distill_contender(
     which: Contender,
     teacher: TeacherRecord,
-    parent: ParentInfo,
     settings: GKD,
     workspace: Path,
-    progress: Progress = no_progress,
+    compute: Compute,
+    devices: Sequence[str] = (),
+    watch: Watch = no_watch,
 ) -> Contender:
-    """GKD of a contender, stored under a digest of the contender, the parent's targets and the settings."""
-    model = build(which, parent, workspace)
-    key = digest_of(
-        model=which.key, teacher=teacher.validation.sha256, steps=len(teacher.steps), settings=settings, v=gkd.VERSION
-    )
-    return which.model_copy(update={"gkd": distill_child(model, teacher, settings, workspace, key, progress)})
+    """GKD of a contender, stored under a digest of all that decides it; on several devices where they are named."""
+    job = job_of(which.architecture.layers, which.blocks, teacher, settings, compute)
+    return which.model_copy(update={"gkd": distill_globally(job, workspace, compute, devices, watch)})
 
 
 @lru_cache(maxsize=1)
-def _test_targets(parent: ParentInfo, corpus: CorpusInfo, sequences: int, workspace: Path) -> ParentTargets:
-    return parent_targets(open_parent(workspace / parent.folder).model(), _test_tokens(corpus, sequences, workspace))
+def _test_targets(
+    parent: ParentInfo, corpus: CorpusInfo, sequences: int, workspace: Path, compute: Compute
+) -> ParentTargets:
+    model = open_parent(workspace / parent.folder, compute).model()
+    return parent_targets(model, _test_tokens(corpus, sequences, workspace), compute)
 
 
 def _test_tokens(corpus: CorpusInfo, sequences: int, workspace: Path) -> Tensor:
@@ -146,11 +149,17 @@ def _test_tokens(corpus: CorpusInfo, sequences: int, workspace: Path) -> Tensor:
 
 
 def evaluation_path(
-    which: Contender, parent: ParentInfo, corpus: CorpusInfo, settings: Evaluate, dtype: torch.dtype = torch.float32
+    which: Contender,
+    parent: ParentInfo,
+    corpus: CorpusInfo,
+    settings: Evaluate,
+    compute: Compute,
+    dtype: torch.dtype = torch.float32,
 ) -> str:
     """Where a contender's evaluation lies, relative to the workspace."""
     asked = settings.model_dump(include={"sequences", "benchmarks", "benchmark_limit", "benchmark_package"})
-    asked |= {} if dtype == torch.float32 else {"weights": str(dtype)}
+    formats = {"weights": dtype, "products": compute.dtype}
+    asked |= {name: str(one) for name, one in formats.items() if one != torch.float32}
     key = digest_of(
         model=which.key, parent=parent.fingerprint, corpus=corpus.fingerprint, asked=asked, v=EVALUATION_VERSION
     )
@@ -163,6 +172,7 @@ def evaluate_contender(
     corpus: CorpusInfo,
     settings: Evaluate,
     workspace: Path,
+    compute: Compute,
     dtype: torch.dtype = torch.float32,
 ) -> Evaluation:
     """Loss, KL and agreement on the test split, and the benchmarks, with weights rounded to `dtype` as in an export.
@@ -170,13 +180,13 @@ def evaluate_contender(
     The parent, with which all are compared, keeps its own weights whatever the children are exported in.
     """
     dtype = torch.float32 if which.stage == "parent" else dtype
-    path = workspace / evaluation_path(which, parent, corpus, settings, dtype)
+    path = workspace / evaluation_path(which, parent, corpus, settings, compute, dtype)
     stored = remember(path, Evaluation, lambda _: [], workspace)
     if stored is not None:
         return stored
-    model = as_written(build(which, parent, workspace), dtype)
-    targets = _test_targets(parent, corpus, settings.sequences, workspace)
-    figures = sequence_figures(model, targets, _test_tokens(corpus, settings.sequences, workspace))
+    model = as_written(build(which, parent, workspace, compute), dtype)
+    targets = _test_targets(parent, corpus, settings.sequences, workspace, compute)
+    figures = sequence_figures(model, targets, _test_tokens(corpus, settings.sequences, workspace), compute)
     found = Evaluation(
         quality=quality_of(figures),
         samples={name: tuple(values.tolist()) for name, values in figures.items()},

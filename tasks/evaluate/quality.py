@@ -23,12 +23,12 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from blocks import estimates
+from blocks.compute import Compute
 from blocks.errors import PuzzleError
 from blocks.estimates import Estimate
 from blocks.records import Metric, Value
 
 CHUNK_TOKENS = 512  # tokens whose logits exist at a time: 512 x 49,152 floats are 100 MB
-BATCH_TOKENS = 2048  # tokens of one forward pass
 
 # benchmark -> (folder of the data in the package, lm-eval's own definition, metric)
 BENCHMARKS = {
@@ -69,7 +69,8 @@ class BenchmarkResult(Value):
 
 @dataclass(frozen=True, kw_only=True)
 class ParentTargets:
-    """What the parent says about `tokens` (S, T): its last hidden states after the norm (S, T, D) and its head.
+    """What the parent says about `tokens` (S, T): its last hidden states after the norm (S, T, D), on the host, and its
+    head.
 
     Its logits (S, T, V) are computed again, chunk by chunk, where they are needed: D is about a hundredth of V.
     """
@@ -97,16 +98,16 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _hidden_states(model: Any, tokens: Tensor) -> Iterator[Tensor]:
+def _hidden_states(model: Any, tokens: Tensor, compute: Compute) -> Iterator[Tensor]:
     """Last hidden states after the norm, a few sequences (s, T, D) at a time. tokens: (S, T)"""
-    device = next(model.parameters()).device
-    for batch in tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])):
-        yield model.model(input_ids=batch.to(device).long(), use_cache=False).last_hidden_state
+    for batch in tokens.split(compute.sequences(tokens.shape[1])):
+        yield model.model(input_ids=batch.to(compute.device).long(), use_cache=False).last_hidden_state
 
 
-def _log_probs(head: nn.Module, softcap: float | None, hidden: Tensor) -> Tensor:
+def _log_probs(head: Any, softcap: float | None, hidden: Tensor) -> Tensor:
     """(tokens, D) -> (tokens, V), float32."""
-    logits = head(hidden).float()
+    bias = getattr(head, "bias", None)
+    logits = functional.linear(hidden.float(), head.weight.float(), None if bias is None else bias.float())
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     return functional.log_softmax(logits, dim=-1)
@@ -116,13 +117,13 @@ def _softcap(model: Any) -> float | None:
     return getattr(model.config, "final_logit_softcapping", None)
 
 
-def parent_targets(parent_model: Any, tokens: Tensor) -> ParentTargets:
+def parent_targets(parent_model: Any, tokens: Tensor, compute: Compute) -> ParentTargets:
     """The parent's side of `sequence_figures`, computed once and shared by all models. tokens: (S, T) int.
 
     The result refers to the parent's head (the embedding where it is tied), not to its layers.
     """
     with _evaluating(parent_model):
-        hidden = torch.cat(list(_hidden_states(parent_model, tokens)))
+        hidden = torch.cat([part.cpu() for part in _hidden_states(parent_model, tokens, compute)])
     return ParentTargets(tokens=tokens, hidden=hidden, head=parent_model.lm_head, softcap=_softcap(parent_model))
 
 
@@ -131,7 +132,7 @@ def quality_of(figures: Mapping[str, Tensor]) -> Quality:
     return Quality(**{name: mean_metric(values) for name, values in figures.items()})
 
 
-def sequence_figures(model: Any, targets: ParentTargets, tokens: Tensor) -> dict[str, Tensor]:
+def sequence_figures(model: Any, targets: ParentTargets, tokens: Tensor, compute: Compute) -> dict[str, Tensor]:
     """Loss, kl and top1_agreement of a model on every sequence of `tokens` (S, T), each (S,) float64.
 
     KL and agreement are means over all T positions, the loss over the T - 1 that have a next token. The parent against
@@ -142,11 +143,11 @@ def sequence_figures(model: Any, targets: ParentTargets, tokens: Tensor) -> dict
     rows: list[Tensor] = []
     with _evaluating(model):
         first = 0
-        for hidden in _hidden_states(model, tokens):
+        for hidden in _hidden_states(model, tokens, compute):
             last = first + hidden.shape[0]
             rows.append(_token_figures(model, hidden, targets, slice(first, last)))
             first = last
-    loss, kl, agree = torch.cat(rows, dim=1)
+    loss, kl, agree = torch.cat(rows, dim=1).cpu()
     return {"loss": loss[:, :-1].mean(dim=1), "kl": kl.mean(dim=1), "top1_agreement": agree.mean(dim=1)}
 
 
@@ -162,7 +163,7 @@ def _token_figures(model: Any, hidden: Tensor, targets: ParentTargets, where: sl
     figures = []
     for model_hidden, parent_hidden, label in triples:
         models = _log_probs(model.lm_head, _softcap(model), model_hidden)
-        parents = _log_probs(targets.head, targets.softcap, parent_hidden).to(models.device)
+        parents = _log_probs(targets.head, targets.softcap, parent_hidden.to(models.device))
         loss = functional.nll_loss(models, label, ignore_index=-100, reduction="none")
         kl = (parents.exp() * (parents - models)).sum(dim=-1)
         agree = models.argmax(dim=-1) == parents.argmax(dim=-1)

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from blocks.compute import HOST
 from blocks.errors import ChildError, first_line
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import read_value
-from blocks.parent import Parent, config_of
+from blocks.parent import Parent, config_of, in_dtype
 from blocks.records import ChildReport
 from tasks.gguf.reader import read_gguf
 from tasks.inputs.parent_weights import weights_of
@@ -36,7 +37,7 @@ def open_child(path: Path, dtype: torch.dtype | None = None) -> DeciLMForCausalL
                 f"{path} is not a plain folder (renamed or left-over tensors, or a tied head that is its own): "
                 "load it with transformers and save it with save_pretrained."
             )
-        return in_precision(Parent(path).model(), dtype)
+        return in_precision(Parent(path, HOST).model(), dtype)
     try:
         loaded: Any = DeciLMForCausalLM.from_pretrained(path, dtype=dtype or "auto", attn_implementation="sdpa")
     except (OSError, RuntimeError, ValueError) as error:
@@ -45,9 +46,8 @@ def open_child(path: Path, dtype: torch.dtype | None = None) -> DeciLMForCausalL
 
 
 def in_precision(model: DeciLMForCausalLM, dtype: torch.dtype | None) -> DeciLMForCausalLM:
-    """Convert the weights in place. Rotary frequencies stay float32, as they do when a folder is loaded."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype or torch.float32)
+    """Convert the weights in place, and say so in the config."""
+    in_dtype(model, dtype or torch.float32)
     if dtype is not None:
         model.config.dtype = dtype
     return model

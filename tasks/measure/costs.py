@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
+from blocks.compute import HOST
 from blocks.disturbance import is_better
 from blocks.engine_limits import runnable
 from blocks.kinds import parse_labels
@@ -171,7 +172,7 @@ def _takes_over(now: CostTable, before: CostTable) -> bool:
 
 
 def _measured(asked: CostRequest, workspace: Path, progress: Progress, hand: Handed) -> CostTable:
-    reader = open_parent(workspace / asked.parent.folder)
+    reader = open_parent(workspace / asked.parent.folder, HOST)
     kept = KeptFigures(asked.path(workspace).with_suffix(".unfinished"))
     timer, others = _timer(reader, asked), Others()
     try:

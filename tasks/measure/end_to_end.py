@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from blocks.compute import HOST
 from blocks.disturbance import is_better
 from blocks.engine_limits import known_engine
 from blocks.library import digest_of, keep, remember
@@ -139,7 +140,7 @@ def _timer(
     """What times all models in a scenario, at a batch size, in so many rounds."""
     hardware = profile.hardware
     if hardware.engine == "torch":
-        models: dict[str, Any] = {which.name: build(which, parent, workspace) for which in contenders}
+        models: dict[str, Any] = {which.name: build(which, parent, workspace, HOST) for which in contenders}
         dtype = getattr(torch, hardware.precision)
         yield partial(measure_throughput, {name: model.to(hardware.device, dtype) for name, model in models.items()})
         return
@@ -160,7 +161,7 @@ def _exported(
     with tempfile.TemporaryDirectory(prefix=".speed-", suffix=".part", dir=workspace) as temporary:
         files = {}
         for which in contenders:
-            model, target = build(which, parent, workspace), Path(temporary) / which.name
+            model, target = build(which, parent, workspace, HOST), Path(temporary) / which.name
             if known_engine(hardware.engine).format == "gguf":
                 path = target.with_suffix(".gguf")
                 files[which.name] = write_gguf(model, path, hardware.precision, NO_TOKENIZER, which.name)

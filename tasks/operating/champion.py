@@ -22,7 +22,7 @@ from blocks.files import sha256_of
 from blocks.library import digest_of, read_tensors, remember
 from blocks.records import CorpusInfo, CostTable, LayerChoice, Metric, ParentInfo, Value
 from profiles.schema import Champion, Profile
-from tasks.distill import bld, gkd, record
+from tasks.distill import bld, gkd, gkd_settings, record
 from tasks.distill.record import open_parent
 from tasks.evaluate.compare import LINEAGE, Lineage, build
 from tasks.evaluate.quality import mean_metric, parent_targets, sequence_figures
@@ -31,6 +31,7 @@ from tasks.inputs.precision import as_written, child_dtype
 from tasks.libraries.interchange import read_library
 from tasks.measure import costs
 from tasks.measure.hardware_description import hardware_description
+from tasks.running.workers import compute_of
 from tasks.score import scoring
 from tasks.search.totals import Problem, broken_limits, fitting_batches, problem_of
 
@@ -82,7 +83,7 @@ def basis(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, table: CostT
         "traffic": profile.scenarios,
         "budget": profile.budget,
         "search": profile.search,
-        "gkd": [profile.gkd, gkd.VERSION],
+        "gkd": [gkd_settings.asked(profile.gkd), gkd.VERSION],
         "rule": profile.champion,
     }
     return {name: digest_of(part=part)[:DIGITS] for name, part in parts.items()}
@@ -222,10 +223,11 @@ def last_problem(profile: Profile, workspace: Path) -> Problem:
 def _figures(side: Lineage, now: Lineage, profile: Profile, workspace: Path) -> Tensor:
     """(S,) of the rule's metric on the test split of now, against the parent of now."""
     tokens = read_tensors(workspace, now.corpus.tokens, ["test"])["test"][: profile.evaluate.sequences]
-    reader = open_parent(workspace / now.parent.folder)
-    targets = parent_targets(reader.model(), tokens)
-    model = as_written(build(side.child, side.parent, workspace), child_dtype(profile.hardware, reader))
-    return sequence_figures(model, targets, tokens)[profile.champion.metric]
+    compute = compute_of(profile)
+    reader = open_parent(workspace / now.parent.folder, compute)
+    targets = parent_targets(reader.model(), tokens, compute)
+    model = as_written(build(side.child, side.parent, workspace, compute), child_dtype(profile.hardware, reader))
+    return sequence_figures(model, targets, tokens, compute)[profile.champion.metric]
 
 
 def decide(ours: Tensor, theirs: Tensor, rule: Champion, changed: tuple[str, ...] = (), look: int = 1) -> Judgement:

@@ -229,6 +229,8 @@ def _workers(profile: Profile) -> Iterator[str]:
     yield from _packages(f"orchestration.runner: {wanted.runner}", *RUNNERS[wanted.runner])
     if wanted.address:
         return
+    if profile.hardware.engine == "roofline" and not wanted.devices and (told := device_missing(profile.devices[0])):
+        yield f"hardware.device: {told}: costs are modelled, variants are trained: name orchestration.devices: [cpu]."
     for told in filter(None, map(device_missing, wanted.devices)):
         yield f"orchestration.devices: {told}: name those, or the address of a cluster whose workers have it."
 

@@ -27,7 +27,8 @@ from blocks.records import SUBBLOCKS, Subblock
 from blocks.resources import non_block_parameters, parameters_of
 from blocks.variant import Variant
 from profiles.schema import GgufParent, PackageParent, Profile, TinyParent
-from tasks.distill.record import CHUNK
+from tasks.distill.gkd_settings import is_recorded, token_bytes, trial_steps
+from tasks.distill.record import CHUNK, fits_in_a_shard
 from tasks.inputs.space import layers_of, refused_alone
 from tasks.inputs.tiny import TRAIN_BATCH, TRAIN_TOKENS
 from tasks.planning.machine import BLOCK_NAMES, Rates
@@ -231,7 +232,7 @@ def record_work(shape: Shape) -> Work:
     settings, width, inner = shape.profile.record, shape.hidden, shape.inner
     sequences = settings.statistics_sequences + settings.validation_sequences
     counted = settings.statistics_sequences * shape.length
-    kept = settings.hidden_sequences + settings.validation_sequences
+    kept = shape.profile.trained_sequences + settings.validation_sequences if states_are_kept(shape) else 0
     layer = shape.forward(sequences * shape.length, packed=True)
     layer += Work(packed=2.0 * counted * inner**2, product=8.0 * counted * width**2)
     rounds = inner // CHUNK
@@ -244,6 +245,11 @@ def record_work(shape: Shape) -> Work:
     return layer * shape.depth
 
 
+def states_are_kept(shape: Shape) -> bool:
+    """Whether all hidden states fit in one shard, and stay on the disk."""
+    return fits_in_a_shard(shape.profile.record, shape.profile.trained_sequences, shape.length)
+
+
 def statistics_bytes(shape: Shape) -> int:
     """Bytes of one layer's Gram matrices, contributions (float32) and channel order (int64)."""
     return FLOAT * (shape.inner**2 + 4 * shape.hidden**2 + shape.inner) + 8 * shape.inner
@@ -251,13 +257,15 @@ def statistics_bytes(shape: Shape) -> int:
 
 def distill_work(shape: Shape, layers: int) -> Work:
     """Blockwise local distillation of the whole search space in so many layers."""
-    record = shape.profile.record
-    kept = record.hidden_sequences + record.validation_sequences
-    layer = shape.forward(kept * shape.length)
-    layer += Work(disk=shape.states(kept) + statistics_bytes(shape) + shape.layer_parameters * FLOAT)
+    trained = shape.profile.trained_sequences + shape.profile.record.validation_sequences
+    layer = shape.forward(trained * shape.length)
+    if not states_are_kept(shape):  # they are recorded again, a shard at a time
+        layer += shape.forward(trained * shape.length, packed=True) + Work(disk=shape.states(trained))
+    layer += Work(disk=shape.states(trained) + statistics_bytes(shape) + shape.layer_parameters * FLOAT)
     for part in SUBBLOCKS:
         for variant in shape.variants[part][1:]:
-            layer += variant_work(shape, variant)
+            compared = shape.profile.bld.closed_form == "compare" and kind_of(variant).closed_form_may_lose
+            layer += variant_work(shape, variant) * (2 if compared else 1)
     return layer * layers
 
 
@@ -266,9 +274,10 @@ def variant_work(shape: Shape, variant: Variant) -> Work:
     settings, record = shape.profile.bld, shape.profile.record
     if not kind_of(variant).trainable:
         return Work(fixed=TASK_SECONDS)
-    tokens = record.hidden_sequences * shape.length
+    tokens = shape.profile.trained_sequences * shape.length
     held_out = HELD_OUT * record.validation_sequences * shape.length
-    stepped = ATTEMPTS * settings.steps * settings.batch_sequences * shape.length
+    steps = shape.profile.trained_steps
+    stepped = ATTEMPTS * steps * settings.batch_sequences * shape.length
     products, solves = kind_of(variant).fit_flops(variant, shape.parent.config, tokens if settings.closed_form else 0)
     parameters, flops = shape.parameters(variant), shape.flops(variant)
     share = flops / shape.layer()
@@ -276,7 +285,7 @@ def variant_work(shape: Shape, variant: Variant) -> Work:
         product=flops * (held_out + 3 * stepped) + (products if settings.closed_form else 0),
         solve=solves if settings.closed_form else 0,
         stream=(held_out + 3 * stepped) * share * shape.elementwise
-        + ATTEMPTS * settings.steps * parameters * FLOAT * ADAMW_PASSES,
+        + ATTEMPTS * steps * parameters * FLOAT * ADAMW_PASSES,
         disk=parameters * FLOAT,
         fixed=TASK_SECONDS,
     )
@@ -352,40 +361,43 @@ def answers_work(shape: Shape, share: float) -> Work:
 
 
 def teacher_work(shape: Shape) -> Work:
-    """GKD's targets, once for all children."""
+    """GKD's targets, once for all children; those of validation alone where the parent runs beside each."""
     settings = shape.profile.gkd
-    tokens = (settings.steps * settings.batch_sequences + settings.validation_sequences) * shape.length
+    stepped = settings.steps * settings.batch_sequences if gkd_recorded(shape) else 0
+    tokens = (stepped + settings.validation_sequences) * shape.length
     work = shape.forward(tokens, shape.depth) + shape.head(tokens, moment=True)
     build = model_bytes(shape) / BUILD_BYTES_PER_SECOND
     return work + Work(disk=2.0 * teacher_bytes(shape), fixed=TASK_SECONDS + build)
 
 
-def cosine_count(shape: Shape) -> int:
-    """Layers whose states GKD compares."""
-    return math.ceil(shape.depth / shape.profile.gkd.cosine_every)
+def gkd_recorded(shape: Shape) -> bool:
+    """Whether the parent is recorded for GKD, or else runs beside the child."""
+    return is_recorded(shape.profile.gkd, shape.length, shape.depth, shape.hidden)
 
 
 def teacher_bytes(shape: Shape) -> int:
-    """Bytes of the recorded targets: states in bfloat16, hidden, moment and lse in float32, tokens."""
+    """Bytes of the recorded targets. Those of validation have no states of layers."""
     settings = shape.profile.gkd
-    per_token = shape.hidden * 2 * FLOAT + 8
-    trained = settings.steps * settings.batch_sequences * shape.length
-    validation = settings.validation_sequences * shape.length
-    return trained * (per_token + cosine_count(shape) * shape.hidden * 2) + validation * per_token
+    trained = settings.steps * settings.batch_sequences * shape.length if gkd_recorded(shape) else 0
+    validation = settings.validation_sequences * shape.length * (shape.hidden * 2 * FLOAT + 8)
+    return trained * token_bytes(settings, shape.depth, shape.hidden) + validation
 
 
 def gkd_work(shape: Shape, share: float) -> Work:
-    """GKD of one child to its last step: it stops earlier when validation asks for it."""
+    """GKD of one child to its last step, with three trials where it finds its learning rate itself."""
     settings = shape.profile.gkd
-    step_tokens = settings.batch_sequences * shape.length
-    tokens = settings.steps * step_tokens
-    watched = (1 + math.ceil(settings.steps / settings.evaluate_every)) * settings.validation_sequences * shape.length
+    trials = 3 if settings.learning_rate is None else 0
+    steps = settings.steps + trials * trial_steps(settings.steps)
+    tokens = steps * settings.batch_sequences * shape.length
+    looks = 1 + trials + math.ceil(settings.steps / settings.evaluate_every)
+    watched = looks * settings.validation_sequences * shape.length
     weights = share * shape.depth * shape.layer_parameters * FLOAT
-    return (
+    beside = Work() if gkd_recorded(shape) else shape.forward(tokens, shape.depth) + shape.head(tokens, moment=True)
+    return beside + (
         shape.forward(tokens, share * shape.depth) * 3
         + shape.head(tokens, moment=True)
         + shape.forward(watched, share * shape.depth)
         + shape.head(watched)
-        + Work(stream=settings.steps * weights * ADAMW_PASSES, disk=teacher_bytes(shape) * 2 + weights)
+        + Work(stream=steps * weights * ADAMW_PASSES, disk=teacher_bytes(shape) * 2 + weights)
         + Work(fixed=TASK_SECONDS + model_bytes(shape, share) / BUILD_BYTES_PER_SECOND)
     )

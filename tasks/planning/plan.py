@@ -274,7 +274,7 @@ def stages_of(
         ("corpus", 1, packed, Work(fixed=packed / effort.CORPUS_TOKENS_PER_SECOND + effort.TASK_SECONDS)),
         ("record", shape.depth, sequences * length * shape.depth, effort.record_work(shape)),
         ("distill", jobs, _bld_tokens(shape, len(searched)), effort.distill_work(shape, len(searched))),
-        ("coupled", pairs, pairs * profile.bld.steps * profile.bld.batch_sequences * length, coupled),
+        ("coupled", pairs, pairs * profile.trained_steps * profile.bld.batch_sequences * length, coupled),
         ("score", len(searched), scored * (jobs + pairs), effort.score_work(shape, searched, variants)),
         ("measure", 1, 0, measure_work(shape, serving)),
         ("choose", 1, 0, Work(fixed=2.0)),
@@ -297,13 +297,13 @@ def _bld_tokens(shape: Shape, layers: int) -> int:
     """Train tokens of all variants that are trained, each once: what the block records add up to."""
     bld = shape.profile.bld
     trained = sum(kind_of(variant).trainable for variants in shape.variants.values() for variant in variants)
-    return layers * trained * bld.steps * bld.batch_sequences * shape.length
+    return layers * trained * shape.profile.trained_steps * bld.batch_sequences * shape.length
 
 
 def disk_bytes(shape: Shape, layers: int, share: float) -> int:
     """What the workspace holds at the end."""
     record, profile = shape.profile.record, shape.profile
-    kept = record.hidden_sequences + record.validation_sequences
+    kept = profile.trained_sequences + record.validation_sequences if effort.states_are_kept(shape) else 0
     total = effort.model_bytes(shape)
     total += shape.depth * (shape.states(kept) + effort.statistics_bytes(shape))
     total += (
@@ -321,15 +321,18 @@ def memory_bytes(shape: Shape, share: float) -> int:
     """The process's peak: the largest of scoring, GKD, evaluation and throughput, beside the program itself."""
     profile, width, inner = shape.profile, shape.hidden, shape.inner
     weights = share * shape.depth * shape.layer_parameters * FLOAT
-    tokens = profile.gkd.batch_sequences * shape.length
+    at_once = max(shape.length, profile.hardware.micro_batch_tokens)
+    tokens = min(profile.gkd.batch_sequences * shape.length, at_once)
     activations = tokens * share * shape.depth * FLOAT * (22 * width + 5 * inner)
-    # beside the model: gradients, two moments, the best weights so far and their successor, the optimiser's temporary
-    gkd = effort.model_bytes(shape, share) + 6 * weights + activations + shape.vocabulary * width * FLOAT
+    # beside the model: gradients, two moments, the best weights so far, the optimiser's temporary
+    gkd = effort.model_bytes(shape, share) + 5 * weights + activations + shape.vocabulary * width * FLOAT
+    gkd += 0 if effort.gkd_recorded(shape) else effort.model_bytes(shape)
     models = 2 + len(profile.evaluate.baselines)
     served = weight_bytes(profile.hardware.precision) / FLOAT
     throughput = served * (effort.model_bytes(shape) + (models - 1) * effort.model_bytes(shape, share))
     scoring = 2 * effort.model_bytes(shape)
     recorded = profile.record.statistics_sequences + profile.record.validation_sequences
+    recorded = min(recorded, max(1, profile.record.shard_tokens // shape.length))
     record = 3 * shape.states(recorded) + 4 * effort.statistics_bytes(shape)
     stages = [scoring, record, *([gkd] if profile.gkd.steps else []), *([throughput] if _measures(profile) else [])]
     return int(PROCESS_BYTES + max(stages))

@@ -26,7 +26,8 @@ def device_turn(stage: str, profile: Profile) -> Iterator[None]:
     if stage in WITHOUT_A_DEVICE:
         yield
         return
-    device = device_name(profile.hardware.device) or profile.hardware.device.replace(":", "-")
+    wanted = profile.hardware.device if stage in MEASURING else profile.devices[0]
+    device = device_name(wanted) or wanted.replace(":", "-")
     if stage in MEASURING:
         with alone(stage, device):
             yield

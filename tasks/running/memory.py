@@ -20,10 +20,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 class Parts:
-    """In how many parts a batch goes through. It starts whole; out of memory doubles the number for good."""
+    """In how many parts a batch goes through: `count` at first; out of memory doubles the number for good."""
 
-    def __init__(self, what: str, most: int) -> None:
-        self.what, self.most, self.count = what, most, 1
+    def __init__(self, what: str, most: int, count: int = 1) -> None:
+        self.what, self.most, self.count = what, most, count
 
     def run(self, work: Callable[[int], ResultT]) -> ResultT:
         """`work(parts)`, again with twice as many parts while memory is short; the last error when there is no more

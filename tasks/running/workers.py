@@ -12,16 +12,18 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from prefect.context import FlowRunContext
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from blocks.compute import Compute
 from blocks.devices import on_device
 from blocks.errors import PuzzleError
-from blocks.records import Value
 from blocks.runtime import configure, set_threads
 from profiles.schema import Orchestration, Profile
 from tasks.running.sharing import TaskKey, exclusive
@@ -32,38 +34,48 @@ RAY_TOKENS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 log = logging.getLogger("puzzle")
 
 
-class WorkerSlot(Value):
+@dataclass(frozen=True, kw_only=True)
+class WorkerSlot:
     """What a worker computes a task with: one of these devices of its machine, and so many threads."""
 
-    devices: tuple[str, ...] = ("cpu",)
-    threads: int | None = None
+    devices: tuple[str, ...]
+    threads: int | None
+    compute: Compute
+
+
+def compute_of(profile: Profile) -> Compute:
+    """How the stages of a profile compute: whole models on the first of its devices, a task on the one it takes."""
+    hardware, device = profile.hardware, profile.devices[0]
+    precision = hardware.compute_precision or ("float32" if device.startswith("cpu") else "bfloat16")
+    tokens, dtype = hardware.micro_batch_tokens, getattr(torch, precision)
+    return Compute(device="", dtype=dtype, attention="sdpa", micro_batch_tokens=tokens).on(device)
 
 
 def worker_slot(profile: Profile) -> WorkerSlot:
     """The slot of every submitted task of a profile."""
-    return WorkerSlot(devices=profile.orchestration.devices, threads=profile.hardware.threads)
+    return WorkerSlot(devices=profile.devices, threads=profile.hardware.threads, compute=compute_of(profile))
 
 
 @contextmanager
-def in_slot(slot: WorkerSlot, workspace: Path, task: TaskKey) -> Iterator[str]:
+def in_slot(slot: WorkerSlot, workspace: Path, task: TaskKey) -> Iterator[Compute]:
     """A submitted task at work, in whatever process: it logs to Prefect, no other process makes the same thing, the
-    threads are set, and a device is taken, whose name the block gets.
+    threads are set, and a device is taken, which the block computes on.
     """
     context = FlowRunContext.get()
     if context is not None and context.detached:
         configure()
         _log_to_prefect()
-    with exclusive(workspace, task), _at_a_device(slot, task) as device:
-        yield device
+    with exclusive(workspace, task), _at_a_device(slot, task) as compute:
+        yield compute
 
 
 @contextmanager
-def _at_a_device(slot: WorkerSlot, task: TaskKey) -> Iterator[str]:
+def _at_a_device(slot: WorkerSlot, task: TaskKey) -> Iterator[Compute]:
     threads = set_threads(slot.threads)
     with on_device(slot.devices) as device:
         where = f"{device} of {socket.gethostname()}, process {os.getpid()}"
         log.info("at work on %s, on %s, with %d thread%s", task.what, where, threads, "s" if threads > 1 else "")
-        yield "cpu" if device.startswith("cpu") else device
+        yield slot.compute.on(device)
 
 
 def _log_to_prefect() -> None:
@@ -81,7 +93,7 @@ def task_runner(profile: Profile) -> Iterator[Any]:
 
     PuzzleError when the extra is not installed, nobody answers at the address, or no worker has what tasks need.
     """
-    wanted = profile.orchestration
+    wanted = profile.orchestration.model_copy(update={"devices": profile.devices})
     if wanted.runner == "threads":
         yield ThreadPoolTaskRunner(max_workers=wanted.workers)
         return

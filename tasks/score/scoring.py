@@ -1,37 +1,40 @@
 """Replace-1-block scores (Puzzle, section 3): put one variant into the parent, measure KL(parent || child) and the
 rise of the LM loss on held-out sequences. Lower is better; the parent's own subblock scores exactly 0.
 
-Replacing layer i changes nothing before it. So scoring starts from the recorded states that enter the layer, and the
-variants of a layer run through the rest of the parent as one batch. The parent's side of the divergence is stored as
-one vector per token instead of a whole distribution (blocks/divergence.py).
+Replacing layer i changes nothing before it. So scoring starts from the states that enter the layer, and the variants of
+a layer run through the rest of the parent together, one layer after another, in micro-batches. States wait on the host:
+the device needs room for one layer and one micro-batch, whatever the size of the parent. The parent's side of the
+divergence is one vector per token instead of a whole distribution (blocks/divergence.py).
 
-S = sequences, T = tokens, D = hidden_size.
+S = sequences, T = tokens, D = hidden_size, R = rows: the sequences of all variants that run together.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from blocks.compute import Compute
 from blocks.divergence import Head, Targets, kl_per_token, targets_of
 from blocks.estimates import mean
 from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
-from blocks.library import digest_of, keep, read_tensors, remember
+from blocks.library import digest_of, keep, read_rows, read_tensors, remember
 from blocks.packed import pack_linears
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, LayerChoice, LayerRecord, ParentInfo, Ref, Score, Value
-from blocks.runtime import kept_per_device
+from blocks.runtime import free_bytes, kept_per_device
 from blocks.subblock import load_subblock, run_subblock
-from tasks.distill.record import open_parent
+from tasks.distill.record import open_parent, slices
 from tasks.running.memory import Parts
 
 VERSION = 4
-BATCH_TOKENS = 4096
+HELD_TOKENS = 131072  # tokens of variants whose states wait on the host together
 Sequences = tuple[int, ...]  # indices in the validation split
 Work = tuple[BlockRecord, Sequences]
 
@@ -61,72 +64,147 @@ class SequenceScores(Value):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringSet:
-    """The validation tokens that variants are scored on, and where the parent's targets on them come from.
+    """The validation tokens that variants are scored on, and where the parent's states on them come from.
 
-    last: the record of the parent's last layer; count, length: how many sequences, and the tokens of each.
+    last: the record of the parent's last layer. It holds states where all that was recorded fits in one shard; else
+    they are computed from the tokens. first, count, length: which sequences, and the tokens of each.
     """
 
     corpus: CorpusInfo
     last: LayerRecord
     count: int
     length: int
+    first: int = 0
 
-    def validation(self, ref: Ref, workspace: Path, device: str) -> Tensor:
+    def validation(self, ref: Ref, workspace: Path) -> Tensor:
         """These sequences of a file's validation split: (S, T) tokens or (S, T, D) states."""
-        whole = read_tensors(workspace, ref, ["validation"], device)["validation"]
-        return whole[: self.count, : self.length]
+        return read_rows(workspace, ref, "validation", self.first, self.first + self.count)[:, : self.length]
+
+    @property
+    def sequences(self) -> Sequences:
+        """The numbers of the sequences in the validation split."""
+        return tuple(range(self.first, self.first + self.count))
+
+    def shards(self, most: int) -> "list[ScoringSet]":
+        """The same in parts of at most `most` tokens; the whole where states are recorded."""
+        if self.last.boundary is not None:
+            return [self]
+        parts = slices(self.count, max(1, most // self.length))
+        return [replace(self, first=self.first + first, count=last - first) for first, last in parts]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ParentSuffix:
-    """The whole parent in memory, with its targets on the scored sequences. Scores run through its last layers."""
+class Passes:
+    """The parent for forward passes over states (R, T, D) that lie on the host; R rows of T tokens.
 
-    reader: Parent
-    layers: list[DeciLMDecoderLayer]
-    norm: nn.Module
-    head: Head
-    targets: Targets
-    labels: Tensor  # (S, T - 1) token that follows each position
-    contexts: list[dict[str, Any]]
+    Its layers stay in memory where all of them have room, else each is loaded for each pass over the rows.
+    """
 
-    def finish(self, hidden: Tensor, layer: int) -> Tensor:
-        """States (B, T, D) that leave `layer` -> states after the final norm."""
-        for module, context in zip(self.layers[layer + 1 :], self.contexts[layer + 1 :], strict=True):
-            hidden = module(hidden, **context)
-        out: Tensor = self.norm(hidden)
+    def __init__(self, reader: Parent) -> None:
+        self.reader, self.compute, self.norm = reader, reader.compute, reader.norm()
+        self.head = Head(reader.head_weight().float())
+        self.kept: dict[int, DeciLMDecoderLayer] = {}
+        self.have_room = reader.weight_bytes < free_bytes(self.compute.device) / 2
+
+    def layer(self, layer: int) -> DeciLMDecoderLayer:
+        """One of the parent's layers."""
+        if layer in self.kept:
+            return self.kept[layer]
+        module = self.reader.layer(layer)
+        pack_linears(module)
+        if self.have_room:
+            self.kept[layer] = module
+        return module
+
+    def context(self, layer: int, hidden: Tensor) -> dict[str, Any]:
+        """The keyword arguments of a layer's attention for rows like `hidden`."""
+        return self.reader.contexts(hidden[:1].to(self.compute.device))[layer]
+
+    def micro_batches(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Views of as many rows (R, T, ...) as one pass takes."""
+        return rows.split(self.compute.sequences(rows.shape[1]))
+
+    @torch.no_grad()
+    def run(self, module: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """Run a function of states over all rows, in place."""
+        parts = Parts("score", self.compute.sequences(hidden.shape[1]))
+
+        def made(count: int, batch: Tensor) -> list[Tensor]:
+            return [module(part.to(self.compute.device)).cpu() for part in batch.chunk(count)]
+
+        for batch in self.micro_batches(hidden):
+            batch.copy_(torch.cat(parts.run(partial(made, batch=batch))))
+        return hidden
+
+    def through(self, layers: Iterable[int], hidden: Tensor) -> Tensor:
+        """Run the rows through some of the parent's layers, in place."""
+        for layer in layers:
+            self.run(partial(self.layer(layer), **self.context(layer, hidden)), hidden)
+        return hidden
+
+    @torch.no_grad()
+    def final(self, hidden: Tensor) -> Tensor:
+        """A micro-batch after the final norm, on the device, in float32."""
+        out: Tensor = self.norm(hidden.to(self.compute.device)).float()
         return out
 
-    def targets_on(self, rows: Tensor) -> Targets:
-        """The targets of some sequences, flattened."""
-        count, length = self.labels.shape[0], self.labels.shape[1] + 1
-        return self.targets[torch.arange(count * length).view(count, length)[rows].flatten()]
+    @torch.no_grad()
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """Tokens (R, T) -> the states that enter the first layer."""
+        embedding = self.reader.embedding()
+        return torch.cat([embedding(part.to(self.compute.device)).cpu() for part in self.micro_batches(tokens)])
 
 
 @kept_per_device(1)
-def open_suffix(folder: Path, workspace: Path, scored: ScoringSet, device: str) -> ParentSuffix:
-    """Load the parent and compute its targets from the recorded states that enter its last layer."""
-    hidden = scored.validation(scored.last.boundary, workspace, device)
-    tokens = scored.validation(scored.corpus.tokens, workspace, device).long()
-    return make_suffix(open_parent(folder, device), tokens, hidden)
+def _passes(folder: Path, compute: Compute) -> Passes:
+    return Passes(open_parent(folder, compute))
 
 
-def make_suffix(reader: Parent, tokens: Tensor, hidden: Tensor) -> ParentSuffix:
-    """The parent and its targets on `tokens` (S, T); `hidden` (S, T, D) enters its last layer."""
-    layers = nn.ModuleList([reader.layer(layer) for layer in range(reader.depth)])
-    pack_linears(layers)
-    contexts = reader.contexts(hidden[:1])
-    norm, head = reader.norm(), Head(reader.head_weight())
-    with torch.no_grad():
-        final = norm(layers[-1](hidden, **contexts[-1])).flatten(0, 1)
-    return ParentSuffix(
-        reader=reader,
-        layers=list(layers),  # type: ignore[arg-type]
-        norm=norm,
-        head=head,
-        targets=targets_of(final, head),
-        labels=tokens[:, 1:],
-        contexts=contexts,
-    )
+@dataclass(kw_only=True)
+class ParentSuffix:
+    """The parent and its targets on the scored sequences, which lie on the host. Scores run through its last layers.
+
+    first: number of the first sequence. rolled: a layer, and the states that enter it, where none were recorded.
+    """
+
+    passes: Passes
+    tokens: Tensor  # (S, T)
+    targets: Targets
+    first: int = 0
+    rolled: tuple[int, Tensor] | None = None
+    one_at_a_time: Lock = field(default_factory=Lock)
+
+    def entering(self, layer: int) -> Tensor:
+        """The states (S, T, D) that enter a layer, from the tokens; layers in order are cheapest."""
+        with self.one_at_a_time:
+            if self.rolled is None or self.rolled[0] > layer:
+                self.rolled = (0, self.passes.embedded(self.tokens))
+            before, hidden = self.rolled
+            self.rolled = (layer, self.passes.through(range(before, layer), hidden))
+            return hidden.clone()
+
+    def targets_on(self, rows: Tensor) -> Targets:
+        """The targets of some sequences, flattened, on the device."""
+        count, length = self.tokens.shape
+        found = self.targets[torch.arange(count * length).view(count, length)[rows].flatten()]
+        return Targets(**{name: tensor.to(self.passes.compute.device) for name, tensor in vars(found).items()})
+
+
+@kept_per_device(1)
+def open_suffix(folder: Path, workspace: Path, scored: ScoringSet, compute: Compute) -> ParentSuffix:
+    """The parent's targets, from the states that enter its last layer where they were recorded."""
+    passes, tokens = _passes(folder, compute), scored.validation(scored.corpus.tokens, workspace).long()
+    if scored.last.boundary is None:
+        return make_suffix(passes, tokens, passes.embedded(tokens), 0, scored.first)
+    hidden = scored.validation(scored.last.boundary, workspace)
+    return make_suffix(passes, tokens, hidden, passes.reader.depth - 1, scored.first)
+
+
+def make_suffix(passes: Passes, tokens: Tensor, hidden: Tensor, layer: int, first: int = 0) -> ParentSuffix:
+    """The parent and its targets on `tokens` (S, T); `hidden` (S, T, D) enters `layer` and is changed in place."""
+    passes.through(range(layer, passes.reader.depth), hidden)
+    found = [targets_of(passes.final(batch).flatten(0, 1), passes.head) for batch in passes.micro_batches(hidden)]
+    joined = {name: torch.cat([vars(each)[name].cpu() for each in found]) for name in ("hidden", "moment", "lse")}
+    return ParentSuffix(passes=passes, tokens=tokens, targets=Targets(**joined), first=first)
 
 
 def score_key(record: BlockRecord, length: int) -> str:
@@ -152,7 +230,7 @@ def stored_score(record: BlockRecord, sequences: Sequence[int], length: int, wor
 
 
 def score_sequences(
-    work: Sequence[Work], layer: LayerRecord, scored: ScoringSet, parent: ParentInfo, workspace: Path, device: str
+    work: Sequence[Work], layer: LayerRecord, scored: ScoringSet, parent: ParentInfo, workspace: Path, compute: Compute
 ) -> list[Score]:
     """Scores of variants of one layer, each on its own sequences of `scored`; values in the order asked.
 
@@ -164,11 +242,12 @@ def score_sequences(
     known = {record.key: _stored(record, length, workspace) for record, _ in usable}
     missing = [(record, known[record.key].without(sequences)) for record, sequences in usable]
     if any(sequences for _, sequences in missing):
-        suffix = open_suffix(workspace / parent.folder, workspace, scored, device)
-        hidden = scored.validation(layer.boundary, workspace, device)
-        parts = Parts(f"score layer {layer.layer}", BATCH_TOKENS // length)
-        for batch in batches_of(missing, length):
-            for record, more in parts.run(partial(_in_parts, suffix, batch, hidden, workspace)):
+        suffix = open_suffix(workspace / parent.folder, workspace, scored, compute)
+        recorded = None if layer.boundary is None else scored.validation(layer.boundary, workspace)
+        hidden = suffix.entering(layer.layer) if recorded is None else recorded
+        for records, sequences in batches_of(missing, length):
+            found = score_batch(suffix, records, hidden, sequences, workspace)
+            for record, more in zip(records, found, strict=True):
                 if more is not None:
                     known[record.key] = known[record.key].and_also(more)
                     keep(_path(record, length, workspace), known[record.key], [], workspace)
@@ -179,29 +258,16 @@ def score_sequences(
 Batch = tuple[list[BlockRecord], Sequences]
 
 
-def _in_parts(
-    suffix: ParentSuffix, batch: Batch, hidden: Tensor, workspace: Path, parts: int
-) -> list[tuple[BlockRecord, SequenceScores | None]]:
-    """`score_batch` of a batch, computed in so many parts to save memory."""
-    records, sequences = batch
-    return [
-        pair
-        for fewer, part in batches_of([(record, sequences) for record in records], hidden.shape[1], parts)
-        for pair in zip(fewer, score_batch(suffix, fewer, hidden, part, workspace), strict=True)
-    ]
-
-
-def batches_of(work: Iterable[Work], length: int, parts: int = 1) -> Iterator[Batch]:
-    """Group the records that need the same sequences into batches of BATCH_TOKENS tokens, or a fraction of that."""
+def batches_of(work: Iterable[Work], length: int) -> Iterator[Batch]:
+    """Group the records that need the same sequences into batches of at most HELD_TOKENS tokens."""
     groups: dict[Sequences, list[BlockRecord]] = {}
     for record, sequences in work:
         groups.setdefault(sequences, []).append(record)
-    tokens = BATCH_TOKENS // parts
-    most = max(1, tokens // length)
+    most = max(1, HELD_TOKENS // length)
     for sequences, records in groups.items():
         for first in range(0, len(sequences), most):
             part = sequences[first : first + most]
-            group = max(1, tokens // (len(part) * length))
+            group = max(1, most // len(part))
             yield from ((records[start : start + group], part) for start in range(0, len(records), group))
 
 
@@ -213,32 +279,37 @@ def score_batch(
     for a variant whose KL is not a number.
     """
     started = time.perf_counter()
-    layer = records[0].layer
-    rows = torch.tensor(sequences)
-    after = torch.cat([_replaced(suffix, record, hidden[rows], workspace) for record in records])
-    states = suffix.finish(after, layer).split(len(sequences))
-    losses = [_losses(suffix, each, rows) for each in states]
+    layer, passes = records[0].layer, suffix.passes
+    rows = torch.tensor(sequences) - suffix.first
+    after = torch.cat([_replaced(passes, record, hidden[rows], workspace) for record in records])
+    passes.through(range(layer + 1, passes.reader.depth), after)
+    numbers = rows.repeat(len(records)).split(passes.compute.sequences(hidden.shape[1]))
+    pairs = zip(passes.micro_batches(after), numbers, strict=True)
+    losses = [_losses(suffix, passes.final(batch), some) for batch, some in pairs]
     seconds = (time.perf_counter() - started) / len(records)
+    found = (torch.cat(column).split(len(sequences)) for column in zip(*losses, strict=True))
     return [
         SequenceScores(sequences=sequences, kl=tuple(kl.tolist()), lm_loss=tuple(lm.tolist()), seconds=seconds)
         if kl.isfinite().all()
         else None
-        for kl, lm in losses
+        for kl, lm in zip(*found, strict=True)
     ]
 
 
-def _replaced(suffix: ParentSuffix, record: BlockRecord, hidden: Tensor, workspace: Path) -> Tensor:
-    """States that leave the layer when the variant stands in it."""
-    module, context = suffix.layers[record.layer], suffix.contexts[record.layer]
-    variant = load_variant(suffix.reader, record, workspace)
+def _replaced(passes: Passes, record: BlockRecord, hidden: Tensor, workspace: Path) -> Tensor:
+    """States that leave the layer when the variant stands in it, in place."""
+    module, context = passes.layer(record.layer), passes.context(record.layer, hidden)
+    variant = load_variant(passes.reader, record, workspace)
     pack_linears(variant)
-    if record.subblock == "block":
-        return variant(hidden, **context)
-    for subblock in SUBBLOCKS:
-        source = variant if subblock == record.subblock else module
-        out = run_subblock(source, subblock, hidden, context)
-        hidden = hidden if out is None else hidden + out
-    return hidden
+
+    def replaced(states: Tensor) -> Tensor:
+        for subblock in SUBBLOCKS:
+            source = variant if subblock == record.subblock else module
+            out = run_subblock(source, subblock, states, context)
+            states = states if out is None else states + out
+        return states
+
+    return passes.run(partial(variant, **context) if record.subblock == "block" else replaced, hidden)
 
 
 def load_variant(reader: Parent, record: BlockRecord, workspace: Path) -> DeciLMDecoderLayer:
@@ -246,7 +317,7 @@ def load_variant(reader: Parent, record: BlockRecord, workspace: Path) -> DeciLM
     choice = LayerChoice.only(record.subblock, record.variant)
     module = reader.empty_layer(record.layer, choice).requires_grad_(False)
     if record.weights is not None:
-        module.load_state_dict(read_tensors(workspace, record.weights, device=reader.device))
+        module.load_state_dict(read_tensors(workspace, record.weights, device=reader.compute.device))
     elif record.variant == "parent":
         whole = reader.layer(record.layer).state_dict()
         load_subblock(module, record.subblock, {n: whole[n] for n in module.state_dict()})  # type: ignore[arg-type]
@@ -254,14 +325,14 @@ def load_variant(reader: Parent, record: BlockRecord, workspace: Path) -> DeciLM
 
 
 def _losses(suffix: ParentSuffix, states: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """KL and rise of the LM loss, (s,) each, of final states (s, T, D) on the sequences `rows`."""
+    """KL and rise of the LM loss, (r,) each, of final states (r, T, D) on the sequences `rows`."""
     count, length = states.shape[:2]
-    targets = suffix.targets_on(rows)
-    kl, rise = kl_per_token(states.flatten(0, 1), targets, suffix.head)
+    targets, labels = suffix.targets_on(rows), suffix.tokens[rows, 1:].to(states.device)
+    kl, rise = kl_per_token(states.flatten(0, 1), targets, suffix.passes.head)
     kl, rise = kl.view(count, length), rise.view(count, length)[:, :-1]
     shift = (targets.hidden.view_as(states) - states)[:, :-1].double()
-    lm = rise + (shift * suffix.head.weight[suffix.labels[rows]].double()).sum(-1)
-    return kl.mean(1), lm.mean(1)
+    lm = rise + (shift * suffix.passes.head.weight[labels].double()).sum(-1)
+    return kl.mean(1).cpu(), lm.mean(1).cpu()
 
 
 def _score(record: BlockRecord, known: SequenceScores, sequences: Sequence[int], length: int) -> Score | None:

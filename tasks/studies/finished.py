@@ -9,12 +9,13 @@ from blocks.library import BlockLibrary
 from blocks.parent import Parent
 from blocks.records import BlockRecord, CorpusInfo, CostTable, LayerRecord, ParentInfo, Score
 from profiles.schema import Profile
-from tasks.distill.jobs import coupled_jobs, jobs_of
-from tasks.distill.record import open_parent, record_key, recorded
+from tasks.distill.jobs import better_of, coupled_jobs, jobs_of
+from tasks.distill.record import open_parent, recorded, recording_of
 from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
 from tasks.measure.costs import costs_of
+from tasks.running.workers import compute_of
 from tasks.score.scoring import stored_score
 from tasks.search.totals import Problem, problem_of
 
@@ -86,16 +87,18 @@ def _scores(profile: Profile, workspace: Path, corpus: CorpusInfo, blocks: Seque
 def _blocks(
     profile: Profile, workspace: Path, parent: ParentInfo, corpus: CorpusInfo, reader: Parent
 ) -> tuple[BlockRecord, ...]:
-    key = record_key(parent, corpus, profile.record, profile.bld.ridge)
-    layers = [recorded(layer, key, workspace) for layer in range(reader.depth)]
+    recording = recording_of(profile, parent, corpus, compute_of(profile))
+    layers = [recorded(layer, recording, workspace) for layer in range(reader.depth)]
     records: list[LayerRecord] = [record for record in layers if record is not None]
     if len(records) < reader.depth:
         raise _unfinished(profile, workspace, f"{reader.depth - len(records)} layers that are not recorded")
     library = BlockLibrary(workspace)
-    jobs = jobs_of(profile, parent, records, key, reader)
+    jobs = jobs_of(profile, recording, records, reader)
     blocks = [library.find(job.key) for job in jobs]
     there = [block for block in blocks if block is not None]
-    if profile.bld.coupled and len(there) == len(jobs):
+    if None not in blocks:
+        there = better_of(there)
+    if profile.bld.coupled and None not in blocks:
         jobs = coupled_jobs(profile, jobs, there, reader)
         blocks = [library.find(job.key) for job in jobs]
         there += [block for block in blocks if block is not None]

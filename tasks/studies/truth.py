@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from blocks.compute import Compute
 from blocks.divergence import Head, Targets, kl_per_token, targets_of
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.library import digest_of, keep, read_tensors, remember
@@ -32,6 +33,7 @@ from blocks.subblock import run_subblock
 from tasks.distill.record import open_parent
 from tasks.evaluate.compare import blocks_of
 from tasks.evaluate.quality import parent_targets, sequence_figures
+from tasks.running.workers import compute_of
 from tasks.score.scoring import load_variant
 from tasks.search.program import Floats
 from tasks.studies.additivity import Layers, Truth
@@ -86,11 +88,12 @@ def other_model(folder: Path, meter: "Meter") -> OtherModel:
         raise PuzzleError(f"{folder} is no model that can be compared: {str(error).splitlines()[0]}") from error
     if not same or model.config.vocab_size != meter.modules.reader.config.vocab_size:
         raise PuzzleError(f"{folder} reads other tokens than {meter.finished.parent.name}: take one of its family.")
-    targets = parent_targets(meter.modules.reader.model(), meter.tokens)
+    compute = meter.modules.compute
+    targets = parent_targets(meter.modules.reader.model(), meter.tokens, compute)
     return OtherModel(
         name=folder.resolve().name,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        per_sequence=tuple(sequence_figures(model, targets, meter.tokens)["kl"].tolist()),
+        per_sequence=tuple(sequence_figures(model.to(compute.device), targets, meter.tokens, compute)["kl"].tolist()),
         seconds=time.perf_counter() - started,
     )
 
@@ -141,9 +144,14 @@ class Modules:
         return self._records[place], self.finished.workspace
 
     @cached_property
+    def compute(self) -> Compute:
+        """How the run computed."""
+        return compute_of(self.finished.profile)
+
+    @cached_property
     def reader(self) -> Parent:
         """The parent on disk."""
-        return open_parent(self.finished.workspace / self.finished.parent.folder)
+        return open_parent(self.finished.workspace / self.finished.parent.folder, self.compute)
 
     @cached_property
     def norm(self) -> nn.Module:
@@ -230,7 +238,8 @@ class Meter:
     @cached_property
     def tokens(self) -> Tensor:
         """(S, T) token ids."""
-        whole = read_tensors(self.finished.workspace, self.finished.corpus.tokens, ["validation"])["validation"]
+        place = (self.finished.workspace, self.finished.corpus.tokens, ["validation"])
+        whole = read_tensors(*place, device=self.modules.compute.device)["validation"]
         return whole[self.sequences.first : self.sequences.last, : self.sequences.tokens].long()
 
     @cached_property

@@ -1,0 +1,231 @@
+"""A GKD from its start to its result: in this process on one device, through torchrun on several.
+
+What is asked lies in a file, `job.json` in the folder of the training. So a training can be started by other means, on
+other machines (docs/how-to/distil-on-many-gpus.md), and a checkpoint can be made a child of.
+"""
+
+import logging
+import os
+import shlex
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from blocks.child import assemble_layers, library_of
+from blocks.compute import HOST, Compute
+from blocks.errors import ChildError, PuzzleError, PuzzleFailure
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.library import digest_of, read_value, write_value
+from blocks.records import BlockRecord, LayerChoice, Value
+from profiles.schema import GKD
+from tasks.distill import gkd_checkpoint
+from tasks.distill.gkd import VERSION, GKDResult, Seen, Training, Watch, finished, no_watch
+from tasks.distill.gkd_settings import asked
+from tasks.distill.gkd_student import Student, load_trained
+from tasks.distill.gkd_targets import Teacher, TeacherRecord
+from tasks.distill.record import open_parent
+from tasks.distill.sharding import ALONE
+
+LAUNCHER = "PUZZLE_GKD_LAUNCHER"
+JOB = "job.json"
+RESTARTS = 3  # of all processes from the last checkpoint, when one of them died
+# else processes that were started again find the addresses of those that died, and connect to nobody
+FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+FAILED, LAST_LINES = "GKD failed: ", 12
+log = logging.getLogger("puzzle")
+
+
+class Job(Value):
+    """A child that is to be distilled globally: its layers with the trained blocks they are made of, the parent's
+    targets, and the settings. dtype, attention and micro_batch_tokens: see `Compute`.
+    """
+
+    layers: tuple[LayerChoice, ...]
+    blocks: tuple[BlockRecord, ...]
+    record: TeacherRecord
+    settings: GKD
+    device: str
+    dtype: str
+    attention: str
+    micro_batch_tokens: int
+
+    @property
+    def folder(self) -> str:
+        """Of checkpoints and result, within the workspace: named by all that decides the result."""
+        key = digest_of(
+            layers=self.layers,
+            blocks=[block.key for block in self.blocks],
+            teacher=self.record.validation.sha256,
+            settings=asked(self.settings),
+            products=self.dtype,
+            version=VERSION,
+        )
+        return f"gkd/child-{key}"
+
+    @property
+    def compute(self) -> Compute:
+        """How it is computed, on the device of one process."""
+        return Compute(
+            device=self.device,
+            dtype=getattr(torch, self.dtype),
+            attention=self.attention,
+            micro_batch_tokens=self.micro_batch_tokens,
+        )
+
+
+def job_of(
+    layers: Sequence[LayerChoice],
+    blocks: Sequence[BlockRecord],
+    record: TeacherRecord,
+    settings: GKD,
+    compute: Compute,
+) -> Job:
+    """The job of a child."""
+    return Job(
+        layers=tuple(layers),
+        blocks=tuple(blocks),
+        record=record,
+        settings=settings,
+        device=compute.device.partition(":")[0],
+        dtype=str(compute.dtype).removeprefix("torch."),
+        attention=compute.attention,
+        micro_batch_tokens=compute.micro_batch_tokens,
+    )
+
+
+def distill_globally(
+    job: Job, workspace: Path, compute: Compute, devices: Sequence[str] = (), watch: Watch = no_watch
+) -> GKDResult:
+    """The result of a job: the stored one, or the end of a training that goes on from its last checkpoint.
+
+    devices: of this machine, a process of torchrun for each where there are several. Else this process trains, on the
+    device of `compute`.
+    """
+    found = finished(workspace, job.folder)
+    if found is not None:
+        return found
+    check_processes(job.settings, max(1, len(devices)))
+    path = workspace / job.folder / JOB
+    write_value(path, job)
+    launcher = shlex.split(os.environ.get(LAUNCHER, ""))
+    if launcher or len(devices) > 1:
+        _launched(launcher or _torchrun(len(devices)), workspace.resolve(), job.folder, _shown(devices), watch)
+        found = finished(workspace, job.folder)
+        if found is None:
+            raise PuzzleFailure(f"the processes of GKD ended without {path.with_name('result.json')}: run again")
+        return found
+    return Training(
+        student=Student(built(job, workspace, compute), job.settings, compute),
+        beside=None if job.record.steps else Teacher(_parent_of(job, workspace, compute), compute),
+        record=job.record,
+        settings=job.settings,
+        workspace=workspace,
+        folder=job.folder,
+        compute=compute,
+        watch=watch,
+        group=ALONE,
+    ).run()
+
+
+def check_processes(settings: GKD, processes: int) -> None:
+    """PuzzleError for a number of processes among which the sequences of a step cannot be shared out evenly."""
+    if settings.batch_sequences % processes or settings.validation_sequences < processes:
+        raise PuzzleError(
+            f"GKD on {processes} devices needs gkd.batch_sequences that {processes} divides (it is "
+            f"{settings.batch_sequences}), and gkd.validation_sequences of at least {processes} (it is "
+            f"{settings.validation_sequences}): each device takes as many sequences as the others"
+        )
+
+
+def built(job: Job, workspace: Path, compute: Compute) -> DeciLMForCausalLM:
+    """The child before its GKD, whole, with float32 weights."""
+    reader = open_parent(workspace / job.record.parent.folder, compute.with_weights(torch.float32))
+    return assemble_layers(reader, library_of(list(job.blocks)), job.layers, workspace)
+
+
+def _parent_of(job: Job, workspace: Path, compute: Compute) -> DeciLMForCausalLM:
+    return open_parent(workspace / job.record.parent.folder, compute).model()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A training at work, as a child: its weights are the best until then. folder: of the checkpoint."""
+
+    folder: Path
+    workspace: Path
+    job: Job
+    course: gkd_checkpoint.Course
+
+    def model(self) -> DeciLMForCausalLM:
+        """The child on the CPU, in float32."""
+        model = built(self.job, self.workspace, HOST)
+        load_trained(model, gkd_checkpoint.best_weights(self.folder))
+        return model
+
+
+def open_checkpoint(path: Path) -> Checkpoint | None:
+    """The checkpoint at a path, or the last one of a training's folder; None where the path is neither."""
+    folder = path if (path / gkd_checkpoint.MANIFEST).is_file() else gkd_checkpoint.last(path)
+    if folder is None or not (folder.parent / JOB).is_file():
+        return None
+    course = gkd_checkpoint.checked(folder, ALONE)
+    if course is None:
+        raise ChildError(f"{folder} is damaged: name another checkpoint, or wait for the next one.")
+    job = read_value(folder.parent / JOB, Job)
+    return Checkpoint(folder=folder, workspace=folder.parent.parents[1], job=job, course=course)
+
+
+def _torchrun(processes: int) -> list[str]:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*run, f"--nproc-per-node={processes}", f"--max-restarts={RESTARTS}"]
+
+
+def _shown(devices: Sequence[str]) -> dict[str, str]:
+    """The environment in which the processes see these GPUs alone, the first of them as number 0."""
+    if not devices or not devices[0].startswith("cuda"):
+        return {}
+    numbers, seen = [int(device.partition(":")[2] or 0) for device in devices], os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = seen.split(",") if seen else [str(number) for number in range(max(numbers) + 1)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[number] for number in numbers)}
+
+
+def _launched(launcher: Sequence[str], workspace: Path, folder: str, environment: dict[str, str], watch: Watch) -> None:
+    """Start the processes of a job, pass on what the first of them reports, and wait for their end.
+
+    They end when this process is killed: nobody reads then what they report.
+    """
+    command = [*launcher, "-m", "tasks.distill.gkd_worker", str(workspace), folder]
+    last: deque[str] = deque(maxlen=LAST_LINES)
+    failures: list[str] = []
+    own = os.environ | environment | FRESH_STORE
+    with subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                seen = _seen_in(line)
+                if seen is not None:
+                    failures.clear()  # of those that torchrun has started again since
+                    watch(seen)
+                    continue
+                last.append(line.rstrip())
+                log.info("GKD: %s", last[-1])
+                failures += [line.partition(FAILED)[2].strip()] if FAILED in line else []
+        finally:
+            if process.poll() is None:
+                process.terminate()
+    if process.returncode:
+        told = failures[0] if failures else "\n".join(last)
+        raise PuzzleFailure(f"a process of GKD ended, and again after it was restarted: {told}")
+
+
+def _seen_in(line: str) -> Seen | None:
+    try:
+        return Seen.model_validate_json(line[line.index("{") :])
+    except (ValueError, ValidationError):
+        return None

@@ -1,0 +1,69 @@
+"""The child as GKD trains it: its loss against the parent's targets, and the names of what is trained."""
+
+from contextlib import nullcontext
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blocks.compute import Compute
+from blocks.divergence import Head, Targets, kl_loss, kl_of_heads, kl_per_token
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from profiles.schema import GKD
+from tasks.distill.gkd_targets import head_products, targets_in
+
+
+class Student(nn.Module):
+    """The child with its loss. sharded: its parameters are slices, which are whole only within `forward`."""
+
+    def __init__(self, model: DeciLMForCausalLM, settings: GKD, compute: Compute, sharded: bool = False) -> None:
+        super().__init__()
+        self.model, self.compute, self.sharded = model, compute, sharded
+        own_head = "head" in settings.also_train
+        self.parent_head = nn.Parameter(model.lm_head.weight.detach().clone()) if own_head else None
+        self.requires_grad_(False)
+        for _, module in trained_modules(model, settings):
+            module.requires_grad_(True)
+        self.head = None if sharded or own_head else Head(model.lm_head.weight)
+        if settings.gradient_checkpointing:
+            # transformers 5.24 renamed it
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+            for layer in model.model.layers:
+                layer.training = True  # the layer alone: what is in it keeps its evaluation mode, without dropout
+
+    def forward(
+        self, batch: dict[str, Tensor], layers: tuple[int, ...], watched: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and, of it, the KL, means over tokens. watched: the KL of every token (N,) instead, twice."""
+        with nullcontext() if self.sharded else self.compute.products():
+            states = self.model.model(batch["tokens"].long(), output_hidden_states=bool(layers), use_cache=False)
+        with head_products(self.compute):
+            kl = self._kl(states.last_hidden_state.flatten(0, 1).float(), targets_in(batch), watched)
+        total = kl
+        for layer in () if watched else layers:
+            child, parent = states.hidden_states[layer + 1].flatten(0, 1).float(), batch[f"layer_{layer}"].float()
+            total = total + (1 - F.cosine_similarity(child, parent, dim=-1)).mean()
+        return total, kl.detach()
+
+    def _kl(self, last: Tensor, targets: Targets, watched: bool) -> Tensor:
+        if self.parent_head is not None:
+            kl = kl_of_heads(last, self.model.lm_head.weight.float(), targets, self.parent_head.float())
+            return kl.double() if watched else kl.mean()
+        head = self.head or Head(self.model.lm_head.weight)
+        return kl_per_token(last, targets, head)[0] if watched else kl_loss(last, targets, head)
+
+
+def trained_modules(model: DeciLMForCausalLM, settings: GKD) -> list[tuple[str, nn.Module]]:
+    """What GKD trains, with the prefix of its weights' names in GKD's files."""
+    modules: dict[str, nn.Module] = {"norm": model.model.norm, "head": model.lm_head}
+    return [("", model.model.layers), *((f"{name}.", modules[name]) for name in settings.also_train)]
+
+
+def load_trained(model: DeciLMForCausalLM, weights: dict[str, Tensor]) -> None:
+    """Put the weights of GKD's files into a child."""
+    parts: dict[str, nn.Module] = {"norm": model.model.norm, "head": model.lm_head}
+    for name, module in parts.items():
+        own = {key.removeprefix(f"{name}."): weights.pop(key) for key in list(weights) if key.startswith(f"{name}.")}
+        if own:
+            module.load_state_dict(own)
+    model.model.layers.load_state_dict(weights)

@@ -1,0 +1,151 @@
+"""What GKD learns from: the parent's hidden states at the layers of the cosine terms, and the moment of its
+distribution on every token (blocks/divergence.py), with which the KL is exact over the whole vocabulary.
+
+A small run records them once, for every child, baseline and seed. A large one would fill the disk: there the parent
+runs beside the child, on the batch that the child is trained on, and gives the same numbers.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from blocks.compute import Compute
+from blocks.divergence import Head, Targets, targets_of
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.library import digest_of, keep, read_tensors, remember, write_tensors
+from blocks.records import CorpusInfo, ParentInfo, Ref, Value
+from profiles.schema import GKD
+from tasks.distill.gkd_settings import HOW, NOT_OF_THE_PARENT, cosine_layers, is_recorded, rows_of_step
+from tasks.distill.record import open_parent
+from tasks.running.progress import Progress, no_progress
+
+VERSION = 4  # of the targets
+
+
+class TeacherRecord(Value):
+    """The parent's targets on validation sequences, and on those that GKD trains on: one file per step.
+
+    steps: empty where the parent runs beside the child. tokens: of all steps.
+    """
+
+    parent: ParentInfo
+    corpus: CorpusInfo
+    steps: tuple[Ref, ...]
+    validation: Ref
+    layers: tuple[int, ...]
+    tokens: int
+    seconds: float
+
+
+def teacher_key(parent: ParentInfo, corpus: CorpusInfo, settings: GKD, compute: Compute) -> str:
+    """Digest of what the parent's targets of a step depend on. More steps or another learning rate reuse them."""
+    fields = settings.model_dump(exclude=HOW | NOT_OF_THE_PARENT) | {"products": str(compute.dtype)}
+    return digest_of(parent=parent.fingerprint, corpus=corpus.fingerprint, settings=fields, version=VERSION)
+
+
+@contextmanager
+def head_products(compute: Compute) -> Iterator[None]:
+    """The head's products are float32. Where all others are bfloat16, a GPU's tensor cores may do them (TF32)."""
+    before = torch.get_float32_matmul_precision()
+    if compute.dtype != torch.float32:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class Teacher(nn.Module):
+    """The parent, which says what the child should."""
+
+    def __init__(self, model: DeciLMForCausalLM, compute: Compute, sharded: bool = False) -> None:
+        super().__init__()
+        self.model, self.compute = model, compute
+        self.head = None if sharded else Head(model.lm_head.weight)
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, layers: tuple[int, ...]) -> dict[str, Tensor]:
+        """Targets of a batch (B, T), with its tokens: hidden states in bfloat16, which is enough for a cosine."""
+        states = self.model.model(tokens.long(), output_hidden_states=bool(layers), use_cache=False)
+        # hidden_states[i] enters layer i, so layer i's output is [i + 1]; the last one is taken after the final norm
+        tensors = {f"layer_{i}": states.hidden_states[i + 1].flatten(0, 1).bfloat16() for i in layers}
+        last = states.last_hidden_state.flatten(0, 1).float()
+        with head_products(self.compute):
+            targets = targets_of(last, self.head or Head(self.model.lm_head.weight))
+        return tensors | {"hidden": targets.hidden, "moment": targets.moment, "lse": targets.lse, "tokens": tokens}
+
+
+def targets_in(batch: dict[str, Tensor]) -> Targets:
+    """Those targets of a batch that the KL needs."""
+    return Targets(hidden=batch["hidden"], moment=batch["moment"], lse=batch["lse"])
+
+
+def record_teacher(
+    parent: ParentInfo,
+    corpus: CorpusInfo,
+    settings: GKD,
+    workspace: Path,
+    compute: Compute,
+    progress: Progress = no_progress,
+) -> TeacherRecord:
+    """Run the parent over the validation sequences, and where its targets fit `gkd.recorded_gib` over all batches.
+
+    The steps that a killed run finished are not done again.
+    """
+    started = time.perf_counter()
+    reader = open_parent(workspace / parent.folder, compute)
+    recorded = is_recorded(settings, corpus.sequence_length, reader.depth, reader.config.hidden_size)
+    steps = settings.steps if recorded else 0
+    folder = f"gkd/teacher-{teacher_key(parent, corpus, settings, compute)}"
+    manifest = workspace / folder / f"teacher-{settings.steps}{'' if steps else '-beside'}.json"
+    stored = remember(manifest, TeacherRecord, _files_of, workspace, "when read")
+    if stored is not None:
+        return stored
+    teacher, layers = Teacher(reader.model(), compute), cosine_layers(reader.depth, settings.cosine_every)
+    tokens = read_tensors(workspace, corpus.tokens, ["train", "validation"])
+    references = []
+    for step in range(steps):
+        batch = tokens["train"][rows_of_step(step, settings, len(tokens["train"]))]
+        parts = _in_parts(teacher, batch, layers, compute)
+        references.append(_record_batch(parts, workspace, f"{folder}/step_{step:05d}"))
+        progress(step + 1, steps, "parent")
+    watched = _in_parts(teacher, tokens["validation"][: settings.validation_sequences], (), compute)
+    record = TeacherRecord(
+        parent=parent,
+        corpus=corpus,
+        steps=tuple(references),
+        validation=_record_batch(watched, workspace, f"{folder}/validation"),
+        layers=layers,
+        tokens=settings.steps * settings.batch_sequences * corpus.sequence_length,
+        seconds=time.perf_counter() - started,
+    )
+    keep(manifest, record, _files_of(record), workspace)
+    return record
+
+
+def _files_of(record: TeacherRecord) -> list[Ref]:
+    return [*record.steps, record.validation]
+
+
+def _in_parts(
+    teacher: Teacher, tokens: Tensor, layers: tuple[int, ...], compute: Compute
+) -> Iterator[dict[str, Tensor]]:
+    for part in tokens.split(compute.sequences(tokens.shape[1])):
+        yield teacher(part.to(compute.device), layers)
+
+
+def _record_batch(parts: Iterator[dict[str, Tensor]], workspace: Path, stem: str) -> Ref:
+    """Targets of one batch on disk. Where they are there, its parts are not computed."""
+    manifest = workspace / f"{stem}.json"
+    stored = remember(manifest, Ref, lambda ref: [ref], workspace, "when read")
+    if stored is not None:
+        return stored
+    found = list(parts)
+    tensors = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    reference = write_tensors(workspace, f"{stem}.safetensors", tensors)
+    keep(manifest, reference, [reference], workspace)
+    return reference

@@ -1,0 +1,243 @@
+"""More tokens than a shard holds: the same statistics, states and scores as at once, and a training that goes on."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from blocks.compute import HOST
+from blocks.errors import DamagedBlock
+from blocks.library import read_tensors
+from blocks.records import BlockRecord, LayerRecord
+from flows import stages
+from profiles.load import load_profile
+from profiles.schema import BLD, Record
+from tasks.distill import bld
+from tasks.distill import record as recording_module
+from tasks.distill.bld import Job, State, distill, distill_shard, rates_of
+from tasks.distill.jobs import better_of, jobs_of
+from tasks.distill.record import Recording, drop, enter, record_layer, recorded, slices
+from tasks.score.scoring import ScoringSet, score_sequences
+from tests.chain import RECORD, SETTINGS, Chain, recording
+
+COMPUTE = replace(HOST, micro_batch_tokens=96)  # three sequences
+TRAINED = 24  # sequences, in two shards; the 32 that are counted are in two as well
+
+
+def in_shards(chain: Chain) -> Recording:
+    settings = Record(**{**RECORD.model_dump(), "shard_tokens": 512})
+    return recording(chain.parent, chain.corpus, settings, TRAINED)
+
+
+def record_all(wanted: Recording, depth: int, workspace: Path) -> list[LayerRecord]:
+    for number in range(len(wanted.counted)):
+        records = [record_layer(layer, wanted, workspace, COMPUTE, number) for layer in range(depth)]
+    return records
+
+
+@pytest.fixture(scope="module")
+def place(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The chain's parent and corpus, recorded in shards."""
+    workspace = tmp_path_factory.mktemp("shards")
+    for part in ("parent", "corpus"):
+        shutil.copytree(chain.workspace / part, workspace / part)
+    record_all(in_shards(chain), chain.reader.depth, workspace)
+    return workspace
+
+
+def job_of(chain: Chain, place: Path, layer: int, variant: str, settings: BLD = SETTINGS) -> Job:
+    wanted = in_shards(chain)
+    record = recorded(layer, wanted, place)
+    assert record is not None
+    return Job(recording=wanted, record=record, layer=layer, subblock="ffn", variant=variant, settings=settings, seed=0)
+
+
+def test_slices_are_equal_and_no_larger_than_asked() -> None:
+    assert slices(10, 4) == [(0, 3), (3, 6), (6, 10)] and slices(4, 4) == [(0, 4)]
+
+
+def test_statistics_in_shards_are_those_of_all_tokens_at_once(chain: Chain, place: Path) -> None:
+    assert len(in_shards(chain).counted) == 2 and not in_shards(chain).kept
+    for layer, whole in enumerate(chain.records):
+        found = recorded(layer, in_shards(chain), place)
+        assert found is not None and found.boundary is None
+        one, other = (read_tensors(w, r.statistics) for w, r in ((place, found), (chain.workspace, whole)))
+        for name in one.keys() - {"ffn_order"}:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-3)
+    folder = place / "record" / in_shards(chain).key
+    assert sorted(path.name for path in folder.glob("layer_*")) == [f"layer_{i:03d}.json" for i in range(3)]
+
+
+def test_a_killed_first_pass_sums_no_shard_twice(chain: Chain, tmp_path: Path, place: Path) -> None:
+    for part in ("parent", "corpus"):
+        (tmp_path / part).symlink_to(place / part)
+    wanted = in_shards(chain)
+    for layer in range(3):
+        record_layer(layer, wanted, tmp_path, COMPUTE, 0)
+    record_layer(0, wanted, tmp_path, COMPUTE, 1)  # and killed: the run starts from the first shard again
+    for layer, found in enumerate(record_all(wanted, 3, tmp_path)):
+        whole = recorded(layer, wanted, place)
+        assert whole is not None and found.statistics.sha256 == whole.statistics.sha256
+
+
+def test_states_of_a_shard_are_the_parents(chain: Chain, place: Path) -> None:
+    wanted, tokens = in_shards(chain), read_tensors(chain.workspace, chain.corpus.tokens)
+    for shard in wanted.shards:
+        ids = torch.cat([tokens["train"][slice(*shard.train)], tokens["validation"][slice(*shard.validation)]]).long()
+        with torch.no_grad():
+            states = chain.reader.model().model(ids, output_hidden_states=True).hidden_states
+        for layer in (0, 2, 1):
+            hidden = read_tensors(place, enter(layer, shard, wanted, place, COMPUTE))["hidden"]
+            torch.testing.assert_close(hidden, states[layer], rtol=1e-4, atol=1e-5)
+        for layer in range(3):
+            drop(layer, shard, wanted, place)
+    assert not list((place / "record" / wanted.key).glob("entering_*"))
+
+
+def test_a_variant_goes_on_where_the_shard_before_left_it(chain: Chain, place: Path, tmp_path: Path) -> None:
+    """Killed between two shards it ends in the same bits; it was trained on both, and the whole schedule."""
+    for part in ("parent", "corpus", "record"):
+        shutil.copytree(place / part, tmp_path / part, ignore=shutil.ignore_patterns("entering_*"))
+    steps = BLD(steps=12, batch_sequences=4, learning_rate=2e-3, warmup_steps=2, clip_norm=1.0)
+    job = job_of(chain, place, 1, "ffn32", steps)
+    assert [job.steps_of(number) for number in range(2)] == [range(6), range(6, 12)]
+    whole = distill(job, place, COMPUTE)
+    for number, shard in enumerate(job.recording.shards):
+        enter(1, shard, job.recording, tmp_path, COMPUTE)
+        found = distill_shard(job, tmp_path, COMPUTE, number)
+        if number == 0:
+            assert isinstance(found, State) and distill_shard(job, tmp_path, COMPUTE, 0) == found
+            assert "exp_avg.mlp.up_proj.weight" in read_tensors(tmp_path, found.weights)
+    assert isinstance(found, BlockRecord) and found.weights == whole.weights and found.status == "trained"
+    assert found.steps == 12 and found.tokens == 12 * 4 * 32
+    assert found.nmse_after is not None and found.nmse_closed_form is not None
+    assert found.nmse_after < found.nmse_closed_form
+    assert not list((tmp_path / "distill").iterdir())
+
+
+def test_a_lost_state_is_not_passed_over(chain: Chain, place: Path) -> None:
+    job = job_of(chain, place, 0, "ffn32")
+    enter(0, job.recording.shards[1], job.recording, place, COMPUTE)
+    with pytest.raises(DamagedBlock, match="run again"):
+        distill_shard(job, place, COMPUTE, 1)
+
+
+def test_scores_without_recorded_states_are_those_with(chain: Chain, place: Path) -> None:
+    """In shards of four sequences, and with a parent that has no room in memory."""
+    last = recorded(2, in_shards(chain), place)
+    assert last is not None
+    scored = ScoringSet(corpus=chain.corpus, last=last, count=6, length=32)
+    shards = scored.shards(4 * 32)
+    assert [(shard.first, shard.count) for shard in shards] == [(0, 3), (3, 3)]
+    shutil.copytree(chain.workspace / "library", place / "library", dirs_exist_ok=True)
+    for layer in (1, 0, 2):
+        record = recorded(layer, in_shards(chain), place)
+        members = [block for block in chain.blocks if block.layer == layer]
+        assert record is not None
+        for shard in shards:
+            work = [(member, shard.sequences) for member in members]
+            score_sequences(work, record, shard, chain.parent, place, COMPUTE)
+        found = score_sequences([(m, tuple(range(6))) for m in members], record, scored, chain.parent, place, COMPUTE)
+        for one, other in zip(found, [s for s in chain.scores if s.layer == layer], strict=True):
+            assert one.kl_per_sequence == pytest.approx(other.kl_per_sequence, rel=1e-4, abs=1e-7)
+            assert one.lm_loss_per_sequence == pytest.approx(other.lm_loss_per_sequence, rel=1e-4, abs=1e-6)
+
+
+def test_a_run_holds_the_states_of_few_layers_and_leaves_none(
+    chain: Chain, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage of the flow, its tasks called as plain functions: killed in the second shard, and run again."""
+    for part in ("parent", "corpus", "record"):
+        shutil.copytree(place / part, tmp_path / part, ignore=shutil.ignore_patterns("entering_*"))
+    settings = [f"hardware.micro_batch_tokens={COMPUTE.micro_batch_tokens}", "hardware.threads=1"]
+    profile = load_profile("tiny", settings)
+    seen: list[int] = []
+
+    class Done:
+        def __init__(self, made: Any) -> None:
+            self.result = lambda: made
+
+    def submit(which: Any, makes: str, *values: Any, after: Any = ()) -> Any:
+        made = which.fn(*values)
+        seen.append(len(list((tmp_path / "record").glob("*/entering_*.safetensors"))))
+        if len(seen) == killed_after:
+            raise KeyboardInterrupt
+        return Done(made)
+
+    @contextmanager
+    def stage(name: str) -> Iterator[Any]:
+        yield lambda *_: None
+
+    monkeypatch.setattr(stages, "as_completed", list)
+    run: Any = SimpleNamespace(
+        profile=profile, workspace=tmp_path, submit=submit, stage=stage, call=lambda *_, after: None
+    )
+    jobs = [job_of(chain, place, layer, variant) for layer in range(3) for variant in ("ffn32", "linear")]
+    trained: list[tuple[str, int]] = []
+
+    def counted(job: Job, *more: Any) -> Any:
+        trained.append((job.key, more[-1]))
+        return bld.distill_shard(job, *more)
+
+    monkeypatch.setattr(stages, "distill_shard", counted)
+    killed_after = 13
+    with pytest.raises(KeyboardInterrupt):
+        stages._distill(run, jobs, "distill")
+    killed_after = -1
+    blocks = stages._distill(run, jobs, "distill")
+    assert sorted(trained) == sorted((job.key, number) for job in jobs for number in (0, 1))  # none of them twice
+    assert [block.status for block in blocks] == ["trained"] * 6 and max(seen) == 2
+    assert not list((tmp_path / "record").glob("*/entering_*"))
+    plain = distill(jobs[0], place, COMPUTE)
+    assert blocks[0].weights == plain.weights
+
+
+def test_keys_that_others_have_stand(chain: Chain) -> None:
+    """A field that was added later changes the key of nobody who leaves it alone; the split into shards does."""
+    own = recording(chain.parent, chain.corpus)
+    more = Record(**{**RECORD.model_dump(), "shard_tokens": 1 << 20})
+    assert own.kept and recording(chain.parent, chain.corpus, more).key == own.key != in_shards(chain).key
+    job = chain.job(0, "ffn", "ffn32")
+    fields: dict[str, dict[str, Any]] = {
+        "warm": {"warmup_steps": 1},
+        "clipped": {"clip_norm": 1.0},
+        "coupled": {"coupled": True, "coupled_attention": ("kv1",), "coupled_ffn": ("ffn32",)},
+    }
+    changed = {
+        name: chain.job(0, "ffn", "ffn32", SETTINGS.model_copy(update=more)).key for name, more in fields.items()
+    }
+    assert changed["coupled"] == job.key and len({job.key, *changed.values()}) == 3
+    assert recording_module.VERSION == 2 and bld.VERSION == 2
+
+
+def test_two_starts_are_compared_where_the_closed_form_may_lose(chain: Chain) -> None:
+    space = ["search_space.layers=[1]", "search_space.ffn=[ffn32,no_op]"]
+    profile = load_profile("tiny", ["bld.closed_form=compare", *space])
+    wanted = recording(chain.parent, chain.corpus)
+    jobs = jobs_of(profile, wanted, chain.records, chain.reader)
+    starts = {(job.variant, job.settings.closed_form) for job in jobs if job.subblock == "attention"}
+    assert starts == {("kv1", True), ("kv1", False), ("linear", True), ("no_op", True)}
+    assert all(job.settings.closed_form is True for job in jobs if job.subblock == "ffn")
+    plain = load_profile("tiny", space)
+    assert {job.key for job in jobs_of(plain, wanted, chain.records, chain.reader)} < {job.key for job in jobs}
+    block = next(block for block in chain.blocks if block.variant == "kv1")
+    other = block.model_copy(update={"key": "other", "nmse_after": 1e-9})
+    failed = block.model_copy(update={"status": "failed", "nmse_after": None})
+    assert better_of([block, other]) == better_of([failed, other, block]) == [other] and better_of([failed]) == [failed]
+
+
+def test_rates_rise_in_the_warm_up_and_fall_to_the_last() -> None:
+    settings = BLD(steps=10, warmup_steps=3, schedule="linear", final_rate_fraction=0.2)
+    rates = rates_of(settings, 1.0)
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and len(rates) == 10
+    falls = [one - other for one, other in zip(rates[3:], rates[4:], strict=False)]
+    assert falls == pytest.approx([0.8 / 7] * 6)
+    assert set(rates_of(BLD(steps=4, schedule="constant"), 0.5)) == {0.5}
+    cosine = rates_of(BLD(steps=4), 1.0)
+    assert cosine[0] == 1 and cosine[2] == pytest.approx(0.55)
