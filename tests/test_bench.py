@@ -76,6 +76,10 @@ def test_bench_refuses_what_it_cannot_run(folders: dict[str, Path]) -> None:
         bench({"child": folders["child"]}, "torch", [Point.parse("1x128x8")])
     with pytest.raises(UnknownPrecision, match="float32, float16, bfloat16"):
         bench({"child": folders["child"]}, "torch", [Point.parse("1x8x8")], "q8_0")
+    with pytest.raises(
+        UnknownPrecision, match="iq4_nl is written by `puzzle export` alone"
+    ):  # it would be q8_0's speed
+        bench({"child": folders["child"]}, "llama.cpp", [Point.parse("1x8x8")], "iq4_nl")
 
 
 def test_a_gguf_file_is_held_to_its_context(tmp_path: Path) -> None:
