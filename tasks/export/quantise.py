@@ -63,12 +63,12 @@ def quantise_layers(
     depth = len(model.model.layers)
     for index, layer in enumerate(model.model.layers):
         with InputGrams(layer) as grams:
-            _through(model, index, hidden)
+            through(model, index, hidden)
         for name, linear in grams.linears.items():
             parts, linear.weight.data = correct(linear.weight, grams.sums[name], rounding, BLOCK, DAMPING)
             rows = torch.cat([torch.from_numpy(part) for part in parts], dim=1)
             stored[f"model.layers.{index}.{name}.weight"] = Stored(kind=kind, rows=rows)
-        hidden = _through(model, index, hidden)
+        hidden = through(model, index, hidden)
         progress(index + 1, depth, f"layer {index}")
     return stored
 
@@ -83,7 +83,7 @@ def refuse_rows(model: Any, precision: str) -> None:
             )
 
 
-def _through(model: Any, index: int, hidden: Tensor) -> Tensor:
+def through(model: Any, index: int, hidden: Tensor) -> Tensor:
     """States (S, T, D) after a layer of the model."""
     inner, out = model.model, []
     for batch in hidden.split(BATCH):
