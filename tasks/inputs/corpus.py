@@ -126,14 +126,20 @@ def splits_of(corpus: Corpus | CorpusInfo) -> dict[str, int]:
     }
 
 
-def tokens_of_file(path: Path, tokenizer_folder: Path, sequences: int, length: int) -> torch.Tensor:
-    """A text, jsonl or parquet file as token ids (sequences, length). Raises CorpusError where it is too short."""
+def tokens_of_file(path: Path, tokenizer: Any, sequences: int, length: int) -> torch.Tensor:
+    """A text, jsonl or parquet file as a transformers tokenizer's ids (sequences, length). Raises CorpusError where it
+    is too short.
+    """
     kind: Any = next((kind for kind, ends in SUFFIXES.items() if path.suffix.lower() in ends), "text")
     source = TextSource(kind=kind, path=str(path))
     asked = Corpus(sources=(source,), sequence_length=length, train_sequences=sequences)
-    tokenizer = load_tokenizer(tokenizer_folder)
-    queues = queues_of(asked, tokenizer.chat)
-    return pack_splits(queues, tokenizer, {"train": sequences}, length)[0]["train"].long()
+    reads = document_tokenizer(tokenizer)
+    queues = queues_of(asked, reads.chat)
+    try:
+        return pack_splits(queues, reads, {"train": sequences}, length)[0]["train"].long()
+    except CorpusError as error:
+        needed = f"{sequences} sequences x {length} = {sequences * length:,} tokens are needed"
+        raise CorpusError(f"{path} is too short: {needed}. Name a longer text.") from error
 
 
 def documents_of(corpus: CorpusInfo, split: str, workspace: Path, length: int | None = None) -> tuple[int, ...]:
@@ -287,7 +293,7 @@ def spans_of(text: str) -> list[tuple[int, int]]:
 
 
 def load_tokenizer(folder: Path) -> DocumentTokenizer:
-    """The parent's tokenizer. Documents begin with the bos token if it writes one by itself, and end with eos."""
+    """The parent's tokenizer. Raises CorpusError."""
     from transformers import AutoTokenizer
 
     try:
@@ -296,6 +302,11 @@ def load_tokenizer(folder: Path) -> DocumentTokenizer:
         raise CorpusError(
             f"the tokenizer in {folder} cannot be loaded ({first_line(error)}): check the parent."
         ) from error
+    return document_tokenizer(tokenizer)
+
+
+def document_tokenizer(tokenizer: Any) -> DocumentTokenizer:
+    """How a tokenizer of transformers reads documents: bos before each if it writes one by itself, and eos after it."""
     start = tuple(token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id)
     end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
