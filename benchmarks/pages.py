@@ -30,6 +30,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "orchestration": ("flows", "tasks/running"),
     "peers": ("tasks/search", "tasks/studies", "tasks/score"),
     "plan": ("tasks/planning",),
+    "precision": ("blocks/error_correction.py", "tasks/engines/ggml.py", "tasks/export/quantise.py"),
     "quality": (*LEARNING, "tasks/evaluate", "tasks/score", "tasks/search"),
     "scale": ("flows", "tasks/running"),
     "scale_tokens": (*LEARNING, "tasks/score"),

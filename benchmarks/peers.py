@@ -73,6 +73,7 @@ def section(finished: Finished, fraction: float, options: argparse.Namespace, sw
         best,
         CheckSize(top=top, min_different=different, swaps=swaps),
         lambda text: print(text, flush=True),
+        (scored.documents, others.documents),
     )
     return [
         table(*contest_rows(found)),

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,13 +129,14 @@ def measured(found: dict[str, float], workspace: Path) -> Iterator[None]:
     def watch() -> None:
         while not over.wait(0.05):
             for name, pattern in (("states", "record/*/entering_*"), ("variants", "distill/*")):
-                sizes = [path.stat().st_size for path in workspace.glob(pattern) if path.exists()]
-                found[name] = max(found.get(name, 0), sum(sizes))
+                with suppress(FileNotFoundError):  # the stage takes files away: look again
+                    sizes = [path.stat().st_size for path in workspace.glob(pattern)]
+                    found[name] = max(found.get(name, 0), sum(sizes))
 
     watching, cpu = threading.Thread(target=watch), time.process_time()
     watching.start()
     yield
-    found["cpu"] = time.process_time() - cpu
+    found |= {"cpu": time.process_time() - cpu, "states": found.get("states", 0), "variants": found.get("variants", 0)}
     over.set()
     watching.join()
 

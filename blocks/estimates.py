@@ -18,7 +18,7 @@ from scipy import stats
 
 from blocks.records import Metric
 
-CLEAR = 2.0  # a difference is clear when it exceeds so many standard errors
+CLEAR = 2.0  # a difference of large samples is clear when it exceeds so many standard errors
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,20 +39,34 @@ class Estimate:
         return Metric(value=self.value, se=self.error, n=len(self.moves))
 
 
-def mean(values: ArrayLike, groups: Sequence[Hashable] | None = None) -> Estimate:
+def mean(values: ArrayLike, groups: Sequence[Hashable] = ()) -> Estimate:
     """Mean of (N,) values. Without groups its error is std / sqrt(N), with N - 1 degrees of freedom.
 
     groups: one for each value; the values of one group are not independent of each other and count as one part.
     """
     numbers = np.asarray(values, dtype=np.float64)
-    if groups is not None and len(groups) != len(numbers):
-        raise ValueError(f"{len(numbers)} values need as many groups, not {len(groups)}")
-    order = {group: part for part, group in enumerate(dict.fromkeys(groups or ()))}
-    parts = np.arange(len(numbers)) if groups is None else np.array([order[group] for group in groups])
+    parts = parts_of(len(numbers), groups)
     summed = np.bincount(parts, weights=(numbers - numbers.mean()) / len(numbers))
     count = len(summed)
     moves = np.asarray(summed * (math.sqrt(count / (count - 1)) if count > 1 else 1.0), dtype=np.float64)
     return Estimate(value=float(numbers.mean()), moves=moves)
+
+
+def parts_of(count: int, groups: Sequence[Hashable] = ()) -> NDArray[np.int64]:
+    """(N,) the part of the sample that each of `count` values belongs to: its group, or itself without groups."""
+    if not groups:
+        return np.arange(count)
+    if len(groups) != count:
+        raise ValueError(f"{count} values need as many groups, not {len(groups)}")
+    order = {group: part for part, group in enumerate(dict.fromkeys(groups))}
+    return np.array([order[group] for group in groups], dtype=np.int64)
+
+
+def resampled(generator: np.random.Generator, parts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(N,) how often each value is in a sample that is drawn with replacement, part by part (the bootstrap)."""
+    count = int(parts.max()) + 1
+    drawn: NDArray[np.int64] = generator.multinomial(count, np.full(count, 1 / count))[parts]
+    return drawn
 
 
 Groups = Mapping[str, Sequence[Hashable]]
@@ -69,7 +83,7 @@ def pooled_accuracy(
     """
     if not any(correct.values()):
         raise ValueError("an accuracy needs items")
-    tasks = {name: mean(correct[name], groups.get(name) or None) for name in sorted(correct) if correct[name]}
+    tasks = {name: mean(correct[name], groups.get(name, ())) for name in sorted(correct) if correct[name]}
     items = sum(len(correct[name]) for name in tasks)
     weights = {name: 1 / len(tasks) if by_task else len(correct[name]) / items for name in tasks}
     return Estimate(
@@ -144,9 +158,26 @@ def rank_correlation(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]
     return found
 
 
+def is_below_zero(difference: Metric, level: float, comparisons: int = 1) -> bool:
+    """Whether a difference is below 0 by a one-sided t test, its level shared among so many comparisons (Bonferroni).
+
+    A sample of one shows no error, so it is never below for certain.
+    """
+    if difference.n < 2 or difference.value >= 0:
+        return False
+    if difference.se == 0:  # every part says the same
+        return True
+    return float(stats.t.cdf(difference.value / difference.se, difference.n - 1)) < level / comparisons
+
+
 def is_clear(difference: Metric) -> bool:
-    """Whether a difference exceeds its error. A sample of one shows no error, so none of its differences is clear."""
-    return difference.n > 1 and abs(difference.value) > CLEAR * difference.se
+    """Whether a difference exceeds its error: two standard errors; where the sample is small, as many as give the same
+    confidence by Student's t (2.5 for seven parts). A sample of one shows no error: nothing is clear.
+    """
+    if difference.n < 2:
+        return False
+    errors = float(stats.t.isf(stats.norm.sf(CLEAR), difference.n - 1))
+    return abs(difference.value) > errors * difference.se
 
 
 def rounded(metric: Metric, scale: float = 1.0) -> str:

@@ -58,7 +58,10 @@ class ParentInfo(Value):
 
 
 class CorpusInfo(Value):
-    """Packed token ids: one safetensors file with int32 `train`, `validation`, `test`, each (sequences, length)."""
+    """Packed token ids: one safetensors file with int32 `train`, `validation`, `test`, each (sequences, length).
+
+    Beside them int64 `train_starts` and so on: how many tokens of the split come before each of its documents.
+    """
 
     tokens: Ref
     fingerprint: str
@@ -117,7 +120,8 @@ class Score(Value):
     """Replace-1-block score of one variant: KL(parent || child) and rise of the LM loss, nats per token.
 
     A coupled block has subblock "block" and the variant label "<attention>+<ffn>". Standard errors are over sequences.
-    The parent's own subblock scores exactly 0. tokens: how many were scored.
+    The parent's own subblock scores exactly 0. tokens: how many were scored. documents: the document that each sequence
+    is of; where they are known, standard errors are over documents.
     """
 
     layer: int
@@ -130,6 +134,7 @@ class Score(Value):
     tokens: int
     kl_per_sequence: tuple[float, ...]
     lm_loss_per_sequence: tuple[float, ...]
+    documents: tuple[int, ...] = ()
     seconds: float = 0.0
 
 
@@ -424,7 +429,8 @@ class LimitKept(Value):
 class Candidate(Value):
     """A model of the final table: the parent, the child or a baseline, before or after GKD.
 
-    samples: loss, kl, top1_agreement of each test sequence. correct: 0 or 1 per item of each benchmark; items with the
+    samples: loss, kl, top1_agreement of each test sequence. sample_documents: the document that each is of; sequences
+    of one document are not independent of each other. correct: 0 or 1 per item of each benchmark; items with the
     same number in item_groups are on the same text. Sequences and items are the same for all candidates, so two
     candidates are compared in pairs. layers: the variants of each layer. answers: only the parent and the finished
     child have some. limits: the budget, and what the model takes of it. All of these are empty in reports of older
@@ -449,6 +455,7 @@ class Candidate(Value):
     gains: Gains | None = None
     layers: tuple[LayerChoice, ...] = ()
     samples: dict[str, tuple[float, ...]] = {}
+    sample_documents: tuple[int, ...] = ()
     correct: dict[str, tuple[int, ...]] = {}
     item_groups: dict[str, tuple[int, ...]] = {}
     answers: tuple[Answer, ...] = ()

@@ -43,7 +43,7 @@ from tasks.running.sharing import TaskKey, exclusive
 from tasks.search.totals import Problem
 from tasks.search.view import request_of
 
-LOCAL_PREFECT, LOCAL_MLFLOW = "http://127.0.0.1:4200", "http://127.0.0.1:5000"  # where the commands below listen
+LOCAL_PREFECT = "http://127.0.0.1:4200"  # where the command below listens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,11 +221,8 @@ def command_of(profile: Profile) -> str:
 
 def ui_commands(run: TrackedRun) -> list[str]:
     """Where to see this very run in Prefect's and MLflow's UI, with the commands that open them where it takes any."""
-    url = tracking.run_url(run.tracking, run.mlflow_run_id)
-    mlflow = [f"MLflow:  {url}"]
-    shown = answer(f"{LOCAL_MLFLOW}/ajax-api/2.0/mlflow/runs/get?run_id={run.mlflow_run_id}", timeout=2)
-    if not tracking.server_uri() and not shown:
-        mlflow = [f"MLflow:  {tracking.mlflow_ui_command(run.workspace)}", f"         {url}"]
+    first, *more = tracking.page_lines(run.tracking, run.mlflow_run_id)
+    mlflow = [f"MLflow:  {first}", *(f"         {line}" for line in more)]
     if os.environ.get("PREFECT_API_URL"):
         return [f"Prefect: {runtime.flow_run.ui_url}", *mlflow]
     page = f"{LOCAL_PREFECT}/runs/flow-run/{run.prefect_run_id}"

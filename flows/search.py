@@ -165,7 +165,7 @@ def _or_infeasible(choice: "JointChoice | None") -> dict[str, Any]:
 
 
 def _row(*cells: str) -> str:
-    return "".join(f"{cell:>15}" for cell in cells[:-1]) + f"  {cells[-1]}"
+    return "".join(f" {cell:>16}" for cell in cells[:-1]) + f"  {cells[-1]}"
 
 
 def _figure(value: float | None) -> str:

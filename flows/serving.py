@@ -52,7 +52,7 @@ def export_command(
     ] = None,
     calibrate: Annotated[
         Path | None,
-        typer.Option("--calibrate", metavar="FILE", help="text that q4_0 to iq4_nl are fitted to [the run's corpus]"),
+        typer.Option("--calibrate", metavar="FILE", help="text that 4 and 5 bits are fitted to [the run's corpus]"),
     ] = None,
 ) -> None:
     """Write a child for an engine, and check that the engine gives the same logits and tokens."""
@@ -104,10 +104,14 @@ def _calibration(child: Path, text: Path | None) -> Any:
     """
     from blocks.library import read_tensors, read_value
     from tasks.evaluate.compare import LINEAGE, Lineage
+    from tasks.export.child_tokenizer import open_tokenizer
     from tasks.inputs.corpus import tokens_of_file
 
     if text is not None:
-        return tokens_of_file(text, child, CALIBRATION_SEQUENCES, CALIBRATION_TOKENS)
+        tokenizer = open_tokenizer(child)
+        if tokenizer is None:
+            raise PuzzleError(f"--calibrate needs the tokenizer of the child, and none lies in {child}.")
+        return tokens_of_file(text, tokenizer, CALIBRATION_SEQUENCES, CALIBRATION_TOKENS)
     lineage = child.resolve().parent / LINEAGE
     if not lineage.is_file():
         return None

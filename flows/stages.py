@@ -27,7 +27,7 @@ from tasks.distill.record import (
     recorded,
     recording_of,
 )
-from tasks.inputs.corpus import prepare_corpus
+from tasks.inputs.corpus import documents_of, prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
 from tasks.inputs.space import check_search_space, measured_space
@@ -254,7 +254,8 @@ def score_all(
             progress(done, len(futures), f"layer {layer}")
     for block in usable:
         stored[block.key] = stored[block.key] or scoring.stored_score(block, sequences, length, run.workspace)
-    return [score for score in stored.values() if score is not None]
+    documents = documents_of(corpus, "validation", run.workspace, length)[: scored.count]
+    return [scoring.by_document(score, documents) for score in stored.values() if score is not None]
 
 
 def measure(run: Run, parent: ParentInfo) -> CostTable:

@@ -40,6 +40,7 @@ from tasks.running.progress import say
 from tasks.running.sharing import TaskKey, exclusive, try_exclusive
 
 BLOCK_COLUMNS = ("layer", "subblock", "variant", "status", "nmse_closed_form", "nmse_after", "steps", "seconds")
+LAYER_COLUMNS = ("layer", "attention", "ffn", "kl", "parameters")
 SCORE_COLUMNS = ("layer", "subblock", "variant", "kl", "kl_se", "lm_loss", "lm_loss_se")
 MLFLOW_TAG = "mlflow.run_id:"
 COST_COLUMNS = (
@@ -118,7 +119,7 @@ class TrackedRun(Run):
         tables: dict[str, Sequence[Value]] = {"variants": variant_rows(*found), "layers": layer_rows(*found)}
         tracking.log_tables(self.tracking, self.mlflow_run_id, tables)
         text = f"predicted score {architecture.score:.4g} nats, {architecture.status}, gap {architecture.gap:.2g}"
-        show_table("chosen", architecture.layers, ("attention", "ffn", "coupled"), f"layer by layer: {text}")
+        show_table("chosen", tables["layers"], LAYER_COLUMNS, f"layer by layer: {text}")
 
     def log_curves(self, name: str, step: int, figures: dict[str, float]) -> None:
         """Points of curves of the run itself, `<name>/<figure>`, while a stage is at work."""

@@ -69,7 +69,9 @@ def check_command(
         total = top + len(OTHERS) + swaps + 1
         size = CheckSize(top=top, min_different=min_different, swaps=swaps, seed=seed)
         problem, (scored, others), truth = finished.problem, *measured_truth(finished, sequences)
-        found = check_additivity(problem, truth, choose(problem), size, _counted(progress, total))
+        found = check_additivity(
+            problem, truth, choose(problem), size, _counted(progress, total), (scored.documents, others.documents)
+        )
         where = f"same sequences: {scored.sequences}; other: {others.sequences}"
         text = "\n".join([aligned(*check_rows(found)), *check_verdict(found), where])
         return found, text, check_figures(found), draw_truth(truth_points(found))

@@ -136,20 +136,31 @@ ParentSource = Annotated[
 ]
 
 
-class TextSource(Section):
+class Source(Section):
+    """A source of a corpus."""
+
+    weight: Weight | None = Field(
+        default=None,
+        description="Its share of the tokens of every split, beside the weights of the other sources: 3 and 1, or 75% "
+        "and 25%. All sources have one, or none. null: as many documents as it has.",
+    )
+
+
+class TextSource(Source):
     """Text, jsonl or parquet files in UTF-8, also compressed (gz, bz2, xz, zst). Only the wanted field is read."""
 
     kind: Literal["text", "jsonl", "parquet"] = Field(description="The format of the files.")
     path: str = Field(min_length=1, description="A file, folder or glob. Relative paths start at the current folder.")
     text_field: str = Field(
         default="text",
-        description="For jsonl and parquet: the field that holds the text, or chats as lists of messages. Where there "
-        "is no field `text`, the fields `messages` and `conversations` are looked for.",
+        description="For jsonl and parquet: the field with text, with chats as lists of messages, or with token ids of "
+        "the parent's tokenizer. Where there is no field `text`, the fields `messages`, `conversations` and "
+        "`input_ids` are looked for.",
     )
     separator: str = Field(default="\n\n\n", min_length=1, description="For text files: what separates two documents.")
 
 
-class HubSource(Section):
+class HubSource(Source):
     """A data set on the Hugging Face hub."""
 
     kind: Literal["hub"]
@@ -159,10 +170,18 @@ class HubSource(Section):
         default=None, description="The configuration, where the data set has several.", examples=["sample-10BT"]
     )
     split: str = Field(default="train", description="The split that is read. It is divided anew for our own splits.")
-    text_field: str = Field(default="text", description="The column with the text, or with chats as lists of messages.")
+    text_field: str = Field(
+        default="text", description="The column with text, chats as lists of messages, or token ids."
+    )
+    shuffle_buffer: int = Field(
+        default=10_000,
+        ge=0,
+        description="Rows are streamed in a random order, the same in every run: the files of the data set are "
+        "shuffled, and each row is drawn from a buffer of so many. 0: in the data set's own order.",
+    )
 
 
-class WikipediaDumpSource(Section):
+class WikipediaDumpSource(Source):
     """A MediaWiki XML dump (.bz2) in an installed Python package; gensim has one with 95 real articles."""
 
     kind: Literal["wikipedia_dump"]
@@ -173,7 +192,7 @@ class WikipediaDumpSource(Section):
     )
 
 
-class PythonStdlibSource(Section):
+class PythonStdlibSource(Source):
     """The source code of Python's standard library, which is on every machine."""
 
     kind: Literal["python_stdlib"]
@@ -195,6 +214,18 @@ class Corpus(Section):
     train_sequences: PositiveInt = Field(default=512, description="Number of sequences for recording, BLD and GKD.")
     validation_sequences: PositiveInt = Field(default=32, description="Sequences for scores, and for when GKD stops.")
     test_sequences: PositiveInt = Field(default=32, description="Sequences for the final comparison alone.")
+    near_duplicates: Annotated[float, Field(ge=0.5, le=1), BeforeValidator(read_share)] | None = Field(
+        default=0.7,
+        description="How much of its text (Jaccard index of pieces of 24 bytes) a document must share with one of test "
+        "or validation to be left out of all splits. null: only exact duplicates are dropped.",
+    )
+
+    @model_validator(mode="after")
+    def _all_sources_have_weights_or_none(self) -> Self:
+        without = [number for number, source in enumerate(self.sources) if source.weight is None]
+        if 0 < len(without) < len(self.sources):
+            raise ValueError(f"source {without[0] + 1} has no weight, others have: give every source one, or none")
+        return self
 
 
 class SearchSpace(Section):

@@ -1,10 +1,12 @@
 """Bench in worker processes, costs measured in llama.cpp, and a search that keeps to what its engine can run."""
 
 import importlib.util
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from blocks.compute import HOST
 from blocks.errors import PuzzleError
@@ -60,7 +62,9 @@ def test_bench_measures_parent_and_child_in_turns(engine: str, folders: dict[str
         assert (row.gains is None) == (row.model == "parent")
         assert row.throughput.memory_bytes and row.throughput.memory_bytes > 2**20 and engine in row.version
         assert row.throughput.decode_tokens_per_second.n == 2
-    assert bench_table(rows).row_count == 4
+    table = Console(width=110, file=StringIO(), record=True)
+    table.print(bench_table(rows))
+    assert bench_table(rows).row_count == 4 and "…" not in table.export_text()  # no figure is cut
     assert BenchRow.model_validate_json(rows[0].model_dump_json()) == rows[0]
 
 
@@ -72,6 +76,10 @@ def test_bench_refuses_what_it_cannot_run(folders: dict[str, Path]) -> None:
         bench({"child": folders["child"]}, "torch", [Point.parse("1x128x8")])
     with pytest.raises(UnknownPrecision, match="float32, float16, bfloat16"):
         bench({"child": folders["child"]}, "torch", [Point.parse("1x8x8")], "q8_0")
+    with pytest.raises(
+        UnknownPrecision, match="iq4_nl is written by `puzzle export` alone"
+    ):  # it would be q8_0's speed
+        bench({"child": folders["child"]}, "llama.cpp", [Point.parse("1x8x8")], "iq4_nl")
 
 
 def test_a_gguf_file_is_held_to_its_context(tmp_path: Path) -> None:

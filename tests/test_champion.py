@@ -126,6 +126,16 @@ def test_the_rule_is_a_paired_one_sided_t_test() -> None:
     assert edge.outcome == "kept"  # more than, not as much as
 
 
+def test_sequences_of_one_document_do_not_prove_it_several_times() -> None:
+    gains = torch.tensor([0.1, 0.02, 0.05, -0.01], dtype=torch.float64)
+    ours, theirs = torch.ones(16, dtype=torch.float64) - gains.repeat_interleave(4), torch.ones(16, dtype=torch.float64)
+    documents = [document for document in range(4) for _ in range(4)]
+    alone, together = decide(ours, theirs, Champion()), decide(ours, theirs, Champion(), documents=documents)
+    assert alone.outcome == "moved" and together.outcome == "kept"
+    assert together.lower_bound == pytest.approx(decide(-gains, gains * 0, Champion()).lower_bound)
+    assert "16 paired sequences of 4 documents" in together.reason
+
+
 def test_more_confidence_keeps_a_champion_that_less_would_move() -> None:
     theirs = torch.tensor([1.0, 1.2, 0.9, 1.1], dtype=torch.float64)
     ours = theirs - torch.tensor([0.1, 0.02, 0.05, 0.0], dtype=torch.float64)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from blocks import estimates
 from blocks.errors import InfeasibleBudget
 from blocks.records import SUBBLOCKS, Architecture, Cost, CostTable, LayerChoice, NonBlockCost, Score
 from profiles.schema import Budget, Scenario, ScenarioBudget, Search
@@ -473,6 +474,9 @@ def test_standard_error_sums_sequences_first() -> None:
     error = math.sqrt(sum((value - mean) ** 2 for value in sums) / (SEQUENCES - 1) / SEQUENCES)
     assert score_of(problem, layers) == pytest.approx((mean, error), rel=1e-12)
     assert score_of(problem, problem.parent) == (0.0, 0.0)
+    documents = tuple(sequence // 2 for sequence in range(SEQUENCES))
+    told = tuple(score.model_copy(update={"documents": documents}) for score in problem.scores)
+    assert score_of(replace(problem, scores=told), layers)[1] == pytest.approx(estimates.mean(sums, documents).error)
 
 
 def test_totals_add_up_by_hand() -> None:

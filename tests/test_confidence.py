@@ -127,6 +127,20 @@ def test_robust_like_brute_force(factor: float) -> None:
     assert choice.score == pytest.approx(2 * np.mean(samples[label]))
 
 
+def test_documents_are_drawn_whole() -> None:
+    """Every sequence three times, each time of the same document: nothing is surer than with each once."""
+    thrice = {name: list(np.repeat(values, 3)) for name, values in SAMPLES.items()}
+    once, copied = library(SAMPLES), replace(library(thrice), documents=(0, 0, 0, 1, 1, 1, 2, 2, 2))
+    for robust in (0.0, 2.0):
+        request = Request(limits=limits(memory_gib=1.0), search=EXACT.model_copy(update={"robust": robust}))
+        one, other = (bootstrap(each, request, Draws(most=60, seed=1)) for each in (once, copied))
+        assert other.recurrence == one.recurrence and other.objective == pytest.approx(one.objective)
+        assert (other.low, other.high, other.regret) == pytest.approx((one.low, one.high, one.regret))
+    alone = replace(copied, documents=(7,) * 9)
+    with pytest.raises(LibraryFileError, match="all scored sequences are of one document"):
+        bootstrap(alone, request)
+
+
 def test_without_scores_per_sequence_it_says_so() -> None:
     view = library(SAMPLES)
     bare = replace(view, options=tuple(replace(option, samples={}) for option in view.options))

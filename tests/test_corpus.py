@@ -16,18 +16,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pydantic import ValidationError
 
 from blocks.errors import CorpusError
-from blocks.library import read_tensors
+from blocks.library import read_tensors, write_tensors
 from blocks.records import CorpusInfo
 from profiles.schema import Corpus, HubSource, PythonStdlibSource, TextSource, WikipediaDumpSource
 from tasks.inputs import corpus as module
 from tasks.inputs import corpus_sources, text_files
-from tasks.inputs.chats import Unusable, messages_of, template_of
-from tasks.inputs.corpus import DocumentTokenizer, ordered_documents, pack_splits, prepare_corpus, spans_of
+from tasks.inputs.chats import Unusable, contents_alone, messages_of, template_of
+from tasks.inputs.corpus import (
+    DocumentTokenizer,
+    documents_of,
+    ordered_documents,
+    pack_splits,
+    prepare_corpus,
+    spans_of,
+)
 from tasks.inputs.corpus_sources import check_sources, iterate_documents, normalise
 from tasks.inputs.installed_packages import installed_file
-from tasks.inputs.text_files import Part, split_stream
+from tasks.inputs.near_duplicates import SHINGLE, NearDuplicates, likeness, sketch_of
+from tasks.inputs.text_files import Part, split_stream, value_of
 from tasks.inputs.tiny import byte_tokenizer
 from tasks.inputs.wikipedia import plain_text
 
@@ -71,7 +80,7 @@ def words_of(tokens: torch.Tensor) -> set[str]:
 def prepared(corpus: Corpus, tokenizer: Path, workspace: Path) -> tuple[CorpusInfo, dict[str, torch.Tensor]]:
     info = prepare_corpus(corpus, tokenizer, "f" * 64, workspace)
     # copies: the tensors of a file are mapped, and one test damages the file
-    return info, {name: tensor.clone() for name, tensor in read_tensors(workspace, info.tokens).items()}
+    return info, {name: tensor.clone() for name, tensor in read_tensors(workspace, info.tokens, list(WANTED)).items()}
 
 
 def test_splits_have_their_shapes_and_share_no_document(tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -83,6 +92,29 @@ def test_splits_have_their_shapes_and_share_no_document(tmp_path: Path, tokenize
     for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
         assert not words[one] & words[other]
     assert info.documents == 60
+
+
+def test_every_sequence_knows_its_document(tmp_path: Path, tokenizer_folder: Path) -> None:
+    info, splits = prepared(small(write_texts(tmp_path, make_documents(60))), tokenizer_folder, tmp_path)
+    for split, tokens in splits.items():
+        ends = (tokens.flatten() == byte_tokenizer().eos_token_id).nonzero().flatten()
+        starts = read_tensors(tmp_path, info.tokens, [f"{split}_starts"])[f"{split}_starts"]
+        assert starts[0] == 0 and torch.equal(starts[1:], ends[ends < tokens.numel() - 1] + 1)
+        number = torch.bucketize(torch.arange(tokens.numel()), starts, right=True).view_as(tokens) - 1
+        for length in (None, 5):
+            main = [int(row[:length].mode().values) for row in number]
+            documents = documents_of(info, split, tmp_path, length)
+            counts = [(row[:length] == document).sum() for row, document in zip(number, documents, strict=True)]
+            assert counts == [(row[:length] == document).sum() for row, document in zip(number, main, strict=True)]
+    assert len(set(documents_of(info, "train", tmp_path))) > 3
+
+
+def test_a_corpus_of_an_older_version_does_not_say_where_documents_begin(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    info, splits = prepared(small(write_texts(tmp_path, make_documents(60))), tokenizer_folder, tmp_path)
+    older = info.model_copy(update={"tokens": write_tensors(tmp_path, "corpus/older.safetensors", splits)})
+    assert documents_of(older, "test", tmp_path) == ()
 
 
 def test_tokens_decode_to_the_text(tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -140,11 +172,136 @@ def test_duplicates_go_and_order_is_by_hash() -> None:
     assert [document for document in added if document != "another"] == ordered
 
 
+def words(generator: random.Random, count: int) -> list[str]:
+    return ["".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=generator.randint(2, 9))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.05, 0.1, 0.5])
+def test_likeness_is_the_jaccard_index(share: float) -> None:
+    generator = random.Random(1)
+    first = words(generator, 800)
+    second = [word if generator.random() >= share else words(generator, 1)[0] for word in first]
+    texts = [" ".join(each) for each in (first, second)]
+    pieces = [{text[start : start + SHINGLE] for start in range(len(text) - SHINGLE + 1)} for text in texts]
+    jaccard = len(pieces[0] & pieces[1]) / len(pieces[0] | pieces[1])
+    assert likeness(*map(sketch_of, texts)) == pytest.approx(jaccard, abs=0.17)
+    assert likeness(sketch_of(texts[0]), sketch_of(texts[0].upper().replace(" ", "\n "))) == 1
+    assert likeness(sketch_of(""), sketch_of("x")) == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_document_and_none_nearly_the_same_is_in_two_splits(seed: int) -> None:
+    """Families of documents that differ in one word; the first word of each document names its family."""
+    generator = random.Random(seed)
+    families = [words(generator, generator.randint(90, 150)) for _ in range(40)]
+    documents = []
+    for number, family in enumerate(families):
+        for _ in range(generator.randint(1, 4)):
+            copy = [*family]
+            copy[generator.randrange(len(copy))] = words(generator, 1)[0]
+            documents.append(
+                " ".join(f"\N{BULLET}{number:02d}" if place % 5 == 0 else word for place, word in enumerate(copy))
+            )
+    ordered = ordered_documents(documents)
+
+    def families_of(near: float | None) -> dict[str, set[str]]:
+        packed, _ = pack_splits(ordered, LETTERS, WANTED, 64, NearDuplicates(near))
+        texts = {split: "".join(map(chr, tokens.flatten().tolist())) for split, tokens in packed.items()}
+        return {split: set(re.findall("\N{BULLET}..", text)) for split, text in texts.items()}
+
+    kept, apart = map(families_of, (None, 0.7))
+    pairs = (("train", "validation"), ("train", "test"), ("validation", "test"))
+    assert any(kept[one] & kept[other] for one, other in pairs)
+    assert not any(apart[one] & apart[other] for one, other in pairs)
+
+
+def test_all_nearly_the_same_is_told(tmp_path: Path) -> None:
+    same = " ".join(words(random.Random(0), 200))
+    documents = [f"{same} {number}" for number in range(90)]
+    with pytest.raises(CorpusError, match="89 are nearly the same as one of test"):
+        pack_splits(documents, LETTERS, WANTED, 32, NearDuplicates(0.7))
+
+
+@pytest.mark.parametrize(("batch", "train"), [(20_000_000, 30), (2000, 40)])
+def test_a_larger_train_split_moves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer_folder: Path, batch: int, train: int
+) -> None:
+    """Even where more text is read for it: what is read later is behind what was there."""
+    monkeypatch.setattr(corpus_sources, "MINIMUM_CHARACTERS", batch)
+    monkeypatch.setattr(corpus_sources, "CHARACTERS_PER_TOKEN_ASKED", 4)
+    corpus = small(write_texts(tmp_path, make_documents(200, 20)))
+    larger = corpus.model_copy(update={"train_sequences": train})
+    one, other = (prepared(each, tokenizer_folder, tmp_path) for each in (corpus, larger))
+    assert (other[0].documents > one[0].documents) == (batch == 2000)
+    assert all(torch.equal(one[1][split], other[1][split]) for split in ("test", "validation"))
+    assert torch.equal(other[1]["train"][:8], one[1]["train"][:8])
+
+
+@pytest.mark.parametrize(("weights", "share"), [((3, 1), 0.25), ((0.5, 0.5), 0.5), ((1, 9), 0.9)])
+def test_sources_give_their_share_of_every_split(
+    tmp_path: Path, tokenizer_folder: Path, weights: tuple[float, float], share: float
+) -> None:
+    sources = []
+    for name, weight in zip("ab", weights, strict=True):
+        (tmp_path / name).mkdir()
+        source = write_texts(tmp_path / name, [text.replace("d", name) for text in make_documents(300, 20)])
+        sources.append(source.model_copy(update={"weight": weight}))
+    corpus = small(sources[0]).model_copy(update={"sources": tuple(sources), "train_sequences": 64})
+    for split, tokens in prepared(corpus, tokenizer_folder, tmp_path)[1].items():
+        text = text_of(tokens)
+        # up to a document of the other source more, of about 60 bytes
+        assert text.count("b") / (text.count("a") + text.count("b")) == pytest.approx(share, abs=90 / tokens.numel()), (
+            split
+        )
+    scarce = corpus.model_copy(update={"train_sequences": 1800})
+    with pytest.raises(CorpusError, match=r"Lower the weight of texts.txt, which ran out"):
+        prepared(scarce, tokenizer_folder, tmp_path)
+    with pytest.raises(ValidationError, match="source 2 has no weight"):
+        Corpus(sources=(sources[0], sources[1].model_copy(update={"weight": None})))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_token_ids_are_documents_as_text_is(tmp_path: Path, tokenizer_folder: Path, kind: Any) -> None:
+    texts = make_documents(60, 20)
+    eos = byte_tokenizer().eos_token_id
+    rows = [
+        {"input_ids": byte_tokenizer()(text)["input_ids"] + [eos] * (place % 2)} for place, text in enumerate(texts)
+    ]
+    path = tmp_path / f"ids.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    source = TextSource(kind=kind, path=str(path))
+    info, splits = prepared(small(source), tokenizer_folder, tmp_path)
+    assert info.documents == 60
+    for split, tokens in splits.items():
+        starts = read_tensors(tmp_path, info.tokens, [f"{split}_starts"])[f"{split}_starts"].tolist()
+        pieces = [tokens.flatten()[one:end] for one, end in zip(starts, starts[1:], strict=False)]
+        assert all(int((piece == eos).sum()) == 1 and piece[-1] == eos for piece in pieces)
+        assert pieces and all(any(text_of(piece[:-1]) in text for text in texts) for piece in pieces)
+    with pytest.raises(CorpusError, match="token ids. A tiny parent"):
+        list(iterate_documents(small(source)))
+
+
+@pytest.mark.parametrize("ids", [[1, 2.5], [3, -1], [1, "a"], [1, 2**31], [1, [2]], [1, 2**70], [1, None]])
+def test_what_is_no_list_of_token_ids_is_told(tmp_path: Path, ids: list[Any]) -> None:
+    with pytest.raises(Unusable, match="begins like token ids"):
+        value_of({"input_ids": ids}, "text", contents_alone)
+
+
+def test_token_ids_of_a_larger_tokenizer_are_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tokenizer_folder / "config.json").write_text('{"vocab_size": 300}')
+    source = jsonl(tmp_path, *({"input_ids": random.Random(number).choices(range(310), k=60)} for number in range(90)))
+    with pytest.raises(CorpusError, match="the parent knows 300 tokens"):
+        prepared(small(source), tokenizer_folder, tmp_path)
+
+
 def test_one_long_document_cannot_be_the_test_set() -> None:
     documents = ["x" * 100_000, *make_documents(40)]
-    packed, used = pack_splits(documents, LETTERS, WANTED, 32)
+    packed, starts = pack_splits(documents, LETTERS, WANTED, 32)
     assert int((packed["test"] == ord("x")).sum()) == 31  # an eighth of 8 sequences, with eos
-    assert used["test"] >= 8
+    assert len(starts["test"]) >= 8
 
 
 def test_train_may_take_more_of_a_document_when_it_must() -> None:
@@ -208,9 +365,10 @@ def test_hub_data_is_pinned_to_its_commit(
 
     calls = []
 
-    def load(path: str, **arguments: object) -> list[dict[str, str]]:
+    def load(path: str, **arguments: object) -> object:
         calls.append((path, arguments["revision"]))
-        return [{"text": document} for document in make_documents(60)]
+        rows = [{"text": document} for document in make_documents(60)]
+        return datasets.Dataset.from_list(rows).to_iterable_dataset()
 
     class Api:
         def dataset_info(self, name: str, revision: str) -> object:
@@ -226,6 +384,24 @@ def test_hub_data_is_pinned_to_its_commit(
     pinned = corpus.model_copy(update={"sources": (HubSource(kind="hub", hub_id="some/data", revision="a" * 40),)})
     assert prepare_corpus(pinned, tokenizer_folder, "f" * 64, tmp_path) == info
     assert len(calls) == 1
+
+
+def test_hub_data_is_streamed_in_one_random_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import datasets
+
+    for number in range(4):
+        rows = [{"text": f"{number:02d}-{row:03d}"} for row in range(100)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{number}.parquet")
+    local = datasets.load_dataset("parquet", data_files=str(tmp_path / "*.parquet"), split="train", streaming=True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: local)
+
+    def read(buffer: int) -> list[str]:
+        source = HubSource(kind="hub", hub_id="some/data", shuffle_buffer=buffer)
+        return list(iterate_documents(Corpus(sources=(source,))))
+
+    ordered, shuffled = read(0), read(50)
+    assert ordered == sorted(ordered) and len(ordered) == 400
+    assert sorted(shuffled) == ordered != shuffled and shuffled == read(50)
 
 
 def test_a_tokenizer_of_another_model_is_told(tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -582,7 +758,7 @@ PARTS = [{"role": one["role"], "content": [{"type": "text", "text": one["content
         ({"messages": [message | {"name": None, "tool_calls": None} for message in CHAT]}, {}),
     ],
 )
-def test_chats_are_read_in_every_spelling(tmp_path: Path, row: dict[str, Any], settings: dict[str, str]) -> None:
+def test_chats_are_read_in_every_spelling(tmp_path: Path, row: dict[str, Any], settings: dict[str, Any]) -> None:
     source = jsonl(tmp_path, row).model_copy(update=settings)
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
     table = TextSource(kind="parquet", path=str(tmp_path / "a.parquet"), **settings)

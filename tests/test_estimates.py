@@ -9,13 +9,16 @@ from scipy import stats
 from blocks.estimates import (
     independent_difference,
     interval,
+    is_below_zero,
     is_clear,
     lower_bound,
     mean,
     paired_difference,
+    parts_of,
     pooled_accuracy,
     rank_correlation,
     ratio,
+    resampled,
 )
 from blocks.records import Metric
 
@@ -44,6 +47,48 @@ def test_an_item_that_is_there_several_times_counts_once(copies: int) -> None:
     groups = [place for place in range(len(values)) for _ in range(copies)]
     assert mean(repeated, groups).error == pytest.approx(stats.sem(values))
     assert mean(repeated).error < stats.sem(values) / 1.2
+
+
+def draw_of_documents(generator: np.random.Generator) -> tuple[np.ndarray, list[int]]:
+    """24 sequences of documents of one to four sequences; what a document is like weighs more than chance."""
+    sizes: list[int] = []
+    while sum(sizes) < 24:
+        sizes.append(int(generator.integers(1, 5)))
+    documents = np.repeat(np.arange(len(sizes)), sizes)[:24]
+    return generator.normal(size=len(sizes))[documents] + 0.5 * generator.normal(size=24), documents.tolist()
+
+
+def test_intervals_over_documents_hold_the_truth_and_those_over_sequences_do_not() -> None:
+    generator, draws = np.random.default_rng(5), 500
+    held, alone = 0, 0
+    for _ in range(draws):
+        values, documents = draw_of_documents(generator)
+        for groups in (documents, []):
+            low, high = interval(mean(values, groups))
+            held += bool(groups) and low <= 0 <= high
+            alone += not groups and low <= 0 <= high
+    assert 0.92 <= held / draws <= 0.975
+    assert alone / draws < 0.85
+
+
+def test_resampling_draws_documents_whole_and_gives_their_error() -> None:
+    generator = np.random.default_rng(2)
+    values, documents = draw_of_documents(generator)
+    parts = parts_of(24, documents)
+    drawn = np.array([resampled(generator, parts) for _ in range(4000)])
+    assert all(len(set(draw[parts == part].tolist())) == 1 for draw in drawn[:50] for part in range(parts.max() + 1))
+    means = drawn @ values / drawn.sum(axis=1)
+    assert np.std(means) == pytest.approx(mean(values, documents).error, rel=0.15)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_below_zero_is_a_one_sided_t_test_whose_level_is_shared(seed: int) -> None:
+    values = np.random.default_rng(seed).normal(-0.5, 1.0, 12)
+    chance = float(stats.ttest_1samp(values, 0, alternative="less").pvalue)
+    found = mean(values).metric
+    assert is_below_zero(found, chance * 1.01) and not is_below_zero(found, chance * 0.99)
+    assert is_below_zero(found, 8 * chance * 1.01, 8) and not is_below_zero(found, 8 * chance * 0.99, 8)
+    assert not is_below_zero(mean([-1.0]).metric, 0.05) and is_below_zero(mean([-1.0, -1.0]).metric, 0.05)
 
 
 def test_groups_are_one_for_each_value() -> None:
@@ -104,10 +149,25 @@ def test_a_ratio_to_itself_has_no_error_and_one_to_nothing_is_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "se", "n", "clear"), [(0.2, 0.09, 8, True), (-0.2, 0.09, 8, True), (0.2, 0.1, 8, False), (9, 0, 1, False)]
+    ("value", "se", "n", "clear"),
+    [
+        (0.2, 0.09, 400, True),
+        (-0.2, 0.09, 400, True),
+        (0.2, 0.1, 400, False),
+        (9, 0, 1, False),
+        (0.2, 0.09, 7, False),
+        (0.2, 0.075, 7, True),
+    ],
 )
 def test_clear_is_more_than_two_standard_errors(value: float, se: float, n: int, clear: bool) -> None:
     assert is_clear(Metric(value=value, se=se, n=n)) is clear
+
+
+def test_of_few_documents_no_more_is_clear_by_chance() -> None:
+    """Two standard errors hold in 95.4 % of large samples; of seven documents they would in 91 %."""
+    generator, draws = np.random.default_rng(7), 2000
+    clear = sum(is_clear(mean(generator.normal(size=7)).metric) for _ in range(draws))
+    assert clear / draws == pytest.approx(2 * stats.norm.sf(2), abs=0.015)
 
 
 def test_a_lower_bound_is_that_of_a_one_sided_t_test() -> None:

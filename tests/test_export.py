@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from blocks.engine_limits import width_of
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.records import CorpusInfo, ParentInfo, Ref
+from flows.serving import _calibration
 from tasks.export.folder import (
     ExportError,
     engine_gaps,
@@ -162,6 +163,13 @@ def test_a_stranger_gets_the_same_model(loaded: Loaded, family: str, shape: str)
     assert torch.equal(loaded.outputs[f"{name}.cached"], loaded.outputs[f"{name}.whole"])
     native_class = FAMILIES[family][1].__name__
     assert loaded.seen[name] == {"class": native_class if case.native else "DeciLMForCausalLM", "tokens": [3, 4]}
+
+
+def test_calibration_text_is_read_without_the_childs_code(loaded: Loaded, tmp_path: Path) -> None:
+    """transformers would ask at the console whether to run it."""
+    (tmp_path / "text.txt").write_text("\n\n\n".join(f"w{3 + start % 5} " * (3_000 + start) for start in range(12)))
+    tokens = _calibration(loaded.cases["llama.mixed"].folder, tmp_path / "text.txt")
+    assert tokens.shape == (128, 256)
 
 
 def test_the_folder_holds_code_and_auto_map_only_where_needed(loaded: Loaded) -> None:

@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pyarrow
 import pytest
 import yaml
 from pyarrow import parquet
+from transformers import LlamaConfig
 
 from blocks.errors import CorpusError, ParentError, PuzzleError
 from profiles.editor_schema import editor_schema
@@ -96,13 +98,16 @@ def test_text_without_wide_gaps_is_cut_at_narrower_ones(here: Path) -> None:
 
 
 def test_what_a_person_may_name(here: Path) -> None:
-    assert isinstance(first.read_parent("HuggingFaceTB/SmolLM2-135M"), HubParent)
-    assert first.read_parent("models/x.gguf") == GgufParent(path="models/x.gguf")
+    assert isinstance(first.named_parent("HuggingFaceTB/SmolLM2-135M"), HubParent)
+    assert first.named_parent("models/x.gguf") == GgufParent(path="models/x.gguf")
     (here / "a.gguf").touch()
-    assert first.read_parent("a.gguf") == GgufParent(path="a.gguf")
-    assert isinstance(first.read_parent("tests:tiny.py"), PackageParent)
+    assert first.named_parent("a.gguf") == GgufParent(path="a.gguf")
+    assert isinstance(first.named_parent("tests:tiny.py"), PackageParent)
     for wrong in ("nothing", "no_package:x.gguf", "../x/y"):
         with pytest.raises(ParentError):
+            first.named_parent(wrong)
+    for wrong in ("models/x.gguf", "a.gguf", "."):  # refused where it is asked for, not after the last question
+        with pytest.raises(PuzzleError):
             first.read_parent(wrong)
     assert first.read_text("owner/data") == HubSource(kind="hub", hub_id="owner/data")
     parquet.write_table(pyarrow.table({"n": [1, 2], "said": ["w4 w5", "w6"]}), here / "rows.parquet")
@@ -115,6 +120,22 @@ def test_what_a_person_may_name(here: Path) -> None:
     assert first.read_budget("memory_fraction = 80%") == ("memory_fraction", "80%")
     with pytest.raises(PuzzleError, match="speedup"):
         first.read_budget("fast")
+
+
+def test_widths_are_whole_blocks_of_32_where_the_parents_is() -> None:
+    """3/4 and 1/4 of 192 are 144 and 48: llama.cpp has neither in q8_0 or fewer bits."""
+    config = LlamaConfig(hidden_size=64, intermediate_size=192, num_attention_heads=4, num_key_value_heads=1)
+    assert first._space(config, "llama.cpp")[1] == ["ffn128", "ffn96", "ffn32", "no_op"]
+
+
+def test_a_file_that_export_wrote_is_no_parent(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "child.gguf", "deci")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ParentError, match="--format native"):
+        first.read_parent(str(tmp_path / "child.gguf"))
 
 
 def test_the_schema_knows_what_the_profile_takes() -> None:

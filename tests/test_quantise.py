@@ -13,6 +13,7 @@ from blocks.errors import CorpusError, PuzzleError
 from blocks.library import read_tensors
 from tasks.engines.ggml import GgmlRounding
 from tasks.engines.llama_cpp import LlamaCpp
+from tasks.export.child_tokenizer import open_tokenizer
 from tasks.export.formats import export_as
 from tasks.gguf.writer import CORRECTED, PRECISIONS
 from tasks.inputs.corpus import tokens_of_file
@@ -111,7 +112,7 @@ def test_a_text_file_becomes_sequences_of_the_childs_tokens(chain: Chain, tmp_pa
     (tmp_path / "text.txt").write_text(
         "\n\n\n".join(f"document {number} says {number**3}" * 20 for number in range(50))
     )
-    folder = chain.workspace / chain.parent.folder
-    assert tokens_of_file(tmp_path / "text.txt", folder, 8, 16).shape == (8, 16)
-    with pytest.raises(CorpusError, match="train"):
-        tokens_of_file(tmp_path / "text.txt", folder, 10**6, 16)
+    tokenizer = open_tokenizer(chain.workspace / chain.parent.folder)
+    assert tokens_of_file(tmp_path / "text.txt", tokenizer, 8, 16).shape == (8, 16)
+    with pytest.raises(CorpusError, match="text.txt is too short"):
+        tokens_of_file(tmp_path / "text.txt", tokenizer, 10**6, 16)

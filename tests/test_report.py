@@ -267,7 +267,7 @@ def test_one_sequence_tells_no_winner() -> None:
     report = compared(measured("child", (0.5,)), measured("greedy", (0.9,)))
     assert best_of(report, "KL, nats") == set()
     assert "Not clear: whether it is nearer to its parent than the baseline greedy" in verdict(report)
-    assert "A single sequence shows no error." in headlines(report)[1]
+    assert "A single document of text shows no error." in headlines(report)[1]
 
 
 @pytest.mark.parametrize("told", [True, False])

@@ -14,6 +14,7 @@ import pytest
 
 from blocks.errors import disk_is_full
 from flows import finish
+from tasks.operating import tracking
 from tasks.running.servers import (
     LOOPBACK,
     answer,
@@ -103,8 +104,11 @@ def test_a_server_that_runs_is_linked_to_and_not_started(
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(finish, "answer", knows)
+    monkeypatch.setattr(tracking, "answer", knows)
     tracked: Any = SimpleNamespace(
-        workspace=tmp_path, prefect_run_id="p1", mlflow_run_id="m1", tracking=SimpleNamespace(experiment_id="7")
+        prefect_run_id="p1",
+        mlflow_run_id="m1",
+        tracking=SimpleNamespace(workspace=tmp_path, experiment_id="7"),
     )
     told = "\n".join(finish.ui_commands(tracked))
     assert ("server" in told) != runs

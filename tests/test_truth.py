@@ -13,14 +13,16 @@ from transformers import AutoModelForCausalLM
 
 from blocks.compute import HOST
 from blocks.errors import PuzzleError
+from blocks.estimates import mean
 from blocks.library import read_tensors
 from blocks.records import CostTable, LayerChoice
 from profiles.schema import GKD, Budget, Evaluate, Profile, Scoring, TinyParent
 from tasks.evaluate.compare import build, contender
 from tasks.evaluate.quality import mean_metric, parent_targets, sequence_figures
+from tasks.inputs.corpus import documents_of
 from tasks.search.totals import predicted
 from tasks.studies.contest import ContestSize, contest
-from tasks.studies.finished import Finished, UnfinishedLibrary, open_finished
+from tasks.studies.finished import Finished, UnfinishedLibrary, _scores, open_finished
 from tasks.studies.truth import Meter, Modules, measured_truth, other_model, other_sequences, scored_sequences, truth_of
 from tests.chain import CORPUS, RECORD, Chain
 from tests.test_choose import CHAT, costs_of
@@ -121,6 +123,18 @@ def test_what_was_measured_is_stored_by_content(finished: Finished, monkeypatch:
         truth_of(replace(finished, blocks=other_block), 2)[0](MIXED)
     unused = (PARENT, *MIXED[1:])
     assert scored._key(unused) == truth_of(replace(finished, blocks=other_block), 2)[0]._key(unused)
+
+
+def test_scores_and_meters_know_the_documents_of_their_sequences(finished: Finished) -> None:
+    whole = documents_of(finished.corpus, "validation", finished.workspace, 32)
+    assert len(whole) == 8 and len(set(whole)) > 1
+    scores = _scores(finished.profile, finished.workspace, finished.corpus, finished.blocks)
+    assert scores and {score.documents for score in scores} == {whole[:6]} == {
+        replace(finished, scores=scores).problem.documents
+    }
+    scored, others = truth_of(finished, 2)
+    assert (scored.documents, others.documents) == (whole[:6], whole[6:8])
+    assert (some := scores[0]).kl_se == mean(some.kl_per_sequence, some.documents).error
 
 
 def test_where_all_sequences_were_scored_they_are_used_again(finished: Finished) -> None:

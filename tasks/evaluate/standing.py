@@ -55,7 +55,9 @@ def of_sequences(candidate: Candidate, name: str) -> Reading | None:
     """Loss, kl or top1_agreement on the test sequences."""
     metric: Metric | None = getattr(candidate, name)
     values = candidate.samples.get(name)
-    return None if metric is None else Reading(metric=metric, estimate=estimates.mean(values) if values else None)
+    if metric is None or not values:
+        return None if metric is None else Reading(metric=metric)
+    return Reading(metric=metric, estimate=estimates.mean(values, candidate.sample_documents))
 
 
 def of_items(candidate: Candidate, benchmark: str) -> Reading | None:

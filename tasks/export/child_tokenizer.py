@@ -35,13 +35,9 @@ def write_tokenizer(path: Path, folder: Path) -> str:
 
     Returns a sentence for people. Raises TokenizerLimit.
     """
-    fields = copied_tokenizer(path)
-    if fields.get("tokenizer.ggml.model", "no_vocab") == "no_vocab":
+    tokenizer = open_tokenizer(path)
+    if tokenizer is None:
         return f"tokenizer: none, because {path.name} has none"
-    try:
-        tokenizer = tokenizer_of(fields)
-    except (ValueError, KeyError, IndexError) as error:
-        raise TokenizerLimit(f"the tokenizer of {path.name} cannot be given to transformers: {error}") from error
     tokenizer.save_pretrained(folder)
     said = check_tokenizer(path, tokenizer)
     return f"tokenizer: read from {path.name}; {'; '.join(said)}"
@@ -85,8 +81,23 @@ def _parents_gguf(origin: Origin) -> Path | None:
         return None
 
 
+def _tokenizer_in(path: Path) -> Any:
+    """The tokenizer of a GGUF file, None where it has none. Raises TokenizerLimit."""
+    fields = copied_tokenizer(path)
+    if fields.get("tokenizer.ggml.model", "no_vocab") == "no_vocab":
+        return None
+    try:
+        return tokenizer_of(fields)
+    except (ValueError, KeyError, IndexError) as error:
+        raise TokenizerLimit(f"the tokenizer of {path.name} cannot be given to transformers: {error}") from error
+
+
 def open_tokenizer(folder: Path) -> Any:
-    """What transformers makes of the tokenizer of a child's or parent's folder; None for a folder without one."""
+    """What transformers makes of the tokenizer of a child's or parent's folder, or of a GGUF file; None where there is
+    none. Raises TokenizerLimit.
+    """
+    if folder.is_file():
+        return _tokenizer_in(folder)
     if not has_tokenizer(folder):
         return None
     from transformers import AutoTokenizer, PreTrainedConfig

@@ -55,6 +55,17 @@ def precision_of(text: str, form: str) -> str:
     return name
 
 
+def timed_precision(text: str, form: str) -> str:
+    """A precision in which a model is written to be timed. Raises UnknownPrecision."""
+    precision = precision_of(text, form)
+    if precision in CORRECTED:
+        raise UnknownPrecision(
+            f"{precision} is written by `puzzle export` alone, which fits it to text: speeds are measured in float32, "
+            "float16, bfloat16 or q8_0."
+        )
+    return precision
+
+
 def format_of(text: str) -> str:
     """One of FORMATS. Raises PuzzleError, with a guess, for another."""
     if text not in FORMATS:

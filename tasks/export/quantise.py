@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from blocks.error_correction import InputGrams, correct
 from blocks.errors import PuzzleError
+from blocks.estimates import mean
 from blocks.export_code.modeling_decilm import layer_contexts
 from tasks.engines.ggml import GgmlRounding
 from tasks.gguf.writer import PRECISIONS, Stored
@@ -32,11 +33,11 @@ def quantise(model: Any, tokens: Tensor, precision: str) -> tuple[str, Mapping[s
     before = _log_probabilities(model, held_out)
     stored = quantise_layers(model, tokens[: -len(held_out)], precision)
     after = _log_probabilities(model, held_out)
-    kl = torch.stack([(p.exp() * (p - q)).sum(-1).mean() for p, q in zip(before, after, strict=True)])
-    error = f" ±{kl.std() / len(kl) ** 0.5:.2g}" if len(kl) > 1 else ""
+    kl = mean([float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(before, after, strict=True)])
+    error = f" ±{kl.error:.2g}" if len(held_out) > 1 else ""
     fitted = f"fitted to {tokens.shape[1] * (len(tokens) - len(held_out)):,} tokens"
     return (
-        f"{precision} {fitted}: KL {kl.mean():.3g}{error} nats from the child, on {held_out.numel():,} others",
+        f"{precision} {fitted}: KL {kl.value:.3g}{error} nats from the child, on {held_out.numel():,} others",
         stored,
     )
 
@@ -63,12 +64,12 @@ def quantise_layers(
     depth = len(model.model.layers)
     for index, layer in enumerate(model.model.layers):
         with InputGrams(layer) as grams:
-            _through(model, index, hidden)
+            through(model, index, hidden)
         for name, linear in grams.linears.items():
             parts, linear.weight.data = correct(linear.weight, grams.sums[name], rounding, BLOCK, DAMPING)
             rows = torch.cat([torch.from_numpy(part) for part in parts], dim=1)
             stored[f"model.layers.{index}.{name}.weight"] = Stored(kind=kind, rows=rows)
-        hidden = _through(model, index, hidden)
+        hidden = through(model, index, hidden)
         progress(index + 1, depth, f"layer {index}")
     return stored
 
@@ -83,7 +84,7 @@ def refuse_rows(model: Any, precision: str) -> None:
             )
 
 
-def _through(model: Any, index: int, hidden: Tensor) -> Tensor:
+def through(model: Any, index: int, hidden: Tensor) -> Tensor:
     """States (S, T, D) after a layer of the model."""
     inner, out = model.model, []
     for batch in hidden.split(BATCH):

@@ -1,8 +1,13 @@
 """Turn text into sequences of token ids, divided into train, validation and test.
 
-Documents are normalised, exact duplicates are dropped, and the rest is ordered by the sha256 of the text. The first
-fill the test split, the next ones validation, the others train. So the division depends on the text alone, no document
-is in two splits, and a new document moves few others.
+Documents are normalised, exact duplicates are dropped, and the rest is ordered by the sha256 of the text: first the
+documents of the first 20 million characters of each source, then those behind them. The first fill the test split, the
+next ones validation, the others train. So no document is in two splits, a new document moves few others, and when
+train_sequences grow no document changes its split, although more is read. A document that is nearly the same as one of
+test or validation is left out.
+
+Where sources have weights, each gives its share of the tokens of every split: the next document is of the source that
+is farthest behind.
 
 A document gives at most a fixed share of a split, from its middle; only train takes more of one, when there is too
 little text. After each document comes the tokenizer's eos token (and before it the bos token, if the tokenizer writes
@@ -13,37 +18,42 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from blocks.errors import CorpusError, first_line
 from blocks.files import sha256_of
-from blocks.library import digest_of, keep, remember, write_tensors
+from blocks.library import digest_of, keep, read_tensors, remember, write_tensors
 from blocks.records import CorpusInfo
 from profiles.schema import Corpus, HubSource, TextSource
 from tasks.inputs.chats import Chat, Message, contents_alone, template_of
 from tasks.inputs.companions import TOKENIZER_FILES
-from tasks.inputs.corpus_sources import check_sources, content_of, iterate_documents, pinned
-from tasks.inputs.text_files import SUFFIXES
+from tasks.inputs.corpus_sources import check_sources, content_of, iterate_batches, name_of, pinned
+from tasks.inputs.near_duplicates import NONE, NearDuplicates
+from tasks.inputs.text_files import SUFFIXES, Document
 from tasks.running.progress import say
 
-VERSION = 1  # raise it when the same sources would give other tokens
+VERSION = 2  # raise it when the same sources would give other tokens
+DocumentT = TypeVar("DocumentT", str, Document)
 PART = 1 << 20  # characters tokenised at once: a tokenizer takes about 150 bytes for each
 TRIED_TOKENS = 1 << 19  # tokenised in a second or two
 COUNTED_BYTES = 1 << 26  # read in a second or two
 BYTES_PER_TOKEN = 4
 # split -> the largest share of its sequences that one document may give is 1 / this; only train may exceed it
 SHARES = {"test": 8, "validation": 8, "train": 32}
+STARTS = "_starts"
 CHAT_TEMPLATE = "chat_template.jinja"  # says nothing about other sources than those that may hold chats
 
 
 def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: str, workspace: Path) -> CorpusInfo:
-    """Tokenise and pack a corpus to `corpus/<fingerprint>.safetensors`: int32 `train`, `validation`, `test` (S, T).
+    """Tokenise and pack a corpus to `corpus/<fingerprint>.safetensors`: int32 `train`, `validation`, `test` (S, T), and
+    beside each of them, as `train_starts` and so on, where each of its documents begins.
 
     The fingerprint covers the content of the sources, the settings and the tokenizer; what is there is used again.
     Raises CorpusError when a source cannot be read or the documents do not fill the splits.
@@ -57,20 +67,24 @@ def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: s
         return known
     tokenizer = load_tokenizer(tokenizer_folder)
     notes: list[str] = []
-    documents = ordered_documents(iterate_documents(at_commits, tokenizer.chat, notes))
+    queues = queues_of(at_commits, tokenizer.chat, notes)
+    near = NearDuplicates(corpus.near_duplicates)
+    packed, starts = pack_splits(queues, tokenizer, splits_of(corpus), corpus.sequence_length, near)
+    if near.found:
+        notes.append(f"nearly the same as a document of test or validation, and left out: {near.found}")
     for note in notes:
         say(f"corpus: {note}")
-    packed, used = pack_splits(documents, tokenizer, splits_of(corpus), corpus.sequence_length)
     _check_ids(packed, tokenizer_folder / "config.json")
+    beside = {f"{split}{STARTS}": where for split, where in starts.items()}
     info = CorpusInfo(
-        tokens=write_tensors(workspace, f"corpus/{fingerprint}.safetensors", packed),
+        tokens=write_tensors(workspace, f"corpus/{fingerprint}.safetensors", packed | beside),
         fingerprint=fingerprint,
         sequence_length=corpus.sequence_length,
         train_sequences=corpus.train_sequences,
         validation_sequences=corpus.validation_sequences,
         test_sequences=corpus.test_sequences,
-        documents=len(documents),
-        description=_description(corpus, used, notes),
+        documents=sum(len(queue.documents) for queue in queues),
+        description=_description(corpus, starts, notes),
     )
     keep(manifest, info, [info.tokens], workspace)
     return info
@@ -86,13 +100,14 @@ def check_enough(corpus: Corpus, tokenizer_folder: Path | None) -> str:
     needed = sum(splits.values()) * corpus.sequence_length
     if tokenizer_folder is not None and needed <= TRIED_TOKENS:
         tokenizer = load_tokenizer(tokenizer_folder)
-        documents = ordered_documents(iterate_documents(corpus, tokenizer.chat))
-        packed, _ = pack_splits(documents, tokenizer, splits, corpus.sequence_length)
+        queues = queues_of(corpus, tokenizer.chat)
+        near = NearDuplicates(corpus.near_duplicates)
+        packed, _ = pack_splits(queues, tokenizer, splits, corpus.sequence_length, near)
         _check_ids(packed, tokenizer_folder / "config.json")
         return ""
     there, enough = 0, min(BYTES_PER_TOKEN * needed, COUNTED_BYTES)
-    for document in iterate_documents(corpus):
-        there += len(document.encode()) + 2  # a document may get bos and eos
+    for _, document in iterate_batches(corpus):
+        there += len(_bytes_of(document)) + 2  # a document may get bos and eos
         if there >= enough:
             return ""
     told = f"{needed:,} tokens are asked for, and the documents hold {there:,} bytes"
@@ -102,7 +117,7 @@ def check_enough(corpus: Corpus, tokenizer_folder: Path | None) -> str:
     return f"corpus: {told}. A token is about {BYTES_PER_TOKEN} bytes of English, so that may be too little: {ways}."
 
 
-def splits_of(corpus: Corpus) -> dict[str, int]:
+def splits_of(corpus: Corpus | CorpusInfo) -> dict[str, int]:
     """Number of sequences of each split, in the order in which documents fill them."""
     return {
         "test": corpus.test_sequences,
@@ -111,14 +126,47 @@ def splits_of(corpus: Corpus) -> dict[str, int]:
     }
 
 
-def tokens_of_file(path: Path, tokenizer_folder: Path, sequences: int, length: int) -> torch.Tensor:
-    """A text, jsonl or parquet file as token ids (sequences, length). Raises CorpusError where it is too short."""
+def tokens_of_file(path: Path, tokenizer: Any, sequences: int, length: int) -> torch.Tensor:
+    """A text, jsonl or parquet file as a transformers tokenizer's ids (sequences, length). Raises CorpusError where it
+    is too short.
+    """
     kind: Any = next((kind for kind, ends in SUFFIXES.items() if path.suffix.lower() in ends), "text")
     source = TextSource(kind=kind, path=str(path))
     asked = Corpus(sources=(source,), sequence_length=length, train_sequences=sequences)
-    tokenizer = load_tokenizer(tokenizer_folder)
-    documents = ordered_documents(iterate_documents(asked, tokenizer.chat))
-    return pack_splits(documents, tokenizer, {"train": sequences}, length)[0]["train"].long()
+    reads = document_tokenizer(tokenizer)
+    queues = queues_of(asked, reads.chat)
+    try:
+        return pack_splits(queues, reads, {"train": sequences}, length)[0]["train"].long()
+    except CorpusError as error:
+        needed = f"{sequences} sequences x {length} = {sequences * length:,} tokens are needed"
+        raise CorpusError(f"{path} is too short: {needed}. Name a longer text.") from error
+
+
+def documents_of(corpus: CorpusInfo, split: str, workspace: Path, length: int | None = None) -> tuple[int, ...]:
+    """For each sequence of a split the document that most of its first `length` tokens are of; all of them when None.
+
+    Sequences of one document are not independent of each other. Empty for a corpus of an older version, which does not
+    say where documents begin.
+    """
+    try:
+        starts = read_tensors(workspace, corpus.tokens, [f"{split}{STARTS}"])[f"{split}{STARTS}"].numpy()
+    except SafetensorError:
+        return ()
+    total = splits_of(corpus)[split] * corpus.sequence_length
+    return main_documents(starts, total, corpus.sequence_length, length or corpus.sequence_length)
+
+
+def main_documents(starts: NDArray[np.int64], total: int, every: int, length: int) -> tuple[int, ...]:
+    """For each of the sequences that begin at every `every`-th of `total` tokens, the document that has most of its
+    first `length` tokens, by its number. starts: of each document, ascending from 0.
+    """
+    begins = np.arange(0, total, every)
+    bounds = np.unique(np.concatenate([starts, begins, begins + length]))
+    bounds = bounds[bounds < total]
+    sizes = np.diff(bounds, append=total) * (bounds % every < length)
+    order = np.lexsort((-sizes, bounds // every))  # of each sequence, its longest piece first
+    _, first = np.unique(bounds[order] // every, return_index=True)
+    return tuple((np.searchsorted(starts, bounds[order][first], side="right") - 1).tolist())
 
 
 def _check_ids(packed: Mapping[str, torch.Tensor], config: Path) -> None:
@@ -132,16 +180,59 @@ def _check_ids(packed: Mapping[str, torch.Tensor], config: Path) -> None:
         )
 
 
-def _description(corpus: Corpus, used: Mapping[str, int], notes: Sequence[str]) -> str:
+def _description(corpus: Corpus, starts: Mapping[str, torch.Tensor], notes: Sequence[str]) -> str:
     kinds = ", ".join(dict.fromkeys(source.kind for source in corpus.sources))
-    counts = ", ".join(f"{split} {count}" for split, count in used.items())
+    counts = ", ".join(f"{split} {len(where)}" for split, where in starts.items())
     return "; ".join([kinds, f"documents used: {counts}", *notes])
 
 
-def ordered_documents(documents: Iterable[str]) -> list[str]:
-    """Distinct documents in the order of the sha256 of their text."""
-    by_hash = {hashlib.sha256(document.encode()).digest(): document for document in documents}
-    return [by_hash[key] for key in sorted(by_hash)]
+def ordered_documents(documents: Iterable[DocumentT]) -> list[DocumentT]:
+    """Distinct documents in the order of the sha256 of their text or ids."""
+    return sorted(set(documents), key=lambda document: hashlib.sha256(_bytes_of(document)).digest())
+
+
+def _bytes_of(document: Document) -> bytes:
+    return document.encode() if isinstance(document, str) else document
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queue:
+    """Documents in the order in which they are used. weight: its share of the tokens, beside those of other queues."""
+
+    documents: Sequence[Document]
+    weight: float = 1.0
+    name: str = ""
+
+
+def queues_of(corpus: Corpus, chat: Chat, notes: list[str] | None = None) -> list[Queue]:
+    """The distinct documents of all sources as one queue; where sources have weights, a queue of each source.
+
+    Of what two sources hold, the first keeps it.
+    """
+    known: set[Document] = set()
+    if corpus.sources[0].weight is None:
+        return [Queue(documents=_in_order(iterate_batches(corpus, chat, notes), known))]
+    return [
+        Queue(
+            documents=_in_order(iterate_batches(corpus.model_copy(update={"sources": (one,)}), chat, notes), known),
+            weight=one.weight or 0.0,  # each has one where the first has: the profile was checked
+            name=name_of(one),
+        )
+        for one in corpus.sources
+    ]
+
+
+def _in_order(documents: Iterable[tuple[int, Document]], known: set[Document]) -> list[Document]:
+    """Documents batch by batch, each batch in the order of the hashes. Those that are `known` are left out."""
+    batches: dict[int, set[Document]] = {}
+    for batch, document in documents:
+        batches.setdefault(batch, set()).add(document)
+    found: list[Document] = []
+    for batch in sorted(batches):
+        new = batches[batch] - known
+        known |= new
+        found += ordered_documents(new)
+    return found
 
 
 @dataclass(frozen=True)
@@ -152,6 +243,12 @@ class DocumentTokenizer:
     start: tuple[int, ...] = ()
     end: tuple[int, ...] = ()
     chat: Chat = contents_alone
+
+    def bare(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Token ids without what stands before and after each document, which whoever made them may have written."""
+        first = len(self.start) if self.start and tuple(ids[: len(self.start)]) == self.start else 0
+        last = len(ids) - (len(self.end) if self.end and tuple(ids[-len(self.end) :]) == self.end else 0)
+        return ids[first:last]
 
     def framed(self, ids: NDArray[np.int32], limit: int) -> NDArray[np.int32]:
         """At most `limit` tokens from the middle of a document: the beginnings of documents are too much alike."""
@@ -164,11 +261,13 @@ class DocumentTokenizer:
 class _Document:
     """A document that is tokenised only as far as its tokens are needed, from its middle outwards."""
 
-    text: str
+    text: Document
     ids: dict[int, NDArray[np.int32]] = field(default_factory=dict)
 
     def middle(self, tokenizer: DocumentTokenizer, limit: int) -> NDArray[np.int32]:
         """At most `limit` tokens, with what stands before and after a document."""
+        if isinstance(self.text, bytes):
+            return tokenizer.framed(tokenizer.bare(np.frombuffer(self.text, np.int32)), limit)
         spans = spans_of(self.text)
         taken: list[int] = []
         for part in sorted(range(len(spans)), key=lambda part: abs(2 * part - len(spans) + 1)):
@@ -194,7 +293,7 @@ def spans_of(text: str) -> list[tuple[int, int]]:
 
 
 def load_tokenizer(folder: Path) -> DocumentTokenizer:
-    """The parent's tokenizer. Documents begin with the bos token if it writes one by itself, and end with eos."""
+    """The parent's tokenizer. Raises CorpusError."""
     from transformers import AutoTokenizer
 
     try:
@@ -203,6 +302,11 @@ def load_tokenizer(folder: Path) -> DocumentTokenizer:
         raise CorpusError(
             f"the tokenizer in {folder} cannot be loaded ({first_line(error)}): check the parent."
         ) from error
+    return document_tokenizer(tokenizer)
+
+
+def document_tokenizer(tokenizer: Any) -> DocumentTokenizer:
+    """How a tokenizer of transformers reads documents: bos before each if it writes one by itself, and eos after it."""
     start = tuple(token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id)
     end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
@@ -223,66 +327,120 @@ def load_tokenizer(folder: Path) -> DocumentTokenizer:
 
 
 def pack_splits(
-    documents: Sequence[str], tokenizer: DocumentTokenizer, wanted: Mapping[str, int], length: int
-) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    documents: Sequence[Document] | Sequence[Queue],
+    tokenizer: DocumentTokenizer,
+    wanted: Mapping[str, int],
+    length: int,
+    near: NearDuplicates = NONE,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Fill the splits of `wanted` (name -> number of sequences) with documents, one split after another.
 
-    Returns name -> int32 (sequences, length), and name -> number of documents used. Raises CorpusError.
+    documents: in the order in which they are used, or several queues of them. Returns name -> int32 (sequences,
+    length), and name -> int64 (documents,): how many tokens of the split come before each document. Raises CorpusError.
     """
+    alone = [one for one in documents if not isinstance(one, Queue)]
+    queues = [one for one in documents if isinstance(one, Queue)] or [Queue(documents=alone)]
     try:
-        return _packed(documents, tokenizer, wanted, length)
+        return _packed(queues, tokenizer, wanted, length, near)
     except CorpusError:
         # a document that is much of the whole text is lost to train when its hash puts it into another split
-        large = sum(map(len, documents)) // SHARES["test"]
-        if max(map(len, documents), default=0) <= large:
+        sizes = [len(document) for queue in queues for document in queue.documents]
+        large = sum(sizes) // SHARES["test"]
+        if max(sizes, default=0) <= large:
             raise
-        return _packed(sorted(documents, key=lambda document: len(document) > large), tokenizer, wanted, length)
+        last = [
+            replace(queue, documents=sorted(queue.documents, key=lambda text: len(text) > large)) for queue in queues
+        ]
+        return _packed(last, tokenizer, wanted, length, near)
 
 
 def _packed(
-    documents: Sequence[str], tokenizer: DocumentTokenizer, wanted: Mapping[str, int], length: int
-) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    packed, used, position = {}, {}, 0
+    queues: Sequence[Queue],
+    tokenizer: DocumentTokenizer,
+    wanted: Mapping[str, int],
+    length: int,
+    near: NearDuplicates,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    packed, starts, left = {}, {}, list(queues)
+    near.clear()
     for split, sequences in wanted.items():
         share = max(1, sequences // SHARES[split]) * length
-        parts = _fill(documents[position:], tokenizer, sequences * length, share, stretch=split == "train")
-        tokens = np.concatenate([np.zeros(0, np.int32), *parts])[: sequences * length]
+        filled = _Filled(queues=left, tokenizer=tokenizer, near=near, held_out=split != "train")
+        filled.until(sequences * length, share)
+        tokens = np.concatenate([np.zeros(0, np.int32), *filled.parts])[: sequences * length]
         if len(tokens) < sequences * length:
-            _refuse(split, sequences, length, len(tokens), position, len(documents))
+            raise CorpusError(_too_small(split, sequences, length, len(tokens), queues, filled))
         packed[split] = torch.from_numpy(tokens).view(sequences, length)
-        used[split] = len(parts)
-        position += len(parts)
-    return packed, used
+        starts[split] = torch.from_numpy(np.cumsum([0, *map(len, filled.parts[:-1])])[: len(filled.parts)])
+        left = [
+            replace(queue, documents=queue.documents[place:]) for queue, place in zip(left, filled.places, strict=True)
+        ]
+    return packed, starts
 
 
-def _fill(
-    documents: Sequence[str], tokenizer: DocumentTokenizer, needed: int, share: int, stretch: bool
-) -> list[NDArray[np.int32]]:
-    """Tokens of the first documents until there are `needed` tokens, at most `share` from each document.
+@dataclass(kw_only=True)
+class _Filled:
+    """A split that is filled from the fronts of queues.
 
-    stretch: while there are too few, double the share, until every document is used whole.
+    held_out: no document after these may be nearly the same as one of them. places: documents taken from each queue,
+    those left out among them. empty: the queue that was to give the next document and had none.
     """
-    opened: list[_Document] = []
-    while True:
-        parts, there = list[NDArray[np.int32]](), 0
-        for index, document in enumerate(documents):
-            if there >= needed:
-                break
-            if index == len(opened):
-                opened.append(_Document(document))
-            parts.append(opened[index].middle(tokenizer, share))
-            there += len(parts[-1])
-        if there >= needed or not stretch or all(len(part) < share for part in parts):
-            return parts
-        share *= 2
+
+    queues: Sequence[Queue]
+    tokenizer: DocumentTokenizer
+    near: NearDuplicates
+    held_out: bool
+    parts: list[NDArray[np.int32]] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    empty: Queue | None = None
+    opened: dict[tuple[int, int], _Document | None] = field(default_factory=dict)
+
+    def until(self, needed: int, share: int) -> None:
+        """Take the first documents until there are `needed` tokens, at most `share` from each document.
+
+        Train doubles the share while there are too few, until every document is used whole.
+        """
+        while not self._taken(needed, share) and not self.held_out and any(len(part) >= share for part in self.parts):
+            share *= 2
+
+    def _taken(self, needed: int, share: int) -> bool:
+        """Whether there are enough tokens."""
+        self.parts, self.places = [], [0] * len(self.queues)
+        taken = [0.0] * len(self.queues)
+        there = 0
+        while there < needed:
+            number = taken.index(min(taken))
+            queue, place = self.queues[number], self.places[number]
+            if place == len(queue.documents):
+                self.empty = queue
+                return False
+            self.places[number] += 1
+            document = self._open(number, place)
+            if document is not None:
+                self.parts.append(document.middle(self.tokenizer, share))
+                there += len(self.parts[-1])
+                taken[number] += len(self.parts[-1]) / queue.weight
+        return True
+
+    def _open(self, number: int, place: int) -> _Document | None:
+        """A document of a queue; None where it is nearly the same as one that is held out."""
+        if (number, place) not in self.opened:
+            text = self.queues[number].documents[place]
+            self.opened[number, place] = None if self.near.seen(text, add=self.held_out) else _Document(text)
+        return self.opened[number, place]
 
 
-def _refuse(split: str, sequences: int, length: int, there: int, before: int, documents: int) -> None:
-    raise CorpusError(
+def _too_small(split: str, sequences: int, length: int, there: int, queues: Sequence[Queue], filled: _Filled) -> str:
+    total = sum(len(queue.documents) for queue in queues)
+    left = sum(len(queue.documents) for queue in filled.queues)
+    near = f"; {filled.near.found} are nearly the same as one of test or validation" if filled.near.found else ""
+    source = filled.empty.name if filled.empty else ""
+    ways = f"Lower the weight of {source}, which ran out, or add" if source else "Add"
+    return (
         f"the corpus is too small: {split} needs {sequences} sequences x {length} = {sequences * length} tokens, but "
-        f"{documents - before} documents are left for it ({before} of {documents} went to the splits before) and give "
-        f"{there}, at most {max(1, sequences // SHARES[split]) * length} each outside train. Add text, split it into "
-        f"more documents (text files are split at `separator`), or lower corpus.{split}_sequences."
+        f"{left} documents are left for it ({total - left} of {total} went to the splits before{near}) and give "
+        f"{there}, at most {max(1, sequences // SHARES[split]) * length} each outside train. {ways} text, split it "
+        f"into more documents (text files are split at `separator`), or lower corpus.{split}_sequences."
     )
 
 

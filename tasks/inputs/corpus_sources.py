@@ -23,13 +23,14 @@ from profiles.schema import (
 )
 from tasks.inputs.chats import Chat, contents_alone
 from tasks.inputs.installed_packages import installed_file
-from tasks.inputs.text_files import CHUNK, Tally, files_of, read_file, skipped, texts, value_of
+from tasks.inputs.text_files import CHUNK, Document, Tally, files_of, read_file, skipped, texts, value_of
 from tasks.inputs.wikipedia import articles_of
 
 READER = 2  # the same for text files and data sets of the hub alone
 MINIMUM_CHARACTERS = 20_000_000
 CHARACTERS_PER_TOKEN_ASKED = 24
 LONGEST = 4  # one document is at most 1 / this of what is read of a source
+SHUFFLE_SEED = 0
 HUB_PATIENCE = 100  # rows over the network
 
 
@@ -49,7 +50,22 @@ def check_sources(corpus: Corpus) -> None:
 
 
 def iterate_documents(corpus: Corpus, chat: Chat = contents_alone, notes: list[str] | None = None) -> Iterator[str]:
+    """The documents of `iterate_batches` alone. CorpusError for token ids, which are no text."""
+    for _, document in iterate_batches(corpus, chat, notes):
+        if not isinstance(document, str):
+            raise CorpusError(
+                "the corpus holds token ids. A tiny parent and `puzzle init` need text: name a text_field with text."
+            )
+        yield document
+
+
+def iterate_batches(
+    corpus: Corpus, chat: Chat = contents_alone, notes: list[str] | None = None
+) -> Iterator[tuple[int, Document]]:
     """Normalised, non-empty documents of all sources, in the order of the sources. Duplicates are not yet dropped.
+
+    Each has the number of its batch: 0 for the first 20 million characters of a source, 1 for as many more, 2 for twice
+    as many, and so on. A corpus that asks for more text has the same first batches.
 
     Of every source only the first 20 million characters are read, or 24 for each token that is needed if that is more,
     so that reading a data set of terabytes ends. A single document counts up to a quarter of that. `chat` writes lists
@@ -62,9 +78,11 @@ def iterate_documents(corpus: Corpus, chat: Chat = contents_alone, notes: list[s
         read, long, tallies = 0, 0, list[Tally]()
         for text in _documents_of(source, chat, tallies, limit // LONGEST + 1):
             long += len(text) > limit // LONGEST
-            document = normalise(text[: limit // LONGEST])
+            document = (
+                normalise(text[: limit // LONGEST]) if isinstance(text, str) else text[: limit // LONGEST // 4 * 4]
+            )
             if document:
-                yield document
+                yield (read // MINIMUM_CHARACTERS).bit_length(), document
                 read += len(document)
             if read >= limit:
                 break
@@ -72,14 +90,14 @@ def iterate_documents(corpus: Corpus, chat: Chat = contents_alone, notes: list[s
             tally.judge()
         if not read:
             raise CorpusError(
-                f"the corpus source {_name(source)} holds no text, all of it is empty: take it out, or name another."
+                f"the corpus source {name_of(source)} holds no text, all of it is empty: take it out, or name another."
             )
-        notes += skipped(tallies, _name(source))
+        notes += skipped(tallies, name_of(source))
         if long:
-            notes.append(f"documents of {_name(source)} cut after {limit // LONGEST:,} characters: {long}")
+            notes.append(f"documents of {name_of(source)} cut after {limit // LONGEST:,} characters: {long}")
 
 
-def _name(source: CorpusSource) -> str:
+def name_of(source: CorpusSource) -> str:
     """The name of a source in sentences that are published with the child: without folders of this machine."""
     if isinstance(source, HubSource):
         return source.hub_id
@@ -121,8 +139,8 @@ def content_of(source: CorpusSource) -> list[str]:
     return [f"reader {READER}"]
 
 
-def _documents_of(source: CorpusSource, chat: Chat, tallies: list[Tally], longest: int) -> Iterator[str]:
-    """The texts of a source as they are. A tally is added to `tallies` for every file that is opened."""
+def _documents_of(source: CorpusSource, chat: Chat, tallies: list[Tally], longest: int) -> Iterator[Document]:
+    """The documents of a source as they are. A tally is added to `tallies` for every file that is opened."""
     if isinstance(source, WikipediaDumpSource):
         yield from articles_of(_dump_file(source))
     elif isinstance(source, PythonStdlibSource):
@@ -146,7 +164,10 @@ def _hub_rows(source: HubSource) -> Iterator[tuple[int, Mapping[str, object]]]:
         raise CorpusError(f"{origin} is a file or folder here, not read as a data set of the hub: start elsewhere.")
     chosen = {"name": source.configuration, "revision": source.revision}
     try:
-        yield from enumerate(load_dataset(origin, split=source.split, streaming=True, **chosen), 1)
+        rows = load_dataset(origin, split=source.split, streaming=True, **chosen)
+        if source.shuffle_buffer:  # of a large data set only the beginning is read, and many are sorted
+            rows = rows.shuffle(seed=SHUFFLE_SEED, buffer_size=source.shuffle_buffer)
+        yield from enumerate(rows, 1)
     except (DatasetsError, OSError, ValueError, TypeError) as error:  # TypeError: a column that changes its type
         raise CorpusError(
             f"{origin} cannot be read ({first_line(error)}). Check id, configuration, split and network; files that "

@@ -18,6 +18,7 @@ from blocks.engine_limits import refusal
 from blocks.errors import CorpusError, ParentError, PuzzleError
 from blocks.kinds import parse_label
 from blocks.parent import Parent
+from blocks.variant import Variant
 from profiles.schema import (
     Budget,
     Corpus,
@@ -37,12 +38,14 @@ from profiles.schema import (
 from tasks.inputs.corpus import DocumentTokenizer, load_tokenizer, ordered_documents, pack_splits, splits_of
 from tasks.inputs.corpus_sources import check_sources, iterate_documents
 from tasks.inputs.installed_packages import installed_file
+from tasks.inputs.near_duplicates import NearDuplicates
 from tasks.inputs.parent import write_config, write_tokenizer
 from tasks.inputs.text_files import PACKED, SUFFIXES, field_of, files_of
 
 LENGTHS, TRAIN = (256, 128, 64, 32), (512, 256, 128, 64, 32)  # the ladder: tokens of a sequence, train sequences
 SEPARATORS = ("\n\n\n", "\n\n", "\n")
 BYTES_PER_TOKEN = 5  # of a parent whose tokenizer is not here: rather too few tokens than too many
+WIDTH_BLOCK = 32
 FFN_SHARES = ("ffn75pct", "ffn50pct", "ffn25pct")
 
 
@@ -58,7 +61,17 @@ class Wish:
 
 
 def read_parent(text: str) -> ParentSource:
-    """A folder, a .gguf file, PACKAGE:FILE, `tiny`, or an id on the hub. Raises ParentError."""
+    """A folder, a .gguf file, PACKAGE:FILE, `tiny`, or an id on the hub. Raises ParentError where its config says that
+    it cannot be a parent.
+    """
+    source = named_parent(text)
+    with tempfile.TemporaryDirectory() as folder:
+        write_config(source, Path(folder), download=False)
+    return source
+
+
+def named_parent(text: str) -> ParentSource:
+    """What a person may call a parent; nothing is read but names. Raises ParentError."""
     path = Path(text).expanduser()
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
@@ -166,10 +179,11 @@ def _fitting(source: CorpusSource, tokenizer: DocumentTokenizer, context: int) -
         return ladder[0]
     cuts = [source.model_copy(update={"separator": one}) for one in SEPARATORS] if source.kind == "text" else [source]
     documents = {cut: ordered_documents(iterate_documents(_sized(cut, 8, 1), tokenizer.chat)) for cut in cuts}
+    near = NearDuplicates(ladder[0].near_duplicates)
     for corpus in ladder:
         for cut, there in documents.items():
             try:
-                pack_splits(there, tokenizer, splits_of(corpus), corpus.sequence_length)
+                pack_splits(there, tokenizer, splits_of(corpus), corpus.sequence_length, near)
             except CorpusError as error:
                 told = error
             else:
@@ -191,9 +205,17 @@ def _space(config: Any, engine: EngineName) -> tuple[list[str], list[str]]:
     heads = int(config.num_key_value_heads)
     fewer = [f"kv{heads // 2}"] if heads > 2 and heads % 2 == 0 else []
     attention = [*fewer, *(["kv1"] if heads > 1 else []), "linear", "no_op"]
-    ffn = list(dict.fromkeys(parse_label("ffn", share, config).label for share in FFN_SHARES))
+    ffn = list(dict.fromkeys(_in_whole_blocks(parse_label("ffn", share, config), config) for share in FFN_SHARES))
     runs = [each for each in attention if refusal((engine,), config, 0, each, "parent", "float32") is None]
     return runs, [each for each in [*ffn, "no_op"] if refusal((engine,), config, 0, "parent", each, "float32") is None]
+
+
+def _in_whole_blocks(ffn: Variant, config: Any) -> str:
+    """An FFN's label, its width down to a multiple of 32 where the parent's is one: an export in q8_0 or fewer bits
+    rounds rows in such blocks.
+    """
+    whole = (ffn.size or 0) // WIDTH_BLOCK * WIDTH_BLOCK
+    return f"ffn{whole}" if whole and config.intermediate_size % WIDTH_BLOCK == 0 else ffn.label
 
 
 def _yaml(wish: Wish, corpus: Corpus, space: tuple[Sequence[str], Sequence[str]], context: int) -> str:

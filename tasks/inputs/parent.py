@@ -172,6 +172,7 @@ def _gguf_config(path: Path) -> Any:
     try:
         with tempfile.TemporaryDirectory() as folder:
             header = without_vocabulary(path, Path(folder) / path.name, False, parts_of(path)[1:])
+            _refuse_export(header, path)
             config: Any = AutoConfig.from_pretrained(folder, gguf_file=path.name)
     except PuzzleError:
         raise
@@ -184,6 +185,15 @@ def _gguf_config(path: Path) -> Any:
     check_config(config.to_dict())
     check_model(header, config, path.name)
     return config
+
+
+def _refuse_export(header: Header, path: Path) -> None:
+    """Raise ParentError for what `puzzle export` writes, whose layers may differ."""
+    if header.fields.get("general.architecture") == "deci":
+        raise ParentError(
+            f"{path.name} has the architecture deci, which `puzzle export` writes: give the folder it was made of. "
+            f"If its layers are all alike, `puzzle export {path} --format native --out FOLDER` makes a folder of it."
+        )
 
 
 def _gemma3_scale(config: Any) -> int:

@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from blocks.errors import CorpusError, first_line
 from profiles.schema import TextSource
 from tasks.inputs.chats import FIELDS, Chat, Unusable, messages_of
@@ -35,6 +37,8 @@ NOT_TEXT = {  # first bytes -> what the file is, what to do
     b"\xff\xfe": ("UTF-16 or UTF-32", "rewrite it in UTF-8: iconv -f UTF-16 -t UTF-8"),
     b"\xfe\xff": ("UTF-16", "rewrite it in UTF-8: iconv -f UTF-16 -t UTF-8"),
 }
+IDS = "input_ids"  # where token ids stand, when no field is named
+Document = str | bytes  # text, or token ids as int32
 UNDECODED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of bytes that are not UTF-8
 JSON_ARRAY = re.compile(rb'(\xef\xbb\xbf)?\s*\[\s*[\[{"]')
 
@@ -66,8 +70,8 @@ class Tally:
             )
 
 
-def texts(rows: Iterable[tuple[int, Any]], parse: Callable[[Any], str | None], tally: Tally) -> Iterator[str]:
-    """The text of every row that has one. Rows for which `parse` raises Unusable are counted."""
+def texts(rows: Iterable[tuple[int, Any]], parse: Callable[[Any], Document | None], tally: Tally) -> Iterator[Document]:
+    """The document of every row that has one. Rows for which `parse` raises Unusable are counted."""
     for number, row in rows:
         tally.read += 1
         try:
@@ -91,8 +95,8 @@ def skipped(tallies: Iterable[Tally], origin: str) -> list[str]:
     return [f"{total:,} of {read:,} {bad[0].unit}s of {origin} were skipped: first at {place}{bad[0].first}"]
 
 
-def value_of(row: Any, field: str, chat: Chat) -> str | None:
-    """The text of a row, or its chat as text; None when the field is null. Raises Unusable."""
+def value_of(row: Any, field: str, chat: Chat) -> Document | None:
+    """The text of a row, its chat as text, or its token ids; None when the field is null. Raises Unusable."""
     if not isinstance(row, Mapping):
         raise Unusable(f"is not an object with fields, but {_kind(row)}")
     name = _named(row, field)
@@ -103,13 +107,31 @@ def value_of(row: Any, field: str, chat: Chat) -> str | None:
         return value
     if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
         return chat(messages_of(value))
+    if isinstance(value, list) and type(value[0]) is int:
+        return _ids(value, name)
     raise Unusable(f"holds {_kind(value)} in field `{name}`, not text. Choose another")
 
 
+def _ids(value: list[Any], name: str) -> bytes:
+    try:
+        ids = np.array(value)
+    except (ValueError, OverflowError):
+        ids = np.array("")
+    if ids.dtype != np.int64 or ids.ndim != 1 or ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
+        raise Unusable(
+            f"holds a list in field `{name}` that begins like token ids, but is no list of whole numbers from 0"
+        )
+    return ids.astype(np.int32).tobytes()
+
+
 def _named(names: Iterable[str], field: str) -> str:
-    """The field to read: the one asked for, or a field of chats where no field was asked for and there is no text."""
+    """The field to read: the one asked for; where none was, and there is no text, a field of chats or of token ids."""
     there = list(names)
-    chats = [name for name in FIELDS if name in there] if field == TextSource.model_fields["text_field"].default else []
+    chats = (
+        [name for name in (*FIELDS, IDS) if name in there]
+        if field == TextSource.model_fields["text_field"].default
+        else []
+    )
     found = [field] if field in there else chats
     if not found:
         more = ", ..." if len(there) > 12 else ""
@@ -138,7 +160,7 @@ def field_of(path: Path, source: TextSource) -> str:
         except Unusable as reason:
             raise CorpusError(f"{path}: line {number} {reason}.") from reason
     fields = row if isinstance(row, Mapping) else {}
-    if any(name in fields for name in (source.text_field, *FIELDS)):
+    if any(name in fields for name in (source.text_field, *FIELDS, IDS)):
         return source.text_field
     found = {name: len(value) for name, value in fields.items() if isinstance(value, str)}
     if not found:
@@ -186,8 +208,8 @@ def _in_folder(folder: Path, source: TextSource) -> list[Path]:
     return files
 
 
-def read_file(path: Path, source: TextSource, chat: Chat, tally: Tally, longest: int) -> Iterator[str]:
-    """The texts of a file in their order, those of a text file cut to `longest` characters. Raises CorpusError."""
+def read_file(path: Path, source: TextSource, chat: Chat, tally: Tally, longest: int) -> Iterator[Document]:
+    """The documents of a file in their order, those of a text file cut to `longest` characters. Raises CorpusError."""
     tally.unit = {"text": "document", "jsonl": "line", "parquet": "row"}[source.kind]
     if source.kind == "parquet":
         yield from texts(

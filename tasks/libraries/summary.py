@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from blocks.estimates import mean
 from blocks.records import Value
 from tasks.libraries.interchange import StoredLibrary, joint_at, joint_view, read_source
 from tasks.libraries.options import BLOCK, COSTS, OptionLibrary, crossed
-from tasks.search.joint import QUANTITIES, JointLibrary, JointOption, LibraryFileError, at, standard_error
+from tasks.search.joint import QUANTITIES, JointLibrary, JointOption, LibraryFileError, at
 
 
 class Span(Value):
@@ -96,7 +97,7 @@ def _span(options: Sequence[JointOption], metric: str) -> Span:
         least=min(values),
         median=statistics.median(values),
         largest=max(values),
-        se=max(map(standard_error, samples)) if known else None,
+        se=max(mean(one).error for one in samples) if known else None,
         sequences=len(samples[0]) if known else 0,
     )
 

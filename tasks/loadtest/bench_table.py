@@ -14,7 +14,7 @@ def bench_table(rows: Sequence[BenchRow]) -> Table:
     title = f"{first.version}, {first.precision}, {first.threads} thread(s); load is batch x prompt x generated tokens"
     table = Table(title=title, title_justify="left", box=None)
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("load", "model") else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column in ("load", "model") else "right", overflow="fold")
     for row in rows:
         table.add_row(*cells(row))
     return table

@@ -31,7 +31,7 @@ def load_table(rows: Sequence[LoadRow], limits: Limits = NO_LIMITS) -> Table:
         title += f"\ngood: share of requests with {limits.words()}"
     table = Table(title=title, title_justify="left", box=None)
     for column in (*COLUMNS, *(["good"] if limits.given() else []), MEMORY):
-        table.add_column(column, justify="left" if column in ("load", "model") else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column in ("load", "model") else "right", overflow="fold")
     for row in rows:
         table.add_row(*load_cells(row))
     return table

@@ -27,7 +27,7 @@ from blocks.records import Metric, Value
 from tasks.engines.base import LoadOptions
 from tasks.engines.openai_server import SERVERS, Served, serving
 from tasks.engines.timing_in_turns import PARENT, median_metric
-from tasks.export.formats import precision_of
+from tasks.export.formats import timed_precision
 from tasks.inputs.children import open_child
 from tasks.loadtest.arrivals import NO_LIMITS, Limits, Traffic, traffic_of
 from tasks.loadtest.load_client import Request, send
@@ -155,7 +155,7 @@ def served_models(
             f"no server {server!r} can be started from here, only {', '.join(SERVERS)}: start another one yourself "
             "and name it with --url."
         )
-    precision = precision_of(precision, known_engine(server).format)
+    precision = timed_precision(precision, known_engine(server).format)
     how = LoadOptions(
         precision=precision,
         threads=threads,

@@ -24,7 +24,7 @@ from tasks.engines.registry import installed_engine
 from tasks.engines.timing_in_turns import in_turns, summaries, timed_steps, tokens_before
 from tasks.engines.worker import Worker
 from tasks.export.child_tokenizer import find_tokenizer
-from tasks.export.formats import precision_of, refuse
+from tasks.export.formats import refuse, timed_precision
 from tasks.gguf.header import read_header
 from tasks.gguf.tokenizer_writer import NO_TOKENIZER, TokenizerLimit
 from tasks.gguf.writer import write_gguf
@@ -125,7 +125,7 @@ def bench(
     """
     if rounds < 1:
         raise PuzzleError(f"rounds must be at least 1, got {rounds}.")
-    precision = precision_of(precision, known_engine(engine).format)
+    precision = timed_precision(precision, known_engine(engine).format)
     rows = []
     with at_work(sources, engine, points, precision, threads) as workers:
         for index, point in enumerate(points):

@@ -10,7 +10,7 @@ comparison. A child that somebody has rolled back does not become champion again
 
 # S = test sequences
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +27,7 @@ from tasks.distill.record import open_parent
 from tasks.evaluate.compare import LINEAGE, Lineage, build
 from tasks.evaluate.quality import mean_metric, parent_targets, sequence_figures
 from tasks.inputs.companions import TOKENIZER_FILES
+from tasks.inputs.corpus import documents_of
 from tasks.inputs.precision import as_written, child_dtype
 from tasks.libraries.interchange import read_library
 from tasks.measure import costs
@@ -182,7 +183,8 @@ def judge_against(
     if broken:
         return Judgement(outcome="moved", reason=f"the champion no longer keeps the budget: {broken}", changed=changed)
     ours, theirs = (_figures(side, challenger, profile, workspace) for side in (challenger, reigning))
-    return decide(ours, theirs, profile.champion, changed, look)
+    documents = documents_of(challenger.corpus, "test", workspace)[: len(ours)]
+    return decide(ours, theirs, profile.champion, changed, look, documents)
 
 
 def same_tokenizer(first: ParentInfo, second: ParentInfo, workspace: Path) -> bool:
@@ -230,20 +232,29 @@ def _figures(side: Lineage, now: Lineage, profile: Profile, workspace: Path) -> 
     return sequence_figures(model, targets, tokens, compute)[profile.champion.metric]
 
 
-def decide(ours: Tensor, theirs: Tensor, rule: Champion, changed: tuple[str, ...] = (), look: int = 1) -> Judgement:
+def decide(
+    ours: Tensor,
+    theirs: Tensor,
+    rule: Champion,
+    changed: tuple[str, ...] = (),
+    look: int = 1,
+    documents: Sequence[int] = (),
+) -> Judgement:
     """The rule on paired figures, (S,) each: moved when the improvement's lower bound passes `min_improvement`.
 
     The rule's confidence is that of all challengers of a champion together; look: the number of this one, from 1.
+    documents: that of each sequence; sequences of one document are not independent of each other.
     """
     better = ours - theirs if rule.metric == "top1_agreement" else theirs - ours
-    gain = mean_metric(better)
+    gain = mean_metric(better, documents)
     confidence = confidence_of_look(rule.confidence, look)
     lower = lower_bound(gain, confidence)
     moved = lower > rule.min_improvement
+    sample = f"{len(ours)} paired sequences{f' of {gain.n} documents' if documents else ''}"
     size = rounded(gain.model_copy(update={"value": abs(gain.value)}))
     reason = (
-        f"{rule.metric} {'better' if gain.value >= 0 else 'worse'} by {size} {UNITS[rule.metric]} over {gain.n} paired "
-        f"sequences, lower bound of the gain {lower:.3g} at {confidence:.4g} (challenger {look} of this champion; "
+        f"{rule.metric} {'better' if gain.value >= 0 else 'worse'} by {size} {UNITS[rule.metric]} over {sample}, "
+        f"lower bound of the gain {lower:.3g} at {confidence:.4g} (challenger {look} of this champion; "
         f"{rule.confidence:.0%} for all of them together); the rule asks for more than {rule.min_improvement:g}"
     )
     return Judgement(
@@ -251,8 +262,8 @@ def decide(ours: Tensor, theirs: Tensor, rule: Champion, changed: tuple[str, ...
         reason=reason,
         changed=changed,
         metric=rule.metric,
-        champion=mean_metric(theirs),
-        challenger=mean_metric(ours),
+        champion=mean_metric(theirs, documents),
+        challenger=mean_metric(ours, documents),
         improvement=gain,
         lower_bound=lower if gain.n > 1 else None,
     )
@@ -274,7 +285,7 @@ def judgement_markdown(found: Judgement, champion: str, challenger: str) -> str:
     lines = [f"# {found.outcome}", "", found.summary, ""]
     if found.champion and found.challenger and found.improvement:
         lines += [
-            f"| {found.metric} | mean ± standard error | sequences |",
+            f"| {found.metric} | mean ± standard error | independent parts |",
             "| --- | ---: | ---: |",
             f"| champion ({champion}) | {rounded(found.champion)} | {found.champion.n} |",
             f"| challenger ({challenger}) | {rounded(found.challenger)} | {found.challenger.n} |",

@@ -173,6 +173,7 @@ HARMLESS = frozenset(
         "Chat.chat",
         "BLD.closed_form",
         "BLD.coupled",
+        "GKD.gradient_checkpointing",
         "ServedEvaluate.distill_best_baseline",
     }
 )

@@ -66,7 +66,7 @@ def log_sweep(workspace: Path, over: str, points: Sequence[SweepPoint]) -> str |
         series = [(step, {f"sweep/{name}": value for name, value in own.items()}) for step, own in enumerate(figures)]
         tracking.log_series(store, run_id, series)
         tracking.log_tables(store, run_id, {"sweep": points})
-    return tracking.run_url(store, run_id)
+    return "\n".join(tracking.page_lines(store, run_id))
 
 
 def log_bench(child: Path, rows: Sequence[BenchRow]) -> str | None:
@@ -84,7 +84,7 @@ def log_bench(child: Path, rows: Sequence[BenchRow]) -> str | None:
     loads = ", ".join(dict.fromkeys(load_of(row) for row in rows))
     params = {"engine": first.engine, "version": first.version, "precision": first.precision, "loads": loads}
     own = tracking.log_stage(of, f"bench {first.engine} {first.precision}", run, tags, bench_metrics(rows), {}, params)
-    return tracking.run_url(of, own)
+    return "\n".join(tracking.page_lines(of, own))
 
 
 def keep(

@@ -24,7 +24,7 @@ from blocks.errors import PuzzleError
 from blocks.records import Value
 from tasks.operating.charts import shared_view
 from tasks.operating.reach import quiet_mlflow, wait_for_mlflow
-from tasks.running.servers import sqlite_url
+from tasks.running.servers import answer, sqlite_url
 
 DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 TABLES_TAG = "mlflow.loggedArtifacts"
@@ -49,6 +49,9 @@ class Tracking:
     def uri(self) -> str:
         """Where MLflow finds the database."""
         return _uri(self.workspace)
+
+
+LOCAL_MLFLOW = "http://127.0.0.1:5000"  # where `mlflow_ui_command` listens
 
 
 def server_uri() -> str | None:
@@ -328,6 +331,15 @@ def mlflow_ui_command(workspace: Path, port: int = 5000) -> str:
         *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
     ]
     return f"MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {shlex.join(words)}"
+
+
+def page_lines(tracking: Tracking, run_id: str) -> list[str]:
+    """A run's page; before it the command that opens MLflow on the workspace, where no server shows the run."""
+    url = run_url(tracking, run_id)
+    asked = f"{LOCAL_MLFLOW}/ajax-api/2.0/mlflow/runs/get?run_id={run_id}"
+    if server_uri() or answer(asked, timeout=2):
+        return [url]
+    return [mlflow_ui_command(tracking.workspace), url]
 
 
 def run_url(tracking: Tracking, run_id: str, port: int = 5000) -> str:

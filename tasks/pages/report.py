@@ -43,14 +43,14 @@ WordedTable = tuple[list[str], list[list[str]], str]
 BEST = "★"
 DISTURBED = "†"
 BEST_MEANS = (
-    "the best of its row, the parent not counted. Its lead over every other column is more than two standard errors; "
-    "where it is not, none is marked."
+    "the best of its row, the parent not counted. Its lead over every other column is more than two standard errors "
+    "(of few documents or rounds, by as much more as Student's t asks); where it is not, none is marked."
 )
 LEGEND = (
-    "± is one standard error over test sequences, benchmark items or rounds of the speed measurement. Models are "
-    "compared sequence by sequence and item by item. KL is the divergence from the parent. Loss and KL are in nats per "
-    "token. A gain is the model's speed divided by the parent's. † was measured while other programs used the machine: "
-    "it is not reliable, has no star and decides nothing."
+    "± is one standard error over the documents of the test text, benchmark items or rounds of the speed measurement. "
+    "Models are compared sequence by sequence and item by item. KL is the divergence from the parent. Loss and KL are "
+    "in nats per token. A gain is the model's speed divided by the parent's. † was measured while other programs used "
+    "the machine: it is not reliable, has no star and decides nothing."
 )
 SHOWN, SHORT = 2, 160  # answers that a terminal shows, and of how many characters
 TABLE_STYLE: dict[str, Any] = {"title_justify": "left", "box": SIMPLE_HEAD, "padding": (0, 0, 0, 1)}

@@ -91,7 +91,7 @@ def stored_choice(library: JointLibrary, request: Request, architecture: Archite
     for found, total in zip(scenarios, architecture.totals, strict=True):
         if not math.isclose(found.latency_seconds or 0.0, total.runtime_seconds, rel_tol=_SAME, abs_tol=1e-9):
             raise _another("its costs were measured again")
-    objective = math.fsum(objective_of(option, request) for option in chosen)
+    objective = math.fsum(objective_of(option, request, library.documents) for option in chosen)
     if not request.search.robust and not math.isclose(objective, architecture.score, rel_tol=_SAME, abs_tol=1e-9):
         raise _another("its scores were measured again")
     certificate = Certificate(

@@ -216,7 +216,7 @@ def _lead(ours: Reading, theirs: Reading, metric: str) -> Metric:
 
 def _apart(lead: Metric, rule: Champion, scale: int) -> str:
     if lead.n < 2:
-        return "A single sequence shows no error."
+        return "A single document of text shows no error."
     size = rounded(lead.model_copy(update={"value": abs(lead.value)}), scale)
     who = "the child leads" if lead.value >= 0 else "the baseline leads"
     if not is_clear(lead):

@@ -335,6 +335,14 @@ def _losses(suffix: ParentSuffix, states: Tensor, rows: Tensor) -> tuple[Tensor,
     return kl.mean(1).cpu(), lm.mean(1).cpu()
 
 
+def by_document(score: Score, documents: Sequence[int]) -> Score:
+    """The same score with errors over the documents of its sequences; as it is where they are not known."""
+    if not documents:
+        return score
+    kl, lm_loss = (mean(values, documents).error for values in (score.kl_per_sequence, score.lm_loss_per_sequence))
+    return score.model_copy(update={"documents": tuple(documents), "kl_se": kl, "lm_loss_se": lm_loss})
+
+
 def _score(record: BlockRecord, known: SequenceScores, sequences: Sequence[int], length: int) -> Score | None:
     if not sequences or known.without(sequences):
         return None

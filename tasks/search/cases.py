@@ -49,7 +49,7 @@ def case_at(library: JointLibrary, request: Request, kept: list[int], combinatio
     options = [library.options[index] for index in kept]
     place = {layer: index for index, layer in enumerate(library.layers)}
     slots = np.array([place[option.layer] for option in options])
-    scores = np.array([objective_of(option, request) for option in options])
+    scores = np.array([objective_of(option, request, library.documents) for option in options])
     usage, room, rows = [], [], []
     for limit in request.limits:
         for span in spans(library, request, limit, combination):

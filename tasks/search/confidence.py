@@ -1,9 +1,9 @@
 """How sure a choice is: a paired bootstrap of the whole search over the scored sequences.
 
 Scores are means over few sequences, the same for every variant. Each draw takes as many sequences with replacement,
-averages every variant's scores over them, and searches again. A variant that most draws choose is supported by the
-data. The lowest of several noisy sums is too low on average (the winner's curse). The sequences that a draw left out
-show by how much.
+averages every variant's scores over them, and searches again. Sequences of one document are drawn together. A variant
+that most draws choose is supported by the data. The lowest of several noisy sums is too low on average (the winner's
+curse). The sequences that a draw left out show by how much.
 
 CVXPY and HiGHS solve every draw, which takes time. So drawing stops when more draws would not change the averages, or
 when its time is up.
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from blocks.estimates import mean, parts_of, resampled
 from blocks.records import Value
 from profiles.schema import Search
 from tasks.running.progress import Progress, no_progress
@@ -81,11 +82,12 @@ def bootstrap(
     if request.minimise != "score" or any(limit.quantity == "score" for limit in request.limits):
         raise LibraryFileError("the confidence is that of a search for the lowest score: do not limit the score.")
     options, cases = cases_of(library, request)
-    samples = samples_of(options, request.metric)
+    samples = samples_of(options, request.metric, library.documents)
     choice = choice or choose_joint(library, request.model_copy(update={"diverse": 1}))[0]
     place = {(option.layer, option.label): index for index, option in enumerate(options)}
     chosen = np.array([place[item] for item in choice.layers.items()])
-    drawn = _Drawn(cases=cases, samples=samples, request=request, chosen=chosen)
+    parts = parts_of(samples.shape[1], library.documents)
+    drawn = _Drawn(cases=cases, samples=samples, parts=parts, request=request, chosen=chosen)
     drawn.run(draws, progress)
     objectives, bests, optimisms = (np.array(found) for found in zip(*drawn.figures, strict=True))
     picks = np.array(drawn.picks)
@@ -100,7 +102,7 @@ def bootstrap(
         within_1_percent=float((regrets <= 0.01).mean()),
         optimism=float(np.nan_to_num(np.nanmean(optimisms))) if np.isfinite(optimisms).any() else 0.0,
         agreement=float(agreements.mean()),
-        agreement_se=_error(agreements),
+        agreement_se=mean(agreements).error,
         chosen=choice.layers,
         recurrence=_recurrence(options, picks),
         stopped=drawn.stopped,
@@ -109,10 +111,13 @@ def bootstrap(
 
 @dataclass(kw_only=True, eq=False)
 class _Drawn:
-    """What was drawn so far. figures: of every draw, the chosen one's objective, the draw's best, its optimism."""
+    """What was drawn so far. parts: of each sequence, the part of the sample that is drawn or not as a whole.
+    figures: of every draw, the chosen one's objective, the draw's best, its optimism.
+    """
 
     cases: list[Case]
     samples: Floats
+    parts: Integers
     request: Request
     chosen: Integers
     picks: list[Integers] = field(default_factory=list)
@@ -122,7 +127,6 @@ class _Drawn:
     def run(self, draws: Draws, progress: Progress) -> None:
         """Draw until one of the reasons of `draws` to stop, and keep it in words."""
         generator, started = np.random.default_rng(draws.seed), time.perf_counter()
-        sequences = self.samples.shape[1]
         self.stopped = f"{draws.most} draws were asked for"
         while (done := len(self.picks)) < draws.most:
             spent = time.perf_counter() - started
@@ -137,7 +141,7 @@ class _Drawn:
                 update={"time_limit_seconds": limit, "gap": max(self.request.search.gap, _GAP)}
             )
             try:
-                self._draw(generator.multinomial(sequences, np.full(sequences, 1 / sequences)), search)
+                self._draw(resampled(generator, self.parts), search)
             except SolverStopped:
                 if done < 2:
                     raise
@@ -147,7 +151,7 @@ class _Drawn:
             progress(done + 1, max(done + 1, min(draws.most, math.ceil(draws.seconds / each))))
 
     def _draw(self, counts: Integers, search: Search) -> None:
-        scores = _scores(self.samples, counts, self.request)
+        scores = _scores(self.samples, self.parts, counts, self.request)
         cases = [replace(case, program=replace(case.program, scores=scores)) for case in self.cases]
         answered = best_of(cases, search)
         assert answered is not None, "the budget does not depend on the scores"
@@ -165,22 +169,19 @@ class _Drawn:
 
     def _precise(self, error: float) -> bool:
         agreements = (np.array(self.picks) == self.chosen).mean(axis=1)
-        return max(_error(agreements), _error(self.regrets())) <= error
+        return max(mean(agreements).error, mean(self.regrets()).error) <= error
 
 
-def _error(values: Floats) -> float:
-    """Standard error of the mean over the draws."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
-def _scores(samples: Floats, counts: Integers, request: Request) -> Floats:
-    """(N,) objective of every option on the sequences of one draw, counted (T,) times each."""
+def _scores(samples: Floats, parts: Integers, counts: Integers, request: Request) -> Floats:
+    """(N,) objective of every option on the sequences of one draw, counted (T,) times each, part by part."""
     total, robust = counts.sum(), request.search.robust
-    mean = samples @ counts / total
+    means = samples @ counts / total
     if not robust:
-        return np.asarray(mean)
-    variance = ((samples - mean[:, None]) ** 2) @ counts / (total - 1)
-    return np.asarray(mean + robust * np.sqrt(variance / total))
+        return np.asarray(means)
+    members = parts[:, None] == np.arange(parts.max() + 1)  # (T, P)
+    moves = ((samples - means[:, None]) / total) @ members
+    times = counts[np.argmax(members, axis=0)]
+    return np.asarray(means + robust * np.sqrt(moves**2 @ times * len(times) / (len(times) - 1)))
 
 
 def _optimism(sums: Floats, counts: Integers) -> float:

@@ -7,7 +7,7 @@ library, tasks/search/solve.py answers it.
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -128,13 +128,15 @@ class JointOption:
 class JointLibrary:
     """Options slot after slot; what the non-block part costs, where known; where it was measured.
 
-    layers: names of the slots. A slot is a layer, or one subblock of it where scores of subblocks are added.
+    layers: names of the slots. A slot is a layer, or one subblock of it where scores of subblocks are added. documents:
+    the document of each scored sequence; sequences of one document are not independent. Empty where nobody knows.
     """
 
     layers: tuple[str, ...]
     options: tuple[JointOption, ...]
     fixed: dict[str, Cost] = field(default_factory=dict)
     places: tuple[MeasuredAt, ...] = (MeasuredAt(),)
+    documents: tuple[int, ...] = ()
 
     @property
     def metrics(self) -> list[str]:
@@ -226,13 +228,14 @@ def kinds_in(label: str) -> Iterator[str]:
             yield from (kind, f"{subblock.strip()}={kind}")
 
 
-def standard_error(samples: Floats) -> float:
-    """Of the mean of (T,) scores, one per sequence; 0 below two."""
-    return float(samples.std(ddof=1) / math.sqrt(len(samples))) if len(samples) > 1 else 0.0
-
-
-def samples_of(options: "tuple[JointOption, ...] | list[JointOption]", metric: str) -> Floats:
-    """(N, T) scores per sequence; LibraryFileError where the library keeps none."""
+def samples_of(
+    options: "tuple[JointOption, ...] | list[JointOption]", metric: str, documents: Sequence[int] = ()
+) -> Floats:
+    """(N, T) scores per sequence; LibraryFileError where the library keeps none, or all are of one document."""
+    if len(set(documents)) == 1:
+        raise LibraryFileError(
+            "all scored sequences are of one document, so nobody can say how sure a choice is: score more of them."
+        )
     lengths = {len(option.samples.get(metric, ())) for option in options}
     if len(lengths) != 1 or lengths <= {0, 1}:
         raise LibraryFileError(

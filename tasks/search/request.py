@@ -5,12 +5,14 @@ in one, or, for times and throughput, on the mean over a weighted mix of scenari
 """
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
 from blocks.engine_limits import refused_label
 from blocks.errors import InfeasibleBudget, PuzzleError
+from blocks.estimates import mean
 from profiles.schema import EngineName, Search, Section, read_share
 from tasks.search.joint import (
     QUANTITIES,
@@ -21,7 +23,6 @@ from tasks.search.joint import (
     flag,
     kinds_in,
     samples_of,
-    standard_error,
 )
 
 Positive = Annotated[float, Field(gt=0)]
@@ -134,7 +135,7 @@ def check(library: JointLibrary, request: Request) -> None:
         )
     _check_scenarios(library, request)
     if request.search.robust:
-        samples_of(library.options, request.metric)
+        samples_of(library.options, request.metric, library.documents)
     if request.min_different > len(library.layers):
         raise LibraryFileError(
             f"min_different is {request.min_different}, but there are {len(library.layers)} layers to differ in."
@@ -222,7 +223,7 @@ def _check_names(library: JointLibrary, search: Search) -> None:
         raise LibraryFileError(f"there is no layer {beyond[0]} to keep: they are 0 to {last}.")
 
 
-def objective_of(option: JointOption, request: Request) -> float:
+def objective_of(option: JointOption, request: Request, documents: Sequence[int]) -> float:
     """What one option adds to the score: its mean, and `robust` standard errors of it."""
     score, robust = option.metrics[request.metric], request.search.robust
-    return score + robust * standard_error(option.samples[request.metric]) if robust else score
+    return score + robust * mean(option.samples[request.metric], documents).error if robust else score

@@ -12,12 +12,13 @@ from dataclasses import replace
 import numpy as np
 
 from blocks.errors import InfeasibleBudget
+from blocks.estimates import mean
 from blocks.records import Value
 from profiles.schema import Search
 from tasks.running.progress import Progress, no_progress
 from tasks.search.cases import Case, cases_of
 from tasks.search.infeasible import TOLERANCE, why_infeasible
-from tasks.search.joint import QUANTITIES, JointLibrary, JointOption, at, standard_error
+from tasks.search.joint import QUANTITIES, JointLibrary, JointOption, at
 from tasks.search.mip import Answer, SolverStopped, lower_bound, minimise, relaxation, solved_by
 from tasks.search.program import possible
 from tasks.search.request import Limit, Request, objective_of
@@ -271,7 +272,7 @@ def described(
         objective=objective,
         score=math.fsum(option.metrics[request.metric] for option in chosen),
         # all scores are over the same sequences: the error is that of the sums, not the root of the sum of squares
-        score_se=standard_error(np.sum(samples, axis=0)) if min(map(len, samples)) > 1 else None,
+        score_se=mean(np.sum(samples, axis=0), library.documents).error if min(map(len, samples)) > 1 else None,
         memory_gib=_over_scenarios(request, scenarios, "memory_gib"),
         latency_seconds=_over_scenarios(request, scenarios, "latency_seconds"),
         parameters=total(library, chosen, "parameters", 0),
@@ -320,7 +321,7 @@ def _objective(
 ) -> float:
     kind = QUANTITIES[request.minimise]
     if request.minimise == "score":
-        return math.fsum(objective_of(option, request) for option in chosen)
+        return math.fsum(objective_of(option, request, library.documents) for option in chosen)
     if kind.floor and request.traffic:
         return claimed  # seconds that a mean request takes of its batches; no total shows them
     value = _over_scenarios(request, scenarios, kind.cost) if kind.per_place else total(library, chosen, kind.cost, 0)
@@ -339,7 +340,7 @@ def reached(
     scenario counts.
     """
     if limit.quantity == "score":
-        return math.fsum(objective_of(option, request) for option in chosen)
+        return math.fsum(objective_of(option, request, library.documents) for option in chosen)
     kind = limit.kind
     values = list(_values(library, request, limit, chosen, scenarios))
     if limit.share:

@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 
 from blocks.errors import PuzzleFailure
+from blocks.estimates import mean
 from blocks.records import (
     SUBBLOCKS,
     Architecture,
@@ -73,6 +74,11 @@ class Problem:
         for score in self.scores:
             table.setdefault((score.layer, score.subblock), {})[score.variant] = score
         return table
+
+    @cached_property
+    def documents(self) -> tuple[int, ...]:
+        """The document of each scored sequence, the same sequences for every score; empty where they are not known."""
+        return next((score.documents for score in self.scores if score.documents), ())
 
     @property
     def traffic(self) -> tuple[float, ...]:
@@ -315,14 +321,15 @@ def score_of(problem: Problem, layers: Sequence[LayerChoice]) -> tuple[float, fl
     """Predicted score of a choice and its standard error, nats per token.
 
     All scores are means over the same sequences, so their errors are correlated: the error is that of the mean of the
-    per-sequence sums, not the root of the sum of squares. It is 0 where fewer than two sequences were kept.
+    per-sequence sums over their documents, not the root of the sum of squares. It is 0 where fewer than two sequences
+    were kept.
     """
     chosen = [score for layer, choice in enumerate(layers) for score in scores_behind(problem, layer, choice)]
     value = math.fsum(getattr(score, problem.metric) for score in chosen)
     summed = np.sum([getattr(score, f"{problem.metric}_per_sequence") for score in chosen], axis=0, dtype=np.float64)
     if np.size(summed) < 2:
         return value, 0.0
-    return value, float(summed.std(ddof=1) / math.sqrt(summed.size))
+    return value, mean(summed, problem.documents).error
 
 
 def scores_behind(problem: Problem, layer: int, choice: LayerChoice) -> list[Score]:

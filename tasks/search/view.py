@@ -50,6 +50,7 @@ def library_of(problem: Problem, additive: bool = False) -> JointLibrary:
         layers=tuple(dict.fromkeys(option.layer for option in options)),
         options=options,
         fixed=_costs([[part] for part in outside], places, {"layer_parameters": 0.0}),
+        documents=problem.documents,
         places=tuple(
             MeasuredAt(
                 scenario=scenario.name,

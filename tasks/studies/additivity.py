@@ -15,15 +15,17 @@ from typing import Protocol
 import numpy as np
 
 from blocks.errors import PuzzleError
-from blocks.estimates import rank_correlation
+from blocks.estimates import Estimate, is_clear, mean, parts_of, rank_correlation, ratio, resampled
 from blocks.records import Architecture, LayerChoice, Metric, Value
 from tasks.search.grid import Grid, make_grid
 from tasks.search.program import Floats, Integers
 from tasks.search.totals import Batches, Problem, broken_limits, predicted, scores_behind
 from tasks.studies.peers import find, top
-from tasks.studies.swaps import Step, beyond_noise, mean_of, paired, swap_repair
+from tasks.studies.swaps import Step, beyond_noise, paired, swap_repair
 
 Layers = tuple[LayerChoice, ...]
+
+Documents = tuple[Sequence[int], Sequence[int]]  # of every scored sequence, and of every other one
 
 OTHERS = ("uniform", "depth", "greedy", "random", "no_op_only", "max_params")  # simpler searches, measured beside
 FAR_OFF = 0.05  # the sums mislead when true / predicted differs from 1 by more than this, and by two standard errors
@@ -37,7 +39,10 @@ class Truth(Protocol):
 
 
 class Measured(Value):
-    """An architecture with its predicted and its true KL, per scored sequence, and true on the other sequences."""
+    """An architecture with its predicted and its true KL, per scored sequence, and true on the other sequences.
+
+    documents, other_documents: that of each of these sequences, where they are known.
+    """
 
     name: str
     layers: Layers
@@ -45,10 +50,16 @@ class Measured(Value):
     predicted: tuple[float, ...]
     true_scored: tuple[float, ...]
     true_others: tuple[float, ...]
+    documents: tuple[int, ...] = ()
+    other_documents: tuple[int, ...] = ()
 
     def figure(self, field: str) -> Metric:
         """Mean, standard error and count of one of the three."""
-        return mean_of(getattr(self, field))
+        return self.estimate(field).metric
+
+    def estimate(self, field: str) -> Estimate:
+        """The mean of one of the three, over documents."""
+        return mean(getattr(self, field), self.other_documents if field == "true_others" else self.documents)
 
 
 class Difference(Value):
@@ -100,6 +111,7 @@ class _Measuring:
     truth: Truth
     grid: Grid
     tell: Callable[[str], None]
+    documents: Documents
     found: list[Measured]
 
     def add(self, name: str, layers: Layers) -> Measured:
@@ -115,6 +127,8 @@ class _Measuring:
             predicted=tuple(contributions(self.problem, layers).sum(axis=0).tolist()),
             true_scored=tuple(np.asarray(scored).tolist()),
             true_others=tuple(np.asarray(others).tolist()),
+            documents=tuple(self.documents[0]),
+            other_documents=tuple(self.documents[1]),
         )
         self.found.append(own)
         self.tell(name)
@@ -130,22 +144,29 @@ class _Measuring:
             self.tell("swap")
             return np.asarray(self.truth(self.grid.choice(own), only_scored=True)[0])
 
-        repair = swap_repair(self.grid.program, selection, measure, swaps)
+        repair = swap_repair(self.grid.program, selection, measure, swaps, documents=self.documents[0])
         end = self.add("repaired", self.grid.choice(np.array(repair.selection))) if repair.steps else start
         return end, repair.steps, repair.evaluations
 
 
 def check_additivity(
-    problem: Problem, truth: Truth, best: Architecture, size: CheckSize, tell: Callable[[str], None] = lambda text: None
+    problem: Problem,
+    truth: Truth,
+    best: Architecture,
+    size: CheckSize,
+    tell: Callable[[str], None] = lambda text: None,
+    documents: Documents = ((), ()),
 ) -> Check:
-    """Measure whole architectures and repair the best. `best`: the MIP's choice.
+    """Measure whole architectures and repair the best. `best`: the MIP's choice. documents: empty where not known.
 
     PuzzleError when the scores are not KLs.
     """
     if problem.metric != "kl":
         raise PuzzleError("the check sets summed KL against measured KL: set scoring.metric: kl.")
     batches = tuple(totals.batch_size for totals in best.totals)
-    measuring = _Measuring(problem=problem, truth=truth, grid=make_grid(problem, batches), tell=tell, found=[])
+    measuring = _Measuring(
+        problem=problem, truth=truth, grid=make_grid(problem, batches), tell=tell, documents=documents, found=[]
+    )
     measuring.add("mip", best.layers)
     for place, layers in enumerate(top(problem, size.top, size.min_different, batches)[1:], start=2):
         measuring.add(f"top {place}", layers)
@@ -153,17 +174,17 @@ def check_additivity(
     for name, layers in _of_other_searches(problem, batches, size.seed).items():
         measuring.add(name, layers)
     final, steps, swaps = measuring.repaired(_best_scored(first), size.swaps)
-    chosen, ratio = first[0], _ratio(first)
-    off = abs(ratio.value - 1)
+    chosen, share = first[0], _ratio(first)
+    off = abs(share.value - 1)
     return Check(
         measured=tuple(measuring.found),
         top=len(first),
         rank=_rank(first),
         rank_all=_rank(measuring.found),
-        ratio=ratio,
+        ratio=share,
         steps=tuple(steps),
         differences=tuple(_difference(measured, chosen) for measured in measuring.found[1:]),
-        forecast_misleads=off > FAR_OFF and off > 2 * ratio.se,
+        forecast_misleads=off > FAR_OFF and is_clear(share.model_copy(update={"value": off})),
         choice_misleads=final is not chosen and _difference(final, chosen).clear,
         final=final.name,
         evaluations=len(measuring.found) + swaps,
@@ -196,34 +217,30 @@ def _best_scored(first: Sequence[Measured]) -> Measured:
     """The lowest true KL on the scored sequences, if it is lower than the MIP's choice beyond noise; else that."""
     best = min(first, key=lambda measured: float(np.mean(measured.true_scored)))
     differences = np.array(best.true_scored) - np.array(first[0].true_scored)
-    return best if beyond_noise(differences, max(len(first) - 1, 1)) else first[0]
+    return best if beyond_noise(differences, max(len(first) - 1, 1), best.documents) else first[0]
 
 
 def _difference(measured: Measured, than: Measured) -> Difference:
-    differences = np.array(measured.true_others) - np.array(than.true_others)
-    value, error = paired(differences)
-    clear = beyond_noise(differences) or beyond_noise(-differences)
+    differences, documents = np.array(measured.true_others) - np.array(than.true_others), than.other_documents
+    value, error = paired(differences, documents)
+    clear = any(beyond_noise(each, documents=documents) for each in (differences, -differences))
     return Difference(name=measured.name, than=than.name, value=value, se=error, clear=clear)
 
 
 def _ratio(measured: Sequence[Measured]) -> Metric:
-    """Summed true / summed predicted KL on the scored sequences, error by leaving out one sequence at a time."""
-    true = np.sum([m.true_scored for m in measured], axis=0)
-    foretold = np.sum([m.predicted for m in measured], axis=0)
-    count = len(true)
-    error = 0.0
-    if count > 1:
-        without = (true.sum() - true) / (foretold.sum() - foretold)
-        error = float(np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum()))
-    return Metric(value=float(true.sum() / foretold.sum()), se=error, n=count)
+    """Summed true / summed predicted KL on the scored sequences."""
+    sums = (np.sum([getattr(m, field) for m in measured], axis=0) for field in ("true_scored", "predicted"))
+    found = ratio(*(mean(each, measured[0].documents) for each in sums))
+    assert found is not None, "a choice that changes nothing was not searched for"
+    return found.metric
 
 
 def _rank(measured: Sequence[Measured]) -> Metric:
-    """Spearman's correlation of the summed scores with the true KL on the other sequences, error by bootstrap."""
+    """Spearman's correlation of the summed scores with the true KL on the other sequences, bootstrapped error."""
     scores = np.array([m.score for m in measured])
     true = np.array([m.true_others for m in measured])
-    count = true.shape[1]
-    drawn = np.random.default_rng(_SEED).multinomial(count, np.full(count, 1 / count), _DRAWS)
-    draws = rank_correlation(scores, true @ drawn.T)
+    generator, parts = np.random.default_rng(_SEED), parts_of(true.shape[1], measured[0].other_documents)
+    drawn = np.array([resampled(generator, parts) for _ in range(_DRAWS)])
+    draws = rank_correlation(scores, true @ drawn.T / drawn.sum(axis=1))
     value = float(rank_correlation(scores, true.mean(axis=1, keepdims=True))[0])
     return Metric(value=value, se=float(draws.std()), n=len(measured))

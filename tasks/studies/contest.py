@@ -11,21 +11,22 @@ from pathlib import Path
 import numpy as np
 
 from blocks.errors import PuzzleError
+from blocks.estimates import mean
 from blocks.records import Architecture, Metric, Value
 from tasks.running.progress import Progress, no_progress
 from tasks.search.choose import choose
 from tasks.search.totals import Problem, predicted, within_budget
 from tasks.studies.additivity import Layers
 from tasks.studies.peers import EVALUATIONS, NAMES, find
-from tasks.studies.swaps import beyond_noise, mean_of
+from tasks.studies.swaps import beyond_noise
 from tasks.studies.truth import Meter, OtherModel, other_model
 
 
 class Entry(Value):
     """One contender. searched: False for the untouched parent and for a model that somebody else trained.
 
-    score: summed scores of what a search found. true: KL of every other sequence. evaluations: architectures that were
-    looked at; 0 for a solver. seconds: of the search.
+    score: summed scores of what a search found. true: KL of every other sequence, and documents: the document of each.
+    evaluations: architectures that were looked at; 0 for a solver. seconds: of the search.
     """
 
     name: str
@@ -33,17 +34,19 @@ class Entry(Value):
     layers: Layers
     score: float
     true: tuple[float, ...]
+    documents: tuple[int, ...]
     evaluations: int
     seconds: float
 
     @property
     def kl(self) -> Metric:
-        """The true KL with its standard error over sequences."""
-        return mean_of(self.true)
+        """The true KL with its standard error over documents."""
+        return mean(self.true, self.documents).metric
 
 
 class Contest(Value):
-    """The searches, lowest true KL first. level: those that differ from the winner by no more than noise, paired.
+    """The searches, lowest true KL first. level: those that differ from the winner by no more than noise, paired,
+    the test's level shared among them.
 
     prune: False where the untouched parent keeps the budget, or a smaller model that somebody else trained wins.
     left_out: why, by name.
@@ -91,7 +94,7 @@ def contest(
     for folder in size.smaller:
         smaller = other_model(folder, others)
         if smaller.parameters <= best.totals[0].parameters:
-            entries.append(_untrained(smaller))
+            entries.append(_untrained(smaller, others))
         else:
             left_out[smaller.name] = (
                 f"{smaller.parameters:,} parameters, more than the child's {best.totals[0].parameters:,}"
@@ -106,12 +109,13 @@ def _entry(found: Architecture, name: str, others: Meter, searched: bool) -> Ent
         layers=found.layers,
         score=found.score,
         true=others(found.layers).per_sequence,
+        documents=others.documents,
         evaluations=found.evaluations,
         seconds=found.solve_seconds if searched else 0.0,
     )
 
 
-def _untrained(model: OtherModel) -> Entry:
+def _untrained(model: OtherModel, others: Meter) -> Entry:
     """A smaller model as an entry: nothing was searched, nothing summed."""
     return Entry(
         name=model.name,
@@ -119,6 +123,7 @@ def _untrained(model: OtherModel) -> Entry:
         layers=(),
         score=float(np.mean(model.per_sequence)),
         true=model.per_sequence,
+        documents=others.documents,
         evaluations=0,
         seconds=model.seconds,
     )
@@ -132,7 +137,8 @@ def _ranked(
     level = [
         entry.name
         for entry in ranked[1:]
-        if entry.layers == first.layers or not beyond_noise(np.array(first.true) - np.array(entry.true))
+        if entry.layers == first.layers
+        or not beyond_noise(np.array(first.true) - np.array(entry.true), max(len(ranked) - 1, 1), first.documents)
     ]
     return Contest(
         budget=problem.budget.model_dump(exclude_none=True),

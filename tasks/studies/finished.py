@@ -11,12 +11,12 @@ from blocks.records import BlockRecord, CorpusInfo, CostTable, LayerRecord, Pare
 from profiles.schema import Profile
 from tasks.distill.jobs import better_of, coupled_jobs, jobs_of
 from tasks.distill.record import open_parent, recorded, recording_of
-from tasks.inputs.corpus import prepare_corpus
+from tasks.inputs.corpus import documents_of, prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
 from tasks.measure.costs import costs_of
 from tasks.running.workers import compute_of
-from tasks.score.scoring import stored_score
+from tasks.score.scoring import by_document, stored_score
 from tasks.search.totals import Problem, problem_of
 
 
@@ -81,7 +81,8 @@ def _scores(profile: Profile, workspace: Path, corpus: CorpusInfo, blocks: Seque
     sequences = range(profile.scoring.sequences)
     length = profile.scoring.tokens_per_sequence or corpus.sequence_length
     scores = [stored_score(block, sequences, length, workspace) for block in blocks if block.status != "failed"]
-    return tuple(score for score in scores if score is not None)
+    documents = documents_of(corpus, "validation", workspace, length)[: profile.scoring.sequences]
+    return tuple(by_document(score, documents) for score in scores if score is not None)
 
 
 def _blocks(

@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.stats import sem, ttest_1samp
 
-from blocks.records import Metric, Value
+from blocks.estimates import is_below_zero, mean
+from blocks.records import Value
 from tasks.running.progress import Progress, no_progress
 from tasks.search.program import ROOM, Floats, Integers, Program
 
@@ -41,24 +41,18 @@ class Repair(Value):
     evaluations: int
 
 
-def paired(differences: Floats) -> tuple[float, float]:
-    """Mean of paired differences (T,) and its standard error; inf for a single one, which shows no noise."""
-    return float(differences.mean()), float(sem(differences)) if len(differences) > 1 else math.inf
+def paired(differences: Floats, documents: Sequence[int] = ()) -> tuple[float, float]:
+    """Mean of paired differences (T,) and its standard error; inf for a single document, which shows no noise."""
+    found = mean(differences, documents).metric
+    return found.value, found.se if found.n > 1 else math.inf
 
 
-def mean_of(per_sequence: Sequence[float]) -> Metric:
-    """Mean over sequences (T,) with its standard error, which is given as 0 for a single sequence."""
-    mean, error = paired(np.array(per_sequence))
-    return Metric(value=mean, se=error if math.isfinite(error) else 0.0, n=len(per_sequence))
+def beyond_noise(differences: Floats, comparisons: int = 1, documents: Sequence[int] = ()) -> bool:
+    """True when paired differences (T,) are below 0 by a one-sided t test, its level shared among the comparisons.
 
-
-def beyond_noise(differences: Floats, comparisons: int = 1) -> bool:
-    """True when paired differences (T,) are below 0 by a one-sided t test, its level shared among the comparisons."""
-    if len(differences) < 2 or differences.mean() >= 0:
-        return False
-    if np.ptp(differences) == 0:  # every sequence says the same
-        return True
-    return bool(ttest_1samp(differences, 0, alternative="less").pvalue < LEVEL / comparisons)
+    documents: that of each sequence, where it is known.
+    """
+    return is_below_zero(mean(differences, documents).metric, LEVEL, comparisons)
 
 
 def nearest_swaps(program: Program, selection: Integers, count: int, tried: set[bytes]) -> list[Integers]:
@@ -96,10 +90,11 @@ def swap_repair(
     measure: Measure,
     evaluations: int,
     progress: Progress = no_progress,
+    documents: Sequence[int] = (),
 ) -> Repair:
     """Rounds of swaps from `start` (S,), which keeps the rows; the best of a round is kept if it is beyond noise.
 
-    The start is measured besides the `evaluations`.
+    The start is measured besides the `evaluations`. documents: that of each sequence, where it is known.
     """
     selection = np.array(start, dtype=np.int64)
     now, spent, steps = measure(selection), 0, list[Step]()
@@ -115,17 +110,18 @@ def swap_repair(
             spent += 1
             progress(spent, evaluations)
         best = int(np.argmin([found.mean() for found in measured]))
-        if beyond_noise(measured[best] - now, len(swaps)):
-            steps.append(_step(program, selection, swaps[best], measured[best] - now))
+        if beyond_noise(measured[best] - now, len(swaps), documents):
+            steps.append(_step(program, (selection, swaps[best]), measured[best] - now, documents))
             selection, now = swaps[best], measured[best]
     return Repair(selection=tuple(selection.tolist()), steps=tuple(steps), evaluations=spent)
 
 
-def _step(program: Program, before: Integers, after: Integers, differences: Floats) -> Step:
-    mean, error = paired(differences)
+def _step(program: Program, swap: tuple[Integers, Integers], differences: Floats, documents: Sequence[int]) -> Step:
+    before, after = swap
+    change, error = paired(differences, documents)
     return Step(
         options=tuple(after[after != before].tolist()),
         predicted_change=float(program.scores[after].sum() - program.scores[before].sum()),
-        true_change=mean,
+        true_change=change,
         se=error,
     )

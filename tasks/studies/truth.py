@@ -33,6 +33,7 @@ from blocks.subblock import run_subblock
 from tasks.distill.record import open_parent
 from tasks.evaluate.compare import blocks_of
 from tasks.evaluate.quality import parent_targets, sequence_figures
+from tasks.inputs.corpus import documents_of
 from tasks.running.workers import compute_of
 from tasks.score.scoring import load_variant
 from tasks.search.program import Floats
@@ -241,6 +242,12 @@ class Meter:
         place = (self.finished.workspace, self.finished.corpus.tokens, ["validation"])
         whole = read_tensors(*place, device=self.modules.compute.device)["validation"]
         return whole[self.sequences.first : self.sequences.last, : self.sequences.tokens].long()
+
+    @cached_property
+    def documents(self) -> tuple[int, ...]:
+        """(S,) the document of each sequence; empty where they are not known."""
+        here, own = self.sequences, self.finished
+        return documents_of(own.corpus, "validation", own.workspace, here.tokens)[here.first : here.last]
 
     @cached_property
     @torch.no_grad()

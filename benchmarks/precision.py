@@ -1,0 +1,121 @@
+"""SmolLM2 rounded to the types of 4 and 5 bits that `puzzle export` writes: plain, with importance, corrected.
+
+    .venv/bin/python -m benchmarks.precision [TYPE ...]     # about 3 CPU-minutes a type
+
+The package ships weights that lie on a 4-bit grid already. So the model is turned first: every norm's gain is folded
+into the matrices after it, and the residual stream is rotated by a random orthogonal matrix. That changes no logit and
+takes the weights off the grid. KL is from the turned model; embedding and head stay float32. Errors are over sequences.
+"""
+
+import copy
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import table, write_page
+from blocks.error_correction import InputGrams
+from blocks.library import read_tensors
+from profiles.load import load_profile
+from tasks.engines.ggml import GgmlRounding
+from tasks.export.quantise import quantise_layers, through
+from tasks.gguf.writer import CORRECTED, PRECISIONS
+from tasks.inputs.children import open_child
+from tasks.inputs.corpus import prepare_corpus
+from tasks.inputs.parent import prepare_parent
+
+TEXTS = 64  # calibration sequences
+TESTS = 24
+
+
+def turned(model: Any) -> Any:
+    """The model with its norms folded into the matrices after them and its residual stream rotated; the same logits."""
+    size = model.config.hidden_size
+    rotation = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(0)).double())[0]
+    model.config.tie_word_embeddings = False
+    embedding, head = model.model.embed_tokens, model.lm_head
+    weight = head.weight.data.double() * model.model.norm.weight.data.double()
+    head.weight = nn.Parameter((weight @ rotation).float())
+    embedding.weight = nn.Parameter((embedding.weight.data.double() @ rotation).float())
+    model.model.norm.weight.data.fill_(1)
+    for layer in model.model.layers:
+        attention, ffn = layer.self_attn, layer.mlp
+        reads = (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj), attention.o_proj),
+            (layer.post_attention_layernorm, (ffn.gate_proj, ffn.up_proj), ffn.down_proj),
+        )
+        for norm, inputs, output in reads:
+            for linear in inputs:
+                linear.weight.data = ((linear.weight.data.double() * norm.weight.data.double()) @ rotation).float()
+            output.weight.data = (rotation.T @ output.weight.data.double()).float()
+            norm.weight.data.fill_(1)
+    return model
+
+
+@torch.no_grad()
+def uncorrected(model: Any, tokens: Tensor, precision: str, important: bool) -> None:
+    """Round every matrix of the layers in place as llama.cpp does, with or without the Gram's diagonal."""
+    rounding = GgmlRounding(kind=PRECISIONS[precision][0])
+    hidden = model.model.embed_tokens(tokens)
+    for index, layer in enumerate(model.model.layers):
+        with InputGrams(layer) as grams:
+            hidden = through(model, index, hidden)
+        for name, linear in grams.linears.items():
+            linear.weight.data = rounding(linear.weight, grams.sums[name].diagonal() if important else None)[1]
+
+
+@torch.no_grad()
+def log_probabilities(model: Any, tokens: Tensor) -> list[Tensor]:
+    """(T, V) of each sequence."""
+    return [model(one.unsqueeze(0), use_cache=False).logits[0].log_softmax(-1) for one in tokens]
+
+
+def kl_text(own: Sequence[Tensor], other: Sequence[Tensor]) -> str:
+    """Mean KL and its standard error over sequences, nats a token."""
+    found = torch.stack([(p.exp() * (p - q)).sum(-1).mean() for p, q in zip(own, other, strict=True)])
+    return f"{found.mean():.4f} ±{found.std() / len(found) ** 0.5:.4f}"
+
+
+def main() -> None:
+    """Print and write the page."""
+    wanted = sys.argv[1:] or CORRECTED
+    profile = load_profile("smollm2-cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        workspace = Path(folder)
+        parent = prepare_parent(profile.parent, workspace, None)
+        corpus = prepare_corpus(profile.corpus, workspace / parent.folder, parent.fingerprint, workspace)
+        splits = read_tensors(workspace, corpus.tokens)
+        texts, tests = splits["train"][:TEXTS].long(), splits["test"][:TESTS].long()
+        shipped = log_probabilities(open_child(workspace / parent.folder, torch.float32), tests)
+        own = turned(open_child(workspace / parent.folder, torch.float32))
+    before = log_probabilities(own, tests)
+    rows = []
+    for precision in wanted:
+        plain = partial(uncorrected, tokens=texts, precision=precision)
+        ways: tuple[Callable[[Any], Any], ...] = (
+            partial(plain, important=False),
+            partial(plain, important=True),
+            partial(quantise_layers, tokens=texts, precision=precision),
+        )
+        row = [precision]
+        for way in ways:
+            model, started = copy.deepcopy(own), time.process_time()
+            way(model)
+            seconds = time.process_time() - started
+            row.append(kl_text(before, log_probabilities(model, tests)))
+        rows.append([*row, f"{seconds:.0f}"])
+        print(" | ".join(rows[-1]), flush=True)
+    head = ["type", "plain", "with importance", "corrected", "CPU-s of the correction"]
+    sizes = f"{TEXTS} x {texts.shape[1]} tokens to fit to, KL in nats on {TESTS} x {tests.shape[1]} test tokens"
+    note = f"SmolLM2-135M-Instruct, turned; {sizes}. Turning alone: KL {kl_text(shipped, before)}."
+    write_page("precision", "Types of 4 and 5 bits", [note, table(head, rows)])
+
+
+if __name__ == "__main__":
+    main()
