@@ -63,7 +63,7 @@ def for_passes(build: Callable[[Compute], DeciLMForCausalLM], compute: Compute, 
     for part in (*(part for name, part in model.model.named_children() if name != "layers"), model.lm_head):
         part.to(device)
     model.tie_weights()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def assembled_layer(
