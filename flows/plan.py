@@ -81,6 +81,7 @@ def plan_text(plan: "Plan") -> str:
         f"layers: 10^{plan.architectures_log10:.1f} architectures from {plan.blocks} distilled blocks",
         f"machine   {_machine(plan)}",
         f"disk      {bytes_of(plan.disk_bytes)} in the workspace at the end",
+        *(_shards(plan) if plan.shard_bytes else ()),
         f"memory    {bytes_of(plan.memory_bytes)} at the peak",
         "",
         f"{'stage':<18} {'tasks':>6} {'tokens':>9} {'FLOPs':>9} {'devices':>8} {'bytes of each':>13} {'time':>9}",
@@ -103,6 +104,10 @@ def plan_text(plan: "Plan") -> str:
     for child in plan.children:
         lines += _child(child, plan.parent_parameters)
     return "\n".join(lines)
+
+
+def _shards(plan: "Plan") -> Sequence[str]:
+    return (f"shards    {plan.shards}, one after another: {bytes_of(plan.shard_bytes)} of hidden states on the disk",)
 
 
 def _stage(stage: "StagePlan") -> str:

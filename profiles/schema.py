@@ -730,8 +730,8 @@ class Orchestration(Section):
 
     @property
     def workers(self) -> int:
-        """Tasks at a time, where puzzle starts the workers."""
-        return self.max_workers or max(1, len(self.devices))
+        """Tasks at a time, as far as puzzle knows."""
+        return self.max_workers or max(1, len(self.devices)) * self.machines
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:

@@ -248,3 +248,27 @@ def test_what_does_not_fit_is_refused_with_its_stage_and_a_cure() -> None:
     more = ("--set", "gkd.gradient_checkpointing=false", "--set", "hardware.micro_batch_tokens=32768")
     code, out, _ = puzzle("plan", "llama-3.1-8b-8xh100", "--json", *more)
     assert code == 2 and "gkd.gradient_checkpointing: true" in json.loads(out)["no_room"]
+
+
+def test_shards_in_flight_are_told_and_machines_have_workers() -> None:
+    small, large = (load_profile(n) for n in ("tiny", "llama-3.3-70b-16-nodes"))
+    assert large.orchestration.workers == 128 and small.orchestration.workers == 1
+    code, out, _ = puzzle("plan", "llama-3.1-8b-8xh100", "--json")
+    told = json.loads(out)
+    assert code == 0 and told["shards"] == 239
+    length, most = 4096, -(-(1_000_000_000 // 4096) // 239)
+    assert told["shard_bytes"] == 9 * (most + 16) * length * 4096 * 2  # 8 layers and one behind, bfloat16
+
+
+def test_the_script_for_a_gpu_runs_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from benchmarks import gpu
+
+    words = ["gpu", str(tmp_path), "--prepare", str(tmp_path), "--device", "cpu", "--tiny"]
+    monkeypatch.setattr("sys.argv", words)
+    gpu.main()
+    text = capsys.readouterr().out
+    assert (tmp_path / "gpu.md").read_text() in text and "nothing here says anything of a GPU" in text
+    assert "float32: equal" in text and "NOT equal" not in text
+    assert all(f"| {stage} | " in text for stage in ("record", "distill", "score", "GKD parent", "GKD child"))
+    with pytest.raises(SystemExit):  # what is stored would take no time
+        gpu.main()

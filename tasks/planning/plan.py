@@ -26,12 +26,13 @@ from tasks.planning import effort
 from tasks.planning.effort import Shape, Work, shape_of
 from tasks.planning.engines import UNKNOWN, measure_work, throughput_work
 from tasks.planning.machine import Rates, rates_of, target_of
-from tasks.planning.memory import Need, needs_of, no_room
+from tasks.planning.memory import Need, layers_held, needs_of, no_room
 from tasks.search.choose import choose
 from tasks.search.totals import Batches, Problem, batch_choices, make_problem, totals_of
 
 PROCESS_BYTES = 1 << 30  # this program with torch, transformers, MLflow and Prefect, before any tensor
 LIKE = {"shards": "record", "coupled": "distill", "GKD best baseline": "GKD child", "answers": "evaluate"}
+VISIT_BYTES_PER_SECOND = 25e9  # from the host to a GPU and back, PCIe 5.0 x 16 as it is reached
 STATE_BYTES = 40 << 20  # Prefect's and MLflow's databases, logs, reports
 
 
@@ -63,7 +64,8 @@ class ChildPlan(Value):
 class Plan(Value):
     """All of it. seconds: of the stages whose time is known; unknown: why it is not for the others, "" when it is.
     disk_bytes, memory_bytes: what the workspace holds at the end, the process at its peak. utilisation: of the peak,
-    where it is assumed and not measured. device_bytes: what a device has, where that is known.
+    where it is assumed and not measured. shards: that variants are trained on one after another; shard_bytes: of hidden
+    states on the disk meanwhile, 0 where they are kept and counted in disk_bytes. device_bytes: what a device has, where that is known.
     """
 
     profile: str
@@ -89,6 +91,8 @@ class Plan(Value):
     seconds: float
     core_hours: float
     disk_bytes: int
+    shards: int
+    shard_bytes: int
     memory_bytes: int
     money: float | None
     unknown: str
@@ -152,6 +156,8 @@ def plan_of(profile: Profile, parent: Parent, rates: Rates, price_per_hour: floa
         seconds=seconds,
         core_hours=seconds * rates.threads * shape.devices / 3600,
         disk_bytes=disk_bytes(shape, len(searched), share),
+        shards=len(shape.shards),
+        shard_bytes=shard_bytes(shape),
         memory_bytes=memory_bytes(shape, share, needs),
         money=None if price_per_hour is None else seconds / 3600 * price_per_hour,
         unknown=UNKNOWN[profile.hardware.engine] if unknown else "",
@@ -329,6 +335,7 @@ def stages_of(
         ("throughput", 1 if serving else 0, 0, throughput_work(shape, serving, shares)),
         ("answers", 2 if spoken else 0, 2 * spoken, effort.answers_work(shape, share)),
     ]
+    visits = visiting_seconds(shape, shares, tested, spoken, rates.memory)
     return [
         StagePlan(
             name=name,
@@ -337,11 +344,27 @@ def stages_of(
             flops=None if work is None else work.flops,
             devices=used.get(name, 1),
             device_bytes=bytes_of.get(LIKE.get(name, name)),
-            seconds=None if work is None else work.over(used.get(name, 1)).seconds(rates),
+            seconds=None if work is None else work.over(used.get(name, 1)).seconds(rates) + visits.get(name, 0.0),
         )
         for name, tasks, tokens, work in rows
         if tasks
     ]
+
+
+def visiting_seconds(
+    shape: Shape, shares: Sequence[float], tested: int, spoken: int, room: float | None
+) -> dict[str, float]:
+    """Where whole models have no room on a device, their layers come to it for each pass, and go again."""
+    if room is None or layers_held(shape, 1.0, None) < room / 2:
+        return {}
+    one = 2 * shape.size * shape.depth * shape.layer_parameters / VISIT_BYTES_PER_SECOND
+    passes = math.ceil(tested / shape.at_once)
+    watched = math.ceil(shape.profile.gkd.validation_sequences * shape.length / shape.at_once)
+    return {
+        "evaluate": one * passes * sum(shares),
+        "answers": one * spoken * (1 + min(shares)),
+        "GKD parent": one * watched,
+    }
 
 
 def child_layers(child: ChildPlan, shape: Shape) -> float:
@@ -374,6 +397,14 @@ def disk_bytes(shape: Shape, layers: int, share: float) -> int:
             effort.teacher_bytes(shape) + (1 + rivals) * share * shape.depth * shape.layer_parameters * effort.FLOAT
         )
     return int(total + effort.model_bytes(shape, share) + STATE_BYTES)
+
+
+def shard_bytes(shape: Shape) -> int:
+    """Hidden states of a shard, on the disk for as many layers as are trained at a time and the one behind them."""
+    if effort.states_are_kept(shape):
+        return 0
+    layers = min(shape.depth, shape.profile.orchestration.workers + 1)
+    return layers * shape.states(max(shape.shards) + shape.held_out)
 
 
 def memory_bytes(shape: Shape, share: float, needs: Sequence[Need]) -> int:
