@@ -28,6 +28,7 @@ from tasks.distill.jobs import jobs_of
 from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
+from tasks.operating import requirements
 from tasks.planning import effort, memory
 from tasks.planning.effort import Shape, shape_of
 from tasks.planning.plan import config_parent, machine_rates, plan_of
@@ -35,7 +36,7 @@ from tasks.score.scoring import score_sequences
 from tests.chain import CORPUS, SETTINGS, Chain, prepare, recording
 from tests.test_gkd import CHILD
 from tests.test_nvlabs import puzzle
-from tests.test_plan import chain_profile
+from tests.test_plan import RATES, chain_profile
 
 EAGER = replace(HOST, attention="eager")  # scores as products, of which a backward pass has twice as many
 
@@ -272,3 +273,18 @@ def test_the_script_for_a_gpu_runs_here(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(f"| {stage} | " in text for stage in ("record", "distill", "score", "GKD parent", "GKD child"))
     with pytest.raises(SystemExit):  # what is stored would take no time
         gpu.main()
+
+
+def test_a_machine_has_as_much_memory_as_it_has() -> None:
+    profile = chain_profile()
+    found = [plan_of(profile, config_parent(profile.parent), replace(RATES, memory=room)) for room in (1e5, 1e9)]
+    assert "record needs" in found[0].no_room and found[1].no_room == ""
+
+
+def test_gkd_on_several_machines_needs_what_starts_it_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = {"runner": "dask", "address": "tcp://127.0.0.1:1", "machines": 2}
+    profile = chain_profile(orchestration=cluster)
+    monkeypatch.delenv("PUZZLE_GKD_LAUNCHER", raising=False)
+    assert any("orchestration.machines is 2" in told for told in requirements.lacking(profile))
+    monkeypatch.setenv("PUZZLE_GKD_LAUNCHER", "srun torchrun")
+    assert not any("orchestration.machines" in told for told in requirements.lacking(profile))

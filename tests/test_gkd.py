@@ -19,7 +19,7 @@ from profiles.load import load_profile
 from profiles.schema import GKD
 from tasks.distill import gkd_checkpoint, gkd_job
 from tasks.distill.gkd import GKDResult, Seen, Training
-from tasks.distill.gkd_settings import share_of_rate
+from tasks.distill.gkd_settings import LAUNCHER, share_of_rate
 from tasks.distill.gkd_student import Student, load_trained
 from tasks.distill.gkd_targets import record_teacher
 from tasks.distill.sharding import ALONE
@@ -203,7 +203,7 @@ def test_two_processes_give_the_curve_of_one_hold_half_each_and_go_on_when_one_i
 def test_why_a_process_failed_is_said_in_its_own_words(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     job = job_of(chain, steps=2)
     said = f"import sys; print('noise'); print('{gkd_job.FAILED}OSError: the disk is full'); sys.exit(1)"
-    monkeypatch.setenv(gkd_job.LAUNCHER, f'{sys.executable} -c "{said}"')
+    monkeypatch.setenv(LAUNCHER, f'{sys.executable} -c "{said}"')
     with pytest.raises(PuzzleFailure, match="restarted: OSError: the disk is full$"):
         gkd_job.distill_globally(job, chain.workspace, HOST)
 

@@ -26,13 +26,12 @@ from blocks.records import BlockRecord, LayerChoice, Value
 from profiles.schema import GKD
 from tasks.distill import gkd_checkpoint
 from tasks.distill.gkd import VERSION, GKDResult, Seen, Training, Watch, finished, no_watch
-from tasks.distill.gkd_settings import asked
+from tasks.distill.gkd_settings import LAUNCHER, asked
 from tasks.distill.gkd_student import Student, load_trained
 from tasks.distill.gkd_targets import Teacher, TeacherRecord
 from tasks.distill.record import open_parent
 from tasks.distill.sharding import ALONE
 
-LAUNCHER = "PUZZLE_GKD_LAUNCHER"
 JOB = "job.json"
 RESTARTS = 3  # of all processes from the last checkpoint, when one of them died
 # else processes that were started again find the addresses of those that died, and connect to nobody

@@ -6,6 +6,7 @@ import torch
 
 from profiles.schema import GKD
 
+LAUNCHER = "PUZZLE_GKD_LAUNCHER"  # what starts the processes of GKD, where torchrun on this machine does not
 # settings of GKD that the targets of a step do not depend on
 NOT_OF_THE_PARENT = {"learning_rate", "evaluate_every", "patience", "steps", "warmup_fraction", "schedule", "clip_norm"}
 NOT_OF_THE_PARENT |= {"also_train"}

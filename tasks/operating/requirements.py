@@ -6,6 +6,7 @@ Impossible on any machine is what profiles/schema.py refuses already. `engine: r
 here, so its device is not looked for; workers at an address are on machines that this one cannot see.
 """
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -225,8 +226,15 @@ def _hardware(profile: Profile) -> Iterator[str]:
 
 
 def _workers(profile: Profile) -> Iterator[str]:
+    from tasks.distill.gkd_settings import LAUNCHER
+
     wanted = profile.orchestration
     yield from _packages(f"orchestration.runner: {wanted.runner}", *RUNNERS[wanted.runner])
+    if wanted.machines > 1 and profile.gkd.steps and LAUNCHER not in os.environ:
+        yield (
+            f"orchestration.machines is {wanted.machines}, and GKD would run on this one alone: name in {LAUNCHER} the "
+            "command that starts it on all (docs/how-to/distil-on-many-gpus.md)."
+        )
     if wanted.address:
         return
     if profile.hardware.engine == "roofline" and not wanted.devices and (told := device_missing(profile.devices[0])):

@@ -207,6 +207,7 @@ def _calibrate(width: int, inner: int, precision: Precision, threads: int) -> Ra
         disk=_disk_rate(clock),
         names=_names_rate(clock),
         floor=clock.seconds(lambda: [small + 1 for _ in range(100)], threads=1) / 100,
+        memory=float(psutil.virtual_memory().total),
         threads=threads,
         loaded=clock.loaded,
     )

@@ -43,7 +43,9 @@ class Need:
 def needs_of(shape: Shape, share: float, room: float | None = None) -> list[Need]:
     """Of every stage. share: of the layers' parameters that a child keeps. room: bytes of a device, where known."""
     profile = shape.profile
-    found = [record_need(shape), distill_need(shape), score_need(shape, room), evaluate_need(shape, share, room)]
+    found = [record_need(shape), distill_need(shape), score_need(shape, room)]
+    room = None if profile.devices[0].startswith("cpu") else room  # whole models do not wait elsewhere then
+    found.append(evaluate_need(shape, room))
     if profile.gkd.steps:
         found += [teacher_need(shape, room), gkd_need(shape, share)]
     return found
@@ -131,7 +133,7 @@ def layers_held(shape: Shape, kept: float, room: float | None) -> float:
     whole = shape.size * kept * shape.depth * shape.layer_parameters
     outside = shape.size * shape.outside_parameters
     parent = shape.size * shape.depth * shape.layer_parameters + outside
-    stays = room is None or parent < room / 2
+    stays = room is None or parent < room / 2  # as Passes and for_passes decide
     return outside + (whole if stays else 2 * shape.size * shape.layer_parameters)
 
 
@@ -144,7 +146,7 @@ def score_need(shape: Shape, room: float | None) -> Need:
     return Need(stage="score", held=held, passing=batch, cure="lower hardware.micro_batch_tokens")
 
 
-def evaluate_need(shape: Shape, share: float, room: float | None) -> Need:
+def evaluate_need(shape: Shape, room: float | None) -> Need:
     """The parent twice, since its targets are made while it is judged itself; logits of a few tokens."""
     batch = passing(shape) + LOGITS * FLOAT * EVALUATED * shape.vocabulary + 2 * FLOAT * shape.vocabulary * shape.hidden
     return Need(

@@ -63,9 +63,11 @@ class ChildPlan(Value):
 
 class Plan(Value):
     """All of it. seconds: of the stages whose time is known; unknown: why it is not for the others, "" when it is.
-    disk_bytes, memory_bytes: what the workspace holds at the end, the process at its peak. utilisation: of the peak,
-    where it is assumed and not measured. shards: that variants are trained on one after another; shard_bytes: of hidden
-    states on the disk meanwhile, 0 where they are kept and counted in disk_bytes. device_bytes: what a device has, where that is known.
+
+    disk_bytes, memory_bytes: what the workspace holds at the end, the process at its peak. shards: that variants are
+    trained on one after another; shard_bytes: of hidden states on the disk meanwhile, 0 where they are kept (and in
+    disk_bytes). utilisation: of the peak, where it is assumed and not measured. device_bytes: what a device has, where
+    that is known. infeasible, no_room: why the budget, or a stage, asks too much; "" where it does not.
     """
 
     profile: str
@@ -355,7 +357,8 @@ def visiting_seconds(
     shape: Shape, shares: Sequence[float], tested: int, spoken: int, room: float | None
 ) -> dict[str, float]:
     """Where whole models have no room on a device, their layers come to it for each pass, and go again."""
-    if room is None or layers_held(shape, 1.0, None) < room / 2:
+    on_cpu = shape.profile.devices[0].startswith("cpu")
+    if on_cpu or room is None or layers_held(shape, 1.0, None) < room / 2:
         return {}
     one = 2 * shape.size * shape.depth * shape.layer_parameters / VISIT_BYTES_PER_SECOND
     passes = math.ceil(tested / shape.at_once)
