@@ -23,7 +23,6 @@ from prefect.context import serialize_context
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import (
     PREFECT_API_URL,
-    PREFECT_LOCAL_STORAGE_PATH,
     PREFECT_TASKS_REFRESH_CACHE,
     temporary_settings,
 )
@@ -303,7 +302,7 @@ def test_every_finished_variant_is_a_cached_task_run_and_what_is_not_whole_is_ma
     workspace = tmp_path / "w"
     shutil.copytree(chain.workspace, workspace)
     jobs = [chain.job(layer, "ffn", variant) for layer in range(2) for variant in ("ffn32", "no_op")]
-    storage = tmp_path / "storage"
+    storage = workspace / "prefect" / "storage"
 
     runner: Any = ThreadPoolTaskRunner(max_workers=1)
 
@@ -313,7 +312,7 @@ def test_every_finished_variant_is_a_cached_task_run_and_what_is_not_whole_is_ma
         run.task_runs["record 0"] = run.task_runs["record 1"] = uuid4()
         return stages._distill(run, jobs, "distill"), run.task_runs
 
-    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: storage, PREFECT_TASKS_REFRESH_CACHE: False}):
+    with temporary_settings({PREFECT_TASKS_REFRESH_CACHE: False}):
         first, _ = distil()  # the library was there before Prefect had a record
         assert end_states == ["Completed"] * 4
         again, runs = distil()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from blocks.compute import HOST
 from blocks.records import ParentInfo
 from profiles.schema import FolderParent
 from tasks.distill.record import open_parent
@@ -75,7 +76,7 @@ def test_all_of_it_reaches_the_child(tmp_path: Path) -> None:
     put(source, TRAVEL + STAY)
     (source / "README.md").write_text(CARD)
     info = prepare_parent(FolderParent(path=str(source)), work, None)
-    reader = open_parent(work / info.folder)
+    reader = open_parent(work / info.folder, HOST)
     child = export_child(reader.model(), info, work, work / "child", "# own card\n")
     assert {path.as_posix() for path in companions(child)} >= set(TRAVEL)
     for name in TRAVEL:

@@ -85,6 +85,8 @@ def write_gguf(
     """
     if precision not in PRECISIONS:
         raise UnknownPrecision(f"GGUF has no precision {precision!r} here: it is one of {', '.join(PRECISIONS)}.")
+    if precision in CORRECTED and not stored:
+        raise UnknownPrecision(f"{precision} is fitted to text: write it with `puzzle export`, or take q8_0.")
     config, state = model.config, model.state_dict()
     layers = packed(config)
     with atomic_path(path) as temporary:
