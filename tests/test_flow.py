@@ -279,10 +279,10 @@ COUNTED = """
 import os, sys
 from tasks.distill import bld
 plain = bld._train_until_it_falls
-def counted(job, *rest):
+def counted(course, *rest):
     with open(os.environ["TRAINED"], "a") as file:
-        file.write(job.key + "\\n")
-    return plain(job, *rest)
+        file.write(course.job.key + "\\n")
+    return plain(course, *rest)
 bld._train_until_it_falls = counted
 from flows.cli import main
 main()
