@@ -26,7 +26,7 @@ class Measurement(Protocol):
 
     @property
     def disturbed(self) -> str:
-        """See `why_disturbed`."""
+        """Why this measurement cannot be relied on, as `why_disturbed` says it; "" when it can."""
 
     @property
     def errors(self) -> list[float]:

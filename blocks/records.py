@@ -228,7 +228,10 @@ class LayerChoice(Value):
 
     @classmethod
     def only(cls, subblock: Subblock | Literal["block"], variant: str) -> "LayerChoice":
-        """A layer that holds only this subblock, or both subblocks of a coupled block ("<attention>+<ffn>")."""
+        """A layer with this one variant. The other subblock is left out (`no_op`).
+
+        subblock "block": the variant is that of a coupled block, "<attention>+<ffn>", and both subblocks are there.
+        """
         if subblock == "block":
             attention, ffn = variant.split("+")
             return cls(attention=attention, ffn=ffn, coupled=True)
@@ -413,9 +416,10 @@ class Answer(Value):
 class LimitKept(Value):
     """One limit of the budget, by the profile's name, and what a model takes of it.
 
-    asked, got, measured: in the unit of that name (GiB, s, tokens/s, or a share or multiple of the parent's). floor:
-    the least is asked, else the most. got: counted; of times, the sum of the measured costs of the blocks. measured: a
-    time of the whole model, None for what is counted and where no model was timed.
+    asked, got, measured: in the unit of the limit (GiB, s, tokens/s, or a share or multiple of the parent's).
+    floor: True when `asked` is the least that is allowed, False when it is the most.
+    got: what the search reckoned with: bytes and parameters are counted, a time is the sum of the blocks' costs.
+    measured: a time of the whole model. None for bytes and parameters, and where the model was not timed.
     """
 
     name: str

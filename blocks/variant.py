@@ -87,8 +87,9 @@ class VariantKind(ABC):
         return 0
 
     def fit_flops(self, variant: Variant, config: Any, tokens: int, length: int) -> tuple[int, int]:
-        """FLOPs of `closed_form` over so many recorded tokens in sequences of `length`, for plans: (float32 products,
-        float64 solves).
+        """FLOPs of `closed_form`, for plans: first those of float32 products, then those of float64 solves.
+
+        tokens: how many recorded tokens are fitted to. length: tokens of a sequence.
         """
         return 0, 0
 

@@ -332,7 +332,7 @@ class _Course:
         self.moments = {n: value.clone() for n, value in state.items() if not n.startswith(("weights.", "best."))}
 
     def optimizer(self, rate: float) -> torch.optim.AdamW:
-        """AdamW that goes on from the moments."""
+        """AdamW that goes on from the moments that `keep` remembered, or starts afresh where there are none."""
         settings, on_cpu = self.job.settings, self.data.compute.device == "cpu"
         betas = (settings.beta1, settings.beta2)
         named = dict(self.module.named_parameters())
@@ -345,7 +345,7 @@ class _Course:
         return optimizer
 
     def keep(self, optimizer: torch.optim.AdamW) -> None:
-        """Remember the moments."""
+        """Remember the moments of an optimiser, for the next shard."""
         for name, parameter in self.module.named_parameters():
             for each, value in optimizer.state[parameter].items():
                 self.moments[f"{each}.{name}"] = value

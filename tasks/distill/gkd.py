@@ -46,12 +46,12 @@ class Seen(Value):
 
     @property
     def text(self) -> str:
-        """For people."""
+        """The step in words, for the line of progress."""
         return f"loss {self.kl + self.cosine:.3f}, best validation KL {self.best_kl:.3f}"
 
     @property
     def figures(self) -> dict[str, float]:
-        """For curves over the steps."""
+        """The step in figures, for MLflow's curves over the steps."""
         return self.model_dump(include={"kl", "cosine", "learning_rate", "validation_kl"}, exclude_none=True)
 
 

@@ -133,7 +133,7 @@ def distill_globally(
 
 
 def check_processes(settings: GKD, processes: int) -> None:
-    """PuzzleError for a number of processes among which the sequences of a step cannot be shared out evenly."""
+    """Raise PuzzleError when so many processes cannot each have the same number of a step's sequences."""
     if settings.batch_sequences % processes or settings.validation_sequences < processes:
         raise PuzzleError(
             f"GKD on {processes} devices needs gkd.batch_sequences that {processes} divides (it is "

@@ -224,7 +224,7 @@ def enter(layer: int, shard: Shard, recording: Recording, workspace: Path, compu
 
 
 def entered(layer: int, shard: Shard, recording: Recording, workspace: Path) -> Ref | None:
-    """The states of a shard that enter a layer, where they lie on the disk."""
+    """The states of a shard that enter a layer; None unless they lie on the disk, whole."""
     _, manifest = _rolling(workspace, recording, layer, shard)
     if not manifest.exists():
         return None

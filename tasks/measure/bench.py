@@ -49,7 +49,7 @@ class BenchRow(Value):
 
     @property
     def gains(self) -> Gains | None:
-        """Over the parent; None for the parent."""
+        """How many times as fast as the parent this model is; None for the parent itself."""
         return self.throughput.gains
 
     def cpu_speeds(self) -> tuple[float, float]:
@@ -67,7 +67,7 @@ class Point(Value):
 
     @classmethod
     def parse(cls, text: str) -> "Point":
-        """`1x256x64`. PuzzleError for anything else."""
+        """The load that a text such as `1x256x64` names. PuzzleError for a text that names none."""
         words = text.lower().split("x")
         if len(words) != 3 or not all(word.isdigit() and int(word) > 0 for word in words):
             raise PuzzleError(f"a load is batch x prompt x generated tokens, such as 1x256x64, not {text!r}.")
@@ -76,28 +76,28 @@ class Point(Value):
 
     @classmethod
     def of(cls, scenario: Scenario, batch: int) -> "Point":
-        """A scenario at a batch size."""
+        """The load of a scenario at a batch size."""
         tokens = {"prompt_tokens": scenario.prompt_tokens, "generated_tokens": scenario.generated_tokens}
         return cls(batch_size=batch, **tokens)
 
     @property
     def label(self) -> str:
-        """batch x prompt x generated."""
+        """The load as `parse` reads it, such as `1x256x64`."""
         return f"{self.batch_size}x{self.prompt_tokens}x{self.generated_tokens}"
 
     @property
     def steps(self) -> int:
-        """Decode steps that are timed."""
+        """How many decode steps are timed."""
         return timed_steps(self.generated_tokens)
 
     @property
     def grow(self) -> int:
-        """Tokens that are run untimed before those."""
+        """How many tokens are generated, untimed, before the steps that are timed."""
         return tokens_before(self.generated_tokens, self.steps)
 
     @property
     def scenario(self) -> Scenario:
-        """As the profile's schema has it."""
+        """The load as a scenario of the profile's schema."""
         return Scenario(name="load", prompt_tokens=self.prompt_tokens, generated_tokens=self.generated_tokens)
 
 

@@ -31,7 +31,7 @@ class Timing:
 
     @classmethod
     def of(cls, prefill: Metric, decode: Metric) -> Self:
-        """From seconds with their standard errors."""
+        """The times as numbers; their standard errors become shares of them."""
         return cls(
             prefill=prefill.value,
             decode=decode.value,
@@ -93,12 +93,12 @@ class KeptFigures:
         return [row for row in self.rows if row["load"] == load.label and what in (None, row["what"])]
 
     def discard(self) -> None:
-        """The measuring is finished, or has to start anew."""
+        """Delete the file: the measuring is finished, or has to start anew."""
         self.close()
         self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Nothing more is added now."""
+        """Close the file. What was added stays in it."""
         if self.file is not None:
             self.file.close()
 

@@ -96,7 +96,7 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, ...
 
 
 def told(changed: tuple[str, ...]) -> str:
-    """Changed parts in words."""
+    """The changed parts of the basis as people call them, in one phrase: "the parent, the corpus and the budget"."""
     *names, last = (NAMES[name] for name in changed)
     return f"{', '.join(names)} and {last}" if names else last
 
@@ -126,7 +126,7 @@ def rolled_back(found: Judgement) -> Judgement:
 
 
 def looked_at(changed: tuple[str, ...], first: bool) -> str:
-    """The first sentence at the end of a re-optimisation."""
+    """The first sentence at the end of a re-optimisation: what was compared, and what had changed."""
     if first:
         return "Looked for a champion of this profile: there was none yet."
     what = f"{told(changed)} changed" if changed else "nothing changed"

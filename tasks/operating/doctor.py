@@ -46,17 +46,17 @@ class Finding(Value):
 
 
 def ok(name: str, detail: str) -> Finding:
-    """Nothing to do."""
+    """A finding where there is nothing to do."""
     return Finding(name=name, status="ok", detail=detail)
 
 
 def warn(name: str, detail: str, todo: str) -> Finding:
-    """It runs, but."""
+    """A finding with which puzzle runs, though not as well as it could."""
     return Finding(name=name, status="warn", detail=detail, todo=todo)
 
 
 def wrong(name: str, detail: str, todo: str) -> Finding:
-    """It does not run."""
+    """A finding with which puzzle does not run."""
     return Finding(name=name, status="wrong", detail=detail, todo=todo)
 
 
@@ -82,7 +82,7 @@ def examine(workspace: Path) -> list[Finding]:
 
 
 def python_version() -> Iterator[Finding]:
-    """puzzle's own requires-python."""
+    """Whether this Python is one that puzzle's pyproject.toml allows."""
     own, allowed = platform.python_version(), _distribution_metadata("Requires-Python", ">=3.11,<3.12")
     if own in SpecifierSet(allowed):
         yield ok("python", own)
@@ -136,7 +136,7 @@ def _unfit(needed: Iterable[Requirement]) -> Iterator[Finding]:
 
 
 def caps(constraints: str) -> Iterator[Finding]:
-    """constraints.txt: the newest versions that the tests were run with."""
+    """Whether a package is newer than the tests were run with. constraints.txt lists those versions."""
     listed = [line.split("#")[0].strip() for line in constraints.splitlines()]
     faults = []
     for line in filter(None, listed):
@@ -154,7 +154,7 @@ def caps(constraints: str) -> Iterator[Finding]:
 
 
 def extras(there: Callable[[str], bool] = is_there) -> Iterator[Finding]:
-    """Optional packages, found without importing them."""
+    """Which optional packages are missing. Nothing is imported to find out."""
     missing = [name for name in EXTRAS if not there(name)]
     if not missing:
         yield ok("extras", "every optional package is installed")
@@ -180,14 +180,14 @@ def _existing(folder: Path) -> Path:
 
 
 def disk(free: int, workspace: Path) -> Iterator[Finding]:
-    """Room for a block library and recorded activations."""
+    """Whether the disk has room for a block library and recorded activations."""
     told = f"{free / GIB:.1f} GiB free at {workspace}"
     todo = "free space, or name another --workspace; the demo takes 4.4 GiB"
     yield from _room("disk", free, (DISK_WRONG, DISK_WARN), told, todo)
 
 
 def memory(available: int, total: int) -> Iterator[Finding]:
-    """Room for a layer, its activations and the teacher's logits."""
+    """Whether memory has room for a layer, its activations and the parent's logits."""
     told = f"{available / GIB:.1f} of {total / GIB:.1f} GiB available"
     todo = "stop something, or use a smaller parent, fewer record.hidden_sequences; the demo takes 5.3 GiB"
     yield from _room("memory", available, (MEMORY_WRONG, MEMORY_WARN), told, todo)
@@ -204,7 +204,10 @@ def _room(check: str, there: int, least: tuple[int, int], told: str, todo: str) 
 
 
 def threads(cores: int, load: float, environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Cores, what limits them, and whether somebody else uses them: measured costs would lie."""
+    """How many cores there are, what limits their use, and whether others use them now.
+
+    Costs that are measured while others compute would be wrong.
+    """
     limits = [f"{name}={environment[name]}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if environment.get(name)]
     if cores < (os.cpu_count() or 1):
         limits.append(f"{os.cpu_count()} cores exist, this process may use {cores}")
@@ -218,7 +221,7 @@ def threads(cores: int, load: float, environment: Mapping[str, str]) -> Iterator
 
 
 def write_access(workspace: Path) -> Iterator[Finding]:
-    """A file can be made where the workspace is or will be; nobody else is at work in it."""
+    """Whether a file can be made where the workspace is or will be, and whether a run is at work in it."""
     place = _existing(workspace)
     if not place.is_dir():
         yield wrong("workspace", f"{place} is a file", "name a folder with --workspace")

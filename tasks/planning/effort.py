@@ -91,11 +91,11 @@ class Work:
 
     @property
     def flops(self) -> float:
-        """All of them."""
+        """FLOPs of every kind together."""
         return self.product + self.packed + self.solve
 
     def over(self, devices: int) -> "Work":
-        """What each of so many devices does of it."""
+        """The part of this work that each of so many devices does."""
         whole = {"exchange": self.exchange, "names": self.names, "fixed": self.fixed}
         return replace(self * (1 / devices), **whole)
 
@@ -118,31 +118,31 @@ class Shape:
 
     @property
     def depth(self) -> int:
-        """Layers."""
+        """How many layers the parent has."""
         return self.parent.depth
 
     @property
     def length(self) -> int:
-        """Tokens of a sequence."""
+        """How many tokens a sequence of the corpus has."""
         return self.profile.corpus.sequence_length
 
     @property
     def hidden(self) -> int:
-        """D."""
+        """Width of the hidden states (D)."""
         return int(self.parent.config.hidden_size)
 
     @property
     def inner(self) -> int:
-        """F."""
+        """Width of the parent's FFN (F)."""
         return int(self.parent.config.intermediate_size)
 
     @property
     def vocabulary(self) -> int:
-        """V."""
+        """Size of the vocabulary (V)."""
         return int(self.parent.config.vocab_size)
 
     def flops(self, variant: Variant, length: int | None = None) -> int:
-        """Of one token."""
+        """FLOPs of one token through a variant."""
         return kind_of(variant).flops_per_token(variant, self.parent.config, length or self.length)
 
     def runs(self, layer: int, variant: Variant) -> bool:
@@ -150,7 +150,7 @@ class Shape:
         return refused_alone(self.profile, self.parent.config, layer, variant.subblock, variant.label) is None
 
     def parameters(self, variant: Variant) -> int:
-        """Of one subblock."""
+        """Parameters of a variant."""
         return parameters_of(self.parent, variant)
 
     def own(self, subblock: Subblock) -> Variant:
@@ -163,12 +163,12 @@ class Shape:
 
     @property
     def layer_parameters(self) -> int:
-        """Of the parent's own layer."""
+        """Parameters of the parent's own layer."""
         return sum(self.parameters(self.own(part)) for part in SUBBLOCKS)
 
     @property
     def outside_parameters(self) -> int:
-        """Embedding, final norm, head."""
+        """Parameters of the embedding, the final norm and the head."""
         return non_block_parameters(self.parent.config)
 
     @property
@@ -183,23 +183,23 @@ class Shape:
 
     @property
     def processes(self) -> int:
-        """Of GKD, and tasks at a time: one for each device of all machines."""
+        """How many processes GKD has, and how many tasks run at a time: one for each device of all machines."""
         return len(self.profile.devices) * self.profile.orchestration.machines
 
     @property
     def devices(self) -> int:
-        """How many times as fast as one: several slots of a CPU are one CPU."""
+        """How many times as fast as one device all are together. Several slots on one CPU count as one device."""
         on_cpu = self.profile.devices[0].startswith("cpu")
         return self.profile.orchestration.machines if on_cpu else self.processes
 
     @property
     def at_once(self) -> int:
-        """Tokens of one forward pass."""
+        """How many tokens go through in one forward pass."""
         return max(1, self.profile.hardware.micro_batch_tokens // self.length) * self.length
 
     @property
     def shards(self) -> list[int]:
-        """Train sequences of each shard that variants are trained on."""
+        """How many train sequences each shard has. Variants are trained on one shard after another."""
         whole = self.profile.trained_sequences
         if states_are_kept(self):
             return [whole]
@@ -208,7 +208,7 @@ class Shape:
 
     @property
     def held_out(self) -> int:
-        """Validation sequences beside each shard."""
+        """How many validation sequences are recorded beside each shard."""
         most = max(1, self.profile.record.shard_tokens // self.length)
         return min(self.profile.record.validation_sequences, most)
 
@@ -219,7 +219,10 @@ class Shape:
         return Work(packed=flops, stream=stream) if packed else Work(product=flops, stream=stream)
 
     def head(self, tokens: float, moment: bool = False, passes: int = LOGIT_PASSES, packed: bool = True) -> Work:
-        """Logits of tokens and what is made of them; `moment`: the product back to D as well."""
+        """The logits of so many tokens, and what is reckoned from them.
+
+        moment: the logits are multiplied back to the width D as well. passes: how often all logits are read or written.
+        """
         logits = 2.0 * tokens * self.vocabulary * self.hidden
         stream = tokens * self.vocabulary * FLOAT * passes
         return Work(
@@ -230,7 +233,7 @@ class Shape:
         )
 
     def states(self, sequences: int) -> int:
-        """Bytes of hidden states at one layer."""
+        """Bytes of the hidden states of so many sequences at one layer."""
         return sequences * self.length * self.hidden * self.size
 
 
@@ -354,7 +357,7 @@ def variant_work(shape: Shape, variant: Variant) -> Work:
 
 
 def step_work(shape: Shape, variant: Variant, watched: float, stepped: float, steps: float) -> Work:
-    """A variant that tokens go through: `watched` forwards alone, `stepped` for training."""
+    """The work of training a variant: `watched` tokens go forward only, `stepped` tokens forward and backward."""
     flops, passes = shape.flops(variant), watched + 3 * stepped
     moved = passes * flops / shape.layer() * shape.elementwise
     return Work(product=flops * passes, stream=moved + steps * shape.parameters(variant) * FLOAT * ADAMW_PASSES)

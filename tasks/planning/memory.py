@@ -36,12 +36,15 @@ class Need:
 
     @property
     def bytes(self) -> int:
-        """Both."""
+        """What stays and what a micro-batch adds, together."""
         return int(self.held + self.passing)
 
 
 def needs_of(shape: Shape, share: float, room: float | None = None) -> list[Need]:
-    """Of every stage. share: of the layers' parameters that a child keeps. room: bytes of a device, where known."""
+    """What every stage needs.
+
+    share: how much of the layers' parameters a child keeps. room: bytes that a device has, None where nobody knows.
+    """
     profile = shape.profile
     found = [record_need(shape), distill_need(shape), score_need(shape, room)]
     room = None if profile.devices[0].startswith("cpu") else room  # whole models do not wait elsewhere then

@@ -411,8 +411,10 @@ def shard_bytes(shape: Shape) -> int:
 
 
 def memory_bytes(shape: Shape, share: float, needs: Sequence[Need]) -> int:
-    """A machine's peak, beside the program itself: shards of activations, whole models on their way, and on a CPU what
-    its stages compute with.
+    """The most memory that a machine needs at one time, without the program itself.
+
+    It holds shards of activations and whole models that are being made; on a CPU, what the stages compute with too.
+    share: how much of the layers' parameters a child keeps.
     """
     profile, models = shape.profile, 2 + len(shape.profile.evaluate.baselines)
     served = weight_bytes(profile.hardware.precision) / effort.FLOAT

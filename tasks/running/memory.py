@@ -20,7 +20,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 class Parts:
-    """In how many parts a batch goes through: `count` at first; out of memory doubles the number for good."""
+    """In how many parts a batch is computed: `count` parts at first.
+
+    When memory is short, the batch is tried again in twice as many parts, and later batches start with that number.
+    """
 
     def __init__(self, what: str, most: int, count: int = 1) -> None:
         self.what, self.most, self.count = what, most, count

@@ -165,7 +165,7 @@ def sqlite_url(path: Path, driver: str = "pysqlite") -> str:
 
 
 def sqlite_file(url: str) -> Path | None:
-    """The file of an SQLite database, None for a database that is none."""
+    """The file of the database at this URL; None when the database is not SQLite, or has no file."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
