@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from blocks.runtime import set_threads  # noqa: E402
 from tests.chain import Chain, make_chain  # noqa: E402
 
-LONG = ("test_flow.py", "test_end_to_end.py")  # minutes each
+LONG = ("test_flow.py", "test_end_to_end.py", "test_gkd.py")  # a minute or more each
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
