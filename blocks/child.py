@@ -33,12 +33,18 @@ def assemble(parent: Parent, library: Library, architecture: Architecture, works
 
 
 def assemble_layers(
-    parent: Parent, library: Library, layers: Sequence[LayerChoice], workspace: Path
+    parent: Parent,
+    library: Library,
+    layers: Sequence[LayerChoice],
+    workspace: Path,
+    each: Callable[[nn.Module], object] = lambda layer: None,
 ) -> DeciLMForCausalLM:
-    """The child with these layers."""
+    """The child with these layers. each: called with every layer, before the next one is loaded."""
     model = parent.frame(layers)
     for layer, choice in enumerate(layers):
-        model.model.layers.append(assembled_layer(parent, library, choice, layer, workspace))
+        module = _assembled_layer(parent, library, choice, layer, workspace)
+        each(module)
+        model.model.layers.append(module)
     return model
 
 
@@ -66,10 +72,9 @@ def for_passes(build: Callable[[Compute], DeciLMForCausalLM], compute: Compute, 
     return model
 
 
-def assembled_layer(
+def _assembled_layer(
     parent: Parent, library: Library, choice: LayerChoice, layer: int, workspace: Path
 ) -> DeciLMDecoderLayer:
-    """One layer of a child."""
     module, device = parent.own_part(layer, choice), parent.compute.device
     if choice.coupled:
         module.load_state_dict(_weights(library, layer, "block", choice.block_label, workspace, device))

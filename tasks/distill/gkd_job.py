@@ -10,12 +10,12 @@ import shlex
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
+from torch import nn
 
 from blocks.child import assemble_layers, library_of
 from blocks.compute import HOST, Compute
@@ -23,14 +23,15 @@ from blocks.errors import ChildError, PuzzleError, PuzzleFailure
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import digest_of, read_value, write_value
 from blocks.records import BlockRecord, LayerChoice, Value
+from blocks.resources import precision_name
 from profiles.schema import GKD
 from tasks.distill import gkd_checkpoint
-from tasks.distill.gkd import VERSION, GKDResult, Seen, Training, Watch, finished, no_watch
+from tasks.distill.gkd import RESULT, VERSION, GKDResult, Seen, Training, Watch, finished, no_watch
 from tasks.distill.gkd_settings import LAUNCHER, asked
 from tasks.distill.gkd_student import Student, load_trained
 from tasks.distill.gkd_targets import Teacher, TeacherRecord
 from tasks.distill.record import open_parent
-from tasks.distill.sharding import ALONE
+from tasks.distill.sharding import ALONE, Group, shard
 
 JOB = "job.json"
 RESTARTS = 3  # of all processes from the last checkpoint, when one of them died
@@ -92,7 +93,7 @@ def job_of(
         record=record,
         settings=settings,
         device=compute.device.partition(":")[0],
-        dtype=str(compute.dtype).removeprefix("torch."),
+        dtype=precision_name(compute.dtype),
         attention=compute.attention,
         micro_batch_tokens=compute.micro_batch_tokens,
     )
@@ -117,19 +118,41 @@ def distill_globally(
         _launched(launcher or _torchrun(len(devices)), workspace.resolve(), job.folder, _shown(devices), watch)
         found = finished(workspace, job.folder)
         if found is None:
-            raise PuzzleFailure(f"the processes of GKD ended without {path.with_name('result.json')}: run again")
+            raise PuzzleFailure(f"the processes of GKD ended without {path.with_name(RESULT)}: run again")
         return found
+    return training_of(job, workspace, compute, watch).run()
+
+
+def training_of(
+    job: Job, workspace: Path, compute: Compute, watch: Watch = no_watch, group: Group = ALONE, sharded: bool = False
+) -> Training:
+    """The training of a job in this process. sharded: it holds slices of child and parent; while they are loaded, one
+    layer alone is whole.
+    """
+
+    def sliced(module: nn.Module) -> None:
+        if sharded:
+            shard(module, compute)
+
+    student = Student(built(job, workspace, compute, sliced), job.settings, compute, sharded)
+    sliced(student)
+    beside = None
+    if not job.record.steps:
+        reader = open_parent(workspace / job.record.parent.folder, compute)
+        parent = assemble_layers(reader, {}, [LayerChoice()] * reader.depth, workspace, sliced)
+        beside = Teacher(parent, compute, sharded)
+        sliced(beside)
     return Training(
-        student=Student(built(job, workspace, compute), job.settings, compute),
-        beside=None if job.record.steps else Teacher(_parent_of(job, workspace, compute), compute),
+        student=student,
+        beside=beside,
         record=job.record,
         settings=job.settings,
         workspace=workspace,
         folder=job.folder,
         compute=compute,
+        group=group,
         watch=watch,
-        group=ALONE,
-    ).run()
+    )
 
 
 def check_processes(settings: GKD, processes: int) -> None:
@@ -142,14 +165,12 @@ def check_processes(settings: GKD, processes: int) -> None:
         )
 
 
-def built(job: Job, workspace: Path, compute: Compute) -> DeciLMForCausalLM:
-    """The child before its GKD, whole, with float32 weights."""
+def built(
+    job: Job, workspace: Path, compute: Compute, each: Callable[[nn.Module], object] = lambda layer: None
+) -> DeciLMForCausalLM:
+    """The child before its GKD, with float32 weights. each: see `assemble_layers`."""
     reader = open_parent(workspace / job.record.parent.folder, compute.with_weights(torch.float32))
-    return assemble_layers(reader, library_of(list(job.blocks)), job.layers, workspace)
-
-
-def _parent_of(job: Job, workspace: Path, compute: Compute) -> DeciLMForCausalLM:
-    return open_parent(workspace / job.record.parent.folder, compute).model()
+    return assemble_layers(reader, library_of(list(job.blocks)), job.layers, workspace, each)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,5 +247,5 @@ def _launched(launcher: Sequence[str], workspace: Path, folder: str, environment
 def _seen_in(line: str) -> Seen | None:
     try:
         return Seen.model_validate_json(line[line.index("{") :])
-    except (ValueError, ValidationError):
+    except ValueError:
         return None

@@ -15,19 +15,11 @@ from blocks.runtime import configure
 
 configure()
 
-import torch  # noqa: E402
-
-from blocks.child import assembled_layer, library_of  # noqa: E402
 from blocks.compute import Compute  # noqa: E402
-from blocks.export_code.modeling_decilm import DeciLMForCausalLM  # noqa: E402
 from blocks.library import read_value  # noqa: E402
-from blocks.records import LayerChoice  # noqa: E402
-from tasks.distill.gkd import GKDResult, Seen, Training  # noqa: E402
-from tasks.distill.gkd_job import FAILED, JOB, Job, check_processes  # noqa: E402
-from tasks.distill.gkd_student import Student  # noqa: E402
-from tasks.distill.gkd_targets import Teacher  # noqa: E402
-from tasks.distill.record import open_parent  # noqa: E402
-from tasks.distill.sharding import Group, joined, local_device, shard  # noqa: E402
+from tasks.distill.gkd import GKDResult, Seen  # noqa: E402
+from tasks.distill.gkd_job import FAILED, JOB, Job, check_processes, training_of  # noqa: E402
+from tasks.distill.sharding import Group, joined, local_device  # noqa: E402
 from tasks.running.progress import say  # noqa: E402
 from tasks.running.sharing import TaskKey, exclusive  # noqa: E402
 
@@ -68,44 +60,7 @@ def train(job: Job, workspace: Path, compute: Compute, group: Group) -> GKDResul
         except BrokenPipeError:
             os.kill(starter, signal.SIGTERM)
 
-    student = Student(_sharded_child(job, workspace, compute), job.settings, compute, sharded=True)
-    shard(student, compute)
-    beside = None
-    if not job.record.steps:
-        beside = Teacher(_sharded_parent(job, workspace, compute), compute, sharded=True)
-        shard(beside, compute)
-    return Training(
-        student=student,
-        beside=beside,
-        record=job.record,
-        settings=job.settings,
-        workspace=workspace,
-        folder=job.folder,
-        compute=compute,
-        group=group,
-        watch=report,
-    ).run()
-
-
-def _sharded_child(job: Job, workspace: Path, compute: Compute) -> DeciLMForCausalLM:
-    """The child before its GKD: float32 slices of every layer, of which only one is whole at a time."""
-    reader = open_parent(workspace / job.record.parent.folder, compute.with_weights(torch.float32))
-    model, library = reader.frame(job.layers), library_of(list(job.blocks))
-    for layer, choice in enumerate(job.layers):
-        module = assembled_layer(reader, library, choice, layer, workspace)
-        shard(module, compute)
-        model.model.layers.append(module)
-    return model
-
-
-def _sharded_parent(job: Job, workspace: Path, compute: Compute) -> DeciLMForCausalLM:
-    reader = open_parent(workspace / job.record.parent.folder, compute)
-    model = reader.frame([LayerChoice()] * reader.depth)
-    for layer in range(reader.depth):
-        module = reader.layer(layer)
-        shard(module, compute)
-        model.model.layers.append(module)
-    return model
+    return training_of(job, workspace, compute, report, group, sharded=True).run()
 
 
 if __name__ == "__main__":
