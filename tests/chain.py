@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from blocks.compute import HOST
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.parent import Parent
 from blocks.records import (
     Architecture,
@@ -20,8 +21,11 @@ from blocks.records import (
     Subblock,
     Totals,
 )
-from profiles.schema import BLD, Corpus, PythonStdlibSource, Record, SearchSpace, TinyParent
+from profiles.schema import BLD, GKD, Corpus, PythonStdlibSource, Record, SearchSpace, TinyParent
 from tasks.distill.bld import Job, distill
+from tasks.distill.gkd import Training
+from tasks.distill.gkd_student import Student
+from tasks.distill.gkd_targets import TeacherRecord
 from tasks.distill.record import Recording, open_parent, record_layer
 from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
@@ -56,6 +60,17 @@ class Chain:
     def scored(self) -> ScoringSet:
         """The validation tokens that are scored."""
         return ScoringSet(corpus=self.corpus, last=self.records[-1], count=6, length=32)
+
+    def training(self, model: DeciLMForCausalLM, record: TeacherRecord, settings: GKD, name: str) -> Training:
+        """GKD of any model, in place; it leaves the model at its best weights."""
+        return Training(
+            student=Student(model, settings, HOST),
+            record=record,
+            settings=settings,
+            workspace=self.workspace,
+            folder=f"gkd/{name}",
+            compute=HOST,
+        )
 
     def job(self, layer: int, subblock: Subblock, variant: str, settings: BLD = SETTINGS) -> Job:
         """One distillation of this chain."""

@@ -18,7 +18,7 @@ from blocks.records import SUBBLOCKS, Architecture, LayerChoice, LayerRecord, Re
 from blocks.resources import resources
 from blocks.subblock import load_subblock
 from profiles.schema import BLD, GKD
-from tasks.distill import bld, gkd, gkd_targets, record
+from tasks.distill import bld, gkd_targets, record
 from tasks.distill.bld import Job, distill, layer_data
 from tasks.distill.gkd_student import Student
 from tasks.distill.record import record_layer
@@ -318,11 +318,11 @@ def test_gkd_lowers_the_validation_kl_and_is_repeatable(chain: Chain) -> None:
     results = []
     for key in ("a", "b"):
         child = assemble(chain.reader, library_of(chain.blocks), architecture(child_layers()), chain.workspace)
-        results.append(gkd.distill_child(child, teacher, settings, chain.workspace, key, HOST))
+        results.append(chain.training(child, teacher, settings, key).run())
     assert results[0].best_kl < 0.97 * results[0].curve[0][1]
     assert results[0].best_kl == min(kl for _, kl in results[0].curve)
     assert results[0].weights.sha256 == results[1].weights.sha256
-    again = gkd.distill_child(child, teacher, settings.model_copy(update={"steps": 0}), chain.workspace, "c", HOST)
+    again = chain.training(child, teacher, settings.model_copy(update={"steps": 0}), "c").run()
     assert again.best_kl == pytest.approx(results[1].best_kl, rel=1e-6)
 
 
@@ -331,7 +331,7 @@ def test_gkd_that_harms_gives_back_the_child_it_was_given(chain: Chain) -> None:
     teacher = gkd_targets.record_teacher(chain.parent, chain.corpus, settings, chain.workspace, HOST)
     child = assemble(chain.reader, library_of(chain.blocks), architecture(child_layers()), chain.workspace)
     before = {name: tensor.clone() for name, tensor in child.state_dict().items()}
-    result = gkd.distill_child(child, teacher, settings, chain.workspace, "harm", HOST)
+    result = chain.training(child, teacher, settings, "harm").run()
     assert result.best_step == 0 and len(result.curve) < 7
     assert all(torch.equal(before[name], tensor) for name, tensor in child.state_dict().items())
 

@@ -18,9 +18,9 @@ from profiles.errors import ProfileError
 from profiles.load import load_profile
 from profiles.schema import GKD
 from tasks.distill import gkd_checkpoint, gkd_job
-from tasks.distill.gkd import GKDResult, Seen, Training
+from tasks.distill.gkd import GKDResult, Seen
 from tasks.distill.gkd_settings import LAUNCHER, share_of_rate
-from tasks.distill.gkd_student import Student, load_trained
+from tasks.distill.gkd_student import load_trained
 from tasks.distill.gkd_targets import record_teacher
 from tasks.distill.sharding import ALONE
 from tests.chain import Chain
@@ -135,14 +135,7 @@ def test_a_checkpoint_is_a_child(chain: Chain) -> None:
     assert found is not None and found.course.step == 6 and found.course.best_step == 5
     best = found.model()
     settings = job.settings.model_copy(update={"steps": 0})
-    same = Training(
-        student=Student(best, settings, HOST),
-        record=job.record,
-        settings=settings,
-        workspace=chain.workspace,
-        folder="gkd/same",
-        compute=HOST,
-    )
+    same = chain.training(best, job.record, settings, "same")
     assert same.validation_kl() == pytest.approx(found.course.best_kl, rel=1e-6)
     assert gkd_job.open_checkpoint(chain.workspace / chain.parent.folder) is None
 

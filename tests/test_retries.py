@@ -113,7 +113,7 @@ def test_gkd_in_parts_gives_the_same_child(chain: Chain, monkeypatch: pytest.Mon
         model = chain.reader.model()
         for parameter in model.model.layers.parameters():
             parameter.data *= 0.9
-        return gkd.distill_child(model, teacher, settings, chain.workspace, key, HOST)
+        return chain.training(model, teacher, settings, key).run()
 
     whole = distilled("whole")
     forward = gkd_student.Student.forward

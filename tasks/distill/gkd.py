@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from blocks.compute import Compute
-from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import keep, read_tensors, read_value, remember, write_tensors
 from blocks.records import Ref, Value
 from profiles.schema import GKD
@@ -82,29 +81,6 @@ class GKDResult(Value):
     seconds: float
     cpu_seconds: float
     stopped: str
-
-
-def distill_child(
-    model: DeciLMForCausalLM,
-    record: TeacherRecord,
-    settings: GKD,
-    workspace: Path,
-    key: str,
-    compute: Compute,
-    watch: Watch = no_watch,
-) -> GKDResult:
-    """Train `model` in place, in this process and with recorded targets, and leave it at its best weights."""
-    student = Student(model, settings, compute)
-    training = Training(
-        student=student,
-        record=record,
-        settings=settings,
-        workspace=workspace,
-        folder=f"gkd/child-{key}",
-        compute=compute,
-        watch=watch,
-    )
-    return training.run()
 
 
 def finished(workspace: Path, folder: str) -> GKDResult | None:
