@@ -3,7 +3,6 @@
 To add a kind, import its class here and add it to KINDS. The order of the table is the order of messages and docs.
 """
 
-import difflib
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +10,7 @@ from blocks.attention.kv_heads import KVHeads
 from blocks.attention.linear import LinearAttentionKind
 from blocks.attention.no_op import NoOpAttention
 from blocks.attention.parent import ParentAttention
-from blocks.errors import UnknownVariant
+from blocks.errors import UnknownVariant, did_you_mean
 from blocks.ffn.linear import LinearFFNKind
 from blocks.ffn.no_op import NoOpFFN
 from blocks.ffn.parent import ParentFFN
@@ -48,8 +47,7 @@ def parse_label(subblock: Subblock, label: str, config: Any) -> Variant:
         if variant is not None:
             return variant
     allowed = [example for kind in kinds(subblock) for example in kind.examples(config)]
-    near = difflib.get_close_matches(label, allowed, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(label, allowed)
     raise UnknownVariant(f"unknown {subblock} variant {label!r}; this parent can have {', '.join(allowed)}.{hint}")
 
 
