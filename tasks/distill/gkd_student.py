@@ -55,14 +55,18 @@ class Student(nn.Module):
 
 def trained_modules(model: DeciLMForCausalLM, settings: GKD) -> list[tuple[str, nn.Module]]:
     """What GKD trains, with the prefix of its weights' names in GKD's files."""
-    modules: dict[str, nn.Module] = {"norm": model.model.norm, "head": model.lm_head}
-    return [("", model.model.layers), *((f"{name}.", modules[name]) for name in settings.also_train)]
+    beside = _beside_layers(model)
+    return [("", model.model.layers), *((f"{name}.", beside[name]) for name in settings.also_train)]
+
+
+def _beside_layers(model: DeciLMForCausalLM) -> dict[str, nn.Module]:
+    """What can be trained beside the layers, by the names of `gkd.also_train`."""
+    return {"norm": model.model.norm, "head": model.lm_head}
 
 
 def load_trained(model: DeciLMForCausalLM, weights: dict[str, Tensor]) -> None:
     """Put the weights of GKD's files into a child."""
-    parts: dict[str, nn.Module] = {"norm": model.model.norm, "head": model.lm_head}
-    for name, module in parts.items():
+    for name, module in _beside_layers(model).items():
         own = {key.removeprefix(f"{name}."): weights.pop(key) for key in list(weights) if key.startswith(f"{name}.")}
         if own:
             module.load_state_dict(own)
