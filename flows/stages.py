@@ -20,6 +20,7 @@ from tasks.distill.jobs import better_of, coupled_jobs, jobs_of
 from tasks.distill.record import (
     Recording,
     Shard,
+    clear,
     drop,
     enter,
     open_parent,
@@ -147,13 +148,8 @@ def record(run: Run, parent: ParentInfo, corpus: CorpusInfo) -> list[LayerRecord
                 )
                 records[layer] = found or future.result()
                 progress(number * depth + layer + 1, len(wanted.counted) * depth)
-    _clear(run, wanted)
+    clear(wanted, run.workspace)
     return list(records.values())
-
-
-def _clear(run: Run, wanted: Recording) -> None:
-    for leftover in (run.workspace / "record" / wanted.key).glob("entering_*"):
-        leftover.unlink(missing_ok=True)
 
 
 def distill_all(run: Run, parent: ParentInfo, corpus: CorpusInfo, records: Sequence[LayerRecord]) -> list[BlockRecord]:
@@ -219,7 +215,7 @@ def _waves(run: Run, jobs: Sequence[Job]) -> Iterator[tuple[int, Sequence[Job]]]
             for layer in layers[:first]:
                 drop(layer, shard, wanted, run.workspace)
             yield number, [job for job in behind if job.layer in there]
-        _clear(run, wanted)
+        clear(wanted, run.workspace)
 
 
 def score_all(

@@ -32,6 +32,7 @@ from blocks.library import (
 from blocks.packed import pack_linears
 from blocks.parent import Parent
 from blocks.records import CorpusInfo, LayerRecord, ParentInfo, Ref, Value
+from blocks.resources import precision_name
 from blocks.runtime import kept_per_device
 from profiles.schema import Profile, Record
 from tasks.running.memory import Parts
@@ -133,7 +134,7 @@ def recording_of(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, compu
         settings=profile.record,
         ridge=profile.bld.ridge,
         trained=profile.trained_sequences,
-        dtype=str(compute.dtype).removeprefix("torch."),
+        dtype=precision_name(compute.dtype),
     )
 
 
@@ -235,6 +236,12 @@ def entered(layer: int, shard: Shard, recording: Recording, workspace: Path) -> 
 def drop(layer: int, shard: Shard, recording: Recording, workspace: Path) -> None:
     """Take away the states of a shard that enter a layer."""
     for leftover in _rolling(workspace, recording, layer, shard):
+        leftover.unlink(missing_ok=True)
+
+
+def clear(recording: Recording, workspace: Path) -> None:
+    """Take away all states that enter layers: those that a killed run left as well."""
+    for leftover in (workspace / _folder(recording)).glob("entering_*"):
         leftover.unlink(missing_ok=True)
 
 
