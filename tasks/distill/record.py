@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from blocks.compute import Compute
+from blocks.errors import DamagedBlock
 from blocks.fit import elimination_order
 from blocks.library import (
     digest_of,
@@ -180,6 +181,9 @@ def record_layer(layer: int, recording: Recording, workspace: Path, compute: Com
     stored = recorded(layer, recording, workspace, number)
     if stored is not None:
         return stored
+    before = recorded(layer, recording, workspace, number - 1) if number else None
+    if number and before is None:
+        raise DamagedBlock(f"shard {number} of layer {layer} is missing or damaged: run again, and it is made anew")
     started, shard = time.perf_counter(), recording.counted[number]
     reader = open_parent(workspace / recording.parent.folder, compute)
     hidden = _entering(reader, layer, shard, recording, workspace)
@@ -192,7 +196,6 @@ def record_layer(layer: int, recording: Recording, workspace: Path, compute: Com
     kept = {"train": hidden[: recording.trained], "validation": hidden[shard.trained :]}
     boundary = write_tensors(workspace, name % "boundary", kept) if recording.kept else None
     statistics = _pass(reader, module, layer, hidden, min(shard.trained, recording.settings.statistics_sequences))
-    before = recorded(layer, recording, workspace, number - 1) if number else None
     if before is not None:
         for each, value in read_tensors(workspace, before.statistics, device=compute.device).items():
             _add(statistics, each, value)
