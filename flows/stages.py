@@ -189,7 +189,8 @@ def _distill(run: Run, jobs: Sequence[Job], name: str) -> list[BlockRecord]:
             futures = {handed_to(run.submit, job, *part): job for job in wave}
             for future in as_completed(list(futures)):
                 job, done = futures[future], done + 1
-                found[job.key] = library.find(job.key) or (future.result() if last else None)
+                made = library.find(job.key) or future.result()
+                found[job.key] = made if isinstance(made, BlockRecord) else None
                 progress(done, total, _named(job))
     return [block for job in jobs if (block := found[job.key])]
 

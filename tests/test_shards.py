@@ -1,7 +1,7 @@
 """More tokens than a shard holds: the same statistics, states and scores as at once, and a training that goes on."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +86,13 @@ def test_a_killed_first_pass_sums_no_shard_twice(chain: Chain, tmp_path: Path, p
         assert whole is not None and found.statistics.sha256 == whole.statistics.sha256
 
 
+def test_a_lost_shard_of_the_first_pass_is_not_passed_over(chain: Chain, tmp_path: Path, place: Path) -> None:
+    for part in ("parent", "corpus"):
+        (tmp_path / part).symlink_to(place / part)
+    with pytest.raises(DamagedBlock, match="shard 1 of layer 0.*run again"):
+        record_layer(0, in_shards(chain), tmp_path, COMPUTE, 1)
+
+
 def test_states_of_a_shard_are_the_parents(chain: Chain, place: Path) -> None:
     wanted, tokens = in_shards(chain), read_tensors(chain.workspace, chain.corpus.tokens)
     for shard in wanted.shards:
@@ -149,35 +156,42 @@ def test_scores_without_recorded_states_are_those_with(chain: Chain, place: Path
             assert one.lm_loss_per_sequence == pytest.approx(other.lm_loss_per_sequence, rel=1e-4, abs=1e-6)
 
 
+class Done:
+    """A task that has ended."""
+
+    def __init__(self, result: Callable[[], Any]) -> None:
+        self.result = result
+
+
+def plain_run(workspace: Path, submit: Callable[..., Done]) -> Any:
+    """What a stage needs of a run, without Prefect."""
+    settings = [f"hardware.micro_batch_tokens={COMPUTE.micro_batch_tokens}", "hardware.threads=1"]
+
+    @contextmanager
+    def stage(name: str) -> Iterator[Any]:
+        yield lambda *_: None
+
+    profile, call = load_profile("tiny", settings), lambda *_, after: None
+    return SimpleNamespace(profile=profile, workspace=workspace, submit=submit, stage=stage, call=call)
+
+
 def test_a_run_holds_the_states_of_few_layers_and_leaves_none(
     chain: Chain, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The stage of the flow, its tasks called as plain functions: killed in the second shard, and run again."""
     for part in ("parent", "corpus", "record"):
         shutil.copytree(place / part, tmp_path / part, ignore=shutil.ignore_patterns("entering_*"))
-    settings = [f"hardware.micro_batch_tokens={COMPUTE.micro_batch_tokens}", "hardware.threads=1"]
-    profile = load_profile("tiny", settings)
     seen: list[int] = []
-
-    class Done:
-        def __init__(self, made: Any) -> None:
-            self.result = lambda: made
 
     def submit(which: Any, makes: str, *values: Any, after: Any = ()) -> Any:
         made = which.fn(*values)
         seen.append(len(list((tmp_path / "record").glob("*/entering_*.safetensors"))))
         if len(seen) == killed_after:
             raise KeyboardInterrupt
-        return Done(made)
-
-    @contextmanager
-    def stage(name: str) -> Iterator[Any]:
-        yield lambda *_: None
+        return Done(lambda: made)
 
     monkeypatch.setattr(stages, "as_completed", list)
-    run: Any = SimpleNamespace(
-        profile=profile, workspace=tmp_path, submit=submit, stage=stage, call=lambda *_, after: None
-    )
+    run = plain_run(tmp_path, submit)
     jobs = [job_of(chain, place, layer, variant) for layer in range(3) for variant in ("ffn32", "linear")]
     trained: list[tuple[str, int]] = []
 
@@ -196,6 +210,26 @@ def test_a_run_holds_the_states_of_few_layers_and_leaves_none(
     assert not list((tmp_path / "record").glob("*/entering_*"))
     plain = distill(jobs[0], place, COMPUTE)
     assert blocks[0].weights == plain.weights
+
+
+def test_why_a_variant_failed_in_an_early_shard_is_said(
+    chain: Chain, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not that its state is missing, in the shard after that."""
+
+    def fails() -> None:
+        raise OSError("the disk is full")
+
+    job, submitted = job_of(chain, place, 0, "ffn48"), []
+
+    def submit(which: Any, makes: str, *values: Any, after: Any = ()) -> Done:
+        submitted.append(makes)
+        return Done(fails if which is stages.distill_task else lambda: None)
+
+    monkeypatch.setattr(stages, "as_completed", list)
+    with pytest.raises(OSError, match="the disk is full"):
+        stages._distill(plain_run(place, submit), [job], "distill")
+    assert submitted == ["states 0", job.key]
 
 
 def test_keys_that_others_have_stand(chain: Chain) -> None:
