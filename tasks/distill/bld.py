@@ -112,11 +112,20 @@ class LayerData:
 
     def pairs(self, job: Job, split: str, rows: Sequence[int] | slice) -> tuple[Tensor, Tensor]:
         """What enters the job's subblock, and what the parent's puts out, of some sequences, on the device."""
-        hidden, mixed = (self.states[split, name][rows].to(self.compute.device) for name in ("hidden", "mixed"))
-        if job.subblock == "attention":
-            return hidden, mixed
-        out = self.states[split, "out"][rows].to(self.compute.device)
-        return (hidden + mixed, out) if job.subblock == "ffn" else (hidden, mixed + out)
+        hidden = self._rows(split, "hidden", rows)
+        if job.subblock == "ffn":
+            hidden = hidden + self._rows(split, "mixed", rows)
+        return hidden, self.target(job, split, rows)
+
+    def target(self, job: Job, split: str, rows: Sequence[int] | slice) -> Tensor:
+        """What the parent's subblock puts out, of some sequences, on the device."""
+        if job.subblock == "ffn":
+            return self._rows(split, "out", rows)
+        mixed = self._rows(split, "mixed", rows)
+        return mixed if job.subblock == "attention" else mixed + self._rows(split, "out", rows)
+
+    def _rows(self, split: str, name: str, rows: Sequence[int] | slice) -> Tensor:
+        return self.states[split, name][rows].to(self.compute.device)
 
     def micro_batches(self, split: str) -> Iterator[slice]:
         """Slices of the sequences of a split."""
@@ -493,7 +502,7 @@ def _gradients(course: _Course, batch: Sequence[int], parts: int) -> None:
     job, data = course.job, course.data
     course.module.zero_grad(set_to_none=True)
     micro = [part.tolist() for part in torch.tensor(batch).chunk(parts)]
-    scale = sum(data.pairs(job, "train", part)[1].float().square().sum() for part in micro)
+    scale = sum(data.target(job, "train", part).float().square().sum() for part in micro)
     for part in micro:
         hidden, target = data.pairs(job, "train", part)
         with data.compute.products():
