@@ -24,7 +24,7 @@ from blocks.error_correction import InputGrams
 from blocks.library import read_tensors
 from profiles.load import load_profile
 from tasks.engines.ggml import GgmlRounding
-from tasks.export.quantise import quantise_layers, through
+from tasks.export.quantise import divergence, log_probabilities, quantise_layers, through
 from tasks.gguf.writer import CORRECTED, PRECISIONS
 from tasks.inputs.children import open_child
 from tasks.inputs.corpus import prepare_corpus
@@ -70,16 +70,10 @@ def uncorrected(model: Any, tokens: Tensor, precision: str, important: bool) -> 
             linear.weight.data = rounding(linear.weight, grams.sums[name].diagonal() if important else None)[1]
 
 
-@torch.no_grad()
-def log_probabilities(model: Any, tokens: Tensor) -> list[Tensor]:
-    """(T, V) of each sequence."""
-    return [model(one.unsqueeze(0), use_cache=False).logits[0].log_softmax(-1) for one in tokens]
-
-
 def kl_text(own: Sequence[Tensor], other: Sequence[Tensor]) -> str:
     """Mean KL and its standard error over sequences, nats a token."""
-    found = torch.stack([(p.exp() * (p - q)).sum(-1).mean() for p, q in zip(own, other, strict=True)])
-    return f"{found.mean():.4f} ±{found.std() / len(found) ** 0.5:.4f}"
+    kl = divergence(own, other)
+    return f"{kl.value:.4f} ±{kl.error:.4f}"
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ in order, and the text runs through those that are rounded already, so that a la
 have. Embedding and head become q8_0 (tasks/gguf/writer.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from blocks.error_correction import InputGrams, correct
 from blocks.errors import PuzzleError
-from blocks.estimates import mean
+from blocks.estimates import Estimate, mean
 from blocks.export_code.modeling_decilm import layer_contexts
 from tasks.engines.ggml import GgmlRounding
 from tasks.gguf.writer import PRECISIONS, Stored
@@ -30,10 +30,9 @@ def quantise(model: Any, tokens: Tensor, precision: str) -> tuple[str, Mapping[s
     Returns a sentence with the KL on that last eighth, from the model before, and what the file holds.
     """
     held_out = tokens[-max(1, len(tokens) // 8) :]
-    before = _log_probabilities(model, held_out)
+    before = log_probabilities(model, held_out)
     stored = quantise_layers(model, tokens[: -len(held_out)], precision)
-    after = _log_probabilities(model, held_out)
-    kl = mean([float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(before, after, strict=True)])
+    kl = divergence(before, log_probabilities(model, held_out))
     error = f" ±{kl.error:.2g}" if len(held_out) > 1 else ""
     fitted = f"fitted to {tokens.shape[1] * (len(tokens) - len(held_out)):,} tokens"
     return (
@@ -43,9 +42,14 @@ def quantise(model: Any, tokens: Tensor, precision: str) -> tuple[str, Mapping[s
 
 
 @torch.no_grad()
-def _log_probabilities(model: Any, tokens: Tensor) -> list[Tensor]:
+def log_probabilities(model: Any, tokens: Tensor) -> list[Tensor]:
     """A (T, V) tensor for each sequence of (S, T) tokens."""
     return [model(one.unsqueeze(0), use_cache=False).logits[0].log_softmax(-1) for one in tokens]
+
+
+def divergence(before: Sequence[Tensor], after: Sequence[Tensor]) -> Estimate:
+    """Mean KL(before || after) over sequences, of whose tokens these are the log-probabilities, in nats per token."""
+    return mean([float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(before, after, strict=True)])
 
 
 @torch.no_grad()
