@@ -96,13 +96,14 @@ def plain(profile: Profile, workspace: Path, options: argparse.Namespace) -> Non
     rivals = [compare.contender(name, find(name, problem, profile.seed), blocks) for name in profile.evaluate.baselines]
     everyone = [compare.parent_contender(best), child, *rivals]
     found = [
-        compare.evaluate_contender(which, bench.parent, bench.corpus, profile.evaluate, workspace) for which in everyone
+        compare.evaluate_contender(which, bench.parent, bench.corpus, profile.evaluate, workspace, HOST)
+        for which in everyone
     ]
     second = min(zip(rivals, found[2:], strict=True), key=lambda pair: pair[1].quality.kl.value)[0]
     teacher = gkd_targets.record_teacher(bench.parent, bench.corpus, profile.gkd, workspace, HOST)
     distilled = [compare.distill_contender(which, teacher, profile.gkd, workspace, HOST) for which in (child, second)]
     for which in distilled:
-        compare.evaluate_contender(which, bench.parent, bench.corpus, profile.evaluate, workspace)
+        compare.evaluate_contender(which, bench.parent, bench.corpus, profile.evaluate, workspace, HOST)
     measure_speed(everyone, bench.parent, problem.costs, profile, workspace)
     model = compare.build(distilled[0], bench.parent, workspace, HOST)
     card = model_card(bench.parent, bench.corpus, model.config, "", "plain loop")  # type: ignore[arg-type]

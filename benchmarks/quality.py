@@ -76,7 +76,7 @@ def contenders(bench: Bench, problem: Problem, blocks: Sequence[BlockRecord]) ->
 
 def kl_of(bench: Bench, which: Contender, evaluate: Evaluate) -> Metric:
     """Measured KL on the test split."""
-    return evaluate_contender(which, bench.parent, bench.corpus, evaluate, bench.workspace).quality.kl
+    return evaluate_contender(which, bench.parent, bench.corpus, evaluate, bench.workspace, HOST).quality.kl
 
 
 def before(bench: Bench, blocks: Sequence[BlockRecord], scores: Sequence[Score], evaluate: Evaluate) -> str:
@@ -130,7 +130,7 @@ def distilled(bench: Bench, which: Contender, steps: int, seed: int) -> Contende
     """GKD of a contender."""
     settings = bench.profile.gkd.model_copy(update={"steps": steps, "seed": seed, "evaluate_every": max(1, steps // 4)})
     teacher = gkd_targets.record_teacher(bench.parent, bench.corpus, settings, bench.workspace, HOST)
-    return distill_contender(which, teacher, bench.parent, settings, bench.workspace, HOST)
+    return distill_contender(which, teacher, settings, bench.workspace, HOST)
 
 
 def long_gkd(
