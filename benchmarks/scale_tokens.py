@@ -98,18 +98,17 @@ class Place:
                 records[layer] = record_layer(layer, self.recording, self.workspace, self.compute, number)
         return list(records.values())
 
-    def bld(self, records: list[LayerRecord]) -> list[BlockRecord | Any]:
+    def bld(self, records: list[LayerRecord]) -> None:
         """Every variant of every layer, shard by shard."""
         jobs = jobs_of(self.profile, self.recording, records, self.reader)
-        made = []
         for number, shard in enumerate(self.recording.shards):
             for layer in range(self.reader.depth):
                 enter(layer, shard, self.recording, self.workspace, self.compute)
                 drop(layer - 1, shard, self.recording, self.workspace)
-                mine = [job for job in jobs if job.layer == layer]
-                made = [distill_shard(job, self.workspace, self.compute, number) for job in mine]
+                for job in jobs:
+                    if job.layer == layer:
+                        distill_shard(job, self.workspace, self.compute, number)
             drop(layer, shard, self.recording, self.workspace)
-        return made
 
     def score(self, records: list[LayerRecord], blocks: list[BlockRecord]) -> None:
         """The blocks on all sequences, shard by shard."""

@@ -94,13 +94,13 @@ def free_bytes(device: str) -> int:
 
 
 def kept_per_device(count: int) -> Callable[[CallableT], CallableT]:
-    """A decorator that keeps the last `count` results for each device, the function's last argument.
+    """A decorator that keeps the last `count` results for each `Compute`, the function's last argument.
 
     In one common cache, threads that work on different devices would push out each other's results.
     """
 
     def decorate(function: CallableT) -> CallableT:
-        caches: dict[str, Any] = {}
+        caches: dict[object, Any] = {}
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
