@@ -103,11 +103,10 @@ class TrackedRun(Run):
         }
         self._log_stage("distill", figures, {"bld_losses": blocks})
         self._log_stage("score", {"score/variants": len(scores)}, {"scores": scores})
-        how = "modelled for" if costs.modelled else "measured on"
         show_table("block library", blocks, BLOCK_COLUMNS, f"BLD of {len(blocks)} variants, nMSE on held-out tokens")
         show_table("scores", scores, SCORE_COLUMNS, "replace-1-block scores, nats per token")
-        show_table("costs", costs.costs, COST_COLUMNS, f"{how} {costs.hardware['name']}, {costs.measured_at}")
-        for line in (*remarks_on_costs(costs), *left_out(blocks, scores)):
+        show_costs(costs)
+        for line in left_out(blocks, scores):
             say(line)
 
     def log_architecture(
@@ -129,6 +128,14 @@ class TrackedRun(Run):
     def _log_stage(self, name: str, metrics: dict[str, float], tables: dict[str, Any]) -> None:
         tags = {"prefect.flow_run_id": self.prefect_run_id}
         tracking.log_stage(self.tracking, name, self.mlflow_run_id, tags, metrics, tables)
+
+
+def show_costs(costs: CostTable) -> None:
+    """Every variant's costs as a table in Prefect's UI, and what to know about them as lines."""
+    how = "modelled for" if costs.modelled else "measured on"
+    show_table("costs", costs.costs, COST_COLUMNS, f"{how} {costs.hardware['name']}, {costs.measured_at}")
+    for line in remarks_on_costs(costs):
+        say(line)
 
 
 def remarks_on_costs(costs: CostTable) -> Iterator[str]:
