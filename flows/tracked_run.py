@@ -33,7 +33,7 @@ from tasks.measure.calibration import parent_bias
 from tasks.measure.cost_sums import PHASES
 from tasks.operating import experiment, tracking
 from tasks.operating.artifacts import show_link, show_table
-from tasks.operating.run_figures import engine_tags, flattened, run_name, run_params, search_metrics
+from tasks.operating.run_figures import asked_params, engine_tags, input_params, run_name, search_metrics
 from tasks.operating.run_tables import layer_rows, variant_rows
 from tasks.operating.study_runs import log_costs
 from tasks.running.progress import say
@@ -59,7 +59,7 @@ class TrackedRun(Run):
 
     def log_inputs(self, parent: ParentInfo, corpus: CorpusInfo) -> None:
         """Parent and corpus, by their fingerprints. A run that goes on must have been started with the same ones."""
-        params = run_params(self.profile, parent, corpus, experiment.hardware_label(self.profile.hardware))
+        params = input_params(parent, corpus, experiment.hardware_label(self.profile.hardware))
         try:
             tracking.log_params(self.tracking, self.mlflow_run_id, params)
         except tracking.TrackingError as error:
@@ -228,7 +228,7 @@ def _opened_run(profile: Profile, workspace: Path, kept: Path) -> Iterator[Track
     ):
         kept.parent.mkdir(exist_ok=True)
         kept.write_text(mlflow_run_id)
-        tracking.log_params(store, mlflow_run_id, {"profile": profile.name, **flattened(profile)})
+        tracking.log_params(store, mlflow_run_id, asked_params(profile))
         tracking.log_texts(store, mlflow_run_id, {"profile.yaml": in_yaml(profile)})
         if prefect_run_id:
             with get_client(sync_client=True) as client:

@@ -28,7 +28,15 @@ from tasks.libraries.interchange import Description, StoredLibrary
 from tasks.measure.bench import BenchRow
 from tasks.operating import tracking
 from tasks.operating.charts import shared_view
-from tasks.operating.run_figures import GLANCE, HEADLINES, cost_metrics, report_metrics, run_name, run_params
+from tasks.operating.run_figures import (
+    GLANCE,
+    HEADLINES,
+    asked_params,
+    cost_metrics,
+    input_params,
+    report_metrics,
+    run_name,
+)
 from tasks.operating.study_runs import keep, log_bench, log_costs, log_report, log_sweep
 from tasks.operating.sweeping import SweepPoint
 from tasks.operating.tracking import (
@@ -185,7 +193,7 @@ def test_params_stay_what_they_were(opened: Tracking) -> None:
     report = report_of()
     long = Chat(chat="y" * 4000)
     profile = profile_with(evaluate=Evaluate(prompts=(long, "z" * 3000)))
-    params = run_params(profile, report.parent, report.corpus, "this-machine")
+    params = asked_params(profile) | input_params(report.parent, report.corpus, "this-machine")
     assert params["budget.speedup"] == "1.5" and params["bld.steps"] == "16" and params["hardware.engine"] == "torch"
     assert params["hardware.precision"] == "float32"  # though nobody named it
     assert params["scenarios.chat.prompt_tokens"] == "256" and params["corpus.sources.0.kind"] == "python_stdlib"

@@ -81,15 +81,18 @@ def _leaves(tree: object, path: str) -> Iterator[tuple[str, str]]:
         yield path, tree if isinstance(tree, str) else json.dumps(tree, ensure_ascii=False)
 
 
-def run_params(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, hardware: str) -> dict[str, str]:
-    """The whole profile, flattened; its name as `profile`; the hardware as runs call it; parent and corpus."""
+def asked_params(profile: Profile) -> dict[str, str]:
+    """What a run is asked for: the whole profile, flattened; its name as `profile`."""
+    return {"profile": profile.name, **flattened(profile)}
+
+
+def input_params(parent: ParentInfo, corpus: CorpusInfo, hardware: str) -> dict[str, str]:
+    """What a run finds: parent and corpus, and the hardware as runs call it."""
     return {
-        "profile": profile.name,
         "parent": parent.name,
         "parent_fingerprint": parent.fingerprint,
         "corpus_fingerprint": corpus.fingerprint,
         "hardware": hardware,
-        **flattened(profile),
     }
 
 
