@@ -20,7 +20,6 @@ from blocks.resources import weight_bytes
 from flows.run import task_of
 from flows.tracked_run import TrackedRun
 from flows.whole_models import made_of
-from profiles.schema import Profile
 from tasks.distill.record import open_parent
 from tasks.engines.timing_in_turns import PARENT
 from tasks.evaluate.budget import limits_of
@@ -62,7 +61,7 @@ def best_baseline(child: Contender, baselines: Sequence[Contender], found: Seque
     return [ranked[0][0]] if ranked else []
 
 
-def finish(
+def report_of(
     run: TrackedRun,
     final: Contender,
     contenders: Sequence[Contender],
@@ -70,48 +69,11 @@ def finish(
     source: tuple[ParentInfo, CorpusInfo],
     library: tuple[Sequence[BlockRecord], Problem],
 ) -> ChildReport:
-    """Export the child, write and log the report, print the table. `contenders[0]` is the parent. library: all trained
-    blocks, and the question that the child answers.
+    """What the run came to. `contenders[0]` is the parent. library: all trained blocks, and the question that the child
+    answers.
     """
-    folder = run.workspace / "runs" / f"{run.profile.name}-{digest_of(child=final.key)[:12]}"
-    report = _report(run, final, contenders, found, source, library, folder)
-    markdown = report_markdown(report)
-    needs = [name for name in run.task_runs if name.split()[0] in ("evaluation", "answers", "speed")]
-    values = (final, run, source, report, folder)
-    files = run.call(export_task, "child", *values, after=[made_of(final), *needs], limited=False)
-    log_report(run.tracking, run.mlflow_run_id, report, files)
-    link_to_earlier_runs(run)
-    show_markdown("report", markdown, " ".join([*warnings(report), verdict(report)]))
-    for name in ("architecture", "comparison"):
-        show_picture(name, folder / f"{name}.png", f"{name} of {run.profile.name}'s child")
-    for line in () if report.speed.disturbed else warnings_of(found.speed):  # a disturbance heads the report
-        say(line)
-    _print(run, report, folder)
-    return report
-
-
-@task_of("export", "export {which.name} and write the report")
-def export_task(
-    which: Contender, run: TrackedRun, source: tuple[ParentInfo, CorpusInfo], report: ChildReport, folder: Path
-) -> Any:
-    """The folder of a finished run: the child, its report, pictures and page. Returns the files to log."""
-    with exclusive(run.workspace, TaskKey(key=f"run-{folder.name}", what="the same child's folder")):
-        _export(run, which, source, report_markdown(report), folder)
-        files = [*write_report(report, folder), *_page(run, report, folder), folder / LINEAGE]
-        keep_run(folder, run.workspace)
-    return files
-
-
-def _report(
-    run: TrackedRun,
-    final: Contender,
-    contenders: Sequence[Contender],
-    found: Findings,
-    source: tuple[ParentInfo, CorpusInfo],
-    library: tuple[Sequence[BlockRecord], Problem],
-    folder: Path,
-) -> ChildReport:
     (parent, corpus), (blocks, problem) = source, library
+    folder = run.workspace / "runs" / f"{run.profile.name}-{digest_of(child=final.key)[:12]}"
     speed, own = found.speed, found.evaluations[0]
     parents = speed.models.get(PARENT, ())
     size = weight_bytes(served_precision(run.profile.hardware, open_parent(run.workspace / parent.folder)))
@@ -143,7 +105,7 @@ def _report(
         request=request_of(run.profile).model_dump(mode="json"),
         rule=run.profile.champion.model_dump(mode="json"),
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=command_of(run.profile),
+        command=command_of_run(),
         prefect_run_id=run.prefect_run_id,
         mlflow_run_id=run.mlflow_run_id,
     )
@@ -157,15 +119,40 @@ def _ordered(
     return sorted(pairs, key=lambda pair: (pair[0].stage != "parent", pair[0] is not final))
 
 
-def _export(
-    run: TrackedRun, final: Contender, source: tuple[ParentInfo, CorpusInfo], markdown: str, folder: Path
-) -> None:
+def finish(run: TrackedRun, final: Contender, report: ChildReport) -> ChildReport:
+    """Export the child, write and log the report, print the table."""
+    folder, markdown = (run.workspace / report.child_folder).parent, report_markdown(report)
+    needs = [name for name in run.task_runs if name.split()[0] in ("evaluation", "answers", "speed")]
+    values = (final, run, report, markdown, folder)
+    files = run.call(export_task, "child", *values, after=[made_of(final), *needs], limited=False)
+    log_report(run.tracking, run.mlflow_run_id, report, files)
+    link_to_earlier_runs(run)
+    show_markdown("report", markdown, " ".join([*warnings(report), verdict(report)]))
+    for name in ("architecture", "comparison"):
+        show_picture(name, folder / f"{name}.png", f"{name} of {run.profile.name}'s child")
+    for line in () if report.speed.disturbed else warnings_of(report.speed):  # a disturbance heads the report
+        say(line)
+    _print(run, report, folder)
+    return report
+
+
+@task_of("export", "export {which.name} and write the report")
+def export_task(which: Contender, run: TrackedRun, report: ChildReport, markdown: str, folder: Path) -> Any:
+    """The folder of a finished run: the child, its report, pictures and page. Returns the files to log."""
+    with exclusive(run.workspace, TaskKey(key=f"run-{folder.name}", what="the same child's folder")):
+        _export(run, which, report, markdown, folder)
+        files = [*write_report(report, folder), *_page(run, report, folder), folder / LINEAGE]
+        keep_run(folder, run.workspace)
+    return files
+
+
+def _export(run: TrackedRun, final: Contender, report: ChildReport, markdown: str, folder: Path) -> None:
     """The child's folder, and beside it what it was made of."""
-    parent, corpus = source
+    parent, corpus = report.parent, report.corpus
     hardware, reader = run.profile.hardware, open_parent(run.workspace / parent.folder)
     model: Any = in_precision(build(final, parent, run.workspace, HOST), child_dtype(hardware, reader))
     weights, terms = why(hardware, reader), terms_of(reader.folder)
-    card = model_card(parent, corpus, model.config, markdown, command_of(run.profile), weights, terms)
+    card = model_card(parent, corpus, model.config, markdown, report.command, weights, terms)
     keep(folder / LINEAGE, Lineage(parent=parent, corpus=corpus, child=final), [], run.workspace)
     export_child(model, parent, run.workspace, folder / "child", card)
 
@@ -212,7 +199,7 @@ def _print(run: TrackedRun, report: ChildReport, folder: Path) -> None:
     console.print(f"report and pictures: {folder}", highlight=False, markup=False)
 
 
-def command_of(profile: Profile) -> str:
+def command_of_run() -> str:
     """The command that makes this child again; a served run's own is none that a person would type."""
     if runtime.deployment.name:
         return f"prefect deployment run '{runtime.flow_run.flow_name}/{runtime.deployment.name}'"

@@ -6,7 +6,7 @@ from prefect import flow
 
 from blocks.records import ChildReport
 from flows import stages, whole_models
-from flows.finish import Findings, best_baseline, finish
+from flows.finish import Findings, best_baseline, finish, report_of
 from flows.run import process_of
 from flows.tracked_run import open_run
 from profiles.schema import Profile
@@ -48,7 +48,8 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         final = distilled[0] if distilled else child
         said = whole_models.let_answer(run, [own, final], parent)
         findings = Findings(evaluations=found, speed=speed, answers=said)
-        return finish(run, final, assembled + distilled, findings, (parent, corpus), (blocks, problem))
+        source, library = (parent, corpus), (blocks, problem)
+        return finish(run, final, report_of(run, final, assembled + distilled, findings, source, library))
 
 
 def run_optimize(profile: Profile, workspace: Path) -> ChildReport:

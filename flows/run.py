@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from uuid import UUID
 
 from prefect import State, Task, task
@@ -31,17 +31,10 @@ from tasks.operating.requirements import advice, check_machine
 from tasks.operating.shared import store_used
 from tasks.running.at_work import at_work_in, number_in, prefect_home
 from tasks.running.devices import device_turn
-from tasks.running.progress import say, shown
+from tasks.running.progress import Progress, say, shown
 from tasks.running.retries import one_line_when_prefect_is_away, time_limit_in_words, worth_retrying
 from tasks.running.servers import stop_orphaned_servers
 from tasks.running.usage import Usage
-
-
-class Progress(Protocol):
-    """How far a stage is."""
-
-    def __call__(self, done: int, total: int, text: str = "") -> None:
-        """So many of so many, and what was done last."""
 
 
 def task_of(name: str, run_name: str, key: Callable[[Any, dict[str, Any]], str] | None = None) -> Callable[[Any], Any]:

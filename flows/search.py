@@ -128,13 +128,14 @@ def _keep_front(folder: Path, over: str, values: Sequence[float], found: "Sequen
     """A workspace's front as a run in its MLflow, where it has one. The answer is printed already: it does not fail for
     this.
     """
-    from tasks.operating.experiment import mlflow_error
-    from tasks.operating.study_runs import log_sweep
-    from tasks.operating.sweeping import points_of
     from tasks.operating.tracking import has_runs
 
     if not has_runs(folder):
         return
+    from tasks.operating.experiment import mlflow_error
+    from tasks.operating.study_runs import log_sweep
+    from tasks.operating.sweeping import points_of
+
     try:
         page = log_sweep(folder, over, points_of(values, found))
     except (PuzzleError, mlflow_error()) as error:

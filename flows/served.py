@@ -20,7 +20,7 @@ from flows.optimize import optimize as pipeline  # noqa: E402
 from flows.reoptimize import reoptimize as challenge  # noqa: E402
 from flows.run import Run  # noqa: E402
 from flows.stages import measure, prepare  # noqa: E402
-from flows.tracked_run import COST_COLUMNS  # noqa: E402
+from flows.tracked_run import show_costs  # noqa: E402
 from tasks.measure.costs import costs_of  # noqa: E402
 from tasks.operating import study_runs, sweeping  # noqa: E402
 from tasks.operating.admission import Roots, WorkspaceName, WorkspaceOrProfile, admitted_workspace  # noqa: E402
@@ -114,7 +114,7 @@ def measure_hardware(
                 f"than {admitted.measure.max_age_days:g} days; reoptimize with remeasure measures them again"
             )
         table = measure(run, parent)
-        show_table("costs", table.costs, COST_COLUMNS, f"measured on {admitted.hardware.name}, {table.measured_at}")
+        show_costs(table)
         store = open_experiment(admitted, folder)
         own = study_runs.log_costs(store, table, admitted.hardware)
         show_link("mlflow costs", run_url(store, own), "what every variant costs, in MLflow")

@@ -33,7 +33,7 @@ from tasks.measure.calibration import parent_bias
 from tasks.measure.cost_sums import PHASES
 from tasks.operating import experiment, tracking
 from tasks.operating.artifacts import show_link, show_table
-from tasks.operating.run_figures import engine_tags, flattened, run_name, run_params, search_metrics
+from tasks.operating.run_figures import asked_params, engine_tags, input_params, run_name, search_metrics
 from tasks.operating.run_tables import layer_rows, variant_rows
 from tasks.operating.study_runs import log_costs
 from tasks.running.progress import say
@@ -59,7 +59,7 @@ class TrackedRun(Run):
 
     def log_inputs(self, parent: ParentInfo, corpus: CorpusInfo) -> None:
         """Parent and corpus, by their fingerprints. A run that goes on must have been started with the same ones."""
-        params = run_params(self.profile, parent, corpus, experiment.hardware_label(self.profile.hardware))
+        params = input_params(parent, corpus, experiment.hardware_label(self.profile.hardware))
         try:
             tracking.log_params(self.tracking, self.mlflow_run_id, params)
         except tracking.TrackingError as error:
@@ -103,11 +103,10 @@ class TrackedRun(Run):
         }
         self._log_stage("distill", figures, {"bld_losses": blocks})
         self._log_stage("score", {"score/variants": len(scores)}, {"scores": scores})
-        how = "modelled for" if costs.modelled else "measured on"
         show_table("block library", blocks, BLOCK_COLUMNS, f"BLD of {len(blocks)} variants, nMSE on held-out tokens")
         show_table("scores", scores, SCORE_COLUMNS, "replace-1-block scores, nats per token")
-        show_table("costs", costs.costs, COST_COLUMNS, f"{how} {costs.hardware['name']}, {costs.measured_at}")
-        for line in (*remarks_on_costs(costs), *left_out(blocks, scores)):
+        show_costs(costs)
+        for line in left_out(blocks, scores):
             say(line)
 
     def log_architecture(
@@ -129,6 +128,14 @@ class TrackedRun(Run):
     def _log_stage(self, name: str, metrics: dict[str, float], tables: dict[str, Any]) -> None:
         tags = {"prefect.flow_run_id": self.prefect_run_id}
         tracking.log_stage(self.tracking, name, self.mlflow_run_id, tags, metrics, tables)
+
+
+def show_costs(costs: CostTable) -> None:
+    """Every variant's costs as a table in Prefect's UI, and what to know about them as lines."""
+    how = "modelled for" if costs.modelled else "measured on"
+    show_table("costs", costs.costs, COST_COLUMNS, f"{how} {costs.hardware['name']}, {costs.measured_at}")
+    for line in remarks_on_costs(costs):
+        say(line)
 
 
 def remarks_on_costs(costs: CostTable) -> Iterator[str]:
@@ -221,7 +228,7 @@ def _opened_run(profile: Profile, workspace: Path, kept: Path) -> Iterator[Track
     ):
         kept.parent.mkdir(exist_ok=True)
         kept.write_text(mlflow_run_id)
-        tracking.log_params(store, mlflow_run_id, {"profile": profile.name, **flattened(profile)})
+        tracking.log_params(store, mlflow_run_id, asked_params(profile))
         tracking.log_texts(store, mlflow_run_id, {"profile.yaml": in_yaml(profile)})
         if prefect_run_id:
             with get_client(sync_client=True) as client:

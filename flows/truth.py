@@ -42,7 +42,7 @@ def peers_command(
         size = ContestSize(evaluations=evaluations, seed=seed, smaller=tuple(smaller or ()))
         found = contest(finished.problem, *truth_of(finished, sequences), size, progress)
         text = "\n".join([aligned(*contest_rows(found)), *contest_verdict(found)])
-        return found, text, contest_figures(found), None
+        return found, text, contest_figures(found), []
 
     _study("peers", given, as_json, work)
 
@@ -60,7 +60,6 @@ def check_command(
     """Are scores additive? Predicted against true KL of the best architectures, then swaps that lower the true KL."""
 
     def work(finished: Any, progress: Progress) -> tuple[Any, str, dict[str, float], Any]:
-        from tasks.pages.library_pictures import draw_truth
         from tasks.search.choose import choose
         from tasks.studies.additivity import OTHERS, CheckSize, check_additivity
         from tasks.studies.truth import measured_truth
@@ -74,7 +73,7 @@ def check_command(
         )
         where = f"same sequences: {scored.sequences}; other: {others.sequences}"
         text = "\n".join([aligned(*check_rows(found)), *check_verdict(found), where])
-        return found, text, check_figures(found), draw_truth(truth_points(found))
+        return found, text, check_figures(found), truth_points(found)
 
     _study("check", given, as_json, work)
 
@@ -111,8 +110,8 @@ def _study(
             from tasks.operating.study_runs import keep
 
             with shown(name, beside=True) as progress:
-                value, text, figures, picture = work(finished, progress)
-            kept = keep(open_experiment(wanted, folder), f"{name}-{wanted.name}", value, text, figures, picture)
+                value, text, figures, points = work(finished, progress)
+            kept = keep(open_experiment(wanted, folder), f"{name}-{wanted.name}", value, text, figures, points)
         return str(value.model_dump_json(indent=1)) if as_json else f"{text}\nkept in {kept}"
 
     typer.echo(run_logged(folder, run))

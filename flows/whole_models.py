@@ -8,7 +8,7 @@ from typing import Any
 from blocks.devices import on_device
 from blocks.library import digest_of
 from blocks.records import Answer, CorpusInfo, CostTable, ParentInfo, SpeedReport
-from flows.run import Progress, Run, task_of
+from flows.run import Run, task_of
 from flows.stages import cost_tasks
 from flows.tracked_run import TrackedRun
 from profiles.schema import Profile
@@ -20,7 +20,7 @@ from tasks.evaluate import answers, compare
 from tasks.evaluate.compare import Contender, Evaluation
 from tasks.inputs.precision import child_dtype
 from tasks.measure import end_to_end
-from tasks.running.progress import no_progress
+from tasks.running.progress import Progress, no_progress
 from tasks.running.sharing import TaskKey, exclusive
 from tasks.running.workers import compute_of
 

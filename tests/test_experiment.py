@@ -16,7 +16,7 @@ from flows.tracked_run import TrackedRun
 from profiles.load import load_profile
 from profiles.schema import Hardware
 from tasks.operating import experiment
-from tasks.operating.run_figures import GLANCE, run_params
+from tasks.operating.run_figures import GLANCE, asked_params, input_params
 from tasks.operating.run_tables import layer_rows, variant_rows
 from tasks.operating.tracking import (
     Tracking,
@@ -65,7 +65,7 @@ def asked_run(opened: Tracking, name: str, fraction: float, kl: float) -> str:
     report = report_of()
     profile = load_profile("tiny", [f"budget.layer_parameters_fraction={fraction}", f"name={name}"])
     with run_started(opened, name) as run_id:
-        log_params(opened, run_id, run_params(profile, report.parent, report.corpus, "a machine"))
+        log_params(opened, run_id, asked_params(profile) | input_params(report.parent, report.corpus, "a machine"))
         log_metrics(opened, run_id, {f"{GLANCE}/kl": kl})
     with run_started(opened, "choose", run_id):  # a nested run has neither parameters nor these metrics
         pass

@@ -75,11 +75,15 @@ def test_documents_named_in_the_code_exist() -> None:
     assert missing == []
 
 
-def test_blocks_and_profiles_load_without_prefect_and_mlflow() -> None:
-    code = (
-        "import sys, blocks.library, blocks.kinds, profiles.schema;"
-        "found = {'prefect', 'mlflow'} & set(sys.modules); sys.exit(', '.join(found) or 0)"
-    )
+@pytest.mark.parametrize(
+    ("loaded", "unwanted"),
+    [
+        ("blocks.library, blocks.kinds, profiles.schema", {"prefect", "mlflow"}),
+        ("tasks.operating.tracking", {"prefect", "mlflow", "transformers", "matplotlib"}),  # `puzzle sweep` asks it
+    ],
+)
+def test_what_loads_without_heavy_packages(loaded: str, unwanted: set[str]) -> None:
+    code = f"import sys, {loaded}; sys.exit(', '.join({unwanted} & set(sys.modules)) or 0)"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
 

@@ -12,6 +12,7 @@ from blocks.kinds import parse_label
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock
 from blocks.resources import non_block_parameters, parameters_of
+from flows.tracked_run import show_costs
 from profiles.errors import ProfileError
 from profiles.hardware import FOLDER, HardwareTarget, load_target, shipped_targets
 from profiles.load import load_profile
@@ -152,9 +153,16 @@ def test_kv_cache_has_a_precision_of_its_own(llama: Parent) -> None:
     )
 
 
-def test_the_parent_is_the_sum_of_its_blocks_and_the_table_says_it_is_modelled(llama: Parent) -> None:
+def test_the_parent_is_the_sum_of_its_blocks_and_the_table_says_it_is_modelled(
+    llama: Parent, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = modelled_costs(llama, SearchSpace(attention=(), ffn=()), [SCENARIO], setting())
     assert table.modelled and table.hardware["costs"] == "modelled, not measured"
+    told: list[str] = []
+    monkeypatch.setattr("flows.tracked_run.show_table", lambda *shown: told.append(shown[-1]))
+    monkeypatch.setattr("flows.tracked_run.say", told.append)
+    show_costs(table)
+    assert told[0].startswith("modelled for h100, ") and "not measured" in told[1]
     problem = make_problem([], table, Budget(speedup=1.1), [SCENARIO])
     (total,) = totals_of(problem, problem.parent, (64,))
     blocks = [cost for cost in table.costs if cost.batch_size == 64]

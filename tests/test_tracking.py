@@ -10,7 +10,7 @@ import pytest
 
 from blocks.errors import PuzzleError
 from blocks.library import write_value
-from blocks.records import Cost, CostTable
+from blocks.records import Cost, CostTable, TruthPoint
 from profiles.schema import (
     BLD,
     Budget,
@@ -28,8 +28,16 @@ from tasks.libraries.interchange import Description, StoredLibrary
 from tasks.measure.bench import BenchRow
 from tasks.operating import tracking
 from tasks.operating.charts import shared_view
-from tasks.operating.run_figures import GLANCE, HEADLINES, cost_metrics, report_metrics, run_name, run_params
-from tasks.operating.study_runs import log_bench, log_costs, log_report, log_sweep
+from tasks.operating.run_figures import (
+    GLANCE,
+    HEADLINES,
+    asked_params,
+    cost_metrics,
+    input_params,
+    report_metrics,
+    run_name,
+)
+from tasks.operating.study_runs import keep, log_bench, log_costs, log_report, log_sweep
 from tasks.operating.sweeping import SweepPoint
 from tasks.operating.tracking import (
     Tracking,
@@ -44,6 +52,7 @@ from tasks.operating.tracking import (
     run_started,
     run_url,
 )
+from tasks.pages.page import read_truth
 from tasks.pages.report import write_report
 from tasks.running.servers import sqlite_file, sqlite_url
 from tests.test_report import report_of, with_speed
@@ -184,7 +193,7 @@ def test_params_stay_what_they_were(opened: Tracking) -> None:
     report = report_of()
     long = Chat(chat="y" * 4000)
     profile = profile_with(evaluate=Evaluate(prompts=(long, "z" * 3000)))
-    params = run_params(profile, report.parent, report.corpus, "this-machine")
+    params = asked_params(profile) | input_params(report.parent, report.corpus, "this-machine")
     assert params["budget.speedup"] == "1.5" and params["bld.steps"] == "16" and params["hardware.engine"] == "torch"
     assert params["hardware.precision"] == "float32"  # though nobody named it
     assert params["scenarios.chat.prompt_tokens"] == "256" and params["corpus.sources.0.kind"] == "python_stdlib"
@@ -272,6 +281,19 @@ def test_a_bench_lies_under_the_run_that_made_the_child(opened: Tracking, tmp_pa
     assert run.data.tags["mlflow.parentRunId"] == run_id and run.data.params["loads"] == "1x256x64"
     assert run.data.metrics["bench_1x256x64/child_prefill_speedup"] == pytest.approx(2)
     assert log_bench(tmp_path / "child.gguf", []) is None  # of no workspace
+
+
+def test_a_study_keeps_its_points_as_data_and_as_a_picture(opened: Tracking) -> None:
+    points = [TruthPoint(name=str(true), predicted=1.0, true=true, true_se=0.1) for true in (0.9, 1.2)]
+    folder = keep(opened, "check-tiny", points[0], "as a table", {"check/rank": 1.0}, points)
+    assert list(read_truth(folder / "truth.json")) == points
+    found = client(opened).search_runs([opened.experiment_id], "metrics.`check/rank` = 1")[0].info.run_id
+    logged = {item.path.removeprefix("study/") for item in client(opened).list_artifacts(found, "study")}
+    assert logged == {"study.json", "study.txt", "truth.json", "predicted-against-true.png"}
+    assert {path.name for path in keep(opened, "peers-tiny", points[1], "", {}).iterdir()} == {
+        "study.json",
+        "study.txt",
+    }
 
 
 def test_more_metrics_than_mlflow_takes_at_once(opened: Tracking) -> None:

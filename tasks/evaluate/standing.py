@@ -51,6 +51,20 @@ def timed(candidate: Candidate, metric: Metric | None, disturbed: bool = False) 
     return Reading(metric=metric, model=candidate.layers or candidate.name, disturbed=disturbed)
 
 
+def gain_of(candidate: Candidate, parent: Candidate | None, kind: str) -> Metric | None:
+    """Speed over the parent's: `prefill`, `decode` or `request`. From pairs of rounds, in old reports from medians."""
+    field = {"request": "runtime_seconds"}.get(kind, f"{kind}_tokens_per_second")
+    if candidate is parent:
+        return None if getattr(candidate, field) is None else Metric(value=1.0, se=0.0, n=1)
+    if candidate.gains is not None:
+        paired: Metric = getattr(candidate.gains, kind)
+        return paired
+    if parent is None:
+        return None
+    above, below = (parent, candidate) if kind == "request" else (candidate, parent)
+    return estimates.independent_ratio(getattr(above, field), getattr(below, field))
+
+
 def of_sequences(candidate: Candidate, name: str) -> Reading | None:
     """Loss, kl or top1_agreement on the test sequences."""
     metric: Metric | None = getattr(candidate, name)

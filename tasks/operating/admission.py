@@ -235,10 +235,15 @@ def served_profile(profile: Profile, roots: Roots) -> ServedProfile:
                 "--allow-remote-code OWNER/NAME@COMMIT`, and that commit as parent.revision"
             )
         except ValidationError as error:
-            reasons += [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+            reasons += wrong_fields(error)
         except Refused as error:
             reasons.append(str(error))
     raise Refused(f"{profile.name} cannot be served: {'; '.join(reasons)}")
+
+
+def wrong_fields(error: ValidationError) -> list[str]:
+    """What is wrong with a profile, a clause for each field."""
+    return [f"{'.'.join(map(str, one['loc']))}: {one['msg'].removeprefix('Value error, ')}" for one in error.errors()]
 
 
 def _name_of(where: str, given: str, roots: Roots, reasons: list[str]) -> str:

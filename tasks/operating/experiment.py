@@ -17,7 +17,7 @@ from tasks.inputs.parent import name_of
 from tasks.measure.hardware_description import accelerator, entry, processor
 from tasks.operating.charts import OPTIMISATIONS, VIEW
 from tasks.operating.run_figures import CHILDS_FIGURES
-from tasks.operating.tracking import Tracking, client_of, open_tracking, resume_or_start, server_uri
+from tasks.operating.tracking import Tracking, client_of, open_tracking, page_url, resume_or_start
 from tasks.running.progress import say
 
 DIGEST = 32  # digits of a fingerprint; MLflow keeps 36 at most
@@ -121,15 +121,15 @@ def mlflow_error() -> type[Exception]:
 
 def charts_url(tracking: Tracking, port: int = 5000) -> str:
     """MLflow's page of an experiment: all its optimisations in charts, speed against quality first."""
-    page = f"{server_uri() or f'http://127.0.0.1:{port}'}/#/experiments/{tracking.experiment_id}/runs"
-    return f"{page}?viewStateShareKey={VIEW}&compareRunsMode=CHART"
+    view = f"viewStateShareKey={VIEW}&compareRunsMode=CHART"
+    return page_url(f"experiments/{tracking.experiment_id}/runs?{view}", port)
 
 
 def compare_url(tracking: Tracking, run_ids: Sequence[str], port: int = 5000) -> str:
     """MLflow's page that shows runs side by side: parameters, metrics, charts."""
     experiments = [client_of(tracking).get_run(run_id).info.experiment_id for run_id in run_ids]
     asked = f"runs={_listed(run_ids)}&experiments={_listed(list(dict.fromkeys(experiments)))}"
-    return f"{server_uri() or f'http://127.0.0.1:{port}'}/#/compare-runs?{asked}"
+    return page_url(f"compare-runs?{asked}", port)
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ from pydantic_core import CoreSchema
 from profiles.hardware import shipped_targets
 from profiles.load import load_profile
 from profiles.schema import Budget, Fraction, Profile, Section
-from tasks.operating.admission import Refused, Roots, served_profile
+from tasks.operating.admission import Refused, Roots, served_profile, wrong_fields
 from tasks.operating.served_profile import ServedProfile
 
 _PERCENT = r"(100|[1-9][0-9]?(\.[0-9]+)?|0\.[0-9]*[1-9][0-9]*) ?%"
@@ -153,7 +153,5 @@ def profile_asked_for(
     try:
         return ServedProfile.model_validate(tree)
     except ValidationError as error:
-        told = [
-            f"{'.'.join(map(str, one['loc']))}: {one['msg'].removeprefix('Value error, ')}" for one in error.errors()
-        ]
-        raise Refused(f"{name} with these values is no valid profile: {'; '.join(told)}") from error
+        told = "; ".join(wrong_fields(error))
+        raise Refused(f"{name} with these values is no valid profile: {told}") from error

@@ -6,6 +6,7 @@ most are `at_a_glance/...`, before all others. docs/how-to/read-runs-in-mlflow.m
 
 import json
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from blocks.library import digest_of
 from blocks.records import (
@@ -21,9 +22,10 @@ from blocks.records import (
 )
 from profiles.schema import Hardware, Profile
 from tasks.evaluate.budget import budget_state
-from tasks.evaluate.standing import final_of, parent_of
-from tasks.measure.bench import BenchRow
-from tasks.pages.picture import gain_of
+from tasks.evaluate.standing import final_of, gain_of, parent_of
+
+if TYPE_CHECKING:
+    from tasks.measure.bench import BenchRow
 
 GLANCE = "at_a_glance"
 HEADLINES = (
@@ -79,15 +81,18 @@ def _leaves(tree: object, path: str) -> Iterator[tuple[str, str]]:
         yield path, tree if isinstance(tree, str) else json.dumps(tree, ensure_ascii=False)
 
 
-def run_params(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, hardware: str) -> dict[str, str]:
-    """The whole profile, flattened; its name as `profile`; the hardware as runs call it; parent and corpus."""
+def asked_params(profile: Profile) -> dict[str, str]:
+    """What a run is asked for: the whole profile, flattened; its name as `profile`."""
+    return {"profile": profile.name, **flattened(profile)}
+
+
+def input_params(parent: ParentInfo, corpus: CorpusInfo, hardware: str) -> dict[str, str]:
+    """What a run finds: parent and corpus, and the hardware as runs call it."""
     return {
-        "profile": profile.name,
         "parent": parent.name,
         "parent_fingerprint": parent.fingerprint,
         "corpus_fingerprint": corpus.fingerprint,
         "hardware": hardware,
-        **flattened(profile),
     }
 
 
@@ -230,12 +235,12 @@ def cost_metrics(table: CostTable) -> dict[str, float]:
     return figures
 
 
-def load_of(row: BenchRow) -> str:
+def load_of(row: "BenchRow") -> str:
     """The load of a row as `--load` takes it."""
     return f"{row.batch_size}x{row.prompt_tokens}x{row.generated_tokens}"
 
 
-def bench_metrics(rows: Sequence[BenchRow]) -> dict[str, float]:
+def bench_metrics(rows: "Sequence[BenchRow]") -> dict[str, float]:
     """Speeds of a bench by load and model: `bench_1x256x64/child_decode_tokens_per_second`, with `_se` beside each."""
     figures: dict[str, float] = {}
     for row in rows:

@@ -3,21 +3,20 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
-
-from blocks.files import atomic_path, write_text
+from blocks.files import write_text
 from blocks.library import digest_of, read_value, write_value
-from blocks.records import ChildReport, CostTable, Value
+from blocks.records import ChildReport, CostTable, TruthPoint, Value
 from profiles.schema import Hardware
 from tasks.libraries.interchange import StoredLibrary, read_source
-from tasks.measure.bench import BenchRow
 from tasks.operating import tracking
 from tasks.operating.experiment import label_of, named
 from tasks.operating.run_figures import bench_metrics, cost_metrics, engine_tags, load_of, report_metrics
 from tasks.operating.sweeping import SweepPoint
-from tasks.studies.additivity import Check
-from tasks.studies.verdicts import truth_points
+
+if TYPE_CHECKING:
+    from tasks.measure.bench import BenchRow
 
 # in report.json, too long for a table
 PARTS = frozenset({"layers", "samples", "correct", "item_groups", "answers", "limits"})
@@ -69,7 +68,7 @@ def log_sweep(workspace: Path, over: str, points: Sequence[SweepPoint]) -> str |
     return "\n".join(tracking.page_lines(store, run_id))
 
 
-def log_bench(child: Path, rows: Sequence[BenchRow]) -> str | None:
+def log_bench(child: Path, rows: "Sequence[BenchRow]") -> str | None:
     """A bench as a run nested in the one that made the child. Returns its page; None where no such run is known."""
     report = child.resolve().parent / "report.json"
     workspace = report.parents[min(2, len(report.parents) - 1)]
@@ -93,18 +92,21 @@ def keep(
     value: Value,
     text: str,
     figures: Mapping[str, float],
-    picture: Figure | None = None,
+    points: Sequence[TruthPoint] = (),
 ) -> Path:
-    """Write a study to `studies/<name>-<digest>/` and log it as an MLflow run of its own. Returns the folder."""
+    """Write a study to `studies/<name>-<digest>/` and log it as an MLflow run of its own. Returns the folder.
+
+    points: predicted and true KL of architectures, kept as data and drawn.
+    """
     folder = store.workspace / "studies" / f"{name}-{digest_of(value=value)[:12]}"
     files = [write_value(folder / "study.json", value), write_text(folder / "study.txt", text + "\n")]
-    if isinstance(value, Check):
-        points = [point.model_dump() for point in truth_points(value)]
-        files.append(write_text(folder / "truth.json", json.dumps(points, indent=1) + "\n"))
-    if picture is not None:
-        with atomic_path(folder / "predicted-against-true.png") as temporary:
-            picture.savefig(temporary, format="png")
-        files.append(folder / "predicted-against-true.png")
+    if points:
+        from tasks.pages.library_pictures import draw_truth
+        from tasks.pages.report import save_figure
+
+        dumped = [point.model_dump() for point in points]
+        files.append(write_text(folder / "truth.json", json.dumps(dumped, indent=1) + "\n"))
+        files.append(save_figure(draw_truth(points), folder / "predicted-against-true.png"))
     with tracking.run_started(store, name) as run_id:
         tracking.log_metrics(store, run_id, figures)
         tracking.log_files(store, run_id, files, "study")

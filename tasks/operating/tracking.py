@@ -343,8 +343,13 @@ def page_lines(tracking: Tracking, run_id: str) -> list[str]:
 
 
 def run_url(tracking: Tracking, run_id: str, port: int = 5000) -> str:
-    """The address of a run's page: on the server that MLFLOW_TRACKING_URI names, or else on this machine.
+    """The address of a run's page."""
+    return page_url(f"experiments/{tracking.experiment_id}/runs/{run_id}", port)
+
+
+def page_url(place: str, port: int = 5000) -> str:
+    """The address of a page of MLflow's UI: on the server that MLFLOW_TRACKING_URI names, or else on this machine.
 
     On this machine the page answers while the command of `mlflow_ui_command` runs.
     """
-    return f"{server_uri() or f'http://127.0.0.1:{port}'}/#/experiments/{tracking.experiment_id}/runs/{run_id}"
+    return f"{server_uri() or f'http://127.0.0.1:{port}'}/#/{place}"

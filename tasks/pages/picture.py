@@ -17,8 +17,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from blocks.estimates import independent_ratio
 from blocks.records import SUBBLOCKS, Architecture, Candidate, LayerChoice, Metric, Subblock, Totals
+from tasks.evaluate.standing import gain_of
 
 INK, FAINT = "#1f2933", "#9aa5b1"
 PARENT_COLOUR, NO_OP_COLOUR, LINEAR_COLOUR = "#3e4c59", "#ffffff", "#f0a04b"
@@ -249,20 +249,6 @@ def _measured_shares(parent: Candidate, child: Candidate) -> dict[str, Metric]:
         if gain is not None:
             shares[f"{kind} time"] = Metric(value=1 / gain.value, se=gain.se / gain.value**2, n=gain.n)
     return shares
-
-
-def gain_of(candidate: Candidate, parent: Candidate | None, kind: str) -> Metric | None:
-    """Speed over the parent's: `prefill`, `decode` or `request`. From pairs of rounds, in old reports from medians."""
-    field = {"request": "runtime_seconds"}.get(kind, f"{kind}_tokens_per_second")
-    if candidate is parent:
-        return None if getattr(candidate, field) is None else Metric(value=1.0, se=0.0, n=1)
-    if candidate.gains is not None:
-        paired: Metric = getattr(candidate.gains, kind)
-        return paired
-    if parent is None:
-        return None
-    above, below = (parent, candidate) if kind == "request" else (candidate, parent)
-    return independent_ratio(getattr(above, field), getattr(below, field))
 
 
 def draw_comparison(candidates: Sequence[Candidate]) -> Figure:

@@ -27,6 +27,7 @@ from tasks.evaluate.standing import (
     best_columns,
     counted,
     final_of,
+    gain_of,
     of_all_items,
     of_items,
     of_sequences,
@@ -36,7 +37,7 @@ from tasks.evaluate.standing import (
     timed,
 )
 from tasks.measure.cost_sums import percent, warnings_of
-from tasks.pages.picture import draw_architecture, draw_comparison, gain_of
+from tasks.pages.picture import draw_architecture, draw_comparison
 from tasks.pages.verdict import BUDGET_HEADER, GIB, budget_rows, count, findings, title, verdict, warnings
 
 WordedTable = tuple[list[str], list[list[str]], str]

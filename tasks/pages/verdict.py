@@ -16,6 +16,7 @@ from tasks.evaluate.standing import (
     Reading,
     difference,
     final_of,
+    gain_of,
     of_all_items,
     of_sequences,
     over_parent,
@@ -24,7 +25,6 @@ from tasks.evaluate.standing import (
     same_architecture,
 )
 from tasks.measure.cost_sums import warnings_of
-from tasks.pages.picture import gain_of
 
 ABSURD_KL = 2.0  # nats per token: the parent's next tokens get a seventh of their probability on average
 BUDGET_HEADER = ("budget", "asked", "got", "measured", "kept")
