@@ -113,6 +113,12 @@ def test_what_a_person_may_name(here: Path) -> None:
     parquet.write_table(pyarrow.table({"n": [1, 2], "said": ["w4 w5", "w6"]}), here / "rows.parquet")
     found = first.read_text("rows.parquet")
     assert isinstance(found, TextSource) and (found.kind, found.text_field) == ("parquet", "said")
+    (here / "data").mkdir()
+    (here / "rows.parquet").rename(here / "data" / "rows.parquet")
+    for beside in ("README.md", "dataset_info.json", "state.json"):  # as `datasets` and the hub write a folder
+        (here / "data" / beside).write_text("{}")
+    found = first.read_text("data")
+    assert isinstance(found, TextSource) and (found.kind, found.text_field) == ("parquet", "said")
     for wrong in ("missing.jsonl", "no folder/"):
         with pytest.raises(CorpusError):
             first.read_text(wrong)
