@@ -20,6 +20,7 @@ from tasks.inputs import first_profile as first
 from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.parent import prepare_parent
 from tasks.measure.roofline import setting_of
+from tasks.planning.effort import shape_of
 from tasks.planning.plan import bounds_problem, children_of, config_parent
 from tests.test_nvlabs import puzzle
 from tests.test_plan import RATES
@@ -56,7 +57,7 @@ def test_the_profile_runs(here: Path) -> None:
     assert info.train_sequences == corpus.train_sequences
     sketch = config_parent(profile.parent)
     setting = setting_of(profile.hardware, first_target(), sketch)
-    children, infeasible = children_of(bounds_problem(profile, sketch, setting, [0, 1, 2]))
+    children, infeasible = children_of(bounds_problem(shape_of(profile, sketch), setting, [0, 1, 2]))
     assert not infeasible and children[0].name == "largest within the budget"
 
 
