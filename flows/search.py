@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from blocks.errors import PuzzleError
+from flows.in_workspace import kept_in_mlflow
 from flows.options import LibraryOptions, refused, share_of, takes
 from tasks.running.progress import shown
 from tasks.search.joint import QUANTITIES, LibraryFileError, at
@@ -125,22 +125,13 @@ def _show_front(values: Sequence[float], found: "Sequence[JointChoice | None]") 
 
 
 def _keep_front(folder: Path, over: str, values: Sequence[float], found: "Sequence[JointChoice | None]") -> None:
-    """A workspace's front as a run in its MLflow, where it has one. The answer is printed already: it does not fail for
-    this.
-    """
-    from tasks.operating.experiment import mlflow_error
+    """A workspace's front as a run in its MLflow, where it has one."""
     from tasks.operating.study_runs import log_sweep
     from tasks.operating.sweeping import points_of
     from tasks.operating.tracking import has_runs
 
-    if not has_runs(folder):
-        return
-    try:
-        page = log_sweep(folder, over, points_of(values, found))
-    except (PuzzleError, mlflow_error()) as error:
-        page = f"not kept, MLflow did not take it: {error}"
-    if page:
-        typer.echo(f"in MLflow: {page}", err=True)
+    if has_runs(folder):
+        kept_in_mlflow(lambda: log_sweep(folder, over, points_of(values, found)))
 
 
 @takes(LibraryOptions)
