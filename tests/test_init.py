@@ -93,6 +93,7 @@ def test_text_without_wide_gaps_is_cut_at_narrower_ones(here: Path) -> None:
         return yaml.safe_load(first.first_profile(wish))
 
     assert written()["corpus"]["sources"] == [{"kind": "text", "path": "book.txt", "separator": "\n\n"}]
+    assert "\n" not in first._flow(TextSource(kind="text", path="book.txt", separator="\n\n"))  # on one line
     (here / "book.txt").write_text("w5 w6")
     with pytest.raises(CorpusError, match="the corpus is too small"):
         written()

@@ -4,6 +4,7 @@ The search space is what this parent can have and the engines can run. The sizes
 ladder that the text fills, tried with the parent's own tokenizer.
 """
 
+import json
 import re
 import tempfile
 from collections.abc import Sequence
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import ValidationError
 
 from blocks.engine_limits import refusal
@@ -260,4 +260,4 @@ evaluate: {{sequences: {min(16, held)}, answer_tokens: {min(60, context // 4)}}}
 def _flow(section: ParentSource | CorpusSource) -> str:
     """A section on one line of YAML: its kind, and what is not its default."""
     values = {"kind": section.kind, **section.model_dump(mode="json", exclude_defaults=True)}
-    return yaml.safe_dump(values, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000).strip()
+    return "{" + ", ".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()) + "}"
