@@ -126,12 +126,14 @@ def _show_front(values: Sequence[float], found: "Sequence[JointChoice | None]") 
 
 def _keep_front(folder: Path, over: str, values: Sequence[float], found: "Sequence[JointChoice | None]") -> None:
     """A workspace's front as a run in its MLflow, where it has one."""
-    from tasks.operating.study_runs import log_sweep
-    from tasks.operating.sweeping import points_of
     from tasks.operating.tracking import has_runs
 
-    if has_runs(folder):
-        kept_in_mlflow(lambda: log_sweep(folder, over, points_of(values, found)))
+    if not has_runs(folder):
+        return
+    from tasks.operating.study_runs import log_sweep
+    from tasks.operating.sweeping import points_of
+
+    kept_in_mlflow(lambda: log_sweep(folder, over, points_of(values, found)))
 
 
 @takes(LibraryOptions)
