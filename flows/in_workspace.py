@@ -49,6 +49,18 @@ def run_logged(folder: Path, work: Callable[[], str]) -> str:
             raise _failed(log, error) from error
 
 
+def kept_in_mlflow(log: Callable[[], str | None]) -> None:
+    """Keep printed figures in MLflow, and say where. They are printed already, so it is no failure if that fails."""
+    from tasks.operating.experiment import mlflow_error
+
+    try:
+        page = log()
+    except (PuzzleError, mlflow_error()) as error:
+        page = f"not kept, MLflow did not take it: {error}"
+    if page:
+        typer.echo(f"in MLflow: {page}", err=True)
+
+
 def _failed(log: Path, error: Exception) -> SystemExit:
     """Traceback to the log, a sentence to the console."""
     with contextlib.suppress(OSError), log.open("a") as file:  # the disk may be full

@@ -28,15 +28,13 @@ def show_command(source: Source, as_json: Annotated[bool, typer.Option("--json",
 
 
 def _page(found: "Summary") -> str:
-    least, most = found.options_per_layer
-    per_layer = str(least) if least == most else f"{least} to {most}"
     lines = [
         f"library   {found.path}",
         f"source    {found.source}",
         f"parent    {found.parent or 'not named'}",
-        f"layers    {found.layers}, each with {per_layer} variants of its block; {found.options} in all, "
+        f"layers    {found.layers}, each with {found.per_layer} variants of its block; {found.options} in all, "
         f"{found.labels} different labels",
-        f"hardware  {', '.join(f'{name} {value}' for name, value in found.hardware.items()) or 'not named'}",
+        f"hardware  {found.measured_on}",
         f"{'score':<36} {'least':>12} {'median':>12} {'largest':>12} {'largest se':>12} {'sequences':>10}",
     ]
     lines += [_scored(metric, span) for metric, span in found.scores.items()]

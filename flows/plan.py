@@ -11,6 +11,7 @@ from blocks.runtime import configure, default_threads
 from flows.options import Overrides, ProfilePath
 from profiles.hardware import shipped_targets
 from profiles.load import load_profile
+from tasks.running.progress import clock
 
 if TYPE_CHECKING:
     from tasks.planning.plan import ChildPlan, Plan, StagePlan
@@ -143,12 +144,7 @@ def bytes_of(number: float) -> str:
 
 
 def _clock(seconds: float | None) -> str:
-    """m:ss, or h:mm:ss."""
-    if seconds is None:
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return "?" if seconds is None else clock(seconds)
 
 
 def _child(child: "ChildPlan", parent_parameters: int) -> list[str]:

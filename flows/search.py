@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from blocks.errors import PuzzleError
+from flows.in_workspace import kept_in_mlflow
 from flows.options import LibraryOptions, refused, share_of, takes
 from tasks.running.progress import shown
 from tasks.search.joint import QUANTITIES, LibraryFileError, at
@@ -125,23 +125,15 @@ def _show_front(values: Sequence[float], found: "Sequence[JointChoice | None]") 
 
 
 def _keep_front(folder: Path, over: str, values: Sequence[float], found: "Sequence[JointChoice | None]") -> None:
-    """A workspace's front as a run in its MLflow, where it has one. The answer is printed already: it does not fail for
-    this.
-    """
+    """A workspace's front as a run in its MLflow, where it has one."""
     from tasks.operating.tracking import has_runs
 
     if not has_runs(folder):
         return
-    from tasks.operating.experiment import mlflow_error
     from tasks.operating.study_runs import log_sweep
     from tasks.operating.sweeping import points_of
 
-    try:
-        page = log_sweep(folder, over, points_of(values, found))
-    except (PuzzleError, mlflow_error()) as error:
-        page = f"not kept, MLflow did not take it: {error}"
-    if page:
-        typer.echo(f"in MLflow: {page}", err=True)
+    kept_in_mlflow(lambda: log_sweep(folder, over, points_of(values, found)))
 
 
 @takes(LibraryOptions)

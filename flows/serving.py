@@ -17,11 +17,11 @@ from rich.table import Table
 
 from blocks.errors import PuzzleError
 from blocks.runtime import configure
-from flows.in_workspace import run_logged
+from flows.in_workspace import kept_in_mlflow, run_logged
 from tasks.running.progress import clock, say, shown, wide_console
 
 if TYPE_CHECKING:
-    from tasks.measure.bench import BenchRow, Point
+    from tasks.measure.bench import Point
 
 ChildPath = Annotated[
     Path, typer.Argument(metavar="CHILD", help="a child's folder (a parent's will do), or a .gguf file")
@@ -168,33 +168,22 @@ def bench_command(
     _quiet()
     from tasks.engines.registry import installed_engine
     from tasks.loadtest.bench_table import bench_table
-    from tasks.measure.bench import bench
+    from tasks.measure.bench import Point, bench
     from tasks.running.devices import alone
 
     installed_engine(engine)
     sources = _parent_and_child(child, parent)
-    points = _points(load, sources)
+    points = [Point.parse(text) for text in load or ()] or [_usual_load(sources)]
 
     def measure() -> None:
         with alone("bench"), shown("bench", beside=True) as report:
             rows = bench(sources, engine, points, precision=precision, rounds=rounds, threads=threads, progress=report)
         _show(rows, lambda: bench_table(rows), as_json)
-        _keep_bench(child, rows)
+        from tasks.operating.study_runs import log_bench  # loads MLflow, which is not to be in what was measured
+
+        kept_in_mlflow(lambda: log_bench(child, rows))
 
     _logged(Path.cwd(), measure)
-
-
-def _keep_bench(child: Path, rows: "Sequence[BenchRow]") -> None:
-    """The figures as a run in the MLflow of the child's workspace. They are printed already: no failure for this."""
-    from tasks.operating.experiment import mlflow_error
-    from tasks.operating.study_runs import log_bench
-
-    try:
-        page = log_bench(child, rows)
-    except (PuzzleError, mlflow_error()) as error:
-        page = f"not kept, MLflow did not take it: {error}"
-    if page:
-        typer.echo(f"in MLflow: {page}", err=True)
 
 
 def loadtest_command(
@@ -242,7 +231,7 @@ def loadtest_command(
     plan = LoadPlan(
         server=server,
         urls=tuple(url or ()),
-        points=tuple(Point.parse(text) for text in load or [DEFAULT_LOAD]),
+        points=tuple(Point.parse(text) for text in load or ()),
         precision=precision or "float32",
         rounds=rounds,
         threads=threads or 1,
@@ -251,7 +240,8 @@ def loadtest_command(
         limits=Limits(first_token_seconds=max_first, output_token_seconds=max_output),
     )
     sources = {CHILD: child} if url else _parent_and_child(child, parent)
-    plan = replace(plan, points=tuple(_points(load, sources)))
+    if not plan.points:
+        plan = replace(plan, points=(_usual_load(sources),))
 
     def measure() -> None:
         if plan.rates:
@@ -266,17 +256,15 @@ def loadtest_command(
     _logged(Path.cwd(), measure)
 
 
-def _points(load: Sequence[str] | None, sources: Mapping[str, Path]) -> "list[Point]":
-    """The loads that were asked for, or the usual one, shortened to what parent and child can take."""
+def _usual_load(sources: Mapping[str, Path]) -> "Point":
+    """The load where none was asked for, shortened to what parent and child can take."""
     from tasks.measure.bench import Point, fitting
 
-    if load:
-        return [Point.parse(text) for text in load]
     usual = Point.parse(DEFAULT_LOAD)
     point = fitting(usual, sources.values())
     if point != usual:
         say(f"load {point.label} instead of {usual.label}, which is longer than the model's context")
-    return [point]
+    return point
 
 
 def _parent_and_child(child: Path, parent: Path | None) -> dict[str, Path]:

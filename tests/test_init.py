@@ -20,6 +20,7 @@ from tasks.inputs import first_profile as first
 from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.parent import prepare_parent
 from tasks.measure.roofline import setting_of
+from tasks.planning.effort import shape_of
 from tasks.planning.plan import bounds_problem, children_of, config_parent
 from tests.test_nvlabs import puzzle
 from tests.test_plan import RATES
@@ -56,7 +57,7 @@ def test_the_profile_runs(here: Path) -> None:
     assert info.train_sequences == corpus.train_sequences
     sketch = config_parent(profile.parent)
     setting = setting_of(profile.hardware, first_target(), sketch)
-    children, infeasible = children_of(bounds_problem(profile, sketch, setting, [0, 1, 2]))
+    children, infeasible = children_of(bounds_problem(shape_of(profile, sketch), setting, [0, 1, 2]))
     assert not infeasible and children[0].name == "largest within the budget"
 
 
@@ -92,6 +93,7 @@ def test_text_without_wide_gaps_is_cut_at_narrower_ones(here: Path) -> None:
         return yaml.safe_load(first.first_profile(wish))
 
     assert written()["corpus"]["sources"] == [{"kind": "text", "path": "book.txt", "separator": "\n\n"}]
+    assert "\n" not in first._flow(TextSource(kind="text", path="book.txt", separator="\n\n"))  # on one line
     (here / "book.txt").write_text("w5 w6")
     with pytest.raises(CorpusError, match="the corpus is too small"):
         written()
@@ -112,6 +114,12 @@ def test_what_a_person_may_name(here: Path) -> None:
     assert first.read_text("owner/data") == HubSource(kind="hub", hub_id="owner/data")
     parquet.write_table(pyarrow.table({"n": [1, 2], "said": ["w4 w5", "w6"]}), here / "rows.parquet")
     found = first.read_text("rows.parquet")
+    assert isinstance(found, TextSource) and (found.kind, found.text_field) == ("parquet", "said")
+    (here / "data").mkdir()
+    (here / "rows.parquet").rename(here / "data" / "rows.parquet")
+    for beside in ("README.md", "dataset_info.json", "state.json"):  # as `datasets` and the hub write a folder
+        (here / "data" / beside).write_text("{}")
+    found = first.read_text("data")
     assert isinstance(found, TextSource) and (found.kind, found.text_field) == ("parquet", "said")
     for wrong in ("missing.jsonl", "no folder/"):
         with pytest.raises(CorpusError):

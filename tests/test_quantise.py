@@ -1,5 +1,7 @@
 """Types of 4 and 5 bits: ggml rounds, the correction lowers the output's error, the file holds what was fitted."""
 
+import gzip
+import json
 from pathlib import Path
 
 import gguf
@@ -114,5 +116,9 @@ def test_a_text_file_becomes_sequences_of_the_childs_tokens(chain: Chain, tmp_pa
     )
     tokenizer = open_tokenizer(chain.workspace / chain.parent.folder)
     assert tokens_of_file(tmp_path / "text.txt", tokenizer, 8, 16).shape == (8, 16)
+    rows = "".join(json.dumps({"id": number, "text": f"row {number} " * 20}) + "\n" for number in range(50))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    read = tokens_of_file(tmp_path / "rows.jsonl.gz", tokenizer, 8, 16)
+    assert '"id"' not in tokenizer.decode(read.flatten())  # the rows' text, not their JSON
     with pytest.raises(CorpusError, match="text.txt is too short"):
         tokens_of_file(tmp_path / "text.txt", tokenizer, 10**6, 16)

@@ -43,7 +43,12 @@ from tasks.pages.report import (
     report_markdown,
     write_report,
 )
-from tasks.pages.verdict import budget_rows, headlines, verdict
+from tasks.pages.verdict import budget_rows, evidence, verdict, warnings
+
+
+def headlines(report: ChildReport) -> list[str]:
+    """What is printed around the tables."""
+    return [*warnings(report), verdict(report), *evidence(report)]
 
 
 def metric(value: float, se: float = 0.0) -> Metric:

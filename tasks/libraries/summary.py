@@ -51,6 +51,17 @@ class Summary(Value):
     hardware: dict[str, str]
     missing: tuple[str, ...]
 
+    @property
+    def per_layer(self) -> str:
+        """How many variants the block of a layer has: `9`, or `5 to 9`."""
+        least, most = self.options_per_layer
+        return str(least) if least == most else f"{least} to {most}"
+
+    @property
+    def measured_on(self) -> str:
+        """The hardware in words."""
+        return ", ".join(f"{name} {value}" for name, value in self.hardware.items()) or "not named"
+
 
 def summarise(path: Path) -> Summary:
     """What a library holds: layers, variants, scores, costs wherever they were measured, and what it does not know."""

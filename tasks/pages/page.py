@@ -34,7 +34,7 @@ from tasks.pages.report import (
     sums_table,
 )
 from tasks.pages.svg import inline_svg
-from tasks.pages.verdict import BUDGET_HEADER, budget_rows, findings, verdict, warnings
+from tasks.pages.verdict import BUDGET_HEADER, budget_rows, evidence, verdict, warnings
 from tasks.running.progress import shown
 from tasks.search.confidence import Confidence, Draws, bootstrap
 from tasks.search.joint import QUANTITIES, JointLibrary, LibraryFileError, at
@@ -190,7 +190,7 @@ def render(study: Study, figures: dict[str, Figure]) -> str:
         rows=[] if report is None else comparison_rows(report),
         warnings=[] if report is None else warnings(report),
         verdict="" if report is None else verdict(report),
-        findings=[] if report is None else [found.line for found in findings(report) if found.line],
+        findings=[] if report is None else evidence(report),
         answers=[] if report is None else answered(report),
         said=SAID,
         speeds=[] if report is None else [table for table in (sums_table(report), speed_table(report)) if table[1]],

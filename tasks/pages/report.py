@@ -38,7 +38,7 @@ from tasks.evaluate.standing import (
 )
 from tasks.measure.cost_sums import percent, warnings_of
 from tasks.pages.picture import draw_architecture, draw_comparison
-from tasks.pages.verdict import BUDGET_HEADER, GIB, budget_rows, count, findings, title, verdict, warnings
+from tasks.pages.verdict import BUDGET_HEADER, GIB, budget_rows, count, evidence, title, verdict, warnings
 
 WordedTable = tuple[list[str], list[list[str]], str]
 BEST = "★"
@@ -216,7 +216,7 @@ def print_report(report: ChildReport, console: Console) -> None:
         console.print(table)
         if len(said) > SHOWN:
             console.print(f"all {len(said)} answers stand in report.html and report.md", highlight=False)
-    for line in (verdict(report), *(found.line for found in findings(report) if found.line)):
+    for line in (verdict(report), *evidence(report)):
         console.print(Text(line, style="bold" if line.startswith("Verdict") else ""))
 
 
@@ -236,7 +236,7 @@ def report_markdown(report: ChildReport) -> str:
         *warnings(report),
         *([_markdown_table(BUDGET_HEADER, budget, "---")] if budget else []),
         f"**{verdict(report)}**",
-        *(found.line for found in findings(report) if found.line),
+        *evidence(report),
         "## Comparison",
         _markdown_table(
             ["", *(title(candidate) for candidate in report.candidates)],

@@ -121,14 +121,11 @@ def study_of(source: Path, opened: JointLibrary, request: Request, extent: Exten
 
 def facts_of(described: Summary, opened: JointLibrary) -> tuple[tuple[str, str], ...]:
     """What the page says of the library, by name."""
-    least, most = described.options_per_layer
-    per_layer = str(least) if least == most else f"{least} to {most}"
     places = [f"{place.scenario or 'one scenario'}, batch {place.batch_size}" for place in opened.places]
-    hardware = ", ".join(f"{name} {value}" for name, value in described.hardware.items())
     return (
         ("source", described.source),
         ("parent", described.parent or "not named"),
-        ("layers", f"{described.layers}, each with {per_layer} variants of its block"),
+        ("layers", f"{described.layers}, each with {described.per_layer} variants of its block"),
         ("costs at", "; ".join(places)),
-        ("hardware", hardware or "not named"),
+        ("hardware", described.measured_on),
     )

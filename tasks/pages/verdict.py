@@ -45,11 +45,6 @@ class Finding:
     unusable: bool = False
 
 
-def headlines(report: ChildReport) -> list[str]:
-    """What a reader must know first: warnings, the verdict, and the figures behind it."""
-    return [*warnings(report), verdict(report), *(found.line for found in findings(report) if found.line)]
-
-
 def warnings(report: ChildReport) -> list[str]:
     """A child that nobody should use without looking, and speeds that nobody should believe."""
     child, parent = final_of(report.candidates, "child"), parent_of(report)
@@ -129,6 +124,11 @@ def verdict(report: ChildReport) -> str:
     said += [f"{'But it' if better else 'The child'} {_listed(worse)}."] if worse else []
     said += [f"Not clear: {'; '.join(unclear)}."] if unclear else []
     return " ".join([f"Verdict: {word}.", *said])
+
+
+def evidence(report: ChildReport) -> list[str]:
+    """The figures behind the verdict, a line for each aspect."""
+    return [found.line for found in findings(report) if found.line]
 
 
 def _listed(clauses: Sequence[str]) -> str:

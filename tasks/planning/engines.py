@@ -84,7 +84,7 @@ def _stacks(shape: Shape, places: Sequence[RequestTimes]) -> Work:
     seconds = 0.0
     for place in places:
         for part in SUBBLOCKS:
-            for label in {cost.variant for cost in place.table.costs if cost.subblock == part}:
+            for label in dict.fromkeys(cost.variant for cost in place.table.costs if cost.subblock == part):
                 single = LayerChoice.only(part, label)
                 seconds += place.seconds([(single, copies)], 0, measure.decode_steps)
         seconds += place.seconds([(PARENT, shape.depth)], 1, measure.decode_steps)  # takes its turn as well

@@ -13,14 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from blocks.errors import InfeasibleBudget
-from blocks.kinds import kind_of, parse_labels
+from blocks.kinds import kind_of
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Architecture, CostTable, LayerChoice, Score, Subblock, Totals, Value
 from blocks.resources import weight_bytes
 from profiles.hardware import ARCHITECTURES, HardwareTarget, load_target
 from profiles.schema import ParentSource, Profile
 from tasks.inputs.parent import write_config
-from tasks.inputs.space import check_search_space, layers_of, measured_space, refused_alone
+from tasks.inputs.space import check_search_space, layers_of, measured_space
 from tasks.measure.roofline import Setting, modelled_costs, setting_of
 from tasks.planning import effort
 from tasks.planning.effort import Shape, Work, shape_of
@@ -124,7 +124,7 @@ def plan_of(profile: Profile, parent: Parent, rates: Rates, price_per_hour: floa
     searched = layers_of(profile, parent)
     modelled = profile.hardware.engine == "roofline"
     setting = setting_of(profile.hardware, _serving(profile, rates), parent)
-    problem = bounds_problem(profile, parent, setting, searched)
+    problem = bounds_problem(shape, setting, searched)
     children, infeasible = children_of(problem)
     share = share_of(children, shape)
     needs = needs_of(shape, share, rates.memory)
@@ -191,30 +191,21 @@ def _serving(profile: Profile, rates: Rates) -> HardwareTarget:
     return target_of(rates, profile.hardware.precision) if rates.measured else load_target(rates.name)
 
 
-def bounds_problem(profile: Profile, parent: Parent, setting: Setting, searched: Sequence[int]) -> Problem:
+def bounds_problem(shape: Shape, setting: Setting, searched: Sequence[int]) -> Problem:
     """The profile's problem with modelled costs, and in the place of scores the share of parameters a variant drops."""
-    space = measured_space(profile)
+    profile, parent, space = shape.profile, shape.parent, measured_space(shape.profile)
     table: CostTable = modelled_costs(parent, space, profile.scenarios, setting)
     first = (profile.scenarios[0].name, profile.scenarios[0].batch_sizes[0])
     sizes = {(c.subblock, c.variant): c.parameters for c in table.costs if (c.scenario, c.batch_size) == first}
     whole = table.num_hidden_layers * sum(sizes[part, "parent"] for part in SUBBLOCKS)
     scores = [
-        _score(layer, part, label, (sizes[part, "parent"] - size) / whole)
+        _score(layer, part, variant.label, (sizes[part, "parent"] - sizes[part, variant.label]) / whole)
         for layer in searched
-        for (part, label), size in sizes.items()
-        if label in _labels(profile, part, parent) and _runs(profile, parent, layer, part, label)
+        for part in SUBBLOCKS
+        for variant in shape.variants[part]
+        if variant.label == "parent" or shape.runs(layer, variant)
     ]
     return make_problem(scores, table, profile.budget, profile.scenarios, profile.search)
-
-
-def _labels(profile: Profile, part: Subblock, parent: Parent) -> list[str]:
-    """Of the parent's own and all that are searched."""
-    return [variant.label for variant in parse_labels(part, getattr(profile.search_space, part), parent.config)]
-
-
-def _runs(profile: Profile, parent: Parent, layer: int, part: Subblock, label: str) -> bool:
-    """Whether the engines that have to run the child run this variant in this layer."""
-    return label == "parent" or refused_alone(profile, parent.config, layer, part, label) is None
 
 
 def _score(layer: int, part: Subblock, label: str, dropped: float) -> Score:
@@ -313,11 +304,8 @@ def stages_of(
     stepped = gkd.steps * gkd.batch_sequences * length
     shares = [1.0, *[share] * (1 + rivals)]
     spoken = len(profile.evaluate.prompts) * profile.evaluate.answer_tokens
-    entering, everywhere = (
-        effort.entering_work(shape),
-        {"distill", "coupled", "score", "GKD child", "GKD best baseline"},
-    )
-    used = dict.fromkeys(everywhere, shape.devices)
+    entering = effort.entering_work(shape)
+    used = dict.fromkeys(("distill", "coupled", "score", "GKD child", "GKD best baseline"), shape.devices)
     bytes_of = {need.stage: need.bytes for need in needs}
     rows = [
         ("parent", 1, 0, effort.parent_work(shape)),

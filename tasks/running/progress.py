@@ -83,9 +83,10 @@ class Stage:
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, 1:05."""
+    """1:05, or 2:01:05 from an hour on."""
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def wide_console() -> Console:
