@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blocks.divergence import Head, kl_per_token, targets_of
 from blocks.error_correction import InputGrams, correct
 from blocks.errors import PuzzleError
 from blocks.estimates import mean
@@ -29,11 +30,11 @@ def quantise(model: Any, tokens: Tensor, precision: str) -> tuple[str, Mapping[s
 
     Returns a sentence with the KL on that last eighth, from the model before, and what the file holds.
     """
-    held_out = tokens[-max(1, len(tokens) // 8) :]
-    before = _log_probabilities(model, held_out)
+    held_out, head = tokens[-max(1, len(tokens) // 8) :], Head(model.lm_head.weight)
+    before = targets_of(_final_states(model, held_out), head)
     stored = quantise_layers(model, tokens[: -len(held_out)], precision)
-    after = _log_probabilities(model, held_out)
-    kl = mean([float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(before, after, strict=True)])
+    each, _ = kl_per_token(_final_states(model, held_out), before, head)
+    kl = mean(each.view(held_out.shape).mean(1))
     error = f" ±{kl.error:.2g}" if len(held_out) > 1 else ""
     fitted = f"fitted to {tokens.shape[1] * (len(tokens) - len(held_out)):,} tokens"
     return (
@@ -43,9 +44,10 @@ def quantise(model: Any, tokens: Tensor, precision: str) -> tuple[str, Mapping[s
 
 
 @torch.no_grad()
-def _log_probabilities(model: Any, tokens: Tensor) -> list[Tensor]:
-    """A (T, V) tensor for each sequence of (S, T) tokens."""
-    return [model(one.unsqueeze(0), use_cache=False).logits[0].log_softmax(-1) for one in tokens]
+def _final_states(model: Any, tokens: Tensor) -> Tensor:
+    """States (S * T, D) after the final norm, of (S, T) tokens."""
+    states = [model.model(batch, use_cache=False).last_hidden_state for batch in tokens.split(BATCH)]
+    return torch.cat(states).flatten(0, 1)
 
 
 @torch.no_grad()
