@@ -30,7 +30,7 @@ from blocks.variant import Variant
 from profiles.schema import Hardware, Measure
 from tasks.engines.base import LoadOptions, Session
 from tasks.engines.timing_in_turns import in_turns, median_metric, tokens_before
-from tasks.measure.hardware_description import clock_for
+from tasks.measure.hardware_description import clock_for, threads_of
 from tasks.measure.variant_timing import NON_BLOCK, PARENT, KeptFigures, Load, Timing, name_of
 from tasks.running.progress import Progress
 
@@ -75,7 +75,7 @@ class WholeModelTimer(ABC):
     def __init__(self, reader: Parent, variants: Sequence[Variant], hardware: Hardware, measure: Measure) -> None:
         check_parent([hardware.engine], reader.config, hardware.precision)
         self.reader, self.variants, self.hardware, self.measure = reader, variants, hardware, measure
-        self.threads, self.clock = hardware.threads or torch.get_num_threads(), clock_for(hardware)
+        self.threads, self.clock = threads_of(hardware), clock_for(hardware)
         self.narrowest = narrowest_ffn(reader, variants)
         self.models = {model.name: model for model in models_to_time(reader, variants)}
         self._loaded: tuple[Load, Session] | None = None
