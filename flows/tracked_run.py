@@ -11,7 +11,6 @@ from typing import Any
 
 from prefect import runtime
 from prefect.client.orchestration import get_client
-from torch import get_num_threads
 
 from blocks.errors import PuzzleFailure
 from blocks.library import digest_of
@@ -31,6 +30,7 @@ from profiles.schema import Profile
 from tasks.libraries.interchange import StoredLibrary, describe, sizes_of, write_library
 from tasks.measure.calibration import parent_bias
 from tasks.measure.cost_sums import PHASES
+from tasks.measure.hardware_description import threads_of
 from tasks.operating import experiment, tracking
 from tasks.operating.artifacts import show_link, show_table
 from tasks.operating.run_figures import asked_params, engine_tags, input_params, run_name, search_metrics
@@ -221,7 +221,7 @@ def _opened_run(profile: Profile, workspace: Path, kept: Path) -> Iterator[Track
     left = kept.read_text() if kept.exists() else None
     prefect_run_id = str(runtime.flow_run.id or "")
     hardware = profile.hardware
-    engine = engine_tags(hardware.engine, hardware.precision, hardware.threads or get_num_threads(), hardware.device)
+    engine = engine_tags(hardware.engine, hardware.precision, threads_of(hardware), hardware.device)
     with (
         tracking.run_started(store, run_name(profile), tags=prefect_tags() | engine, run_id=left) as mlflow_run_id,
         experiment.system_metrics(store, mlflow_run_id),

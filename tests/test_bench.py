@@ -24,6 +24,7 @@ from tasks.measure import costs
 from tasks.measure.bench import BenchRow, Point, bench, fitting
 from tasks.measure.costs import CostRequest, measure_costs
 from tasks.measure.llama_cpp_costs import LlamaCppTimer
+from tasks.measure.variant_timing import Load
 from tasks.measure.whole_model_costs import FIRST, models_to_time
 from tests.chain import prepare, recording
 from tests.test_engines import folders, needs_llama_cpp, run
@@ -113,13 +114,13 @@ class Exact(LlamaCppTimer):
 class Timed(Exact):
     """Loads nothing; counts the models that it times, and is killed before one of them."""
 
-    def _open(self, folder: Path, layers: Any, scenario: Scenario, batch: int) -> Any:
+    def _open(self, folder: Path, layers: Any, load: Load) -> Any:
         return layers
 
     def _release(self, model: Any) -> None:
         pass
 
-    def _turns(self, models: Any, scenario: Scenario, batch: int) -> Any:
+    def _turns(self, models: Any, load: Load) -> Any:
         counts["timed"] += 1
         if counts["timed"] == counts["killed at"]:
             raise KeyboardInterrupt
@@ -143,10 +144,10 @@ def test_whole_models_are_taken_apart_exactly(tmp_path: Path) -> None:
     times = {whole.name: Metric(value=exact.seconds(whole.repeated), se=0.0, n=3) for whole in wholes}
     found = exact._one_phase(times, Metric(value=1.0, se=0.0, n=3))
     for label, seconds in exact.made_up.items():
-        assert found["attention", label].value == pytest.approx(seconds)
+        assert found[f"attention {label}"].value == pytest.approx(seconds)
     for label, seconds in exact.widths.items():
-        assert found["ffn", label].value == pytest.approx(seconds)
-    assert found["non_block", ""].value == pytest.approx(100.0)
+        assert found[f"ffn {label}"].value == pytest.approx(seconds)
+    assert found["non_block"].value == pytest.approx(100.0)
 
 
 def test_after_a_kill_one_model_is_timed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,7 @@ from tasks.evaluate.budget import asked_words, limits_of, state_of
 from tasks.search.choose import choose
 from tasks.search.totals import Problem
 from tests.test_choose import CHAT, LONG, random_problem
-
-
-def metric(value: float, se: float = 0.0) -> Metric:
-    return Metric(value=value, se=se, n=8)
+from tests.test_report import metric
 
 
 def timed(architecture: Architecture, slower: float, parent: bool = False) -> list[Throughput]:

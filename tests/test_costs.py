@@ -157,7 +157,7 @@ class Fake:
 
     def __init__(self, seconds: list[float], reader: Any, variants: Any, *_: Any) -> None:
         self.seconds = seconds
-        self.names = [(one.subblock, one.label) for one in variants] + [("non_block", ""), ("parent", "")]
+        self.names = [f"{one.subblock} {one.label}" for one in variants] + ["non_block", "parent"]
 
     def time(self, what: str, load: Load, kept: KeptFigures, progress: Any) -> None:
         if not kept.of(load, what):
@@ -165,7 +165,7 @@ class Fake:
                 raise KeyboardInterrupt
             kept.add(load, what, seconds=self.seconds.pop() if len(self.seconds) > 2 else self.seconds[-1])
 
-    def timings(self, load: Load, kept: KeptFigures) -> dict[tuple[str, str], Timing]:
+    def timings(self, load: Load, kept: KeptFigures) -> dict[str, Timing]:
         seconds = kept.of(load)[0]["seconds"]
         spread = self.seconds[0] if len(self.seconds) > 1 else 0.01
         timing = Timing(prefill=seconds, decode=seconds, prefill_spread=spread, decode_spread=spread)

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from blocks.compute import HOST
+from blocks.compute import HOST, Compute
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.library import read_tensors
 from blocks.records import LayerChoice
@@ -40,11 +40,11 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def job_of(chain: Chain, **changes: Any) -> gkd_job.Job:
+def job_of(chain: Chain, compute: Compute = HOST, **changes: Any) -> gkd_job.Job:
     """A GKD of the tiny chain's child whose folder is empty."""
     settings = GKD(**(SETTINGS | changes))
-    teacher = record_teacher(chain.parent, chain.corpus, settings, chain.workspace, HOST)
-    job = gkd_job.job_of(CHILD, chain.blocks, teacher, settings, HOST)
+    teacher = record_teacher(chain.parent, chain.corpus, settings, chain.workspace, compute)
+    job = gkd_job.job_of(CHILD, chain.blocks, teacher, settings, compute)
     shutil.rmtree(chain.workspace / job.folder, ignore_errors=True)
     return job
 
@@ -74,10 +74,8 @@ def test_parts_of_a_batch_add_up_to_it(chain: Chain) -> None:
 
 
 def test_products_in_bfloat16_train_float32_weights(chain: Chain) -> None:
-    compute, settings = replace(HOST, dtype=torch.bfloat16), GKD(**SETTINGS)
-    teacher = record_teacher(chain.parent, chain.corpus, settings, chain.workspace, compute)
-    job = gkd_job.job_of(CHILD, chain.blocks, teacher, settings, compute)
-    shutil.rmtree(chain.workspace / job.folder, ignore_errors=True)
+    compute = replace(HOST, dtype=torch.bfloat16)
+    job = job_of(chain, compute)
     rough, exact = gkd_job.distill_globally(job, chain.workspace, compute), distilled(chain)
     assert rough.best_kl == pytest.approx(exact.best_kl, rel=0.05) and rough.losses != exact.losses
     assert {w.dtype for w in read_tensors(chain.workspace, rough.weights).values()} == {torch.float32}

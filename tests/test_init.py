@@ -21,6 +21,7 @@ from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.parent import prepare_parent
 from tasks.measure.roofline import setting_of
 from tasks.planning.effort import shape_of
+from tasks.planning.machine import target_of
 from tasks.planning.plan import bounds_problem, children_of, config_parent
 from tests.test_nvlabs import puzzle
 from tests.test_plan import RATES
@@ -56,15 +57,9 @@ def test_the_profile_runs(here: Path) -> None:
     info = prepare_corpus(corpus, here / "w" / parent.folder, parent.fingerprint, here / "w")
     assert info.train_sequences == corpus.train_sequences
     sketch = config_parent(profile.parent)
-    setting = setting_of(profile.hardware, first_target(), sketch)
+    setting = setting_of(profile.hardware, target_of(RATES, "float32"), sketch)
     children, infeasible = children_of(bounds_problem(shape_of(profile, sketch), setting, [0, 1, 2]))
     assert not infeasible and children[0].name == "largest within the budget"
-
-
-def first_target() -> Any:
-    from tasks.planning.machine import target_of
-
-    return target_of(RATES, "float32")
 
 
 def test_nothing_is_written_over_and_nobody_is_asked_without_a_console(here: Path) -> None:

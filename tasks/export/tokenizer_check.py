@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from blocks.errors import PuzzleError
+from blocks.errors import PuzzleError, first_line
 from tasks.engines.base import LoadOptions
 from tasks.engines.llama_cpp import LlamaCpp, LlamaSession
 from tasks.engines.openai_server import serving
@@ -180,7 +180,7 @@ def _check_template(path: Path, session: LlamaSession, tokenizer: Any) -> list[s
     try:
         return [_rendered(path, session, tokenizer)]
     except (PuzzleError, httpx.HTTPError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0].split(" It ends with:")[0]
+        reason = first_line(error).split(" It ends with:")[0]
         return [f"chat template: the text is transformers' own; not compared as llama.cpp renders it: {reason}"]
 
 

@@ -46,27 +46,28 @@ class UnknownPrecision(PuzzleError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A matrix that is rounded already: its type and its bytes, (rows, bytes of a row) uint8."""
+
+    kind: Type
+    rows: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class NamedTensor:
-    """A tensor of the file: GGUF name, type, and what it is made from."""
+    """A tensor of the file: GGUF name, type, and what it is made from. stored: its values, if they are rounded."""
 
     name: str
     kind: Type
     entry: Entry
     shape: tuple[int, ...]
+    stored: Stored | None
 
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
         block, size = gguf.GGML_QUANT_SIZES[self.kind]
         return int(np.prod(self.shape)) // block * size
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stored:
-    """A matrix that is rounded already: its type and its bytes, (rows, bytes of a row) uint8."""
-
-    kind: Type
-    rows: Tensor
 
 
 def write_gguf(
@@ -106,7 +107,7 @@ def write_gguf(
         if factors is not None:
             writer.write_tensor_data(factors)
         for tensor in tensors:  # one at a time: the file may be larger than what memory has left
-            writer.write_tensor_data(_values(tensor, state, stored))
+            writer.write_tensor_data(_values(tensor, state))
         writer.close()
     return path
 
@@ -126,33 +127,31 @@ def _entries(config: Any, layers: list[Layer], state: dict[str, Tensor]) -> Iter
 def _named(
     entry: Entry, layer: int | None, state: dict[str, Tensor], precision: str, stored: Mapping[str, Stored]
 ) -> NamedTensor:
-    shape = _shape(entry, state)
+    shape, ready = _shape(entry, state), stored.get(entry.source or "")
     kind = PRECISIONS["q8_0" if precision in CORRECTED else precision][0] if len(shape) > 1 else Type.F32
-    ready = stored.get(entry.source or "")
-    if ready is not None:
-        kind = ready.kind
+    kind = kind if ready is None else ready.kind
     if kind == Type.Q8_0 and shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
         kind = Type.F16
     name = entry.name if layer is None else f"blk.{layer}.{entry.name}"
-    return NamedTensor(name=name, kind=kind, entry=entry, shape=shape)
+    return NamedTensor(name=name, kind=kind, entry=entry, shape=shape, stored=ready)
 
 
 def _shape(entry: Entry, state: dict[str, Tensor]) -> tuple[int, ...]:
     return entry.shape if entry.source is None else tuple(state[entry.source].shape)
 
 
-def _values(tensor: NamedTensor, state: dict[str, Tensor], stored: Mapping[str, Stored]) -> Any:
+def _values(tensor: NamedTensor, state: dict[str, Tensor]) -> Any:
     entry = tensor.entry
-    ready = stored.get(entry.source or "")
-    if ready is not None:
-        return (ready.rows if entry.heads is None else interleaved(ready.rows, entry.heads)).contiguous().numpy()
-    if entry.source is None:
+    if tensor.stored is not None:
+        values = tensor.stored.rows
+    elif entry.source is None:
         values = torch.full(entry.shape, entry.fill)
     else:
         values = state[entry.source].detach().to("cpu", torch.float32)
-        if entry.heads is not None:
-            values = interleaved(values, entry.heads)
-    return gguf.quants.quantize(values.contiguous().numpy(), tensor.kind)
+    if entry.heads is not None:
+        values = interleaved(values, entry.heads)
+    ready = values.contiguous().numpy()
+    return ready if tensor.stored is not None else gguf.quants.quantize(ready, tensor.kind)
 
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:

@@ -43,9 +43,9 @@ def cells(row: BenchRow) -> list[str]:
     return [
         f"{row.batch_size}x{row.prompt_tokens}x{row.generated_tokens}",
         row.model,
-        _figure(speed.prefill_tokens_per_second),
+        figure_cell(speed.prefill_tokens_per_second),
         "" if gains is None else gain_cell(gains.prefill, gains.prefill_cpu),
-        _figure(speed.decode_tokens_per_second),
+        figure_cell(speed.decode_tokens_per_second),
         "" if gains is None else gain_cell(gains.decode, gains.decode_cpu),
         f"{speed.first_token_seconds.value:,.4f}",
         f"{speed.output_token_seconds.value:,.5f}",
@@ -56,7 +56,8 @@ def cells(row: BenchRow) -> list[str]:
     ]
 
 
-def _figure(metric: Metric) -> str:
+def figure_cell(metric: Metric) -> str:
+    """`1,234.5 ±6.7`."""
     return f"{metric.value:,.1f} ±{metric.se:,.1f}"
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from tasks.loadtest.arrivals import NO_LIMITS, Limits
-from tasks.loadtest.bench_table import MEMORY, gain_cell
+from tasks.loadtest.bench_table import MEMORY, figure_cell, gain_cell
 from tasks.loadtest.serving_load import LoadRow
 
 COLUMNS = (
@@ -45,7 +45,7 @@ def load_cells(row: LoadRow) -> list[str]:
         row.model,
         f"{row.requests - row.failed}/{row.requests}",
         f"{row.requests_per_second.value:,.2f}",
-        f"{row.generated_tokens_per_second.value:,.1f} ±{row.generated_tokens_per_second.se:,.1f}",
+        figure_cell(row.generated_tokens_per_second),
         gain_cell(gains.throughput, gains.cpu) if gains else "",
         _pair(row.first_token_seconds),
         gain_cell(gains.first_token, None) if gains else "",

@@ -22,6 +22,7 @@ import httpx
 
 from blocks.engine_limits import known_engine
 from blocks.errors import PuzzleError, PuzzleFailure
+from blocks.estimates import mean
 from blocks.parent import config_of
 from blocks.records import Metric, Value
 from tasks.engines.base import LoadOptions
@@ -32,10 +33,10 @@ from tasks.inputs.children import open_child
 from tasks.loadtest.arrivals import NO_LIMITS, Limits, Traffic, traffic_of
 from tasks.loadtest.load_client import Request, send
 from tasks.measure.bench import CHILD, Point, ready
+from tasks.running.progress import Progress, no_progress
 
 API_KEY = "PUZZLE_BENCH_API_KEY"  # ours: a key that is in the environment for somebody else's API goes nowhere
 SPARE_TOKENS = 16  # a server may add tokens of its own to a prompt
-Report = Callable[[int, int], None]  # hears how many requests are done, and how many there are
 
 
 class LoadTurn(Value):
@@ -124,9 +125,7 @@ class LoadPlan:
         return models * self.rounds * sum(self.requests / load.rate for load in self.traffic if load.rate)
 
 
-def bench_servers(
-    sources: Mapping[str, Path], plan: LoadPlan, report: Report = lambda done, total: None
-) -> list[LoadRow]:
+def bench_servers(sources: Mapping[str, Path], plan: LoadPlan, progress: Progress = no_progress) -> list[LoadRow]:
     """Parent and child under the same loads, in turns. `sources` has the child, for its vocabulary, and what is served.
 
     Raises PuzzleError for a server that cannot be started, PuzzleFailure for one that does not answer.
@@ -142,7 +141,7 @@ def bench_servers(
             if plan.server is None
             else stack.enter_context(served_models(sources, plan.server, plan.points, plan.precision, plan.threads))
         )
-        return load_test(servers, plan, config.vocab_size, report)
+        return load_test(servers, plan, config.vocab_size, progress)
 
 
 @contextmanager
@@ -197,7 +196,7 @@ def _is_address(url: str) -> bool:
 
 
 def load_test(
-    servers: Mapping[str, Served], plan: LoadPlan, vocab_size: int, report: Report = lambda done, total: None
+    servers: Mapping[str, Served], plan: LoadPlan, vocab_size: int, progress: Progress = no_progress
 ) -> list[LoadRow]:
     """Every server under every load, in turns; the one named `parent` is what gains are counted from.
 
@@ -205,6 +204,10 @@ def load_test(
     """
     order, rows = list(servers), list[LoadRow]()
     total, done = len(plan.traffic) * plan.rounds * len(order) * plan.requests, itertools.count(1)
+
+    def answered() -> None:
+        progress(next(done), total)
+
     for traffic in plan.traffic:
         turns: dict[str, list[LoadTurn]] = {name: [] for name in order}
         if traffic.rate is None:
@@ -213,7 +216,7 @@ def load_test(
         for number in range(plan.rounds):
             prompts = prompts_of(traffic, vocab_size, plan.requests, number)
             for name in reversed(order) if number % 2 else order:
-                turns[name].append(one_turn(servers[name], traffic, prompts, number, lambda: report(next(done), total)))
+                turns[name].append(one_turn(servers[name], traffic, prompts, number, answered))
         rows += [row_of(name, traffic, turns, servers[name].peak_bytes(), plan.limits) for name in order]
     return rows
 
@@ -279,11 +282,8 @@ def good_share(turns: Sequence[LoadTurn], limits: Limits) -> Metric | None:
     """Share of requests within the limits: mean of the rounds and its standard error; None without limits."""
     if not limits.given():
         return None
-    shares = [
-        statistics.mean(limits.hold(request.first, request.per_token()) for request in turn.requests) for turn in turns
-    ]
-    se = statistics.stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else 0.0
-    return Metric(value=statistics.mean(shares), se=se, n=len(shares))
+    held = [[limits.hold(request.first, request.per_token()) for request in turn.requests] for turn in turns]
+    return mean([statistics.mean(each) for each in held]).metric
 
 
 def _percentiles(values: Sequence[float]) -> tuple[float | None, float | None]:

@@ -30,7 +30,7 @@ from tasks.measure.cost_sums import PHASES
 from tasks.measure.hardware_description import entry, hardware_description
 from tasks.measure.llama_cpp_costs import LlamaCppTimer
 from tasks.measure.torch_costs import TorchTimer, stacks_to_time
-from tasks.measure.variant_timing import KeptFigures, Load, Timed, Timing, VariantTimer
+from tasks.measure.variant_timing import NON_BLOCK, PARENT, KeptFigures, Load, Timing, VariantTimer, name_of
 from tasks.measure.vllm_costs import VllmTimer
 from tasks.measure.whole_model_costs import models_to_time
 from tasks.running.progress import Progress, no_progress, part_of, say
@@ -194,7 +194,7 @@ def _measured(asked: CostRequest, workspace: Path, progress: Progress, hand: Han
 
 
 def _table(
-    asked: CostRequest, reader: Parent, timings: Mapping[str, Mapping[Timed, Timing]], others: Others
+    asked: CostRequest, reader: Parent, timings: Mapping[str, Mapping[str, Timing]], others: Others
 ) -> CostTable:
     hardware = asked.hardware
     described, served, load = hardware_description(hardware), served_precision(hardware, reader), others.load()
@@ -203,21 +203,19 @@ def _table(
     variants = asked.variants(reader)
 
     def rest(what: str) -> tuple[NonBlockCost, ...]:
-        return tuple(
-            _non_block(reader, at.scenario, at.batch, timings[at.label][what, ""], hardware) for at in asked.loads
-        )
+        return tuple(_non_block(reader, at.scenario, at.batch, timings[at.label][what], hardware) for at in asked.loads)
 
     return CostTable(
         hardware=described | entry("busy", busy) | entry("weights", None if served == hardware.precision else served),
         costs=tuple(
-            _cost(reader, one, at.scenario, at.batch, timings[at.label][one.subblock, one.label], hardware)
+            _cost(reader, one, at.scenario, at.batch, timings[at.label][name_of(one)], hardware)
             for at in asked.loads
             for one in variants
         ),
-        non_block=rest("non_block"),
+        non_block=rest(NON_BLOCK),
         num_hidden_layers=reader.depth,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        parent_measured=rest("parent"),
+        parent_measured=rest(PARENT),
         load=load,
     )
 

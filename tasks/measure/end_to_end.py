@@ -29,7 +29,7 @@ from tasks.gguf.tokenizer_writer import NO_TOKENIZER
 from tasks.gguf.writer import write_gguf
 from tasks.measure.bench import Point, at_work, time_in_turns
 from tasks.measure.cost_sums import check_sums, clock_of
-from tasks.measure.hardware_description import hardware_description
+from tasks.measure.hardware_description import hardware_description, threads_of
 from tasks.running.progress import Progress, no_progress
 from tasks.running.usage import Others, crowd_now
 
@@ -100,7 +100,7 @@ def _path(contenders: Sequence[Contender], parent: ParentInfo, profile: Profile,
 
 def _others_on(hardware: Hardware, crowd: Callable[[int], str]) -> str:
     """Who else computes on the processors that models are timed on."""
-    return crowd(hardware.threads or torch.get_num_threads()) if hardware.device == "cpu" else ""
+    return crowd(threads_of(hardware)) if hardware.device == "cpu" else ""
 
 
 def _with_sums(speed: SpeedReport, contenders: Sequence[Contender], costs: CostTable) -> SpeedReport:
@@ -145,10 +145,9 @@ def _timer(
         yield partial(measure_throughput, {name: model.to(hardware.device, dtype) for name, model in models.items()})
         return
     points = [Point.of(scenario, batch) for scenario, batch in loads]
-    threads = hardware.threads or torch.get_num_threads()
     with (
         _exported(contenders, parent, hardware, workspace) as files,
-        at_work(files, hardware.engine, points, hardware.precision, threads) as workers,
+        at_work(files, hardware.engine, points, hardware.precision, threads_of(hardware)) as workers,
     ):
         yield lambda scenario, batch, rounds: time_in_turns(workers, Point.of(scenario, batch), scenario, rounds)
 

@@ -20,7 +20,7 @@ def hardware_description(hardware: Hardware) -> dict[str, str]:
         "device": hardware.device,
         **entry("accelerator", accelerator(hardware.device)),
         "precision": hardware.precision,
-        "threads": str(hardware.threads or torch.get_num_threads()),
+        "threads": str(threads_of(hardware)),
         "clock": clock_for(hardware),
     }
 
@@ -39,9 +39,13 @@ def clock_for(hardware: Hardware) -> str:
     """`CPU` or `wall`: what the seconds of costs are. On one thread of a CPU they are CPU seconds, which do not grow
     when others use the machine.
     """
-    threads = hardware.threads or torch.get_num_threads()
     here = hardware.engine != "roofline" and hardware.device == "cpu"
-    return "CPU" if here and threads == 1 else "wall"
+    return "CPU" if here and threads_of(hardware) == 1 else "wall"
+
+
+def threads_of(hardware: Hardware) -> int:
+    """Threads of one operation: as many as the profile says, else as many as torch uses here."""
+    return hardware.threads or torch.get_num_threads()
 
 
 def _engine_description(hardware: Hardware) -> dict[str, str]:

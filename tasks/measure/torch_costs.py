@@ -24,19 +24,16 @@ from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM, DeciLMM
 from blocks.parent import Parent
 from blocks.records import LayerChoice
 from blocks.variant import Variant
-from profiles.schema import Hardware, Measure, Scenario
-from tasks.engines.timing_in_turns import cpu_clock, median_metric, wait_for
+from profiles.schema import Hardware, Measure
+from tasks.engines.timing_in_turns import cpu_clock, median_metric, tokens_before, wait_for
 from tasks.measure.hardware_description import clock_for
-from tasks.measure.variant_timing import KeptFigures, Load, Timed, Timing
+from tasks.measure.variant_timing import NON_BLOCK, PARENT, KeptFigures, Load, Timing, name_of
 from tasks.running.progress import Progress
-
-NON_BLOCK, PARENT = "non_block", "parent"
 
 
 def stacks_to_time(variants: Sequence[Variant]) -> list[str]:
     """The parts that are timed."""
-    stacked = [f"{variant.subblock} {variant.label}" for variant in variants if variant.kind != "no_op"]
-    return [*stacked, NON_BLOCK, PARENT]
+    return [*(name_of(variant) for variant in variants if variant.kind != "no_op"), NON_BLOCK, PARENT]
 
 
 class TorchTimer:
@@ -50,9 +47,7 @@ class TorchTimer:
         generator = torch.Generator().manual_seed(0)
         self.variants = variants
         self.stacks = {
-            f"{variant.subblock} {variant.label}": self._stack(variant, generator)
-            for variant in variants
-            if variant.kind != "no_op"
+            name_of(variant): self._stack(variant, generator) for variant in variants if variant.kind != "no_op"
         }
         model: Any = reader.model()
         self.parent = model.to(self.device, self.dtype)
@@ -73,15 +68,14 @@ class TorchTimer:
     @torch.inference_mode()
     def time(self, what: str, load: Load, kept: KeptFigures, progress: Progress) -> None:
         """See VariantTimer. All parts take turns, so all that are not finished are measured with this one."""
-        shape, rounds = (load.scenario, load.batch), self.measure.rounds
         jobs: dict[str, Callable[[], tuple[float, float]]] = {
-            name: partial(self._time, stack, *shape, self.copies) for name, stack in self.stacks.items()
+            name: partial(self._time, stack, load, self.copies) for name, stack in self.stacks.items()
         }
-        jobs |= {NON_BLOCK: partial(self._time_non_block, *shape), PARENT: partial(self._time, self.parent, *shape, 1)}
+        jobs |= {NON_BLOCK: partial(self._time_non_block, load), PARENT: partial(self._time, self.parent, load, 1)}
         have = {(row["what"], row["round"]) for row in kept.of(load)}
         turns = [
             (name, number)
-            for number in range(1, rounds + 1)
+            for number in range(1, self.measure.rounds + 1)
             for name in (jobs if number % 2 else reversed(jobs))
             if (name, number) not in have
         ]
@@ -96,35 +90,30 @@ class TorchTimer:
             kept.add(load, name, round=number, prefill=prefill, decode=decode)
             progress(done, len(turns))
 
-    def timings(self, load: Load, kept: KeptFigures) -> dict[Timed, Timing]:
+    def timings(self, load: Load, kept: KeptFigures) -> dict[str, Timing]:
         """See VariantTimer."""
-        scaled = _at_one_speed(kept.of(load))
-        named = {f"{variant.subblock} {variant.label}": (variant.subblock, variant.label) for variant in self.variants}
-        free = Timing(prefill=0.0, decode=0.0)
-        return {timed: summary(scaled[name]) if name in scaled else free for name, timed in named.items()} | {
-            (name, ""): summary(scaled[name]) for name in (NON_BLOCK, PARENT)
+        free = {
+            name_of(variant): Timing(prefill=0.0, decode=0.0) for variant in self.variants if variant.kind == "no_op"
         }
+        return free | {name: summary(seconds) for name, seconds in _at_one_speed(kept.of(load)).items()}
 
     def close(self) -> None:
         """See VariantTimer."""
 
-    def _time(
-        self, model: DeciLMModel | DeciLMForCausalLM, scenario: Scenario, batch: int, copies: int
-    ) -> tuple[float, float]:
+    def _time(self, model: DeciLMModel | DeciLMForCausalLM, load: Load, copies: int) -> tuple[float, float]:
         """Prefill seconds and decode seconds per token, divided by the copies."""
-        whole = isinstance(model, DeciLMForCausalLM)
+        whole, scenario, batch = isinstance(model, DeciLMForCausalLM), load.scenario, load.batch
         cache = DynamicCache(config=model.config)
         step = self._whole_step if whole else self._stack_step
         started = self._now()
         step(model, batch, scenario.prompt_tokens, 0, cache)
         prefilled = self._now()
-        # a token of the middle of the generation is the average one: the cache grows to there untimed
-        middle = scenario.prompt_tokens + max(0, (scenario.generated_tokens - self.measure.decode_steps) // 2)
-        if middle > scenario.prompt_tokens:
-            step(model, batch, middle - scenario.prompt_tokens, scenario.prompt_tokens, cache)
+        grow = tokens_before(scenario.generated_tokens, self.measure.decode_steps)
+        if grow:
+            step(model, batch, grow, scenario.prompt_tokens, cache)
         halfway = self._now()
         for offset in range(self.measure.decode_steps):
-            step(model, batch, 1, middle + offset, cache)
+            step(model, batch, 1, scenario.prompt_tokens + grow + offset, cache)
         ended = self._now()
         return (prefilled - started) / copies, (ended - halfway) / copies / self.measure.decode_steps
 
@@ -146,11 +135,13 @@ class TorchTimer:
         shape = (batch, tokens, self.reader.config.hidden_size)
         return torch.ones(shape, device=self.device, dtype=self.dtype).mul_(0.1)
 
-    def _time_non_block(self, scenario: Scenario, batch: int) -> tuple[float, float]:
+    def _time_non_block(self, load: Load) -> tuple[float, float]:
         """Embedding of all tokens, final norm, head of the last token; then the same for one token at a time."""
         model: Any = self.parent
         norm: nn.Module = model.model.norm
-        ids = torch.full((batch, scenario.prompt_tokens), 7 % self.reader.config.vocab_size, device=self.device)
+        ids = torch.full(
+            (load.batch, load.scenario.prompt_tokens), 7 % self.reader.config.vocab_size, device=self.device
+        )
         started = self._now()
         model.lm_head(norm(model.model.embed_tokens(ids))[:, -1:])
         prefilled = self._now()

@@ -12,12 +12,18 @@ from pathlib import Path
 from typing import Any, Protocol, Self, TextIO
 
 from blocks.records import Metric, Value
+from blocks.variant import Variant
 from profiles.schema import Scenario
 from tasks.engines.timing_in_turns import relative_error
 from tasks.running.progress import Progress
 
-# (subblock, variant label); also ("non_block", "") for embedding, final norm and head, and ("parent", "") for the whole
-Timed = tuple[str, str]
+# what is timed beside the variants: embedding, final norm and head; the whole model
+NON_BLOCK, PARENT = "non_block", "parent"
+
+
+def name_of(variant: Variant) -> str:
+    """`ffn ffn768`: a variant among all that is timed."""
+    return f"{variant.subblock} {variant.label}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +127,8 @@ class VariantTimer(Protocol):
     def time(self, what: str, load: Load, kept: KeptFigures, progress: Progress) -> None:
         """Measure a part until all that is needed of it is kept. `progress` is that of all parts under this load."""
 
-    def timings(self, load: Load, kept: KeptFigures) -> dict[Timed, Timing]:
-        """Seconds of one copy of every variant, of the parts outside the layers, and of the whole parent, from what was
-        kept of all parts.
-        """
+    def timings(self, load: Load, kept: KeptFigures) -> dict[str, Timing]:
+        """Seconds of one copy of every variant, of NON_BLOCK and of PARENT, from what was kept of all parts."""
 
     def close(self) -> None:
         """Free what the timer holds."""

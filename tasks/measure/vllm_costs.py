@@ -11,9 +11,9 @@ from typing import Any
 
 from blocks.export_code import AUTO_MAP, CODE_FILES
 from blocks.records import LayerChoice
-from profiles.schema import Scenario
 from tasks.engines.base import Session
 from tasks.engines.vllm_engine import CODE, Vllm, VllmSession
+from tasks.measure.variant_timing import Load
 from tasks.measure.whole_model_costs import WholeModelTimer
 
 
@@ -33,11 +33,11 @@ class VllmTimer(WholeModelTimer):
     def _release(self, model: Session) -> None:
         """The process stays for the next model: starting vLLM takes longer than loading a model."""
 
-    def _open(self, folder: Path, layers: Sequence[LayerChoice], scenario: Scenario, batch: int) -> Session:
+    def _open(self, folder: Path, layers: Sequence[LayerChoice], load: Load) -> Session:
         path = folder / "model"
         _write_config(self.reader.child_config(layers), path)
         try:
-            process = Vllm().process(path, self._how(scenario, batch), noise=True)
+            process = Vllm().process(path, self._how(load), noise=True)
             if len(self._sessions) > 1:
                 self._sessions[1].load(process)
             else:

@@ -27,11 +27,11 @@ from blocks.parent import Parent
 from blocks.records import LayerChoice, Metric, Turn
 from blocks.resources import parameters_of
 from blocks.variant import Variant
-from profiles.schema import Hardware, Measure, Scenario
+from profiles.schema import Hardware, Measure
 from tasks.engines.base import LoadOptions, Session
 from tasks.engines.timing_in_turns import in_turns, median_metric, tokens_before
-from tasks.measure.hardware_description import clock_for
-from tasks.measure.variant_timing import KeptFigures, Load, Timed, Timing
+from tasks.measure.hardware_description import clock_for, threads_of
+from tasks.measure.variant_timing import NON_BLOCK, PARENT, KeptFigures, Load, Timing, name_of
 from tasks.running.progress import Progress
 
 Shares = tuple[Metric, Metric]  # times of a prefill and of a decode step, as shares of the parent's
@@ -57,7 +57,7 @@ def models_to_time(reader: Parent, variants: Sequence[Variant]) -> list[WholeMod
     narrowest = narrowest_ffn(reader, variants)
     choices = {FIRST: None, f"ffn {narrowest}": LayerChoice(attention="no_op", ffn=narrowest)}
     for variant in variants:
-        name = f"{variant.subblock} {variant.label}"
+        name = name_of(variant)
         if variant.subblock == "ffn":
             choices[name] = LayerChoice(attention="no_op" if _is_whole(variant) else "parent", ffn=variant.label)
         elif variant.kind != "no_op":
@@ -75,13 +75,13 @@ class WholeModelTimer(ABC):
     def __init__(self, reader: Parent, variants: Sequence[Variant], hardware: Hardware, measure: Measure) -> None:
         check_parent([hardware.engine], reader.config, hardware.precision)
         self.reader, self.variants, self.hardware, self.measure = reader, variants, hardware, measure
-        self.threads, self.clock = hardware.threads or torch.get_num_threads(), clock_for(hardware)
+        self.threads, self.clock = threads_of(hardware), clock_for(hardware)
         self.narrowest = narrowest_ffn(reader, variants)
         self.models = {model.name: model for model in models_to_time(reader, variants)}
         self._loaded: tuple[Load, Session] | None = None
 
     @abstractmethod
-    def _open(self, folder: Path, layers: Sequence[LayerChoice], scenario: Scenario, batch: int) -> Session:
+    def _open(self, folder: Path, layers: Sequence[LayerChoice], load: Load) -> Session:
         """Load a model of these layers. Its weights are noise, because time does not depend on them.
 
         `folder` is there for the model's file, which may be removed as soon as the model is loaded.
@@ -99,8 +99,8 @@ class WholeModelTimer(ABC):
             layers = [PARENT_LAYER, *([] if rest is None else [rest] * (self.reader.depth - 1))]
             with tempfile.TemporaryDirectory(prefix="puzzle-costs-") as temporary:
                 parent = self._parent(Path(temporary), load)
-                other = self._open(Path(temporary), layers, load.scenario, load.batch)
-            turns = self._turns({"parent": parent, "other": other}, load.scenario, load.batch)
+                other = self._open(Path(temporary), layers, load)
+            turns = self._turns({"parent": parent, "other": other}, load)
             self._release(other)
             kept.add(load, what, **{name: [turn.model_dump() for turn in own] for name, own in turns.items()})
         progress(names.index(what) + 1, len(names))
@@ -110,7 +110,7 @@ class WholeModelTimer(ABC):
         if self._loaded is None or self._loaded[0] != load:
             self.close()
             layers = [PARENT_LAYER] * self.reader.depth
-            self._loaded = (load, self._open(folder, layers, load.scenario, load.batch))
+            self._loaded = (load, self._open(folder, layers, load))
         return self._loaded[1]
 
     def close(self) -> None:
@@ -119,7 +119,7 @@ class WholeModelTimer(ABC):
             self._release(self._loaded[1])
         self._loaded = None
 
-    def timings(self, load: Load, kept: KeptFigures) -> dict[Timed, Timing]:
+    def timings(self, load: Load, kept: KeptFigures) -> dict[str, Timing]:
         """See VariantTimer."""
         shares: dict[str, Shares] = {}
         parents: list[tuple[float, float]] = []
@@ -130,24 +130,24 @@ class WholeModelTimer(ABC):
             shares[name] = self._shares(turns)
         return self._apart(shares, parents)
 
-    def _how(self, scenario: Scenario, batch: int) -> LoadOptions:
+    def _how(self, load: Load) -> LoadOptions:
         """Options with room for the requests that are timed."""
-        steps = self.measure.decode_steps
+        scenario, steps = load.scenario, self.measure.decode_steps
         return LoadOptions(
             precision=self.hardware.precision,
             threads=self.threads,
-            batch_size=batch,
+            batch_size=load.batch,
             context_tokens=scenario.prompt_tokens + tokens_before(scenario.generated_tokens, steps) + steps,
         )
 
-    def _turns(self, models: Mapping[str, Session], scenario: Scenario, batch: int) -> dict[str, list[Turn]]:
+    def _turns(self, models: Mapping[str, Session], load: Load) -> dict[str, list[Turn]]:
         prompt = torch.randint(
             self.reader.config.vocab_size,
-            (batch, scenario.prompt_tokens),
+            (load.batch, load.scenario.prompt_tokens),
             generator=torch.Generator().manual_seed(0),
         )
         steps = self.measure.decode_steps
-        grow = tokens_before(scenario.generated_tokens, steps)
+        grow = tokens_before(load.scenario.generated_tokens, steps)
         requests = {name: partial(model.request, prompt, steps, grow) for name, model in models.items()}
         for request in requests.values():
             request()  # warms caches up
@@ -164,9 +164,9 @@ class WholeModelTimer(ABC):
         prefill, decode = (median_metric([other[phase] / own[phase] for other, own in pairs]) for phase in (0, 1))
         return prefill, decode
 
-    def _apart(self, shares: Mapping[str, Shares], parents: Sequence[tuple[float, float]]) -> dict[Timed, Timing]:
+    def _apart(self, shares: Mapping[str, Shares], parents: Sequence[tuple[float, float]]) -> dict[str, Timing]:
         """Costs of single subblocks from the whole models' shares of the parent's time."""
-        found: dict[Timed, list[Metric]] = {}
+        found: dict[str, list[Metric]] = {}
         for phase in (0, 1):
             parent = median_metric([turn[phase] for turn in parents])
             times = {name: scaled(pair[phase], parent.value) for name, pair in shares.items()}
@@ -174,7 +174,7 @@ class WholeModelTimer(ABC):
                 found.setdefault(name, []).append(cost)
         return {name: Timing.of(*phases) for name, phases in found.items()}
 
-    def _one_phase(self, times: Mapping[str, Metric], parent: Metric) -> dict[Timed, Metric]:
+    def _one_phase(self, times: Mapping[str, Metric], parent: Metric) -> dict[str, Metric]:
         first, copies = times[FIRST], self.reader.depth - 1
 
         def cost(name: str, *less: float) -> Metric:
@@ -184,16 +184,16 @@ class WholeModelTimer(ABC):
 
         narrowest = cost(f"ffn {self.narrowest}").value
         attention = cost("attention parent", narrowest).value
-        found: dict[Timed, Metric] = {}
+        found: dict[str, Metric] = {}
         for variant in self.variants:
-            name, key = f"{variant.subblock} {variant.label}", (variant.subblock, variant.label)
+            name = name_of(variant)
             if variant.subblock == "ffn":
-                found[key] = cost(name) if _is_whole(variant) else cost(name, attention)
+                found[name] = cost(name) if _is_whole(variant) else cost(name, attention)
             else:
                 free = variant.kind == "no_op"
-                found[key] = Metric(value=0.0, se=0.0, n=parent.n) if free else cost(name, narrowest)
-        outside = max(0.0, first.value - attention - found["ffn", "parent"].value)
-        return found | {("non_block", ""): first.model_copy(update={"value": outside}), ("parent", ""): parent}
+                found[name] = Metric(value=0.0, se=0.0, n=parent.n) if free else cost(name, narrowest)
+        outside = max(0.0, first.value - attention - found["ffn parent"].value)
+        return found | {NON_BLOCK: first.model_copy(update={"value": outside}), PARENT: parent}
 
 
 def scaled(metric: Metric, factor: float) -> Metric:

@@ -76,6 +76,11 @@ class Problem:
         return table
 
     @cached_property
+    def sequences(self) -> int:
+        """How many sequences every score covers."""
+        return max((len(score.kl_per_sequence) for score in self.scores), default=0)
+
+    @cached_property
     def documents(self) -> tuple[int, ...]:
         """The document of each scored sequence, the same sequences for every score; empty where they are not known."""
         return next((score.documents for score in self.scores if score.documents), ())

@@ -149,8 +149,7 @@ def _bytes(part: Cost | NonBlockCost, tokens: int) -> float:
 
 def _summed(problem: Problem, per_sequence: Sequence[tuple[float, ...]]) -> Floats:
     """(T,) sum over the scores; the parent's own blocks score 0 on every sequence."""
-    length = max((len(score.kl_per_sequence) for score in problem.scores), default=0)
-    return np.array([*per_sequence, np.zeros(length)]).sum(axis=0)
+    return np.array([*per_sequence, np.zeros(problem.sequences)]).sum(axis=0)
 
 
 def request_of(problem: Problem | Profile, **changes: Any) -> Request:

@@ -193,7 +193,7 @@ def check_additivity(
 
 def contributions(problem: Problem, layers: Layers) -> Floats:
     """(L, T) the score that every layer adds, per scored sequence."""
-    found = np.zeros((len(layers), max((len(score.kl_per_sequence) for score in problem.scores), default=0)))
+    found = np.zeros((len(layers), problem.sequences))
     for layer, choice in enumerate(layers):
         for score in scores_behind(problem, layer, choice):
             found[layer] += score.kl_per_sequence

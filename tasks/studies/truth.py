@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from blocks.compute import Compute
 from blocks.divergence import Head, Targets, kl_per_token, targets_of
-from blocks.errors import PuzzleError, PuzzleFailure
+from blocks.errors import PuzzleError, PuzzleFailure, first_line
 from blocks.library import digest_of, keep, read_tensors, remember
 from blocks.packed import pack_linears
 from blocks.parent import Parent
@@ -86,7 +86,7 @@ def other_model(folder: Path, meter: "Meter") -> OtherModel:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
         same = vocabulary(folder) == vocabulary(own)
     except (OSError, ValueError, KeyError) as error:
-        raise PuzzleError(f"{folder} is no model that can be compared: {str(error).splitlines()[0]}") from error
+        raise PuzzleError(f"{folder} is no model that can be compared: {first_line(error)}") from error
     if not same or model.config.vocab_size != meter.modules.reader.config.vocab_size:
         raise PuzzleError(f"{folder} reads other tokens than {meter.finished.parent.name}: take one of its family.")
     compute = meter.modules.compute
