@@ -40,7 +40,7 @@ def gkd_task(
 ) -> Any:
     """See tasks.distill.gkd_job.distill_globally."""
     compute, devices = compute_of(profile), profile.devices
-    job = job_of(which.architecture.layers, which.blocks, teacher, profile.gkd, compute)
+    job = job_of(compare.bare_layers(which), which.blocks, teacher, profile.gkd, compute)
     task = TaskKey(key=job.folder.replace("/", "-"), what=f"GKD of {which.name}")
     with exclusive(workspace, task), _all_of(devices):
         return compare.distill_contender(which, teacher, profile.gkd, workspace, compute, devices, watch)

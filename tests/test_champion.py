@@ -376,7 +376,7 @@ def test_a_tighter_budget_or_dearer_costs_break_the_champion(chain: Chain, monke
         scenario = Scenario(name="chat", batch_sizes=(1,), prompt_tokens=4, generated_tokens=2)
         problem = make_problem([], measured, budget, [scenario])
         monkeypatch.setattr(champion, "last_problem", lambda *_: problem)
-        return champion.broken_budget(layers, profile_with(), chain.workspace)
+        return champion.broken_budget(chosen(layers), profile_with(), chain.workspace)
 
     # layers hold 6 subblocks of 10 parameters; the child 5, no_op costs half a subblock's time
     assert under(Budget(layer_parameters_fraction=1.0)) == ""

@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from blocks.engine_limits import check_parent, refusal
+from blocks.engine_limits import check_parent, refusal, runnable
 from blocks.errors import PuzzleError, UnknownVariant
 from blocks.kinds import parse_label
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock
+from blocks.resources import BLOCK
 from profiles.schema import Profile, SearchSpace
 
 
@@ -32,6 +33,7 @@ def misfits(profile: Profile, reader: Parent) -> list[str]:
                     parse_label(subblock, label, reader.config)
                 except UnknownVariant as error:
                     found.append(f"{section}.{field}: {error}")
+    found += _narrow(profile, reader)
     outside = [layer for layer in profile.search_space.layers or () if not 0 <= layer < reader.depth]
     if outside:
         found.append(f"search_space.layers names {outside}, but the parent's layers are 0 to {reader.depth - 1}")
@@ -39,6 +41,27 @@ def misfits(profile: Profile, reader: Parent) -> list[str]:
         check_parent(target_engines(profile), reader.config, profile.hardware.precision)
     except PuzzleError as error:
         found.append(f"hardware: {error}")
+    return found
+
+
+def _narrow(profile: Profile, reader: Parent) -> list[str]:
+    """Variants with rows that the blocks of the types of `search_space.precision` do not divide."""
+    space, found = profile.search_space, []
+    for subblock in SUBBLOCKS if space.precision else ():
+        for label in ("parent", *getattr(space, subblock)):
+            pair = LayerChoice().model_copy(update={subblock: label})
+            try:
+                free, held = (
+                    runnable("llama.cpp", reader.config, reader.depth - 1, pair.attention, pair.ffn, precision)
+                    for precision in ("float32", space.precision[0])
+                )
+            except UnknownVariant:  # said above
+                continue
+            if free is None and held is not None:
+                found.append(
+                    f"search_space.precision: {space.precision[0]} holds rows of whole blocks of {BLOCK}, which "
+                    f"{subblock} {label} of this parent does not have: leave out that variant, or the types"
+                )
     return found
 
 

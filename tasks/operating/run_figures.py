@@ -221,7 +221,7 @@ def cost_metrics(table: CostTable) -> dict[str, float]:
     several = len({cost.scenario for cost in table.costs}) > 1
     figures: dict[str, float] = {}
     parts: list[tuple[str, Cost | NonBlockCost]] = [(_variant_name(cost), cost) for cost in table.costs]
-    parts += [("outside_blocks", cost) for cost in table.non_block]
+    parts += [(".".join(filter(None, ["outside_blocks", cost.head])), cost) for cost in table.non_block]
     parts += [("whole_parent", cost) for cost in table.parent_measured]
     for name, cost in parts:
         scenario = f"_{cost.scenario}" if several else ""
@@ -263,7 +263,8 @@ def bench_metrics(rows: "Sequence[BenchRow]") -> dict[str, float]:
 def _variant_name(cost: Cost) -> str:
     """`ffn768` and `kv1` say themselves what they are; `linear`, `no_op` and `parent` exist in both subblocks."""
     own = {"attention": "kv", "ffn": "ffn"}[cost.subblock]
-    return cost.variant if cost.variant.startswith(own) else f"{cost.subblock}_{cost.variant}"
+    label = cost.variant.replace("@", ".")  # MLflow's names have no @
+    return label if label.startswith(own) else f"{cost.subblock}_{label}"
 
 
 def engine_tags(engine: str, precision: str, threads: int, device: str = "cpu") -> dict[str, str]:

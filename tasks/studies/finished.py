@@ -14,8 +14,9 @@ from tasks.distill.record import open_parent, recorded, recording_of
 from tasks.inputs.corpus import documents_of, prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
-from tasks.measure.costs import costs_of
+from tasks.measure.typed_costs import table_in_types
 from tasks.running.workers import compute_of
+from tasks.score import typed_scores
 from tasks.score.scoring import by_document, stored_score
 from tasks.search.totals import Problem, problem_of
 
@@ -62,9 +63,12 @@ def open_finished(profile: Profile, workspace: Path) -> Finished:
     found = _scores(profile, workspace, corpus, blocks)
     if not found:
         raise _unfinished(profile, workspace, "no scores")
-    costs = costs_of(profile, parent, workspace)
+    costs = table_in_types(profile, parent, workspace)
     if costs is None:
         raise _unfinished(profile, workspace, f"no costs of its scenarios on hardware {profile.hardware.name}")
+    kinds = profile.search_space.precision
+    if kinds:
+        found = _in_types(profile, workspace, (parent, corpus), blocks, found, costs)
     return Finished(
         profile=profile,
         workspace=workspace,
@@ -74,6 +78,30 @@ def open_finished(profile: Profile, workspace: Path) -> Finished:
         scores=found,
         costs=costs,
     )
+
+
+def _in_types(
+    profile: Profile,
+    workspace: Path,
+    source: tuple[ParentInfo, CorpusInfo],
+    blocks: Sequence[BlockRecord],
+    scores: Sequence[Score],
+    costs: CostTable,
+) -> tuple[Score, ...]:
+    """The scores of every variant in every type of number, from what was measured of types."""
+    (parent, corpus), space, depth = source, profile.search_space, costs.num_hidden_layers
+
+    def stored(wanted: list[BlockRecord]) -> list[Score]:
+        return list(_scores(profile, workspace, corpus, wanted))
+
+    text = typed_scores.text_of(profile, parent, corpus, workspace)
+    recipes = typed_scores.recipes(depth, space.precision, space.head_types)
+    whole = {label: found for label, recipe in recipes.items() if (found := text.stored(recipe)) is not None}
+    wanted = typed_scores.parents_in_types(parent, corpus, depth, space.precision)
+    parents = stored(wanted)
+    if len(whole) < len(recipes) or len(parents) < len(wanted):
+        raise _unfinished(profile, workspace, "no scores of types of number")
+    return tuple(typed_scores.settled(profile, scores, parents, whole, costs, blocks, stored))
 
 
 def _scores(profile: Profile, workspace: Path, corpus: CorpusInfo, blocks: Sequence[BlockRecord]) -> tuple[Score, ...]:
