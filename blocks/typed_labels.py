@@ -3,6 +3,8 @@
 A label without a type is in the precision of the profile (`hardware.precision`). A no-op has no weights and no type.
 """
 
+FITTED_TO = 24  # sequences of the corpus that types of 4 and 5 bits are fitted to
+
 
 def bare(label: str) -> str:
     """The variant alone: `ffn768` of `ffn768@iq4_nl`."""

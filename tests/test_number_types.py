@@ -14,7 +14,7 @@ from blocks.compute import HOST
 from blocks.error_correction import InputGrams
 from blocks.library import digest_of, read_tensors
 from blocks.records import BlockRecord, Cost, CostTable, LayerChoice, Metric, NonBlockCost, Score
-from blocks.typed_labels import bare, type_in, typed
+from blocks.typed_labels import FITTED_TO, bare, type_in, typed
 from profiles.load import load_profile
 from profiles.schema import Budget, Profile, Scenario
 from tasks.engines.llama_cpp import LlamaCpp
@@ -26,7 +26,7 @@ from tasks.gguf.reader import read_gguf
 from tasks.inputs.space import misfits
 from tasks.measure.typed_costs import TypeRatio, joined
 from tasks.measure.variant_timing import Load
-from tasks.score.rounding import FITTED_TO, in_type
+from tasks.score.rounding import in_type
 from tasks.score.scoring import score_sequences
 from tasks.score.typed_scores import WholeScore, parents_in_types, scores_in_types, to_measure
 from tasks.search.choose import choose
@@ -77,7 +77,6 @@ def test_rows_of_broken_blocks_are_refused(chain: Chain) -> None:
 
 
 def score(layer: int, subblock: str, variant: str, *kl: float) -> Score:
-    values = {"kl": sum(kl) / len(kl), "lm_loss": 0.0, "kl_se": 0.0, "lm_loss_se": 0.0}
     return Score(
         layer=layer,
         subblock=subblock,  # type: ignore[arg-type]
@@ -85,7 +84,10 @@ def score(layer: int, subblock: str, variant: str, *kl: float) -> Score:
         tokens=8,
         kl_per_sequence=kl,
         lm_loss_per_sequence=(0.0,) * len(kl),
-        **values,
+        kl=sum(kl) / len(kl),
+        lm_loss=0.0,
+        kl_se=0.0,
+        lm_loss_se=0.0,
     )
 
 
@@ -148,7 +150,7 @@ def everything(problem: Problem) -> list[tuple[float, Sequence[LayerChoice], str
     """Score, layers and head of every architecture within the budget, by trying all."""
     options = {part: dict.fromkeys(["parent", *problem.score_table[0, part]]) for part in ("attention", "ffn")}
     pairs = [LayerChoice(attention=a, ffn=f) for a in options["attention"] for f in options["ffn"]]
-    found = []
+    found: list[tuple[float, Sequence[LayerChoice], str]] = []
     for layers in itertools.product(pairs, repeat=problem.costs.num_hidden_layers):
         for head in problem.heads:
             if not broken_limits(problem, layers, (1,), head):

@@ -10,6 +10,7 @@ from blocks.compute import HOST
 from blocks.files import atomic_path
 from blocks.library import digest_of, read_rows
 from blocks.records import CorpusInfo, ParentInfo
+from blocks.typed_labels import FITTED_TO
 from profiles.schema import Precision
 from tasks.evaluate.compare import Contender, build
 from tasks.export.child_tokenizer import find_tokenizer
@@ -21,7 +22,6 @@ from tasks.inputs.children import Origin
 from tasks.running.progress import Progress, no_progress
 
 VERSION = 1
-FITTED_TO = 24  # sequences of the corpus
 GGUF_NAME = "child.gguf"  # beside the child's folder
 
 

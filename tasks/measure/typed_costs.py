@@ -12,7 +12,6 @@ from blocks.compute import HOST
 from blocks.library import digest_of, keep, remember
 from blocks.records import Cost, CostTable, Metric, NonBlockCost, ParentInfo, Value
 from blocks.typed_labels import typed
-from profiles.schema import Profile
 from tasks.distill.record import open_parent
 from tasks.measure.cost_sums import PHASES, SECONDS
 from tasks.measure.costs import CostRequest
@@ -29,22 +28,6 @@ class TypeRatio(Value):
     """The parent's time in a type over its time in the profile's precision, load by load: prefill and decode step."""
 
     shares: tuple[tuple[Metric, Metric], ...]
-
-
-def table_in_types(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable | None:
-    """The stored costs of a profile, in all its types of number; None where some are missing or too old."""
-    asked = CostRequest.of(profile, parent)
-    base = asked.stored(workspace)
-    if base is None:
-        return None
-    tables: dict[str, tuple[CostTable, TypeRatio]] = {}
-    for kind in profile.search_space.precision:
-        table = asked.in_type(kind).stored(workspace)
-        ratio = None if table is None else remember(_path(base, table, kind, workspace), TypeRatio, _no_refs, workspace)
-        if table is None or ratio is None:
-            return None
-        tables[kind] = table, ratio
-    return joined(base, tables, asked.loads, is_tied(parent, workspace))
 
 
 def measure_ratio(

@@ -12,14 +12,13 @@ from torch import Tensor
 from blocks.error_correction import linears_of
 from blocks.library import digest_of
 from blocks.records import BlockRecord
-from blocks.typed_labels import bare, type_in, typed
+from blocks.typed_labels import FITTED_TO, bare, type_in, typed
 from tasks.export.quantise import round_linear
 from tasks.gguf.writer import CORRECTED
 
 if TYPE_CHECKING:
     from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
 
-FITTED_TO = 16  # sequences
 VERSION = 1
 
 

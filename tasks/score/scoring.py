@@ -42,10 +42,10 @@ from blocks.records import (
 )
 from blocks.runtime import free_bytes, kept_per_device
 from blocks.subblock import load_subblock, run_subblock
-from blocks.typed_labels import bare, type_in
+from blocks.typed_labels import FITTED_TO, bare, type_in
 from tasks.distill.record import open_parent, slices
 from tasks.running.memory import Parts
-from tasks.score.rounding import FITTED_TO, Rounding
+from tasks.score.rounding import Rounding
 
 VERSION = 4
 HELD_TOKENS = 131072  # tokens of variants whose states wait on the host together

@@ -20,10 +20,9 @@ from blocks.compute import HOST
 from blocks.estimates import mean
 from blocks.library import digest_of, keep, read_rows, remember
 from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, CostTable, ParentInfo, Score, Value
-from blocks.typed_labels import bare, type_in, typed
+from blocks.typed_labels import FITTED_TO, bare, type_in, typed
 from profiles.schema import Profile
 from tasks.distill.record import open_parent
-from tasks.evaluate.typed_file import FITTED_TO
 from tasks.export.quantise import Recipe, divergences, log_probabilities, quantise_layers
 from tasks.score.rounding import in_type
 from tasks.search.choose import choose

@@ -14,9 +14,8 @@ from tasks.distill.record import open_parent, recorded, recording_of
 from tasks.inputs.corpus import documents_of, prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
-from tasks.measure.typed_costs import table_in_types
+from tasks.measure.costs import costs_of
 from tasks.running.workers import compute_of
-from tasks.score import typed_scores
 from tasks.score.scoring import by_document, stored_score
 from tasks.search.totals import Problem, problem_of
 
@@ -52,8 +51,14 @@ class Finished:
 def open_finished(profile: Profile, workspace: Path) -> Finished:
     """Find parent, corpus, blocks, scores and costs of a profile.
 
-    Raises UnfinishedLibrary, naming what is missing.
+    Raises UnfinishedLibrary, naming what is missing, and PuzzleError for a profile whose search chooses types of
+    number: the studies judge architectures in float.
     """
+    if profile.search_space.precision:
+        raise PuzzleError(
+            "this study judges architectures in float, and search_space.precision chooses types of number: give the "
+            "command with --set search_space.precision=[] and a budget that is meant without types."
+        )
     if not any((workspace / "parent").glob("*.json")) or not any((workspace / "library").glob("*.json")):
         raise _unfinished(profile, workspace, "no block library")
     parent = prepare_parent(profile.parent, workspace, lambda: iterate_documents(profile.corpus))
@@ -63,12 +68,9 @@ def open_finished(profile: Profile, workspace: Path) -> Finished:
     found = _scores(profile, workspace, corpus, blocks)
     if not found:
         raise _unfinished(profile, workspace, "no scores")
-    costs = table_in_types(profile, parent, workspace)
+    costs = costs_of(profile, parent, workspace)
     if costs is None:
         raise _unfinished(profile, workspace, f"no costs of its scenarios on hardware {profile.hardware.name}")
-    kinds = profile.search_space.precision
-    if kinds:
-        found = _in_types(profile, workspace, (parent, corpus), blocks, found, costs)
     return Finished(
         profile=profile,
         workspace=workspace,
@@ -78,30 +80,6 @@ def open_finished(profile: Profile, workspace: Path) -> Finished:
         scores=found,
         costs=costs,
     )
-
-
-def _in_types(
-    profile: Profile,
-    workspace: Path,
-    source: tuple[ParentInfo, CorpusInfo],
-    blocks: Sequence[BlockRecord],
-    scores: Sequence[Score],
-    costs: CostTable,
-) -> tuple[Score, ...]:
-    """The scores of every variant in every type of number, from what was measured of types."""
-    (parent, corpus), space, depth = source, profile.search_space, costs.num_hidden_layers
-
-    def stored(wanted: list[BlockRecord]) -> list[Score]:
-        return list(_scores(profile, workspace, corpus, wanted))
-
-    text = typed_scores.text_of(profile, parent, corpus, workspace)
-    recipes = typed_scores.recipes(depth, space.precision, space.head_types)
-    whole = {label: found for label, recipe in recipes.items() if (found := text.stored(recipe)) is not None}
-    wanted = typed_scores.parents_in_types(parent, corpus, depth, space.precision)
-    parents = stored(wanted)
-    if len(whole) < len(recipes) or len(parents) < len(wanted):
-        raise _unfinished(profile, workspace, "no scores of types of number")
-    return tuple(typed_scores.settled(profile, scores, parents, whole, costs, blocks, stored))
 
 
 def _scores(profile: Profile, workspace: Path, corpus: CorpusInfo, blocks: Sequence[BlockRecord]) -> tuple[Score, ...]:
