@@ -51,7 +51,7 @@ def score_types(
     def measure(wanted: list[BlockRecord]) -> list[Score]:
         return stages.score_all(run, *source, records, wanted, "score types")
 
-    parents = measure(typed_scores.parents_in_types(parent, corpus, depth, kinds))
+    parents = measure(typed_scores.parents_in_types(parent, corpus, records, kinds))
     text, whole = typed_scores.text_of(profile, parent, corpus, run.workspace), {}
     recipes = typed_scores.recipes(depth, kinds, profile.search_space.head_types)
     with run.stage("score whole parents") as progress:

@@ -14,7 +14,7 @@ from blocks.compute import HOST
 from blocks.error_correction import InputGrams
 from blocks.library import digest_of, read_tensors
 from blocks.records import BlockRecord, Cost, CostTable, LayerChoice, Metric, NonBlockCost, Score
-from blocks.typed_labels import FITTED_TO, bare, type_in, typed
+from blocks.typed_labels import bare, type_in, typed
 from profiles.load import load_profile
 from profiles.schema import Budget, Profile, Scenario
 from tasks.engines.llama_cpp import LlamaCpp
@@ -252,7 +252,7 @@ def test_training_keys_know_no_types_and_scores_do(chain: Chain) -> None:
 
 @needs_llama_cpp
 def test_a_rounded_block_scores_as_the_whole_model_with_it(chain: Chain) -> None:
-    records = [r for r in parents_in_types(chain.parent, chain.corpus, 3, ["q8_0", "iq4_nl"]) if r.layer == 1]
+    records = [r for r in parents_in_types(chain.parent, chain.corpus, chain.records, TYPES) if r.layer == 1]
     blocks = [block for block in chain.blocks if (block.layer, block.variant) == (1, "ffn32")]
     work = [(one, tuple(range(6))) for one in [*records, *(in_type(block, "iq4_nl") for block in blocks)]]
     found = {
@@ -265,7 +265,7 @@ def test_a_rounded_block_scores_as_the_whole_model_with_it(chain: Chain) -> None
     model, texts = chain.reader.model(), tokens["validation"][:6].long()
     before, mlp = log_probabilities(model, texts), model.model.layers[1].mlp
     with torch.no_grad(), InputGrams(mlp) as grams:
-        model(tokens["train"][:FITTED_TO].long(), use_cache=False)
+        model(tokens["train"][:16].long(), use_cache=False)
     for name, linear in grams.linears.items():
         round_linear(linear, "iq4_nl", grams.sums[name])
     own = divergences(before, log_probabilities(model, texts))

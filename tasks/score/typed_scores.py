@@ -19,7 +19,7 @@ from blocks.child import library_of
 from blocks.compute import HOST
 from blocks.estimates import mean
 from blocks.library import digest_of, keep, read_rows, remember
-from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, CostTable, ParentInfo, Score, Value
+from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, CostTable, LayerRecord, ParentInfo, Score, Value
 from blocks.typed_labels import FITTED_TO, bare, type_in, typed
 from profiles.schema import Profile
 from tasks.distill.record import open_parent
@@ -104,12 +104,21 @@ def recipes(depth: int, kinds: Sequence[str], heads: Sequence[str]) -> dict[str,
     return whole | {typed("head", kind): Recipe(layers=(("", ""),) * depth, head=kind) for kind in heads}
 
 
-def parents_in_types(parent: ParentInfo, corpus: CorpusInfo, depth: int, kinds: Sequence[str]) -> list[BlockRecord]:
-    """The parent's own blocks in every type, as what is scored."""
+def parents_in_types(
+    parent: ParentInfo, corpus: CorpusInfo, records: Sequence[LayerRecord], kinds: Sequence[str]
+) -> list[BlockRecord]:
+    """The parent's own blocks in every type, as what is scored. records: what they are fitted to, layer by layer."""
+    states = [record.boundary.sha256 if record.boundary else "" for record in records]
     return [
         in_type(
             BlockRecord(
-                key=digest_of(parent=parent.fingerprint, corpus=corpus.fingerprint, layer=layer, subblock=subblock),
+                key=digest_of(
+                    parent=parent.fingerprint,
+                    corpus=corpus.fingerprint,
+                    states=states[layer],
+                    layer=layer,
+                    subblock=subblock,
+                ),
                 layer=layer,
                 subblock=subblock,
                 variant="parent",
@@ -117,7 +126,7 @@ def parents_in_types(parent: ParentInfo, corpus: CorpusInfo, depth: int, kinds: 
             ),
             kind,
         )
-        for layer in range(depth)
+        for layer in range(len(records))
         for subblock in SUBBLOCKS
         for kind in kinds
     ]
