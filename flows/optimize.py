@@ -34,7 +34,7 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
 
         problem, near = stages.choose_child(run, scores, costs)
         teacher = whole_models.record_teacher(run, parent, corpus)
-        names = ["child", *(f"candidate-{place}" for place in range(2, len(near) + 1))]
+        names = ["child"] if len(near) == 1 else [f"candidate-{place}" for place in range(1, len(near) + 1)]
         racing = [contender(name, each, blocks) for name, each in zip(names, near, strict=True)]
         child, racers = whole_models.race(run, racing, teacher)
         run.log_architecture(child.architecture, blocks, scores, costs)
