@@ -305,9 +305,11 @@ def stages_of(
     types = len(profile.search_space.precision)
     shares = [1.0, *[share] * (1 + rivals), *[1.0] * types]
     rounded = len(shares) - 1 + distilled if types else 0
+    raced, rest = effort.race_shares(profile)
+    alone = effort.gkd_work(shape, share, layers)
     spoken = len(profile.evaluate.prompts) * profile.evaluate.answer_tokens
     entering = effort.entering_work(shape)
-    used = dict.fromkeys(("distill", "coupled", "score", "GKD child", "GKD best baseline"), shape.devices)
+    used = dict.fromkeys(("distill", "coupled", "score", "race", "GKD child", "GKD best baseline"), shape.devices)
     bytes_of = {need.stage: need.bytes for need in needs}
     rows = [
         ("parent", 1, 0, effort.parent_work(shape)),
@@ -320,10 +322,11 @@ def stages_of(
         ("measure", 1, 0, measure_work(shape, serving)),
         ("score types", len(searched) if types else 0, 0, effort.type_scores_work(shape)),
         ("choose", 1, 0, Work(fixed=2.0)),
+        ("GKD parent", min(distilled, 1), stepped + gkd.validation_sequences * length, effort.teacher_work(shape)),
+        ("race", profile.race.candidates if raced else 0, round(raced * stepped), alone * raced),
         ("write files", rounded, 0, effort.files_work(shape, rounded)),
         ("evaluate", len(shares), tested * len(shares), effort.evaluate_work(shape, shares, first=True)),
-        ("GKD parent", min(distilled, 1), stepped + gkd.validation_sequences * length, effort.teacher_work(shape)),
-        ("GKD child", min(distilled, 1), stepped, effort.gkd_work(shape, share, layers)),
+        ("GKD child", min(distilled, 1), round(rest * stepped), alone * rest),
         ("GKD best baseline", max(distilled - 1, 0), stepped, effort.gkd_work(shape, share)),
         ("evaluate", distilled, tested * distilled, effort.evaluate_work(shape, [share] * distilled, first=False)),
         ("throughput", 1 if serving else 0, 0, throughput_work(shape, serving, shares)),
