@@ -269,7 +269,7 @@ def measure(run: Run, parent: ParentInfo) -> CostTable:
     tables = {kind: _costs(run, asked.in_type(kind)) for kind in profile.search_space.precision}
     if not tables:
         return base
-    with run.stage("measure types") as progress:
+    with run.stage("measure") as progress:
         ratios = {
             kind: run.call(ratio_task, f"cost ratio {kind}", asked, kind, base, table, run.workspace, progress)
             for kind, table in tables.items()
