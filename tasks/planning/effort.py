@@ -53,7 +53,7 @@ VOCABULARY_LISTS = 3  # tokens, their types, about as many merges
 STEP_SECONDS = 3e-4  # of one token through one layer, whatever its width
 CORPUS_TOKENS_PER_SECOND = 40_000  # text cleaned, tokenised, packed
 BUILD_BYTES_PER_SECOND = 3.5e8  # a model assembled: weights read, checked against their digests, copied
-ROUNDING_SECONDS = 4e-7  # of a weight in a type of 4 or 5 bits, fitted to text
+ROUNDING_SECONDS = 3e-7  # of a weight in a type of 4 or 5 bits, fitted to text, on two threads
 BENCHMARK_SECONDS = 2.0  # lm-eval around one model: data opened, requests built
 # tokens of one item, all choices, padded as batches of 8 are; and items there are. SmolLM2's tokenizer, 200 items each
 BENCHMARKS = {
