@@ -5,8 +5,8 @@ in order, and the text runs through those that are rounded already, so that a la
 have. Embedding and head become q8_0 (tasks/gguf/writer.py).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,18 @@ from tasks.running.progress import Progress, no_progress
 
 BLOCK = 32  # values that a block of these types holds
 DAMPING = 0.01
+T = TypeVar("T")
 BATCH = 8  # calibration sequences that run through a layer at a time
 
 
-def quantise(model: Any, tokens: Tensor, precision: str) -> tuple[str, Mapping[str, Stored]]:
-    """Round a model's layers in place on all but the last eighth of the tokens (S, T), S >= 2.
+def judged(model: Any, tokens: Tensor, precision: str, rounding: Callable[[Tensor], T]) -> tuple[str, T]:
+    """Round a model's layers in place, fitted to all but the last eighth of the tokens (S, T), S >= 2.
 
-    Returns a sentence with the KL on that last eighth, from the model before, and what the file holds.
+    Returns a sentence with the KL on that last eighth, from the model before, and what `rounding` gave.
     """
     held_out = tokens[-max(1, len(tokens) // 8) :]
     before = log_probabilities(model, held_out)
-    stored = quantise_layers(model, tokens[: -len(held_out)], precision)
+    stored = rounding(tokens[: -len(held_out)])
     kl = divergence(before, log_probabilities(model, held_out))
     error = f" ±{kl.error:.2g}" if len(held_out) > 1 else ""
     fitted = f"fitted to {tokens.shape[1] * (len(tokens) - len(held_out)):,} tokens"
@@ -64,18 +65,26 @@ def quantise_layers(
     refuse_rows(model, precision)
     kind = PRECISIONS[precision][0]
     rounding, stored = GgmlRounding(kind=kind), {}
+    for index, linears, grams in fitted_layers(model, tokens):
+        for name, linear in linears.items():
+            parts, linear.weight.data = correct(linear.weight, grams[name], rounding, BLOCK, DAMPING)
+            rows = torch.cat([torch.from_numpy(part) for part in parts], dim=1)
+            stored[f"model.layers.{index}.{name}.weight"] = Stored(kind=kind, rows=rows)
+        progress(index + 1, len(model.model.layers), f"layer {index}")
+    return stored
+
+
+@torch.no_grad()
+def fitted_layers(model: Any, tokens: Tensor) -> Iterator[tuple[int, dict[str, nn.Linear], dict[str, Tensor]]]:
+    """Each layer's number, its matrices by name, and X^T X of what enters them, of (S, T) tokens that ran through the
+    layers before it as the caller has left them.
+    """
     hidden = model.model.embed_tokens(tokens)
-    depth = len(model.model.layers)
     for index, layer in enumerate(model.model.layers):
         with InputGrams(layer) as grams:
             through(model, index, hidden)
-        for name, linear in grams.linears.items():
-            parts, linear.weight.data = correct(linear.weight, grams.sums[name], rounding, BLOCK, DAMPING)
-            rows = torch.cat([torch.from_numpy(part) for part in parts], dim=1)
-            stored[f"model.layers.{index}.{name}.weight"] = Stored(kind=kind, rows=rows)
+        yield index, grams.linears, grams.sums
         hidden = through(model, index, hidden)
-        progress(index + 1, depth, f"layer {index}")
-    return stored
 
 
 def refuse_rows(model: Any, precision: str) -> None:
