@@ -44,7 +44,11 @@ def export_command(
     out: Annotated[Path, typer.Option("--out", metavar="PATH", help="the file (gguf) or folder to write")],
     precision: Annotated[
         str | None,
-        typer.Option("--precision", help=f"{PRECISION}; GGUF alone: q5_1, q5_0, q4_1, q4_0, iq4_nl [the child's own]"),
+        typer.Option(
+            "--precision",
+            help=f"{PRECISION}; GGUF alone: q5_1, q5_0, q4_1, q4_0, iq4_nl; folders alone: w4a16, w8a8 [the child's "
+            "own]",
+        ),
     ] = None,
     tokenizer_from: Annotated[
         Path | None,
@@ -52,7 +56,11 @@ def export_command(
     ] = None,
     calibrate: Annotated[
         Path | None,
-        typer.Option("--calibrate", metavar="FILE", help="text that 4 and 5 bits are fitted to [the run's corpus]"),
+        typer.Option(
+            "--calibrate",
+            metavar="FILE",
+            help="text that 4 and 5 bits, w4a16 and w8a8 are fitted to [the run's corpus]",
+        ),
     ] = None,
 ) -> None:
     """Write a child for an engine, and check that the engine gives the same logits and tokens."""
