@@ -275,12 +275,14 @@ def test_a_bench_lies_under_the_run_that_made_the_child(opened: Tracking, tmp_pa
     load = {"batch_size": 1, "prompt_tokens": 256, "generated_tokens": 64}
     row: dict[str, Any] = {"engine": "torch", "version": "torch 9", "precision": "float32", "threads": 2, **load}
     speeds = {name: speed for name, (speed,) in with_speed().speed.models.items()}
-    page = log_bench(child, [BenchRow(model=name, throughput=speed, **row) for name, speed in speeds.items()])
+    rows = [BenchRow(model=name, throughput=speed, **row) for name, speed in speeds.items()]
+    page = log_bench(child, rows, ["1x256x64: the machine was busy"])
     assert page and page.startswith("MLFLOW_DISABLE_TELEMETRY")  # no server shows it: the command that opens it
     run = client(opened).get_run(page.rpartition("/")[2])
     assert run.data.tags["mlflow.parentRunId"] == run_id and run.data.params["loads"] == "1x256x64"
     assert run.data.metrics["bench_1x256x64/child_prefill_speedup"] == pytest.approx(2)
-    assert log_bench(tmp_path / "child.gguf", []) is None  # of no workspace
+    assert run.data.tags["puzzle.not_reliable"] == "1x256x64: the machine was busy"
+    assert log_bench(tmp_path / "child.gguf", [], []) is None  # of no workspace
 
 
 def test_a_study_keeps_its_points_as_data_and_as_a_picture(opened: Tracking) -> None:

@@ -235,16 +235,11 @@ def cost_metrics(table: CostTable) -> dict[str, float]:
     return figures
 
 
-def load_of(row: "BenchRow") -> str:
-    """The load of a row as `--load` takes it."""
-    return f"{row.batch_size}x{row.prompt_tokens}x{row.generated_tokens}"
-
-
 def bench_metrics(rows: "Sequence[BenchRow]") -> dict[str, float]:
     """Speeds of a bench by load and model: `bench_1x256x64/child_decode_tokens_per_second`, with `_se` beside each."""
     figures: dict[str, float] = {}
     for row in rows:
-        speed, prefix = row.throughput, f"bench_{load_of(row)}/{row.model}"
+        speed, prefix = row.throughput, f"bench_{row.load}/{row.model}"
         measured = {
             "prefill_tokens_per_second": speed.prefill_tokens_per_second,
             "decode_tokens_per_second": speed.decode_tokens_per_second,

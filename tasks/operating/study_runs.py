@@ -12,7 +12,7 @@ from profiles.schema import Hardware
 from tasks.libraries.interchange import StoredLibrary, read_source
 from tasks.operating import tracking
 from tasks.operating.experiment import label_of, named
-from tasks.operating.run_figures import bench_metrics, cost_metrics, engine_tags, load_of, report_metrics
+from tasks.operating.run_figures import bench_metrics, cost_metrics, engine_tags, report_metrics
 from tasks.operating.sweeping import SweepPoint
 
 if TYPE_CHECKING:
@@ -68,8 +68,11 @@ def log_sweep(workspace: Path, over: str, points: Sequence[SweepPoint]) -> str |
     return "\n".join(tracking.page_lines(store, run_id))
 
 
-def log_bench(child: Path, rows: "Sequence[BenchRow]") -> str | None:
-    """A bench as a run nested in the one that made the child. Returns its page; None where no such run is known."""
+def log_bench(child: Path, rows: "Sequence[BenchRow]", doubts: Sequence[str]) -> str | None:
+    """A bench as a run nested in the one that made the child. Returns its page; None where no such run is known.
+
+    doubts: why its speeds are not reliable.
+    """
     report = child.resolve().parent / "report.json"
     workspace = report.parents[min(2, len(report.parents) - 1)]
     if not report.is_file() or not tracking.has_runs(workspace):
@@ -80,7 +83,8 @@ def log_bench(child: Path, rows: "Sequence[BenchRow]") -> str | None:
     of, run = store
     first = rows[0]
     tags = engine_tags(first.engine, first.precision, first.threads)
-    loads = ", ".join(dict.fromkeys(load_of(row) for row in rows))
+    tags |= {"puzzle.not_reliable": "; ".join(doubts)} if doubts else {}
+    loads = ", ".join(dict.fromkeys(row.load for row in rows))
     params = {"engine": first.engine, "version": first.version, "precision": first.precision, "loads": loads}
     own = tracking.log_stage(of, f"bench {first.engine} {first.precision}", run, tags, bench_metrics(rows), {}, params)
     return "\n".join(tracking.page_lines(of, own))

@@ -130,6 +130,7 @@ class JointLibrary:
 
     layers: names of the slots. A slot is a layer, or one subblock of it where scores of subblocks are added. documents:
     the document of each scored sequence; sequences of one document are not independent. Empty where nobody knows.
+    disturbed: why the measured times are not reliable (blocks/disturbance.py), "" where they are.
     """
 
     layers: tuple[str, ...]
@@ -137,6 +138,15 @@ class JointLibrary:
     fixed: dict[str, Cost] = field(default_factory=dict)
     places: tuple[MeasuredAt, ...] = (MeasuredAt(),)
     documents: tuple[int, ...] = ()
+    disturbed: str = ""
+
+    @property
+    def warning(self) -> str:
+        """A sentence for people where the times are not reliable, "" where they are."""
+        again = (
+            "What follows for time is as unreliable; measure again when it is quiet (puzzle reoptimize --remeasure)."
+        )
+        return self.disturbed and f"costs: {self.disturbed}. {again}"
 
     @property
     def metrics(self) -> list[str]:

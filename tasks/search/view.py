@@ -51,6 +51,7 @@ def library_of(problem: Problem, additive: bool = False) -> JointLibrary:
         options=options,
         fixed=_costs([[part] for part in outside], places, {"layer_parameters": 0.0}),
         documents=problem.documents,
+        disturbed=problem.costs.disturbed,
         places=tuple(
             MeasuredAt(
                 scenario=scenario.name,
