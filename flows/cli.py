@@ -72,7 +72,7 @@ def reoptimize(
 
         return run_reoptimize(wanted, folder, remeasure).outcome
 
-    typer.echo(run_logged(folder, run))
+    typer.echo(f"outcome: {run_logged(folder, run)}")
 
 
 @app.command()

@@ -10,7 +10,7 @@ import pytest
 
 from blocks.errors import PuzzleError
 from blocks.library import write_value
-from blocks.records import Cost, CostTable, TruthPoint
+from blocks.records import Cost, CostTable, SpeedReport, TruthPoint
 from profiles.schema import (
     BLD,
     Budget,
@@ -95,6 +95,14 @@ def test_report_is_found_again(opened: Tracking, tmp_path: Path) -> None:
     files = {item.path for item in client(opened).list_artifacts(run_id, "report")}
     assert {"report/report.json", "report/architecture.png"} <= files
     assert (opened.workspace / "mlartifacts" / run_id).is_dir()
+
+
+def test_a_run_says_why_its_times_are_not_reliable(opened: Tracking) -> None:
+    for busy in ("", "others took 2.0 of 2 processors"):
+        with run_started(opened, "optimize") as run_id:
+            log_report(opened, run_id, report_of().model_copy(update={"speed": SpeedReport(busy=busy)}), [])
+        tags = client(opened).get_run(run_id).data.tags
+        assert (busy in tags["puzzle.not_reliable"]) if busy else "puzzle.not_reliable" not in tags
 
 
 def test_one_suffix_tells_models_after_gkd_from_those_before() -> None:

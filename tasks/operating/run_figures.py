@@ -140,7 +140,7 @@ def headlines(report: ChildReport) -> dict[str, float]:
     found["memory_fraction"] = child.memory_bytes / parent.memory_bytes
     found["parameters_fraction"] = child.parameters / parent.parameters
     state = budget_state(child, report.speed.disturbed)
-    if state is not None:
+    if state in ("kept", "not kept"):
         found["keeps_budget"] = float(state == "kept")
     if child.answers:
         found["looping_answers"] = sum(answer.loops for answer in child.answers) / len(child.answers)
@@ -259,6 +259,11 @@ def _variant_name(cost: Cost) -> str:
     """`ffn768` and `kv1` say themselves what they are; `linear`, `no_op` and `parent` exist in both subblocks."""
     own = {"attention": "kv", "ffn": "ffn"}[cost.subblock]
     return cost.variant if cost.variant.startswith(own) else f"{cost.subblock}_{cost.variant}"
+
+
+def doubt_tags(doubts: Sequence[str]) -> dict[str, str]:
+    """Why the times of a run are not reliable, where there is a reason."""
+    return {"puzzle.not_reliable": "; ".join(doubts)} if any(doubts) else {}
 
 
 def engine_tags(engine: str, precision: str, threads: int, device: str = "cpu") -> dict[str, str]:
