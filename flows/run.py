@@ -23,7 +23,7 @@ from prefect.tasks import exponential_backoff
 from prefect.utilities.annotations import quote
 from transformers.utils.logging import disable_progress_bar
 
-from blocks.runtime import imports_left_alone, release_memory, set_threads
+from blocks.runtime import imports_left_alone, release_what_grew, set_threads
 from profiles.schema import Profile
 from tasks.operating.artifacts import stage_bar
 from tasks.operating.reach import check_servers
@@ -74,8 +74,8 @@ class Run:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Progress]:
-        """A stage in its turn on the device, on the console and in Prefect's UI, its time noted. What it freed is given
-        back at its end, or the memory peaks of all stages would add up.
+        """A stage in its turn on the device, on the console and in Prefect's UI, its time noted. Where it took memory,
+        what it freed is given back at its end, or the peaks of all stages would add up.
         """
         turn, limit = device_turn(name, self.profile), time_limit_in_words(name)
         try:
@@ -87,7 +87,7 @@ class Run:
 
                 yield progress
         finally:
-            release_memory()
+            release_what_grew()
 
     def call(
         self,
