@@ -134,7 +134,12 @@ def test_a_server_of_its_own_comes_up_beside_the_imports(named: str, monkeypatch
 
     said, go_on = list[str](), threading.Event()
     monkeypatch.setenv(API, named)
-    monkeypatch.setattr(SubprocessASGIServer, "start", lambda _: (go_on.wait(10), said.append("up")))
+
+    def start(_: SubprocessASGIServer) -> None:
+        go_on.wait(10)
+        said.append("up")
+
+    monkeypatch.setattr(SubprocessASGIServer, "start", start)
     is_up = recording.begin_own_server()
     said.append("imports")
     go_on.set()
