@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from blocks.errors import PuzzleError
 from tasks.running.at_work import prefect_home
-from tasks.running.servers import PREFECT_DATABASE, is_up, prefect_database, stop_left_behind
+from tasks.running.servers import PREFECT_DATABASE, is_up, prefect_database, stop_left_behind, stop_orphaned_servers
 
 API, HOME = "PREFECT_API_URL", "PREFECT_HOME"
 SERVED = ".prefect"  # in the root of `puzzle serve`
@@ -141,9 +141,12 @@ def _alone_in(home: Path) -> bool:
 def begin_own_server() -> Callable[[], None]:
     """Begin to start the server that Prefect starts for itself where none is named, so that it comes up while this
     process still imports. Call what is returned before the first flow: Prefect takes a server that is starting for up.
+    Those that killed runs have left behind end first.
     """
     if os.environ.get(API):
         return lambda: None
+    if home := os.environ.get(HOME):
+        stop_orphaned_servers(Path(home))
     from prefect.server.api.server import SubprocessASGIServer
 
     def start() -> None:
