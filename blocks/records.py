@@ -450,8 +450,9 @@ class Candidate(Value):
     of one document are not independent of each other. correct: 0 or 1 per item of each benchmark; items with the
     same number in item_groups are on the same text. Sequences and items are the same for all candidates, so two
     candidates are compared in pairs. layers: the variants of each layer. answers: only the parent and the finished
-    child have some. limits: the budget, and what the model takes of it. All of these are empty in reports of older
-    versions. file_bytes: of the GGUF file that it is served from, where the search chose types of numbers; else 0.
+    child have some. limits: the budget, and what the model takes of it. gkd_kept_start: the KL on the validation text
+    before GKD, where no step of GKD lowered it. All of these are empty in reports of older versions. file_bytes: of the
+    GGUF file that it is served from, where the search chose types of numbers; else 0.
     """
 
     name: str
@@ -469,6 +470,7 @@ class Candidate(Value):
     retention: Metric | None = None
     predicted_kl: float | None = None
     gkd_tokens: int = 0
+    gkd_kept_start: float | None = None
     gains: Gains | None = None
     layers: tuple[LayerChoice, ...] = ()
     samples: dict[str, tuple[float, ...]] = {}

@@ -274,6 +274,7 @@ def candidate(
         runtime_seconds=fast.runtime_seconds if fast else None,
         gains=fast.gains if fast else None,
         gkd_tokens=which.gkd.tokens if which.gkd else 0,
+        gkd_kept_start=which.gkd.best_kl if which.gkd and which.gkd.best_step == 0 else None,
         layers=which.architecture.layers,
         samples=found.samples,
         sample_documents=found.documents,

@@ -6,9 +6,9 @@ inputs that it will have. A recipe says which type each subblock has: all matric
 names none for the head, embedding and head become q8_0 beside types of 4 or 5 bits (tasks/gguf/writer.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from tasks.running.progress import Progress, no_progress
 DAMPING = 0.01
 # a tied head is the embedding as well, whose rows count as they are: half of the fit is to the entries themselves
 TIED_DAMPING = 1.0
+T = TypeVar("T")
 BATCH = 8  # calibration sequences that run through a layer at a time
 PARTS = {"self_attn": 0, "mlp": 1}  # a layer's modules with matrices, and their place in a recipe
 
@@ -49,14 +50,14 @@ class Recipe:
         return cls(layers=tuple((type_in(one.attention), type_in(one.ffn)) for one in layers), head=head)
 
 
-def quantise(model: Any, tokens: Tensor, precision: str) -> tuple[str, Mapping[str, Stored]]:
-    """Round a model's layers in place on all but the last eighth of the tokens (S, T), S >= 2.
+def judged(model: Any, tokens: Tensor, precision: str, rounding: Callable[[Tensor], T]) -> tuple[str, T]:
+    """Round a model's layers in place, fitted to all but the last eighth of the tokens (S, T), S >= 2.
 
-    Returns a sentence with the KL on that last eighth, from the model before, and what the file holds.
+    Returns a sentence with the KL on that last eighth, from the model before, and what `rounding` gave.
     """
     held_out = tokens[-max(1, len(tokens) // 8) :]
     before = log_probabilities(model, held_out)
-    stored = quantise_layers(model, tokens[: -len(held_out)], Recipe.uniform(precision, len(model.model.layers)))
+    stored = rounding(tokens[: -len(held_out)])
     kl = divergence(before, log_probabilities(model, held_out))
     error = f" ±{kl.error:.2g}" if len(held_out) > 1 else ""
     fitted = f"fitted to {tokens.shape[1] * (len(tokens) - len(held_out)):,} tokens"
@@ -143,6 +144,19 @@ def _head(model: Any, kind: str, hidden: Tensor) -> dict[str, Stored]:
         "model.embed_tokens.weight": round_linear(embedding, kind, entries),
         "lm_head.weight": round_linear(model.lm_head, kind, gram),
     }
+
+
+@torch.no_grad()
+def fitted_layers(model: Any, tokens: Tensor) -> Iterator[tuple[int, dict[str, nn.Linear], dict[str, Tensor]]]:
+    """Each layer's number, its matrices by name, and X^T X of what enters them, of (S, T) tokens that ran through the
+    layers before it as the caller has left them.
+    """
+    hidden = model.model.embed_tokens(tokens)
+    for index, layer in enumerate(model.model.layers):
+        with InputGrams(layer) as grams:
+            through(model, index, hidden)
+        yield index, grams.linears, grams.sums
+        hidden = through(model, index, hidden)
 
 
 def refuse_rows(model: Any, precision: str) -> None:

@@ -140,7 +140,7 @@ def headlines(report: ChildReport) -> dict[str, float]:
     found["memory_fraction"] = child.memory_bytes / parent.memory_bytes
     found["parameters_fraction"] = child.parameters / parent.parameters
     state = budget_state(child, report.speed.disturbed)
-    if state is not None:
+    if state in ("kept", "not kept"):
         found["keeps_budget"] = float(state == "kept")
     if child.answers:
         found["looping_answers"] = sum(answer.loops for answer in child.answers) / len(child.answers)
@@ -235,16 +235,11 @@ def cost_metrics(table: CostTable) -> dict[str, float]:
     return figures
 
 
-def load_of(row: "BenchRow") -> str:
-    """The load of a row as `--load` takes it."""
-    return f"{row.batch_size}x{row.prompt_tokens}x{row.generated_tokens}"
-
-
 def bench_metrics(rows: "Sequence[BenchRow]") -> dict[str, float]:
     """Speeds of a bench by load and model: `bench_1x256x64/child_decode_tokens_per_second`, with `_se` beside each."""
     figures: dict[str, float] = {}
     for row in rows:
-        speed, prefix = row.throughput, f"bench_{load_of(row)}/{row.model}"
+        speed, prefix = row.throughput, f"bench_{row.load}/{row.model}"
         measured = {
             "prefill_tokens_per_second": speed.prefill_tokens_per_second,
             "decode_tokens_per_second": speed.decode_tokens_per_second,
@@ -265,6 +260,11 @@ def _variant_name(cost: Cost) -> str:
     own = {"attention": "kv", "ffn": "ffn"}[cost.subblock]
     label = cost.variant.replace("@", ".")  # MLflow's names have no @
     return label if label.startswith(own) else f"{cost.subblock}_{label}"
+
+
+def doubt_tags(doubts: Sequence[str]) -> dict[str, str]:
+    """Why the times of a run are not reliable, where there is a reason."""
+    return {"puzzle.not_reliable": "; ".join(doubts)} if any(doubts) else {}
 
 
 def engine_tags(engine: str, precision: str, threads: int, device: str = "cpu") -> dict[str, str]:

@@ -58,6 +58,11 @@ def warnings(report: ChildReport) -> list[str]:
             "or more training."
         )
     lines += [f"Warning: {line}" for line in _broken_answers(child, parent)]
+    if child.gkd_kept_start is not None:
+        lines.append(
+            "Warning: GKD kept its start: no step lowered the KL on the validation text, "
+            f"{plain(child.gkd_kept_start)} before it. This child is as it was assembled."
+        )
     if report.speed.disturbed:
         lines.append(f"Warning: {warnings_of(report.speed)[0]}.")
     return lines

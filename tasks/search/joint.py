@@ -136,6 +136,7 @@ class JointLibrary:
     layers: names of the slots. A slot is a layer, or one subblock of it where scores of subblocks are added, or the
     head where its type is searched. documents: the document of each scored sequence; sequences of one document are not
     independent. Empty where nobody knows. reference: whose parent shares are taken of, where it is not this one's.
+    disturbed: why the measured times are not reliable (blocks/disturbance.py), "" where they are.
     """
 
     layers: tuple[str, ...]
@@ -144,6 +145,15 @@ class JointLibrary:
     places: tuple[MeasuredAt, ...] = (MeasuredAt(),)
     documents: tuple[int, ...] = ()
     reference: "JointLibrary | None" = None
+    disturbed: str = ""
+
+    @property
+    def warning(self) -> str:
+        """A sentence for people where the times are not reliable, "" where they are."""
+        again = (
+            "What follows for time is as unreliable; measure again when it is quiet (puzzle reoptimize --remeasure)."
+        )
+        return self.disturbed and f"costs: {self.disturbed}. {again}"
 
     @property
     def metrics(self) -> list[str]:

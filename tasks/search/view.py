@@ -59,6 +59,7 @@ def library_of(problem: Problem, additive: bool = False) -> JointLibrary:
         fixed=_costs([[] if searched else [part] for part in outside], places, {"layer_parameters": 0.0}),
         reference=None if whose is None else library_of(replace(whose, scores=())),
         documents=problem.documents,
+        disturbed=problem.costs.disturbed,
         places=tuple(
             MeasuredAt(
                 scenario=scenario.name,
