@@ -297,7 +297,8 @@ def test_values_reach_a_dask_worker_as_they_were_sent(server: None, tmp_path: Pa
         return [run.submit(doubled, "doubled", number, ("a", "b")).result() for number in (1, 2)]
 
     with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
-        found = sent_there.with_options(task_runner=DaskRunner(address=cluster.scheduler_address))()
+        runner: Any = DaskRunner(address=cluster.scheduler_address)
+        found = sent_there.with_options(task_runner=runner)()
     assert found == [(2, ("a", "b")), (4, ("a", "b"))]
 
 

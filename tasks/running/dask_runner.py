@@ -3,7 +3,7 @@
 from typing import Any
 
 from prefect.utilities.annotations import quote
-from prefect_dask import DaskTaskRunner
+from prefect_dask.task_runners import DaskTaskRunner
 
 
 class DaskRunner(DaskTaskRunner):
