@@ -142,8 +142,8 @@ def test_a_server_of_its_own_comes_up_beside_the_imports(named: str, monkeypatch
         said.append("up")
 
     monkeypatch.setattr(SubprocessASGIServer, "start", start)
-    is_up = recording.begin_own_server()
+    recording.begin_own_server()
     said.append("imports")
     go_on.set()
-    is_up()
+    recording.own_server_is_up()
     assert said == (["imports"] if named else ["none left in a home", "imports", "up"])
