@@ -29,7 +29,7 @@ from blocks.records import SUBBLOCKS, BlockRecord, LayerChoice, LayerRecord, Ref
 from blocks.runtime import kept_per_device
 from blocks.subblock import load_subblock, run_subblock, subblock_state
 from profiles.schema import BLD
-from tasks.distill.record import Recording, Shard, drop, enter, entered, open_parent
+from tasks.distill.record import Part, Recording, Shard, drop, enter, entered, open_parent, read_states
 from tasks.running.memory import Parts
 
 VERSION = 2
@@ -136,21 +136,30 @@ class LayerData:
 
 def layer_data(job: Job, shard: Shard, workspace: Path, compute: Compute) -> LayerData:
     """Load a recorded layer, once for all its variants."""
-    reference = job.record.boundary or entered(job.layer, shard, job.recording, workspace)
-    assert reference is not None, f"shard {shard} of layer {job.layer} is not recorded"
+    boundary = job.record.boundary
+    states = (boundary,) if boundary else entered(job.layer, shard, job.recording, workspace)
+    assert states, f"shard {shard} of layer {job.layer} is not recorded"
     place = (workspace / job.recording.parent.folder, workspace, job.layer, job.record.statistics)
-    return _loaded(*place, reference, shard, compute)
+    return _loaded(*place, states, shard if boundary is None else None, compute)
 
 
 @kept_per_device(1)
 def _loaded(
-    folder: Path, workspace: Path, layer: int, statistics: Ref, states: Ref, shard: Shard, compute: Compute
+    folder: Path,
+    workspace: Path,
+    layer: int,
+    statistics: Ref,
+    states: tuple[Ref, ...],
+    shard: Shard | None,
+    compute: Compute,
 ) -> LayerData:
     reader = open_parent(folder, compute.with_weights(torch.float32))
     module = reader.layer(layer)
-    there = read_tensors(workspace, states)
-    if "hidden" in there:
-        there = {"train": there["hidden"][: shard.trained], "validation": there["hidden"][shard.trained :]}
+    if shard is None:
+        there = read_tensors(workspace, states[0])
+    else:
+        hidden = read_states(states, workspace)
+        there = {"train": hidden[: shard.trained], "validation": hidden[shard.trained :]}
     context = reader.contexts(there["train"][:1].to(compute.device, torch.float32))[layer]
     found: dict[tuple[str, str], Tensor] = {(split, "hidden"): hidden for split, hidden in there.items()}
     data = LayerData(
@@ -182,9 +191,9 @@ def distill(job: Job, workspace: Path, compute: Compute) -> BlockRecord:
     """Distil one variant, or return the library's finished record. States that are not kept are recorded for it."""
     for number, shard in enumerate(job.recording.shards):
         if job.record.boundary is None and progress_of(job, number, workspace) is None:
-            enter(job.layer, shard, job.recording, workspace, compute)
+            enter([job.layer], Part(shard=shard), job.recording, workspace, compute)
         found = distill_shard(job, workspace, compute, number)
-        drop(job.layer, shard, job.recording, workspace)
+        drop([job.layer], shard, job.recording, workspace)
         if isinstance(found, BlockRecord):
             break
     assert isinstance(found, BlockRecord)
