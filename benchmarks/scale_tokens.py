@@ -127,7 +127,7 @@ def measured(found: dict[str, float], workspace: Path) -> Iterator[None]:
 
     def watch() -> None:
         while not over.wait(0.05):
-            for name, pattern in (("states", "record/*/entering_*"), ("variants", "distill/*")):
+            for name, pattern in (("states", "record/*/entering/*"), ("variants", "distill/*")):
                 with suppress(FileNotFoundError):  # the stage takes files away: look again
                     sizes = [path.stat().st_size for path in workspace.glob(pattern)]
                     found[name] = max(found.get(name, 0), sum(sizes))

@@ -115,13 +115,13 @@ def test_states_of_a_shard_are_the_parents(chain: Chain, place: Path) -> None:
             hidden = read_states(entered(layer, shard, wanted, place), place)
             torch.testing.assert_close(hidden, states[layer], rtol=1e-4, atol=1e-5)
         drop(range(3), shard, wanted, place)
-    assert not list((place / "record" / wanted.key).glob("entering_*"))
+    assert not list((place / "record" / wanted.key).glob("entering/*"))
 
 
 def test_parts_of_a_shard_are_its_states_bit_for_bit(chain: Chain, place: Path, tmp_path: Path) -> None:
     """However many devices take it through the parent, each in whole micro-batches; a damaged part does not count."""
     for folder in ("parent", "corpus", "record"):
-        shutil.copytree(place / folder, tmp_path / folder, ignore=shutil.ignore_patterns("entering_*"))
+        shutil.copytree(place / folder, tmp_path / folder, ignore=shutil.ignore_patterns("entering"))
     wanted, shard = in_shards(chain), in_shards(chain).shards[0]
     enter([0, 1, 2], Part(shard=shard), wanted, tmp_path, COMPUTE)
     whole = [read_states(entered(layer, shard, wanted, tmp_path), tmp_path) for layer in range(3)]
@@ -143,7 +143,7 @@ def test_parts_of_a_shard_are_its_states_bit_for_bit(chain: Chain, place: Path, 
 def test_a_variant_goes_on_where_the_shard_before_left_it(chain: Chain, place: Path, tmp_path: Path) -> None:
     """Killed between two shards it ends in the same bits; it was trained on both, and the whole schedule."""
     for part in ("parent", "corpus", "record"):
-        shutil.copytree(place / part, tmp_path / part, ignore=shutil.ignore_patterns("entering_*"))
+        shutil.copytree(place / part, tmp_path / part, ignore=shutil.ignore_patterns("entering"))
     steps = BLD(steps=12, batch_sequences=4, learning_rate=2e-3, warmup_steps=2, clip_norm=1.0)
     job = job_of(chain, place, 1, "ffn32", steps)
     assert [job.steps_of(number) for number in range(2)] == [range(6), range(6, 12)]
@@ -214,12 +214,12 @@ def test_a_run_holds_the_states_of_few_layers_and_leaves_none(
 ) -> None:
     """The stage of the flow, its tasks called as plain functions: killed in the second shard, and run again."""
     for part in ("parent", "corpus", "record"):
-        shutil.copytree(place / part, tmp_path / part, ignore=shutil.ignore_patterns("entering_*"))
+        shutil.copytree(place / part, tmp_path / part, ignore=shutil.ignore_patterns("entering"))
     seen: list[int] = []
 
     def submit(which: Any, makes: str, *values: Any, after: Any = ()) -> Any:
         made = which.fn(*values)
-        seen.append(len(list((tmp_path / "record").glob("*/entering_*.safetensors"))))
+        seen.append(len(list((tmp_path / "record").glob("*/entering/*.safetensors"))))
         if len(seen) == killed_after:
             raise KeyboardInterrupt
         return Done(lambda: made)
@@ -241,7 +241,7 @@ def test_a_run_holds_the_states_of_few_layers_and_leaves_none(
     blocks = stages._distill(run, jobs, "distill")
     assert sorted(trained) == sorted((job.key, number) for job in jobs for number in (0, 1))  # none of them twice
     assert [block.status for block in blocks] == ["trained"] * 6 and max(seen) == 2
-    assert not list((tmp_path / "record").glob("*/entering_*"))
+    assert not list((tmp_path / "record").glob("*/entering/*"))
     plain = distill(jobs[0], place, COMPUTE)
     assert blocks[0].weights == plain.weights
 
@@ -255,7 +255,7 @@ def test_two_devices_take_their_part_of_each_shard_and_a_layer_each(
     seen, trained_on = [0], dict[tuple[int, str], tuple[str, ...]]()
 
     def looked() -> None:
-        there = {path.name[:12] for path in (tmp_path / "record").glob("*/entering_*.safetensors")}
+        there = {path.name[:3] for path in (tmp_path / "record").glob("*/entering/*.safetensors")}
         seen.append(len(there))
 
     def submit(which: Any, makes: str, *values: Any, after: Any = ()) -> Any:
@@ -269,13 +269,13 @@ def test_two_devices_take_their_part_of_each_shard_and_a_layer_each(
     run = plain_run(tmp_path, submit, "[cpu:0, cpu:1]")
     monkeypatch.setattr(stages, "recording", lambda *_: in_shards(chain))
     records = stages.record(run, chain.parent, chain.corpus)
-    assert max(seen) == 3 and not list((tmp_path / "record").glob("*/entering_*"))
+    assert max(seen) == 3 and not list((tmp_path / "record").glob("*/entering/*"))
     for layer, record in enumerate(records):
         alone = recorded(layer, in_shards(chain), place)
         assert alone is not None and record.statistics.sha256 == alone.statistics.sha256
     jobs = [job_of(chain, place, layer, variant) for layer in range(3) for variant in ("ffn32", "linear")]
     blocks = stages._distill(run, jobs, "distill")
-    assert max(seen) == 3 and not list((tmp_path / "record").glob("*/entering_*"))
+    assert max(seen) == 3 and not list((tmp_path / "record").glob("*/entering/*"))
     assert [block.weights for block in blocks] == [distill(job, place, COMPUTE).weights for job in jobs]
     assert trained_on == {
         **{(layer, variant): (f"cpu:{layer}",) for layer in (0, 1) for variant in ("ffn32", "linear")},

@@ -271,7 +271,7 @@ def enter(layers: Sequence[int], part: Part, recording: Recording, workspace: Pa
 
 def entered(layer: int, shard: Shard, recording: Recording, workspace: Path) -> tuple[Ref, ...]:
     """The files with the states of a shard that enter a layer; none unless all of them lie on the disk, whole."""
-    manifests = (workspace / _folder(recording)).glob(f"entering_{layer:03d}_{shard}_*.json")
+    manifests = _rolling(workspace, recording).glob(f"{layer:03d}_{shard}_*.json")
     for count in sorted({int(path.stem.rpartition("of")[2]) for path in manifests}):
         parts = (Part(shard=shard, number=number, count=count) for number in range(count))
         found = [_entered(layer, part, recording, workspace) for part in parts]
@@ -289,32 +289,32 @@ def read_states(references: Sequence[Ref], workspace: Path) -> Tensor:
 def drop(layers: Sequence[int], shard: Shard, recording: Recording, workspace: Path) -> None:
     """Take away the states of a shard that enter some layers."""
     for layer in layers:
-        for leftover in (workspace / _folder(recording)).glob(f"entering_{layer:03d}_{shard}_*"):
+        for leftover in _rolling(workspace, recording).glob(f"{layer:03d}_{shard}_*"):
             leftover.unlink(missing_ok=True)
 
 
 def clear(recording: Recording, workspace: Path) -> None:
     """Take away all states that enter layers: those that a killed run left as well."""
-    for leftover in (workspace / _folder(recording)).glob("entering_*"):
+    for leftover in _rolling(workspace, recording).glob("*"):
         leftover.unlink(missing_ok=True)
 
 
 def _entered(layer: int, part: Part, recording: Recording, workspace: Path) -> Ref | None:
-    _, manifest = _rolling(workspace, recording, layer, part)
+    manifest = _rolling(workspace, recording) / f"{layer:03d}_{part}.json"
     if not manifest.exists():
         return None
     reference = read_value(manifest, Ref)
     return reference if is_whole(workspace, reference) else None
 
 
-def _rolling(workspace: Path, recording: Recording, layer: int, part: Part) -> tuple[Path, Path]:
-    stem = workspace / _folder(recording) / f"entering_{layer:03d}_{part}"
-    return stem.with_suffix(".safetensors"), stem.with_suffix(".json")
+def _rolling(workspace: Path, recording: Recording) -> Path:
+    """A folder of its own: it is looked through often, and what stays of a recording grows with the layers."""
+    return workspace / _folder(recording) / "entering"
 
 
 def _write_entering(workspace: Path, recording: Recording, layer: int, part: Part, hidden: Tensor) -> None:
-    data, manifest = _rolling(workspace, recording, layer, part)
-    write_value(manifest, write_tensors(workspace, data.relative_to(workspace).as_posix(), {"hidden": hidden}))
+    stem = (_rolling(workspace, recording) / f"{layer:03d}_{part}").relative_to(workspace).as_posix()
+    write_value(workspace / f"{stem}.json", write_tensors(workspace, f"{stem}.safetensors", {"hidden": hidden}))
 
 
 def _entering(reader: Parent, layer: int, part: Part, recording: Recording, workspace: Path) -> Tensor:
