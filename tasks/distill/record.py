@@ -40,6 +40,7 @@ from blocks.records import CorpusInfo, LayerRecord, ParentInfo, Ref, Value
 from blocks.resources import precision_name
 from blocks.runtime import kept_per_device
 from profiles.schema import Profile, Record
+from tasks.inputs.corpus import weights_of
 from tasks.running.memory import Parts
 
 if TYPE_CHECKING:
@@ -233,7 +234,9 @@ def record_layer(
     name = f"{_folder(recording)}/%s_{manifest.stem.removeprefix('layer_')}.safetensors"
     kept = {"train": hidden[: recording.trained], "validation": hidden[shard.trained :]}
     boundary = write_tensors(workspace, name % "boundary", kept) if recording.kept else None
-    statistics = _pass(reader, module, layer, hidden, min(shard.trained, recording.settings.statistics_sequences))
+    counted = min(shard.trained, recording.settings.statistics_sequences)
+    rows = (shard.train[0], shard.train[0] + counted)
+    statistics = _pass(reader, module, layer, hidden, counted, weights_of(recording.corpus, "train", workspace, rows))
     if before is not None:
         for each, value in read_tensors(workspace, before.statistics, device=compute.device).items():
             _add(statistics, each, value)
@@ -344,8 +347,16 @@ def _embedded(reader: Parent, part: Part, recording: Recording, workspace: Path)
 
 
 @torch.no_grad()
-def _pass(reader: Parent, module: "DeciLMDecoderLayer", layer: int, hidden: Tensor, counted: int) -> dict[str, Tensor]:
-    """Run a layer over states (S, T, D) on the host, in place; returns statistics over the first `counted` sequences.
+def _pass(
+    reader: Parent,
+    module: "DeciLMDecoderLayer",
+    layer: int,
+    hidden: Tensor,
+    counted: int,
+    weights: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Run a layer over states (S, T, D) on the host, in place; returns statistics over the first `counted` sequences,
+    whose tokens have `weights` (S, T).
 
     Only micro-batches lie on the device.
     """
@@ -356,7 +367,7 @@ def _pass(reader: Parent, module: "DeciLMDecoderLayer", layer: int, hidden: Tens
     seen: list[Tensor] = []
     hook = core.down_proj.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
 
-    def run(part: Tensor, counts: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(part: Tensor, counts: bool, weight: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         batch = part.to(reader.compute.device)
         seen.clear()
         context = reader.contexts(batch)[layer]
@@ -369,15 +380,25 @@ def _pass(reader: Parent, module: "DeciLMDecoderLayer", layer: int, hidden: Tens
         if not counts:
             return out, {}
         channels = seen.pop().flatten(0, 1).float()
+        sizes = channels.abs()
+        if weight is not None:
+            root = weight.to(channels).flatten()[:, None].sqrt()
+            sizes, channels = sizes * root.square(), channels * root
+            normed, mixed, ffn_in, ffn_out = (one.flatten(0, 1) * root for one in (normed, mixed, ffn_in, ffn_out))
         products = _products("attention_in", normed, mixed) | _products("ffn_in", ffn_in, ffn_out)
-        return out, products | {"ffn_gram": channels.T @ channels, "ffn_contribution": channels.abs().sum(0)}
+        return out, products | {"ffn_gram": channels.T @ channels, "ffn_contribution": sizes.sum(0)}
 
-    def run_in_parts(batch: Tensor, counts: bool, count: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        return [run(part, counts) for part in batch.chunk(count)]
+    def run_in_parts(
+        batch: Tensor, counts: bool, weight: Tensor | None, count: int
+    ) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        chunks = batch.chunk(count)
+        of_chunks = [None] * len(chunks) if weight is None else weight.chunk(count)
+        return [run(part, counts, own) for part, own in zip(chunks, of_chunks, strict=True)]
 
     for segment, counts in ((hidden[:counted], True), (hidden[counted:], False)):
-        for batch in segment.split(size) if len(segment) else ():
-            made = parts.run(partial(run_in_parts, batch, counts))
+        for number, batch in enumerate(segment.split(size) if len(segment) else ()):
+            weight = weights[number * size : (number + 1) * size] if counts and weights is not None else None
+            made = parts.run(partial(run_in_parts, batch, counts, weight))
             batch.copy_(torch.cat([out for out, _ in made]))
             for _, products in made:
                 for name, value in products.items():
@@ -391,7 +412,7 @@ def _after(module: "DeciLMDecoderLayer", norm: str | None, out: Tensor) -> Tenso
 
 
 def _products(name: str, inputs: Tensor, outputs: Tensor) -> dict[str, Tensor]:
-    x, y = inputs.flatten(0, 1).float(), outputs.flatten(0, 1).float()
+    x, y = (states.flatten(0, -2).float() for states in (inputs, outputs))
     return {f"{name}_gram": x.T @ x, f"{name}_cross": x.T @ y}
 
 
