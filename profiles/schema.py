@@ -214,6 +214,13 @@ class Corpus(Section):
     train_sequences: PositiveInt = Field(default=512, description="Number of sequences for recording, BLD and GKD.")
     validation_sequences: PositiveInt = Field(default=32, description="Sequences for scores, and for when GKD stops.")
     test_sequences: PositiveInt = Field(default=32, description="Sequences for the final comparison alone.")
+    prompt_weight: float | None = Field(
+        default=None,
+        ge=0,
+        description="Weight of those tokens of a chat that the assistant does not say, where its own have 1: in "
+        "statistics, BLD, scores and GKD, not in the final comparison. Text has 1. null: all tokens count alike.",
+        examples=[0.1],
+    )
     near_duplicates: Annotated[float, Field(ge=0.5, le=1), BeforeValidator(read_share)] | None = Field(
         default=0.7,
         description="How much of its text (Jaccard index of pieces of 24 bytes) a document must share with one of test "
