@@ -455,7 +455,8 @@ class Candidate(Value):
     candidates are compared in pairs. layers: the variants of each layer. answers: only the parent and the finished
     child have some. limits: the budget, and what the model takes of it. gkd_kept_start: the KL on the validation text
     before GKD, where no step of GKD lowered it. All of these are empty in reports of older versions. file_bytes: of the
-    GGUF file that it is served from, where the search chose types of numbers; else 0.
+    GGUF file that it is served from, where the search chose types of numbers; else 0. rounded_kl: on validation text
+    before and after the training that knows the rounding.
     """
 
     name: str
@@ -474,6 +475,7 @@ class Candidate(Value):
     predicted_kl: float | None = None
     gkd_tokens: int = 0
     gkd_kept_start: float | None = None
+    rounded_kl: tuple[float, float] | None = None
     gains: Gains | None = None
     layers: tuple[LayerChoice, ...] = ()
     samples: dict[str, tuple[float, ...]] = {}

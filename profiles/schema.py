@@ -664,6 +664,12 @@ class GKD(Section):
     checkpoint_minutes: float = Field(
         default=10.0, ge=0, description="Minutes between two checkpoints: what a killed GKD does again at most."
     )
+    rounded_steps: int = Field(
+        default=0,
+        ge=0,
+        description="Training steps after GKD in which the child is trained as its file holds it, its weights rounded "
+        "in every pass to the types that the search chose. At most `steps`; needs `search_space.precision`.",
+    )
     seed: int = Field(default=0, description="Seed of the order of train sequences.")
 
 
@@ -896,6 +902,16 @@ class Profile(Section):
             raise ValueError(
                 "search_space.precision goes neither with bld.coupled, search.max_block_types nor a race, which is in "
                 "float: leave them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rounding_is_trained(self) -> Self:
+        rounded, coarse = self.gkd.rounded_steps, set(self.search_space.precision) - {"q8_0"}
+        if rounded and (rounded > self.gkd.steps or not coarse or len(self.devices) > 1):
+            raise ValueError(
+                f"gkd.rounded_steps ({rounded}) trains what search_space.precision rounds to 4 or 5 bits, on one "
+                f"device, in at most gkd.steps ({self.gkd.steps}) steps: name such a type there, or leave it out"
             )
         return self
 

@@ -306,6 +306,7 @@ def stages_of(
     rounded = len(shares) - 1 + distilled if types else 0
     raced, rest = effort.race_shares(profile)
     alone = effort.gkd_work(shape, share, layers)
+    again = gkd.rounded_steps / gkd.steps if gkd.steps else 0.0
     spoken = len(profile.evaluate.prompts) * profile.evaluate.answer_tokens
     entering, waves = effort.entering_work(shape), math.ceil(shape.depth / shape.workers)
     used = dict.fromkeys(("distill", "coupled", "score", "race", "GKD child", "GKD best baseline"), shape.devices)
@@ -324,7 +325,7 @@ def stages_of(
         ("choose", 1, 0, Work(fixed=2.0)),
         ("GKD parent", min(distilled, 1), stepped + gkd.validation_sequences * length, effort.teacher_work(shape)),
         ("race", profile.race.candidates if raced else 0, round(raced * stepped), alone * raced),
-        ("write files", rounded, 0, effort.files_work(shape, rounded)),
+        ("write files", rounded, 0, effort.files_work(shape, rounded) + alone * (distilled * again)),
         ("evaluate", len(shares), tested * len(shares), effort.evaluate_work(shape, shares, first=True)),
         ("GKD child", min(distilled, 1), round(rest * stepped), alone * rest),
         ("GKD best baseline", max(distilled - 1, 0), stepped, effort.gkd_work(shape, share)),
