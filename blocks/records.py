@@ -144,7 +144,8 @@ class Score(Value):
 class Cost(Value):
     """Measured cost of one variant of one subblock, at one scenario and batch size; the same in every layer.
 
-    spread: relative standard error, that of the seconds divided by the seconds.
+    spread: relative standard error, that of the seconds divided by the seconds. kv_tokens: how many tokens of a sequence
+    stay in its KV cache at most; None for all.
     """
 
     subblock: Subblock
@@ -158,6 +159,7 @@ class Cost(Value):
     parameters: int
     weight_bytes: int
     kv_bytes_per_token: int
+    kv_tokens: int | None = None
 
 
 class NonBlockCost(Value):
@@ -185,7 +187,8 @@ class CostTable(Value):
     """All costs of one parent on one hardware target, either measured on it or modelled for it, never both.
 
     parent_measured: the whole parent, measured in the same rounds. calibration: None where the sums of blocks need
-    none. load: how many processors others took meanwhile, on average.
+    none. load: how many processors others took meanwhile, on average. windows: how many tokens the KV cache of each of the
+    parent's layers keeps of a sequence, None for all; empty where no layer slides.
     """
 
     hardware: dict[str, str]
@@ -196,6 +199,13 @@ class CostTable(Value):
     parent_measured: tuple[NonBlockCost, ...] = ()
     calibration: Calibration | None = None
     load: float = 0.0
+    windows: tuple[int | None, ...] = ()
+
+    def kv_bytes(self, layer: int, cost: Cost, tokens: int) -> int:
+        """Bytes of a variant's KV cache in a layer after `tokens` tokens of each sequence of the cost's batch."""
+        window = self.windows[layer] if self.windows else None
+        kept = min(most for most in (tokens, cost.kv_tokens, window) if most is not None)
+        return cost.kv_bytes_per_token * cost.batch_size * kept
 
     @property
     def modelled(self) -> bool:

@@ -4,9 +4,10 @@ from typing import Any
 
 from blocks.engine_limits import check_parent, refusal
 from blocks.errors import PuzzleError, UnknownVariant
-from blocks.kinds import parse_label
+from blocks.kinds import kind_of, parse_label
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock
+from blocks.variant import Variant
 from profiles.schema import Profile, SearchSpace
 
 
@@ -29,7 +30,7 @@ def misfits(profile: Profile, reader: Parent) -> list[str]:
         for section, field in (("search_space", subblock), ("bld", f"coupled_{subblock}")):
             for label in getattr(getattr(profile, section), field):
                 try:
-                    parse_label(subblock, label, reader.config)
+                    found += _unseen(profile, parse_label(subblock, label, reader.config), f"{section}.{field}")
                 except UnknownVariant as error:
                     found.append(f"{section}.{field}: {error}")
     outside = [layer for layer in profile.search_space.layers or () if not 0 <= layer < reader.depth]
@@ -40,6 +41,18 @@ def misfits(profile: Profile, reader: Parent) -> list[str]:
     except PuzzleError as error:
         found.append(f"hardware: {error}")
     return found
+
+
+def _unseen(profile: Profile, variant: Variant, field: str) -> list[str]:
+    """Why the scored text is too short to tell what a window leaves out; nothing where it is long enough."""
+    length = profile.scoring.tokens_per_sequence or profile.corpus.sequence_length
+    if kind_of(variant).kv_tokens(variant) is None or variant.size is None or length >= 2 * variant.size:
+        return []
+    return [
+        f"{field}: {variant.label} would be scored on {length} tokens of a text, of which its window hides few or none: "
+        f"its score would say that it costs nothing. Raise scoring.tokens_per_sequence and corpus.sequence_length to "
+        f"{2 * variant.size} or more, or take a window of at most {length // 2}."
+    ]
 
 
 def refused(profile: Profile, config: Any, layer: int, attention: str, ffn: str) -> str | None:

@@ -17,7 +17,7 @@ from tasks.search import joint
 from tasks.search.joint import JointLibrary, JointOption, MeasuredAt, Option
 from tasks.search.program import Floats
 from tasks.search.request import Limit, Request
-from tasks.search.totals import Problem, cost_of, scores_behind
+from tasks.search.totals import Problem, bytes_of, cost_of, scores_behind
 
 Places = Sequence[tuple[Scenario, int]]  # scenarios at a batch size each
 METRICS = ("kl", "lm_loss")
@@ -49,7 +49,9 @@ def library_of(problem: Problem, additive: bool = False) -> JointLibrary:
     return JointLibrary(
         layers=tuple(dict.fromkeys(option.layer for option in options)),
         options=options,
-        fixed=_costs([[part] for part in outside], places, {"layer_parameters": 0.0}),
+        fixed=_costs(
+            [[part] for part in outside], places, [part.weight_bytes for part in outside], {"layer_parameters": 0.0}
+        ),
         documents=problem.documents,
         places=tuple(
             MeasuredAt(
@@ -102,6 +104,10 @@ def _option(problem: Problem, option: Option, places: Places) -> JointOption:
     parts = [
         [cost_of(problem, part, label, scenario, size) for part, label in labels.items()] for scenario, size in places
     ]
+    memory = [
+        sum(bytes_of(problem, option.layer, cost, scenario) for cost in one)
+        for one, (scenario, _) in zip(parts, places, strict=True)
+    ]
     named = {
         "num_key_value_heads": labels.get("attention", "").removeprefix("kv"),
         "intermediate_size": labels.get("ffn", "").removeprefix("ffn"),
@@ -111,7 +117,7 @@ def _option(problem: Problem, option: Option, places: Places) -> JointOption:
         layer=f"layer_{option.layer}" + ("" if len(labels) > 1 else f" {next(iter(labels))}"),
         label=f"{label}{' (coupled)' if option.coupled else ''}",
         metrics={name: math.fsum(getattr(score, name) for score in scores) for name in METRICS},
-        costs=_costs(parts, places, {}),
+        costs=_costs(parts, places, memory, {}),
         is_parent=chosen == LayerChoice(),
         samples={
             name: _summed(problem, [getattr(score, f"{name}_per_sequence") for score in scores]) for name in METRICS
@@ -122,15 +128,11 @@ def _option(problem: Problem, option: Option, places: Places) -> JointOption:
 
 
 def _costs(
-    parts: Sequence[Sequence[Cost | NonBlockCost]], places: Places, known: dict[str, float]
+    parts: Sequence[Sequence[Cost | NonBlockCost]], places: Places, memory: Sequence[int], known: dict[str, float]
 ) -> dict[str, joint.Cost]:
-    """Costs of what stands together, per place."""
+    """Costs of what stands together, per place. memory: its bytes there."""
     prefill = [math.fsum(part.prefill_seconds for part in one) for one in parts]
     decode = [math.fsum(part.decode_seconds_per_token for part in one) for one in parts]
-    memory = [
-        math.fsum(_bytes(part, size * (scenario.prompt_tokens + scenario.generated_tokens)) for part in one)
-        for one, (scenario, size) in zip(parts, places, strict=True)
-    ]
     parameters = float(sum(part.parameters for part in parts[0]))
     runtime = [p + scenario.generated_tokens * d for p, d, (scenario, _) in zip(prefill, decode, places, strict=True)]
     return {
@@ -141,10 +143,6 @@ def _costs(
         "layer_parameters": parameters,
         **known,
     }
-
-
-def _bytes(part: Cost | NonBlockCost, tokens: int) -> float:
-    return part.weight_bytes + (tokens * part.kv_bytes_per_token if isinstance(part, Cost) else 0)
 
 
 def _summed(problem: Problem, per_sequence: Sequence[tuple[float, ...]]) -> Floats:
