@@ -84,8 +84,8 @@ def verdict(layers: Sequence[int], scores: Scores) -> str:
     """The KL of window128 beside that of kv1, layer by layer."""
     shares = [scores[layer, "window128"].kl / scores[layer, "kv1"].kl for layer in layers]
     told = ", ".join(f"{share:.2f}" for share in shares)
-    kept = all(share <= 1 / 3 for share in shares)
-    return f"KL of window128 / KL of kv1, layer by layer: {told}. At most a third in every layer: {'yes' if kept else 'no'}."
+    kept = "yes" if all(share <= 1 / 3 for share in shares) else "no"
+    return f"KL of window128 / KL of kv1, layer by layer: {told}. At most a third in every layer: {kept}."
 
 
 def timing(bench: Bench, labels: Sequence[str]) -> str:

@@ -144,8 +144,8 @@ class Score(Value):
 class Cost(Value):
     """Measured cost of one variant of one subblock, at one scenario and batch size; the same in every layer.
 
-    spread: relative standard error, that of the seconds divided by the seconds. kv_tokens: how many tokens of a sequence
-    stay in its KV cache at most; None for all.
+    spread: relative standard error, that of the seconds divided by the seconds. kv_tokens: how many tokens of a
+    sequence stay in its KV cache at most; None for all.
     """
 
     subblock: Subblock
@@ -187,8 +187,8 @@ class CostTable(Value):
     """All costs of one parent on one hardware target, either measured on it or modelled for it, never both.
 
     parent_measured: the whole parent, measured in the same rounds. calibration: None where the sums of blocks need
-    none. load: how many processors others took meanwhile, on average. windows: how many tokens the KV cache of each of the
-    parent's layers keeps of a sequence, None for all; empty where no layer slides.
+    none. load: how many processors others took meanwhile, on average. windows: how many tokens of a sequence each of
+    the parent's layers keeps in its KV cache, None for all; empty where no layer slides.
     """
 
     hardware: dict[str, str]

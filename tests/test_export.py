@@ -33,6 +33,7 @@ from tasks.export.folder import (
     write_checkpoint,
 )
 from tests.test_modeling import FAMILIES, LINEAR, NO_OP, attention, ffn, mixed_blocks, tiny_child, tiny_parent
+from tests.test_windows import windowed, windows
 
 PARENT = ParentInfo(name="tiny", folder="parent", fingerprint="f" * 8, source="made in a test", revision="r1")
 CORPUS = CorpusInfo(
@@ -129,7 +130,7 @@ def loaded(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     cases, before = {}, modules_of_children()
     for family in FAMILIES:
         parent = tiny_parent(family, tie_word_embeddings=family in ("gemma3_text", "qwen2"))
-        for shape, blocks in (("mixed", mixed_blocks()), ("uniform", uniform_blocks())):
+        for shape, blocks in (("mixed", mixed_blocks()), ("uniform", uniform_blocks()), ("windows", windows())):
             child = tiny_child(parent, blocks)
             folder = export_child(child, PARENT, workspace, workspace / "children" / f"{family}.{shape}", "# card\n")
             cases[f"{family}.{shape}"] = Case(child, folder, native=shape == "uniform")
@@ -152,7 +153,7 @@ def modules_of_children() -> set[str]:
     return {name for name in sys.modules if name.startswith("transformers_modules")}
 
 
-@pytest.mark.parametrize("shape", ["mixed", "uniform"])
+@pytest.mark.parametrize("shape", ["mixed", "uniform", "windows"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_stranger_gets_the_same_model(loaded: Loaded, family: str, shape: str) -> None:
     case, name = loaded.cases[f"{family}.{shape}"], f"{family}.{shape}"
@@ -241,8 +242,11 @@ def test_only_a_child_with_all_layers_alike_is_native(changed: dict[str, Any], n
     assert (native_config(child_config(blocks)) is not None) == native
 
 
-def test_a_child_of_linear_subblocks_alone_is_not_native() -> None:
-    assert native_config(child_config([{"attention": attention(2), "ffn": LINEAR}] * 6)) is None
+@pytest.mark.parametrize(
+    "block", [{"attention": attention(2), "ffn": LINEAR}, {"attention": windowed(2, 4), "ffn": ffn(48)}]
+)
+def test_a_child_of_linear_subblocks_or_windows_alone_is_not_native(block: dict[str, Any]) -> None:
+    assert native_config(child_config([block] * 6)) is None
 
 
 def child_config(blocks: list[dict[str, Any]], family: str = "llama") -> Any:
@@ -262,6 +266,7 @@ def wide(width: int, **changes: Any) -> dict[str, Any]:
         ("llama", (attention(2), wide(256)), (attention(2), LINEAR), {"TensorRT-LLM"}),
         ("llama", (NO_OP, wide(256)), (attention(2), wide(256)), {"TensorRT-LLM"}),
         ("llama", (attention(2), wide(256)), (attention(2), wide(24)), set()),
+        ("llama", (attention(2), wide(256)), (windowed(2, 4), wide(256)), set()),
         ("llama", (attention(2), wide(256)), (attention(2), wide(24, ffn_mult=None)), {"vLLM"}),
         ("mistral", (attention(2), wide(256)), (NO_OP, wide(256)), {"vLLM"}),
         ("qwen2", (attention(2), wide(256)), (NO_OP, wide(256)), set()),

@@ -12,7 +12,7 @@ import pytest
 from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
 from blocks.kinds import KINDS, kind_of, kinds, parse_label
 from blocks.records import SUBBLOCKS
-from tests.test_modeling import NO_OP, parents_twin, tiny_parent
+from tests.test_modeling import NO_OP, tiny_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("flows", "tasks", "blocks", "profiles")

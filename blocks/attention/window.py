@@ -35,7 +35,7 @@ class WindowAttention(KVHeads):
             raise UnknownVariant(f"{label}: a window in this parent has 1 to {most} tokens, fewer than it sees itself")
         if not match[2] or int(match[2]) == config.num_key_value_heads:
             return self.variant(f"window{int(match[1])}", int(match[1]))
-        super().parse(f"kv{match[2]}", config)
+        KVHeads().parse(f"kv{match[2]}", config)
         return self.variant(f"window{int(match[1])}kv{int(match[2])}", int(match[1]))
 
     def _longest(self, config: Any) -> int:
@@ -46,7 +46,7 @@ class WindowAttention(KVHeads):
     def examples(self, config: Any) -> list[str]:
         most = self._longest(config)
         sizes = [size for size in (64, 128, 256) if size <= most] or [max(1, most // 2)]
-        return [f"window{size}{heads}" for heads in ("", *super().examples(config)[:1]) for size in sizes]
+        return [f"window{size}{heads}" for heads in ("", *KVHeads().examples(config)[:1]) for size in sizes]
 
     def heads(self, variant: Variant, config: Any) -> int:
         _, _, heads = variant.label.partition("kv")

@@ -1,13 +1,13 @@
 """Attention over a window of the last tokens and a few sink tokens, the first of the text, which every token sees.
 
-A token at place q sees the tokens at places k <= q with q - k < size, and the first `sinks` tokens of its row. Padding on
-the left is not part of a text: the sinks of a padded row come behind it. Keys keep the rotation of their true places.
+A token at place q sees the tokens at places k <= q with q - k < size, and the first `sinks` tokens of its row. Padding
+on the left is not part of a text: the sinks of a padded row come behind it. Keys keep the rotation of their places.
 
 The cache of such a layer holds, for each row, its sinks and the last size - 1 tokens, whatever the length of the text.
 The products are made for blocks of queries, so a prefill's work grows with the length and not with its square.
 
-Legend: B = rows, T = new tokens, L = tokens in the cache, `seen` = tokens before the new ones, H = heads, C = head_dim. A
-place counts a row's tokens from 0, its padding included.
+Legend: B = rows, T = new tokens, L = tokens in the cache, `seen` = tokens before the new ones, H = heads, C = head_dim.
+A place counts a row's tokens from 0, its padding included.
 """
 
 import importlib
@@ -18,7 +18,9 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-PREFIX = "windowed_"  # before the name of the attention implementation that a layer with a window is built on
+# before the name of the attention implementation that a layer with a window is built on; the table of implementations
+# is the process's, and copies of this file, one of each child that was loaded, must not replace each other's
+PREFIX = f"{__name__}."
 BLOCK = 256  # queries whose products are made at once, unless the window is longer
 
 
@@ -84,7 +86,7 @@ class View:
     def part(
         self, keys: torch.Tensor, values: torch.Tensor, begin: int, end: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys, values and mask (B, 1, queries, keys) of the new tokens `begin` to `end`: what they may see, not more."""
+        """Keys, values and mask (B, 1, queries, keys) for the new tokens `begin` to `end`: all that they may see."""
         held = keys.shape[2] - self.tokens
         least = self.seen + begin - self.window.size + 1  # the first place in these tokens' windows
         if least < self.seen:  # it may be in the cache: all of it is taken
@@ -160,8 +162,8 @@ for _name in ("sdpa", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if
 class WindowCacheLayer(DynamicSlidingWindowLayer):
     """The sinks and the last size - 1 tokens of each row.
 
-    sliding_window: that of the parent's own sliding layers, whose masks may be sized by this layer. padding: of the rows
-    that are added next.
+    sliding_window: that of the parent's own sliding layers, whose masks may be sized by this layer. padding: of the
+    rows that are added next.
     """
 
     is_croppable = False
@@ -199,7 +201,9 @@ class WindowCacheLayer(DynamicSlidingWindowLayer):
 
     def activate_past_recording(self) -> None:
         """ValueError: tokens that have left the window cannot come back, as assisted decoding needs it."""
-        raise ValueError("a child with windows cannot take tokens back, so no assistant model can help it: leave it out.")
+        raise ValueError(
+            "a child with windows cannot take tokens back, so no assistant model can help it: leave it out."
+        )
 
     def crop(self, tokens_to_remove: int) -> None:
         """ValueError, see activate_past_recording."""

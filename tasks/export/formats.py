@@ -151,7 +151,7 @@ def refuse(config: Any, form: str) -> None:
         _refuse_widths(config)
         if OWN_WINDOW in gaps("vllm", config):
             raise EngineLimit(
-                f"no engine that loads nemotron-nas runs {OWN_WINDOW}, they would attend to all tokens: take transformers."
+                f"no engine that loads nemotron-nas runs {OWN_WINDOW}, they would see all tokens: take transformers."
             )
     if form == "native" and native_config(config) is None:
         raise EngineLimit("native needs layers that are all alike and whole, these differ: take transformers or gguf.")

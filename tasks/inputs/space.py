@@ -49,9 +49,9 @@ def _unseen(profile: Profile, variant: Variant, field: str) -> list[str]:
     if kind_of(variant).kv_tokens(variant) is None or variant.size is None or length >= 2 * variant.size:
         return []
     return [
-        f"{field}: {variant.label} would be scored on {length} tokens of a text, of which its window hides few or none: "
-        f"its score would say that it costs nothing. Raise scoring.tokens_per_sequence and corpus.sequence_length to "
-        f"{2 * variant.size} or more, or take a window of at most {length // 2}."
+        f"{field}: {variant.label} would be scored on {length} tokens of a text. Its window hides few of them or none, "
+        "and its score would say that it costs nothing. Raise scoring.tokens_per_sequence and corpus.sequence_length "
+        f"to {2 * variant.size} or more, or take a window of at most {length // 2}."
     ]
 
 

@@ -138,7 +138,11 @@ def subblock_seconds(parent: Parent, variant: Variant, work: Pass, setting: Sett
     elementwise = setting.memory(HIDDEN_PASSES * hidden + INNER_PASSES * inner / setting.devices)
     kernels = needs.kernels + (1 if inner else 0)
     # a prefill reads back what it has just written
-    seen = work.tokens if work.tokens > 1 else tokens_seen(parent.config, work.context, kind_of(variant).kv_tokens(variant))
+    seen = (
+        work.tokens
+        if work.tokens > 1
+        else tokens_seen(parent.config, work.context, kind_of(variant).kv_tokens(variant))
+    )
     scores = max(
         setting.compute((needs.flops_per_token - products) * work.count, setting.half),
         setting.memory(work.sequences * (seen + work.tokens) * kv_bytes_per_device(parent, variant, setting)),
