@@ -145,7 +145,7 @@ class Cost(Value):
     """Measured cost of one variant of one subblock, at one scenario and batch size; the same in every layer.
 
     spread: relative standard error, that of the seconds divided by the seconds. kv_tokens: how many tokens of a
-    sequence stay in its KV cache at most; None for all.
+    sequence stay in its KV cache at most; None for all that the layer keeps.
     """
 
     subblock: Subblock
@@ -203,9 +203,8 @@ class CostTable(Value):
 
     def kv_bytes(self, layer: int, cost: Cost, tokens: int) -> int:
         """Bytes of a variant's KV cache in a layer after `tokens` tokens of each sequence of the cost's batch."""
-        window = self.windows[layer] if self.windows else None
-        kept = min(most for most in (tokens, cost.kv_tokens, window) if most is not None)
-        return cost.kv_bytes_per_token * cost.batch_size * kept
+        most = cost.kv_tokens or (self.windows[layer] if self.windows else None)
+        return cost.kv_bytes_per_token * cost.batch_size * min(tokens, most or tokens)
 
     @property
     def modelled(self) -> bool:

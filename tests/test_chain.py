@@ -283,7 +283,7 @@ def test_a_window_scores_what_the_assembled_child_is_off(chain: Chain) -> None:
     assert block.nmse_start is not None and block.nmse_closed_form is not None and block.nmse_after is not None
     assert block.nmse_after < block.nmse_closed_form < block.nmse_start
     (score,) = score_sequences(
-        [(block, range(6))], chain.records[layer], chain.scored, chain.parent, chain.workspace, HOST
+        [(block, tuple(range(6)))], chain.records[layer], chain.scored, chain.parent, chain.workspace, HOST
     )
     layers = [LayerChoice(attention=label if index == layer else "parent") for index in range(chain.reader.depth)]
     child = assemble(chain.reader, {(layer, "attention", label): block}, architecture(layers), chain.workspace)

@@ -179,7 +179,8 @@ class WindowCacheLayer(DynamicSlidingWindowLayer):
         """Add the new tokens; returns those held before and the new ones."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys, values = (torch.cat(pair, -2) for pair in ((self.keys, key_states), (self.values, value_states)))
+        both: Any = ((self.keys, key_states), (self.values, value_states))
+        keys, values = (torch.cat(pair, -2) for pair in both)
         seen = self.cumulative_length
         self.cumulative_length += key_states.shape[-2]
         self.keys, self.values = (self._kept(one, seen) for one in (keys, values))
@@ -226,7 +227,7 @@ def with_windows(cache: Cache | None, config: Any) -> Cache | None:
     if not isinstance(cache, DynamicCache):
         raise ValueError(f"a child with windows needs a DynamicCache, not a {type(cache).__name__}.")
     for layer, window in windows.items():
-        there = cache.layers[layer]
+        there: Any = cache.layers[layer]
         if not isinstance(there, WindowCacheLayer):
             if there.get_seq_length():
                 raise ValueError("the cache was filled by another model: give this child a new DynamicCache.")

@@ -37,9 +37,6 @@ def windows_of(config: Any) -> tuple[int | None, ...]:
 
 
 def tokens_seen(config: Any, context_tokens: int, most: int | None = None) -> int:
-    """How many of `context_tokens` a token sees: the mean over the parent's layers, and `most` in each at most."""
-    seen = [
-        min(context_tokens, window or context_tokens, most or context_tokens)
-        for window in windows_of(config) or (None,)
-    ]
+    """How many of `context_tokens` a token sees: `most`, or the mean of what the parent's layers see."""
+    seen = [min(context_tokens, most or window or context_tokens) for window in windows_of(config) or (None,)]
     return round(sum(seen) / len(seen))

@@ -68,6 +68,21 @@ def refused_alone(profile: Profile, config: Any, layer: int, subblock: Subblock,
     return refused(profile, config, layer, choice.attention, choice.ffn)
 
 
+def left_out(profile: Profile, reader: Parent) -> tuple[str, ...]:
+    """Variants of the search space that no layer can have, because an engine that has to run the child cannot run them:
+    a sentence for each reason.
+    """
+    found: dict[str, list[str]] = {}
+    for subblock in SUBBLOCKS:
+        for label in getattr(profile.search_space, subblock):
+            reasons = [
+                refused_alone(profile, reader.config, layer, subblock, label) for layer in layers_of(profile, reader)
+            ]
+            if all(reasons):
+                found.setdefault(str(reasons[0]), []).append(f"{subblock} {label}")
+    return tuple(f"{', '.join(labels)}: {reason}" for reason, labels in found.items())
+
+
 def target_engines(profile: Profile) -> tuple[str, ...]:
     """The engines that have to run the child. The engine `roofline` is a model and runs nothing."""
     hardware = profile.hardware
