@@ -483,11 +483,23 @@ class StageTime(Value):
     cpu_seconds: float
 
 
+class Racer(Value):
+    """An architecture that raced: its place by summed score from 1, how many layers differ from the first one's, and
+    (steps of GKD, KL on validation text) at the end of each round that it was in.
+    """
+
+    place: int
+    score: float
+    different: int
+    kl: tuple[tuple[int, float], ...]
+
+
 class ChildReport(Value):
     """The result of a run: parent, child and baselines, predicted and measured.
 
     request: what was asked of the search (tasks/search/request.py). rule: when one child counts as better than another
-    (`champion` in the profile). finished_at, command: when the run ended, and the command that makes the child again.
+    (`champion` in the profile). race: best first, empty where there was none.
+    finished_at, command: when the run ended, and the command that makes the child again.
     All are empty in reports of older versions.
     """
 
@@ -507,5 +519,6 @@ class ChildReport(Value):
     mlflow_run_id: str = ""
     request: dict[str, Any] = {}
     rule: dict[str, Any] = {}
+    race: tuple[Racer, ...] = ()
     finished_at: str = ""
     command: str = ""

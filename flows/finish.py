@@ -15,7 +15,7 @@ from prefect.settings import PREFECT_HOME
 from blocks.compute import HOST
 from blocks.errors import PuzzleError
 from blocks.library import digest_of, keep
-from blocks.records import Answer, BlockRecord, ChildReport, CorpusInfo, ParentInfo, SpeedReport
+from blocks.records import Answer, BlockRecord, ChildReport, CorpusInfo, ParentInfo, Racer, SpeedReport
 from blocks.resources import weight_bytes
 from flows.run import task_of
 from flows.tracked_run import TrackedRun
@@ -52,6 +52,7 @@ class Findings:
     evaluations: Sequence[Evaluation]
     speed: SpeedReport
     answers: Mapping[tuple[str, str], tuple[Answer, ...]]
+    race: tuple[Racer, ...]
 
 
 def best_baseline(child: Contender, baselines: Sequence[Contender], found: Sequence[Evaluation]) -> list[Contender]:
@@ -103,6 +104,7 @@ def report_of(
         cpu_seconds=run.usage.cpu_seconds(),
         peak_memory_bytes=run.usage.peak_memory_bytes(),
         request=request_of(run.profile).model_dump(mode="json"),
+        race=found.race,
         rule=run.profile.champion.model_dump(mode="json"),
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command_of_run(),

@@ -32,22 +32,25 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         scores = stages.score_all(run, parent, corpus, records, blocks)
         run.log_library(parent, corpus, blocks, scores, costs)
 
-        problem, architecture = stages.choose_child(run, scores, costs)
-        run.log_architecture(architecture, blocks, scores, costs)
-        rivals = stages.choose_baselines(run, problem, architecture)
-        own, child = parent_contender(architecture), contender("child", architecture, blocks)
+        problem, near = stages.choose_child(run, scores, costs)
+        teacher = whole_models.record_teacher(run, parent, corpus)
+        names = ["child"] if len(near) == 1 else [f"candidate-{place}" for place in range(1, len(near) + 1)]
+        racing = [contender(name, each, blocks) for name, each in zip(names, near, strict=True)]
+        child, racers = whole_models.race(run, racing, teacher)
+        run.log_architecture(child.architecture, blocks, scores, costs)
+        own, rivals = parent_contender(child.architecture), stages.choose_baselines(run, problem, child.architecture)
         baselines = [contender(name, rival, blocks) for name, rival in rivals.items()]
         assembled = [own, child, *baselines]
         found = whole_models.evaluate_all(run, assembled, parent, corpus)
 
         best = best_baseline(child, baselines, found[2:]) if profile.evaluate.distill_best_baseline else []
-        distilled = whole_models.distill_globally(run, [child, *best], parent, corpus)
+        distilled = whole_models.distill_globally(run, [child, *best], teacher)
         found += whole_models.evaluate_all(run, distilled, parent, corpus)
         speed = whole_models.measure_speed(run, assembled, parent, costs)
 
         final = distilled[0] if distilled else child
         said = whole_models.let_answer(run, [own, final], parent)
-        findings = Findings(evaluations=found, speed=speed, answers=said)
+        findings = Findings(evaluations=found, speed=speed, answers=said, race=racers)
         source, library = (parent, corpus), (blocks, problem)
         return finish(run, final, report_of(run, final, assembled + distilled, findings, source, library))
 

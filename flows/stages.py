@@ -40,13 +40,13 @@ from tasks.running.progress import say
 from tasks.running.sharing import TaskKey, exclusive
 from tasks.running.workers import WorkerSlot, compute_of, in_slot, worker_slot
 from tasks.score import scoring
-from tasks.search.choose import choose
+from tasks.search.choose import choose_several
 from tasks.search.totals import Problem, predicted, problem_of
 from tasks.studies.peers import find
 
 parent_task = task_of("prepare parent", "prepare parent")(prepare_parent)
 corpus_task = task_of("prepare corpus", "prepare corpus")(prepare_corpus)
-choose_task = task_of("choose", "choose")(choose)
+choose_task = task_of("choose", "choose")(choose_several)
 
 
 @task_of("record layer", "record layer {layer:02d}", lambda _, p: f"{p['recording'].key}-{p['layer']}-{p['number']}")
@@ -299,13 +299,16 @@ def cost_tasks(run: Run) -> list[str]:
     return [name for name in run.task_runs if name.startswith("cost ")]
 
 
-def choose_child(run: Run, scores: Sequence[Score], table: CostTable) -> tuple[Problem, Architecture]:
-    """The MIP under the profile's budget."""
+def choose_child(run: Run, scores: Sequence[Score], table: CostTable) -> tuple[Problem, list[Architecture]]:
+    """The MIP under the profile's budget: its optimum, and the next best where several are to race."""
     with run.stage("choose"):
         problem = problem_of(run.profile, scores, table)
         needs = [*cost_tasks(run), *(f"score {layer}" for layer in sorted({score.layer for score in scores}))]
-        architecture: Architecture = run.call(choose_task, "choice", problem, after=needs, limited=False)
-    return problem, architecture
+        asked = (problem, run.profile.race.candidates, run.profile.race.min_different)
+        found: list[Architecture] = run.call(choose_task, "choice", *asked, after=needs, limited=False)
+    if len(found) < asked[1]:
+        say(f"race: no more than {len(found)} architectures within the budget differ in {asked[2]} layers")
+    return problem, found
 
 
 def choose_baselines(run: Run, problem: Problem, child: Architecture) -> dict[str, Architecture]:

@@ -636,6 +636,24 @@ class GKD(Section):
     seed: int = Field(default=0, description="Seed of the order of train sequences.")
 
 
+class Race(Section):
+    """Several architectures in the place of the one of the lowest summed score. Sums do not rank the neighbours of the
+    optimum for certain, and GKD may turn their order: in each round the worse half drops out, by the KL on validation
+    text.
+    """
+
+    candidates: PositiveInt = Field(
+        default=1, description="How many take part: the optimum, and the best that differ enough from it. 1: no race."
+    )
+    min_different: PositiveInt = Field(default=4, description="Layers in which any two of them differ, at least.")
+    rounds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(0, 12, 24),
+        min_length=1,
+        description="Steps of GKD that each has done when a round ends; 0: none yet. The last round leaves one, which "
+        "goes on to `gkd.steps`. All but 0 are multiples of `gkd.evaluate_every`.",
+    )
+
+
 BaselineName = Literal["uniform", "depth", "greedy", "random", "no_op_only", "max_params", "evolutionary"]
 BenchmarkName = Literal["hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande"]
 
@@ -781,6 +799,7 @@ class Profile(Section):
     budget: Budget = Field(description="What the child may cost.")
     search: Search = Field(default=Search(), description="How the child is searched.")
     gkd: GKD = Field(default=GKD(), description="How the child is trained as a whole.")
+    race: Race = Field(default=Race(), description="Whether several architectures race in GKD.")
     evaluate: Evaluate = Field(default=Evaluate(), description="How parent, child and baselines are compared.")
     champion: Champion = Field(default=Champion(), description="When a new child replaces the last one.")
     orchestration: Orchestration = Field(default=Orchestration(), description="Where tasks run.")
@@ -879,4 +898,18 @@ class Profile(Section):
             )
         if len({scenario.name for scenario in self.scenarios}) != len(self.scenarios):
             raise ValueError("scenarios need different names")
+        return self
+
+    @model_validator(mode="after")
+    def _race_fits(self) -> Self:
+        rounds, gkd = self.race.rounds, self.gkd
+        if self.race.candidates > 1 and (
+            list(rounds) != sorted(set(rounds))
+            or rounds[-1] >= gkd.steps
+            or any(r % gkd.evaluate_every for r in rounds)
+        ):
+            raise ValueError(
+                f"race.rounds is {list(rounds)}: rounds rise, are multiples of gkd.evaluate_every "
+                f"({gkd.evaluate_every}), and the last is below gkd.steps ({gkd.steps})"
+            )
         return self

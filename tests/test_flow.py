@@ -43,7 +43,8 @@ SMALLER = [
     "hardware.threads=1",
 ]
 ALONE = ("--set", "evaluate.baselines=[]")  # where the child is what is looked at
-OTHER = ("--set", "budget.layer_parameters_fraction=0.45")
+RACE = "race={candidates: 3, min_different: 1, rounds: [0, 8]}"
+OTHER = ("--set", "budget.layer_parameters_fraction=0.45", "--set", RACE)
 
 
 STRANGE = "we ird [1] 50%? #x é"  # what a URL or a glob would read otherwise
@@ -273,6 +274,19 @@ def test_another_budget_reuses_the_library_within_a_minute(
     assert ("measure ffn parent chat x1",) in cached and ("measure parent chat x1",) in cached
     found = [name for (name,) in cached if name.startswith("distill layer")]
     assert len(found) >= sum(path.suffix == ".json" for path in library)
+
+
+def test_a_race_is_told_and_its_winner_is_the_child(another: tuple[str, dict[Path, int], float]) -> None:
+    folder = child_of(another[0]).parent
+    report = read_value(folder / "report.json", ChildReport)
+    first, second, third = report.race
+    assert [[steps for steps, _ in racer.kl] for racer in report.race] == [[0, 8], [0, 8], [0]]
+    assert first.kl[-1][1] <= second.kl[-1][1] and max(first.kl[0][1], second.kl[0][1]) <= third.kl[0][1]
+    assert sorted(racer.place for racer in report.race) == [1, 2, 3] and report.architecture.score == first.score
+    child = next(candidate for candidate in report.candidates if candidate.name == "child")
+    assert child.layers == report.architecture.layers and child.predicted_kl in (None, first.score)
+    assert "### The race that the child won" in (folder / "report.md").read_text()
+    assert "race: candidate-3 after 0 steps of GKD" in another[0]
 
 
 COUNTED = """

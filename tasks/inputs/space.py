@@ -36,6 +36,8 @@ def misfits(profile: Profile, reader: Parent) -> list[str]:
     outside = [layer for layer in profile.search_space.layers or () if not 0 <= layer < reader.depth]
     if outside:
         found.append(f"search_space.layers names {outside}, but the parent's layers are 0 to {reader.depth - 1}")
+    if profile.race.candidates > 1 and profile.race.min_different > reader.depth:
+        found.append(f"race.min_different is {profile.race.min_different}, but the parent has {reader.depth} layers")
     try:
         check_parent(target_engines(profile), reader.config, profile.hardware.precision)
     except PuzzleError as error:

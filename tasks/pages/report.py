@@ -251,6 +251,7 @@ def report_markdown(report: ChildReport) -> str:
         _predicted_markdown(report),
         "## Architecture",
         _architecture_markdown(report.architecture),
+        *_race_markdown(report),
         "## How it was made",
         _facts_markdown(report),
     ]
@@ -409,6 +410,31 @@ def _architecture_markdown(architecture: Architecture) -> str:
     certificate += f"{plain(architecture.bound)}, gap {architecture.gap:.2g}"
     certificate += f"; solved by {architecture.solved_by}." if architecture.solved_by else "."
     return f"{certificate}\n\n{_markdown_table(['layers', 'attention', 'ffn'], rows)}"
+
+
+def race_table(report: ChildReport) -> WordedTable:
+    """How the architectures of a race fared, best first; no rows where there was none."""
+    rounds = max((racer.kl for racer in report.race), key=len, default=())
+    rows = [
+        [
+            str(racer.place),
+            plain(racer.score),
+            str(racer.different),
+            *(f"{dict(racer.kl)[steps]:.4f}" if steps in dict(racer.kl) else "–" for steps, _ in rounds),
+        ]
+        for racer in report.race
+    ]
+    header = ["place by summed score", "summed score", "layers unlike the first's"]
+    header += [f"KL after {steps} steps of GKD" for steps, _ in rounds]
+    words = "On validation text, the best until there, in nats per token. In each round the worse half dropped out. "
+    trained = sum(steps for racer in report.race[1:] for steps, _ in racer.kl[-1:])
+    words += f"The others took {trained} steps of GKD together, which no baseline was given."
+    return header, rows, words
+
+
+def _race_markdown(report: ChildReport) -> list[str]:
+    header, rows, words = race_table(report)
+    return ["### The race that the child won", _markdown_table(header, rows), words] if rows else []
 
 
 def _facts_markdown(report: ChildReport) -> str:

@@ -469,6 +469,18 @@ def teacher_bytes(shape: Shape) -> int:
     return trained * token_bytes(settings, shape.depth, shape.hidden) + validation
 
 
+def race_shares(profile: Profile) -> tuple[float, float]:
+    """GKD in the race of all architectures together, and of the winner after it, each as a share of one whole GKD."""
+    left, before, done = profile.race.candidates, 0, 0
+    if left == 1 or not profile.gkd.steps:
+        return 0.0, 1.0
+    for steps in profile.race.rounds:
+        if left > 1:
+            done, before = done + left * (steps - before), steps
+            left = (left + 1) // 2
+    return done / profile.gkd.steps, 1 - before / profile.gkd.steps
+
+
 def gkd_work(shape: Shape, share: float, layers: float | None = None) -> Work:
     """GKD of one child to its last step, with three trials where it finds its learning rate itself.
 

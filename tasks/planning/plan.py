@@ -306,9 +306,11 @@ def stages_of(
     scored = profile.scoring.sequences * (profile.scoring.tokens_per_sequence or length)
     stepped = gkd.steps * gkd.batch_sequences * length
     shares = [1.0, *[share] * (1 + rivals)]
+    raced, rest = effort.race_shares(profile)
+    alone = effort.gkd_work(shape, share, layers)
     spoken = len(profile.evaluate.prompts) * profile.evaluate.answer_tokens
     entering = effort.entering_work(shape)
-    used = dict.fromkeys(("distill", "coupled", "score", "GKD child", "GKD best baseline"), shape.devices)
+    used = dict.fromkeys(("distill", "coupled", "score", "race", "GKD child", "GKD best baseline"), shape.devices)
     bytes_of = {need.stage: need.bytes for need in needs}
     rows = [
         ("parent", 1, 0, effort.parent_work(shape)),
@@ -320,9 +322,10 @@ def stages_of(
         ("score", len(searched), scored * (jobs + pairs), effort.score_work(shape, searched)),
         ("measure", 1, 0, measure_work(shape, serving)),
         ("choose", 1, 0, Work(fixed=2.0)),
-        ("evaluate", len(shares), tested * len(shares), effort.evaluate_work(shape, shares, first=True)),
         ("GKD parent", min(distilled, 1), stepped + gkd.validation_sequences * length, effort.teacher_work(shape)),
-        ("GKD child", min(distilled, 1), stepped, effort.gkd_work(shape, share, layers)),
+        ("race", profile.race.candidates if raced else 0, round(raced * stepped), alone * raced),
+        ("evaluate", len(shares), tested * len(shares), effort.evaluate_work(shape, shares, first=True)),
+        ("GKD child", min(distilled, 1), round(rest * stepped), alone * rest),
         ("GKD best baseline", max(distilled - 1, 0), stepped, effort.gkd_work(shape, share)),
         ("evaluate", distilled, tested * distilled, effort.evaluate_work(shape, [share] * distilled, first=False)),
         ("throughput", 1 if serving else 0, 0, throughput_work(shape, serving, shares)),

@@ -22,12 +22,21 @@ def choose(problem: Problem) -> Architecture:
 
     Raises InfeasibleBudget with the nearest reachable values, SolverStopped when time ran out without any answer.
     """
+    return choose_several(problem, 1, 1)[0]
+
+
+def choose_several(problem: Problem, count: int, min_different: int) -> list[Architecture]:
+    """The best architecture, then the best of those that differ from all before in `min_different` layers at least.
+
+    Fewer than `count` where no more exist. Each has the proof of its own place: the bound of a later one holds for
+    what differs from those before. See `choose`.
+    """
     started = time.perf_counter()
     library = library_of(problem)
     options = {(option.layer, option.label): option.own for option in library.options}
-    (found,) = choose_joint(library, request_of(problem))
-    own = [options[item] for item in found.layers.items()]
-    return _checked(problem, found, own, time.perf_counter() - started)
+    found = choose_joint(library, request_of(problem, diverse=count, min_different=min_different))
+    seconds = time.perf_counter() - started
+    return [_checked(problem, each, [options[item] for item in each.layers.items()], seconds) for each in found]
 
 
 def _checked(problem: Problem, choice: JointChoice, options: list[Option | None], seconds: float) -> Architecture:
