@@ -174,6 +174,8 @@ def refused_label(engine: str, layer: int, kinds: Iterable[str], width: int, mix
     """
     known, named = known_engine(engine), set(kinds)
     needs = {LINEAR} if any("linear" in kind for kind in named) else set()
+    if any(kind.startswith("attention=window") for kind in named):
+        needs.add(OWN_WINDOW)
     if layer == 0 and "attention=no_op" in named:
         needs.add(BARE_START)
     if mixed_kv:

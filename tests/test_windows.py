@@ -9,7 +9,7 @@ import torch
 from transformers import StaticCache
 
 from blocks.compute import HOST
-from blocks.engine_limits import EngineLimit, runnable
+from blocks.engine_limits import EngineLimit, refused_label, runnable
 from blocks.errors import UnknownVariant
 from blocks.export_code.modeling_decilm import CACHE
 from blocks.export_code.windows_decilm import Padding, Window, WindowCacheLayer, windowed_attention
@@ -148,6 +148,7 @@ def test_labels_and_engines(tmp_path: Path) -> None:
     assert runnable("torch", config, 0, "window16", "parent") is None
     for engine in ("llama.cpp", "vllm", "tensorrt-llm", "sglang"):
         assert "windows with sink tokens" in str(runnable(engine, config, 0, "window16", "parent"))
+        assert "windows with sink tokens" in str(refused_label(engine, 1, ["attention=window16kv1"], 0, False))
 
 
 def test_a_window_is_not_scored_where_it_hides_little() -> None:

@@ -109,7 +109,7 @@ def _option(problem: Problem, option: Option, places: Places) -> JointOption:
         for one, (scenario, _) in zip(parts, places, strict=True)
     ]
     named = {
-        "num_key_value_heads": labels.get("attention", "").removeprefix("kv"),
+        "num_key_value_heads": labels.get("attention", "").partition("kv")[2],
         "intermediate_size": labels.get("ffn", "").removeprefix("ffn"),
     }
     label = " && ".join(f"{part} = {label}" for part, label in labels.items())
