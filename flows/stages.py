@@ -32,7 +32,7 @@ from tasks.inputs.corpus import documents_of, prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
 from tasks.inputs.space import check_search_space, left_out, measured_space
-from tasks.measure import costs
+from tasks.measure import costs, typed_costs
 from tasks.measure.calibration import drift
 from tasks.measure.roofline import modelled_costs, setting_of
 from tasks.running.at_work import at_work_in
@@ -47,6 +47,7 @@ from tasks.studies.peers import find
 parent_task = task_of("prepare parent", "prepare parent")(prepare_parent)
 corpus_task = task_of("prepare corpus", "prepare corpus")(prepare_corpus)
 choose_task = task_of("choose", "choose")(choose_several)
+ratio_task = task_of("measure type", "measure the parent in {kind}")(typed_costs.measure_ratio)
 
 
 @task_of("record layer", "record layer {layer:02d}", lambda _, p: f"{p['recording'].key}-{p['layer']}-{p['number']}")
@@ -228,6 +229,7 @@ def score_all(
     corpus: CorpusInfo,
     records: Sequence[LayerRecord],
     blocks: Iterable[BlockRecord],
+    name: str = "score",
 ) -> list[Score]:
     """Replace-1-block scores of every block that did not fail."""
     settings, profile = run.profile.scoring, run.profile
@@ -246,7 +248,7 @@ def score_all(
     missing = list(dict.fromkeys(block.layer for block in usable if stored[block.key] is None))
     for layer in dict.fromkeys(block.layer for block in usable if block.layer not in missing):
         handed_to(run.call, layer)
-    with run.stage("score") as progress:  # entered first: what is submitted computes at once
+    with run.stage(name) as progress:  # entered first: what is submitted computes at once
         shards = scored.shards(profile.record.shard_tokens)
         futures = [(layer, handed_to(run.submit, layer, shard)) for shard in shards for layer in missing]
         for done, (layer, future) in enumerate(futures, start=1):
@@ -266,10 +268,27 @@ def measure(run: Run, parent: ParentInfo) -> CostTable:
         setting = setting_of(profile.hardware, load_target(profile.hardware.name), reader)
         return modelled_costs(reader, measured_space(profile), profile.scenarios, setting)
     asked = costs.CostRequest.of(profile, parent)
+    base = _costs(run, asked)
+    tables = {kind: _costs(run, asked.in_type(kind)) for kind in profile.search_space.precision}
+    if not tables:
+        return base
+    with run.stage("measure") as progress:
+        ratios = {
+            kind: run.call(ratio_task, f"cost ratio {kind}", asked, kind, base, table, run.workspace, progress)
+            for kind, table in tables.items()
+        }
+    types: dict[str, tuple[CostTable, typed_costs.TypeRatio]] = {
+        kind: (table, ratios[kind]) for kind, table in tables.items()
+    }
+    return typed_costs.joined(base, types, asked.loads, typed_costs.is_tied(parent, run.workspace))
+
+
+def _costs(run: Run, asked: costs.CostRequest) -> CostTable:
+    """A stored table, or a new one."""
     stored = asked.stored(run.workspace)  # asked first: nobody waits for a device to read a table
     if stored is None:
         return _measured(run, asked)
-    for part in asked.parts(open_parent(run.workspace / parent.folder)):
+    for part in asked.parts(open_parent(run.workspace / asked.parent.folder)):
         run.call(measure_task, f"cost {part.label}", part, lambda: None, after=["parent"], limited=False)
     return stored
 
@@ -278,9 +297,11 @@ def measure_again(run: Run, parent: ParentInfo) -> list[str]:
     """Measure costs even where they are stored; returns what has changed, in words. Modelled costs do not move."""
     if run.profile.hardware.engine == "roofline":
         return []
-    asked = costs.CostRequest.of(run.profile, parent)
-    before, now = asked.stored(run.workspace), _measured(run, asked, again=True)
-    return drift(before, now) if before else []
+    base, moved = costs.CostRequest.of(run.profile, parent), list[str]()
+    for asked in [base, *map(base.in_type, run.profile.search_space.precision)]:
+        before, now = asked.stored(run.workspace), _measured(run, asked, again=True)
+        moved += drift(before, now) if before else []
+    return moved
 
 
 def _measured(run: Run, asked: costs.CostRequest, again: bool = False) -> CostTable:
@@ -319,8 +340,8 @@ def choose_baselines(run: Run, problem: Problem, child: Architecture) -> dict[st
     found: dict[str, Architecture] = {}
     for name in run.profile.evaluate.baselines:
         try:
-            layers = find(name, problem, run.profile.seed).layers
-            found[name] = predicted(problem, layers, name, batches)
+            one = find(name, problem, run.profile.seed)
+            found[name] = predicted(problem, one.layers, name, batches, one.head)
         except PuzzleError as error:
             say(f"baseline {name} left out: {error}")
     return found

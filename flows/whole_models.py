@@ -63,7 +63,7 @@ def _training(
     which: Contender, teacher: gkd_targets.TeacherRecord, profile: Profile, workspace: Path
 ) -> Iterator[gkd_job.Job]:
     """The job of a contender's GKD, which nobody else does meanwhile, with all devices of this run."""
-    job = gkd_job.job_of(which.architecture.layers, which.blocks, teacher, profile.gkd, compute_of(profile))
+    job = gkd_job.job_of(compare.bare_layers(which), which.blocks, teacher, profile.gkd, compute_of(profile))
     task = TaskKey(key=job.folder.replace("/", "-"), what=f"GKD of {which.name}")
     with exclusive(workspace, task), _all_of(profile.devices):
         yield job

@@ -233,6 +233,10 @@ class Corpus(Section):
         return self
 
 
+# GGUF's types of number that puzzle writes, each a block of 32 numbers
+GgufType = Literal["q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
+
+
 class SearchSpace(Section):
     """The variants that are tried in every layer. The parent's own subblock can always be chosen too."""
 
@@ -249,6 +253,32 @@ class SearchSpace(Section):
     layers: tuple[int, ...] | None = Field(
         default=None, description="Numbers of the layers that may change, from 0. null: all layers."
     )
+    precision: tuple[GgufType, ...] = Field(
+        default=(),
+        description="Types of number that every subblock may be written in, beside `hardware.precision`, with engine "
+        "llama.cpp only. The child is then also written as one GGUF file, and judged by it.",
+        examples=[["q8_0", "iq4_nl"]],
+    )
+    head: tuple[GgufType, ...] | None = Field(
+        default=None,
+        description="Types of number that embedding and head may have, some of `precision`. null: all of them.",
+    )
+
+    @property
+    def head_types(self) -> tuple[GgufType, ...]:
+        """Types that the head may have, beside the profile's precision."""
+        return self.precision if self.head is None else self.head
+
+    @model_validator(mode="after")
+    def _types_differ(self) -> Self:
+        for field in ("precision", "head"):
+            named = getattr(self, field) or ()
+            if len(set(named)) < len(named):
+                raise ValueError(f"{field}: each type of number once")
+        beyond = [kind for kind in self.head or () if kind not in self.precision]
+        if beyond:
+            raise ValueError(f"head: {beyond[0]} is measured with the blocks, so name it in precision too")
+        return self
 
 
 class Record(Section):
@@ -843,6 +873,28 @@ class Profile(Section):
             raise ValueError(
                 "orchestration.devices: variants are fitted and scored in float64, which mps does not have: set "
                 "orchestration.devices: [cpu]; costs may still be measured on it (hardware.device: mps)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _types_are_served(self) -> Self:
+        space, hardware = self.search_space, self.hardware
+        if not space.precision:
+            return self
+        if hardware.engine != "llama.cpp":
+            raise ValueError(
+                f"search_space.precision names types of GGUF, which {hardware.engine} does not run: set "
+                "hardware.engine: llama.cpp, or leave it out"
+            )
+        if "precision" not in hardware.model_fields_set or hardware.precision in space.precision:
+            raise ValueError(
+                "search_space.precision stands beside hardware.precision, which the budget's shares of the parent are "
+                "taken in: name another one there, such as bfloat16"
+            )
+        if self.bld.coupled or self.search.max_block_types is not None or self.race.candidates > 1:
+            raise ValueError(
+                "search_space.precision goes neither with bld.coupled, search.max_block_types nor a race, which is in "
+                "float: leave them out"
             )
         return self
 

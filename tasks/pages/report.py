@@ -79,6 +79,7 @@ def comparison_rows(report: ChildReport) -> list[Row]:
     kept = tuple(budget_state(model, report.speed.disturbed) or "–" for model in candidates)
     rows = [
         Row(label="budget", cells=kept, best=frozenset()),
+        _row("file, MB", candidates, lambda model: counted(model.file_bytes / 1e6 if model.file_bytes else None), True),
         *_quality_rows(report),
         *_speed_rows(report),
         *_size_rows(report),
@@ -405,6 +406,8 @@ def _architecture_markdown(architecture: Architecture) -> str:
         where = str(first) if first == last else f"{first}–{last}"
         rows.append([where, choice.attention, choice.ffn + (" (coupled)" if choice.coupled else "")])
         first = last + 1
+    if architecture.head:
+        rows.append(["head", architecture.head, "(with the embedding)"])
     score = rounded(Metric(value=architecture.score, se=architecture.score_se, n=1))
     certificate = f"Found by {architecture.method}: status {architecture.status}, predicted score {score}, lower bound "
     certificate += f"{plain(architecture.bound)}, gap {architecture.gap:.2g}"

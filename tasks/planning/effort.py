@@ -25,6 +25,7 @@ from blocks.kinds import kind_of, parse_label, parse_labels
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Subblock
 from blocks.resources import BYTES, non_block_parameters, parameters_of
+from blocks.typed_labels import FITTED_TO
 from blocks.variant import Variant
 from profiles.schema import GgufParent, PackageParent, Profile, TinyParent
 from tasks.distill.gkd_settings import is_recorded, token_bytes, trial_steps
@@ -52,6 +53,7 @@ VOCABULARY_LISTS = 3  # tokens, their types, about as many merges
 STEP_SECONDS = 3e-4  # of one token through one layer, whatever its width
 CORPUS_TOKENS_PER_SECOND = 40_000  # text cleaned, tokenised, packed
 BUILD_BYTES_PER_SECOND = 3.5e8  # a model assembled: weights read, checked against their digests, copied
+ROUNDING_SECONDS = 4e-7  # of a weight in a type of 4 or 5 bits, fitted to text
 BENCHMARK_SECONDS = 2.0  # lm-eval around one model: data opened, requests built
 # tokens of one item, all choices, padded as batches of 8 are; and items there are. SmolLM2's tokenizer, 200 items each
 BENCHMARKS = {
@@ -403,6 +405,28 @@ def score_work(shape: Shape, layers: Sequence[int]) -> Work:
         work += shape.head(tokens * len(replaced)) + Work(fixed=TASK_SECONDS)
         work += Work(disk=FLOAT * sum(shape.parameters(v) for part in SUBBLOCKS for v in shape.variants[part][1:]))
     return work
+
+
+def type_scores_work(shape: Shape) -> Work:
+    """The parent's blocks scored in every type of number, the whole parent in each, and the head in each."""
+    scoring, space = shape.profile.scoring, shape.profile.search_space
+    tokens = scoring.sequences * (scoring.tokens_per_sequence or shape.length)
+    work = files_work(shape, len(space.precision))
+    for layer in range(shape.depth):
+        times = len(SUBBLOCKS) * len(space.precision)
+        work += shape.forward(tokens * times, shape.depth - layer, packed=True) + shape.head(tokens * times)
+        work += shape.forward(FITTED_TO * shape.length, 1.0, packed=True)
+    weights = shape.depth * shape.layer_parameters * len(space.precision)
+    whole = (shape.forward(tokens, shape.depth) + shape.head(tokens, packed=False)) * 2
+    return work + whole * (len(space.precision) + len(space.head_types)) + Work(fixed=weights * ROUNDING_SECONDS)
+
+
+def files_work(shape: Shape, models: int) -> Work:
+    """Models rounded to types of number on calibration text, which runs twice through every layer."""
+    tokens = FITTED_TO * shape.length
+    weights = shape.depth * shape.layer_parameters + shape.outside_parameters
+    one = shape.forward(2 * tokens, shape.depth) + Work(fixed=weights * ROUNDING_SECONDS, disk=float(weights))
+    return one * models
 
 
 def model_bytes(shape: Shape, share: float = 1.0) -> float:

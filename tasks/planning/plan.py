@@ -305,7 +305,9 @@ def stages_of(
     packed = (corpus.train_sequences + corpus.validation_sequences + corpus.test_sequences) * length
     scored = profile.scoring.sequences * (profile.scoring.tokens_per_sequence or length)
     stepped = gkd.steps * gkd.batch_sequences * length
-    shares = [1.0, *[share] * (1 + rivals)]
+    types = len(profile.search_space.precision)
+    shares = [1.0, *[share] * (1 + rivals), *[1.0] * types]
+    rounded = len(shares) - 1 + distilled if types else 0
     raced, rest = effort.race_shares(profile)
     alone = effort.gkd_work(shape, share, layers)
     spoken = len(profile.evaluate.prompts) * profile.evaluate.answer_tokens
@@ -321,9 +323,11 @@ def stages_of(
         ("coupled", pairs, pairs * profile.trained_steps * profile.bld.batch_sequences * length, coupled),
         ("score", len(searched), scored * (jobs + pairs), effort.score_work(shape, searched)),
         ("measure", 1, 0, measure_work(shape, serving)),
+        ("score types", len(searched) if types else 0, 0, effort.type_scores_work(shape)),
         ("choose", 1, 0, Work(fixed=2.0)),
         ("GKD parent", min(distilled, 1), stepped + gkd.validation_sequences * length, effort.teacher_work(shape)),
         ("race", profile.race.candidates if raced else 0, round(raced * stepped), alone * raced),
+        ("write files", rounded, 0, effort.files_work(shape, rounded)),
         ("evaluate", len(shares), tested * len(shares), effort.evaluate_work(shape, shares, first=True)),
         ("GKD child", min(distilled, 1), round(rest * stepped), alone * rest),
         ("GKD best baseline", max(distilled - 1, 0), stepped, effort.gkd_work(shape, share)),

@@ -8,15 +8,18 @@ its own: through its server while that is up, else in its database.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 
 from filelock import FileLock, Timeout
 
 from blocks.errors import PuzzleError
 from tasks.running.at_work import prefect_home
-from tasks.running.servers import PREFECT_DATABASE, is_up, prefect_database, stop_left_behind
+from tasks.running.servers import PREFECT_DATABASE, is_up, prefect_database, stop_left_behind, stop_orphaned_servers
 
 API, HOME = "PREFECT_API_URL", "PREFECT_HOME"
 SERVED = ".prefect"  # in the root of `puzzle serve`
@@ -133,6 +136,26 @@ def _alone_in(home: Path) -> bool:
         return any(held.lock_file == lock.lock_file for held in _HELD)
     _HELD.append(lock)
     return True
+
+
+def begin_own_server() -> Callable[[], None]:
+    """Begin to start the server that Prefect starts for itself where none is named, so that it comes up while this
+    process still imports. Call what is returned before the first flow: Prefect takes a server that is starting for up.
+    Those that killed runs have left behind end first.
+    """
+    if os.environ.get(API):
+        return lambda: None
+    if home := os.environ.get(HOME):
+        stop_orphaned_servers(Path(home))
+    from prefect.server.api.server import SubprocessASGIServer
+
+    def start() -> None:
+        with suppress(Exception):  # Prefect tries again when the flow starts, and says why
+            SubprocessASGIServer().start()
+
+    starting = Thread(target=copy_context().run, args=(start,), daemon=True)
+    starting.start()
+    return starting.join
 
 
 def take_for_server(home: Path) -> None:

@@ -41,11 +41,13 @@ def choose_several(problem: Problem, count: int, min_different: int) -> list[Arc
 
 def _checked(problem: Problem, choice: JointChoice, options: list[Option | None], seconds: float) -> Architecture:
     """The architecture of a choice, its limits and score summed again without the library."""
-    layers = [LayerChoice(**own.choice) for own in options if own is not None]
+    chosen = [own for own in options if own is not None]
+    layers = [LayerChoice(**own.choice) for own in chosen if own.head is None]
+    head = next((own.head for own in chosen if own.head is not None), "")
     sizes = {found.scenario: found.batch_size for found in choice.scenarios}
     batches: Batches = tuple(sizes[scenario.name] for scenario in problem.scenarios)
-    architecture = predicted(problem, layers, "mip", batches)
-    problems = [f"{limit.field} is broken" for limit in broken_limits(problem, layers, batches)]
+    architecture = predicted(problem, layers, "mip", batches, head)
+    problems = [f"{limit.field} is broken" for limit in broken_limits(problem, layers, batches, head)]
     if not math.isclose(architecture.score, choice.score, rel_tol=1e-6, abs_tol=1e-9):
         problems.append(f"the score is {architecture.score}, not {choice.score}")
     if problems:
