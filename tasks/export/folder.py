@@ -144,7 +144,7 @@ def write_checkpoint(
         native.dtype = model.dtype
         native.save_pretrained(folder)
     else:
-        names = [str(name) for name in model.config.architectures]
+        names = [str(name) for name in model.config.architectures or ()]
         if longest_window(cast(DeciLMConfig, model.config)):
             # an engine that has DeciLMForCausalLM would load the folder and attend to all tokens, without a word
             names = [f"Windowed{name}" for name in names]
