@@ -36,7 +36,7 @@ from profiles.load import load_profile
 from profiles.schema import Profile
 from tasks.distill.bld import distill, distill_shard
 from tasks.distill.jobs import jobs_of
-from tasks.distill.record import Recording, drop, enter, open_parent, record_layer, recording_of
+from tasks.distill.record import Part, Recording, drop, enter, open_parent, record_layer, recording_of
 from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
@@ -103,12 +103,12 @@ class Place:
         jobs = jobs_of(self.profile, self.recording, records, self.reader)
         for number, shard in enumerate(self.recording.shards):
             for layer in range(self.reader.depth):
-                enter(layer, shard, self.recording, self.workspace, self.compute)
-                drop(layer - 1, shard, self.recording, self.workspace)
+                enter([layer], Part(shard=shard), self.recording, self.workspace, self.compute)
+                drop([layer - 1], shard, self.recording, self.workspace)
                 for job in jobs:
                     if job.layer == layer:
                         distill_shard(job, self.workspace, self.compute, number)
-            drop(layer, shard, self.recording, self.workspace)
+            drop([layer], shard, self.recording, self.workspace)
 
     def score(self, records: list[LayerRecord], blocks: list[BlockRecord]) -> None:
         """The blocks on all sequences, shard by shard."""
@@ -127,7 +127,7 @@ def measured(found: dict[str, float], workspace: Path) -> Iterator[None]:
 
     def watch() -> None:
         while not over.wait(0.05):
-            for name, pattern in (("states", "record/*/entering_*"), ("variants", "distill/*")):
+            for name, pattern in (("states", "record/*/entering/*"), ("variants", "distill/*")):
                 with suppress(FileNotFoundError):  # the stage takes files away: look again
                     sizes = [path.stat().st_size for path in workspace.glob(pattern)]
                     found[name] = max(found.get(name, 0), sum(sizes))

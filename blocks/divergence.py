@@ -99,22 +99,26 @@ class _KL(torch.autograd.Function):
     """Mean KL over tokens; the gradient is made in the forward pass, one slice of logits alive at a time."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, parent_ND: Tensor, moment_ND: Tensor, lse_N: Tensor, head: Head) -> Any:
+    def forward(ctx: Any, hidden_ND: Tensor, targets: Targets, head: Head, weights_N: Tensor | None) -> Any:
         lse, moment = _sweep(hidden_ND, head, want_moment=True)
         assert moment is not None
-        total = ((parent_ND - hidden_ND) * moment_ND).sum() + (lse - lse_N).sum()
-        ctx.save_for_backward(moment.sub_(moment_ND).div_(len(hidden_ND)))
-        return total / len(hidden_ND)
+        shift, rise = (targets.hidden - hidden_ND) * targets.moment, lse - targets.lse
+        moment.sub_(targets.moment).div_(len(hidden_ND))
+        if weights_N is not None:
+            shift, rise = shift * weights_N[:, None], rise * weights_N
+            moment.mul_(weights_N[:, None])
+        ctx.save_for_backward(moment)
+        return (shift.sum() + rise.sum()) / len(hidden_ND)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0], None, None, None, None
+        return gradient * gradients[0], None, None, None
 
 
-def kl_loss(hidden_ND: Tensor, targets: Targets, head: Head) -> Tensor:
-    """Differentiable mean KL(parent || child) in nats per token; the head is frozen."""
-    loss: Tensor = _KL.apply(hidden_ND, targets.hidden, targets.moment, targets.lse, head)
+def kl_loss(hidden_ND: Tensor, targets: Targets, head: Head, weights_N: Tensor | None = None) -> Tensor:
+    """Differentiable mean of (weight x) KL(parent || child) in nats per token; the head is frozen."""
+    loss: Tensor = _KL.apply(hidden_ND, targets, head, weights_N)
     return loss
 
 

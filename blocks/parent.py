@@ -7,6 +7,7 @@ code of transformers takes seconds to import, so only the methods that build mod
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,9 +76,18 @@ class Parent:
         there = sum(path.stat().st_size for path in set(self._files.values()))
         return there * self.compute.dtype.itemsize // self.dtype.itemsize
 
+    @cached_property
+    def _names(self) -> dict[str, list[str]]:
+        """The names of tensors by what stands before any of their dots."""
+        found: dict[str, list[str]] = {}
+        for name in self._files:
+            for prefix in accumulate(f"{part}." for part in name.split(".")[:-1]):
+                found.setdefault(prefix, []).append(name)
+        return found
+
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors whose name starts with `prefix`, named without it."""
-        names = [name for name in self._files if name.startswith(prefix)]
+        """Tensors whose name starts with `prefix`, which ends in a dot, named without it."""
+        names = self._names.get(prefix)
         if not names:
             raise ParentError(f"{self.folder} has no tensor named {prefix}*: is it a whole {self.family.model_type}?")
         found = {}

@@ -62,6 +62,8 @@ class CorpusInfo(Value):
     """Packed token ids: one safetensors file with int32 `train`, `validation`, `test`, each (sequences, length).
 
     Beside them int64 `train_starts` and so on: how many tokens of the split come before each of its documents.
+    weighted: and float32 `train_weights` and so on, (sequences, length): how much the prediction at each token counts,
+    1 on average.
     """
 
     tokens: Ref
@@ -72,6 +74,7 @@ class CorpusInfo(Value):
     test_sequences: int
     documents: int
     description: str = ""
+    weighted: bool = False
 
 
 # --- recording, blocks, scores

@@ -51,10 +51,9 @@ def optimize(given: ProfileOptions) -> None:
     prepare_workspace(folder)
 
     def run() -> str:
-        served = begin_own_server()
+        begin_own_server()
         from flows.optimize import run_optimize
 
-        served()
         return str(folder / run_optimize(wanted, folder).child_folder)
 
     typer.echo(f"child: {run_logged(folder, run)}")
@@ -71,10 +70,9 @@ def reoptimize(
     prepare_workspace(folder)
 
     def run() -> str:
-        served = begin_own_server()
+        begin_own_server()
         from flows.reoptimize import run_reoptimize
 
-        served()
         return run_reoptimize(wanted, folder, remeasure).outcome
 
     typer.echo(f"outcome: {run_logged(folder, run)}")

@@ -31,6 +31,7 @@ from tasks.operating.shared import store_used
 from tasks.running.at_work import at_work_in, number_in, prefect_home
 from tasks.running.devices import device_turn
 from tasks.running.progress import Progress, say, shown
+from tasks.running.recording import own_server_is_up
 from tasks.running.retries import one_line_when_prefect_is_away, time_limit_in_words, worth_retrying
 from tasks.running.usage import Usage
 
@@ -136,6 +137,7 @@ def process_of(profile: Profile, workspace: Path) -> Iterator[None]:
     check_servers()
     for line in advice(profile):
         say(line)
+    own_server_is_up()
     with at_work_in(workspace) as number, one_line_when_prefect_is_away(), imports_left_alone():
         set_threads(profile.hardware.threads)
         disable_progress_bar()  # transformers' own bars: ours show the stage

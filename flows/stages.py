@@ -5,6 +5,8 @@ the workers. See flows/run.py for the how, flows/whole_models.py for the stages 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import cycle, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,18 @@ from blocks.library import BlockLibrary, digest_of
 from blocks.records import Architecture, BlockRecord, CorpusInfo, CostTable, LayerRecord, ParentInfo, Score
 from flows.run import Run, task_of
 from profiles.hardware import load_target
+from profiles.schema import Profile
 from tasks.distill.bld import Job, distill_shard, progress_of
 from tasks.distill.jobs import better_of, coupled_jobs, jobs_of
 from tasks.distill.record import (
+    Part,
     Recording,
     Shard,
     clear,
     drop,
     enter,
     open_parent,
+    parts_of,
     record_layer,
     recorded,
     recording_of,
@@ -51,22 +56,24 @@ ratio_task = task_of("measure type", "measure the parent in {kind}")(typed_costs
 
 
 @task_of("record layer", "record layer {layer:02d}", lambda _, p: f"{p['recording'].key}-{p['layer']}-{p['number']}")
-def record_task(layer: int, recording: Recording, number: int, slot: WorkerSlot, workspace: str) -> Any:
+def record_task(
+    layer: int, recording: Recording, number: int, slot: WorkerSlot, workspace: str, hand_on: bool = True
+) -> Any:
     """See tasks.distill.record.record_layer."""
     task = TaskKey(key=f"record-{recording.key}-{layer}", what=f"the recording of layer {layer}")
     found = recorded(layer, recording, Path(workspace), number)
     if found is not None:
         return found
     with in_slot(slot, Path(workspace), task) as compute:
-        return record_layer(layer, recording, Path(workspace), compute, number)
+        return record_layer(layer, recording, Path(workspace), compute, number, hand_on)
 
 
-@task_of("record shard", "record shard {shard} into layer {layer:02d}")
-def enter_task(layer: int, shard: Shard, recording: Recording, slot: WorkerSlot, workspace: str) -> Any:
+@task_of("record shard", "record shard {part} into layers {layers}")
+def enter_task(layers: Sequence[int], part: Part, recording: Recording, slot: WorkerSlot, workspace: str) -> None:
     """See tasks.distill.record.enter."""
-    task = TaskKey(key=f"enter-{recording.key}-{layer}", what=f"the recording of layer {layer}")
-    with in_slot(slot, Path(workspace), task) as compute:
-        return enter(layer, shard, recording, Path(workspace), compute)
+    what = f"the recording of layers {layers[0]} to {layers[-1]}, part {part.number + 1} of {part.count}"
+    with in_slot(slot, Path(workspace), TaskKey(key=f"enter-{recording.key}-{part}", what=what)) as compute:
+        enter(layers, part, recording, Path(workspace), compute)
 
 
 @task_of(
@@ -136,24 +143,52 @@ def recording(run: Run, parent: ParentInfo, corpus: CorpusInfo) -> Recording:
 
 
 def record(run: Run, parent: ParentInfo, corpus: CorpusInfo) -> list[LayerRecord]:
-    """Record every layer, one after the other: each starts from what the one before it left."""
+    """Record every layer. A single worker takes one after the other, each from what the one before it left; several
+    take their parts of the text through as many layers as there are workers, and then a layer each.
+    """
     wanted, depth = recording(run, parent, corpus), open_parent(run.workspace / parent.folder).depth
-    records: dict[int, LayerRecord] = {}
+    workers, records = run.profile.orchestration.workers, dict[int, LayerRecord]()
     with run.stage("record") as progress:
-        for number in range(len(wanted.counted)):
-            for layer in range(depth):
-                found = recorded(layer, wanted, run.workspace, number)
-                call: Callable[..., Any] = run.submit if found is None else run.call
-                future = call(
-                    record_task,
-                    f"record {layer}",
-                    *(layer, wanted, number, worker_slot(run.profile), str(run.workspace)),
-                    after=[f"record {layer - 1}" if layer else "corpus"],
-                )
-                records[layer] = found or future.result()
-                progress(number * depth + layer + 1, len(wanted.counted) * depth)
+        for number, shard in enumerate(wanted.counted):
+            for there in _in_waves(range(depth), workers):
+                found = {layer: recorded(layer, wanted, run.workspace, number) for layer in there}
+                missing = [layer for layer in there if found[layer] is None]
+                needs = [f"record {there[0] - 1}" if there[0] else "corpus"]
+                if workers > 1 and missing:
+                    needs = _enter(run, missing, shard, wanted, needs)
+                    drop(range(there[0]), shard, wanted, run.workspace)
+                made = {layer: _record(run, layer, (wanted, number), layer in missing, needs) for layer in there}
+                for layer in there:
+                    records[layer] = found[layer] or made[layer].result()
+                    progress(number * depth + layer + 1, len(wanted.counted) * depth)
+                if workers > 1:
+                    drop(there[:-1], shard, wanted, run.workspace)
     clear(wanted, run.workspace)
     return list(records.values())
+
+
+def _record(run: Run, layer: int, what: tuple[Recording, int], missing: bool, needs: Sequence[str]) -> Any:
+    """A layer of a recording and the number of its shard, handed to the workers where it is missing."""
+    call: Callable[..., Any] = run.submit if missing else run.call
+    place = (worker_slot(run.profile), str(run.workspace), run.profile.orchestration.workers == 1)
+    return call(record_task, f"record {layer}", layer, *what, *place, after=needs)
+
+
+def _in_waves(layers: Sequence[int], workers: int) -> Iterator[Sequence[int]]:
+    return (layers[first : first + workers] for first in range(0, len(layers), workers))
+
+
+def _enter(run: Run, layers: Sequence[int], shard: Shard, wanted: Recording, after: Sequence[str]) -> list[str]:
+    """Write the states of a shard that enter some layers, all workers at a time; returns the names of what was made."""
+    profile, place = run.profile, (worker_slot(run.profile), str(run.workspace))
+    step = compute_of(profile).sequences(wanted.corpus.sequence_length)
+    parts = parts_of(shard, profile.orchestration.workers, step)
+    names = [f"states {layers[0]} {part.number}" for part in parts]
+    submitted = zip(names, parts, strict=True)
+    futures = [run.submit(enter_task, n, list(layers), part, wanted, *place, after=after) for n, part in submitted]
+    for future in futures:
+        future.result()
+    return names
 
 
 def distill_all(run: Run, parent: ParentInfo, corpus: CorpusInfo, records: Sequence[LayerRecord]) -> list[BlockRecord]:
@@ -172,17 +207,17 @@ def _distill(run: Run, jobs: Sequence[Job], name: str) -> list[BlockRecord]:
 
     Two runs on one workspace start from opposite ends, and each finds the other's half finished.
     """
-    library = BlockLibrary(run.workspace)
+    library, profile = BlockLibrary(run.workspace), run.profile
     found = {job.key: library.find(job.key) for job in jobs}
     missing = [job for job in jobs if found[job.key] is None]
 
-    def handed_to(call: Callable[..., Any], job: Job, *part: Any) -> Any:
+    def handed_to(call: Callable[..., Any], job: Job, slot: WorkerSlot, *part: Any) -> Any:
         needs = [f"record {job.layer}", *(start.key for start in job.warm_start)]
-        return call(distill_task, job.key, job, worker_slot(run.profile), str(run.workspace), *part, after=needs)
+        return call(distill_task, job.key, job, slot, str(run.workspace), *part, after=needs)
 
     for job in jobs:
         if found[job.key]:
-            handed_to(run.call, job)
+            handed_to(run.call, job, worker_slot(profile))
         elif (library.folder / f"{job.key}.json").exists():
             say(f"{_named(job)}: the stored block is damaged or not whole, it is made again")
     with at_work_in(run.workspace) as number, run.stage(name) as progress:
@@ -190,13 +225,25 @@ def _distill(run: Run, jobs: Sequence[Job], name: str) -> list[BlockRecord]:
         for shard, wave in _waves(run, missing if number % 2 else missing[::-1]):
             last = shard == len(wave[0].recording.shards) - 1
             part = () if last and not shard else (shard, "" if last else f"-{shard}")
-            futures = {handed_to(run.submit, job, *part): job for job in wave}
+            slots = _slots(profile, wave)
+            futures = {handed_to(run.submit, job, slots[job.layer], *part): job for job in wave}
             for future in as_completed(list(futures)):
                 job, done = futures[future], done + 1
                 made = library.find(job.key) or future.result()
                 found[job.key] = made if isinstance(made, BlockRecord) else None
                 progress(done, total, _named(job))
     return [block for job in jobs if (block := found[job.key])]
+
+
+def _slots(profile: Profile, wave: Sequence[Job]) -> dict[int, WorkerSlot]:
+    """The slot of each layer's variants. Where threads of this process train a layer for each device on a shard, a
+    device has a layer to itself, and reads its states once.
+    """
+    slot, layers = worker_slot(profile), sorted({job.layer for job in wave})
+    if wave[0].recording.kept or profile.orchestration.runner != "threads" or len(layers) < len(slot.devices):
+        return dict.fromkeys(layers, slot)
+    own = zip(layers, cycle(slot.devices), strict=False)
+    return {layer: replace(slot, devices=(device,)) for layer, device in own}
 
 
 def _waves(run: Run, jobs: Sequence[Job]) -> Iterator[tuple[int, Sequence[Job]]]:
@@ -208,18 +255,20 @@ def _waves(run: Run, jobs: Sequence[Job]) -> Iterator[tuple[int, Sequence[Job]]]
     if not jobs or jobs[0].recording.kept:
         yield from [(0, jobs)] if jobs else []
         return
-    wanted, place = jobs[0].recording, (worker_slot(run.profile), str(run.workspace))
+    wanted = jobs[0].recording
     for number, shard in enumerate(wanted.shards):
         behind = [job for job in jobs if progress_of(job, number, run.workspace) is None]
-        layers = sorted({job.layer for job in behind})
-        for first in range(0, len(layers), run.profile.orchestration.workers):
-            there = layers[first : first + run.profile.orchestration.workers]
-            for layer in there:
-                needs = [f"record {layer}"]
-                run.submit(enter_task, f"states {layer}", layer, shard, wanted, *place, after=needs).result()
-            for layer in layers[:first]:
-                drop(layer, shard, wanted, run.workspace)
-            yield number, [job for job in behind if job.layer in there]
+        done: list[int] = []
+        for there in _in_waves(sorted({job.layer for job in behind}), run.profile.orchestration.workers):
+            _enter(run, there, shard, wanted, [f"record {layer}" for layer in there])
+            drop(done, shard, wanted, run.workspace)
+            of_layers = ([job for job in behind if job.layer == layer] for layer in there)
+            yield (
+                number,
+                [job for turn in zip_longest(*of_layers) for job in turn if job],
+            )  # no device waits for another
+            drop(there[:-1], shard, wanted, run.workspace)  # the states of the next layers are made from the last ones
+            done = [there[-1]]
         clear(wanted, run.workspace)
 
 

@@ -219,6 +219,13 @@ class Corpus(Section):
         description="Every sequence is of one document: shorter documents are left out, and so is what is left of "
         "longer ones. For long sequences, when windows of attention are tried: no document says anything of another.",
     )
+    prompt_weight: float | None = Field(
+        default=None,
+        ge=0,
+        description="Weight of those tokens of a chat that the assistant does not say, where its own have 1: in "
+        "statistics, BLD, scores and GKD, not in the final comparison. Text has 1. null: all tokens count alike.",
+        examples=[0.1],
+    )
     near_duplicates: Annotated[float, Field(ge=0.5, le=1), BeforeValidator(read_share)] | None = Field(
         default=0.7,
         description="How much of its text (Jaccard index of pieces of 24 bytes) a document must share with one of test "

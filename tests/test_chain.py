@@ -154,7 +154,7 @@ def test_recording_goes_on_where_it_stopped(chain: Chain, monkeypatch: pytest.Mo
     """A recorded layer is not run again; a lost rolling file is replayed to the same bits."""
     parent, corpus = prepare(tmp_path)
     first = [record_layer(i, recording(parent, corpus), tmp_path, HOST) for i in range(2)]
-    for rolling in (tmp_path / "record").glob("*/entering_*"):
+    for rolling in (tmp_path / "record").glob("*/entering/*"):
         rolling.unlink()
     again = record_layer(2, recording(parent, corpus), tmp_path, HOST)
     assert again.boundary == chain.records[2].boundary

@@ -240,6 +240,12 @@ def test_twice_the_devices_hold_half_and_take_half_the_time() -> None:
     assert whole[1] == 2 * whole[0]
     work = effort.Work(product=8.0, exchange=3.0, fixed=1.0)
     assert work.over(4) == effort.Work(product=2.0, exchange=3.0, fixed=1.0)
+    eight, half = ({s.name: s for s in plan_of(s.profile, s.parent, RATES).stages} for s in shapes)
+    for name in ("record", "shards", "distill"):
+        assert (eight[name].devices, half[name].devices) == (8, 4)
+        assert 2 * (eight[name].seconds or 0) == pytest.approx(
+            half[name].seconds, rel=0.12
+        )  # reading weights is not shared
 
 
 def test_what_does_not_fit_is_refused_with_its_stage_and_a_cure() -> None:

@@ -134,14 +134,16 @@ def test_a_server_of_its_own_comes_up_beside_the_imports(named: str, monkeypatch
 
     said, go_on = list[str](), threading.Event()
     monkeypatch.setenv(API, named)
+    monkeypatch.setenv(HOME, "a home")
+    monkeypatch.setattr(recording, "stop_orphaned_servers", lambda home: said.append(f"none left in {home}"))
 
     def start(_: SubprocessASGIServer) -> None:
         go_on.wait(10)
         said.append("up")
 
     monkeypatch.setattr(SubprocessASGIServer, "start", start)
-    is_up = recording.begin_own_server()
+    recording.begin_own_server()
     said.append("imports")
     go_on.set()
-    is_up()
-    assert said == (["imports"] if named else ["imports", "up"])
+    recording.own_server_is_up()
+    assert said == (["imports"] if named else ["none left in a home", "imports", "up"])

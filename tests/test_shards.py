@@ -22,7 +22,18 @@ from tasks.distill import bld
 from tasks.distill import record as recording_module
 from tasks.distill.bld import Job, State, distill, distill_shard, rates_of
 from tasks.distill.jobs import better_of, jobs_of
-from tasks.distill.record import Recording, drop, enter, record_layer, recorded, slices
+from tasks.distill.record import (
+    Part,
+    Recording,
+    drop,
+    enter,
+    entered,
+    parts_of,
+    read_states,
+    record_layer,
+    recorded,
+    slices,
+)
 from tasks.score.scoring import ScoringSet, score_sequences
 from tests.chain import RECORD, SETTINGS, Chain, recording
 
@@ -100,23 +111,45 @@ def test_states_of_a_shard_are_the_parents(chain: Chain, place: Path) -> None:
         with torch.no_grad():
             states = chain.reader.model().model(ids, output_hidden_states=True).hidden_states
         for layer in (0, 2, 1):
-            hidden = read_tensors(place, enter(layer, shard, wanted, place, COMPUTE))["hidden"]
+            enter([layer], Part(shard=shard), wanted, place, COMPUTE)
+            hidden = read_states(entered(layer, shard, wanted, place), place)
             torch.testing.assert_close(hidden, states[layer], rtol=1e-4, atol=1e-5)
-        for layer in range(3):
-            drop(layer, shard, wanted, place)
-    assert not list((place / "record" / wanted.key).glob("entering_*"))
+        drop(range(3), shard, wanted, place)
+    assert not list((place / "record" / wanted.key).glob("entering/*"))
+
+
+def test_parts_of_a_shard_are_its_states_bit_for_bit(chain: Chain, place: Path, tmp_path: Path) -> None:
+    """However many devices take it through the parent, each in whole micro-batches; a damaged part does not count."""
+    for folder in ("parent", "corpus", "record"):
+        shutil.copytree(place / folder, tmp_path / folder, ignore=shutil.ignore_patterns("entering"))
+    wanted, shard = in_shards(chain), in_shards(chain).shards[0]
+    enter([0, 1, 2], Part(shard=shard), wanted, tmp_path, COMPUTE)
+    whole = [read_states(entered(layer, shard, wanted, tmp_path), tmp_path) for layer in range(3)]
+    drop(range(3), shard, wanted, tmp_path)
+    parts = parts_of(shard, 3, COMPUTE.sequences(32))
+    rows = [part.rows(3) for part in parts]
+    assert len(whole[0]) == shard.sequences == 18 and rows == [(0, 6), (6, 12), (12, 18)]
+    assert len(parts_of(shard, 128, 3)) == 6 and parts_of(shard, 4, 3)[1].rows(3) == (3, 9)
+    for part in parts:
+        assert not entered(1, shard, wanted, tmp_path)
+        enter([1, 2] if part.number else [0, 1, 2], part, wanted, tmp_path, COMPUTE)
+    for layer in (1, 2):
+        assert torch.equal(read_states(entered(layer, shard, wanted, tmp_path), tmp_path), whole[layer])
+    assert not entered(0, shard, wanted, tmp_path)
+    (tmp_path / entered(1, shard, wanted, tmp_path)[1].path).write_bytes(b"damaged")
+    assert not entered(1, shard, wanted, tmp_path)
 
 
 def test_a_variant_goes_on_where_the_shard_before_left_it(chain: Chain, place: Path, tmp_path: Path) -> None:
     """Killed between two shards it ends in the same bits; it was trained on both, and the whole schedule."""
     for part in ("parent", "corpus", "record"):
-        shutil.copytree(place / part, tmp_path / part, ignore=shutil.ignore_patterns("entering_*"))
+        shutil.copytree(place / part, tmp_path / part, ignore=shutil.ignore_patterns("entering"))
     steps = BLD(steps=12, batch_sequences=4, learning_rate=2e-3, warmup_steps=2, clip_norm=1.0)
     job = job_of(chain, place, 1, "ffn32", steps)
     assert [job.steps_of(number) for number in range(2)] == [range(6), range(6, 12)]
     whole = distill(job, place, COMPUTE)
     for number, shard in enumerate(job.recording.shards):
-        enter(1, shard, job.recording, tmp_path, COMPUTE)
+        enter([1], Part(shard=shard), job.recording, tmp_path, COMPUTE)
         found = distill_shard(job, tmp_path, COMPUTE, number)
         if number == 0:
             assert isinstance(found, State) and distill_shard(job, tmp_path, COMPUTE, 0) == found
@@ -130,7 +163,7 @@ def test_a_variant_goes_on_where_the_shard_before_left_it(chain: Chain, place: P
 
 def test_a_lost_state_is_not_passed_over(chain: Chain, place: Path) -> None:
     job = job_of(chain, place, 0, "ffn32")
-    enter(0, job.recording.shards[1], job.recording, place, COMPUTE)
+    enter([0], Part(shard=job.recording.shards[1]), job.recording, place, COMPUTE)
     with pytest.raises(DamagedBlock, match="run again"):
         distill_shard(job, place, COMPUTE, 1)
 
@@ -163,9 +196,10 @@ class Done:
         self.result = result
 
 
-def plain_run(workspace: Path, submit: Callable[..., Done]) -> Any:
+def plain_run(workspace: Path, submit: Callable[..., Done], devices: str = "[]") -> Any:
     """What a stage needs of a run, without Prefect."""
     settings = [f"hardware.micro_batch_tokens={COMPUTE.micro_batch_tokens}", "hardware.threads=1"]
+    settings += [f"orchestration.devices={devices}"]
 
     @contextmanager
     def stage(name: str) -> Iterator[Any]:
@@ -180,12 +214,12 @@ def test_a_run_holds_the_states_of_few_layers_and_leaves_none(
 ) -> None:
     """The stage of the flow, its tasks called as plain functions: killed in the second shard, and run again."""
     for part in ("parent", "corpus", "record"):
-        shutil.copytree(place / part, tmp_path / part, ignore=shutil.ignore_patterns("entering_*"))
+        shutil.copytree(place / part, tmp_path / part, ignore=shutil.ignore_patterns("entering"))
     seen: list[int] = []
 
     def submit(which: Any, makes: str, *values: Any, after: Any = ()) -> Any:
         made = which.fn(*values)
-        seen.append(len(list((tmp_path / "record").glob("*/entering_*.safetensors"))))
+        seen.append(len(list((tmp_path / "record").glob("*/entering/*.safetensors"))))
         if len(seen) == killed_after:
             raise KeyboardInterrupt
         return Done(lambda: made)
@@ -207,9 +241,46 @@ def test_a_run_holds_the_states_of_few_layers_and_leaves_none(
     blocks = stages._distill(run, jobs, "distill")
     assert sorted(trained) == sorted((job.key, number) for job in jobs for number in (0, 1))  # none of them twice
     assert [block.status for block in blocks] == ["trained"] * 6 and max(seen) == 2
-    assert not list((tmp_path / "record").glob("*/entering_*"))
+    assert not list((tmp_path / "record").glob("*/entering/*"))
     plain = distill(jobs[0], place, COMPUTE)
     assert blocks[0].weights == plain.weights
+
+
+def test_two_devices_take_their_part_of_each_shard_and_a_layer_each(
+    chain: Chain, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recording and training end in the bits of one device; no more layers' states lie there than devices and one."""
+    for part in ("parent", "corpus"):
+        (tmp_path / part).symlink_to(place / part)
+    seen, trained_on = [0], dict[tuple[int, str], tuple[str, ...]]()
+
+    def looked() -> None:
+        there = {path.name[:3] for path in (tmp_path / "record").glob("*/entering/*.safetensors")}
+        seen.append(len(there))
+
+    def submit(which: Any, makes: str, *values: Any, after: Any = ()) -> Any:
+        made = which.fn(*values)
+        looked()
+        if which is stages.distill_task:
+            trained_on[values[0].layer, values[0].variant] = values[1].devices
+        return Done(lambda: made)
+
+    monkeypatch.setattr(stages, "as_completed", list)
+    run = plain_run(tmp_path, submit, "[cpu:0, cpu:1]")
+    monkeypatch.setattr(stages, "recording", lambda *_: in_shards(chain))
+    records = stages.record(run, chain.parent, chain.corpus)
+    assert max(seen) == 3 and not list((tmp_path / "record").glob("*/entering/*"))
+    for layer, record in enumerate(records):
+        alone = recorded(layer, in_shards(chain), place)
+        assert alone is not None and record.statistics.sha256 == alone.statistics.sha256
+    jobs = [job_of(chain, place, layer, variant) for layer in range(3) for variant in ("ffn32", "linear")]
+    blocks = stages._distill(run, jobs, "distill")
+    assert max(seen) == 3 and not list((tmp_path / "record").glob("*/entering/*"))
+    assert [block.weights for block in blocks] == [distill(job, place, COMPUTE).weights for job in jobs]
+    assert trained_on == {
+        **{(layer, variant): (f"cpu:{layer}",) for layer in (0, 1) for variant in ("ffn32", "linear")},
+        **{(2, variant): ("cpu:0", "cpu:1") for variant in ("ffn32", "linear")},
+    }
 
 
 def test_why_a_variant_failed_in_an_early_shard_is_said(
@@ -229,7 +300,7 @@ def test_why_a_variant_failed_in_an_early_shard_is_said(
     monkeypatch.setattr(stages, "as_completed", list)
     with pytest.raises(OSError, match="the disk is full"):
         stages._distill(plain_run(place, submit), [job], "distill")
-    assert submitted == ["states 0", job.key]
+    assert submitted == ["states 0 0", job.key]
 
 
 def test_keys_that_others_have_stand(chain: Chain) -> None:

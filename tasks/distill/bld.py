@@ -25,11 +25,12 @@ from blocks.fit import FitContext
 from blocks.kinds import kind_of, parse_label
 from blocks.library import BlockLibrary, digest_of, keep, read_tensors, remember, write_tensors
 from blocks.parent import Parent
-from blocks.records import SUBBLOCKS, BlockRecord, LayerChoice, LayerRecord, Ref, Subblock, Value
+from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, LayerChoice, LayerRecord, Ref, Subblock, Value
 from blocks.runtime import kept_per_device
 from blocks.subblock import load_subblock, run_subblock, subblock_state
 from profiles.schema import BLD
-from tasks.distill.record import Recording, Shard, drop, enter, entered, open_parent
+from tasks.distill.record import Part, Recording, Shard, drop, enter, entered, open_parent, read_states
+from tasks.inputs.corpus import weights_of
 from tasks.running.memory import Parts
 
 VERSION = 2
@@ -101,13 +102,14 @@ class State(Value):
 @dataclass(frozen=True, kw_only=True)
 class LayerData:
     """A shard of one layer's activations (S, T, D) on the host: what enters the layer, and what the parent's attention
-    and FFN put out. The keys of `states` are (split, name).
+    and FFN put out. The keys of `states` are (split, name). weights: of tokens (S, T), by split, where they have some.
     """
 
     module: DeciLMDecoderLayer
     context: dict[str, Any]
     statistics: dict[str, Tensor]
     states: dict[tuple[str, str], Tensor]
+    weights: dict[str, Tensor]
     compute: Compute
 
     def pairs(self, job: Job, split: str, rows: Sequence[int] | slice) -> tuple[Tensor, Tensor]:
@@ -124,6 +126,12 @@ class LayerData:
         mixed = self._rows(split, "mixed", rows)
         return mixed if job.subblock == "attention" else mixed + self._rows(split, "out", rows)
 
+    def squares(self, values: Tensor, split: str, rows: Sequence[int] | slice) -> Tensor:
+        """The sum of the squares of values (S, T, D) of some sequences, each token by its weight."""
+        if split not in self.weights:
+            return values.float().square().sum()
+        return (values.float().square().sum(-1) * self.weights[split][rows].to(values.device)).sum()
+
     def _rows(self, split: str, name: str, rows: Sequence[int] | slice) -> Tensor:
         return self.states[split, name][rows].to(self.compute.device)
 
@@ -136,28 +144,36 @@ class LayerData:
 
 def layer_data(job: Job, shard: Shard, workspace: Path, compute: Compute) -> LayerData:
     """Load a recorded layer, once for all its variants."""
-    reference = job.record.boundary or entered(job.layer, shard, job.recording, workspace)
-    assert reference is not None, f"shard {shard} of layer {job.layer} is not recorded"
-    place = (workspace / job.recording.parent.folder, workspace, job.layer, job.record.statistics)
-    return _loaded(*place, reference, shard, compute)
+    boundary = job.record.boundary
+    states = (boundary,) if boundary else entered(job.layer, shard, job.recording, workspace)
+    assert states, f"shard {shard} of layer {job.layer} is not recorded"
+    return _loaded(job.recording, job.record, shard, states, workspace, compute)
 
 
 @kept_per_device(1)
 def _loaded(
-    folder: Path, workspace: Path, layer: int, statistics: Ref, states: Ref, shard: Shard, compute: Compute
+    recording: Recording,
+    record: LayerRecord,
+    shard: Shard,
+    states: tuple[Ref, ...],
+    workspace: Path,
+    compute: Compute,
 ) -> LayerData:
-    reader = open_parent(folder, compute.with_weights(torch.float32))
-    module = reader.layer(layer)
-    there = read_tensors(workspace, states)
-    if "hidden" in there:
-        there = {"train": there["hidden"][: shard.trained], "validation": there["hidden"][shard.trained :]}
-    context = reader.contexts(there["train"][:1].to(compute.device, torch.float32))[layer]
+    reader = open_parent(workspace / recording.parent.folder, compute.with_weights(torch.float32))
+    module = reader.layer(record.layer)
+    if record.boundary is not None:
+        there = read_tensors(workspace, record.boundary)
+    else:
+        hidden = read_states(states, workspace)
+        there = {"train": hidden[: shard.trained], "validation": hidden[shard.trained :]}
+    context = reader.contexts(there["train"][:1].to(compute.device, torch.float32))[record.layer]
     found: dict[tuple[str, str], Tensor] = {(split, "hidden"): hidden for split, hidden in there.items()}
     data = LayerData(
         module=module,
         context=context,
-        statistics=read_tensors(workspace, statistics, device=compute.device),
+        statistics=read_tensors(workspace, record.statistics, device=compute.device),
         states=found,
+        weights=_weights(recording.corpus, shard, there, workspace),
         compute=compute,
     )
     for split in there:
@@ -165,6 +181,13 @@ def _loaded(
             parts = [_through(data, part.to(compute.device)) for part in _split(data, split)]
         found[split, "mixed"], found[split, "out"] = (torch.cat(column) for column in zip(*parts, strict=True))
     return data
+
+
+def _weights(corpus: CorpusInfo, shard: Shard, there: dict[str, Tensor], workspace: Path) -> dict[str, Tensor]:
+    first = {"train": shard.train[0], "validation": shard.validation[0]}
+    rows = {split: (first[split], first[split] + len(states)) for split, states in there.items()}
+    found = {split: weights_of(corpus, split, workspace, rows[split]) for split in rows}
+    return {split: weights for split, weights in found.items() if weights is not None}
 
 
 def _split(data: LayerData, split: str) -> Iterator[Tensor]:
@@ -182,9 +205,9 @@ def distill(job: Job, workspace: Path, compute: Compute) -> BlockRecord:
     """Distil one variant, or return the library's finished record. States that are not kept are recorded for it."""
     for number, shard in enumerate(job.recording.shards):
         if job.record.boundary is None and progress_of(job, number, workspace) is None:
-            enter(job.layer, shard, job.recording, workspace, compute)
+            enter([job.layer], Part(shard=shard), job.recording, workspace, compute)
         found = distill_shard(job, workspace, compute, number)
-        drop(job.layer, shard, job.recording, workspace)
+        drop([job.layer], shard, job.recording, workspace)
         if isinstance(found, BlockRecord):
             break
     assert isinstance(found, BlockRecord)
@@ -410,8 +433,8 @@ def held_out_loss(job: Job, data: LayerData, module: DeciLMDecoderLayer) -> floa
         hidden, target = data.pairs(job, "validation", rows)
         with data.compute.products():
             out = _output(job, data, module, hidden)
-        error = error + (out.float() - target.float()).square().sum()
-        scale = scale + target.float().square().sum()
+        error = error + data.squares(out.float() - target.float(), "validation", rows)
+        scale = scale + data.squares(target, "validation", rows)
     return float(error / scale)
 
 
@@ -502,10 +525,12 @@ def _gradients(course: _Course, batch: Sequence[int], parts: int) -> None:
     job, data = course.job, course.data
     course.module.zero_grad(set_to_none=True)
     micro = [part.tolist() for part in torch.tensor(batch).chunk(parts)]
-    scale = sum(data.target(job, "train", part).float().square().sum() for part in micro)
+    scale = sum(data.squares(data.target(job, "train", part), "train", part) for part in micro)
+    if data.weights and not scale:
+        return  # no token of the batch counts
     for part in micro:
         hidden, target = data.pairs(job, "train", part)
         with data.compute.products():
             out = _output(job, data, course.module, hidden)
-        loss = (out.float() - target.float()).square().sum() / scale
+        loss = data.squares(out.float() - target.float(), "train", part) / scale
         loss.backward()

@@ -23,8 +23,9 @@ from tasks.distill import gkd_checkpoint
 from tasks.distill.gkd_checkpoint import Course
 from tasks.distill.gkd_settings import rows_of_step, share_of_rate, trial_steps
 from tasks.distill.gkd_student import Student, trained_modules
-from tasks.distill.gkd_targets import Teacher, TeacherRecord
+from tasks.distill.gkd_targets import Teacher, TeacherRecord, batch_of
 from tasks.distill.sharding import ALONE, Group, held_bytes, whole
+from tasks.inputs.corpus import weights_of
 from tasks.running.memory import Parts
 
 VERSION = 4
@@ -129,6 +130,7 @@ class Training:
         self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.steps = self.settings.steps if self.parameters else 0
         self.tokens = read_tensors(self.workspace, self.record.corpus.tokens, ["train"])["train"]
+        self.weights = weights_of(self.record.corpus, "train", self.workspace)
         rows = self._rows(self.settings.batch_sequences)
         count = self._parts_of(rows)
         # one process of several cannot take smaller parts: the others would wait for it
@@ -300,7 +302,8 @@ class Training:
         rows, length = self.group.part(self.settings.batch_sequences), self.tokens.shape[1]
         if not self.record.steps:
             wanted = rows_of_step(step - 1, self.settings, len(self.tokens))[rows]
-            return {"tokens": self.tokens[wanted].to(self.compute.device)}
+            batch = batch_of(self.tokens, self.weights, wanted)
+            return {name: tensor.to(self.compute.device) for name, tensor in batch.items()}
         return self._rows_of(read_tensors(self.workspace, self.record.steps[step - 1]), rows, length)
 
     def _rows_of(self, batch: dict[str, Tensor], rows: slice, length: int) -> dict[str, Tensor]:
@@ -317,7 +320,7 @@ class Training:
         for part in torch.arange(sequences).chunk(parts):
             piece = self._rows_of(batch, slice(int(part[0]), int(part[-1]) + 1), length)
             if self.beside is not None:
-                piece = self.beside(piece["tokens"], self.record.layers)
+                piece |= self.beside(piece["tokens"], self.record.layers)
             loss, kl = self.student(piece, self.record.layers)
             share = len(part) / sequences
             loss = loss * share

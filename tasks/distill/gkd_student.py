@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blocks.compute import Compute
-from blocks.divergence import Head, Targets, kl_loss, kl_of_heads, kl_per_token
+from blocks.divergence import Head, kl_loss, kl_of_heads, kl_per_token
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from profiles.schema import GKD
 from tasks.distill.gkd_targets import head_products, targets_in
@@ -34,23 +34,33 @@ class Student(nn.Module):
     def forward(
         self, batch: dict[str, Tensor], layers: tuple[int, ...], watched: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Loss and, of it, the KL, means over tokens. watched: the KL of every token (N,) instead, twice."""
+        """Loss and, of it, the KL, means over tokens. watched: the KL of every token (N,) instead, twice.
+
+        Where the batch has `weights` (N,), what a token adds is multiplied by its own.
+        """
         with nullcontext() if self.sharded else self.compute.products():
             states = self.model.model(batch["tokens"].long(), output_hidden_states=bool(layers), use_cache=False)
         with head_products(self.compute):
-            kl = self._kl(states.last_hidden_state.flatten(0, 1).float(), targets_in(batch), watched)
-        total = kl
+            kl = self._kl(states.last_hidden_state.flatten(0, 1).float(), batch, watched)
+        total, weights = kl, batch.get("weights")
         for layer in () if watched else layers:
             child, parent = states.hidden_states[layer + 1].flatten(0, 1).float(), batch[f"layer_{layer}"].float()
-            total = total + (1 - F.cosine_similarity(child, parent, dim=-1)).mean()
+            apart = 1 - F.cosine_similarity(child, parent, dim=-1)
+            total = total + (apart if weights is None else apart * weights).mean()
         return total, kl.detach()
 
-    def _kl(self, last: Tensor, targets: Targets, watched: bool) -> Tensor:
-        if self.parent_head is not None:
+    def _kl(self, last: Tensor, batch: dict[str, Tensor], watched: bool) -> Tensor:
+        targets, weights = targets_in(batch), batch.get("weights")
+        head = self.head or Head(self.model.lm_head.weight) if self.parent_head is None else None
+        if head is not None and not watched:
+            return kl_loss(last, targets, head, weights)
+        if head is not None:
+            kl = kl_per_token(last, targets, head)[0]
+        else:
+            assert self.parent_head is not None
             kl = kl_of_heads(last, self.model.lm_head.weight.float(), targets, self.parent_head.float())
-            return kl.double() if watched else kl.mean()
-        head = self.head or Head(self.model.lm_head.weight)
-        return kl_per_token(last, targets, head)[0] if watched else kl_loss(last, targets, head)
+        kl = kl if weights is None else kl * weights
+        return kl.double() if watched else kl.mean()
 
 
 def trained_modules(model: DeciLMForCausalLM, settings: GKD) -> list[tuple[str, nn.Module]]:

@@ -22,6 +22,7 @@ from blocks.records import CorpusInfo, ParentInfo, Ref, Value
 from profiles.schema import GKD
 from tasks.distill.gkd_settings import HOW, NOT_OF_THE_PARENT, cosine_layers, is_recorded, rows_of_step
 from tasks.distill.record import open_parent
+from tasks.inputs.corpus import weights_of
 from tasks.running.progress import Progress, no_progress
 
 VERSION = 4  # of the targets
@@ -110,13 +111,16 @@ def record_teacher(
     model = for_passes(lambda on: open_parent(source, on).model(), compute, reader.weight_bytes)
     teacher, layers = Teacher(model, compute), cosine_layers(reader.depth, settings.cosine_every)
     tokens = read_tensors(workspace, corpus.tokens, ["train", "validation"])
+    weights = {split: weights_of(corpus, split, workspace) for split in tokens}
     references = []
     for step in range(steps):
-        batch = tokens["train"][rows_of_step(step, settings, len(tokens["train"]))]
+        rows = rows_of_step(step, settings, len(tokens["train"]))
+        batch = batch_of(tokens["train"], weights["train"], rows)
         parts = _in_parts(teacher, batch, layers, compute)
         references.append(_record_batch(parts, workspace, f"{folder}/step_{step:05d}"))
         progress(step + 1, steps, "parent")
-    watched = _in_parts(teacher, tokens["validation"][: settings.validation_sequences], (), compute)
+    first = slice(0, settings.validation_sequences)
+    watched = _in_parts(teacher, batch_of(tokens["validation"], weights["validation"], first), (), compute)
     record = TeacherRecord(
         parent=parent,
         corpus=corpus,
@@ -134,11 +138,19 @@ def _files_of(record: TeacherRecord) -> list[Ref]:
     return [*record.steps, record.validation]
 
 
+def batch_of(tokens: Tensor, weights: Tensor | None, rows: list[int] | slice) -> dict[str, Tensor]:
+    """Some sequences, and the weights of their tokens one after another, where there are weights."""
+    return {"tokens": tokens[rows]} | ({} if weights is None else {"weights": weights[rows].flatten()})
+
+
 def _in_parts(
-    teacher: Teacher, tokens: Tensor, layers: tuple[int, ...], compute: Compute
+    teacher: Teacher, batch: dict[str, Tensor], layers: tuple[int, ...], compute: Compute
 ) -> Iterator[dict[str, Tensor]]:
-    for part in tokens.split(compute.sequences(tokens.shape[1])):
-        yield teacher(part.to(compute.device), layers)
+    size, length = compute.sequences(batch["tokens"].shape[1]), batch["tokens"].shape[1]
+    split = {name: tensor.split(size if name == "tokens" else size * length) for name, tensor in batch.items()}
+    for parts in zip(*split.values(), strict=True):
+        part = dict(zip(split, parts, strict=True))
+        yield part | teacher(part["tokens"].to(compute.device), layers)
 
 
 def _record_batch(parts: Iterator[dict[str, Tensor]], workspace: Path, stem: str) -> Ref:

@@ -5,10 +5,14 @@ that enter it, where all of them fit in one shard. Else the states are recorded 
 by shard: so neither disk nor memory depends on the number of tokens. A layer is recorded once; a killed pass goes on
 where it stopped.
 
+Where several devices are, each takes a part of a shard's sequences through the layers (`enter`). The micro-batches are
+the same however many parts there are, and so are the states, bit for bit.
+
 Legend: S = sequences, T = tokens, D = hidden_size, F = intermediate_size.
 """
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +40,7 @@ from blocks.records import CorpusInfo, LayerRecord, ParentInfo, Ref, Value
 from blocks.resources import precision_name
 from blocks.runtime import kept_per_device
 from profiles.schema import Profile, Record
+from tasks.inputs.corpus import weights_of
 from tasks.running.memory import Parts
 
 if TYPE_CHECKING:
@@ -56,8 +61,36 @@ class Shard(Value):
         """Number of train sequences."""
         return self.train[1] - self.train[0]
 
+    @property
+    def sequences(self) -> int:
+        """Number of sequences."""
+        return self.trained + self.validation[1] - self.validation[0]
+
     def __str__(self) -> str:
         return "-".join(map(str, self.train + self.validation))
+
+
+class Part(Value):
+    """Part `number` of `count` of a shard's sequences: what one device takes through the parent."""
+
+    shard: Shard
+    number: int = 0
+    count: int = 1
+
+    def rows(self, step: int) -> tuple[int, int]:
+        """(first, last) of its sequences, in whole micro-batches of `step`."""
+        batches = -(-self.shard.sequences // step)
+        first, last = (batches * number // self.count * step for number in (self.number, self.number + 1))
+        return first, min(last, self.shard.sequences)
+
+    def __str__(self) -> str:
+        return f"{self.shard}_{self.number}of{self.count}"
+
+
+def parts_of(shard: Shard, most: int, step: int) -> tuple[Part, ...]:
+    """A shard in as many parts as there are workers, where each has a micro-batch of `step` sequences to do."""
+    count = min(most, -(-shard.sequences // step))
+    return tuple(Part(shard=shard, number=number, count=count) for number in range(count))
 
 
 class Recording(Value):
@@ -173,10 +206,13 @@ def _files_of(record: LayerRecord) -> list[Ref]:
     return [record.statistics] if record.boundary is None else [record.boundary, record.statistics]
 
 
-def record_layer(layer: int, recording: Recording, workspace: Path, compute: Compute, number: int = 0) -> LayerRecord:
+def record_layer(
+    layer: int, recording: Recording, workspace: Path, compute: Compute, number: int = 0, hand_on: bool = True
+) -> LayerRecord:
     """Add shard `number` of the first pass to a layer's statistics, which the last shard completes.
 
     A stored record whose files are whole is returned. A layer of the shard before it must be recorded first.
+    hand_on: leave the states to the next layer, and take away those that entered this one.
     """
     stored = recorded(layer, recording, workspace, number)
     if stored is not None:
@@ -186,7 +222,10 @@ def record_layer(layer: int, recording: Recording, workspace: Path, compute: Com
         raise DamagedBlock(f"shard {number} of layer {layer} is missing or damaged: run again, and it is made anew")
     started, shard = time.perf_counter(), recording.counted[number]
     reader = open_parent(workspace / recording.parent.folder, compute)
-    hidden = _entering(reader, layer, shard, recording, workspace)
+    there = entered(layer, shard, recording, workspace)
+    hidden = (
+        read_states(there, workspace) if there else _entering(reader, layer, Part(shard=shard), recording, workspace)
+    )
     module = reader.layer(layer)
     down: Tensor = module.mlp.down_proj.weight.data.float()  # type: ignore[union-attr,assignment]
     pack_linears(module)  # as in scoring, so that the parent's own block gives these states again bit for bit
@@ -195,7 +234,9 @@ def record_layer(layer: int, recording: Recording, workspace: Path, compute: Com
     name = f"{_folder(recording)}/%s_{manifest.stem.removeprefix('layer_')}.safetensors"
     kept = {"train": hidden[: recording.trained], "validation": hidden[shard.trained :]}
     boundary = write_tensors(workspace, name % "boundary", kept) if recording.kept else None
-    statistics = _pass(reader, module, layer, hidden, min(shard.trained, recording.settings.statistics_sequences))
+    counted = min(shard.trained, recording.settings.statistics_sequences)
+    rows = (shard.train[0], shard.train[0] + counted)
+    statistics = _pass(reader, module, layer, hidden, counted, weights_of(recording.corpus, "train", workspace, rows))
     if before is not None:
         for each, value in read_tensors(workspace, before.statistics, device=compute.device).items():
             _add(statistics, each, value)
@@ -204,89 +245,118 @@ def record_layer(layer: int, recording: Recording, workspace: Path, compute: Com
         statistics["ffn_contribution"] = statistics["ffn_contribution"] / tokens * down.norm(dim=0)
         statistics["ffn_order"] = elimination_order(statistics["ffn_gram"], down, recording.ridge, chunk=CHUNK)
     reference = write_tensors(workspace, name % "statistics", statistics)
-    if layer + 1 < reader.depth:
-        _write_entering(workspace, recording, layer + 1, shard, hidden)
+    if hand_on and layer + 1 < reader.depth:
+        _write_entering(workspace, recording, layer + 1, Part(shard=shard), hidden)
     record = LayerRecord(layer=layer, boundary=boundary, statistics=reference, seconds=time.perf_counter() - started)
     keep(manifest, record, _files_of(record), workspace, "ahead" if last else "never")
-    drop(layer, shard, recording, workspace)
+    if hand_on:
+        drop([layer], shard, recording, workspace)
     if before is not None:
         (workspace / before.statistics.path).unlink(missing_ok=True)
         _manifest(layer, recording, workspace, number - 1).unlink(missing_ok=True)
     return record
 
 
-def enter(layer: int, shard: Shard, recording: Recording, workspace: Path, compute: Compute) -> Ref:
-    """Write the states of a shard that enter a layer (`hidden`, S x T x D), until `drop` takes them away.
+def enter(layers: Sequence[int], part: Part, recording: Recording, workspace: Path, compute: Compute) -> None:
+    """Write the states of a part of a shard that enter some layers (`hidden`, S x T x D), until `drop` takes them away.
 
-    They are made from those of the nearest layer before it that lie there, else from the embedding.
+    They are made from those of the nearest layer before that lie there, else from the embedding.
     """
-    found = entered(layer, shard, recording, workspace)
-    if found is not None:
-        return found
+    missing = [layer for layer in layers if _entered(layer, part, recording, workspace) is None]
+    if not missing:
+        return
     reader = open_parent(workspace / recording.parent.folder, compute)
-    return _write_entering(workspace, recording, layer, shard, _entering(reader, layer, shard, recording, workspace))
+    hidden = _entering(reader, missing[0], part, recording, workspace)
+    for before, layer in zip([missing[0], *missing], missing, strict=False):
+        _through(reader, range(before, layer), hidden)
+        _write_entering(workspace, recording, layer, part, hidden)
 
 
-def entered(layer: int, shard: Shard, recording: Recording, workspace: Path) -> Ref | None:
-    """The states of a shard that enter a layer; None unless they lie on the disk, whole."""
-    _, manifest = _rolling(workspace, recording, layer, shard)
+def entered(layer: int, shard: Shard, recording: Recording, workspace: Path) -> tuple[Ref, ...]:
+    """The files with the states of a shard that enter a layer; none unless all of them lie on the disk, whole."""
+    manifests = _rolling(workspace, recording).glob(f"{layer:03d}_{shard}_*.json")
+    for count in sorted({int(path.stem.rpartition("of")[2]) for path in manifests}):
+        parts = (Part(shard=shard, number=number, count=count) for number in range(count))
+        found = [_entered(layer, part, recording, workspace) for part in parts]
+        if None not in found:
+            return tuple(reference for reference in found if reference is not None)
+    return ()
+
+
+def read_states(references: Sequence[Ref], workspace: Path) -> Tensor:
+    """States (S, T, D) of a shard, on the host, from the files of its parts."""
+    parts = [read_tensors(workspace, reference)["hidden"] for reference in references]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def drop(layers: Sequence[int], shard: Shard, recording: Recording, workspace: Path) -> None:
+    """Take away the states of a shard that enter some layers."""
+    for layer in layers:
+        for leftover in _rolling(workspace, recording).glob(f"{layer:03d}_{shard}_*"):
+            leftover.unlink(missing_ok=True)
+
+
+def clear(recording: Recording, workspace: Path) -> None:
+    """Take away all states that enter layers: those that a killed run left as well."""
+    for leftover in _rolling(workspace, recording).glob("*"):
+        leftover.unlink(missing_ok=True)
+
+
+def _entered(layer: int, part: Part, recording: Recording, workspace: Path) -> Ref | None:
+    manifest = _rolling(workspace, recording) / f"{layer:03d}_{part}.json"
     if not manifest.exists():
         return None
     reference = read_value(manifest, Ref)
     return reference if is_whole(workspace, reference) else None
 
 
-def drop(layer: int, shard: Shard, recording: Recording, workspace: Path) -> None:
-    """Take away the states of a shard that enter a layer."""
-    for leftover in _rolling(workspace, recording, layer, shard):
-        leftover.unlink(missing_ok=True)
+def _rolling(workspace: Path, recording: Recording) -> Path:
+    """A folder of its own: it is looked through often, and what stays of a recording grows with the layers."""
+    return workspace / _folder(recording) / "entering"
 
 
-def clear(recording: Recording, workspace: Path) -> None:
-    """Take away all states that enter layers: those that a killed run left as well."""
-    for leftover in (workspace / _folder(recording)).glob("entering_*"):
-        leftover.unlink(missing_ok=True)
+def _write_entering(workspace: Path, recording: Recording, layer: int, part: Part, hidden: Tensor) -> None:
+    stem = (_rolling(workspace, recording) / f"{layer:03d}_{part}").relative_to(workspace).as_posix()
+    write_value(workspace / f"{stem}.json", write_tensors(workspace, f"{stem}.safetensors", {"hidden": hidden}))
 
 
-def _rolling(workspace: Path, recording: Recording, layer: int, shard: Shard) -> tuple[Path, Path]:
-    stem = workspace / _folder(recording) / f"entering_{layer:03d}_{shard}"
-    return stem.with_suffix(".safetensors"), stem.with_suffix(".json")
-
-
-def _write_entering(workspace: Path, recording: Recording, layer: int, shard: Shard, hidden: Tensor) -> Ref:
-    data, manifest = _rolling(workspace, recording, layer, shard)
-    reference = write_tensors(workspace, data.relative_to(workspace).as_posix(), {"hidden": hidden})
-    write_value(manifest, reference)
-    return reference
-
-
-def _entering(reader: Parent, layer: int, shard: Shard, recording: Recording, workspace: Path) -> Tensor:
-    """States (S, T, D), on the host, that enter a layer."""
-    there = ((first, entered(first, shard, recording, workspace)) for first in range(layer, -1, -1))
+def _entering(reader: Parent, layer: int, part: Part, recording: Recording, workspace: Path) -> Tensor:
+    """States (S, T, D) of a part, on the host, that enter a layer."""
+    there = ((first, _entered(first, part, recording, workspace)) for first in range(layer, -1, -1))
     first, reference = next(((first, found) for first, found in there if found), (0, None))
-    if reference is not None:
-        hidden = read_tensors(workspace, reference)["hidden"]
-    else:
-        hidden = _embedded(reader, shard, recording, workspace)
-    for earlier in range(first, layer):
-        module = reader.layer(earlier)
-        pack_linears(module)
-        _pass(reader, module, earlier, hidden, 0)
+    hidden = read_states([reference], workspace) if reference else _embedded(reader, part, recording, workspace)
+    _through(reader, range(first, layer), hidden)
     return hidden
 
 
+def _through(reader: Parent, layers: Sequence[int], hidden: Tensor) -> None:
+    """Take states through some layers, in place."""
+    for layer in layers:
+        module = reader.layer(layer)
+        pack_linears(module)
+        _pass(reader, module, layer, hidden, 0)
+
+
 @torch.no_grad()
-def _embedded(reader: Parent, shard: Shard, recording: Recording, workspace: Path) -> Tensor:
-    place = (workspace, recording.corpus.tokens)
+def _embedded(reader: Parent, part: Part, recording: Recording, workspace: Path) -> Tensor:
+    place, shard = (workspace, recording.corpus.tokens), part.shard
     chosen = torch.cat([read_rows(*place, "train", *shard.train), read_rows(*place, "validation", *shard.validation)])
-    embedding = reader.embedding()
-    parts = chosen.split(reader.compute.sequences(chosen.shape[1]))
-    return torch.cat([embedding(part.to(reader.compute.device).long()).cpu() for part in parts])
+    size = reader.compute.sequences(chosen.shape[1])
+    embedding, parts = reader.embedding(), chosen[slice(*part.rows(size))].split(size)
+    return torch.cat([embedding(batch.to(reader.compute.device).long()).cpu() for batch in parts])
 
 
 @torch.no_grad()
-def _pass(reader: Parent, module: "DeciLMDecoderLayer", layer: int, hidden: Tensor, counted: int) -> dict[str, Tensor]:
-    """Run a layer over states (S, T, D) on the host, in place; returns statistics over the first `counted` sequences.
+def _pass(
+    reader: Parent,
+    module: "DeciLMDecoderLayer",
+    layer: int,
+    hidden: Tensor,
+    counted: int,
+    weights: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Run a layer over states (S, T, D) on the host, in place; returns statistics over the first `counted` sequences,
+    whose tokens have `weights` (S, T).
 
     Only micro-batches lie on the device.
     """
@@ -297,7 +367,7 @@ def _pass(reader: Parent, module: "DeciLMDecoderLayer", layer: int, hidden: Tens
     seen: list[Tensor] = []
     hook = core.down_proj.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
 
-    def run(part: Tensor, counts: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(part: Tensor, counts: bool, weight: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         batch = part.to(reader.compute.device)
         seen.clear()
         context = reader.contexts(batch)[layer]
@@ -310,15 +380,25 @@ def _pass(reader: Parent, module: "DeciLMDecoderLayer", layer: int, hidden: Tens
         if not counts:
             return out, {}
         channels = seen.pop().flatten(0, 1).float()
+        sizes = channels.abs()
+        if weight is not None:
+            root = weight.to(channels).flatten()[:, None].sqrt()
+            sizes, channels = sizes * root.square(), channels * root
+            normed, mixed, ffn_in, ffn_out = (one.flatten(0, 1) * root for one in (normed, mixed, ffn_in, ffn_out))
         products = _products("attention_in", normed, mixed) | _products("ffn_in", ffn_in, ffn_out)
-        return out, products | {"ffn_gram": channels.T @ channels, "ffn_contribution": channels.abs().sum(0)}
+        return out, products | {"ffn_gram": channels.T @ channels, "ffn_contribution": sizes.sum(0)}
 
-    def run_in_parts(batch: Tensor, counts: bool, count: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        return [run(part, counts) for part in batch.chunk(count)]
+    def run_in_parts(
+        batch: Tensor, counts: bool, weight: Tensor | None, count: int
+    ) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        chunks = batch.chunk(count)
+        of_chunks = [None] * len(chunks) if weight is None else weight.chunk(count)
+        return [run(part, counts, own) for part, own in zip(chunks, of_chunks, strict=True)]
 
     for segment, counts in ((hidden[:counted], True), (hidden[counted:], False)):
-        for batch in segment.split(size) if len(segment) else ():
-            made = parts.run(partial(run_in_parts, batch, counts))
+        for number, batch in enumerate(segment.split(size) if len(segment) else ()):
+            weight = weights[number * size : (number + 1) * size] if counts and weights is not None else None
+            made = parts.run(partial(run_in_parts, batch, counts, weight))
             batch.copy_(torch.cat([out for out, _ in made]))
             for _, products in made:
                 for name, value in products.items():
@@ -332,7 +412,7 @@ def _after(module: "DeciLMDecoderLayer", norm: str | None, out: Tensor) -> Tenso
 
 
 def _products(name: str, inputs: Tensor, outputs: Tensor) -> dict[str, Tensor]:
-    x, y = inputs.flatten(0, 1).float(), outputs.flatten(0, 1).float()
+    x, y = (states.flatten(0, -2).float() for states in (inputs, outputs))
     return {f"{name}_gram": x.T @ x, f"{name}_cross": x.T @ y}
 
 

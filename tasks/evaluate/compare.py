@@ -126,10 +126,14 @@ def parent_contender(architecture: Architecture) -> Contender:
     return Contender(name="parent", architecture=parents, blocks=())
 
 
-def served(which: Contender, parent: ParentInfo, workspace: Path, compute: Compute) -> DeciLMForCausalLM:
-    """The contender with the weights that it is served with: those of its file where it has one."""
+def served(
+    which: Contender, parent: ParentInfo, workspace: Path, compute: Compute, dtype: torch.dtype = torch.float32
+) -> DeciLMForCausalLM:
+    """The contender with the weights that it is served with: those of its file where it has one, else rounded to
+    `dtype` as in an export.
+    """
     if not which.file:
-        return build(which, parent, workspace, compute)
+        return as_written(build(which, parent, workspace, compute), dtype)
     model: Any = read_gguf(workspace / which.file)
     whole: DeciLMForCausalLM = in_dtype(model.to(compute.device), compute.dtype)
     return whole
@@ -216,8 +220,7 @@ def evaluate_contender(
     stored = remember(path, Evaluation, lambda _: [], workspace)
     if stored is not None:
         return stored
-    dtype = torch.float32 if which.file else dtype  # the file has its formats already
-    model = as_written(served(which, parent, workspace, compute), dtype)
+    model = served(which, parent, workspace, compute, dtype)
     targets = _test_targets(parent, corpus, settings.sequences, workspace, compute)
     figures = sequence_figures(model, targets, _test_tokens(corpus, settings.sequences, workspace), compute)
     documents = documents_of(corpus, "test", workspace)[: settings.sequences]

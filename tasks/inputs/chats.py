@@ -5,6 +5,7 @@ may be a list of parts of type text. A chat that cannot be written completely is
 goes on.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,43 @@ SAME_DAY = (
 
 Message = Mapping[str, str]
 Chat = Callable[[Sequence[Message]], str]
+THOUGHT_ENDS = "</think>"
+Span = tuple[int, int]
+
+
+class Conversation(str):
+    """A chat as text. answers: (start, end) of what the assistant says in it."""
+
+    answers: tuple[Span, ...]
+
+    def __new__(cls, text: str, answers: Sequence[Span]) -> "Conversation":
+        made = super().__new__(cls, text)
+        made.answers = tuple((start, min(end, len(text))) for start, end in answers if start < len(text))
+        return made
+
+
+def answers_in(text: str, messages: Sequence[Message], before: Callable[[Sequence[Message]], str]) -> list[Span]:
+    """(start, end) of the assistant's messages in the text of a chat, with the white space behind them.
+
+    before: the text until somebody answers these messages. Templates of reasoning models leave out earlier thoughts.
+    Raises Unusable for an answer that is not there.
+    """
+    found, place = list[Span](), 0
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant" or not message["content"]:
+            continue
+        start = before(messages[:number]) if number else ""
+        place = max(place, len(start)) if text.startswith(start) else place
+        content = message["content"]
+        if content not in text[place:]:
+            content = content.rpartition(THOUGHT_ENDS)[2].strip()
+        place = text.find(content, place)
+        if place < 0:
+            raise Unusable("loses an answer of the assistant in the chat template, so its tokens cannot be weighed")
+        end = re.compile(r"\s*").match(text, place + len(content)).end()  # type: ignore[union-attr]
+        found.append((place, end))
+        place = end
+    return found
 
 
 class Unusable(Exception):
@@ -75,11 +113,13 @@ def contents_alone(messages: Sequence[Message]) -> str:
     return "\n\n".join(message["content"] for message in messages)
 
 
-def template_of(tokenizer: "PreTrainedTokenizerBase") -> Chat:
-    """Make the function that writes chats with the tokenizer's template. It raises Unusable, or CorpusError."""
+def template_of(tokenizer: "PreTrainedTokenizerBase") -> Callable[..., str]:
+    """Make the function that writes chats with the tokenizer's template; with a second argument, up to where the
+    assistant is to answer. It raises Unusable, or CorpusError.
+    """
     from jinja2 import TemplateError
 
-    def write(messages: Sequence[Message]) -> str:
+    def write(messages: Sequence[Message], to_be_answered: bool = False) -> str:
         if not tokenizer.chat_template:
             raise CorpusError(
                 "the corpus holds chats, but the parent's tokenizer has no chat template to write them with: take a "
@@ -91,6 +131,7 @@ def template_of(tokenizer: "PreTrainedTokenizerBase") -> Chat:
                 [dict(message) for message in messages],
                 chat_template=SAME_DAY + template if "strftime_now" in template else template,
                 tokenize=False,
+                add_generation_prompt=to_be_answered,
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise Unusable(f"is refused by the chat template ({first_line(error, 120)})") from error

@@ -17,8 +17,10 @@ one).
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,12 +31,12 @@ from safetensors import SafetensorError
 
 from blocks.errors import CorpusError, first_line
 from blocks.files import sha256_of
-from blocks.library import digest_of, keep, read_tensors, remember, write_tensors
+from blocks.library import digest_of, keep, read_rows, read_tensors, remember, write_tensors
 from blocks.records import CorpusInfo
 from profiles.schema import Corpus, HubSource, TextSource
-from tasks.inputs.chats import Chat, Message, contents_alone, template_of
+from tasks.inputs.chats import Chat, Conversation, Message, Span, answers_in, contents_alone, template_of
 from tasks.inputs.companions import TOKENIZER_FILES
-from tasks.inputs.corpus_sources import check_sources, content_of, iterate_batches, name_of, pinned
+from tasks.inputs.corpus_sources import check_sources, content_of, iterate_batches, name_of, normalise, pinned
 from tasks.inputs.near_duplicates import NONE, NearDuplicates
 from tasks.inputs.text_files import Document, kind_of
 from tasks.running.progress import say
@@ -47,7 +49,7 @@ COUNTED_BYTES = 1 << 26  # read in a second or two
 BYTES_PER_TOKEN = 4
 # split -> the largest share of its sequences that one document may give is 1 / this; only train may exceed it
 SHARES = {"test": 8, "validation": 8, "train": 32}
-STARTS = "_starts"
+STARTS, WEIGHTS = "_starts", "_weights"
 CHAT_TEMPLATE = "chat_template.jinja"  # says nothing about other sources than those that may hold chats
 
 
@@ -55,7 +57,8 @@ def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: s
     """Tokenise and pack a corpus to `corpus/<fingerprint>.safetensors`: int32 `train`, `validation`, `test` (S, T), and
     beside each of them, as `train_starts` and so on, where each of its documents begins.
 
-    The fingerprint covers the content of the sources, the settings and the tokenizer; what is there is used again.
+    With `prompt_weight` there are weights as well (`weights_of`). The fingerprint covers the content of the sources,
+    the settings and the tokenizer; what is there is used again.
     Raises CorpusError when a source cannot be read or the documents do not fill the splits.
     """
     check_sources(corpus)
@@ -65,7 +68,7 @@ def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: s
     known = remember(manifest, CorpusInfo, lambda info: [info.tokens], workspace)
     if known is not None:
         return known
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder, weighs=corpus.prompt_weight is not None)
     notes: list[str] = []
     queues = queues_of(at_commits, tokenizer.chat, notes)
     near = NearDuplicates(corpus.near_duplicates)
@@ -74,8 +77,10 @@ def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: s
         notes.append(f"nearly the same as a document of test or validation, and left out: {near.found}")
     for note in notes:
         say(f"corpus: {note}")
-    _check_ids(packed, tokenizer_folder / "config.json")
     beside = {f"{split}{STARTS}": where for split, where in starts.items()}
+    if corpus.prompt_weight is not None:
+        beside |= _weights(packed, corpus.prompt_weight)
+    _check_ids(packed, tokenizer_folder / "config.json")
     info = CorpusInfo(
         tokens=write_tensors(workspace, f"corpus/{fingerprint}.safetensors", packed | beside),
         fingerprint=fingerprint,
@@ -85,6 +90,7 @@ def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: s
         test_sequences=corpus.test_sequences,
         documents=sum(len(queue.documents) for queue in queues),
         description=_description(corpus, starts, notes),
+        weighted=corpus.prompt_weight is not None,
     )
     keep(manifest, info, [info.tokens], workspace)
     return info
@@ -99,10 +105,12 @@ def check_enough(corpus: Corpus, tokenizer_folder: Path | None) -> str:
     splits = splits_of(corpus)
     needed = sum(splits.values()) * corpus.sequence_length
     if tokenizer_folder is not None and needed <= TRIED_TOKENS:
-        tokenizer = load_tokenizer(tokenizer_folder)
+        tokenizer = load_tokenizer(tokenizer_folder, weighs=corpus.prompt_weight is not None)
         queues = queues_of(corpus, tokenizer.chat)
         near = NearDuplicates(corpus.near_duplicates)
         packed, _ = pack_splits(queues, tokenizer, splits, corpus.sequence_length, near, _row(corpus))
+        if corpus.prompt_weight is not None:
+            _weights(packed, corpus.prompt_weight)
         _check_ids(packed, tokenizer_folder / "config.json")
         return ""
     there, enough = 0, min(BYTES_PER_TOKEN * needed, COUNTED_BYTES)
@@ -153,6 +161,43 @@ def documents_of(corpus: CorpusInfo, split: str, workspace: Path, length: int | 
         return ()
     total = splits_of(corpus)[split] * corpus.sequence_length
     return main_documents(starts, total, corpus.sequence_length, length or corpus.sequence_length)
+
+
+def weights_of(
+    corpus: CorpusInfo, split: str, workspace: Path, rows: tuple[int, int] = (0, sys.maxsize)
+) -> torch.Tensor | None:
+    """How much the prediction at each token of some sequences counts, (S, T); None where all count alike.
+
+    Their average over the split is 1. So a mean over tokens of weight x loss is the weighted mean of the loss.
+    """
+    if not corpus.weighted:
+        return None
+    first, last = rows
+    return read_rows(workspace, corpus.tokens, f"{split}{WEIGHTS}", first, min(last, splits_of(corpus)[split]))
+
+
+def _weights(packed: dict[str, torch.Tensor], prompt_weight: float) -> dict[str, torch.Tensor]:
+    """Take the marks of `DocumentTokenizer.marked` off the tokens of all splits, and make weights of them.
+
+    A prediction has the weight of the token that it predicts: the one behind.
+    """
+    found = {}
+    for split, tokens in packed.items():
+        marked = tokens < 0
+        behind = torch.cat([marked.flatten()[1:], marked.flatten()[-1:]]).view_as(marked)
+        weights = torch.where(behind, prompt_weight, 1.0)
+        if not weights.any():
+            raise CorpusError(
+                f"in the split {split} no token is of an assistant's answer, so none would count: set "
+                "corpus.prompt_weight above 0, or give chats with longer answers, or more of them."
+            )
+        packed[split], found[f"{split}{WEIGHTS}"] = torch.where(marked, ~tokens, tokens), weights / weights.mean()
+    if all(bool((weights == 1).all()) for weights in found.values()):
+        raise CorpusError(
+            "corpus.prompt_weight is for chats, and the documents hold none (text_field must name lists of messages), "
+            "or it is 1: leave it out."
+        )
+    return found
 
 
 def main_documents(starts: NDArray[np.int64], total: int, every: int, length: int) -> tuple[int, ...]:
@@ -246,6 +291,15 @@ class DocumentTokenizer:
     start: tuple[int, ...] = ()
     end: tuple[int, ...] = ()
     chat: Chat = contents_alone
+    marked: Callable[[str, Sequence[Span]], list[int]] | None = None
+
+    def ids_of(self, text: Document, start: int, end: int) -> NDArray[np.int32]:
+        """The token ids of a part of a document. Those of a chat that the assistant does not say are marked: ~id."""
+        part = str(text[start:end])
+        if self.marked is None or not isinstance(text, Conversation):
+            return np.array(self.encode(part), dtype=np.int32)
+        inside = [(max(first, start) - start, min(last, end) - start) for first, last in text.answers]
+        return np.array(self.marked(part, [span for span in inside if span[0] < span[1]]), dtype=np.int32)
 
     def bare(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
         """Token ids without what stands before and after each document, which whoever made them may have written."""
@@ -277,8 +331,7 @@ class _Document:
             if sum(len(self.ids[one]) for one in taken) >= limit:
                 break
             if part not in self.ids:
-                start, end = spans[part]
-                self.ids[part] = np.array(tokenizer.encode(self.text[start:end]), dtype=np.int32)
+                self.ids[part] = tokenizer.ids_of(self.text, *spans[part])
             taken.append(part)
         return tokenizer.framed(np.concatenate([self.ids[part] for part in sorted(taken)]), limit)
 
@@ -295,8 +348,8 @@ def spans_of(text: str) -> list[tuple[int, int]]:
     return [*spans, (start, len(text))]
 
 
-def load_tokenizer(folder: Path) -> DocumentTokenizer:
-    """The parent's tokenizer. Raises CorpusError."""
+def load_tokenizer(folder: Path, weighs: bool = False) -> DocumentTokenizer:
+    """The parent's tokenizer; `weighs`: it marks what the assistant does not say. Raises CorpusError."""
     from transformers import AutoTokenizer
 
     try:
@@ -305,10 +358,10 @@ def load_tokenizer(folder: Path) -> DocumentTokenizer:
         raise CorpusError(
             f"the tokenizer in {folder} cannot be loaded ({first_line(error)}): check the parent."
         ) from error
-    return document_tokenizer(tokenizer)
+    return document_tokenizer(tokenizer, weighs)
 
 
-def document_tokenizer(tokenizer: Any) -> DocumentTokenizer:
+def document_tokenizer(tokenizer: Any, weighs: bool = False) -> DocumentTokenizer:
     """How a tokenizer of transformers reads documents: bos before each if it writes one by itself, and eos after it."""
     start = tuple(token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id)
     end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
@@ -320,13 +373,36 @@ def document_tokenizer(tokenizer: Any) -> DocumentTokenizer:
 
     write = template_of(tokenizer)
 
+    def begun(text: str) -> str:
+        return text.lstrip().removeprefix(tokenizer.bos_token).lstrip() if start else text.lstrip()
+
     def chat(messages: Sequence[Message]) -> str:
         # many templates write bos and eos, which every document gets anyway
-        text = write(messages).strip()
-        text = text.removeprefix(tokenizer.bos_token).lstrip() if start else text
-        return text.removesuffix(tokenizer.eos_token).rstrip() if end else text
+        text = begun(write(messages)).rstrip()
+        text = text.removesuffix(tokenizer.eos_token).rstrip() if end else text
+        if not weighs:
+            return text
+        clean = [{**message, "content": normalise(message["content"])} for message in messages]
+        text = normalise(text)
+        return Conversation(text, answers_in(text, clean, lambda some: normalise(begun(write(some, True)))))
 
-    return DocumentTokenizer(encode, start, end, chat)
+    if not weighs:
+        return DocumentTokenizer(encode, start, end, chat)
+    if not tokenizer.is_fast:
+        raise CorpusError("corpus.prompt_weight needs a tokenizer of the package tokenizers: leave it out.")
+    return DocumentTokenizer(encode, start, end, chat, partial(_marked, tokenizer))
+
+
+def _marked(tokenizer: Any, text: str, answers: Sequence[Span]) -> list[int]:
+    """Token ids, those outside of the answers as ~id. The special token that ends an answer belongs to it."""
+    read = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    special, ids = set(tokenizer.all_special_ids), list[int]()
+    inside = False
+    for token, (first, last) in zip(read["input_ids"], read["offset_mapping"], strict=True):
+        ends = inside and token in special
+        inside = any(start < last and first < end for start, end in answers)
+        ids.append(token if inside or ends else ~token)
+    return ids
 
 
 def pack_splits(
@@ -340,8 +416,8 @@ def pack_splits(
     """Fill the splits of `wanted` (name -> number of sequences) with documents, one split after another.
 
     documents: in the order in which they are used, or several queues of them. row: what a document gives is a multiple
-    of so many tokens. Returns name -> int32 (sequences,
-    length), and name -> int64 (documents,): how many tokens of the split come before each document. Raises CorpusError.
+    of so many tokens. Returns name -> int32 (sequences, length), and name -> int64 (documents,): how many tokens of the
+    split come before each document. Raises CorpusError.
     """
     alone = [one for one in documents if not isinstance(one, Queue)]
     queues = [one for one in documents if isinstance(one, Queue)] or [Queue(documents=alone)]
@@ -461,6 +537,8 @@ def _fingerprint(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: str
     settings = corpus.model_dump(mode="json", exclude={"sources"})
     if not corpus.one_document_rows:  # older fingerprints stay
         del settings["one_document_rows"]
+    if corpus.prompt_weight is None:  # as it was before there was one
+        settings.pop("prompt_weight")
     sources = [
         {"settings": source.model_dump(mode="json", exclude={"path", "file"}), "content": content_of(source)}
         for source in corpus.sources

@@ -21,7 +21,7 @@ from profiles.schema import (
     TextSource,
     WikipediaDumpSource,
 )
-from tasks.inputs.chats import Chat, contents_alone
+from tasks.inputs.chats import Chat, Conversation, contents_alone
 from tasks.inputs.installed_packages import installed_file
 from tasks.inputs.text_files import CHUNK, Document, Tally, files_of, read_file, skipped, texts, value_of
 from tasks.inputs.wikipedia import articles_of
@@ -81,6 +81,8 @@ def iterate_batches(
             document = (
                 normalise(text[: limit // LONGEST]) if isinstance(text, str) else text[: limit // LONGEST // 4 * 4]
             )
+            if isinstance(text, Conversation):  # which is normalised already
+                document = Conversation(str(document), text.answers)
             if document:
                 yield (read // MINIMUM_CHARACTERS).bit_length(), document
                 read += len(document)

@@ -28,7 +28,7 @@ from tasks.evaluate.compare import LINEAGE, Lineage, served
 from tasks.evaluate.quality import mean_metric, parent_targets, sequence_figures
 from tasks.inputs.companions import TOKENIZER_FILES
 from tasks.inputs.corpus import documents_of
-from tasks.inputs.precision import as_written, child_dtype
+from tasks.inputs.precision import child_dtype
 from tasks.libraries.interchange import read_library
 from tasks.measure import costs
 from tasks.measure.hardware_description import hardware_description
@@ -228,7 +228,7 @@ def _figures(side: Lineage, now: Lineage, profile: Profile, workspace: Path) -> 
     compute = compute_of(profile)
     reader = open_parent(workspace / now.parent.folder, compute)
     targets = parent_targets(reader.model(), tokens, compute)
-    model = as_written(served(side.child, side.parent, workspace, compute), child_dtype(profile.hardware, reader))
+    model = served(side.child, side.parent, workspace, compute, child_dtype(profile.hardware, reader))
     return sequence_figures(model, targets, tokens, compute)[profile.champion.metric]
 
 

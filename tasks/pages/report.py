@@ -79,12 +79,17 @@ def comparison_rows(report: ChildReport) -> list[Row]:
     kept = tuple(budget_state(model, report.speed.disturbed) or "–" for model in candidates)
     rows = [
         Row(label="budget", cells=kept, best=frozenset()),
-        _row("file, MB", candidates, lambda model: counted(model.file_bytes / 1e6 if model.file_bytes else None), True),
+        _row("file, MB", candidates, lambda model: counted(_file_bytes(model, candidates)), less=True, scale=1e-6),
         *_quality_rows(report),
         *_speed_rows(report),
         *_size_rows(report),
     ]
     return [row for row in rows if any(cell != "–" for cell in row.cells)]
+
+
+def _file_bytes(model: Candidate, candidates: Sequence[Candidate]) -> int | None:
+    """Of the file that a model is served from, where the search chose types; of the parent's own the weights alone."""
+    return (model.file_bytes or model.weight_bytes) if any(one.file_bytes for one in candidates) else None
 
 
 def _quality_rows(report: ChildReport) -> list[Row]:

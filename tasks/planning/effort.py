@@ -51,9 +51,10 @@ MODULES = 13  # of a layer: itself, attention, FFN, four and three matrices, act
 ENTRY_NAMES = 2  # a string of the header, walked twice, for the model and for the tokenizer, in names
 VOCABULARY_LISTS = 3  # tokens, their types, about as many merges
 STEP_SECONDS = 3e-4  # of one token through one layer, whatever its width
+VISIT_BYTES_PER_SECOND = 25e9  # from the host to a GPU and back, PCIe 5.0 x 16 as it is reached
 CORPUS_TOKENS_PER_SECOND = 40_000  # text cleaned, tokenised, packed
 BUILD_BYTES_PER_SECOND = 3.5e8  # a model assembled: weights read, checked against their digests, copied
-ROUNDING_SECONDS = 4e-7  # of a weight in a type of 4 or 5 bits, fitted to text
+ROUNDING_SECONDS = 3e-7  # of a weight in a type of 4 or 5 bits, fitted to text, on two threads
 BENCHMARK_SECONDS = 2.0  # lm-eval around one model: data opened, requests built
 # tokens of one item, all choices, padded as batches of 8 are; and items there are. SmolLM2's tokenizer, 200 items each
 BENCHMARKS = {
@@ -191,8 +192,27 @@ class Shape:
     @property
     def devices(self) -> int:
         """How many times as fast as one device all are together. Several slots on one CPU count as one device."""
-        on_cpu = self.profile.devices[0].startswith("cpu")
-        return self.profile.orchestration.machines if on_cpu else self.processes
+        return self.profile.orchestration.machines if self.on_cpu else self.processes
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the devices are this machine's CPU, whose memory is the host's."""
+        return self.profile.devices[0].startswith("cpu")
+
+    @property
+    def workers(self) -> int:
+        """How many layers the states of a shard lie there for, and are recorded or trained at a time."""
+        return min(self.depth, self.profile.orchestration.workers)
+
+    @property
+    def layers_at_once(self) -> int:
+        """How many devices have a layer, where each has one to itself."""
+        return min(self.depth, self.devices)
+
+    @property
+    def parts(self) -> int:
+        """How many devices share a shard's sequences: each has a micro-batch at least."""
+        return min(self.devices, -(-(max(self.shards) + self.held_out) * self.length // self.at_once))
 
     @property
     def at_once(self) -> int:
@@ -288,7 +308,7 @@ def operations_of(shape: Shape) -> int:
 
 
 def record_work(shape: Shape) -> Work:
-    """Record, all layers."""
+    """Record, all layers. Several workers take the states through the layers first, and then record a layer each."""
     settings, width, inner = shape.profile.record, shape.hidden, shape.inner
     sequences = settings.statistics_sequences + settings.validation_sequences
     counted = settings.statistics_sequences * shape.length
@@ -297,12 +317,15 @@ def record_work(shape: Shape) -> Work:
     grams = 2.0 * counted * inner**2, 8.0 * counted * width**2
     layer += Work(packed=grams[0], product=grams[1], float32=sum(grams))
     rounds = inner // CHUNK
+    alone = shape.workers == 1
     layer += Work(
         solve=elimination_flops(inner, width, CHUNK),
         stream=8 * rounds * (INVERSE_PASSES * inner**2 / 3 + 5 * inner * width / 2),
-        disk=3 * shape.states(sequences) + shape.states(kept) + statistics_bytes(shape),
-        fixed=TASK_SECONDS,
+        disk=(3 if alone else 1) * shape.states(sequences) + shape.states(kept) + statistics_bytes(shape),
+        fixed=TASK_SECONDS / shape.layers_at_once,
     )
+    if not alone:
+        layer += _entering(shape, sequences, shards=-(-sequences // max(1, settings.shard_tokens // shape.length)))
     return layer * shape.depth
 
 
@@ -317,24 +340,44 @@ def statistics_bytes(shape: Shape) -> int:
 
 
 def entering_work(shape: Shape) -> Work:
-    """States that are not kept, recorded again for BLD, a shard at a time: one task after another."""
+    """States that are not kept, recorded again for BLD, shard by shard: each device takes its part of the sequences."""
     if states_are_kept(shape):
         return Work()
-    tokens = sum(trained + shape.held_out for trained in shape.shards)
-    layer = shape.forward(tokens * shape.length, packed=True) + Work(disk=2 * shape.states(tokens))
-    return layer * shape.depth
+    sequences = sum(trained + shape.held_out for trained in shape.shards)
+    return _entering(shape, sequences, len(shape.shards)) * shape.depth
+
+
+def _entering(shape: Shape, sequences: int, shards: int) -> Work:
+    """A layer that sequences go through. Their states are written for every layer, and read again for as many layers
+    as there are workers; each device reads the weights for each shard.
+    """
+    weights = 0.0 if shape.on_cpu else shards * shape.size * shape.layer_parameters / VISIT_BYTES_PER_SECOND
+    states = shape.states(sequences) * (1 + 1 / shape.workers)
+    return shape.forward(sequences * shape.length, packed=True) + Work(disk=states, fixed=weights)
 
 
 def distill_work(shape: Shape, layers: int) -> Work:
-    """Blockwise local distillation of the whole search space in so many layers."""
+    """Blockwise local distillation of the whole search space in so many layers.
+
+    A layer's states are read, and go through the parent's layer, on each device that trains a variant of it.
+    """
     seen = sum(trained + shape.held_out for trained in shape.shards)
-    layer = shape.forward(seen * shape.length)
-    layer += Work(disk=shape.states(seen) + statistics_bytes(shape) + shape.layer_parameters * FLOAT)
+    loaded = shape.forward(seen * shape.length)
+    loaded += Work(disk=shape.states(seen) + statistics_bytes(shape) + shape.layer_parameters * FLOAT)
+    layer = loaded * loads(shape)
     for part in SUBBLOCKS:
         for variant in shape.variants[part][1:]:
             compared = shape.profile.bld.closed_form == "compare" and kind_of(variant).closed_form_may_lose
             layer += variant_work(shape, variant) * (2 if compared else 1)
     return layer * layers
+
+
+def loads(shape: Shape) -> int:
+    """How many devices load a layer's states: one that has the layer to itself (flows/stages.py), else every device
+    that gets a variant of it.
+    """
+    own = not states_are_kept(shape) and shape.profile.orchestration.runner == "threads"
+    return 1 if own else min(shape.devices, sum(len(variants) - 1 for variants in shape.variants.values()))
 
 
 def variant_work(shape: Shape, variant: Variant) -> Work:

@@ -32,7 +32,6 @@ from tasks.search.totals import Batches, Problem, batch_choices, make_problem, t
 
 PROCESS_BYTES = 1 << 30  # this program with torch, transformers, MLflow and Prefect, before any tensor
 LIKE = {"shards": "record", "coupled": "distill", "GKD best baseline": "GKD child", "answers": "evaluate"}
-VISIT_BYTES_PER_SECOND = 25e9  # from the host to a GPU and back, PCIe 5.0 x 16 as it is reached
 STATE_BYTES = 40 << 20  # Prefect's and MLflow's databases, logs, reports
 
 
@@ -291,7 +290,7 @@ def stages_of(
 ) -> list[StagePlan]:
     """Every stage that prints itself, in order. serving: where costs and speed are measured; None when modelled.
 
-    Layers are recorded one after the other, on one device. All devices train and score variants, and share GKD.
+    A device records a layer, and its part of each shard. All devices train and score variants, and share GKD.
     """
     profile, length = shape.profile, shape.length
     jobs = sum(effort.counts_of(shape, searched).values())
@@ -311,14 +310,15 @@ def stages_of(
     raced, rest = effort.race_shares(profile)
     alone = effort.gkd_work(shape, share, layers)
     spoken = len(profile.evaluate.prompts) * profile.evaluate.answer_tokens
-    entering = effort.entering_work(shape)
+    entering, waves = effort.entering_work(shape), math.ceil(shape.depth / shape.workers)
     used = dict.fromkeys(("distill", "coupled", "score", "race", "GKD child", "GKD best baseline"), shape.devices)
+    used |= {"record": shape.layers_at_once, "shards": shape.parts}
     bytes_of = {need.stage: need.bytes for need in needs}
     rows = [
         ("parent", 1, 0, effort.parent_work(shape)),
         ("corpus", 1, packed, Work(fixed=packed / effort.CORPUS_TOKENS_PER_SECOND + effort.TASK_SECONDS)),
         ("record", shape.depth, sequences * length * shape.depth, effort.record_work(shape)),
-        ("shards", shape.depth * len(shape.shards) if entering.flops else 0, 0, entering),
+        ("shards", waves * shape.parts * len(shape.shards) if entering.flops else 0, 0, entering),
         ("distill", jobs, _bld_tokens(shape, len(searched)), effort.distill_work(shape, len(searched))),
         ("coupled", pairs, pairs * profile.trained_steps * profile.bld.batch_sequences * length, coupled),
         ("score", len(searched), scored * (jobs + pairs), effort.score_work(shape, searched)),
@@ -355,10 +355,9 @@ def visiting_seconds(
     shape: Shape, shares: Sequence[float], tested: int, spoken: int, room: float | None
 ) -> dict[str, float]:
     """Where whole models have no room on a device, their layers come to it for each pass, and go again."""
-    on_cpu = shape.profile.devices[0].startswith("cpu")
-    if on_cpu or room is None or layers_held(shape, 1.0, None) < room / 2:
+    if shape.on_cpu or room is None or layers_held(shape, 1.0, None) < room / 2:
         return {}
-    one = 2 * shape.size * shape.depth * shape.layer_parameters / VISIT_BYTES_PER_SECOND
+    one = 2 * shape.size * shape.depth * shape.layer_parameters / effort.VISIT_BYTES_PER_SECOND
     passes = math.ceil(tested / shape.at_once)
     watched = math.ceil(shape.profile.gkd.validation_sequences * shape.length / shape.at_once)
     return {
@@ -404,7 +403,7 @@ def shard_bytes(shape: Shape) -> int:
     """Hidden states of a shard, on the disk for as many layers as are trained at a time and the one behind them."""
     if effort.states_are_kept(shape):
         return 0
-    layers = min(shape.depth, shape.profile.orchestration.workers + 1)
+    layers = min(shape.depth, shape.workers + 1)
     return layers * shape.states(max(shape.shards) + shape.held_out)
 
 
@@ -419,11 +418,10 @@ def memory_bytes(shape: Shape, share: float, needs: Sequence[Need]) -> int:
     throughput = served * (effort.model_bytes(shape) + (models - 1) * effort.model_bytes(shape, share))
     recorded = profile.record.statistics_sequences + profile.record.validation_sequences
     recorded = min(recorded, max(1, profile.record.shard_tokens // shape.length))
-    on_cpu = profile.devices[0].startswith("cpu")
-    workers = 1 if on_cpu else len(profile.devices)
+    workers = 1 if shape.on_cpu else len(profile.devices)
     shard = max(shape.shards) + shape.held_out
-    at_once = {need.stage: need.bytes * on_cpu for need in needs}
-    at_once["record"] += 2 * shape.states(recorded)
+    at_once = {need.stage: need.bytes * shape.on_cpu for need in needs}
+    at_once["record"] += 2 * shape.states(recorded) * workers
     at_once["distill"] += 3 * shape.states(shard) * workers  # what enters a layer, its attention's and its FFN's output
     at_once["throughput"] = int(throughput) if _measures(profile) else 0
     if profile.gkd.steps:  # the first process writes the trained weights whole

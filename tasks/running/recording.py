@@ -8,7 +8,7 @@ its own: through its server while that is up, else in its database.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
@@ -34,6 +34,7 @@ DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 _HELD: list[FileLock] = []  # until the process ends
+_STARTING: list[Thread] = []
 _OURS: dict[str, str] = {}  # what this process has put into its environment: none of it is the user's wish
 
 
@@ -138,13 +139,12 @@ def _alone_in(home: Path) -> bool:
     return True
 
 
-def begin_own_server() -> Callable[[], None]:
+def begin_own_server() -> None:
     """Begin to start the server that Prefect starts for itself where none is named, so that it comes up while this
-    process still imports. Call what is returned before the first flow: Prefect takes a server that is starting for up.
-    Those that killed runs have left behind end first.
+    process still imports. Those that killed runs have left behind end first.
     """
     if os.environ.get(API):
-        return lambda: None
+        return
     if home := os.environ.get(HOME):
         stop_orphaned_servers(Path(home))
     from prefect.server.api.server import SubprocessASGIServer
@@ -153,9 +153,14 @@ def begin_own_server() -> Callable[[], None]:
         with suppress(Exception):  # Prefect tries again when the flow starts, and says why
             SubprocessASGIServer().start()
 
-    starting = Thread(target=copy_context().run, args=(start,), daemon=True)
-    starting.start()
-    return starting.join
+    _STARTING.append(Thread(target=copy_context().run, args=(start,), daemon=True))
+    _STARTING[-1].start()
+
+
+def own_server_is_up() -> None:
+    """Wait for what `begin_own_server` began: Prefect takes a server that is starting for one that is up."""
+    while _STARTING:
+        _STARTING.pop().join()
 
 
 def take_for_server(home: Path) -> None:

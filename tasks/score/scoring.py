@@ -44,6 +44,7 @@ from blocks.runtime import free_bytes, kept_per_device
 from blocks.subblock import load_subblock, run_subblock
 from blocks.typed_labels import FITTED_TO, bare, type_in
 from tasks.distill.record import open_parent, slices
+from tasks.inputs.corpus import weights_of
 from tasks.running.memory import Parts
 from tasks.score.rounding import Rounding
 
@@ -177,13 +178,15 @@ def _passes(folder: Path, compute: Compute) -> Passes:
 class ParentSuffix:
     """The parent and its targets on the scored sequences, which lie on the host. Scores run through its last layers.
 
-    first: number of the first sequence. rolled: a layer, and the states that enter it, where none were recorded.
+    first: number of the first sequence. weights: of the tokens (S, T). rolled: a layer, and the states that enter it,
+    where none were recorded.
     """
 
     passes: Passes
     tokens: Tensor  # (S, T)
     targets: Targets
     first: int = 0
+    weights: Tensor | None = None
     rolled: tuple[int, Tensor] | None = None
     one_at_a_time: Lock = field(default_factory=Lock)
 
@@ -208,9 +211,14 @@ def open_suffix(folder: Path, workspace: Path, scored: ScoringSet, compute: Comp
     """The parent's targets, from the states that enter its last layer where they were recorded."""
     passes, tokens = _passes(folder, compute), scored.validation(scored.corpus.tokens, workspace).long()
     if scored.last.boundary is None:
-        return make_suffix(passes, tokens, passes.embedded(tokens), 0, scored.first)
-    hidden = scored.validation(scored.last.boundary, workspace)
-    return make_suffix(passes, tokens, hidden, passes.reader.depth - 1, scored.first)
+        layer, hidden = 0, passes.embedded(tokens)
+    else:
+        layer, hidden = passes.reader.depth - 1, scored.validation(scored.last.boundary, workspace)
+    suffix = make_suffix(passes, tokens, hidden, layer, scored.first)
+    rows = (scored.first, scored.first + scored.count)
+    weights = weights_of(scored.corpus, "validation", workspace, rows)
+    suffix.weights = None if weights is None else weights[:, : scored.length]
+    return suffix
 
 
 def make_suffix(passes: Passes, tokens: Tensor, hidden: Tensor, layer: int, first: int = 0) -> ParentSuffix:
@@ -387,6 +395,9 @@ def _losses(suffix: ParentSuffix, states: Tensor, rows: Tensor) -> tuple[Tensor,
     kl, rise = kl.view(count, length), rise.view(count, length)[:, :-1]
     shift = (targets.hidden.view_as(states) - states)[:, :-1].double()
     lm = rise + (shift * suffix.passes.head.weight[labels].double()).sum(-1)
+    if suffix.weights is not None:
+        weights = suffix.weights[rows].to(kl)
+        kl, lm = kl * weights, lm * weights[:, :-1]
     return kl.mean(1).cpu(), lm.mean(1).cpu()
 
 
