@@ -149,7 +149,8 @@ class Score(Value):
 class Cost(Value):
     """Measured cost of one variant of one subblock, at one scenario and batch size; the same in every layer.
 
-    spread: relative standard error, that of the seconds divided by the seconds.
+    spread: relative standard error, that of the seconds divided by the seconds. kv_tokens: how many tokens of a
+    sequence stay in its KV cache at most; None for all that the layer keeps.
     """
 
     subblock: Subblock
@@ -163,6 +164,7 @@ class Cost(Value):
     parameters: int
     weight_bytes: int
     kv_bytes_per_token: int
+    kv_tokens: int | None = None
 
 
 class NonBlockCost(Value):
@@ -194,7 +196,8 @@ class CostTable(Value):
     """All costs of one parent on one hardware target, either measured on it or modelled for it, never both.
 
     parent_measured: the whole parent, measured in the same rounds. calibration: None where the sums of blocks need
-    none. load: how many processors others took meanwhile, on average.
+    none. load: how many processors others took meanwhile, on average. windows: how many tokens of a sequence each of
+    the parent's layers keeps in its KV cache, None for all; empty where no layer slides.
     """
 
     hardware: dict[str, str]
@@ -205,6 +208,12 @@ class CostTable(Value):
     parent_measured: tuple[NonBlockCost, ...] = ()
     calibration: Calibration | None = None
     load: float = 0.0
+    windows: tuple[int | None, ...] = ()
+
+    def kv_bytes(self, layer: int, cost: Cost, tokens: int) -> int:
+        """Bytes of a variant's KV cache in a layer after `tokens` tokens of each sequence of the cost's batch."""
+        most = cost.kv_tokens or (self.windows[layer] if self.windows else None)
+        return cost.kv_bytes_per_token * cost.batch_size * min(tokens, most or tokens)
 
     @property
     def modelled(self) -> bool:

@@ -214,6 +214,11 @@ class Corpus(Section):
     train_sequences: PositiveInt = Field(default=512, description="Number of sequences for recording, BLD and GKD.")
     validation_sequences: PositiveInt = Field(default=32, description="Sequences for scores, and for when GKD stops.")
     test_sequences: PositiveInt = Field(default=32, description="Sequences for the final comparison alone.")
+    one_document_rows: bool = Field(
+        default=False,
+        description="Every sequence is of one document: shorter documents are left out, and so is what is left of "
+        "longer ones. For long sequences, when windows of attention are tried: no document says anything of another.",
+    )
     prompt_weight: float | None = Field(
         default=None,
         ge=0,
@@ -244,7 +249,8 @@ class SearchSpace(Section):
 
     attention: tuple[Label, ...] = Field(
         default=("kv1", "linear", "no_op"),
-        description="Variants of the attention: kv1, kv2 and so on (number of KV heads), linear, no_op.",
+        description="Variants of the attention: kv1, kv2 and so on (number of KV heads), window128 and so on (the last "
+        "tokens and the first 4), linear, no_op.",
     )
     ffn: tuple[Label, ...] = Field(
         default=("ffn50pct", "ffn25pct", "linear", "no_op"),

@@ -20,7 +20,7 @@ from blocks.resources import weight_bytes
 from profiles.hardware import ARCHITECTURES, HardwareTarget, load_target
 from profiles.schema import ParentSource, Profile
 from tasks.inputs.parent import write_config
-from tasks.inputs.space import check_search_space, layers_of, measured_space
+from tasks.inputs.space import check_search_space, layers_of, left_out, measured_space
 from tasks.measure.roofline import Setting, modelled_costs, setting_of
 from tasks.planning import effort
 from tasks.planning.effort import Shape, Work, shape_of
@@ -66,7 +66,8 @@ class Plan(Value):
     disk_bytes, memory_bytes: what the workspace holds at the end, the process at its peak. shards: that variants are
     trained on one after another; shard_bytes: of hidden states on the disk meanwhile, 0 where they are kept (and in
     disk_bytes). utilisation: of the peak, where it is assumed and not measured. device_bytes: what a device has, where
-    that is known. infeasible, no_room: why the budget, or a stage, asks too much; "" where it does not.
+    that is known. infeasible, no_room: why the budget, or a stage, asks too much; "" where it does not. left_out:
+    variants that are not tried, and why.
     """
 
     profile: str
@@ -100,6 +101,7 @@ class Plan(Value):
     children: tuple[ChildPlan, ...]
     infeasible: str = ""
     no_room: str = ""
+    left_out: tuple[str, ...] = ()
 
 
 def config_parent(source: ParentSource) -> Parent:
@@ -147,6 +149,7 @@ def plan_of(profile: Profile, parent: Parent, rates: Rates, price_per_hour: floa
         parent_parameters=parent.depth * shape.layer_parameters + shape.outside_parameters,
         layers=parent.depth,
         layers_searched=len(searched),
+        left_out=left_out(profile, parent),
         attention_variants=options[0],
         ffn_variants=options[1],
         architectures_log10=sum(math.log10(pair + coupled // len(searched)) for pair in pairs),
