@@ -16,14 +16,13 @@ from blocks.records import SUBBLOCKS, Cost, LayerChoice, NonBlockCost, Subblock
 from blocks.typed_labels import bare, typed
 from profiles.schema import Profile, Scenario, ScenarioBudget
 from tasks.search import joint
-from tasks.search.joint import JointLibrary, JointOption, MeasuredAt, Option
+from tasks.search.joint import HEAD, JointLibrary, JointOption, MeasuredAt, Option
 from tasks.search.program import Floats
 from tasks.search.request import Limit, Request
 from tasks.search.totals import Problem, cost_of, scores_behind
 
 Places = Sequence[tuple[Scenario, int]]  # scenarios at a batch size each
 METRICS = ("kl", "lm_loss")
-HEAD = "head"
 # budget field -> quantity, and whether the field is a share of the parent's
 _FIELDS: dict[str, tuple[str, bool]] = {
     "speedup": ("tokens_per_second", True),
