@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from benchmarks.common import PUZZLE, ROOT, commit, table, write_page
-from benchmarks.pool import deployed, killed, measured, pool, swept, worked
+from benchmarks.pool import deployed, killed, measured, pool, shipped, swept, worked
 from benchmarks.site import (
     PATIENCE,
     PROFILE,
@@ -196,7 +196,7 @@ SECTIONS: dict[str, tuple[str, Place, tuple[Step, ...]]] = {
         behind_serve,
         (optimized, crowned, remeasured, rolled_back, completed, scheduled),
     ),
-    "pool": ("`prefect.yaml` on a process worker", pool, (deployed, worked, killed, measured, swept)),
+    "pool": ("`prefect.yaml` on a process worker", pool, (deployed, worked, shipped, killed, measured, swept)),
 }
 
 

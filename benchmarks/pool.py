@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -41,7 +42,8 @@ def pool(root: Path) -> Iterator[Site]:
         try:
             yield site
         except BaseException:
-            print((root / "worker.log").read_text()[-3000:], file=sys.stderr)
+            if site.workers:
+                print((root / "worker.log").read_text()[-3000:], file=sys.stderr)
             raise
         finally:
             for worker in site.workers:
@@ -92,6 +94,13 @@ def worked(site: Site) -> str:
     )
 
 
+def shipped(site: Site) -> str:
+    """`optimize/tiny`, the deployment of a shipped profile, started as it is."""
+    run = replace(site, name="tiny").start("optimize")
+    site.finished(run)
+    return f"Completed in {site.run(run)['total_run_time']:.0f} s, child {child_digest(site.root / 'tiny')[:12]}"
+
+
 def measured(site: Site) -> str:
     """`measure-hardware` through the pool, in a workspace of its own."""
     run = site.start("measure-hardware", workspace="fresh")
@@ -117,7 +126,8 @@ def swept(site: Site) -> str:
 
 def worker_environment(site: Site) -> dict[str, str]:
     """What the deployments and the worker are given, as docs/how-to/operate.md says."""
-    named = {"PUZZLE_HOME": str(ROOT), "PUZZLE_ROOT": str(site.root), "PUZZLE_PROFILES": f"operate={PROFILE}"}
+    profiles = f"operate={PROFILE}:tiny=tiny:smollm2-cpu=smollm2-cpu"
+    named = {"PUZZLE_HOME": str(ROOT), "PUZZLE_ROOT": str(site.root), "PUZZLE_PROFILES": profiles}
     quiet = {
         "PREFECT_HOME": str(site.root / ".prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -24,7 +24,7 @@ from blocks.error_correction import InputGrams
 from blocks.library import read_tensors
 from profiles.load import load_profile
 from tasks.engines.ggml import GgmlRounding
-from tasks.export.quantise import divergence, log_probabilities, quantise_layers, through
+from tasks.export.quantise import Recipe, divergence, log_probabilities, quantise_layers, through
 from tasks.gguf.writer import CORRECTED, PRECISIONS
 from tasks.inputs.children import open_child
 from tasks.inputs.corpus import prepare_corpus
@@ -95,7 +95,7 @@ def main() -> None:
         ways: tuple[Callable[[Any], Any], ...] = (
             partial(plain, important=False),
             partial(plain, important=True),
-            partial(quantise_layers, tokens=texts, precision=precision),
+            partial(quantise_layers, tokens=texts, recipe=Recipe.uniform(precision, len(own.model.layers))),
         )
         row = [precision]
         for way in ways:

@@ -53,7 +53,7 @@ def main() -> None:
                 run("both on PostgreSQL; artifacts and library on S3", "first", site, everywhere, rows, *STORE)
                 words = ["reoptimize", "profiles/tiny.yaml", "--workspace", str(site / "first-workspace"), *STORE]
                 code, said, _ = puzzle(words, everywhere, site / "reoptimize.log")
-                assert code == 0 and "first: the first champion" in said, said[-2000:]
+                assert code == 0 and "outcome: first" in said, said[-2000:]
                 databases = [*counted(address, "prefect", PREFECT_TABLES), *counted(address, "mlflow", MLFLOW_TABLES)]
                 loaded = load(client, site)
                 found = in_s3(keys, "mlflow", site / "first-workspace")

@@ -39,9 +39,9 @@ def assemble_layers(
     workspace: Path,
     each: Callable[[nn.Module], object] = lambda layer: None,
 ) -> DeciLMForCausalLM:
-    """The child with these layers. each: called with every layer, before the next one is loaded."""
+    """The child with these layers, whatever their types of number. each: called with every layer, before the next."""
     model = parent.frame(layers)
-    for layer, choice in enumerate(layers):
+    for layer, choice in enumerate(choice.bare for choice in layers):
         module = _assembled_layer(parent, library, choice, layer, workspace)
         each(module)
         model.model.layers.append(module)

@@ -12,6 +12,7 @@ from blocks.errors import PuzzleError, did_you_mean
 from blocks.families import family_of
 from blocks.families.base import head_dim
 from blocks.kinds import kind_of, parse_label
+from blocks.resources import BLOCK, BLOCK_BYTES
 
 LINEAR = "linear subblocks"
 BARE_START = "layer 0 without attention"
@@ -22,9 +23,8 @@ NO_MULT = "FFN widths without ffn_mult"
 FOREIGN = "biases, norms or scales that Llama does not have"
 ROPE = "this scaling of the rotary frequencies"
 ACTIVATION = "an FFN that is not a SwiGLU"
-NARROW = "rows that are not a multiple of 32 in q8_0"
+NARROW = "rows that are not a multiple of 32 in q8_0 or a type of 4 or 5 bits"
 GAPS = (LINEAR, BARE_START, MIXED_KV, WINDOW, WRONG_MULT, NO_MULT, FOREIGN, ROPE, ACTIVATION, NARROW)
-Q8_0_BLOCK = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def runnable(
     kv_heads = entries["attention"].get("num_key_value_heads")
     if kv_heads and kv_heads != config.num_key_value_heads:
         needs.add(MIXED_KV)
-    if precision == "q8_0" and any(width % Q8_0_BLOCK for width in _row_widths(config, entries)):
+    if precision in BLOCK_BYTES and any(width % BLOCK for width in _row_widths(config, entries)):
         needs.add(NARROW)
     found = _ordered(needs & known.gaps)
     return f"{known.title} cannot run {found[0]}" if found else None

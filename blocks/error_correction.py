@@ -49,11 +49,16 @@ def output_error(weight_DK: Tensor, rounded_DK: Tensor, gram_KK: Tensor) -> floa
     return float((difference @ gram * difference).sum() / size)
 
 
+def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of a module, by name."""
+    return {name: one for name, one in module.named_modules() if isinstance(one, nn.Linear)}
+
+
 class InputGrams:
     """Sums X^T X of what enters each linear layer of a module, float32, while it runs inside a `with` block."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.linears = {name: one for name, one in module.named_modules() if isinstance(one, nn.Linear)}
+        self.linears = linears_of(module)
         self.sums: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
 

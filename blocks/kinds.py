@@ -16,6 +16,7 @@ from blocks.ffn.no_op import NoOpFFN
 from blocks.ffn.parent import ParentFFN
 from blocks.ffn.width import Width
 from blocks.records import Subblock
+from blocks.typed_labels import bare
 from blocks.variant import Variant, VariantKind
 
 KINDS: tuple[VariantKind, ...] = (
@@ -41,9 +42,9 @@ def kind_of(variant: Variant) -> VariantKind:
 
 
 def parse_label(subblock: Subblock, label: str, config: Any) -> Variant:
-    """The variant a label names; UnknownVariant names what this parent can have."""
+    """The variant a label names, whatever its type; UnknownVariant names what this parent can have."""
     for kind in kinds(subblock):
-        variant = kind.parse(label, config)
+        variant = kind.parse(bare(label), config)
         if variant is not None:
             return variant
     allowed = [example for kind in kinds(subblock) for example in kind.examples(config)]

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from blocks.disturbance import why_disturbed
+from blocks.typed_labels import bare
 
 Subblock = Literal["attention", "ffn"]
 SUBBLOCKS: tuple[Subblock, ...] = ("attention", "ffn")
@@ -122,13 +123,14 @@ class BlockRecord(Value):
 class Score(Value):
     """Replace-1-block score of one variant: KL(parent || child) and rise of the LM loss, nats per token.
 
-    A coupled block has subblock "block" and the variant label "<attention>+<ffn>". Standard errors are over sequences.
+    A coupled block has subblock "block" and the variant label "<attention>+<ffn>". The head in a type of number has
+    subblock "head", layer 0 and a label such as "head@iq4_nl". Standard errors are over sequences.
     The parent's own subblock scores exactly 0. tokens: how many were scored. documents: the document that each sequence
     is of; where they are known, standard errors are over documents.
     """
 
     layer: int
-    subblock: Subblock | Literal["block"]
+    subblock: Subblock | Literal["block", "head"]
     variant: str
     kl: float
     kl_se: float
@@ -164,7 +166,10 @@ class Cost(Value):
 
 
 class NonBlockCost(Value):
-    """Cost of embedding, final norm and head. The search subtracts it from the budget. spread: as in a Cost."""
+    """Cost of embedding, final norm and head. The search subtracts it from the budget. spread: as in a Cost.
+
+    head: the type of number that embedding and head are in; "" for the profile's precision.
+    """
 
     scenario: str
     batch_size: int
@@ -174,6 +179,7 @@ class NonBlockCost(Value):
     weight_bytes: int
     prefill_spread: float = 0.0
     decode_spread: float = 0.0
+    head: str = ""
 
 
 class Calibration(Value):
@@ -241,6 +247,11 @@ class LayerChoice(Value):
         return cls(attention=variant, ffn="no_op") if subblock == "attention" else cls(attention="no_op", ffn=variant)
 
     @property
+    def bare(self) -> "LayerChoice":
+        """The same variants without types of number: what is trained."""
+        return LayerChoice(attention=bare(self.attention), ffn=bare(self.ffn), coupled=self.coupled)
+
+    @property
     def block_label(self) -> str:
         """Variant label of the coupled block: "<attention>+<ffn>"."""
         return f"{self.attention}+{self.ffn}"
@@ -262,7 +273,8 @@ class Totals(Value):
 class Architecture(Value):
     """One variant per subblock per layer, with its predicted score and costs, and the solver's proof.
 
-    evaluations: how many whole architectures were evaluated to find it; 0 for a solver that evaluates none.
+    evaluations: how many whole architectures were evaluated to find it; 0 for a solver that evaluates none. head: the
+    type of number of embedding and head; "" for the profile's precision.
     """
 
     method: str
@@ -277,6 +289,7 @@ class Architecture(Value):
     solved_by: str = ""
     solve_seconds: float = 0.0
     evaluations: int = 0
+    head: str = ""
 
 
 # --- measured figures and speeds
@@ -440,8 +453,9 @@ class Candidate(Value):
     of one document are not independent of each other. correct: 0 or 1 per item of each benchmark; items with the
     same number in item_groups are on the same text. Sequences and items are the same for all candidates, so two
     candidates are compared in pairs. layers: the variants of each layer. answers: only the parent and the finished
-    child have some. limits: the budget, and what the model takes of it. All of these are empty in reports of older
-    versions.
+    child have some. limits: the budget, and what the model takes of it. gkd_kept_start: the KL on the validation text
+    before GKD, where no step of GKD lowered it. All of these are empty in reports of older versions. file_bytes: of the
+    GGUF file that it is served from, where the search chose types of numbers; else 0.
     """
 
     name: str
@@ -459,6 +473,7 @@ class Candidate(Value):
     retention: Metric | None = None
     predicted_kl: float | None = None
     gkd_tokens: int = 0
+    gkd_kept_start: float | None = None
     gains: Gains | None = None
     layers: tuple[LayerChoice, ...] = ()
     samples: dict[str, tuple[float, ...]] = {}
@@ -467,6 +482,7 @@ class Candidate(Value):
     item_groups: dict[str, tuple[int, ...]] = {}
     answers: tuple[Answer, ...] = ()
     limits: tuple[LimitKept, ...] = ()
+    file_bytes: int = 0
 
 
 class StageTime(Value):
@@ -477,11 +493,23 @@ class StageTime(Value):
     cpu_seconds: float
 
 
+class Racer(Value):
+    """An architecture that raced: its place by summed score from 1, how many layers differ from the first one's, and
+    (steps of GKD, KL on validation text) at the end of each round that it was in.
+    """
+
+    place: int
+    score: float
+    different: int
+    kl: tuple[tuple[int, float], ...]
+
+
 class ChildReport(Value):
     """The result of a run: parent, child and baselines, predicted and measured.
 
     request: what was asked of the search (tasks/search/request.py). rule: when one child counts as better than another
-    (`champion` in the profile). finished_at, command: when the run ended, and the command that makes the child again.
+    (`champion` in the profile). race: best first, empty where there was none.
+    finished_at, command: when the run ended, and the command that makes the child again.
     All are empty in reports of older versions.
     """
 
@@ -501,5 +529,6 @@ class ChildReport(Value):
     mlflow_run_id: str = ""
     request: dict[str, Any] = {}
     rule: dict[str, Any] = {}
+    race: tuple[Racer, ...] = ()
     finished_at: str = ""
     command: str = ""

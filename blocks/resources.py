@@ -13,7 +13,9 @@ from blocks.parent import Parent
 from blocks.variant import Variant
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
-Q8_0_BYTES = 34 / 32  # GGUF: blocks of 32 weights in 8 bits with a float16 scale
+# GGUF's types: blocks of 32 weights with one or two float16 numbers of their own
+BLOCK = 32
+BLOCK_BYTES = {"q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18, "iq4_nl": 18}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ def non_block_parameters(config: Any) -> int:
 
 def weight_bytes(precision: str) -> float:
     """Bytes of one weight of a matrix."""
-    return Q8_0_BYTES if precision == "q8_0" else BYTES[precision]
+    return BLOCK_BYTES[precision] / BLOCK if precision in BLOCK_BYTES else BYTES[precision]
 
 
 def precision_name(dtype: object) -> str:

@@ -20,6 +20,7 @@ from flows.options import Overrides, ProfileOptions, ProfilePath, takes
 from flows.serve import serve_command
 from profiles.errors import ProfileError
 from profiles.load import load_profile
+from tasks.running.recording import begin_own_server
 
 # what is wrong with a path that somebody named, wherever it is first looked at
 PATH_FAULTS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
@@ -50,6 +51,7 @@ def optimize(given: ProfileOptions) -> None:
     prepare_workspace(folder)
 
     def run() -> str:
+        begin_own_server()
         from flows.optimize import run_optimize
 
         return str(folder / run_optimize(wanted, folder).child_folder)
@@ -68,11 +70,12 @@ def reoptimize(
     prepare_workspace(folder)
 
     def run() -> str:
+        begin_own_server()
         from flows.reoptimize import run_reoptimize
 
         return run_reoptimize(wanted, folder, remeasure).outcome
 
-    typer.echo(run_logged(folder, run))
+    typer.echo(f"outcome: {run_logged(folder, run)}")
 
 
 @app.command()

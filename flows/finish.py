@@ -15,7 +15,7 @@ from prefect.settings import PREFECT_HOME
 from blocks.compute import HOST
 from blocks.errors import PuzzleError
 from blocks.library import digest_of, keep
-from blocks.records import Answer, BlockRecord, ChildReport, CorpusInfo, ParentInfo, SpeedReport
+from blocks.records import Answer, BlockRecord, ChildReport, CorpusInfo, ParentInfo, Racer, SpeedReport
 from blocks.resources import weight_bytes
 from flows.run import task_of
 from flows.tracked_run import TrackedRun
@@ -24,6 +24,7 @@ from tasks.distill.record import open_parent
 from tasks.engines.timing_in_turns import PARENT
 from tasks.evaluate.budget import limits_of
 from tasks.evaluate.compare import LINEAGE, Contender, Evaluation, Lineage, build, candidate
+from tasks.evaluate.typed_file import GGUF_NAME, hand_over
 from tasks.export.folder import export_child, model_card
 from tasks.inputs.children import in_precision
 from tasks.inputs.companions import terms_of
@@ -52,6 +53,7 @@ class Findings:
     evaluations: Sequence[Evaluation]
     speed: SpeedReport
     answers: Mapping[tuple[str, str], tuple[Answer, ...]]
+    race: tuple[Racer, ...]
 
 
 def best_baseline(child: Contender, baselines: Sequence[Contender], found: Sequence[Evaluation]) -> list[Contender]:
@@ -83,7 +85,7 @@ def report_of(
         corpus=corpus,
         architecture=final.architecture,
         candidates=tuple(
-            candidate(which, evaluation, own, speed.models, size, run.profile.scoring.metric).model_copy(
+            candidate(which, evaluation, own, speed.models, size, run.profile.scoring.metric, run.workspace).model_copy(
                 update={
                     "answers": found.answers.get((which.name, which.stage), ()),
                     "limits": ()
@@ -103,6 +105,7 @@ def report_of(
         cpu_seconds=run.usage.cpu_seconds(),
         peak_memory_bytes=run.usage.peak_memory_bytes(),
         request=request_of(run.profile).model_dump(mode="json"),
+        race=found.race,
         rule=run.profile.champion.model_dump(mode="json"),
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command_of_run(),
@@ -155,6 +158,8 @@ def _export(run: TrackedRun, final: Contender, report: ChildReport, markdown: st
     card = model_card(parent, corpus, model.config, markdown, report.command, weights, terms)
     keep(folder / LINEAGE, Lineage(parent=parent, corpus=corpus, child=final), [], run.workspace)
     export_child(model, parent, run.workspace, folder / "child", card)
+    if final.file:
+        say(hand_over(run.workspace / final.file, folder / GGUF_NAME))
 
 
 def link_to_earlier_runs(run: TrackedRun) -> None:
@@ -197,6 +202,8 @@ def _print(run: TrackedRun, report: ChildReport, folder: Path) -> None:
     for line in ui_commands(run):
         console.print(line, highlight=False, markup=False)
     console.print(f"report and pictures: {folder}", highlight=False, markup=False)
+    if (folder / GGUF_NAME).exists():
+        console.print(f"what serves it: {folder / GGUF_NAME}", highlight=False, markup=False)
 
 
 def command_of_run() -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from prefect import flow
 
 from blocks.records import ChildReport
-from flows import stages, whole_models
+from flows import number_types, stages, whole_models
 from flows.finish import Findings, best_baseline, finish, report_of
 from flows.run import process_of
 from flows.tracked_run import open_run
@@ -30,24 +30,34 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         costs = stages.measure(run, parent)
         run.log_costs(costs)
         scores = stages.score_all(run, parent, corpus, records, blocks)
+        scores = number_types.score_types(run, (parent, corpus), records, blocks, scores, costs)
         run.log_library(parent, corpus, blocks, scores, costs)
 
-        problem, architecture = stages.choose_child(run, scores, costs)
-        run.log_architecture(architecture, blocks, scores, costs)
-        rivals = stages.choose_baselines(run, problem, architecture)
-        own, child = parent_contender(architecture), contender("child", architecture, blocks)
+        problem, near = stages.choose_child(run, scores, costs)
+        teacher = whole_models.record_teacher(run, parent, corpus)
+        names = ["child"] if len(near) == 1 else [f"candidate-{place}" for place in range(1, len(near) + 1)]
+        racing = [contender(name, each, blocks) for name, each in zip(names, near, strict=True)]
+        child, racers = whole_models.race(run, racing, teacher)
+        run.log_architecture(child.architecture, blocks, scores, costs)
+        own, rivals = parent_contender(child.architecture), stages.choose_baselines(run, problem, child.architecture)
         baselines = [contender(name, rival, blocks) for name, rival in rivals.items()]
-        assembled = [own, child, *baselines]
+        references = number_types.references(run, problem, child.architecture, own)
+        assembled = number_types.with_files(run, [own, child, *baselines, *references], parent, corpus)
         found = whole_models.evaluate_all(run, assembled, parent, corpus)
 
-        best = best_baseline(child, baselines, found[2:]) if profile.evaluate.distill_best_baseline else []
-        distilled = whole_models.distill_globally(run, [child, *best], parent, corpus)
+        best = (
+            best_baseline(child, baselines, found[2 : 2 + len(baselines)])
+            if profile.evaluate.distill_best_baseline
+            else []
+        )
+        distilled = whole_models.distill_globally(run, [child, *best], teacher)
+        distilled = number_types.with_files(run, distilled, parent, corpus)
         found += whole_models.evaluate_all(run, distilled, parent, corpus)
         speed = whole_models.measure_speed(run, assembled, parent, costs)
 
-        final = distilled[0] if distilled else child
+        final = distilled[0] if distilled else assembled[1]
         said = whole_models.let_answer(run, [own, final], parent)
-        findings = Findings(evaluations=found, speed=speed, answers=said)
+        findings = Findings(evaluations=found, speed=speed, answers=said, race=racers)
         source, library = (parent, corpus), (blocks, problem)
         return finish(run, final, report_of(run, final, assembled + distilled, findings, source, library))
 

@@ -162,6 +162,8 @@ class LibraryOptions:
         from tasks.search.request import Request, limit_of
 
         opened = open_library(self.source, self.scenario, self.batch_size)
+        if opened.warning:
+            typer.echo(f"Warning: {opened.warning}", err=True)
         found = [limit_of(name, text) for name in QUANTITIES for text in _listed(getattr(self, name))]
         try:
             search = Search(

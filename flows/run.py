@@ -5,7 +5,6 @@ are asked first, and a task whose files are not whole runs with `refresh_cache`.
 process (5 to 16 ms), whatever runner the profile names: a cluster would take 300 ms for it.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from prefect.tasks import exponential_backoff
 from prefect.utilities.annotations import quote
 from transformers.utils.logging import disable_progress_bar
 
-from blocks.runtime import imports_left_alone, release_memory, set_threads
+from blocks.runtime import imports_left_alone, release_what_grew, set_threads
 from profiles.schema import Profile
 from tasks.operating.artifacts import stage_bar
 from tasks.operating.reach import check_servers
@@ -32,8 +31,8 @@ from tasks.operating.shared import store_used
 from tasks.running.at_work import at_work_in, number_in, prefect_home
 from tasks.running.devices import device_turn
 from tasks.running.progress import Progress, say, shown
+from tasks.running.recording import own_server_is_up
 from tasks.running.retries import one_line_when_prefect_is_away, time_limit_in_words, worth_retrying
-from tasks.running.servers import stop_orphaned_servers
 from tasks.running.usage import Usage
 
 
@@ -74,8 +73,8 @@ class Run:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Progress]:
-        """A stage in its turn on the device, on the console and in Prefect's UI, its time noted. What it freed is given
-        back at its end, or the memory peaks of all stages would add up.
+        """A stage in its turn on the device, on the console and in Prefect's UI, its time noted. Where it took memory,
+        what it freed is given back at its end, or the peaks of all stages would add up.
         """
         turn, limit = device_turn(name, self.profile), time_limit_in_words(name)
         try:
@@ -87,7 +86,7 @@ class Run:
 
                 yield progress
         finally:
-            release_memory()
+            release_what_grew()
 
     def call(
         self,
@@ -131,15 +130,14 @@ class Run:
 
 @contextmanager
 def process_of(profile: Profile, workspace: Path) -> Iterator[None]:
-    """This process at work in a workspace, beside others: machine and servers checked, threads set, leftovers of killed
-    runs cleared, the store of the profile in use.
+    """This process at work in a workspace, beside others: machine and servers checked, threads set, the store of the
+    profile in use.
     """
     check_machine(profile)
     check_servers()
     for line in advice(profile):
         say(line)
-    if home := os.environ.get("PREFECT_HOME"):
-        stop_orphaned_servers(Path(home))
+    own_server_is_up()
     with at_work_in(workspace) as number, one_line_when_prefect_is_away(), imports_left_alone():
         set_threads(profile.hardware.threads)
         disable_progress_bar()  # transformers' own bars: ours show the stage

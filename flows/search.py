@@ -202,7 +202,7 @@ def _used(library: "JointLibrary", name: str, value: float | None, limit: Any, p
         most = f"{100 * limit.asked:.10g}% of the parent's" if limit.share else f"{limit.asked:.10g}{unit}"
         asked = f", asked: {'at least' if kind.floor else 'at most'} {most}"
     outside = ""
-    if kind.cost in library.fixed and not kind.floor:
+    if at(library.fixed.get(kind.cost, 0.0), place) and not kind.floor:
         outside = f", {at(library.fixed[kind.cost], place):.6g} of it outside the blocks"
     return [f"{kind.title}  {value:.6g}{unit}{asked}{outside}"]
 

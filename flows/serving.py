@@ -44,7 +44,11 @@ def export_command(
     out: Annotated[Path, typer.Option("--out", metavar="PATH", help="the file (gguf) or folder to write")],
     precision: Annotated[
         str | None,
-        typer.Option("--precision", help=f"{PRECISION}; GGUF alone: q5_1, q5_0, q4_1, q4_0, iq4_nl [the child's own]"),
+        typer.Option(
+            "--precision",
+            help=f"{PRECISION}; GGUF alone: q5_1, q5_0, q4_1, q4_0, iq4_nl; folders alone: w4a16, w8a8 [the child's "
+            "own]",
+        ),
     ] = None,
     tokenizer_from: Annotated[
         Path | None,
@@ -52,7 +56,11 @@ def export_command(
     ] = None,
     calibrate: Annotated[
         Path | None,
-        typer.Option("--calibrate", metavar="FILE", help="text that 4 and 5 bits are fitted to [the run's corpus]"),
+        typer.Option(
+            "--calibrate",
+            metavar="FILE",
+            help="text that 4 and 5 bits, w4a16 and w8a8 are fitted to [the run's corpus]",
+        ),
     ] = None,
 ) -> None:
     """Write a child for an engine, and check that the engine gives the same logits and tokens."""
@@ -168,7 +176,7 @@ def bench_command(
     _quiet()
     from tasks.engines.registry import installed_engine
     from tasks.loadtest.bench_table import bench_table
-    from tasks.measure.bench import Point, bench
+    from tasks.measure.bench import Point, bench, doubts_of
     from tasks.running.devices import alone
 
     installed_engine(engine)
@@ -178,10 +186,11 @@ def bench_command(
     def measure() -> None:
         with alone("bench"), shown("bench", beside=True) as report:
             rows = bench(sources, engine, points, precision=precision, rounds=rounds, threads=threads, progress=report)
-        _show(rows, lambda: bench_table(rows), as_json)
+        doubts = doubts_of(rows)
+        _show(rows, lambda: bench_table(rows), as_json, doubts)
         from tasks.operating.study_runs import log_bench  # loads MLflow, which is not to be in what was measured
 
-        kept_in_mlflow(lambda: log_bench(child, rows))
+        kept_in_mlflow(lambda: log_bench(child, rows, doubts))
 
     _logged(Path.cwd(), measure)
 
@@ -217,7 +226,7 @@ def loadtest_command(
     """Parent and child behind OpenAI-style servers, in turns under the same requests: latency, throughput, failures."""
     _quiet()
     from tasks.loadtest.arrivals import Limits, rates_of
-    from tasks.loadtest.load_table import failures_of, load_table
+    from tasks.loadtest.load_table import doubts_of, failures_of, load_table
     from tasks.loadtest.serving_load import LoadPlan, bench_servers
     from tasks.measure.bench import CHILD, Point
     from tasks.running.devices import alone
@@ -249,9 +258,7 @@ def loadtest_command(
             typer.echo(f"load: the arrivals alone take {clock(least)} (requests x rounds / rate, each model)", err=True)
         with nullcontext() if plan.urls else alone("load"), shown("load", beside=True) as report:
             rows = bench_servers(sources, plan, report)
-        _show(rows, lambda: load_table(rows, plan.limits), as_json)
-        for sentence in () if as_json else failures_of(rows):
-            say(sentence)
+        _show(rows, lambda: load_table(rows, plan.limits), as_json, [*failures_of(rows), *doubts_of(rows)])
 
     _logged(Path.cwd(), measure)
 
@@ -274,11 +281,14 @@ def _parent_and_child(child: Path, parent: Path | None) -> dict[str, Path]:
     return {PARENT: parent or _parent_of(child), CHILD: child}
 
 
-def _show(rows: Sequence[BaseModel], table: Callable[[], Table], as_json: bool) -> None:
+def _show(rows: Sequence[BaseModel], table: Callable[[], Table], as_json: bool, sentences: Sequence[str]) -> None:
+    """The rows, and on stderr sentences about them: what was printed can be read by a program."""
     if as_json:
         typer.echo(json.dumps([row.model_dump() for row in rows], indent=1))
     else:
         wide_console().print(table())
+    for sentence in sentences:
+        typer.echo(f"Warning: {sentence}", err=True)
 
 
 def _quiet() -> None:

@@ -38,7 +38,7 @@ from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
 from tasks.inputs.parent_answers import with_answers
 from tasks.inputs.space import check_search_space, measured_space
-from tasks.measure import costs
+from tasks.measure import costs, typed_costs
 from tasks.measure.calibration import drift
 from tasks.measure.roofline import modelled_costs, setting_of
 from tasks.running.at_work import at_work_in
@@ -46,14 +46,15 @@ from tasks.running.progress import say
 from tasks.running.sharing import TaskKey, exclusive
 from tasks.running.workers import WorkerSlot, compute_of, in_slot, worker_slot
 from tasks.score import scoring
-from tasks.search.choose import choose
+from tasks.search.choose import choose_several
 from tasks.search.totals import Problem, predicted, problem_of
 from tasks.studies.peers import find
 
 parent_task = task_of("prepare parent", "prepare parent")(prepare_parent)
 corpus_task = task_of("prepare corpus", "prepare corpus")(prepare_corpus)
 prompts_task = task_of("answer prompts", "answer prompts")(with_answers)
-choose_task = task_of("choose", "choose")(choose)
+choose_task = task_of("choose", "choose")(choose_several)
+ratio_task = task_of("measure type", "measure the parent in {kind}")(typed_costs.measure_ratio)
 
 
 @task_of("record layer", "record layer {layer:02d}", lambda _, p: f"{p['recording'].key}-{p['layer']}-{p['number']}")
@@ -285,6 +286,7 @@ def score_all(
     corpus: CorpusInfo,
     records: Sequence[LayerRecord],
     blocks: Iterable[BlockRecord],
+    name: str = "score",
 ) -> list[Score]:
     """Replace-1-block scores of every block that did not fail."""
     settings, profile = run.profile.scoring, run.profile
@@ -303,7 +305,7 @@ def score_all(
     missing = list(dict.fromkeys(block.layer for block in usable if stored[block.key] is None))
     for layer in dict.fromkeys(block.layer for block in usable if block.layer not in missing):
         handed_to(run.call, layer)
-    with run.stage("score") as progress:  # entered first: what is submitted computes at once
+    with run.stage(name) as progress:  # entered first: what is submitted computes at once
         shards = scored.shards(profile.record.shard_tokens)
         futures = [(layer, handed_to(run.submit, layer, shard)) for shard in shards for layer in missing]
         for done, (layer, future) in enumerate(futures, start=1):
@@ -323,10 +325,27 @@ def measure(run: Run, parent: ParentInfo) -> CostTable:
         setting = setting_of(profile.hardware, load_target(profile.hardware.name), reader)
         return modelled_costs(reader, measured_space(profile), profile.scenarios, setting)
     asked = costs.CostRequest.of(profile, parent)
+    base = _costs(run, asked)
+    tables = {kind: _costs(run, asked.in_type(kind)) for kind in profile.search_space.precision}
+    if not tables:
+        return base
+    with run.stage("measure") as progress:
+        ratios = {
+            kind: run.call(ratio_task, f"cost ratio {kind}", asked, kind, base, table, run.workspace, progress)
+            for kind, table in tables.items()
+        }
+    types: dict[str, tuple[CostTable, typed_costs.TypeRatio]] = {
+        kind: (table, ratios[kind]) for kind, table in tables.items()
+    }
+    return typed_costs.joined(base, types, asked.loads, typed_costs.is_tied(parent, run.workspace))
+
+
+def _costs(run: Run, asked: costs.CostRequest) -> CostTable:
+    """A stored table, or a new one."""
     stored = asked.stored(run.workspace)  # asked first: nobody waits for a device to read a table
     if stored is None:
         return _measured(run, asked)
-    for part in asked.parts(open_parent(run.workspace / parent.folder)):
+    for part in asked.parts(open_parent(run.workspace / asked.parent.folder)):
         run.call(measure_task, f"cost {part.label}", part, lambda: None, after=["parent"], limited=False)
     return stored
 
@@ -335,9 +354,11 @@ def measure_again(run: Run, parent: ParentInfo) -> list[str]:
     """Measure costs even where they are stored; returns what has changed, in words. Modelled costs do not move."""
     if run.profile.hardware.engine == "roofline":
         return []
-    asked = costs.CostRequest.of(run.profile, parent)
-    before, now = asked.stored(run.workspace), _measured(run, asked, again=True)
-    return drift(before, now) if before else []
+    base, moved = costs.CostRequest.of(run.profile, parent), list[str]()
+    for asked in [base, *map(base.in_type, run.profile.search_space.precision)]:
+        before, now = asked.stored(run.workspace), _measured(run, asked, again=True)
+        moved += drift(before, now) if before else []
+    return moved
 
 
 def _measured(run: Run, asked: costs.CostRequest, again: bool = False) -> CostTable:
@@ -356,13 +377,16 @@ def cost_tasks(run: Run) -> list[str]:
     return [name for name in run.task_runs if name.startswith("cost ")]
 
 
-def choose_child(run: Run, scores: Sequence[Score], table: CostTable) -> tuple[Problem, Architecture]:
-    """The MIP under the profile's budget."""
+def choose_child(run: Run, scores: Sequence[Score], table: CostTable) -> tuple[Problem, list[Architecture]]:
+    """The MIP under the profile's budget: its optimum, and the next best where several are to race."""
     with run.stage("choose"):
         problem = problem_of(run.profile, scores, table)
         needs = [*cost_tasks(run), *(f"score {layer}" for layer in sorted({score.layer for score in scores}))]
-        architecture: Architecture = run.call(choose_task, "choice", problem, after=needs, limited=False)
-    return problem, architecture
+        asked = (problem, run.profile.race.candidates, run.profile.race.min_different)
+        found: list[Architecture] = run.call(choose_task, "choice", *asked, after=needs, limited=False)
+    if len(found) < asked[1]:
+        say(f"race: no more than {len(found)} architectures within the budget differ in {asked[2]} layers")
+    return problem, found
 
 
 def choose_baselines(run: Run, problem: Problem, child: Architecture) -> dict[str, Architecture]:
@@ -373,8 +397,8 @@ def choose_baselines(run: Run, problem: Problem, child: Architecture) -> dict[st
     found: dict[str, Architecture] = {}
     for name in run.profile.evaluate.baselines:
         try:
-            layers = find(name, problem, run.profile.seed).layers
-            found[name] = predicted(problem, layers, name, batches)
+            one = find(name, problem, run.profile.seed)
+            found[name] = predicted(problem, one.layers, name, batches, one.head)
         except PuzzleError as error:
             say(f"baseline {name} left out: {error}")
     return found

@@ -24,6 +24,7 @@ from blocks.records import (
     Score,
     Value,
 )
+from blocks.typed_labels import type_in
 from flows.run import Run
 from profiles.load import in_yaml
 from profiles.schema import Profile
@@ -168,7 +169,8 @@ def left_out(blocks: Sequence[BlockRecord], scores: Sequence[Score]) -> Iterator
     """The variants that the search cannot choose, and why: no score that is a number, or BLD failed."""
     failed = [block for block in blocks if block.status == "failed"]
     trained = {(block.layer, block.subblock, block.variant) for block in blocks if block.status != "failed"}
-    for layer, subblock, variant in sorted({(s.layer, s.subblock, s.variant) for s in scores} ^ trained):
+    scored = {(s.layer, s.subblock, s.variant) for s in scores if not type_in(s.variant)}
+    for layer, subblock, variant in sorted(scored ^ trained):
         yield f"left out: layer {layer} {subblock} {variant}: its score is not a number"
     for block in failed:
         yield f"left out: layer {block.layer} {block.subblock} {block.variant}: {block.reason}"

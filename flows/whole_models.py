@@ -7,20 +7,20 @@ from typing import Any
 
 from blocks.devices import on_device
 from blocks.library import digest_of
-from blocks.records import Answer, CorpusInfo, CostTable, ParentInfo, SpeedReport
+from blocks.records import Answer, CorpusInfo, CostTable, ParentInfo, Racer, SpeedReport
 from flows.run import Run, task_of
 from flows.stages import cost_tasks
 from flows.tracked_run import TrackedRun
 from profiles.schema import Profile
-from tasks.distill import gkd_targets
+from tasks.distill import gkd_job, gkd_targets
 from tasks.distill.gkd import Seen, Watch
-from tasks.distill.gkd_job import job_of
 from tasks.distill.record import open_parent
 from tasks.evaluate import answers, compare
 from tasks.evaluate.compare import Contender, Evaluation
+from tasks.evaluate.race import race as race_of
 from tasks.inputs.precision import child_dtype
 from tasks.measure import end_to_end
-from tasks.running.progress import Progress, no_progress
+from tasks.running.progress import Progress, no_progress, say
 from tasks.running.sharing import TaskKey, exclusive
 from tasks.running.workers import compute_of
 
@@ -39,11 +39,34 @@ def gkd_task(
     which: Contender, teacher: gkd_targets.TeacherRecord, profile: Profile, workspace: Path, watch: Watch
 ) -> Any:
     """See tasks.distill.gkd_job.distill_globally."""
-    compute, devices = compute_of(profile), profile.devices
-    job = job_of(which.architecture.layers, which.blocks, teacher, profile.gkd, compute)
-    task = TaskKey(key=job.folder.replace("/", "-"), what=f"GKD of {which.name}")
-    with exclusive(workspace, task), _all_of(devices):
+    with _training(which, teacher, profile, workspace):
+        compute, devices = compute_of(profile), profile.devices
         return compare.distill_contender(which, teacher, profile.gkd, workspace, compute, devices, watch)
+
+
+@task_of("race", "{steps} steps of GKD of {which.name}")
+def race_task(
+    which: Contender,
+    steps: int,
+    teacher: gkd_targets.TeacherRecord,
+    profile: Profile,
+    workspace: Path,
+    watch: Watch,
+) -> Any:
+    """See tasks.distill.gkd_job.kl_after."""
+    with _training(which, teacher, profile, workspace) as job:
+        return gkd_job.kl_after(steps, job, workspace, compute_of(profile), profile.devices, watch)
+
+
+@contextmanager
+def _training(
+    which: Contender, teacher: gkd_targets.TeacherRecord, profile: Profile, workspace: Path
+) -> Iterator[gkd_job.Job]:
+    """The job of a contender's GKD, which nobody else does meanwhile, with all devices of this run."""
+    job = gkd_job.job_of(compare.bare_layers(which), which.blocks, teacher, profile.gkd, compute_of(profile))
+    task = TaskKey(key=job.folder.replace("/", "-"), what=f"GKD of {which.name}")
+    with exclusive(workspace, task), _all_of(profile.devices):
+        yield job
 
 
 @contextmanager
@@ -96,6 +119,39 @@ def made_of(which: Contender) -> str:
     return {"parent": "corpus", "assembled": "choice", "distilled": f"GKD {which.name}"}[which.stage]
 
 
+def record_teacher(run: Run, parent: ParentInfo, corpus: CorpusInfo) -> gkd_targets.TeacherRecord | None:
+    """The parent's targets of GKD, once for all that are distilled; None where nobody is."""
+    if not run.profile.gkd.steps:
+        return None
+    with run.stage("GKD parent") as progress:
+        values: tuple[Any, ...] = (parent, corpus, run.profile, run.workspace, progress)
+        teacher: gkd_targets.TeacherRecord = run.call(teacher_task, "GKD parent", *values, after=["corpus"])
+    return teacher
+
+
+def race(
+    run: TrackedRun, near: Sequence[Contender], teacher: gkd_targets.TeacherRecord | None
+) -> tuple[Contender, tuple[Racer, ...]]:
+    """The child among those near the optimum, and how they fared; the optimum where it is alone."""
+    if teacher is None or len(near) == 1:
+        return near[0], ()
+    profile, workspace = run.profile, run.workspace
+    with run.stage("race") as progress:
+
+        def kl_after(which: Contender, steps: int) -> float:
+            values = (which, steps, teacher, profile, workspace, _watch(run, which.name, progress))
+            found: float = run.call(race_task, f"race {which.name}", *values, after=["GKD parent", "choice"])
+            say(f"race: {which.name} after {steps} steps of GKD: KL {found:.4f} on validation text")
+            return found
+
+        def give_up(which: Contender) -> None:
+            with _training(which, teacher, profile, workspace) as job:
+                gkd_job.give_up(job, workspace)
+
+        winner, racers = race_of(near, profile.race.rounds, kl_after, give_up)
+    return winner.model_copy(update={"name": "child"}), racers
+
+
 def evaluate_all(run: Run, contenders: Sequence[Contender], parent: ParentInfo, corpus: CorpusInfo) -> list[Evaluation]:
     """Evaluations in order, with progress."""
     found: list[Evaluation] = []
@@ -108,15 +164,12 @@ def evaluate_all(run: Run, contenders: Sequence[Contender], parent: ParentInfo, 
 
 
 def distill_globally(
-    run: TrackedRun, contenders: Sequence[Contender], parent: ParentInfo, corpus: CorpusInfo
+    run: TrackedRun, contenders: Sequence[Contender], teacher: gkd_targets.TeacherRecord | None
 ) -> list[Contender]:
-    """GKD of each contender on the same tokens; the parent is recorded once for all."""
-    profile, workspace = run.profile, run.workspace
-    if not profile.gkd.steps:
+    """GKD of each contender on the same tokens."""
+    if teacher is None:
         return []
-    with run.stage("GKD parent") as progress:
-        values: tuple[Any, ...] = (parent, corpus, profile, workspace, progress)
-        teacher = run.call(teacher_task, "GKD parent", *values, after=["corpus"])
+    profile, workspace = run.profile, run.workspace
     distilled = []
     for which in contenders:
         with run.stage(f"GKD {which.name}") as progress:

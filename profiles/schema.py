@@ -255,6 +255,10 @@ class Corpus(Section):
         return self
 
 
+# GGUF's types of number that puzzle writes, each a block of 32 numbers
+GgufType = Literal["q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
+
+
 class SearchSpace(Section):
     """The variants that are tried in every layer. The parent's own subblock can always be chosen too."""
 
@@ -270,6 +274,32 @@ class SearchSpace(Section):
     layers: tuple[int, ...] | None = Field(
         default=None, description="Numbers of the layers that may change, from 0. null: all layers."
     )
+    precision: tuple[GgufType, ...] = Field(
+        default=(),
+        description="Types of number that every subblock may be written in, beside `hardware.precision`, with engine "
+        "llama.cpp only. The child is then also written as one GGUF file, and judged by it.",
+        examples=[["q8_0", "iq4_nl"]],
+    )
+    head: tuple[GgufType, ...] | None = Field(
+        default=None,
+        description="Types of number that embedding and head may have, some of `precision`. null: all of them.",
+    )
+
+    @property
+    def head_types(self) -> tuple[GgufType, ...]:
+        """Types that the head may have, beside the profile's precision."""
+        return self.precision if self.head is None else self.head
+
+    @model_validator(mode="after")
+    def _types_differ(self) -> Self:
+        for field in ("precision", "head"):
+            named = getattr(self, field) or ()
+            if len(set(named)) < len(named):
+                raise ValueError(f"{field}: each type of number once")
+        beyond = [kind for kind in self.head or () if kind not in self.precision]
+        if beyond:
+            raise ValueError(f"head: {beyond[0]} is measured with the blocks, so name it in precision too")
+        return self
 
 
 class Record(Section):
@@ -657,6 +687,24 @@ class GKD(Section):
     seed: int = Field(default=0, description="Seed of the order of train sequences.")
 
 
+class Race(Section):
+    """Several architectures in the place of the one of the lowest summed score. Sums do not rank the neighbours of the
+    optimum for certain, and GKD may turn their order: in each round the worse half drops out, by the KL on validation
+    text.
+    """
+
+    candidates: PositiveInt = Field(
+        default=1, description="How many take part: the optimum, and the best that differ enough from it. 1: no race."
+    )
+    min_different: PositiveInt = Field(default=4, description="Layers in which any two of them differ, at least.")
+    rounds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(0, 12, 24),
+        min_length=1,
+        description="Steps of GKD that each has done when a round ends; 0: none yet. The last round leaves one, which "
+        "goes on to `gkd.steps`. All but 0 are multiples of `gkd.evaluate_every`.",
+    )
+
+
 BaselineName = Literal["uniform", "depth", "greedy", "random", "no_op_only", "max_params", "evolutionary"]
 BenchmarkName = Literal["hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande"]
 
@@ -802,6 +850,7 @@ class Profile(Section):
     budget: Budget = Field(description="What the child may cost.")
     search: Search = Field(default=Search(), description="How the child is searched.")
     gkd: GKD = Field(default=GKD(), description="How the child is trained as a whole.")
+    race: Race = Field(default=Race(), description="Whether several architectures race in GKD.")
     evaluate: Evaluate = Field(default=Evaluate(), description="How parent, child and baselines are compared.")
     champion: Champion = Field(default=Champion(), description="When a new child replaces the last one.")
     orchestration: Orchestration = Field(default=Orchestration(), description="Where tasks run.")
@@ -845,6 +894,28 @@ class Profile(Section):
             raise ValueError(
                 "orchestration.devices: variants are fitted and scored in float64, which mps does not have: set "
                 "orchestration.devices: [cpu]; costs may still be measured on it (hardware.device: mps)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _types_are_served(self) -> Self:
+        space, hardware = self.search_space, self.hardware
+        if not space.precision:
+            return self
+        if hardware.engine != "llama.cpp":
+            raise ValueError(
+                f"search_space.precision names types of GGUF, which {hardware.engine} does not run: set "
+                "hardware.engine: llama.cpp, or leave it out"
+            )
+        if "precision" not in hardware.model_fields_set or hardware.precision in space.precision:
+            raise ValueError(
+                "search_space.precision stands beside hardware.precision, which the budget's shares of the parent are "
+                "taken in: name another one there, such as bfloat16"
+            )
+        if self.bld.coupled or self.search.max_block_types is not None or self.race.candidates > 1:
+            raise ValueError(
+                "search_space.precision goes neither with bld.coupled, search.max_block_types nor a race, which is in "
+                "float: leave them out"
             )
         return self
 
@@ -900,4 +971,18 @@ class Profile(Section):
             )
         if len({scenario.name for scenario in self.scenarios}) != len(self.scenarios):
             raise ValueError("scenarios need different names")
+        return self
+
+    @model_validator(mode="after")
+    def _race_fits(self) -> Self:
+        rounds, gkd = self.race.rounds, self.gkd
+        if self.race.candidates > 1 and (
+            list(rounds) != sorted(set(rounds))
+            or rounds[-1] >= gkd.steps
+            or any(r % gkd.evaluate_every for r in rounds)
+        ):
+            raise ValueError(
+                f"race.rounds is {list(rounds)}: rounds rise, are multiples of gkd.evaluate_every "
+                f"({gkd.evaluate_every}), and the last is below gkd.steps ({gkd.steps})"
+            )
         return self

@@ -1,6 +1,7 @@
 """Bench in worker processes, costs measured in llama.cpp, and a search that keeps to what its engine can run."""
 
 import importlib.util
+from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ from profiles.load import load_profile
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.distill.jobs import jobs_of
 from tasks.distill.record import open_parent
-from tasks.engines.timing_in_turns import gains_of
+from tasks.engines.timing_in_turns import gains_of, summaries
 from tasks.gguf.writer import UnknownPrecision
 from tasks.inputs.space import check_search_space
-from tasks.loadtest.bench_table import bench_table
+from tasks.loadtest.bench_table import bench_table, cells
 from tasks.measure import costs
-from tasks.measure.bench import BenchRow, Point, bench, fitting
+from tasks.measure.bench import BenchRow, Point, bench, doubts_of, fitting
 from tasks.measure.costs import CostRequest, measure_costs
 from tasks.measure.llama_cpp_costs import LlamaCppTimer
 from tasks.measure.variant_timing import Load
@@ -43,6 +44,28 @@ def test_gains_are_of_pairs() -> None:
     assert (gains.prefill.value, gains.prefill.se) == (2, 0)
     assert gains.decode.value == 1
     assert gains.request.value == pytest.approx(4 / 3)
+
+
+def rows_of(turns: Sequence[Turn], busy: str = "") -> list[BenchRow]:
+    scenario = Scenario(prompt_tokens=8, generated_tokens=4)
+    found = summaries({"parent": turns, "child": turns}, scenario, 1, {"parent": None, "child": None})
+    said: dict[str, Any] = {"engine": "torch", "version": "1", "precision": "float32", "threads": 1, "busy": busy}
+    load: dict[str, Any] = {"batch_size": 1, "prompt_tokens": 8, "generated_tokens": 4}
+    return [BenchRow(model=name, throughput=own, **said, **load) for name, own in found.items()]
+
+
+def test_what_makes_a_bench_unreliable_is_said() -> None:
+    steady = [turn(2, 1), turn(2, 1)]
+    assert doubts_of(rows_of(steady)) == []
+    assert doubts_of(rows_of(steady, "others took 2.0"))[0].startswith(
+        "1x8x4: the machine was busy: not reliable (others"
+    )
+    assert "standard errors up to" in doubts_of(rows_of([turn(1, 1), turn(9, 1)]))[0]
+
+
+def test_a_single_round_shows_no_error() -> None:
+    assert not any("±" in cell for row in rows_of([turn(2, 1)]) for cell in cells(row))
+    assert cells(rows_of([turn(2, 1), turn(2, 1)])[1])[2:4] == ["4.0 ±0.0", "1.00 ±0.00 (1.00 ±0.00)"]
 
 
 def test_loads_are_read() -> None:

@@ -15,7 +15,7 @@ from scipy import stats
 
 from blocks.estimates import confidence_of_look
 from blocks.library import read_value, write_value
-from blocks.records import ChildReport, Cost, CostTable, LayerChoice, NonBlockCost
+from blocks.records import ChildReport, Cost, CostTable, LayerChoice, NonBlockCost, SpeedReport
 from profiles.load import load_profile
 from profiles.schema import Budget, Champion, HubParent, Profile, Scenario, TinyParent
 from tasks.evaluate.compare import LINEAGE, Lineage, contender
@@ -323,6 +323,11 @@ def test_a_version_says_what_it_is_and_why_it_reigns() -> None:
     what, figures, end = registry.description(report, why).split("\n\n")
     assert "for memory_gib of chat 0.5" in what and end == why
     assert "KL from the parent: 0.4 nats per token." in figures and "80% of its memory" in figures
+    busy = report.model_copy(update={"speed": SpeedReport(busy="others took 2.0")})
+    assert (
+        "not reliable" not in figures
+        and registry.description(busy, why).count("the machine was busy: not reliable") == 2
+    )
 
 
 def test_a_registered_child_loads_from_the_registry_alone(
@@ -376,7 +381,7 @@ def test_a_tighter_budget_or_dearer_costs_break_the_champion(chain: Chain, monke
         scenario = Scenario(name="chat", batch_sizes=(1,), prompt_tokens=4, generated_tokens=2)
         problem = make_problem([], measured, budget, [scenario])
         monkeypatch.setattr(champion, "last_problem", lambda *_: problem)
-        return champion.broken_budget(layers, profile_with(), chain.workspace)
+        return champion.broken_budget(chosen(layers), profile_with(), chain.workspace)
 
     # layers hold 6 subblocks of 10 parameters; the child 5, no_op costs half a subblock's time
     assert under(Budget(layer_parameters_fraction=1.0)) == ""

@@ -281,6 +281,27 @@ def test_the_context_of_a_submission_is_small_and_a_failure_keeps_its_kind(
     assert looking(chain.parent) < 40_000
 
 
+@task_of("doubled", "doubled {number:02}")
+def doubled(number: int, names: tuple[str, ...]) -> tuple[int, tuple[str, ...]]:
+    return 2 * number, names
+
+
+def test_values_reach_a_dask_worker_as_they_were_sent(server: None, tmp_path: Path) -> None:
+    from distributed import LocalCluster
+
+    from tasks.running.dask_runner import DaskRunner
+
+    @flow
+    def sent_there() -> list[Any]:
+        run = Run(profile=profile_with(), workspace=tmp_path)
+        return [run.submit(doubled, "doubled", number, ("a", "b")).result() for number in (1, 2)]
+
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+        runner: Any = DaskRunner(address=cluster.scheduler_address)
+        found = sent_there.with_options(task_runner=runner)()
+    assert found == [(2, ("a", "b")), (4, ("a", "b"))]
+
+
 @pytest.fixture
 def end_states(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The last state of every task run, in order."""

@@ -8,10 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import pytest
 import torch
 from gguf import GGUFReader
 
+from blocks import runtime
 from blocks.compute import HOST
 from blocks.engine_limits import runnable
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
@@ -317,3 +319,14 @@ def test_collections_leave_imports_alone_for_the_length_of_a_run() -> None:
     with imports_left_alone():
         assert gc.get_freeze_count() > 10_000
     assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize(("grown", "released"), [(0, 0), (65 << 20, 1)])
+def test_memory_is_given_back_where_a_stage_took_some(
+    grown: int, released: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[str]()
+    monkeypatch.setattr(runtime, "release_memory", lambda: calls.append("released"))
+    monkeypatch.setattr(runtime, "_RESIDENT", [psutil.Process().memory_info().rss - grown])
+    runtime.release_what_grew()
+    assert len(calls) == released and (not grown or runtime._RESIDENT[0] > psutil.Process().memory_info().rss - grown)

@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from flows import in_workspace
 from profiles.load import load_profile
 from tasks.libraries.interchange import open_library, read_library
 from tasks.pages.page import read_truth, truth_of
-from tasks.running.servers import PREFECT_DATABASE
+from tasks.running.servers import PREFECT_DATABASE, QUIET, free_port, prefect_server, running
 from tasks.search.request import Request, limits
 from tasks.search.solve import choose_joint
 from tasks.studies.peers import NAMES
@@ -43,7 +43,8 @@ SMALLER = [
     "hardware.threads=1",
 ]
 ALONE = ("--set", "evaluate.baselines=[]")  # where the child is what is looked at
-OTHER = ("--set", "budget.layer_parameters_fraction=0.45")
+RACE = "race={candidates: 3, min_different: 1, rounds: [0, 8]}"
+OTHER = ("--set", "budget.layer_parameters_fraction=0.45", "--set", RACE)
 
 
 STRANGE = "we ird [1] 50%? #x é"  # what a URL or a glob would read otherwise
@@ -275,6 +276,29 @@ def test_another_budget_reuses_the_library_within_a_minute(
     assert len(found) >= sum(path.suffix == ".json" for path in library)
 
 
+def test_a_race_is_told_and_its_winner_is_the_child(another: tuple[str, dict[Path, int], float]) -> None:
+    folder = child_of(another[0]).parent
+    report = read_value(folder / "report.json", ChildReport)
+    first, second, third = report.race
+    assert [[steps for steps, _ in racer.kl] for racer in report.race] == [[0, 8], [0, 8], [0]]
+    assert first.kl[-1][1] <= second.kl[-1][1] and max(first.kl[0][1], second.kl[0][1]) <= third.kl[0][1]
+    assert sorted(racer.place for racer in report.race) == [1, 2, 3] and report.architecture.score == first.score
+    child = next(candidate for candidate in report.candidates if candidate.name == "child")
+    assert child.layers == report.architecture.layers and child.predicted_kl in (None, first.score)
+    assert "### The race that the child won" in (folder / "report.md").read_text()
+    assert "race: candidate-3 after 0 steps of GKD" in another[0]
+
+
+@pytest.fixture
+def one_server(run: tuple[Path, str], tmp_path: Path) -> Iterator[str]:
+    """A Prefect server for many runs: each would take five seconds of processor time to start its own."""
+    command, url = prefect_server(free_port())
+    with_database(tmp_path / "home", run[0] / "prefect")
+    own = {**QUIET, "PREFECT_HOME": str(tmp_path / "home")}
+    with running(command, f"{url}/health", tmp_path / "server.log", own, 600):
+        yield url
+
+
 COUNTED = """
 import os, sys
 from tasks.distill import bld
@@ -305,6 +329,7 @@ def killed_when(processes: list[subprocess.Popen[str]], ready: Callable[[], bool
 def test_killed_twice_and_two_at_once_they_make_the_same_children(
     run: tuple[Path, str],
     another: tuple[str, dict[Path, int], float],
+    one_server: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -314,8 +339,7 @@ def test_killed_twice_and_two_at_once_they_make_the_same_children(
     workspace, trained = tmp_path / "w", tmp_path / "trained"
     monkeypatch.setenv("TRAINED", str(trained))
     monkeypatch.setattr(sys.modules[__name__], "PUZZLE", [sys.executable, "-c", COUNTED])
-    for home in ("prefect", "prefect-2"):
-        with_database(workspace / home, run[0] / "prefect")
+    monkeypatch.setenv("PREFECT_API_URL", one_server)
     both = (*ALONE, "--set", "orchestration.runs_per_device=2")
     killed_when([start(workspace, *both)], lambda: len(times(workspace / "library", "*.json")) >= 5)
     done, recorded = times(workspace / "library", "*.json"), times(workspace, "record/*/layer_*.json")

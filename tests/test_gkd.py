@@ -113,6 +113,29 @@ def killed_after(chain: Chain, step: int, **changes: Any) -> gkd_job.Job:
     return job
 
 
+@pytest.mark.parametrize("rounds", [(0, 5), (5,)])
+def test_a_training_that_waits_ends_in_the_same_bits(chain: Chain, rounds: tuple[int, ...]) -> None:
+    whole, job, done = distilled(chain), job_of(chain), []
+
+    def watch(seen: Seen) -> None:
+        done.append(seen.step)
+
+    found = {steps: gkd_job.kl_after(steps, job, chain.workspace, HOST, watch=watch) for steps in rounds}
+    assert found == {steps: min(kl for step, kl in whole.curve if step <= steps) for steps in rounds}
+    assert gkd_job.kl_after(5, job, chain.workspace, HOST, watch=watch) == found[5]  # from what was written down
+    again = gkd_job.distill_globally(job, chain.workspace, HOST, watch=watch)
+    assert again.weights.sha256 == whole.weights.sha256 and done == list(range(1, 11))
+    assert gkd_job.kl_after(5, job, chain.workspace, HOST) == found[5]  # from the curve of a finished one
+
+
+def test_who_gives_up_keeps_its_figure_and_no_checkpoint(chain: Chain) -> None:
+    job = job_of(chain)
+    kl = gkd_job.kl_after(5, job, chain.workspace, HOST)
+    gkd_job.give_up(job, chain.workspace)
+    assert gkd_checkpoint.last(chain.workspace / job.folder) is None
+    assert gkd_job.kl_after(5, job, chain.workspace, HOST) == kl
+
+
 def test_a_damaged_checkpoint_is_not_used(chain: Chain) -> None:
     job = killed_after(chain, 3)
     folder = gkd_checkpoint.last(chain.workspace / job.folder)

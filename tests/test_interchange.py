@@ -90,6 +90,18 @@ def test_another_format_is_told(tmp_path: Path, library: StoredLibrary, change: 
     assert (code, out) == (2, "") and told in err
 
 
+@pytest.mark.parametrize("busy", ["", "others took 2.0 of 2 processors"])
+def test_searches_say_that_costs_were_disturbed(tmp_path: Path, library: StoredLibrary, busy: str) -> None:
+    hardware = library.description.hardware | ({"busy": busy} if busy else {})
+    write_library(
+        tmp_path,
+        library.model_copy(update={"description": library.description.model_copy(update={"hardware": hardware})}),
+    )
+    for command in (("choose",), ("explain",), ("sweep", "--points", 2, "--over", "memory_gib", "--scenario", "chat")):
+        code, _, err = puzzle(*command, "--library", tmp_path, "--parameters", "80%")
+        assert code == 0 and (f"not reliable ({busy})" in err) == bool(busy)
+
+
 def test_a_wrong_column_is_told(tmp_path: Path, library: StoredLibrary) -> None:
     write_library(tmp_path, library)
     frame = pd.read_parquet(tmp_path / "scores.parquet").assign(kl="much")

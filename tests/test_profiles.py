@@ -142,7 +142,7 @@ def test_anchors_and_merge_keys_still_work(tmp_path: Path) -> None:
 def test_missing_file_names_the_shipped_profiles(tmp_path: Path) -> None:
     message = problem("tiney")
     assert "no profile tiney" in message
-    assert "smollm2-cpu, tiny" in message
+    assert "smollm2-cpu, smollm2-llama-cpp, tiny" in message
     assert "Did you mean `tiny`?" in message
     assert "is a folder" in problem(tmp_path)
     binary = tmp_path / "latin.yaml"

@@ -8,6 +8,7 @@ import gguf
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
+from safetensors.torch import load_file
 from torch import Tensor
 
 from blocks.error_correction import InputGrams, correct, output_error
@@ -16,10 +17,14 @@ from blocks.library import read_tensors
 from tasks.engines.ggml import GgmlRounding
 from tasks.engines.llama_cpp import LlamaCpp
 from tasks.export.child_tokenizer import open_tokenizer
+from tasks.export.compressed import INTEGERS, scales_of
+from tasks.export.folder import export_folder
 from tasks.export.formats import export_as
 from tasks.gguf.writer import CORRECTED, PRECISIONS
 from tasks.inputs.corpus import tokens_of_file
 from tests.chain import Chain
+from tests.test_gguf import child_of
+from tests.test_modeling import FULL
 
 needs_llama_cpp = pytest.mark.skipif(LlamaCpp().missing() is not None, reason="llama.cpp is not installed")
 
@@ -122,3 +127,41 @@ def test_a_text_file_becomes_sequences_of_the_childs_tokens(chain: Chain, tmp_pa
     assert '"id"' not in tokenizer.decode(read.flatten())  # the rows' text, not their JSON
     with pytest.raises(CorpusError, match="text.txt is too short"):
         tokens_of_file(tmp_path / "text.txt", tokenizer, 10**6, 16)
+
+
+# --- integers of compressed-tensors, which vLLM reads
+
+
+def test_a_scale_loses_no_more_than_the_one_that_just_holds_the_largest_value(matrix: tuple[Tensor, Tensor]) -> None:
+    columns, importance = matrix[0][:, :32], torch.rand(32, generator=torch.Generator().manual_seed(2))
+
+    def lost(scale: Tensor) -> Tensor:
+        values = (columns / scale).round().clamp(-8, 7) * scale
+        return ((values - columns).square() * importance).sum(1)
+
+    plain = columns.abs().amax(1, keepdim=True) / 7
+    found = scales_of(columns, importance, 4, torch.float32)
+    assert (lost(found) <= lost(plain) * (1 + 1e-5)).all() and lost(found).sum() < 0.95 * lost(plain).sum()
+
+
+@pytest.mark.parametrize("precision", INTEGERS)
+def test_integers_are_read_back_as_what_was_rounded(precision: str, chain: Chain, tmp_path: Path) -> None:
+    """`export_as` loads the folder again and compares logits; here, that it holds integers and stays near its child."""
+    widths = [{"attention": dict(FULL), "ffn": FULL | {"intermediate_size": width}} for width in (64, 32, 96) * 2]
+    mixed = export_folder(child_of(blocks=widths), tmp_path, tmp_path / "mixed", "# x\n")
+    tokens = torch.randint(64, (16, 32), generator=torch.Generator().manual_seed(0))
+    for child, bound in ((chain.workspace / chain.parent.folder, 0.02), (mixed, 0.1)):
+        out = tmp_path / f"{child.name}-out"
+        notes = export_as(child, "transformers", precision, out, calibration=lambda: tokens).notes
+        assert any("loaded again with transformers" in note for note in notes)
+        config = json.loads((out / "config.json").read_text())
+        assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+        held = load_file(out / "model.safetensors")
+        key, dtype = {"w4a16": ("weight_packed", torch.int32), "w8a8": ("weight", torch.int8)}[precision]
+        assert {one.dtype for name, one in held.items() if "mlp" in name and name.endswith("." + key)} == {dtype}
+        (kl,) = [float(note.split("KL ")[1].split(" ±")[0]) for note in notes if "fitted to" in note]
+        assert 0 < kl < bound * {"w4a16": 1, "w8a8": 0.1}[precision]
+    with pytest.raises(PuzzleError, match="rows of layer"):
+        blocks = [{"attention": dict(FULL), "ffn": FULL | {"intermediate_size": 40}}] * 6
+        odd = export_folder(child_of(blocks=blocks), tmp_path, tmp_path / "odd", "# x\n")
+        export_as(odd, "transformers", precision, tmp_path / "no", calibration=lambda: tokens)

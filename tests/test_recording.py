@@ -1,6 +1,7 @@
 """Which Prefect records a run: a table of environments, the files that a `puzzle serve` leaves, the user's profile."""
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,3 +126,24 @@ def test_served_runs_go_to_the_users_own_prefect_too(tmp_path: Path) -> None:
 def test_a_flow_run_keeps_the_tags_of_whoever_started_it() -> None:
     """`puzzle` among them: by it the server knows whose crashes it takes care of."""
     assert with_mlflow_tag(["puzzle", "mine", "mlflow.run_id:old"], "new") == ["puzzle", "mine", "mlflow.run_id:new"]
+
+
+@pytest.mark.parametrize("named", [SERVING, ""])
+def test_a_server_of_its_own_comes_up_beside_the_imports(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.server.api.server import SubprocessASGIServer
+
+    said, go_on = list[str](), threading.Event()
+    monkeypatch.setenv(API, named)
+    monkeypatch.setenv(HOME, "a home")
+    monkeypatch.setattr(recording, "stop_orphaned_servers", lambda home: said.append(f"none left in {home}"))
+
+    def start(_: SubprocessASGIServer) -> None:
+        go_on.wait(10)
+        said.append("up")
+
+    monkeypatch.setattr(SubprocessASGIServer, "start", start)
+    recording.begin_own_server()
+    said.append("imports")
+    go_on.set()
+    recording.own_server_is_up()
+    assert said == (["imports"] if named else ["none left in a home", "imports", "up"])

@@ -371,6 +371,18 @@ def test_the_verdict_weighs_speed_beside_quality(gain: float, error: float, busy
     assert verdict(report).startswith(f"Verdict: {told}")
 
 
+def test_a_gkd_that_kept_its_start_is_said() -> None:
+    report = report_of()
+    child = next(own for own in report.candidates if (own.name, own.stage) == ("child", "distilled"))
+    kept = tuple(
+        own.model_copy(update={"gkd_kept_start": 0.1234}) if own is child else own for own in report.candidates
+    )
+    assert "GKD" not in " ".join(warnings(report))
+    assert "no step lowered the KL on the validation text, 0.1234 before it" in " ".join(
+        warnings(report.model_copy(update={"candidates": kept}))
+    )
+
+
 def test_a_lead_counts_as_the_profile_asks() -> None:
     """By 0.4 nats; the rule of the profile may ask for more, or for another metric."""
     report = report_of()

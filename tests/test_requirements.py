@@ -265,6 +265,18 @@ def test_labels_are_judged_by_the_parents_config_all_at_once(tmp_path: Path) -> 
     assert "a parent with 2 KV heads can have kv1" in told[1] and "narrower FFN" in told[2] and "0 to 2" in told[3]
 
 
+def test_what_devices_cannot_share_equally_is_told(tmp_path: Path) -> None:
+    """4 heads, 2 KV heads and a width of 48 on the parent, shared by 4 devices: each KV head lies on two of them."""
+    space, shared = {"attention": ["kv1"], "ffn": ["ffn24", "ffn22"]}, {"name": "h100", "engine": "roofline"}
+    with pytest.raises(MachineLacks) as caught:
+        check_profile(own(tmp_path, search_space=space, hardware={**shared, "tensor_parallel": 4}))
+    assert str(caught.value).splitlines()[-1:] == [
+        "search_space.ffn: ffn22: 4 devices cannot share a width of 22 equally"
+    ]
+    with pytest.raises(MachineLacks, match="the parent: 8 devices cannot share 4 heads with 2 KV heads equally"):
+        check_profile(own(tmp_path / "b", search_space=space, hardware={**shared, "tensor_parallel": 8}))
+
+
 def test_too_little_text_is_told_before_a_run(tmp_path: Path) -> None:
     """2,000 words: with the tokenizer they are packed for a try; without it, bytes are counted."""
     wanted = own(tmp_path)

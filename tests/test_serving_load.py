@@ -25,7 +25,7 @@ from tasks.gguf.writer import write_gguf
 from tasks.loadtest import serving_load
 from tasks.loadtest.arrivals import NO_LIMITS, Traffic
 from tasks.loadtest.load_client import Request, event_of, request_of
-from tasks.loadtest.load_table import failures_of, load_table
+from tasks.loadtest.load_table import doubts_of, failures_of, load_table
 from tasks.loadtest.serving_load import (
     API_KEY,
     LoadPlan,
@@ -85,6 +85,12 @@ def test_a_failed_request_stays_in_every_denominator() -> None:
     assert row.output_token_seconds[1] is None
     assert row.gains is None and "1 of 2 requests failed (status 500: no)" in failures_of([row])[0]
     assert row_of("parent", CLOSED, turns, None, NO_LIMITS).gains is None
+
+
+def test_a_load_on_a_busy_machine_is_not_reliable() -> None:
+    row = row_of("child", CLOSED, {"child": [turn(2, good(0.1, 0.3)), turn(2, good(0.1, 0.3))]}, None, NO_LIMITS)
+    assert doubts_of([row]) == []
+    assert "not reliable (others took" in doubts_of([row.model_copy(update={"busy": "others took 2.0"})])[0]
 
 
 def test_gains_are_of_pairs() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from blocks.errors import PuzzleError
 from blocks.library import write_value
-from blocks.records import Cost, CostTable, TruthPoint
+from blocks.records import Cost, CostTable, SpeedReport, TruthPoint
 from profiles.schema import (
     BLD,
     Budget,
@@ -95,6 +95,14 @@ def test_report_is_found_again(opened: Tracking, tmp_path: Path) -> None:
     files = {item.path for item in client(opened).list_artifacts(run_id, "report")}
     assert {"report/report.json", "report/architecture.png"} <= files
     assert (opened.workspace / "mlartifacts" / run_id).is_dir()
+
+
+def test_a_run_says_why_its_times_are_not_reliable(opened: Tracking) -> None:
+    for busy in ("", "others took 2.0 of 2 processors"):
+        with run_started(opened, "optimize") as run_id:
+            log_report(opened, run_id, report_of().model_copy(update={"speed": SpeedReport(busy=busy)}), [])
+        tags = client(opened).get_run(run_id).data.tags
+        assert (busy in tags["puzzle.not_reliable"]) if busy else "puzzle.not_reliable" not in tags
 
 
 def test_one_suffix_tells_models_after_gkd_from_those_before() -> None:
@@ -275,12 +283,14 @@ def test_a_bench_lies_under_the_run_that_made_the_child(opened: Tracking, tmp_pa
     load = {"batch_size": 1, "prompt_tokens": 256, "generated_tokens": 64}
     row: dict[str, Any] = {"engine": "torch", "version": "torch 9", "precision": "float32", "threads": 2, **load}
     speeds = {name: speed for name, (speed,) in with_speed().speed.models.items()}
-    page = log_bench(child, [BenchRow(model=name, throughput=speed, **row) for name, speed in speeds.items()])
+    rows = [BenchRow(model=name, throughput=speed, **row) for name, speed in speeds.items()]
+    page = log_bench(child, rows, ["1x256x64: the machine was busy"])
     assert page and page.startswith("MLFLOW_DISABLE_TELEMETRY")  # no server shows it: the command that opens it
     run = client(opened).get_run(page.rpartition("/")[2])
     assert run.data.tags["mlflow.parentRunId"] == run_id and run.data.params["loads"] == "1x256x64"
     assert run.data.metrics["bench_1x256x64/child_prefill_speedup"] == pytest.approx(2)
-    assert log_bench(tmp_path / "child.gguf", []) is None  # of no workspace
+    assert run.data.tags["puzzle.not_reliable"] == "1x256x64: the machine was busy"
+    assert log_bench(tmp_path / "child.gguf", [], []) is None  # of no workspace
 
 
 def test_a_study_keeps_its_points_as_data_and_as_a_picture(opened: Tracking) -> None:

@@ -27,6 +27,7 @@ from tasks.engines.errors import EngineFailed, EngineMissing
 from tasks.engines.openai_server import SERVERS, Served
 from tasks.engines.registry import installed_engine
 from tasks.engines.vllm_engine import INSTALL, PYTHON_VARIABLE, Vllm, VllmSession, cannot
+from tasks.export.compressed import INTEGERS
 from tasks.export.folder import ExportError, export_folder
 from tasks.export.formats import export_as
 from tasks.export.logits_check import KL_TOLERANCE, LOGITS_TOLERANCE, check_in_vllm, compare
@@ -183,9 +184,8 @@ def test_a_request_is_timed_in_both_precisions_and_with_the_threads_asked(models
     assert session.worker.ask({"threads": {}}) == {"threads": 1}
 
 
-@needs_vllm
-def test_an_export_is_checked_in_vllm(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the whole command, in the process that is already there."""
+def in_one_process(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever loads a model in vLLM gets the process that is already there."""
 
     def load(self: Vllm, path: Path, how: LoadOptions) -> Any:
         session = models.load(path, how)
@@ -193,6 +193,12 @@ def test_an_export_is_checked_in_vllm(models: Models, tmp_path: Path, monkeypatc
         return session
 
     monkeypatch.setattr(Vllm, "load", load)
+
+
+@needs_vllm
+def test_an_export_is_checked_in_vllm(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the whole command."""
+    in_one_process(models, monkeypatch)
     child = child_of(blocks=blocks_of(MIXED), **HEAD)
     folder = exported(child, tmp_path)
     notes = export_as(folder, "transformers", "f32", tmp_path / "f32").notes
@@ -202,6 +208,24 @@ def test_an_export_is_checked_in_vllm(models: Models, tmp_path: Path, monkeypatc
     child.model.layers[4].mlp.down_proj.weight.data *= 1.1
     with pytest.raises(ExportError, match="vLLM does not give torch's logits on child"):
         check_in_vllm(child, folder, "float32")
+
+
+@needs_vllm
+@pytest.mark.parametrize("precision", INTEGERS)
+def test_integers_give_torchs_logits_in_vllm(
+    precision: str, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of different shapes: vLLM multiplies what torch has of the rounded weights; other weights are refused."""
+    in_one_process(models, monkeypatch)
+    pairs = [(attention(1), odd(64)), (NO_OP, odd(96)), (attention(2), NO_OP), (attention(4), odd(32))]
+    child = in_precision(child_of(blocks=blocks_of([*pairs, *pairs[:2]]), **HEAD), torch.bfloat16)
+    tokens = torch.randint(child.config.vocab_size, (16, 32), generator=torch.Generator().manual_seed(0))
+    target = tmp_path / "out"
+    notes = export_as(exported(child, tmp_path), "transformers", precision, target, calibration=lambda: tokens).notes
+    assert any("vLLM" in note and "against torch on the same weights" in note for note in notes)
+    child.model.layers[3].mlp.down_proj.weight.data *= 4
+    with pytest.raises(ExportError, match="vLLM does not give torch's logits on out"):
+        check_in_vllm(child, target, precision)
 
 
 @needs_vllm

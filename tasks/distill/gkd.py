@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from blocks.compute import Compute
-from blocks.library import keep, read_tensors, read_value, remember, write_tensors
+from blocks.library import keep, read_tensors, read_value, remember, write_tensors, write_value
 from blocks.records import Ref, Value
 from profiles.schema import GKD
 from tasks.distill import gkd_checkpoint
@@ -60,6 +60,17 @@ Watch = Callable[[Seen], None]
 
 def no_watch(seen: Seen) -> None:
     """The `Watch` of work that nobody looks at."""
+
+
+class Standing(Value):
+    """The best validation KL of a training in its first steps."""
+
+    kl: float
+
+    @staticmethod
+    def path(folder: Path, steps: int) -> Path:
+        """Where it lies in the folder of the training."""
+        return folder / f"after-{steps}.json"
 
 
 class GKDResult(Value):
@@ -131,13 +142,32 @@ class Training:
 
         The untrained child takes part as step 0, so the result is never worse on the validation sequences than that.
         """
+        course, stopped = self._trained(self.steps)
+        return self._finished(course, stopped)
+
+    def run_until(self, steps: int) -> None:
+        """Train for the first `steps`, write down the best validation KL until there, and leave a checkpoint from which
+        `run` goes on to the same end. 0: measure the untrained child, and leave nothing else.
+        """
+        if steps == 0:
+            kl = self._untrained_kl()
+        else:
+            course, _ = self._trained(steps)
+            gkd_checkpoint.save(self._path, course, self._state(), self.group)
+            kl = min(kl for step, kl in course.curve if step <= steps)
+        if self.group.first:
+            write_value(Standing.path(self._path, steps), Standing(kl=kl))
+        self.group.gather(None)
+
+    def _trained(self, until: int) -> tuple[Course, str]:
+        """Train until a step, from the last checkpoint if there is one. How far it came, and why it ended there."""
         course = gkd_checkpoint.load(self._path, self._state(), self.group)
         clock = _Clock(course)
         if course is None:
             course = self._begin()
         for state in self.optimizer.state.values():
             state["step"].fill_(course.step)
-        while (stopped := self._ended(course)) is None:
+        while (stopped := self._ended(course)) is None and course.step < until:
             done = self._step(course)
             if done is None:
                 stopped = "the loss is not a number"
@@ -146,12 +176,16 @@ class Training:
             if self._agreed(clock.since_saved() >= self.settings.checkpoint_minutes):
                 gkd_checkpoint.save(self._path, clock.stamp(course), self._state(), self.group)
                 clock.saved()
-        return self._finished(clock.stamp(course), stopped)
+        return clock.stamp(course), stopped or f"{until} of {self.steps} steps done"
 
-    def _begin(self) -> Course:
+    def _untrained_kl(self) -> float:
         kl = self.validation_kl()
         if not math.isfinite(kl):
             raise RuntimeError("the child's validation KL is not a number before any GKD step: its blocks are damaged")
+        return kl
+
+    def _begin(self) -> Course:
+        kl = self._untrained_kl()
         course = Course(learning_rate=self.settings.learning_rate or TRIAL_RATES[-1], curve=((0, kl),))
         if self.settings.learning_rate is None and self.steps:
             tried = self._trials()

@@ -26,7 +26,7 @@ from blocks.records import BlockRecord, LayerChoice, Value
 from blocks.resources import precision_name
 from profiles.schema import GKD
 from tasks.distill import gkd_checkpoint
-from tasks.distill.gkd import RESULT, VERSION, GKDResult, Seen, Training, Watch, finished, no_watch
+from tasks.distill.gkd import RESULT, VERSION, GKDResult, Seen, Standing, Training, Watch, finished, no_watch
 from tasks.distill.gkd_settings import LAUNCHER, asked
 from tasks.distill.gkd_student import Student, load_trained
 from tasks.distill.gkd_targets import Teacher, TeacherRecord
@@ -43,7 +43,8 @@ log = logging.getLogger("puzzle")
 
 class Job(Value):
     """A child that is to be distilled globally: its layers with the trained blocks they are made of, the parent's
-    targets, and the settings. dtype, attention and micro_batch_tokens: see `Compute`.
+    targets, and the settings. dtype, attention and micro_batch_tokens: see `Compute`. until: steps after which the
+    training is to wait.
     """
 
     layers: tuple[LayerChoice, ...]
@@ -54,6 +55,7 @@ class Job(Value):
     dtype: str
     attention: str
     micro_batch_tokens: int
+    until: int | None = None
 
     @property
     def folder(self) -> str:
@@ -108,19 +110,51 @@ def distill_globally(
     device of `compute`.
     """
     found = finished(workspace, job.folder)
-    if found is not None:
-        return found
+    if found is None:
+        _carry_out(job, workspace, compute, devices, watch)
+        found = finished(workspace, job.folder)
+    if found is None:
+        raise PuzzleFailure(f"GKD ended without {workspace / job.folder / RESULT}: run again")
+    return found
+
+
+def kl_after(
+    steps: int, job: Job, workspace: Path, compute: Compute, devices: Sequence[str] = (), watch: Watch = no_watch
+) -> float:
+    """The best validation KL of a job in its first `steps`, after which its training waits in a checkpoint.
+
+    `distill_globally` goes on from there. See there for the arguments.
+    """
+    ended = finished(workspace, job.folder)
+    if ended is not None:
+        return min(kl for step, kl in ended.curve if step <= steps)
+    path = Standing.path(workspace / job.folder, steps)
+    if not path.exists():
+        _carry_out(job.model_copy(update={"until": steps}), workspace, compute, devices, watch)
+    return read_value(path, Standing).kl
+
+
+def give_up(job: Job, workspace: Path) -> None:
+    """Delete the checkpoints of a training that will not go on; what it came to is kept."""
+    gkd_checkpoint.drop(workspace / job.folder)
+
+
+def _carry_out(job: Job, workspace: Path, compute: Compute, devices: Sequence[str], watch: Watch) -> None:
     check_processes(job.settings, max(1, len(devices)))
-    path = workspace / job.folder / JOB
-    write_value(path, job)
+    write_value(workspace / job.folder / JOB, job)
     launcher = shlex.split(os.environ.get(LAUNCHER, ""))
     if launcher or len(devices) > 1:
         _launched(launcher or _torchrun(len(devices)), workspace.resolve(), job.folder, _shown(devices), watch)
-        found = finished(workspace, job.folder)
-        if found is None:
-            raise PuzzleFailure(f"the processes of GKD ended without {path.with_name(RESULT)}: run again")
-        return found
-    return training_of(job, workspace, compute, watch).run()
+    else:
+        train(job, training_of(job, workspace, compute, watch))
+
+
+def train(job: Job, training: Training) -> None:
+    """The part of this process in a job: to its end, or to where it is to wait."""
+    if job.until is None:
+        training.run()
+    else:
+        training.run_until(job.until)
 
 
 def training_of(

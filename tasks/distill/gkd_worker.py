@@ -15,10 +15,9 @@ from blocks.runtime import configure
 
 configure()
 
-from blocks.compute import Compute  # noqa: E402
 from blocks.library import read_value  # noqa: E402
-from tasks.distill.gkd import GKDResult, Seen  # noqa: E402
-from tasks.distill.gkd_job import FAILED, JOB, Job, check_processes, training_of  # noqa: E402
+from tasks.distill.gkd import Seen, Watch  # noqa: E402
+from tasks.distill.gkd_job import FAILED, JOB, Job, check_processes, train, training_of  # noqa: E402
 from tasks.distill.sharding import Group, joined, local_device  # noqa: E402
 from tasks.running.progress import say  # noqa: E402
 from tasks.running.sharing import TaskKey, exclusive  # noqa: E402
@@ -42,11 +41,11 @@ def take_part(workspace: Path, folder: str, device: str, group: Group) -> None:
     check_processes(job.settings, group.size)
     task = TaskKey(key=f"workers-{Path(folder).name}", what="the processes of this GKD")
     with exclusive(workspace, task) if group.first else nullcontext():
-        train(job, workspace, job.compute.on(device), group)
+        train(job, training_of(job, workspace, job.compute.on(device), _reporting(group), group, sharded=True))
 
 
-def train(job: Job, workspace: Path, compute: Compute, group: Group) -> GKDResult:
-    """The part of this process in a job."""
+def _reporting(group: Group) -> Watch:
+    """What is called after each step in this process."""
     starter = os.getppid()
 
     def report(seen: Seen) -> None:
@@ -60,7 +59,7 @@ def train(job: Job, workspace: Path, compute: Compute, group: Group) -> GKDResul
         except BrokenPipeError:
             os.kill(starter, signal.SIGTERM)
 
-    return training_of(job, workspace, compute, report, group, sharded=True).run()
+    return report
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """ggml's own rounding to its block types, from the library of llama.cpp that is installed."""
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import gguf
@@ -13,6 +14,8 @@ from torch import Tensor
 from tasks.engines.errors import EngineFailed
 from tasks.engines.llama_library import llama_library
 
+LEAST_ROWS = 256  # of a thread
+
 
 @dataclass(frozen=True, kw_only=True)
 class GgmlRounding:
@@ -21,7 +24,16 @@ class GgmlRounding:
     kind: Type
 
     def __call__(self, columns: Tensor, importance: Tensor | None) -> tuple[np.ndarray, Tensor]:
-        """Columns (D, s) with s a multiple of 32, importance (s,) or None -> bytes (D, bytes of s), values (D, s)."""
+        """Columns (D, s) with s a multiple of 32, importance (s,) or None -> bytes (D, bytes of s), values (D, s).
+
+        Rows are rounded each on its own, on as many threads as torch has.
+        """
+        parts = columns.chunk(max(1, min(torch.get_num_threads(), len(columns) // LEAST_ROWS)))
+        with ThreadPoolExecutor(len(parts)) as pool:
+            found = list(pool.map(lambda part: self._rows(part, importance), parts))
+        return np.concatenate([rows for rows, _ in found]), torch.cat([values for _, values in found])
+
+    def _rows(self, columns: Tensor, importance: Tensor | None) -> tuple[np.ndarray, Tensor]:
         rows, width = columns.shape
         source = np.ascontiguousarray(columns.numpy(), dtype=np.float32)
         target = np.empty((rows, self.row_bytes(width)), dtype=np.uint8)

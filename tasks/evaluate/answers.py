@@ -18,7 +18,7 @@ from blocks.compute import Compute
 from blocks.library import digest_of, keep, remember
 from blocks.records import Answer, ParentInfo, Value
 from profiles.schema import Chat, Evaluate
-from tasks.evaluate.compare import Contender, build
+from tasks.evaluate.compare import Contender, served
 
 VERSION = 1
 RUN = 5  # a run is so many words, or tokens
@@ -149,7 +149,7 @@ def answers_of(which: Contender, parent: ParentInfo, settings: Evaluate, workspa
     if stored is not None:
         return stored
     folder = workspace / parent.folder
-    model, tokenizer = build(which, parent, workspace, compute), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = served(which, parent, workspace, compute), AutoTokenizer.from_pretrained(folder)
     stops = stop_tokens(folder, model.config, tokenizer)
     found = Answers(answers=answer_all(model, tokenizer, settings, stops))
     keep(path, found, [], workspace)

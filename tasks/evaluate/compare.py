@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from blocks.child import assemble, for_passes, library_of
 from blocks.compute import Compute
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import digest_of, keep, read_tensors, remember
+from blocks.parent import in_dtype
 from blocks.records import Architecture, BlockRecord, Candidate, CorpusInfo, LayerChoice, ParentInfo, Throughput, Value
 from profiles.schema import GKD, Evaluate
 from tasks.distill.gkd import GKDResult, Watch, no_watch
@@ -34,30 +35,39 @@ from tasks.evaluate.quality import (
     run_benchmarks,
     sequence_figures,
 )
+from tasks.gguf.reader import read_gguf
 from tasks.inputs.corpus import documents_of
 from tasks.inputs.precision import as_written
 
+SHIPPED = "shipped"  # the parent in the file that it came in, as a contender
 VERSION = 1
 EVALUATION_VERSION = 3  # errors are over documents
 
 
 class Contender(Value):
-    """A model that is compared. `blocks`: the trained blocks of its architecture."""
+    """A model that is compared. `blocks`: the trained blocks of its architecture.
+
+    file: the GGUF file that it is served from, relative to the workspace, where the search chose types of numbers
+    (tasks/evaluate/typed_file.py).
+    """
 
     name: str
     architecture: Architecture
     blocks: tuple[BlockRecord, ...]
     gkd: GKDResult | None = None
+    file: str = ""
 
     @property
     def stage(self) -> Literal["parent", "assembled", "distilled"]:
         """Parent, or a child before or after GKD."""
-        return "parent" if self.name == "parent" else "distilled" if self.gkd else "assembled"
+        return "parent" if self.name in ("parent", SHIPPED) else "distilled" if self.gkd else "assembled"
 
     @property
     def key(self) -> str:
         """Digest of what the model is made of: choices, blocks, GKD weights. Its name is not part of it."""
+        head = {"head": self.architecture.head} if self.architecture.head else {}
         return digest_of(
+            **head,
             layers=self.architecture.layers,
             blocks=[block.key for block in self.blocks],
             gkd=self.gkd.weights.sha256 if self.gkd else "",
@@ -88,7 +98,7 @@ class Evaluation(Value):
 def blocks_of(layers: Sequence[LayerChoice], blocks: Sequence[BlockRecord]) -> tuple[BlockRecord, ...]:
     """Those of `blocks` that a choice per layer uses."""
     wanted = set()
-    for layer, choice in enumerate(layers):
+    for layer, choice in enumerate(choice.bare for choice in layers):
         if choice.coupled:
             wanted.add((layer, "block", choice.block_label))
         else:
@@ -106,6 +116,7 @@ def parent_contender(architecture: Architecture) -> Contender:
     parents = architecture.model_copy(
         update={
             "method": "parent",
+            "head": "",
             "layers": (LayerChoice(),) * len(architecture.layers),
             "score": 0.0,
             "score_se": 0.0,
@@ -115,8 +126,21 @@ def parent_contender(architecture: Architecture) -> Contender:
     return Contender(name="parent", architecture=parents, blocks=())
 
 
+def served(
+    which: Contender, parent: ParentInfo, workspace: Path, compute: Compute, dtype: torch.dtype = torch.float32
+) -> DeciLMForCausalLM:
+    """The contender with the weights that it is served with: those of its file where it has one, else rounded to
+    `dtype` as in an export.
+    """
+    if not which.file:
+        return as_written(build(which, parent, workspace, compute), dtype)
+    model: Any = read_gguf(workspace / which.file)
+    whole: DeciLMForCausalLM = in_dtype(model.to(compute.device), compute.dtype)
+    return whole
+
+
 def build(which: Contender, parent: ParentInfo, workspace: Path, compute: Compute) -> DeciLMForCausalLM:
-    """The contender as a model, GKD weights included."""
+    """The contender as a model, GKD weights included, whatever types its numbers shall have."""
     folder = workspace / parent.folder
 
     def made(on: Compute) -> DeciLMForCausalLM:
@@ -138,8 +162,13 @@ def distill_contender(
     watch: Watch = no_watch,
 ) -> Contender:
     """GKD of a contender, stored under a digest of all that decides it; on several devices where they are named."""
-    job = job_of(which.architecture.layers, which.blocks, teacher, settings, compute)
-    return which.model_copy(update={"gkd": distill_globally(job, workspace, compute, devices, watch)})
+    job = job_of(bare_layers(which), which.blocks, teacher, settings, compute)
+    return which.model_copy(update={"gkd": distill_globally(job, workspace, compute, devices, watch), "file": ""})
+
+
+def bare_layers(which: Contender) -> tuple[LayerChoice, ...]:
+    """The layers without types of number: GKD is in float, the types come after."""
+    return tuple(choice.bare for choice in which.architecture.layers)
 
 
 @lru_cache(maxsize=1)
@@ -191,7 +220,7 @@ def evaluate_contender(
     stored = remember(path, Evaluation, lambda _: [], workspace)
     if stored is not None:
         return stored
-    model = as_written(build(which, parent, workspace, compute), dtype)
+    model = served(which, parent, workspace, compute, dtype)
     targets = _test_targets(parent, corpus, settings.sequences, workspace, compute)
     figures = sequence_figures(model, targets, _test_tokens(corpus, settings.sequences, workspace), compute)
     documents = documents_of(corpus, "test", workspace)[: settings.sequences]
@@ -220,16 +249,20 @@ def candidate(
     speed: Mapping[str, Sequence[Throughput]],
     bytes_per_parameter: float,
     scored_by: str,
+    workspace: Path,
 ) -> Candidate:
     """A model of the final table; its speed is that of the first scenario."""
-    totals = which.architecture.totals[0]
+    totals, file_bytes = which.architecture.totals[0], Path(workspace / which.file).stat().st_size if which.file else 0
+    weights = math.ceil(totals.parameters * bytes_per_parameter)
+    shipped = which.name == SHIPPED  # its totals are those of the parent in the profile's precision
     fast = next(iter(speed.get(which.name, ())), None)
     return Candidate(
         name=which.name,
         stage=which.stage,
         parameters=totals.parameters,
-        weight_bytes=math.ceil(totals.parameters * bytes_per_parameter),
-        memory_bytes=totals.memory_bytes,
+        weight_bytes=file_bytes or weights,
+        memory_bytes=totals.memory_bytes + (file_bytes - weights if shipped else 0),
+        file_bytes=file_bytes,
         prefill_tokens_per_second=fast.prefill_tokens_per_second if fast else None,
         decode_tokens_per_second=fast.decode_tokens_per_second if fast else None,
         loss=found.quality.loss,
@@ -241,6 +274,7 @@ def candidate(
         runtime_seconds=fast.runtime_seconds if fast else None,
         gains=fast.gains if fast else None,
         gkd_tokens=which.gkd.tokens if which.gkd else 0,
+        gkd_kept_start=which.gkd.best_kl if which.gkd and which.gkd.best_step == 0 else None,
         layers=which.architecture.layers,
         samples=found.samples,
         sample_documents=found.documents,

@@ -11,16 +11,17 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedConfig
 
 from blocks import export_code
 from blocks.engine_limits import gaps, is_whole, known_engine
@@ -30,6 +31,9 @@ from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM, family_class
 from blocks.records import CorpusInfo, ParentInfo
 from tasks.inputs.companions import copy_companions
+
+if TYPE_CHECKING:
+    from tasks.export.compressed import Compressed
 
 # serving engines that read the nemotron-nas schema; the card lists them
 CARD_ENGINES = ("vllm", "tensorrt-llm", "sglang")
@@ -45,11 +49,17 @@ def export_child(model: DeciLMForCausalLM, parent: ParentInfo, workspace: Path, 
 
 
 def export_folder(
-    model: DeciLMForCausalLM, files_from: Path, target: Path, card: str, heterogeneous: bool = False
+    model: DeciLMForCausalLM,
+    files_from: Path,
+    target: Path,
+    card: str,
+    heterogeneous: bool = False,
+    compressed: "Compressed | None" = None,
 ) -> Path:
     """Write `model` to the folder `target`, with the tokenizer, chat templates and licence files of another folder.
 
-    heterogeneous: use the nemotron-nas schema even when all layers are alike. The folder is written and verified under
+    heterogeneous: use the nemotron-nas schema even when all layers are alike. compressed: what the folder holds in the
+    place of rounded weights, which `model` has. The folder is written and verified under
     another name beside `target` and then renamed, so an export that fails or is killed does not change `target`.
     Raises ExportError when the logits of the reloaded folder are not exactly the model's.
     """
@@ -61,7 +71,7 @@ def export_folder(
         shutil.rmtree(leftover, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        write_checkpoint(model, part, heterogeneous)
+        write_checkpoint(model, part, heterogeneous, compressed)
         copy_companions(files_from, part)
         (part / "README.md").write_text(card, encoding="utf-8")
         for file in (path for path in part.rglob("*") if path.is_file()):
@@ -114,18 +124,31 @@ def layer_sizes(config: DeciLMConfig, layer: int) -> tuple[int | None, int | Non
     )
 
 
-def write_checkpoint(model: DeciLMForCausalLM, folder: Path, heterogeneous: bool = False) -> None:
+def write_checkpoint(
+    model: DeciLMForCausalLM, folder: Path, heterogeneous: bool = False, compressed: "Compressed | None" = None
+) -> None:
     """Write weights (tied ones once), config and generation config of a child; its code if the schema needs that."""
-    model.save_pretrained(folder)
+    if compressed is None:
+        model.save_pretrained(folder)
+    else:
+        dense = {name.rpartition(".")[0] + ".weight" for name in compressed.tensors}
+        state = {name: tensor for name, tensor in model.state_dict().items() if name not in dense}
+        model.save_pretrained(folder, state_dict=state | dict(compressed.tensors))
     native = None if heterogeneous else native_config(cast(DeciLMConfig, model.config))
     if native is not None:
         native.dtype = model.dtype
         native.save_pretrained(folder)
-        return
+    else:
+        _add_to_config(folder, auto_map=AUTO_MAP)
+        for name in CODE_FILES:
+            shutil.copyfile(Path(export_code.__path__[0]) / name, folder / name)
+    if compressed is not None:
+        _add_to_config(folder, quantization_config=compressed.config)
+
+
+def _add_to_config(folder: Path, **more: Any) -> None:
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": AUTO_MAP}, indent=2) + "\n")
-    for name in CODE_FILES:
-        shutil.copyfile(Path(export_code.__path__[0]) / name, folder / name)
+    path.write_text(json.dumps(json.loads(path.read_text()) | more, indent=2) + "\n")
 
 
 def verify_checkpoint(model: DeciLMForCausalLM, folder: Path, tokens: int = 32) -> None:
@@ -153,10 +176,12 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _reload(folder: Path, model: DeciLMForCausalLM) -> Any:
-    with _private_code_cache():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=True, dtype=model.dtype, attn_implementation=model.config._attn_implementation
-        )
+    how: dict[str, Any] = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
+    if "quantization_config" in json.loads((folder / "config.json").read_text()):
+        how["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    with _private_code_cache(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)  # `dequantize` is taken
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **how)
     return loaded.to(model.device)
 
 

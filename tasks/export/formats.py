@@ -22,17 +22,19 @@ from blocks.resources import precision_name
 from profiles.schema import PRECISION_ALIASES
 from tasks.engines.llama_cpp import LlamaCpp
 from tasks.export.child_tokenizer import find_tokenizer, open_tokenizer, write_tokenizer
+from tasks.export.compressed import INTEGERS, compress
 from tasks.export.folder import ExportError, export_folder, layer_sizes, native_config
 from tasks.export.logits_check import Step, check_in_vllm, check_logits, no_step
-from tasks.export.quantise import quantise, refuse_rows
+from tasks.export.quantise import Recipe, judged, quantise_layers, refuse_rows
 from tasks.export.tokenizer_check import check_tokenizer
 from tasks.gguf.reader import read_gguf
 from tasks.gguf.tokenizer_writer import NO_TOKENIZER, copied_tokenizer
 from tasks.gguf.writer import CORRECTED, PRECISIONS, Stored, UnknownPrecision, write_gguf
-from tasks.inputs.children import open_child, origin_of
+from tasks.inputs.children import in_precision, open_child, origin_of
 from tasks.inputs.precision import FOLDER_PRECISIONS
 
 FORMATS = ("gguf", "nemotron-nas", "transformers", "native")
+FITTED = (*CORRECTED, *INTEGERS)  # to text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ def precision_of(text: str, form: str) -> str:
     Raises UnknownPrecision when the export format `form` does not have it.
     """
     name = PRECISION_ALIASES.get(text.lower(), text.lower())
-    allowed = tuple(PRECISIONS) if form == "gguf" else FOLDER_PRECISIONS
+    allowed = tuple(PRECISIONS) if form == "gguf" else (*FOLDER_PRECISIONS, *INTEGERS)
     if name not in allowed:
         raise UnknownPrecision(f"{form} has no precision {text!r} here: it is one of {', '.join(allowed)}.")
     return name
@@ -58,7 +60,7 @@ def precision_of(text: str, form: str) -> str:
 def timed_precision(text: str, form: str) -> str:
     """A precision in which a model is written to be timed. Raises UnknownPrecision."""
     precision = precision_of(text, form)
-    if precision in CORRECTED:
+    if precision in FITTED:
         raise UnknownPrecision(
             f"{precision} is written by `puzzle export` alone, which fits it to text: speeds are measured in float32, "
             "float16, bfloat16 or q8_0."
@@ -91,15 +93,14 @@ def export_as(
     """
     form = format_of(form)
     precision = precision_of(precision or _own_precision(child), form)
-    fit_to = calibration() if precision in CORRECTED else None
-    if precision in CORRECTED and fit_to is None:
+    fit_to = calibration() if precision in FITTED else None
+    if precision in FITTED and fit_to is None:
         raise PuzzleError(
             f"{precision} is fitted to text, and beside {child} lies no run to take it from: name a text with "
-            "--calibrate FILE, or take q8_0, which needs none."
+            f"--calibrate FILE, or take {'q8_0' if form == 'gguf' else 'bfloat16'}, which needs none."
         )
-    dtype = torch.float32 if form == "gguf" else getattr(torch, precision)
     step("loading the child")
-    model = open_child(child, dtype)
+    model = open_child(child, torch.float32 if form == "gguf" or fit_to is not None else getattr(torch, precision))
     refuse(model.config, form)
     _refuse_target(child, form, target)
     if fit_to is not None:
@@ -109,14 +110,19 @@ def export_as(
         step("writing, then reading back to compare logits")
     if form == "gguf":
         return export_gguf(model, child, precision, target, tokenizer_from, fit_to)
+    notes, compressed = ["checked: loaded again with transformers, it gives exactly the same logits"], None
+    if fit_to is not None:
+        dtype = getattr(torch, _own_precision(child))
+        sentence, compressed = judged(model, fit_to, precision, lambda part: compress(model, part, precision, dtype))
+        notes.insert(0, sentence)
+        model = in_precision(model, dtype)
     card = child / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {origin_of(child).name}\n"
-    notes = ["checked: loaded again with transformers, it gives exactly the same logits"]
     with tempfile.TemporaryDirectory(prefix="puzzle-tokenizer-") as folder:
         if child.is_file():
             notes.insert(0, write_tokenizer(child, Path(folder)))
         files_from = child if child.is_dir() else Path(folder)
-        export_folder(model, files_from, target, text, heterogeneous=form == "nemotron-nas")
+        export_folder(model, files_from, target, text, form == "nemotron-nas", compressed)
     if form != "native":
         notes.append(check_in_vllm(model, target, precision, step))
     return Exported(path=target, notes=tuple(notes))
@@ -181,7 +187,8 @@ def export_gguf(
     stored: Mapping[str, Stored] = {}
     notes = [note]
     if fit_to is not None:
-        sentence, stored = quantise(model, fit_to, precision)
+        recipe = Recipe.uniform(precision, len(model.model.layers))
+        sentence, stored = judged(model, fit_to, precision, lambda part: quantise_layers(model, part, recipe))
         notes.append(sentence)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         part = write_gguf(model, Path(folder) / target.name, precision, tokenizer, origin.name or child.name, stored)

@@ -17,6 +17,7 @@ from torch import Tensor
 from blocks.engine_limits import known_engine
 from blocks.errors import PuzzleFailure
 from blocks.parent import config_of
+from blocks.resources import precision_name
 from tasks.engines.base import Engine, LoadOptions, Session
 from tasks.engines.errors import EngineFailed
 from tasks.engines.llama_cpp import LlamaCpp
@@ -27,7 +28,7 @@ from tasks.inputs.children import in_precision
 CHECK_TOKENS, CHECK_STEPS = 32, 8
 LOGITS_TOLERANCE = 1e-3  # float32 inside the engines too: sums in another order
 # mean KL in nats: engines round the activations of a matrix product to the precision of its weights as well
-KL_TOLERANCE = {"float16": 1e-4, "bfloat16": 5e-3, "q8_0": 2e-2}
+KL_TOLERANCE = {"float16": 1e-4, "bfloat16": 5e-3, "w4a16": 5e-3, "q8_0": 2e-2, "w8a8": 2e-2}
 OWN_KL = 2.0  # beyond that, what torch itself loses in that precision, so many times: some models stand less of it
 Step = Callable[[str], None]  # called with a sentence before a part of the work that takes long
 
@@ -59,16 +60,16 @@ def check_in_vllm(model: Any, folder: Path, precision: str, step: Step = no_step
 
     Raises ExportError beyond the tolerance, EngineFailed when vLLM cannot load what it should be able to.
     """
-    engine = Vllm()
+    engine, run_in = Vllm(), precision_name(model.dtype)
     reason = engine.missing() or cannot(config_of(folder))
-    if reason is None and precision not in engine.precisions:
+    if reason is None and run_in not in engine.precisions:
         reason = f"puzzle runs it in {' and '.join(engine.precisions)} only"
     if reason:
         return f"not compared with vLLM's logits: {reason}"
     tokens = min(CHECK_TOKENS, model.config.max_position_embeddings - CHECK_STEPS)
     step("starting vLLM with what was written (about half a minute on an idle machine)")
     try:
-        session = engine.load(folder, LoadOptions(precision=precision, context_tokens=tokens + CHECK_STEPS))
+        session = engine.load(folder, LoadOptions(precision=run_in, context_tokens=tokens + CHECK_STEPS))
     except EngineFailed as error:
         raise EngineFailed(
             f"{folder} was written and gives torch's logits, but vLLM does not load it: {error}"

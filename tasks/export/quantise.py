@@ -1,12 +1,14 @@
-"""Round the matrices of a child's layers to a type of 4 or 5 bits, fitted to text.
+"""Round the matrices of a child to types of few bits, fitted to text.
 
-Within a matrix, later columns make up for what earlier ones lost (blocks/error_correction.py). The layers are rounded
-in order, and the text runs through those that are rounded already, so that a layer is fitted to the inputs that it will
-have. Embedding and head become q8_0 (tasks/gguf/writer.py).
+In a type of 4 or 5 bits, later columns of a matrix make up for what earlier ones lost (blocks/error_correction.py). The
+layers are rounded in order, and the text runs through those that are rounded already, so that a layer is fitted to the
+inputs that it will have. A recipe says which type each subblock has: all matrices of one have the same. Where a recipe
+names none for the head, embedding and head become q8_0 beside types of 4 or 5 bits (tasks/gguf/writer.py).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +17,47 @@ from blocks.error_correction import InputGrams, correct
 from blocks.errors import PuzzleError
 from blocks.estimates import Estimate, mean
 from blocks.export_code.modeling_decilm import layer_contexts
+from blocks.records import LayerChoice
+from blocks.resources import BLOCK
+from blocks.typed_labels import type_in
 from tasks.engines.ggml import GgmlRounding
-from tasks.gguf.writer import PRECISIONS, Stored
+from tasks.gguf.writer import CORRECTED, PRECISIONS, Stored
 from tasks.running.progress import Progress, no_progress
 
-BLOCK = 32  # values that a block of these types holds
 DAMPING = 0.01
+# a tied head is the embedding as well, whose rows count as they are: half of the fit is to the entries themselves
+TIED_DAMPING = 1.0
+T = TypeVar("T")
 BATCH = 8  # calibration sequences that run through a layer at a time
+PARTS = {"self_attn": 0, "mlp": 1}  # a layer's modules with matrices, and their place in a recipe
 
 
-def quantise(model: Any, tokens: Tensor, precision: str) -> tuple[str, Mapping[str, Stored]]:
-    """Round a model's layers in place on all but the last eighth of the tokens (S, T), S >= 2.
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Types of a model: (attention, ffn) of every layer, and of embedding and head; "" leaves the weights."""
 
-    Returns a sentence with the KL on that last eighth, from the model before, and what the file holds.
+    layers: tuple[tuple[str, str], ...]
+    head: str = ""
+
+    @classmethod
+    def uniform(cls, precision: str, depth: int) -> "Recipe":
+        """One type in every layer."""
+        return cls(layers=((precision, precision),) * depth)
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerChoice], head: str) -> "Recipe":
+        """The types of an architecture."""
+        return cls(layers=tuple((type_in(one.attention), type_in(one.ffn)) for one in layers), head=head)
+
+
+def judged(model: Any, tokens: Tensor, precision: str, rounding: Callable[[Tensor], T]) -> tuple[str, T]:
+    """Round a model's layers in place, fitted to all but the last eighth of the tokens (S, T), S >= 2.
+
+    Returns a sentence with the KL on that last eighth, from the model before, and what `rounding` gave.
     """
     held_out = tokens[-max(1, len(tokens) // 8) :]
     before = log_probabilities(model, held_out)
-    stored = quantise_layers(model, tokens[: -len(held_out)], precision)
+    stored = rounding(tokens[: -len(held_out)])
     kl = divergence(before, log_probabilities(model, held_out))
     error = f" ±{kl.error:.2g}" if len(held_out) > 1 else ""
     fitted = f"fitted to {tokens.shape[1] * (len(tokens) - len(held_out)):,} tokens"
@@ -49,33 +75,88 @@ def log_probabilities(model: Any, tokens: Tensor) -> list[Tensor]:
 
 def divergence(before: Sequence[Tensor], after: Sequence[Tensor]) -> Estimate:
     """Mean KL(before || after) over sequences, of whose tokens these are the log-probabilities, in nats per token."""
-    return mean([float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(before, after, strict=True)])
+    return mean(divergences(before, after))
+
+
+def divergences(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[float]:
+    """KL(before || after) of every sequence, in nats per token."""
+    return [float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(before, after, strict=True)]
 
 
 @torch.no_grad()
 def quantise_layers(
-    model: Any, tokens: Tensor, precision: str, progress: Progress = no_progress
+    model: Any, tokens: Tensor, recipe: Recipe, progress: Progress = no_progress
 ) -> Mapping[str, Stored]:
-    """Round every matrix of the model's layers, in place, to what `precision` can hold.
+    """Round the matrices of the model in place to what the types of a recipe can hold.
 
-    tokens: (S, T) calibration text. Returns what the file holds of each matrix, by the weight's name.
+    tokens: (S, T) calibration text. Returns what the file holds of each rounded matrix, by the weight's name.
     Raises PuzzleError where a matrix has rows that the type's blocks do not divide.
     """
-    refuse_rows(model, precision)
-    kind = PRECISIONS[precision][0]
-    rounding, stored = GgmlRounding(kind=kind), {}
-    hidden = model.model.embed_tokens(tokens)
+    for kind in {*(kind for pair in recipe.layers for kind in pair), recipe.head} - {""}:
+        refuse_rows(model, kind)
+    stored: dict[str, Stored] = {}
+    fitted = any(kind in CORRECTED for pair in recipe.layers for kind in pair) or recipe.head in CORRECTED
+    hidden = model.model.embed_tokens(tokens) if fitted else tokens
     depth = len(model.model.layers)
+    for index, (layer, kinds) in enumerate(zip(model.model.layers, recipe.layers, strict=True)):
+        grams = InputGrams(layer)
+        if any(kind in CORRECTED for kind in kinds):
+            with grams:
+                through(model, index, hidden)
+        for name, linear in grams.linears.items():
+            kind = kinds[PARTS[name.partition(".")[0]]]
+            if kind:
+                stored[f"model.layers.{index}.{name}.weight"] = round_linear(linear, kind, grams.sums.get(name))
+        hidden = through(model, index, hidden) if fitted else hidden
+        progress(index + 1, depth, f"layer {index}")
+    return stored | _head(model, recipe.head, hidden)
+
+
+def round_linear(linear: Any, kind: str, gram: Tensor | None, damping: float = DAMPING) -> Stored:
+    """Round the weight of a linear layer in place; types of 4 and 5 bits are fitted to its inputs' Gram matrix."""
+    rounding = GgmlRounding(kind=PRECISIONS[kind][0])
+    if kind in CORRECTED:
+        assert gram is not None, "a type of 4 or 5 bits is fitted to text"
+        parts, values = correct(linear.weight.detach(), gram, rounding, BLOCK, damping)
+        rows = torch.cat([torch.from_numpy(part) for part in parts], dim=1)
+    else:
+        part, values = rounding(linear.weight.detach().float(), None)
+        rows = torch.from_numpy(part)
+    linear.weight.data = values.to(linear.weight.dtype)
+    return Stored(kind=rounding.kind, rows=rows)
+
+
+def _head(model: Any, kind: str, hidden: Tensor) -> dict[str, Stored]:
+    """Round embedding and head in place; the head on the states (S, T, D) that leave the last layer."""
+    if not kind:
+        return {}
+    gram = None
+    if kind in CORRECTED:
+        states = model.model.norm(hidden).flatten(0, 1).float()
+        gram = states.T @ states
+    embedding = model.model.embed_tokens
+    if model.config.tie_word_embeddings:
+        stored = round_linear(embedding, kind, gram, TIED_DAMPING)
+        model.lm_head.weight = embedding.weight
+        return {"model.embed_tokens.weight": stored}
+    entries = None if gram is None else torch.eye(len(gram))
+    return {
+        "model.embed_tokens.weight": round_linear(embedding, kind, entries),
+        "lm_head.weight": round_linear(model.lm_head, kind, gram),
+    }
+
+
+@torch.no_grad()
+def fitted_layers(model: Any, tokens: Tensor) -> Iterator[tuple[int, dict[str, nn.Linear], dict[str, Tensor]]]:
+    """Each layer's number, its matrices by name, and X^T X of what enters them, of (S, T) tokens that ran through the
+    layers before it as the caller has left them.
+    """
+    hidden = model.model.embed_tokens(tokens)
     for index, layer in enumerate(model.model.layers):
         with InputGrams(layer) as grams:
             through(model, index, hidden)
-        for name, linear in grams.linears.items():
-            parts, linear.weight.data = correct(linear.weight, grams.sums[name], rounding, BLOCK, DAMPING)
-            rows = torch.cat([torch.from_numpy(part) for part in parts], dim=1)
-            stored[f"model.layers.{index}.{name}.weight"] = Stored(kind=kind, rows=rows)
+        yield index, grams.linears, grams.sums
         hidden = through(model, index, hidden)
-        progress(index + 1, depth, f"layer {index}")
-    return stored
 
 
 def refuse_rows(model: Any, precision: str) -> None:

@@ -1,12 +1,14 @@
 """The layers and variants that a profile asks for, checked against the parent's config."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from blocks.engine_limits import check_parent, refusal
+from blocks.engine_limits import check_parent, refusal, runnable
 from blocks.errors import PuzzleError, UnknownVariant
-from blocks.kinds import parse_label
+from blocks.kinds import kind_of, parse_label
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock
+from blocks.resources import BLOCK
 from profiles.schema import Profile, SearchSpace
 
 
@@ -29,17 +31,59 @@ def misfits(profile: Profile, reader: Parent) -> list[str]:
         for section, field in (("search_space", subblock), ("bld", f"coupled_{subblock}")):
             for label in getattr(getattr(profile, section), field):
                 try:
-                    parse_label(subblock, label, reader.config)
+                    variant = parse_label(subblock, label, reader.config)
+                    entry = kind_of(variant).block_entry(variant, reader.config)
+                    found += [f"{section}.{field}: {label}: {why}" for why in unshared(profile, reader.config, entry)]
                 except UnknownVariant as error:
                     found.append(f"{section}.{field}: {error}")
+        own = parse_label(subblock, "parent", reader.config)
+        entry = kind_of(own).block_entry(own, reader.config)
+        found += [f"hardware.tensor_parallel: the parent: {why}" for why in unshared(profile, reader.config, entry)]
+    found += _narrow(profile, reader)
     outside = [layer for layer in profile.search_space.layers or () if not 0 <= layer < reader.depth]
     if outside:
         found.append(f"search_space.layers names {outside}, but the parent's layers are 0 to {reader.depth - 1}")
+    if profile.race.candidates > 1 and profile.race.min_different > reader.depth:
+        found.append(f"race.min_different is {profile.race.min_different}, but the parent has {reader.depth} layers")
     try:
         check_parent(target_engines(profile), reader.config, profile.hardware.precision)
     except PuzzleError as error:
         found.append(f"hardware: {error}")
     return found
+
+
+def _narrow(profile: Profile, reader: Parent) -> list[str]:
+    """Variants with rows that the blocks of the types of `search_space.precision` do not divide."""
+    space, found = profile.search_space, []
+    for subblock in SUBBLOCKS if space.precision else ():
+        for label in ("parent", *getattr(space, subblock)):
+            pair = LayerChoice().model_copy(update={subblock: label})
+            try:
+                free, held = (
+                    runnable("llama.cpp", reader.config, reader.depth - 1, pair.attention, pair.ffn, precision)
+                    for precision in ("float32", space.precision[0])
+                )
+            except UnknownVariant:  # said above
+                continue
+            if free is None and held is not None:
+                found.append(
+                    f"search_space.precision: {space.precision[0]} holds rows of whole blocks of {BLOCK}, which "
+                    f"{subblock} {label} of this parent does not have: leave out that variant, or the types"
+                )
+    return found
+
+
+def unshared(profile: Profile, config: Any, entry: Mapping[str, Any]) -> Iterator[str]:
+    """Why `hardware.tensor_parallel` devices cannot share a subblock with this entry of `block_configs`.
+
+    Engines give each device as many heads and as many columns of the FFN; a KV head may be held by several devices.
+    """
+    devices = profile.hardware.tensor_parallel
+    kv_heads, width = entry.get("num_key_value_heads"), entry.get("intermediate_size")
+    if kv_heads and (config.num_attention_heads % devices or max(kv_heads, devices) % min(kv_heads, devices)):
+        yield f"{devices} devices cannot share {config.num_attention_heads} heads with {kv_heads} KV heads equally"
+    if width and width % devices:
+        yield f"{devices} devices cannot share a width of {width} equally"
 
 
 def refused(profile: Profile, config: Any, layer: int, attention: str, ffn: str) -> str | None:

@@ -129,7 +129,7 @@ def _check(folder: Path, library: StoredLibrary) -> None:
     keys: dict[str, list[tuple[Any, ...]]] = {
         "scores.parquet": [(score.layer, score.subblock, score.variant) for score in library.scores],
         "costs.parquet": [(c.subblock, c.variant, c.scenario, c.batch_size) for c in library.costs.costs],
-        "non_block.parquet": [(c.scenario, c.batch_size) for c in library.costs.non_block],
+        "non_block.parquet": [(c.scenario, c.batch_size, c.head) for c in library.costs.non_block],
     }
     for table, names in keys.items():
         if len(set(names)) < len(names):

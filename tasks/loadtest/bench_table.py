@@ -41,7 +41,7 @@ def cells(row: BenchRow) -> list[str]:
     """One row in words, in the order of COLUMNS."""
     speed, gains = row.throughput, row.gains
     return [
-        f"{row.batch_size}x{row.prompt_tokens}x{row.generated_tokens}",
+        row.load,
         row.model,
         figure_cell(speed.prefill_tokens_per_second),
         "" if gains is None else gain_cell(gains.prefill, gains.prefill_cpu),
@@ -57,11 +57,15 @@ def cells(row: BenchRow) -> list[str]:
 
 
 def figure_cell(metric: Metric) -> str:
-    """`1,234.5 ±6.7`."""
-    return f"{metric.value:,.1f} ±{metric.se:,.1f}"
+    """`1,234.5 ±6.7`; a single round shows no error."""
+    return f"{metric.value:,.1f}{_error(metric, 1)}"
 
 
 def gain_cell(wall: Metric | None, cpu: Metric | None) -> str:
     """`1.45 ±0.10 (1.41 ±0.02)`: a gain, in brackets the one in CPU time; what is not known is left out."""
-    texts = [f"{gain.value:.2f} ±{gain.se:.2f}" for gain in (wall, cpu) if gain is not None]
+    texts = [f"{gain.value:.2f}{_error(gain, 2)}" for gain in (wall, cpu) if gain is not None]
     return " ".join([*texts[:1], *(f"({text})" for text in texts[1:])])
+
+
+def _error(metric: Metric, digits: int) -> str:
+    return f" ±{metric.se:,.{digits}f}" if metric.n > 1 else ""

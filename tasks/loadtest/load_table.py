@@ -4,9 +4,12 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from blocks.disturbance import why_disturbed
+from tasks.engines.timing_in_turns import relative_error
 from tasks.loadtest.arrivals import NO_LIMITS, Limits
 from tasks.loadtest.bench_table import MEMORY, figure_cell, gain_cell
 from tasks.loadtest.serving_load import LoadRow
+from tasks.measure.bench import AGAIN
 
 COLUMNS = (
     "load",
@@ -68,3 +71,9 @@ def failures_of(rows: Sequence[LoadRow]) -> list[str]:
         for row in rows
         if row.failed
     ]
+
+
+def doubts_of(rows: Sequence[LoadRow]) -> list[str]:
+    """Why these figures cannot be relied on, in a sentence; none where they can be."""
+    why = why_disturbed(rows[0].busy, (relative_error(row.generated_tokens_per_second) for row in rows))
+    return [f"{why}. {AGAIN}"] if why else []

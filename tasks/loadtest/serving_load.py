@@ -34,6 +34,7 @@ from tasks.loadtest.arrivals import NO_LIMITS, Limits, Traffic, traffic_of
 from tasks.loadtest.load_client import Request, send
 from tasks.measure.bench import CHILD, Point, ready
 from tasks.running.progress import Progress, no_progress
+from tasks.running.usage import Others
 
 API_KEY = "PUZZLE_BENCH_API_KEY"  # ours: a key that is in the environment for somebody else's API goes nowhere
 SPARE_TOKENS = 16  # a server may add tokens of its own to a prompt
@@ -74,7 +75,7 @@ class LoadRow(Value):
     """One model's server under one load. Milliseconds are None where failed requests stand at that percentile.
 
     rate: arrivals per second, None in a closed loop. good: share of requests within the limits (goodput), mean of the
-    rounds; None without limits.
+    rounds; None without limits. busy: which other programs computed meanwhile, "" for none.
     """
 
     model: str
@@ -90,6 +91,7 @@ class LoadRow(Value):
     output_token_seconds: tuple[float | None, float | None]
     memory_bytes: int | None
     gains: LoadGains | None
+    busy: str = ""
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -141,7 +143,10 @@ def bench_servers(sources: Mapping[str, Path], plan: LoadPlan, progress: Progres
             if plan.server is None
             else stack.enter_context(served_models(sources, plan.server, plan.points, plan.precision, plan.threads))
         )
-        return load_test(servers, plan, config.vocab_size, progress)
+        others = Others()
+        rows = load_test(servers, plan, config.vocab_size, progress)
+        busy = "" if plan.urls else others.crowd(plan.threads)  # servers of others may compute on this machine
+        return [row.model_copy(update={"busy": busy}) for row in rows]
 
 
 @contextmanager

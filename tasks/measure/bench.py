@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from blocks.disturbance import why_disturbed
 from blocks.engine_limits import known_engine
 from blocks.errors import PuzzleError
 from blocks.parent import config_of
@@ -30,12 +31,14 @@ from tasks.gguf.tokenizer_writer import NO_TOKENIZER, TokenizerLimit
 from tasks.gguf.writer import write_gguf
 from tasks.inputs.children import open_child, origin_of
 from tasks.running.progress import Progress, no_progress, part_of
+from tasks.running.usage import Others
 
 CHILD = "child"
+AGAIN = "Measure again when it is quiet, or with more --rounds"
 
 
 class BenchRow(Value):
-    """One model under one load in one engine."""
+    """One model under one load in one engine. busy: which other programs computed meanwhile, "" for none."""
 
     model: str
     engine: str
@@ -46,6 +49,12 @@ class BenchRow(Value):
     prompt_tokens: int
     generated_tokens: int
     throughput: Throughput
+    busy: str = ""
+
+    @property
+    def load(self) -> str:
+        """The load as `Point.parse` reads it, such as `1x256x64`."""
+        return f"{self.batch_size}x{self.prompt_tokens}x{self.generated_tokens}"
 
     @property
     def gains(self) -> Gains | None:
@@ -129,13 +138,26 @@ def bench(
     rows = []
     with at_work(sources, engine, points, precision, threads) as workers:
         for index, point in enumerate(points):
+            others = Others()
             found = time_in_turns(workers, point, point.scenario, rounds, part_of(progress, index, len(points)))
             base = {"engine": engine, "precision": precision, "threads": threads, **point.model_dump()}
+            base["busy"] = others.crowd(threads)
             rows += [
                 BenchRow(**base, model=name, version=workers[name].version, throughput=own)
                 for name, own in found.items()
             ]
     return rows
+
+
+def doubts_of(rows: Sequence[BenchRow]) -> list[str]:
+    """Why these speeds cannot be relied on, a sentence for each load; none where they can be."""
+    loads: dict[str, list[BenchRow]] = {}
+    for row in rows:
+        loads.setdefault(row.load, []).append(row)
+    found = {
+        at: why_disturbed(own[0].busy, (e for row in own for e in row.throughput.errors)) for at, own in loads.items()
+    }
+    return [f"{at}: {why}. {AGAIN}" for at, why in found.items() if why]
 
 
 @contextmanager

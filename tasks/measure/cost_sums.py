@@ -61,7 +61,7 @@ def check_sums(
                     which: _totals(architectures[which], own.scenario, own.batch_size) for which in {PARENT, name}
                 }
                 at = (own.scenario, own.batch_size)
-                spread = error_of_sum(costs, architectures[name].layers, at, phase)
+                spread = error_of_sum(costs, architectures[name].layers, at, phase, architectures[name].head)
                 check = _check(name, phase, clock, totals, spread, own)
                 found += [check] if check else []
     return tuple(found)
@@ -105,17 +105,19 @@ def sum_of(costs: CostTable, layers: Sequence[LayerChoice], at: ScenarioBatch, p
     return math.fsum(seconds for seconds, _ in _parts(costs, layers, at, phase))
 
 
-def error_of_sum(costs: CostTable, layers: Sequence[LayerChoice], at: ScenarioBatch, phase: Phase) -> float:
-    """Standard error of that sum, in seconds."""
-    return math.hypot(*(error for _, error in _parts(costs, layers, at, phase)))
+def error_of_sum(
+    costs: CostTable, layers: Sequence[LayerChoice], at: ScenarioBatch, phase: Phase, head: str = ""
+) -> float:
+    """Standard error of that sum, in seconds. head: the type of number of embedding and head."""
+    return math.hypot(*(error for _, error in _parts(costs, layers, at, phase, head)))
 
 
 def _parts(
-    costs: CostTable, layers: Sequence[LayerChoice], at: ScenarioBatch, phase: Phase
+    costs: CostTable, layers: Sequence[LayerChoice], at: ScenarioBatch, phase: Phase, head: str = ""
 ) -> Iterator[tuple[float, float]]:
     """Seconds and standard error of every variant with all its copies, and of the non-block part."""
     counts = Counter((part, getattr(choice, part)) for choice in layers for part in SUBBLOCKS)
-    every: list[tuple[int, Cost | NonBlockCost]] = [(1, cost) for cost in costs.non_block]
+    every: list[tuple[int, Cost | NonBlockCost]] = [(1, cost) for cost in costs.non_block if cost.head == head]
     every += [(counts[cost.subblock, cost.variant], cost) for cost in costs.costs]
     for copies, cost in every:
         if (cost.scenario, cost.batch_size) == at:

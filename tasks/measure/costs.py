@@ -72,6 +72,10 @@ class CostRequest(Value):
             version=VERSION,
         )
 
+    def in_type(self, kind: str) -> "CostRequest":
+        """The same costs with every matrix in a type of number of GGUF."""
+        return self.model_copy(update={"hardware": self.hardware.model_copy(update={"precision": kind})})
+
     @property
     def loads(self) -> list[Load]:
         """Every scenario at every batch size."""
@@ -245,7 +249,10 @@ def _non_block(reader: Parent, scenario: Scenario, batch: int, timing: Timing, h
     return NonBlockCost(
         scenario=scenario.name,
         batch_size=batch,
-        **timing.as_cost(),
+        prefill_seconds=timing.prefill,
+        decode_seconds_per_token=timing.decode,
+        prefill_spread=timing.prefill_spread,
+        decode_spread=timing.decode_spread,
         parameters=parameters,
         weight_bytes=math.ceil((parameters - norm) * weight_bytes(served) + norm * vector),
     )

@@ -23,7 +23,7 @@ from blocks.library import digest_of, keep, remember
 from blocks.records import CostTable, ParentInfo, SpeedReport, Throughput, Totals
 from profiles.schema import Hardware, Profile, Scenario
 from tasks.engines.timing_in_turns import measure_throughput
-from tasks.evaluate.compare import Contender, build
+from tasks.evaluate.compare import SHIPPED, Contender, build
 from tasks.export.folder import export_child
 from tasks.gguf.tokenizer_writer import NO_TOKENIZER
 from tasks.gguf.writer import write_gguf
@@ -40,7 +40,9 @@ def speed_key(contenders: Sequence[Contender], parent: ParentInfo, profile: Prof
     """Digest of all that the speeds depend on: the layers of every model whatever their weights are, the loads, the
     rounds, the engine and the machine.
     """
+    heads = {which.name: which.architecture.head for which in contenders if which.architecture.head}
     return digest_of(
+        **({"heads": heads} if heads else {}),
         parent=parent.fingerprint,
         models={which.name: which.architecture.layers for which in contenders},
         loads=loads_of(contenders, profile.scenarios),
@@ -105,7 +107,8 @@ def _others_on(hardware: Hardware, crowd: Callable[[int], str]) -> str:
 
 def _with_sums(speed: SpeedReport, contenders: Sequence[Contender], costs: CostTable) -> SpeedReport:
     """What these costs add up to beside the measured speeds: costs may be measured again without them."""
-    sums = check_sums({which.name: which.architecture for which in contenders}, speed.models, costs)
+    own = {which.name: which.architecture for which in contenders if which.name != SHIPPED}
+    sums = check_sums(own, {name: measured for name, measured in speed.models.items() if name in own}, costs)
     return speed.model_copy(update={"sums": sums, "calibration": costs.calibration, "clock": clock_of(costs)})
 
 
@@ -160,6 +163,9 @@ def _exported(
     with tempfile.TemporaryDirectory(prefix=".speed-", suffix=".part", dir=workspace) as temporary:
         files = {}
         for which in contenders:
+            if which.file:
+                files[which.name] = workspace / which.file
+                continue
             model, target = build(which, parent, workspace, HOST), Path(temporary) / which.name
             if known_engine(hardware.engine).format == "gguf":
                 path = target.with_suffix(".gguf")

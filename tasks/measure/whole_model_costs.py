@@ -113,6 +113,18 @@ class WholeModelTimer(ABC):
             self._loaded = (load, self._open(folder, layers, load))
         return self._loaded[1]
 
+    def beside(self, other: "WholeModelTimer", load: Load) -> Shares:
+        """The times of another timer's parent as shares of this one's, the two in turns."""
+        layers = [PARENT_LAYER] * self.reader.depth
+        with tempfile.TemporaryDirectory(prefix="puzzle-costs-") as temporary:
+            models = {
+                name: timer._open(Path(temporary), layers, load) for name, timer in (("parent", self), ("other", other))
+            }
+        turns = self._turns(models, load)
+        for timer, model in ((self, models["parent"]), (other, models["other"])):
+            timer._release(model)
+        return self._shares(turns)
+
     def close(self) -> None:
         """See VariantTimer."""
         if self._loaded is not None:

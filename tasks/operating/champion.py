@@ -20,15 +20,15 @@ from blocks.errors import DamagedBlock, PuzzleError
 from blocks.estimates import confidence_of_look, lower_bound, rounded
 from blocks.files import sha256_of
 from blocks.library import digest_of, read_tensors, remember
-from blocks.records import CorpusInfo, CostTable, LayerChoice, Metric, ParentInfo, Value
+from blocks.records import Architecture, CorpusInfo, CostTable, Metric, ParentInfo, Value
 from profiles.schema import Champion, Profile
 from tasks.distill import bld, gkd, gkd_settings, record
 from tasks.distill.record import open_parent
-from tasks.evaluate.compare import LINEAGE, Lineage, build
+from tasks.evaluate.compare import LINEAGE, Lineage, served
 from tasks.evaluate.quality import mean_metric, parent_targets, sequence_figures
 from tasks.inputs.companions import TOKENIZER_FILES
 from tasks.inputs.corpus import documents_of
-from tasks.inputs.precision import as_written, child_dtype
+from tasks.inputs.precision import child_dtype
 from tasks.libraries.interchange import read_library
 from tasks.measure import costs
 from tasks.measure.hardware_description import hardware_description
@@ -179,7 +179,7 @@ def judge_against(
     if not same_tokenizer(reigning.parent, challenger.parent, workspace):
         reason = "the parent's tokenizer changed: the champion reads other tokens"
         return Judgement(outcome="moved", reason=reason, changed=changed)
-    broken = broken_budget(reigning.child.architecture.layers, profile, workspace)
+    broken = broken_budget(reigning.child.architecture, profile, workspace)
     if broken:
         return Judgement(outcome="moved", reason=f"the champion no longer keeps the budget: {broken}", changed=changed)
     ours, theirs = (_figures(side, challenger, profile, workspace) for side in (challenger, reigning))
@@ -196,14 +196,14 @@ def same_tokenizer(first: ParentInfo, second: ParentInfo, workspace: Path) -> bo
     return digests[0] == digests[1]
 
 
-def broken_budget(layers: tuple[LayerChoice, ...], profile: Profile, workspace: Path) -> str:
+def broken_budget(choice: Architecture, profile: Profile, workspace: Path) -> str:
     """Which limits a choice breaks under the costs and the budget of now; "" when none, or when nobody can tell."""
     problem = last_problem(profile, workspace)
     try:
-        if fitting_batches(problem, layers) is not None:
+        if fitting_batches(problem, choice.layers, choice.head) is not None:
             return ""
         batches = tuple(min(scenario.batch_sizes) for scenario in problem.scenarios)
-        limits = broken_limits(problem, layers, batches)
+        limits = broken_limits(problem, choice.layers, batches, choice.head)
     except (PuzzleError, KeyError):  # a variant that is measured no more, another number of layers
         return ""
     return ", ".join(_as_asked(problem, limit.field) for limit in limits)
@@ -228,7 +228,7 @@ def _figures(side: Lineage, now: Lineage, profile: Profile, workspace: Path) -> 
     compute = compute_of(profile)
     reader = open_parent(workspace / now.parent.folder, compute)
     targets = parent_targets(reader.model(), tokens, compute)
-    model = as_written(build(side.child, side.parent, workspace, compute), child_dtype(profile.hardware, reader))
+    model = served(side.child, side.parent, workspace, compute, child_dtype(profile.hardware, reader))
     return sequence_figures(model, targets, tokens, compute)[profile.champion.metric]
 
 

@@ -72,9 +72,10 @@ def description(report: ChildReport, why: str) -> str:
     found = {name.partition("/")[2]: value for name, value in headlines(report).items()}
     limits = ", ".join(f"{limit['name']} {limit['asked']:g}" for limit in report.request.get("limits", ()))
     engine = f", measured in {report.speed.engine}" if report.speed.engine else ""
+    doubt = " (the machine was busy: not reliable)" if report.speed.disturbed else ""
     words = {
-        "decode_speedup": "Decodes {:.2f} times as fast as its parent.",
-        "prefill_speedup": "Reads a prompt {:.2f} times as fast.",
+        "decode_speedup": f"Decodes {{:.2f}} times as fast as its parent{doubt}.",
+        "prefill_speedup": f"Reads a prompt {{:.2f}} times as fast{doubt}.",
         "parameters_fraction": "Has {:.0%} of its parent's parameters",
         "memory_fraction": "and takes {:.0%} of its memory.",
         "kl": "KL from the parent: {:.4g} nats per token.",

@@ -140,7 +140,7 @@ def headlines(report: ChildReport) -> dict[str, float]:
     found["memory_fraction"] = child.memory_bytes / parent.memory_bytes
     found["parameters_fraction"] = child.parameters / parent.parameters
     state = budget_state(child, report.speed.disturbed)
-    if state is not None:
+    if state in ("kept", "not kept"):
         found["keeps_budget"] = float(state == "kept")
     if child.answers:
         found["looping_answers"] = sum(answer.loops for answer in child.answers) / len(child.answers)
@@ -221,7 +221,7 @@ def cost_metrics(table: CostTable) -> dict[str, float]:
     several = len({cost.scenario for cost in table.costs}) > 1
     figures: dict[str, float] = {}
     parts: list[tuple[str, Cost | NonBlockCost]] = [(_variant_name(cost), cost) for cost in table.costs]
-    parts += [("outside_blocks", cost) for cost in table.non_block]
+    parts += [(".".join(filter(None, ["outside_blocks", cost.head])), cost) for cost in table.non_block]
     parts += [("whole_parent", cost) for cost in table.parent_measured]
     for name, cost in parts:
         scenario = f"_{cost.scenario}" if several else ""
@@ -235,16 +235,11 @@ def cost_metrics(table: CostTable) -> dict[str, float]:
     return figures
 
 
-def load_of(row: "BenchRow") -> str:
-    """The load of a row as `--load` takes it."""
-    return f"{row.batch_size}x{row.prompt_tokens}x{row.generated_tokens}"
-
-
 def bench_metrics(rows: "Sequence[BenchRow]") -> dict[str, float]:
     """Speeds of a bench by load and model: `bench_1x256x64/child_decode_tokens_per_second`, with `_se` beside each."""
     figures: dict[str, float] = {}
     for row in rows:
-        speed, prefix = row.throughput, f"bench_{load_of(row)}/{row.model}"
+        speed, prefix = row.throughput, f"bench_{row.load}/{row.model}"
         measured = {
             "prefill_tokens_per_second": speed.prefill_tokens_per_second,
             "decode_tokens_per_second": speed.decode_tokens_per_second,
@@ -263,7 +258,13 @@ def bench_metrics(rows: "Sequence[BenchRow]") -> dict[str, float]:
 def _variant_name(cost: Cost) -> str:
     """`ffn768` and `kv1` say themselves what they are; `linear`, `no_op` and `parent` exist in both subblocks."""
     own = {"attention": "kv", "ffn": "ffn"}[cost.subblock]
-    return cost.variant if cost.variant.startswith(own) else f"{cost.subblock}_{cost.variant}"
+    label = cost.variant.replace("@", ".")  # MLflow's names have no @
+    return label if label.startswith(own) else f"{cost.subblock}_{label}"
+
+
+def doubt_tags(doubts: Sequence[str]) -> dict[str, str]:
+    """Why the times of a run are not reliable, where there is a reason."""
+    return {"puzzle.not_reliable": "; ".join(doubts)} if any(doubts) else {}
 
 
 def engine_tags(engine: str, precision: str, threads: int, device: str = "cpu") -> dict[str, str]:

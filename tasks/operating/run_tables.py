@@ -43,7 +43,7 @@ def variant_rows(
 ) -> list[VariantRow]:
     """Every distilled variant: losses, score, cost, and whether it stands in the child."""
     scored: dict[Place, Score] = {(score.layer, score.subblock, score.variant): score for score in scores}
-    priced, chosen = _priced(costs, architecture), set(_stands(architecture.layers))
+    priced, chosen = _priced(costs, architecture), set(_stands([choice.bare for choice in architecture.layers]))
     rows = []
     for block in blocks:
         place = (block.layer, block.subblock, block.variant)
@@ -78,7 +78,7 @@ def layer_rows(
     priced, rows = _priced(costs, architecture), []
     for layer, choice in enumerate(architecture.layers):
         stand = list(_stands([choice], layer))
-        weights = {place[1]: _digest(made.get(place)) for place in stand}
+        weights = {place[1]: _digest(made.get(place)) for place in _stands([choice.bare], layer)}
         rows.append(
             LayerRow(
                 layer=layer,

@@ -12,7 +12,7 @@ from profiles.schema import Hardware
 from tasks.libraries.interchange import StoredLibrary, read_source
 from tasks.operating import tracking
 from tasks.operating.experiment import label_of, named
-from tasks.operating.run_figures import bench_metrics, cost_metrics, engine_tags, load_of, report_metrics
+from tasks.operating.run_figures import bench_metrics, cost_metrics, doubt_tags, engine_tags, report_metrics
 from tasks.operating.sweeping import SweepPoint
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ PARTS = frozenset({"layers", "samples", "correct", "item_groups", "answers", "li
 def log_report(store: tracking.Tracking, run_id: str, report: ChildReport, files: Sequence[Path]) -> None:
     """Metrics of all candidates, their table, and the files that `write_report` made (pictures, Markdown, JSON)."""
     tracking.log_metrics(store, run_id, report_metrics(report))
+    tracking.set_tags(store, run_id, doubt_tags([report.speed.disturbed]))
     tracking.log_tables(store, run_id, {"candidates": report.candidates}, PARTS)
     tracking.log_files(store, run_id, files, "report")
 
@@ -40,7 +41,7 @@ def log_costs(store: tracking.Tracking, table: CostTable, hardware: Hardware, pa
     if there:
         return str(there[0].info.run_id)
     threads = int(table.hardware.get("threads") or hardware.threads or 1)
-    tags = engine_tags(hardware.engine, hardware.precision, threads, hardware.device)
+    tags = engine_tags(hardware.engine, hardware.precision, threads, hardware.device) | doubt_tags([table.disturbed])
     name = f"costs {hardware.engine} {hardware.precision} {threads} threads {digest[:6]}"
     params = {f"hardware.{key}": value for key, value in table.hardware.items()} | {"measured_at": table.measured_at}
     if table.calibration is not None:
@@ -68,8 +69,11 @@ def log_sweep(workspace: Path, over: str, points: Sequence[SweepPoint]) -> str |
     return "\n".join(tracking.page_lines(store, run_id))
 
 
-def log_bench(child: Path, rows: "Sequence[BenchRow]") -> str | None:
-    """A bench as a run nested in the one that made the child. Returns its page; None where no such run is known."""
+def log_bench(child: Path, rows: "Sequence[BenchRow]", doubts: Sequence[str]) -> str | None:
+    """A bench as a run nested in the one that made the child. Returns its page; None where no such run is known.
+
+    doubts: why its speeds are not reliable.
+    """
     report = child.resolve().parent / "report.json"
     workspace = report.parents[min(2, len(report.parents) - 1)]
     if not report.is_file() or not tracking.has_runs(workspace):
@@ -80,9 +84,12 @@ def log_bench(child: Path, rows: "Sequence[BenchRow]") -> str | None:
     of, run = store
     first = rows[0]
     tags = engine_tags(first.engine, first.precision, first.threads)
-    loads = ", ".join(dict.fromkeys(load_of(row) for row in rows))
+    tags |= doubt_tags(doubts)
+    loads = ", ".join(dict.fromkeys(row.load for row in rows))
     params = {"engine": first.engine, "version": first.version, "precision": first.precision, "loads": loads}
-    own = tracking.log_stage(of, f"bench {first.engine} {first.precision}", run, tags, bench_metrics(rows), {}, params)
+    own = tracking.log_stage(
+        of, f"bench {first.engine} {first.precision} {loads}", run, tags, bench_metrics(rows), {}, params
+    )
     return "\n".join(tracking.page_lines(of, own))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from blocks.records import Value
 from tasks.libraries.interchange import open_library
-from tasks.running.progress import Progress, no_progress
+from tasks.running.progress import Progress, no_progress, say
 from tasks.search.request import Request, limit_of
 from tasks.search.solve import JointChoice, front, front_values
 
@@ -30,6 +30,8 @@ def sweep_library(
 ) -> list[SweepPoint]:
     """The front over one quantity on the library of a workspace, the other budgets kept."""
     library = open_library(folder)
+    if library.warning:
+        say(f"Warning: {library.warning}")
     kept = tuple(limit_of(name, text) for name, text in budgets.items() if text is not None and name != over)
     request = Request(limits=kept)
     values = front_values(library, request, over, points)

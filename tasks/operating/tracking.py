@@ -267,7 +267,8 @@ def set_tags(tracking: Tracking, run_id: str, tags: Mapping[str, str]) -> None:
     """A few tags at once."""
     from mlflow.entities import RunTag
 
-    _client(tracking.uri).log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    if tags:
+        _client(tracking.uri).log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
 
 def _batches(values: Sequence[Any], size: int) -> Iterator[list[Any]]:

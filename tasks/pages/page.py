@@ -25,9 +25,11 @@ from tasks.pages.report import (
     BEST_MEANS,
     LEGEND,
     SAID,
+    WordedTable,
     answered,
     column_names,
     comparison_rows,
+    race_table,
     save_figure,
     shipped_column,
     speed_table,
@@ -193,11 +195,21 @@ def render(study: Study, figures: dict[str, Figure]) -> str:
         findings=[] if report is None else evidence(report),
         answers=[] if report is None else answered(report),
         said=SAID,
-        speeds=[] if report is None else [table for table in (sums_table(report), speed_table(report)) if table[1]],
+        folded=[] if report is None else _folded(report),
         best=BEST,
         legend=f"{BEST_MEANS} {LEGEND}",
         percent=lambda share, digits=0: f"{round(100 * share, digits) + 0.0:.{digits}f} %",
     )
+
+
+def _folded(report: ChildReport) -> list[tuple[str, list[WordedTable]]]:
+    """Tables that are opened on request, under a line each."""
+    tables = {
+        "the race that the child won": [race_table(report)],
+        "speeds in every scenario, and predicted beside measured times": [sums_table(report), speed_table(report)],
+    }
+    shown = {line: [table for table in several if table[1]] for line, several in tables.items()}
+    return [(line, several) for line, several in shown.items() if several]
 
 
 def _asked_and_got(price: Price) -> tuple[str, ...]:

@@ -18,12 +18,14 @@ from matplotlib.patches import FancyBboxPatch, Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from blocks.records import SUBBLOCKS, Architecture, Candidate, LayerChoice, Metric, Subblock, Totals
+from blocks.typed_labels import bare, type_in
 from tasks.evaluate.standing import gain_of
 
 INK, FAINT = "#1f2933", "#9aa5b1"
 PARENT_COLOUR, NO_OP_COLOUR, LINEAR_COLOUR = "#3e4c59", "#ffffff", "#f0a04b"
 SIZED_MAPS = {"kv": "Blues", "ffn": "Greens"}  # kinds with a size: the larger, the darker
 OTHER_MAPS = ("Purples", "RdPu", "YlOrBr", "GnBu")
+HATCHES = ("///", "...", "xxx", "\\\\\\", "++", "oo")  # of types of number
 COLOURS = {
     "parent": PARENT_COLOUR,
     "child": "#d1495b",
@@ -109,11 +111,14 @@ def _draw_cells(figure: Figure, axes: Axes, layers: Sequence[LayerChoice], cell_
         "attention": [layer.attention for layer in layers],
         "ffn": [layer.ffn for layer in layers],
     }
+    hatches = type_hatches([type_in(label) for each in labels.values() for label in each])
     for row, subblock in enumerate(SUBBLOCKS):
-        colours = variant_colours(labels[subblock])
+        plain = [bare(label) for label in labels[subblock]]
+        colours = variant_colours(plain)
         for layer, label in enumerate(labels[subblock]):
-            _draw_cell(axes, layer, 1 - row, label, colours[label], cell_inches)
-        _legend(figure, axes, subblock, labels[subblock], colours)
+            _draw_cell(axes, (layer, 1 - row), bare(label), colours[bare(label)], cell_inches, hatches[type_in(label)])
+        _legend(figure, axes, subblock, plain, colours)
+    _type_legend(axes, [type_in(label) for each in labels.values() for label in each if label != "no_op"], hatches)
     coupled = [layer for layer, choice in enumerate(layers) if choice.coupled]
     for layer in coupled:
         axes.plot([layer, layer], [0.42, 0.58], color=INK, linewidth=3, solid_capstyle="round")
@@ -130,20 +135,45 @@ def _draw_cells(figure: Figure, axes: Axes, layers: Sequence[LayerChoice], cell_
         spine.set_visible(False)
 
 
-def _draw_cell(axes: Axes, layer: int, height: int, label: str, colour: str, cell_inches: float) -> None:
-    dashed = label == "no_op"
-    axes.add_patch(
-        FancyBboxPatch(
-            (layer - 0.44, height - 0.4),
-            0.88,
-            0.8,
-            boxstyle="round,pad=0,rounding_size=0.08",
-            facecolor=colour,
-            edgecolor=FAINT if dashed else "none",
-            linestyle="--" if dashed else "-",
-            linewidth=0.8,
+def type_hatches(kinds: Sequence[str]) -> dict[str, str]:
+    """A hatch per type of number; none for the profile's precision."""
+    named = sorted(set(kinds) - {""})
+    return {"": "", **{kind: HATCHES[place % len(HATCHES)] for place, kind in enumerate(named)}}
+
+
+def _type_legend(axes: Axes, kinds: Sequence[str], hatches: dict[str, str]) -> None:
+    """Types of number with how often each occurs, above the cells; nothing where no type was chosen."""
+    counts = Counter(kinds)
+    if set(counts) <= {""}:
+        return
+    handles = [
+        Patch(
+            facecolor="white", edgecolor=INK, hatch=hatches[kind], label=f"{kind or 'as the profile'} × {counts[kind]}"
         )
+        for kind in sorted(counts)
+    ]
+    first = axes.get_legend()
+    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.0, 0.99), ncols=len(handles), frameon=False)
+    if first is not None:
+        axes.add_artist(first)
+
+
+def _draw_cell(axes: Axes, at: tuple[int, int], label: str, colour: str, cell_inches: float, hatch: str) -> None:
+    layer, height = at
+    dashed = label == "no_op"
+    cell = FancyBboxPatch(
+        (layer - 0.44, height - 0.4),
+        0.88,
+        0.8,
+        boxstyle="round,pad=0,rounding_size=0.08",
+        facecolor=colour,
+        edgecolor=FAINT if dashed else "none",
+        linestyle="--" if dashed else "-",
+        linewidth=0.8,
+        hatch=hatch,
     )
+    cell.set_hatchcolor(_readable_on(colour))
+    axes.add_patch(cell)
     points = min(9.0, 0.62 * 72 * cell_inches)  # text that is turned by 90 degrees is as high as the cell is wide
     if points >= 4:
         fits_across = 0.62 * points * len(label) / 72 < 0.85 * cell_inches
@@ -156,6 +186,7 @@ def _draw_cell(axes: Axes, layer: int, height: int, label: str, colour: str, cel
             fontsize=points,
             rotation=0 if fits_across else 90,
             color=_readable_on(colour),
+            bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8} if hatch else None,
         )
 
 

@@ -79,11 +79,17 @@ def comparison_rows(report: ChildReport) -> list[Row]:
     kept = tuple(budget_state(model, report.speed.disturbed) or "–" for model in candidates)
     rows = [
         Row(label="budget", cells=kept, best=frozenset()),
+        _row("file, MB", candidates, lambda model: counted(_file_bytes(model, candidates)), less=True, scale=1e-6),
         *_quality_rows(report),
         *_speed_rows(report),
         *_size_rows(report),
     ]
     return [row for row in rows if any(cell != "–" for cell in row.cells)]
+
+
+def _file_bytes(model: Candidate, candidates: Sequence[Candidate]) -> int | None:
+    """Of the file that a model is served from, where the search chose types; of the parent's own the weights alone."""
+    return (model.file_bytes or model.weight_bytes) if any(one.file_bytes for one in candidates) else None
 
 
 def _quality_rows(report: ChildReport) -> list[Row]:
@@ -251,6 +257,7 @@ def report_markdown(report: ChildReport) -> str:
         _predicted_markdown(report),
         "## Architecture",
         _architecture_markdown(report.architecture),
+        *_race_markdown(report),
         "## How it was made",
         _facts_markdown(report),
     ]
@@ -404,11 +411,38 @@ def _architecture_markdown(architecture: Architecture) -> str:
         where = str(first) if first == last else f"{first}–{last}"
         rows.append([where, choice.attention, choice.ffn + (" (coupled)" if choice.coupled else "")])
         first = last + 1
+    if architecture.head:
+        rows.append(["head", architecture.head, "(with the embedding)"])
     score = rounded(Metric(value=architecture.score, se=architecture.score_se, n=1))
     certificate = f"Found by {architecture.method}: status {architecture.status}, predicted score {score}, lower bound "
     certificate += f"{plain(architecture.bound)}, gap {architecture.gap:.2g}"
     certificate += f"; solved by {architecture.solved_by}." if architecture.solved_by else "."
     return f"{certificate}\n\n{_markdown_table(['layers', 'attention', 'ffn'], rows)}"
+
+
+def race_table(report: ChildReport) -> WordedTable:
+    """How the architectures of a race fared, best first; no rows where there was none."""
+    rounds = max((racer.kl for racer in report.race), key=len, default=())
+    rows = [
+        [
+            str(racer.place),
+            plain(racer.score),
+            str(racer.different),
+            *(f"{dict(racer.kl)[steps]:.4f}" if steps in dict(racer.kl) else "–" for steps, _ in rounds),
+        ]
+        for racer in report.race
+    ]
+    header = ["place by summed score", "summed score", "layers unlike the first's"]
+    header += [f"KL after {steps} steps of GKD" for steps, _ in rounds]
+    words = "On validation text, the best until there, in nats per token. In each round the worse half dropped out. "
+    trained = sum(steps for racer in report.race[1:] for steps, _ in racer.kl[-1:])
+    words += f"The others took {trained} steps of GKD together, which no baseline was given."
+    return header, rows, words
+
+
+def _race_markdown(report: ChildReport) -> list[str]:
+    header, rows, words = race_table(report)
+    return ["### The race that the child won", _markdown_table(header, rows), words] if rows else []
 
 
 def _facts_markdown(report: ChildReport) -> str:

@@ -16,6 +16,7 @@ from tasks.search.confidence import Draws
 from tasks.search.joint import JointLibrary, LibraryFileError, Option
 from tasks.search.request import Request, objective_of
 from tasks.search.solve import Certificate, JointChoice, described, totals
+from tasks.search.view import HEAD
 
 IN_A_RUN = Extent(points=12, draws=Draws(most=40, least=20, seconds=30))  # seconds, not minutes, at 30 layers
 _SAME = 1e-6  # relative; sums of the same figures in another order
@@ -82,6 +83,8 @@ def stored_choice(library: JointLibrary, request: Request, architecture: Archite
         Option(layer=index, attention=layer.attention, ffn=layer.ffn, coupled=layer.coupled)
         for index, layer in enumerate(architecture.layers)
     ]
+    if HEAD in library.layers:
+        wanted.append(Option(layer=len(wanted), head=architecture.head))
     try:
         chosen = [by_own[own] for own in wanted]
         places = [library.place_at(total.scenario, total.batch_size) for total in architecture.totals]

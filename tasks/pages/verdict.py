@@ -58,6 +58,11 @@ def warnings(report: ChildReport) -> list[str]:
             "or more training."
         )
     lines += [f"Warning: {line}" for line in _broken_answers(child, parent)]
+    if child.gkd_kept_start is not None:
+        lines.append(
+            "Warning: GKD kept its start: no step lowered the KL on the validation text, "
+            f"{plain(child.gkd_kept_start)} before it. This child is as it was assembled."
+        )
     if report.speed.disturbed:
         lines.append(f"Warning: {warnings_of(report.speed)[0]}.")
     return lines
@@ -181,7 +186,7 @@ def _quality(report: ChildReport, child: Candidate) -> Finding:
     ours = of_sequences(child, rule.metric)
     if ours is None:
         return Finding(line=f"Quality: the child's {name} was not measured.")
-    names = dict.fromkeys(model.name for model in report.candidates if model.name not in ("parent", "child"))
+    names = dict.fromkeys(model.name for model in report.candidates if _is_rival(model, report.speed.disturbed))
     others = [model for other in names if (model := final_of(report.candidates, other)) is not None]
     twins = [model.name for model in others if same_architecture(child, model)]
     chose = f" {_listed(twins)} chose the same child." if twins else ""
@@ -203,6 +208,16 @@ def _quality(report: ChildReport, child: Candidate) -> Finding:
     if open_:
         return Finding(line=line, unclear=f"whether it is nearer to its parent than {_named(open_)}")
     return Finding(line=line, better="is nearer to its parent than every baseline")
+
+
+def _is_rival(model: Candidate, disturbed: str) -> bool:
+    """False for the child, the parent, and the parent in a type of number that does not keep the child's budget."""
+    typed_parent = model.name.startswith("parent ")
+    return (
+        model.stage != "parent"
+        and model.name != "child"
+        and not (typed_parent and budget_state(model, disturbed) == "not kept")
+    )
 
 
 def _named(models: Sequence[Candidate]) -> str:
@@ -248,7 +263,11 @@ def _benchmarks(report: ChildReport, child: Candidate, parent: Candidate) -> Fin
     lost = " and ".join(
         [
             *(["its parent"] if is_clear(lead.metric) and lead.metric.value < 0 else []),
-            *(title(model) for model in report.candidates if model.stage != "parent" and _above(model, child)),
+            *(
+                title(model)
+                for model in report.candidates
+                if _is_rival(model, report.speed.disturbed) and _above(model, child)
+            ),
         ]
     )
     return Finding(line=line, worse=f"gets fewer benchmark items right than {lost}" if lost else "")
@@ -257,7 +276,7 @@ def _benchmarks(report: ChildReport, child: Candidate, parent: Candidate) -> Fin
 def _above(model: Candidate, child: Candidate) -> bool:
     """Whether a baseline clearly gets more items right."""
     theirs, ours = of_all_items(model), of_all_items(child)
-    if model.name == "child" or theirs is None or ours is None:
+    if theirs is None or ours is None:
         return False
     lead = difference(theirs, ours)
     return lead.value > 0 and is_clear(lead)

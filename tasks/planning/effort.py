@@ -25,6 +25,7 @@ from blocks.kinds import kind_of, parse_label, parse_labels
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Subblock
 from blocks.resources import BYTES, non_block_parameters, parameters_of
+from blocks.typed_labels import FITTED_TO
 from blocks.variant import Variant
 from profiles.schema import GgufParent, PackageParent, ParentAnswersSource, Profile, TinyParent
 from tasks.distill.gkd_settings import is_recorded, token_bytes, trial_steps
@@ -54,6 +55,7 @@ STEP_SECONDS = 3e-4  # of one token through one layer, whatever its width
 VISIT_BYTES_PER_SECOND = 25e9  # from the host to a GPU and back, PCIe 5.0 x 16 as it is reached
 CORPUS_TOKENS_PER_SECOND = 40_000  # text cleaned, tokenised, packed
 BUILD_BYTES_PER_SECOND = 3.5e8  # a model assembled: weights read, checked against their digests, copied
+ROUNDING_SECONDS = 3e-7  # of a weight in a type of 4 or 5 bits, fitted to text, on two threads
 BENCHMARK_SECONDS = 2.0  # lm-eval around one model: data opened, requests built
 # tokens of one item, all choices, padded as batches of 8 are; and items there are. SmolLM2's tokenizer, 200 items each
 BENCHMARKS = {
@@ -449,6 +451,28 @@ def score_work(shape: Shape, layers: Sequence[int]) -> Work:
     return work
 
 
+def type_scores_work(shape: Shape) -> Work:
+    """The parent's blocks scored in every type of number, the whole parent in each, and the head in each."""
+    scoring, space = shape.profile.scoring, shape.profile.search_space
+    tokens = scoring.sequences * (scoring.tokens_per_sequence or shape.length)
+    work = files_work(shape, len(space.precision))
+    for layer in range(shape.depth):
+        times = len(SUBBLOCKS) * len(space.precision)
+        work += shape.forward(tokens * times, shape.depth - layer, packed=True) + shape.head(tokens * times)
+        work += shape.forward(FITTED_TO * shape.length, 1.0, packed=True)
+    weights = shape.depth * shape.layer_parameters * len(space.precision)
+    whole = (shape.forward(tokens, shape.depth) + shape.head(tokens, packed=False)) * 2
+    return work + whole * (len(space.precision) + len(space.head_types)) + Work(fixed=weights * ROUNDING_SECONDS)
+
+
+def files_work(shape: Shape, models: int) -> Work:
+    """Models rounded to types of number on calibration text, which runs twice through every layer."""
+    tokens = FITTED_TO * shape.length
+    weights = shape.depth * shape.layer_parameters + shape.outside_parameters
+    one = shape.forward(2 * tokens, shape.depth) + Work(fixed=weights * ROUNDING_SECONDS, disk=float(weights))
+    return one * models
+
+
 def model_bytes(shape: Shape, share: float = 1.0) -> float:
     """float32 weights of a model that keeps this share of the layers' parameters."""
     return FLOAT * (share * shape.depth * shape.layer_parameters + shape.outside_parameters)
@@ -527,6 +551,18 @@ def teacher_bytes(shape: Shape) -> int:
     trained = settings.steps * settings.batch_sequences * shape.length if gkd_recorded(shape) else 0
     validation = settings.validation_sequences * shape.length * (shape.hidden * 2 * FLOAT + 8)
     return trained * token_bytes(settings, shape.depth, shape.hidden) + validation
+
+
+def race_shares(profile: Profile) -> tuple[float, float]:
+    """GKD in the race of all architectures together, and of the winner after it, each as a share of one whole GKD."""
+    left, before, done = profile.race.candidates, 0, 0
+    if left == 1 or not profile.gkd.steps:
+        return 0.0, 1.0
+    for steps in profile.race.rounds:
+        if left > 1:
+            done, before = done + left * (steps - before), steps
+            left = (left + 1) // 2
+    return done / profile.gkd.steps, 1 - before / profile.gkd.steps
 
 
 def gkd_work(shape: Shape, share: float, layers: float | None = None) -> Work:

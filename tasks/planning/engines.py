@@ -75,7 +75,9 @@ def measure_work(shape: Shape, setting: Setting | None) -> Work | None:
         return None
     places = request_times_of(shape, setting)
     tasks = len(places) * (2 + sum(map(len, shape.variants.values())))
-    return (_stacks if engine == "torch" else _whole_models)(shape, places) + Work(fixed=tasks * effort.TASK_SECONDS)
+    work = (_stacks if engine == "torch" else _whole_models)(shape, places) + Work(fixed=tasks * effort.TASK_SECONDS)
+    # models in a type of fewer bits are at most as slow
+    return work * (1 + len(shape.profile.search_space.precision))
 
 
 def _stacks(shape: Shape, places: Sequence[RequestTimes]) -> Work:

@@ -301,12 +301,16 @@ def stages_of(
     packed = (corpus.train_sequences + corpus.validation_sequences + corpus.test_sequences) * length
     scored = profile.scoring.sequences * (profile.scoring.tokens_per_sequence or length)
     stepped = gkd.steps * gkd.batch_sequences * length
-    shares = [1.0, *[share] * (1 + rivals)]
+    types = len(profile.search_space.precision)
+    shares = [1.0, *[share] * (1 + rivals), *[1.0] * types]
+    rounded = len(shares) - 1 + distilled if types else 0
+    raced, rest = effort.race_shares(profile)
+    alone = effort.gkd_work(shape, share, layers)
     spoken = len(profile.evaluate.prompts) * profile.evaluate.answer_tokens
     asked = sum(isinstance(source, ParentAnswersSource) for source in corpus.sources)
     asked_tokens = effort.prompt_tokens(shape)
     entering, waves = effort.entering_work(shape), math.ceil(shape.depth / shape.workers)
-    used = dict.fromkeys(("distill", "coupled", "score", "GKD child", "GKD best baseline"), shape.devices)
+    used = dict.fromkeys(("distill", "coupled", "score", "race", "GKD child", "GKD best baseline"), shape.devices)
     used |= {"record": shape.layers_at_once, "shards": shape.parts}
     bytes_of = {need.stage: need.bytes for need in needs}
     rows = [
@@ -319,10 +323,13 @@ def stages_of(
         ("coupled", pairs, pairs * profile.trained_steps * profile.bld.batch_sequences * length, coupled),
         ("score", len(searched), scored * (jobs + pairs), effort.score_work(shape, searched)),
         ("measure", 1, 0, measure_work(shape, serving)),
+        ("score types", len(searched) if types else 0, 0, effort.type_scores_work(shape)),
         ("choose", 1, 0, Work(fixed=2.0)),
-        ("evaluate", len(shares), tested * len(shares), effort.evaluate_work(shape, shares, first=True)),
         ("GKD parent", min(distilled, 1), stepped + gkd.validation_sequences * length, effort.teacher_work(shape)),
-        ("GKD child", min(distilled, 1), stepped, effort.gkd_work(shape, share, layers)),
+        ("race", profile.race.candidates if raced else 0, round(raced * stepped), alone * raced),
+        ("write files", rounded, 0, effort.files_work(shape, rounded)),
+        ("evaluate", len(shares), tested * len(shares), effort.evaluate_work(shape, shares, first=True)),
+        ("GKD child", min(distilled, 1), round(rest * stepped), alone * rest),
         ("GKD best baseline", max(distilled - 1, 0), stepped, effort.gkd_work(shape, share)),
         ("evaluate", distilled, tested * distilled, effort.evaluate_work(shape, [share] * distilled, first=False)),
         ("throughput", 1 if serving else 0, 0, throughput_work(shape, serving, shares)),

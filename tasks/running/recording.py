@@ -9,14 +9,17 @@ its own: through its server while that is up, else in its database.
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 
 from filelock import FileLock, Timeout
 
 from blocks.errors import PuzzleError
 from tasks.running.at_work import prefect_home
-from tasks.running.servers import PREFECT_DATABASE, is_up, prefect_database, stop_left_behind
+from tasks.running.servers import PREFECT_DATABASE, is_up, prefect_database, stop_left_behind, stop_orphaned_servers
 
 API, HOME = "PREFECT_API_URL", "PREFECT_HOME"
 SERVED = ".prefect"  # in the root of `puzzle serve`
@@ -31,6 +34,7 @@ DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 _HELD: list[FileLock] = []  # until the process ends
+_STARTING: list[Thread] = []
 _OURS: dict[str, str] = {}  # what this process has put into its environment: none of it is the user's wish
 
 
@@ -133,6 +137,30 @@ def _alone_in(home: Path) -> bool:
         return any(held.lock_file == lock.lock_file for held in _HELD)
     _HELD.append(lock)
     return True
+
+
+def begin_own_server() -> None:
+    """Begin to start the server that Prefect starts for itself where none is named, so that it comes up while this
+    process still imports. Those that killed runs have left behind end first.
+    """
+    if os.environ.get(API):
+        return
+    if home := os.environ.get(HOME):
+        stop_orphaned_servers(Path(home))
+    from prefect.server.api.server import SubprocessASGIServer
+
+    def start() -> None:
+        with suppress(Exception):  # Prefect tries again when the flow starts, and says why
+            SubprocessASGIServer().start()
+
+    _STARTING.append(Thread(target=copy_context().run, args=(start,), daemon=True))
+    _STARTING[-1].start()
+
+
+def own_server_is_up() -> None:
+    """Wait for what `begin_own_server` began: Prefect takes a server that is starting for one that is up."""
+    while _STARTING:
+        _STARTING.pop().join()
 
 
 def take_for_server(home: Path) -> None:

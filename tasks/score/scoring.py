@@ -15,24 +15,38 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from blocks.compute import Compute
 from blocks.divergence import Head, Targets, kl_per_token, targets_of
+from blocks.error_correction import InputGrams
 from blocks.estimates import mean
 from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
 from blocks.library import digest_of, keep, read_rows, read_tensors, remember
 from blocks.packed import pack_linears
 from blocks.parent import Parent
-from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, LayerChoice, LayerRecord, ParentInfo, Ref, Score, Value
+from blocks.records import (
+    SUBBLOCKS,
+    BlockRecord,
+    CorpusInfo,
+    LayerChoice,
+    LayerRecord,
+    ParentInfo,
+    Ref,
+    Score,
+    Subblock,
+    Value,
+)
 from blocks.runtime import free_bytes, kept_per_device
 from blocks.subblock import load_subblock, run_subblock
+from blocks.typed_labels import FITTED_TO, bare, type_in
 from tasks.distill.record import open_parent, slices
 from tasks.inputs.corpus import weights_of
 from tasks.running.memory import Parts
+from tasks.score.rounding import Rounding
 
 VERSION = 4
 HELD_TOKENS = 131072  # tokens of variants whose states wait on the host together
@@ -253,8 +267,9 @@ def score_sequences(
         suffix = open_suffix(workspace / parent.folder, workspace, scored, compute)
         recorded = None if layer.boundary is None else scored.validation(layer.boundary, workspace)
         hidden = suffix.entering(layer.layer) if recorded is None else recorded
+        rounding = Rounding(inputs=partial(_inputs, suffix, layer, scored.corpus, workspace))
         for records, sequences in batches_of(missing, length):
-            found = score_batch(suffix, records, hidden, sequences, workspace)
+            found = score_batch(suffix, records, hidden, sequences, workspace, rounding)
             for record, more in zip(records, found, strict=True):
                 if more is not None:
                     known[record.key] = known[record.key].and_also(more)
@@ -281,15 +296,20 @@ def batches_of(work: Iterable[Work], length: int) -> Iterator[Batch]:
 
 @torch.no_grad()
 def score_batch(
-    suffix: ParentSuffix, records: Sequence[BlockRecord], hidden: Tensor, sequences: Sequences, workspace: Path
+    suffix: ParentSuffix,
+    records: Sequence[BlockRecord],
+    hidden: Tensor,
+    sequences: Sequences,
+    workspace: Path,
+    rounding: Rounding | None = None,
 ) -> list[SequenceScores | None]:
     """Scores of several variants of one layer on some `sequences` of `hidden` (S, T, D), which enters the layer; None
-    for a variant whose KL is not a number.
+    for a variant whose KL is not a number. rounding: for variants that name a type of number.
     """
     started = time.perf_counter()
     layer, passes = records[0].layer, suffix.passes
     rows = torch.tensor(sequences) - suffix.first
-    after = torch.cat([_replaced(passes, record, hidden[rows], workspace) for record in records])
+    after = torch.cat([_replaced(passes, record, hidden[rows], workspace, rounding) for record in records])
     passes.through(range(layer + 1, passes.reader.depth), after)
     numbers = rows.repeat(len(records)).split(passes.compute.sequences(hidden.shape[1]))
     pairs = zip(passes.micro_batches(after), numbers, strict=True)
@@ -304,10 +324,45 @@ def score_batch(
     ]
 
 
-def _replaced(passes: Passes, record: BlockRecord, hidden: Tensor, workspace: Path) -> Tensor:
+@torch.no_grad()
+def _inputs(
+    suffix: ParentSuffix,
+    layer: LayerRecord,
+    corpus: CorpusInfo,
+    workspace: Path,
+    record: BlockRecord,
+    module: DeciLMDecoderLayer,
+) -> dict[str, Tensor]:
+    """Gram matrices of what enters a block's matrices on training text; before an FFN stands the parent's attention.
+
+    The states that enter the layer are those that were recorded, or else computed from the tokens.
+    """
+    passes = suffix.passes
+    if layer.boundary is not None:
+        hidden = read_rows(workspace, layer.boundary, "train", 0, FITTED_TO)
+    else:
+        tokens = read_rows(workspace, corpus.tokens, "train", 0, min(FITTED_TO, corpus.train_sequences)).long()
+        hidden = passes.through(range(layer.layer), passes.embedded(tokens))
+    parent, context = passes.layer(layer.layer), passes.context(layer.layer, hidden)
+    with InputGrams(module) as grams:
+        for batch in passes.micro_batches(hidden):
+            states = batch.to(passes.compute.device)
+            if record.subblock == "ffn":
+                out = run_subblock(parent, "attention", states, context)
+                states = states if out is None else states + out
+            run_subblock(module, cast(Subblock, record.subblock), states, context)
+    return {name: gram.cpu() for name, gram in grams.sums.items()}
+
+
+def _replaced(
+    passes: Passes, record: BlockRecord, hidden: Tensor, workspace: Path, rounding: Rounding | None
+) -> Tensor:
     """States that leave the layer when the variant stands in it, in place."""
     module, context = passes.layer(record.layer), passes.context(record.layer, hidden)
     variant = load_variant(passes.reader, record, workspace)
+    if type_in(record.variant):
+        assert rounding is not None, "a type of number is rounded to"
+        rounding(record, variant)
     pack_linears(variant)
 
     def replaced(states: Tensor) -> Tensor:
@@ -326,7 +381,7 @@ def load_variant(reader: Parent, record: BlockRecord, workspace: Path) -> DeciLM
     module = reader.empty_layer(record.layer, choice).requires_grad_(False)
     if record.weights is not None:
         module.load_state_dict(read_tensors(workspace, record.weights, device=reader.compute.device))
-    elif record.variant == "parent":
+    elif bare(record.variant) == "parent":
         whole = reader.layer(record.layer).state_dict()
         load_subblock(module, record.subblock, {n: whole[n] for n in module.state_dict()})  # type: ignore[arg-type]
     return module.eval()

@@ -22,21 +22,32 @@ def choose(problem: Problem) -> Architecture:
 
     Raises InfeasibleBudget with the nearest reachable values, SolverStopped when time ran out without any answer.
     """
+    return choose_several(problem, 1, 1)[0]
+
+
+def choose_several(problem: Problem, count: int, min_different: int) -> list[Architecture]:
+    """The best architecture, then the best of those that differ from all before in `min_different` layers at least.
+
+    Fewer than `count` where no more exist. Each has the proof of its own place: the bound of a later one holds for
+    what differs from those before. See `choose`.
+    """
     started = time.perf_counter()
     library = library_of(problem)
     options = {(option.layer, option.label): option.own for option in library.options}
-    (found,) = choose_joint(library, request_of(problem))
-    own = [options[item] for item in found.layers.items()]
-    return _checked(problem, found, own, time.perf_counter() - started)
+    found = choose_joint(library, request_of(problem, diverse=count, min_different=min_different))
+    seconds = time.perf_counter() - started
+    return [_checked(problem, each, [options[item] for item in each.layers.items()], seconds) for each in found]
 
 
 def _checked(problem: Problem, choice: JointChoice, options: list[Option | None], seconds: float) -> Architecture:
     """The architecture of a choice, its limits and score summed again without the library."""
-    layers = [LayerChoice(**own.choice) for own in options if own is not None]
+    chosen = [own for own in options if own is not None]
+    layers = [LayerChoice(**own.choice) for own in chosen if own.head is None]
+    head = next((own.head for own in chosen if own.head is not None), "")
     sizes = {found.scenario: found.batch_size for found in choice.scenarios}
     batches: Batches = tuple(sizes[scenario.name] for scenario in problem.scenarios)
-    architecture = predicted(problem, layers, "mip", batches)
-    problems = [f"{limit.field} is broken" for limit in broken_limits(problem, layers, batches)]
+    architecture = predicted(problem, layers, "mip", batches, head)
+    problems = [f"{limit.field} is broken" for limit in broken_limits(problem, layers, batches, head)]
     if not math.isclose(architecture.score, choice.score, rel_tol=1e-6, abs_tol=1e-9):
         problems.append(f"the score is {architecture.score}, not {choice.score}")
     if problems:

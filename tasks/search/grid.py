@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from blocks.errors import PuzzleError
 from blocks.records import LayerChoice
 from tasks.search.cases import case_at
 from tasks.search.joint import Option
 from tasks.search.program import Floats, Integers, Program
 from tasks.search.request import allowed, check
 from tasks.search.totals import Batches, Problem, batch_choices
-from tasks.search.view import library_of, request_of
+from tasks.search.view import HEAD, library_of, request_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,6 +71,10 @@ def make_grid(problem: Problem, batches: Batches, joint: bool = False) -> Grid:
 def grids_of(problem: Problem, places: Sequence[Batches] | None = None, joint: bool = False) -> list[Grid]:
     """A grid per combination of batch sizes; all of them, larger ones first, where none are named."""
     library = library_of(problem, additive=not joint)
+    if HEAD in library.layers:
+        raise PuzzleError(
+            "this search knows no types of number, and the library has them: leave out search_space.precision."
+        )
     free = problem.search.model_copy(update={"max_block_types": None})
     request = request_of(problem, search=free)
     check(library, request)

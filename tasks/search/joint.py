@@ -17,6 +17,7 @@ from pydantic import Field
 
 from blocks.errors import PuzzleError
 from blocks.records import Value
+from blocks.typed_labels import bare, type_in
 from tasks.search.program import Floats
 
 # N = options, S = scenarios
@@ -87,12 +88,16 @@ class MeasuredAt(Value):
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """What a variant is in our own words: an attention, an FFN, or both of them, of one layer."""
+    """What a variant is in our own words: an attention, an FFN, or both of them, of one layer.
+
+    head: the type of number of embedding and head, for an option of that slot; its layer is one after the last.
+    """
 
     layer: int
     attention: str | None = None
     ffn: str | None = None
     coupled: bool = False
+    head: str | None = None
 
     @property
     def choice(self) -> dict[str, Any]:
@@ -128,8 +133,10 @@ class JointOption:
 class JointLibrary:
     """Options slot after slot; what the non-block part costs, where known; where it was measured.
 
-    layers: names of the slots. A slot is a layer, or one subblock of it where scores of subblocks are added. documents:
-    the document of each scored sequence; sequences of one document are not independent. Empty where nobody knows.
+    layers: names of the slots. A slot is a layer, or one subblock of it where scores of subblocks are added, or the
+    head where its type is searched. documents: the document of each scored sequence; sequences of one document are not
+    independent. Empty where nobody knows. reference: whose parent shares are taken of, where it is not this one's.
+    disturbed: why the measured times are not reliable (blocks/disturbance.py), "" where they are.
     """
 
     layers: tuple[str, ...]
@@ -137,6 +144,16 @@ class JointLibrary:
     fixed: dict[str, Cost] = field(default_factory=dict)
     places: tuple[MeasuredAt, ...] = (MeasuredAt(),)
     documents: tuple[int, ...] = ()
+    reference: "JointLibrary | None" = None
+    disturbed: str = ""
+
+    @property
+    def warning(self) -> str:
+        """A sentence for people where the times are not reliable, "" where they are."""
+        again = (
+            "What follows for time is as unreliable; measure again when it is quiet (puzzle reoptimize --remeasure)."
+        )
+        return self.disturbed and f"costs: {self.disturbed}. {again}"
 
     @property
     def metrics(self) -> list[str]:
@@ -175,6 +192,8 @@ class JointLibrary:
 
     def of_parent(self, cost: str, place: int = 0) -> float:
         """What the parent takes, non-block part included; LibraryFileError where its blocks are missing."""
+        if self.reference is not None:
+            return self.reference.of_parent(cost, place)
         missing = [layer for layer in self.layers if layer not in self.parents]
         if missing:
             raise LibraryFileError(
@@ -220,12 +239,16 @@ def at(cost: Cost, place: int) -> float:
 
 
 def kinds_in(label: str) -> Iterator[str]:
-    """`attention = no_op (...) && ffn = linear (...)` -> no_op, attention=no_op, linear, ffn=linear."""
+    """`attention = no_op (...) && ffn = linear (...)` -> no_op, attention=no_op, linear, ffn=linear.
+
+    A label with a type of number (`ffn768@iq4_nl`) is also called by its variant and by its type.
+    """
     for part in label.split("&&"):
         subblock, equals, rest = part.partition("=")
         kind = rest.partition("(")[0].strip()
         if equals and kind:
-            yield from (kind, f"{subblock.strip()}={kind}")
+            names = dict.fromkeys([kind, bare(kind), *filter(None, [type_in(kind)])])
+            yield from (name for one in names for name in (one, f"{subblock.strip()}={one}"))
 
 
 def samples_of(

@@ -31,6 +31,7 @@ from blocks.records import (
     Subblock,
     Totals,
 )
+from blocks.typed_labels import type_in
 from profiles.schema import Budget, Profile, Scenario, ScenarioBudget, Search
 
 ScoreMetric = Literal["kl", "lm_loss"]
@@ -48,7 +49,10 @@ class InconsistentTables(PuzzleFailure):
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Everything the search needs: scores and costs of one library, the budget, the scenarios, the solver's limits."""
+    """Everything the search needs: scores and costs of one library, the budget, the scenarios, the solver's limits.
+
+    reference: the problem whose parent the budget's shares are taken of, where it is not this one's.
+    """
 
     scores: tuple[Score, ...]
     costs: CostTable
@@ -56,6 +60,7 @@ class Problem:
     scenarios: tuple[Scenario, ...]
     search: Search = Search()
     metric: ScoreMetric = "kl"
+    reference: "Problem | None" = None
 
     @cached_property
     def cost_table(self) -> dict[tuple[str, str, str, int], Cost]:
@@ -64,8 +69,19 @@ class Problem:
 
     @cached_property
     def non_block_table(self) -> dict[tuple[str, int], NonBlockCost]:
-        """Costs of the non-block part by (scenario, batch size)."""
-        return {(cost.scenario, cost.batch_size): cost for cost in self.costs.non_block}
+        """Costs of the non-block part in the profile's precision, by (scenario, batch size)."""
+        return {(cost.scenario, cost.batch_size): cost for cost in self.costs.non_block if not cost.head}
+
+    @cached_property
+    def head_table(self) -> dict[tuple[str, str, int], NonBlockCost]:
+        """Costs of the non-block part by (type of the head, scenario, batch size)."""
+        return {(cost.head, cost.scenario, cost.batch_size): cost for cost in self.costs.non_block}
+
+    @cached_property
+    def heads(self) -> dict[str, Score | None]:
+        """Types that embedding and head may have, with their scores; "" is the profile's precision, and scores 0."""
+        scored = self.score_table.get((0, "head"), {})
+        return {"": None, **{type_in(label): score for label, score in scored.items()}}
 
     @cached_property
     def score_table(self) -> dict[tuple[int, str], dict[str, Score]]:
@@ -174,20 +190,30 @@ def batch_choices(problem: Problem) -> list[Batches]:
     return sorted(itertools.product(*sizes), key=lambda batches: (sum(batches), batches), reverse=True)
 
 
-def totals_of(problem: Problem, layers: Sequence[LayerChoice], batches: Batches) -> tuple[Totals, ...]:
-    """Predicted totals, one per scenario at its batch size.
+def totals_of(problem: Problem, layers: Sequence[LayerChoice], batches: Batches, head: str = "") -> tuple[Totals, ...]:
+    """Predicted totals, one per scenario at its batch size. head: the type of number of embedding and head.
 
     Raises InconsistentTables when a variant was not measured there.
     """
     return tuple(
-        _totals(problem, layers, scenario, batch_size)
+        _totals(problem, layers, scenario, batch_size, head)
         for scenario, batch_size in zip(problem.scenarios, batches, strict=True)
     )
 
 
-def _totals(problem: Problem, layers: Sequence[LayerChoice], scenario: Scenario, batch_size: int) -> Totals:
+def parent_totals(problem: Problem, batches: Batches) -> tuple[Totals, ...]:
+    """Totals of the parent that the budget's shares are taken of."""
+    whose = problem.reference or problem
+    return totals_of(whose, whose.parent, batches)
+
+
+def _totals(problem: Problem, layers: Sequence[LayerChoice], scenario: Scenario, batch_size: int, head: str) -> Totals:
     blocks = [cost_of(problem, part, label, scenario, batch_size) for part, label in _subblocks(layers)]
-    outside = problem.non_block_table[scenario.name, batch_size]
+    outside = problem.head_table.get((head, scenario.name, batch_size))
+    if outside is None:
+        raise InconsistentTables(
+            f"embedding and head have no cost in {head} at scenario {scenario.name}: measure them, or choose another."
+        )
     parts: list[Cost | NonBlockCost] = [outside, *blocks]
     prefill = math.fsum(cost.prefill_seconds for cost in parts)
     decode = math.fsum(cost.decode_seconds_per_token for cost in parts)
@@ -223,7 +249,7 @@ def cost_of(problem: Problem, subblock: Subblock, variant: str, scenario: Scenar
 
 def budget_rows(problem: Problem, batches: Batches) -> tuple[BudgetRow, ...]:
     """The rows of the budget: runtime and memory once per scenario or once over the traffic, parameters once."""
-    totals = totals_of(problem, problem.parent, batches)
+    totals = parent_totals(problem, batches)
     alone = [tuple(float(i == index) for i in range(len(totals))) for index in range(len(totals))]
     budget, first = problem.budget, alone[0]
     rows = [row for weights in alone for row in _memory_limits(problem, budget, totals, weights)]
@@ -284,9 +310,11 @@ def _floor(field: str, weights: Weights, asked: float | None, reference: float) 
     )
 
 
-def broken_limits(problem: Problem, layers: Sequence[LayerChoice], batches: Batches) -> tuple[BudgetRow, ...]:
+def broken_limits(
+    problem: Problem, layers: Sequence[LayerChoice], batches: Batches, head: str = ""
+) -> tuple[BudgetRow, ...]:
     """The rows of the budget that a choice passes by more than the tolerance, summed layer by layer in float64."""
-    totals = totals_of(problem, layers, batches)
+    totals = totals_of(problem, layers, batches, head)
     return tuple(limit for limit in budget_rows(problem, batches) if used_of(problem, totals, limit) > 1 + TOLERANCE)
 
 
@@ -312,9 +340,10 @@ def _value(problem: Problem, totals: Totals, quantity: Quantity) -> float:
     return totals.parameters - (outside if quantity == "layer_parameters" else 0)
 
 
-def fitting_batches(problem: Problem, layers: Sequence[LayerChoice]) -> Batches | None:
+def fitting_batches(problem: Problem, layers: Sequence[LayerChoice], head: str = "") -> Batches | None:
     """The largest combination of batch sizes at which a choice keeps the whole budget, None when there is none."""
-    return next((batches for batches in batch_choices(problem) if not broken_limits(problem, layers, batches)), None)
+    fitting = (batches for batches in batch_choices(problem) if not broken_limits(problem, layers, batches, head))
+    return next(fitting, None)
 
 
 def within_budget(problem: Problem, layers: Sequence[LayerChoice]) -> bool:
@@ -322,7 +351,7 @@ def within_budget(problem: Problem, layers: Sequence[LayerChoice]) -> bool:
     return fitting_batches(problem, layers) is not None
 
 
-def score_of(problem: Problem, layers: Sequence[LayerChoice]) -> tuple[float, float]:
+def score_of(problem: Problem, layers: Sequence[LayerChoice], head: str = "") -> tuple[float, float]:
     """Predicted score of a choice and its standard error, nats per token.
 
     All scores are means over the same sequences, so their errors are correlated: the error is that of the mean of the
@@ -330,6 +359,9 @@ def score_of(problem: Problem, layers: Sequence[LayerChoice]) -> tuple[float, fl
     were kept.
     """
     chosen = [score for layer, choice in enumerate(layers) for score in scores_behind(problem, layer, choice)]
+    if head not in problem.heads:
+        raise InconsistentTables(f"the head has no score in {head}: choose another.")
+    chosen += [score] if (score := problem.heads[head]) else []
     value = math.fsum(getattr(score, problem.metric) for score in chosen)
     summed = np.sum([getattr(score, f"{problem.metric}_per_sequence") for score in chosen], axis=0, dtype=np.float64)
     if np.size(summed) < 2:
@@ -356,23 +388,25 @@ def scores_behind(problem: Problem, layer: int, choice: LayerChoice) -> list[Sco
 
 
 def predicted(
-    problem: Problem, layers: Sequence[LayerChoice], method: str, batches: Batches | None = None
+    problem: Problem, layers: Sequence[LayerChoice], method: str, batches: Batches | None = None, head: str = ""
 ) -> Architecture:
     """The architecture of a given choice, at `batches` or else at the largest batch sizes at which it fits.
 
     No solver stands behind it: status is "heuristic" and `bound` is the sum of the lowest scores of every layer, which
     no choice can pass.
     """
-    at = batches or fitting_batches(problem, layers) or batch_choices(problem)[0]
-    score, error = score_of(problem, layers)
+    at = batches or fitting_batches(problem, layers, head) or batch_choices(problem)[0]
+    score, error = score_of(problem, layers, head)
     bound = math.fsum(_lowest(problem, layer) for layer in range(problem.costs.num_hidden_layers))
+    bound += min(getattr(found, problem.metric) if found else 0.0 for found in problem.heads.values())
     return Architecture(
         method=method,
         layers=tuple(layers),
         score=score,
         score_se=error,
-        totals=totals_of(problem, layers, at),
-        parent_totals=totals_of(problem, problem.parent, at),
+        head=head,
+        totals=totals_of(problem, layers, at, head),
+        parent_totals=parent_totals(problem, at),
         status="heuristic",
         bound=min(bound, score),
         gap=gap_between(score, bound),

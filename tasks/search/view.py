@@ -7,11 +7,13 @@ subblocks of a layer may be slots of their own.
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from blocks.records import SUBBLOCKS, Cost, LayerChoice, NonBlockCost, Subblock
+from blocks.typed_labels import bare, typed
 from profiles.schema import Profile, Scenario, ScenarioBudget
 from tasks.search import joint
 from tasks.search.joint import JointLibrary, JointOption, MeasuredAt, Option
@@ -21,6 +23,7 @@ from tasks.search.totals import Problem, cost_of, scores_behind
 
 Places = Sequence[tuple[Scenario, int]]  # scenarios at a batch size each
 METRICS = ("kl", "lm_loss")
+HEAD = "head"
 # budget field -> quantity, and whether the field is a share of the parent's
 _FIELDS: dict[str, tuple[str, bool]] = {
     "speedup": ("tokens_per_second", True),
@@ -45,12 +48,18 @@ def library_of(problem: Problem, additive: bool = False) -> JointLibrary:
     depth = problem.costs.num_hidden_layers
     slots = [slot for layer in range(depth) for slot in _slots_of(problem, layer, places, additive)]
     options = tuple(_option(problem, option, places) for slot in slots for option in slot)
+    searched = len(problem.heads) > 1
+    options += tuple(_head(problem, kind, places) for kind in problem.heads) if searched else ()
     outside = [problem.non_block_table[scenario.name, size] for scenario, size in places]
+    whose = problem.reference
     return JointLibrary(
         layers=tuple(dict.fromkeys(option.layer for option in options)),
         options=options,
-        fixed=_costs([[part] for part in outside], places, {"layer_parameters": 0.0}),
+        # where the head is searched, all that lies outside the blocks is its slot's
+        fixed=_costs([[] if searched else [part] for part in outside], places, {"layer_parameters": 0.0}),
+        reference=None if whose is None else library_of(replace(whose, scores=())),
         documents=problem.documents,
+        disturbed=problem.costs.disturbed,
         places=tuple(
             MeasuredAt(
                 scenario=scenario.name,
@@ -103,8 +112,8 @@ def _option(problem: Problem, option: Option, places: Places) -> JointOption:
         [cost_of(problem, part, label, scenario, size) for part, label in labels.items()] for scenario, size in places
     ]
     named = {
-        "num_key_value_heads": labels.get("attention", "").removeprefix("kv"),
-        "intermediate_size": labels.get("ffn", "").removeprefix("ffn"),
+        "num_key_value_heads": bare(labels.get("attention", "")).removeprefix("kv"),
+        "intermediate_size": bare(labels.get("ffn", "")).removeprefix("ffn"),
     }
     label = " && ".join(f"{part} = {label}" for part, label in labels.items())
     return JointOption(
@@ -118,6 +127,21 @@ def _option(problem: Problem, option: Option, places: Places) -> JointOption:
         },
         sizes={name: int(size) for name, size in named.items() if size.isdigit()},
         own=option,
+    )
+
+
+def _head(problem: Problem, kind: str, places: Places) -> JointOption:
+    """Embedding, final norm and head as an option of their own slot, in one type of number."""
+    score = problem.heads[kind]
+    parts = [[problem.head_table[kind, scenario.name, size]] for scenario, size in places]
+    return JointOption(
+        layer=HEAD,
+        label=f"{HEAD} = {typed('parent', kind)}",
+        metrics={name: getattr(score, name) if score else 0.0 for name in METRICS},
+        costs=_costs(parts, places, {"layer_parameters": 0.0}),
+        is_parent=not kind,
+        samples={name: _summed(problem, [getattr(score, f"{name}_per_sequence")] if score else []) for name in METRICS},
+        own=Option(layer=problem.costs.num_hidden_layers, head=kind),
     )
 
 

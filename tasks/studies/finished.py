@@ -52,8 +52,14 @@ class Finished:
 def open_finished(profile: Profile, workspace: Path) -> Finished:
     """Find parent, corpus, blocks, scores and costs of a profile.
 
-    Raises UnfinishedLibrary, naming what is missing.
+    Raises UnfinishedLibrary, naming what is missing, and PuzzleError for a profile whose search chooses types of
+    number: the studies judge architectures in float.
     """
+    if profile.search_space.precision:
+        raise PuzzleError(
+            "this study judges architectures in float, and search_space.precision chooses types of number: give the "
+            "command with --set search_space.precision=[] and a budget that is meant without types."
+        )
     if not any((workspace / "parent").glob("*.json")) or not any((workspace / "library").glob("*.json")):
         raise _unfinished(profile, workspace, "no block library")
     parent = prepare_parent(profile.parent, workspace, lambda: iterate_documents(profile.corpus))

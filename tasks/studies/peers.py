@@ -17,6 +17,7 @@ from profiles.schema import Search
 from tasks.search.choose import choose
 from tasks.search.grid import Grid, grids_of, make_grid
 from tasks.search.mip import minimise
+from tasks.search.one_type import back, in_one_type, types_of
 from tasks.search.program import Integers
 from tasks.search.totals import Batches, Problem, predicted
 from tasks.studies import baselines
@@ -40,12 +41,31 @@ NAMES = ("mip", *BASELINES, EVOLUTIONARY)
 def find(name: str, problem: Problem, seed: int = 0, evaluations: int = EVALUATIONS) -> Architecture:
     """The architecture that one search finds within the budget; `seed` and `evaluations` matter to those that draw.
 
-    Raises InfeasibleBudget when the method finds none, even where the MIP does, and PuzzleError for an unknown name.
+    Of a library in several types of number every other search takes one type for all blocks and one for the head; the
+    best of these is kept. Raises InfeasibleBudget when the method finds none, even where the MIP does, and PuzzleError
+    for an unknown name.
     """
     if name not in NAMES:
         raise PuzzleError(f"unknown search {name!r}: it is one of {', '.join(NAMES)}.")
     if name == "mip":
         return choose(problem)
+    if len(types_of(problem)) == 1:
+        return _found_by(name, problem, seed, evaluations)
+    best: Architecture | None = None
+    for kind, head, alone in in_one_type(problem):
+        try:
+            found = back(problem, _found_by(name, alone, seed, evaluations), kind, head)
+        except InfeasibleBudget as error:
+            refused = error
+            continue
+        best = found if best is None or found.score < best.score else best
+    if best is None:
+        raise refused
+    return best
+
+
+def _found_by(name: str, problem: Problem, seed: int, evaluations: int) -> Architecture:
+    """The architecture that a search finds among variants without types."""
     started = time.perf_counter()
     grids = grids_of(problem, joint=name in BASELINES)
     best: tuple[float, Grid, Integers] | None = None

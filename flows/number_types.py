@@ -1,0 +1,106 @@
+"""The stages that a search over types of number adds: scores in types before the choice, files and references after."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from blocks.errors import ParentError
+from blocks.records import Architecture, BlockRecord, CorpusInfo, CostTable, LayerChoice, LayerRecord, ParentInfo, Score
+from blocks.typed_labels import typed
+from flows import stages
+from flows.run import Run, task_of
+from flows.whole_models import made_of
+from profiles.schema import GgufParent, PackageParent, Profile
+from tasks.evaluate.compare import SHIPPED, Contender, contender
+from tasks.evaluate.typed_file import is_typed, with_file
+from tasks.export.quantise import Recipe
+from tasks.inputs.installed_packages import installed_file
+from tasks.running.sharing import TaskKey, exclusive
+from tasks.score import typed_scores
+from tasks.search.totals import Problem, predicted
+
+
+@task_of("score the parent", "score the parent: {label}", lambda _, p: p["text"].key(p["recipe"]))
+def whole_task(label: str, recipe: Recipe, text: typed_scores.ScoredText, workspace: Path) -> Any:
+    """See tasks.score.typed_scores.score_whole."""
+    with exclusive(workspace, TaskKey(key=f"score-{text.key(recipe)}", what=f"the score of the parent, {label}")):
+        return typed_scores.score_whole(text, recipe, workspace)
+
+
+@task_of("write file", "write {which.name} ({which.stage}) in its types")
+def file_task(which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path) -> Any:
+    """See tasks.evaluate.typed_file.with_file."""
+    with exclusive(workspace, TaskKey(key=f"typed-{which.key}", what=f"the file of {which.name}")):
+        return with_file(which, parent, corpus, profile.hardware.precision, workspace)
+
+
+def score_types(
+    run: Run,
+    source: tuple[ParentInfo, CorpusInfo],
+    records: Sequence[LayerRecord],
+    blocks: Sequence[BlockRecord],
+    scores: Sequence[Score],
+    costs: CostTable,
+) -> list[Score]:
+    """The scores, and those of every variant in every type of `search_space.precision`, where there are any."""
+    profile, kinds = run.profile, run.profile.search_space.precision
+    if not kinds:
+        return list(scores)
+    (parent, corpus), depth = source, costs.num_hidden_layers
+
+    def measure(wanted: list[BlockRecord]) -> list[Score]:
+        return stages.score_all(run, *source, records, wanted, "score types")
+
+    parents = measure(typed_scores.parents_in_types(parent, corpus, records, kinds))
+    text, whole = typed_scores.text_of(profile, parent, corpus, run.workspace), {}
+    recipes = typed_scores.recipes(depth, kinds, profile.search_space.head_types)
+    with run.stage("score whole parents") as progress:
+        for label, recipe in recipes.items():
+            known = text.stored(recipe) is not None
+            made = run.call(
+                whole_task, f"score {label}", label, recipe, text, run.workspace, after=["corpus"], refresh=not known
+            )
+            whole[label] = text.stored(recipe) or made
+            progress(len(whole), len(recipes), label)
+    return typed_scores.settled(profile, scores, parents, whole, costs, blocks, measure)
+
+
+def with_files(run: Run, contenders: Sequence[Contender], parent: ParentInfo, corpus: CorpusInfo) -> list[Contender]:
+    """The contenders, each with its GGUF file where the search chose types of number."""
+    if not any(map(is_typed, contenders)):
+        return list(contenders)
+    found: list[Contender] = []
+    with run.stage("write files") as progress:
+        for which in contenders:
+            if is_typed(which):
+                values = (which, parent, corpus, run.profile, run.workspace)
+                makes = f"file {which.name} {which.stage}"
+                which = run.call(file_task, makes, *values, after=[made_of(which)], limited=False)
+            found.append(which)
+            progress(len(found), len(contenders), which.name)
+    return found
+
+
+def references(run: Run, problem: Problem, child: Architecture, own: Contender) -> list[Contender]:
+    """What a user has without a search: the parent in each type, and the file that the parent came in."""
+    space, batches = run.profile.search_space, tuple(totals.batch_size for totals in child.totals)
+    found = []
+    for kind in space.precision:
+        whole = LayerChoice(attention=typed("parent", kind), ffn=typed("parent", kind))
+        head = kind if kind in space.head_types else next(iter(space.head_types), "")
+        layers = (whole,) * len(child.layers)
+        found.append(contender(f"parent {kind}", predicted(problem, layers, "parent", batches, head), []))
+    file = _shipped(run.profile) if space.precision else None
+    if file is not None:
+        found.append(own.model_copy(update={"name": SHIPPED, "file": str(file.resolve())}))
+    return found
+
+
+def _shipped(profile: Profile) -> Path | None:
+    """The one GGUF file that the parent was read from."""
+    source = profile.parent
+    if isinstance(source, PackageParent):
+        return installed_file(source.package, source.file, ParentError)
+    if isinstance(source, GgufParent) and "-of-" not in Path(source.path).name:
+        return Path(source.path)
+    return None

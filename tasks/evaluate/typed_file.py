@@ -1,0 +1,65 @@
+"""The GGUF file of a child whose search chose types of numbers: written once, then judged, timed and handed over.
+
+Types of 4 and 5 bits are fitted to the first training sequences of the corpus (tasks/export/quantise.py).
+"""
+
+import shutil
+from pathlib import Path
+
+from blocks.compute import HOST
+from blocks.files import atomic_path
+from blocks.library import digest_of, read_rows
+from blocks.records import CorpusInfo, ParentInfo
+from blocks.typed_labels import FITTED_TO
+from profiles.schema import Precision
+from tasks.evaluate.compare import Contender, build
+from tasks.export.child_tokenizer import find_tokenizer
+from tasks.export.logits_check import check_logits
+from tasks.export.quantise import Recipe, quantise_layers
+from tasks.gguf.reader import read_gguf
+from tasks.gguf.writer import write_gguf
+from tasks.inputs.children import Origin
+from tasks.running.progress import Progress, no_progress
+
+VERSION = 1
+GGUF_NAME = "child.gguf"  # beside the child's folder
+
+
+def is_typed(which: Contender) -> bool:
+    """Whether a contender is served from a file of its own, in types that the search chose."""
+    return bool(which.architecture.head or any(choice != choice.bare for choice in which.architecture.layers))
+
+
+def with_file(
+    which: Contender,
+    parent: ParentInfo,
+    corpus: CorpusInfo,
+    precision: Precision,
+    workspace: Path,
+    progress: Progress = no_progress,
+) -> Contender:
+    """The contender with its file, which is written unless it is there; a contender without types as it is.
+
+    precision: that of weights for which no type was chosen.
+    """
+    if not is_typed(which):
+        return which
+    key = digest_of(model=which.key, corpus=corpus.fingerprint, precision=precision, fitted=FITTED_TO, v=VERSION)
+    path = workspace / "typed" / f"{key}.gguf"
+    if not path.exists():
+        model, folder = build(which, parent, workspace, HOST), workspace / parent.folder
+        tokens = read_rows(workspace, corpus.tokens, "train", 0, min(FITTED_TO, corpus.train_sequences)).long()
+        recipe = Recipe.of(which.architecture.layers, which.architecture.head)
+        stored = quantise_layers(model, tokens, recipe, progress)
+        tokenizer, _ = find_tokenizer(folder, model.config.vocab_size, Origin(parent_source=parent.source), None)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_gguf(model, path, precision, tokenizer, f"{which.name} of {parent.name}", stored)
+    return which.model_copy(update={"file": str(path.relative_to(workspace))})
+
+
+def hand_over(file: Path, target: Path) -> str:
+    """Copy a child's file to where its user finds it, if llama.cpp gives torch's logits on it. Returns a sentence."""
+    said = check_logits(read_gguf(file), file, "the chosen types")
+    with atomic_path(target) as part:
+        shutil.copyfile(file, part)
+    return f"{target.name}: {said}"

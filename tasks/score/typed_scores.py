@@ -1,0 +1,234 @@
+"""Scores of variants in types of number, from few that are measured.
+
+    S(v in t) = S(v) + f(t) x share(v) x S(parent's block in t)
+
+share: parameters that the variant keeps of its subblock. f: one factor per type, fitted to the KL of the whole parent
+in that type, since sums of quantisation scores overshoot for few bits. Where a variant was itself scored in a type, its
+own figure takes the place of the product. Embedding and head are scored on the whole model.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blocks.child import library_of
+from blocks.compute import HOST
+from blocks.estimates import mean
+from blocks.library import digest_of, keep, read_rows, remember
+from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, CostTable, LayerRecord, ParentInfo, Score, Value
+from blocks.typed_labels import FITTED_TO, bare, type_in, typed
+from profiles.schema import Profile
+from tasks.distill.record import open_parent
+from tasks.export.quantise import Recipe, divergences, log_probabilities, quantise_layers
+from tasks.score.rounding import in_type
+from tasks.search.choose import choose
+from tasks.search.totals import problem_of
+
+VERSION = 1
+LEAST, MOST = 0.05, 2.0  # of a factor: beyond, the KL of the whole model says more of chance than of the type
+METRICS = ("kl", "lm_loss")
+Place = tuple[int, str, str]  # layer, subblock, variant
+
+
+class WholeScore(Value):
+    """The whole parent in types of number: KL and rise of the LM loss on every scored sequence, in nats per token."""
+
+    kl: tuple[float, ...]
+    lm_loss: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredText:
+    """The sequences that everything is scored on: how many, and tokens of each."""
+
+    parent: ParentInfo
+    corpus: CorpusInfo
+    count: int
+    length: int
+    workspace: Path
+
+    def key(self, recipe: Recipe) -> str:
+        """Digest of all that the score of the parent in a recipe depends on."""
+        return digest_of(
+            parent=self.parent.fingerprint,
+            corpus=self.corpus.fingerprint,
+            sequences=[self.count, self.length],
+            recipe=[recipe.layers, recipe.head],
+            fitted=FITTED_TO,
+            v=VERSION,
+        )
+
+    def path(self, recipe: Recipe) -> Path:
+        """The file of that score."""
+        return self.workspace / "scores" / f"{self.key(recipe)}.json"
+
+    def stored(self, recipe: Recipe) -> WholeScore | None:
+        """The score, if it was measured."""
+        return remember(self.path(recipe), WholeScore, lambda _: [], self.workspace)
+
+
+def text_of(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, workspace: Path) -> ScoredText:
+    """What a profile scores on."""
+    count, length = profile.scoring.sequences, profile.scoring.tokens_per_sequence or corpus.sequence_length
+    return ScoredText(parent=parent, corpus=corpus, count=count, length=length, workspace=workspace)
+
+
+@torch.no_grad()
+def score_whole(text: ScoredText, recipe: Recipe, workspace: Path) -> WholeScore:
+    """Score the whole parent in a recipe; stored scores are read."""
+    found = text.stored(recipe)
+    if found is not None:
+        return found
+    model: Any = open_parent(workspace / text.parent.folder, HOST).model()
+    tokens = read_rows(workspace, text.corpus.tokens, "validation", 0, text.count)[:, : text.length].long()
+    train = read_rows(workspace, text.corpus.tokens, "train", 0, min(FITTED_TO, text.corpus.train_sequences)).long()
+    before = log_probabilities(model, tokens)
+    quantise_layers(model, train, recipe)
+    after = log_probabilities(model, tokens)
+    rises = [
+        float((p[:-1] - q[:-1]).gather(1, one[1:, None]).mean())
+        for p, q, one in zip(before, after, tokens, strict=True)
+    ]
+    found = WholeScore(kl=tuple(divergences(before, after)), lm_loss=tuple(rises))
+    keep(text.path(recipe), found, [], workspace)
+    return found
+
+
+def recipes(depth: int, kinds: Sequence[str], heads: Sequence[str]) -> dict[str, Recipe]:
+    """What of the whole parent is scored: every type in all layers, and every type of the head, by label."""
+    whole = {typed("whole", kind): Recipe.uniform(kind, depth) for kind in kinds}
+    return whole | {typed("head", kind): Recipe(layers=(("", ""),) * depth, head=kind) for kind in heads}
+
+
+def parents_in_types(
+    parent: ParentInfo, corpus: CorpusInfo, records: Sequence[LayerRecord], kinds: Sequence[str]
+) -> list[BlockRecord]:
+    """The parent's own blocks in every type, as what is scored. records: what they are fitted to, layer by layer."""
+    states = [record.boundary.sha256 if record.boundary else "" for record in records]
+    return [
+        in_type(
+            BlockRecord(
+                key=digest_of(
+                    parent=parent.fingerprint,
+                    corpus=corpus.fingerprint,
+                    states=states[layer],
+                    layer=layer,
+                    subblock=subblock,
+                ),
+                layer=layer,
+                subblock=subblock,
+                variant="parent",
+                status="free",
+            ),
+            kind,
+        )
+        for layer in range(len(records))
+        for subblock in SUBBLOCKS
+        for kind in kinds
+    ]
+
+
+def scores_in_types(
+    scores: Sequence[Score], measured: Sequence[Score], whole: Mapping[str, WholeScore], costs: CostTable
+) -> list[Score]:
+    """All scores: those of `scores`, of every variant in every type that it was measured in, and of the head.
+
+    measured: the parent's blocks in every type, and variants that were scored in a type themselves.
+    """
+    by_place: dict[Place, Score] = {(one.layer, one.subblock, one.variant): one for one in measured}
+    kinds = [type_in(label) for label in whole if bare(label) == "whole"]
+    factors = {kind: _factor(kind, measured, whole[typed("whole", kind)]) for kind in kinds}
+    sizes: dict[tuple[str, str], int] = {(cost.subblock, cost.variant): cost.parameters for cost in costs.costs}
+    heads = [_of_head(label, score, measured[0]) for label, score in whole.items() if bare(label) == "head"]
+    parents = [
+        _sum(part, part.variant, [(factors[type_in(part.variant)], part)])
+        for part in measured
+        if bare(part.variant) == "parent"
+    ]
+    variants = []
+    for score in scores:
+        for kind in kinds if score.variant != "no_op" else ():
+            label, factor = typed(score.variant, kind), factors[kind]
+            own = by_place.get((score.layer, score.subblock, label))
+            part = by_place.get((score.layer, score.subblock, typed("parent", kind)))
+            if own is not None:
+                variants.append(_sum(score, label, [(1.0, score), (factor, own), (-factor, score)]))
+            elif part is not None and (score.subblock, score.variant) in sizes:
+                share = sizes[score.subblock, score.variant] / sizes[score.subblock, "parent"]
+                variants.append(_sum(score, label, [(1.0, score), (factor * share, part)]))
+    return [*scores, *parents, *variants, *heads]
+
+
+def _factor(kind: str, measured: Sequence[Score], whole: WholeScore) -> float:
+    """True KL of the whole parent in a type over the sum of its blocks' scores."""
+    summed = math.fsum(score.kl for score in measured if score.variant == typed("parent", kind))
+    true = math.fsum(whole.kl) / len(whole.kl)
+    return min(max(true / summed, LEAST), MOST) if summed > 0 else 1.0
+
+
+def _of_head(label: str, whole: WholeScore, like: Score) -> Score:
+    empty = dict.fromkeys((f"{metric}_per_sequence" for metric in METRICS), (0.0,) * len(whole.kl))
+    base = like.model_copy(update={"layer": 0, "subblock": "head", **empty})
+    return _with_figures(base, label, {"kl": whole.kl, "lm_loss": whole.lm_loss})
+
+
+def _sum(like: Score, label: str, parts: Sequence[tuple[float, Score]]) -> Score:
+    """A score of the same place whose figures on every sequence are a weighted sum."""
+    figures = {
+        metric: tuple(
+            math.fsum(weight * value for (weight, _), value in zip(parts, values, strict=True))
+            for values in zip(*(getattr(score, f"{metric}_per_sequence") for _, score in parts), strict=True)
+        )
+        for metric in METRICS
+    }
+    return _with_figures(like, label, figures)
+
+
+def _with_figures(like: Score, label: str, figures: Mapping[str, tuple[float, ...]]) -> Score:
+    update: dict[str, Any] = {"variant": label}
+    for metric, values in figures.items():
+        estimate = mean(values, like.documents)
+        update |= {f"{metric}_per_sequence": values, metric: estimate.value, f"{metric}_se": estimate.error}
+    return like.model_copy(update=update)
+
+
+def to_measure(
+    layers: Sequence[Any], blocks: Mapping[tuple[int, str, str], BlockRecord], known: Sequence[Score]
+) -> list[BlockRecord]:
+    """The chosen variants in types that nobody scored in their type yet."""
+    there = {(one.layer, one.subblock, one.variant) for one in known}
+    found = []
+    for layer, choice in enumerate(layers):
+        for subblock in SUBBLOCKS:
+            label = getattr(choice, subblock)
+            record = blocks.get((layer, subblock, bare(label)))
+            if type_in(label) and record is not None and (layer, subblock, label) not in there:
+                found.append(in_type(record, type_in(label)))
+    return found
+
+
+def settled(
+    profile: Profile,
+    scores: Sequence[Score],
+    parents: Sequence[Score],
+    whole: Mapping[str, WholeScore],
+    costs: CostTable,
+    blocks: Sequence[BlockRecord],
+    measure: Callable[[list[BlockRecord]], list[Score]],
+) -> list[Score]:
+    """All scores, those of the chosen variants measured: choose, score what was chosen in its type, choose again.
+
+    parents: scores of the parent's blocks in every type. It ends when the choice holds no product any more.
+    """
+    measured, library = list(parents), library_of(list(blocks))
+    while True:
+        found = scores_in_types(scores, measured, whole, costs)
+        missing = to_measure(choose(problem_of(profile, found, costs)).layers, library, measured)
+        more = measure(missing) if missing else []
+        if not more:
+            return found
+        measured += more
