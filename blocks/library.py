@@ -103,6 +103,13 @@ def read_rows(workspace: Path, ref: Ref, name: str, first: int, last: int) -> to
     return rows
 
 
+def pick_rows(workspace: Path, ref: Ref, name: str, rows: Sequence[int]) -> torch.Tensor:
+    """These rows of a tensor of a checked reference, on the host. The file is mapped: the others are not read."""
+    with safe_open(checked_path(workspace, ref), framework="pt", device="cpu") as file:
+        there = file.get_slice(name)
+        return torch.stack([there[row] for row in rows])
+
+
 def _fetched(workspace: Path, ref: Ref) -> bool:
     store = store_of(workspace)
     return store is not None and store.fetch(ref.sha256, workspace / ref.path)

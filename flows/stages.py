@@ -17,7 +17,7 @@ from blocks.library import BlockLibrary, digest_of
 from blocks.records import Architecture, BlockRecord, CorpusInfo, CostTable, LayerRecord, ParentInfo, Score
 from flows.run import Run, task_of
 from profiles.hardware import load_target
-from profiles.schema import Profile
+from profiles.schema import ParentAnswersSource, Profile
 from tasks.distill.bld import Job, distill_shard, progress_of
 from tasks.distill.jobs import better_of, coupled_jobs, jobs_of
 from tasks.distill.record import (
@@ -36,6 +36,7 @@ from tasks.distill.record import (
 from tasks.inputs.corpus import documents_of, prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
+from tasks.inputs.parent_answers import with_answers
 from tasks.inputs.space import check_search_space, left_out, measured_space
 from tasks.measure import costs, typed_costs
 from tasks.measure.calibration import drift
@@ -51,6 +52,7 @@ from tasks.studies.peers import find
 
 parent_task = task_of("prepare parent", "prepare parent")(prepare_parent)
 corpus_task = task_of("prepare corpus", "prepare corpus")(prepare_corpus)
+prompts_task = task_of("answer prompts", "answer prompts")(with_answers)
 choose_task = task_of("choose", "choose")(choose_several)
 ratio_task = task_of("measure type", "measure the parent in {kind}")(typed_costs.measure_ratio)
 
@@ -131,9 +133,18 @@ def prepare(run: Run) -> tuple[ParentInfo, CorpusInfo]:
     check_search_space(profile, reader)
     for sentence in left_out(profile, reader):
         say(f"not tried: {sentence}")
+    wanted, needs = profile.corpus, ["parent"]
+    if any(isinstance(source, ParentAnswersSource) for source in wanted.sources):
+        with (
+            exclusive(workspace, TaskKey(key="prompts", what="the parent's answers")),
+            run.stage("prompts") as progress,
+        ):
+            place = (parent, workspace, compute_of(profile), progress)
+            wanted = run.call(prompts_task, "prompts", wanted, *place, after=["parent"], limited=False)
+            needs = ["prompts"]
     with exclusive(workspace, TaskKey(key="corpus", what="the corpus")), run.stage("corpus"):
-        source = (profile.corpus, workspace / parent.folder, parent.fingerprint, workspace)
-        corpus: CorpusInfo = run.call(corpus_task, "corpus", *source, after=["parent"], limited=False)
+        read = (wanted, workspace / parent.folder, parent.fingerprint, workspace)
+        corpus: CorpusInfo = run.call(corpus_task, "corpus", *read, after=needs, limited=False)
     return parent, corpus
 
 

@@ -1,4 +1,4 @@
-"""Weights of tokens: which tokens of a chat have them, and that statistics, BLD, scores and GKD are linear in them."""
+"""Chats: which of their tokens have weights, that all stages are linear in them, and the parent's own answers."""
 
 import json
 import shutil
@@ -13,14 +13,17 @@ from torch import Tensor
 from blocks.compute import HOST
 from blocks.errors import CorpusError
 from blocks.library import read_tensors, write_tensors
-from blocks.records import CorpusInfo
-from profiles.schema import GKD, Corpus, TextSource
+from blocks.records import CorpusInfo, ParentInfo
+from profiles.schema import GKD, Corpus, ParentAnswersSource, TextSource
 from tasks.distill import bld
 from tasks.distill.gkd_job import distill_globally, job_of
 from tasks.distill.gkd_targets import record_teacher
 from tasks.distill.record import record_layer
+from tasks.inputs import parent_answers
 from tasks.inputs.chats import Unusable, answers_in
 from tasks.inputs.corpus import document_tokenizer, prepare_corpus, weights_of
+from tasks.inputs.corpus_sources import iterate_documents
+from tasks.inputs.parent_answers import with_answers
 from tasks.inputs.tiny import byte_tokenizer
 from tasks.score.scoring import ScoringSet, score_sequences
 from tests.chain import SETTINGS, Chain, recording
@@ -184,3 +187,74 @@ def test_losses_of_gkd_are_linear_in_the_weights(chain: Chain, tmp_path: Path, s
         kl.append(result.curve[0][1])
     for one, other, whole in (first, kl):
         assert (one + other) / 2 == pytest.approx(whole, rel=1e-5) and one != pytest.approx(whole, rel=1e-3)
+
+
+@pytest.fixture
+def talker(chain: Chain, tmp_path: Path) -> ParentInfo:
+    """The chain's parent, for whom some letters end an answer."""
+    shutil.copytree(chain.workspace / "parent", tmp_path / "parent")
+    ends = byte_tokenizer()("eitsS")["input_ids"]
+    (tmp_path / chain.parent.folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    return chain.parent
+
+
+def asks(folder: Path, **more: Any) -> Corpus:
+    prompts = chats(folder, 40).model_dump(exclude={"weight"})
+    source = {"kind": "parent_answers", "prompts": prompts, "answers": 40, "answer_tokens": 12, **more}
+    sizes = {"train_sequences": 8, "validation_sequences": 2, "test_sequences": 2}
+    return Corpus.model_validate({"sources": [source], "sequence_length": 16, "near_duplicates": None, **sizes})
+
+
+def test_the_parent_answers_once_and_goes_on_where_it_was_killed(
+    talker: ParentInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, asked = parent_answers.answer_batch, asks(tmp_path, temperature=1.0)
+    done: list[int] = []
+
+    def killed(*arguments: Any) -> Any:
+        done.append(arguments[-1])
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return made(*arguments)
+
+    monkeypatch.setattr(parent_answers, "answer_batch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        with_answers(asked, talker, tmp_path, HOST)
+    (part,) = (tmp_path / "corpus").glob("answers-*.part")
+    part.write_bytes(part.read_bytes() + b'{"messages": [{"ro')
+    found = with_answers(asked, talker, tmp_path, HOST)
+    assert done == [0, 1, 2, 2] and not part.exists()
+    (path,) = (source.path for source in found.sources)  # type: ignore[union-attr]
+    lines = [json.loads(line)["messages"] for line in Path(path).read_text().splitlines()]
+    assert len(lines) == 40 and {len(chat) for chat in lines if chat} == {2}
+    assert all(not chat or (chat[0]["role"], chat[1]["role"]) == ("user", "assistant") for chat in lines)
+    whole = Path(path).read_bytes()
+    Path(path).unlink()
+    with_answers(asked, talker, tmp_path, HOST)
+    assert Path(path).read_bytes() == whole  # never killed: the same draws
+    assert with_answers(asked, talker, tmp_path, HOST) == found and len(done) == 7
+    others = with_answers(asks(tmp_path, temperature=1.0, seed=1), talker, tmp_path, HOST)
+    assert others != found and with_answers(others, talker, tmp_path, HOST) == others
+    weighs = others.model_copy(update={"prompt_weight": 0.0})
+    assert prepare_corpus(weighs, tmp_path / talker.folder, talker.fingerprint, tmp_path).weighted
+
+
+def test_answers_in_a_batch_are_those_alone(talker: ParentInfo, tmp_path: Path) -> None:
+    (source,) = asks(tmp_path, answer_tokens=24).sources
+    assert isinstance(source, ParentAnswersSource)
+    model, tokenizer = parent_answers._opened(tmp_path / talker.folder, HOST)
+    torch.manual_seed(0)
+    for parameter in model.parameters():  # by itself it says nothing but blanks
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    model.generation_config.eos_token_id = [56, 71, 158]
+    prompts = [prompt for _, prompt in zip(range(6), parent_answers.prompts_of(source), strict=False)]
+    alone = [parent_answers.answer_batch(model, tokenizer, [prompt], source, 0)[0] for prompt in prompts]
+    assert parent_answers.answer_batch(model, tokenizer, prompts, source, 0) == alone and any(alone)
+
+
+def test_answers_without_an_end_and_without_a_parent_are_refused(chain: Chain, tmp_path: Path) -> None:
+    shutil.copytree(chain.workspace / "parent", tmp_path / "parent")
+    with pytest.raises(CorpusError, match="no answer of the parent ended within 12 tokens"):
+        with_answers(asks(tmp_path), chain.parent, tmp_path, HOST)
+    with pytest.raises(CorpusError, match="before there is a parent"):
+        list(iterate_documents(asks(tmp_path)))

@@ -25,7 +25,6 @@ from tasks.distill.gkd_settings import rows_of_step, share_of_rate, trial_steps
 from tasks.distill.gkd_student import Student, trained_modules
 from tasks.distill.gkd_targets import Teacher, TeacherRecord, batch_of
 from tasks.distill.sharding import ALONE, Group, held_bytes, whole
-from tasks.inputs.corpus import weights_of
 from tasks.running.memory import Parts
 
 VERSION = 4
@@ -129,8 +128,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95))
         self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.steps = self.settings.steps if self.parameters else 0
-        self.tokens = read_tensors(self.workspace, self.record.corpus.tokens, ["train"])["train"]
-        self.weights = weights_of(self.record.corpus, "train", self.workspace)
+        self.length = self.record.corpus.sequence_length
         rows = self._rows(self.settings.batch_sequences)
         count = self._parts_of(rows)
         # one process of several cannot take smaller parts: the others would wait for it
@@ -274,7 +272,7 @@ class Training:
                 learning_rate=course.learning_rate,
                 tried=course.tried,
                 held_bytes=tuple(held for held, _ in of_each),
-                tokens=len(course.losses) * self.settings.batch_sequences * self.tokens.shape[1],
+                tokens=len(course.losses) * self.settings.batch_sequences * self.length,
                 seconds=course.seconds,
                 cpu_seconds=sum(seconds for _, seconds in of_each),
                 stopped=stopped,
@@ -299,12 +297,13 @@ class Training:
 
     def _batch(self, step: int) -> dict[str, Tensor]:
         """This process's sequences of a step, with the parent's targets where they were recorded."""
-        rows, length = self.group.part(self.settings.batch_sequences), self.tokens.shape[1]
+        rows = self.group.part(self.settings.batch_sequences)
         if not self.record.steps:
-            wanted = rows_of_step(step - 1, self.settings, len(self.tokens))[rows]
-            batch = batch_of(self.tokens, self.weights, wanted)
+            corpus = self.record.corpus
+            wanted = rows_of_step(step - 1, self.settings, corpus.train_sequences)[rows]
+            batch = batch_of(corpus, "train", wanted, self.workspace)
             return {name: tensor.to(self.compute.device) for name, tensor in batch.items()}
-        return self._rows_of(read_tensors(self.workspace, self.record.steps[step - 1]), rows, length)
+        return self._rows_of(read_tensors(self.workspace, self.record.steps[step - 1]), rows, self.length)
 
     def _rows_of(self, batch: dict[str, Tensor], rows: slice, length: int) -> dict[str, Tensor]:
         """Those sequences of a batch: a row of `tokens` each, `length` rows of what there is for every token."""
@@ -370,7 +369,7 @@ class Training:
         return -(-sequences // self.group.size)
 
     def _parts_of(self, rows: int) -> int:
-        return -(-rows // self.compute.sequences(self.tokens.shape[1]))
+        return -(-rows // self.compute.sequences(self.length))
 
     def _on_device(self, values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64).to(self.compute.device)

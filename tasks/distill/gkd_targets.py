@@ -6,7 +6,7 @@ runs beside the child, on the batch that the child is trained on, and gives the 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,12 +17,12 @@ from blocks.child import for_passes
 from blocks.compute import Compute
 from blocks.divergence import Head, Targets, targets_of
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
-from blocks.library import digest_of, keep, read_tensors, remember, write_tensors
+from blocks.library import digest_of, keep, pick_rows, remember, write_tensors
 from blocks.records import CorpusInfo, ParentInfo, Ref, Value
 from profiles.schema import GKD
 from tasks.distill.gkd_settings import HOW, NOT_OF_THE_PARENT, cosine_layers, is_recorded, rows_of_step
 from tasks.distill.record import open_parent
-from tasks.inputs.corpus import weights_of
+from tasks.inputs.corpus import WEIGHTS
 from tasks.running.progress import Progress, no_progress
 
 VERSION = 4  # of the targets
@@ -110,17 +110,14 @@ def record_teacher(
         return stored
     model = for_passes(lambda on: open_parent(source, on).model(), compute, reader.weight_bytes)
     teacher, layers = Teacher(model, compute), cosine_layers(reader.depth, settings.cosine_every)
-    tokens = read_tensors(workspace, corpus.tokens, ["train", "validation"])
-    weights = {split: weights_of(corpus, split, workspace) for split in tokens}
     references = []
     for step in range(steps):
-        rows = rows_of_step(step, settings, len(tokens["train"]))
-        batch = batch_of(tokens["train"], weights["train"], rows)
+        batch = batch_of(corpus, "train", rows_of_step(step, settings, corpus.train_sequences), workspace)
         parts = _in_parts(teacher, batch, layers, compute)
         references.append(_record_batch(parts, workspace, f"{folder}/step_{step:05d}"))
         progress(step + 1, steps, "parent")
-    first = slice(0, settings.validation_sequences)
-    watched = _in_parts(teacher, batch_of(tokens["validation"], weights["validation"], first), (), compute)
+    first = range(min(settings.validation_sequences, corpus.validation_sequences))
+    watched = _in_parts(teacher, batch_of(corpus, "validation", first, workspace), (), compute)
     record = TeacherRecord(
         parent=parent,
         corpus=corpus,
@@ -138,9 +135,12 @@ def _files_of(record: TeacherRecord) -> list[Ref]:
     return [*record.steps, record.validation]
 
 
-def batch_of(tokens: Tensor, weights: Tensor | None, rows: list[int] | slice) -> dict[str, Tensor]:
+def batch_of(corpus: CorpusInfo, split: str, rows: Sequence[int], workspace: Path) -> dict[str, Tensor]:
     """Some sequences, and the weights of their tokens one after another, where there are weights."""
-    return {"tokens": tokens[rows]} | ({} if weights is None else {"weights": weights[rows].flatten()})
+    batch = {"tokens": pick_rows(workspace, corpus.tokens, split, rows)}
+    if corpus.weighted:
+        batch["weights"] = pick_rows(workspace, corpus.tokens, f"{split}{WEIGHTS}", rows).flatten()
+    return batch
 
 
 def _in_parts(

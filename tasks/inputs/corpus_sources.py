@@ -17,6 +17,7 @@ from profiles.schema import (
     Corpus,
     CorpusSource,
     HubSource,
+    ParentAnswersSource,
     PythonStdlibSource,
     TextSource,
     WikipediaDumpSource,
@@ -39,7 +40,8 @@ def check_sources(corpus: Corpus) -> None:
 
     This takes a fraction of a second: files are read up to their first text, and the hub is not asked.
     """
-    for source in corpus.sources:
+    for given in corpus.sources:
+        source = given.prompts if isinstance(given, ParentAnswersSource) else given
         if isinstance(source, PythonStdlibSource):
             _stdlib_files(source)
         elif isinstance(source, WikipediaDumpSource):
@@ -76,7 +78,7 @@ def iterate_batches(
     notes = [] if notes is None else notes
     for source in corpus.sources:
         read, long, tallies = 0, 0, list[Tally]()
-        for text in _documents_of(source, chat, tallies, limit // LONGEST + 1):
+        for text in documents_of_source(source, chat, tallies, limit // LONGEST + 1):
             long += len(text) > limit // LONGEST
             document = (
                 normalise(text[: limit // LONGEST]) if isinstance(text, str) else text[: limit // LONGEST // 4 * 4]
@@ -101,6 +103,8 @@ def iterate_batches(
 
 def name_of(source: CorpusSource) -> str:
     """The name of a source in sentences that are published with the child: without folders of this machine."""
+    if isinstance(source, ParentAnswersSource):
+        return f"the parent's answers to {name_of(source.prompts)}"
     if isinstance(source, HubSource):
         return source.hub_id
     return Path(source.path).name if isinstance(source, TextSource) else source.kind
@@ -141,7 +145,7 @@ def content_of(source: CorpusSource) -> list[str]:
     return [f"reader {READER}"]
 
 
-def _documents_of(source: CorpusSource, chat: Chat, tallies: list[Tally], longest: int) -> Iterator[Document]:
+def documents_of_source(source: CorpusSource, chat: Chat, tallies: list[Tally], longest: int) -> Iterator[Document]:
     """The documents of a source as they are. A tally is added to `tallies` for every file that is opened."""
     if isinstance(source, WikipediaDumpSource):
         yield from articles_of(_dump_file(source))
@@ -150,6 +154,11 @@ def _documents_of(source: CorpusSource, chat: Chat, tallies: list[Tally], longes
     elif isinstance(source, HubSource):
         tallies.append(Tally(source.hub_id, "row", HUB_PATIENCE))
         yield from texts(_hub_rows(source), lambda row: value_of(row, source.text_field, chat), tallies[-1])
+    elif isinstance(source, ParentAnswersSource):  # tasks/inputs/parent_answers.py puts a file in its place
+        raise CorpusError(
+            "the corpus asks for the parent's own answers before there is a parent: a tiny parent, which is trained on "
+            "the corpus, has none, and `puzzle init` needs text."
+        )
     else:
         for path in files_of(source):
             tallies.append(Tally(str(path), "line"))

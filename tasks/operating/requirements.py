@@ -24,6 +24,7 @@ from profiles.schema import (
     GgufParent,
     Hardware,
     PackageParent,
+    ParentAnswersSource,
     Profile,
     TextSource,
     WikipediaDumpSource,
@@ -266,7 +267,7 @@ def _corpus(profile: Profile) -> Iterator[str]:
         if isinstance(source, WikipediaDumpSource):
             yield from _packages(f"corpus.sources[{index}]", "mwparserfromhell")
             yield from _file(f"corpus.sources[{index}]", source.package, source.file)
-        elif isinstance(source, TextSource):
+        elif isinstance(source, TextSource | ParentAnswersSource):
             from tasks.inputs.corpus_sources import check_sources
 
             try:

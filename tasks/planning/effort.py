@@ -27,9 +27,10 @@ from blocks.records import SUBBLOCKS, Subblock
 from blocks.resources import BYTES, non_block_parameters, parameters_of
 from blocks.typed_labels import FITTED_TO
 from blocks.variant import Variant
-from profiles.schema import GgufParent, PackageParent, Profile, TinyParent
+from profiles.schema import GgufParent, PackageParent, ParentAnswersSource, Profile, TinyParent
 from tasks.distill.gkd_settings import is_recorded, token_bytes, trial_steps
 from tasks.distill.record import CHUNK, fits_in_a_shard, slices
+from tasks.inputs.parent_answers import BATCH
 from tasks.inputs.space import layers_of, refused_alone
 from tasks.inputs.tiny import TRAIN_BATCH, TRAIN_TOKENS
 from tasks.planning.machine import BLOCK_NAMES, Rates
@@ -499,6 +500,22 @@ def benchmark_tokens(shape: Shape) -> int:
     settings = shape.profile.evaluate
     sizes = [BENCHMARKS[name] for name in settings.benchmarks]
     return sum(tokens * min(settings.benchmark_limit or items, items) for tokens, items in sizes)
+
+
+def prompt_tokens(shape: Shape) -> int:
+    """Tokens of the parent's own answers that the corpus asks for, each at its longest."""
+    sources = shape.profile.corpus.sources
+    return sum(one.answers * one.answer_tokens for one in sources if isinstance(one, ParentAnswersSource))
+
+
+def prompts_work(shape: Shape) -> Work:
+    """The parent answers a batch of prompts together, a token of each at a time."""
+    tokens = prompt_tokens(shape)
+    weights = shape.size * (shape.depth * shape.layer_parameters + shape.outside_parameters)
+    work = shape.forward(tokens, shape.depth) + shape.head(tokens, packed=False)
+    return work + Work(
+        stream=tokens / BATCH * weights, fixed=tokens / BATCH * shape.depth * STEP_SECONDS + TASK_SECONDS
+    )
 
 
 def answers_work(shape: Shape, share: float) -> Work:

@@ -18,7 +18,7 @@ from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Architecture, CostTable, LayerChoice, Score, Subblock, Totals, Value
 from blocks.resources import weight_bytes
 from profiles.hardware import ARCHITECTURES, HardwareTarget, load_target
-from profiles.schema import ParentSource, Profile
+from profiles.schema import ParentAnswersSource, ParentSource, Profile
 from tasks.inputs.parent import write_config
 from tasks.inputs.space import check_search_space, layers_of, left_out, measured_space
 from tasks.measure.roofline import Setting, modelled_costs, setting_of
@@ -311,12 +311,15 @@ def stages_of(
     alone = effort.gkd_work(shape, share, layers)
     again = gkd.rounded_steps / gkd.steps if gkd.steps else 0.0
     spoken = len(profile.evaluate.prompts) * profile.evaluate.answer_tokens
+    asked = sum(isinstance(source, ParentAnswersSource) for source in corpus.sources)
+    asked_tokens = effort.prompt_tokens(shape)
     entering, waves = effort.entering_work(shape), math.ceil(shape.depth / shape.workers)
     used = dict.fromkeys(("distill", "coupled", "score", "race", "GKD child", "GKD best baseline"), shape.devices)
     used |= {"record": shape.layers_at_once, "shards": shape.parts}
     bytes_of = {need.stage: need.bytes for need in needs}
     rows = [
         ("parent", 1, 0, effort.parent_work(shape)),
+        ("prompts", asked, asked_tokens, effort.prompts_work(shape)),
         ("corpus", 1, packed, Work(fixed=packed / effort.CORPUS_TOKENS_PER_SECOND + effort.TASK_SECONDS)),
         ("record", shape.depth, sequences * length * shape.depth, effort.record_work(shape)),
         ("shards", waves * shape.parts * len(shape.shards) if entering.flops else 0, 0, entering),

@@ -14,6 +14,7 @@ from tasks.distill.record import open_parent, recorded, recording_of
 from tasks.inputs.corpus import documents_of, prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
+from tasks.inputs.parent_answers import with_answers
 from tasks.measure.costs import costs_of
 from tasks.running.workers import compute_of
 from tasks.score.scoring import by_document, stored_score
@@ -62,7 +63,12 @@ def open_finished(profile: Profile, workspace: Path) -> Finished:
     if not any((workspace / "parent").glob("*.json")) or not any((workspace / "library").glob("*.json")):
         raise _unfinished(profile, workspace, "no block library")
     parent = prepare_parent(profile.parent, workspace, lambda: iterate_documents(profile.corpus))
-    corpus = prepare_corpus(profile.corpus, workspace / parent.folder, parent.fingerprint, workspace)
+    corpus = prepare_corpus(
+        with_answers(profile.corpus, parent, workspace, compute_of(profile)),
+        workspace / parent.folder,
+        parent.fingerprint,
+        workspace,
+    )
     reader = open_parent(workspace / parent.folder)
     blocks = _blocks(profile, workspace, parent, corpus, reader)
     found = _scores(profile, workspace, corpus, blocks)

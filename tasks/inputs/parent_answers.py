@@ -1,0 +1,174 @@
+"""The parent's own answers as a source of a corpus: it answers the prompts of another source, once.
+
+An instruct parent is distilled best on text as it writes it. The answers lie in the workspace as chats, a line for each
+prompt, and are read like any other jsonl file. Prompts are answered in batches, and each batch has its own seed: so a
+killed run goes on behind the last whole batch, and ends in the same file.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blocks.compute import Compute
+from blocks.errors import CorpusError
+from blocks.library import digest_of
+from blocks.records import ParentInfo
+from profiles.schema import Corpus, ParentAnswersSource, TextSource
+from tasks.inputs.chats import Message, Unusable
+from tasks.inputs.corpus_sources import content_of, documents_of_source, name_of, pinned
+from tasks.inputs.text_files import CHUNK, Tally
+from tasks.running.progress import Progress, no_progress, say
+
+VERSION = 1
+BATCH = 16  # prompts that are answered together
+ANSWERED = "answers-"
+
+
+def with_answers(
+    corpus: Corpus, parent: ParentInfo, workspace: Path, compute: Compute, progress: Progress = no_progress
+) -> Corpus:
+    """The corpus with files in the place of sources of kind parent_answers. What is not there yet is answered now.
+
+    Raises CorpusError.
+    """
+    found = []
+    for source in corpus.sources:
+        if isinstance(source, ParentAnswersSource):
+            path = _written(source, parent, workspace, compute, progress)
+            source = TextSource(kind="jsonl", path=str(path), text_field="messages", weight=source.weight)
+        found.append(source)
+    return corpus.model_copy(update={"sources": tuple(found)})
+
+
+def prompts_of(source: ParentAnswersSource) -> Iterator[list[Message]]:
+    """What is said before the assistant says something, chat by chat; a text is what a user says."""
+
+    def prompt(messages: Sequence[Message]) -> str:
+        first = next((n for n, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+        if not first:
+            raise Unusable("begins with the assistant, so nothing is asked")
+        return json.dumps([dict(message) for message in messages[:first]])
+
+    tallies: list[Tally] = []
+    for asked in documents_of_source(source.prompts, lambda messages: _Prompt(prompt(messages)), tallies, CHUNK):
+        if isinstance(asked, _Prompt):
+            yield json.loads(asked)
+        elif isinstance(asked, str):
+            yield [{"role": "user", "content": asked}]
+        else:
+            raise CorpusError(f"{name_of(source.prompts)} holds token ids: prompts are text or chats.")
+
+
+class _Prompt(str):
+    """Messages as JSON."""
+
+
+def _written(
+    source: ParentAnswersSource, parent: ParentInfo, workspace: Path, compute: Compute, progress: Progress
+) -> Path:
+    asked = source.model_copy(update={"prompts": pinned(source.prompts)})
+    settings = asked.model_dump(mode="json", exclude={"weight": True, "prompts": {"path"}})
+    content, products = content_of(asked.prompts), str(compute.dtype)
+    key = digest_of(
+        settings=settings, content=content, parent=parent.fingerprint, products=products, batch=BATCH, version=VERSION
+    )
+    path = workspace / "corpus" / f"{ANSWERED}{key}.jsonl"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prompts = list(islice(prompts_of(asked), asked.answers))
+    if not prompts:
+        raise CorpusError(f"{name_of(asked.prompts)} holds no prompt that can be answered: name another source.")
+    if len(prompts) < asked.answers:
+        say(f"corpus: {name_of(asked.prompts)} holds {len(prompts):,} prompts, {asked.answers:,} were to be answered")
+    part = path.with_suffix(".part")
+    done = _whole_batches(part)
+    model, tokenizer = _opened(workspace / parent.folder, compute)
+    with part.open("a", encoding="utf-8") as file:
+        for first in range(done * BATCH, len(prompts), BATCH):
+            batch = prompts[first : first + BATCH]
+            answers = answer_batch(model, tokenizer, batch, asked, first // BATCH)
+            chats = [
+                None if answer is None else [*prompt, {"role": "assistant", "content": answer}]
+                for prompt, answer in zip(batch, answers, strict=True)
+            ]
+            file.write("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+            file.flush()
+            progress(first + len(batch), len(prompts), "prompts answered")
+    _check(part, len(prompts), asked)
+    part.rename(path)
+    return path
+
+
+def _whole_batches(part: Path) -> int:
+    """How many batches a killed run has answered; what is behind them is cut off."""
+    lines = part.read_bytes().split(b"\n")[:-1] if part.exists() else []
+    whole = len(lines) // BATCH
+    if part.exists():
+        part.write_bytes(b"".join(line + b"\n" for line in lines[: whole * BATCH]))
+    return whole
+
+
+def _check(part: Path, count: int, asked: ParentAnswersSource) -> None:
+    left_out = sum(json.loads(line)["messages"] is None for line in part.read_text(encoding="utf-8").splitlines())
+    if left_out:
+        say(
+            f"corpus: {left_out:,} of {count:,} answers are left out: without an end after "
+            f"{asked.answer_tokens} tokens, or without words"
+        )
+    if left_out == count:
+        part.unlink()
+        raise CorpusError(
+            f"no answer of the parent ended within {asked.answer_tokens} tokens: raise answer_tokens, or take a parent "
+            "that was tuned on chats."
+        )
+
+
+def _opened(folder: Path, compute: Compute) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left")
+    if not tokenizer.chat_template:
+        raise CorpusError(
+            "the corpus asks for the parent's own answers, but its tokenizer has no chat template: take a parent that "
+            "was tuned on chats, or leave the source out."
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=compute.dtype, attn_implementation=compute.attention
+    )
+    return model.eval().to(compute.device), tokenizer
+
+
+def answer_batch(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[Message]], asked: ParentAnswersSource, number: int
+) -> list[str | None]:
+    """The answers to some prompts; None for one that has no end, or no words."""
+    from transformers import GenerationConfig
+
+    ends = model.generation_config.eos_token_id
+    stops = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    sampled = {"temperature": asked.temperature, "top_p": asked.top_p, "top_k": 0} if asked.temperature else {}
+    how = GenerationConfig(
+        max_new_tokens=asked.answer_tokens,
+        do_sample=bool(sampled),
+        eos_token_id=sorted(stops),
+        pad_token_id=min(stops),
+        **sampled,
+    )
+    texts = [tokenizer.apply_chat_template(list(p), add_generation_prompt=True, tokenize=False) for p in prompts]
+    tokenizer.pad_token_id = min(stops)
+    batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(asked.seed + number)
+        out = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=how).tolist()
+    found: list[str | None] = []
+    for tokens in out:
+        said = tokens[batch["input_ids"].shape[1] :]
+        end = next((place for place, token in enumerate(said) if token in stops), None)
+        text = tokenizer.decode(said[:end], skip_special_tokens=True).strip()
+        found.append(text if text and end is not None else None)
+    return found
