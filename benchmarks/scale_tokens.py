@@ -294,8 +294,8 @@ def main() -> None:
             table(["stage", "layers", "", "tokens", "states, MiB", "variants, MiB", "memory, MiB", "CPU, µs"], rows),
             f"FLOPs that SmolLM2-135M needs in its stage, over what a product of 2,048 x 2,048 x 2,048 gives in the "
             f"same CPU time in float32 ({found['peak'] / 1e9:.0f} GFLOP/s on one thread): {shares}. The plain kernel "
-            f"gives {found['plain'] / 1e9:.0f} GFLOP/s, the packed one {found['packed'] / 1e9:.0f}: where these are far "
-            "apart, what is trained and Gram matrices cannot come near the better one.",
+            f"gives {found['plain'] / 1e9:.0f} GFLOP/s, the packed one {found['packed'] / 1e9:.0f}: where these are "
+            "far apart, what is trained and Gram matrices cannot come near the better one.",
         ],
     )
 

@@ -18,13 +18,14 @@ LINEAR = "linear subblocks"
 BARE_START = "layer 0 without attention"
 MIXED_KV = "different numbers of KV heads"
 WINDOW = "a sliding window"
+OWN_WINDOW = "windows with sink tokens (window<N>)"
 WRONG_MULT = "an FFN width that ffn_mult cannot give (not a multiple of 256)"
 NO_MULT = "FFN widths without ffn_mult"
 FOREIGN = "biases, norms or scales that Llama does not have"
 ROPE = "this scaling of the rotary frequencies"
 ACTIVATION = "an FFN that is not a SwiGLU"
 NARROW = "rows that are not a multiple of 32 in q8_0 or a type of 4 or 5 bits"
-GAPS = (LINEAR, BARE_START, MIXED_KV, WINDOW, WRONG_MULT, NO_MULT, FOREIGN, ROPE, ACTIVATION, NARROW)
+GAPS = (LINEAR, BARE_START, MIXED_KV, WINDOW, OWN_WINDOW, WRONG_MULT, NO_MULT, FOREIGN, ROPE, ACTIVATION, NARROW)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +44,13 @@ class KnownEngine:
     known_by: str
 
 
-_DECILM_GAPS = frozenset({WRONG_MULT, FOREIGN})
+_DECILM_GAPS = frozenset({WRONG_MULT, FOREIGN, OWN_WINDOW})
 KNOWN_ENGINES: dict[str, KnownEngine] = {
     "torch": KnownEngine(title="torch", format="transformers", gaps=frozenset(), known_by="the tests"),
     "llama.cpp": KnownEngine(
         title="llama.cpp",
         format="gguf",
-        gaps=frozenset({WINDOW, FOREIGN, ROPE, ACTIVATION, NARROW}),
+        gaps=frozenset({WINDOW, OWN_WINDOW, FOREIGN, ROPE, ACTIVATION, NARROW}),
         families=frozenset({"llama", "mistral", "qwen2"}),
         rope_types=frozenset({"default", "linear", "llama3"}),
         known_by="the tests, with xllamacpp",
@@ -173,6 +174,8 @@ def refused_label(engine: str, layer: int, kinds: Iterable[str], width: int, mix
     """
     known, named = known_engine(engine), set(kinds)
     needs = {LINEAR} if any("linear" in kind for kind in named) else set()
+    if any(kind.startswith("attention=window") for kind in named):
+        needs.add(OWN_WINDOW)
     if layer == 0 and "attention=no_op" in named:
         needs.add(BARE_START)
     if mixed_kv:
@@ -212,6 +215,8 @@ def _block_needs(config: Any, layer: int, block: Any, slides: bool) -> set[str]:
         needs.add(BARE_START)
     if slides and is_whole(attention):
         needs.add(WINDOW)
+    if attention.get("window_length"):
+        needs.add(OWN_WINDOW)
     if is_whole(ffn):
         width, mult = ffn.get("intermediate_size", config.intermediate_size), ffn.get("ffn_mult")
         if mult is None:

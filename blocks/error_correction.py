@@ -19,12 +19,12 @@ Rounding = Callable[[Tensor, Tensor], tuple[Any, Tensor]]
 
 def correct(
     weight_DK: Tensor, gram_KK: Tensor, rounding: Rounding, block: int, damping: float
-) -> tuple[list[Any], Tensor]:
+) -> tuple[list[Any], Tensor, Tensor]:
     """Round a matrix (D, K), of which X (N, K) are the inputs and `gram_KK` is X^T X.
 
     damping: share of the Gram's mean diagonal that is added to its diagonal; without it, columns that no token excited
-    have no inverse. Returns what the file holds of each block in order, and the rounded matrix (D, K) float32. The
-    arithmetic is float64.
+    have no inverse. Returns what the file holds of each block in order, the rounded matrix (D, K) float32, and
+    the matrix that was rounded, which makes up for what earlier columns lost. The arithmetic is float64.
     """
     gram = gram_KK.double()
     damped = gram + damping * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram), dtype=gram.dtype)
@@ -39,7 +39,7 @@ def correct(
         rounded[:, here] = values
         lost = left[:, here] - values.double()
         left[:, after] -= torch.linalg.solve_triangular(own, lost, upper=True, left=False) @ upper[here, after]
-    return parts, rounded
+    return parts, rounded, left.float()
 
 
 def output_error(weight_DK: Tensor, rounded_DK: Tensor, gram_KK: Tensor) -> float:

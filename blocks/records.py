@@ -149,7 +149,8 @@ class Score(Value):
 class Cost(Value):
     """Measured cost of one variant of one subblock, at one scenario and batch size; the same in every layer.
 
-    spread: relative standard error, that of the seconds divided by the seconds.
+    spread: relative standard error, that of the seconds divided by the seconds. kv_tokens: how many tokens of a
+    sequence stay in its KV cache at most; None for all that the layer keeps.
     """
 
     subblock: Subblock
@@ -163,6 +164,7 @@ class Cost(Value):
     parameters: int
     weight_bytes: int
     kv_bytes_per_token: int
+    kv_tokens: int | None = None
 
 
 class NonBlockCost(Value):
@@ -194,7 +196,8 @@ class CostTable(Value):
     """All costs of one parent on one hardware target, either measured on it or modelled for it, never both.
 
     parent_measured: the whole parent, measured in the same rounds. calibration: None where the sums of blocks need
-    none. load: how many processors others took meanwhile, on average.
+    none. load: how many processors others took meanwhile, on average. windows: how many tokens of a sequence each of
+    the parent's layers keeps in its KV cache, None for all; empty where no layer slides.
     """
 
     hardware: dict[str, str]
@@ -205,6 +208,12 @@ class CostTable(Value):
     parent_measured: tuple[NonBlockCost, ...] = ()
     calibration: Calibration | None = None
     load: float = 0.0
+    windows: tuple[int | None, ...] = ()
+
+    def kv_bytes(self, layer: int, cost: Cost, tokens: int) -> int:
+        """Bytes of a variant's KV cache in a layer after `tokens` tokens of each sequence of the cost's batch."""
+        most = cost.kv_tokens or (self.windows[layer] if self.windows else None)
+        return cost.kv_bytes_per_token * cost.batch_size * min(tokens, most or tokens)
 
     @property
     def modelled(self) -> bool:
@@ -455,7 +464,8 @@ class Candidate(Value):
     candidates are compared in pairs. layers: the variants of each layer. answers: only the parent and the finished
     child have some. limits: the budget, and what the model takes of it. gkd_kept_start: the KL on the validation text
     before GKD, where no step of GKD lowered it. All of these are empty in reports of older versions. file_bytes: of the
-    GGUF file that it is served from, where the search chose types of numbers; else 0.
+    GGUF file that it is served from, where the search chose types of numbers; else 0. rounded_kl: on validation text
+    before and after the training that knows the rounding.
     """
 
     name: str
@@ -474,6 +484,7 @@ class Candidate(Value):
     predicted_kl: float | None = None
     gkd_tokens: int = 0
     gkd_kept_start: float | None = None
+    rounded_kl: tuple[float, float] | None = None
     gains: Gains | None = None
     layers: tuple[LayerChoice, ...] = ()
     samples: dict[str, tuple[float, ...]] = {}

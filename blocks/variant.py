@@ -68,6 +68,10 @@ class VariantKind(ABC):
         """KV cache elements that one token leaves behind: 2 * KV heads * head_dim for an attention, else 0."""
         return 0
 
+    def kv_tokens(self, variant: Variant) -> int | None:
+        """How many tokens of a text stay in the KV cache at most; None for all that the parent's layer keeps."""
+        return None
+
     def initialise(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
         """Copy what the parent has into `module` (Puzzle, section 3). Every trainable kind must implement it."""
         raise NotImplementedError(f"{self.subblock} {self.name} has nothing to initialise")

@@ -9,13 +9,18 @@ from blocks.records import Architecture, BlockRecord, CorpusInfo, CostTable, Lay
 from blocks.typed_labels import typed
 from flows import stages
 from flows.run import Run, task_of
-from flows.whole_models import made_of
+from flows.tracked_run import TrackedRun
+from flows.whole_models import made_of, watch_of
 from profiles.schema import GgufParent, PackageParent, Profile
+from tasks.distill.gkd_targets import TeacherRecord
+from tasks.distill.rounded import RoundedTraining
 from tasks.evaluate.compare import SHIPPED, Contender, contender
 from tasks.evaluate.typed_file import is_typed, with_file
 from tasks.export.quantise import Recipe
 from tasks.inputs.installed_packages import installed_file
+from tasks.running.progress import Progress
 from tasks.running.sharing import TaskKey, exclusive
+from tasks.running.workers import compute_of
 from tasks.score import typed_scores
 from tasks.search.totals import Problem, predicted
 
@@ -28,10 +33,17 @@ def whole_task(label: str, recipe: Recipe, text: typed_scores.ScoredText, worksp
 
 
 @task_of("write file", "write {which.name} ({which.stage}) in its types")
-def file_task(which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path) -> Any:
+def file_task(
+    which: Contender,
+    parent: ParentInfo,
+    corpus: CorpusInfo,
+    profile: Profile,
+    workspace: Path,
+    training: RoundedTraining | None,
+) -> Any:
     """See tasks.evaluate.typed_file.with_file."""
     with exclusive(workspace, TaskKey(key=f"typed-{which.key}", what=f"the file of {which.name}")):
-        return with_file(which, parent, corpus, profile.hardware.precision, workspace)
+        return with_file(which, parent, corpus, profile.hardware.precision, workspace, training=training)
 
 
 def score_types(
@@ -65,20 +77,44 @@ def score_types(
     return typed_scores.settled(profile, scores, parents, whole, costs, blocks, measure)
 
 
-def with_files(run: Run, contenders: Sequence[Contender], parent: ParentInfo, corpus: CorpusInfo) -> list[Contender]:
-    """The contenders, each with its GGUF file where the search chose types of number."""
+def with_files(
+    run: TrackedRun,
+    contenders: Sequence[Contender],
+    parent: ParentInfo,
+    corpus: CorpusInfo,
+    teacher: TeacherRecord | None = None,
+) -> list[Contender]:
+    """The contenders, each with its GGUF file where the search chose types of number.
+
+    teacher: of those that are trained as their files hold them, where the profile asks for that.
+    """
     if not any(map(is_typed, contenders)):
         return list(contenders)
     found: list[Contender] = []
     with run.stage("write files") as progress:
         for which in contenders:
             if is_typed(which):
-                values = (which, parent, corpus, run.profile, run.workspace)
+                training = _training(run, which, teacher, progress)
+                values = (which, parent, corpus, run.profile, run.workspace, training)
                 makes = f"file {which.name} {which.stage}"
                 which = run.call(file_task, makes, *values, after=[made_of(which)], limited=False)
             found.append(which)
             progress(len(found), len(contenders), which.name)
     return found
+
+
+def _training(
+    run: TrackedRun, which: Contender, teacher: TeacherRecord | None, progress: Progress
+) -> RoundedTraining | None:
+    if teacher is None or not run.profile.gkd.rounded_steps:
+        return None
+    return RoundedTraining(
+        teacher=teacher,
+        settings=run.profile.gkd,
+        workspace=run.workspace,
+        compute=compute_of(run.profile),
+        watch=watch_of(run, f"{which.name}_rounded", progress),
+    )
 
 
 def references(run: Run, problem: Problem, child: Architecture, own: Contender) -> list[Contender]:

@@ -51,7 +51,7 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
             else []
         )
         distilled = whole_models.distill_globally(run, [child, *best], teacher)
-        distilled = number_types.with_files(run, distilled, parent, corpus)
+        distilled = number_types.with_files(run, distilled, parent, corpus, teacher)
         found += whole_models.evaluate_all(run, distilled, parent, corpus)
         speed = whole_models.measure_speed(run, assembled, parent, costs)
 

@@ -80,6 +80,7 @@ def plan_text(plan: "Plan") -> str:
         f"parent    {count_of(plan.parent_parameters)} parameters, {plan.layers} layers",
         f"search    {plan.attention_variants} attention x {plan.ffn_variants} FFN variants in {plan.layers_searched} "
         f"layers: 10^{plan.architectures_log10:.1f} architectures from {plan.blocks} distilled blocks",
+        *(f"left out  {sentence}" for sentence in plan.left_out),
         f"machine   {_machine(plan)}",
         f"disk      {bytes_of(plan.disk_bytes)} in the workspace at the end",
         *(_shards(plan) if plan.shard_bytes else ()),

@@ -5,6 +5,7 @@ are asked first, and a task whose files are not whole runs with `refresh_cache`.
 process (5 to 16 ms), whatever runner the profile names: a cluster would take 300 ms for it.
 """
 
+import copyreg
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,6 +57,10 @@ def _with_options(
     which: Task[..., Any], timeout_seconds: float | None, refresh_cache: bool, storage: Path
 ) -> Task[..., Any]:
     return which.with_options(timeout_seconds=timeout_seconds, refresh_cache=refresh_cache, result_storage=storage)
+
+
+# Prefect's `quote` would come out of pickle, on a worker of Dask or Ray, with the value wrapped once more
+copyreg.pickle(quote, lambda held: (quote, (held.unwrap(),)))
 
 
 @dataclass(frozen=True, kw_only=True)

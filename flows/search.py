@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from flows.in_workspace import kept_in_mlflow
 from flows.options import LibraryOptions, refused, share_of, takes
 from tasks.running.progress import shown
-from tasks.search.joint import QUANTITIES, LibraryFileError, at
+from tasks.search.joint import HEAD, QUANTITIES, LibraryFileError, at
 
 if TYPE_CHECKING:
     from tasks.search.confidence import Confidence
@@ -173,7 +173,8 @@ def _in_words(choice: "JointChoice", library: "JointLibrary", request: "Request"
 
 def _summary(choice: "JointChoice", library: "JointLibrary", request: "Request") -> str:
     types, robust = len(set(choice.layers.values())), request.search.robust
-    what = f"{request.metric}, sum over {len(choice.layers)} layers"
+    what = f"{request.metric}, sum over {len(choice.layers) - (HEAD in choice.layers)} layers"
+    what += " and the head" if HEAD in choice.layers else ""
     lines = [f"objective  {choice.objective:.6f} ({what}{f' + {robust:g} se' if robust else ''})"]
     if choice.score_se is not None:
         lines.append(f"score  {choice.score:.6f} +- {choice.score_se:.6f} (one standard error over sequences)")

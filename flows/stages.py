@@ -37,7 +37,7 @@ from tasks.inputs.corpus import documents_of, prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
 from tasks.inputs.parent_answers import with_answers
-from tasks.inputs.space import check_search_space, measured_space
+from tasks.inputs.space import check_search_space, left_out, measured_space
 from tasks.measure import costs, typed_costs
 from tasks.measure.calibration import drift
 from tasks.measure.roofline import modelled_costs, setting_of
@@ -129,7 +129,10 @@ def prepare(run: Run) -> tuple[ParentInfo, CorpusInfo]:
     with exclusive(workspace, TaskKey(key="parent", what="the parent")), run.stage("parent"):
         documents = lambda: iterate_documents(profile.corpus)  # noqa: E731
         parent: ParentInfo = run.call(parent_task, "parent", profile.parent, workspace, documents, limited=False)
-    check_search_space(profile, open_parent(workspace / parent.folder))
+    reader = open_parent(workspace / parent.folder)
+    check_search_space(profile, reader)
+    for sentence in left_out(profile, reader):
+        say(f"not tried: {sentence}")
     wanted, needs = profile.corpus, ["parent"]
     if any(isinstance(source, ParentAnswersSource) for source in wanted.sources):
         with (

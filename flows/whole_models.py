@@ -139,7 +139,7 @@ def race(
     with run.stage("race") as progress:
 
         def kl_after(which: Contender, steps: int) -> float:
-            values = (which, steps, teacher, profile, workspace, _watch(run, which.name, progress))
+            values = (which, steps, teacher, profile, workspace, watch_of(run, which.name, progress))
             found: float = run.call(race_task, f"race {which.name}", *values, after=["GKD parent", "choice"])
             say(f"race: {which.name} after {steps} steps of GKD: KL {found:.4f} on validation text")
             return found
@@ -173,12 +173,12 @@ def distill_globally(
     distilled = []
     for which in contenders:
         with run.stage(f"GKD {which.name}") as progress:
-            values = (which, teacher, profile, workspace, _watch(run, which.name, progress))
+            values = (which, teacher, profile, workspace, watch_of(run, which.name, progress))
             distilled.append(run.call(gkd_task, f"GKD {which.name}", *values, after=["GKD parent", made_of(which)]))
     return distilled
 
 
-def _watch(run: TrackedRun, name: str, progress: Progress) -> Watch:
+def watch_of(run: TrackedRun, name: str, progress: Progress) -> Watch:
     """What is called after each step of GKD: the console, Prefect's bar and MLflow's curves."""
 
     def watch(seen: Seen) -> None:

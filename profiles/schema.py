@@ -234,6 +234,11 @@ class Corpus(Section):
     train_sequences: PositiveInt = Field(default=512, description="Number of sequences for recording, BLD and GKD.")
     validation_sequences: PositiveInt = Field(default=32, description="Sequences for scores, and for when GKD stops.")
     test_sequences: PositiveInt = Field(default=32, description="Sequences for the final comparison alone.")
+    one_document_rows: bool = Field(
+        default=False,
+        description="Every sequence is of one document: shorter documents are left out, and so is what is left of "
+        "longer ones. For long sequences, when windows of attention are tried: no document says anything of another.",
+    )
     prompt_weight: float | None = Field(
         default=None,
         ge=0,
@@ -264,7 +269,8 @@ class SearchSpace(Section):
 
     attention: tuple[Label, ...] = Field(
         default=("kv1", "linear", "no_op"),
-        description="Variants of the attention: kv1, kv2 and so on (number of KV heads), linear, no_op.",
+        description="Variants of the attention: kv1, kv2 and so on (number of KV heads), window128 and so on (the last "
+        "tokens and the first 4), linear, no_op.",
     )
     ffn: tuple[Label, ...] = Field(
         default=("ffn50pct", "ffn25pct", "linear", "no_op"),
@@ -684,6 +690,12 @@ class GKD(Section):
     checkpoint_minutes: float = Field(
         default=10.0, ge=0, description="Minutes between two checkpoints: what a killed GKD does again at most."
     )
+    rounded_steps: int = Field(
+        default=0,
+        ge=0,
+        description="Training steps after GKD in which the child is trained as its file holds it, its weights rounded "
+        "in every pass to the types that the search chose. At most `steps`; needs `search_space.precision`.",
+    )
     seed: int = Field(default=0, description="Seed of the order of train sequences.")
 
 
@@ -916,6 +928,16 @@ class Profile(Section):
             raise ValueError(
                 "search_space.precision goes neither with bld.coupled, search.max_block_types nor a race, which is in "
                 "float: leave them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rounding_is_trained(self) -> Self:
+        rounded, coarse = self.gkd.rounded_steps, set(self.search_space.precision) - {"q8_0"}
+        if rounded and (rounded > self.gkd.steps or not coarse or len(self.devices) > 1):
+            raise ValueError(
+                f"gkd.rounded_steps ({rounded}) trains what search_space.precision rounds to 4 or 5 bits, on one "
+                f"device, in at most gkd.steps ({self.gkd.steps}) steps: name such a type there, or leave it out"
             )
         return self
 

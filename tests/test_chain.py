@@ -22,9 +22,10 @@ from tasks.distill import bld, gkd_targets, record
 from tasks.distill.bld import Job, distill, layer_data
 from tasks.distill.gkd_student import Student
 from tasks.distill.record import record_layer
-from tasks.score.scoring import load_variant, open_suffix, score_batch
+from tasks.score.scoring import load_variant, open_suffix, score_batch, score_sequences
 from tests.chain import RECORD, SETTINGS, SPACE, Chain, prepare, recording
 
+EVERY_KIND = SPACE.model_copy(update={"attention": (*SPACE.attention, "window8", "window8kv1")})
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"]
 
 
@@ -72,7 +73,7 @@ def test_every_variant_works_in_every_family_and_costs_what_was_said(family: str
     reader = Parent(tmp_path / parent.folder, HOST)
     recorded = record_layer(0, recording(parent, corpus), tmp_path, HOST)
     for subblock in SUBBLOCKS:
-        for variant in parse_labels(subblock, getattr(SPACE, subblock), reader.config):
+        for variant in parse_labels(subblock, getattr(EVERY_KIND, subblock), reader.config):
             layer = reader.empty_layer(0, LayerChoice.only(subblock, variant.label))
             needs = resources(reader, variant, context_tokens=32, bytes_per_element=4)
             assert needs.parameters == sum(p.numel() for p in layer.parameters())
@@ -274,6 +275,27 @@ def test_suffix_scores_equal_full_forwards(chain: Chain, layer: int, subblock: S
         assert score.lm_loss == pytest.approx(rise, rel=1e-3, abs=1e-5)
         each = torch.tensor(score.kl_per_sequence)
         assert score.kl_se == pytest.approx((each.std() / math.sqrt(6)).item(), rel=1e-5)
+
+
+def test_a_window_scores_what_the_assembled_child_is_off(chain: Chain) -> None:
+    layer, label = 1, "window8kv1"
+    block = distill(chain.job(layer, "attention", label), chain.workspace, HOST)
+    assert block.nmse_start is not None and block.nmse_closed_form is not None and block.nmse_after is not None
+    assert block.nmse_after < block.nmse_closed_form < block.nmse_start
+    (score,) = score_sequences(
+        [(block, tuple(range(6)))], chain.records[layer], chain.scored, chain.parent, chain.workspace, HOST
+    )
+    layers = [LayerChoice(attention=label if index == layer else "parent") for index in range(chain.reader.depth)]
+    child = assemble(chain.reader, {(layer, "attention", label): block}, architecture(layers), chain.workspace)
+    ids = tokens(chain)[:6]
+    with torch.no_grad():
+        p, q = (F.log_softmax(model(ids).logits.double(), -1) for model in (chain.reader.model(), child))
+        again = child.generate(ids[:, :20], max_new_tokens=12, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        whole = child.generate(
+            ids[:, :20], max_new_tokens=12, do_sample=False, eos_token_id=-1, pad_token_id=0, use_cache=False
+        )
+    assert score.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3, abs=1e-6)
+    assert torch.equal(again, whole)
 
 
 def test_the_parents_own_subblock_scores_exactly_zero(chain: Chain) -> None:

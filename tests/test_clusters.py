@@ -29,6 +29,7 @@ from prefect.settings import (
 from prefect.task_engine import SyncTaskRunEngine
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.testing.utilities import prefect_test_harness
+from prefect.utilities.annotations import quote
 
 from blocks import devices, runtime
 from blocks.devices import on_device
@@ -286,10 +287,9 @@ def doubled(number: int, names: tuple[str, ...]) -> tuple[int, tuple[str, ...]]:
     return 2 * number, names
 
 
-def test_values_reach_a_dask_worker_as_they_were_sent(server: None, tmp_path: Path) -> None:
+def test_values_reach_a_worker_as_they_were_sent(server: None, tmp_path: Path) -> None:
     from distributed import LocalCluster
-
-    from tasks.running.dask_runner import DaskRunner
+    from prefect_dask.task_runners import DaskTaskRunner
 
     @flow
     def sent_there() -> list[Any]:
@@ -297,9 +297,10 @@ def test_values_reach_a_dask_worker_as_they_were_sent(server: None, tmp_path: Pa
         return [run.submit(doubled, "doubled", number, ("a", "b")).result() for number in (1, 2)]
 
     with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
-        runner: Any = DaskRunner(address=cluster.scheduler_address)
+        runner: Any = DaskTaskRunner(address=cluster.scheduler_address)
         found = sent_there.with_options(task_runner=runner)()
     assert found == [(2, ("a", "b")), (4, ("a", "b"))]
+    assert cloudpickle.loads(cloudpickle.dumps(quote(("a",)))).unwrap() == ("a",)  # what Ray does
 
 
 @pytest.fixture

@@ -304,6 +304,18 @@ def test_one_long_document_cannot_be_the_test_set() -> None:
     assert len(starts["test"]) >= 8
 
 
+def test_rows_of_one_document() -> None:
+    lengths = (31, 7, 90, 64, 200, 12, 40, 33, 65, 70)
+    documents = [chr(ord("a") + number) * size for number, size in enumerate(lengths)]
+    packed, starts = pack_splits(documents, LETTERS, {"test": 2, "train": 8}, 32, row=32)
+    for split, rows in packed.items():
+        texts = [set(row.tolist()) - {LETTERS.end[0]} for row in rows]
+        assert all(len(text) == 1 for text in texts), split
+        assert all(int(start) % 32 == 0 for start in starts[split])
+    with pytest.raises(CorpusError, match="too small"):
+        pack_splits(documents, LETTERS, {"test": 20}, 32, row=32)
+
+
 def test_train_may_take_more_of_a_document_when_it_must() -> None:
     documents = [f"{index:03d}" * 40 for index in range(16)] + ["y" * 10_000]
     packed, _ = pack_splits(documents, LETTERS, WANTED, 32)

@@ -33,6 +33,7 @@ from tasks.export.folder import (
     write_checkpoint,
 )
 from tests.test_modeling import FAMILIES, LINEAR, NO_OP, attention, ffn, mixed_blocks, tiny_child, tiny_parent
+from tests.test_windows import windowed, windows
 
 PARENT = ParentInfo(name="tiny", folder="parent", fingerprint="f" * 8, source="made in a test", revision="r1")
 CORPUS = CorpusInfo(
@@ -129,7 +130,7 @@ def loaded(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     cases, before = {}, modules_of_children()
     for family in FAMILIES:
         parent = tiny_parent(family, tie_word_embeddings=family in ("gemma3_text", "qwen2"))
-        for shape, blocks in (("mixed", mixed_blocks()), ("uniform", uniform_blocks())):
+        for shape, blocks in (("mixed", mixed_blocks()), ("uniform", uniform_blocks()), ("windows", windows())):
             child = tiny_child(parent, blocks)
             folder = export_child(child, PARENT, workspace, workspace / "children" / f"{family}.{shape}", "# card\n")
             cases[f"{family}.{shape}"] = Case(child, folder, native=shape == "uniform")
@@ -152,7 +153,7 @@ def modules_of_children() -> set[str]:
     return {name for name in sys.modules if name.startswith("transformers_modules")}
 
 
-@pytest.mark.parametrize("shape", ["mixed", "uniform"])
+@pytest.mark.parametrize("shape", ["mixed", "uniform", "windows"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_stranger_gets_the_same_model(loaded: Loaded, family: str, shape: str) -> None:
     case, name = loaded.cases[f"{family}.{shape}"], f"{family}.{shape}"
@@ -176,13 +177,15 @@ def test_the_folder_holds_code_and_auto_map_only_where_needed(loaded: Loaded) ->
     mixed, uniform = loaded.cases["llama.mixed"].folder, loaded.cases["llama.uniform"].folder
     common = {"README.md", "LICENSE", "config.json", "generation_config.json", "model.safetensors"}
     common |= {"tokenizer.json", "tokenizer_config.json"}
-    code = {"configuration_decilm.py", "modeling_decilm.py"}
+    code = {"configuration_decilm.py", "modeling_decilm.py", "windows_decilm.py"}
     assert {path.name for path in mixed.iterdir()} == common | code
     assert {path.name for path in uniform.iterdir()} == common
     config = json.loads((mixed / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("nemotron-nas", ["DeciLMForCausalLM"])
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_decilm.DeciLMForCausalLM"
     assert config["block_configs"] == mixed_blocks()
+    narrowed = json.loads((loaded.cases["llama.windows"].folder / "config.json").read_text())
+    assert narrowed["architectures"] == ["WindowedDeciLMForCausalLM"]  # no stock engine takes it for one it knows
     native = json.loads((uniform / "config.json").read_text())
     assert (native["model_type"], native["num_key_value_heads"], native["intermediate_size"]) == ("llama", 1, 24)
     assert not {"auto_map", "block_configs", "base_model_type"} & set(native)
@@ -241,8 +244,11 @@ def test_only_a_child_with_all_layers_alike_is_native(changed: dict[str, Any], n
     assert (native_config(child_config(blocks)) is not None) == native
 
 
-def test_a_child_of_linear_subblocks_alone_is_not_native() -> None:
-    assert native_config(child_config([{"attention": attention(2), "ffn": LINEAR}] * 6)) is None
+@pytest.mark.parametrize(
+    "block", [{"attention": attention(2), "ffn": LINEAR}, {"attention": windowed(2, 4), "ffn": ffn(48)}]
+)
+def test_a_child_of_linear_subblocks_or_windows_alone_is_not_native(block: dict[str, Any]) -> None:
+    assert native_config(child_config([block] * 6)) is None
 
 
 def child_config(blocks: list[dict[str, Any]], family: str = "llama") -> Any:
@@ -262,6 +268,7 @@ def wide(width: int, **changes: Any) -> dict[str, Any]:
         ("llama", (attention(2), wide(256)), (attention(2), LINEAR), {"TensorRT-LLM"}),
         ("llama", (NO_OP, wide(256)), (attention(2), wide(256)), {"TensorRT-LLM"}),
         ("llama", (attention(2), wide(256)), (attention(2), wide(24)), set()),
+        ("llama", (attention(2), wide(256)), (windowed(2, 4), wide(256)), set()),
         ("llama", (attention(2), wide(256)), (attention(2), wide(24, ffn_mult=None)), {"vLLM"}),
         ("mistral", (attention(2), wide(256)), (NO_OP, wide(256)), {"vLLM"}),
         ("qwen2", (attention(2), wide(256)), (NO_OP, wide(256)), set()),

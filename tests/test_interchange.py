@@ -1,6 +1,7 @@
 """The open format: what is written is read, damage is told, the joint view chooses what the additive MIP chooses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def stored(problem: Problem) -> StoredLibrary:
         hardware={"name": "here"},
         measured_at="never",
         scenarios=problem.scenarios,
+        windows=problem.costs.windows,
     )
     trained = BlockRecord(key="k", layer=0, subblock="ffn", variant="ffn50", status="trained", nmse_after=0.5, steps=8)
     free = BlockRecord(key="n", layer=0, subblock="ffn", variant="no_op", status="free")
@@ -47,7 +49,12 @@ def stored(problem: Problem) -> StoredLibrary:
 
 @pytest.fixture
 def library() -> StoredLibrary:
-    return stored(random_problem(0, Budget(speedup=1.2), scenarios=(CHAT, LONG)))
+    problem = random_problem(0, Budget(speedup=1.2), scenarios=(CHAT, LONG))
+    costs = [
+        cost.model_copy(update={"kv_tokens": 40 if cost.variant == "kv1" else None}) for cost in problem.costs.costs
+    ]
+    table = problem.costs.model_copy(update={"costs": tuple(costs), "windows": (6, None, 6)})
+    return stored(replace(problem, costs=table))
 
 
 def test_what_is_written_is_read(tmp_path: Path, library: StoredLibrary) -> None:

@@ -157,6 +157,7 @@ def test_what_the_engines_cannot_run_is_neither_trained_nor_chosen() -> None:
     free = planned(chain_profile(search_space=space))
     held = planned(chain_profile(search_space=space, hardware={"must_run": ["vllm"]}))
     assert (free.attention_variants, held.attention_variants) == (4, 3)
+    assert free.left_out == () and held.left_out == ("attention linear: vLLM cannot run linear subblocks",)
     fewer = held.layers + 1  # linear attention everywhere; vLLM wants attention in layer 0
     assert held.blocks == free.blocks - fewer
     assert stage(held, "distill").tasks == stage(free, "distill").tasks - fewer

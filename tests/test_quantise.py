@@ -45,9 +45,9 @@ def matrix() -> tuple[Tensor, Tensor]:
 
 def test_with_independent_inputs_the_correction_changes_nothing(matrix: tuple[Tensor, Tensor]) -> None:
     weight, _ = matrix
-    parts, rounded = correct(weight, torch.eye(96), to_grid, block=32, damping=0.01)
+    parts, rounded, before = correct(weight, torch.eye(96), to_grid, block=32, damping=0.01)
     assert torch.equal(rounded, to_grid(weight, weight[0])[1])
-    assert torch.equal(torch.cat(parts, dim=1), rounded)
+    assert torch.equal(torch.cat(parts, dim=1), rounded) and torch.equal(before, weight)
 
 
 def test_a_block_is_made_up_for_by_the_best_that_the_rest_can_do(matrix: tuple[Tensor, Tensor]) -> None:
@@ -60,7 +60,7 @@ def test_a_block_is_made_up_for_by_the_best_that_the_rest_can_do(matrix: tuple[T
         return None, to_grid(columns, importance)[1] if len(seen) == 1 else columns
 
     seen: list[int] = []
-    _, rounded = correct(weight, gram, first_only, block=48, damping=1e-9)
+    _, rounded, _ = correct(weight, gram, first_only, block=48, damping=1e-9)
     lost = (weight - rounded)[:, :48].double()
     best = torch.linalg.lstsq(inputs[:, 48:].double(), inputs[:, :48].double() @ lost.T).solution.T
     torch.testing.assert_close(rounded[:, 48:], (weight[:, 48:].double() + best).float(), rtol=1e-4, atol=1e-4)
@@ -72,7 +72,7 @@ def test_corrected_rounding_of_ggml_loses_less_than_half(precision: str, matrix:
     weight, inputs = matrix
     gram, rounding = inputs.T @ inputs, GgmlRounding(kind=PRECISIONS[precision][0])
     plain = output_error(weight, rounding(weight, None)[1], gram)
-    parts, rounded = correct(weight, gram, rounding, block=32, damping=0.01)
+    parts, rounded, _ = correct(weight, gram, rounding, block=32, damping=0.01)
     assert output_error(weight, rounded, gram) < plain / 2
     assert torch.cat([torch.from_numpy(part) for part in parts], dim=1).shape == (24, rounding.row_bytes(96))
 

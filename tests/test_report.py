@@ -275,6 +275,16 @@ def test_one_sequence_tells_no_winner() -> None:
     assert "A single document of text shows no error." in headlines(report)[1]
 
 
+@pytest.mark.parametrize("got", [1.8, 2.1])
+def test_the_parent_in_few_bits_is_a_rival_where_it_keeps_the_budget(got: float) -> None:
+    slow = LimitKept(name="speedup", asked=2.0, floor=True, got=got, timed=True)
+    typed = measured("parent iq4_nl", spread(0.1, HARD), limits=(slow,), file_bytes=78_000_000)
+    report = compared(measured("child", spread(0.3, HARD)), typed, measured("uniform", spread(0.5, HARD)))
+    assert ("is farther from its parent than the baseline parent iq4_nl" in verdict(report)) is (got > 2)
+    assert ("is nearer to its parent than every baseline" in verdict(report)) is (got < 2)
+    assert next(row for row in comparison_rows(report) if row.label == "file, MB").cells[2] == "78"
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_a_baseline_with_the_childs_own_architecture_is_no_rival(told: bool) -> None:
     layers = {"layers": (LayerChoice(ffn="no_op"),)} if told else {}

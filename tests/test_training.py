@@ -27,6 +27,7 @@ from tests.test_modeling import (
     tiny_parent,
     token_ids,
 )
+from tests.test_windows import windows
 
 # children by what is special about them: every kind of subblock, nothing at all in a layer, no attention in front, none
 SHAPES: dict[str, list[dict[str, Any]]] = {
@@ -41,12 +42,15 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {"attention": LINEAR, "ffn": NO_OP},
         *[{"attention": attention(2), "ffn": LINEAR}] * 4,
     ],
+    "windows": windows(),
     "no attention": [{"attention": LINEAR, "ffn": ffn(32)}, *[{"attention": NO_OP, "ffn": ffn(24)}] * 5],
 }
 CASES = [("llama", "mixed"), ("mistral", "linear in front"), ("qwen2", "empty layers"), ("qwen3", "mixed")]
-CASES += [("gemma3_text", "mixed"), ("gemma3_text", "empty layers"), ("llama", "no attention")]
+CASES += [("gemma3_text", "mixed"), ("gemma3_text", "empty layers")]
+CASES += [("llama", "windows"), ("gemma3_text", "windows"), ("llama", "no attention")]
 cases = pytest.mark.parametrize(("family", "shape"), CASES)
 cached_cases = pytest.mark.parametrize(("family", "shape"), CASES[:-1])
+static_cases = pytest.mark.parametrize(("family", "shape"), [case for case in CASES[:-1] if case[1] != "windows"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,7 +113,7 @@ def trained(folder: Path, batch: int, steps: int, **more: Any) -> tuple[float, f
     return float(row["loss"]), float(row["grad_norm"])
 
 
-@pytest.mark.parametrize(("family", "shape"), [CASES[0], CASES[4], CASES[6]])
+@pytest.mark.parametrize(("family", "shape"), [CASES[0], CASES[4], CASES[-1]])
 def test_accumulated_batches_give_the_loss_and_gradient_of_one(family: str, shape: str, tmp_path: Path) -> None:
     folder = folder_of(child_of(family, shape), tmp_path)
     whole = trained(folder, batch=6, steps=1)
@@ -208,7 +212,7 @@ def test_beams_are_the_same_with_and_without_a_cache(family: str, shape: str) ->
     assert cached.shape == (4, 17) and torch.equal(cached, whole)
 
 
-@cached_cases
+@static_cases
 @torch.no_grad()
 def test_a_static_cache_generates_the_same(family: str, shape: str) -> None:
     child, ids = child_of(family, shape), token_ids(2, 9)
@@ -329,7 +333,7 @@ def test_the_vocabulary_grows_and_stays_tied(family: str, tied: bool, tmp_path: 
     assert torch.equal(back(ids).logits, before)
 
 
-@pytest.mark.parametrize(("family", "shape"), [CASES[0], CASES[2], CASES[4]])
+@pytest.mark.parametrize(("family", "shape"), [CASES[0], CASES[2], CASES[4], CASES[6]])
 @torch.no_grad()
 def test_compiled_logits_are_the_same(family: str, shape: str) -> None:
     child, ids = child_of(family, shape), token_ids(2, 12)

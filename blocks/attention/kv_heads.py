@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from blocks.errors import UnknownVariant
+from blocks.families import tokens_seen
 from blocks.families.base import head_dim
 from blocks.fit import FitContext, ridge_solve, solve_flops
 from blocks.records import Subblock
@@ -63,28 +64,32 @@ class KVHeads(VariantKind):
         heads = config.num_key_value_heads
         return [f"kv{n}" for n in range(1, heads) if heads % n == 0]
 
-    def block_entry(self, variant: Variant, config: Any) -> dict[str, Any]:
+    def heads(self, variant: Variant, config: Any) -> int:
+        """How many KV heads a variant has."""
         assert variant.size is not None
-        return attention_entry(config, variant.size)
+        return variant.size
+
+    def block_entry(self, variant: Variant, config: Any) -> dict[str, Any]:
+        return attention_entry(config, self.heads(variant, config))
 
     def flops_per_token(self, variant: Variant, config: Any, context_tokens: int) -> int:
-        assert variant.size is not None
-        return attention_flops(config, variant.size, context_tokens)
+        seen = tokens_seen(config, context_tokens, self.kv_tokens(variant))
+        return attention_flops(config, self.heads(variant, config), seen)
 
     def kv_elements_per_token(self, variant: Variant, config: Any) -> int:
-        assert variant.size is not None
-        return 2 * variant.size * head_dim(config)
+        return 2 * self.heads(variant, config) * head_dim(config)
 
     def initialise(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
-        assert variant.size is not None
+        heads, kept = context.config.num_key_value_heads, self.heads(variant, context.config)
         state = dict(subblock_state(context.parent_layer, "attention"))
-        for name in state:
+        for name in state if kept < heads else ():
             if name.startswith(("self_attn.k_proj.", "self_attn.v_proj.")):
-                state[name] = mean_pool_heads(state[name], context.config.num_key_value_heads, variant.size)
+                state[name] = mean_pool_heads(state[name], heads, kept)
         load_subblock(module, "attention", state)  # type: ignore[arg-type]
 
     def closed_form(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
-        attention: Any = module.self_attn
+        layer: Any = module
+        attention = layer.self_attn
         inputs: list[Tensor] = []
         hook = attention.o_proj.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
         gram, cross = None, None
@@ -93,10 +98,9 @@ class KVHeads(VariantKind):
         try:
             with torch.no_grad():
                 for hidden in context.hidden_batches():
-                    normed = before(hidden)
-                    attention(hidden_states=normed, **context.context)
+                    layer.attention(hidden, **context.context)
                     x = inputs.pop().flatten(0, -2)
-                    y = parents(hidden_states=normed, **context.context)[0].flatten(0, -2)
+                    y = parents(hidden_states=before(hidden), **context.context)[0].flatten(0, -2)
                     y = y if attention.o_proj.bias is None else y - attention.o_proj.bias
                     gram = x.T @ x if gram is None else gram + x.T @ x
                     cross = x.T @ y if cross is None else cross + x.T @ y
@@ -107,9 +111,9 @@ class KVHeads(VariantKind):
         weight.copy_(ridge_solve(gram, cross, weight.T, context.ridge).T)
 
     def fit_flops(self, variant: Variant, config: Any, tokens: int, length: int) -> tuple[int, int]:
-        assert variant.size is not None
         width = config.num_attention_heads * head_dim(config)
-        forward = sum(attention_flops(config, heads, length) for heads in (variant.size, config.num_key_value_heads))
+        forward = self.flops_per_token(variant, config, length)
+        forward += attention_flops(config, config.num_key_value_heads, length)
         return tokens * (forward + 2 * width * (width + config.hidden_size)), solve_flops(width, config.hidden_size)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from blocks.attention.kv_heads import attention_entry, attention_flops
+from blocks.families import tokens_seen
 from blocks.families.base import head_dim
 from blocks.records import Subblock
 from blocks.variant import SizelessKind, Variant
@@ -25,7 +26,7 @@ class ParentAttention(SizelessKind):
         return attention_entry(config, config.num_key_value_heads)
 
     def flops_per_token(self, variant: Variant, config: Any, context_tokens: int) -> int:
-        return attention_flops(config, config.num_key_value_heads, context_tokens)
+        return attention_flops(config, config.num_key_value_heads, tokens_seen(config, context_tokens))
 
     def kv_elements_per_token(self, variant: Variant, config: Any) -> int:
         return 2 * config.num_key_value_heads * head_dim(config)

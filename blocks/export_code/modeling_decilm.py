@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_decilm import DeciLMConfig
+from .windows_decilm import PREFIX, Padding, WindowCacheLayer, padding_of, window_of, with_windows
 
 # family -> (module under transformers.models, prefix of its classes)
 TRANSFORMERS_CLASSES = {
@@ -67,7 +68,7 @@ class LinearMLP(nn.Module):
 class DeciLMDecoderLayer(GradientCheckpointingLayer):
     """One layer: `h + attention(h)`, then `h + ffn(h)`; a no-op subblock is absent, norms included.
 
-    Norms before a subblock, and for Gemma 3 also after it, bear the parent's names.
+    Norms before a subblock, and for Gemma 3 also after it, bear the parent's names. window: see windows_decilm.py.
     """
 
     def __init__(self, base_config: Any, base_model_type: str, block: Any, layer: int) -> None:
@@ -78,6 +79,8 @@ class DeciLMDecoderLayer(GradientCheckpointingLayer):
             config.num_key_value_heads = attention["num_key_value_heads"]
         if ffn.get("intermediate_size"):
             config.intermediate_size = ffn["intermediate_size"]
+        self.window, self.index = window_of(attention), layer
+        self.follow(config._attn_implementation)
         with torch.device("meta"):
             whole = family_class(base_model_type, "DecoderLayer")(config, layer)
         whole = whole.to_empty(device=torch.get_default_device())
@@ -101,10 +104,27 @@ class DeciLMDecoderLayer(GradientCheckpointingLayer):
             return None
         return linear(hidden_size) if entry["replace_with_linear"] else parents
 
-    def attention(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor | None:
-        """Output of the attention subblock before the residual add, None for a no-op. (B, T, D) -> (B, T, D)"""
+    def follow(self, implementation: str | None) -> None:
+        """Take an attention implementation; a window has its own on top of it."""
+        wanted = f"{PREFIX}{implementation or 'sdpa'}" if self.window else implementation
+        if self.config._attn_implementation != wanted:
+            self.config._attn_implementation = wanted
+
+    def attention(
+        self, hidden_states: torch.Tensor, padding: Padding | None = None, **kwargs: Any
+    ) -> torch.Tensor | None:
+        """Output of the attention subblock before the residual add, None for a no-op. (B, T, D) -> (B, T, D)
+
+        padding: of the rows; only a window asks for it, all else is in `attention_mask`.
+        """
         if self.self_attn is None:
             return None
+        if self.window is not None:
+            seen = 0
+            if kwargs.get(CACHE) is not None:
+                held: WindowCacheLayer = kwargs[CACHE].layers[self.index]
+                held.padding, seen = padding, held.cumulative_length
+            kwargs["attention_mask"] = self.window.view(hidden_states.shape[1], seen, padding, hidden_states.device)
         before, after = self.attention_norms
         out, _ = self.self_attn(hidden_states=getattr(self, before)(hidden_states), **kwargs)
         return out if after is None else getattr(self, after)(out)
@@ -186,6 +206,7 @@ class DeciLMModel(DeciLMPreTrainedModel):
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen).unsqueeze(0)
         self._follow_implementation()
+        padding = self._padding(attention_mask, position_ids, cache)
         contexts = layer_contexts(
             self.config, self.rotary_emb, hidden, position_ids, attention_mask, cache, self.family
         )
@@ -196,7 +217,8 @@ class DeciLMModel(DeciLMPreTrainedModel):
             for layer, kind in zip(self.layers, self.config.parent_layer_types, strict=True):
                 if states is not None:
                     states.append(hidden)
-                hidden = layer(hidden, position_ids=position_ids, **{CACHE: cache}, **contexts[kind], **kwargs)
+                places = {"position_ids": position_ids, "padding": padding, CACHE: cache}
+                hidden = layer(hidden, **places, **contexts[kind], **kwargs)
         hidden = self.norm(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
@@ -214,14 +236,23 @@ class DeciLMModel(DeciLMPreTrainedModel):
         if isinstance(cache, DynamicCache) and not cache.layers:
             # made without a config: its length would be read off layer 0, which may have no attention
             cache.layers = DynamicCache(config=self.config).layers
-        return DynamicCache(config=self.config) if wanted and cache is None else cache
+        return with_windows(DynamicCache(config=self.config) if wanted and cache is None else cache, self.config)
+
+    def _padding(
+        self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, cache: Cache | None
+    ) -> Padding | None:
+        """The padding of the rows, where a layer has a window. ValueError for texts packed into one row."""
+        if not any(window_of(block["attention"]) for block in self.config.block_configs):
+            return None
+        if attention_mask is None and cache is None and (position_ids.diff(dim=-1) != 1).any():
+            raise ValueError("a child with windows takes one text in a row: position_ids must count without a break.")
+        return padding_of(attention_mask)
 
     def _follow_implementation(self) -> None:
         """The attention implementation is switched on the outer config only; the layers have configs of their own."""
-        configs: list[Any] = [self.base, *(layer.config for layer in self.layers)]
-        for config in configs:
-            if config._attn_implementation != self.config._attn_implementation:
-                config._attn_implementation = self.config._attn_implementation
+        self.base._attn_implementation = self.config._attn_implementation
+        for layer in self.layers:
+            layer.follow(self.config._attn_implementation)  # type: ignore[operator]
 
     @contextmanager
     def _recorded(self, wanted: bool) -> Iterator[list[torch.Tensor | None] | None]:
@@ -281,9 +312,11 @@ def layer_contexts(
     makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
     per_type = family == "gemma3_text"
     contexts = {}
+    blocks = zip(config.layer_types, config.block_configs, strict=True)
+    whole = {kind for kind, block in blocks if window_of(block["attention"]) is None}
     for kind in sorted(set(config.parent_layer_types)):
         # a type that no layer of the child still uses has no KV cache to size its mask by, and needs none
-        used = cache is None or kind in config.layer_types
+        used = cache is None or kind in whole
         contexts[kind] = {
             "attention_mask": makers[kind](**arguments) if used else None,
             "position_embeddings": rotary(hidden, position_ids, kind) if per_type else rotary(hidden, position_ids),

@@ -15,7 +15,7 @@ from blocks.families.qwen import Qwen2, Qwen3
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (Llama(), Mistral(), Qwen2(), Qwen3(), Gemma3())}
 
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "Family", "family_of", "tokens_seen", "windows_of"]
 
 
 def family_of(config: Any) -> Family:
@@ -28,3 +28,15 @@ def family_of(config: Any) -> Family:
         )
     family.check(config)
     return family
+
+
+def windows_of(config: Any) -> tuple[int | None, ...]:
+    """How many tokens a token sees in each layer of a parent; None for all before it. Empty where no layer slides."""
+    windows = family_of(config).windows(config)
+    return tuple(windows) if any(windows) else ()
+
+
+def tokens_seen(config: Any, context_tokens: int, most: int | None = None) -> int:
+    """How many of `context_tokens` a token sees: `most`, or the mean of what the parent's layers see."""
+    seen = [min(context_tokens, most or window or context_tokens) for window in windows_of(config) or (None,)]
+    return round(sum(seen) / len(seen))

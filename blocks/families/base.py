@@ -58,6 +58,11 @@ class Family(ABC):
         types = getattr(config, "layer_types", None)
         return list(types) if types else ["full_attention"] * config.num_hidden_layers
 
+    def windows(self, config: Any) -> list[int | None]:
+        """How many tokens a token sees in each layer of the parent, itself included; None for all before it."""
+        types = self.attention_types(config)
+        return [config.sliding_window if kind == "sliding_attention" else None for kind in types]
+
     def check(self, config: Any) -> None:
         """ParentError when the config asks for something that a child would silently lose."""
         unknown = set(self.attention_types(config)) - {"full_attention", "sliding_attention"}

@@ -48,7 +48,7 @@ class Contender(Value):
     """A model that is compared. `blocks`: the trained blocks of its architecture.
 
     file: the GGUF file that it is served from, relative to the workspace, where the search chose types of numbers
-    (tasks/evaluate/typed_file.py).
+    (tasks/evaluate/typed_file.py). rounded: how it was trained as that file holds it.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Contender(Value):
     blocks: tuple[BlockRecord, ...]
     gkd: GKDResult | None = None
     file: str = ""
+    rounded: GKDResult | None = None
 
     @property
     def stage(self) -> Literal["parent", "assembled", "distilled"]:
@@ -64,10 +65,11 @@ class Contender(Value):
 
     @property
     def key(self) -> str:
-        """Digest of what the model is made of: choices, blocks, GKD weights. Its name is not part of it."""
-        head = {"head": self.architecture.head} if self.architecture.head else {}
+        """Digest of what the model is made of: choices, blocks, trained weights. Its name is not part of it."""
+        more = {"head": self.architecture.head} if self.architecture.head else {}
+        more |= {"rounded": self.rounded.weights.sha256} if self.rounded else {}
         return digest_of(
-            **head,
+            **more,
             layers=self.architecture.layers,
             blocks=[block.key for block in self.blocks],
             gkd=self.gkd.weights.sha256 if self.gkd else "",
@@ -274,6 +276,7 @@ def candidate(
         runtime_seconds=fast.runtime_seconds if fast else None,
         gains=fast.gains if fast else None,
         gkd_tokens=which.gkd.tokens if which.gkd else 0,
+        rounded_kl=(which.rounded.curve[0][1], which.rounded.best_kl) if which.rounded else None,
         gkd_kept_start=which.gkd.best_kl if which.gkd and which.gkd.best_step == 0 else None,
         layers=which.architecture.layers,
         samples=found.samples,

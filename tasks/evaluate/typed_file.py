@@ -12,6 +12,7 @@ from blocks.library import digest_of, read_rows
 from blocks.records import CorpusInfo, ParentInfo
 from blocks.typed_labels import FITTED_TO
 from profiles.schema import Precision
+from tasks.distill.rounded import RoundedTraining
 from tasks.evaluate.compare import Contender, build
 from tasks.export.child_tokenizer import find_tokenizer
 from tasks.export.logits_check import check_logits
@@ -37,24 +38,30 @@ def with_file(
     precision: Precision,
     workspace: Path,
     progress: Progress = no_progress,
+    training: RoundedTraining | None = None,
 ) -> Contender:
     """The contender with its file, which is written unless it is there; a contender without types as it is.
 
-    precision: that of weights for which no type was chosen.
+    precision: that of weights for which no type was chosen. training: of the rounded child, before it is written.
     """
     if not is_typed(which):
         return which
     key = digest_of(model=which.key, corpus=corpus.fingerprint, precision=precision, fitted=FITTED_TO, v=VERSION)
-    path = workspace / "typed" / f"{key}.gguf"
+    trained = {} if training is None else {"folder": training.folder(key)}
+    path = workspace / "typed" / f"{digest_of(plain=key, **trained) if trained else key}.gguf"
     if not path.exists():
         model, folder = build(which, parent, workspace, HOST), workspace / parent.folder
         tokens = read_rows(workspace, corpus.tokens, "train", 0, min(FITTED_TO, corpus.train_sequences)).long()
         recipe = Recipe.of(which.architecture.layers, which.architecture.head)
-        stored = quantise_layers(model, tokens, recipe, progress)
+        stored = quantise_layers(model, tokens, recipe.with_head(""), progress)
+        if training is not None:
+            stored = training.run(model, stored, key)
+        stored = {**stored, **quantise_layers(model, tokens, recipe.head_alone)}
         tokenizer, _ = find_tokenizer(folder, model.config.vocab_size, Origin(parent_source=parent.source), None)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_gguf(model, path, precision, tokenizer, f"{which.name} of {parent.name}", stored)
-    return which.model_copy(update={"file": str(path.relative_to(workspace))})
+    result = None if training is None else training.result(key)
+    return which.model_copy(update={"file": str(path.relative_to(workspace)), "rounded": result})
 
 
 def hand_over(file: Path, target: Path) -> str:

@@ -79,7 +79,7 @@ def _rounded(
             integers = _integers(columns, scale_D1, 8)
             return integers, _values(integers, scale_D1)
 
-        parts, rounded = correct(weight_DK, gram_KK, by_row, BLOCK, DAMPING)
+        parts, rounded, _ = correct(weight_DK, gram_KK, by_row, BLOCK, DAMPING)
         return {"weight": torch.cat(parts, dim=1), "weight_scale": scale_D1}, rounded
 
     def by_group(columns: Tensor, importance: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -87,7 +87,7 @@ def _rounded(
         integers = _integers(columns, scale, 4)
         return (integers, scale), _values(integers, scale)
 
-    parts, rounded = correct(weight_DK, gram_KK, by_group, BLOCK, DAMPING)
+    parts, rounded, _ = correct(weight_DK, gram_KK, by_group, BLOCK, DAMPING)
     integers_DK, scales_DG = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
     packed = pack_to_int32(integers_DK, 4).contiguous()
     return {"weight_packed": packed, "weight_scale": scales_DG, "weight_shape": torch.tensor(weight_DK.shape)}, rounded

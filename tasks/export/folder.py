@@ -98,7 +98,7 @@ def _sync(folder: Path) -> None:
 def native_config(config: DeciLMConfig) -> PreTrainedConfig | None:
     """A config of the parent's own architecture, if all layers are alike and have attention and FFN; else None."""
     sizes = {layer_sizes(config, layer) for layer in range(len(config.block_configs))}
-    if len(sizes) != 1 or None in next(iter(sizes)):
+    if len(sizes) != 1 or None in next(iter(sizes)) or longest_window(config):
         return None
     native = config.base_config()
     native.num_key_value_heads, native.intermediate_size = next(iter(sizes))
@@ -106,6 +106,11 @@ def native_config(config: DeciLMConfig) -> PreTrainedConfig | None:
     if "layer_types" not in type(native)().to_dict() and hasattr(native, "layer_types"):
         del native.layer_types  # Mistral would be taken for Ministral
     return native
+
+
+def longest_window(config: DeciLMConfig) -> int:
+    """Tokens of the longest window that a layer of the child has of its own; 0 where none has one."""
+    return max(block.attention.get("window_length") or 0 for block in config.block_configs)
 
 
 def _native_name(config: DeciLMConfig) -> str:
@@ -139,7 +144,11 @@ def write_checkpoint(
         native.dtype = model.dtype
         native.save_pretrained(folder)
     else:
-        _add_to_config(folder, auto_map=AUTO_MAP)
+        names = [str(name) for name in model.config.architectures or ()]
+        if longest_window(cast(DeciLMConfig, model.config)):
+            # an engine that has DeciLMForCausalLM would load the folder and attend to all tokens, without a word
+            names = [f"Windowed{name}" for name in names]
+        _add_to_config(folder, auto_map=AUTO_MAP, architectures=names)
         for name in CODE_FILES:
             shutil.copyfile(Path(export_code.__path__[0]) / name, folder / name)
     if compressed is not None:
@@ -153,7 +162,8 @@ def _add_to_config(folder: Path, **more: Any) -> None:
 
 def verify_checkpoint(model: DeciLMForCausalLM, folder: Path, tokens: int = 32) -> None:
     """Raise ExportError unless the folder, loaded as anyone would load it, gives exactly the model's logits."""
-    length = min(tokens, model.config.max_position_embeddings)
+    config = cast(DeciLMConfig, model.config)
+    length = min(max(tokens, 2 * longest_window(config)), config.max_position_embeddings)  # beyond the windows
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(model.device)
     expected, found = _logits(model, ids), _logits(_reload(folder, model), ids)
@@ -286,7 +296,9 @@ def _layer_table(config: DeciLMConfig) -> Sequence[str]:
 def _cells(config: DeciLMConfig, layer: int) -> tuple[str, str]:
     """A layer's attention and FFN in words."""
     block, (kv_heads, width) = config.block_configs[layer], layer_sizes(config, layer)
+    own = block["attention"].get("window_length")
     window = f", window {config.sliding_window}" if config.layer_types[layer] == "sliding_attention" else ""
+    window = f", window {own} and the first {block['attention']['num_sink_tokens']}" if own else window
     attention = f"{kv_heads} KV heads{window}" if kv_heads else _missing(block["attention"])
     return attention, f"width {width}" if width else _missing(block["ffn"])
 

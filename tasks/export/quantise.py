@@ -7,7 +7,7 @@ names none for the head, embedding and head become q8_0 beside types of 4 or 5 b
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -43,6 +43,15 @@ class Recipe:
     def uniform(cls, precision: str, depth: int) -> "Recipe":
         """One type in every layer."""
         return cls(layers=((precision, precision),) * depth)
+
+    @property
+    def head_alone(self) -> "Recipe":
+        """The type of embedding and head, for layers that are rounded already."""
+        return Recipe.uniform("", len(self.layers)).with_head(self.head)
+
+    def with_head(self, head: str) -> "Recipe":
+        """The same types of the layers, and another of embedding and head."""
+        return replace(self, head=head)
 
     @classmethod
     def of(cls, layers: Sequence[LayerChoice], head: str) -> "Recipe":
@@ -117,13 +126,14 @@ def round_linear(linear: Any, kind: str, gram: Tensor | None, damping: float = D
     rounding = GgmlRounding(kind=PRECISIONS[kind][0])
     if kind in CORRECTED:
         assert gram is not None, "a type of 4 or 5 bits is fitted to text"
-        parts, values = correct(linear.weight.detach(), gram, rounding, BLOCK, damping)
+        parts, values, before = correct(linear.weight.detach(), gram, rounding, BLOCK, damping)
         rows = torch.cat([torch.from_numpy(part) for part in parts], dim=1)
     else:
+        before = None
         part, values = rounding(linear.weight.detach().float(), None)
         rows = torch.from_numpy(part)
     linear.weight.data = values.to(linear.weight.dtype)
-    return Stored(kind=rounding.kind, rows=rows)
+    return Stored(kind=rounding.kind, rows=rows, before=before)
 
 
 def _head(model: Any, kind: str, hidden: Tensor) -> dict[str, Stored]:

@@ -45,12 +45,21 @@ class UnknownPrecision(PuzzleError):
     """A precision that the writer does not have."""
 
 
+def precision_of(kind: Type) -> str:
+    """The precision whose matrices have a type."""
+    return next(name for name, (type_, _) in PRECISIONS.items() if type_ == kind)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """A matrix that is rounded already: its type and its bytes, (rows, bytes of a row) uint8."""
+    """A matrix that is rounded already: its type and its bytes, (rows, bytes of a row) uint8.
+
+    before: the matrix that was rounded, where a correction had moved it.
+    """
 
     kind: Type
     rows: Tensor
+    before: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,7 @@ def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: s
     notes: list[str] = []
     queues = queues_of(at_commits, tokenizer.chat, notes)
     near = NearDuplicates(corpus.near_duplicates)
-    packed, starts = pack_splits(queues, tokenizer, splits_of(corpus), corpus.sequence_length, near)
+    packed, starts = pack_splits(queues, tokenizer, splits_of(corpus), corpus.sequence_length, near, _row(corpus))
     if near.found:
         notes.append(f"nearly the same as a document of test or validation, and left out: {near.found}")
     for note in notes:
@@ -108,7 +108,7 @@ def check_enough(corpus: Corpus, tokenizer_folder: Path | None) -> str:
         tokenizer = load_tokenizer(tokenizer_folder, weighs=corpus.prompt_weight is not None)
         queues = queues_of(corpus, tokenizer.chat)
         near = NearDuplicates(corpus.near_duplicates)
-        packed, _ = pack_splits(queues, tokenizer, splits, corpus.sequence_length, near)
+        packed, _ = pack_splits(queues, tokenizer, splits, corpus.sequence_length, near, _row(corpus))
         if corpus.prompt_weight is not None:
             _weights(packed, corpus.prompt_weight)
         _check_ids(packed, tokenizer_folder / "config.json")
@@ -211,6 +211,10 @@ def main_documents(starts: NDArray[np.int64], total: int, every: int, length: in
     order = np.lexsort((-sizes, bounds // every))  # of each sequence, its longest piece first
     _, first = np.unique(bounds[order] // every, return_index=True)
     return tuple((np.searchsorted(starts, bounds[order][first], side="right") - 1).tolist())
+
+
+def _row(corpus: Corpus) -> int:
+    return corpus.sequence_length if corpus.one_document_rows else 1
 
 
 def _check_ids(packed: Mapping[str, torch.Tensor], config: Path) -> None:
@@ -407,16 +411,18 @@ def pack_splits(
     wanted: Mapping[str, int],
     length: int,
     near: NearDuplicates = NONE,
+    row: int = 1,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Fill the splits of `wanted` (name -> number of sequences) with documents, one split after another.
 
-    documents: in the order in which they are used, or several queues of them. Returns name -> int32 (sequences,
-    length), and name -> int64 (documents,): how many tokens of the split come before each document. Raises CorpusError.
+    documents: in the order in which they are used, or several queues of them. row: what a document gives is a multiple
+    of so many tokens. Returns name -> int32 (sequences, length), and name -> int64 (documents,): how many tokens of the
+    split come before each document. Raises CorpusError.
     """
     alone = [one for one in documents if not isinstance(one, Queue)]
     queues = [one for one in documents if isinstance(one, Queue)] or [Queue(documents=alone)]
     try:
-        return _packed(queues, tokenizer, wanted, length, near)
+        return _packed(queues, tokenizer, wanted, length, near, row)
     except CorpusError:
         # a document that is much of the whole text is lost to train when its hash puts it into another split
         sizes = [len(document) for queue in queues for document in queue.documents]
@@ -426,7 +432,7 @@ def pack_splits(
         last = [
             replace(queue, documents=sorted(queue.documents, key=lambda text: len(text) > large)) for queue in queues
         ]
-        return _packed(last, tokenizer, wanted, length, near)
+        return _packed(last, tokenizer, wanted, length, near, row)
 
 
 def _packed(
@@ -435,12 +441,13 @@ def _packed(
     wanted: Mapping[str, int],
     length: int,
     near: NearDuplicates,
+    row: int,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     packed, starts, left = {}, {}, list(queues)
     near.clear()
     for split, sequences in wanted.items():
         share = max(1, sequences // SHARES[split]) * length
-        filled = _Filled(queues=left, tokenizer=tokenizer, near=near, held_out=split != "train")
+        filled = _Filled(queues=left, tokenizer=tokenizer, near=near, held_out=split != "train", row=row)
         filled.until(sequences * length, share)
         tokens = np.concatenate([np.zeros(0, np.int32), *filled.parts])[: sequences * length]
         if len(tokens) < sequences * length:
@@ -457,14 +464,15 @@ def _packed(
 class _Filled:
     """A split that is filled from the fronts of queues.
 
-    held_out: no document after these may be nearly the same as one of them. places: documents taken from each queue,
-    those left out among them. empty: the queue that was to give the next document and had none.
+    held_out: no document after these may be nearly the same as one of them. row: see pack_splits. places: documents
+    taken from each queue, those left out among them. empty: the queue that was to give the next document and had none.
     """
 
     queues: Sequence[Queue]
     tokenizer: DocumentTokenizer
     near: NearDuplicates
     held_out: bool
+    row: int = 1
     parts: list[NDArray[np.int32]] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
     empty: Queue | None = None
@@ -492,9 +500,11 @@ class _Filled:
             self.places[number] += 1
             document = self._open(number, place)
             if document is not None:
-                self.parts.append(document.middle(self.tokenizer, share))
-                there += len(self.parts[-1])
-                taken[number] += len(self.parts[-1]) / queue.weight
+                part = document.middle(self.tokenizer, share)
+                part = part[: len(part) // self.row * self.row]
+                self.parts += [part] if len(part) else []
+                there += len(part)
+                taken[number] += len(part) / queue.weight
         return True
 
     def _open(self, number: int, place: int) -> _Document | None:
@@ -525,6 +535,8 @@ def _fingerprint(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: str
     names = (*TOKENIZER_FILES, CHAT_TEMPLATE) if chats else TOKENIZER_FILES
     tokenizer = {name: sha256_of(tokenizer_folder / name) for name in names if (tokenizer_folder / name).is_file()}
     settings = corpus.model_dump(mode="json", exclude={"sources"})
+    if not corpus.one_document_rows:  # older fingerprints stay
+        del settings["one_document_rows"]
     if corpus.prompt_weight is None:  # as it was before there was one
         settings.pop("prompt_weight")
     sources = [

@@ -9,6 +9,7 @@ from blocks.kinds import kind_of, parse_label
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock
 from blocks.resources import BLOCK
+from blocks.variant import Variant
 from profiles.schema import Profile, SearchSpace
 
 
@@ -34,6 +35,7 @@ def misfits(profile: Profile, reader: Parent) -> list[str]:
                     variant = parse_label(subblock, label, reader.config)
                     entry = kind_of(variant).block_entry(variant, reader.config)
                     found += [f"{section}.{field}: {label}: {why}" for why in unshared(profile, reader.config, entry)]
+                    found += _unseen(profile, variant, f"{section}.{field}")
                 except UnknownVariant as error:
                     found.append(f"{section}.{field}: {error}")
         own = parse_label(subblock, "parent", reader.config)
@@ -50,6 +52,18 @@ def misfits(profile: Profile, reader: Parent) -> list[str]:
     except PuzzleError as error:
         found.append(f"hardware: {error}")
     return found
+
+
+def _unseen(profile: Profile, variant: Variant, field: str) -> list[str]:
+    """Why the scored text is too short to tell what a window leaves out; nothing where it is long enough."""
+    length = profile.scoring.tokens_per_sequence or profile.corpus.sequence_length
+    if kind_of(variant).kv_tokens(variant) is None or variant.size is None or length >= 2 * variant.size:
+        return []
+    return [
+        f"{field}: {variant.label} would be scored on {length} tokens of a text. Its window hides few of them or none, "
+        "and its score would say that it costs nothing. Raise scoring.tokens_per_sequence and corpus.sequence_length "
+        f"to {2 * variant.size} or more, or take a window of at most {length // 2}."
+    ]
 
 
 def _narrow(profile: Profile, reader: Parent) -> list[str]:
@@ -97,6 +111,21 @@ def refused_alone(profile: Profile, config: Any, layer: int, subblock: Subblock,
     """
     choice = LayerChoice().model_copy(update={subblock: label})
     return refused(profile, config, layer, choice.attention, choice.ffn)
+
+
+def left_out(profile: Profile, reader: Parent) -> tuple[str, ...]:
+    """Variants of the search space that no layer can have, because an engine that has to run the child cannot run them:
+    a sentence for each reason.
+    """
+    found: dict[str, list[str]] = {}
+    for subblock in SUBBLOCKS:
+        for label in getattr(profile.search_space, subblock):
+            reasons = [
+                refused_alone(profile, reader.config, layer, subblock, label) for layer in layers_of(profile, reader)
+            ]
+            if all(reasons):
+                found.setdefault(str(reasons[0]), []).append(f"{subblock} {label}")
+    return tuple(f"{', '.join(labels)}: {reason}" for reason, labels in found.items())
 
 
 def target_engines(profile: Profile) -> tuple[str, ...]:

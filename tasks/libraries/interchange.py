@@ -41,7 +41,8 @@ COST_LIMIT = 1e18  # bytes, seconds, parameters
 class Description(Value):
     """library.json: everything that is not a table.
 
-    parent_sizes: num_key_value_heads and intermediate_size of the parent, where its config has them.
+    parent_sizes: num_key_value_heads and intermediate_size of the parent, where its config has them. windows: as in a
+    CostTable.
     """
 
     format: Literal["puzzle-block-library"] = "puzzle-block-library"
@@ -55,6 +56,7 @@ class Description(Value):
     measured_at: str
     scenarios: tuple[Scenario, ...]
     parent_sizes: dict[str, int] = {}
+    windows: tuple[int | None, ...] = ()
     tables: dict[str, str] = {}
 
 
@@ -81,6 +83,7 @@ def describe(
         measured_at=costs.measured_at,
         scenarios=profile.scenarios,
         parent_sizes=parent_sizes,
+        windows=costs.windows,
     )
 
 
@@ -117,6 +120,7 @@ def read_library(folder: Path) -> StoredLibrary:
             non_block=read_table(folder, described.tables, "non_block", NonBlockCost),
             num_hidden_layers=described.num_hidden_layers,
             measured_at=described.measured_at,
+            windows=described.windows,
         ),
     )
     _check(folder, library)
@@ -148,6 +152,8 @@ def _check(folder: Path, library: StoredLibrary) -> None:
             raise LibraryFileError(
                 f"{folder}/scores.parquet: layer {score.layer}: a block is called ATTENTION+FFN, not {score.variant!r}."
             )
+    if library.costs.windows and len(library.costs.windows) != library.description.num_hidden_layers:
+        raise LibraryFileError(f"{folder}/library.json: windows are of other layers than num_hidden_layers says.")
     if library.description.num_hidden_layers < 1 or not library.description.scenarios:
         raise LibraryFileError(f"{folder}/library.json: names no layer, or no scenario that costs were taken at.")
 

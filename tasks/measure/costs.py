@@ -14,7 +14,8 @@ from pathlib import Path
 from blocks.compute import HOST
 from blocks.disturbance import is_better
 from blocks.engine_limits import runnable
-from blocks.kinds import parse_labels
+from blocks.families import windows_of
+from blocks.kinds import kind_of, parse_labels
 from blocks.library import digest_of, keep, remember
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Cost, CostTable, LayerChoice, NonBlockCost, ParentInfo, Value
@@ -91,7 +92,12 @@ class CostRequest(Value):
         if table is None:
             return None
         age = datetime.now(UTC) - datetime.fromisoformat(table.measured_at)
-        return table if age <= timedelta(days=self.measure.max_age_days) else None
+        if age > timedelta(days=self.measure.max_age_days):
+            return None
+        if not table.windows:  # of an older version
+            config = open_parent(workspace / self.parent.folder).config
+            return table.model_copy(update={"windows": windows_of(config)})
+        return table
 
     def variants(self, reader: Parent) -> list[Variant]:
         """Those that the engine can run in the last layer. A variant that it cannot run has no cost."""
@@ -221,6 +227,7 @@ def _table(
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         parent_measured=rest(PARENT),
         load=load,
+        windows=windows_of(reader.config),
     )
 
 
@@ -239,6 +246,7 @@ def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timi
         parameters=needs.parameters,
         weight_bytes=needs.weight_bytes,
         kv_bytes_per_token=cache,
+        kv_tokens=kind_of(variant).kv_tokens(variant),
     )
 
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from blocks.families import tokens_seen, windows_of
 from blocks.families.base import head_dim
 from blocks.kinds import kind_of, parse_labels
 from blocks.parent import Parent
@@ -136,7 +137,12 @@ def subblock_seconds(parent: Parent, variant: Variant, work: Pass, setting: Sett
     )
     elementwise = setting.memory(HIDDEN_PASSES * hidden + INNER_PASSES * inner / setting.devices)
     kernels = needs.kernels + (1 if inner else 0)
-    seen = work.tokens if work.tokens > 1 else work.context  # a prefill reads back what it has just written
+    # a prefill reads back what it has just written
+    seen = (
+        work.tokens
+        if work.tokens > 1
+        else tokens_seen(parent.config, work.context, kind_of(variant).kv_tokens(variant))
+    )
     scores = max(
         setting.compute((needs.flops_per_token - products) * work.count, setting.half),
         setting.memory(work.sequences * (seen + work.tokens) * kv_bytes_per_device(parent, variant, setting)),
@@ -183,6 +189,7 @@ def modelled_costs(parent: Parent, space: SearchSpace, scenarios: Sequence[Scena
         non_block=tuple(_non_block(parent, *shape, setting) for shape in shapes),
         num_hidden_layers=parent.depth,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        windows=windows_of(parent.config),
     )
 
 
@@ -217,6 +224,7 @@ def _cost(parent: Parent, variant: Variant, scenario: Scenario, batch: int, sett
         parameters=needs.parameters,
         weight_bytes=-(-needs.weight_bytes // setting.devices),
         kv_bytes_per_token=kv_bytes_per_device(parent, variant, held(setting)),
+        kv_tokens=kind_of(variant).kv_tokens(variant),
     )
 
 

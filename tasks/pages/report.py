@@ -458,6 +458,11 @@ def _facts_markdown(report: ChildReport) -> str:
     ]
     if child is not None and child.gkd_tokens:
         facts.append(f"GKD: {child.gkd_tokens:,} tokens")
+    if child is not None and child.rounded_kl is not None:
+        before, after = child.rounded_kl
+        facts.append(
+            f"GKD with rounded weights: KL on validation text {before:.4f} after the correction, {after:.4f} trained"
+        )
     if report.failed_variants:
         facts.append(f"variants left out because they failed: {', '.join(report.failed_variants)}")
     for label, run in (("Prefect flow run", report.prefect_run_id), ("MLflow run", report.mlflow_run_id)):

@@ -13,10 +13,9 @@ from tasks.libraries.interchange import open_library
 from tasks.libraries.summary import Summary, summarise
 from tasks.pages.page import Extent, Study, study_choice, truth_of, write_page
 from tasks.search.confidence import Draws
-from tasks.search.joint import JointLibrary, LibraryFileError, Option
+from tasks.search.joint import HEAD, JointLibrary, LibraryFileError, Option
 from tasks.search.request import Request, objective_of
 from tasks.search.solve import Certificate, JointChoice, described, totals
-from tasks.search.view import HEAD
 
 IN_A_RUN = Extent(points=12, draws=Draws(most=40, least=20, seconds=30))  # seconds, not minutes, at 30 layers
 _SAME = 1e-6  # relative; sums of the same figures in another order

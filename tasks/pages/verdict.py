@@ -211,13 +211,14 @@ def _quality(report: ChildReport, child: Candidate) -> Finding:
 
 
 def _is_rival(model: Candidate, disturbed: str) -> bool:
-    """False for the child, the parent, and the parent in a type of number that does not keep the child's budget."""
-    typed_parent = model.name.startswith("parent ")
-    return (
-        model.stage != "parent"
-        and model.name != "child"
-        and not (typed_parent and budget_state(model, disturbed) == "not kept")
-    )
+    """False for the child, the parent, and the parent in a type of number that does not keep the child's budget.
+
+    Where times are not reliable, the sums of the costs decide for such a parent.
+    """
+    if model.stage == "parent" or model.name == "child":
+        return False
+    limits = [limit.model_copy(update={"measured": None}) if disturbed else limit for limit in model.limits]
+    return not model.name.startswith("parent ") or "not kept" not in {state_of(limit, "") for limit in limits}
 
 
 def _named(models: Sequence[Candidate]) -> str:

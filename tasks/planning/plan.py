@@ -20,7 +20,7 @@ from blocks.resources import weight_bytes
 from profiles.hardware import ARCHITECTURES, HardwareTarget, load_target
 from profiles.schema import ParentAnswersSource, ParentSource, Profile
 from tasks.inputs.parent import write_config
-from tasks.inputs.space import check_search_space, layers_of, measured_space
+from tasks.inputs.space import check_search_space, layers_of, left_out, measured_space
 from tasks.measure.roofline import Setting, modelled_costs, setting_of
 from tasks.planning import effort
 from tasks.planning.effort import Shape, Work, shape_of
@@ -66,7 +66,8 @@ class Plan(Value):
     disk_bytes, memory_bytes: what the workspace holds at the end, the process at its peak. shards: that variants are
     trained on one after another; shard_bytes: of hidden states on the disk meanwhile, 0 where they are kept (and in
     disk_bytes). utilisation: of the peak, where it is assumed and not measured. device_bytes: what a device has, where
-    that is known. infeasible, no_room: why the budget, or a stage, asks too much; "" where it does not.
+    that is known. infeasible, no_room: why the budget, or a stage, asks too much; "" where it does not. left_out:
+    variants that are not tried, and why.
     """
 
     profile: str
@@ -100,6 +101,7 @@ class Plan(Value):
     children: tuple[ChildPlan, ...]
     infeasible: str = ""
     no_room: str = ""
+    left_out: tuple[str, ...] = ()
 
 
 def config_parent(source: ParentSource) -> Parent:
@@ -147,6 +149,7 @@ def plan_of(profile: Profile, parent: Parent, rates: Rates, price_per_hour: floa
         parent_parameters=parent.depth * shape.layer_parameters + shape.outside_parameters,
         layers=parent.depth,
         layers_searched=len(searched),
+        left_out=left_out(profile, parent),
         attention_variants=options[0],
         ffn_variants=options[1],
         architectures_log10=sum(math.log10(pair + coupled // len(searched)) for pair in pairs),
@@ -306,6 +309,7 @@ def stages_of(
     rounded = len(shares) - 1 + distilled if types else 0
     raced, rest = effort.race_shares(profile)
     alone = effort.gkd_work(shape, share, layers)
+    again = gkd.rounded_steps / gkd.steps if gkd.steps else 0.0
     spoken = len(profile.evaluate.prompts) * profile.evaluate.answer_tokens
     asked = sum(isinstance(source, ParentAnswersSource) for source in corpus.sources)
     asked_tokens = effort.prompt_tokens(shape)
@@ -327,7 +331,7 @@ def stages_of(
         ("choose", 1, 0, Work(fixed=2.0)),
         ("GKD parent", min(distilled, 1), stepped + gkd.validation_sequences * length, effort.teacher_work(shape)),
         ("race", profile.race.candidates if raced else 0, round(raced * stepped), alone * raced),
-        ("write files", rounded, 0, effort.files_work(shape, rounded)),
+        ("write files", rounded, 0, effort.files_work(shape, rounded) + alone * (distilled * again)),
         ("evaluate", len(shares), tested * len(shares), effort.evaluate_work(shape, shares, first=True)),
         ("GKD child", min(distilled, 1), round(rest * stepped), alone * rest),
         ("GKD best baseline", max(distilled - 1, 0), stepped, effort.gkd_work(shape, share)),

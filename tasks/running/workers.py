@@ -100,8 +100,7 @@ def task_runner(profile: Profile) -> Iterator[Any]:
         prefect = _extra(f"prefect_{wanted.runner}", wanted.runner)
         stack.enter_context(_shared_server(wanted))
         if wanted.runner == "dask":
-            runner = importlib.import_module("tasks.running.dask_runner").DaskRunner
-            yield runner(address=_dask(wanted, stack))
+            yield prefect.DaskTaskRunner(address=_dask(wanted, stack))
         else:
             _ray(wanted, stack)
             yield prefect.RayTaskRunner()

@@ -14,11 +14,11 @@ import numpy as np
 from blocks.errors import PuzzleError
 from blocks.records import LayerChoice
 from tasks.search.cases import case_at
-from tasks.search.joint import Option
+from tasks.search.joint import HEAD, Option
 from tasks.search.program import Floats, Integers, Program
 from tasks.search.request import allowed, check
 from tasks.search.totals import Batches, Problem, batch_choices
-from tasks.search.view import HEAD, library_of, request_of
+from tasks.search.view import library_of, request_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -24,6 +24,9 @@ from tasks.search.program import Floats
 Cost = float | tuple[float, ...]  # the same everywhere, or one value per place of the library
 
 
+HEAD = "head"  # the slot of embedding and head, where their type of number is searched
+
+
 class LibraryFileError(PuzzleError):
     """A block library file that cannot be read, or does not hold what is asked of it."""
 

@@ -1,7 +1,7 @@
 """What an architecture costs and scores: the sums of the MIP (Puzzle, appendix B), written once without a solver.
 
     runtime = prefill + generated tokens x decode per token            seconds for one batch
-    memory  = weights + KV bytes per token x batch x (prompt + generated) tokens
+    memory  = weights + KV bytes per token x batch x tokens kept; kept: of prompt + generated, what a window leaves
     score   = sum of replace-1-block scores
 
 The non-block part (embedding, final norm, head) stands in every total. The limits of a budget are derived from the
@@ -219,7 +219,8 @@ def _totals(problem: Problem, layers: Sequence[LayerChoice], scenario: Scenario,
     decode = math.fsum(cost.decode_seconds_per_token for cost in parts)
     runtime = prefill + scenario.generated_tokens * decode
     tokens = batch_size * (scenario.prompt_tokens + scenario.generated_tokens)
-    kv_bytes = sum(cost.kv_bytes_per_token for cost in blocks) * tokens
+    pairs = zip((layer for layer in range(len(layers)) for _ in SUBBLOCKS), blocks, strict=True)
+    memory = outside.weight_bytes + sum(bytes_of(problem, layer, cost, scenario) for layer, cost in pairs)
     return Totals(
         scenario=scenario.name,
         batch_size=batch_size,
@@ -227,13 +228,19 @@ def _totals(problem: Problem, layers: Sequence[LayerChoice], scenario: Scenario,
         decode_seconds_per_token=decode,
         runtime_seconds=runtime,
         tokens_per_second=tokens / max(runtime, 1e-9),  # no-ops alone may take no time; infinity is no JSON
-        memory_bytes=sum(cost.weight_bytes for cost in parts) + kv_bytes,
+        memory_bytes=memory,
         parameters=sum(cost.parameters for cost in parts),
     )
 
 
 def _subblocks(layers: Iterable[LayerChoice]) -> list[tuple[Subblock, str]]:
     return [(part, getattr(choice, part)) for choice in layers for part in SUBBLOCKS]
+
+
+def bytes_of(problem: Problem, layer: int, cost: Cost, scenario: Scenario) -> int:
+    """Bytes of a variant in a layer when a scenario's sequences end: its weights, and its KV cache."""
+    tokens = scenario.prompt_tokens + scenario.generated_tokens
+    return cost.weight_bytes + problem.costs.kv_bytes(layer, cost, tokens)
 
 
 def cost_of(problem: Problem, subblock: Subblock, variant: str, scenario: Scenario, batch_size: int) -> Cost:

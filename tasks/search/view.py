@@ -16,14 +16,13 @@ from blocks.records import SUBBLOCKS, Cost, LayerChoice, NonBlockCost, Subblock
 from blocks.typed_labels import bare, typed
 from profiles.schema import Profile, Scenario, ScenarioBudget
 from tasks.search import joint
-from tasks.search.joint import JointLibrary, JointOption, MeasuredAt, Option
+from tasks.search.joint import HEAD, JointLibrary, JointOption, MeasuredAt, Option
 from tasks.search.program import Floats
 from tasks.search.request import Limit, Request
-from tasks.search.totals import Problem, cost_of, scores_behind
+from tasks.search.totals import Problem, bytes_of, cost_of, scores_behind
 
 Places = Sequence[tuple[Scenario, int]]  # scenarios at a batch size each
 METRICS = ("kl", "lm_loss")
-HEAD = "head"
 # budget field -> quantity, and whether the field is a share of the parent's
 _FIELDS: dict[str, tuple[str, bool]] = {
     "speedup": ("tokens_per_second", True),
@@ -56,7 +55,12 @@ def library_of(problem: Problem, additive: bool = False) -> JointLibrary:
         layers=tuple(dict.fromkeys(option.layer for option in options)),
         options=options,
         # where the head is searched, all that lies outside the blocks is its slot's
-        fixed=_costs([[] if searched else [part] for part in outside], places, {"layer_parameters": 0.0}),
+        fixed=_costs(
+            [[] if searched else [part] for part in outside],
+            places,
+            [0 if searched else part.weight_bytes for part in outside],
+            {"layer_parameters": 0.0},
+        ),
         reference=None if whose is None else library_of(replace(whose, scores=())),
         documents=problem.documents,
         disturbed=problem.costs.disturbed,
@@ -111,8 +115,12 @@ def _option(problem: Problem, option: Option, places: Places) -> JointOption:
     parts = [
         [cost_of(problem, part, label, scenario, size) for part, label in labels.items()] for scenario, size in places
     ]
+    memory = [
+        sum(bytes_of(problem, option.layer, cost, scenario) for cost in one)
+        for one, (scenario, _) in zip(parts, places, strict=True)
+    ]
     named = {
-        "num_key_value_heads": bare(labels.get("attention", "")).removeprefix("kv"),
+        "num_key_value_heads": bare(labels.get("attention", "")).partition("kv")[2],
         "intermediate_size": bare(labels.get("ffn", "")).removeprefix("ffn"),
     }
     label = " && ".join(f"{part} = {label}" for part, label in labels.items())
@@ -120,7 +128,7 @@ def _option(problem: Problem, option: Option, places: Places) -> JointOption:
         layer=f"layer_{option.layer}" + ("" if len(labels) > 1 else f" {next(iter(labels))}"),
         label=f"{label}{' (coupled)' if option.coupled else ''}",
         metrics={name: math.fsum(getattr(score, name) for score in scores) for name in METRICS},
-        costs=_costs(parts, places, {}),
+        costs=_costs(parts, places, memory, {}),
         is_parent=chosen == LayerChoice(),
         samples={
             name: _summed(problem, [getattr(score, f"{name}_per_sequence") for score in scores]) for name in METRICS
@@ -138,7 +146,7 @@ def _head(problem: Problem, kind: str, places: Places) -> JointOption:
         layer=HEAD,
         label=f"{HEAD} = {typed('parent', kind)}",
         metrics={name: getattr(score, name) if score else 0.0 for name in METRICS},
-        costs=_costs(parts, places, {"layer_parameters": 0.0}),
+        costs=_costs(parts, places, [one.weight_bytes for (one,) in parts], {"layer_parameters": 0.0}),
         is_parent=not kind,
         samples={name: _summed(problem, [getattr(score, f"{name}_per_sequence")] if score else []) for name in METRICS},
         own=Option(layer=problem.costs.num_hidden_layers, head=kind),
@@ -146,15 +154,11 @@ def _head(problem: Problem, kind: str, places: Places) -> JointOption:
 
 
 def _costs(
-    parts: Sequence[Sequence[Cost | NonBlockCost]], places: Places, known: dict[str, float]
+    parts: Sequence[Sequence[Cost | NonBlockCost]], places: Places, memory: Sequence[int], known: dict[str, float]
 ) -> dict[str, joint.Cost]:
-    """Costs of what stands together, per place."""
+    """Costs of what stands together, per place. memory: its bytes there."""
     prefill = [math.fsum(part.prefill_seconds for part in one) for one in parts]
     decode = [math.fsum(part.decode_seconds_per_token for part in one) for one in parts]
-    memory = [
-        math.fsum(_bytes(part, size * (scenario.prompt_tokens + scenario.generated_tokens)) for part in one)
-        for one, (scenario, size) in zip(parts, places, strict=True)
-    ]
     parameters = float(sum(part.parameters for part in parts[0]))
     runtime = [p + scenario.generated_tokens * d for p, d, (scenario, _) in zip(prefill, decode, places, strict=True)]
     return {
@@ -165,10 +169,6 @@ def _costs(
         "layer_parameters": parameters,
         **known,
     }
-
-
-def _bytes(part: Cost | NonBlockCost, tokens: int) -> float:
-    return part.weight_bytes + (tokens * part.kv_bytes_per_token if isinstance(part, Cost) else 0)
 
 
 def _summed(problem: Problem, per_sequence: Sequence[tuple[float, ...]]) -> Floats:

@@ -1,0 +1,64 @@
+"""The numbers that a block of a stored matrix can hold: 32 codes of 4 or 5 bits on a scale, and how they are packed.
+
+    q4_0, q5_0    scale x (code - 8), scale x (code - 16)
+    q4_1, q5_1    scale x code + least
+    iq4_nl        scale x one of 16 values, closer to each other near 0
+
+A training that knows the rounding keeps the scales and moves codes (tasks/distill/rounded.py).
+Legend: D = rows, K = columns, B = blocks of a row.
+"""
+
+from dataclasses import dataclass
+
+import gguf
+import torch
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+
+BLOCK = 32
+BITS = {Type.Q4_0: 4, Type.Q4_1: 4, Type.Q5_0: 5, Type.Q5_1: 5, Type.IQ4_NL: 4}
+_OFFSET = {Type.Q4_0: 8, Type.Q5_0: 16}  # the code of 0 where a block stores no least value
+_NEAR_ZERO = torch.tensor(gguf.quants.IQ4_NL.kvalues, dtype=torch.float32)
+_BETWEEN = (_NEAR_ZERO[1:] + _NEAR_ZERO[:-1]) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What every block of a matrix (D, K) can hold. scale, least: (D, B, 1) float32, those that the blocks store."""
+
+    kind: Type
+    scale: Tensor
+    least: Tensor
+
+    @classmethod
+    def of(cls, kind: Type, rows: Tensor) -> "Grid":
+        """The grid of a stored matrix: (D, bytes of a row) uint8, as the file holds it."""
+        blocks = rows.view(len(rows), -1, gguf.GGML_QUANT_SIZES[kind][1])
+        stored = blocks[..., :4].contiguous().view(torch.float16).float()
+        scale = stored[..., :1]
+        least = stored[..., 1:] if kind in (Type.Q4_1, Type.Q5_1) else -_OFFSET.get(kind, 0) * scale
+        return cls(kind=kind, scale=scale, least=least)
+
+    def nearest(self, matrix_DK: Tensor) -> Tensor:
+        """(D, B, 32) uint8: the codes of the nearest numbers."""
+        blocks = matrix_DK.reshape(*self.scale.shape[:2], BLOCK)
+        share = torch.where(self.scale == 0, 0.0, (blocks - self.least) / self.scale)
+        if self.kind == Type.IQ4_NL:
+            return torch.bucketize(share, _BETWEEN).to(torch.uint8)
+        return share.round().clamp(0, 2 ** BITS[self.kind] - 1).to(torch.uint8)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """(D, K) float32: the numbers that codes stand for."""
+        levels = _NEAR_ZERO[codes.long()] if self.kind == Type.IQ4_NL else codes.float()
+        return (levels * self.scale + self.least).flatten(1)
+
+    def packed(self, codes: Tensor) -> Tensor:
+        """(D, bytes of a row) uint8: what the file holds of these codes."""
+        head = [self.scale, self.least] if self.kind in (Type.Q4_1, Type.Q5_1) else [self.scale]
+        parts = [torch.cat(head, dim=-1).to(torch.float16).view(torch.uint8)]
+        if BITS[self.kind] == 5:
+            bits = (codes >> 4).reshape(*codes.shape[:2], 4, 8)
+            parts.append((bits << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8))
+        low = codes & 15
+        parts.append(low[..., : BLOCK // 2] | low[..., BLOCK // 2 :] << 4)
+        return torch.cat(parts, dim=-1).flatten(1)
