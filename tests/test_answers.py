@@ -199,7 +199,7 @@ def test_parent_and_child_answer_and_are_remembered(chain: Chain, monkeypatch: p
         found = answers_of(which, chain.parent, asked, chain.workspace, HOST)
         assert len(found.answers) == 3 and all(answer.tokens <= 6 for answer in found.answers)
         with monkeypatch.context() as patched:
-            patched.setattr("tasks.evaluate.answers.build", None)  # not asked again
+            patched.setattr("tasks.evaluate.answers.served", None)  # not asked again
             assert answers_of(which, chain.parent, asked, chain.workspace, HOST) == found
     paths = {
         answers_path(which, chain.parent, settings)

@@ -433,7 +433,7 @@ def test_endless_sources_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
         while True:
             yield "y" * 1000
 
-    monkeypatch.setattr(corpus_sources, "_documents_of", endless)
+    monkeypatch.setattr(corpus_sources, "documents_of_source", endless)
     monkeypatch.setattr(corpus_sources, "MINIMUM_CHARACTERS", 5000)
     corpus = Corpus(
         sources=(PythonStdlibSource(kind="python_stdlib"),) * 2,

@@ -368,7 +368,8 @@ def test_what_is_filled_in_is_the_profile_with_these_values(roots: Roots) -> Non
 
 
 def test_what_does_not_go_together_is_refused_before_anything_is_made(roots: Roots) -> None:
-    with pytest.raises(Refused, match=r"'huge' is none that this server offers \(smollm2-cpu, tiny\)"):
+    offered = r"'huge' is none that this server offers \(long-context, smollm2-cpu, smollm2-llama-cpp, tiny\)"
+    with pytest.raises(Refused, match=offered):
         filled_in(roots, "huge")
     with pytest.raises(Refused, match="h100 is modelled, so no engine measures it"):
         filled_in(roots, hardware={"target": "h100", "engine": "torch"})
@@ -422,7 +423,7 @@ def test_the_form_is_short() -> None:
     schema = schema_of(served.optimize)
     shown = [*schema["properties"], *(f for part in ("AskedBudget", "AskedHardware") for f in fields_of(part, schema))]
     assert list(schema["properties"]) == ["profile", "budget", "hardware", "workspace", "more"] and len(shown) == 13
-    assert schema["properties"]["profile"]["enum"] == ["smollm2-cpu", "tiny"]
+    assert schema["properties"]["profile"]["enum"] == ["long-context", "smollm2-cpu", "smollm2-llama-cpp", "tiny"]
     everything = set(fields_of("More", schema)) | {"name", "description", "budget"}
     assert everything == {*ServedProfile.model_fields, "limits"}
     limits = {*fields_of("AskedBudget", schema), *fields_of("MoreLimits", schema)}

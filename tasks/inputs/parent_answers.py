@@ -162,7 +162,8 @@ def answer_batch(
     texts = [tokenizer.apply_chat_template(list(p), add_generation_prompt=True, tokenize=False) for p in prompts]
     tokenizer.pad_token_id = min(stops)
     batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
-    with torch.random.fork_rng(), torch.inference_mode():
+    own = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=own), torch.inference_mode():
         torch.manual_seed(asked.seed + number)
         out = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=how).tolist()
     found: list[str | None] = []

@@ -169,6 +169,7 @@ HARMLESS = frozenset(
         "ServedTextSource.text_field",  # a column
         "ServedTextSource.separator",  # text is split at it
         "ServedHubSource.text_field",  # a column
+        "ServedCorpus.one_document_rows",
         "ServedEvaluate.prompts",  # what a model is asked
         "Chat.chat",
         "BLD.closed_form",
