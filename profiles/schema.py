@@ -696,6 +696,12 @@ class GKD(Section):
         description="Training steps after GKD in which the child is trained as its file holds it, its weights rounded "
         "in every pass to the types that the search chose. At most `steps`; needs `search_space.precision`.",
     )
+    rounded_learning_rate: float = Field(
+        default=3e-4,
+        gt=0,
+        description="Highest learning rate of these steps. A rounded weight moves only when its number has passed the "
+        "middle between two that the type holds, so it is higher than that of a child near its parent.",
+    )
     seed: int = Field(default=0, description="Seed of the order of train sequences.")
 
 

@@ -26,6 +26,7 @@ SETTINGS: dict[str, Any] = {
     "steps": 12,
     "batch_sequences": 4,
     "learning_rate": 1e-3,
+    "rounded_learning_rate": 1e-3,
     "cosine_every": 1,
     "evaluate_every": 4,
     "validation_sequences": 5,

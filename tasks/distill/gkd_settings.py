@@ -11,7 +11,8 @@ LAUNCHER = "PUZZLE_GKD_LAUNCHER"  # what starts the processes of GKD, where torc
 NOT_OF_THE_PARENT = {"learning_rate", "evaluate_every", "patience", "steps", "warmup_fraction", "schedule", "clip_norm"}
 NOT_OF_THE_PARENT |= {"also_train"}
 # settings that say how GKD is computed, or what comes after it, and not what comes out
-HOW = {"recorded_gib", "checkpoint_minutes", "gradient_checkpointing", "rounded_steps"}
+HOW = {"recorded_gib", "checkpoint_minutes", "gradient_checkpointing"}
+HOW |= {"rounded_steps", "rounded_learning_rate"}
 
 
 def asked(settings: GKD) -> dict[str, object]:

@@ -74,7 +74,8 @@ class RoundedTraining:
     @property
     def own_settings(self) -> GKD:
         """GKD's settings for this training."""
-        return self.settings.model_copy(update={"steps": self.settings.rounded_steps, "also_train": ()})
+        own = {"steps": self.settings.rounded_steps, "learning_rate": self.settings.rounded_learning_rate}
+        return self.settings.model_copy(update={**own, "also_train": ()})
 
     def folder(self, model_key: str) -> str:
         """Where checkpoints and result lie. model_key: of the child, and of all that its rounding depends on."""
