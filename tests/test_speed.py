@@ -1,8 +1,6 @@
 """Speed in the engine of the costs, the sums beside it, the calibration: oracles on made-up costs, one small run."""
 
 import math
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ from tasks.measure.cost_sums import check_sums, error_of_sum, warnings_of
 from tasks.measure.costs import CostRequest, measure_costs
 from tasks.measure.end_to_end import measure_speed
 from tasks.measure.torch_costs import summary
-from tasks.running.usage import Others, wait_for_own
+from tasks.running.usage import Others
 from tasks.search.totals import make_problem, totals_of
 from tests.chain import prepare
 from tests.test_engines import needs_llama_cpp
@@ -349,18 +347,3 @@ def test_precisions_that_an_engine_does_not_have_are_refused() -> None:
             Hardware.model_validate(wrong)
     with pytest.raises(ValueError, match="not measured in llama.cpp"):
         Hardware(engine="llama.cpp", precision="float8")
-
-
-def test_a_measurement_waits_for_the_runs_own_threads() -> None:
-    """What still computes in this process or its children is no other program, and slows every step that is timed."""
-    end = time.monotonic() + 1.5
-
-    def busy() -> None:
-        while time.monotonic() < end:
-            pass
-
-    thread = threading.Thread(target=busy)
-    thread.start()
-    assert not wait_for_own(patience=0.2, seconds=0.2) and thread.is_alive()
-    assert wait_for_own(patience=60, seconds=0.2) and time.monotonic() >= end - 0.2
-    thread.join()

@@ -35,7 +35,7 @@ from tasks.measure.variant_timing import NON_BLOCK, PARENT, KeptFigures, Load, T
 from tasks.measure.vllm_costs import VllmTimer
 from tasks.measure.whole_model_costs import models_to_time
 from tasks.running.progress import Progress, no_progress, part_of, say
-from tasks.running.usage import Others, crowd, wait_for_own
+from tasks.running.usage import Others, crowd
 
 VERSION = 3
 
@@ -184,10 +184,7 @@ def _takes_over(now: CostTable, before: CostTable) -> bool:
 def _measured(asked: CostRequest, workspace: Path, progress: Progress, hand: Handed) -> CostTable:
     reader = open_parent(workspace / asked.parent.folder, HOST)
     kept = KeptFigures(asked.path(workspace).with_suffix(".unfinished"))
-    timer = _timer(reader, asked)
-    if not wait_for_own():
-        say("costs: this run's own programs do not come to rest; what is timed may be too slow")
-    others = Others()
+    timer, others = _timer(reader, asked), Others()
     try:
         for part in asked.parts(reader):
             report = part_of(progress, asked.loads.index(part.load), len(asked.loads))

@@ -31,7 +31,7 @@ from tasks.measure.bench import Point, at_work, time_in_turns
 from tasks.measure.cost_sums import check_sums, clock_of
 from tasks.measure.hardware_description import hardware_description, threads_of
 from tasks.running.progress import Progress, no_progress
-from tasks.running.usage import Others, crowd_now, wait_for_own
+from tasks.running.usage import Others, crowd_now
 
 VERSION = 1
 
@@ -79,7 +79,6 @@ def measure_speed(
     stored = stored_speed(contenders, parent, costs, profile, workspace)
     if stored is not None:
         return stored
-    wait_for_own()
     path, others = _path(contenders, parent, profile, workspace), Others()
     models = _measured(contenders, parent, profile, workspace, progress)
     found = SpeedReport(

@@ -15,7 +15,6 @@ import psutil
 
 from blocks.records import StageTime
 
-RESTING = 0.1  # of a processor
 _PEAKS = [0]  # resident sizes before `restart_peak`
 
 
@@ -104,22 +103,6 @@ class Others:
     def crowd(self, threads: int) -> str:
         """A clause for people when others left fewer processors than so many threads need; "" otherwise."""
         return crowd(self.load(), threads)
-
-
-def wait_for_own(patience: float = 60.0, seconds: float = 0.3) -> bool:
-    """Wait until this process and its children rest but for whoever calls; False when they do not within `patience`.
-
-    After a stage of many tasks, Prefect's client and server still send and store events. They are not counted as other
-    programs, and an engine that is called step by step waits for them: 5 ms a step, which is the interpreter's turn.
-    """
-    deadline = time.monotonic() + patience
-    while True:
-        started, before = time.monotonic(), _family_seconds()
-        time.sleep(seconds)
-        if _family_seconds() - before < RESTING * (time.monotonic() - started):
-            return True
-        if time.monotonic() > deadline:
-            return False
 
 
 def crowd_now(threads: int, seconds: float = 0.5) -> str:
