@@ -19,6 +19,8 @@ from tasks.distill import bld
 from tasks.distill.gkd_job import distill_globally, job_of
 from tasks.distill.gkd_targets import record_teacher
 from tasks.distill.record import record_layer
+from tasks.engines.llama_cpp import LlamaCpp
+from tasks.export.quantise import Recipe
 from tasks.inputs import parent_answers
 from tasks.inputs.chats import Unusable, answers_in
 from tasks.inputs.corpus import document_tokenizer, prepare_corpus, weights_of
@@ -26,6 +28,7 @@ from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent_answers import with_answers
 from tasks.inputs.tiny import byte_tokenizer
 from tasks.score.scoring import ScoringSet, score_sequences
+from tasks.score.typed_scores import ScoredText, score_whole
 from tests.chain import SETTINGS, Chain, recording
 from tests.test_gkd import CHILD
 
@@ -148,6 +151,19 @@ def test_statistics_and_scores_are_linear_in_the_weights(chain: Chain, tmp_path:
         torch.testing.assert_close((one + other) / 2, whole, rtol=1e-6, atol=1e-9)
     plain = next(s for s in chain.scores if (s.layer, s.variant) == (1, "kv1"))
     assert plain.kl != pytest.approx(scores[0].kl, rel=1e-3)
+
+
+@pytest.mark.skipif(LlamaCpp().missing() is not None, reason="llama.cpp is not installed")
+def test_scores_of_the_whole_parent_in_a_type_are_linear_in_the_weights(chain: Chain, tmp_path: Path) -> None:
+    recipe, scores = Recipe.uniform("iq4_nl", 3), []
+    for corpus, place in three(chain, tmp_path):
+        text = ScoredText(parent=chain.parent, corpus=corpus, count=6, length=24, workspace=place)
+        scores.append(score_whole(text, recipe, place))
+        assert text.key(recipe) != replace(text, corpus=corpus.model_copy(update={"weighted": False})).key(recipe)
+    for values in (lambda s: s.kl, lambda s: s.lm_loss):
+        one, other, whole = (torch.tensor(values(score), dtype=torch.float64) for score in scores)
+        torch.testing.assert_close((one + other) / 2, whole, rtol=1e-5, atol=1e-7)
+        assert not torch.allclose(one, whole, rtol=1e-3)
 
 
 def test_losses_of_bld_and_their_gradients_are_linear_in_the_weights(chain: Chain, tmp_path: Path) -> None:

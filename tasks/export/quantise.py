@@ -89,7 +89,12 @@ def divergence(before: Sequence[Tensor], after: Sequence[Tensor]) -> Estimate:
 
 def divergences(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[float]:
     """KL(before || after) of every sequence, in nats per token."""
-    return [float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(before, after, strict=True)]
+    return [float(kl.mean()) for kl in token_divergences(before, after)]
+
+
+def token_divergences(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
+    """KL(before || after) at every token of every sequence: (T,) each, in nats."""
+    return [(p.exp() * (p - q)).sum(-1) for p, q in zip(before, after, strict=True)]
 
 
 @torch.no_grad()

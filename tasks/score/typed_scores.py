@@ -23,7 +23,8 @@ from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, CostTable, LayerR
 from blocks.typed_labels import FITTED_TO, bare, type_in, typed
 from profiles.schema import Profile
 from tasks.distill.record import open_parent
-from tasks.export.quantise import Recipe, divergences, log_probabilities, quantise_layers
+from tasks.export.quantise import Recipe, log_probabilities, quantise_layers, token_divergences
+from tasks.inputs.corpus import weights_of
 from tasks.score.rounding import in_type
 from tasks.search.choose import choose
 from tasks.search.totals import problem_of
@@ -54,6 +55,7 @@ class ScoredText:
     def key(self, recipe: Recipe) -> str:
         """Digest of all that the score of the parent in a recipe depends on."""
         return digest_of(
+            **({"weighted": True} if self.corpus.weighted else {}),
             parent=self.parent.fingerprint,
             corpus=self.corpus.fingerprint,
             sequences=[self.count, self.length],
@@ -89,11 +91,14 @@ def score_whole(text: ScoredText, recipe: Recipe, workspace: Path) -> WholeScore
     before = log_probabilities(model, tokens)
     quantise_layers(model, train, recipe)
     after = log_probabilities(model, tokens)
+    known = weights_of(text.corpus, "validation", workspace, (0, text.count))
+    weights = torch.ones(tokens.shape) if known is None else known[:, : text.length]
+    kl = [float((one * w).mean()) for one, w in zip(token_divergences(before, after), weights, strict=True)]
     rises = [
-        float((p[:-1] - q[:-1]).gather(1, one[1:, None]).mean())
-        for p, q, one in zip(before, after, tokens, strict=True)
+        float(((p[:-1] - q[:-1]).gather(1, one[1:, None])[:, 0] * w[:-1]).mean())
+        for p, q, one, w in zip(before, after, tokens, weights, strict=True)
     ]
-    found = WholeScore(kl=tuple(divergences(before, after)), lm_loss=tuple(rises))
+    found = WholeScore(kl=tuple(kl), lm_loss=tuple(rises))
     keep(text.path(recipe), found, [], workspace)
     return found
 
