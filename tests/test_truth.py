@@ -17,15 +17,18 @@ from blocks.estimates import mean
 from blocks.library import read_tensors
 from blocks.records import CostTable, LayerChoice
 from profiles.schema import GKD, Budget, Evaluate, Profile, Scoring, TinyParent
+from tasks.distill.record import record_layer
 from tasks.evaluate.compare import build, contender
 from tasks.evaluate.quality import mean_metric, parent_targets, sequence_figures
 from tasks.inputs.corpus import documents_of
+from tasks.score.scoring import ScoringSet, score_sequences
 from tasks.search.totals import predicted
 from tasks.studies.contest import ContestSize, contest
 from tasks.studies.finished import Finished, UnfinishedLibrary, _scores, open_finished
 from tasks.studies.truth import Meter, Modules, measured_truth, other_model, other_sequences, scored_sequences, truth_of
-from tests.chain import CORPUS, RECORD, Chain
+from tests.chain import CORPUS, RECORD, Chain, recording
 from tests.test_choose import CHAT, costs_of
+from tests.test_weights import HALVES, weighted
 
 PARENT = LayerChoice()
 MIXED = (
@@ -68,6 +71,20 @@ def test_one_subblock_replaced_is_its_score_bit_for_bit(finished: Finished) -> N
         layers = [PARENT] * 3
         layers[score.layer] = LayerChoice(**{score.subblock: score.variant})  # type: ignore[arg-type]
         assert scored(layers).per_sequence == score.kl_per_sequence
+
+
+def test_tokens_weigh_as_in_the_scores(finished: Finished, chain: Chain, tmp_path: Path) -> None:
+    corpus = weighted(chain, tmp_path, HALVES)
+    shutil.copytree(chain.workspace / "library", tmp_path / "library")
+    records = [record_layer(layer, recording(chain.parent, corpus), tmp_path, HOST) for layer in range(3)]
+    block = next(block for block in chain.blocks if (block.layer, block.variant) == (1, "kv1"))
+    asked = ScoringSet(corpus=corpus, last=records[-1], count=6, length=32)
+    scores = score_sequences([(block, tuple(range(6)))], records[1], asked, chain.parent, tmp_path, HOST)
+    weighs = replace(finished, workspace=tmp_path, corpus=corpus, scores=tuple(scores))
+    scored, others = truth_of(weighs, 2)
+    assert scored((PARENT, LayerChoice(attention="kv1"), PARENT)).per_sequence == scores[0].kl_per_sequence
+    with pytest.raises(PuzzleError, match="leave out --smaller"):
+        contest(finished.problem, scored, others, ContestSize(smaller=(tmp_path,)))
 
 
 def test_like_the_assembled_model(finished: Finished, chain: Chain) -> None:

@@ -79,6 +79,11 @@ def contest(
     progress: Progress = no_progress,
 ) -> Contest:
     """Search by every name, measure what was found. Raises InfeasibleBudget when the MIP finds nothing."""
+    if size.smaller and others.finished.corpus.weighted:
+        raise PuzzleError(
+            "a smaller model is measured on tokens that all count alike, and corpus.prompt_weight gives them weights: "
+            "leave out --smaller."
+        )
     best = choose(problem)
     entries, left_out = list[Entry](), dict[str, str]()
     for done, name in enumerate(NAMES, start=1):

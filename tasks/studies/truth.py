@@ -33,7 +33,7 @@ from blocks.subblock import run_subblock
 from tasks.distill.record import open_parent
 from tasks.evaluate.compare import blocks_of
 from tasks.evaluate.quality import parent_targets, sequence_figures
-from tasks.inputs.corpus import documents_of
+from tasks.inputs.corpus import documents_of, weights_of
 from tasks.running.workers import compute_of
 from tasks.score.scoring import load_variant
 from tasks.search.program import Floats
@@ -77,7 +77,8 @@ class OtherModel(Value):
 def other_model(folder: Path, meter: "Meter") -> OtherModel:
     """Measure a Hugging Face folder that reads the parent's tokens, such as a smaller model of its family.
 
-    PuzzleError when it cannot be loaded, or has another vocabulary: a KL over other tokens means nothing.
+    PuzzleError when it cannot be loaded, or has another vocabulary: a KL over other tokens means nothing. All
+    tokens count alike.
     """
     from transformers import AutoModelForCausalLM
 
@@ -197,17 +198,21 @@ class Meter:
             blocks=[block.key for block in blocks_of(layers, self.finished.blocks)],
             parent=self.finished.parent.fingerprint,
             corpus=self.finished.corpus.fingerprint,
+            **({"weighted": True} if self.finished.corpus.weighted else {}),
             sequences=self.sequences.model_dump(exclude={"name"}),
             version=VERSION,
         )
 
     @torch.no_grad()
     def _measure(self, layers: Layers) -> TrueKL:
-        started = time.perf_counter()
+        started, here, own = time.perf_counter(), self.sequences, self.finished
         final = self.modules.norm(self._entering(layers, len(layers))).flatten(0, 1)
-        kl = kl_per_token(final, self._targets, self.modules.head)[0].view(-1, self.sequences.tokens)
+        kl = kl_per_token(final, self._targets, self.modules.head)[0].view(-1, here.tokens)
         if not kl.isfinite().all():
             raise PuzzleFailure("the KL of an architecture is not a number: leave out the variants that overflow.")
+        weights = weights_of(own.corpus, "validation", own.workspace, (here.first, here.last))
+        if weights is not None:
+            kl = kl * weights[:, : here.tokens].to(kl)
         took = time.perf_counter() - started
         return TrueKL(per_sequence=tuple(kl.mean(1).tolist()), tokens=kl.numel(), seconds=took)
 
