@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from torch import Tensor
 
 from blocks.error_correction import correct
@@ -72,6 +70,8 @@ def _rounded(
     weight_DK: Tensor, gram_KK: Tensor, precision: str, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], Tensor]:
     """What a folder holds of a matrix, and the matrix that it stands for."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32  # see _config
+
     if precision == "w8a8":
         scale_D1 = scales_of(weight_DK, gram_KK.diagonal(), 8, dtype)
 
@@ -95,6 +95,9 @@ def _rounded(
 
 def _config(precision: str) -> dict[str, Any]:
     """config.json's `quantization_config`."""
+    # loads torch's compiler, which takes a second: every command that measures an engine knows the names of precisions
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+
     scheme: dict[str, Any]
     if precision == "w8a8":
         form = "int-quantized"
