@@ -53,10 +53,9 @@ def with_file(
         model, folder = build(which, parent, workspace, HOST), workspace / parent.folder
         tokens = read_rows(workspace, corpus.tokens, "train", 0, min(FITTED_TO, corpus.train_sequences)).long()
         recipe = Recipe.of(which.architecture.layers, which.architecture.head)
-        stored = quantise_layers(model, tokens, recipe.with_head(""), progress)
-        if training is not None:
-            stored = training.run(model, stored, key)
-        stored = {**stored, **quantise_layers(model, tokens, recipe.head_alone)}
+        stored = quantise_layers(model, tokens, recipe if training is None else recipe.with_head(""), progress)
+        if training is not None:  # of the layers; the head is fitted to what leaves them then
+            stored = {**training.run(model, stored, key), **quantise_layers(model, tokens, recipe.head_alone)}
         tokenizer, _ = find_tokenizer(folder, model.config.vocab_size, Origin(parent_source=parent.source), None)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_gguf(model, path, precision, tokenizer, f"{which.name} of {parent.name}", stored)
