@@ -254,7 +254,7 @@ def candidate(
     workspace: Path,
 ) -> Candidate:
     """A model of the final table; its speed is that of the first scenario."""
-    totals, file_bytes = which.architecture.totals[0], Path(workspace / which.file).stat().st_size if which.file else 0
+    totals, file_bytes = which.architecture.totals[0], (workspace / which.file).stat().st_size if which.file else 0
     weights = math.ceil(totals.parameters * bytes_per_parameter)
     shipped = which.name == SHIPPED  # its totals are those of the parent in the profile's precision
     fast = next(iter(speed.get(which.name, ())), None)

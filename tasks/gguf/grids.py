@@ -15,7 +15,8 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-BLOCK = 32
+from blocks.resources import BLOCK
+
 BITS = {Type.Q4_0: 4, Type.Q4_1: 4, Type.Q5_0: 5, Type.Q5_1: 5, Type.IQ4_NL: 4}
 _OFFSET = {Type.Q4_0: 8, Type.Q5_0: 16}  # the code of 0 where a block stores no least value
 _NEAR_ZERO = torch.tensor(gguf.quants.IQ4_NL.kvalues, dtype=torch.float32)

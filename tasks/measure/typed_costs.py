@@ -6,7 +6,7 @@ timed in turns with the parent in the profile's precision, and the type's table 
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from blocks.compute import HOST
 from blocks.library import digest_of, keep, remember
@@ -35,7 +35,7 @@ def measure_ratio(
 ) -> TypeRatio:
     """The parent in a type beside the parent in the profile's precision; stored for these two tables."""
     path = _path(base, table, kind, workspace)
-    found = remember(path, TypeRatio, _no_refs, workspace)
+    found = remember(path, TypeRatio, lambda _: [], workspace)
     if found is None:
         reader = open_parent(workspace / asked.parent.folder, HOST)
         timers = [
@@ -49,10 +49,6 @@ def measure_ratio(
         found = TypeRatio(shares=tuple(shares))
         keep(path, found, [], workspace)
     return found
-
-
-def _no_refs(_: TypeRatio) -> list[Any]:
-    return []
 
 
 def _path(base: CostTable, table: CostTable, kind: str, workspace: Path) -> Path:
