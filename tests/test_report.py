@@ -391,6 +391,10 @@ def test_a_gkd_that_kept_its_start_is_said() -> None:
     assert "no step lowered the KL on the validation text, 0.1234 before it" in " ".join(
         warnings(report.model_copy(update={"candidates": kept}))
     )
+    rounded = tuple(own.model_copy(update={"rounded_kl": (0.2, 0.15)}) for own in kept)
+    for candidates, said in ((kept, True), (rounded, False)):  # trained with rounded weights after
+        told = " ".join(warnings(report.model_copy(update={"candidates": candidates})))
+        assert ("as it was assembled" in told) == said
 
 
 def test_a_lead_counts_as_the_profile_asks() -> None:

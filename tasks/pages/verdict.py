@@ -61,7 +61,8 @@ def warnings(report: ChildReport) -> list[str]:
     if child.gkd_kept_start is not None:
         lines.append(
             "Warning: GKD kept its start: no step lowered the KL on the validation text, "
-            f"{plain(child.gkd_kept_start)} before it. This child is as it was assembled."
+            f"{plain(child.gkd_kept_start)} before it."
+            + (" This child is as it was assembled." if child.rounded_kl is None else "")
         )
     if report.speed.disturbed:
         lines.append(f"Warning: {warnings_of(report.speed)[0]}.")
