@@ -20,6 +20,7 @@ from blocks.compute import Compute
 from blocks.library import digest_of, read_tensors
 from profiles.schema import GKD
 from tasks.distill.gkd import GKDResult, Training, Watch, finished, no_watch
+from tasks.distill.gkd_job import beside_child
 from tasks.distill.gkd_settings import asked
 from tasks.distill.gkd_student import Student, load_trained
 from tasks.distill.gkd_targets import TeacherRecord
@@ -120,6 +121,7 @@ class RoundedTraining:
             return
         Training(
             student=Student(model, self.own_settings, self.compute),
+            beside=beside_child(self.teacher, self.workspace, self.compute),
             record=self.teacher,
             settings=self.own_settings,
             workspace=self.workspace,
