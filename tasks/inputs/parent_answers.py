@@ -18,7 +18,7 @@ from blocks.errors import CorpusError
 from blocks.library import digest_of
 from blocks.records import ParentInfo
 from profiles.schema import Corpus, ParentAnswersSource, TextSource
-from tasks.inputs.chats import Message, Unusable
+from tasks.inputs.chats import Message, Unusable, template_of
 from tasks.inputs.corpus_sources import content_of, documents_of_source, name_of, pinned
 from tasks.inputs.text_files import CHUNK, Tally
 from tasks.running.progress import Progress, no_progress, say
@@ -159,7 +159,8 @@ def answer_batch(
         pad_token_id=min(stops),
         **sampled,
     )
-    texts = [tokenizer.apply_chat_template(list(p), add_generation_prompt=True, tokenize=False) for p in prompts]
+    write = template_of(tokenizer)  # as the corpus writes chats: always on the same day
+    texts = [write(prompt, True) for prompt in prompts]
     tokenizer.pad_token_id = min(stops)
     batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
     own = [model.device] if model.device.type == "cuda" else []
