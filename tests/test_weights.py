@@ -173,6 +173,19 @@ def test_losses_of_bld_and_their_gradients_are_linear_in_the_weights(chain: Chai
         assert not torch.allclose(one, whole, rtol=1e-3)
 
 
+def test_tokens_without_weight_leave_no_trace_in_the_fit_of_an_attention(chain: Chain, tmp_path: Path) -> None:
+    weights = torch.cat([torch.ones(8, 32), torch.zeros(8, 32)])
+    job, made = chain.job(1, "attention", "kv1", SETTINGS), []
+    plain = bld.layer_data(job, job.recording.shards[0], chain.workspace, HOST)
+    first = {name: states[:8] if name[0] == "train" else states for name, states in plain.states.items()}
+    for data in (replace(plain, weights={"train": weights}), replace(plain, states=first), plain):
+        module: Any = chain.reader.empty_layer(1, job.choice)
+        bld._start(job, chain.reader, data, module, tmp_path)
+        made.append(module.self_attn.o_proj.weight.detach())
+    apart = [(made[0] - other).abs().max().item() for other in made[1:]]
+    assert apart[0] < 0.01 < 0.1 < apart[1]  # the first alone, in other sums; all of them
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"also_train": ("head",)}, {"recorded_gib": 0}], ids=["recorded", "head", "beside"]
 )
@@ -258,7 +271,12 @@ def test_the_parent_is_asked_on_the_day_that_the_corpus_has(talker: ParentInfo, 
     model, tokenizer = parent_answers._opened(tmp_path / talker.folder, HOST)
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
     heard: list[str] = []
-    model.generate = lambda ids, **_: heard.append(tokenizer.decode(ids[0])) or ids
+
+    def generate(ids: Tensor, **_: Any) -> Tensor:
+        heard.append(tokenizer.decode(ids[0]))
+        return ids
+
+    model.generate = generate
     parent_answers.answer_batch(model, tokenizer, [[{"role": "user", "content": "So?"}]], source, 0)
     assert heard == ["26 Jul 2024: So?"]
 
