@@ -2,6 +2,9 @@
 
 import gc
 import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -38,6 +41,8 @@ from tasks.measure.costs import CostRequest, measure_costs
 from tasks.measure.hardware_description import hardware_description
 from tasks.measure.torch_costs import TorchTimer
 from tasks.measure.variant_timing import KeptFigures, Load, Timing
+from tasks.running.sharing import TaskKey
+from tasks.running.workers import WorkerSlot, in_slot
 from tests.chain import SPACE, prepare
 
 SCENARIOS = (Scenario(name="chat", batch_sizes=(1, 3), prompt_tokens=8, generated_tokens=6),)
@@ -330,3 +335,27 @@ def test_memory_is_given_back_where_a_stage_took_some(
     monkeypatch.setattr(runtime, "_RESIDENT", [psutil.Process().memory_info().rss - grown])
     runtime.release_what_grew()
     assert len(calls) == released and (not grown or runtime._RESIDENT[0] > psutil.Process().memory_info().rss - grown)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp")
+def test_an_idle_worker_holds_no_threads_that_slow_the_products_of_others(tmp_path: Path) -> None:
+    """libgomp counts the threads that stand ready for every thread: beyond the processors, each barrier is a switch."""
+    slot = WorkerSlot(devices=("cpu",), threads=2, compute=HOST)
+
+    def work() -> set[int]:
+        with in_slot(slot, tmp_path, TaskKey(key="work", what="work")):
+            (torch.randn(512, 512) @ torch.randn(512, 512)).exp()
+            return {thread.id for thread in psutil.Process().threads()}
+
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(1) as worker:
+            worker.submit(torch.get_num_threads).result()
+            before = {thread.id for thread in psutil.Process().threads()}
+            assert len(worker.submit(work).result() - before) == 1
+            deadline = time.monotonic() + 5
+            while {thread.id for thread in psutil.Process().threads()} - before and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert not {thread.id for thread in psutil.Process().threads()} - before
+    finally:
+        torch.set_num_threads(threads)

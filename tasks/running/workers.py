@@ -24,7 +24,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from blocks.compute import Compute
 from blocks.devices import on_device
 from blocks.errors import PuzzleError
-from blocks.runtime import configure, set_threads
+from blocks.runtime import configure, give_threads_back, set_threads
 from profiles.schema import Orchestration, Profile
 from tasks.running.sharing import TaskKey, exclusive
 
@@ -74,7 +74,10 @@ def _at_a_device(slot: WorkerSlot, task: TaskKey) -> Iterator[Compute]:
     with on_device(slot.devices) as device:
         where = f"{device} of {socket.gethostname()}, process {os.getpid()}"
         log.info("at work on %s, on %s, with %d thread%s", task.what, where, threads, "s" if threads > 1 else "")
-        yield slot.compute.on(device)
+        try:
+            yield slot.compute.on(device)
+        finally:
+            give_threads_back()  # this worker may be idle until the run's end, while others measure
 
 
 def _log_to_prefect() -> None:
