@@ -24,7 +24,8 @@ class FitContext:
       ffn_gram (F, F) of the inputs of down_proj, ffn_order (F,) channels by importance, first = keep,
       ffn_in_gram (D, D) of the normed FFN input, ffn_in_cross (D, D) = inputs^T outputs of the FFN core,
       attention_in_gram, attention_in_cross (D, D): the same of the attention core.
-    hidden: states (S, T, D) that enter the layer, on the host. context: keyword arguments of the layer's attention.
+    hidden: states (S, T, D) that enter the layer, on the host. weights: of their tokens (S, T), where they have some;
+      the statistics are weighted already. context: keyword arguments of the layer's attention.
     ridge: strength of the regularisation, see `ridge_solve`.
     """
 
@@ -36,12 +37,15 @@ class FitContext:
     context: dict[str, Any]
     ridge: float
     batch_sequences: int = 8
+    weights: Tensor | None = None
 
-    def hidden_batches(self) -> Iterator[Tensor]:
-        """The hidden states that enter the layer, in batches (B, T, D)."""
-        weight = next(self.parent_layer.parameters())
-        for part in self.hidden.split(self.batch_sequences):
-            yield part.to(weight.device, weight.dtype)
+    def hidden_batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The hidden states that enter the layer, in batches (B, T, D), and the weights of their tokens (B x T, 1)."""
+        like = next(self.parent_layer.parameters())
+        for first in range(0, len(self.hidden), self.batch_sequences):
+            rows = slice(first, first + self.batch_sequences)
+            weights = None if self.weights is None else self.weights[rows].flatten()[:, None].to(like)
+            yield self.hidden[rows].to(like.device, like.dtype), weights
 
 
 def ridge_solve(gram_KK: Tensor, cross_KD: Tensor, prior_KD: Tensor, ridge: float) -> Tensor:

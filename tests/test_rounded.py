@@ -88,6 +88,23 @@ def test_it_starts_from_the_correction_and_ends_nearer_to_the_parent(kind: str, 
     assert isinstance(Student(again, settings, HOST), Student)
 
 
+@needs_llama_cpp
+def test_the_parent_runs_beside_it_where_its_targets_are_not_recorded(chain: Chain) -> None:
+    tokens, made = read_rows(chain.workspace, chain.corpus.tokens, "train", 0, 16).long(), []
+    for gib in (1.0, 0.0):
+        settings = GKD(**SETTINGS | {"rounded_steps": 2, "recorded_gib": gib})
+        teacher = record_teacher(chain.parent, chain.corpus, settings, chain.workspace, HOST)
+        assert bool(teacher.steps) == bool(gib)
+        model = open_parent(chain.workspace / chain.parent.folder, HOST).model()
+        before = quantise_layers(model, tokens, Recipe(layers=(("q4_0", "q4_0"),) * 3))
+        training = RoundedTraining(teacher=teacher, settings=settings, workspace=chain.workspace, compute=HOST)
+        training.run(model, before, f"beside-{gib}")
+        result = training.result(f"beside-{gib}")
+        assert result is not None and len(result.losses) == 2
+        made.append(result.weights.sha256)
+    assert made[0] == made[1]
+
+
 def test_a_training_of_what_is_not_rounded_is_refused() -> None:
     with pytest.raises(ProfileError, match="gkd.rounded_steps"):
         load_profile("tiny", ["gkd.rounded_steps=8"])

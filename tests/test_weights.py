@@ -189,6 +189,19 @@ def test_losses_of_bld_and_their_gradients_are_linear_in_the_weights(chain: Chai
         assert not torch.allclose(one, whole, rtol=1e-3)
 
 
+def test_tokens_without_weight_leave_no_trace_in_the_fit_of_an_attention(chain: Chain, tmp_path: Path) -> None:
+    weights = torch.cat([torch.ones(8, 32), torch.zeros(8, 32)])
+    job, made = chain.job(1, "attention", "kv1", SETTINGS), []
+    plain = bld.layer_data(job, job.recording.shards[0], chain.workspace, HOST)
+    first = {name: states[:8] if name[0] == "train" else states for name, states in plain.states.items()}
+    for data in (replace(plain, weights={"train": weights}), replace(plain, states=first), plain):
+        module: Any = chain.reader.empty_layer(1, job.choice)
+        bld._start(job, chain.reader, data, module, tmp_path)
+        made.append(module.self_attn.o_proj.weight.detach())
+    apart = [(made[0] - other).abs().max().item() for other in made[1:]]
+    assert apart[0] < 0.01 < 0.1 < apart[1]  # the first alone, in other sums; all of them
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"also_train": ("head",)}, {"recorded_gib": 0}], ids=["recorded", "head", "beside"]
 )
@@ -263,9 +276,47 @@ def test_answers_in_a_batch_are_those_alone(talker: ParentInfo, tmp_path: Path) 
     for parameter in model.parameters():  # by itself it says nothing but blanks
         parameter.data += 0.2 * torch.randn_like(parameter)
     model.generation_config.eos_token_id = [56, 71, 158]
-    prompts = [prompt for _, prompt in zip(range(6), parent_answers.prompts_of(source), strict=False)]
+    prompts = [prompt for _, prompt in zip(range(6), parent_answers.prompts_of(source, len, []), strict=False)]
     alone = [parent_answers.answer_batch(model, tokenizer, [prompt], source, 0)[0] for prompt in prompts]
     assert parent_answers.answer_batch(model, tokenizer, prompts, source, 0) == alone and any(alone)
+
+
+def test_the_parent_is_asked_on_the_day_that_the_corpus_has(talker: ParentInfo, tmp_path: Path) -> None:
+    (source,) = asks(tmp_path).sources
+    assert isinstance(source, ParentAnswersSource)
+    model, tokenizer = parent_answers._opened(tmp_path / talker.folder, HOST)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
+    heard: list[str] = []
+
+    def generate(ids: Tensor, **_: Any) -> Tensor:
+        heard.append(tokenizer.decode(ids[0]))
+        return ids
+
+    model.generate = generate
+    parent_answers.answer_batch(model, tokenizer, [[{"role": "user", "content": "So?"}]], source, 0)
+    assert heard == ["26 Jul 2024: So?"]
+
+
+def test_prompts_that_cannot_be_asked_are_skipped_and_told(
+    talker: ParentInfo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = asks(tmp_path, temperature=1.0)
+    (path,) = (source.prompts.path for source in asked.sources)  # type: ignore[union-attr]
+    lines = Path(path).read_text().splitlines()
+    long = [{"role": "user", "content": "go on " * 200}]
+    more = [json.dumps({"messages": chat}) for chat in (long, [TALK[1]])]
+    Path(path).write_text("\n".join([lines[0], *more, *lines[1:]]) + "\n")
+    (source,) = with_answers(asked, talker, tmp_path, HOST).sources
+    assert "2 of 42 lines of chats.jsonl were skipped: first at line 2 asks in 1,208 tokens" in capsys.readouterr().out
+    answered = Path(source.path).read_text().splitlines()  # type: ignore[union-attr]
+    assert len(answered) == 40 and not any("go on go on go on go on go on go on go on" in line for line in answered)
+
+    for kind, ending in (("jsonl", json.dumps({"text": "go on " * 200})), ("text", "go on " * 200)):
+        texts = TextSource(kind=kind, path=str(tmp_path / kind))  # type: ignore[arg-type]
+        Path(texts.path).write_text(ending + "\n")
+        alone = ParentAnswersSource(kind="parent_answers", prompts=texts, answer_tokens=12)
+        with pytest.raises(CorpusError, match="1 of 1 .* are of no use.*1,012 before 12 of an answer"):
+            with_answers(asked.model_copy(update={"sources": (alone,)}), talker, tmp_path, HOST)
 
 
 def test_answers_without_an_end_and_without_a_parent_are_refused(chain: Chain, tmp_path: Path) -> None:

@@ -97,11 +97,13 @@ class KVHeads(VariantKind):
         before = getattr(context.parent_layer, context.parent_layer.attention_norms[0])
         try:
             with torch.no_grad():
-                for hidden in context.hidden_batches():
+                for hidden, weights in context.hidden_batches():
                     layer.attention(hidden, **context.context)
                     x = inputs.pop().flatten(0, -2)
                     y = parents(hidden_states=before(hidden), **context.context)[0].flatten(0, -2)
                     y = y if attention.o_proj.bias is None else y - attention.o_proj.bias
+                    if weights is not None:
+                        x, y = x * weights.sqrt(), y * weights.sqrt()
                     gram = x.T @ x if gram is None else gram + x.T @ x
                     cross = x.T @ y if cross is None else cross + x.T @ y
         finally:

@@ -66,6 +66,7 @@ class Job(Value):
             seed=self.seed,
             warm_start=[record.key for record in self.warm_start],
             version=VERSION,
+            **({"closed_form": "weighted"} if self.recording.corpus.weighted else {}),  # older blocks' was not
         )
 
     @property
@@ -394,6 +395,7 @@ def _start(job: Job, reader: Parent, data: LayerData, module: DeciLMDecoderLayer
         context=data.context,
         ridge=job.settings.ridge,
         batch_sequences=data.compute.sequences(data.states["train", "hidden"].shape[1]),
+        weights=data.weights.get("train"),
     )
     for part in job.parts:
         variant = parse_label(part, getattr(job.choice, part), reader.config)

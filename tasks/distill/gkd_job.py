@@ -170,15 +170,9 @@ def training_of(
 
     student = Student(built(job, workspace, compute, sliced), job.settings, compute, sharded)
     sliced(student)
-    beside = None
-    if not job.record.steps:
-        reader = open_parent(workspace / job.record.parent.folder, compute)
-        parent = assemble_layers(reader, {}, [LayerChoice()] * reader.depth, workspace, sliced)
-        beside = Teacher(parent, compute, sharded)
-        sliced(beside)
     return Training(
         student=student,
-        beside=beside,
+        beside=beside_child(job.record, workspace, compute, sliced, sharded),
         record=job.record,
         settings=job.settings,
         workspace=workspace,
@@ -187,6 +181,22 @@ def training_of(
         group=group,
         watch=watch,
     )
+
+
+def beside_child(
+    record: TeacherRecord,
+    workspace: Path,
+    compute: Compute,
+    each: Callable[[nn.Module], object] = lambda module: None,
+    sharded: bool = False,
+) -> Teacher | None:
+    """The parent that runs beside a child; None where its targets are recorded. each, sharded: see `training_of`."""
+    if record.steps:
+        return None
+    reader = open_parent(workspace / record.parent.folder, compute)
+    beside = Teacher(assemble_layers(reader, {}, [LayerChoice()] * reader.depth, workspace, each), compute, sharded)
+    each(beside)
+    return beside
 
 
 def check_processes(settings: GKD, processes: int) -> None:

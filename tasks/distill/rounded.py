@@ -20,8 +20,9 @@ from blocks.compute import Compute
 from blocks.library import digest_of, read_tensors
 from profiles.schema import GKD
 from tasks.distill.gkd import GKDResult, Training, Watch, finished, no_watch
+from tasks.distill.gkd_job import beside_child
 from tasks.distill.gkd_settings import asked
-from tasks.distill.gkd_student import Student
+from tasks.distill.gkd_student import Student, load_trained
 from tasks.distill.gkd_targets import TeacherRecord
 from tasks.export.quantise import round_linear
 from tasks.gguf.grids import Grid
@@ -116,10 +117,11 @@ class RoundedTraining:
         """Leave the best weights in the model: those of a training that has ended, or of one from its checkpoint on."""
         before = self.result(model_key)
         if before is not None:
-            model.model.layers.load_state_dict(read_tensors(self.workspace, before.weights))
+            load_trained(model, read_tensors(self.workspace, before.weights))
             return
         Training(
             student=Student(model, self.own_settings, self.compute),
+            beside=beside_child(self.teacher, self.workspace, self.compute),
             record=self.teacher,
             settings=self.own_settings,
             workspace=self.workspace,

@@ -6,7 +6,7 @@ killed run goes on behind the last whole batch, and ends in the same file.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from blocks.errors import CorpusError
 from blocks.library import digest_of
 from blocks.records import ParentInfo
 from profiles.schema import Corpus, ParentAnswersSource, TextSource
-from tasks.inputs.chats import Message, Unusable
+from tasks.inputs.chats import Message, Unusable, template_of
 from tasks.inputs.corpus_sources import content_of, documents_of_source, name_of, pinned
-from tasks.inputs.text_files import CHUNK, Tally
+from tasks.inputs.text_files import CHUNK, Tally, skipped
 from tasks.running.progress import Progress, no_progress, say
 
 VERSION = 1
@@ -44,21 +44,32 @@ def with_answers(
     return corpus.model_copy(update={"sources": tuple(found)})
 
 
-def prompts_of(source: ParentAnswersSource) -> Iterator[list[Message]]:
-    """What is said before the assistant says something, chat by chat; a text is what a user says."""
+def prompts_of(
+    source: ParentAnswersSource, check: Callable[[Sequence[Message]], object], tallies: list[Tally]
+) -> Iterator[list[Message]]:
+    """What is said before the assistant says something, chat by chat; a text is what a user says.
+
+    check: raises Unusable for a prompt that cannot be asked. Those are counted in `tallies`, with what cannot be read.
+    """
 
     def prompt(messages: Sequence[Message]) -> str:
         first = next((n for n, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
         if not first:
             raise Unusable("begins with the assistant, so nothing is asked")
-        return json.dumps([dict(message) for message in messages[:first]])
+        check(messages[:first])
+        return _Prompt(json.dumps([dict(message) for message in messages[:first]]))
 
-    tallies: list[Tally] = []
-    for asked in documents_of_source(source.prompts, lambda messages: _Prompt(prompt(messages)), tallies, CHUNK):
+    for asked in documents_of_source(source.prompts, prompt, tallies, CHUNK):
         if isinstance(asked, _Prompt):
             yield json.loads(asked)
         elif isinstance(asked, str):
-            yield [{"role": "user", "content": asked}]
+            said: list[Message] = [{"role": "user", "content": asked}]
+            try:
+                check(said)
+            except Unusable as reason:
+                tallies[-1].skip(tallies[-1].read, str(reason))
+            else:
+                yield said
         else:
             raise CorpusError(f"{name_of(source.prompts)} holds token ids: prompts are text or chats.")
 
@@ -80,14 +91,17 @@ def _written(
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    prompts = list(islice(prompts_of(asked), asked.answers))
+    model, tokenizer = _opened(workspace / parent.folder, compute)
+    tallies: list[Tally] = []
+    prompts = list(islice(prompts_of(asked, _asker(model, tokenizer, asked), tallies), asked.answers))
+    for note in skipped(tallies, name_of(asked.prompts)):
+        say(f"corpus: {note}")
     if not prompts:
         raise CorpusError(f"{name_of(asked.prompts)} holds no prompt that can be answered: name another source.")
     if len(prompts) < asked.answers:
         say(f"corpus: {name_of(asked.prompts)} holds {len(prompts):,} prompts, {asked.answers:,} were to be answered")
     part = path.with_suffix(".part")
     done = _whole_batches(part)
-    model, tokenizer = _opened(workspace / parent.folder, compute)
     with part.open("a", encoding="utf-8") as file:
         for first in range(done * BATCH, len(prompts), BATCH):
             batch = prompts[first : first + BATCH]
@@ -143,6 +157,21 @@ def _opened(folder: Path, compute: Compute) -> tuple[Any, Any]:
     return model.eval().to(compute.device), tokenizer
 
 
+def _asker(model: Any, tokenizer: Any, asked: ParentAnswersSource) -> Callable[[Sequence[Message]], object]:
+    """What raises Unusable for a prompt that the chat template refuses, or behind which the context ends too early."""
+    write, room = template_of(tokenizer), max(0, model.config.max_position_embeddings - asked.answer_tokens)
+
+    def check(prompt: Sequence[Message]) -> None:
+        tokens = len(tokenizer(write(prompt, True), add_special_tokens=False, verbose=False)["input_ids"])
+        if tokens > room:
+            raise Unusable(
+                f"asks in {tokens:,} tokens, and the parent's context has {room:,} before {asked.answer_tokens:,} of "
+                "an answer"
+            )
+
+    return check
+
+
 def answer_batch(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[Message]], asked: ParentAnswersSource, number: int
 ) -> list[str | None]:
@@ -159,7 +188,8 @@ def answer_batch(
         pad_token_id=min(stops),
         **sampled,
     )
-    texts = [tokenizer.apply_chat_template(list(p), add_generation_prompt=True, tokenize=False) for p in prompts]
+    write = template_of(tokenizer)  # as the corpus writes chats: always on the same day
+    texts = [write(prompt, True) for prompt in prompts]
     tokenizer.pad_token_id = min(stops)
     batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
     own = [model.device] if model.device.type == "cuda" else []
