@@ -42,13 +42,6 @@ def correct(
     return parts, rounded, left.float()
 
 
-def output_error(weight_DK: Tensor, rounded_DK: Tensor, gram_KK: Tensor) -> float:
-    """||X W^T - X Q^T||^2 / ||X W^T||^2 over the calibration tokens, from X^T X."""
-    gram, difference = gram_KK.double(), (weight_DK - rounded_DK).double()
-    size = (weight_DK.double() @ gram * weight_DK.double()).sum()
-    return float((difference @ gram * difference).sum() / size)
-
-
 def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of a module, by name."""
     return {name: one for name, one in module.named_modules() if isinstance(one, nn.Linear)}

@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file
 from torch import Tensor
 
-from blocks.error_correction import InputGrams, correct, output_error
+from blocks.error_correction import InputGrams, correct
 from blocks.errors import CorpusError, PuzzleError
 from blocks.library import read_tensors
 from tasks.engines.ggml import GgmlRounding
@@ -64,6 +64,13 @@ def test_a_block_is_made_up_for_by_the_best_that_the_rest_can_do(matrix: tuple[T
     lost = (weight - rounded)[:, :48].double()
     best = torch.linalg.lstsq(inputs[:, 48:].double(), inputs[:, :48].double() @ lost.T).solution.T
     torch.testing.assert_close(rounded[:, 48:], (weight[:, 48:].double() + best).float(), rtol=1e-4, atol=1e-4)
+
+
+def output_error(weight_DK: Tensor, rounded_DK: Tensor, gram_KK: Tensor) -> float:
+    """||X W^T - X Q^T||^2 / ||X W^T||^2 over the calibration tokens, from X^T X."""
+    gram, difference = gram_KK.double(), (weight_DK - rounded_DK).double()
+    size = (weight_DK.double() @ gram * weight_DK.double()).sum()
+    return float((difference @ gram * difference).sum() / size)
 
 
 @needs_llama_cpp
