@@ -3,13 +3,12 @@
     .venv/bin/python -m benchmarks.more_tokens
 
 BLD: a few variants in a few layers, each on so many distinct tokens, shard by shard. GKD: one child, measured on test
-text on its way. Every seed orders the text of BLD differently, and chooses other text for GKD. Blocks that are finished
-are reused; GKD starts afresh.
+text on its way. Every seed orders the text of BLD differently, and chooses other text for GKD. What is finished is
+reused.
 """
 
 import argparse
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,16 +21,17 @@ from benchmarks.scale_tokens import Place
 from blocks import estimates
 from blocks.compute import HOST
 from blocks.estimates import Estimate
-from blocks.library import BlockLibrary, read_tensors
-from blocks.records import BlockRecord, LayerChoice, LayerRecord, Score
+from blocks.library import BlockLibrary, read_tensors, read_value, write_value
+from blocks.records import BlockRecord, LayerChoice, LayerRecord, Score, Value
 from blocks.runtime import set_threads
 from profiles.load import load_profile
 from profiles.schema import Profile
 from tasks.distill.bld import Job
+from tasks.distill.gkd_job import Job as GlobalJob
 from tasks.distill.gkd_job import built, job_of, kl_after, open_checkpoint
 from tasks.distill.gkd_targets import record_teacher
 from tasks.distill.jobs import jobs_of
-from tasks.evaluate.quality import parent_targets, sequence_figures
+from tasks.evaluate.quality import ParentTargets, parent_targets, sequence_figures
 from tasks.inputs.corpus import documents_of
 from tasks.running.progress import say
 from tasks.score.scoring import ScoringSet, by_document, score_sequences
@@ -44,6 +44,7 @@ SETTINGS = (
     "search_space.ffn=[ffn768,ffn256]",
     "bld.closed_form=compare",
 )
+STEPS = 1024  # of GKD that are never all done: the rate does not depend on them
 AMONG = 0.8  # the share of the layers, in the middle, whose FFN is narrower in the child of GKD
 
 
@@ -70,10 +71,17 @@ class Run:
         return [job for job in found if job.layer in self.layers]
 
 
+class Point(Value):
+    """KL of a child on every test sequence, and what its training took until then."""
+
+    kl: tuple[float, ...]
+    cpu_seconds: float
+
+
 def main() -> None:
     """Train, score, and write benchmarks/more_tokens.md."""
     parser = arguments(__doc__)
-    parser.add_argument("--layers", type=int, nargs="+", default=[3, 12, 21], help="in which BLD is measured")
+    parser.add_argument("--layers", type=int, nargs="+", default=[5, 15], help="in which BLD is measured")
     parser.add_argument("--bld-tokens", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--gkd-tokens", type=int, nargs="+", default=[16384, 49152, 98304])
     parser.add_argument("--seeds", type=int, default=2)
@@ -213,7 +221,8 @@ def of_gkd(run: Run, records: Sequence[LayerRecord]) -> str:
     points = [count // step for count in run.gkd]
     settings = run.profile.gkd.model_copy(
         update={
-            "steps": points[-1],
+            "steps": STEPS,
+            "warmup_fraction": 4 / STEPS,
             "schedule": "constant",
             "evaluate_every": math.gcd(*points),
             "recorded_gib": 0.0,  # no disk; the result is the same
@@ -221,21 +230,13 @@ def of_gkd(run: Run, records: Sequence[LayerRecord]) -> str:
     )
     found: dict[int, list[Estimate]] = {count: [] for count in (0, *points)}
     cpu = dict.fromkeys(found, 0.0)
-    for seed in run.seeds:
-        own = settings.model_copy(update={"seed": seed})
-        teacher = record_teacher(place.parent, place.corpus, own, run.workspace, HOST)
-        job = job_of(layers, blocks, teacher, own, HOST)
-        shutil.rmtree(run.workspace / job.folder, ignore_errors=True)
-        for count in found:
-            if count:
-                kl_after(count, job, run.workspace, HOST, watch=lambda seen: say(f"GKD step {seen.step}: {seen.text}"))
-                there = open_checkpoint(run.workspace / job.folder)
-                assert there is not None and there.course.step == count
-                model, cpu[count] = there.model(), cpu[count] + there.course.cpu_seconds / len(run.seeds)
-            else:
-                model = built(job, run.workspace, HOST)
-            values = sequence_figures(model, targets, tokens, HOST)["kl"]
-            found[count].append(estimates.mean(values.numpy(), documents))
+    for count in found:
+        for seed in run.seeds:
+            own = settings.model_copy(update={"seed": seed})
+            teacher = record_teacher(place.parent, place.corpus, own, run.workspace, HOST)
+            point = measured(count, job_of(layers, blocks, teacher, own, HOST), targets, run.workspace)
+            found[count].append(estimates.mean(point.kl, documents))
+            cpu[count] += point.cpu_seconds / len(run.seeds)
             say(f"GKD, seed {seed}, {count * step:,} tokens: KL {estimates.rounded(found[count][-1].metric)}")
     rows, before = list[list[str]](), None
     for count, every in found.items():
@@ -248,10 +249,26 @@ def of_gkd(run: Run, records: Sequence[LayerRecord]) -> str:
         f"## GKD\n\nA child with {run.profile.search_space.ffn[0]} in the middle {AMONG:.0%} of the layers, in closed "
         f"form. KL on {len(tokens)} test sequences of {len(set(documents))} documents, with the weights that were best "
         f"on {settings.validation_sequences} validation sequences until then. Steps of {settings.batch_sequences} "
-        f"sequences at {settings.learning_rate:g}, without a fall of the rate: each row is a shorter training as it "
-        "stands, and a training that ends there, with a rate that falls, would end a little lower. CPU-seconds of "
-        "one training, the parent beside it.\n\n" + table(header, rows)
+        f"sequences at {settings.learning_rate:g}, a rate that does not fall, so that each row is also the end of a "
+        "shorter training. CPU-seconds of one training, the parent beside it.\n\n" + table(header, rows)
     )
+
+
+def measured(count: int, job: GlobalJob, targets: ParentTargets, workspace: Path) -> Point:
+    """The child after so many steps."""
+    path = workspace / job.folder / f"test-{count}.json"
+    if path.exists():
+        return read_value(path, Point)
+    model, cpu = built(job, workspace, HOST), 0.0
+    if count:
+        kl_after(count, job, workspace, HOST, watch=lambda seen: say(f"GKD step {seen.step}: {seen.text}"))
+        there = open_checkpoint(workspace / job.folder)
+        assert there is not None and there.course.step == count, f"it was killed: delete {workspace / job.folder}"
+        model, cpu = there.model(), there.course.cpu_seconds
+    values = sequence_figures(model, targets, targets.tokens, HOST)["kl"]
+    point = Point(kl=tuple(values.tolist()), cpu_seconds=cpu)
+    write_value(path, point)
+    return point
 
 
 def child(run: Run, place: Place, records: Sequence[LayerRecord]) -> tuple[list[LayerChoice], list[BlockRecord]]:

@@ -36,7 +36,7 @@ from profiles.load import load_profile
 from profiles.schema import Profile
 from tasks.distill.bld import Job, distill, distill_shard, progress_of
 from tasks.distill.jobs import jobs_of
-from tasks.distill.record import Part, Recording, drop, enter, open_parent, record_layer, recording_of
+from tasks.distill.record import Part, Recording, StatesInUse, enter, open_parent, record_layer, recording_of
 from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
@@ -104,16 +104,17 @@ class Place:
 
     def bld(self, jobs: Sequence[Job]) -> None:
         """Variants shard by shard, and in each shard layer by layer; those that are done are left out."""
-        for number, shard in enumerate(self.recording.shards):
-            behind = [job for job in jobs if progress_of(job, number, self.workspace) is None]
-            layers = sorted({job.layer for job in behind})
-            for before, layer in zip([*layers[:1], *layers], layers, strict=False):
-                enter([layer], Part(shard=shard), self.recording, self.workspace, self.compute)
-                drop(range(before, layer), shard, self.recording, self.workspace)
-                for job in behind:
-                    if job.layer == layer:
-                        distill_shard(job, self.workspace, self.compute, number)
-            drop(layers[-1:], shard, self.recording, self.workspace)
+        with StatesInUse(self.recording, self.workspace) as states:
+            for number, shard in enumerate(self.recording.shards):
+                behind = [job for job in jobs if progress_of(job, number, self.workspace) is None]
+                for layer in sorted({job.layer for job in behind}):
+                    states.take([layer])
+                    enter([layer], Part(shard=shard), self.recording, self.workspace, self.compute)
+                    states.keep_only([layer])
+                    for job in behind:
+                        if job.layer == layer:
+                            distill_shard(job, self.workspace, self.compute, number)
+                states.keep_only([])
 
     def score(self, records: list[LayerRecord], blocks: list[BlockRecord]) -> None:
         """The blocks on all sequences, shard by shard."""
