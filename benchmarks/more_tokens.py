@@ -9,7 +9,6 @@ reused.
 
 import argparse
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +30,16 @@ from tasks.distill.gkd_job import Job as GlobalJob
 from tasks.distill.gkd_job import built, job_of, kl_after, open_checkpoint
 from tasks.distill.gkd_targets import record_teacher
 from tasks.distill.jobs import jobs_of
+from tasks.distill.record import clear, record_layer
 from tasks.evaluate.quality import ParentTargets, parent_targets, sequence_figures
 from tasks.inputs.corpus import documents_of
 from tasks.running.progress import say
 from tasks.score.scoring import ScoringSet, by_document, score_sequences
 
 SETTINGS = (
+    "hardware.threads=1",
     "corpus.train_sequences=1024",
+    "record.statistics_sequences=64",
     "record.validation_sequences=16",
     "scoring.sequences=16",
     "search_space.attention=[kv1]",
@@ -45,30 +47,44 @@ SETTINGS = (
     "bld.closed_form=compare",
 )
 STEPS = 1024  # of GKD that are never all done: the rate does not depend on them
-AMONG = 0.8  # the share of the layers, in the middle, whose FFN is narrower in the child of GKD
+
+
+Records = dict[int, LayerRecord]  # by layer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What is asked: the profile, the layers that BLD is measured in, how many tokens, and the seeds."""
+    """What is asked: the profile, the layers that BLD is measured in, those whose FFN is narrower in the child of GKD,
+    how many tokens, and the seeds.
+    """
 
     profile: Profile
     workspace: Path
     layers: tuple[int, ...]
+    child: tuple[int, ...]
     bld: tuple[int, ...]
     gkd: tuple[int, ...]
-    seeds: range
+    seeds: tuple[int, ...]
 
     def place(self, tokens: int) -> Place:
         """The workspace, with a recording for BLD on so many tokens."""
         bld = self.profile.bld.model_copy(update={"tokens": tokens})
         return Place(self.profile.model_copy(update={"bld": bld}), self.workspace, HOST)
 
-    def jobs(self, place: Place, records: Sequence[LayerRecord]) -> list[Job]:
-        """Every variant in the measured layers, with every seed."""
-        profiles = [place.profile.model_copy(update={"seed": seed}) for seed in self.seeds]
-        found = [job for profile in profiles for job in jobs_of(profile, place.recording, records, place.reader)]
-        return [job for job in found if job.layer in self.layers]
+    def record(self, place: Place) -> Records:
+        """The statistics of the layers that are asked for, each from the states that the one before left."""
+        layers = sorted({*self.layers, *self.child})
+        assert len(place.recording.counted) == 1 and not place.recording.kept
+        records = {layer: record_layer(layer, place.recording, self.workspace, HOST) for layer in layers}
+        clear(place.recording, self.workspace)
+        return records
+
+    def jobs(self, place: Place, records: Records, layers: Sequence[int]) -> list[Job]:
+        """Every variant in some layers, with every seed."""
+        space = place.profile.search_space.model_copy(update={"layers": tuple(layers)})
+        profiles = [place.profile.model_copy(update={"seed": seed, "search_space": space}) for seed in self.seeds]
+        every = [records.get(layer, records[layers[0]]) for layer in range(place.reader.depth)]
+        return [job for profile in profiles for job in jobs_of(profile, place.recording, every, place.reader)]
 
 
 class Point(Value):
@@ -81,17 +97,15 @@ class Point(Value):
 def main() -> None:
     """Train, score, and write benchmarks/more_tokens.md."""
     parser = arguments(__doc__)
-    parser.add_argument("--layers", type=int, nargs="+", default=[5, 15], help="in which BLD is measured")
+    parser.add_argument("--layers", type=int, nargs="+", default=[6, 16], help="in which BLD is measured")
+    parser.add_argument("--child", type=int, nargs="+", default=list(range(4, 27, 2)), help="layers narrowed for GKD")
     parser.add_argument("--bld-tokens", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--gkd-tokens", type=int, nargs="+", default=[16384, 49152, 98304])
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     run = asked(parser.parse_args())
-    cpu = time.process_time()
     place = run.place(max(run.bld))
-    records = place.record()
-    parts = [of_bld(run, records), of_gkd(run, records)]
-    spent = f"The whole page took {(time.process_time() - cpu) / 60:.0f} CPU-minutes."
-    write_page("more_tokens", "What more tokens buy", [intro(place), *parts, spent])
+    records = run.record(place)
+    write_page("more_tokens", "What more tokens buy", [intro(place), of_bld(run, records), of_gkd(run, records)])
 
 
 def asked(options: argparse.Namespace) -> Run:
@@ -104,9 +118,10 @@ def asked(options: argparse.Namespace) -> Run:
         profile=profile,
         workspace=workspace,
         layers=tuple(options.layers),
+        child=tuple(options.child),
         bld=tuple(sorted(options.bld_tokens)),
         gkd=tuple(sorted(options.gkd_tokens)),
-        seeds=range(options.seeds),
+        seeds=tuple(options.seeds),
     )
 
 
@@ -119,12 +134,12 @@ def intro(place: Place) -> str:
     )
 
 
-def of_bld(run: Run, records: Sequence[LayerRecord]) -> str:
+def of_bld(run: Run, records: Records) -> str:
     """Variants after each number of tokens; 0: as they start."""
     library, trained = BlockLibrary(run.workspace), dict[tuple[str, int], list[BlockRecord]]()
     for tokens in run.bld:
         place = run.place(tokens)
-        jobs = run.jobs(place, records)
+        jobs = run.jobs(place, records, run.layers)
         starts = [untrained(job) for job in jobs if job.seed == run.seeds[0]] if tokens == run.bld[0] else []
         say(f"BLD on {tokens:,} tokens: {len(jobs)} variants")
         place.bld([*starts, *jobs])
@@ -155,8 +170,8 @@ def of_bld(run: Run, records: Sequence[LayerRecord]) -> str:
 
 
 def untrained(job: Job) -> Job:
-    """The same without steps."""
-    return job.model_copy(update={"settings": job.settings.model_copy(update={"steps": 0})})
+    """The same without steps, which are all that the seed decides."""
+    return job.model_copy(update={"settings": job.settings.model_copy(update={"steps": 0}), "seed": 0})
 
 
 def way(job: Job) -> str:
@@ -164,16 +179,14 @@ def way(job: Job) -> str:
     return f"{job.subblock} {job.variant}, {'closed form' if job.settings.closed_form else 'pruned'}"
 
 
-def scoring_set(run: Run, place: Place, records: Sequence[LayerRecord]) -> ScoringSet:
+def scoring_set(run: Run, place: Place, records: Records) -> ScoringSet:
     """The held-out tokens of the replace-1-block scores."""
     settings = run.profile.scoring
     length = settings.tokens_per_sequence or place.corpus.sequence_length
-    return ScoringSet(corpus=place.corpus, last=records[-1], count=settings.sequences, length=length)
+    return ScoringSet(corpus=place.corpus, last=records[max(records)], count=settings.sequences, length=length)
 
 
-def scores_of(
-    scored: ScoringSet, blocks: Sequence[BlockRecord], place: Place, records: Sequence[LayerRecord]
-) -> dict[str, Score]:
+def scores_of(scored: ScoringSet, blocks: Sequence[BlockRecord], place: Place, records: Records) -> dict[str, Score]:
     """Scores by the block's key."""
     documents = documents_of(place.corpus, "validation", place.workspace, scored.length)[: scored.count]
     found: dict[str, Score] = {}
@@ -211,7 +224,7 @@ def headed(name: str, run: Run) -> list[str]:
     return [f"{name}, seed {seed}" for seed in run.seeds]
 
 
-def of_gkd(run: Run, records: Sequence[LayerRecord]) -> str:
+def of_gkd(run: Run, records: Records) -> str:
     """A child on its way through GKD."""
     place, step = run.place(run.bld[0]), run.profile.gkd.batch_sequences * run.profile.corpus.sequence_length
     layers, blocks = child(run, place, records)
@@ -246,8 +259,8 @@ def of_gkd(run: Run, records: Sequence[LayerRecord]) -> str:
         before = both
     header = ["tokens", *headed("KL", run), "change", "CPU-s"]
     return (
-        f"## GKD\n\nA child with {run.profile.search_space.ffn[0]} in the middle {AMONG:.0%} of the layers, in closed "
-        f"form. KL on {len(tokens)} test sequences of {len(set(documents))} documents, with the weights that were best "
+        f"## GKD\n\nA child with {run.profile.search_space.ffn[-1]} in layers {', '.join(map(str, run.child))}, in "
+        f"closed form. KL on {len(tokens)} test sequences of {len(set(documents))} documents, with the weights that were best "
         f"on {settings.validation_sequences} validation sequences until then. Steps of {settings.batch_sequences} "
         f"sequences at {settings.learning_rate:g}, a rate that does not fall, so that each row is also the end of a "
         "shorter training. CPU-seconds of one training, the parent beside it.\n\n" + table(header, rows)
@@ -271,21 +284,16 @@ def measured(count: int, job: GlobalJob, targets: ParentTargets, workspace: Path
     return point
 
 
-def child(run: Run, place: Place, records: Sequence[LayerRecord]) -> tuple[list[LayerChoice], list[BlockRecord]]:
-    """A child with one narrower FFN in the middle of the layers, in closed form."""
-    depth, label = place.reader.depth, run.profile.search_space.ffn[0]
-    edge = round(depth * (1 - AMONG) / 2)
-    middle = range(edge, depth - edge)
-    jobs = [
-        untrained(job)
-        for job in place.jobs(list(records))
-        if job.layer in middle and (job.subblock, job.variant) == ("ffn", label)
-    ]
+def child(run: Run, place: Place, records: Records) -> tuple[list[LayerChoice], list[BlockRecord]]:
+    """A child with a narrower FFN in some layers, in closed form."""
+    depth, label = place.reader.depth, run.profile.search_space.ffn[-1]
+    every = [job for job in run.jobs(place, records, run.child) if job.seed == run.seeds[0]]
+    jobs = [untrained(job) for job in every if job.variant == label]
     say(f"a child: {len(jobs)} blocks")
     place.bld(jobs)
     library = BlockLibrary(run.workspace)
     blocks = [block for job in jobs if (block := library.find(job.key))]
-    return [LayerChoice(ffn=label) if layer in middle else LayerChoice() for layer in range(depth)], blocks
+    return [LayerChoice(ffn=label) if layer in run.child else LayerChoice() for layer in range(depth)], blocks
 
 
 if __name__ == "__main__":
