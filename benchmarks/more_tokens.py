@@ -260,10 +260,11 @@ def of_gkd(run: Run, records: Records) -> str:
     header = ["tokens", *headed("KL", run), "change", "CPU-s"]
     return (
         f"## GKD\n\nA child with {run.profile.search_space.ffn[-1]} in layers {', '.join(map(str, run.child))}, in "
-        f"closed form. KL on {len(tokens)} test sequences of {len(set(documents))} documents, with the weights that "
-        f"were best on {settings.validation_sequences} validation sequences until then. Steps of {settings.batch_sequences} "
-        f"sequences at {settings.learning_rate:g}, a rate that does not fall, so that each row is also the end of a "
-        "shorter training. CPU-seconds of one training, the parent beside it.\n\n" + table(header, rows)
+        f"closed form. KL on {len(tokens)} test sequences of {len(set(documents))} documents, with the weights "
+        f"that were best on {settings.validation_sequences} validation sequences until then. Steps of "
+        f"{settings.batch_sequences} sequences at {settings.learning_rate:g}, a rate that does not fall, so that "
+        "each row is also the end of a shorter training. CPU-seconds of one training, the parent beside it.\n\n"
+        + table(header, rows)
     )
 
 
