@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[6, 16], help="in which BLD is measured")
     parser.add_argument("--child", type=int, nargs="+", default=list(range(4, 27, 2)), help="layers narrowed for GKD")
     parser.add_argument("--bld-tokens", type=int, nargs="+", default=[8192, 32768, 131072])
-    parser.add_argument("--gkd-tokens", type=int, nargs="+", default=[16384, 49152, 98304])
+    parser.add_argument("--gkd-tokens", type=int, nargs="+", default=[16384, 32768, 49152])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     run = asked(parser.parse_args())
     place = run.place(max(run.bld))
