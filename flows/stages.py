@@ -46,14 +46,15 @@ from tasks.running.progress import say
 from tasks.running.sharing import TaskKey, exclusive
 from tasks.running.workers import WorkerSlot, compute_of, in_slot, worker_slot
 from tasks.score import scoring
-from tasks.search.choose import choose_several
+from tasks.search.choose import with_most_tokens
+from tasks.search.one_type import candidates
 from tasks.search.totals import Problem, predicted, problem_of
 from tasks.studies.peers import find
 
 parent_task = task_of("prepare parent", "prepare parent")(prepare_parent)
 corpus_task = task_of("prepare corpus", "prepare corpus")(prepare_corpus)
 prompts_task = task_of("answer prompts", "answer prompts")(with_answers)
-choose_task = task_of("choose", "choose")(choose_several)
+choose_task = task_of("choose", "choose")(candidates)
 ratio_task = task_of("measure type", "measure the parent in {kind}")(typed_costs.measure_ratio)
 
 
@@ -381,9 +382,9 @@ def cost_tasks(run: Run) -> list[str]:
 
 
 def choose_child(run: Run, scores: Sequence[Score], table: CostTable) -> tuple[Problem, list[Architecture]]:
-    """The MIP under the profile's budget: its optimum, and the next best where several are to race."""
+    """The MIP under the profile's budget: its optimum, and who races with it where several are to."""
     with run.stage("choose"):
-        problem = problem_of(run.profile, scores, table)
+        problem = with_most_tokens(problem_of(run.profile, scores, table))
         needs = [*cost_tasks(run), *(f"score {layer}" for layer in sorted({score.layer for score in scores}))]
         asked = (problem, run.profile.race.candidates, run.profile.race.min_different)
         found: list[Architecture] = run.call(choose_task, "choice", *asked, after=needs, limited=False)

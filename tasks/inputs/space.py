@@ -5,10 +5,11 @@ from typing import Any
 
 from blocks.engine_limits import check_parent, refusal, runnable
 from blocks.errors import PuzzleError, UnknownVariant
+from blocks.families.base import head_dim
 from blocks.kinds import kind_of, parse_label
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock
-from blocks.resources import BLOCK
+from blocks.resources import BLOCK, BLOCK_BYTES
 from blocks.variant import Variant
 from profiles.schema import Profile, SearchSpace
 
@@ -42,6 +43,12 @@ def misfits(profile: Profile, reader: Parent) -> list[str]:
         entry = kind_of(own).block_entry(own, reader.config)
         found += [f"hardware.tensor_parallel: the parent: {why}" for why in unshared(profile, reader.config, entry)]
     found += _narrow(profile, reader)
+    kept, channels = profile.hardware.kv_precision, head_dim(reader.config)
+    if kept in BLOCK_BYTES and channels % BLOCK:
+        found.append(
+            f"hardware.kv_precision: {kept} holds whole blocks of {BLOCK} numbers, and a head of this parent has "
+            f"{channels} channels: leave it out, or name float16"
+        )
     outside = [layer for layer in profile.search_space.layers or () if not 0 <= layer < reader.depth]
     if outside:
         found.append(f"search_space.layers names {outside}, but the parent's layers are 0 to {reader.depth - 1}")

@@ -162,12 +162,18 @@ def doubts_of(rows: Sequence[BenchRow]) -> list[str]:
 
 @contextmanager
 def at_work(
-    sources: Mapping[str, Path], engine: str, points: Sequence[Point], precision: str, threads: int
+    sources: Mapping[str, Path],
+    engine: str,
+    points: Sequence[Point],
+    precision: str,
+    threads: int,
+    kv_precision: str = "float16",
 ) -> Iterator[Mapping[str, Worker]]:
     """Every model loaded in a process of its own, with room for these loads."""
     with ready(sources, engine, precision, points) as paths, ExitStack() as stack:
         how = LoadOptions(
             precision=precision,
+            kv_precision=kv_precision,
             threads=threads,
             batch_size=max(point.batch_size for point in points),
             context_tokens=max(point.prompt_tokens + point.grow + point.steps for point in points),

@@ -148,9 +148,10 @@ def _timer(
         yield partial(measure_throughput, {name: model.to(hardware.device, dtype) for name, model in models.items()})
         return
     points = [Point.of(scenario, batch) for scenario, batch in loads]
+    formats = (hardware.precision, threads_of(hardware), hardware.kv_precision or "float16")
     with (
         _exported(contenders, parent, hardware, workspace) as files,
-        at_work(files, hardware.engine, points, hardware.precision, threads_of(hardware)) as workers,
+        at_work(files, hardware.engine, points, *formats) as workers,
     ):
         yield lambda scenario, batch, rounds: time_in_turns(workers, Point.of(scenario, batch), scenario, rounds)
 

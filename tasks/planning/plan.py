@@ -231,7 +231,8 @@ def children_of(problem: Problem) -> tuple[list[ChildPlan], str]:
     Parameters and memory are exact; times are the model's. Layers are alike here, so very many choices come close to
     filling a budget, and the search for the largest child stops early: a child that drops 0.5 % less may exist.
     """
-    quick = problem.search.model_copy(update={"gap": max(problem.search.gap, 5e-3)})
+    # no score is known yet, so nobody can tell which child is the fastest within one
+    quick = problem.search.model_copy(update={"gap": max(problem.search.gap, 5e-3), "fastest_within_score": None})
     fastest = fastest_of(problem)
     batches = tuple(max(scenario.batch_sizes) for scenario in problem.scenarios)
     found = [_child("fastest of the space", problem, fastest, batches)]
@@ -309,6 +310,7 @@ def stages_of(
     rounded = len(shares) - 1 + distilled if types else 0
     raced, rest = effort.race_shares(profile)
     alone = effort.gkd_work(shape, share, layers)
+    judged = effort.files_work(shape, effort.race_looks(profile) if types else 0)
     again = gkd.rounded_steps / gkd.steps if gkd.steps else 0.0
     spoken = len(profile.evaluate.prompts) * profile.evaluate.answer_tokens
     asked = sum(isinstance(source, ParentAnswersSource) for source in corpus.sources)
@@ -330,7 +332,7 @@ def stages_of(
         ("score types", len(searched) if types else 0, 0, effort.type_scores_work(shape)),
         ("choose", 1, 0, Work(fixed=2.0)),
         ("GKD parent", min(distilled, 1), stepped + gkd.validation_sequences * length, effort.teacher_work(shape)),
-        ("race", profile.race.candidates if raced else 0, round(raced * stepped), alone * raced),
+        ("race", profile.race.candidates if raced else 0, round(raced * stepped), alone * raced + judged),
         ("write files", rounded, 0, effort.files_work(shape, rounded) + alone * (distilled * again)),
         ("evaluate", len(shares), tested * len(shares), effort.evaluate_work(shape, shares, first=True)),
         ("GKD child", min(distilled, 1), round(rest * stepped), alone * rest),
