@@ -76,7 +76,7 @@ def report_of(
     answers.
     """
     (parent, corpus), (blocks, problem) = source, library
-    asked = replace(problem, budget=run.profile.budget)  # without a speed that the search added
+    asked = replace(problem, budget=run.profile.budget, scenarios=run.profile.scenarios)  # not what the search settled
     folder = run.workspace / "runs" / f"{run.profile.name}-{digest_of(child=final.key)[:12]}"
     speed, own = found.speed, found.evaluations[0]
     parents = speed.models.get(PARENT, ())

@@ -4,7 +4,7 @@ A stage asks the files first. What is whole becomes a task run at once, `Cached`
 the workers. See flows/run.py for the how, flows/whole_models.py for the stages after the choice.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle, zip_longest
 from pathlib import Path
@@ -17,7 +17,7 @@ from blocks.library import BlockLibrary, digest_of
 from blocks.records import Architecture, BlockRecord, CorpusInfo, CostTable, LayerRecord, ParentInfo, Score
 from flows.run import Run, task_of
 from profiles.hardware import load_target
-from profiles.schema import ParentAnswersSource, Profile
+from profiles.schema import MINITRON, ParentAnswersSource, Profile
 from tasks.distill.bld import Job, distill_shard, progress_of
 from tasks.distill.jobs import better_of, coupled_jobs, jobs_of
 from tasks.distill.record import (
@@ -213,6 +213,23 @@ def distill_all(run: Run, parent: ParentInfo, corpus: CorpusInfo, records: Seque
     return blocks
 
 
+def cut(
+    run: Run, parent: ParentInfo, corpus: CorpusInfo, records: Sequence[LayerRecord], rivals: Mapping[str, Architecture]
+) -> list[BlockRecord]:
+    """The blocks of the baseline minitron, if it is there: the parent's with their least active channels cut off.
+
+    Nothing is fitted or trained.
+    """
+    if MINITRON not in rivals:
+        return []
+    profile, reader = run.profile, open_parent(run.workspace / parent.folder)
+    widths = tuple({choice.bare.ffn for choice in rivals[MINITRON].layers} - {"parent"})
+    as_cut = profile.bld.model_copy(update={"steps": 0, "tokens": None, "closed_form": False})
+    space = profile.search_space.model_copy(update={"attention": (), "ffn": widths})
+    asked = profile.model_copy(update={"bld": as_cut, "search_space": space})
+    return _distill(run, jobs_of(asked, recording(run, parent, corpus), records, reader), "cut")
+
+
 def _distill(run: Run, jobs: Sequence[Job], name: str) -> list[BlockRecord]:
     """The library, not Prefect, knows which blocks are whole. It is asked before a task runs, and it has the last word
     after, since another run may have made a block meanwhile.
@@ -400,6 +417,9 @@ def choose_baselines(run: Run, problem: Problem, child: Architecture) -> dict[st
     batches = tuple(totals.batch_size for totals in child.totals)
     found: dict[str, Architecture] = {}
     for name in run.profile.evaluate.baselines:
+        if name == MINITRON and run.profile.bld.tokens is not None:
+            say("baseline minitron left out: with bld.tokens the states that its cuts are checked on are not kept")
+            continue
         try:
             one = find(name, problem, run.profile.seed)
             found[name] = predicted(problem, one.layers, name, batches, one.head)

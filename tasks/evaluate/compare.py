@@ -20,7 +20,7 @@ from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import digest_of, keep, read_tensors, remember
 from blocks.parent import in_dtype
 from blocks.records import Architecture, BlockRecord, Candidate, CorpusInfo, LayerChoice, ParentInfo, Throughput, Value
-from profiles.schema import GKD, Evaluate
+from profiles.schema import GKD, MINITRON, Evaluate
 from tasks.distill.gkd import GKDResult, Watch, no_watch
 from tasks.distill.gkd_job import distill_globally, job_of
 from tasks.distill.gkd_student import load_trained
@@ -276,6 +276,7 @@ def candidate(
     workspace: Path,
 ) -> Candidate:
     """A model of the final table; its speed is that of the first scenario."""
+    summed = which.stage == "assembled" and which.name != MINITRON and scored_by == "kl"  # of blocks that it has not
     totals, file_bytes = which.architecture.totals[0], (workspace / which.file).stat().st_size if which.file else 0
     weights = math.ceil(totals.parameters * bytes_per_parameter)
     shipped = which.name == SHIPPED  # its totals are those of the parent in the profile's precision
@@ -295,7 +296,7 @@ def candidate(
         top1_agreement=found.quality.top1_agreement,
         benchmarks={name: result.metric for name, result in found.benchmarks.items()},
         retention=retention(found.benchmarks, parents.benchmarks) if found.benchmarks else None,
-        predicted_kl=which.architecture.score if which.stage == "assembled" and scored_by == "kl" else None,
+        predicted_kl=which.architecture.score if summed else None,
         runtime_seconds=fast.runtime_seconds if fast else None,
         gains=fast.gains if fast else None,
         gkd_tokens=which.gkd.tokens if which.gkd else 0,

@@ -6,6 +6,7 @@ racer is rounded as it stands, as for its file (tasks/evaluate/typed_file.py), a
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import digest_of, keep, remember
@@ -69,8 +70,8 @@ def kl_as_file(
         written = which.model_copy(update={"file": str(file.relative_to(workspace))})
 
         def in_torch() -> DeciLMForCausalLM:
-            whole: DeciLMForCausalLM = in_dtype(read_gguf(file).to(compute.device), compute.dtype)
-            return whole
+            whole: Any = read_gguf(file)
+            return in_dtype(whole.to(compute.device), compute.dtype)
 
         kl = float(figures_of(written, targets, workspace, compute, in_torch)["kl"].mean())
     keep(path, AsFile(kl=kl, step=step), [], workspace)

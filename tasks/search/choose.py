@@ -20,8 +20,9 @@ from tasks.search.view import library_of, request_of
 def with_most_tokens(problem: Problem) -> Problem:
     """Where the fastest child within a score is wanted: the problem of the lowest score at that speed.
 
-    The most tokens a second become a limit beside the others, so all that knows the lowest score alone, baselines among
-    them, is asked the same at the same speed. Any other problem comes back as it is.
+    Its batch sizes are those of the fastest child, and the most tokens a second are a limit beside the others. So all
+    that knows the lowest score alone, baselines among them, is asked the same at the same speed. Any other problem
+    comes back as it is.
     """
     most = problem.search.fastest_within_score
     if most is None:
@@ -36,9 +37,13 @@ def with_most_tokens(problem: Problem) -> Problem:
             f"child does more than {1 / fastest.bound:.4g}. Raise search.time_limit_seconds to look longer"
         )
     tokens = (1 - TOLERANCE) / max(fastest.objective, 1e-9)  # sums of floats in another order; nothing may take no time
+    sizes = {found.scenario: found.batch_size for found in fastest.scenarios}
+    scenarios = (one.model_copy(update={"batch_sizes": (sizes[one.name],)}) for one in problem.scenarios)
     return replace(
         problem,
-        budget=problem.budget.model_copy(update={"min_tokens_per_second": tokens}),
+        scenarios=tuple(scenarios),
+        # at these batch sizes so many tokens are at least the speed-up that was asked
+        budget=problem.budget.model_copy(update={"min_tokens_per_second": tokens, "speedup": None}),
         search=problem.search.model_copy(update={"fastest_within_score": None}),
     )
 

@@ -62,12 +62,13 @@ def candidates(problem: Problem, count: int, min_different: int) -> list[Archite
     at most `FAR` times the optimum. The others are the best by score that differ from all before in `min_different`
     layers at least. In a library without types all are of the latter kind.
     """
-    near = choose_several(problem, count, min_different)
-    found = near[:1]
-    for corner in _corners(problem) if count > 1 and len(types_of(problem)) > 1 else ():
-        if len(found) <= count // 2 and corner.score <= FAR * near[0].score and _apart(corner, found, min_different):
+    if count == 1 or len(types_of(problem)) == 1:
+        return choose_several(problem, count, min_different)
+    found = choose_several(problem, 1, min_different)
+    for corner in _corners(problem):
+        if len(found) <= count // 2 and corner.score <= FAR * found[0].score and _apart(corner, found, min_different):
             found.append(corner)
-    for one in near[1:]:
+    for one in choose_several(problem, count + len(found), min_different):
         if len(found) < count and _apart(one, found, min_different):
             found.append(one)
     return sorted(found, key=lambda one: one.score)

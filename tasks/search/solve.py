@@ -348,10 +348,11 @@ def reached(
     kind = limit.kind
     values = list(_values(library, request, limit, chosen, scenarios))
     if limit.share:
-        parents = [library.parents[layer] for layer in library.layers]
-        indices = [library.place_at(found.scenario, found.batch_size) for found in scenarios]
-        parent = [totals(library, parents, index) for index in indices]
-        own = list(_values(library, request, limit, parents, parent))
+        whose = library.reference or library
+        parents = [whose.parents[layer] for layer in whose.layers]
+        indices = [whose.place_at(found.scenario, found.batch_size) for found in scenarios]
+        parent = [totals(whose, parents, index) for index in indices]
+        own = list(_values(whose, request, limit, parents, parent))
         values = [_ratio(value, base) for value, base in zip(values, own, strict=True)]
     return min(values) if kind.floor else max(values)
 
