@@ -33,13 +33,14 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         scores = number_types.score_types(run, (parent, corpus), records, blocks, scores, costs)
         run.log_library(parent, corpus, blocks, scores, costs)
 
-        problem, near = stages.choose_child(run, scores, costs)
+        problem, near = stages.choose_child(run, parent, scores, costs)
         teacher = whole_models.record_teacher(run, parent, corpus)
         names = ["child"] if len(near) == 1 else [f"candidate-{place}" for place in range(1, len(near) + 1)]
         racing = [contender(name, each, blocks) for name, each in zip(names, near, strict=True)]
         child, racers = whole_models.race(run, racing, teacher)
         run.log_architecture(child.architecture, blocks, scores, costs)
-        own, rivals = parent_contender(child.architecture), stages.choose_baselines(run, problem, child.architecture)
+        own = parent_contender(child.architecture)
+        rivals = stages.choose_baselines(run, parent, problem, child.architecture)
         whole = stages.cut(run, parent, corpus, records, rivals)
         baselines = [contender(name, one, whole if name == MINITRON else blocks) for name, one in rivals.items()]
         references = number_types.references(run, problem, child.architecture, own)

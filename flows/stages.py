@@ -37,7 +37,7 @@ from tasks.inputs.corpus import documents_of, prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
 from tasks.inputs.parent_answers import with_answers
-from tasks.inputs.space import check_search_space, left_out, measured_space
+from tasks.inputs.space import check_search_space, left_out, measured_space, refused_whole
 from tasks.measure import costs, typed_costs
 from tasks.measure.calibration import drift
 from tasks.measure.roofline import modelled_costs, setting_of
@@ -398,30 +398,39 @@ def cost_tasks(run: Run) -> list[str]:
     return [name for name in run.task_runs if name.startswith("cost ")]
 
 
-def choose_child(run: Run, scores: Sequence[Score], table: CostTable) -> tuple[Problem, list[Architecture]]:
+def choose_child(
+    run: Run, parent: ParentInfo, scores: Sequence[Score], table: CostTable
+) -> tuple[Problem, list[Architecture]]:
     """The MIP under the profile's budget: its optimum, and who races with it where several are to."""
     with run.stage("choose"):
         problem = with_most_tokens(problem_of(run.profile, scores, table))
         needs = [*cost_tasks(run), *(f"score {layer}" for layer in sorted({score.layer for score in scores}))]
         asked = (problem, run.profile.race.candidates, run.profile.race.min_different)
         found: list[Architecture] = run.call(choose_task, "choice", *asked, after=needs, limited=False)
+    reader = open_parent(run.workspace / parent.folder)
+    refusals = [refused_whole(run.profile, reader, one.layers) for one in found]
+    found = [one for one, why in zip(found, refusals, strict=True) if why is None]
+    if not found:
+        raise PuzzleError(f"{refusals[0]}, and the best child within the budget is one: ask for less of it.")
     if len(found) < asked[1]:
         say(f"race: no more than {len(found)} architectures within the budget differ in {asked[2]} layers")
     return problem, found
 
 
-def choose_baselines(run: Run, problem: Problem, child: Architecture) -> dict[str, Architecture]:
+def choose_baselines(run: Run, parent: ParentInfo, problem: Problem, child: Architecture) -> dict[str, Architecture]:
     """The simple searches under the same budget, their totals at the child's batch sizes; one that cannot keep the
     budget is left out and named.
     """
     batches = tuple(totals.batch_size for totals in child.totals)
-    found: dict[str, Architecture] = {}
+    found, reader = dict[str, Architecture](), open_parent(run.workspace / parent.folder)
     for name in run.profile.evaluate.baselines:
         if name == MINITRON and run.profile.bld.tokens is not None:
             say("baseline minitron left out: with bld.tokens the states that its cuts are checked on are not kept")
             continue
         try:
             one = find(name, problem, run.profile.seed)
+            if why := refused_whole(run.profile, reader, one.layers):
+                raise PuzzleError(why)
             found[name] = predicted(problem, one.layers, name, batches, one.head)
         except PuzzleError as error:
             say(f"baseline {name} left out: {error}")

@@ -1,9 +1,9 @@
 """The layers and variants that a profile asks for, checked against the parent's config."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from blocks.engine_limits import check_parent, refusal, runnable
+from blocks.engine_limits import NO_CACHE, check_parent, gaps, known_engine, refusal, runnable
 from blocks.errors import PuzzleError, UnknownVariant
 from blocks.families.base import head_dim
 from blocks.kinds import kind_of, parse_label
@@ -118,6 +118,13 @@ def refused_alone(profile: Profile, config: Any, layer: int, subblock: Subblock,
     """
     choice = LayerChoice().model_copy(update={subblock: label})
     return refused(profile, config, layer, choice.attention, choice.ffn)
+
+
+def refused_whole(profile: Profile, reader: Parent, layers: Sequence[LayerChoice]) -> str | None:
+    """Why an engine that has to run the child cannot run together what it can layer by layer; None when all can."""
+    config = reader.child_config([choice.bare for choice in layers])
+    unable = [known_engine(name).title for name in target_engines(profile) if NO_CACHE in gaps(name, config)]
+    return f"{unable[0]} cannot run {NO_CACHE}" if unable else None
 
 
 def left_out(profile: Profile, reader: Parent) -> tuple[str, ...]:

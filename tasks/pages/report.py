@@ -461,6 +461,8 @@ def race_table(report: ChildReport) -> WordedTable:
     header = ["place by summed score", "summed score", "layers unlike the first's"]
     header += [f"KL after {steps} steps of GKD" for steps, _ in rounds]
     words = "On validation text, the best until there, in nats per token. In each round the worse half dropped out. "
+    if any(candidate.file_bytes for candidate in report.candidates):
+        words += "Each was rounded as for its file, and what the file holds was judged. "
     trained = sum(steps for racer in report.race[1:] for steps, _ in racer.kl[-1:])
     words += f"The others took {trained} steps of GKD together, which no baseline was given."
     return header, rows, words
