@@ -281,7 +281,7 @@ class Totals(Value):
 
 class AtBatchSize(Value):
     """A child and its parent at one batch size of a scenario, predicted. broken, parent_broken: which limits of the
-    budget they do not keep there.
+    budget they do not keep there. reliable: False where the costs were measured on a busy machine.
     """
 
     child: Totals
@@ -289,6 +289,7 @@ class AtBatchSize(Value):
     chosen: bool
     broken: tuple[str, ...]
     parent_broken: tuple[str, ...]
+    reliable: bool
 
 
 class Architecture(Value):

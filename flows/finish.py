@@ -92,7 +92,12 @@ def report_of(
                     "answers": found.answers.get((which.name, which.stage), ()),
                     "limits": ()
                     if which.stage == "parent"
-                    else limits_of(asked, which.architecture, speed.models.get(which.name, ()), parents),
+                    else limits_of(
+                        problem if _is_reference(which) else asked,
+                        which.architecture,
+                        speed.models.get(which.name, ()),
+                        parents,
+                    ),
                 }
             )
             for which, evaluation in _ordered(contenders, found.evaluations, final)
@@ -115,6 +120,11 @@ def report_of(
         prefect_run_id=run.prefect_run_id,
         mlflow_run_id=run.mlflow_run_id,
     )
+
+
+def _is_reference(which: Contender) -> bool:
+    """The whole parent in a type of number: a rival of the child's only at a speed that the search settled."""
+    return which.name.startswith("parent ")
 
 
 def _ordered(

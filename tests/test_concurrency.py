@@ -158,7 +158,7 @@ def test_the_report_shows_every_batch_size_and_says_what_the_chosen_one_gives() 
 
     (line,) = [found.line for found in _served(Report)]  # type: ignore[arg-type]
     parent = max((row.parent for row in rows if not row.parent_broken), key=lambda one: one.tokens_per_second)
-    assert f"chat, {chosen.child.batch_size} requests at a time" in line
+    assert f"predicted: chat, {chosen.child.batch_size} requests at a time" in line
     assert f"{parent.batch_size} requests at a time" in line
     assert f"{chosen.child.tokens_per_second / parent.tokens_per_second:.2f}"[:3] in line
     header, cells, _ = batch_table(Report)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from tasks.engines.base import LoadOptions
 from tasks.engines.llama_cpp import CACHE_TYPES, LlamaCpp, LlamaSession
 from tasks.evaluate.compare import contender, evaluate_contender, evaluation_path, figures_of, parent_contender
 from tasks.evaluate.quality import parent_targets, sequence_figures, session_figures
-from tasks.evaluate.typed_file import needs_file, with_file
+from tasks.evaluate.typed_file import as_served, needs_file, with_file
 from tasks.gguf.tokenizer_writer import NO_TOKENIZER
 from tasks.gguf.writer import write_gguf
 from tasks.inputs.space import misfits
@@ -194,4 +194,12 @@ def test_children_are_judged_in_llama_cpp_with_that_cache(chain: Chain, monkeypa
     targets = parent_targets(chain.reader.model(), torch.randint(64, (2, 16)), HOST)
     figures_of(which, targets, chain.workspace, HOST, lambda: pytest.fail("torch computed it"))
     assert asked_for[0].kv_precision == "bfloat16" and not asked_for[0].exact
-    assert parent_contender(plain.architecture).cache == ""
+
+
+def test_all_but_the_parent_are_judged_with_the_cache_that_the_profile_names() -> None:
+    child = contender("child", chosen((LayerChoice(),)), [])
+    named = Hardware(engine="llama.cpp", kv_precision="q8_0")
+    assert as_served(child, named).cache == "q8_0" and as_served(child, Hardware(engine="llama.cpp")).cache == ""
+    assert as_served(parent_contender(child.architecture), named).cache == ""
+    modelled = Hardware(name="h100", engine="roofline", kv_precision="bfloat16")
+    assert as_served(child, modelled).cache == ""

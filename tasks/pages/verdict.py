@@ -330,7 +330,8 @@ def _served(report: ChildReport) -> list[Finding]:
         rows = [row for row in report.batch_sizes if row.child.scenario == scenario]
         child = next(row.child for row in rows if row.chosen)
         parents = [row.parent for row in rows if not row.parent_broken]
-        line = f"Served to many, predicted: {scenario}, {_at_a_time(child)}"
+        doubt = "" if rows[0].reliable else " (not reliable, costs were measured on a busy machine)"
+        line = f"Served to many, predicted{doubt}: {scenario}, {_at_a_time(child)}"
         if parents:
             best = max(parents, key=lambda one: one.tokens_per_second)
             gain = child.tokens_per_second / best.tokens_per_second

@@ -26,6 +26,7 @@ def at_batch_sizes(problem: Problem, found: Architecture) -> tuple[AtBatchSize, 
                     parent=totals_of(whose, whose.parent, at)[index],
                     chosen=at == chosen,
                     broken=tuple(dict.fromkeys(broken)),
+                    reliable=not problem.costs.disturbed,
                     parent_broken=tuple(dict.fromkeys(name for name in parents if name.partition(" ")[0] in ABSOLUTE)),
                 )
             )
