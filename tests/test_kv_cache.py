@@ -24,7 +24,8 @@ from tasks.gguf.tokenizer_writer import NO_TOKENIZER
 from tasks.gguf.writer import write_gguf
 from tasks.inputs.space import misfits
 from tasks.measure.costs import CostRequest, _cost
-from tasks.measure.variant_timing import Timing
+from tasks.measure.llama_cpp_costs import LlamaCppTimer
+from tasks.measure.variant_timing import Load, Timing
 from tests.chain import Chain, chosen
 from tests.tiny import tiny_parent, tiny_tokens
 
@@ -91,6 +92,15 @@ def test_the_key_of_costs_knows_the_cache_where_it_is_named(chain: Chain) -> Non
         return CostRequest(parent=chain.parent, hardware=hardware, **measured).key  # type: ignore[arg-type]
 
     assert key() == key(kv_precision=None) and len({key(), key(kv_precision="bf16"), key(kv_precision="q8_0")}) == 3
+
+
+@needs_llama_cpp
+def test_costs_are_measured_with_that_cache(folder: Path) -> None:
+    load = Load(scenario=SCENARIO, batch=3)
+    for asked, held in (({"kv_precision": "q8_0"}, "q8_0"), ({}, "float16")):
+        hardware = Hardware.model_validate({"engine": "llama.cpp", **asked})
+        how = LlamaCppTimer(open_parent(folder, HOST), [], hardware, Measure())._how(load)
+        assert (how.kv_precision, how.batch_size) == (held, 3)
 
 
 @needs_llama_cpp

@@ -27,6 +27,7 @@ from tasks.evaluate.typed_file import with_file
 from tasks.evaluate.typed_race import kl_as_file
 from tasks.planning.effort import race_looks
 from tasks.running.progress import no_progress
+from tasks.running.workers import compute_of
 from tasks.search.choose import choose
 from tasks.search.one_type import FAR, candidates, types_of
 from tasks.search.totals import broken_limits
@@ -160,6 +161,9 @@ def test_racers_that_differ_in_types_alone_share_a_training(chain: Chain, teache
     winner, racers = whole_models.race(Running(profile, chain.workspace), near, teacher)  # type: ignore[arg-type]
     assert winner.architecture.layers == FINER and winner.name == "child"
     assert [racer.place for racer in racers] == [2, 1] and racers[0].kl[0][1] < racers[1].kl[0][1]
+    job = gkd_job.job_of(bare_layers(winner), winner.blocks, teacher, profile.gkd, compute_of(profile))
+    left = gkd_checkpoint.last(chain.workspace / job.folder)
+    assert left is not None and left.name.endswith("4"), "it went with the one that dropped out"
     (trained,) = whole_models.distill_globally(Running(profile, chain.workspace), [winner], teacher)  # type: ignore[arg-type]
     assert trained.gkd is not None and trained.gkd.best_kl > 0
     evaluation = evaluate_contender(

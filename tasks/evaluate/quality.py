@@ -182,11 +182,12 @@ def _compared(models: Tensor, targets: ParentTargets, parent_hidden: Tensor, lab
 @torch.inference_mode()
 def session_figures(session: Session, targets: ParentTargets) -> dict[str, Tensor]:
     """As `sequence_figures`, of a model that an engine runs, in whatever formats the engine computes and keeps."""
+    device = next(targets.head.parameters()).device
     rows = []
     for row, parent_hidden in zip(targets.tokens, targets.hidden, strict=True):
-        labels = functional.pad(row[1:].long(), (0, 1), value=-100)
-        models = functional.log_softmax(session.logits(row.tolist()), dim=-1)
-        rows.append(_compared(models, targets, parent_hidden, labels))
+        labels = functional.pad(row[1:].long(), (0, 1), value=-100).to(device)
+        models = functional.log_softmax(session.logits(row.tolist()).to(device), dim=-1)
+        rows.append(_compared(models, targets, parent_hidden, labels).cpu())
     loss, kl, agree = torch.stack(rows, dim=1)
     return {"loss": loss[:, :-1].mean(dim=1), "kl": kl.mean(dim=1), "top1_agreement": agree.mean(dim=1)}
 
