@@ -149,8 +149,11 @@ def _timer(
         yield partial(measure_throughput, {name: model.to(hardware.device, dtype) for name, model in models.items()})
         return
     points = [Point.of(scenario, batch) for scenario, batch in loads]
-    kept = {} if hardware.kv_precision is None else {"kv_precision": hardware.kv_precision}
-    how = LoadOptions(precision=hardware.precision, threads=threads_of(hardware), **kept)
+    how = LoadOptions(
+        precision=hardware.precision,
+        threads=threads_of(hardware),
+        kv_precision=hardware.kv_precision or LoadOptions.kv_precision,
+    )
     with (
         _exported(contenders, parent, hardware, workspace) as files,
         at_work(files, hardware.engine, points, how) as workers,
