@@ -1,4 +1,7 @@
-"""The child's own modeling code against transformers' models of the five families, on tiny random parents."""
+"""The child's own modeling code against transformers' models of five families, on tiny random parents.
+
+Those of all families: test_families.py.
+"""
 
 from typing import Any
 
@@ -17,9 +20,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from blocks import families
 from blocks.export_code.configuration_decilm import DeciLMConfig
-from blocks.export_code.modeling_decilm import CACHE, TRANSFORMERS_CLASSES, DeciLMForCausalLM
+from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM
+from blocks.families import attention_types
 
 SIZES = {
     "vocab_size": 64,
@@ -86,9 +89,7 @@ def tiny_child(parent: Any, blocks: list[dict[str, Any]]) -> DeciLMForCausalLM:
     config = parent.config
     left_out = ("architectures", "model_type", "layer_types", "transformers_version")
     fields = {key: value for key, value in config.to_dict().items() if key not in left_out}
-    types = getattr(config, "layer_types", None)
-    if config.model_type == "mistral":  # the window counts for every layer, without layer_types
-        types = ["sliding_attention"] * len(blocks)
+    types = attention_types(config)
     torch.manual_seed(1)
     model = DeciLMForCausalLM(
         DeciLMConfig(block_configs=blocks, base_model_type=config.model_type, parent_layer_types=types, **fields)
@@ -108,10 +109,6 @@ def parents_twin(parent: Any) -> DeciLMForCausalLM:
 
 def token_ids(batch: int, length: int) -> torch.Tensor:
     return torch.randint(3, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(2))
-
-
-def test_every_family_is_tested() -> None:
-    assert set(FAMILIES) == set(TRANSFORMERS_CLASSES) == set(families.FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -26,6 +26,7 @@ from blocks import estimates
 from blocks.compute import Compute
 from blocks.errors import PuzzleError
 from blocks.estimates import Estimate
+from blocks.export_code.modeling_decilm import final_logits
 from blocks.records import Metric, Value
 from tasks.inputs.installed_packages import folders_of
 
@@ -71,8 +72,8 @@ class BenchmarkResult(Value):
 
 @dataclass(frozen=True, kw_only=True)
 class ParentTargets:
-    """What the parent says about `tokens` (S, T): its last hidden states after the norm (S, T, D), on the host, and its
-    head.
+    """What the parent says about `tokens` (S, T): its last hidden states after the norm (S, T, D), on the host, its
+    head, and its config, which says what becomes of the head's products.
 
     Its logits (S, T, V) are computed again, chunk by chunk, where they are needed: D is about a hundredth of V.
     """
@@ -80,7 +81,7 @@ class ParentTargets:
     tokens: Tensor
     hidden: Tensor
     head: nn.Module
-    softcap: float | None
+    config: Any
 
 
 def mean_metric(values: Tensor, documents: Sequence[int] = ()) -> Metric:
@@ -106,17 +107,11 @@ def _hidden_states(model: Any, tokens: Tensor, compute: Compute) -> Iterator[Ten
         yield model.model(input_ids=batch.to(compute.device).long(), use_cache=False).last_hidden_state
 
 
-def _log_probs(head: Any, softcap: float | None, hidden: Tensor) -> Tensor:
+def _log_probs(head: Any, config: Any, hidden: Tensor) -> Tensor:
     """(tokens, D) -> (tokens, V), float32."""
     bias = getattr(head, "bias", None)
     logits = functional.linear(hidden.float(), head.weight.float(), None if bias is None else bias.float())
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    return functional.log_softmax(logits, dim=-1)
-
-
-def _softcap(model: Any) -> float | None:
-    return getattr(model.config, "final_logit_softcapping", None)
+    return functional.log_softmax(final_logits(config, logits), dim=-1)
 
 
 def parent_targets(parent_model: Any, tokens: Tensor, compute: Compute) -> ParentTargets:
@@ -126,7 +121,7 @@ def parent_targets(parent_model: Any, tokens: Tensor, compute: Compute) -> Paren
     """
     with _evaluating(parent_model):
         hidden = torch.cat([part.cpu() for part in _hidden_states(parent_model, tokens, compute)])
-    return ParentTargets(tokens=tokens, hidden=hidden, head=parent_model.lm_head, softcap=_softcap(parent_model))
+    return ParentTargets(tokens=tokens, hidden=hidden, head=parent_model.lm_head, config=parent_model.config)
 
 
 def quality_of(figures: Mapping[str, Tensor], documents: Sequence[int] = ()) -> Quality:
@@ -164,8 +159,8 @@ def _token_figures(model: Any, hidden: Tensor, targets: ParentTargets, where: sl
     )
     figures = []
     for model_hidden, parent_hidden, label in triples:
-        models = _log_probs(model.lm_head, _softcap(model), model_hidden)
-        parents = _log_probs(targets.head, targets.softcap, parent_hidden.to(models.device))
+        models = _log_probs(model.lm_head, model.config, model_hidden)
+        parents = _log_probs(targets.head, targets.config, parent_hidden.to(models.device))
         loss = functional.nll_loss(models, label, ignore_index=-100, reduction="none")
         kl = (parents.exp() * (parents - models)).sum(dim=-1)
         agree = models.argmax(dim=-1) == parents.argmax(dim=-1)
