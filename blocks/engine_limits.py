@@ -16,6 +16,7 @@ from blocks.resources import BLOCK, BLOCK_BYTES
 
 LINEAR = "linear subblocks"
 BARE_START = "layer 0 without attention"
+NO_CACHE = "a child without any attention"
 MIXED_KV = "different numbers of KV heads"
 WINDOW = "a sliding window"
 OWN_WINDOW = "windows with sink tokens (window<N>)"
@@ -25,7 +26,20 @@ FOREIGN = "biases, norms or scales that Llama does not have"
 ROPE = "this scaling of the rotary frequencies"
 ACTIVATION = "an FFN that is not a SwiGLU"
 NARROW = "rows that are not a multiple of 32 in q8_0 or a type of 4 or 5 bits"
-GAPS = (LINEAR, BARE_START, MIXED_KV, WINDOW, OWN_WINDOW, WRONG_MULT, NO_MULT, FOREIGN, ROPE, ACTIVATION, NARROW)
+GAPS = (
+    LINEAR,
+    BARE_START,
+    NO_CACHE,
+    MIXED_KV,
+    WINDOW,
+    OWN_WINDOW,
+    WRONG_MULT,
+    NO_MULT,
+    FOREIGN,
+    ROPE,
+    ACTIVATION,
+    NARROW,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +64,7 @@ KNOWN_ENGINES: dict[str, KnownEngine] = {
     "llama.cpp": KnownEngine(
         title="llama.cpp",
         format="gguf",
-        gaps=frozenset({WINDOW, OWN_WINDOW, FOREIGN, ROPE, ACTIVATION, NARROW}),
+        gaps=frozenset({NO_CACHE, WINDOW, OWN_WINDOW, FOREIGN, ROPE, ACTIVATION, NARROW}),
         families=frozenset({"llama", "mistral", "qwen2"}),
         rope_types=frozenset({"default", "linear", "llama3"}),
         known_by="the tests, with xllamacpp",
@@ -161,8 +175,9 @@ def gaps(engine: str, config: Any) -> list[str]:
     needs = _parent_needs(config, known, family=config.base_model_type)
     for layer, block in enumerate(config.block_configs):
         needs |= _block_needs(config, layer, block, config.layer_types[layer] == "sliding_attention")
-    if len(_kv_heads(config)) > 1:
-        needs.add(MIXED_KV)
+    kv_heads = _kv_heads(config)
+    if len(kv_heads) != 1:
+        needs.add(MIXED_KV if kv_heads else NO_CACHE)
     return _ordered(needs & known.gaps, config.base_model_type)
 
 
