@@ -10,6 +10,7 @@ from blocks.attention.kv_heads import KVHeads
 from blocks.attention.linear import LinearAttentionKind
 from blocks.attention.no_op import NoOpAttention
 from blocks.attention.parent import ParentAttention
+from blocks.attention.ssd import SSD
 from blocks.attention.window import WindowAttention
 from blocks.errors import UnknownVariant, did_you_mean
 from blocks.ffn.linear import LinearFFNKind
@@ -24,6 +25,7 @@ KINDS: tuple[VariantKind, ...] = (
     ParentAttention(),
     KVHeads(),
     WindowAttention(),
+    SSD(),
     LinearAttentionKind(),
     NoOpAttention(),
     ParentFFN(),
