@@ -6,6 +6,7 @@ To add a kind, import its class here and add it to KINDS. The order of the table
 from collections.abc import Iterable
 from typing import Any
 
+from blocks.attention.gdn import GDN
 from blocks.attention.kv_heads import KVHeads
 from blocks.attention.linear import LinearAttentionKind
 from blocks.attention.no_op import NoOpAttention
@@ -26,6 +27,7 @@ KINDS: tuple[VariantKind, ...] = (
     KVHeads(),
     WindowAttention(),
     SSD(),
+    GDN(),
     LinearAttentionKind(),
     NoOpAttention(),
     ParentFFN(),

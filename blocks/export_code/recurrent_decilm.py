@@ -8,8 +8,10 @@ Each query head has a state S, a matrix. A token with query q, key k and value v
 and the heads' y go through `o_proj`. There is no rotation: what is near counts more because the rest has faded. Before
 that, q, k and v are each mixed with those of a few tokens before, channel by channel (`conv`).
 
-This is Mamba-2's form (2405.21060). Many tokens are computed in chunks: products within a chunk, a state from chunk to
-chunk. So a prefill's work grows with the length and not with its square. Padding on the left changes no state.
+This is Mamba-2's form (2405.21060), the rule `ssd`: w is the step that a follows from. By the rule `gdn`, the gated
+delta rule (2412.06464), w is a gate of its own, and v - a S^T k is written in the place of v. Many tokens are computed
+in chunks: products within a chunk, a state from chunk to chunk. So a prefill's work grows with the length and not with
+its square. Padding on the left changes no state.
 
 An `attention` entry of `block_configs` says what a layer is:
 
@@ -64,7 +66,8 @@ class RecurrentAttention(nn.Module):
 
     def __init__(self, recurrent: Any, parents: Any, config: Any) -> None:
         super().__init__()
-        self.kernel, self.chunk, self.eps = recurrent["conv_kernel"], recurrent["chunk_size"], config.rms_norm_eps
+        self.delta, self.eps = recurrent["rule"] == "gdn", config.rms_norm_eps
+        self.kernel, self.chunk = recurrent["conv_kernel"], recurrent["chunk_size"]
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
             getattr(parents, f"{name}_proj") for name in ("q", "k", "v", "o")
         )
@@ -109,10 +112,11 @@ class RecurrentAttention(nn.Module):
             one.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).repeat_interleave(self.widths[0] // width, 1)
             for one, width in zip(mixed.split(self.widths, -1), self.widths, strict=True)
         )
-        step, output = gates.unflatten(-1, (-1, self.heads)).permute(2, 0, 3, 1)  # (B, H, T) each
+        step, output, *write = gates.unflatten(-1, (-1, self.heads)).permute(2, 0, 3, 1)  # (B, H, T) each
         step = F.softplus(step) * valid.mT
+        written = write[0].sigmoid() * valid.mT if self.delta else step
         decay = -self.log_rate.float().exp()[:, None] * step
-        out, state = scan(unit(query), unit(key), value, decay, step, state, self.chunk)
+        out, state = scan(unit(query), unit(key), value, decay, written, state, self.chunk, self.delta)
         out = out + self.skip.float()[:, None, None] * value
         return F.rms_norm(out, out.shape[-1:], eps=self.eps) * output.sigmoid()[..., None], state
 
@@ -130,8 +134,12 @@ def scan(
     write: torch.Tensor,
     state: torch.Tensor | None,
     chunk: int,
+    delta: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """S = exp(decay) S + write key value^T; out = S^T query. Vectors (B, H, T, C), numbers (B, H, T) -> out, last S.
+
+    delta: what S, decayed, gives for the key is subtracted from the value first. The values of a chunk then depend on
+    each other: a triangular system.
 
     A token that neither decays nor writes changes nothing: with such the last chunk is filled.
     """
@@ -142,9 +150,14 @@ def scan(
         for one in (query, key, value, decay[..., None], write[..., None])
     )
     total = decay[..., 0].cumsum(-1)  # (B, H, N, L)
-    value = value * write
+    value, erased = value * write, None
     later = torch.ones(size, size, dtype=torch.bool, device=query.device).triu(1)
     between = (total[..., None] - total[..., None, :]).masked_fill(later, -torch.inf).exp()
+    if delta:
+        right = torch.cat([value, key * write * total.exp()[..., None]], -1)
+        system = (key * write) @ key.mT * between
+        solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+        value, erased = solved.split(value.shape[-1], -1)
     scores = (query @ key.mT) * between
     query, key = query * total.exp()[..., None], key * (total[..., -1:] - total).exp()[..., None]
     kept = total[..., -1].exp()[..., None, None]
@@ -152,6 +165,7 @@ def scan(
         state = query.new_zeros(*query.shape[:2], key.shape[-1], value.shape[-1])
     found = []
     for n in range(query.shape[2]):
-        found.append(scores[:, :, n] @ value[:, :, n] + query[:, :, n] @ state)
-        state = kept[:, :, n] * state + key[:, :, n].mT @ value[:, :, n]
+        new = value[:, :, n] if erased is None else value[:, :, n] - erased[:, :, n] @ state
+        found.append(scores[:, :, n] @ new + query[:, :, n] @ state)
+        state = kept[:, :, n] * state + key[:, :, n].mT @ new
     return torch.stack(found, 2).flatten(2, 3)[:, :, :tokens], state

@@ -1,0 +1,18 @@
+"""Recurrent attention by the gated delta rule: a token takes back what the state says at its key, then writes its own.
+
+Start, closed form and what it needs of training are those of `ssd`. How much is written starts at a half.
+"""
+
+from __future__ import annotations
+
+from blocks.attention.ssd import SSD
+
+
+class GDN(SSD):
+    """`gdn`: as `ssd`, but what a token writes takes the place of what stood there: the gated delta rule."""
+
+    name = "gdn"
+    gates = SSD.gates | {"write": 0.0}
+
+    def state_flops(self, width: int, channels: int, chunk: int) -> int:
+        return super().state_flops(width, channels, chunk) + 2 * width * (2 * chunk + channels)
