@@ -270,7 +270,7 @@ class SearchSpace(Section):
     attention: tuple[Label, ...] = Field(
         default=("kv1", "linear", "no_op"),
         description="Variants of the attention: kv1, kv2 and so on (number of KV heads), window128 and so on (the last "
-        "tokens and the first 4), linear, no_op.",
+        "tokens and the first 4), ssd and gdn (recurrent), linear, no_op.",
     )
     ffn: tuple[Label, ...] = Field(
         default=("ffn50pct", "ffn25pct", "linear", "no_op"),
