@@ -36,7 +36,7 @@ class SSD(KVHeads):
     closed_form_may_lose = False
     # what a token's gates start from, before softplus or sigmoid; None: fitted. The rule in the child's code reads them
     # in this order
-    gates: ClassVar[dict[str, float | None]] = {"step": math.log(math.e - 1), "output": None}
+    gates: ClassVar[dict[str, float | None]] = {"step": math.log(math.expm1(math.log(2) / HALF_LIFE)), "output": None}
 
     def parse(self, label: str, config: Any) -> Variant | None:
         return self.variant(label) if label == self.name else None
@@ -99,7 +99,7 @@ class SSD(KVHeads):
             "self_attn.conv": torch.zeros_like(core.conv),
             "self_attn.gates.weight": gates[..., :-1].flatten(0, 1),
             "self_attn.gates.bias": gates[..., -1].flatten(),
-            "self_attn.log_rate": torch.full_like(core.log_rate, math.log(math.log(2) / HALF_LIFE)),
+            "self_attn.log_rate": torch.zeros_like(core.log_rate),
             "self_attn.skip": torch.full_like(core.skip, SKIP),
         }
         state["self_attn.conv"][:, -1] = 1
@@ -115,9 +115,9 @@ class SSD(KVHeads):
 @torch.no_grad()
 def fitted_gates(context: FitContext) -> tuple[Tensor, Tensor]:
     """Rows (H, D + 1), whose sigmoid tells from a normed token how much of the parent's attention a head gives to other
-    tokens than the first; and the size of each channel of its values (H x C).
+    tokens than the first; and what to multiply each channel by (H x C) to get the size of the parent's.
 
-    The parent's attention tells it where values are put in its values' place: 1 for the first token, else 0.
+    The parent's attention tells what it gives to the first token where a channel of the values is 1 there and else 0.
     """
     parents: Any = context.parent_layer.self_attn
     before = getattr(context.parent_layer, context.parent_layer.attention_norms[0])
@@ -126,28 +126,30 @@ def fitted_gates(context: FitContext) -> tuple[Tensor, Tensor]:
     mixed: list[Tensor] = []
     squares: list[Tensor] = []
 
-    def first_token(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
-        squares.append(out.unflatten(-1, (-1, channels)).square().mean((0, 1, 3)))
-        marks = torch.zeros_like(out)
-        marks[:, 0] = 1
-        return marks
+    def marked(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
+        values = out.unflatten(-1, (-1, channels)).clone()
+        values[..., 0] = 0
+        values[:, 0, :, 0] = 1
+        return values.flatten(-2)
 
     hooks = [
-        parents.v_proj.register_forward_hook(first_token),
+        parents.v_proj.register_forward_hook(marked),
         parents.o_proj.register_forward_pre_hook(lambda _module, inputs: mixed.append(inputs[0])),
     ]
     try:
         for hidden, weights in context.hidden_batches():
             normed = before(hidden)
             parents(hidden_states=normed, **context.context)
-            y = (1 - mixed.pop()[..., ::channels]).clamp(EDGE, 1 - EDGE).logit().flatten(0, 1)
-            x = torch.cat([normed, torch.ones_like(normed[..., :1])], -1).flatten(0, 1)
+            heads = mixed.pop().unflatten(-1, (-1, channels))  # (B, T, H, C)
+            share = (1 - heads[..., 0]).clamp(EDGE, 1 - EDGE)
+            squares.append(torch.stack([heads[..., 1:].square().mean((0, 1, 3)), share.square().mean((0, 1))]))
+            x, y = torch.cat([normed, torch.ones_like(normed[..., :1])], -1).flatten(0, 1), share.logit().flatten(0, 1)
             if weights is not None:
                 x, y = x * weights.sqrt(), y * weights.sqrt()
             gram, cross = gram.to(x) + x.T @ x, cross.to(x) + x.T @ y
     finally:
         for hook in hooks:
             hook.remove()
-    sizes = torch.stack(squares).mean(0).sqrt()  # of each KV head
-    sizes = sizes.repeat_interleave(context.config.num_attention_heads // len(sizes) * channels)
+    given, gate = torch.stack(squares).mean(0)
+    sizes = (given / gate).sqrt().repeat_interleave(channels)
     return ridge_solve(gram, cross, torch.zeros_like(cross), context.ridge).T, sizes
