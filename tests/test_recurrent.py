@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, shape_wrapper
 from transformers import StaticCache
 
 from blocks.attention.ssd import fitted_gates
@@ -33,12 +33,15 @@ from tasks.distill.record import record_layer
 from tasks.export.formats import refuse
 from tasks.inputs.space import misfits
 from tasks.measure.roofline import decode_of, modelled_costs, setting_of, subblock_seconds
+from tasks.planning import effort
 from tasks.planning.effort import shape_of, variant_work
 from tasks.search.totals import make_problem, totals_of
 from tasks.search.view import library_of
 from tests.chain import SETTINGS, Chain, prepare, recording
 from tests.test_choose import score
+from tests.test_device_plan import EAGER, counted
 from tests.test_modeling import FAMILIES, ffn, mixed_blocks, tiny_child, tiny_parent, token_ids
+from tests.test_plan import chain_profile
 from tests.tiny import tiny_parent as tiny_folder
 
 
@@ -231,6 +234,22 @@ def test_work_is_what_is_computed(label: str) -> None:
             layer.attention(torch.randn(1, length, 32))
         own = kind_of(variant).flops_per_token(variant, child.config, length)
         assert counter.get_total_flops() == length * own
+
+
+@each_kind
+def test_a_plan_knows_the_work_of_training_it(label: str, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(effort, "ATTEMPTS", 1)
+    settings = SETTINGS.model_copy(update={"learning_rate": 1e-5})
+    job = chain.job(1, "attention", label, settings)
+    layer_data(job, job.recording.shards[0], chain.workspace, EAGER)  # once for all variants
+    with counted() as counter:
+        counter.flop_registry[torch.ops.aten.linalg_solve_triangular] = shape_wrapper(solved)
+        assert distill(job, chain.workspace, EAGER).attempts == 1
+    planned = variant_work(
+        shape_of(chain_profile(bld=settings), chain.reader), parse_label("attention", label, chain.reader.config)
+    )
+    # the first state has no gradient, and of the last nothing is asked
+    assert counter.get_total_flops() == pytest.approx(planned.product + planned.packed, rel=0.03)
 
 
 @each_kind
