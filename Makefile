@@ -15,7 +15,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 .PHONY: demo test lint setup vllm test-vllm
 
 demo: $(STAMP)  ## a faster child of SmolLM2-135M-Instruct on this machine's CPU, under 30 minutes on 2 cores
-	$(VENV)/bin/puzzle optimize profiles/smollm2-cpu.yaml
+	$(VENV)/bin/puzzle optimize profiles/smollm2-llama-cpp.yaml
 
 test: export HF_HUB_OFFLINE := 1
 test: $(STAMP)  ## every test but those of vLLM, offline

@@ -2,9 +2,8 @@
 
     .venv/bin/python -m benchmarks.precision [TYPE ...]     # about 3 CPU-minutes a type
 
-The package ships weights that lie on a 4-bit grid already. So the model is turned first: every norm's gain is folded
-into the matrices after it, and the residual stream is rotated by a random orthogonal matrix. That changes no logit and
-takes the weights off the grid. KL is from the turned model; embedding and head stay float32. Errors are over sequences.
+The package ships weights that lie on a 4-bit grid already. So the parent is rotated first (`parent.rotate`), which
+takes them off the grid. KL is from the rotated model; embedding and head stay float32. Errors are over sequences.
 """
 
 import copy
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.common import table, write_page
 from blocks.error_correction import InputGrams
@@ -32,30 +31,6 @@ from tasks.inputs.parent import prepare_parent
 
 TEXTS = 64  # calibration sequences
 TESTS = 24
-
-
-def turned(model: Any) -> Any:
-    """The model with its norms folded into the matrices after them and its residual stream rotated; the same logits."""
-    size = model.config.hidden_size
-    rotation = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(0)).double())[0]
-    model.config.tie_word_embeddings = False
-    embedding, head = model.model.embed_tokens, model.lm_head
-    weight = head.weight.data.double() * model.model.norm.weight.data.double()
-    head.weight = nn.Parameter((weight @ rotation).float())
-    embedding.weight = nn.Parameter((embedding.weight.data.double() @ rotation).float())
-    model.model.norm.weight.data.fill_(1)
-    for layer in model.model.layers:
-        attention, ffn = layer.self_attn, layer.mlp
-        reads = (
-            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj), attention.o_proj),
-            (layer.post_attention_layernorm, (ffn.gate_proj, ffn.up_proj), ffn.down_proj),
-        )
-        for norm, inputs, output in reads:
-            for linear in inputs:
-                linear.weight.data = ((linear.weight.data.double() * norm.weight.data.double()) @ rotation).float()
-            output.weight.data = (rotation.T @ output.weight.data.double()).float()
-            norm.weight.data.fill_(1)
-    return model
 
 
 @torch.no_grad()
@@ -82,19 +57,20 @@ def main() -> None:
     profile = load_profile("smollm2-cpu")
     with tempfile.TemporaryDirectory() as folder:
         workspace = Path(folder)
-        parent = prepare_parent(profile.parent, workspace, None)
+        plain = prepare_parent(profile.parent, workspace, None)
+        parent = prepare_parent(profile.parent.model_copy(update={"rotate": True}), workspace, None)
         corpus = prepare_corpus(profile.corpus, workspace / parent.folder, parent.fingerprint, workspace)
         splits = read_tensors(workspace, corpus.tokens)
         texts, tests = splits["train"][:TEXTS].long(), splits["test"][:TESTS].long()
-        shipped = log_probabilities(open_child(workspace / parent.folder, torch.float32), tests)
-        own = turned(open_child(workspace / parent.folder, torch.float32))
+        shipped = log_probabilities(open_child(workspace / plain.folder, torch.float32), tests)
+        own = open_child(workspace / parent.folder, torch.float32)
     before = log_probabilities(own, tests)
     rows = []
     for precision in wanted:
-        plain = partial(uncorrected, tokens=texts, precision=precision)
+        rounded = partial(uncorrected, tokens=texts, precision=precision)
         ways: tuple[Callable[[Any], Any], ...] = (
-            partial(plain, important=False),
-            partial(plain, important=True),
+            partial(rounded, important=False),
+            partial(rounded, important=True),
             partial(quantise_layers, tokens=texts, recipe=Recipe.uniform(precision, len(own.model.layers))),
         )
         row = [precision]
@@ -107,7 +83,7 @@ def main() -> None:
         print(" | ".join(rows[-1]), flush=True)
     head = ["type", "plain", "with importance", "corrected", "CPU-s of the correction"]
     sizes = f"{TEXTS} x {texts.shape[1]} tokens to fit to, KL in nats on {TESTS} x {tests.shape[1]} test tokens"
-    note = f"SmolLM2-135M-Instruct, turned; {sizes}. Turning alone: KL {kl_text(shipped, before)}."
+    note = f"SmolLM2-135M-Instruct, rotated; {sizes}. Rotating alone: KL {kl_text(shipped, before)}."
     write_page("precision", "Types of 4 and 5 bits", [note, table(head, rows)])
 
 

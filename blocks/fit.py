@@ -75,8 +75,9 @@ def elimination_order(gram_FF: Tensor, down_DF: Tensor, ridge: float, chunk: int
     """Channels of an FFN from the most to the least useful, by backward elimination with refit.
 
     Removing channel j and refitting the others costs ||B_j||^2 / [H^-1]_jj (optimal brain surgeon, on the Gram
-    H = X^T X + lam I, B = current coefficients). Each round removes the `chunk` cheapest channels and
-    updates inverse and coefficients exactly; the last channels are ordered by the same cost. Returns (F,) int64.
+    H = X^T X + lam I, lam = `ridge` x the mean diagonal of X^T X, B = current coefficients). Each round removes the
+    `chunk` cheapest channels and updates inverse and coefficients exactly; the last channels are ordered by the same
+    cost. Returns (F,) int64.
     """
     count = gram_FF.shape[0]
     gram = gram_FF.double()

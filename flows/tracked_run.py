@@ -153,7 +153,9 @@ def remarks_on_costs(costs: CostTable) -> Iterator[str]:
 
 
 def sum_beside_whole(costs: CostTable, whole: NonBlockCost) -> str:
-    """The parent as the sum of its measured blocks, beside the parent measured end to end in the same rounds."""
+    """A line for one scenario and batch size: the sum of the parent's measured blocks over the parent measured end to
+    end in the same rounds, with its standard error, for prefill and for decode.
+    """
     found = {phase: parent_bias(costs, whole, phase) for phase in PHASES}
     ratios = ", ".join(
         f"{phase} {bias[0]:.3f} ±{bias[1]:.3f}" if bias else f"{phase} takes no time that the clock shows"

@@ -143,7 +143,7 @@ class Timed(Exact):
     def _release(self, model: Any) -> None:
         pass
 
-    def _turns(self, models: Any, load: Load) -> Any:
+    def _turns(self, models: Any, load: Load, rounds: int) -> Any:
         counts["timed"] += 1
         if counts["timed"] == counts["killed at"]:
             raise KeyboardInterrupt

@@ -41,9 +41,13 @@ SMALLER = [
     "search_space.ffn=[ffn96, no_op]",
     "--set",
     "hardware.threads=1",
+    "--set",
+    "parent.train_steps=40",
+    "--set",
+    "gkd={steps: 8, evaluate_every: 4, batch_sequences: 8, learning_rate: 2.0e-4, validation_sequences: 8}",
 ]
 ALONE = ("--set", "evaluate.baselines=[]")  # where the child is what is looked at
-RACE = "race={candidates: 3, min_different: 1, rounds: [0, 8]}"
+RACE = "race={candidates: 3, min_different: 1, rounds: [0, 4]}"
 OTHER = ("--set", "budget.layer_parameters_fraction=0.45", "--set", RACE)
 
 
@@ -280,7 +284,7 @@ def test_a_race_is_told_and_its_winner_is_the_child(another: tuple[str, dict[Pat
     folder = child_of(another[0]).parent
     report = read_value(folder / "report.json", ChildReport)
     first, second, third = report.race
-    assert [[steps for steps, _ in racer.kl] for racer in report.race] == [[0, 8], [0, 8], [0]]
+    assert [[steps for steps, _ in racer.kl] for racer in report.race] == [[0, 4], [0, 4], [0]]
     assert first.kl[-1][1] <= second.kl[-1][1] and max(first.kl[0][1], second.kl[0][1]) <= third.kl[0][1]
     assert sorted(racer.place for racer in report.race) == [1, 2, 3] and report.architecture.score == first.score
     child = next(candidate for candidate in report.candidates if candidate.name == "child")

@@ -62,7 +62,12 @@ BROKEN = {
     "unknown key at the top": ({"budgets": {}}, ["budgets: unknown key", "Did you mean `budget`?", "scenarios"]),
     "unknown key in a union": (
         {"parent": {"kind": "package", "package": "a", "fil": "b"}},
-        ["parent.fil: unknown key", "Allowed: kind, package, file.", "Did you mean `file`?", "parent.file: missing"],
+        [
+            "parent.fil: unknown key",
+            "Allowed: kind, package, file, rotate.",
+            "Did you mean `file`?",
+            "parent.file: missing",
+        ],
     ),
     "no device": ({"hardware": {"device": "gpu"}}, ["hardware.device:"]),
     "unknown key in a list of unions": (

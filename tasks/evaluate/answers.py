@@ -3,6 +3,7 @@
 KL and accuracy are measured on given text. They do not show what a model says when it reads its own words: a child with
 a good KL may repeat one sentence for ever. An answer loops when the same five words occur in it three times, or the
 same run of tokens in a text without spaces, or when it ends in one run of tokens three times in a row.
+tasks/pages/report.py says how answers are shown, and how many of their characters on a terminal.
 """
 
 from collections import Counter

@@ -96,7 +96,11 @@ def _accuracy(candidate: Candidate, correct: Mapping[str, Sequence[int]], by_tas
 
 
 def over_parent(candidate: Candidate, parent: Candidate | None) -> Reading | None:
-    """Accuracy on all items minus the parent's, compared item by item, so that items hard for both do not count."""
+    """How a candidate's accuracy on all items stands to its parent's; shares, not percent.
+
+    `metric` is the difference item by item, so that items hard for both do not count. `estimate` is the candidate's own
+    accuracy, by which stars compare candidates. None for the parent itself, or where no items were asked.
+    """
     ours, theirs = of_all_items(candidate), of_all_items(parent) if parent else None
     if ours is None or theirs is None or candidate is parent:
         return None

@@ -34,6 +34,7 @@ from tasks.gguf.tokenizer_reader import tokenizer_of
 from tasks.inputs.companions import CARD, HUB_PATTERNS, companions, copy_companions, has_tokenizer, write_terms
 from tasks.inputs.installed_packages import installed_file
 from tasks.inputs.parent_weights import INDEX, WEIGHTS, Weights, check_finite, place_weights, shards_of, weights_of
+from tasks.inputs.rotated import rotate, rotated_config
 from tasks.inputs.tiny import byte_tokenizer, family_config, make_tiny_parent, training_texts
 from tasks.running.progress import say
 
@@ -73,6 +74,8 @@ def prepare_parent(
         folder = Path(temporary) / "parent"
         folder.mkdir()
         revision, notes = _make(source, folder, texts)
+        if source.rotate:
+            notes = (*notes, rotate(folder))
         _clean(folder)
         check_parent(folder)
         made = _manifest(source, folder, revision, notes)
@@ -128,6 +131,8 @@ def write_config(source: ParentSource, folder: Path, download: bool = True) -> b
         found = _source_folder(source)
         settings = weights_of(found).settings if any(found.glob("*.safetensors")) else {}
         _copy_config(found, folder, source.trust_remote_code, settings)
+    if source.rotate:
+        write_text(folder / "config.json", json.dumps(rotated_config(_read_json(folder / "config.json"))))
     return True
 
 
@@ -230,7 +235,8 @@ def _source_key(source: ParentSource, texts: list[str]) -> str:
         content = [[str(part.resolve()), stat.st_size, stat.st_mtime_ns] for part, stat in parts]
     elif isinstance(source, TinyParent):
         content = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
-    return digest_of(version=VERSION, source=source, content=content)
+    asked = source.model_dump(mode="json", exclude=set() if source.rotate else {"rotate"})
+    return digest_of(version=VERSION, source=asked, content=content)
 
 
 def _make(source: ParentSource, folder: Path, texts: list[str]) -> tuple[str, tuple[str, ...]]:
@@ -280,6 +286,7 @@ def _manifest(source: ParentSource, folder: Path, revision: str, notes: tuple[st
     digests = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
     fingerprint = _fingerprint(folder, digests)
     name, origin = _names(source)
+    origin += ", rotated" if source.rotate else ""
     target = f"parent/{fingerprint[:16]}"
     return Manifest(
         parent=ParentInfo(

@@ -65,7 +65,7 @@ NO_LIMITS = Limits()
 
 
 def rates_of(text: str) -> tuple[float, ...]:
-    """`0.5,1,2`: arrivals per second, ascending, each once. PuzzleError for anything else."""
+    """Arrivals per second from text such as `2,0.5,1`, sorted, each once. PuzzleError unless finite and above 0."""
     try:
         rates = {float(word) for word in text.split(",")}
     except ValueError:

@@ -36,6 +36,7 @@ from tasks.running.progress import Progress
 
 Shares = tuple[Metric, Metric]  # times of a prefill and of a decode step, as shares of the parent's
 PARENT_LAYER, FIRST = LayerChoice(), "layer 0"
+RATIO_ROUNDS = 5  # times `measure.rounds`: the ratio of two types multiplies every cost of a type, with its error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ class WholeModelTimer(ABC):
             with tempfile.TemporaryDirectory(prefix="puzzle-costs-") as temporary:
                 parent = self._parent(Path(temporary), load)
                 other = self._open(Path(temporary), layers, load)
-            turns = self._turns({"parent": parent, "other": other}, load)
+            turns = self._turns({"parent": parent, "other": other}, load, self.measure.rounds)
             self._release(other)
             kept.add(load, what, **{name: [turn.model_dump() for turn in own] for name, own in turns.items()})
         progress(names.index(what) + 1, len(names))
@@ -120,7 +121,7 @@ class WholeModelTimer(ABC):
             models = {
                 name: timer._open(Path(temporary), layers, load) for name, timer in (("parent", self), ("other", other))
             }
-        turns = self._turns(models, load)
+        turns = self._turns(models, load, RATIO_ROUNDS * self.measure.rounds)
         for timer, model in ((self, models["parent"]), (other, models["other"])):
             timer._release(model)
         return self._shares(turns)
@@ -152,7 +153,7 @@ class WholeModelTimer(ABC):
             context_tokens=scenario.prompt_tokens + tokens_before(scenario.generated_tokens, steps) + steps,
         )
 
-    def _turns(self, models: Mapping[str, Session], load: Load) -> dict[str, list[Turn]]:
+    def _turns(self, models: Mapping[str, Session], load: Load, rounds: int) -> dict[str, list[Turn]]:
         prompt = torch.randint(
             self.reader.config.vocab_size,
             (load.batch, load.scenario.prompt_tokens),
@@ -163,7 +164,7 @@ class WholeModelTimer(ABC):
         requests = {name: partial(model.request, prompt, steps, grow) for name, model in models.items()}
         for request in requests.values():
             request()  # warms caches up
-        return in_turns(requests, self.measure.rounds)
+        return in_turns(requests, rounds)
 
     def _clock(self, turn: Turn) -> tuple[float, float]:
         return (turn.prefill_cpu, turn.step_cpu) if self.clock == "CPU" else (turn.prefill, turn.step)

@@ -1,4 +1,5 @@
-"""Parameters and metrics of an MLflow run by name. Each name means one thing in every run, so that runs compare.
+"""The name of an MLflow run, and its parameters and metrics by name. Each means one thing in every run, so that runs
+compare.
 
 MLflow lists metrics by alphabet and groups them by what stands before the last slash. So the ten figures that matter
 most are `at_a_glance/...`, before all others. docs/how-to/read-runs-in-mlflow.md lists the names.

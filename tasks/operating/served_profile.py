@@ -165,6 +165,8 @@ class ServedProfile(Profile):
 HARMLESS = frozenset(
     {
         "ServedProfile.description",  # shown
+        *(f"{kind}.rotate" for kind in ("TinyParent", "ServedFolderParent", "ServedHubParent", "ServedGgufParent")),
+        "ServedPackageParent.rotate",
         "Search.forbid",  # compared with labels and kinds
         "ServedTextSource.text_field",  # a column
         "ServedTextSource.separator",  # text is split at it

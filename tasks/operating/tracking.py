@@ -2,7 +2,8 @@
 server of MLFLOW_TRACKING_URI.
 
 Everything goes through a client with explicit run ids: no active run, nothing global, so threads and Prefect tasks
-do not meet. Figures go in batches: a batch of hundreds takes as long as two single ones. run_figures.py names them.
+do not meet. Figures go in batches: a batch of hundreds takes as long as two single ones.
+run_figures.py names runs (`run_name`) and figures.
 """
 
 import json

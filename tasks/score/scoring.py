@@ -303,8 +303,10 @@ def score_batch(
     workspace: Path,
     rounding: Rounding | None = None,
 ) -> list[SequenceScores | None]:
-    """Scores of several variants of one layer on some `sequences` of `hidden` (S, T, D), which enters the layer; None
-    for a variant whose KL is not a number. rounding: for variants that name a type of number.
+    """Scores of several variants of one layer on `sequences`, which are numbers of the validation split.
+
+    hidden (S, T, D) is what enters the layer for the sequences of `suffix`, from number `suffix.first` on. None stands
+    for a variant whose KL is not finite. rounding: for variants that name a type of number. Nothing is stored.
     """
     started = time.perf_counter()
     layer, passes = records[0].layer, suffix.passes

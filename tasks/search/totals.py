@@ -327,7 +327,9 @@ def broken_limits(
 
 
 def used_of(problem: Problem, totals: Sequence[Totals], row: BudgetRow) -> float:
-    """What an architecture takes of a row's `most`, as a share."""
+    """What an architecture takes of a row's `most`, as a share: above 1 breaks the budget. Floors on speed are
+    rows too: a `most` of run time.
+    """
     return _weighed(problem, totals, row.quantity, row.weights) / row.most
 
 

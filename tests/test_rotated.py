@@ -1,0 +1,50 @@
+"""A rotated parent gives its own logits, in another basis; a parent that cannot be rotated is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from blocks.errors import ParentError
+from profiles.schema import FolderParent
+from tasks.inputs.parent import prepare_parent
+from tasks.inputs.rotated import ROTATABLE
+from tests.test_parent import assert_config_alone_is_the_same
+from tests.tiny import tiny_model, tiny_parent, tiny_tokens
+
+BIASED: dict[str, dict[str, bool]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "qwen3": {"attention_bias": True},
+}
+
+
+@pytest.mark.parametrize("family", ROTATABLE)
+def test_the_same_logits_in_another_basis(tmp_path: Path, family: str) -> None:
+    """Gains and biases are drawn: one that stayed behind or went elsewhere would move the logits."""
+    changes = {"tie_word_embeddings": True, **BIASED.get(family, {})}
+    model, source = tiny_model(family, **changes), tiny_parent(tmp_path / "source", family, **changes)
+    asked = FolderParent(path=str(source), rotate=True)
+    info = prepare_parent(asked, tmp_path, None)
+    plain = prepare_parent(asked.model_copy(update={"rotate": False}), tmp_path, None)
+    rotated = AutoModelForCausalLM.from_pretrained(tmp_path / info.folder, dtype=torch.float32)
+    tokens = tiny_tokens()
+    with torch.no_grad():
+        expected, found = model(tokens).logits, rotated(tokens).logits
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    assert plain.fingerprint != info.fingerprint
+    assert "no longer the embedding" in info.notes[-1]
+    assert not torch.allclose(rotated.lm_head.weight, rotated.model.embed_tokens.weight, atol=1e-2)
+    state = rotated.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name.endswith("layernorm.weight"):
+            assert torch.equal(state[name], torch.ones_like(tensor))
+        elif name.endswith("proj.weight"):  # not one matrix stayed as it was
+            assert not torch.allclose(state[name], tensor, atol=1e-2), name
+    assert_config_alone_is_the_same(asked, tmp_path, info)
+
+
+def test_norms_that_no_matrix_can_take_are_refused(tmp_path: Path) -> None:
+    source = tiny_parent(tmp_path / "source", "gemma3_text")
+    with pytest.raises(ParentError, match="gemma3_text has norms .* take a parent of llama, mistral, qwen2, qwen3"):
+        prepare_parent(FolderParent(path=str(source), rotate=True), tmp_path / "work", None)
