@@ -163,7 +163,7 @@ def test_it_is_trained_in_every_family_and_costs_what_was_said(family: str, tmp_
     reader, asked = Parent(tmp_path / parent.folder, HOST), recording(parent, corpus)
     record = record_layer(0, asked, tmp_path, HOST)
     settings = SETTINGS.model_copy(update={"steps": 12})  # more steps than batches: several passes over the rows
-    shared = {
+    shared: dict[str, Any] = {
         "recording": asked,
         "record": record,
         "layer": 0,
