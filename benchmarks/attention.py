@@ -33,6 +33,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.set_defaults(profile="profiles/long-context.yaml")
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 7, 12, 17, 22, 27])
+    parser.add_argument("--page", default="attention", help="name of the page, benchmarks/<name>.md")
     options = parser.parse_args()
     bench = open_bench(options)
     settings = bench.profile.bld
@@ -51,7 +52,7 @@ def main() -> None:
     )
     parts = [intro, "## What is learnt", table(*learning(options.layers, labels, blocks, scores))]
     parts += [verdict(options.layers, scores), "## State and time", timing(bench, ["parent", *labels])]
-    write_page("attention", "Kinds of attention on long texts", parts)
+    write_page(options.page, "Kinds of attention on long texts", parts)
 
 
 def learned(bench: Bench, layer: int, label: str) -> BlockRecord:

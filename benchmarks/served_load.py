@@ -20,6 +20,7 @@ from blocks.library import read_value, write_value
 from blocks.parent import config_of
 from blocks.records import ChildReport, Metric, Value
 from blocks.runtime import set_threads
+from tasks.engines.base import LoadOptions
 from tasks.engines.registry import engine_of
 from tasks.engines.timing_in_turns import PARENT
 from tasks.inputs.children import open_child
@@ -103,7 +104,7 @@ def _measured(options: argparse.Namespace, sources: dict[str, Path], case: str) 
     first_rounds = min(FIRST_ROUNDS, options.rounds)
     points = tuple(dict.fromkeys((single, options.load)))  # one, where the load is of one at a time
     plan = LoadPlan(points=points, rounds=first_rounds, requests=options.requests)
-    with served_models(sources, server, plan.points, precision, 1) as servers:
+    with served_models(sources, server, plan.points, LoadOptions(precision=precision)) as servers:
         with shown(f"{case} closed") as report:
             closed = load_test(servers, plan, vocab_size, report)
         limits, rates = limits_of_parent(closed, single.label), rates_of_parent(closed, options.load, options.shares)

@@ -20,6 +20,7 @@ from blocks.parent import config_of
 from blocks.records import SUBBLOCKS, ChildReport, CostTable, LayerChoice, Metric, Value
 from blocks.runtime import set_threads
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
+from tasks.engines.base import LoadOptions
 from tasks.engines.llama_cpp import LlamaCpp
 from tasks.engines.registry import ENGINES, engine_of
 from tasks.engines.timing_in_turns import PARENT
@@ -120,7 +121,9 @@ def _rows(options: argparse.Namespace, sources: dict[str, Path], case: Case, poi
         if engine == "llama.cpp":
             own = {name: _file(options, sources, name, precision) for name in sources}
         with shown(f"{engine} {precision}") as tell:
-            return Measured(rows=tuple(bench(own, engine, points, precision, options.rounds, 1, tell)))
+            return Measured(
+                rows=tuple(bench(own, engine, points, LoadOptions(precision=precision), options.rounds, tell))
+            )
 
     what = [engine, precision, *(point.label for point in points), f"{options.rounds} rounds"]
     return _once(options.keep / f"{' '.join(what)}.json", Measured, measure)

@@ -17,6 +17,7 @@ from blocks.resources import BLOCK, BLOCK_BYTES
 
 LINEAR = "linear subblocks"
 BARE_START = "layer 0 without attention"
+NO_CACHE = "a child without any attention"
 MIXED_KV = "different numbers of KV heads"
 WINDOW = "a sliding window"
 OWN_WINDOW = "windows with sink tokens (window<N>)"
@@ -30,6 +31,7 @@ NARROW = "rows that are not a multiple of 32 in q8_0 or a type of 4 or 5 bits"
 GAPS = (
     LINEAR,
     BARE_START,
+    NO_CACHE,
     MIXED_KV,
     WINDOW,
     OWN_WINDOW,
@@ -65,7 +67,7 @@ KNOWN_ENGINES: dict[str, KnownEngine] = {
     "llama.cpp": KnownEngine(
         title="llama.cpp",
         format="gguf",
-        gaps=frozenset({WINDOW, OWN_WINDOW, RECURRENT, FOREIGN, ROPE, ACTIVATION, NARROW}),
+        gaps=frozenset({NO_CACHE, WINDOW, OWN_WINDOW, RECURRENT, FOREIGN, ROPE, ACTIVATION, NARROW}),
         families=frozenset({"llama", "mistral", "qwen2"}),
         rope_types=frozenset({"default", "linear", "llama3"}),
         known_by="the tests, with xllamacpp",
@@ -176,8 +178,9 @@ def gaps(engine: str, config: Any) -> list[str]:
     needs = _parent_needs(config, known, family=config.base_model_type)
     for layer, block in enumerate(config.block_configs):
         needs |= _block_needs(config, layer, block, config.layer_types[layer] == "sliding_attention")
-    if len(_kv_heads(config)) > 1:
-        needs.add(MIXED_KV)
+    kv_heads = _kv_heads(config)
+    if len(kv_heads) != 1:
+        needs.add(MIXED_KV if kv_heads else NO_CACHE)
     return _ordered(needs & known.gaps, config.base_model_type)
 
 

@@ -281,6 +281,19 @@ class Totals(Value):
     parameters: int
 
 
+class AtBatchSize(Value):
+    """A child and its parent at one batch size of a scenario, predicted. broken, parent_broken: which limits of the
+    budget they do not keep there. reliable: False where the costs were measured on a busy machine.
+    """
+
+    child: Totals
+    parent: Totals
+    chosen: bool
+    broken: tuple[str, ...]
+    parent_broken: tuple[str, ...]
+    reliable: bool
+
+
 class Architecture(Value):
     """One variant per subblock per layer, with its predicted score and costs, and the solver's proof.
 
@@ -466,8 +479,9 @@ class Candidate(Value):
     candidates are compared in pairs. layers: the variants of each layer. answers: only the parent and the finished
     child have some. limits: the budget, and what the model takes of it. gkd_kept_start: the KL on the validation text
     before GKD, where no step of GKD lowered it. All of these are empty in reports of older versions. file_bytes: of the
-    GGUF file that it is served from, where the search chose types of numbers; else 0. rounded_kl: on validation text
-    before and after the training that knows the rounding.
+    GGUF file that it is served from, where there is one; else 0. rounded_kl: on validation text
+    before and after the training that knows the rounding. cache: the type of llama.cpp's KV cache, where loss, kl and
+    top1_agreement are llama.cpp's own with such a cache; else they are torch's.
     """
 
     name: str
@@ -496,6 +510,7 @@ class Candidate(Value):
     answers: tuple[Answer, ...] = ()
     limits: tuple[LimitKept, ...] = ()
     file_bytes: int = 0
+    cache: str = ""
 
 
 class StageTime(Value):
@@ -521,7 +536,8 @@ class ChildReport(Value):
     """The result of a run: parent, child and baselines, predicted and measured.
 
     request: what was asked of the search (tasks/search/request.py). rule: when one child counts as better than another
-    (`champion` in the profile). race: best first, empty where there was none.
+    (`champion` in the profile). race: best first, empty where there was none. batch_sizes: what else could have been
+    served at a time, where a scenario names several sizes.
     finished_at, command: when the run ended, and the command that makes the child again.
     All are empty in reports of older versions.
     """
@@ -543,5 +559,6 @@ class ChildReport(Value):
     request: dict[str, Any] = {}
     rule: dict[str, Any] = {}
     race: tuple[Racer, ...] = ()
+    batch_sizes: tuple[AtBatchSize, ...] = ()
     finished_at: str = ""
     command: str = ""

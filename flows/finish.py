@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from tasks.pages.verdict import verdict, warnings
 from tasks.running.progress import say, wide_console
 from tasks.running.servers import answer, prefect_database
 from tasks.running.sharing import TaskKey, exclusive
+from tasks.search.concurrency import at_batch_sizes
 from tasks.search.totals import Problem
 from tasks.search.view import request_of
 
@@ -75,6 +76,7 @@ def report_of(
     answers.
     """
     (parent, corpus), (blocks, problem) = source, library
+    asked = replace(problem, budget=run.profile.budget, scenarios=run.profile.scenarios)  # not what the search settled
     folder = run.workspace / "runs" / f"{run.profile.name}-{digest_of(child=final.key)[:12]}"
     speed, own = found.speed, found.evaluations[0]
     parents = speed.models.get(PARENT, ())
@@ -90,7 +92,12 @@ def report_of(
                     "answers": found.answers.get((which.name, which.stage), ()),
                     "limits": ()
                     if which.stage == "parent"
-                    else limits_of(problem, which.architecture, speed.models.get(which.name, ()), parents),
+                    else limits_of(
+                        problem if _is_reference(which) else asked,
+                        which.architecture,
+                        speed.models.get(which.name, ()),
+                        parents,
+                    ),
                 }
             )
             for which, evaluation in _ordered(contenders, found.evaluations, final)
@@ -104,14 +111,20 @@ def report_of(
         seconds=run.usage.seconds(),
         cpu_seconds=run.usage.cpu_seconds(),
         peak_memory_bytes=run.usage.peak_memory_bytes(),
-        request=request_of(run.profile).model_dump(mode="json"),
+        request=request_of(problem).model_dump(mode="json"),
         race=found.race,
+        batch_sizes=at_batch_sizes(asked, final.architecture),
         rule=run.profile.champion.model_dump(mode="json"),
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command_of_run(),
         prefect_run_id=run.prefect_run_id,
         mlflow_run_id=run.mlflow_run_id,
     )
+
+
+def _is_reference(which: Contender) -> bool:
+    """The whole parent in a type of number: a rival of the child's only at a speed that the search settled."""
+    return which.name.startswith("parent ")
 
 
 def _ordered(

@@ -15,7 +15,7 @@ from profiles.schema import GgufParent, PackageParent, Profile
 from tasks.distill.gkd_targets import TeacherRecord
 from tasks.distill.rounded import RoundedTraining
 from tasks.evaluate.compare import SHIPPED, Contender, contender
-from tasks.evaluate.typed_file import is_typed, with_file
+from tasks.evaluate.typed_file import as_served, is_typed, needs_file, with_file
 from tasks.export.quantise import Recipe
 from tasks.inputs.installed_packages import installed_file
 from tasks.running.progress import Progress
@@ -84,17 +84,18 @@ def with_files(
     corpus: CorpusInfo,
     teacher: TeacherRecord | None = None,
 ) -> list[Contender]:
-    """The contenders, each with its GGUF file where the search chose types of number.
+    """The contenders, each with its GGUF file where it is served from one.
 
     teacher: of those that are trained as their files hold them, where the profile asks for that.
     """
-    if not any(map(is_typed, contenders)):
+    contenders = [as_served(which, run.profile.hardware) for which in contenders]
+    if not any(map(needs_file, contenders)):
         return list(contenders)
     found: list[Contender] = []
     with run.stage("write files") as progress:
         for which in contenders:
-            if is_typed(which):
-                training = _training(run, which, teacher, progress)
+            if needs_file(which):
+                training = _training(run, which, teacher, progress) if is_typed(which) else None
                 values = (which, parent, corpus, run.profile, run.workspace, training)
                 makes = f"file {which.name} {which.stage}"
                 which = run.call(file_task, makes, *values, after=[made_of(which)], limited=False)

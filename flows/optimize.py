@@ -9,7 +9,7 @@ from flows import number_types, stages, whole_models
 from flows.finish import Findings, best_baseline, finish, report_of
 from flows.run import process_of
 from flows.tracked_run import open_run
-from profiles.schema import Profile
+from profiles.schema import MINITRON, Profile
 from tasks.evaluate.compare import contender, parent_contender
 from tasks.running.workers import task_runner
 
@@ -33,14 +33,16 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         scores = number_types.score_types(run, (parent, corpus), records, blocks, scores, costs)
         run.log_library(parent, corpus, blocks, scores, costs)
 
-        problem, near = stages.choose_child(run, scores, costs)
+        problem, near = stages.choose_child(run, parent, scores, costs)
         teacher = whole_models.record_teacher(run, parent, corpus)
         names = ["child"] if len(near) == 1 else [f"candidate-{place}" for place in range(1, len(near) + 1)]
         racing = [contender(name, each, blocks) for name, each in zip(names, near, strict=True)]
         child, racers = whole_models.race(run, racing, teacher)
         run.log_architecture(child.architecture, blocks, scores, costs)
-        own, rivals = parent_contender(child.architecture), stages.choose_baselines(run, problem, child.architecture)
-        baselines = [contender(name, rival, blocks) for name, rival in rivals.items()]
+        own = parent_contender(child.architecture)
+        rivals = stages.choose_baselines(run, parent, problem, child.architecture)
+        whole = stages.cut(run, parent, corpus, records, rivals)
+        baselines = [contender(name, one, whole if name == MINITRON else blocks) for name, one in rivals.items()]
         references = number_types.references(run, problem, child.architecture, own)
         assembled = number_types.with_files(run, [own, child, *baselines, *references], parent, corpus)
         found = whole_models.evaluate_all(run, assembled, parent, corpus)
@@ -50,6 +52,7 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
             if profile.evaluate.distill_best_baseline
             else []
         )
+        best += [one for one in baselines if one.name == MINITRON and one not in best]
         distilled = whole_models.distill_globally(run, [child, *best], teacher)
         distilled = number_types.with_files(run, distilled, parent, corpus, teacher)
         found += whole_models.evaluate_all(run, distilled, parent, corpus)

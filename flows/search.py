@@ -23,9 +23,16 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="one object, or a list when several were asked for")]
 
 
+Minimise = Annotated[
+    str,
+    typer.Option("--minimise", help=f"what is minimised (tokens_per_second: maximised): {', '.join(QUANTITIES)}"),
+]
+
+
 @takes(LibraryOptions)
 def choose_command(
     asked: LibraryOptions,
+    minimise: Minimise = "score",
     diverse: Annotated[int, typer.Option("--diverse", help="how many architectures")] = 1,
     min_different: Annotated[
         int, typer.Option("--min-different", help="layers in which any two of them differ, at least")
@@ -43,7 +50,7 @@ def choose_command(
     if alpha is not None:
         min_different = max(1, math.ceil((1 - share_of("--alpha", alpha, 1.0)) * len(library.layers) - 1e-9))
     try:
-        several = {"diverse": diverse, "min_different": min_different}
+        several = {"diverse": diverse, "min_different": min_different, "minimise": minimise.replace("-", "_")}
         request = Request(**{**request.model_dump(), **several})
     except ValidationError as error:
         raise refused(error) from None
@@ -77,13 +84,7 @@ def explain_command(asked: LibraryOptions, as_json: Json = False) -> None:
 def sweep_command(
     asked: LibraryOptions,
     over: Annotated[str, typer.Option("--over", help=f"what is limited: {', '.join(QUANTITIES)}")] = "latency_seconds",
-    minimise: Annotated[
-        str,
-        typer.Option(
-            "--minimise",
-            help=f"what is minimised at each limit (tokens_per_second: maximised): {', '.join(QUANTITIES)}",
-        ),
-    ] = "score",
+    minimise: Minimise = "score",
     points: Annotated[int, typer.Option("--points", min=2, max=1000, help="limits along the front")] = 20,
     as_json: Json = False,
 ) -> None:
@@ -104,18 +105,18 @@ def sweep_command(
         typer.echo(json.dumps(rows, indent=1))
     else:
         typer.echo(f"the best {minimise} at each limit on {over}")
-        _show_front(values, found)
+        _show_front(values, found, minimise)
     if asked.workspace and not asked.library:
         _keep_front(asked.workspace, over, values, found)
 
 
-def _show_front(values: Sequence[float], found: "Sequence[JointChoice | None]") -> None:
+def _show_front(values: Sequence[float], found: "Sequence[JointChoice | None]", minimise: str) -> None:
     typer.echo(_row("limit", "objective", "score", "memory_gib", "latency_seconds", "status"))
     for value, choice in zip(values, found, strict=True):
         figures = ("-", "-", "-", "-", "infeasible")
         if choice:
             figures = (
-                f"{choice.objective:.6f}",
+                f"{_in_unit(choice.objective, choice, minimise):.6f}",
                 f"{choice.score:.6f}",
                 _figure(choice.memory_gib),
                 _figure(choice.latency_seconds),
@@ -175,10 +176,16 @@ def _summary(choice: "JointChoice", library: "JointLibrary", request: "Request")
     types, robust = len(set(choice.layers.values())), request.search.robust
     what = f"{request.metric}, sum over {len(choice.layers) - (HEAD in choice.layers)} layers"
     what += " and the head" if HEAD in choice.layers else ""
-    lines = [f"objective  {choice.objective:.6f} ({what}{f' + {robust:g} se' if robust else ''})"]
+    what += f" + {robust:g} se" if robust else ""
+    if request.minimise != "score":
+        what = f"{'most' if QUANTITIES[request.minimise].floor else 'least'} {QUANTITIES[request.minimise].title}"
+    lines = [f"objective  {_in_unit(choice.objective, choice, request.minimise):.6f} ({what})"]
+    if choice.score_se is None and request.minimise != "score":
+        lines.append(f"score  {choice.score:.6f}")
     if choice.score_se is not None:
         lines.append(f"score  {choice.score:.6f} +- {choice.score_se:.6f} (one standard error over sequences)")
-    lines.append(f"certificate  {choice.status}, bound {choice.bound:.6f}, gap {choice.gap:.2e}; {types} block types")
+    bound = _in_unit(choice.bound, choice, request.minimise)
+    lines.append(f"certificate  {choice.status}, bound {bound:.6f}, gap {choice.gap:.2e}; {types} block types")
     lines.append(f"solved by  {choice.solved_by}")
     limits = {limit.label: limit for limit in request.limits}
     for totals in choice.scenarios:
@@ -191,6 +198,12 @@ def _summary(choice: "JointChoice", library: "JointLibrary", request: "Request")
             )
     lines += _used(library, "parameters", choice.parameters, limits.get("parameters"), 0)
     return "\n".join(lines)
+
+
+def _in_unit(objective: float, choice: "JointChoice", minimise: str) -> float:
+    """An objective in the unit of the quantity: where most tokens per second are sought, it is the seconds of one."""
+    floor = QUANTITIES[minimise].floor and all(found.tokens_per_second for found in choice.scenarios)
+    return 1 / objective if floor and objective > 0 else objective
 
 
 def _used(library: "JointLibrary", name: str, value: float | None, limit: Any, place: int) -> list[str]:

@@ -18,6 +18,7 @@ from rich.table import Table
 from blocks.errors import PuzzleError
 from blocks.runtime import configure
 from flows.in_workspace import kept_in_mlflow, run_logged
+from profiles.schema import KV_PRECISIONS, PRECISION_ALIASES
 from tasks.running.progress import clock, say, shown, wide_console
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ ChildPath = Annotated[
 PRECISION = "float32, float16 or bfloat16; q8_0 too for GGUF and llama.cpp"
 CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 128, 256
 Precision = Annotated[str, typer.Option("--precision", help=PRECISION)]
+CACHE = f"of the KV cache, with llama.cpp alone: {', '.join(KV_PRECISIONS['llama.cpp'])}"
 
 
 def export_command(
@@ -168,24 +170,27 @@ def bench_command(
     parent: Parent = None,
     load: Loads = None,
     precision: Precision = "float32",
+    kv_precision: Annotated[str, typer.Option("--kv-precision", help=CACHE)] = "float16",
     rounds: Rounds = 5,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Parent and child in one engine, in turns under the same load: prefill, decode, memory, gains of pairs."""
     _quiet()
+    from tasks.engines.base import LoadOptions
     from tasks.engines.registry import installed_engine
     from tasks.loadtest.bench_table import bench_table
     from tasks.measure.bench import Point, bench, doubts_of
     from tasks.running.devices import alone
 
     installed_engine(engine)
+    how = LoadOptions(precision=precision, threads=threads, kv_precision=_cache_named(kv_precision))
     sources = _parent_and_child(child, parent)
     points = [Point.parse(text) for text in load or ()] or [_usual_load(sources)]
 
     def measure() -> None:
         with alone("bench"), shown("bench", beside=True) as report:
-            rows = bench(sources, engine, points, precision=precision, rounds=rounds, threads=threads, progress=report)
+            rows = bench(sources, engine, points, how, rounds, report)
         doubts = doubts_of(rows)
         _show(rows, lambda: bench_table(rows), as_json, doubts)
         from tasks.operating.study_runs import log_bench  # loads MLflow, which is not to be in what was measured
@@ -207,6 +212,9 @@ def loadtest_command(
     parent: Parent = None,
     load: Loads = None,
     precision: Annotated[str | None, typer.Option("--precision", help=f"{PRECISION} [f32]; with --server")] = None,
+    kv_precision: Annotated[
+        str | None, typer.Option("--kv-precision", help=f"{CACHE} [float16]; with --server")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="of each server [1]; with --server")] = None,
     rounds: Rounds = 5,
     requests: Annotated[int, typer.Option(min=1, help="of each model in a round")] = 8,
@@ -233,7 +241,8 @@ def loadtest_command(
 
     if server is None and not url:
         raise PuzzleError("name what is put under load: --server starts servers, --url names some that run already.")
-    given = {"--parent": parent, "--precision": precision, "--threads": threads}
+    kept = None if kv_precision is None else _cache_named(kv_precision)
+    given = {"--parent": parent, "--precision": precision, "--threads": threads, "--kv-precision": kept}
     unused = [name for name, value in given.items() if url and value is not None]
     if unused:
         raise PuzzleError(f"{unused[0]} is for servers that --server starts; those that --url names run already.")
@@ -242,6 +251,7 @@ def loadtest_command(
         urls=tuple(url or ()),
         points=tuple(Point.parse(text) for text in load or ()),
         precision=precision or "float32",
+        kv_precision=kept or "float16",
         rounds=rounds,
         threads=threads or 1,
         requests=requests,
@@ -261,6 +271,11 @@ def loadtest_command(
         _show(rows, lambda: load_table(rows, plan.limits), as_json, [*failures_of(rows), *doubts_of(rows)])
 
     _logged(Path.cwd(), measure)
+
+
+def _cache_named(text: str) -> str:
+    """A type of number by its full name."""
+    return PRECISION_ALIASES.get(text.lower(), text.lower())
 
 
 def _usual_load(sources: Mapping[str, Path]) -> "Point":

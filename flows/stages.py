@@ -4,7 +4,7 @@ A stage asks the files first. What is whole becomes a task run at once, `Cached`
 the workers. See flows/run.py for the how, flows/whole_models.py for the stages after the choice.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle, zip_longest
 from pathlib import Path
@@ -17,7 +17,7 @@ from blocks.library import BlockLibrary, digest_of
 from blocks.records import Architecture, BlockRecord, CorpusInfo, CostTable, LayerRecord, ParentInfo, Score
 from flows.run import Run, task_of
 from profiles.hardware import load_target
-from profiles.schema import ParentAnswersSource, Profile
+from profiles.schema import MINITRON, ParentAnswersSource, Profile
 from tasks.distill.bld import Job, distill_shard, progress_of
 from tasks.distill.jobs import better_of, coupled_jobs, jobs_of
 from tasks.distill.record import (
@@ -37,7 +37,7 @@ from tasks.inputs.corpus import documents_of, prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
 from tasks.inputs.parent_answers import with_answers
-from tasks.inputs.space import check_search_space, left_out, measured_space
+from tasks.inputs.space import check_search_space, left_out, measured_space, refused_whole
 from tasks.measure import costs, typed_costs
 from tasks.measure.calibration import drift
 from tasks.measure.roofline import modelled_costs, setting_of
@@ -46,14 +46,15 @@ from tasks.running.progress import say
 from tasks.running.sharing import TaskKey, exclusive
 from tasks.running.workers import WorkerSlot, compute_of, in_slot, worker_slot
 from tasks.score import scoring
-from tasks.search.choose import choose_several
+from tasks.search.choose import with_most_tokens
+from tasks.search.one_type import candidates
 from tasks.search.totals import Problem, predicted, problem_of
 from tasks.studies.peers import find
 
 parent_task = task_of("prepare parent", "prepare parent")(prepare_parent)
 corpus_task = task_of("prepare corpus", "prepare corpus")(prepare_corpus)
 prompts_task = task_of("answer prompts", "answer prompts")(with_answers)
-choose_task = task_of("choose", "choose")(choose_several)
+choose_task = task_of("choose", "choose")(candidates)
 ratio_task = task_of("measure type", "measure the parent in {kind}")(typed_costs.measure_ratio)
 
 
@@ -210,6 +211,23 @@ def distill_all(run: Run, parent: ParentInfo, corpus: CorpusInfo, records: Seque
     if profile.bld.coupled:
         blocks += _distill(run, coupled_jobs(profile, jobs, blocks, reader), "coupled")
     return blocks
+
+
+def cut(
+    run: Run, parent: ParentInfo, corpus: CorpusInfo, records: Sequence[LayerRecord], rivals: Mapping[str, Architecture]
+) -> list[BlockRecord]:
+    """The blocks of the baseline minitron, if it is there: the parent's with their least active channels cut off.
+
+    Nothing is fitted or trained.
+    """
+    if MINITRON not in rivals:
+        return []
+    profile, reader = run.profile, open_parent(run.workspace / parent.folder)
+    widths = tuple({choice.bare.ffn for choice in rivals[MINITRON].layers} - {"parent"})
+    as_cut = profile.bld.model_copy(update={"steps": 0, "tokens": None, "closed_form": False})
+    space = profile.search_space.model_copy(update={"attention": (), "ffn": widths})
+    asked = profile.model_copy(update={"bld": as_cut, "search_space": space})
+    return _distill(run, jobs_of(asked, recording(run, parent, corpus), records, reader), "cut")
 
 
 def _distill(run: Run, jobs: Sequence[Job], name: str) -> list[BlockRecord]:
@@ -380,27 +398,39 @@ def cost_tasks(run: Run) -> list[str]:
     return [name for name in run.task_runs if name.startswith("cost ")]
 
 
-def choose_child(run: Run, scores: Sequence[Score], table: CostTable) -> tuple[Problem, list[Architecture]]:
-    """The MIP under the profile's budget: its optimum, and the next best where several are to race."""
+def choose_child(
+    run: Run, parent: ParentInfo, scores: Sequence[Score], table: CostTable
+) -> tuple[Problem, list[Architecture]]:
+    """The MIP under the profile's budget: its optimum, and who races with it where several are to."""
     with run.stage("choose"):
-        problem = problem_of(run.profile, scores, table)
+        problem = with_most_tokens(problem_of(run.profile, scores, table))
         needs = [*cost_tasks(run), *(f"score {layer}" for layer in sorted({score.layer for score in scores}))]
         asked = (problem, run.profile.race.candidates, run.profile.race.min_different)
         found: list[Architecture] = run.call(choose_task, "choice", *asked, after=needs, limited=False)
+    reader = open_parent(run.workspace / parent.folder)
+    refusals = [refused_whole(run.profile, reader, one.layers) for one in found]
+    found = [one for one, why in zip(found, refusals, strict=True) if why is None]
+    if not found:
+        raise PuzzleError(f"{refusals[0]}, and the best child within the budget is one: ask for less of it.")
     if len(found) < asked[1]:
         say(f"race: no more than {len(found)} architectures within the budget differ in {asked[2]} layers")
     return problem, found
 
 
-def choose_baselines(run: Run, problem: Problem, child: Architecture) -> dict[str, Architecture]:
+def choose_baselines(run: Run, parent: ParentInfo, problem: Problem, child: Architecture) -> dict[str, Architecture]:
     """The simple searches under the same budget, their totals at the child's batch sizes; one that cannot keep the
     budget is left out and named.
     """
     batches = tuple(totals.batch_size for totals in child.totals)
-    found: dict[str, Architecture] = {}
+    found, reader = dict[str, Architecture](), open_parent(run.workspace / parent.folder)
     for name in run.profile.evaluate.baselines:
+        if name == MINITRON and run.profile.bld.tokens is not None:
+            say("baseline minitron left out: with bld.tokens the states that its cuts are checked on are not kept")
+            continue
         try:
             one = find(name, problem, run.profile.seed)
+            if why := refused_whole(run.profile, reader, one.layers):
+                raise PuzzleError(why)
             found[name] = predicted(problem, one.layers, name, batches, one.head)
         except PuzzleError as error:
             say(f"baseline {name} left out: {error}")

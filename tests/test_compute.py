@@ -143,7 +143,7 @@ def test_a_model_without_room_on_its_device_comes_layer_by_layer(
     asked = (which, chain.parent, chain.corpus, settings)
     whole = evaluate_contender(*asked, workspace, THERE)
     shutil.rmtree(workspace / "evaluations")
-    compare._test_targets.cache_clear()
+    compare.targets_on.cache_clear()
     monkeypatch.setattr("blocks.child.free_bytes", lambda _: 0)
     seen: list[str] = []
     own = torch.nn.Module.to

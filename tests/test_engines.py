@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from blocks.engine_limits import (
     KNOWN_ENGINES,
+    NO_CACHE,
     EngineLimit,
     UnknownEngine,
     check_parent,
@@ -21,7 +22,11 @@ from blocks.engine_limits import (
     runnable,
     width_of,
 )
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.parent import Parent
+from blocks.records import LayerChoice
 from flows import cli
+from profiles.load import load_profile
 from tasks.engines import llama_library
 from tasks.engines.base import LoadOptions
 from tasks.engines.errors import EngineFailed, EngineMissing
@@ -43,11 +48,14 @@ from tasks.export.logits_check import (
 )
 from tasks.gguf.layout import FILLER_WIDTH, packed
 from tasks.gguf.reader import read_gguf
+from tasks.gguf.tokenizer_writer import NO_TOKENIZER
 from tasks.gguf.writer import UnknownPrecision, write_gguf
 from tasks.inputs.children import in_precision
+from tasks.inputs.space import refused_whole
 from tests.test_export import PARENT, make_parent_folder
 from tests.test_gguf import BYTES, DIGITS, bpe_folder, child_of, converted_tokenizer, logits, written
 from tests.test_modeling import FAMILIES, NO_OP, attention, ffn, mixed_blocks, parent_blocks, token_ids
+from tests.tiny import tiny_parent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MISSING = LlamaCpp().missing()
@@ -142,6 +150,25 @@ def test_a_layer_is_judged_as_the_whole_child_is() -> None:
     for engine in KNOWN_ENGINES:
         layers = [runnable(engine, parent, layer, *pair) for layer, pair in enumerate(labels)]
         assert any(layers) == bool(gaps(engine, child)), engine
+
+
+def test_a_child_without_any_attention_is_refused_for_llama_cpp(tmp_path: Path) -> None:
+    """llama.cpp makes no context without a KV cache. Layers are judged one by one, so the whole is judged too."""
+    config = config_of("llama", attention_bias=False)
+    reader = Parent(tiny_parent(tmp_path / "parent"))
+    none = [LayerChoice(attention="no_op"), LayerChoice(attention="linear"), LayerChoice(attention="no_op")]
+    assert runnable("llama.cpp", config, 1, "no_op", "parent") is None
+    assert gaps("llama.cpp", reader.child_config(none)) == [NO_CACHE]
+    assert gaps("torch", reader.child_config(none)) == [] and NO_CACHE not in gaps("vllm", reader.child_config(none))
+    profile = load_profile("tiny", ["hardware={engine: llama.cpp}"])
+    assert "llama.cpp cannot run a child without any attention" in str(refused_whole(profile, reader, none))
+    assert refused_whole(profile, reader, [LayerChoice(attention="kv1"), *none[1:]]) is None
+    assert refused_whole(load_profile("tiny"), reader, none) is None
+    if LlamaCpp().missing() is None:
+        model = DeciLMForCausalLM(reader.child_config(none))
+        file = write_gguf(model, tmp_path / "none.gguf", "float32", NO_TOKENIZER, "none")
+        with pytest.raises(EngineFailed, match="cannot make a context"):
+            LlamaCpp().load(file, LoadOptions())
 
 
 def test_ffn_mult_gives_every_multiple_of_256_back() -> None:

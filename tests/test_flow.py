@@ -24,7 +24,7 @@ from tasks.pages.page import read_truth, truth_of
 from tasks.running.servers import PREFECT_DATABASE, QUIET, free_port, prefect_server, running
 from tasks.search.request import Request, limits
 from tasks.search.solve import choose_joint
-from tasks.studies.peers import NAMES
+from tasks.studies.peers import JUDGED
 from tests.test_nvlabs import puzzle
 
 pytestmark = pytest.mark.timeout(2400)  # whole runs, each with a server of its own
@@ -227,7 +227,7 @@ def test_the_library_it_leaves_is_checked_against_true_kl(run: tuple[Path, str])
     assert code == 0, told
     assert "lowest true KL: " in out and "peers        done in" in told
     kept = json.loads(next(workspace.glob("studies/peers-tiny-*/study.json")).read_text())
-    assert {entry["name"] for entry in kept["entries"]} | set(kept["left_out"]) == set(NAMES)
+    assert {entry["name"] for entry in kept["entries"]} | set(kept["left_out"]) == set(JUDGED)
     kls = [sum(entry["true"]) for entry in kept["entries"]]
     assert kls == sorted(kls)
 

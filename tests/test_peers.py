@@ -12,7 +12,7 @@ from profiles.schema import BaselineName, Budget
 from tasks.search.choose import choose
 from tasks.search.grid import make_grid
 from tasks.search.totals import Problem, batch_choices, score_of, within_budget
-from tasks.studies.peers import NAMES, find, top
+from tasks.studies.peers import JUDGED, NAMES, find, top
 from tests.test_choose import ATTENTIONS, FFNS, random_problem
 
 Layers = tuple[LayerChoice, ...]
@@ -29,7 +29,7 @@ def test_profiles_name_the_registry() -> None:
     assert ("mip", *get_args(BaselineName)) == NAMES
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", JUDGED)
 def test_every_peer_says_what_it_found_and_took(name: str) -> None:
     problem = random_problem(3, TIGHT, layers=4)
     found = find(name, problem, seed=2, evaluations=300)

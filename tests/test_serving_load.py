@@ -276,6 +276,8 @@ def test_a_round_trip_through_llama_cpps_server(file: Path) -> None:
         assert (
             row.first_token_seconds[1] and row.first_token_seconds[1] > 0 and row.generated_tokens_per_second.value > 0
         )
+    kept = LoadPlan(server="llama.cpp", points=(POINT,), rounds=1, requests=2, kv_precision="bfloat16")
+    assert [row.failed for row in bench_servers({"child": file}, kept)] == [0]
     assert rows[1].gains is not None  # no CPU gain: so little is below the tick of the CPU clock
     assert load_table(rows).row_count == 2
     assert not [one for one in psutil.Process().children(recursive=True) if "openai_server" in " ".join(one.cmdline())]

@@ -21,7 +21,7 @@ from blocks.child import assemble_layers, library_of
 from blocks.compute import HOST, Compute
 from blocks.errors import ChildError, PuzzleError, PuzzleFailure
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
-from blocks.library import digest_of, read_value, write_value
+from blocks.library import digest_of, read_tensors, read_value, write_value
 from blocks.records import BlockRecord, LayerChoice, Value
 from blocks.resources import precision_name
 from profiles.schema import GKD
@@ -132,6 +132,30 @@ def kl_after(
     if not path.exists():
         _carry_out(job.model_copy(update={"until": steps}), workspace, compute, devices, watch)
     return read_value(path, Standing).kl
+
+
+def model_after(
+    steps: int, job: Job, workspace: Path, compute: Compute, devices: Sequence[str] = (), watch: Watch = no_watch
+) -> tuple[DeciLMForCausalLM, int]:
+    """The child with its best weights of the first `steps`, on the CPU in float32, and the step that they are of.
+
+    A later step, where the training went on meanwhile and has left those weights behind.
+    """
+    if steps == 0:
+        return built(job, workspace, HOST), 0
+    kl_after(steps, job, workspace, compute, devices, watch)
+    ended = finished(workspace, job.folder)
+    if ended is not None:
+        model = built(job, workspace, HOST)
+        load_trained(model, read_tensors(workspace, ended.weights))
+        return model, ended.best_step
+    there = open_checkpoint(workspace / job.folder)
+    if there is None:  # it was given up in an earlier race
+        _carry_out(job.model_copy(update={"until": steps}), workspace, compute, devices, watch)
+        there = open_checkpoint(workspace / job.folder)
+    if there is None:
+        raise PuzzleFailure(f"GKD left no checkpoint in {workspace / job.folder}: run again")
+    return there.model(), there.course.best_step
 
 
 def give_up(job: Job, workspace: Path) -> None:

@@ -26,7 +26,8 @@ class LoadOptions:
     """How an export is loaded.
 
     batch_size and context_tokens: the largest request that it has to hold. exact: for comparing logits, the engine
-    computes in float32 also where it would otherwise use a shorter format inside.
+    computes in float32 also where it would otherwise use a shorter format inside. kv_precision: of the KV cache, in
+    llama.cpp alone.
     """
 
     precision: str = "float32"
@@ -34,6 +35,7 @@ class LoadOptions:
     batch_size: int = 1
     context_tokens: int = 512
     exact: bool = False
+    kv_precision: str = "float16"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,15 +10,23 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from blocks.records import Turn
+from blocks.resources import BLOCK_BYTES
 from tasks.engines.base import Engine, LoadOptions, Session
 from tasks.engines.errors import EngineFailed
 from tasks.engines.llama_library import INSTALL, Batch, LlamaLibrary, library_path, llama_library
-from tasks.engines.llama_structs import F32
+from tasks.engines.llama_structs import FLASH_OFF, FLASH_ON
 from tasks.engines.timing_in_turns import cpu_clock
 
+CACHE_TYPES = {
+    "float32": Type.F32,
+    "bfloat16": Type.BF16,
+    "float16": Type.F16,
+    **{kind: Type[kind.upper()] for kind in BLOCK_BYTES},
+}
 _PAGE = 256  # llama.cpp rounds a sequence's context up to this
 
 
@@ -63,14 +71,17 @@ class LlamaSession(Session):
         words[2] = 512
         words[3] = sequences
         words[fields.n_threads] = words[fields.n_threads + 1] = self.how.threads
-        if self.how.exact:  # flash attention and the KV cache are float16 otherwise
-            words[fields.flash_attention] = 0
-            words[fields.type_k] = words[fields.type_k + 1] = F32
+        kept = "float32" if self.how.exact else self.how.kv_precision
+        words[fields.type_k] = words[fields.type_k + 1] = int(CACHE_TYPES[kept])
+        if self.how.exact:  # flash attention is float16
+            words[fields.flash_attention] = FLASH_OFF
+        elif kept in BLOCK_BYTES:  # values in blocks are read by flash attention alone
+            words[fields.flash_attention] = FLASH_ON
         context = self.c.llama_init_from_model(self.model, parameters)
         if not context:
             raise EngineFailed(
-                f"llama.cpp cannot make a context of {sequences} x {per_sequence} tokens: ask for a smaller batch or "
-                "a shorter scenario"
+                f"llama.cpp cannot make a context of {sequences} x {per_sequence} tokens with a KV cache in {kept}: "
+                "ask for a smaller batch, a shorter scenario, or a KV cache in float16"
             )
         return context
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tasks.engines.errors import EngineFailed
 
-F32 = 0  # ggml_type
+FLASH_OFF, FLASH_ON = 0, 1  # llama_flash_attn_type
 _BLOB_BYTES = 512  # more than either struct takes; a struct that is passed by value may be longer than what is read
 _HEAD = (512, 2048, 512, 1)  # n_ctx, n_batch, n_ubatch, n_seq_max
 _THREADS = (4, 4)  # n_threads, n_threads_batch

@@ -1,9 +1,9 @@
 """OpenAI-style servers in processes of their own, on loopback ports: that of llama.cpp (from xllamacpp) and that of
 vLLM.
 
-`serving` starts and ends them. `python -m tasks.engines.openai_server FILE PORT THREADS SLOTS TOKENS` is llama.cpp's
-server, vllm_server.py is vLLM's. Both serve until their standard input ends. It ends with the run that started them,
-also when that is killed, so no server is left behind.
+`serving` starts and ends them. `python -m tasks.engines.openai_server FILE PORT THREADS SLOTS TOKENS CACHE` is
+llama.cpp's server (CACHE: the ggml_type of its KV cache), vllm_server.py is vLLM's. Both serve until their standard
+input ends. It ends with the run that started them, also when that is killed, so no server is left behind.
 """
 
 import importlib.util
@@ -95,7 +95,10 @@ def _llama_cpp(model: Path, how: LoadOptions, port: int) -> tuple[list[str], dic
     if importlib.util.find_spec(PACKAGE) is None:
         raise EngineMissing(f"llama.cpp's server comes with {PACKAGE}: pip install {PACKAGE} (or puzzle[llama-cpp]).")
     command = [sys.executable, "-m", "tasks.engines.openai_server", str(model.resolve())]
-    command += [str(value) for value in (port, how.threads, how.batch_size, how.context_tokens)]
+    from tasks.engines.llama_cpp import CACHE_TYPES  # brings torch, which the server has no use for
+
+    values = (port, how.threads, how.batch_size, how.context_tokens, int(CACHE_TYPES[how.kv_precision]))
+    command += [str(value) for value in values]
     return command, python_path()
 
 
@@ -130,12 +133,13 @@ def main() -> None:
     """Serve until standard input ends. Prompts are not cached, so every request computes its own."""
     import xllamacpp
 
-    file, port, threads, slots, tokens = sys.argv[1:]
+    file, port, threads, slots, tokens, kept = sys.argv[1:]
     parameters: Any = xllamacpp.CommonParams()
     parameters.model.path = file
     parameters.hostnames, parameters.port = [LOOPBACK], int(port)
     parameters.n_parallel, parameters.n_ctx = int(slots), int(slots) * int(tokens)
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = int(threads)
+    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type(int(kept))
     parameters.cache_prompt = False
     parameters.ctx_shift = False
     server = xllamacpp.Server(parameters)  # held: it serves for as long as it lives

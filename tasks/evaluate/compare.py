@@ -5,8 +5,9 @@ under a digest of everything it depends on, so a run that was killed evaluates n
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +20,14 @@ from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import digest_of, keep, read_tensors, remember
 from blocks.parent import in_dtype
 from blocks.records import Architecture, BlockRecord, Candidate, CorpusInfo, LayerChoice, ParentInfo, Throughput, Value
-from profiles.schema import GKD, Evaluate
+from profiles.schema import GKD, MINITRON, Evaluate
 from tasks.distill.gkd import GKDResult, Watch, no_watch
 from tasks.distill.gkd_job import distill_globally, job_of
 from tasks.distill.gkd_student import load_trained
 from tasks.distill.gkd_targets import TeacherRecord
 from tasks.distill.record import open_parent
+from tasks.engines.base import LoadOptions
+from tasks.engines.llama_cpp import LlamaCpp
 from tasks.evaluate.quality import (
     BenchmarkResult,
     ParentTargets,
@@ -34,6 +37,7 @@ from tasks.evaluate.quality import (
     retention,
     run_benchmarks,
     sequence_figures,
+    session_figures,
 )
 from tasks.gguf.reader import read_gguf
 from tasks.inputs.corpus import documents_of
@@ -48,7 +52,8 @@ class Contender(Value):
     """A model that is compared. `blocks`: the trained blocks of its architecture.
 
     file: the GGUF file that it is served from, relative to the workspace, where the search chose types of numbers
-    (tasks/evaluate/typed_file.py). rounded: how it was trained as that file holds it.
+    or named one for the KV cache (tasks/evaluate/typed_file.py). rounded: how it was trained as that file holds it.
+    cache: the type of number of the KV cache that llama.cpp serves it with, where the profile names one.
     """
 
     name: str
@@ -57,6 +62,7 @@ class Contender(Value):
     gkd: GKDResult | None = None
     file: str = ""
     rounded: GKDResult | None = None
+    cache: str = ""
 
     @property
     def stage(self) -> Literal["parent", "assembled", "distilled"]:
@@ -141,6 +147,24 @@ def served(
     return whole
 
 
+def figures_of(
+    which: Contender,
+    targets: ParentTargets,
+    workspace: Path,
+    compute: Compute,
+    model: Callable[[], Any],
+) -> dict[str, Tensor]:
+    """Loss, KL and agreement on the text of the targets. They are llama.cpp's own where the profile names a KV cache
+    for it, since nothing else rounds keys and values as it does. model: gives the contender in torch.
+    """
+    if not which.cache:
+        return sequence_figures(model(), targets, targets.tokens, compute)
+    length = targets.tokens.shape[1]
+    how = LoadOptions(threads=torch.get_num_threads(), context_tokens=length, kv_precision=which.cache)
+    with closing(LlamaCpp().load(workspace / which.file, how)) as session:
+        return session_figures(session, targets)
+
+
 def build(which: Contender, parent: ParentInfo, workspace: Path, compute: Compute) -> DeciLMForCausalLM:
     """The contender as a model, GKD weights included, whatever types its numbers shall have."""
     folder = workspace / parent.folder
@@ -174,16 +198,13 @@ def bare_layers(which: Contender) -> tuple[LayerChoice, ...]:
 
 
 @lru_cache(maxsize=1)
-def _test_targets(
-    parent: ParentInfo, corpus: CorpusInfo, sequences: int, workspace: Path, compute: Compute
+def targets_on(
+    split: str, sequences: int, parent: ParentInfo, corpus: CorpusInfo, workspace: Path, compute: Compute
 ) -> ParentTargets:
+    """What the parent says about the first sequences of a split of the corpus."""
     folder = workspace / parent.folder
     model = for_passes(lambda on: open_parent(folder, on).model(), compute, open_parent(folder, compute).weight_bytes)
-    return parent_targets(model, _test_tokens(corpus, sequences, workspace), compute)
-
-
-def _test_tokens(corpus: CorpusInfo, sequences: int, workspace: Path) -> Tensor:
-    return read_tensors(workspace, corpus.tokens, ["test"])["test"][:sequences]
+    return parent_targets(model, read_tensors(workspace, corpus.tokens, [split])[split][:sequences], compute)
 
 
 def evaluation_path(
@@ -198,6 +219,7 @@ def evaluation_path(
     asked = settings.model_dump(include={"sequences", "benchmarks", "benchmark_limit", "benchmark_package"})
     formats = {"weights": dtype, "products": compute.dtype}
     asked |= {name: str(one) for name, one in formats.items() if one != torch.float32}
+    asked |= {"cache": which.cache} if which.cache else {}
     key = digest_of(
         model=which.key, parent=parent.fingerprint, corpus=corpus.fingerprint, asked=asked, v=EVALUATION_VERSION
     )
@@ -222,16 +244,16 @@ def evaluate_contender(
     stored = remember(path, Evaluation, lambda _: [], workspace)
     if stored is not None:
         return stored
-    model = served(which, parent, workspace, compute, dtype)
-    targets = _test_targets(parent, corpus, settings.sequences, workspace, compute)
-    figures = sequence_figures(model, targets, _test_tokens(corpus, settings.sequences, workspace), compute)
+    model = cache(lambda: served(which, parent, workspace, compute, dtype))
+    targets = targets_on("test", settings.sequences, parent, corpus, workspace, compute)
+    figures = figures_of(which, targets, workspace, compute, model)
     documents = documents_of(corpus, "test", workspace)[: settings.sequences]
     found = Evaluation(
         quality=quality_of(figures, documents),
         documents=documents,
         samples={name: tuple(values.tolist()) for name, values in figures.items()},
         benchmarks=run_benchmarks(
-            model,
+            model(),
             workspace / parent.folder,
             settings.benchmarks,
             settings.benchmark_limit,
@@ -254,6 +276,7 @@ def candidate(
     workspace: Path,
 ) -> Candidate:
     """A model of the final table; its speed is that of the first scenario."""
+    summed = which.stage == "assembled" and which.name != MINITRON and scored_by == "kl"  # of blocks that it has not
     totals, file_bytes = which.architecture.totals[0], (workspace / which.file).stat().st_size if which.file else 0
     weights = math.ceil(totals.parameters * bytes_per_parameter)
     shipped = which.name == SHIPPED  # its totals are those of the parent in the profile's precision
@@ -265,6 +288,7 @@ def candidate(
         weight_bytes=file_bytes or weights,
         memory_bytes=totals.memory_bytes + (file_bytes - weights if shipped else 0),
         file_bytes=file_bytes,
+        cache=which.cache,
         prefill_tokens_per_second=fast.prefill_tokens_per_second if fast else None,
         decode_tokens_per_second=fast.decode_tokens_per_second if fast else None,
         loss=found.quality.loss,
@@ -272,7 +296,7 @@ def candidate(
         top1_agreement=found.quality.top1_agreement,
         benchmarks={name: result.metric for name, result in found.benchmarks.items()},
         retention=retention(found.benchmarks, parents.benchmarks) if found.benchmarks else None,
-        predicted_kl=which.architecture.score if which.stage == "assembled" and scored_by == "kl" else None,
+        predicted_kl=which.architecture.score if summed else None,
         runtime_seconds=fast.runtime_seconds if fast else None,
         gains=fast.gains if fast else None,
         gkd_tokens=which.gkd.tokens if which.gkd else 0,

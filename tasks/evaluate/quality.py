@@ -28,6 +28,7 @@ from blocks.errors import PuzzleError
 from blocks.estimates import Estimate
 from blocks.export_code.modeling_decilm import final_logits
 from blocks.records import Metric, Value
+from tasks.engines.base import Session
 from tasks.inputs.installed_packages import folders_of
 
 CHUNK_TOKENS = 512  # tokens whose logits exist at a time: 512 x 49,152 floats are 100 MB
@@ -160,12 +161,30 @@ def _token_figures(model: Any, hidden: Tensor, targets: ParentTargets, where: sl
     figures = []
     for model_hidden, parent_hidden, label in triples:
         models = _log_probs(model.lm_head, model.config, model_hidden)
-        parents = _log_probs(targets.head, targets.config, parent_hidden.to(models.device))
-        loss = functional.nll_loss(models, label, ignore_index=-100, reduction="none")
-        kl = (parents.exp() * (parents - models)).sum(dim=-1)
-        agree = models.argmax(dim=-1) == parents.argmax(dim=-1)
-        figures.append(torch.stack([loss.double(), kl.double(), agree.double()]))
+        figures.append(_compared(models, targets, parent_hidden, label))
     return torch.cat(figures, dim=1).reshape(3, *labels.shape)
+
+
+def _compared(models: Tensor, targets: ParentTargets, parent_hidden: Tensor, labels: Tensor) -> Tensor:
+    """Loss, KL, agreement of log probabilities (T, V) per token: (3, T) float64. parent_hidden: (T, D)"""
+    parents = _log_probs(targets.head, targets.config, parent_hidden.to(models.device))
+    loss = functional.nll_loss(models, labels, ignore_index=-100, reduction="none")
+    kl = (parents.exp() * (parents - models)).sum(dim=-1)
+    agree = models.argmax(dim=-1) == parents.argmax(dim=-1)
+    return torch.stack([loss.double(), kl.double(), agree.double()])
+
+
+@torch.inference_mode()
+def session_figures(session: Session, targets: ParentTargets) -> dict[str, Tensor]:
+    """As `sequence_figures`, of a model that an engine runs, in whatever formats the engine computes and keeps."""
+    device = next(targets.head.parameters()).device
+    rows = []
+    for row, parent_hidden in zip(targets.tokens, targets.hidden, strict=True):
+        labels = functional.pad(row[1:].long(), (0, 1), value=-100).to(device)
+        models = functional.log_softmax(session.logits(row.tolist()).to(device), dim=-1)
+        rows.append(_compared(models, targets, parent_hidden, labels).cpu())
+    loss, kl, agree = torch.stack(rows, dim=1)
+    return {"loss": loss[:, :-1].mean(dim=1), "kl": kl.mean(dim=1), "top1_agreement": agree.mean(dim=1)}
 
 
 def run_benchmarks(

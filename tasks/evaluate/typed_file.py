@@ -1,4 +1,6 @@
-"""The GGUF file of a child whose search chose types of numbers: written once, then judged, timed and handed over.
+"""The GGUF file that a child is served from: written once, then judged, timed and handed over.
+
+A child has one where the search chose types of numbers, or where the profile names one for llama.cpp's KV cache.
 
 Types of 4 and 5 bits are fitted to the first training sequences of the corpus (tasks/export/quantise.py).
 """
@@ -6,13 +8,16 @@ Types of 4 and 5 bits are fitted to the first training sequences of the corpus (
 import shutil
 from pathlib import Path
 
+from torch import Tensor
+
 from blocks.compute import HOST
 from blocks.files import atomic_path
 from blocks.library import digest_of, read_rows
 from blocks.records import CorpusInfo, ParentInfo
 from blocks.typed_labels import FITTED_TO
-from profiles.schema import Precision
+from profiles.schema import Hardware, Precision
 from tasks.distill.rounded import RoundedTraining
+from tasks.engines.timing_in_turns import PARENT
 from tasks.evaluate.compare import Contender, build
 from tasks.export.child_tokenizer import find_tokenizer
 from tasks.export.logits_check import check_logits
@@ -27,8 +32,32 @@ GGUF_NAME = "child.gguf"  # beside the child's folder
 
 
 def is_typed(which: Contender) -> bool:
-    """Whether a contender is served from a file of its own, in types that the search chose."""
+    """Whether a contender has types of numbers that the search chose."""
     return bool(which.architecture.head or any(choice != choice.bare for choice in which.architecture.layers))
+
+
+def as_served(which: Contender, hardware: Hardware) -> Contender:
+    """The contender with the KV cache that it is judged with, where the hardware names one of llama.cpp.
+
+    The parent has none: all are compared with its own logits.
+    """
+    named = hardware.engine == "llama.cpp" and which.name != PARENT
+    return which.model_copy(update={"cache": (hardware.kv_precision or "") if named else ""})
+
+
+def needs_file(which: Contender) -> bool:
+    """Whether a contender is served from a file of its own that is not written yet."""
+    return not which.file and (is_typed(which) or bool(which.cache))
+
+
+def recipe_of(which: Contender) -> Recipe:
+    """The types of a contender's file."""
+    return Recipe.of(which.architecture.layers, which.architecture.head)
+
+
+def fitted_to(corpus: CorpusInfo, workspace: Path) -> Tensor:
+    """(S, T) the training text that types of 4 and 5 bits are fitted to."""
+    return read_rows(workspace, corpus.tokens, "train", 0, min(FITTED_TO, corpus.train_sequences)).long()
 
 
 def with_file(
@@ -40,19 +69,18 @@ def with_file(
     progress: Progress = no_progress,
     training: RoundedTraining | None = None,
 ) -> Contender:
-    """The contender with its file, which is written unless it is there; a contender without types as it is.
+    """The contender with its file, which is written unless it is there; a contender that needs none as it is.
 
     precision: that of weights for which no type was chosen. training: of the rounded child, before it is written.
     """
-    if not is_typed(which):
+    if not needs_file(which):
         return which
     key = digest_of(model=which.key, corpus=corpus.fingerprint, precision=precision, fitted=FITTED_TO, v=VERSION)
     trained = {} if training is None else {"folder": training.folder(key)}
     path = workspace / "typed" / f"{digest_of(plain=key, **trained) if trained else key}.gguf"
     if not path.exists():
         model, folder = build(which, parent, workspace, HOST), workspace / parent.folder
-        tokens = read_rows(workspace, corpus.tokens, "train", 0, min(FITTED_TO, corpus.train_sequences)).long()
-        recipe = Recipe.of(which.architecture.layers, which.architecture.head)
+        recipe, tokens = recipe_of(which), fitted_to(corpus, workspace)
         stored = quantise_layers(model, tokens, recipe if training is None else recipe.with_head(""), progress)
         if training is not None:  # of the layers; the head is fitted to what leaves them then
             stored = {**training.run(model, stored, key), **quantise_layers(model, tokens, recipe.head_alone)}

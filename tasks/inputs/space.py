@@ -1,14 +1,15 @@
 """The layers and variants that a profile asks for, checked against the parent's config."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from blocks.engine_limits import check_parent, refusal, runnable
+from blocks.engine_limits import NO_CACHE, check_parent, gaps, known_engine, refusal, runnable
 from blocks.errors import PuzzleError, UnknownVariant
+from blocks.families import head_dim
 from blocks.kinds import kind_of, parse_label
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock
-from blocks.resources import BLOCK
+from blocks.resources import BLOCK, BLOCK_BYTES
 from blocks.variant import Variant
 from profiles.schema import Profile, SearchSpace
 
@@ -50,6 +51,12 @@ def misfits(profile: Profile, reader: Parent) -> list[str]:
         for label in other.variants
         if label not in searched
     ]
+    kept, channels = profile.hardware.kv_precision, head_dim(reader.config)
+    if kept in BLOCK_BYTES and channels % BLOCK:
+        found.append(
+            f"hardware.kv_precision: {kept} holds whole blocks of {BLOCK} numbers, and a head of this parent has "
+            f"{channels} channels: leave it out, or name float16"
+        )
     outside = [layer for layer in profile.search_space.layers or () if not 0 <= layer < reader.depth]
     if outside:
         found.append(f"search_space.layers names {outside}, but the parent's layers are 0 to {reader.depth - 1}")
@@ -119,6 +126,13 @@ def refused_alone(profile: Profile, config: Any, layer: int, subblock: Subblock,
     """
     choice = LayerChoice().model_copy(update={subblock: label})
     return refused(profile, config, layer, choice.attention, choice.ffn)
+
+
+def refused_whole(profile: Profile, reader: Parent, layers: Sequence[LayerChoice]) -> str | None:
+    """Why an engine that has to run the child cannot run together what it can layer by layer; None when all can."""
+    config = reader.child_config([choice.bare for choice in layers])
+    unable = [known_engine(name).title for name in target_engines(profile) if NO_CACHE in gaps(name, config)]
+    return f"{unable[0]} cannot run {NO_CACHE}" if unable else None
 
 
 def left_out(profile: Profile, reader: Parent) -> tuple[str, ...]:

@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from blocks.records import Metric
+from tasks.engines.base import LoadOptions
 from tasks.measure.bench import BenchRow
 
 
 def bench_table(rows: Sequence[BenchRow]) -> Table:
     """Models by load; ± is one standard error over the rounds, gains in CPU time stand in brackets."""
     first = rows[0]
-    title = f"{first.version}, {first.precision}, {first.threads} thread(s); load is batch x prompt x generated tokens"
+    cache = "" if first.kv_precision == LoadOptions.kv_precision else f", KV cache in {first.kv_precision}"
+    title = f"{first.version}, {first.precision}{cache}, {first.threads} thread(s); "
+    title += "load is batch x prompt x generated tokens"
     table = Table(title=title, title_justify="left", box=None)
     for column in COLUMNS:
         table.add_column(column, justify="left" if column in ("load", "model") else "right", overflow="fold")

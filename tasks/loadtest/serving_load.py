@@ -14,7 +14,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from tasks.export.formats import timed_precision
 from tasks.inputs.children import open_child
 from tasks.loadtest.arrivals import NO_LIMITS, Limits, Traffic, traffic_of
 from tasks.loadtest.load_client import Request, send
-from tasks.measure.bench import CHILD, Point, ready
+from tasks.measure.bench import CHILD, Point, check_cache, ready
 from tasks.running.progress import Progress, no_progress
 from tasks.running.usage import Others
 
@@ -109,6 +109,7 @@ class LoadPlan:
     rates: tuple[float, ...] = ()
     limits: Limits = NO_LIMITS
     precision: str = "float32"
+    kv_precision: str = LoadOptions.kv_precision
     rounds: int = 5
     threads: int = 1
     requests: int = 8
@@ -116,6 +117,11 @@ class LoadPlan:
     def __post_init__(self) -> None:
         if self.server is not None and self.urls:
             raise PuzzleError("--server starts servers, --url names running ones: give one of the two.")
+
+    @property
+    def how(self) -> LoadOptions:
+        """Precisions and threads of servers that are started here."""
+        return LoadOptions(precision=self.precision, threads=self.threads, kv_precision=self.kv_precision)
 
     @property
     def traffic(self) -> tuple[Traffic, ...]:
@@ -141,7 +147,7 @@ def bench_servers(sources: Mapping[str, Path], plan: LoadPlan, progress: Progres
         servers = (
             named_servers(plan.urls)
             if plan.server is None
-            else stack.enter_context(served_models(sources, plan.server, plan.points, plan.precision, plan.threads))
+            else stack.enter_context(served_models(sources, plan.server, plan.points, plan.how))
         )
         others = Others()
         rows = load_test(servers, plan, config.vocab_size, progress)
@@ -151,18 +157,22 @@ def bench_servers(sources: Mapping[str, Path], plan: LoadPlan, progress: Progres
 
 @contextmanager
 def served_models(
-    sources: Mapping[str, Path], server: str, points: Sequence[Point], precision: str, threads: int
+    sources: Mapping[str, Path], server: str, points: Sequence[Point], how: LoadOptions
 ) -> Iterator[dict[str, Served]]:
-    """Every model on a server of its own for the length of the block, exported first where that is needed."""
+    """Every model on a server of its own for the length of the block, exported first where that is needed.
+
+    how: precisions and threads.
+    """
     if server not in SERVERS:
         raise PuzzleError(
             f"no server {server!r} can be started from here, only {', '.join(SERVERS)}: start another one yourself "
             "and name it with --url."
         )
-    precision = timed_precision(precision, known_engine(server).format)
-    how = LoadOptions(
+    precision = timed_precision(how.precision, known_engine(server).format)
+    check_cache(how.kv_precision, server, sources)
+    how = replace(
+        how,
         precision=precision,
-        threads=threads,
         batch_size=max(point.batch_size for point in points),
         context_tokens=max(point.prompt_tokens + point.generated_tokens for point in points) + SPARE_TOKENS,
     )

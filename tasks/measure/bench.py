@@ -10,6 +10,7 @@ reason. Memory is the highest that the process held, less what it held before th
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from typing import Any
 from blocks.disturbance import why_disturbed
 from blocks.engine_limits import known_engine
 from blocks.errors import PuzzleError
+from blocks.families import head_dim
 from blocks.parent import config_of
 from blocks.records import Gains, Throughput, Value
-from profiles.schema import Scenario
+from blocks.resources import BLOCK, BLOCK_BYTES
+from profiles.schema import KV_PRECISIONS, Scenario
 from tasks.engines.base import LoadOptions
 from tasks.engines.registry import installed_engine
 from tasks.engines.timing_in_turns import in_turns, summaries, timed_steps, tokens_before
@@ -34,6 +37,7 @@ from tasks.running.progress import Progress, no_progress, part_of
 from tasks.running.usage import Others
 
 CHILD = "child"
+PLAIN = LoadOptions()
 AGAIN = "Measure again when it is quiet, or with more --rounds"
 
 
@@ -50,6 +54,7 @@ class BenchRow(Value):
     generated_tokens: int
     throughput: Throughput
     busy: str = ""
+    kv_precision: str = LoadOptions.kv_precision
 
     @property
     def load(self) -> str:
@@ -122,26 +127,26 @@ def bench(
     sources: Mapping[str, Path],
     engine: str,
     points: Sequence[Point],
-    precision: str = "float32",
+    how: LoadOptions = PLAIN,
     rounds: int = 5,
-    threads: int = 1,
     progress: Progress = no_progress,
 ) -> list[BenchRow]:
     """Time every model under every load, in turns. Gains are over the model named `parent`.
 
-    Raises EngineMissing, EngineLimit for a child that the engine cannot run, PuzzleError for a load that is longer than
-    the model's context.
+    how: precisions and threads. Raises EngineMissing, EngineLimit for a child that the engine cannot run, PuzzleError
+    for a load that is longer than the model's context, or a KV cache that the engine cannot hold.
     """
     if rounds < 1:
         raise PuzzleError(f"rounds must be at least 1, got {rounds}.")
-    precision = timed_precision(precision, known_engine(engine).format)
-    rows = []
-    with at_work(sources, engine, points, precision, threads) as workers:
+    precision = timed_precision(how.precision, known_engine(engine).format)
+    check_cache(how.kv_precision, engine, sources)
+    rows, threads = [], how.threads
+    with at_work(sources, engine, points, replace(how, precision=precision)) as workers:
         for index, point in enumerate(points):
             others = Others()
             found = time_in_turns(workers, point, point.scenario, rounds, part_of(progress, index, len(points)))
             base = {"engine": engine, "precision": precision, "threads": threads, **point.model_dump()}
-            base["busy"] = others.crowd(threads)
+            base |= {"kv_precision": how.kv_precision, "busy": others.crowd(threads)}
             rows += [
                 BenchRow(**base, model=name, version=workers[name].version, throughput=own)
                 for name, own in found.items()
@@ -162,13 +167,12 @@ def doubts_of(rows: Sequence[BenchRow]) -> list[str]:
 
 @contextmanager
 def at_work(
-    sources: Mapping[str, Path], engine: str, points: Sequence[Point], precision: str, threads: int
+    sources: Mapping[str, Path], engine: str, points: Sequence[Point], how: LoadOptions
 ) -> Iterator[Mapping[str, Worker]]:
-    """Every model loaded in a process of its own, with room for these loads."""
-    with ready(sources, engine, precision, points) as paths, ExitStack() as stack:
-        how = LoadOptions(
-            precision=precision,
-            threads=threads,
+    """Every model loaded in a process of its own, with room for these loads. how: precisions and threads."""
+    with ready(sources, engine, how.precision, points) as paths, ExitStack() as stack:
+        how = replace(
+            how,
             batch_size=max(point.batch_size for point in points),
             context_tokens=max(point.prompt_tokens + point.grow + point.steps for point in points),
         )
@@ -203,6 +207,31 @@ def ready(
                 tokenizer = NO_TOKENIZER
             paths[name] = write_gguf(model, Path(temporary) / f"{name}.gguf", precision, tokenizer, name)
         yield paths
+
+
+def check_cache(kv_precision: str, engine: str, sources: Mapping[str, Path]) -> None:
+    """Raise PuzzleError for a type of number in which an engine cannot hold the KV cache of these models."""
+    if kv_precision == LoadOptions.kv_precision:
+        return
+    known = KV_PRECISIONS.get(engine, ())
+    if kv_precision not in known:
+        held = f"one of {', '.join(known)}" if known else "for llama.cpp alone: leave it out"
+        raise PuzzleError(f"--kv-precision {kv_precision}: with {engine} it is {held}.")
+    for name, source in sources.items() if kv_precision in BLOCK_BYTES else ():
+        channels = _head_of(source)
+        if channels is not None and channels % BLOCK:
+            raise PuzzleError(
+                f"--kv-precision {kv_precision} holds whole blocks of {BLOCK} numbers, and a head of the {name} has "
+                f"{channels} channels: name float16, bfloat16 or float32."
+            )
+
+
+def _head_of(source: Path) -> int | None:
+    """Channels of a model's head; None for a GGUF file that does not say."""
+    if source.is_dir():
+        return head_dim(config_of(source))
+    fields = read_header(source).fields
+    return fields.get(f"{fields.get('general.architecture')}.attention.key_length")
 
 
 def _context_of(source: Path) -> int | None:

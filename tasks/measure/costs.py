@@ -235,8 +235,8 @@ def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timi
     in_gguf, served = hardware.engine == "llama.cpp", served_precision(hardware, reader)
     vector = BYTES["float32"] if in_gguf else weight_bytes(served)  # GGUF keeps norms and biases so
     needs = resources(reader, variant, scenario.prompt_tokens, weight_bytes(served), vector)
-    kv_precision = "float16" if in_gguf else served  # llama.cpp's default for any weights
-    cache = resources(reader, variant, scenario.prompt_tokens, BYTES[kv_precision])
+    kv_precision = hardware.kv_precision or ("float16" if in_gguf else served)  # llama.cpp's default for any weights
+    cache = resources(reader, variant, scenario.prompt_tokens, weight_bytes(kv_precision))
     return Cost(
         subblock=variant.subblock,
         variant=variant.label,

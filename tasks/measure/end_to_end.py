@@ -22,6 +22,7 @@ from blocks.engine_limits import known_engine
 from blocks.library import digest_of, keep, remember
 from blocks.records import CostTable, ParentInfo, SpeedReport, Throughput, Totals
 from profiles.schema import Hardware, Profile, Scenario
+from tasks.engines.base import LoadOptions
 from tasks.engines.timing_in_turns import measure_throughput
 from tasks.evaluate.compare import SHIPPED, Contender, build
 from tasks.export.folder import export_child
@@ -148,9 +149,14 @@ def _timer(
         yield partial(measure_throughput, {name: model.to(hardware.device, dtype) for name, model in models.items()})
         return
     points = [Point.of(scenario, batch) for scenario, batch in loads]
+    how = LoadOptions(
+        precision=hardware.precision,
+        threads=threads_of(hardware),
+        kv_precision=hardware.kv_precision or LoadOptions.kv_precision,
+    )
     with (
         _exported(contenders, parent, hardware, workspace) as files,
-        at_work(files, hardware.engine, points, hardware.precision, threads_of(hardware)) as workers,
+        at_work(files, hardware.engine, points, how) as workers,
     ):
         yield lambda scenario, batch, rounds: time_in_turns(workers, Point.of(scenario, batch), scenario, rounds)
 

@@ -20,6 +20,7 @@ def hardware_description(hardware: Hardware) -> dict[str, str]:
         "device": hardware.device,
         **entry("accelerator", accelerator(hardware.device)),
         "precision": hardware.precision,
+        **entry("kv_precision", hardware.kv_precision),
         "threads": str(threads_of(hardware)),
         "clock": clock_for(hardware),
     }

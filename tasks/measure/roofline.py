@@ -29,7 +29,7 @@ from blocks.records import SUBBLOCKS, Cost, CostTable, NonBlockCost
 from blocks.resources import BYTES, non_block_parameters, resources, weight_bytes
 from blocks.variant import Variant
 from profiles.hardware import HardwareTarget, check_use
-from profiles.schema import Hardware, Precision, Scenario, SearchSpace
+from profiles.schema import Hardware, KvPrecision, Precision, Scenario, SearchSpace
 from tasks.inputs.precision import served_precision
 
 HIDDEN_PASSES = 4  # hidden states through memory per subblock: norm in and out, core in and out
@@ -43,7 +43,7 @@ class Setting:
 
     target: HardwareTarget
     precision: Precision
-    kv_precision: Precision
+    kv_precision: KvPrecision
     held: Precision | None = None
     devices: int = 1
 

@@ -148,6 +148,7 @@ class WholeModelTimer(ABC):
         scenario, steps = load.scenario, self.measure.decode_steps
         return LoadOptions(
             precision=self.hardware.precision,
+            kv_precision=self.hardware.kv_precision or LoadOptions.kv_precision,
             threads=self.threads,
             batch_size=load.batch,
             context_tokens=scenario.prompt_tokens + tokens_before(scenario.generated_tokens, steps) + steps,

@@ -18,14 +18,15 @@ from torch import Tensor
 
 from blocks.errors import DamagedBlock, PuzzleError
 from blocks.estimates import confidence_of_look, lower_bound, rounded
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.files import sha256_of
 from blocks.library import digest_of, read_tensors, remember
 from blocks.records import Architecture, CorpusInfo, CostTable, Metric, ParentInfo, Value
 from profiles.schema import Champion, Profile
 from tasks.distill import bld, gkd, gkd_settings, record
 from tasks.distill.record import open_parent
-from tasks.evaluate.compare import LINEAGE, Lineage, served
-from tasks.evaluate.quality import mean_metric, parent_targets, sequence_figures
+from tasks.evaluate.compare import LINEAGE, Lineage, figures_of, served
+from tasks.evaluate.quality import mean_metric, parent_targets
 from tasks.inputs.companions import TOKENIZER_FILES
 from tasks.inputs.corpus import documents_of
 from tasks.inputs.precision import child_dtype
@@ -227,9 +228,12 @@ def _figures(side: Lineage, now: Lineage, profile: Profile, workspace: Path) -> 
     tokens = read_tensors(workspace, now.corpus.tokens, ["test"])["test"][: profile.evaluate.sequences]
     compute = compute_of(profile)
     reader = open_parent(workspace / now.parent.folder, compute)
-    targets = parent_targets(reader.model(), tokens, compute)
-    model = served(side.child, side.parent, workspace, compute, child_dtype(profile.hardware, reader))
-    return sequence_figures(model, targets, tokens, compute)[profile.champion.metric]
+    targets, dtype = parent_targets(reader.model(), tokens, compute), child_dtype(profile.hardware, reader)
+
+    def model() -> DeciLMForCausalLM:
+        return served(side.child, side.parent, workspace, compute, dtype)
+
+    return figures_of(side.child, targets, workspace, compute, model)[profile.champion.metric]
 
 
 def decide(

@@ -27,6 +27,7 @@ from tasks.pages.report import (
     SAID,
     WordedTable,
     answered,
+    batch_table,
     column_names,
     comparison_rows,
     race_table,
@@ -206,6 +207,7 @@ def _folded(report: ChildReport) -> list[tuple[str, list[WordedTable]]]:
     """Tables that are opened on request, under a line each."""
     tables = {
         "the race that the child won": [race_table(report)],
+        "what every number of requests at a time would give": [batch_table(report)],
         "speeds in every scenario, and predicted beside measured times": [sums_table(report), speed_table(report)],
     }
     shown = {line: [table for table in several if table[1]] for line, several in tables.items()}

@@ -20,7 +20,7 @@ from rich.text import Text
 from blocks.estimates import plain, rounded
 from blocks.files import atomic_path, write_text
 from blocks.library import write_value
-from blocks.records import Answer, Architecture, Candidate, ChildReport, Metric
+from blocks.records import Answer, Architecture, Candidate, ChildReport, Metric, Totals
 from tasks.evaluate.budget import budget_state
 from tasks.evaluate.standing import (
     Reading,
@@ -347,7 +347,7 @@ def _predicted_markdown(report: ChildReport) -> str:
             f"Predicted times are calibrated: prefill x {calibration.prefill:.3f}, decode x {calibration.decode:.3f}, "
             f"fitted on {calibration.origin}."
         )
-    for header, rows, words in (sums_table(report), speed_table(report)):
+    for header, rows, words in (batch_table(report), sums_table(report), speed_table(report)):
         parts += [_markdown_table(header, rows), words] if rows else []
     return "\n\n".join(parts)
 
@@ -374,6 +374,32 @@ def sums_table(report: ChildReport) -> WordedTable:
     ]
     header = ["model", "scenario", "phase", "predicted, s", "measured, s", "error", "error of the gain"]
     return header, rows, " ".join(words)
+
+
+def batch_table(report: ChildReport) -> WordedTable:
+    """What every number of requests at a time would give: header, rows, and an explanation."""
+    rows = [
+        [
+            f"{row.child.scenario}, batch {row.child.batch_size}" + (", chosen" if row.chosen else ""),
+            *(cell for one in (row.child, row.parent) for cell in _totals_cells(one)),
+            ", ".join(row.broken) or "–",
+            ", ".join(row.parent_broken) or "–",
+        ]
+        for row in report.batch_sizes
+    ]
+    figures = ("request, s", "tokens/s", "memory, GiB")
+    header = ["requests at a time", *figures, *(f"parent's {one}" for one in figures)]
+    header += ["the child breaks", "the parent breaks"]
+    words = (
+        "Predicted, from the costs that were measured at each batch size. Tokens/s: prompt and generated tokens of the "
+        "whole batch. Memory: weights and the KV cache of all requests. The parent is held to the limits in GiB and "
+        "seconds alone."
+    )
+    return header, rows, words
+
+
+def _totals_cells(totals: Totals) -> list[str]:
+    return [plain(totals.runtime_seconds), plain(totals.tokens_per_second), plain(totals.memory_bytes / GIB)]
 
 
 def speed_table(report: ChildReport) -> WordedTable:
@@ -435,6 +461,8 @@ def race_table(report: ChildReport) -> WordedTable:
     header = ["place by summed score", "summed score", "layers unlike the first's"]
     header += [f"KL after {steps} steps of GKD" for steps, _ in rounds]
     words = "On validation text, the best until there, in nats per token. In each round the worse half dropped out. "
+    if any(candidate.file_bytes for candidate in report.candidates):
+        words += "Each was rounded as for its file, and what the file holds was judged. "
     trained = sum(steps for racer in report.race[1:] for steps, _ in racer.kl[-1:])
     words += f"The others took {trained} steps of GKD together, which no baseline was given."
     return header, rows, words
@@ -462,6 +490,11 @@ def _facts_markdown(report: ChildReport) -> str:
         before, after = child.rounded_kl
         facts.append(
             f"GKD with rounded weights: KL on validation text {before:.4f} after the correction, {after:.4f} trained"
+        )
+    if child is not None and child.cache:
+        facts.append(
+            f"KL, loss and agreement are llama.cpp's own, with a KV cache in {child.cache}; benchmarks and answers are "
+            "torch's, on the same weights"
         )
     if report.failed_variants:
         facts.append(f"variants left out because they failed: {', '.join(report.failed_variants)}")

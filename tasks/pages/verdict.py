@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from blocks.estimates import interval, is_clear, lower_bound, plain, rounded
-from blocks.records import Answer, Candidate, ChildReport, Gains, Metric
+from blocks.records import Answer, Candidate, ChildReport, Gains, Metric, Totals
 from profiles.schema import Champion
 from tasks.evaluate.budget import asked_words, budget_state, figure_words, state_of
 from tasks.evaluate.standing import (
@@ -151,7 +151,8 @@ def findings(report: ChildReport) -> list[Finding]:
         found.append(Finding(worse="is no usable model", unusable=True))
     if parent is None:
         return found
-    return [*found, _benchmarks(report, child, parent), _speed(report, child, parent), _size(child, parent)] + [
+    found += [_benchmarks(report, child, parent), _speed(report, child, parent), *_served(report), _size(child, parent)]
+    return found + [
         Finding(worse="gives answers that " + " or ".join(fault for fault, a, b in faults if a > b))
         for faults in [_faults(child, parent)]
         if any(a > b for _, a, b in faults)
@@ -191,7 +192,8 @@ def _quality(report: ChildReport, child: Candidate) -> Finding:
     others = [model for other in names if (model := final_of(report.candidates, other)) is not None]
     twins = [model.name for model in others if same_architecture(child, model)]
     chose = f" {_listed(twins)} chose the same child." if twins else ""
-    figure = f"Quality: {name} {rounded(ours.metric, scale)}"
+    where = f" in llama.cpp with a KV cache in {child.cache}" if child.cache else ""
+    figure = f"Quality: {name} {rounded(ours.metric, scale)}{where}"
     leads = [
         (_lead(ours, theirs, rule.metric), theirs, model)
         for model in others
@@ -319,6 +321,32 @@ def _speed(report: ChildReport, child: Candidate, parent: Candidate) -> Finding:
     if all(is_clear(move) for move in moves):
         return Finding(line=line, better="is faster than its parent")
     return Finding(line=line, unclear="whether it is faster than its parent")
+
+
+def _served(report: ChildReport) -> list[Finding]:
+    """How many requests at a time each scenario's batch size lets in, beside the most that the parent may take."""
+    found = []
+    for scenario in dict.fromkeys(row.child.scenario for row in report.batch_sizes):
+        rows = [row for row in report.batch_sizes if row.child.scenario == scenario]
+        child = next(row.child for row in rows if row.chosen)
+        parents = [row.parent for row in rows if not row.parent_broken]
+        doubt = "" if rows[0].reliable else " (not reliable, costs were measured on a busy machine)"
+        line = f"Served to many, predicted{doubt}: {scenario}, {_at_a_time(child)}"
+        if parents:
+            best = max(parents, key=lambda one: one.tokens_per_second)
+            gain = child.tokens_per_second / best.tokens_per_second
+            line += f"; the parent at its best within the same limits {_at_a_time(best)}: {plain(gain)} times as many"
+        else:
+            line += "; the parent keeps the limits at none of these batch sizes"
+        found.append(Finding(line=f"{line}."))
+    return found
+
+
+def _at_a_time(totals: Totals) -> str:
+    return (
+        f"{totals.batch_size} requests at a time, {plain(totals.tokens_per_second)} tokens/s, each answered in "
+        f"{plain(totals.runtime_seconds)} s, {plain(totals.memory_bytes / GIB)} GiB"
+    )
 
 
 def _gains(gains: Gains) -> str:

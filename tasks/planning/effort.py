@@ -565,6 +565,14 @@ def race_shares(profile: Profile) -> tuple[float, float]:
     return done / profile.gkd.steps, 1 - before / profile.gkd.steps
 
 
+def race_looks(profile: Profile) -> int:
+    """How often an architecture of the race is measured."""
+    left, looks = profile.race.candidates, 0
+    for _ in profile.race.rounds if profile.gkd.steps else ():
+        looks, left = looks + (left if left > 1 else 0), (left + 1) // 2
+    return looks
+
+
 def gkd_work(shape: Shape, share: float, layers: float | None = None) -> Work:
     """GKD of one child to its last step, with three trials where it finds its learning rate itself.
 

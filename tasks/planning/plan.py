@@ -18,7 +18,7 @@ from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Architecture, CostTable, LayerChoice, Score, Subblock, Totals, Value
 from blocks.resources import weight_bytes
 from profiles.hardware import ARCHITECTURES, HardwareTarget, load_target
-from profiles.schema import ParentAnswersSource, ParentSource, Profile
+from profiles.schema import MINITRON, ParentAnswersSource, ParentSource, Profile
 from tasks.inputs.parent import write_config
 from tasks.inputs.space import check_search_space, layers_of, left_out, measured_space
 from tasks.measure.roofline import Setting, modelled_costs, setting_of
@@ -231,7 +231,8 @@ def children_of(problem: Problem) -> tuple[list[ChildPlan], str]:
     Parameters and memory are exact; times are the model's. Layers are alike here, so very many choices come close to
     filling a budget, and the search for the largest child stops early: a child that drops 0.5 % less may exist.
     """
-    quick = problem.search.model_copy(update={"gap": max(problem.search.gap, 5e-3)})
+    # no score is known yet, so nobody can tell which child is the fastest within one
+    quick = problem.search.model_copy(update={"gap": max(problem.search.gap, 5e-3), "fastest_within_score": None})
     fastest = fastest_of(problem)
     batches = tuple(max(scenario.batch_sizes) for scenario in problem.scenarios)
     found = [_child("fastest of the space", problem, fastest, batches)]
@@ -297,7 +298,8 @@ def stages_of(
     coupled, pairs = effort.coupled_work(shape, len(searched))
     layers = child_layers(child, shape)
     rivals = len(profile.evaluate.baselines)
-    distilled = (1 + (1 if rivals and profile.evaluate.distill_best_baseline else 0)) if profile.gkd.steps else 0
+    distilled = (1 + distilled_rivals(profile)) if profile.gkd.steps else 0
+    others = max(distilled - 1, 0)
     record, corpus, gkd = profile.record, profile.corpus, profile.gkd
     sequences = record.statistics_sequences + record.validation_sequences
     tested = profile.evaluate.sequences * length + effort.benchmark_tokens(shape)
@@ -309,6 +311,7 @@ def stages_of(
     rounded = len(shares) - 1 + distilled if types else 0
     raced, rest = effort.race_shares(profile)
     alone = effort.gkd_work(shape, share, layers)
+    judged = effort.files_work(shape, effort.race_looks(profile) if types else 0)
     again = gkd.rounded_steps / gkd.steps if gkd.steps else 0.0
     spoken = len(profile.evaluate.prompts) * profile.evaluate.answer_tokens
     asked = sum(isinstance(source, ParentAnswersSource) for source in corpus.sources)
@@ -330,11 +333,11 @@ def stages_of(
         ("score types", len(searched) if types else 0, 0, effort.type_scores_work(shape)),
         ("choose", 1, 0, Work(fixed=2.0)),
         ("GKD parent", min(distilled, 1), stepped + gkd.validation_sequences * length, effort.teacher_work(shape)),
-        ("race", profile.race.candidates if raced else 0, round(raced * stepped), alone * raced),
+        ("race", profile.race.candidates if raced else 0, round(raced * stepped), alone * raced + judged),
         ("write files", rounded, 0, effort.files_work(shape, rounded) + alone * (distilled * again)),
         ("evaluate", len(shares), tested * len(shares), effort.evaluate_work(shape, shares, first=True)),
         ("GKD child", min(distilled, 1), round(rest * stepped), alone * rest),
-        ("GKD best baseline", max(distilled - 1, 0), stepped, effort.gkd_work(shape, share)),
+        ("GKD best baseline", others, stepped * others, effort.gkd_work(shape, share) * others),
         ("evaluate", distilled, tested * distilled, effort.evaluate_work(shape, [share] * distilled, first=False)),
         ("throughput", 1 if serving else 0, 0, throughput_work(shape, serving, shares)),
         ("answers", 2 if spoken else 0, 2 * spoken, effort.answers_work(shape, share)),
@@ -396,11 +399,17 @@ def disk_bytes(shape: Shape, layers: int, share: float) -> int:
         * sum(shape.parameters(v) for part in SUBBLOCKS for v in shape.variants[part][1:] if v.kind != "no_op")
     )
     if profile.gkd.steps:
-        rivals = 1 if profile.evaluate.baselines and profile.evaluate.distill_best_baseline else 0
         total += (
-            effort.teacher_bytes(shape) + (1 + rivals) * share * shape.depth * shape.layer_parameters * effort.FLOAT
+            effort.teacher_bytes(shape)
+            + (1 + distilled_rivals(profile)) * share * shape.depth * shape.layer_parameters * effort.FLOAT
         )
     return int(total + effort.model_bytes(shape, share) + STATE_BYTES)
+
+
+def distilled_rivals(profile: Profile) -> int:
+    """How many baselines have a GKD, at most: the best of them, and minitron."""
+    named = profile.evaluate.baselines
+    return (1 if named and profile.evaluate.distill_best_baseline else 0) + (MINITRON in named)
 
 
 def shard_bytes(shape: Shape) -> int:

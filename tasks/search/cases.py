@@ -65,6 +65,9 @@ def case_at(library: JointLibrary, request: Request, kept: list[int], combinatio
         target = Limit(quantity=request.minimise, asked=1, name=request.minimise)
         (span,) = spans(library, request, target, combination)
         scores, constant = _taken(library, target.kind.cost, span, kept)
+        if target.kind.floor:  # seconds of one token: those of a batch would say that the smallest serves most
+            each = _tokens(library, span)
+            scores, constant = scores / each, constant / each
     program = Program(
         scores=scores,
         starts=np.searchsorted(slots, np.arange(len(library.layers))),
@@ -106,5 +109,10 @@ def _most(library: JointLibrary, limit: Limit, span: Span) -> float:
         parent = math.fsum(weight * library.of_parent(limit.kind.cost, place) for place, weight in span)
         most = parent / limit.asked if limit.kind.floor else parent * limit.asked
         return most or math.ulp(0.0)  # a parent that takes nothing leaves no room for anything
-    tokens = math.fsum(weight * library.places[place].tokens for place, weight in span)
-    return tokens / limit.asked if limit.kind.floor else limit.asked
+    return _tokens(library, span) / limit.asked if limit.kind.floor else limit.asked
+
+
+def _tokens(library: JointLibrary, span: Span) -> float:
+    """Tokens of all batches of a span; requests where the library does not say how many tokens they have."""
+    batches = [(weight, library.places[place]) for place, weight in span]
+    return math.fsum(weight * (place.tokens or place.batch_size) for weight, place in batches)

@@ -6,18 +6,53 @@ answer is checked again by sums that share no code with either (tasks/search/tot
 
 import math
 import time
+from dataclasses import replace
 
 from blocks.records import Architecture, LayerChoice
+from tasks.running.progress import say
 from tasks.search.joint import Option
+from tasks.search.request import Limit
 from tasks.search.solve import JointChoice, choose_joint
-from tasks.search.totals import Batches, Problem, broken_limits, predicted
+from tasks.search.totals import TOLERANCE, Batches, Problem, broken_limits, predicted
 from tasks.search.view import library_of, request_of
+
+
+def with_most_tokens(problem: Problem) -> Problem:
+    """Where the fastest child within a score is wanted: the problem of the lowest score at that speed.
+
+    Its batch sizes are those of the fastest child, and the most tokens a second are a limit beside the others. So all
+    that knows the lowest score alone, baselines among them, is asked the same at the same speed. Any other problem
+    comes back as it is.
+    """
+    most = problem.search.fastest_within_score
+    if most is None:
+        return problem
+    asked = request_of(problem)
+    limits = (*asked.limits, Limit(quantity="score", asked=most, name="search.fastest_within_score"))
+    wanted = asked.model_copy(update={"limits": limits, "minimise": "tokens_per_second"})
+    (fastest,) = choose_joint(library_of(problem), wanted)
+    if fastest.status != "optimal":
+        say(
+            f"search: {1 / fastest.objective:.4g} tokens/s are the most that were found within a score of {most:g}; no "
+            f"child does more than {1 / fastest.bound:.4g}. Raise search.time_limit_seconds to look longer"
+        )
+    tokens = (1 - TOLERANCE) / max(fastest.objective, 1e-9)  # sums of floats in another order; nothing may take no time
+    sizes = {found.scenario: found.batch_size for found in fastest.scenarios}
+    scenarios = (one.model_copy(update={"batch_sizes": (sizes[one.name],)}) for one in problem.scenarios)
+    return replace(
+        problem,
+        scenarios=tuple(scenarios),
+        # at these batch sizes so many tokens are at least the speed-up that was asked
+        budget=problem.budget.model_copy(update={"min_tokens_per_second": tokens, "speedup": None}),
+        search=problem.search.model_copy(update={"fastest_within_score": None}),
+    )
 
 
 def choose(problem: Problem) -> Architecture:
     """The best architecture of the library within the budget, over all combinations of batch sizes.
 
-    Equal scores go to the larger batch. The time limit holds for each combination; at the limit the best architecture
+    The best has the lowest score, or the most tokens a second where `search.fastest_within_score` says so. Equal scores
+    go to the larger batch. The time limit holds for each combination; at the limit the best architecture
     so far comes back with status "time_limit" and its gap. `bound` holds for all combinations together.
 
     Raises InfeasibleBudget with the nearest reachable values, SolverStopped when time ran out without any answer.
@@ -32,6 +67,7 @@ def choose_several(problem: Problem, count: int, min_different: int) -> list[Arc
     what differs from those before. See `choose`.
     """
     started = time.perf_counter()
+    problem = with_most_tokens(problem)
     library = library_of(problem)
     options = {(option.layer, option.label): option.own for option in library.options}
     found = choose_joint(library, request_of(problem, diverse=count, min_different=min_different))

@@ -3,12 +3,17 @@
 Labels without a type stand for the blocks in that type; the budget's shares stay those of the profile's parent.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
+from blocks.errors import InfeasibleBudget
 from blocks.records import Architecture, LayerChoice
 from blocks.typed_labels import bare, type_in, typed
+from tasks.search.choose import choose, choose_several
 from tasks.search.totals import Problem, predicted
+
+FAR = 2.0  # times the optimum's score: what scores more is no candidate for the best child
 
 
 def types_of(problem: Problem) -> tuple[str, ...]:
@@ -47,3 +52,46 @@ def back(problem: Problem, found: Architecture, kind: str, head: str) -> Archite
     again = predicted(problem, layers, found.method, batches, head)
     kept = {name: getattr(found, name) for name in ("evaluations", "solve_seconds")}
     return again.model_copy(update=kept)
+
+
+def candidates(problem: Problem, count: int, min_different: int) -> list[Architecture]:
+    """The optimum and others that might be better than it once they are trained: who takes part in a race.
+
+    Sums of scores weigh pruning against few bits, and may be wrong about it in all layers at once. So up to half of the
+    places go to the best that only prunes (in each type) and to the best that only takes fewer bits, where they score
+    at most `FAR` times the optimum. The others are the best by score that differ from all before in `min_different`
+    layers at least. In a library without types all are of the latter kind.
+    """
+    if count == 1 or len(types_of(problem)) == 1:
+        return choose_several(problem, count, min_different)
+    found = choose_several(problem, 1, min_different)
+    for corner in _corners(problem):
+        if len(found) <= count // 2 and corner.score <= FAR * found[0].score and _apart(corner, found, min_different):
+            found.append(corner)
+    for one in choose_several(problem, count + len(found), min_different):
+        if len(found) < count and _apart(one, found, min_different):
+            found.append(one)
+    return sorted(found, key=lambda one: one.score)
+
+
+def _apart(one: Architecture, others: Sequence[Architecture], layers: int) -> bool:
+    """Whether an architecture differs from all others in so many layers."""
+    pairs = (zip(one.layers, other.layers, strict=True) for other in others)
+    return all(sum(mine != theirs for mine, theirs in pair) >= layers for pair in pairs)
+
+
+def _corners(problem: Problem) -> list[Architecture]:
+    """The best with all blocks in one type, for each type, and the best whose blocks are all the parent's; the lowest
+    score first.
+    """
+    best: dict[str, Architecture] = {}
+    for kind, head, alone in in_one_type(problem):
+        try:
+            found = back(problem, choose(alone), kind, head)
+        except InfeasibleBudget:
+            continue
+        best[kind] = min(found, best.get(kind, found), key=lambda one: one.score)
+    whole = [one for one in problem.scores if one.subblock == "head" or bare(one.variant) == "parent"]
+    with suppress(InfeasibleBudget):
+        best["whole"] = choose(replace(problem, scores=tuple(whole)))
+    return sorted(best.values(), key=lambda one: one.score)

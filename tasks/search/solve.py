@@ -50,9 +50,10 @@ class Certificate(Value):
 class JointChoice(Value):
     """One architecture: sums with the non-block part, the solver's certificate, the label chosen in every layer.
 
-    objective: what was minimised. score, score_se: sum of the plain scores and its standard error over sequences, None
-    where the library keeps no scores per sequence. memory_gib: the largest over the scenarios. latency_seconds: the
-    mean over the traffic, else the largest. None where the library does not know.
+    objective: what was minimised; where most tokens per second were sought, the seconds of one token. score, score_se:
+    sum of the plain scores and its standard error over sequences, None where the library keeps no scores per sequence.
+    memory_gib: the largest over the scenarios. latency_seconds: the mean over the traffic, else the largest. None where
+    the library does not know.
     """
 
     objective: float
@@ -322,8 +323,11 @@ def _objective(
     kind = QUANTITIES[request.minimise]
     if request.minimise == "score":
         return math.fsum(objective_of(option, request, library.documents) for option in chosen)
-    if kind.floor and request.traffic:
-        return claimed  # seconds that a mean request takes of its batches; no total shows them
+    if kind.floor:
+        target = Limit(quantity=request.minimise, asked=1, name=request.minimise)
+        (tokens,) = _values(library, request, target, chosen, scenarios)
+        known = all(place.tokens for place in library.places)
+        return 1 / tokens if known else claimed  # no total shows the seconds of a request of unknown length
     value = _over_scenarios(request, scenarios, kind.cost) if kind.per_place else total(library, chosen, kind.cost, 0)
     assert value is not None, "checked when it was asked"
     return value
@@ -344,10 +348,11 @@ def reached(
     kind = limit.kind
     values = list(_values(library, request, limit, chosen, scenarios))
     if limit.share:
-        parents = [library.parents[layer] for layer in library.layers]
-        indices = [library.place_at(found.scenario, found.batch_size) for found in scenarios]
-        parent = [totals(library, parents, index) for index in indices]
-        own = list(_values(library, request, limit, parents, parent))
+        whose = library.reference or library
+        parents = [whose.parents[layer] for layer in whose.layers]
+        indices = [whose.place_at(found.scenario, found.batch_size) for found in scenarios]
+        parent = [totals(whose, parents, index) for index in indices]
+        own = list(_values(whose, request, limit, parents, parent))
         values = [_ratio(value, base) for value, base in zip(values, own, strict=True)]
     return min(values) if kind.floor else max(values)
 

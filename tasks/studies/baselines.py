@@ -6,12 +6,18 @@
     random      random choices, brought within the budget and filled up to it
     no_op_only  the MIP over the parent's own subblocks and no-ops alone
     max_params  as many parameters as the budget allows, whatever they score
+    minitron    one FFN width in every layer, the widest that fits, and the parent's attention
+
+The blocks of minitron are not those of the library but the parent's own with their least active channels cut off
+(flows/stages.py, `cut`): Minitron (arXiv 2407.14679) trains nothing before GKD. It cuts query heads and channels of the
+hidden state too, which a child's config cannot express.
 
 Each takes a grid whose slots are whole layers and whose options are pairs (attention, ffn). A new one needs its name in
 two more places: BASELINES in tasks/studies/peers.py, by which it is called, and BaselineName in profiles/schema.py, by
 which a profile asks for it. It may have a colour of its own: COLOURS in tasks/pages/picture.py.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -96,6 +102,15 @@ def _lowest_within(grid: Grid, slot: Integers, available: Floats) -> int:
     overrun = (grid.usage[:, slot] - available[:, None]).max(axis=0)
     within = slot[overrun <= ROOM]
     return int(within[grid.scores[within].argmin()]) if len(within) else int(slot[overrun.argmin()])
+
+
+def minitron(grid: Grid, *_: object) -> Picked:
+    """The widest FFN that fits in every searched layer, beside the parent's attention."""
+    widths = dict.fromkeys(option.ffn for option in grid.options if re.fullmatch(r"ffn\d+", option.ffn or ""))
+    everywhere = [found for width in widths if (found := _in_all_layers(grid, ("parent", width))) is not None]
+    fitting = [selection for selection in everywhere if _fits(grid, selection)]
+    best = max(fitting, key=lambda selection: float(grid.parameters[selection].sum()), default=None)
+    return None if best is None else (best, len(fitting))
 
 
 def random(grid: Grid, _: Search, generator: np.random.Generator) -> Picked:

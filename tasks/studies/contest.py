@@ -17,7 +17,7 @@ from tasks.running.progress import Progress, no_progress
 from tasks.search.choose import choose
 from tasks.search.totals import Problem, predicted, within_budget
 from tasks.studies.additivity import Layers
-from tasks.studies.peers import EVALUATIONS, NAMES, find
+from tasks.studies.peers import EVALUATIONS, JUDGED, find
 from tasks.studies.swaps import beyond_noise
 from tasks.studies.truth import Meter, OtherModel, other_model
 
@@ -86,14 +86,14 @@ def contest(
         )
     best = choose(problem)
     entries, left_out = list[Entry](), dict[str, str]()
-    for done, name in enumerate(NAMES, start=1):
+    for done, name in enumerate(JUDGED, start=1):
         try:
             found = best if name == "mip" else find(name, problem, size.seed, size.evaluations)
         except PuzzleError as error:
             left_out[name] = str(error)
             continue
         entries.append(_entry(found, name, others, searched=True))
-        progress(done, len(NAMES), f"{name} KL {entries[-1].kl.value:.4f}")
+        progress(done, len(JUDGED), f"{name} KL {entries[-1].kl.value:.4f}")
     if within_budget(problem, problem.parent):
         entries.append(_entry(predicted(problem, problem.parent, "parent"), "parent", others, searched=False))
     for folder in size.smaller:

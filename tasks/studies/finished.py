@@ -18,6 +18,7 @@ from tasks.inputs.parent_answers import with_answers
 from tasks.measure.costs import costs_of
 from tasks.running.workers import compute_of
 from tasks.score.scoring import by_document, stored_score
+from tasks.search.choose import with_most_tokens
 from tasks.search.totals import Problem, problem_of
 
 
@@ -39,8 +40,10 @@ class Finished:
 
     @property
     def problem(self) -> Problem:
-        """The search under the profile's budget."""
-        return problem_of(self.profile, self.scores, self.costs)
+        """The search under the profile's budget, for the lowest score: at the most tokens a second where those are
+        sought.
+        """
+        return with_most_tokens(problem_of(self.profile, self.scores, self.costs))
 
     @property
     def scored(self) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Every search of an architecture behind one function: a name and a problem in, an architecture of that method out.
 
     mip              the exact minimum of the summed scores, with its certificate (tasks/search/choose.py)
-    uniform, depth, greedy, random, no_op_only, max_params      tasks/studies/baselines.py
+    uniform, depth, greedy, random, no_op_only, max_params, minitron      tasks/studies/baselines.py
     evolutionary     a genetic algorithm                        tasks/studies/black_box.py
 
 Every search is tried at every combination of batch sizes and the lowest sum is kept; random keeps the first that works.
@@ -13,7 +13,7 @@ import numpy as np
 
 from blocks.errors import InfeasibleBudget, PuzzleError
 from blocks.records import Architecture, LayerChoice
-from profiles.schema import Search
+from profiles.schema import MINITRON, Search
 from tasks.search.choose import choose
 from tasks.search.grid import Grid, grids_of, make_grid
 from tasks.search.mip import minimise
@@ -33,9 +33,11 @@ BASELINES: dict[str, baselines.Baseline] = {
     "random": baselines.random,
     "no_op_only": baselines.no_op_only,
     "max_params": baselines.max_params,
+    MINITRON: baselines.minitron,
 }
 EVOLUTIONARY = "evolutionary"
 NAMES = ("mip", *BASELINES, EVOLUTIONARY)
+JUDGED = tuple(name for name in NAMES if name != MINITRON)  # by the blocks of the library, which minitron has none of
 
 
 def find(name: str, problem: Problem, seed: int = 0, evaluations: int = EVALUATIONS) -> Architecture:

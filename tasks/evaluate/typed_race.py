@@ -1,0 +1,78 @@
+"""How far a racer is from its parent as the file that it would be served from, its weights rounded and corrected.
+
+A race that compared float weights would favour blocks that lose most when they are rounded. So in every round each
+racer is rounded as it stands, as for its file (tasks/evaluate/typed_file.py), and what the file holds is judged.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.library import digest_of, keep, remember
+from blocks.parent import in_dtype
+from blocks.records import Value
+from blocks.typed_labels import FITTED_TO
+from profiles.schema import Precision
+from tasks.distill.gkd_job import Job, model_after
+from tasks.evaluate.compare import Contender, figures_of, targets_on
+from tasks.evaluate.typed_file import fitted_to, recipe_of
+from tasks.export.quantise import quantise_layers
+from tasks.gguf.reader import read_gguf
+from tasks.gguf.tokenizer_writer import NO_TOKENIZER
+from tasks.gguf.writer import write_gguf
+from tasks.running.progress import say
+
+VERSION = 1
+
+
+class AsFile(Value):
+    """Mean KL from the parent, in nats per token. step: of GKD, whose weights were judged."""
+
+    kl: float
+    step: int
+
+
+def kl_as_file(
+    which: Contender,
+    steps: int,
+    job: Job,
+    precision: Precision,
+    workspace: Path,
+    devices: tuple[str, ...] = (),
+) -> float:
+    """The KL of a contender's file on the validation text of GKD, its best weights after so many steps in it.
+
+    It is measured once, and all tokens count alike, as in the final comparison. job: the contender's GKD. precision:
+    that of weights for which no type was chosen.
+    """
+    parent, corpus, compute = job.record.parent, job.record.corpus, job.compute
+    sequences, recipe = job.settings.validation_sequences, recipe_of(which)
+    key = digest_of(
+        training=job.folder,
+        steps=steps,
+        recipe=[recipe.layers, recipe.head],
+        served=[precision, which.cache],
+        text=[corpus.fingerprint, sequences, FITTED_TO],
+        v=VERSION,
+    )
+    path = workspace / "race" / f"{key}.json"
+    found = remember(path, AsFile, lambda _: [], workspace)
+    if found is not None:
+        return found.kl
+    model, step = model_after(steps, job, workspace, compute, devices)
+    if step > steps:
+        say(f"race: {which.name} is judged by its weights of step {step}: those of step {steps} were left behind")
+    stored = quantise_layers(model, fitted_to(corpus, workspace), recipe)
+    targets = targets_on("validation", sequences, parent, corpus, workspace, compute)
+    with tempfile.TemporaryDirectory(prefix=".race-", suffix=".part", dir=workspace) as folder:
+        file = write_gguf(model, Path(folder) / "racer.gguf", precision, NO_TOKENIZER, which.name, stored)
+        written = which.model_copy(update={"file": str(file.relative_to(workspace))})
+
+        def in_torch() -> DeciLMForCausalLM:
+            whole: Any = read_gguf(file)
+            return in_dtype(whole.to(compute.device), compute.dtype)
+
+        kl = float(figures_of(written, targets, workspace, compute, in_torch)["kl"].mean())
+    keep(path, AsFile(kl=kl, step=step), [], workspace)
+    return kl
