@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from blocks.attention.kv_heads import KVHeads
 from blocks.attention.linear import LinearAttentionKind
@@ -21,8 +22,8 @@ from blocks.ffn.width import Width, ffn_flops
 from blocks.fit import FitContext
 from blocks.kinds import parse_label
 from blocks.parent import Parent
-from blocks.records import LayerChoice, Subblock
-from blocks.resources import non_block_parameters
+from blocks.records import SUBBLOCKS, LayerChoice, Subblock
+from blocks.resources import non_block_parameters, parameters_of
 from blocks.subblock import parts_of, run_subblock
 from blocks.variant import VariantKind
 from profiles.schema import GKD, TinyFamily
@@ -163,6 +164,19 @@ def test_shapes_that_a_plan_counts_are_those_of_the_layers(family: str, tmp_path
     assert ffn_flops(model.config, model.config.intermediate_size) == 2 * matrices
     for labels in (("parent", "parent"), ("gdn", "parent"), ("kv1", "ffn24"), ("linear", "linear"), ("no_op", "no_op")):
         assert_same_weights(Parent(tmp_path, HOST), LayerChoice(attention=labels[0], ffn=labels[1]))
+
+
+@every_family
+def test_a_parent_of_the_familys_usual_sizes_is_taken_and_counted(family: str, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"num_hidden_layers": 2, "num_key_value_heads": 4}
+    fields |= {"head_dim": 128} if family == "ministral" else {}  # transformers' own default does not work
+    config = CONFIG_MAPPING[family](**fields)
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    reader = Parent(tmp_path)
+    own = (parameters_of(reader, parse_label(subblock, "parent", reader.config)) for subblock in SUBBLOCKS)
+    assert non_block_parameters(reader.config) + 2 * sum(own) == model.num_parameters()
 
 
 @every_family
