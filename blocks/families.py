@@ -92,11 +92,16 @@ def weights(config: Any, subblock: Subblock, entry: dict[str, Any]) -> list[list
     if entry["replace_with_linear"]:
         return [*modules, [(width, width)]]
     sizes = part_sizes(config, entry.get("num_key_value_heads", 0), entry.get("intermediate_size", 0))
-    columns = {"output": sizes["query"], "down": sizes["up"], "key_norm": 0}
-    for roles in family.parts(subblock).values():
+    columns, recurrent = {"output": sizes["query"], "down": sizes["up"], "key_norm": 0}, entry.get("recurrent")
+    apart = [(role,) for role in ("query", "key", "value", "output")]
+    for roles in apart if recurrent else family.parts(subblock).values():
         rows, inputs = sum(sizes[role] for role in roles), columns.get(roles[0], width)
         bias = [(rows,)] if inputs and _has_bias(family, roles[0], config) else []
         modules.append([(rows, inputs) if inputs else (rows,), *bias])
+    if recurrent:
+        heads, mixed = config.num_attention_heads, sizes["query"] + sizes["key"] + sizes["value"]
+        gates = recurrent["gates"] * heads
+        return [*modules, [(gates, width), (gates,)], [(mixed, recurrent["conv_kernel"]), (heads,), (heads,)]]
     if subblock == "attention" and family.head_norms:
         modules += [[(sizes["query"],)]] if family.head_norms == "all" else [[(head_dim(config),)]] * 2
     return modules

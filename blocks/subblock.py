@@ -43,6 +43,14 @@ def parts_of(layer: "DeciLMDecoderLayer", subblock: Subblock) -> dict[str, Tenso
     return found
 
 
+def rows_of(layer: "DeciLMDecoderLayer", role: str) -> slice:
+    """Which rows of its module's weight a matrix of the attention is."""
+    sizes = part_sizes(layer.config, layer.config.num_key_value_heads, layer.config.intermediate_size)
+    roles = next(roles for roles in layer.family.parts("attention").values() if role in roles)
+    first = sum(sizes[other] for other in roles[: roles.index(role)])
+    return slice(first, first + sizes[role])
+
+
 def linear_of(layer: "DeciLMDecoderLayer", role: str) -> Any:
     """The module of a layer that multiplies with a matrix, such as `down`."""
     parts = layer.family.parts("attention") | layer.family.parts("ffn")

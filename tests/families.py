@@ -23,7 +23,7 @@ from tasks.distill.bld import Job, distill
 from tasks.distill.record import Recording
 from tasks.score.scoring import ScoringSet, score_sequences
 
-LAYERS = 3
+LAYERS = 4
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -38,7 +38,6 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 SLIDES: dict[str, Any] = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
-SLIDES["layer_types"] = SLIDES["layer_types"][:LAYERS]
 BIASES = {"attention_bias": True}
 CAP = {"final_logit_softcapping": 2.0}
 
@@ -61,7 +60,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen2": SLIDES | {"use_sliding_window": True},
     "qwen3": BIASES | SLIDES | {"use_sliding_window": True},
     "gemma3_text": BIASES | SLIDES | CAP | by_type() | {"query_pre_attn_scalar": 12},
-    "smollm3": BIASES | SLIDES | {"mlp_bias": True, "use_sliding_window": True, "no_rope_layers": [1, 0, 1]},
+    "smollm3": BIASES | SLIDES | {"mlp_bias": True, "use_sliding_window": True, "no_rope_layers": [1, 0, 1, 1]},
     "seed_oss": {"attention_out_bias": True, "mlp_bias": True},
     "ministral": SLIDES,
     "gemma2": BIASES | SLIDES | CAP | {"query_pre_attn_scalar": 12, "attn_logit_softcapping": 1.5},
@@ -193,7 +192,7 @@ def by_whole_models(
 ) -> tuple[float, float]:
     """KL and rise of the LM loss by the logits of transformers' own parent and of the assembled child."""
     replaced = LayerChoice().model_copy(update={block.subblock: block.variant})
-    layers = [LayerChoice(), replaced, LayerChoice()]
+    layers = [LayerChoice(), replaced, *[LayerChoice()] * (LAYERS - 2)]
     child = assemble_layers(Parent(workspace / "parent", HOST), library_of([block]), layers, workspace)
     ids = scored_of(recording, records).validation(recording.corpus.tokens, workspace).long()
     logits = (model(ids).logits.double().log_softmax(-1) for model in (parent_of(recording.parent.name), child))

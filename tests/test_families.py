@@ -109,7 +109,9 @@ def test_whatever_is_left_out_is_seen(family: str, monkeypatch: pytest.MonkeyPat
 def mixed() -> list[dict[str, Any]]:
     """Every kind of subblock; no attention in layer 0."""
     window = attention(2) | {"window_length": 3, "num_sink_tokens": 2}
-    pairs = [(NO_OP, ffn(24)), (window, LINEAR), (attention(1), ffn(48))]
+    gdn = {"rule": "gdn", "gates": 3, "conv_kernel": 3, "chunk_size": 4}
+    recurrent = attention(2) | {"recurrent": gdn}
+    pairs = [(NO_OP, ffn(24)), (window, LINEAR), (attention(1), ffn(48)), (recurrent, ffn(24))]
     return [{"attention": dict(first), "ffn": dict(second)} for first, second in pairs]
 
 
@@ -160,7 +162,7 @@ def test_shapes_that_a_plan_counts_are_those_of_the_layers(family: str, tmp_path
     assert non_block_parameters(model.config) == beside
     matrices = sum(weight.numel() for weight in model.model.layers[0].mlp.parameters() if weight.dim() == 2)
     assert ffn_flops(model.config, model.config.intermediate_size) == 2 * matrices
-    for labels in (("parent", "parent"), ("kv1", "ffn24"), ("linear", "linear"), ("no_op", "no_op")):
+    for labels in (("parent", "parent"), ("gdn", "parent"), ("kv1", "ffn24"), ("linear", "linear"), ("no_op", "no_op")):
         assert_same_weights(Parent(tmp_path, HOST), LayerChoice(attention=labels[0], ffn=labels[1]))
 
 

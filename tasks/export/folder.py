@@ -29,7 +29,7 @@ from blocks.errors import PuzzleFailure
 from blocks.export_code import AUTO_MAP, CODE_FILES
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.export_code.families_decilm import FAMILIES
-from blocks.export_code.modeling_decilm import DeciLMForCausalLM, family_class
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM, family_class, has_own_layer
 from blocks.families import beyond_llama
 from blocks.records import CorpusInfo, ParentInfo
 from tasks.inputs.companions import copy_companions
@@ -147,9 +147,11 @@ def write_checkpoint(
         native.save_pretrained(folder)
     else:
         # an engine that has DeciLMForCausalLM would load the folder and leave out what Llama lacks, without a word
-        config, other = cast(DeciLMConfig, model.config), FAMILIES[model.config.base_model_type]
-        windowed, family = "Windowed" if longest_window(config) else "", other.prefix if beyond_llama(other) else ""
-        names = [f"{windowed}{family}{name}" for name in config.architectures or ()]
+        config, family = cast(DeciLMConfig, model.config), FAMILIES[model.config.base_model_type]
+        entries = [block.attention for block in config.block_configs]
+        own = {"Recurrent" if entry.get("recurrent") else "Windowed" for entry in entries if has_own_layer(entry)}
+        more = [*sorted(own), family.prefix if beyond_llama(family) else ""]
+        names = ["".join([*more, name]) for name in config.architectures or ()]
         _add_to_config(folder, auto_map=AUTO_MAP, architectures=names)
         for name in CODE_FILES:
             shutil.copyfile(Path(export_code.__path__[0]) / name, folder / name)
@@ -306,6 +308,8 @@ def _cells(config: DeciLMConfig, layer: int) -> tuple[str, str]:
 
 
 def _missing(entry: dict[str, Any]) -> str:
+    if entry.get("recurrent"):
+        return f"recurrent ({entry['recurrent']['rule']})"
     return "no-op" if entry["no_op"] else "linear"
 
 
