@@ -87,23 +87,22 @@ class RecurrentAttention(nn.Module):
     ) -> tuple[torch.Tensor, None]:
         """(B, T, D) -> (B, T, D). held: what is remembered of earlier tokens; it is brought up to date."""
         tokens = hidden_states.shape[1]
-        valid = (
-            hidden_states.new_ones(1, 1, 1) if padding is None else padding.valid[:, -tokens:, None].to(hidden_states)
-        )
-        mixed = torch.cat([one(hidden_states) for one in (self.q_proj, self.k_proj, self.v_proj)], -1) * valid
+        mixed = torch.cat([one(hidden_states) for one in (self.q_proj, self.k_proj, self.v_proj)], -1)
+        if padding is not None:  # of no value, it writes nothing
+            mixed = mixed * padding.valid[:, -tokens:, None]
         known = held is not None and held.is_initialized
         state: Any = held.keys if known else None  # type: ignore[union-attr]
         tail: Any = held.values if known else mixed.new_zeros(len(mixed), self.kernel - 1, mixed.shape[-1])  # type: ignore[union-attr]
         mixed = torch.cat([tail, mixed], 1)
         gates = self.gates(hidden_states)
         with torch.autocast(hidden_states.device.type, enabled=False):  # sums over a whole text
-            out, state = self.heads_out(mixed.float(), gates.float(), valid.float(), state)
+            out, state = self.heads_out(mixed.float(), gates.float(), state)
         if held is not None:
             held.remember(state, mixed[:, tokens:], tokens)
         return self.o_proj(out.transpose(1, 2).flatten(2).to(hidden_states.dtype)), None
 
     def heads_out(
-        self, mixed: torch.Tensor, gates: torch.Tensor, valid: torch.Tensor, state: torch.Tensor | None
+        self, mixed: torch.Tensor, gates: torch.Tensor, state: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the heads put out (B, H, T, C), and the new state. mixed: q, k, v (B, kernel - 1 + T, all channels)."""
         tokens, conv = gates.shape[1], self.conv.float()
@@ -113,8 +112,8 @@ class RecurrentAttention(nn.Module):
             for one, width in zip(mixed.split(self.widths, -1), self.widths, strict=True)
         )
         step, output, *write = gates.unflatten(-1, (-1, self.heads)).permute(2, 0, 3, 1)  # (B, H, T) each
-        step = F.softplus(step) * valid.mT
-        written = write[0].sigmoid() * valid.mT if self.delta else step
+        step = F.softplus(step)
+        written = write[0].sigmoid() if self.delta else step
         decay = -self.log_rate.float().exp()[:, None] * step
         out, state = scan(unit(query), unit(key), value, decay, written, state, self.chunk, self.delta)
         out = out + self.skip.float()[:, None, None] * value
