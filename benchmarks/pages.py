@@ -22,8 +22,10 @@ LEARNING = ("blocks", "tasks/inputs", "tasks/distill")
 # page -> the code whose figures it shows
 MEASURES: dict[str, tuple[str, ...]] = {
     "attention": (*LEARNING, "tasks/score"),
+    "attention_recurrent": (*LEARNING, "tasks/score"),
     "auth": ("tasks/operating", "tasks/running"),
     "bld": LEARNING,
+    "families": ("blocks", "tasks/distill", "tasks/export", "tasks/score"),
     "faults": ("flows", "tasks/operating", "tasks/running"),
     "gkd": ("blocks/divergence.py", "tasks/distill"),
     "hardware": ("tasks/measure/roofline.py", "profiles/hardware"),

@@ -1,6 +1,6 @@
 """What a variant needs, from the parent's config alone: parameters, bytes, KV cache, FLOPs. Exact; allocates nothing.
 
-Parameters are counted from the shapes of the weights, which the parent's family gives (blocks/families/base.py).
+Parameters are counted from the shapes of the weights (blocks/families.py).
 """
 
 import math
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from blocks.export_code.families_decilm import FAMILIES
+from blocks.families import weights
 from blocks.kinds import kind_of
 from blocks.parent import Parent
 from blocks.variant import Variant
@@ -20,7 +22,8 @@ BLOCK_BYTES = {"q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18, "iq4_
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """parameters: norms included. weight_bytes and kv_bytes_per_token at the given precision. FLOPs at a context.
+    """parameters: norms included. weight_bytes, kv_bytes_per_token and state_bytes (of a sequence) at the given
+    precision. FLOPs at a context.
 
     kernels: the least number of kernel launches of one forward: one per norm and matrix, one for an attention's scores.
     """
@@ -28,6 +31,7 @@ class Resources:
     parameters: int
     weight_bytes: int
     kv_bytes_per_token: int
+    state_bytes: int
     flops_per_token: int
     kernels: int
 
@@ -51,8 +55,9 @@ def resources(
         parameters=parameters,
         weight_bytes=math.ceil((parameters - vectors) * bytes_per_element + vectors * beside),
         kv_bytes_per_token=math.ceil(kv_elements * bytes_per_element),
+        state_bytes=(state := kind.state_bytes(variant, parent.config, bytes_per_element)),
         flops_per_token=kind.flops_per_token(variant, parent.config, context_tokens),
-        kernels=modules + (1 if kv_elements else 0),
+        kernels=modules + (1 if kv_elements or state else 0),
     )
 
 
@@ -65,7 +70,7 @@ def parameters_of(parent: Parent, variant: Variant) -> int:
 def _counts(parent: Parent, variant: Variant) -> tuple[int, int, int]:
     """Parameters of a subblock, how many of them are in norms and biases, and the number of modules with parameters."""
     entry = kind_of(variant).block_entry(variant, parent.config)
-    modules = parent.family.weights(parent.config, variant.subblock, entry)
+    modules = weights(parent.config, variant.subblock, entry)
     shapes = [shape for module in modules for shape in module]
     vectors = sum(shape[0] for shape in shapes if len(shape) == 1)
     return sum(math.prod(shape) for shape in shapes), vectors, len(modules)
@@ -74,7 +79,12 @@ def _counts(parent: Parent, variant: Variant) -> tuple[int, int, int]:
 def non_block_parameters(config: Any) -> int:
     """Parameters of embedding, final norm and head; a tied head counts once."""
     tables = 1 if config.tie_word_embeddings else 2
-    return tables * config.vocab_size * config.hidden_size + config.hidden_size
+    return tables * config.vocab_size * config.hidden_size + norm_parameters(config)
+
+
+def norm_parameters(config: Any) -> int:
+    """Parameters of a norm of the hidden states."""
+    return config.hidden_size * (2 if FAMILIES[config.model_type].norm_bias else 1)
 
 
 def weight_bytes(precision: str) -> float:

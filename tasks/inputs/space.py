@@ -5,7 +5,7 @@ from typing import Any
 
 from blocks.engine_limits import NO_CACHE, check_parent, gaps, known_engine, refusal, runnable
 from blocks.errors import PuzzleError, UnknownVariant
-from blocks.families.base import head_dim
+from blocks.families import head_dim
 from blocks.kinds import kind_of, parse_label
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock
@@ -28,12 +28,14 @@ def check_search_space(profile: Profile, reader: Parent) -> None:
 
 def misfits(profile: Profile, reader: Parent) -> list[str]:
     """What of a search space this parent cannot have, a sentence each."""
-    found = []
+    found: list[str] = []
+    searched = set()
     for subblock in SUBBLOCKS:
         for section, field in (("search_space", subblock), ("bld", f"coupled_{subblock}")):
             for label in getattr(getattr(profile, section), field):
                 try:
                     variant = parse_label(subblock, label, reader.config)
+                    searched |= {variant.label} if section == "search_space" else set()
                     entry = kind_of(variant).block_entry(variant, reader.config)
                     found += [f"{section}.{field}: {label}: {why}" for why in unshared(profile, reader.config, entry)]
                     found += _unseen(profile, variant, f"{section}.{field}")
@@ -43,6 +45,12 @@ def misfits(profile: Profile, reader: Parent) -> list[str]:
         entry = kind_of(own).block_entry(own, reader.config)
         found += [f"hardware.tensor_parallel: the parent: {why}" for why in unshared(profile, reader.config, entry)]
     found += _narrow(profile, reader)
+    found += [
+        f"bld.otherwise: {label} is none of the search space's variants, which are {', '.join(sorted(searched))}"
+        for other in profile.bld.otherwise
+        for label in other.variants
+        if label not in searched
+    ]
     kept, channels = profile.hardware.kv_precision, head_dim(reader.config)
     if kept in BLOCK_BYTES and channels % BLOCK:
         found.append(

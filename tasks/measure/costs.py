@@ -19,7 +19,7 @@ from blocks.kinds import kind_of, parse_labels
 from blocks.library import digest_of, keep, remember
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Cost, CostTable, LayerChoice, NonBlockCost, ParentInfo, Value
-from blocks.resources import BYTES, non_block_parameters, resources, weight_bytes
+from blocks.resources import BYTES, non_block_parameters, norm_parameters, resources, weight_bytes
 from blocks.variant import Variant
 from profiles.schema import Hardware, Measure, Profile, Scenario, SearchSpace
 from tasks.distill.record import open_parent
@@ -236,7 +236,7 @@ def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timi
     vector = BYTES["float32"] if in_gguf else weight_bytes(served)  # GGUF keeps norms and biases so
     needs = resources(reader, variant, scenario.prompt_tokens, weight_bytes(served), vector)
     kv_precision = hardware.kv_precision or ("float16" if in_gguf else served)  # llama.cpp's default for any weights
-    cache = resources(reader, variant, scenario.prompt_tokens, weight_bytes(kv_precision)).kv_bytes_per_token
+    cache = resources(reader, variant, scenario.prompt_tokens, weight_bytes(kv_precision))
     return Cost(
         subblock=variant.subblock,
         variant=variant.label,
@@ -245,13 +245,14 @@ def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timi
         **timing.as_cost(),
         parameters=needs.parameters,
         weight_bytes=needs.weight_bytes,
-        kv_bytes_per_token=cache,
+        kv_bytes_per_token=cache.kv_bytes_per_token,
         kv_tokens=kind_of(variant).kv_tokens(variant),
+        state_bytes=cache.state_bytes,
     )
 
 
 def _non_block(reader: Parent, scenario: Scenario, batch: int, timing: Timing, hardware: Hardware) -> NonBlockCost:
-    parameters, norm = non_block_parameters(reader.config), reader.config.hidden_size
+    parameters, norm = non_block_parameters(reader.config), norm_parameters(reader.config)
     served = served_precision(hardware, reader)
     vector = BYTES["float32"] if hardware.engine == "llama.cpp" else weight_bytes(served)
     return NonBlockCost(

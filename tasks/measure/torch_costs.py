@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.initialization import no_init_weights
 
-from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM, DeciLMModel, layer_contexts
-from blocks.export_code.windows_decilm import with_windows
+from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM, DeciLMModel, layer_contexts, with_own_layers
 from blocks.parent import Parent
 from blocks.records import LayerChoice
 from blocks.variant import Variant
@@ -104,7 +103,7 @@ class TorchTimer:
     def _time(self, model: DeciLMModel | DeciLMForCausalLM, load: Load, copies: int) -> tuple[float, float]:
         """Prefill seconds and decode seconds per token, divided by the copies."""
         whole, scenario, batch = isinstance(model, DeciLMForCausalLM), load.scenario, load.batch
-        cache: Any = with_windows(DynamicCache(config=model.config), model.config)
+        cache: Any = with_own_layers(DynamicCache(config=model.config), model.config)
         step = self._whole_step if whole else self._stack_step
         started = self._now()
         step(model, batch, scenario.prompt_tokens, 0, cache)
@@ -130,7 +129,7 @@ class TorchTimer:
             hidden = layer(hidden, position_ids=positions, **{CACHE: cache}, **contexts[kind])
 
     def _contexts(self, model: Any, hidden: Tensor, positions: Tensor, cache: DynamicCache) -> dict[str, Any]:
-        return layer_contexts(model.config, model.rotary_emb, hidden, positions, None, cache, model.family)
+        return layer_contexts(model.config, model.rotary_emb, hidden, positions, None, cache)
 
     def _hidden(self, batch: int, tokens: int) -> Tensor:
         shape = (batch, tokens, self.reader.config.hidden_size)
@@ -144,10 +143,10 @@ class TorchTimer:
             (load.batch, load.scenario.prompt_tokens), 7 % self.reader.config.vocab_size, device=self.device
         )
         started = self._now()
-        model.lm_head(norm(model.model.embed_tokens(ids))[:, -1:])
+        model.lm_head(norm(model.model.entering(ids))[:, -1:])
         prefilled = self._now()
         for _ in range(self.measure.decode_steps):
-            model.lm_head(norm(model.model.embed_tokens(ids[:, :1])))
+            model.lm_head(norm(model.model.entering(ids[:, :1])))
         return prefilled - started, (self._now() - prefilled) / self.measure.decode_steps
 
     def _now(self) -> float:
