@@ -12,6 +12,7 @@ from blocks.compute import HOST
 from blocks.kinds import parse_labels
 from blocks.records import LayerChoice
 from profiles.errors import ProfileError
+from profiles.hardware import load_target
 from profiles.load import load_profile
 from profiles.schema import Evaluate, Hardware, Measure, Scenario, SearchSpace
 from tasks.distill.record import open_parent
@@ -25,6 +26,7 @@ from tasks.gguf.writer import write_gguf
 from tasks.inputs.space import misfits
 from tasks.measure.costs import CostRequest, _cost
 from tasks.measure.llama_cpp_costs import LlamaCppTimer
+from tasks.measure.roofline import modelled_costs, setting_of
 from tasks.measure.variant_timing import Load, Timing
 from tests.chain import Chain, chosen
 from tests.tiny import tiny_parent, tiny_tokens
@@ -82,6 +84,19 @@ def test_what_is_left_unnamed_costs_what_it_did(folder: Path) -> None:
         )
     }
     assert kept["plain"] == kept["named"] == kept["torch"] / 2 == 2 * 2 * HEAD * 2
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kept", [None, *CACHE_TYPES])
+def test_the_plan_counts_the_cache_that_costs_are_measured_with(kept: str | None, precision: str, folder: Path) -> None:
+    reader = open_parent(folder)
+    (attention,) = [v for v in parse_labels("attention", (), reader.config) if v.label == "parent"]
+    hardware = Hardware.model_validate({"engine": "llama.cpp", "precision": precision, "kv_precision": kept})
+    timing = Timing(prefill=1.0, decode=1.0, prefill_spread=0.0, decode_spread=0.0)
+    setting = setting_of(hardware, load_target("cpu"), reader)
+    table = modelled_costs(reader, SearchSpace(attention=(), ffn=()), [SCENARIO], setting)
+    counted = {cost.kv_bytes_per_token for cost in table.costs if cost.subblock == "attention"}
+    assert counted == {_cost(reader, attention, SCENARIO, 1, timing, hardware).kv_bytes_per_token}
 
 
 @needs_llama_cpp
