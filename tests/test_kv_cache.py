@@ -18,6 +18,7 @@ from profiles.schema import Evaluate, Hardware, Measure, Scenario, SearchSpace
 from tasks.distill.record import open_parent
 from tasks.engines.base import LoadOptions
 from tasks.engines.llama_cpp import CACHE_TYPES, LlamaCpp, LlamaSession
+from tasks.evaluate.answers import answers_path
 from tasks.evaluate.compare import contender, evaluate_contender, evaluation_path, figures_of, parent_contender
 from tasks.evaluate.quality import parent_targets, sequence_figures, session_figures
 from tasks.evaluate.typed_file import as_served, needs_file, with_file
@@ -207,6 +208,13 @@ def test_children_are_judged_in_llama_cpp_with_that_cache(chain: Chain, monkeypa
     assert len(paths) == 2
     assert engines.quality.kl.value == pytest.approx(own.quality.kl.value, rel=0.02)
     assert engines.samples["kl"] != own.samples["kl"]
+
+    coarse = with_file(
+        which.model_copy(update={"file": ""}), chain.parent, chain.corpus, "bfloat16", chain.workspace
+    )
+    again = evaluate_contender(coarse, *asked)  # the same layers, and another file of them
+    assert again.samples["kl"] != engines.samples["kl"]
+    assert len({answers_path(one, chain.parent, settings) for one in (plain, which, coarse)}) == 3
 
     asked_for: list[LoadOptions] = []
     load = LlamaCpp.load
