@@ -10,6 +10,7 @@ import torch
 
 from blocks.compute import HOST
 from blocks.kinds import parse_labels
+from blocks.parent import Parent
 from blocks.records import LayerChoice
 from profiles.errors import ProfileError
 from profiles.hardware import load_target
@@ -30,7 +31,7 @@ from tasks.measure.llama_cpp_costs import LlamaCppTimer
 from tasks.measure.roofline import modelled_costs, setting_of
 from tasks.measure.variant_timing import Load, Timing
 from tests.chain import Chain, chosen
-from tests.tiny import tiny_parent, tiny_tokens
+from tests.tiny import tiny_model, tiny_parent, tiny_tokens
 
 needs_llama_cpp = pytest.mark.skipif(LlamaCpp().missing() is not None, reason="llama.cpp is not installed")
 SCENARIO = Scenario(name="chat", batch_sizes=(1, 3), prompt_tokens=8, generated_tokens=6)
@@ -188,6 +189,20 @@ def test_heads_of_broken_blocks_are_refused(chain: Chain, folder: Path) -> None:
     assert not [one for one in misfits(profile("q4_0"), open_parent(folder)) if "kv_precision" in one]
     with pytest.raises(ProfileError, match="float8"):
         profile("float8")
+
+
+def test_a_file_whose_weights_nobody_named_is_refused(tmp_path: Path) -> None:
+    """Memory is counted in the parent's precision then, and the file would be in float32."""
+    tiny_model("llama", head_dim=HEAD).to(torch.bfloat16).save_pretrained(tmp_path)
+    reader = Parent(tmp_path)
+
+    def said(asked: str) -> list[str]:
+        profile = load_profile("tiny", [f"hardware={{engine: llama.cpp, {asked}}}"])
+        return [one for one in misfits(profile, reader) if "kv_precision" in one]
+
+    (found,) = said("kv_precision: q8_0")
+    assert "Costs would be of float32, memory of bfloat16: name hardware.precision too" in found
+    assert not said("kv_precision: q8_0, precision: bfloat16") and not said("threads: 1")
 
 
 @needs_llama_cpp
