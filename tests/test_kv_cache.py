@@ -20,7 +20,14 @@ from tasks.distill.record import open_parent
 from tasks.engines.base import LoadOptions
 from tasks.engines.llama_cpp import CACHE_TYPES, LlamaCpp, LlamaSession
 from tasks.evaluate.answers import answers_path
-from tasks.evaluate.compare import contender, evaluate_contender, evaluation_path, figures_of, parent_contender
+from tasks.evaluate.compare import (
+    Lineage,
+    contender,
+    evaluate_contender,
+    evaluation_path,
+    figures_of,
+    parent_contender,
+)
 from tasks.evaluate.quality import parent_targets, sequence_figures, session_figures
 from tasks.evaluate.typed_file import as_served, needs_file, with_file
 from tasks.gguf.tokenizer_writer import NO_TOKENIZER
@@ -30,6 +37,7 @@ from tasks.measure.costs import CostRequest, _cost
 from tasks.measure.llama_cpp_costs import LlamaCppTimer
 from tasks.measure.roofline import modelled_costs, setting_of
 from tasks.measure.variant_timing import Load, Timing
+from tasks.operating.champion import _figures
 from tests.chain import Chain, chosen
 from tests.tiny import tiny_model, tiny_parent, tiny_tokens
 
@@ -242,6 +250,26 @@ def test_children_are_judged_in_llama_cpp_with_that_cache(chain: Chain, monkeypa
     targets = parent_targets(chain.reader.model(), torch.randint(64, (2, 16)), HOST)
     figures_of(which, targets, chain.workspace, HOST, lambda: pytest.fail("torch computed it"))
     assert asked_for[0].kv_precision == "bfloat16" and not asked_for[0].exact
+
+
+@needs_llama_cpp
+def test_champion_and_challenger_are_judged_with_one_cache(chain: Chain) -> None:
+    """Whatever each was judged with when it was made: else one is held to the rounding of a cache, the other not."""
+    child = contender("child", chosen((LayerChoice(), LayerChoice(ffn="ffn32"), LayerChoice())), chain.blocks)
+    with_cache = with_file(
+        child.model_copy(update={"cache": "bfloat16"}), chain.parent, chain.corpus, "float32", chain.workspace
+    )
+    sides = [Lineage(parent=chain.parent, corpus=chain.corpus, child=one) for one in (child, with_cache)]
+    found = {}
+    for named in ("bfloat16", "null"):
+        profile = load_profile(
+            "tiny",
+            [f"hardware={{engine: llama.cpp, precision: float32, kv_precision: {named}}}", "evaluate.sequences=4"],
+        )
+        own, other = (_figures(side, sides[0], profile, chain.workspace) for side in sides)
+        assert torch.equal(own, other)
+        found[named] = own
+    assert not torch.equal(found["bfloat16"], found["null"])
 
 
 def test_all_but_the_parent_are_judged_with_the_cache_that_the_profile_names() -> None:
