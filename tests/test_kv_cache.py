@@ -129,7 +129,7 @@ def test_costs_are_measured_with_that_cache(folder: Path) -> None:
 
 
 @needs_llama_cpp
-def test_fewer_bits_are_farther_from_the_logits(folder: Path, file: Path) -> None:
+def test_fewer_bits_are_farther_from_the_logits(folder: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = open_parent(folder, HOST).model(), tiny_tokens(3, 48)
     targets = parent_targets(model, tokens, HOST)
     own = sequence_figures(model, targets, tokens, HOST)
@@ -143,6 +143,10 @@ def test_fewer_bits_are_farther_from_the_logits(folder: Path, file: Path) -> Non
             assert torch.allclose(found["loss"], own["loss"], atol=2e-3) and abs(kl[kept]) < 1e-3
             assert bool((found["top1_agreement"] > 0.95).all())
     assert kl["float32"] < kl["q8_0"] < kl["q5_1"] < kl["q4_0"]
+    monkeypatch.setattr("tasks.evaluate.quality.CHUNK_TOKENS", 20)
+    with closing(open_with(file, kept)) as session:
+        parts = session_figures(session, targets)
+    assert all(torch.allclose(parts[name], found[name], rtol=1e-5) for name in found)
 
 
 @needs_llama_cpp
@@ -232,9 +236,7 @@ def test_children_are_judged_in_llama_cpp_with_that_cache(chain: Chain, monkeypa
     assert engines.quality.kl.value == pytest.approx(own.quality.kl.value, rel=0.02)
     assert engines.samples["kl"] != own.samples["kl"]
 
-    coarse = with_file(
-        which.model_copy(update={"file": ""}), chain.parent, chain.corpus, "bfloat16", chain.workspace
-    )
+    coarse = with_file(which.model_copy(update={"file": ""}), chain.parent, chain.corpus, "bfloat16", chain.workspace)
     again = evaluate_contender(coarse, *asked)  # the same layers, and another file of them
     assert again.samples["kl"] != engines.samples["kl"]
     assert len({answers_path(one, chain.parent, settings) for one in (plain, which, coarse)}) == 3

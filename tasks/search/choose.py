@@ -28,7 +28,9 @@ def with_most_tokens(problem: Problem) -> Problem:
     most = problem.search.fastest_within_score
     if most is None:
         return problem
-    problem = replace(problem, within_score=most, search=problem.search.model_copy(update={"fastest_within_score": None}))
+    problem = replace(
+        problem, within_score=most, search=problem.search.model_copy(update={"fastest_within_score": None})
+    )
     (fastest,) = choose_joint(library_of(problem), _asked(problem, minimise="tokens_per_second"))
     speed = 1 / max(fastest.objective, 1e-9)  # nothing may take no time
     if fastest.status != "optimal":
