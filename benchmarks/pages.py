@@ -22,6 +22,7 @@ LEARNING = ("blocks", "tasks/inputs", "tasks/distill")
 # page -> the code whose figures it shows
 MEASURES: dict[str, tuple[str, ...]] = {
     "attention": (*LEARNING, "tasks/score"),
+    "attention_recurrent": (*LEARNING, "tasks/score"),
     "auth": ("tasks/operating", "tasks/running"),
     "bld": LEARNING,
     "faults": ("flows", "tasks/operating", "tasks/running"),

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from blocks.attention.ssd import SSD
 from blocks.errors import PuzzleError, did_you_mean
 from blocks.families import family_of
 from blocks.families.base import head_dim
-from blocks.kinds import kind_of, parse_label
+from blocks.kinds import kind_of, kinds, parse_label
 from blocks.resources import BLOCK, BLOCK_BYTES
 
 LINEAR = "linear subblocks"
@@ -20,6 +21,7 @@ NO_CACHE = "a child without any attention"
 MIXED_KV = "different numbers of KV heads"
 WINDOW = "a sliding window"
 OWN_WINDOW = "windows with sink tokens (window<N>)"
+RECURRENT = "recurrent attention, a state in the place of a KV cache"
 WRONG_MULT = "an FFN width that ffn_mult cannot give (not a multiple of 256)"
 NO_MULT = "FFN widths without ffn_mult"
 FOREIGN = "biases, norms or scales that Llama does not have"
@@ -33,6 +35,7 @@ GAPS = (
     MIXED_KV,
     WINDOW,
     OWN_WINDOW,
+    RECURRENT,
     WRONG_MULT,
     NO_MULT,
     FOREIGN,
@@ -58,13 +61,13 @@ class KnownEngine:
     known_by: str
 
 
-_DECILM_GAPS = frozenset({WRONG_MULT, FOREIGN, OWN_WINDOW})
+_DECILM_GAPS = frozenset({WRONG_MULT, FOREIGN, OWN_WINDOW, RECURRENT})
 KNOWN_ENGINES: dict[str, KnownEngine] = {
     "torch": KnownEngine(title="torch", format="transformers", gaps=frozenset(), known_by="the tests"),
     "llama.cpp": KnownEngine(
         title="llama.cpp",
         format="gguf",
-        gaps=frozenset({NO_CACHE, WINDOW, OWN_WINDOW, FOREIGN, ROPE, ACTIVATION, NARROW}),
+        gaps=frozenset({NO_CACHE, WINDOW, OWN_WINDOW, RECURRENT, FOREIGN, ROPE, ACTIVATION, NARROW}),
         families=frozenset({"llama", "mistral", "qwen2"}),
         rope_types=frozenset({"default", "linear", "llama3"}),
         known_by="the tests, with xllamacpp",
@@ -181,16 +184,18 @@ def gaps(engine: str, config: Any) -> list[str]:
     return _ordered(needs & known.gaps)
 
 
-def refused_label(engine: str, layer: int, kinds: Iterable[str], width: int, mixed_kv: bool) -> str | None:
+def refused_label(engine: str, layer: int, labels: Iterable[str], width: int, mixed_kv: bool) -> str | None:
     """Why an engine cannot run a block that is known by its label alone; None when it can.
 
-    This is for block libraries of others, which come without the parent's config. kinds: such as "attention=linear".
+    This is for block libraries of others, which come without the parent's config. labels: such as "attention=linear".
     width: of the FFN; 0 where there is none, or the parent's own. mixed_kv: it has other KV heads than the parent.
     """
-    known, named = known_engine(engine), set(kinds)
+    known, named = known_engine(engine), set(labels)
     needs = {LINEAR} if any("linear" in kind for kind in named) else set()
     if any(kind.startswith("attention=window") for kind in named):
         needs.add(OWN_WINDOW)
+    if named & {f"attention={kind.name}" for kind in kinds("attention") if isinstance(kind, SSD)}:
+        needs.add(RECURRENT)
     if layer == 0 and "attention=no_op" in named:
         needs.add(BARE_START)
     if mixed_kv:
@@ -232,6 +237,8 @@ def _block_needs(config: Any, layer: int, block: Any, slides: bool) -> set[str]:
         needs.add(WINDOW)
     if attention.get("window_length"):
         needs.add(OWN_WINDOW)
+    if attention.get("recurrent"):
+        needs.add(RECURRENT)
     if is_whole(ffn):
         width, mult = ffn.get("intermediate_size", config.intermediate_size), ffn.get("ffn_mult")
         if mult is None:
@@ -242,8 +249,8 @@ def _block_needs(config: Any, layer: int, block: Any, slides: bool) -> set[str]:
 
 
 def is_whole(entry: Any) -> bool:
-    """Whether an entry of `block_configs` is a real attention or FFN: neither absent nor linear."""
-    return not entry["no_op"] and not entry["replace_with_linear"]
+    """Whether an entry of `block_configs` is a real attention or FFN: neither absent nor linear nor recurrent."""
+    return not entry["no_op"] and not entry["replace_with_linear"] and not entry.get("recurrent")
 
 
 def _slides(config: Any, layer: int) -> bool:

@@ -6,10 +6,12 @@ To add a kind, import its class here and add it to KINDS. The order of the table
 from collections.abc import Iterable
 from typing import Any
 
+from blocks.attention.gdn import GDN
 from blocks.attention.kv_heads import KVHeads
 from blocks.attention.linear import LinearAttentionKind
 from blocks.attention.no_op import NoOpAttention
 from blocks.attention.parent import ParentAttention
+from blocks.attention.ssd import SSD
 from blocks.attention.window import WindowAttention
 from blocks.errors import UnknownVariant, did_you_mean
 from blocks.ffn.linear import LinearFFNKind
@@ -24,6 +26,8 @@ KINDS: tuple[VariantKind, ...] = (
     ParentAttention(),
     KVHeads(),
     WindowAttention(),
+    SSD(),
+    GDN(),
     LinearAttentionKind(),
     NoOpAttention(),
     ParentFFN(),

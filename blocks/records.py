@@ -150,7 +150,8 @@ class Cost(Value):
     """Measured cost of one variant of one subblock, at one scenario and batch size; the same in every layer.
 
     spread: relative standard error, that of the seconds divided by the seconds. kv_tokens: how many tokens of a
-    sequence stay in its KV cache at most; None for all that the layer keeps.
+    sequence stay in its KV cache at most; None for all that the layer keeps. state_bytes: what each sequence keeps
+    beside them, however long it is.
     """
 
     subblock: Subblock
@@ -165,6 +166,7 @@ class Cost(Value):
     weight_bytes: int
     kv_bytes_per_token: int
     kv_tokens: int | None = None
+    state_bytes: int = 0
 
 
 class NonBlockCost(Value):
@@ -211,9 +213,9 @@ class CostTable(Value):
     windows: tuple[int | None, ...] = ()
 
     def kv_bytes(self, layer: int, cost: Cost, tokens: int) -> int:
-        """Bytes of a variant's KV cache in a layer after `tokens` tokens of each sequence of the cost's batch."""
+        """Bytes of a variant's KV cache and state in a layer after `tokens` tokens of each sequence of the batch."""
         most = cost.kv_tokens or (self.windows[layer] if self.windows else None)
-        return cost.kv_bytes_per_token * cost.batch_size * min(tokens, most or tokens)
+        return cost.batch_size * (cost.kv_bytes_per_token * min(tokens, most or tokens) + cost.state_bytes)
 
     @property
     def modelled(self) -> bool:

@@ -20,7 +20,8 @@ BLOCK_BYTES = {"q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18, "iq4_
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """parameters: norms included. weight_bytes and kv_bytes_per_token at the given precision. FLOPs at a context.
+    """parameters: norms included. weight_bytes, kv_bytes_per_token and state_bytes (of a sequence) at the given
+    precision. FLOPs at a context.
 
     kernels: the least number of kernel launches of one forward: one per norm and matrix, one for an attention's scores.
     """
@@ -28,6 +29,7 @@ class Resources:
     parameters: int
     weight_bytes: int
     kv_bytes_per_token: int
+    state_bytes: int
     flops_per_token: int
     kernels: int
 
@@ -51,8 +53,9 @@ def resources(
         parameters=parameters,
         weight_bytes=math.ceil((parameters - vectors) * bytes_per_element + vectors * beside),
         kv_bytes_per_token=math.ceil(kv_elements * bytes_per_element),
+        state_bytes=(state := kind.state_bytes(variant, parent.config, bytes_per_element)),
         flops_per_token=kind.flops_per_token(variant, parent.config, context_tokens),
-        kernels=modules + (1 if kv_elements else 0),
+        kernels=modules + (1 if kv_elements or state else 0),
     )
 
 

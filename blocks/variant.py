@@ -72,6 +72,14 @@ class VariantKind(ABC):
         """How many tokens of a text stay in the KV cache at most; None for all that the parent's layer keeps."""
         return None
 
+    def state_bytes(self, variant: Variant, config: Any, bytes_per_element: float) -> int:
+        """Bytes that each sequence keeps of its text, however long it is; beside what tokens leave in a KV cache."""
+        return 0
+
+    def trained_elements_per_token(self, variant: Variant, config: Any) -> int:
+        """Numbers in float32 that training keeps of each token for its gradients, beside queries, keys and values."""
+        return 0
+
     def initialise(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
         """Copy what the parent has into `module` (Puzzle, section 3). Every trainable kind must implement it."""
         raise NotImplementedError(f"{self.subblock} {self.name} has nothing to initialise")

@@ -280,7 +280,7 @@ class SearchSpace(Section):
     attention: tuple[Label, ...] = Field(
         default=("kv1", "linear", "no_op"),
         description="Variants of the attention: kv1, kv2 and so on (number of KV heads), window128 and so on (the last "
-        "tokens and the first 4), linear, no_op.",
+        "tokens and the first 4), ssd and gdn (recurrent), linear, no_op.",
     )
     ffn: tuple[Label, ...] = Field(
         default=("ffn50pct", "ffn25pct", "linear", "no_op"),
@@ -339,6 +339,16 @@ class Record(Section):
     )
 
 
+class OtherTraining(Section):
+    """How some variants are trained, where that is otherwise than all others are. null: as all others."""
+
+    variants: tuple[Label, ...] = Field(min_length=1, description="Labels, such as ssd.")
+    steps: int | None = Field(
+        default=None, ge=0, description="Training steps; more than there are batches go over the tokens several times."
+    )
+    learning_rate: float | None = Field(default=None, gt=0, description="Highest learning rate of AdamW.")
+
+
 class BLD(Section):
     """Blockwise local distillation (BLD): how one variant is trained to do what the parent's subblock does."""
 
@@ -383,9 +393,23 @@ class BLD(Section):
         description="How often a variant is trained when its loss is NaN or rises. Each further attempt has a third of"
         " the learning rate.",
     )
+    otherwise: tuple[OtherTraining, ...] = Field(
+        default=(),
+        description="Variants that are trained otherwise than the rest: recurrent attention needs many more steps than "
+        "a window.",
+        examples=[[{"variants": ["ssd"], "steps": 320, "learning_rate": 2e-3}]],
+    )
     coupled: bool = Field(default=False, description="Train whole blocks too, in a second stage.")
     coupled_attention: tuple[Label, ...] = Field(default=(), description="Attention variants of the second stage.")
     coupled_ffn: tuple[Label, ...] = Field(default=(), description="FFN variants of the second stage.")
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        named = [label for other in self.otherwise for label in other.variants]
+        if len(set(named)) < len(named):
+            twice = next(label for label in named if named.count(label) > 1)
+            raise ValueError(f"otherwise names {twice} twice: which training counts? Take one of them out")
+        return self
 
     @model_validator(mode="after")
     def _coupled_space(self) -> Self:
@@ -950,6 +974,12 @@ class Profile(Section):
     def trained_steps(self) -> int:
         """Training steps of every variant."""
         return self.bld.steps if self.bld.tokens is None else self.trained_sequences // self.bld.batch_sequences
+
+    def bld_of(self, label: str) -> BLD:
+        """How a variant is trained; "": one that `bld.otherwise` does not name."""
+        own = next((other for other in self.bld.otherwise if label in other.variants), None)
+        changes = own.model_dump(exclude_none=True, exclude={"variants"}) if own else {}
+        return self.bld.model_copy(update={"steps": self.trained_steps, "otherwise": (), **changes})
 
     @model_validator(mode="after")
     def _can_compute(self) -> Self:

@@ -33,6 +33,7 @@ from tasks.export.folder import (
     write_checkpoint,
 )
 from tests.test_modeling import FAMILIES, LINEAR, NO_OP, attention, ffn, mixed_blocks, tiny_child, tiny_parent
+from tests.test_recurrent import recurrents
 from tests.test_windows import windowed, windows
 
 PARENT = ParentInfo(name="tiny", folder="parent", fingerprint="f" * 8, source="made in a test", revision="r1")
@@ -130,7 +131,12 @@ def loaded(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     cases, before = {}, modules_of_children()
     for family in FAMILIES:
         parent = tiny_parent(family, tie_word_embeddings=family in ("gemma3_text", "qwen2"))
-        for shape, blocks in (("mixed", mixed_blocks()), ("uniform", uniform_blocks()), ("windows", windows())):
+        for shape, blocks in (
+            ("mixed", mixed_blocks()),
+            ("uniform", uniform_blocks()),
+            ("windows", windows()),
+            ("recurrent", recurrents()),
+        ):
             child = tiny_child(parent, blocks)
             folder = export_child(child, PARENT, workspace, workspace / "children" / f"{family}.{shape}", "# card\n")
             cases[f"{family}.{shape}"] = Case(child, folder, native=shape == "uniform")
@@ -153,7 +159,7 @@ def modules_of_children() -> set[str]:
     return {name for name in sys.modules if name.startswith("transformers_modules")}
 
 
-@pytest.mark.parametrize("shape", ["mixed", "uniform", "windows"])
+@pytest.mark.parametrize("shape", ["mixed", "uniform", "windows", "recurrent"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_stranger_gets_the_same_model(loaded: Loaded, family: str, shape: str) -> None:
     case, name = loaded.cases[f"{family}.{shape}"], f"{family}.{shape}"
@@ -177,7 +183,7 @@ def test_the_folder_holds_code_and_auto_map_only_where_needed(loaded: Loaded) ->
     mixed, uniform = loaded.cases["llama.mixed"].folder, loaded.cases["llama.uniform"].folder
     common = {"README.md", "LICENSE", "config.json", "generation_config.json", "model.safetensors"}
     common |= {"tokenizer.json", "tokenizer_config.json"}
-    code = {"configuration_decilm.py", "modeling_decilm.py", "windows_decilm.py"}
+    code = {f"{name}_decilm.py" for name in ("configuration", "modeling", "recurrent", "windows")}
     assert {path.name for path in mixed.iterdir()} == common | code
     assert {path.name for path in uniform.iterdir()} == common
     config = json.loads((mixed / "config.json").read_text())

@@ -347,6 +347,7 @@ def test_shapes_that_a_family_names_are_those_of_its_own_layer(family: str, tmp_
         for choice in (LayerChoice(), LayerChoice(attention="kv1", ffn="ffn24")):
             assert_same_weights(parent, choice)
         assert_same_weights(parent, LayerChoice(attention="linear", ffn="linear"))
+        assert_same_weights(parent, LayerChoice(attention="gdn"))
         assert_same_weights(parent, LayerChoice(attention="no_op", ffn="no_op"))
 
 

@@ -27,6 +27,7 @@ from tests.test_modeling import (
     tiny_parent,
     token_ids,
 )
+from tests.test_recurrent import recurrents
 from tests.test_windows import windows
 
 # children by what is special about them: every kind of subblock, nothing at all in a layer, no attention in front, none
@@ -43,14 +44,17 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         *[{"attention": attention(2), "ffn": LINEAR}] * 4,
     ],
     "windows": windows(),
+    "recurrent": recurrents(),
     "no attention": [{"attention": LINEAR, "ffn": ffn(32)}, *[{"attention": NO_OP, "ffn": ffn(24)}] * 5],
 }
 CASES = [("llama", "mixed"), ("mistral", "linear in front"), ("qwen2", "empty layers"), ("qwen3", "mixed")]
 CASES += [("gemma3_text", "mixed"), ("gemma3_text", "empty layers")]
-CASES += [("llama", "windows"), ("gemma3_text", "windows"), ("llama", "no attention")]
+CASES += [("llama", "windows"), ("gemma3_text", "windows"), ("qwen3", "recurrent"), ("llama", "no attention")]
 cases = pytest.mark.parametrize(("family", "shape"), CASES)
 cached_cases = pytest.mark.parametrize(("family", "shape"), CASES[:-1])
-static_cases = pytest.mark.parametrize(("family", "shape"), [case for case in CASES[:-1] if case[1] != "windows"])
+static_cases = pytest.mark.parametrize(
+    ("family", "shape"), [case for case in CASES[:-1] if case[1] not in ("windows", "recurrent")]
+)
 
 
 @pytest.fixture(scope="module", autouse=True)

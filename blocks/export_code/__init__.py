@@ -1,4 +1,4 @@
-"""The three files that travel with every exported child. They import transformers and torch, never puzzle.
+"""The files that travel with every exported child. They import transformers and torch, never puzzle.
 
 puzzle itself runs children through these same files, so what is trained and measured is what is shipped.
 """
@@ -8,4 +8,4 @@ AUTO_MAP = {
     "AutoModel": "modeling_decilm.DeciLMModel",
     "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
 }
-CODE_FILES = ("configuration_decilm.py", "modeling_decilm.py", "windows_decilm.py")
+CODE_FILES = ("configuration_decilm.py", "modeling_decilm.py", "recurrent_decilm.py", "windows_decilm.py")

@@ -22,7 +22,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_decilm import DeciLMConfig
-from .windows_decilm import PREFIX, Padding, WindowCacheLayer, padding_of, window_of, with_windows
+from .recurrent_decilm import RecurrentAttention, RecurrentCacheLayer
+from .windows_decilm import PREFIX, WHO, Padding, WindowCacheLayer, padding_of, window_of
 
 # family -> (module under transformers.models, prefix of its classes)
 TRANSFORMERS_CLASSES = {
@@ -68,7 +69,8 @@ class LinearMLP(nn.Module):
 class DeciLMDecoderLayer(GradientCheckpointingLayer):
     """One layer: `h + attention(h)`, then `h + ffn(h)`; a no-op subblock is absent, norms included.
 
-    Norms before a subblock, and for Gemma 3 also after it, bear the parent's names. window: see windows_decilm.py.
+    Norms before a subblock, and for Gemma 3 also after it, bear the parent's names. window: see windows_decilm.py; for
+    recurrent attention recurrent_decilm.py.
     """
 
     def __init__(self, base_config: Any, base_model_type: str, block: Any, layer: int) -> None:
@@ -91,7 +93,10 @@ class DeciLMDecoderLayer(GradientCheckpointingLayer):
             if sandwich
             else ("post_attention_layernorm", None)
         )
-        self.self_attn = self._subblock(attention, whole.self_attn, LinearAttention, config.hidden_size)
+        core = whole.self_attn
+        if attention.get("recurrent"):
+            core = RecurrentAttention(attention["recurrent"], core, config)
+        self.self_attn = self._subblock(attention, core, LinearAttention, config.hidden_size)
         self.mlp = self._subblock(ffn, whole.mlp, LinearMLP, config.hidden_size)
         for names, subblock in ((self.attention_norms, self.self_attn), (self.ffn_norms, self.mlp)):
             for name in names:
@@ -115,14 +120,16 @@ class DeciLMDecoderLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor | None:
         """Output of the attention subblock before the residual add, None for a no-op. (B, T, D) -> (B, T, D)
 
-        padding: of the rows; only a window asks for it, all else is in `attention_mask`.
+        padding: of the rows; windows and recurrent attention ask for it, all else is in `attention_mask`.
         """
         if self.self_attn is None:
             return None
+        held: Any = None if kwargs.get(CACHE) is None else kwargs[CACHE].layers[self.index]
+        if isinstance(self.self_attn, RecurrentAttention):
+            kwargs |= {"padding": padding, "held": held}
         if self.window is not None:
             seen = 0
-            if kwargs.get(CACHE) is not None:
-                held: WindowCacheLayer = kwargs[CACHE].layers[self.index]
+            if held is not None:
                 held.padding, seen = padding, held.cumulative_length
             kwargs["attention_mask"] = self.window.view(hidden_states.shape[1], seen, padding, hidden_states.device)
         before, after = self.attention_norms
@@ -236,16 +243,16 @@ class DeciLMModel(DeciLMPreTrainedModel):
         if isinstance(cache, DynamicCache) and not cache.layers:
             # made without a config: its length would be read off layer 0, which may have no attention
             cache.layers = DynamicCache(config=self.config).layers
-        return with_windows(DynamicCache(config=self.config) if wanted and cache is None else cache, self.config)
+        return with_own_layers(DynamicCache(config=self.config) if wanted and cache is None else cache, self.config)
 
     def _padding(
         self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, cache: Cache | None
     ) -> Padding | None:
-        """The padding of the rows, where a layer has a window. ValueError for texts packed into one row."""
-        if not any(window_of(block["attention"]) for block in self.config.block_configs):
+        """The padding of the rows, where a layer asks for it. ValueError for texts packed into one row."""
+        if not any(has_own_layer(block["attention"]) for block in self.config.block_configs):
             return None
         if attention_mask is None and cache is None and (position_ids.diff(dim=-1) != 1).any():
-            raise ValueError("a child with windows takes one text in a row: position_ids must count without a break.")
+            raise ValueError(f"{WHO} takes one text in a row: position_ids must count without a break.")
         return padding_of(attention_mask)
 
     def _follow_implementation(self) -> None:
@@ -277,6 +284,32 @@ class DeciLMModel(DeciLMPreTrainedModel):
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def has_own_layer(attention: Any) -> bool:
+    """Whether an `attention` entry of `block_configs` remembers otherwise than transformers' layers do."""
+    return bool(attention.get("recurrent") or attention.get("window_length"))
+
+
+def with_own_layers(cache: Cache | None, config: Any) -> Cache | None:
+    """A cache whose layers hold what those of `config` need. ValueError for one that cannot."""
+    entries = enumerate(block["attention"] for block in config.block_configs)
+    wanted = {layer: entry for layer, entry in entries if has_own_layer(entry)}
+    if cache is None or not wanted:
+        return cache
+    if not isinstance(cache, DynamicCache):
+        raise ValueError(f"{WHO} needs a DynamicCache, not a {type(cache).__name__}.")
+    for layer, entry in wanted.items():
+        there: Any = cache.layers[layer]
+        if isinstance(there, WindowCacheLayer | RecurrentCacheLayer):
+            continue
+        if there.get_seq_length():
+            raise ValueError("the cache was filled by another model: give this child a new DynamicCache.")
+        if (window := window_of(entry)) is None:
+            cache.layers[layer] = RecurrentCacheLayer()
+        else:
+            cache.layers[layer] = WindowCacheLayer(window, getattr(config, "sliding_window", None) or window.size)
+    return cache
 
 
 def _asked(argument: bool | None, default: bool | None) -> bool:
@@ -313,7 +346,7 @@ def layer_contexts(
     per_type = family == "gemma3_text"
     contexts = {}
     blocks = zip(config.layer_types, config.block_configs, strict=True)
-    whole = {kind for kind, block in blocks if window_of(block["attention"]) is None}
+    whole = {kind for kind, block in blocks if not has_own_layer(block["attention"])}
     for kind in sorted(set(config.parent_layer_types)):
         # a type that no layer of the child still uses has no KV cache to size its mask by, and needs none
         used = cache is None or kind in whole

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # before the name of the attention implementation that a layer with a window is built on; the table of implementations
 # is the process's, and copies of this file, one of each child that was loaded, must not replace each other's
 PREFIX = f"{__name__}."
+WHO = "a child with windows or recurrent attention"  # as messages name it
 BLOCK = 256  # queries whose products are made at once, unless the window is longer
 
 
@@ -37,7 +38,7 @@ def padding_of(attention_mask: torch.Tensor | None) -> Padding | None:
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2:
-        raise ValueError("layers with a window take an attention_mask of shape (batch, tokens), and no other.")
+        raise ValueError(f"{WHO} takes an attention_mask of shape (batch, tokens), and no other.")
     valid = attention_mask.bool()
     return None if valid.all() else Padding(first=valid.int().argmax(1, keepdim=True), valid=valid)
 
@@ -202,9 +203,7 @@ class WindowCacheLayer(DynamicSlidingWindowLayer):
 
     def activate_past_recording(self) -> None:
         """ValueError: tokens that have left the window cannot come back, as assisted decoding needs it."""
-        raise ValueError(
-            "a child with windows cannot take tokens back, so no assistant model can help it: leave it out."
-        )
+        raise ValueError(f"{WHO} cannot take tokens back, so no assistant model can help it: leave it out.")
 
     def crop(self, tokens_to_remove: int) -> None:
         """ValueError, see activate_past_recording."""
@@ -215,21 +214,3 @@ def window_of(entry: Any) -> Window | None:
     """The window of an `attention` entry of `block_configs`; None where every token is seen."""
     size = entry.get("window_length")
     return Window(size=size, sinks=entry.get("num_sink_tokens") or 0) if size else None
-
-
-def with_windows(cache: Cache | None, config: Any) -> Cache | None:
-    """A cache whose layers hold what the windows of `config` need. ValueError for one that cannot."""
-    windows = {
-        layer: window for layer, block in enumerate(config.block_configs) if (window := window_of(block["attention"]))
-    }
-    if cache is None or not windows:
-        return cache
-    if not isinstance(cache, DynamicCache):
-        raise ValueError(f"a child with windows needs a DynamicCache, not a {type(cache).__name__}.")
-    for layer, window in windows.items():
-        there: Any = cache.layers[layer]
-        if not isinstance(there, WindowCacheLayer):
-            if there.get_seq_length():
-                raise ValueError("the cache was filled by another model: give this child a new DynamicCache.")
-            cache.layers[layer] = WindowCacheLayer(window, getattr(config, "sliding_window", None) or window.size)
-    return cache

@@ -50,6 +50,13 @@ class Family(ABC):
         channels = head_dim(config)
         queries, states = config.num_attention_heads * channels, entry["num_key_value_heads"] * channels
         matrices = [_matrix(rows, width, inputs) for rows in (queries, states, states)]
+        recurrent = entry.get("recurrent")
+        if recurrent:
+            gates = _matrix(recurrent["gates"] * config.num_attention_heads, width, True)
+            own: list[list[Shape]] = [
+                [(queries + 2 * states, recurrent["conv_kernel"]), *2 * [(config.num_attention_heads,)]]
+            ]
+            return [*norms, *matrices, _matrix(width, queries, output), gates, *own]
         heads: list[list[Shape]] = [[(channels,)]] * (2 if self.head_norms else 0)
         return [*norms, *matrices, _matrix(width, queries, output), *heads]
 

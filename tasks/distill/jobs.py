@@ -16,12 +16,12 @@ def jobs_of(profile: Profile, recording: Recording, records: Sequence[LayerRecor
     compares starts: `better_of` takes one.
     """
     jobs = []
-    settings = profile.bld.model_copy(update={"steps": profile.trained_steps})
     for layer in layers_of(profile, reader):
         for subblock in SUBBLOCKS:
             for variant in parse_labels(subblock, getattr(profile.search_space, subblock), reader.config)[1:]:
                 if refused_alone(profile, reader.config, layer, subblock, variant.label):
                     continue  # the target engine cannot run it, so it is not trained, not scored and never chosen
+                settings = profile.bld_of(variant.label)
                 starts = [settings.closed_form]
                 if settings.closed_form == "compare":
                     starts = [True, False] if kind_of(variant).closed_form_may_lose else [True]
@@ -58,6 +58,7 @@ def coupled_jobs(profile: Profile, jobs: Sequence[Job], blocks: Sequence[BlockRe
     coupled = []
     for layer in sorted({job.layer for job in jobs}):
         template = next(job for job in jobs if job.layer == layer)
+        start = template.settings.closed_form
         for attention in spaces["attention"]:
             for ffn in spaces["ffn"]:
                 if not (kind_of(attention).trainable or kind_of(ffn).trainable):
@@ -69,6 +70,7 @@ def coupled_jobs(profile: Profile, jobs: Sequence[Job], blocks: Sequence[BlockRe
                     template.model_copy(
                         update={
                             "subblock": "block",
+                            "settings": profile.bld_of("").model_copy(update={"closed_form": start}),
                             "variant": LayerChoice(attention=attention.label, ffn=ffn.label).block_label,
                             "warm_start": tuple(start for start in starts if start is not None),
                         }

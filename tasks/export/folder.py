@@ -28,7 +28,7 @@ from blocks.engine_limits import gaps, is_whole, known_engine
 from blocks.errors import PuzzleFailure
 from blocks.export_code import AUTO_MAP, CODE_FILES
 from blocks.export_code.configuration_decilm import DeciLMConfig
-from blocks.export_code.modeling_decilm import DeciLMForCausalLM, family_class
+from blocks.export_code.modeling_decilm import DeciLMForCausalLM, family_class, has_own_layer
 from blocks.records import CorpusInfo, ParentInfo
 from tasks.inputs.companions import copy_companions
 
@@ -145,9 +145,10 @@ def write_checkpoint(
         native.save_pretrained(folder)
     else:
         names = [str(name) for name in model.config.architectures or ()]
-        if longest_window(cast(DeciLMConfig, model.config)):
-            # an engine that has DeciLMForCausalLM would load the folder and attend to all tokens, without a word
-            names = [f"Windowed{name}" for name in names]
+        entries = [block.attention for block in cast(DeciLMConfig, model.config).block_configs]
+        own = {"Recurrent" if entry.get("recurrent") else "Windowed" for entry in entries if has_own_layer(entry)}
+        # an engine that has DeciLMForCausalLM would load the folder and attend to all tokens, without a word
+        names = ["".join([*sorted(own), name]) for name in names]
         _add_to_config(folder, auto_map=AUTO_MAP, architectures=names)
         for name in CODE_FILES:
             shutil.copyfile(Path(export_code.__path__[0]) / name, folder / name)
@@ -304,6 +305,8 @@ def _cells(config: DeciLMConfig, layer: int) -> tuple[str, str]:
 
 
 def _missing(entry: dict[str, Any]) -> str:
+    if entry.get("recurrent"):
+        return f"recurrent ({entry['recurrent']['rule']})"
     return "no-op" if entry["no_op"] else "linear"
 
 

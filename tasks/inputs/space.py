@@ -29,12 +29,14 @@ def check_search_space(profile: Profile, reader: Parent) -> None:
 
 def misfits(profile: Profile, reader: Parent) -> list[str]:
     """What of a search space this parent cannot have, a sentence each."""
-    found = []
+    found: list[str] = []
+    searched = set()
     for subblock in SUBBLOCKS:
         for section, field in (("search_space", subblock), ("bld", f"coupled_{subblock}")):
             for label in getattr(getattr(profile, section), field):
                 try:
                     variant = parse_label(subblock, label, reader.config)
+                    searched |= {variant.label} if section == "search_space" else set()
                     entry = kind_of(variant).block_entry(variant, reader.config)
                     found += [f"{section}.{field}: {label}: {why}" for why in unshared(profile, reader.config, entry)]
                     found += _unseen(profile, variant, f"{section}.{field}")
@@ -44,6 +46,12 @@ def misfits(profile: Profile, reader: Parent) -> list[str]:
         entry = kind_of(own).block_entry(own, reader.config)
         found += [f"hardware.tensor_parallel: the parent: {why}" for why in unshared(profile, reader.config, entry)]
     found += [*_narrow(profile, reader), *_uncached(profile, reader)]
+    found += [
+        f"bld.otherwise: {label} is none of the search space's variants, which are {', '.join(sorted(searched))}"
+        for other in profile.bld.otherwise
+        for label in other.variants
+        if label not in searched
+    ]
     outside = [layer for layer in profile.search_space.layers or () if not 0 <= layer < reader.depth]
     if outside:
         found.append(f"search_space.layers names {outside}, but the parent's layers are 0 to {reader.depth - 1}")

@@ -236,7 +236,7 @@ def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timi
     vector = BYTES["float32"] if in_gguf else weight_bytes(served)  # GGUF keeps norms and biases so
     needs = resources(reader, variant, scenario.prompt_tokens, weight_bytes(served), vector)
     kept = weight_bytes(cache_precision(hardware, served))
-    cache = resources(reader, variant, scenario.prompt_tokens, kept).kv_bytes_per_token
+    cache = resources(reader, variant, scenario.prompt_tokens, kept)
     return Cost(
         subblock=variant.subblock,
         variant=variant.label,
@@ -245,8 +245,9 @@ def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timi
         **timing.as_cost(),
         parameters=needs.parameters,
         weight_bytes=needs.weight_bytes,
-        kv_bytes_per_token=cache,
+        kv_bytes_per_token=cache.kv_bytes_per_token,
         kv_tokens=kind_of(variant).kv_tokens(variant),
+        state_bytes=cache.state_bytes,
     )
 
 

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from blocks.attention.ssd import CHUNK
 from blocks.families import tokens_seen, windows_of
 from blocks.families.base import head_dim
 from blocks.kinds import kind_of, parse_labels
@@ -147,7 +148,11 @@ def subblock_seconds(parent: Parent, variant: Variant, work: Pass, setting: Sett
     )
     scores = max(
         setting.compute((needs.flops_per_token - products) * work.count, setting.half),
-        setting.memory(work.sequences * (seen + work.tokens) * kv_bytes_per_device(parent, variant, setting)),
+        setting.memory(
+            work.sequences * (seen + work.tokens) * kv_bytes_per_device(parent, variant, setting)
+            # read and written once for a chunk of tokens
+            + work.sequences * 2 * -(-work.tokens // CHUNK) * state_bytes_per_device(parent, variant, setting)
+        ),
     )
     return matrices + elementwise + scores + kernels * setting.floor + setting.all_reduce(hidden)
 
@@ -164,6 +169,12 @@ def kv_bytes_per_device(parent: Parent, variant: Variant, setting: Setting) -> i
     channels = head_dim(parent.config)
     heads = kind_of(variant).kv_elements_per_token(variant, parent.config) // (2 * channels)
     return math.ceil(-(-heads // setting.devices) * 2 * channels * weight_bytes(setting.kv_precision))
+
+
+def state_bytes_per_device(parent: Parent, variant: Variant, setting: Setting) -> int:
+    """Bytes of a sequence's state on each device."""
+    state = kind_of(variant).state_bytes(variant, parent.config, weight_bytes(setting.kv_precision))
+    return -(-state // setting.devices)
 
 
 def non_block_seconds(parent: Parent, work: Pass, setting: Setting) -> float:
@@ -227,6 +238,7 @@ def _cost(parent: Parent, variant: Variant, scenario: Scenario, batch: int, sett
         weight_bytes=-(-needs.weight_bytes // setting.devices),
         kv_bytes_per_token=kv_bytes_per_device(parent, variant, held(setting)),
         kv_tokens=kind_of(variant).kv_tokens(variant),
+        state_bytes=state_bytes_per_device(parent, variant, held(setting)),
     )
 
 

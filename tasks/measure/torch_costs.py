@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.initialization import no_init_weights
 
-from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM, DeciLMModel, layer_contexts
-from blocks.export_code.windows_decilm import with_windows
+from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM, DeciLMModel, layer_contexts, with_own_layers
 from blocks.parent import Parent
 from blocks.records import LayerChoice
 from blocks.variant import Variant
@@ -104,7 +103,7 @@ class TorchTimer:
     def _time(self, model: DeciLMModel | DeciLMForCausalLM, load: Load, copies: int) -> tuple[float, float]:
         """Prefill seconds and decode seconds per token, divided by the copies."""
         whole, scenario, batch = isinstance(model, DeciLMForCausalLM), load.scenario, load.batch
-        cache: Any = with_windows(DynamicCache(config=model.config), model.config)
+        cache: Any = with_own_layers(DynamicCache(config=model.config), model.config)
         step = self._whole_step if whole else self._stack_step
         started = self._now()
         step(model, batch, scenario.prompt_tokens, 0, cache)

@@ -233,6 +233,7 @@ def cost_metrics(table: CostTable) -> dict[str, float]:
         figures[f"cost/{name}/parameters"] = cost.parameters
         if isinstance(cost, Cost) and cost.subblock == "attention":
             figures[f"cost/{name}/kv_bytes_per_token{scenario}"] = cost.kv_bytes_per_token
+            figures |= {f"cost/{name}/state_bytes": cost.state_bytes} if cost.state_bytes else {}
     return figures
 
 

@@ -381,13 +381,13 @@ def loads(shape: Shape) -> int:
     return 1 if own else min(shape.devices, sum(len(variants) - 1 for variants in shape.variants.values()))
 
 
-def variant_work(shape: Shape, variant: Variant) -> Work:
+def variant_work(shape: Shape, variant: Variant, coupled: bool = False) -> Work:
     """One variant: closed form on the first shard, held-out losses, steps; storage, also between two shards."""
-    settings = shape.profile.bld
+    settings = shape.profile.bld_of("" if coupled else variant.label)
     if not kind_of(variant).trainable:
         # its loss is measured all the same, twice, on the first shard
         return step_work(shape, variant, 2 * shape.held_out * shape.length, 0, 0) + Work(fixed=TASK_SECONDS)
-    shards, steps = shape.shards, shape.profile.trained_steps
+    shards, steps = shape.shards, settings.steps
     held_out = (LOOKS + ATTEMPTS * len(shards)) * shape.held_out * shape.length
     stepped = ATTEMPTS * steps * settings.batch_sequences * shape.length
     work = step_work(shape, variant, held_out, stepped, ATTEMPTS * steps)
@@ -416,7 +416,7 @@ def coupled_work(shape: Shape, layers: int) -> tuple[Work, int]:
         return Work(), 0
     pairs, work = coupled_pairs(shape), Work()
     for pair in pairs:
-        work += variant_work(shape, pair[0]) + variant_work(shape, pair[1])
+        work += variant_work(shape, pair[0], True) + variant_work(shape, pair[1], True)
     return work * layers, len(pairs) * layers
 
 

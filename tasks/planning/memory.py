@@ -121,7 +121,9 @@ def activation_bytes(shape: Shape, variant: Variant) -> int:
     norm = FLOAT * 3 * width
     if variant.subblock == "ffn":
         return norm + shape.size * 4 * (0 if variant.kind == "linear" else variant.size or shape.inner)
-    return norm + shape.size * (2 * width + kind_of(variant).kv_elements_per_token(variant, config))
+    kind = kind_of(variant)
+    more = FLOAT * kind.trained_elements_per_token(variant, config)
+    return norm + shape.size * (2 * width + kind.kv_elements_per_token(variant, config)) + more
 
 
 def head_bytes(shape: Shape) -> int:

@@ -381,9 +381,9 @@ def child_layers(child: ChildPlan, shape: Shape) -> float:
 
 def _bld_tokens(shape: Shape, layers: int) -> int:
     """Train tokens of all variants that are trained, each once: what the block records add up to."""
-    bld = shape.profile.bld
-    trained = sum(kind_of(variant).trainable for variants in shape.variants.values() for variant in variants)
-    return layers * trained * shape.profile.trained_steps * bld.batch_sequences * shape.length
+    trained = [one for variants in shape.variants.values() for one in variants if kind_of(one).trainable]
+    steps = sum(shape.profile.bld_of(one.label).steps for one in trained)
+    return layers * steps * shape.profile.bld.batch_sequences * shape.length
 
 
 def disk_bytes(shape: Shape, layers: int, share: float) -> int:

@@ -1,7 +1,8 @@
 """What an architecture costs and scores: the sums of the MIP (Puzzle, appendix B), written once without a solver.
 
     runtime = prefill + generated tokens x decode per token            seconds for one batch
-    memory  = weights + KV bytes per token x batch x tokens kept; kept: of prompt + generated, what a window leaves
+    memory  = weights + batch x (KV bytes per token x tokens kept + state); kept: of prompt + generated, what a window
+              leaves; state: what a recurrent attention keeps of any text
     score   = sum of replace-1-block scores
 
 The non-block part (embedding, final norm, head) stands in every total. The limits of a budget are derived from the
