@@ -65,7 +65,13 @@ def test_minitron_is_the_widest_ffn_that_fits_beside_the_parents_attention() -> 
 
 def test_minitrons_blocks_are_the_parents_most_active_channels(chain: Chain) -> None:
     """Copies: nothing is fitted or trained. They hurt more than the library's blocks of the same width."""
-    profile = load_profile("tiny", ["search_space={attention: [kv1], ffn: [ffn32, no_op]}", "bld.batch_sequences=4"])
+    profile = load_profile(
+        "tiny",
+        [
+            "search_space={attention: [kv1], ffn: [ffn32, no_op]}",
+            "bld={batch_sequences: 4, otherwise: [{variants: [ffn32], steps: 5}]}",
+        ],
+    )
     rival = chosen((LayerChoice(ffn="ffn32"),) * 3)
     jobs: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
