@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from blocks.records import CostTable, LayerChoice
+from flows.search import _summary
 from profiles.errors import ProfileError
 from profiles.load import load_profile
 from profiles.schema import Budget, Search
@@ -128,6 +129,20 @@ def test_the_largest_throughput_of_a_library_is_over_all_batch_sizes(seed: int, 
     assert 1 / choice.objective == pytest.approx(best, rel=1e-6)
     if not traffic:
         assert choice.scenarios[0].tokens_per_second == pytest.approx(best, rel=1e-6)
+
+
+def test_a_throughput_without_tokens_is_not_said_in_tokens() -> None:
+    library = random_library(1).measured_at("chat", None)
+    request = Request(limits=limits(score=8), minimise="tokens_per_second", search=EXACT)
+    for tokens, said in (
+        (8, "(most tokens per second)"),
+        (0, "(most tokens per second, as the seconds of one request)"),
+    ):
+        places = [one.model_copy(update={"prompt_tokens": tokens, "generated_tokens": 0}) for one in library.places]
+        own = replace(library, places=tuple(places))
+        (choice,) = choose_joint(own, request)
+        figure = choice.scenarios[0].tokens_per_second or (choice.latency_seconds or 0) / choice.scenarios[0].batch_size
+        assert _summary(choice, own, request).startswith(f"objective  {figure:.6f} {said}")
 
 
 def test_baselines_search_at_the_childs_speed() -> None:
