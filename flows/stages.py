@@ -224,7 +224,7 @@ def cut(
         return []
     profile, reader = run.profile, open_parent(run.workspace / parent.folder)
     widths = tuple({choice.bare.ffn for choice in rivals[MINITRON].layers} - {"parent"})
-    as_cut = profile.bld.model_copy(update={"steps": 0, "tokens": None, "closed_form": False})
+    as_cut = profile.bld.model_copy(update={"steps": 0, "tokens": None, "closed_form": False, "otherwise": ()})
     space = profile.search_space.model_copy(update={"attention": (), "ffn": widths})
     asked = profile.model_copy(update={"bld": as_cut, "search_space": space})
     return _distill(run, jobs_of(asked, recording(run, parent, corpus), records, reader), "cut")
