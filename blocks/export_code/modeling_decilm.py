@@ -300,15 +300,16 @@ def with_own_layers(cache: Cache | None, config: Any) -> Cache | None:
     if not isinstance(cache, DynamicCache):
         raise ValueError(f"{WHO} needs a DynamicCache, not a {type(cache).__name__}.")
     for layer, entry in wanted.items():
-        there: Any = cache.layers[layer]
-        if isinstance(there, WindowCacheLayer | RecurrentCacheLayer):
+        window, there = window_of(entry), cache.layers[layer]
+        if isinstance(there, WindowCacheLayer if window else RecurrentCacheLayer):
             continue
         if there.get_seq_length():
             raise ValueError("the cache was filled by another model: give this child a new DynamicCache.")
-        if (window := window_of(entry)) is None:
-            cache.layers[layer] = RecurrentCacheLayer()
-        else:
-            cache.layers[layer] = WindowCacheLayer(window, getattr(config, "sliding_window", None) or window.size)
+        cache.layers[layer] = (
+            WindowCacheLayer(window, getattr(config, "sliding_window", None) or window.size)
+            if window
+            else RecurrentCacheLayer()
+        )
     return cache
 
 

@@ -90,15 +90,15 @@ class RecurrentAttention(nn.Module):
         mixed = torch.cat([one(hidden_states) for one in (self.q_proj, self.k_proj, self.v_proj)], -1)
         if padding is not None:  # of no value, it writes nothing
             mixed = mixed * padding.valid[:, -tokens:, None]
-        known = held is not None and held.is_initialized
-        state: Any = held.keys if known else None  # type: ignore[union-attr]
-        tail: Any = held.values if known else mixed.new_zeros(len(mixed), self.kernel - 1, mixed.shape[-1])  # type: ignore[union-attr]
+        state, tail = (None, None) if held is None else (held.keys, held.values)
+        if tail is None:
+            tail = mixed.new_zeros(len(mixed), self.kernel - 1, mixed.shape[-1])
         mixed = torch.cat([tail, mixed], 1)
         gates = self.gates(hidden_states)
         with torch.autocast(hidden_states.device.type, enabled=False):  # sums over a whole text
             out, state = self.heads_out(mixed.float(), gates.float(), state)
         if held is not None:
-            held.remember(state, mixed[:, tokens:], tokens)
+            held.remember(state, mixed[:, tokens:].clone(), tokens)  # a view would keep all tokens in memory
         return self.o_proj(out.transpose(1, 2).flatten(2).to(hidden_states.dtype)), None
 
     def heads_out(

@@ -34,13 +34,18 @@ class Padding:
 
 
 def padding_of(attention_mask: torch.Tensor | None) -> Padding | None:
-    """None where no row is padded. ValueError for a mask that is not (B, seen + T)."""
+    """None where no row is padded. ValueError for a mask that is not (B, seen + T), or has padding within a text."""
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2:
         raise ValueError(f"{WHO} takes an attention_mask of shape (batch, tokens), and no other.")
     valid = attention_mask.bool()
-    return None if valid.all() else Padding(first=valid.int().argmax(1, keepdim=True), valid=valid)
+    if valid.all():
+        return None
+    starts = valid[:, 1:] & ~valid[:, :-1]
+    if (starts.sum(1) + valid[:, 0] > 1).any():  # windows and states would count the padding as tokens of the text
+        raise ValueError(f"{WHO} takes padding before or behind a text, not between its tokens: pad on the left.")
+    return Padding(first=valid.int().argmax(1, keepdim=True), valid=valid)
 
 
 @dataclass(frozen=True)
