@@ -27,16 +27,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
-from .windows_decilm import WHO, Padding
+from .windows_decilm import OneWay, Padding
 
 
-class RecurrentCacheLayer(DynamicLayer):
+class RecurrentCacheLayer(OneWay, DynamicLayer):
     """What a recurrent attention remembers: `keys` is the state (B, H, C, C), `values` what `conv` still needs.
 
     The names are those that transformers moves, repeats and selects rows of.
     """
-
-    is_croppable = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,14 +49,6 @@ class RecurrentCacheLayer(DynamicLayer):
         self.keys, self.values, self.device = state, tail, state.device
         self.is_initialized = True
         self.cumulative_length += tokens
-
-    def activate_past_recording(self) -> None:
-        """ValueError: a state does not tell what it was, as assisted decoding needs it."""
-        raise ValueError(f"{WHO} cannot take tokens back, so no assistant model can help it: leave it out.")
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """ValueError, see activate_past_recording."""
-        self.activate_past_recording()
 
 
 class RecurrentAttention(nn.Module):
