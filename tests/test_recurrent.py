@@ -340,12 +340,10 @@ def test_what_a_state_cannot_do_is_refused_in_a_sentence() -> None:
         child(ids, position_ids=torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]]), use_cache=False)
     with pytest.raises(ValueError, match="cannot take tokens back"):
         getattr(child(ids, use_cache=True), CACHE).crop(-1)
-    out, mask = (
-        child(ids, attention_mask=torch.tensor([[0] * 2 + [1] * 7 + [0] * 3]), use_cache=True),
-        [0] * 2 + [1] * 7,
-    )
+    mask = [0] * 2 + [1] * 7 + [0] * 3
+    cache = getattr(child(ids, attention_mask=torch.tensor([mask]), use_cache=True), CACHE)
     with pytest.raises(ValueError, match="not between its tokens"):
-        child(ids[:, :1], attention_mask=torch.tensor([[*mask, 0, 0, 0, 1]]), **{CACHE: getattr(out, CACHE)})
+        child(ids[:, :1], attention_mask=torch.tensor([[*mask, 1]]), **{CACHE: cache})
     windowed_child = tiny_child(tiny_parent("llama"), windows())
     with pytest.raises(ValueError, match="filled by another model"):
         child(ids[:, :1], **{CACHE: getattr(windowed_child(ids, use_cache=True), CACHE)})

@@ -300,7 +300,8 @@ def with_own_layers(cache: Cache | None, config: Any) -> Cache | None:
     if not isinstance(cache, DynamicCache):
         raise ValueError(f"{WHO} needs a DynamicCache, not a {type(cache).__name__}.")
     for layer, entry in wanted.items():
-        window, there = window_of(entry), cache.layers[layer]
+        window = window_of(entry)
+        there: Any = cache.layers[layer]
         if isinstance(there, WindowCacheLayer if window else RecurrentCacheLayer):
             continue
         if there.get_seq_length():
