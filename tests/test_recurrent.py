@@ -336,8 +336,9 @@ def test_what_a_state_cannot_do_is_refused_in_a_sentence() -> None:
     child, ids = tiny_child(tiny_parent("llama"), recurrents()), token_ids(1, 12)
     with pytest.raises(ValueError, match="needs a DynamicCache, not a StaticCache"):
         child(ids, use_cache=True, **{CACHE: StaticCache(config=child.config, max_cache_len=32)})
-    with pytest.raises(ValueError, match="one text in a row"):
-        child(ids, position_ids=torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]]), use_cache=False)
+    for cached in (True, False):
+        with pytest.raises(ValueError, match="one text in a row"):
+            child(ids, position_ids=torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]]), use_cache=cached)
     with pytest.raises(ValueError, match="cannot take tokens back"):
         getattr(child(ids, use_cache=True), CACHE).crop(-1)
     mask = [0] * 2 + [1] * 7 + [0] * 3

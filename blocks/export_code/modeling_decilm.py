@@ -213,7 +213,7 @@ class DeciLMModel(DeciLMPreTrainedModel):
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen).unsqueeze(0)
         self._follow_implementation()
-        padding = self._padding(attention_mask, position_ids, cache)
+        padding = self._padding(attention_mask, position_ids)
         contexts = layer_contexts(
             self.config, self.rotary_emb, hidden, position_ids, attention_mask, cache, self.family
         )
@@ -245,13 +245,11 @@ class DeciLMModel(DeciLMPreTrainedModel):
             cache.layers = DynamicCache(config=self.config).layers
         return with_own_layers(DynamicCache(config=self.config) if wanted and cache is None else cache, self.config)
 
-    def _padding(
-        self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, cache: Cache | None
-    ) -> Padding | None:
+    def _padding(self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor) -> Padding | None:
         """The padding of the rows, where a layer asks for it. ValueError for texts packed into one row."""
         if not any(has_own_layer(block["attention"]) for block in self.config.block_configs):
             return None
-        if attention_mask is None and cache is None and (position_ids.diff(dim=-1) != 1).any():
+        if attention_mask is None and position_ids.shape[-1] > 1 and (position_ids.diff(dim=-1) != 1).any():
             raise ValueError(f"{WHO} takes one text in a row: position_ids must count without a break.")
         return padding_of(attention_mask)
 
