@@ -10,6 +10,9 @@ variants and steps. Of the child only logsumexp is needed; its gradient in h_c i
 of the vocabulary, one after the other (online softmax: Milakov and Gimelshein, arXiv 1805.02867), so that a slice of
 logits stays in the cache.
 
+Logits with a soft cap (z = cap tanh(W h / cap), Gemma 2) are not linear in h: there the parent's logits are computed
+again beside the child's.
+
 N = tokens, D = hidden_size, V = vocab_size.
 """
 
@@ -19,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blocks.export_code.families_decilm import Family
 from blocks.packed import packed_product
 
 CHUNK = 1024  # tokens
@@ -26,11 +30,33 @@ SLICE = 4096  # vocabulary entries: CHUNK x SLICE logits are 16 MB
 
 
 class Head:
-    """A frozen head: its weight (V, D) in float32, and slices of it packed for many products."""
+    """A frozen head: its weight (V, D) in float32, and slices of it packed for many products. cap: of its logits."""
 
-    def __init__(self, weight_VD: Tensor) -> None:
-        self.weight = weight_VD.detach().float()
+    def __init__(self, weight_VD: Tensor, cap: float | None = None) -> None:
+        self.weight, self.cap = weight_VD.detach().float(), cap
         self.slices = [(part, packed_product(part)) for part in self.weight.split(SLICE)]
+
+    def label_shift(self, parent_ND: Tensor, hidden_ND: Tensor, labels: Tensor) -> Tensor:
+        """The parent's logit of every token's label less the child's, float64. (..., D), (..., D), (...) -> (...)"""
+        weight = self.weight[labels].double()
+        if self.cap is None:
+            return ((parent_ND - hidden_ND).double() * weight).sum(-1)
+        parent, child = ((states.double() * weight).sum(-1) for states in (parent_ND, hidden_ND))
+        return _capped(parent, self.cap) - _capped(child, self.cap)
+
+
+def head_of(weight_VD: Tensor, config: Any, family: Family) -> Head:
+    """A head with what its family does to the logits. config: the parent's or the child's."""
+    return Head(scaled_head(weight_VD, config, family), family.cap(config))
+
+
+def scaled_head(weight_VD: Tensor, config: Any, family: Family) -> Tensor:
+    """A head's weight, divided as its family divides the logits."""
+    return weight_VD.float() if family.logits_divisor is None else weight_VD.float() / family.divisor(config)
+
+
+def _capped(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +86,7 @@ def _sweep_chunk(hidden_ND: Tensor, head: Head, want_moment: bool) -> tuple[Tens
     total = torch.zeros_like(top)
     moment = torch.zeros_like(hidden_ND if want_moment else top)
     for weight, product in head.slices:
-        logits = product(hidden_ND)
+        logits = _capped(product(hidden_ND), head.cap)
         higher = torch.maximum(top, logits.amax(1, keepdim=True))
         weights, kept = logits.sub_(higher).exp_(), (top - higher).exp_()
         total = total.mul_(kept).add_(weights.sum(1, keepdim=True))
@@ -91,6 +117,9 @@ def kl_per_token(hidden_ND: Tensor, targets: Targets, head: Head) -> tuple[Tenso
     The parent's own hidden states give exactly 0.
     """
     rise = logsumexp(hidden_ND, head).double() - targets.lse.double()
+    if head.cap is not None:
+        found, _ = _shift_and_lse(hidden_ND, head.weight, targets.hidden, head.weight, targets.lse, head.cap)
+        return found.double() + rise, rise
     shift = ((targets.hidden - hidden_ND).double() * targets.moment.double()).sum(1)
     return shift + rise, rise
 
@@ -118,8 +147,26 @@ class _KL(torch.autograd.Function):
 
 def kl_loss(hidden_ND: Tensor, targets: Targets, head: Head, weights_N: Tensor | None = None) -> Tensor:
     """Differentiable mean of (weight x) KL(parent || child) in nats per token; the head is frozen."""
+    if head.cap is not None:
+        kl = kl_of_heads(hidden_ND, head.weight, targets, head.weight, head.cap)
+        return (kl if weights_N is None else kl * weights_N).mean()
     loss: Tensor = _KL.apply(hidden_ND, targets, head, weights_N)
     return loss
+
+
+@torch.no_grad()
+def _shift_and_lse(
+    hidden_ND: Tensor, head_VD: Tensor, parent_ND: Tensor, parent_VD: Tensor, lse_N: Tensor, cap: float | None
+) -> tuple[Tensor, Tensor]:
+    """sum_v p_v (z_p,v - z_c,v), and logsumexp(z_c), (N,) each, from the logits of both heads."""
+    lse = hidden_ND.new_full((len(hidden_ND),), -torch.inf)
+    shift = torch.zeros_like(lse)
+    for rows in torch.arange(len(hidden_ND)).split(CHUNK):
+        for own, parents in zip(head_VD.split(SLICE), parent_VD.split(SLICE), strict=True):
+            child, parent = _capped(hidden_ND[rows] @ own.T, cap), _capped(parent_ND[rows] @ parents.T, cap)
+            shift[rows] += ((parent - lse_N[rows, None]).exp() * (parent - child)).sum(1)
+            lse[rows] = torch.logaddexp(lse[rows], child.logsumexp(1))
+    return shift, lse
 
 
 class _KLOfHeads(torch.autograd.Function):
@@ -127,16 +174,17 @@ class _KLOfHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, parent_ND: Tensor, parent_VD: Tensor, lse_N: Tensor
+        ctx: Any,
+        hidden_ND: Tensor,
+        head_VD: Tensor,
+        parent_ND: Tensor,
+        parent_VD: Tensor,
+        lse_N: Tensor,
+        cap: float | None,
     ) -> Any:
-        lse = hidden_ND.new_full((len(hidden_ND),), -torch.inf)
-        shift = torch.zeros_like(lse)
-        for rows in torch.arange(len(hidden_ND)).split(CHUNK):
-            for own, parents in zip(head_VD.split(SLICE), parent_VD.split(SLICE), strict=True):
-                child, parent = hidden_ND[rows] @ own.T, parent_ND[rows] @ parents.T
-                shift[rows] += ((parent - lse_N[rows, None]).exp() * (parent - child)).sum(1)
-                lse[rows] = torch.logaddexp(lse[rows], child.logsumexp(1))
+        shift, lse = _shift_and_lse(hidden_ND, head_VD, parent_ND, parent_VD, lse_N, cap)
         ctx.save_for_backward(hidden_ND, head_VD, parent_ND, parent_VD, lse_N, lse)
+        ctx.cap = cap
         return shift + lse - lse_N
 
     @staticmethod
@@ -146,17 +194,23 @@ class _KLOfHeads(torch.autograd.Function):
         for rows in torch.arange(len(hidden_ND)).split(CHUNK):
             parts = zip(head_VD.split(SLICE), parent_VD.split(SLICE), of_head.split(SLICE), strict=True)
             for own, parents, of_own in parts:
-                rise = (hidden_ND[rows] @ own.T - lse[rows, None]).exp()
-                rise -= (parent_ND[rows] @ parents.T - lse_N[rows, None]).exp()
+                child = _capped(hidden_ND[rows] @ own.T, ctx.cap)
+                rise = (child - lse[rows, None]).exp()
+                rise -= (_capped(parent_ND[rows] @ parents.T, ctx.cap) - lse_N[rows, None]).exp()
                 rise *= gradients[0][rows, None]
+                if ctx.cap is not None:
+                    rise *= 1 - (child / ctx.cap).square()  # the slope of the cap
                 of_hidden[rows] += rise @ own
-                of_own.addmm_(rise.T, hidden_ND[rows])
-        return of_hidden, of_head, None, None, None
+                if ctx.needs_input_grad[1]:
+                    of_own.addmm_(rise.T, hidden_ND[rows])
+        return of_hidden, of_head, None, None, None, None
 
 
-def kl_of_heads(hidden_ND: Tensor, head_VD: Tensor, targets: Targets, parent_VD: Tensor) -> Tensor:
+def kl_of_heads(
+    hidden_ND: Tensor, head_VD: Tensor, targets: Targets, parent_VD: Tensor, cap: float | None = None
+) -> Tensor:
     """Differentiable KL(parent || child) of every token (N,), in hidden states and head, where the child's head is
     trained and the parent's is another one. Twice the work of `kl_loss`: the moment says nothing about another head.
     """
-    found: Tensor = _KLOfHeads.apply(hidden_ND, head_VD, targets.hidden, parent_VD, targets.lse)
+    found: Tensor = _KLOfHeads.apply(hidden_ND, head_VD, targets.hidden, parent_VD, targets.lse, cap)
     return found

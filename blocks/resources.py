@@ -1,6 +1,6 @@
 """What a variant needs, from the parent's config alone: parameters, bytes, KV cache, FLOPs. Exact; allocates nothing.
 
-Parameters are counted from the shapes of the weights, which the parent's family gives (blocks/families/base.py).
+Parameters are counted from the shapes of the weights (blocks/families.py).
 """
 
 import math
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from blocks.export_code.families_decilm import FAMILIES
+from blocks.families import weights
 from blocks.kinds import kind_of
 from blocks.parent import Parent
 from blocks.variant import Variant
@@ -68,7 +70,7 @@ def parameters_of(parent: Parent, variant: Variant) -> int:
 def _counts(parent: Parent, variant: Variant) -> tuple[int, int, int]:
     """Parameters of a subblock, how many of them are in norms and biases, and the number of modules with parameters."""
     entry = kind_of(variant).block_entry(variant, parent.config)
-    modules = parent.family.weights(parent.config, variant.subblock, entry)
+    modules = weights(parent.config, variant.subblock, entry)
     shapes = [shape for module in modules for shape in module]
     vectors = sum(shape[0] for shape in shapes if len(shape) == 1)
     return sum(math.prod(shape) for shape in shapes), vectors, len(modules)
@@ -77,7 +79,12 @@ def _counts(parent: Parent, variant: Variant) -> tuple[int, int, int]:
 def non_block_parameters(config: Any) -> int:
     """Parameters of embedding, final norm and head; a tied head counts once."""
     tables = 1 if config.tie_word_embeddings else 2
-    return tables * config.vocab_size * config.hidden_size + config.hidden_size
+    return tables * config.vocab_size * config.hidden_size + norm_parameters(config)
+
+
+def norm_parameters(config: Any) -> int:
+    """Parameters of a norm of the hidden states."""
+    return config.hidden_size * (2 if FAMILIES[config.model_type].norm_bias else 1)
 
 
 def weight_bytes(precision: str) -> float:

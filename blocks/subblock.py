@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from blocks.families import part_sizes
 from blocks.records import Subblock
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def subblock_prefixes(layer: "DeciLMDecoderLayer", subblock: Subblock) -> tuple[str, ...]:
     """Names of the modules of a layer that belong to a subblock: its core and its norms."""
-    norms = layer.attention_norms if subblock == "attention" else layer.ffn_norms
+    norms = layer.family.norms[subblock]
     return ("self_attn" if subblock == "attention" else "mlp", *(name for name in norms if name))
 
 
@@ -25,9 +26,48 @@ def subblock_state(layer: "DeciLMDecoderLayer", subblock: Subblock) -> dict[str,
     return {name: tensor for name, tensor in layer.state_dict().items() if name.split(".")[0] in prefixes}
 
 
+def parts_of(layer: "DeciLMDecoderLayer", subblock: Subblock) -> dict[str, Tensor]:
+    """The same by what they are, whatever the family calls them: `key.weight`, `down.bias` ...; norms keep their names.
+
+    A matrix that lies in one tensor with others is a view of its rows.
+    """
+    parts, found = layer.family.parts(subblock), dict[str, Tensor]()
+    sizes = part_sizes(layer.config, layer.config.num_key_value_heads, layer.config.intermediate_size)
+    for name, tensor in subblock_state(layer, subblock).items():
+        module, _, kind = name.rpartition(".")
+        if module in parts:
+            rows = tensor.split([sizes[role] for role in parts[module]])
+            found |= {f"{role}.{kind}": part for role, part in zip(parts[module], rows, strict=True)}
+        else:
+            found[name] = tensor
+    return found
+
+
+def rows_of(layer: "DeciLMDecoderLayer", role: str) -> slice:
+    """Which rows of its module's weight a matrix of the attention is."""
+    sizes = part_sizes(layer.config, layer.config.num_key_value_heads, layer.config.intermediate_size)
+    roles = next(roles for roles in layer.family.parts("attention").values() if role in roles)
+    first = sum(sizes[other] for other in roles[: roles.index(role)])
+    return slice(first, first + sizes[role])
+
+
+def linear_of(layer: "DeciLMDecoderLayer", role: str) -> Any:
+    """The module of a layer that multiplies with a matrix, such as `down`."""
+    parts = layer.family.parts("attention") | layer.family.parts("ffn")
+    return layer.get_submodule(next(name for name, roles in parts.items() if role in roles))
+
+
 def load_subblock(layer: "DeciLMDecoderLayer", subblock: Subblock, state: dict[str, Tensor]) -> None:
     """Set the weights of one subblock; ValueError when a name is missing, left over or of another shape."""
-    wanted = subblock_state(layer, subblock)
+    _copy(subblock_state(layer, subblock), state, subblock)
+
+
+def load_parts(layer: "DeciLMDecoderLayer", subblock: Subblock, parts: dict[str, Tensor]) -> None:
+    """The same with the names of `parts_of`."""
+    _copy(parts_of(layer, subblock), parts, subblock)
+
+
+def _copy(wanted: dict[str, Tensor], state: dict[str, Tensor], subblock: Subblock) -> None:
     if set(wanted) != set(state):
         raise ValueError(f"{subblock} weights differ in names: {sorted(set(wanted) ^ set(state))}")
     for name, tensor in wanted.items():

@@ -122,13 +122,32 @@ class PackageParent(Section):
     rotate: bool = Field(default=False, description=ROTATE)
 
 
+TinyFamily = Literal[  # those of blocks/export_code/families_decilm.py
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma3_text",
+    "smollm3",
+    "seed_oss",
+    "ministral",
+    "gemma2",
+    "olmo2",
+    "olmo3",
+    "exaone4",
+    "granite",
+    "phi3",
+    "glm4",
+    "starcoder2",
+    "nemotron",
+]
+
+
 class TinyParent(Section):
     """A small parent that is made for the run: byte tokenizer, random weights, a short training on the corpus."""
 
     kind: Literal["tiny"] = "tiny"
-    family: Literal["llama", "mistral", "qwen2", "qwen3", "gemma3_text"] = Field(
-        default="llama", description="The family whose config and modeling code the parent has."
-    )
+    family: TinyFamily = Field(default="llama", description="The family whose config and modeling code the parent has.")
     hidden_size: PositiveInt = Field(default=64, description="Width of the hidden states, in channels.")
     intermediate_size: PositiveInt = Field(default=192, description="Width of the FFN, in channels.")
     num_hidden_layers: PositiveInt = Field(default=4, description="Number of layers.")

@@ -76,7 +76,9 @@ def test_quality_is_that_of_the_whole_softmax(
     tokens: torch.Tensor, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluate, "CHUNK_TOKENS", 7)  # chunks cut through sequences, batches through the tokens
-    parent, child = tiny_model(0, final_logit_softcapping=softcap), tiny_model(1, final_logit_softcapping=softcap)
+    fields: dict[str, Any] = {"final_logit_softcapping": softcap, "attn_logit_softcapping": None}
+    fields |= {"base_model_type": "gemma2" if softcap else "llama"}
+    parent, child = tiny_model(0, **fields), tiny_model(1, **fields)
     quality = quality_of(sequence_figures(child, parent_targets(parent, tokens, SMALL), tokens, SMALL))
     rows = oracle(parent, child, tokens)
     for metric, column in zip((quality.loss, quality.kl, quality.top1_agreement), zip(*rows, strict=True), strict=True):

@@ -183,7 +183,7 @@ def test_the_folder_holds_code_and_auto_map_only_where_needed(loaded: Loaded) ->
     mixed, uniform = loaded.cases["llama.mixed"].folder, loaded.cases["llama.uniform"].folder
     common = {"README.md", "LICENSE", "config.json", "generation_config.json", "model.safetensors"}
     common |= {"tokenizer.json", "tokenizer_config.json"}
-    code = {f"{name}_decilm.py" for name in ("configuration", "modeling", "recurrent", "windows")}
+    code = {f"{name}_decilm.py" for name in ("configuration", "families", "modeling", "recurrent", "windows")}
     assert {path.name for path in mixed.iterdir()} == common | code
     assert {path.name for path in uniform.iterdir()} == common
     config = json.loads((mixed / "config.json").read_text())

@@ -1,4 +1,6 @@
-"""The child's own modeling code against transformers' models of the five families, on tiny random parents."""
+"""The child's own modeling code on tiny random parents of five families. Against transformers' own models, and of all
+families: test_families.py.
+"""
 
 from typing import Any
 
@@ -17,9 +19,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from blocks import families
 from blocks.export_code.configuration_decilm import DeciLMConfig
-from blocks.export_code.modeling_decilm import CACHE, TRANSFORMERS_CLASSES, DeciLMForCausalLM
+from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM
+from blocks.families import attention_types
 
 SIZES = {
     "vocab_size": 64,
@@ -86,9 +88,7 @@ def tiny_child(parent: Any, blocks: list[dict[str, Any]]) -> DeciLMForCausalLM:
     config = parent.config
     left_out = ("architectures", "model_type", "layer_types", "transformers_version")
     fields = {key: value for key, value in config.to_dict().items() if key not in left_out}
-    types = getattr(config, "layer_types", None)
-    if config.model_type == "mistral":  # the window counts for every layer, without layer_types
-        types = ["sliding_attention"] * len(blocks)
+    types = attention_types(config)
     torch.manual_seed(1)
     model = DeciLMForCausalLM(
         DeciLMConfig(block_configs=blocks, base_model_type=config.model_type, parent_layer_types=types, **fields)
@@ -108,31 +108,6 @@ def parents_twin(parent: Any) -> DeciLMForCausalLM:
 
 def token_ids(batch: int, length: int) -> torch.Tensor:
     return torch.randint(3, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(2))
-
-
-def test_every_family_is_tested() -> None:
-    assert set(FAMILIES) == set(TRANSFORMERS_CLASSES) == set(families.FAMILIES)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_parents_own_blocks_give_the_parents_logits(family: str) -> None:
-    parent = tiny_parent(family)
-    child, ids = parents_twin(parent), token_ids(2, 20)
-    assert torch.equal(child(ids).logits, parent(ids).logits)
-    mask = torch.ones_like(ids)
-    mask[1, :5] = 0  # left padding
-    assert torch.equal(child(ids, attention_mask=mask).logits, parent(ids, attention_mask=mask).logits)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_hidden_states_are_the_parents(family: str) -> None:
-    parent, ids = tiny_parent(family), token_ids(1, 12)
-    expected = parent(ids, output_hidden_states=True).hidden_states
-    found = parents_twin(parent)(ids, output_hidden_states=True).hidden_states
-    assert len(found) == len(expected)
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from blocks import parent as parent_module
 from blocks.compute import HOST
-from blocks.families import FAMILIES
+from blocks.families import weights
 from blocks.records import SUBBLOCKS, LayerChoice, StageTime
 from blocks.subblock import subblock_state
 from flows import cli
@@ -33,7 +33,7 @@ from tasks.planning.plan import Plan, config_parent, machine_rates, plan_of
 from tasks.running.usage import Usage
 from tests.chain import CORPUS, RECORD, SETTINGS, SPACE, Chain
 from tests.test_nvlabs import puzzle
-from tests.tiny import tiny_model
+from tests.tiny import FAMILIES, tiny_model
 
 RATES = Rates(
     name="this machine",
@@ -350,7 +350,7 @@ def assert_same_weights(parent: parent_module.Parent, choice: LayerChoice) -> No
     layer = parent.empty_layer(0, choice)
     entries = parent.block_entry(choice)
     for part in SUBBLOCKS:
-        named = parent.family.weights(parent.config, part, entries[part])
+        named = weights(parent.config, part, entries[part])
         state = subblock_state(layer, part)
         there: dict[str, list[tuple[int, ...]]] = {}
         for name, tensor in state.items():

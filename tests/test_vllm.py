@@ -36,6 +36,8 @@ from tasks.loadtest.serving_load import LoadPlan, load_test
 from tasks.measure.bench import Point, bench
 from tasks.measure.costs import CostRequest, measure_costs
 from tests.chain import prepare
+from tests.families import SLIDES, made
+from tests.families import child_of as child_of_any
 from tests.test_engines import ROPES, YARN, run
 from tests.test_gguf import child_of
 from tests.test_modeling import FULL, LINEAR, NO_OP, attention, token_ids
@@ -142,6 +144,15 @@ def test_vllm_gives_torchs_logits_and_text(case: str, models: Models, tmp_path: 
     assert found.most < LOGITS_TOLERANCE / 100 and found.agreement == 1  # such small sums: 2e-6
     expected: Any = child.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
     assert session.generate(ids[0].tolist(), 8) == expected[0, 24:].tolist()
+
+
+@needs_vllm
+def test_ministrals_layers_slide_or_not_each_as_it_should(models: Models, tmp_path: Path) -> None:
+    parent, ids = made("ministral", SLIDES | HEAD), token_ids(1, 24)
+    kept = [{"attention": attention(2), "ffn": odd(48)}, {"attention": attention(1), "ffn": odd(24)}]
+    child = child_of_any(parent, [*kept, {"attention": NO_OP, "ffn": odd(32)}])
+    found = compare(models.load(exported(child, tmp_path)), child, ids)
+    assert found.most < LOGITS_TOLERANCE / 100 and found.agreement == 1
 
 
 @needs_vllm

@@ -1,4 +1,4 @@
-"""Tiny parents of the five families for tests: random, seeded, sharp enough that a mistake shows.
+"""Tiny parents of five families for tests: random, seeded, sharp enough that a mistake shows. Of all: families.py.
 
 Fresh weights are near zero and fresh norms are all ones, so a forgotten norm or bias would change nothing. Here every
 matrix has gain about one, norms and biases are random, head_dim is not hidden_size / heads where the family allows it.

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from blocks.errors import UnknownVariant
-from blocks.families import tokens_seen
-from blocks.families.base import head_dim
+from blocks.families import head_dim, tokens_seen
 from blocks.fit import FitContext, ridge_solve, solve_flops
 from blocks.records import Subblock
-from blocks.subblock import load_subblock, subblock_state
+from blocks.subblock import linear_of, load_parts, parts_of
 from blocks.variant import Variant, VariantKind
 
 
@@ -81,27 +80,27 @@ class KVHeads(VariantKind):
 
     def initialise(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
         heads, kept = context.config.num_key_value_heads, self.heads(variant, context.config)
-        state = dict(subblock_state(context.parent_layer, "attention"))
-        for name in state if kept < heads else ():
-            if name.startswith(("self_attn.k_proj.", "self_attn.v_proj.")):
-                state[name] = mean_pool_heads(state[name], heads, kept)
-        load_subblock(module, "attention", state)  # type: ignore[arg-type]
+        parts = parts_of(context.parent_layer, "attention")
+        for name in parts if kept < heads else ():
+            if name.startswith(("key.", "value.", "key_norm.")):
+                parts[name] = mean_pool_heads(parts[name], heads, kept)
+        load_parts(module, "attention", parts)  # type: ignore[arg-type]
 
     def closed_form(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
         layer: Any = module
-        attention = layer.self_attn
+        output = linear_of(layer, "output")
         inputs: list[Tensor] = []
-        hook = attention.o_proj.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+        hook = output.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
         gram, cross = None, None
         parents: Any = context.parent_layer.self_attn
-        before = getattr(context.parent_layer, context.parent_layer.attention_norms[0])
         try:
             with torch.no_grad():
                 for hidden, weights in context.hidden_batches():
                     layer.attention(hidden, **context.context)
                     x = inputs.pop().flatten(0, -2)
-                    y = parents(hidden_states=before(hidden), **context.context)[0].flatten(0, -2)
-                    y = y if attention.o_proj.bias is None else y - attention.o_proj.bias
+                    normed = context.parent_layer.before("attention", hidden)
+                    y = parents(hidden_states=normed, **context.context)[0].flatten(0, -2)
+                    y = y if output.bias is None else y - output.bias
                     if weights is not None:
                         x, y = x * weights.sqrt(), y * weights.sqrt()
                     gram = x.T @ x if gram is None else gram + x.T @ x
@@ -109,7 +108,7 @@ class KVHeads(VariantKind):
         finally:
             hook.remove()
         assert gram is not None and cross is not None
-        weight = attention.o_proj.weight.data
+        weight = output.weight.data
         weight.copy_(ridge_solve(gram, cross, weight.T, context.ridge).T)
 
     def fit_flops(self, variant: Variant, config: Any, tokens: int, length: int) -> tuple[int, int]:

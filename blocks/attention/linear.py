@@ -6,10 +6,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from blocks.families.base import head_dim
+from blocks.families import head_dim
 from blocks.fit import FitContext
 from blocks.linear import LinearKind
 from blocks.records import Subblock
+from blocks.subblock import parts_of
 from blocks.variant import Variant
 
 
@@ -22,8 +23,8 @@ class LinearAttentionKind(LinearKind):
         return 2 * config.hidden_size**2 * config.num_attention_heads * head_dim(config)
 
     def product(self, context: FitContext) -> Tensor:
-        attention: Any = context.parent_layer.self_attn
+        parts = parts_of(context.parent_layer, "attention")
         group = context.config.num_attention_heads // context.config.num_key_value_heads
-        values = attention.v_proj.weight.unflatten(0, (-1, head_dim(context.config)))
-        matrix: Tensor = attention.o_proj.weight @ values.repeat_interleave(group, dim=0).flatten(0, 1)
+        values = parts["value.weight"].unflatten(0, (-1, head_dim(context.config)))
+        matrix: Tensor = parts["output.weight"] @ values.repeat_interleave(group, dim=0).flatten(0, 1)
         return matrix

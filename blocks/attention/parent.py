@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from blocks.attention.kv_heads import attention_entry, attention_flops
-from blocks.families import tokens_seen
-from blocks.families.base import head_dim
+from blocks.families import head_dim, tokens_seen
 from blocks.records import Subblock
 from blocks.variant import SizelessKind, Variant
 

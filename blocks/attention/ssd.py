@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from blocks.attention.kv_heads import KVHeads, attention_entry, attention_flops
-from blocks.families.base import head_dim
+from blocks.families import head_dim
 from blocks.fit import FitContext, ridge_solve, solve_flops
-from blocks.subblock import load_subblock, subblock_state
+from blocks.subblock import linear_of, load_subblock, parts_of, rows_of
 from blocks.variant import SizelessKind, Variant
 
 KERNEL = 4  # tokens that are mixed channel by channel, the token itself included
@@ -72,7 +72,7 @@ class SSD(SizelessKind, KVHeads):
     def initialise(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
         layer: Any = module
         core, parents = layer.self_attn, context.parent_layer.self_attn
-        state = dict(subblock_state(context.parent_layer, "attention"))
+        state = {_own_name(name): tensor for name, tensor in parts_of(context.parent_layer, "attention").items()}
         for name in ("q", "k"):  # what is brought to length 1 needs no norm, only its gains
             norm: Any = getattr(parents, f"{name}_norm", None)
             if norm is None:
@@ -107,6 +107,14 @@ class SSD(SizelessKind, KVHeads):
         return products, solves + solve_flops(width, heads)
 
 
+def _own_name(part: str) -> str:
+    """The name in a recurrent attention of a weight, from its name in `parts_of`."""
+    role, _, kind = part.rpartition(".")
+    if role in ("query", "key", "value", "output"):
+        return f"self_attn.{role[0]}_proj.{kind}"
+    return f"self_attn.k_norm.{kind}" if role == "key_norm" else part
+
+
 @torch.no_grad()
 def fitted_gates(context: FitContext) -> tuple[Tensor, Tensor]:
     """Rows (H, D + 1), whose sigmoid tells from a normed token how much of the parent's attention a head gives to other
@@ -115,25 +123,26 @@ def fitted_gates(context: FitContext) -> tuple[Tensor, Tensor]:
     The parent's attention tells what it gives to the first token where a channel of the values is 1 there and else 0.
     """
     parents: Any = context.parent_layer.self_attn
-    before = getattr(context.parent_layer, context.parent_layer.attention_norms[0])
+    layer, rows = context.parent_layer, rows_of(context.parent_layer, "value")
     channels = head_dim(context.config)
     gram, cross = torch.zeros(()), torch.zeros(())
     mixed: list[Tensor] = []
     squares: list[Tensor] = []
 
     def marked(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
-        values = out.unflatten(-1, (-1, channels)).clone()
+        out = out.clone()
+        values = out[..., rows].unflatten(-1, (-1, channels))
         values[..., 0] = 0
         values[:, 0, :, 0] = 1
-        return values.flatten(-2)
+        return out
 
     hooks = [
-        parents.v_proj.register_forward_hook(marked),
-        parents.o_proj.register_forward_pre_hook(lambda _module, inputs: mixed.append(inputs[0])),
+        linear_of(layer, "value").register_forward_hook(marked),
+        linear_of(layer, "output").register_forward_pre_hook(lambda _module, inputs: mixed.append(inputs[0])),
     ]
     try:
         for hidden, weights in context.hidden_batches():
-            normed = before(hidden)
+            normed = layer.before("attention", hidden)
             parents(hidden_states=normed, **context.context)
             heads = mixed.pop().unflatten(-1, (-1, channels))  # (B, T, H, C)
             share = (1 - heads[..., 0]).clamp(EDGE, 1 - EDGE)

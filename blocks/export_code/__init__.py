@@ -8,4 +8,4 @@ AUTO_MAP = {
     "AutoModel": "modeling_decilm.DeciLMModel",
     "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
 }
-CODE_FILES = ("configuration_decilm.py", "modeling_decilm.py", "recurrent_decilm.py", "windows_decilm.py")
+CODE_FILES = tuple(f"{name}_decilm.py" for name in ("configuration", "families", "modeling", "recurrent", "windows"))

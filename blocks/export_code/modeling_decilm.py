@@ -22,17 +22,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_decilm import DeciLMConfig
+from .families_decilm import FAMILIES
 from .recurrent_decilm import RecurrentAttention, RecurrentCacheLayer
 from .windows_decilm import PREFIX, WHO, Padding, WindowCacheLayer, padding_of, window_of
-
-# family -> (module under transformers.models, prefix of its classes)
-TRANSFORMERS_CLASSES = {
-    "llama": ("llama", "Llama"),
-    "mistral": ("mistral", "Mistral"),
-    "qwen2": ("qwen2", "Qwen2"),
-    "qwen3": ("qwen3", "Qwen3"),
-    "gemma3_text": ("gemma3", "Gemma3"),
-}
 
 # transformers 5.24 renamed `past_key_values` to `cache`; forward takes either, so a child runs on both sides of it
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
@@ -40,8 +32,9 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 
 def family_class(base_model_type: str, suffix: str) -> Any:
     """Class `<Prefix><suffix>` of a family, e.g. ("llama", "DecoderLayer") -> LlamaDecoderLayer."""
-    module, prefix = TRANSFORMERS_CLASSES[base_model_type]
-    return getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), prefix + suffix)
+    family = FAMILIES[base_model_type]
+    module = importlib.import_module(f"transformers.models.{family.module}.modeling_{family.module}")
+    return getattr(module, family.prefix + suffix)
 
 
 class LinearAttention(nn.Module):
@@ -69,13 +62,14 @@ class LinearMLP(nn.Module):
 class DeciLMDecoderLayer(GradientCheckpointingLayer):
     """One layer: `h + attention(h)`, then `h + ffn(h)`; a no-op subblock is absent, norms included.
 
-    Norms before a subblock, and for Gemma 3 also after it, bear the parent's names. window: see windows_decilm.py; for
-    recurrent attention recurrent_decilm.py.
+    Norms before and after a subblock bear the parent's names. window: see windows_decilm.py; for recurrent attention
+    recurrent_decilm.py.
     """
 
     def __init__(self, base_config: Any, base_model_type: str, block: Any, layer: int) -> None:
         super().__init__()
         attention, ffn = block["attention"], block["ffn"]
+        self.family = FAMILIES[base_model_type]
         self.config = config = copy.copy(base_config)
         if attention.get("num_key_value_heads"):
             config.num_key_value_heads = attention["num_key_value_heads"]
@@ -86,20 +80,13 @@ class DeciLMDecoderLayer(GradientCheckpointingLayer):
         with torch.device("meta"):
             whole = family_class(base_model_type, "DecoderLayer")(config, layer)
         whole = whole.to_empty(device=torch.get_default_device())
-        sandwich = hasattr(whole, "pre_feedforward_layernorm")
-        self.attention_norms = ("input_layernorm", "post_attention_layernorm" if sandwich else None)
-        self.ffn_norms = (
-            ("pre_feedforward_layernorm", "post_feedforward_layernorm")
-            if sandwich
-            else ("post_attention_layernorm", None)
-        )
         core = whole.self_attn
         if attention.get("recurrent"):
-            core = RecurrentAttention(attention["recurrent"], core, config)
+            core = RecurrentAttention(attention["recurrent"], core, config, self.family)
         self.self_attn = self._subblock(attention, core, LinearAttention, config.hidden_size)
         self.mlp = self._subblock(ffn, whole.mlp, LinearMLP, config.hidden_size)
-        for names, subblock in ((self.attention_norms, self.self_attn), (self.ffn_norms, self.mlp)):
-            for name in names:
+        for part, subblock in (("attention", self.self_attn), ("ffn", self.mlp)):
+            for name in self.family.norms[part]:
                 if name is not None and subblock is not None:
                     setattr(self, name, getattr(whole, name))
 
@@ -132,17 +119,25 @@ class DeciLMDecoderLayer(GradientCheckpointingLayer):
             if held is not None:
                 held.padding, seen = padding, held.cumulative_length
             kwargs["attention_mask"] = self.window.view(hidden_states.shape[1], seen, padding, hidden_states.device)
-        before, after = self.attention_norms
-        out, _ = self.self_attn(hidden_states=getattr(self, before)(hidden_states), **kwargs)
-        return out if after is None else getattr(self, after)(out)
+        out, _ = self.self_attn(hidden_states=self.before("attention", hidden_states), **kwargs)
+        return self.after("attention", out)
 
     def ffn(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Output of the FFN subblock before the residual add, None for a no-op. (B, T, D) -> (B, T, D)"""
         if self.mlp is None:
             return None
-        before, after = self.ffn_norms
-        out = self.mlp(getattr(self, before)(hidden_states))
-        return out if after is None else getattr(self, after)(out)
+        return self.after("ffn", self.mlp(self.before("ffn", hidden_states)))
+
+    def before(self, subblock: str, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What enters the core of a subblock: the normed states."""
+        name = self.family.norms[subblock][0]
+        return hidden_states if name is None else getattr(self, name)(hidden_states)
+
+    def after(self, subblock: str, out: torch.Tensor) -> torch.Tensor:
+        """What a subblock adds to the states, from what its core puts out."""
+        name = self.family.norms[subblock][1]
+        normed = out if name is None else getattr(self, name)(out)
+        return multiplied(normed, self.config, self.family.residual_multiplier)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         out = self.attention(hidden_states, **kwargs)
@@ -159,6 +154,16 @@ class DeciLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+
+    def __init__(self, config: DeciLMConfig) -> None:
+        super().__init__(config)
+        self._use_code_with_caps()
+
+    def _use_code_with_caps(self) -> None:
+        """Another attention implementation, where the one that was asked for cannot compute what the family needs."""
+        code = FAMILIES[self.config.base_model_type].attention_code(self.config, self.config._attn_implementation)
+        if code != self.config._attn_implementation:
+            self.config._attn_implementation = code
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -181,12 +186,12 @@ class DeciLMModel(DeciLMPreTrainedModel):
         super().__init__(config)
         base, family = config.base_config(), config.base_model_type
         base._attn_implementation = config._attn_implementation
-        self.base, self.family = base, family
+        self.base = base
         self.embed_tokens = build_embedding(base, family)
         self.layers = nn.ModuleList(
             [DeciLMDecoderLayer(base, family, block, layer) for layer, block in enumerate(config.block_configs)]
         )
-        self.norm = family_class(family, "RMSNorm")(base.hidden_size, eps=base.rms_norm_eps)
+        self.norm = build_norm(base, family)
         self.rotary_emb = family_class(family, "RotaryEmbedding")(config=base)
         self.gradient_checkpointing = False
         self.post_init()
@@ -207,16 +212,14 @@ class DeciLMModel(DeciLMPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self.entering(input_ids, inputs_embeds)
         cache = self._cache(past_key_values if cache is None else cache, use_cache)
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen).unsqueeze(0)
         self._follow_implementation()
         padding = self._padding(attention_mask, position_ids)
-        contexts = layer_contexts(
-            self.config, self.rotary_emb, hidden, position_ids, attention_mask, cache, self.family
-        )
+        contexts = layer_contexts(self.config, self.rotary_emb, hidden, position_ids, attention_mask, cache)
         states: list[torch.Tensor] | None = (
             [] if _asked(output_hidden_states, self.config.output_hidden_states) else None
         )
@@ -233,6 +236,14 @@ class DeciLMModel(DeciLMPreTrainedModel):
             attentions=None if attentions is None else tuple(attentions),  # type: ignore[arg-type]
             **{CACHE: cache},
         )
+
+    def entering(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
+        """The states that enter the first layer. (B, T) or (B, T, D) -> (B, T, D)"""
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        family = FAMILIES[self.config.base_model_type]
+        hidden = multiplied(hidden, self.config, family.embedding_multiplier)
+        dropped = getattr(self.config, family.embedding_dropout) if family.embedding_dropout else 0.0
+        return nn.functional.dropout(hidden, p=dropped, training=self.training)
 
     def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         """The KV cache of a forward: the one given, a new one where it is wanted, else None."""
@@ -255,6 +266,7 @@ class DeciLMModel(DeciLMPreTrainedModel):
 
     def _follow_implementation(self) -> None:
         """The attention implementation is switched on the outer config only; the layers have configs of their own."""
+        self._use_code_with_caps()
         self.base._attn_implementation = self.config._attn_implementation
         for layer in self.layers:
             layer.follow(self.config._attn_implementation)  # type: ignore[operator]
@@ -317,11 +329,32 @@ def _asked(argument: bool | None, default: bool | None) -> bool:
     return bool(default if argument is None else argument)
 
 
-def build_embedding(base: Any, family: str) -> nn.Embedding:
-    """The family's input embedding; Gemma 3 scales it by sqrt(hidden_size)."""
+def multiplied(states: torch.Tensor, config: Any, name: str | None) -> torch.Tensor:
+    """States by the multiplier that the config has under a name; as they are where there is none."""
+    return states if name is None else states * getattr(config, name)
+
+
+def final_logits(config: Any, products: torch.Tensor) -> torch.Tensor:
+    """The logits of a child or a parent, from the products of states and head."""
+    family = FAMILIES[getattr(config, "base_model_type", config.model_type)]
+    if family.logits_divisor:
+        products = products / family.divisor(config)
+    cap = family.cap(config)
+    return products if cap is None else torch.tanh(products / cap) * cap
+
+
+def build_norm(base: Any, base_model_type: str) -> nn.Module:
+    """The family's final norm."""
+    family = FAMILIES[base_model_type]
+    kind = family_class(base_model_type, family.norm) if family.norm else nn.LayerNorm
+    return kind(base.hidden_size, eps=getattr(base, family.epsilon))
+
+
+def build_embedding(base: Any, base_model_type: str) -> nn.Embedding:
+    """The family's input embedding; Gemma's multiplies by sqrt(hidden_size)."""
     sizes = (base.vocab_size, base.hidden_size, base.pad_token_id)
-    if family == "gemma3_text":
-        return family_class(family, "TextScaledWordEmbedding")(*sizes, embed_scale=base.hidden_size**0.5)
+    if FAMILIES[base_model_type].scaled_embedding:
+        return family_class(base_model_type, "TextScaledWordEmbedding")(*sizes, embed_scale=base.hidden_size**0.5)
     return nn.Embedding(*sizes)
 
 
@@ -332,7 +365,6 @@ def layer_contexts(
     position_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cache: Cache | None,
-    family: str,
 ) -> dict[str, dict[str, Any]]:
     """Mask and rotary embeddings per attention type that occurs in the parent."""
     arguments = {
@@ -343,7 +375,7 @@ def layer_contexts(
         "position_ids": position_ids,
     }
     makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-    per_type = family == "gemma3_text"
+    per_type = FAMILIES[config.base_model_type].rotary_by_type
     contexts = {}
     blocks = zip(config.layer_types, config.block_configs, strict=True)
     whole = {kind for kind, block in blocks if not has_own_layer(block["attention"])}
@@ -370,6 +402,15 @@ class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):
         """See GenerationMixin.generate; without any attention there is nothing to cache, whatever was asked."""
         return super().generate(*args, **kwargs if self.config.has_attention else kwargs | {"use_cache": False})
 
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        """See GenerationMixin; a cache whose keys the next token would have rotated otherwise is left behind."""
+        field, cache = FAMILIES[self.config.base_model_type].restarts_at, kwargs.get(CACHE)
+        if field and cache is not None:
+            bound = getattr(self.config, field)
+            if cache.get_seq_length() <= bound < input_ids.shape[1]:
+                kwargs |= {CACHE: None, "next_sequence_length": None}
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
@@ -394,10 +435,7 @@ class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state[:, keep, :])
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
+        logits = final_logits(self.config, self.lm_head(out.last_hidden_state[:, keep, :]))
         loss = None
         if labels is not None:
             # kwargs: Trainer divides by the tokens of all accumulated batches (num_items_in_batch) here, not itself

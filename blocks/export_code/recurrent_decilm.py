@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
+from .families_decilm import Family
 from .windows_decilm import OneWay, Padding
 
 
@@ -54,13 +55,12 @@ class RecurrentCacheLayer(OneWay, DynamicLayer):
 class RecurrentAttention(nn.Module):
     """A recurrent attention with the projections of the family's own attention. recurrent: see the entry."""
 
-    def __init__(self, recurrent: Any, parents: Any, config: Any) -> None:
+    def __init__(self, recurrent: Any, parents: Any, config: Any, family: Family) -> None:
         super().__init__()
-        self.delta, self.eps = recurrent["rule"] == "gdn", config.rms_norm_eps
+        self.delta, self.eps = recurrent["rule"] == "gdn", getattr(config, family.epsilon)
         self.kernel, self.chunk = recurrent["conv_kernel"], recurrent["chunk_size"]
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            getattr(parents, f"{name}_proj") for name in ("q", "k", "v", "o")
-        )
+        self.q_proj, self.k_proj, self.v_proj = projections(parents, config)
+        self.o_proj = parents.o_proj
         self.widths = [one.out_features for one in (self.q_proj, self.k_proj, self.v_proj)]
         self.head_dim, self.heads = parents.head_dim, self.widths[0] // parents.head_dim
         self.conv = nn.Parameter(torch.zeros(sum(self.widths), self.kernel))
@@ -108,6 +108,17 @@ class RecurrentAttention(nn.Module):
         out, state = scan(unit(query), unit(key), value, decay, written, state, self.chunk, self.delta)
         out = out + self.skip.float()[:, None, None] * value
         return F.rms_norm(out, out.shape[-1:], eps=self.eps) * output.sigmoid()[..., None], state
+
+
+def projections(parents: Any, config: Any) -> list[nn.Linear]:
+    """Those of queries, keys and values of a family's attention; new ones where the family has them in one matrix."""
+    if hasattr(parents, "q_proj"):
+        return [parents.q_proj, parents.k_proj, parents.v_proj]
+    counts = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    return [
+        nn.Linear(config.hidden_size, count * parents.head_dim, bias=parents.qkv_proj.bias is not None)
+        for count in counts
+    ]
 
 
 def unit(states: torch.Tensor) -> torch.Tensor:

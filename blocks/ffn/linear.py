@@ -9,6 +9,7 @@ from torch import Tensor
 from blocks.fit import FitContext
 from blocks.linear import LinearKind
 from blocks.records import Subblock
+from blocks.subblock import parts_of
 from blocks.variant import Variant
 
 
@@ -21,6 +22,6 @@ class LinearFFNKind(LinearKind):
         return 2 * config.hidden_size**2 * config.intermediate_size
 
     def product(self, context: FitContext) -> Tensor:
-        mlp: Any = context.parent_layer.mlp
-        matrix: Tensor = mlp.down_proj.weight @ mlp.up_proj.weight
+        parts = parts_of(context.parent_layer, "ffn")
+        matrix: Tensor = parts["down.weight"] @ parts["up.weight"]
         return matrix

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from blocks.ffn.width import ffn_entry
+from blocks.ffn.width import ffn_entry, ffn_flops
 from blocks.records import Subblock
 from blocks.variant import SizelessKind, Variant
 
@@ -24,4 +24,4 @@ class ParentFFN(SizelessKind):
         return ffn_entry(config, config.intermediate_size)
 
     def flops_per_token(self, variant: Variant, config: Any, context_tokens: int) -> int:
-        return 2 * 3 * config.hidden_size * config.intermediate_size
+        return ffn_flops(config, config.intermediate_size)

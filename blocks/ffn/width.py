@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from blocks.errors import UnknownVariant
+from blocks.families import ffn_matrices
 from blocks.fit import FitContext, contribution_order, ridge_solve, solve_flops
 from blocks.records import Subblock
-from blocks.subblock import load_subblock, subblock_state
+from blocks.subblock import linear_of, load_parts, parts_of
 from blocks.variant import Variant, VariantKind
 
 
@@ -29,6 +30,11 @@ def ffn_entry(config: Any, intermediate_size: int) -> dict[str, Any]:
     entry = {"no_op": False, "replace_with_linear": False, "intermediate_size": intermediate_size}
     mult = intermediate_size * 3 / (2 * config.hidden_size)
     return entry if intermediate_size % 256 else entry | {"ffn_mult": mult}
+
+
+def ffn_flops(config: Any, intermediate_size: int) -> int:
+    """FLOPs of one token through an FFN of this width."""
+    return 2 * ffn_matrices(config) * config.hidden_size * intermediate_size
 
 
 class Width(VariantKind):
@@ -60,7 +66,7 @@ class Width(VariantKind):
 
     def flops_per_token(self, variant: Variant, config: Any, context_tokens: int) -> int:
         assert variant.size is not None
-        return 2 * 3 * config.hidden_size * variant.size
+        return ffn_flops(config, variant.size)
 
     def initialise(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
         self._keep(module, context, contribution_order(context.statistics["ffn_contribution"])[: variant.size])
@@ -69,12 +75,10 @@ class Width(VariantKind):
         channels = context.statistics["ffn_order"][: variant.size].sort().values
         self._keep(module, context, channels)
         gram = context.statistics["ffn_gram"]
-        down: Any = module.mlp.down_proj  # type: ignore[union-attr]
-        parents: Any = context.parent_layer.mlp
-        whole: Tensor = parents.down_proj.weight
+        whole: Tensor = linear_of(context.parent_layer, "down").weight
         prior = whole[:, channels].T
         fitted = ridge_solve(gram[channels][:, channels], gram[channels] @ whole.T, prior, context.ridge)
-        down.weight.data.copy_(fitted.T)
+        linear_of(module, "down").weight.data.copy_(fitted.T)  # type: ignore[arg-type]
 
     def fit_flops(self, variant: Variant, config: Any, tokens: int, length: int) -> tuple[int, int]:
         assert variant.size is not None
@@ -84,11 +88,11 @@ class Width(VariantKind):
     @staticmethod
     def _keep(module: nn.Module, context: FitContext, channels: Tensor) -> None:
         """Copy the parent's FFN with these channels only."""
-        state = dict(subblock_state(context.parent_layer, "ffn"))
+        parts = parts_of(context.parent_layer, "ffn")
         channels = channels.sort().values
-        for name in state:
-            if name.startswith(("mlp.gate_proj.", "mlp.up_proj.")):
-                state[name] = state[name][channels]
-            elif name == "mlp.down_proj.weight":
-                state[name] = state[name][:, channels]
-        load_subblock(module, "ffn", state)  # type: ignore[arg-type]
+        for name in parts:
+            if name.startswith(("gate.", "up.")):
+                parts[name] = parts[name][channels]
+            elif name == "down.weight":
+                parts[name] = parts[name][:, channels]
+        load_parts(module, "ffn", parts)  # type: ignore[arg-type]

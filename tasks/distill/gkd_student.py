@@ -6,10 +6,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blocks.compute import Compute
-from blocks.divergence import Head, kl_loss, kl_of_heads, kl_per_token
+from blocks.divergence import kl_loss, kl_of_heads, kl_per_token, scaled_head
+from blocks.export_code.families_decilm import FAMILIES
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from profiles.schema import GKD
-from tasks.distill.gkd_targets import head_products, targets_in
+from tasks.distill.gkd_targets import head_products, model_head, targets_in
 
 
 class Student(nn.Module):
@@ -23,7 +24,7 @@ class Student(nn.Module):
         self.requires_grad_(False)
         for _, module in trained_modules(model, settings):
             module.requires_grad_(True)
-        self.head = None if sharded or own_head else Head(model.lm_head.weight)
+        self.head = None if sharded or own_head else model_head(model)
         if settings.gradient_checkpointing:
             # transformers 5.24 renamed it
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -51,14 +52,16 @@ class Student(nn.Module):
 
     def _kl(self, last: Tensor, batch: dict[str, Tensor], watched: bool) -> Tensor:
         targets, weights = targets_in(batch), batch.get("weights")
-        head = self.head or Head(self.model.lm_head.weight) if self.parent_head is None else None
+        head = self.head or model_head(self.model) if self.parent_head is None else None
         if head is not None and not watched:
             return kl_loss(last, targets, head, weights)
         if head is not None:
             kl = kl_per_token(last, targets, head)[0]
         else:
             assert self.parent_head is not None
-            kl = kl_of_heads(last, self.model.lm_head.weight.float(), targets, self.parent_head.float())
+            family, config = FAMILIES[self.model.config.base_model_type], self.model.config
+            own, parents = (scaled_head(one, config, family) for one in (self.model.lm_head.weight, self.parent_head))
+            kl = kl_of_heads(last, own, targets, parents, family.cap(config))
         kl = kl if weights is None else kl * weights
         return kl.double() if watched else kl.mean()
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from blocks.child import for_passes
 from blocks.compute import Compute
-from blocks.divergence import Head, Targets, targets_of
+from blocks.divergence import Head, Targets, head_of, targets_of
+from blocks.export_code.families_decilm import FAMILIES
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import digest_of, keep, pick_rows, remember, write_tensors
 from blocks.records import CorpusInfo, ParentInfo, Ref, Value
@@ -61,13 +62,18 @@ def head_products(compute: Compute) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def model_head(model: DeciLMForCausalLM) -> Head:
+    """The head of a whole model as it is now, with what its family does to the logits."""
+    return head_of(model.lm_head.weight, model.config, FAMILIES[model.config.base_model_type])
+
+
 class Teacher(nn.Module):
     """The parent, which says what the child should."""
 
     def __init__(self, model: DeciLMForCausalLM, compute: Compute, sharded: bool = False) -> None:
         super().__init__()
         self.model, self.compute = model, compute
-        self.head = None if sharded else Head(model.lm_head.weight)
+        self.head = None if sharded else model_head(model)
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, layers: tuple[int, ...]) -> dict[str, Tensor]:
@@ -77,7 +83,7 @@ class Teacher(nn.Module):
         tensors = {f"layer_{i}": states.hidden_states[i + 1].flatten(0, 1).bfloat16() for i in layers}
         last = states.last_hidden_state.flatten(0, 1).float()
         with head_products(self.compute):
-            targets = targets_of(last, self.head or Head(self.model.lm_head.weight))
+            targets = targets_of(last, self.head or model_head(self.model))
         return tensors | {"hidden": targets.hidden, "moment": targets.moment, "lse": targets.lse, "tokens": tokens}
 
 

@@ -39,6 +39,7 @@ from blocks.parent import Parent
 from blocks.records import CorpusInfo, LayerRecord, ParentInfo, Ref, Value
 from blocks.resources import precision_name
 from blocks.runtime import kept_per_device
+from blocks.subblock import linear_of
 from profiles.schema import Profile, Record
 from tasks.inputs.corpus import weights_of
 from tasks.running.memory import Parts
@@ -227,7 +228,7 @@ def record_layer(
         read_states(there, workspace) if there else _entering(reader, layer, Part(shard=shard), recording, workspace)
     )
     module = reader.layer(layer)
-    down: Tensor = module.mlp.down_proj.weight.data.float()  # type: ignore[union-attr,assignment]
+    down: Tensor = linear_of(module, "down").weight.data.float()
     pack_linears(module)  # as in scoring, so that the parent's own block gives these states again bit for bit
     last = shard == recording.counted[-1]
     manifest = _manifest(layer, recording, workspace, None if last else number)
@@ -365,18 +366,18 @@ def _pass(
     parts = Parts(f"record layer {layer}", size)
     core: Any = module.mlp
     seen: list[Tensor] = []
-    hook = core.down_proj.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    hook = linear_of(module, "down").register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
 
     def run(part: Tensor, counts: bool, weight: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         batch = part.to(reader.compute.device)
         seen.clear()
         context = reader.contexts(batch)[layer]
-        normed = getattr(module, module.attention_norms[0])(batch)
+        normed = module.before("attention", batch)
         mixed = module.self_attn(hidden_states=normed, **context)[0]  # type: ignore[misc]
-        middle = batch + _after(module, module.attention_norms[1], mixed)
-        ffn_in = getattr(module, module.ffn_norms[0])(middle)
+        middle = batch + module.after("attention", mixed)
+        ffn_in = module.before("ffn", middle)
         ffn_out = core(ffn_in)
-        out = middle + _after(module, module.ffn_norms[1], ffn_out)
+        out = middle + module.after("ffn", ffn_out)
         if not counts:
             return out, {}
         channels = seen.pop().flatten(0, 1).float()
@@ -405,10 +406,6 @@ def _pass(
                     _add(sums, name, value)
     hook.remove()
     return sums
-
-
-def _after(module: "DeciLMDecoderLayer", norm: str | None, out: Tensor) -> Tensor:
-    return out if norm is None else getattr(module, norm)(out)
 
 
 def _products(name: str, inputs: Tensor, outputs: Tensor) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from blocks import estimates
 from blocks.compute import Compute
 from blocks.errors import PuzzleError
 from blocks.estimates import Estimate
+from blocks.export_code.modeling_decilm import final_logits
 from blocks.records import Metric, Value
 from tasks.engines.base import Session
 from tasks.inputs.installed_packages import folders_of
@@ -72,8 +73,8 @@ class BenchmarkResult(Value):
 
 @dataclass(frozen=True, kw_only=True)
 class ParentTargets:
-    """What the parent says about `tokens` (S, T): its last hidden states after the norm (S, T, D), on the host, and its
-    head.
+    """What the parent says about `tokens` (S, T): its last hidden states after the norm (S, T, D), on the host, its
+    head, and its config, which says what becomes of the head's products.
 
     Its logits (S, T, V) are computed again, chunk by chunk, where they are needed: D is about a hundredth of V.
     """
@@ -81,7 +82,7 @@ class ParentTargets:
     tokens: Tensor
     hidden: Tensor
     head: nn.Module
-    softcap: float | None
+    config: Any
 
 
 def mean_metric(values: Tensor, documents: Sequence[int] = ()) -> Metric:
@@ -107,17 +108,11 @@ def _hidden_states(model: Any, tokens: Tensor, compute: Compute) -> Iterator[Ten
         yield model.model(input_ids=batch.to(compute.device).long(), use_cache=False).last_hidden_state
 
 
-def _log_probs(head: Any, softcap: float | None, hidden: Tensor) -> Tensor:
+def _log_probs(head: Any, config: Any, hidden: Tensor) -> Tensor:
     """(tokens, D) -> (tokens, V), float32."""
     bias = getattr(head, "bias", None)
     logits = functional.linear(hidden.float(), head.weight.float(), None if bias is None else bias.float())
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    return functional.log_softmax(logits, dim=-1)
-
-
-def _softcap(model: Any) -> float | None:
-    return getattr(model.config, "final_logit_softcapping", None)
+    return functional.log_softmax(final_logits(config, logits), dim=-1)
 
 
 def parent_targets(parent_model: Any, tokens: Tensor, compute: Compute) -> ParentTargets:
@@ -127,7 +122,7 @@ def parent_targets(parent_model: Any, tokens: Tensor, compute: Compute) -> Paren
     """
     with _evaluating(parent_model):
         hidden = torch.cat([part.cpu() for part in _hidden_states(parent_model, tokens, compute)])
-    return ParentTargets(tokens=tokens, hidden=hidden, head=parent_model.lm_head, softcap=_softcap(parent_model))
+    return ParentTargets(tokens=tokens, hidden=hidden, head=parent_model.lm_head, config=parent_model.config)
 
 
 def quality_of(figures: Mapping[str, Tensor], documents: Sequence[int] = ()) -> Quality:
@@ -165,14 +160,14 @@ def _token_figures(model: Any, hidden: Tensor, targets: ParentTargets, where: sl
     )
     figures = []
     for model_hidden, parent_hidden, label in triples:
-        models = _log_probs(model.lm_head, _softcap(model), model_hidden)
+        models = _log_probs(model.lm_head, model.config, model_hidden)
         figures.append(_compared(models, targets, parent_hidden, label))
     return torch.cat(figures, dim=1).reshape(3, *labels.shape)
 
 
 def _compared(models: Tensor, targets: ParentTargets, parent_hidden: Tensor, labels: Tensor) -> Tensor:
     """Loss, KL, agreement of log probabilities (T, V) per token: (3, T) float64. parent_hidden: (T, D)"""
-    parents = _log_probs(targets.head, targets.softcap, parent_hidden.to(models.device))
+    parents = _log_probs(targets.head, targets.config, parent_hidden.to(models.device))
     loss = functional.nll_loss(models, labels, ignore_index=-100, reduction="none")
     kl = (parents.exp() * (parents - models)).sum(dim=-1)
     agree = models.argmax(dim=-1) == parents.argmax(dim=-1)

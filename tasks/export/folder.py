@@ -1,6 +1,6 @@
 """Write a child as a Hugging Face folder. Whoever loads it needs transformers or a serving engine, but not puzzle.
 
-A child whose layers differ is written in the nemotron-nas schema: `block_configs`, `DeciLMForCausalLM`, and the two
+A child whose layers differ is written in the nemotron-nas schema: `block_configs`, `DeciLMForCausalLM`, and the
 files of blocks/export_code beside the weights. A child whose layers are all alike is written as a plain model of its
 parent's family. Both have the same names of weights.
 """
@@ -28,7 +28,9 @@ from blocks.engine_limits import gaps, is_whole, known_engine
 from blocks.errors import PuzzleFailure
 from blocks.export_code import AUTO_MAP, CODE_FILES
 from blocks.export_code.configuration_decilm import DeciLMConfig
+from blocks.export_code.families_decilm import FAMILIES
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM, family_class, has_own_layer
+from blocks.families import beyond_llama
 from blocks.records import CorpusInfo, ParentInfo
 from tasks.inputs.companions import copy_companions
 
@@ -144,11 +146,12 @@ def write_checkpoint(
         native.dtype = model.dtype
         native.save_pretrained(folder)
     else:
-        names = [str(name) for name in model.config.architectures or ()]
-        entries = [block.attention for block in cast(DeciLMConfig, model.config).block_configs]
+        # an engine that has DeciLMForCausalLM would load the folder and leave out what Llama lacks, without a word
+        config, family = cast(DeciLMConfig, model.config), FAMILIES[model.config.base_model_type]
+        entries = [block.attention for block in config.block_configs]
         own = {"Recurrent" if entry.get("recurrent") else "Windowed" for entry in entries if has_own_layer(entry)}
-        # an engine that has DeciLMForCausalLM would load the folder and attend to all tokens, without a word
-        names = ["".join([*sorted(own), name]) for name in names]
+        more = [*sorted(own), family.prefix if beyond_llama(family) else ""]
+        names = ["".join([*more, name]) for name in config.architectures or ()]
         _add_to_config(folder, auto_map=AUTO_MAP, architectures=names)
         for name in CODE_FILES:
             shutil.copyfile(Path(export_code.__path__[0]) / name, folder / name)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blocks.engine_limits import OWN_WINDOW, RECURRENT, EngineLimit, gaps
+from blocks.engine_limits import EngineLimit, gaps, lost
 from blocks.errors import PuzzleError, did_you_mean
 from blocks.parent import config_of
 from blocks.resources import precision_name
@@ -155,9 +155,9 @@ def refuse(config: Any, form: str) -> None:
             raise EngineLimit(f"GGUF (architecture deci) cannot express {'; '.join(missing)}: take transformers.")
     if form == "nemotron-nas":
         _refuse_widths(config)
-        own = [gap for gap in gaps("vllm", config) if gap in (OWN_WINDOW, RECURRENT)]
-        if own:
-            raise EngineLimit(f"no engine that loads nemotron-nas runs {'; '.join(own)}: take transformers.")
+        missing = lost(form, config)
+        if missing:
+            raise EngineLimit(f"no engine that loads nemotron-nas runs {'; '.join(missing)}: take transformers.")
     if form == "native" and native_config(config) is None:
         raise EngineLimit("native needs layers that are all alike and whole, these differ: take transformers or gguf.")
 

@@ -110,7 +110,7 @@ def quantise_layers(
         refuse_rows(model, kind)
     stored: dict[str, Stored] = {}
     fitted = any(kind in CORRECTED for pair in recipe.layers for kind in pair) or recipe.head in CORRECTED
-    hidden = model.model.embed_tokens(tokens) if fitted else tokens
+    hidden = model.model.entering(tokens) if fitted else tokens
     depth = len(model.model.layers)
     for index, (layer, kinds) in enumerate(zip(model.model.layers, recipe.layers, strict=True)):
         grams = InputGrams(layer)
@@ -166,7 +166,7 @@ def fitted_layers(model: Any, tokens: Tensor) -> Iterator[tuple[int, dict[str, n
     """Each layer's number, its matrices by name, and X^T X of what enters them, of (S, T) tokens that ran through the
     layers before it as the caller has left them.
     """
-    hidden = model.model.embed_tokens(tokens)
+    hidden = model.model.entering(tokens)
     for index, layer in enumerate(model.model.layers):
         with InputGrams(layer) as grams:
             through(model, index, hidden)
@@ -189,7 +189,7 @@ def through(model: Any, index: int, hidden: Tensor) -> Tensor:
     inner, out = model.model, []
     for batch in hidden.split(BATCH):
         positions = torch.arange(batch.shape[1]).unsqueeze(0)
-        contexts = layer_contexts(model.config, inner.rotary_emb, batch, positions, None, None, inner.family)
+        contexts = layer_contexts(model.config, inner.rotary_emb, batch, positions, None, None)
         kind = model.config.parent_layer_types[index]
         out.append(inner.layers[index](batch, position_ids=positions, **contexts[kind]))
     return torch.cat(out)

@@ -21,8 +21,9 @@ _Type = gguf.GGMLQuantizationType
 _FLOATS = {_Type.F32: torch.float32, _Type.F16: torch.float16, _Type.BF16: torch.bfloat16}
 # keys for which transformers fills in a value of its own where a file lacks them
 _NEEDED = ("attention.layer_norm_rms_epsilon", "context_length")
-# the name in gguf's tables of what transformers calls otherwise
-_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+# families that were seen to be read whole, with their names in gguf's tables. transformers reads some others and leaves
+# multipliers, windows or soft caps out
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
 
 
 def parts_of(path: Path) -> list[Path]:
@@ -110,6 +111,11 @@ def check_model(header: Header, config: Any, name: str) -> None:
 
     transformers would fill in what is missing, and leave out what it does not know.
     """
+    if config.model_type not in _ARCHITECTURES:
+        raise GgufError(
+            f"{name} is a {config.model_type}, and only {', '.join(_ARCHITECTURES)} are read from GGUF: take the "
+            "safetensors folder it was made from."
+        )
     silent = [key for key in _NEEDED if not any(field.endswith(f".{key}") for field in header.fields)]
     if silent:
         raise GgufError(
@@ -159,7 +165,7 @@ def _wanted(config: Any) -> dict[str, tuple[int, ...]]:
 
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
-    own = _ARCHITECTURES.get(config.model_type, config.model_type)
+    own = _ARCHITECTURES[config.model_type]
     architecture = next(arch for arch, title in gguf.MODEL_ARCH_NAMES.items() if title == own)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     wanted = {}

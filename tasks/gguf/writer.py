@@ -21,7 +21,7 @@ from torch import Tensor
 
 from blocks.engine_limits import rope_type
 from blocks.errors import PuzzleError
-from blocks.families.base import head_dim
+from blocks.families import head_dim
 from blocks.files import atomic_path
 from tasks.gguf.layout import Entry, Layer, outer_entries, packed
 

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from blocks.errors import ParentError, PuzzleError, first_line
-from blocks.families import FAMILIES, family_of
+from blocks.export_code.families_decilm import FAMILIES
+from blocks.families import family_of
 from blocks.files import sha256_of, write_text
 from blocks.library import Fetch, digest_of, is_whole, keep, remember
 from blocks.records import ParentInfo, Ref, Value

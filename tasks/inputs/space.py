@@ -5,7 +5,7 @@ from typing import Any
 
 from blocks.engine_limits import NO_CACHE, check_parent, gaps, known_engine, refusal, runnable
 from blocks.errors import PuzzleError, UnknownVariant
-from blocks.families.base import head_dim
+from blocks.families import head_dim
 from blocks.kinds import kind_of, parse_label
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock

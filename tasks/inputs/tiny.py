@@ -5,7 +5,7 @@ layers useful, so that replacing them makes a difference. The same settings and 
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from blocks.errors import CorpusError, ParentError
+from blocks.export_code.families_decilm import FAMILIES
 from profiles.schema import TinyParent
 
 if TYPE_CHECKING:
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
 
 CONTEXT_TOKENS = 1024
 SLIDING_WINDOW = 32
+ALTERNATE = ("gemma3_text", "gemma2", "ministral", "olmo3", "exaone4")  # layers that slide and layers that do not
+# scores of heads of so many channels, and multipliers with which so small a parent learns in a few steps
+SCALES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "gemma3_text": lambda channels: {"query_pre_attn_scalar": channels},
+    "gemma2": lambda channels: {"query_pre_attn_scalar": channels},
+    "granite": lambda channels: {
+        "attention_multiplier": 1 / channels,
+        "embedding_multiplier": 4.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
+}
 TRAIN_BATCH = 8
 TRAIN_TOKENS = 64
 TRAIN_CHARACTERS = 1 << 20  # more text than this does not change what a few hundred steps can learn
@@ -93,16 +106,13 @@ def family_config(spec: TinyParent, vocab_size: int) -> PreTrainedConfig:
         # at this width the usual 0.02 leaves layers that add next to nothing, and then nothing is worth keeping
         "initializer_range": hidden**-0.5,
     }
-    if spec.family == "gemma3_text":
+    if spec.family in ALTERNATE:
         kinds = itertools.cycle(("sliding_attention", "full_attention"))
-        fields |= {
-            "sliding_window": SLIDING_WINDOW,
-            "layer_types": list(itertools.islice(kinds, spec.num_hidden_layers)),
-            "query_pre_attn_scalar": hidden // heads,
-        }
-    if spec.family == "mistral":
+        fields |= {"sliding_window": SLIDING_WINDOW}
+        fields |= {"layer_types": list(itertools.islice(kinds, spec.num_hidden_layers))}
+    elif FAMILIES[spec.family].slides == "all":
         fields |= {"sliding_window": None}
-    return CONFIG_MAPPING[spec.family](**fields)
+    return CONFIG_MAPPING[spec.family](**fields | SCALES.get(spec.family, lambda _: {})(hidden // heads))
 
 
 def training_texts(texts: Iterable[str]) -> Iterator[str]:

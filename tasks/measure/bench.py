@@ -18,7 +18,7 @@ from typing import Any
 from blocks.disturbance import why_disturbed
 from blocks.engine_limits import known_engine
 from blocks.errors import PuzzleError
-from blocks.families.base import head_dim
+from blocks.families import head_dim
 from blocks.parent import config_of
 from blocks.records import Gains, Throughput, Value
 from blocks.resources import BLOCK, BLOCK_BYTES

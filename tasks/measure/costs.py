@@ -19,7 +19,7 @@ from blocks.kinds import kind_of, parse_labels
 from blocks.library import digest_of, keep, remember
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Cost, CostTable, LayerChoice, NonBlockCost, ParentInfo, Value
-from blocks.resources import BYTES, non_block_parameters, resources, weight_bytes
+from blocks.resources import BYTES, non_block_parameters, norm_parameters, resources, weight_bytes
 from blocks.variant import Variant
 from profiles.schema import Hardware, Measure, Profile, Scenario, SearchSpace
 from tasks.distill.record import open_parent
@@ -252,7 +252,7 @@ def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timi
 
 
 def _non_block(reader: Parent, scenario: Scenario, batch: int, timing: Timing, hardware: Hardware) -> NonBlockCost:
-    parameters, norm = non_block_parameters(reader.config), reader.config.hidden_size
+    parameters, norm = non_block_parameters(reader.config), norm_parameters(reader.config)
     served = served_precision(hardware, reader)
     vector = BYTES["float32"] if hardware.engine == "llama.cpp" else weight_bytes(served)
     return NonBlockCost(

@@ -22,8 +22,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from blocks.attention.ssd import CHUNK
-from blocks.families import tokens_seen, windows_of
-from blocks.families.base import head_dim
+from blocks.families import head_dim, tokens_seen, windows_of
 from blocks.kinds import kind_of, parse_labels
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Cost, CostTable, NonBlockCost

@@ -129,7 +129,7 @@ class TorchTimer:
             hidden = layer(hidden, position_ids=positions, **{CACHE: cache}, **contexts[kind])
 
     def _contexts(self, model: Any, hidden: Tensor, positions: Tensor, cache: DynamicCache) -> dict[str, Any]:
-        return layer_contexts(model.config, model.rotary_emb, hidden, positions, None, cache, model.family)
+        return layer_contexts(model.config, model.rotary_emb, hidden, positions, None, cache)
 
     def _hidden(self, batch: int, tokens: int) -> Tensor:
         shape = (batch, tokens, self.reader.config.hidden_size)
@@ -143,10 +143,10 @@ class TorchTimer:
             (load.batch, load.scenario.prompt_tokens), 7 % self.reader.config.vocab_size, device=self.device
         )
         started = self._now()
-        model.lm_head(norm(model.model.embed_tokens(ids))[:, -1:])
+        model.lm_head(norm(model.model.entering(ids))[:, -1:])
         prefilled = self._now()
         for _ in range(self.measure.decode_steps):
-            model.lm_head(norm(model.model.embed_tokens(ids[:, :1])))
+            model.lm_head(norm(model.model.entering(ids[:, :1])))
         return prefilled - started, (self._now() - prefilled) / self.measure.decode_steps
 
     def _now(self) -> float:

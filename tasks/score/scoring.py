@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from blocks.compute import Compute
-from blocks.divergence import Head, Targets, kl_per_token, targets_of
+from blocks.divergence import Targets, kl_per_token, targets_of
 from blocks.error_correction import InputGrams
 from blocks.estimates import mean
 from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
@@ -116,7 +116,7 @@ class Passes:
 
     def __init__(self, reader: Parent) -> None:
         self.reader, self.compute, self.norm = reader, reader.compute, reader.norm()
-        self.head = Head(reader.head_weight().float())
+        self.head = reader.head()
         self.kept: dict[int, DeciLMDecoderLayer] = {}
         self.have_room = reader.weight_bytes < free_bytes(self.compute.device) / 2
 
@@ -395,8 +395,7 @@ def _losses(suffix: ParentSuffix, states: Tensor, rows: Tensor) -> tuple[Tensor,
     targets, labels = suffix.targets_on(rows), suffix.tokens[rows, 1:].to(states.device)
     kl, rise = kl_per_token(states.flatten(0, 1), targets, suffix.passes.head)
     kl, rise = kl.view(count, length), rise.view(count, length)[:, :-1]
-    shift = (targets.hidden.view_as(states) - states)[:, :-1].double()
-    lm = rise + (shift * suffix.passes.head.weight[labels].double()).sum(-1)
+    lm = rise + suffix.passes.head.label_shift(targets.hidden.view_as(states)[:, :-1], states[:, :-1], labels)
     if suffix.weights is not None:
         weights = suffix.weights[rows].to(kl)
         kl, lm = kl * weights, lm * weights[:, :-1]

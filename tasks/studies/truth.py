@@ -163,7 +163,7 @@ class Modules:
     @cached_property
     def head(self) -> Head:
         """The parent's head."""
-        return Head(self.reader.head_weight())
+        return self.reader.head()
 
     @cached_property
     def _records(self) -> dict[tuple[int, str, str], BlockRecord]:

@@ -1,0 +1,316 @@
+"""Every family against transformers' own model. Families x kinds x exports, all of them: benchmarks/families.py."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from blocks.attention.kv_heads import KVHeads
+from blocks.attention.linear import LinearAttentionKind
+from blocks.compute import HOST
+from blocks.engine_limits import KNOWN_ENGINES, EngineLimit, check_parent, foreign, runnable
+from blocks.errors import ParentError
+from blocks.export_code.families_decilm import FAMILIES, Family
+from blocks.export_code.modeling_decilm import CACHE
+from blocks.families import family_of
+from blocks.ffn.width import Width, ffn_flops
+from blocks.fit import FitContext
+from blocks.kinds import parse_label
+from blocks.parent import Parent
+from blocks.records import SUBBLOCKS, LayerChoice, Subblock
+from blocks.resources import non_block_parameters, parameters_of
+from blocks.subblock import parts_of, run_subblock
+from blocks.variant import VariantKind
+from profiles.schema import GKD, TinyFamily
+from tasks.distill.gkd_student import Student
+from tasks.distill.gkd_targets import Teacher
+from tasks.distill.record import record_layer
+from tasks.export.folder import export_folder
+from tasks.export.formats import refuse
+from tasks.gguf.header import GgufError, Header
+from tasks.gguf.parent_file import check_model
+from tests.families import (
+    LAYERS,
+    SPECIAL,
+    by_whole_models,
+    child_of,
+    learned,
+    made,
+    parent_of,
+    part,
+    recording_of,
+    token_ids,
+    whole,
+)
+from tests.test_modeling import LINEAR, NO_OP, attention, ffn
+from tests.test_plan import assert_same_weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def test_every_family_is_tested_and_can_be_a_tiny_parent() -> None:
+    assert set(SPECIAL) == set(FAMILIES) == set(get_args(TinyFamily))
+
+
+@every_family
+@torch.no_grad()
+def test_a_child_of_the_parents_own_blocks_is_the_parent_bit_for_bit(family: str) -> None:
+    parent, ids = parent_of(family), token_ids(2, 20)
+    child, mask = child_of(parent), torch.ones_like(ids)
+    mask[1, :5] = 0  # left padding
+    assert torch.equal(child(ids, attention_mask=mask).logits, parent(ids, attention_mask=mask).logits)
+    found, expected = (model(ids, output_hidden_states=True) for model in (child, parent))
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(child.model.entering(ids), expected.hidden_states[0])
+    assert all(torch.equal(*pair) for pair in zip(found.hidden_states, expected.hidden_states, strict=True))
+    embedded = parent.get_input_embeddings()(ids)
+    assert torch.equal(child(inputs_embeds=embedded).logits, parent(inputs_embeds=embedded).logits)
+
+
+@torch.no_grad()
+def test_soft_caps_are_not_lost_when_another_attention_is_asked_for() -> None:
+    parent, ids = parent_of("gemma2"), token_ids(1, 9)
+    child = child_of(parent)
+    child.set_attn_implementation("sdpa")  # which has no soft caps
+    assert torch.equal(child(ids).logits, parent(ids).logits)
+
+
+def crippled(family: Family) -> Iterator[Family]:
+    """The row of a family without one of its terms, for every term."""
+    less: list[dict[str, Any]] = [{"slides": "no"}, {"scaled_embedding": False}, {"soft_caps": False}]
+    for field in ("attention_norms", "ffn_norms"):
+        before, after = getattr(family, field)
+        less += [{field: (None, after)}, {field: (before, None)}]
+    less += [{field: None} for field in ("embedding_multiplier", "residual_multiplier", "logits_divisor")]
+    yield from (replace(family, **one) for one in less)
+
+
+@every_family
+@torch.no_grad()
+def test_whatever_is_left_out_is_seen(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, ids = parent_of(family), token_ids(1, 20)
+    expected = parent(ids).logits
+    fields = {*SPECIAL[family], FAMILIES[family].epsilon} - {"layer_types", "use_sliding_window"}
+    for field in fields:
+        assert (child_of(parent, without=field)(ids).logits - expected).abs().max() > 1e-3, field
+    row = FAMILIES[family]
+    for other in (one for one in crippled(row) if one != row):
+        monkeypatch.setitem(FAMILIES, family, other)
+        found = child_of(parent, without="nothing")(ids).logits
+        assert (found - expected).abs().max() > 1e-3, {k: v for k, v in vars(other).items() if v != vars(row)[k]}
+
+
+def mixed() -> list[dict[str, Any]]:
+    """Every kind of subblock; no attention in layer 0."""
+    window = attention(2) | {"window_length": 3, "num_sink_tokens": 2}
+    gdn = {"rule": "gdn", "gates": 3, "conv_kernel": 3, "chunk_size": 4}
+    recurrent = attention(2) | {"recurrent": gdn}
+    pairs = [(NO_OP, ffn(24)), (window, LINEAR), (attention(1), ffn(48)), (recurrent, ffn(24))]
+    return [{"attention": dict(first), "ffn": dict(second)} for first, second in pairs]
+
+
+@every_family
+def test_a_mixed_child_generates_alike_with_a_cache_and_every_weight_counts(family: str) -> None:
+    child: Any = child_of(parent_of(family), mixed())
+    ids = token_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    settings: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": 64}
+    cached, plain = (child.generate(ids, use_cache=use, **settings) for use in (True, False))
+    assert cached.shape == (2, 15) and torch.equal(cached, plain)
+    with torch.no_grad():
+        first = child(ids[:, :8], use_cache=True)
+        step = child(ids[:, 8:], use_cache=True, **{CACHE: getattr(first, CACHE)}).logits[:, -1]
+        torch.testing.assert_close(step, child(ids).logits[:, -1], rtol=1e-4, atol=1e-4)
+    child(ids, labels=ids).loss.backward()
+    weights = [name for name, weight in child.named_parameters() if weight.grad is None or not weight.grad.any()]
+    # a key bias adds the same to all scores of a query
+    assert [name for name in weights if not name.endswith("k_proj.bias")] == []
+
+
+def test_a_text_that_grows_beyond_phi3s_short_rotation_goes_on_as_in_transformers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rope = part(0.5)["rope_parameters"] | {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.5],
+        "long_factor": [3.0, 7.0],
+    }
+    parent = made("phi3", {"original_max_position_embeddings": 12, "rope_parameters": rope})
+    how: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "output_logits": True}
+    how |= {"return_dict_in_generate": True, "eos_token_id": 64}
+
+    def written(model: Any) -> torch.Tensor:
+        return torch.stack(model.generate(token_ids(2, 9), **how).logits)
+
+    assert torch.equal(written(child_of(parent)), written(parent))
+    monkeypatch.setitem(FAMILIES, "phi3", replace(FAMILIES["phi3"], restarts_at=None))
+    assert not torch.allclose(written(child_of(parent)), written(parent), atol=1e-3)
+
+
+@every_family
+def test_shapes_that_a_plan_counts_are_those_of_the_layers(family: str, tmp_path: Path) -> None:
+    model = parent_of(family)
+    model.config.save_pretrained(tmp_path)
+    beside = sum(weight.numel() for name, weight in model.named_parameters() if "layers." not in name)
+    assert non_block_parameters(model.config) == beside
+    matrices = sum(weight.numel() for weight in model.model.layers[0].mlp.parameters() if weight.dim() == 2)
+    assert ffn_flops(model.config, model.config.intermediate_size) == 2 * matrices
+    for labels in (("parent", "parent"), ("gdn", "parent"), ("kv1", "ffn24"), ("linear", "linear"), ("no_op", "no_op")):
+        assert_same_weights(Parent(tmp_path, HOST), LayerChoice(attention=labels[0], ffn=labels[1]))
+
+
+@every_family
+def test_a_parent_of_the_familys_usual_sizes_is_taken_and_counted(family: str, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"num_hidden_layers": 2, "num_key_value_heads": 4}
+    fields |= {"head_dim": 128} if family == "ministral" else {}  # transformers' own default does not work
+    config = CONFIG_MAPPING[family](**fields)
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    reader = Parent(tmp_path)
+    own = (parameters_of(reader, parse_label(subblock, "parent", reader.config)) for subblock in SUBBLOCKS)
+    assert non_block_parameters(reader.config) + 2 * sum(own) == model.num_parameters()
+
+
+@every_family
+@torch.no_grad()
+def test_starts_are_the_parents_where_nothing_is_lost(family: str, tmp_path: Path) -> None:
+    """Equal KV heads pooled, dead channels left out, and attention to a single token as a matrix."""
+    parent_of(family).save_pretrained(tmp_path)
+    reader = Parent(tmp_path, HOST)
+    layer, hidden = reader.layer(1), torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    parts = parts_of(layer, "attention")
+    for name in (name for name in parts if name.startswith(("key.", "value.", "key_norm."))):
+        parts[name][8:].copy_(parts[name][:8])
+    dead = torch.arange(1, 48, 2)
+    parts_of(layer, "ffn")["down.weight"][:, dead] = 0
+    alive = torch.ones(48)
+    alive[dead] = 0
+    context = FitContext(
+        config=reader.config,
+        layer=1,
+        parent_layer=layer,
+        statistics={"ffn_contribution": alive},
+        hidden=hidden,
+        context=reader.contexts(hidden)[1],
+        ridge=1e-3,
+    )
+    cases: list[tuple[Subblock, VariantKind, str]] = [("attention", KVHeads(), "kv1"), ("ffn", Width(), "ffn24")]
+    for subblock, kind, label in cases:
+        module = reader.empty_layer(1, LayerChoice.only(subblock, label)).eval()
+        kind.initialise(parse_label(subblock, label, reader.config), module, context)
+        found, expected = (run_subblock(one, subblock, hidden, context.context) for one in (module, layer))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    if FAMILIES[family].gated:  # an FFN is linear in what is not its gate
+        before, ffn_parts = run_core(layer, hidden), parts_of(layer, "ffn")
+        for name, weight in ffn_parts.items():
+            weight.mul_(2 if name in ("up.weight", "up.bias", "down.bias") else 1)
+        torch.testing.assert_close(run_core(layer, hidden), 2 * before)
+    one = hidden[:, :1]
+    for name, bias in parts.items():
+        if name.endswith(".bias") and "norm" not in name:
+            bias.zero_()
+    normed = layer.before("attention", one)
+    core: Any = layer.self_attn
+    expected = core(hidden_states=normed, **reader.contexts(one)[1])[0]
+    found = normed @ LinearAttentionKind().product(context).T
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def run_core(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = layer.mlp(layer.before("ffn", hidden))
+    return out
+
+
+# what is special about a family beside a kind that has to know it
+DIAGONAL: dict[str, tuple[Subblock, str]] = {
+    "smollm3": ("attention", "window4kv1"),
+    "seed_oss": ("ffn", "ffn24"),
+    "ministral": ("attention", "linear"),
+    "gemma2": ("attention", "window4kv1"),
+    "olmo2": ("attention", "kv1"),
+    "olmo3": ("ffn", "linear"),
+    "exaone4": ("attention", "linear"),
+    "granite": ("ffn", "ffn24"),
+    "phi3": ("attention", "kv1"),
+    "glm4": ("ffn", "ffn24"),
+    "starcoder2": ("ffn", "ffn24"),
+    "nemotron": ("ffn", "linear"),
+}
+
+
+@pytest.mark.parametrize("family", DIAGONAL)
+def test_a_variant_is_recorded_trained_and_scored(family: str, tmp_path: Path) -> None:
+    recording = recording_of(tmp_path, family)
+    records = [record_layer(layer, recording, tmp_path, HOST) for layer in range(LAYERS)]
+    block, score = learned(recording, records, *DIAGONAL[family], tmp_path)
+    assert block.status == "trained" and block.nmse_start and block.nmse_after
+    assert block.nmse_after < min(1, block.nmse_start)
+    kl, rise = by_whole_models(recording, records, block, tmp_path)
+    assert score is not None and score.kl > 1e-5
+    assert score.kl == pytest.approx(kl, rel=1e-3)
+    assert score.lm_loss == pytest.approx(rise, rel=1e-2, abs=1e-5)
+
+
+@pytest.mark.parametrize("also", [(), ("head",)])
+@pytest.mark.parametrize("family", ["granite", "gemma2"])  # divided logits, capped logits
+@torch.no_grad()
+def test_gkd_learns_the_distribution_of_the_logits(family: str, also: tuple[Any, ...]) -> None:
+    parent, ids = child_of(parent_of(family)), token_ids(2, 12)
+    child = child_of(parent_of(family), whole(parent_of(family).config))
+    child.lm_head.weight.copy_(parent.lm_head.weight)
+    batch = Teacher(parent, HOST)(ids, ())
+    student = Student(child, GKD(also_train=also), HOST)
+    if also:
+        child.lm_head.weight.add_(0.1 * torch.randn_like(child.lm_head.weight))
+    p, q = (model(ids).logits.log_softmax(-1) for model in (parent, child))
+    kl, _ = student(batch, (), watched=True)
+    torch.testing.assert_close(kl.float(), (p.exp() * (p - q)).sum(-1).flatten(), rtol=1e-3, atol=1e-5)
+
+
+@every_family
+@torch.no_grad()
+def test_an_exported_child_is_the_same_for_a_stranger(family: str, tmp_path: Path) -> None:
+    (tmp_path / "from").mkdir()
+    for name, blocks in (("mixed", mixed()), ("alike", whole(parent_of(family).config))):
+        child = child_of(parent_of(family), blocks)
+        folder = export_folder(child, tmp_path / "from", tmp_path / name, "# x\n")
+        assert (folder / "families_decilm.py").exists() == (name == "mixed")
+        again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        assert torch.equal(again(token_ids(2, 20)).logits, child(token_ids(2, 20)).logits)
+
+
+@every_family
+def test_what_an_engine_would_leave_out_is_said_before_training(family: str) -> None:
+    config = parent_of(family).config
+    wide = [block | {"ffn": ffn(256)} for block in whole(config)]
+    child = child_of(parent_of(family), wide).config
+    assert runnable("torch", config, 1, "kv1", "ffn24") is None
+    for engine, form in (("llama.cpp", "gguf"), ("vllm", "nemotron-nas")):
+        if family in (KNOWN_ENGINES[engine].families or ()):
+            continue
+        with pytest.raises(EngineLimit, match=re.escape(foreign(family))):
+            refuse(child, form)
+        with pytest.raises(EngineLimit, match="cannot run .* of the parent has"):
+            check_parent([engine], config)
+
+
+def test_what_a_child_would_lose_is_refused() -> None:
+    for family, field in (("phi3", "resid_pdrop"), ("gemma3_text", "attn_logit_softcapping"), ("llama", CAP)):
+        config = type(parent_of(family).config)(**{field: 0.5})
+        with pytest.raises(ParentError, match=f"{family} with {field} is not supported"):
+            family_of(config)
+    with pytest.raises(GgufError, match="is a gemma2, and only llama, mistral"):
+        check_model(
+            Header(fields={}, spans={}, tensors={}, table=(0, 0), weights_at=0), parent_of("gemma2").config, "x.gguf"
+        )
+
+
+CAP = "final_logit_softcapping"
