@@ -991,7 +991,7 @@ class Profile(Section):
 
     @property
     def trained_steps(self) -> int:
-        """Training steps of every variant."""
+        """Training steps of every variant that `bld.otherwise` does not name."""
         return self.bld.steps if self.bld.tokens is None else self.trained_sequences // self.bld.batch_sequences
 
     def bld_of(self, label: str) -> BLD:

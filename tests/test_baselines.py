@@ -65,13 +65,8 @@ def test_minitron_is_the_widest_ffn_that_fits_beside_the_parents_attention() -> 
 
 def test_minitrons_blocks_are_the_parents_most_active_channels(chain: Chain) -> None:
     """Copies: nothing is fitted or trained. They hurt more than the library's blocks of the same width."""
-    profile = load_profile(
-        "tiny",
-        [
-            "search_space={attention: [kv1], ffn: [ffn32, no_op]}",
-            "bld={batch_sequences: 4, otherwise: [{variants: [ffn32], steps: 5}]}",
-        ],
-    )
+    profile = load_profile("tiny", ["search_space={attention: [kv1], ffn: [ffn32, no_op]}", "bld.batch_sequences=4"])
+    longer = load_profile("tiny", ["search_space.ffn=[ffn32]", "bld.otherwise=[{variants: [ffn32], steps: 9}]"])
     rival = chosen((LayerChoice(ffn="ffn32"),) * 3)
     jobs: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -81,6 +76,10 @@ def test_minitrons_blocks_are_the_parents_most_active_channels(chain: Chain) -> 
         source = (chain.parent, chain.corpus, chain.records)
         assert stages.cut(run, *source, {"uniform": rival}) == [] and not jobs
         stages.cut(run, *source, {"minitron": rival})
+        run.profile = longer
+        stages.cut(run, *source, {"minitron": rival})
+    jobs, others = jobs[:3], jobs[3:]
+    assert [job.settings.steps for job in others] == [0] * 3  # whatever the library's blocks of this width are given
     assert [(job.layer, job.variant) for job in jobs] == [(layer, "ffn32") for layer in range(3)]
     block = distill(jobs[1], chain.workspace, HOST)
     assert block.weights is not None and block.steps == 0

@@ -14,10 +14,11 @@ from pydantic import ValidationError
 from scipy import stats
 
 from blocks.estimates import confidence_of_look
-from blocks.library import read_value, write_value
+from blocks.library import digest_of, read_value, write_value
 from blocks.records import ChildReport, Cost, CostTable, LayerChoice, NonBlockCost, SpeedReport
 from profiles.load import load_profile
 from profiles.schema import Budget, Champion, HubParent, Profile, Scenario, TinyParent
+from tasks.distill import bld, record
 from tasks.evaluate.compare import LINEAGE, Lineage, contender
 from tasks.inputs.parent import at_its_commit
 from tasks.measure.calibration import drift
@@ -73,11 +74,13 @@ def table(scale: float = 1.0, spread: float = 0.01, measured_at: str = "now") ->
         ("scenarios.0.prompt_tokens=48", "traffic"),
         ("search_space.ffn=[ffn96, no_op]", "search_space"),
         ("bld.steps=9", "distillation"),
+        ("bld.otherwise=[{variants: [ffn96], steps: 9}]", "distillation"),
         ("gkd.steps=9", "gkd"),
         ("champion.confidence=0.9", "rule"),
         ("scoring.metric=lm_loss", "scoring"),
         ("hardware.name=elsewhere", "hardware"),
         ("search.gap=0.1", "search"),
+        ("search.fastest_within_score=0.1", "search"),
     ],
 )
 def test_a_changed_field_is_named_and_nothing_else(override: str, part: str, chain: Chain) -> None:
@@ -99,6 +102,22 @@ def test_parent_corpus_and_costs_count_and_the_hour_does_not(chain: Chain) -> No
     later = basis(profile_with("name=other", "evaluate.throughput_rounds=9"), chain.parent, chain.corpus, again)
     assert changes(before, later) == ()
     assert changes({}, before) == tuple(champion.NAMES)
+
+
+def test_fields_of_later_versions_change_nothing_where_nobody_sets_them(chain: Chain) -> None:
+    profile, costs = profile_with(), table().model_dump(mode="json", exclude={"measured_at", "load"})
+    found = basis(profile, chain.parent, chain.corpus, table())
+    trained = profile.bld.model_dump(mode="json", exclude={"otherwise"})
+    before = {
+        "distillation": [profile.record, trained, profile.seed, record.VERSION, bld.VERSION],
+        "search": profile.search.model_dump(mode="json", exclude={"fastest_within_score"}),
+        "costs": costs
+        | {"costs": [{name: one[name] for name in one if name != "state_bytes"} for one in costs["costs"]]},
+    }
+    assert {name: found[name] for name in before} == {name: digest_of(part=before[name])[:8] for name in before}
+    stateful = table().costs[1].model_copy(update={"state_bytes": 9})
+    more = table().model_copy(update={"costs": (table().costs[0], stateful)})
+    assert changes(found, basis(profile_with(), chain.parent, chain.corpus, more)) == ("costs",)
 
 
 def test_costs_drift_beyond_their_spread_only() -> None:

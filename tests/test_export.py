@@ -190,8 +190,9 @@ def test_the_folder_holds_code_and_auto_map_only_where_needed(loaded: Loaded) ->
     assert (config["model_type"], config["architectures"]) == ("nemotron-nas", ["DeciLMForCausalLM"])
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_decilm.DeciLMForCausalLM"
     assert config["block_configs"] == mixed_blocks()
-    narrowed = json.loads((loaded.cases["llama.windows"].folder / "config.json").read_text())
-    assert narrowed["architectures"] == ["WindowedDeciLMForCausalLM"]  # no stock engine takes it for one it knows
+    for shape, prefix in (("windows", "Windowed"), ("recurrent", "Recurrent")):
+        own = json.loads((loaded.cases[f"llama.{shape}"].folder / "config.json").read_text())
+        assert own["architectures"] == [f"{prefix}DeciLMForCausalLM"]  # no stock engine takes it for one it knows
     native = json.loads((uniform / "config.json").read_text())
     assert (native["model_type"], native["num_key_value_heads"], native["intermediate_size"]) == ("llama", 1, 24)
     assert not {"auto_map", "block_configs", "base_model_type"} & set(native)

@@ -42,6 +42,7 @@ from tests.test_choose import score
 from tests.test_device_plan import EAGER, counted
 from tests.test_modeling import FAMILIES, ffn, mixed_blocks, tiny_child, tiny_parent, token_ids
 from tests.test_plan import chain_profile
+from tests.test_windows import windows
 from tests.tiny import tiny_parent as tiny_folder
 
 
@@ -133,6 +134,15 @@ def test_chunks_and_cached_steps_give_what_the_definition_gives(label: str, step
     torch.testing.assert_close(whole[0], by_definition(module, label, hidden[0]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(whole[1, first:], by_definition(module, label, hidden[1, first:]), rtol=1e-5, atol=1e-5)
     assert held.get_seq_length() == total and held.keys is not None and held.keys.shape == (2, 4, 8, 8)
+
+
+@torch.no_grad()
+def test_nothing_of_a_text_is_kept_but_what_is_counted() -> None:
+    """A view of the last tokens would keep the memory of all."""
+    held: Any = RecurrentCacheLayer()
+    module_of("ssd")(torch.randn(2, 300, 32).double(), held=held)
+    for tensor in (held.keys, held.values):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -326,7 +336,15 @@ def test_what_a_state_cannot_do_is_refused_in_a_sentence() -> None:
     child, ids = tiny_child(tiny_parent("llama"), recurrents()), token_ids(1, 12)
     with pytest.raises(ValueError, match="needs a DynamicCache, not a StaticCache"):
         child(ids, use_cache=True, **{CACHE: StaticCache(config=child.config, max_cache_len=32)})
-    with pytest.raises(ValueError, match="one text in a row"):
-        child(ids, position_ids=torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]]), use_cache=False)
+    for cached in (True, False):
+        with pytest.raises(ValueError, match="one text in a row"):
+            child(ids, position_ids=torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]]), use_cache=cached)
     with pytest.raises(ValueError, match="cannot take tokens back"):
         getattr(child(ids, use_cache=True), CACHE).crop(-1)
+    mask = [0] * 2 + [1] * 7 + [0] * 3
+    cache = getattr(child(ids, attention_mask=torch.tensor([mask]), use_cache=True), CACHE)
+    with pytest.raises(ValueError, match="not between its tokens"):
+        child(ids[:, :1], attention_mask=torch.tensor([[*mask, 1]]), **{CACHE: cache})
+    windowed_child = tiny_child(tiny_parent("llama"), windows())
+    with pytest.raises(ValueError, match="filled by another model"):
+        child(ids[:, :1], **{CACHE: getattr(windowed_child(ids, use_cache=True), CACHE)})

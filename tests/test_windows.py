@@ -125,8 +125,9 @@ def test_what_a_window_cannot_do_is_refused_in_a_sentence() -> None:
     child, ids = tiny_child(tiny_parent("llama"), windows()), token_ids(1, 12)
     with pytest.raises(ValueError, match="needs a DynamicCache, not a StaticCache"):
         child(ids, use_cache=True, **{CACHE: StaticCache(config=child.config, max_cache_len=32)})
-    with pytest.raises(ValueError, match="one text in a row"):
-        child(ids, position_ids=torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]]), use_cache=False)
+    for cached in (True, False):
+        with pytest.raises(ValueError, match="one text in a row"):
+            child(ids, position_ids=torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]]), use_cache=cached)
     with pytest.raises(ValueError, match="shape \\(batch, tokens\\)"):
         child(ids, attention_mask=torch.ones(1, 1, 12, 12, dtype=torch.bool))
     with pytest.raises(ValueError, match="cannot take tokens back"):

@@ -20,7 +20,7 @@ from blocks.attention.kv_heads import KVHeads, attention_entry, attention_flops
 from blocks.families import head_dim
 from blocks.fit import FitContext, ridge_solve, solve_flops
 from blocks.subblock import linear_of, load_subblock, parts_of, rows_of
-from blocks.variant import Variant
+from blocks.variant import SizelessKind, Variant
 
 KERNEL = 4  # tokens that are mixed channel by channel, the token itself included
 CHUNK = 64  # tokens whose products are made at once
@@ -29,7 +29,7 @@ SKIP = 0.1
 EDGE = 0.02  # gates are fitted to shares from EDGE to 1 - EDGE
 
 
-class SSD(KVHeads):
+class SSD(SizelessKind, KVHeads):
     """`ssd`: each query head has a state that fades, in Mamba-2's form. For many tokens of training."""
 
     name = "ssd"
@@ -37,12 +37,6 @@ class SSD(KVHeads):
     # what a token's gates start from, before softplus or sigmoid; None: fitted. The rule in the child's code reads them
     # in this order
     gates: ClassVar[dict[str, float | None]] = {"step": math.log(math.expm1(math.log(2) / HALF_LIFE)), "output": None}
-
-    def parse(self, label: str, config: Any) -> Variant | None:
-        return self.variant(label) if label == self.name else None
-
-    def examples(self, config: Any) -> list[str]:
-        return [self.name]
 
     def heads(self, variant: Variant, config: Any) -> int:
         return int(config.num_key_value_heads)
@@ -91,9 +85,10 @@ class SSD(KVHeads):
         fitted, sizes = fitted_gates(context)
         gates = torch.zeros(len(self.gates), *fitted.shape, device=fitted.device)
         for number, start in enumerate(self.gates.values()):
-            gates[number, :, -1] = start or 0.0
             if start is None:
                 gates[number] = fitted
+            else:
+                gates[number, :, -1] = start
         state |= {
             "self_attn.o_proj.weight": state["self_attn.o_proj.weight"] * sizes,
             "self_attn.conv": torch.zeros_like(core.conv),

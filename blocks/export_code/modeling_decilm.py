@@ -218,7 +218,7 @@ class DeciLMModel(DeciLMPreTrainedModel):
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen).unsqueeze(0)
         self._follow_implementation()
-        padding = self._padding(attention_mask, position_ids, cache)
+        padding = self._padding(attention_mask, position_ids)
         contexts = layer_contexts(self.config, self.rotary_emb, hidden, position_ids, attention_mask, cache)
         states: list[torch.Tensor] | None = (
             [] if _asked(output_hidden_states, self.config.output_hidden_states) else None
@@ -256,13 +256,11 @@ class DeciLMModel(DeciLMPreTrainedModel):
             cache.layers = DynamicCache(config=self.config).layers
         return with_own_layers(DynamicCache(config=self.config) if wanted and cache is None else cache, self.config)
 
-    def _padding(
-        self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor, cache: Cache | None
-    ) -> Padding | None:
+    def _padding(self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor) -> Padding | None:
         """The padding of the rows, where a layer asks for it. ValueError for texts packed into one row."""
         if not any(has_own_layer(block["attention"]) for block in self.config.block_configs):
             return None
-        if attention_mask is None and cache is None and (position_ids.diff(dim=-1) != 1).any():
+        if attention_mask is None and position_ids.shape[-1] > 1 and (position_ids.diff(dim=-1) != 1).any():
             raise ValueError(f"{WHO} takes one text in a row: position_ids must count without a break.")
         return padding_of(attention_mask)
 
@@ -312,15 +310,17 @@ def with_own_layers(cache: Cache | None, config: Any) -> Cache | None:
     if not isinstance(cache, DynamicCache):
         raise ValueError(f"{WHO} needs a DynamicCache, not a {type(cache).__name__}.")
     for layer, entry in wanted.items():
+        window = window_of(entry)
         there: Any = cache.layers[layer]
-        if isinstance(there, WindowCacheLayer | RecurrentCacheLayer):
+        if isinstance(there, WindowCacheLayer if window else RecurrentCacheLayer):
             continue
         if there.get_seq_length():
             raise ValueError("the cache was filled by another model: give this child a new DynamicCache.")
-        if (window := window_of(entry)) is None:
-            cache.layers[layer] = RecurrentCacheLayer()
-        else:
-            cache.layers[layer] = WindowCacheLayer(window, getattr(config, "sliding_window", None) or window.size)
+        cache.layers[layer] = (
+            WindowCacheLayer(window, getattr(config, "sliding_window", None) or window.size)
+            if window
+            else RecurrentCacheLayer()
+        )
     return cache
 
 

@@ -28,16 +28,14 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
 from .families_decilm import Family
-from .windows_decilm import WHO, Padding
+from .windows_decilm import OneWay, Padding
 
 
-class RecurrentCacheLayer(DynamicLayer):
+class RecurrentCacheLayer(OneWay, DynamicLayer):
     """What a recurrent attention remembers: `keys` is the state (B, H, C, C), `values` what `conv` still needs.
 
     The names are those that transformers moves, repeats and selects rows of.
     """
-
-    is_croppable = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,14 +50,6 @@ class RecurrentCacheLayer(DynamicLayer):
         self.keys, self.values, self.device = state, tail, state.device
         self.is_initialized = True
         self.cumulative_length += tokens
-
-    def activate_past_recording(self) -> None:
-        """ValueError: a state does not tell what it was, as assisted decoding needs it."""
-        raise ValueError(f"{WHO} cannot take tokens back, so no assistant model can help it: leave it out.")
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """ValueError, see activate_past_recording."""
-        self.activate_past_recording()
 
 
 class RecurrentAttention(nn.Module):
@@ -90,15 +80,15 @@ class RecurrentAttention(nn.Module):
         mixed = torch.cat([one(hidden_states) for one in (self.q_proj, self.k_proj, self.v_proj)], -1)
         if padding is not None:  # of no value, it writes nothing
             mixed = mixed * padding.valid[:, -tokens:, None]
-        known = held is not None and held.is_initialized
-        state: Any = held.keys if known else None  # type: ignore[union-attr]
-        tail: Any = held.values if known else mixed.new_zeros(len(mixed), self.kernel - 1, mixed.shape[-1])  # type: ignore[union-attr]
+        state, tail = (None, None) if held is None else (held.keys, held.values)
+        if tail is None:
+            tail = mixed.new_zeros(len(mixed), self.kernel - 1, mixed.shape[-1])
         mixed = torch.cat([tail, mixed], 1)
         gates = self.gates(hidden_states)
         with torch.autocast(hidden_states.device.type, enabled=False):  # sums over a whole text
             out, state = self.heads_out(mixed.float(), gates.float(), state)
         if held is not None:
-            held.remember(state, mixed[:, tokens:], tokens)
+            held.remember(state, mixed[:, tokens:].clone(), tokens)  # a view would keep all tokens in memory
         return self.o_proj(out.transpose(1, 2).flatten(2).to(hidden_states.dtype)), None
 
     def heads_out(

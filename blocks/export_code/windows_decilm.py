@@ -34,13 +34,18 @@ class Padding:
 
 
 def padding_of(attention_mask: torch.Tensor | None) -> Padding | None:
-    """None where no row is padded. ValueError for a mask that is not (B, seen + T)."""
+    """None where no row is padded. ValueError for a mask that is not (B, seen + T), or has padding within a text."""
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2:
         raise ValueError(f"{WHO} takes an attention_mask of shape (batch, tokens), and no other.")
     valid = attention_mask.bool()
-    return None if valid.all() else Padding(first=valid.int().argmax(1, keepdim=True), valid=valid)
+    if valid.all():
+        return None
+    starts = valid[:, 1:] & ~valid[:, :-1]
+    if (starts.sum(1) + valid[:, 0] > 1).any():  # windows and states would count the padding as tokens of the text
+        raise ValueError(f"{WHO} takes padding before or behind a text, not between its tokens: pad on the left.")
+    return Padding(first=valid.int().argmax(1, keepdim=True), valid=valid)
 
 
 @dataclass(frozen=True)
@@ -160,14 +165,26 @@ for _name in ("sdpa", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if
     ALL_ATTENTION_FUNCTIONS.register(f"{PREFIX}{_name}", windowed_attention)
 
 
-class WindowCacheLayer(DynamicSlidingWindowLayer):
+class OneWay:
+    """A cache layer that does not know what it held some tokens ago, as assisted decoding needs it."""
+
+    is_croppable = False
+
+    def activate_past_recording(self) -> None:
+        """ValueError, always."""
+        raise ValueError(f"{WHO} cannot take tokens back, so no assistant model can help it: leave it out.")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """ValueError, always."""
+        self.activate_past_recording()
+
+
+class WindowCacheLayer(OneWay, DynamicSlidingWindowLayer):
     """The sinks and the last size - 1 tokens of each row.
 
     sliding_window: that of the parent's own sliding layers, whose masks may be sized by this layer. padding: of the
     rows that are added next.
     """
-
-    is_croppable = False
 
     def __init__(self, window: Window, sliding_window: int) -> None:
         super().__init__(sliding_window=sliding_window)
@@ -200,14 +217,6 @@ class WindowCacheLayer(DynamicSlidingWindowLayer):
     def get_max_length(self) -> int:
         """No text is too long."""
         return -1
-
-    def activate_past_recording(self) -> None:
-        """ValueError: tokens that have left the window cannot come back, as assisted decoding needs it."""
-        raise ValueError(f"{WHO} cannot take tokens back, so no assistant model can help it: leave it out.")
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """ValueError, see activate_past_recording."""
-        self.activate_past_recording()
 
 
 def window_of(entry: Any) -> Window | None:

@@ -12,7 +12,7 @@ comparison. A child that somebody has rolled back does not become champion again
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.files import sha256_of
 from blocks.library import digest_of, read_tensors, remember
 from blocks.records import Architecture, CorpusInfo, CostTable, Metric, ParentInfo, Value
-from profiles.schema import Champion, Profile
+from profiles.schema import Champion, Profile, Section
 from tasks.distill import bld, gkd, gkd_settings, record
 from tasks.distill.record import open_parent
 from tasks.evaluate.compare import LINEAGE, Lineage, figures_of, served
@@ -55,6 +55,8 @@ NAMES = {
     "gkd": "global distillation",
     "rule": "the champion's rule",
 }
+# fields that sections got after their first digests: where nobody sets them, digests stay as they were without them
+LATER = ("otherwise", "fastest_within_score")
 
 
 class Judgement(Value):
@@ -75,21 +77,28 @@ class Judgement(Value):
 def basis(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, table: CostTable | None) -> dict[str, str]:
     """Digest of everything the child depends on, by part. `table`: the costs, None before they are measured."""
     hardware = hardware_description(profile.hardware)
+    without: dict[str, Any] = {"measured_at": True, "load": True}
+    if table and not any(cost.state_bytes for cost in table.costs):  # a later field, see LATER
+        without["costs"] = {"__all__": {"state_bytes"}}
     parts = {
         "parent": parent.fingerprint,
         "corpus": corpus.fingerprint,
         "search_space": profile.search_space,
-        "distillation": [profile.record, profile.bld, profile.seed, record.VERSION, bld.VERSION],
+        "distillation": [profile.record, _told(profile.bld), profile.seed, record.VERSION, bld.VERSION],
         "scoring": [profile.scoring, scoring.VERSION],
         "hardware": [hardware, profile.measure, costs.VERSION],
-        "costs": table.model_dump(mode="json", exclude={"measured_at", "load"}) if table else "not measured",
+        "costs": table.model_dump(mode="json", exclude=without) if table else "not measured",
         "traffic": profile.scenarios,
         "budget": profile.budget,
-        "search": profile.search,
+        "search": _told(profile.search),
         "gkd": [gkd_settings.asked(profile.gkd), gkd.VERSION],
         "rule": profile.champion,
     }
     return {name: digest_of(part=part)[:DIGITS] for name, part in parts.items()}
+
+
+def _told(section: Section) -> dict[str, Any]:
+    return section.keyed(tuple(name for name in type(section).model_fields if name not in LATER))
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, ...]:
