@@ -42,7 +42,7 @@ Weight = Annotated[float, Field(gt=0), BeforeValidator(read_share)]
 Confidence = Annotated[float, Field(gt=0.5, lt=1), BeforeValidator(read_share)]
 ROTATE = (
     "Rotate the residual stream first: the logits stay, and types of 4 and 5 bits lose less (SmolLM2 in iq4_nl a fifth "
-    "less KL). It is for a child in types of number, chosen or exported. A head that shared its matrix with the "
+    "less KL). GKD does not train such a parent's child: gkd.steps must be 0. A head that shared its matrix with the "
     "embedding gets its own."
 )
 REMOTE_CODE = (
@@ -1006,6 +1006,15 @@ class Profile(Section):
             raise ValueError(
                 "orchestration.devices: variants are fitted and scored in float64, which mps does not have: set "
                 "orchestration.devices: [cpu]; costs may still be measured on it (hardware.device: mps)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rotated_without_gkd(self) -> Self:
+        if self.parent.rotate and self.gkd.steps:
+            raise ValueError(
+                "parent.rotate: no step of GKD brought the child of a rotated parent nearer (docs/log.md), so set "
+                "gkd.steps: 0, or leave parent.rotate out"
             )
         return self
 

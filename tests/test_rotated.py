@@ -7,6 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from blocks.errors import ParentError
+from profiles.errors import ProfileError
+from profiles.load import load_profile
 from profiles.schema import FolderParent
 from tasks.inputs.parent import prepare_parent
 from tasks.inputs.rotated import ROTATABLE
@@ -48,3 +50,9 @@ def test_norms_that_no_matrix_can_take_are_refused(tmp_path: Path) -> None:
     source = tiny_parent(tmp_path / "source", "gemma3_text")
     with pytest.raises(ParentError, match="gemma3_text has norms .* take a parent of llama, mistral, qwen2, qwen3"):
         prepare_parent(FolderParent(path=str(source), rotate=True), tmp_path / "work", None)
+
+
+def test_a_rotated_parent_is_refused_beside_gkd() -> None:
+    with pytest.raises(ProfileError, match="set gkd.steps: 0, or leave parent.rotate out"):
+        load_profile("tiny", ["parent.rotate=true"])
+    assert load_profile("tiny", ["parent.rotate=true", "gkd.steps=0"]).parent.rotate
