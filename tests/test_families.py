@@ -81,6 +81,15 @@ def test_soft_caps_are_not_lost_when_another_attention_is_asked_for() -> None:
     assert torch.equal(child(ids).logits, parent(ids).logits)
 
 
+@torch.no_grad()
+def test_soft_caps_are_not_lost_in_windows_beside_flash_attention() -> None:
+    window = {"attention": attention(2) | {"window_length": 3, "num_sink_tokens": 2}, "ffn": ffn(48)}
+    child, ids = child_of(parent_of("gemma2"), [window] * LAYERS), token_ids(1, 9)
+    expected = child(ids).logits
+    child.config._attn_implementation = "flash_attention_2"  # no layer runs it: all have windows
+    assert torch.equal(child(ids).logits, expected)
+
+
 def crippled(family: Family) -> Iterator[Family]:
     """The row of a family without one of its terms, for every term."""
     less: list[dict[str, Any]] = [{"slides": "no"}, {"scaled_embedding": False}, {"soft_caps": False}]
