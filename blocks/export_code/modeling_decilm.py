@@ -339,7 +339,7 @@ def final_logits(config: Any, products: torch.Tensor) -> torch.Tensor:
     """The logits of a child or a parent, from the products of states and head."""
     family = FAMILIES[getattr(config, "base_model_type", config.model_type)]
     if family.logits_divisor:
-        products = products / family.divisor(config)
+        products = products / getattr(config, family.logits_divisor)
     cap = family.cap(config)
     return products if cap is None else torch.tanh(products / cap) * cap
 
