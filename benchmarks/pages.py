@@ -29,6 +29,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "faults": ("flows", "tasks/operating", "tasks/running"),
     "gkd": ("blocks/divergence.py", "tasks/distill"),
     "hardware": ("tasks/measure/roofline.py", "profiles/hardware"),
+    "more_tokens": (*LEARNING, "tasks/score"),
     "operate": ("flows", "tasks/operating", "tasks/running"),
     "orchestration": ("flows", "tasks/running"),
     "peers": ("tasks/search", "tasks/studies", "tasks/score"),

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -34,9 +34,9 @@ from blocks.resources import resources
 from blocks.runtime import set_threads
 from profiles.load import load_profile
 from profiles.schema import Profile
-from tasks.distill.bld import distill, distill_shard
+from tasks.distill.bld import Job, distill, distill_shard, progress_of
 from tasks.distill.jobs import jobs_of
-from tasks.distill.record import Part, Recording, drop, enter, open_parent, record_layer, recording_of
+from tasks.distill.record import Part, Recording, StatesInUse, enter, open_parent, record_layer, recording_of
 from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
@@ -98,17 +98,23 @@ class Place:
                 records[layer] = record_layer(layer, self.recording, self.workspace, self.compute, number)
         return list(records.values())
 
-    def bld(self, records: list[LayerRecord]) -> None:
-        """Every variant of every layer, shard by shard."""
-        jobs = jobs_of(self.profile, self.recording, records, self.reader)
-        for number, shard in enumerate(self.recording.shards):
-            for layer in range(self.reader.depth):
-                enter([layer], Part(shard=shard), self.recording, self.workspace, self.compute)
-                drop([layer - 1], shard, self.recording, self.workspace)
-                for job in jobs:
-                    if job.layer == layer:
-                        distill_shard(job, self.workspace, self.compute, number)
-            drop([layer], shard, self.recording, self.workspace)
+    def jobs(self, records: list[LayerRecord]) -> list[Job]:
+        """The search space in all layers."""
+        return jobs_of(self.profile, self.recording, records, self.reader)
+
+    def bld(self, jobs: Sequence[Job]) -> None:
+        """Variants shard by shard, and in each shard layer by layer; those that are done are left out."""
+        with StatesInUse(self.recording, self.workspace) as states:
+            for number, shard in enumerate(self.recording.shards):
+                behind = [job for job in jobs if progress_of(job, number, self.workspace) is None]
+                for layer in sorted({job.layer for job in behind}):
+                    states.take([layer])
+                    enter([layer], Part(shard=shard), self.recording, self.workspace, self.compute)
+                    states.keep_only([layer])
+                    for job in behind:
+                        if job.layer == layer:
+                            distill_shard(job, self.workspace, self.compute, number)
+                states.keep_only([])
 
     def score(self, records: list[LayerRecord], blocks: list[BlockRecord]) -> None:
         """The blocks on all sequences, shard by shard."""
@@ -150,10 +156,10 @@ def one(stage: str, times: int, depth: int, workspace: Path) -> dict[str, float]
     elif stage == "bld":
         records = place.record()
         with measured(found, workspace):
-            place.bld(records)
+            place.bld(place.jobs(records))
     else:
         records = place.record()
-        jobs = jobs_of(place.profile, place.recording, records, place.reader)
+        jobs = place.jobs(records)
         closed = [job.model_copy(update={"settings": job.settings.model_copy(update={"steps": 0})}) for job in jobs]
         blocks = [distill(job, workspace, COMPUTE) for job in closed]
         with measured(found, workspace):
@@ -220,7 +226,7 @@ def utilisation(workspace: Path) -> dict[str, float]:
     )
     recorder.elimination_order = order
     records += [records[-1].model_copy(update={"layer": layer}) for layer in range(len(layers), depth)]
-    jobs = [job for job in jobs_of(place.profile, place.recording, records, place.reader) if job.layer in layers]
+    jobs = [job for job in place.jobs(records) if job.layer in layers]
     stepped = place.profile.bld.steps * place.profile.bld.batch_sequences * length
     held = (settings.hidden_sequences + settings.validation_sequences) * length
     needed = len(layers) * held * whole

@@ -178,7 +178,9 @@ def _summary(choice: "JointChoice", library: "JointLibrary", request: "Request")
     what += " and the head" if HEAD in choice.layers else ""
     what += f" + {robust:g} se" if robust else ""
     if request.minimise != "score":
-        what = f"{'most' if QUANTITIES[request.minimise].floor else 'least'} {QUANTITIES[request.minimise].title}"
+        floor = QUANTITIES[request.minimise].floor
+        what = f"{'most' if floor else 'least'} {QUANTITIES[request.minimise].title}"
+        what += "" if not floor or _in_tokens(choice, request.minimise) else ", as the seconds of one request"
     lines = [f"objective  {_in_unit(choice.objective, choice, request.minimise):.6f} ({what})"]
     if choice.score_se is None and request.minimise != "score":
         lines.append(f"score  {choice.score:.6f}")
@@ -202,8 +204,12 @@ def _summary(choice: "JointChoice", library: "JointLibrary", request: "Request")
 
 def _in_unit(objective: float, choice: "JointChoice", minimise: str) -> float:
     """An objective in the unit of the quantity: where most tokens per second are sought, it is the seconds of one."""
-    floor = QUANTITIES[minimise].floor and all(found.tokens_per_second for found in choice.scenarios)
-    return 1 / objective if floor and objective > 0 else objective
+    return 1 / objective if _in_tokens(choice, minimise) and objective > 0 else objective
+
+
+def _in_tokens(choice: "JointChoice", minimise: str) -> bool:
+    """Whether an objective is the seconds of one token: not where the library does not say how many a request has."""
+    return QUANTITIES[minimise].floor and all(found.tokens_per_second for found in choice.scenarios)
 
 
 def _used(library: "JointLibrary", name: str, value: float | None, limit: Any, place: int) -> list[str]:

@@ -170,7 +170,7 @@ def bench_command(
     parent: Parent = None,
     load: Loads = None,
     precision: Precision = "float32",
-    kv_precision: Annotated[str, typer.Option("--kv-precision", help=CACHE)] = "float16",
+    kv_precision: Annotated[str | None, typer.Option("--kv-precision", help=f"{CACHE} [float16]")] = None,
     rounds: Rounds = 5,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     as_json: AsJson = False,
@@ -184,7 +184,7 @@ def bench_command(
     from tasks.running.devices import alone
 
     installed_engine(engine)
-    how = LoadOptions(precision=precision, threads=threads, kv_precision=_cache_named(kv_precision))
+    how = LoadOptions(precision=precision, threads=threads, kv_precision=_cache_named(kv_precision, engine))
     sources = _parent_and_child(child, parent)
     points = [Point.parse(text) for text in load or ()] or [_usual_load(sources)]
 
@@ -241,8 +241,7 @@ def loadtest_command(
 
     if server is None and not url:
         raise PuzzleError("name what is put under load: --server starts servers, --url names some that run already.")
-    kept = None if kv_precision is None else _cache_named(kv_precision)
-    given = {"--parent": parent, "--precision": precision, "--threads": threads, "--kv-precision": kept}
+    given = {"--parent": parent, "--precision": precision, "--threads": threads, "--kv-precision": kv_precision}
     unused = [name for name, value in given.items() if url and value is not None]
     if unused:
         raise PuzzleError(f"{unused[0]} is for servers that --server starts; those that --url names run already.")
@@ -251,7 +250,7 @@ def loadtest_command(
         urls=tuple(url or ()),
         points=tuple(Point.parse(text) for text in load or ()),
         precision=precision or "float32",
-        kv_precision=kept or "float16",
+        kv_precision=_cache_named(kv_precision, server),
         rounds=rounds,
         threads=threads or 1,
         requests=requests,
@@ -273,8 +272,14 @@ def loadtest_command(
     _logged(Path.cwd(), measure)
 
 
-def _cache_named(text: str) -> str:
-    """A type of number by its full name."""
+def _cache_named(text: str | None, engine: str | None) -> str:
+    """The type of number of the KV cache by its full name: llama.cpp's own, or the one that was named."""
+    from tasks.engines.base import LoadOptions
+
+    if text is None:
+        return LoadOptions.kv_precision
+    if engine != "llama.cpp":
+        raise PuzzleError(f"--kv-precision is for llama.cpp alone, not for {engine}: leave it out.")
     return PRECISION_ALIASES.get(text.lower(), text.lower())
 
 

@@ -4,7 +4,8 @@ A stage asks the files first. What is whole becomes a task run at once, `Cached`
 the workers. See flows/run.py for the how, flows/whole_models.py for the stages after the choice.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import cycle, zip_longest
 from pathlib import Path
@@ -24,8 +25,8 @@ from tasks.distill.record import (
     Part,
     Recording,
     Shard,
+    StatesInUse,
     clear,
-    drop,
     enter,
     open_parent,
     parts_of,
@@ -160,21 +161,19 @@ def record(run: Run, parent: ParentInfo, corpus: CorpusInfo) -> list[LayerRecord
     """
     wanted, depth = recording(run, parent, corpus), open_parent(run.workspace / parent.folder).depth
     workers, records = run.profile.orchestration.workers, dict[int, LayerRecord]()
-    with run.stage("record") as progress:
+    with run.stage("record") as progress, StatesInUse(wanted, run.workspace) as states:
         for number, shard in enumerate(wanted.counted):
             for there in _in_waves(range(depth), workers):
                 found = {layer: recorded(layer, wanted, run.workspace, number) for layer in there}
                 missing = [layer for layer in there if found[layer] is None]
                 needs = [f"record {there[0] - 1}" if there[0] else "corpus"]
                 if workers > 1 and missing:
-                    needs = _enter(run, missing, shard, wanted, needs)
-                    drop(range(there[0]), shard, wanted, run.workspace)
+                    needs = _enter(run, missing, shard, states, needs)
                 made = {layer: _record(run, layer, (wanted, number), layer in missing, needs) for layer in there}
                 for layer in there:
                     records[layer] = found[layer] or made[layer].result()
                     progress(number * depth + layer + 1, len(wanted.counted) * depth)
-                if workers > 1:
-                    drop(there[:-1], shard, wanted, run.workspace)
+                states.keep_only(there[-1:])
     clear(wanted, run.workspace)
     return list(records.values())
 
@@ -190,8 +189,13 @@ def _in_waves(layers: Sequence[int], workers: int) -> Iterator[Sequence[int]]:
     return (layers[first : first + workers] for first in range(0, len(layers), workers))
 
 
-def _enter(run: Run, layers: Sequence[int], shard: Shard, wanted: Recording, after: Sequence[str]) -> list[str]:
-    """Write the states of a shard that enter some layers, all workers at a time; returns the names of what was made."""
+def _enter(run: Run, layers: Sequence[int], shard: Shard, states: StatesInUse, after: Sequence[str]) -> list[str]:
+    """Write the states of a shard that enter some layers, all workers at a time; returns the names of what was made.
+
+    They are made from the states of layers before that the run still has, which are not needed any more then.
+    """
+    states.take(layers)
+    wanted = states.recording
     profile, place = run.profile, (worker_slot(run.profile), str(run.workspace))
     step = compute_of(profile).sequences(wanted.corpus.sequence_length)
     parts = parts_of(shard, profile.orchestration.workers, step)
@@ -200,6 +204,7 @@ def _enter(run: Run, layers: Sequence[int], shard: Shard, wanted: Recording, aft
     futures = [run.submit(enter_task, n, list(layers), part, wanted, *place, after=after) for n, part in submitted]
     for future in futures:
         future.result()
+    states.keep_only(layers)
     return names
 
 
@@ -224,7 +229,7 @@ def cut(
         return []
     profile, reader = run.profile, open_parent(run.workspace / parent.folder)
     widths = tuple({choice.bare.ffn for choice in rivals[MINITRON].layers} - {"parent"})
-    as_cut = profile.bld.model_copy(update={"steps": 0, "tokens": None, "closed_form": False})
+    as_cut = profile.bld.model_copy(update={"steps": 0, "tokens": None, "closed_form": False, "otherwise": ()})
     space = profile.search_space.model_copy(update={"attention": (), "ffn": widths})
     asked = profile.model_copy(update={"bld": as_cut, "search_space": space})
     return _distill(run, jobs_of(asked, recording(run, parent, corpus), records, reader), "cut")
@@ -249,9 +254,13 @@ def _distill(run: Run, jobs: Sequence[Job], name: str) -> list[BlockRecord]:
             handed_to(run.call, job, worker_slot(profile))
         elif (library.folder / f"{job.key}.json").exists():
             say(f"{_named(job)}: the stored block is damaged or not whole, it is made again")
-    with at_work_in(run.workspace) as number, run.stage(name) as progress:
+    with (
+        at_work_in(run.workspace) as number,
+        run.stage(name) as progress,
+        closing(_waves(run, missing if number % 2 else missing[::-1])) as waves,
+    ):
         done, total = 0, sum(len(job.recording.shards) for job in missing)
-        for shard, wave in _waves(run, missing if number % 2 else missing[::-1]):
+        for shard, wave in waves:
             last = shard == len(wave[0].recording.shards) - 1
             part = () if last and not shard else (shard, "" if last else f"-{shard}")
             slots = _slots(profile, wave)
@@ -275,7 +284,7 @@ def _slots(profile: Profile, wave: Sequence[Job]) -> dict[int, WorkerSlot]:
     return {layer: replace(slot, devices=(device,)) for layer, device in own}
 
 
-def _waves(run: Run, jobs: Sequence[Job]) -> Iterator[tuple[int, Sequence[Job]]]:
+def _waves(run: Run, jobs: Sequence[Job]) -> Generator[tuple[int, Sequence[Job]]]:
     """A shard, and the variants that are trained on it together: all of them where states are kept.
 
     Else those of a few layers, as many as there are workers. States of a shard are recorded before its variants are
@@ -285,20 +294,19 @@ def _waves(run: Run, jobs: Sequence[Job]) -> Iterator[tuple[int, Sequence[Job]]]
         yield from [(0, jobs)] if jobs else []
         return
     wanted = jobs[0].recording
-    for number, shard in enumerate(wanted.shards):
-        behind = [job for job in jobs if progress_of(job, number, run.workspace) is None]
-        done: list[int] = []
-        for there in _in_waves(sorted({job.layer for job in behind}), run.profile.orchestration.workers):
-            _enter(run, there, shard, wanted, [f"record {layer}" for layer in there])
-            drop(done, shard, wanted, run.workspace)
-            of_layers = ([job for job in behind if job.layer == layer] for layer in there)
-            yield (
-                number,
-                [job for turn in zip_longest(*of_layers) for job in turn if job],
-            )  # no device waits for another
-            drop(there[:-1], shard, wanted, run.workspace)  # the states of the next layers are made from the last ones
-            done = [there[-1]]
-        clear(wanted, run.workspace)
+    with StatesInUse(wanted, run.workspace) as states:
+        for number, shard in enumerate(wanted.shards):
+            behind = [job for job in jobs if progress_of(job, number, run.workspace) is None]
+            for there in _in_waves(sorted({job.layer for job in behind}), run.profile.orchestration.workers):
+                _enter(run, there, shard, states, [f"record {layer}" for layer in there])
+                of_layers = ([job for job in behind if job.layer == layer] for layer in there)
+                yield (
+                    number,
+                    [job for turn in zip_longest(*of_layers) for job in turn if job],
+                )  # no device waits for another
+                states.keep_only(there[-1:])  # the states of the next layers are made from the last ones
+            states.keep_only(())
+            clear(wanted, run.workspace)
 
 
 def score_all(

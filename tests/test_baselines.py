@@ -24,7 +24,7 @@ from tasks.search.totals import Problem, predicted, within_budget
 from tasks.search.view import library_of, request_of
 from tasks.studies.peers import JUDGED, find
 from tests.chain import Chain, chosen, recording
-from tests.test_choose import ATTENTIONS, CHAT, FFNS, random_problem
+from tests.test_choose import ATTENTIONS, CHAT, FFNS, random_problem, score
 
 NAMES: tuple[BaselineName, ...] = get_args(BaselineName)
 GONE = LayerChoice(attention="no_op", ffn="no_op")
@@ -57,12 +57,21 @@ def test_minitron_is_the_widest_ffn_that_fits_beside_the_parents_attention() -> 
     assert find("uniform", problem).score <= found.score
     with pytest.raises(InfeasibleBudget, match="The minitron baseline"):
         find("minitron", random_problem(4, Budget(layer_parameters_fraction=0.6), layers=4))
+    coupled = random_problem(4, Budget(layer_parameters_fraction=0.95), layers=4, coupled=True)
+    cheap = [score(layer, "block", "parent+ffn50", np.random.default_rng(0), 1e-6) for layer in range(4)]
+    assert find("minitron", replace(coupled, scores=coupled.scores + tuple(cheap))).layers == found.layers
     assert "minitron" not in JUDGED and set(JUDGED) < set(NAMES) | {"mip"}
 
 
 def test_minitrons_blocks_are_the_parents_most_active_channels(chain: Chain) -> None:
     """Copies: nothing is fitted or trained. They hurt more than the library's blocks of the same width."""
-    profile = load_profile("tiny", ["search_space={attention: [kv1], ffn: [ffn32, no_op]}", "bld.batch_sequences=4"])
+    profile = load_profile(
+        "tiny",
+        [
+            "search_space={attention: [kv1], ffn: [ffn32, no_op]}",
+            "bld={batch_sequences: 4, otherwise: [{variants: [ffn32], steps: 5}]}",
+        ],
+    )
     rival = chosen((LayerChoice(ffn="ffn32"),) * 3)
     jobs: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:

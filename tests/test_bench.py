@@ -91,6 +91,7 @@ def test_bench_measures_parent_and_child_in_turns(engine: str, folders: dict[str
         kept = bench(folders, engine, points[:1], LoadOptions(kv_precision="bfloat16"), rounds=1)
         assert str(bench_table(kept).title).split(", ")[2] == "KV cache in bfloat16"
     assert "KV cache" not in str(bench_table(rows).title)
+    assert {row.kv_precision for row in rows} == {"float16" if engine == "llama.cpp" else ""}  # torch's is its weights'
     table = Console(width=110, file=StringIO(), record=True)
     table.print(bench_table(rows))
     assert bench_table(rows).row_count == 4 and "…" not in table.export_text()  # no figure is cut
@@ -101,6 +102,8 @@ def test_bench_refuses_what_it_cannot_run(folders: dict[str, Path]) -> None:
     alone = run("bench", str(folders["child"]))
     assert alone.exit_code != 0 and "Traceback" not in alone.output
     assert "--parent" in str(alone.exception)
+    ignored = run("bench", str(folders["child"]), "--engine", "torch", "--kv-precision", "f16")
+    assert "--kv-precision is for llama.cpp alone, not for torch" in str(ignored.exception)
     with pytest.raises(PuzzleError, match="longer than the child's context of 128"):
         bench({"child": folders["child"]}, "torch", [Point.parse("1x128x8")])
     with pytest.raises(UnknownPrecision, match="float32, float16, bfloat16"):

@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 
 from blocks.records import CostTable, LayerChoice
+from flows.search import _summary
 from profiles.errors import ProfileError
 from profiles.load import load_profile
 from profiles.schema import Budget, Search
 from tasks.pages.report import batch_table
 from tasks.pages.verdict import _served
-from tasks.search.choose import choose, with_most_tokens
+from tasks.search.choose import choose, choose_several, with_most_tokens
 from tasks.search.concurrency import at_batch_sizes
 from tasks.search.request import Request, limits
 from tasks.search.solve import choose_joint
@@ -130,6 +131,20 @@ def test_the_largest_throughput_of_a_library_is_over_all_batch_sizes(seed: int, 
         assert choice.scenarios[0].tokens_per_second == pytest.approx(best, rel=1e-6)
 
 
+def test_a_throughput_without_tokens_is_not_said_in_tokens() -> None:
+    library = random_library(1).measured_at("chat", None)
+    request = Request(limits=limits(score=8), minimise="tokens_per_second", search=EXACT)
+    for tokens, said in (
+        (8, "(most tokens per second)"),
+        (0, "(most tokens per second, as the seconds of one request)"),
+    ):
+        places = [one.model_copy(update={"prompt_tokens": tokens, "generated_tokens": 0}) for one in library.places]
+        own = replace(library, places=tuple(places))
+        (choice,) = choose_joint(own, request)
+        figure = choice.scenarios[0].tokens_per_second or (choice.latency_seconds or 0) / choice.scenarios[0].batch_size
+        assert _summary(choice, own, request).startswith(f"objective  {figure:.6f} {said}")
+
+
 def test_baselines_search_at_the_childs_speed() -> None:
     problem = served(2, Budget(max_latency_seconds=0.3), 0.06)
     child, level = choose(problem), with_most_tokens(problem)
@@ -138,6 +153,16 @@ def test_baselines_search_at_the_childs_speed() -> None:
     assert rival.totals[0].tokens_per_second >= child.totals[0].tokens_per_second * (1 - 1e-5)
     assert rival.score >= child.score - 1e-9
     assert choose(level).score == pytest.approx(child.score)
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_nobody_races_whose_score_is_beyond_what_was_asked(settled: bool) -> None:
+    """Of those that are as fast, at one size and within a score; without a limit there would be as many as asked."""
+    problem = served(2, Budget(max_latency_seconds=0.3), 0.06)
+    level = with_most_tokens(problem)
+    found = choose_several(level if settled else problem, 4, 1)
+    assert found and max(one.score for one in found) <= 0.06
+    assert max(one.score for one in choose_several(replace(level, within_score=None), 4, 1)) > 0.06
 
 
 def test_the_report_shows_every_batch_size_and_says_what_the_chosen_one_gives() -> None:

@@ -10,14 +10,24 @@ import torch
 
 from blocks.compute import HOST
 from blocks.kinds import parse_labels
+from blocks.parent import Parent
 from blocks.records import LayerChoice
 from profiles.errors import ProfileError
+from profiles.hardware import load_target
 from profiles.load import load_profile
 from profiles.schema import Evaluate, Hardware, Measure, Scenario, SearchSpace
 from tasks.distill.record import open_parent
 from tasks.engines.base import LoadOptions
 from tasks.engines.llama_cpp import CACHE_TYPES, LlamaCpp, LlamaSession
-from tasks.evaluate.compare import contender, evaluate_contender, evaluation_path, figures_of, parent_contender
+from tasks.evaluate.answers import answers_path
+from tasks.evaluate.compare import (
+    Lineage,
+    contender,
+    evaluate_contender,
+    evaluation_path,
+    figures_of,
+    parent_contender,
+)
 from tasks.evaluate.quality import parent_targets, sequence_figures, session_figures
 from tasks.evaluate.typed_file import as_served, needs_file, with_file
 from tasks.gguf.tokenizer_writer import NO_TOKENIZER
@@ -25,9 +35,11 @@ from tasks.gguf.writer import write_gguf
 from tasks.inputs.space import misfits
 from tasks.measure.costs import CostRequest, _cost
 from tasks.measure.llama_cpp_costs import LlamaCppTimer
+from tasks.measure.roofline import modelled_costs, setting_of
 from tasks.measure.variant_timing import Load, Timing
+from tasks.operating.champion import _figures
 from tests.chain import Chain, chosen
-from tests.tiny import tiny_parent, tiny_tokens
+from tests.tiny import tiny_model, tiny_parent, tiny_tokens
 
 needs_llama_cpp = pytest.mark.skipif(LlamaCpp().missing() is not None, reason="llama.cpp is not installed")
 SCENARIO = Scenario(name="chat", batch_sizes=(1, 3), prompt_tokens=8, generated_tokens=6)
@@ -84,6 +96,19 @@ def test_what_is_left_unnamed_costs_what_it_did(folder: Path) -> None:
     assert kept["plain"] == kept["named"] == kept["torch"] / 2 == 2 * 2 * HEAD * 2
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kept", [None, *CACHE_TYPES])
+def test_the_plan_counts_the_cache_that_costs_are_measured_with(kept: str | None, precision: str, folder: Path) -> None:
+    reader = open_parent(folder)
+    (attention,) = [v for v in parse_labels("attention", (), reader.config) if v.label == "parent"]
+    hardware = Hardware.model_validate({"engine": "llama.cpp", "precision": precision, "kv_precision": kept})
+    timing = Timing(prefill=1.0, decode=1.0, prefill_spread=0.0, decode_spread=0.0)
+    setting = setting_of(hardware, load_target("cpu"), reader)
+    table = modelled_costs(reader, SearchSpace(attention=(), ffn=()), [SCENARIO], setting)
+    counted = {cost.kv_bytes_per_token for cost in table.costs if cost.subblock == "attention"}
+    assert counted == {_cost(reader, attention, SCENARIO, 1, timing, hardware).kv_bytes_per_token}
+
+
 @needs_llama_cpp
 def test_the_key_of_costs_knows_the_cache_where_it_is_named(chain: Chain) -> None:
     def key(**more: object) -> str:
@@ -104,7 +129,7 @@ def test_costs_are_measured_with_that_cache(folder: Path) -> None:
 
 
 @needs_llama_cpp
-def test_fewer_bits_are_farther_from_the_logits(folder: Path, file: Path) -> None:
+def test_fewer_bits_are_farther_from_the_logits(folder: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = open_parent(folder, HOST).model(), tiny_tokens(3, 48)
     targets = parent_targets(model, tokens, HOST)
     own = sequence_figures(model, targets, tokens, HOST)
@@ -118,6 +143,10 @@ def test_fewer_bits_are_farther_from_the_logits(folder: Path, file: Path) -> Non
             assert torch.allclose(found["loss"], own["loss"], atol=2e-3) and abs(kl[kept]) < 1e-3
             assert bool((found["top1_agreement"] > 0.95).all())
     assert kl["float32"] < kl["q8_0"] < kl["q5_1"] < kl["q4_0"]
+    monkeypatch.setattr("tasks.evaluate.quality.CHUNK_TOKENS", 20)
+    with closing(open_with(file, kept)) as session:
+        parts = session_figures(session, targets)
+    assert all(torch.allclose(parts[name], found[name], rtol=1e-5) for name in found)
 
 
 @needs_llama_cpp
@@ -174,6 +203,20 @@ def test_heads_of_broken_blocks_are_refused(chain: Chain, folder: Path) -> None:
         profile("float8")
 
 
+def test_a_file_whose_weights_nobody_named_is_refused(tmp_path: Path) -> None:
+    """Memory is counted in the parent's precision then, and the file would be in float32."""
+    tiny_model("llama", head_dim=HEAD).to(torch.bfloat16).save_pretrained(tmp_path)
+    reader = Parent(tmp_path)
+
+    def said(asked: str) -> list[str]:
+        profile = load_profile("tiny", [f"hardware={{engine: llama.cpp, {asked}}}"])
+        return [one for one in misfits(profile, reader) if "kv_precision" in one]
+
+    (found,) = said("kv_precision: q8_0")
+    assert "Costs would be of float32, memory of bfloat16: name hardware.precision too" in found
+    assert not said("kv_precision: q8_0, precision: bfloat16") and not said("threads: 1")
+
+
 @needs_llama_cpp
 def test_children_are_judged_in_llama_cpp_with_that_cache(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their file is written in the profile's precision, and the figures are the engine's."""
@@ -193,6 +236,11 @@ def test_children_are_judged_in_llama_cpp_with_that_cache(chain: Chain, monkeypa
     assert engines.quality.kl.value == pytest.approx(own.quality.kl.value, rel=0.02)
     assert engines.samples["kl"] != own.samples["kl"]
 
+    coarse = with_file(which.model_copy(update={"file": ""}), chain.parent, chain.corpus, "bfloat16", chain.workspace)
+    again = evaluate_contender(coarse, *asked)  # the same layers, and another file of them
+    assert again.samples["kl"] != engines.samples["kl"]
+    assert len({answers_path(one, chain.parent, settings) for one in (plain, which, coarse)}) == 3
+
     asked_for: list[LoadOptions] = []
     load = LlamaCpp.load
 
@@ -204,6 +252,26 @@ def test_children_are_judged_in_llama_cpp_with_that_cache(chain: Chain, monkeypa
     targets = parent_targets(chain.reader.model(), torch.randint(64, (2, 16)), HOST)
     figures_of(which, targets, chain.workspace, HOST, lambda: pytest.fail("torch computed it"))
     assert asked_for[0].kv_precision == "bfloat16" and not asked_for[0].exact
+
+
+@needs_llama_cpp
+def test_champion_and_challenger_are_judged_with_one_cache(chain: Chain) -> None:
+    """Whatever each was judged with when it was made: else one is held to the rounding of a cache, the other not."""
+    child = contender("child", chosen((LayerChoice(), LayerChoice(ffn="ffn32"), LayerChoice())), chain.blocks)
+    with_cache = with_file(
+        child.model_copy(update={"cache": "bfloat16"}), chain.parent, chain.corpus, "float32", chain.workspace
+    )
+    sides = [Lineage(parent=chain.parent, corpus=chain.corpus, child=one) for one in (child, with_cache)]
+    found = {}
+    for named in ("bfloat16", "null"):
+        profile = load_profile(
+            "tiny",
+            [f"hardware={{engine: llama.cpp, precision: float32, kv_precision: {named}}}", "evaluate.sequences=4"],
+        )
+        own, other = (_figures(side, sides[0], profile, chain.workspace) for side in sides)
+        assert torch.equal(own, other)
+        found[named] = own
+    assert not torch.equal(found["bfloat16"], found["null"])
 
 
 def test_all_but_the_parent_are_judged_with_the_cache_that_the_profile_names() -> None:

@@ -310,6 +310,11 @@ def test_a_profile_in_q8_0_is_planned_on_this_machine() -> None:
     space = {"attention": ["kv1", "no_op"], "ffn": ["ffn32", "no_op"]}
     plan = planned(chain_profile(hardware={"engine": "llama.cpp", "precision": "q8_0"}, search_space=space))
     assert stage(plan, "measure").seconds > 0 and plan.costs_of["precision"] == "q8_0"
+    named = {"engine": "llama.cpp", "precision": "q8_0", "kv_precision": "bfloat16"}
+    judged = planned(chain_profile(hardware=named, search_space=space))
+    files = stage(judged, "write files")
+    assert files.tasks == sum(one.tasks for one in judged.stages if one.name == "evaluate") - 1  # the parent has none
+    assert judged.disk_bytes > plan.disk_bytes and not [one for one in plan.stages if one.name == "write files"]
 
 
 def test_what_was_measured_is_kept_for_a_day_unless_others_were_busy(

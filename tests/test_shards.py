@@ -114,7 +114,7 @@ def test_states_of_a_shard_are_the_parents(chain: Chain, place: Path) -> None:
             enter([layer], Part(shard=shard), wanted, place, COMPUTE)
             hidden = read_states(entered(layer, shard, wanted, place), place)
             torch.testing.assert_close(hidden, states[layer], rtol=1e-4, atol=1e-5)
-        drop(range(3), shard, wanted, place)
+        drop(range(3), wanted, place)
     assert not list((place / "record" / wanted.key).glob("entering/*"))
 
 
@@ -125,7 +125,7 @@ def test_parts_of_a_shard_are_its_states_bit_for_bit(chain: Chain, place: Path, 
     wanted, shard = in_shards(chain), in_shards(chain).shards[0]
     enter([0, 1, 2], Part(shard=shard), wanted, tmp_path, COMPUTE)
     whole = [read_states(entered(layer, shard, wanted, tmp_path), tmp_path) for layer in range(3)]
-    drop(range(3), shard, wanted, tmp_path)
+    drop(range(3), wanted, tmp_path)
     parts = parts_of(shard, 3, COMPUTE.sequences(32))
     rows = [part.rows(3) for part in parts]
     assert len(whole[0]) == shard.sequences == 18 and rows == [(0, 6), (6, 12), (12, 18)]
@@ -244,6 +244,60 @@ def test_a_run_holds_the_states_of_few_layers_and_leaves_none(
     assert not list((tmp_path / "record").glob("*/entering/*"))
     plain = distill(jobs[0], place, COMPUTE)
     assert blocks[0].weights == plain.weights
+
+
+def test_no_run_takes_states_away_that_another_one_uses(
+    chain: Chain, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a run trains on the first shard, another one finds everything recorded, and then trains its own variants on
+    both shards; the states that the first run has then are its own to the end, and it leaves none.
+    """
+    for part in ("parent", "corpus", "record"):
+        shutil.copytree(place / part, tmp_path / part, ignore=shutil.ignore_patterns("entering"))
+    monkeypatch.setattr(stages, "as_completed", list)
+    monkeypatch.setattr(stages, "recording", lambda *_: in_shards(chain))
+    first, second = ([job_of(chain, place, layer, v) for layer in range(2)] for v in ("ffn32", "ffn48"))
+
+    def alone(which: Any, makes: str, *values: Any, after: Any = ()) -> Any:
+        made = which.fn(*values)
+        return Done(lambda: made)
+
+    def recorded_by_another() -> None:
+        stages.record(plain_run(tmp_path, alone), chain.parent, chain.corpus)
+
+    def trained_by_another() -> None:
+        assert len(stages._distill(plain_run(tmp_path, alone), second, "distill")) == 2
+
+    meanwhile = {first[0].key: recorded_by_another, first[1].key: trained_by_another}
+
+    def submit(which: Any, makes: str, *values: Any, after: Any = ()) -> Any:
+        meanwhile.pop(makes, lambda: None)()
+        return alone(which, makes, *values)
+
+    blocks = stages._distill(plain_run(tmp_path, submit), first, "distill")
+    assert not meanwhile and [block.weights for block in blocks] == [distill(j, place, COMPUTE).weights for j in first]
+    assert not list((tmp_path / "record").glob("*/entering/*"))
+
+
+def test_states_that_are_away_by_the_time_they_are_read_are_made_again(
+    chain: Chain, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run has done with them between the look and the reading."""
+    wanted, part = in_shards(chain), Part(shard=in_shards(chain).shards[0])
+    enter([1], part, wanted, place, COMPUTE)
+    look, looks = recording_module._entered, list[int]()
+
+    def looked(layer: int, *more: Any) -> Any:
+        found = look(layer, *more)
+        looks.append(layer)
+        if found and looks.count(layer) == 1:
+            drop([layer], wanted, place)
+        return found
+
+    monkeypatch.setattr(recording_module, "_entered", looked)
+    enter([2], part, wanted, place, COMPUTE)
+    assert looks.count(1) == 2 and entered(2, part.shard, wanted, place) and not entered(1, part.shard, wanted, place)
+    drop(range(3), wanted, place)
 
 
 def test_two_devices_take_their_part_of_each_shard_and_a_layer_each(

@@ -23,7 +23,7 @@ from flows.run import Run
 from profiles.load import load_profile
 from tasks.running import at_work, devices, sharing
 from tasks.running.devices import device_turn
-from tasks.running.sharing import TaskKey, exclusive, try_exclusive
+from tasks.running.sharing import TaskKey, exclusive, in_use, try_exclusive, unused
 from tasks.score import scoring
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,6 +95,18 @@ def test_the_first_is_told_that_it_is_alone_and_the_others_that_they_are_not(tmp
         assert (first, second, third) == (True, False, True)
     with try_exclusive(tmp_path, "run") as again:
         assert again
+
+
+def test_what_a_run_uses_is_not_taken_away_until_it_ends_or_dies(tmp_path: Path) -> None:
+    imports = "from pathlib import Path\nfrom tasks.running.sharing import in_use"
+    code = f"{imports}\nwith in_use(Path({str(tmp_path)!r}), 'k'):"
+    with another_process(code):
+        with in_use(tmp_path, "k"), unused(tmp_path, "k") as free, unused(tmp_path, "other") as other:
+            assert not free and other
+        with unused(tmp_path, "k") as free:
+            assert not free
+    with unused(tmp_path, "k") as free, unused(tmp_path, "k") as again:
+        assert free and not again
 
 
 def test_every_run_has_a_number_and_only_the_first_clears_leftovers(tmp_path: Path) -> None:

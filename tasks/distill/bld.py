@@ -29,7 +29,7 @@ from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, LayerChoice, Laye
 from blocks.runtime import kept_per_device
 from blocks.subblock import load_subblock, run_subblock, subblock_state
 from profiles.schema import BLD
-from tasks.distill.record import Part, Recording, Shard, drop, enter, entered, open_parent, read_states
+from tasks.distill.record import Part, Recording, Shard, StatesInUse, enter, entered, open_parent, read_states
 from tasks.inputs.corpus import weights_of
 from tasks.running.memory import Parts
 
@@ -204,13 +204,15 @@ def _through(data: LayerData, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 def distill(job: Job, workspace: Path, compute: Compute) -> BlockRecord:
     """Distil one variant, or return the library's finished record. States that are not kept are recorded for it."""
-    for number, shard in enumerate(job.recording.shards):
-        if job.record.boundary is None and progress_of(job, number, workspace) is None:
-            enter([job.layer], Part(shard=shard), job.recording, workspace, compute)
-        found = distill_shard(job, workspace, compute, number)
-        drop([job.layer], shard, job.recording, workspace)
-        if isinstance(found, BlockRecord):
-            break
+    with StatesInUse(job.recording, workspace) as states:
+        for number, shard in enumerate(job.recording.shards):
+            if job.record.boundary is None and progress_of(job, number, workspace) is None:
+                states.take([job.layer])
+                enter([job.layer], Part(shard=shard), job.recording, workspace, compute)
+            found = distill_shard(job, workspace, compute, number)
+            states.keep_only([])
+            if isinstance(found, BlockRecord):
+                break
     assert isinstance(found, BlockRecord)
     return found
 

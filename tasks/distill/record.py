@@ -12,10 +12,11 @@ Legend: S = sequences, T = tokens, D = hidden_size, F = intermediate_size.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ from blocks.subblock import linear_of
 from profiles.schema import Profile, Record
 from tasks.inputs.corpus import weights_of
 from tasks.running.memory import Parts
+from tasks.running.sharing import in_use, unused
 
 if TYPE_CHECKING:
     from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
@@ -251,7 +253,7 @@ def record_layer(
     record = LayerRecord(layer=layer, boundary=boundary, statistics=reference, seconds=time.perf_counter() - started)
     keep(manifest, record, _files_of(record), workspace, "ahead" if last else "never")
     if hand_on:
-        drop([layer], shard, recording, workspace)
+        drop([layer], recording, workspace)
     if before is not None:
         (workspace / before.statistics.path).unlink(missing_ok=True)
         _manifest(layer, recording, workspace, number - 1).unlink(missing_ok=True)
@@ -290,17 +292,52 @@ def read_states(references: Sequence[Ref], workspace: Path) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def drop(layers: Sequence[int], shard: Shard, recording: Recording, workspace: Path) -> None:
-    """Take away the states of a shard that enter some layers."""
+def drop(layers: Iterable[int], recording: Recording, workspace: Path) -> None:
+    """Take away the states that enter some layers, unless a run uses them (`StatesInUse`)."""
     for layer in layers:
-        for leftover in _rolling(workspace, recording).glob(f"{layer:03d}_{shard}_*"):
-            leftover.unlink(missing_ok=True)
+        with unused(workspace, _states(layer, recording)) as free:
+            for leftover in _rolling(workspace, recording).glob(f"{layer:03d}_*") if free else ():
+                leftover.unlink(missing_ok=True)
 
 
 def clear(recording: Recording, workspace: Path) -> None:
-    """Take away all states that enter layers: those that a killed run left as well."""
-    for leftover in _rolling(workspace, recording).glob("*"):
-        leftover.unlink(missing_ok=True)
+    """Take away all states that enter layers and that no run uses: those that a killed run left as well."""
+    there = {path.name.partition("_")[0] for path in _rolling(workspace, recording).glob("[0-9]*_*")}
+    drop(sorted(map(int, there)), recording, workspace)
+
+
+class StatesInUse:
+    """The layers whose states (those that enter them) a run uses: no other run takes them away, until this one has done
+    with them, or dies. The other may be ahead on the same shard, or train other variants on the same recording.
+    """
+
+    def __init__(self, recording: Recording, workspace: Path) -> None:
+        self.recording, self.workspace = recording, workspace
+        self._held: dict[int, ExitStack] = {}
+
+    def take(self, layers: Iterable[int]) -> None:
+        """From here on these too. Call it before the states are looked for."""
+        for layer in set(layers) - self._held.keys():
+            self._held[layer] = ExitStack()
+            self._held[layer].enter_context(in_use(self.workspace, _states(layer, self.recording)))
+
+    def keep_only(self, layers: Iterable[int]) -> None:
+        """This run has done with the others: their states are taken away, unless another run uses them."""
+        done = sorted(self._held.keys() - set(layers))
+        for layer in done:
+            self._held.pop(layer).close()
+        drop(done, self.recording, self.workspace)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for held in self._held.values():
+            held.close()  # the states stay: whoever goes on from here finds them
+
+
+def _states(layer: int, recording: Recording) -> str:
+    return f"states-{recording.key}-{layer}"
 
 
 def _entered(layer: int, part: Part, recording: Recording, workspace: Path) -> Ref | None:
@@ -323,11 +360,20 @@ def _write_entering(workspace: Path, recording: Recording, layer: int, part: Par
 
 def _entering(reader: Parent, layer: int, part: Part, recording: Recording, workspace: Path) -> Tensor:
     """States (S, T, D) of a part, on the host, that enter a layer."""
-    there = ((first, _entered(first, part, recording, workspace)) for first in range(layer, -1, -1))
-    first, reference = next(((first, found) for first, found in there if found), (0, None))
-    hidden = read_states([reference], workspace) if reference else _embedded(reader, part, recording, workspace)
+    there = ((first, _read(first, part, recording, workspace)) for first in range(layer, -1, -1))
+    first, hidden = next(((first, found) for first, found in there if found is not None), (0, None))
+    if hidden is None:
+        hidden = _embedded(reader, part, recording, workspace)
     _through(reader, range(first, layer), hidden)
     return hidden
+
+
+def _read(layer: int, part: Part, recording: Recording, workspace: Path) -> Tensor | None:
+    if _entered(layer, part, recording, workspace) is None:
+        return None
+    with in_use(workspace, _states(layer, recording)):  # they may be another run's, which has done with them by now
+        found = _entered(layer, part, recording, workspace)
+        return read_states([found], workspace) if found else None
 
 
 def _through(reader: Parent, layers: Sequence[int], hidden: Tensor) -> None:

@@ -138,7 +138,7 @@ def stop_tokens(folder: Path, config: Any, tokenizer: Any) -> frozenset[int]:
 def answers_path(which: Contender, parent: ParentInfo, settings: Evaluate) -> str:
     """The file of a contender's answers, relative to the workspace."""
     asked = settings.model_dump(mode="json", include={"prompts", "answer_tokens"})
-    return f"answers/{digest_of(model=which.key, parent=parent.fingerprint, asked=asked, v=VERSION)}.json"
+    return f"answers/{digest_of(model=which.served_key, parent=parent.fingerprint, asked=asked, v=VERSION)}.json"
 
 
 def answers_of(which: Contender, parent: ParentInfo, settings: Evaluate, workspace: Path, compute: Compute) -> Answers:

@@ -82,6 +82,14 @@ class Contender(Value):
             version=VERSION,
         )
 
+    @property
+    def served_key(self) -> str:
+        """Digest of the weights that it is served with: a file of its own, which its name tells from others, holds them
+        rounded. The shipped file holds the parent's own.
+        """
+        rounded = self.file and self.name != SHIPPED
+        return digest_of(model=self.key, file=Path(self.file).name) if rounded else self.key
+
 
 class Lineage(Value):
     """What a finished run writes beside its child: the parent, the corpus, and every block of the child by digest."""
@@ -221,7 +229,7 @@ def evaluation_path(
     asked |= {name: str(one) for name, one in formats.items() if one != torch.float32}
     asked |= {"cache": which.cache} if which.cache else {}
     key = digest_of(
-        model=which.key, parent=parent.fingerprint, corpus=corpus.fingerprint, asked=asked, v=EVALUATION_VERSION
+        model=which.served_key, parent=parent.fingerprint, corpus=corpus.fingerprint, asked=asked, v=EVALUATION_VERSION
     )
     return f"evaluations/{key}.json"
 

@@ -180,9 +180,14 @@ def session_figures(session: Session, targets: ParentTargets) -> dict[str, Tenso
     device = next(targets.head.parameters()).device
     rows = []
     for row, parent_hidden in zip(targets.tokens, targets.hidden, strict=True):
-        labels = functional.pad(row[1:].long(), (0, 1), value=-100).to(device)
-        models = functional.log_softmax(session.logits(row.tolist()).to(device), dim=-1)
-        rows.append(_compared(models, targets, parent_hidden, labels).cpu())
+        labels = functional.pad(row[1:].long(), (0, 1), value=-100)
+        whole = session.logits(row.tolist()), parent_hidden, labels
+        parts = zip(*(one.split(CHUNK_TOKENS) for one in whole), strict=True)
+        figures = [
+            _compared(functional.log_softmax(logits.to(device), dim=-1), targets, hidden, label.to(device))
+            for logits, hidden, label in parts
+        ]
+        rows.append(torch.cat(figures, dim=1).cpu())
     loss, kl, agree = torch.stack(rows, dim=1)
     return {"loss": loss[:, :-1].mean(dim=1), "kl": kl.mean(dim=1), "top1_agreement": agree.mean(dim=1)}
 

@@ -5,20 +5,17 @@ racer is rounded as it stands, as for its file (tasks/evaluate/typed_file.py), a
 """
 
 import tempfile
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import digest_of, keep, remember
-from blocks.parent import in_dtype
 from blocks.records import Value
 from blocks.typed_labels import FITTED_TO
 from profiles.schema import Precision
 from tasks.distill.gkd_job import Job, model_after
-from tasks.evaluate.compare import Contender, figures_of, targets_on
+from tasks.evaluate.compare import Contender, figures_of, served, targets_on
 from tasks.evaluate.typed_file import fitted_to, recipe_of
 from tasks.export.quantise import quantise_layers
-from tasks.gguf.reader import read_gguf
 from tasks.gguf.tokenizer_writer import NO_TOKENIZER
 from tasks.gguf.writer import write_gguf
 from tasks.running.progress import say
@@ -46,33 +43,35 @@ def kl_as_file(
     It is measured once, and all tokens count alike, as in the final comparison. job: the contender's GKD. precision:
     that of weights for which no type was chosen.
     """
-    parent, corpus, compute = job.record.parent, job.record.corpus, job.compute
-    sequences, recipe = job.settings.validation_sequences, recipe_of(which)
+    recipe = recipe_of(which)
     key = digest_of(
         training=job.folder,
         steps=steps,
         recipe=[recipe.layers, recipe.head],
         served=[precision, which.cache],
-        text=[corpus.fingerprint, sequences, FITTED_TO],
+        text=[job.record.corpus.fingerprint, job.settings.validation_sequences, FITTED_TO],
         v=VERSION,
     )
     path = workspace / "race" / f"{key}.json"
     found = remember(path, AsFile, lambda _: [], workspace)
-    if found is not None:
-        return found.kl
+    if found is None:
+        found = _judged(which, steps, job, precision, workspace, devices)
+        keep(path, found, [], workspace)
+    if found.step > steps:
+        say(f"race: {which.name} is judged by its weights of step {found.step}: those of step {steps} were left behind")
+    return found.kl
+
+
+def _judged(
+    which: Contender, steps: int, job: Job, precision: Precision, workspace: Path, devices: tuple[str, ...]
+) -> AsFile:
+    parent, corpus, compute, recipe = job.record.parent, job.record.corpus, job.compute, recipe_of(which)
     model, step = model_after(steps, job, workspace, compute, devices)
-    if step > steps:
-        say(f"race: {which.name} is judged by its weights of step {step}: those of step {steps} were left behind")
     stored = quantise_layers(model, fitted_to(corpus, workspace), recipe)
-    targets = targets_on("validation", sequences, parent, corpus, workspace, compute)
+    targets = targets_on("validation", job.settings.validation_sequences, parent, corpus, workspace, compute)
     with tempfile.TemporaryDirectory(prefix=".race-", suffix=".part", dir=workspace) as folder:
         file = write_gguf(model, Path(folder) / "racer.gguf", precision, NO_TOKENIZER, which.name, stored)
         written = which.model_copy(update={"file": str(file.relative_to(workspace))})
-
-        def in_torch() -> DeciLMForCausalLM:
-            whole: Any = read_gguf(file)
-            return in_dtype(whole.to(compute.device), compute.dtype)
-
+        in_torch = partial(served, written, parent, workspace, compute)
         kl = float(figures_of(written, targets, workspace, compute, in_torch)["kl"].mean())
-    keep(path, AsFile(kl=kl, step=step), [], workspace)
-    return kl
+    return AsFile(kl=kl, step=step)

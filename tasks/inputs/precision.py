@@ -1,4 +1,4 @@
-"""The number format of a child's weights: the one that the profile names, else its parent's."""
+"""The number formats of a child's weights and KV cache: those that the profile names, else its parent's."""
 
 from typing import TYPE_CHECKING, cast
 
@@ -7,7 +7,7 @@ import torch
 from blocks.errors import PuzzleFailure
 from blocks.parent import Parent
 from blocks.resources import precision_name
-from profiles.schema import Hardware, Precision
+from profiles.schema import Hardware, KvPrecision, Precision
 
 if TYPE_CHECKING:
     from blocks.export_code.modeling_decilm import DeciLMForCausalLM
@@ -28,6 +28,11 @@ def is_named(hardware: Hardware) -> bool:
 def served_precision(hardware: Hardware, parent: Parent) -> Precision:
     """The format in which the child is served: memory and bytes are counted in it."""
     return hardware.precision if is_named(hardware) else cast(Precision, precision_name(parent.dtype))
+
+
+def cache_precision(hardware: Hardware, weights: Precision) -> KvPrecision:
+    """The format of the KV cache beside weights in a precision. llama.cpp has its own for any weights."""
+    return hardware.kv_precision or ("float16" if hardware.engine == "llama.cpp" else weights)
 
 
 def child_dtype(hardware: Hardware, parent: Parent) -> torch.dtype:

@@ -12,6 +12,7 @@ from blocks.records import SUBBLOCKS, LayerChoice, Subblock
 from blocks.resources import BLOCK, BLOCK_BYTES
 from blocks.variant import Variant
 from profiles.schema import Profile, SearchSpace
+from tasks.inputs.precision import served_precision
 
 
 def layers_of(profile: Profile, reader: Parent) -> list[int]:
@@ -44,19 +45,13 @@ def misfits(profile: Profile, reader: Parent) -> list[str]:
         own = parse_label(subblock, "parent", reader.config)
         entry = kind_of(own).block_entry(own, reader.config)
         found += [f"hardware.tensor_parallel: the parent: {why}" for why in unshared(profile, reader.config, entry)]
-    found += _narrow(profile, reader)
+    found += [*_narrow(profile, reader), *_uncached(profile, reader)]
     found += [
         f"bld.otherwise: {label} is none of the search space's variants, which are {', '.join(sorted(searched))}"
         for other in profile.bld.otherwise
         for label in other.variants
         if label not in searched
     ]
-    kept, channels = profile.hardware.kv_precision, head_dim(reader.config)
-    if kept in BLOCK_BYTES and channels % BLOCK:
-        found.append(
-            f"hardware.kv_precision: {kept} holds whole blocks of {BLOCK} numbers, and a head of this parent has "
-            f"{channels} channels: leave it out, or name float16"
-        )
     outside = [layer for layer in profile.search_space.layers or () if not 0 <= layer < reader.depth]
     if outside:
         found.append(f"search_space.layers names {outside}, but the parent's layers are 0 to {reader.depth - 1}")
@@ -100,6 +95,22 @@ def _narrow(profile: Profile, reader: Parent) -> list[str]:
                     f"{subblock} {label} of this parent does not have: leave out that variant, or the types"
                 )
     return found
+
+
+def _uncached(profile: Profile, reader: Parent) -> Iterator[str]:
+    """What forbids the KV cache that the profile names."""
+    hardware, channels = profile.hardware, head_dim(reader.config)
+    if hardware.kv_precision in BLOCK_BYTES and channels % BLOCK:
+        yield (
+            f"hardware.kv_precision: {hardware.kv_precision} holds whole blocks of {BLOCK} numbers, and a head of this "
+            f"parent has {channels} channels: leave it out, or name float16"
+        )
+    judged = hardware.kv_precision is not None and hardware.engine == "llama.cpp"
+    if judged and (written := served_precision(hardware, reader)) != hardware.precision:
+        yield (
+            "hardware.kv_precision: every child is then judged and served as a GGUF file, and nothing says what its "
+            f"weights are in. Costs would be of {hardware.precision}, memory of {written}: name hardware.precision too"
+        )
 
 
 def unshared(profile: Profile, config: Any, entry: Mapping[str, Any]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from tasks.measure.bench import BenchRow
 def bench_table(rows: Sequence[BenchRow]) -> Table:
     """Models by load; ± is one standard error over the rounds, gains in CPU time stand in brackets."""
     first = rows[0]
-    cache = "" if first.kv_precision == LoadOptions.kv_precision else f", KV cache in {first.kv_precision}"
+    cache = "" if first.kv_precision in ("", LoadOptions.kv_precision) else f", KV cache in {first.kv_precision}"
     title = f"{first.version}, {first.precision}{cache}, {first.threads} thread(s); "
     title += "load is batch x prompt x generated tokens"
     table = Table(title=title, title_justify="left", box=None)

@@ -42,7 +42,9 @@ AGAIN = "Measure again when it is quiet, or with more --rounds"
 
 
 class BenchRow(Value):
-    """One model under one load in one engine. busy: which other programs computed meanwhile, "" for none."""
+    """One model under one load in one engine. busy: which other programs computed meanwhile, "" for none. kv_precision:
+    of the KV cache, "" where the engine keeps it as its weights.
+    """
 
     model: str
     engine: str
@@ -54,7 +56,7 @@ class BenchRow(Value):
     generated_tokens: int
     throughput: Throughput
     busy: str = ""
-    kv_precision: str = LoadOptions.kv_precision
+    kv_precision: str = ""
 
     @property
     def load(self) -> str:
@@ -146,7 +148,7 @@ def bench(
             others = Others()
             found = time_in_turns(workers, point, point.scenario, rounds, part_of(progress, index, len(points)))
             base = {"engine": engine, "precision": precision, "threads": threads, **point.model_dump()}
-            base |= {"kv_precision": how.kv_precision, "busy": others.crowd(threads)}
+            base |= {"kv_precision": how.kv_precision if engine in KV_PRECISIONS else "", "busy": others.crowd(threads)}
             rows += [
                 BenchRow(**base, model=name, version=workers[name].version, throughput=own)
                 for name, own in found.items()

@@ -24,7 +24,7 @@ from blocks.variant import Variant
 from profiles.schema import Hardware, Measure, Profile, Scenario, SearchSpace
 from tasks.distill.record import open_parent
 from tasks.engines.timing_in_turns import ClockTooCoarse
-from tasks.inputs.precision import is_named, served_precision
+from tasks.inputs.precision import cache_precision, is_named, served_precision
 from tasks.inputs.space import measured_space
 from tasks.measure.calibration import calibrated, drift, parent_bias
 from tasks.measure.cost_sums import PHASES
@@ -235,8 +235,8 @@ def _cost(reader: Parent, variant: Variant, scenario: Scenario, batch: int, timi
     in_gguf, served = hardware.engine == "llama.cpp", served_precision(hardware, reader)
     vector = BYTES["float32"] if in_gguf else weight_bytes(served)  # GGUF keeps norms and biases so
     needs = resources(reader, variant, scenario.prompt_tokens, weight_bytes(served), vector)
-    kv_precision = hardware.kv_precision or ("float16" if in_gguf else served)  # llama.cpp's default for any weights
-    cache = resources(reader, variant, scenario.prompt_tokens, weight_bytes(kv_precision))
+    kept = weight_bytes(cache_precision(hardware, served))
+    cache = resources(reader, variant, scenario.prompt_tokens, kept)
     return Cost(
         subblock=variant.subblock,
         variant=variant.label,

@@ -17,6 +17,7 @@ in 16 bits, as engines keep them. Weights and KV heads are split over the device
 than devices are copied. Not modelled: paging, scheduling, sampling, quantisation kernels, power limits, overlap.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -30,7 +31,7 @@ from blocks.resources import BYTES, non_block_parameters, resources, weight_byte
 from blocks.variant import Variant
 from profiles.hardware import HardwareTarget, check_use
 from profiles.schema import Hardware, KvPrecision, Precision, Scenario, SearchSpace
-from tasks.inputs.precision import served_precision
+from tasks.inputs.precision import cache_precision, served_precision
 
 HIDDEN_PASSES = 4  # hidden states through memory per subblock: norm in and out, core in and out
 INNER_PASSES = 3  # an FFN's inner states through memory: gate and up read, the activated product written
@@ -100,7 +101,7 @@ def setting_of(hardware: Hardware, target: HardwareTarget, parent: Parent | None
     return Setting(
         target=target,
         precision=precision,
-        kv_precision=hardware.kv_precision or ("float16" if precision == "q8_0" else precision),
+        kv_precision=cache_precision(hardware, precision),
         devices=hardware.tensor_parallel,
         held=None if served == precision or hardware.engine == "roofline" else served,
     )
@@ -110,7 +111,8 @@ def held(setting: Setting) -> Setting:
     """The setting for counting memory: another than for times where weights are held in another precision."""
     if setting.held is None:
         return setting
-    return replace(setting, precision=setting.held, kv_precision=setting.held, held=None)
+    kept = setting.held if setting.kv_precision == setting.precision else setting.kv_precision
+    return replace(setting, precision=setting.held, kv_precision=kept, held=None)
 
 
 def prefill_of(scenario: Scenario, batch: int) -> Pass:
@@ -165,12 +167,12 @@ def kv_bytes_per_device(parent: Parent, variant: Variant, setting: Setting) -> i
     """KV cache bytes of one token on each device; a KV head is not cut."""
     channels = head_dim(parent.config)
     heads = kind_of(variant).kv_elements_per_token(variant, parent.config) // (2 * channels)
-    return -(-heads // setting.devices) * 2 * channels * BYTES[setting.kv_precision]
+    return math.ceil(-(-heads // setting.devices) * 2 * channels * weight_bytes(setting.kv_precision))
 
 
 def state_bytes_per_device(parent: Parent, variant: Variant, setting: Setting) -> int:
     """Bytes of a sequence's state on each device."""
-    state = kind_of(variant).state_bytes(variant, parent.config, BYTES[setting.kv_precision])
+    state = kind_of(variant).state_bytes(variant, parent.config, weight_bytes(setting.kv_precision))
     return -(-state // setting.devices)
 
 

@@ -27,6 +27,7 @@ from tasks.distill import bld, gkd, gkd_settings, record
 from tasks.distill.record import open_parent
 from tasks.evaluate.compare import LINEAGE, Lineage, figures_of, served
 from tasks.evaluate.quality import mean_metric, parent_targets
+from tasks.evaluate.typed_file import as_served, with_file
 from tasks.inputs.companions import TOKENIZER_FILES
 from tasks.inputs.corpus import documents_of
 from tasks.inputs.precision import child_dtype
@@ -224,16 +225,18 @@ def last_problem(profile: Profile, workspace: Path) -> Problem:
 
 
 def _figures(side: Lineage, now: Lineage, profile: Profile, workspace: Path) -> Tensor:
-    """(S,) of the rule's metric on the test split of now, against the parent of now."""
+    """(S,) of the rule's metric on the test split of now, against the parent of now; served as the profile says now."""
     tokens = read_tensors(workspace, now.corpus.tokens, ["test"])["test"][: profile.evaluate.sequences]
     compute = compute_of(profile)
     reader = open_parent(workspace / now.parent.folder, compute)
     targets, dtype = parent_targets(reader.model(), tokens, compute), child_dtype(profile.hardware, reader)
+    child = as_served(side.child, profile.hardware)  # with another KV cache, figures would be of two kinds
+    child = with_file(child, side.parent, side.corpus, profile.hardware.precision, workspace)
 
     def model() -> DeciLMForCausalLM:
-        return served(side.child, side.parent, workspace, compute, dtype)
+        return served(child, side.parent, workspace, compute, dtype)
 
-    return figures_of(side.child, targets, workspace, compute, model)[profile.champion.metric]
+    return figures_of(child, targets, workspace, compute, model)[profile.champion.metric]
 
 
 def decide(

@@ -87,6 +87,7 @@ def log_bench(child: Path, rows: "Sequence[BenchRow]", doubts: Sequence[str]) ->
     tags |= doubt_tags(doubts)
     loads = ", ".join(dict.fromkeys(row.load for row in rows))
     params = {"engine": first.engine, "version": first.version, "precision": first.precision, "loads": loads}
+    params |= {"kv_precision": first.kv_precision} if first.kv_precision else {}
     own = tracking.log_stage(
         of, f"bench {first.engine} {first.precision} {loads}", run, tags, bench_metrics(rows), {}, params
     )

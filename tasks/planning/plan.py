@@ -298,7 +298,7 @@ def stages_of(
     coupled, pairs = effort.coupled_work(shape, len(searched))
     layers = child_layers(child, shape)
     rivals = len(profile.evaluate.baselines)
-    distilled = (1 + distilled_rivals(profile)) if profile.gkd.steps else 0
+    distilled, files = distilled_models(profile), files_written(profile)
     others = max(distilled - 1, 0)
     record, corpus, gkd = profile.record, profile.corpus, profile.gkd
     sequences = record.statistics_sequences + record.validation_sequences
@@ -308,10 +308,9 @@ def stages_of(
     stepped = gkd.steps * gkd.batch_sequences * length
     types = len(profile.search_space.precision)
     shares = [1.0, *[share] * (1 + rivals), *[1.0] * types]
-    rounded = len(shares) - 1 + distilled if types else 0
     raced, rest = effort.race_shares(profile)
     alone = effort.gkd_work(shape, share, layers)
-    judged = effort.files_work(shape, effort.race_looks(profile) if types else 0)
+    judged = effort.files_work(shape, effort.race_looks(profile) if files else 0)
     again = gkd.rounded_steps / gkd.steps if gkd.steps else 0.0
     spoken = len(profile.evaluate.prompts) * profile.evaluate.answer_tokens
     asked = sum(isinstance(source, ParentAnswersSource) for source in corpus.sources)
@@ -334,7 +333,7 @@ def stages_of(
         ("choose", 1, 0, Work(fixed=2.0)),
         ("GKD parent", min(distilled, 1), stepped + gkd.validation_sequences * length, effort.teacher_work(shape)),
         ("race", profile.race.candidates if raced else 0, round(raced * stepped), alone * raced + judged),
-        ("write files", rounded, 0, effort.files_work(shape, rounded) + alone * (distilled * again)),
+        ("write files", files, 0, effort.files_work(shape, files) + alone * (distilled * again)),
         ("evaluate", len(shares), tested * len(shares), effort.evaluate_work(shape, shares, first=True)),
         ("GKD child", min(distilled, 1), round(rest * stepped), alone * rest),
         ("GKD best baseline", others, stepped * others, effort.gkd_work(shape, share) * others),
@@ -398,18 +397,27 @@ def disk_bytes(shape: Shape, layers: int, share: float) -> int:
         * effort.FLOAT
         * sum(shape.parameters(v) for part in SUBBLOCKS for v in shape.variants[part][1:] if v.kind != "no_op")
     )
-    if profile.gkd.steps:
-        total += (
-            effort.teacher_bytes(shape)
-            + (1 + distilled_rivals(profile)) * share * shape.depth * shape.layer_parameters * effort.FLOAT
-        )
-    return int(total + effort.model_bytes(shape, share) + STATE_BYTES)
+    if distilled := distilled_models(profile):
+        total += effort.teacher_bytes(shape)
+        total += distilled * share * shape.depth * shape.layer_parameters * effort.FLOAT
+    served = weight_bytes(profile.hardware.precision) / effort.FLOAT
+    files = files_written(profile) * effort.model_bytes(shape, share) * served
+    return int(total + files + effort.model_bytes(shape, share) + STATE_BYTES)
 
 
-def distilled_rivals(profile: Profile) -> int:
-    """How many baselines have a GKD, at most: the best of them, and minitron."""
+def distilled_models(profile: Profile) -> int:
+    """How many models have a GKD, at most: the child, the best baseline, and minitron."""
     named = profile.evaluate.baselines
-    return (1 if named and profile.evaluate.distill_best_baseline else 0) + (MINITRON in named)
+    rivals = (1 if named and profile.evaluate.distill_best_baseline else 0) + (MINITRON in named)
+    return 1 + rivals if profile.gkd.steps else 0
+
+
+def files_written(profile: Profile) -> int:
+    """How many GGUF files models are judged by: child, baselines and parents in types, and what was distilled anew."""
+    types, hardware = len(profile.search_space.precision), profile.hardware
+    if not types and (hardware.engine != "llama.cpp" or hardware.kv_precision is None):
+        return 0
+    return 1 + len(profile.evaluate.baselines) + types + distilled_models(profile)
 
 
 def shard_bytes(shape: Shape) -> int:

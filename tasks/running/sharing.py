@@ -1,4 +1,5 @@
-"""Several runs on one workspace: each thing is made by one of them, and the others wait until it is there.
+"""Several runs on one workspace: each thing is made by one of them, and the others wait until it is there. What one
+run uses, no other takes away.
 
 Every lock is the operating system's (flock), so a process that dies, by kill -9 too, lets go of it at once: there is no
 stale lock. The files stay, empty, under `locks/`. Beside each lies a file that says who is at work, so that the next
@@ -7,11 +8,13 @@ machines that share the blocks through an object store have no lock between them
 store the same block.
 """
 
+import fcntl
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock, Timeout
 
@@ -29,10 +32,14 @@ class TaskKey(Value):
     what: str
 
 
-def _lock(workspace: Path, key: str) -> FileLock:
+def _folder(workspace: Path) -> Path:
     folder = workspace / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / f"{key}.lock", poll_interval=POLL_SECONDS)
+    return folder
+
+
+def _lock(workspace: Path, key: str) -> FileLock:
+    return FileLock(_folder(workspace) / f"{key}.lock", poll_interval=POLL_SECONDS)
 
 
 @contextmanager
@@ -80,3 +87,27 @@ def try_exclusive(workspace: Path, key: str) -> Iterator[bool]:
         yield True
     finally:
         lock.release()
+
+
+@contextmanager
+def in_use(workspace: Path, key: str) -> Iterator[None]:
+    """No run takes the thing away (`unused`) for the length of the block. Any number of runs may be inside."""
+    with _users(workspace, key) as users:
+        fcntl.flock(users, fcntl.LOCK_SH)
+        yield
+
+
+@contextmanager
+def unused(workspace: Path, key: str) -> Iterator[bool]:
+    """True for the length of the block if no run uses the thing. One that is about to use it waits until the end."""
+    with _users(workspace, key) as users:
+        try:
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _users(workspace: Path, key: str) -> IO[str]:
+    return (_folder(workspace) / f"{key}.users").open("a+")  # on NFS: readable to share, writable to have it alone

@@ -7,11 +7,12 @@ answer is checked again by sums that share no code with either (tasks/search/tot
 import math
 import time
 from dataclasses import replace
+from typing import Any
 
 from blocks.records import Architecture, LayerChoice
 from tasks.running.progress import say
 from tasks.search.joint import Option
-from tasks.search.request import Limit
+from tasks.search.request import Limit, Request
 from tasks.search.solve import JointChoice, choose_joint
 from tasks.search.totals import TOLERANCE, Batches, Problem, broken_limits, predicted
 from tasks.search.view import library_of, request_of
@@ -27,16 +28,17 @@ def with_most_tokens(problem: Problem) -> Problem:
     most = problem.search.fastest_within_score
     if most is None:
         return problem
-    asked = request_of(problem)
-    limits = (*asked.limits, Limit(quantity="score", asked=most, name="search.fastest_within_score"))
-    wanted = asked.model_copy(update={"limits": limits, "minimise": "tokens_per_second"})
-    (fastest,) = choose_joint(library_of(problem), wanted)
+    problem = replace(
+        problem, within_score=most, search=problem.search.model_copy(update={"fastest_within_score": None})
+    )
+    (fastest,) = choose_joint(library_of(problem), _asked(problem, minimise="tokens_per_second"))
+    speed = 1 / max(fastest.objective, 1e-9)  # nothing may take no time
     if fastest.status != "optimal":
         say(
-            f"search: {1 / fastest.objective:.4g} tokens/s are the most that were found within a score of {most:g}; no "
-            f"child does more than {1 / fastest.bound:.4g}. Raise search.time_limit_seconds to look longer"
+            f"search: {speed:.4g} tokens/s are the most that were found within a score of {most:g}, the seconds of a "
+            f"token {fastest.gap:.1%} above the proven least. Raise search.time_limit_seconds to look longer"
         )
-    tokens = (1 - TOLERANCE) / max(fastest.objective, 1e-9)  # sums of floats in another order; nothing may take no time
+    tokens = (1 - TOLERANCE) * speed  # sums of floats in another order
     sizes = {found.scenario: found.batch_size for found in fastest.scenarios}
     scenarios = (one.model_copy(update={"batch_sizes": (sizes[one.name],)}) for one in problem.scenarios)
     return replace(
@@ -44,8 +46,16 @@ def with_most_tokens(problem: Problem) -> Problem:
         scenarios=tuple(scenarios),
         # at these batch sizes so many tokens are at least the speed-up that was asked
         budget=problem.budget.model_copy(update={"min_tokens_per_second": tokens, "speedup": None}),
-        search=problem.search.model_copy(update={"fastest_within_score": None}),
     )
+
+
+def _asked(problem: Problem, **changes: Any) -> Request:
+    """What is asked of the search: the budget, and the highest score where there is one."""
+    asked, most = request_of(problem, **changes), problem.within_score
+    if most is None:
+        return asked
+    limit = Limit(quantity="score", asked=most, name="search.fastest_within_score")
+    return asked.model_copy(update={"limits": (*asked.limits, limit)})
 
 
 def choose(problem: Problem) -> Architecture:
@@ -70,7 +80,7 @@ def choose_several(problem: Problem, count: int, min_different: int) -> list[Arc
     problem = with_most_tokens(problem)
     library = library_of(problem)
     options = {(option.layer, option.label): option.own for option in library.options}
-    found = choose_joint(library, request_of(problem, diverse=count, min_different=min_different))
+    found = choose_joint(library, _asked(problem, diverse=count, min_different=min_different))
     seconds = time.perf_counter() - started
     return [_checked(problem, each, [options[item] for item in each.layers.items()], seconds) for each in found]
 

@@ -52,7 +52,8 @@ class InconsistentTables(PuzzleFailure):
 class Problem:
     """Everything the search needs: scores and costs of one library, the budget, the scenarios, the solver's limits.
 
-    reference: the problem whose parent the budget's shares are taken of, where it is not this one's.
+    reference: the problem whose parent the budget's shares are taken of, where it is not this one's. within_score: the
+    highest summed score of what `choose` may take; other searches show what they reach without it.
     """
 
     scores: tuple[Score, ...]
@@ -62,6 +63,7 @@ class Problem:
     search: Search = Search()
     metric: ScoreMetric = "kl"
     reference: "Problem | None" = None
+    within_score: float | None = None
 
     @cached_property
     def cost_table(self) -> dict[tuple[str, str, str, int], Cost]:

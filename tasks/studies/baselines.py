@@ -48,9 +48,12 @@ def _pair(option: Option) -> Pair:
     return option.attention, option.ffn
 
 
-def _best_of(grid: Grid, slot: Integers, pair: Pair) -> int | None:
-    """The better-scoring option of a slot that is this pair, coupled or not; None when the layer does not have it."""
-    found = [int(index) for index in slot if _pair(grid.options[index]) == pair]
+def _best_of(grid: Grid, slot: Integers, pair: Pair, coupled: bool = True) -> int | None:
+    """The better-scoring option of a slot that is this pair, coupled too if that may be; None when the layer does not
+    have it.
+    """
+    own = {int(index): grid.options[index] for index in slot}
+    found = [index for index, option in own.items() if _pair(option) == pair and option.coupled <= coupled]
     return min(found, key=lambda index: grid.scores[index], default=None)
 
 
@@ -63,8 +66,8 @@ def uniform(grid: Grid, *_: object) -> Picked:
     return None if best is None else (best, len(fitting))
 
 
-def _in_all_layers(grid: Grid, pair: Pair) -> Integers | None:
-    picks = [_best_of(grid, slot, pair) if len(slot) > 1 else int(slot[0]) for slot in grid.program.slots]
+def _in_all_layers(grid: Grid, pair: Pair, coupled: bool = True) -> Integers | None:
+    picks = [_best_of(grid, slot, pair, coupled) if len(slot) > 1 else int(slot[0]) for slot in grid.program.slots]
     return None if None in picks else np.array(picks)
 
 
@@ -105,9 +108,10 @@ def _lowest_within(grid: Grid, slot: Integers, available: Floats) -> int:
 
 
 def minitron(grid: Grid, *_: object) -> Picked:
-    """The widest FFN that fits in every searched layer, beside the parent's attention."""
+    """The widest FFN that fits in every searched layer, beside the parent's attention, each a subblock of its own."""
     widths = dict.fromkeys(option.ffn for option in grid.options if re.fullmatch(r"ffn\d+", option.ffn or ""))
-    everywhere = [found for width in widths if (found := _in_all_layers(grid, ("parent", width))) is not None]
+    pairs = [("parent", width) for width in widths]
+    everywhere = [found for pair in pairs if (found := _in_all_layers(grid, pair, coupled=False)) is not None]
     fitting = [selection for selection in everywhere if _fits(grid, selection)]
     best = max(fitting, key=lambda selection: float(grid.parameters[selection].sum()), default=None)
     return None if best is None else (best, len(fitting))
