@@ -52,7 +52,8 @@ def head_of(weight_VD: Tensor, config: Any, family: Family) -> Head:
 
 def scaled_head(weight_VD: Tensor, config: Any, family: Family) -> Tensor:
     """A head's weight, divided as its family divides the logits."""
-    return weight_VD.float() if family.logits_divisor is None else weight_VD.float() / family.divisor(config)
+    weight = weight_VD.float()
+    return weight if family.logits_divisor is None else weight / getattr(config, family.logits_divisor)
 
 
 def _capped(logits: Tensor, cap: float | None) -> Tensor:

@@ -34,6 +34,8 @@ from tasks.export.folder import export_folder
 from tasks.export.formats import refuse
 from tasks.gguf.header import GgufError, Header
 from tasks.gguf.parent_file import check_model
+from tasks.planning.effort import shape_of
+from tasks.planning.memory import activation_bytes, passing
 from tests.families import (
     LAYERS,
     SPECIAL,
@@ -48,7 +50,7 @@ from tests.families import (
     whole,
 )
 from tests.test_modeling import LINEAR, NO_OP, attention, ffn
-from tests.test_plan import assert_same_weights
+from tests.test_plan import assert_same_weights, chain_profile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -79,6 +81,15 @@ def test_soft_caps_are_not_lost_when_another_attention_is_asked_for() -> None:
     child = child_of(parent)
     child.set_attn_implementation("sdpa")  # which has no soft caps
     assert torch.equal(child(ids).logits, parent(ids).logits)
+
+
+@torch.no_grad()
+def test_soft_caps_are_not_lost_in_windows_beside_flash_attention() -> None:
+    window = {"attention": attention(2) | {"window_length": 3, "num_sink_tokens": 2}, "ffn": ffn(48)}
+    child, ids = child_of(parent_of("gemma2"), [window] * LAYERS), token_ids(1, 9)
+    expected = child(ids).logits
+    child.config._attn_implementation = "flash_attention_2"  # no layer runs it: all have windows
+    assert torch.equal(child(ids).logits, expected)
 
 
 def crippled(family: Family) -> Iterator[Family]:
@@ -164,6 +175,19 @@ def test_shapes_that_a_plan_counts_are_those_of_the_layers(family: str, tmp_path
     assert ffn_flops(model.config, model.config.intermediate_size) == 2 * matrices
     for labels in (("parent", "parent"), ("gdn", "parent"), ("kv1", "ffn24"), ("linear", "linear"), ("no_op", "no_op")):
         assert_same_weights(Parent(tmp_path, HOST), LayerChoice(attention=labels[0], ffn=labels[1]))
+
+
+def test_a_plan_counts_the_scores_that_soft_caps_need_whole(tmp_path: Path) -> None:
+    found = []
+    for cap in (1.5, None):
+        made("gemma2", SPECIAL["gemma2"] | {"attn_logit_softcapping": cap}).config.save_pretrained(tmp_path)
+        shape = shape_of(chain_profile(), Parent(tmp_path))
+        kinds = [
+            activation_bytes(shape, parse_label("attention", each, shape.parent.config)) for each in ("kv1", "linear")
+        ]
+        found.append((passing(shape) / shape.at_once, *kinds))
+    scores = 4 * shape.length * 3 * 4  # query heads x tokens, three times in float32
+    assert [one - other for one, other in zip(*found, strict=True)] == [scores, scores, 0]
 
 
 @every_family

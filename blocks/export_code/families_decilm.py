@@ -81,10 +81,6 @@ class Family:
         """The soft cap of the logits."""
         return getattr(config, "final_logit_softcapping", None) if self.soft_caps else None
 
-    def divisor(self, config: Any) -> float:
-        """What the logits are divided by."""
-        return getattr(config, self.logits_divisor) if self.logits_divisor else 1.0
-
     def attention_code(self, config: Any, wanted: str | None) -> str | None:
         """The attention implementation that is used where `wanted` is asked for: torch's has no soft caps."""
         capped = self.soft_caps and getattr(config, "attn_logit_softcapping", None)

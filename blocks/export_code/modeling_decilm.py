@@ -98,9 +98,10 @@ class DeciLMDecoderLayer(GradientCheckpointingLayer):
 
     def follow(self, implementation: str | None) -> None:
         """Take an attention implementation; a window has its own on top of it."""
-        wanted = f"{PREFIX}{implementation or 'sdpa'}" if self.window else implementation
-        if self.config._attn_implementation != wanted:
-            self.config._attn_implementation = wanted
+        if self.window:  # torch's code, which has no soft caps, or the eager one, whatever the rest runs on
+            implementation = PREFIX + (self.family.attention_code(self.config, None) or implementation or "sdpa")
+        if self.config._attn_implementation != implementation:
+            self.config._attn_implementation = implementation
 
     def attention(
         self, hidden_states: torch.Tensor, padding: Padding | None = None, **kwargs: Any
@@ -338,7 +339,7 @@ def final_logits(config: Any, products: torch.Tensor) -> torch.Tensor:
     """The logits of a child or a parent, from the products of states and head."""
     family = FAMILIES[getattr(config, "base_model_type", config.model_type)]
     if family.logits_divisor:
-        products = products / family.divisor(config)
+        products = products / getattr(config, family.logits_divisor)
     cap = family.cap(config)
     return products if cap is None else torch.tanh(products / cap) * cap
 

@@ -18,15 +18,19 @@ from torch import Tensor
 
 from blocks.compute import HOST
 from blocks.errors import ParentError
+from blocks.export_code.families_decilm import FAMILIES, Family
 from blocks.files import write_text
 from blocks.parent import Parent
 from tasks.inputs.parent_weights import INDEX, weight_files
 
-# families that read the residual stream through an RMSNorm with a plain gain, and add to it without a norm
-ROTATABLE = ("llama", "mistral", "qwen2", "qwen3")
-NORMS = {"self_attn": "input_layernorm.weight", "mlp": "post_attention_layernorm.weight"}
-WRITERS = ("o_proj", "down_proj")  # add to the residual stream
-READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+
+def _rotatable(family: Family) -> bool:
+    """Whether it reads the residual stream through RMSNorms with a plain gain, and adds to it without a norm."""
+    return family.norm == "RMSNorm" and all(before and not after for before, after in family.norms.values())
+
+
+ROTATABLE = tuple(name for name, family in FAMILIES.items() if _rotatable(family))
+WRITERS = ("output", "down")  # add to the residual stream
 
 
 def rotated_config(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,7 +59,7 @@ def rotate(folder: Path) -> str:
 
     for index in range(parent.depth):
         prefix = f"model.layers.{index}."
-        turned = _layer(parent.tensors(prefix), basis)
+        turned = _layer(parent.tensors(prefix), parent.family, basis)
         written(f"rotated-{index:05d}.safetensors", {prefix + name: tensor for name, tensor in turned.items()})
     gain = parent.tensors("model.norm.")["weight"]
     embedding, head = parent.tensors("model.embed_tokens.")["weight"], parent.head_weight()
@@ -82,18 +86,16 @@ def _read(weight: Tensor, gain: Tensor, basis: Tensor) -> Tensor:
     return ((weight.double() * gain.double()) @ basis).float()
 
 
-def _layer(tensors: Mapping[str, Tensor], basis: Tensor) -> dict[str, Tensor]:
+def _layer(tensors: Mapping[str, Tensor], family: Family, basis: Tensor) -> dict[str, Tensor]:
     """The tensors of a layer in the new basis, by the same names."""
-    found = {}
-    for name, tensor in tensors.items():
-        module, _, rest = name.partition(".")
-        matrix = rest.partition(".")[0]
-        if name in NORMS.values():
-            found[name] = torch.ones_like(tensor)
-        elif matrix in WRITERS:  # (D, K), or a bias (D,)
-            found[name] = (basis.T @ tensor.double()).float()
-        elif matrix in READERS and rest.endswith(".weight"):
-            found[name] = _read(tensor, tensors[NORMS[module]], basis)
-        else:  # biases of what reads, norms of heads: they act on channels of their own
-            found[name] = tensor
+    found = dict(tensors)  # biases of what reads and norms of heads stay: they act on channels of their own
+    for subblock, (norm, _) in family.norms.items():
+        gain = tensors[f"{norm}.weight"]
+        found[f"{norm}.weight"] = torch.ones_like(gain)
+        for name, tensor in tensors.items():
+            roles = family.parts(subblock).get(name.rpartition(".")[0], ())
+            if set(roles) & set(WRITERS):  # (D, K), or a bias (D,)
+                found[name] = (basis.T @ tensor.double()).float()
+            elif roles and tensor.dim() == 2:
+                found[name] = _read(tensor, gain, basis)
     return found

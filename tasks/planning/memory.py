@@ -70,7 +70,15 @@ def _gib(size: float) -> str:
 
 def passing(shape: Shape) -> float:
     """What a layer's forward without gradients holds: states in and out, attention, both matrices of the FFN."""
-    return shape.at_once * shape.size * (8 * shape.hidden + 3 * shape.inner)
+    return shape.at_once * (shape.size * (8 * shape.hidden + 3 * shape.inner) + scores_bytes(shape))
+
+
+def scores_bytes(shape: Shape) -> int:
+    """Of a token in an attention whose code makes all scores at once, as it must where they have soft caps: the scores,
+    and what becomes of them before and after the softmax, which is float32.
+    """
+    whole = shape.parent.attention_code == "eager"
+    return whole * shape.parent.config.num_attention_heads * shape.length * (2 * shape.size + FLOAT)
 
 
 def record_need(shape: Shape) -> Need:
@@ -122,8 +130,9 @@ def activation_bytes(shape: Shape, variant: Variant) -> int:
     if variant.subblock == "ffn":
         return norm + shape.size * 4 * (0 if variant.kind == "linear" else variant.size or shape.inner)
     kind = kind_of(variant)
-    more = FLOAT * kind.trained_elements_per_token(variant, config)
-    return norm + shape.size * (2 * width + kind.kv_elements_per_token(variant, config)) + more
+    states = kind.kv_elements_per_token(variant, config)
+    more = FLOAT * kind.trained_elements_per_token(variant, config) + (scores_bytes(shape) if states else 0)
+    return norm + shape.size * (2 * width + states) + more
 
 
 def head_bytes(shape: Shape) -> int:
