@@ -1,6 +1,5 @@
 """Settings of the whole suite: offline, repeatable, quiet; a chain made once."""
 
-import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -33,12 +32,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Among several workers, a file is one's: the long ones first, else one worker ends with them while others wait."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: (LONG + (item.path.name,)).index(item.path.name))
-
-
-def pytest_collection_finish() -> None:
-    """What imports and collection have made stays, so no collection of garbage has to look through it again."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
