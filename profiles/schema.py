@@ -5,6 +5,7 @@ in docs/reference/profile.md and in the form of Prefect's UI.
 """
 
 import re
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -807,6 +808,15 @@ class Race(Section):
         description="Steps of GKD that each has done when a round ends; 0: none yet. The last round leaves one, which "
         "goes on to `gkd.steps`. All but 0 are multiples of `gkd.evaluate_every`.",
     )
+
+
+def racers_in(rounds: Sequence[int], racers: int) -> Iterator[tuple[int, int]]:
+    """Every round of a race by its steps of GKD, and how many run in it: half of the round before, while several do."""
+    for steps in rounds:
+        if racers == 1:
+            return
+        yield steps, racers
+        racers = (racers + 1) // 2
 
 
 MINITRON = "minitron"

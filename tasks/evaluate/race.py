@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from blocks.records import Architecture, Racer
+from profiles.schema import racers_in
 from tasks.evaluate.compare import Contender
 
 
@@ -31,13 +32,11 @@ def race(
     """
     left = [_Runner(place=place, which=which) for place, which in enumerate(contenders, start=1)]
     out: list[_Runner] = []
-    for steps in rounds:
-        if len(left) == 1:
-            break
+    running = list(racers_in(rounds, len(contenders)))
+    for (steps, _), (_, stay) in zip(running, [*running[1:], (0, 1)], strict=False):
         for runner in left:
             runner.kl.append((steps, kl_after(runner.which, steps)))
         left.sort(key=lambda runner: runner.kl[-1][1])
-        stay = 1 if steps == rounds[-1] else (len(left) + 1) // 2
         for runner in left[stay:]:
             give_up(runner.which)
         left, out = left[:stay], left[stay:] + out

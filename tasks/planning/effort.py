@@ -27,7 +27,7 @@ from blocks.records import SUBBLOCKS, Subblock
 from blocks.resources import BYTES, non_block_parameters, parameters_of
 from blocks.typed_labels import FITTED_TO
 from blocks.variant import Variant
-from profiles.schema import GgufParent, PackageParent, ParentAnswersSource, Profile, TinyParent
+from profiles.schema import GgufParent, PackageParent, ParentAnswersSource, Profile, TinyParent, racers_in
 from tasks.distill.gkd_settings import is_recorded, token_bytes, trial_steps
 from tasks.distill.record import CHUNK, fits_in_a_shard, slices
 from tasks.inputs.parent_answers import BATCH
@@ -555,22 +555,18 @@ def teacher_bytes(shape: Shape) -> int:
 
 def race_shares(profile: Profile) -> tuple[float, float]:
     """GKD in the race of all architectures together, and of the winner after it, each as a share of one whole GKD."""
-    left, before, done = profile.race.candidates, 0, 0
-    if left == 1 or not profile.gkd.steps:
+    before, done = 0, 0
+    if not profile.gkd.steps:
         return 0.0, 1.0
-    for steps in profile.race.rounds:
-        if left > 1:
-            done, before = done + left * (steps - before), steps
-            left = (left + 1) // 2
+    for steps, racers in racers_in(profile.race.rounds, profile.race.candidates):
+        done, before = done + racers * (steps - before), steps
     return done / profile.gkd.steps, 1 - before / profile.gkd.steps
 
 
 def race_looks(profile: Profile) -> int:
     """How often an architecture of the race is measured."""
-    left, looks = profile.race.candidates, 0
-    for _ in profile.race.rounds if profile.gkd.steps else ():
-        looks, left = looks + (left if left > 1 else 0), (left + 1) // 2
-    return looks
+    rounds = profile.race.rounds if profile.gkd.steps else ()
+    return sum(racers for _, racers in racers_in(rounds, profile.race.candidates))
 
 
 def gkd_work(shape: Shape, share: float, layers: float | None = None) -> Work:
