@@ -24,6 +24,7 @@ from tasks.distill.record import open_parent
 from tasks.engines.timing_in_turns import PARENT
 from tasks.evaluate.budget import limits_of
 from tasks.evaluate.compare import LINEAGE, Contender, Evaluation, Lineage, build, candidate
+from tasks.evaluate.standing import is_typed_parent
 from tasks.evaluate.typed_file import GGUF_NAME, hand_over
 from tasks.export.folder import export_child, model_card
 from tasks.inputs.children import in_precision
@@ -93,7 +94,7 @@ def report_of(
                     "limits": ()
                     if which.stage == "parent"
                     else limits_of(
-                        problem if _is_reference(which) else asked,
+                        problem if is_typed_parent(which.name) else asked,
                         which.architecture,
                         speed.models.get(which.name, ()),
                         parents,
@@ -120,11 +121,6 @@ def report_of(
         prefect_run_id=run.prefect_run_id,
         mlflow_run_id=run.mlflow_run_id,
     )
-
-
-def _is_reference(which: Contender) -> bool:
-    """The whole parent in a type of number: a rival of the child's only at a speed that the search settled."""
-    return which.name.startswith("parent ")
 
 
 def _ordered(

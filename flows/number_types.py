@@ -15,6 +15,7 @@ from profiles.schema import GgufParent, PackageParent, Profile
 from tasks.distill.gkd_targets import TeacherRecord
 from tasks.distill.rounded import RoundedTraining
 from tasks.evaluate.compare import SHIPPED, Contender, contender
+from tasks.evaluate.standing import typed_parent
 from tasks.evaluate.typed_file import as_served, is_typed, needs_file, with_file
 from tasks.export.quantise import Recipe
 from tasks.inputs.installed_packages import installed_file
@@ -126,7 +127,7 @@ def references(run: Run, problem: Problem, child: Architecture, own: Contender) 
         whole = LayerChoice(attention=typed("parent", kind), ffn=typed("parent", kind))
         head = kind if kind in space.head_types else next(iter(space.head_types), "")
         layers = (whole,) * len(child.layers)
-        found.append(contender(f"parent {kind}", predicted(problem, layers, "parent", batches, head), []))
+        found.append(contender(typed_parent(kind), predicted(problem, layers, "parent", batches, head), []))
     file = _shipped(run.profile) if space.precision else None
     if file is not None:
         found.append(own.model_copy(update={"name": SHIPPED, "file": str(file.resolve())}))

@@ -95,6 +95,16 @@ def _accuracy(candidate: Candidate, correct: Mapping[str, Sequence[int]], by_tas
     return estimates.pooled_accuracy(correct, candidate.item_groups, by_task)
 
 
+def typed_parent(kind: str) -> str:
+    """The name of the whole parent in a type of number, as a model that is compared."""
+    return f"parent {kind}"
+
+
+def is_typed_parent(name: str) -> bool:
+    """Whether a model is the whole parent in a type of number: a rival only where it keeps the child's budget."""
+    return name.startswith(typed_parent(""))
+
+
 def over_parent(candidate: Candidate, parent: Candidate | None) -> Reading | None:
     """How a candidate's accuracy on all items stands to its parent's; shares, not percent.
 

@@ -17,6 +17,7 @@ from tasks.evaluate.standing import (
     difference,
     final_of,
     gain_of,
+    is_typed_parent,
     of_all_items,
     of_sequences,
     over_parent,
@@ -221,7 +222,7 @@ def _is_rival(model: Candidate, disturbed: str) -> bool:
     if model.stage == "parent" or model.name == "child":
         return False
     limits = [limit.model_copy(update={"measured": None}) if disturbed else limit for limit in model.limits]
-    return not model.name.startswith("parent ") or "not kept" not in {state_of(limit, "") for limit in limits}
+    return not is_typed_parent(model.name) or "not kept" not in {state_of(limit, "") for limit in limits}
 
 
 def _named(models: Sequence[Candidate]) -> str:
