@@ -40,7 +40,7 @@ from tasks.running.usage import busy_seconds
 TOKENS = 1024  # rows of the measured products
 LARGEST = 4096  # columns and inner length at most: 64 MB of noise, whatever the parent
 SECONDS_EACH = 0.2  # of one measurement, repeated; the system tells in hundredths of a second who else was busy
-# The demo's eight stages that compute took 1,263 s on two threads (benchmarks/plan.md). Products, at the measured rates
+# smollm2-cpu's eight stages that compute took 1,263 s on two threads (benchmarks/plan.md). Products, at the measured rates
 # with both threads busy throughout, explain 936 s, all other terms of the plan 118 s:
 # (1263 - 118) / 936 = 1.22 = 1 + SERIAL * (2 - 1).
 SERIAL = 0.22
