@@ -138,8 +138,14 @@ def test_a_server_is_gone_after_its_block_and_a_broken_one_names_its_log(tmp_pat
         stop(process, 0.2)
     assert process.returncode == -9 and answer(url) is None
     with (
-        pytest.raises(ServerFailure, match=r"log is .*log2"),
-        running([sys.executable, "-c", "raise SystemExit(3)"], url, tmp_path / "log2", {}, 30),
+        pytest.raises(ServerFailure, match=r"log is .*log2, which ends: no users without flask"),
+        running(
+            [sys.executable, "-c", "print('starting'); raise SystemExit('no users without flask')"],
+            url,
+            tmp_path / "log2",
+            {},
+            30,
+        ),
     ):
         pass
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from blocks.errors import PuzzleError
 from blocks.records import LayerChoice
 from profiles.errors import ProfileError
 from profiles.load import load_profile
@@ -68,6 +69,15 @@ def test_those_who_race_are_the_best_that_differ_enough(seed: int) -> None:
             if sum(mine != theirs for mine, theirs in zip(layers, each.layers, strict=True)) >= 2
         ]
     assert [each.score for each in found] == sorted(each.score for each in found) and len(found) == 4
+
+
+def test_one_architecture_differs_from_none() -> None:
+    """Without a race nothing is asked of how far racers are apart: a parent may have fewer layers than that."""
+    problem, layers = random_problem(0, Budget(memory_fraction=0.7)), 3
+    far, near = (choose_several(problem, 1, different)[0] for different in (layers + 1, 1))
+    assert far.layers == near.layers
+    with pytest.raises(PuzzleError, match="min_different"):
+        choose_several(problem, 2, layers + 1)
 
 
 RACE = "{candidates: 8, rounds: [0, 8, 16]}"

@@ -135,7 +135,8 @@ def _wait_for(process: subprocess.Popen[bytes], url: str, log: Path, seconds: fl
     deadline = time.monotonic() + seconds
     while answer(url, timeout=2) is None:
         if process.poll() is not None:
-            raise ServerFailure(f"the server for {url} ended at once: its log is {log}.")
+            said = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+            raise ServerFailure(f"the server for {url} ended at once: its log is {log}, which ends: {said[:500]}")
         if time.monotonic() > deadline:
             raise ServerFailure(f"no answer at {url} after {seconds:.0f} s: the log is {log}.")
         time.sleep(0.2)

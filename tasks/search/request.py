@@ -136,7 +136,7 @@ def check(library: JointLibrary, request: Request) -> None:
     _check_scenarios(library, request)
     if request.search.robust:
         samples_of(library.options, request.metric, library.documents)
-    if request.min_different > len(library.layers):
+    if request.diverse > 1 and request.min_different > len(library.layers):
         raise LibraryFileError(
             f"min_different is {request.min_different}, but there are {len(library.layers)} layers to differ in."
         )
