@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from blocks.compute import HOST
+from blocks.error_correction import correct
 from blocks.fit import elimination_order
 from blocks.records import SUBBLOCKS, LayerChoice
 from profiles.load import load_profile
@@ -25,11 +26,15 @@ from tasks.distill import bld, record
 from tasks.distill.gkd_job import distill_globally, job_of
 from tasks.distill.gkd_targets import record_teacher
 from tasks.distill.jobs import jobs_of
+from tasks.distill.rounded import RoundedTraining
+from tasks.engines.llama_cpp import LlamaCpp
+from tasks.evaluate.typed_file import fitted_to
+from tasks.export import quantise
 from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
 from tasks.operating import requirements
-from tasks.planning import effort, memory
+from tasks.planning import effort, memory, number_types
 from tasks.planning.effort import Shape, shape_of
 from tasks.planning.plan import config_parent, machine_rates, plan_of
 from tasks.score.scoring import score_sequences
@@ -38,6 +43,7 @@ from tests.test_gkd import CHILD
 from tests.test_nvlabs import puzzle
 from tests.test_plan import RATES, chain_profile
 
+needs_llama_cpp = pytest.mark.skipif(LlamaCpp().missing() is not None, reason="llama.cpp is not installed")
 EAGER = replace(HOST, attention="eager")  # scores as products, of which a backward pass has twice as many
 
 
@@ -211,6 +217,41 @@ def test_bytes_of_gkd(wide: tuple[Profile, Path, Any, Any], checkpointing: bool,
     changes = {"gkd": settings, "orchestration": Orchestration()}  # AdamW's temporaries are a CPU's
     shape = shape_of(profile.model_copy(update=changes), record.open_parent(workspace / parent.folder))
     assert memory.gkd_need(shape, 1.0).bytes == pytest.approx(most, rel=0.1)
+
+
+@needs_llama_cpp
+def test_bytes_of_training_the_rounding(wide: tuple[Profile, Path, Any, Any]) -> None:
+    profile, workspace, parent, corpus = wide
+    settings = GKD(
+        steps=1, rounded_steps=1, batch_sequences=4, learning_rate=1e-4, recorded_gib=0, validation_sequences=4
+    )
+    teacher = record_teacher(parent, corpus, settings, workspace, NARROW)
+    training = RoundedTraining(teacher=teacher, settings=settings, workspace=workspace, compute=NARROW)
+    text = fitted_to(corpus, workspace)
+
+    def work() -> None:
+        model: Any = record.open_parent(workspace / parent.folder, NARROW).model()
+        training.run(model, quantise.quantise_layers(model, text, quantise.Recipe.uniform("iq4_nl", 4)), "a model")
+
+    _, most = peak_of(work)
+    space = profile.search_space.model_copy(update={"precision": ("iq4_nl",)})
+    changes = {"gkd": settings, "search_space": space, "orchestration": Orchestration()}
+    shape = shape_of(profile.model_copy(update=changes), record.open_parent(workspace / parent.folder))
+    assert memory.rounded_need(shape, 1.0).bytes == pytest.approx(most, rel=0.1)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("types", [("iq4_nl", "iq4_nl"), ("q8_0", "iq4_nl"), ("q5_0", "q8_0"), ("q8_0", "q8_0")])
+def test_flops_of_rounding(types: tuple[str, str], wide: tuple[Profile, Path, Any, Any]) -> None:
+    profile, workspace, parent, corpus = wide
+    reader = record.open_parent(workspace / parent.folder, EAGER)
+    model: Any = reader.model()
+    recipe = quantise.Recipe.uniform(types[0], reader.depth).with_head(types[1])
+    with counted() as counter, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantise, "correct", not_counted(correct))
+        quantise.quantise_layers(model, fitted_to(corpus, workspace), recipe)
+    planned = number_types.rounding_work(shape_of(profile, reader), types)
+    assert counter.get_total_flops() == products(planned) and (planned.solve > 0) == (types != ("q8_0", "q8_0"))
 
 
 LARGE = {"llama-3.1-8b-8xh100": (8_030_261_248, 8), "llama-3.3-70b-16-nodes": (70_553_706_496, 128)}

@@ -221,9 +221,65 @@ def test_without_gkd_or_baselines_their_stages_are_gone() -> None:
 
 
 def test_work_adds_and_takes_time_by_its_rates() -> None:
-    work = Work(product=1e10, packed=2e10, solve=1e9, stream=1e9, disk=1e8, names=1e6, fixed=1.0)
-    assert work.seconds(RATES) == pytest.approx(7.0)
-    assert (work + work).seconds(RATES) == pytest.approx(14.0) == (work * 2).seconds(RATES)
+    work = Work(
+        product=1e10, packed=2e10, solve=1e9, stream=1e9, weights=1e9, disk=1e8, names=1e6, threaded=1.0, fixed=1.0
+    )
+    assert work.seconds(RATES) == pytest.approx(9.0)
+    assert (work + work).seconds(RATES) == pytest.approx(18.0) == (work * 2).seconds(RATES)
+    four = replace(RATES, threads=4)
+    assert Work(threaded=1.0).seconds(four) == pytest.approx((1 + 3 * machine.SERIAL) / 4)
+
+
+def typed_profile(kinds: tuple[str, ...], **changes: Any) -> Profile:
+    space = {"attention": ["no_op"], "ffn": ["ffn32", "no_op"], "precision": kinds}
+    fields: dict[str, Any] = {
+        "hardware": {"engine": "llama.cpp", "precision": "bfloat16", "threads": 1},
+        "search_space": space,
+        "budget": {"speedup": 1.4},
+    }
+    return chain_profile(**(fields | changes))
+
+
+def test_types_of_number_are_measured_scored_and_written() -> None:
+    none, one, two = (planned(typed_profile(kinds)) for kinds in ((), ("q8_0",), ("q8_0", "iq4_nl")))
+    assert [plan.seconds for plan in (none, one, two)] == sorted(plan.seconds for plan in (none, one, two))
+    names = [[stage.name for stage in plan.stages] for plan in (none, one, two)]
+    assert not {"score types", "score whole parents", "write files"} & set(names[0]) and names[1] == names[2]
+    assert [stage(plan, "score whole parents").tasks for plan in (one, two)] == [2, 4]
+    ratio = stage(one, "measure").seconds - 2 * stage(none, "measure").seconds
+    assert ratio > 0, "a type has its own table, and its parent beside the other in many rounds"
+
+
+def test_a_type_makes_a_block_smaller_and_drops_no_parameter() -> None:
+    """So a child within a budget of speed or memory keeps more than without, and its bytes are those of the type."""
+    budget = {"memory_fraction": 0.6}
+    plain, typed = (planned(typed_profile(kinds, budget=budget)).children[0] for kinds in ((), ("iq4_nl",)))
+    assert typed.parameters > plain.parameters
+    alone = planned(typed_profile(("iq4_nl",), budget={"memory_fraction": 0.99})).children[1]
+    bare = planned(typed_profile((), budget={"memory_fraction": 0.99})).children[1]
+    assert alone.parameters == bare.parameters and alone.totals[0].memory_bytes < bare.totals[0].memory_bytes
+
+
+def test_training_as_the_file_holds_it_takes_time_memory_and_disk() -> None:
+    def with_steps(steps: int) -> Plan:
+        gkd = {"validation_sequences": 4, "steps": 8, "rounded_steps": steps}
+        return planned(typed_profile(("q8_0", "iq4_nl"), gkd=gkd))
+
+    none, some, twice = map(with_steps, (0, 4, 8))
+    took = [stage(plan, "write files").seconds for plan in (none, some, twice)]
+    assert took[0] < took[1] < took[2] and {s.name for s in none.stages} == {s.name for s in some.stages}
+    weights = max(some.children, key=lambda child: child.parameters).parameters - outside(some)
+    assert stage(none, "write files").device_bytes is None
+    more = stage(some, "write files").device_bytes - stage(some, "GKD child").device_bytes
+    # in float before the rounding and after it, in 18 bytes for 32 weights, and two numbers of a block in float
+    assert more == pytest.approx(weights * (4 + 4 + 18 / 32 + 2 * 4 / 32), abs=2)
+    assert some.disk_bytes - none.disk_bytes == pytest.approx(2 * 4 * weights, abs=2), "child and best baseline"
+
+
+def outside(plan: Plan) -> int:
+    shape = shape_of(typed_profile(()), config_parent(typed_profile(()).parent))
+    assert plan.parent_parameters == shape.outside_parameters + shape.depth * shape.layer_parameters
+    return shape.outside_parameters
 
 
 def test_this_machine_is_measured_in_seconds() -> None:

@@ -40,12 +40,16 @@ COLLECTIVE_FLOORS = 2  # latency of an all-reduce, in kernel floors: reduce, the
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A hardware target, and how a model is placed on it. held: precision of weights in memory, if another."""
+    """A hardware target, and how a model is placed on it. held: precision of weights in memory, if another.
+
+    kind: GGUF's type of number that weights are stored in and read as, where it is another; products keep their rate.
+    """
 
     target: HardwareTarget
     precision: Precision
     kv_precision: KvPrecision
     held: Precision | None = None
+    kind: str = ""
     devices: int = 1
 
     @property
@@ -127,7 +131,7 @@ def decode_of(scenario: Scenario, batch: int) -> Pass:
 
 def subblock_seconds(parent: Parent, variant: Variant, work: Pass, setting: Setting) -> float:
     """Modelled seconds of one subblock; 0 for a no-op."""
-    needs = resources(parent, variant, work.context, weight_bytes(setting.precision))
+    needs = resources(parent, variant, work.context, weight_bytes(setting.kind or setting.precision))
     if not needs.kernels:
         return 0.0
     products = kind_of(variant).flops_per_token(variant, parent.config, 0)
@@ -179,10 +183,11 @@ def state_bytes_per_device(parent: Parent, variant: Variant, setting: Setting) -
 def non_block_seconds(parent: Parent, work: Pass, setting: Setting) -> float:
     """Modelled seconds of the embedding of all tokens, final norm and head of each sequence's last."""
     size, width, vocabulary = BYTES[setting.half], parent.config.hidden_size, parent.config.vocab_size
+    table = vocabulary * width * weight_bytes(setting.kind or setting.half)
     embedding = setting.memory(2 * work.count * width * size) + setting.floor
     head = max(
         setting.compute(2 * vocabulary * width * work.sequences, setting.half),
-        setting.memory((vocabulary * width + work.sequences * vocabulary) * size / setting.devices),
+        setting.memory((table + work.sequences * vocabulary * size) / setting.devices),
     )
     return embedding + head + 2 * setting.floor + setting.all_reduce(work.sequences * vocabulary * size / 2)
 
@@ -223,7 +228,7 @@ def described(setting: Setting) -> dict[str, str]:
 
 
 def _cost(parent: Parent, variant: Variant, scenario: Scenario, batch: int, setting: Setting) -> Cost:
-    needs = resources(parent, variant, scenario.prompt_tokens, weight_bytes(held(setting).precision))
+    needs = resources(parent, variant, scenario.prompt_tokens, weight_bytes(setting.kind or held(setting).precision))
     return Cost(
         subblock=variant.subblock,
         variant=variant.label,
@@ -249,5 +254,5 @@ def _non_block(parent: Parent, scenario: Scenario, batch: int, setting: Setting)
         prefill_seconds=non_block_seconds(parent, prefill_of(scenario, batch), setting),
         decode_seconds_per_token=non_block_seconds(parent, decode_of(scenario, batch), setting),
         parameters=parameters,
-        weight_bytes=-(-parameters * BYTES[held(setting).half] // setting.devices),
+        weight_bytes=math.ceil(parameters * weight_bytes(setting.kind or held(setting).half) / setting.devices),
     )

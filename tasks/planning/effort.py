@@ -25,7 +25,6 @@ from blocks.kinds import kind_of, parse_label, parse_labels
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Subblock
 from blocks.resources import BYTES, non_block_parameters, parameters_of
-from blocks.typed_labels import FITTED_TO
 from blocks.variant import Variant
 from profiles.schema import GgufParent, PackageParent, ParentAnswersSource, Profile, TinyParent, racers_in
 from tasks.distill.gkd_settings import is_recorded, token_bytes, trial_steps
@@ -33,7 +32,7 @@ from tasks.distill.record import CHUNK, fits_in_a_shard, slices
 from tasks.inputs.parent_answers import BATCH
 from tasks.inputs.space import layers_of, refused_alone
 from tasks.inputs.tiny import TRAIN_BATCH, TRAIN_TOKENS
-from tasks.planning.machine import BLOCK_NAMES, Rates
+from tasks.planning.machine import BLOCK_NAMES, Rates, with_serial_share
 
 FLOAT = 4  # bytes: the search computes and stores in float32
 LOGIT_PASSES = 4  # element-wise passes over a slice of logits that stays in the cache (online softmax)
@@ -55,7 +54,6 @@ STEP_SECONDS = 3e-4  # of one token through one layer, whatever its width
 VISIT_BYTES_PER_SECOND = 25e9  # from the host to a GPU and back, PCIe 5.0 x 16 as it is reached
 CORPUS_TOKENS_PER_SECOND = 40_000  # text cleaned, tokenised, packed
 BUILD_BYTES_PER_SECOND = 3.5e8  # a model assembled: weights read, checked against their digests, copied
-ROUNDING_SECONDS = 3e-7  # of a weight in a type of 4 or 5 bits, fitted to text, on two threads
 BENCHMARK_SECONDS = 2.0  # lm-eval around one model: data opened, requests built
 # tokens of one item, all choices, padded as batches of 8 are; and items there are. SmolLM2's tokenizer, 200 items each
 BENCHMARKS = {
@@ -72,8 +70,9 @@ class Work:
     """Counts of one stage. product, packed: FLOPs of plain products and of those with packed weights.
 
     float32, tf32: how many of those a GPU does in these formats, whatever the stage's own is. solve: float64 FLOPs.
-    stream, disk: bytes. exchange: bytes through the link of each device, while it computes. names: tensor names that
-    gguf enters in a table. fixed: seconds that no rate changes.
+    stream, disk: bytes. weights: bytes of matrices that are each multiplied by one vector. exchange: bytes through the
+    link of each device, while it computes. names: tensor names that gguf enters in a table. threaded: seconds of one
+    thread that all threads share. fixed: seconds that no rate changes.
     """
 
     product: float = 0.0
@@ -82,9 +81,11 @@ class Work:
     tf32: float = 0.0
     solve: float = 0.0
     stream: float = 0.0
+    weights: float = 0.0
     disk: float = 0.0
     exchange: float = 0.0
     names: float = 0.0
+    threaded: float = 0.0
     fixed: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
@@ -108,7 +109,8 @@ class Work:
         computed = self.product / rates.product + self.packed / rates.packed + self.solve / rates.solve
         for flops, rate in ((self.float32, rates.float32), (self.tf32, rates.tf32)):
             computed += flops * (1 / rate - 1 / rates.product) if rate else 0.0
-        moved = self.stream / rates.stream + self.disk / rates.disk
+        computed += self.threaded / rates.threads * with_serial_share(rates.threads)
+        moved = self.stream / rates.stream + self.weights / rates.weights + self.disk / rates.disk
         return max(computed + moved, self.exchange / rates.link) + self.names / rates.names + self.fixed
 
 
@@ -451,28 +453,6 @@ def score_work(shape: Shape, layers: Sequence[int]) -> Work:
     return work
 
 
-def type_scores_work(shape: Shape) -> Work:
-    """The parent's blocks scored in every type of number, the whole parent in each, and the head in each."""
-    scoring, space = shape.profile.scoring, shape.profile.search_space
-    tokens = scoring.sequences * (scoring.tokens_per_sequence or shape.length)
-    work = files_work(shape, len(space.precision))
-    for layer in range(shape.depth):
-        times = len(SUBBLOCKS) * len(space.precision)
-        work += shape.forward(tokens * times, shape.depth - layer, packed=True) + shape.head(tokens * times)
-        work += shape.forward(FITTED_TO * shape.length, 1.0, packed=True)
-    weights = shape.depth * shape.layer_parameters * len(space.precision)
-    whole = (shape.forward(tokens, shape.depth) + shape.head(tokens, packed=False)) * 2
-    return work + whole * (len(space.precision) + len(space.head_types)) + Work(fixed=weights * ROUNDING_SECONDS)
-
-
-def files_work(shape: Shape, models: int) -> Work:
-    """Models rounded to types of number on calibration text, which runs twice through every layer."""
-    tokens = FITTED_TO * shape.length
-    weights = shape.depth * shape.layer_parameters + shape.outside_parameters
-    one = shape.forward(2 * tokens, shape.depth) + Work(fixed=weights * ROUNDING_SECONDS, disk=float(weights))
-    return one * models
-
-
 def model_bytes(shape: Shape, share: float = 1.0) -> float:
     """float32 weights of a model that keeps this share of the layers' parameters."""
     return FLOAT * (share * shape.depth * shape.layer_parameters + shape.outside_parameters)
@@ -514,7 +494,7 @@ def prompts_work(shape: Shape) -> Work:
     weights = shape.size * (shape.depth * shape.layer_parameters + shape.outside_parameters)
     work = shape.forward(tokens, shape.depth) + shape.head(tokens, packed=False)
     return work + Work(
-        stream=tokens / BATCH * weights, fixed=tokens / BATCH * shape.depth * STEP_SECONDS + TASK_SECONDS
+        weights=tokens / BATCH * weights, fixed=tokens / BATCH * shape.depth * STEP_SECONDS + TASK_SECONDS
     )
 
 
@@ -526,7 +506,7 @@ def answers_work(shape: Shape, share: float) -> Work:
     for kept in (1.0, share):
         weights = model_bytes(shape, kept)
         steps = tokens * shape.depth * STEP_SECONDS
-        work += Work(stream=tokens * weights, fixed=steps + weights / BUILD_BYTES_PER_SECOND + TASK_SECONDS)
+        work += Work(weights=tokens * weights, fixed=steps + weights / BUILD_BYTES_PER_SECOND + TASK_SECONDS)
     return work
 
 

@@ -9,7 +9,7 @@ end an export of every model in a process of its own. How long vLLM starts and c
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blocks.records import SUBBLOCKS, CostTable, LayerChoice
 from profiles.schema import Scenario
@@ -75,9 +75,14 @@ def measure_work(shape: Shape, setting: Setting | None) -> Work | None:
         return None
     places = request_times_of(shape, setting)
     tasks = len(places) * (2 + sum(map(len, shape.variants.values())))
-    work = (_stacks if engine == "torch" else _whole_models)(shape, places) + Work(fixed=tasks * effort.TASK_SECONDS)
-    # models in a type of fewer bits are at most as slow
-    return work * (1 + len(shape.profile.search_space.precision))
+    each = Work(fixed=tasks * effort.TASK_SECONDS)
+    if engine == "torch":
+        return _stacks(shape, places) + each
+    work = _whole_models(shape, places) + each
+    for kind in shape.profile.search_space.precision:
+        own = request_times_of(shape, replace(setting, kind=kind))
+        work += _whole_models(shape, own) + each + _ratio(shape, places, own)
+    return work
 
 
 def _stacks(shape: Shape, places: Sequence[RequestTimes]) -> Work:
@@ -113,6 +118,15 @@ def _whole_models(shape: Shape, places: Sequence[RequestTimes]) -> Work:
             turns = place.seconds(parent, 1, measure.decode_steps) + place.seconds(layers, 1, measure.decode_steps)
             work += _written(shape, layers) + Work(fixed=turns * (measure.rounds + 1))
     return work
+
+
+def _ratio(shape: Shape, places: Sequence[RequestTimes], own: Sequence[RequestTimes]) -> Work:
+    """The parent in a type in turns with the parent in the profile's precision, in many rounds."""
+    from tasks.measure.whole_model_costs import RATIO_ROUNDS
+
+    measure, parent = shape.profile.measure, [(PARENT, float(shape.depth))]
+    turns = sum(place.seconds(parent, 1, measure.decode_steps) for place in (*places, *own))
+    return _written(shape, parent) * (2 * len(places)) + Work(fixed=turns * (RATIO_ROUNDS * measure.rounds + 1))
 
 
 def _written(shape: Shape, layers: Sequence[tuple[LayerChoice, float]]) -> Work:

@@ -40,8 +40,8 @@ from tasks.running.usage import busy_seconds
 TOKENS = 1024  # rows of the measured products
 LARGEST = 4096  # columns and inner length at most: 64 MB of noise, whatever the parent
 SECONDS_EACH = 0.2  # of one measurement, repeated; the system tells in hundredths of a second who else was busy
-# smollm2-cpu's eight stages that compute took 1,263 s on two threads (benchmarks/plan.md). Products, at the measured rates
-# with both threads busy throughout, explain 936 s, all other terms of the plan 118 s:
+# smollm2-cpu's eight stages that compute took 1,263 s on two threads (benchmarks/plan.md at commit 62c3789). Products, at
+# the measured rates with both threads busy throughout, explain 936 s, all other terms of the plan 118 s:
 # (1263 - 118) / 936 = 1.22 = 1 + SERIAL * (2 - 1).
 SERIAL = 0.22
 LOADED = 0.15  # share of the processors taken by others from which wall time is not trusted

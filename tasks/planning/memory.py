@@ -11,10 +11,12 @@ from blocks.divergence import CHUNK, SLICE
 from blocks.errors import PuzzleError
 from blocks.kinds import kind_of
 from blocks.records import SUBBLOCKS
+from blocks.resources import BLOCK, weight_bytes
 from blocks.variant import Variant
 from tasks.distill.gkd_settings import cosine_layers
 from tasks.distill.record import CHUNK as ELIMINATED
 from tasks.planning.effort import FLOAT, Shape, gkd_recorded, statistics_bytes
+from tasks.planning.number_types import slowest
 
 DOUBLE = 8
 EVALUATED = 512  # tokens whose logits exist at a time in evaluation (tasks/evaluate/quality.py)
@@ -49,8 +51,11 @@ def needs_of(shape: Shape, share: float, room: float | None = None) -> list[Need
     found = [record_need(shape), distill_need(shape), score_need(shape, room)]
     room = None if profile.devices[0].startswith("cpu") else room  # whole models do not wait elsewhere then
     found.append(evaluate_need(shape, room))
+    if profile.search_space.precision:
+        found.append(whole_types_need(shape))
     if profile.gkd.steps:
         found += [teacher_need(shape, room), gkd_need(shape, share)]
+        found += [rounded_need(shape, share)] if profile.gkd.rounded_steps else []
     return found
 
 
@@ -216,3 +221,36 @@ def gkd_need(shape: Shape, share: float) -> Need:
     if held > kept:
         cure = f"share it among more than {among} devices (orchestration.devices, orchestration.machines)"
     return Need(stage="GKD child", held=held, passing=kept, cure=cure)
+
+
+def stored_bytes(shape: Shape, parameters: float) -> float:
+    """Matrices in a type of 4 or 5 bits, as their file holds them, and what was rounded to them."""
+    kind = slowest(shape.profile.search_space.precision)
+    return parameters * (weight_bytes(kind) + FLOAT)
+
+
+def whole_types_need(shape: Shape) -> Need:
+    """The parent on the host and what its file holds; the head, rounded in float64; or log-probabilities of all scored
+    tokens before and after, which are compared a sequence at a time.
+    """
+    scoring, whole = shape.profile.scoring, shape.depth * shape.layer_parameters
+    length = scoring.tokens_per_sequence or shape.length
+    logits = (2 * scoring.sequences + LOGITS / 2) * length * shape.vocabulary * FLOAT
+    rounding = stored_bytes(shape, whole) + (DOUBLE + 2 * FLOAT) * shape.vocabulary * shape.hidden
+    return Need(
+        stage="score whole parents",
+        held=FLOAT * (whole + shape.outside_parameters) + logits / 2,
+        passing=max(rounding, logits / 2),
+        cure="lower scoring.sequences or scoring.tokens_per_sequence",
+    )
+
+
+def rounded_need(shape: Shape, share: float) -> Need:
+    """GKD of a child whose matrices are rounded in every pass: beside GKD's own, what its file held before with the
+    scales, and the rounded matrices, which the gradients of the layers' inputs are taken with.
+    """
+    trained = share * shape.depth * shape.layer_parameters
+    own, scales = gkd_need(shape, share), 2 * FLOAT / BLOCK
+    rounded = 0 if shape.profile.gkd.gradient_checkpointing else FLOAT
+    held = own.held + stored_bytes(shape, trained) + scales * trained
+    return Need(stage="write files", held=held, passing=own.passing + rounded * trained, cure=own.cure)

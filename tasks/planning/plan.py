@@ -11,18 +11,20 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from blocks.errors import InfeasibleBudget
 from blocks.kinds import kind_of
 from blocks.parent import Parent
-from blocks.records import SUBBLOCKS, Architecture, CostTable, LayerChoice, Score, Subblock, Totals, Value
+from blocks.records import SUBBLOCKS, Architecture, LayerChoice, Score, Subblock, Totals, Value
 from blocks.resources import weight_bytes
+from blocks.typed_labels import bare, typed
 from profiles.hardware import ARCHITECTURES, HardwareTarget, load_target
 from profiles.schema import MINITRON, ParentAnswersSource, ParentSource, Profile
 from tasks.inputs.parent import write_config
-from tasks.inputs.space import check_search_space, layers_of, left_out, measured_space
-from tasks.measure.roofline import Setting, modelled_costs, setting_of
-from tasks.planning import effort
+from tasks.inputs.space import check_search_space, layers_of, left_out
+from tasks.measure.roofline import Setting, setting_of
+from tasks.planning import effort, number_types
 from tasks.planning.effort import Shape, Work, shape_of
 from tasks.planning.engines import UNKNOWN, measure_work, throughput_work
 from tasks.planning.machine import Rates, rates_of, target_of
@@ -194,23 +196,28 @@ def _serving(profile: Profile, rates: Rates) -> HardwareTarget:
 
 
 def bounds_problem(shape: Shape, setting: Setting, searched: Sequence[int]) -> Problem:
-    """The profile's problem with modelled costs, and in the place of scores the share of parameters a variant drops."""
-    profile, parent, space = shape.profile, shape.parent, measured_space(shape.profile)
-    table: CostTable = modelled_costs(parent, space, profile.scenarios, setting)
+    """The profile's problem with modelled costs, and in the place of scores the share of parameters a variant drops.
+
+    A type of number drops none.
+    """
+    profile, space = shape.profile, shape.profile.search_space
+    table = number_types.costs_with_types(shape, setting)
     first = (profile.scenarios[0].name, profile.scenarios[0].batch_sizes[0])
     sizes = {(c.subblock, c.variant): c.parameters for c in table.costs if (c.scenario, c.batch_size) == first}
     whole = table.num_hidden_layers * sum(sizes[part, "parent"] for part in SUBBLOCKS)
     scores = [
-        _score(layer, part, variant.label, (sizes[part, "parent"] - sizes[part, variant.label]) / whole)
+        _score(layer, part, label, (sizes[part, "parent"] - sizes[part, variant.label]) / whole)
         for layer in searched
         for part in SUBBLOCKS
         for variant in shape.variants[part]
         if variant.label == "parent" or shape.runs(layer, variant)
+        for label in dict.fromkeys(typed(variant.label, kind) for kind in ("", *space.precision))
     ]
+    scores += [_score(0, "head", typed("head", kind), 0.0) for kind in space.head_types]
     return make_problem(scores, table, profile.budget, profile.scenarios, profile.search)
 
 
-def _score(layer: int, part: Subblock, label: str, dropped: float) -> Score:
+def _score(layer: int, part: Subblock | Literal["head"], label: str, dropped: float) -> Score:
     return Score(
         layer=layer,
         subblock=part,
@@ -233,15 +240,14 @@ def children_of(problem: Problem) -> tuple[list[ChildPlan], str]:
     """
     # no score is known yet, so nobody can tell which child is the fastest within one
     quick = problem.search.model_copy(update={"gap": max(problem.search.gap, 5e-3), "fastest_within_score": None})
-    fastest = fastest_of(problem)
     batches = tuple(max(scenario.batch_sizes) for scenario in problem.scenarios)
-    found = [_child("fastest of the space", problem, fastest, batches)]
+    found = [_child("fastest of the space", problem, fastest_of(problem), batches, fastest_head(problem))]
     try:
         best: Architecture = choose(replace(problem, search=quick))
     except InfeasibleBudget as error:
         return found, str(error)
     at = tuple(totals.batch_size for totals in best.totals)
-    return [_child("largest within the budget", problem, best.layers, at), *found], ""
+    return [_child("largest within the budget", problem, best.layers, at, best.head), *found], ""
 
 
 def fastest_of(problem: Problem) -> tuple[LayerChoice, ...]:
@@ -263,8 +269,16 @@ def fastest_of(problem: Problem) -> tuple[LayerChoice, ...]:
     return tuple(layers)
 
 
-def _child(name: str, problem: Problem, layers: Sequence[LayerChoice], at: Batches) -> ChildPlan:
-    totals = totals_of(problem, layers, at)
+def fastest_head(problem: Problem) -> str:
+    """The type of embedding and head with the least time in a decode step, summed over the scenarios."""
+    steps = dict.fromkeys(problem.heads, 0.0)
+    for part in problem.costs.non_block:
+        steps[part.head] += part.decode_seconds_per_token
+    return min(steps, key=steps.__getitem__)
+
+
+def _child(name: str, problem: Problem, layers: Sequence[LayerChoice], at: Batches, head: str) -> ChildPlan:
+    totals = totals_of(problem, layers, at, head)
     return ChildPlan(
         name=name,
         parameters=totals[0].parameters,
@@ -299,6 +313,7 @@ def stages_of(
     layers = child_layers(child, shape)
     rivals = len(profile.evaluate.baselines)
     distilled, files = distilled_models(profile), files_written(profile)
+    judged = number_types.file_work(shape, number_types.types_of_child(profile)) * effort.race_looks(profile)
     others = max(distilled - 1, 0)
     record, corpus, gkd = profile.record, profile.corpus, profile.gkd
     sequences = record.statistics_sequences + record.validation_sequences
@@ -310,8 +325,6 @@ def stages_of(
     shares = [1.0, *[share] * (1 + rivals), *[1.0] * types]
     raced, rest = effort.race_shares(profile)
     alone = effort.gkd_work(shape, share, layers)
-    judged = effort.files_work(shape, effort.race_looks(profile) if files else 0)
-    again = gkd.rounded_steps / gkd.steps if gkd.steps else 0.0
     spoken = len(profile.evaluate.prompts) * profile.evaluate.answer_tokens
     asked = sum(isinstance(source, ParentAnswersSource) for source in corpus.sources)
     asked_tokens = effort.prompt_tokens(shape)
@@ -329,11 +342,17 @@ def stages_of(
         ("coupled", pairs, pairs * profile.trained_steps * profile.bld.batch_sequences * length, coupled),
         ("score", len(searched), scored * (jobs + pairs), effort.score_work(shape, searched)),
         ("measure", 1, 0, measure_work(shape, serving)),
-        ("score types", len(searched) if types else 0, 0, effort.type_scores_work(shape)),
+        ("score types", len(searched) if types else 0, 0, number_types.block_types_work(shape, searched)),
+        ("score whole parents", len(number_types.whole_types(profile)), 0, number_types.whole_types_work(shape)),
         ("choose", 1, 0, Work(fixed=2.0)),
         ("GKD parent", min(distilled, 1), stepped + gkd.validation_sequences * length, effort.teacher_work(shape)),
-        ("race", profile.race.candidates if raced else 0, round(raced * stepped), alone * raced + judged),
-        ("write files", files, 0, effort.files_work(shape, files) + alone * (distilled * again)),
+        (
+            "race",
+            profile.race.candidates if raced else 0,
+            round(raced * stepped),
+            alone * raced + (judged if files else Work()),
+        ),
+        ("write files", files, 0, number_types.files_work(shape, share, layers, distilled)),
         ("evaluate", len(shares), tested * len(shares), effort.evaluate_work(shape, shares, first=True)),
         ("GKD child", min(distilled, 1), round(rest * stepped), alone * rest),
         ("GKD best baseline", others, stepped * others, effort.gkd_work(shape, share) * others),
@@ -376,7 +395,9 @@ def visiting_seconds(
 def child_layers(child: ChildPlan, shape: Shape) -> float:
     """The parent's layers that have as many FLOPs as a child's."""
     flops = {(part, v.label): shape.flops(v) for part in SUBBLOCKS for v in shape.variants[part]}
-    return sum(flops[part, getattr(choice, part)] for choice in child.layers for part in SUBBLOCKS) / shape.layer()
+    return (
+        sum(flops[part, bare(getattr(choice, part))] for choice in child.layers for part in SUBBLOCKS) / shape.layer()
+    )
 
 
 def _bld_tokens(shape: Shape, layers: int) -> int:
@@ -400,9 +421,12 @@ def disk_bytes(shape: Shape, layers: int, share: float) -> int:
     if distilled := distilled_models(profile):
         total += effort.teacher_bytes(shape)
         total += distilled * share * shape.depth * shape.layer_parameters * effort.FLOAT
-    served = weight_bytes(profile.hardware.precision) / effort.FLOAT
-    files = files_written(profile) * effort.model_bytes(shape, share) * served
-    return int(total + files + effort.model_bytes(shape, share) + STATE_BYTES)
+        total += (
+            distilled * (profile.gkd.rounded_steps > 0) * share * shape.depth * shape.layer_parameters * effort.FLOAT
+        )
+    return int(
+        total + number_types.files_bytes(shape, share, distilled) + effort.model_bytes(shape, share) + STATE_BYTES
+    )
 
 
 def distilled_models(profile: Profile) -> int:
@@ -414,10 +438,8 @@ def distilled_models(profile: Profile) -> int:
 
 def files_written(profile: Profile) -> int:
     """How many GGUF files models are judged by: child, baselines and parents in types, and what was distilled anew."""
-    types, hardware = len(profile.search_space.precision), profile.hardware
-    if not types and (hardware.engine != "llama.cpp" or hardware.kv_precision is None):
-        return 0
-    return 1 + len(profile.evaluate.baselines) + types + distilled_models(profile)
+    before = len(number_types.types_of_files(profile))
+    return before + distilled_models(profile) if before else 0
 
 
 def shard_bytes(shape: Shape) -> int:

@@ -1,0 +1,185 @@
+"""What types of number add to a run: the costs that a plan models in them, and the work of rounding to them.
+
+A type of 4 or 5 bits is fitted to calibration text (tasks/export/quantise.py). The text runs through a layer twice: for
+X^T X of what enters every matrix, and, once its matrices are rounded, for what enters the next layer. A matrix (D, K)
+takes 2 K^3 + K^3 / 3 FLOPs in float64 for the inverse and its factor, and D K^2 for what later columns make up for.
+ggml itself rounds a row at a time, on all threads.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from blocks.families import weights
+from blocks.kinds import kind_of
+from blocks.records import SUBBLOCKS, CostTable
+from blocks.resources import weight_bytes
+from blocks.typed_labels import FITTED_TO, typed
+from profiles.schema import Profile
+from tasks.inputs.space import measured_space
+from tasks.measure.roofline import Setting, modelled_costs
+from tasks.planning.effort import BUILD_BYTES_PER_SECOND, TASK_SECONDS, Shape, Work, gkd_work, model_bytes
+
+# seconds of one thread for a weight (AMD EPYC): rounded by ggml, and to the nearest number of a grid in training
+ROUNDING = {"q8_0": 4e-8, "q5_1": 1.5e-7, "q5_0": 7.4e-8, "q4_1": 1.5e-7, "q4_0": 5.7e-8, "iq4_nl": 3.4e-7}
+NEAREST = {"iq4_nl": 2.3e-8}  # a search among 16 values
+EVEN_NEAREST = 1.6e-9  # where the numbers are evenly spaced
+Types = tuple[str, str]  # of all layers, and of embedding and head; "" leaves the weights
+
+
+def costs_with_types(shape: Shape, setting: Setting) -> CostTable:
+    """The modelled costs of every variant in the profile's precision and in every type of its search space."""
+    space, scenarios = measured_space(shape.profile), shape.profile.scenarios
+    table = modelled_costs(shape.parent, space, scenarios, setting)
+    costs, outside = list(table.costs), list(table.non_block)
+    for kind in space.precision:
+        own = modelled_costs(shape.parent, space, scenarios, replace(setting, kind=kind))
+        labelled = [cost.model_copy(update={"variant": typed(cost.variant, kind)}) for cost in own.costs]
+        costs += [cost for cost in labelled if cost.variant != "no_op"]
+        outside += [one.model_copy(update={"head": kind}) for one in own.non_block if kind in space.head_types]
+    return table.model_copy(update={"costs": tuple(costs), "non_block": tuple(outside)})
+
+
+def is_fitted(kind: str) -> bool:
+    """Whether a type is so coarse that it is fitted to text."""
+    return kind not in ("", "q8_0")
+
+
+def slowest(kinds: Sequence[str]) -> str:
+    """The type that takes longest to round to; "" of none. Which one a child will have only the search can tell."""
+    return max(kinds, key=lambda kind: ROUNDING[kind], default="")
+
+
+def types_of_child(profile: Profile) -> Types:
+    """The types of a child that takes longest to write."""
+    space = profile.search_space
+    return slowest(space.precision), slowest(space.head_types)
+
+
+def types_of_files(profile: Profile) -> list[Types]:
+    """The types of every GGUF file that models are judged by before GKD: child, baselines, and the parent in each
+    type; a profile that names a type for the KV cache alone has files too, of weights as they are.
+    """
+    space, hardware = profile.search_space, profile.hardware
+    if not space.precision and (hardware.engine != "llama.cpp" or hardware.kv_precision is None):
+        return []
+    heads = space.head_types
+    parents = [(kind, kind if kind in heads else next(iter(heads), "")) for kind in space.precision]
+    return [types_of_child(profile)] * (1 + len(profile.evaluate.baselines)) + parents
+
+
+def matrices(shape: Shape) -> list[tuple[int, int]]:
+    """(D, K) of every matrix of the parent's own layer."""
+    config, found = shape.parent.config, []
+    for part in SUBBLOCKS:
+        own = shape.own(part)
+        modules = weights(config, part, kind_of(own).block_entry(own, config))
+        found += [(one[0], one[1]) for module in modules for one in module if len(one) == 2]
+    return found
+
+
+def correction(shape: Shape, rows: int, columns: int) -> Work:
+    """Fitting a matrix to the calibration text: X^T X of what enters it, and its arithmetic in float64."""
+    grams = 2.0 * FITTED_TO * shape.length * columns**2
+    return Work(product=grams, float32=grams, solve=columns**3 * 7 / 3 + rows * columns**2)
+
+
+def rounding_work(shape: Shape, types: Types) -> Work:
+    """A whole model rounded to its types."""
+    layers, head = types
+    table = shape.vocabulary, shape.hidden
+    tokens = FITTED_TO * shape.length
+    work = Work()
+    if is_fitted(layers) or is_fitted(head):
+        work += shape.forward(tokens, shape.depth)
+    if is_fitted(layers):
+        work += shape.forward(tokens, shape.depth)
+        for rows, columns in matrices(shape):
+            work += correction(shape, rows, columns) * shape.depth
+    if is_fitted(head):
+        work += correction(shape, *table)
+    rounded = {layers: shape.depth * sum(rows * columns for rows, columns in matrices(shape))}
+    rounded[head] = rounded.get(head, 0) + shape.outside_parameters
+    return work + Work(threaded=sum(ROUNDING[kind] * count for kind, count in rounded.items() if kind))
+
+
+def file_work(shape: Shape, types: Types) -> Work:
+    """A model built, rounded, and written to its file."""
+    size = model_bytes(shape)
+    return rounding_work(shape, types) + Work(fixed=size / BUILD_BYTES_PER_SECOND + TASK_SECONDS, disk=size / 4)
+
+
+def files_bytes(shape: Shape, share: float, distilled: int) -> float:
+    """Bytes of all these files, and of the child's copy beside its folder."""
+    before, own = types_of_files(shape.profile), shape.profile.hardware.precision
+    after = [types_of_child(shape.profile)] * (distilled + 1) if before else []
+    layers = share * shape.depth * shape.layer_parameters
+    return sum(
+        layers * weight_bytes(kind or own) + shape.outside_parameters * weight_bytes(head or own)
+        for kind, head in before + after
+    )
+
+
+def files_work(shape: Shape, share: float, layers: float, distilled: int) -> Work:
+    """Every file of models before GKD, and of those after it, which are trained as their files will hold them."""
+    work = Work()
+    for types in types_of_files(shape.profile):
+        work += file_work(shape, types)
+    if not types_of_files(shape.profile):
+        return work
+    kind, head = types_of_child(shape.profile)
+    trained = rounded_training_work(shape, share, layers)
+    again = rounding_work(shape, ("", head)) if trained.flops else Work()  # the head is fitted to the trained layers
+    return work + (file_work(shape, (kind, head)) + trained + again) * distilled
+
+
+def rounded_training_work(shape: Shape, share: float, layers: float) -> Work:
+    """GKD whose every pass rounds all weights of the layers to the nearest numbers of their grids."""
+    gkd, kind = shape.profile.gkd, types_of_child(shape.profile)[0]
+    if not gkd.rounded_steps:
+        return Work()
+    own = gkd.model_copy(update={"steps": gkd.rounded_steps, "learning_rate": gkd.rounded_learning_rate})
+    looks = 1 + -(-own.steps // own.evaluate_every)
+    passes = own.steps * -(-own.batch_sequences * shape.length // shape.at_once)
+    passes += looks * -(-own.validation_sequences * shape.length // shape.at_once)
+    rounded = passes * share * shape.depth * shape.layer_parameters
+    profile = shape.profile.model_copy(update={"gkd": own})
+    training = gkd_work(replace(shape, profile=profile), share, layers)
+    return training + Work(threaded=rounded * NEAREST.get(kind, EVEN_NEAREST))
+
+
+def block_types_work(shape: Shape, layers: Sequence[int]) -> Work:
+    """The parent's own blocks scored in every type. What enters a layer's matrices is found once for all types."""
+    scoring, kinds = shape.profile.scoring, shape.profile.search_space.precision
+    length = scoring.tokens_per_sequence or shape.length
+    scored = scoring.sequences * length
+    fitted, work = any(map(is_fitted, kinds)), Work()
+    own = matrices(shape)
+    for layer in layers:
+        times = len(SUBBLOCKS) * len(kinds)
+        work += shape.forward(scored * times, shape.depth - layer, packed=True, length=length)
+        work += shape.head(scored * times) + Work(fixed=TASK_SECONDS)
+        if fitted:  # the attention's inputs, and the FFN's behind the parent's attention
+            flops = 2 * shape.flops(shape.own("attention")) + shape.flops(shape.own("ffn"))
+            work += shape.forward(FITTED_TO * shape.length, flops / shape.layer())
+            for rows, columns in own:
+                fit = correction(shape, rows, columns)
+                work += replace(fit, solve=fit.solve * sum(map(is_fitted, kinds)))
+        work += Work(threaded=sum(rows * columns for rows, columns in own) * sum(ROUNDING[kind] for kind in kinds))
+    return work
+
+
+def whole_types(profile: Profile) -> list[Types]:
+    """What of the whole parent is scored: every type in all layers, and every type of embedding and head."""
+    space = profile.search_space
+    return [(kind, "") for kind in space.precision] + [("", kind) for kind in space.head_types]
+
+
+def whole_types_work(shape: Shape) -> Work:
+    """The whole parent scored in its types: built, run before and after the rounding."""
+    scoring, size = shape.profile.scoring, model_bytes(shape)
+    length = scoring.tokens_per_sequence or shape.length
+    scored, work = scoring.sequences * length, Work()
+    for types in whole_types(shape.profile):
+        run = shape.forward(scored, shape.depth, length=length) + shape.head(scored, packed=False)
+        work += rounding_work(shape, types) + run * 2 + Work(fixed=size / BUILD_BYTES_PER_SECOND + TASK_SECONDS)
+    return work
