@@ -190,6 +190,8 @@ def run_missing(runner: str, missing: Sequence[str], wanted: dict[str, Case]) ->
         if runner != "threads":
             bench.cluster = stack.enter_context(CLUSTERS[runner](PLACE / f"{runner}-cluster", workers=2))
         bench.reference = known().get(f"{runner}/uninterrupted") or keep(runner, "uninterrupted", uninterrupted(bench))
+        others = {line["digest"] for name, line in known().items() if name.endswith("/uninterrupted")}
+        assert others == {bench.reference["digest"]}, "runners make different children"
         for name in missing:
             started = time.monotonic()
             found = wanted[name](bench)
@@ -213,7 +215,7 @@ def main() -> None:
     write(
         list(there.values()),
         {
-            runner: [name for name in cases(runner, 20) if f"{runner}/{name}" not in there]
+            runner: [name for name in cases(runner, options.kills) if f"{runner}/{name}" not in there]
             for runner in ("threads", "dask", "ray")
         },
     )

@@ -31,7 +31,6 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "hardware": ("tasks/measure/roofline.py", "profiles/hardware"),
     "more_tokens": (*LEARNING, "tasks/score"),
     "operate": ("flows", "tasks/operating", "tasks/running"),
-    "orchestration": ("flows", "tasks/running"),
     "peers": ("tasks/search", "tasks/studies", "tasks/score"),
     "plan": ("tasks/planning",),
     "precision": ("blocks/error_correction.py", "tasks/engines/ggml.py", "tasks/export/quantise.py"),

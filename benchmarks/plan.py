@@ -2,22 +2,22 @@
 
     .venv/bin/python -m benchmarks.plan [--workspace DIR]
 
-The plan is made now, on this machine; the run's times are those of its report. Both should have had the machine alone.
+The plan is made now, from this machine's rates, of which `puzzle plan` keeps an idle machine's for a day; the run's
+times are those of its report. Both should have had the machine alone.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.common import ROOT, arguments, table, write_page
 from blocks.errors import PuzzleError
 from blocks.library import read_value
-from blocks.records import ChildReport, StageTime
-from blocks.runtime import default_threads
+from blocks.records import ChildReport
 from profiles.load import load_profile
 from profiles.schema import Profile
-from tasks.planning.machine import Rates, calibrate
-from tasks.planning.plan import Plan, StagePlan, config_parent, plan_of
+from tasks.planning.machine import Rates, rates_for
+from tasks.planning.plan import Plan, config_parent, plan_of
 
 ASKED = 0.30  # error per stage that the plan is held to
 SHORT = 10.0  # seconds; a shorter stage is start-up more than work, and is not judged
@@ -45,11 +45,9 @@ def whole_report(workspace: Path) -> ChildReport:
 
 
 def plan_here(profile: Profile) -> tuple[Plan, Rates]:
-    """The profile's plan on this machine, measured now."""
+    """The profile's plan on this machine."""
     parent = config_parent(profile.parent)
-    threads = profile.hardware.threads or default_threads()
-    config = parent.config
-    rates = calibrate(config.hidden_size, config.intermediate_size, profile.hardware.precision, threads)
+    rates = rates_for(profile, parent)
     return plan_of(profile, parent, rates), rates
 
 
@@ -58,42 +56,34 @@ def disk_of(workspace: Path) -> int:
     return sum(path.stat().st_size for path in workspace.rglob("*") if path.is_file())
 
 
-def pairs(planned: Sequence[StagePlan], took: Sequence[StageTime]) -> list[tuple[str, StagePlan | None, StageTime]]:
-    """Each stage that ran beside its plan; the second of a name belongs to the second of that name."""
-    by_name = {place: stage for place, stage in zip(_places([s.name for s in planned]), planned, strict=True)}
-    names = [
-        "GKD best baseline" if n.startswith("GKD ") and n[4:] not in ("parent", "child") else n for n in _names(took)
-    ]
-    return [(place[0], by_name.get(place), stage) for place, stage in zip(_places(names), took, strict=True)]
-
-
-def _names(took: Sequence[StageTime]) -> list[str]:
-    return [stage.name for stage in took]
-
-
-def _places(names: Sequence[str]) -> list[tuple[str, int]]:
-    seen: Counter[str] = Counter()
-    places = []
-    for name in names:
-        places.append((name, seen[name]))
-        seen[name] += 1
-    return places
+def sums(plan: Plan, report: ChildReport) -> Iterator[tuple[str, float | None, float, float]]:
+    """Every name of a stage: seconds planned (None: not known), seconds and CPU seconds taken, by all stages of it."""
+    planned: dict[str, float | None] = {}
+    for stage in plan.stages:
+        before = planned.get(stage.name, 0.0)
+        planned[stage.name] = None if before is None or stage.seconds is None else before + stage.seconds
+    took, cpu = Counter[str](), Counter[str]()
+    for one in report.stages:
+        other = one.name.startswith("GKD ") and one.name not in ("GKD parent", "GKD child")
+        name = "GKD best baseline" if other else one.name
+        took[name] += one.seconds
+        cpu[name] += one.cpu_seconds
+    for name in took:
+        yield name, planned.get(name), took[name], cpu[name]
 
 
 def page(plan: Plan, rates: Rates, report: ChildReport, disk: int) -> list[str]:
     """The parts of the page."""
     rows, outside = [], []
-    for name, planned, took in pairs(plan.stages, report.stages):
-        if planned is None or planned.seconds is None:  # an engine whose time is not known
-            rows.append([name, "?", f"{took.seconds:.0f}", f"{took.cpu_seconds:.0f}", "not planned"])
+    for name, planned, took, cpu in sums(plan, report):
+        if planned is None:  # an engine whose time is not known
+            rows.append([name, "?", f"{took:.0f}", f"{cpu:.0f}", "not planned"])
             continue
-        seconds = planned.seconds
-        error = seconds / took.seconds - 1 if took.seconds else 0.0
-        judged = took.seconds >= SHORT
+        error = planned / took - 1 if took else 0.0
+        judged = took >= SHORT
         if judged and abs(error) > ASKED:
             outside.append(f"{name} {error:+.0%}")
-        rows.append([name, f"{seconds:.0f}", f"{took.seconds:.0f}", f"{took.cpu_seconds:.0f}"])
-        rows[-1] += [f"{error:+.0%}" if judged else "short"]
+        rows.append([name, f"{planned:.0f}", f"{took:.0f}", f"{cpu:.0f}", f"{error:+.0%}" if judged else "short"])
     total = f"{plan.seconds / report.seconds - 1:+.0%}"
     rows.append(["all", f"{plan.seconds:.0f}", f"{report.seconds:.0f}", f"{report.cpu_seconds:.0f}", total])
     gib = 2**30
@@ -104,7 +94,7 @@ def page(plan: Plan, rates: Rates, report: ChildReport, disk: int) -> list[str]:
     ]
     judged_words = f"outside of it: {', '.join(outside)}" if outside else "all are within"
     return [
-        f"Profile {plan.profile}. Rates measured for the plan: {described(rates)}.",
+        f"Profile {plan.profile}. Rates measured at {rates.at}: {described(rates)}.",
         table(["stage", "planned, s", "took, s", "CPU s", "error"], rows),
         f"Asked: {ASKED:.0%} per stage, those under {SHORT:.0f} s apart; {judged_words}. `took` of all is the whole "
         "run, with what lies between stages.",

@@ -11,14 +11,16 @@ import statistics
 from collections.abc import Sequence
 
 from benchmarks.common import Bench, arguments, open_bench, table, write_page
-from benchmarks.orchestration import library
 from blocks.compute import HOST
 from blocks.errors import PuzzleError
 from blocks.records import BlockRecord, Metric, Score
 from profiles.schema import Budget, Evaluate
 from tasks.distill import gkd_targets
+from tasks.distill.bld import distill
+from tasks.distill.jobs import jobs_of
 from tasks.evaluate.compare import Contender, contender, distill_contender, evaluate_contender
 from tasks.measure.costs import CostRequest, measure_costs
+from tasks.score.scoring import score_sequences
 from tasks.search.choose import choose
 from tasks.search.totals import Problem, make_problem
 from tasks.studies.peers import find
@@ -147,6 +149,18 @@ def long_gkd(
         f"{done.gkd.tokens:,} tokens ({done.gkd.cpu_seconds:.0f} CPU-s, {done.gkd.seconds:.0f} s without the parent's "
         f"recording). Validation KL by step: {curve}. Kept: step {done.gkd.best_step}.",
     ]
+
+
+def library(bench: Bench) -> tuple[list[BlockRecord], list[Score]]:
+    """All blocks and scores of the profile's space."""
+    jobs = jobs_of(bench.profile, bench.recording, bench.records, bench.reader)
+    blocks = [distill(job, bench.workspace, HOST) for job in jobs]
+    scores: list[Score] = []
+    for layer, record in enumerate(bench.records):
+        work = [(block, tuple(range(bench.scored.count))) for block in blocks if block.layer == layer]
+        if work:
+            scores += score_sequences(work, record, bench.scored, bench.parent, bench.workspace, HOST)
+    return blocks, scores
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blocks.errors import InfeasibleBudget, PuzzleError
-from blocks.runtime import configure, default_threads
+from blocks.runtime import configure
 from flows.options import Overrides, ProfilePath
 from profiles.hardware import shipped_targets
 from profiles.load import load_profile
@@ -40,7 +40,7 @@ def plan_command(
     wanted = load_profile(profile, set_ or [])
     configure()
     gc.disable()  # a short life: looking for garbage among what torch and transformers load takes a second
-    from tasks.planning.machine import rates_here
+    from tasks.planning.machine import rates_for
     from tasks.planning.memory import NoRoom
     from tasks.planning.plan import config_parent, machine_rates, plan_of
 
@@ -58,10 +58,7 @@ def plan_command(
                 f"only the CPU of this machine can be measured, the profile computes on {wanted.hardware.device}: name "
                 "a hardware target with --on, for example --on h100."
             )
-        threads = wanted.hardware.threads or default_threads()
-        precision = wanted.hardware.precision if wanted.hardware.engine == "torch" else "float32"
-        sizes = (parent.config.hidden_size, parent.config.intermediate_size)
-        rates = rates_here(*sizes, precision, threads, again=remeasure)
+        rates = rates_for(wanted, parent, again=remeasure)
     plan = plan_of(wanted, parent, rates, price_per_hour)
     typer.echo(
         plan.model_dump_json(indent=1, exclude={"children": {"__all__": {"layers"}}}) if as_json else plan_text(plan)

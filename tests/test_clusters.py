@@ -1,6 +1,6 @@
 """Where tasks run: places on devices, what travels to a worker, what is told when a cluster is not there.
 
-Whole runs on real clusters, with workers killed, are in benchmarks/clusters.py: each takes a minute.
+Whole runs on real clusters, with workers killed, are in benchmarks/faults.py: each takes a minute.
 """
 
 import os

@@ -33,15 +33,17 @@ from torch.nn import functional as F
 from blocks.files import write_text
 from blocks.library import digest_of
 from blocks.packed import packed_product
+from blocks.parent import Parent
+from blocks.runtime import default_threads
 from profiles.hardware import HardwareTarget
-from profiles.schema import Precision
+from profiles.schema import Precision, Profile
 from tasks.running.usage import busy_seconds
 
 TOKENS = 1024  # rows of the measured products
 LARGEST = 4096  # columns and inner length at most: 64 MB of noise, whatever the parent
 SECONDS_EACH = 0.2  # of one measurement, repeated; the system tells in hundredths of a second who else was busy
-# smollm2-cpu's eight stages that compute took 1,263 s on two threads (benchmarks/plan.md at commit 62c3789). Products, at
-# the measured rates with both threads busy throughout, explain 936 s, all other terms of the plan 118 s:
+# smollm2-cpu's eight stages that compute took 1,263 s on two threads (benchmarks/plan.md at commit 62c3789). Products,
+# at the measured rates with both threads busy throughout, explain 936 s, all other terms of the plan 118 s:
 # (1263 - 118) / 936 = 1.22 = 1 + SERIAL * (2 - 1).
 SERIAL = 0.22
 LOADED = 0.15  # share of the processors taken by others from which wall time is not trusted
@@ -136,6 +138,14 @@ def target_of(rates: Rates, precision: Precision) -> HardwareTarget:
         achievable_compute=1.0,
         achievable_bandwidth=1.0,
     )
+
+
+def rates_for(profile: Profile, parent: Parent, again: bool = False) -> Rates:
+    """This machine's rates in the sizes of a parent, with the threads of a profile. See `rates_here`."""
+    config, hardware = parent.config, profile.hardware
+    precision = hardware.precision if hardware.engine == "torch" else "float32"
+    threads = hardware.threads or default_threads()
+    return rates_here(config.hidden_size, config.intermediate_size, precision, threads, again)
 
 
 def rates_here(
