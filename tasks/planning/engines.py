@@ -137,25 +137,26 @@ def _written(shape: Shape, layers: Sequence[tuple[LayerChoice, float]]) -> Work:
     return Work(fixed=size / effort.BUILD_BYTES_PER_SECOND, disk=2.0 * size)
 
 
-def throughput_work(shape: Shape, setting: Setting | None, shares: Sequence[float]) -> Work | None:
-    """Models that keep these shares of the layers in turns, at every scenario; None where the engine's time is not
-    known, nothing where costs are modelled.
+def throughput_work(shape: Shape, setting: Setting | None, models: Sequence[tuple[float, str]]) -> Work | None:
+    """Models in turns, at every scenario: the share of the layers that each keeps, and its type of number. None where
+    the engine's time is not known, nothing where costs are modelled.
     """
     engine = shape.profile.hardware.engine
     if setting is None:
         return Work()
     if engine in UNKNOWN:
         return None
-    rounds, places = shape.profile.evaluate.throughput_rounds, request_times_of(shape, setting, largest_only=True)
+    rounds = shape.profile.evaluate.throughput_rounds
+    places_of = {kind: request_times_of(shape, replace(setting, kind=kind), largest_only=True) for _, kind in models}
     work = Work(fixed=effort.TASK_SECONDS)
     if engine != "torch":
-        work += Work(fixed=WORKER_SECONDS * max(1.0, len(shares) / (os.cpu_count() or 1)))
-    for share in shares:
+        work += Work(fixed=WORKER_SECONDS * max(1.0, len(models) / (os.cpu_count() or 1)))
+    for share, kind in models:
         size = effort.model_bytes(shape, share)
         work += Work(fixed=size / effort.BUILD_BYTES_PER_SECOND)
         if engine != "torch":
             work += Work(disk=2.0 * size)
-        for place in places:
+        for place in places_of[kind]:
             layers = [(PARENT, share * shape.depth)]
             steps = timed_steps(place.scenario.generated_tokens)
             warm = place.seconds(layers, 1, min(steps, 2))

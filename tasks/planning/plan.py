@@ -323,6 +323,8 @@ def stages_of(
     stepped = gkd.steps * gkd.batch_sequences * length
     types = len(profile.search_space.precision)
     shares = [1.0, *[share] * (1 + rivals), *[1.0] * types]
+    small = number_types.types_of_child(profile)[0]
+    served = list(zip(shares, ["", *[small] * (1 + rivals), *profile.search_space.precision], strict=True))
     raced, rest = effort.race_shares(profile)
     alone = effort.gkd_work(shape, share, layers)
     spoken = len(profile.evaluate.prompts) * profile.evaluate.answer_tokens
@@ -357,7 +359,7 @@ def stages_of(
         ("GKD child", min(distilled, 1), round(rest * stepped), alone * rest),
         ("GKD best baseline", others, stepped * others, effort.gkd_work(shape, share) * others),
         ("evaluate", distilled, tested * distilled, effort.evaluate_work(shape, [share] * distilled, first=False)),
-        ("throughput", 1 if serving else 0, 0, throughput_work(shape, serving, shares)),
+        ("throughput", 1 if serving else 0, 0, throughput_work(shape, serving, served)),
         ("answers", 2 if spoken else 0, 2 * spoken, effort.answers_work(shape, share)),
     ]
     visits = visiting_seconds(shape, shares, tested, spoken, rates.memory)
