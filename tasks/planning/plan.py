@@ -469,8 +469,10 @@ def memory_bytes(shape: Shape, share: float, needs: Sequence[Need]) -> int:
     at_once["record"] += 2 * shape.states(recorded) * workers
     at_once["distill"] += 3 * shape.states(shard) * workers  # what enters a layer, its attention's and its FFN's output
     at_once["throughput"] = int(throughput) if _measures(profile) else 0
-    if profile.gkd.steps:  # the first process writes the trained weights whole
-        at_once["GKD child"] += int(share * shape.depth * shape.layer_parameters * effort.FLOAT)
+    # what the parent says of the test text, and its head, wait for the models after GKD
+    waiting = effort.FLOAT * shape.hidden * (shape.vocabulary + profile.evaluate.sequences * shape.length)
+    for name in {"GKD child", "write files"} & set(at_once):  # the first process writes the trained weights whole
+        at_once[name] += int(waiting + share * shape.depth * shape.layer_parameters * effort.FLOAT)
     return int(PROCESS_BYTES * workers + max(at_once.values()))
 
 
