@@ -27,11 +27,10 @@ import torch
 from benchmarks.common import ROOT, table, write_page
 from blocks.compute import HOST, Compute
 from blocks.kinds import parse_label
-from blocks.packed import packed_product
 from blocks.parent import Parent
 from blocks.records import BlockRecord, CorpusInfo, LayerRecord, ParentInfo
 from blocks.resources import resources
-from blocks.runtime import set_threads
+from blocks.runtime import configure_torch
 from profiles.load import load_profile
 from profiles.schema import Profile
 from tasks.distill.bld import Job, distill, distill_shard, progress_of
@@ -179,17 +178,14 @@ def in_a_process(*words: str) -> dict[str, float]:
     return found
 
 
-def peak_flops() -> dict[str, float]:
-    """FLOPs per CPU-second of a large square product, the best of five: by the plain kernel (MKL, for what is trained
-    and Gram matrices) and by the packed one (oneDNN, for frozen weights).
-    """
-    side = 2048
-    one, best = torch.randn(side, side), {"plain": 0.0, "packed": 0.0}
-    packed = packed_product(one)
-    for name, product in (("plain", lambda: one @ one), ("packed", lambda: packed(one))) * 5:
+def peak_flops() -> float:
+    """FLOPs per CPU-second of a large square product, the best of five."""
+    side, best = 2048, 0.0
+    one = torch.randn(side, side)
+    for _ in range(5):
         cpu = time.process_time()
-        product()
-        best[name] = max(best[name], 2 * side**3 / (time.process_time() - cpu))
+        one @ one
+        best = max(best, 2 * side**3 / (time.process_time() - cpu))
     return best
 
 
@@ -199,8 +195,7 @@ def utilisation(workspace: Path) -> dict[str, float]:
     spaces = ["search_space.attention=[kv1]", "search_space.ffn=[ffn768]", "bld.steps=12", "bld.closed_form=false"]
     place = Place(load_profile("smollm2-cpu", [*short, *spaces, "scoring.tokens_per_sequence=256"]), workspace, HOST)
     config, length, depth = place.reader.config, place.corpus.sequence_length, place.reader.depth
-    peaks = peak_flops()
-    peak = max(peaks.values())
+    peak = peak_flops()
 
     def flops(subblock: Any, label: str) -> int:
         return resources(place.reader, parse_label(subblock, label, config), length // 2, 4).flops_per_token
@@ -216,7 +211,7 @@ def utilisation(workspace: Path) -> dict[str, float]:
 
     counted = settings.statistics_sequences * length
     needed = len(layers) * ((counted + settings.validation_sequences * length) * whole + counted * gram)
-    found: dict[str, float] = {"peak": peak, **peaks}
+    found: dict[str, float] = {"peak": peak}
     import tasks.distill.record as recorder
 
     order = recorder.elimination_order
@@ -274,7 +269,7 @@ def main() -> None:
     parser.add_argument("--workspace", type=Path)
     parser.add_argument("--whole", action="store_true", help="x64 at 60 layers too, which takes most of an hour")
     options = parser.parse_args()
-    set_threads(1)
+    configure_torch(1)
     if options.one or options.flops:
         stage, *sizes = options.one or ("", "0", "0")
         times, depth = map(int, sizes)
@@ -299,9 +294,7 @@ def main() -> None:
             "and layer that it runs through (scoring: every variant runs through the layers behind its own).",
             table(["stage", "layers", "", "tokens", "states, MiB", "variants, MiB", "memory, MiB", "CPU, µs"], rows),
             f"FLOPs that SmolLM2-135M needs in its stage, over what a product of 2,048 x 2,048 x 2,048 gives in the "
-            f"same CPU time in float32 ({found['peak'] / 1e9:.0f} GFLOP/s on one thread): {shares}. The plain kernel "
-            f"gives {found['plain'] / 1e9:.0f} GFLOP/s, the packed one {found['packed'] / 1e9:.0f}: where these are "
-            "far apart, what is trained and Gram matrices cannot come near the better one.",
+            f"same CPU time in float32 ({found['peak'] / 1e9:.0f} GFLOP/s on one thread): {shares}.",
         ],
     )
 

@@ -32,9 +32,8 @@ from torch.nn import functional as F
 
 from blocks.files import write_text
 from blocks.library import digest_of
-from blocks.packed import packed_product
 from blocks.parent import Parent
-from blocks.runtime import default_threads
+from blocks.runtime import configure_torch, default_threads, products_as_served
 from profiles.hardware import HardwareTarget
 from profiles.schema import Precision, Profile
 from tasks.running.usage import busy_seconds
@@ -64,7 +63,7 @@ EAGER_OPERATIONS = 12  # small operations' time behind one counted kernel in eag
 class Rates:
     """What a stage reaches.
 
-    product, packed: float32 FLOP/s of plain products, and of those with frozen, packed weights. serving: the same at
+    product: float32 FLOP/s of products as the stages make them. serving: the same in the serving engine, at
     the precision that costs are measured in. solve: float64 FLOP/s of dense solves. stream: bytes/s of element-wise
     work, read and written. weights: bytes/s of matrices times one vector. disk: bytes/s written or read, and digested.
     names: tensor names per second that gguf enters in a table, Python's speed. floor: seconds of a small operation.
@@ -76,7 +75,6 @@ class Rates:
     name: str
     measured: bool
     product: float
-    packed: float
     serving: float
     solve: float
     stream: float
@@ -106,7 +104,6 @@ def rates_of(target: HardwareTarget, precision: Precision, computed: Precision =
         name=target.name,
         measured=False,
         product=product,
-        packed=product,
         serving=target.flops_per_second(precision),
         solve=solve,
         stream=target.bytes_per_second,
@@ -181,7 +178,7 @@ def _code_digest() -> str:
 def calibrate(hidden_size: int, intermediate_size: int, precision: Precision, threads: int) -> Rates:
     """Measure this machine with so many threads; the process keeps the number it had."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    configure_torch(threads)
     try:
         with torch.no_grad():
             return _calibrate(min(hidden_size, LARGEST), min(intermediate_size, LARGEST), precision, threads)
@@ -201,19 +198,19 @@ def _calibrate(width: int, inner: int, precision: Precision, threads: int) -> Ra
     count = max(2, WEIGHT_BYTES // low_weight.nbytes)  # more than the caches hold, in the sizes of a model
     matrices, one = [torch.ones_like(low_weight) for _ in range(count)], low_x[:1]
     small = torch.ones(1, 64)
-    packed = packed_product(weight)
     clock = _Clock(threads)
     flops = 2.0 * TOKENS * width * inner
-    product = flops / clock.stage_seconds(lambda: F.linear(x, weight))
+    with products_as_served():
+        serving = flops / clock.stage_seconds(lambda: F.linear(low_x, low_weight))
+        weights = count * low_weight.nbytes / clock.seconds(lambda: [F.linear(one, m) for m in matrices], threads=1)
     return Rates(
         name="this machine",
         measured=True,
-        product=product,
-        packed=max(product, flops / clock.stage_seconds(lambda: packed(x))),
-        serving=product if precision == "float32" else flops / clock.stage_seconds(lambda: F.linear(low_x, low_weight)),
+        product=flops / clock.stage_seconds(lambda: F.linear(x, weight)),
+        serving=serving,
         solve=(2 * size**3 / 3 + 2 * size**3) / clock.stage_seconds(lambda: torch.linalg.solve(gram, sides)),
         stream=2 * states.nbytes / clock.seconds(lambda: F.silu(states), threads=1),
-        weights=count * low_weight.nbytes / clock.seconds(lambda: [F.linear(one, m) for m in matrices], threads=1),
+        weights=weights,
         disk=_disk_rate(clock),
         names=_names_rate(clock),
         floor=clock.seconds(lambda: [small + 1 for _ in range(100)], threads=1) / 100,

@@ -156,7 +156,7 @@ def block_types_work(shape: Shape, layers: Sequence[int]) -> Work:
     own = matrices(shape)
     for layer in layers:
         times = len(SUBBLOCKS) * len(kinds)
-        work += shape.forward(scored * times, shape.depth - layer, packed=True, length=length)
+        work += shape.forward(scored * times, shape.depth - layer, length=length)
         work += shape.head(scored * times) + Work(fixed=TASK_SECONDS)
         if fitted:  # the attention's inputs, and the FFN's behind the parent's attention
             flops = 2 * shape.flops(shape.own("attention")) + shape.flops(shape.own("ffn"))
@@ -180,6 +180,6 @@ def whole_types_work(shape: Shape) -> Work:
     length = scoring.tokens_per_sequence or shape.length
     scored, work = scoring.sequences * length, Work()
     for types in whole_types(shape.profile):
-        run = shape.forward(scored, shape.depth, length=length) + shape.head(scored, packed=False)
+        run = shape.forward(scored, shape.depth, length=length) + shape.head(scored)
         work += rounding_work(shape, types) + run * 2 + Work(fixed=size / BUILD_BYTES_PER_SECOND + TASK_SECONDS)
     return work
