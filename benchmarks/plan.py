@@ -6,7 +6,7 @@ The plan is made now, from this machine's rates, of which `puzzle plan` keeps an
 times are those of its report. Both should have had the machine alone.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def sums(plan: Plan, report: ChildReport) -> Iterator[tuple[str, float | None, f
     for stage in plan.stages:
         before = planned.get(stage.name, 0.0)
         planned[stage.name] = None if before is None or stage.seconds is None else before + stage.seconds
-    took, cpu = Counter[str](), Counter[str]()
+    took, cpu = defaultdict[str, float](float), defaultdict[str, float](float)
     for one in report.stages:
         other = one.name.startswith("GKD ") and one.name not in ("GKD parent", "GKD child")
         name = "GKD best baseline" if other else one.name

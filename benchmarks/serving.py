@@ -1,9 +1,10 @@
 """SmolLM2 and the child of a finished run on each engine that runs here: speed, memory, sums of costs, logits.
 
-    .venv/bin/python -m benchmarks.serving --workspace workspace/smollm2-cpu
+    .venv/bin/python -m benchmarks.serving --workspace workspace/smollm2-llama-cpp
 
 Parent and child take turns in each engine, one thread, every figure in CPU time too: gains are of pairs. Costs are
-measured in each engine anew, right before its two whole models: what they add up to stands beside these.
+measured in each engine anew, right before its two whole models: what they add up to stands beside these. Types of
+number that the search chose are left out: the child's folder holds the weights that they were rounded from.
 """
 
 import argparse
@@ -77,7 +78,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workspace", type=Path, default=Path("workspace/smollm2-cpu"))
+    parser.add_argument("--workspace", type=Path, default=Path("workspace/smollm2-llama-cpp"))
     parser.add_argument("--keep", type=Path, default=Path("workspace/serving"), help="files and figures are kept here")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cost-rounds", type=int, default=5)
@@ -194,7 +195,7 @@ def _speed_cells(row: BenchRow) -> list[str]:
 def _cost_table(options: argparse.Namespace, report: ChildReport, case: Case, points: Sequence[Point]) -> CostTable:
     """Costs in one engine of what stands in the child."""
     engine, precision = case
-    layers = report.architecture.layers
+    layers = [choice.bare for choice in report.architecture.layers]
     used = {part: {getattr(choice, part) for choice in layers} - {"parent"} for part in SUBBLOCKS}
     space = SearchSpace(**{part: tuple(sorted(labels)) for part, labels in used.items()})
     scenarios = [_scenario(point) for point in points]
@@ -220,7 +221,7 @@ def _scenario(point: Point) -> Scenario:
 
 def _sums(costs: dict[Case, CostTable], report: ChildReport, rows: Sequence[BenchRow]) -> str:
     """What the costs of each engine add up to, beside parent and child measured in the same engine."""
-    layers = report.architecture.layers
+    layers = [choice.bare for choice in report.architecture.layers]
     lines = []
     for (engine, precision), found in costs.items():
         own = {(_point_of(row), row.model): row for row in rows if (row.engine, row.precision) == (engine, precision)}
