@@ -43,7 +43,7 @@ COLUMN_GATHER = 3.3  # picking columns of a matrix, in time of a stream of its b
 INVERSE_PASSES = 7 + 2 * COLUMN_GATHER
 ATTEMPTS = 1.1  # distillations per variant: one in ten rises and is tried again
 LOOKS = 2  # held-out losses before the steps: start, closed form; one more after the steps of each attempt
-TASK_SECONDS = 0.016  # Prefect around one task, on threads (benchmarks/scale.md)
+TASK_SECONDS = 0.016  # Prefect around one task, on threads (benchmarks/scale.md at commit 712660d, hardly loaded)
 IMPORT_SECONDS = 6.0  # lm-eval and datasets, when the first model is evaluated
 CHECK_SECONDS = 0.5  # a parent's config and tokenizer opened, its family's code imported
 # transformers looks a GGUF file's tensors up by a table of gguf's, made anew for every module: quadratic in depth
