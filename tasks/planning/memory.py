@@ -51,7 +51,7 @@ def needs_of(shape: Shape, share: float, room: float | None = None) -> list[Need
     found = [record_need(shape), distill_need(shape), score_need(shape, room)]
     room = None if profile.devices[0].startswith("cpu") else room  # whole models do not wait elsewhere then
     found.append(evaluate_need(shape, room))
-    if profile.search_space.precision:
+    if profile.search_space.precision and shape.on_cpu:  # else on the host, beside no stage that computes
         found.append(whole_types_need(shape))
     if profile.gkd.steps:
         found += [teacher_need(shape, room), gkd_need(shape, share)]

@@ -86,7 +86,7 @@ def correction(shape: Shape, rows: int, columns: int) -> Work:
 def rounding_work(shape: Shape, types: Types) -> Work:
     """A whole model rounded to its types."""
     layers, head = types
-    table = shape.vocabulary, shape.hidden
+    table, tables = (shape.vocabulary, shape.hidden), shape.outside_parameters // (shape.vocabulary * shape.hidden)
     tokens = FITTED_TO * shape.length
     work = Work()
     if is_fitted(layers) or is_fitted(head):
@@ -95,8 +95,9 @@ def rounding_work(shape: Shape, types: Types) -> Work:
         work += shape.forward(tokens, shape.depth)
         for rows, columns in matrices(shape):
             work += correction(shape, rows, columns) * shape.depth
-    if is_fitted(head):
-        work += correction(shape, *table)
+    if is_fitted(head):  # an embedding of its own is fitted to its entries, without text
+        fit = correction(shape, *table)
+        work += replace(fit, solve=tables * fit.solve)
     rounded = {layers: shape.depth * sum(rows * columns for rows, columns in matrices(shape))}
     rounded[head] = rounded.get(head, 0) + shape.outside_parameters
     return work + Work(threaded=sum(ROUNDING[kind] * count for kind, count in rounded.items() if kind))

@@ -28,7 +28,7 @@ from tasks.planning import effort, number_types
 from tasks.planning.effort import Shape, Work, shape_of
 from tasks.planning.engines import UNKNOWN, measure_work, throughput_work
 from tasks.planning.machine import Rates, rates_of, target_of
-from tasks.planning.memory import Need, layers_held, needs_of, no_room
+from tasks.planning.memory import Need, layers_held, needs_of, no_room, whole_types_need
 from tasks.search.choose import choose
 from tasks.search.totals import Batches, Problem, batch_choices, make_problem, totals_of
 
@@ -466,6 +466,8 @@ def memory_bytes(shape: Shape, share: float, needs: Sequence[Need]) -> int:
     workers = 1 if shape.on_cpu else len(profile.devices)
     shard = max(shape.shards) + shape.held_out
     at_once = {need.stage: need.bytes * shape.on_cpu for need in needs}
+    if profile.search_space.precision:
+        at_once["score whole parents"] = whole_types_need(shape).bytes
     at_once["record"] += 2 * shape.states(recorded) * workers
     at_once["distill"] += 3 * shape.states(shard) * workers  # what enters a layer, its attention's and its FFN's output
     at_once["throughput"] = int(throughput) if _measures(profile) else 0
