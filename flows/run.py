@@ -138,11 +138,13 @@ def process_of(profile: Profile, workspace: Path) -> Iterator[None]:
     """This process at work in a workspace, beside others: machine and servers checked, threads set, the store of the
     profile in use.
     """
-    check_machine(profile)
-    check_servers()
-    for line in advice(profile):
-        say(line)
-    own_server_is_up()
+    try:
+        check_machine(profile)
+        check_servers()
+        for line in advice(profile):
+            say(line)
+    finally:  # also where a run is refused: a server that is ended while it starts prints a traceback
+        own_server_is_up()
     with at_work_in(workspace) as number, one_line_when_prefect_is_away(), imports_left_alone():
         configure_torch(profile.hardware.threads)
         disable_progress_bar()  # transformers' own bars: ours show the stage

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import pytest
 from prefect.context import refresh_global_settings_context
 
 from blocks.errors import PuzzleError
+from flows.run import process_of
 from flows.serve import served_environment
 from flows.tracked_run import with_mlflow_tag
+from profiles.load import load_profile
 from tasks.operating.admission import Roots
+from tasks.operating.reach import ServerRefused
 from tasks.running import recording
 from tasks.running.recording import API, HOME, recorded_by
 from tasks.running.servers import PREFECT_DATABASE
@@ -147,3 +151,20 @@ def test_a_server_of_its_own_comes_up_beside_the_imports(named: str, monkeypatch
     go_on.set()
     recording.own_server_is_up()
     assert said == (["imports"] if named else ["none left in a home", "imports", "up"])
+
+
+def test_a_run_that_is_refused_lets_its_server_come_up_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A server that is ended while it starts prints a traceback behind the sentence."""
+    said = list[str]()
+
+    def start() -> None:
+        time.sleep(0.3)
+        said.append("up")
+
+    starting = threading.Thread(target=start)
+    monkeypatch.setattr(recording, "_STARTING", [starting])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://puzzle:secret@127.0.0.1:5000")
+    starting.start()
+    with pytest.raises(ServerRefused), process_of(load_profile("tiny"), tmp_path):
+        pytest.fail("the run began")
+    assert said == ["up"]
