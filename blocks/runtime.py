@@ -27,8 +27,8 @@ _USUALLY, _WHILE_LOADING = gc.get_threshold(), (10_000, 10, 10)  # new objects b
 def configure() -> None:
     """Set the allocator, and make the libraries quiet and able to work offline. Safe to call twice.
 
-    torch, transformers, Prefect and MLflow are 650,000 objects. To look for garbage among them takes a second while they
-    load and another one when the process ends. So it is looked for seldom, and at the end not at all.
+    torch, transformers, Prefect and MLflow are 650,000 objects. To look for garbage among them takes a second while
+    they load and another one when the process ends. So it is looked for seldom, and at the end not at all.
     """
     gc.set_threshold(*_WHILE_LOADING)
     atexit.register(gc.freeze)
@@ -70,9 +70,9 @@ def release_what_grew() -> None:
 
 @contextlib.contextmanager
 def imports_left_alone() -> Iterator[None]:
-    """Within the block, garbage is looked for as often as Python usually does, so that the memory of what is dropped comes
-    back soon, and not among what is there by now: that is half a million objects of imported modules, and a third of a
-    second at the end of every stage.
+    """Within the block, garbage is looked for as often as Python usually does, so that the memory of what is dropped
+    comes back soon, and not among what is there by now: that is half a million objects of imported modules, and a third
+    of a second at the end of every stage.
     """
     before, frozen = gc.get_threshold(), gc.get_freeze_count()
     gc.freeze()
