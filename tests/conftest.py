@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from blocks.runtime import configure, set_threads
+from blocks.runtime import configure, configure_torch
 
 if TYPE_CHECKING:
     from tests.chain import Chain
@@ -29,6 +29,7 @@ os.environ.update(
     }
 )
 
+
 LONG = ("test_flow.py", "test_end_to_end.py", "test_gkd.py")  # a minute or more each
 
 
@@ -40,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
-    set_threads(1)  # tiny matrices: a second thread only waits
+    configure_torch(1)  # tiny matrices: a second thread only waits
 
 
 @pytest.fixture(scope="module", autouse=True)
