@@ -253,9 +253,13 @@ def test_a_library_that_was_made_again_is_not_taken_for_the_runs() -> None:
 def test_what_a_page_solves_again_is_kept_for_the_same_choice_in_the_same_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    solved = list[str]()
-    plain = page._solved
-    monkeypatch.setattr(page, "_solved", lambda *asked: solved.append("again") or plain(*asked))
+    solved, plain = list[str](), page._solved
+
+    def counted(*asked: Any) -> page.Solved:
+        solved.append("again")
+        return plain(*asked)
+
+    monkeypatch.setattr(page, "_solved", counted)
 
     def study(seed: int, points: int = 3, fraction: float = 0.6) -> page.Study:
         problem = random_problem(seed, Budget(layer_parameters_fraction=fraction))

@@ -105,7 +105,7 @@ def study_choice(
     """
     if choice is None:
         choice = choose_joint(library, request.model_copy(update={"diverse": 1}))[0]
-    solved = kept and remember(kept, Solved, lambda _: [], kept.parent, fetch="never")
+    solved = None if kept is None else remember(kept, Solved, lambda _: [], kept.parent, fetch="never")
     if solved is None:
         solved = _solved(library, request, extent, choice)
         if kept is not None:
