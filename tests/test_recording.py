@@ -2,8 +2,12 @@
 
 import os
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import psutil
 import pytest
@@ -147,3 +151,25 @@ def test_a_server_of_its_own_comes_up_beside_the_imports(named: str, monkeypatch
     go_on.set()
     recording.own_server_is_up()
     assert said == (["imports"] if named else ["none left in a home", "imports", "up"])
+
+
+def test_a_run_waits_until_its_own_server_has_recorded_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks for the last of so many that have ended; a server that somebody else runs goes on after the process."""
+    found, asked = [[], [], ["the third"]], list[dict[str, Any]]()
+
+    class Client:
+        def read_task_runs(self, **query: Any) -> list[str]:
+            asked.append(query)
+            return found.pop(0) if found else []
+
+    monkeypatch.setattr("prefect.client.orchestration.get_client", lambda **_: nullcontext(Client()))
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.delenv(API, raising=False)
+    flow = str(uuid4())
+    assert recording.all_are_recorded(flow, 3) and len(asked) == 3 and asked[0]["offset"] == 2
+    assert [str(one) for one in asked[0]["flow_run_filter"].id.any_] == [flow]
+    states = {state.value for state in asked[0]["task_run_filter"].state.type.any_}
+    assert {"COMPLETED", "FAILED", "CRASHED"} <= states and not {"RUNNING", "PENDING"} & states
+    assert not recording.all_are_recorded(flow, 3, seconds=0)
+    monkeypatch.setenv(API, SERVING)
+    assert recording.all_are_recorded(flow, 3) and len(asked) == 4
