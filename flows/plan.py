@@ -1,6 +1,5 @@
 """`puzzle plan`: what a run will take and what its budget allows, before anything is spent."""
 
-import gc
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +38,6 @@ def plan_command(
     """Search space, tasks, time per stage, disk, memory, money, and what the budget allows; from the config alone."""
     wanted = load_profile(profile, set_ or [])
     configure()
-    gc.disable()  # a short life: looking for garbage among what torch and transformers load takes a second
     from tasks.planning.machine import rates_for
     from tasks.planning.memory import NoRoom
     from tasks.planning.plan import config_parent, machine_rates, plan_of
@@ -63,8 +61,6 @@ def plan_command(
     typer.echo(
         plan.model_dump_json(indent=1, exclude={"children": {"__all__": {"layers"}}}) if as_json else plan_text(plan)
     )
-    gc.freeze()  # nor at the end: all goes with the process
-    gc.enable()
     if plan.infeasible:
         raise InfeasibleBudget(f"{plan.infeasible} Times are modelled, parameters and memory are exact.")
     if plan.no_room:

@@ -38,6 +38,7 @@ from tasks.operating.run_figures import asked_params, engine_tags, input_params,
 from tasks.operating.run_tables import layer_rows, variant_rows
 from tasks.operating.study_runs import log_costs
 from tasks.running.progress import say
+from tasks.running.recording import all_are_recorded
 from tasks.running.sharing import TaskKey, exclusive, try_exclusive
 
 BLOCK_COLUMNS = ("layer", "subblock", "variant", "status", "nmse_closed_form", "nmse_after", "steps", "seconds")
@@ -216,6 +217,8 @@ def open_run(profile: Profile, workspace: Path) -> Iterator[TrackedRun]:
         kept = kept_run(profile, workspace) if first else kept_run(profile, workspace).with_suffix(f".{os.getpid()}")
         with _opened_run(profile, workspace, kept) as run:
             yield run
+        if not all_are_recorded(run.prefect_run_id, len({*run.task_runs.values()})):
+            say("Prefect's server did not keep up: its record of this run lacks some tasks")
 
 
 @contextmanager

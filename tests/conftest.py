@@ -1,10 +1,20 @@
-"""Settings of the whole suite: offline, repeatable, quiet; a chain made once."""
+"""Settings of the whole suite: offline, repeatable, quiet; a chain made once.
 
+The process that hands tests to workers reads this file too: it imports no torch.
+"""
+
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from blocks.runtime import configure
+import pytest
+
+from blocks.runtime import configure, configure_torch
+
+if TYPE_CHECKING:
+    from tests.chain import Chain
 
 configure()
 os.environ.update(
@@ -19,11 +29,6 @@ os.environ.update(
     }
 )
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-
-from blocks.runtime import configure_torch  # noqa: E402
-from tests.chain import Chain, make_chain  # noqa: E402
 
 LONG = ("test_flow.py", "test_end_to_end.py", "test_gkd.py")  # a minute or more each
 
@@ -39,9 +44,20 @@ def _threads() -> None:
     configure_torch(1)  # tiny matrices: a second thread only waits
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_loaded_is_left_alone() -> None:
+    """A collection of garbage, of which torch, accelerate and puzzle ask for many, looks through what this file's tests
+    make, not through half a million objects of modules.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Sums as an engine with one thread makes them, whatever tests before this one have set."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -49,6 +65,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+def chain(tmp_path_factory: pytest.TempPathFactory) -> "Chain":
     """The tiny chain."""
+    from tests.chain import make_chain
+
     return make_chain(tmp_path_factory.mktemp("chain"))

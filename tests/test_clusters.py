@@ -28,7 +28,6 @@ from prefect.settings import (
 )
 from prefect.task_engine import SyncTaskRunEngine
 from prefect.task_runners import ThreadPoolTaskRunner
-from prefect.testing.utilities import prefect_test_harness
 from prefect.utilities.annotations import quote
 
 from blocks import devices, runtime
@@ -262,6 +261,8 @@ def slow() -> None:
 @pytest.fixture(scope="module")
 def server() -> Iterator[None]:
     """A Prefect server for the tests of this file that need one."""
+    from prefect.testing.utilities import prefect_test_harness  # loads all of Prefect's server
+
     with prefect_test_harness(server_startup_timeout=180):
         yield
 

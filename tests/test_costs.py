@@ -321,9 +321,15 @@ def test_the_stage_measures_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_collections_leave_imports_alone_for_the_length_of_a_run() -> None:
+    gc.unfreeze()
+    often = gc.get_threshold()
     with imports_left_alone():
-        assert gc.get_freeze_count() > 10_000
-    assert gc.get_freeze_count() == 0
+        assert gc.get_freeze_count() > 10_000 and gc.get_threshold()[0] < often[0]
+    assert gc.get_freeze_count() == 0 and gc.get_threshold() == often
+    gc.freeze()  # as the suite keeps it
+    with imports_left_alone():
+        pass
+    assert gc.get_freeze_count() > 10_000
 
 
 @pytest.mark.parametrize(("grown", "released"), [(0, 0), (65 << 20, 1)])

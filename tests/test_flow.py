@@ -99,6 +99,8 @@ def test_the_graph_of_a_run_has_an_edge_into_every_task(run: tuple[Path, str]) -
     """As Prefect's UI draws it: from the parent to the export, which waits for all that the report shows."""
     with closing(sqlite3.connect(run[0] / "prefect" / "prefect.db")) as database:
         rows = database.execute("select id, name, task_inputs from task_run").fetchall()
+        open_ones = database.execute("select name from task_run where state_type != 'COMPLETED'").fetchall()
+    assert open_ones == [], "its end waits until Prefect has recorded how each task ended"
     names = {one.replace("-", ""): name for one, name, _ in rows}
     edges = {
         name: {names[one["id"].replace("-", "")] for values in json.loads(inputs).values() for one in values}

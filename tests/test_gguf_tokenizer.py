@@ -14,12 +14,11 @@ from typer.testing import CliRunner
 from blocks.errors import PuzzleError
 from blocks.files import write_text
 from flows import cli
-from tasks.engines.base import LoadOptions
 from tasks.engines.llama_cpp import LlamaCpp
 from tasks.export import formats
 from tasks.export.child_tokenizer import open_tokenizer, stops_of
 from tasks.export.formats import export_as
-from tasks.export.tokenizer_check import TEXTS, check_tokenizer, texts_for
+from tasks.export.tokenizer_check import TEXTS, check_tokenizer
 from tasks.gguf.header import read_header
 from tasks.gguf.pre_tokenizers import PRES, split_of
 from tasks.gguf.tokenizer_reader import tokenizer_of
@@ -100,14 +99,6 @@ def child_folder(folder: Path, backend: Any, vocab_size: int | None = None, **co
     return saved(folder, backend, **config)
 
 
-def ids_of(path: Path, texts: Sequence[str]) -> list[list[int]]:
-    session = LlamaCpp().load(path, LoadOptions(context_tokens=32))
-    try:
-        return [session.tokenize(text, add_special) for text in texts for add_special in (False, True)]
-    finally:
-        session.close()
-
-
 CARRIED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     **{name: (partial(named, name), {}) for name in PRES},
     "begins": (lambda: ends(byte_level(split_of("llama-bpe"), True), f"{START} $A"), {}),
@@ -130,12 +121,10 @@ def test_ids_are_those_of_transformers_and_come_back_the_same(kind: str, tmp_pat
     size = len(own) + 5
     first = as_gguf(folder, size)
     said = check_tokenizer(first, own)
-    assert len(said) == 1 and "gives transformers' token ids on 4" in said[0]
+    assert len(said) == 1 and "gives transformers' token ids on 4" in said[0] and "; but" not in said[0]
     assert read_header(first).fields["tokenizer.ggml.token_type"][-5:] == [5] * 5
     tokenizer_of(copied_tokenizer(first)).save_pretrained(tmp_path / "b")
-    second = as_gguf(tmp_path / "b", size)
-    texts = texts_for(own, size)
-    assert ids_of(second, texts) == ids_of(first, texts)
+    assert check_tokenizer(as_gguf(tmp_path / "b", size), own) == said
 
 
 WRONG: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {

@@ -18,6 +18,7 @@ from blocks.typed_labels import bare, type_in, typed
 from profiles.load import load_profile
 from profiles.schema import Budget, Profile, Scenario
 from tasks.engines.llama_cpp import LlamaCpp
+from tasks.evaluate import typed_file
 from tasks.evaluate.compare import contender, served
 from tasks.evaluate.typed_file import hand_over, with_file
 from tasks.export.logits_check import compare_logits
@@ -280,7 +281,9 @@ def by_place(blocks: Sequence[BlockRecord]) -> dict[tuple[int, str, str], BlockR
 
 
 @needs_llama_cpp
-def test_a_child_of_mixed_types_is_what_llama_cpp_runs(chain: Chain, tmp_path: Path) -> None:
+def test_a_child_of_mixed_types_is_what_llama_cpp_runs(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layers = (
         LayerChoice(attention="parent@q8_0", ffn="parent@iq4_nl"),
         LayerChoice(attention="kv1@iq4_nl", ffn="ffn32"),
@@ -306,4 +309,15 @@ def test_a_child_of_mixed_types_is_what_llama_cpp_runs(chain: Chain, tmp_path: P
     assert found.kl < 1e-3 and found.agreement > 0.9
     ids = torch.randint(64, (1, 16), generator=torch.Generator().manual_seed(0))
     assert torch.equal(served(which, chain.parent, chain.workspace, HOST)(ids).logits, read_gguf(file)(ids).logits)
-    assert "top-1 agreement" in hand_over(file, tmp_path / "child.gguf") and (tmp_path / "child.gguf").exists()
+    given = tmp_path / "child.gguf"
+    said = hand_over(file, given)
+    assert "top-1 agreement" in said and given.read_bytes() == file.read_bytes()
+    monkeypatch.setattr(typed_file, "check_logits", lambda *_: "compared again")
+    given.unlink()
+    assert hand_over(file, given) == said and given.read_bytes() == file.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaCpp, "version", lambda _: "another")
+        assert "compared again" in hand_over(file, given)
+    other = tmp_path / "other.gguf"
+    other.write_bytes(file.read_bytes() + b"0")
+    assert "compared again" in hand_over(other, given)

@@ -1,7 +1,6 @@
 """Libraries in NVlabs' format: the command against brute force, what it says, and 200 broken files and budgets."""
 
 import copy
-import gc
 import itertools
 import json
 import math
@@ -59,7 +58,7 @@ def file(tmp_path: Path) -> Path:
 
 def puzzle(*words: Any) -> tuple[int, str, str]:
     """Exit code, output and errors as main() gives them; a traceback would be an exception here. What a command sets
-    for its process (variables, threads, a frozen heap, its number in a workspace) is taken back.
+    for its process (variables, threads, its number in a workspace) is taken back.
     """
     runner, threads, entered = CliRunner(), torch.get_num_threads(), set(at_work._HELD)
     with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
@@ -71,7 +70,6 @@ def puzzle(*words: Any) -> tuple[int, str, str]:
             except SystemExit as end:
                 code = end.code or 0
             torch.set_num_threads(threads)
-            gc.unfreeze()
             for workspace in set(at_work._HELD) - entered:
                 at_work.leave(workspace)
             return code, out.getvalue().decode(), err.getvalue().decode()

@@ -12,12 +12,14 @@ import pytest
 from blocks.records import SpeedReport, TruthPoint
 from profiles.schema import Budget
 from tasks.libraries.interchange import joint_view, open_library, write_library
+from tasks.pages import page
 from tasks.pages.front import front_of
 from tasks.pages.library_pictures import cells_of, colours_of, draw_strip
 from tasks.pages.page import figure, read_truth
-from tasks.pages.run_page import following, stored_choice
+from tasks.pages.run_page import following, stored_choice, study_of_run
 from tasks.pages.svg import inline_svg
 from tasks.search.choose import choose
+from tasks.search.confidence import Draws
 from tasks.search.joint import LibraryFileError
 from tasks.search.request import Request, limits
 from tasks.search.solve import choose_joint
@@ -246,6 +248,34 @@ def test_a_library_that_was_made_again_is_not_taken_for_the_runs() -> None:
             LibraryFileError, match=f"not the one that its last run chose from: its {what} were measured"
         ):
             stored_choice(joint_view(stored(changed)), request_of(problem), choose(problem))
+
+
+def test_what_a_page_solves_again_is_kept_for_the_same_choice_in_the_same_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved, plain = list[str](), page._solved
+
+    def counted(*asked: Any) -> page.Solved:
+        solved.append("again")
+        return plain(*asked)
+
+    monkeypatch.setattr(page, "_solved", counted)
+
+    def study(seed: int, points: int = 3, fraction: float = 0.6) -> page.Study:
+        problem = random_problem(seed, Budget(layer_parameters_fraction=fraction))
+        write_library(tmp_path / "tables" / "tiny", stored(problem))
+        asked = {"request": request_of(problem).model_dump(mode="json"), "architecture": choose(problem)}
+        extent = page.Extent(points=points, draws=Draws(most=4))
+        return study_of_run(tmp_path, report_of().model_copy(update=asked), extent, ())
+
+    first = study(3)
+    assert study(3).solved == first.solved and first.solved.confidence is not None and solved == ["again"]
+    for other in (study(5), study(3, points=4), study(3, fraction=0.7)):  # new scores and costs, another page, budget
+        assert other.solved != first.solved
+    assert len(solved) == 4
+    for file in (tmp_path / "pages").iterdir():
+        file.write_text(file.read_text()[:-9])
+    assert study(3).solved == first.solved and len(solved) == 5, "a damaged file is made again"
 
 
 def test_a_page_says_what_to_do_next() -> None:

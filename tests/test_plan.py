@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import math
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -412,19 +410,6 @@ def assert_same_weights(parent: parent_module.Parent, choice: LayerChoice) -> No
         for name, tensor in state.items():
             there.setdefault(name.rpartition(".")[0], []).append(tuple(tensor.shape))
         assert sorted(map(sorted, named)) == sorted(map(sorted, there.values()))
-
-
-def test_the_command_line_and_a_plan_import_no_more_than_they_need() -> None:
-    """Seconds before the first word, for `puzzle --help` most of all."""
-    program = (
-        "import sys, flows.cli;"
-        "print([m for m in ('torch', 'transformers', 'matplotlib', 'mlflow', 'prefect') if m in sys.modules]);"
-        "import tasks.planning.plan, tasks.planning.machine;"
-        "heavy = ('transformers.modeling_utils', 'torch._dynamo', 'matplotlib', 'mlflow', 'prefect', 'cvxpy');"
-        "print([m for m in heavy if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["[]", "[]"]
 
 
 SCENARIOS = [

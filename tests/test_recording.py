@@ -4,7 +4,10 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import psutil
 import pytest
@@ -168,3 +171,25 @@ def test_a_run_that_is_refused_lets_its_server_come_up_first(monkeypatch: pytest
     with pytest.raises(ServerRefused), process_of(load_profile("tiny"), tmp_path):
         pytest.fail("the run began")
     assert said == ["up"]
+
+
+def test_a_run_waits_until_its_own_server_has_recorded_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks for the last of so many that have ended; a server that somebody else runs goes on after the process."""
+    found, asked = [[], [], ["the third"]], list[dict[str, Any]]()
+
+    class Client:
+        def read_task_runs(self, **query: Any) -> list[str]:
+            asked.append(query)
+            return found.pop(0) if found else []
+
+    monkeypatch.setattr("prefect.client.orchestration.get_client", lambda **_: nullcontext(Client()))
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.delenv(API, raising=False)
+    flow = str(uuid4())
+    assert recording.all_are_recorded(flow, 3) and len(asked) == 3 and asked[0]["offset"] == 2
+    assert [str(one) for one in asked[0]["flow_run_filter"].id.any_] == [flow]
+    states = {state.value for state in asked[0]["task_run_filter"].state.type.any_}
+    assert {"COMPLETED", "FAILED", "CRASHED"} <= states and not {"RUNNING", "PENDING"} & states
+    assert not recording.all_are_recorded(flow, 3, seconds=0)
+    monkeypatch.setenv(API, SERVING)
+    assert recording.all_are_recorded(flow, 3) and len(asked) == 4

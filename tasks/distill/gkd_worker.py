@@ -11,7 +11,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from blocks.runtime import configure
+from blocks.runtime import configure, imports_left_alone
 
 configure()
 
@@ -32,7 +32,7 @@ def main() -> None:
     workspace, folder = Path(sys.argv[1]), sys.argv[2]
     device = local_device(read_value(workspace / folder / JOB, Job).device)
     try:
-        with joined(device) as group:
+        with joined(device) as group, imports_left_alone():
             take_part(workspace, folder, device, group)
     except Exception as error:
         say(f"{FAILED}{type(error).__name__}: {error}")

@@ -11,12 +11,13 @@ from pathlib import Path
 from torch import Tensor
 
 from blocks.compute import HOST
-from blocks.files import atomic_path
-from blocks.library import digest_of, read_rows
-from blocks.records import CorpusInfo, ParentInfo
+from blocks.files import atomic_path, sha256_of
+from blocks.library import digest_of, keep, read_rows, remember
+from blocks.records import CorpusInfo, ParentInfo, Value
 from blocks.typed_labels import FITTED_TO
 from profiles.schema import Hardware, Precision
 from tasks.distill.rounded import RoundedTraining
+from tasks.engines.llama_cpp import LlamaCpp
 from tasks.engines.timing_in_turns import PARENT
 from tasks.evaluate.compare import Contender, build
 from tasks.export.child_tokenizer import find_tokenizer
@@ -91,9 +92,23 @@ def with_file(
     return which.model_copy(update={"file": str(path.relative_to(workspace)), "rounded": result})
 
 
+class Checked(Value):
+    """What came out when llama.cpp ran a file beside torch."""
+
+    said: str
+
+
 def hand_over(file: Path, target: Path) -> str:
-    """Copy a child's file to where its user finds it, if llama.cpp gives torch's logits on it. Returns a sentence."""
-    said = check_logits(read_gguf(file), file, "the chosen types")
+    """Copy a child's file to where its user finds it, if llama.cpp gives torch's logits on it. Returns a sentence.
+
+    The same bytes are compared once with each version of llama.cpp: it takes seconds of a run that is given again.
+    """
+    key = digest_of(file=sha256_of(file), by=LlamaCpp().version(), v=VERSION)
+    kept = file.with_name(f"checked-{key}.json")
+    found = remember(kept, Checked, lambda _: [], file.parent, fetch="never")
+    if found is None:
+        found = Checked(said=check_logits(read_gguf(file), file, "the chosen types"))
+        keep(kept, found, [], file.parent, fetch="never")
     with atomic_path(target) as part:
         shutil.copyfile(file, part)
-    return f"{target.name}: {said}"
+    return f"{target.name}: {found.said}"

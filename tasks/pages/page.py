@@ -14,7 +14,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from blocks.files import write_text
-from blocks.records import ChildReport, TruthPoint
+from blocks.library import keep, remember
+from blocks.records import ChildReport, TruthPoint, Value
 from tasks.libraries.reading import read_json
 from tasks.libraries.tables import validated
 from tasks.pages.front import front_of
@@ -59,19 +60,27 @@ class Extent:
 DEFAULT = Extent()
 
 
+class Solved(Value):
+    """What takes long of a page: every search that is made again for it. confidence: None where the library keeps no
+    scores per sequence.
+    """
+
+    prices: tuple[Price, ...]
+    front: Front
+    confidence: Confidence | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """All that a page says of a choice. confidence: None where the library keeps no scores per sequence. made: when,
-    where and by which command, by name. following: what to do next, and the command for it.
+    """All that a page says of a choice. made: when, where and by which command, by name. following: what to do next,
+    and the command for it.
     """
 
     title: str
     library: JointLibrary
     request: Request
     choice: JointChoice
-    front: Front
-    prices: tuple[Price, ...]
-    confidence: Confidence | None
+    solved: Solved
     truth: tuple[TruthPoint, ...] = ()
     facts: tuple[tuple[str, str], ...] = ()
     missing: tuple[str, ...] = ()
@@ -86,14 +95,25 @@ def study_choice(
     request: Request,
     extent: Extent = DEFAULT,
     choice: JointChoice | None = None,
+    kept: Path | None = None,
     **parts: Any,
 ) -> Study:
     """Price, sweep and resample a choice, the best one when None is given, with progress on standard error.
 
-    parts: the other fields of Study. Raises InfeasibleBudget when nothing fits.
+    kept: a file of what was solved for the same page before, or where to keep it. parts: the other fields of Study.
+    Raises InfeasibleBudget when nothing fits.
     """
     if choice is None:
         choice = choose_joint(library, request.model_copy(update={"diverse": 1}))[0]
+    solved = None if kept is None else remember(kept, Solved, lambda _: [], kept.parent, fetch="never")
+    if solved is None:
+        solved = _solved(library, request, extent, choice)
+        if kept is not None:
+            keep(kept, solved, [], kept.parent, fetch="never")
+    return Study(title=title, library=library, request=request, choice=choice, solved=solved, **parts)
+
+
+def _solved(library: JointLibrary, request: Request, extent: Extent, choice: JointChoice) -> Solved:
     priced = prices(library, request, choice)
     over = extent.over or _axis(library, request, priced)
     with shown("sweep", beside=True) as progress:
@@ -102,16 +122,7 @@ def study_choice(
     if all(len(option.samples.get(request.metric, ())) > 1 for option in library.options):
         with shown("bootstrap", beside=True) as progress:
             sure = bootstrap(library, request, extent.draws, progress, choice)
-    return Study(
-        title=title,
-        library=library,
-        request=request,
-        choice=choice,
-        front=front,
-        prices=tuple(priced),
-        confidence=sure,
-        **parts,
-    )
+    return Solved(prices=tuple(priced), front=front, confidence=sure)
 
 
 def _axis(library: JointLibrary, request: Request, priced: Sequence[Price]) -> str:
@@ -139,9 +150,9 @@ def read_truth(path: Path) -> tuple[TruthPoint, ...]:
 
 def pictures_of(study: Study) -> dict[str, Figure]:
     """Figures by file name, those that there is something to show of."""
-    found = {"strip": draw_strip(study.choice.layers), "front": draw_front(study.front)}
-    if study.confidence is not None:
-        found["confidence"] = draw_confidence(study.confidence)
+    found = {"strip": draw_strip(study.choice.layers), "front": draw_front(study.solved.front)}
+    if study.solved.confidence is not None:
+        found["confidence"] = draw_confidence(study.solved.confidence)
     if study.truth:
         found["truth"] = draw_truth(study.truth)
     if study.report is not None and any(candidate.kl for candidate in study.report.candidates):
@@ -171,10 +182,10 @@ def render(study: Study, figures: dict[str, Figure]) -> str:
         title=study.title,
         choice=study.choice,
         request=study.request,
-        front=study.front,
-        over=QUANTITIES[study.front.over].title,
-        prices=[_priced(price, study.choice) for price in study.prices],
-        sure=study.confidence,
+        front=study.solved.front,
+        over=QUANTITIES[study.solved.front.over].title,
+        prices=[_priced(price, study.choice) for price in study.solved.prices],
+        sure=study.solved.confidence,
         truth=study.truth,
         facts=study.facts,
         missing=study.missing,
@@ -187,7 +198,7 @@ def render(study: Study, figures: dict[str, Figure]) -> str:
         made=study.made,
         following=study.following,
         budget_header=BUDGET_HEADER,
-        budget=(budget_rows(report) if report else []) or [_asked_and_got(price) for price in study.prices],
+        budget=(budget_rows(report) if report else []) or [_asked_and_got(price) for price in study.solved.prices],
         columns=[] if report is None else column_names(report),
         shipped=-1 if report is None else shipped_column(report),
         rows=[] if report is None else comparison_rows(report),
@@ -224,7 +235,7 @@ def _asked_and_got(price: Price) -> tuple[str, ...]:
 def _budgets(study: Study) -> Iterator[dict[str, str]]:
     """What the choice takes of everything that the library knows or the request limits."""
     library, choice = study.library, study.choice
-    limited = {price.budget: price for price in study.prices}
+    limited = {price.budget: price for price in study.solved.prices}
     for name in ("memory_gib", "latency_seconds", "parameters"):
         value = getattr(choice, name)
         if value is not None:

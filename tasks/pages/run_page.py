@@ -2,12 +2,15 @@
 
 import math
 import shlex
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from blocks.files import sha256_of
+from blocks.library import digest_of
 from blocks.records import Architecture, ChildReport, TruthPoint
 from tasks.libraries.interchange import open_library
 from tasks.libraries.summary import Summary, summarise
@@ -18,6 +21,7 @@ from tasks.search.request import Request, objective_of
 from tasks.search.solve import Certificate, JointChoice, described, totals
 
 IN_A_RUN = Extent(points=12, draws=Draws(most=40, least=20, seconds=30))  # seconds, not minutes, at 30 layers
+VERSION = 1  # of what is solved for a page: a higher one makes it again
 _SAME = 1e-6  # relative; sums of the same figures in another order
 
 
@@ -39,6 +43,9 @@ def study_of_run(workspace: Path, report: ChildReport, extent: Extent, truth: tu
     made = (("finished", clock(report.finished_at)), ("command", report.command), ("folder", str(folder.parent)))
     parts: dict[str, Any] = {"truth": truth, "report": report, "following": following(report, folder)}
     parts["made"] = tuple((name, value) for name, value in made if value)
+    asked = {"request": request, "choice": choice, "extent": asdict(extent), "v": VERSION}
+    key = digest_of(library=sha256_of(tables / "library.json"), **asked)  # it holds the digest of every table
+    parts["kept"] = workspace / "pages" / f"{key}.json"
     return study_of(tables, library, request, extent, choice=choice, **parts)
 
 

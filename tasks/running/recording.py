@@ -8,12 +8,14 @@ its own: through its server while that is up, else in its database.
 """
 
 import os
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
+from uuid import UUID
 
 from filelock import FileLock, Timeout
 
@@ -30,6 +32,9 @@ DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_LOGGING_LEVEL": "WARNING",
     "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
+    # one transaction for many task runs, not one for each state of each
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "50",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
@@ -161,6 +166,28 @@ def own_server_is_up() -> None:
     """Wait for what `begin_own_server` began: Prefect takes a server that is starting for one that is up."""
     while _STARTING:
         _STARTING.pop().join()
+
+
+def all_are_recorded(flow_run_id: str, task_runs: int, seconds: float = 60) -> bool:
+    """Wait until the server that Prefect has started for this process has recorded how so many task runs of a flow run
+    ended: it records a while after, and what it has not recorded when the process ends is lost.
+    """
+    if os.environ.get(API) or not task_runs:
+        return True
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas import filters
+    from prefect.client.schemas.objects import TERMINAL_STATES
+
+    ended = filters.TaskRunFilterStateType(any_=[*TERMINAL_STATES])
+    wanted = filters.TaskRunFilter(state=filters.TaskRunFilterState(type=ended))
+    flow = filters.FlowRunFilter(id=filters.FlowRunFilterId(any_=[UUID(flow_run_id)]))
+    deadline = time.monotonic() + seconds
+    with get_client(sync_client=True) as client:
+        while not client.read_task_runs(flow_run_filter=flow, task_run_filter=wanted, limit=1, offset=task_runs - 1):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
+    return True
 
 
 def take_for_server(home: Path) -> None:
