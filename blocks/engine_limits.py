@@ -27,6 +27,7 @@ NO_MULT = "FFN widths without ffn_mult"
 FOREIGN = "biases, norms or scales that Llama does not have"
 ROPE = "this scaling of the rotary frequencies"
 ACTIVATION = "an FFN that is not a SwiGLU"
+EXPERTS = "an FFN with experts"
 NARROW = "rows that are not a multiple of 32 in q8_0 or a type of 4 or 5 bits"
 GAPS = (
     LINEAR,
@@ -41,6 +42,7 @@ GAPS = (
     FOREIGN,
     ROPE,
     ACTIVATION,
+    EXPERTS,
     NARROW,
 )
 
@@ -61,13 +63,13 @@ class KnownEngine:
     known_by: str
 
 
-_DECILM_GAPS = frozenset({WRONG_MULT, FOREIGN, OWN_WINDOW, RECURRENT})
+_DECILM_GAPS = frozenset({WRONG_MULT, FOREIGN, OWN_WINDOW, RECURRENT, EXPERTS})
 KNOWN_ENGINES: dict[str, KnownEngine] = {
     "torch": KnownEngine(title="torch", format="transformers", gaps=frozenset(), known_by="the tests"),
     "llama.cpp": KnownEngine(
         title="llama.cpp",
         format="gguf",
-        gaps=frozenset({NO_CACHE, WINDOW, OWN_WINDOW, RECURRENT, FOREIGN, ROPE, ACTIVATION, NARROW}),
+        gaps=frozenset({NO_CACHE, WINDOW, OWN_WINDOW, RECURRENT, FOREIGN, ROPE, ACTIVATION, EXPERTS, NARROW}),
         families=frozenset({"llama", "mistral", "qwen2"}),
         rope_types=frozenset({"default", "linear", "llama3"}),
         known_by="the tests, with xllamacpp",
@@ -141,7 +143,8 @@ def _row_widths(config: Any, entries: Any) -> list[int]:
     if is_whole(entries["attention"]):
         widths.append(config.num_attention_heads * head_dim(config))
     if is_whole(entries["ffn"]):
-        widths.append(entries["ffn"].get("intermediate_size", config.intermediate_size))
+        moe = entries["ffn"].get("moe", {})
+        widths.append(moe.get("expert_intermediate_dim") or entries["ffn"]["intermediate_size"])
     return widths
 
 
@@ -252,7 +255,9 @@ def _block_needs(config: Any, layer: int, block: Any, slides: bool) -> set[str]:
         needs.add(OWN_WINDOW)
     if attention.get("recurrent"):
         needs.add(RECURRENT)
-    if is_whole(ffn):
+    if ffn.get("moe"):
+        needs.add(EXPERTS)
+    elif is_whole(ffn):
         width, mult = ffn.get("intermediate_size", config.intermediate_size), ffn.get("ffn_mult")
         if mult is None:
             needs.add(NO_MULT)

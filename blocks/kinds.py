@@ -14,9 +14,12 @@ from blocks.attention.parent import ParentAttention
 from blocks.attention.ssd import SSD
 from blocks.attention.window import WindowAttention
 from blocks.errors import UnknownVariant, did_you_mean
+from blocks.ffn.ewidth import ExpertWidth
+from blocks.ffn.experts import FewerExperts
 from blocks.ffn.linear import LinearFFNKind
 from blocks.ffn.no_op import NoOpFFN
 from blocks.ffn.parent import ParentFFN
+from blocks.ffn.topk import TopK
 from blocks.ffn.width import Width
 from blocks.records import Subblock
 from blocks.typed_labels import bare
@@ -32,6 +35,9 @@ KINDS: tuple[VariantKind, ...] = (
     NoOpAttention(),
     ParentFFN(),
     Width(),
+    FewerExperts(),
+    TopK(),
+    ExpertWidth(),
     LinearFFNKind(),
     NoOpFFN(),
 )
