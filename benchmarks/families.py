@@ -63,8 +63,8 @@ def main() -> None:
         "logits: of a child of the parent's own blocks against transformers' own, padded rows too; the greatest "
         "difference. cache: greedy tokens of a child of all kinds with and without a cache. Each kind: nMSE of the "
         f"start, and after {SETTINGS.steps} steps; the score (KL, nats), which is that of whole models within {NEAR:g} "
-        "of it. export, native: the folder, loaded as anybody would, gives the same logits bit for bit. Empty: a dense FFN has no experts, and one with "
-        "experts no width.",
+        "of it. export, native: the folder, loaded as anybody would, gives the same logits bit for bit. Empty: "
+        "a dense FFN has no experts, and one with experts no width.",
         table(header, rows),
         f"{time.process_time() - started:.0f} CPU-seconds.",
     ]

@@ -39,10 +39,10 @@ GAPS = (
     RECURRENT,
     WRONG_MULT,
     NO_MULT,
+    EXPERTS,
     FOREIGN,
     ROPE,
     ACTIVATION,
-    EXPERTS,
     NARROW,
 )
 

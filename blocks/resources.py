@@ -60,15 +60,13 @@ def resources(
     """
     kind = kind_of(variant)
     parameters, vectors, modules, in_experts = _counts(parent, variant)
-    moe = kind.block_entry(variant, parent.config).get("moe")
-    sent = moe["num_experts_per_tok"] / moe["num_local_experts"] if moe else 1.0
     beside = bytes_per_element if vector_bytes is None else vector_bytes
     kv_elements = kind.kv_elements_per_token(variant, parent.config)
     return Resources(
         parameters=parameters,
-        active_parameters=parameters - round(in_experts * (1 - sent)),
+        active_parameters=active_parameters_of(parent, variant),
         expert_bytes=in_experts * bytes_per_element,
-        sent=sent,
+        sent=_sent(parent, variant),
         weight_bytes=math.ceil((parameters - vectors) * bytes_per_element + vectors * beside),
         kv_bytes_per_token=math.ceil(kv_elements * bytes_per_element),
         state_bytes=(state := kind.state_bytes(variant, parent.config, bytes_per_element)),
@@ -80,6 +78,18 @@ def resources(
 def parameters_of(parent: Parent, variant: Variant) -> int:
     """Parameters of a subblock, its norms included."""
     return _counts(parent, variant)[0]
+
+
+def active_parameters_of(parent: Parent, variant: Variant) -> int:
+    """Parameters of a subblock that one token is computed with."""
+    parameters, _, _, in_experts = _counts(parent, variant)
+    return parameters - round(in_experts * (1 - _sent(parent, variant)))
+
+
+def _sent(parent: Parent, variant: Variant) -> float:
+    """The share of a variant's experts that a token is sent to; 1 where it has none."""
+    moe = kind_of(variant).block_entry(variant, parent.config).get("moe")
+    return float(moe["num_experts_per_tok"] / moe["num_local_experts"]) if moe else 1.0
 
 
 @lru_cache(maxsize=1024)

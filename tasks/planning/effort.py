@@ -26,7 +26,7 @@ from blocks.fit import elimination_flops
 from blocks.kinds import kind_of, parse_label, parse_labels
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Subblock
-from blocks.resources import BYTES, non_block_parameters, parameters_of
+from blocks.resources import BYTES, active_parameters_of, non_block_parameters, parameters_of
 from blocks.typed_labels import FITTED_TO
 from blocks.variant import Variant
 from profiles.schema import GgufParent, PackageParent, ParentAnswersSource, Profile, TinyParent, racers_in
@@ -182,6 +182,11 @@ class Shape:
     def layer_parameters(self) -> int:
         """Parameters of the parent's own layer."""
         return sum(self.parameters(self.own(part)) for part in SUBBLOCKS)
+
+    @property
+    def active_parameters(self) -> int:
+        """Those of them that one token is computed with: of experts, those that it is sent to."""
+        return sum(active_parameters_of(self.parent, self.own(part)) for part in SUBBLOCKS)
 
     @property
     def outside_parameters(self) -> int:

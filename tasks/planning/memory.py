@@ -96,7 +96,8 @@ def record_need(shape: Shape) -> Need:
     # Gram, regularised Gram, its inverse and factors; coefficients before and after
     solving = DOUBLE * (4 * inner**2 + 2 * inner * width + 2 * ELIMINATED * inner)
     more = "lower hardware.micro_batch_tokens" if batch > solving else "take a device with more memory"
-    return Need(stage="record", held=weights + sums, passing=max(batch, solving), cure=more)
+    # while a layer is loaded, its tensors lie there twice
+    return Need(stage="record", held=weights + sums, passing=max(batch, solving, weights), cure=more)
 
 
 def trained_bytes(shape: Shape, variant: Variant) -> int:
