@@ -6,7 +6,7 @@ The parent is small, of the family qwen3_moe, and trained here for minutes. All 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,9 @@ from blocks.resources import resources
 from blocks.variant import Variant
 from tasks.distill.bld import distill, layer_data
 
-SEEDS = 5  # random choices
+SEEDS = 3  # random choices
 KIND = FewerExperts()
+Contexts = Sequence[FitContext]
 Kept = Callable[[Variant, FitContext], Tensor]
 
 
@@ -39,8 +40,9 @@ def main() -> None:
     started = time.process_time()
     bench = open_bench(options)
     labels = [label for label in bench.profile.search_space.ffn if label.startswith("experts")]
-    rows = [row for label in labels for row in chosen(bench, parse_label("ffn", label, bench.reader.config))]
-    counts = [context_of(bench, layer).statistics["expert_tokens"] for layer in range(bench.reader.depth)]
+    contexts = [context_of(bench, layer) for layer in range(bench.reader.depth)]
+    rows = [row for label in labels for row in chosen(bench, contexts, parse_label("ffn", label, bench.reader.config))]
+    counts = [context.statistics["expert_tokens"] for context in contexts]
     shares = "; ".join(" ".join(f"{share:.0%}" for share in (own / own.sum()).tolist()) for own in counts)
     intro = (
         f"{bench.parent.name}, {bench.parent.source}: {bench.reader.depth} layers of {len(counts[0])} experts, "
@@ -48,7 +50,12 @@ def main() -> None:
         f"the tokens that each expert is sent, layer by layer: {shares}. In every child all layers are changed alike. "
         f"KL: of the whole child, on {len(held_out(bench))} held-out sequences, nats per token, ± over sequences."
     )
-    parts = [intro, all_kept(bench), "## Which experts are kept", table(["experts", "chosen by", "KL", "fitted"], rows)]
+    parts = [
+        intro,
+        all_kept(bench, contexts),
+        "## Which experts are kept",
+        table(["experts", "chosen by", "KL", "fitted"], rows),
+    ]
     parts.append(
         "fitted: how much each expert counts, by ridge regression to what the parent's FFN puts out. random: the mean "
         f"of {SEEDS} choices, ± over choices."
@@ -58,7 +65,7 @@ def main() -> None:
     write_page("experts", "Experts: which to keep", parts)
 
 
-def chosen(bench: Bench, variant: Variant) -> Iterator[list[str]]:
+def chosen(bench: Bench, contexts: Contexts, variant: Variant) -> Iterator[list[str]]:
     """A row for each way to choose the experts that are kept."""
 
     def most(name: str) -> Kept:
@@ -72,10 +79,12 @@ def chosen(bench: Bench, variant: Variant) -> Iterator[list[str]]:
         return kept
 
     for name, how in (("REAP", KIND.kept), ("frequency", most("expert_tokens"))):
-        figures = [mean(child_kl(bench, made(bench, variant, how, fitted))).metric for fitted in (False, True)]
+        figures = [
+            mean(child_kl(bench, made(bench, contexts, variant, how, fitted))).metric for fitted in (False, True)
+        ]
         yield [variant.label, name, *map(rounded, figures)]
     values = [
-        [float(child_kl(bench, made(bench, variant, drawn(seed), fitted)).mean()) for seed in range(SEEDS)]
+        [float(child_kl(bench, made(bench, contexts, variant, drawn(seed), fitted)).mean()) for seed in range(SEEDS)]
         for fitted in (False, True)
     ]
     yield [variant.label, "random", *(rounded(mean(each).metric) for each in values)]
@@ -98,27 +107,26 @@ def context_of(bench: Bench, layer: int) -> FitContext:
     )
 
 
-def made(bench: Bench, variant: Variant, kept: Kept, fitted: bool) -> nn.Module:
+def made(bench: Bench, contexts: Contexts, variant: Variant, kept: Kept, fitted: bool) -> nn.Module:
     """A child whose layers keep these experts, not trained."""
     model = bench.reader.model([LayerChoice(ffn=variant.label)] * bench.reader.depth)
     with torch.no_grad():
-        for index, layer in enumerate(model.model.layers):
-            context = context_of(bench, index)
+        for context, layer in zip(contexts, model.model.layers, strict=True):
             keep_experts(layer, context, kept(variant, context))
             if fitted:
                 KIND.closed_form(variant, layer, context)
     return model
 
 
-def all_kept(bench: Bench) -> str:
+def all_kept(bench: Bench, contexts: Contexts) -> str:
     """Whether a child that keeps every expert gives the parent's logits."""
     model = bench.reader.model()
     own = KIND.variant("experts", bench.reader.config.num_experts)
     with torch.no_grad():
-        for index, layer in enumerate(model.model.layers):
+        for context, layer in zip(contexts, model.model.layers, strict=True):
             for weight in layer.core("ffn").parameters():  # type: ignore[operator]
                 weight.fill_(float("nan"))
-            KIND.initialise(own, layer, context_of(bench, index))
+            KIND.initialise(own, layer, context)
         same = torch.equal(model(held_out(bench)[:8]).logits, bench.reader.model()(held_out(bench)[:8]).logits)
     return f"All experts kept: the parent's logits bit for bit: {'yes' if same else 'NO'}."
 
