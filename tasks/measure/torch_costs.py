@@ -24,6 +24,7 @@ from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM, DeciLMM
 from blocks.families import has_experts
 from blocks.parent import Parent
 from blocks.records import LayerChoice
+from blocks.runtime import products_as_served
 from blocks.variant import Variant
 from profiles.schema import Hardware, Measure
 from tasks.engines.timing_in_turns import cpu_clock, median_metric, tokens_before, wait_for
@@ -69,6 +70,7 @@ class TorchTimer:
             parameter.data.normal_(0, 0.02, generator=generator)
         return stack.to(self.device, self.dtype).eval()
 
+    @products_as_served()
     @torch.inference_mode()
     def time(self, what: str, load: Load, kept: KeptFigures, progress: Progress) -> None:
         """See VariantTimer. All parts take turns, so all that are not finished are measured with this one."""
