@@ -23,9 +23,11 @@ from blocks.records import LayerChoice
 from blocks.resources import resources
 from blocks.subblock import parts_of
 from profiles.hardware import load_target
-from profiles.schema import Hardware
+from profiles.schema import Hardware, Measure, Scenario
 from tasks.inputs.parent_weights import check_finite, place_weights, weights_of
 from tasks.measure.roofline import Pass, setting_of, subblock_seconds
+from tasks.measure.torch_costs import TorchTimer
+from tasks.measure.variant_timing import Load
 from tests.families import SIZES, SPECIAL, made, parent_of, save
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -218,6 +220,20 @@ def test_a_modelled_decode_reads_the_experts_that_tokens_are_sent_to(tmp_path: P
     assert seconds("experts4", 1) == pytest.approx(seconds("parent", 1), rel=0.01)
     assert seconds("experts4", 16) == pytest.approx(seconds("parent", 16) / 2, rel=0.05)  # a batch reads them all
     assert seconds("ewidth7168", 16) == pytest.approx(seconds("parent", 16) / 2, rel=0.05)
+
+
+def test_timed_tokens_are_sent_to_different_experts(tmp_path: Path) -> None:
+    reader = reader_of("mixtral", tmp_path)
+    timer = TorchTimer(reader, [parse_label("ffn", "parent", reader.config)], Hardware(), Measure(stack=1))
+    seen: list[torch.Tensor] = []
+    for model in (*timer.stacks.values(), timer.parent.model):
+        model.layers[0].mlp.gate.register_forward_hook(lambda _module, _inputs, out: seen.append(out[2]))
+    scenario = Scenario(name="chat", batch_sizes=(2,), prompt_tokens=40, generated_tokens=8)
+    for model in (*timer.stacks.values(), timer.parent):
+        timer._time(model, Load(scenario=scenario, batch=2), 1)
+    assert all(len(each.unique()) > 3 for each in seen if len(each) > 2) and len(seen) > 4
+    steps = torch.cat([each for each in seen if len(each) == 2])  # the same experts at every step would stay in a cache
+    assert len(steps.unique()) > 3
 
 
 @every_family
