@@ -141,6 +141,8 @@ def weights(config: Any, subblock: Subblock, entry: dict[str, Any]) -> list[list
     moe = entry.get("moe", {})
     inner = moe.get("expert_intermediate_dim") or entry.get("intermediate_size", 0)
     sizes = part_sizes(config, entry.get("num_key_value_heads", 0), inner, moe.get("num_local_experts", 0))
+    if entry.get("num_attention_heads"):
+        sizes["query"] = entry["num_attention_heads"] * head_dim(config)
     columns, recurrent = {"output": sizes["query"], "down": sizes["up"], "key_norm": 0}, entry.get("recurrent")
     apart = [(role,) for role in ("query", "key", "value", "output")]
     for roles in apart if recurrent else family.parts(subblock).values():

@@ -11,6 +11,7 @@ from blocks.attention.kv_heads import KVHeads
 from blocks.attention.linear import LinearAttentionKind
 from blocks.attention.no_op import NoOpAttention
 from blocks.attention.parent import ParentAttention
+from blocks.attention.query_heads import QueryHeads
 from blocks.attention.ssd import SSD
 from blocks.attention.window import WindowAttention
 from blocks.errors import UnknownVariant, did_you_mean
@@ -28,6 +29,7 @@ from blocks.variant import Variant, VariantKind
 KINDS: tuple[VariantKind, ...] = (
     ParentAttention(),
     KVHeads(),
+    QueryHeads(),
     WindowAttention(),
     SSD(),
     GDN(),

@@ -8,14 +8,16 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
 
+from blocks.attention.kv_heads import attention_flops
 from blocks.attention.linear import LinearAttentionKind
+from blocks.attention.query_heads import QueryHeads
 from blocks.compute import HOST
-from blocks.engine_limits import KNOWN_ENGINES, EngineLimit, check_parent, foreign, runnable
-from blocks.errors import ParentError
+from blocks.engine_limits import KNOWN_ENGINES, EngineLimit, check_parent, foreign, refused_label, runnable
+from blocks.errors import ParentError, UnknownVariant
 from blocks.export_code.families_decilm import FAMILIES, Family
-from blocks.export_code.modeling_decilm import CACHE
+from blocks.export_code.modeling_decilm import CACHE, DeciLMDecoderLayer
 from blocks.families import experts_of, family_of, has_experts
 from blocks.fit import FitContext
 from blocks.kinds import kind_of, kinds, parse_label
@@ -27,7 +29,7 @@ from profiles.schema import GKD, TinyFamily
 from tasks.distill.gkd_student import Student
 from tasks.distill.gkd_targets import Teacher
 from tasks.distill.record import record_layer
-from tasks.export.folder import export_folder
+from tasks.export.folder import export_folder, native_config
 from tasks.export.formats import refuse
 from tasks.gguf.header import GgufError, Header
 from tasks.gguf.parent_file import check_model
@@ -121,11 +123,13 @@ def test_whatever_is_left_out_is_seen(family: str, monkeypatch: pytest.MonkeyPat
 
 def mixed(config: Any) -> list[dict[str, Any]]:
     """Every kind of subblock; no attention in layer 0."""
-    less = smaller_ffn(config)
+    less, fewer = smaller_ffn(config), attention(1)
+    if QueryHeads().examples(config):
+        fewer |= {"num_attention_heads": 2, "n_heads_in_group": 2}
     window = attention(2) | {"window_length": 3, "num_sink_tokens": 2}
     gdn = {"rule": "gdn", "gates": 3, "conv_kernel": 3, "chunk_size": 4}
     recurrent = attention(2) | {"recurrent": gdn}
-    pairs = [(NO_OP, less), (window, LINEAR), (attention(1), own_ffn(config)), (recurrent, less)]
+    pairs = [(NO_OP, less), (window, LINEAR), (fewer, own_ffn(config)), (recurrent, less)]
     return [{"attention": dict(first), "ffn": dict(second)} for first, second in pairs]
 
 
@@ -185,6 +189,8 @@ def test_shapes_that_a_plan_counts_are_those_of_the_layers(family: str, tmp_path
     for kind in kinds("ffn"):
         for label in kind.examples(model.config):
             assert_same_weights(Parent(tmp_path, HOST), LayerChoice(attention="kv1", ffn=label))
+    for label in QueryHeads().examples(model.config):
+        assert_same_weights(Parent(tmp_path, HOST), LayerChoice(attention=label))
 
 
 def test_a_plan_counts_the_scores_that_soft_caps_need_whole(tmp_path: Path) -> None:
@@ -250,6 +256,12 @@ def test_starts_are_the_parents_where_nothing_is_lost(family: str, tmp_path: Pat
         for name, weight in ffn_parts.items():
             weight.mul_(2 if name in ("up.weight", "up.bias", "down.bias") else 1)
         torch.testing.assert_close(run_core(layer, hidden), 2 * before)
+    if QueryHeads().examples(reader.config):  # a group of query heads that adds nothing is the one that is left out
+        parts["output.weight"][:, :16] = 0
+        expected = run_subblock(layer, "attention", hidden, context.context)
+        module = reader.empty_layer(1, LayerChoice.only("attention", "q2")).eval()
+        QueryHeads().initialise(parse_label("attention", "q2", reader.config), module, context)
+        torch.testing.assert_close(run_subblock(module, "attention", hidden, context.context), expected)
     one = hidden[:, :1]
     for name, bias in parts.items():
         if name.endswith(".bias") and "norm" not in name:
@@ -262,6 +274,30 @@ def test_starts_are_the_parents_where_nothing_is_lost(family: str, tmp_path: Pat
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_query_heads_go_in_groups_and_engines_that_have_one_number_of_them_say_so() -> None:
+    config = parent_of("llama").config
+    kind, variant = QueryHeads(), parse_label("attention", "q2", config)
+    assert kind.block_entry(variant, config)["num_key_value_heads"] == 1
+    assert kind.flops_per_token(variant, config, 10) * 2 == attention_flops(config, 2, 10)
+    assert kind.kv_elements_per_token(variant, config) == 2 * 8
+    for family, label, why in (("llama", "q3", "in 2 groups can have q2$"), ("olmo2", "q2", "norm of its queries")):
+        with pytest.raises(UnknownVariant, match=why):
+            parse_label("attention", label, parent_of(family).config)
+    for engine in ("llama.cpp", "vllm", "tensorrt-llm", "sglang"):
+        assert "fewer query heads" in str(
+            runnable(engine, config, 1, "q2", "linear" if engine == "llama.cpp" else "no_op")
+        )
+        assert "fewer query heads" in str(refused_label(engine, 1, ["attention=q2"], 0, False))
+    child = child_of(
+        parent_of("llama"), [{"attention": kind.block_entry(variant, config), "ffn": own_ffn(config)}] * LAYERS
+    )
+    assert native_config(child.config) is None  # type: ignore[arg-type]
+    usual = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
+    usual.head_dim = None
+    block = {"attention": kind.block_entry(variant, usual), "ffn": own_ffn(usual)}
+    assert DeciLMDecoderLayer(usual, "llama", block, 0).self_attn.q_proj.weight.shape == (16, 32)
+
+
 def run_core(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
     out: torch.Tensor = layer.core("ffn")(layer.before("ffn", hidden))
     return out
@@ -270,7 +306,7 @@ def run_core(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
 # what is special about a family beside a kind that has to know it
 DIAGONAL: dict[str, tuple[Subblock, str]] = {
     "smollm3": ("attention", "window4kv1"),
-    "seed_oss": ("ffn", "ffn24"),
+    "seed_oss": ("attention", "q2"),
     "ministral": ("attention", "linear"),
     "gemma2": ("attention", "window4kv1"),
     "olmo2": ("attention", "kv1"),

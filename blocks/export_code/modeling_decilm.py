@@ -75,6 +75,9 @@ class DeciLMDecoderLayer(GradientCheckpointingLayer):
         self.config = config = copy.copy(base_config)
         if attention.get("num_key_value_heads"):
             config.num_key_value_heads = attention["num_key_value_heads"]
+        if attention.get("num_attention_heads"):
+            config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            config.num_attention_heads = attention["num_attention_heads"]
         if ffn.get("intermediate_size"):
             config.intermediate_size = ffn["intermediate_size"]
         if ffn.get("moe") and self.family.experts:

@@ -101,7 +101,8 @@ def native_config(config: DeciLMConfig) -> PreTrainedConfig | None:
     """A config of the parent's own architecture, if all layers are alike and have attention and FFN; else None."""
     sizes = {layer_sizes(config, layer) for layer in range(len(config.block_configs))}
     kv_heads, ffn = next(iter(sizes))
-    if len(sizes) != 1 or kv_heads is None or ffn is None or longest_window(config):
+    fewer = any(block.attention.get("num_attention_heads") for block in config.block_configs)
+    if len(sizes) != 1 or kv_heads is None or ffn is None or longest_window(config) or fewer:
         return None
     native, experts = config.base_config(), FAMILIES[config.base_model_type].experts
     native.num_key_value_heads = kv_heads
@@ -161,6 +162,7 @@ def write_checkpoint(
         entries = [block.attention for block in config.block_configs]
         own = {"Recurrent" if entry.get("recurrent") else "Windowed" for entry in entries if has_own_layer(entry)}
         more = [*sorted(own), family.prefix if beyond_llama(family) else ""]
+        more += ["Narrowed"] if any(entry.get("num_attention_heads") for entry in entries) else []
         names = ["".join([*more, name]) for name in config.architectures or ()]
         _add_to_config(folder, auto_map=AUTO_MAP, architectures=names)
         for name in CODE_FILES:
@@ -326,7 +328,9 @@ def _cells(config: DeciLMConfig, layer: int) -> tuple[str, str]:
     own = block["attention"].get("window_length")
     window = f", window {config.sliding_window}" if config.layer_types[layer] == "sliding_attention" else ""
     window = f", window {own} and the first {block['attention']['num_sink_tokens']}" if own else window
-    attention = f"{kv_heads} KV heads{window}" if kv_heads else _missing(block["attention"])
+    heads = block["attention"].get("num_attention_heads")
+    queries = f"{heads} query heads, " if heads else ""
+    attention = f"{queries}{kv_heads} KV heads{window}" if kv_heads else _missing(block["attention"])
     if sizes is None:
         return attention, _missing(block["ffn"])
     words = "width {}" if len(sizes) == 1 else "{} experts, {} of a token, width {}"
