@@ -17,9 +17,9 @@ import torch
 
 from benchmarks.common import table, write_page
 from blocks.compute import HOST
-from blocks.errors import first_line
+from blocks.errors import UnknownVariant, first_line
 from blocks.export_code.families_decilm import FAMILIES
-from blocks.kinds import kinds
+from blocks.kinds import kinds, parse_label
 from blocks.records import SUBBLOCKS, LayerRecord, Subblock
 from blocks.runtime import configure_torch
 from tasks.distill.record import Recording, record_layer
@@ -38,7 +38,8 @@ from tests.families import (
 from tests.test_families import mixed
 
 # an example of each kind that a parent of tests/families.py can have
-LABELS = {"kv_heads": "kv1", "window": "window4", "width": "ffn24"}
+LABELS = {"kv_heads": "kv1", "query_heads": "q2", "window": "window4", "width": "ffn24"}
+LABELS |= {"experts": "experts4", "topk": "topk2", "expert_width": "ewidth8"}
 NEAR = 1e-3  # how far a score may be from the KL of whole models, as a share
 
 
@@ -61,7 +62,8 @@ def main() -> None:
         "logits: of a child of the parent's own blocks against transformers' own, padded rows too; the greatest "
         "difference. cache: greedy tokens of a child of all kinds with and without a cache. Each kind: nMSE of the "
         f"start, and after {SETTINGS.steps} steps; the score (KL, nats), which is that of whole models within {NEAR:g} "
-        "of it. export, native: the folder, loaded as anybody would, gives the same logits bit for bit.",
+        "of it. export, native: the folder, loaded as anybody would, gives the same logits bit for bit. Empty: "
+        "a dense FFN has no experts, and one with experts no width; queries normed together stay so.",
         table(header, rows),
         f"{time.process_time() - started:.0f} CPU-seconds.",
     ]
@@ -79,12 +81,25 @@ def row(family: str, columns: list[tuple[Subblock, str]]) -> list[str]:
         recording = recording_of(workspace, family)
         records = [record_layer(layer, recording, workspace, HOST) for layer in range(LAYERS)]
         cells = [told(lambda: logits(family)), told(lambda: cached(family))]
+        config = parent_of(family).config
         for part, label in columns:
+            if not has_kind(part, label, config):
+                cells.append("")
+                continue
             cells.append(told(lambda part=part, label=label: trained(recording, records, part, label, workspace)))
-        for blocks in (mixed(), whole(parent_of(family).config)):
+        for blocks in (mixed(config), whole(config)):
             cells.append(told(lambda blocks=blocks: exported(family, blocks, workspace)))
         print(family, *cells, sep=" | ", flush=True)
         return [f"`{family}`", *cells]
+
+
+def has_kind(subblock: Subblock, label: str, config: Any) -> bool:
+    """Whether a parent can have a variant: one with experts, or with queries that are normed together, lacks some."""
+    try:
+        parse_label(subblock, label, config)
+    except UnknownVariant:
+        return False
+    return True
 
 
 def told(cell: Callable[[], str]) -> str:
@@ -109,7 +124,7 @@ def logits(family: str) -> str:
 
 def cached(family: str) -> str:
     """Whether a child of all kinds generates the same with and without a cache."""
-    child: Any = child_of(parent_of(family), mixed())
+    child: Any = child_of(parent_of(family), mixed(parent_of(family).config))
     how: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": 64}
     found, plain = (child.generate(token_ids(2, 9), use_cache=use, **how) for use in (True, False))
     assert torch.equal(found, plain), "other tokens with a cache"

@@ -4,6 +4,7 @@
 read the same table. `known_by` says where a row comes from; engines that run here are held to it by tests.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,23 +22,27 @@ NO_CACHE = "a child without any attention"
 MIXED_KV = "different numbers of KV heads"
 WINDOW = "a sliding window"
 OWN_WINDOW = "windows with sink tokens (window<N>)"
+QUERY_HEADS = "fewer query heads"
 RECURRENT = "recurrent attention, a state in the place of a KV cache"
 WRONG_MULT = "an FFN width that ffn_mult cannot give (not a multiple of 256)"
 NO_MULT = "FFN widths without ffn_mult"
 FOREIGN = "biases, norms or scales that Llama does not have"
 ROPE = "this scaling of the rotary frequencies"
 ACTIVATION = "an FFN that is not a SwiGLU"
+EXPERTS = "an FFN with experts"
 NARROW = "rows that are not a multiple of 32 in q8_0 or a type of 4 or 5 bits"
 GAPS = (
     LINEAR,
     BARE_START,
     NO_CACHE,
+    QUERY_HEADS,
     MIXED_KV,
     WINDOW,
     OWN_WINDOW,
     RECURRENT,
     WRONG_MULT,
     NO_MULT,
+    EXPERTS,
     FOREIGN,
     ROPE,
     ACTIVATION,
@@ -61,13 +66,15 @@ class KnownEngine:
     known_by: str
 
 
-_DECILM_GAPS = frozenset({WRONG_MULT, FOREIGN, OWN_WINDOW, RECURRENT})
+_DECILM_GAPS = frozenset({WRONG_MULT, FOREIGN, OWN_WINDOW, RECURRENT, QUERY_HEADS, EXPERTS})
 KNOWN_ENGINES: dict[str, KnownEngine] = {
     "torch": KnownEngine(title="torch", format="transformers", gaps=frozenset(), known_by="the tests"),
     "llama.cpp": KnownEngine(
         title="llama.cpp",
         format="gguf",
-        gaps=frozenset({NO_CACHE, WINDOW, OWN_WINDOW, RECURRENT, FOREIGN, ROPE, ACTIVATION, NARROW}),
+        gaps=frozenset(
+            {NO_CACHE, WINDOW, OWN_WINDOW, RECURRENT, QUERY_HEADS, FOREIGN, ROPE, ACTIVATION, EXPERTS, NARROW}
+        ),
         families=frozenset({"llama", "mistral", "qwen2"}),
         rope_types=frozenset({"default", "linear", "llama3"}),
         known_by="the tests, with xllamacpp",
@@ -139,9 +146,11 @@ def _row_widths(config: Any, entries: Any) -> list[int]:
     """Lengths of the rows of a block's matrices."""
     widths = [config.hidden_size]
     if is_whole(entries["attention"]):
-        widths.append(config.num_attention_heads * head_dim(config))
+        heads = entries["attention"].get("num_attention_heads") or config.num_attention_heads
+        widths.append(heads * head_dim(config))
     if is_whole(entries["ffn"]):
-        widths.append(entries["ffn"].get("intermediate_size", config.intermediate_size))
+        moe = entries["ffn"].get("moe", {})
+        widths.append(moe.get("expert_intermediate_dim") or entries["ffn"]["intermediate_size"])
     return widths
 
 
@@ -200,6 +209,8 @@ def refused_label(engine: str, layer: int, labels: Iterable[str], width: int, mi
     needs = {LINEAR} if any("linear" in kind for kind in named) else set()
     if any(kind.startswith("attention=window") for kind in named):
         needs.add(OWN_WINDOW)
+    if any(re.fullmatch(r"attention=q\d+", kind) for kind in named):
+        needs.add(QUERY_HEADS)
     if named & {f"attention={kind.name}" for kind in kinds("attention") if isinstance(kind, SSD)}:
         needs.add(RECURRENT)
     if layer == 0 and "attention=no_op" in named:
@@ -252,7 +263,11 @@ def _block_needs(config: Any, layer: int, block: Any, slides: bool) -> set[str]:
         needs.add(OWN_WINDOW)
     if attention.get("recurrent"):
         needs.add(RECURRENT)
-    if is_whole(ffn):
+    if attention.get("num_attention_heads"):
+        needs.add(QUERY_HEADS)
+    if ffn.get("moe"):
+        needs.add(EXPERTS)
+    elif is_whole(ffn):
         width, mult = ffn.get("intermediate_size", config.intermediate_size), ffn.get("ffn_mult")
         if mult is None:
             needs.add(NO_MULT)

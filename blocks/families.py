@@ -2,10 +2,11 @@
 each, in blocks/export_code/families_decilm.py. To add one see docs/how-to/add-a-family.md.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from blocks.errors import ParentError
-from blocks.export_code.families_decilm import FAMILIES, Family
+from blocks.export_code.families_decilm import FAMILIES, Experts, Family
 from blocks.records import Subblock
 
 Shape = tuple[int, ...]
@@ -25,6 +26,12 @@ def family_of(config: Any) -> Family:
     for name in family.refused if family.soft_caps else (*family.refused, "final_logit_softcapping"):
         if getattr(config, name, None):
             raise ParentError(f"{config.model_type} with {name} is not supported: set it to null")
+    step = getattr(config, "decoder_sparse_step", 1)
+    if family.experts and (step != 1 or not experts_of(config).count):
+        raise ParentError(
+            f"{config.model_type} with decoder_sparse_step {step} and {experts_of(config).count} experts is not "
+            "supported: all layers of a parent are alike, so each of its FFNs must have experts (a step of 1)"
+        )
     return family
 
 
@@ -34,6 +41,7 @@ def beyond_llama(family: Family) -> list[str]:
     words = {
         "norms after attention and FFN": any(afters),
         "no norms before them": None in befores,
+        "a mixture of experts": family.experts is not None,
         "norms of queries and keys": family.head_norms is not None,
         "LayerNorm": family.norm_bias,
         "an FFN without a gate": not family.gated,
@@ -74,6 +82,45 @@ def tokens_seen(config: Any, context_tokens: int, most: int | None = None) -> in
     return round(sum(seen) / len(seen))
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertSizes:
+    """count: experts of an FFN. per_token: how many of them each token is sent to. width: channels of each.
+
+    A dense FFN is one expert that all tokens are sent to.
+    """
+
+    count: int = 1
+    per_token: int = 1
+    width: int
+
+
+def has_experts(config: Any) -> bool:
+    """Whether the FFNs of a parent, or of a child's parent, are mixtures of experts."""
+    return _experts_fields(config) is not None
+
+
+def _experts_fields(config: Any) -> Experts | None:
+    return FAMILIES[getattr(config, "base_model_type", config.model_type)].experts
+
+
+def experts_of(config: Any) -> ExpertSizes:
+    """The experts of a parent's FFN, or of a layer's own config."""
+    experts = _experts_fields(config)
+    if experts is None:
+        return ExpertSizes(width=config.intermediate_size)
+    count, per_token, width = (getattr(config, name) for name in experts.fields)
+    return ExpertSizes(count=count, per_token=per_token, width=width)
+
+
+def inner_channels(entry: dict[str, Any]) -> int:
+    """Channels that a token has between the matrices of an FFN with this entry of `block_configs`, those of its experts
+    together; 0 where there are none.
+    """
+    moe = entry.get("moe")
+    found = moe["num_experts_per_tok"] * moe["expert_intermediate_dim"] if moe else entry.get("intermediate_size", 0)
+    return int(found)
+
+
 def ffn_matrices(config: Any) -> int:
     """How many matrices an FFN has: two, and a third where it has a gate."""
     return 3 if FAMILIES[config.model_type].gated else 2
@@ -91,13 +138,18 @@ def weights(config: Any, subblock: Subblock, entry: dict[str, Any]) -> list[list
     modules = [norm for name in family.norms[subblock] if name is not None]
     if entry["replace_with_linear"]:
         return [*modules, [(width, width)]]
-    sizes = part_sizes(config, entry.get("num_key_value_heads", 0), entry.get("intermediate_size", 0))
+    moe = entry.get("moe", {})
+    inner = moe.get("expert_intermediate_dim") or entry.get("intermediate_size", 0)
+    sizes = part_sizes(config, entry.get("num_key_value_heads", 0), inner, moe.get("num_local_experts", 0))
+    if entry.get("num_attention_heads"):
+        sizes["query"] = entry["num_attention_heads"] * head_dim(config)
     columns, recurrent = {"output": sizes["query"], "down": sizes["up"], "key_norm": 0}, entry.get("recurrent")
     apart = [(role,) for role in ("query", "key", "value", "output")]
     for roles in apart if recurrent else family.parts(subblock).values():
         rows, inputs = sum(sizes[role] for role in roles), columns.get(roles[0], width)
         bias = [(rows,)] if inputs and _has_bias(family, roles[0], config) else []
-        modules.append([(rows, inputs) if inputs else (rows,), *bias])
+        experts = (sizes["router"],) if moe and roles != ("router",) else ()
+        modules.append([(*experts, rows, inputs) if inputs else (rows,), *bias])
     if recurrent:
         heads, mixed = config.num_attention_heads, sizes["query"] + sizes["key"] + sizes["value"]
         gates = recurrent["gates"] * heads
@@ -109,13 +161,19 @@ def weights(config: Any, subblock: Subblock, entry: dict[str, Any]) -> list[list
 
 def _has_bias(family: Family, role: str, config: Any) -> bool:
     said = {"output": family.output_bias, "gate": family.ffn_bias, "up": family.ffn_bias, "down": family.ffn_bias}
-    bias = said.get(role, family.input_bias)
+    bias = False if role == "router" else said.get(role, family.input_bias)
     return bool(getattr(config, bias)) if isinstance(bias, str) else bias
 
 
-def part_sizes(config: Any, kv_heads: int, inner: int) -> dict[str, int]:
-    """Rows of each matrix of a layer with so many KV heads and FFN channels, by what it is."""
+def part_sizes(config: Any, kv_heads: int, inner: int, experts: int = 0) -> dict[str, int]:
+    """Rows of each matrix of a layer with so many KV heads, channels of FFN or expert, and experts, by what it is."""
     channels, width = head_dim(config), config.hidden_size
     queries, states = config.num_attention_heads * channels, kv_heads * channels
     attention = {"query": queries, "key": states, "value": states, "key_norm": states, "output": width}
-    return attention | {"gate": inner, "up": inner, "down": width}
+    return attention | {"gate": inner, "up": inner, "down": width, "router": experts}
+
+
+def own_sizes(config: Any) -> dict[str, int]:
+    """The same of a layer with this config of its own."""
+    experts = experts_of(config)
+    return part_sizes(config, config.num_key_value_heads, experts.width, experts.count)

@@ -21,7 +21,8 @@ class FitContext:
     """One layer of the parent and what was recorded of it.
 
     statistics: Gram matrices over calibration tokens, float32 (tasks/distill/record.py):
-      ffn_gram (F, F) of the inputs of down_proj, ffn_order (F,) channels by importance, first = keep,
+      ffn_gram (F, F) of the inputs of down_proj, ffn_order (F,) channels by importance, first = keep; or, of an FFN
+      with experts, what blocks/experts.py says: expert_tokens, expert_gates (of a token on average) ...,
       ffn_in_gram (D, D) of the normed FFN input, ffn_in_cross (D, D) = inputs^T outputs of the FFN core,
       attention_in_gram, attention_in_cross (D, D): the same of the attention core.
     hidden: states (S, T, D) that enter the layer, on the host. weights: of their tokens (S, T), where they have some;

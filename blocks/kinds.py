@@ -11,12 +11,16 @@ from blocks.attention.kv_heads import KVHeads
 from blocks.attention.linear import LinearAttentionKind
 from blocks.attention.no_op import NoOpAttention
 from blocks.attention.parent import ParentAttention
+from blocks.attention.query_heads import QueryHeads
 from blocks.attention.ssd import SSD
 from blocks.attention.window import WindowAttention
 from blocks.errors import UnknownVariant, did_you_mean
+from blocks.ffn.ewidth import ExpertWidth
+from blocks.ffn.experts import FewerExperts
 from blocks.ffn.linear import LinearFFNKind
 from blocks.ffn.no_op import NoOpFFN
 from blocks.ffn.parent import ParentFFN
+from blocks.ffn.topk import TopK
 from blocks.ffn.width import Width
 from blocks.records import Subblock
 from blocks.typed_labels import bare
@@ -25,6 +29,7 @@ from blocks.variant import Variant, VariantKind
 KINDS: tuple[VariantKind, ...] = (
     ParentAttention(),
     KVHeads(),
+    QueryHeads(),
     WindowAttention(),
     SSD(),
     GDN(),
@@ -32,6 +37,9 @@ KINDS: tuple[VariantKind, ...] = (
     NoOpAttention(),
     ParentFFN(),
     Width(),
+    FewerExperts(),
+    TopK(),
+    ExpertWidth(),
     LinearFFNKind(),
     NoOpFFN(),
 )

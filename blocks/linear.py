@@ -36,7 +36,7 @@ class LinearKind(SizelessKind):
         core = subblock_prefixes(context.parent_layer, self.subblock)[0]
         state = subblock_state(context.parent_layer, self.subblock)
         norms = {name: tensor for name, tensor in state.items() if not name.startswith(core)}
-        weight = "self_attn.linear_attn.weight" if self.subblock == "attention" else "mlp.linear_mlp.weight"
+        weight = f"{core}.linear_{'attn' if self.subblock == 'attention' else 'mlp'}.weight"
         load_subblock(module, self.subblock, norms | {weight: self.product(context)})  # type: ignore[arg-type]
 
     def fit_flops(self, variant: Variant, config: Any, tokens: int, length: int) -> tuple[int, int]:
@@ -44,7 +44,8 @@ class LinearKind(SizelessKind):
 
     def closed_form(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
         """The ridge solution, shrunk towards the product."""
-        core: Any = module.self_attn if self.subblock == "attention" else module.mlp
+        layer: Any = module
+        core = layer.core(self.subblock)
         weight = (core.linear_attn if self.subblock == "attention" else core.linear_mlp).weight.data
         gram, cross = (context.statistics[f"{self.subblock}_in_{part}"] for part in ("gram", "cross"))
         weight.copy_(ridge_solve(gram, cross, weight.T, context.ridge).T)

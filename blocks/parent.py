@@ -38,6 +38,7 @@ class Parent:
         self.config: Any = AutoConfig.from_pretrained(folder)
         self.family: Family = family_of(self.config)
         self.config._attn_implementation = self.attention_code
+        self.config._experts_implementation = "grouped_mm"  # what transformers takes where nothing is asked for
 
     @property
     def compute(self) -> Compute:

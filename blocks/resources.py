@@ -26,14 +26,25 @@ class Resources:
     precision. FLOPs at a context.
 
     kernels: the least number of kernel launches of one forward: one per norm and matrix, one for an attention's scores.
+    active_parameters: those that one token is computed with: of experts, those that it is sent to.
+    expert_bytes, sent: bytes of all experts, and the share of them that a token is sent to.
     """
 
     parameters: int
+    active_parameters: int
     weight_bytes: int
     kv_bytes_per_token: int
     state_bytes: int
     flops_per_token: int
     kernels: int
+    expert_bytes: float = 0.0
+    sent: float = 1.0
+
+    def bytes_read(self, tokens: int) -> float:
+        """Bytes of weights that a forward of so many tokens reads: of experts, those that a token is sent to on
+        average, where the router sends tokens to all of them alike.
+        """
+        return self.weight_bytes - self.expert_bytes * (1 - self.sent) ** tokens
 
 
 def resources(
@@ -48,11 +59,14 @@ def resources(
     vector_bytes: bytes of an element of norms and biases, where their precision differs from the matrices'.
     """
     kind = kind_of(variant)
-    parameters, vectors, modules = _counts(parent, variant)
+    parameters, vectors, modules, in_experts = _counts(parent, variant)
     beside = bytes_per_element if vector_bytes is None else vector_bytes
     kv_elements = kind.kv_elements_per_token(variant, parent.config)
     return Resources(
         parameters=parameters,
+        active_parameters=active_parameters_of(parent, variant),
+        expert_bytes=in_experts * bytes_per_element,
+        sent=_sent(parent, variant),
         weight_bytes=math.ceil((parameters - vectors) * bytes_per_element + vectors * beside),
         kv_bytes_per_token=math.ceil(kv_elements * bytes_per_element),
         state_bytes=(state := kind.state_bytes(variant, parent.config, bytes_per_element)),
@@ -66,14 +80,29 @@ def parameters_of(parent: Parent, variant: Variant) -> int:
     return _counts(parent, variant)[0]
 
 
+def active_parameters_of(parent: Parent, variant: Variant) -> int:
+    """Parameters of a subblock that one token is computed with."""
+    parameters, _, _, in_experts = _counts(parent, variant)
+    return parameters - round(in_experts * (1 - _sent(parent, variant)))
+
+
+def _sent(parent: Parent, variant: Variant) -> float:
+    """The share of a variant's experts that a token is sent to; 1 where it has none."""
+    moe = kind_of(variant).block_entry(variant, parent.config).get("moe")
+    return float(moe["num_experts_per_tok"] / moe["num_local_experts"]) if moe else 1.0
+
+
 @lru_cache(maxsize=1024)
-def _counts(parent: Parent, variant: Variant) -> tuple[int, int, int]:
-    """Parameters of a subblock, how many of them are in norms and biases, and the number of modules with parameters."""
+def _counts(parent: Parent, variant: Variant) -> tuple[int, int, int, int]:
+    """Parameters of a subblock, how many of them are in norms and biases, the number of modules with parameters, and
+    how many parameters are in experts.
+    """
     entry = kind_of(variant).block_entry(variant, parent.config)
     modules = weights(parent.config, variant.subblock, entry)
     shapes = [shape for module in modules for shape in module]
     vectors = sum(shape[0] for shape in shapes if len(shape) == 1)
-    return sum(math.prod(shape) for shape in shapes), vectors, len(modules)
+    in_experts = sum(math.prod(shape) for shape in shapes if len(shape) == 3)
+    return sum(math.prod(shape) for shape in shapes), vectors, len(modules), in_experts
 
 
 def non_block_parameters(config: Any) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from blocks.families import part_sizes
+from blocks.families import own_sizes
 from blocks.records import Subblock
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def subblock_prefixes(layer: "DeciLMDecoderLayer", subblock: Subblock) -> tuple[str, ...]:
     """Names of the modules of a layer that belong to a subblock: its core and its norms."""
     norms = layer.family.norms[subblock]
-    return ("self_attn" if subblock == "attention" else "mlp", *(name for name in norms if name))
+    return (layer.family.cores[subblock], *(name for name in norms if name))
 
 
 def subblock_state(layer: "DeciLMDecoderLayer", subblock: Subblock) -> dict[str, Tensor]:
@@ -29,14 +29,14 @@ def subblock_state(layer: "DeciLMDecoderLayer", subblock: Subblock) -> dict[str,
 def parts_of(layer: "DeciLMDecoderLayer", subblock: Subblock) -> dict[str, Tensor]:
     """The same by what they are, whatever the family calls them: `key.weight`, `down.bias` ...; norms keep their names.
 
-    A matrix that lies in one tensor with others is a view of its rows.
+    A matrix that lies in one tensor with others is a view of its rows. Those of all experts are one tensor (E, ...).
     """
     parts, found = layer.family.parts(subblock), dict[str, Tensor]()
-    sizes = part_sizes(layer.config, layer.config.num_key_value_heads, layer.config.intermediate_size)
+    sizes = own_sizes(layer.config)
     for name, tensor in subblock_state(layer, subblock).items():
-        module, _, kind = name.rpartition(".")
+        module, _, kind = (name, "", "weight") if name in parts else name.rpartition(".")
         if module in parts:
-            rows = tensor.split([sizes[role] for role in parts[module]])
+            rows = tensor.split([sizes[role] for role in parts[module]], dim=max(0, tensor.dim() - 2))
             found |= {f"{role}.{kind}": part for role, part in zip(parts[module], rows, strict=True)}
         else:
             found[name] = tensor
@@ -45,7 +45,7 @@ def parts_of(layer: "DeciLMDecoderLayer", subblock: Subblock) -> dict[str, Tenso
 
 def rows_of(layer: "DeciLMDecoderLayer", role: str) -> slice:
     """Which rows of its module's weight a matrix of the attention is."""
-    sizes = part_sizes(layer.config, layer.config.num_key_value_heads, layer.config.intermediate_size)
+    sizes = own_sizes(layer.config)
     roles = next(roles for roles in layer.family.parts("attention").values() if role in roles)
     first = sum(sizes[other] for other in roles[: roles.index(role)])
     return slice(first, first + sizes[role])

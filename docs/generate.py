@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import typer
 from pydantic import BaseModel
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -190,15 +190,18 @@ def _parameter_row(parameter: Any) -> list[str]:
 def variant_page() -> str:
     """Every kind of block variant."""
     config = LlamaConfig(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)
+    with_experts = Qwen3MoeConfig()  # its default sizes are those of Qwen3-30B-A3B
     rows = []
     for subblock in SUBBLOCKS:
         for kind in kinds(subblock):
-            examples = ", ".join(f"`{label}`" for label in kind.examples(config)[:4])
+            labels = kind.examples(config) or kind.examples(with_experts)
+            examples = ", ".join(f"`{label}`" for label in labels[:4])
             rows.append([subblock, f"`{kind.name}`", examples, "yes" if kind.trainable else "no", _meaning(type(kind))])
     return page(
         "Block variants",
         "What may stand in the place of an attention or of an FFN. The labels are what `search_space` takes; the "
-        "examples are those of a parent with 9 query heads, 3 KV heads and an FFN width of 1536 (SmolLM2-135M).",
+        "examples are those of a parent with 9 query heads, 3 KV heads and an FFN width of 1536 (SmolLM2-135M); of "
+        "experts, those of a parent with 128 of 768 channels, 8 for each token (Qwen3-30B-A3B).",
         table(["subblock", "kind", "labels", "trained by BLD", "what it is"], rows),
     )
 
@@ -261,8 +264,9 @@ def _kinds_that_run(engine: str, config: Any) -> str:
     refused = []
     for subblock in SUBBLOCKS:
         for kind in kinds(subblock):
-            pairs = (LayerChoice().model_copy(update={subblock: label}) for label in kind.examples(config))
-            if all(runnable(engine, config, 2, pair.attention, pair.ffn) for pair in pairs):
+            labels = kind.examples(config)
+            pairs = (LayerChoice().model_copy(update={subblock: label}) for label in labels)
+            if labels and all(runnable(engine, config, 2, pair.attention, pair.ffn) for pair in pairs):
                 refused.append(f"{subblock} {kind.name}")
     return f"all but {', '.join(refused)}" if refused else "all"
 

@@ -70,7 +70,7 @@ def plan_command(
 def plan_text(plan: "Plan") -> str:
     """The plan as text."""
     lines = [
-        f"parent    {count_of(plan.parent_parameters)} parameters, {plan.layers} layers",
+        f"parent    {count_of(plan.parent_parameters)} parameters{_active(plan)}, {plan.layers} layers",
         f"search    {plan.attention_variants} attention x {plan.ffn_variants} FFN variants in {plan.layers_searched} "
         f"layers: 10^{plan.architectures_log10:.1f} architectures from {plan.blocks} distilled blocks",
         *(f"left out  {sentence}" for sentence in plan.left_out),
@@ -139,6 +139,12 @@ def bytes_of(number: float) -> str:
 
 def _clock(seconds: float | None) -> str:
     return "?" if seconds is None else clock(seconds)
+
+
+def _active(plan: "Plan") -> str:
+    """Of a parent with experts: how many of its parameters a token is computed with."""
+    fewer = plan.active_parameters < plan.parent_parameters
+    return f", {count_of(plan.active_parameters)} of them for each token" if fewer else ""
 
 
 def _child(child: "ChildPlan", parent_parameters: int) -> list[str]:

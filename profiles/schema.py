@@ -141,6 +141,10 @@ TinyFamily = Literal[  # those of blocks/export_code/families_decilm.py
     "glm4",
     "starcoder2",
     "nemotron",
+    "qwen3_moe",
+    "mixtral",
+    "olmoe",
+    "granitemoe",
 ]
 
 
@@ -150,7 +154,10 @@ class TinyParent(Section):
     kind: Literal["tiny"] = "tiny"
     family: TinyFamily = Field(default="llama", description="The family whose config and modeling code the parent has.")
     hidden_size: PositiveInt = Field(default=64, description="Width of the hidden states, in channels.")
-    intermediate_size: PositiveInt = Field(default=192, description="Width of the FFN, in channels.")
+    intermediate_size: PositiveInt = Field(
+        default=192,
+        description="Width of the FFN, in channels. Of experts: of the 2 of 8 that a token is sent to, together.",
+    )
     num_hidden_layers: PositiveInt = Field(default=4, description="Number of layers.")
     num_attention_heads: PositiveInt = Field(default=4, description="Number of query heads.")
     num_key_value_heads: PositiveInt = Field(

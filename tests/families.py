@@ -11,10 +11,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from blocks.child import assemble_layers, library_of
 from blocks.compute import HOST
+from blocks.experts import experts_entry
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.export_code.families_decilm import FAMILIES
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
-from blocks.families import attention_types
+from blocks.families import ExpertSizes, attention_types, experts_of, has_experts
 from blocks.library import write_tensors
 from blocks.parent import Parent
 from blocks.records import BlockRecord, CorpusInfo, LayerChoice, LayerRecord, ParentInfo, Score, Subblock
@@ -79,6 +80,20 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "glm4": part(0.25),
     "starcoder2": {"sliding_window": 6},
     "nemotron": BIASES | part(0.25) | {"mlp_bias": True},
+    "qwen3_moe": BIASES
+    | {"sliding_window": 6, "use_sliding_window": True, "num_experts": 6, "num_experts_per_tok": 3}
+    | {"moe_intermediate_size": 16, "norm_topk_prob": True},
+    "mixtral": {"sliding_window": 6, "num_local_experts": 6, "num_experts_per_tok": 3},
+    "olmoe": BIASES | {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True, "clip_qkv": 0.7},
+    "granitemoe": BIASES
+    | {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.9,
+        "logits_scaling": 0.7,
+    },
 }
 
 
@@ -108,10 +123,21 @@ def whole(config: Any) -> list[dict[str, Any]]:
     """The parent's own blocks."""
     attention = {"n_heads_in_group": 2, "num_key_value_heads": config.num_key_value_heads}
     kept = {"no_op": False, "replace_with_linear": False}
-    return [
-        {"attention": kept | attention, "ffn": kept | {"intermediate_size": config.intermediate_size}}
-        for _ in range(LAYERS)
-    ]
+    return [{"attention": kept | attention, "ffn": own_ffn(config)} for _ in range(LAYERS)]
+
+
+def own_ffn(config: Any) -> dict[str, Any]:
+    """The entry of the parent's own FFN."""
+    if has_experts(config):
+        return experts_entry(experts_of(config))
+    return {"no_op": False, "replace_with_linear": False, "intermediate_size": config.intermediate_size}
+
+
+def smaller_ffn(config: Any) -> dict[str, Any]:
+    """The entry of an FFN with less of everything that the parent's has."""
+    if has_experts(config):
+        return experts_entry(ExpertSizes(count=4, per_token=2, width=8))
+    return {"no_op": False, "replace_with_linear": False, "intermediate_size": 24}
 
 
 def child_of(parent: Any, blocks: list[dict[str, Any]] | None = None, without: str = "") -> DeciLMForCausalLM:
@@ -142,6 +168,11 @@ def child_of(parent: Any, blocks: list[dict[str, Any]] | None = None, without: s
     return child.eval()
 
 
+def save(parent: Any, folder: Path) -> None:
+    """Write a parent's folder as it is prepared: the experts of a layer in one tensor, as transformers holds them."""
+    parent.save_pretrained(folder, save_original_format=False)
+
+
 def token_ids(batch: int, length: int, seed: int = 2) -> torch.Tensor:
     """Random tokens."""
     return torch.randint(3, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
@@ -152,7 +183,7 @@ SETTINGS = BLD(steps=8, batch_sequences=4, learning_rate=2e-3)
 
 def recording_of(workspace: Path, family: str) -> Recording:
     """What is recorded of a family's tiny parent, on random tokens."""
-    parent_of(family).save_pretrained(workspace / "parent")
+    save(parent_of(family), workspace / "parent")
     splits = {"train": 24, "validation": 8, "test": 4}
     tokens = {split: token_ids(count, 16, seed).to(torch.int32) for seed, (split, count) in enumerate(splits.items())}
     corpus = CorpusInfo(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from blocks.child import assemble, library_of
 from blocks.compute import HOST
@@ -116,12 +116,13 @@ def test_every_registered_kind_has_a_row_in_the_test_space(chain: Chain) -> None
     """A half-added kind fails here: each must parse its own examples back to the same label."""
     for subblock in SUBBLOCKS:
         for kind in kinds(subblock):
-            examples = kind.examples(chain.reader.config)
-            assert examples
-            for label in examples:
-                variant = parse_label(subblock, label, chain.reader.config)
+            configs = chain.reader.config, Qwen3MoeConfig()  # an FFN with experts has kinds of its own
+            of_config = [(label, config) for config in configs for label in kind.examples(config)]
+            assert of_config
+            for label, config in of_config:
+                variant = parse_label(subblock, label, config)
                 assert (variant.kind, variant.label) == (kind.name, label)
-                assert {"no_op", "replace_with_linear"} <= set(kind.block_entry(variant, chain.reader.config))
+                assert {"no_op", "replace_with_linear"} <= set(kind.block_entry(variant, config))
 
 
 # --- record

@@ -8,29 +8,28 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
 
-from blocks.attention.kv_heads import KVHeads
+from blocks.attention.kv_heads import attention_flops
 from blocks.attention.linear import LinearAttentionKind
+from blocks.attention.query_heads import QueryHeads
 from blocks.compute import HOST
-from blocks.engine_limits import KNOWN_ENGINES, EngineLimit, check_parent, foreign, runnable
-from blocks.errors import ParentError
+from blocks.engine_limits import KNOWN_ENGINES, EngineLimit, check_parent, foreign, refused_label, runnable
+from blocks.errors import ParentError, UnknownVariant
 from blocks.export_code.families_decilm import FAMILIES, Family
-from blocks.export_code.modeling_decilm import CACHE
-from blocks.families import family_of
-from blocks.ffn.width import Width, ffn_flops
+from blocks.export_code.modeling_decilm import CACHE, DeciLMDecoderLayer
+from blocks.families import experts_of, family_of, has_experts
 from blocks.fit import FitContext
-from blocks.kinds import parse_label
+from blocks.kinds import kind_of, kinds, parse_label
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, LayerChoice, Subblock
 from blocks.resources import non_block_parameters, parameters_of
 from blocks.subblock import parts_of, run_subblock
-from blocks.variant import VariantKind
 from profiles.schema import GKD, TinyFamily
 from tasks.distill.gkd_student import Student
 from tasks.distill.gkd_targets import Teacher
 from tasks.distill.record import record_layer
-from tasks.export.folder import export_folder
+from tasks.export.folder import export_folder, native_config
 from tasks.export.formats import refuse
 from tasks.gguf.header import GgufError, Header
 from tasks.gguf.parent_file import check_model
@@ -43,9 +42,12 @@ from tests.families import (
     child_of,
     learned,
     made,
+    own_ffn,
     parent_of,
     part,
     recording_of,
+    save,
+    smaller_ffn,
     token_ids,
     whole,
 )
@@ -107,7 +109,9 @@ def crippled(family: Family) -> Iterator[Family]:
 def test_whatever_is_left_out_is_seen(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parent, ids = parent_of(family), token_ids(1, 20)
     expected = parent(ids).logits
+    own = FAMILIES[family].experts  # what experts there are, each layer's own entry says
     fields = {*SPECIAL[family], FAMILIES[family].epsilon} - {"layer_types", "use_sliding_window"}
+    fields -= set(own.fields if own else ())
     for field in fields:
         assert (child_of(parent, without=field)(ids).logits - expected).abs().max() > 1e-3, field
     row = FAMILIES[family]
@@ -117,18 +121,21 @@ def test_whatever_is_left_out_is_seen(family: str, monkeypatch: pytest.MonkeyPat
         assert (found - expected).abs().max() > 1e-3, {k: v for k, v in vars(other).items() if v != vars(row)[k]}
 
 
-def mixed() -> list[dict[str, Any]]:
+def mixed(config: Any) -> list[dict[str, Any]]:
     """Every kind of subblock; no attention in layer 0."""
+    less, fewer = smaller_ffn(config), attention(1)
+    if QueryHeads().examples(config):
+        fewer |= {"num_attention_heads": 2, "n_heads_in_group": 2}
     window = attention(2) | {"window_length": 3, "num_sink_tokens": 2}
     gdn = {"rule": "gdn", "gates": 3, "conv_kernel": 3, "chunk_size": 4}
     recurrent = attention(2) | {"recurrent": gdn}
-    pairs = [(NO_OP, ffn(24)), (window, LINEAR), (attention(1), ffn(48)), (recurrent, ffn(24))]
+    pairs = [(NO_OP, less), (window, LINEAR), (fewer, own_ffn(config)), (recurrent, less)]
     return [{"attention": dict(first), "ffn": dict(second)} for first, second in pairs]
 
 
 @every_family
 def test_a_mixed_child_generates_alike_with_a_cache_and_every_weight_counts(family: str) -> None:
-    child: Any = child_of(parent_of(family), mixed())
+    child: Any = child_of(parent_of(family), mixed(parent_of(family).config))
     ids = token_ids(2, 9)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
@@ -171,10 +178,19 @@ def test_shapes_that_a_plan_counts_are_those_of_the_layers(family: str, tmp_path
     model.config.save_pretrained(tmp_path)
     beside = sum(weight.numel() for name, weight in model.named_parameters() if "layers." not in name)
     assert non_block_parameters(model.config) == beside
-    matrices = sum(weight.numel() for weight in model.model.layers[0].mlp.parameters() if weight.dim() == 2)
-    assert ffn_flops(model.config, model.config.intermediate_size) == 2 * matrices
-    for labels in (("parent", "parent"), ("gdn", "parent"), ("kv1", "ffn24"), ("linear", "linear"), ("no_op", "no_op")):
+    core, experts = getattr(model.model.layers[0], FAMILIES[family].ffn), experts_of(model.config)
+    dense = sum(weight.numel() for weight in core.parameters() if weight.dim() == 2)
+    of_experts = sum(weight.numel() for weight in core.parameters() if weight.dim() == 3)
+    own = parse_label("ffn", "parent", model.config)
+    used = dense + of_experts * experts.per_token // experts.count
+    assert kind_of(own).flops_per_token(own, model.config, 0) == 2 * used
+    for labels in (("parent", "parent"), ("gdn", "parent"), ("linear", "linear"), ("no_op", "no_op")):
         assert_same_weights(Parent(tmp_path, HOST), LayerChoice(attention=labels[0], ffn=labels[1]))
+    for kind in kinds("ffn"):
+        for label in kind.examples(model.config):
+            assert_same_weights(Parent(tmp_path, HOST), LayerChoice(attention="kv1", ffn=label))
+    for label in QueryHeads().examples(model.config):
+        assert_same_weights(Parent(tmp_path, HOST), LayerChoice(attention=label))
 
 
 def test_a_plan_counts_the_scores_that_soft_caps_need_whole(tmp_path: Path) -> None:
@@ -207,29 +223,32 @@ def test_a_parent_of_the_familys_usual_sizes_is_taken_and_counted(family: str, t
 @torch.no_grad()
 def test_starts_are_the_parents_where_nothing_is_lost(family: str, tmp_path: Path) -> None:
     """Equal KV heads pooled, dead channels left out, and attention to a single token as a matrix."""
-    parent_of(family).save_pretrained(tmp_path)
+    save(parent_of(family), tmp_path)
     reader = Parent(tmp_path, HOST)
     layer, hidden = reader.layer(1), torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
     parts = parts_of(layer, "attention")
     for name in (name for name in parts if name.startswith(("key.", "value.", "key_norm."))):
         parts[name][8:].copy_(parts[name][:8])
-    dead = torch.arange(1, 48, 2)
-    parts_of(layer, "ffn")["down.weight"][:, dead] = 0
-    alive = torch.ones(48)
+    experts = experts_of(reader.config)
+    dead, label = torch.arange(1, experts.width, 2), f"{'ffn' if experts.count == 1 else 'ewidth'}{experts.width // 2}"
+    parts_of(layer, "ffn")["down.weight"][..., dead] = 0
+    alive = torch.ones(experts.width)
     alive[dead] = 0
+    of_experts = {"expert_tokens": torch.ones(experts.count), "expert_channels": alive.repeat(experts.count, 1)}
     context = FitContext(
         config=reader.config,
         layer=1,
         parent_layer=layer,
-        statistics={"ffn_contribution": alive},
+        statistics={"ffn_contribution": alive} | of_experts,
         hidden=hidden,
         context=reader.contexts(hidden)[1],
         ridge=1e-3,
     )
-    cases: list[tuple[Subblock, VariantKind, str]] = [("attention", KVHeads(), "kv1"), ("ffn", Width(), "ffn24")]
-    for subblock, kind, label in cases:
+    cases: list[tuple[Subblock, str]] = [("attention", "kv1"), ("ffn", label)]
+    for subblock, label in cases:
+        variant = parse_label(subblock, label, reader.config)
         module = reader.empty_layer(1, LayerChoice.only(subblock, label)).eval()
-        kind.initialise(parse_label(subblock, label, reader.config), module, context)
+        kind_of(variant).initialise(variant, module, context)
         found, expected = (run_subblock(one, subblock, hidden, context.context) for one in (module, layer))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     if FAMILIES[family].gated:  # an FFN is linear in what is not its gate
@@ -237,26 +256,57 @@ def test_starts_are_the_parents_where_nothing_is_lost(family: str, tmp_path: Pat
         for name, weight in ffn_parts.items():
             weight.mul_(2 if name in ("up.weight", "up.bias", "down.bias") else 1)
         torch.testing.assert_close(run_core(layer, hidden), 2 * before)
+    if QueryHeads().examples(reader.config):  # a group of query heads that adds nothing is the one that is left out
+        parts["output.weight"][:, :16] = 0
+        expected = run_subblock(layer, "attention", hidden, context.context)
+        module = reader.empty_layer(1, LayerChoice.only("attention", "q2")).eval()
+        QueryHeads().initialise(parse_label("attention", "q2", reader.config), module, context)
+        torch.testing.assert_close(run_subblock(module, "attention", hidden, context.context), expected)
     one = hidden[:, :1]
     for name, bias in parts.items():
         if name.endswith(".bias") and "norm" not in name:
             bias.zero_()
     normed = layer.before("attention", one)
     core: Any = layer.self_attn
+    core.config.clip_qkv = None  # clipped values are no product
     expected = core(hidden_states=normed, **reader.contexts(one)[1])[0]
     found = normed @ LinearAttentionKind().product(context).T
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_query_heads_go_in_groups_and_engines_that_have_one_number_of_them_say_so() -> None:
+    config = parent_of("llama").config
+    kind, variant = QueryHeads(), parse_label("attention", "q2", config)
+    assert kind.block_entry(variant, config)["num_key_value_heads"] == 1
+    assert kind.flops_per_token(variant, config, 10) * 2 == attention_flops(config, 2, 10)
+    assert kind.kv_elements_per_token(variant, config) == 2 * 8
+    for family, label, why in (("llama", "q3", "in 2 groups can have q2$"), ("olmo2", "q2", "norm of its queries")):
+        with pytest.raises(UnknownVariant, match=why):
+            parse_label("attention", label, parent_of(family).config)
+    for engine in ("llama.cpp", "vllm", "tensorrt-llm", "sglang"):
+        assert "fewer query heads" in str(
+            runnable(engine, config, 1, "q2", "linear" if engine == "llama.cpp" else "no_op")
+        )
+        assert "fewer query heads" in str(refused_label(engine, 1, ["attention=q2"], 0, False))
+    child = child_of(
+        parent_of("llama"), [{"attention": kind.block_entry(variant, config), "ffn": own_ffn(config)}] * LAYERS
+    )
+    assert native_config(child.config) is None  # type: ignore[arg-type]
+    usual = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
+    usual.head_dim = None
+    block = {"attention": kind.block_entry(variant, usual), "ffn": own_ffn(usual)}
+    assert DeciLMDecoderLayer(usual, "llama", block, 0).self_attn.q_proj.weight.shape == (16, 32)
+
+
 def run_core(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = layer.mlp(layer.before("ffn", hidden))
+    out: torch.Tensor = layer.core("ffn")(layer.before("ffn", hidden))
     return out
 
 
 # what is special about a family beside a kind that has to know it
 DIAGONAL: dict[str, tuple[Subblock, str]] = {
     "smollm3": ("attention", "window4kv1"),
-    "seed_oss": ("ffn", "ffn24"),
+    "seed_oss": ("attention", "q2"),
     "ministral": ("attention", "linear"),
     "gemma2": ("attention", "window4kv1"),
     "olmo2": ("attention", "kv1"),
@@ -267,6 +317,10 @@ DIAGONAL: dict[str, tuple[Subblock, str]] = {
     "glm4": ("ffn", "ffn24"),
     "starcoder2": ("ffn", "ffn24"),
     "nemotron": ("ffn", "linear"),
+    "qwen3_moe": ("ffn", "experts4"),
+    "mixtral": ("ffn", "topk2"),
+    "olmoe": ("ffn", "ewidth24"),
+    "granitemoe": ("ffn", "linear"),
 }
 
 
@@ -303,7 +357,7 @@ def test_gkd_learns_the_distribution_of_the_logits(family: str, also: tuple[Any,
 @torch.no_grad()
 def test_an_exported_child_is_the_same_for_a_stranger(family: str, tmp_path: Path) -> None:
     (tmp_path / "from").mkdir()
-    for name, blocks in (("mixed", mixed()), ("alike", whole(parent_of(family).config))):
+    for name, blocks in (("mixed", mixed(parent_of(family).config)), ("alike", whole(parent_of(family).config))):
         child = child_of(parent_of(family), blocks)
         folder = export_folder(child, tmp_path / "from", tmp_path / name, "# x\n")
         assert (folder / "families_decilm.py").exists() == (name == "mixed")
@@ -314,9 +368,9 @@ def test_an_exported_child_is_the_same_for_a_stranger(family: str, tmp_path: Pat
 @every_family
 def test_what_an_engine_would_leave_out_is_said_before_training(family: str) -> None:
     config = parent_of(family).config
-    wide = [block | {"ffn": ffn(256)} for block in whole(config)]
+    wide = whole(config) if has_experts(config) else [block | {"ffn": ffn(256)} for block in whole(config)]
     child = child_of(parent_of(family), wide).config
-    assert runnable("torch", config, 1, "kv1", "ffn24") is None
+    assert runnable("torch", config, 1, "kv1", "linear") is None
     for engine, form in (("llama.cpp", "gguf"), ("vllm", "nemotron-nas")):
         if family in (KNOWN_ENGINES[engine].families or ()):
             continue

@@ -408,7 +408,8 @@ def assert_same_weights(parent: parent_module.Parent, choice: LayerChoice) -> No
         state = subblock_state(layer, part)
         there: dict[str, list[tuple[int, ...]]] = {}
         for name, tensor in state.items():
-            there.setdefault(name.rpartition(".")[0], []).append(tuple(tensor.shape))
+            module = name if tensor.dim() == 3 else name.rpartition(".")[0]
+            there.setdefault(module, []).append(tuple(tensor.shape))
         assert sorted(map(sorted, named)) == sorted(map(sorted, there.values()))
 
 

@@ -68,12 +68,16 @@ class KVHeads(VariantKind):
         assert variant.size is not None
         return variant.size
 
+    def own(self, variant: Variant, config: Any) -> Any:
+        """The parent's config with the query heads of a variant."""
+        return config
+
     def block_entry(self, variant: Variant, config: Any) -> dict[str, Any]:
         return attention_entry(config, self.heads(variant, config))
 
     def flops_per_token(self, variant: Variant, config: Any, context_tokens: int) -> int:
         seen = tokens_seen(config, context_tokens, self.kv_tokens(variant))
-        return attention_flops(config, self.heads(variant, config), seen)
+        return attention_flops(self.own(variant, config), self.heads(variant, config), seen)
 
     def kv_elements_per_token(self, variant: Variant, config: Any) -> int:
         return 2 * self.heads(variant, config) * head_dim(config)
@@ -112,7 +116,7 @@ class KVHeads(VariantKind):
         weight.copy_(ridge_solve(gram, cross, weight.T, context.ridge).T)
 
     def fit_flops(self, variant: Variant, config: Any, tokens: int, length: int) -> tuple[int, int]:
-        width = config.num_attention_heads * head_dim(config)
+        width = self.own(variant, config).num_attention_heads * head_dim(config)
         forward = self.flops_per_token(variant, config, length)
         forward += attention_flops(config, config.num_key_value_heads, length)
         return tokens * (forward + 2 * width * (width + config.hidden_size)), solve_flops(width, config.hidden_size)

@@ -5,6 +5,11 @@
     {"attention": {"no_op": false, "replace_with_linear": false, "n_heads_in_group": 3, "num_key_value_heads": 3},
      "ffn":       {"no_op": false, "replace_with_linear": false, "ffn_mult": 1.0, "intermediate_size": 1536}}
 
+An attention with fewer query heads than the parent's has "num_attention_heads" as well. An FFN with experts has, in the
+place of a width,
+
+    "moe": {"num_local_experts": 64, "num_experts_per_tok": 8, "expert_intermediate_dim": 1024}
+
 vLLM, SGLang and TensorRT-LLM read the entries as attributes, JSON wants dicts: `AttributeDict` is both.
 """
 

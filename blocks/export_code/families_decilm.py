@@ -14,6 +14,28 @@ GATED: Matrices = {f"mlp.{role}_proj": (role,) for role in ("gate", "up", "down"
 FUSED_GATE: Matrices = {"mlp.gate_up_proj": ("gate", "up"), "mlp.down_proj": ("down",)}
 
 
+def experts_of(core: str = "mlp", router: str = "gate") -> Matrices:
+    """The matrices of an FFN with experts: the router's, and those of all experts in a tensor each."""
+    experts = {f"{core}.experts.gate_up_proj": ("gate", "up"), f"{core}.experts.down_proj": ("down",)}
+    return {f"{core}.{router}": ("router",)} | experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """How a family's config says what experts an FFN has. Fields: how many there are, how many each token is sent to,
+    and how many channels each has.
+    """
+
+    count: str
+    per_token: str = "num_experts_per_tok"
+    width: str = "intermediate_size"
+
+    @property
+    def fields(self) -> tuple[str, str, str]:
+        """The three fields, in this order."""
+        return self.count, self.per_token, self.width
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A family of decoder-only models whose layer is attention, then FFN, each added to its input:
@@ -24,6 +46,7 @@ class Family:
     after a subblock; None where there is none. norm: the class of norms behind the prefix; None stands for torch's
     LayerNorm. epsilon: its field of the config. norm_bias: norms have biases. head_norms: queries and keys have a norm,
     of each head ("each") or of all heads together ("all").
+    ffn: the name of the FFN in a layer. experts: fields of its config, where an FFN is a mixture of experts.
     matrices: see above. input_bias, output_bias, ffn_bias: whether queries, keys and values, the attention's output,
     and the FFN have biases; a text names the field of the config that says so.
     scaled_embedding: the embedding's class multiplies by sqrt(hidden_size).
@@ -45,6 +68,8 @@ class Family:
     epsilon: str = "rms_norm_eps"
     norm_bias: bool = False
     head_norms: str | None = None
+    ffn: str = "mlp"
+    experts: Experts | None = None
     matrices: Matrices = field(default_factory=lambda: ATTENTION | GATED)
     input_bias: bool | str = False
     output_bias: bool | str = False
@@ -67,13 +92,18 @@ class Family:
         return {"attention": self.attention_norms, "ffn": self.ffn_norms}
 
     @property
+    def cores(self) -> dict[str, str]:
+        """The name of the attention and of the FFN in a layer."""
+        return {"attention": "self_attn", "ffn": self.ffn}
+
+    @property
     def gated(self) -> bool:
         """Whether the FFN is activation(gate) * up, not activation(up)."""
         return any("gate" in roles for roles in self.matrices.values())
 
     def parts(self, subblock: str) -> Matrices:
         """The modules whose weights get smaller with a subblock: its matrices, and a norm of all keys together."""
-        core = "self_attn." if subblock == "attention" else "mlp."
+        core = f"{self.cores[subblock]}."
         whole = self.matrices | ({"self_attn.k_norm": ("key_norm",)} if self.head_norms == "all" else {})
         return {name: roles for name, roles in whole.items() if name.startswith(core)}
 
@@ -195,5 +225,46 @@ FAMILIES: dict[str, Family] = {
         **_BOTH,
         ffn_bias="mlp_bias",
         own=(_PART,),
+    ),
+    "qwen3_moe": Family(
+        module="qwen3_moe",
+        prefix="Qwen3Moe",
+        **_BOTH,
+        head_norms="each",
+        experts=Experts(count="num_experts", width="moe_intermediate_size"),
+        matrices=ATTENTION | experts_of(),
+        slides="all",
+        refused=("mlp_only_layers", "output_router_logits"),
+    ),
+    "mixtral": Family(
+        module="mixtral",
+        prefix="Mixtral",
+        experts=Experts(count="num_local_experts"),
+        matrices=ATTENTION | experts_of(),
+        slides="all",
+        refused=("output_router_logits",),
+    ),
+    "olmoe": Family(
+        module="olmoe",
+        prefix="Olmoe",
+        **_BOTH,
+        head_norms="all",
+        experts=Experts(count="num_experts"),
+        matrices=ATTENTION | experts_of(),
+        refused=("output_router_logits",),
+        own=("clipped queries, keys and values",),
+    ),
+    "granitemoe": Family(
+        module="granitemoe",
+        prefix="GraniteMoe",
+        **_BOTH,
+        ffn="block_sparse_moe",
+        experts=Experts(count="num_local_experts"),
+        matrices=ATTENTION | experts_of("block_sparse_moe", "router"),
+        embedding_multiplier="embedding_multiplier",
+        residual_multiplier="residual_multiplier",
+        logits_divisor="logits_scaling",
+        refused=("output_router_logits",),
+        own=("a multiplier of the attention's scores",),
     ),
 }

@@ -26,6 +26,8 @@ from .families_decilm import FAMILIES
 from .recurrent_decilm import RecurrentAttention, RecurrentCacheLayer
 from .windows_decilm import PREFIX, WHO, Padding, WindowCacheLayer, padding_of, window_of
 
+# sizes of experts in an entry of `block_configs`, in the order of `Experts.fields`
+MOE = ("num_local_experts", "num_experts_per_tok", "expert_intermediate_dim")
 # transformers 5.24 renamed `past_key_values` to `cache`; forward takes either, so a child runs on both sides of it
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
@@ -73,8 +75,14 @@ class DeciLMDecoderLayer(GradientCheckpointingLayer):
         self.config = config = copy.copy(base_config)
         if attention.get("num_key_value_heads"):
             config.num_key_value_heads = attention["num_key_value_heads"]
+        if attention.get("num_attention_heads"):
+            config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            config.num_attention_heads = attention["num_attention_heads"]
         if ffn.get("intermediate_size"):
             config.intermediate_size = ffn["intermediate_size"]
+        if ffn.get("moe") and self.family.experts:
+            for field, size in zip(self.family.experts.fields, MOE, strict=True):
+                setattr(config, field, ffn["moe"][size])
         self.window, self.index = window_of(attention), layer
         self.follow(config._attn_implementation)
         with torch.device("meta"):
@@ -84,10 +92,11 @@ class DeciLMDecoderLayer(GradientCheckpointingLayer):
         if attention.get("recurrent"):
             core = RecurrentAttention(attention["recurrent"], core, config, self.family)
         self.self_attn = self._subblock(attention, core, LinearAttention, config.hidden_size)
-        self.mlp = self._subblock(ffn, whole.mlp, LinearMLP, config.hidden_size)
-        for part, subblock in (("attention", self.self_attn), ("ffn", self.mlp)):
-            for name in self.family.norms[part]:
-                if name is not None and subblock is not None:
+        own = getattr(whole, self.family.ffn)
+        setattr(self, self.family.ffn, self._subblock(ffn, own, LinearMLP, config.hidden_size))
+        for part, names in self.family.norms.items():
+            for name in names:
+                if name is not None and self.core(part) is not None:
                     setattr(self, name, getattr(whole, name))
 
     @staticmethod
@@ -95,6 +104,10 @@ class DeciLMDecoderLayer(GradientCheckpointingLayer):
         if entry["no_op"]:
             return None
         return linear(hidden_size) if entry["replace_with_linear"] else parents
+
+    def core(self, subblock: str) -> Any:
+        """The attention or the FFN itself, without its norms; None for a no-op."""
+        return getattr(self, self.family.cores[subblock])
 
     def follow(self, implementation: str | None) -> None:
         """Take an attention implementation; a window has its own on top of it."""
@@ -125,9 +138,8 @@ class DeciLMDecoderLayer(GradientCheckpointingLayer):
 
     def ffn(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Output of the FFN subblock before the residual add, None for a no-op. (B, T, D) -> (B, T, D)"""
-        if self.mlp is None:
-            return None
-        return self.after("ffn", self.mlp(self.before("ffn", hidden_states)))
+        core = self.core("ffn")
+        return None if core is None else self.after("ffn", core(self.before("ffn", hidden_states)))
 
     def before(self, subblock: str, hidden_states: torch.Tensor) -> torch.Tensor:
         """What enters the core of a subblock: the normed states."""
@@ -171,6 +183,10 @@ class DeciLMPreTrainedModel(PreTrainedModel):
         # transformers looks for attention code in this very file; the family's, which follows the switch, is elsewhere
         return True
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
     def _init_weights(self, module: Any) -> None:
         # from_pretrained builds on the meta device: buffers that no checkpoint holds are made again here.
         super()._init_weights(module)
@@ -187,6 +203,7 @@ class DeciLMModel(DeciLMPreTrainedModel):
         super().__init__(config)
         base, family = config.base_config(), config.base_model_type
         base._attn_implementation = config._attn_implementation
+        base._experts_implementation = config._experts_implementation
         self.base = base
         self.embed_tokens = build_embedding(base, family)
         self.layers = nn.ModuleList(
@@ -266,11 +283,12 @@ class DeciLMModel(DeciLMPreTrainedModel):
         return padding_of(attention_mask)
 
     def _follow_implementation(self) -> None:
-        """The attention implementation is switched on the outer config only; the layers have configs of their own."""
+        """Implementations are switched on the outer config only; the layers have configs of their own."""
         self._use_code_with_caps()
         self.base._attn_implementation = self.config._attn_implementation
         for layer in self.layers:
             layer.follow(self.config._attn_implementation)  # type: ignore[operator]
+            layer.config._experts_implementation = self.config._experts_implementation  # type: ignore[union-attr]
 
     @contextmanager
     def _recorded(self, wanted: bool) -> Iterator[list[torch.Tensor | None] | None]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from blocks.errors import UnknownVariant
-from blocks.families import ffn_matrices
+from blocks.families import ffn_matrices, has_experts
 from blocks.fit import FitContext, contribution_order, ridge_solve, solve_flops
 from blocks.records import Subblock
 from blocks.subblock import linear_of, load_parts, parts_of
@@ -47,6 +47,11 @@ class Width(VariantKind):
         match = re.fullmatch(r"ffn(\d+)(pct)?", label)
         if not match:
             return None
+        if has_experts(config):
+            raise UnknownVariant(
+                f"{label}: the FFNs of this parent are mixtures of experts, which have no one width. Keep fewer "
+                "experts (experts<N>), send a token to fewer (topk<K>), or narrow each of them (ewidth<F>)"
+            )
         size = int(match[1])
         if match[2]:
             size = max(8, round(size / 100 * config.intermediate_size / 8) * 8)
@@ -58,7 +63,8 @@ class Width(VariantKind):
         return self.variant(f"ffn{size}", size)
 
     def examples(self, config: Any) -> list[str]:
-        return [f"ffn{config.intermediate_size * part // 4}" for part in (3, 2, 1)]
+        parts = () if has_experts(config) else (3, 2, 1)
+        return [f"ffn{config.intermediate_size * part // 4}" for part in parts]
 
     def block_entry(self, variant: Variant, config: Any) -> dict[str, Any]:
         assert variant.size is not None

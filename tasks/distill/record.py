@@ -23,6 +23,8 @@ from torch import Tensor
 
 from blocks.compute import Compute
 from blocks.errors import DamagedBlock
+from blocks.experts import expert_sums
+from blocks.families import has_experts
 from blocks.fit import elimination_order
 from blocks.library import (
     digest_of,
@@ -229,7 +231,7 @@ def record_layer(
         read_states(there, workspace) if there else _entering(reader, layer, Part(shard=shard), recording, workspace)
     )
     module = reader.layer(layer)
-    down: Tensor = linear_of(module, "down").weight.data.float()
+    down = None if has_experts(reader.config) else linear_of(module, "down").weight.data.float()
     last = shard == recording.counted[-1]
     manifest = _manifest(layer, recording, workspace, None if last else number)
     name = f"{_folder(recording)}/%s_{manifest.stem.removeprefix('layer_')}.safetensors"
@@ -243,8 +245,11 @@ def record_layer(
             _add(statistics, each, value)
     if last:
         tokens = recording.settings.statistics_sequences * hidden.shape[1]
-        statistics["ffn_contribution"] = statistics["ffn_contribution"] / tokens * down.norm(dim=0)
-        statistics["ffn_order"] = elimination_order(statistics["ffn_gram"], down, recording.ridge, chunk=CHUNK)
+        if down is None:
+            statistics["expert_gates"] = statistics["expert_gates"] / tokens
+        else:
+            statistics["ffn_contribution"] = statistics["ffn_contribution"] / tokens * down.norm(dim=0)
+            statistics["ffn_order"] = elimination_order(statistics["ffn_gram"], down, recording.ridge, chunk=CHUNK)
     reference = write_tensors(workspace, name % "statistics", statistics)
     if hand_on and layer + 1 < reader.depth:
         _write_entering(workspace, recording, layer + 1, Part(shard=shard), hidden)
@@ -407,9 +412,11 @@ def _pass(
     sums: dict[str, Tensor] = {}
     size = reader.compute.sequences(hidden.shape[1])
     parts = Parts(f"record layer {layer}", size)
-    core: Any = module.mlp
+    core: Any = module.core("ffn")
+    with_experts = has_experts(module.config)
     seen: list[Tensor] = []
-    hook = linear_of(module, "down").register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    watched = core if with_experts else linear_of(module, "down")
+    hook = watched.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
 
     def run(part: Tensor, counts: bool, weight: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         batch = part.to(reader.compute.device)
@@ -423,14 +430,12 @@ def _pass(
         out = middle + module.after("ffn", ffn_out)
         if not counts:
             return out, {}
-        channels = seen.pop().flatten(0, 1).float()
-        sizes = channels.abs()
-        if weight is not None:
-            root = weight.to(channels).flatten()[:, None].sqrt()
-            sizes, channels = sizes * root.square(), channels * root
+        root = None if weight is None else weight.to(batch.device, torch.float32).flatten()[:, None].sqrt()
+        own = (expert_sums if with_experts else _channel_sums)(module, seen.pop().flatten(0, 1), root)
+        if root is not None:
             normed, mixed, ffn_in, ffn_out = (one.flatten(0, 1) * root for one in (normed, mixed, ffn_in, ffn_out))
         products = _products("attention_in", normed, mixed) | _products("ffn_in", ffn_in, ffn_out)
-        return out, products | {"ffn_gram": channels.T @ channels, "ffn_contribution": sizes.sum(0)}
+        return out, products | own
 
     def run_in_parts(
         batch: Tensor, counts: bool, weight: Tensor | None, count: int
@@ -449,6 +454,15 @@ def _pass(
                     _add(sums, name, value)
     hook.remove()
     return sums
+
+
+def _channel_sums(_: object, entering: Tensor, root: Tensor | None) -> dict[str, Tensor]:
+    """Sums over tokens (N, F) that enter the last matrix of an FFN; root: of their weights (N, 1)."""
+    channels = entering.float()
+    sizes = channels.abs()
+    if root is not None:
+        sizes, channels = sizes * root.square(), channels * root
+    return {"ffn_gram": channels.T @ channels, "ffn_contribution": sizes.sum(0)}
 
 
 def _products(name: str, inputs: Tensor, outputs: Tensor) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from blocks.errors import PuzzleFailure
 from blocks.export_code import AUTO_MAP, CODE_FILES
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.export_code.families_decilm import FAMILIES
-from blocks.export_code.modeling_decilm import DeciLMForCausalLM, family_class, has_own_layer
+from blocks.export_code.modeling_decilm import MOE, DeciLMForCausalLM, family_class, has_own_layer
 from blocks.families import beyond_llama
 from blocks.records import CorpusInfo, ParentInfo
 from tasks.inputs.companions import copy_companions
@@ -100,10 +100,14 @@ def _sync(folder: Path) -> None:
 def native_config(config: DeciLMConfig) -> PreTrainedConfig | None:
     """A config of the parent's own architecture, if all layers are alike and have attention and FFN; else None."""
     sizes = {layer_sizes(config, layer) for layer in range(len(config.block_configs))}
-    if len(sizes) != 1 or None in next(iter(sizes)) or longest_window(config):
+    kv_heads, ffn = next(iter(sizes))
+    fewer = any(block.attention.get("num_attention_heads") for block in config.block_configs)
+    if len(sizes) != 1 or kv_heads is None or ffn is None or longest_window(config) or fewer:
         return None
-    native = config.base_config()
-    native.num_key_value_heads, native.intermediate_size = next(iter(sizes))
+    native, experts = config.base_config(), FAMILIES[config.base_model_type].experts
+    native.num_key_value_heads = kv_heads
+    for name, size in zip(experts.fields if experts else ("intermediate_size",), ffn, strict=True):
+        setattr(native, name, size)
     native.architectures = [_native_name(config)]
     if "layer_types" not in type(native)().to_dict() and hasattr(native, "layer_types"):
         del native.layer_types  # Mistral would be taken for Ministral
@@ -120,14 +124,21 @@ def _native_name(config: DeciLMConfig) -> str:
     return str(family_class(config.base_model_type, "ForCausalLM").__name__)
 
 
-def layer_sizes(config: DeciLMConfig, layer: int) -> tuple[int | None, int | None]:
-    """KV heads and intermediate size of a layer. None stands for a subblock that is linear or absent."""
+def layer_sizes(config: DeciLMConfig, layer: int) -> tuple[int | None, tuple[int, ...] | None]:
+    """KV heads of a layer, and the width of its FFN, or the three sizes of its experts. None stands for a subblock that
+    is linear or absent.
+    """
     block = config.block_configs[layer]
     kv_heads = block["attention"].get("num_key_value_heads") or config.num_key_value_heads
-    width = block["ffn"].get("intermediate_size") or config.intermediate_size
+    moe = block["ffn"].get("moe")
+    ffn = (
+        tuple(moe[name] for name in MOE)
+        if moe
+        else (block["ffn"].get("intermediate_size") or config.intermediate_size,)
+    )
     return (
         kv_heads if is_whole(block["attention"]) else None,
-        width if is_whole(block["ffn"]) else None,
+        ffn if is_whole(block["ffn"]) else None,
     )
 
 
@@ -135,13 +146,13 @@ def write_checkpoint(
     model: DeciLMForCausalLM, folder: Path, heterogeneous: bool = False, compressed: "Compressed | None" = None
 ) -> None:
     """Write weights (tied ones once), config and generation config of a child; its code if the schema needs that."""
+    native = None if heterogeneous else native_config(cast(DeciLMConfig, model.config))
     if compressed is None:
-        model.save_pretrained(folder)
+        _saved(model, native).save_pretrained(folder)
     else:
         dense = {name.rpartition(".")[0] + ".weight" for name in compressed.tensors}
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in dense}
         model.save_pretrained(folder, state_dict=state | dict(compressed.tensors))
-    native = None if heterogeneous else native_config(cast(DeciLMConfig, model.config))
     if native is not None:
         native.dtype = model.dtype
         native.save_pretrained(folder)
@@ -151,12 +162,26 @@ def write_checkpoint(
         entries = [block.attention for block in config.block_configs]
         own = {"Recurrent" if entry.get("recurrent") else "Windowed" for entry in entries if has_own_layer(entry)}
         more = [*sorted(own), family.prefix if beyond_llama(family) else ""]
+        more += ["Narrowed"] if any(entry.get("num_attention_heads") for entry in entries) else []
         names = ["".join([*more, name]) for name in config.architectures or ()]
         _add_to_config(folder, auto_map=AUTO_MAP, architectures=names)
         for name in CODE_FILES:
             shutil.copyfile(Path(export_code.__path__[0]) / name, folder / name)
     if compressed is not None:
         _add_to_config(folder, quantization_config=compressed.config)
+
+
+def _saved(model: DeciLMForCausalLM, native: PreTrainedConfig | None) -> Any:
+    """What writes the weights: transformers' own model where the layers are alike and have experts. It writes them one
+    by one, as engines that run the family read them.
+    """
+    if native is None or not FAMILIES[str(native.model_type)].experts:
+        return model
+    with torch.device("meta"):
+        plain: Any = AutoModelForCausalLM.from_config(native, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.generation_config = model.generation_config
+    return plain
 
 
 def _add_to_config(folder: Path, **more: Any) -> None:
@@ -299,12 +324,17 @@ def _layer_table(config: DeciLMConfig) -> Sequence[str]:
 
 def _cells(config: DeciLMConfig, layer: int) -> tuple[str, str]:
     """A layer's attention and FFN in words."""
-    block, (kv_heads, width) = config.block_configs[layer], layer_sizes(config, layer)
+    block, (kv_heads, sizes) = config.block_configs[layer], layer_sizes(config, layer)
     own = block["attention"].get("window_length")
     window = f", window {config.sliding_window}" if config.layer_types[layer] == "sliding_attention" else ""
     window = f", window {own} and the first {block['attention']['num_sink_tokens']}" if own else window
-    attention = f"{kv_heads} KV heads{window}" if kv_heads else _missing(block["attention"])
-    return attention, f"width {width}" if width else _missing(block["ffn"])
+    heads = block["attention"].get("num_attention_heads")
+    queries = f"{heads} query heads, " if heads else ""
+    attention = f"{queries}{kv_heads} KV heads{window}" if kv_heads else _missing(block["attention"])
+    if sizes is None:
+        return attention, _missing(block["ffn"])
+    words = "width {}" if len(sizes) == 1 else "{} experts, {} of a token, width {}"
+    return attention, words.format(*sizes)
 
 
 def _missing(entry: dict[str, Any]) -> str:

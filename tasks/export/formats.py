@@ -164,8 +164,8 @@ def refuse(config: Any, form: str) -> None:
 
 def _refuse_widths(config: Any) -> None:
     """Raise EngineLimit for FFN widths that engines would change: they round up to a multiple of 256."""
-    widths = {layer: layer_sizes(config, layer)[1] for layer in range(len(config.block_configs))}
-    wrong = {layer: width for layer, width in widths.items() if width and width % 256}
+    sizes = {layer: layer_sizes(config, layer)[1] or () for layer in range(len(config.block_configs))}
+    wrong = {layer: width[0] for layer, width in sizes.items() if len(width) == 1 and width[0] % 256}
     if wrong:
         layer, width = next(iter(wrong.items()))
         raise EngineLimit(

@@ -175,7 +175,12 @@ def fitted_layers(model: Any, tokens: Tensor) -> Iterator[tuple[int, dict[str, n
 
 
 def refuse_rows(model: Any, precision: str) -> None:
-    """Raise PuzzleError where rows of a layer's matrix are no whole number of blocks."""
+    """Raise PuzzleError where rows of a layer's matrix are no whole number of blocks, and for experts."""
+    if any(weight.dim() > 2 for weight in model.model.layers.parameters()):
+        raise PuzzleError(
+            f"{precision} is fitted matrix by matrix, and the experts of this child lie in one tensor for all: take "
+            "bfloat16."
+        )
     for name, linear in model.model.layers.named_modules():
         if isinstance(linear, nn.Linear) and linear.in_features % BLOCK:
             raise PuzzleError(

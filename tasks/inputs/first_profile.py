@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from blocks.engine_limits import refusal
 from blocks.errors import CorpusError, ParentError, PuzzleError
-from blocks.kinds import parse_label
+from blocks.experts import ExpertsKind
+from blocks.kinds import kinds, parse_label
 from blocks.parent import Parent
 from blocks.variant import Variant
 from profiles.schema import (
@@ -199,7 +200,9 @@ def _space(config: Any, engine: EngineName) -> tuple[list[str], list[str]]:
     heads = int(config.num_key_value_heads)
     fewer = [f"kv{heads // 2}"] if heads > 2 and heads % 2 == 0 else []
     attention = [*fewer, *(["kv1"] if heads > 1 else []), "linear", "no_op"]
-    ffn = list(dict.fromkeys(_in_whole_blocks(parse_label("ffn", share, config), config) for share in FFN_SHARES))
+    ffn = [example for kind in kinds("ffn") if isinstance(kind, ExpertsKind) for example in kind.examples(config)]
+    shares = () if ffn else FFN_SHARES
+    ffn += dict.fromkeys(_in_whole_blocks(parse_label("ffn", share, config), config) for share in shares)
     runs = [each for each in attention if refusal((engine,), config, 0, each, "parent", "float32") is None]
     return runs, [each for each in [*ffn, "no_op"] if refusal((engine,), config, 0, "parent", each, "float32") is None]
 

@@ -5,20 +5,26 @@ with it. What transformers renames, ties or ignores is renamed, tied or ignored 
 shape is refused. The prepared parent's folder then holds exactly the tensors of the model.
 """
 
+import copy
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from blocks.errors import ParentError, first_line, first_names
 from blocks.families import family_of
 from blocks.resources import precision_name
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -30,12 +36,28 @@ _LAYER = re.compile(r".*\.layers\.\d+\.")
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A tensor of a safetensors file, from its header. dtype: by safetensors' name."""
+    """A tensor of a safetensors file, from its header. dtype: by safetensors' name.
+
+    parts: where it is made of several, such as the experts of a layer, stored one by one: these, each with the pattern
+    of its name in `converter`; file is then that of the first.
+    """
 
     file: str
     name: str
     shape: list[int]
     dtype: str
+    parts: tuple[tuple[str, "StoredTensor"], ...] = ()
+    converter: "WeightConverter | None" = None
+
+    def read(self, load: Callable[["StoredTensor"], Tensor]) -> Tensor:
+        """The tensor; `load` reads one that is stored as it is."""
+        if self.converter is None:
+            return load(self)
+        converter = copy.deepcopy(self.converter)
+        for pattern, part in self.parts:
+            converter.add_tensor(self.name, part.name, pattern, load(part))  # type: ignore[arg-type]
+        found: Tensor = converter.convert(self.name)[self.name]
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +65,23 @@ class Model:
     """What a config asks for.
 
     shapes: of every tensor, by name. tied: a tensor's name, and the name of the one that it is the same as. base:
-    prefix of all names but the head's. ignored: names that transformers ignores.
+    prefix of all names but the head's. ignored: names that transformers ignores. renamings, converters: how it takes
+    tensors that are stored otherwise, where the layers have experts.
     """
 
     shapes: Mapping[str, list[int]]
     tied: Mapping[str, str]
     base: str
     ignored: re.Pattern[str]
+    renamings: "Sequence[WeightRenaming]" = ()
+    converters: "Sequence[WeightConverter]" = ()
+
+    def place(self, stored: str) -> "tuple[str, str | None]":
+        """The model's name of a stored tensor. The pattern of its name, where it is a part of the model's tensor."""
+        from transformers.core_model_loading import rename_source_key
+
+        name, pattern = rename_source_key(stored, [*self.renamings], [*self.converters])
+        return self.name(name), pattern
 
     def name(self, stored: str) -> str:
         """The model's name of a stored tensor. transformers adds or takes away the prefix of the base model."""
@@ -103,6 +135,7 @@ def weights_of(folder: Path) -> Weights:
     if not _says_dtype(folder):
         settings["dtype"] = precision_name(dtype or torch.float32)
     extra = renamed | {found.file for found in others}
+    extra |= {part.file for found in tensors.values() for _, part in found.parts}
     return Weights(tensors=tensors, extra=frozenset(extra), settings=settings, notes=tuple(notes))
 
 
@@ -115,11 +148,16 @@ def place_weights(source: Path, target: Path, weights: Weights, place: Callable[
         if file not in weights.extra:
             place(source / file, target / file)
             continue
-        with safe_open(source / file, framework="pt") as opened:
+        with ExitStack() as stack:
             mine = {name: found for name, found in weights.tensors.items() if found.file == file}
-            save_file(
-                {name: opened.get_tensor(found.name) for name, found in mine.items()}, target / file, {"format": "pt"}
-            )
+            files = {part.file for found in mine.values() for _, part in found.parts} | {file}
+            opened = {each: stack.enter_context(safe_open(source / each, framework="pt")) for each in files}
+
+            def load(one: StoredTensor, opened: Mapping[str, Any] = opened) -> Tensor:
+                found: Tensor = opened[one.file].get_tensor(one.name)
+                return found
+
+            save_file({name: found.read(load) for name, found in mine.items()}, target / file, {"format": "pt"})
     if weights.files != [WEIGHTS]:
         index = {"metadata": {}, "weight_map": {name: found.file for name, found in sorted(weights.tensors.items())}}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -140,22 +178,27 @@ def check_finite(folder: Path, weights: Weights) -> None:
 def model_of(folder: Path) -> Model:
     """What the config.json of a folder asks for. No memory is used for weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
     try:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        family_of(config)
+        family = family_of(config)
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config)
     except ParentError:
         raise
     except Exception as error:  # transformers raises nothing more precise
         raise ParentError(f"no model can be built from the parent's config.json: {first_line(error)}") from error
+    changes = get_model_conversion_mapping(model, add_legacy=False) if family.experts else []
     patterns = [_LEFT_OVER, *(model._keys_to_ignore_on_load_unexpected or ())]
     return Model(
         shapes={name: list(tensor.shape) for name, tensor in model.state_dict().items()},
         tied=dict(model.all_tied_weights_keys),
         base=model.base_model_prefix,
         ignored=re.compile("|".join(f"(?:{pattern})" for pattern in patterns)),
+        renamings=[change for change in changes if isinstance(change, WeightRenaming)],
+        converters=[change for change in changes if isinstance(change, WeightConverter)],
     )
 
 
@@ -207,11 +250,14 @@ def _header(folder: Path, file: str) -> list[StoredTensor]:
 def _assigned(everything: Iterable[StoredTensor], model: Model) -> tuple[dict[str, StoredTensor], list[StoredTensor]]:
     """Tensors by the model's names, and those that it has no name for."""
     tensors: dict[str, StoredTensor] = {}
+    parts: dict[str, list[tuple[str, StoredTensor]]] = {}
     others = []
     for found in everything:
-        name = model.name(found.name)
+        name, pattern = model.place(found.name)
         if name not in model.shapes:
             others.append(found)
+        elif pattern is not None:
+            parts.setdefault(name, []).append((pattern, found))
         elif name in tensors:
             first = tensors[name]
             raise ParentError(
@@ -220,7 +266,28 @@ def _assigned(everything: Iterable[StoredTensor], model: Model) -> tuple[dict[st
             )
         else:
             tensors[name] = found
-    return tensors, others
+    return tensors | {name: _joined(name, found, model) for name, found in parts.items()}, others
+
+
+def _joined(name: str, parts: list[tuple[str, StoredTensor]], model: Model) -> StoredTensor:
+    """A tensor of the model that is made of several stored ones, in the order of the numbers in their names."""
+    from transformers.core_model_loading import dot_natural_key
+
+    ordered = tuple(sorted(parts, key=lambda part: dot_natural_key(part[1].name)))
+    first = ordered[0][1]
+    converter = next(one for one in model.converters if ordered[0][0] in one.source_patterns)
+    joined = StoredTensor(file=first.file, name=name, shape=[], dtype=first.dtype, parts=ordered, converter=converter)
+    try:
+        shape = list(joined.read(lambda one: torch.empty(one.shape, device="meta", dtype=DTYPES.get(one.dtype))).shape)
+        whole = len({part.dtype for _, part in ordered}) == 1
+    except Exception:  # shapes that do not go together, or one that is missing
+        whole = False
+    if not whole:
+        raise ParentError(
+            f"the weights do not fit config.json: {name} cannot be made of {first.name} and the others like it, one is "
+            "missing or has another shape or dtype. Fetch the parent again, or correct config.json."
+        )
+    return replace(joined, shape=shape)
 
 
 def _tied(folder: Path, tensors: dict[str, StoredTensor], model: Model) -> dict[str, str]:

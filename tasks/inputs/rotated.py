@@ -82,7 +82,7 @@ def rotate(folder: Path) -> str:
 
 
 def _read(weight: Tensor, gain: Tensor, basis: Tensor) -> Tensor:
-    """(K, D) matrix that reads what a norm with this gain (D,) lets through, in the new basis (D, D)."""
+    """(K, D) or (E, K, D) matrix that reads what a norm with this gain (D,) lets through, in the new basis (D, D)."""
     return ((weight.double() * gain.double()) @ basis).float()
 
 
@@ -93,9 +93,10 @@ def _layer(tensors: Mapping[str, Tensor], family: Family, basis: Tensor) -> dict
         gain = tensors[f"{norm}.weight"]
         found[f"{norm}.weight"] = torch.ones_like(gain)
         for name, tensor in tensors.items():
-            roles = family.parts(subblock).get(name.rpartition(".")[0], ())
-            if set(roles) & set(WRITERS):  # (D, K), or a bias (D,)
+            parts = family.parts(subblock)
+            roles = parts.get(name) or parts.get(name.rpartition(".")[0], ())
+            if set(roles) & set(WRITERS):  # (D, K), or a bias (D,), or of all experts (E, D, K)
                 found[name] = (basis.T @ tensor.double()).float()
-            elif roles and tensor.dim() == 2:
+            elif roles and tensor.dim() >= 2:
                 found[name] = _read(tensor, gain, basis)
     return found

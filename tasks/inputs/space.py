@@ -119,9 +119,13 @@ def unshared(profile: Profile, config: Any, entry: Mapping[str, Any]) -> Iterato
     Engines give each device as many heads and as many columns of the FFN; a KV head may be held by several devices.
     """
     devices = profile.hardware.tensor_parallel
-    kv_heads, width = entry.get("num_key_value_heads"), entry.get("intermediate_size")
-    if kv_heads and (config.num_attention_heads % devices or max(kv_heads, devices) % min(kv_heads, devices)):
-        yield f"{devices} devices cannot share {config.num_attention_heads} heads with {kv_heads} KV heads equally"
+    moe, heads = entry.get("moe", {}), entry.get("num_attention_heads") or config.num_attention_heads
+    kv_heads, width = (
+        entry.get("num_key_value_heads"),
+        moe.get("expert_intermediate_dim", entry.get("intermediate_size")),
+    )
+    if kv_heads and (heads % devices or max(kv_heads, devices) % min(kv_heads, devices)):
+        yield f"{devices} devices cannot share {heads} heads with {kv_heads} KV heads equally"
     if width and width % devices:
         yield f"{devices} devices cannot share a width of {width} equally"
 

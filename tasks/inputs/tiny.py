@@ -34,6 +34,8 @@ SCALES: dict[str, Callable[[int], dict[str, Any]]] = {
         "logits_scaling": 2.0,
     },
 }
+SCALES["granitemoe"] = SCALES["granite"]
+EXPERTS, PER_TOKEN = 8, 2  # of an FFN, where the family has some
 TRAIN_BATCH = 8
 TRAIN_TOKENS = 64
 TRAIN_CHARACTERS = 1 << 20  # more text than this does not change what a few hundred steps can learn
@@ -54,7 +56,7 @@ def make_tiny_parent(spec: TinyParent, folder: Path, texts: Iterable[str]) -> No
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         if spec.train_steps:
             _train(model, token_stream(tokenizer, texts), spec.train_steps)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_original_format=False)
     tokenizer.save_pretrained(folder)
 
 
@@ -106,6 +108,10 @@ def family_config(spec: TinyParent, vocab_size: int) -> PreTrainedConfig:
         # at this width the usual 0.02 leaves layers that add next to nothing, and then nothing is worth keeping
         "initializer_range": hidden**-0.5,
     }
+    experts = FAMILIES[spec.family].experts
+    if experts:
+        sizes = (EXPERTS, PER_TOKEN, max(1, spec.intermediate_size // PER_TOKEN))
+        fields |= dict(zip(experts.fields, sizes, strict=True))
     if spec.family in ALTERNATE:
         kinds = itertools.cycle(("sliding_attention", "full_attention"))
         fields |= {"sliding_window": SLIDING_WINDOW}

@@ -9,7 +9,8 @@ A forward pass of a subblock takes, on each of `tensor_parallel` devices,
     + 2 (n - 1) / n x hidden states / interconnect + 2 x floor              all-reduce of n > 1 devices
 
 with the achievable rates of a hardware target (profiles/hardware.py). Prefill sees half of the prompt on average, a
-decode step the prompt and half of the generation. Element-wise kernels wait for the products before them, so their
+decode step the prompt and half of the generation. Of experts those are read that a token of the pass is sent to, as if
+the router sent tokens to all of them alike. Element-wise kernels wait for the products before them, so their
 bytes are added, not hidden behind FLOPs: hidden states pass memory four times a subblock (norm and residual add are one
 kernel), on every device whole; a gated FFN's inner states three times (gate and up in, their product out), split over
 the devices, in one more launch. Under float8 embedding, head, scores and hidden states stay
@@ -23,7 +24,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from blocks.attention.ssd import CHUNK
-from blocks.families import head_dim, tokens_seen, windows_of
+from blocks.families import head_dim, inner_channels, tokens_seen, windows_of
 from blocks.kinds import kind_of, parse_labels
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Cost, CostTable, NonBlockCost
@@ -136,10 +137,11 @@ def subblock_seconds(parent: Parent, variant: Variant, work: Pass, setting: Sett
         return 0.0
     products = kind_of(variant).flops_per_token(variant, parent.config, 0)
     hidden = work.count * parent.config.hidden_size * BYTES[setting.half]
-    inner = work.count * inner_channels(parent, variant) * BYTES[setting.half]
+    channels = inner_channels(kind_of(variant).block_entry(variant, parent.config))
+    inner = work.count * channels * BYTES[setting.half]
     matrices = max(
         setting.compute(products * work.count, setting.precision),
-        setting.memory(needs.weight_bytes / setting.devices),
+        setting.memory(needs.bytes_read(work.count) / setting.devices),
     )
     elementwise = setting.memory(HIDDEN_PASSES * hidden + INNER_PASSES * inner / setting.devices)
     kernels = needs.kernels + (1 if inner else 0)
@@ -158,13 +160,6 @@ def subblock_seconds(parent: Parent, variant: Variant, work: Pass, setting: Sett
         ),
     )
     return matrices + elementwise + scores + kernels * setting.floor + setting.all_reduce(hidden)
-
-
-def inner_channels(parent: Parent, variant: Variant) -> int:
-    """Channels between an FFN's matrices that an activation passes over; 0 where there is none."""
-    if variant.subblock != "ffn":
-        return 0
-    return int(kind_of(variant).block_entry(variant, parent.config).get("intermediate_size") or 0)
 
 
 def kv_bytes_per_device(parent: Parent, variant: Variant, setting: Setting) -> int:

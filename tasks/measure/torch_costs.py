@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.initialization import no_init_weights
 
 from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM, DeciLMModel, layer_contexts, with_own_layers
+from blocks.families import has_experts
 from blocks.parent import Parent
 from blocks.records import LayerChoice
 from blocks.runtime import products_as_served
@@ -30,6 +31,8 @@ from tasks.engines.timing_in_turns import cpu_clock, median_metric, tokens_befor
 from tasks.measure.hardware_description import clock_for
 from tasks.measure.variant_timing import NON_BLOCK, PARENT, KeptFigures, Load, Timing, name_of
 from tasks.running.progress import Progress
+
+DIFFERENT = 4096  # states of tokens, where it matters that they differ
 
 
 def stacks_to_time(variants: Sequence[Variant]) -> list[str]:
@@ -47,6 +50,7 @@ class TorchTimer:
         self.copies = min(measure.stack, reader.depth)
         generator = torch.Generator().manual_seed(0)
         self.variants = variants
+        self.noise = torch.randn(DIFFERENT, reader.config.hidden_size, generator=generator).to(self.device, self.dtype)
         self.stacks = {
             name_of(variant): self._stack(variant, generator) for variant in variants if variant.kind != "no_op"
         }
@@ -120,11 +124,13 @@ class TorchTimer:
         return (prefilled - started) / copies, (ended - halfway) / copies / self.measure.decode_steps
 
     def _whole_step(self, model: Any, batch: int, tokens: int, position: int, cache: DynamicCache) -> None:
-        ids = torch.full((batch, tokens), 7 % self.reader.config.vocab_size, device=self.device)
-        model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
+        ids = torch.full((batch, tokens), 7, device=self.device)
+        if has_experts(self.reader.config):
+            ids = self._differing(batch, tokens, position)
+        model(input_ids=ids % self.reader.config.vocab_size, cache=cache, use_cache=True, logits_to_keep=1)
 
     def _stack_step(self, model: Any, batch: int, tokens: int, position: int, cache: DynamicCache) -> None:
-        hidden = self._hidden(batch, tokens)
+        hidden = self._hidden(batch, tokens, position)
         positions = torch.arange(position, position + tokens, device=self.device).unsqueeze(0)
         contexts = self._contexts(model, hidden, positions, cache)
         for layer, kind in zip(model.layers, model.config.parent_layer_types, strict=False):
@@ -133,7 +139,13 @@ class TorchTimer:
     def _contexts(self, model: Any, hidden: Tensor, positions: Tensor, cache: DynamicCache) -> dict[str, Any]:
         return layer_contexts(model.config, model.rotary_emb, hidden, positions, None, cache)
 
-    def _hidden(self, batch: int, tokens: int) -> Tensor:
+    def _differing(self, batch: int, tokens: int, position: int) -> Tensor:
+        """Numbers of tokens that differ, so that a router sends them to different experts, as it does in a text."""
+        return (torch.arange(batch * tokens, device=self.device) + batch * position).view(batch, tokens)
+
+    def _hidden(self, batch: int, tokens: int, position: int) -> Tensor:
+        if has_experts(self.reader.config):
+            return self.noise[self._differing(batch, tokens, position) % DIFFERENT]
         shape = (batch, tokens, self.reader.config.hidden_size)
         return torch.ones(shape, device=self.device, dtype=self.dtype).mul_(0.1)
 

@@ -19,12 +19,14 @@ overheads, below: set once from the main job, the same for every parent and mach
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
+from blocks.families import inner_channels
 from blocks.fit import elimination_flops
 from blocks.kinds import kind_of, parse_label, parse_labels
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Subblock
-from blocks.resources import BYTES, non_block_parameters, parameters_of
+from blocks.resources import BYTES, active_parameters_of, non_block_parameters, parameters_of
 from blocks.variant import Variant
 from profiles.schema import GgufParent, PackageParent, ParentAnswersSource, Profile, TinyParent, racers_in
 from tasks.distill.gkd_settings import is_recorded, token_bytes, trial_steps
@@ -138,8 +140,19 @@ class Shape:
 
     @property
     def inner(self) -> int:
-        """Width of the parent's FFN (F)."""
-        return int(self.parent.config.intermediate_size)
+        """Channels of the parent's FFN (F) that a token has: with experts, of those that it is sent to."""
+        return inner_channels(self.own_entry)
+
+    @property
+    def recorded(self) -> int:
+        """Channels of the parent's FFN that are recorded with each other; 0 where it has experts."""
+        return 0 if "moe" in self.own_entry else self.inner
+
+    @property
+    def own_entry(self) -> dict[str, Any]:
+        """The `block_configs` entry of the parent's own FFN."""
+        own = self.own("ffn")
+        return kind_of(own).block_entry(own, self.parent.config)
 
     @property
     def vocabulary(self) -> int:
@@ -170,6 +183,11 @@ class Shape:
     def layer_parameters(self) -> int:
         """Parameters of the parent's own layer."""
         return sum(self.parameters(self.own(part)) for part in SUBBLOCKS)
+
+    @property
+    def active_parameters(self) -> int:
+        """Those of them that one token is computed with: of experts, those that it is sent to."""
+        return sum(active_parameters_of(self.parent, self.own(part)) for part in SUBBLOCKS)
 
     @property
     def outside_parameters(self) -> int:
@@ -310,13 +328,15 @@ def operations_of(shape: Shape) -> int:
 
 def record_work(shape: Shape) -> Work:
     """Record, all layers. Several workers take the states through the layers first, and then record a layer each."""
-    settings, width, inner = shape.profile.record, shape.hidden, shape.inner
+    settings, width, inner = shape.profile.record, shape.hidden, shape.recorded
     sequences = settings.statistics_sequences + settings.validation_sequences
     counted = settings.statistics_sequences * shape.length
     kept = shape.profile.trained_sequences + settings.validation_sequences if states_are_kept(shape) else 0
     layer = shape.forward(sequences * shape.length)
     grams = 2.0 * counted * inner**2, 8.0 * counted * width**2
     layer += Work(product=sum(grams), float32=sum(grams))
+    if "moe" in shape.own_entry:  # once more, a token and an expert at a time, and the channels alone
+        layer += Work(product=2.0 * counted * shape.flops(shape.own("ffn")))
     rounds = inner // CHUNK
     alone = shape.workers == 1
     layer += Work(
@@ -337,7 +357,9 @@ def states_are_kept(shape: Shape) -> bool:
 
 def statistics_bytes(shape: Shape) -> int:
     """Bytes of one layer's Gram matrices, contributions (float32) and channel order (int64)."""
-    return FLOAT * (shape.inner**2 + 4 * shape.hidden**2 + shape.inner) + 8 * shape.inner
+    inner, moe = shape.recorded, shape.own_entry.get("moe")
+    own = moe["num_local_experts"] * (moe["expert_intermediate_dim"] + 3) if moe else inner**2 + inner
+    return int(FLOAT * (own + 4 * shape.hidden**2) + 8 * inner)
 
 
 def entering_work(shape: Shape) -> Work:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from blocks.divergence import CHUNK, SLICE
 from blocks.errors import PuzzleError
+from blocks.families import experts_of, inner_channels
 from blocks.kinds import kind_of
 from blocks.records import SUBBLOCKS
 from blocks.resources import BLOCK, weight_bytes
@@ -74,8 +75,12 @@ def _gib(size: float) -> str:
 
 
 def passing(shape: Shape) -> float:
-    """What a layer's forward without gradients holds: states in and out, attention, both matrices of the FFN."""
-    return shape.at_once * (shape.size * (8 * shape.hidden + 3 * shape.inner) + scores_bytes(shape))
+    """What a layer's forward without gradients holds: states in and out, attention, both matrices of the FFN; copies of
+    a token for each expert that it is sent to.
+    """
+    moe = shape.own_entry.get("moe")
+    copies = 2 * shape.hidden * moe["num_experts_per_tok"] if moe else 0
+    return shape.at_once * (shape.size * (8 * shape.hidden + 3 * shape.inner + copies) + scores_bytes(shape))
 
 
 def scores_bytes(shape: Shape) -> int:
@@ -88,14 +93,16 @@ def scores_bytes(shape: Shape) -> int:
 
 def record_need(shape: Shape) -> Need:
     """A layer, its sums over the micro-batches before and those of this one; or the elimination in float64."""
-    inner, width = shape.inner, shape.hidden
+    inner, width = shape.recorded, shape.hidden
     sums = statistics_bytes(shape)
     weights = shape.size * shape.layer_parameters
-    batch = passing(shape) + shape.at_once * FLOAT * (inner + 4 * width) + sums
+    apart = passing(shape) * ("moe" in shape.own_entry)  # experts once more, each with its tokens alone
+    batch = passing(shape) + apart + shape.at_once * FLOAT * (inner + 4 * width) + sums
     # Gram, regularised Gram, its inverse and factors; coefficients before and after
     solving = DOUBLE * (4 * inner**2 + 2 * inner * width + 2 * ELIMINATED * inner)
     more = "lower hardware.micro_batch_tokens" if batch > solving else "take a device with more memory"
-    return Need(stage="record", held=weights + sums, passing=max(batch, solving), cure=more)
+    # while a layer is loaded, its tensors lie there twice
+    return Need(stage="record", held=weights + sums, passing=max(batch, solving, weights), cure=more)
 
 
 def trained_bytes(shape: Shape, variant: Variant) -> int:
@@ -107,7 +114,12 @@ def trained_bytes(shape: Shape, variant: Variant) -> int:
 
 
 def solved_bytes(shape: Shape, variant: Variant) -> int:
-    """A closed form in float64: Gram, regularised Gram, its factors; right sides and solution."""
+    """A closed form in float64: Gram, regularised Gram, its factors; right sides and solution. Of experts one by one,
+    behind the Gram matrices of all in float32.
+    """
+    if variant.kind == "expert_width":
+        sizes, one = experts_of(shape.parent.config), variant.size or 0
+        return FLOAT * sizes.count * sizes.width**2 + DOUBLE * (4 * one**2 + 3 * one * shape.hidden)
     side = variant.size if variant.kind == "width" and variant.size else shape.hidden
     return DOUBLE * (4 * side**2 + 3 * side * shape.hidden)
 
@@ -132,9 +144,12 @@ def activation_bytes(shape: Shape, variant: Variant) -> int:
     """
     width, config = shape.hidden, shape.parent.config
     norm = FLOAT * 3 * width
-    if variant.subblock == "ffn":
-        return norm + shape.size * 4 * (0 if variant.kind == "linear" else variant.size or shape.inner)
     kind = kind_of(variant)
+    if variant.subblock == "ffn":
+        entry = kind.block_entry(variant, config)
+        # each expert has copies of the tokens that it is sent, and puts out as many
+        copies = 2 * width * entry["moe"]["num_experts_per_tok"] if "moe" in entry else 0
+        return norm + shape.size * (4 * inner_channels(entry) + copies)
     states = kind.kv_elements_per_token(variant, config)
     more = FLOAT * kind.trained_elements_per_token(variant, config) + (scores_bytes(shape) if states else 0)
     return norm + shape.size * (2 * width + states) + more

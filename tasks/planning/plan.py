@@ -83,6 +83,7 @@ class Plan(Value):
     utilisation: str
     costs_of: dict[str, str]
     parent_parameters: int
+    active_parameters: int
     layers: int
     layers_searched: int
     attention_variants: int
@@ -149,6 +150,7 @@ def plan_of(profile: Profile, parent: Parent, rates: Rates, price_per_hour: floa
         utilisation=rates.utilisation,
         costs_of=problem.costs.hardware,
         parent_parameters=parent.depth * shape.layer_parameters + shape.outside_parameters,
+        active_parameters=parent.depth * shape.active_parameters + shape.outside_parameters,
         layers=parent.depth,
         layers_searched=len(searched),
         left_out=left_out(profile, parent),

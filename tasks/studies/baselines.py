@@ -109,7 +109,7 @@ def _lowest_within(grid: Grid, slot: Integers, available: Floats) -> int:
 
 def minitron(grid: Grid, *_: object) -> Picked:
     """The widest FFN that fits in every searched layer, beside the parent's attention, each a subblock of its own."""
-    widths = dict.fromkeys(option.ffn for option in grid.options if re.fullmatch(r"ffn\d+", option.ffn or ""))
+    widths = dict.fromkeys(option.ffn for option in grid.options if re.fullmatch(r"(ffn|ewidth)\d+", option.ffn or ""))
     pairs = [("parent", width) for width in widths]
     everywhere = [found for pair in pairs if (found := _in_all_layers(grid, pair, coupled=False)) is not None]
     fitting = [selection for selection in everywhere if _fits(grid, selection)]
