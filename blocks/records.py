@@ -120,13 +120,27 @@ class BlockRecord(Value):
     seed: int = 0
 
 
+class CapabilityScore(Value):
+    """The same as in a `Score`, on the text of a capability."""
+
+    name: str
+    kl: float
+    kl_se: float
+    lm_loss: float
+    lm_loss_se: float
+    tokens: int
+    kl_per_sequence: tuple[float, ...]
+    lm_loss_per_sequence: tuple[float, ...]
+    documents: tuple[int, ...] = ()
+
+
 class Score(Value):
     """Replace-1-block score of one variant: KL(parent || child) and rise of the LM loss, nats per token.
 
     A coupled block has subblock "block" and the variant label "<attention>+<ffn>". The head in a type of number has
     subblock "head", layer 0 and a label such as "head@iq4_nl". Standard errors are over sequences.
     The parent's own subblock scores exactly 0. tokens: how many were scored. documents: the document that each sequence
-    is of; where they are known, standard errors are over documents.
+    is of; where they are known, standard errors are over documents. capabilities: the score on each of them.
     """
 
     layer: int
@@ -141,6 +155,7 @@ class Score(Value):
     lm_loss_per_sequence: tuple[float, ...]
     documents: tuple[int, ...] = ()
     seconds: float = 0.0
+    capabilities: tuple[CapabilityScore, ...] = ()
 
 
 # --- costs

@@ -24,12 +24,13 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
     """
     with open_run(profile, Path(workspace)) as run:
         parent, corpus = stages.prepare(run)
+        capabilities = stages.prepare_capabilities(run, parent, corpus)
         run.log_inputs(parent, corpus)
         records = stages.record(run, parent, corpus)
         blocks = stages.distill_all(run, parent, corpus, records)
         costs = stages.measure(run, parent)
         run.log_costs(costs)
-        scores = stages.score_all(run, parent, corpus, records, blocks)
+        scores = stages.score_all(run, parent, corpus, records, blocks, capabilities)
         scores = number_types.score_types(run, (parent, corpus), records, blocks, scores, costs)
         run.log_library(parent, corpus, blocks, scores, costs)
 
