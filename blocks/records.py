@@ -63,7 +63,7 @@ class CorpusInfo(Value):
 
     Beside them int64 `train_starts` and so on: how many tokens of the split come before each of its documents.
     weighted: and float32 `train_weights` and so on, (sequences, length): how much the prediction at each token counts,
-    1 on average.
+    1 on average. capability: whose text it is; "" for the profile's corpus.
     """
 
     tokens: Ref
@@ -75,6 +75,7 @@ class CorpusInfo(Value):
     documents: int
     description: str = ""
     weighted: bool = False
+    capability: str = ""
 
 
 # --- recording, blocks, scores
@@ -485,6 +486,19 @@ class LimitKept(Value):
     measured: Metric | None = None
 
 
+class OnCapability(Value):
+    """A model on the test sequences of a capability. predicted_kl: the sum of scores, before GKD. samples and
+    documents: as in a Candidate.
+    """
+
+    loss: Metric
+    kl: Metric
+    top1_agreement: Metric
+    predicted_kl: float | None = None
+    samples: dict[str, tuple[float, ...]] = {}
+    documents: tuple[int, ...] = ()
+
+
 class Candidate(Value):
     """A model of the final table: the parent, the child or a baseline, before or after GKD.
 
@@ -495,8 +509,9 @@ class Candidate(Value):
     child have some. limits: the budget, and what the model takes of it. gkd_kept_start: the KL on the validation text
     before GKD, where no step of GKD lowered it. All of these are empty in reports of older versions. file_bytes: of the
     GGUF file that it is served from, where there is one; else 0. rounded_kl: on validation text
-    before and after the training that knows the rounding. cache: the type of llama.cpp's KV cache, where loss, kl and
-    top1_agreement are llama.cpp's own with such a cache; else they are torch's.
+    before and after the training that knows the rounding. capabilities: the same figures on each. cache: the type of
+    llama.cpp's KV cache, where loss, kl and top1_agreement are llama.cpp's own with such a cache; else they are
+    torch's.
     """
 
     name: str
@@ -526,6 +541,7 @@ class Candidate(Value):
     limits: tuple[LimitKept, ...] = ()
     file_bytes: int = 0
     cache: str = ""
+    capabilities: dict[str, OnCapability] = {}
 
 
 class StageTime(Value):

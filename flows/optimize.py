@@ -35,7 +35,7 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         run.log_library(parent, corpus, blocks, scores, costs)
 
         problem, near = stages.choose_child(run, parent, scores, costs)
-        teacher = whole_models.record_teacher(run, parent, corpus)
+        teacher = whole_models.record_teacher(run, parent, corpus, capabilities)
         names = ["child"] if len(near) == 1 else [f"candidate-{place}" for place in range(1, len(near) + 1)]
         racing = [contender(name, each, blocks) for name, each in zip(names, near, strict=True)]
         child, racers = whole_models.race(run, racing, teacher)
@@ -46,7 +46,7 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         baselines = [contender(name, one, whole if name == MINITRON else blocks) for name, one in rivals.items()]
         references = number_types.references(run, problem, child.architecture, own)
         assembled = number_types.with_files(run, [own, child, *baselines, *references], parent, corpus)
-        found = whole_models.evaluate_all(run, assembled, parent, corpus)
+        found = whole_models.evaluate_all(run, assembled, parent, corpus, capabilities)
 
         best = (
             best_baseline(child, baselines, found[2 : 2 + len(baselines)])
@@ -56,7 +56,7 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         best += [one for one in baselines if one.name == MINITRON and one not in best]
         distilled = whole_models.distill_globally(run, [child, *best], teacher)
         distilled = number_types.with_files(run, distilled, parent, corpus, teacher)
-        found += whole_models.evaluate_all(run, distilled, parent, corpus)
+        found += whole_models.evaluate_all(run, distilled, parent, corpus, capabilities)
         speed = whole_models.measure_speed(run, assembled, parent, costs)
 
         final = distilled[0] if distilled else assembled[1]

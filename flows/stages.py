@@ -135,19 +135,21 @@ def prepare(run: Run) -> tuple[ParentInfo, CorpusInfo]:
     check_search_space(profile, reader)
     for sentence in left_out(profile, reader):
         say(f"not tried: {sentence}")
-    return parent, _packed(run, "corpus", profile.corpus, parent)
+    return parent, _packed(run, "", profile.corpus, parent)
 
 
-def prepare_capabilities(run: Run, parent: ParentInfo, corpus: CorpusInfo) -> dict[str, CorpusInfo]:
+def prepare_capabilities(run: Run, parent: ParentInfo, corpus: CorpusInfo) -> list[CorpusInfo]:
     """The text of every capability that has its own. What stands in the corpus, or in one before it, is left out."""
-    found: dict[str, CorpusInfo] = {}
+    found: list[CorpusInfo] = []
     for name, one in run.profile.own_capabilities.items():
-        found[name] = _packed(run, f"corpus {name}", one.corpus, parent, (corpus, *found.values()))
+        found.append(_packed(run, name, one.corpus, parent, (corpus, *found)))
     return found
 
 
-def _packed(run: Run, name: str, wanted: Corpus, parent: ParentInfo, others: tuple[CorpusInfo, ...] = ()) -> CorpusInfo:
-    """A corpus with its text read and packed, and the parent's answers made where it asks for them."""
+def _packed(
+    run: Run, capability: str, wanted: Corpus, parent: ParentInfo, others: tuple[CorpusInfo, ...] = ()
+) -> CorpusInfo:
+    """A text read and packed, with the parent's answers where it asks for them. capability: whose; "": the corpus."""
     workspace, needs = run.workspace, ["parent"]
     if any(isinstance(source, ParentAnswersSource) for source in wanted.sources):
         with (
@@ -155,12 +157,12 @@ def _packed(run: Run, name: str, wanted: Corpus, parent: ParentInfo, others: tup
             run.stage("prompts") as progress,
         ):
             place = (parent, workspace, compute_of(run.profile), progress)
-            needs = [f"prompts of {name}"]
+            needs = [f"prompts {capability}".strip()]
             wanted = run.call(prompts_task, needs[0], wanted, *place, after=["parent"], limited=False)
     with exclusive(workspace, TaskKey(key="corpus", what="the corpus")), run.stage("corpus"):
         read = (wanted, workspace / parent.folder, parent.fingerprint, workspace, others)
-        corpus: CorpusInfo = run.call(corpus_task, name, *read, after=needs, limited=False)
-    return corpus
+        corpus: CorpusInfo = run.call(corpus_task, f"corpus {capability}".strip(), *read, after=needs, limited=False)
+    return corpus.model_copy(update={"capability": capability})
 
 
 def recording(run: Run, parent: ParentInfo, corpus: CorpusInfo) -> Recording:
@@ -328,11 +330,11 @@ def score_all(
     corpus: CorpusInfo,
     records: Sequence[LayerRecord],
     blocks: Iterable[BlockRecord],
-    capabilities: Mapping[str, CorpusInfo] | None = None,
+    capabilities: Sequence[CorpusInfo] = (),
     name: str = "score",
 ) -> list[Score]:
     """Replace-1-block scores of every block that did not fail, on the corpus and on the text of every capability."""
-    scored = scoring.scoring_sets(run.profile, corpus, capabilities or {}, records[-1])
+    scored = scoring.scoring_sets(run.profile, corpus, capabilities, records[-1])
     usable = [block for block in blocks if block.status != "failed"]
     missing = {
         place: list(dict.fromkeys(block.layer for block in usable if each.stored(block, run.workspace) is None))
@@ -343,7 +345,7 @@ def score_all(
         work = [(block, shard.sequences) for block in usable if block.layer == layer]
         values = (work, records[layer], shard, parent, worker_slot(run.profile), str(run.workspace))
         needs = [*(block.key for block, _ in work), f"record {layer}", f"record {len(records) - 1}"]
-        return call(score_task, " ".join(filter(None, [f"score {layer}", shard.text.capability])), *values, after=needs)
+        return call(score_task, f"score {layer} {shard.capability}".strip(), *values, after=needs)
 
     for place, each in enumerate(scored):
         for layer in dict.fromkeys(block.layer for block in usable if block.layer not in missing[place]):

@@ -11,7 +11,7 @@ from blocks.records import Answer, CorpusInfo, CostTable, ParentInfo, Racer, Spe
 from flows.run import Run, task_of
 from flows.stages import cost_tasks
 from flows.tracked_run import TrackedRun
-from profiles.schema import Profile
+from profiles.schema import GENERAL, Profile
 from tasks.distill import gkd_job, gkd_targets
 from tasks.distill.gkd import Seen, Watch
 from tasks.distill.record import open_parent
@@ -28,12 +28,14 @@ from tasks.running.workers import compute_of
 
 
 @task_of("record the parent for GKD", "record the parent for GKD")
-def teacher_task(parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path, progress: Any) -> Any:
+def teacher_task(
+    parent: ParentInfo, corpus: CorpusInfo, mixed: gkd_targets.Mixed, profile: Profile, workspace: Path, progress: Any
+) -> Any:
     """See tasks.distill.gkd_targets.record_teacher."""
     compute = compute_of(profile)
-    key = f"teacher-{gkd_targets.teacher_key(parent, corpus, profile.gkd, compute)}"
+    key = f"teacher-{gkd_targets.teacher_key(parent, corpus, profile.gkd, compute, mixed)}"
     with exclusive(workspace, TaskKey(key=key, what="the recording of the parent for GKD")):
-        return gkd_targets.record_teacher(parent, corpus, profile.gkd, workspace, compute, progress)
+        return gkd_targets.record_teacher(parent, corpus, profile.gkd, workspace, compute, progress, mixed)
 
 
 @task_of("GKD", "GKD of {which.name}")
@@ -84,14 +86,15 @@ def _all_of(devices: Sequence[str]) -> Iterator[None]:
         yield
 
 
-@task_of("evaluate", "evaluate {which.name} ({which.stage})")
+@task_of("evaluate", "evaluate {which.name} ({which.stage}) {corpus.capability}")
 def evaluate_task(which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path) -> Any:
     """See tasks.evaluate.compare.evaluate_contender."""
     dtype = child_dtype(profile.hardware, open_parent(workspace / parent.folder))
     compute = compute_of(profile)
-    key = digest_of(path=compare.evaluation_path(which, parent, corpus, profile.evaluate, compute, dtype))
+    asked = compare.on_capability(profile.evaluate, corpus) if corpus.capability else profile.evaluate
+    key = digest_of(path=compare.evaluation_path(which, parent, corpus, asked, compute, dtype))
     with exclusive(workspace, TaskKey(key=f"evaluate-{key}", what=f"the evaluation of {which.name}")):
-        return compare.evaluate_contender(which, parent, corpus, profile.evaluate, workspace, compute, dtype)
+        return compare.evaluate_contender(which, parent, corpus, asked, workspace, compute, dtype)
 
 
 @task_of("answers", "answers of {which.name}")
@@ -125,12 +128,18 @@ def made_of(which: Contender) -> str:
     return {"parent": "corpus", "assembled": "choice", "distilled": f"GKD {which.name}"}[which.stage]
 
 
-def record_teacher(run: Run, parent: ParentInfo, corpus: CorpusInfo) -> gkd_targets.TeacherRecord | None:
+def record_teacher(
+    run: Run, parent: ParentInfo, corpus: CorpusInfo, capabilities: Sequence[CorpusInfo] = ()
+) -> gkd_targets.TeacherRecord | None:
     """The parent's targets of GKD, once for all that are distilled; None where nobody is."""
+    mixed, weights = gkd_targets.Mixed(), run.profile.capability_weights
+    if capabilities:
+        shares = (weights[GENERAL], *(weights[one.capability] for one in capabilities))
+        mixed = gkd_targets.Mixed(capabilities=tuple(capabilities), shares=shares)
     if not run.profile.gkd.steps:
         return None
     with run.stage("GKD parent") as progress:
-        values: tuple[Any, ...] = (parent, corpus, run.profile, run.workspace, progress)
+        values: tuple[Any, ...] = (parent, corpus, mixed, run.profile, run.workspace, progress)
         teacher: gkd_targets.TeacherRecord = run.call(teacher_task, "GKD parent", *values, after=["corpus"])
     return teacher
 
@@ -163,15 +172,27 @@ def race(
     return winner.model_copy(update={"name": "child"}), racers
 
 
-def evaluate_all(run: Run, contenders: Sequence[Contender], parent: ParentInfo, corpus: CorpusInfo) -> list[Evaluation]:
-    """Evaluations in order, with progress."""
-    found: list[Evaluation] = []
+def evaluate_all(
+    run: Run,
+    contenders: Sequence[Contender],
+    parent: ParentInfo,
+    corpus: CorpusInfo,
+    capabilities: Sequence[CorpusInfo] = (),
+) -> list[Evaluation]:
+    """Evaluations in order, with progress; on the corpus, and on the text of every capability."""
+    found: list[dict[str, Evaluation]] = [{} for _ in contenders]
+    texts, done = (corpus, *capabilities), 0
     with run.stage("evaluate") as progress:
-        for done, which in enumerate(contenders, start=1):
-            makes, values = f"evaluation {which.name} {which.stage}", (which, parent, corpus, run.profile)
-            found.append(run.call(evaluate_task, makes, *values, run.workspace, after=[made_of(which)]))
-            progress(done, len(contenders), f"{which.name} KL {found[-1].quality.kl.value:.3f}")
-    return found
+        for text in texts:  # the parent's side of a text is there for all models
+            for which, own in zip(contenders, found, strict=True):
+                makes = f"evaluation {which.name} {which.stage} {text.capability}".strip()
+                values = (which, parent, text, run.profile, run.workspace)
+                one: Evaluation = run.call(evaluate_task, makes, *values, after=[made_of(which)])
+                own[text.capability], done = one, done + 1
+                where = f" on {text.capability}" if text.capability else ""
+                said = f"{which.name}{where} KL {one.quality.kl.value:.3f}"
+                progress(done, len(texts) * len(contenders), said)
+    return [own.pop("").model_copy(update={"capabilities": own}) for own in found]
 
 
 def distill_globally(

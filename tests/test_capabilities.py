@@ -1,7 +1,8 @@
-"""Capabilities: their text apart from the corpus, scores on each, the weighed sum, limits in the MIP and their prices."""
+"""Capabilities: text apart from the corpus, scores on each, their sum, limits in the MIP, GKD and the judgement."""
 
 import itertools
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,25 @@ from pydantic import ValidationError
 from blocks.compute import HOST
 from blocks.errors import InfeasibleBudget
 from blocks.library import read_tensors
-from blocks.records import CapabilityScore, LayerChoice, Score
+from blocks.records import CapabilityScore, CorpusInfo, LayerChoice, Metric, Score
 from profiles.load import load_profile
 from profiles.schema import (
+    GKD,
     Budget,
     Capability,
     Corpus,
+    Evaluate,
     NeedlesSource,
     PassagesSource,
     Profile,
     PythonStdlibSource,
 )
+from tasks.distill import gkd_job
+from tasks.distill.gkd import GKDResult, Seen
+from tasks.distill.gkd_settings import texts_of_steps
+from tasks.distill.gkd_targets import Mixed, record_teacher
+from tasks.evaluate import compare
+from tasks.evaluate.budget import capability_limits, figure_words, state_of
 from tasks.inputs.corpus import prepare_corpus, weights_of
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.near_duplicates import KnownRuns
@@ -36,8 +45,9 @@ from tasks.search.solve import choose_joint, front, front_values, prices
 from tasks.search.totals import Problem, kl_on, make_problem, score_of, within_budget
 from tasks.search.view import library_of, request_of
 from tasks.studies.peers import find
-from tests.chain import CORPUS, Chain
+from tests.chain import CORPUS, Chain, chosen
 from tests.test_choose import ATTENTIONS, CHAT, EXACT, FFNS, costs_of, score
+from tests.test_gkd import CHILD, SETTINGS
 
 LABELS = {"attention": ATTENTIONS, "ffn": FFNS}
 SPLITS = ["train", "validation", "test"]
@@ -169,7 +179,8 @@ def test_types_of_number_are_refused_with_capabilities() -> None:
 
 def test_scores_from_tokens_are_those_from_recorded_states(chain: Chain) -> None:
     """The corpus itself as a capability: its states were recorded, a capability's are computed."""
-    twin = ScoringSet(corpus=chain.corpus, last=chain.records[-1], count=6, length=32, capability="twin")
+    same = chain.corpus.model_copy(update={"capability": "twin"})
+    twin = ScoringSet(corpus=same, last=chain.records[-1], count=6, length=32)
     blocks = [block for block in chain.blocks if block.layer == 1 and block.status != "failed"]
     work = [(block, twin.sequences) for block in blocks]
     made = score_sequences(work, chain.records[1], twin, chain.parent, chain.workspace, HOST)
@@ -179,6 +190,100 @@ def test_scores_from_tokens_are_those_from_recorded_states(chain: Chain) -> None
         (own,) = one.capabilities
         assert own.name == "twin" and own.kl_per_sequence == pytest.approx(one.kl_per_sequence, rel=1e-3, abs=1e-6)
         assert own.documents == one.documents
+
+
+# --- GKD and the judgement
+
+
+def needles_of(chain: Chain) -> CorpusInfo:
+    """A capability of 64 tokens a sequence, twice those of the corpus, where answers count alone."""
+    sources = (NeedlesSource(kind="needles", documents=80, facts=8, distance=3),)
+    asked = Corpus(
+        sources=sources,
+        sequence_length=64,
+        prompt_weight=0,
+        train_sequences=8,
+        validation_sequences=4,
+        test_sequences=4,
+    )
+    folder = chain.workspace / chain.parent.folder
+    found = prepare_corpus(asked, folder, chain.parent.fingerprint, chain.workspace, (chain.corpus,))
+    return found.model_copy(update={"capability": "retrieval"})
+
+
+def test_steps_are_shared_out_by_the_weights() -> None:
+    order = texts_of_steps(40, (0.5, 0.3, 0.0, 0.2))
+    for count in range(1, 41):
+        done = [sum(text == place for text, _ in order[:count]) for place in range(4)]
+        assert all(abs(one - share * count) <= 1 for one, share in zip(done, (0.5, 0.3, 0.0, 0.2), strict=True))
+    assert [before for text, before in order if text == 1] == list(range(12))
+    assert texts_of_steps(5, (1.0,)) == [(0, step) for step in range(5)]
+
+
+def trained(chain: Chain, shares: tuple[float, ...], seen: list[Seen], **changes: Any) -> GKDResult:
+    texts = (needles_of(chain),) if len(shares) > 1 else ()
+    settings = GKD(**(SETTINGS | changes))
+    mixed = Mixed(capabilities=texts, shares=shares)
+    teacher = record_teacher(chain.parent, chain.corpus, settings, chain.workspace, HOST, mixed=mixed)
+    job = gkd_job.job_of(CHILD, chain.blocks, teacher, settings, HOST)
+    shutil.rmtree(chain.workspace / job.folder, ignore_errors=True)
+    return gkd_job.distill_globally(job, chain.workspace, HOST, watch=seen.append)
+
+
+def test_a_capability_without_weight_changes_nothing_in_gkd(chain: Chain) -> None:
+    """It is watched alone."""
+    seen: list[Seen] = []
+    alone, watched = trained(chain, (1.0,), []), trained(chain, (1.0, 0.0), seen)
+    assert watched.weights.sha256 == alone.weights.sha256 and watched.curve == alone.curve
+    assert {name for one in seen for name in one.on_each} == {"general", "retrieval"}
+
+
+def test_gkd_on_a_mixture_brings_the_child_nearer_on_both_and_keeps_the_best_of_the_sum(chain: Chain) -> None:
+    seen: list[Seen] = []
+    only: list[Seen] = []
+    found, alone = trained(chain, (0.5, 0.5), seen, steps=20), trained(chain, (1.0, 0.0), only, steps=20)
+    measured = [one for one in seen if one.on_each]
+    for one in measured:
+        assert one.validation_kl == pytest.approx((one.on_each["general"] + one.on_each["retrieval"]) / 2)
+    assert found.best_kl == min(kl for _, kl in found.curve) < found.curve[0][1]
+    assert found.tokens == 10 * 4 * 32 + 10 * 4 * 64 and alone.tokens == 20 * 4 * 32
+    assert measured[-1].on_each["retrieval"] < [one for one in only if one.on_each][-1].on_each["retrieval"]
+
+
+def test_recorded_targets_of_a_mixture_are_those_of_the_parent_beside(chain: Chain) -> None:
+    recorded, beside = trained(chain, (0.5, 0.5), []), trained(chain, (0.5, 0.5), [], recorded_gib=0)
+    assert recorded.weights.sha256 == beside.weights.sha256
+
+
+def test_a_child_is_judged_by_the_tokens_that_show_the_capability(chain: Chain) -> None:
+    text = needles_of(chain)
+    asked = compare.on_capability(Evaluate(sequences=6, benchmarks=("piqa",)), text)
+    assert asked.sequences == 4 and not asked.benchmarks
+    which = compare.contender("child", chosen(CHILD), chain.blocks)
+    found = compare.evaluate_contender(which, chain.parent, text, asked, chain.workspace, HOST)
+    plain = text.model_copy(update={"capability": ""})
+    alike = compare.evaluate_contender(which, chain.parent, plain, asked, chain.workspace, HOST)
+    assert found.quality.kl != alike.quality.kl
+    tokens = read_tensors(chain.workspace, text.tokens, ["test"])["test"]
+    weights = weights_of(text, "test", chain.workspace)
+    assert weights is not None
+    model = compare.build(which, chain.parent, chain.workspace, HOST)
+    with torch.no_grad():
+        ours, theirs = (one(tokens.long()).logits.log_softmax(-1) for one in (model, chain.reader.model()))
+    by_hand = ((theirs.exp() * (theirs - ours)).sum(-1) * weights).mean(1)
+    assert found.samples["kl"] == pytest.approx(by_hand.tolist(), rel=1e-3)
+    assert len(set(found.documents)) > 1
+
+
+def test_a_limit_is_asked_predicted_measured_and_judged() -> None:
+    asked = problem({"general": 1.0, "retrieval": 1.0}, {"retrieval": 0.3, "general": 0.2})
+    architecture = choose(asked)
+    kl = {"general": Metric(value=0.5, se=0.01, n=9), "retrieval": Metric(value=0.1, se=0.01, n=9)}
+    limits = {one.name: one for one in capability_limits(asked, architecture, kl)}
+    assert limits["max_kl of retrieval"].got == kl_on(asked, architecture.layers, "retrieval")
+    assert state_of(limits["max_kl of retrieval"], "") == state_of(limits["max_kl of retrieval"], "busy") == "kept"
+    assert state_of(limits["max_kl of general"], "") == "not kept"
+    assert figure_words(limits["max_kl of general"], 0.2) == "0.2 nats per token"
 
 
 # --- the weighed sum

@@ -74,6 +74,14 @@ def of_sequences(candidate: Candidate, name: str) -> Reading | None:
     return Reading(metric=metric, estimate=estimates.mean(values, candidate.sample_documents))
 
 
+def on_capability(candidate: Candidate, capability: str, name: str) -> Reading | None:
+    """Loss, kl or top1_agreement on the test sequences of a capability."""
+    found = candidate.capabilities.get(capability)
+    if found is None:
+        return None
+    return Reading(metric=getattr(found, name), estimate=estimates.mean(found.samples[name], found.documents))
+
+
 def of_items(candidate: Candidate, benchmark: str) -> Reading | None:
     """Accuracy on one benchmark."""
     metric, correct = candidate.benchmarks.get(benchmark), candidate.correct.get(benchmark)

@@ -201,6 +201,8 @@ def _candidate_figures(candidate: Candidate, parent: Candidate | None) -> dict[s
         )
     }
     measured |= {f"benchmark_{name}": metric for name, metric in candidate.benchmarks.items()}
+    for name, one in candidate.capabilities.items():
+        measured |= {f"{figure}_on_{name}": getattr(one, figure) for figure in ("kl", "loss", "top1_agreement")}
     if parent is not None:
         figures["parameters_fraction"] = candidate.parameters / parent.parameters
         figures["memory_fraction"] = candidate.memory_bytes / parent.memory_bytes

@@ -19,7 +19,7 @@ from tasks.libraries.reading import read_json
 from tasks.libraries.tables import validated
 from tasks.pages.front import front_of
 from tasks.pages.library_pictures import Front, draw_confidence, draw_front, draw_strip, draw_truth
-from tasks.pages.picture import draw_comparison
+from tasks.pages.picture import draw_capabilities, draw_comparison
 from tasks.pages.report import (
     BEST,
     BEST_MEANS,
@@ -146,6 +146,8 @@ def pictures_of(study: Study) -> dict[str, Figure]:
         found["truth"] = draw_truth(study.truth)
     if study.report is not None and any(candidate.kl for candidate in study.report.candidates):
         found["comparison"] = draw_comparison(study.report.candidates)
+    if study.report is not None and any(candidate.capabilities for candidate in study.report.candidates):
+        found["capabilities"] = draw_capabilities(study.report.candidates)
     return found
 
 
@@ -165,6 +167,7 @@ def render(study: Study, figures: dict[str, Figure]) -> str:
         "confidence": "how often each layer's choice recurs",
         "truth": "predicted against true",
         "comparison": "parent, child and baselines",
+        "capabilities": "the KL on the corpus and on every capability",
     }
     report = study.report
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(

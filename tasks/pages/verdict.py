@@ -107,7 +107,7 @@ def budget_rows(report: ChildReport) -> list[tuple[str, ...]]:
         (
             limit.name,
             asked_words(limit),
-            figure_words(limit, limit.got) + (", predicted" if limit.timed else ""),
+            figure_words(limit, limit.got) + (", predicted" if limit.timed or limit.measured else ""),
             "–" if limit.measured is None else figure_words(limit, limit.measured),
             state_of(limit, report.speed.disturbed),
         )
@@ -147,7 +147,7 @@ def findings(report: ChildReport) -> list[Finding]:
     child, parent = final_of(report.candidates, "child"), parent_of(report)
     if child is None:
         return []
-    found = [_budget(report, child), _quality(report, child)]
+    found = [_budget(report, child), _quality(report, child), _capabilities(child)]
     if _absurd(child) is not None:
         found.append(Finding(worse="is no usable model", unusable=True))
     if parent is None:
@@ -212,6 +212,15 @@ def _quality(report: ChildReport, child: Candidate) -> Finding:
     if open_:
         return Finding(line=line, unclear=f"whether it is nearer to its parent than {_named(open_)}")
     return Finding(line=line, better="is nearer to its parent than every baseline")
+
+
+def _capabilities(child: Candidate) -> Finding:
+    """The child on every capability; whether it keeps a limit there is said with the budget."""
+    each = [
+        f"{name} {rounded(one.kl)} (top-1 agreement {rounded(one.top1_agreement, 100)} %)"
+        for name, one in child.capabilities.items()
+    ]
+    return Finding(line=f"Capabilities, KL on text that no stage saw: {'; '.join(each)}." if each else "")
 
 
 def _is_rival(model: Candidate, disturbed: str) -> bool:

@@ -10,7 +10,7 @@ S = sequences, T = tokens, D = hidden_size, R = rows: the sequences of all varia
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -96,7 +96,7 @@ class ScoringSet:
 
     last: the record of the parent's last layer. It holds states of the corpus where all that was recorded fits in one
     shard; else, and for the text of a capability, they are computed from the tokens. first, count, length: which
-    sequences, and the tokens of each. capability: whose text it is; "" for the corpus.
+    sequences, and the tokens of each.
     """
 
     corpus: CorpusInfo
@@ -104,7 +104,11 @@ class ScoringSet:
     count: int
     length: int
     first: int = 0
-    capability: str = ""
+
+    @property
+    def capability(self) -> str:
+        """Whose text it is; "" for the corpus."""
+        return self.corpus.capability
 
     @property
     def text(self) -> ScoredText:
@@ -284,17 +288,15 @@ def stored_score(record: BlockRecord, sequences: Sequence[int], text: ScoredText
 
 
 def scoring_sets(
-    profile: Profile, corpus: CorpusInfo, capabilities: Mapping[str, CorpusInfo], last: LayerRecord
+    profile: Profile, corpus: CorpusInfo, capabilities: Iterable[CorpusInfo], last: LayerRecord
 ) -> list[ScoringSet]:
     """What blocks are scored on: the corpus first, then each capability's text."""
     length, count = profile.scoring.tokens_per_sequence or corpus.sequence_length, profile.scoring.sequences
     return [
         ScoringSet(corpus=corpus, last=last, count=count, length=length),
         *(
-            ScoringSet(
-                corpus=own, last=last, count=own.validation_sequences, length=own.sequence_length, capability=name
-            )
-            for name, own in capabilities.items()
+            ScoringSet(corpus=own, last=last, count=own.validation_sequences, length=own.sequence_length)
+            for own in capabilities
         ),
     ]
 

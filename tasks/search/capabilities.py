@@ -30,6 +30,9 @@ class Capabilities:
     most: Mapping[str, float] = field(default_factory=dict)
 
 
+NONE = Capabilities()
+
+
 def weighed(scores: Iterable[Score], capabilities: Capabilities) -> tuple[Score, ...]:
     """The scores with the weighed sum over all capabilities in the place of the score on the corpus, which becomes one
     of `capabilities`. As they are where there are no capabilities.

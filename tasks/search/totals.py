@@ -33,7 +33,7 @@ from blocks.records import (
 )
 from blocks.typed_labels import type_in
 from profiles.schema import Budget, Profile, Scenario, ScenarioBudget, Search
-from tasks.search.capabilities import Capabilities, InconsistentTables, weighed
+from tasks.search.capabilities import NONE, Capabilities, InconsistentTables, weighed
 
 ScoreMetric = Literal["kl", "lm_loss"]
 Quantity = Literal["runtime", "prefill", "memory", "parameters", "layer_parameters"]
@@ -62,7 +62,7 @@ class Problem:
     metric: ScoreMetric = "kl"
     reference: "Problem | None" = None
     within_score: float | None = None
-    capabilities: Capabilities = Capabilities()
+    capabilities: Capabilities = NONE
 
     @cached_property
     def cost_table(self) -> dict[tuple[str, str, str, int], Cost]:
@@ -133,7 +133,7 @@ def make_problem(
     scenarios: Iterable[Scenario],
     search: Search | None = None,
     metric: ScoreMetric = "kl",
-    capabilities: Capabilities = Capabilities(),
+    capabilities: Capabilities = NONE,
 ) -> Problem:
     """Gather and check the inputs of the search, and weigh the scores on capabilities.
 

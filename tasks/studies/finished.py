@@ -85,7 +85,7 @@ def open_finished(profile: Profile, workspace: Path) -> Finished:
     blocks = _blocks(profile, workspace, recording, records, reader)
     usable = [block for block in blocks if block.status != "failed"]
     # a score that is not a number is not kept (tasks/score/scoring.py), so some may lack
-    found = tuple(scores_of(usable, scoring_sets(profile, corpus, {}, records[-1]), workspace))
+    found = tuple(scores_of(usable, scoring_sets(profile, corpus, (), records[-1]), workspace))
     if not found:
         raise _unfinished(profile, workspace, "no scores")
     costs = costs_of(profile, parent, workspace)
