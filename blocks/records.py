@@ -469,6 +469,13 @@ class Answer(Value):
     loops: bool
 
 
+class Looping(Value):
+    """Whether a model looped (1) or not (0) on each of some beginnings of test text, and the document of each."""
+
+    loops: tuple[int, ...]
+    documents: tuple[int, ...]
+
+
 class LimitKept(Value):
     """One limit of the budget, by the profile's name, and what a model takes of it.
 
@@ -509,7 +516,8 @@ class Candidate(Value):
     child have some. limits: the budget, and what the model takes of it. gkd_kept_start: the KL on the validation text
     before GKD, where no step of GKD lowered it. All of these are empty in reports of older versions. file_bytes: of the
     GGUF file that it is served from, where there is one; else 0. rounded_kl: on validation text
-    before and after the training that knows the rounding. capabilities: the same figures on each. cache: the type of
+    before and after the training that knows the rounding. capabilities: the same figures on each. looping: of the
+    parent and the finished child, where the profile asks for a count. cache: the type of
     llama.cpp's KV cache, where loss, kl and top1_agreement are llama.cpp's own with such a cache; else they are
     torch's.
     """
@@ -542,6 +550,7 @@ class Candidate(Value):
     file_bytes: int = 0
     cache: str = ""
     capabilities: dict[str, OnCapability] = {}
+    looping: Looping | None = None
 
 
 class StageTime(Value):

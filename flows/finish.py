@@ -15,7 +15,17 @@ from prefect.settings import PREFECT_HOME
 from blocks.compute import HOST
 from blocks.errors import PuzzleError
 from blocks.library import digest_of, keep
-from blocks.records import Answer, BlockRecord, ChildReport, CorpusInfo, LimitKept, ParentInfo, Racer, SpeedReport
+from blocks.records import (
+    Answer,
+    BlockRecord,
+    ChildReport,
+    CorpusInfo,
+    LimitKept,
+    Looping,
+    ParentInfo,
+    Racer,
+    SpeedReport,
+)
 from blocks.resources import weight_bytes
 from flows.run import task_of
 from flows.tracked_run import TrackedRun
@@ -55,6 +65,7 @@ class Findings:
     evaluations: Sequence[Evaluation]
     speed: SpeedReport
     answers: Mapping[tuple[str, str], tuple[Answer, ...]]
+    looping: Mapping[tuple[str, str], Looping]
     race: tuple[Racer, ...]
 
 
@@ -103,6 +114,7 @@ def report_of(
             ).model_copy(
                 update={
                     "answers": found.answers.get((which.name, which.stage), ()),
+                    "looping": found.looping.get((which.name, which.stage)),
                     "limits": limits(which, evaluation),
                 }
             )

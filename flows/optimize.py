@@ -61,7 +61,8 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
 
         final = distilled[0] if distilled else assembled[1]
         said = whole_models.let_answer(run, [own, final], parent)
-        findings = Findings(evaluations=found, speed=speed, answers=said, race=racers)
+        looping = whole_models.count_loops(run, [own, final], parent, corpus)
+        findings = Findings(evaluations=found, speed=speed, answers=said, looping=looping, race=racers)
         source, library = (parent, corpus), (blocks, problem)
         return finish(run, final, report_of(run, final, assembled + distilled, findings, source, library))
 

@@ -241,8 +241,10 @@ def _priced(price: "Price", choice: "JointChoice") -> str:
         for step, value in price.resolved.items()
     ]
     many = price.unit == "parameters" and not price.share
+    near = price.unit == "nats per token"  # a nat is far more than any limit
     unit = "1 % of the parent's" if price.share else f"one {'million parameters' if many else price.unit}"
-    per_unit = price.per_unit * (0.01 if price.share else 1e6 if many else 1)
+    unit = f"0.01 {price.unit}" if near else unit
+    per_unit = price.per_unit * (0.01 if price.share or near else 1e6 if many else 1)
     moves += _without(price, choice)
     return (
         f"{price.budget}  {price.used / price.limit:.2%} used. If the budget were {unit} larger, the objective would "

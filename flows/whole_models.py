@@ -7,7 +7,7 @@ from typing import Any
 
 from blocks.devices import on_device
 from blocks.library import digest_of
-from blocks.records import Answer, CorpusInfo, CostTable, ParentInfo, Racer, SpeedReport
+from blocks.records import Answer, CorpusInfo, CostTable, Looping, ParentInfo, Racer, SpeedReport
 from flows.run import Run, task_of
 from flows.stages import cost_tasks
 from flows.tracked_run import TrackedRun
@@ -15,7 +15,7 @@ from profiles.schema import GENERAL, Profile
 from tasks.distill import gkd_job, gkd_targets
 from tasks.distill.gkd import Seen, Watch
 from tasks.distill.record import open_parent
-from tasks.evaluate import answers, compare
+from tasks.evaluate import answers, compare, loops
 from tasks.evaluate.compare import Contender, Evaluation
 from tasks.evaluate.race import race as race_of
 from tasks.evaluate.typed_file import as_served
@@ -103,6 +103,17 @@ def answers_task(which: Contender, parent: ParentInfo, profile: Profile, workspa
     key = digest_of(path=answers.answers_path(which, parent, profile.evaluate))
     with exclusive(workspace, TaskKey(key=f"answers-{key}", what=f"the answers of {which.name}")):
         return answers.answers_of(which, parent, profile.evaluate, workspace, compute_of(profile))
+
+
+@task_of("count loops", "count loops of {which.name}")
+def looping_task(
+    which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path, progress: Any
+) -> Any:
+    """See tasks.evaluate.loops.looping_of."""
+    key = digest_of(path=loops.looping_path(which, parent, corpus, profile.evaluate))
+    with exclusive(workspace, TaskKey(key=f"loops-{key}", what=f"the loops of {which.name}")):
+        source = (parent, corpus)
+        return loops.looping_of(which, source, profile.evaluate, workspace, compute_of(profile), progress)
 
 
 def _speed_key(_: Any, given: dict[str, Any]) -> str:
@@ -233,6 +244,22 @@ def let_answer(
             said = run.call(answers_task, f"answers {which.name}", *values, after=[made_of(which)]).answers
             found[which.name, which.stage] = said
             progress(done, len(contenders), f"{which.name}, {sum(answer.loops for answer in said)} of {len(said)} loop")
+    return found
+
+
+def count_loops(
+    run: Run, contenders: Sequence[Contender], parent: ParentInfo, corpus: CorpusInfo
+) -> dict[tuple[str, str], Looping]:
+    """How often each loops on beginnings of test text, by name and stage; nothing where the profile asks for none."""
+    if not run.profile.evaluate.loop_prompts:
+        return {}
+    found: dict[tuple[str, str], Looping] = {}
+    with run.stage("loops") as progress:
+        for which in contenders:
+            values = (which, parent, corpus, run.profile, run.workspace, progress)
+            found[which.name, which.stage] = run.call(
+                looping_task, f"answers loops {which.name}", *values, after=[made_of(which)]
+            )
     return found
 
 

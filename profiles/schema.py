@@ -332,7 +332,8 @@ class Capability(Corpus):
     """
 
     sources: tuple[CorpusSource, ...] = Field(
-        default=(), description="Where its text comes from. `general` alone has none: it is the profile's corpus."
+        default=(),
+        description="Where its text comes from, as in `corpus`. `general` alone has none: it is the profile's corpus.",
     )
     train_sequences: PositiveInt = Field(default=128, description="Number of sequences for GKD.")
     validation_sequences: PositiveInt = Field(
@@ -935,6 +936,13 @@ class Evaluate(Section):
         "of ours.",
     )
     answer_tokens: int = Field(default=60, ge=1, le=4096, description="Highest number of tokens of an answer.")
+    loop_prompts: int = Field(
+        default=0,
+        ge=0,
+        description="Number of beginnings of test text that parent and finished child go on from, to count how often "
+        "each loops. 0: nobody counts.",
+        examples=[200],
+    )
 
 
 class Champion(Section):

@@ -14,7 +14,18 @@ from pydantic import ValidationError
 from blocks.compute import HOST
 from blocks.errors import InfeasibleBudget
 from blocks.library import read_tensors
-from blocks.records import CapabilityScore, CorpusInfo, LayerChoice, Metric, Score
+from blocks.records import (
+    Candidate,
+    CapabilityScore,
+    ChildReport,
+    CorpusInfo,
+    LayerChoice,
+    LimitKept,
+    Looping,
+    Metric,
+    OnCapability,
+    Score,
+)
 from profiles.load import load_profile
 from profiles.schema import (
     GKD,
@@ -32,11 +43,17 @@ from tasks.distill.gkd import GKDResult, Seen
 from tasks.distill.gkd_settings import texts_of_steps
 from tasks.distill.gkd_targets import Mixed, record_teacher
 from tasks.evaluate import compare
+from tasks.evaluate.answers import greedy
 from tasks.evaluate.budget import capability_limits, figure_words, state_of
+from tasks.evaluate.loops import beginnings, continued, looping_of
 from tasks.inputs.corpus import prepare_corpus, weights_of
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.near_duplicates import KnownRuns
 from tasks.inputs.questions import needles, passages
+from tasks.libraries.tables import read_table, write_tables
+from tasks.operating.run_figures import report_metrics
+from tasks.pages.report import comparison_rows, write_report
+from tasks.pages.verdict import budget_rows, evidence, warnings
 from tasks.score.scoring import ScoringSet, score_key, score_sequences, scores_of
 from tasks.search.capabilities import Capabilities, weighed
 from tasks.search.choose import choose
@@ -48,6 +65,7 @@ from tasks.studies.peers import find
 from tests.chain import CORPUS, Chain, chosen
 from tests.test_choose import ATTENTIONS, CHAT, EXACT, FFNS, costs_of, score
 from tests.test_gkd import CHILD, SETTINGS
+from tests.test_report import report_of
 
 LABELS = {"attention": ATTENTIONS, "ffn": FFNS}
 SPLITS = ["train", "validation", "test"]
@@ -275,6 +293,66 @@ def test_a_child_is_judged_by_the_tokens_that_show_the_capability(chain: Chain) 
     assert len(set(found.documents)) > 1
 
 
+def test_beginnings_are_spread_over_the_split_and_end_at_what_ends_an_answer(chain: Chain) -> None:
+    tokens = torch.arange(4 * 128).view(4, 128)
+    pieces, rows = beginnings(tokens, 8)
+    assert rows == [0, 0, 1, 1, 2, 2, 3, 3] and pieces[:, 0].tolist() == [64 * piece for piece in range(8)]
+    assert len(beginnings(tokens, 100)[1]) == 16
+    parent = compare.parent_contender(chosen(CHILD))
+    asked = Evaluate(loop_prompts=6, answer_tokens=30)
+    found = looping_of(parent, (chain.parent, chain.corpus), asked, chain.workspace, HOST)
+    prompts, _ = beginnings(read_tensors(chain.workspace, chain.corpus.tokens, ["test"])["test"], 6)
+    model = chain.reader.model()
+    for prompt, together in zip(prompts, continued(model, prompts, 30, frozenset((7,))), strict=True):
+        assert together == greedy(model, prompt.tolist(), 30, frozenset((7,)))[0]
+    assert len(found.loops) == len(found.documents) == 6
+    assert looping_of(parent, (chain.parent, chain.corpus), asked, chain.workspace, HOST) == found
+
+
+def reported(rows: tuple[Candidate, ...]) -> ChildReport:
+    return report_of().model_copy(update={"candidates": rows})
+
+
+def test_a_child_that_loops_more_than_its_parent_heads_the_report() -> None:
+    documents = tuple(range(20))
+    theirs, ours = (Looping(loops=(1,) * count + (0,) * (20 - count), documents=documents) for count in (4, 7))
+    rows = report_of().candidates
+    theirs_too = {"parent": theirs, "child": theirs}
+
+    def told(counted: dict[str, Looping]) -> list[str]:
+        return warnings(reported(tuple(one.model_copy(update={"looping": counted.get(one.name)}) for one in rows)))
+
+    first = told({"parent": theirs, "child": ours})[0]
+    assert "loops when it goes on from 35 % of 20 beginnings" in first and "its parent from 20 %: +15.0 " in first
+    assert not any("goes on from" in line for line in told(theirs_too))
+
+
+def test_the_report_shows_every_capability(tmp_path: Path) -> None:
+    each = OnCapability(
+        loss=Metric(value=1.0, se=0.1, n=3),
+        kl=Metric(value=0.25, se=0.02, n=3),
+        top1_agreement=Metric(value=0.8, se=0.02, n=3),
+        predicted_kl=0.2,
+        samples={"kl": (0.2, 0.25, 0.3)},
+    )
+    limit = LimitKept(name="max_kl of retrieval", asked=0.5, floor=False, got=0.2, measured=each.kl)
+    rows = [
+        one.model_copy(update={"capabilities": {"retrieval": each}, "limits": (limit,)})
+        for one in report_of().candidates
+    ]
+    whole = reported(tuple(rows))
+    assert {"KL on retrieval", "predicted KL on retrieval"} <= {row.label for row in comparison_rows(whole)}
+    assert budget_rows(whole)[0][1:] == (
+        "at most 0.5 nats per token",
+        "0.2 nats per token, predicted",
+        "0.250 ±0.020 nats per token",
+        "kept",
+    )
+    assert any("retrieval 0.250 ±0.020" in line for line in evidence(whole))
+    assert report_metrics(whole)["child_gkd/kl_on_retrieval"] == 0.25
+    assert (tmp_path / "capabilities.png") in write_report(whole, tmp_path)
+
+
 def test_a_limit_is_asked_predicted_measured_and_judged() -> None:
     asked = problem({"general": 1.0, "retrieval": 1.0}, {"retrieval": 0.3, "general": 0.2})
     architecture = choose(asked)
@@ -318,6 +396,15 @@ def test_the_sum_is_weighed_and_its_error_is_that_of_a_stratified_sample() -> No
 def test_a_score_that_lacks_a_capability_is_told() -> None:
     with pytest.raises(Exception, match="has no score on the capability memory"):
         weighed(problem({"general": 1.0}).scores, Capabilities(weights={"general": 0.5, "memory": 0.5}))
+
+
+def test_scores_on_capabilities_come_back_from_a_table(tmp_path: Path) -> None:
+    scores = problem({"general": 1.0, "code": 1.0}).scores
+    digests = write_tables(
+        tmp_path, {"scores": scores, "bare": [one.model_copy(update={"capabilities": ()}) for one in scores]}
+    )
+    assert read_table(tmp_path, digests, "scores", Score) == scores
+    assert all(not one.capabilities for one in read_table(tmp_path, digests, "bare", Score))
 
 
 # --- limits

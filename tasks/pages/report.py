@@ -30,6 +30,7 @@ from tasks.evaluate.standing import (
     gain_of,
     of_all_items,
     of_items,
+    of_loops,
     of_sequences,
     on_capability,
     over_parent,
@@ -102,23 +103,25 @@ def _quality_rows(report: ChildReport) -> list[Row]:
         _row("loss, nats", candidates, lambda model: of_sequences(model, "loss"), less=True),
         _row("top-1 agree, %", candidates, lambda model: of_sequences(model, "top1_agreement"), scale=100),
         *_accuracy_rows(report),
+        _row("loops, %", candidates, of_loops, less=None, scale=100),
         Row(label="answers that loop", cells=tuple(_looping(model) for model in candidates), best=frozenset()),
     ]
 
 
 def _capability_rows(report: ChildReport) -> list[Row]:
     """The KL on the test text of every capability, and the one that was predicted."""
-    candidates, rows = report.candidates, list[Row]()
-    for name in dict.fromkeys(name for model in candidates for name in model.capabilities):
-        rows += [
-            _row(f"KL on {name}", candidates, lambda model, name=name: on_capability(model, name, "kl"), less=True),  # type: ignore[misc]
-            _row(
-                f"predicted KL on {name}",
-                candidates,
-                lambda model, name=name: counted(model.capabilities[name].predicted_kl),  # type: ignore[misc]
-                less=None,
-            ),
-        ]
+    rows = []
+    for name in dict.fromkeys(name for model in report.candidates for name in model.capabilities):
+
+        def predicted(model: Candidate, name: str = name) -> Reading | None:
+            found = model.capabilities.get(name)
+            return counted(found.predicted_kl if found else None)
+
+        def measured(model: Candidate, name: str = name) -> Reading | None:
+            return on_capability(model, name, "kl")
+
+        rows.append(_row(f"KL on {name}", report.candidates, measured, less=True))
+        rows.append(_row(f"predicted KL on {name}", report.candidates, predicted, less=None))
     return rows
 
 
