@@ -1133,7 +1133,8 @@ class Profile(Section):
     @model_validator(mode="after")
     def _capabilities_have_text(self) -> Self:
         for name, one in self.capabilities.items():
-            beside = sorted(one.model_fields_set - {"weight", "max_kl"})
+            defaults = {field: Capability.model_fields[field].default for field in Corpus.model_fields}
+            beside = [field for field in defaults if getattr(one, field) != defaults[field]]
             if name == GENERAL and beside:
                 raise ValueError(
                     f"capabilities.{GENERAL} is the profile's corpus, so it has no {beside[0]} of its own: set "

@@ -175,6 +175,7 @@ def test_only_answers_count_where_the_prompt_weighs_nothing(chain: Chain) -> Non
     ("given", "told"),
     [
         ({"general": {"sources": [{"kind": "needles"}]}}, "set corpus.sources"),
+        ({"general": {"sequence_length": 64}}, "set corpus.sequence_length"),
         ({"rag": {"weight": 2}}, "capabilities.rag needs sources"),
         ({"general": {"weight": 0}, "rag": {"sources": [{"kind": "needles"}], "weight": 0}}, "all weights are 0"),
         ({"rag": {"sources": [{"kind": "needles"}], "train_sequences": 2}}, "raise the first"),
