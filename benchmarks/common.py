@@ -20,7 +20,7 @@ from blocks.errors import PuzzleError  # noqa: E402
 from blocks.files import write_text  # noqa: E402
 from blocks.parent import Parent  # noqa: E402
 from blocks.records import ChildReport, CorpusInfo, LayerRecord, ParentInfo  # noqa: E402
-from blocks.runtime import set_threads  # noqa: E402
+from blocks.runtime import configure_torch  # noqa: E402
 from flows.page import finished_run  # noqa: E402
 from profiles.load import load_profile  # noqa: E402
 from profiles.schema import Profile  # noqa: E402
@@ -70,7 +70,7 @@ def open_bench(options: argparse.Namespace) -> Bench:
     profile = load_profile(options.profile, options.set)
     workspace = (options.workspace or ROOT / "workspace" / profile.name).resolve()
     workspace.mkdir(parents=True, exist_ok=True)
-    set_threads(profile.hardware.threads)
+    configure_torch(profile.hardware.threads)
     parent = prepare_parent(profile.parent, workspace, lambda: iterate_documents(profile.corpus))
     corpus = prepare_corpus(profile.corpus, workspace / parent.folder, parent.fingerprint, workspace)
     reader = open_parent(workspace / parent.folder, HOST)

@@ -21,7 +21,7 @@ from blocks.errors import first_line
 from blocks.export_code.families_decilm import FAMILIES
 from blocks.kinds import kinds
 from blocks.records import SUBBLOCKS, LayerRecord, Subblock
-from blocks.runtime import set_threads
+from blocks.runtime import configure_torch
 from tasks.distill.record import Recording, record_layer
 from tasks.export.folder import export_folder
 from tests.families import (
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", default=[*FAMILIES])
     names = parser.parse_args().families
-    set_threads(1)
+    configure_torch(1)
     started = time.process_time()
     columns = [
         (part, LABELS.get(kind.name, kind.name)) for part in SUBBLOCKS for kind in kinds(part) if kind.name != "parent"

@@ -134,22 +134,20 @@ class Chain:
         place: tuple[Path, Compute] = (self.workspace, self.compute)
         wanted = recording_of(profile, self.parent, self.corpus, self.compute)
         work = effort.record_work(shape)
-        records = self.timed(
-            "record", lambda: [record_layer(i, wanted, *place) for i in range(depth)], work.product + work.packed
-        )
+        records = self.timed("record", lambda: [record_layer(i, wanted, *place) for i in range(depth)], work.product)
         jobs, work = jobs_of(profile, wanted, records, self.reader), effort.distill_work(shape, depth)
         blocks = self.timed("distill", lambda: [distill(job, *place) for job in jobs], work.product / effort.ATTEMPTS)
         work = effort.score_work(shape, range(depth))
-        scores = self.timed("score", lambda: self.scored(records, blocks), work.product + work.packed)
+        scores = self.timed("score", lambda: self.scored(records, blocks), work.product)
         layers = chosen(scores, depth)
         work, kept = effort.teacher_work(shape), self.share(layers)
         teacher = self.timed(
             "GKD parent",
             lambda: record_teacher(self.parent, self.corpus, profile.gkd, *place),
-            work.product + work.packed,
+            work.product,
         )
         job, work = job_of(layers, blocks, teacher, profile.gkd, self.compute), effort.gkd_work(shape, *kept)
-        result = self.timed("GKD child", lambda: distill_globally(job, *place), work.product + work.packed)
+        result = self.timed("GKD child", lambda: distill_globally(job, *place), work.product)
         return records, blocks, scores, result
 
     def scoring_set(self, records: Sequence[LayerRecord]) -> ScoringSet:

@@ -22,7 +22,7 @@ from blocks.compute import HOST
 from blocks.estimates import Estimate
 from blocks.library import BlockLibrary, read_tensors, read_value, write_value
 from blocks.records import BlockRecord, LayerChoice, LayerRecord, Score, Value
-from blocks.runtime import set_threads
+from blocks.runtime import configure_torch
 from profiles.load import load_profile
 from profiles.schema import Profile
 from tasks.distill.bld import Job
@@ -113,7 +113,7 @@ def asked(options: argparse.Namespace) -> Run:
     profile = load_profile(options.profile, [*SETTINGS, *options.set])
     workspace = (options.workspace or ROOT / "workspace" / "more-tokens").resolve()
     workspace.mkdir(parents=True, exist_ok=True)
-    set_threads(profile.hardware.threads)
+    configure_torch(profile.hardware.threads)
     return Run(
         profile=profile,
         workspace=workspace,

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.common import ROOT, arguments, table, write_page
 from blocks.files import atomic_path
-from blocks.runtime import set_threads
+from blocks.runtime import configure_torch
 from profiles.load import load_profile
 from tasks.pages.library_pictures import draw_truth
 from tasks.search.choose import choose
@@ -44,7 +44,7 @@ def main() -> None:
     for fraction, swaps in zip(options.budgets, options.swaps, strict=True):
         budget = f"budget={{layer_parameters_fraction: {fraction}}}"
         profile = load_profile(options.profile, [*options.set, budget])
-        set_threads(profile.hardware.threads)  # the costs are found by it
+        configure_torch(profile.hardware.threads)  # the costs are found by it
         finished = open_finished(profile, (options.workspace or ROOT / "workspace" / profile.name).resolve())
         if options.threads:
             torch.set_num_threads(options.threads)

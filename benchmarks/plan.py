@@ -115,7 +115,7 @@ def page(plan: Plan, rates: Rates, report: ChildReport, disk: int) -> list[str]:
 def described(rates: Rates) -> str:
     """The rates in a sentence."""
     return (
-        f"products {rates.product / 1e9:.0f} GFLOP/s, packed {rates.packed / 1e9:.0f}, float64 solves "
+        f"products {rates.product / 1e9:.0f} GFLOP/s, float64 solves "
         f"{rates.solve / 1e9:.0f}, element-wise {rates.stream / 1e9:.0f} GB/s, weights {rates.weights / 1e9:.0f}, disk "
         f"{rates.disk / 1e9:.1f}, {rates.threads} threads"
         + ("; the machine was loaded meanwhile, rates are from CPU time" if rates.loaded else "")

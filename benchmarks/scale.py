@@ -69,7 +69,7 @@ def library_flow(profile: Profile, workspace: str) -> dict[str, float]:
 
 def one_run(runner: str, tasks: int, workspace: Path) -> None:
     """In a process of its own: the flow on a runner, or the plain loop; prints what it took as JSON."""
-    from blocks.runtime import configure, set_threads
+    from blocks.runtime import configure, configure_torch
 
     configure()
     from prefect import flow
@@ -81,7 +81,7 @@ def one_run(runner: str, tasks: int, workspace: Path) -> None:
     from tasks.running.workers import task_runner
 
     profile = profile_of("threads" if runner == "loop" else runner, tasks)
-    set_threads(1)
+    configure_torch(1)
     started = time.perf_counter()
     if runner == "loop":
         parent, corpus = stages.prepare(Run(profile=profile, workspace=workspace))

@@ -19,7 +19,7 @@ from blocks.engine_limits import gaps
 from blocks.library import read_value, write_value
 from blocks.parent import config_of
 from blocks.records import ChildReport, Metric, Value
-from blocks.runtime import set_threads
+from blocks.runtime import configure_torch
 from tasks.engines.base import LoadOptions
 from tasks.engines.registry import engine_of
 from tasks.engines.timing_in_turns import PARENT
@@ -50,7 +50,7 @@ class Served(Value):
 def main() -> None:
     """Measure what is not kept yet, then write benchmarks/serving-load.md."""
     options = _options()
-    set_threads(1)
+    configure_torch(1)
     load_before, report = os.getloadavg()[0], last_report(options.workspace)
     child = options.child or options.workspace / report.child_folder
     sources = {PARENT: options.workspace / report.parent.folder, "child": child}

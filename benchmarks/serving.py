@@ -18,7 +18,7 @@ from blocks.engine_limits import KNOWN_ENGINES, gaps
 from blocks.library import read_value, write_value
 from blocks.parent import config_of
 from blocks.records import SUBBLOCKS, ChildReport, CostTable, LayerChoice, Metric, Value
-from blocks.runtime import set_threads
+from blocks.runtime import configure_torch
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.engines.base import LoadOptions
 from tasks.engines.llama_cpp import LlamaCpp
@@ -53,7 +53,7 @@ class Logits(Value):
 def main() -> None:
     """Measure what is not kept yet, then write benchmarks/serving.md."""
     options = _options()
-    set_threads(1)
+    configure_torch(1)
     before = os.getloadavg()[0]
     report = last_report(options.workspace)
     options.keep /= Path(report.child_folder).parent.name  # figures are of one child

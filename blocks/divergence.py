@@ -21,20 +21,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from blocks.export_code.families_decilm import Family
-from blocks.packed import packed_product
 
 CHUNK = 1024  # tokens
 SLICE = 4096  # vocabulary entries: CHUNK x SLICE logits are 16 MB
 
 
 class Head:
-    """A frozen head: its weight (V, D) in float32, and slices of it packed for many products. cap: of its logits."""
+    """A frozen head: its weight (V, D) in float32. cap: of its logits."""
 
     def __init__(self, weight_VD: Tensor, cap: float | None = None) -> None:
         self.weight, self.cap = weight_VD.detach().float(), cap
-        self.slices = [(part, packed_product(part)) for part in self.weight.split(SLICE)]
 
     def label_shift(self, parent_ND: Tensor, hidden_ND: Tensor, labels: Tensor) -> Tensor:
         """The parent's logit of every token's label less the child's, float64. (..., D), (..., D), (...) -> (...)"""
@@ -86,8 +85,8 @@ def _sweep_chunk(hidden_ND: Tensor, head: Head, want_moment: bool) -> tuple[Tens
     top = hidden_ND.new_full((len(hidden_ND), 1), -torch.inf)
     total = torch.zeros_like(top)
     moment = torch.zeros_like(hidden_ND if want_moment else top)
-    for weight, product in head.slices:
-        logits = _capped(product(hidden_ND), head.cap)
+    for weight in head.weight.split(SLICE):
+        logits = _capped(F.linear(hidden_ND, weight), head.cap)
         higher = torch.maximum(top, logits.amax(1, keepdim=True))
         weights, kept = logits.sub_(higher).exp_(), (top - higher).exp_()
         total = total.mul_(kept).add_(weights.sum(1, keepdim=True))

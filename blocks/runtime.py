@@ -1,7 +1,8 @@
 """Settings of the whole process that make torch fast and repeatable on a CPU.
 
-Call `configure` before torch is imported. Large temporary tensors cost page faults: on SmolLM2-135M, huge pages and a
-heap that is not trimmed took a forward of 2,048 tokens from 3.7 to 2.8 s on 2 cores (docs/log.md).
+Call `configure` before torch is imported, `configure_torch` after. Large temporary tensors cost page faults: on
+SmolLM2-135M, huge pages and a heap that is not trimmed took a forward of 2,048 tokens from 3.7 to 2.8 s on 2 cores
+(docs/log.md).
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import psutil
 
 CallableT = TypeVar("CallableT", bound=Callable[..., Any])
 _RESIDENT, _CLEARLY = [0], 64 << 20  # bytes
+ROUNDED = 1e-5  # relative error that float32 stays far below
 _PAUSE_SOFT = 1  # omp.h: what the program has set stays
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
@@ -86,16 +88,60 @@ def default_threads() -> int:
     return min(usable_cores(), psutil.cpu_count(logical=False) or usable_cores())
 
 
-def set_threads(threads: int | None) -> int:
-    """Fix the number of torch's intra-op threads and return it; None asks for `default_threads`.
+def configure_torch(threads: int | None) -> int:
+    """Fix the number of torch's intra-op threads and return it; None asks for `default_threads`. Products of float32 on
+    the CPU are made by oneDNN from here on.
 
-    The last bit of a sum depends on this number.
+    The last bit of a sum depends on both.
     """
     import torch
 
     count = threads or default_threads()
     torch.set_num_threads(count)
+    _products_by_onednn(_onednn_keeps_float32())
     return count
+
+
+def _products_by_onednn(yes: bool) -> None:
+    """torch makes float32 products by MKL, whose kernels for processors that are not Intel's reach less than half of
+    what oneDNN's do (docs/log.md); and where oneDNN makes them, a row's bits do not depend on the rows beside it. It is
+    asked for by allowing it to round to bfloat16, which it does only where a processor has units for that.
+    """
+    import torch
+
+    torch.set_float32_matmul_precision("medium" if yes else "highest")
+    torch.backends.cuda.matmul.fp32_precision = "ieee"  # "medium" would let a GPU round
+
+
+@lru_cache(maxsize=1)
+def _onednn_keeps_float32() -> bool:
+    """Whether this processor computes in float32 what may be rounded to bfloat16, an error of 2e-3."""
+    import torch
+
+    noise = torch.Generator().manual_seed(0)
+    _products_by_onednn(True)
+    for rows, inner, columns in ((8, 64, 64), (256, 512, 512)):
+        x = torch.randn(rows, inner, generator=noise)
+        weight = torch.randn(columns, inner, generator=noise)
+        exact = x.double() @ weight.double().T
+        if (torch.nn.functional.linear(x, weight) - exact).norm() > ROUNDED * exact.norm():
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def products_as_served() -> Iterator[None]:
+    """Within the block, float32 products are made as in a process that never called `configure_torch`: whoever serves
+    a child in torch.
+    """
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    _products_by_onednn(False)
+    try:
+        yield
+    finally:
+        _products_by_onednn(before == "medium")
 
 
 def give_threads_back() -> None:

@@ -23,7 +23,7 @@ from prefect.tasks import exponential_backoff
 from prefect.utilities.annotations import quote
 from transformers.utils.logging import disable_progress_bar
 
-from blocks.runtime import imports_left_alone, release_what_grew, set_threads
+from blocks.runtime import configure_torch, imports_left_alone, release_what_grew
 from profiles.schema import Profile
 from tasks.operating.artifacts import stage_bar
 from tasks.operating.reach import check_servers
@@ -144,7 +144,7 @@ def process_of(profile: Profile, workspace: Path) -> Iterator[None]:
         say(line)
     own_server_is_up()
     with at_work_in(workspace) as number, one_line_when_prefect_is_away(), imports_left_alone():
-        set_threads(profile.hardware.threads)
+        configure_torch(profile.hardware.threads)
         disable_progress_bar()  # transformers' own bars: ours show the stage
         if number > 1:
             say(f"another run is at work in {workspace}: what both need is made once")

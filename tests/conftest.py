@@ -22,7 +22,7 @@ os.environ.update(
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from blocks.runtime import set_threads  # noqa: E402
+from blocks.runtime import configure_torch  # noqa: E402
 from tests.chain import Chain, make_chain  # noqa: E402
 
 LONG = ("test_flow.py", "test_end_to_end.py", "test_gkd.py")  # a minute or more each
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
-    set_threads(1)  # tiny matrices: a second thread only waits
+    configure_torch(1)  # tiny matrices: a second thread only waits
 
 
 @pytest.fixture

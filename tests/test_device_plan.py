@@ -53,16 +53,16 @@ def not_counted(function: Any) -> Any:
 
 @contextmanager
 def counted() -> Iterator[FlopCounterMode]:
-    """FLOPs of products, also of those in place and with packed weights; not of the rotary table."""
-
-    def packed(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return 2 * int(torch.Size(x).numel()) * int(out_shape[-1])
+    """FLOPs of products, also of those in place; not of the rotary table."""
 
     def added(_: Any, a: Any, b: Any, **__: Any) -> int:
         return 2 * a[0] * a[1] * b[1]
 
-    more = {torch.ops.aten.addmm_: added, torch.ops.mkldnn._linear_pointwise: packed}
-    with pytest.MonkeyPatch.context() as patch, FlopCounterMode(display=False, custom_mapping=more) as counter:
+    added_in_place = {torch.ops.aten.addmm_: added}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        FlopCounterMode(display=False, custom_mapping=added_in_place) as counter,
+    ):
         patch.setattr(LlamaRotaryEmbedding, "forward", not_counted(LlamaRotaryEmbedding.forward))
         yield counter
 
@@ -72,18 +72,13 @@ def shape(chain: Chain) -> Shape:
     return shape_of(chain_profile(), chain.reader)
 
 
-def products(work: effort.Work) -> float:
-    """Planned FLOPs without the solves in float64."""
-    return work.product + work.packed
-
-
 def test_flops_of_recording(shape: Shape, tmp_path: Path) -> None:
     parent, corpus = prepare(tmp_path)
     with counted() as counter, pytest.MonkeyPatch.context() as patch:
         patch.setattr(record, "elimination_order", not_counted(elimination_order))
         for layer in range(shape.depth):
             record.record_layer(layer, recording(parent, corpus), tmp_path, EAGER)
-    assert counter.get_total_flops() == products(effort.record_work(shape))
+    assert counter.get_total_flops() == effort.record_work(shape).product
 
 
 @pytest.mark.parametrize("closed_form", [True, False])
@@ -98,7 +93,7 @@ def test_flops_of_distilling(shape: Shape, chain: Chain, closed_form: bool, monk
             with counted() as counter:
                 block = bld.distill(job, chain.workspace, EAGER)
             assert block.attempts <= 1
-            assert counter.get_total_flops() == products(effort.variant_work(replace(shape, profile=profile), variant))
+            assert counter.get_total_flops() == effort.variant_work(replace(shape, profile=profile), variant).product
 
 
 def test_flops_of_scoring(shape: Shape, chain: Chain) -> None:
@@ -112,7 +107,7 @@ def test_flops_of_scoring(shape: Shape, chain: Chain) -> None:
             score_sequences(work, there, scored, chain.parent, chain.workspace, EAGER)
     profile = chain_profile(scoring={"sequences": 5})
     planned = effort.score_work(replace(shape, profile=profile), range(shape.depth))
-    assert counter.get_total_flops() == products(planned)
+    assert counter.get_total_flops() == planned.product
 
 
 @pytest.mark.parametrize("recorded_gib", [8.0, 0.0])
@@ -129,7 +124,7 @@ def test_flops_of_gkd(shape: Shape, chain: Chain, recorded_gib: float) -> None:
     own = replace(shape, profile=chain_profile(gkd=settings))
     with counted() as counter:
         teacher = record_teacher(chain.parent, chain.corpus, settings, chain.workspace, EAGER)
-    assert counter.get_total_flops() == products(effort.teacher_work(own))
+    assert counter.get_total_flops() == effort.teacher_work(own).product
     job = job_of(CHILD, chain.blocks, teacher, settings, EAGER)
     with counted() as counter:
         result = distill_globally(job, chain.workspace, EAGER)
@@ -137,7 +132,7 @@ def test_flops_of_gkd(shape: Shape, chain: Chain, recorded_gib: float) -> None:
     chosen = [sizes[part, getattr(choice, part)] for choice in CHILD for part in SUBBLOCKS]
     layers, parameters = sum(flops for flops, _ in chosen) / own.layer(), sum(size for _, size in chosen)
     share = parameters / own.depth / own.layer_parameters
-    assert counter.get_total_flops() == pytest.approx(products(effort.gkd_work(own, share, layers)), rel=1e-12)
+    assert counter.get_total_flops() == pytest.approx(effort.gkd_work(own, share, layers).product, rel=1e-12)
     assert result.held_bytes == (round(memory.trained_in_gkd(own, share)),)
 
 
@@ -152,7 +147,7 @@ def peak_of(work: Any) -> tuple[Any, int]:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Profile, Path, Any, Any]]:
-    """A parent whose tensors are larger than what surrounds them, without packed copies, which only a CPU has."""
+    """A parent whose tensors are larger than what surrounds them."""
     asked = {
         "parent": {
             "kind": "tiny",

@@ -39,7 +39,6 @@ RATES = Rates(
     name="this machine",
     measured=True,
     product=1e10,
-    packed=2e10,
     serving=1e10,
     solve=1e9,
     stream=1e9,
@@ -221,7 +220,7 @@ def test_without_gkd_or_baselines_their_stages_are_gone() -> None:
 
 
 def test_work_adds_and_takes_time_by_its_rates() -> None:
-    work = Work(product=1e10, packed=2e10, solve=1e9, stream=1e9, disk=1e8, names=1e6, fixed=1.0)
+    work = Work(product=2e10, solve=1e9, stream=1e9, disk=1e8, names=1e6, fixed=1.0)
     assert work.seconds(RATES) == pytest.approx(7.0)
     assert (work + work).seconds(RATES) == pytest.approx(14.0) == (work * 2).seconds(RATES)
 
@@ -230,11 +229,7 @@ def test_this_machine_is_measured_in_seconds() -> None:
     started = time.perf_counter()
     rates = calibrate(64, 192, "float32", threads=1)
     assert time.perf_counter() - started < 30
-    assert (
-        rates.measured
-        and min(rates.product, rates.packed, rates.solve, rates.stream, rates.disk) > 1e6
-        and rates.names > 1e4
-    )
+    assert rates.measured and min(rates.product, rates.solve, rates.stream, rates.disk) > 1e6 and rates.names > 1e4
     assert torch.get_num_threads() == 1
 
 
@@ -243,7 +238,7 @@ def test_two_threads_do_not_halve_the_time_of_a_stage(monkeypatch: pytest.Monkey
     monkeypatch.setattr(machine._Clock, "seconds", lambda *_, **__: 0.5)
     one, two = (calibrate(64, 192, "float32", threads) for threads in (1, 2))
     assert one.product == pytest.approx(2 * 1024 * 64 * 192 / 0.5)
-    for name in ("product", "packed", "serving", "solve"):
+    for name in ("product", "serving", "solve"):
         assert getattr(one, name) == pytest.approx(1.22 * getattr(two, name))
     assert (one.stream, one.weights, one.disk, one.names) == (two.stream, two.weights, two.disk, two.names)
 

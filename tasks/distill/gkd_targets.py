@@ -98,13 +98,13 @@ def teacher_key(parent: ParentInfo, corpus: CorpusInfo, settings: GKD, compute: 
 @contextmanager
 def head_products(compute: Compute) -> Iterator[None]:
     """The head's products are float32. Where all others are bfloat16, a GPU's tensor cores may do them (TF32)."""
-    before = torch.get_float32_matmul_precision()
+    before = torch.backends.cuda.matmul.fp32_precision
     if compute.dtype != torch.float32:
-        torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def model_head(model: DeciLMForCausalLM) -> Head:

@@ -15,7 +15,10 @@ from blocks.runtime import configure
 
 configure()
 
+import torch  # noqa: E402
+
 from blocks.library import read_value  # noqa: E402
+from blocks.runtime import configure_torch  # noqa: E402
 from tasks.distill.gkd import Seen, Watch  # noqa: E402
 from tasks.distill.gkd_job import FAILED, JOB, Job, check_processes, train, training_of  # noqa: E402
 from tasks.distill.sharding import Group, joined, local_device  # noqa: E402
@@ -25,6 +28,7 @@ from tasks.running.sharing import TaskKey, exclusive  # noqa: E402
 
 def main() -> None:
     """Train this process's part of the job of the command line."""
+    configure_torch(torch.get_num_threads())  # as many as torchrun gave
     workspace, folder = Path(sys.argv[1]), sys.argv[2]
     device = local_device(read_value(workspace / folder / JOB, Job).device)
     try:

@@ -35,7 +35,6 @@ from blocks.library import (
     write_tensors,
     write_value,
 )
-from blocks.packed import pack_linears
 from blocks.parent import Parent
 from blocks.records import CorpusInfo, LayerRecord, ParentInfo, Ref, Value
 from blocks.resources import precision_name
@@ -231,7 +230,6 @@ def record_layer(
     )
     module = reader.layer(layer)
     down: Tensor = linear_of(module, "down").weight.data.float()
-    pack_linears(module)  # as in scoring, so that the parent's own block gives these states again bit for bit
     last = shard == recording.counted[-1]
     manifest = _manifest(layer, recording, workspace, None if last else number)
     name = f"{_folder(recording)}/%s_{manifest.stem.removeprefix('layer_')}.safetensors"
@@ -380,7 +378,6 @@ def _through(reader: Parent, layers: Sequence[int], hidden: Tensor) -> None:
     """Take states through some layers, in place."""
     for layer in layers:
         module = reader.layer(layer)
-        pack_linears(module)
         _pass(reader, module, layer, hidden, 0)
 
 

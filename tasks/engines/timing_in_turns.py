@@ -18,7 +18,7 @@ from torch import Tensor
 
 from blocks.errors import PuzzleFailure
 from blocks.records import Gains, Metric, Throughput, Turn
-from blocks.runtime import release_memory
+from blocks.runtime import products_as_served, release_memory
 from profiles.schema import Scenario
 from tasks.running.progress import Progress, no_progress
 from tasks.running.usage import resident_bytes, restart_peak
@@ -44,6 +44,7 @@ def relative_error(metric: Metric) -> float:
     return metric.se / metric.value if metric.value else 0.0
 
 
+@products_as_served()
 def measure_throughput(
     models: Mapping[str, Any], scenario: Scenario, batch_size: int, rounds: int, seed: int = 0
 ) -> dict[str, Throughput]:

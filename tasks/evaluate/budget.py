@@ -10,7 +10,7 @@ from typing import Literal
 
 from blocks.estimates import independent_ratio, is_clear, plain, rounded
 from blocks.records import Architecture, Candidate, Gains, LimitKept, Metric, Throughput
-from profiles.schema import GENERAL
+from profiles.schema import GENERAL, MINITRON
 from tasks.search.capabilities import InconsistentTables
 from tasks.search.totals import TOLERANCE, BudgetRow, Problem, budget_rows, kl_on, used_of
 
@@ -34,18 +34,15 @@ def limits_of(
 def capability_limits(problem: Problem, architecture: Architecture, kl: Mapping[str, Metric]) -> tuple[LimitKept, ...]:
     """The highest KL on every capability that has one. kl: what was measured, `general` among it.
 
-    What was predicted is the sum of scores, before GKD; the measured figure where the blocks were not scored.
+    What was predicted is the sum of scores, before GKD; the measured figure where the model's own blocks were not
+    scored.
     """
-    return tuple(
-        LimitKept(
-            name=f"max_kl of {name}",
-            asked=most,
-            floor=False,
-            got=kl[name].value if (predicted := predicted_kl(problem, architecture, name)) is None else predicted,
-            measured=kl[name],
-        )
-        for name, most in problem.capabilities.most.items()
-    )
+    found = []
+    for name, most in problem.capabilities.most.items():
+        predicted = None if architecture.method == MINITRON else predicted_kl(problem, architecture, name)
+        got = kl[name].value if predicted is None else predicted
+        found.append(LimitKept(name=f"max_kl of {name}", asked=most, floor=False, got=got, measured=kl[name]))
+    return tuple(found)
 
 
 def with_predictions(model: Candidate, problem: Problem, architecture: Architecture) -> Candidate:

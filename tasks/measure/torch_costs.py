@@ -23,6 +23,7 @@ from transformers.initialization import no_init_weights
 from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM, DeciLMModel, layer_contexts, with_own_layers
 from blocks.parent import Parent
 from blocks.records import LayerChoice
+from blocks.runtime import products_as_served
 from blocks.variant import Variant
 from profiles.schema import Hardware, Measure
 from tasks.engines.timing_in_turns import cpu_clock, median_metric, tokens_before, wait_for
@@ -65,6 +66,7 @@ class TorchTimer:
             parameter.data.normal_(0, 0.02, generator=generator)
         return stack.to(self.device, self.dtype).eval()
 
+    @products_as_served()
     @torch.inference_mode()
     def time(self, what: str, load: Load, kept: KeptFigures, progress: Progress) -> None:
         """See VariantTimer. All parts take turns, so all that are not finished are measured with this one."""

@@ -5,10 +5,10 @@ kernels mask) plus 10 D + 6 F floats of element-wise work; a step is three forwa
 the weights) plus AdamW's passes over weights and moments. The head counts 2 V D for its logits, as much again where the
 moment of the distribution is taken (blocks/divergence.py), and element-wise passes over the logits. On top of that:
 
-    record    forward with packed weights; Gram matrices of the FFN's channels, of both inputs and cross terms; backward
+    record    forward; Gram matrices of the FFN's channels, of both inputs and cross terms; backward
               elimination (blocks/fit.py) in float64, whose inverse is rewritten every round; states stored and hashed
     distill   the layer's own forward once; per variant its closed form (VariantKind.fit_flops), held-out losses, steps
-    score     layers after the replaced one and the head, for every variant, with packed weights
+    score     layers after the replaced one and the head, for every variant
     evaluate  models once over the test sequences, both heads; benchmark items at their mean length
     GKD       the parent's states and moments once; per child steps through layers and head, validation between
 
@@ -79,7 +79,7 @@ BENCHMARKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Counts of one stage. product, packed: FLOPs of plain products and of those with packed weights.
+    """Counts of one stage. product: FLOPs of products.
 
     float32, tf32: how many of those a GPU does in these formats, whatever the stage's own is. solve: float64 FLOPs.
     stream, disk: bytes. exchange: bytes through the link of each device, while it computes. names: tensor names that
@@ -87,7 +87,6 @@ class Work:
     """
 
     product: float = 0.0
-    packed: float = 0.0
     float32: float = 0.0
     tf32: float = 0.0
     solve: float = 0.0
@@ -106,7 +105,7 @@ class Work:
     @property
     def flops(self) -> float:
         """FLOPs of every kind together."""
-        return self.product + self.packed + self.solve
+        return self.product + self.solve
 
     def over(self, devices: int) -> "Work":
         """The part of this work that each of so many devices does."""
@@ -115,7 +114,7 @@ class Work:
 
     def seconds(self, rates: Rates) -> float:
         """Wall seconds at these rates, one after the other."""
-        computed = self.product / rates.product + self.packed / rates.packed + self.solve / rates.solve
+        computed = self.product / rates.product + self.solve / rates.solve
         for flops, rate in ((self.float32, rates.float32), (self.tf32, rates.tf32)):
             computed += flops * (1 / rate - 1 / rates.product) if rate else 0.0
         moved = self.stream / rates.stream + self.disk / rates.disk
@@ -245,13 +244,13 @@ class Shape:
         most = max(1, self.profile.record.shard_tokens // self.length)
         return min(self.profile.record.validation_sequences, most)
 
-    def forward(self, tokens: float, layers: float = 1.0, packed: bool = False, length: int | None = None) -> Work:
+    def forward(self, tokens: float, layers: float = 1.0, length: int | None = None) -> Work:
         """Tokens through so many of the parent's layers (a share counts as a part of one)."""
         flops = tokens * layers * self.layer(length)
         stream = tokens * layers * self.elementwise
-        return Work(packed=flops, stream=stream) if packed else Work(product=flops, stream=stream)
+        return Work(product=flops, stream=stream)
 
-    def head(self, tokens: float, moment: bool = False, passes: int = LOGIT_PASSES, packed: bool = True) -> Work:
+    def head(self, tokens: float, moment: bool = False, passes: int = LOGIT_PASSES) -> Work:
         """The logits of so many tokens, and what is reckoned from them.
 
         moment: the logits are multiplied back to the width D as well. passes: how often all logits are read or written.
@@ -259,8 +258,7 @@ class Shape:
         logits = 2.0 * tokens * self.vocabulary * self.hidden
         stream = tokens * self.vocabulary * FLOAT * passes
         return Work(
-            packed=logits if packed else 0.0,
-            product=(0.0 if packed else logits) + (logits if moment else 0.0),
+            product=logits * (2 if moment else 1),
             float32=logits * (2 if moment else 1),
             stream=stream,
         )
@@ -301,7 +299,7 @@ def parent_work(shape: Shape) -> Work:
         work += gguf_work(shape)
     if isinstance(source, TinyParent):
         tokens = source.train_steps * TRAIN_BATCH * TRAIN_TOKENS
-        work += (shape.forward(tokens, shape.depth) + shape.head(tokens, moment=True, packed=False)) * 3
+        work += (shape.forward(tokens, shape.depth) + shape.head(tokens, moment=True)) * 3
         work += Work(fixed=source.train_steps * operations_of(shape) * 2e-5)  # a tiny model is all overhead
     return work
 
@@ -324,9 +322,9 @@ def record_work(shape: Shape) -> Work:
     sequences = settings.statistics_sequences + settings.validation_sequences
     counted = settings.statistics_sequences * shape.length
     kept = shape.profile.trained_sequences + settings.validation_sequences if states_are_kept(shape) else 0
-    layer = shape.forward(sequences * shape.length, packed=True)
+    layer = shape.forward(sequences * shape.length)
     grams = 2.0 * counted * inner**2, 8.0 * counted * width**2
-    layer += Work(packed=grams[0], product=grams[1], float32=sum(grams))
+    layer += Work(product=sum(grams), float32=sum(grams))
     rounds = inner // CHUNK
     alone = shape.workers == 1
     layer += Work(
@@ -364,7 +362,7 @@ def _entering(shape: Shape, sequences: int, shards: int) -> Work:
     """
     weights = 0.0 if shape.on_cpu else shards * shape.size * shape.layer_parameters / VISIT_BYTES_PER_SECOND
     states = shape.states(sequences) * (1 + 1 / shape.workers)
-    return shape.forward(sequences * shape.length, packed=True) + Work(disk=states, fixed=weights)
+    return shape.forward(sequences * shape.length) + Work(disk=states, fixed=weights)
 
 
 def distill_work(shape: Shape, layers: int) -> Work:
@@ -450,7 +448,7 @@ def _score_text(shape: Shape, layers: Sequence[int], sequences: int, length: int
     settings, tokens = shape.profile.bld, sequences * length
     # the parent's targets, and the states that enter
     behind = 1 if kept and states_are_kept(shape) else 2 * shape.depth - 1
-    work = shape.forward(tokens, behind, packed=True, length=length) + shape.head(tokens, moment=True)
+    work = shape.forward(tokens, behind, length=length) + shape.head(tokens, moment=True)
     work += Work(disk=shape.depth * shape.layer_parameters * FLOAT)
     whole = shape.layer(length)
     for layer in layers:
@@ -463,7 +461,7 @@ def _score_text(shape: Shape, layers: Sequence[int], sequences: int, length: int
         if settings.coupled:
             replaced += [sum(shape.flops(each, length) for each in pair) for pair in coupled_pairs(shape)]
         suffix = shape.depth - 1 - layer + sum(replaced) / whole / max(len(replaced), 1)
-        work += shape.forward(tokens * len(replaced), suffix, packed=True, length=length)
+        work += shape.forward(tokens * len(replaced), suffix, length=length)
         work += shape.head(tokens * len(replaced)) + Work(fixed=TASK_SECONDS)
         work += Work(disk=FLOAT * sum(shape.parameters(v) for part in SUBBLOCKS for v in shape.variants[part][1:]))
     return work
@@ -476,10 +474,10 @@ def type_scores_work(shape: Shape) -> Work:
     work = files_work(shape, len(space.precision))
     for layer in range(shape.depth):
         times = len(SUBBLOCKS) * len(space.precision)
-        work += shape.forward(tokens * times, shape.depth - layer, packed=True) + shape.head(tokens * times)
-        work += shape.forward(FITTED_TO * shape.length, 1.0, packed=True)
+        work += shape.forward(tokens * times, shape.depth - layer) + shape.head(tokens * times)
+        work += shape.forward(FITTED_TO * shape.length, 1.0)
     weights = shape.depth * shape.layer_parameters * len(space.precision)
-    whole = (shape.forward(tokens, shape.depth) + shape.head(tokens, packed=False)) * 2
+    whole = (shape.forward(tokens, shape.depth) + shape.head(tokens)) * 2
     return work + whole * (len(space.precision) + len(space.head_types)) + Work(fixed=weights * ROUNDING_SECONDS)
 
 
@@ -526,8 +524,8 @@ def evaluate_work(shape: Shape, shares: list[float], first: bool) -> Work:
         work += Work(fixed=IMPORT_SECONDS)
     for share in shares:
         work += shape.forward(tokens + items, share * shape.depth)
-        work += shape.head(tokens, passes=WHOLE_LOGIT_PASSES, packed=False) * 2
-        work += shape.head(items, passes=WHOLE_LOGIT_PASSES, packed=False)
+        work += shape.head(tokens, passes=WHOLE_LOGIT_PASSES) * 2
+        work += shape.head(items, passes=WHOLE_LOGIT_PASSES)
         build = model_bytes(shape, share) / BUILD_BYTES_PER_SECOND
         work += Work(fixed=(build + TASK_SECONDS) * texts + (BENCHMARK_SECONDS if items else 0.0))
     return work
@@ -555,7 +553,7 @@ def prompts_work(shape: Shape) -> Work:
     """The parent answers a batch of prompts together, a token of each at a time."""
     tokens = prompt_tokens(shape)
     weights = shape.size * (shape.depth * shape.layer_parameters + shape.outside_parameters)
-    work = shape.forward(tokens, shape.depth) + shape.head(tokens, packed=False)
+    work = shape.forward(tokens, shape.depth) + shape.head(tokens)
     return work + Work(
         stream=tokens / BATCH * weights, fixed=tokens / BATCH * shape.depth * STEP_SECONDS + TASK_SECONDS
     )
@@ -580,7 +578,7 @@ def loops_work(shape: Shape, share: float) -> Work:
     for kept in (1.0, share):
         weights = model_bytes(shape, kept)
         batches = math.ceil(settings.loop_prompts / LOOPS_BATCH) * settings.answer_tokens
-        work += shape.forward(tokens, kept * shape.depth) + shape.head(tokens, packed=False)
+        work += shape.forward(tokens, kept * shape.depth) + shape.head(tokens)
         work += Work(stream=batches * weights, fixed=batches * shape.depth * STEP_SECONDS)
         work += Work(fixed=weights / BUILD_BYTES_PER_SECOND + TASK_SECONDS)
     return work

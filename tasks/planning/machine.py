@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from blocks.files import write_text
 from blocks.library import digest_of
-from blocks.packed import packed_product
+from blocks.runtime import configure_torch, products_as_served
 from profiles.hardware import HardwareTarget
 from profiles.schema import Precision
 from tasks.running.usage import busy_seconds
@@ -40,8 +40,8 @@ from tasks.running.usage import busy_seconds
 TOKENS = 1024  # rows of the measured products
 LARGEST = 4096  # columns and inner length at most: 64 MB of noise, whatever the parent
 SECONDS_EACH = 0.2  # of one measurement, repeated; the system tells in hundredths of a second who else was busy
-# smollm2-cpu's eight stages that compute took 1,263 s on two threads (benchmarks/plan.md). Products, at the measured rates
-# with both threads busy throughout, explain 936 s, all other terms of the plan 118 s:
+# smollm2-cpu's eight stages that compute took 1,263 s on two threads (benchmarks/plan.md). Products, at the measured
+# rates with both threads busy throughout, explain 936 s, all other terms of the plan 118 s:
 # (1263 - 118) / 936 = 1.22 = 1 + SERIAL * (2 - 1).
 SERIAL = 0.22
 LOADED = 0.15  # share of the processors taken by others from which wall time is not trusted
@@ -62,7 +62,7 @@ EAGER_OPERATIONS = 12  # small operations' time behind one counted kernel in eag
 class Rates:
     """What a stage reaches.
 
-    product, packed: float32 FLOP/s of plain products, and of those with frozen, packed weights. serving: the same at
+    product: float32 FLOP/s of products as the stages make them. serving: the same in the serving engine, at
     the precision that costs are measured in. solve: float64 FLOP/s of dense solves. stream: bytes/s of element-wise
     work, read and written. weights: bytes/s of matrices times one vector. disk: bytes/s written or read, and digested.
     names: tensor names per second that gguf enters in a table, Python's speed. floor: seconds of a small operation.
@@ -74,7 +74,6 @@ class Rates:
     name: str
     measured: bool
     product: float
-    packed: float
     serving: float
     solve: float
     stream: float
@@ -104,7 +103,6 @@ def rates_of(target: HardwareTarget, precision: Precision, computed: Precision =
         name=target.name,
         measured=False,
         product=product,
-        packed=product,
         serving=target.flops_per_second(precision),
         solve=solve,
         stream=target.bytes_per_second,
@@ -171,7 +169,7 @@ def _code_digest() -> str:
 def calibrate(hidden_size: int, intermediate_size: int, precision: Precision, threads: int) -> Rates:
     """Measure this machine with so many threads; the process keeps the number it had."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    configure_torch(threads)
     try:
         with torch.no_grad():
             return _calibrate(min(hidden_size, LARGEST), min(intermediate_size, LARGEST), precision, threads)
@@ -191,19 +189,19 @@ def _calibrate(width: int, inner: int, precision: Precision, threads: int) -> Ra
     count = max(2, WEIGHT_BYTES // low_weight.nbytes)  # more than the caches hold, in the sizes of a model
     matrices, one = [torch.ones_like(low_weight) for _ in range(count)], low_x[:1]
     small = torch.ones(1, 64)
-    packed = packed_product(weight)
     clock = _Clock(threads)
     flops = 2.0 * TOKENS * width * inner
-    product = flops / clock.stage_seconds(lambda: F.linear(x, weight))
+    with products_as_served():
+        serving = flops / clock.stage_seconds(lambda: F.linear(low_x, low_weight))
+        weights = count * low_weight.nbytes / clock.seconds(lambda: [F.linear(one, m) for m in matrices], threads=1)
     return Rates(
         name="this machine",
         measured=True,
-        product=product,
-        packed=max(product, flops / clock.stage_seconds(lambda: packed(x))),
-        serving=product if precision == "float32" else flops / clock.stage_seconds(lambda: F.linear(low_x, low_weight)),
+        product=flops / clock.stage_seconds(lambda: F.linear(x, weight)),
+        serving=serving,
         solve=(2 * size**3 / 3 + 2 * size**3) / clock.stage_seconds(lambda: torch.linalg.solve(gram, sides)),
         stream=2 * states.nbytes / clock.seconds(lambda: F.silu(states), threads=1),
-        weights=count * low_weight.nbytes / clock.seconds(lambda: [F.linear(one, m) for m in matrices], threads=1),
+        weights=weights,
         disk=_disk_rate(clock),
         names=_names_rate(clock),
         floor=clock.seconds(lambda: [small + 1 for _ in range(100)], threads=1) / 100,

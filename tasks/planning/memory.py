@@ -136,10 +136,9 @@ def activation_bytes(shape: Shape, variant: Variant) -> int:
 
 
 def head_bytes(shape: Shape) -> int:
-    """The head in float32, on a CPU packed as well, and a slice of logits."""
-    copies = 2 if shape.profile.devices[0].startswith("cpu") else 1
+    """The head in float32, and a slice of logits."""
     logits = min(CHUNK, shape.at_once) * min(SLICE, shape.vocabulary)
-    return FLOAT * (copies * shape.vocabulary * shape.hidden + 2 * logits)
+    return FLOAT * (shape.vocabulary * shape.hidden + 2 * logits)
 
 
 def layers_held(shape: Shape, kept: float, room: float | None) -> float:

@@ -24,7 +24,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from blocks.compute import Compute
 from blocks.devices import on_device
 from blocks.errors import PuzzleError
-from blocks.runtime import configure, give_threads_back, set_threads
+from blocks.runtime import configure, configure_torch, give_threads_back
 from profiles.schema import Orchestration, Profile
 from tasks.running.sharing import TaskKey, exclusive
 
@@ -70,7 +70,7 @@ def in_slot(slot: WorkerSlot, workspace: Path, task: TaskKey) -> Iterator[Comput
 
 @contextmanager
 def _at_a_device(slot: WorkerSlot, task: TaskKey) -> Iterator[Compute]:
-    threads = set_threads(slot.threads)
+    threads = configure_torch(slot.threads)
     with on_device(slot.devices) as device:
         where = f"{device} of {socket.gethostname()}, process {os.getpid()}"
         log.info("at work on %s, on %s, with %d thread%s", task.what, where, threads, "s" if threads > 1 else "")

@@ -26,7 +26,6 @@ from blocks.error_correction import InputGrams
 from blocks.estimates import mean
 from blocks.export_code.modeling_decilm import DeciLMDecoderLayer
 from blocks.library import digest_of, keep, read_rows, read_tensors, remember
-from blocks.packed import pack_linears
 from blocks.parent import Parent
 from blocks.records import (
     SUBBLOCKS,
@@ -159,7 +158,6 @@ class Passes:
         if layer in self.kept:
             return self.kept[layer]
         module = self.reader.layer(layer)
-        pack_linears(module)
         if self.have_room:
             self.kept[layer] = module
         return module
@@ -438,7 +436,6 @@ def _replaced(
     if type_in(record.variant):
         assert rounding is not None, "a type of number is rounded to"
         rounding(record, variant)
-    pack_linears(variant)
 
     def replaced(states: Tensor) -> Tensor:
         for subblock in SUBBLOCKS:

@@ -26,7 +26,6 @@ from blocks.compute import Compute
 from blocks.divergence import Head, Targets, kl_per_token, targets_of
 from blocks.errors import PuzzleError, PuzzleFailure, first_line
 from blocks.library import digest_of, keep, read_tensors, remember
-from blocks.packed import pack_linears
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, BlockRecord, LayerChoice, Value
 from blocks.subblock import run_subblock
@@ -124,7 +123,7 @@ def other_sequences(finished: Finished, most: int) -> Sequences:
 
 @dataclass(kw_only=True, eq=False)
 class Modules:
-    """Layers of a finished library in memory, packed for forward passes, the latest few per layer."""
+    """Layers of a finished library in memory, the latest few per layer."""
 
     finished: Finished
     _kept: "OrderedDict[tuple[int, str, str], nn.Module]" = field(default_factory=OrderedDict)
@@ -135,7 +134,6 @@ class Modules:
         if place not in self._kept:
             whole = part == "layer"
             module = self.reader.layer(layer) if whole else load_variant(self.reader, *self._stored(place))
-            pack_linears(module)
             self._kept[place] = module
             if len(self._kept) > LAYERS_KEPT * self.reader.depth:
                 self._kept.popitem(last=False)
