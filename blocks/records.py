@@ -63,7 +63,7 @@ class CorpusInfo(Value):
 
     Beside them int64 `train_starts` and so on: how many tokens of the split come before each of its documents.
     weighted: and float32 `train_weights` and so on, (sequences, length): how much the prediction at each token counts,
-    1 on average.
+    1 on average. capability: whose text it is; "" for the profile's corpus.
     """
 
     tokens: Ref
@@ -75,6 +75,7 @@ class CorpusInfo(Value):
     documents: int
     description: str = ""
     weighted: bool = False
+    capability: str = ""
 
 
 # --- recording, blocks, scores
@@ -120,13 +121,27 @@ class BlockRecord(Value):
     seed: int = 0
 
 
+class CapabilityScore(Value):
+    """The same as in a `Score`, on the text of a capability."""
+
+    name: str
+    kl: float
+    kl_se: float
+    lm_loss: float
+    lm_loss_se: float
+    tokens: int
+    kl_per_sequence: tuple[float, ...]
+    lm_loss_per_sequence: tuple[float, ...]
+    documents: tuple[int, ...] = ()
+
+
 class Score(Value):
     """Replace-1-block score of one variant: KL(parent || child) and rise of the LM loss, nats per token.
 
     A coupled block has subblock "block" and the variant label "<attention>+<ffn>". The head in a type of number has
     subblock "head", layer 0 and a label such as "head@iq4_nl". Standard errors are over sequences.
     The parent's own subblock scores exactly 0. tokens: how many were scored. documents: the document that each sequence
-    is of; where they are known, standard errors are over documents.
+    is of; where they are known, standard errors are over documents. capabilities: the score on each of them.
     """
 
     layer: int
@@ -141,6 +156,7 @@ class Score(Value):
     lm_loss_per_sequence: tuple[float, ...]
     documents: tuple[int, ...] = ()
     seconds: float = 0.0
+    capabilities: tuple[CapabilityScore, ...] = ()
 
 
 # --- costs
@@ -453,6 +469,13 @@ class Answer(Value):
     loops: bool
 
 
+class Looping(Value):
+    """Whether a model looped (1) or not (0) on each of some beginnings of test text, and the document of each."""
+
+    loops: tuple[int, ...]
+    documents: tuple[int, ...]
+
+
 class LimitKept(Value):
     """One limit of the budget, by the profile's name, and what a model takes of it.
 
@@ -470,6 +493,19 @@ class LimitKept(Value):
     measured: Metric | None = None
 
 
+class OnCapability(Value):
+    """A model on the test sequences of a capability. predicted_kl: the sum of scores, before GKD. samples and
+    documents: as in a Candidate.
+    """
+
+    loss: Metric
+    kl: Metric
+    top1_agreement: Metric
+    predicted_kl: float | None = None
+    samples: dict[str, tuple[float, ...]] = {}
+    documents: tuple[int, ...] = ()
+
+
 class Candidate(Value):
     """A model of the final table: the parent, the child or a baseline, before or after GKD.
 
@@ -480,8 +516,10 @@ class Candidate(Value):
     child have some. limits: the budget, and what the model takes of it. gkd_kept_start: the KL on the validation text
     before GKD, where no step of GKD lowered it. All of these are empty in reports of older versions. file_bytes: of the
     GGUF file that it is served from, where there is one; else 0. rounded_kl: on validation text
-    before and after the training that knows the rounding. cache: the type of llama.cpp's KV cache, where loss, kl and
-    top1_agreement are llama.cpp's own with such a cache; else they are torch's.
+    before and after the training that knows the rounding. capabilities: the same figures on each. looping: of the
+    parent and the finished child, where the profile asks for a count. cache: the type of
+    llama.cpp's KV cache, where loss, kl and top1_agreement are llama.cpp's own with such a cache; else they are
+    torch's.
     """
 
     name: str
@@ -511,6 +549,8 @@ class Candidate(Value):
     limits: tuple[LimitKept, ...] = ()
     file_bytes: int = 0
     cache: str = ""
+    capabilities: dict[str, OnCapability] = {}
+    looping: Looping | None = None
 
 
 class StageTime(Value):

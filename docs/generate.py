@@ -76,7 +76,8 @@ def _sections(path: str, model: type[BaseModel]) -> Iterator[str]:
     text = " ".join((model.__doc__ or "").split())
     yield "\n\n".join([f"## {title}", text, *([table(["field", "type", "default", "meaning"], rows)] if rows else [])])
     for where, one in below:
-        yield from _sections(where, one)
+        if where != "capabilities.sources":  # they are those of the corpus
+            yield from _sections(where, one)
 
 
 def _kinds(model: type[BaseModel]) -> list[str]:
@@ -110,6 +111,8 @@ def _words(schema: dict[str, Any]) -> str:
         return f"{_or(words[:-1])}, or null" if words[-1] == "null" else _or(words)
     if schema.get("type") == "array":
         return _list_of(schema["items"])
+    if schema.get("type") == "object":
+        return "sections (below) by name"
     return " ".join([NAMES[schema["type"]], *_limits(schema)])
 
 

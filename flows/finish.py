@@ -15,15 +15,25 @@ from prefect.settings import PREFECT_HOME
 from blocks.compute import HOST
 from blocks.errors import PuzzleError
 from blocks.library import digest_of, keep
-from blocks.records import Answer, BlockRecord, ChildReport, CorpusInfo, ParentInfo, Racer, SpeedReport
+from blocks.records import (
+    Answer,
+    BlockRecord,
+    ChildReport,
+    CorpusInfo,
+    LimitKept,
+    Looping,
+    ParentInfo,
+    Racer,
+    SpeedReport,
+)
 from blocks.resources import weight_bytes
 from flows.run import task_of
 from flows.tracked_run import TrackedRun
 from flows.whole_models import made_of
 from tasks.distill.record import open_parent
 from tasks.engines.timing_in_turns import PARENT
-from tasks.evaluate.budget import limits_of
-from tasks.evaluate.compare import LINEAGE, Contender, Evaluation, Lineage, build, candidate
+from tasks.evaluate.budget import capability_limits, limits_of, with_predictions
+from tasks.evaluate.compare import LINEAGE, Contender, Evaluation, Lineage, build, candidate, kl_on_each
 from tasks.evaluate.standing import is_typed_parent
 from tasks.evaluate.typed_file import GGUF_NAME, hand_over
 from tasks.export.folder import export_child, model_card
@@ -55,6 +65,7 @@ class Findings:
     evaluations: Sequence[Evaluation]
     speed: SpeedReport
     answers: Mapping[tuple[str, str], tuple[Answer, ...]]
+    looping: Mapping[tuple[str, str], Looping]
     race: tuple[Racer, ...]
 
 
@@ -82,23 +93,29 @@ def report_of(
     speed, own = found.speed, found.evaluations[0]
     parents = speed.models.get(PARENT, ())
     size = weight_bytes(served_precision(run.profile.hardware, open_parent(run.workspace / parent.folder)))
+
+    def limits(which: Contender, evaluation: Evaluation) -> tuple[LimitKept, ...]:
+        if which.stage == "parent":
+            return ()
+        whose, times = problem if is_typed_parent(which.name) else asked, speed.models.get(which.name, ())
+        kl = capability_limits(problem, which.architecture, kl_on_each(evaluation))
+        return (*limits_of(whose, which.architecture, times, parents), *kl)
+
     return ChildReport(
         profile=run.profile.name,
         parent=parent,
         corpus=corpus,
         architecture=final.architecture,
         candidates=tuple(
-            candidate(which, evaluation, own, speed.models, size, run.profile.scoring.metric, run.workspace).model_copy(
+            with_predictions(
+                candidate(which, evaluation, own, speed.models, size, run.profile.scoring.metric, run.workspace),
+                problem,
+                which.architecture,
+            ).model_copy(
                 update={
                     "answers": found.answers.get((which.name, which.stage), ()),
-                    "limits": ()
-                    if which.stage == "parent"
-                    else limits_of(
-                        problem if is_typed_parent(which.name) else asked,
-                        which.architecture,
-                        speed.models.get(which.name, ()),
-                        parents,
-                    ),
+                    "looping": found.looping.get((which.name, which.stage)),
+                    "limits": limits(which, evaluation),
                 }
             )
             for which, evaluation in _ordered(contenders, found.evaluations, final)

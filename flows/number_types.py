@@ -62,7 +62,7 @@ def score_types(
     (parent, corpus), depth = source, costs.num_hidden_layers
 
     def measure(wanted: list[BlockRecord]) -> list[Score]:
-        return stages.score_all(run, *source, records, wanted, "score types")
+        return stages.score_all(run, *source, records, wanted, name="score types")
 
     parents = measure(typed_scores.parents_in_types(parent, corpus, records, kinds))
     text, whole = typed_scores.text_of(profile, parent, corpus, run.workspace), {}

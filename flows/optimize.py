@@ -24,17 +24,18 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
     """
     with open_run(profile, Path(workspace)) as run:
         parent, corpus = stages.prepare(run)
+        capabilities = stages.prepare_capabilities(run, parent, corpus)
         run.log_inputs(parent, corpus)
         records = stages.record(run, parent, corpus)
         blocks = stages.distill_all(run, parent, corpus, records)
         costs = stages.measure(run, parent)
         run.log_costs(costs)
-        scores = stages.score_all(run, parent, corpus, records, blocks)
+        scores = stages.score_all(run, parent, corpus, records, blocks, capabilities)
         scores = number_types.score_types(run, (parent, corpus), records, blocks, scores, costs)
         run.log_library(parent, corpus, blocks, scores, costs)
 
         problem, near = stages.choose_child(run, parent, scores, costs)
-        teacher = whole_models.record_teacher(run, parent, corpus)
+        teacher = whole_models.record_teacher(run, parent, corpus, capabilities)
         names = ["child"] if len(near) == 1 else [f"candidate-{place}" for place in range(1, len(near) + 1)]
         racing = [contender(name, each, blocks) for name, each in zip(names, near, strict=True)]
         child, racers = whole_models.race(run, racing, teacher)
@@ -45,7 +46,7 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         baselines = [contender(name, one, whole if name == MINITRON else blocks) for name, one in rivals.items()]
         references = number_types.references(run, problem, child.architecture, own)
         assembled = number_types.with_files(run, [own, child, *baselines, *references], parent, corpus)
-        found = whole_models.evaluate_all(run, assembled, parent, corpus)
+        found = whole_models.evaluate_all(run, assembled, parent, corpus, capabilities)
 
         best = (
             best_baseline(child, baselines, found[2 : 2 + len(baselines)])
@@ -55,12 +56,13 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         best += [one for one in baselines if one.name == MINITRON and one not in best]
         distilled = whole_models.distill_globally(run, [child, *best], teacher)
         distilled = number_types.with_files(run, distilled, parent, corpus, teacher)
-        found += whole_models.evaluate_all(run, distilled, parent, corpus)
+        found += whole_models.evaluate_all(run, distilled, parent, corpus, capabilities)
         speed = whole_models.measure_speed(run, assembled, parent, costs)
 
         final = distilled[0] if distilled else assembled[1]
         said = whole_models.let_answer(run, [own, final], parent)
-        findings = Findings(evaluations=found, speed=speed, answers=said, race=racers)
+        looping = whole_models.count_loops(run, [own, final], parent, corpus)
+        findings = Findings(evaluations=found, speed=speed, answers=said, looping=looping, race=racers)
         source, library = (parent, corpus), (blocks, problem)
         return finish(run, final, report_of(run, final, assembled + distilled, findings, source, library))
 

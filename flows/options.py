@@ -18,11 +18,11 @@ from pydantic import ValidationError
 from blocks.errors import PuzzleError
 from profiles.load import load_profile, shipped_profiles
 from profiles.schema import EngineName, Profile, Search, read_share
-from tasks.search.joint import QUANTITIES, flag
+from tasks.search.joint import KL_OF, QUANTITIES, flag
 
 if TYPE_CHECKING:
     from tasks.search.joint import JointLibrary
-    from tasks.search.request import Request
+    from tasks.search.request import Limit, Request
 
 
 def takes(options: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -116,6 +116,9 @@ class LibraryOptions:
     ] = None
     parameters: Annotated[Budget, _budget("parameters", "parameters")] = None
     layer_parameters: Annotated[Budget, _budget("layer_parameters", "parameters of the layers alone")] = None
+    max_kl: Annotated[
+        Budget, typer.Option("--max-kl", metavar="CAPABILITY=N", help="budget: the KL on a capability, nats per token")
+    ] = None
     score: Annotated[str | None, typer.Option("--score", metavar="N", help="budget: the summed score")] = None
     traffic: Annotated[
         list[str] | None,
@@ -165,6 +168,7 @@ class LibraryOptions:
         if opened.warning:
             typer.echo(f"Warning: {opened.warning}", err=True)
         found = [limit_of(name, text) for name in QUANTITIES for text in _listed(getattr(self, name))]
+        found += [_limit_on_kl(text) for text in self.max_kl or ()]
         try:
             search = Search(
                 robust=self.robust,
@@ -184,6 +188,15 @@ class LibraryOptions:
         except ValidationError as error:
             raise refused(error) from None
         return opened, request
+
+
+def _limit_on_kl(text: str) -> "Limit":
+    from tasks.search.request import limit_of
+
+    name, equals, most = text.partition("=")
+    if not equals:
+        raise PuzzleError(f"--max-kl: a capability and its highest KL, such as retrieval=0.3, not {text!r}.")
+    return limit_of(f"{KL_OF}{name.strip()}", most)
 
 
 def _listed(value: Any) -> list[str]:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from flows.in_workspace import kept_in_mlflow
 from flows.options import LibraryOptions, refused, share_of, takes
 from tasks.running.progress import shown
-from tasks.search.joint import HEAD, QUANTITIES, LibraryFileError, at
+from tasks.search.joint import HEAD, KL_OF, QUANTITIES, LibraryFileError, at, known_quantity
 
 if TYPE_CHECKING:
     from tasks.search.confidence import Confidence
@@ -25,7 +25,9 @@ Json = Annotated[bool, typer.Option("--json", help="one object, or a list when s
 
 Minimise = Annotated[
     str,
-    typer.Option("--minimise", help=f"what is minimised (tokens_per_second: maximised): {', '.join(QUANTITIES)}"),
+    typer.Option(
+        "--minimise", help=f"what is minimised (tokens_per_second: maximised): {', '.join(QUANTITIES)}, {KL_OF}NAME"
+    ),
 ]
 
 
@@ -83,7 +85,9 @@ def explain_command(asked: LibraryOptions, as_json: Json = False) -> None:
 @takes(LibraryOptions)
 def sweep_command(
     asked: LibraryOptions,
-    over: Annotated[str, typer.Option("--over", help=f"what is limited: {', '.join(QUANTITIES)}")] = "latency_seconds",
+    over: Annotated[
+        str, typer.Option("--over", help=f"what is limited: {', '.join(QUANTITIES)}, {KL_OF}NAME")
+    ] = "latency_seconds",
     minimise: Minimise = "score",
     points: Annotated[int, typer.Option("--points", min=2, max=1000, help="limits along the front")] = 20,
     as_json: Json = False,
@@ -92,10 +96,10 @@ def sweep_command(
     from tasks.search.solve import front, front_values
 
     over, minimise = over.replace("-", "_"), minimise.replace("-", "_")
-    unknown = [name for name in (over, minimise) if name not in QUANTITIES]
-    if unknown or over == minimise:
-        raise LibraryFileError(f"a front needs two different of {', '.join(QUANTITIES)}, not {over} and {minimise}.")
     library, request = asked.open()
+    names = library.quantities
+    if over == minimise or not {over, minimise} <= set(names):
+        raise LibraryFileError(f"a front needs two different of {', '.join(names)}, not {over} and {minimise}.")
     request = request.model_copy(update={"minimise": minimise})
     values = front_values(library, request, over, points)
     with shown("sweep", beside=True) as progress:
@@ -178,8 +182,8 @@ def _summary(choice: "JointChoice", library: "JointLibrary", request: "Request")
     what += " and the head" if HEAD in choice.layers else ""
     what += f" + {robust:g} se" if robust else ""
     if request.minimise != "score":
-        floor = QUANTITIES[request.minimise].floor
-        what = f"{'most' if floor else 'least'} {QUANTITIES[request.minimise].title}"
+        floor = known_quantity(request.minimise).floor
+        what = f"{'most' if floor else 'least'} {known_quantity(request.minimise).title}"
         what += "" if not floor or _in_tokens(choice, request.minimise) else ", as the seconds of one request"
     lines = [f"objective  {_in_unit(choice.objective, choice, request.minimise):.6f} ({what})"]
     if choice.score_se is None and request.minimise != "score":
@@ -209,14 +213,14 @@ def _in_unit(objective: float, choice: "JointChoice", minimise: str) -> float:
 
 def _in_tokens(choice: "JointChoice", minimise: str) -> bool:
     """Whether an objective is the seconds of one token: not where the library does not say how many a request has."""
-    return QUANTITIES[minimise].floor and all(found.tokens_per_second for found in choice.scenarios)
+    return known_quantity(minimise).floor and all(found.tokens_per_second for found in choice.scenarios)
 
 
 def _used(library: "JointLibrary", name: str, value: float | None, limit: Any, place: int) -> list[str]:
     """One total beside its limit, and how much of it lies outside the blocks."""
     if value is None:
         return []
-    kind = QUANTITIES[name]
+    kind = known_quantity(name)
     unit, asked = "" if kind.unit == kind.title else f" {kind.unit}", ""
     if limit is not None:
         most = f"{100 * limit.asked:.10g}% of the parent's" if limit.share else f"{limit.asked:.10g}{unit}"
@@ -237,13 +241,26 @@ def _priced(price: "Price", choice: "JointChoice") -> str:
         for step, value in price.resolved.items()
     ]
     many = price.unit == "parameters" and not price.share
+    near = price.unit == "nats per token"  # a nat is far more than any limit
     unit = "1 % of the parent's" if price.share else f"one {'million parameters' if many else price.unit}"
-    per_unit = price.per_unit * (0.01 if price.share else 1e6 if many else 1)
+    unit = f"0.01 {price.unit}" if near else unit
+    per_unit = price.per_unit * (0.01 if price.share or near else 1e6 if many else 1)
+    moves += _without(price, choice)
     return (
         f"{price.budget}  {price.used / price.limit:.2%} used. If the budget were {unit} larger, the objective would "
         f"change by about {per_unit:+.3e} (an estimate by the LP relaxation). Solved again with other budgets: "
         f"{', '.join(moves)}"
     )
+
+
+def _without(price: "Price", choice: "JointChoice") -> list[str]:
+    """What a limit on the KL of a capability costs, in words."""
+    if price.without is None:
+        return []
+    said = f"without it: {price.without:.6f} ({price.without - choice.objective:+.6f})"
+    if price.speed is not None:
+        said += f", or at this objective {price.speed:+.1%} tokens a second"
+    return [said]
 
 
 def _sure(found: "Confidence") -> str:

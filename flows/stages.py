@@ -18,7 +18,7 @@ from blocks.library import BlockLibrary, digest_of
 from blocks.records import Architecture, BlockRecord, CorpusInfo, CostTable, LayerRecord, ParentInfo, Score
 from flows.run import Run, task_of
 from profiles.hardware import load_target
-from profiles.schema import MINITRON, ParentAnswersSource, Profile
+from profiles.schema import MINITRON, Corpus, ParentAnswersSource, Profile
 from tasks.distill.bld import Job, distill_shard, progress_of
 from tasks.distill.jobs import better_of, coupled_jobs, jobs_of
 from tasks.distill.record import (
@@ -34,7 +34,7 @@ from tasks.distill.record import (
     recorded,
     recording_of,
 )
-from tasks.inputs.corpus import documents_of, prepare_corpus
+from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
 from tasks.inputs.parent_answers import with_answers
@@ -92,7 +92,7 @@ def distill_task(job: Job, slot: WorkerSlot, workspace: str, number: int = 0, pa
         return distill_shard(job, Path(workspace), compute, number)
 
 
-@task_of("score layer", "score layer {layer.layer:02d}", lambda _, p: _scores_key(p["work"], p["scored"].length))
+@task_of("score layer", "score layer {layer.layer:02d}", lambda _, p: _scores_key(p["work"], p["scored"]))
 def score_task(
     work: list[scoring.Work],
     layer: LayerRecord,
@@ -102,7 +102,7 @@ def score_task(
     workspace: str,
 ) -> Any:
     """See tasks.score.scoring.score_sequences."""
-    found = [scoring.stored_score(record, sequences, scored.length, Path(workspace)) for record, sequences in work]
+    found = [scoring.stored_score(record, sequences, scored.text, Path(workspace)) for record, sequences in work]
     if all(found):
         return found
     task = TaskKey(key=f"scores-{layer.statistics.sha256[:32]}", what=f"the scores of layer {layer.layer}")
@@ -121,8 +121,8 @@ def _named(job: Job) -> str:
     return f"layer {job.layer} {job.subblock} {job.variant}"
 
 
-def _scores_key(work: Sequence[scoring.Work], length: int) -> str:
-    return digest_of(scores=[(scoring.score_key(record, length), sequences) for record, sequences in work])
+def _scores_key(work: Sequence[scoring.Work], scored: scoring.ScoringSet) -> str:
+    return digest_of(scores=[(scoring.score_key(record, scored.text), sequences) for record, sequences in work])
 
 
 def prepare(run: Run) -> tuple[ParentInfo, CorpusInfo]:
@@ -135,19 +135,34 @@ def prepare(run: Run) -> tuple[ParentInfo, CorpusInfo]:
     check_search_space(profile, reader)
     for sentence in left_out(profile, reader):
         say(f"not tried: {sentence}")
-    wanted, needs = profile.corpus, ["parent"]
+    return parent, _packed(run, "", profile.corpus, parent)
+
+
+def prepare_capabilities(run: Run, parent: ParentInfo, corpus: CorpusInfo) -> list[CorpusInfo]:
+    """The text of every capability that has its own. What stands in the corpus, or in one before it, is left out."""
+    found: list[CorpusInfo] = []
+    for name, one in run.profile.own_capabilities.items():
+        found.append(_packed(run, name, one.corpus, parent, (corpus, *found)))
+    return found
+
+
+def _packed(
+    run: Run, capability: str, wanted: Corpus, parent: ParentInfo, others: tuple[CorpusInfo, ...] = ()
+) -> CorpusInfo:
+    """A text read and packed, with the parent's answers where it asks for them. capability: whose; "": the corpus."""
+    workspace, needs = run.workspace, ["parent"]
     if any(isinstance(source, ParentAnswersSource) for source in wanted.sources):
         with (
             exclusive(workspace, TaskKey(key="prompts", what="the parent's answers")),
             run.stage("prompts") as progress,
         ):
-            place = (parent, workspace, compute_of(profile), progress)
-            wanted = run.call(prompts_task, "prompts", wanted, *place, after=["parent"], limited=False)
-            needs = ["prompts"]
+            place = (parent, workspace, compute_of(run.profile), progress)
+            needs = [f"prompts {capability}".strip()]
+            wanted = run.call(prompts_task, needs[0], wanted, *place, after=["parent"], limited=False)
     with exclusive(workspace, TaskKey(key="corpus", what="the corpus")), run.stage("corpus"):
-        read = (wanted, workspace / parent.folder, parent.fingerprint, workspace)
-        corpus: CorpusInfo = run.call(corpus_task, "corpus", *read, after=needs, limited=False)
-    return parent, corpus
+        read = (wanted, workspace / parent.folder, parent.fingerprint, workspace, others)
+        corpus: CorpusInfo = run.call(corpus_task, f"corpus {capability}".strip(), *read, after=needs, limited=False)
+    return corpus.model_copy(update={"capability": capability})
 
 
 def recording(run: Run, parent: ParentInfo, corpus: CorpusInfo) -> Recording:
@@ -315,35 +330,37 @@ def score_all(
     corpus: CorpusInfo,
     records: Sequence[LayerRecord],
     blocks: Iterable[BlockRecord],
+    capabilities: Sequence[CorpusInfo] = (),
     name: str = "score",
 ) -> list[Score]:
-    """Replace-1-block scores of every block that did not fail."""
-    settings, profile = run.profile.scoring, run.profile
-    length = settings.tokens_per_sequence or corpus.sequence_length
-    scored = scoring.ScoringSet(corpus=corpus, last=records[-1], count=settings.sequences, length=length)
-    sequences = tuple(range(scored.count))
+    """Replace-1-block scores of every block that did not fail, on the corpus and on the text of every capability."""
+    scored = scoring.scoring_sets(run.profile, corpus, capabilities, records[-1])
     usable = [block for block in blocks if block.status != "failed"]
-    stored = {block.key: scoring.stored_score(block, sequences, length, run.workspace) for block in usable}
+    missing = {
+        place: list(dict.fromkeys(block.layer for block in usable if each.stored(block, run.workspace) is None))
+        for place, each in enumerate(scored)
+    }
 
-    def handed_to(call: Callable[..., Any], layer: int, shard: scoring.ScoringSet = scored) -> Any:
+    def handed_to(call: Callable[..., Any], layer: int, shard: scoring.ScoringSet) -> Any:
         work = [(block, shard.sequences) for block in usable if block.layer == layer]
-        values = (work, records[layer], shard, parent, worker_slot(profile), str(run.workspace))
+        values = (work, records[layer], shard, parent, worker_slot(run.profile), str(run.workspace))
         needs = [*(block.key for block, _ in work), f"record {layer}", f"record {len(records) - 1}"]
-        return call(score_task, f"score {layer}", *values, after=needs)
+        return call(score_task, f"score {layer} {shard.capability}".strip(), *values, after=needs)
 
-    missing = list(dict.fromkeys(block.layer for block in usable if stored[block.key] is None))
-    for layer in dict.fromkeys(block.layer for block in usable if block.layer not in missing):
-        handed_to(run.call, layer)
+    for place, each in enumerate(scored):
+        for layer in dict.fromkeys(block.layer for block in usable if block.layer not in missing[place]):
+            handed_to(run.call, layer, each)
     with run.stage(name) as progress:  # entered first: what is submitted computes at once
-        shards = scored.shards(profile.record.shard_tokens)
-        futures = [(layer, handed_to(run.submit, layer, shard)) for shard in shards for layer in missing]
+        futures = [
+            (layer, handed_to(run.submit, layer, shard))
+            for place, each in enumerate(scored)
+            for shard in each.shards(run.profile.record.shard_tokens)
+            for layer in missing[place]
+        ]
         for done, (layer, future) in enumerate(futures, start=1):
             future.result()
             progress(done, len(futures), f"layer {layer}")
-    for block in usable:
-        stored[block.key] = stored[block.key] or scoring.stored_score(block, sequences, length, run.workspace)
-    documents = documents_of(corpus, "validation", run.workspace, length)[: scored.count]
-    return [scoring.by_document(score, documents) for score in stored.values() if score is not None]
+    return scoring.scores_of(usable, scored, run.workspace)
 
 
 def measure(run: Run, parent: ParentInfo) -> CostTable:
@@ -412,7 +429,7 @@ def choose_child(
     """The MIP under the profile's budget: its optimum, and who races with it where several are to."""
     with run.stage("choose"):
         problem = with_most_tokens(problem_of(run.profile, scores, table))
-        needs = [*cost_tasks(run), *(f"score {layer}" for layer in sorted({score.layer for score in scores}))]
+        needs = [*cost_tasks(run), *(name for name in run.task_runs if name.startswith("score "))]
         asked = (problem, run.profile.race.candidates, run.profile.race.min_different)
         found: list[Architecture] = run.call(choose_task, "choice", *asked, after=needs, limited=False)
     reader = open_parent(run.workspace / parent.folder)

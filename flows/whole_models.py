@@ -7,15 +7,15 @@ from typing import Any
 
 from blocks.devices import on_device
 from blocks.library import digest_of
-from blocks.records import Answer, CorpusInfo, CostTable, ParentInfo, Racer, SpeedReport
+from blocks.records import Answer, CorpusInfo, CostTable, Looping, ParentInfo, Racer, SpeedReport
 from flows.run import Run, task_of
 from flows.stages import cost_tasks
 from flows.tracked_run import TrackedRun
-from profiles.schema import Profile
+from profiles.schema import GENERAL, Profile
 from tasks.distill import gkd_job, gkd_targets
 from tasks.distill.gkd import Seen, Watch
 from tasks.distill.record import open_parent
-from tasks.evaluate import answers, compare
+from tasks.evaluate import answers, compare, loops
 from tasks.evaluate.compare import Contender, Evaluation
 from tasks.evaluate.race import race as race_of
 from tasks.evaluate.typed_file import as_served
@@ -28,12 +28,14 @@ from tasks.running.workers import compute_of
 
 
 @task_of("record the parent for GKD", "record the parent for GKD")
-def teacher_task(parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path, progress: Any) -> Any:
+def teacher_task(
+    parent: ParentInfo, corpus: CorpusInfo, mixed: gkd_targets.Mixed, profile: Profile, workspace: Path, progress: Any
+) -> Any:
     """See tasks.distill.gkd_targets.record_teacher."""
     compute = compute_of(profile)
-    key = f"teacher-{gkd_targets.teacher_key(parent, corpus, profile.gkd, compute)}"
+    key = f"teacher-{gkd_targets.teacher_key(parent, corpus, profile.gkd, compute, mixed)}"
     with exclusive(workspace, TaskKey(key=key, what="the recording of the parent for GKD")):
-        return gkd_targets.record_teacher(parent, corpus, profile.gkd, workspace, compute, progress)
+        return gkd_targets.record_teacher(parent, corpus, profile.gkd, workspace, compute, progress, mixed)
 
 
 @task_of("GKD", "GKD of {which.name}")
@@ -84,14 +86,15 @@ def _all_of(devices: Sequence[str]) -> Iterator[None]:
         yield
 
 
-@task_of("evaluate", "evaluate {which.name} ({which.stage})")
+@task_of("evaluate", "evaluate {which.name} ({which.stage}) {corpus.capability}")
 def evaluate_task(which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path) -> Any:
     """See tasks.evaluate.compare.evaluate_contender."""
     dtype = child_dtype(profile.hardware, open_parent(workspace / parent.folder))
     compute = compute_of(profile)
-    key = digest_of(path=compare.evaluation_path(which, parent, corpus, profile.evaluate, compute, dtype))
+    asked = compare.on_capability(profile.evaluate, corpus) if corpus.capability else profile.evaluate
+    key = digest_of(path=compare.evaluation_path(which, parent, corpus, asked, compute, dtype))
     with exclusive(workspace, TaskKey(key=f"evaluate-{key}", what=f"the evaluation of {which.name}")):
-        return compare.evaluate_contender(which, parent, corpus, profile.evaluate, workspace, compute, dtype)
+        return compare.evaluate_contender(which, parent, corpus, asked, workspace, compute, dtype)
 
 
 @task_of("answers", "answers of {which.name}")
@@ -100,6 +103,17 @@ def answers_task(which: Contender, parent: ParentInfo, profile: Profile, workspa
     key = digest_of(path=answers.answers_path(which, parent, profile.evaluate))
     with exclusive(workspace, TaskKey(key=f"answers-{key}", what=f"the answers of {which.name}")):
         return answers.answers_of(which, parent, profile.evaluate, workspace, compute_of(profile))
+
+
+@task_of("count loops", "count loops of {which.name}")
+def looping_task(
+    which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path, progress: Any
+) -> Any:
+    """See tasks.evaluate.loops.looping_of."""
+    key = digest_of(path=loops.looping_path(which, parent, corpus, profile.evaluate))
+    with exclusive(workspace, TaskKey(key=f"loops-{key}", what=f"the loops of {which.name}")):
+        source = (parent, corpus)
+        return loops.looping_of(which, source, profile.evaluate, workspace, compute_of(profile), progress)
 
 
 def _speed_key(_: Any, given: dict[str, Any]) -> str:
@@ -125,12 +139,18 @@ def made_of(which: Contender) -> str:
     return {"parent": "corpus", "assembled": "choice", "distilled": f"GKD {which.name}"}[which.stage]
 
 
-def record_teacher(run: Run, parent: ParentInfo, corpus: CorpusInfo) -> gkd_targets.TeacherRecord | None:
+def record_teacher(
+    run: Run, parent: ParentInfo, corpus: CorpusInfo, capabilities: Sequence[CorpusInfo] = ()
+) -> gkd_targets.TeacherRecord | None:
     """The parent's targets of GKD, once for all that are distilled; None where nobody is."""
+    mixed, weights = gkd_targets.Mixed(), run.profile.capability_weights
+    if capabilities:
+        shares = (weights[GENERAL], *(weights[one.capability] for one in capabilities))
+        mixed = gkd_targets.Mixed(capabilities=tuple(capabilities), shares=shares)
     if not run.profile.gkd.steps:
         return None
     with run.stage("GKD parent") as progress:
-        values: tuple[Any, ...] = (parent, corpus, run.profile, run.workspace, progress)
+        values: tuple[Any, ...] = (parent, corpus, mixed, run.profile, run.workspace, progress)
         teacher: gkd_targets.TeacherRecord = run.call(teacher_task, "GKD parent", *values, after=["corpus"])
     return teacher
 
@@ -163,15 +183,27 @@ def race(
     return winner.model_copy(update={"name": "child"}), racers
 
 
-def evaluate_all(run: Run, contenders: Sequence[Contender], parent: ParentInfo, corpus: CorpusInfo) -> list[Evaluation]:
-    """Evaluations in order, with progress."""
-    found: list[Evaluation] = []
+def evaluate_all(
+    run: Run,
+    contenders: Sequence[Contender],
+    parent: ParentInfo,
+    corpus: CorpusInfo,
+    capabilities: Sequence[CorpusInfo] = (),
+) -> list[Evaluation]:
+    """Evaluations in order, with progress; on the corpus, and on the text of every capability."""
+    found: list[dict[str, Evaluation]] = [{} for _ in contenders]
+    texts, done = (corpus, *capabilities), 0
     with run.stage("evaluate") as progress:
-        for done, which in enumerate(contenders, start=1):
-            makes, values = f"evaluation {which.name} {which.stage}", (which, parent, corpus, run.profile)
-            found.append(run.call(evaluate_task, makes, *values, run.workspace, after=[made_of(which)]))
-            progress(done, len(contenders), f"{which.name} KL {found[-1].quality.kl.value:.3f}")
-    return found
+        for text in texts:  # the parent's side of a text is there for all models
+            for which, own in zip(contenders, found, strict=True):
+                makes = f"evaluation {which.name} {which.stage} {text.capability}".strip()
+                values = (which, parent, text, run.profile, run.workspace)
+                one: Evaluation = run.call(evaluate_task, makes, *values, after=[made_of(which)])
+                own[text.capability], done = one, done + 1
+                where = f" on {text.capability}" if text.capability else ""
+                said = f"{which.name}{where} KL {one.quality.kl.value:.3f}"
+                progress(done, len(texts) * len(contenders), said)
+    return [own.pop("").model_copy(update={"capabilities": own}) for own in found]
 
 
 def distill_globally(
@@ -212,6 +244,22 @@ def let_answer(
             said = run.call(answers_task, f"answers {which.name}", *values, after=[made_of(which)]).answers
             found[which.name, which.stage] = said
             progress(done, len(contenders), f"{which.name}, {sum(answer.loops for answer in said)} of {len(said)} loop")
+    return found
+
+
+def count_loops(
+    run: Run, contenders: Sequence[Contender], parent: ParentInfo, corpus: CorpusInfo
+) -> dict[tuple[str, str], Looping]:
+    """How often each loops on beginnings of test text, by name and stage; nothing where the profile asks for none."""
+    if not run.profile.evaluate.loop_prompts:
+        return {}
+    found: dict[tuple[str, str], Looping] = {}
+    with run.stage("loops") as progress:
+        for which in contenders:
+            values = (which, parent, corpus, run.profile, run.workspace, progress)
+            found[which.name, which.stage] = run.call(
+                looping_task, f"answers loops {which.name}", *values, after=[made_of(which)]
+            )
     return found
 
 

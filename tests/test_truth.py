@@ -21,10 +21,10 @@ from tasks.distill.record import record_layer
 from tasks.evaluate.compare import build, contender
 from tasks.evaluate.quality import mean_metric, parent_targets, sequence_figures
 from tasks.inputs.corpus import documents_of
-from tasks.score.scoring import ScoringSet, score_sequences
+from tasks.score.scoring import ScoringSet, score_sequences, scores_of
 from tasks.search.totals import predicted
 from tasks.studies.contest import ContestSize, contest
-from tasks.studies.finished import Finished, UnfinishedLibrary, _scores, open_finished
+from tasks.studies.finished import Finished, UnfinishedLibrary, open_finished
 from tasks.studies.truth import Meter, Modules, measured_truth, other_model, other_sequences, scored_sequences, truth_of
 from tests.chain import CORPUS, RECORD, Chain, recording
 from tests.test_choose import CHAT, costs_of
@@ -142,10 +142,10 @@ def test_what_was_measured_is_stored_by_content(finished: Finished, monkeypatch:
     assert scored._key(unused) == truth_of(replace(finished, blocks=other_block), 2)[0]._key(unused)
 
 
-def test_scores_and_meters_know_the_documents_of_their_sequences(finished: Finished) -> None:
+def test_scores_and_meters_know_the_documents_of_their_sequences(finished: Finished, chain: Chain) -> None:
     whole = documents_of(finished.corpus, "validation", finished.workspace, 32)
     assert len(whole) == 8 and len(set(whole)) > 1
-    scores = _scores(finished.profile, finished.workspace, finished.corpus, finished.blocks)
+    scores = tuple(scores_of(finished.blocks, [chain.scored], finished.workspace))
     assert scores and {score.documents for score in scores} == {whole[:6]} == {
         replace(finished, scores=scores).problem.documents
     }

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from blocks.compute import Compute
 from blocks.library import keep, read_tensors, read_value, remember, write_tensors, write_value
 from blocks.records import Ref, Value
-from profiles.schema import GKD
+from profiles.schema import GENERAL, GKD
 from tasks.distill import gkd_checkpoint
 from tasks.distill.gkd_checkpoint import Course
-from tasks.distill.gkd_settings import rows_of_step, share_of_rate, trial_steps
+from tasks.distill.gkd_settings import rows_of_step, share_of_rate, texts_of_steps, trial_steps
 from tasks.distill.gkd_student import Student, trained_modules
 from tasks.distill.gkd_targets import Teacher, TeacherRecord, batch_of
 from tasks.distill.sharding import ALONE, Group, held_bytes, whole
@@ -33,7 +33,10 @@ RESULT = "result.json"
 
 
 class Seen(Value):
-    """A step that was done: the two losses on its batch, and the KL on validation text where that was measured."""
+    """A step that was done: the two losses on its batch, and the KL on validation text where that was measured.
+
+    on_each: of the capabilities, that KL on each and on the corpus; `validation_kl` is their weighed sum then.
+    """
 
     step: int
     steps: int
@@ -42,6 +45,7 @@ class Seen(Value):
     learning_rate: float
     validation_kl: float | None
     best_kl: float
+    on_each: dict[str, float] = {}
 
     @property
     def text(self) -> str:
@@ -51,7 +55,8 @@ class Seen(Value):
     @property
     def figures(self) -> dict[str, float]:
         """The step in figures, for MLflow's curves over the steps."""
-        return self.model_dump(include={"kl", "cosine", "learning_rate", "validation_kl"}, exclude_none=True)
+        known = self.model_dump(include={"kl", "cosine", "learning_rate", "validation_kl"}, exclude_none=True)
+        return known | {f"validation_kl_on_{name}": kl for name, kl in self.on_each.items()}
 
 
 Watch = Callable[[Seen], None]
@@ -128,7 +133,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95))
         self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.steps = self.settings.steps if self.parameters else 0
-        self.length = self.record.corpus.sequence_length
+        self.order = texts_of_steps(self.settings.steps, self.record.mixed.shares)
         rows = self._rows(self.settings.batch_sequences)
         count = self._parts_of(rows)
         # one process of several cannot take smaller parts: the others would wait for it
@@ -211,7 +216,7 @@ class Training:
 
     def _step(self, course: Course) -> Course | None:
         """A training step, and a measurement where one is due. None when the loss is not a number."""
-        step = course.step + 1
+        step, on_each = course.step + 1, dict[str, float]()
         rate = course.learning_rate * share_of_rate(step - 1, self.steps, self.settings)
         loss, kl = self._update(step, rate)
         if not math.isfinite(loss):
@@ -219,7 +224,7 @@ class Training:
         course = course.model_copy(update={"step": step, "losses": (*course.losses, (loss, kl))})
         measured = None
         if step % self.settings.evaluate_every == 0 or step == self.steps:
-            measured = self.validation_kl()
+            measured, on_each = self.validation()
             course = self._kept(course, measured)
         self.watch(
             Seen(
@@ -230,6 +235,7 @@ class Training:
                 learning_rate=rate,
                 validation_kl=measured if measured is not None and math.isfinite(measured) else None,
                 best_kl=course.best_kl,
+                on_each={name: kl for name, kl in on_each.items() if math.isfinite(kl)},
             )
         )
         return course
@@ -261,6 +267,7 @@ class Training:
                 best[name] = full.cpu()
         held = [*self.parameters.values(), *(self.best.values()), *self._moments().values()]
         of_each = self.group.gather((held_bytes(held), course.cpu_seconds))
+        lengths = [text.sequence_length for text in self.record.texts]
         if self.group.first:
             result = GKDResult(
                 weights=write_tensors(self.workspace, f"{self.folder}/layers.safetensors", best),
@@ -272,7 +279,8 @@ class Training:
                 learning_rate=course.learning_rate,
                 tried=course.tried,
                 held_bytes=tuple(held for held, _ in of_each),
-                tokens=len(course.losses) * self.settings.batch_sequences * self.length,
+                tokens=sum(lengths[place] for place, _ in self.order[: len(course.losses)])
+                * self.settings.batch_sequences,
                 seconds=course.seconds,
                 cpu_seconds=sum(seconds for _, seconds in of_each),
                 stopped=stopped,
@@ -299,11 +307,13 @@ class Training:
         """This process's sequences of a step, with the parent's targets where they were recorded."""
         rows = self.group.part(self.settings.batch_sequences)
         if not self.record.steps:
-            corpus = self.record.corpus
-            wanted = rows_of_step(step - 1, self.settings, corpus.train_sequences)[rows]
-            batch = batch_of(corpus, "train", wanted, self.workspace)
+            place, before = self.order[step - 1]
+            text = self.record.texts[place]
+            wanted = rows_of_step(before, self.settings, text.train_sequences)[rows]
+            batch = batch_of(text, "train", wanted, self.workspace)
             return {name: tensor.to(self.compute.device) for name, tensor in batch.items()}
-        return self._rows_of(read_tensors(self.workspace, self.record.steps[step - 1]), rows, self.length)
+        batch = read_tensors(self.workspace, self.record.steps[step - 1])
+        return self._rows_of(batch, rows, batch["tokens"].shape[1])
 
     def _rows_of(self, batch: dict[str, Tensor], rows: slice, length: int) -> dict[str, Tensor]:
         """Those sequences of a batch: a row of `tokens` each, `length` rows of what there is for every token."""
@@ -328,10 +338,24 @@ class Training:
             of_kl += kl.item() * share
         return total, of_kl
 
-    @torch.no_grad()
     def validation_kl(self) -> float:
-        """KL(parent || child) in nats per token on the validation sequences."""
-        batch = read_tensors(self.workspace, self.record.validation)
+        """KL(parent || child) in nats per token on the validation sequences; over capabilities, by their shares."""
+        return self.validation()[0]
+
+    def validation(self) -> tuple[float, dict[str, float]]:
+        """The same, and where there are capabilities the KL on each of them and on the corpus."""
+        shares, watched = self.record.mixed.shares, self.record.watched
+        each = [self._kl_on(ref) for ref in (self.record.validation, *watched)]
+        if not watched:
+            return each[0], {}
+        names = (GENERAL, *(text.capability for text in self.record.mixed.capabilities))
+        # one that counts for nothing may be infinite
+        total = math.fsum(share * kl for share, kl in zip(shares, each, strict=True) if share)
+        return total, dict(zip(names, each, strict=True))
+
+    @torch.no_grad()
+    def _kl_on(self, watched: Ref) -> float:
+        batch = read_tensors(self.workspace, watched)
         sequences, length = batch["tokens"].shape
         mine, total = self.group.part(sequences), self._on_device([0.0])
         rows = torch.arange(mine.start, mine.stop)
@@ -369,7 +393,7 @@ class Training:
         return -(-sequences // self.group.size)
 
     def _parts_of(self, rows: int) -> int:
-        return -(-rows // self.compute.sequences(self.length))
+        return -(-rows // self.compute.sequences(self.record.longest))
 
     def _on_device(self, values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64).to(self.compute.device)

@@ -67,6 +67,7 @@ class Job(Value):
             settings=asked(self.settings),
             products=self.dtype,
             version=VERSION,
+            **self.record.mixed.key,
         )
         return f"gkd/child-{key}"
 

@@ -1,6 +1,7 @@
 """What the settings of GKD say: which layers, which sequences, which rate at a step; without torch's models."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -41,6 +42,20 @@ def rows_of_step(step: int, settings: GKD, available: int) -> list[int]:
     order = torch.randperm(available, generator=torch.Generator().manual_seed(settings.seed)).tolist()
     first = step * settings.batch_sequences
     return [order[(first + row) % available] for row in range(settings.batch_sequences)]
+
+
+def texts_of_steps(steps: int, shares: Sequence[float]) -> list[tuple[int, int]]:
+    """For every step the text that its sequences are of, and how many steps were of that text before.
+
+    The next step is of the text that is farthest behind its share of the steps.
+    """
+    done, found = [0] * len(shares), list[tuple[int, int]]()
+    counted = [place for place, share in enumerate(shares) if share]
+    for _ in range(steps):
+        text = min(counted, key=lambda place: (done[place] + 1) / shares[place])
+        found.append((text, done[text]))
+        done[text] += 1
+    return found
 
 
 def trial_steps(steps: int) -> int:

@@ -21,7 +21,14 @@ from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import digest_of, keep, pick_rows, remember, write_tensors
 from blocks.records import CorpusInfo, ParentInfo, Ref, Value
 from profiles.schema import GKD
-from tasks.distill.gkd_settings import HOW, NOT_OF_THE_PARENT, cosine_layers, is_recorded, rows_of_step
+from tasks.distill.gkd_settings import (
+    HOW,
+    NOT_OF_THE_PARENT,
+    cosine_layers,
+    is_recorded,
+    rows_of_step,
+    texts_of_steps,
+)
 from tasks.distill.record import open_parent
 from tasks.inputs.corpus import WEIGHTS
 from tasks.running.progress import Progress, no_progress
@@ -29,10 +36,30 @@ from tasks.running.progress import Progress, no_progress
 VERSION = 4  # of the targets
 
 
+class Mixed(Value):
+    """Texts of capabilities that GKD trains on beside the corpus, and shares of the steps, that of the corpus first.
+
+    Empty: it trains on the corpus alone.
+    """
+
+    capabilities: tuple[CorpusInfo, ...] = ()
+    shares: tuple[float, ...] = (1.0,)
+
+    @property
+    def key(self) -> dict[str, object]:
+        """What keys of stored work need to know; nothing where the corpus is alone."""
+        told = [self.shares, [one.fingerprint for one in self.capabilities]]
+        return {"mixed": told} if self.capabilities else {}
+
+
+UNMIXED = Mixed()
+
+
 class TeacherRecord(Value):
     """The parent's targets on validation sequences, and on those that GKD trains on: one file per step.
 
-    steps: empty where the parent runs beside the child. tokens: of all steps.
+    steps: empty where the parent runs beside the child. tokens: of all steps. watched: the targets on the validation
+    sequences of each capability.
     """
 
     parent: ParentInfo
@@ -42,12 +69,30 @@ class TeacherRecord(Value):
     layers: tuple[int, ...]
     tokens: int
     seconds: float
+    mixed: Mixed = UNMIXED
+    watched: tuple[Ref, ...] = ()
+
+    @property
+    def texts(self) -> tuple[CorpusInfo, ...]:
+        """The corpus, and the texts of capabilities."""
+        return (self.corpus, *self.mixed.capabilities)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequences."""
+        return longest(self.texts)
 
 
-def teacher_key(parent: ParentInfo, corpus: CorpusInfo, settings: GKD, compute: Compute) -> str:
+def longest(texts: Sequence[CorpusInfo]) -> int:
+    """Tokens of a sequence, in the text where it has most."""
+    return max(text.sequence_length for text in texts)
+
+
+def teacher_key(parent: ParentInfo, corpus: CorpusInfo, settings: GKD, compute: Compute, mixed: Mixed = UNMIXED) -> str:
     """Digest of what the parent's targets of a step depend on. More steps or another learning rate reuse them."""
     fields = settings.model_dump(exclude=HOW | NOT_OF_THE_PARENT) | {"products": str(compute.dtype)}
-    return digest_of(parent=parent.fingerprint, corpus=corpus.fingerprint, settings=fields, version=VERSION)
+    told = {"parent": parent.fingerprint, "corpus": corpus.fingerprint, "settings": fields, **mixed.key}
+    return digest_of(**told, version=VERSION)
 
 
 @contextmanager
@@ -99,6 +144,7 @@ def record_teacher(
     workspace: Path,
     compute: Compute,
     progress: Progress = no_progress,
+    mixed: Mixed = UNMIXED,
 ) -> TeacherRecord:
     """Run the parent over the validation sequences, and where its targets fit `gkd.recorded_gib` over all batches.
 
@@ -107,9 +153,10 @@ def record_teacher(
     started = time.perf_counter()
     source = workspace / parent.folder
     reader = open_parent(source, compute)
-    recorded = is_recorded(settings, corpus.sequence_length, reader.depth, reader.config.hidden_size)
+    texts = (corpus, *mixed.capabilities)
+    recorded = is_recorded(settings, longest(texts), reader.depth, reader.config.hidden_size)
     steps = settings.steps if recorded else 0
-    folder = f"gkd/teacher-{teacher_key(parent, corpus, settings, compute)}"
+    folder = f"gkd/teacher-{teacher_key(parent, corpus, settings, compute, mixed)}"
     manifest = workspace / folder / f"teacher-{settings.steps}{'' if steps else '-beside'}.json"
     stored = remember(manifest, TeacherRecord, _files_of, workspace, "when read")
     if stored is not None:
@@ -117,28 +164,39 @@ def record_teacher(
     model = for_passes(lambda on: open_parent(source, on).model(), compute, reader.weight_bytes)
     teacher, layers = Teacher(model, compute), cosine_layers(reader.depth, settings.cosine_every)
     references = []
-    for step in range(steps):
-        batch = batch_of(corpus, "train", rows_of_step(step, settings, corpus.train_sequences), workspace)
+    order = texts_of_steps(settings.steps, mixed.shares)
+    for step, (place, before) in enumerate(order[:steps]):
+        text = texts[place]
+        batch = batch_of(text, "train", rows_of_step(before, settings, text.train_sequences), workspace)
         parts = _in_parts(teacher, batch, layers, compute)
         references.append(_record_batch(parts, workspace, f"{folder}/step_{step:05d}"))
         progress(step + 1, steps, "parent")
     first = range(min(settings.validation_sequences, corpus.validation_sequences))
     watched = _in_parts(teacher, batch_of(corpus, "validation", first, workspace), (), compute)
+    others = [
+        _in_parts(teacher, batch_of(text, "validation", range(text.validation_sequences), workspace), (), compute)
+        for text in mixed.capabilities
+    ]
     record = TeacherRecord(
         parent=parent,
         corpus=corpus,
         steps=tuple(references),
         validation=_record_batch(watched, workspace, f"{folder}/validation"),
         layers=layers,
-        tokens=settings.steps * settings.batch_sequences * corpus.sequence_length,
+        tokens=sum(texts[place].sequence_length for place, _ in order) * settings.batch_sequences,
         seconds=time.perf_counter() - started,
+        mixed=mixed,
+        watched=tuple(
+            _record_batch(each, workspace, f"{folder}/validation-{text.capability}")
+            for text, each in zip(mixed.capabilities, others, strict=True)
+        ),
     )
     keep(manifest, record, _files_of(record), workspace)
     return record
 
 
 def _files_of(record: TeacherRecord) -> list[Ref]:
-    return [*record.steps, record.validation]
+    return [*record.steps, record.validation, *record.watched]
 
 
 def batch_of(corpus: CorpusInfo, split: str, rows: Sequence[int], workspace: Path) -> dict[str, Tensor]:

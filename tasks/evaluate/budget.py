@@ -1,16 +1,18 @@
 """The budget beside what a model takes of it: what was asked, what the model got, and whether it is kept.
 
-Parameters and memory are counted. Times are the sums of the measured costs of the blocks; where the whole model was
-timed end to end, that measurement decides.
+Parameters and memory are counted. The KL on a capability is measured on its test text. Times are the sums of the
+measured costs of the blocks; where the whole model was timed end to end, that measurement decides.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from blocks.estimates import independent_ratio, is_clear, plain, rounded
 from blocks.records import Architecture, Candidate, Gains, LimitKept, Metric, Throughput
-from tasks.search.totals import TOLERANCE, BudgetRow, Problem, budget_rows, used_of
+from profiles.schema import GENERAL, MINITRON
+from tasks.search.capabilities import InconsistentTables
+from tasks.search.totals import TOLERANCE, BudgetRow, Problem, budget_rows, kl_on, used_of
 
 Kept = Literal["kept", "not kept", "within the error", "only predicted", "not known"]
 FLOORS = ("speedup", "min_tokens_per_second")
@@ -27,6 +29,40 @@ def limits_of(
         _limit(problem, row, used_of(problem, architecture.totals, row), own, parents)
         for row in budget_rows(problem, batches)
     )
+
+
+def capability_limits(problem: Problem, architecture: Architecture, kl: Mapping[str, Metric]) -> tuple[LimitKept, ...]:
+    """The highest KL on every capability that has one. kl: what was measured, `general` among it.
+
+    What was predicted is the sum of scores, before GKD; the measured figure where the model's own blocks were not
+    scored.
+    """
+    found = []
+    for name, most in problem.capabilities.most.items():
+        predicted = None if architecture.method == MINITRON else predicted_kl(problem, architecture, name)
+        got = kl[name].value if predicted is None else predicted
+        found.append(LimitKept(name=f"max_kl of {name}", asked=most, floor=False, got=got, measured=kl[name]))
+    return tuple(found)
+
+
+def with_predictions(model: Candidate, problem: Problem, architecture: Architecture) -> Candidate:
+    """A candidate with the KL that was predicted on the corpus and on each capability, where one was predicted."""
+    if model.predicted_kl is None or not problem.capabilities.weights:
+        return model
+    each = {
+        name: one.model_copy(update={"predicted_kl": predicted_kl(problem, architecture, name)})
+        for name, one in model.capabilities.items()
+    }
+    general = predicted_kl(problem, architecture, GENERAL)
+    return model.model_copy(update={"predicted_kl": general, "capabilities": each})
+
+
+def predicted_kl(problem: Problem, architecture: Architecture, capability: str) -> float | None:
+    """The sum of an architecture's scores on a capability; None where there are none."""
+    try:
+        return kl_on(problem, architecture.layers, capability)
+    except InconsistentTables:
+        return None
 
 
 def _limit(
@@ -84,7 +120,7 @@ def state_of(limit: LimitKept, disturbed: str) -> Kept:
     if limit.measured is None:
         over = (limit.asked - limit.got if limit.floor else limit.got - limit.asked) > TOLERANCE * limit.asked
         return "not kept" if over else "only predicted" if limit.timed else "kept"
-    if disturbed:
+    if disturbed and limit.timed:
         return "not known"
     room = limit.measured.value - limit.asked if limit.floor else limit.asked - limit.measured.value
     if not is_clear(limit.measured.model_copy(update={"value": room})):
@@ -113,6 +149,7 @@ def figure_words(limit: LimitKept, figure: float | Metric) -> str:
         "memory_gib": "GiB",
         "min_tokens_per_second": "tokens/s",
         "parameters": "parameters",
+        "max_kl": "nats per token",
     }
     unit = "of the parent's" if field.endswith("_fraction") else "s" if field.endswith("_seconds") else units[field]
     return f"{number} {unit}"

@@ -7,6 +7,7 @@ under a digest of everything it depends on, so a run that was killed evaluates n
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +20,19 @@ from blocks.compute import Compute
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.library import digest_of, keep, read_tensors, remember
 from blocks.parent import in_dtype
-from blocks.records import Architecture, BlockRecord, Candidate, CorpusInfo, LayerChoice, ParentInfo, Throughput, Value
-from profiles.schema import GKD, MINITRON, Evaluate
+from blocks.records import (
+    Architecture,
+    BlockRecord,
+    Candidate,
+    CorpusInfo,
+    LayerChoice,
+    Metric,
+    OnCapability,
+    ParentInfo,
+    Throughput,
+    Value,
+)
+from profiles.schema import GENERAL, GKD, MINITRON, Evaluate
 from tasks.distill.gkd import GKDResult, Watch, no_watch
 from tasks.distill.gkd_job import distill_globally, job_of
 from tasks.distill.gkd_student import load_trained
@@ -40,7 +52,7 @@ from tasks.evaluate.quality import (
     session_figures,
 )
 from tasks.gguf.reader import read_gguf
-from tasks.inputs.corpus import documents_of
+from tasks.inputs.corpus import documents_of, weights_of
 from tasks.inputs.precision import as_written
 
 SHIPPED = "shipped"  # the parent in the file that it came in, as a contender
@@ -103,12 +115,16 @@ LINEAGE = "lineage.json"
 
 
 class Evaluation(Value):
-    """Quality on the test sequences, their single values (`samples`) and documents, and results of the benchmarks."""
+    """Quality on the test sequences, their single values (`samples`) and documents, and results of the benchmarks.
+
+    capabilities: the same on the test sequences of each; they are stored by themselves.
+    """
 
     quality: Quality
     samples: dict[str, tuple[float, ...]]
     documents: tuple[int, ...] = ()
     benchmarks: dict[str, BenchmarkResult]
+    capabilities: dict[str, "Evaluation"] = {}
 
 
 def blocks_of(layers: Sequence[LayerChoice], blocks: Sequence[BlockRecord]) -> tuple[BlockRecord, ...]:
@@ -209,10 +225,12 @@ def bare_layers(which: Contender) -> tuple[LayerChoice, ...]:
 def targets_on(
     split: str, sequences: int, parent: ParentInfo, corpus: CorpusInfo, workspace: Path, compute: Compute
 ) -> ParentTargets:
-    """What the parent says about the first sequences of a split of the corpus."""
+    """What the parent says about the first sequences of a split of the corpus, or of a capability's text."""
     folder = workspace / parent.folder
     model = for_passes(lambda on: open_parent(folder, on).model(), compute, open_parent(folder, compute).weight_bytes)
-    return parent_targets(model, read_tensors(workspace, corpus.tokens, [split])[split][:sequences], compute)
+    found = parent_targets(model, read_tensors(workspace, corpus.tokens, [split])[split][:sequences], compute)
+    # all tokens of the corpus count alike in the final comparison; of a capability those count that show it
+    return replace(found, weights=weights_of(corpus, split, workspace, (0, sequences)) if corpus.capability else None)
 
 
 def evaluation_path(
@@ -228,6 +246,7 @@ def evaluation_path(
     formats = {"weights": dtype, "products": compute.dtype}
     asked |= {name: str(one) for name, one in formats.items() if one != torch.float32}
     asked |= {"cache": which.cache} if which.cache else {}
+    asked |= {"weighed": True} if corpus.capability and corpus.weighted else {}
     key = digest_of(
         model=which.served_key, parent=parent.fingerprint, corpus=corpus.fingerprint, asked=asked, v=EVALUATION_VERSION
     )
@@ -274,6 +293,16 @@ def evaluate_contender(
     return found
 
 
+def kl_on_each(found: Evaluation) -> dict[str, Metric]:
+    """The KL on every capability, and on the corpus."""
+    return {GENERAL: found.quality.kl} | {name: one.quality.kl for name, one in found.capabilities.items()}
+
+
+def on_capability(settings: Evaluate, corpus: CorpusInfo) -> Evaluate:
+    """What is evaluated on the text of a capability: all its test sequences, and no benchmarks."""
+    return settings.model_copy(update={"sequences": corpus.test_sequences, "benchmarks": ()})
+
+
 def candidate(
     which: Contender,
     found: Evaluation,
@@ -315,4 +344,12 @@ def candidate(
         sample_documents=found.documents,
         correct={name: result.correct for name, result in found.benchmarks.items()},
         item_groups={name: result.groups for name, result in found.benchmarks.items()},
+        capabilities={
+            name: OnCapability(
+                **{figure: getattr(one.quality, figure) for figure in Quality.model_fields},
+                samples=one.samples,
+                documents=one.documents,
+            )
+            for name, one in found.capabilities.items()
+        },
     )

@@ -77,12 +77,14 @@ class ParentTargets:
     head, and its config, which says what becomes of the head's products.
 
     Its logits (S, T, V) are computed again, chunk by chunk, where they are needed: D is about a hundredth of V.
+    weights: how much the prediction at each token counts (S, T), 1 on average; None where all count alike.
     """
 
     tokens: Tensor
     hidden: Tensor
     head: nn.Module
     config: Any
+    weights: Tensor | None = None
 
 
 def mean_metric(values: Tensor, documents: Sequence[int] = ()) -> Metric:
@@ -145,8 +147,17 @@ def sequence_figures(model: Any, targets: ParentTargets, tokens: Tensor, compute
             last = first + hidden.shape[0]
             rows.append(_token_figures(model, hidden, targets, slice(first, last)))
             first = last
-    loss, kl, agree = torch.cat(rows, dim=1).cpu()
-    return {"loss": loss[:, :-1].mean(dim=1), "kl": kl.mean(dim=1), "top1_agreement": agree.mean(dim=1)}
+    return _of_sequences(torch.cat(rows, dim=1).cpu(), targets.weights)
+
+
+def _of_sequences(figures: Tensor, weights: Tensor | None) -> dict[str, Tensor]:
+    """Loss, kl and top1_agreement of every sequence (S,), from those of every token (3, S, T)."""
+    loss, kl, agree = figures
+    loss = loss[:, :-1]
+    if weights is not None:
+        counted = weights.double()
+        kl, agree, loss = kl * counted, agree * counted, loss * counted[:, :-1] / counted[:, :-1].mean()
+    return {"loss": loss.mean(dim=1), "kl": kl.mean(dim=1), "top1_agreement": agree.mean(dim=1)}
 
 
 def _token_figures(model: Any, hidden: Tensor, targets: ParentTargets, where: slice) -> Tensor:
@@ -188,8 +199,7 @@ def session_figures(session: Session, targets: ParentTargets) -> dict[str, Tenso
             for logits, hidden, label in parts
         ]
         rows.append(torch.cat(figures, dim=1).cpu())
-    loss, kl, agree = torch.stack(rows, dim=1)
-    return {"loss": loss[:, :-1].mean(dim=1), "kl": kl.mean(dim=1), "top1_agreement": agree.mean(dim=1)}
+    return _of_sequences(torch.stack(rows, dim=1), targets.weights)
 
 
 def run_benchmarks(

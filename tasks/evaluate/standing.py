@@ -74,6 +74,23 @@ def of_sequences(candidate: Candidate, name: str) -> Reading | None:
     return Reading(metric=metric, estimate=estimates.mean(values, candidate.sample_documents))
 
 
+def on_capability(candidate: Candidate, capability: str, name: str) -> Reading | None:
+    """Loss, kl or top1_agreement on the test sequences of a capability."""
+    found = candidate.capabilities.get(capability)
+    if found is None:
+        return None
+    return Reading(metric=getattr(found, name), estimate=estimates.mean(found.samples[name], found.documents))
+
+
+def of_loops(candidate: Candidate) -> Reading | None:
+    """Share of the beginnings on which a model loops, where that was counted."""
+    found = candidate.looping
+    if found is None or not found.loops:
+        return None
+    share = estimates.mean(found.loops, found.documents)
+    return Reading(metric=share.metric, estimate=share)
+
+
 def of_items(candidate: Candidate, benchmark: str) -> Reading | None:
     """Accuracy on one benchmark."""
     metric, correct = candidate.benchmarks.get(benchmark), candidate.correct.get(benchmark)

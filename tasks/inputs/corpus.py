@@ -37,7 +37,7 @@ from profiles.schema import Corpus, HubSource, TextSource
 from tasks.inputs.chats import Chat, Conversation, Message, Span, answers_in, contents_alone, template_of
 from tasks.inputs.companions import TOKENIZER_FILES
 from tasks.inputs.corpus_sources import check_sources, content_of, iterate_batches, name_of, normalise, pinned
-from tasks.inputs.near_duplicates import NONE, NearDuplicates
+from tasks.inputs.near_duplicates import NONE, KnownRuns, NearDuplicates
 from tasks.inputs.text_files import Document, kind_of
 from tasks.running.progress import say
 
@@ -53,9 +53,18 @@ STARTS, WEIGHTS = "_starts", "_weights"
 CHAT_TEMPLATE = "chat_template.jinja"  # says nothing about other sources than those that may hold chats
 
 
-def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: str, workspace: Path) -> CorpusInfo:
+def prepare_corpus(
+    corpus: Corpus,
+    tokenizer_folder: Path,
+    parent_fingerprint: str,
+    workspace: Path,
+    others: Sequence[CorpusInfo] = (),
+) -> CorpusInfo:
     """Tokenise and pack a corpus to `corpus/<fingerprint>.safetensors`: int32 `train`, `validation`, `test` (S, T), and
     beside each of them, as `train_starts` and so on, where each of its documents begins.
+
+    others: corpora whose text is left out of all splits of this one, by runs of tokens that occur in them: what is
+    judged on this one's test split was not seen in theirs.
 
     With `prompt_weight` there are weights as well (`weights_of`). The fingerprint covers the content of the sources,
     the settings and the tokenizer; what is there is used again.
@@ -63,7 +72,7 @@ def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: s
     """
     check_sources(corpus)
     at_commits = corpus.model_copy(update={"sources": tuple(pinned(source) for source in corpus.sources)})
-    fingerprint = _fingerprint(at_commits, tokenizer_folder, parent_fingerprint)
+    fingerprint = _fingerprint(at_commits, tokenizer_folder, parent_fingerprint, others)
     manifest = workspace / "corpus" / f"{fingerprint}.json"
     known = remember(manifest, CorpusInfo, lambda info: [info.tokens], workspace)
     if known is not None:
@@ -72,7 +81,10 @@ def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: s
     notes: list[str] = []
     queues = queues_of(at_commits, tokenizer.chat, notes)
     near = NearDuplicates(corpus.near_duplicates)
+    near.elsewhere = _elsewhere(corpus, others, workspace)
     packed, starts = pack_splits(queues, tokenizer, splits_of(corpus), corpus.sequence_length, near, _row(corpus))
+    if near.elsewhere.found:
+        notes.append(f"in the corpus or in an earlier capability, and left out: {near.elsewhere.found}")
     if near.found:
         notes.append(f"nearly the same as a document of test or validation, and left out: {near.found}")
     for note in notes:
@@ -94,6 +106,17 @@ def prepare_corpus(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: s
     )
     keep(manifest, info, [info.tokens], workspace)
     return info
+
+
+def _elsewhere(corpus: Corpus, others: Sequence[CorpusInfo], workspace: Path) -> KnownRuns:
+    """The runs of tokens in all splits of other corpora."""
+    least = 1.0 if corpus.near_duplicates is None else corpus.near_duplicates
+    tokens = [
+        rows.flatten().numpy()
+        for other in others
+        for rows in read_tensors(workspace, other.tokens, ["train", "validation", "test"]).values()
+    ]
+    return KnownRuns(tokens, least)
 
 
 def check_enough(corpus: Corpus, tokenizer_folder: Path | None) -> str:
@@ -501,6 +524,8 @@ class _Filled:
             document = self._open(number, place)
             if document is not None:
                 part = document.middle(self.tokenizer, share)
+                if self.near.elsewhere.holds(np.where(part < 0, ~part, part), queue.documents[place]):
+                    continue
                 part = part[: len(part) // self.row * self.row]
                 self.parts += [part] if len(part) else []
                 there += len(part)
@@ -529,7 +554,9 @@ def _too_small(split: str, sequences: int, length: int, there: int, queues: Sequ
     )
 
 
-def _fingerprint(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: str) -> str:
+def _fingerprint(
+    corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: str, others: Sequence[CorpusInfo] = ()
+) -> str:
     """A digest of content, settings and tokenizer. Paths of this machine are not part of it."""
     chats = any(isinstance(source, TextSource | HubSource) for source in corpus.sources)
     names = (*TOKENIZER_FILES, CHAT_TEMPLATE) if chats else TOKENIZER_FILES
@@ -543,6 +570,7 @@ def _fingerprint(corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: str
         {"settings": source.model_dump(mode="json", exclude={"path", "file"}), "content": content_of(source)}
         for source in corpus.sources
     ]
+    beside = {"others": [other.fingerprint for other in others]} if others else {}
     return digest_of(
-        version=VERSION, settings=settings, sources=sources, tokenizer=tokenizer, parent=parent_fingerprint
+        version=VERSION, settings=settings, sources=sources, tokenizer=tokenizer, parent=parent_fingerprint, **beside
     )

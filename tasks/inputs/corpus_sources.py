@@ -1,4 +1,4 @@
-"""The documents of a corpus: files, data sets of the hub, a Wikipedia dump, Python's standard library.
+"""The documents of a corpus: files, data sets of the hub, a Wikipedia dump, Python's standard library, questions.
 
 Memory and time follow how much text the profile asks for, not how much the sources hold: see `iterate_documents`.
 """
@@ -17,16 +17,20 @@ from profiles.schema import (
     Corpus,
     CorpusSource,
     HubSource,
+    NeedlesSource,
     ParentAnswersSource,
+    PassagesSource,
     PythonStdlibSource,
     TextSource,
     WikipediaDumpSource,
 )
 from tasks.inputs.chats import Chat, Conversation, contents_alone
 from tasks.inputs.installed_packages import installed_file
+from tasks.inputs.questions import folder_of, needles, passages
 from tasks.inputs.text_files import CHUNK, Document, Tally, files_of, read_file, skipped, texts, value_of
 from tasks.inputs.wikipedia import articles_of
 
+MADE = 1  # raise it when the same settings make other needles
 READER = 2  # the same for text files and data sets of the hub alone
 MINIMUM_CHARACTERS = 20_000_000
 CHARACTERS_PER_TOKEN_ASKED = 24
@@ -46,6 +50,8 @@ def check_sources(corpus: Corpus) -> None:
             _stdlib_files(source)
         elif isinstance(source, WikipediaDumpSource):
             _dump_file(source)
+        elif isinstance(source, PassagesSource):
+            folder_of(source)
         elif isinstance(source, TextSource):
             for path in files_of(source):
                 next(read_file(path, source, contents_alone, Tally(str(path), "line"), CHUNK), None)
@@ -107,6 +113,8 @@ def name_of(source: CorpusSource) -> str:
         return f"the parent's answers to {name_of(source.prompts)}"
     if isinstance(source, HubSource):
         return source.hub_id
+    if isinstance(source, PassagesSource):
+        return source.data_set
     return Path(source.path).name if isinstance(source, TextSource) else source.kind
 
 
@@ -142,6 +150,10 @@ def content_of(source: CorpusSource) -> list[str]:
         return [sha256_of(_dump_file(source))]
     if isinstance(source, PythonStdlibSource):
         return [sha256_of(path) for path in _stdlib_files(source)]
+    if isinstance(source, PassagesSource):
+        return [sha256_of(path) for path in sorted(Path(folder_of(source)).glob("*.arrow"))]
+    if isinstance(source, NeedlesSource):
+        return [f"needles {MADE}"]
     return [f"reader {READER}"]
 
 
@@ -151,6 +163,10 @@ def documents_of_source(source: CorpusSource, chat: Chat, tallies: list[Tally], 
         yield from articles_of(_dump_file(source))
     elif isinstance(source, PythonStdlibSource):
         yield from (path.read_text(encoding="utf-8", errors="replace") for path in _stdlib_files(source))
+    elif isinstance(source, NeedlesSource):
+        yield from needles(source)
+    elif isinstance(source, PassagesSource):
+        yield from passages(source)
     elif isinstance(source, HubSource):
         tallies.append(Tally(source.hub_id, "row", HUB_PATIENCE))
         yield from texts(_hub_rows(source), lambda row: value_of(row, source.text_field, chat), tallies[-1])

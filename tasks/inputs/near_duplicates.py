@@ -5,10 +5,13 @@ and lower case and white space counted as the same. The package datasketch does 
 through Python, which is far slower than reading the text; here numpy hashes whole texts.
 """
 
+from collections.abc import Hashable, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 SHINGLE = 24  # bytes
+RUN = 13  # tokens, as contamination of benchmarks is looked for (GPT-3, arXiv 2005.14165)
 BANDS, ROWS = 16, 4  # a pair of likeness .7 shares a band with probability .988, one of .3 with .12
 CHUNK = 1 << 15  # shingles hashed at a time: they stay in a core's cache
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -39,12 +42,52 @@ def likeness(first: Sketch, second: Sketch) -> float:
     return float((first == second).mean())
 
 
+class KnownRuns:
+    """Runs of tokens that stand in other corpora. A part of a document is told by how many of its runs are among them,
+    whatever part of that document the other corpus took.
+    """
+
+    def __init__(self, tokens: Sequence[NDArray[np.int32]], least: float) -> None:
+        """least: the share of its runs from which on a part counts as known."""
+        self.least = least
+        self._runs = np.unique(np.concatenate([np.zeros(0, np.uint64), *map(_runs_of, tokens)]))
+        self._known: set[Hashable] = set()
+
+    @property
+    def found(self) -> int:
+        """How many documents were known."""
+        return len(self._known)
+
+    def holds(self, part: NDArray[np.int32], name: Hashable) -> bool:
+        """Whether a part of a document is known. name: of the document, for the count."""
+        runs = _runs_of(part) if len(self._runs) else self._runs
+        if not len(runs):
+            return False
+        places = np.minimum(np.searchsorted(self._runs, runs), len(self._runs) - 1)
+        known = bool((self._runs[places] == runs).mean() >= self.least)
+        self._known |= {name} if known else set()
+        return known
+
+
+def _runs_of(tokens: NDArray[np.int32]) -> NDArray[np.uint64]:
+    """(N - RUN + 1,) hashes of the runs of RUN tokens."""
+    count = max(0, len(tokens) - RUN + 1)
+    hashes = np.zeros(count, np.uint64)
+    for place in range(RUN):
+        hashes = (hashes + tokens[place : place + count].astype(np.uint64)) * _MIX
+        hashes ^= hashes >> np.uint64(29)
+    return hashes
+
+
 class NearDuplicates:
     """Texts that were added, to be asked whether another is nearly the same as one of them."""
 
     def __init__(self, least: float | None) -> None:
-        """least: the likeness from which on texts count as nearly the same; None: none do."""
+        """least: the likeness from which on texts count as nearly the same; None: none do. elsewhere: what other
+        corpora hold.
+        """
         self.least = least
+        self.elsewhere = KnownRuns((), 1.0)
         self.clear()
 
     def clear(self) -> None:

@@ -31,8 +31,9 @@ from tasks.libraries.options import SIZES, OptionLibrary, joint_of
 from tasks.libraries.puzzletron import is_puzzletron, options_from_puzzletron
 from tasks.libraries.reading import LARGEST
 from tasks.libraries.tables import read_description, read_table, validated, write_tables
+from tasks.search.capabilities import Capabilities, InconsistentTables
 from tasks.search.joint import JointLibrary, LibraryFileError
-from tasks.search.totals import InconsistentTables, make_problem
+from tasks.search.totals import make_problem
 from tasks.search.view import library_of
 
 COST_LIMIT = 1e18  # bytes, seconds, parameters
@@ -42,7 +43,8 @@ class Description(Value):
     """library.json: everything that is not a table.
 
     parent_sizes: num_key_value_heads and intermediate_size of the parent, where its config has them. windows: as in a
-    CostTable.
+    CostTable. capabilities: the share of each in the score that the search minimises; empty where the score on the
+    corpus is all there is.
     """
 
     format: Literal["puzzle-block-library"] = "puzzle-block-library"
@@ -57,6 +59,7 @@ class Description(Value):
     scenarios: tuple[Scenario, ...]
     parent_sizes: dict[str, int] = {}
     windows: tuple[int | None, ...] = ()
+    capabilities: dict[str, float] = {}
     tables: dict[str, str] = {}
 
 
@@ -84,6 +87,7 @@ def describe(
         scenarios=profile.scenarios,
         parent_sizes=parent_sizes,
         windows=costs.windows,
+        capabilities=profile.capability_weights,
     )
 
 
@@ -166,7 +170,9 @@ def joint_view(library: StoredLibrary) -> JointLibrary:
     described = library.description
     try:
         # the search's own limits come with what is asked; this one is never looked at
-        problem = make_problem(library.scores, library.costs, Budget(parameters=1), described.scenarios)
+        kept = Capabilities(weights=described.capabilities)
+        tables = (library.scores, library.costs)
+        problem = make_problem(*tables, Budget(parameters=1), described.scenarios, capabilities=kept)
         return library_of(problem)
     except InconsistentTables as error:
         raise LibraryFileError(f"the tables of this library do not belong together: {error}") from error

@@ -28,8 +28,11 @@ def write_tables(folder: Path, tables: Mapping[str, Sequence[Value]]) -> dict[st
 
 
 def _row(value: Value) -> dict[str, Any]:
-    """Fields of one value; weights stay in the block library, they mean nothing elsewhere."""
-    return {name: field for name, field in value.model_dump().items() if name != "weights"}
+    """Fields of one value; weights stay in the block library, they mean nothing elsewhere. Parquet has no column of
+    lists that are all empty.
+    """
+    dumped = value.model_dump().items()
+    return {name: field for name, field in dumped if name != "weights" and (name, field) != ("capabilities", ())}
 
 
 def read_table(folder: Path, digests: Mapping[str, str], name: str, kind: type[ValueT]) -> tuple[ValueT, ...]:
@@ -54,7 +57,9 @@ def read_table(folder: Path, digests: Mapping[str, str], name: str, kind: type[V
 def _plain(value: Any) -> Any:
     """As the contracts have it: lists for arrays, None for what a table shows as nan."""
     if isinstance(value, np.ndarray):
-        return value.tolist()
+        return [_plain(one) for one in value] if value.dtype == object else value.tolist()
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and np.isnan(value) else value

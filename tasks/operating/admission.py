@@ -63,7 +63,9 @@ def shipped_packages() -> frozenset[str]:
 def _packages(profile: Profile) -> Iterator[tuple[str, str]]:
     """Field and name of every package that a profile reads files of."""
     parts: list[tuple[str, Any]] = [("parent.package", profile.parent)]
-    parts += [(f"corpus.sources.{index}.package", source) for index, source in enumerate(profile.corpus.sources)]
+    texts = {"corpus": profile.corpus} | {f"capabilities.{name}": one for name, one in profile.capabilities.items()}
+    for section, text in texts.items():
+        parts += [(f"{section}.sources.{index}.package", source) for index, source in enumerate(text.sources)]
     yield from ((where, part.package) for where, part in parts if hasattr(part, "package"))
     yield "evaluate.benchmark_package", profile.evaluate.benchmark_package
 
@@ -259,7 +261,10 @@ def _name_of(where: str, given: str, roots: Roots, reasons: list[str]) -> str:
 def _each_path(tree: dict[str, Any], change: Callable[[str, str], str]) -> None:
     """Replace every path in the tree of a profile."""
     parts = [("parent.path", tree["parent"])]
-    parts += [(f"corpus.sources.{index}.path", source) for index, source in enumerate(tree["corpus"]["sources"])]
+    texts = {"corpus": tree["corpus"]}
+    texts |= {f"capabilities.{name}": one for name, one in tree.get("capabilities", {}).items()}
+    for section, text in texts.items():
+        parts += [(f"{section}.sources.{index}.path", source) for index, source in enumerate(text.get("sources", ()))]
     for where, part in parts:
         if "path" in part:
             part["path"] = change(where, part["path"])

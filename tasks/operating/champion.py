@@ -22,7 +22,7 @@ from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.files import sha256_of
 from blocks.library import digest_of, read_tensors, remember
 from blocks.records import Architecture, CorpusInfo, CostTable, Metric, ParentInfo, Value
-from profiles.schema import Champion, Profile, Section
+from profiles.schema import Capability, Champion, Profile, Section
 from tasks.distill import bld, gkd, gkd_settings, record
 from tasks.distill.record import open_parent
 from tasks.evaluate.compare import LINEAGE, Lineage, figures_of, served
@@ -30,6 +30,7 @@ from tasks.evaluate.quality import mean_metric, parent_targets
 from tasks.evaluate.typed_file import as_served, with_file
 from tasks.inputs.companions import TOKENIZER_FILES
 from tasks.inputs.corpus import documents_of
+from tasks.inputs.corpus_sources import content_of
 from tasks.inputs.precision import child_dtype
 from tasks.libraries.interchange import read_library
 from tasks.measure import costs
@@ -44,6 +45,7 @@ UNITS = {"kl": "nats", "loss": "nats", "top1_agreement": "of the tokens"}
 NAMES = {
     "parent": "the parent",
     "corpus": "the corpus",
+    "capabilities": "the capabilities",
     "search_space": "the search space",
     "distillation": "how blocks are distilled",
     "scoring": "how blocks are scored",
@@ -94,7 +96,16 @@ def basis(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, table: CostT
         "gkd": [gkd_settings.asked(profile.gkd), gkd.VERSION],
         "rule": profile.champion,
     }
+    if profile.capabilities:  # a later part, see LATER
+        parts["capabilities"] = {name: _of_capability(one) for name, one in profile.capabilities.items()}
     return {name: digest_of(part=part)[:DIGITS] for name, part in parts.items()}
+
+
+def _of_capability(one: Capability) -> list[Any]:
+    """What it asks, and digests of its text; paths of this machine are not part of it."""
+    hidden: dict[str, Any] = {"path": True, "file": True, "prompts": {"path": True}}
+    told = one.model_dump(mode="json", exclude={"sources": {"__all__": hidden}})
+    return [told, [content_of(getattr(source, "prompts", source)) for source in one.sources]]
 
 
 def _told(section: Section) -> dict[str, Any]:

@@ -20,11 +20,13 @@ from blocks.errors import CorpusError, ParentError, PuzzleError
 from blocks.runtime import usable_cores
 from profiles.schema import (
     DRIVEN,
+    Corpus,
     FolderParent,
     GgufParent,
     Hardware,
     PackageParent,
     ParentAnswersSource,
+    PassagesSource,
     Profile,
     TextSource,
     WikipediaDumpSource,
@@ -98,17 +100,26 @@ def _refuse(profile: Profile, found: Sequence[str]) -> None:
 
 def _text(profile: Profile, folder: Path, doubts: list[str]) -> Iterator[str]:
     """Text of one's own that does not fill the splits. The folder has the parent's config, and gets its tokenizer."""
-    if not all(isinstance(source, TextSource) for source in profile.corpus.sources) or any(_corpus(profile)):
+    if any(_corpus(profile)):
         return
     from tasks.inputs.corpus import check_enough
     from tasks.inputs.parent import write_tokenizer
 
-    try:
-        doubt = check_enough(profile.corpus, folder if write_tokenizer(profile.parent, folder) else None)
-    except CorpusError as error:
-        yield str(error)
-    else:
-        doubts += [doubt] if doubt else []
+    for field, corpus in _texts(profile).items():
+        if not all(isinstance(source, TextSource) for source in corpus.sources):
+            continue
+        try:
+            doubt = check_enough(corpus, folder if write_tokenizer(profile.parent, folder) else None)
+        except CorpusError as error:
+            yield str(error) if field == "corpus" else f"{field}: {error}"
+        else:
+            doubts += [doubt] if doubt else []
+
+
+def _texts(profile: Profile) -> dict[str, Corpus]:
+    """The corpus, and the text of every capability that has its own, by field."""
+    own = {f"capabilities.{name}": one.corpus for name, one in profile.own_capabilities.items()}
+    return {"corpus": profile.corpus} | own
 
 
 def _unanswered(profile: Profile) -> Iterator[str]:
@@ -263,17 +274,22 @@ def _parent(profile: Profile) -> Iterator[str]:
 
 
 def _corpus(profile: Profile) -> Iterator[str]:
-    for index, source in enumerate(profile.corpus.sources):
+    sources = (
+        (f"{field}.sources[{index}]", corpus, source)
+        for field, corpus in _texts(profile).items()
+        for index, source in enumerate(corpus.sources)
+    )
+    for field, corpus, source in sources:
         if isinstance(source, WikipediaDumpSource):
-            yield from _packages(f"corpus.sources[{index}]", "mwparserfromhell")
-            yield from _file(f"corpus.sources[{index}]", source.package, source.file)
-        elif isinstance(source, TextSource | ParentAnswersSource):
+            yield from _packages(field, "mwparserfromhell")
+            yield from _file(field, source.package, source.file)
+        elif isinstance(source, TextSource | ParentAnswersSource | PassagesSource):
             from tasks.inputs.corpus_sources import check_sources
 
             try:
-                check_sources(profile.corpus.model_copy(update={"sources": (source,)}))
+                check_sources(corpus.model_copy(update={"sources": (source,)}))
             except CorpusError as error:
-                yield f"corpus.sources[{index}]: {error}"
+                yield f"{field}: {error}"
 
 
 def _file(field: str, package: str, file: str) -> Iterator[str]:

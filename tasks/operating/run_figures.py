@@ -23,7 +23,7 @@ from blocks.records import (
 )
 from profiles.schema import Hardware, Profile
 from tasks.evaluate.budget import budget_state
-from tasks.evaluate.standing import final_of, gain_of, parent_of
+from tasks.evaluate.standing import final_of, gain_of, of_loops, parent_of
 
 if TYPE_CHECKING:
     from tasks.measure.bench import BenchRow
@@ -201,6 +201,9 @@ def _candidate_figures(candidate: Candidate, parent: Candidate | None) -> dict[s
         )
     }
     measured |= {f"benchmark_{name}": metric for name, metric in candidate.benchmarks.items()}
+    measured["looping"] = loops.metric if (loops := of_loops(candidate)) else None
+    for name, one in candidate.capabilities.items():
+        measured |= {f"{figure}_on_{name}": getattr(one, figure) for figure in ("kl", "loss", "top1_agreement")}
     if parent is not None:
         figures["parameters_fraction"] = candidate.parameters / parent.parameters
         figures["memory_fraction"] = candidate.memory_bytes / parent.memory_bytes

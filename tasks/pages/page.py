@@ -20,7 +20,7 @@ from tasks.libraries.reading import read_json
 from tasks.libraries.tables import validated
 from tasks.pages.front import front_of
 from tasks.pages.library_pictures import Front, draw_confidence, draw_front, draw_strip, draw_truth
-from tasks.pages.picture import draw_comparison
+from tasks.pages.picture import draw_capabilities, draw_comparison
 from tasks.pages.report import (
     BEST,
     BEST_MEANS,
@@ -41,7 +41,7 @@ from tasks.pages.svg import inline_svg
 from tasks.pages.verdict import BUDGET_HEADER, budget_rows, evidence, verdict, warnings
 from tasks.running.progress import shown
 from tasks.search.confidence import Confidence, Draws, bootstrap
-from tasks.search.joint import QUANTITIES, JointLibrary, LibraryFileError, at
+from tasks.search.joint import JointLibrary, LibraryFileError, at, known_quantity
 from tasks.search.request import Request, is_one_number
 from tasks.search.solve import JointChoice, Price, choose_joint, prices
 
@@ -157,6 +157,8 @@ def pictures_of(study: Study) -> dict[str, Figure]:
         found["truth"] = draw_truth(study.truth)
     if study.report is not None and any(candidate.kl for candidate in study.report.candidates):
         found["comparison"] = draw_comparison(study.report.candidates)
+    if study.report is not None and any(candidate.capabilities for candidate in study.report.candidates):
+        found["capabilities"] = draw_capabilities(study.report.candidates)
     return found
 
 
@@ -176,6 +178,7 @@ def render(study: Study, figures: dict[str, Figure]) -> str:
         "confidence": "how often each layer's choice recurs",
         "truth": "predicted against true",
         "comparison": "parent, child and baselines",
+        "capabilities": "the KL on the corpus and on every capability",
     }
     report = study.report
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
@@ -183,7 +186,7 @@ def render(study: Study, figures: dict[str, Figure]) -> str:
         choice=study.choice,
         request=study.request,
         front=study.solved.front,
-        over=QUANTITIES[study.solved.front.over].title,
+        over=known_quantity(study.solved.front.over).title,
         prices=[_priced(price, study.choice) for price in study.solved.prices],
         sure=study.solved.confidence,
         truth=study.truth,
@@ -228,7 +231,7 @@ def _folded(report: ChildReport) -> list[tuple[str, list[WordedTable]]]:
 def _asked_and_got(price: Price) -> tuple[str, ...]:
     """A limit of a choice from a library, in the order of BUDGET_HEADER; the solver's answer keeps all of them."""
     got = f"{100 * price.used:.4g} % of the parent's" if price.share else figure(price.used, price.unit)
-    least = "" if QUANTITIES[price.budget.partition(" of ")[0]].floor else "at most "
+    least = "" if known_quantity(price.budget.partition(" of ")[0]).floor else "at most "
     return price.budget, least + _limit(price), got, "–", "kept"
 
 
@@ -246,7 +249,7 @@ def _budgets(study: Study) -> Iterator[dict[str, str]]:
 
 def _tile(name: str, value: float, price: Price | None, library: JointLibrary, choice: JointChoice) -> dict[str, str]:
     quantity, _, scenario = name.partition(" of ")
-    kind = QUANTITIES[quantity]
+    kind = known_quantity(quantity)
     share = outside = ""
     if len(choice.scenarios) == 1 and kind.cost == quantity:
         index = library.place_at(choice.scenarios[0].scenario, choice.scenarios[0].batch_size)
@@ -259,7 +262,7 @@ def _tile(name: str, value: float, price: Price | None, library: JointLibrary, c
     if price is not None and price.share and value == price.used:
         shown_value = f"{100 * value:.1f} % of the parent's"
     return {
-        "name": QUANTITIES[quantity].title + (f", {scenario}" if scenario else ""),
+        "name": known_quantity(quantity).title + (f", {scenario}" if scenario else ""),
         "value": shown_value,
         "limit": "" if price is None else _limit(price),
         "used": "" if price is None else f"{100 * price.used / price.limit:.1f}",
@@ -269,7 +272,7 @@ def _tile(name: str, value: float, price: Price | None, library: JointLibrary, c
 
 
 def _limit(price: Price) -> str:
-    least = "at least " if QUANTITIES[price.budget.partition(" of ")[0]].floor else ""
+    least = "at least " if known_quantity(price.budget.partition(" of ")[0]).floor else ""
     return least + (f"{100 * price.limit:.4g} % of the parent's" if price.share else figure(price.limit, price.unit))
 
 
@@ -294,7 +297,7 @@ def _priced(price: Price, choice: JointChoice) -> dict[str, Any]:
     many = price.unit == "parameters"
     unit, scale = ("% of the parent's", 0.01) if price.share else ("million", 1e6) if many else (price.unit, 1.0)
     return {
-        "budget": QUANTITIES[quantity].title + (f", {scenario}" if scenario else ""),
+        "budget": known_quantity(quantity).title + (f", {scenario}" if scenario else ""),
         "used": f"{100 * price.used / price.limit:.1f} %",
         "limit": _limit(price),
         "unit": unit,

@@ -19,7 +19,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from blocks.records import SUBBLOCKS, Architecture, Candidate, LayerChoice, Metric, Subblock, Totals
 from blocks.typed_labels import bare, type_in
-from tasks.evaluate.standing import gain_of
+from profiles.schema import GENERAL
+from tasks.evaluate.standing import final_of, gain_of
 
 INK, FAINT = "#1f2933", "#9aa5b1"
 PARENT_COLOUR, NO_OP_COLOUR, LINEAR_COLOUR = "#3e4c59", "#ffffff", "#f0a04b"
@@ -280,6 +281,45 @@ def _measured_shares(parent: Candidate, child: Candidate) -> dict[str, Metric]:
         if gain is not None:
             shares[f"{kind} time"] = Metric(value=1 / gain.value, se=gain.se / gain.value**2, n=gain.n)
     return shares
+
+
+def draw_capabilities(candidates: Sequence[Candidate]) -> Figure:
+    """The KL of every model on the corpus and on each capability, its standard error, and what the child was allowed.
+
+    The parent's is 0. Models after their last stage.
+    """
+    finals = {model.name: final_of(candidates, model.name) for model in candidates if model.stage != "parent"}
+    last = {name: model for name, model in finals.items() if model is not None}
+    names = list(dict.fromkeys(name for model in last.values() for name in model.capabilities))
+    child = last.get("child")
+    limits = {limit.name.removeprefix("max_kl of "): limit.asked for limit in child.limits} if child else {}
+    figure = figure_of(max(6.0, 1.6 + 2.4 * (1 + len(names))), 4.2)
+    axes, width = figure.subplots(), 0.8 / max(1, len(last))
+    for place, (name, model) in enumerate(last.items()):
+        figures = [model.kl, *(one.kl if (one := model.capabilities.get(each)) else None for each in names)]
+        bars = [(x + width * place, kl) for x, kl in enumerate(figures) if kl is not None]
+        tops, errors = [kl.value for _, kl in bars], [kl.se for _, kl in bars]
+        style: dict[str, Any] = {
+            "color": COLOURS.get(name, FAINT),
+            "label": name,
+            "error_kw": {"ecolor": INK, "capsize": 2},
+        }
+        axes.bar([x for x, _ in bars], tops, 0.9 * width, yerr=errors, **style)
+    for x, name in enumerate([GENERAL, *names]):
+        if name in limits:
+            label = None if axes.get_legend_handles_labels()[1].count("asked: at most") else "asked: at most"
+            edges = (x - 0.6 * width, x + 0.8 - 0.4 * width)
+            axes.plot(edges, (limits[name], limits[name]), color=INK, ls="--", lw=1.4, label=label)
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(1 + len(names))], ["the corpus", *names])
+    axes.set_ylabel("KL(parent || model), nats per token", color=INK)
+    each = [kl for model in last.values() for kl in (model.kl, *(one.kl for one in model.capabilities.values()))]
+    heights = [kl.value for kl in each if kl is not None]
+    if heights and 0 < 10 * min(heights) < max(heights):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    figure.legend(loc="outside upper center", ncols=1 + len(last), frameon=False, fontsize=9)
+    plain_axes(axes)
+    return figure
 
 
 def draw_comparison(candidates: Sequence[Candidate]) -> Figure:

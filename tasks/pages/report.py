@@ -30,14 +30,16 @@ from tasks.evaluate.standing import (
     gain_of,
     of_all_items,
     of_items,
+    of_loops,
     of_sequences,
+    on_capability,
     over_parent,
     parent_of,
     retained,
     timed,
 )
 from tasks.measure.cost_sums import percent, warnings_of
-from tasks.pages.picture import draw_architecture, draw_comparison
+from tasks.pages.picture import draw_architecture, draw_capabilities, draw_comparison
 from tasks.pages.verdict import BUDGET_HEADER, GIB, budget_rows, count, evidence, title, verdict, warnings
 
 WordedTable = tuple[list[str], list[list[str]], str]
@@ -97,11 +99,30 @@ def _quality_rows(report: ChildReport) -> list[Row]:
     return [
         _row("KL, nats", candidates, lambda model: of_sequences(model, "kl"), less=True),
         _row("predicted KL", candidates, lambda model: counted(model.predicted_kl), less=None),
+        *_capability_rows(report),
         _row("loss, nats", candidates, lambda model: of_sequences(model, "loss"), less=True),
         _row("top-1 agree, %", candidates, lambda model: of_sequences(model, "top1_agreement"), scale=100),
         *_accuracy_rows(report),
+        _row("loops, %", candidates, of_loops, less=None, scale=100),
         Row(label="answers that loop", cells=tuple(_looping(model) for model in candidates), best=frozenset()),
     ]
+
+
+def _capability_rows(report: ChildReport) -> list[Row]:
+    """The KL on the test text of every capability, and the one that was predicted."""
+    rows = []
+    for name in dict.fromkeys(name for model in report.candidates for name in model.capabilities):
+
+        def predicted(model: Candidate, name: str = name) -> Reading | None:
+            found = model.capabilities.get(name)
+            return counted(found.predicted_kl if found else None)
+
+        def measured(model: Candidate, name: str = name) -> Reading | None:
+            return on_capability(model, name, "kl")
+
+        rows.append(_row(f"KL on {name}", report.candidates, measured, less=True))
+        rows.append(_row(f"predicted KL on {name}", report.candidates, predicted, less=None))
+    return rows
 
 
 def _speed_rows(report: ChildReport) -> list[Row]:
@@ -505,12 +526,14 @@ def _facts_markdown(report: ChildReport) -> str:
 
 
 def write_report(report: ChildReport, folder: Path) -> list[Path]:
-    """report.json, report.md, architecture.png and comparison.png, each written atomically. Returns the paths."""
+    """report.json, report.md and the pictures, each written atomically. Returns the paths."""
     child = final_of(report.candidates, "child")
     pictures = {
         "architecture.png": draw_architecture(report.architecture, parent_of(report), child),
         "comparison.png": draw_comparison(report.candidates),
     }
+    if any(model.capabilities for model in report.candidates):
+        pictures["capabilities.png"] = draw_capabilities(report.candidates)
     markdown = report_markdown(report) + "".join(f"\n![{Path(name).stem}]({name})\n" for name in pictures)
     write_value(folder / "report.json", report)
     write_text(folder / "report.md", markdown)

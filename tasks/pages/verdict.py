@@ -19,6 +19,7 @@ from tasks.evaluate.standing import (
     gain_of,
     is_typed_parent,
     of_all_items,
+    of_loops,
     of_sequences,
     over_parent,
     parent_of,
@@ -27,6 +28,7 @@ from tasks.evaluate.standing import (
 )
 from tasks.measure.cost_sums import warnings_of
 
+MORE_LOOPS = 0.1  # of the prompts: so much more than the parent loops on heads the report
 ABSURD_KL = 2.0  # nats per token: the parent's next tokens get a seventh of their probability on average
 BUDGET_HEADER = ("budget", "asked", "got", "measured", "kept")
 GIB = 2**30
@@ -51,7 +53,7 @@ def warnings(report: ChildReport) -> list[str]:
     child, parent = final_of(report.candidates, "child"), parent_of(report)
     if child is None or parent is None:
         return []
-    lines = []
+    lines = _more_loops(child, parent)
     absurd = _absurd(child)
     if absurd is not None:
         lines.append(
@@ -68,6 +70,18 @@ def warnings(report: ChildReport) -> list[str]:
     if report.speed.disturbed:
         lines.append(f"Warning: {warnings_of(report.speed)[0]}.")
     return lines
+
+
+def _more_loops(child: Candidate, parent: Candidate) -> list[str]:
+    """A line where the child loops on clearly more beginnings of test text than is forgiven."""
+    ours, theirs = of_loops(child), of_loops(parent)
+    if ours is None or theirs is None or ours.metric.value - theirs.metric.value <= MORE_LOOPS:
+        return []
+    total = len(child.looping.loops) if child.looping else 0
+    return [
+        f"Warning: the child loops when it goes on from {_percent(ours)} of {total} beginnings of test text, its "
+        f"parent from {_percent(theirs)}: {_signed(difference(ours, theirs))} points. Do not let it write freely."
+    ]
 
 
 def _absurd(child: Candidate) -> Metric | None:
@@ -107,7 +121,7 @@ def budget_rows(report: ChildReport) -> list[tuple[str, ...]]:
         (
             limit.name,
             asked_words(limit),
-            figure_words(limit, limit.got) + (", predicted" if limit.timed else ""),
+            figure_words(limit, limit.got) + (", predicted" if limit.timed or limit.measured else ""),
             "–" if limit.measured is None else figure_words(limit, limit.measured),
             state_of(limit, report.speed.disturbed),
         )
@@ -147,7 +161,7 @@ def findings(report: ChildReport) -> list[Finding]:
     child, parent = final_of(report.candidates, "child"), parent_of(report)
     if child is None:
         return []
-    found = [_budget(report, child), _quality(report, child)]
+    found = [_budget(report, child), _quality(report, child), _capabilities(child)]
     if _absurd(child) is not None:
         found.append(Finding(worse="is no usable model", unusable=True))
     if parent is None:
@@ -212,6 +226,15 @@ def _quality(report: ChildReport, child: Candidate) -> Finding:
     if open_:
         return Finding(line=line, unclear=f"whether it is nearer to its parent than {_named(open_)}")
     return Finding(line=line, better="is nearer to its parent than every baseline")
+
+
+def _capabilities(child: Candidate) -> Finding:
+    """The child on every capability; whether it keeps a limit there is said with the budget."""
+    each = [
+        f"{name} {rounded(one.kl)} (top-1 agreement {rounded(one.top1_agreement, 100)} %)"
+        for name, one in child.capabilities.items()
+    ]
+    return Finding(line=f"Capabilities, KL on text that no stage saw: {'; '.join(each)}." if each else "")
 
 
 def _is_rival(model: Candidate, disturbed: str) -> bool:

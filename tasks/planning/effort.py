@@ -28,8 +28,17 @@ from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Subblock
 from blocks.resources import BYTES, active_parameters_of, non_block_parameters, parameters_of
 from blocks.variant import Variant
-from profiles.schema import GgufParent, PackageParent, ParentAnswersSource, Profile, TinyParent, racers_in
-from tasks.distill.gkd_settings import is_recorded, token_bytes, trial_steps
+from profiles.schema import (
+    GENERAL,
+    CorpusSource,
+    GgufParent,
+    PackageParent,
+    ParentAnswersSource,
+    Profile,
+    TinyParent,
+    racers_in,
+)
+from tasks.distill.gkd_settings import is_recorded, texts_of_steps, token_bytes, trial_steps
 from tasks.distill.record import CHUNK, fits_in_a_shard, slices
 from tasks.inputs.parent_answers import BATCH
 from tasks.inputs.space import layers_of, refused_alone
@@ -45,6 +54,7 @@ COLUMN_GATHER = 3.3  # picking columns of a matrix, in time of a stream of its b
 INVERSE_PASSES = 7 + 2 * COLUMN_GATHER
 ATTEMPTS = 1.1  # distillations per variant: one in ten rises and is tried again
 LOOKS = 2  # held-out losses before the steps: start, closed form; one more after the steps of each attempt
+LOOPS_BATCH = 40  # prompts together (tasks/evaluate/loops.py)
 TASK_SECONDS = 0.016  # Prefect around one task, on threads (benchmarks/scale.md at commit 712660d, hardly loaded)
 IMPORT_SECONDS = 6.0  # lm-eval and datasets, when the first model is evaluated
 CHECK_SECONDS = 0.5  # a parent's config and tokenizer opened, its family's code imported
@@ -449,11 +459,19 @@ def coupled_pairs(shape: Shape) -> list[tuple[Variant, Variant]]:
 
 
 def score_work(shape: Shape, layers: Sequence[int]) -> Work:
-    """Replace-1-block scores of all variants of `layers`."""
-    scoring, settings = shape.profile.scoring, shape.profile.bld
-    length = scoring.tokens_per_sequence or shape.length
-    tokens = scoring.sequences * length
-    behind = 1 if states_are_kept(shape) else 2 * shape.depth - 1  # the parent's targets, and the states that enter
+    """Replace-1-block scores of all variants of `layers`, on the corpus and on the text of every capability."""
+    scoring = shape.profile.scoring
+    work = _score_text(shape, layers, scoring.sequences, scoring.tokens_per_sequence or shape.length)
+    for one in shape.profile.own_capabilities.values():
+        work += _score_text(shape, layers, one.validation_sequences, one.sequence_length, kept=False)
+    return work
+
+
+def _score_text(shape: Shape, layers: Sequence[int], sequences: int, length: int, kept: bool = True) -> Work:
+    """Scores on some sequences. kept: their states are recorded, where any are."""
+    settings, tokens = shape.profile.bld, sequences * length
+    # the parent's targets, and the states that enter
+    behind = 1 if kept and states_are_kept(shape) else 2 * shape.depth - 1
     work = shape.forward(tokens, behind, length=length) + shape.head(tokens, moment=True)
     work += Work(disk=shape.depth * shape.layer_parameters * FLOAT)
     whole = shape.layer(length)
@@ -473,6 +491,25 @@ def score_work(shape: Shape, layers: Sequence[int]) -> Work:
     return work
 
 
+def capability_tokens(shape: Shape, split: str) -> int:
+    """Tokens of a split of every capability that has text of its own."""
+    own = shape.profile.own_capabilities.values()
+    return sum(getattr(one, f"{split}_sequences") * one.sequence_length for one in own)
+
+
+def stepped_tokens(shape: Shape, steps: int) -> int:
+    """Tokens of so many steps of GKD, which are of the corpus and of capabilities by their weights."""
+    own, weights = shape.profile.own_capabilities, shape.profile.capability_weights
+    lengths = [shape.length, *(one.sequence_length for one in own.values())]
+    shares = [weights[name] for name in (GENERAL, *own)] if weights else [1.0]
+    return shape.profile.gkd.batch_sequences * sum(lengths[place] for place, _ in texts_of_steps(steps, shares))
+
+
+def watched_tokens(shape: Shape) -> int:
+    """Validation tokens of one look of GKD."""
+    return shape.profile.gkd.validation_sequences * shape.length + capability_tokens(shape, "validation")
+
+
 def model_bytes(shape: Shape, share: float = 1.0) -> float:
     """float32 weights of a model that keeps this share of the layers' parameters."""
     return FLOAT * (share * shape.depth * shape.layer_parameters + shape.outside_parameters)
@@ -481,7 +518,8 @@ def model_bytes(shape: Shape, share: float = 1.0) -> float:
 def evaluate_work(shape: Shape, shares: list[float], first: bool) -> Work:
     """Models that keep these shares of the layers; `first`: the parent's side is made as well."""
     settings = shape.profile.evaluate
-    tokens = settings.sequences * shape.length
+    tokens = settings.sequences * shape.length + capability_tokens(shape, "test")
+    texts = 1 + len(shape.profile.own_capabilities)  # a model is put together for each
     work = shape.forward(tokens, shape.depth) if first else Work()
     items = benchmark_tokens(shape)
     if first and items:
@@ -491,7 +529,7 @@ def evaluate_work(shape: Shape, shares: list[float], first: bool) -> Work:
         work += shape.head(tokens, passes=WHOLE_LOGIT_PASSES) * 2
         work += shape.head(items, passes=WHOLE_LOGIT_PASSES)
         build = model_bytes(shape, share) / BUILD_BYTES_PER_SECOND
-        work += Work(fixed=build + TASK_SECONDS + (BENCHMARK_SECONDS if items else 0.0))
+        work += Work(fixed=(build + TASK_SECONDS) * texts + (BENCHMARK_SECONDS if items else 0.0))
     return work
 
 
@@ -504,8 +542,13 @@ def benchmark_tokens(shape: Shape) -> int:
 
 def prompt_tokens(shape: Shape) -> int:
     """Tokens of the parent's own answers that the corpus asks for, each at its longest."""
-    sources = shape.profile.corpus.sources
+    sources = asked_sources(shape.profile)
     return sum(one.answers * one.answer_tokens for one in sources if isinstance(one, ParentAnswersSource))
+
+
+def asked_sources(profile: Profile) -> list[CorpusSource]:
+    """Every source of the corpus and of capabilities."""
+    return [source for text in (profile.corpus, *profile.capabilities.values()) for source in text.sources]
 
 
 def prompts_work(shape: Shape) -> Work:
@@ -530,11 +573,23 @@ def answers_work(shape: Shape, share: float) -> Work:
     return work
 
 
+def loops_work(shape: Shape, share: float) -> Work:
+    """Parent and child go on from beginnings of test text, a batch together, a token of each at a time."""
+    settings = shape.profile.evaluate
+    tokens, work = settings.loop_prompts * settings.answer_tokens, Work()
+    for kept in (1.0, share):
+        weights = model_bytes(shape, kept)
+        batches = math.ceil(settings.loop_prompts / LOOPS_BATCH) * settings.answer_tokens
+        work += shape.forward(tokens, kept * shape.depth) + shape.head(tokens)
+        work += Work(stream=batches * weights, fixed=batches * shape.depth * STEP_SECONDS)
+        work += Work(fixed=weights / BUILD_BYTES_PER_SECOND + TASK_SECONDS)
+    return work
+
+
 def teacher_work(shape: Shape) -> Work:
     """GKD's targets, once for all children; those of validation alone where the parent runs beside each."""
     settings = shape.profile.gkd
-    stepped = settings.steps * settings.batch_sequences if gkd_recorded(shape) else 0
-    tokens = (stepped + settings.validation_sequences) * shape.length
+    tokens = (stepped_tokens(shape, settings.steps) if gkd_recorded(shape) else 0) + watched_tokens(shape)
     work = shape.forward(tokens, shape.depth) + shape.head(tokens, moment=True)
     build = model_bytes(shape) / BUILD_BYTES_PER_SECOND
     return work + Work(disk=2.0 * teacher_bytes(shape), fixed=TASK_SECONDS + build)
@@ -542,14 +597,15 @@ def teacher_work(shape: Shape) -> Work:
 
 def gkd_recorded(shape: Shape) -> bool:
     """Whether the parent is recorded for GKD, or else runs beside the child."""
-    return is_recorded(shape.profile.gkd, shape.length, shape.depth, shape.hidden)
+    longest = max([shape.length, *(one.sequence_length for one in shape.profile.own_capabilities.values())])
+    return is_recorded(shape.profile.gkd, longest, shape.depth, shape.hidden)
 
 
 def teacher_bytes(shape: Shape) -> int:
     """Bytes of the recorded targets. Those of validation have no states of layers."""
     settings = shape.profile.gkd
-    trained = settings.steps * settings.batch_sequences * shape.length if gkd_recorded(shape) else 0
-    validation = settings.validation_sequences * shape.length * (shape.hidden * 2 * FLOAT + 8)
+    trained = stepped_tokens(shape, settings.steps) if gkd_recorded(shape) else 0
+    validation = watched_tokens(shape) * (shape.hidden * 2 * FLOAT + 8)
     return trained * token_bytes(settings, shape.depth, shape.hidden) + validation
 
 
@@ -577,16 +633,16 @@ def gkd_work(shape: Shape, share: float, layers: float | None = None) -> Work:
     settings = shape.profile.gkd
     trials = 3 if settings.learning_rate is None else 0
     steps = settings.steps + trials * trial_steps(settings.steps)
-    tokens = steps * settings.batch_sequences * shape.length
+    tokens = stepped_tokens(shape, steps)
     looks = 1 + trials + math.ceil(settings.steps / settings.evaluate_every)
-    watched = looks * settings.validation_sequences * shape.length
+    watched = looks * watched_tokens(shape)
     weights = share * shape.depth * shape.layer_parameters * FLOAT
     beside = Work() if gkd_recorded(shape) else shape.forward(tokens, shape.depth) + shape.head(tokens, moment=True)
     layers = share * shape.depth if layers is None else layers
     own = shape.forward(tokens, layers)
     work = beside + own * 3 + shape.head(tokens, moment=True) + shape.forward(watched, layers) + shape.head(watched)
     most = shape.devices * shape.at_once
-    parts = steps * math.ceil(settings.batch_sequences * shape.length / most) + math.ceil(watched / most)
+    parts = steps * math.ceil(tokens / max(1, steps) / most) + math.ceil(watched / most)
     parent = 0.0 if gkd_recorded(shape) else shape.size * shape.depth * shape.layer_parameters
     gathered = 0.0 if shape.devices == 1 else parts * (parent + (2 * shape.size + FLOAT) * weights / FLOAT)
     return Work(**{**vars(work), "tf32": work.float32, "float32": 0.0}) + (

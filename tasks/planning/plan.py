@@ -319,10 +319,11 @@ def stages_of(
     others = max(distilled - 1, 0)
     record, corpus, gkd = profile.record, profile.corpus, profile.gkd
     sequences = record.statistics_sequences + record.validation_sequences
-    tested = profile.evaluate.sequences * length + effort.benchmark_tokens(shape)
-    packed = (corpus.train_sequences + corpus.validation_sequences + corpus.test_sequences) * length
-    scored = profile.scoring.sequences * (profile.scoring.tokens_per_sequence or length)
-    stepped = gkd.steps * gkd.batch_sequences * length
+    own = {split: effort.capability_tokens(shape, split) for split in ("train", "validation", "test")}
+    tested = profile.evaluate.sequences * length + own["test"] + effort.benchmark_tokens(shape)
+    packed = (corpus.train_sequences + corpus.validation_sequences + corpus.test_sequences) * length + sum(own.values())
+    scored = profile.scoring.sequences * (profile.scoring.tokens_per_sequence or length) + own["validation"]
+    stepped = effort.stepped_tokens(shape, gkd.steps)
     types = len(profile.search_space.precision)
     shares = [1.0, *[share] * (1 + rivals), *[1.0] * types]
     small = number_types.types_of_child(profile)[0]
@@ -330,7 +331,8 @@ def stages_of(
     raced, rest = effort.race_shares(profile)
     alone = effort.gkd_work(shape, share, layers)
     spoken = len(profile.evaluate.prompts) * profile.evaluate.answer_tokens
-    asked = sum(isinstance(source, ParentAnswersSource) for source in corpus.sources)
+    continued = profile.evaluate.loop_prompts * profile.evaluate.answer_tokens
+    asked = sum(isinstance(source, ParentAnswersSource) for source in effort.asked_sources(profile))
     asked_tokens = effort.prompt_tokens(shape)
     entering, waves = effort.entering_work(shape), math.ceil(shape.depth / shape.workers)
     used = dict.fromkeys(("distill", "coupled", "score", "race", "GKD child", "GKD best baseline"), shape.devices)
@@ -339,7 +341,12 @@ def stages_of(
     rows = [
         ("parent", 1, 0, effort.parent_work(shape)),
         ("prompts", asked, asked_tokens, effort.prompts_work(shape)),
-        ("corpus", 1, packed, Work(fixed=packed / effort.CORPUS_TOKENS_PER_SECOND + effort.TASK_SECONDS)),
+        (
+            "corpus",
+            1 + len(profile.own_capabilities),
+            packed,
+            Work(fixed=packed / effort.CORPUS_TOKENS_PER_SECOND + effort.TASK_SECONDS),
+        ),
         ("record", shape.depth, sequences * length * shape.depth, effort.record_work(shape)),
         ("shards", waves * shape.parts * len(shape.shards) if entering.flops else 0, 0, entering),
         ("distill", jobs, _bld_tokens(shape, len(searched)), effort.distill_work(shape, len(searched))),
@@ -349,7 +356,7 @@ def stages_of(
         ("score types", len(searched) if types else 0, 0, number_types.block_types_work(shape, searched)),
         ("score whole parents", len(number_types.whole_types(profile)), 0, number_types.whole_types_work(shape)),
         ("choose", 1, 0, Work(fixed=2.0)),
-        ("GKD parent", min(distilled, 1), stepped + gkd.validation_sequences * length, effort.teacher_work(shape)),
+        ("GKD parent", min(distilled, 1), stepped + effort.watched_tokens(shape), effort.teacher_work(shape)),
         (
             "race",
             profile.race.candidates if raced else 0,
@@ -363,6 +370,7 @@ def stages_of(
         ("evaluate", distilled, tested * distilled, effort.evaluate_work(shape, [share] * distilled, first=False)),
         ("throughput", 1 if serving else 0, 0, throughput_work(shape, serving, served)),
         ("answers", 2 if spoken else 0, 2 * spoken, effort.answers_work(shape, share)),
+        ("loops", 2 if continued else 0, 2 * continued, effort.loops_work(shape, share)),
     ]
     visits = visiting_seconds(shape, shares, tested, spoken, rates.memory)
     return [
@@ -388,7 +396,7 @@ def visiting_seconds(
         return {}
     one = 2 * shape.size * shape.depth * shape.layer_parameters / effort.VISIT_BYTES_PER_SECOND
     passes = math.ceil(tested / shape.at_once)
-    watched = math.ceil(shape.profile.gkd.validation_sequences * shape.length / shape.at_once)
+    watched = math.ceil(effort.watched_tokens(shape) / shape.at_once)
     return {
         "evaluate": one * passes * sum(shares),
         "answers": one * spoken * (1 + min(shares)),

@@ -30,6 +30,7 @@ from blocks.parent import Parent
 from blocks.records import (
     SUBBLOCKS,
     BlockRecord,
+    CapabilityScore,
     CorpusInfo,
     LayerChoice,
     LayerRecord,
@@ -42,8 +43,9 @@ from blocks.records import (
 from blocks.runtime import free_bytes, kept_per_device
 from blocks.subblock import load_subblock, run_subblock
 from blocks.typed_labels import FITTED_TO, bare, type_in
+from profiles.schema import Profile
 from tasks.distill.record import open_parent, slices
-from tasks.inputs.corpus import weights_of
+from tasks.inputs.corpus import documents_of, weights_of
 from tasks.running.memory import Parts
 from tasks.score.rounding import Rounding
 
@@ -77,11 +79,23 @@ class SequenceScores(Value):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoredText:
+    """What decides a block's score beside the block: the tokens of each sequence that count, and the text where it is a
+    capability's. fingerprint: of that text.
+    """
+
+    length: int
+    capability: str = ""
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoringSet:
     """The validation tokens that variants are scored on, and where the parent's states on them come from.
 
-    last: the record of the parent's last layer. It holds states where all that was recorded fits in one shard; else
-    they are computed from the tokens. first, count, length: which sequences, and the tokens of each.
+    last: the record of the parent's last layer. It holds states of the corpus where all that was recorded fits in one
+    shard; else, and for the text of a capability, they are computed from the tokens. first, count, length: which
+    sequences, and the tokens of each.
     """
 
     corpus: CorpusInfo
@@ -89,6 +103,26 @@ class ScoringSet:
     count: int
     length: int
     first: int = 0
+
+    @property
+    def capability(self) -> str:
+        """Whose text it is; "" for the corpus."""
+        return self.corpus.capability
+
+    @property
+    def text(self) -> ScoredText:
+        """What the key of a score on it is made of."""
+        own = {"capability": self.capability, "fingerprint": self.corpus.fingerprint} if self.capability else {}
+        return ScoredText(length=self.length, **own)
+
+    @property
+    def recorded(self) -> Ref | None:
+        """The states that enter the last layer, where they were recorded."""
+        return None if self.capability else self.last.boundary
+
+    def stored(self, record: BlockRecord, workspace: Path) -> Score | None:
+        """A block's score on all these sequences; None when some of them were not scored yet."""
+        return stored_score(record, self.sequences, self.text, workspace)
 
     def validation(self, ref: Ref, workspace: Path) -> Tensor:
         """These sequences of a file's validation split: (S, T) tokens or (S, T, D) states."""
@@ -101,7 +135,7 @@ class ScoringSet:
 
     def shards(self, most: int) -> "list[ScoringSet]":
         """The same in parts of at most `most` tokens; the whole where states are recorded."""
-        if self.last.boundary is not None:
+        if self.recorded is not None:
             return [self]
         parts = slices(self.count, max(1, most // self.length))
         return [replace(self, first=self.first + first, count=last - first) for first, last in parts]
@@ -208,10 +242,10 @@ class ParentSuffix:
 def open_suffix(folder: Path, workspace: Path, scored: ScoringSet, compute: Compute) -> ParentSuffix:
     """The parent's targets, from the states that enter its last layer where they were recorded."""
     passes, tokens = _passes(folder, compute), scored.validation(scored.corpus.tokens, workspace).long()
-    if scored.last.boundary is None:
+    if scored.recorded is None:
         layer, hidden = 0, passes.embedded(tokens)
     else:
-        layer, hidden = passes.reader.depth - 1, scored.validation(scored.last.boundary, workspace)
+        layer, hidden = passes.reader.depth - 1, scored.validation(scored.recorded, workspace)
     suffix = make_suffix(passes, tokens, hidden, layer, scored.first)
     rows = (scored.first, scored.first + scored.count)
     weights = weights_of(scored.corpus, "validation", workspace, rows)
@@ -227,26 +261,64 @@ def make_suffix(passes: Passes, tokens: Tensor, hidden: Tensor, layer: int, firs
     return ParentSuffix(passes=passes, tokens=tokens, targets=Targets(**joined), first=first)
 
 
-def score_key(record: BlockRecord, length: int) -> str:
-    """Digest that names the file of a block's scores. It depends on the block, whose key covers parent and corpus, and
-    on the tokens scored of each sequence. Sequences that are scored later are added to the same file.
+def score_key(record: BlockRecord, text: ScoredText) -> str:
+    """Digest that names the file of a block's scores on a text. It depends on the block, whose key covers parent and
+    corpus, on the tokens scored of each sequence, and on a capability's text. Sequences that are scored later are added
+    to the same file.
     """
-    return digest_of(block=record.key, tokens=length, version=VERSION)
+    own = {"text": text.fingerprint} if text.capability else {}
+    return digest_of(block=record.key, tokens=text.length, version=VERSION, **own)
 
 
-def _path(record: BlockRecord, length: int, workspace: Path) -> Path:
-    return workspace / "scores" / f"{score_key(record, length)}.json"
+def _path(record: BlockRecord, text: ScoredText, workspace: Path) -> Path:
+    return workspace / "scores" / f"{score_key(record, text)}.json"
 
 
-def _stored(record: BlockRecord, length: int, workspace: Path) -> SequenceScores:
+def _stored(record: BlockRecord, text: ScoredText, workspace: Path) -> SequenceScores:
     """The scores measured before; empty when the file is missing or damaged."""
-    found = remember(_path(record, length, workspace), SequenceScores, lambda _: [], workspace)
+    found = remember(_path(record, text, workspace), SequenceScores, lambda _: [], workspace)
     return found or SequenceScores()
 
 
-def stored_score(record: BlockRecord, sequences: Sequence[int], length: int, workspace: Path) -> Score | None:
+def stored_score(record: BlockRecord, sequences: Sequence[int], text: ScoredText, workspace: Path) -> Score | None:
     """The score of a block over these sequences, None when some of them were not scored yet."""
-    return _score(record, _stored(record, length, workspace), sequences, length)
+    return _score(record, _stored(record, text, workspace), sequences, text.length)
+
+
+def scoring_sets(
+    profile: Profile, corpus: CorpusInfo, capabilities: Iterable[CorpusInfo], last: LayerRecord
+) -> list[ScoringSet]:
+    """What blocks are scored on: the corpus first, then each capability's text."""
+    length, count = profile.scoring.tokens_per_sequence or corpus.sequence_length, profile.scoring.sequences
+    return [
+        ScoringSet(corpus=corpus, last=last, count=count, length=length),
+        *(
+            ScoringSet(corpus=own, last=last, count=own.validation_sequences, length=own.sequence_length)
+            for own in capabilities
+        ),
+    ]
+
+
+def scores_of(blocks: Iterable[BlockRecord], scored: Sequence[ScoringSet], workspace: Path) -> list[Score]:
+    """The stored scores of blocks, those on capabilities beside those on the corpus, with errors over documents. A
+    block that lacks one of them has no score.
+    """
+    documents = [documents_of(one.corpus, "validation", workspace, one.length)[: one.count] for one in scored]
+    found = []
+    for block in blocks:
+        pairs = zip((one.stored(block, workspace) for one in scored), documents, strict=True)
+        scores = [by_document(score, those) for score, those in pairs if score is not None]
+        if len(scores) == len(scored):
+            first, *others = scores
+            own = (
+                CapabilityScore(
+                    name=one.capability,
+                    **score.model_dump(include=set(CapabilityScore.model_fields) - {"name"}),
+                )
+                for one, score in zip(scored[1:], others, strict=True)
+            )
+            found.append(first.model_copy(update={"capabilities": tuple(own)}))
+    return found
 
 
 def score_sequences(
@@ -258,12 +330,13 @@ def score_sequences(
     KL is not a number on some sequence, has no score.
     """
     usable = [(record, sequences) for record, sequences in work if record.status != "failed"]
-    length = scored.length
-    known = {record.key: _stored(record, length, workspace) for record, _ in usable}
+    text, length = scored.text, scored.length
+    known = {record.key: _stored(record, text, workspace) for record, _ in usable}
     missing = [(record, known[record.key].without(sequences)) for record, sequences in usable]
     if any(sequences for _, sequences in missing):
         suffix = open_suffix(workspace / parent.folder, workspace, scored, compute)
-        recorded = None if layer.boundary is None else scored.validation(layer.boundary, workspace)
+        kept = None if scored.capability else layer.boundary
+        recorded = None if kept is None else scored.validation(kept, workspace)
         hidden = suffix.entering(layer.layer) if recorded is None else recorded
         rounding = Rounding(inputs=partial(_inputs, suffix, layer, scored.corpus, workspace))
         for records, sequences in batches_of(missing, length):
@@ -271,7 +344,7 @@ def score_sequences(
             for record, more in zip(records, found, strict=True):
                 if more is not None:
                     known[record.key] = known[record.key].and_also(more)
-                    keep(_path(record, length, workspace), known[record.key], [], workspace)
+                    keep(_path(record, text, workspace), known[record.key], [], workspace)
     scores = [_score(record, known[record.key], sequences, length) for record, sequences in usable]
     return [score for score in scores if score is not None]
 

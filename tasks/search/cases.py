@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tasks.search.joint import QUANTITIES, JointLibrary, JointOption
+from tasks.search.joint import JointLibrary, JointOption, known_quantity
 from tasks.search.program import Floats, Program
 from tasks.search.request import Limit, Request, allowed, check, objective_of
 
@@ -36,7 +36,7 @@ def cases_of(library: JointLibrary, request: Request) -> tuple[list[JointOption]
     """The options that are allowed, (N,), and a program over them per combination of batch sizes."""
     check(library, request)
     kept = allowed(library, request)
-    wanted = [limit.kind for limit in request.limits] + [QUANTITIES[request.minimise]]
+    wanted = [limit.kind for limit in request.limits] + [known_quantity(request.minimise)]
     combinations = library.combinations()
     if not any(kind.per_place for kind in wanted):
         combinations = combinations[:1]  # nothing depends on the batch

@@ -1,18 +1,20 @@
 """The program of a problem at given batch sizes, with the way back to a choice per layer: for searches without the MIP.
 
-It is the same program that the MIP solves (tasks/search/cases.py), except for a limit on block types. A slot
+It is the same program that the MIP solves (tasks/search/cases.py), except for limits on block types and on the KL of
+capabilities: simple searches keep what the child may cost. A slot
 is one subblock of a layer; where coupled blocks were scored, or when asked, it is the whole layer, and its options are
 pairs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from blocks.errors import PuzzleError
 from blocks.records import LayerChoice
+from tasks.search.capabilities import Capabilities
 from tasks.search.cases import case_at
 from tasks.search.joint import HEAD, Option
 from tasks.search.program import Floats, Integers, Program
@@ -76,7 +78,7 @@ def grids_of(problem: Problem, places: Sequence[Batches] | None = None, joint: b
             "this search knows no types of number, and the library has them: leave out search_space.precision."
         )
     free = problem.search.model_copy(update={"max_block_types": None})
-    request = request_of(problem, search=free)
+    request = request_of(replace(problem, capabilities=Capabilities(weights=problem.capabilities.weights)), search=free)
     check(library, request)
     kept = allowed(library, request)
     index = {(place.scenario, place.batch_size): at for at, place in enumerate(library.places)}

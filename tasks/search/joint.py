@@ -67,6 +67,23 @@ QUANTITIES = {
 }
 
 
+KL_OF = "kl_of_"  # and a capability's name: the KL on it, as a quantity that may be limited or minimised
+
+
+def quantity_of(name: str) -> Quantity | None:
+    """What a name in a budget stands for."""
+    if name.startswith(KL_OF):
+        return Quantity(title=f"KL on {name.removeprefix(KL_OF)}", unit="nats per token", cost=name, per_place=False)
+    return QUANTITIES.get(name)
+
+
+def known_quantity(name: str) -> Quantity:
+    """The same of a name that was checked when it was asked."""
+    found = quantity_of(name)
+    assert found is not None, name
+    return found
+
+
 def flag(name: object) -> str:
     """A field as the command line writes it."""
     return f"--{str(name).replace('_', '-')}"
@@ -162,6 +179,12 @@ class JointLibrary:
     def metrics(self) -> list[str]:
         """Metrics that every option has."""
         return sorted(set.intersection(*(set(option.metrics) for option in self.options)))
+
+    @property
+    def quantities(self) -> list[str]:
+        """Names of what can be limited or minimised, the KL on each capability among them."""
+        every = list(dict.fromkeys(name for option in self.options for name in option.costs if name.startswith(KL_OF)))
+        return [*QUANTITIES, *filter(self.knows, every)]
 
     @property
     def scenarios(self) -> list[str]:

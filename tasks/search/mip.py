@@ -26,6 +26,7 @@ from profiles.schema import Search
 from tasks.search.incumbent import incumbent
 from tasks.search.program import ROOM, Flags, Floats, Integers, Program, Relaxation, possible
 
+_FEW_ROWS = 4  # a budget has seldom more; limits on the KL of capabilities come on top
 _ROUNDS = 12  # sets of types that are tried before the solver starts
 
 
@@ -275,6 +276,8 @@ def _solve(program: Program, search: Search, seconds: float, known: float | None
         narrowed = {"objective_bound": known / scale + 1e-7, "mip_heuristic_effort": 0.0}
     if program.max_types is None:  # with few rows, cuts in the tree cost more than nodes
         narrowed["mip_allow_cut_separation_at_nodes"] = False
+    if len(program.room) > _FEW_ROWS:  # the gap at the root stays wide, and starting again costs more than it closes
+        narrowed["mip_allow_restart"] = False
     model = cp.Problem(cp.Minimize((program.scores / scale) @ x), constraints)
     found = _certificate(model, search, seconds, narrowed)
     if found is None:

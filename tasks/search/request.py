@@ -15,6 +15,7 @@ from blocks.errors import InfeasibleBudget, PuzzleError
 from blocks.estimates import mean
 from profiles.schema import EngineName, Search, Section, read_share
 from tasks.search.joint import (
+    KL_OF,
     QUANTITIES,
     JointLibrary,
     JointOption,
@@ -22,6 +23,7 @@ from tasks.search.joint import (
     Quantity,
     flag,
     kinds_in,
+    known_quantity,
     samples_of,
 )
 
@@ -40,7 +42,7 @@ class Limit(Section):
     @property
     def kind(self) -> Quantity:
         """What is limited."""
-        return QUANTITIES[self.quantity]
+        return known_quantity(self.quantity)
 
     @property
     def percent(self) -> bool:
@@ -105,9 +107,10 @@ def limit_of(quantity: str, text: str) -> Limit:
         raise PuzzleError(f"{flag(quantity)}: a number, or one with % of the parent's, not {text!r}.") from None
     if not 0 < value < math.inf:
         raise PuzzleError(f"{flag(quantity)}: a finite number greater than 0, not {text}.")
-    share = amount.strip().endswith("%") or (QUANTITIES[quantity].whole and value <= 1)
-    if share and quantity == "score":
-        raise PuzzleError("--score: the parent's score is 0, so no share of it can be taken; give a number.")
+    share = amount.strip().endswith("%") or (known_quantity(quantity).whole and value <= 1)
+    if share and (quantity == "score" or quantity.startswith(KL_OF)):
+        what = "score" if quantity == "score" else "KL from itself"
+        raise PuzzleError(f"{flag(quantity)}: the parent's {what} is 0, so no share of it can be taken; give a number.")
     return Limit(
         quantity=quantity,
         asked=value,
@@ -120,7 +123,7 @@ def limit_of(quantity: str, text: str) -> Limit:
 def check(library: JointLibrary, request: Request) -> None:
     """LibraryFileError when the library lacks what the request names."""
     if not request.limits:
-        raise LibraryFileError(f"a budget is needed, at least one of {', '.join(QUANTITIES)}.")
+        raise LibraryFileError(f"a budget is needed, at least one of {', '.join(library.quantities)}.")
     if request.metric not in library.metrics:
         raise LibraryFileError(
             f"the library has no metric {request.metric!r} for every variant; it has {', '.join(library.metrics)}."
@@ -143,16 +146,18 @@ def check(library: JointLibrary, request: Request) -> None:
 
 
 def _check_known(library: JointLibrary, quantity: str) -> None:
-    if quantity not in QUANTITIES:
-        raise LibraryFileError(f"there is no {quantity!r} to limit or minimise; there are {', '.join(QUANTITIES)}.")
-    cost = QUANTITIES[quantity].cost
+    if quantity not in library.quantities and (quantity.startswith(KL_OF) or quantity not in QUANTITIES):
+        raise LibraryFileError(
+            f"there is no {quantity!r} to limit or minimise; there are {', '.join(library.quantities)}."
+        )
+    cost = known_quantity(quantity).cost
     if cost and not library.knows(cost):
         raise LibraryFileError(f"the library does not say {cost} for every variant: budget something else.")
 
 
 def is_one_number(library: JointLibrary, request: Request, quantity: str) -> bool:
     """True for a quantity that an architecture has once: not one per scenario, unless the traffic weighs them."""
-    kind = QUANTITIES[quantity]
+    kind = known_quantity(quantity)
     return not kind.per_place or len(library.scenarios) < 2 or bool(kind.time and request.traffic)
 
 
@@ -165,7 +170,7 @@ def _check_scenarios(library: JointLibrary, request: Request) -> None:
     for limit in request.limits:
         if limit.scenario is not None and not limit.kind.per_place:
             raise LibraryFileError(f"{limit.quantity} is the same in every scenario: limit it without one.")
-    target = QUANTITIES[request.minimise]
+    target = known_quantity(request.minimise)
     if not is_one_number(library, request, request.minimise):
         raise LibraryFileError(
             f"{request.minimise} differs between the scenarios {', '.join(library.scenarios)}: name one of them"

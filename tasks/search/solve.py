@@ -18,10 +18,10 @@ from profiles.schema import Search
 from tasks.running.progress import Progress, no_progress
 from tasks.search.cases import Case, cases_of
 from tasks.search.infeasible import TOLERANCE, why_infeasible
-from tasks.search.joint import QUANTITIES, JointLibrary, JointOption, at
+from tasks.search.joint import KL_OF, JointLibrary, JointOption, at, known_quantity
 from tasks.search.mip import Answer, SolverStopped, lower_bound, minimise, relaxation, solved_by
 from tasks.search.program import possible
-from tasks.search.request import Limit, Request, objective_of
+from tasks.search.request import Limit, Request, is_one_number, objective_of
 from tasks.search.totals import gap_between
 
 
@@ -73,7 +73,9 @@ class JointChoice(Value):
 class Price(Value):
     """What a budget is worth: the LP's marginal objective per unit of it, and the objective solved again at others.
 
-    share: limit, used and per_unit are shares of the parent's figure.
+    share: limit, used and per_unit are shares of the parent's figure. without, speed: of a limit on the KL of a
+    capability, the objective without it, and how many more tokens a second could be had without it at the choice's own
+    objective, as a share of those with it; None where that is not known.
     """
 
     budget: str
@@ -83,6 +85,8 @@ class Price(Value):
     used: float
     per_unit: float
     resolved: dict[str, float | None]
+    without: float | None = None
+    speed: float | None = None
 
 
 def choose_joint(library: JointLibrary, request: Request) -> list[JointChoice]:
@@ -174,8 +178,7 @@ def prices(
         resolved: dict[str, float | None] = {}
         for step in steps:
             moved = (*request.limits[:index], limit.scaled(1 + step), *request.limits[index + 1 :])
-            again = best_of(cases_of(library, request.model_copy(update={"limits": moved}))[1], request.search)
-            resolved[f"{step:+.0%}"] = None if again is None else again[1].objective + again[0].constant
+            resolved[f"{step:+.0%}"] = _least(library, request, moved)
         used = reached(library, request, limit, chosen, choice.scenarios)
         found.append(
             Price(
@@ -186,9 +189,31 @@ def prices(
                 used=used,
                 per_unit=marginal,
                 resolved=resolved,
+                **(_given_up(library, request, limit, choice) if limit.quantity.startswith(KL_OF) else {}),
             )
         )
     return found
+
+
+def _given_up(library: JointLibrary, request: Request, limit: Limit, choice: JointChoice) -> dict[str, float]:
+    """What a limit costs: the objective, and the tokens a second at the choice's objective, solved without it."""
+    others = tuple(other for other in request.limits if other is not limit)
+    found, free = dict[str, float](), _least(library, request, others) if others else None
+    found |= {} if free is None else {"without": free}
+    timed = library.knows("latency_seconds") and is_one_number(library, request, "tokens_per_second")
+    if request.minimise == "score" and timed and choice.objective > 0:
+        as_good = Limit(quantity="score", asked=choice.objective * (1 + TOLERANCE), name="score")
+        fastest = request.model_copy(update={"minimise": "tokens_per_second"})
+        unlike = [tuple(one for one in some if one.quantity != "score") for some in (request.limits, others)]
+        kept, free = (_least(library, fastest, (*some, as_good)) for some in unlike)  # seconds of a token
+        found |= {"speed": kept / free - 1} if kept and free else {}
+    return found
+
+
+def _least(library: JointLibrary, request: Request, limits: tuple[Limit, ...]) -> float | None:
+    """The best objective under other limits; None where nothing fits."""
+    found = best_of(cases_of(library, request.model_copy(update={"limits": limits}))[1], request.search)
+    return None if found is None else found[1].objective + found[0].constant
 
 
 def case_of(library: JointLibrary, cases: Sequence[Case], choice: JointChoice) -> Case:
@@ -308,7 +333,7 @@ def _over_scenarios(request: Request, scenarios: Sequence[PlaceTotals], cost: st
     values = {found.scenario: getattr(found, cost) for found in scenarios}
     if None in values.values():
         return None
-    if request.traffic and QUANTITIES[cost].time:
+    if request.traffic and known_quantity(cost).time:
         return math.fsum(weight * values[name] for name, weight in request.weights.items())
     return max(values.values())
 
@@ -320,7 +345,7 @@ def _objective(
     scenarios: Sequence[PlaceTotals],
     claimed: float,
 ) -> float:
-    kind = QUANTITIES[request.minimise]
+    kind = known_quantity(request.minimise)
     if request.minimise == "score":
         return math.fsum(objective_of(option, request, library.documents) for option in chosen)
     if kind.floor:

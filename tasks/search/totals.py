@@ -19,7 +19,6 @@ from typing import Literal
 
 import numpy as np
 
-from blocks.errors import PuzzleFailure
 from blocks.estimates import mean
 from blocks.records import (
     SUBBLOCKS,
@@ -34,6 +33,7 @@ from blocks.records import (
 )
 from blocks.typed_labels import type_in
 from profiles.schema import Budget, Profile, Scenario, ScenarioBudget, Search
+from tasks.search.capabilities import NONE, Capabilities, InconsistentTables, weighed
 
 ScoreMetric = Literal["kl", "lm_loss"]
 Quantity = Literal["runtime", "prefill", "memory", "parameters", "layer_parameters"]
@@ -44,16 +44,14 @@ MAX_BATCH_CHOICES = 256
 TOLERANCE = 1e-6  # relative: what a sum of measured floats may differ by before a limit counts as broken
 
 
-class InconsistentTables(PuzzleFailure):
-    """Scores and costs that do not belong to one parent, or do not cover what the profile asks for."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """Everything the search needs: scores and costs of one library, the budget, the scenarios, the solver's limits.
 
     reference: the problem whose parent the budget's shares are taken of, where it is not this one's. within_score: the
-    highest summed score of what `choose` may take; other searches show what they reach without it.
+    highest summed score of what `choose` may take; other searches show what they reach without it. capabilities: what
+    the scores are weighed by already, and the highest KL that `choose` may take on each; other searches know no such
+    limit.
     """
 
     scores: tuple[Score, ...]
@@ -64,6 +62,7 @@ class Problem:
     metric: ScoreMetric = "kl"
     reference: "Problem | None" = None
     within_score: float | None = None
+    capabilities: Capabilities = NONE
 
     @cached_property
     def cost_table(self) -> dict[tuple[str, str, str, int], Cost]:
@@ -134,19 +133,21 @@ def make_problem(
     scenarios: Iterable[Scenario],
     search: Search | None = None,
     metric: ScoreMetric = "kl",
+    capabilities: Capabilities = NONE,
 ) -> Problem:
-    """Gather and check the inputs of the search.
+    """Gather and check the inputs of the search, and weigh the scores on capabilities.
 
     Raises InconsistentTables when the parent or the non-block part lacks a cost, when scores name layers the parent
     does not have or cover different numbers of sequences, or when there are too many combinations of batch sizes.
     """
     problem = Problem(
-        scores=tuple(scores),
+        scores=weighed(scores, capabilities),
         costs=costs,
         budget=budget,
         scenarios=tuple(scenarios),
         search=search or Search(),
         metric=metric,
+        capabilities=capabilities,
     )
     _check_scores(problem)
     _check_parent_costs(problem)
@@ -161,7 +162,9 @@ def make_problem(
 
 def problem_of(profile: Profile, scores: Iterable[Score], costs: CostTable) -> Problem:
     """The search problem of a profile; raises as `make_problem`."""
-    return make_problem(scores, costs, profile.budget, profile.scenarios, profile.search, profile.scoring.metric)
+    asked = (profile.budget, profile.scenarios, profile.search, profile.scoring.metric)
+    kept = Capabilities(weights=profile.capability_weights, most=profile.capability_limits)
+    return make_problem(scores, costs, *asked, capabilities=kept)
 
 
 def _check_scores(problem: Problem) -> None:
@@ -379,6 +382,12 @@ def score_of(problem: Problem, layers: Sequence[LayerChoice], head: str = "") ->
     if np.size(summed) < 2:
         return value, 0.0
     return value, mean(summed, problem.documents).error
+
+
+def kl_on(problem: Problem, layers: Sequence[LayerChoice], capability: str) -> float:
+    """Predicted KL of a choice on a capability, in nats per token; on the corpus where it names none."""
+    chosen = [score for layer, choice in enumerate(layers) for score in scores_behind(problem, layer, choice)]
+    return math.fsum(one.kl for score in chosen for one in score.capabilities if one.name == capability)
 
 
 def scores_behind(problem: Problem, layer: int, choice: LayerChoice) -> list[Score]:

@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from blocks.records import SUBBLOCKS, Cost, LayerChoice, NonBlockCost, Subblock
+from blocks.records import SUBBLOCKS, Cost, LayerChoice, NonBlockCost, Score, Subblock
 from blocks.typed_labels import bare, typed
 from profiles.schema import Profile, Scenario, ScenarioBudget
 from tasks.search import joint
-from tasks.search.joint import HEAD, JointLibrary, JointOption, MeasuredAt, Option
+from tasks.search.capabilities import METRICS
+from tasks.search.joint import HEAD, KL_OF, JointLibrary, JointOption, MeasuredAt, Option
 from tasks.search.program import Floats
 from tasks.search.request import Limit, Request
 from tasks.search.totals import Problem, bytes_of, cost_of, scores_behind
 
 Places = Sequence[tuple[Scenario, int]]  # scenarios at a batch size each
-METRICS = ("kl", "lm_loss")
 # budget field -> quantity, and whether the field is a share of the parent's
 _FIELDS: dict[str, tuple[str, bool]] = {
     "speedup": ("tokens_per_second", True),
@@ -128,7 +128,7 @@ def _option(problem: Problem, option: Option, places: Places) -> JointOption:
         layer=f"layer_{option.layer}" + ("" if len(labels) > 1 else f" {next(iter(labels))}"),
         label=f"{label}{' (coupled)' if option.coupled else ''}",
         metrics={name: math.fsum(getattr(score, name) for score in scores) for name in METRICS},
-        costs=_costs(parts, places, memory, {}),
+        costs=_costs(parts, places, memory, _kl_on_each(problem, scores)),
         is_parent=chosen == LayerChoice(),
         samples={
             name: _summed(problem, [getattr(score, f"{name}_per_sequence") for score in scores]) for name in METRICS
@@ -136,6 +136,14 @@ def _option(problem: Problem, option: Option, places: Places) -> JointOption:
         sizes={name: int(size) for name, size in named.items() if size.isdigit()},
         own=option,
     )
+
+
+def _kl_on_each(problem: Problem, scores: Sequence[Score]) -> dict[str, float]:
+    """The KL on every capability; the parent's own blocks have no scores, and 0 on each."""
+    found = {f"{KL_OF}{name}": 0.0 for name in problem.capabilities.weights}
+    for one in (one for score in scores for one in score.capabilities):
+        found[f"{KL_OF}{one.name}"] += one.kl
+    return found
 
 
 def _head(problem: Problem, kind: str, places: Places) -> JointOption:
@@ -178,7 +186,9 @@ def _summed(problem: Problem, per_sequence: Sequence[tuple[float, ...]]) -> Floa
 
 def request_of(problem: Problem | Profile, **changes: Any) -> Request:
     """The budget of a problem or a profile, its scenarios' own limits, its traffic and its solver's settings."""
+    most = problem.capability_limits if isinstance(problem, Profile) else problem.capabilities.most
     limits = [*_limits(problem.budget, None)]
+    limits += [Limit(quantity=f"{KL_OF}{name}", asked=asked, name=f"max_kl of {name}") for name, asked in most.items()]
     for scenario in problem.scenarios:
         limits += _limits(scenario.budget, scenario.name)
     traffic = {scenario.name: scenario.weight for scenario in problem.scenarios if scenario.weight is not None}

@@ -10,14 +10,15 @@ from blocks.parent import Parent
 from blocks.records import BlockRecord, CorpusInfo, CostTable, LayerRecord, ParentInfo, Score
 from profiles.schema import Profile
 from tasks.distill.jobs import better_of, coupled_jobs, jobs_of
-from tasks.distill.record import open_parent, recorded, recording_of
-from tasks.inputs.corpus import documents_of, prepare_corpus
+from tasks.distill.record import Recording, open_parent, recorded, recording_of
+from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
 from tasks.inputs.parent_answers import with_answers
 from tasks.measure.costs import costs_of
+from tasks.running.progress import say
 from tasks.running.workers import compute_of
-from tasks.score.scoring import by_document, stored_score
+from tasks.score.scoring import scores_of, scoring_sets
 from tasks.search.choose import with_most_tokens
 from tasks.search.totals import Problem, problem_of
 
@@ -53,7 +54,8 @@ class Finished:
 
 
 def open_finished(profile: Profile, workspace: Path) -> Finished:
-    """Find parent, corpus, blocks, scores and costs of a profile.
+    """Find parent, corpus, blocks, scores and costs of a profile. Scores are those on the corpus alone, whatever
+    capabilities the profile names: whole models are measured on the corpus too.
 
     Raises UnfinishedLibrary, naming what is missing, and PuzzleError for a profile whose search chooses types of
     number: the studies judge architectures in float.
@@ -63,6 +65,9 @@ def open_finished(profile: Profile, workspace: Path) -> Finished:
             "this study judges architectures in float, and search_space.precision chooses types of number: give the "
             "command with --set search_space.precision=[] and a budget that is meant without types."
         )
+    if profile.capabilities:
+        say("this study is of the corpus alone: capabilities count for nothing in it")
+        profile = profile.model_copy(update={"capabilities": {}})
     if not any((workspace / "parent").glob("*.json")) or not any((workspace / "library").glob("*.json")):
         raise _unfinished(profile, workspace, "no block library")
     parent = prepare_parent(profile.parent, workspace, lambda: iterate_documents(profile.corpus))
@@ -73,8 +78,14 @@ def open_finished(profile: Profile, workspace: Path) -> Finished:
         workspace,
     )
     reader = open_parent(workspace / parent.folder)
-    blocks = _blocks(profile, workspace, parent, corpus, reader)
-    found = _scores(profile, workspace, corpus, blocks)
+    recording = recording_of(profile, parent, corpus, compute_of(profile))
+    records = [record for layer in range(reader.depth) if (record := recorded(layer, recording, workspace))]
+    if len(records) < reader.depth:
+        raise _unfinished(profile, workspace, f"{reader.depth - len(records)} layers that are not recorded")
+    blocks = _blocks(profile, workspace, recording, records, reader)
+    usable = [block for block in blocks if block.status != "failed"]
+    # a score that is not a number is not kept (tasks/score/scoring.py), so some may lack
+    found = tuple(scores_of(usable, scoring_sets(profile, corpus, (), records[-1]), workspace))
     if not found:
         raise _unfinished(profile, workspace, "no scores")
     costs = costs_of(profile, parent, workspace)
@@ -91,23 +102,9 @@ def open_finished(profile: Profile, workspace: Path) -> Finished:
     )
 
 
-def _scores(profile: Profile, workspace: Path, corpus: CorpusInfo, blocks: Sequence[BlockRecord]) -> tuple[Score, ...]:
-    """What was scored; a score that is not a number is not kept (tasks/score/scoring.py), so some may lack."""
-    sequences = range(profile.scoring.sequences)
-    length = profile.scoring.tokens_per_sequence or corpus.sequence_length
-    scores = [stored_score(block, sequences, length, workspace) for block in blocks if block.status != "failed"]
-    documents = documents_of(corpus, "validation", workspace, length)[: profile.scoring.sequences]
-    return tuple(by_document(score, documents) for score in scores if score is not None)
-
-
 def _blocks(
-    profile: Profile, workspace: Path, parent: ParentInfo, corpus: CorpusInfo, reader: Parent
+    profile: Profile, workspace: Path, recording: Recording, records: Sequence[LayerRecord], reader: Parent
 ) -> tuple[BlockRecord, ...]:
-    recording = recording_of(profile, parent, corpus, compute_of(profile))
-    layers = [recorded(layer, recording, workspace) for layer in range(reader.depth)]
-    records: list[LayerRecord] = [record for record in layers if record is not None]
-    if len(records) < reader.depth:
-        raise _unfinished(profile, workspace, f"{reader.depth - len(records)} layers that are not recorded")
     library = BlockLibrary(workspace)
     jobs = jobs_of(profile, recording, records, reader)
     blocks = [library.find(job.key) for job in jobs]

@@ -1,0 +1,90 @@
+"""How often a model loops when it goes on from the text of the test split: parent and child on the same beginnings.
+
+Six answers show how a child speaks, and no rate. Here a few hundred beginnings of one length are continued greedily,
+many at a time. tasks/evaluate/answers.py says what a loop is.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blocks.compute import Compute
+from blocks.library import digest_of, keep, read_tensors, remember
+from blocks.records import CorpusInfo, Looping, ParentInfo
+from profiles.schema import Evaluate
+from tasks.evaluate.answers import loops, stop_tokens
+from tasks.evaluate.compare import Contender, served
+from tasks.inputs.corpus import documents_of
+from tasks.running.progress import Progress, no_progress
+
+VERSION = 1
+BEGINNING = 32  # tokens of a prompt
+BATCH = 40  # prompts that are continued together
+
+
+def beginnings(tokens: Tensor, count: int) -> tuple[Tensor, list[int]]:
+    """At most `count` pieces of BEGINNING tokens (P, BEGINNING), evenly spread over a split (S, T), and their rows."""
+    rows, length = tokens.shape
+    size = min(BEGINNING, length)
+    places = [(row, size * piece) for row in range(rows) for piece in range(length // size)]
+    taken = [places[index * len(places) // min(count, len(places))] for index in range(min(count, len(places)))]
+    return torch.stack([tokens[row, first : first + size] for row, first in taken]).long(), [row for row, _ in taken]
+
+
+def looping_path(which: Contender, parent: ParentInfo, corpus: CorpusInfo, settings: Evaluate) -> str:
+    """The file of a contender's count, relative to the workspace."""
+    asked = settings.model_dump(mode="json", include={"loop_prompts", "answer_tokens"})
+    text = {"parent": parent.fingerprint, "corpus": corpus.fingerprint}
+    return f"answers/{digest_of(model=which.served_key, **text, asked=asked, v=VERSION, what='loops')}.json"
+
+
+def looping_of(
+    which: Contender,
+    source: tuple[ParentInfo, CorpusInfo],
+    settings: Evaluate,
+    workspace: Path,
+    compute: Compute,
+    progress: Progress = no_progress,
+) -> Looping:
+    """The count of the parent or of a child; a stored one is read."""
+    from transformers import AutoTokenizer
+
+    parent, corpus = source
+    path = workspace / looping_path(which, parent, corpus, settings)
+    stored = remember(path, Looping, lambda _: [], workspace)
+    if stored is not None:
+        return stored
+    tokens = read_tensors(workspace, corpus.tokens, ["test"])["test"]
+    prompts, rows = beginnings(tokens, settings.loop_prompts)
+    documents = documents_of(corpus, "test", workspace) or tuple(range(len(tokens)))
+    folder = workspace / parent.folder
+    model, tokenizer = served(which, parent, workspace, compute), AutoTokenizer.from_pretrained(folder)
+    stops, found = stop_tokens(folder, model.config, tokenizer), list[int]()
+    for batch in prompts.split(BATCH):
+        for said in continued(model, batch, settings.answer_tokens, stops):
+            text: Any = tokenizer.decode(said, skip_special_tokens=True)
+            found.append(int(loops(text, said)))
+        progress(len(found), len(prompts), f"{which.name}, {sum(found)} of {len(found)} loop")
+    made = Looping(loops=tuple(found), documents=tuple(documents[row] for row in rows))
+    keep(path, made, [], workspace)
+    return made
+
+
+def continued(model: Any, prompts: Tensor, limit: int, stops: frozenset[int]) -> list[list[int]]:
+    """The most likely token each time, for every prompt (P, T), until a token of `stops` or the limit."""
+    from transformers import GenerationConfig
+
+    asked = GenerationConfig(
+        max_new_tokens=limit, do_sample=False, eos_token_id=sorted(stops) or None, pad_token_id=min(stops, default=0)
+    )
+    model.generation_config = asked  # `generate` takes what its argument leaves open from here
+    batch = prompts.to(next(model.parameters()).device)
+    with torch.inference_mode():
+        out = model.eval().generate(batch, attention_mask=torch.ones_like(batch), generation_config=asked)
+    found = []
+    for tokens in out[:, prompts.shape[1] :].tolist():
+        end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
+        found.append(tokens[:end])
+    return found
