@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import psutil
 import pytest
 from prefect.context import refresh_global_settings_context
@@ -180,6 +181,8 @@ def test_a_run_waits_until_its_own_server_has_recorded_it(monkeypatch: pytest.Mo
     class Client:
         def read_task_runs(self, **query: Any) -> list[str]:
             asked.append(query)
+            if len(asked) == 5:
+                raise httpx.ConnectError("gone")
             return found.pop(0) if found else []
 
     monkeypatch.setattr("prefect.client.orchestration.get_client", lambda **_: nullcontext(Client()))
@@ -191,5 +194,6 @@ def test_a_run_waits_until_its_own_server_has_recorded_it(monkeypatch: pytest.Mo
     states = {state.value for state in asked[0]["task_run_filter"].state.type.any_}
     assert {"COMPLETED", "FAILED", "CRASHED"} <= states and not {"RUNNING", "PENDING"} & states
     assert not recording.all_are_recorded(flow, 3, seconds=0)
+    assert not recording.all_are_recorded(flow, 3), "its server is gone, and the run has its results all the same"
     monkeypatch.setenv(API, SERVING)
-    assert recording.all_are_recorded(flow, 3) and len(asked) == 4
+    assert recording.all_are_recorded(flow, 3) and len(asked) == 5

@@ -5,6 +5,7 @@ Pictures are inline SVG that follows the page's colours; nothing is loaded from 
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ def study_choice(
     if solved is None:
         solved = _solved(library, request, extent, choice)
         if kept is not None:
-            keep(kept, solved, [], kept.parent, fetch="never")
+            with suppress(OSError):  # a workspace of somebody else's can be read all the same
+                keep(kept, solved, [], kept.parent, fetch="never")
     return Study(title=title, library=library, request=request, choice=choice, solved=solved, **parts)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import Thread
 from uuid import UUID
 
+import httpx
 from filelock import FileLock, Timeout
 
 from blocks.errors import PuzzleError
@@ -172,7 +173,7 @@ def all_are_recorded(flow_run_id: str, task_runs: int, seconds: float = 60) -> b
     """Wait until the server that Prefect has started for this process has recorded how so many task runs of a flow run
     ended: it records a while after, and what it has not recorded when the process ends is lost.
     """
-    if os.environ.get(API) or not task_runs:
+    if os.environ.get(API) or not flow_run_id or not task_runs:
         return True
     from prefect.client.orchestration import get_client
     from prefect.client.schemas import filters
@@ -182,12 +183,13 @@ def all_are_recorded(flow_run_id: str, task_runs: int, seconds: float = 60) -> b
     wanted = filters.TaskRunFilter(state=filters.TaskRunFilterState(type=ended))
     flow = filters.FlowRunFilter(id=filters.FlowRunFilterId(any_=[UUID(flow_run_id)]))
     deadline = time.monotonic() + seconds
-    with get_client(sync_client=True) as client:
+    with get_client(sync_client=True) as client, suppress(httpx.HTTPError):  # the run has all its results by now
         while not client.read_task_runs(flow_run_filter=flow, task_run_filter=wanted, limit=1, offset=task_runs - 1):
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.2)
-    return True
+        return True
+    return False
 
 
 def take_for_server(home: Path) -> None:
