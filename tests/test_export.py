@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from blocks.engine_limits import width_of
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.records import CorpusInfo, ParentInfo, Ref
+from blocks.runtime import products_as_served
 from flows.serving import _calibration
 from tasks.export.folder import (
     ExportError,
@@ -163,7 +164,7 @@ def modules_of_children() -> set[str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_stranger_gets_the_same_model(loaded: Loaded, family: str, shape: str) -> None:
     case, name = loaded.cases[f"{family}.{shape}"], f"{family}.{shape}"
-    with torch.no_grad():
+    with torch.no_grad(), products_as_served():  # the stranger's products are torch's default
         expected = case.model(torch.arange(3, 17).unsqueeze(0)).logits
     assert torch.equal(loaded.outputs[f"{name}.logits"], expected)
     assert loaded.outputs[f"{name}.cached"].shape == (1, 24)  # 10 new tokens: the parent's generation config counts
