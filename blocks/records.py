@@ -77,6 +77,11 @@ class CorpusInfo(Value):
     weighted: bool = False
     capability: str = ""
 
+    @property
+    def where(self) -> str:
+        """` on retrieval`, behind what was done with the text of a capability."""
+        return f" on {self.capability}" if self.capability else ""
+
 
 # --- recording, blocks, scores
 

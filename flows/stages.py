@@ -92,7 +92,11 @@ def distill_task(job: Job, slot: WorkerSlot, workspace: str, number: int = 0, pa
         return distill_shard(job, Path(workspace), compute, number)
 
 
-@task_of("score layer", "score layer {layer.layer:02d}", lambda _, p: _scores_key(p["work"], p["scored"]))
+@task_of(
+    "score layer",
+    "score layer {layer.layer:02d}{scored.corpus.where}",
+    lambda _, p: _scores_key(p["work"], p["scored"]),
+)
 def score_task(
     work: list[scoring.Work],
     layer: LayerRecord,

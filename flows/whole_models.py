@@ -86,7 +86,7 @@ def _all_of(devices: Sequence[str]) -> Iterator[None]:
         yield
 
 
-@task_of("evaluate", "evaluate {which.name} ({which.stage}) {corpus.capability}")
+@task_of("evaluate", "evaluate {which.name} ({which.stage}){corpus.where}")
 def evaluate_task(which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path) -> Any:
     """See tasks.evaluate.compare.evaluate_contender."""
     dtype = child_dtype(profile.hardware, open_parent(workspace / parent.folder))
@@ -200,8 +200,7 @@ def evaluate_all(
                 values = (which, parent, text, run.profile, run.workspace)
                 one: Evaluation = run.call(evaluate_task, makes, *values, after=[made_of(which)])
                 own[text.capability], done = one, done + 1
-                where = f" on {text.capability}" if text.capability else ""
-                said = f"{which.name}{where} KL {one.quality.kl.value:.3f}"
+                said = f"{which.name}{text.where} KL {one.quality.kl.value:.3f}"
                 progress(done, len(texts) * len(contenders), said)
     return [own.pop("").model_copy(update={"capabilities": own}) for own in found]
 

@@ -3,10 +3,10 @@
 Overrides (`--set budget.speedup=1.5`) change the YAML tree before it is validated, so the same rules hold for them.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -193,14 +193,17 @@ def _walk(loc: tuple[int | str, ...]) -> tuple[str, list[type[BaseModel]]]:
     """The path of a field as a user writes it, and the sections in which its last key was looked up.
 
     Pydantic puts the tag of a discriminated union (such as `package`) into the location. It is not a key, so it is left
-    out.
+    out. In a table of sections by name, the name is no key of a section.
     """
-    path = ""
+    path, by_name = "", False
     sections: list[type[BaseModel]] = [Profile]
     holders = sections
     for step in loc:
         if isinstance(step, int):
             path += f"[{step}]"
+            continue
+        if by_name:
+            path, by_name = f"{path}.{step}", False
             continue
         if len(sections) > 1 and (tagged := [one for one in sections if step in _tags([one])]):
             sections = holders = tagged
@@ -209,6 +212,7 @@ def _walk(loc: tuple[int | str, ...]) -> tuple[str, list[type[BaseModel]]]:
         holders = sections
         fields = [one.model_fields[step] for one in sections if step in one.model_fields]
         sections = [found for field in fields for found in sections_of(field.annotation)]
+        by_name = any(get_origin(field.annotation) is Mapping for field in fields)
     return path, sections or holders
 
 

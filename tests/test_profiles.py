@@ -185,6 +185,8 @@ def test_overrides_reach_mappings_lists_and_absent_sections(tmp_path: Path) -> N
         ("name.first=x", "name is text, there is no `first` in it"),
         ("bld.steps=[", "not valid YAML"),
         ("bld.stps=3", "bld.stps: unknown key. Allowed: steps"),
+        ("capabilities.rag.sorces=[]", "capabilities.rag.sorces: unknown key. Allowed: sources"),
+        ("capabilities.rag.sources=[{kind: needle}]", "capabilities.rag.sources[0].kind: is `needle`. Allowed: text"),
         ("bld.steps=-3", "bld.steps: is -3"),
     ],
 )

@@ -351,7 +351,7 @@ def test_scores_are_computed_in_their_stage(tmp_path: Path, monkeypatch: pytest.
         SimpleNamespace(layer=layer, subblock="ffn", variant="no_op", status="trained", key=f"k{layer}")
         for layer in range(2)
     ]
-    given: Any = SimpleNamespace(sequence_length=8, boundary="there")
+    given: Any = SimpleNamespace(sequence_length=8, boundary="there", capability="", where="")
     run = Run(profile=load_profile("tiny"), workspace=tmp_path)
     assert stages.score_all(run, given, given, [given] * 2, blocks) == []
     assert submitted == [True, True]
