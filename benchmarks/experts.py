@@ -57,6 +57,7 @@ def main() -> None:
         table(["experts", "chosen by", "KL", "fitted"], rows),
     ]
     parts.append(
+        "REAP: the mean of what an expert adds to a token that it is sent; times frequency: the sum. "
         "fitted: how much each expert counts, by ridge regression to what the parent's FFN puts out. random: the mean "
         f"of {SEEDS} choices, ± over choices."
     )
@@ -78,7 +79,8 @@ def chosen(bench: Bench, contexts: Contexts, variant: Variant) -> Iterator[list[
 
         return kept
 
-    for name, how in (("REAP", KIND.kept), ("frequency", most("expert_tokens"))):
+    ways = {"REAP": KIND.kept, "frequency": most("expert_tokens"), "REAP x frequency": most("expert_outputs")}
+    for name, how in ways.items():
         figures = [
             mean(child_kl(bench, made(bench, contexts, variant, how, fitted))).metric for fitted in (False, True)
         ]
