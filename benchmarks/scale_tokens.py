@@ -18,9 +18,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 
@@ -28,12 +29,14 @@ from benchmarks.common import ROOT, table, write_page
 from blocks.compute import HOST, Compute
 from blocks.kinds import parse_label
 from blocks.parent import Parent
-from blocks.records import BlockRecord, CorpusInfo, LayerRecord, ParentInfo
+from blocks.records import BlockRecord, CorpusInfo, LayerChoice, LayerRecord, ParentInfo
 from blocks.resources import resources
 from blocks.runtime import configure_torch
 from profiles.load import load_profile
-from profiles.schema import Profile
+from profiles.schema import GKD, Profile
 from tasks.distill.bld import Job, distill, distill_shard, progress_of
+from tasks.distill.gkd_job import distill_globally, job_of
+from tasks.distill.gkd_targets import record_teacher
 from tasks.distill.jobs import jobs_of
 from tasks.distill.record import Part, Recording, StatesInUse, enter, open_parent, record_layer, recording_of
 from tasks.inputs.corpus import prepare_corpus
@@ -44,6 +47,8 @@ from tasks.score.scoring import ScoringSet, score_sequences
 LENGTH, SHARD = 64, 2048  # tokens
 COMPUTE = replace(HOST, micro_batch_tokens=512)
 STAGES = ("record", "bld", "score")
+SCORED = 8  # sequences, where FLOPs are counted
+MadeT = TypeVar("MadeT")
 FEW = 2 * SHARD  # tokens of x1: more than a shard, so that states are not kept
 
 
@@ -97,7 +102,7 @@ class Place:
                 records[layer] = record_layer(layer, self.recording, self.workspace, self.compute, number)
         return list(records.values())
 
-    def jobs(self, records: list[LayerRecord]) -> list[Job]:
+    def jobs(self, records: Sequence[LayerRecord]) -> list[Job]:
         """The search space in all layers."""
         return jobs_of(self.profile, self.recording, records, self.reader)
 
@@ -189,62 +194,106 @@ def peak_flops() -> float:
     return best
 
 
+LAYERS = range(2)  # of SmolLM2 that are recorded, trained and scored
+NARROW = LayerChoice(attention="kv1", ffn="ffn768")
+HEAVY = GKD(steps=8, batch_sequences=4, evaluate_every=8, validation_sequences=4, learning_rate=1e-4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """FLOPs that SmolLM2 needs in its stages, nothing computed twice, over what the peak gives in the same CPU time."""
+
+    place: Place
+    workspace: Path
+    peak: float
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self.place.corpus.sequence_length
+
+    @property
+    def head(self) -> int:
+        """FLOPs of the logits of a token."""
+        return 2 * self.place.reader.config.vocab_size * self.place.reader.config.hidden_size
+
+    def layer(self, choice: LayerChoice) -> int:
+        """FLOPs of a token in a layer, forward."""
+        return self.subblock("attention", choice.attention) + self.subblock("ffn", choice.ffn)
+
+    def subblock(self, subblock: Any, label: str) -> int:
+        """The same of a subblock."""
+        variant = parse_label(subblock, label, self.place.reader.config)
+        return resources(self.place.reader, variant, self.length // 2, 4).flops_per_token
+
+    def share(self, work: Callable[[], MadeT], needed: float) -> tuple[float, MadeT]:
+        """What was reached of the peak, and what was made."""
+        cpu = time.process_time()
+        made = work()
+        return needed / (time.process_time() - cpu) / self.peak, made
+
+    def record(self) -> tuple[float, list[LayerRecord]]:
+        """Forward and Gram matrices; without the order of channels, whose inverse is no product of the model's."""
+        config, settings = self.place.reader.config, self.place.profile.record
+        gram = 2 * (4 * config.hidden_size**2 + config.intermediate_size**2)
+        counted = settings.statistics_sequences * self.length
+        through = counted + settings.validation_sequences * self.length
+        needed = len(LAYERS) * (through * self.layer(LayerChoice()) + counted * gram)
+        with mock.patch(
+            "tasks.distill.record.elimination_order", lambda gram, down, ridge, chunk: torch.arange(len(gram))
+        ):
+            recording = self.place.recording
+            return self.share(lambda: [record_layer(i, recording, self.workspace, HOST) for i in LAYERS], needed)
+
+    def bld(self, records: Sequence[LayerRecord]) -> tuple[float, list[BlockRecord]]:
+        """The layer's own forward; three forwards a step and three times the held-out loss."""
+        jobs = [job for job in self.place.jobs(records) if job.layer in LAYERS]
+        bld, settings = self.place.profile.bld, self.place.profile.record
+        tokens = 3 * (bld.steps * bld.batch_sequences + settings.validation_sequences) * self.length
+        held = (settings.hidden_sequences + settings.validation_sequences) * self.length
+        needed = len(LAYERS) * held * self.layer(LayerChoice())
+        needed += tokens * sum(self.subblock(job.subblock, job.variant) for job in jobs)
+        return self.share(lambda: [distill(job, self.workspace, HOST) for job in jobs], needed)
+
+    def score(self, records: Sequence[LayerRecord], blocks: Sequence[BlockRecord]) -> float:
+        """Every variant through the layers behind its own and the head; the parent through all, with its moment."""
+        depth, whole = self.place.reader.depth, self.layer(LayerChoice())
+        scored = ScoringSet(
+            corpus=self.place.corpus, last=replace_boundary(records[-1]), count=SCORED, length=self.length
+        )
+        suffix = sum(depth - block.layer for block in blocks) * whole + len(blocks) * self.head
+        needed = SCORED * self.length * (suffix + (depth + sum(LAYERS)) * whole + 2 * self.head)
+
+        def work() -> None:
+            for layer in LAYERS:
+                mine = [(block, tuple(range(SCORED))) for block in blocks if block.layer == layer]
+                own = replace_boundary(records[layer])
+                score_sequences(mine, own, scored, self.place.parent, self.workspace, HOST)
+
+        return self.share(work, needed)[0]
+
+    def gkd(self, blocks: Sequence[BlockRecord]) -> float:
+        """Three forwards of the layers and two of the head, which is frozen, a step; validation before and after."""
+        others = self.place.reader.depth - len(LAYERS)
+        teacher = record_teacher(self.place.parent, self.place.corpus, HEAVY, self.workspace, HOST)
+        job = job_of([NARROW] * len(LAYERS) + [LayerChoice()] * others, blocks, teacher, HEAVY, HOST)
+        child = others * self.layer(LayerChoice()) + len(LAYERS) * self.layer(NARROW)
+        trained, watched = HEAVY.steps * HEAVY.batch_sequences, 2 * HEAVY.validation_sequences
+        needed = self.length * (trained * (3 * child + 2 * self.head) + watched * (child + self.head))
+        return self.share(lambda: distill_globally(job, self.workspace, HOST), needed)[0]
+
+
 def utilisation(workspace: Path) -> dict[str, float]:
-    """FLOPs that the model needs, nothing computed twice, over what the peak gives in the same CPU time."""
+    """The share of the peak that each stage reaches."""
     short = ["corpus.train_sequences=72", "record.statistics_sequences=64", "record.hidden_sequences=32"]
     spaces = ["search_space.attention=[kv1]", "search_space.ffn=[ffn768]", "bld.steps=12", "bld.closed_form=false"]
     place = Place(load_profile("smollm2-cpu", [*short, *spaces, "scoring.tokens_per_sequence=256"]), workspace, HOST)
-    config, length, depth = place.reader.config, place.corpus.sequence_length, place.reader.depth
-    peak = peak_flops()
-
-    def flops(subblock: Any, label: str) -> int:
-        return resources(place.reader, parse_label(subblock, label, config), length // 2, 4).flops_per_token
-
-    whole = flops("attention", "parent") + flops("ffn", "parent")
-    gram = 2 * (4 * config.hidden_size**2 + config.intermediate_size**2)
-    settings, layers = place.profile.record, range(2)
-
-    def share(work: Callable[[], Any], needed: float) -> tuple[float, Any]:
-        cpu = time.process_time()
-        made = work()
-        return needed / (time.process_time() - cpu) / peak, made
-
-    counted = settings.statistics_sequences * length
-    needed = len(layers) * ((counted + settings.validation_sequences * length) * whole + counted * gram)
-    found: dict[str, float] = {"peak": peak}
-    import tasks.distill.record as recorder
-
-    order = recorder.elimination_order
-    recorder.elimination_order = lambda gram, down, ridge, chunk: torch.arange(len(gram))  # no product of the model's
-    found["record"], records = share(
-        lambda: [record_layer(layer, place.recording, workspace, HOST) for layer in layers], needed
-    )
-    recorder.elimination_order = order
-    records += [records[-1].model_copy(update={"layer": layer}) for layer in range(len(layers), depth)]
-    jobs = [job for job in place.jobs(records) if job.layer in layers]
-    stepped = place.profile.bld.steps * place.profile.bld.batch_sequences * length
-    held = (settings.hidden_sequences + settings.validation_sequences) * length
-    needed = len(layers) * held * whole
-    needed += sum(
-        (3 * stepped + 3 * settings.validation_sequences * length) * flops(j.subblock, j.variant) for j in jobs
-    )
-    found["bld"], blocks = share(lambda: [distill(job, workspace, HOST) for job in jobs], needed)
-    scored = ScoringSet(corpus=place.corpus, last=replace_boundary(records[-1]), count=8, length=length)
-    head = 2 * config.vocab_size * config.hidden_size
-    suffix = sum(depth - block.layer for block in blocks) * whole + len(blocks) * head
-    needed = 8 * length * (suffix + depth * whole + 2 * head)
-    found["score"], _ = share(
-        lambda: [
-            score_sequences(
-                [(block, tuple(range(8))) for block in blocks if block.layer == layer],
-                replace_boundary(records[layer]),
-                *(scored, place.parent, workspace, HOST),
-            )
-            for layer in layers
-        ],
-        needed + 8 * length * sum(layers) * whole,
-    )
-    return found
+    counted = Counted(place=place, workspace=workspace, peak=peak_flops())
+    record, records = counted.record()
+    records += [records[-1].model_copy(update={"layer": i}) for i in range(len(LAYERS), place.reader.depth)]
+    bld, blocks = counted.bld(records)
+    score, gkd = counted.score(records, blocks), counted.gkd(blocks)
+    return {"peak": counted.peak, "record": record, "bld": bld, "score": score, "GKD": gkd}
 
 
 def replace_boundary(record: LayerRecord) -> LayerRecord:
@@ -282,7 +331,7 @@ def main() -> None:
             rows.append(row(stage, times, depth, in_a_process("--one", stage, str(times), str(depth))))
             print(rows[-1], flush=True)
     found = in_a_process("--flops")
-    shares = ", ".join(f"{stage} {100 * found[stage]:.0f} %" for stage in STAGES)
+    shares = ", ".join(f"{stage} {100 * found[stage]:.0f} %" for stage in (*STAGES, "GKD"))
     write_page(
         "scale_tokens",
         "Tokens and layers: disk, memory, time",
@@ -294,7 +343,8 @@ def main() -> None:
             "and layer that it runs through (scoring: every variant runs through the layers behind its own).",
             table(["stage", "layers", "", "tokens", "states, MiB", "variants, MiB", "memory, MiB", "CPU, µs"], rows),
             f"FLOPs that SmolLM2-135M needs in its stage, over what a product of 2,048 x 2,048 x 2,048 gives in the "
-            f"same CPU time in float32 ({found['peak'] / 1e9:.0f} GFLOP/s on one thread): {shares}.",
+            f"same CPU time in float32 ({found['peak'] / 1e9:.0f} GFLOP/s on one thread): {shares}. Of GKD the "
+            "head's products count twice a step: it is frozen, so that its weight has no gradient.",
         ],
     )
 
