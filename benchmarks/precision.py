@@ -57,10 +57,10 @@ SETTINGS = [
     "evaluate.sequences=64",
     "evaluate.baselines=[]",
     "evaluate.throughput_rounds=1",
-    "search_space.precision=[q8_0,q5_0,iq4_nl]",
 ]
 SPEEDUPS = (1.5, 1.8, 2.0, 2.17)
 MEGABYTES = (93, 101, 109, 118, 134)  # of weights and KV cache, as llama.cpp holds them
+TYPES = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 WAYS = ("plain", "with importance", "corrected")
 
 
@@ -98,9 +98,10 @@ class Judge:
         whole = with_file(whole, parent, corpus, self.profile.hardware.precision, self.workspace)
         result = evaluate_contender(whole, parent, corpus, self.profile.evaluate, self.workspace, HOST)
         mine, parents = found.totals[0], found.parent_totals[0]
+        size = (self.workspace / whole.file).stat().st_size if whole.file else 2 * mine.parameters
         return Judged(
             name=name,
-            megabytes=(self.workspace / whole.file).stat().st_size / 1e6 if whole.file else mine.parameters * 2 / 1e6,
+            megabytes=size / 1e6,
             memory=mine.memory_bytes / 1e6,
             speedup=parents.runtime_seconds / mine.runtime_seconds,
             predicted=found.score,
@@ -108,9 +109,14 @@ class Judge:
         )
 
     def uniform(self, kind: str) -> Judged:
-        """The whole parent in one type, corrected."""
+        """The whole parent in one type, corrected. Of a type that was not measured, memory is file and cache."""
         layers = (LayerChoice(attention=typed("parent", kind), ffn=typed("parent", kind)),) * len(self.problem.parent)
-        return self.architecture(kind, predicted(self.problem, layers, "parent", (1,), kind))
+        if kind in self.profile.search_space.precision:
+            return self.architecture(kind, predicted(self.problem, layers, "parent", (1,), kind))
+        whole = predicted(self.problem, self.problem.parent, "parent", (1,))
+        found = self.architecture(kind, whole.model_copy(update={"layers": layers, "head": kind}))
+        cache = (whole.totals[0].memory_bytes - 2 * whole.totals[0].parameters) / 1e6
+        return replace(found, memory=found.megabytes + cache, speedup=float("nan"), predicted=float("nan"))
 
     @torch.no_grad()
     def uncorrected(self, kind: str, important: bool) -> Estimate:
@@ -179,7 +185,8 @@ def rows_of(judge: Judge, wholes: Sequence[Judged]) -> list[list[str]]:
         keep = [
             one
             for one in wholes
-            if one.memory <= (budget.memory_gib or 1e9) * 2**30 / 1e6 and one.speedup >= (budget.speedup or 0)
+            if (budget.memory_gib is None or one.memory <= budget.memory_gib * 2**30 / 1e6)
+            and (budget.speedup is None or one.speedup >= budget.speedup)
         ]
         if keep:
             found.append(replace(min(keep, key=lambda one: one.kl.value), name="the whole parent"))
@@ -196,10 +203,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workspace", type=Path, required=True, help="finished stages are reused")
     judge = prepared(parser.parse_args().workspace.resolve())
-    kinds = judge.profile.search_space.precision
-    wholes = [judge.uniform(kind) for kind in kinds]
+    wholes = [judge.uniform(kind) for kind in TYPES]
     ways = []
-    for kind, whole in zip(kinds, wholes, strict=True):
+    for kind, whole in zip(TYPES, wholes, strict=True):
         plain, important = map(partial(judge.uncorrected, kind), (False, True))
         shown = [f"{one.value:.4f} ±{one.error:.4f}" for one in (plain, important, whole.kl)]
         ways.append([kind, *whole.cells[:3], *shown])
@@ -213,7 +219,8 @@ def main() -> None:
             f"SmolLM2-135M-Instruct, rotated; a request of 256 + 64 tokens in llama.cpp, over the parent in bfloat16. "
             f"KL from the rotated parent in nats per token, on {sequences} test sequences of {documents} documents, by "
             "which errors are clustered. MB: the file; and weights with KV cache, as llama.cpp holds them, which is "
-            "what a budget in MB is of. Speeds are predicted from measured costs, KL is of what the file holds.",
+            "what a budget in MB is of. Speeds are predicted from measured costs, KL is of what the file holds. Types "
+            f"of the search: {' and '.join(judge.profile.search_space.precision)}; others' speeds were not measured.",
             "## The whole parent",
             table(["type", "file, MB", "memory, MB", "speed", *WAYS], ways),
             "## Under a budget",
