@@ -65,7 +65,7 @@ def candidates(problem: Problem, count: int, min_different: int) -> list[Archite
     if count == 1 or len(types_of(problem)) == 1:
         return choose_several(problem, count, min_different)
     found = choose_several(problem, 1, min_different)
-    for corner in _corners(problem):
+    for corner in corners(problem):
         if len(found) <= count // 2 and corner.score <= FAR * found[0].score and _apart(corner, found, min_different):
             found.append(corner)
     for one in choose_several(problem, count + len(found), min_different):
@@ -74,13 +74,7 @@ def candidates(problem: Problem, count: int, min_different: int) -> list[Archite
     return sorted(found, key=lambda one: one.score)
 
 
-def _apart(one: Architecture, others: Sequence[Architecture], layers: int) -> bool:
-    """Whether an architecture differs from all others in so many layers."""
-    pairs = (zip(one.layers, other.layers, strict=True) for other in others)
-    return all(sum(mine != theirs for mine, theirs in pair) >= layers for pair in pairs)
-
-
-def _corners(problem: Problem) -> list[Architecture]:
+def corners(problem: Problem) -> list[Architecture]:
     """The best with all blocks in one type, for each type, and the best whose blocks are all the parent's; the lowest
     score first.
     """
@@ -95,3 +89,9 @@ def _corners(problem: Problem) -> list[Architecture]:
     with suppress(InfeasibleBudget):
         best["whole"] = choose(replace(problem, scores=tuple(whole)))
     return sorted(best.values(), key=lambda one: one.score)
+
+
+def _apart(one: Architecture, others: Sequence[Architecture], layers: int) -> bool:
+    """Whether an architecture differs from all others in so many layers."""
+    pairs = (zip(one.layers, other.layers, strict=True) for other in others)
+    return all(sum(mine != theirs for mine, theirs in pair) >= layers for pair in pairs)
