@@ -43,9 +43,9 @@ from tasks.distill.gkd import GKDResult, Seen
 from tasks.distill.gkd_settings import texts_of_steps
 from tasks.distill.gkd_targets import Mixed, record_teacher
 from tasks.evaluate import compare
-from tasks.evaluate.answers import greedy
+from tasks.evaluate.answers import continued, greedy
 from tasks.evaluate.budget import capability_limits, figure_words, state_of
-from tasks.evaluate.loops import beginnings, continued, looping_of
+from tasks.evaluate.loops import beginnings, looping_of
 from tasks.inputs.corpus import prepare_corpus, weights_of
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.near_duplicates import KnownRuns
