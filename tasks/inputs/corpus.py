@@ -34,9 +34,9 @@ from blocks.files import sha256_of
 from blocks.library import digest_of, keep, read_rows, read_tensors, remember, write_tensors
 from blocks.records import CorpusInfo
 from profiles.schema import Corpus, HubSource, TextSource
-from tasks.inputs.chats import Chat, Conversation, Message, Span, answers_in, contents_alone, template_of
+from tasks.inputs.chats import Chat, Conversation, Message, Span, answers_in, contents_alone, normalise, template_of
 from tasks.inputs.companions import TOKENIZER_FILES
-from tasks.inputs.corpus_sources import check_sources, content_of, iterate_batches, name_of, normalise, pinned
+from tasks.inputs.corpus_sources import check_sources, content_of, iterate_batches, name_of, pinned
 from tasks.inputs.near_duplicates import NONE, KnownRuns, NearDuplicates
 from tasks.inputs.text_files import Document, kind_of
 from tasks.running.progress import say
