@@ -3,6 +3,7 @@
 import itertools
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.near_duplicates import KnownRuns
 from tasks.inputs.questions import needles, passages
 from tasks.libraries.tables import read_table, write_tables
+from tasks.operating import champion
 from tasks.operating.run_figures import report_metrics
 from tasks.pages.report import comparison_rows, write_report
 from tasks.pages.verdict import budget_rows, evidence, warnings
@@ -465,6 +467,21 @@ def test_a_front_runs_over_the_kl_on_a_capability() -> None:
     values = front_values(library, request, over, 6)
     found = [one.objective for one in front(library, request, over, values) if one is not None]
     assert found == sorted(found, reverse=True) and found[0] > found[-1]
+
+
+def test_a_champion_that_breaks_the_highest_kl_on_a_capability_is_told(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = problem({"general": 1.0, "retrieval": 1.0})
+    free = choose(asked)
+    reached = kl_on(asked, free.layers, "retrieval")
+
+    def under(most: float) -> str:
+        limited = replace(asked, capabilities=replace(asked.capabilities, most={"retrieval": most}))
+        monkeypatch.setattr(champion, "last_problem", lambda *_: limited)
+        return champion.broken_budget(free, load_profile("tiny"), chain.workspace)
+
+    assert under(reached) == "" and under(0.5 * reached) == f"max_kl of retrieval {0.5 * reached:g}"
 
 
 def test_other_searches_know_no_limits_on_capabilities() -> None:
