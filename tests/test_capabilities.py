@@ -148,6 +148,15 @@ def test_the_text_of_a_capability_is_not_in_the_corpus(chain: Chain, tmp_path: P
     assert shared() > 0.4 and shared(chain.corpus) < 0.1  # thirteen bytes of code may occur in any module
 
 
+def test_a_long_document_is_known_by_the_middle_that_another_corpus_took() -> None:
+    draw = np.random.default_rng(0)
+    whole, other = draw.integers(0, 1000, (2, 4000), dtype=np.int32)
+    known = KnownRuns([np.concatenate([other[1950:2050], whole[1616:2384]])], 0.7, middle=256)
+    assert known.holds(whole, "whole") and known.holds(whole[1000:3001], "half")
+    assert not known.holds(whole[:1700], "before")
+    assert not known.holds(other, "other")  # a hundred tokens of it are no middle
+
+
 def tokens_of(chain: Chain, corpus: Any) -> list[torch.Tensor]:
     return list(read_tensors(chain.workspace, corpus.tokens, SPLITS).values())
 

@@ -116,7 +116,7 @@ def _elsewhere(corpus: Corpus, others: Sequence[CorpusInfo], workspace: Path) ->
         for other in others
         for rows in read_tensors(workspace, other.tokens, ["train", "validation", "test"]).values()
     ]
-    return KnownRuns(tokens, least)
+    return KnownRuns(tokens, least, min((other.sequence_length for other in others), default=sys.maxsize))
 
 
 def check_enough(corpus: Corpus, tokenizer_folder: Path | None) -> str:
