@@ -1,4 +1,4 @@
-"""Which experts to keep: those that REAP ranks highest, those that most tokens are sent to, or any. And other kinds.
+"""Which experts to keep: those that add most, in all or to a token (REAP), those most used, or any. And other kinds.
 
 .venv/bin/python -m benchmarks.experts
 
@@ -57,6 +57,7 @@ def main() -> None:
         table(["experts", "chosen by", "KL", "fitted"], rows),
     ]
     parts.append(
+        "what they add: the sum over all tokens, which the kind uses; REAP: the mean over those an expert is sent. "
         "fitted: how much each expert counts, by ridge regression to what the parent's FFN puts out. random: the mean "
         f"of {SEEDS} choices, ± over choices."
     )
@@ -68,8 +69,8 @@ def main() -> None:
 def chosen(bench: Bench, contexts: Contexts, variant: Variant) -> Iterator[list[str]]:
     """A row for each way to choose the experts that are kept."""
 
-    def most(name: str) -> Kept:
-        return lambda own, context: context.statistics[name].topk(own.size or 0).indices.sort().values
+    def highest(rank: Callable[[dict[str, Tensor]], Tensor]) -> Kept:
+        return lambda own, context: rank(context.statistics).topk(own.size or 0).indices.sort().values
 
     def drawn(seed: int) -> Kept:
         def kept(own: Variant, context: FitContext) -> Tensor:
@@ -78,7 +79,12 @@ def chosen(bench: Bench, contexts: Contexts, variant: Variant) -> Iterator[list[
 
         return kept
 
-    for name, how in (("REAP", KIND.kept), ("frequency", most("expert_tokens"))):
+    ways = {
+        "what they add": KIND.kept,
+        "REAP": highest(lambda found: (found["expert_outputs"] / found["expert_tokens"]).nan_to_num(0.0)),
+        "frequency": highest(lambda found: found["expert_tokens"]),
+    }
+    for name, how in ways.items():
         figures = [
             mean(child_kl(bench, made(bench, contexts, variant, how, fitted))).metric for fitted in (False, True)
         ]

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.common import table, write_page
+from benchmarks.common import ROOT, table, write_page
 
 
 def write(lines: Sequence[dict[str, Any]], missing: Mapping[str, Sequence[str]]) -> None:
@@ -35,7 +35,8 @@ def write(lines: Sequence[dict[str, Any]], missing: Mapping[str, Sequence[str]])
         if not line["case"].startswith(("kill-", "uninterrupted")):
             same = "same child" if line["same_child"] else "ANOTHER CHILD"
             made = f"{line['made_again']} of {line['finished']}"
-            others.append([f"{line['case'].replace('_', ' ')} ({line['runner']})", same, made, line.get("told", "")])
+            told = line.get("told", "").replace(f"{ROOT}/", "")  # where it ran means nothing elsewhere
+            others.append([f"{line['case'].replace('_', ' ')} ({line['runner']})", same, made, told])
     commits = ", ".join(sorted({line["commit"] for line in lines}))
     write_page(
         "faults",

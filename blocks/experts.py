@@ -103,13 +103,14 @@ class ExpertsKind(VariantKind):
         return experts_flops(config, self.sizes(variant, config))
 
     def kept(self, variant: Variant, context: FitContext) -> Tensor:
-        """Which of the parent's experts a variant keeps, in their order: those that REAP ranks highest.
+        """Which of the parent's experts a variant keeps, in their order: those that add most to all tokens together,
+        gate included.
 
-        REAP (arXiv 2510.13999) is the mean norm of what an expert adds to a token that it is sent, gate included.
+        REAP (arXiv 2510.13999) divides that by the number of tokens that an expert is sent. Where a router sends few
+        tokens to some experts, children of REAP's choice were farther from their parent (benchmarks/experts.md).
         """
-        tokens, added = (context.statistics[f"expert_{name}"] for name in ("tokens", "outputs"))
         count = self.sizes(variant, context.config).count
-        return contribution_order(added / tokens.clamp_min(1))[:count].sort().values
+        return contribution_order(context.statistics["expert_outputs"])[:count].sort().values
 
     def initialise(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
         keep_experts(module, context, self.kept(variant, context))

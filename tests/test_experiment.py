@@ -196,3 +196,15 @@ def test_tables_join_losses_scores_costs_and_the_choice() -> None:
     assert [row.parameters for row in layers] == [9, 13]
     assert (layers[0].attention_block, layers[0].ffn_block) == ("", "")
     assert (layers[1].attention_block, layers[1].ffn_block) == ("1kv1+ffn8", "1kv1+ffn8")
+
+
+def test_the_last_metrics_that_mlflow_does_not_take_are_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    full = experiment.mlflow_error()("database or disk is full\n[SQL: UPDATE runs]")
+
+    def end() -> None:
+        raise full
+
+    experiment._within(60, end)
+    said = capsys.readouterr()
+    assert "not taken the last system metrics: database or disk is full" in said.out + said.err
+    assert "Traceback" not in said.out + said.err and "SQL" not in said.out + said.err

@@ -295,7 +295,8 @@ def test_query_heads_go_in_groups_and_engines_that_have_one_number_of_them_say_s
     usual = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
     usual.head_dim = None
     block = {"attention": kind.block_entry(variant, usual), "ffn": own_ffn(usual)}
-    assert DeciLMDecoderLayer(usual, "llama", block, 0).self_attn.q_proj.weight.shape == (16, 32)
+    layer: Any = DeciLMDecoderLayer(usual, "llama", block, 0)
+    assert layer.self_attn.q_proj.weight.shape == (16, 32)
 
 
 def run_core(layer: Any, hidden: torch.Tensor) -> torch.Tensor:

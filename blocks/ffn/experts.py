@@ -1,7 +1,7 @@
 """Fewer experts: the router chooses among those that are left.
 
-Start: the experts that REAP ranks highest, with their rows of the router. Closed form: how much each of them counts, by
-ridge regression (blocks/experts.py).
+Start: the experts that add most, with their rows of the router. Closed form: how much each of them counts, by ridge
+regression (blocks/experts.py).
 """
 
 from __future__ import annotations

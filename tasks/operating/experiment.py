@@ -105,7 +105,14 @@ def system_metrics(tracking: Tracking, run_id: str) -> Iterator[None]:
 
 def _within(seconds: float, end: Callable[[], object]) -> None:
     """Wait for `end`, but not longer: MLflow's client asks a server that is down again for minutes."""
-    ending = threading.Thread(target=end, daemon=True, name="end-of-system-metrics")
+
+    def told() -> None:
+        try:
+            end()
+        except mlflow_error() as error:  # of a full disk, which stops the run by itself
+            say(f"MLflow has not taken the last system metrics: {str(error).splitlines()[0]}")
+
+    ending = threading.Thread(target=told, daemon=True, name="end-of-system-metrics")
     ending.start()
     ending.join(seconds)
     if ending.is_alive():

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from blocks.families import inner_channels
+from blocks.families import inner_channels, weights
 from blocks.fit import elimination_flops
 from blocks.kinds import kind_of, parse_label, parse_labels
 from blocks.parent import Parent
@@ -157,6 +157,12 @@ class Shape:
     def recorded(self) -> int:
         """Channels of the parent's FFN that are recorded with each other; 0 where it has experts."""
         return 0 if "moe" in self.own_entry else self.inner
+
+    @property
+    def largest(self) -> int:
+        """Numbers in the largest tensor of the parent's FFN."""
+        modules = weights(self.parent.config, "ffn", self.own_entry)
+        return max(math.prod(size) for module in modules for size in module)
 
     @property
     def own_entry(self) -> dict[str, Any]:

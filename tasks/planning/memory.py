@@ -227,7 +227,7 @@ def gkd_need(shape: Shape, share: float) -> Need:
     own = settings.batch_sequences // among * shape.length
     kept = gradients + kept if own > shape.at_once else max(gradients, kept)
     # on a GPU of all weights at once, on a CPU of one after the other
-    stepping = FLOAT * 2 * shape.hidden * shape.inner if shape.profile.devices[0].startswith("cpu") else gradients
+    stepping = FLOAT * 2 * shape.largest if shape.profile.devices[0].startswith("cpu") else gradients
     kept = max(kept, gradients + stepping)
     cure = "lower hardware.micro_batch_tokens or corpus.sequence_length"
     if not settings.gradient_checkpointing:
