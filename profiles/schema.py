@@ -266,7 +266,8 @@ class NeedlesSource(Source):
         default=16,
         ge=1,
         le=540,  # so many names there are
-        description="A question is about one of the last so many facts; a fact is a line of about 15 tokens.",
+        description="A question is about one of the last so many facts; a fact and a question are about 37 tokens. "
+        "With one_document_rows and documents hardly longer than a sequence, nearly all that is asked is in sight.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of facts and questions.")
 
