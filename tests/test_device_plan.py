@@ -156,9 +156,7 @@ WIDE = {"llama": "ffn512", "mixtral": "ewidth256"}
 
 
 @pytest.fixture(scope="module", params=WIDE)
-def wide(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Profile, Path, Any, Any]]:
+def wide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Profile, Path, Any, Any]:
     """A parent whose tensors are larger than what surrounds them."""
     asked = {
         "parent": {
@@ -181,9 +179,7 @@ def wide(
     profile, workspace = chain_profile(**asked), tmp_path_factory.mktemp("wide")
     parent = prepare_parent(profile.parent, workspace, lambda: iterate_documents(profile.corpus))
     corpus = prepare_corpus(profile.corpus, workspace / parent.folder, parent.fingerprint, workspace)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-        yield profile, workspace, parent, corpus
+    return profile, workspace, parent, corpus
 
 
 NARROW = replace(HOST, micro_batch_tokens=256)
@@ -223,6 +219,7 @@ def test_bytes_of_gkd(wide: tuple[Profile, Path, Any, Any], checkpointing: bool,
 
 
 @needs_llama_cpp
+@pytest.mark.parametrize("wide", ["llama"], indirect=True)  # experts are not rounded
 def test_bytes_of_training_the_rounding(wide: tuple[Profile, Path, Any, Any]) -> None:
     profile, workspace, parent, corpus = wide
     settings = GKD(
@@ -244,6 +241,7 @@ def test_bytes_of_training_the_rounding(wide: tuple[Profile, Path, Any, Any]) ->
 
 
 @needs_llama_cpp
+@pytest.mark.parametrize("wide", ["llama"], indirect=True)
 @pytest.mark.parametrize("types", [("iq4_nl", "iq4_nl"), ("q8_0", "iq4_nl"), ("q5_0", "q8_0"), ("q8_0", "q8_0")])
 def test_flops_of_rounding(types: tuple[str, str], wide: tuple[Profile, Path, Any, Any]) -> None:
     profile, workspace, parent, corpus = wide
