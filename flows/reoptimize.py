@@ -33,10 +33,11 @@ def reoptimize(profile: Profile, workspace: str, remeasure: bool = False) -> Jud
     store = open_experiment(profile, folder)
     run = Run(profile=profile, workspace=folder)
     parent, corpus = stages.prepare(run)
+    capabilities = stages.prepare_capabilities(run, parent, corpus)
     for moved in stages.measure_again(run, parent) if remeasure else []:
         say(f"cost moved: {moved}")
     table = costs_of(profile, parent, folder)
-    now = champion.basis(profile, parent, corpus, table)
+    now = champion.basis(profile, parent, corpus, table, capabilities)
     changed = champion.changes(registry.judged(store, name), now)
     reigning = registry.champion_of(store, name)
     if reigning and not changed:
@@ -58,7 +59,7 @@ def reoptimize(profile: Profile, workspace: str, remeasure: bool = False) -> Jud
         version = registry.register(store, report, run_folder, folder, registry.standing(found, reigning))
         if found.outcome in ("first", "moved"):
             registry.crown(store, version)
-    now = champion.basis(profile, parent, corpus, costs_of(profile, parent, folder))
+    now = champion.basis(profile, parent, corpus, costs_of(profile, parent, folder), capabilities)
     registry.remember_judged(store, name, report.mlflow_run_id, now)
     registry.log_judgement(store, report.mlflow_run_id, found.outcome, champion.figures(found))
     if reigning:

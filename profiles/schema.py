@@ -262,9 +262,12 @@ class NeedlesSource(Source):
     kind: Literal["needles"]
     documents: PositiveInt = Field(default=400, description="Number of documents.")
     facts: PositiveInt = Field(default=64, description="Facts in a document, and as many questions about them.")
-    distance: PositiveInt = Field(
+    distance: int = Field(
         default=16,
-        description="A question is about one of the last so many facts; a fact is a line of about 15 tokens.",
+        ge=1,
+        le=540,  # so many names there are
+        description="A question is about one of the last so many facts; a fact and a question are about 37 tokens. "
+        "With one_document_rows and documents hardly longer than a sequence, nearly all that is asked is in sight.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of facts and questions.")
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,15 @@ from tasks.distill.gkd import GKDResult, Seen
 from tasks.distill.gkd_settings import texts_of_steps
 from tasks.distill.gkd_targets import Mixed, record_teacher
 from tasks.evaluate import compare
-from tasks.evaluate.answers import greedy
+from tasks.evaluate.answers import continued, greedy
 from tasks.evaluate.budget import capability_limits, figure_words, state_of
-from tasks.evaluate.loops import beginnings, continued, looping_of
+from tasks.evaluate.loops import beginnings, looping_of
 from tasks.inputs.corpus import prepare_corpus, weights_of
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.near_duplicates import KnownRuns
 from tasks.inputs.questions import needles, passages
 from tasks.libraries.tables import read_table, write_tables
+from tasks.operating import champion
 from tasks.operating.run_figures import report_metrics
 from tasks.pages.report import comparison_rows, write_report
 from tasks.pages.verdict import budget_rows, evidence, warnings
@@ -144,6 +146,15 @@ def test_the_text_of_a_capability_is_not_in_the_corpus(chain: Chain, tmp_path: P
         return float(np.mean([known.holds(row.numpy(), index) for index, row in enumerate(rows)]))
 
     assert shared() > 0.4 and shared(chain.corpus) < 0.1  # thirteen bytes of code may occur in any module
+
+
+def test_a_long_document_is_known_by_the_middle_that_another_corpus_took() -> None:
+    draw = np.random.default_rng(0)
+    whole, other = draw.integers(0, 1000, (2, 4000), dtype=np.int32)
+    known = KnownRuns([np.concatenate([other[1950:2050], whole[1616:2384]])], 0.7, middle=256)
+    assert known.holds(whole, "whole") and known.holds(whole[1000:3001], "half")
+    assert not known.holds(whole[:1700], "before")
+    assert not known.holds(other, "other")  # a hundred tokens of it are no middle
 
 
 def tokens_of(chain: Chain, corpus: Any) -> list[torch.Tensor]:
@@ -465,6 +476,21 @@ def test_a_front_runs_over_the_kl_on_a_capability() -> None:
     values = front_values(library, request, over, 6)
     found = [one.objective for one in front(library, request, over, values) if one is not None]
     assert found == sorted(found, reverse=True) and found[0] > found[-1]
+
+
+def test_a_champion_that_breaks_the_highest_kl_on_a_capability_is_told(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = problem({"general": 1.0, "retrieval": 1.0})
+    free = choose(asked)
+    reached = kl_on(asked, free.layers, "retrieval")
+
+    def under(most: float) -> str:
+        limited = replace(asked, capabilities=replace(asked.capabilities, most={"retrieval": most}))
+        monkeypatch.setattr(champion, "last_problem", lambda *_: limited)
+        return champion.broken_budget(free, load_profile("tiny"), chain.workspace)
+
+    assert under(reached) == "" and under(0.5 * reached) == f"max_kl of retrieval {0.5 * reached:g}"
 
 
 def test_other_searches_know_no_limits_on_capabilities() -> None:

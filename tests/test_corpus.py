@@ -24,7 +24,7 @@ from blocks.records import CorpusInfo
 from profiles.schema import Corpus, HubSource, PythonStdlibSource, TextSource, WikipediaDumpSource
 from tasks.inputs import corpus as module
 from tasks.inputs import corpus_sources, text_files
-from tasks.inputs.chats import Unusable, contents_alone, messages_of, template_of
+from tasks.inputs.chats import Unusable, contents_alone, messages_of, normalise, template_of
 from tasks.inputs.corpus import (
     DocumentTokenizer,
     documents_of,
@@ -33,7 +33,7 @@ from tasks.inputs.corpus import (
     prepare_corpus,
     spans_of,
 )
-from tasks.inputs.corpus_sources import check_sources, iterate_documents, normalise
+from tasks.inputs.corpus_sources import check_sources, iterate_documents
 from tasks.inputs.installed_packages import installed_file
 from tasks.inputs.near_duplicates import SHINGLE, NearDuplicates, likeness, sketch_of
 from tasks.inputs.text_files import Part, split_stream, value_of

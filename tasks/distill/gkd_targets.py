@@ -160,7 +160,7 @@ def record_teacher(
     manifest = workspace / folder / f"teacher-{settings.steps}{'' if steps else '-beside'}.json"
     stored = remember(manifest, TeacherRecord, _files_of, workspace, "when read")
     if stored is not None:
-        return stored
+        return stored.model_copy(update={"mixed": mixed})  # a capability may have another name by now
     model = for_passes(lambda on: open_parent(source, on).model(), compute, reader.weight_bytes)
     teacher, layers = Teacher(model, compute), cosine_layers(reader.depth, settings.cosine_every)
     references = []

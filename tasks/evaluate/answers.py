@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from torch import Tensor
 
 from blocks.compute import Compute
 from blocks.library import digest_of, keep, remember
@@ -103,7 +104,13 @@ def prompt_ids(tokenizer: Any, prompt: Chat | str) -> tuple[list[int], bool]:
 
 
 def greedy(model: Any, ids: Sequence[int], limit: int, stops: frozenset[int]) -> tuple[list[int], bool]:
-    """Generate the most likely token each time: the new tokens, and whether one of `stops` ended them.
+    """The new tokens of `continued` for one prompt, and whether one of `stops` ended them."""
+    (tokens,) = continued(model, torch.tensor([list(ids)]), limit, stops)
+    return tokens, len(tokens) < limit
+
+
+def continued(model: Any, prompts: Tensor, limit: int, stops: frozenset[int]) -> list[list[int]]:
+    """The most likely token each time, for every prompt (P, T), until a token of `stops` or the limit.
 
     There is no penalty on repeats and no sampling, whatever the parent's generation config asks for: they would hide a
     loop. The model runs in the code that is exported with a child.
@@ -114,12 +121,14 @@ def greedy(model: Any, ids: Sequence[int], limit: int, stops: frozenset[int]) ->
         max_new_tokens=limit, do_sample=False, eos_token_id=sorted(stops) or None, pad_token_id=min(stops, default=0)
     )
     model.generation_config = asked  # `generate` takes what its argument leaves open from here
-    prompt = torch.tensor([list(ids)], device=next(model.parameters()).device)
+    batch = prompts.to(next(model.parameters()).device)
     with torch.inference_mode():
-        out = model.eval().generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=asked)
-    tokens = out[0, len(ids) :].tolist()
-    ended = bool(tokens) and tokens[-1] in stops
-    return tokens[:-1] if ended else tokens, ended
+        out = model.eval().generate(batch, attention_mask=torch.ones_like(batch), generation_config=asked)
+    found = []
+    for tokens in out[:, prompts.shape[1] :].tolist():
+        end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
+        found.append(tokens[:end])
+    return found
 
 
 def stop_tokens(folder: Path, config: Any, tokenizer: Any) -> frozenset[int]:

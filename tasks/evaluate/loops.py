@@ -14,7 +14,7 @@ from blocks.compute import Compute
 from blocks.library import digest_of, keep, read_tensors, remember
 from blocks.records import CorpusInfo, Looping, ParentInfo
 from profiles.schema import Evaluate
-from tasks.evaluate.answers import loops, stop_tokens
+from tasks.evaluate.answers import continued, loops, stop_tokens
 from tasks.evaluate.compare import Contender, served
 from tasks.inputs.corpus import documents_of
 from tasks.running.progress import Progress, no_progress
@@ -70,21 +70,3 @@ def looping_of(
     made = Looping(loops=tuple(found), documents=tuple(documents[row] for row in rows))
     keep(path, made, [], workspace)
     return made
-
-
-def continued(model: Any, prompts: Tensor, limit: int, stops: frozenset[int]) -> list[list[int]]:
-    """The most likely token each time, for every prompt (P, T), until a token of `stops` or the limit."""
-    from transformers import GenerationConfig
-
-    asked = GenerationConfig(
-        max_new_tokens=limit, do_sample=False, eos_token_id=sorted(stops) or None, pad_token_id=min(stops, default=0)
-    )
-    model.generation_config = asked  # `generate` takes what its argument leaves open from here
-    batch = prompts.to(next(model.parameters()).device)
-    with torch.inference_mode():
-        out = model.eval().generate(batch, attention_mask=torch.ones_like(batch), generation_config=asked)
-    found = []
-    for tokens in out[:, prompts.shape[1] :].tolist():
-        end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
-        found.append(tokens[:end])
-    return found

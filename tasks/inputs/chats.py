@@ -6,6 +6,7 @@ goes on.
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,12 @@ class Conversation(str):
         made = super().__new__(cls, text)
         made.answers = tuple((start, min(end, len(text))) for start, end in answers if start < len(text))
         return made
+
+
+def normalise(text: str) -> str:
+    """Unicode NFC, Unix line ends, no white space around. What UTF-8 cannot hold (lone surrogates) becomes `?`."""
+    unix = text.replace("\r\n", "\n").replace("\r", "\n")
+    return unicodedata.normalize("NFC", unix).strip().encode("utf-8", "replace").decode("utf-8")
 
 
 def answers_in(text: str, messages: Sequence[Message], before: Callable[[Sequence[Message]], str]) -> list[Span]:

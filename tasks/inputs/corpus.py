@@ -34,9 +34,9 @@ from blocks.files import sha256_of
 from blocks.library import digest_of, keep, read_rows, read_tensors, remember, write_tensors
 from blocks.records import CorpusInfo
 from profiles.schema import Corpus, HubSource, TextSource
-from tasks.inputs.chats import Chat, Conversation, Message, Span, answers_in, contents_alone, template_of
+from tasks.inputs.chats import Chat, Conversation, Message, Span, answers_in, contents_alone, normalise, template_of
 from tasks.inputs.companions import TOKENIZER_FILES
-from tasks.inputs.corpus_sources import check_sources, content_of, iterate_batches, name_of, normalise, pinned
+from tasks.inputs.corpus_sources import check_sources, content_of, iterate_batches, name_of, pinned
 from tasks.inputs.near_duplicates import NONE, KnownRuns, NearDuplicates
 from tasks.inputs.text_files import Document, kind_of
 from tasks.running.progress import say
@@ -116,7 +116,7 @@ def _elsewhere(corpus: Corpus, others: Sequence[CorpusInfo], workspace: Path) ->
         for other in others
         for rows in read_tensors(workspace, other.tokens, ["train", "validation", "test"]).values()
     ]
-    return KnownRuns(tokens, least)
+    return KnownRuns(tokens, least, min((other.sequence_length for other in others), default=sys.maxsize))
 
 
 def check_enough(corpus: Corpus, tokenizer_folder: Path | None) -> str:

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import re
 import sysconfig
-import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from profiles.schema import (
     TextSource,
     WikipediaDumpSource,
 )
-from tasks.inputs.chats import Chat, Conversation, contents_alone
+from tasks.inputs.chats import Chat, Conversation, contents_alone, normalise
 from tasks.inputs.installed_packages import installed_file
 from tasks.inputs.questions import folder_of, needles, passages
 from tasks.inputs.text_files import CHUNK, Document, Tally, files_of, read_file, skipped, texts, value_of
@@ -116,12 +115,6 @@ def name_of(source: CorpusSource) -> str:
     if isinstance(source, PassagesSource):
         return source.data_set
     return Path(source.path).name if isinstance(source, TextSource) else source.kind
-
-
-def normalise(text: str) -> str:
-    """Unicode NFC, Unix line ends, no white space around. What UTF-8 cannot hold (lone surrogates) becomes `?`."""
-    unix = text.replace("\r\n", "\n").replace("\r", "\n")
-    return unicodedata.normalize("NFC", unix).strip().encode("utf-8", "replace").decode("utf-8")
 
 
 def pinned(source: CorpusSource) -> CorpusSource:

@@ -5,6 +5,7 @@ and lower case and white space counted as the same. The package datasketch does 
 through Python, which is far slower than reading the text; here numpy hashes whole texts.
 """
 
+import sys
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -44,12 +45,14 @@ def likeness(first: Sketch, second: Sketch) -> float:
 
 class KnownRuns:
     """Runs of tokens that stand in other corpora. A part of a document is told by how many of its runs are among them,
-    whatever part of that document the other corpus took.
+    or of those in its middle: of a long document the other corpus may have taken the middle alone.
     """
 
-    def __init__(self, tokens: Sequence[NDArray[np.int32]], least: float) -> None:
-        """least: the share of its runs from which on a part counts as known."""
-        self.least = least
+    def __init__(self, tokens: Sequence[NDArray[np.int32]], least: float, middle: int = sys.maxsize) -> None:
+        """least: the share of its runs from which on a part counts as known. middle: how many tokens the other corpora
+        took at least of a document that has so many.
+        """
+        self.least, self._middle = least, max(RUN, middle - 3 * RUN)  # two middles may lie a few tokens apart
         self._runs = np.unique(np.concatenate([np.zeros(0, np.uint64), *map(_runs_of, tokens)]))
         self._known: set[Hashable] = set()
 
@@ -64,7 +67,9 @@ class KnownRuns:
         if not len(runs):
             return False
         places = np.minimum(np.searchsorted(self._runs, runs), len(self._runs) - 1)
-        known = bool((self._runs[places] == runs).mean() >= self.least)
+        there = self._runs[places] == runs
+        beside = max(0, len(there) - self._middle) // 2
+        known = bool(max(there.mean(), there[beside : len(there) - beside].mean()) >= self.least)
         self._known |= {name} if known else set()
         return known
 

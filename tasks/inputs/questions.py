@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from blocks.errors import CorpusError
 from profiles.schema import NeedlesSource, PassagesSource
-from tasks.inputs.chats import Conversation, Span
+from tasks.inputs.chats import Conversation, Span, normalise
 from tasks.inputs.installed_packages import folders_of
 
 KINDS = (
@@ -24,7 +24,7 @@ FOLDERS = {"sciq": "sciq/none/validation", "boolq": "boolq/none/validation"}  # 
 
 
 def marked(parts: Iterator[tuple[str, bool]]) -> Conversation:
-    """A text of parts, and where in it those stand that are answers."""
+    """A text of normalised parts, and where in it those stand that are answers."""
     text, answers = "", list[Span]()
     for part, is_answer in parts:
         answers += [(len(text), len(text) + len(part))] if is_answer else []
@@ -54,11 +54,11 @@ def _told_and_asked(source: NeedlesSource, draw: random.Random) -> Iterator[tupl
 def passages(source: PassagesSource) -> Iterator[Conversation]:
     """A passage, the question about it, and the answer."""
     for row in _rows(source):
-        passage = str(row["support" if source.data_set == "sciq" else "passage"]).strip()
+        passage = normalise(str(row["support" if source.data_set == "sciq" else "passage"]))
         answer = row["correct_answer"] if source.data_set == "sciq" else ("yes" if row["answer"] else "no")
         if passage:
-            asked = f"{passage}\n\nQuestion: {str(row['question']).strip().rstrip('?')}?\nAnswer:"
-            yield marked(iter([(asked, False), (f" {str(answer).strip()}\n", True)]))
+            asked = f"{passage}\n\nQuestion: {normalise(str(row['question'])).rstrip('?')}?\nAnswer:"
+            yield marked(iter([(asked, False), (f" {normalise(str(answer))}\n", True)]))
 
 
 def folder_of(source: PassagesSource) -> str:

@@ -11,6 +11,7 @@ comparison. A child that somebody has rolled back does not become champion again
 # S = test sequences
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.files import sha256_of
 from blocks.library import digest_of, read_tensors, remember
 from blocks.records import Architecture, CorpusInfo, CostTable, Metric, ParentInfo, Value
-from profiles.schema import Capability, Champion, Profile, Section
+from profiles.schema import Champion, Profile, Section
 from tasks.distill import bld, gkd, gkd_settings, record
 from tasks.distill.record import open_parent
 from tasks.evaluate.compare import LINEAGE, Lineage, figures_of, served
@@ -30,14 +31,13 @@ from tasks.evaluate.quality import mean_metric, parent_targets
 from tasks.evaluate.typed_file import as_served, with_file
 from tasks.inputs.companions import TOKENIZER_FILES
 from tasks.inputs.corpus import documents_of
-from tasks.inputs.corpus_sources import content_of
 from tasks.inputs.precision import child_dtype
 from tasks.libraries.interchange import read_library
 from tasks.measure import costs
 from tasks.measure.hardware_description import hardware_description
 from tasks.running.workers import compute_of
 from tasks.score import scoring
-from tasks.search.totals import Problem, broken_limits, fitting_batches, problem_of
+from tasks.search.totals import Problem, broken_kl, broken_limits, fitting_batches, problem_of
 
 DIGITS = 8  # of each digest: a person sees them in the registry, and looks for the one that differs
 UNITS = {"kl": "nats", "loss": "nats", "top1_agreement": "of the tokens"}
@@ -76,7 +76,13 @@ class Judgement(Value):
     lower_bound: float | None = None
 
 
-def basis(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, table: CostTable | None) -> dict[str, str]:
+def basis(
+    profile: Profile,
+    parent: ParentInfo,
+    corpus: CorpusInfo,
+    table: CostTable | None,
+    capabilities: Sequence[CorpusInfo] = (),
+) -> dict[str, str]:
     """Digest of everything the child depends on, by part. `table`: the costs, None before they are measured."""
     hardware = hardware_description(profile.hardware)
     without: dict[str, Any] = {"measured_at": True, "load": True}
@@ -97,15 +103,10 @@ def basis(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, table: CostT
         "rule": profile.champion,
     }
     if profile.capabilities:  # a later part, see LATER
-        parts["capabilities"] = {name: _of_capability(one) for name, one in profile.capabilities.items()}
+        texts = {one.capability: one.fingerprint for one in capabilities}
+        each = profile.capabilities.items()
+        parts["capabilities"] = {name: [one.weight, one.max_kl, texts.get(name)] for name, one in each}
     return {name: digest_of(part=part)[:DIGITS] for name, part in parts.items()}
-
-
-def _of_capability(one: Capability) -> list[Any]:
-    """What it asks, and digests of its text; paths of this machine are not part of it."""
-    hidden: dict[str, Any] = {"path": True, "file": True, "prompts": {"path": True}}
-    told = one.model_dump(mode="json", exclude={"sources": {"__all__": hidden}})
-    return [told, [content_of(getattr(source, "prompts", source)) for source in one.sources]]
 
 
 def _told(section: Section) -> dict[str, Any]:
@@ -219,16 +220,17 @@ def same_tokenizer(first: ParentInfo, second: ParentInfo, workspace: Path) -> bo
 
 
 def broken_budget(choice: Architecture, profile: Profile, workspace: Path) -> str:
-    """Which limits a choice breaks under the costs and the budget of now; "" when none, or when nobody can tell."""
-    problem = last_problem(profile, workspace)
-    try:
-        if fitting_batches(problem, choice.layers, choice.head) is not None:
-            return ""
-        batches = tuple(min(scenario.batch_sizes) for scenario in problem.scenarios)
-        limits = broken_limits(problem, choice.layers, batches, choice.head)
-    except (PuzzleError, KeyError):  # a variant that is measured no more, another number of layers
-        return ""
-    return ", ".join(_as_asked(problem, limit.field) for limit in limits)
+    """Which limits a choice breaks under the costs, scores and budget of now; "" when none, or when nobody can tell."""
+    problem, found = last_problem(profile, workspace), list[str]()
+    # a variant that is measured or scored no more, another number of layers
+    with suppress(PuzzleError, KeyError):
+        if fitting_batches(problem, choice.layers, choice.head) is None:
+            batches = tuple(min(scenario.batch_sizes) for scenario in problem.scenarios)
+            limits = broken_limits(problem, choice.layers, batches, choice.head)
+            found += [_as_asked(problem, limit.field) for limit in limits]
+        most = problem.capabilities.most
+        found += [f"max_kl of {name} {most[name]:g}" for name in broken_kl(problem, choice.layers)]
+    return ", ".join(found)
 
 
 def _as_asked(problem: Problem, field: str) -> str:

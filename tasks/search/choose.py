@@ -14,7 +14,7 @@ from tasks.running.progress import say
 from tasks.search.joint import Option
 from tasks.search.request import Limit, Request
 from tasks.search.solve import JointChoice, choose_joint
-from tasks.search.totals import TOLERANCE, Batches, Problem, broken_limits, kl_on, predicted
+from tasks.search.totals import TOLERANCE, Batches, Problem, broken_kl, broken_limits, predicted
 from tasks.search.view import library_of, request_of
 
 
@@ -94,8 +94,7 @@ def _checked(problem: Problem, choice: JointChoice, options: list[Option | None]
     batches: Batches = tuple(sizes[scenario.name] for scenario in problem.scenarios)
     architecture = predicted(problem, layers, "mip", batches, head)
     problems = [f"{limit.field} is broken" for limit in broken_limits(problem, layers, batches, head)]
-    most = {name: asked * (1 + TOLERANCE) for name, asked in problem.capabilities.most.items()}
-    problems += [f"max_kl of {name} is broken" for name in most if kl_on(problem, layers, name) > most[name]]
+    problems += [f"max_kl of {name} is broken" for name in broken_kl(problem, layers)]
     if not math.isclose(architecture.score, choice.score, rel_tol=1e-6, abs_tol=1e-9):
         problems.append(f"the score is {architecture.score}, not {choice.score}")
     if problems:

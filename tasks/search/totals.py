@@ -385,9 +385,15 @@ def score_of(problem: Problem, layers: Sequence[LayerChoice], head: str = "") ->
 
 
 def kl_on(problem: Problem, layers: Sequence[LayerChoice], capability: str) -> float:
-    """Predicted KL of a choice on a capability, in nats per token; on the corpus where it names none."""
+    """Predicted KL of a choice on a capability, in nats per token; `general` is the corpus."""
     chosen = [score for layer, choice in enumerate(layers) for score in scores_behind(problem, layer, choice)]
     return math.fsum(one.kl for score in chosen for one in score.capabilities if one.name == capability)
+
+
+def broken_kl(problem: Problem, layers: Sequence[LayerChoice]) -> list[str]:
+    """The capabilities on which the predicted KL of a choice is above the highest that is asked."""
+    most = problem.capabilities.most
+    return [name for name, asked in most.items() if kl_on(problem, layers, name) > asked * (1 + TOLERANCE)]
 
 
 def scores_behind(problem: Problem, layer: int, choice: LayerChoice) -> list[Score]:
