@@ -118,10 +118,11 @@ class ExpertsKind(VariantKind):
     def closed_form(self, variant: Variant, module: nn.Module, context: FitContext) -> None:
         """How much each expert counts, by ridge regression to what the parent's experts put out together."""
         layer: Any = module
-        down = parts_of(layer, "ffn")["down.weight"]
+        down, parent = parts_of(layer, "ffn")["down.weight"], context.parent_layer.core("ffn")
         gram, cross = down.new_zeros(len(down), len(down)), down.new_zeros(len(down), 1)
         with torch.no_grad():
-            for states, wanted, weights in ffn_batches(context):
+            for states, weights in ffn_batches(context):
+                wanted = parent(states[None])[0]
                 experts, added = outputs(layer, states)
                 weighed = added if weights is None else added * weights[:, None]
                 ours = one_hot(experts, len(down))  # (N K, E)
@@ -147,12 +148,12 @@ def keep_experts(module: nn.Module, context: FitContext, kept: Tensor, channels:
     load_parts(module, "ffn", parts)  # type: ignore[arg-type]
 
 
-def ffn_batches(context: FitContext) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """What enters the core of the parent's FFN (N, D), what it puts out (N, D), and the weights of tokens (N, 1)."""
+def ffn_batches(context: FitContext) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """What enters the core of the parent's FFN (N, D), and the weights of tokens (N, 1)."""
     layer: Any = context.parent_layer
     for hidden, weights in context.hidden_batches():
         states = layer.before("ffn", hidden + layer.attention(hidden, **context.context))
-        yield states.flatten(0, -2), layer.core("ffn")(states).flatten(0, -2), weights
+        yield states.flatten(0, -2), weights
 
 
 def check_size(config: Any, label: str, size: int, least: int, most: int, what: str) -> None:

@@ -52,7 +52,7 @@ class ExpertWidth(ExpertsKind):
         count, whole = channels.shape[0], parent.shape[2]
         grams = parent.new_zeros(count, whole, whole)
         with torch.no_grad():
-            for states, _, weights in ffn_batches(context):
+            for states, weights in ffn_batches(context):
                 for expert, token, gate, inner in channels_of(context.parent_layer, states):
                     weigh = gate[:, None] if weights is None else gate[:, None] * weights[token].sqrt()
                     grams[expert] += (inner * weigh).T @ (inner * weigh)
