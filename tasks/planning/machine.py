@@ -30,6 +30,7 @@ import psutil
 import torch
 from torch.nn import functional as F
 
+from blocks.families import experts_of
 from blocks.files import write_text
 from blocks.library import digest_of
 from blocks.parent import Parent
@@ -142,7 +143,7 @@ def rates_for(profile: Profile, parent: Parent, again: bool = False) -> Rates:
     config, hardware = parent.config, profile.hardware
     precision = hardware.precision if hardware.engine == "torch" else "float32"
     threads = hardware.threads or default_threads()
-    return rates_here(config.hidden_size, config.intermediate_size, precision, threads, again)
+    return rates_here(config.hidden_size, experts_of(config).width, precision, threads, again)
 
 
 def rates_here(
