@@ -211,6 +211,8 @@ def refused_label(engine: str, layer: int, labels: Iterable[str], width: int, mi
         needs.add(OWN_WINDOW)
     if any(re.fullmatch(r"attention=q\d+", kind) for kind in named):
         needs.add(QUERY_HEADS)
+    if any(re.match(r"ffn=(\d+ experts|experts\d|topk\d|ewidth\d)", kind) for kind in named):
+        needs.add(EXPERTS)
     if named & {f"attention={kind.name}" for kind in kinds("attention") if isinstance(kind, SSD)}:
         needs.add(RECURRENT)
     if layer == 0 and "attention=no_op" in named:
