@@ -256,10 +256,10 @@ def _assigned(everything: Iterable[StoredTensor], model: Model) -> tuple[dict[st
         name, pattern = model.place(found.name)
         if name not in model.shapes:
             others.append(found)
-        elif pattern is not None:
+        elif pattern is not None and name not in tensors:
             parts.setdefault(name, []).append((pattern, found))
-        elif name in tensors:
-            first = tensors[name]
+        elif name in tensors or name in parts:
+            first = tensors[name] if name in tensors else parts[name][0][1]
             raise ParentError(
                 f"the weights hold {name} twice, as {first.name} in {first.file} and as {found.name} in {found.file}: "
                 "take one of them out."
