@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import MixtralConfig
 
 from blocks.compute import HOST
+from blocks.engine_limits import refused_label
 from blocks.errors import ParentError, UnknownVariant
 from blocks.experts import ExpertsKind, expert_sums, keep_experts
 from blocks.families import experts_of, family_of
@@ -24,11 +25,12 @@ from blocks.resources import resources
 from blocks.subblock import parts_of
 from profiles.hardware import load_target
 from profiles.schema import Hardware, Measure, Scenario
+from tasks.inputs.children import open_child
 from tasks.inputs.parent_weights import check_finite, place_weights, weights_of
 from tasks.measure.roofline import Pass, setting_of, subblock_seconds
 from tasks.measure.torch_costs import TorchTimer
 from tasks.measure.variant_timing import Load
-from tests.families import SIZES, SPECIAL, made, parent_of, save
+from tests.families import SIZES, SPECIAL, made, parent_of, save, token_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXPERTS = ("qwen3_moe", "mixtral", "olmoe", "granitemoe")
@@ -268,3 +270,28 @@ def test_experts_that_are_stored_one_by_one_are_read_as_transformers_reads_them(
         save_file({key: value for key, value in load_file(file).items() if key != name}, file, {"format": "pt"})
         with pytest.raises(ParentError, match="do not fit config.json: model.layers.0.mlp.experts"):
             weights_of(source)
+
+
+@every_family
+@torch.no_grad()
+def test_a_plain_folder_of_a_family_with_experts_is_opened(family: str, tmp_path: Path) -> None:
+    """save_pretrained writes experts one by one, or under other names; so is a child whose layers are all alike."""
+    parent_of(family).save_pretrained(tmp_path)
+    ids = token_ids(1, 9)
+    torch.testing.assert_close(open_child(tmp_path)(ids).logits, parent_of(family)(ids).logits)
+
+
+def test_experts_that_are_stored_whole_and_one_by_one_are_refused(tmp_path: Path) -> None:
+    parent_of("qwen3_moe").save_pretrained(tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.0.mlp.experts.down_proj"
+    whole = parent_of("qwen3_moe").state_dict()[name].clone()
+    save_file(load_file(file) | {name: whole}, file, {"format": "pt"})
+    with pytest.raises(ParentError, match=f"the weights hold {name} twice"):
+        weights_of(tmp_path)
+
+
+def test_a_label_alone_tells_an_engine_that_there_are_experts() -> None:
+    for label in ("experts4", "experts4topk1", "topk2", "ewidth16", "8 experts"):
+        for engine in ("llama.cpp", "vllm", "tensorrt-llm", "sglang"):
+            assert "an FFN with experts" in str(refused_label(engine, 1, [f"ffn={label}"], 0, False))
+        assert refused_label("torch", 1, [f"ffn={label}"], 0, False) is None
