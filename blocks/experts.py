@@ -71,14 +71,15 @@ def expert_sums(layer: Any, states: Tensor, root: Tensor | None) -> dict[str, Te
     included; expert_channels (E, F): sizes of its channels, gates included.
     """
     weigh = torch.ones(len(states), device=states.device) if root is None else root.square().flatten()
-    (experts, added), gates = outputs(layer, states), sent(layer, states)[1].float()
-    values = torch.stack([torch.ones_like(gates), gates, added.float().norm(dim=-1)], dim=-1) * weigh[:, None, None]
-    up = parts_of(layer, "ffn")["up.weight"]
-    sums = one_hot(experts, len(up)).T @ values.flatten(0, 1)
-    found = dict(zip(("expert_tokens", "expert_gates", "expert_outputs"), sums.unbind(1), strict=True))
-    found["expert_channels"] = torch.zeros(up.shape[:2], device=states.device)
+    down = parts_of(layer, "ffn")["down.weight"]  # (E, D, F)
+    sizes = {"tokens": (), "gates": (), "outputs": (), "channels": (down.shape[2],)}
+    found = {f"expert_{name}": torch.zeros(len(down), *size, device=states.device) for name, size in sizes.items()}
     for expert, token, gate, channels in channels_of(layer, states):
-        found["expert_channels"][expert] = (gate.float() * weigh[token]) @ channels.float().abs()
+        counted = gate.float() * weigh[token]
+        found["expert_tokens"][expert] = weigh[token].sum()
+        found["expert_gates"][expert] = counted.sum()
+        found["expert_outputs"][expert] = counted @ F.linear(channels, down[expert]).float().norm(dim=1)
+        found["expert_channels"][expert] = counted @ channels.float().abs()
     return found
 
 

@@ -33,6 +33,7 @@ def configure() -> None:
     they load and another one when the process ends. So it is looked for seldom, and at the end not at all.
     """
     gc.set_threshold(*_WHILE_LOADING)
+    atexit.unregister(gc.freeze)
     atexit.register(gc.freeze)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -351,8 +351,8 @@ def record_work(shape: Shape) -> Work:
     layer = shape.forward(sequences * shape.length)
     grams = 2.0 * counted * inner**2, 8.0 * counted * width**2
     layer += Work(product=sum(grams), float32=sum(grams))
-    if "moe" in shape.own_entry:  # once more, a token and an expert at a time, and the channels alone
-        layer += Work(product=2.0 * counted * shape.flops(shape.own("ffn")))
+    if "moe" in shape.own_entry:  # once more, expert by expert
+        layer += Work(product=counted * shape.flops(shape.own("ffn")))
     rounds = inner // CHUNK
     alone = shape.workers == 1
     layer += Work(
@@ -554,7 +554,7 @@ def prompt_tokens(shape: Shape) -> int:
 
 def asked_sources(profile: Profile) -> list[CorpusSource]:
     """Every source of the corpus and of capabilities."""
-    return [source for text in (profile.corpus, *profile.capabilities.values()) for source in text.sources]
+    return [source for text in profile.texts.values() for source in text.sources]
 
 
 def prompts_work(shape: Shape) -> Work:

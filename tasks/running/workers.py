@@ -24,7 +24,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from blocks.compute import Compute
 from blocks.devices import on_device
 from blocks.errors import PuzzleError
-from blocks.runtime import configure, configure_torch, give_threads_back
+from blocks.runtime import configure, configure_torch, give_threads_back, imports_left_alone
 from profiles.schema import Orchestration, Profile
 from tasks.running.sharing import TaskKey, exclusive
 
@@ -61,11 +61,13 @@ def in_slot(slot: WorkerSlot, workspace: Path, task: TaskKey) -> Iterator[Comput
     threads are set, and a device is taken, which the block computes on.
     """
     context = FlowRunContext.get()
-    if context is not None and context.detached:
-        configure()
-        _log_to_prefect()
-    with exclusive(workspace, task), _at_a_device(slot, task) as compute:
-        yield compute
+    with ExitStack() as stack:
+        if context is not None and context.detached:
+            configure()
+            _log_to_prefect()
+            stack.enter_context(imports_left_alone())
+        stack.enter_context(exclusive(workspace, task))
+        yield stack.enter_context(_at_a_device(slot, task))
 
 
 @contextmanager
