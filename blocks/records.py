@@ -163,6 +163,11 @@ class Score(Value):
     seconds: float = 0.0
     capabilities: tuple[CapabilityScore, ...] = ()
 
+    def on(self, capability: str) -> CapabilityScore:
+        """The figures of this score under the name of the capability whose text they are of."""
+        figures = set(CapabilityScore.model_fields) - {"name"}
+        return CapabilityScore(name=capability, **self.model_dump(include=figures))
+
 
 # --- costs
 

@@ -340,10 +340,10 @@ def score_all(
     """Replace-1-block scores of every block that did not fail, on the corpus and on the text of every capability."""
     scored = scoring.scoring_sets(run.profile, corpus, capabilities, records[-1])
     usable = [block for block in blocks if block.status != "failed"]
-    missing = {
-        place: list(dict.fromkeys(block.layer for block in usable if each.stored(block, run.workspace) is None))
-        for place, each in enumerate(scored)
-    }
+    missing = [
+        (each, list(dict.fromkeys(block.layer for block in usable if each.stored(block, run.workspace) is None)))
+        for each in scored
+    ]
 
     def handed_to(call: Callable[..., Any], layer: int, shard: scoring.ScoringSet) -> Any:
         work = [(block, shard.sequences) for block in usable if block.layer == layer]
@@ -351,15 +351,15 @@ def score_all(
         needs = [*(block.key for block, _ in work), f"record {layer}", f"record {len(records) - 1}"]
         return call(score_task, f"score {layer} {shard.capability}".strip(), *values, after=needs)
 
-    for place, each in enumerate(scored):
-        for layer in dict.fromkeys(block.layer for block in usable if block.layer not in missing[place]):
+    for each, layers in missing:
+        for layer in dict.fromkeys(block.layer for block in usable if block.layer not in layers):
             handed_to(run.call, layer, each)
     with run.stage(name) as progress:  # entered first: what is submitted computes at once
         futures = [
             (layer, handed_to(run.submit, layer, shard))
-            for place, each in enumerate(scored)
+            for each, layers in missing
             for shard in each.shards(run.profile.record.shard_tokens)
-            for layer in missing[place]
+            for layer in layers
         ]
         for done, (layer, future) in enumerate(futures, start=1):
             future.result()

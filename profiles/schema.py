@@ -1082,6 +1082,11 @@ class Profile(Section):
         return {name: one for name, one in self.capabilities.items() if name != GENERAL}
 
     @property
+    def texts(self) -> dict[str, Corpus]:
+        """The corpus, and the text of every capability that has its own, by field."""
+        return {"corpus": self.corpus} | {f"capabilities.{name}": one for name, one in self.own_capabilities.items()}
+
+    @property
     def capability_weights(self) -> dict[str, float]:
         """Shares of all capabilities that sum to 1, `general` among them; empty where there are none."""
         if not self.capabilities:

@@ -31,7 +31,6 @@ from profiles.load import load_profile
 from profiles.schema import (
     GKD,
     Budget,
-    Capability,
     Corpus,
     Evaluate,
     NeedlesSource,
@@ -161,9 +160,10 @@ def tokens_of(chain: Chain, corpus: Any) -> list[torch.Tensor]:
     return list(read_tensors(chain.workspace, corpus.tokens, SPLITS).values())
 
 
-def test_only_answers_count_where_the_prompt_weighs_nothing(chain: Chain) -> None:
-    sources = (NeedlesSource(kind="needles", documents=60, facts=8, distance=3),)
-    asked = Capability(
+def needles_of(chain: Chain) -> CorpusInfo:
+    """A capability of 64 tokens a sequence, twice those of the corpus, where answers count alone."""
+    sources = (NeedlesSource(kind="needles", documents=80, facts=8, distance=3),)
+    asked = Corpus(
         sources=sources,
         sequence_length=64,
         prompt_weight=0,
@@ -172,7 +172,12 @@ def test_only_answers_count_where_the_prompt_weighs_nothing(chain: Chain) -> Non
         test_sequences=4,
     )
     folder = chain.workspace / chain.parent.folder
-    corpus = prepare_corpus(asked.corpus, folder, chain.parent.fingerprint, chain.workspace, (chain.corpus,))
+    found = prepare_corpus(asked, folder, chain.parent.fingerprint, chain.workspace, (chain.corpus,))
+    return found.model_copy(update={"capability": "retrieval"})
+
+
+def test_only_answers_count_where_the_prompt_weighs_nothing(chain: Chain) -> None:
+    folder, corpus = chain.workspace / chain.parent.folder, needles_of(chain)
     weights, (_, validation, _) = weights_of(corpus, "validation", chain.workspace), tokens_of(chain, corpus)
     assert weights is not None and weights.mean() == pytest.approx(1)
     from transformers import AutoTokenizer
@@ -223,22 +228,6 @@ def test_scores_from_tokens_are_those_from_recorded_states(chain: Chain) -> None
 
 
 # --- GKD and the judgement
-
-
-def needles_of(chain: Chain) -> CorpusInfo:
-    """A capability of 64 tokens a sequence, twice those of the corpus, where answers count alone."""
-    sources = (NeedlesSource(kind="needles", documents=80, facts=8, distance=3),)
-    asked = Corpus(
-        sources=sources,
-        sequence_length=64,
-        prompt_weight=0,
-        train_sequences=8,
-        validation_sequences=4,
-        test_sequences=4,
-    )
-    folder = chain.workspace / chain.parent.folder
-    found = prepare_corpus(asked, folder, chain.parent.fingerprint, chain.workspace, (chain.corpus,))
-    return found.model_copy(update={"capability": "retrieval"})
 
 
 def test_steps_are_shared_out_by_the_weights() -> None:

@@ -63,8 +63,7 @@ def shipped_packages() -> frozenset[str]:
 def _packages(profile: Profile) -> Iterator[tuple[str, str]]:
     """Field and name of every package that a profile reads files of."""
     parts: list[tuple[str, Any]] = [("parent.package", profile.parent)]
-    texts = {"corpus": profile.corpus} | {f"capabilities.{name}": one for name, one in profile.capabilities.items()}
-    for section, text in texts.items():
+    for section, text in profile.texts.items():
         parts += [(f"{section}.sources.{index}.package", source) for index, source in enumerate(text.sources)]
     yield from ((where, part.package) for where, part in parts if hasattr(part, "package"))
     yield "evaluate.benchmark_package", profile.evaluate.benchmark_package

@@ -20,7 +20,6 @@ from blocks.errors import CorpusError, ParentError, PuzzleError
 from blocks.runtime import usable_cores
 from profiles.schema import (
     DRIVEN,
-    Corpus,
     FolderParent,
     GgufParent,
     Hardware,
@@ -105,7 +104,7 @@ def _text(profile: Profile, folder: Path, doubts: list[str]) -> Iterator[str]:
     from tasks.inputs.corpus import check_enough
     from tasks.inputs.parent import write_tokenizer
 
-    for field, corpus in _texts(profile).items():
+    for field, corpus in profile.texts.items():
         if not all(isinstance(source, TextSource) for source in corpus.sources):
             continue
         try:
@@ -114,12 +113,6 @@ def _text(profile: Profile, folder: Path, doubts: list[str]) -> Iterator[str]:
             yield str(error) if field == "corpus" else f"{field}: {error}"
         else:
             doubts += [doubt] if doubt else []
-
-
-def _texts(profile: Profile) -> dict[str, Corpus]:
-    """The corpus, and the text of every capability that has its own, by field."""
-    own = {f"capabilities.{name}": one.corpus for name, one in profile.own_capabilities.items()}
-    return {"corpus": profile.corpus} | own
 
 
 def _unanswered(profile: Profile) -> Iterator[str]:
@@ -276,7 +269,7 @@ def _parent(profile: Profile) -> Iterator[str]:
 def _corpus(profile: Profile) -> Iterator[str]:
     sources = (
         (f"{field}.sources[{index}]", corpus, source)
-        for field, corpus in _texts(profile).items()
+        for field, corpus in profile.texts.items()
         for index, source in enumerate(corpus.sources)
     )
     for field, corpus, source in sources:

@@ -30,7 +30,6 @@ from blocks.parent import Parent
 from blocks.records import (
     SUBBLOCKS,
     BlockRecord,
-    CapabilityScore,
     CorpusInfo,
     LayerChoice,
     LayerRecord,
@@ -79,13 +78,12 @@ class SequenceScores(Value):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoredText:
+class ScoringText:
     """What decides a block's score beside the block: the tokens of each sequence that count, and the text where it is a
-    capability's. fingerprint: of that text.
+    capability's. fingerprint: of that text; "" for the corpus.
     """
 
     length: int
-    capability: str = ""
     fingerprint: str = ""
 
 
@@ -110,10 +108,9 @@ class ScoringSet:
         return self.corpus.capability
 
     @property
-    def text(self) -> ScoredText:
+    def text(self) -> ScoringText:
         """What the key of a score on it is made of."""
-        own = {"capability": self.capability, "fingerprint": self.corpus.fingerprint} if self.capability else {}
-        return ScoredText(length=self.length, **own)
+        return ScoringText(length=self.length, fingerprint=self.corpus.fingerprint if self.capability else "")
 
     @property
     def recorded(self) -> Ref | None:
@@ -261,26 +258,26 @@ def make_suffix(passes: Passes, tokens: Tensor, hidden: Tensor, layer: int, firs
     return ParentSuffix(passes=passes, tokens=tokens, targets=Targets(**joined), first=first)
 
 
-def score_key(record: BlockRecord, text: ScoredText) -> str:
+def score_key(record: BlockRecord, text: ScoringText) -> str:
     """Digest that names the file of a block's scores on a text. It depends on the block, whose key covers parent and
     corpus, on the tokens scored of each sequence, and on a capability's text. Sequences that are scored later are added
     to the same file.
     """
-    own = {"text": text.fingerprint} if text.capability else {}
+    own = {"text": text.fingerprint} if text.fingerprint else {}
     return digest_of(block=record.key, tokens=text.length, version=VERSION, **own)
 
 
-def _path(record: BlockRecord, text: ScoredText, workspace: Path) -> Path:
+def _path(record: BlockRecord, text: ScoringText, workspace: Path) -> Path:
     return workspace / "scores" / f"{score_key(record, text)}.json"
 
 
-def _stored(record: BlockRecord, text: ScoredText, workspace: Path) -> SequenceScores:
+def _stored(record: BlockRecord, text: ScoringText, workspace: Path) -> SequenceScores:
     """The scores measured before; empty when the file is missing or damaged."""
     found = remember(_path(record, text, workspace), SequenceScores, lambda _: [], workspace)
     return found or SequenceScores()
 
 
-def stored_score(record: BlockRecord, sequences: Sequence[int], text: ScoredText, workspace: Path) -> Score | None:
+def stored_score(record: BlockRecord, sequences: Sequence[int], text: ScoringText, workspace: Path) -> Score | None:
     """The score of a block over these sequences, None when some of them were not scored yet."""
     return _score(record, _stored(record, text, workspace), sequences, text.length)
 
@@ -310,13 +307,7 @@ def scores_of(blocks: Iterable[BlockRecord], scored: Sequence[ScoringSet], works
         scores = [by_document(score, those) for score, those in pairs if score is not None]
         if len(scores) == len(scored):
             first, *others = scores
-            own = (
-                CapabilityScore(
-                    name=one.capability,
-                    **score.model_dump(include=set(CapabilityScore.model_fields) - {"name"}),
-                )
-                for one, score in zip(scored[1:], others, strict=True)
-            )
+            own = (score.on(one.capability) for one, score in zip(scored[1:], others, strict=True))
             found.append(first.model_copy(update={"capabilities": tuple(own)}))
     return found
 

@@ -26,12 +26,12 @@ from tasks.distill.record import open_parent
 from tasks.export.quantise import Recipe, log_probabilities, quantise_layers, token_divergences
 from tasks.inputs.corpus import weights_of
 from tasks.score.rounding import in_type
+from tasks.search.capabilities import METRICS
 from tasks.search.choose import choose
 from tasks.search.totals import problem_of
 
 VERSION = 1
 LEAST, MOST = 0.05, 2.0  # of a factor: beyond, the KL of the whole model says more of chance than of the type
-METRICS = ("kl", "lm_loss")
 Place = tuple[int, str, str]  # layer, subblock, variant
 
 

@@ -41,9 +41,7 @@ def weighed(scores: Iterable[Score], capabilities: Capabilities) -> tuple[Score,
 
 
 def _weighed(score: Score, weights: Mapping[str, float]) -> Score:
-    fields = set(CapabilityScore.model_fields) - {"name"}
-    general = CapabilityScore(name=GENERAL, **score.model_dump(include=fields))
-    parts = {one.name: one for one in (general, *score.capabilities)}
+    parts = {one.name: one for one in (score.on(GENERAL), *score.capabilities)}
     lacking = [name for name in weights if name not in parts]
     if lacking:
         raise InconsistentTables(
@@ -51,11 +49,9 @@ def _weighed(score: Score, weights: Mapping[str, float]) -> Score:
             "`puzzle optimize` with this profile again."
         )
     counted = [(weights[name], parts[name]) for name in weights if weights[name]]
-    figures = {
-        name: value for metric in METRICS for name, value in _mixed(metric, counted, _documents(counted)).items()
-    }
-    kept = tuple(parts[name] for name in weights)
-    return score.model_copy(update={**figures, "documents": _documents(counted), "capabilities": kept})
+    documents, kept = _documents(counted), tuple(parts[name] for name in weights)
+    figures = {name: value for metric in METRICS for name, value in _mixed(metric, counted, documents).items()}
+    return score.model_copy(update={**figures, "documents": documents, "capabilities": kept})
 
 
 def _documents(counted: Sequence[tuple[float, CapabilityScore]]) -> tuple[int, ...]:

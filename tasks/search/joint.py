@@ -70,18 +70,11 @@ QUANTITIES = {
 KL_OF = "kl_of_"  # and a capability's name: the KL on it, as a quantity that may be limited or minimised
 
 
-def quantity_of(name: str) -> Quantity | None:
-    """What a name in a budget stands for."""
+def known_quantity(name: str) -> Quantity:
+    """What a name in a budget stands for, which was checked when it was asked."""
     if name.startswith(KL_OF):
         return Quantity(title=f"KL on {name.removeprefix(KL_OF)}", unit="nats per token", cost=name, per_place=False)
-    return QUANTITIES.get(name)
-
-
-def known_quantity(name: str) -> Quantity:
-    """The same of a name that was checked when it was asked."""
-    found = quantity_of(name)
-    assert found is not None, name
-    return found
+    return QUANTITIES[name]
 
 
 def flag(name: object) -> str:
