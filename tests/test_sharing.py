@@ -67,10 +67,10 @@ def is_free(workspace: Path, task: TaskKey) -> bool:
 def test_kill_9_lets_go_of_a_variant_at_once(tmp_path: Path, said: list[str]) -> None:
     with another_process(maker_of(tmp_path, "k0")) as process:
         assert not is_free(tmp_path, VARIANTS[0]) and is_free(tmp_path, VARIANTS[1])
-        threading.Timer(0.5, process.send_signal, [signal.SIGKILL]).start()
         started = time.monotonic()
+        threading.Timer(0.5, process.send_signal, [signal.SIGKILL]).start()
         with exclusive(tmp_path, VARIANTS[0]):
-            assert 0.3 < time.monotonic() - started < 5
+            assert 0.45 < time.monotonic() - started < 20
     waited, died = said
     assert waited == "waiting for variant 0: another process is at work on it"
     assert died.startswith(f"process {process.pid} on ") and died.endswith(
@@ -256,8 +256,8 @@ def test_a_measurement_and_a_task_of_another_run_keep_each_other_out(
         measuring = another_run("measure", 1)
         assert measuring.waits()
     assert measuring.inside.wait(5)
-    threading.Timer(0.3, measuring.ends).start()
     started = time.monotonic()
+    threading.Timer(0.3, measuring.ends).start()
     with on_device([device]):
         assert time.monotonic() - started > 0.2
 
@@ -271,7 +271,7 @@ def test_tasks_of_a_run_that_a_measurement_waits_for_go_on(
     assert measuring.waits()
     started = time.monotonic()
     with on_device(["cpu:0"]):  # one of that run's tasks
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 4
     working.ends()
     assert measuring.inside.wait(5)
 
@@ -292,8 +292,8 @@ def test_a_bench_waits_for_a_run_and_says_so(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("PUZZLE_DEVICE_LOCKS", str(tmp_path))
     code = "from blocks.devices import enter\nplace = enter('cpu', 'run', ['0'])\nif place:"
     with another_process(code) as run:
-        threading.Timer(0.3, run.kill).start()
         started = time.monotonic()
+        threading.Timer(0.3, run.kill).start()
         with devices.alone("bench"):
             assert time.monotonic() - started > 0.25
     assert said == ["bench: waiting for cpu, which another run on this machine uses"]
