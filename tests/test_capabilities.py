@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from blocks.compute import HOST
-from blocks.errors import InfeasibleBudget
+from blocks.errors import CorpusError, InfeasibleBudget
 from blocks.library import read_tensors
 from blocks.records import (
     Candidate,
@@ -34,6 +34,7 @@ from profiles.schema import (
     Corpus,
     Evaluate,
     NeedlesSource,
+    ParentAnswersSource,
     PassagesSource,
     Profile,
     PythonStdlibSource,
@@ -46,10 +47,13 @@ from tasks.evaluate import compare
 from tasks.evaluate.answers import continued, greedy
 from tasks.evaluate.budget import capability_limits, figure_words, state_of
 from tasks.evaluate.loops import beginnings, looping_of
+from tasks.inputs.chats import Unusable
 from tasks.inputs.corpus import prepare_corpus, weights_of
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.near_duplicates import KnownRuns
+from tasks.inputs.parent_answers import prompts_of
 from tasks.inputs.questions import needles, passages
+from tasks.inputs.text_files import Tally
 from tasks.libraries.tables import read_table, write_tables
 from tasks.operating import champion
 from tasks.operating.run_figures import report_metrics
@@ -130,6 +134,24 @@ def test_passages_end_with_their_answer() -> None:
     found = list(itertools.islice(passages(PassagesSource(kind="passages")), 20))
     assert all(text[slice(*text.answers[0])].strip() and "Question:" in text for text in found)
     assert all(text.answers[0][1] == len(text) for text in found)
+
+
+def test_the_parent_is_asked_what_stands_before_an_answer() -> None:
+    for data_set, begins in (("nq_open", ""), ("sciq", "Question:")):
+        asked = PassagesSource(kind="passages", data_set=data_set)  # type: ignore[arg-type]
+        source = ParentAnswersSource(kind="parent_answers", prompts=asked)
+        tallies: list[Tally] = []
+        prompts = list(itertools.islice(prompts_of(source, len, tallies), 20))
+        for (message,), text in zip(prompts, passages(asked), strict=False):
+            said = message["content"]
+            assert message["role"] == "user" and text.startswith(said) and begins in said
+            assert text[slice(*text.answers[0])].strip() == text.removeprefix(said).strip()
+
+    def check(_: object) -> None:
+        raise Unusable("asks too much")
+
+    with pytest.raises(CorpusError, match="sciq cannot be read: .* passages are of no use, the first: passage 1 asks"):
+        list(prompts_of(source, check, tallies))
 
 
 def test_the_text_of_a_capability_is_not_in_the_corpus(chain: Chain, tmp_path: Path) -> None:

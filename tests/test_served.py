@@ -86,7 +86,7 @@ def test_a_name_of_a_data_folder_stands_for_it(roots: Roots, tmp_path: Path) -> 
         found: Any = admitted(asked(corpus__sources=text(given)), roots).corpus.sources[0]
         assert found.path == f"{tmp_path}/data/{given.removeprefix('texts/')}"
     assert type(admitted(asked(), roots)) is Profile, "names are not paths: no served profile gets into a run"
-    for name in ("tiny", "smollm2-cpu", "rag"):
+    for name in ("tiny", "smollm2-cpu", "smollm2-llama-cpp", "rag"):
         assert admitted(served_profile(load_profile(name), roots), roots) == load_profile(name)
 
 
@@ -102,6 +102,20 @@ def test_the_text_of_a_capability_is_looked_up_like_that_of_the_corpus(roots: Ro
         answering(*text("/etc/passwd"))
     with pytest.raises(Refused, match=r"capabilities\.answers\.sources\.0\.package 'os'"):
         admitted(answering({"kind": "passages", "package": "os"}), roots)
+
+
+def test_prompts_for_the_parent_are_looked_up_like_any_text(roots: Roots, tmp_path: Path) -> None:
+    def asking(prompts: dict[str, str]) -> ServedProfile:
+        return asked(corpus__sources=[{"kind": "parent_answers", "prompts": prompts}])
+
+    (prompts,) = text("texts/text.txt")
+    found: Any = admitted(asking(prompts), roots).corpus.sources[0]
+    assert found.prompts.path == f"{tmp_path}/data/text.txt"
+    (leads_out,) = text("texts/link.txt")
+    with pytest.raises(Refused, match=r"corpus\.sources\.0\.prompts\.path .* leads out"):
+        admitted(asking(leads_out), roots)
+    with pytest.raises(Refused, match=r"corpus\.sources\.0\.prompts\.package 'os'"):
+        admitted(asking({"kind": "passages", "package": "os"}), roots)
 
 
 @pytest.mark.parametrize(
@@ -518,7 +532,7 @@ def _without_none(value: Any) -> Any:
 def test_unions_are_choices_in_the_form() -> None:
     definitions = schema_of(served.optimize)["definitions"]
     assert len(definitions["More"]["properties"]["parent"]["anyOf"]) == 6, "five kinds, or the profile's own"
-    assert len(definitions["CorpusChanges"]["properties"]["sources"]["items"]["anyOf"]) == 6
+    assert len(definitions["CorpusChanges"]["properties"]["sources"]["items"]["anyOf"]) == 7
     assert "oneOf" not in str(definitions)
 
 

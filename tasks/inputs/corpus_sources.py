@@ -159,7 +159,8 @@ def documents_of_source(source: CorpusSource, chat: Chat, tallies: list[Tally], 
     elif isinstance(source, NeedlesSource):
         yield from needles(source)
     elif isinstance(source, PassagesSource):
-        yield from passages(source)
+        tallies.append(Tally(source.data_set, "passage"))
+        yield from texts(enumerate(passages(source), 1), lambda text: text, tallies[-1])
     elif isinstance(source, HubSource):
         tallies.append(Tally(source.hub_id, "row", HUB_PATIENCE))
         yield from texts(_hub_rows(source), lambda row: value_of(row, source.text_field, chat), tallies[-1])

@@ -18,7 +18,7 @@ from blocks.errors import CorpusError
 from blocks.library import digest_of
 from blocks.records import ParentInfo
 from profiles.schema import Corpus, ParentAnswersSource, TextSource
-from tasks.inputs.chats import Message, Unusable, template_of
+from tasks.inputs.chats import Conversation, Message, Unusable, template_of
 from tasks.inputs.corpus_sources import content_of, documents_of_source, name_of, pinned
 from tasks.inputs.text_files import CHUNK, Tally, skipped
 from tasks.running.progress import Progress, no_progress, say
@@ -47,7 +47,7 @@ def with_answers(
 def prompts_of(
     source: ParentAnswersSource, check: Callable[[Sequence[Message]], object], tallies: list[Tally]
 ) -> Iterator[list[Message]]:
-    """What is said before the assistant says something, chat by chat; a text is what a user says.
+    """What is said before the assistant says something, chat by chat; a text is what a user says, up to its answer.
 
     check: raises Unusable for a prompt that cannot be asked. Those are counted in `tallies`, with what cannot be read.
     """
@@ -63,7 +63,8 @@ def prompts_of(
         if isinstance(asked, _Prompt):
             yield json.loads(asked)
         elif isinstance(asked, str):
-            said: list[Message] = [{"role": "user", "content": asked}]
+            text = asked[: asked.answers[0][0]].strip() if isinstance(asked, Conversation) else asked
+            said: list[Message] = [{"role": "user", "content": text}]
             try:
                 check(said)
             except Unusable as reason:

@@ -20,7 +20,7 @@ THINGS = (
     "lantern market mirror orchard palace pencil ribbon river saddle stone table tower wagon"
 )
 DIGITS = 5  # of a code: nobody guesses it
-FOLDERS = {"sciq": "sciq/none/validation", "boolq": "boolq/none/validation"}  # in the package's folder hf_datasets
+FOLDERS = {name: f"{name}/none/validation" for name in ("sciq", "boolq", "nq_open")}  # in the package's hf_datasets
 
 
 def marked(parts: Iterator[tuple[str, bool]]) -> Conversation:
@@ -52,7 +52,15 @@ def _told_and_asked(source: NeedlesSource, draw: random.Random) -> Iterator[tupl
 
 
 def passages(source: PassagesSource) -> Iterator[Conversation]:
-    """A passage, the question about it, and the answer."""
+    """A passage, the question about it, and the answer; or a question alone and its answer."""
+    if source.data_set == "nq_open":  # in small letters, without a question mark
+        for row in _rows(source):
+            question, answers = normalise(str(row["question"])), row["answer"]
+            assert isinstance(answers, list)
+            yield marked(
+                iter([(f"{question[:1].upper()}{question[1:]}?\n", False), (f"{normalise(answers[0])}\n", True)])
+            )
+        return
     for row in _rows(source):
         passage = normalise(str(row["support" if source.data_set == "sciq" else "passage"]))
         answer = row["correct_answer"] if source.data_set == "sciq" else ("yes" if row["answer"] else "no")

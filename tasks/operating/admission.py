@@ -64,7 +64,9 @@ def _packages(profile: Profile) -> Iterator[tuple[str, str]]:
     """Field and name of every package that a profile reads files of."""
     parts: list[tuple[str, Any]] = [("parent.package", profile.parent)]
     for section, text in profile.texts.items():
-        parts += [(f"{section}.sources.{index}.package", source) for index, source in enumerate(text.sources)]
+        for index, source in enumerate(text.sources):
+            where = f"{section}.sources.{index}"
+            parts += [(f"{where}.package", source), (f"{where}.prompts.package", getattr(source, "prompts", None))]
     yield from ((where, part.package) for where, part in parts if hasattr(part, "package"))
     yield "evaluate.benchmark_package", profile.evaluate.benchmark_package
 
@@ -263,7 +265,9 @@ def _each_path(tree: dict[str, Any], change: Callable[[str, str], str]) -> None:
     texts = {"corpus": tree["corpus"]}
     texts |= {f"capabilities.{name}": one for name, one in tree.get("capabilities", {}).items()}
     for section, text in texts.items():
-        parts += [(f"{section}.sources.{index}.path", source) for index, source in enumerate(text.get("sources", ()))]
+        for index, source in enumerate(text.get("sources", ())):
+            where = f"{section}.sources.{index}"
+            parts += [(f"{where}.path", source), (f"{where}.prompts.path", source.get("prompts", {}))]
     for where, part in parts:
         if "path" in part:
             part["path"] = change(where, part["path"])

