@@ -285,6 +285,20 @@ def test_the_parent_in_few_bits_is_a_rival_where_it_keeps_the_budget(got: float)
     assert next(row for row in comparison_rows(report) if row.label == "file, MB").cells[2] == "78"
 
 
+@pytest.mark.parametrize(("was", "error", "told"), [(1.64, 0.02, True), (1.9, 0.02, False), (1.7, 0.2, False)])
+def test_a_parent_in_one_type_tells_that_the_machine_is_another(was: float, error: float, told: bool) -> None:
+    """Off by more than 5 %, and clearly."""
+    limit = LimitKept(
+        name="speedup", asked=2.0, floor=True, got=1.97, timed=True, measured=Metric(value=was, se=error, n=9)
+    )
+    typed = measured("parent iq4_nl", spread(0.1, HARD), limits=(limit,), file_bytes=78_000_000)
+    report = compared(measured("child", spread(0.3, HARD)), typed)
+    (line,) = [one for one in warnings(report) if "equally fast" in one] or [""]
+    assert ("was to be 1.97 times the parent's by its costs and was 1.640 ±0.020" in line) is told
+    disturbed = report.model_copy(update={"speed": report.speed.model_copy(update={"busy": "load 9"})})
+    assert not any("equally fast" in one for one in warnings(disturbed))
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_a_baseline_with_the_childs_own_architecture_is_no_rival(told: bool) -> None:
     layers = {"layers": (LayerChoice(ffn="no_op"),)} if told else {}

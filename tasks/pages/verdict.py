@@ -26,7 +26,7 @@ from tasks.evaluate.standing import (
     retained,
     same_architecture,
 )
-from tasks.measure.cost_sums import warnings_of
+from tasks.measure.cost_sums import TOLERANCE, warnings_of
 
 MORE_LOOPS = 0.1  # of the prompts: so much more than the parent loops on heads the report
 ABSURD_KL = 2.0  # nats per token: the parent's next tokens get a seventh of their probability on average
@@ -69,7 +69,31 @@ def warnings(report: ChildReport) -> list[str]:
         )
     if report.speed.disturbed:
         lines.append(f"Warning: {warnings_of(report.speed)[0]}.")
-    return lines
+        return lines
+    return lines + _another_sitting(report)
+
+
+def _another_sitting(report: ChildReport) -> list[str]:
+    """A line where whole parents in one type are not as fast as their costs said. Nothing was searched or trained in
+    them, so the machine has changed since the costs were measured, or a cost is wrong.
+    """
+    off = [
+        (abs(limit.measured.value / limit.got - 1), model.name, limit, limit.measured)
+        for model in report.candidates
+        if is_typed_parent(model.name)
+        for limit in model.limits
+        if limit.timed and limit.measured is not None
+        if is_clear(limit.measured.model_copy(update={"value": limit.measured.value - limit.got}))
+    ]
+    worst = max(off, key=lambda one: one[0], default=None)
+    if worst is None or worst[0] <= TOLERANCE:
+        return []
+    _, name, limit, measured = worst
+    return [
+        f"Warning: costs and whole models were not measured on an equally fast machine. The {name} was to be "
+        f"{figure_words(limit, limit.got)} by its costs and was {figure_words(limit, measured)}; what is predicted "
+        "for the child is as unsure. Measure the costs again: `puzzle reoptimize PROFILE --remeasure`."
+    ]
 
 
 def _more_loops(child: Candidate, parent: Candidate) -> list[str]:
