@@ -14,7 +14,8 @@ import torch
 from blocks.compute import HOST
 from blocks.errors import PuzzleError, PuzzleFailure, TooLittleText
 from blocks.library import read_rows, read_value, write_value
-from blocks.records import ChildReport, CorpusInfo, LayerChoice, Ref
+from blocks.records import ChildReport, CorpusInfo, LayerChoice, Metric, Ref
+from flows.finish import lineage_of
 from tasks.evaluate.compare import LINEAGE, Lineage, contender
 from tasks.evaluate.quality import parent_targets, sequence_figures, token_figures
 from tasks.inputs.tiny import byte_tokenizer
@@ -23,7 +24,7 @@ from tasks.probe import figures as probe_figures
 from tasks.probe.agreement import in_common
 from tasks.probe.figures import probed, reading_of, signed_gaps, spans_of
 from tasks.probe.probe import length_figures, prepare, probe
-from tasks.probe.records import PROBE, Asked, ProbeReport
+from tasks.probe.records import PROBE, Asked, DomainFigures, OnDomain, ProbeReport
 from tasks.probe.sides import ProbedRun, open_run
 from tasks.probe.texts import NOISE, Text, named_files, own_text, with_noise
 from tasks.probe.tuning import check_memory, fine_tune, measured_steps
@@ -331,7 +332,7 @@ def test_a_loss_that_grows_is_said_from_where() -> None:
     text = own_rows(12, 256)
     zeros = np.zeros_like(gaps)
     readings = {
-        (model, "long"): probe_figures.Reading(samples={}, by_context=tuple(map(tuple, one.tolist())))
+        (model, "rows"): probe_figures.Reading(samples={}, by_context=tuple(map(tuple, one.tolist())))
         for model, one in (("parent", zeros), ("child", gaps), ("flat", zeros + 0.2 + noise))
     }
     found = length_figures(text, readings, 64)
@@ -350,7 +351,51 @@ def own_rows(rows: int, length: int) -> Text:
         test_sequences=rows,
         documents=rows,
     )
-    return Text(name="long", about="rows", corpus=corpus, content="", documents=tuple(map(str, range(rows))))
+    return Text(name="long", about="rows", corpus=corpus, content="rows", documents=tuple(map(str, range(rows))))
+
+
+def probe_report(made: ChildReport) -> ProbeReport:
+    """A probe of two texts and nothing else, for pages and MLflow."""
+
+    def on(kl: float, **more: Any) -> OnDomain:
+        one = Metric(value=0.1, se=0.01, n=9)
+        measured = {"loss": one, "kl": one.model_copy(update={"value": kl}), "entropy": one, "calibration": one}
+        return OnDomain(**measured, **more)
+
+    zero = Metric(value=0.0, se=0.1, n=9)
+    over: dict[str, Any] = {f"{name}_over_parent": zero for name in ("loss", "entropy", "calibration")}
+    times = Metric(value=2.5, se=0.2, n=9)
+    texts = {"test": "the run's own", "upper": "on upper & lower"}
+    domains = tuple(
+        DomainFigures(
+            name=name,
+            about=about,
+            sequences=9,
+            documents=9,
+            models={"parent": on(0), "child": on(0.2, **over, times=None if name == "test" else times)},
+        )
+        for name, about in texts.items()
+    )
+    return ProbeReport(
+        profile=made.profile,
+        parent=made.parent,
+        child_folder=made.child_folder,
+        probed_at="2026-01-01T00:00:00",
+        asked=ASKED,
+        models=("parent", "child"),
+        domains=domains,
+    )
+
+
+def test_the_lineage_names_the_best_baseline_as_it_is_served(chain: Chain) -> None:
+    """After GKD where it had any, in its file where it has one; nothing where there was no baseline."""
+    plain = contender("greedy", chosen(CUT), chain.blocks)
+    filed, trained = (plain.model_copy(update={"file": name}) for name in ("a.gguf", "b.gguf"))
+    child, source = plain.model_copy(update={"name": "child"}), (chain.parent, chain.corpus)
+    assert lineage_of(child, [plain], [child, filed], source, ()).rival == filed
+    assert lineage_of(child, [plain], [child, filed, child, trained], source, ()).rival == trained
+    found = lineage_of(child, [], [child, filed], source, [chain.corpus])
+    assert found.rival is None and found.capabilities == (chain.corpus,) and found.child == child
 
 
 # --- the command
@@ -371,11 +416,12 @@ def test_a_probe_without_a_child_is_refused(tmp_path: Path, chain: Chain) -> Non
 def test_the_command_prints_what_was_found(chain: Chain, report: ProbeReport) -> None:
     run_of(chain, CUT, rival=contender("greedy", chosen((LayerChoice(),) * 3), chain.blocks))
     child = chain.workspace / "runs" / "z" / "child"
-    words = ("--sequences", 8, "--length", 64, "--finetune-steps", 0, "--prompts", 0, "--threads", 1)
+    words = ("--sequences", 8, "--length", 0, "--finetune-steps", 0, "--prompts", 0, "--threads", 1)
     code, out, err = puzzle("probe", child, *words, "--json")
     assert code == 0, err
     found = ProbeReport.model_validate_json(out)
-    assert found.domains == report.domains and found.tuning is None and found.agreement is None
+    assert found.domains == report.domains  # which do not depend on the other parts, left out here
+    assert found.length is None and found.tuning is None and found.agreement is None
     assert "no report.html" in err  # the chain has no tables of a search
     code, out, err = puzzle("probe", child, *words)
     assert code == 0 and "Other text: worst on" in out, err

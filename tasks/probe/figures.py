@@ -70,7 +70,7 @@ def reading_of(figures: Tensor) -> Reading:
     )
 
 
-Readings = dict[tuple[str, str], Reading]  # by the names of model and text
+Readings = dict[tuple[str, str], Reading]  # by the name of a model and the content of a text
 
 
 def read_all(bench: Bench, texts: tuple[Text, ...], progress: Progress) -> Readings:
@@ -80,20 +80,20 @@ def read_all(bench: Bench, texts: tuple[Text, ...], progress: Progress) -> Readi
         for text in texts:
             stored = remember(_path(bench, which, text), Reading, lambda _: [], run.workspace)
             if stored is not None:
-                found[which.name, text.name] = stored
-    open_texts = [text for text in texts if any((which.name, text.name) not in found for which in run.models)]
+                found[which.name, text.content] = stored
+    open_texts = [text for text in texts if any((which.name, text.content) not in found for which in run.models)]
     total, done = len(open_texts) * (1 + len(run.models)), 0
     targets: dict[str, ParentTargets] = {}
     for text in open_texts:
-        targets[text.name] = parent_targets(bench.model(run.models[0]), text.tokens(run.workspace), bench.compute)
+        targets[text.content] = parent_targets(bench.model(run.models[0]), text.tokens(run.workspace), bench.compute)
         done += 1
         progress(done, total, f"the parent on {text.name}")
     for which in run.models:
         for text in open_texts:
-            if (which.name, text.name) not in found:
-                figures = token_figures(bench.model(which), targets[text.name], bench.compute, probed)
-                found[which.name, text.name] = reading_of(figures)
-                keep(_path(bench, which, text), found[which.name, text.name], [], run.workspace)
+            if (which.name, text.content) not in found:
+                figures = token_figures(bench.model(which), targets[text.content], bench.compute, probed)
+                found[which.name, text.content] = reading_of(figures)
+                keep(_path(bench, which, text), found[which.name, text.content], [], run.workspace)
             done += 1
             progress(done, total, f"{which.name} on {text.name}")
     return found

@@ -128,7 +128,7 @@ def over_parent(own: Sequence[float], parents: Sequence[float], documents: Seque
 
 
 def _of_text(readings: Readings, text: Text) -> dict[str, Reading]:
-    return {model: reading for (model, name), reading in readings.items() if name == text.name}
+    return {model: reading for (model, content), reading in readings.items() if content == text.content}
 
 
 def domain_figures(text: Text, reference: Text, readings: Readings) -> DomainFigures:
@@ -140,7 +140,7 @@ def domain_figures(text: Text, reference: Text, readings: Readings) -> DomainFig
 
 
 def _on_domain(model: str, text: Text, reference: Text, readings: Readings) -> OnDomain:
-    own, parents = readings[model, text.name].samples, readings[PARENT, text.name].samples
+    own, parents = readings[model, text.content].samples, readings[PARENT, text.content].samples
     mean = {name: estimates.mean(values, text.documents) for name, values in own.items()}
     figures = {name: one.metric for name, one in mean.items()}
     if model == PARENT:
@@ -156,7 +156,7 @@ def _times(kl: Estimate, model: str, text: Text, reference: Text, readings: Read
     """The KL on a text over that on the run's own test text, in pairs where they are of the same documents."""
     if text == reference:
         return None
-    base = estimates.mean(readings[model, reference.name].samples["kl"], reference.documents)
+    base = estimates.mean(readings[model, reference.content].samples["kl"], reference.documents)
     return estimates.ratio_by_groups(kl, text.documents, base, reference.documents)
 
 

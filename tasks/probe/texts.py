@@ -110,7 +110,7 @@ def texts_of(run: ProbedRun, files: Mapping[str, Path], asked: Asked) -> tuple[T
             raise TooLittleText(
                 f"the text {name} ({_about(source)}) is too little: {needed} are needed, of which one document gives "
                 "at most an eighth, and what the run has seen is left out. Name a longer --text, or ask for fewer "
-                f"--sequences or --finetune-steps. In the reader's words: {error}"
+                f"--sequences or --finetune-steps. What was found: {str(error).partition('. ')[0]}."
             ) from error
         found.append(text_of(name, _about(source), corpus, own.sequences, run.workspace))
     return (own, *found, *(() if files else noisy_texts(run, own, asked.seed)))

@@ -181,10 +181,11 @@ def _learning(found: TuningFigures) -> str:
 def _answers(found: Agreement) -> str:
     child, parent = found.models["child"], found.models[PARENT]
     assert child.quartiles is not None
+    low, median, high = (f"{value:.4g}" for value in child.quartiles)
     return (
-        f"Answers: half of the child's part from the parent's within {child.quartiles[1]:.4g} tokens, "
-        f"{cell(child.never, 100)} % never; it loops in {cell(child.loops, 100)} %, its parent in "
-        f"{cell(parent.loops, 100)} %."
+        f"Answers: {cell(child.never, 100)} % of the child's are the parent's to the end. A quarter of all part within "
+        f"{low} tokens, half within {median}, three quarters within {high}. It loops in {cell(child.loops, 100)} %, "
+        f"its parent in {cell(parent.loops, 100)} %."
     )
 
 
