@@ -46,7 +46,7 @@ class ProbeOptions:
     ] = None
     finetune_steps: Annotated[
         int, typer.Option("--finetune-steps", min=0, help="on the first text; 0: no fine-tuning")
-    ] = 32
+    ] = 16
     learning_rate: Annotated[float, typer.Option("--learning-rate", min=1e-9, max=1.0, help="of the fine-tuning")] = (
         1e-4
     )

@@ -16,7 +16,7 @@ class Asked(Value):
 
     sequences: int = 32
     length: int = 1024
-    finetune_steps: int = 32
+    finetune_steps: int = 16
     finetune_sequences: int = 4
     learning_rate: float = 1e-4
     prompts: int = 40

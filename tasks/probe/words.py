@@ -167,11 +167,9 @@ def _confidence(own: DomainFigures) -> str:
 def _learning(found: TuningFigures) -> str:
     child = found.models["child"]
     before, after = child.over_parent[0], child.over_parent[-1]
-    level = (
-        f"not within {found.tokens[-1]:,} tokens"
-        if child.tokens_to_parent is None
-        else f"after {child.tokens_to_parent:,} tokens"
-    )
+    level = f"after {child.tokens_to_parent:,} tokens" if child.tokens_to_parent else "from the start"
+    if child.tokens_to_parent is None:
+        level = f"not within {found.tokens[-1]:,} tokens"
     return (
         f"Fine-tuning on {found.text}: the child's loss is {rounded(before)} over the parent's before and "
         f"{rounded(after)} after it; it has the loss that the parent began with {level}."
@@ -181,11 +179,11 @@ def _learning(found: TuningFigures) -> str:
 def _answers(found: Agreement) -> str:
     child, parent = found.models["child"], found.models[PARENT]
     assert child.quartiles is not None
-    low, median, high = (f"{value:.4g}" for value in child.quartiles)
+    quartiles = " / ".join(f"{value:.4g}" for value in child.quartiles)
     return (
-        f"Answers: {cell(child.never, 100)} % of the child's are the parent's to the end. A quarter of all part within "
-        f"{low} tokens, half within {median}, three quarters within {high}. It loops in {cell(child.loops, 100)} %, "
-        f"its parent in {cell(parent.loops, 100)} %."
+        f"Answers: {cell(child.never, 100)} % of the child's are the parent's to the end; the first {quartiles} tokens "
+        f"(quartiles) of {found.answer_tokens} are the parent's. The child loops in {cell(child.loops, 100)} %, its "
+        f"parent in {cell(parent.loops, 100)} %."
     )
 
 
