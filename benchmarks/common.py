@@ -125,5 +125,9 @@ def write_page(name: str, title: str, parts: Sequence[str]) -> None:
 
 def _without_places(words: Sequence[str]) -> list[str]:
     """A command's words without options that name an absolute path, which means nothing on another machine."""
+
+    def place(word: str) -> bool:
+        return word.startswith("/") or "=/" in word
+
     pairs = zip(words, [*words, ""][1:], strict=True)
-    return [word for word, after in pairs if not (word.startswith("/") or (word.startswith("--") and after[:1] == "/"))]
+    return [word for word, after in pairs if not (place(word) or (word.startswith("--") and place(after)))]

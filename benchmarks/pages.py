@@ -36,6 +36,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "plan": ("tasks/planning",),
     "precision": ("blocks/error_correction.py", "tasks/engines/ggml.py", "tasks/export/quantise.py"),
     "quality": (*LEARNING, "tasks/evaluate", "tasks/score", "tasks/search"),
+    "robustness": (*LEARNING, "tasks/evaluate", "tasks/probe", "tasks/search"),
     "scale": ("flows", "tasks/running"),
     "scale_tokens": (*LEARNING, "tasks/score"),
     "scoring": ("blocks/divergence.py", "tasks/score"),

@@ -25,6 +25,10 @@ class CorpusError(PuzzleError):
     """A corpus that cannot be read, or is too small for the profile."""
 
 
+class TooLittleText(CorpusError):
+    """The documents do not fill what is asked of them."""
+
+
 class InfeasibleBudget(PuzzleError):
     """No architecture of the library keeps the budget."""
 

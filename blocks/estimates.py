@@ -112,6 +112,25 @@ def ratio(numerator: Estimate, denominator: Estimate) -> Estimate | None:
     return Estimate(value=value, moves=(numerator.moves - value * denominator.moves) / denominator.value)
 
 
+def ratio_by_groups(
+    numerator: Estimate, of: Sequence[Hashable], denominator: Estimate, per: Sequence[Hashable]
+) -> Metric | None:
+    """numerator / denominator of two samples that may share groups; None where the denominator is 0.
+
+    of, per: the groups that the two were estimated with. What they share is compared in pairs; a group that a sample
+    lacks moved nothing in it. Without a shared group the two are independent of each other.
+    """
+    among = {group: part for part, group in enumerate(dict.fromkeys([*of, *per]))}
+    sides = []
+    for one, groups in ((numerator, of), (denominator, per)):
+        moves = np.zeros(len(among))
+        moves[[among[group] for group in dict.fromkeys(groups)]] = one.moves
+        sides.append(Estimate(value=one.value, moves=moves))
+    found = ratio(*sides)
+    least = min(len(numerator.moves), len(denominator.moves))
+    return None if found is None else found.metric.model_copy(update={"n": least})
+
+
 def independent_ratio(numerator: Metric | None, denominator: Metric | None) -> Metric | None:
     """numerator / denominator, measured independently of each other, with errors to first order.
 

@@ -13,7 +13,7 @@ import typer
 
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.runtime import configure
-from flows import init, library, page, plan, search, serving, truth
+from flows import init, library, page, plan, probe, search, serving, truth
 from flows.doctor import doctor_command
 from flows.in_workspace import prepare_workspace, run_logged
 from flows.options import Overrides, ProfileOptions, ProfilePath, takes
@@ -109,8 +109,9 @@ def validate(
 
 
 app.command("show")(page.show_command)
-for name, command in (*init.commands(), *search.commands(), *truth.commands(), *plan.commands(), *serving.commands()):
-    app.command(name)(command)
+for room in (init, search, truth, plan, serving, probe):
+    for name, command in room.commands():
+        app.command(name)(command)
 app.command("doctor")(doctor_command)
 app.command("serve")(serve_command)
 app.command("report")(page.report_command)

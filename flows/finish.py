@@ -76,6 +76,22 @@ def best_baseline(child: Contender, baselines: Sequence[Contender], found: Seque
     return [ranked[0][0]] if ranked else []
 
 
+def lineage_of(
+    final: Contender,
+    best: Sequence[Contender],
+    contenders: Sequence[Contender],
+    source: tuple[ParentInfo, CorpusInfo],
+    capabilities: Sequence[CorpusInfo],
+) -> Lineage:
+    """What the child and the best baseline are made of. best: that baseline, or nothing. contenders: it is taken as
+    the last of its name, after GKD where it had any.
+    """
+    rivals = [one for one in reversed(contenders) if best and one.name == best[0].name]
+    parent, corpus = source
+    rival = rivals[0] if rivals else None
+    return Lineage(parent=parent, corpus=corpus, child=final, capabilities=tuple(capabilities), rival=rival)
+
+
 def report_of(
     run: TrackedRun,
     final: Contender,
@@ -148,12 +164,12 @@ def _ordered(
     return sorted(pairs, key=lambda pair: (pair[0].stage != "parent", pair[0] is not final))
 
 
-def finish(run: TrackedRun, final: Contender, report: ChildReport) -> ChildReport:
+def finish(run: TrackedRun, lineage: Lineage, report: ChildReport) -> ChildReport:
     """Export the child, write and log the report, print the table."""
     folder, markdown = (run.workspace / report.child_folder).parent, report_markdown(report)
     needs = [name for name in run.task_runs if name.split()[0] in ("evaluation", "answers", "speed")]
-    values = (final, run, report, markdown, folder)
-    files = run.call(export_task, "child", *values, after=[made_of(final), *needs], limited=False)
+    values = (lineage, run, report, markdown, folder)
+    files = run.call(export_task, "child", *values, after=[made_of(lineage.child), *needs], limited=False)
     log_report(run.tracking, run.mlflow_run_id, report, files)
     link_to_earlier_runs(run)
     show_markdown("report", markdown, " ".join([*warnings(report), verdict(report)]))
@@ -165,24 +181,24 @@ def finish(run: TrackedRun, final: Contender, report: ChildReport) -> ChildRepor
     return report
 
 
-@task_of("export", "export {which.name} and write the report")
-def export_task(which: Contender, run: TrackedRun, report: ChildReport, markdown: str, folder: Path) -> Any:
+@task_of("export", "export {lineage.child.name} and write the report")
+def export_task(lineage: Lineage, run: TrackedRun, report: ChildReport, markdown: str, folder: Path) -> Any:
     """The folder of a finished run: the child, its report, pictures and page. Returns the files to log."""
     with exclusive(run.workspace, TaskKey(key=f"run-{folder.name}", what="the same child's folder")):
-        _export(run, which, report, markdown, folder)
+        _export(run, lineage, report, markdown, folder)
         files = [*write_report(report, folder), *_page(run, report, folder), folder / LINEAGE]
         keep_run(folder, run.workspace)
     return files
 
 
-def _export(run: TrackedRun, final: Contender, report: ChildReport, markdown: str, folder: Path) -> None:
+def _export(run: TrackedRun, lineage: Lineage, report: ChildReport, markdown: str, folder: Path) -> None:
     """The child's folder, and beside it what it was made of."""
-    parent, corpus = report.parent, report.corpus
+    parent, corpus, final = lineage.parent, lineage.corpus, lineage.child
     hardware, reader = run.profile.hardware, open_parent(run.workspace / parent.folder)
     model: Any = in_precision(build(final, parent, run.workspace, HOST), child_dtype(hardware, reader))
     weights, terms = why(hardware, reader), terms_of(reader.folder)
     card = model_card(parent, corpus, model.config, markdown, report.command, weights, terms)
-    keep(folder / LINEAGE, Lineage(parent=parent, corpus=corpus, child=final), [], run.workspace)
+    keep(folder / LINEAGE, lineage, [], run.workspace)
     export_child(model, parent, run.workspace, folder / "child", card)
     if final.file:
         say(hand_over(run.workspace / final.file, folder / GGUF_NAME))

@@ -6,7 +6,7 @@ from prefect import flow
 
 from blocks.records import ChildReport
 from flows import number_types, stages, whole_models
-from flows.finish import Findings, best_baseline, finish, report_of
+from flows.finish import Findings, best_baseline, finish, lineage_of, report_of
 from flows.run import process_of
 from flows.tracked_run import open_run
 from profiles.schema import MINITRON, Profile
@@ -48,13 +48,10 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         assembled = number_types.with_files(run, [own, child, *baselines, *references], parent, corpus)
         found = whole_models.evaluate_all(run, assembled, parent, corpus, capabilities)
 
-        best = (
-            best_baseline(child, baselines, found[2 : 2 + len(baselines)])
-            if profile.evaluate.distill_best_baseline
-            else []
-        )
-        best += [one for one in baselines if one.name == MINITRON and one not in best]
-        distilled = whole_models.distill_globally(run, [child, *best], teacher)
+        best = best_baseline(child, baselines, found[2 : 2 + len(baselines)])
+        more = best if profile.evaluate.distill_best_baseline else []
+        more = more + [one for one in baselines if one.name == MINITRON and one not in more]
+        distilled = whole_models.distill_globally(run, [child, *more], teacher)
         distilled = number_types.with_files(run, distilled, parent, corpus, teacher)
         found += whole_models.evaluate_all(run, distilled, parent, corpus, capabilities)
         speed = whole_models.measure_speed(run, assembled, parent, costs)
@@ -64,7 +61,9 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         looping = whole_models.count_loops(run, [own, final], parent, corpus)
         findings = Findings(evaluations=found, speed=speed, answers=said, looping=looping, race=racers)
         source, library = (parent, corpus), (blocks, problem)
-        return finish(run, final, report_of(run, final, assembled + distilled, findings, source, library))
+        contenders = assembled + distilled
+        report = report_of(run, final, contenders, findings, source, library)
+        return finish(run, lineage_of(final, best, contenders, source, capabilities), report)
 
 
 def run_optimize(profile: Profile, workspace: Path) -> ChildReport:

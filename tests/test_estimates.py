@@ -8,6 +8,7 @@ from scipy import stats
 
 from blocks.estimates import (
     independent_difference,
+    independent_ratio,
     interval,
     is_below_zero,
     is_clear,
@@ -18,6 +19,7 @@ from blocks.estimates import (
     pooled_accuracy,
     rank_correlation,
     ratio,
+    ratio_by_groups,
     resampled,
 )
 from blocks.records import Metric
@@ -185,3 +187,26 @@ def test_rank_correlations_are_spearmans_and_nothing_where_nothing_varies() -> N
     expected = [stats.spearmanr(scores, column).statistic if np.ptp(column) else 0.0 for column in true.T]
     np.testing.assert_allclose(rank_correlation(scores, true), expected)
     assert not rank_correlation(np.ones(9), true).any()
+
+
+def test_a_ratio_is_paired_in_the_groups_that_two_samples_share() -> None:
+    generator = np.random.default_rng(0)
+    first, second = generator.normal(3, 1, 12), generator.normal(2, 1, 12)
+    groups = [f"document {one // 3}" for one in range(12)]
+    other = [f"other {one // 3}" for one in range(12)]
+    one, two = mean(first, groups), mean(second, groups)
+    paired = ratio(one, two)
+    assert paired is not None
+    assert ratio_by_groups(one, groups, two, groups) == paired.metric
+    alone = ratio_by_groups(one, groups, mean(second, other), other)
+    known = independent_ratio(one.metric, two.metric)
+    assert alone is not None and known is not None
+    assert (alone.value, alone.se, alone.n) == pytest.approx((known.value, known.se, known.n))
+    # in another order, and one document short: the moves still meet those of their own document
+    order = generator.permutation(9)
+    short, left = second[:9][order], [groups[place] for place in order]
+    part = ratio_by_groups(mean(short, left), left, one, groups)
+    assert part is not None and part.n == 3
+    same = ratio_by_groups(mean(first[:9][order], left), left, mean(first[:9], groups[:9]), groups[:9])
+    assert same is not None and (same.value, same.se) == pytest.approx((1, 0), abs=1e-12)
+    assert ratio_by_groups(one, groups, mean([0.0, 0.0]), [0, 1]) is None

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from blocks.library import write_value
 from blocks.records import SpeedReport, TruthPoint
 from profiles.schema import Budget
 from tasks.libraries.interchange import joint_view, open_library, write_library
@@ -18,6 +19,8 @@ from tasks.pages.library_pictures import cells_of, colours_of, draw_strip
 from tasks.pages.page import figure, read_truth
 from tasks.pages.run_page import following, stored_choice, study_of_run
 from tasks.pages.svg import inline_svg
+from tasks.probe.records import PROBE
+from tasks.probe.words import sentences
 from tasks.search.choose import choose
 from tasks.search.confidence import Draws
 from tasks.search.joint import LibraryFileError
@@ -28,6 +31,7 @@ from tests import test_nvlabs
 from tests.test_choose import CHAT, EXACT, LONG, random_problem
 from tests.test_interchange import stored
 from tests.test_nvlabs import answers, label, puzzle
+from tests.test_probe import probe_report
 from tests.test_report import report_of
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -278,6 +282,27 @@ def test_what_a_page_solves_again_is_kept_for_the_same_choice_in_the_same_librar
     assert study(3).solved == first.solved and len(solved) == 5, "a damaged file is made again"
 
 
+def test_a_probe_is_a_part_of_the_page(tmp_path: Path) -> None:
+    problem = random_problem(0, Budget(speedup=1.2))
+    write_library(tmp_path / "tables" / "tiny", stored(problem))
+    asked = {"request": request_of(problem).model_dump(mode="json"), "architecture": choose(problem)}
+    report = report_of().model_copy(update=asked)
+
+    def told() -> tuple[str, int]:
+        study = study_of_run(tmp_path, report, page.Extent(points=3, draws=Draws(most=4)), ())
+        parsed = Page(page.render(study, page.pictures_of(study)))
+        return " ".join(parsed.words), parsed.tags.count("svg")
+
+    without, pictures = told()
+    assert "Where it breaks" not in without
+    found = probe_report(report)
+    write_value((tmp_path / report.child_folder).parent / PROBE, found)
+    words, more = told()
+    assert more == pictures + 1
+    assert "Where it breaks" in words and all(line in words for line in sentences(found))
+    assert "on upper &" in words and "2.50 ±0.20" in words
+
+
 def test_a_page_says_what_to_do_next() -> None:
     command = "puzzle optimize mine/profile.yaml --workspace 'a b' --set seed=1"
     report = report_of().model_copy(update={"command": command, "speed": SpeedReport(engine="llama.cpp (x 1)")})
@@ -285,6 +310,7 @@ def test_a_page_says_what_to_do_next() -> None:
     assert list(found.values()) == [
         "puzzle export '/w/a b/child' --format gguf --out tiny.gguf",
         "puzzle bench '/w/a b/child' --engine llama.cpp",
+        "puzzle probe '/w/a b/child'",
         "puzzle reoptimize mine/profile.yaml --workspace 'a b' --set seed=1",
         "puzzle serve mine/profile.yaml",
     ]

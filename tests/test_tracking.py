@@ -37,7 +37,7 @@ from tasks.operating.run_figures import (
     report_metrics,
     run_name,
 )
-from tasks.operating.study_runs import keep, log_bench, log_costs, log_report, log_sweep
+from tasks.operating.study_runs import keep, log_bench, log_costs, log_probe, log_report, log_sweep
 from tasks.operating.sweeping import SweepPoint
 from tasks.operating.tracking import (
     Tracking,
@@ -55,6 +55,7 @@ from tasks.operating.tracking import (
 from tasks.pages.page import read_truth
 from tasks.pages.report import write_report
 from tasks.running.servers import sqlite_file, sqlite_url
+from tests.test_probe import probe_report
 from tests.test_report import report_of, with_speed
 
 
@@ -291,6 +292,22 @@ def test_a_bench_lies_under_the_run_that_made_the_child(opened: Tracking, tmp_pa
     assert run.data.metrics["bench_1x256x64/child_prefill_speedup"] == pytest.approx(2)
     assert run.data.tags["puzzle.not_reliable"] == "1x256x64: the machine was busy"
     assert log_bench(tmp_path / "child.gguf", [], []) is None  # of no workspace
+
+
+def test_a_probe_lies_under_the_run_that_made_the_child(opened: Tracking, tmp_path: Path) -> None:
+    child = opened.workspace / "runs" / "tiny-2" / "child"
+    with run_started(opened, "tiny") as run_id:
+        pass
+    made = report_of().model_copy(update={"mlflow_run_id": run_id})
+    write_value(child.parent / "report.json", made)
+    found = probe_report(made)
+    page = log_probe(child, found)
+    assert page
+    run = client(opened).get_run(page.rpartition("/")[2])
+    assert run.data.tags["mlflow.parentRunId"] == run_id and run.data.params["text_upper"] == found.domains[1].about
+    assert run.data.metrics["probe_upper/child_times"] == 2.5
+    assert run.data.metrics["probe_upper/child_times_se"] == 0.2
+    assert log_probe(tmp_path / "child", found) is None  # of no run
 
 
 def test_a_study_keeps_its_points_as_data_and_as_a_picture(opened: Tracking) -> None:

@@ -104,11 +104,16 @@ class Contender(Value):
 
 
 class Lineage(Value):
-    """What a finished run writes beside its child: the parent, the corpus, and every block of the child by digest."""
+    """What a finished run writes beside its child: the parent, the text that stages saw, and every block of the child
+    by digest. rival: the best baseline. The texts of capabilities and the rival are missing where an earlier version
+    wrote it.
+    """
 
     parent: ParentInfo
     corpus: CorpusInfo
     child: Contender
+    capabilities: tuple[CorpusInfo, ...] = ()
+    rival: Contender | None = None
 
 
 LINEAGE = "lineage.json"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blocks.compute import Compute
 from blocks.library import digest_of, keep, read_tensors, remember
-from blocks.records import CorpusInfo, Looping, ParentInfo
+from blocks.records import CorpusInfo, Looping, ParentInfo, Value
 from profiles.schema import Evaluate
 from tasks.evaluate.answers import continued, loops, stop_tokens
 from tasks.evaluate.compare import Contender, served
@@ -49,24 +49,48 @@ def looping_of(
     progress: Progress = no_progress,
 ) -> Looping:
     """The count of the parent or of a child; a stored one is read."""
-    from transformers import AutoTokenizer
-
     parent, corpus = source
     path = workspace / looping_path(which, parent, corpus, settings)
     stored = remember(path, Looping, lambda _: [], workspace)
     if stored is not None:
         return stored
+    model = served(which, parent, workspace, compute)
+    made = go_on(model, source, settings, workspace, progress, which.name).looping
+    keep(path, made, [], workspace)
+    return made
+
+
+class Continued(Value):
+    """What a model said after each of the beginnings, as tokens, and whether that loops."""
+
+    said: tuple[tuple[int, ...], ...]
+    looping: Looping
+
+
+def go_on(
+    model: Any,
+    source: tuple[ParentInfo, CorpusInfo],
+    settings: Evaluate,
+    workspace: Path,
+    progress: Progress = no_progress,
+    name: str = "",
+) -> Continued:
+    """Let a model go on from `settings.loop_prompts` beginnings of the test split."""
+    from transformers import AutoTokenizer
+
+    parent, corpus = source
     tokens = read_tensors(workspace, corpus.tokens, ["test"])["test"]
     prompts, rows = beginnings(tokens, settings.loop_prompts)
     documents = documents_of(corpus, "test", workspace) or tuple(range(len(tokens)))
     folder = workspace / parent.folder
-    model, tokenizer = served(which, parent, workspace, compute), AutoTokenizer.from_pretrained(folder)
-    stops, found = stop_tokens(folder, model.config, tokenizer), list[int]()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    stops, said, found = stop_tokens(folder, model.config, tokenizer), list[tuple[int, ...]](), list[int]()
     for batch in prompts.split(BATCH):
-        for said in continued(model, batch, settings.answer_tokens, stops):
-            text: Any = tokenizer.decode(said, skip_special_tokens=True)
-            found.append(int(loops(text, said)))
-        progress(len(found), len(prompts), f"{which.name}, {sum(found)} of {len(found)} loop")
-    made = Looping(loops=tuple(found), documents=tuple(documents[row] for row in rows))
-    keep(path, made, [], workspace)
-    return made
+        for one in continued(model, batch, settings.answer_tokens, stops):
+            text: Any = tokenizer.decode(one, skip_special_tokens=True)
+            said.append(tuple(one))
+            found.append(int(loops(text, one)))
+        progress(len(found), len(prompts), f"{name}, {sum(found)} of {len(found)} loop")
+    return Continued(
+        said=tuple(said), looping=Looping(loops=tuple(found), documents=tuple(documents[row] for row in rows))
+    )

@@ -140,14 +140,7 @@ def sequence_figures(model: Any, targets: ParentTargets, tokens: Tensor, compute
     """
     if not torch.equal(targets.tokens, tokens):
         raise ValueError("the parent's targets were made from other tokens: call parent_targets on these")
-    rows: list[Tensor] = []
-    with _evaluating(model):
-        first = 0
-        for hidden in _hidden_states(model, tokens, compute):
-            last = first + hidden.shape[0]
-            rows.append(_token_figures(model, hidden, targets, slice(first, last)))
-            first = last
-    return _of_sequences(torch.cat(rows, dim=1).cpu(), targets.weights)
+    return _of_sequences(token_figures(model, targets, compute), targets.weights)
 
 
 def _of_sequences(figures: Tensor, weights: Tensor | None) -> dict[str, Tensor]:
@@ -160,8 +153,32 @@ def _of_sequences(figures: Tensor, weights: Tensor | None) -> dict[str, Tensor]:
     return {"loss": loss.mean(dim=1), "kl": kl.mean(dim=1), "top1_agreement": agree.mean(dim=1)}
 
 
-def _token_figures(model: Any, hidden: Tensor, targets: ParentTargets, where: slice) -> Tensor:
-    """Loss, KL, agreement per token of a few sequences: (3, s, T) float64. Loss at the last position is 0."""
+# log probabilities (t, V) of some tokens, the parent's (t, V), the tokens behind them, -100 for none -> (figures, t)
+Compared = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def compared(models: Tensor, parents: Tensor, labels: Tensor) -> Tensor:
+    """Loss, KL, agreement of each token: (3, t) float64. The loss is 0 where no token follows."""
+    loss = functional.nll_loss(models, labels, ignore_index=-100, reduction="none")
+    kl = (parents.exp() * (parents - models)).sum(dim=-1)
+    agree = models.argmax(dim=-1) == parents.argmax(dim=-1)
+    return torch.stack([loss.double(), kl.double(), agree.double()])
+
+
+def token_figures(model: Any, targets: ParentTargets, compute: Compute, compare: Compared = compared) -> Tensor:
+    """The figures of `compare` of a model on every token of the targets: (figures, S, T) float64, on the host."""
+    rows: list[Tensor] = []
+    with _evaluating(model):
+        first = 0
+        for hidden in _hidden_states(model, targets.tokens, compute):
+            last = first + hidden.shape[0]
+            rows.append(_figures_of_rows(model, hidden, targets, slice(first, last), compare).cpu())
+            first = last
+    return torch.cat(rows, dim=1)
+
+
+def _figures_of_rows(model: Any, hidden: Tensor, targets: ParentTargets, where: slice, compare: Compared) -> Tensor:
+    """(figures, s, T) of a few sequences, chunk by chunk."""
     labels = functional.pad(targets.tokens[where, 1:].to(hidden.device).long(), (0, 1), value=-100)
     triples = zip(
         hidden.flatten(0, 1).split(CHUNK_TOKENS),
@@ -172,17 +189,13 @@ def _token_figures(model: Any, hidden: Tensor, targets: ParentTargets, where: sl
     figures = []
     for model_hidden, parent_hidden, label in triples:
         models = _log_probs(model.lm_head, model.config, model_hidden)
-        figures.append(_compared(models, targets, parent_hidden, label))
-    return torch.cat(figures, dim=1).reshape(3, *labels.shape)
+        figures.append(compare(models, _parents(targets, parent_hidden, models.device), label))
+    return torch.cat(figures, dim=1).unflatten(1, labels.shape)
 
 
-def _compared(models: Tensor, targets: ParentTargets, parent_hidden: Tensor, labels: Tensor) -> Tensor:
-    """Loss, KL, agreement of log probabilities (T, V) per token: (3, T) float64. parent_hidden: (T, D)"""
-    parents = _log_probs(targets.head, targets.config, parent_hidden.to(models.device))
-    loss = functional.nll_loss(models, labels, ignore_index=-100, reduction="none")
-    kl = (parents.exp() * (parents - models)).sum(dim=-1)
-    agree = models.argmax(dim=-1) == parents.argmax(dim=-1)
-    return torch.stack([loss.double(), kl.double(), agree.double()])
+def _parents(targets: ParentTargets, hidden: Tensor, device: torch.device) -> Tensor:
+    """The parent's log probabilities (t, V) from its hidden states (t, D)."""
+    return _log_probs(targets.head, targets.config, hidden.to(device))
 
 
 @torch.inference_mode()
@@ -195,7 +208,11 @@ def session_figures(session: Session, targets: ParentTargets) -> dict[str, Tenso
         whole = session.logits(row.tolist()), parent_hidden, labels
         parts = zip(*(one.split(CHUNK_TOKENS) for one in whole), strict=True)
         figures = [
-            _compared(functional.log_softmax(logits.to(device), dim=-1), targets, hidden, label.to(device))
+            compared(
+                functional.log_softmax(logits.to(device), dim=-1),
+                _parents(targets, hidden, device),
+                label.to(device),
+            )
             for logits, hidden, label in parts
         ]
         rows.append(torch.cat(figures, dim=1).cpu())

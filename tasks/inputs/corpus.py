@@ -29,16 +29,16 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from blocks.errors import CorpusError, first_line
+from blocks.errors import CorpusError, TooLittleText, first_line
 from blocks.files import sha256_of
 from blocks.library import digest_of, keep, read_rows, read_tensors, remember, write_tensors
 from blocks.records import CorpusInfo
 from profiles.schema import Corpus, HubSource, TextSource
 from tasks.inputs.chats import Chat, Conversation, Message, Span, answers_in, contents_alone, normalise, template_of
 from tasks.inputs.companions import TOKENIZER_FILES
-from tasks.inputs.corpus_sources import check_sources, content_of, iterate_batches, name_of, pinned
+from tasks.inputs.corpus_sources import check_sources, content_of, iterate_batches, name_of, pinned, source_of_file
 from tasks.inputs.near_duplicates import NONE, KnownRuns, NearDuplicates
-from tasks.inputs.text_files import Document, kind_of
+from tasks.inputs.text_files import Document
 from tasks.running.progress import say
 
 VERSION = 2  # raise it when the same sources would give other tokens
@@ -161,13 +161,12 @@ def tokens_of_file(path: Path, tokenizer: Any, sequences: int, length: int) -> t
     """A text, jsonl or parquet file as a transformers tokenizer's ids (sequences, length). Raises CorpusError where it
     is too short.
     """
-    source = TextSource(kind=kind_of(path.name) or "text", path=str(path))
-    asked = Corpus(sources=(source,), sequence_length=length, train_sequences=sequences)
+    asked = Corpus(sources=(source_of_file(str(path)),), sequence_length=length, train_sequences=sequences)
     reads = document_tokenizer(tokenizer)
     queues = queues_of(asked, reads.chat)
     try:
         return pack_splits(queues, reads, {"train": sequences}, length)[0]["train"].long()
-    except CorpusError as error:
+    except TooLittleText as error:
         needed = f"{sequences} sequences x {length} = {sequences * length:,} tokens are needed"
         raise CorpusError(f"{path} is too short: {needed}. Name a longer text.") from error
 
@@ -474,7 +473,7 @@ def _packed(
         filled.until(sequences * length, share)
         tokens = np.concatenate([np.zeros(0, np.int32), *filled.parts])[: sequences * length]
         if len(tokens) < sequences * length:
-            raise CorpusError(_too_small(split, sequences, length, len(tokens), queues, filled))
+            raise TooLittleText(_too_small(split, sequences, length, len(tokens), queues, filled))
         packed[split] = torch.from_numpy(tokens).view(sequences, length)
         starts[split] = torch.from_numpy(np.cumsum([0, *map(len, filled.parts[:-1])])[: len(filled.parts)])
         left = [
@@ -544,6 +543,8 @@ def _too_small(split: str, sequences: int, length: int, there: int, queues: Sequ
     total = sum(len(queue.documents) for queue in queues)
     left = sum(len(queue.documents) for queue in filled.queues)
     near = f"; {filled.near.found} are nearly the same as one of test or validation" if filled.near.found else ""
+    known = filled.near.elsewhere.found
+    near += f"; {known} are in the corpus or in an earlier capability" if known else ""
     source = filled.empty.name if filled.empty else ""
     ways = f"Lower the weight of {source}, which ran out, or add" if source else "Add"
     return (

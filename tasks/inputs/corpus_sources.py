@@ -26,7 +26,19 @@ from profiles.schema import (
 from tasks.inputs.chats import Chat, Conversation, contents_alone, normalise
 from tasks.inputs.installed_packages import installed_file
 from tasks.inputs.questions import folder_of, needles, passages
-from tasks.inputs.text_files import CHUNK, Document, Tally, files_of, read_file, skipped, texts, value_of
+from tasks.inputs.text_files import (
+    CHUNK,
+    Document,
+    FileKind,
+    Tally,
+    field_of,
+    files_of,
+    kind_of,
+    read_file,
+    skipped,
+    texts,
+    value_of,
+)
 from tasks.inputs.wikipedia import articles_of
 
 MADE = 1  # raise it when the same settings make other needles
@@ -104,6 +116,19 @@ def iterate_batches(
         notes += skipped(tallies, name_of(source))
         if long:
             notes.append(f"documents of {name_of(source)} cut after {limit // LONGEST:,} characters: {long}")
+
+
+def source_of_file(text: str) -> TextSource:
+    """A file, folder or glob as a source: its kind by its ending, or that of most files in it, plain text where that
+    tells none; its field by its first row. Raises CorpusError.
+    """
+    path = Path(text).expanduser()
+    found = [kind_of(file.name, named=False) for file in path.iterdir()] if path.is_dir() else [kind_of(text)]
+    kinds = [kind for kind in found if kind]
+    # of as many files of two kinds the data: jsonl and parquet come before text
+    kind: FileKind = max(sorted(set(kinds)), key=kinds.count, default="text")
+    source = TextSource(kind=kind, path=text)
+    return source if kind == "text" else source.model_copy(update={"text_field": field_of(files_of(source)[0], source)})
 
 
 def name_of(source: CorpusSource) -> str:

@@ -37,11 +37,11 @@ from profiles.schema import (
     WikipediaDumpSource,
 )
 from tasks.inputs.corpus import DocumentTokenizer, load_tokenizer, ordered_documents, pack_splits, splits_of
-from tasks.inputs.corpus_sources import check_sources, iterate_documents
+from tasks.inputs.corpus_sources import check_sources, iterate_documents, source_of_file
 from tasks.inputs.installed_packages import installed_file
 from tasks.inputs.near_duplicates import NearDuplicates
 from tasks.inputs.parent import write_config, write_tokenizer
-from tasks.inputs.text_files import FileKind, field_of, files_of, kind_of
+from tasks.inputs.text_files import kind_of
 
 LENGTHS, TRAIN = (256, 128, 64, 32), (512, 256, 128, 64, 32)  # the ladder: tokens of a sequence, train sequences
 SEPARATORS = ("\n\n\n", "\n\n", "\n")
@@ -109,13 +109,7 @@ def read_text(text: str) -> CorpusSource:
     path = Path(text).expanduser()
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.exists() and kind_of(text) is None:
         return HubSource(kind="hub", hub_id=text)
-    found = [kind_of(file.name, named=False) for file in path.iterdir()] if path.is_dir() else [kind_of(text)]
-    kinds = [kind for kind in found if kind]
-    # of as many files of two kinds the data: jsonl and parquet come before text
-    kind: FileKind = max(sorted(set(kinds)), key=kinds.count, default="text")
-    source = TextSource(kind=kind, path=text)
-    if kind != "text":
-        source = source.model_copy(update={"text_field": field_of(files_of(source)[0], source)})
+    source = source_of_file(text)
     check_sources(Corpus(sources=(source,)))
     return source
 

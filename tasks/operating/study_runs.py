@@ -14,6 +14,8 @@ from tasks.operating import tracking
 from tasks.operating.experiment import label_of, named
 from tasks.operating.run_figures import bench_metrics, cost_metrics, doubt_tags, engine_tags, report_metrics
 from tasks.operating.sweeping import SweepPoint
+from tasks.probe.records import ProbeReport
+from tasks.probe.words import figures as probe_figures
 
 if TYPE_CHECKING:
     from tasks.measure.bench import BenchRow
@@ -74,14 +76,10 @@ def log_bench(child: Path, rows: "Sequence[BenchRow]", doubts: Sequence[str]) ->
 
     doubts: why its speeds are not reliable.
     """
-    report = child.resolve().parent / "report.json"
-    workspace = report.parents[min(2, len(report.parents) - 1)]
-    if not report.is_file() or not tracking.has_runs(workspace):
+    made = _run_of(child)
+    if made is None:
         return None
-    store = tracking.tracking_of(workspace, read_value(report, ChildReport).mlflow_run_id)
-    if store is None:
-        return None
-    of, run = store
+    of, run = made
     first = rows[0]
     tags = engine_tags(first.engine, first.precision, first.threads)
     tags |= doubt_tags(doubts)
@@ -91,6 +89,29 @@ def log_bench(child: Path, rows: "Sequence[BenchRow]", doubts: Sequence[str]) ->
     own = tracking.log_stage(
         of, f"bench {first.engine} {first.precision} {loads}", run, tags, bench_metrics(rows), {}, params
     )
+    return "\n".join(tracking.page_lines(of, own))
+
+
+def _run_of(child: Path) -> tuple[tracking.Tracking, str] | None:
+    """The run that made a child, where MLflow has it."""
+    report = child.resolve().parent / "report.json"
+    workspace = report.parents[min(2, len(report.parents) - 1)]
+    if not report.is_file() or not tracking.has_runs(workspace):
+        return None
+    return tracking.tracking_of(workspace, read_value(report, ChildReport).mlflow_run_id)
+
+
+def log_probe(child: Path, report: ProbeReport) -> str | None:
+    """A probe as a run nested in the one that made the child. Returns its page; None where no such run is known."""
+    made = _run_of(child)
+    if made is None:
+        return None
+    of, run = made
+    metrics = {name: one.value for name, one in probe_figures(report)}
+    metrics |= {f"{name}_se": one.se for name, one in probe_figures(report)}
+    params = {name: str(value) for name, value in report.asked.model_dump().items()}
+    params |= {f"text_{domain.name}": domain.about for domain in report.domains}
+    own = tracking.log_stage(of, "probe", run, {}, metrics, {}, params)
     return "\n".join(tracking.page_lines(of, own))
 
 

@@ -21,7 +21,7 @@ from tasks.libraries.reading import read_json
 from tasks.libraries.tables import validated
 from tasks.pages.front import front_of
 from tasks.pages.library_pictures import Front, draw_confidence, draw_front, draw_strip, draw_truth
-from tasks.pages.picture import draw_capabilities, draw_comparison
+from tasks.pages.picture import draw_capabilities, draw_comparison, draw_probe
 from tasks.pages.report import (
     BEST,
     BEST_MEANS,
@@ -40,6 +40,8 @@ from tasks.pages.report import (
 )
 from tasks.pages.svg import inline_svg
 from tasks.pages.verdict import BUDGET_HEADER, budget_rows, evidence, verdict, warnings
+from tasks.probe.records import ProbeReport
+from tasks.probe.words import MEANS, sentences, tables
 from tasks.running.progress import shown
 from tasks.search.confidence import Confidence, Draws, bootstrap
 from tasks.search.joint import JointLibrary, LibraryFileError, at, known_quantity
@@ -86,6 +88,7 @@ class Study:
     facts: tuple[tuple[str, str], ...] = ()
     missing: tuple[str, ...] = ()
     report: ChildReport | None = None
+    probe: ProbeReport | None = None
     made: tuple[tuple[str, str], ...] = ()
     following: tuple[tuple[str, str], ...] = ()
 
@@ -161,6 +164,8 @@ def pictures_of(study: Study) -> dict[str, Figure]:
         found["comparison"] = draw_comparison(study.report.candidates)
     if study.report is not None and any(candidate.capabilities for candidate in study.report.candidates):
         found["capabilities"] = draw_capabilities(study.report.candidates)
+    if study.probe is not None:
+        found["probe"] = draw_probe(study.probe)
     return found
 
 
@@ -181,8 +186,9 @@ def render(study: Study, figures: dict[str, Figure]) -> str:
         "truth": "predicted against true",
         "comparison": "parent, child and baselines",
         "capabilities": "the KL on the corpus and on every capability",
+        "probe": "the KL on other text",
     }
-    report = study.report
+    report, probe = study.report, study.probe
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=study.title,
         choice=study.choice,
@@ -212,6 +218,9 @@ def render(study: Study, figures: dict[str, Figure]) -> str:
         findings=[] if report is None else evidence(report),
         answers=[] if report is None else answered(report),
         said=SAID,
+        probe_lines=[] if probe is None else sentences(probe),
+        probe_tables=[] if probe is None else tables(probe),
+        probe_means=MEANS,
         folded=[] if report is None else _folded(report),
         best=BEST,
         legend=f"{BEST_MEANS} {LEGEND}",

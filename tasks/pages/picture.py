@@ -21,6 +21,7 @@ from blocks.records import SUBBLOCKS, Architecture, Candidate, LayerChoice, Metr
 from blocks.typed_labels import bare, type_in
 from profiles.schema import GENERAL
 from tasks.evaluate.standing import final_of, gain_of
+from tasks.probe.records import ProbeReport
 
 INK, FAINT = "#1f2933", "#9aa5b1"
 PARENT_COLOUR, NO_OP_COLOUR, LINEAR_COLOUR = "#3e4c59", "#ffffff", "#f0a04b"
@@ -318,6 +319,30 @@ def draw_capabilities(candidates: Sequence[Candidate]) -> Figure:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     figure.legend(loc="outside upper center", ncols=1 + len(last), frameon=False, fontsize=9)
+    plain_axes(axes)
+    return figure
+
+
+def draw_probe(report: ProbeReport) -> Figure:
+    """The KL of every model but the parent on each text of a probe, with its standard error."""
+    models, domains = report.models[1:], report.domains
+    figure = figure_of(6.0, 1.0 + 0.3 * len(domains) * len(models))
+    axes, height = figure.subplots(), 0.8 / len(models)
+    for place, name in enumerate(models):
+        kl = [domain.models[name].kl for domain in domains]
+        axes.barh(
+            [row + height * place for row in range(len(domains))],
+            [one.value for one in kl],
+            0.9 * height,
+            xerr=[one.se for one in kl],
+            color=COLOURS.get(name, FAINT),
+            label=name,
+            error_kw={"ecolor": INK, "capsize": 2},
+        )
+    axes.set_yticks([row + 0.4 - height / 2 for row in range(len(domains))], [domain.name for domain in domains])
+    axes.invert_yaxis()
+    axes.set_xlabel("KL(parent || model), nats per token", color=INK)
+    figure.legend(loc="outside upper center", ncols=len(models), frameon=False, fontsize=9)
     plain_axes(axes)
     return figure
 

@@ -10,11 +10,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from blocks.files import sha256_of
-from blocks.library import digest_of
+from blocks.library import digest_of, remember
 from blocks.records import Architecture, ChildReport, TruthPoint
 from tasks.libraries.interchange import open_library
 from tasks.libraries.summary import Summary, summarise
 from tasks.pages.page import Extent, Study, study_choice, truth_of, write_page
+from tasks.probe.records import PROBE, ProbeReport
 from tasks.search.confidence import Draws
 from tasks.search.joint import HEAD, JointLibrary, LibraryFileError, Option
 from tasks.search.request import Request, objective_of
@@ -42,6 +43,8 @@ def study_of_run(workspace: Path, report: ChildReport, extent: Extent, truth: tu
     folder = (workspace / report.child_folder).resolve()
     made = (("finished", clock(report.finished_at)), ("command", report.command), ("folder", str(folder.parent)))
     parts: dict[str, Any] = {"truth": truth, "report": report, "following": following(report, folder)}
+    probed = folder.parent / PROBE
+    parts["probe"] = remember(probed, ProbeReport, lambda _: [], workspace, fetch="never")
     parts["made"] = tuple((name, value) for name, value in made if value)
     asked = {"request": request, "choice": choice, "extent": asdict(extent), "v": VERSION}
     key = digest_of(library=sha256_of(tables / "library.json"), **asked)  # it holds the digest of every table
@@ -65,6 +68,7 @@ def following(report: ChildReport, child: Path) -> tuple[tuple[str, str], ...]:
     return (
         ("export it", f"puzzle export {where} --format gguf --out {report.profile}.gguf"),
         ("measure it beside its parent", f"puzzle bench {where} --engine {engine}"),
+        ("see where it breaks", f"puzzle probe {where}"),
         ("make it anew when something changed", again),
         ("forms, runs and schedules in a browser", f"puzzle serve {shlex.quote(profile)}"),
     )

@@ -1,0 +1,168 @@
+"""`puzzle probe`: where the child of a finished run breaks, though its average looks fine."""
+
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from blocks.errors import PuzzleError
+from blocks.runtime import configure
+from flows.in_workspace import kept_in_mlflow, run_logged
+from flows.options import takes
+from flows.page import finished_run
+from tasks.running.progress import Progress, shown, wide_console
+
+if TYPE_CHECKING:
+    from blocks.compute import Compute
+    from tasks.probe.records import Asked, ProbeReport
+    from tasks.probe.sides import ProbedRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """What is probed, and how much."""
+
+    where: Annotated[
+        Path,
+        typer.Argument(metavar="WORKSPACE_OR_CHILD", help="the folder of a run, or a child in its runs/"),
+    ]
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            metavar="NAME=FILE",
+            help="text, jsonl or parquet that no stage saw [the test text made noisy, Python's standard library]",
+        ),
+    ] = None
+    sequences: Annotated[int, typer.Option("--sequences", min=4, help="of each text, at most")] = 32
+    length: Annotated[
+        int | None,
+        typer.Option("--length", min=0, help="tokens of the long rows; 0: none [1024, or twice the run's sequences]"),
+    ] = None
+    finetune_steps: Annotated[
+        int, typer.Option("--finetune-steps", min=0, help="on the first text; 0: no fine-tuning")
+    ] = 16
+    learning_rate: Annotated[float, typer.Option("--learning-rate", min=1e-9, max=1.0, help="of the fine-tuning")] = (
+        1e-4
+    )
+    prompts: Annotated[int, typer.Option("--prompts", min=0, help="beginnings that are answered; 0: none")] = 40
+    answer_tokens: Annotated[int, typer.Option("--answer-tokens", min=1, help="of each answer, at most")] = 64
+    seed: Annotated[int, typer.Option("--seed", min=0, help="of the noise")] = 0
+    device: Annotated[str, typer.Option("--device", help="cpu, or cuda")] = "cpu"
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="[the physical cores]")] = None
+
+    def asked(self, run: "ProbedRun") -> "Asked":
+        """How much is probed of a run."""
+        from tasks.probe.probe import usual_length
+        from tasks.probe.records import Asked
+
+        return Asked(
+            sequences=self.sequences,
+            length=usual_length(run) if self.length is None else self.length,
+            finetune_steps=self.finetune_steps,
+            learning_rate=self.learning_rate,
+            prompts=self.prompts,
+            answer_tokens=self.answer_tokens,
+            seed=self.seed,
+        )
+
+    def compute(self) -> "Compute":
+        """Where it is computed, in float32."""
+        import torch
+
+        from blocks.compute import HOST
+        from blocks.runtime import configure_torch
+
+        if self.device != "cpu" and not (self.device.partition(":")[0] == "cuda" and torch.cuda.is_available()):
+            raise PuzzleError(f"--device {self.device}: there is no such device on this machine. Take cpu.")
+        configure_torch(self.threads)
+        return HOST.on(self.device)
+
+
+@takes(ProbeOptions)
+def probe_command(
+    given: ProbeOptions,
+    as_json: Annotated[bool, typer.Option("--json", help="one object instead of the tables")] = False,
+) -> None:
+    """Parent, child and best baseline on other text, by length, in confidence, fine-tuned, and in what they answer."""
+    configure()
+    from transformers.utils.logging import disable_progress_bar
+
+    from tasks.probe.probe import prepare, probe
+    from tasks.probe.sides import open_run
+    from tasks.probe.texts import named_files
+
+    disable_progress_bar()
+    files, run, compute = named_files(given.text or ()), open_run(_child(given.where)), given.compute()
+
+    def work() -> str:
+        with redirect_stdout(sys.stderr):  # remarks of those who prepare texts: what is printed is an answer
+            prepared = prepare(run, files, given.asked(run), compute)
+            report = probe(prepared, compute, _stage)
+        _show(report, as_json)
+        _keep(run, report)
+        return ""
+
+    run_logged(run.workspace, work)
+
+
+def _child(where: Path) -> Path:
+    """The child that a path names: its own folder, or that of the last finished run of a workspace."""
+    if not where.is_dir():
+        raise PuzzleError(f"{where} is no folder: name a workspace with a finished run, or the child in its runs/.")
+    if (where / "config.json").is_file():
+        return where
+    report = finished_run(where)
+    if report is None:
+        raise PuzzleError(
+            f"{where} holds no finished run, and so no child: start one with `puzzle optimize PROFILE --workspace "
+            f"{where}`."
+        )
+    return where / report.child_folder
+
+
+def _stage(name: str) -> AbstractContextManager[Progress]:
+    return shown(name, beside=True)
+
+
+def _show(report: "ProbeReport", as_json: bool) -> None:
+    """The report as JSON, or its tables and sentences."""
+    from tasks.pages.report import TABLE_STYLE
+    from tasks.probe.words import MEANS, sentences, tables
+
+    if as_json:
+        typer.echo(report.model_dump_json(indent=1))
+        return
+    console = wide_console()
+    for title, header, rows in tables(report):
+        table = Table(title=title, **TABLE_STYLE)
+        for place, name in enumerate(header):
+            table.add_column(name, justify="right" if place else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(MEANS, highlight=False)
+    for line in sentences(report):
+        console.print(line, highlight=False, markup=False)
+
+
+def _keep(run: "ProbedRun", report: "ProbeReport") -> None:
+    """The part of the run's page, and the figures in MLflow. What was found is printed and stored already."""
+    from tasks.operating.study_runs import log_probe
+    from tasks.pages.run_page import write_run_page
+
+    try:
+        write_run_page(run.workspace, run.report, run.folder / "report.html")
+    except PuzzleError as error:
+        typer.echo(f"no report.html: {error}", err=True)
+    kept_in_mlflow(lambda: log_probe(run.folder / "child", report))
+
+
+def commands() -> Sequence[tuple[str, Any]]:
+    """Name and function of every command here."""
+    return (("probe", probe_command),)
