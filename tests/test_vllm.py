@@ -26,7 +26,7 @@ from tasks.engines.base import LoadOptions
 from tasks.engines.errors import EngineFailed, EngineMissing
 from tasks.engines.openai_server import SERVERS, Served
 from tasks.engines.registry import installed_engine
-from tasks.engines.vllm_engine import INSTALL, PYTHON_VARIABLE, Vllm, VllmSession, cannot
+from tasks.engines.vllm_engine import INSTALL, PYTHON_VARIABLE, Vllm, VllmPlugin, VllmSession, cannot
 from tasks.export.compressed import INTEGERS
 from tasks.export.folder import ExportError, export_folder
 from tasks.export.formats import export_as
@@ -42,9 +42,11 @@ from tests.test_engines import ROPES, YARN, run
 from tests.test_gguf import child_of
 from tests.test_modeling import FULL, LINEAR, NO_OP, attention, token_ids
 from tests.test_serving_load import OWNER, POINT, wait_until_gone
+from tests.test_windows import windowed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MISSING = Vllm().missing()
+STOCK, PLUGIN = Vllm(), VllmPlugin()
+MISSING = STOCK.missing()
 needs_vllm = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 HOW = LoadOptions(context_tokens=64, batch_size=2)
 HEAD: dict[str, Any] = {"head_dim": 32}  # the least that vLLM has a CPU kernel for
@@ -96,6 +98,29 @@ REFUSED: dict[str, tuple[str, list[dict[str, Any]], str]] = {
     "qwen3": ("qwen3", blocks_of(MIXED), "biases, norms or scales"),
 }
 
+# with the plugin: no attention in layer 0, windows of two lengths each with its KV heads, linear subblocks
+FREE = [
+    (NO_OP, odd(48)),
+    (windowed(2, 6, 4), odd(24)),
+    (LINEAR, wide(48)),
+    (windowed(1, 5, 4), NO_OP),
+    (attention(4), LINEAR),
+    (attention(1), odd(40)),
+]
+PLUGIN_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
+    "llama": ("llama", FREE, {}),
+    "biases": ("llama", FREE, {"attention_bias": True, "mlp_bias": True}),
+    "tied": ("llama", FREE, {"tie_word_embeddings": True}),
+    "yarn": ("llama", FREE, {"rope_parameters": YARN}),
+    "mistral": ("mistral", FREE, {}),  # the parent's own layers slide
+    "qwen2": ("qwen2", FREE, {}),
+    "qwen3": ("qwen3", FREE, {"attention_bias": True}),
+    "stock": ("llama", MIXED, {}),
+    "windows alone": ("llama", [(windowed(2, 6, 4), odd(24))] * 6, {}),
+    "no sinks": ("llama", [(windowed(2, 6, 0), odd(24)), *FREE[1:]], {}),
+    "no cache": ("llama", [(NO_OP, odd(48)), (LINEAR, LINEAR), *[(NO_OP, odd(24))] * 4], {}),
+}
+
 
 def exported(child: DeciLMForCausalLM, folder: Path) -> Path:
     return export_folder(child, folder, folder / "child", "# x\n")
@@ -107,8 +132,8 @@ class Models:
     def __init__(self) -> None:
         self.session: VllmSession | None = None
 
-    def load(self, folder: Path, how: LoadOptions = HOW) -> VllmSession:
-        what = Vllm().process(folder, how)
+    def load(self, folder: Path, how: LoadOptions = HOW, engine: Vllm = STOCK) -> VllmSession:
+        what = engine.process(folder, how)
         if self.session is None:
             self.session = VllmSession(what)
         else:
@@ -153,6 +178,32 @@ def test_ministrals_layers_slide_or_not_each_as_it_should(models: Models, tmp_pa
     child = child_of_any(parent, [*kept, {"attention": NO_OP, "ffn": odd(32)}, kept[0]])
     found = compare(models.load(exported(child, tmp_path)), child, ids)
     assert found.most < LOGITS_TOLERANCE / 100 and found.agreement == 1
+
+
+@needs_vllm
+@pytest.mark.parametrize("case", PLUGIN_RUNS)
+def test_the_plugin_gives_torchs_logits_and_text(case: str, models: Models, tmp_path: Path) -> None:
+    family, pairs, changes = PLUGIN_RUNS[case]
+    child, ids = child_of(family, blocks=blocks_of(pairs), **(HEAD | changes)), token_ids(1, 24)
+    session = models.load(exported(child, tmp_path), engine=PLUGIN)
+    found = compare(session, child, ids)
+    assert found.most < LOGITS_TOLERANCE / 100 and found.agreement == 1
+    expected: Any = child.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert session.generate(ids[0].tolist(), 8) == expected[0, 24:].tolist()
+
+
+@needs_vllm
+def test_what_lies_between_sinks_and_window_may_go(models: Models, tmp_path: Path) -> None:
+    """A text over many blocks of the KV cache: those between are freed. Torch's text is computed without a cache."""
+    child = child_of(blocks=blocks_of(FREE), **HEAD, max_position_embeddings=1024)
+    session = models.load(exported(child, tmp_path), LoadOptions(context_tokens=900, batch_size=2), PLUGIN)
+    ids = token_ids(1, 600)
+    assert compare(session, child, ids).most < LOGITS_TOLERANCE / 100
+    whole = torch.cat([ids, torch.tensor([session.generate(ids[0].tolist(), 290)])], 1)
+    with torch.inference_mode():
+        rows = child(whole, use_cache=False).logits[0, 599:-1]
+    behind = rows.max(-1).values - rows[torch.arange(290), whole[0, 600:]]
+    assert float(behind.max()) < LOGITS_TOLERANCE / 100
 
 
 @needs_vllm

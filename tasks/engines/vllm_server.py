@@ -6,6 +6,7 @@ It takes the server's own options and serves until its standard input ends. That
 when the run is killed, so neither the server nor the engine core that it starts is left behind.
 """
 
+import importlib
 import os
 import runpy
 import signal
@@ -28,6 +29,7 @@ def main() -> None:
     threading.Thread(target=watch, daemon=True).start()
     with tempfile.TemporaryDirectory(prefix="puzzle-vllm-") as folder:
         os.environ.setdefault("HF_MODULES_CACHE", folder)
+        importlib.import_module("puzzle_vllm").register()  # the engine core, a fork of this process, knows it too
         runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
 
 
