@@ -26,7 +26,7 @@ from tasks.engines.base import LoadOptions
 from tasks.engines.errors import EngineFailed, EngineMissing
 from tasks.engines.openai_server import SERVERS, Served
 from tasks.engines.registry import installed_engine
-from tasks.engines.vllm_engine import INSTALL, PYTHON_VARIABLE, Vllm, VllmPlugin, VllmSession, cannot
+from tasks.engines.vllm_engine import INSTALL, PYTHON_VARIABLE, SETTINGS, Vllm, VllmPlugin, VllmSession, cannot
 from tasks.export.compressed import INTEGERS
 from tasks.export.folder import ExportError, export_folder
 from tasks.export.formats import export_as
@@ -41,6 +41,7 @@ from tests.families import child_of as child_of_any
 from tests.test_engines import ROPES, YARN, run
 from tests.test_gguf import child_of
 from tests.test_modeling import FULL, LINEAR, NO_OP, attention, token_ids
+from tests.test_recurrent import recurrent
 from tests.test_serving_load import OWNER, POINT, wait_until_gone
 from tests.test_windows import windowed
 
@@ -118,8 +119,15 @@ PLUGIN_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "stock": ("llama", MIXED, {}),
     "windows alone": ("llama", [(windowed(2, 6, 4), odd(24))] * 6, {}),
     "no sinks": ("llama", [(windowed(2, 6, 0), odd(24)), *FREE[1:]], {}),
-    "no cache": ("llama", [(NO_OP, odd(48)), (LINEAR, LINEAR), *[(NO_OP, odd(24))] * 4], {}),
+    "no attention": ("llama", [(NO_OP, odd(48)), (LINEAR, LINEAR), *[(NO_OP, odd(24))] * 4], {}),
 }
+UNABLE = [
+    ("gemma3_text", attention(2), "a model that is no child of one of the families llama"),
+    ("llama", recurrent("ssd"), "recurrent attention"),
+    ("llama", attention(2) | {"num_attention_heads": 2}, "fewer query heads"),
+    ("mistral", windowed(2, 8, 4), "a window with sink tokens as long as the parent's own"),
+]
+PIECES = ((0, 650), (300, 480), (300, 700), (10, 50), (0, 8), (300, 640), (0, 129))
 
 
 def exported(child: DeciLMForCausalLM, folder: Path) -> Path:
@@ -180,6 +188,14 @@ def test_ministrals_layers_slide_or_not_each_as_it_should(models: Models, tmp_pa
     assert found.most < LOGITS_TOLERANCE / 100 and found.agreement == 1
 
 
+@torch.inference_mode()
+def behind(child: DeciLMForCausalLM, ids: torch.Tensor, tokens: list[int]) -> float:
+    """How far the logits of tokens that an engine made are below the largest, at most, in torch without a cache."""
+    whole = torch.cat([ids, torch.tensor([tokens])], 1)
+    rows = child(whole, use_cache=False).logits[0, ids.shape[1] - 1 : -1]
+    return float((rows.max(-1).values - rows[torch.arange(len(tokens)), tokens]).max())
+
+
 @needs_vllm
 @pytest.mark.parametrize("case", PLUGIN_RUNS)
 def test_the_plugin_gives_torchs_logits_and_text(case: str, models: Models, tmp_path: Path) -> None:
@@ -188,8 +204,7 @@ def test_the_plugin_gives_torchs_logits_and_text(case: str, models: Models, tmp_
     session = models.load(exported(child, tmp_path), engine=PLUGIN)
     found = compare(session, child, ids)
     assert found.most < LOGITS_TOLERANCE / 100 and found.agreement == 1
-    expected: Any = child.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
-    assert session.generate(ids[0].tolist(), 8) == expected[0, 24:].tolist()
+    assert behind(child, ids, session.generate(ids[0].tolist(), 8)) == 0
 
 
 @needs_vllm
@@ -199,11 +214,45 @@ def test_what_lies_between_sinks_and_window_may_go(models: Models, tmp_path: Pat
     session = models.load(exported(child, tmp_path), LoadOptions(context_tokens=900, batch_size=2), PLUGIN)
     ids = token_ids(1, 600)
     assert compare(session, child, ids).most < LOGITS_TOLERANCE / 100
-    whole = torch.cat([ids, torch.tensor([session.generate(ids[0].tolist(), 290)])], 1)
-    with torch.inference_mode():
-        rows = child(whole, use_cache=False).logits[0, 599:-1]
-    behind = rows.max(-1).values - rows[torch.arange(290), whole[0, 600:]]
-    assert float(behind.max()) < LOGITS_TOLERANCE / 100
+    assert behind(child, ids, session.generate(ids[0].tolist(), 290)) < LOGITS_TOLERANCE / 100
+
+
+# many requests at once, prompts in pieces, beginnings that are in the cache, and no room for all of them
+CROWD = """
+import json, sys
+import puzzle_vllm
+from vllm import LLM, SamplingParams
+
+puzzle_vllm.register()
+folder, steps, prompts = sys.argv[1], int(sys.argv[2]), json.load(sys.stdin)
+llm = LLM(
+    model=folder, trust_remote_code=True, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, block_size=32,
+    hf_overrides={"architectures": [puzzle_vllm.ARCHITECTURE]}, max_model_len=800, max_num_seqs=4,
+    max_num_batched_tokens=200, kv_cache_memory_bytes=2_400_000, enable_prefix_caching=True,
+)
+asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+greedy = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False)
+for _ in range(2):
+    found = llm.generate(asked, greedy, use_tqdm=False)
+print(json.dumps([[one.num_cached_tokens, list(one.outputs[0].token_ids)] for one in found]))
+"""
+
+
+@needs_vllm
+def test_requests_do_not_take_each_others_tokens(tmp_path: Path) -> None:
+    pairs = [*FREE[:3], (windowed(1, 70, 4), NO_OP), FREE[4], (windowed(4, 40, 4), odd(40))]
+    child = child_of(blocks=blocks_of(pairs), **HEAD, max_position_embeddings=1024)
+    folder, ids = exported(child, tmp_path), token_ids(1, 700)[0]
+    prompts = [torch.cat([ids[:shared], ids[shared + 7 : end]]) for shared, end in PIECES]
+    words = json.dumps([prompt.tolist() for prompt in prompts])
+    command = [str(vllm_engine.interpreter()), "-c", CROWD, str(folder), "40"]
+    environment = {**os.environ, **SETTINGS}
+    done = subprocess.run(command, env=environment, input=words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    cached, found = zip(*json.loads(done.stdout.splitlines()[-1]), strict=True)
+    assert any(cached)
+    for prompt, tokens in zip(prompts, found, strict=True):
+        assert behind(child, prompt[None], tokens) < LOGITS_TOLERANCE / 100
 
 
 @needs_vllm
@@ -225,12 +274,24 @@ def test_what_is_refused_fails_or_is_wrong_in_vllm(
     with pytest.raises(EngineLimit, match=reason):
         Vllm().process(folder, HOW)
     assert reason in check_in_vllm(child, folder, "float32")  # the export says so
-    monkeypatch.setattr(vllm_engine, "_refused", lambda folder: None)
+    monkeypatch.setattr(vllm_engine, "_refused", lambda *_: None)
     try:
         found = compare(models.load(folder), child, token_ids(1, 24))
     except EngineFailed:
         return
     assert found.most > LOGITS_TOLERANCE
+
+
+@needs_vllm
+@pytest.mark.parametrize(("family", "entry", "reason"), UNABLE)
+def test_what_the_plugin_does_not_run_it_refuses(
+    family: str, entry: dict[str, Any], reason: str, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing of puzzle is there to refuse it first."""
+    folder = exported(child_of(family, blocks=blocks_of([(entry, odd(48)), *FREE[1:]]), **HEAD), tmp_path)
+    monkeypatch.setattr(vllm_engine, "_refused", lambda *_: None)
+    with pytest.raises(EngineFailed, match=f"puzzle's plugin for vLLM cannot run {reason}"):
+        models.load(folder, engine=PLUGIN)
 
 
 @needs_vllm
