@@ -19,14 +19,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from blocks.engine_limits import width_of
+from blocks.engine_limits import gaps, known_engine, width_of
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.records import CorpusInfo, ParentInfo, Ref
 from blocks.runtime import products_as_served
 from flows.serving import _calibration
 from tasks.export.folder import (
+    CARD_ENGINES,
     ExportError,
-    engine_gaps,
     export_child,
     model_card,
     native_config,
@@ -286,8 +286,8 @@ def wide(width: int, **changes: Any) -> dict[str, Any]:
 )
 def test_engines_that_run_a_child(family: str, first: Any, second: Any, runs: set[str]) -> None:
     blocks = [{"attention": first[0], "ffn": first[1]}] + [{"attention": second[0], "ffn": second[1]}] * 5
-    gaps = engine_gaps(child_config(blocks, family))
-    assert {engine for engine in gaps if not gaps[engine]} == runs
+    config = child_config(blocks, family)
+    assert {known_engine(engine).title for engine in CARD_ENGINES if not gaps(engine, config)} == runs
 
 
 def test_ffn_mult_gives_the_width_that_engines_round_up() -> None:

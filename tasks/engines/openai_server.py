@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -130,7 +130,11 @@ def _vllm(model: Path, how: LoadOptions, port: int, name: str = "vllm") -> tuple
     return command, dict(process.environment)
 
 
-SERVERS = {"llama.cpp": _llama_cpp, "vllm": _vllm, "vllm-plugin": partial(_vllm, name="vllm-plugin")}
+SERVERS: dict[str, Callable[[Path, LoadOptions, int], tuple[list[str], dict[str, str]]]] = {
+    "llama.cpp": _llama_cpp,
+    "vllm": _vllm,
+    "vllm-plugin": partial(_vllm, name="vllm-plugin"),
+}
 
 
 def main() -> None:

@@ -258,11 +258,6 @@ def _private_code_cache() -> Iterator[None]:
             sys.modules.update(others)
 
 
-def engine_gaps(config: DeciLMConfig) -> dict[str, list[str]]:
-    """For each serving engine, what it cannot run of this child. An empty list means that it can run the child."""
-    return {known_engine(engine).title: gaps(engine, config) for engine in CARD_ENGINES}
-
-
 def model_card(
     parent: ParentInfo,
     corpus: CorpusInfo,
@@ -369,7 +364,7 @@ def _loading(config: DeciLMConfig) -> list[str]:
     if native is not None:
         return [*snippet, f"All layers are alike: a plain `{_native_name(config)}`, for any engine that runs one."]
     engines = ["| engine | runs it |", "|---|---|", "| transformers >= 5 | yes |"]
-    for engine, missing in engine_gaps(config).items():
-        how = next(how for name, how in CARD_ENGINES.items() if known_engine(name).title == engine)
-        engines.append(f"| {engine} | {'no: ' + '; '.join(missing) if missing else f'yes, {how}'} |")
+    for name, how in CARD_ENGINES.items():
+        missing = gaps(name, config)
+        engines.append(f"| {known_engine(name).title} | {'no: ' + '; '.join(missing) if missing else f'yes, {how}'} |")
     return [*snippet, *engines]

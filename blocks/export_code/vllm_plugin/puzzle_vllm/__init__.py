@@ -13,14 +13,12 @@ def register() -> None:
 
     # by its name: vLLM imports it when a model needs it, since importing it starts CUDA
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")
-    stock = convertors.NemotronNasModelArchConfigConvertor
+    plain, stock = convertors.ModelArchConfigConvertorBase, convertors.NemotronNasModelArchConfigConvertor
 
-    class Convertor(stock):
+    class Convertor(convertors.NemotronNasModelArchConfigConvertor):
         """vLLM's own reads the number of KV heads off the first attention that is no no-op. It may be linear."""
 
         def get_total_num_kv_heads(self) -> int:
-            return (
-                super(stock, self) if ARCHITECTURE in self.get_architectures() else super()
-            ).get_total_num_kv_heads()
+            return (plain if ARCHITECTURE in self.get_architectures() else stock).get_total_num_kv_heads(self)
 
     convertors.MODEL_ARCH_CONFIG_CONVERTORS["nemotron-nas"] = Convertor
