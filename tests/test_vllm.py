@@ -121,6 +121,7 @@ PLUGIN_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "no sinks": ("llama", [(windowed(2, 6, 0), odd(24)), *FREE[1:]], {}),
     "no attention": ("llama", [(NO_OP, odd(48)), (LINEAR, LINEAR), *[(NO_OP, odd(24))] * 4], {}),
 }
+PUZZLES = '{"architectures": ["PuzzleForCausalLM"]}'
 UNABLE = [
     ("gemma3_text", attention(2), "a model that is no child of one of the families llama"),
     ("llama", recurrent("ssd"), "recurrent attention"),
@@ -467,9 +468,11 @@ def test_the_cache_holds_every_sequence() -> None:
 
 @needs_vllm
 def test_vllms_server_answers_under_load_and_ends_with_its_owner(tmp_path: Path) -> None:
-    """One start for all: it takes longer than the rest. The folder's own config class is run, so it was trusted."""
-    folder = exported(child_of(blocks=blocks_of(MIXED), **HEAD), tmp_path)
-    command = [sys.executable, "-c", OWNER, "vllm", str(folder), str(tmp_path / "log")]
+    """One start for all: it takes longer than the rest. The folder's own config class is run, so it was trusted, and
+    the plugin, in the engine core too.
+    """
+    folder = exported(child_of(blocks=blocks_of(FREE), **HEAD), tmp_path)
+    command = [sys.executable, "-c", OWNER, "vllm-plugin", str(folder), str(tmp_path / "log")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ}, cwd=Path.cwd()) as owner:
         try:
             assert owner.stdout is not None
@@ -494,8 +497,11 @@ def test_vllms_server_trusts_no_code_but_ours(tmp_path: Path, monkeypatch: pytes
     folder = exported(child_of(blocks=blocks_of(MIXED), **HEAD), tmp_path)
     command, _ = SERVERS["vllm"](folder, LoadOptions(), 1)
     assert "--trust-remote-code" in command and "--no-enable-prefix-caching" in command
+    plugged = SERVERS["vllm-plugin"](folder, LoadOptions(), 1)[0]
+    assert [word for word in plugged if word not in command][-2:] == ["--hf-overrides", PUZZLES]
     native = exported(child_of(blocks=blocks_of(ALIKE), **HEAD), tmp_path / "native")
     assert "--trust-remote-code" not in SERVERS["vllm"](native, LoadOptions(), 1)[0]
+    assert "--hf-overrides" not in SERVERS["vllm-plugin"](native, LoadOptions(), 1)[0]
     (folder / "configuration_decilm.py").write_text("import os")
     with pytest.raises(EngineLimit, match="holds other code"):
         SERVERS["vllm"](folder, LoadOptions(), 1)
