@@ -181,11 +181,12 @@ def test_vllm_gives_torchs_logits_and_text(case: str, models: Models, tmp_path: 
 
 
 @needs_vllm
-def test_ministrals_layers_slide_or_not_each_as_it_should(models: Models, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", [STOCK, PLUGIN])
+def test_ministrals_layers_slide_or_not_each_as_it_should(engine: Vllm, models: Models, tmp_path: Path) -> None:
     parent, ids = made("ministral", SLIDES | HEAD), token_ids(1, 24)
     kept = [{"attention": attention(2), "ffn": odd(48)}, {"attention": attention(1), "ffn": odd(24)}]
     child = child_of_any(parent, [*kept, {"attention": NO_OP, "ffn": odd(32)}, kept[0]])
-    found = compare(models.load(exported(child, tmp_path)), child, ids)
+    found = compare(models.load(exported(child, tmp_path), engine=engine), child, ids)
     assert found.most < LOGITS_TOLERANCE / 100 and found.agreement == 1
 
 
@@ -312,7 +313,7 @@ def in_one_process(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever loads a model in vLLM gets the process that is already there."""
 
     def load(self: Vllm, path: Path, how: LoadOptions) -> Any:
-        session = models.load(path, how)
+        session = models.load(path, how, self)
         monkeypatch.setattr(session, "close", lambda: None)
         return session
 
@@ -335,21 +336,27 @@ def test_an_export_is_checked_in_vllm(models: Models, tmp_path: Path, monkeypatc
 
 
 @needs_vllm
-@pytest.mark.parametrize("precision", INTEGERS)
+@pytest.mark.parametrize(
+    ("precision", "first"),
+    [*((name, attention(1)) for name in INTEGERS), *((name, windowed(1, 6, 4)) for name in INTEGERS)],
+)
 def test_integers_give_torchs_logits_in_vllm(
-    precision: str, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str, first: dict[str, Any], models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layers of different shapes: vLLM multiplies what torch has of the rounded weights; other weights are refused."""
     in_one_process(models, monkeypatch)
-    pairs = [(attention(1), odd(64)), (NO_OP, odd(96)), (attention(2), NO_OP), (attention(4), odd(32))]
+    windows = "window_length" in first
+    form, engine = ("vllm-plugin", PLUGIN) if windows else ("transformers", STOCK)
+    second = (LINEAR, LINEAR) if windows else (NO_OP, odd(96))
+    pairs = [(first, odd(64)), second, (attention(2), NO_OP), (attention(4), odd(32))]
     child = in_precision(child_of(blocks=blocks_of([*pairs, *pairs[:2]]), **HEAD), torch.bfloat16)
     tokens = torch.randint(child.config.vocab_size, (16, 32), generator=torch.Generator().manual_seed(0))
     target = tmp_path / "out"
-    notes = export_as(exported(child, tmp_path), "transformers", precision, target, calibration=lambda: tokens).notes
+    notes = export_as(exported(child, tmp_path), form, precision, target, calibration=lambda: tokens).notes
     assert any("vLLM" in note and "against torch on the same weights" in note for note in notes)
     child.model.layers[3].mlp.down_proj.weight.data *= 4
-    with pytest.raises(ExportError, match="vLLM does not give torch's logits on out"):
-        check_in_vllm(child, target, precision)
+    with pytest.raises(ExportError, match="does not give torch's logits on out"):
+        check_in_vllm(child, target, precision, engine=engine)
 
 
 @needs_vllm

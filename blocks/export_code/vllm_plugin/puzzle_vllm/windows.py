@@ -10,7 +10,7 @@ Legend: R = requests, T = tokens of each, N = keys that may be seen, H = heads, 
 block of the cache.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -74,6 +74,16 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What the queries `where` (R, T) see: blocks and offsets (R, N) in the cache, and which see which (R, 1, T, N)."""
+
+    where: torch.Tensor
+    blocks: torch.Tensor
+    offsets: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass(frozen=True)
 class SinkWindowMetadata:
     """One step. tokens: of all requests. slots: (tokens,) where each goes in the cache. table: (requests, blocks)."""
 
@@ -81,6 +91,27 @@ class SinkWindowMetadata:
     slots: torch.Tensor
     table: torch.Tensor
     parts: list[Part]
+    known: dict[Any, list[Seen]] = field(default_factory=dict)
+
+    def seen(self, size: int, sinks: int, room: int) -> list[Seen]:
+        """What is seen through a window, made once for all layers that have it. room: tokens of a block."""
+        key = (size, sinks, room)
+        if key not in self.known:
+            self.known[key] = [self._seen(part, *key) for part in self.parts]
+        return self.known[key]
+
+    def _seen(self, part: Part, size: int, sinks: int, room: int) -> Seen:
+        (requests, tokens), device = part.where.shape, part.where.device
+        least = part.first[:, None] - size + 1  # the first place in these windows; below 0 there is no token
+        first = torch.arange(sinks, device=device).expand(requests, -1)
+        recent = least + torch.arange(size + tokens - 1, device=device)
+        places = torch.cat([first, recent], 1)
+        there = torch.cat([first < least, recent >= 0], 1)  # no place twice
+        behind = (part.first[:, None] + torch.arange(tokens, device=device))[..., None] - places[:, None]  # (R, T, N)
+        mask = there[:, None] & (behind >= 0) & ((behind < size) | (places < sinks)[:, None])
+        places = places.clamp(min=0)
+        blocks = self.table[part.requests].gather(1, places // room)
+        return Seen(where=part.where, blocks=blocks, offsets=places % room, mask=mask[:, None])
 
 
 class SinkWindowBuilder(AttentionMetadataBuilder[SinkWindowMetadata]):
@@ -152,29 +183,14 @@ class SinkWindowImpl(AttentionImpl[SinkWindowMetadata]):
         slots, room = step.slots[: step.tokens], kv_cache.shape[2]
         new = torch.cat([key[: step.tokens], value[: step.tokens]], -1).to(kv_cache.dtype)
         kv_cache[slots // room, :, slots % room] = new
-        for part in step.parts:
-            output[part.where] = self._attended(query[part.where], kv_cache, step.table[part.requests], part.first)
+        for seen in step.seen(self.size, self.sinks, room):
+            held = kv_cache[seen.blocks, :, seen.offsets].to(query.dtype)  # (R, N, KV heads, 2 C)
+            keys, values = held.transpose(1, 2).chunk(2, -1)
+            out = F.scaled_dot_product_attention(
+                query[seen.where].transpose(1, 2), keys, values, attn_mask=seen.mask, scale=self.scale, enable_gqa=True
+            )
+            output[seen.where] = out.transpose(1, 2)
         return output
-
-    def _attended(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, table: torch.Tensor, first: torch.Tensor
-    ) -> torch.Tensor:
-        """(R, T, H, C) queries at the places from `first` (R,) on -> (R, T, H, C)"""
-        requests, tokens = query.shape[:2]
-        least = first[:, None] - self.size + 1  # the first place in these windows; below 0 there is no token
-        sinks = torch.arange(self.sinks, device=query.device).expand(requests, -1)
-        recent = least + torch.arange(self.size + tokens - 1, device=query.device)
-        places = torch.cat([sinks, recent], 1)  # (R, N)
-        there = torch.cat([sinks < least, recent >= 0], 1)  # no place twice
-        behind = (first[:, None] + torch.arange(tokens, device=query.device))[..., None] - places[:, None]  # (R, T, N)
-        seen = there[:, None] & (behind >= 0) & ((behind < self.size) | (places < self.sinks)[:, None])
-        places, room = places.clamp(min=0), kv_cache.shape[2]
-        held = kv_cache[table.gather(1, places // room), :, places % room].to(query.dtype)  # (R, N, KV heads, 2 C)
-        keys, values = held.transpose(1, 2).chunk(2, -1)
-        out = F.scaled_dot_product_attention(
-            query.transpose(1, 2), keys, values, attn_mask=seen[:, None], scale=self.scale, enable_gqa=True
-        )
-        return out.transpose(1, 2)
 
 
 class SinkWindowBackend(AttentionBackend):
