@@ -85,9 +85,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class SinkWindowMetadata:
-    """One step. tokens: of all requests. slots: (tokens,) where each goes in the cache. table: (requests, blocks)."""
+    """One step. tokens: of all requests. longest: tokens of the longest text. slots: (tokens,) where each token goes in
+    the cache. table: (requests, blocks).
+    """
 
     tokens: int
+    longest: int
     slots: torch.Tensor
     table: torch.Tensor
     parts: list[Part]
@@ -102,9 +105,10 @@ class SinkWindowMetadata:
 
     def _seen(self, part: Part, size: int, sinks: int, room: int) -> Seen:
         (requests, tokens), device = part.where.shape, part.where.device
-        least = part.first[:, None] - size + 1  # the first place in these windows; below 0 there is no token
+        width = min(size + tokens - 1, self.longest)
+        least = part.first[:, None] + tokens - width  # the first place in these windows; below 0 there is no token
         first = torch.arange(sinks, device=device).expand(requests, -1)
-        recent = least + torch.arange(size + tokens - 1, device=device)
+        recent = least + torch.arange(width, device=device)
         places = torch.cat([first, recent], 1)
         there = torch.cat([first < least, recent >= 0], 1)  # no place twice
         behind = (part.first[:, None] + torch.arange(tokens, device=device))[..., None] - places[:, None]  # (R, T, N)
@@ -139,7 +143,11 @@ class SinkWindowBuilder(AttentionMetadataBuilder[SinkWindowMetadata]):
             if length > 1:
                 parts += [part([one], begin, min(QUERIES, length - begin)) for begin in range(0, length, QUERIES)]
         return SinkWindowMetadata(
-            tokens=starts[-1], slots=step.slot_mapping, table=step.block_table_tensor.long(), parts=parts
+            tokens=starts[-1],
+            longest=step.max_seq_len,
+            slots=step.slot_mapping,
+            table=step.block_table_tensor.long(),
+            parts=parts,
         )
 
 
