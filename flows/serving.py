@@ -166,7 +166,7 @@ DEFAULT_LOAD = "1x256x64"
 
 def bench_command(
     child: ChildPath,
-    engine: Annotated[str, typer.Option("--engine", help="torch, llama.cpp or vllm")] = "torch",
+    engine: Annotated[str, typer.Option("--engine", help="torch, llama.cpp, vllm or vllm-plugin")] = "torch",
     parent: Parent = None,
     load: Loads = None,
     precision: Precision = "float32",
@@ -203,7 +203,7 @@ def bench_command(
 def loadtest_command(
     child: ChildPath,
     server: Annotated[
-        str | None, typer.Option("--server", help="llama.cpp or vllm: serve parent and child on loopback")
+        str | None, typer.Option("--server", help="llama.cpp, vllm or vllm-plugin: serve parent and child on loopback")
     ] = None,
     url: Annotated[
         list[str] | None,

@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
-EngineName = Literal["torch", "llama.cpp", "vllm", "tensorrt-llm", "sglang"]
+EngineName = Literal["torch", "llama.cpp", "vllm", "vllm-plugin", "tensorrt-llm", "sglang"]
 
 
 def read_share(value: object) -> object:
@@ -572,6 +572,7 @@ DRIVEN: dict[str, tuple[tuple[str, ...], tuple[Precision, ...]]] = {
     "torch": (("cpu", "cuda", "mps"), ("float32", "bfloat16", "float16")),
     "llama.cpp": (("cpu",), ("float32", "bfloat16", "float16", "q8_0")),
     "vllm": (("cpu",), ("float32", "bfloat16")),
+    "vllm-plugin": (("cpu",), ("float32", "bfloat16")),
 }
 
 
@@ -583,7 +584,7 @@ class Hardware(Section):
         description="A name for the machine. With engine roofline: a target of profiles/hardware/, or the path of a "
         "YAML file like those.",
     )
-    engine: Literal["torch", "llama.cpp", "vllm", "roofline"] = Field(
+    engine: Literal["torch", "llama.cpp", "vllm", "vllm-plugin", "roofline"] = Field(
         default="torch", description="The engine that costs are measured in; roofline models them."
     )
     must_run: tuple[EngineName, ...] = Field(

@@ -1,8 +1,10 @@
 """Engines: limits as data, llama.cpp's logits and text against torch's, exports and what they refuse."""
 
+import ast
 import copy
 import ctypes
 import json
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,10 @@ from blocks.engine_limits import (
     runnable,
     width_of,
 )
+from blocks.export_code import AUTO_MAP, PLUGIN
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.export_code.vllm_plugin import puzzle_vllm
+from blocks.export_code.vllm_plugin.puzzle_vllm import ARCHITECTURE
 from blocks.parent import Parent
 from blocks.records import LayerChoice
 from flows import cli
@@ -101,6 +106,11 @@ def config_of(family: str, **changes: Any) -> Any:
         ("vllm", 0, "no_op", "parent", "layer 0 without attention"),
         ("vllm", 1, "parent", "linear", "linear subblocks"),
         ("vllm", 1, "kv1", "ffn24", None),
+        ("vllm-plugin", 0, "no_op", "linear", None),
+        ("vllm-plugin", 1, "linear", "ffn24", None),
+        ("vllm-plugin", 1, "window8", "ffn24", None),
+        ("vllm-plugin", 1, "q2", "parent", "fewer query heads"),
+        ("vllm-plugin", 1, "ssd", "parent", "recurrent attention, a state in the place of a KV cache"),
         ("tensorrt-llm", 1, "linear", "ffn256", None),
         ("tensorrt-llm", 1, "parent", "ffn24", "FFN widths without ffn_mult"),
         ("sglang", 1, "kv1", "ffn256", "different numbers of KV heads"),
@@ -118,11 +128,11 @@ def test_what_an_engine_runs_in_a_layer(
 @pytest.mark.parametrize(
     ("family", "changes", "runs"),
     [
-        ("llama", {}, {"torch", "llama.cpp", "vllm", "tensorrt-llm", "sglang"}),
-        ("qwen2", {}, {"torch", "llama.cpp"}),
-        ("mistral", {"sliding_window": None}, {"torch", "llama.cpp", "vllm", "tensorrt-llm", "sglang"}),
-        ("mistral", {}, {"torch", "vllm"}),
-        ("qwen3", {}, {"torch"}),
+        ("llama", {}, set(KNOWN_ENGINES)),
+        ("qwen2", {}, {"torch", "llama.cpp", "vllm-plugin"}),
+        ("mistral", {"sliding_window": None}, set(KNOWN_ENGINES)),
+        ("mistral", {}, {"torch", "vllm", "vllm-plugin"}),
+        ("qwen3", {}, {"torch", "vllm-plugin"}),
         ("gemma3_text", {}, {"torch"}),
         (
             "llama",
@@ -394,6 +404,35 @@ def test_widths_of_256_go_to_nemotron_nas_and_alike_layers_to_both_schemas(tmp_p
     assert types == {"native": "llama", "nemotron-nas": "nemotron-nas", "transformers": "llama"}
     first = json.loads((tmp_path / "nemotron-nas" / "config.json").read_text())["block_configs"][0]["ffn"]
     assert width_of(first["ffn_mult"], 32) == 256
+
+
+def test_a_folder_for_vllm_brings_the_plugin_and_another_format_leaves_it(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.export.formats.check_in_vllm", lambda *what: what[-1].name)
+    done = export_as(folders["child"], "vllm-plugin", "f32", tmp_path / "served")
+    assert done.notes[-1] == "vllm-plugin"
+    config = json.loads((done.path / "config.json").read_text())
+    assert config["architectures"] == [ARCHITECTURE] and config["auto_map"] == AUTO_MAP
+    package = tomllib.loads((done.path / PLUGIN / "pyproject.toml").read_text())
+    (entry,) = package["project"]["entry-points"]["vllm.general_plugins"].values()
+    module, function = entry.split(":")
+    names = {path.stem for path in (done.path / PLUGIN / module).iterdir()}
+    assert names == {"__init__", "model", "windows"} and callable(getattr(puzzle_vllm, function))
+    assert "pip install ./vllm_plugin" in (done.path / "README.md").read_text()
+    back = export_as(done.path, "transformers", "f32", tmp_path / "back")
+    assert not (back.path / PLUGIN).exists() and (back.path / "README.md").read_text() == "# child\n"
+    assert json.loads((back.path / "config.json").read_text())["architectures"] == ["DeciLMForCausalLM"]
+    folder = export_folder(child_of("gemma3_text"), tmp_path, tmp_path / "gemma", "# x\n")
+    with pytest.raises(EngineLimit, match="no engine that loads vllm-plugin runs biases, norms or scales"):
+        export_as(folder, "vllm-plugin", "f32", tmp_path / "no")
+
+
+def test_the_plugin_knows_the_families_that_the_table_says() -> None:
+    """It imports vLLM, which is not here."""
+    tree = ast.parse(Path(puzzle_vllm.__path__[0], "model.py").read_text())
+    (table,) = [node.value for node in tree.body if isinstance(node, ast.AnnAssign) and node.value]
+    assert frozenset(ast.literal_eval(table)) == known_engine("vllm-plugin").families
 
 
 def test_a_damaged_export_is_found(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,14 +19,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from blocks.engine_limits import width_of
+from blocks.engine_limits import gaps, known_engine, width_of
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.records import CorpusInfo, ParentInfo, Ref
 from blocks.runtime import products_as_served
 from flows.serving import _calibration
 from tasks.export.folder import (
+    CARD_ENGINES,
     ExportError,
-    engine_gaps,
     export_child,
     model_card,
     native_config,
@@ -37,6 +37,7 @@ from tests.test_modeling import FAMILIES, LINEAR, NO_OP, attention, ffn, mixed_b
 from tests.test_recurrent import recurrents
 from tests.test_windows import windowed, windows
 
+PLUGIN = "vLLM with puzzle's plugin"
 PARENT = ParentInfo(name="tiny", folder="parent", fingerprint="f" * 8, source="made in a test", revision="r1")
 CORPUS = CorpusInfo(
     tokens=Ref(path="corpus.safetensors", sha256="0"),
@@ -270,22 +271,23 @@ def wide(width: int, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("family", "first", "second", "runs"),
     [
-        ("llama", (attention(2), wide(256)), (NO_OP, wide(512)), {"vLLM", "TensorRT-LLM", "SGLang"}),
-        ("llama", (attention(2), wide(256)), (attention(1), NO_OP), {"vLLM", "TensorRT-LLM"}),
-        ("llama", (attention(2), wide(256)), (LINEAR, wide(256)), {"TensorRT-LLM"}),
-        ("llama", (attention(2), wide(256)), (attention(2), LINEAR), {"TensorRT-LLM"}),
-        ("llama", (NO_OP, wide(256)), (attention(2), wide(256)), {"TensorRT-LLM"}),
-        ("llama", (attention(2), wide(256)), (attention(2), wide(24)), set()),
-        ("llama", (attention(2), wide(256)), (windowed(2, 4), wide(256)), set()),
-        ("llama", (attention(2), wide(256)), (attention(2), wide(24, ffn_mult=None)), {"vLLM"}),
-        ("mistral", (attention(2), wide(256)), (NO_OP, wide(256)), {"vLLM"}),
-        ("qwen2", (attention(2), wide(256)), (NO_OP, wide(256)), set()),
+        ("llama", (attention(2), wide(256)), (NO_OP, wide(512)), {"vLLM", PLUGIN, "TensorRT-LLM", "SGLang"}),
+        ("llama", (attention(2), wide(256)), (attention(1), NO_OP), {"vLLM", PLUGIN, "TensorRT-LLM"}),
+        ("llama", (attention(2), wide(256)), (LINEAR, wide(256)), {PLUGIN, "TensorRT-LLM"}),
+        ("llama", (attention(2), wide(256)), (attention(2), LINEAR), {PLUGIN, "TensorRT-LLM"}),
+        ("llama", (NO_OP, wide(256)), (attention(2), wide(256)), {PLUGIN, "TensorRT-LLM"}),
+        ("llama", (attention(2), wide(256)), (attention(2), wide(24)), {PLUGIN}),
+        ("llama", (attention(2), wide(256)), (windowed(2, 4), wide(256)), {PLUGIN}),
+        ("llama", (attention(2), wide(256)), (attention(2), wide(24, ffn_mult=None)), {"vLLM", PLUGIN}),
+        ("mistral", (attention(2), wide(256)), (NO_OP, wide(256)), {"vLLM", PLUGIN}),
+        ("qwen2", (attention(2), wide(256)), (NO_OP, wide(256)), {PLUGIN}),
+        ("gemma3_text", (attention(2), wide(256)), (NO_OP, wide(256)), set()),
     ],
 )
 def test_engines_that_run_a_child(family: str, first: Any, second: Any, runs: set[str]) -> None:
     blocks = [{"attention": first[0], "ffn": first[1]}] + [{"attention": second[0], "ffn": second[1]}] * 5
-    gaps = engine_gaps(child_config(blocks, family))
-    assert {engine for engine in gaps if not gaps[engine]} == runs
+    config = child_config(blocks, family)
+    assert {known_engine(engine).title for engine in CARD_ENGINES if not gaps(engine, config)} == runs
 
 
 def test_ffn_mult_gives_the_width_that_engines_round_up() -> None:

@@ -228,7 +228,7 @@ def test_a_vllm_that_would_compute_on_a_gpu_is_refused(
 def test_the_doctor_tells_the_engines_that_can_run(without_vllm: None) -> None:
     there, lacks = doctor.engines()
     assert there.detail == "torch on cpu and cuda and mps, llama.cpp on cpu"
-    assert lacks.status == "warn" and lacks.detail.startswith("not vllm: vLLM is not installed")
+    assert lacks.status == "warn" and lacks.detail.startswith("not vllm and vllm-plugin: vLLM is not installed")
 
 
 # --- parts of a profile that do not fit each other

@@ -26,7 +26,7 @@ from tasks.engines.base import LoadOptions
 from tasks.engines.errors import EngineFailed, EngineMissing
 from tasks.engines.openai_server import SERVERS, Served
 from tasks.engines.registry import installed_engine
-from tasks.engines.vllm_engine import INSTALL, PYTHON_VARIABLE, Vllm, VllmSession, cannot
+from tasks.engines.vllm_engine import INSTALL, PYTHON_VARIABLE, SETTINGS, Vllm, VllmPlugin, VllmSession, cannot
 from tasks.export.compressed import INTEGERS
 from tasks.export.folder import ExportError, export_folder
 from tasks.export.formats import export_as
@@ -41,10 +41,13 @@ from tests.families import child_of as child_of_any
 from tests.test_engines import ROPES, YARN, run
 from tests.test_gguf import child_of
 from tests.test_modeling import FULL, LINEAR, NO_OP, attention, token_ids
+from tests.test_recurrent import recurrent
 from tests.test_serving_load import OWNER, POINT, wait_until_gone
+from tests.test_windows import windowed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MISSING = Vllm().missing()
+STOCK, PLUGIN = Vllm(), VllmPlugin()
+MISSING = STOCK.missing()
 needs_vllm = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 HOW = LoadOptions(context_tokens=64, batch_size=2)
 HEAD: dict[str, Any] = {"head_dim": 32}  # the least that vLLM has a CPU kernel for
@@ -96,6 +99,37 @@ REFUSED: dict[str, tuple[str, list[dict[str, Any]], str]] = {
     "qwen3": ("qwen3", blocks_of(MIXED), "biases, norms or scales"),
 }
 
+# with the plugin: no attention in layer 0, windows of two lengths each with its KV heads, linear subblocks
+FREE = [
+    (NO_OP, odd(48)),
+    (windowed(2, 6, 4), odd(24)),
+    (LINEAR, wide(48)),
+    (windowed(1, 5, 4), NO_OP),
+    (attention(4), LINEAR),
+    (attention(1), odd(40)),
+]
+PLUGIN_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
+    "llama": ("llama", FREE, {}),
+    "biases": ("llama", FREE, {"attention_bias": True, "mlp_bias": True}),
+    "tied": ("llama", FREE, {"tie_word_embeddings": True}),
+    "yarn": ("llama", FREE, {"rope_parameters": YARN}),
+    "mistral": ("mistral", FREE, {}),  # the parent's own layers slide
+    "qwen2": ("qwen2", FREE, {}),
+    "qwen3": ("qwen3", FREE, {"attention_bias": True}),
+    "stock": ("llama", MIXED, {}),
+    "windows alone": ("llama", [(windowed(2, 6, 4), odd(24))] * 6, {}),
+    "no sinks": ("llama", [(windowed(2, 6, 0), odd(24)), *FREE[1:]], {}),
+    "no attention": ("llama", [(NO_OP, odd(48)), (LINEAR, LINEAR), *[(NO_OP, odd(24))] * 4], {}),
+}
+PUZZLES = '{"architectures": ["PuzzleForCausalLM"]}'
+UNABLE = [
+    ("gemma3_text", attention(2), "a model that is no child of one of the families llama"),
+    ("llama", recurrent("ssd"), "recurrent attention"),
+    ("llama", attention(2) | {"num_attention_heads": 2}, "fewer query heads"),
+    ("mistral", windowed(2, 8, 4), "a window with sink tokens as long as the parent's own"),
+]
+PIECES = ((0, 650), (300, 480), (300, 700), (10, 50), (0, 8), (300, 640), (0, 129))
+
 
 def exported(child: DeciLMForCausalLM, folder: Path) -> Path:
     return export_folder(child, folder, folder / "child", "# x\n")
@@ -107,8 +141,8 @@ class Models:
     def __init__(self) -> None:
         self.session: VllmSession | None = None
 
-    def load(self, folder: Path, how: LoadOptions = HOW) -> VllmSession:
-        what = Vllm().process(folder, how)
+    def load(self, folder: Path, how: LoadOptions = HOW, engine: Vllm = STOCK) -> VllmSession:
+        what = engine.process(folder, how)
         if self.session is None:
             self.session = VllmSession(what)
         else:
@@ -147,12 +181,80 @@ def test_vllm_gives_torchs_logits_and_text(case: str, models: Models, tmp_path: 
 
 
 @needs_vllm
-def test_ministrals_layers_slide_or_not_each_as_it_should(models: Models, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", [STOCK, PLUGIN])
+def test_ministrals_layers_slide_or_not_each_as_it_should(engine: Vllm, models: Models, tmp_path: Path) -> None:
     parent, ids = made("ministral", SLIDES | HEAD), token_ids(1, 24)
     kept = [{"attention": attention(2), "ffn": odd(48)}, {"attention": attention(1), "ffn": odd(24)}]
     child = child_of_any(parent, [*kept, {"attention": NO_OP, "ffn": odd(32)}, kept[0]])
-    found = compare(models.load(exported(child, tmp_path)), child, ids)
+    found = compare(models.load(exported(child, tmp_path), engine=engine), child, ids)
     assert found.most < LOGITS_TOLERANCE / 100 and found.agreement == 1
+
+
+@torch.inference_mode()
+def behind(child: DeciLMForCausalLM, ids: torch.Tensor, tokens: list[int]) -> float:
+    """How far the logits of tokens that an engine made are below the largest, at most, in torch without a cache."""
+    whole = torch.cat([ids, torch.tensor([tokens])], 1)
+    rows = child(whole, use_cache=False).logits[0, ids.shape[1] - 1 : -1]
+    return float((rows.max(-1).values - rows[torch.arange(len(tokens)), tokens]).max())
+
+
+@needs_vllm
+@pytest.mark.parametrize("case", PLUGIN_RUNS)
+def test_the_plugin_gives_torchs_logits_and_text(case: str, models: Models, tmp_path: Path) -> None:
+    family, pairs, changes = PLUGIN_RUNS[case]
+    child, ids = child_of(family, blocks=blocks_of(pairs), **(HEAD | changes)), token_ids(1, 24)
+    session = models.load(exported(child, tmp_path), engine=PLUGIN)
+    found = compare(session, child, ids)
+    assert found.most < LOGITS_TOLERANCE / 100 and found.agreement == 1
+    assert behind(child, ids, session.generate(ids[0].tolist(), 8)) == 0
+
+
+@needs_vllm
+def test_what_lies_between_sinks_and_window_may_go(models: Models, tmp_path: Path) -> None:
+    """A text over many blocks of the KV cache: those between are freed. Torch's text is computed without a cache."""
+    child = child_of(blocks=blocks_of(FREE), **HEAD, max_position_embeddings=1024)
+    session = models.load(exported(child, tmp_path), LoadOptions(context_tokens=900, batch_size=2), PLUGIN)
+    ids = token_ids(1, 600)
+    assert compare(session, child, ids).most < LOGITS_TOLERANCE / 100
+    assert behind(child, ids, session.generate(ids[0].tolist(), 290)) < LOGITS_TOLERANCE / 100
+
+
+# many requests at once, prompts in pieces, beginnings that are in the cache, and no room for all of them
+CROWD = """
+import json, sys
+import puzzle_vllm
+from vllm import LLM, SamplingParams
+
+puzzle_vllm.register()
+folder, steps, prompts = sys.argv[1], int(sys.argv[2]), json.load(sys.stdin)
+llm = LLM(
+    model=folder, trust_remote_code=True, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, block_size=32,
+    hf_overrides={"architectures": [puzzle_vllm.ARCHITECTURE]}, max_model_len=800, max_num_seqs=4,
+    max_num_batched_tokens=200, kv_cache_memory_bytes=2_400_000, enable_prefix_caching=True,
+)
+asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+greedy = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False)
+for _ in range(2):
+    found = llm.generate(asked, greedy, use_tqdm=False)
+print(json.dumps([[one.num_cached_tokens, list(one.outputs[0].token_ids)] for one in found]))
+"""
+
+
+@needs_vllm
+def test_requests_do_not_take_each_others_tokens(tmp_path: Path) -> None:
+    pairs = [*FREE[:3], (windowed(1, 70, 4), NO_OP), FREE[4], (windowed(4, 40, 4), odd(40))]
+    child = child_of(blocks=blocks_of(pairs), **HEAD, max_position_embeddings=1024)
+    folder, ids = exported(child, tmp_path), token_ids(1, 700)[0]
+    prompts = [torch.cat([ids[:shared], ids[shared + 7 : end]]) for shared, end in PIECES]
+    words = json.dumps([prompt.tolist() for prompt in prompts])
+    command = [str(vllm_engine.interpreter()), "-c", CROWD, str(folder), "40"]
+    environment = {**os.environ, **SETTINGS}
+    done = subprocess.run(command, env=environment, input=words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    cached, found = zip(*json.loads(done.stdout.splitlines()[-1]), strict=True)
+    assert any(cached)
+    for prompt, tokens in zip(prompts, found, strict=True):
+        assert behind(child, prompt[None], tokens) < LOGITS_TOLERANCE / 100
 
 
 @needs_vllm
@@ -174,12 +276,24 @@ def test_what_is_refused_fails_or_is_wrong_in_vllm(
     with pytest.raises(EngineLimit, match=reason):
         Vllm().process(folder, HOW)
     assert reason in check_in_vllm(child, folder, "float32")  # the export says so
-    monkeypatch.setattr(vllm_engine, "_refused", lambda folder: None)
+    monkeypatch.setattr(vllm_engine, "_refused", lambda *_: None)
     try:
         found = compare(models.load(folder), child, token_ids(1, 24))
     except EngineFailed:
         return
     assert found.most > LOGITS_TOLERANCE
+
+
+@needs_vllm
+@pytest.mark.parametrize(("family", "entry", "reason"), UNABLE)
+def test_what_the_plugin_does_not_run_it_refuses(
+    family: str, entry: dict[str, Any], reason: str, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing of puzzle is there to refuse it first."""
+    folder = exported(child_of(family, blocks=blocks_of([(entry, odd(48)), *FREE[1:]]), **HEAD), tmp_path)
+    monkeypatch.setattr(vllm_engine, "_refused", lambda *_: None)
+    with pytest.raises(EngineFailed, match=f"puzzle's plugin for vLLM cannot run {reason}"):
+        models.load(folder, engine=PLUGIN)
 
 
 @needs_vllm
@@ -199,7 +313,7 @@ def in_one_process(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever loads a model in vLLM gets the process that is already there."""
 
     def load(self: Vllm, path: Path, how: LoadOptions) -> Any:
-        session = models.load(path, how)
+        session = models.load(path, how, self)
         monkeypatch.setattr(session, "close", lambda: None)
         return session
 
@@ -222,21 +336,27 @@ def test_an_export_is_checked_in_vllm(models: Models, tmp_path: Path, monkeypatc
 
 
 @needs_vllm
-@pytest.mark.parametrize("precision", INTEGERS)
+@pytest.mark.parametrize(
+    ("precision", "first"),
+    [*((name, attention(1)) for name in INTEGERS), *((name, windowed(1, 6, 4)) for name in INTEGERS)],
+)
 def test_integers_give_torchs_logits_in_vllm(
-    precision: str, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str, first: dict[str, Any], models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layers of different shapes: vLLM multiplies what torch has of the rounded weights; other weights are refused."""
     in_one_process(models, monkeypatch)
-    pairs = [(attention(1), odd(64)), (NO_OP, odd(96)), (attention(2), NO_OP), (attention(4), odd(32))]
+    windows = "window_length" in first
+    form, engine = ("vllm-plugin", PLUGIN) if windows else ("transformers", STOCK)
+    second = (LINEAR, LINEAR) if windows else (NO_OP, odd(96))
+    pairs = [(first, odd(64)), second, (attention(2), NO_OP), (attention(4), odd(32))]
     child = in_precision(child_of(blocks=blocks_of([*pairs, *pairs[:2]]), **HEAD), torch.bfloat16)
     tokens = torch.randint(child.config.vocab_size, (16, 32), generator=torch.Generator().manual_seed(0))
     target = tmp_path / "out"
-    notes = export_as(exported(child, tmp_path), "transformers", precision, target, calibration=lambda: tokens).notes
+    notes = export_as(exported(child, tmp_path), form, precision, target, calibration=lambda: tokens).notes
     assert any("vLLM" in note and "against torch on the same weights" in note for note in notes)
     child.model.layers[3].mlp.down_proj.weight.data *= 4
-    with pytest.raises(ExportError, match="vLLM does not give torch's logits on out"):
-        check_in_vllm(child, target, precision)
+    with pytest.raises(ExportError, match="does not give torch's logits on out"):
+        check_in_vllm(child, target, precision, engine=engine)
 
 
 @needs_vllm
@@ -355,9 +475,11 @@ def test_the_cache_holds_every_sequence() -> None:
 
 @needs_vllm
 def test_vllms_server_answers_under_load_and_ends_with_its_owner(tmp_path: Path) -> None:
-    """One start for all: it takes longer than the rest. The folder's own config class is run, so it was trusted."""
-    folder = exported(child_of(blocks=blocks_of(MIXED), **HEAD), tmp_path)
-    command = [sys.executable, "-c", OWNER, "vllm", str(folder), str(tmp_path / "log")]
+    """One start for all: it takes longer than the rest. The folder's own config class is run, so it was trusted, and
+    the plugin, in the engine core too.
+    """
+    folder = exported(child_of(blocks=blocks_of(FREE), **HEAD), tmp_path)
+    command = [sys.executable, "-c", OWNER, "vllm-plugin", str(folder), str(tmp_path / "log")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ}, cwd=Path.cwd()) as owner:
         try:
             assert owner.stdout is not None
@@ -382,8 +504,11 @@ def test_vllms_server_trusts_no_code_but_ours(tmp_path: Path, monkeypatch: pytes
     folder = exported(child_of(blocks=blocks_of(MIXED), **HEAD), tmp_path)
     command, _ = SERVERS["vllm"](folder, LoadOptions(), 1)
     assert "--trust-remote-code" in command and "--no-enable-prefix-caching" in command
+    plugged = SERVERS["vllm-plugin"](folder, LoadOptions(), 1)[0]
+    assert [word for word in plugged if word not in command][-2:] == ["--hf-overrides", PUZZLES]
     native = exported(child_of(blocks=blocks_of(ALIKE), **HEAD), tmp_path / "native")
     assert "--trust-remote-code" not in SERVERS["vllm"](native, LoadOptions(), 1)[0]
+    assert "--hf-overrides" not in SERVERS["vllm-plugin"](native, LoadOptions(), 1)[0]
     (folder / "configuration_decilm.py").write_text("import os")
     with pytest.raises(EngineLimit, match="holds other code"):
         SERVERS["vllm"](folder, LoadOptions(), 1)

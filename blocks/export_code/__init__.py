@@ -8,4 +8,5 @@ AUTO_MAP = {
     "AutoModel": "modeling_decilm.DeciLMModel",
     "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
 }
+PLUGIN = "vllm_plugin"  # the folder of the package that vLLM needs; it imports vllm, and travels where it is asked for
 CODE_FILES = tuple(f"{name}_decilm.py" for name in ("configuration", "families", "modeling", "recurrent", "windows"))

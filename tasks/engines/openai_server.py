@@ -12,14 +12,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from blocks.export_code.vllm_plugin.puzzle_vllm import ARCHITECTURE
 from tasks.engines.base import LoadOptions, python_path
 from tasks.engines.errors import EngineMissing
 from tasks.engines.vllm_process import kv_bytes
@@ -102,11 +104,11 @@ def _llama_cpp(model: Path, how: LoadOptions, port: int) -> tuple[list[str], dic
     return command, python_path()
 
 
-def _vllm(model: Path, how: LoadOptions, port: int) -> tuple[list[str], dict[str, str]]:
+def _vllm(model: Path, how: LoadOptions, port: int, name: str = "vllm") -> tuple[list[str], dict[str, str]]:
     """Command and environment of vLLM's server, for an exported folder. It caches nothing between requests."""
-    from tasks.engines.vllm_engine import Vllm  # brings torch, which llama.cpp's server has no use for
+    from tasks.engines.registry import engine_of  # brings torch, which llama.cpp's server has no use for
 
-    process = Vllm().process(model, how)
+    process = engine_of(name).process(model, how)
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     tokens = min(how.context_tokens, config["max_position_embeddings"])
     room = kv_bytes(config, how.precision, how.batch_size, tokens)
@@ -123,10 +125,16 @@ def _vllm(model: Path, how: LoadOptions, port: int) -> tuple[list[str], dict[str
     command += ["--generation-config", "vllm"]  # the folder's own defaults would change what is measured
     command += ["--trust-remote-code"] if process.load["trust"] else []
     command += [] if has_tokenizer(model) else ["--skip-tokenizer-init"]
+    if process.load["plugin"]:
+        command += ["--hf-overrides", json.dumps({"architectures": [ARCHITECTURE]})]
     return command, dict(process.environment)
 
 
-SERVERS = {"llama.cpp": _llama_cpp, "vllm": _vllm}
+SERVERS: dict[str, Callable[[Path, LoadOptions, int], tuple[list[str], dict[str, str]]]] = {
+    "llama.cpp": _llama_cpp,
+    "vllm": _vllm,
+    "vllm-plugin": partial(_vllm, name="vllm-plugin"),
+}
 
 
 def main() -> None:

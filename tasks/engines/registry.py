@@ -10,6 +10,7 @@ ENGINES = {
     "torch": ("tasks.engines.torch_engine", "Torch"),
     "llama.cpp": ("tasks.engines.llama_cpp", "LlamaCpp"),
     "vllm": ("tasks.engines.vllm_engine", "Vllm"),
+    "vllm-plugin": ("tasks.engines.vllm_engine", "VllmPlugin"),
 }
 
 

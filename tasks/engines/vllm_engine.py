@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from blocks import export_code
-from blocks.engine_limits import EngineLimit, gaps
-from blocks.export_code import AUTO_MAP, CODE_FILES
+from blocks.engine_limits import EngineLimit, gaps, known_engine
+from blocks.export_code import AUTO_MAP, CODE_FILES, PLUGIN
 from blocks.files import sha256_of
 from blocks.parent import config_of
 from blocks.records import Turn
@@ -48,7 +48,7 @@ SETTINGS = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_HOST_IP": "127.0.0.1",
     "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONPATH": "",
+    "PYTHONPATH": str(CODE / PLUGIN),
 }
 
 
@@ -95,6 +95,7 @@ class Vllm(Engine):
     name: ClassVar[str] = "vllm"
     format: ClassVar[str] = "nemotron-nas"
     precisions: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
+    plugin: ClassVar[bool] = False
 
     def missing(self) -> str | None:
         return None if interpreter() else INSTALL
@@ -109,6 +110,7 @@ class Vllm(Engine):
         """
         if how.precision not in self.precisions:
             raise EngineLimit(f"puzzle runs vLLM in {' and '.join(self.precisions)}, not in {how.precision}.")
+        trust = _trusted(path, self.name)
         return EngineProcess(
             # -P: the script's folder, full of short names, does not become a place to import from
             command=(str(_installed()), "-P", str(Path(__file__).with_name("vllm_process.py"))),
@@ -116,13 +118,25 @@ class Vllm(Engine):
             load={
                 "path": str(path.resolve()),
                 "how": dataclasses.asdict(how),
-                "trust": _trusted(path),
+                "trust": trust,
                 "dummy": noise,
+                "plugin": self.plugin and trust,
             },
         )
 
     def load(self, path: Path, how: LoadOptions) -> "VllmSession":
         return VllmSession(self.process(path, how))
+
+
+class VllmPlugin(Vllm):
+    """vLLM with puzzle's plugin, blocks/export_code/vllm_plugin, which need not be installed there."""
+
+    name: ClassVar[str] = "vllm-plugin"
+    format: ClassVar[str] = "vllm-plugin"
+    plugin: ClassVar[bool] = True
+
+    def version(self) -> str:
+        return f"{super().version()}, with puzzle's plugin"
 
 
 def _installed() -> Path:
@@ -132,12 +146,12 @@ def _installed() -> Path:
     return python
 
 
-def _trusted(folder: Path) -> bool:
+def _trusted(folder: Path, engine: str = "vllm") -> bool:
     """Whether vLLM has to run the folder's own config class (`trust_remote_code`), which it needs for nemotron-nas.
 
     Only code that puzzle wrote is run, compared byte for byte. Raises EngineLimit for other code.
     """
-    reason = _refused(folder)
+    reason = _refused(folder, engine)
     if reason is not None:
         raise EngineLimit(f"{reason}.")
     if config_of(folder).model_type != "nemotron-nas":
@@ -156,18 +170,18 @@ def _digest(path: Path) -> str | None:
     return sha256_of(path) if path.is_file() else None
 
 
-def _refused(folder: Path) -> str | None:
+def _refused(folder: Path, engine: str) -> str | None:
     """Why vLLM on a CPU cannot run what lies in this folder; None when it can."""
     if not folder.is_dir():
         return f"{folder} is not a folder: vLLM loads what puzzle export --format transformers (or nemotron-nas) writes"
-    return cannot(config_of(folder))
+    return cannot(config_of(folder), engine)
 
 
-def cannot(config: Any) -> str | None:
+def cannot(config: Any, engine: str = "vllm") -> str | None:
     """Why vLLM on a CPU cannot run a model with this config; None when it can."""
-    missing = gaps("vllm", config) if config.model_type == "nemotron-nas" else []
+    missing = gaps(engine, config) if config.model_type == "nemotron-nas" else []
     if missing:
-        return f"vLLM cannot run {'; '.join(missing)}"
+        return f"{known_engine(engine).title} cannot run {'; '.join(missing)}"
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head not in HEAD_SIZES:
         sizes = ", ".join(map(str, sorted(HEAD_SIZES)))

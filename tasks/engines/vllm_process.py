@@ -38,15 +38,23 @@ class Server:
         self.vocab_size = 0
         self.numbers: Iterator[int] = itertools.count()
 
-    def load(self, path: str, how: dict[str, Any], trust: bool, dummy: bool = False) -> dict[str, Any]:
+    def load(
+        self, path: str, how: dict[str, Any], trust: bool, dummy: bool = False, plugin: bool = False
+    ) -> dict[str, Any]:
         """Load an exported folder.
 
-        trust: run the folder's own config class. dummy: the folder has no weights, fill in noise.
+        trust: run the folder's own config class. dummy: the folder has no weights, fill in noise. plugin: take
+        the model for one of puzzle's plugin, whatever its config names.
         """
         import torch
         import vllm
         from vllm import EngineArgs, LLMEngine
 
+        overrides = {}
+        if plugin:
+            known = importlib.import_module("puzzle_vllm")
+            known.register()
+            overrides = {"architectures": [known.ARCHITECTURE]}
         self.engine = None
         gc.collect()
         self.before = resident_bytes("VmRSS")
@@ -57,6 +65,7 @@ class Server:
             dtype=how["precision"],
             load_format="dummy" if dummy else "safetensors",
             trust_remote_code=trust,
+            hf_overrides=overrides,
             skip_tokenizer_init=True,
             enforce_eager=True,  # compilation takes minutes a model
             max_model_len=tokens,

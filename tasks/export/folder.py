@@ -26,10 +26,11 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrain
 from blocks import export_code
 from blocks.engine_limits import gaps, is_whole, known_engine
 from blocks.errors import PuzzleFailure
-from blocks.export_code import AUTO_MAP, CODE_FILES
+from blocks.export_code import AUTO_MAP, CODE_FILES, PLUGIN
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.export_code.families_decilm import FAMILIES
 from blocks.export_code.modeling_decilm import MOE, DeciLMForCausalLM, family_class, has_own_layer
+from blocks.export_code.vllm_plugin.puzzle_vllm import ARCHITECTURE
 from blocks.families import beyond_llama
 from blocks.records import CorpusInfo, ParentInfo
 from tasks.inputs.companions import copy_companions
@@ -37,8 +38,13 @@ from tasks.inputs.companions import copy_companions
 if TYPE_CHECKING:
     from tasks.export.compressed import Compressed
 
-# serving engines that read the nemotron-nas schema; the card lists them
-CARD_ENGINES = ("vllm", "tensorrt-llm", "sglang")
+# serving engines that the card lists, and how each takes a child
+CARD_ENGINES = {
+    "vllm": "as DeciLMForCausalLM",
+    "vllm-plugin": "exported with --format vllm-plugin",
+    "tensorrt-llm": "as DeciLMForCausalLM",
+    "sglang": "as DeciLMForCausalLM",
+}
 
 
 class ExportError(PuzzleFailure):
@@ -55,12 +61,13 @@ def export_folder(
     files_from: Path,
     target: Path,
     card: str,
-    heterogeneous: bool = False,
+    form: str = "transformers",
     compressed: "Compressed | None" = None,
 ) -> Path:
     """Write `model` to the folder `target`, with the tokenizer, chat templates and licence files of another folder.
 
-    heterogeneous: use the nemotron-nas schema even when all layers are alike. compressed: what the folder holds in the
+    form: `nemotron-nas` and `vllm-plugin` use the nemotron-nas schema even when all layers are alike; `vllm-plugin`
+    names the plugin's architecture and brings the plugin. compressed: what the folder holds in the
     place of rounded weights, which `model` has. The folder is written and verified under
     another name beside `target` and then renamed, so an export that fails or is killed does not change `target`.
     Raises ExportError when the logits of the reloaded folder are not exactly the model's.
@@ -73,7 +80,7 @@ def export_folder(
         shutil.rmtree(leftover, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        write_checkpoint(model, part, heterogeneous, compressed)
+        write_checkpoint(model, part, form, compressed)
         copy_companions(files_from, part)
         (part / "README.md").write_text(card, encoding="utf-8")
         for file in (path for path in part.rglob("*") if path.is_file()):
@@ -143,10 +150,10 @@ def layer_sizes(config: DeciLMConfig, layer: int) -> tuple[int | None, tuple[int
 
 
 def write_checkpoint(
-    model: DeciLMForCausalLM, folder: Path, heterogeneous: bool = False, compressed: "Compressed | None" = None
+    model: DeciLMForCausalLM, folder: Path, form: str = "transformers", compressed: "Compressed | None" = None
 ) -> None:
     """Write weights (tied ones once), config and generation config of a child; its code if the schema needs that."""
-    native = None if heterogeneous else native_config(cast(DeciLMConfig, model.config))
+    native = native_config(cast(DeciLMConfig, model.config)) if form in ("transformers", "native") else None
     if compressed is None:
         _saved(model, native).save_pretrained(folder)
     else:
@@ -164,6 +171,10 @@ def write_checkpoint(
         more = [*sorted(own), family.prefix if beyond_llama(family) else ""]
         more += ["Narrowed"] if any(entry.get("num_attention_heads") for entry in entries) else []
         names = ["".join([*more, name]) for name in config.architectures or ()]
+        if form == "vllm-plugin":
+            names = [ARCHITECTURE]
+            hidden = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(Path(export_code.__path__[0]) / PLUGIN, folder / PLUGIN, ignore=hidden)
         _add_to_config(folder, auto_map=AUTO_MAP, architectures=names)
         for name in CODE_FILES:
             shutil.copyfile(Path(export_code.__path__[0]) / name, folder / name)
@@ -245,11 +256,6 @@ def _private_code_cache() -> Iterator[None]:
             for name in loaded():
                 del sys.modules[name]
             sys.modules.update(others)
-
-
-def engine_gaps(config: DeciLMConfig) -> dict[str, list[str]]:
-    """For each serving engine, what it cannot run of this child. An empty list means that it can run the child."""
-    return {known_engine(engine).title: gaps(engine, config) for engine in CARD_ENGINES}
 
 
 def model_card(
@@ -358,6 +364,7 @@ def _loading(config: DeciLMConfig) -> list[str]:
     if native is not None:
         return [*snippet, f"All layers are alike: a plain `{_native_name(config)}`, for any engine that runs one."]
     engines = ["| engine | runs it |", "|---|---|", "| transformers >= 5 | yes |"]
-    for engine, missing in engine_gaps(config).items():
-        engines.append(f"| {engine} | {'no: ' + '; '.join(missing) if missing else 'yes, as DeciLMForCausalLM'} |")
+    for name, how in CARD_ENGINES.items():
+        missing = gaps(name, config)
+        engines.append(f"| {known_engine(name).title} | {'no: ' + '; '.join(missing) if missing else f'yes, {how}'} |")
     return [*snippet, *engines]

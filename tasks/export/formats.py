@@ -21,6 +21,7 @@ from blocks.parent import config_of
 from blocks.resources import precision_name
 from profiles.schema import PRECISION_ALIASES
 from tasks.engines.llama_cpp import LlamaCpp
+from tasks.engines.vllm_engine import Vllm, VllmPlugin
 from tasks.export.child_tokenizer import find_tokenizer, open_tokenizer, write_tokenizer
 from tasks.export.compressed import INTEGERS, compress
 from tasks.export.folder import ExportError, export_folder, layer_sizes, native_config
@@ -33,8 +34,17 @@ from tasks.gguf.writer import CORRECTED, PRECISIONS, Stored, UnknownPrecision, w
 from tasks.inputs.children import in_precision, open_child, origin_of
 from tasks.inputs.precision import FOLDER_PRECISIONS
 
-FORMATS = ("gguf", "nemotron-nas", "transformers", "native")
+FORMATS = ("gguf", "nemotron-nas", "vllm-plugin", "transformers", "native")
 FITTED = (*CORRECTED, *INTEGERS)  # to text
+# what the card of a folder for vLLM says besides
+SERVED = """
+## Serving in vLLM
+
+In this folder, with vLLM 0.32:
+
+    pip install ./vllm_plugin
+    vllm serve . --trust-remote-code
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +128,15 @@ def export_as(
         model = in_precision(model, dtype)
     card = child / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {origin_of(child).name}\n"
+    text = text.replace(SERVED, "") + (SERVED if form == "vllm-plugin" else "")
     with tempfile.TemporaryDirectory(prefix="puzzle-tokenizer-") as folder:
         if child.is_file():
             notes.insert(0, write_tokenizer(child, Path(folder)))
         files_from = child if child.is_dir() else Path(folder)
-        export_folder(model, files_from, target, text, form == "nemotron-nas", compressed)
+        export_folder(model, files_from, target, text, form, compressed)
     if form != "native":
-        notes.append(check_in_vllm(model, target, precision, step))
+        engine = VllmPlugin() if form == "vllm-plugin" else Vllm()
+        notes.append(check_in_vllm(model, target, precision, step, engine))
     return Exported(path=target, notes=tuple(notes))
 
 
@@ -155,9 +167,10 @@ def refuse(config: Any, form: str) -> None:
             raise EngineLimit(f"GGUF (architecture deci) cannot express {'; '.join(missing)}: take transformers.")
     if form == "nemotron-nas":
         _refuse_widths(config)
+    if form in ("nemotron-nas", "vllm-plugin"):
         missing = lost(form, config)
         if missing:
-            raise EngineLimit(f"no engine that loads nemotron-nas runs {'; '.join(missing)}: take transformers.")
+            raise EngineLimit(f"no engine that loads {form} runs {'; '.join(missing)}: take transformers.")
     if form == "native" and native_config(config) is None:
         raise EngineLimit("native needs layers that are all alike and whole, these differ: take transformers or gguf.")
 

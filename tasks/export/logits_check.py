@@ -54,14 +54,14 @@ def check_logits(back: Any, path: Path, precision: str) -> str:
     return verdict(compare_logits(back, path), LlamaCpp(), path, precision)
 
 
-def check_in_vllm(model: Any, folder: Path, precision: str, step: Step = no_step) -> str:
+def check_in_vllm(model: Any, folder: Path, precision: str, step: Step = no_step, engine: Vllm | None = None) -> str:
     """Compare vLLM with torch on an exported folder's weights. Returns a sentence: the result, or why nothing was
-    compared.
+    compared. engine: with the plugin or, as None, without.
 
     Raises ExportError beyond the tolerance, EngineFailed when vLLM cannot load what it should be able to.
     """
-    engine, run_in = Vllm(), precision_name(model.dtype)
-    reason = engine.missing() or cannot(config_of(folder))
+    engine, run_in = engine or Vllm(), precision_name(model.dtype)
+    reason = engine.missing() or cannot(config_of(folder), engine.name)
     if reason is None and run_in not in engine.precisions:
         reason = f"puzzle runs it in {' and '.join(engine.precisions)} only"
     if reason:

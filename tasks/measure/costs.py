@@ -269,6 +269,6 @@ def _non_block(reader: Parent, scenario: Scenario, batch: int, timing: Timing, h
 
 def _timer(reader: Parent, asked: CostRequest) -> VariantTimer:
     """What times variants in the profile's engine."""
-    timers = {"torch": TorchTimer, "vllm": VllmTimer, "llama.cpp": LlamaCppTimer}
+    timers = {"torch": TorchTimer, "vllm": VllmTimer, "vllm-plugin": VllmTimer, "llama.cpp": LlamaCppTimer}
     found: VariantTimer = timers[asked.hardware.engine](reader, asked.variants(reader), asked.hardware, asked.measure)
     return found

@@ -12,7 +12,7 @@ from typing import Any
 from blocks.export_code import AUTO_MAP, CODE_FILES
 from blocks.records import LayerChoice
 from tasks.engines.base import Session
-from tasks.engines.vllm_engine import CODE, Vllm, VllmSession
+from tasks.engines.vllm_engine import CODE, Vllm, VllmPlugin, VllmSession
 from tasks.measure.variant_timing import Load
 from tasks.measure.whole_model_costs import WholeModelTimer
 
@@ -37,7 +37,8 @@ class VllmTimer(WholeModelTimer):
         path = folder / "model"
         _write_config(self.reader.child_config(layers), path)
         try:
-            process = Vllm().process(path, self._how(load), noise=True)
+            engine = VllmPlugin() if self.hardware.engine == "vllm-plugin" else Vllm()
+            process = engine.process(path, self._how(load), noise=True)
             if len(self._sessions) > 1:
                 self._sessions[1].load(process)
             else:

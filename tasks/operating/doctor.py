@@ -166,12 +166,13 @@ def extras(there: Callable[[str], bool] = is_there) -> Iterator[Finding]:
 
 def engines(missing: Callable[[str], str | None] = engine_missing) -> Iterator[Finding]:
     """Engines that a profile may measure in (hardware.engine), and why the others cannot."""
-    lacking = {name: told for name in DRIVEN if (told := missing(name))}
-    there = [f"{name} on {' and '.join(DRIVEN[name][0])}" for name in DRIVEN if name not in lacking]
+    reasons = {name: missing(name) for name in DRIVEN}
+    there = [f"{name} on {' and '.join(DRIVEN[name][0])}" for name in DRIVEN if not reasons[name]]
     yield ok("engines", ", ".join(there))
-    for name, told in lacking.items():
+    for told in dict.fromkeys(filter(None, reasons.values())):
+        names = " and ".join(name for name in DRIVEN if reasons[name] == told)
         yield warn(
-            "engines", f"not {name}: {told}", f"only for hardware.engine: {name} and exports that are tried in it"
+            "engines", f"not {names}: {told}", f"only for hardware.engine: {names} and exports that are tried in it"
         )
 
 

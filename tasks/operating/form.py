@@ -101,7 +101,7 @@ MoreLimits: Any = _asked(
 class AskedHardware(Asked):
     """What the child is made for. What is left empty is the profile's own."""
 
-    engine: Literal["torch", "llama.cpp", "vllm"] | None = Field(
+    engine: Literal["torch", "llama.cpp", "vllm", "vllm-plugin"] | None = Field(
         default=None, description="The engine that costs are measured in, on the machine of the run."
     )
     target: str | None = Field(

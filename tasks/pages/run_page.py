@@ -63,7 +63,9 @@ def following(report: ChildReport, child: Path) -> tuple[tuple[str, str], ...]:
     by_hand = words[:2] == ["puzzle", "optimize"]
     again = shlex.join(["puzzle", "reoptimize", *words[2:]]) if by_hand else "puzzle reoptimize PROFILE"
     profile = next((word for word in words[2:] if word.endswith((".yaml", ".yml"))), "PROFILE")
-    engine = next((name for name in ("llama.cpp", "vllm") if report.speed.engine.lower().startswith(name)), "torch")
+    there = report.speed.engine.lower()
+    engine = next((name for name in ("llama.cpp", "vllm") if there.startswith(name)), "torch")
+    engine += "-plugin" if engine == "vllm" and "plugin" in there else ""
     where = shlex.quote(str(child))
     return (
         ("export it", f"puzzle export {where} --format gguf --out {report.profile}.gguf"),

@@ -19,7 +19,9 @@ from tasks.measure.roofline import Setting, modelled_costs
 from tasks.planning import effort
 from tasks.planning.effort import FLOAT, Shape, Work
 
-UNKNOWN = {"vllm": "how long vLLM takes to start and to compile a model is not known before it was seen"}
+UNKNOWN = dict.fromkeys(
+    ("vllm", "vllm-plugin"), "how long vLLM takes to start and to compile a model is not known before it was seen"
+)
 WORKER_SECONDS = 1.9  # CPU seconds of an engine's process before its first word; all start at once
 PARENT = LayerChoice()
 
