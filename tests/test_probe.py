@@ -13,7 +13,7 @@ import torch
 
 from blocks.compute import HOST
 from blocks.errors import PuzzleError, PuzzleFailure, TooLittleText
-from blocks.library import read_rows, read_value, write_value
+from blocks.library import read_rows, read_value, write_tensors, write_value
 from blocks.records import ChildReport, CorpusInfo, LayerChoice, Metric, Ref
 from flows.finish import lineage_of
 from tasks.evaluate.compare import LINEAGE, Lineage, contender
@@ -26,7 +26,7 @@ from tasks.probe.figures import probed, reading_of, signed_gaps, spans_of
 from tasks.probe.probe import length_figures, prepare, probe
 from tasks.probe.records import PROBE, Asked, DomainFigures, OnDomain, ProbeReport
 from tasks.probe.sides import ProbedRun, open_run
-from tasks.probe.texts import NOISE, Text, named_files, own_text, with_noise
+from tasks.probe.texts import NOISE, Text, named_files, own_text, text_of, with_noise
 from tasks.probe.tuning import check_memory, fine_tune, measured_steps
 from tasks.probe.words import figures, sentences, tables, worst_domain
 from tasks.running.progress import Progress, no_progress
@@ -187,6 +187,24 @@ def test_a_test_text_of_one_document_is_refused(chain: Chain) -> None:
     one = ASKED.model_copy(update={"sequences": 1})
     with pytest.raises(PuzzleError, match="of 1 documents"):
         own_text(run_of(chain, CUT), one)
+
+
+def test_the_same_tokens_in_rows_of_another_length_are_another_text(chain: Chain, tmp_path: Path) -> None:
+    """Where every document is long, 32 rows of 256 tokens and 8 long rows of 1024 are the same documents."""
+    tokens = torch.arange(64, dtype=torch.int32)
+    corpora = [
+        chain.corpus.model_copy(
+            update={
+                "tokens": write_tensors(tmp_path, f"{rows}.safetensors", {"test": tokens.view(rows, -1)}),
+                "sequence_length": 64 // rows,
+                "test_sequences": rows,
+            }
+        )
+        for rows in (8, 2)
+    ]
+    short, long = (text_of("x", "rows", one, 8, tmp_path) for one in corpora)
+    assert (short.sequences, long.sequences) == (8, 2)
+    assert short.content != long.content
 
 
 # --- fine-tuning
