@@ -23,6 +23,8 @@ from tasks.evaluate.loops import Continued
 from tasks.probe.agreement import answers_of_all, in_common
 from tasks.probe.figures import Reading, Readings, read_all, spans_of
 from tasks.probe.records import (
+    LEVEL,
+    PARENT,
     PROBE,
     Agreement,
     AnswerFigures,
@@ -41,9 +43,7 @@ from tasks.probe.tuning import Tuned, check_memory, tune_all
 from tasks.running.progress import Progress
 from tasks.running.sharing import TaskKey, exclusive
 
-PARENT = "parent"
 USUAL_LENGTH = 1024
-LEVEL = 0.025  # of a one-sided test that a loss grows, shared among the spans
 
 
 class Stage(Protocol):
@@ -164,10 +164,11 @@ def length_figures(text: Text, readings: Readings, trained: int) -> LengthFigure
     """The loss of all models by length of context."""
     own, documents = _of_text(readings, text), text.documents
     spans = spans_of(text.corpus.sequence_length)
+    parents = own[PARENT].by_context
+    gaps = {model: np.subtract(one.by_context, parents) for model, one in own.items() if model != PARENT}  # (spans, S)
     found = []
     for place, (first, last) in enumerate(spans):
         loss = {model: estimates.mean(one.by_context[place], documents).metric for model, one in own.items()}
-        gaps = {model: _gaps(one, own[PARENT], spans) for model, one in own.items() if model != PARENT}
         over = {model: estimates.mean(gap[place], documents).metric for model, gap in gaps.items()}
         growth = {
             model: estimates.mean(gap[place] - _mean_before(gap, spans, place), documents).metric
@@ -183,11 +184,6 @@ def length_figures(text: Text, readings: Readings, trained: int) -> LengthFigure
         spans=tuple(found),
         grows_from={model: _grows_from(found, model) for model in own if model != PARENT},
     )
-
-
-def _gaps(own: Reading, parents: Reading, spans: Sequence[tuple[int, int]]) -> NDArray[np.float64]:
-    """(spans, S) the loss over the parent's."""
-    return np.subtract(own.by_context, parents.by_context).reshape(len(spans), -1)
 
 
 def _mean_before(gap: NDArray[np.float64], spans: Sequence[tuple[int, int]], place: int) -> NDArray[np.float64]:
