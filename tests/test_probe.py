@@ -1,7 +1,7 @@
 """Probes against oracles and identities: a child that is its parent breaks nowhere; figures are the whole softmax's."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -16,7 +16,7 @@ from blocks.errors import PuzzleError, PuzzleFailure, TooLittleText
 from blocks.library import read_rows, read_value, write_tensors, write_value
 from blocks.records import ChildReport, CorpusInfo, LayerChoice, Metric, Ref
 from flows.finish import lineage_of
-from tasks.evaluate.compare import LINEAGE, Lineage, contender
+from tasks.evaluate.compare import LINEAGE, Contender, Lineage, contender
 from tasks.evaluate.quality import parent_targets, sequence_figures, token_figures
 from tasks.inputs.tiny import byte_tokenizer
 from tasks.pages.picture import draw_probe
@@ -25,7 +25,7 @@ from tasks.probe.agreement import in_common
 from tasks.probe.figures import probed, reading_of, signed_gaps, spans_of
 from tasks.probe.probe import length_figures, prepare, probe
 from tasks.probe.records import PROBE, Asked, DomainFigures, OnDomain, ProbeReport
-from tasks.probe.sides import ProbedRun, open_run
+from tasks.probe.sides import Bench, ProbedRun, open_run
 from tasks.probe.texts import NOISE, Text, named_files, own_text, text_of, with_noise
 from tasks.probe.tuning import check_memory, fine_tune, measured_steps
 from tasks.probe.words import figures, sentences, tables, worst_domain
@@ -311,6 +311,30 @@ def test_a_probe_is_not_computed_twice(report: ProbeReport, chain: Chain, monkey
     monkeypatch.setattr("tasks.probe.sides.served", None)  # no model is opened
     again = probe(prepare(run, {}, ASKED, HOST), HOST, quiet)
     assert again.model_copy(update={"probed_at": ""}) == report.model_copy(update={"probed_at": ""})
+
+
+def test_a_model_in_memory_is_not_loaded_again(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of a probe begins with the model that the part before it ended with, even to train it."""
+    run, loaded = (
+        run_of(chain, CUT, rival=contender("greedy", chosen(CUT[:1] * 2 + CUT[1:2]), chain.blocks)),
+        list[str](),
+    )
+
+    def load(which: Contender, *_: Any) -> str:
+        loaded.append(which.name)
+        return which.name
+
+    monkeypatch.setattr("tasks.probe.sides.served", load)
+    bench, given = Bench(run=run, compute=HOST), list[str]()
+    for part, give in enumerate((bench.model, bench.model, bench.take)):
+
+        def find(which: Contender, _: Progress, give: Callable[[Contender], str] = give) -> Asked:
+            given.append(give(which))
+            return Asked()
+
+        assert list(bench.of_each(Asked, find, no_progress, part=part)) == ["parent", "child", "greedy"]
+    assert given == ["parent", "child", "greedy", "greedy", "parent", "child", "child", "parent", "greedy"]
+    assert loaded == ["parent", "child", "greedy", "parent", "child", "parent", "greedy"]
 
 
 def test_words_name_the_worst_text(report: ProbeReport) -> None:

@@ -36,7 +36,8 @@ NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 class Text(Value):
     """A text: sequences of the test split of a corpus, the first of them.
 
-    content: a digest of them and of their length. documents: of each sequence, by a name that tells documents of all texts apart.
+    content: a digest of them and of their length. documents: of each sequence, by a name that tells documents of all
+    texts apart.
     """
 
     name: str
