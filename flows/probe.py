@@ -51,7 +51,7 @@ class ProbeOptions:
         1e-4
     )
     prompts: Annotated[int, typer.Option("--prompts", min=0, help="beginnings that are answered; 0: none")] = 40
-    answer_tokens: Annotated[int, typer.Option("--answer-tokens", min=1, help="of each answer, at most")] = 64
+    answer_tokens: Annotated[int, typer.Option("--answer-tokens", min=1, max=4096, help="of each answer, at most")] = 64
     seed: Annotated[int, typer.Option("--seed", min=0, help="of the noise")] = 0
     device: Annotated[str, typer.Option("--device", help="cpu, or cuda")] = "cpu"
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="[the physical cores]")] = None

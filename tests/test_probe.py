@@ -23,7 +23,7 @@ from tasks.pages.picture import draw_probe
 from tasks.probe import figures as probe_figures
 from tasks.probe.agreement import in_common
 from tasks.probe.figures import probed, reading_of, signed_gaps, spans_of
-from tasks.probe.probe import length_figures, prepare, probe
+from tasks.probe.probe import length_figures, prepare, probe, usual_length
 from tasks.probe.records import PROBE, Asked, DomainFigures, OnDomain, ProbeReport
 from tasks.probe.sides import Bench, ProbedRun, open_run
 from tasks.probe.texts import NOISE, Text, named_files, own_text, text_of, with_noise
@@ -178,9 +178,21 @@ def test_texts_that_cannot_be_named(tmp_path: Path, given: list[str], told: str)
         named_files([text.format(here=tmp_path / "x.txt") for text in given])
 
 
-def test_a_length_beyond_the_context_is_refused(chain: Chain) -> None:
-    with pytest.raises(PuzzleError, match="beyond the parent's context of 1024"):
-        prepare(run_of(chain, CUT), {}, ASKED.model_copy(update={"length": 1025}), HOST)
+@pytest.mark.parametrize(
+    ("length", "told"), [(1025, "beyond the parent's context of 1024"), (16, "too short"), (1, "too short")]
+)
+def test_a_length_that_shows_nothing_is_refused(chain: Chain, length: int, told: str) -> None:
+    with pytest.raises(PuzzleError, match=told):
+        prepare(run_of(chain, CUT), {}, ASKED.model_copy(update={"length": length}), HOST)
+
+
+def test_stages_saw_the_longer_text_of_a_capability(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    longer = chain.corpus.model_copy(update={"sequence_length": 600})
+    assert run_of(chain, CUT).trained == 32 and usual_length(run_of(chain, CUT)) == 1024
+    run = run_of(chain, CUT, capabilities=(longer, chain.corpus))
+    assert run.trained == 600 and usual_length(run) == 1024  # the parent's context
+    monkeypatch.setattr(ProbedRun, "context", None)
+    assert usual_length(run) == 1200
 
 
 def test_a_test_text_of_one_document_is_refused(chain: Chain) -> None:

@@ -69,7 +69,7 @@ class Span(Value):
 
 
 class LengthFigures(Value):
-    """Loss by length of context, on rows of one document each. trained: context that stages saw. grows_from: the first
+    """Loss by length of context, on rows of one document each. trained: the longest context that stages saw. grows_from: the first
     context with which the loss over the parent's is larger than with shorter ones, for certain; None where it is
     nowhere.
     """

@@ -40,6 +40,16 @@ class ProbedRun:
         return (self.lineage.corpus, *self.lineage.capabilities)
 
     @property
+    def trained(self) -> int:
+        """The longest context that stages saw, in tokens."""
+        return max(text.sequence_length for text in self.texts)
+
+    @property
+    def context(self) -> int | None:
+        """The longest that the parent was made for, where its config says."""
+        return getattr(config_of(self.parent_folder), "max_position_embeddings", None)
+
+    @property
     def models(self) -> tuple[Contender, ...]:
         """The parent first, then the child as `child`, then the baseline."""
         child, rival = self.lineage.child, self.lineage.rival
