@@ -69,8 +69,8 @@ def prepare(run: ProbedRun, files: Mapping[str, Path], asked: Asked, compute: Co
         )
     if 0 < asked.length <= FIRST_SPAN:
         raise PuzzleError(
-            f"--length {asked.length} is too short: tokens with {FIRST_SPAN} of context and more are compared with those "
-            f"that have less. Ask for more than {FIRST_SPAN}, or for 0, which leaves the part out."
+            f"--length {asked.length} is too short: tokens with {FIRST_SPAN} of context and more are compared with "
+            f"those that have less. Ask for more than {FIRST_SPAN}, or for 0, which leaves the part out."
         )
     if asked.finetune_steps:
         check_memory(run, compute)

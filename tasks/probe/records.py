@@ -69,9 +69,10 @@ class Span(Value):
 
 
 class LengthFigures(Value):
-    """Loss by length of context, on rows of one document each. trained: the longest context that stages saw. grows_from: the first
-    context with which the loss over the parent's is larger than with shorter ones, for certain; None where it is
-    nowhere.
+    """Loss by length of context, on rows of one document each. trained: the longest context that stages saw.
+
+    grows_from: the first context with which the loss over the parent's is larger than with shorter ones, for certain;
+    None where it is nowhere.
     """
 
     text: str
