@@ -462,9 +462,17 @@ def test_a_probe_without_a_child_is_refused(tmp_path: Path, chain: Chain) -> Non
         ((chain.workspace / chain.parent.folder,), "holds no report.json"),
         ((tmp_path, "--text", "news"), "a name and a file"),
         ((tmp_path, "--text", "news=gone.txt"), "there is no file gone.txt"),
+        ((tmp_path, "--answer-tokens", 5000), "--answer-tokens"),
     ):
         code, out, err = puzzle("probe", *words)
         assert (code, out) == (2, "") and told in err, err
+
+
+@pytest.mark.parametrize(("device", "told"), [("cuda:7", "is not on this machine"), ("gpu", "neither cpu nor cuda")])
+def test_a_device_that_is_not_there_is_refused(chain: Chain, device: str, told: str) -> None:
+    run_of(chain, CUT)
+    code, out, err = puzzle("probe", chain.workspace / "runs" / "z" / "child", "--device", device)
+    assert (code, out) == (2, "") and told in err, err
 
 
 def test_the_command_prints_what_was_found(chain: Chain, report: ProbeReport) -> None:
