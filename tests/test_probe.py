@@ -26,7 +26,7 @@ from tasks.probe.figures import probed, reading_of, signed_gaps, spans_of
 from tasks.probe.probe import length_figures, prepare, probe, usual_length
 from tasks.probe.records import PROBE, Asked, DomainFigures, OnDomain, ProbeReport
 from tasks.probe.sides import Bench, ProbedRun, open_run
-from tasks.probe.texts import NOISE, Text, named_files, own_text, text_of, with_noise
+from tasks.probe.texts import NOISE, Text, long_text, named_files, own_text, text_of, with_noise
 from tasks.probe.tuning import check_memory, fine_tune, measured_steps
 from tasks.probe.words import figures, sentences, tables, worst_domain
 from tasks.running.progress import Progress, no_progress
@@ -184,6 +184,15 @@ def test_texts_that_cannot_be_named(tmp_path: Path, given: list[str], told: str)
 def test_a_length_that_shows_nothing_is_refused(chain: Chain, length: int, told: str) -> None:
     with pytest.raises(PuzzleError, match=told):
         prepare(run_of(chain, CUT), {}, ASKED.model_copy(update={"length": length}), HOST)
+
+
+def test_long_rows_that_no_text_gives_are_refused(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepared(*_: Any) -> CorpusInfo:
+        raise TooLittleText("the corpus is too small")
+
+    monkeypatch.setattr("tasks.probe.texts.prepare_corpus", prepared)
+    with pytest.raises(PuzzleError, match="no text gives 8 rows of 64 tokens"):
+        long_text(run_of(chain, CUT), {}, ASKED)
 
 
 def test_stages_saw_the_longer_text_of_a_capability(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,8 +130,8 @@ def long_text(run: ProbedRun, files: Mapping[str, Path], asked: Asked) -> Text:
             continue
         return text_of(name, _about(source), corpus, rows, run.workspace)
     raise PuzzleError(
-        f"no text has {rows} documents of {asked.length} tokens: ask for a shorter --length, or name a --text with "
-        "longer documents."
+        f"no text gives {rows} rows of {asked.length} tokens, each of one document: ask for a shorter --length, or "
+        "name a --text with longer documents."
     )
 
 
