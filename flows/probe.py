@@ -1,17 +1,20 @@
 """`puzzle probe`: where the child of a finished run breaks, though its average looks fine."""
 
+import re
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
+from blocks.devices import on_device
 from blocks.errors import PuzzleError
-from blocks.runtime import configure
+from blocks.runtime import configure, imports_left_alone, release_what_grew
 from flows.in_workspace import kept_in_mlflow, run_logged
 from flows.options import takes
 from flows.page import finished_run
@@ -51,7 +54,7 @@ class ProbeOptions:
         1e-4
     )
     prompts: Annotated[int, typer.Option("--prompts", min=0, help="beginnings that are answered; 0: none")] = 40
-    answer_tokens: Annotated[int, typer.Option("--answer-tokens", min=1, help="of each answer, at most")] = 64
+    answer_tokens: Annotated[int, typer.Option("--answer-tokens", min=1, max=4096, help="of each answer, at most")] = 64
     seed: Annotated[int, typer.Option("--seed", min=0, help="of the noise")] = 0
     device: Annotated[str, typer.Option("--device", help="cpu, or cuda")] = "cpu"
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="[the physical cores]")] = None
@@ -73,13 +76,13 @@ class ProbeOptions:
 
     def compute(self) -> "Compute":
         """Where it is computed, in float32."""
-        import torch
-
         from blocks.compute import HOST
         from blocks.runtime import configure_torch
+        from tasks.operating.requirements import device_missing
 
-        if self.device != "cpu" and not (self.device.partition(":")[0] == "cuda" and torch.cuda.is_available()):
-            raise PuzzleError(f"--device {self.device}: there is no such device on this machine. Take cpu.")
+        known = re.fullmatch(r"cpu|cuda(:\d+)?", self.device)
+        if why := device_missing(self.device) if known else f"{self.device} is neither cpu nor cuda":
+            raise PuzzleError(f"--device: {why}. Take cpu.")
         configure_torch(self.threads)
         return HOST.on(self.device)
 
@@ -101,9 +104,10 @@ def probe_command(
     files, run, compute = named_files(given.text or ()), open_run(_child(given.where)), given.compute()
 
     def work() -> str:
-        with redirect_stdout(sys.stderr):  # remarks of those who prepare texts: what is printed is an answer
+        # remarks of those who prepare texts go there: what is printed is an answer
+        with redirect_stdout(sys.stderr), imports_left_alone():
             prepared = prepare(run, files, given.asked(run), compute)
-            report = probe(prepared, compute, _stage)
+            report = probe(prepared, compute, partial(_stage, given.device))
         _show(report, as_json)
         _keep(run, report)
         return ""
@@ -126,8 +130,14 @@ def _child(where: Path) -> Path:
     return where / report.child_folder
 
 
-def _stage(name: str) -> AbstractContextManager[Progress]:
-    return shown(name, beside=True)
+@contextmanager
+def _stage(device: str, name: str) -> Iterator[Progress]:
+    """A part of a probe, shown. It waits while a run measures on its device; what it freed is given back at its end."""
+    try:
+        with shown(name, beside=True) as progress, on_device((device,)):
+            yield progress
+    finally:
+        release_what_grew()
 
 
 def _show(report: "ProbeReport", as_json: bool) -> None:

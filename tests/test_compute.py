@@ -12,6 +12,7 @@ from blocks.compute import HOST
 from blocks.library import read_tensors
 from blocks.parent import Parent
 from blocks.records import LayerChoice
+from blocks.runtime import free_bytes
 from profiles.load import load_profile
 from profiles.schema import GKD, Evaluate
 from tasks.distill.bld import distill
@@ -132,6 +133,13 @@ def test_a_device_without_float64_is_refused(setting: str) -> None:
     with pytest.raises(Exception, match="which mps does not have: set orchestration.devices"):
         load_profile("tiny", [setting])
     load_profile("tiny", ["hardware.device=mps", "orchestration.devices=[cpu]"])
+
+
+def test_what_torch_keeps_of_a_model_that_is_gone_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the second of two models would not fit where the first one did."""
+    for name, value in {"mem_get_info": (10, 100), "memory_reserved": 80, "memory_allocated": 30}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert free_bytes("cuda:0") == 60
 
 
 def test_a_model_without_room_on_its_device_comes_layer_by_layer(

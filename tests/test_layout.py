@@ -85,6 +85,7 @@ LIGHT = (
         "tasks.planning.plan, tasks.planning.machine",  # `puzzle plan`
         {"transformers.modeling_utils", "torch._dynamo", "matplotlib", "mlflow", "prefect", "cvxpy"},
     ),
+    ("tasks.probe.words", {"tasks.probe.probe"}),  # pages and MLflow show a probe, and make none
     ("blocks.library, blocks.kinds, profiles.schema", {"prefect", "mlflow"}),
 )
 

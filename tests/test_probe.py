@@ -1,7 +1,7 @@
 """Probes against oracles and identities: a child that is its parent breaks nowhere; figures are the whole softmax's."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -13,20 +13,20 @@ import torch
 
 from blocks.compute import HOST
 from blocks.errors import PuzzleError, PuzzleFailure, TooLittleText
-from blocks.library import read_rows, read_value, write_value
+from blocks.library import read_rows, read_value, write_tensors, write_value
 from blocks.records import ChildReport, CorpusInfo, LayerChoice, Metric, Ref
 from flows.finish import lineage_of
-from tasks.evaluate.compare import LINEAGE, Lineage, contender
+from tasks.evaluate.compare import LINEAGE, Contender, Lineage, contender
 from tasks.evaluate.quality import parent_targets, sequence_figures, token_figures
 from tasks.inputs.tiny import byte_tokenizer
 from tasks.pages.picture import draw_probe
 from tasks.probe import figures as probe_figures
 from tasks.probe.agreement import in_common
 from tasks.probe.figures import probed, reading_of, signed_gaps, spans_of
-from tasks.probe.probe import length_figures, prepare, probe
+from tasks.probe.probe import length_figures, prepare, probe, usual_length
 from tasks.probe.records import PROBE, Asked, DomainFigures, OnDomain, ProbeReport
-from tasks.probe.sides import ProbedRun, open_run
-from tasks.probe.texts import NOISE, Text, named_files, own_text, with_noise
+from tasks.probe.sides import Bench, ProbedRun, open_run
+from tasks.probe.texts import NOISE, Text, long_text, named_files, own_text, text_of, with_noise
 from tasks.probe.tuning import check_memory, fine_tune, measured_steps
 from tasks.probe.words import figures, sentences, tables, worst_domain
 from tasks.running.progress import Progress, no_progress
@@ -178,15 +178,54 @@ def test_texts_that_cannot_be_named(tmp_path: Path, given: list[str], told: str)
         named_files([text.format(here=tmp_path / "x.txt") for text in given])
 
 
-def test_a_length_beyond_the_context_is_refused(chain: Chain) -> None:
-    with pytest.raises(PuzzleError, match="beyond the parent's context of 1024"):
-        prepare(run_of(chain, CUT), {}, ASKED.model_copy(update={"length": 1025}), HOST)
+@pytest.mark.parametrize(
+    ("length", "told"), [(1025, "beyond the parent's context of 1024"), (16, "too short"), (1, "too short")]
+)
+def test_a_length_that_shows_nothing_is_refused(chain: Chain, length: int, told: str) -> None:
+    with pytest.raises(PuzzleError, match=told):
+        prepare(run_of(chain, CUT), {}, ASKED.model_copy(update={"length": length}), HOST)
+
+
+def test_long_rows_that_no_text_gives_are_refused(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepared(*_: Any) -> CorpusInfo:
+        raise TooLittleText("the corpus is too small")
+
+    monkeypatch.setattr("tasks.probe.texts.prepare_corpus", prepared)
+    with pytest.raises(PuzzleError, match="no text gives 8 rows of 64 tokens"):
+        long_text(run_of(chain, CUT), {}, ASKED)
+
+
+def test_stages_saw_the_longer_text_of_a_capability(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    longer = chain.corpus.model_copy(update={"sequence_length": 600})
+    assert run_of(chain, CUT).trained == 32 and usual_length(run_of(chain, CUT)) == 1024
+    run = run_of(chain, CUT, capabilities=(longer, chain.corpus))
+    assert run.trained == 600 and usual_length(run) == 1024  # the parent's context
+    monkeypatch.setattr(ProbedRun, "context", None)
+    assert usual_length(run) == 1200
 
 
 def test_a_test_text_of_one_document_is_refused(chain: Chain) -> None:
     one = ASKED.model_copy(update={"sequences": 1})
     with pytest.raises(PuzzleError, match="of 1 documents"):
         own_text(run_of(chain, CUT), one)
+
+
+def test_the_same_tokens_in_rows_of_another_length_are_another_text(chain: Chain, tmp_path: Path) -> None:
+    """Where every document is long, 32 rows of 256 tokens and 8 long rows of 1024 are the same documents."""
+    tokens = torch.arange(64, dtype=torch.int32)
+    corpora = [
+        chain.corpus.model_copy(
+            update={
+                "tokens": write_tensors(tmp_path, f"{rows}.safetensors", {"test": tokens.view(rows, -1)}),
+                "sequence_length": 64 // rows,
+                "test_sequences": rows,
+            }
+        )
+        for rows in (8, 2)
+    ]
+    short, long = (text_of("x", "rows", one, 8, tmp_path) for one in corpora)
+    assert (short.sequences, long.sequences) == (8, 2)
+    assert short.content != long.content
 
 
 # --- fine-tuning
@@ -293,6 +332,30 @@ def test_a_probe_is_not_computed_twice(report: ProbeReport, chain: Chain, monkey
     monkeypatch.setattr("tasks.probe.sides.served", None)  # no model is opened
     again = probe(prepare(run, {}, ASKED, HOST), HOST, quiet)
     assert again.model_copy(update={"probed_at": ""}) == report.model_copy(update={"probed_at": ""})
+
+
+def test_a_model_in_memory_is_not_loaded_again(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of a probe begins with the model that the part before it ended with, even to train it."""
+    run, loaded = (
+        run_of(chain, CUT, rival=contender("greedy", chosen(CUT[:1] * 2 + CUT[1:2]), chain.blocks)),
+        list[str](),
+    )
+
+    def load(which: Contender, *_: Any) -> str:
+        loaded.append(which.name)
+        return which.name
+
+    monkeypatch.setattr("tasks.probe.sides.served", load)
+    bench, given = Bench(run=run, compute=HOST), list[str]()
+    for part, give in enumerate((bench.model, bench.model, bench.take)):
+
+        def find(which: Contender, _: Progress, give: Callable[[Contender], str] = give) -> Asked:
+            given.append(give(which))
+            return Asked()
+
+        assert list(bench.of_each(Asked, find, no_progress, part=part)) == ["parent", "child", "greedy"]
+    assert given == ["parent", "child", "greedy", "greedy", "parent", "child", "child", "parent", "greedy"]
+    assert loaded == ["parent", "child", "greedy", "parent", "child", "parent", "greedy"]
 
 
 def test_words_name_the_worst_text(report: ProbeReport) -> None:
@@ -408,9 +471,17 @@ def test_a_probe_without_a_child_is_refused(tmp_path: Path, chain: Chain) -> Non
         ((chain.workspace / chain.parent.folder,), "holds no report.json"),
         ((tmp_path, "--text", "news"), "a name and a file"),
         ((tmp_path, "--text", "news=gone.txt"), "there is no file gone.txt"),
+        ((tmp_path, "--answer-tokens", 5000), "--answer-tokens"),
     ):
         code, out, err = puzzle("probe", *words)
         assert (code, out) == (2, "") and told in err, err
+
+
+@pytest.mark.parametrize(("device", "told"), [("cuda:7", "is not on this machine"), ("gpu", "neither cpu nor cuda")])
+def test_a_device_that_is_not_there_is_refused(chain: Chain, device: str, told: str) -> None:
+    run_of(chain, CUT)
+    code, out, err = puzzle("probe", chain.workspace / "runs" / "z" / "child", "--device", device)
+    assert (code, out) == (2, "") and told in err, err
 
 
 def test_the_command_prints_what_was_found(chain: Chain, report: ProbeReport) -> None:

@@ -100,5 +100,4 @@ def read_all(bench: Bench, texts: tuple[Text, ...], progress: Progress) -> Readi
 
 
 def _path(bench: Bench, which: Contender, text: Text) -> Path:
-    key = bench.key(which, text=text.content, v=VERSION)
-    return bench.run.workspace / "probes" / f"{key}.json"
+    return bench.path(which, text=text.content, v=VERSION)

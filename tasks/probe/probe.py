@@ -2,12 +2,11 @@
 compared in pairs, over documents.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +16,13 @@ from blocks.compute import Compute
 from blocks.errors import PuzzleError
 from blocks.estimates import Estimate
 from blocks.library import digest_of, write_value
-from blocks.parent import config_of
 from blocks.records import Metric
 from tasks.evaluate.loops import Continued
 from tasks.probe.agreement import answers_of_all, in_common
-from tasks.probe.figures import Reading, Readings, read_all, spans_of
+from tasks.probe.figures import FIRST_SPAN, Reading, Readings, read_all, spans_of
 from tasks.probe.records import (
+    LEVEL,
+    PARENT,
     PROBE,
     Agreement,
     AnswerFigures,
@@ -41,16 +41,8 @@ from tasks.probe.tuning import Tuned, check_memory, tune_all
 from tasks.running.progress import Progress
 from tasks.running.sharing import TaskKey, exclusive
 
-PARENT = "parent"
 USUAL_LENGTH = 1024
-LEVEL = 0.025  # of a one-sided test that a loss grows, shared among the spans
-
-
-class Stage(Protocol):
-    """What opens a part of the work under a name and shows its progress."""
-
-    def __call__(self, name: str) -> AbstractContextManager[Progress]:
-        """The progress of a part."""
+Stage = Callable[[str], AbstractContextManager[Progress]]  # opens a part of the work under a name, to show its progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +57,21 @@ class Prepared:
 
 def usual_length(run: ProbedRun) -> int:
     """Length of the long rows where none was asked for: 1024 tokens, or twice what stages saw, within the context."""
-    context = getattr(config_of(run.parent_folder), "max_position_embeddings", None)
-    wanted = max(USUAL_LENGTH, 2 * run.lineage.corpus.sequence_length)
-    return min(wanted, context or wanted)
+    wanted = max(USUAL_LENGTH, 2 * run.trained)
+    return min(wanted, run.context or wanted)
 
 
 def prepare(run: ProbedRun, files: Mapping[str, Path], asked: Asked, compute: Compute) -> Prepared:
     """Check all that is asked for, and prepare the texts; no model computes. PuzzleError for what cannot be probed."""
-    context = getattr(config_of(run.parent_folder), "max_position_embeddings", None)
-    if asked.length and context and asked.length > context:
-        raise PuzzleError(f"--length {asked.length} is beyond the parent's context of {context} tokens: ask for less.")
+    if asked.length and run.context and asked.length > run.context:
+        raise PuzzleError(
+            f"--length {asked.length} is beyond the parent's context of {run.context} tokens: ask for less."
+        )
+    if 0 < asked.length <= FIRST_SPAN:
+        raise PuzzleError(
+            f"--length {asked.length} is too short: tokens with {FIRST_SPAN} of context and more are compared with "
+            f"those that have less. Ask for more than {FIRST_SPAN}, or for 0, which leaves the part out."
+        )
     if asked.finetune_steps:
         check_memory(run, compute)
     texts = texts_of(run, files, asked)
@@ -112,7 +109,7 @@ def _probed(prepared: Prepared, bench: Bench, stage: Stage) -> ProbeReport:
         asked=asked,
         models=tuple(which.name for which in run.models),
         domains=tuple(domain_figures(text, texts[0], readings) for text in texts),
-        length=length_figures(prepared.long, readings, run.lineage.corpus.sequence_length) if prepared.long else None,
+        length=length_figures(prepared.long, readings, run.trained) if prepared.long else None,
         tuning=tuning_figures(texts[1], tuned, asked) if tuned else None,
         agreement=agreement_of(said, asked) if said else None,
         notes=run.notes,
@@ -164,10 +161,11 @@ def length_figures(text: Text, readings: Readings, trained: int) -> LengthFigure
     """The loss of all models by length of context."""
     own, documents = _of_text(readings, text), text.documents
     spans = spans_of(text.corpus.sequence_length)
+    parents = own[PARENT].by_context
+    gaps = {model: np.subtract(one.by_context, parents) for model, one in own.items() if model != PARENT}  # (spans, S)
     found = []
     for place, (first, last) in enumerate(spans):
         loss = {model: estimates.mean(one.by_context[place], documents).metric for model, one in own.items()}
-        gaps = {model: _gaps(one, own[PARENT], spans) for model, one in own.items() if model != PARENT}
         over = {model: estimates.mean(gap[place], documents).metric for model, gap in gaps.items()}
         growth = {
             model: estimates.mean(gap[place] - _mean_before(gap, spans, place), documents).metric
@@ -183,11 +181,6 @@ def length_figures(text: Text, readings: Readings, trained: int) -> LengthFigure
         spans=tuple(found),
         grows_from={model: _grows_from(found, model) for model in own if model != PARENT},
     )
-
-
-def _gaps(own: Reading, parents: Reading, spans: Sequence[tuple[int, int]]) -> NDArray[np.float64]:
-    """(spans, S) the loss over the parent's."""
-    return np.subtract(own.by_context, parents.by_context).reshape(len(spans), -1)
 
 
 def _mean_before(gap: NDArray[np.float64], spans: Sequence[tuple[int, int]], place: int) -> NDArray[np.float64]:

@@ -7,6 +7,8 @@ Figures of a model are by its name: `parent`, `child`, and the name of the best 
 from blocks.records import Metric, ParentInfo, Value
 
 PROBE = "probe.json"  # beside the child of a run
+PARENT = "parent"  # its name among the models
+LEVEL = 0.025  # of a one-sided test that a figure is larger, shared among the spans or the texts
 
 
 class Asked(Value):
@@ -67,9 +69,10 @@ class Span(Value):
 
 
 class LengthFigures(Value):
-    """Loss by length of context, on rows of one document each. trained: context that stages saw. grows_from: the first
-    context with which the loss over the parent's is larger than with shorter ones, for certain; None where it is
-    nowhere.
+    """Loss by length of context, on rows of one document each. trained: the longest context that stages saw.
+
+    grows_from: the first context with which the loss over the parent's is larger than with shorter ones, for certain;
+    None where it is nowhere.
     """
 
     text: str

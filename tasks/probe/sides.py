@@ -1,19 +1,22 @@
 """The models that are probed: the parent, the child of a finished run, and its best baseline."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from blocks.compute import Compute
 from blocks.errors import PuzzleError
-from blocks.library import digest_of, read_value
+from blocks.library import digest_of, keep, read_value, remember
 from blocks.parent import config_of
-from blocks.records import ChildReport, CorpusInfo
+from blocks.records import ChildReport, CorpusInfo, Value
 from tasks.evaluate.compare import LINEAGE, Contender, Lineage, parent_contender, served
+from tasks.running.progress import Progress, part_of
 
 REPORT = "report.json"
+ValueT = TypeVar("ValueT", bound=Value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,16 @@ class ProbedRun:
     def texts(self) -> tuple[CorpusInfo, ...]:
         """The text that stages saw."""
         return (self.lineage.corpus, *self.lineage.capabilities)
+
+    @property
+    def trained(self) -> int:
+        """The longest context that stages saw, in tokens."""
+        return max(text.sequence_length for text in self.texts)
+
+    @property
+    def context(self) -> int | None:
+        """The longest that the parent was made for, where its config says."""
+        return getattr(config_of(self.parent_folder), "max_position_embeddings", None)
 
     @property
     def models(self) -> tuple[Contender, ...]:
@@ -84,26 +97,41 @@ class Bench:
     compute: Compute
     _held: tuple[str, Any] = field(default=("", None), init=False)
 
-    def key(self, which: Contender, **more: Any) -> str:
-        """A digest of a model as it is probed, and of what more decides."""
+    def path(self, which: Contender, **more: Any) -> Path:
+        """Where is stored what was found of a model as it is probed. more: what else decides."""
         parent = self.run.lineage.parent.fingerprint
-        return digest_of(model=which.served_key, dtype=str(self._dtype(which)), parent=parent, **more)
+        key = digest_of(model=which.served_key, dtype=str(self._dtype(which)), parent=parent, **more)
+        return self.run.workspace / "probes" / f"{key}.json"
+
+    def of_each(
+        self, kind: type[ValueT], find: Callable[[Contender, Progress], ValueT], progress: Progress, **more: Any
+    ) -> dict[str, ValueT]:
+        """What `find` finds of every model, by name; what is stored is not computed again. more: see `path`."""
+        models, workspace, found = self.run.models, self.run.workspace, dict[str, ValueT]()
+        in_memory_first = sorted(models, key=lambda which: which.name != self._held[0])
+        for part, which in enumerate(in_memory_first):
+            path = self.path(which, **more)
+            stored = remember(path, kind, lambda _: [], workspace)
+            if stored is None:
+                stored = find(which, part_of(progress, part, len(models)))
+                keep(path, stored, [], workspace)
+            found[which.name] = stored
+        return {which.name: found[which.name] for which in models}
 
     def model(self, which: Contender) -> Any:
         """A model for forward passes. Who trains it takes it by `take`."""
         if self._held[0] != which.name:
             self._held = ("", None)
-            self._held = (which.name, self._served(which))
+            run = self.run
+            model = served(which, run.lineage.parent, run.workspace, self.compute, self._dtype(which))
+            self._held = (which.name, model)
         return self._held[1]
 
     def take(self, which: Contender) -> Any:
         """A model that nobody else is given."""
+        model = self.model(which)
         self._held = ("", None)
-        return self._served(which)
-
-    def _served(self, which: Contender) -> Any:
-        run = self.run
-        return served(which, run.lineage.parent, run.workspace, self.compute, self._dtype(which))
+        return model
 
     def _dtype(self, which: Contender) -> torch.dtype:
         """The parent, with which all are compared, keeps its own weights whatever the children are exported in."""

@@ -36,7 +36,8 @@ NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 class Text(Value):
     """A text: sequences of the test split of a corpus, the first of them.
 
-    content: a digest of them. documents: of each sequence, by a name that tells documents of all texts apart.
+    content: a digest of them and of their length. documents: of each sequence, by a name that tells documents of all
+    texts apart.
     """
 
     name: str
@@ -65,7 +66,8 @@ def text_of(name: str, about: str, corpus: CorpusInfo, sequences: int, workspace
 
 
 def _digest(tokens: torch.Tensor) -> str:
-    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
+    """Of the shape too: rows of another length may be of the very same documents, one token after another."""
+    return hashlib.sha256(str(tuple(tokens.shape)).encode() + tokens.contiguous().numpy().tobytes()).hexdigest()
 
 
 def named_files(given: Sequence[str]) -> dict[str, Path]:
@@ -128,8 +130,8 @@ def long_text(run: ProbedRun, files: Mapping[str, Path], asked: Asked) -> Text:
             continue
         return text_of(name, _about(source), corpus, rows, run.workspace)
     raise PuzzleError(
-        f"no text has {rows} documents of {asked.length} tokens: ask for a shorter --length, or name a --text with "
-        "longer documents."
+        f"no text gives {rows} rows of {asked.length} tokens, each of one document: ask for a shorter --length, or "
+        "name a --text with longer documents."
     )
 
 

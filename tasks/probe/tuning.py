@@ -6,7 +6,6 @@ steps. The loss on the text's test sequences is measured after 0, 1, 2, 4, 8 ...
 
 # N, S = sequences, T = tokens, V = vocabulary
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn import functional
 
 from blocks.compute import Compute
 from blocks.errors import PuzzleError, PuzzleFailure
-from blocks.library import keep, read_rows, remember
+from blocks.library import read_rows
 from blocks.records import Value
 from blocks.runtime import free_bytes
 from tasks.distill.record import open_parent
@@ -23,7 +22,7 @@ from tasks.evaluate.compare import Contender
 from tasks.probe.records import Asked
 from tasks.probe.sides import Bench, ProbedRun
 from tasks.probe.texts import Text
-from tasks.running.progress import Progress, part_of
+from tasks.running.progress import Progress
 
 VERSION = 1
 WARM = 10  # the rate rises over 1 / this of the steps
@@ -49,19 +48,17 @@ def check_memory(run: ProbedRun, compute: Compute) -> None:
 
 
 def tune_all(bench: Bench, text: Text, asked: Asked, progress: Progress) -> dict[str, Tuned]:
-    """Every model after the same fine-tuning; what is stored is not computed again."""
-    run, found = bench.run, dict[str, Tuned]()
-    test = text.tokens(run.workspace)
-    train = read_rows(run.workspace, text.corpus.tokens, "train", 0, asked.trained_sequences)
-    for part, which in enumerate(run.models):
-        path = _path(bench, which, text, asked)
-        stored = remember(path, Tuned, lambda _: [], run.workspace)
-        if stored is None:
-            own = part_of(progress, part, len(run.models))
-            stored = fine_tune(bench.take(which), (train, test), asked, bench.compute, own, which.name)
-            keep(path, stored, [], run.workspace)
-        found[which.name] = stored
-    return found
+    """Every model after the same fine-tuning."""
+    workspace, corpus = bench.run.workspace, text.corpus
+    train = read_rows(workspace, corpus.tokens, "train", 0, asked.trained_sequences)
+    texts = (train, text.tokens(workspace))
+
+    def tuned(which: Contender, own: Progress) -> Tuned:
+        return fine_tune(bench.take(which), texts, asked, bench.compute, own, which.name)
+
+    rate = {"steps": asked.finetune_steps, "batch": asked.finetune_sequences, "rate": asked.learning_rate}
+    decides = {"train": corpus.fingerprint, "test": text.content, "tuned": rate}
+    return bench.of_each(Tuned, tuned, progress, **decides, v=VERSION)
 
 
 def measured_steps(steps: int) -> list[int]:
@@ -111,9 +108,3 @@ def _losses(model: Any, tokens: Tensor, compute: Compute) -> Tensor:
     ids = tokens.to(compute.device).long()
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     return functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1).cpu()
-
-
-def _path(bench: Bench, which: Contender, text: Text, asked: Asked) -> Path:
-    rate = {"steps": asked.finetune_steps, "batch": asked.finetune_sequences, "rate": asked.learning_rate}
-    key = bench.key(which, train=text.corpus.fingerprint, test=text.content, tuned=rate, v=VERSION)
-    return bench.run.workspace / "probes" / f"{key}.json"

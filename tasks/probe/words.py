@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 from blocks.estimates import is_below_zero, is_clear, rounded
 from blocks.records import Metric
-from tasks.probe.probe import LEVEL, PARENT
 from tasks.probe.records import (
+    LEVEL,
+    PARENT,
     Agreement,
     DomainFigures,
     LengthFigures,
