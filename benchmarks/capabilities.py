@@ -5,14 +5,15 @@
 `puzzle optimize` runs once per child on benchmarks/capabilities.yaml. The first run makes the library, and the others
 choose from it: nothing is trained anew. Figures are of test text that no stage saw, and are read from the run's report.
 
-A floor is a highest KL on one capability. It is set below what the child without floors was predicted to have, so that
-child breaks it. Whether the child with the floor keeps it is judged by a one-sided bound over documents.
+A floor is a highest KL on one capability. It is set between what was predicted for the child without floors, which so
+breaks it, and for the child that is specialised in the capability, which is the least that the budget allows. Whether
+the child with the floor keeps it is judged by a one-sided bound over documents.
 """
 
 import argparse
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,8 +52,8 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Where runs are made, and of what. capabilities: those with text of their own. shares: of the KL that is predicted
-    for the child without floors, each asked of each capability.
+    """Where runs are made, and of what. capabilities: those with text of their own. shares: where floors lie
+    between the KL that is predicted for the specialised child (0) and for the general one (1).
     """
 
     profile: str
@@ -99,14 +100,21 @@ def above(found: Metric) -> float:
     return -lower_bound(found.model_copy(update={"value": -found.value}), CONFIDENCE)
 
 
-def floors(bench: Bench, free: Run) -> list[str]:
+def predicted(run: Run, capability: str) -> float:
+    """The sum of scores of the chosen child on a capability."""
+    found = next(one for one in run.report.candidates if one.name == "child" and one.stage == "assembled")
+    value = found.capabilities[capability].predicted_kl
+    assert value is not None, "the child is a choice from the library"
+    return value
+
+
+def floors(bench: Bench, free: Run, alone: Mapping[str, Run]) -> list[str]:
     """Children with a floor under one capability each, beside the child without."""
     rows, broken, kept, fitting, asked = [], 0, 0, 0, 0
     for capability in bench.capabilities:
-        predicted = free.child.capabilities[capability].predicted_kl
-        assert predicted is not None, "the child is a choice from the library"
+        least, most_of_all = predicted(alone[capability], capability), predicted(free, capability)
         for share in bench.shares:
-            most = float(f"{share * predicted:.3g}")
+            most = float(f"{least + share * (most_of_all - least):.4g}")
             found = bench.run(GENERAL, f"capabilities.{capability}.max_kl={most}")
             without, asked = reading(free.child, capability).metric, asked + 1
             broken += lower_bound(without, CONFIDENCE) > most
@@ -140,7 +148,7 @@ def floors(bench: Bench, free: Run) -> list[str]:
     ]
 
 
-def specialised(bench: Bench, free: Run) -> list[str]:
+def specialised(bench: Bench, free: Run, alone: Mapping[str, Run]) -> list[str]:
     """For each capability the child that is chosen by it alone, beside the child that is chosen by the corpus."""
     parts = [
         "A specialised child is chosen by its score on one capability alone, the general child by that on the corpus, "
@@ -148,10 +156,7 @@ def specialised(bench: Bench, free: Run) -> list[str]:
         "document, so a figure below 0 is better. Baselines are searched by the same scores as the specialised child."
     ]
     for capability in bench.capabilities:
-        found = bench.run(capability)
-        if found is None:
-            parts += [f"### {capability}", "Nothing keeps the budget."]
-            continue
+        found = alone[capability]
         parent, baseline = free.report.candidates[0], found.baseline(capability)
         models = {"parent": parent, "general": free.child, f"for {capability}": found.child}
         models |= {f"baseline {baseline.name}": baseline} if baseline else {}
@@ -194,7 +199,7 @@ def options_of() -> argparse.Namespace:
     """The command's options."""
     parser = arguments(__doc__ or "")
     parser.set_defaults(profile=PROFILE)
-    parser.add_argument("--floors", type=float, nargs="+", default=[0.75, 0.5], help="of the KL predicted without")
+    parser.add_argument("--floors", type=float, nargs="+", default=[0.6, 0.3], help="places of floors")
     return parser.parse_args()
 
 
@@ -207,14 +212,15 @@ def main() -> None:
     bench = Bench(
         profile=options.profile, settings=options.set, workspace=workspace, capabilities=own, shares=options.floors
     )
-    free = bench.run(GENERAL)
-    assert free is not None, "the profile's budget can be kept"
+    free, *others = (bench.run(name) for name in (GENERAL, *own))
+    alone = {name: run for name, run in zip(own, others, strict=True) if run is not None}
+    assert free is not None and len(alone) == len(own), "the profile's budget can be kept"
     parts = [
         text_of(free, bench),
         "## A floor",
-        *floors(bench, free),
+        *floors(bench, free, alone),
         "## Specialised against general",
-        *specialised(bench, free),
+        *specialised(bench, free, alone),
     ]
     name = "capabilities" if options.profile == PROFILE else f"capabilities_{profile.name}"
     write_page(name, "Capabilities: floors, and children for one alone", parts)

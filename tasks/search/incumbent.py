@@ -93,6 +93,6 @@ def _cloud(best: Floats) -> Floats:
     generator, shape = np.random.default_rng(0), (_DRAWS // 2, len(best))
     cloud = [best]
     for spread in _SPREADS:
-        free = best.max(initial=0.0) * np.exp(generator.uniform(*np.log(_FREE), shape))
+        free = best.max(initial=0.0) * np.exp(generator.uniform(math.log(_FREE[0]), math.log(_FREE[1]), shape))
         cloud += [base * np.exp(generator.normal(0, spread, shape)) for base in (best, np.maximum(best, free))]
     return np.vstack(cloud)
