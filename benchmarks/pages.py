@@ -25,6 +25,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "attention_recurrent": (*LEARNING, "tasks/score"),
     "auth": ("tasks/operating", "tasks/running"),
     "bld": LEARNING,
+    "capabilities": ("tasks/evaluate", "tasks/score", "tasks/search"),
     "experts": (*LEARNING, "tasks/score"),
     "families": ("blocks", "tasks/distill", "tasks/export", "tasks/score"),
     "faults": ("flows", "tasks/operating", "tasks/running"),

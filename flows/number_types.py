@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from blocks.errors import ParentError
+from blocks.library import digest_of
 from blocks.records import Architecture, BlockRecord, CorpusInfo, CostTable, LayerChoice, LayerRecord, ParentInfo, Score
 from blocks.typed_labels import typed
 from flows import stages
@@ -23,14 +24,20 @@ from tasks.running.progress import Progress
 from tasks.running.sharing import TaskKey, exclusive
 from tasks.running.workers import compute_of
 from tasks.score import typed_scores
+from tasks.score.scoring import ScoringSet, scoring_sets
 from tasks.search.totals import Problem, predicted
 
 
-@task_of("score the parent", "score the parent: {label}", lambda _, p: p["text"].key(p["recipe"]))
-def whole_task(label: str, recipe: Recipe, text: typed_scores.ScoredText, workspace: Path) -> Any:
+def _whole_key(_: Any, given: dict[str, Any]) -> str:
+    return digest_of(texts=[typed_scores.whole_key(text, given["parent"], given["recipe"]) for text in given["texts"]])
+
+
+@task_of("score the parent", "score the parent: {label}", _whole_key)
+def whole_task(label: str, recipe: Recipe, texts: Sequence[ScoringSet], parent: ParentInfo, workspace: Path) -> Any:
     """See tasks.score.typed_scores.score_whole."""
-    with exclusive(workspace, TaskKey(key=f"score-{text.key(recipe)}", what=f"the score of the parent, {label}")):
-        return typed_scores.score_whole(text, recipe, workspace)
+    key = typed_scores.whole_key(texts[0], parent, recipe)
+    with exclusive(workspace, TaskKey(key=f"score-{key}", what=f"the score of the parent, {label}")):
+        return typed_scores.score_whole(texts, parent, recipe, workspace)
 
 
 @task_of("write file", "write {which.name} ({which.stage}) in its types")
@@ -54,27 +61,32 @@ def score_types(
     blocks: Sequence[BlockRecord],
     scores: Sequence[Score],
     costs: CostTable,
+    capabilities: Sequence[CorpusInfo] = (),
 ) -> list[Score]:
-    """The scores, and those of every variant in every type of `search_space.precision`, where there are any."""
+    """The scores, and those of every variant in every type of `search_space.precision`, where there are any; on the
+    corpus, and on the text of every capability.
+    """
     profile, kinds = run.profile, run.profile.search_space.precision
     if not kinds:
         return list(scores)
     (parent, corpus), depth = source, costs.num_hidden_layers
 
     def measure(wanted: list[BlockRecord]) -> list[Score]:
-        return stages.score_all(run, *source, records, wanted, name="score types")
+        return stages.score_all(run, *source, records, wanted, capabilities, name="score types")
 
     parents = measure(typed_scores.parents_in_types(parent, corpus, records, kinds))
-    text, whole = typed_scores.text_of(profile, parent, corpus, run.workspace), {}
+    texts = scoring_sets(profile, corpus, capabilities, records[-1])
+    whole: dict[str, dict[str, typed_scores.WholeScore]] = {text.capability: {} for text in texts}
     recipes = typed_scores.recipes(depth, kinds, profile.search_space.head_types)
     with run.stage("score whole parents") as progress:
-        for label, recipe in recipes.items():
-            known = text.stored(recipe) is not None
-            made = run.call(
-                whole_task, f"score {label}", label, recipe, text, run.workspace, after=["corpus"], refresh=not known
-            )
-            whole[label] = text.stored(recipe) or made
-            progress(len(whole), len(recipes), label)
+        for done, (label, recipe) in enumerate(recipes.items(), start=1):
+            known = all(typed_scores.stored_whole(text, parent, recipe, run.workspace) for text in texts)
+            values = (label, recipe, texts, parent, run.workspace)
+            made = run.call(whole_task, f"score {label}", *values, after=["corpus"], refresh=not known)
+            for text, score in zip(texts, made, strict=True):
+                stored = typed_scores.stored_whole(text, parent, recipe, run.workspace)
+                whole[text.capability][label] = stored or score
+            progress(done, len(recipes), label)
     return typed_scores.settled(profile, scores, parents, whole, costs, blocks, measure)
 
 

@@ -31,7 +31,7 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         costs = stages.measure(run, parent)
         run.log_costs(costs)
         scores = stages.score_all(run, parent, corpus, records, blocks, capabilities)
-        scores = number_types.score_types(run, (parent, corpus), records, blocks, scores, costs)
+        scores = number_types.score_types(run, (parent, corpus), records, blocks, scores, costs, capabilities)
         run.log_library(parent, corpus, blocks, scores, costs)
 
         problem, near = stages.choose_child(run, parent, scores, costs)

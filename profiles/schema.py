@@ -1167,20 +1167,10 @@ class Profile(Section):
 
     @model_validator(mode="after")
     def _capabilities_go_with(self) -> Self:
-        if self.capabilities and self.search_space.precision:
-            raise ValueError(
-                "capabilities do not go with search_space.precision yet: types of number are scored on the corpus "
-                "alone. Leave one of them out"
-            )
         if GENERAL in self.capability_limits and self.corpus.prompt_weight is not None:
             raise ValueError(
                 f"capabilities.{GENERAL}.max_kl goes not with corpus.prompt_weight, since all tokens of the corpus "
                 "count alike in the final comparison: give the chats a name of their own among the capabilities"
-            )
-        if self.capabilities and self.race.candidates > 1 and self.hardware.kv_precision is not None:
-            raise ValueError(
-                "capabilities do not go with a race under hardware.kv_precision, which is judged on the corpus alone: "
-                "set race.candidates: 1, or leave one of them out"
             )
         among = len(self.devices) * self.orchestration.machines
         for name, one in self.own_capabilities.items() if self.gkd.steps else ():

@@ -225,12 +225,6 @@ def test_what_makes_no_sense_is_refused(given: dict[str, Any], told: str) -> Non
         Profile.model_validate(tree)
 
 
-def test_types_of_number_are_refused_with_capabilities() -> None:
-    tree = load_profile("smollm2-llama-cpp").model_dump(mode="json", exclude_unset=True)
-    with pytest.raises(ValidationError, match="do not go with search_space.precision"):
-        Profile.model_validate(tree | {"capabilities": {"general": {"max_kl": 0.3}}})
-
-
 # --- scores
 
 

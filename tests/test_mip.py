@@ -126,7 +126,7 @@ def test_every_option_costs_at_least_its_distance(seed: int) -> None:
 def test_any_beam_before_the_solver(seed: int, near: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A good first choice, a bad one or none: what it leaves to the solver never loses the best answer."""
     monkeypatch.setattr("tasks.search.incumbent._NEAR", near)
-    monkeypatch.setattr("tasks.search.incumbent._WIDTH", width)
+    monkeypatch.setattr("tasks.search.incumbent._WIDTHS", (width, 2 * width))
     program = instance(5, 5, seed, 3, room=(0.6, 0.45, 0.3, 0.1)[seed % 4])
     check(program, minimise(program, EXACT), best_of_all(program))
 

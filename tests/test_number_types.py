@@ -204,10 +204,11 @@ def test_scores_are_products_until_they_are_measured() -> None:
         measured_at="2026-01-01T00:00:00+00:00",
     )
     narrow, parents = score(0, "ffn", "ffn32", 0.1, 0.3), [score(0, "ffn", "parent@iq4_nl", 0.04, 0.08)]
-    whole = {
+    on_corpus = {
         "whole@iq4_nl": WholeScore(kl=(0.02, 0.04), lm_loss=(0.0, 0.0)),  # half of the sum: the factor
         "head@iq4_nl": WholeScore(kl=(0.01, 0.03), lm_loss=(0.0, 0.0)),
     }
+    whole = {"": on_corpus}
     found = {one.variant: one for one in scores_in_types([narrow], parents, whole, base)}
     assert set(found) == {"ffn32", "ffn32@iq4_nl", "parent@iq4_nl", "head@iq4_nl"}
     assert found["ffn32@iq4_nl"].kl_per_sequence == pytest.approx((0.1 + 0.5 * 0.25 * 0.04, 0.3 + 0.5 * 0.25 * 0.08))

@@ -28,7 +28,7 @@ from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent_answers import with_answers
 from tasks.inputs.tiny import byte_tokenizer
 from tasks.score.scoring import ScoringSet, score_sequences
-from tasks.score.typed_scores import ScoredText, score_whole
+from tasks.score.typed_scores import score_whole, whole_key
 from tests.chain import SETTINGS, Chain, recording
 from tests.test_gkd import CHILD
 
@@ -157,9 +157,10 @@ def test_statistics_and_scores_are_linear_in_the_weights(chain: Chain, tmp_path:
 def test_scores_of_the_whole_parent_in_a_type_are_linear_in_the_weights(chain: Chain, tmp_path: Path) -> None:
     recipe, scores = Recipe.uniform("iq4_nl", 3), []
     for corpus, place in three(chain, tmp_path):
-        text = ScoredText(parent=chain.parent, corpus=corpus, count=6, length=24, workspace=place)
-        scores.append(score_whole(text, recipe, place))
-        assert text.key(recipe) != replace(text, corpus=corpus.model_copy(update={"weighted": False})).key(recipe)
+        text = ScoringSet(corpus=corpus, last=chain.records[-1], count=6, length=24)
+        scores += score_whole([text], chain.parent, recipe, place)
+        alike = replace(text, corpus=corpus.model_copy(update={"weighted": False}))
+        assert whole_key(text, chain.parent, recipe) != whole_key(alike, chain.parent, recipe)
     for values in (lambda s: s.kl, lambda s: s.lm_loss):
         one, other, whole = (torch.tensor(values(score), dtype=torch.float64) for score in scores)
         torch.testing.assert_close((one + other) / 2, whole, rtol=1e-5, atol=1e-7)

@@ -80,7 +80,11 @@ class RoundedTraining:
 
     def folder(self, model_key: str) -> str:
         """Where checkpoints and result lie. model_key: of the child, and of all that its rounding depends on."""
-        told = {"teacher": self.teacher.validation.sha256, "settings": asked(self.own_settings)}
+        told = {
+            "teacher": self.teacher.validation.sha256,
+            "settings": asked(self.own_settings),
+            **self.teacher.mixed.key,
+        }
         return f"gkd/rounded-{digest_of(model=model_key, **told, version=VERSION)}"
 
     def result(self, model_key: str) -> GKDResult | None:

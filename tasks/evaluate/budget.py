@@ -60,7 +60,7 @@ def with_predictions(model: Candidate, problem: Problem, architecture: Architect
 def predicted_kl(problem: Problem, architecture: Architecture, capability: str) -> float | None:
     """The sum of an architecture's scores on a capability; None where there are none."""
     try:
-        return kl_on(problem, architecture.layers, capability)
+        return kl_on(problem, architecture.layers, capability, architecture.head)
     except InconsistentTables:
         return None
 

@@ -38,10 +38,11 @@ def kl_as_file(
     workspace: Path,
     devices: tuple[str, ...] = (),
 ) -> float:
-    """The KL of a contender's file on the validation text of GKD, its best weights after so many steps in it.
+    """The KL of a contender's file on the validation text of GKD, its best weights after so many steps in it; over
+    capabilities, the sum by their shares.
 
-    It is measured once, and all tokens count alike, as in the final comparison. job: the contender's GKD. precision:
-    that of weights for which no type was chosen.
+    It is measured once, and tokens count as in the final comparison. job: the contender's GKD. precision: that of
+    weights for which no type was chosen.
     """
     recipe = recipe_of(which)
     key = digest_of(
@@ -51,6 +52,7 @@ def kl_as_file(
         served=[precision, which.cache],
         text=[job.record.corpus.fingerprint, job.settings.validation_sequences, FITTED_TO],
         v=VERSION,
+        **job.record.mixed.key,
     )
     path = workspace / "race" / f"{key}.json"
     found = remember(path, AsFile, lambda _: [], workspace)
@@ -68,10 +70,14 @@ def _judged(
     parent, corpus, compute, recipe = job.record.parent, job.record.corpus, job.compute, recipe_of(which)
     model, step = model_after(steps, job, workspace, compute, devices)
     stored = quantise_layers(model, fitted_to(corpus, workspace), recipe)
-    targets = targets_on("validation", job.settings.validation_sequences, parent, corpus, workspace, compute)
     with tempfile.TemporaryDirectory(prefix=".race-", suffix=".part", dir=workspace) as folder:
         file = write_gguf(model, Path(folder) / "racer.gguf", precision, NO_TOKENIZER, which.name, stored)
         written = which.model_copy(update={"file": str(file.relative_to(workspace))})
         in_torch = partial(served, written, parent, workspace, compute)
-        kl = float(figures_of(written, targets, workspace, compute, in_torch)["kl"].mean())
+        kl = 0.0
+        for text, share in zip(job.record.texts, job.record.mixed.shares, strict=True):
+            if share:
+                count = text.validation_sequences if text.capability else job.settings.validation_sequences
+                targets = targets_on("validation", count, parent, text, workspace, compute)
+                kl += share * float(figures_of(written, targets, workspace, compute, in_torch)["kl"].mean())
     return AsFile(kl=kl, step=step)

@@ -229,7 +229,7 @@ def broken_budget(choice: Architecture, profile: Profile, workspace: Path) -> st
             limits = broken_limits(problem, choice.layers, batches, choice.head)
             found += [_as_asked(problem, limit.field) for limit in limits]
         most = problem.capabilities.most
-        found += [f"max_kl of {name} {most[name]:g}" for name in broken_kl(problem, choice.layers)]
+        found += [f"max_kl of {name} {most[name]:g}" for name in broken_kl(problem, choice.layers, choice.head)]
     return ", ".join(found)
 
 

@@ -466,19 +466,34 @@ def coupled_pairs(shape: Shape) -> list[tuple[Variant, Variant]]:
 
 def score_work(shape: Shape, layers: Sequence[int]) -> Work:
     """Replace-1-block scores of all variants of `layers`, on the corpus and on the text of every capability."""
-    scoring = shape.profile.scoring
-    work = _score_text(shape, layers, scoring.sequences, scoring.tokens_per_sequence or shape.length)
-    for one in shape.profile.own_capabilities.values():
-        work += _score_text(shape, layers, one.validation_sequences, one.sequence_length, kept=False)
+    work = Work()
+    for place, text in enumerate(scored_texts(shape.profile, shape.length)):
+        work += _score_text(shape, layers, *text, kept=not place)
     return work
 
 
-def _score_text(shape: Shape, layers: Sequence[int], sequences: int, length: int, kept: bool = True) -> Work:
-    """Scores on some sequences. kept: their states are recorded, where any are."""
+def scored_texts(profile: Profile, length: int) -> list[tuple[int, int]]:
+    """Sequences that everything is scored on, and tokens of each: of the corpus first, and then of every capability.
+
+    length: of the corpus's sequences.
+    """
+    own = profile.own_capabilities.values()
+    first = (profile.scoring.sequences, profile.scoring.tokens_per_sequence or length)
+    return [first, *((one.validation_sequences, one.sequence_length) for one in own)]
+
+
+def before_scores(shape: Shape, sequences: int, length: int, kept: bool) -> Work:
+    """The parent's targets on some sequences, and the states that enter its layers. kept: those that are recorded,
+    where any are.
+    """
+    behind, tokens = 1 if kept and states_are_kept(shape) else 2 * shape.depth - 1, sequences * length
+    return shape.forward(tokens, behind, length=length) + shape.head(tokens, moment=True)
+
+
+def _score_text(shape: Shape, layers: Sequence[int], sequences: int, length: int, kept: bool) -> Work:
+    """Scores on some sequences. kept: see `before_scores`."""
     settings, tokens = shape.profile.bld, sequences * length
-    # the parent's targets, and the states that enter
-    behind = 1 if kept and states_are_kept(shape) else 2 * shape.depth - 1
-    work = shape.forward(tokens, behind, length=length) + shape.head(tokens, moment=True)
+    work = before_scores(shape, sequences, length, kept)
     work += Work(disk=shape.depth * shape.layer_parameters * FLOAT)
     whole = shape.layer(length)
     for layer in layers:

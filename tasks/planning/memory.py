@@ -16,7 +16,7 @@ from blocks.resources import BLOCK, weight_bytes
 from blocks.variant import Variant
 from tasks.distill.gkd_settings import cosine_layers
 from tasks.distill.record import CHUNK as ELIMINATED
-from tasks.planning.effort import FLOAT, Shape, gkd_recorded, statistics_bytes
+from tasks.planning.effort import FLOAT, Shape, gkd_recorded, scored_texts, statistics_bytes
 from tasks.planning.number_types import slowest
 
 DOUBLE = 8
@@ -244,18 +244,18 @@ def stored_bytes(shape: Shape, parameters: float) -> float:
 
 
 def whole_types_need(shape: Shape) -> Need:
-    """The parent on the host and what its file holds; the head, rounded in float64; or log-probabilities of all scored
-    tokens before and after, which are compared a sequence at a time.
+    """The parent on the host with its head as it was, and the states before it of all scored tokens; what its file
+    holds, and the head, rounded in float64; or log-probabilities of a sequence before and after.
     """
-    scoring, whole = shape.profile.scoring, shape.depth * shape.layer_parameters
-    length = scoring.tokens_per_sequence or shape.length
-    logits = (2 * scoring.sequences + LOGITS / 2) * length * shape.vocabulary * FLOAT
+    whole, texts = shape.depth * shape.layer_parameters, scored_texts(shape.profile, shape.length)
+    logits = LOGITS * max(length for _, length in texts) * shape.vocabulary * FLOAT
+    states = FLOAT * shape.hidden * (shape.vocabulary + sum(sequences * length for sequences, length in texts))
     rounding = stored_bytes(shape, whole) + (DOUBLE + 2 * FLOAT) * shape.vocabulary * shape.hidden
     return Need(
         stage="score whole parents",
-        held=FLOAT * (whole + shape.outside_parameters) + logits / 2,
-        passing=max(rounding, logits / 2),
-        cure="lower scoring.sequences or scoring.tokens_per_sequence",
+        held=FLOAT * (whole + shape.outside_parameters) + states,
+        passing=max(rounding, logits),
+        cure="lower scoring.tokens_per_sequence, or sequence_length of the longest capability",
     )
 
 

@@ -17,7 +17,16 @@ from blocks.typed_labels import FITTED_TO, typed
 from profiles.schema import Profile
 from tasks.inputs.space import measured_space
 from tasks.measure.roofline import Setting, modelled_costs
-from tasks.planning.effort import BUILD_BYTES_PER_SECOND, TASK_SECONDS, Shape, Work, gkd_work, model_bytes
+from tasks.planning.effort import (
+    BUILD_BYTES_PER_SECOND,
+    TASK_SECONDS,
+    Shape,
+    Work,
+    before_scores,
+    gkd_work,
+    model_bytes,
+    scored_texts,
+)
 
 # seconds of one thread for a weight (AMD EPYC): rounded by ggml, and to the nearest number of a grid in training
 ROUNDING = {"q8_0": 4e-8, "q5_1": 1.5e-7, "q5_0": 7.4e-8, "q4_1": 1.5e-7, "q4_0": 5.7e-8, "iq4_nl": 3.4e-7}
@@ -149,10 +158,17 @@ def rounded_training_work(shape: Shape, share: float, layers: float) -> Work:
 
 
 def block_types_work(shape: Shape, layers: Sequence[int]) -> Work:
-    """The parent's own blocks scored in every type. What enters a layer's matrices is found once for all types."""
-    scoring, kinds = shape.profile.scoring, shape.profile.search_space.precision
-    length = scoring.tokens_per_sequence or shape.length
-    scored = scoring.sequences * length
+    """The parent's own blocks scored in every type, on the corpus and on the text of every capability."""
+    work = Work()
+    for place, text in enumerate(scored_texts(shape.profile, shape.length)):
+        work += _block_types_on(shape, layers, *text)
+        work += before_scores(shape, *text, kept=False) if place else Work()  # the corpus's are there
+    return work
+
+
+def _block_types_on(shape: Shape, layers: Sequence[int], sequences: int, length: int) -> Work:
+    """On a text. What enters a layer's matrices is found once for all types."""
+    kinds, scored = shape.profile.search_space.precision, sequences * length
     fitted, work = any(map(is_fitted, kinds)), Work()
     own = matrices(shape)
     for layer in layers:
@@ -177,10 +193,11 @@ def whole_types(profile: Profile) -> list[Types]:
 
 def whole_types_work(shape: Shape) -> Work:
     """The whole parent scored in its types: built, run before and after the rounding."""
-    scoring, size = shape.profile.scoring, model_bytes(shape)
-    length = scoring.tokens_per_sequence or shape.length
-    scored, work = scoring.sequences * length, Work()
+    size, run = model_bytes(shape), Work()
+    for sequences, length in scored_texts(shape.profile, shape.length):
+        tokens = sequences * length
+        run += shape.forward(tokens, shape.depth, length=length) + shape.head(tokens)
+    work = Work()
     for types in whole_types(shape.profile):
-        run = shape.forward(scored, shape.depth, length=length) + shape.head(scored)
         work += rounding_work(shape, types) + run * 2 + Work(fixed=size / BUILD_BYTES_PER_SECOND + TASK_SECONDS)
     return work

@@ -322,9 +322,9 @@ def stages_of(
     own = {split: effort.capability_tokens(shape, split) for split in ("train", "validation", "test")}
     tested = profile.evaluate.sequences * length + own["test"] + effort.benchmark_tokens(shape)
     packed = (corpus.train_sequences + corpus.validation_sequences + corpus.test_sequences) * length + sum(own.values())
-    scored = profile.scoring.sequences * (profile.scoring.tokens_per_sequence or length) + own["validation"]
+    scored = sum(sequences * tokens for sequences, tokens in effort.scored_texts(profile, length))
     stepped = effort.stepped_tokens(shape, gkd.steps)
-    types = len(profile.search_space.precision)
+    types, wholes = len(profile.search_space.precision), len(number_types.whole_types(profile))
     shares = [1.0, *[share] * (1 + rivals), *[1.0] * types]
     small = number_types.types_of_child(profile)[0]
     served = list(zip(shares, ["", *[small] * (1 + rivals), *profile.search_space.precision], strict=True))
@@ -353,8 +353,13 @@ def stages_of(
         ("coupled", pairs, pairs * profile.trained_steps * profile.bld.batch_sequences * length, coupled),
         ("score", len(searched), scored * (jobs + pairs), effort.score_work(shape, searched)),
         ("measure", 1, 0, measure_work(shape, serving)),
-        ("score types", len(searched) if types else 0, 0, number_types.block_types_work(shape, searched)),
-        ("score whole parents", len(number_types.whole_types(profile)), 0, number_types.whole_types_work(shape)),
+        (
+            "score types",
+            len(searched) if types else 0,
+            scored * len(SUBBLOCKS) * types * len(searched),
+            number_types.block_types_work(shape, searched),
+        ),
+        ("score whole parents", wholes, 2 * scored * wholes, number_types.whole_types_work(shape)),
         ("choose", 1, 0, Work(fixed=2.0)),
         ("GKD parent", min(distilled, 1), stepped + effort.watched_tokens(shape), effort.teacher_work(shape)),
         (

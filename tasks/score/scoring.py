@@ -93,7 +93,7 @@ class ScoringSet:
 
     last: the record of the parent's last layer. It holds states of the corpus where all that was recorded fits in one
     shard; else, and for the text of a capability, they are computed from the tokens. first, count, length: which
-    sequences, and the tokens of each.
+    sequences, and the tokens of each. general: the profile's corpus, where this is the text of a capability.
     """
 
     corpus: CorpusInfo
@@ -101,11 +101,17 @@ class ScoringSet:
     count: int
     length: int
     first: int = 0
+    general: CorpusInfo | None = None
 
     @property
     def capability(self) -> str:
         """Whose text it is; "" for the corpus."""
         return self.corpus.capability
+
+    @property
+    def fitted_to(self) -> CorpusInfo:
+        """The text that types of 4 and 5 bits are fitted to: one for all, since a child has one file."""
+        return self.general or self.corpus
 
     @property
     def text(self) -> ScoringText:
@@ -290,7 +296,9 @@ def scoring_sets(
     return [
         ScoringSet(corpus=corpus, last=last, count=count, length=length),
         *(
-            ScoringSet(corpus=own, last=last, count=own.validation_sequences, length=own.sequence_length)
+            ScoringSet(
+                corpus=own, last=last, count=own.validation_sequences, length=own.sequence_length, general=corpus
+            )
             for own in capabilities
         ),
     ]
@@ -329,7 +337,7 @@ def score_sequences(
         kept = None if scored.capability else layer.boundary
         recorded = None if kept is None else scored.validation(kept, workspace)
         hidden = suffix.entering(layer.layer) if recorded is None else recorded
-        rounding = Rounding(inputs=partial(_inputs, suffix, layer, scored.corpus, workspace))
+        rounding = Rounding(inputs=partial(_inputs, suffix, layer, scored.fitted_to, workspace))
         for records, sequences in batches_of(missing, length):
             found = score_batch(suffix, records, hidden, sequences, workspace, rounding)
             for record, more in zip(records, found, strict=True):

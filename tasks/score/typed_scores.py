@@ -5,27 +5,33 @@
 share: parameters that the variant keeps of its subblock. f: one factor per type, fitted to the KL of the whole parent
 in that type, since sums of quantisation scores overshoot for few bits. Where a variant was itself scored in a type, its
 own figure takes the place of the product. Embedding and head are scored on the whole model.
+
+All of this holds on each text by itself, so a capability has factors of its own. What is rounded is fitted to the
+corpus, whatever it is scored on.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from blocks.child import library_of
 from blocks.compute import HOST
 from blocks.estimates import mean
+from blocks.export_code.modeling_decilm import final_logits
 from blocks.library import digest_of, keep, read_rows, remember
 from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, CostTable, LayerRecord, ParentInfo, Score, Value
 from blocks.typed_labels import FITTED_TO, bare, type_in, typed
 from profiles.schema import Profile
 from tasks.distill.record import open_parent
-from tasks.export.quantise import Recipe, log_probabilities, quantise_layers, token_divergences
+from tasks.export.quantise import Recipe, quantise_layers, token_divergences
 from tasks.inputs.corpus import weights_of
 from tasks.score.rounding import in_type
+from tasks.score.scoring import ScoringSet
 from tasks.search.capabilities import METRICS
 from tasks.search.choose import choose
 from tasks.search.totals import problem_of
@@ -42,65 +48,66 @@ class WholeScore(Value):
     lm_loss: tuple[float, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoredText:
-    """The sequences that everything is scored on: how many, and tokens of each."""
-
-    parent: ParentInfo
-    corpus: CorpusInfo
-    count: int
-    length: int
-    workspace: Path
-
-    def key(self, recipe: Recipe) -> str:
-        """Digest of all that the score of the parent in a recipe depends on."""
-        return digest_of(
-            **({"weighted": True} if self.corpus.weighted else {}),
-            parent=self.parent.fingerprint,
-            corpus=self.corpus.fingerprint,
-            sequences=[self.count, self.length],
-            recipe=[recipe.layers, recipe.head],
-            fitted=FITTED_TO,
-            v=VERSION,
-        )
-
-    def path(self, recipe: Recipe) -> Path:
-        """The file of that score."""
-        return self.workspace / "scores" / f"{self.key(recipe)}.json"
-
-    def stored(self, recipe: Recipe) -> WholeScore | None:
-        """The score, if it was measured."""
-        return remember(self.path(recipe), WholeScore, lambda _: [], self.workspace)
+def whole_key(text: ScoringSet, parent: ParentInfo, recipe: Recipe) -> str:
+    """Digest of all that the score of the parent in a recipe depends on."""
+    return digest_of(
+        **({"weighted": True} if text.corpus.weighted else {}),
+        **({"fitted_to": text.fitted_to.fingerprint} if text.capability else {}),
+        parent=parent.fingerprint,
+        corpus=text.corpus.fingerprint,
+        sequences=[text.count, text.length],
+        recipe=[recipe.layers, recipe.head],
+        fitted=FITTED_TO,
+        v=VERSION,
+    )
 
 
-def text_of(profile: Profile, parent: ParentInfo, corpus: CorpusInfo, workspace: Path) -> ScoredText:
-    """What a profile scores on."""
-    count, length = profile.scoring.sequences, profile.scoring.tokens_per_sequence or corpus.sequence_length
-    return ScoredText(parent=parent, corpus=corpus, count=count, length=length, workspace=workspace)
+def _path(text: ScoringSet, parent: ParentInfo, recipe: Recipe, workspace: Path) -> Path:
+    return workspace / "scores" / f"{whole_key(text, parent, recipe)}.json"
+
+
+def stored_whole(text: ScoringSet, parent: ParentInfo, recipe: Recipe, workspace: Path) -> WholeScore | None:
+    """The score of the parent in a recipe on a text, if it was measured."""
+    return remember(_path(text, parent, recipe, workspace), WholeScore, lambda _: [], workspace)
 
 
 @torch.no_grad()
-def score_whole(text: ScoredText, recipe: Recipe, workspace: Path) -> WholeScore:
-    """Score the whole parent in a recipe; stored scores are read."""
-    found = text.stored(recipe)
-    if found is not None:
-        return found
-    model: Any = open_parent(workspace / text.parent.folder, HOST).model()
-    tokens = read_rows(workspace, text.corpus.tokens, "validation", 0, text.count)[:, : text.length].long()
-    train = read_rows(workspace, text.corpus.tokens, "train", 0, min(FITTED_TO, text.corpus.train_sequences)).long()
-    before = log_probabilities(model, tokens)
-    quantise_layers(model, train, recipe)
-    after = log_probabilities(model, tokens)
-    known = weights_of(text.corpus, "validation", workspace, (0, text.count))
+def score_whole(texts: Sequence[ScoringSet], parent: ParentInfo, recipe: Recipe, workspace: Path) -> list[WholeScore]:
+    """Score the whole parent in a recipe on every text; it is rounded once for those whose scores are not stored."""
+    found = {text: stored_whole(text, parent, recipe, workspace) for text in texts}
+    missing = [text for text, score in found.items() if score is None]
+    if missing:
+        model: Any = open_parent(workspace / parent.folder, HOST).model()
+        head, before = deepcopy(model.lm_head), [list(_states(model, text, workspace)) for text in missing]
+        corpus = missing[0].fitted_to
+        train = read_rows(workspace, corpus.tokens, "train", 0, min(FITTED_TO, corpus.train_sequences)).long()
+        quantise_layers(model, train, recipe)
+        for text, states in zip(missing, before, strict=True):
+            found[text] = score = _compared(model, head, states, text, workspace)
+            keep(_path(text, parent, recipe, workspace), score, [], workspace)
+    return [score for score in found.values() if score is not None]
+
+
+def _states(model: Any, text: ScoringSet, workspace: Path) -> Iterator[Tensor]:
+    """(1, T, D) that enter the head, a sequence after the other."""
+    for one in text.validation(text.corpus.tokens, workspace).long():
+        yield model.model(one.unsqueeze(0), use_cache=False).last_hidden_state
+
+
+def _compared(model: Any, head: Any, before: Sequence[Tensor], text: ScoringSet, workspace: Path) -> WholeScore:
+    """A rounded model beside the states and the head that it had before; log-probabilities a sequence at a time."""
+    tokens = text.validation(text.corpus.tokens, workspace).long()
+    known = weights_of(text.corpus, "validation", workspace, (text.first, text.first + text.count))
     weights = torch.ones(tokens.shape) if known is None else known[:, : text.length]
-    kl = [float((one * w).mean()) for one, w in zip(token_divergences(before, after), weights, strict=True)]
-    rises = [
-        float(((p[:-1] - q[:-1]).gather(1, one[1:, None])[:, 0] * w[:-1]).mean())
-        for p, q, one, w in zip(before, after, tokens, weights, strict=True)
-    ]
-    found = WholeScore(kl=tuple(kl), lm_loss=tuple(rises))
-    keep(text.path(recipe), found, [], workspace)
-    return found
+    kl, rises = [], []
+    for states, now, one, w in zip(before, _states(model, text, workspace), tokens, weights, strict=True):
+        p, q = (
+            final_logits(model.config, own(hidden))[0].log_softmax(-1)
+            for own, hidden in ((head, states), (model.lm_head, now))
+        )
+        kl.append(float((token_divergences([p], [q])[0] * w).mean()))
+        rises.append(float(((p[:-1] - q[:-1]).gather(1, one[1:, None])[:, 0] * w[:-1]).mean()))
+    return WholeScore(kl=tuple(kl), lm_loss=tuple(rises))
 
 
 def recipes(depth: int, kinds: Sequence[str], heads: Sequence[str]) -> dict[str, Recipe]:
@@ -138,12 +145,38 @@ def parents_in_types(
 
 
 def scores_in_types(
-    scores: Sequence[Score], measured: Sequence[Score], whole: Mapping[str, WholeScore], costs: CostTable
+    scores: Sequence[Score],
+    measured: Sequence[Score],
+    whole: Mapping[str, Mapping[str, WholeScore]],
+    costs: CostTable,
 ) -> list[Score]:
     """All scores: those of `scores`, of every variant in every type that it was measured in, and of the head.
 
-    measured: the parent's blocks in every type, and variants that were scored in a type themselves.
+    measured: the parent's blocks in every type, and variants that were scored in a type themselves. whole: by text, ""
+    for the corpus first, and then the name of each capability; all scores have them in this order too.
     """
+    each = [
+        _in_types([_seen(one, text) for one in scores], [_seen(one, text) for one in measured], own, costs)
+        for text, own in whole.items()
+    ]
+    return [
+        first.model_copy(
+            update={"capabilities": tuple(one.on(text) for text, one in zip(list(whole)[1:], others, strict=True))}
+        )
+        for first, *others in zip(*each, strict=True)
+    ]
+
+
+def _seen(score: Score, text: str) -> Score:
+    """The same block's score on one text alone."""
+    own = {one.name: one for one in score.capabilities}[text].model_dump(exclude={"name"}) if text else {}
+    return score.model_copy(update={**own, "capabilities": ()})
+
+
+def _in_types(
+    scores: Sequence[Score], measured: Sequence[Score], whole: Mapping[str, WholeScore], costs: CostTable
+) -> list[Score]:
+    """See `scores_in_types`, on one text."""
     by_place: dict[Place, Score] = {(one.layer, one.subblock, one.variant): one for one in measured}
     kinds = [type_in(label) for label in whole if bare(label) == "whole"]
     factors = {kind: _factor(kind, measured, whole[typed("whole", kind)]) for kind in kinds}
@@ -220,7 +253,7 @@ def settled(
     profile: Profile,
     scores: Sequence[Score],
     parents: Sequence[Score],
-    whole: Mapping[str, WholeScore],
+    whole: Mapping[str, Mapping[str, WholeScore]],
     costs: CostTable,
     blocks: Sequence[BlockRecord],
     measure: Callable[[list[BlockRecord]], list[Score]],

@@ -94,7 +94,7 @@ def _checked(problem: Problem, choice: JointChoice, options: list[Option | None]
     batches: Batches = tuple(sizes[scenario.name] for scenario in problem.scenarios)
     architecture = predicted(problem, layers, "mip", batches, head)
     problems = [f"{limit.field} is broken" for limit in broken_limits(problem, layers, batches, head)]
-    problems += [f"max_kl of {name} is broken" for name in broken_kl(problem, layers)]
+    problems += [f"max_kl of {name} is broken" for name in broken_kl(problem, layers, head)]
     if not math.isclose(architecture.score, choice.score, rel_tol=1e-6, abs_tol=1e-9):
         problems.append(f"the score is {architecture.score}, not {choice.score}")
     if problems:

@@ -11,24 +11,35 @@ rows no completion of a partial choice is cheaper than
     score + p @ used  +  sum over the slots to come of min_j (score_j + p @ usage_j)  -  p @ room
 
 Before anything is chosen, the dual prices of the LP relaxation give the best bound. Every choice made shifts the best
-prices, so the beam also tries prices drawn at random around them.
+prices, so the beam also tries prices drawn at random around them. It runs twice: among few options first, and then,
+wider, among all that could be part of a better choice, without what is bound to be no better.
 """
+
+import math
 
 import numpy as np
 
 from tasks.search.program import ROOM, Flags, Floats, Integers, Program, Relaxation
 
 _NEAR = 4  # options per slot, on average, among which it looks
-_WIDTH = 1024  # partial choices that are kept
+_WIDTHS = (1024, 8192)  # partial choices that are kept at first, and then
 _SPREADS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # of the logarithm of the prices
 _DRAWS = 8  # price vectors per spread
+_FREE = (0.002, 0.1)  # prices of rows that cost nothing in the relaxation, of the highest price
 
 
 def incumbent(program: Program, relaxed: Relaxation) -> Integers | None:
     """A choice (S,) that keeps all rows; None when the beam ends in none, which proves nothing."""
-    near = _nearest(program, relaxed.distance)
-    found = _beam(program.only(near), relaxed.prices, relaxed.distance[near])
-    return None if found is None else np.flatnonzero(near)[found]
+    best, least, kept = None, math.inf, _nearest(program, relaxed.distance)
+    for width in _WIDTHS:
+        found = _beam(program.only(kept), relaxed, relaxed.distance[kept], least, width)
+        if found is None or (value := math.fsum(program.scores[kept][found])) >= least:
+            break
+        best, least = np.flatnonzero(kept)[found], value
+        kept = relaxed.bound + relaxed.distance < least
+        if not np.logical_or.reduceat(kept, program.starts).all():
+            break  # nothing is better
+    return best
 
 
 def _nearest(program: Program, distance: Floats) -> Flags:
@@ -40,22 +51,23 @@ def _nearest(program: Program, distance: Floats) -> Flags:
     return np.asarray(near | (distance <= np.minimum.reduceat(distance, program.starts)[program.slot_of]))
 
 
-def _beam(program: Program, best: Floats, distance: Floats) -> Integers | None:
+def _beam(program: Program, relaxed: Relaxation, distance: Floats, least: float, width: int) -> Integers | None:
+    """The best of `width` partial choices that could be below `least` in the end; None where none is left."""
     slots = program.slots
     # Slots in which a second choice is dear come first: they multiply the partial choices least.
     order = sorted(range(len(slots)), key=lambda slot: -_second(distance[slots[slot]]))
     columns = np.vstack([program.scores, program.usage])
-    prices = _cloud(best)
+    prices = _cloud(relaxed.prices)
     weights = np.hstack([np.ones((len(prices), 1)), prices])
     rest = _to_come(weights @ columns, [slots[slot] for slot in order]) - (prices @ program.room)[:, None]
-    least = _to_come(program.usage, [slots[slot] for slot in order])
+    still = _to_come(program.usage, [slots[slot] for slot in order])
     sums, steps = np.zeros((len(columns), 1)), list[tuple[Integers, Integers]]()
     for depth, slot in enumerate(slots[place] for place in order):
         sums = (sums[:, :, None] + columns[:, None, slot]).reshape(len(columns), -1)
-        fits = (sums[1:] + least[:, depth + 1, None] <= program.room[:, None] + ROOM).all(axis=0)
+        fits = (sums[1:] + still[:, depth + 1, None] <= program.room[:, None] + ROOM).all(axis=0)
         bound = np.where(fits, (weights @ sums + rest[:, depth + 1, None]).max(axis=0), np.inf)
-        kept = np.argpartition(bound, _WIDTH)[:_WIDTH] if len(bound) > _WIDTH else np.arange(len(bound))
-        kept = kept[np.isfinite(bound[kept])]
+        kept = np.flatnonzero(bound < least)
+        kept = kept[np.argpartition(bound[kept], width)[:width]] if len(kept) > width else kept
         if not len(kept):
             return None
         sums = sums[:, kept]
@@ -78,11 +90,9 @@ def _to_come(values: Floats, slots: list[Integers]) -> Floats:
 
 def _cloud(best: Floats) -> Floats:
     """(P, R): the LP relaxation's prices first, then random ones around; free rows get a price in half of those."""
-    generator = np.random.default_rng(0)
-    some = np.maximum(best, 0.05 * best.max(initial=0.0))
-    cloud = [
-        base * np.exp(generator.normal(0, spread, (_DRAWS // 2, len(best))))
-        for spread in _SPREADS
-        for base in (best, some)
-    ]
-    return np.vstack([best, *cloud])
+    generator, shape = np.random.default_rng(0), (_DRAWS // 2, len(best))
+    cloud = [best]
+    for spread in _SPREADS:
+        free = best.max(initial=0.0) * np.exp(generator.uniform(math.log(_FREE[0]), math.log(_FREE[1]), shape))
+        cloud += [base * np.exp(generator.normal(0, spread, shape)) for base in (best, np.maximum(best, free))]
+    return np.vstack(cloud)

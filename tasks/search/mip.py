@@ -27,6 +27,9 @@ from tasks.search.incumbent import incumbent
 from tasks.search.program import ROOM, Flags, Floats, Integers, Program, Relaxation, possible
 
 _FEW_ROWS = 4  # a budget has seldom more; limits on the KL of capabilities come on top
+# HiGHS's own searches for answers: where a good one is known, they take longer than they save. The one that is left, at
+# the root and by reduced costs, is for choices that turn out not to be good.
+_NO_SEARCH = {f"mip_heuristic_run_{name}": False for name in ("rins", "rens", "feasibility_jump")}
 _ROUNDS = 12  # sets of types that are tried before the solver starts
 
 
@@ -274,6 +277,7 @@ def _solve(program: Program, search: Search, seconds: float, known: float | None
     narrowed: dict[str, float | bool] = {}
     if known is not None:  # what is dearer is cut off, and no time goes into looking for first answers
         narrowed = {"objective_bound": known / scale + 1e-7, "mip_heuristic_effort": 0.0}
+        narrowed |= _NO_SEARCH if program.max_types is None else {}
     if program.max_types is None:  # with few rows, cuts in the tree cost more than nodes
         narrowed["mip_allow_cut_separation_at_nodes"] = False
     if len(program.room) > _FEW_ROWS:  # the gap at the root stays wide, and starting again costs more than it closes

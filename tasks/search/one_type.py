@@ -13,6 +13,7 @@ from blocks.typed_labels import bare, type_in, typed
 from tasks.search.choose import choose, choose_several
 from tasks.search.totals import Problem, predicted
 
+NOTHING = 1e-12  # of a limit that may not be 0
 FAR = 2.0  # times the optimum's score: what scores more is no candidate for the best child
 
 
@@ -39,7 +40,18 @@ def in_one_type(problem: Problem) -> Iterator[tuple[str, str, Problem]]:
                 cost.model_copy(update={"head": ""}) for cost in problem.costs.non_block if cost.head == head
             )
             table = problem.costs.model_copy(update={"costs": costs, "non_block": non_block})
-            yield kind, head, replace(problem, scores=scores, costs=table, reference=problem)
+            yield kind, head, replace(_beside_head(problem, head), scores=scores, costs=table, reference=problem)
+
+
+def _beside_head(problem: Problem, head: str) -> Problem:
+    """The problem with what a head leaves of the highest score and KL that are asked."""
+    score, within = problem.heads[head], problem.within_score
+    if score is None:
+        return problem
+    taken = {one.name: one.kl for one in score.capabilities}
+    most = {name: max(asked - taken[name], NOTHING) for name, asked in problem.capabilities.most.items()}
+    within = within and max(within - getattr(score, problem.metric), NOTHING)
+    return replace(problem, capabilities=replace(problem.capabilities, most=most), within_score=within)
 
 
 def back(problem: Problem, found: Architecture, kind: str, head: str) -> Architecture:

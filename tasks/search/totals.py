@@ -373,10 +373,7 @@ def score_of(problem: Problem, layers: Sequence[LayerChoice], head: str = "") ->
     per-sequence sums over their documents, not the root of the sum of squares. It is 0 where fewer than two sequences
     were kept.
     """
-    chosen = [score for layer, choice in enumerate(layers) for score in scores_behind(problem, layer, choice)]
-    if head not in problem.heads:
-        raise InconsistentTables(f"the head has no score in {head}: choose another.")
-    chosen += [score] if (score := problem.heads[head]) else []
+    chosen = _scores_of(problem, layers, head)
     value = math.fsum(getattr(score, problem.metric) for score in chosen)
     summed = np.sum([getattr(score, f"{problem.metric}_per_sequence") for score in chosen], axis=0, dtype=np.float64)
     if np.size(summed) < 2:
@@ -384,16 +381,24 @@ def score_of(problem: Problem, layers: Sequence[LayerChoice], head: str = "") ->
     return value, mean(summed, problem.documents).error
 
 
-def kl_on(problem: Problem, layers: Sequence[LayerChoice], capability: str) -> float:
+def kl_on(problem: Problem, layers: Sequence[LayerChoice], capability: str, head: str = "") -> float:
     """Predicted KL of a choice on a capability, in nats per token; `general` is the corpus."""
-    chosen = [score for layer, choice in enumerate(layers) for score in scores_behind(problem, layer, choice)]
+    chosen = _scores_of(problem, layers, head)
     return math.fsum(one.kl for score in chosen for one in score.capabilities if one.name == capability)
 
 
-def broken_kl(problem: Problem, layers: Sequence[LayerChoice]) -> list[str]:
+def broken_kl(problem: Problem, layers: Sequence[LayerChoice], head: str = "") -> list[str]:
     """The capabilities on which the predicted KL of a choice is above the highest that is asked."""
     most = problem.capabilities.most
-    return [name for name, asked in most.items() if kl_on(problem, layers, name) > asked * (1 + TOLERANCE)]
+    return [name for name, asked in most.items() if kl_on(problem, layers, name, head) > asked * (1 + TOLERANCE)]
+
+
+def _scores_of(problem: Problem, layers: Sequence[LayerChoice], head: str) -> list[Score]:
+    """The scores of all that is chosen. head: the type of number of embedding and head."""
+    if head not in problem.heads:
+        raise InconsistentTables(f"the head has no score in {head}: choose another.")
+    chosen = [score for layer, choice in enumerate(layers) for score in scores_behind(problem, layer, choice)]
+    return chosen + ([score] if (score := problem.heads[head]) else [])
 
 
 def scores_behind(problem: Problem, layer: int, choice: LayerChoice) -> list[Score]:

@@ -148,15 +148,22 @@ def _kl_on_each(problem: Problem, scores: Sequence[Score]) -> dict[str, float]:
 
 def _head(problem: Problem, kind: str, places: Places) -> JointOption:
     """Embedding, final norm and head as an option of their own slot, in one type of number."""
-    score = problem.heads[kind]
+    scores = [score] if (score := problem.heads[kind]) else []
     parts = [[problem.head_table[kind, scenario.name, size]] for scenario, size in places]
     return JointOption(
         layer=HEAD,
         label=f"{HEAD} = {typed('parent', kind)}",
-        metrics={name: getattr(score, name) if score else 0.0 for name in METRICS},
-        costs=_costs(parts, places, [one.weight_bytes for (one,) in parts], {"layer_parameters": 0.0}),
+        metrics={name: math.fsum(getattr(score, name) for score in scores) for name in METRICS},
+        costs=_costs(
+            parts,
+            places,
+            [one.weight_bytes for (one,) in parts],
+            {"layer_parameters": 0.0, **_kl_on_each(problem, scores)},
+        ),
         is_parent=not kind,
-        samples={name: _summed(problem, [getattr(score, f"{name}_per_sequence")] if score else []) for name in METRICS},
+        samples={
+            name: _summed(problem, [getattr(score, f"{name}_per_sequence") for score in scores]) for name in METRICS
+        },
         own=Option(layer=problem.costs.num_hidden_layers, head=kind),
     )
 
