@@ -30,7 +30,7 @@ from tasks.engines.vllm_engine import INSTALL, PYTHON_VARIABLE, SETTINGS, Vllm, 
 from tasks.export.compressed import INTEGERS
 from tasks.export.folder import ExportError, export_folder
 from tasks.export.formats import export_as
-from tasks.export.logits_check import KL_TOLERANCE, LOGITS_TOLERANCE, check_in_vllm, compare
+from tasks.export.logits_check import KL_TOLERANCE, LOGITS_TOLERANCE, check_in_vllm, compare, unreached
 from tasks.inputs.children import in_precision
 from tasks.loadtest.serving_load import LoadPlan, load_test
 from tasks.measure.bench import Point, bench
@@ -354,6 +354,12 @@ def test_an_export_is_checked_in_vllm(models: Models, tmp_path: Path, monkeypatc
     child.model.layers[4].mlp.down_proj.weight.data *= 1.1
     with pytest.raises(ExportError, match="vLLM does not give torch's logits on child"):
         check_in_vllm(child, folder, "float32")
+
+
+def test_a_check_says_that_it_does_not_reach_beyond_a_window() -> None:
+    config = child_of(blocks=blocks_of([(windowed(2, 40, 4), odd(48)), *MIXED[1:]]), **HEAD).config
+    assert unreached(config, 32) == "; no text longer than its windows (up to 40 tokens) was compared"
+    assert unreached(config, 41) == "" == unreached(child_of(blocks=blocks_of(MIXED)).config, 32)
 
 
 @needs_vllm
