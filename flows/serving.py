@@ -42,7 +42,7 @@ def export_command(
             "child of a GKD that is at work, at its last checkpoint",
         ),
     ],
-    form: Annotated[str, typer.Option("--format", help="gguf, nemotron-nas, transformers or native")],
+    form: Annotated[str, typer.Option("--format", help="gguf, nemotron-nas, vllm-plugin, transformers or native")],
     out: Annotated[Path, typer.Option("--out", metavar="PATH", help="the file (gguf) or folder to write")],
     precision: Annotated[
         str | None,

@@ -24,7 +24,7 @@ from blocks.engine_limits import (
     runnable,
     width_of,
 )
-from blocks.export_code import AUTO_MAP, PLUGIN
+from blocks.export_code import AUTO_MAP, PLUGIN, families_decilm
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.export_code.vllm_plugin import puzzle_vllm
 from blocks.export_code.vllm_plugin.puzzle_vllm import ARCHITECTURE
@@ -77,6 +77,12 @@ ROPES: list[dict[str, Any]] = [
         "original_max_position_embeddings": 32,
     },
 ]
+
+
+def longrope(head_dim: int) -> dict[str, Any]:
+    factors = {f"{name}_factor": [most] * (head_dim // 2) for name, most in (("short", 1.0), ("long", 4.0))}
+    places = {"factor": 4.0, "original_max_position_embeddings": 32}
+    return {"rope_type": "longrope", "rope_theta": 1e4} | places | factors
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +145,7 @@ def test_what_an_engine_runs_in_a_layer(
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
             set(KNOWN_ENGINES) - {"llama.cpp"},
         ),
+        ("llama", {"rope_parameters": longrope(8)}, {"torch", "tensorrt-llm", "sglang"}),
     ],
 )
 def test_engines_that_run_a_parent(family: str, changes: dict[str, Any], runs: set[str]) -> None:
@@ -432,7 +439,15 @@ def test_the_plugin_knows_the_families_that_the_table_says() -> None:
     """It imports vLLM, which is not here."""
     tree = ast.parse(Path(puzzle_vllm.__path__[0], "model.py").read_text())
     (table,) = [node.value for node in tree.body if isinstance(node, ast.AnnAssign) and node.value]
-    assert frozenset(ast.literal_eval(table)) == known_engine("vllm-plugin").families
+    biases = ast.literal_eval(table)
+    assert frozenset(biases) == known_engine("vllm-plugin").families
+    lists = {ast.unparse(one.targets[0]): one.value for one in tree.body if isinstance(one, ast.Assign)}
+    normed, ropes = (ast.literal_eval(lists[name]) for name in ("HEAD_NORMS", "ROPE_TYPES"))
+    assert frozenset(ropes) == known_engine("vllm-plugin").rope_types
+    for name, bias in biases.items():
+        family = families_decilm.FAMILIES[name]
+        assert (family.input_bias, family.output_bias) == (("attention_bias",) * 2 if bias is None else (bias, False))
+        assert family.head_norms == ("each" if name in normed else None)
 
 
 def test_a_damaged_export_is_found(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

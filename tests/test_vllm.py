@@ -30,7 +30,7 @@ from tasks.engines.vllm_engine import INSTALL, PYTHON_VARIABLE, SETTINGS, Vllm, 
 from tasks.export.compressed import INTEGERS
 from tasks.export.folder import ExportError, export_folder
 from tasks.export.formats import export_as
-from tasks.export.logits_check import KL_TOLERANCE, LOGITS_TOLERANCE, check_in_vllm, compare
+from tasks.export.logits_check import KL_TOLERANCE, LOGITS_TOLERANCE, check_in_vllm, compare, unreached
 from tasks.inputs.children import in_precision
 from tasks.loadtest.serving_load import LoadPlan, load_test
 from tasks.measure.bench import Point, bench
@@ -38,7 +38,7 @@ from tasks.measure.costs import CostRequest, measure_costs
 from tests.chain import prepare
 from tests.families import SLIDES, made
 from tests.families import child_of as child_of_any
-from tests.test_engines import ROPES, YARN, run
+from tests.test_engines import ROPES, YARN, longrope, run
 from tests.test_gguf import child_of
 from tests.test_modeling import FULL, LINEAR, NO_OP, attention, token_ids
 from tests.test_recurrent import recurrent
@@ -90,6 +90,7 @@ RUNS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
     "native window": ("mistral", blocks_of(ALIKE), {}),
     "native family": ("qwen3", blocks_of(ALIKE), {}),
 }
+LONG: dict[str, Any] = {"rope_parameters": longrope(32), "max_position_embeddings": 128}
 REFUSED: dict[str, tuple[str, list[dict[str, Any]], str]] = {
     "linear attention": ("llama", blocks_of(MIXED, 1, (LINEAR, odd(48))), "linear subblocks"),
     "linear FFN": ("llama", blocks_of(MIXED, 1, (NO_OP, LINEAR)), "linear subblocks"),
@@ -97,6 +98,7 @@ REFUSED: dict[str, tuple[str, list[dict[str, Any]], str]] = {
     "wrong width": ("llama", blocks_of(MIXED, 1, (NO_OP, wide(48))), "ffn_mult cannot give"),
     "qwen2": ("qwen2", blocks_of(MIXED), "biases, norms or scales"),
     "qwen3": ("qwen3", blocks_of(MIXED), "biases, norms or scales"),
+    "longrope": ("llama", blocks_of(MIXED), "this scaling of the rotary frequencies"),
 }
 
 # with the plugin: no attention in layer 0, windows of two lengths each with its KV heads, linear subblocks
@@ -271,7 +273,7 @@ def test_what_is_refused_fails_or_is_wrong_in_vllm(
     case: str, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family, blocks, reason = REFUSED[case]
-    child = child_of(family, blocks=blocks, **HEAD)
+    child = child_of(family, blocks=blocks, **HEAD, **(LONG if case == "longrope" else {}))
     folder = exported(child, tmp_path)
     with pytest.raises(EngineLimit, match=reason):
         Vllm().process(folder, HOW)
@@ -294,6 +296,25 @@ def test_what_the_plugin_does_not_run_it_refuses(
     monkeypatch.setattr(vllm_engine, "_refused", lambda *_: None)
     with pytest.raises(EngineFailed, match=f"puzzle's plugin for vLLM cannot run {reason}"):
         models.load(folder, engine=PLUGIN)
+
+
+@needs_vllm
+def test_the_plugin_refuses_rotary_frequencies_that_vllm_computes_otherwise(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = exported(child_of(blocks=blocks_of(FREE), **HEAD, **LONG), tmp_path)
+    monkeypatch.setattr(vllm_engine, "_refused", lambda *_: None)
+    with pytest.raises(EngineFailed, match="cannot run rotary frequencies of the type longrope"):
+        models.load(folder, engine=PLUGIN)
+
+
+@needs_vllm
+def test_stock_vllm_takes_a_folder_for_the_plugin_as_its_own_model(models: Models, tmp_path: Path) -> None:
+    """Left to the config, it would take transformers' code, which it cannot run for all children."""
+    child = child_of(blocks=blocks_of(MIXED), **HEAD)
+    folder = export_folder(child, tmp_path, tmp_path / "child", "# x\n", "vllm-plugin")
+    found = compare(models.load(folder), child, token_ids(1, 24))
+    assert found.most < LOGITS_TOLERANCE / 100 and found.agreement == 1
 
 
 @needs_vllm
@@ -333,6 +354,12 @@ def test_an_export_is_checked_in_vllm(models: Models, tmp_path: Path, monkeypatc
     child.model.layers[4].mlp.down_proj.weight.data *= 1.1
     with pytest.raises(ExportError, match="vLLM does not give torch's logits on child"):
         check_in_vllm(child, folder, "float32")
+
+
+def test_a_check_says_that_it_does_not_reach_beyond_a_window() -> None:
+    config = child_of(blocks=blocks_of([(windowed(2, 40, 4), odd(48)), *MIXED[1:]]), **HEAD).config
+    assert unreached(config, 32) == "; no text longer than its windows (up to 40 tokens) was compared"
+    assert unreached(config, 41) == "" == unreached(child_of(blocks=blocks_of(MIXED)).config, 32)
 
 
 @needs_vllm
@@ -502,10 +529,11 @@ def test_vllms_server_answers_under_load_and_ends_with_its_owner(tmp_path: Path)
 def test_vllms_server_trusts_no_code_but_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "_installed", lambda: Path("python"))
     folder = exported(child_of(blocks=blocks_of(MIXED), **HEAD), tmp_path)
-    command, _ = SERVERS["vllm"](folder, LoadOptions(), 1)
+    command, stock = SERVERS["vllm"](folder, LoadOptions(), 1)
     assert "--trust-remote-code" in command and "--no-enable-prefix-caching" in command
-    plugged = SERVERS["vllm-plugin"](folder, LoadOptions(), 1)[0]
-    assert [word for word in plugged if word not in command][-2:] == ["--hf-overrides", PUZZLES]
+    plugged, environment = SERVERS["vllm-plugin"](folder, LoadOptions(), 1)
+    assert command[-2:] == ["--hf-overrides", PUZZLES.replace("Puzzle", "DeciLM")] and stock["VLLM_PLUGINS"] == ""
+    assert plugged[-2:] == ["--hf-overrides", PUZZLES] and environment["VLLM_PLUGINS"] == "puzzle"
     native = exported(child_of(blocks=blocks_of(ALIKE), **HEAD), tmp_path / "native")
     assert "--trust-remote-code" not in SERVERS["vllm"](native, LoadOptions(), 1)[0]
     assert "--hf-overrides" not in SERVERS["vllm-plugin"](native, LoadOptions(), 1)[0]

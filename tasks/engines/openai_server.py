@@ -21,7 +21,6 @@ from typing import Any
 
 import psutil
 
-from blocks.export_code.vllm_plugin.puzzle_vllm import ARCHITECTURE
 from tasks.engines.base import LoadOptions, python_path
 from tasks.engines.errors import EngineMissing
 from tasks.engines.vllm_process import kv_bytes
@@ -125,8 +124,8 @@ def _vllm(model: Path, how: LoadOptions, port: int, name: str = "vllm") -> tuple
     command += ["--generation-config", "vllm"]  # the folder's own defaults would change what is measured
     command += ["--trust-remote-code"] if process.load["trust"] else []
     command += [] if has_tokenizer(model) else ["--skip-tokenizer-init"]
-    if process.load["plugin"]:
-        command += ["--hf-overrides", json.dumps({"architectures": [ARCHITECTURE]})]
+    if process.load["architecture"]:
+        command += ["--hf-overrides", json.dumps({"architectures": [process.load["architecture"]]})]
     return command, dict(process.environment)
 
 

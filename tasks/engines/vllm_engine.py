@@ -22,6 +22,7 @@ from torch import Tensor
 from blocks import export_code
 from blocks.engine_limits import EngineLimit, gaps, known_engine
 from blocks.export_code import AUTO_MAP, CODE_FILES, PLUGIN
+from blocks.export_code.vllm_plugin.puzzle_vllm import ARCHITECTURE
 from blocks.files import sha256_of
 from blocks.parent import config_of
 from blocks.records import Turn
@@ -95,7 +96,8 @@ class Vllm(Engine):
     name: ClassVar[str] = "vllm"
     format: ClassVar[str] = "nemotron-nas"
     precisions: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
-    plugin: ClassVar[bool] = False
+    architecture: ClassVar[str] = "DeciLMForCausalLM"  # of a child, whatever its config names
+    plugin: ClassVar[str] = ""
 
     def missing(self) -> str | None:
         return None if interpreter() else INSTALL
@@ -114,13 +116,14 @@ class Vllm(Engine):
         return EngineProcess(
             # -P: the script's folder, full of short names, does not become a place to import from
             command=(str(_installed()), "-P", str(Path(__file__).with_name("vllm_process.py"))),
-            environment=SETTINGS | {"OMP_NUM_THREADS": str(how.threads)},
+            # a server loads the plugins of this name, so stock vLLM none
+            environment=SETTINGS | {"OMP_NUM_THREADS": str(how.threads), "VLLM_PLUGINS": self.plugin},
             load={
                 "path": str(path.resolve()),
                 "how": dataclasses.asdict(how),
                 "trust": trust,
                 "dummy": noise,
-                "plugin": self.plugin and trust,
+                "architecture": self.architecture if trust else None,
             },
         )
 
@@ -133,7 +136,8 @@ class VllmPlugin(Vllm):
 
     name: ClassVar[str] = "vllm-plugin"
     format: ClassVar[str] = "vllm-plugin"
-    plugin: ClassVar[bool] = True
+    architecture: ClassVar[str] = ARCHITECTURE
+    plugin: ClassVar[str] = "puzzle"
 
     def version(self) -> str:
         return f"{super().version()}, with puzzle's plugin"

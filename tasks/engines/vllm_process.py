@@ -39,22 +39,20 @@ class Server:
         self.numbers: Iterator[int] = itertools.count()
 
     def load(
-        self, path: str, how: dict[str, Any], trust: bool, dummy: bool = False, plugin: bool = False
+        self, path: str, how: dict[str, Any], trust: bool, dummy: bool = False, architecture: str | None = None
     ) -> dict[str, Any]:
         """Load an exported folder.
 
-        trust: run the folder's own config class. dummy: the folder has no weights, fill in noise. plugin: take
-        the model for one of puzzle's plugin, whatever its config names.
+        trust: run the folder's own config class. dummy: the folder has no weights, fill in noise. architecture: of
+        vLLM or of puzzle's plugin, in the place of the one that the config names.
         """
         import torch
         import vllm
         from vllm import EngineArgs, LLMEngine
 
-        overrides = {}
-        if plugin:
-            known = importlib.import_module("puzzle_vllm")
-            known.register()
-            overrides = {"architectures": [known.ARCHITECTURE]}
+        plugin = importlib.import_module("puzzle_vllm")
+        if architecture == plugin.ARCHITECTURE:
+            plugin.register()
         self.engine = None
         gc.collect()
         self.before = resident_bytes("VmRSS")
@@ -65,7 +63,7 @@ class Server:
             dtype=how["precision"],
             load_format="dummy" if dummy else "safetensors",
             trust_remote_code=trust,
-            hf_overrides=overrides,
+            hf_overrides={"architectures": [architecture]} if architecture else {},
             skip_tokenizer_init=True,
             enforce_eager=True,  # compilation takes minutes a model
             max_model_len=tokens,

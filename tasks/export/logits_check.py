@@ -79,7 +79,14 @@ def check_in_vllm(model: Any, folder: Path, precision: str, step: Step = no_step
         ids = _check_ids(model, tokens)
         exact = model if model.dtype == torch.float32 else in_precision(copy.deepcopy(model), torch.float32)
         text = verdict(compare(session, exact, ids), engine, folder, precision, own_kl(model, exact, ids))
-        return text + (_greedy(session, exact, ids, folder) if precision == "float32" else "")
+        text += _greedy(session, exact, ids, folder) if precision == "float32" else ""
+        return text + unreached(model.config, tokens)
+
+
+def unreached(config: Any, tokens: int) -> str:
+    """That a text of so many tokens leaves a child's windows untried, since none of its tokens lies behind one."""
+    longest = max(block["attention"].get("window_length") or 0 for block in config.block_configs)
+    return f"; no text longer than its windows (up to {longest} tokens) was compared" if longest >= tokens else ""
 
 
 @torch.inference_mode()

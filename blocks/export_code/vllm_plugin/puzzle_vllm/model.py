@@ -21,6 +21,8 @@ from .windows import WindowAttention
 # families -> whether queries, keys and values have biases; None: as the config's `attention_bias` says
 FAMILIES: dict[str, bool | None] = {"llama": None, "mistral": False, "ministral": False, "qwen2": True, "qwen3": None}
 HEAD_NORMS = ("qwen3",)
+# of the rotary frequencies; vLLM computes others, such as longrope, otherwise than transformers
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class PuzzleAttention(LlamaAttention):
@@ -158,10 +160,12 @@ def refused(config: Any, vllm_config: VllmConfig) -> str | None:
     attentions = [block.attention for block in blocks]
     sinks = [entry for entry in attentions if entry.get("window_length")]
     slides = "sliding_attention" in config.layer_types
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     reasons = {
         "recurrent attention": any(entry.get("recurrent") for entry in attentions),
         "fewer query heads": any(entry.get("num_attention_heads") for entry in attentions),
         "an FFN with experts": any(block.ffn.get("moe") for block in blocks),
+        f"rotary frequencies of the type {rope}": rope not in ROPE_TYPES,
         # vLLM would free one layer's blocks as if they were the other's
         "a window with sink tokens as long as the parent's own": slides
         and any(entry.window_length == config.sliding_window for entry in sinks),

@@ -18,7 +18,13 @@ from torch.nn import functional as F
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec, replace_as
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+    is_quantized_kv_cache,
+    replace_as,
+)
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
 QUERIES = 256  # of one prompt, whose products are made at once
@@ -166,7 +172,7 @@ class SinkWindowImpl(AttentionImpl[SinkWindowMetadata]):
         *others: Any,
         num_sink_tokens: int,
     ) -> None:
-        if kv_cache_dtype.startswith(("fp8", "nvfp4", "int")):
+        if is_quantized_kv_cache(kv_cache_dtype):
             raise ValueError(f"puzzle's windows cannot be kept in a KV cache of {kv_cache_dtype}: leave it out.")
         self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, scale, num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
