@@ -160,7 +160,7 @@ def main() -> None:
     parent = next(iter(found.values())).candidates[0]
     tasks = told_apart(parent)
     intro = (
-        f"SmolLM2-135M-Instruct, a request of 256 + 64 tokens in llama.cpp on one thread, over the parent in bfloat16. "
+        f"SmolLM2-135M-Instruct, a request of 256 + 64 tokens in llama.cpp on two cores, over the parent in bfloat16. "
         f"The paper's case is {PAPER}. *kept*: mean accuracy over the five benchmarks, over the parent's, with its "
         f"95 % interval (paired items; {asked.items} drawn items each). *above chance*: the same, less what guessing "
         f"gives, over {', '.join(tasks)}, where the parent is two errors above guessing. KL in nats per token on "
