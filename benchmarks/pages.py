@@ -31,6 +31,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "faults": ("flows", "tasks/operating", "tasks/running"),
     "gkd": ("blocks/divergence.py", "tasks/distill"),
     "hardware": ("tasks/measure/roofline.py", "profiles/hardware"),
+    "headline": (*LEARNING, "tasks/evaluate", "tasks/export", "tasks/search"),
     "more_tokens": (*LEARNING, "tasks/score"),
     "operate": ("flows", "tasks/operating", "tasks/running"),
     "peers": ("tasks/search", "tasks/studies", "tasks/score"),
