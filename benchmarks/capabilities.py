@@ -11,13 +11,11 @@ the child with the floor keeps it is judged by a one-sided bound over documents.
 """
 
 import argparse
-import os
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.common import PUZZLE, ROOT, arguments, last_report, table, write_page
+from benchmarks.common import ROOT, arguments, last_report, optimize, table, write_page
 from blocks.estimates import lower_bound, rounded
 from blocks.records import Candidate, ChildReport, LimitKept, Metric
 from profiles.load import load_profile
@@ -66,12 +64,8 @@ class Bench:
         """A child that is chosen by one capability alone; None where nothing keeps what is asked."""
         weights = [f"capabilities.{name}.weight={float(name == counted)}" for name in self.capabilities]
         weights += [f"capabilities.{GENERAL}={{weight: {float(counted == GENERAL)}}}"]
-        given = [word for one in (*self.settings, *weights, *more) for word in ("--set", one)]
-        command = [*PUZZLE, "optimize", self.profile, "--workspace", str(self.workspace), *given]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
-        if done.returncode == 2:  # the sentence that it printed says what would have to give
-            return None
-        done.check_returncode()
+        if optimize(self.profile, self.workspace, (*self.settings, *weights, *more)):
+            return None  # the sentence that it printed says what would have to give
         return Run(report=last_report(self.workspace))
 
 

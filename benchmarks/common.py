@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -86,6 +86,18 @@ def open_bench(options: argparse.Namespace) -> Bench:
         records=records,
         recording=recording,
     )
+
+
+def optimize(profile: str, workspace: Path, settings: Iterable[str]) -> int:
+    """Run `puzzle optimize` in a process of its own: 0, or 2 where it refused, and said why. CalledProcessError where
+    it failed.
+    """
+    given = [word for one in settings for word in ("--set", one)]
+    command = [*PUZZLE, "optimize", profile, "--workspace", str(workspace), *given]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
+    if done.returncode != 2:
+        done.check_returncode()
+    return done.returncode
 
 
 def last_report(workspace: Path) -> ChildReport:

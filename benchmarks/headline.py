@@ -9,16 +9,15 @@ answered the same benchmark items, which were drawn once.
 """
 
 import argparse
-import os
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.common import PUZZLE, ROOT, last_report, table, write_page
+from benchmarks.common import last_report, optimize, table, write_page
 from blocks import estimates
-from blocks.estimates import Estimate, paired_difference, rounded
+from blocks.estimates import Estimate, rounded
 from blocks.records import Candidate, ChildReport, Metric
+from tasks.evaluate.standing import Reading, difference, final_of, is_typed_parent, of_sequences
 
 CHANCE = {"hellaswag": 0.25, "arc_easy": 0.25, "arc_challenge": 0.25, "piqa": 0.5, "winogrande": 0.5}
 PAPER = "2.17 times the throughput at 98.4 % of the quality"
@@ -47,7 +46,7 @@ def told_apart(parent: Candidate) -> list[str]:
 def models_of(report: ChildReport) -> Iterator[tuple[str, Candidate]]:
     """Whom the page shows: the whole parents in one type, the child before and after GKD."""
     for one in report.candidates:
-        if one.name.startswith("parent "):
+        if is_typed_parent(one.name):
             yield f"the {one.name}", one
     yield from (
         (f"child, {'after' if one.stage == 'distilled' else 'before'} GKD", one)
@@ -64,11 +63,10 @@ def request(model: Candidate) -> Metric:
 
 def beside_one_type(child: Candidate, report: ChildReport) -> str:
     """How fast the child is over the fastest whole parent that is at least as near to the parent, in a sentence."""
-    errors = documents(child)
     near = []
     for one in report.candidates:
-        if one.name.startswith("parent "):
-            more = paired_difference(documents(one), errors)
+        if is_typed_parent(one.name):
+            more = difference(kl(one), kl(child))
             if more.value <= 0 or not estimates.is_clear(more):
                 near.append(one)
     if not near:
@@ -82,9 +80,18 @@ def beside_one_type(child: Candidate, report: ChildReport) -> str:
     )
 
 
-def documents(model: Candidate) -> Estimate:
+def kl(model: Candidate) -> Reading:
     """KL from the parent, by document."""
-    return estimates.mean(model.samples["kl"], model.sample_documents)
+    found = of_sequences(model, "kl")
+    assert found is not None
+    return found
+
+
+def child_of(report: ChildReport) -> Candidate:
+    """The child after GKD."""
+    found = final_of(report.candidates, "child")
+    assert found is not None
+    return found
 
 
 def part(asked: float, report: ChildReport) -> list[str]:
@@ -95,7 +102,7 @@ def part(asked: float, report: ChildReport) -> list[str]:
             name,
             f"{one.weight_bytes / 1e6:.1f}",
             rounded(request(one)),
-            rounded(documents(one).metric),
+            rounded(kl(one).metric),
             *(f"{100 * one.benchmarks[task].value:.1f}" for task in CHANCE),
             kept(one, parent, list(CHANCE)),
             kept(one, parent, tasks, above=True),
@@ -105,7 +112,7 @@ def part(asked: float, report: ChildReport) -> list[str]:
     whole = [f"{100 * parent.benchmarks[task].value:.1f}" for task in CHANCE]
     first = ["the parent, bfloat16", f"{parent.weight_bytes / 1e6:.1f}", "1", "0", *whole, "100 %", "100 %"]
     header = ["model", "file, MB", "request", "KL", *(f"{task}, %" for task in CHANCE), "kept", "kept above chance"]
-    child = next(one for one in report.candidates if one.name == "child" and one.stage == "distilled")
+    child = child_of(report)
     predicted = report.architecture.parent_totals[0].runtime_seconds / report.architecture.totals[0].runtime_seconds
     return [
         f"## {asked} times the parent's speed asked",
@@ -118,8 +125,7 @@ def part(asked: float, report: ChildReport) -> list[str]:
 
 def answers(asked: float, report: ChildReport) -> list[str]:
     """Greedy answers of the parent and of the child."""
-    parent = report.candidates[0]
-    child = next(one for one in report.candidates if one.name == "child" and one.answers)
+    parent, child = report.candidates[0], child_of(report)
     rows = [
         [mine.prompt.replace("\n", " "), theirs.text.replace("\n", " "), mine.text.replace("\n", " ")]
         for theirs, mine in zip(parent.answers, child.answers, strict=True)
@@ -142,9 +148,8 @@ def run(workspace: Path, asked: float, steps: int, items: int) -> ChildReport:
         f"evaluate.benchmark_limit={items}",
         "evaluate.baselines=[]",
     ]
-    own = [word for one in settings for word in ("--set", one)]
-    command = [*PUZZLE, "optimize", "smollm2-llama-cpp", "--workspace", str(workspace), *own]
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    if optimize("smollm2-llama-cpp", workspace, settings):
+        raise SystemExit(2)
     return last_report(workspace)
 
 

@@ -14,8 +14,6 @@ There is no GKD, which does not help a rotated parent (docs/log.md).
 """
 
 import argparse
-import os
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import PUZZLE, ROOT, table, write_page
+from benchmarks.common import optimize, table, write_page
 from blocks.compute import HOST
 from blocks.error_correction import InputGrams
 from blocks.errors import InfeasibleBudget
@@ -167,9 +165,8 @@ def children(judge: Judge, budget: Budget) -> list[Judged]:
 
 def prepared(workspace: Path) -> Judge:
     """Make the library, or find it."""
-    own = [word for one in SETTINGS for word in ("--set", one)]
-    command = [*PUZZLE, "optimize", "smollm2-llama-cpp", "--workspace", str(workspace), *own]
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    if optimize("smollm2-llama-cpp", workspace, SETTINGS):
+        raise SystemExit(2)
     profile = load_profile("smollm2-llama-cpp", SETTINGS)
     in_float = load_profile("smollm2-llama-cpp", [*SETTINGS, "search_space.precision=[]"])
     configure_torch(profile.hardware.threads)

@@ -18,11 +18,10 @@ from benchmarks.common import last_report, table, write_page
 from blocks.engine_limits import gaps
 from blocks.library import read_value, write_value
 from blocks.parent import config_of
-from blocks.records import ChildReport, Metric, Value
+from blocks.records import PARENT, ChildReport, Metric, Value
 from blocks.runtime import configure_torch
 from tasks.engines.base import LoadOptions
 from tasks.engines.registry import engine_of
-from tasks.engines.timing_in_turns import PARENT
 from tasks.inputs.children import open_child
 from tasks.loadtest.arrivals import Limits
 from tasks.loadtest.bench_table import MEMORY

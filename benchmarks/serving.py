@@ -18,13 +18,12 @@ from benchmarks.common import last_report, table, write_page
 from blocks.engine_limits import KNOWN_ENGINES, gaps
 from blocks.library import read_value, write_value
 from blocks.parent import config_of
-from blocks.records import SUBBLOCKS, ChildReport, CostTable, LayerChoice, Metric, Value
+from blocks.records import PARENT, SUBBLOCKS, ChildReport, CostTable, LayerChoice, Metric, Value
 from blocks.runtime import configure_torch
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
 from tasks.engines.base import LoadOptions
 from tasks.engines.llama_cpp import LlamaCpp
 from tasks.engines.registry import ENGINES, engine_of
-from tasks.engines.timing_in_turns import PARENT
 from tasks.export.formats import export_as
 from tasks.export.logits_check import Difference, compare_logits
 from tasks.gguf.reader import read_gguf
