@@ -15,6 +15,7 @@ from blocks.typed_labels import bare
 
 Subblock = Literal["attention", "ffn"]
 SUBBLOCKS: tuple[Subblock, ...] = ("attention", "ffn")
+PARENT = "parent"  # its name among the models that are compared
 
 
 def _relative(path: str) -> str:

@@ -16,6 +16,7 @@ from blocks.compute import HOST
 from blocks.errors import PuzzleError
 from blocks.library import digest_of, keep
 from blocks.records import (
+    PARENT,
     Answer,
     BlockRecord,
     ChildReport,
@@ -31,7 +32,6 @@ from flows.run import task_of
 from flows.tracked_run import TrackedRun
 from flows.whole_models import made_of
 from tasks.distill.record import open_parent
-from tasks.engines.timing_in_turns import PARENT
 from tasks.evaluate.budget import capability_limits, limits_of, with_predictions
 from tasks.evaluate.compare import LINEAGE, Contender, Evaluation, Lineage, build, candidate, kl_on_each
 from tasks.evaluate.standing import is_typed_parent

@@ -295,7 +295,7 @@ def _usual_load(sources: Mapping[str, Path]) -> "Point":
 
 
 def _parent_and_child(child: Path, parent: Path | None) -> dict[str, Path]:
-    from tasks.engines.timing_in_turns import PARENT
+    from blocks.records import PARENT
     from tasks.measure.bench import CHILD
 
     return {PARENT: parent or _parent_of(child), CHILD: child}

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from blocks.errors import PuzzleFailure
-from blocks.records import Gains, Metric, Throughput, Turn
+from blocks.records import PARENT, Gains, Metric, Throughput, Turn
 from blocks.runtime import products_as_served, release_memory
 from profiles.schema import Scenario
 from tasks.running.progress import Progress, no_progress
 from tasks.running.usage import resident_bytes, restart_peak
 
-PARENT = "parent"
 MAX_DECODE_STEPS = 32  # at most this many decode steps are timed; a whole request is extrapolated from them
 SE_OF_MEDIAN = 1.2533  # sqrt(pi / 2): standard error of a median over that of a mean, normal samples
 

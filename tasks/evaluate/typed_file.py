@@ -13,12 +13,11 @@ from torch import Tensor
 from blocks.compute import HOST
 from blocks.files import atomic_path, sha256_of
 from blocks.library import digest_of, keep, read_rows, remember
-from blocks.records import CorpusInfo, ParentInfo, Value
+from blocks.records import PARENT, CorpusInfo, ParentInfo, Value
 from blocks.typed_labels import FITTED_TO
 from profiles.schema import Hardware, Precision
 from tasks.distill.rounded import RoundedTraining
 from tasks.engines.llama_cpp import LlamaCpp
-from tasks.engines.timing_in_turns import PARENT
 from tasks.evaluate.compare import Contender, build
 from tasks.export.child_tokenizer import find_tokenizer
 from tasks.export.logits_check import check_logits

@@ -24,10 +24,10 @@ from blocks.engine_limits import known_engine
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.estimates import mean
 from blocks.parent import config_of
-from blocks.records import Metric, Value
+from blocks.records import PARENT, Metric, Value
 from tasks.engines.base import LoadOptions
 from tasks.engines.openai_server import SERVERS, Served, serving
-from tasks.engines.timing_in_turns import PARENT, median_metric
+from tasks.engines.timing_in_turns import median_metric
 from tasks.export.formats import timed_precision
 from tasks.inputs.children import open_child
 from tasks.loadtest.arrivals import NO_LIMITS, Limits, Traffic, traffic_of

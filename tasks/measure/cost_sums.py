@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from blocks.records import (
+    PARENT,
     SUBBLOCKS,
     Architecture,
     Cost,
@@ -23,7 +24,6 @@ from blocks.records import (
     Throughput,
     Totals,
 )
-from tasks.engines.timing_in_turns import PARENT
 
 Phase = Literal["prefill", "decode"]
 ScenarioBatch = tuple[str, int]  # a scenario's name and a batch size

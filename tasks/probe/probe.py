@@ -16,13 +16,12 @@ from blocks.compute import Compute
 from blocks.errors import PuzzleError
 from blocks.estimates import Estimate
 from blocks.library import digest_of, write_value
-from blocks.records import Metric
+from blocks.records import PARENT, Metric
 from tasks.evaluate.loops import Continued
 from tasks.probe.agreement import answers_of_all, in_common
 from tasks.probe.figures import FIRST_SPAN, Reading, Readings, read_all, spans_of
 from tasks.probe.records import (
     LEVEL,
-    PARENT,
     PROBE,
     Agreement,
     AnswerFigures,

@@ -7,7 +7,6 @@ Figures of a model are by its name: `parent`, `child`, and the name of the best 
 from blocks.records import Metric, ParentInfo, Value
 
 PROBE = "probe.json"  # beside the child of a run
-PARENT = "parent"  # its name among the models
 LEVEL = 0.025  # of a one-sided test that a figure is larger, shared among the spans or the texts
 
 

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 
 from blocks.estimates import is_below_zero, is_clear, rounded
-from blocks.records import Metric
+from blocks.records import PARENT, Metric
 from tasks.probe.records import (
     LEVEL,
-    PARENT,
     Agreement,
     DomainFigures,
     LengthFigures,
