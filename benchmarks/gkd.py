@@ -20,6 +20,7 @@ from benchmarks.common import Bench, arguments, open_bench, table, write_page
 from blocks.compute import HOST
 from blocks.library import read_value, write_value
 from blocks.records import BlockRecord, LayerChoice
+from blocks.runtime import configure_torch
 from profiles.schema import BLD, GKD
 from tasks.distill.bld import distill
 from tasks.distill.gkd import Seen, finished
@@ -84,7 +85,8 @@ def curves(bench: Bench) -> str:
 
 
 def train(workspace: Path, folder: str, processes: int) -> None:
-    """Train the job of a folder; every step becomes a line of a file."""
+    """Train the job of a folder, with torch as every process of puzzle has it; every step becomes a line of a file."""
+    configure_torch(None)
     with (workspace / folder / LOG).open("a", buffering=1) as log:
 
         def watch(seen: Seen) -> None:
