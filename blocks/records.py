@@ -504,6 +504,15 @@ class LimitKept(Value):
     measured: Metric | None = None
 
 
+class SeenItems(Value):
+    """Which of the drawn items of each benchmark stand in text that the child was made with: 1 or 0 per item, in the
+    order of `Candidate.correct`. short: how many of its items are too short to be looked for (tasks/evaluate/seen.py).
+    """
+
+    seen: dict[str, tuple[int, ...]]
+    short: dict[str, int]
+
+
 class OnCapability(Value):
     """A model on the test sequences of a capability. predicted_kl: the sum of scores, before GKD. samples and
     documents: as in a Candidate.
@@ -530,7 +539,8 @@ class Candidate(Value):
     before and after the training that knows the rounding. capabilities: the same figures on each. looping: of the
     parent and the finished child, where the profile asks for a count. cache: the type of
     llama.cpp's KV cache, where loss, kl and top1_agreement are llama.cpp's own with such a cache; else they are
-    torch's.
+    torch's. unseen, unseen_retention: the accuracy on each benchmark, and the retention, without the items that stand
+    in text that the child was made with, where any do.
     """
 
     name: str
@@ -546,6 +556,8 @@ class Candidate(Value):
     top1_agreement: Metric | None = None
     benchmarks: dict[str, Metric] = {}
     retention: Metric | None = None
+    unseen: dict[str, Metric] = {}
+    unseen_retention: Metric | None = None
     predicted_kl: float | None = None
     gkd_tokens: int = 0
     gkd_kept_start: float | None = None
@@ -588,7 +600,7 @@ class ChildReport(Value):
 
     request: what was asked of the search (tasks/search/request.py). rule: when one child counts as better than another
     (`champion` in the profile). race: best first, empty where there was none. batch_sizes: what else could have been
-    served at a time, where a scenario names several sizes.
+    served at a time, where a scenario names several sizes. seen_items: None where no benchmarks were asked.
     finished_at, command: when the run ended, and the command that makes the child again.
     All are empty in reports of older versions.
     """
@@ -611,5 +623,6 @@ class ChildReport(Value):
     rule: dict[str, Any] = {}
     race: tuple[Racer, ...] = ()
     batch_sizes: tuple[AtBatchSize, ...] = ()
+    seen_items: SeenItems | None = None
     finished_at: str = ""
     command: str = ""

@@ -25,6 +25,7 @@ from blocks.records import (
     Looping,
     ParentInfo,
     Racer,
+    SeenItems,
     SpeedReport,
 )
 from blocks.resources import weight_bytes
@@ -34,6 +35,7 @@ from flows.whole_models import made_of
 from tasks.distill.record import open_parent
 from tasks.evaluate.budget import capability_limits, limits_of, with_predictions
 from tasks.evaluate.compare import LINEAGE, Contender, Evaluation, Lineage, build, candidate, kl_on_each
+from tasks.evaluate.seen import without_seen
 from tasks.evaluate.standing import is_typed_parent
 from tasks.evaluate.typed_file import GGUF_NAME, hand_over
 from tasks.export.folder import export_child, model_card
@@ -60,13 +62,17 @@ LOCAL_PREFECT = "http://127.0.0.1:4200"  # where the command below listens
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What was found of whole models: evaluations in the order of the contenders, speeds, answers by name and stage."""
+    """What was found of whole models: evaluations in the order of the contenders, speeds, answers by name and stage.
+
+    seen_items: the benchmarks' items in the text of the run; None where there were no benchmarks.
+    """
 
     evaluations: Sequence[Evaluation]
     speed: SpeedReport
     answers: Mapping[tuple[str, str], tuple[Answer, ...]]
     looping: Mapping[tuple[str, str], Looping]
     race: tuple[Racer, ...]
+    seen_items: SeenItems | None = None
 
 
 def best_baseline(child: Contender, baselines: Sequence[Contender], found: Sequence[Evaluation]) -> list[Contender]:
@@ -132,6 +138,7 @@ def report_of(
                     "answers": found.answers.get((which.name, which.stage), ()),
                     "looping": found.looping.get((which.name, which.stage)),
                     "limits": limits(which, evaluation),
+                    **without_seen(evaluation.benchmarks, own.benchmarks, found.seen_items),
                 }
             )
             for which, evaluation in _ordered(contenders, found.evaluations, final)
@@ -148,6 +155,7 @@ def report_of(
         request=request_of(problem).model_dump(mode="json"),
         race=found.race,
         batch_sizes=at_batch_sizes(asked, final.architecture),
+        seen_items=found.seen_items,
         rule=run.profile.champion.model_dump(mode="json"),
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command_of_run(),

@@ -7,7 +7,7 @@ from typing import Any
 
 from blocks.devices import on_device
 from blocks.library import digest_of
-from blocks.records import Answer, CorpusInfo, CostTable, Looping, ParentInfo, Racer, SpeedReport
+from blocks.records import Answer, CorpusInfo, CostTable, Looping, ParentInfo, Racer, SeenItems, SpeedReport
 from flows.run import Run, task_of
 from flows.stages import cost_tasks
 from flows.tracked_run import TrackedRun
@@ -15,7 +15,7 @@ from profiles.schema import GENERAL, Profile
 from tasks.distill import gkd_job, gkd_targets
 from tasks.distill.gkd import Seen, Watch
 from tasks.distill.record import open_parent
-from tasks.evaluate import answers, compare, loops
+from tasks.evaluate import answers, compare, loops, seen
 from tasks.evaluate.compare import Contender, Evaluation
 from tasks.evaluate.race import race as race_of
 from tasks.evaluate.typed_file import as_served
@@ -114,6 +114,14 @@ def looping_task(
     with exclusive(workspace, TaskKey(key=f"loops-{key}", what=f"the loops of {which.name}")):
         source = (parent, corpus)
         return loops.looping_of(which, source, profile.evaluate, workspace, compute_of(profile), progress)
+
+
+@task_of("look for items", "look for the benchmarks' items in the text")
+def seen_task(parent: ParentInfo, texts: Sequence[CorpusInfo], profile: Profile, workspace: Path) -> Any:
+    """See tasks.evaluate.seen.look_for_items."""
+    key = digest_of(path=seen.seen_path(texts, profile.evaluate))
+    with exclusive(workspace, TaskKey(key=f"items-{key}", what="the search for the benchmarks' items")):
+        return seen.look_for_items(parent, texts, profile.evaluate, workspace)
 
 
 def _speed_key(_: Any, given: dict[str, Any]) -> str:
@@ -259,6 +267,20 @@ def count_loops(
             found[which.name, which.stage] = run.call(
                 looping_task, f"answers loops {which.name}", *values, after=[made_of(which)]
             )
+    return found
+
+
+def look_for_items(
+    run: Run, parent: ParentInfo, corpus: CorpusInfo, capabilities: Sequence[CorpusInfo]
+) -> SeenItems | None:
+    """The benchmarks' items in the text that stages trained on; None where the profile asks for no benchmarks."""
+    if not run.profile.evaluate.benchmarks:
+        return None
+    texts = (corpus, *capabilities)
+    with run.stage("look for items"):
+        after = [f"corpus {text.capability}".strip() for text in texts]
+        values = (parent, texts, run.profile, run.workspace)
+        found: SeenItems = run.call(seen_task, "evaluation items", *values, after=after)
     return found
 
 

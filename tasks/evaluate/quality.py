@@ -259,11 +259,25 @@ def _result(name: str, samples: list[dict[str, Any]]) -> BenchmarkResult:
     ]
     numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     correct = tuple(int(sample[BENCHMARKS[name][2]]) for sample in ordered)
-    groups = tuple(numbers[text] for text in texts)
+    return _on_items(correct, tuple(numbers[text] for text in texts))
+
+
+def _on_items(correct: tuple[int, ...], groups: tuple[int, ...]) -> BenchmarkResult:
     found = estimates.mean(correct, groups)
     return BenchmarkResult(
         metric=Metric(value=found.value, se=found.error, n=len(correct)), correct=correct, groups=groups
     )
+
+
+def without(results: Mapping[str, BenchmarkResult], seen: Mapping[str, Sequence[int]]) -> dict[str, BenchmarkResult]:
+    """The results on the items that are not marked with 1; a benchmark of which none is left is left out."""
+    found = {}
+    for name, result in results.items():
+        left = [place for place, mark in enumerate(seen[name]) if not mark]
+        if left:
+            groups = tuple(result.groups[place] for place in left) if result.groups else ()
+            found[name] = _on_items(tuple(result.correct[place] for place in left), groups)
+    return found
 
 
 def check_benchmarks(names: Sequence[str], package: str) -> dict[str, Path]:
@@ -301,7 +315,7 @@ def _task_config(name: str, folder: Path, limit: int | None) -> dict[str, Any]:
     config = load_yaml(_package_folder("lm_eval") / "tasks" / BENCHMARKS[name][1])
     for key in ("tag", "dataset_path", "dataset_name", "training_split", "test_split"):
         config.pop(key, None)
-    loader: Callable[..., Any] = partial(_local_data, folder, limit)
+    loader: Callable[..., Any] = partial(local_data, folder, limit)
     return {**config, "task": name, "num_fewshot": 0, "custom_dataset": loader}
 
 
@@ -312,8 +326,8 @@ def drawn_items(count: int, limit: int | None) -> list[int]:
     return sorted(np.random.default_rng(ITEM_SEED).permutation(count)[:limit].tolist())
 
 
-def _local_data(folder: Path, limit: int | None, **_metadata: Any) -> Any:
-    """The validation split, kept in memory: otherwise `map` would write its cache beside the data, in site-packages."""
+def local_data(folder: Path, limit: int | None, **_metadata: Any) -> Any:
+    """The drawn items of the validation split, in memory: otherwise `map` would write its cache into site-packages."""
     import datasets
 
     items = datasets.load_from_disk(str(folder), keep_in_memory=True)

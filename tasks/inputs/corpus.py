@@ -177,12 +177,22 @@ def documents_of(corpus: CorpusInfo, split: str, workspace: Path, length: int | 
     Sequences of one document are not independent of each other. Empty for a corpus of an older version, which does not
     say where documents begin.
     """
-    try:
-        starts = read_tensors(workspace, corpus.tokens, [f"{split}{STARTS}"])[f"{split}{STARTS}"].numpy()
-    except SafetensorError:
-        return ()
+    starts = starts_of(corpus, split, workspace)
     total = splits_of(corpus)[split] * corpus.sequence_length
-    return main_documents(starts, total, corpus.sequence_length, length or corpus.sequence_length)
+    return (
+        main_documents(starts, total, corpus.sequence_length, length or corpus.sequence_length) if len(starts) else ()
+    )
+
+
+def starts_of(corpus: CorpusInfo, split: str, workspace: Path) -> NDArray[np.int64]:
+    """How many tokens of a split come before each of its documents. Empty for a corpus of an older version."""
+    try:
+        found: NDArray[np.int64] = read_tensors(workspace, corpus.tokens, [f"{split}{STARTS}"])[
+            f"{split}{STARTS}"
+        ].numpy()
+    except SafetensorError:
+        return np.zeros(0, np.int64)
+    return found
 
 
 def weights_of(

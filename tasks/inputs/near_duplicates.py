@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHINGLE = 24  # bytes
-RUN = 13  # tokens, as contamination of benchmarks is looked for (GPT-3, arXiv 2005.14165)
+RUN = 13  # tokens or words, as contamination of benchmarks is looked for (GPT-3, arXiv 2005.14165)
 BANDS, ROWS = 16, 4  # a pair of likeness .7 shares a band with probability .988, one of .3 with .12
 CHUNK = 1 << 15  # shingles hashed at a time: they stay in a core's cache
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -53,7 +53,7 @@ class KnownRuns:
         took at least of a document that has so many.
         """
         self.least, self._middle = least, max(RUN, middle - 3 * RUN)  # two middles may lie a few tokens apart
-        self._runs = np.unique(np.concatenate([np.zeros(0, np.uint64), *map(_runs_of, tokens)]))
+        self._runs = np.unique(np.concatenate([np.zeros(0, np.uint64), *map(runs_of, tokens)]))
         self._known: set[Hashable] = set()
 
     @property
@@ -63,7 +63,7 @@ class KnownRuns:
 
     def holds(self, part: NDArray[np.int32], name: Hashable) -> bool:
         """Whether a part of a document is known. name: of the document, for the count."""
-        runs = _runs_of(part) if len(self._runs) else self._runs
+        runs = runs_of(part) if len(self._runs) else self._runs
         if not len(runs):
             return False
         places = np.minimum(np.searchsorted(self._runs, runs), len(self._runs) - 1)
@@ -74,11 +74,11 @@ class KnownRuns:
         return known
 
 
-def _runs_of(tokens: NDArray[np.int32]) -> NDArray[np.uint64]:
-    """(N - RUN + 1,) hashes of the runs of RUN tokens."""
-    count = max(0, len(tokens) - RUN + 1)
+def runs_of(tokens: NDArray[np.signedinteger], length: int = RUN) -> NDArray[np.uint64]:
+    """(N - length + 1,) hashes of the runs of `length` tokens, or of words by their hashes."""
+    count = max(0, len(tokens) - length + 1)
     hashes = np.zeros(count, np.uint64)
-    for place in range(RUN):
+    for place in range(length):
         hashes = (hashes + tokens[place : place + count].astype(np.uint64)) * _MIX
         hashes ^= hashes >> np.uint64(29)
     return hashes

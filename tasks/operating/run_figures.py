@@ -103,12 +103,13 @@ def report_metrics(report: ChildReport) -> dict[str, float]:
     One rule for every model: `child` and `baseline_<name>` are as assembled from the library; `_gkd` at the end means
     after global distillation. The headlines are of the child after its last stage.
     """
-    parent = parent_of(report)
+    parent, items = parent_of(report), report.seen_items.seen if report.seen_items else {}
     figures = {
         **headlines(report),
         "run/seconds": report.seconds,
         "run/cpu_seconds": report.cpu_seconds,
         "run/peak_memory_gib": report.peak_memory_bytes / 2**30,
+        **{f"run/seen_items_{name}": float(sum(seen)) for name, seen in items.items()},
         **search_metrics(report.architecture),
     }
     for stage in report.stages:
@@ -201,6 +202,8 @@ def _candidate_figures(candidate: Candidate, parent: Candidate | None) -> dict[s
         )
     }
     measured |= {f"benchmark_{name}": metric for name, metric in candidate.benchmarks.items()}
+    measured |= {f"benchmark_{name}_unseen": metric for name, metric in candidate.unseen.items()}
+    measured["retention_unseen"] = candidate.unseen_retention
     measured["looping"] = loops.metric if (loops := of_loops(candidate)) else None
     for name, one in candidate.capabilities.items():
         measured |= {f"{figure}_on_{name}": getattr(one, figure) for figure in ("kl", "loss", "top1_agreement")}

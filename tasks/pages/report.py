@@ -165,7 +165,20 @@ def _accuracy_rows(report: ChildReport) -> list[Row]:
         rows.append(_row("mean of tasks, %", candidates, lambda model: of_all_items(model, by_task=True), scale=100))
     rows.append(_row("items over parent, %", candidates, lambda model: over_parent(model, parent), scale=100))
     rows.append(_row("retention, %", candidates, lambda model: retained(model, parent), scale=100))
-    return rows
+    return [*rows, *_unseen_rows(candidates)]
+
+
+def _unseen_rows(candidates: Sequence[Candidate]) -> list[Row]:
+    """Accuracies and retention without the items that stand in text that the child was made with, where any do."""
+
+    def row(label: str, figure: Callable[[Candidate], Metric | None]) -> Row:
+        found = [figure(model) for model in candidates]
+        cells = tuple("–" if metric is None else rounded(metric, 100) for metric in found)
+        return Row(label=f"{label} unseen, %", cells=cells, best=frozenset())
+
+    names = dict.fromkeys(name for model in candidates for name in model.unseen)
+    rows = [row(name, lambda model, name=name: model.unseen.get(name)) for name in names]  # type: ignore[misc]
+    return [*rows, row("retention", lambda model: model.unseen_retention)]
 
 
 def _looping(model: Candidate) -> str:

@@ -190,7 +190,8 @@ def findings(report: ChildReport) -> list[Finding]:
         found.append(Finding(worse="is no usable model", unusable=True))
     if parent is None:
         return found
-    found += [_benchmarks(report, child, parent), _speed(report, child, parent), *_served(report), _size(child, parent)]
+    found += [_benchmarks(report, child, parent), _seen(report, child)]
+    found += [_speed(report, child, parent), *_served(report), _size(child, parent)]
     return found + [
         Finding(worse="gives answers that " + " or ".join(fault for fault, a, b in faults if a > b))
         for faults in [_faults(child, parent)]
@@ -323,6 +324,21 @@ def _benchmarks(report: ChildReport, child: Candidate, parent: Candidate) -> Fin
         ]
     )
     return Finding(line=line, worse=f"gets fewer benchmark items right than {lost}" if lost else "")
+
+
+def _seen(report: ChildReport, child: Candidate) -> Finding:
+    """How many benchmark items stand in text that the child was made with, and the retention without them."""
+    if report.seen_items is None:
+        return Finding()
+    there = [f"{sum(seen)} of {len(seen)} of {name}" for name, seen in report.seen_items.seen.items() if any(seen)]
+    short = [f"{count} of {name}" for name, count in report.seen_items.short.items() if count]
+    what = "a run of 13 words with text that the child was made with"
+    line = f"Seen: no item of the benchmarks shares {what}."
+    if there:
+        line = f"Seen: of the benchmarks' items, {_listed(there)} share {what}."
+    if child.unseen_retention is not None:
+        line += f" Without them (rows with `unseen`) the retention is {rounded(child.unseen_retention, 100)} %."
+    return Finding(line=line + (f" Too short to be looked for: {_listed(short)}." if short else ""))
 
 
 def _above(model: Candidate, child: Candidate) -> bool:
