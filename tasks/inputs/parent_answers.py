@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from blocks.compute import Compute
 from blocks.errors import CorpusError
@@ -24,8 +25,8 @@ from tasks.inputs.text_files import CHUNK, Tally, skipped
 from tasks.running.progress import Progress, no_progress, say
 
 VERSION = 1
-BATCH = 16  # prompts that are answered together
 ANSWERED = "answers-"
+PIECE = 32  # tokens, after which answers that have ended leave the batch
 
 
 def with_answers(
@@ -83,10 +84,10 @@ def _written(
     source: ParentAnswersSource, parent: ParentInfo, workspace: Path, compute: Compute, progress: Progress
 ) -> Path:
     asked = source.model_copy(update={"prompts": pinned(source.prompts)})
-    settings = asked.model_dump(mode="json", exclude={"weight": True, "prompts": {"path"}})
-    content, products = content_of(asked.prompts), str(compute.dtype)
+    settings = asked.model_dump(mode="json", exclude={"weight": True, "batch_prompts": True, "prompts": {"path"}})
+    content, products, size = content_of(asked.prompts), str(compute.dtype), asked.batch_prompts
     key = digest_of(
-        settings=settings, content=content, parent=parent.fingerprint, products=products, batch=BATCH, version=VERSION
+        settings=settings, content=content, parent=parent.fingerprint, products=products, batch=size, version=VERSION
     )
     path = workspace / "corpus" / f"{ANSWERED}{key}.jsonl"
     if path.exists():
@@ -102,11 +103,11 @@ def _written(
     if len(prompts) < asked.answers:
         say(f"corpus: {name_of(asked.prompts)} holds {len(prompts):,} prompts, {asked.answers:,} were to be answered")
     part = path.with_suffix(".part")
-    done = _whole_batches(part)
+    done = _whole_batches(part, size)
     with part.open("a", encoding="utf-8") as file:
-        for first in range(done * BATCH, len(prompts), BATCH):
-            batch = prompts[first : first + BATCH]
-            answers = answer_batch(model, tokenizer, batch, asked, first // BATCH)
+        for first in range(done * size, len(prompts), size):
+            batch = prompts[first : first + size]
+            answers = answer_batch(model, tokenizer, batch, asked, first // size)
             chats = [
                 None if answer is None else [*prompt, {"role": "assistant", "content": answer}]
                 for prompt, answer in zip(batch, answers, strict=True)
@@ -119,12 +120,12 @@ def _written(
     return path
 
 
-def _whole_batches(part: Path) -> int:
+def _whole_batches(part: Path, size: int) -> int:
     """How many batches a killed run has answered; what is behind them is cut off."""
     lines = part.read_bytes().split(b"\n")[:-1] if part.exists() else []
-    whole = len(lines) // BATCH
+    whole = len(lines) // size
     if part.exists():
-        part.write_bytes(b"".join(line + b"\n" for line in lines[: whole * BATCH]))
+        part.write_bytes(b"".join(line + b"\n" for line in lines[: whole * size]))
     return whole
 
 
@@ -187,6 +188,7 @@ def answer_batch(
         do_sample=bool(sampled),
         eos_token_id=sorted(stops),
         pad_token_id=min(stops),
+        return_dict_in_generate=True,
         **sampled,
     )
     write = template_of(tokenizer)  # as the corpus writes chats: always on the same day
@@ -194,13 +196,37 @@ def answer_batch(
     tokenizer.pad_token_id = min(stops)
     batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
     own = [model.device] if model.device.type == "cuda" else []
+    found: list[str | None] = [None] * len(prompts)
     with torch.random.fork_rng(devices=own), torch.inference_mode():
         torch.manual_seed(asked.seed + number)
-        out = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=how).tolist()
-    found: list[str | None] = []
-    for tokens in out:
-        said = tokens[batch["input_ids"].shape[1] :]
-        end = next((place for place, token in enumerate(said) if token in stops), None)
-        text = tokenizer.decode(said[:end], skip_special_tokens=True).strip()
-        found.append(text if text and end is not None else None)
+        for place, said in _said(model, batch["input_ids"], batch["attention_mask"], how, stops):
+            found[place] = tokenizer.decode(said, skip_special_tokens=True).strip() or None
     return found
+
+
+def _said(model: Any, ids: Tensor, mask: Tensor, how: Any, stops: set[int]) -> Iterator[tuple[int, list[int]]]:
+    """What the model says behind ids (P, T), by row: the tokens before the first of `stops`. A row without one by
+    `how.max_new_tokens` is left out.
+
+    Every few tokens, rows that have ended leave the batch, so that the others go on alone.
+    """
+    rows, start, cache, limit = torch.arange(len(ids)), ids.shape[1], None, how.max_new_tokens
+    for done in range(0, limit, PIECE):
+        how.max_new_tokens = min(PIECE, limit - done)
+        out = model.generate(ids, attention_mask=mask, generation_config=how, past_key_values=cache)
+        ends = [_end(said, stops) for said in out.sequences[:, start:].tolist()]
+        for row, end, said in zip(rows.tolist(), ends, out.sequences[:, start:].tolist(), strict=True):
+            if end is not None:
+                yield row, said[:end]
+        left = torch.tensor([place for place, end in enumerate(ends) if end is None], dtype=torch.long)
+        if not len(left):
+            return
+        rows, left, cache = rows[left], left.to(ids.device), out.past_key_values
+        cache.batch_select_indices(left)
+        ids = out.sequences[left]
+        mask = torch.nn.functional.pad(mask[left], (0, ids.shape[1] - mask.shape[1]), value=1)
+
+
+def _end(said: Sequence[int], stops: set[int]) -> int | None:
+    """The place of the first of `stops`."""
+    return next((place for place, token in enumerate(said) if token in stops), None)
