@@ -25,20 +25,40 @@ NOTHING = {"no_op": True, "replace_with_linear": False}
 PLUS_ONE = ("LayerNorm1P",)  # norms that multiply by 1 + weight
 
 
-def runs_of(config: Any, at_most: int | None = None) -> list[Run]:
-    """Layers of a child whose FFNs come right after each other: two or more in each run, and `at_most` where that is
-    given. The first layer of a run may have an attention, which comes before its FFN.
+def runs_of(config: Any) -> list[Run]:
+    """Layers of a child whose FFNs come right after each other, two or more in each run. The first layer of a run may
+    have an attention, which comes before its FFN.
     """
     runs = [list[int]()]
     for layer, block in enumerate(getattr(config, "block_configs", ())):
         ffn = block["ffn"]
-        if not block["attention"]["no_op"] or len(runs[-1]) == at_most:
+        if not block["attention"]["no_op"]:
             runs.append([])
         if is_whole(ffn):
             runs[-1].append(layer)
         elif not ffn["no_op"]:  # a linear one cannot be a part of a wider FFN
             runs.append([])
     return [tuple(run) for run in runs if len(run) > 1]
+
+
+def parts_named(runs: Sequence[Run], spans: Sequence[str]) -> list[Run]:
+    """The parts of runs that spans such as `5-7` name, each from its first layer to its last. Raises PuzzleError for a
+    span that no run holds.
+    """
+    found = list[Run]()
+    for span in spans:
+        first, _, last = span.partition("-")
+        ends = {int(end) for end in (first, last) if end.isdecimal()}
+        part = next((run for run in runs if len(ends) == 2 and ends <= set(run)), ())
+        found.append(tuple(layer for layer in part if min(ends) <= layer <= max(ends)))
+    named = [layer for run in found for layer in run]
+    if not all(found) or len(set(named)) < len(named):
+        allowed = ", ".join(f"{run[0]}-{run[-1]}" for run in runs)
+        raise PuzzleError(
+            f"--layers {' --layers '.join(spans)}: each names two or more layers whose FFNs come right after each "
+            f"other, none of them twice. These can be fused, or parts of them: {allowed}."
+        )
+    return found
 
 
 def refuse_family(config: Any) -> None:

@@ -91,8 +91,9 @@ def fuse_command(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="the folder to write [CHILD-fused, beside it]")
     ] = None,
-    at_most: Annotated[
-        int | None, typer.Option("--at-most", min=2, help="FFNs in one [all that come right after each other]")
+    layers: Annotated[
+        list[str] | None,
+        typer.Option("--layers", metavar="A-B", help="one FFN for those of layers A to B [all that can be fused]"),
     ] = None,
     text: Annotated[
         Path | None,
@@ -107,7 +108,7 @@ def fuse_command(
     from tasks.evaluate.fusion import fuse_child, fusible, fusion_text
 
     target = out or child.resolve().with_name(f"{child.resolve().name}-fused")
-    runs, compute = fusible(child, target, at_most), compute_on(device, threads)
+    runs, compute = fusible(child, target, layers or ()), compute_on(device, threads)
 
     def fuse() -> None:
         read = fusion_text(child, sequences, text)

@@ -16,7 +16,7 @@ from blocks.errors import PuzzleError
 from blocks.estimates import mean, rounded
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.export_code.modeling_decilm import DeciLMDecoderLayer, DeciLMForCausalLM
-from blocks.fusion import fuse, fused_parts, refuse_family, runs_of
+from blocks.fusion import fuse, fused_parts, parts_named, refuse_family, runs_of
 from blocks.library import read_tensors, write_value
 from blocks.records import LayerChoice
 from blocks.subblock import load_parts
@@ -84,22 +84,29 @@ def test_a_wide_ffn_is_the_sum_of_its_parts(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "at_most", "runs"),
+    ("pattern", "runs"),
     [
-        ("AF .F .F A.", None, [(0, 1, 2)]),
-        ("AF .F .F A.", 2, [(0, 1)]),
-        ("AF .F .F .F", 2, [(0, 1), (2, 3)]),
-        ("AF .. .F AF", None, [(0, 2)]),
-        (".F .F AF .F", None, [(0, 1), (2, 3)]),
-        ("AF .L .F .F", None, [(2, 3)]),
-        ("A. .F LF .F", None, [(2, 3)]),
-        ("AF LF A. .F", None, []),
+        ("AF .F .F A.", [(0, 1, 2)]),
+        ("AF .. .F AF", [(0, 2)]),
+        (".F .F AF .F", [(0, 1), (2, 3)]),
+        ("AF .L .F .F", [(2, 3)]),
+        ("A. .F LF .F", [(2, 3)]),
+        ("AF LF A. .F", []),
     ],
 )
-def test_ffns_between_which_nothing_stands(pattern: str, at_most: int | None, runs: list[tuple[int, ...]]) -> None:
+def test_ffns_between_which_nothing_stands(pattern: str, runs: list[tuple[int, ...]]) -> None:
     config = families.parent_of("llama").config
-    assert runs_of(DeciLMConfig(block_configs=blocks(pattern, config)), at_most) == runs
+    assert runs_of(DeciLMConfig(block_configs=blocks(pattern, config))) == runs
     assert runs_of(config) == []
+
+
+def test_a_part_of_a_run_is_named_by_its_ends() -> None:
+    runs = [(1, 2, 4, 5), (7, 8)]
+    assert parts_named(runs, ["1-4"]) == [(1, 2, 4)]
+    assert parts_named(runs, ["1-2", "4-5", "8-7"]) == [(1, 2), (4, 5), (7, 8)]
+    for wrong in (["2-7"], ["2-2"], ["1-3"], ["x"], ["2"], ["1-4", "2-5"]):
+        with pytest.raises(PuzzleError, match="or parts of them: 1-5, 7-8"):
+            parts_named(runs, wrong)
 
 
 @pytest.mark.parametrize(

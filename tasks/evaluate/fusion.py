@@ -2,7 +2,8 @@
 that costs in quality.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from blocks.compute import Compute
 from blocks.errors import PuzzleError
 from blocks.estimates import rounded
-from blocks.fusion import Run, fuse, refuse_family, runs_of
+from blocks.fusion import Run, fuse, parts_named, refuse_family, runs_of
 from blocks.library import read_tensors, read_value
 from blocks.parent import config_of
 from blocks.records import Metric
@@ -53,16 +54,16 @@ class Fused:
     notes: tuple[str, ...]
 
 
-def fusible(child: Path, target: Path, at_most: int | None = None) -> list[Run]:
-    """The runs of FFNs of a child's folder that can be fused. Raises PuzzleError where there are none, or where the
-    fused child cannot be written to the folder `target`.
+def fusible(child: Path, target: Path, spans: Sequence[str] = ()) -> list[Run]:
+    """The runs of FFNs of a child's folder that can be fused, or the parts of them that are named. Raises PuzzleError
+    where there are none, or where the fused child cannot be written to the folder `target`.
     """
     if child.is_file():
         raise PuzzleError(f"{child} is a file: write it as a folder first, `puzzle export --format transformers`.")
     config = config_of(child)
     if getattr(config, "quantization_config", None):
         raise PuzzleError(f"{child} holds integers: fuse the child that it was exported from, and export that again.")
-    runs = runs_of(config, at_most)
+    runs = runs_of(config)
     if not runs:
         raise PuzzleError(
             f"no FFN of {child} comes right after another: an attention or a linear FFN stands between any two. Name a "
@@ -70,7 +71,7 @@ def fusible(child: Path, target: Path, at_most: int | None = None) -> list[Run]:
         )
     refuse_family(config)
     refuse_target(child, "transformers", target)
-    return runs
+    return parts_named(runs, spans) if spans else runs
 
 
 def fusion_text(child: Path, sequences: int, file: Path | None = None) -> FusionText:
@@ -109,18 +110,26 @@ def fuse_child(
     model: Any = open_child(child, torch.float32)
     model.to(compute.device)
     targets = parent_targets(model, text.tokens, compute)
-    before = sequence_figures(model, targets, text.tokens, compute)
-    was = _working(model.config)
+
+    def figures() -> dict[str, Tensor]:
+        return sequence_figures(model, targets, text.tokens, compute)
+
+    before, was, alone = figures(), _working(model.config), list[str]()
+    for run in runs if len(runs) > 1 else ():
+        step(f"layers {run[0]}-{run[-1]} fused alone on the text")
+        with _restored(model, run):
+            fuse(model, [run])
+            alone.append(f"; alone KL {rounded(mean_metric(figures()['kl'], text.documents))}")
+    step("the fused child on the text")
     fuse(model, runs)
     as_written(model, dtype)
-    step("the fused child on the text")
-    after = sequence_figures(model, targets, text.tokens, compute)
+    after = figures()
     kl = mean_metric(after["kl"], text.documents)
     losses = mean_metric(before["loss"], text.documents), mean_metric(after["loss"], text.documents)
     rise = mean_metric(after["loss"] - before["loss"], text.documents)
     what = "documents" if text.documents else "sequences"
     notes = (
-        *_told(model.config, runs),
+        *_told(model.config, runs, alone),
         f"layers that compute anything: {_working(model.config)} instead of {was}",
         f"FFNs beside each other instead of one after the other, on {text.about} ({text.tokens.numel():,} tokens, "
         f"{kl.n} {what}): KL {rounded(kl)} nats from the child, LM loss {losses[1].value:.4f} instead of "
@@ -137,12 +146,22 @@ def _working(config: Any) -> int:
     return sum(not (block["attention"]["no_op"] and block["ffn"]["no_op"]) for block in config.block_configs)
 
 
-def _told(config: Any, runs: Sequence[Run]) -> list[str]:
-    """A sentence on each wide FFN of a fused child."""
+@contextmanager
+def _restored(model: Any, run: Run) -> Iterator[None]:
+    """The layers of a run are after the block what they were before it."""
+    layers, blocks = model.model.layers, model.config.block_configs
+    kept = [(layer, layers[layer], blocks[layer]) for layer in run]
+    yield
+    for layer, module, block in kept:
+        layers[layer], blocks[layer] = module, block
+
+
+def _told(config: Any, runs: Sequence[Run], alone: Sequence[str]) -> list[str]:
+    """A sentence on each wide FFN of a fused child. alone: what each costs by itself, in words."""
     widths = [(layer_sizes(config, run[0])[1] or (0,))[0] for run in runs]
     return [
-        f"fused: one FFN of width {width:,} in layer {run[0]} for those of layers {', '.join(map(str, run))}"
-        for run, width in zip(runs, widths, strict=True)
+        f"fused: one FFN of width {width:,} in layer {run[0]} for those of layers {', '.join(map(str, run))}{cost}"
+        for run, width, cost in zip(runs, widths, alone or [""] * len(runs), strict=True)
     ]
 
 
