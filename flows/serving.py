@@ -99,7 +99,9 @@ def fuse_command(
         Path | None,
         typer.Option("--text", metavar="FILE", help="what the two are compared on [the test text of the child's run]"),
     ] = None,
-    sequences: Annotated[int, typer.Option("--sequences", min=2, help="of the text, at most")] = 64,
+    sequences: Annotated[
+        int, typer.Option("--sequences", min=2, help="of the test text at most; of FILE so many, of 256 tokens each")
+    ] = 64,
     device: Device = "cpu",
     threads: Threads = None,
 ) -> None:

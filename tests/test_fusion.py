@@ -208,3 +208,5 @@ def test_a_child_without_such_a_run_is_refused(chain: Chain, tmp_path: Path) -> 
     assert "write it as a folder first" in puzzle("fuse", tmp_path / "child.gguf")[2]
     with pytest.raises(PuzzleError, match="--text FILE"):
         fusion_text(tmp_path / "child", 6)
+    (tmp_path / "text.txt").write_text("All that a child reads, and no run of its own has read before. " * 20)
+    assert fusion_text(child, 3, tmp_path / "text.txt").tokens.shape == (3, 256)
