@@ -147,7 +147,7 @@ def weights(config: Any, subblock: Subblock, entry: dict[str, Any]) -> list[list
     apart = [(role,) for role in ("query", "key", "value", "output")]
     for roles in apart if recurrent else family.parts(subblock).values():
         rows, inputs = sum(sizes[role] for role in roles), columns.get(roles[0], width)
-        bias = [(rows,)] if inputs and _has_bias(family, roles[0], config) else []
+        bias = [(rows,)] if inputs and has_bias(family, roles[0], config) else []
         experts = (sizes["router"],) if moe and roles != ("router",) else ()
         modules.append([(*experts, rows, inputs) if inputs else (rows,), *bias])
     if recurrent:
@@ -159,7 +159,8 @@ def weights(config: Any, subblock: Subblock, entry: dict[str, Any]) -> list[list
     return modules
 
 
-def _has_bias(family: Family, role: str, config: Any) -> bool:
+def has_bias(family: Family, role: str, config: Any) -> bool:
+    """Whether a matrix has a bias beside it."""
     said = {"output": family.output_bias, "gate": family.ffn_bias, "up": family.ffn_bias, "down": family.ffn_bias}
     bias = False if role == "router" else said.get(role, family.input_bias)
     return bool(getattr(config, bias)) if isinstance(bias, str) else bias

@@ -7,6 +7,7 @@ whatever origin.
 import functools
 import inspect
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -21,6 +22,7 @@ from profiles.schema import EngineName, Profile, Search, read_share
 from tasks.search.joint import KL_OF, QUANTITIES, flag
 
 if TYPE_CHECKING:
+    from blocks.compute import Compute
     from tasks.search.joint import JointLibrary
     from tasks.search.request import Limit, Request
 
@@ -52,6 +54,23 @@ def takes(options: type[Any]) -> Callable[[Callable[..., None]], Callable[..., N
         return wrapped
 
     return decorate
+
+
+Device = Annotated[str, typer.Option("--device", help="cpu, or cuda")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="[the physical cores]")]
+
+
+def compute_on(device: str, threads: int | None) -> "Compute":
+    """Where a command without a profile computes, in float32."""
+    from blocks.compute import HOST
+    from blocks.runtime import configure_torch
+    from tasks.operating.requirements import device_missing
+
+    known = re.fullmatch(r"cpu|cuda(:\d+)?", device)
+    if why := device_missing(device) if known else f"{device} is neither cpu nor cuda":
+        raise PuzzleError(f"--device: {why}. Take cpu.")
+    configure_torch(threads)
+    return HOST.on(device)
 
 
 ProfilePath = Annotated[

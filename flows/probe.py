@@ -1,6 +1,5 @@
 """`puzzle probe`: where the child of a finished run breaks, though its average looks fine."""
 
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -16,7 +15,7 @@ from blocks.devices import on_device
 from blocks.errors import PuzzleError
 from blocks.runtime import configure, imports_left_alone, release_what_grew
 from flows.in_workspace import kept_in_mlflow, run_logged
-from flows.options import takes
+from flows.options import Device, Threads, compute_on, takes
 from flows.page import finished_run
 from tasks.running.progress import Progress, shown, wide_console
 
@@ -56,8 +55,8 @@ class ProbeOptions:
     prompts: Annotated[int, typer.Option("--prompts", min=0, help="beginnings that are answered; 0: none")] = 40
     answer_tokens: Annotated[int, typer.Option("--answer-tokens", min=1, max=4096, help="of each answer, at most")] = 64
     seed: Annotated[int, typer.Option("--seed", min=0, help="of the noise")] = 0
-    device: Annotated[str, typer.Option("--device", help="cpu, or cuda")] = "cpu"
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="[the physical cores]")] = None
+    device: Device = "cpu"
+    threads: Threads = None
 
     def asked(self, run: "ProbedRun") -> "Asked":
         """How much is probed of a run."""
@@ -76,15 +75,7 @@ class ProbeOptions:
 
     def compute(self) -> "Compute":
         """Where it is computed, in float32."""
-        from blocks.compute import HOST
-        from blocks.runtime import configure_torch
-        from tasks.operating.requirements import device_missing
-
-        known = re.fullmatch(r"cpu|cuda(:\d+)?", self.device)
-        if why := device_missing(self.device) if known else f"{self.device} is neither cpu nor cuda":
-            raise PuzzleError(f"--device: {why}. Take cpu.")
-        configure_torch(self.threads)
-        return HOST.on(self.device)
+        return compute_on(self.device, self.threads)
 
 
 @takes(ProbeOptions)

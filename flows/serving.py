@@ -1,5 +1,5 @@
-"""`puzzle export | bench | loadtest`: a finished child in the formats of engines; its speed beside its parent's, in an
-engine and behind a server.
+"""`puzzle export | fuse | bench | loadtest`: a finished child in the formats of engines, and with FFNs fused; its speed
+beside its parent's, in an engine and behind a server.
 """
 
 import json
@@ -15,9 +15,11 @@ import typer
 from pydantic import BaseModel
 from rich.table import Table
 
+from blocks.devices import on_device
 from blocks.errors import PuzzleError
 from blocks.runtime import configure
 from flows.in_workspace import kept_in_mlflow, run_logged
+from flows.options import Device, Threads, compute_on
 from profiles.schema import KV_PRECISIONS, PRECISION_ALIASES
 from tasks.running.progress import clock, say, shown, wide_console
 
@@ -70,10 +72,7 @@ def export_command(
     from tasks.export.formats import export_as
 
     child.exists()  # a name that no file can have is the caller's mistake, no failure of the export
-    started = time.monotonic()
-
-    def step(text: str) -> None:
-        typer.echo(f"{clock(time.monotonic() - started)}  {text}", err=True)
+    step = _steps()
 
     def export() -> None:
         with _at_its_checkpoint(child, step) as folder:
@@ -85,6 +84,49 @@ def export_command(
         typer.echo(f"{form}: {done.path.resolve()}")
 
     _logged(out.resolve().parent, export)
+
+
+def fuse_command(
+    child: Annotated[Path, typer.Argument(metavar="CHILD", help="a child's folder")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="the folder to write [CHILD-fused, beside it]")
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option("--layers", metavar="A-B", help="one FFN for those of layers A to B [all that can be fused]"),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", metavar="FILE", help="what the two are compared on [the test text of the child's run]"),
+    ] = None,
+    sequences: Annotated[
+        int, typer.Option("--sequences", min=2, help="of the test text at most; of FILE so many, of 256 tokens each")
+    ] = 64,
+    device: Device = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Run FFNs without an attention between them beside each other, as one wide FFN, and print what that costs."""
+    _quiet()
+    from tasks.evaluate.fusion import fuse_child, fusible, fusion_text
+
+    target = out or child.resolve().with_name(f"{child.resolve().name}-fused")
+    runs, compute = fusible(child, target, layers or ()), compute_on(device, threads)
+
+    def fuse() -> None:
+        read = fusion_text(child, sequences, text)
+        with on_device((device,)):
+            done = fuse_child(child, runs, target, read, compute, _steps())
+        for note in done.notes:
+            say(note)
+        typer.echo(f"child: {done.path.resolve()}")
+
+    _logged(target.resolve().parent, fuse)
+
+
+def _steps() -> Callable[[str], None]:
+    """Prints a sentence before each part of a work that takes long, with the time since now."""
+    started = time.monotonic()
+    return lambda text: typer.echo(f"{clock(time.monotonic() - started)}  {text}", err=True)
 
 
 @contextmanager
@@ -330,4 +372,9 @@ def _parent_of(child: Path) -> Path:
 
 def commands() -> Sequence[tuple[str, Any]]:
     """Name and function of every command here."""
-    return (("export", export_command), ("bench", bench_command), ("loadtest", loadtest_command))
+    return (
+        ("export", export_command),
+        ("fuse", fuse_command),
+        ("bench", bench_command),
+        ("loadtest", loadtest_command),
+    )

@@ -102,7 +102,7 @@ def export_as(
     Raises EngineLimit when the format cannot express the child, ExportError when the check fails.
     """
     form = format_of(form)
-    precision = precision_of(precision or _own_precision(child), form)
+    precision = precision_of(precision or own_precision(child), form)
     fit_to = calibration() if precision in FITTED else None
     if precision in FITTED and fit_to is None:
         raise PuzzleError(
@@ -112,7 +112,7 @@ def export_as(
     step("loading the child")
     model = open_child(child, torch.float32 if form == "gguf" or fit_to is not None else getattr(torch, precision))
     refuse(model.config, form)
-    _refuse_target(child, form, target)
+    refuse_target(child, form, target)
     if fit_to is not None:
         refuse_rows(model, precision)
         step(f"rounding to {precision}, layer after layer")
@@ -122,7 +122,7 @@ def export_as(
         return export_gguf(model, child, precision, target, tokenizer_from, fit_to)
     notes, compressed = ["checked: loaded again with transformers, it gives exactly the same logits"], None
     if fit_to is not None:
-        dtype = getattr(torch, _own_precision(child))
+        dtype = getattr(torch, own_precision(child))
         sentence, compressed = judged(model, fit_to, precision, lambda part: compress(model, part, precision, dtype))
         notes.insert(0, sentence)
         model = in_precision(model, dtype)
@@ -140,13 +140,13 @@ def export_as(
     return Exported(path=target, notes=tuple(notes))
 
 
-def _own_precision(child: Path) -> str:
+def own_precision(child: Path) -> str:
     """The precision of a child's weights, as its config names it."""
     dtype = None if child.is_file() else getattr(config_of(child), "dtype", None)
     return precision_name(dtype or torch.float32)
 
 
-def _refuse_target(child: Path, form: str, target: Path) -> None:
+def refuse_target(child: Path, form: str, target: Path) -> None:
     """Raise PuzzleError, before anything is computed, when the target cannot be written."""
     if target.resolve() == child.resolve():
         raise PuzzleError(f"{target} is the child itself: name another --out.")
