@@ -37,6 +37,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "peers": ("tasks/search", "tasks/studies", "tasks/score"),
     "plan": ("tasks/planning",),
     "precision": ("blocks/error_correction.py", "tasks/engines/ggml.py", "tasks/export/quantise.py"),
+    "race": (*LEARNING, "tasks/evaluate", "tasks/score", "tasks/search"),
     "quality": (*LEARNING, "tasks/evaluate", "tasks/score", "tasks/search"),
     "robustness": (*LEARNING, "tasks/evaluate", "tasks/probe", "tasks/search"),
     "scale": ("flows", "tasks/running"),

@@ -28,18 +28,25 @@ def correct(
     """
     gram = gram_KK.double()
     damped = gram + damping * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram), dtype=gram.dtype)
-    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)  # (H + lam I)^-1 = U^T U
+    upper = _root_of_inverse(damped)
     left, rounded, parts = weight_DK.double().clone(), torch.empty(weight_DK.shape), []
     for start in range(0, left.shape[1], block):
         here, after = slice(start, start + block), slice(start + block, None)
         own = upper[here, here]
-        importance = torch.linalg.inv(own.T @ own).diagonal()  # curvature of the loss when the later columns adapt
+        inverse = torch.linalg.solve_triangular(own, torch.eye(len(own), dtype=own.dtype), upper=True)
+        importance = inverse.square().sum(1)  # of (U^T U)^-1 the diagonal: the loss's curvature as later columns adapt
         part, values = rounding(left[:, here].float(), importance.float())
         parts.append(part)
         rounded[:, here] = values
         lost = left[:, here] - values.double()
-        left[:, after] -= torch.linalg.solve_triangular(own, lost, upper=True, left=False) @ upper[here, after]
+        left[:, after] -= lost @ inverse @ upper[here, after]
     return parts, rounded, left.float()
+
+
+def _root_of_inverse(matrix_KK: Tensor) -> Tensor:
+    """The upper triangular U (K, K) with U^T U = M^-1: of M = R R^T, with R upper triangular, it is R^-1."""
+    turned = torch.linalg.cholesky(matrix_KK.flip(0, 1)).flip(0, 1)
+    return torch.linalg.solve_triangular(turned, torch.eye(len(turned), dtype=turned.dtype), upper=True)
 
 
 def linears_of(module: nn.Module) -> dict[str, nn.Linear]:

@@ -286,6 +286,9 @@ class ParentAnswersSource(Source):
         default=1.0, gt=0, le=1, description="Tokens are drawn from the likeliest that have this probability together."
     )
     seed: int = Field(default=0, ge=0, description="Seed of the draws.")
+    batch_prompts: PositiveInt = Field(
+        default=16, description="Prompts that are answered together: with more it takes less time, and more memory."
+    )
 
 
 CorpusSource = Annotated[

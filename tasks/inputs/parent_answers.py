@@ -24,7 +24,6 @@ from tasks.inputs.text_files import CHUNK, Tally, skipped
 from tasks.running.progress import Progress, no_progress, say
 
 VERSION = 1
-BATCH = 16  # prompts that are answered together
 ANSWERED = "answers-"
 
 
@@ -83,10 +82,10 @@ def _written(
     source: ParentAnswersSource, parent: ParentInfo, workspace: Path, compute: Compute, progress: Progress
 ) -> Path:
     asked = source.model_copy(update={"prompts": pinned(source.prompts)})
-    settings = asked.model_dump(mode="json", exclude={"weight": True, "prompts": {"path"}})
-    content, products = content_of(asked.prompts), str(compute.dtype)
+    settings = asked.model_dump(mode="json", exclude={"weight": True, "batch_prompts": True, "prompts": {"path"}})
+    content, products, size = content_of(asked.prompts), str(compute.dtype), asked.batch_prompts
     key = digest_of(
-        settings=settings, content=content, parent=parent.fingerprint, products=products, batch=BATCH, version=VERSION
+        settings=settings, content=content, parent=parent.fingerprint, products=products, batch=size, version=VERSION
     )
     path = workspace / "corpus" / f"{ANSWERED}{key}.jsonl"
     if path.exists():
@@ -102,11 +101,11 @@ def _written(
     if len(prompts) < asked.answers:
         say(f"corpus: {name_of(asked.prompts)} holds {len(prompts):,} prompts, {asked.answers:,} were to be answered")
     part = path.with_suffix(".part")
-    done = _whole_batches(part)
+    done = _whole_batches(part, size)
     with part.open("a", encoding="utf-8") as file:
-        for first in range(done * BATCH, len(prompts), BATCH):
-            batch = prompts[first : first + BATCH]
-            answers = answer_batch(model, tokenizer, batch, asked, first // BATCH)
+        for first in range(done * size, len(prompts), size):
+            batch = prompts[first : first + size]
+            answers = answer_batch(model, tokenizer, batch, asked, first // size)
             chats = [
                 None if answer is None else [*prompt, {"role": "assistant", "content": answer}]
                 for prompt, answer in zip(batch, answers, strict=True)
@@ -119,12 +118,12 @@ def _written(
     return path
 
 
-def _whole_batches(part: Path) -> int:
+def _whole_batches(part: Path, size: int) -> int:
     """How many batches a killed run has answered; what is behind them is cut off."""
     lines = part.read_bytes().split(b"\n")[:-1] if part.exists() else []
-    whole = len(lines) // BATCH
+    whole = len(lines) // size
     if part.exists():
-        part.write_bytes(b"".join(line + b"\n" for line in lines[: whole * BATCH]))
+        part.write_bytes(b"".join(line + b"\n" for line in lines[: whole * size]))
     return whole
 
 

@@ -40,7 +40,6 @@ from profiles.schema import (
 )
 from tasks.distill.gkd_settings import is_recorded, texts_of_steps, token_bytes, trial_steps
 from tasks.distill.record import CHUNK, fits_in_a_shard, slices
-from tasks.inputs.parent_answers import BATCH
 from tasks.inputs.space import layers_of, refused_alone
 from tasks.inputs.tiny import TRAIN_BATCH, TRAIN_TOKENS
 from tasks.planning.machine import BLOCK_NAMES, Rates, with_serial_share
@@ -563,8 +562,11 @@ def benchmark_tokens(shape: Shape) -> int:
 
 def prompt_tokens(shape: Shape) -> int:
     """Tokens of the parent's own answers that the corpus asks for, each at its longest."""
-    sources = asked_sources(shape.profile)
-    return sum(one.answers * one.answer_tokens for one in sources if isinstance(one, ParentAnswersSource))
+    return sum(one.answers * one.answer_tokens for one in _answered(shape))
+
+
+def _answered(shape: Shape) -> list[ParentAnswersSource]:
+    return [one for one in asked_sources(shape.profile) if isinstance(one, ParentAnswersSource)]
 
 
 def asked_sources(profile: Profile) -> list[CorpusSource]:
@@ -575,11 +577,10 @@ def asked_sources(profile: Profile) -> list[CorpusSource]:
 def prompts_work(shape: Shape) -> Work:
     """The parent answers a batch of prompts together, a token of each at a time."""
     tokens = prompt_tokens(shape)
+    steps = sum(math.ceil(one.answers / one.batch_prompts) * one.answer_tokens for one in _answered(shape))
     weights = shape.size * (shape.depth * shape.layer_parameters + shape.outside_parameters)
     work = shape.forward(tokens, shape.depth) + shape.head(tokens)
-    return work + Work(
-        weights=tokens / BATCH * weights, fixed=tokens / BATCH * shape.depth * STEP_SECONDS + TASK_SECONDS
-    )
+    return work + Work(weights=steps * weights, fixed=steps * shape.depth * STEP_SECONDS + TASK_SECONDS)
 
 
 def answers_work(shape: Shape, share: float) -> Work:
