@@ -21,6 +21,7 @@ from tasks.operating import champion, champion_limits
 from tasks.operating.champion import basis, decide
 from tasks.operating.champion_limits import Limit, judged_texts, limit, loops_limit
 from tasks.probe.texts import CODE, NOISE
+from tasks.running.workers import compute_of
 from tests.chain import Chain, chosen
 from tests.test_capabilities import needles_of
 from tests.test_champion import profile_with, table
@@ -62,6 +63,7 @@ def test_without_limits_and_with_wide_ones_the_rule_decides_as_ever(metric: Any)
         wide = limit("kl on code", mean(drawn(seed, 5.0)).metric, WIDE, 0.975, "nats")
         plain, limited = decide(*pair, rule), decide(*pair, rule, limits=(wide,))
         assert limited.model_copy(update={"limits": (), "reason": plain.reason}) == plain
+        assert plain.improvement and plain.improvement.value == pytest.approx(float(better.mean()))
         outcomes.add(plain.outcome)
         for most in (4.0, wide.worse.value):
             tight = decide(*pair, rule, limits=(wide, wide.model_copy(update={"most": most})))
@@ -101,7 +103,7 @@ def test_loops_are_compared_in_pairs() -> None:
     found = loops_limit(counted(ours.tolist(), 2), counted(theirs.tolist(), 2), 0.3, 0.975)
     each = (ours - theirs).reshape(30, 2).mean(1)
     bound = stats.ttest_1samp(each, 0, alternative="less").confidence_interval(0.975).high
-    assert (found.worse.value, found.bound, found.kept) == (pytest.approx(each.mean()), pytest.approx(bound), True)
+    assert found.worse.value == pytest.approx(each.mean()) and found.bound == pytest.approx(bound) and found.kept
 
 
 @pytest.mark.parametrize("count", [40, 200])
@@ -137,6 +139,8 @@ def test_capabilities_and_texts_of_the_probe_are_judged_as_the_report_judges_the
     needles = needles_of(chain)
     good, bad = sides(chain, needles)
     monkeypatch.setattr(champion, "broken_budget", lambda *_: "")
+    pairs = (0, 0, 1, 1, 2, 2, 3, 3)  # documents of two sequences
+    monkeypatch.setattr(champion_limits, "documents_of", lambda corpus, *_: pairs[: corpus.test_sequences])
     wide = limited("champion.not_worse={general: 1000, retrieval: 1000}", "champion.not_worse_probed.typos=1000")
     found = champion.judge_against(bad, good, wide, chain.workspace, (), look=2)
     assert found.outcome == "moved" and found.improvement
@@ -144,15 +148,15 @@ def test_capabilities_and_texts_of_the_probe_are_judged_as_the_report_judges_the
     assert [one.name for one in found.limits] == ["kl on general", "kl on retrieval", "kl on probe-typos"]
     assert general.worse.value == -found.improvement.value and general.bound == -(found.lower_bound or 0)
 
-    compute = champion_limits.compute_of(wide)
+    compute = compute_of(wide)
     asked, reader = on_capability(wide.evaluate, needles), chain.reader
-    kl = [
+    ours, theirs = (
         evaluate_contender(one.child, chain.parent, needles, asked, chain.workspace, compute, reader.dtype).samples[
             "kl"
         ]
         for one in (good, bad)
-    ]
-    by_hand = mean(np.subtract(*kl), documents_of(needles, "test", chain.workspace)).metric
+    )
+    by_hand = mean(np.subtract(ours, theirs), pairs[: needles.test_sequences]).metric
     assert retrieval.worse == by_hand and needles.weighted
     assert typos.worse.value < 0 and typos.worse != general.worse
 
@@ -186,7 +190,8 @@ def test_loops_of_both_are_counted_on_the_text_of_now(chain: Chain, monkeypatch:
     profile = limited("evaluate.loop_prompts=30", "champion.max_more_loops=20%")
     found = champion.judge_against(old, good, profile, chain.workspace, ())
     assert found.outcome == "kept" and found.lower_bound and found.lower_bound > 0, "it is better, and loops"
-    assert (found.limits[0].worse.value, found.limits[0].state) == (pytest.approx(1 / 3), "broken")
+    (loops_of_both,) = found.limits
+    assert loops_of_both.worse.value == pytest.approx(1 / 3) and loops_of_both.state == "broken"
     assert "looping answers broken (worse by 0.333 ±0.088 of the answers" in found.reason
     assert asked == [(chain.corpus.fingerprint, 30)] * 2
     loops[good.child.key] = 0

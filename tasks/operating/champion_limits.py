@@ -201,8 +201,8 @@ def limits_of(
             found.append(limit(f"{rule.metric} on {name}", worse, text.most, confidence, UNITS[rule.metric]))
     if rule.max_more_loops is not None:
         how = (profile.evaluate, workspace, compute_of(profile))
-        counts = [
+        own, other = (
             looping_of(served_as_now(side, profile, workspace), (side.parent, sides[0].corpus), *how) for side in sides
-        ]
-        found.append(loops_limit(*counts, rule.max_more_loops, confidence))
+        )
+        found.append(loops_limit(own, other, rule.max_more_loops, confidence))
     return tuple(found)
