@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from blocks.compute import Compute
 from blocks.errors import CorpusError
@@ -25,6 +26,7 @@ from tasks.running.progress import Progress, no_progress, say
 
 VERSION = 1
 ANSWERED = "answers-"
+PIECE = 32  # tokens, after which answers that have ended leave the batch
 
 
 def with_answers(
@@ -186,6 +188,7 @@ def answer_batch(
         do_sample=bool(sampled),
         eos_token_id=sorted(stops),
         pad_token_id=min(stops),
+        return_dict_in_generate=True,
         **sampled,
     )
     write = template_of(tokenizer)  # as the corpus writes chats: always on the same day
@@ -193,13 +196,37 @@ def answer_batch(
     tokenizer.pad_token_id = min(stops)
     batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
     own = [model.device] if model.device.type == "cuda" else []
+    found: list[str | None] = [None] * len(prompts)
     with torch.random.fork_rng(devices=own), torch.inference_mode():
         torch.manual_seed(asked.seed + number)
-        out = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=how).tolist()
-    found: list[str | None] = []
-    for tokens in out:
-        said = tokens[batch["input_ids"].shape[1] :]
-        end = next((place for place, token in enumerate(said) if token in stops), None)
-        text = tokenizer.decode(said[:end], skip_special_tokens=True).strip()
-        found.append(text if text and end is not None else None)
+        for place, said in _said(model, batch["input_ids"], batch["attention_mask"], how, stops):
+            found[place] = tokenizer.decode(said, skip_special_tokens=True).strip() or None
     return found
+
+
+def _said(model: Any, ids: Tensor, mask: Tensor, how: Any, stops: set[int]) -> Iterator[tuple[int, list[int]]]:
+    """What the model says behind ids (P, T), by row: the tokens before the first of `stops`. A row without one by
+    `how.max_new_tokens` is left out.
+
+    Every few tokens, rows that have ended leave the batch, so that the others go on alone.
+    """
+    rows, start, cache, limit = torch.arange(len(ids)), ids.shape[1], None, how.max_new_tokens
+    for done in range(0, limit, PIECE):
+        how.max_new_tokens = min(PIECE, limit - done)
+        out = model.generate(ids, attention_mask=mask, generation_config=how, past_key_values=cache)
+        ends = [_end(said, stops) for said in out.sequences[:, start:].tolist()]
+        for row, end, said in zip(rows.tolist(), ends, out.sequences[:, start:].tolist(), strict=True):
+            if end is not None:
+                yield row, said[:end]
+        left = torch.tensor([place for place, end in enumerate(ends) if end is None], dtype=torch.long)
+        if not len(left):
+            return
+        rows, left, cache = rows[left], left.to(ids.device), out.past_key_values
+        cache.batch_select_indices(left)
+        ids = out.sequences[left]
+        mask = torch.nn.functional.pad(mask[left], (0, ids.shape[1] - mask.shape[1]), value=1)
+
+
+def _end(said: Sequence[int], stops: set[int]) -> int | None:
+    """The place of the first of `stops`."""
+    return next((place for place, token in enumerate(said) if token in stops), None)
