@@ -45,7 +45,7 @@ def reoptimize(profile: Profile, workspace: str, remeasure: bool = False) -> Jud
     if reigning and not changed:
         return announce(champion.nothing_changed(reigning.version), reigning, None, "")
 
-    if table is None and profile.hardware.engine != "roofline":
+    if table is None:
         say(f"no costs of this hardware and traffic are younger than {profile.measure.max_age_days:g} days")
     say(f"{champion.told(changed)} changed: a challenger is made" if reigning else "no champion yet: the first is made")
     report = optimize.fn(profile, workspace)

@@ -80,7 +80,8 @@ def basis(
     capabilities: Sequence[CorpusInfo] = (),
 ) -> dict[str, str]:
     """Digest of everything the child depends on, by part. `table`: the costs, None before they are measured."""
-    hardware = hardware_description(profile.hardware)
+    modelled = profile.hardware.engine == "roofline"  # the same costs on any machine
+    hardware = profile.hardware if modelled else hardware_description(profile.hardware)
     without: dict[str, Any] = {"measured_at": True, "load": True}
     if table and not any(cost.state_bytes for cost in table.costs):  # a later field, see LATER
         without["costs"] = {"__all__": {"state_bytes"}}
