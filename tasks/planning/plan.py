@@ -332,6 +332,8 @@ def stages_of(
     alone = effort.gkd_work(shape, share, layers)
     spoken = len(profile.evaluate.prompts) * profile.evaluate.answer_tokens
     continued = profile.evaluate.loop_prompts * profile.evaluate.answer_tokens
+    questions = effort.questions_tokens(profile) if profile.evaluate.answered_questions else []
+    known = sum(questions) + len(questions) * profile.evaluate.answered_questions * effort.QUESTION_TOKENS
     asked = sum(isinstance(source, ParentAnswersSource) for source in effort.asked_sources(profile))
     asked_tokens = effort.prompt_tokens(shape)
     entering, waves = effort.entering_work(shape), math.ceil(shape.depth / shape.workers)
@@ -376,6 +378,7 @@ def stages_of(
         ("throughput", 1 if serving else 0, 0, throughput_work(shape, serving, served)),
         ("answers", 2 if spoken else 0, 2 * spoken, effort.answers_work(shape, share)),
         ("loops", 2 if continued else 0, 2 * continued, effort.loops_work(shape, share)),
+        ("questions", 2 * len(questions), 2 * known, effort.questions_work(shape, share)),
     ]
     visits = visiting_seconds(shape, shares, tested, spoken, rates.memory)
     return [
