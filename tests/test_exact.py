@@ -144,6 +144,25 @@ def test_prompts_are_the_documents_until_whole_answers(text: Text) -> None:
     assert sorted(sum(exact._batches(found), [])) == list(range(len(found)))
 
 
+def test_as_many_whole_documents_stand_before_as_there_is_room_for(text: Text) -> None:
+    workspace, parent, _, tokenizer = text
+    source = SOURCE.model_copy(update={"facts": 1})
+    splits = {"train_sequences": 2, "validation_sequences": 1, "test_sequences": 8}
+    asked = Corpus.model_validate(NEEDLES | splits | {"sources": [source]})
+    corpus = prepare_corpus(asked, workspace / parent.folder, parent.fingerprint, workspace)
+    found, documents = exact.questions_of(corpus, tokenizer, workspace, 1000), list(needles(source))
+    assert [one.document for one in found] == list(range(len(found)))  # one of each; the last one may be cut
+    assert len({len(one.prompt) for one in found}) > 2
+    for number, one in enumerate(found):
+        *others, own = tokenizer.decode(list(one.prompt)).split(tokenizer.eos_token)
+        assert all(other in documents for other in others)
+        assert documents[documents.index(f"{own} {one.answer}")]
+        if number > len(others):
+            left = found[number - len(others) - 1]
+            whole = tokenizer(tokenizer.decode(list(left.prompt)).split(tokenizer.eos_token)[-1] + f" {left.answer}")
+            assert len(one.prompt) + len(whole["input_ids"]) + 1 > LENGTH >= len(one.prompt)
+
+
 def report_with(answers: dict[str, RightAnswers]) -> ChildReport:
     base = report_of()
     told_of = {"parent": "parent", "distilled": "child"}
@@ -225,5 +244,5 @@ def test_the_plan_counts_what_is_read_and_said() -> None:
     asked = planned(chain_profile(capabilities=own, evaluate=Evaluate(sequences=8, answered_questions=10)))
     silent = planned(chain_profile(capabilities=own))
     found = stage(asked, "questions")
-    assert found.tasks == 2 and found.tokens == 2 * 10 * (LENGTH // 2 + QUESTION_TOKENS) and found.seconds > 0
+    assert found.tasks == 2 and found.tokens == 2 * 10 * (LENGTH * 3 // 4 + QUESTION_TOKENS) and found.seconds > 0
     assert "questions" not in [one.name for one in silent.stages]

@@ -2,8 +2,8 @@
 
 On given text a child may be hardly worse than its parent, and still answer far fewer questions when it reads its own
 words. A text with `prompt_weight` 0 marks its answers by its weights. Each marked answer of at most LONGEST tokens in
-the test split is a question, and what its document has before it is the prompt. Longer answers are left out: no wording
-of them is the right one.
+the test split is a question, and what stands before it is the prompt. Longer answers are left out: no wording of them
+is the right one.
 
 A model is right when the words of the known answer are the first words that it says. Words are those of SQuAD (arXiv
 1606.05250): in small letters, without ASCII punctuation, without a, an and the. So `Yes, it does` is right where `yes`
@@ -61,9 +61,14 @@ def is_right(said: str, known: str) -> bool:
 
 
 def questions_of(corpus: CorpusInfo, tokenizer: Any, workspace: Path, count: int) -> list[Question]:
-    """At most `count` questions, evenly spread over the test split of a capability. A prompt is at most as long as a
-    sequence. What is no question: an answer that may have been cut off with its document, or that has no words; and,
-    where all answers are codes, one that the prompt does not tell, since nobody can know it.
+    """At most `count` questions, evenly spread over the test split of a capability.
+
+    A prompt is at most as long as a sequence: what the document has before the answer, and before that as many whole
+    documents as there is room for. They show in which form an answer is wanted, and a model that was never told says
+    whole sentences. With `one_document_rows` there is never room for another document.
+
+    What is no question: an answer that may have been cut off with its document, or that has no words; and, where all
+    answers are codes, one that the prompt does not tell, since nobody can know it.
     """
     weights, starts = weights_of(corpus, "test", workspace), starts_of(corpus, "test", workspace)
     if weights is None:
@@ -76,9 +81,10 @@ def questions_of(corpus: CorpusInfo, tokenizer: Any, workspace: Path, count: int
     found = []
     for first, last in np.flatnonzero(np.diff(marked, prepend=False, append=False)).reshape(-1, 2).tolist():
         document = int(np.searchsorted(starts, first, side="right")) - 1
-        begin = max(int(starts[document]), first - corpus.sequence_length)
+        earliest = first - corpus.sequence_length
+        begin = max(int(starts[min(document, np.searchsorted(starts, earliest))]), earliest)
         at_the_cut = cut[document] and special[last : ends[document]].all()
-        if last - first > LONGEST or at_the_cut or special[begin:first].all():
+        if last - first > LONGEST or at_the_cut or special[max(begin, starts[document]) : first].all():
             continue
         prompt, answer = tuple(tokens[begin:first].tolist()), tokenizer.decode(tokens[first:last].tolist()).strip()
         if words_of(answer):

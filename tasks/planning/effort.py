@@ -600,8 +600,8 @@ def _said_alone(shape: Shape, share: float, tokens: int) -> Work:
 
 
 def questions_tokens(profile: Profile) -> list[int]:
-    """What a model reads of each capability with known answers: half a sequence before a question, on average."""
-    return [profile.evaluate.answered_questions * one.sequence_length // 2 for one in profile.answered.values()]
+    """What a model reads of each capability with known answers: most of a sequence before a question."""
+    return [profile.evaluate.answered_questions * one.sequence_length * 3 // 4 for one in profile.answered.values()]
 
 
 def questions_work(shape: Shape, share: float) -> Work:
