@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from blocks.compute import HOST
 from blocks.estimates import rounded
+from blocks.library import write_tensors
 from blocks.records import ChildReport, CorpusInfo, LayerChoice, Metric, ParentInfo, RightAnswers
 from profiles.load import load_profile
 from profiles.schema import Corpus, Evaluate, NeedlesSource, Profile
@@ -77,7 +78,7 @@ class Planted(torch.nn.Module):
 
 def told(prompt: str) -> str:
     """The code that is asked for at the end of a prompt, by the document that the prompt is cut from."""
-    (document,) = [document for document in needles(SOURCE) if prompt.replace("<eos>", "") in document]
+    (document,) = [document for document in needles(SOURCE) if prompt in document]
     name = prompt.rpartition("code of the ")[2].partition("?")[0]
     code = re.findall(rf"The code of the {name} is (\d+)\.", document)[0]
     assert code in prompt  # nobody is asked for what is not told
@@ -161,6 +162,34 @@ def test_as_many_whole_documents_stand_before_as_there_is_room_for(text: Text) -
             left = found[number - len(others) - 1]
             whole = tokenizer(tokenizer.decode(list(left.prompt)).split(tokenizer.eos_token)[-1] + f" {left.answer}")
             assert len(one.prompt) + len(whole["input_ids"]) + 1 > LENGTH >= len(one.prompt)
+
+
+def test_what_is_no_question_is_not_asked(text: Text) -> None:
+    """Documents made by hand, as (part, whether it is an answer)."""
+    workspace, _, corpus, tokenizer = text
+    documents = [
+        [("45", True), ("\nQuestion: is it?\nAnswer:", False), (" yes", True)],
+        [("45", True), ("\nIs it so?", False), (" No\n", True)],  # 45 is what was left of an answer
+        [("What?", False), (" the!", True)],  # no words
+        [("What?", False), (" word" * 20, True)],  # prose
+        [("What?", False), (" 17", True)],  # ends where the text ends, so it may be cut
+    ]
+    tokens, marks, starts = list[int](), list[float](), list[int]()
+    for document in documents:
+        starts.append(len(tokens))
+        for part, answer in [*document, (tokenizer.eos_token, True)]:
+            ids = tokenizer(part, add_special_tokens=False)["input_ids"]
+            tokens, marks = tokens + ids, marks + [float(answer)] * len(ids)
+    made = {"test": torch.tensor([tokens]), "test_weights": torch.tensor([[*marks[1:], 0.0]])}
+    where = write_tensors(workspace, "by-hand.safetensors", made | {"test_starts": torch.tensor(starts)})
+    changes = {"tokens": where, "test_sequences": 1, "sequence_length": len(tokens)}
+    found = exact.questions_of(corpus.model_copy(update=changes), tokenizer, workspace, 9)
+    assert [(one.answer, one.document) for one in found] == [("yes", 0), ("No", 1)]
+    assert (
+        tokenizer.decode(list(found[1].prompt))
+        == f"45\nQuestion: is it?\nAnswer: yes{tokenizer.eos_token}45\nIs it so?"
+    )
+    assert exact.distances_of(found, tokenizer) == ()
 
 
 def report_with(answers: dict[str, RightAnswers]) -> ChildReport:

@@ -75,7 +75,8 @@ def questions_of(corpus: CorpusInfo, tokenizer: Any, workspace: Path, count: int
         return []
     tokens = read_tensors(workspace, corpus.tokens, ["test"])["test"].flatten().numpy()
     special = np.isin(tokens, tokenizer.all_special_ids)
-    marked = np.append(False, weights.flatten().numpy()[:-1] > 0) & ~special  # a weight is of the token behind
+    behind = weights.flatten().numpy() > 0  # a weight is of the token behind, and the first token of all has none
+    marked = np.append(behind[:1], behind[:-1]) & ~special
     ends = np.append(starts[1:], len(tokens))
     cut = ((ends - starts) % corpus.sequence_length == 0) | (ends == len(tokens))
     found = []
