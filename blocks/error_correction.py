@@ -61,6 +61,7 @@ class InputGrams:
         self.linears = linears_of(module)
         self.sums: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
+        self._last: tuple[Tensor, Tensor] | None = None
 
     def __enter__(self) -> "InputGrams":
         for name, linear in self.linears.items():
@@ -72,8 +73,11 @@ class InputGrams:
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        self._last = None
 
     def _add(self, name: str, inputs: Tensor) -> None:
-        x = inputs.detach().flatten(0, -2).float()
-        gram = x.T @ x
+        if self._last is None or self._last[0] is not inputs:  # gate and up read the same states; so do q, k and v
+            x = inputs.detach().flatten(0, -2).float()
+            self._last = inputs, x.T @ x
+        gram = self._last[1]
         self.sums[name] = self.sums[name] + gram if name in self.sums else gram

@@ -112,7 +112,8 @@ def _words(schema: dict[str, Any]) -> str:
     if schema.get("type") == "array":
         return _list_of(schema["items"])
     if schema.get("type") == "object":
-        return "sections (below) by name"
+        (each,) = {_words(one) for one in schema["patternProperties"].values()}
+        return f"{'sections (below)' if each == 'section (below)' else each} by name"
     return " ".join([NAMES[schema["type"]], *_limits(schema)])
 
 

@@ -13,6 +13,7 @@ from tasks.measure.costs import costs_of
 from tasks.operating import champion, registry
 from tasks.operating.artifacts import show_link, show_markdown
 from tasks.operating.champion import Judgement
+from tasks.operating.champion_limits import judged_texts
 from tasks.operating.experiment import compare_url, open_experiment
 from tasks.operating.registry import Version
 from tasks.running.progress import say
@@ -34,6 +35,7 @@ def reoptimize(profile: Profile, workspace: str, remeasure: bool = False) -> Jud
     run = Run(profile=profile, workspace=folder)
     parent, corpus = stages.prepare(run)
     capabilities = stages.prepare_capabilities(run, parent, corpus)
+    judged_texts(profile, parent, corpus, capabilities, folder)  # what no challenger could keep is refused here
     for moved in stages.measure_again(run, parent) if remeasure else []:
         say(f"cost moved: {moved}")
     table = costs_of(profile, parent, folder)
@@ -43,7 +45,7 @@ def reoptimize(profile: Profile, workspace: str, remeasure: bool = False) -> Jud
     if reigning and not changed:
         return announce(champion.nothing_changed(reigning.version), reigning, None, "")
 
-    if table is None and profile.hardware.engine != "roofline":
+    if table is None:
         say(f"no costs of this hardware and traffic are younger than {profile.measure.max_age_days:g} days")
     say(f"{champion.told(changed)} changed: a challenger is made" if reigning else "no champion yet: the first is made")
     report = optimize.fn(profile, workspace)

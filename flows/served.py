@@ -108,7 +108,7 @@ def measure_hardware(
     with at_work(profile, NO_LIMITS, hardware, more, workspace) as (admitted, folder):
         run = Run(profile=admitted, workspace=folder)
         parent, _ = prepare(run)
-        if known := costs_of(admitted, parent, folder):
+        if (known := costs_of(admitted, parent, folder)) and not known.modelled:
             say(
                 f"nothing is measured: the costs of {known.measured_at} are of this hardware and traffic, and younger "
                 f"than {admitted.measure.max_age_days:g} days; reoptimize with remeasure measures them again"

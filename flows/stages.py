@@ -17,7 +17,6 @@ from blocks.errors import PuzzleError
 from blocks.library import BlockLibrary, digest_of
 from blocks.records import Architecture, BlockRecord, CorpusInfo, CostTable, LayerRecord, ParentInfo, Score
 from flows.run import Run, task_of
-from profiles.hardware import load_target
 from profiles.schema import MINITRON, Corpus, ParentAnswersSource, Profile
 from tasks.distill.bld import Job, distill_shard, progress_of
 from tasks.distill.jobs import better_of, coupled_jobs, jobs_of
@@ -38,10 +37,9 @@ from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
 from tasks.inputs.parent_answers import with_answers
-from tasks.inputs.space import check_search_space, left_out, measured_space, refused_whole
+from tasks.inputs.space import check_search_space, left_out, refused_whole
 from tasks.measure import costs, typed_costs
 from tasks.measure.calibration import drift
-from tasks.measure.roofline import modelled_costs, setting_of
 from tasks.running.at_work import at_work_in
 from tasks.running.progress import say
 from tasks.running.sharing import TaskKey, exclusive
@@ -371,9 +369,7 @@ def measure(run: Run, parent: ParentInfo) -> CostTable:
     """Costs of every variant on the hardware target: measured, or modelled where the profile says so."""
     profile = run.profile
     if profile.hardware.engine == "roofline":
-        reader = open_parent(run.workspace / parent.folder)
-        setting = setting_of(profile.hardware, load_target(profile.hardware.name), reader)
-        return modelled_costs(reader, measured_space(profile), profile.scenarios, setting)
+        return costs.modelled_for(profile, parent, run.workspace)
     asked = costs.CostRequest.of(profile, parent)
     base = _costs(run, asked)
     tables = {kind: _costs(run, asked.in_type(kind)) for kind in profile.search_space.precision}

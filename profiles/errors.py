@@ -1,5 +1,7 @@
 """What is wrong with a profile, or with a path that it names."""
 
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 
@@ -13,3 +15,9 @@ def expanded(path: Path | str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         return Path(path)
+
+
+def nearest(given: str, names: Sequence[str]) -> str:
+    """` Did you mean `name`?` for the name that is spelled most alike; empty where none is alike."""
+    match = get_close_matches(given.lower(), names, n=1, cutoff=0.55)
+    return f" Did you mean `{match[0]}`?" if match else ""

@@ -4,7 +4,6 @@ Overrides (`--set budget.speedup=1.5`) change the YAML tree before it is validat
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -12,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from profiles.errors import ProfileError, expanded
+from profiles.errors import ProfileError, expanded, nearest
 from profiles.hardware import target_for
 from profiles.schema import Profile
 
@@ -83,7 +82,7 @@ def _find(path: Path | str) -> Path:
         shipped = SHIPPED / f"{file.name.removesuffix('.yaml')}.yaml"
         if shipped.is_file():
             return shipped
-    hint = _nearest(file.name.removesuffix(".yaml"), names)
+    hint = nearest(file.name.removesuffix(".yaml"), names)
     raise ProfileError(f"no profile {file}: give a YAML file, or one of {', '.join(names)}.{hint}")
 
 
@@ -233,12 +232,7 @@ def _tags(sections: Iterable[type[BaseModel]]) -> list[str]:
 
 
 def _allowed(given: str, names: Sequence[str]) -> str:
-    return f"Allowed: {', '.join(names)}.{_nearest(given, names)}"
-
-
-def _nearest(given: str, names: Sequence[str]) -> str:
-    match = get_close_matches(given.lower(), names, n=1, cutoff=0.55)
-    return f" Did you mean `{match[0]}`?" if match else ""
+    return f"Allowed: {', '.join(names)}.{nearest(given, names)}"
 
 
 def _kind(value: Any) -> str:

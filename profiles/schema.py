@@ -23,6 +23,8 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
+from profiles.errors import nearest
+
 EngineName = Literal["torch", "llama.cpp", "vllm", "vllm-plugin", "tensorrt-llm", "sglang"]
 
 
@@ -41,6 +43,7 @@ Fraction = Annotated[float, Field(gt=0, le=1), BeforeValidator(read_share)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(gt=0), BeforeValidator(read_share)]
 Confidence = Annotated[float, Field(gt=0.5, lt=1), BeforeValidator(read_share)]
+Margin = Annotated[float, Field(ge=0), BeforeValidator(read_share)]
 ROTATE = (
     "Rotate the residual stream first: the logits stay, and types of 4 and 5 bits lose less (SmolLM2 in iq4_nl a fifth "
     "less KL). GKD does not train such a parent's child: gkd.steps must be 0. A head that shared its matrix with the "
@@ -969,6 +972,17 @@ class Evaluate(Section):
     )
 
 
+class ProbeLimits(Section):
+    """The most that a challenger may be worse than the champion on texts that `puzzle probe` makes, by the champion's
+    metric. null: any.
+    """
+
+    python: Margin | None = Field(default=None, description="Python's standard library.", examples=[0.1])
+    typos: Margin | None = Field(default=None, description="The test text, one letter in twenty wrong.")
+    upper_case: Margin | None = Field(default=None, description="The test text in upper case.")
+    cut_words: Margin | None = Field(default=None, description="The test text, three in ten words cut.")
+
+
 class Champion(Section):
     """When `puzzle reoptimize` replaces the champion by a challenger: only if the challenger is certainly better."""
 
@@ -984,6 +998,22 @@ class Champion(Section):
         "top1_agreement.",
     )
     confidence: Confidence = Field(default=0.95, description="Confidence of the comparison (paired, one-sided).")
+    not_worse: Mapping[Label, Margin] = Field(
+        default={},
+        description="The most that the challenger may be worse than the champion on test text of a capability (by its "
+        "name; `general` is the corpus), by the same metric. It must be shown with the same confidence, so 0 asks for "
+        "better there. Empty: only the corpus is looked at.",
+        examples=[{"retrieval": 0.02}],
+    )
+    not_worse_probed: ProbeLimits = Field(
+        default=ProbeLimits(), description="The same on texts of `puzzle probe`, which no stage saw."
+    )
+    max_more_loops: Fraction | None = Field(
+        default=None,
+        description="The most by which the share of the challenger's answers that loop may exceed the champion's, "
+        "shown with the same confidence; counted on `evaluate.loop_prompts` beginnings of test text. null: any.",
+        examples=[0.1],
+    )
 
 
 class Orchestration(Section):
@@ -1209,6 +1239,22 @@ class Profile(Section):
                 "evaluate.answered_questions: no capability marks known answers: give one sources such as "
                 "{kind: needles} or {kind: passages} and prompt_weight: 0 (answers that the parent wrote are none), or "
                 "set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _champions_limits_are_known(self) -> Self:
+        known = [GENERAL, *self.own_capabilities]
+        for name in self.champion.not_worse:
+            if name not in known:
+                raise ValueError(
+                    f"champion.not_worse.{name} is no capability of the profile.{nearest(name, known)} There are "
+                    f"{', '.join(known)}: name one of them, or add {name} to capabilities"
+                )
+        if self.champion.max_more_loops is not None and not self.evaluate.loop_prompts:
+            raise ValueError(
+                "champion.max_more_loops compares how often answers loop, and nobody counts them: set "
+                "evaluate.loop_prompts, such as 200, or leave it out"
             )
         return self
 

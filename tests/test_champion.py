@@ -22,6 +22,7 @@ from tasks.distill import bld, record
 from tasks.evaluate.compare import LINEAGE, Lineage, contender
 from tasks.inputs.parent import at_its_commit
 from tasks.measure.calibration import drift
+from tasks.measure.costs import costs_of
 from tasks.operating import champion, registry
 from tasks.operating.champion import Judgement, basis, changes, decide
 from tasks.operating.tracking import Tracking, client_of, open_tracking
@@ -90,6 +91,18 @@ def test_a_changed_field_is_named_and_nothing_else(override: str, part: str, cha
     after = basis(profile_with(override), chain.parent, chain.corpus, table())
     assert changes(before, after) == (part,)
     assert changes(before, json.loads(json.dumps(before))) == ()
+
+
+def test_modelled_costs_are_those_of_the_target_on_any_machine(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(target: str) -> dict[str, str]:
+        space = ["search_space.attention=[no_op]", "search_space.ffn=[no_op]"]
+        profile = profile_with("hardware.engine=roofline", f"hardware.name={target}", *space)
+        return basis(profile, chain.parent, chain.corpus, costs_of(profile, chain.parent, chain.workspace))
+
+    before = found("h100")
+    monkeypatch.setattr("tasks.measure.hardware_description.processor", lambda: "another")
+    assert changes(before, found("h100")) == ()
+    assert changes(before, found("a100")) == ("hardware", "costs")
 
 
 def test_parent_corpus_and_costs_count_and_the_hour_does_not(chain: Chain) -> None:

@@ -37,7 +37,7 @@ from tasks.measure.costs import CostRequest, _cost
 from tasks.measure.llama_cpp_costs import LlamaCppTimer
 from tasks.measure.roofline import modelled_costs, setting_of
 from tasks.measure.variant_timing import Load, Timing
-from tasks.operating.champion import _figures
+from tasks.operating.champion_limits import figures_of_both, judged_texts
 from tests.chain import Chain, chosen
 from tests.tiny import tiny_model, tiny_parent, tiny_tokens
 
@@ -268,7 +268,9 @@ def test_champion_and_challenger_are_judged_with_one_cache(chain: Chain) -> None
             "tiny",
             [f"hardware={{engine: llama.cpp, precision: float32, kv_precision: {named}}}", "evaluate.sequences=4"],
         )
-        own, other = (_figures(side, sides[0], profile, chain.workspace) for side in sides)
+        texts = judged_texts(profile, chain.parent, chain.corpus, (), chain.workspace)
+        figures = figures_of_both(sides, texts, sides[0], profile, chain.workspace)
+        own, other = (each["general"] for each in figures)
         assert torch.equal(own, other)
         found[named] = own
     assert not torch.equal(found["bfloat16"], found["null"])

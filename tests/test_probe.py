@@ -192,7 +192,7 @@ def test_long_rows_that_no_text_gives_are_refused(chain: Chain, monkeypatch: pyt
 
     monkeypatch.setattr("tasks.probe.texts.prepare_corpus", prepared)
     with pytest.raises(PuzzleError, match="no text gives 8 rows of 64 tokens"):
-        long_text(run_of(chain, CUT), {}, ASKED)
+        long_text(run_of(chain, CUT).seen, {}, ASKED)
 
 
 def test_stages_saw_the_longer_text_of_a_capability(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +207,7 @@ def test_stages_saw_the_longer_text_of_a_capability(chain: Chain, monkeypatch: p
 def test_a_test_text_of_one_document_is_refused(chain: Chain) -> None:
     one = ASKED.model_copy(update={"sequences": 1})
     with pytest.raises(PuzzleError, match="of 1 documents"):
-        own_text(run_of(chain, CUT), one)
+        own_text(run_of(chain, CUT).seen, one)
 
 
 def test_the_same_tokens_in_rows_of_another_length_are_another_text(chain: Chain, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ class GgmlRounding:
 
         Rows are rounded each on its own, on as many threads as torch has.
         """
-        parts = columns.chunk(max(1, min(torch.get_num_threads(), len(columns) // LEAST_ROWS)))
+        parts = columns.detach().chunk(max(1, min(torch.get_num_threads(), len(columns) // LEAST_ROWS)))
         with ThreadPoolExecutor(len(parts)) as pool:
             found = list(pool.map(lambda part: self._rows(part, importance), parts))
         return np.concatenate([rows for rows, _ in found]), torch.cat([values for _, values in found])

@@ -233,7 +233,14 @@ def targets_on(
     """What the parent says about the first sequences of a split of the corpus, or of a capability's text."""
     folder = workspace / parent.folder
     model = for_passes(lambda on: open_parent(folder, on).model(), compute, open_parent(folder, compute).weight_bytes)
-    found = parent_targets(model, read_tensors(workspace, corpus.tokens, [split])[split][:sequences], compute)
+    return targets_of(model, split, sequences, corpus, workspace, compute)
+
+
+def targets_of(
+    parent_model: Any, split: str, sequences: int, corpus: CorpusInfo, workspace: Path, compute: Compute
+) -> ParentTargets:
+    """As `targets_on`, of a parent that is in memory."""
+    found = parent_targets(parent_model, read_tensors(workspace, corpus.tokens, [split])[split][:sequences], compute)
     # all tokens of the corpus count alike in the final comparison; of a capability those count that show it
     return replace(found, weights=weights_of(corpus, split, workspace, (0, sequences)) if corpus.capability else None)
 

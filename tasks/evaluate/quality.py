@@ -9,7 +9,7 @@ model's benchmark accuracy over the parent's. Every figure is a `Metric`: mean, 
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,7 +87,7 @@ class ParentTargets:
     weights: Tensor | None = None
 
 
-def mean_metric(values: Tensor, documents: Sequence[int] = ()) -> Metric:
+def mean_metric(values: Tensor, documents: Sequence[Hashable] = ()) -> Metric:
     """Mean of (N,) values, its standard error over documents (N), or over the values where no documents are known."""
     return estimates.mean(values.detach().double().cpu().numpy(), documents).metric
 

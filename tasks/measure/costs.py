@@ -21,6 +21,7 @@ from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, Cost, CostTable, LayerChoice, NonBlockCost, ParentInfo, Value
 from blocks.resources import BYTES, non_block_parameters, norm_parameters, resources, weight_bytes
 from blocks.variant import Variant
+from profiles.hardware import load_target
 from profiles.schema import Hardware, Measure, Profile, Scenario, SearchSpace
 from tasks.distill.record import open_parent
 from tasks.engines.timing_in_turns import ClockTooCoarse
@@ -30,6 +31,7 @@ from tasks.measure.calibration import calibrated, drift, parent_bias
 from tasks.measure.cost_sums import PHASES
 from tasks.measure.hardware_description import entry, hardware_description
 from tasks.measure.llama_cpp_costs import LlamaCppTimer
+from tasks.measure.roofline import modelled_costs, setting_of
 from tasks.measure.torch_costs import TorchTimer, stacks_to_time
 from tasks.measure.variant_timing import NON_BLOCK, PARENT, KeptFigures, Load, Timing, VariantTimer, name_of
 from tasks.measure.vllm_costs import VllmTimer
@@ -135,8 +137,19 @@ class Part(Value):
 
 
 def costs_of(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable | None:
-    """The stored costs of a profile that a run would not measure again, None where there are none."""
+    """The costs of a profile that a run would not measure: those that are stored, None where there are none; or those
+    that are modelled, where the profile says so.
+    """
+    if profile.hardware.engine == "roofline":
+        return modelled_for(profile, parent, workspace)
     return CostRequest.of(profile, parent).stored(workspace)
+
+
+def modelled_for(profile: Profile, parent: ParentInfo, workspace: Path) -> CostTable:
+    """The costs of every variant on the hardware target that a profile names, modelled."""
+    reader = open_parent(workspace / parent.folder)
+    setting = setting_of(profile.hardware, load_target(profile.hardware.name), reader)
+    return modelled_costs(reader, measured_space(profile), profile.scenarios, setting)
 
 
 Handed = Callable[[Part, Callable[[], None]], object]  # gets what has to be measured, and the function that does it

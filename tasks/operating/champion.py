@@ -3,14 +3,15 @@
 A child depends on its parent, corpus, search space, distillation, scores, costs, traffic and budget. Each is a digest
 in the basis; when none differs from what was judged last, there is nothing to do. Otherwise a challenger is made, and
 both stand the same held-out sequences: the improvement is the mean of paired differences, its lower bound a one-sided
-t interval. A schedule makes many challengers, and one of them would look better by luck. So each further one that is
-compared with the same champion needs more confidence. A champion that no longer keeps the budget loses without a
-comparison. A child that somebody has rolled back does not become champion again.
+t interval. Where the rule has limits, the challenger must keep them too (champion_limits.py). A schedule makes many
+challengers, and one of them would look better by luck. So each further one that is compared with the same champion
+needs more confidence. A champion that no longer keeps the budget loses without a comparison. A child that somebody has
+rolled back does not become champion again.
 """
 
 # S = test sequences
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -18,29 +19,23 @@ from typing import Any, Literal
 from torch import Tensor
 
 from blocks.errors import DamagedBlock, PuzzleError
-from blocks.estimates import confidence_of_look, lower_bound, rounded
-from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.estimates import confidence_of_look, lower_bound, plain, rounded
 from blocks.files import sha256_of
-from blocks.library import digest_of, read_tensors, remember
+from blocks.library import digest_of, remember
 from blocks.records import Architecture, CorpusInfo, CostTable, Metric, ParentInfo, Value
-from profiles.schema import Champion, Profile, Section
+from profiles.schema import GENERAL, Champion, Profile, Section
 from tasks.distill import bld, gkd, gkd_settings, record
-from tasks.distill.record import open_parent
-from tasks.evaluate.compare import LINEAGE, Lineage, figures_of, served
-from tasks.evaluate.quality import mean_metric, parent_targets
-from tasks.evaluate.typed_file import as_served, with_file
+from tasks.evaluate.compare import LINEAGE, Lineage
+from tasks.evaluate.quality import mean_metric
 from tasks.inputs.companions import TOKENIZER_FILES
-from tasks.inputs.corpus import documents_of
-from tasks.inputs.precision import child_dtype
 from tasks.libraries.interchange import read_library
 from tasks.measure import costs
 from tasks.measure.hardware_description import hardware_description
-from tasks.running.workers import compute_of
+from tasks.operating.champion_limits import UNITS, Limit, figures_of_both, gains, has_limits, judged_texts, limits_of
 from tasks.score import scoring
 from tasks.search.totals import Problem, broken_kl, broken_limits, fitting_batches, problem_of
 
 DIGITS = 8  # of each digest: a person sees them in the registry, and looks for the one that differs
-UNITS = {"kl": "nats", "loss": "nats", "top1_agreement": "of the tokens"}
 # part of the basis -> what a person calls it
 NAMES = {
     "parent": "the parent",
@@ -58,7 +53,7 @@ NAMES = {
     "rule": "the champion's rule",
 }
 # fields that sections got after their first digests: where nobody sets them, digests stay as they were without them
-LATER = ("otherwise", "fastest_within_score")
+LATER = ("otherwise", "fastest_within_score", "not_worse", "not_worse_probed", "max_more_loops")
 
 
 class Judgement(Value):
@@ -74,6 +69,7 @@ class Judgement(Value):
     challenger: Metric | None = None
     improvement: Metric | None = None
     lower_bound: float | None = None
+    limits: tuple[Limit, ...] = ()
 
 
 def basis(
@@ -84,7 +80,8 @@ def basis(
     capabilities: Sequence[CorpusInfo] = (),
 ) -> dict[str, str]:
     """Digest of everything the child depends on, by part. `table`: the costs, None before they are measured."""
-    hardware = hardware_description(profile.hardware)
+    modelled = profile.hardware.engine == "roofline"  # the same costs on any machine
+    hardware = profile.hardware if modelled else hardware_description(profile.hardware)
     without: dict[str, Any] = {"measured_at": True, "load": True}
     if table and not any(cost.state_bytes for cost in table.costs):  # a later field, see LATER
         without["costs"] = {"__all__": {"state_bytes"}}
@@ -100,7 +97,7 @@ def basis(
         "budget": profile.budget,
         "search": _told(profile.search),
         "gkd": [gkd_settings.asked(profile.gkd), gkd.VERSION],
-        "rule": profile.champion,
+        "rule": _told(profile.champion),
     }
     if profile.capabilities:  # a later part, see LATER
         texts = {one.capability: one.fingerprint for one in capabilities}
@@ -182,9 +179,12 @@ def judge(
     if run_folder is None:
         return Judgement(outcome="first", reason="the first champion", changed=changed)
     try:
-        return judge_against(lineage_of(workspace, run_folder), challenger, profile, workspace, changed, look)
+        found = judge_against(lineage_of(workspace, run_folder), challenger, profile, workspace, changed, look)
     except DamagedBlock as error:
-        return Judgement(outcome="moved", reason=f"the champion cannot be compared: {error}", changed=changed)
+        found = Judgement(outcome="moved", reason=f"the champion cannot be compared: {error}", changed=changed)
+    if found.outcome == "moved" and not found.improvement and has_limits(profile.champion):
+        return found.model_copy(update={"reason": f"{found.reason}; so the rule's limits were not looked at"})
+    return found
 
 
 def judge_against(
@@ -205,9 +205,12 @@ def judge_against(
     broken = broken_budget(reigning.child.architecture, profile, workspace)
     if broken:
         return Judgement(outcome="moved", reason=f"the champion no longer keeps the budget: {broken}", changed=changed)
-    ours, theirs = (_figures(side, challenger, profile, workspace) for side in (challenger, reigning))
-    documents = documents_of(challenger.corpus, "test", workspace)[: len(ours)]
-    return decide(ours, theirs, profile.champion, changed, look, documents)
+    sides, rule = (challenger, reigning), profile.champion
+    texts = judged_texts(profile, challenger.parent, challenger.corpus, challenger.capabilities, workspace)
+    figures = figures_of_both(sides, texts, challenger, profile, workspace)
+    limits = limits_of(sides, figures, texts, profile, workspace, confidence_of_look(rule.confidence, look))
+    ours, theirs = (each[GENERAL] for each in figures)
+    return decide(ours, theirs, rule, changed, look, texts[GENERAL].documents, limits)
 
 
 def same_tokenizer(first: ParentInfo, second: ParentInfo, workspace: Path) -> bool:
@@ -246,45 +249,32 @@ def last_problem(profile: Profile, workspace: Path) -> Problem:
     return problem_of(profile, library.scores, library.costs)
 
 
-def _figures(side: Lineage, now: Lineage, profile: Profile, workspace: Path) -> Tensor:
-    """(S,) of the rule's metric on the test split of now, against the parent of now; served as the profile says now."""
-    tokens = read_tensors(workspace, now.corpus.tokens, ["test"])["test"][: profile.evaluate.sequences]
-    compute = compute_of(profile)
-    reader = open_parent(workspace / now.parent.folder, compute)
-    targets, dtype = parent_targets(reader.model(), tokens, compute), child_dtype(profile.hardware, reader)
-    child = as_served(side.child, profile.hardware)  # with another KV cache, figures would be of two kinds
-    child = with_file(child, side.parent, side.corpus, profile.hardware.precision, workspace)
-
-    def model() -> DeciLMForCausalLM:
-        return served(child, side.parent, workspace, compute, dtype)
-
-    return figures_of(child, targets, workspace, compute, model)[profile.champion.metric]
-
-
 def decide(
     ours: Tensor,
     theirs: Tensor,
     rule: Champion,
     changed: tuple[str, ...] = (),
     look: int = 1,
-    documents: Sequence[int] = (),
+    documents: Sequence[Hashable] = (),
+    limits: tuple[Limit, ...] = (),
 ) -> Judgement:
-    """The rule on paired figures, (S,) each: moved when the improvement's lower bound passes `min_improvement`.
+    """The rule on paired figures, (S,) each: moved when the improvement's lower bound passes `min_improvement` and all
+    limits are kept.
 
     The rule's confidence is that of all challengers of a champion together; look: the number of this one, from 1.
     documents: that of each sequence; sequences of one document are not independent of each other.
     """
-    better = ours - theirs if rule.metric == "top1_agreement" else theirs - ours
-    gain = mean_metric(better, documents)
+    gain = mean_metric(gains(ours, theirs, rule.metric), documents)
     confidence = confidence_of_look(rule.confidence, look)
     lower = lower_bound(gain, confidence)
-    moved = lower > rule.min_improvement
+    moved = lower > rule.min_improvement and all(limit.kept for limit in limits)
     sample = f"{len(ours)} paired sequences{f' of {gain.n} documents' if documents else ''}"
     size = rounded(gain.model_copy(update={"value": abs(gain.value)}))
     reason = (
         f"{rule.metric} {'better' if gain.value >= 0 else 'worse'} by {size} {UNITS[rule.metric]} over {sample}, "
         f"lower bound of the gain {lower:.3g} at {confidence:.4g} (challenger {look} of this champion; "
         f"{rule.confidence:.0%} for all of them together); the rule asks for more than {rule.min_improvement:g}"
+        + "".join(f"; {limit}" for limit in limits)
     )
     return Judgement(
         outcome="moved" if moved else "kept",
@@ -295,6 +285,7 @@ def decide(
         challenger=mean_metric(ours, documents),
         improvement=gain,
         lower_bound=lower if gain.n > 1 else None,
+        limits=limits,
     )
 
 
@@ -306,6 +297,7 @@ def figures(found: Judgement) -> dict[str, float]:
         "champion/improvement": found.improvement.value,
         "champion/improvement_se": found.improvement.se,
         "champion/lower_bound": found.lower_bound,
+        **{name: value for limit in found.limits for name, value in limit.figures.items()},
     }
 
 
@@ -319,5 +311,16 @@ def judgement_markdown(found: Judgement, champion: str, challenger: str) -> str:
             f"| champion ({champion}) | {rounded(found.champion)} | {found.champion.n} |",
             f"| challenger ({challenger}) | {rounded(found.challenger)} | {found.challenger.n} |",
             f"| better by, paired | {rounded(found.improvement)} | {found.improvement.n} |",
+        ]
+    if found.limits:
+        lines += [
+            "",
+            "| limit | worse by, paired | at most, for certain | allowed | |",
+            "| --- | ---: | ---: | ---: | --- |",
+            *(
+                f"| {one.name} | {rounded(one.worse)} | {'–' if one.bound is None else plain(one.bound)} | "
+                f"{one.most:g} | {one.state} |"
+                for one in found.limits
+            ),
         ]
     return "\n".join(lines)

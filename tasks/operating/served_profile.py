@@ -202,6 +202,7 @@ HARMLESS = frozenset(
         "ServedCapability.one_document_rows",
         *(f"{kind}.rotate" for kind in ("TinyParent", "ServedFolderParent", "ServedHubParent", "ServedGgufParent")),
         "ServedPackageParent.rotate",
+        "Champion.not_worse",  # names like Label, and numbers
         "Search.forbid",  # compared with labels and kinds
         "ServedTextSource.text_field",  # a column
         "ServedTextSource.separator",  # text is split at it

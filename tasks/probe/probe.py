@@ -73,8 +73,8 @@ def prepare(run: ProbedRun, files: Mapping[str, Path], asked: Asked, compute: Co
         )
     if asked.finetune_steps:
         check_memory(run, compute)
-    texts = texts_of(run, files, asked)
-    return Prepared(run=run, asked=asked, texts=texts, long=long_text(run, files, asked) if asked.length else None)
+    texts = texts_of(run.seen, files, asked)
+    return Prepared(run=run, asked=asked, texts=texts, long=long_text(run.seen, files, asked) if asked.length else None)
 
 
 def probe(prepared: Prepared, compute: Compute, stage: Stage) -> ProbeReport:

@@ -11,12 +11,31 @@ from blocks.compute import Compute
 from blocks.errors import PuzzleError
 from blocks.library import digest_of, keep, read_value, remember
 from blocks.parent import config_of
-from blocks.records import ChildReport, CorpusInfo, Value
+from blocks.records import ChildReport, CorpusInfo, ParentInfo, Value
 from tasks.evaluate.compare import LINEAGE, Contender, Lineage, parent_contender, served
 from tasks.running.progress import Progress, part_of
 
 REPORT = "report.json"
 ValueT = TypeVar("ValueT", bound=Value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeenText:
+    """The text that the stages of a run saw, the corpus first, and the parent that reads it."""
+
+    workspace: Path
+    parent: ParentInfo
+    texts: tuple[CorpusInfo, ...]
+
+    @property
+    def corpus(self) -> CorpusInfo:
+        """The run's own corpus."""
+        return self.texts[0]
+
+    @property
+    def parent_folder(self) -> Path:
+        """The parent's config, weights and tokenizer."""
+        return self.workspace / self.parent.folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,18 +50,19 @@ class ProbedRun:
 
     @property
     def parent_folder(self) -> Path:
-        """The parent's config, weights and tokenizer."""
-        return self.workspace / self.lineage.parent.folder
+        """See `SeenText`."""
+        return self.seen.parent_folder
 
     @property
-    def texts(self) -> tuple[CorpusInfo, ...]:
+    def seen(self) -> SeenText:
         """The text that stages saw."""
-        return (self.lineage.corpus, *self.lineage.capabilities)
+        texts = (self.lineage.corpus, *self.lineage.capabilities)
+        return SeenText(workspace=self.workspace, parent=self.lineage.parent, texts=texts)
 
     @property
     def trained(self) -> int:
         """The longest context that stages saw, in tokens."""
-        return max(text.sequence_length for text in self.texts)
+        return max(text.sequence_length for text in self.seen.texts)
 
     @property
     def context(self) -> int | None:

@@ -8,7 +8,7 @@ runs of tokens. What is at hand is the run's own test text made noisy, and Pytho
 import hashlib
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from profiles.schema import Corpus, PythonStdlibSource, TextSource
 from tasks.inputs.corpus import documents_of, main_documents, prepare_corpus
 from tasks.inputs.corpus_sources import source_of_file
 from tasks.probe.records import Asked
-from tasks.probe.sides import ProbedRun
+from tasks.probe.sides import SeenText
 
 VERSION = 1
 TEST = "test"  # the run's own test text, with which the others are compared
@@ -85,9 +85,9 @@ def named_files(given: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def own_text(run: ProbedRun, asked: Asked) -> Text:
+def own_text(seen: SeenText, asked: Asked) -> Text:
     """The run's own test text. PuzzleError where it is hardly any."""
-    found = text_of(TEST, "the run's own test text", run.lineage.corpus, asked.sequences, run.workspace)
+    found = text_of(TEST, "the run's own test text", seen.corpus, asked.sequences, seen.workspace)
     if len(set(found.documents)) < LEAST_DOCUMENTS:
         raise PuzzleError(
             f"the run's own test text is of {len(set(found.documents))} documents, and a probe needs "
@@ -96,16 +96,16 @@ def own_text(run: ProbedRun, asked: Asked) -> Text:
     return found
 
 
-def texts_of(run: ProbedRun, files: Mapping[str, Path], asked: Asked) -> tuple[Text, ...]:
+def texts_of(seen: SeenText, files: Mapping[str, Path], asked: Asked) -> tuple[Text, ...]:
     """The run's own test text, and the texts that it is compared with. TooLittleText where a file has too little.
 
     The second one has train sequences for a fine-tuning.
     """
-    own, found = own_text(run, asked), list[Text]()
+    own, found = own_text(seen, asked), list[Text]()
     for name, source in _sources(files).items():
         train = asked.trained_sequences if not found else 0
         try:
-            corpus = _prepared(run, source, own.sequences, train, own.corpus.sequence_length)
+            found.append(_like(own, seen, name, source, train))
         except TooLittleText as error:
             needed = f"{own.sequences} test sequences of {own.corpus.sequence_length} tokens"
             needed += f" and {train} for the fine-tuning" if train else ""
@@ -114,21 +114,33 @@ def texts_of(run: ProbedRun, files: Mapping[str, Path], asked: Asked) -> tuple[T
                 "at most an eighth, and what the run has seen is left out. Name a longer --text, or ask for fewer "
                 f"--sequences or --finetune-steps. What was found: {str(error).partition('. ')[0]}."
             ) from error
-        found.append(text_of(name, _about(source), corpus, own.sequences, run.workspace))
-    return (own, *found, *(() if files else noisy_texts(run, own, asked.seed)))
+    return (own, *found, *(() if files else noisy_texts(seen, own, asked.seed)))
 
 
-def long_text(run: ProbedRun, files: Mapping[str, Path], asked: Asked) -> Text:
+def texts_at_hand(seen: SeenText, names: Collection[str], asked: Asked) -> tuple[Text, ...]:
+    """Those of these names that a probe makes where no file is named. TooLittleText where the run saw most of one."""
+    own = own_text(seen, asked)
+    code = [_like(own, seen, name, source, 0) for name, source in _sources({}).items() if name in names]
+    return (*code, *noisy_texts(seen, own, asked.seed, [name for name in NOISE if name in names]))
+
+
+def _like(own: Text, seen: SeenText, name: str, source: TextSource | PythonStdlibSource, train: int) -> Text:
+    """As many sequences as the run's own text, of the same length."""
+    corpus = _prepared(seen, source, own.sequences, train, own.corpus.sequence_length)
+    return text_of(name, _about(source), corpus, own.sequences, seen.workspace)
+
+
+def long_text(seen: SeenText, files: Mapping[str, Path], asked: Asked) -> Text:
     """Rows of one document each, of the first text that has enough documents of that length; as many tokens as of any
     other text, and LEAST_ROWS at least. PuzzleError where no text has.
     """
-    rows = max(LEAST_ROWS, asked.sequences * run.lineage.corpus.sequence_length // asked.length)
+    rows = max(LEAST_ROWS, asked.sequences * seen.corpus.sequence_length // asked.length)
     for name, source in {**_sources(files), **_sources({})}.items():
         try:
-            corpus = _prepared(run, source, rows, 0, asked.length, one_document_rows=True)
+            corpus = _prepared(seen, source, rows, 0, asked.length, one_document_rows=True)
         except TooLittleText:
             continue
-        return text_of(name, _about(source), corpus, rows, run.workspace)
+        return text_of(name, _about(source), corpus, rows, seen.workspace)
     raise PuzzleError(
         f"no text gives {rows} rows of {asked.length} tokens, each of one document: ask for a shorter --length, or "
         "name a --text with longer documents."
@@ -146,7 +158,7 @@ def _about(source: TextSource | PythonStdlibSource) -> str:
 
 
 def _prepared(
-    run: ProbedRun, source: TextSource | PythonStdlibSource, test: int, train: int, length: int, **more: Any
+    seen: SeenText, source: TextSource | PythonStdlibSource, test: int, train: int, length: int, **more: Any
 ) -> CorpusInfo:
     asked = Corpus(
         sources=(source,),
@@ -156,7 +168,7 @@ def _prepared(
         train_sequences=max(1, train),
         **more,
     )
-    return prepare_corpus(asked, run.parent_folder, run.lineage.parent.fingerprint, run.workspace, run.texts)
+    return prepare_corpus(asked, seen.parent_folder, seen.parent.fingerprint, seen.workspace, seen.texts)
 
 
 # --- the run's own test text, made noisy
@@ -195,18 +207,18 @@ NOISE: dict[str, tuple[str, Callable[[str, random.Random], str]]] = {
 }
 
 
-def noisy_texts(run: ProbedRun, own: Text, seed: int) -> tuple[Text, ...]:
+def noisy_texts(seen: SeenText, own: Text, seed: int, names: Sequence[str] = tuple(NOISE)) -> tuple[Text, ...]:
     """The run's own test text with each kind of noise. A document keeps its name, so that texts compare in pairs."""
     from transformers import AutoTokenizer
 
-    tokenizer, found = AutoTokenizer.from_pretrained(run.parent_folder), list[Text]()
-    for name in NOISE:
+    tokenizer, found = AutoTokenizer.from_pretrained(seen.parent_folder), list[Text]()
+    for name in names:
         key = digest_of(corpus=own.corpus.fingerprint, rows=own.sequences, noise=name, seed=seed, v=VERSION)
-        path = run.workspace / "probes" / "texts" / f"{key}.json"
-        text = remember(path, Text, lambda one: [one.corpus.tokens], run.workspace)
+        path = seen.workspace / "probes" / "texts" / f"{key}.json"
+        text = remember(path, Text, lambda one: [one.corpus.tokens], seen.workspace)
         if text is None:
             text = _noisy(own, name, seed, tokenizer, path)
-            keep(path, text, [text.corpus.tokens], run.workspace)
+            keep(path, text, [text.corpus.tokens], seen.workspace)
         found.append(text)
     return tuple(found)
 
