@@ -157,7 +157,7 @@ def test_as_many_whole_documents_stand_before_as_there_is_room_for(text: Text) -
     for number, one in enumerate(found):
         *others, own = tokenizer.decode(list(one.prompt)).split(tokenizer.eos_token)
         assert all(other in documents for other in others)
-        assert documents[documents.index(f"{own} {one.answer}")]
+        assert f"{own} {one.answer}" in documents
         if number > len(others):
             left = found[number - len(others) - 1]
             whole = tokenizer(tokenizer.decode(list(left.prompt)).split(tokenizer.eos_token)[-1] + f" {left.answer}")

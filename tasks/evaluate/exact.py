@@ -83,7 +83,7 @@ def questions_of(corpus: CorpusInfo, tokenizer: Any, workspace: Path, count: int
     for first, last in np.flatnonzero(np.diff(marked, prepend=False, append=False)).reshape(-1, 2).tolist():
         document = int(np.searchsorted(starts, first, side="right")) - 1
         earliest = first - corpus.sequence_length
-        begin = max(int(starts[min(document, np.searchsorted(starts, earliest))]), earliest)
+        begin = max(int(starts[min(document, int(np.searchsorted(starts, earliest)))]), earliest)
         at_the_cut = cut[document] and special[last : ends[document]].all()
         if last - first > LONGEST or at_the_cut or special[max(begin, starts[document]) : first].all():
             continue
