@@ -487,6 +487,16 @@ class Looping(Value):
     documents: tuple[int, ...]
 
 
+class RightAnswers(Value):
+    """Whether what a model said to each of some questions of a capability was the known answer (1) or not (0), and the
+    document of each. distances: how many tokens back the answer stands in the prompt; empty where answers are no codes.
+    """
+
+    right: tuple[int, ...]
+    documents: tuple[int, ...]
+    distances: tuple[int, ...] = ()
+
+
 class LimitKept(Value):
     """One limit of the budget, by the profile's name, and what a model takes of it.
 
@@ -537,10 +547,10 @@ class Candidate(Value):
     before GKD, where no step of GKD lowered it. All of these are empty in reports of older versions. file_bytes: of the
     GGUF file that it is served from, where there is one; else 0. rounded_kl: on validation text
     before and after the training that knows the rounding. capabilities: the same figures on each. looping: of the
-    parent and the finished child, where the profile asks for a count. cache: the type of
-    llama.cpp's KV cache, where loss, kl and top1_agreement are llama.cpp's own with such a cache; else they are
-    torch's. unseen, unseen_retention: the accuracy on each benchmark, and the retention, without the items that stand
-    in text that the child was made with, where any do.
+    parent and the finished child, where the profile asks for a count. right_answers: likewise, on each capability with
+    known answers. cache: the type of llama.cpp's KV cache, where loss, kl and top1_agreement are llama.cpp's own with
+    such a cache; else they are torch's. unseen, unseen_retention: the accuracy on each benchmark, and the retention,
+    without the items that stand in text that the child was made with, where any do.
     """
 
     name: str
@@ -574,6 +584,7 @@ class Candidate(Value):
     cache: str = ""
     capabilities: dict[str, OnCapability] = {}
     looping: Looping | None = None
+    right_answers: dict[str, RightAnswers] = {}
 
 
 class StageTime(Value):

@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,12 +17,10 @@ from blocks.errors import PuzzleError
 from blocks.library import digest_of, keep
 from blocks.records import (
     PARENT,
-    Answer,
     BlockRecord,
     ChildReport,
     CorpusInfo,
     LimitKept,
-    Looping,
     ParentInfo,
     Racer,
     SeenItems,
@@ -31,7 +29,7 @@ from blocks.records import (
 from blocks.resources import weight_bytes
 from flows.run import task_of
 from flows.tracked_run import TrackedRun
-from flows.whole_models import made_of
+from flows.whole_models import Spoken, made_of
 from tasks.distill.record import open_parent
 from tasks.evaluate.budget import capability_limits, limits_of, with_predictions
 from tasks.evaluate.compare import LINEAGE, Contender, Evaluation, Lineage, build, candidate, kl_on_each
@@ -62,15 +60,14 @@ LOCAL_PREFECT = "http://127.0.0.1:4200"  # where the command below listens
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What was found of whole models: evaluations in the order of the contenders, speeds, answers by name and stage.
+    """What was found of whole models: evaluations in the order of the contenders, speeds, what they said.
 
     seen_items: the benchmarks' items in the text of the run; None where there were no benchmarks.
     """
 
     evaluations: Sequence[Evaluation]
     speed: SpeedReport
-    answers: Mapping[tuple[str, str], tuple[Answer, ...]]
-    looping: Mapping[tuple[str, str], Looping]
+    spoken: Spoken
     race: tuple[Racer, ...]
     seen_items: SeenItems | None = None
 
@@ -112,7 +109,7 @@ def report_of(
     (parent, corpus), (blocks, problem) = source, library
     asked = replace(problem, budget=run.profile.budget, scenarios=run.profile.scenarios)  # not what the search settled
     folder = run.workspace / "runs" / f"{run.profile.name}-{digest_of(child=final.key)[:12]}"
-    speed, own = found.speed, found.evaluations[0]
+    speed, spoken, own = found.speed, found.spoken, found.evaluations[0]
     parents = speed.models.get(PARENT, ())
     size = weight_bytes(served_precision(run.profile.hardware, open_parent(run.workspace / parent.folder)))
 
@@ -135,8 +132,9 @@ def report_of(
                 which.architecture,
             ).model_copy(
                 update={
-                    "answers": found.answers.get((which.name, which.stage), ()),
-                    "looping": found.looping.get((which.name, which.stage)),
+                    "answers": spoken.answers.get((which.name, which.stage), ()),
+                    "looping": spoken.looping.get((which.name, which.stage)),
+                    "right_answers": spoken.right_answers.get((which.name, which.stage), {}),
                     "limits": limits(which, evaluation),
                     **without_seen(evaluation.benchmarks, own.benchmarks, found.seen_items),
                 }

@@ -57,10 +57,9 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         speed = whole_models.measure_speed(run, assembled, parent, costs)
 
         final = distilled[0] if distilled else assembled[1]
-        said = whole_models.let_answer(run, [own, final], parent)
-        looping = whole_models.count_loops(run, [own, final], parent, corpus)
+        spoken = whole_models.let_speak(run, [own, final], parent, corpus, capabilities)
         seen = whole_models.look_for_items(run, parent, corpus, capabilities)
-        findings = Findings(evaluations=found, speed=speed, answers=said, looping=looping, race=racers, seen_items=seen)
+        findings = Findings(evaluations=found, speed=speed, spoken=spoken, race=racers, seen_items=seen)
         source, library = (parent, corpus), (blocks, problem)
         contenders = assembled + distilled
         report = report_of(run, final, contenders, findings, source, library)

@@ -1,13 +1,24 @@
 """The stages of whole models, after the choice: GKD, evaluation, answers, speed. flows/stages.py has those before."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from blocks.devices import on_device
 from blocks.library import digest_of
-from blocks.records import Answer, CorpusInfo, CostTable, Looping, ParentInfo, Racer, SeenItems, SpeedReport
+from blocks.records import (
+    Answer,
+    CorpusInfo,
+    CostTable,
+    Looping,
+    ParentInfo,
+    Racer,
+    RightAnswers,
+    SeenItems,
+    SpeedReport,
+)
 from flows.run import Run, task_of
 from flows.stages import cost_tasks
 from flows.tracked_run import TrackedRun
@@ -15,7 +26,7 @@ from profiles.schema import GENERAL, Profile
 from tasks.distill import gkd_job, gkd_targets
 from tasks.distill.gkd import Seen, Watch
 from tasks.distill.record import open_parent
-from tasks.evaluate import answers, compare, loops, seen
+from tasks.evaluate import answers, compare, exact, loops, seen
 from tasks.evaluate.compare import Contender, Evaluation
 from tasks.evaluate.race import race as race_of
 from tasks.evaluate.typed_file import as_served
@@ -114,6 +125,17 @@ def looping_task(
     with exclusive(workspace, TaskKey(key=f"loops-{key}", what=f"the loops of {which.name}")):
         source = (parent, corpus)
         return loops.looping_of(which, source, profile.evaluate, workspace, compute_of(profile), progress)
+
+
+@task_of("answer questions", "{which.name} answers questions{corpus.where}")
+def questions_task(
+    which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path, progress: Any
+) -> Any:
+    """See tasks.evaluate.exact.right_answers_of."""
+    key = digest_of(path=exact.right_path(which, parent, corpus, profile.evaluate))
+    with exclusive(workspace, TaskKey(key=f"questions-{key}", what=f"the right answers of {which.name}")):
+        source = (parent, corpus)
+        return exact.right_answers_of(which, source, profile.evaluate, workspace, compute_of(profile), progress)
 
 
 @task_of("look for items", "look for the benchmarks' items in the text")
@@ -238,6 +260,32 @@ def watch_of(run: TrackedRun, name: str, progress: Progress) -> Watch:
     return watch
 
 
+@dataclass(frozen=True, kw_only=True)
+class Spoken:
+    """What models said by themselves, by name and stage: to the profile's prompts, and whether they loop on the test
+    text, and what they answer right of each capability.
+    """
+
+    answers: Mapping[tuple[str, str], tuple[Answer, ...]]
+    looping: Mapping[tuple[str, str], Looping]
+    right_answers: Mapping[tuple[str, str], dict[str, RightAnswers]]
+
+
+def let_speak(
+    run: Run,
+    contenders: Sequence[Contender],
+    parent: ParentInfo,
+    corpus: CorpusInfo,
+    capabilities: Sequence[CorpusInfo] = (),
+) -> Spoken:
+    """Everything that the profile wants to hear of each."""
+    return Spoken(
+        answers=let_answer(run, contenders, parent),
+        looping=count_loops(run, contenders, parent, corpus),
+        right_answers=answer_questions(run, contenders, parent, capabilities),
+    )
+
+
 def let_answer(
     run: Run, contenders: Sequence[Contender], parent: ParentInfo
 ) -> dict[tuple[str, str], tuple[Answer, ...]]:
@@ -267,6 +315,26 @@ def count_loops(
             found[which.name, which.stage] = run.call(
                 looping_task, f"answers loops {which.name}", *values, after=[made_of(which)]
             )
+    return found
+
+
+def answer_questions(
+    run: Run, contenders: Sequence[Contender], parent: ParentInfo, capabilities: Sequence[CorpusInfo]
+) -> dict[tuple[str, str], dict[str, RightAnswers]]:
+    """What each answers right by itself of every capability with known answers, by name and stage; nothing where the
+    profile asks for none.
+    """
+    if not run.profile.evaluate.answered_questions:
+        return {}
+    found: dict[tuple[str, str], dict[str, RightAnswers]] = {(one.name, one.stage): {} for one in contenders}
+    with run.stage("questions") as progress:
+        for text in (one for one in capabilities if one.capability in run.profile.answered):
+            for which in contenders:
+                values = (which, parent, text, run.profile, run.workspace, progress)
+                makes = f"answers questions {which.name} {text.capability}"
+                found[which.name, which.stage][text.capability] = run.call(
+                    questions_task, makes, *values, after=[made_of(which)]
+                )
     return found
 
 

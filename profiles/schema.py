@@ -963,6 +963,13 @@ class Evaluate(Section):
         "each loops. 0: nobody counts.",
         examples=[200],
     )
+    answered_questions: int = Field(
+        default=0,
+        ge=0,
+        description="Number of questions with a known answer, of the test text of each capability that has "
+        "`prompt_weight: 0`, that parent and finished child answer by themselves. 0: nobody is asked.",
+        examples=[100],
+    )
 
 
 class ProbeLimits(Section):
@@ -1119,6 +1126,15 @@ class Profile(Section):
         return {name: one for name, one in self.capabilities.items() if name != GENERAL}
 
     @property
+    def answered(self) -> dict[str, Capability]:
+        """Those whose text marks answers that are known, whatever the parent says."""
+        return {
+            name: one
+            for name, one in self.own_capabilities.items()
+            if one.prompt_weight == 0 and not any(isinstance(each, ParentAnswersSource) for each in one.sources)
+        }
+
+    @property
     def texts(self) -> dict[str, Corpus]:
         """The corpus, and the text of every capability that has its own, by field."""
         return {"corpus": self.corpus} | {f"capabilities.{name}": one for name, one in self.own_capabilities.items()}
@@ -1214,6 +1230,16 @@ class Profile(Section):
                 )
             if one.validation_sequences < among:
                 raise ValueError(f"GKD runs on {among} devices: set capabilities.{name}.validation_sequences to that")
+        return self
+
+    @model_validator(mode="after")
+    def _questions_have_answers(self) -> Self:
+        if self.evaluate.answered_questions and not self.answered:
+            raise ValueError(
+                "evaluate.answered_questions: no capability marks known answers: give one sources such as "
+                "{kind: needles} or {kind: passages} and prompt_weight: 0 (answers that the parent wrote are none), or "
+                "set it to 0"
+            )
         return self
 
     @model_validator(mode="after")

@@ -4,8 +4,9 @@ Six answers show how a child speaks, and no rate. Here a few hundred beginnings 
 many at a time. tasks/evaluate/answers.py says what a loop is.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,14 +23,20 @@ from tasks.running.progress import Progress, no_progress
 VERSION = 1
 BEGINNING = 32  # tokens of a prompt
 BATCH = 40  # prompts that are continued together
+Thing = TypeVar("Thing")
+
+
+def evenly(things: Sequence[Thing], count: int) -> list[Thing]:
+    """At most `count` things, evenly spread over all."""
+    taken = min(count, len(things))
+    return [things[index * len(things) // taken] for index in range(taken)]
 
 
 def beginnings(tokens: Tensor, count: int) -> tuple[Tensor, list[int]]:
     """At most `count` pieces of BEGINNING tokens (P, BEGINNING), evenly spread over a split (S, T), and their rows."""
     rows, length = tokens.shape
     size = min(BEGINNING, length)
-    places = [(row, size * piece) for row in range(rows) for piece in range(length // size)]
-    taken = [places[index * len(places) // min(count, len(places))] for index in range(min(count, len(places)))]
+    taken = evenly([(row, size * piece) for row in range(rows) for piece in range(length // size)], count)
     return torch.stack([tokens[row, first : first + size] for row, first in taken]).long(), [row for row, _ in taken]
 
 

@@ -11,6 +11,8 @@ from blocks import estimates
 from blocks.estimates import Estimate
 from blocks.records import Candidate, ChildReport, Metric
 
+NEAR = 128  # tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
@@ -89,6 +91,40 @@ def of_loops(candidate: Candidate) -> Reading | None:
         return None
     share = estimates.mean(found.loops, found.documents)
     return Reading(metric=share.metric, estimate=share)
+
+
+def of_right(candidate: Candidate, capability: str, far: int = 0) -> Reading | None:
+    """Share of a capability's questions that a model answers right by itself. far: of those in one of `distances`."""
+    found = candidate.right_answers.get(capability)
+    pairs = [] if found is None else list(zip(found.right, found.documents, strict=True))
+    if found is not None and far:
+        pairs = [pair for pair, distance in zip(pairs, found.distances, strict=True) if _reach(distance) == far]
+    if not pairs:
+        return None
+    share = estimates.mean(*zip(*pairs, strict=True))
+    return Reading(metric=share.metric, estimate=share)
+
+
+def distances(candidate: Candidate, capability: str) -> list[int]:
+    """Powers of two that its questions are grouped by: their answers stand at most so many tokens back, and more than
+    half as many. All up to NEAR are one group. Empty where there is one group alone.
+    """
+    found = candidate.right_answers.get(capability)
+    groups = sorted({_reach(distance) for distance in found.distances}) if found else []
+    return groups if len(groups) > 1 else []
+
+
+def _reach(distance: int) -> int:
+    return max(NEAR, 1 << (distance - 1).bit_length())
+
+
+def right_beside(candidate: Candidate, parent: Candidate | None, capability: str) -> Reading | None:
+    """A model's share of right answers as a share of its parent's; None where the parent has none right."""
+    ours, theirs = of_right(candidate, capability), of_right(parent, capability) if parent else None
+    if candidate is parent or ours is None or theirs is None or ours.estimate is None or theirs.estimate is None:
+        return None
+    found = estimates.ratio(ours.estimate, theirs.estimate)
+    return None if found is None else Reading(metric=found.metric, estimate=found)
 
 
 def of_items(candidate: Candidate, benchmark: str) -> Reading | None:

@@ -23,7 +23,7 @@ from blocks.records import (
 )
 from profiles.schema import Hardware, Profile
 from tasks.evaluate.budget import budget_state
-from tasks.evaluate.standing import final_of, gain_of, of_loops, parent_of
+from tasks.evaluate.standing import final_of, gain_of, of_loops, of_right, parent_of, right_beside
 
 if TYPE_CHECKING:
     from tasks.measure.bench import BenchRow
@@ -205,6 +205,10 @@ def _candidate_figures(candidate: Candidate, parent: Candidate | None) -> dict[s
     measured |= {f"benchmark_{name}_unseen": metric for name, metric in candidate.unseen.items()}
     measured["retention_unseen"] = candidate.unseen_retention
     measured["looping"] = loops.metric if (loops := of_loops(candidate)) else None
+    for name in candidate.right_answers:
+        found = {f"right_on_{name}": of_right(candidate, name)}
+        found[f"right_on_{name}_of_parent"] = right_beside(candidate, parent, name)
+        measured |= {figure: reading.metric for figure, reading in found.items() if reading}
     for name, one in candidate.capabilities.items():
         measured |= {f"{figure}_on_{name}": getattr(one, figure) for figure in ("kl", "loss", "top1_agreement")}
     if parent is not None:

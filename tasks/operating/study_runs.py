@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tasks.measure.bench import BenchRow
 
 # in report.json, too long for a table
-PARTS = frozenset({"layers", "samples", "correct", "item_groups", "answers", "limits"})
+PARTS = frozenset({"layers", "samples", "correct", "item_groups", "answers", "limits", "looping", "right_answers"})
 
 
 def log_report(store: tracking.Tracking, run_id: str, report: ChildReport, files: Sequence[Path]) -> None:

@@ -23,19 +23,23 @@ from blocks.library import write_value
 from blocks.records import Answer, Architecture, Candidate, ChildReport, Metric, Totals
 from tasks.evaluate.budget import budget_state
 from tasks.evaluate.standing import (
+    NEAR,
     Reading,
     best_columns,
     counted,
+    distances,
     final_of,
     gain_of,
     of_all_items,
     of_items,
     of_loops,
+    of_right,
     of_sequences,
     on_capability,
     over_parent,
     parent_of,
     retained,
+    right_beside,
     timed,
 )
 from tasks.measure.cost_sums import percent, warnings_of
@@ -102,6 +106,7 @@ def _quality_rows(report: ChildReport) -> list[Row]:
         *_capability_rows(report),
         _row("loss, nats", candidates, lambda model: of_sequences(model, "loss"), less=True),
         _row("top-1 agree, %", candidates, lambda model: of_sequences(model, "top1_agreement"), scale=100),
+        *_right_rows(report),
         *_accuracy_rows(report),
         _row("loops, %", candidates, of_loops, less=None, scale=100),
         Row(label="answers that loop", cells=tuple(_looping(model) for model in candidates), best=frozenset()),
@@ -122,6 +127,22 @@ def _capability_rows(report: ChildReport) -> list[Row]:
 
         rows.append(_row(f"KL on {name}", report.candidates, measured, less=True))
         rows.append(_row(f"predicted KL on {name}", report.candidates, predicted, less=None))
+    return rows
+
+
+def _right_rows(report: ChildReport) -> list[Row]:
+    """What parent and child answer right by themselves: of each capability, and of codes by how far back they stand."""
+    candidates, parent, rows = report.candidates, parent_of(report), list[Row]()
+
+    def row(label: str, figure: Callable[[Candidate], Reading | None]) -> None:
+        rows.append(_row(f"right on {label}, %", candidates, figure, scale=100))
+
+    for name in dict.fromkeys(name for model in candidates for name in model.right_answers):
+        row(name, lambda model, name=name: of_right(model, name))  # type: ignore[misc]
+        for far in distances(parent, name) if parent else ():
+            where = f"{name}, {far // 2 + 1 if far > NEAR else 1}–{far} back"
+            row(where, lambda model, name=name, far=far: of_right(model, name, far))  # type: ignore[misc]
+        row(f"{name}/parent", lambda model, name=name: right_beside(model, parent, name))  # type: ignore[misc]
     return rows
 
 

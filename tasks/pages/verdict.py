@@ -15,15 +15,18 @@ from tasks.evaluate.budget import asked_words, budget_state, figure_words, state
 from tasks.evaluate.standing import (
     Reading,
     difference,
+    distances,
     final_of,
     gain_of,
     is_typed_parent,
     of_all_items,
     of_loops,
+    of_right,
     of_sequences,
     over_parent,
     parent_of,
     retained,
+    right_beside,
     same_architecture,
 )
 from tasks.measure.cost_sums import TOLERANCE, warnings_of
@@ -190,7 +193,7 @@ def findings(report: ChildReport) -> list[Finding]:
         found.append(Finding(worse="is no usable model", unusable=True))
     if parent is None:
         return found
-    found += [_benchmarks(report, child, parent), _seen(report, child)]
+    found += [*_right(child, parent), _benchmarks(report, child, parent), _seen(report, child)]
     found += [_speed(report, child, parent), *_served(report), _size(child, parent)]
     return found + [
         Finding(worse="gives answers that " + " or ".join(fault for fault, a, b in faults if a > b))
@@ -260,6 +263,31 @@ def _capabilities(child: Candidate) -> Finding:
         for name, one in child.capabilities.items()
     ]
     return Finding(line=f"Capabilities, KL on text that no stage saw: {'; '.join(each)}." if each else "")
+
+
+def _right(child: Candidate, parent: Candidate) -> list[Finding]:
+    """Whether the child answers the questions of a capability as well as its parent, each by itself."""
+    found = []
+    for name, asked in child.right_answers.items():
+        ours, theirs = of_right(child, name), of_right(parent, name)
+        if ours is None or theirs is None:
+            found.append(Finding(line=f"Answers on {name}: its test text marks no short answer, so nobody was asked."))
+            continue
+        if ours.metric.value == theirs.metric.value == 0:
+            nobody = f"neither the child nor the parent answers any of {len(asked.right)} questions right"
+            found.append(Finding(line=f"Answers on {name}: {nobody}, so they show nothing."))
+            continue
+        lead, kept = difference(ours, theirs), right_beside(child, parent, name)
+        line = (
+            f"Answers on {name}: {_percent(ours, 1)} of {len(asked.right)} questions right, the parent "
+            f"{_percent(theirs, 1)}: {_signed(lead)} points, question by question"
+            + ("." if is_clear(lead) else "; this is within the error.")
+            + (f" That is {rounded(kept.metric, 100)} % of the parent's." if kept else "")
+            + (" `Back`: how many tokens back an answer stands." if distances(child, name) else "")
+        )
+        lost = lead.value < 0 and is_clear(lead)
+        found.append(Finding(line=line, worse=f"answers fewer questions on {name} right than its parent" * lost))
+    return found
 
 
 def _is_rival(model: Candidate, disturbed: str) -> bool:

@@ -53,6 +53,7 @@ COLUMN_GATHER = 3.3  # picking columns of a matrix, in time of a stream of its b
 INVERSE_PASSES = 7 + 2 * COLUMN_GATHER
 ATTEMPTS = 1.1  # distillations per variant: one in ten rises and is tried again
 LOOKS = 2  # held-out losses before the steps: start, closed form; one more after the steps of each attempt
+QUESTION_TOKENS = 12  # said to a question: a known answer of a few, and 8 more (tasks/evaluate/exact.py)
 LOOPS_BATCH = 40  # prompts together (tasks/evaluate/loops.py)
 TASK_SECONDS = 0.016  # Prefect around one task, on threads (benchmarks/scale.md at commit 712660d, hardly loaded)
 IMPORT_SECONDS = 6.0  # lm-eval and datasets, when the first model is evaluated
@@ -586,12 +587,28 @@ def prompts_work(shape: Shape) -> Work:
 def answers_work(shape: Shape, share: float) -> Work:
     """Parent and child answer every prompt to the last token: a token at a time, so all weights are read for each."""
     settings = shape.profile.evaluate
-    tokens = len(settings.prompts) * settings.answer_tokens
+    return _said_alone(shape, share, len(settings.prompts) * settings.answer_tokens)
+
+
+def _said_alone(shape: Shape, share: float, tokens: int) -> Work:
     work = Work()
     for kept in (1.0, share):
         weights = model_bytes(shape, kept)
         steps = tokens * shape.depth * STEP_SECONDS
         work += Work(weights=tokens * weights, fixed=steps + weights / BUILD_BYTES_PER_SECOND + TASK_SECONDS)
+    return work
+
+
+def questions_tokens(profile: Profile) -> list[int]:
+    """What a model reads of each capability with known answers: most of a sequence before a question."""
+    return [profile.evaluate.answered_questions * one.sequence_length * 3 // 4 for one in profile.answered.values()]
+
+
+def questions_work(shape: Shape, share: float) -> Work:
+    """Parent and child read what stands before each question and answer it: few prompts are of one length."""
+    work, said = Work(), shape.profile.evaluate.answered_questions * QUESTION_TOKENS
+    for read in questions_tokens(shape.profile):
+        work += _said_alone(shape, share, said) + shape.forward(read, (1.0 + share) * shape.depth)
     return work
 
 

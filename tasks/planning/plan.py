@@ -33,7 +33,13 @@ from tasks.search.choose import choose
 from tasks.search.totals import Batches, Problem, batch_choices, make_problem, totals_of
 
 PROCESS_BYTES = 1 << 30  # this program with torch, transformers, MLflow and Prefect, before any tensor
-LIKE = {"shards": "record", "coupled": "distill", "GKD best baseline": "GKD child", "answers": "evaluate"}
+LIKE = {
+    "shards": "record",
+    "coupled": "distill",
+    "GKD best baseline": "GKD child",
+    "answers": "evaluate",
+    "questions": "evaluate",
+}
 STATE_BYTES = 40 << 20  # Prefect's and MLflow's databases, logs, reports
 
 
@@ -332,6 +338,8 @@ def stages_of(
     alone = effort.gkd_work(shape, share, layers)
     spoken = len(profile.evaluate.prompts) * profile.evaluate.answer_tokens
     continued = profile.evaluate.loop_prompts * profile.evaluate.answer_tokens
+    questions = effort.questions_tokens(profile) if profile.evaluate.answered_questions else []
+    found = len(questions) * profile.evaluate.answered_questions * effort.QUESTION_TOKENS
     asked = sum(isinstance(source, ParentAnswersSource) for source in effort.asked_sources(profile))
     asked_tokens = effort.prompt_tokens(shape)
     entering, waves = effort.entering_work(shape), math.ceil(shape.depth / shape.workers)
@@ -376,8 +384,9 @@ def stages_of(
         ("throughput", 1 if serving else 0, 0, throughput_work(shape, serving, served)),
         ("answers", 2 if spoken else 0, 2 * spoken, effort.answers_work(shape, share)),
         ("loops", 2 if continued else 0, 2 * continued, effort.loops_work(shape, share)),
+        ("questions", 2 * len(questions), 2 * (sum(questions) + found), effort.questions_work(shape, share)),
     ]
-    visits = visiting_seconds(shape, shares, tested, spoken, rates.memory)
+    visits = visiting_seconds(shape, shares, tested, {"answers": spoken, "questions": found}, rates.memory)
     return [
         StagePlan(
             name=name,
@@ -394,7 +403,7 @@ def stages_of(
 
 
 def visiting_seconds(
-    shape: Shape, shares: Sequence[float], tested: int, spoken: int, room: float | None
+    shape: Shape, shares: Sequence[float], tested: int, spoken: dict[str, int], room: float | None
 ) -> dict[str, float]:
     """Where whole models have no room on a device, their layers come to it for each pass, and go again."""
     if shape.on_cpu or room is None or layers_held(shape, 1.0, None) < room / 2:
@@ -404,7 +413,7 @@ def visiting_seconds(
     watched = math.ceil(effort.watched_tokens(shape) / shape.at_once)
     return {
         "evaluate": one * passes * sum(shares),
-        "answers": one * spoken * (1 + min(shares)),
+        **{name: one * tokens * (1 + min(shares)) for name, tokens in spoken.items()},
         "GKD parent": one * watched,
     }
 

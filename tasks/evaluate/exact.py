@@ -1,0 +1,164 @@
+"""Whether a model that answers by itself gives the known answer: parent and child on one capability's questions.
+
+On given text a child may be hardly worse than its parent, and still answer far fewer questions when it reads its own
+words. A text with `prompt_weight` 0 marks its answers by its weights. Each marked answer of at most LONGEST tokens in
+the test split is a question, and what stands before it is the prompt. Longer answers are left out: no wording of them
+is the right one.
+
+A model is right when the words of the known answer are the first words that it says. Words are those of SQuAD (arXiv
+1606.05250): in small letters, without ASCII punctuation, without a, an and the. So `Yes, it does` is right where `yes`
+is known, and `123456` is wrong where `12345` is. What is said behind the answer does not count, since a parent without
+fine-tuning does not know where to stop. Where a data set knows several answers, the text has the first of them alone.
+"""
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from blocks.compute import Compute
+from blocks.library import digest_of, keep, read_tensors, remember
+from blocks.records import CorpusInfo, ParentInfo, RightAnswers
+from profiles.schema import Evaluate
+from tasks.evaluate.answers import continued, stop_tokens
+from tasks.evaluate.compare import Contender, served
+from tasks.evaluate.loops import evenly
+from tasks.inputs.corpus import starts_of, weights_of
+from tasks.running.progress import Progress, no_progress
+
+VERSION = 1
+LONGEST = 16  # tokens of a known answer
+MORE = 8  # tokens that a model may say beyond those: an article, a quotation mark, the rest of a longer word
+TOGETHER = 4096  # tokens of prompts that are answered together
+ARTICLES = {"a", "an", "the"}
+SPELT = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A prompt, its known answer, and how many tokens that has."""
+
+    prompt: tuple[int, ...]
+    answer: str
+    tokens: int
+    document: int
+
+
+def words_of(text: str) -> list[str]:
+    """The words of an answer that count."""
+    return [word for word in text.lower().translate(SPELT).split() if word not in ARTICLES]
+
+
+def is_right(said: str, known: str) -> bool:
+    """Whether what was said begins with the words of the known answer."""
+    wanted = words_of(known)
+    return words_of(said)[: len(wanted)] == wanted
+
+
+def questions_of(corpus: CorpusInfo, tokenizer: Any, workspace: Path, count: int) -> list[Question]:
+    """At most `count` questions, evenly spread over the test split of a capability.
+
+    A prompt is at most as long as a sequence: what the document has before the answer, and before that as many whole
+    documents as there is room for. They show in which form an answer is wanted, and a model that was never told says
+    whole sentences. With `one_document_rows` there is never room for another document.
+
+    What is no question: an answer that may have been cut off with its document, or that has no words; and, where all
+    answers are codes, one that the prompt does not tell, since nobody can know it.
+    """
+    weights, starts = weights_of(corpus, "test", workspace), starts_of(corpus, "test", workspace)
+    if weights is None:
+        return []
+    tokens = read_tensors(workspace, corpus.tokens, ["test"])["test"].flatten().numpy()
+    special = np.isin(tokens, tokenizer.all_special_ids)
+    behind = weights.flatten().numpy() > 0  # a weight is of the token behind, and the first token of all has none
+    marked = np.append(behind[:1], behind[:-1]) & ~special
+    ends = np.append(starts[1:], len(tokens))
+    cut = ((ends - starts) % corpus.sequence_length == 0) | (ends == len(tokens))
+    found = []
+    for first, last in np.flatnonzero(np.diff(marked, prepend=False, append=False)).reshape(-1, 2).tolist():
+        document = int(np.searchsorted(starts, first, side="right")) - 1
+        earliest = first - corpus.sequence_length
+        begin = max(int(starts[min(document, int(np.searchsorted(starts, earliest)))]), earliest)
+        at_the_cut = cut[document] and special[last : ends[document]].all()
+        if last - first > LONGEST or at_the_cut or special[max(begin, starts[document]) : first].all():
+            continue
+        prompt, answer = tuple(tokens[begin:first].tolist()), tokenizer.decode(tokens[first:last].tolist()).strip()
+        if words_of(answer):
+            found.append(Question(prompt=prompt, answer=answer, tokens=last - first, document=document))
+    if _are_codes(found):
+        found = [one for one in found if one.answer in tokenizer.decode(list(one.prompt))]
+    return evenly(found, count)
+
+
+def _are_codes(questions: Sequence[Question]) -> bool:
+    return all(one.answer.isdigit() for one in questions)
+
+
+def distances_of(questions: Sequence[Question], tokenizer: Any) -> tuple[int, ...]:
+    """How many tokens before the end of its prompt each answer last begins. Empty unless all answers are codes: a word
+    such as `no` may stand anywhere.
+    """
+    found = []
+    for one in questions if _are_codes(questions) else ():
+        _, code, behind = tokenizer.decode(list(one.prompt)).rpartition(one.answer)
+        found.append(len(tokenizer(code + behind, add_special_tokens=False)["input_ids"]))
+    return tuple(found)
+
+
+def right_path(which: Contender, parent: ParentInfo, corpus: CorpusInfo, settings: Evaluate) -> str:
+    """The file of a contender's right answers, relative to the workspace."""
+    text = {"parent": parent.fingerprint, "corpus": corpus.fingerprint, "asked": settings.answered_questions}
+    return f"answers/{digest_of(model=which.served_key, **text, v=VERSION, what='right answers')}.json"
+
+
+def right_answers_of(
+    which: Contender,
+    source: tuple[ParentInfo, CorpusInfo],
+    settings: Evaluate,
+    workspace: Path,
+    compute: Compute,
+    progress: Progress = no_progress,
+) -> RightAnswers:
+    """What the parent or a child answers right of a capability's questions; a stored result is read."""
+    from transformers import AutoTokenizer
+
+    parent, corpus = source
+    path, folder = workspace / right_path(which, parent, corpus, settings), workspace / parent.folder
+    stored = remember(path, RightAnswers, lambda _: [], workspace)
+    if stored is not None:
+        return stored
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    questions = questions_of(corpus, tokenizer, workspace, settings.answered_questions)
+    right = dict[int, int]()
+    model = served(which, parent, workspace, compute) if questions else None
+    for batch in _batches(questions):
+        stops = stop_tokens(folder, model.config, tokenizer) if model else frozenset[int]()
+        prompts = torch.tensor([questions[number].prompt for number in batch])
+        longest = max(questions[number].tokens for number in batch)
+        for number, said in zip(batch, continued(model, prompts, longest + MORE, stops), strict=True):
+            asked = questions[number]
+            text: Any = tokenizer.decode(said[: asked.tokens + MORE], skip_special_tokens=True)
+            right[number] = int(is_right(text, asked.answer))
+        progress(len(right), len(questions), f"{which.name}{corpus.where}, {sum(right.values())} right")
+    made = RightAnswers(
+        right=tuple(right[number] for number in range(len(questions))),
+        documents=tuple(one.document for one in questions),
+        distances=distances_of(questions, tokenizer),
+    )
+    keep(path, made, [], workspace)
+    return made
+
+
+def _batches(questions: Sequence[Question]) -> list[list[int]]:
+    """Numbers of questions whose prompts have one length: nobody's answer depends on padding."""
+    order = sorted(range(len(questions)), key=lambda number: len(questions[number].prompt))
+    found = []
+    for length, group in groupby(order, key=lambda number: len(questions[number].prompt)):
+        alike, size = list(group), max(1, TOGETHER // length)
+        found += [alike[first : first + size] for first in range(0, len(alike), size)]
+    return found
