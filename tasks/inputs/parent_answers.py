@@ -6,6 +6,7 @@ killed run goes on behind the last whole batch, and ends in the same file.
 """
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -213,7 +214,9 @@ def _said(model: Any, ids: Tensor, mask: Tensor, how: Any, stops: set[int]) -> I
     rows, start, cache, limit = torch.arange(len(ids)), ids.shape[1], None, how.max_new_tokens
     for done in range(0, limit, PIECE):
         how.max_new_tokens = min(PIECE, limit - done)
-        out = model.generate(ids, attention_mask=mask, generation_config=how, past_key_values=cache)
+        with warnings.catch_warnings():  # late versions of transformers 5 call it `cache`, and know this name too
+            warnings.simplefilter("ignore", FutureWarning)
+            out = model.generate(ids, attention_mask=mask, generation_config=how, past_key_values=cache)
         ends = [_end(said, stops) for said in out.sequences[:, start:].tolist()]
         for row, end, said in zip(rows.tolist(), ends, out.sequences[:, start:].tolist(), strict=True):
             if end is not None:
