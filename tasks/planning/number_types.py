@@ -1,9 +1,9 @@
 """What types of number add to a run: the costs that a plan models in them, and the work of rounding to them.
 
 A type of 4 or 5 bits is fitted to calibration text (tasks/export/quantise.py). The text runs through a layer twice: for
-X^T X of what enters every matrix, and, once its matrices are rounded, for what enters the next layer. A matrix (D, K)
-takes 2 K^3 + K^3 / 3 FLOPs in float64 for the inverse and its factor, and D K^2 for what later columns make up for.
-ggml itself rounds a row at a time, on all threads.
+X^T X of what enters its matrices, and, once these are rounded, for what enters the next layer. Matrices that read the
+same states share one: all of a subblock but the last. A matrix (D, K) takes K^3 / 3 + K^3 FLOPs in float64 for a factor
+and its inverse, and D K^2 for what later columns make up for. ggml itself rounds a row at a time, on all threads.
 """
 
 from collections.abc import Sequence
@@ -76,20 +76,21 @@ def types_of_files(profile: Profile) -> list[Types]:
     return [types_of_child(profile)] * (1 + len(profile.evaluate.baselines)) + parents
 
 
-def matrices(shape: Shape) -> list[tuple[int, int]]:
-    """(D, K) of every matrix of the parent's own layer."""
+def matrices(shape: Shape) -> list[list[tuple[int, int]]]:
+    """(D, K) of every matrix of the parent's own layer, by subblock."""
     config, found = shape.parent.config, []
     for part in SUBBLOCKS:
         own = shape.own(part)
         modules = weights(config, part, kind_of(own).block_entry(own, config))
-        found += [(one[0], one[1]) for module in modules for one in module if len(one) == 2]
+        found.append([(one[0], one[1]) for module in modules for one in module if len(one) == 2])
     return found
 
 
-def correction(shape: Shape, rows: int, columns: int) -> Work:
-    """Fitting a matrix to the calibration text: X^T X of what enters it, and its arithmetic in float64."""
-    grams = 2.0 * FITTED_TO * shape.length * columns**2
-    return Work(product=grams, float32=grams, solve=columns**3 * 7 / 3 + rows * columns**2)
+def correction(shape: Shape, alike: Sequence[tuple[int, int]]) -> Work:
+    """Fitting matrices that read the same states to the calibration text: X^T X of these, and float64 arithmetic."""
+    grams = 2.0 * FITTED_TO * shape.length * alike[0][1] ** 2
+    solve = sum(columns**3 * 4 / 3 + rows * columns**2 for rows, columns in alike)
+    return Work(product=grams, float32=grams, solve=solve)
 
 
 def rounding_work(shape: Shape, types: Types) -> Work:
@@ -102,12 +103,12 @@ def rounding_work(shape: Shape, types: Types) -> Work:
         work += shape.forward(tokens, shape.depth)
     if is_fitted(layers):
         work += shape.forward(tokens, shape.depth)
-        for rows, columns in matrices(shape):
-            work += correction(shape, rows, columns) * shape.depth
+        for *first, last in matrices(shape):
+            work += (correction(shape, first) + correction(shape, [last])) * shape.depth
     if is_fitted(head):  # an embedding of its own is fitted to its entries, without text
-        fit = correction(shape, *table)
+        fit = correction(shape, [table])
         work += replace(fit, solve=tables * fit.solve)
-    rounded = {layers: shape.depth * sum(rows * columns for rows, columns in matrices(shape))}
+    rounded = {layers: shape.depth * sum(rows * columns for each in matrices(shape) for rows, columns in each)}
     rounded[head] = rounded.get(head, 0) + shape.outside_parameters
     return work + Work(threaded=sum(ROUNDING[kind] * count for kind, count in rounded.items() if kind))
 
@@ -178,10 +179,11 @@ def _block_types_on(shape: Shape, layers: Sequence[int], sequences: int, length:
         if fitted:  # the attention's inputs, and the FFN's behind the parent's attention
             flops = 2 * shape.flops(shape.own("attention")) + shape.flops(shape.own("ffn"))
             work += shape.forward(FITTED_TO * shape.length, flops / shape.layer())
-            for rows, columns in own:
-                fit = correction(shape, rows, columns)
+            for *first, last in own:
+                fit = correction(shape, first) + correction(shape, [last])
                 work += replace(fit, solve=fit.solve * sum(map(is_fitted, kinds)))
-        work += Work(threaded=sum(rows * columns for rows, columns in own) * sum(ROUNDING[kind] for kind in kinds))
+        size = sum(rows * columns for each in own for rows, columns in each)
+        work += Work(threaded=size * sum(ROUNDING[kind] for kind in kinds))
     return work
 
 
