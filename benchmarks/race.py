@@ -20,7 +20,7 @@ from tasks.evaluate.standing import Reading, difference, final_of, of_sequences
 
 SETTINGS = [
     "budget.speedup=null",
-    "measure.rounds=1",
+    "measure.rounds=3",
     "gkd.evaluate_every=8",
     "evaluate.sequences=24",
     "evaluate.baselines=[]",
