@@ -152,6 +152,12 @@ def interval(found: Estimate, confidence: float = 0.95) -> tuple[float, float]:
     return found.value - half, found.value + half
 
 
+def exact_upper_bound(share: float, count: int, confidence: float) -> float:
+    """The one-sided upper bound of a share that was counted over `count` independent parts (Clopper and Pearson)."""
+    found = share * count
+    return float(stats.beta.ppf(confidence, found + 1, count - found)) if found < count else 1.0
+
+
 def lower_bound(found: Metric, confidence: float) -> float:
     """One-sided lower confidence bound by Student's t; minus infinity for a single part, which shows no error."""
     if found.n < 2:

@@ -99,7 +99,7 @@ def counted(loops: list[int], size: int = 1) -> Looping:
 def test_loops_are_compared_in_pairs() -> None:
     draw = np.random.default_rng(1)
     theirs = (draw.random(60) < 0.3).astype(int)
-    ours = np.where(draw.random(60) < 0.2, 1, theirs)
+    ours = np.where(draw.random(60) < 0.2, 1 - theirs, theirs)
     found = loops_limit(counted(ours.tolist(), 2), counted(theirs.tolist(), 2), 0.3, 0.975)
     each = (ours - theirs).reshape(30, 2).mean(1)
     bound = stats.ttest_1samp(each, 0, alternative="less").confidence_interval(0.975).high
@@ -113,6 +113,11 @@ def test_loops_that_nobody_saw_are_not_impossible(count: int, look: int) -> None
     found = loops_limit(none, none, 0.05, confidence)
     exact = stats.binomtest(0, count, alternative="less").proportion_ci(confidence).high
     assert found.bound == pytest.approx(exact) and found.kept == (count == 200)
+    few = counted([1] * 5 + [0] * (count - 5))
+    exact = stats.binomtest(5, count, alternative="less").proportion_ci(confidence).high
+    assert loops_limit(few, none, 0.05, confidence).bound >= exact - 1e-12 > 0.05
+    whole = counted([0] * count, size=count // 2)  # all are of two documents
+    assert loops_limit(whole, whole, 0.05, confidence).bound == pytest.approx(1 - (1 - confidence) ** 0.5)
 
 
 # --- what is looked at

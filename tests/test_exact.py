@@ -42,7 +42,14 @@ PARENT = parent_contender(chosen((LayerChoice(),) * 3))
     [
         (" Chlorophyll.", "chlorophyll", True),
         (" the Pacific Ocean\nQuestion:", "Pacific ocean", True),
-        (" a well-known (green) pigment", "wellknown green", True),
+        (" a well-known (green) pigment", "well known green", True),
+        (" A. Chlorophyll", "A", True),
+        (" B. Chlorophyll", "A", False),
+        (" -5 degrees", "5", False),
+        (" 35", "3.5", False),
+        (" 3.5, or so", "3.5", True),
+        (" \u201cParis\u201d", "Paris", True),
+        (" \u5317\u4eac\u3002", "\u5317\u4eac", True),
         (" Yes, it does", "yes", True),
         (" yesterday", "yes", False),
         (" not", "no", False),
@@ -164,13 +171,22 @@ def test_as_many_whole_documents_stand_before_as_there_is_room_for(text: Text) -
             assert len(one.prompt) + len(whole["input_ids"]) + 1 > LENGTH >= len(one.prompt)
 
 
+def test_numbers_that_are_no_codes_are_all_asked(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace, _, corpus, tokenizer = text
+    codes = exact.questions_of(corpus, tokenizer, workspace, 1000)
+    assert codes and all(one.is_code for one in codes)
+    monkeypatch.setattr(exact, "DIGITS", 6)
+    found = exact.questions_of(corpus, tokenizer, workspace, 1000)
+    assert len(found) >= len(codes) and exact.distances_of(found, tokenizer) == ()
+
+
 def test_what_is_no_question_is_not_asked(text: Text) -> None:
     """Documents made by hand, as (part, whether it is an answer)."""
     workspace, _, corpus, tokenizer = text
     documents = [
         [("45", True), ("\nQuestion: is it?\nAnswer:", False), (" yes", True)],
         [("45", True), ("\nIs it so?", False), (" No\n", True)],  # 45 is what was left of an answer
-        [("What?", False), (" the!", True)],  # no words
+        [("What?", False), (" ...!", True)],  # no words
         [("What?", False), (" word" * 20, True)],  # prose
         [("What?", False), (" 17", True)],  # ends where the text ends, so it may be cut
     ]

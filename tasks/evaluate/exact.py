@@ -5,15 +5,16 @@ words. A text with `prompt_weight` 0 marks its answers by its weights. Each mark
 the test split is a question, and what stands before it is the prompt. Longer answers are left out: no wording of them
 is the right one.
 
-A model is right when the words of the known answer are the first words that it says. Words are those of SQuAD (arXiv
-1606.05250): in small letters, without ASCII punctuation, without a, an and the. So `Yes, it does` is right where `yes`
-is known, and `123456` is wrong where `12345` is. What is said behind the answer does not count, since a parent without
-fine-tuning does not know where to stop. Where a data set knows several answers, the text has the first of them alone.
+A model is right when the words of the known answer are the first words that it says. Words are much as in SQuAD (arXiv
+1606.05250): in small letters, without punctuation, without a, an and the; but a number keeps its sign and its point. So
+`Yes, it does` is right where `yes` is known, and `123456` is wrong where `12345` is. What is said behind it does not
+count, since a parent without fine-tuning does not know where to stop. Where a data set knows several answers, the
+text has the first of them alone.
 """
 
-import string
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from tasks.evaluate.answers import continued, stop_tokens
 from tasks.evaluate.compare import Contender, served
 from tasks.evaluate.loops import evenly
 from tasks.inputs.corpus import starts_of, weights_of
+from tasks.inputs.questions import DIGITS
 from tasks.running.progress import Progress, no_progress
 
 VERSION = 1
@@ -36,28 +38,32 @@ LONGEST = 16  # tokens of a known answer
 MORE = 8  # tokens that a model may say beyond those: an article, a quotation mark, the rest of a longer word
 TOGETHER = 4096  # tokens of prompts that are answered together
 ARTICLES = {"a", "an", "the"}
-SPELT = str.maketrans("", "", string.punctuation)
+WORD = re.compile(r"(?<!\w)-?\d+(?:[.,]\d+)*(?!\w)|\w+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A prompt, its known answer, and how many tokens that has."""
+    """A prompt, its known answer, and how many tokens that has. is_code: nobody can know it but from the prompt."""
 
     prompt: tuple[int, ...]
     answer: str
     tokens: int
     document: int
+    is_code: bool = False
 
 
 def words_of(text: str) -> list[str]:
-    """The words of an answer that count."""
-    return [word for word in text.lower().translate(SPELT).split() if word not in ARTICLES]
+    """The words of an answer that count. An article counts where there is nothing else: an answer may be a letter."""
+    words = WORD.findall(text.lower())
+    return [word for word in words if word not in ARTICLES] or words
 
 
 def is_right(said: str, known: str) -> bool:
     """Whether what was said begins with the words of the known answer."""
-    wanted = words_of(known)
-    return words_of(said)[: len(wanted)] == wanted
+    wanted, words = words_of(known), WORD.findall(said.lower())
+    if not ARTICLES.issuperset(wanted):
+        words = [word for word in words if word not in ARTICLES]
+    return words[: len(wanted)] == wanted
 
 
 def questions_of(corpus: CorpusInfo, tokenizer: Any, workspace: Path, count: int) -> list[Question]:
@@ -68,7 +74,7 @@ def questions_of(corpus: CorpusInfo, tokenizer: Any, workspace: Path, count: int
     whole sentences. With `one_document_rows` there is never room for another document.
 
     What is no question: an answer that may have been cut off with its document, or that has no words; and, where all
-    answers are codes, one that the prompt does not tell, since nobody can know it.
+    answers are numbers of one length, of DIGITS digits or more, one that the prompt does not tell.
     """
     weights, starts = weights_of(corpus, "test", workspace), starts_of(corpus, "test", workspace)
     if weights is None:
@@ -90,21 +96,19 @@ def questions_of(corpus: CorpusInfo, tokenizer: Any, workspace: Path, count: int
         prompt, answer = tuple(tokens[begin:first].tolist()), tokenizer.decode(tokens[first:last].tolist()).strip()
         if words_of(answer):
             found.append(Question(prompt=prompt, answer=answer, tokens=last - first, document=document))
-    if _are_codes(found):
-        found = [one for one in found if one.answer in tokenizer.decode(list(one.prompt))]
+    lengths = {len(one.answer) if one.answer.isdigit() else 0 for one in found}
+    if len(lengths) == 1 and min(lengths) >= DIGITS:
+        told = [one for one in found if one.answer in tokenizer.decode(list(one.prompt))]
+        found = [replace(one, is_code=True) for one in told]
     return evenly(found, count)
 
 
-def _are_codes(questions: Sequence[Question]) -> bool:
-    return all(one.answer.isdigit() for one in questions)
-
-
 def distances_of(questions: Sequence[Question], tokenizer: Any) -> tuple[int, ...]:
-    """How many tokens before the end of its prompt each answer last begins. Empty unless all answers are codes: a word
-    such as `no` may stand anywhere.
+    """How many tokens before the end of its prompt each answer last begins. Empty unless answers are codes: a word such
+    as `no` may stand anywhere.
     """
     found = []
-    for one in questions if _are_codes(questions) else ():
+    for one in (one for one in questions if one.is_code):
         _, code, behind = tokenizer.decode(list(one.prompt)).rpartition(one.answer)
         found.append(len(tokenizer(code + behind, add_special_tokens=False)["input_ids"]))
     return tuple(found)

@@ -3,8 +3,9 @@
 
 Words, not tokens: a tokenizer splits a word differently behind a space, a line break or a quotation mark. A word is
 what ASCII letters and digits stand together, in small letters; all else only separates words. The item is what a model
-reads of it, its question with each of its answers, and one run that it shares is enough. A question with an answer of
-fewer than 13 words is looked for whole; of fewer than 8 words not at all, since text has it by chance.
+reads of it, its question, alone and with each of its answers, and one run that it shares is enough. A question, and one
+with an answer, of fewer than 13 words is looked for whole; of fewer than 8 words not at all, since text has it by
+chance.
 """
 
 import re
@@ -41,7 +42,7 @@ def words_of(text: str) -> Words:
 
 
 def texts_of(benchmark: str, item: Mapping[str, Any]) -> list[str]:
-    """The question of an item followed by each of its answers."""
+    """The question of an item, and followed by each of its answers: text may have words between the two."""
     if benchmark == "winogrande":
         return [item["sentence"].replace("_", item[option]) for option in ("option1", "option2")]
     if benchmark == "piqa":
@@ -50,7 +51,7 @@ def texts_of(benchmark: str, item: Mapping[str, Any]) -> list[str]:
         question, answers = item["ctx"], item["endings"]
     else:
         question, answers = item["question"], item["choices"]["text"]
-    texts = [f"{question} {answer}" for answer in answers]
+    texts = [question, *(f"{question} {answer}" for answer in answers)]
     return [re.sub(r"\[.*?\]", " ", text) for text in texts] if benchmark == "hellaswag" else texts  # WikiHow's [step]
 
 

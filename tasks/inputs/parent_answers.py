@@ -190,6 +190,7 @@ def answer_batch(
         eos_token_id=sorted(stops),
         pad_token_id=min(stops),
         return_dict_in_generate=True,
+        use_cache=True,
         **sampled,
     )
     write = template_of(tokenizer)  # as the corpus writes chats: always on the same day

@@ -99,6 +99,9 @@ def basis(
         "gkd": [gkd_settings.asked(profile.gkd), gkd.VERSION],
         "rule": _told(profile.champion),
     }
+    if has_limits(profile.champion):  # what they are judged on
+        on = profile.evaluate.model_dump(include={"sequences", "loop_prompts", "answer_tokens"})
+        parts["rule"] = [parts["rule"], on]
     if profile.capabilities:  # a later part, see LATER
         texts = {one.capability: one.fingerprint for one in capabilities}
         each = profile.capabilities.items()

@@ -88,15 +88,16 @@ def has_limits(rule: Champion) -> bool:
     return bool(rule.not_worse or rule.max_more_loops is not None or rule.not_worse_probed != ProbeLimits())
 
 
-def limit(name: str, worse: Metric, most: float, confidence: float, unit: str, counted: int = 0) -> Limit:
-    """What a paired difference says of a limit. counted: of two shares, the number N of answers that were counted.
+def limit(name: str, worse: Metric, most: float, confidence: float, unit: str, is_share: bool = False) -> Limit:
+    """What a paired difference says of a limit. is_share: it is a share of the documents, above 0 in none or below in
+    none.
 
-    Where the answers of both hardly differ, their spread would say that more cannot loop. So the bound of a share lies
-    above its figure by no less than the exact bound (binomial) of what was seen in none of N.
+    Such a share hardly spreads where few differ, and its spread would say that more cannot loop. So its bound is no
+    less than the exact one (Clopper and Pearson), over documents.
     """
     bound = -estimates.lower_bound(worse.model_copy(update={"value": -worse.value}), confidence)
-    if counted:
-        bound = max(bound, worse.value + 1 - (1 - confidence) ** (1 / counted))
+    if is_share:
+        bound = max(bound, estimates.exact_upper_bound(max(0.0, worse.value), worse.n, confidence))
     return Limit(name=name, most=most, worse=worse, bound=bound if worse.n > 1 else None, unit=unit)
 
 
@@ -107,8 +108,10 @@ def gains(ours: Tensor, theirs: Tensor, metric: str) -> Tensor:
 
 def loops_limit(ours: Looping, theirs: Looping, most: float, confidence: float) -> Limit:
     """By how much the challenger's share of answers that loop exceeds the champion's, beginning by beginning."""
-    worse = estimates.mean(np.subtract(ours.loops, theirs.loops), ours.documents).metric
-    return limit("looping answers", worse, most, confidence, "of the answers", counted=len(ours.loops))
+    each = np.subtract(ours.loops, theirs.loops)
+    one_way = not ((each > 0).any() and (each < 0).any())
+    worse = estimates.mean(each, ours.documents).metric
+    return limit("looping answers", worse, most, confidence, "of the answers", is_share=one_way)
 
 
 def judged_texts(
