@@ -147,6 +147,17 @@ def keep(path: Path, value: Value, refs: Sequence[Ref], workspace: Path, fetch: 
         _send(store, path, refs, workspace)
 
 
+def made_once(
+    path: Path, kind: type[ValueT], workspace: Path, make: Callable[[], ValueT], fetch: Fetch = "ahead"
+) -> ValueT:
+    """The record at `path`, which refers to no other file: the stored one, else what `make` gives, which is kept."""
+    found = remember(path, kind, lambda _: [], workspace, fetch)
+    if found is None:
+        found = make()
+        keep(path, found, [], workspace, fetch)
+    return found
+
+
 def _name(path: Path, workspace: Path) -> str:
     return path.relative_to(workspace).as_posix()
 

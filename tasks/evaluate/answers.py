@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from blocks.compute import Compute
-from blocks.library import digest_of, keep, remember
+from blocks.library import digest_of, made_once
 from blocks.records import Answer, ParentInfo, Value
 from profiles.schema import Chat, Evaluate
 from tasks.evaluate.compare import Contender, served
@@ -154,13 +154,10 @@ def answers_of(which: Contender, parent: ParentInfo, settings: Evaluate, workspa
     """The answers of the parent or of a child; stored ones are read."""
     from transformers import AutoTokenizer
 
-    path = workspace / answers_path(which, parent, settings)
-    stored = remember(path, Answers, lambda _: [], workspace)
-    if stored is not None:
-        return stored
-    folder = workspace / parent.folder
-    model, tokenizer = served(which, parent, workspace, compute), AutoTokenizer.from_pretrained(folder)
-    stops = stop_tokens(folder, model.config, tokenizer)
-    found = Answers(answers=answer_all(model, tokenizer, settings, stops))
-    keep(path, found, [], workspace)
-    return found
+    def made() -> Answers:
+        folder = workspace / parent.folder
+        model, tokenizer = served(which, parent, workspace, compute), AutoTokenizer.from_pretrained(folder)
+        stops = stop_tokens(folder, model.config, tokenizer)
+        return Answers(answers=answer_all(model, tokenizer, settings, stops))
+
+    return made_once(workspace / answers_path(which, parent, settings), Answers, workspace, made)

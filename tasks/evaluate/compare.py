@@ -18,7 +18,7 @@ from torch import Tensor
 from blocks.child import assemble, for_passes, library_of
 from blocks.compute import Compute
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
-from blocks.library import digest_of, keep, read_tensors, remember
+from blocks.library import digest_of, made_once, read_tensors
 from blocks.parent import in_dtype
 from blocks.records import (
     Architecture,
@@ -279,30 +279,29 @@ def evaluate_contender(
     The parent, with which all are compared, keeps its own weights whatever the children are exported in.
     """
     dtype = torch.float32 if which.stage == "parent" else dtype
-    path = workspace / evaluation_path(which, parent, corpus, settings, compute, dtype)
-    stored = remember(path, Evaluation, lambda _: [], workspace)
-    if stored is not None:
-        return stored
-    model = cache(lambda: served(which, parent, workspace, compute, dtype))
-    targets = targets_on("test", settings.sequences, parent, corpus, workspace, compute)
-    figures = figures_of(which, targets, workspace, compute, model)
-    documents = documents_of(corpus, "test", workspace)[: settings.sequences]
-    found = Evaluation(
-        quality=quality_of(figures, documents),
-        documents=documents,
-        samples={name: tuple(values.tolist()) for name, values in figures.items()},
-        benchmarks=run_benchmarks(
-            model(),
-            workspace / parent.folder,
-            settings.benchmarks,
-            settings.benchmark_limit,
-            settings.benchmark_package,
+
+    def made() -> Evaluation:
+        model = cache(lambda: served(which, parent, workspace, compute, dtype))
+        targets = targets_on("test", settings.sequences, parent, corpus, workspace, compute)
+        figures = figures_of(which, targets, workspace, compute, model)
+        documents = documents_of(corpus, "test", workspace)[: settings.sequences]
+        return Evaluation(
+            quality=quality_of(figures, documents),
+            documents=documents,
+            samples={name: tuple(values.tolist()) for name, values in figures.items()},
+            benchmarks=run_benchmarks(
+                model(),
+                workspace / parent.folder,
+                settings.benchmarks,
+                settings.benchmark_limit,
+                settings.benchmark_package,
+            )
+            if settings.benchmarks
+            else {},
         )
-        if settings.benchmarks
-        else {},
-    )
-    keep(path, found, [], workspace)
-    return found
+
+    path = workspace / evaluation_path(which, parent, corpus, settings, compute, dtype)
+    return made_once(path, Evaluation, workspace, made)
 
 
 def kl_on_each(found: Evaluation) -> dict[str, Metric]:

@@ -13,7 +13,7 @@ text has the first of them alone.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from blocks.compute import Compute
-from blocks.library import digest_of, keep, read_tensors, remember
+from blocks.library import digest_of, made_once, read_tensors
 from blocks.records import CorpusInfo, ParentInfo, RightAnswers
 from profiles.schema import Evaluate
 from tasks.evaluate.answers import continued, stop_tokens
@@ -129,33 +129,48 @@ def right_answers_of(
     progress: Progress = no_progress,
 ) -> RightAnswers:
     """What the parent or a child answers right of a capability's questions; a stored result is read."""
-    from transformers import AutoTokenizer
-
     parent, corpus = source
-    path, folder = workspace / right_path(which, parent, corpus, settings), workspace / parent.folder
-    stored = remember(path, RightAnswers, lambda _: [], workspace)
-    if stored is not None:
-        return stored
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    questions = questions_of(corpus, tokenizer, workspace, settings.answered_questions)
+
+    def made() -> RightAnswers:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(workspace / parent.folder)
+        questions = questions_of(corpus, tokenizer, workspace, settings.answered_questions)
+        if not questions:
+            return RightAnswers(right=(), documents=())
+        model = served(which, parent, workspace, compute)
+        stops = stop_tokens(workspace / parent.folder, model.config, tokenizer)
+
+        def told(right: int, done: int) -> None:
+            progress(done, len(questions), f"{which.name}{corpus.where}, {right} right")
+
+        return RightAnswers(
+            right=answered(model, tokenizer, questions, stops, told),
+            documents=tuple(one.document for one in questions),
+            distances=distances_of(questions, tokenizer),
+        )
+
+    return made_once(workspace / right_path(which, parent, corpus, settings), RightAnswers, workspace, made)
+
+
+def answered(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    stops: frozenset[int],
+    told: Callable[[int, int], None],
+) -> tuple[int, ...]:
+    """1 for each question that a model answers right, else 0. told: how many were right, and how many asked so far."""
     right = dict[int, int]()
-    model = served(which, parent, workspace, compute) if questions else None
     for batch in _batches(questions):
-        stops = stop_tokens(folder, model.config, tokenizer) if model else frozenset[int]()
         prompts = torch.tensor([questions[number].prompt for number in batch])
         longest = max(questions[number].tokens for number in batch)
         for number, said in zip(batch, continued(model, prompts, longest + MORE, stops), strict=True):
             asked = questions[number]
             text: Any = tokenizer.decode(said[: asked.tokens + MORE], skip_special_tokens=True)
             right[number] = int(is_right(text, asked.answer))
-        progress(len(right), len(questions), f"{which.name}{corpus.where}, {sum(right.values())} right")
-    made = RightAnswers(
-        right=tuple(right[number] for number in range(len(questions))),
-        documents=tuple(one.document for one in questions),
-        distances=distances_of(questions, tokenizer),
-    )
-    keep(path, made, [], workspace)
-    return made
+        told(sum(right.values()), len(right))
+    return tuple(right[number] for number in range(len(questions)))
 
 
 def _batches(questions: Sequence[Question]) -> list[list[int]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from blocks.compute import Compute
-from blocks.library import digest_of, keep, read_tensors, remember
+from blocks.library import digest_of, made_once, read_tensors
 from blocks.records import CorpusInfo, Looping, ParentInfo, Value
 from profiles.schema import Evaluate
 from tasks.evaluate.answers import continued, loops, stop_tokens
@@ -57,14 +57,12 @@ def looping_of(
 ) -> Looping:
     """The count of the parent or of a child; a stored one is read."""
     parent, corpus = source
-    path = workspace / looping_path(which, parent, corpus, settings)
-    stored = remember(path, Looping, lambda _: [], workspace)
-    if stored is not None:
-        return stored
-    model = served(which, parent, workspace, compute)
-    made = go_on(model, source, settings, workspace, progress, which.name).looping
-    keep(path, made, [], workspace)
-    return made
+
+    def made() -> Looping:
+        model = served(which, parent, workspace, compute)
+        return go_on(model, source, settings, workspace, progress, which.name).looping
+
+    return made_once(workspace / looping_path(which, parent, corpus, settings), Looping, workspace, made)
 
 
 class Continued(Value):

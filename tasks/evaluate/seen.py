@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blocks.library import digest_of, keep, read_rows, remember
+from blocks.library import digest_of, made_once, read_rows
 from blocks.records import CorpusInfo, ParentInfo, SeenItems
 from profiles.schema import Evaluate
 from tasks.evaluate.quality import BenchmarkResult, check_benchmarks, local_data, retention, without
@@ -96,27 +96,25 @@ def seen_path(texts: Sequence[CorpusInfo], settings: Evaluate) -> str:
 
 def look_for_items(parent: ParentInfo, texts: Sequence[CorpusInfo], settings: Evaluate, workspace: Path) -> SeenItems:
     """Look for the drawn items of the profile's benchmarks in texts: the corpus, and those of capabilities."""
-    path = workspace / seen_path(texts, settings)
-    stored = remember(path, SeenItems, lambda _: [], workspace)
-    if stored is not None:
-        return stored
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(workspace / parent.folder)
-    folders = check_benchmarks(settings.benchmarks, settings.benchmark_package)
-    items = {
-        name: [texts_of(name, item) for item in local_data(folder, settings.benchmark_limit)["validation"]]
-        for name, folder in folders.items()
-    }
-    pieces = (one for text in texts for split in SPLITS for one in pieces_of(text, split, tokenizer, workspace))
-    marks = zip(*seen_in(pieces, [item for each in items.values() for item in each]), strict=True)
-    each = {name: list(islice(marks, len(own))) for name, own in items.items()}
-    found = SeenItems(
-        seen={name: tuple(int(seen) for seen, _ in own) for name, own in each.items()},
-        short={name: sum(short for _, short in own) for name, own in each.items()},
-    )
-    keep(path, found, [], workspace)
-    return found
+    def made() -> SeenItems:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(workspace / parent.folder)
+        folders = check_benchmarks(settings.benchmarks, settings.benchmark_package)
+        items = {
+            name: [texts_of(name, item) for item in local_data(folder, settings.benchmark_limit)["validation"]]
+            for name, folder in folders.items()
+        }
+        pieces = (one for text in texts for split in SPLITS for one in pieces_of(text, split, tokenizer, workspace))
+        marks = zip(*seen_in(pieces, [item for each in items.values() for item in each]), strict=True)
+        each = {name: list(islice(marks, len(own))) for name, own in items.items()}
+        return SeenItems(
+            seen={name: tuple(int(seen) for seen, _ in own) for name, own in each.items()},
+            short={name: sum(short for _, short in own) for name, own in each.items()},
+        )
+
+    return made_once(workspace / seen_path(texts, settings), SeenItems, workspace, made)
 
 
 def without_seen(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blocks.compute import HOST
 from blocks.files import atomic_path, sha256_of
-from blocks.library import digest_of, keep, read_rows, remember
+from blocks.library import digest_of, made_once, read_rows
 from blocks.records import PARENT, CorpusInfo, ParentInfo, Value
 from blocks.typed_labels import FITTED_TO
 from profiles.schema import Hardware, Precision
@@ -104,10 +104,11 @@ def hand_over(file: Path, target: Path) -> str:
     """
     key = digest_of(file=sha256_of(file), by=LlamaCpp().version(), v=VERSION)
     kept = file.with_name(f"checked-{key}.json")
-    found = remember(kept, Checked, lambda _: [], file.parent, fetch="never")
-    if found is None:
-        found = Checked(said=check_logits(read_gguf(file), file, "the chosen types"))
-        keep(kept, found, [], file.parent, fetch="never")
+
+    def checked() -> Checked:
+        return Checked(said=check_logits(read_gguf(file), file, "the chosen types"))
+
+    found = made_once(kept, Checked, file.parent, checked, fetch="never")
     with atomic_path(target) as part:
         shutil.copyfile(file, part)
     return f"{target.name}: {found.said}"

@@ -8,7 +8,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from blocks.library import digest_of, keep, remember
+from blocks.library import digest_of, made_once
 from blocks.records import Value
 from blocks.typed_labels import FITTED_TO
 from profiles.schema import Precision
@@ -55,10 +55,8 @@ def kl_as_file(
         **job.record.mixed.key,
     )
     path = workspace / "race" / f"{key}.json"
-    found = remember(path, AsFile, lambda _: [], workspace)
-    if found is None:
-        found = _judged(which, steps, job, precision, workspace, devices)
-        keep(path, found, [], workspace)
+    judged = partial(_judged, which, steps, job, precision, workspace, devices)
+    found = made_once(path, AsFile, workspace, judged)
     if found.step > steps:
         say(f"race: {which.name} is judged by its weights of step {found.step}: those of step {steps} were left behind")
     return found.kl

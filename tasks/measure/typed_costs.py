@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from blocks.compute import HOST
-from blocks.library import digest_of, keep, remember
+from blocks.library import digest_of, made_once
 from blocks.records import Cost, CostTable, Metric, NonBlockCost, ParentInfo, Value
 from blocks.typed_labels import typed
 from tasks.distill.record import open_parent
@@ -34,9 +34,8 @@ def measure_ratio(
     asked: CostRequest, kind: str, base: CostTable, table: CostTable, workspace: Path, progress: Progress = no_progress
 ) -> TypeRatio:
     """The parent in a type beside the parent in the profile's precision; stored for these two tables."""
-    path = _path(base, table, kind, workspace)
-    found = remember(path, TypeRatio, lambda _: [], workspace)
-    if found is None:
+
+    def measured() -> TypeRatio:
         reader = open_parent(workspace / asked.parent.folder, HOST)
         timers = [
             LlamaCppTimer(reader, one.variants(reader), one.hardware, one.measure)
@@ -46,9 +45,9 @@ def measure_ratio(
         for done, load in enumerate(asked.loads, start=1):
             shares.append(timers[0].beside(timers[1], load))
             progress(done, len(asked.loads), kind)
-        found = TypeRatio(shares=tuple(shares))
-        keep(path, found, [], workspace)
-    return found
+        return TypeRatio(shares=tuple(shares))
+
+    return made_once(_path(base, table, kind, workspace), TypeRatio, workspace, measured)
 
 
 def _path(base: CostTable, table: CostTable, kind: str, workspace: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,7 +10,7 @@ import torch
 
 from blocks.compute import Compute
 from blocks.errors import PuzzleError
-from blocks.library import digest_of, keep, read_value, remember
+from blocks.library import digest_of, made_once, read_value
 from blocks.parent import config_of
 from blocks.records import ChildReport, CorpusInfo, ParentInfo, Value
 from tasks.evaluate.compare import LINEAGE, Contender, Lineage, parent_contender, served
@@ -130,12 +131,8 @@ class Bench:
         models, workspace, found = self.run.models, self.run.workspace, dict[str, ValueT]()
         in_memory_first = sorted(models, key=lambda which: which.name != self._held[0])
         for part, which in enumerate(in_memory_first):
-            path = self.path(which, **more)
-            stored = remember(path, kind, lambda _: [], workspace)
-            if stored is None:
-                stored = find(which, part_of(progress, part, len(models)))
-                keep(path, stored, [], workspace)
-            found[which.name] = stored
+            own = partial(find, which, part_of(progress, part, len(models)))
+            found[which.name] = made_once(self.path(which, **more), kind, workspace, own)
         return {which.name: found[which.name] for which in models}
 
     def model(self, which: Contender) -> Any:

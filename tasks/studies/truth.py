@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from blocks.compute import Compute
 from blocks.divergence import Head, Targets, kl_per_token, targets_of
 from blocks.errors import PuzzleError, PuzzleFailure, first_line
-from blocks.library import digest_of, keep, read_tensors, remember
+from blocks.library import digest_of, made_once, read_tensors
 from blocks.parent import Parent
 from blocks.records import SUBBLOCKS, BlockRecord, LayerChoice, Value
 from blocks.subblock import run_subblock
@@ -183,12 +183,7 @@ class Meter:
     def __call__(self, layers: Sequence[LayerChoice]) -> TrueKL:
         """The true KL of a choice per layer; PuzzleFailure when it is not a number."""
         path = self.finished.workspace / "truth" / f"{self._key(tuple(layers))}.json"
-        stored = remember(path, TrueKL, lambda _: [], self.finished.workspace)
-        if stored is not None:
-            return stored
-        found = self._measure(tuple(layers))
-        keep(path, found, [], self.finished.workspace)
-        return found
+        return made_once(path, TrueKL, self.finished.workspace, lambda: self._measure(tuple(layers)))
 
     def _key(self, layers: Layers) -> str:
         return digest_of(
