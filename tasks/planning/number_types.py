@@ -86,6 +86,19 @@ def matrices(shape: Shape) -> list[list[tuple[int, int]]]:
     return found
 
 
+def entries(shape: Shape) -> int:
+    """Numbers in the matrices of one of the parent's layers."""
+    return sum(rows * columns for each in matrices(shape) for rows, columns in each)
+
+
+def corrections(shape: Shape) -> Work:
+    """Fitting the matrices of one of the parent's layers: in each subblock all but the last read the same states."""
+    work = Work()
+    for *first, last in matrices(shape):
+        work += correction(shape, first) + correction(shape, [last])
+    return work
+
+
 def correction(shape: Shape, alike: Sequence[tuple[int, int]]) -> Work:
     """Fitting matrices that read the same states to the calibration text: X^T X of these, and float64 arithmetic."""
     grams = 2.0 * FITTED_TO * shape.length * alike[0][1] ** 2
@@ -103,12 +116,11 @@ def rounding_work(shape: Shape, types: Types) -> Work:
         work += shape.forward(tokens, shape.depth)
     if is_fitted(layers):
         work += shape.forward(tokens, shape.depth)
-        for *first, last in matrices(shape):
-            work += (correction(shape, first) + correction(shape, [last])) * shape.depth
+        work += corrections(shape) * shape.depth
     if is_fitted(head):  # an embedding of its own is fitted to its entries, without text
         fit = correction(shape, [table])
         work += replace(fit, solve=tables * fit.solve)
-    rounded = {layers: shape.depth * sum(rows * columns for each in matrices(shape) for rows, columns in each)}
+    rounded = {layers: shape.depth * entries(shape)}
     rounded[head] = rounded.get(head, 0) + shape.outside_parameters
     return work + Work(threaded=sum(ROUNDING[kind] * count for kind, count in rounded.items() if kind))
 
@@ -171,7 +183,7 @@ def _block_types_on(shape: Shape, layers: Sequence[int], sequences: int, length:
     """On a text. What enters a layer's matrices is found once for all types."""
     kinds, scored = shape.profile.search_space.precision, sequences * length
     fitted, work = any(map(is_fitted, kinds)), Work()
-    own = matrices(shape)
+    fit = corrections(shape)
     for layer in layers:
         times = len(SUBBLOCKS) * len(kinds)
         work += shape.forward(scored * times, shape.depth - layer, length=length)
@@ -179,11 +191,8 @@ def _block_types_on(shape: Shape, layers: Sequence[int], sequences: int, length:
         if fitted:  # the attention's inputs, and the FFN's behind the parent's attention
             flops = 2 * shape.flops(shape.own("attention")) + shape.flops(shape.own("ffn"))
             work += shape.forward(FITTED_TO * shape.length, flops / shape.layer())
-            for *first, last in own:
-                fit = correction(shape, first) + correction(shape, [last])
-                work += replace(fit, solve=fit.solve * sum(map(is_fitted, kinds)))
-        size = sum(rows * columns for each in own for rows, columns in each)
-        work += Work(threaded=size * sum(ROUNDING[kind] for kind in kinds))
+            work += replace(fit, solve=fit.solve * sum(map(is_fitted, kinds)))
+        work += Work(threaded=entries(shape) * sum(ROUNDING[kind] for kind in kinds))
     return work
 
 
