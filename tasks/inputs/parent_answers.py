@@ -218,8 +218,9 @@ def _said(model: Any, ids: Tensor, mask: Tensor, how: Any, stops: set[int]) -> I
         with warnings.catch_warnings():  # late versions of transformers 5 call it `cache`, and know this name too
             warnings.simplefilter("ignore", FutureWarning)
             out = model.generate(ids, attention_mask=mask, generation_config=how, past_key_values=cache)
-        ends = [_end(said, stops) for said in out.sequences[:, start:].tolist()]
-        for row, end, said in zip(rows.tolist(), ends, out.sequences[:, start:].tolist(), strict=True):
+        answers = out.sequences[:, start:].tolist()
+        ends = [_end(said, stops) for said in answers]
+        for row, end, said in zip(rows.tolist(), ends, answers, strict=True):
             if end is not None:
                 yield row, said[:end]
         left = torch.tensor([place for place, end in enumerate(ends) if end is None], dtype=torch.long)
