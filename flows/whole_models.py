@@ -1,7 +1,7 @@
 """The stages of whole models, after the choice: GKD, evaluation, answers, speed. flows/stages.py has those before."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,22 +97,27 @@ def _all_of(devices: Sequence[str]) -> Iterator[None]:
         yield
 
 
+def _made_alone(workspace: Path, kind: str, path: str, what: str) -> AbstractContextManager[None]:
+    """Nobody else makes the file meanwhile. kind, what: for those who wait."""
+    return exclusive(workspace, TaskKey(key=f"{kind}-{digest_of(path=path)}", what=what))
+
+
 @task_of("evaluate", "evaluate {which.name} ({which.stage}){corpus.where}")
 def evaluate_task(which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path) -> Any:
     """See tasks.evaluate.compare.evaluate_contender."""
     dtype = child_dtype(profile.hardware, open_parent(workspace / parent.folder))
     compute = compute_of(profile)
     asked = compare.on_capability(profile.evaluate, corpus) if corpus.capability else profile.evaluate
-    key = digest_of(path=compare.evaluation_path(which, parent, corpus, asked, compute, dtype))
-    with exclusive(workspace, TaskKey(key=f"evaluate-{key}", what=f"the evaluation of {which.name}")):
+    path = compare.evaluation_path(which, parent, corpus, asked, compute, dtype)
+    with _made_alone(workspace, "evaluate", path, f"the evaluation of {which.name}"):
         return compare.evaluate_contender(which, parent, corpus, asked, workspace, compute, dtype)
 
 
 @task_of("answers", "answers of {which.name}")
 def answers_task(which: Contender, parent: ParentInfo, profile: Profile, workspace: Path) -> Any:
     """See tasks.evaluate.answers.answers_of."""
-    key = digest_of(path=answers.answers_path(which, parent, profile.evaluate))
-    with exclusive(workspace, TaskKey(key=f"answers-{key}", what=f"the answers of {which.name}")):
+    path = answers.answers_path(which, parent, profile.evaluate)
+    with _made_alone(workspace, "answers", path, f"the answers of {which.name}"):
         return answers.answers_of(which, parent, profile.evaluate, workspace, compute_of(profile))
 
 
@@ -121,8 +126,8 @@ def looping_task(
     which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path, progress: Any
 ) -> Any:
     """See tasks.evaluate.loops.looping_of."""
-    key = digest_of(path=loops.looping_path(which, parent, corpus, profile.evaluate))
-    with exclusive(workspace, TaskKey(key=f"loops-{key}", what=f"the loops of {which.name}")):
+    path = loops.looping_path(which, parent, corpus, profile.evaluate)
+    with _made_alone(workspace, "loops", path, f"the loops of {which.name}"):
         source = (parent, corpus)
         return loops.looping_of(which, source, profile.evaluate, workspace, compute_of(profile), progress)
 
@@ -132,8 +137,8 @@ def questions_task(
     which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path, progress: Any
 ) -> Any:
     """See tasks.evaluate.exact.right_answers_of."""
-    key = digest_of(path=exact.right_path(which, parent, corpus, profile.evaluate))
-    with exclusive(workspace, TaskKey(key=f"questions-{key}", what=f"the right answers of {which.name}")):
+    path = exact.right_path(which, parent, corpus, profile.evaluate)
+    with _made_alone(workspace, "questions", path, f"the right answers of {which.name}"):
         source = (parent, corpus)
         return exact.right_answers_of(which, source, profile.evaluate, workspace, compute_of(profile), progress)
 
@@ -141,8 +146,8 @@ def questions_task(
 @task_of("look for items", "look for the benchmarks' items in the text")
 def seen_task(parent: ParentInfo, texts: Sequence[CorpusInfo], profile: Profile, workspace: Path) -> Any:
     """See tasks.evaluate.seen.look_for_items."""
-    key = digest_of(path=seen.seen_path(texts, profile.evaluate))
-    with exclusive(workspace, TaskKey(key=f"items-{key}", what="the search for the benchmarks' items")):
+    path = seen.seen_path(texts, profile.evaluate)
+    with _made_alone(workspace, "items", path, "the search for the benchmarks' items"):
         return seen.look_for_items(parent, texts, profile.evaluate, workspace)
 
 
