@@ -19,12 +19,13 @@ from benchmarks.pages import with_header  # noqa: E402
 from blocks.errors import PuzzleError  # noqa: E402
 from blocks.files import write_text  # noqa: E402
 from blocks.parent import Parent  # noqa: E402
-from blocks.records import ChildReport, CorpusInfo, LayerRecord, ParentInfo  # noqa: E402
+from blocks.records import Candidate, ChildReport, CorpusInfo, LayerRecord, ParentInfo  # noqa: E402
 from blocks.runtime import configure_torch  # noqa: E402
 from flows.page import finished_run  # noqa: E402
 from profiles.load import load_profile  # noqa: E402
 from profiles.schema import Profile  # noqa: E402
 from tasks.distill.record import Recording, open_parent, record_layer, recording_of  # noqa: E402
+from tasks.evaluate.standing import Reading, final_of, of_sequences  # noqa: E402
 from tasks.inputs.corpus import prepare_corpus  # noqa: E402
 from tasks.inputs.corpus_sources import iterate_documents  # noqa: E402
 from tasks.inputs.parent import prepare_parent  # noqa: E402
@@ -106,6 +107,20 @@ def last_report(workspace: Path) -> ChildReport:
     if report is None:
         raise PuzzleError(f"{workspace} holds no finished run: run `puzzle optimize` there first")
     return report
+
+
+def child_of(report: ChildReport) -> Candidate:
+    """The child after GKD."""
+    found = final_of(report.candidates, "child")
+    assert found is not None
+    return found
+
+
+def kl(model: Candidate) -> Reading:
+    """KL from the parent, by document of test text."""
+    found = of_sequences(model, "kl")
+    assert found is not None
+    return found
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

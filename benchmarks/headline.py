@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.common import last_report, optimize, table, write_page
+from benchmarks.common import child_of, kl, last_report, optimize, table, write_page
 from blocks import estimates
 from blocks.estimates import Estimate, rounded
 from blocks.records import Candidate, ChildReport, Metric
-from tasks.evaluate.standing import Reading, difference, final_of, is_typed_parent, of_sequences
+from tasks.evaluate.standing import difference, is_typed_parent
 
 CHANCE = {"hellaswag": 0.25, "arc_easy": 0.25, "arc_challenge": 0.25, "piqa": 0.5, "winogrande": 0.5}
 PAPER = "2.17 times the throughput at 98.4 % of the quality"
@@ -78,20 +78,6 @@ def beside_one_type(child: Candidate, report: ChildReport) -> str:
         f"The fastest whole parent whose KL is not clearly above the child's is {best.name}; the child is "
         f"{rounded(found)} times as fast as it."
     )
-
-
-def kl(model: Candidate) -> Reading:
-    """KL from the parent, by document."""
-    found = of_sequences(model, "kl")
-    assert found is not None
-    return found
-
-
-def child_of(report: ChildReport) -> Candidate:
-    """The child after GKD."""
-    found = final_of(report.candidates, "child")
-    assert found is not None
-    return found
 
 
 def part(asked: float, report: ChildReport) -> list[str]:

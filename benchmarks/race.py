@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.common import arguments, last_report, optimize, table, write_page
+from benchmarks.common import arguments, child_of, kl, last_report, optimize, table, write_page
 from blocks.estimates import is_clear, rounded
-from blocks.records import Candidate, ChildReport
+from blocks.records import ChildReport
 from profiles.schema import racers_in
-from tasks.evaluate.standing import Reading, difference, final_of, of_sequences
+from tasks.evaluate.standing import difference
 
 SETTINGS = [
     "budget.speedup=null",
@@ -61,20 +61,6 @@ class Bench:
         return last_report(self.workspace)
 
 
-def child_of(report: ChildReport) -> Candidate:
-    """The child after GKD."""
-    found = final_of(report.candidates, "child")
-    assert found is not None
-    return found
-
-
-def kl(report: ChildReport) -> Reading:
-    """The KL of the child from its parent, by document of test text."""
-    found = of_sequences(child_of(report), "kl")
-    assert found is not None
-    return found
-
-
 def racers(report: ChildReport, fraction: float, seed: int) -> Iterator[list[str]]:
     """How each fared, best first."""
     for racer in report.race:
@@ -108,14 +94,14 @@ def write(asked: argparse.Namespace) -> None:
     for fraction in asked.fractions:
         for seed in asked.seeds:
             alone, raced = (bench.run(fraction, seed, way) for way in (False, True))
-            less = difference(kl(raced), kl(alone))
+            less = difference(kl(child_of(raced)), kl(child_of(alone)))
             verdicts.append("no clear difference" if not is_clear(less) else "race" if less.value < 0 else "alone")
             rows.append(
                 [
                     f"{fraction:.0%}",
                     str(seed),
-                    rounded(kl(alone).metric),
-                    rounded(kl(raced).metric),
+                    rounded(kl(child_of(alone)).metric),
+                    rounded(kl(child_of(raced)).metric),
                     ("+" if less.value > 0 else "") + rounded(less),
                     verdicts[-1],
                     str(raced.race[0].place),
