@@ -240,12 +240,13 @@ def run_benchmarks(
     with _quiet(), _evaluating(model):
         import lm_eval
         from lm_eval.api.task import ConfigurableTask
-        from lm_eval.models.huggingface import HFLM
         from transformers import AutoTokenizer
+
+        from tasks.evaluate.shared_contexts import SharedContexts
 
         tasks = {name: ConfigurableTask(config=_task_config(name, data[name], limit)) for name in names}
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        wrapped = SharedContexts(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         # not simple_evaluate, which seeds the global generators and asks the hub for the model's revision
         found: Any = lm_eval.evaluate(lm=wrapped, task_dict={"tasks": tasks, "groups": {}}, bootstrap_iters=0)
     return {name: _result(name, found["samples"][name]) for name in names}
