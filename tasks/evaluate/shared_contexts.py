@@ -5,10 +5,12 @@ This module imports lm-eval, which is optional: import it only where benchmarks 
 """
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 Request = tuple[Any, list[int], list[int]]  # whatever lm-eval notes, tokens of the question, tokens of the answer
@@ -36,52 +38,59 @@ class SharedContexts(HFLM):
         return [found[place] for place in range(len(requests))]
 
     def _batches(self, requests: Sequence[Request]) -> Iterator[list[list[int]]]:
-        """Places of the requests of each question, for a few questions of one length at a time: they need no padding.
+        """Places of the requests of each question, for `batch_size` questions at a time.
 
-        As many questions as have `batch_size` answers in all, longest first, so that what memory does not hold fails
-        at the start.
+        The longest come first: those of a batch are about as long, and what memory does not hold fails at the start.
         """
         questions: dict[tuple[int, ...], list[int]] = {}
         for place, (_, context, _) in enumerate(requests):
             questions.setdefault(tuple(context), []).append(place)
         shared = [
-            (question, places)
+            (len(question), places)
             for question, places in questions.items()
             if len(places) > 1 and len(question) + max(len(requests[place][2]) for place in places) <= self.max_length
         ]
-        batch: list[list[int]] = []
-        length = 0
-        for question, places in sorted(shared, key=lambda one: -len(one[0])):
-            if batch and (len(question) != length or sum(map(len, batch)) + len(places) > self.batch_size):
-                yield batch
-                batch = []
-            batch.append(places)
-            length = len(question)
-        if batch:
-            yield batch
+        longest_first = [places for _, places in sorted(shared, key=lambda one: -one[0])]
+        for start in range(0, len(longest_first), self.batch_size):
+            yield longest_first[start : start + self.batch_size]
 
     def _answered(self, questions: Sequence[Sequence[tuple[list[int], list[int]]]]) -> list[tuple[float, bool]] | None:
         """Each answer's log-probability and whether it is the greedy one; None when the model keeps no cache.
 
-        questions: the pairs of a question and an answer, by question; all questions have one length.
+        questions: the pairs of a question and an answer, by question.
         """
-        read = torch.tensor([pairs[0][0] for pairs in questions], device=self.device)
-        out = self.model(read, use_cache=True, logits_to_keep=1)
+        texts = [torch.tensor(pairs[0][0], device=self.device) for pairs in questions]
+        read = pad_sequence(texts, batch_first=True, padding_side="left")  # so that the answers follow at once
+        valid = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True, padding_side="left")
+        out = self.model(read, use_cache=True, logits_to_keep=1, **_places(valid, read))
         cache = getattr(out, "past_key_values", None)
         if cache is None:
             return None
         answers = [torch.tensor(answer, device=self.device) for pairs in questions for _, answer in pairs]
-        counts = torch.tensor([len(pairs) for pairs in questions], device=self.device)
-        rows = torch.arange(len(questions), device=self.device).repeat_interleave(counts)
-        logits = out.logits[rows, -1:]
-        told = pad_sequence(answers, batch_first=True)
-        if told.shape[1] > 1:
-            cache.reorder_cache(rows)
-            more = self.model(told[:, :-1], past_key_values=cache, use_cache=True)  # what is padded comes last
-            logits = torch.cat([logits, more.logits], 1)
-        found = []
-        for answer, row in zip(answers, logits, strict=True):
-            logs = row[: len(answer)].float().log_softmax(-1)
-            picked = logs.gather(1, answer[:, None]).sum()
-            found.append((float(picked), bool((logs.argmax(-1) == answer).all())))
-        return found
+        asked = [row for row, pairs in enumerate(questions) for _ in pairs]
+        found: dict[int, tuple[float, bool]] = {}
+        by_length = sorted(range(len(answers)), key=lambda place: len(answers[place]))
+        for start in range(0, len(by_length), self.batch_size):
+            places = by_length[start : start + self.batch_size]
+            rows = torch.tensor([asked[place] for place in places], device=self.device)
+            told = pad_sequence([answers[place] for place in places], batch_first=True)
+            logits = out.logits[rows, -1:]
+            if told.shape[1] > 1:
+                given, held = told[:, :-1], deepcopy(cache)  # what is padded here comes last: nothing is read of it
+                held.reorder_cache(rows)
+                now = torch.cat([valid[rows], torch.ones_like(given)], 1)
+                more = self.model(given, past_key_values=held, use_cache=True, **_places(now, given))
+                logits = torch.cat([logits, more.logits], 1)
+            for place, row in zip(places, logits, strict=True):
+                answer = answers[place]
+                logs = row[: len(answer)].float().log_softmax(-1)
+                picked = logs.gather(1, answer[:, None]).sum()
+                found[place] = float(picked), bool((logs.argmax(-1) == answer).all())
+        return [found[place] for place in range(len(answers))]
+
+
+def _places(valid: Tensor, read: Tensor) -> dict[str, Tensor]:
+    """What a model is told of the tokens (B, T) that it reads now. valid: (B, all tokens until the last of them), 0
+    for padding.
+    """
+    return {"attention_mask": valid, "position_ids": (valid.cumsum(1) - 1).clamp(min=0)[:, -read.shape[1] :]}
