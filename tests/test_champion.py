@@ -13,6 +13,7 @@ from mlflow.exceptions import MlflowException
 from pydantic import ValidationError
 from scipy import stats
 
+from blocks.errors import DamagedBlock
 from blocks.estimates import confidence_of_look
 from blocks.library import digest_of, read_value, write_value
 from blocks.records import ChildReport, Cost, CostTable, LayerChoice, NonBlockCost, SpeedReport
@@ -277,6 +278,25 @@ def test_a_champion_that_is_gone_is_followed_and_said(chain: Chain) -> None:
     assert champion.judge(None, good, profile_with(), chain.workspace, ()).outcome == "first"
     gone = champion.judge("runs/gone", good, profile_with(), chain.workspace, ())
     assert gone.outcome == "moved" and "cannot be compared" in gone.reason
+
+
+def test_only_the_champions_own_damage_is_held_against_it(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = profile_with("evaluate.sequences=8")
+    whole = lineage(chain, LayerChoice(), LayerChoice(ffn="ffn32"), LayerChoice())
+    broken = lineage(chain, LayerChoice(), LayerChoice(ffn="ffn32"), LayerChoice(ffn="no_op"))
+    (narrow,) = (block for block in broken.child.blocks if block.weights is not None)
+    assert narrow.weights is not None
+    changed = narrow.model_copy(update={"weights": narrow.weights.model_copy(update={"sha256": "0" * 64})})
+    blocks = tuple(changed if block is narrow else block for block in broken.child.blocks)
+    broken = broken.model_copy(update={"child": broken.child.model_copy(update={"blocks": blocks})})
+    monkeypatch.setattr(champion, "broken_budget", lambda *_: "")
+    reigning = [broken]
+    monkeypatch.setattr(champion, "lineage_of", lambda *_: reigning[0])
+    followed = champion.judge("runs/0", whole, profile, chain.workspace, ())
+    assert followed.outcome == "moved" and "the champion cannot be compared" in followed.reason
+    reigning[0] = whole
+    with pytest.raises(DamagedBlock, match="differs from its digest"):
+        champion.judge("runs/0", broken, profile, chain.workspace, ())
 
 
 @pytest.fixture(scope="module")

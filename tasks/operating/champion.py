@@ -31,7 +31,18 @@ from tasks.inputs.companions import TOKENIZER_FILES
 from tasks.libraries.interchange import read_library
 from tasks.measure import costs
 from tasks.measure.hardware_description import hardware_description
-from tasks.operating.champion_limits import UNITS, Limit, figures_of_both, gains, has_limits, judged_texts, limits_of
+from tasks.operating.champion_limits import (
+    CHAMPION,
+    UNITS,
+    Limit,
+    LostChampion,
+    figures_of_both,
+    gains,
+    has_limits,
+    judged_texts,
+    limits_of,
+    missed,
+)
 from tasks.score import scoring
 from tasks.search.totals import Problem, broken_kl, broken_limits, fitting_batches, problem_of
 
@@ -182,8 +193,10 @@ def judge(
     if run_folder is None:
         return Judgement(outcome="first", reason="the first champion", changed=changed)
     try:
-        found = judge_against(lineage_of(workspace, run_folder), challenger, profile, workspace, changed, look)
-    except DamagedBlock as error:
+        with missed(CHAMPION):
+            reigning = lineage_of(workspace, run_folder)
+        found = judge_against(reigning, challenger, profile, workspace, changed, look)
+    except LostChampion as error:
         found = Judgement(outcome="moved", reason=f"the champion cannot be compared: {error}", changed=changed)
     if found.outcome == "moved" and not found.improvement and has_limits(profile.champion):
         return found.model_copy(update={"reason": f"{found.reason}; so the rule's limits were not looked at"})

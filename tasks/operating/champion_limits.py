@@ -9,7 +9,8 @@ to err, so several limits need no further correction (an intersection-union test
 confidence of each is that of its look.
 """
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from blocks import estimates
-from blocks.errors import PuzzleError, TooLittleText
+from blocks.errors import DamagedBlock, PuzzleError, TooLittleText
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
 from blocks.records import CorpusInfo, Looping, Metric, ParentInfo, Value
 from profiles.schema import GENERAL, Champion, ProbeLimits, Profile
@@ -34,7 +35,12 @@ from tasks.probe.sides import SeenText
 from tasks.probe.texts import Text, texts_at_hand
 from tasks.running.workers import compute_of
 
+CHAMPION = 1  # where there are two sides: the challenger comes first
 UNITS = {"kl": "nats", "loss": "nats", "top1_agreement": "of the tokens"}
+
+
+class LostChampion(PuzzleError):
+    """What the champion is made of is not there any more, or damaged: nobody can compare it."""
 
 
 class Limit(Value):
@@ -169,16 +175,28 @@ def figures_of_both(
     }
     del parent
     found = []
-    for side in sides:
-        child = served_as_now(side, profile, workspace)
+    for number, side in enumerate(sides):
+        with missed(number):
+            child = served_as_now(side, profile, workspace)
 
-        @cache
-        def model(child: Contender = child, side: Lineage = side) -> DeciLMForCausalLM:
-            return served(child, side.parent, workspace, compute, dtype)
+            @cache
+            def model(child: Contender = child, side: Lineage = side) -> DeciLMForCausalLM:
+                return served(child, side.parent, workspace, compute, dtype)
 
-        figures = {name: figures_of(child, each, workspace, compute, model) for name, each in targets.items()}
-        found.append({name: each[profile.champion.metric] for name, each in figures.items()})
+            figures = {name: figures_of(child, each, workspace, compute, model) for name, each in targets.items()}
+            found.append({name: each[profile.champion.metric] for name, each in figures.items()})
     return found
+
+
+@contextmanager
+def missed(side: int) -> Iterator[None]:
+    """What is damaged is the champion's loss only where it is the champion's; else DamagedBlock stands."""
+    try:
+        yield
+    except DamagedBlock as error:
+        if side == CHAMPION:
+            raise LostChampion(str(error)) from error
+        raise
 
 
 def served_as_now(side: Lineage, profile: Profile, workspace: Path) -> Contender:
@@ -196,16 +214,17 @@ def limits_of(
     confidence: float,
 ) -> tuple[Limit, ...]:
     """Every limit of the rule. sides, figures: the challenger's, then the champion's."""
-    rule, found = profile.champion, []
-    ours, theirs = figures
+    (ours, theirs), rule, found = figures, profile.champion, []
     for name, text in texts.items():
         if text.most is not None:
             worse = mean_metric(-gains(ours[name], theirs[name], rule.metric), text.documents)
             found.append(limit(f"{rule.metric} on {name}", worse, text.most, confidence, UNITS[rule.metric]))
     if rule.max_more_loops is not None:
         how = (profile.evaluate, workspace, compute_of(profile))
-        own, other = (
-            looping_of(served_as_now(side, profile, workspace), (side.parent, sides[0].corpus), *how) for side in sides
-        )
-        found.append(loops_limit(own, other, rule.max_more_loops, confidence))
+        loops = []
+        for number, side in enumerate(sides):
+            with missed(number):
+                child = served_as_now(side, profile, workspace)
+                loops.append(looping_of(child, (side.parent, sides[0].corpus), *how))
+        found.append(loops_limit(loops[0], loops[CHAMPION], rule.max_more_loops, confidence))
     return tuple(found)
