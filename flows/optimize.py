@@ -57,13 +57,14 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         speed = whole_models.measure_speed(run, assembled, parent, costs)
 
         final = distilled[0] if distilled else assembled[1]
-        spoken = whole_models.let_speak(run, [own, final], parent, corpus, capabilities)
-        seen = whole_models.look_for_items(run, parent, corpus, capabilities)
-        findings = Findings(evaluations=found, speed=speed, spoken=spoken, race=racers, seen_items=seen)
         source, library = (parent, corpus), (blocks, problem)
         contenders = assembled + distilled
+        lineage = lineage_of(final, best, contenders, source, capabilities)
+        spoken = whole_models.let_speak(run, [own, final], lineage.rival, source, capabilities)
+        seen = whole_models.look_for_items(run, parent, corpus, capabilities)
+        findings = Findings(evaluations=found, speed=speed, spoken=spoken, race=racers, seen_items=seen)
         report = report_of(run, final, contenders, findings, source, library)
-        return finish(run, lineage_of(final, best, contenders, source, capabilities), report)
+        return finish(run, lineage, report)
 
 
 def run_optimize(profile: Profile, workspace: Path) -> ChildReport:

@@ -279,15 +279,17 @@ class Spoken:
 def let_speak(
     run: Run,
     contenders: Sequence[Contender],
-    parent: ParentInfo,
-    corpus: CorpusInfo,
+    rival: Contender | None,
+    source: tuple[ParentInfo, CorpusInfo],
     capabilities: Sequence[CorpusInfo] = (),
 ) -> Spoken:
-    """Everything that the profile wants to hear of each."""
+    """Everything that the profile wants to hear of each; of the rival what is counted, not its answers to prompts."""
+    parent, corpus = source
+    counted = [*contenders, *([rival] if rival else [])]
     return Spoken(
         answers=let_answer(run, contenders, parent),
-        looping=count_loops(run, contenders, parent, corpus),
-        right_answers=answer_questions(run, contenders, parent, capabilities),
+        looping=count_loops(run, counted, parent, corpus),
+        right_answers=answer_questions(run, counted, parent, capabilities),
     )
 
 

@@ -959,15 +959,15 @@ class Evaluate(Section):
     loop_prompts: int = Field(
         default=0,
         ge=0,
-        description="Number of beginnings of test text that parent and finished child go on from, to count how often "
-        "each loops. 0: nobody counts.",
+        description="Number of beginnings of test text that parent, finished child and best baseline go on from, to "
+        "count how often each loops. 0: nobody counts.",
         examples=[200],
     )
     answered_questions: int = Field(
         default=0,
         ge=0,
         description="Number of questions with a known answer, of the test text of each capability that has "
-        "`prompt_weight: 0`, that parent and finished child answer by themselves. 0: nobody is asked.",
+        "`prompt_weight: 0`, that parent, finished child and best baseline answer by themselves. 0: nobody is asked.",
         examples=[100],
     )
 

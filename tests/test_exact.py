@@ -263,6 +263,24 @@ def test_parent_and_child_are_compared_question_by_question(lost: tuple[int, ...
         assert row[1] == "–"
 
 
+@pytest.mark.parametrize(("right", "said"), [(9, "75.0 %, the child -50 "), (3, "25.0 %, the child ")])
+def test_the_best_baseline_answers_too(right: int, said: str) -> None:
+    of = {
+        count: RightAnswers(right=(1,) * count + (0,) * (12 - count), documents=tuple(range(12)))
+        for count in (3, right)
+    }
+    report = report_with({"parent": of[3], "child": of[3]})
+    rival = next(one for one in report.candidates if one.name not in ("parent", "child"))
+    heard = rival.model_copy(update={"right_answers": {"retrieval": of[right]}})
+    rows = tuple(heard if one is rival else one for one in report.candidates)
+    report = report.model_copy(update={"candidates": rows})
+    line = next(line for line in evidence(report) if line.startswith("Answers on retrieval"))
+    assert f"{rival.name}: {said}" in line
+    assert line.endswith("within the error.") == (right == 3)
+    behind = f"answers fewer questions on retrieval right than {rival.name}" in verdict(report)
+    assert behind == (right == 9)
+
+
 def test_a_text_without_short_answers_is_told() -> None:
     nothing = RightAnswers(right=(), documents=())
     report = report_with({"parent": nothing, "child": nothing})
@@ -289,5 +307,5 @@ def test_the_plan_counts_what_is_read_and_said() -> None:
     asked = planned(chain_profile(capabilities=own, evaluate=Evaluate(sequences=8, answered_questions=10)))
     silent = planned(chain_profile(capabilities=own))
     found = stage(asked, "questions")
-    assert found.tasks == 2 and found.tokens == 2 * 10 * (LENGTH * 3 // 4 + QUESTION_TOKENS) and found.seconds > 0
+    assert found.tasks == 3 and found.tokens == 3 * 10 * (LENGTH * 3 // 4 + QUESTION_TOKENS) and found.seconds > 0
     assert "questions" not in [one.name for one in silent.stages]

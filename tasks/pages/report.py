@@ -131,7 +131,7 @@ def _capability_rows(report: ChildReport) -> list[Row]:
 
 
 def _right_rows(report: ChildReport) -> list[Row]:
-    """What parent and child answer right by themselves: of each capability, and of codes by how far back they stand."""
+    """What is answered right without help: of each capability, and of codes by how far back they stand."""
     candidates, parent, rows = report.candidates, parent_of(report), list[Row]()
 
     def row(label: str, figure: Callable[[Candidate], Reading | None]) -> None:

@@ -193,7 +193,7 @@ def findings(report: ChildReport) -> list[Finding]:
         found.append(Finding(worse="is no usable model", unusable=True))
     if parent is None:
         return found
-    found += [*_right(child, parent), _benchmarks(report, child, parent), _seen(report, child)]
+    found += [*_right(report, child, parent), _benchmarks(report, child, parent), _seen(report, child)]
     found += [_speed(report, child, parent), *_served(report), _size(child, parent)]
     return found + [
         Finding(worse="gives answers that " + " or ".join(fault for fault, a, b in faults if a > b))
@@ -265,8 +265,10 @@ def _capabilities(child: Candidate) -> Finding:
     return Finding(line=f"Capabilities, KL on text that no stage saw: {'; '.join(each)}." if each else "")
 
 
-def _right(child: Candidate, parent: Candidate) -> list[Finding]:
-    """Whether the child answers the questions of a capability as well as its parent, each by itself."""
+def _right(report: ChildReport, child: Candidate, parent: Candidate) -> list[Finding]:
+    """Whether the child answers the questions of a capability as well as its parent and the best baseline, each by
+    itself.
+    """
     found = []
     for name, asked in child.right_answers.items():
         ours, theirs = of_right(child, name), of_right(parent, name)
@@ -285,8 +287,16 @@ def _right(child: Candidate, parent: Candidate) -> list[Finding]:
             + (f" That is {rounded(kept.metric, 100)} % of the parent's." if kept else "")
             + (" `Back`: how many tokens back an answer stands." if distances(child, name) else "")
         )
-        lost = lead.value < 0 and is_clear(lead)
-        found.append(Finding(line=line, worse=f"answers fewer questions on {name} right than its parent" * lost))
+        above = ["its parent"] if lead.value < 0 and is_clear(lead) else []
+        for rival in report.candidates:
+            theirs = None if rival is child or rival is parent else of_right(rival, name)
+            if theirs is not None:
+                lead = difference(ours, theirs)
+                line += f" {rival.name}: {_percent(theirs, 1)}, the child {_signed(lead)} points beside it"
+                line += "." if is_clear(lead) else ", within the error."
+                above += [rival.name] if lead.value < 0 and is_clear(lead) else []
+        worse = f"answers fewer questions on {name} right than {' and '.join(above)}" if above else ""
+        found.append(Finding(line=line, worse=worse))
     return found
 
 

@@ -587,12 +587,17 @@ def prompts_work(shape: Shape) -> Work:
 def answers_work(shape: Shape, share: float) -> Work:
     """Parent and child answer every prompt to the last token: a token at a time, so all weights are read for each."""
     settings = shape.profile.evaluate
-    return _said_alone(shape, share, len(settings.prompts) * settings.answer_tokens)
+    return _said_alone(shape, (1.0, share), len(settings.prompts) * settings.answer_tokens)
 
 
-def _said_alone(shape: Shape, share: float, tokens: int) -> Work:
+def _heard(shape: Shape, share: float) -> list[float]:
+    """Layers of the parent, the child and the best baseline, as shares of the parent's: all three are heard."""
+    return [1.0, share, *([share] if shape.profile.evaluate.baselines else [])]
+
+
+def _said_alone(shape: Shape, shares: Sequence[float], tokens: int) -> Work:
     work = Work()
-    for kept in (1.0, share):
+    for kept in shares:
         weights = model_bytes(shape, kept)
         steps = tokens * shape.depth * STEP_SECONDS
         work += Work(weights=tokens * weights, fixed=steps + weights / BUILD_BYTES_PER_SECOND + TASK_SECONDS)
@@ -605,18 +610,18 @@ def questions_tokens(profile: Profile) -> list[int]:
 
 
 def questions_work(shape: Shape, share: float) -> Work:
-    """Parent and child read what stands before each question and answer it: few prompts are of one length."""
-    work, said = Work(), shape.profile.evaluate.answered_questions * QUESTION_TOKENS
+    """Each reads what stands before each question and answers it: few prompts are of one length."""
+    heard, work, said = _heard(shape, share), Work(), shape.profile.evaluate.answered_questions * QUESTION_TOKENS
     for read in questions_tokens(shape.profile):
-        work += _said_alone(shape, share, said) + shape.forward(read, (1.0 + share) * shape.depth)
+        work += _said_alone(shape, heard, said) + shape.forward(read, sum(heard) * shape.depth)
     return work
 
 
 def loops_work(shape: Shape, share: float) -> Work:
-    """Parent and child go on from beginnings of test text, a batch together, a token of each at a time."""
+    """Each goes on from beginnings of test text, a batch together, a token of each at a time."""
     settings = shape.profile.evaluate
     tokens, work = settings.loop_prompts * settings.answer_tokens, Work()
-    for kept in (1.0, share):
+    for kept in _heard(shape, share):
         weights = model_bytes(shape, kept)
         batches = math.ceil(settings.loop_prompts / LOOPS_BATCH) * settings.answer_tokens
         work += shape.forward(tokens, kept * shape.depth) + shape.head(tokens)

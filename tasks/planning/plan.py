@@ -338,6 +338,7 @@ def stages_of(
     alone = effort.gkd_work(shape, share, layers)
     spoken = len(profile.evaluate.prompts) * profile.evaluate.answer_tokens
     continued = profile.evaluate.loop_prompts * profile.evaluate.answer_tokens
+    heard = 2 + bool(profile.evaluate.baselines)  # parent, child and best baseline
     questions = effort.questions_tokens(profile) if profile.evaluate.answered_questions else []
     found = len(questions) * profile.evaluate.answered_questions * effort.QUESTION_TOKENS
     asked = sum(isinstance(source, ParentAnswersSource) for source in effort.asked_sources(profile))
@@ -383,8 +384,8 @@ def stages_of(
         ("evaluate", distilled, tested * distilled, effort.evaluate_work(shape, [share] * distilled, first=False)),
         ("throughput", 1 if serving else 0, 0, throughput_work(shape, serving, served)),
         ("answers", 2 if spoken else 0, 2 * spoken, effort.answers_work(shape, share)),
-        ("loops", 2 if continued else 0, 2 * continued, effort.loops_work(shape, share)),
-        ("questions", 2 * len(questions), 2 * (sum(questions) + found), effort.questions_work(shape, share)),
+        ("loops", heard if continued else 0, heard * continued, effort.loops_work(shape, share)),
+        ("questions", heard * len(questions), heard * (sum(questions) + found), effort.questions_work(shape, share)),
     ]
     visits = visiting_seconds(shape, shares, tested, {"answers": spoken, "questions": found}, rates.memory)
     return [
