@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.test_evaluate import byte_tokenizer
-from tests.test_training import SHAPES, child_of
+from tests.test_training import cases, child_of
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install -e '.[demo]'")
 
@@ -34,16 +34,16 @@ def requests(vocabulary: int, longest: int) -> Asked:
     return asked
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@cases
 @torch.inference_mode()
-def test_sums_are_those_of_lm_eval_in_the_order_asked(shape: str, tmp_path: Path) -> None:
+def test_sums_are_those_of_lm_eval_in_the_order_asked(family: str, shape: str, tmp_path: Path) -> None:
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
     from tasks.evaluate.shared_contexts import SharedContexts
 
     byte_tokenizer(tmp_path)
-    child, tokenizer = child_of("llama", shape), AutoTokenizer.from_pretrained(tmp_path)
+    child, tokenizer = child_of(family, shape), AutoTokenizer.from_pretrained(tmp_path)
     asked = requests(child.config.vocab_size, child.config.max_position_embeddings)
     found: list[tuple[float, bool]] = []
     known: list[tuple[float, bool]] = []
