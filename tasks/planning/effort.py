@@ -67,7 +67,7 @@ VISIT_BYTES_PER_SECOND = 25e9  # from the host to a GPU and back, PCIe 5.0 x 16 
 CORPUS_TOKENS_PER_SECOND = 40_000  # text cleaned, tokenised, packed
 BUILD_BYTES_PER_SECOND = 3.5e8  # a model assembled: weights read, checked against their digests, copied
 BENCHMARK_SECONDS = 2.0  # lm-eval around one model: data opened, requests built
-# tokens read for one item, the question once (not winogrande's); and items there are. SmolLM2's tokenizer, 500 items each
+# tokens read for one item (a question once, but winogrande's), and items there are; SmolLM2's tokenizer, 500 items
 BENCHMARKS = {
     "hellaswag": (170, 10042),
     "arc_easy": (45, 570),
