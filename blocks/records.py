@@ -539,18 +539,19 @@ class OnCapability(Value):
 class Candidate(Value):
     """A model of the final table: the parent, the child or a baseline, before or after GKD.
 
-    samples: loss, kl, top1_agreement of each test sequence. sample_documents: the document that each is of; sequences
-    of one document are not independent of each other. correct: 0 or 1 per item of each benchmark; items with the
-    same number in item_groups are on the same text. Sequences and items are the same for all candidates, so two
-    candidates are compared in pairs. layers: the variants of each layer. answers: only the parent and the finished
-    child have some. limits: the budget, and what the model takes of it. gkd_kept_start: the KL on the validation text
-    before GKD, where no step of GKD lowered it. All of these are empty in reports of older versions. file_bytes: of the
-    GGUF file that it is served from, where there is one; else 0. rounded_kl: on validation text
-    before and after the training that knows the rounding. capabilities: the same figures on each. looping: of the
-    parent and the finished child, where the profile asks for a count. right_answers: likewise, on each capability with
-    known answers. cache: the type of llama.cpp's KV cache, where loss, kl and top1_agreement are llama.cpp's own with
-    such a cache; else they are torch's. unseen, unseen_retention: the accuracy on each benchmark, and the retention,
-    without the items that stand in text that the child was made with, where any do.
+    samples: loss, kl, top1_agreement of each test sequence. sample_documents: the document that each is of;
+    sequences of one document are not independent of each other. correct: 0 or 1 per item of each benchmark; items
+    with the same number in item_groups are on the same text. Sequences and items are the same for all candidates,
+    so two candidates are compared in pairs. layers: the variants of each layer. answers: only the parent and the
+    finished child have some. limits: the budget, and what the model takes of it. gkd_kept_start: the KL on the
+    validation text before GKD, where no step of GKD lowered it. All of these are empty in reports of older
+    versions. file_bytes: of the GGUF file that it is served from, where there is one; else 0. rounded_kl: on
+    validation text before and after the training that knows the rounding. capabilities: the same figures on each.
+    looping: of the parent, the finished child and the best baseline, where the profile asks for a count.
+    right_answers: likewise, on each capability with known answers. cache: the type of llama.cpp's KV cache, where
+    loss, kl and top1_agreement are llama.cpp's own with such a cache; else they are torch's. unseen,
+    unseen_retention: the accuracy on each benchmark, and the retention, without the items that stand in text that
+    the child was made with, where any do.
     """
 
     name: str

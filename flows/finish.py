@@ -30,6 +30,7 @@ from blocks.resources import weight_bytes
 from flows.run import task_of
 from flows.tracked_run import TrackedRun
 from flows.whole_models import Spoken, made_of
+from profiles.schema import MINITRON, Profile
 from tasks.distill.record import open_parent
 from tasks.evaluate.budget import capability_limits, limits_of, with_predictions
 from tasks.evaluate.compare import LINEAGE, Contender, Evaluation, Lineage, build, candidate, kl_on_each
@@ -72,27 +73,27 @@ class Findings:
     seen_items: SeenItems | None = None
 
 
-def best_baseline(child: Contender, baselines: Sequence[Contender], found: Sequence[Evaluation]) -> list[Contender]:
-    """The baseline with the lowest measured KL that is another model than the child, in a list; empty without one."""
+def to_distill(
+    profile: Profile, child: Contender, baselines: Sequence[Contender], found: Sequence[Evaluation]
+) -> list[Contender]:
+    """The baselines that go through GKD too: the one with the lowest measured KL that is another model than the child,
+    where the profile asks for it, and Minitron, which is nothing without.
+    """
     pairs = [pair for pair in zip(baselines, found, strict=True) if pair[0].key != child.key]
     ranked = sorted(pairs, key=lambda pair: pair[1].quality.kl.value)
-    return [ranked[0][0]] if ranked else []
+    best = [one for one, _ in ranked[:1]] if profile.evaluate.distill_best_baseline else []
+    return best + [one for one in baselines if one.name == MINITRON and one not in best]
 
 
-def lineage_of(
-    final: Contender,
-    best: Sequence[Contender],
-    contenders: Sequence[Contender],
-    source: tuple[ParentInfo, CorpusInfo],
-    capabilities: Sequence[CorpusInfo],
-) -> Lineage:
-    """What the child and the best baseline are made of. best: that baseline, or nothing. contenders: it is taken as
-    the last of its name, after GKD where it had any.
+def rival_of(
+    child: Contender, baselines: Sequence[Contender], contenders: Sequence[Contender], found: Sequence[Evaluation]
+) -> Contender | None:
+    """The baseline of another architecture that has the lowest measured KL at the end: after GKD where it had any, in
+    its file where it has one.
     """
-    rivals = [one for one in reversed(contenders) if best and one.name == best[0].name]
-    parent, corpus = source
-    rival = rivals[0] if rivals else None
-    return Lineage(parent=parent, corpus=corpus, child=final, capabilities=tuple(capabilities), rival=rival)
+    last = {one.name: (evaluation.quality.kl.value, one) for one, evaluation in zip(contenders, found, strict=True)}
+    others = [last[one.name] for one in baselines if one.key != child.key]
+    return min(others, key=lambda one: one[0])[1] if others else None
 
 
 def report_of(

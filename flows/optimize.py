@@ -6,11 +6,11 @@ from prefect import flow
 
 from blocks.records import ChildReport
 from flows import number_types, stages, whole_models
-from flows.finish import Findings, best_baseline, finish, lineage_of, report_of
+from flows.finish import Findings, finish, report_of, rival_of, to_distill
 from flows.run import process_of
 from flows.tracked_run import open_run
 from profiles.schema import MINITRON, Profile
-from tasks.evaluate.compare import contender, parent_contender
+from tasks.evaluate.compare import Lineage, contender, parent_contender
 from tasks.running.workers import task_runner
 
 
@@ -48,9 +48,7 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         assembled = number_types.with_files(run, [own, child, *baselines, *references], parent, corpus)
         found = whole_models.evaluate_all(run, assembled, parent, corpus, capabilities)
 
-        best = best_baseline(child, baselines, found[2 : 2 + len(baselines)])
-        more = best if profile.evaluate.distill_best_baseline else []
-        more = more + [one for one in baselines if one.name == MINITRON and one not in more]
+        more = to_distill(profile, child, baselines, found[2 : 2 + len(baselines)])
         distilled = whole_models.distill_globally(run, [child, *more], teacher)
         distilled = number_types.with_files(run, distilled, parent, corpus, teacher)
         found += whole_models.evaluate_all(run, distilled, parent, corpus, capabilities)
@@ -59,8 +57,9 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         final = distilled[0] if distilled else assembled[1]
         source, library = (parent, corpus), (blocks, problem)
         contenders = assembled + distilled
-        lineage = lineage_of(final, best, contenders, source, capabilities)
-        spoken = whole_models.let_speak(run, [own, final], lineage.rival, source, capabilities)
+        rival = rival_of(child, baselines, contenders, found)
+        lineage = Lineage(parent=parent, corpus=corpus, child=final, capabilities=tuple(capabilities), rival=rival)
+        spoken = whole_models.let_speak(run, [own, final], rival, source, capabilities)
         seen = whole_models.look_for_items(run, parent, corpus, capabilities)
         findings = Findings(evaluations=found, speed=speed, spoken=spoken, race=racers, seen_items=seen)
         report = report_of(run, final, contenders, findings, source, library)

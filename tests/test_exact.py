@@ -24,7 +24,7 @@ from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.questions import needles
 from tasks.operating.run_figures import report_metrics
 from tasks.pages.report import comparison_rows
-from tasks.pages.verdict import evidence, verdict
+from tasks.pages.verdict import evidence, title, verdict
 from tasks.planning.effort import QUESTION_TOKENS
 from tests.chain import CORPUS, chosen, prepare
 from tests.test_plan import chain_profile, planned, stage
@@ -275,9 +275,9 @@ def test_the_best_baseline_answers_too(right: int, said: str) -> None:
     rows = tuple(heard if one is rival else one for one in report.candidates)
     report = report.model_copy(update={"candidates": rows})
     line = next(line for line in evidence(report) if line.startswith("Answers on retrieval"))
-    assert f"{rival.name}: {said}" in line
+    assert f"{title(rival)}: {said}" in line
     assert line.endswith("within the error.") == (right == 3)
-    behind = f"answers fewer questions on retrieval right than {rival.name}" in verdict(report)
+    behind = f"answers fewer questions on retrieval right than {title(rival)}" in verdict(report)
     assert behind == (right == 9)
 
 
@@ -288,7 +288,7 @@ def test_a_text_without_short_answers_is_told() -> None:
     assert not any("right on" in row.label for row in comparison_rows(report))
     wrong = RightAnswers(right=(0, 0), documents=(0, 1))
     lines = evidence(report_with({"parent": wrong, "child": wrong}))
-    assert any("neither the child nor the parent answers any of 2 questions right" in line for line in lines)
+    assert any("nobody answers any of 2 questions right" in line for line in lines)
 
 
 def test_the_profile_asks_only_where_answers_are_marked() -> None:

@@ -15,9 +15,9 @@ from blocks.compute import HOST
 from blocks.errors import PuzzleError, PuzzleFailure, TooLittleText
 from blocks.library import read_rows, read_value, write_tensors, write_value
 from blocks.records import ChildReport, CorpusInfo, LayerChoice, Metric, Ref
-from flows.finish import lineage_of
-from tasks.evaluate.compare import LINEAGE, Contender, Lineage, contender
-from tasks.evaluate.quality import parent_targets, sequence_figures, token_figures
+from flows.finish import rival_of
+from tasks.evaluate.compare import LINEAGE, Contender, Evaluation, Lineage, contender
+from tasks.evaluate.quality import Quality, parent_targets, sequence_figures, token_figures
 from tasks.inputs.tiny import byte_tokenizer
 from tasks.pages.picture import draw_probe
 from tasks.probe import figures as probe_figures
@@ -450,18 +450,25 @@ def probe_report(made: ChildReport) -> ProbeReport:
     )
 
 
-def test_the_lineage_names_the_best_baseline_as_it_is_served(chain: Chain) -> None:
-    """After GKD where it had any, in its file where it has one; nothing where there was no baseline."""
+def test_the_best_baseline_is_the_one_that_is_best_at_the_end(chain: Chain) -> None:
+    """After GKD where it had any, in its file where it has one; none where there is no other architecture."""
     plain = contender("greedy", chosen(CUT), chain.blocks)
     filed, trained = (plain.model_copy(update={"file": name}) for name in ("a.gguf", "b.gguf"))
-    child, source = plain.model_copy(update={"name": "child"}), (chain.parent, chain.corpus)
-    assert lineage_of(child, [plain], [child, filed], source, ()).rival == filed
-    assert lineage_of(child, [plain], [child, filed, child, trained], source, ()).rival == trained
-    found = lineage_of(child, [], [child, filed], source, [chain.corpus])
-    assert found.rival is None and found.capabilities == (chain.corpus,) and found.child == child
+    other = contender("uniform", chosen((LayerChoice(),) * 3), chain.blocks)
+    child = contender("child", chosen((LayerChoice(), *CUT[1:])), chain.blocks)
 
+    def rival(*models: tuple[Contender, float]) -> Contender | None:
+        kl = [Metric(value=value, se=0.0, n=1) for _, value in models]
+        found = [
+            Evaluation(quality=Quality(loss=one, kl=one, top1_agreement=one), samples={}, benchmarks={}) for one in kl
+        ]
+        return rival_of(child, [plain, other], [model for model, _ in models], found)
 
-# --- the command
+    assert rival((child, 0.1), (filed, 0.4), (other, 0.3)) == other
+    assert rival((child, 0.1), (filed, 0.4), (other, 0.3), (child, 0.1), (trained, 0.2)) == trained
+    assert rival((child, 0.1), (filed, 0.2), (other, 0.3), (child, 0.1), (trained, 0.4)) == other
+    twin = child.model_copy(update={"name": "greedy"})
+    assert rival_of(child, [twin], [], []) is None
 
 
 def test_a_probe_without_a_child_is_refused(tmp_path: Path, chain: Chain) -> None:

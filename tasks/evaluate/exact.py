@@ -1,4 +1,4 @@
-"""Whether a model that answers by itself gives the known answer: parent and child on one capability's questions.
+"""Whether a model that answers by itself gives the known answer, on one capability's questions.
 
 On given text a child may be hardly worse than its parent, and still answer far fewer questions when it reads its own
 words. A text with `prompt_weight` 0 marks its answers by its weights. Each marked answer of at most LONGEST tokens in

@@ -246,7 +246,7 @@ def run_benchmarks(
 
         tasks = {name: ConfigurableTask(config=_task_config(name, data[name], limit)) for name in names}
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-        wrapped = SharedContexts(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        wrapped = SharedContexts(model, tokenizer, batch_size)
         # not simple_evaluate, which seeds the global generators and asks the hub for the model's revision
         found: Any = lm_eval.evaluate(lm=wrapped, task_dict={"tasks": tasks, "groups": {}}, bootstrap_iters=0)
     return {name: _result(name, found["samples"][name]) for name in names}

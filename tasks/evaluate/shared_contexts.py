@@ -13,15 +13,23 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from blocks.export_code.families_decilm import FAMILIES
+
+ANSWERS = 2  # times as many answers as questions go through the model together: they are shorter
 Request = tuple[Any, list[int], list[int]]  # whatever lm-eval notes, tokens of the question, tokens of the answer
 
 
 class SharedContexts(HFLM):
-    """Sums of log-probabilities as lm-eval's own model gives them, up to the order of the sums.
+    """Sums of log-probabilities as lm-eval's own model gives them with a softmax in float32, up to rounding.
 
-    A question with one answer, one that is too long to be read whole, and all questions of a model that keeps no cache
-    are left to lm-eval.
+    A question with one answer, one that is too long to be read whole or for its keys to be read again, and all
+    questions of a model that keeps no cache are left to lm-eval.
     """
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
+        field = FAMILIES[model.config.base_model_type].restarts_at  # longer texts rotate all their keys otherwise
+        self.longest = min(self.max_length, getattr(model.config, field) if field else self.max_length)
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -48,7 +56,7 @@ class SharedContexts(HFLM):
         shared = [
             (len(question), places)
             for question, places in questions.items()
-            if len(places) > 1 and len(question) + max(len(requests[place][2]) for place in places) <= self.max_length
+            if len(places) > 1 and len(question) + max(len(requests[place][2]) for place in places) <= self.longest
         ]
         longest_first = [places for _, places in sorted(shared, key=lambda one: -one[0])]
         for start in range(0, len(longest_first), self.batch_size):
@@ -70,8 +78,8 @@ class SharedContexts(HFLM):
         asked = [row for row, pairs in enumerate(questions) for _ in pairs]
         found: dict[int, tuple[float, bool]] = {}
         by_length = sorted(range(len(answers)), key=lambda place: len(answers[place]))
-        for start in range(0, len(by_length), self.batch_size):
-            places = by_length[start : start + self.batch_size]
+        for start in range(0, len(by_length), ANSWERS * self.batch_size):
+            places = by_length[start : start + ANSWERS * self.batch_size]
             rows = torch.tensor([asked[place] for place in places], device=self.device)
             told = pad_sequence([answers[place] for place in places], batch_first=True)
             logits = out.logits[rows, -1:]

@@ -275,8 +275,10 @@ def _right(report: ChildReport, child: Candidate, parent: Candidate) -> list[Fin
         if ours is None or theirs is None:
             found.append(Finding(line=f"Answers on {name}: its test text marks no short answer, so nobody was asked."))
             continue
-        if ours.metric.value == theirs.metric.value == 0:
-            nobody = f"neither the child nor the parent answers any of {len(asked.right)} questions right"
+        others = [one for one in report.candidates if one is not child and one is not parent]
+        rivals = [(one, right) for one in others if (right := of_right(one, name)) is not None]
+        if not any(one.metric.value for one in (ours, theirs, *(right for _, right in rivals))):
+            nobody = f"nobody answers any of {len(asked.right)} questions right"
             found.append(Finding(line=f"Answers on {name}: {nobody}, so they show nothing."))
             continue
         lead, kept = difference(ours, theirs), right_beside(child, parent, name)
@@ -288,13 +290,11 @@ def _right(report: ChildReport, child: Candidate, parent: Candidate) -> list[Fin
             + (" `Back`: how many tokens back an answer stands." if distances(child, name) else "")
         )
         above = ["its parent"] if lead.value < 0 and is_clear(lead) else []
-        for rival in report.candidates:
-            theirs = None if rival is child or rival is parent else of_right(rival, name)
-            if theirs is not None:
-                lead = difference(ours, theirs)
-                line += f" {rival.name}: {_percent(theirs, 1)}, the child {_signed(lead)} points beside it"
-                line += "." if is_clear(lead) else ", within the error."
-                above += [rival.name] if lead.value < 0 and is_clear(lead) else []
+        for rival, right in rivals:
+            lead = difference(ours, right)
+            line += f" {title(rival)}: {_percent(right, 1)}, the child {_signed(lead)} points beside it"
+            line += "." if is_clear(lead) else ", within the error."
+            above += [title(rival)] if lead.value < 0 and is_clear(lead) else []
         worse = f"answers fewer questions on {name} right than {' and '.join(above)}" if above else ""
         found.append(Finding(line=line, worse=worse))
     return found

@@ -67,13 +67,13 @@ VISIT_BYTES_PER_SECOND = 25e9  # from the host to a GPU and back, PCIe 5.0 x 16 
 CORPUS_TOKENS_PER_SECOND = 40_000  # text cleaned, tokenised, packed
 BUILD_BYTES_PER_SECOND = 3.5e8  # a model assembled: weights read, checked against their digests, copied
 BENCHMARK_SECONDS = 2.0  # lm-eval around one model: data opened, requests built
-# tokens read for one item (a question once, but winogrande's), and items there are; SmolLM2's tokenizer, 500 items
+# tokens read for an item (a question once, but winogrande's), tokens for the head, and items; SmolLM2, 500 items each
 BENCHMARKS = {
-    "hellaswag": (170, 10042),
-    "arc_easy": (45, 570),
-    "arc_challenge": (53, 299),
-    "piqa": (52, 1838),
-    "winogrande": (45, 1267),
+    "hellaswag": (170, 120, 10042),
+    "arc_easy": (45, 17, 570),
+    "arc_challenge": (53, 22, 299),
+    "piqa": (52, 31, 1838),
+    "winogrande": (45, 45, 1267),
 }
 
 
@@ -542,23 +542,26 @@ def evaluate_work(shape: Shape, shares: list[float], first: bool) -> Work:
     tokens = settings.sequences * shape.length + capability_tokens(shape, "test")
     texts = 1 + len(shape.profile.own_capabilities)  # a model is put together for each
     work = shape.forward(tokens, shape.depth) if first else Work()
-    items = benchmark_tokens(shape)
+    items, predicted = benchmark_tokens(shape)
     if first and items:
         work += Work(fixed=IMPORT_SECONDS)
     for share in shares:
         work += shape.forward(tokens + items, share * shape.depth)
         work += shape.head(tokens, passes=WHOLE_LOGIT_PASSES) * 2
-        work += shape.head(items, passes=WHOLE_LOGIT_PASSES)
+        work += shape.head(predicted, passes=WHOLE_LOGIT_PASSES)
         build = model_bytes(shape, share) / BUILD_BYTES_PER_SECOND
         work += Work(fixed=(build + TASK_SECONDS) * texts + (BENCHMARK_SECONDS if items else 0.0))
     return work
 
 
-def benchmark_tokens(shape: Shape) -> int:
-    """Tokens of all benchmark items of one model."""
+def benchmark_tokens(shape: Shape) -> tuple[int, int]:
+    """Tokens of all benchmark items that one model reads, and those of them that meet the head."""
     settings = shape.profile.evaluate
     sizes = [BENCHMARKS[name] for name in settings.benchmarks]
-    return sum(tokens * min(settings.benchmark_limit or items, items) for tokens, items in sizes)
+    read, predicted = (
+        sum(size[part] * min(settings.benchmark_limit or size[2], size[2]) for size in sizes) for part in (0, 1)
+    )
+    return read, predicted
 
 
 def prompt_tokens(shape: Shape) -> int:
@@ -590,7 +593,7 @@ def answers_work(shape: Shape, share: float) -> Work:
     return _said_alone(shape, (1.0, share), len(settings.prompts) * settings.answer_tokens)
 
 
-def _heard(shape: Shape, share: float) -> list[float]:
+def all_heard(shape: Shape, share: float) -> list[float]:
     """Layers of the parent, the child and the best baseline, as shares of the parent's: all three are heard."""
     return [1.0, share, *([share] if shape.profile.evaluate.baselines else [])]
 
@@ -611,19 +614,24 @@ def questions_tokens(profile: Profile) -> list[int]:
 
 def questions_work(shape: Shape, share: float) -> Work:
     """Each reads what stands before each question and answers it: few prompts are of one length."""
-    heard, work, said = _heard(shape, share), Work(), shape.profile.evaluate.answered_questions * QUESTION_TOKENS
+    heard, work, said = all_heard(shape, share), Work(), shape.profile.evaluate.answered_questions * QUESTION_TOKENS
     for read in questions_tokens(shape.profile):
         work += _said_alone(shape, heard, said) + shape.forward(read, sum(heard) * shape.depth)
     return work
+
+
+def looping_steps(profile: Profile) -> int:
+    """Tokens that a model says one after the other where its loops are counted: a batch says them together."""
+    return math.ceil(profile.evaluate.loop_prompts / LOOPS_BATCH) * profile.evaluate.answer_tokens
 
 
 def loops_work(shape: Shape, share: float) -> Work:
     """Each goes on from beginnings of test text, a batch together, a token of each at a time."""
     settings = shape.profile.evaluate
     tokens, work = settings.loop_prompts * settings.answer_tokens, Work()
-    for kept in _heard(shape, share):
+    for kept in all_heard(shape, share):
         weights = model_bytes(shape, kept)
-        batches = math.ceil(settings.loop_prompts / LOOPS_BATCH) * settings.answer_tokens
+        batches = looping_steps(shape.profile)
         work += shape.forward(tokens, kept * shape.depth) + shape.head(tokens)
         work += Work(stream=batches * weights, fixed=batches * shape.depth * STEP_SECONDS)
         work += Work(fixed=weights / BUILD_BYTES_PER_SECOND + TASK_SECONDS)

@@ -326,7 +326,7 @@ def stages_of(
     record, corpus, gkd = profile.record, profile.corpus, profile.gkd
     sequences = record.statistics_sequences + record.validation_sequences
     own = {split: effort.capability_tokens(shape, split) for split in ("train", "validation", "test")}
-    tested = profile.evaluate.sequences * length + own["test"] + effort.benchmark_tokens(shape)
+    tested = profile.evaluate.sequences * length + own["test"] + effort.benchmark_tokens(shape)[0]
     packed = (corpus.train_sequences + corpus.validation_sequences + corpus.test_sequences) * length + sum(own.values())
     scored = sum(sequences * tokens for sequences, tokens in effort.scored_texts(profile, length))
     stepped = effort.stepped_tokens(shape, gkd.steps)
@@ -338,7 +338,7 @@ def stages_of(
     alone = effort.gkd_work(shape, share, layers)
     spoken = len(profile.evaluate.prompts) * profile.evaluate.answer_tokens
     continued = profile.evaluate.loop_prompts * profile.evaluate.answer_tokens
-    heard = 2 + bool(profile.evaluate.baselines)  # parent, child and best baseline
+    heard = effort.all_heard(shape, share)
     questions = effort.questions_tokens(profile) if profile.evaluate.answered_questions else []
     found = len(questions) * profile.evaluate.answered_questions * effort.QUESTION_TOKENS
     asked = sum(isinstance(source, ParentAnswersSource) for source in effort.asked_sources(profile))
@@ -384,10 +384,20 @@ def stages_of(
         ("evaluate", distilled, tested * distilled, effort.evaluate_work(shape, [share] * distilled, first=False)),
         ("throughput", 1 if serving else 0, 0, throughput_work(shape, serving, served)),
         ("answers", 2 if spoken else 0, 2 * spoken, effort.answers_work(shape, share)),
-        ("loops", heard if continued else 0, heard * continued, effort.loops_work(shape, share)),
-        ("questions", heard * len(questions), heard * (sum(questions) + found), effort.questions_work(shape, share)),
+        ("loops", len(heard) if continued else 0, len(heard) * continued, effort.loops_work(shape, share)),
+        (
+            "questions",
+            len(heard) * len(questions),
+            len(heard) * (sum(questions) + found),
+            effort.questions_work(shape, share),
+        ),
     ]
-    visits = visiting_seconds(shape, shares, tested, {"answers": spoken, "questions": found}, rates.memory)
+    said = {
+        "answers": (spoken, [1.0, share]),
+        "questions": (found, heard),
+        "loops": (effort.looping_steps(profile), heard),
+    }
+    visits = visiting_seconds(shape, shares, tested, said, rates.memory)
     return [
         StagePlan(
             name=name,
@@ -404,7 +414,7 @@ def stages_of(
 
 
 def visiting_seconds(
-    shape: Shape, shares: Sequence[float], tested: int, spoken: dict[str, int], room: float | None
+    shape: Shape, shares: Sequence[float], tested: int, spoken: dict[str, tuple[int, list[float]]], room: float | None
 ) -> dict[str, float]:
     """Where whole models have no room on a device, their layers come to it for each pass, and go again."""
     if shape.on_cpu or room is None or layers_held(shape, 1.0, None) < room / 2:
@@ -414,7 +424,7 @@ def visiting_seconds(
     watched = math.ceil(effort.watched_tokens(shape) / shape.at_once)
     return {
         "evaluate": one * passes * sum(shares),
-        **{name: one * tokens * (1 + min(shares)) for name, tokens in spoken.items()},
+        **{name: one * tokens * sum(heard) for name, (tokens, heard) in spoken.items()},
         "GKD parent": one * watched,
     }
 
