@@ -203,7 +203,7 @@ def _export(run: TrackedRun, lineage: Lineage, report: ChildReport, markdown: st
     parent, corpus, final = lineage.parent, lineage.corpus, lineage.child
     hardware, reader = run.profile.hardware, open_parent(run.workspace / parent.folder)
     model: Any = in_precision(build(final, parent, run.workspace, HOST), child_dtype(hardware, reader))
-    weights, terms = why(hardware, reader), terms_of(reader.folder)
+    weights, terms = why(hardware, reader, run.profile.compute_precision), terms_of(reader.folder)
     card = model_card(parent, corpus, model.config, markdown, report.command, weights, terms)
     keep(folder / LINEAGE, lineage, [], run.workspace)
     export_child(model, parent, run.workspace, folder / "child", card)

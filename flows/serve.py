@@ -50,7 +50,8 @@ Trusted = Annotated[
     typer.Option(
         "--allow-remote-code",
         metavar="OWNER/NAME@COMMIT",
-        help="a parent whose own code served runs may run, or NAME/folder of --data; repeat for more",
+        help="a parent that brings code of its own and may be used (transformers' own class computes it), or "
+        "NAME/folder of --data; repeat for more",
     ),
 ]
 

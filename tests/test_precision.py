@@ -56,7 +56,8 @@ def test_a_child_has_its_parents_dtype_unless_the_profile_names_one(dtype: torch
         hardware = Hardware(**fields)
         assert child_dtype(hardware, parent) == wanted, fields
         assert served_precision(hardware, parent) == served, fields
-        told = why(hardware, parent)
+        told = why(hardware, parent, "bfloat16")
+        assert "products in bfloat16." in told
         assert told.startswith(f"The weights are {str(wanted).removeprefix('torch.')}, as the ")
         assert ("the profile names no" in told) == ("precision" not in fields)
         timed_otherwise = "precision" not in fields and "roofline" not in fields.values() and dtype != torch.float32

@@ -41,8 +41,8 @@ def child_dtype(hardware: Hardware, parent: Parent) -> torch.dtype:
     return getattr(torch, hardware.precision) if named else parent.dtype
 
 
-def why(hardware: Hardware, parent: Parent) -> str:
-    """A sentence for the model card: the format of the weights, and why it is this one."""
+def why(hardware: Hardware, parent: Parent, computed: str) -> str:
+    """Sentences for the model card: the format of the weights, why it is this one; and that of products, `computed`."""
     name, dtype = precision_name(child_dtype(hardware, parent)), precision_name(parent.dtype)
     if not is_named(hardware):
         reason = "as the parent's; the profile names no `hardware.precision`"
@@ -50,7 +50,7 @@ def why(hardware: Hardware, parent: Parent) -> str:
         reason = f"as the profile's `hardware.precision` names it; the parent's are {dtype}"
     else:
         reason = f"as the parent's: the {hardware.precision} that the profile names is made of them by the engine"
-    sentence = f"The weights are {name}, {reason}. Quality was measured on these very weights, products in float32."
+    sentence = f"The weights are {name}, {reason}. Quality was measured on these very weights, products in {computed}."
     measured = hardware.engine != "roofline" and served_precision(hardware, parent) != hardware.precision
     return sentence + (f" Times were measured in {hardware.precision}." if measured else "")
 

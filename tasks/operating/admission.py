@@ -234,7 +234,7 @@ def served_profile(profile: Profile, roots: Roots) -> ServedProfile:
                 admitted(served, roots)
                 return served
             reasons.append(
-                "parent.trust_remote_code would run code of the parent. Allow it with `puzzle serve "
+                "parent.trust_remote_code admits a parent that brings code of its own. Allow it with `puzzle serve "
                 "--allow-remote-code OWNER/NAME@COMMIT`, and that commit as parent.revision"
             )
         except ValidationError as error:
