@@ -53,7 +53,7 @@ def _what_is_loaded_is_left_alone() -> None:
     gc.freeze()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Sums as an engine with one thread makes them, whatever tests before this one have set."""
     import torch

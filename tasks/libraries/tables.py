@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import ValidationError
 
+from blocks.errors import first_line
 from blocks.files import atomic_path, sha256_of
 from blocks.records import Value
 from tasks.libraries.reading import mapping, read_json
@@ -47,7 +48,7 @@ def read_table(folder: Path, digests: Mapping[str, str], name: str, kind: type[V
     try:
         rows = pd.read_parquet(path).to_dict("records")
     except (OSError, ValueError, NotImplementedError) as error:
-        raise LibraryFileError(f"{path} is no parquet table: {first_line(error)}.") from error
+        raise LibraryFileError(f"{path} is no parquet table: {first_line(error).rstrip('.')}.") from error
     try:
         return tuple(kind.model_validate({str(key): _plain(value) for key, value in row.items()}) for row in rows)
     except ValidationError as error:
@@ -89,8 +90,3 @@ def first_fault(error: ValidationError) -> str:
     """The first thing that is wrong, in a sentence."""
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, without the rest of its page."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from blocks.records import Value
 from tasks.libraries.interchange import open_library
-from tasks.running.progress import Progress, no_progress, say
+from tasks.running.progress import say
 from tasks.search.request import Request, limit_of
 from tasks.search.solve import JointChoice, front, front_values
 
@@ -21,13 +21,7 @@ class SweepPoint(Value):
     parameters: float | None = None
 
 
-def sweep_library(
-    folder: Path,
-    over: str,
-    points: int,
-    budgets: Mapping[str, str | None],
-    progress: Progress = no_progress,
-) -> list[SweepPoint]:
+def sweep_library(folder: Path, over: str, points: int, budgets: Mapping[str, str | None]) -> list[SweepPoint]:
     """The front over one quantity on the library of a workspace, the other budgets kept."""
     library = open_library(folder)
     if library.warning:
@@ -35,7 +29,7 @@ def sweep_library(
     kept = tuple(limit_of(name, text) for name, text in budgets.items() if text is not None and name != over)
     request = Request(limits=kept)
     values = front_values(library, request, over, points)
-    return points_of(values, front(library, request, over, values, progress))
+    return points_of(values, front(library, request, over, values))
 
 
 def points_of(values: Sequence[float], found: Sequence[JointChoice | None]) -> list[SweepPoint]:

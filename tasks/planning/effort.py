@@ -281,13 +281,8 @@ class Shape:
 
         moment: the logits are multiplied back to the width D as well. passes: how often all logits are read or written.
         """
-        logits = 2.0 * tokens * self.vocabulary * self.hidden
-        stream = tokens * self.vocabulary * FLOAT * passes
-        return Work(
-            product=logits * (2 if moment else 1),
-            float32=logits * (2 if moment else 1),
-            stream=stream,
-        )
+        logits = 2.0 * (1 + moment) * tokens * self.vocabulary * self.hidden
+        return Work(product=logits, float32=logits, stream=tokens * self.vocabulary * FLOAT * passes)
 
     def states(self, sequences: int) -> int:
         """Bytes of the hidden states of so many sequences at one layer."""

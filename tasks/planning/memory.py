@@ -161,20 +161,19 @@ def head_bytes(shape: Shape) -> int:
     return FLOAT * (shape.vocabulary * shape.hidden + 2 * logits)
 
 
-def layers_held(shape: Shape, kept: float, room: float | None) -> float:
+def layers_held(shape: Shape, room: float | None) -> float:
     """Bytes of a model's layers: all where they take less than half of the device, else two at a time."""
-    whole = shape.size * kept * shape.depth * shape.layer_parameters
     outside = shape.size * shape.outside_parameters
     parent = shape.size * shape.depth * shape.layer_parameters + outside
     stays = room is None or parent < room / 2  # as Passes and for_passes decide
-    return outside + (whole if stays else 2 * shape.size * shape.layer_parameters)
+    return parent if stays else outside + 2 * shape.size * shape.layer_parameters
 
 
 def score_need(shape: Shape, room: float | None) -> Need:
     """The parent, or a layer of it at a time; the largest variant; targets and logits of a micro-batch."""
     length = shape.profile.scoring.tokens_per_sequence or shape.length
     tokens = max(1, shape.profile.hardware.micro_batch_tokens // length) * length
-    held = layers_held(shape, 1.0, room) + head_bytes(shape) + shape.size * shape.layer_parameters
+    held = layers_held(shape, room) + head_bytes(shape) + shape.size * shape.layer_parameters
     batch = passing(shape) * tokens / shape.at_once + tokens * 6 * FLOAT * shape.hidden
     return Need(stage="score", held=held, passing=batch, cure="lower hardware.micro_batch_tokens")
 
@@ -184,7 +183,7 @@ def evaluate_need(shape: Shape, room: float | None) -> Need:
     batch = passing(shape) + LOGITS * FLOAT * EVALUATED * shape.vocabulary + 2 * FLOAT * shape.vocabulary * shape.hidden
     return Need(
         stage="evaluate",
-        held=2 * layers_held(shape, 1.0, room),
+        held=2 * layers_held(shape, room),
         passing=batch,
         cure="lower hardware.micro_batch_tokens, or take a device with more memory",
     )
@@ -195,7 +194,7 @@ def teacher_need(shape: Shape, room: float | None) -> Need:
     batch = passing(shape) + shape.at_once * 4 * FLOAT * shape.hidden
     return Need(
         stage="GKD parent",
-        held=layers_held(shape, 1.0, room) + head_bytes(shape),
+        held=layers_held(shape, room) + head_bytes(shape),
         passing=batch,
         cure="lower hardware.micro_batch_tokens",
     )

@@ -417,7 +417,7 @@ def visiting_seconds(
     shape: Shape, shares: Sequence[float], tested: int, spoken: dict[str, tuple[int, list[float]]], room: float | None
 ) -> dict[str, float]:
     """Where whole models have no room on a device, their layers come to it for each pass, and go again."""
-    if shape.on_cpu or room is None or layers_held(shape, 1.0, None) < room / 2:
+    if shape.on_cpu or room is None or layers_held(shape, None) < room / 2:
         return {}
     one = 2 * shape.size * shape.depth * shape.layer_parameters / effort.VISIT_BYTES_PER_SECOND
     passes = math.ceil(tested / shape.at_once)
@@ -505,13 +505,9 @@ def memory_bytes(shape: Shape, share: float, needs: Sequence[Need]) -> int:
         at_once["score whole parents"] = whole_types_need(shape).bytes
     at_once["record"] += 2 * shape.states(recorded) * workers
     at_once["distill"] += 3 * shape.states(shard) * workers  # what enters a layer, its attention's and its FFN's output
-    at_once["throughput"] = int(throughput) if _measures(profile) else 0
+    at_once["throughput"] = int(throughput) if profile.hardware.engine != "roofline" else 0
     # what the parent says of the test text, and its head, wait for the models after GKD
     waiting = effort.FLOAT * shape.hidden * (shape.vocabulary + profile.evaluate.sequences * shape.length)
     for name in {"GKD child", "write files"} & set(at_once):  # the first process writes the trained weights whole
         at_once[name] += int(waiting + share * shape.depth * shape.layer_parameters * effort.FLOAT)
     return int(PROCESS_BYTES * workers + max(at_once.values()))
-
-
-def _measures(profile: Profile) -> bool:
-    return profile.hardware.engine != "roofline"
