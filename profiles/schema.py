@@ -884,6 +884,8 @@ class Race(Section):
     """Several architectures in the place of the one of the lowest summed score. Sums do not rank the neighbours of the
     optimum for certain, and GKD may turn their order: in each round the worse half drops out, by the KL on validation
     text. Where the search chooses types of number, each is rounded as for its file in every round, and judged so.
+
+    A race costs steps of GKD. With equally many in all, the optimum alone was better (benchmarks/race.md).
     """
 
     candidates: PositiveInt = Field(
