@@ -118,8 +118,9 @@ def configure_torch(threads: int | None) -> int:
 
 def _products_by_onednn(yes: bool) -> None:
     """torch makes float32 products by MKL, whose kernels for processors that are not Intel's reach less than half of
-    what oneDNN's do (docs/log.md); and where oneDNN makes them, a row's bits do not depend on the rows beside it. It is
-    asked for by allowing it to round to bfloat16, which it does only where a processor has units for that.
+    what oneDNN's do where there is AVX-512, and as much where there is not (docs/log.md). And where oneDNN makes them,
+    a row's bits do not depend on the rows beside it, from a dozen on. It is asked for by allowing it to round to
+    bfloat16, which it does only where a processor has units for that.
     """
     import torch
 

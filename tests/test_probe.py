@@ -455,7 +455,7 @@ def test_the_best_baseline_is_the_one_that_is_best_at_the_end(chain: Chain) -> N
     plain = contender("greedy", chosen(CUT), chain.blocks)
     filed, trained = (plain.model_copy(update={"file": name}) for name in ("a.gguf", "b.gguf"))
     other = contender("uniform", chosen((LayerChoice(),) * 3), chain.blocks)
-    child = contender("child", chosen((LayerChoice(), *CUT[1:])), chain.blocks)
+    child = contender("child", chosen((LayerChoice(), LayerChoice(), CUT[2])), chain.blocks)
 
     def rival(*models: tuple[Contender, float]) -> Contender | None:
         kl = [Metric(value=value, se=0.0, n=1) for _, value in models]
