@@ -1,6 +1,6 @@
 """Floors under capabilities, and children specialised in one, all at the same budget and from one block library.
 
-    .venv/bin/python -m benchmarks.capabilities --workspace /tmp/capabilities     # about 25 minutes of two cores
+    .venv/bin/python -m benchmarks.capabilities --workspace /tmp/capabilities     # an hour or more of two cores
 
 `puzzle optimize` runs once per child on benchmarks/capabilities.yaml. The first run makes the library, and the others
 choose from it: nothing is trained anew. Figures are of test text that no stage saw, and are read from the run's report.
