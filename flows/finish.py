@@ -73,27 +73,38 @@ class Findings:
     seen_items: SeenItems | None = None
 
 
-def to_distill(
-    profile: Profile, child: Contender, baselines: Sequence[Contender], found: Sequence[Evaluation]
-) -> list[Contender]:
-    """The baselines that go through GKD too: the one with the lowest measured KL that is another model than the child,
-    where the profile asks for it, and Minitron, which is nothing without.
-    """
-    pairs = [pair for pair in zip(baselines, found, strict=True) if pair[0].key != child.key]
-    ranked = sorted(pairs, key=lambda pair: pair[1].quality.kl.value)
-    best = [one for one, _ in ranked[:1]] if profile.evaluate.distill_best_baseline else []
-    return best + [one for one in baselines if one.name == MINITRON and one not in best]
-
-
-def rival_of(
+def best_baseline(
     child: Contender, baselines: Sequence[Contender], contenders: Sequence[Contender], found: Sequence[Evaluation]
 ) -> Contender | None:
-    """The baseline of another architecture that has the lowest measured KL at the end: after GKD where it had any, in
-    its file where it has one.
+    """The baseline of another architecture that has the lowest measured KL; None without one.
+
+    contenders, found: each baseline is taken as the last of its name, after GKD where it had any, in its file where it
+    has one.
     """
     last = {one.name: (evaluation.quality.kl.value, one) for one, evaluation in zip(contenders, found, strict=True)}
     others = [last[one.name] for one in baselines if one.key != child.key]
     return min(others, key=lambda one: one[0])[1] if others else None
+
+
+def to_distill(
+    profile: Profile, child: Contender, baselines: Sequence[Contender], found: Sequence[Evaluation]
+) -> list[Contender]:
+    """The baselines that go through GKD too: the best, where the profile asks for it, and Minitron, which is nothing
+    without.
+    """
+    best = best_baseline(child, baselines, baselines, found) if profile.evaluate.distill_best_baseline else None
+    return [one for one in (best,) if one] + [one for one in baselines if one.name == MINITRON and one is not best]
+
+
+def lineage_of(
+    final: Contender,
+    rival: Contender | None,
+    source: tuple[ParentInfo, CorpusInfo],
+    capabilities: Sequence[CorpusInfo],
+) -> Lineage:
+    """What the child and the best baseline are made of."""
+    parent, corpus = source
+    return Lineage(parent=parent, corpus=corpus, child=final, capabilities=tuple(capabilities), rival=rival)
 
 
 def report_of(

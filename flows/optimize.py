@@ -6,11 +6,11 @@ from prefect import flow
 
 from blocks.records import ChildReport
 from flows import number_types, stages, whole_models
-from flows.finish import Findings, finish, report_of, rival_of, to_distill
+from flows.finish import Findings, best_baseline, finish, lineage_of, report_of, to_distill
 from flows.run import process_of
 from flows.tracked_run import open_run
 from profiles.schema import MINITRON, Profile
-from tasks.evaluate.compare import Lineage, contender, parent_contender
+from tasks.evaluate.compare import contender, parent_contender
 from tasks.running.workers import task_runner
 
 
@@ -57,13 +57,12 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         final = distilled[0] if distilled else assembled[1]
         source, library = (parent, corpus), (blocks, problem)
         contenders = assembled + distilled
-        rival = rival_of(child, baselines, contenders, found)
-        lineage = Lineage(parent=parent, corpus=corpus, child=final, capabilities=tuple(capabilities), rival=rival)
+        rival = best_baseline(child, baselines, contenders, found)
         spoken = whole_models.let_speak(run, [own, final], rival, source, capabilities)
         seen = whole_models.look_for_items(run, parent, corpus, capabilities)
         findings = Findings(evaluations=found, speed=speed, spoken=spoken, race=racers, seen_items=seen)
         report = report_of(run, final, contenders, findings, source, library)
-        return finish(run, lineage, report)
+        return finish(run, lineage_of(final, rival, source, capabilities), report)
 
 
 def run_optimize(profile: Profile, workspace: Path) -> ChildReport:

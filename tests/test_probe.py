@@ -15,7 +15,7 @@ from blocks.compute import HOST
 from blocks.errors import PuzzleError, PuzzleFailure, TooLittleText
 from blocks.library import read_rows, read_value, write_tensors, write_value
 from blocks.records import ChildReport, CorpusInfo, LayerChoice, Metric, Ref
-from flows.finish import rival_of
+from flows.finish import best_baseline, lineage_of
 from tasks.evaluate.compare import LINEAGE, Contender, Evaluation, Lineage, contender
 from tasks.evaluate.quality import Quality, parent_targets, sequence_figures, token_figures
 from tasks.inputs.tiny import byte_tokenizer
@@ -462,13 +462,20 @@ def test_the_best_baseline_is_the_one_that_is_best_at_the_end(chain: Chain) -> N
         found = [
             Evaluation(quality=Quality(loss=one, kl=one, top1_agreement=one), samples={}, benchmarks={}) for one in kl
         ]
-        return rival_of(child, [plain, other], [model for model, _ in models], found)
+        return best_baseline(child, [plain, other], [model for model, _ in models], found)
 
     assert rival((child, 0.1), (filed, 0.4), (other, 0.3)) == other
     assert rival((child, 0.1), (filed, 0.4), (other, 0.3), (child, 0.1), (trained, 0.2)) == trained
     assert rival((child, 0.1), (filed, 0.2), (other, 0.3), (child, 0.1), (trained, 0.4)) == other
     twin = child.model_copy(update={"name": "greedy"})
-    assert rival_of(child, [twin], [], []) is None
+    assert best_baseline(child, [twin], [], []) is None
+    source = (chain.parent, chain.corpus)
+    assert lineage_of(child, trained, source, ()).rival == trained
+    lineage = lineage_of(child, None, source, [chain.corpus])
+    assert lineage.rival is None and lineage.capabilities == (chain.corpus,) and lineage.child == child
+
+
+# --- the command
 
 
 def test_a_probe_without_a_child_is_refused(tmp_path: Path, chain: Chain) -> None:
