@@ -48,16 +48,18 @@ class SharedContexts(HFLM):
     def _batches(self, requests: Sequence[Request]) -> Iterator[list[list[int]]]:
         """Places of the requests of each question, for `batch_size` questions at a time.
 
-        The longest come first: those of a batch are about as long, and what memory does not hold fails at the start.
+        The longest with their longest answer come first: those of a batch are about as long, so little is padded, and
+        what memory does not hold fails at the start.
         """
         questions: dict[tuple[int, ...], list[int]] = {}
         for place, (_, context, _) in enumerate(requests):
             questions.setdefault(tuple(context), []).append(place)
-        shared = [
-            (len(question), places)
+        lengths = [
+            (len(question) + max(len(requests[place][2]) for place in places), places)
             for question, places in questions.items()
-            if len(places) > 1 and len(question) + max(len(requests[place][2]) for place in places) <= self.longest
+            if len(places) > 1
         ]
+        shared = [one for one in lengths if one[0] <= self.longest]
         longest_first = [places for _, places in sorted(shared, key=lambda one: -one[0])]
         for start in range(0, len(longest_first), self.batch_size):
             yield longest_first[start : start + self.batch_size]
