@@ -380,6 +380,11 @@ def test_integers_give_torchs_logits_in_vllm(
     tokens = torch.randint(child.config.vocab_size, (16, 32), generator=torch.Generator().manual_seed(0))
     target = tmp_path / "out"
     notes = export_as(exported(child, tmp_path), form, precision, target, calibration=lambda: tokens).notes
+    if reason := cannot(config_of(target), engine.name):
+        assert "processor" in reason and f"not compared with vLLM's logits: {reason}" in notes
+        with pytest.raises(EngineLimit, match="x86 processors with"):
+            engine.load(target, LoadOptions(precision="bfloat16"))
+        return
     assert any("vLLM" in note and "against torch on the same weights" in note for note in notes)
     child.model.layers[3].mlp.down_proj.weight.data *= 4
     with pytest.raises(ExportError, match="does not give torch's logits on out"):
@@ -469,6 +474,28 @@ def test_what_the_cpu_build_cannot_run_is_said_before_it_starts(tmp_path: Path) 
     if MISSING is None:
         with pytest.raises(PuzzleError, match="float32 and bfloat16"):
             Vllm().process(tmp_path, LoadOptions(precision="float16"))
+
+
+@pytest.mark.parametrize(
+    ("form", "has", "reason"),
+    [
+        ("pack-quantized", {}, "AVX-512 only"),
+        ("pack-quantized", {"avx512_f": True}, None),
+        ("int-quantized", {"avx512_f": True}, "wrong on x86 processors without VNNI"),
+        ("int-quantized", {"avx_vnni": True}, None),
+        ("int-quantized", {"architecture": "aarch64"}, None),
+        (None, {}, None),
+    ],
+)
+def test_integers_are_refused_on_processors_that_cannot_multiply_them(
+    form: str | None, has: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = {"architecture": "x86_64", "avx512_f": False, "avx512_vnni": False, "avx_vnni": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: old | has)
+    config = child_of(blocks=blocks_of(MIXED), **HEAD).config
+    config.quantization_config = {"format": form} if form else None
+    found = cannot(config)
+    assert (found is None) if reason is None else (found is not None and reason in found)
 
 
 def test_the_process_imports_nothing_of_puzzle() -> None:
