@@ -514,6 +514,21 @@ class LimitKept(Value):
     measured: Metric | None = None
 
 
+class Floor(Value):
+    """The highest KL on a capability, and what a chosen child has before GKD (tasks/evaluate/floors.py).
+
+    asked: by the profile. limit: what the search was asked, so that the child itself keeps it. predicted: its sum of
+    scores. at_most: a one-sided 95 % bound of what was measured. All in nats per token.
+    """
+
+    capability: str
+    asked: float
+    limit: float
+    predicted: float
+    measured: Metric
+    at_most: float
+
+
 class SeenItems(Value):
     """Which of the drawn items of each benchmark stand in text that the child was made with: 1 or 0 per item, in the
     order of `Candidate.correct`. short: how many of its items are too short to be looked for (tasks/evaluate/seen.py).
@@ -612,7 +627,8 @@ class ChildReport(Value):
 
     request: what was asked of the search (tasks/search/request.py). rule: when one child counts as better than another
     (`champion` in the profile). race: best first, empty where there was none. batch_sizes: what else could have been
-    served at a time, where a scenario names several sizes. seen_items: None where no benchmarks were asked.
+    served at a time, where a scenario names several sizes. floors: the limits on capabilities that the chosen child was
+    measured for. seen_items: None where no benchmarks were asked.
     finished_at, command: when the run ended, and the command that makes the child again.
     All are empty in reports of older versions.
     """
@@ -635,6 +651,7 @@ class ChildReport(Value):
     rule: dict[str, Any] = {}
     race: tuple[Racer, ...] = ()
     batch_sizes: tuple[AtBatchSize, ...] = ()
+    floors: tuple[Floor, ...] = ()
     seen_items: SeenItems | None = None
     finished_at: str = ""
     command: str = ""

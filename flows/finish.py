@@ -20,6 +20,7 @@ from blocks.records import (
     BlockRecord,
     ChildReport,
     CorpusInfo,
+    Floor,
     LimitKept,
     ParentInfo,
     Racer,
@@ -70,6 +71,7 @@ class Findings:
     speed: SpeedReport
     spoken: Spoken
     race: tuple[Racer, ...]
+    floors: tuple[Floor, ...] = ()
     seen_items: SeenItems | None = None
 
 
@@ -119,7 +121,10 @@ def report_of(
     answers.
     """
     (parent, corpus), (blocks, problem) = source, library
-    asked = replace(problem, budget=run.profile.budget, scenarios=run.profile.scenarios)  # not what the search settled
+    kl_asked = replace(problem.capabilities, most=run.profile.capability_limits)
+    asked = replace(  # not what the search settled
+        problem, budget=run.profile.budget, scenarios=run.profile.scenarios, capabilities=kl_asked
+    )
     folder = run.workspace / "runs" / f"{run.profile.name}-{digest_of(child=final.key)[:12]}"
     speed, spoken, own = found.speed, found.spoken, found.evaluations[0]
     parents = speed.models.get(PARENT, ())
@@ -129,7 +134,7 @@ def report_of(
         if which.stage == "parent":
             return ()
         whose, times = problem if is_typed_parent(which.name) else asked, speed.models.get(which.name, ())
-        kl = capability_limits(problem, which.architecture, kl_on_each(evaluation))
+        kl = capability_limits(asked, which.architecture, kl_on_each(evaluation))
         return (*limits_of(whose, which.architecture, times, parents), *kl)
 
     return ChildReport(
@@ -164,6 +169,7 @@ def report_of(
         peak_memory_bytes=run.usage.peak_memory_bytes(),
         request=request_of(problem).model_dump(mode="json"),
         race=found.race,
+        floors=found.floors,
         batch_sizes=at_batch_sizes(asked, final.architecture),
         seen_items=found.seen_items,
         rule=run.profile.champion.model_dump(mode="json"),

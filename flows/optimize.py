@@ -7,6 +7,7 @@ from prefect import flow
 from blocks.records import ChildReport
 from flows import number_types, stages, whole_models
 from flows.finish import Findings, best_baseline, finish, lineage_of, report_of, to_distill
+from flows.floors import hold_floors
 from flows.run import process_of
 from flows.tracked_run import open_run
 from profiles.schema import MINITRON, Profile
@@ -34,7 +35,10 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         scores = number_types.score_types(run, (parent, corpus), records, blocks, scores, costs, capabilities)
         run.log_library(parent, corpus, blocks, scores, costs)
 
-        problem, near = stages.choose_child(run, parent, scores, costs)
+        chosen = stages.choose_child(run, parent, scores, costs)
+        source = (parent, corpus)
+        chosen, floors = hold_floors(run, source, capabilities, chosen, (blocks, scores, costs))
+        problem, near = chosen.problem, chosen.near
         teacher = whole_models.record_teacher(run, parent, corpus, capabilities)
         names = ["child"] if len(near) == 1 else [f"candidate-{place}" for place in range(1, len(near) + 1)]
         racing = [contender(name, each, blocks) for name, each in zip(names, near, strict=True)]
@@ -55,13 +59,12 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         speed = whole_models.measure_speed(run, assembled, parent, costs)
 
         final = distilled[0] if distilled else assembled[1]
-        source, library = (parent, corpus), (blocks, problem)
         contenders = assembled + distilled
         rival = best_baseline(child, baselines, contenders, found)
         spoken = whole_models.let_speak(run, [own, final], rival, source, capabilities)
         seen = whole_models.look_for_items(run, parent, corpus, capabilities)
-        findings = Findings(evaluations=found, speed=speed, spoken=spoken, race=racers, seen_items=seen)
-        report = report_of(run, final, contenders, findings, source, library)
+        findings = Findings(evaluations=found, speed=speed, spoken=spoken, race=racers, floors=floors, seen_items=seen)
+        report = report_of(run, final, contenders, findings, source, (blocks, problem))
         return finish(run, lineage_of(final, rival, source, capabilities), report)
 
 

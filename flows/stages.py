@@ -33,6 +33,7 @@ from tasks.distill.record import (
     recorded,
     recording_of,
 )
+from tasks.evaluate.floors import Chosen
 from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
@@ -423,23 +424,26 @@ def cost_tasks(run: Run) -> list[str]:
     return [name for name in run.task_runs if name.startswith("cost ")]
 
 
-def choose_child(
-    run: Run, parent: ParentInfo, scores: Sequence[Score], table: CostTable
-) -> tuple[Problem, list[Architecture]]:
+def choose_child(run: Run, parent: ParentInfo, scores: Sequence[Score], table: CostTable) -> Chosen:
     """The MIP under the profile's budget: its optimum, and who races with it where several are to."""
     with run.stage("choose"):
         problem = with_most_tokens(problem_of(run.profile, scores, table))
         needs = [*cost_tasks(run), *(name for name in run.task_runs if name.startswith("score "))]
         asked = (problem, run.profile.race.candidates, run.profile.race.min_different)
         found: list[Architecture] = run.call(choose_task, "choice", *asked, after=needs, limited=False)
-    reader = open_parent(run.workspace / parent.folder)
-    refusals = [refused_whole(run.profile, reader, one.layers) for one in found]
-    found = [one for one, why in zip(found, refusals, strict=True) if why is None]
+    return that_run(run, parent, Chosen(problem=problem, near=tuple(found)))
+
+
+def that_run(run: Run, parent: ParentInfo, chosen: Chosen) -> Chosen:
+    """Those that the engine of the profile runs as whole models; raises PuzzleError where none is."""
+    reader, race = open_parent(run.workspace / parent.folder), run.profile.race
+    refusals = [refused_whole(run.profile, reader, one.layers) for one in chosen.near]
+    found = tuple(one for one, why in zip(chosen.near, refusals, strict=True) if why is None)
     if not found:
         raise PuzzleError(f"{refusals[0]}, and the best child within the budget is one: ask for less of it.")
-    if len(found) < asked[1]:
-        say(f"race: no more than {len(found)} architectures within the budget differ in {asked[2]} layers")
-    return problem, found
+    if len(found) < race.candidates:
+        say(f"race: no more than {len(found)} architectures within the budget differ in {race.min_different} layers")
+    return replace(chosen, near=found)
 
 
 def choose_baselines(run: Run, parent: ParentInfo, problem: Problem, child: Architecture) -> dict[str, Architecture]:

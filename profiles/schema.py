@@ -368,8 +368,8 @@ class Capability(Corpus):
     max_kl: float | None = Field(
         default=None,
         gt=0,
-        description="Highest KL divergence from the parent on it, in nats per token. The search keeps it in the sum of "
-        "scores; whether the child does is measured. null: any.",
+        description="Highest KL divergence from the parent on it, in nats per token. The chosen child is held to it "
+        "before GKD, see `search.floor_rounds`. null: any.",
         examples=[0.3],
     )
 
@@ -811,6 +811,13 @@ class Search(Section):
         default=(), description="Numbers of layers, from 0, that stay the parent's."
     )
     width_multiple: PositiveInt = Field(default=1, description="FFN widths must be a multiple of this number.")
+    floor_rounds: int = Field(
+        default=3,
+        ge=0,
+        description="How many children are measured for `max_kl` of capabilities. The chosen child is, before GKD, on "
+        "text that no stage has seen; where a 95 % bound of its KL is above the limit, the search is asked for less, "
+        "and its answer measured in turn. 0: the sum of scores decides.",
+    )
 
 
 class GKD(Section):

@@ -64,7 +64,7 @@ NAMES = {
     "rule": "the champion's rule",
 }
 # fields that sections got after their first digests: where nobody sets them, digests stay as they were without them
-LATER = ("otherwise", "fastest_within_score", "not_worse", "not_worse_probed", "max_more_loops")
+LATER = ("otherwise", "fastest_within_score", "not_worse", "not_worse_probed", "max_more_loops", "floor_rounds")
 
 
 class Judgement(Value):

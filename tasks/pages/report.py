@@ -312,6 +312,7 @@ def report_markdown(report: ChildReport) -> str:
         _predicted_markdown(report),
         "## Architecture",
         _architecture_markdown(report.architecture),
+        *_floors_markdown(report),
         *_race_markdown(report),
         "## How it was made",
         _facts_markdown(report),
@@ -521,6 +522,31 @@ def race_table(report: ChildReport) -> WordedTable:
     trained = sum(steps for racer in report.race[1:] for steps, _ in racer.kl[-1:])
     words += f"The others took {trained} steps of GKD together, which no baseline was given."
     return header, rows, words
+
+
+def floors_table(report: ChildReport) -> WordedTable:
+    """The limits on capabilities as the chosen child keeps them before GKD; no rows where there are none."""
+    rows = [
+        [
+            one.capability,
+            *(plain(value) for value in (one.asked, one.limit, one.predicted)),
+            rounded(one.measured),
+            plain(one.at_most),
+        ]
+        for one in report.floors
+    ]
+    header = ["max_kl of", "asked", "of the search", "predicted", "measured", "at most, for 95 %"]
+    words = (
+        "KL in nats per token before GKD, on text that no stage had seen (of the corpus: on the text of the scores). "
+        "*Of the search*: its own limit on the sum of scores, lower than what was asked where the child itself would "
+        "have passed that."
+    )
+    return header, rows, words
+
+
+def _floors_markdown(report: ChildReport) -> list[str]:
+    header, rows, words = floors_table(report)
+    return ["### What the child keeps of capabilities", _markdown_table(header, rows), words] if rows else []
 
 
 def _race_markdown(report: ChildReport) -> list[str]:

@@ -40,6 +40,7 @@ from profiles.schema import (
 )
 from tasks.distill.gkd_settings import is_recorded, texts_of_steps, token_bytes, trial_steps
 from tasks.distill.record import CHUNK, fits_in_a_shard, slices
+from tasks.evaluate.floors import CHECKED_TOKENS
 from tasks.inputs.space import layers_of, refused_alone
 from tasks.inputs.tiny import TRAIN_BATCH, TRAIN_TOKENS
 from tasks.planning.machine import BLOCK_NAMES, Rates, with_serial_share
@@ -525,6 +526,31 @@ def stepped_tokens(shape: Shape, steps: int) -> int:
 def watched_tokens(shape: Shape) -> int:
     """Validation tokens of one look of GKD."""
     return shape.profile.gkd.validation_sequences * shape.length + capability_tokens(shape, "validation")
+
+
+def floors_work(shape: Shape, share: float) -> tuple[int, int, Work]:
+    """Looks at chosen children for `max_kl`, the tokens and the work of them: two children, where a second is allowed.
+
+    The parent reads every text as well, again and again where there are several.
+    """
+    profile, own = shape.profile, shape.profile.own_capabilities
+    rounds = min(profile.search.floor_rounds, 2)
+    tokens, work = 0, Work()
+    for name in profile.capability_limits if rounds else ():
+        text = own.get(name)
+        length, held = (
+            (text.sequence_length, text.train_sequences)
+            if text
+            else (shape.length, profile.corpus.validation_sequences)
+        )
+        read = length * min(held, math.ceil(CHECKED_TOKENS / length))
+        parents = rounds if len(profile.capability_limits) > 1 else 1
+        work += shape.forward(read * parents, shape.depth, length=length)
+        work += shape.forward(read * rounds, share * shape.depth, length=length)
+        work += shape.head(read * rounds, passes=WHOLE_LOGIT_PASSES) * 2
+        work += Work(fixed=rounds * (model_bytes(shape, share) / BUILD_BYTES_PER_SECOND + TASK_SECONDS))
+        tokens += read * rounds
+    return rounds * len(profile.capability_limits), tokens, work
 
 
 def model_bytes(shape: Shape, share: float = 1.0) -> float:

@@ -38,6 +38,7 @@ LIKE = {
     "coupled": "distill",
     "GKD best baseline": "GKD child",
     "answers": "evaluate",
+    "hold": "evaluate",
     "questions": "evaluate",
 }
 STATE_BYTES = 40 << 20  # Prefect's and MLflow's databases, logs, reports
@@ -370,6 +371,7 @@ def stages_of(
         ),
         ("score whole parents", wholes, 2 * scored * wholes, number_types.whole_types_work(shape)),
         ("choose", 1, 0, Work(fixed=2.0)),
+        ("hold", *effort.floors_work(shape, share)),
         ("GKD parent", min(distilled, 1), stepped + effort.watched_tokens(shape), effort.teacher_work(shape)),
         (
             "race",
