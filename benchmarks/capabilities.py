@@ -147,7 +147,8 @@ def floors(bench: Bench, free: Run, alone: Mapping[str, Run]) -> list[str]:
         f"{broken} of {asked} cases. {fitting} of the floors can be kept within the budget, and with them the child is "
         f"below the limit in {kept} cases. Above and below are by a one-sided bound of {CONFIDENCE:.0%} over "
         "documents of test text. *asked*: the highest KL, in nats per token. *of the search*: its limit on the sum of "
-        "scores, after the chosen children were measured on other text. *predicted*: the sum of scores. *without floor*, *best baseline*: measured on the same text; baselines know no floors. *price*: "
+        "scores, after the chosen children were measured on other text. *predicted*: the sum of scores. "
+        "*without floor*, *best baseline*: measured on the same text; baselines know no floors. *price*: "
         "KL on the corpus, more than without the floor, paired by document. The parent's KL is 0.",
         table([*header, "price"], rows),
     ]
