@@ -518,7 +518,7 @@ class Floor(Value):
     """The highest KL on a capability, and what a chosen child has before GKD (tasks/evaluate/floors.py).
 
     asked: by the profile. limit: what the search was asked, so that the child itself keeps it. predicted: its sum of
-    scores. at_most: a one-sided 95 % bound of what was measured. All in nats per token.
+    scores. at_most: a one-sided bound of what was measured, None for a single document. All in nats per token.
     """
 
     capability: str
@@ -526,7 +526,7 @@ class Floor(Value):
     limit: float
     predicted: float
     measured: Metric
-    at_most: float
+    at_most: float | None
 
 
 class SeenItems(Value):

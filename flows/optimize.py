@@ -7,7 +7,7 @@ from prefect import flow
 from blocks.records import ChildReport
 from flows import number_types, stages, whole_models
 from flows.finish import Findings, best_baseline, finish, lineage_of, report_of, to_distill
-from flows.floors import hold_floors
+from flows.floors import Library, hold_floors
 from flows.run import process_of
 from flows.tracked_run import open_run
 from profiles.schema import MINITRON, Profile
@@ -31,19 +31,19 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         blocks = stages.distill_all(run, parent, corpus, records)
         costs = stages.measure(run, parent)
         run.log_costs(costs)
-        scores = stages.score_all(run, parent, corpus, records, blocks, capabilities)
-        scores = number_types.score_types(run, (parent, corpus), records, blocks, scores, costs, capabilities)
+        plain, source = stages.score_all(run, parent, corpus, records, blocks, capabilities), (parent, corpus)
+        scores = number_types.score_types(run, source, records, blocks, plain, costs, capabilities)
         run.log_library(parent, corpus, blocks, scores, costs)
 
-        chosen = stages.choose_child(run, parent, scores, costs)
-        source = (parent, corpus)
-        chosen, floors = hold_floors(run, source, capabilities, chosen, (blocks, scores, costs))
-        problem, near = chosen.problem, chosen.near
+        first = stages.choose_child(run, parent, scores, costs)
+        library = Library(records=records, blocks=blocks, scores=plain, costs=costs)
+        held = hold_floors(run, source, capabilities, first, library)
+        problem, near = held.chosen.problem, held.chosen.near
         teacher = whole_models.record_teacher(run, parent, corpus, capabilities)
         names = ["child"] if len(near) == 1 else [f"candidate-{place}" for place in range(1, len(near) + 1)]
         racing = [contender(name, each, blocks) for name, each in zip(names, near, strict=True)]
         child, racers = whole_models.race(run, racing, teacher)
-        run.log_architecture(child.architecture, blocks, scores, costs)
+        run.log_architecture(child.architecture, blocks, held.chosen.scores, costs)
         own = parent_contender(child.architecture)
         rivals = stages.choose_baselines(run, parent, problem, child.architecture)
         whole = stages.cut(run, parent, corpus, records, rivals)
@@ -63,7 +63,14 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         rival = best_baseline(child, baselines, contenders, found)
         spoken = whole_models.let_speak(run, [own, final], rival, source, capabilities)
         seen = whole_models.look_for_items(run, parent, corpus, capabilities)
-        findings = Findings(evaluations=found, speed=speed, spoken=spoken, race=racers, floors=floors, seen_items=seen)
+        findings = Findings(
+            evaluations=found,
+            speed=speed,
+            spoken=spoken,
+            race=racers,
+            floors=held.of(child.architecture),
+            seen_items=seen,
+        )
         report = report_of(run, final, contenders, findings, source, (blocks, problem))
         return finish(run, lineage_of(final, rival, source, capabilities), report)
 

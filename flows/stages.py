@@ -431,10 +431,10 @@ def choose_child(run: Run, parent: ParentInfo, scores: Sequence[Score], table: C
         needs = [*cost_tasks(run), *(name for name in run.task_runs if name.startswith("score "))]
         asked = (problem, run.profile.race.candidates, run.profile.race.min_different)
         found: list[Architecture] = run.call(choose_task, "choice", *asked, after=needs, limited=False)
-    return that_run(run, parent, Chosen(problem=problem, near=tuple(found)))
+    return runnable(run, parent, Chosen(problem=problem, near=tuple(found), scores=tuple(scores)))
 
 
-def that_run(run: Run, parent: ParentInfo, chosen: Chosen) -> Chosen:
+def runnable(run: Run, parent: ParentInfo, chosen: Chosen) -> Chosen:
     """Those that the engine of the profile runs as whole models; raises PuzzleError where none is."""
     reader, race = open_parent(run.workspace / parent.folder), run.profile.race
     refusals = [refused_whole(run.profile, reader, one.layers) for one in chosen.near]

@@ -354,7 +354,9 @@ class Capability(Corpus):
         default=(),
         description="Where its text comes from, as in `corpus`. `general` alone has none: it is the profile's corpus.",
     )
-    train_sequences: PositiveInt = Field(default=128, description="Number of sequences for GKD.")
+    train_sequences: PositiveInt = Field(
+        default=128, description="Number of sequences for GKD, and to hold a child to `max_kl` before."
+    )
     validation_sequences: PositiveInt = Field(
         default=8, description="Sequences that every variant is scored on, all of them, and that GKD is watched on."
     )
@@ -815,8 +817,9 @@ class Search(Section):
         default=3,
         ge=0,
         description="How many children are measured for `max_kl` of capabilities. The chosen child is, before GKD, on "
-        "text that no stage has seen; where a 95 % bound of its KL is above the limit, the search is asked for less, "
-        "and its answer measured in turn. 0: the sum of scores decides.",
+        "its training text, which no stage has read (`general`: the text of the scores); where a one-sided 95 % bound "
+        "of its KL is above the limit, the search is asked for less, and its answer measured in turn. 0: the "
+        "sum of scores decides.",
     )
 
 

@@ -308,7 +308,7 @@ def test_a_child_that_passes_a_limit_on_a_capability_is_chosen_again(run: tuple[
     (floor,) = report.floors
     assert floor.asked == float(most) and report.request["limits"][-1]["asked"] == floor.limit
     assert f"max_kl of general: {floor.asked:.4g} asked" in output
-    assert "### What the child keeps of capabilities" in (folder / "report.md").read_text()
+    assert "### Limits on capabilities, before GKD" in (folder / "report.md").read_text()
     (kept,) = (one for one in report.candidates[1].limits if one.name == "max_kl of general")
     assert kept.asked == float(most), "the report is about what was asked"
     with closing(sqlite3.connect(workspace / "prefect" / "prefect.db")) as database:

@@ -199,12 +199,14 @@ def _without_products(form: str | None) -> str | None:
     vLLM's AVX2 build has no 4-bit product. 8-bit ones are oneDNN's: an x86 processor without VNNI adds pairs of them
     in 16 bits, which overflow: products were up to 15 % off (oneDNN's guide, "Nuances of int8 computations").
     """
+    if form is None or not hasattr(torch.cpu, "get_capabilities"):  # older torch does not know
+        return None
     has = torch.cpu.get_capabilities()
     if has.get("architecture") != "x86_64":
         return None
-    if form == "pack-quantized" and not has["avx512_f"]:
+    if form == "pack-quantized" and not has.get("avx512_f"):
         return "vLLM multiplies 4-bit integers on x86 processors with AVX-512 only, and this one has none"
-    if form == "int-quantized" and not (has["avx512_vnni"] or has["avx_vnni"]):
+    if form == "int-quantized" and not (has.get("avx512_vnni") or has.get("avx_vnni")):
         return "vLLM's products of 8-bit integers are wrong on x86 processors without VNNI, and this one has none"
     return None
 

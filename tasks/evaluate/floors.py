@@ -1,32 +1,36 @@
 """The highest KL on a capability, kept by the child itself and not by the sum of its scores alone.
 
 Scores add up only roughly: the KL of a whole child was up to half above their sum (benchmarks/capabilities.md). So the
-chosen child is measured before GKD, on text of each capability that no stage has seen. Where a one-sided 95 % bound of
-its KL is above what is asked, the search gets a limit that is lower by as much, and its answer is measured in turn.
+chosen child is measured before GKD, on text of each capability that no stage has read. Where a one-sided bound of its
+KL is above what is asked, the search gets a limit that is lower by as much, and its answer is measured in turn. All
+looks together err with a probability of at most 5 %.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 
+from blocks.child import for_passes
 from blocks.compute import Compute
 from blocks.errors import InfeasibleBudget
-from blocks.estimates import lower_bound
-from blocks.library import digest_of, made_once
-from blocks.records import Architecture, CorpusInfo, Floor, Metric, ParentInfo, Value
-from tasks.evaluate.compare import Contender, figures_of, served, targets_on
-from tasks.evaluate.quality import mean_metric
-from tasks.inputs.corpus import documents_of
+from blocks.estimates import confidence_of_look, lower_bound
+from blocks.library import digest_of, made_once, pick_rows
+from blocks.records import Architecture, CorpusInfo, Floor, Metric, ParentInfo, Score, Value
+from tasks.distill.record import open_parent
+from tasks.evaluate.compare import Contender, figures_of, served
+from tasks.evaluate.quality import ParentTargets, mean_metric, parent_targets
+from tasks.inputs.corpus import documents_of, weights_of
 from tasks.search.choose import with_most_tokens
+from tasks.search.mip import SolverStopped
 from tasks.search.one_type import candidates
 from tasks.search.totals import Problem, kl_on
 
 VERSION = 1
-CONFIDENCE = 0.95
+CONFIDENCE = 0.95  # of all looks together
 CHECKED_TOKENS = 16_384  # of each capability
 EASED = (1.0, 0.5, 0.25)  # parts of the way to the limit that is wanted, on which an answer is looked for
 
@@ -39,20 +43,59 @@ class Checked(Value):
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """What the search was asked and what it found, the best first."""
+    """What the search was asked and what it found, the best first. scores: of the library that it searched."""
 
     problem: Problem
     near: tuple[Architecture, ...]
+    scores: tuple[Score, ...] = ()
 
 
-def text_of(corpus: CorpusInfo) -> tuple[str, int]:
-    """The split that a child is measured on, and how many of its sequences. Training text of a capability is for GKD
-    alone, which comes later. That of the corpus has trained the blocks, so there it is the text of the scores.
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A choice whose children were measured, and the limits of each of `chosen.near`."""
+
+    chosen: Chosen
+    floors: tuple[tuple[Floor, ...], ...]
+
+    def of(self, child: Architecture) -> tuple[Floor, ...]:
+        """The limits of one of them."""
+        pairs = zip(self.chosen.near, self.floors, strict=True)
+        return next(floors for one, floors in pairs if (one.layers, one.head) == (child.layers, child.head))
+
+
+def split_of(corpus: CorpusInfo) -> tuple[str, int]:
+    """The split that a child is measured on, and its sequences. Training text of a capability is for GKD alone, which
+    comes later. That of the corpus has trained the blocks, so there it is the text of the scores.
     """
-    split, held = (
-        ("train", corpus.train_sequences) if corpus.capability else ("validation", corpus.validation_sequences)
-    )
-    return split, min(held, math.ceil(CHECKED_TOKENS / corpus.sequence_length))
+    return ("train", corpus.train_sequences) if corpus.capability else ("validation", corpus.validation_sequences)
+
+
+def rows_read(sequences: int, length: int) -> int:
+    """How many of so many sequences are read."""
+    return min(sequences, math.ceil(CHECKED_TOKENS / length))
+
+
+def rows_of(corpus: CorpusInfo, workspace: Path) -> tuple[int, ...]:
+    """The sequences of that split that are read: spread evenly, since neighbours may be of one document, over those
+    that have tokens which count.
+    """
+    split, sequences = split_of(corpus)
+    weights = weights_of(corpus, split, workspace) if corpus.capability else None
+    able = [row for row in range(sequences) if weights is None or weights[row].any()]
+    count = rows_read(len(able), corpus.sequence_length)
+    return tuple(able[place * len(able) // count] for place in range(count))
+
+
+@lru_cache(maxsize=1)
+def _targets(
+    rows: tuple[int, ...], parent: ParentInfo, corpus: CorpusInfo, workspace: Path, compute: Compute
+) -> ParentTargets:
+    """What the parent says about these rows of the split."""
+    split, folder = split_of(corpus)[0], workspace / parent.folder
+    model = for_passes(lambda on: open_parent(folder, on).model(), compute, open_parent(folder, compute).weight_bytes)
+    targets = parent_targets(model, pick_rows(workspace, corpus.tokens, split, rows), compute)
+    weights = weights_of(corpus, split, workspace) if corpus.capability else None
+    return targets if weights is None else replace(targets, weights=weights[list(rows)])
 
 
 def check(
@@ -64,30 +107,33 @@ def check(
     dtype: torch.dtype = torch.float32,
 ) -> Metric:
     """A contender's KL on a capability, with the weights that it is served with. It is measured once."""
-    split, count = text_of(corpus)
+    rows, split = rows_of(corpus, workspace), split_of(corpus)[0]
     key = digest_of(
         model=which.served_key,
         cache=which.cache,
         parent=parent.fingerprint,
-        text=[corpus.fingerprint, split, count],
+        text=[corpus.fingerprint, split, rows],
         precision=[str(dtype), str(compute.dtype)],
         v=VERSION,
     )
 
     def made() -> Checked:
-        targets = targets_on(split, count, parent, corpus, workspace, compute)
+        targets = _targets(rows, parent, corpus, workspace, compute)
         model = partial(served, which, parent, workspace, compute, dtype)
         kl = figures_of(which, targets, workspace, compute, model)["kl"]
         counted = 1.0 if targets.weights is None else targets.weights.double().mean()  # 1 over the whole split
-        return Checked(kl=mean_metric(kl / counted, documents_of(corpus, split, workspace)[:count]))
+        documents = documents_of(corpus, split, workspace)
+        return Checked(kl=mean_metric(kl / counted, [documents[row] for row in rows] if documents else ()))
 
     return made_once(workspace / "floors" / f"{key}.json", Checked, workspace, made).kl
 
 
 def floors_of(
-    asked: Mapping[str, float], problem: Problem, child: Architecture, measured: Mapping[str, Metric]
+    asked: Mapping[str, float], problem: Problem, child: Architecture, measured: Mapping[str, Metric], look: int = 1
 ) -> tuple[Floor, ...]:
-    """Every limit on a capability beside what a child is predicted and measured to have. asked: by the profile."""
+    """Every limit on a capability beside what a child is predicted and measured to have. asked: by the profile. look:
+    the number of the answer, from 1, since each of several may be the one that seems to keep the limit.
+    """
     return tuple(
         Floor(
             capability=name,
@@ -95,24 +141,29 @@ def floors_of(
             limit=problem.capabilities.most[name],
             predicted=kl_on(problem, child.layers, name, child.head),
             measured=measured[name],
-            at_most=_at_most(measured[name]),
+            at_most=_at_most(measured[name], confidence_of_look(CONFIDENCE, look)),
         )
         for name, most in asked.items()
     )
 
 
-def _at_most(found: Metric) -> float:
-    """The one-sided upper bound; the figure itself for a single document, which shows no error."""
-    return -lower_bound(found.model_copy(update={"value": -found.value}), CONFIDENCE) if found.n > 1 else found.value
+def _at_most(found: Metric, confidence: float) -> float | None:
+    """The one-sided upper bound; None for a single document, which shows no error."""
+    return -lower_bound(found.model_copy(update={"value": -found.value}), confidence) if found.n > 1 else None
+
+
+def _share(floor: Floor) -> float:
+    """What a child takes of a limit; above 1 it is not kept."""
+    return (floor.measured.value if floor.at_most is None else floor.at_most) / floor.asked
 
 
 def worst(floors: Sequence[Floor]) -> float:
-    """The largest share of a limit that a child takes; above 1 one is not kept."""
-    return max((one.at_most / one.asked for one in floors), default=0.0)
+    """The largest share of a limit that a child takes."""
+    return max(map(_share, floors), default=0.0)
 
 
 def tighter(problem: Problem, floors: Sequence[Floor], count: int, min_different: int) -> Chosen | None:
-    """The search again, each limit that was not kept lower by as much as it was passed; None where nothing fits.
+    """The search again, each limit that was not kept lower by as much as it was passed; None where nothing is found.
 
     Where the budget does not allow so much, an answer on half or a quarter of the way is taken.
     problem: of the profile's budget, before `with_most_tokens`.
@@ -122,43 +173,50 @@ def tighter(problem: Problem, floors: Sequence[Floor], count: int, min_different
         try:
             asked = with_most_tokens(replace(problem, capabilities=replace(problem.capabilities, most=most)))
             return Chosen(problem=asked, near=tuple(candidates(asked, count, min_different)))
-        except InfeasibleBudget:
+        except (InfeasibleBudget, SolverStopped):
             continue
     return None
 
 
 def _lowered(floor: Floor, part: float) -> float:
-    if floor.at_most <= floor.asked:
-        return floor.limit
-    return min(floor.limit, floor.predicted or floor.limit) * (floor.asked / floor.at_most) ** part
+    share = _share(floor)
+    return floor.limit if share <= 1 else min(floor.limit, floor.predicted or floor.limit) / share**part
 
 
 def hold(
     first: Chosen,
     rounds: int,
-    measure: Callable[[Chosen], tuple[Floor, ...]],
+    measure: Callable[[Chosen, int], Sequence[tuple[Floor, ...]]],
     again: Callable[[Sequence[Floor]], Chosen | None],
-) -> tuple[Chosen, tuple[Floor, ...]]:
-    """The first answer that keeps every limit itself, or of `rounds` answers the one that passes them least.
+) -> Held:
+    """The children of the first answer that keep every limit themselves; where none of `rounds` answers has any, the
+    one child that passes its limits least.
 
-    measure: of the best architecture of an answer. again: see `tighter`.
+    measure: every child of an answer, which has a number. again: see `tighter`; of the answer's best child.
     """
-    tried: list[tuple[Chosen, tuple[Floor, ...]]] = []
+    tried: list[tuple[float, Held]] = []
     found: Chosen | None = first
     while found is not None and len(tried) < rounds:
-        tried.append((found, measure(found)))
-        if worst(tried[-1][1]) <= 1:
-            break
-        found = again(tried[-1][1]) if len(tried) < rounds else None
-    return min(tried, key=lambda one: max(worst(one[1]), 1.0))
+        floors = tuple(measure(found, len(tried) + 1))
+        kept = [place for place, one in enumerate(floors) if worst(one) <= 1]
+        least = min(range(len(floors)), key=lambda place: worst(floors[place]))
+        tried.append((worst(floors[least]), _only(found, floors, kept or [least])))
+        if kept:
+            return tried[-1][1]
+        found = again(floors[0]) if len(tried) < rounds else None
+    return min(tried, key=lambda one: one[0])[1]
+
+
+def _only(found: Chosen, floors: Sequence[tuple[Floor, ...]], places: Sequence[int]) -> Held:
+    near = tuple(found.near[place] for place in places)
+    return Held(chosen=replace(found, near=near), floors=tuple(floors[place] for place in places))
 
 
 def in_words(floor: Floor) -> str:
     """What came of a limit, in a sentence."""
-    asked = f"max_kl of {floor.capability}: {floor.asked:.4g} asked"
-    tighter = "" if floor.limit == floor.asked else f", {floor.limit:.4g} of the search"
-    got = f"measured {floor.measured.value:.4g}, at most {floor.at_most:.4g} by a {100 * CONFIDENCE:.0f} % bound"
-    left = (
-        "" if floor.at_most <= floor.asked else "; the budget leaves no child that keeps it before GKD, of those tried"
-    )
-    return f"{asked}{tighter}; the child was predicted to have {floor.predicted:.4g}, {got}{left}"
+    words = [f"max_kl of {floor.capability}: {floor.asked:.4g} asked"]
+    words += [] if floor.limit == floor.asked else [f", of the search {floor.limit:.4g}"]
+    words += [f"; the chosen child was predicted to have {floor.predicted:.4g}, measured {floor.measured.value:.4g}"]
+    bound = "one document shows no error" if floor.at_most is None else f"with 95 % at most {floor.at_most:.4g}"
+    words += [f", {bound}", "" if _share(floor) <= 1 else ". None of those that were tried keeps it before GKD"]
+    return "".join(words)

@@ -25,6 +25,7 @@ from blocks.library import digest_of, remember
 from blocks.records import Architecture, CorpusInfo, CostTable, Metric, ParentInfo, Value
 from profiles.schema import GENERAL, Champion, Profile, Section
 from tasks.distill import bld, gkd, gkd_settings, record
+from tasks.evaluate import floors
 from tasks.evaluate.compare import LINEAGE, Lineage
 from tasks.evaluate.quality import mean_metric
 from tasks.inputs.companions import TOKENIZER_FILES
@@ -117,6 +118,8 @@ def basis(
         texts = {one.capability: one.fingerprint for one in capabilities}
         each = profile.capabilities.items()
         parts["capabilities"] = {name: [one.weight, one.max_kl, texts.get(name)] for name, one in each}
+        if profile.capability_limits and profile.search.floor_rounds:
+            parts["capabilities"] = [parts["capabilities"], floors.VERSION]
     return {name: digest_of(part=part)[:DIGITS] for name, part in parts.items()}
 
 

@@ -70,7 +70,10 @@ def _version(found: Any) -> Version:
 def description(report: ChildReport, why: str) -> str:
     """What a version says of itself: what it is, its figures, and why it became champion or did not."""
     found = {name.partition("/")[2]: value for name, value in headlines(report).items()}
-    limits = ", ".join(f"{limit['name']} {limit['asked']:g}" for limit in report.request.get("limits", ()))
+    told = {f"max_kl of {one.capability}": one.asked for one in report.floors}  # the search may have kept less
+    limits = ", ".join(
+        f"{one['name']} {told.get(one['name'], one['asked']):g}" for one in report.request.get("limits", ())
+    )
     engine = f", measured in {report.speed.engine}" if report.speed.engine else ""
     doubt = " (the machine was busy: not reliable)" if report.speed.disturbed else ""
     words = {

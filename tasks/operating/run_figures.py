@@ -112,6 +112,11 @@ def report_metrics(report: ChildReport) -> dict[str, float]:
         **{f"run/seen_items_{name}": float(sum(seen)) for name, seen in items.items()},
         **search_metrics(report.architecture),
     }
+    for floor in report.floors:
+        figures |= {
+            f"floor/{floor.capability}_{name}": getattr(floor, name) for name in ("asked", "limit", "predicted")
+        }
+        figures[f"floor/{floor.capability}_measured"] = floor.measured.value
     for stage in report.stages:
         name = f"stage/{stage.name.replace(' ', '_')}_seconds"
         figures[name] = figures.get(name, 0.0) + stage.seconds

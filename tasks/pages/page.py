@@ -232,7 +232,7 @@ def render(study: Study, figures: dict[str, Figure]) -> str:
 def _folded(report: ChildReport) -> list[tuple[str, list[WordedTable]]]:
     """Tables that are opened on request, under a line each."""
     tables = {
-        "what the child keeps of capabilities": [floors_table(report)],
+        "limits on capabilities, before GKD": [floors_table(report)],
         "the race that the child won": [race_table(report)],
         "what every number of requests at a time would give": [batch_table(report)],
         "speeds in every scenario, and predicted beside measured times": [sums_table(report), speed_table(report)],

@@ -531,13 +531,13 @@ def floors_table(report: ChildReport) -> WordedTable:
             one.capability,
             *(plain(value) for value in (one.asked, one.limit, one.predicted)),
             rounded(one.measured),
-            plain(one.at_most),
+            "–" if one.at_most is None else plain(one.at_most),
         ]
         for one in report.floors
     ]
     header = ["max_kl of", "asked", "of the search", "predicted", "measured", "at most, for 95 %"]
     words = (
-        "KL in nats per token before GKD, on text that no stage had seen (of the corpus: on the text of the scores). "
+        "KL in nats per token before GKD, on text that no stage had read (of the corpus: on the text of the scores). "
         "*Of the search*: its own limit on the sum of scores, lower than what was asked where the child itself would "
         "have passed that."
     )
@@ -546,7 +546,7 @@ def floors_table(report: ChildReport) -> WordedTable:
 
 def _floors_markdown(report: ChildReport) -> list[str]:
     header, rows, words = floors_table(report)
-    return ["### What the child keeps of capabilities", _markdown_table(header, rows), words] if rows else []
+    return ["### Limits on capabilities, before GKD", _markdown_table(header, rows), words] if rows else []
 
 
 def _race_markdown(report: ChildReport) -> list[str]:

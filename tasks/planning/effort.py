@@ -40,7 +40,7 @@ from profiles.schema import (
 )
 from tasks.distill.gkd_settings import is_recorded, texts_of_steps, token_bytes, trial_steps
 from tasks.distill.record import CHUNK, fits_in_a_shard, slices
-from tasks.evaluate.floors import CHECKED_TOKENS
+from tasks.evaluate.floors import rows_read
 from tasks.inputs.space import layers_of, refused_alone
 from tasks.inputs.tiny import TRAIN_BATCH, TRAIN_TOKENS
 from tasks.planning.machine import BLOCK_NAMES, Rates, with_serial_share
@@ -543,7 +543,7 @@ def floors_work(shape: Shape, share: float) -> tuple[int, int, Work]:
             if text
             else (shape.length, profile.corpus.validation_sequences)
         )
-        read = length * min(held, math.ceil(CHECKED_TOKENS / length))
+        read = length * rows_read(held, length)
         parents = rounds if len(profile.capability_limits) > 1 else 1
         work += shape.forward(read * parents, shape.depth, length=length)
         work += shape.forward(read * rounds, share * shape.depth, length=length)
