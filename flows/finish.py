@@ -191,7 +191,7 @@ def _ordered(
 def finish(run: TrackedRun, lineage: Lineage, report: ChildReport) -> ChildReport:
     """Export the child, write and log the report, print the table."""
     folder, markdown = (run.workspace / report.child_folder).parent, report_markdown(report)
-    needs = [name for name in run.task_runs if name.split()[0] in ("evaluation", "answers", "speed")]
+    needs = [name for name in run.task_runs if name.split()[0] in ("evaluation", "answers", "speed", "floor")]
     values = (lineage, run, report, markdown, folder)
     files = run.call(export_task, "child", *values, after=[made_of(lineage.child), *needs], limited=False)
     log_report(run.tracking, run.mlflow_run_id, report, files)

@@ -1,14 +1,24 @@
 """The stage after the choice: the chosen child keeps every `max_kl` itself (tasks/evaluate/floors.py)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from blocks.errors import PuzzleError
+from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.library import digest_of
-from blocks.records import BlockRecord, CorpusInfo, CostTable, Floor, LayerRecord, Metric, ParentInfo, Score
+from blocks.records import (
+    Architecture,
+    BlockRecord,
+    CorpusInfo,
+    CostTable,
+    Floor,
+    LayerRecord,
+    Metric,
+    ParentInfo,
+    Score,
+)
 from flows.number_types import score_types, with_files
 from flows.run import task_of
 from flows.stages import choose_child, runnable
@@ -16,7 +26,7 @@ from flows.tracked_run import TrackedRun
 from profiles.schema import GENERAL, Profile
 from tasks.distill.record import open_parent
 from tasks.evaluate.compare import Contender, contender
-from tasks.evaluate.floors import Chosen, Held, check, floors_of, hold, in_words, tighter
+from tasks.evaluate.floors import Chosen, Held, check, floors_of, forget, hold, in_words, tighter
 from tasks.inputs.precision import child_dtype
 from tasks.running.progress import say
 from tasks.running.sharing import TaskKey, exclusive
@@ -53,73 +63,98 @@ def hold_floors(
     library: Library,
 ) -> Held:
     """The choice with every `max_kl` kept by each of its children, and how they keep them."""
-    profile, (parent, corpus) = run.profile, source
-    asked, rounds = profile.capability_limits, profile.search.floor_rounds
-    if not asked or not rounds:
+    rounds = run.profile.search.floor_rounds
+    if not run.profile.capability_limits or not rounds:
         return Held(chosen=first, floors=((),) * len(first.near))
-    texts = {one.capability or GENERAL: one for one in (corpus, *capabilities)}
-    choices: list[tuple[Chosen, UUID | None]] = [(first, run.task_runs.get("choice"))]
+    search = _Search(run=run, source=source, capabilities=capabilities, library=library)
+    search.choices.append((first, run.task_runs.get("choice")))
+    try:
+        held = hold(first, rounds, search.measure, search.again)
+    finally:
+        forget()
+    search.went_on_with(held.chosen)
+    for (name, _), floors in zip(named(held.chosen.near), held.floors, strict=True):
+        for floor in floors:
+            say(f"{name}: {in_words(floor)}")
+    if held.chosen.scores != first.scores:  # more was scored in types of number
+        run.keep_tables(*source, library.blocks, held.chosen.scores, library.costs)
+    return held
 
-    def measure(chosen: Chosen, look: int) -> list[tuple[Floor, ...]]:
-        children = [contender("child", one, library.blocks) for one in chosen.near]
+
+def named(near: Sequence[Architecture]) -> list[tuple[str, Architecture]]:
+    """The children of a choice with their names: candidates of a race where there are several."""
+    names = ["child"] if len(near) == 1 else [f"candidate-{place}" for place in range(1, len(near) + 1)]
+    return list(zip(names, near, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Search:
+    """The answers of one search under limits that become lower, each with the task run that gave it."""
+
+    run: TrackedRun
+    source: tuple[ParentInfo, CorpusInfo]
+    capabilities: Sequence[CorpusInfo]
+    library: Library
+    choices: list[tuple[Chosen, UUID | None]] = field(default_factory=list)
+
+    def measure(self, chosen: Chosen) -> list[tuple[Floor, ...]]:
+        """Every child of an answer on the text of every limit."""
+        run, profile, (parent, corpus) = self.run, self.run.profile, self.source
+        asked, texts = (
+            profile.capability_limits,
+            {one.capability or GENERAL: one for one in (corpus, *self.capabilities)},
+        )
+        children = [contender(name, one, self.library.blocks) for name, one in named(chosen.near)]
         children = with_files(run, children, parent, corpus)
         found: list[dict[str, Metric]] = [{} for _ in children]
         with run.stage("hold") as progress:
             for name, most in asked.items():  # the parent's side of a text is there for all children
-                for place, child in enumerate(children):
+                for child, own in zip(children, found, strict=True):
                     values = (child, parent, texts[name], profile, run.workspace)
-                    kl: Metric = run.call(floor_task, f"floor {name}", *values, after=["choice"])
-                    found[place][name] = kl
-                    done, said = sum(map(len, found)), f"KL on {name} {kl.value:.3g}, asked {most:.3g}"
-                    progress(done, len(asked) * len(children), said)
+                    own[name] = run.call(floor_task, f"floor {name} {child.name}", *values, after=["choice"])
+                    said = f"{child.name}'s KL on {name} {own[name].value:.3g}, asked {most:.3g}"
+                    progress(sum(map(len, found)), len(asked) * len(children), said)
+        measured_at_most = profile.search.floor_rounds * profile.race.candidates
         pairs = zip(chosen.near, found, strict=True)
-        return [floors_of(asked, chosen.problem, one, measured, look) for one, measured in pairs]
+        return [floors_of(asked, chosen.problem, one, kl, measured_at_most) for one, kl in pairs]
 
-    def again(floors: Sequence[Floor]) -> Chosen | None:
+    def again(self, floors: Sequence[Floor]) -> Chosen | None:
+        """The next answer; None where there is none, which ends no run: there is a child already."""
         try:
-            found = _again(run, source, capabilities, floors, library, choices[-1][0].scores)
-        except PuzzleError as error:  # there is a child already
+            found = self._again(floors)
+        except PuzzleFailure:
+            raise
+        except PuzzleError as error:
             say(f"no child under a tighter limit: {error}")
             return None
         if found is not None:
-            choices.append((found, run.task_runs.get("choice")))
+            self.choices.append((found, self.run.task_runs.get("choice")))
         return found
 
-    held = hold(first, rounds, measure, again)
-    made_by = next(one for chosen, one in choices if chosen.problem is held.chosen.problem)
-    if made_by is not None:
-        run.task_runs["choice"] = made_by
-    for floor in held.floors[0]:
-        say(in_words(floor))
-    return held
+    def _again(self, floors: Sequence[Floor]) -> Chosen | None:
+        """What is chosen in a type of number is scored in that type, like the first choice."""
+        run, (parent, _), library = self.run, self.source, self.library
+        profile, race, scores = run.profile, run.profile.race, self.choices[-1][0].scores
+        values = (problem_of(profile, scores, library.costs), floors, race.candidates, race.min_different)
+        needs = [one for one in run.task_runs if one.startswith("floor ")]
+        with run.stage("choose"):
+            found: Chosen | None = run.call(tighter_task, "tighter choice", *values, after=needs, limited=False)
+        if found is None:
+            return None
+        if not profile.search_space.precision:
+            if "tighter choice" in run.task_runs:
+                run.task_runs["choice"] = run.task_runs["tighter choice"]
+            return runnable(run, parent, replace(found, scores=scores))
+        tight = replace(run, profile=_under(profile, found.problem.capabilities.most))
+        made = (library.records, library.blocks, library.scores, library.costs)
+        more = score_types(tight, self.source, *made, self.capabilities)
+        return choose_child(tight, parent, more, library.costs, after=["tighter choice"])
 
-
-def _again(
-    run: TrackedRun,
-    source: tuple[ParentInfo, CorpusInfo],
-    capabilities: Sequence[CorpusInfo],
-    floors: Sequence[Floor],
-    library: Library,
-    scores: Sequence[Score],
-) -> Chosen | None:
-    """The choice under lower limits. What it takes in a type of number is scored in that type, like the first choice.
-
-    scores: those that the last choice was made by.
-    """
-    profile, (parent, _), race = run.profile, source, run.profile.race
-    whole = problem_of(profile, scores, library.costs)
-    values, needs = (whole, floors, race.candidates, race.min_different), [f"floor {one.capability}" for one in floors]
-    with run.stage("choose"):
-        found: Chosen | None = run.call(tighter_task, "tighter choice", *values, after=needs, limited=False)
-    if found is None:
-        return None
-    if "tighter choice" in run.task_runs:
-        run.task_runs["choice"] = run.task_runs["tighter choice"]
-    if not profile.search_space.precision:
-        return runnable(run, parent, replace(found, scores=tuple(scores)))
-    tight = replace(run, profile=_under(profile, found.problem.capabilities.most))
-    scores = score_types(tight, source, library.records, library.blocks, library.scores, library.costs, capabilities)
-    return choose_child(tight, parent, scores, library.costs)
+    def went_on_with(self, chosen: Chosen) -> None:
+        """What is made of an answer hangs on its task run in Prefect's graph."""
+        made_by = next(one for answer, one in self.choices if answer.problem is chosen.problem)
+        if made_by is not None:
+            self.run.task_runs["choice"] = made_by
 
 
 def _under(profile: Profile, most: Mapping[str, float]) -> Profile:

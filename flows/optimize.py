@@ -7,7 +7,7 @@ from prefect import flow
 from blocks.records import ChildReport
 from flows import number_types, stages, whole_models
 from flows.finish import Findings, best_baseline, finish, lineage_of, report_of, to_distill
-from flows.floors import Library, hold_floors
+from flows.floors import Library, hold_floors, named
 from flows.run import process_of
 from flows.tracked_run import open_run
 from profiles.schema import MINITRON, Profile
@@ -40,8 +40,7 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         held = hold_floors(run, source, capabilities, first, library)
         problem, near = held.chosen.problem, held.chosen.near
         teacher = whole_models.record_teacher(run, parent, corpus, capabilities)
-        names = ["child"] if len(near) == 1 else [f"candidate-{place}" for place in range(1, len(near) + 1)]
-        racing = [contender(name, each, blocks) for name, each in zip(names, near, strict=True)]
+        racing = [contender(name, each, blocks) for name, each in named(near)]
         child, racers = whole_models.race(run, racing, teacher)
         run.log_architecture(child.architecture, blocks, held.chosen.scores, costs)
         own = parent_contender(child.architecture)

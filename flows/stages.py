@@ -424,11 +424,13 @@ def cost_tasks(run: Run) -> list[str]:
     return [name for name in run.task_runs if name.startswith("cost ")]
 
 
-def choose_child(run: Run, parent: ParentInfo, scores: Sequence[Score], table: CostTable) -> Chosen:
+def choose_child(
+    run: Run, parent: ParentInfo, scores: Sequence[Score], table: CostTable, after: Iterable[str] = ()
+) -> Chosen:
     """The MIP under the profile's budget: its optimum, and who races with it where several are to."""
     with run.stage("choose"):
         problem = with_most_tokens(problem_of(run.profile, scores, table))
-        needs = [*cost_tasks(run), *(name for name in run.task_runs if name.startswith("score "))]
+        needs = [*after, *cost_tasks(run), *(name for name in run.task_runs if name.startswith("score "))]
         asked = (problem, run.profile.race.candidates, run.profile.race.min_different)
         found: list[Architecture] = run.call(choose_task, "choice", *asked, after=needs, limited=False)
     return runnable(run, parent, Chosen(problem=problem, near=tuple(found), scores=tuple(scores)))

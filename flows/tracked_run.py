@@ -92,12 +92,7 @@ class TrackedRun(Run):
 
         The library is also written as tables to the workspace, and shown as artifacts in Prefect's UI.
         """
-        sizes = sizes_of(self.workspace / parent.folder / "config.json")
-        described = describe(self.profile, parent, corpus, costs, sizes)
-        library = StoredLibrary(description=described, variants=tuple(blocks), scores=tuple(scores), costs=costs)
-        tables = TaskKey(key=f"tables-{self.profile.name}", what="the tables of this profile")
-        with exclusive(self.workspace, tables):
-            write_library(self.workspace / "tables" / self.profile.name, library)
+        self.keep_tables(parent, corpus, blocks, scores, costs)
         figures = {
             "distill/variants": len(blocks),
             "distill/failed": sum(block.status == "failed" for block in blocks),
@@ -110,6 +105,22 @@ class TrackedRun(Run):
         show_costs(costs)
         for line in left_out(blocks, scores):
             say(line)
+
+    def keep_tables(
+        self,
+        parent: ParentInfo,
+        corpus: CorpusInfo,
+        blocks: Sequence[BlockRecord],
+        scores: Sequence[Score],
+        costs: CostTable,
+    ) -> None:
+        """Write the block library as tables to the workspace."""
+        sizes = sizes_of(self.workspace / parent.folder / "config.json")
+        described = describe(self.profile, parent, corpus, costs, sizes)
+        library = StoredLibrary(description=described, variants=tuple(blocks), scores=tuple(scores), costs=costs)
+        tables = TaskKey(key=f"tables-{self.profile.name}", what="the tables of this profile")
+        with exclusive(self.workspace, tables):
+            write_library(self.workspace / "tables" / self.profile.name, library)
 
     def log_architecture(
         self, architecture: Architecture, blocks: Sequence[BlockRecord], scores: Sequence[Score], costs: CostTable

@@ -816,10 +816,10 @@ class Search(Section):
     floor_rounds: int = Field(
         default=3,
         ge=0,
-        description="How many children are measured for `max_kl` of capabilities. The chosen child is, before GKD, on "
-        "its training text, which no stage has read (`general`: the text of the scores); where a one-sided 95 % bound "
-        "of its KL is above the limit, the search is asked for less, and its answer measured in turn. 0: the "
-        "sum of scores decides.",
+        description="How many answers of the search are measured for `max_kl` of capabilities. A child is, before "
+        "GKD, on its training text, which no stage has read (`general`: the text of the scores); where a one-sided "
+        "95 % bound of its KL is above the limit, the search is asked for less, and its answer measured in turn. 0: "
+        "the sum of scores decides.",
     )
 
 

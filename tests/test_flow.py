@@ -314,6 +314,7 @@ def test_a_child_that_passes_a_limit_on_a_capability_is_chosen_again(run: tuple[
     with closing(sqlite3.connect(workspace / "prefect" / "prefect.db")) as database:
         names = [name for (name,) in database.execute("select name from task_run")]
     assert names.count("choose, with tighter limits") >= 1 and names.count("KL of child before GKD") >= 1
+    assert (folder / "report.html").is_file()
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 Scores add up only roughly: the KL of a whole child was up to half above their sum (benchmarks/capabilities.md). So the
 chosen child is measured before GKD, on text of each capability that no stage has read. Where a one-sided bound of its
 KL is above what is asked, the search gets a limit that is lower by as much, and its answer is measured in turn. All
-looks together err with a probability of at most 5 %.
+children that may be measured share an error of 5 % (Bonferroni).
 """
 
 import math
@@ -17,7 +17,7 @@ import torch
 from blocks.child import for_passes
 from blocks.compute import Compute
 from blocks.errors import InfeasibleBudget
-from blocks.estimates import confidence_of_look, lower_bound
+from blocks.estimates import lower_bound
 from blocks.library import digest_of, made_once, pick_rows
 from blocks.records import Architecture, CorpusInfo, Floor, Metric, ParentInfo, Score, Value
 from tasks.distill.record import open_parent
@@ -30,8 +30,9 @@ from tasks.search.one_type import candidates
 from tasks.search.totals import Problem, kl_on
 
 VERSION = 1
-CONFIDENCE = 0.95  # of all looks together
-CHECKED_TOKENS = 16_384  # of each capability
+CONFIDENCE = 0.95  # of all children together
+CHECKED_TOKENS = 16_384  # of each capability, or more:
+CHECKED_ROWS = 32  # at least, where there are as many; a bound over few documents is wide
 EASED = (1.0, 0.5, 0.25)  # parts of the way to the limit that is wanted, on which an answer is looked for
 
 
@@ -63,6 +64,11 @@ class Held:
         return next(floors for one, floors in pairs if (one.layers, one.head) == (child.layers, child.head))
 
 
+def forget() -> None:
+    """Give back what the parent said of the last text, its head among it."""
+    _targets.cache_clear()
+
+
 def split_of(corpus: CorpusInfo) -> tuple[str, int]:
     """The split that a child is measured on, and its sequences. Training text of a capability is for GKD alone, which
     comes later. That of the corpus has trained the blocks, so there it is the text of the scores.
@@ -72,7 +78,7 @@ def split_of(corpus: CorpusInfo) -> tuple[str, int]:
 
 def rows_read(sequences: int, length: int) -> int:
     """How many of so many sequences are read."""
-    return min(sequences, math.ceil(CHECKED_TOKENS / length))
+    return min(sequences, max(CHECKED_ROWS, math.ceil(CHECKED_TOKENS / length)))
 
 
 def rows_of(corpus: CorpusInfo, workspace: Path) -> tuple[int, ...]:
@@ -81,7 +87,7 @@ def rows_of(corpus: CorpusInfo, workspace: Path) -> tuple[int, ...]:
     """
     split, sequences = split_of(corpus)
     weights = weights_of(corpus, split, workspace) if corpus.capability else None
-    able = [row for row in range(sequences) if weights is None or weights[row].any()]
+    able = range(sequences) if weights is None else weights.any(dim=1).nonzero().flatten().tolist()
     count = rows_read(len(able), corpus.sequence_length)
     return tuple(able[place * len(able) // count] for place in range(count))
 
@@ -129,10 +135,10 @@ def check(
 
 
 def floors_of(
-    asked: Mapping[str, float], problem: Problem, child: Architecture, measured: Mapping[str, Metric], look: int = 1
+    asked: Mapping[str, float], problem: Problem, child: Architecture, measured: Mapping[str, Metric], children: int = 1
 ) -> tuple[Floor, ...]:
-    """Every limit on a capability beside what a child is predicted and measured to have. asked: by the profile. look:
-    the number of the answer, from 1, since each of several may be the one that seems to keep the limit.
+    """Every limit on a capability beside what a child is predicted and measured to have. asked: by the profile.
+    children: how many may be measured, each of which may seem to keep a limit.
     """
     return tuple(
         Floor(
@@ -141,7 +147,7 @@ def floors_of(
             limit=problem.capabilities.most[name],
             predicted=kl_on(problem, child.layers, name, child.head),
             measured=measured[name],
-            at_most=_at_most(measured[name], confidence_of_look(CONFIDENCE, look)),
+            at_most=_at_most(measured[name], 1 - (1 - CONFIDENCE) / children),
         )
         for name, most in asked.items()
     )
@@ -186,25 +192,25 @@ def _lowered(floor: Floor, part: float) -> float:
 def hold(
     first: Chosen,
     rounds: int,
-    measure: Callable[[Chosen, int], Sequence[tuple[Floor, ...]]],
+    measure: Callable[[Chosen], Sequence[tuple[Floor, ...]]],
     again: Callable[[Sequence[Floor]], Chosen | None],
 ) -> Held:
-    """The children of the first answer that keep every limit themselves; where none of `rounds` answers has any, the
-    one child that passes its limits least.
+    """Of up to `rounds` answers, which end with the first whose best child keeps every limit itself, the one with the
+    lowest score among its children that do, and these children; where none does, the child that passes its limits
+    least.
 
-    measure: every child of an answer, which has a number. again: see `tighter`; of the answer's best child.
+    measure: every child of an answer. again: see `tighter`; of the answer's best child.
     """
-    tried: list[tuple[float, Held]] = []
+    tried: list[tuple[bool, float, Held]] = []
     found: Chosen | None = first
     while found is not None and len(tried) < rounds:
-        floors = tuple(measure(found, len(tried) + 1))
+        floors = tuple(measure(found))
         kept = [place for place, one in enumerate(floors) if worst(one) <= 1]
         least = min(range(len(floors)), key=lambda place: worst(floors[place]))
-        tried.append((worst(floors[least]), _only(found, floors, kept or [least])))
-        if kept:
-            return tried[-1][1]
-        found = again(floors[0]) if len(tried) < rounds else None
-    return min(tried, key=lambda one: one[0])[1]
+        held = _only(found, floors, kept or [least])
+        tried.append((not kept, held.chosen.near[0].score if kept else worst(floors[least]), held))
+        found = again(floors[0]) if len(tried) < rounds and 0 not in kept else None
+    return min(tried, key=lambda one: one[:2])[2]
 
 
 def _only(found: Chosen, floors: Sequence[tuple[Floor, ...]], places: Sequence[int]) -> Held:
@@ -216,7 +222,7 @@ def in_words(floor: Floor) -> str:
     """What came of a limit, in a sentence."""
     words = [f"max_kl of {floor.capability}: {floor.asked:.4g} asked"]
     words += [] if floor.limit == floor.asked else [f", of the search {floor.limit:.4g}"]
-    words += [f"; the chosen child was predicted to have {floor.predicted:.4g}, measured {floor.measured.value:.4g}"]
+    words += [f"; the child was predicted to have {floor.predicted:.4g}, measured {floor.measured.value:.4g}"]
     bound = "one document shows no error" if floor.at_most is None else f"with 95 % at most {floor.at_most:.4g}"
-    words += [f", {bound}", "" if _share(floor) <= 1 else ". None of those that were tried keeps it before GKD"]
+    words += [f", {bound}", "" if _share(floor) <= 1 else ": not kept before GKD"]
     return "".join(words)

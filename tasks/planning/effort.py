@@ -529,28 +529,23 @@ def watched_tokens(shape: Shape) -> int:
 
 
 def floors_work(shape: Shape, share: float) -> tuple[int, int, Work]:
-    """Looks at chosen children for `max_kl`, the tokens and the work of them: two children, where a second is allowed.
-
-    The parent reads every text as well, again and again where there are several.
+    """Looks at chosen children for `max_kl`, the tokens and the work of them: two answers of the search, where a second
+    is allowed. The parent reads every text as well, again and again where there are several.
     """
     profile, own = shape.profile, shape.profile.own_capabilities
     rounds = min(profile.search.floor_rounds, 2)
-    tokens, work = 0, Work()
+    children, tokens, work = rounds * profile.race.candidates, 0, Work()
     for name in profile.capability_limits if rounds else ():
         text = own.get(name)
-        length, held = (
-            (text.sequence_length, text.train_sequences)
-            if text
-            else (shape.length, profile.corpus.validation_sequences)
-        )
-        read = length * rows_read(held, length)
+        length = text.sequence_length if text else shape.length
+        read = length * rows_read(text.train_sequences if text else profile.corpus.validation_sequences, length)
         parents = rounds if len(profile.capability_limits) > 1 else 1
         work += shape.forward(read * parents, shape.depth, length=length)
-        work += shape.forward(read * rounds, share * shape.depth, length=length)
-        work += shape.head(read * rounds, passes=WHOLE_LOGIT_PASSES) * 2
-        work += Work(fixed=rounds * (model_bytes(shape, share) / BUILD_BYTES_PER_SECOND + TASK_SECONDS))
-        tokens += read * rounds
-    return rounds * len(profile.capability_limits), tokens, work
+        work += shape.forward(read * children, share * shape.depth, length=length)
+        work += shape.head(read * children, passes=WHOLE_LOGIT_PASSES) * 2
+        work += Work(fixed=children * (model_bytes(shape, share) / BUILD_BYTES_PER_SECOND + TASK_SECONDS))
+        tokens += read * children
+    return children * len(profile.capability_limits), tokens, work
 
 
 def model_bytes(shape: Shape, share: float = 1.0) -> float:
