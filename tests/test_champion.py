@@ -16,10 +16,11 @@ from scipy import stats
 from blocks.errors import DamagedBlock
 from blocks.estimates import confidence_of_look
 from blocks.library import digest_of, read_value, write_value
-from blocks.records import ChildReport, Cost, CostTable, LayerChoice, NonBlockCost, SpeedReport
+from blocks.records import ChildReport, Cost, CostTable, Floor, LayerChoice, Metric, NonBlockCost, SpeedReport
 from profiles.load import load_profile
 from profiles.schema import Budget, Champion, HubParent, Profile, Scenario, TinyParent
 from tasks.distill import bld, record
+from tasks.evaluate import floors
 from tasks.evaluate.compare import LINEAGE, Lineage, contender
 from tasks.inputs.parent import at_its_commit
 from tasks.measure.calibration import drift
@@ -92,6 +93,17 @@ def test_a_changed_field_is_named_and_nothing_else(override: str, part: str, cha
     after = basis(profile_with(override), chain.parent, chain.corpus, table())
     assert changes(before, after) == (part,)
     assert changes(before, json.loads(json.dumps(before))) == ()
+
+
+def test_another_way_to_hold_a_limit_makes_a_challenger_where_there_is_one(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = "capabilities.general.max_kl=0.5"
+    asked = (profile_with(limit), profile_with(), profile_with(limit, "search.floor_rounds=0"))
+    before = [basis(one, chain.parent, chain.corpus, table()) for one in asked]
+    monkeypatch.setattr(floors, "VERSION", floors.VERSION + 1)
+    after = [basis(one, chain.parent, chain.corpus, table()) for one in asked]
+    assert [changes(*pair) for pair in zip(before, after, strict=True)] == [("capabilities",), (), ()]
 
 
 def test_modelled_costs_are_those_of_the_target_on_any_machine(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,8 +377,10 @@ def test_reigns_and_rollbacks(store: Tracking) -> None:
 
 
 def test_a_version_says_what_it_is_and_why_it_reigns() -> None:
-    limits = [{"name": "memory_gib of chat", "asked": 0.5}]
-    report = report_of().model_copy(update={"request": {"limits": limits}})
+    limits = [{"name": "memory_gib of chat", "asked": 0.5}, {"name": "max_kl of code", "asked": 0.2}]
+    kl = Metric(value=0.2, se=0.0, n=2)
+    floor = Floor(capability="code", asked=0.3, limit=0.2, predicted=0.2, measured=kl, at_most=0.2)
+    report = report_of().model_copy(update={"request": {"limits": limits}, "floors": (floor,)})
     before = registry.Version(name="puzzle-x", version=1, run_folder="", mlflow_run_id="")
     broken = champion.Judgement(outcome="moved", reason="the champion no longer keeps the budget: speedup 1.5")
     why = registry.standing(broken, before)
@@ -375,7 +389,7 @@ def test_a_version_says_what_it_is_and_why_it_reigns() -> None:
     assert registry.standing(kept, before) == "Not champion: version 1 stayed. Why: kl worse by 0.1 nats."
     assert registry.standing(kept, None).startswith("Champion: the first")
     what, figures, end = registry.description(report, why).split("\n\n")
-    assert "for memory_gib of chat 0.5" in what and end == why
+    assert "for memory_gib of chat 0.5, max_kl of code 0.3" in what and end == why, "what was asked"
     assert "KL from the parent: 0.4 nats per token." in figures and "80% of its memory" in figures
     busy = report.model_copy(update={"speed": SpeedReport(busy="others took 2.0")})
     assert (
