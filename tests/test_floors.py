@@ -1,16 +1,23 @@
 """The highest KL on a capability: the child that is chosen keeps it itself, not its sum of scores alone."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from blocks.child import assemble, library_of
 from blocks.compute import HOST
+from blocks.errors import InfeasibleBudget, PuzzleFailure
 from blocks.estimates import mean
 from blocks.library import read_tensors
 from blocks.records import Architecture, Floor, Metric
+from flows import floors as holding
+from flows.floors import Library, _Search
+from flows.run import Run
 from profiles.load import load_profile
 from tasks.distill.record import open_parent
 from tasks.evaluate import floors
@@ -210,6 +217,55 @@ def test_a_child_is_measured_on_text_that_no_stage_before_gkd_reads(
     own = parent_contender(chosen(CHILD))
     assert check(own, chain.parent, text, chain.workspace, HOST).value == pytest.approx(0.0, abs=1e-5)
     floors.forget()
+
+
+class Bare(Run):
+    """A run that calls plain functions."""
+
+    def stage(self, name: str) -> Any:
+        return nullcontext(lambda *_: None)
+
+    def call(self, which: Any, makes: str, *values: Any, **_: Any) -> Any:
+        return which.fn(*values)
+
+
+def test_what_is_chosen_in_types_under_a_lower_limit_is_scored_in_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The scores are settled under the lower limit, and the choice is made by those; a refusal is no next answer."""
+    profile = load_profile("smollm2-llama-cpp", ["capabilities={general: {max_kl: 0.3}}"])
+    run, asked = Bare(profile=profile, workspace=tmp_path), library(SHARES, {"general": 0.3})
+    first, told = Chosen(problem=asked, near=(choose(asked),)), list[Any]()
+    settled = (asked.scores[0],)
+
+    def score_types(tight: Run, *_: Any) -> Any:
+        told.append(tight.profile.capability_limits["general"])
+        return settled
+
+    def choose_child(tight: Run, parent: Any, scores: Any, costs: Any, after: Any) -> Chosen:
+        told.append((tight.profile.capability_limits["general"], scores))
+        return Chosen(problem=asked, near=first.near, scores=scores)
+
+    monkeypatch.setattr(holding, "score_types", score_types)
+    monkeypatch.setattr(holding, "choose_child", choose_child)
+    monkeypatch.setattr(holding, "problem_of", lambda *_: asked)
+    made = Library(records=(), blocks=(), scores=(), costs=asked.costs)
+    search = _Search(run=run, source=(None, None), capabilities=(), library=made)  # type: ignore[arg-type]
+    search.choices.append((first, None))
+    passed = Floor(capability="general", asked=0.3, limit=0.3, predicted=0.25, measured=metric(0.3), at_most=0.36)
+    found = search.again([passed])
+    assert found is not None and found.scores == settled
+    assert told == [pytest.approx(0.25 / 1.2), (told[0], settled)] and run.profile.capability_limits["general"] == 0.3
+
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise raised
+
+    monkeypatch.setattr(holding, "choose_child", refuses)
+    raised: Exception = InfeasibleBudget("nothing fits")
+    assert search.again([passed]) is None
+    raised = PuzzleFailure("a file is damaged")
+    with pytest.raises(PuzzleFailure):
+        search.again([passed])
 
 
 def test_rows_are_spread_over_a_long_text(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
