@@ -27,6 +27,7 @@ from tasks.inputs.corpus import documents_of, weights_of
 from tasks.operating.run_figures import report_metrics
 from tasks.pages.report import floors_table, report_markdown
 from tasks.planning.effort import floors_work, shape_of
+from tasks.search import capabilities
 from tasks.search.choose import choose
 from tasks.search.mip import SolverStopped
 from tasks.search.one_type import candidates
@@ -193,8 +194,8 @@ def test_a_child_is_measured_on_text_that_no_stage_before_gkd_reads(
 ) -> None:
     text = needles_of(chain)
     assert split_of(text) == ("train", text.train_sequences) and split_of(chain.corpus) == ("validation", 8)
-    monkeypatch.setattr(floors, "CHECKED_TOKENS", 1)
-    monkeypatch.setattr(floors, "CHECKED_ROWS", text.train_sequences // 2)
+    monkeypatch.setattr(capabilities, "CHECKED_TOKENS", 1)
+    monkeypatch.setattr(capabilities, "CHECKED_ROWS", text.train_sequences // 2)
     rows = list(rows_of(text, chain.workspace))
     assert len(rows) == text.train_sequences // 2 and max(rows) > len(rows)
     which = contender("child", chosen(CHILD), chain.blocks)
@@ -270,8 +271,8 @@ def test_what_is_chosen_in_types_under_a_lower_limit_is_scored_in_them(
 
 def test_rows_are_spread_over_a_long_text(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     text = needles_of(chain)
-    monkeypatch.setattr(floors, "CHECKED_ROWS", 4)
-    monkeypatch.setattr(floors, "CHECKED_TOKENS", 4 * text.sequence_length)
+    monkeypatch.setattr(capabilities, "CHECKED_ROWS", 4)
+    monkeypatch.setattr(capabilities, "CHECKED_TOKENS", 4 * text.sequence_length)
     count = text.train_sequences
     assert rows_of(text, chain.workspace) == tuple(place * count // 4 for place in range(4))
     few = torch.zeros(count, text.sequence_length)

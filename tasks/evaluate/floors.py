@@ -6,7 +6,6 @@ KL is above what is asked, the search gets a limit that is lower by as much, and
 children that may be measured share an error of 5 % (Bonferroni).
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -24,6 +23,7 @@ from tasks.distill.record import open_parent
 from tasks.evaluate.compare import Contender, figures_of, served
 from tasks.evaluate.quality import ParentTargets, mean_metric, parent_targets
 from tasks.inputs.corpus import documents_of, weights_of
+from tasks.search.capabilities import rows_read
 from tasks.search.choose import with_most_tokens
 from tasks.search.mip import SolverStopped
 from tasks.search.one_type import candidates
@@ -31,8 +31,6 @@ from tasks.search.totals import Problem, kl_on
 
 VERSION = 1
 CONFIDENCE = 0.95  # of all children together
-CHECKED_TOKENS = 16_384  # of each capability, or more:
-CHECKED_ROWS = 32  # at least, where there are as many; a bound over few documents is wide
 EASED = (1.0, 0.5, 0.25)  # parts of the way to the limit that is wanted, on which an answer is looked for
 
 
@@ -74,11 +72,6 @@ def split_of(corpus: CorpusInfo) -> tuple[str, int]:
     comes later. That of the corpus has trained the blocks, so there it is the text of the scores.
     """
     return ("train", corpus.train_sequences) if corpus.capability else ("validation", corpus.validation_sequences)
-
-
-def rows_read(sequences: int, length: int) -> int:
-    """How many of so many sequences are read."""
-    return min(sequences, max(CHECKED_ROWS, math.ceil(CHECKED_TOKENS / length)))
 
 
 def rows_of(corpus: CorpusInfo, workspace: Path) -> tuple[int, ...]:

@@ -40,10 +40,10 @@ from profiles.schema import (
 )
 from tasks.distill.gkd_settings import is_recorded, texts_of_steps, token_bytes, trial_steps
 from tasks.distill.record import CHUNK, fits_in_a_shard, slices
-from tasks.evaluate.floors import rows_read
 from tasks.inputs.space import layers_of, refused_alone
 from tasks.inputs.tiny import TRAIN_BATCH, TRAIN_TOKENS
 from tasks.planning.machine import BLOCK_NAMES, Rates, with_serial_share
+from tasks.search.capabilities import rows_read
 
 FLOAT = 4  # bytes: the search computes and stores in float32
 LOGIT_PASSES = 4  # element-wise passes over a slice of logits that stays in the cache (online softmax)

@@ -14,6 +14,8 @@ from blocks.records import CapabilityScore, Score
 from profiles.schema import GENERAL
 
 METRICS = ("kl", "lm_loss")
+CHECKED_TOKENS = 16_384  # of each capability on which a chosen child is held to a limit (tasks/evaluate/floors.py), or:
+CHECKED_ROWS = 32  # at least, where there are as many; a bound over few documents is wide
 
 
 class InconsistentTables(PuzzleFailure):
@@ -86,3 +88,8 @@ def _mixed(
             for value in own
         )
     return {metric: total, f"{metric}_se": mean(values, documents).error, f"{metric}_per_sequence": values}
+
+
+def rows_read(sequences: int, length: int) -> int:
+    """On how many of so many sequences a chosen child is held to a limit."""
+    return min(sequences, max(CHECKED_ROWS, math.ceil(CHECKED_TOKENS / length)))
