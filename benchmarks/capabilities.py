@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common import ROOT, arguments, last_report, optimize, table, write_page
-from blocks.estimates import lower_bound, rounded
-from blocks.records import Candidate, ChildReport, LimitKept, Metric
+from blocks.estimates import lower_bound, rounded, upper_bound
+from blocks.records import Candidate, ChildReport, LimitKept
 from profiles.load import load_profile
 from profiles.schema import GENERAL
 from tasks.evaluate.standing import Reading, difference, of_sequences, on_capability
@@ -90,11 +90,6 @@ def beside(candidate: Candidate | None, other: Candidate, capability: str, figur
     return ("+" if found.value > 0 else "") + rounded(found)
 
 
-def above(found: Metric) -> float:
-    """The one-sided upper bound of a figure."""
-    return -lower_bound(found.model_copy(update={"value": -found.value}), CONFIDENCE)
-
-
 def predicted(run: Run, capability: str) -> float:
     """The sum of scores of the chosen child on a capability."""
     found = next(one for one in run.report.candidates if one.name == "child" and one.stage == "assembled")
@@ -118,7 +113,7 @@ def floors(bench: Bench, free: Run, alone: Mapping[str, Run]) -> list[str]:
                 continue
             held = found.floor.measured
             assert held is not None, "a report has what was measured on test text"
-            kept, fitting = kept + (above(held) <= most), fitting + 1
+            kept, fitting = kept + (upper_bound(held, CONFIDENCE) <= most), fitting + 1
             rows.append(
                 [
                     capability,
@@ -126,7 +121,7 @@ def floors(bench: Bench, free: Run, alone: Mapping[str, Run]) -> list[str]:
                     f"{found.report.floors[0].limit:.3g}",
                     f"{found.floor.got:.3g}",
                     rounded(held),
-                    f"{above(held):.3g}",
+                    f"{upper_bound(held, CONFIDENCE):.3g}",
                     rounded(without),
                     kl(found.baseline(capability), capability),
                     beside(found.child, free.child, GENERAL),

@@ -165,6 +165,11 @@ def lower_bound(found: Metric, confidence: float) -> float:
     return found.value - float(stats.t.ppf(confidence, found.n - 1)) * found.se
 
 
+def upper_bound(found: Metric, confidence: float) -> float:
+    """One-sided upper confidence bound, as `lower_bound`; infinity for a single part."""
+    return -lower_bound(found.model_copy(update={"value": -found.value}), confidence)
+
+
 def confidence_of_look(confidence: float, look: int) -> float:
     """The confidence that the look-th of many comparisons needs, from 1, so that all of them together, however many
     there will be, err with a probability of at most 1 - confidence. That error is spent as 1/2, 1/6, 1/12, ... of it;

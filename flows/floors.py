@@ -26,7 +26,7 @@ from flows.tracked_run import TrackedRun
 from profiles.schema import GENERAL, Profile
 from tasks.distill.record import open_parent
 from tasks.evaluate.compare import Contender, contender
-from tasks.evaluate.floors import Chosen, Held, check, floors_of, forget, hold, in_words, tighter
+from tasks.evaluate.floors import Chosen, Held, check, floors_of, hold, in_words, tighter
 from tasks.inputs.precision import child_dtype
 from tasks.running.progress import say
 from tasks.running.sharing import TaskKey, exclusive
@@ -68,10 +68,7 @@ def hold_floors(
         return Held(chosen=first, floors=((),) * len(first.near))
     search = _Search(run=run, source=source, capabilities=capabilities, library=library)
     search.choices.append((first, run.task_runs.get("choice")))
-    try:
-        held = hold(first, rounds, search.measure, search.again)
-    finally:
-        forget()
+    held = hold(first, rounds, search.measure, search.again)
     search.went_on_with(held.chosen)
     for (name, _), floors in zip(named(held.chosen.near), held.floors, strict=True):
         for floor in floors:

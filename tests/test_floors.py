@@ -217,7 +217,6 @@ def test_a_child_is_measured_on_text_that_no_stage_before_gkd_reads(
     monkeypatch.undo()
     own = parent_contender(chosen(CHILD))
     assert check(own, chain.parent, text, chain.workspace, HOST).value == pytest.approx(0.0, abs=1e-5)
-    floors.forget()
 
 
 class Bare(Run):

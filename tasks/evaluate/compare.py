@@ -55,6 +55,7 @@ from tasks.gguf.reader import read_gguf
 from tasks.inputs.corpus import documents_of, weights_of
 from tasks.inputs.precision import as_written
 
+Rows = int | tuple[int, ...]  # the first so many sequences of a split, or these
 SHIPPED = "shipped"  # the parent in the file that it came in, as a contender
 VERSION = 1
 EVALUATION_VERSION = 4  # benchmarks read a question once, in float32 after the logits
@@ -228,21 +229,23 @@ def bare_layers(which: Contender) -> tuple[LayerChoice, ...]:
 
 @lru_cache(maxsize=1)
 def targets_on(
-    split: str, sequences: int, parent: ParentInfo, corpus: CorpusInfo, workspace: Path, compute: Compute
+    split: str, rows: Rows, parent: ParentInfo, corpus: CorpusInfo, workspace: Path, compute: Compute
 ) -> ParentTargets:
-    """What the parent says about the first sequences of a split of the corpus, or of a capability's text."""
+    """What the parent says about sequences of a split of the corpus, or of a capability's text."""
     folder = workspace / parent.folder
     model = for_passes(lambda on: open_parent(folder, on).model(), compute, open_parent(folder, compute).weight_bytes)
-    return targets_of(model, split, sequences, corpus, workspace, compute)
+    return targets_of(model, split, rows, corpus, workspace, compute)
 
 
 def targets_of(
-    parent_model: Any, split: str, sequences: int, corpus: CorpusInfo, workspace: Path, compute: Compute
+    parent_model: Any, split: str, rows: Rows, corpus: CorpusInfo, workspace: Path, compute: Compute
 ) -> ParentTargets:
     """As `targets_on`, of a parent that is in memory."""
-    found = parent_targets(parent_model, read_tensors(workspace, corpus.tokens, [split])[split][:sequences], compute)
+    wanted = slice(rows) if isinstance(rows, int) else list(rows)
+    found = parent_targets(parent_model, read_tensors(workspace, corpus.tokens, [split])[split][wanted], compute)
     # all tokens of the corpus count alike in the final comparison; of a capability those count that show it
-    return replace(found, weights=weights_of(corpus, split, workspace, (0, sequences)) if corpus.capability else None)
+    weights = weights_of(corpus, split, workspace) if corpus.capability else None
+    return replace(found, weights=None if weights is None else weights[wanted])
 
 
 def evaluation_path(

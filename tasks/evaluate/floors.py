@@ -8,20 +8,18 @@ children that may be measured share an error of 5 % (Bonferroni).
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from blocks.child import for_passes
 from blocks.compute import Compute
 from blocks.errors import InfeasibleBudget
-from blocks.estimates import lower_bound
-from blocks.library import digest_of, made_once, pick_rows
+from blocks.estimates import upper_bound
+from blocks.library import digest_of, made_once
 from blocks.records import Architecture, CorpusInfo, Floor, Metric, ParentInfo, Score, Value
-from tasks.distill.record import open_parent
-from tasks.evaluate.compare import Contender, figures_of, served
-from tasks.evaluate.quality import ParentTargets, mean_metric, parent_targets
+from tasks.evaluate.compare import Contender, figures_of, served, targets_on
+from tasks.evaluate.quality import mean_metric
 from tasks.inputs.corpus import documents_of, weights_of
 from tasks.search.capabilities import rows_read
 from tasks.search.choose import with_most_tokens
@@ -62,11 +60,6 @@ class Held:
         return next(floors for one, floors in pairs if (one.layers, one.head) == (child.layers, child.head))
 
 
-def forget() -> None:
-    """Give back what the parent said of the last text, its head among it."""
-    _targets.cache_clear()
-
-
 def split_of(corpus: CorpusInfo) -> tuple[str, int]:
     """The split that a child is measured on, and its sequences. Training text of a capability is for GKD alone, which
     comes later. That of the corpus has trained the blocks, so there it is the text of the scores.
@@ -83,18 +76,6 @@ def rows_of(corpus: CorpusInfo, workspace: Path) -> tuple[int, ...]:
     able = range(sequences) if weights is None else weights.any(dim=1).nonzero().flatten().tolist()
     count = rows_read(len(able), corpus.sequence_length)
     return tuple(able[place * len(able) // count] for place in range(count))
-
-
-@lru_cache(maxsize=1)
-def _targets(
-    rows: tuple[int, ...], parent: ParentInfo, corpus: CorpusInfo, workspace: Path, compute: Compute
-) -> ParentTargets:
-    """What the parent says about these rows of the split."""
-    split, folder = split_of(corpus)[0], workspace / parent.folder
-    model = for_passes(lambda on: open_parent(folder, on).model(), compute, open_parent(folder, compute).weight_bytes)
-    targets = parent_targets(model, pick_rows(workspace, corpus.tokens, split, rows), compute)
-    weights = weights_of(corpus, split, workspace) if corpus.capability else None
-    return targets if weights is None else replace(targets, weights=weights[list(rows)])
 
 
 def check(
@@ -117,7 +98,7 @@ def check(
     )
 
     def made() -> Checked:
-        targets = _targets(rows, parent, corpus, workspace, compute)
+        targets = targets_on(split, rows, parent, corpus, workspace, compute)
         model = partial(served, which, parent, workspace, compute, dtype)
         kl = figures_of(which, targets, workspace, compute, model)["kl"]
         counted = 1.0 if targets.weights is None else targets.weights.double().mean()  # 1 over the whole split
@@ -148,7 +129,7 @@ def floors_of(
 
 def _at_most(found: Metric, confidence: float) -> float | None:
     """The one-sided upper bound; None for a single document, which shows no error."""
-    return -lower_bound(found.model_copy(update={"value": -found.value}), confidence) if found.n > 1 else None
+    return upper_bound(found, confidence) if found.n > 1 else None
 
 
 def _share(floor: Floor) -> float:

@@ -101,7 +101,7 @@ def limit(name: str, worse: Metric, most: float, confidence: float, unit: str, i
     Such a share hardly spreads where few differ, and its spread would say that more cannot loop. So its bound is no
     less than the exact one (Clopper and Pearson), over documents.
     """
-    bound = -estimates.lower_bound(worse.model_copy(update={"value": -worse.value}), confidence)
+    bound = estimates.upper_bound(worse, confidence)
     if is_share:
         bound = max(bound, estimates.exact_upper_bound(max(0.0, worse.value), worse.n, confidence))
     return Limit(name=name, most=most, worse=worse, bound=bound if worse.n > 1 else None, unit=unit)
