@@ -529,6 +529,25 @@ class Floor(Value):
     at_most: float | None
 
 
+class HeldTime(Value):
+    """A limit of the budget on time, and what a chosen child takes of it before GKD, timed in turns with its parent
+    (tasks/evaluate/floors.py).
+
+    field: of the budget (`speedup`, `max_latency_seconds of chat`). name: the same with the scenario it was timed in,
+    where the budget holds in several. floor: True when `asked` is the least that is allowed. asked: by the profile.
+    limit: what the search was asked, so that the child itself keeps it. predicted: by the costs of its blocks. All in
+    the unit of the limit.
+    """
+
+    field: str
+    name: str
+    floor: bool
+    asked: float
+    limit: float
+    predicted: float
+    measured: Metric
+
+
 class SeenItems(Value):
     """Which of the drawn items of each benchmark stand in text that the child was made with: 1 or 0 per item, in the
     order of `Candidate.correct`. short: how many of its items are too short to be looked for (tasks/evaluate/seen.py).
@@ -627,8 +646,8 @@ class ChildReport(Value):
 
     request: what was asked of the search (tasks/search/request.py). rule: when one child counts as better than another
     (`champion` in the profile). race: best first, empty where there was none. batch_sizes: what else could have been
-    served at a time, where a scenario names several sizes. floors: the limits on capabilities that the chosen child was
-    measured for. seen_items: None where no benchmarks were asked.
+    served at a time, where a scenario names several sizes. floors, held_times: the limits on capabilities and on time
+    that the chosen child was measured for. seen_items: None where no benchmarks were asked.
     finished_at, command: when the run ended, and the command that makes the child again.
     All are empty in reports of older versions.
     """
@@ -652,6 +671,7 @@ class ChildReport(Value):
     race: tuple[Racer, ...] = ()
     batch_sizes: tuple[AtBatchSize, ...] = ()
     floors: tuple[Floor, ...] = ()
+    held_times: tuple[HeldTime, ...] = ()
     seen_items: SeenItems | None = None
     finished_at: str = ""
     command: str = ""

@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from blocks.records import (
     ChildReport,
     CorpusInfo,
     Floor,
+    HeldTime,
     LimitKept,
     ParentInfo,
     Racer,
@@ -35,6 +36,7 @@ from profiles.schema import MINITRON, Profile
 from tasks.distill.record import open_parent
 from tasks.evaluate.budget import capability_limits, limits_of, with_predictions
 from tasks.evaluate.compare import LINEAGE, Contender, Evaluation, Lineage, build, candidate, kl_on_each
+from tasks.evaluate.floors import Look
 from tasks.evaluate.seen import without_seen
 from tasks.evaluate.standing import is_typed_parent
 from tasks.evaluate.typed_file import GGUF_NAME, hand_over
@@ -54,7 +56,7 @@ from tasks.running.progress import say, wide_console
 from tasks.running.servers import answer, prefect_database
 from tasks.running.sharing import TaskKey, exclusive
 from tasks.search.concurrency import at_batch_sizes
-from tasks.search.totals import Problem
+from tasks.search.totals import Problem, as_asked, at_speed_of
 from tasks.search.view import request_of
 
 LOCAL_PREFECT = "http://127.0.0.1:4200"  # where the command below listens
@@ -64,6 +66,7 @@ LOCAL_PREFECT = "http://127.0.0.1:4200"  # where the command below listens
 class Findings:
     """What was found of whole models: evaluations in the order of the contenders, speeds, what they said.
 
+    looks: at the limits that the child was measured for before GKD.
     seen_items: the benchmarks' items in the text of the run; None where there were no benchmarks.
     """
 
@@ -71,7 +74,7 @@ class Findings:
     speed: SpeedReport
     spoken: Spoken
     race: tuple[Racer, ...]
-    floors: tuple[Floor, ...] = ()
+    looks: tuple[Look, ...] = ()
     seen_items: SeenItems | None = None
 
 
@@ -121,10 +124,8 @@ def report_of(
     answers.
     """
     (parent, corpus), (blocks, problem) = source, library
-    kl_asked = replace(problem.capabilities, most=run.profile.capability_limits)
-    asked = replace(  # not what the search settled
-        problem, budget=run.profile.budget, scenarios=run.profile.scenarios, capabilities=kl_asked
-    )
+    asked = as_asked(problem, run.profile)
+    settled = asked if problem.within_score is None else at_speed_of(problem, asked)
     folder = run.workspace / "runs" / f"{run.profile.name}-{digest_of(child=final.key)[:12]}"
     speed, spoken, own = found.speed, found.spoken, found.evaluations[0]
     parents = speed.models.get(PARENT, ())
@@ -133,7 +134,7 @@ def report_of(
     def limits(which: Contender, evaluation: Evaluation) -> tuple[LimitKept, ...]:
         if which.stage == "parent":
             return ()
-        whose, times = problem if is_typed_parent(which.name) else asked, speed.models.get(which.name, ())
+        whose, times = settled if is_typed_parent(which.name) else asked, speed.models.get(which.name, ())
         kl = capability_limits(asked, which.architecture, kl_on_each(evaluation))
         return (*limits_of(whose, which.architecture, times, parents), *kl)
 
@@ -169,8 +170,9 @@ def report_of(
         peak_memory_bytes=run.usage.peak_memory_bytes(),
         request=request_of(problem).model_dump(mode="json"),
         race=found.race,
-        floors=found.floors,
-        batch_sizes=at_batch_sizes(asked, final.architecture),
+        floors=tuple(one for one in found.looks if isinstance(one, Floor)),
+        held_times=tuple(one for one in found.looks if isinstance(one, HeldTime)),
+        batch_sizes=at_batch_sizes(problem if problem.within_score is None else asked, final.architecture),
         seen_items=found.seen_items,
         rule=run.profile.champion.model_dump(mode="json"),
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -222,7 +224,8 @@ def _export(run: TrackedRun, lineage: Lineage, report: ChildReport, markdown: st
     model: Any = in_precision(build(final, parent, run.workspace, HOST), child_dtype(hardware, reader))
     weights, terms = why(hardware, reader, run.profile.compute_precision), terms_of(reader.folder)
     card = model_card(parent, corpus, model.config, markdown, report.command, weights, terms)
-    keep(folder / LINEAGE, lineage, [], run.workspace)
+    held = {"held_times": report.held_times, "floors": report.floors}
+    keep(folder / LINEAGE, lineage.model_copy(update=held), [], run.workspace)
     export_child(model, parent, run.workspace, folder / "child", card)
     if final.file:
         say(hand_over(run.workspace / final.file, folder / GGUF_NAME))

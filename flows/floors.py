@@ -1,6 +1,6 @@
-"""The stage after the choice: the chosen child keeps every `max_kl` itself (tasks/evaluate/floors.py)."""
+"""The stage after the choice: the chosen child keeps its limits on time and capabilities (tasks/evaluate/floors.py)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,31 +9,47 @@ from uuid import UUID
 from blocks.errors import PuzzleError, PuzzleFailure
 from blocks.library import digest_of
 from blocks.records import (
+    PARENT,
     Architecture,
     BlockRecord,
     CorpusInfo,
     CostTable,
     Floor,
+    HeldTime,
     LayerRecord,
     Metric,
     ParentInfo,
     Score,
+    SpeedReport,
 )
 from flows.number_types import score_types, with_files
 from flows.run import task_of
 from flows.stages import choose_child, runnable
 from flows.tracked_run import TrackedRun
+from flows.whole_models import measure_speed
 from profiles.schema import GENERAL, Profile
 from tasks.distill.record import open_parent
-from tasks.evaluate.compare import Contender, contender
-from tasks.evaluate.floors import Chosen, Held, check, floors_of, hold, in_words, tighter
+from tasks.evaluate.compare import Contender, contender, parent_contender
+from tasks.evaluate.floors import (
+    TOO_UNSURE,
+    Chosen,
+    Held,
+    Look,
+    check,
+    floors_of,
+    hold,
+    in_words,
+    is_same,
+    tighter,
+    times_of,
+)
 from tasks.inputs.precision import child_dtype
 from tasks.running.progress import say
 from tasks.running.sharing import TaskKey, exclusive
 from tasks.running.workers import compute_of
-from tasks.search.totals import problem_of
+from tasks.search.totals import Problem, as_asked, problem_of
 
-tighter_task = task_of("choose", "choose, with tighter limits")(tighter)
+tighter_task = task_of("choose", "choose, with other limits")(tighter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +78,18 @@ def hold_floors(
     first: Chosen,
     library: Library,
 ) -> Held:
-    """The choice with every `max_kl` kept by each of its children, and how they keep them."""
+    """The choice whose children keep every limit on time and every `max_kl` themselves, and how they do."""
     rounds = run.profile.search.floor_rounds
-    if not run.profile.capability_limits or not rounds:
-        return Held(chosen=first, floors=((),) * len(first.near))
+    timed = run.profile.limits_time and not library.costs.modelled
+    if not rounds or not (timed or run.profile.capability_limits):
+        return Held(chosen=first, looks=((),) * len(first.near))
     search = _Search(run=run, source=source, capabilities=capabilities, library=library)
     search.choices.append((first, run.task_runs.get("choice")))
     held = hold(first, rounds, search.measure, search.again)
     search.went_on_with(held.chosen)
-    for (name, _), floors in zip(named(held.chosen.near), held.floors, strict=True):
-        for floor in floors:
-            say(f"{name}: {in_words(floor)}")
+    for (name, _), looks in zip(named(held.chosen.near), held.looks, strict=True):
+        for look in looks:
+            say(f"{name}: {in_words(look)}")
     if held.chosen.scores != first.scores:  # more was scored in types of number
         run.keep_tables(*source, library.blocks, held.chosen.scores, library.costs)
     return held
@@ -86,23 +103,62 @@ def named(near: Sequence[Architecture]) -> list[tuple[str, Architecture]]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Search:
-    """The answers of one search under limits that become lower, each with the task run that gave it."""
+    """The answers of one search under other limits, each with the task run that gave it. timed: which were timed."""
 
     run: TrackedRun
     source: tuple[ParentInfo, CorpusInfo]
     capabilities: Sequence[CorpusInfo]
     library: Library
     choices: list[tuple[Chosen, UUID | None]] = field(default_factory=list)
+    timed: list[bool] = field(default_factory=list)
 
-    def measure(self, chosen: Chosen) -> list[tuple[Floor, ...]]:
-        """Every child of an answer on the text of every limit."""
+    def measure(self, chosen: Chosen) -> list[tuple[Look, ...]] | None:
+        """Every child of an answer at every limit. None where it could not be timed and others were."""
+        run, (parent, corpus) = self.run, self.source
+        children = [contender(name, one, self.library.blocks) for name, one in named(chosen.near)]
+        children = with_files(run, children, parent, corpus)
+        times: Sequence[tuple[HeldTime, ...]] = [()] * len(children)
+        if run.profile.limits_time and not self.library.costs.modelled:
+            found = self._times(chosen, children)
+            if found is None:
+                say("the limits on time are not looked at before GKD: the machine was busy, or too unsteady")
+                if any(self.timed):
+                    return None
+            times = found or times  # without any, limits stay as they were asked, and the sums of costs decide
+            self.timed.append(found is not None)
+        floors = self._floors(chosen, children) if run.profile.capability_limits else [()] * len(children)
+        return [(*one, *other) for one, other in zip(times, floors, strict=True)]
+
+    def _times(self, chosen: Chosen, children: Sequence[Contender]) -> list[tuple[HeldTime, ...]] | None:
+        """All children in turns with the parent, those of the same batch sizes in one sitting; None where a sitting
+        tells nothing.
+        """
+        run, costs, asked = self.run, self.library.costs, as_asked(chosen.problem, self.run.profile)
+        sittings = dict[tuple[int, ...], list[Contender]]()
+        for child in children:
+            sittings.setdefault(tuple(totals.batch_size for totals in child.architecture.totals), []).append(child)
+        speeds = dict[str, SpeedReport]()
+        for together in sittings.values():
+            models = [parent_contender(together[0].architecture), *together]
+            makes = f"floor speed {together[0].name}"
+            speed = measure_speed(run, models, self.source[0], costs, "hold speed", makes, costs.measured_at)
+            if speed.disturbed:
+                return None
+            speeds |= {child.name: speed for child in together}
+        found = [
+            times_of(asked, chosen.problem, own, speeds[one.name].models[one.name], speeds[one.name].models[PARENT])
+            for one, own in zip(children, chosen.near, strict=True)
+        ]
+        unsure = any(one.measured.se > TOO_UNSURE * one.measured.value for looks in found for one in looks)
+        return None if unsure else found
+
+    def _floors(self, chosen: Chosen, children: Sequence[Contender]) -> list[tuple[Floor, ...]]:
+        """Each child on the text of every capability with a limit."""
         run, profile, (parent, corpus) = self.run, self.run.profile, self.source
         asked, texts = (
             profile.capability_limits,
             {one.capability or GENERAL: one for one in (corpus, *self.capabilities)},
         )
-        children = [contender(name, one, self.library.blocks) for name, one in named(chosen.near)]
-        children = with_files(run, children, parent, corpus)
         found: list[dict[str, Metric]] = [{} for _ in children]
         with run.stage("hold") as progress:
             for name, most in asked.items():  # the parent's side of a text is there for all children
@@ -115,37 +171,47 @@ class _Search:
         pairs = zip(chosen.near, found, strict=True)
         return [floors_of(asked, chosen.problem, one, kl, measured_at_most) for one, kl in pairs]
 
-    def again(self, floors: Sequence[Floor]) -> Chosen | None:
+    def again(self, looks: Sequence[Sequence[Look]]) -> Chosen | None:
         """The next answer; None where there is none, which ends no run: there is a child already."""
         try:
-            found = self._again(floors)
+            found = self._again(looks)
         except PuzzleFailure:
             raise
         except PuzzleError as error:
-            say(f"no child under a tighter limit: {error}")
+            say(f"no child under other limits: {error}")
             return None
         if found is not None:
             self.choices.append((found, self.run.task_runs.get("choice")))
         return found
 
-    def _again(self, floors: Sequence[Floor]) -> Chosen | None:
+    def _again(self, looks: Sequence[Sequence[Look]]) -> Chosen | None:
         """What is chosen in a type of number is scored in that type, like the first choice."""
         run, (parent, _), library = self.run, self.source, self.library
         profile, race, scores = run.profile, run.profile.race, self.choices[-1][0].scores
-        values = (problem_of(profile, scores, library.costs), floors, race.candidates, race.min_different)
+        typed = bool(profile.search_space.precision)
+        values = (
+            problem_of(profile, scores, library.costs),
+            looks,
+            1 if typed else race.candidates,
+            race.min_different,
+        )
         needs = [one for one in run.task_runs if one.startswith("floor ")]
         with run.stage("choose"):
-            found: Chosen | None = run.call(tighter_task, "tighter choice", *values, after=needs, limited=False)
+            found: tuple[Problem, Chosen] | None = run.call(
+                tighter_task, "tighter choice", *values, after=needs, limited=False
+            )
         if found is None:
             return None
-        if not profile.search_space.precision:
+        if typed and any(is_same(found[1], one) for one, _ in self.choices):
+            return None  # it needs no scores of its own
+        if not typed:
             if "tighter choice" in run.task_runs:
                 run.task_runs["choice"] = run.task_runs["tighter choice"]
-            return runnable(run, parent, replace(found, scores=scores))
-        tight = replace(run, profile=_under(profile, found.problem.capabilities.most))
+            return runnable(run, parent, replace(found[1], scores=scores))
+        other = replace(run, profile=_under(profile, found[0]))
         made = (library.records, library.blocks, library.scores, library.costs)
-        more = score_types(tight, self.source, *made, self.capabilities)
-        return choose_child(tight, parent, more, library.costs, after=["tighter choice"])
+        more = score_types(other, self.source, *made, self.capabilities)
+        return choose_child(other, parent, more, library.costs, after=["tighter choice"])
 
     def went_on_with(self, chosen: Chosen) -> None:
         """What is made of an answer hangs on its task run in Prefect's graph."""
@@ -154,7 +220,11 @@ class _Search:
             self.run.task_runs["choice"] = made_by
 
 
-def _under(profile: Profile, most: Mapping[str, float]) -> Profile:
-    """The profile with these limits on its capabilities."""
-    lowered = {name: profile.capabilities[name].model_copy(update={"max_kl": kl}) for name, kl in most.items()}
-    return profile.model_copy(update={"capabilities": {**profile.capabilities, **lowered}})
+def _under(profile: Profile, asked: Problem) -> Profile:
+    """The profile with the limits of a problem."""
+    capabilities = {
+        name: one.model_copy(update={"max_kl": asked.capabilities.most.get(name)})
+        for name, one in profile.capabilities.items()
+    }
+    changed = {"capabilities": capabilities, "budget": asked.budget, "scenarios": asked.scenarios}
+    return profile.model_copy(update=changed)

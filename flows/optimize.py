@@ -67,7 +67,7 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
             speed=speed,
             spoken=spoken,
             race=racers,
-            floors=held.of(child.architecture),
+            looks=held.of(child.architecture),
             seen_items=seen,
         )
         report = report_of(run, final, contenders, findings, source, (blocks, problem))

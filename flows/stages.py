@@ -13,7 +13,7 @@ from typing import Any
 
 from prefect.futures import as_completed
 
-from blocks.errors import PuzzleError
+from blocks.errors import InfeasibleBudget, PuzzleError
 from blocks.library import BlockLibrary, digest_of
 from blocks.records import Architecture, BlockRecord, CorpusInfo, CostTable, LayerRecord, ParentInfo, Score
 from flows.run import Run, task_of
@@ -48,7 +48,7 @@ from tasks.running.workers import WorkerSlot, compute_of, in_slot, worker_slot
 from tasks.score import scoring
 from tasks.search.choose import with_most_tokens
 from tasks.search.one_type import candidates
-from tasks.search.totals import Problem, predicted, problem_of
+from tasks.search.totals import Problem, as_asked, predicted, problem_of
 from tasks.studies.peers import find
 
 parent_task = task_of("prepare parent", "prepare parent")(prepare_parent)
@@ -448,6 +448,20 @@ def runnable(run: Run, parent: ParentInfo, chosen: Chosen) -> Chosen:
     return replace(chosen, near=found)
 
 
+def _found(name: str, problem: Problem, profile: Profile) -> Architecture:
+    """What a simple search finds under the limits that the child was held to, or where it finds nothing, under those of
+    the profile.
+    """
+    try:
+        return find(name, problem, profile.seed)
+    except InfeasibleBudget:
+        if problem.within_score is not None:
+            raise
+        found = find(name, as_asked(problem, profile), profile.seed)
+        say(f"baseline {name}: nothing keeps the limits that the child was held to; this one keeps the profile's")
+        return found
+
+
 def choose_baselines(run: Run, parent: ParentInfo, problem: Problem, child: Architecture) -> dict[str, Architecture]:
     """The simple searches under the same budget, their totals at the child's batch sizes; one that cannot keep the
     budget is left out and named.
@@ -459,7 +473,7 @@ def choose_baselines(run: Run, parent: ParentInfo, problem: Problem, child: Arch
             say("baseline minitron left out: with bld.tokens the states that its cuts are checked on are not kept")
             continue
         try:
-            one = find(name, problem, run.profile.seed)
+            one = _found(name, problem, run.profile)
             if why := refused_whole(run.profile, reader, one.layers):
                 raise PuzzleError(why)
             found[name] = predicted(problem, one.layers, name, batches, one.head)

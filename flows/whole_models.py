@@ -152,21 +152,21 @@ def seen_task(parent: ParentInfo, texts: Sequence[CorpusInfo], profile: Profile,
 
 
 def _speed_key(_: Any, given: dict[str, Any]) -> str:
-    return end_to_end.speed_key(given["contenders"], given["parent"], given["profile"])
+    return end_to_end.speed_key(given["contenders"], given["source"][0], given["profile"])
 
 
 @task_of("throughput", "throughput of {count} models", _speed_key)
 def throughput_task(
     contenders: list[Contender],
     count: int,
-    parent: ParentInfo,
-    table: CostTable,
+    source: tuple[ParentInfo, CostTable],
     profile: Profile,
     workspace: Path,
     progress: Any,
+    since: str,
 ) -> Any:
     """See tasks.measure.end_to_end.measure_speed."""
-    return end_to_end.measure_speed(contenders, parent, table, profile, workspace, progress)
+    return end_to_end.measure_speed(contenders, *source, profile, workspace, progress, since)
 
 
 def made_of(which: Contender) -> str:
@@ -359,21 +359,31 @@ def look_for_items(
     return found
 
 
-def measure_speed(run: Run, contenders: Sequence[Contender], parent: ParentInfo, table: CostTable) -> SpeedReport:
-    """All models end to end in the engine of the costs, in turns; nothing on a target that is not here."""
+def measure_speed(
+    run: Run,
+    contenders: Sequence[Contender],
+    parent: ParentInfo,
+    table: CostTable,
+    stage: str = "throughput",
+    makes: str = "speed",
+    since: str = "",
+) -> SpeedReport:
+    """Models end to end in the engine of the costs, in turns; nothing on a target that is not here. makes: the name of
+    the task run. since: see tasks.measure.end_to_end.stored_speed.
+    """
     if table.modelled:
         return SpeedReport()
     profile, workspace = run.profile, run.workspace
-    stored = end_to_end.stored_speed(contenders, parent, table, profile, workspace)
+    stored = end_to_end.stored_speed(contenders, parent, table, profile, workspace, since)
 
     def call(progress: Any) -> Any:
-        values = (list(contenders), len(contenders), parent, table, profile, workspace, progress)
+        values = (list(contenders), len(contenders), (parent, table), profile, workspace, progress, since)
         needs = [*cost_tasks(run), *map(made_of, contenders)]
-        return run.call(throughput_task, "speed", *values, after=needs, limited=False, refresh=stored is None)
+        return run.call(throughput_task, makes, *values, after=needs, limited=False, refresh=stored is None)
 
     if stored is not None:  # asked first: nobody waits for a device to read what is known
         call(no_progress)
         return stored
-    with run.stage("throughput") as progress:
+    with run.stage(stage) as progress:
         found: SpeedReport = call(progress)
     return found

@@ -696,6 +696,15 @@ class Hardware(Section):
         return self
 
 
+TIME_LIMITS = (
+    "speedup",
+    "min_tokens_per_second",
+    "max_latency_seconds",
+    "max_time_to_first_token_seconds",
+    "time_to_first_token_fraction",
+)
+
+
 class ScenarioBudget(Section):
     """Limits in a scenario: absolute, or relative to the parent at the same batch size."""
 
@@ -816,10 +825,11 @@ class Search(Section):
     floor_rounds: int = Field(
         default=3,
         ge=0,
-        description="How many answers of the search are measured for `max_kl` of capabilities. A child is, before "
-        "GKD, on its training text, which no stage has read (`general`: the text of the scores); where a one-sided "
-        "95 % bound of its KL is above the limit, the search is asked for less, and its answer measured in turn. 0: "
-        "the sum of scores decides.",
+        description="How many answers of the search are measured, before GKD, for limits that the child itself must "
+        "keep: those of the budget on time, in turns with the parent, and `max_kl` of capabilities, on their training "
+        "text, which no stage has read (`general`: the text of the scores). Where it is too slow, or a one-sided 95 % "
+        "bound of its KL above the limit, the search is asked for more; where it keeps more than was asked, for less. "
+        "Of those that keep all, the one of the lowest score is taken. 0: the sums of costs and scores decide.",
     )
 
 
@@ -1164,6 +1174,12 @@ class Profile(Section):
     def capability_limits(self) -> dict[str, float]:
         """The highest KL on each, where there is one."""
         return {name: one.max_kl for name, one in self.capabilities.items() if one.max_kl is not None}
+
+    @property
+    def limits_time(self) -> bool:
+        """Whether some limit of the budget is on a time or a speed."""
+        budgets = (self.budget, *(scenario.budget for scenario in self.scenarios))
+        return any(getattr(budget, name) is not None for budget in budgets for name in TIME_LIMITS)
 
     @property
     def devices(self) -> tuple[str, ...]:

@@ -99,11 +99,12 @@ def test_another_way_to_hold_a_limit_makes_a_challenger_where_there_is_one(
     chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = "capabilities.general.max_kl=0.5"
-    asked = (profile_with(limit), profile_with(), profile_with(limit, "search.floor_rounds=0"))
+    fast, off = "budget.speedup=1.2", "search.floor_rounds=0"
+    asked = (profile_with(limit), profile_with(fast), profile_with(), profile_with(limit, fast, off))
     before = [basis(one, chain.parent, chain.corpus, table()) for one in asked]
     monkeypatch.setattr(floors, "VERSION", floors.VERSION + 1)
     after = [basis(one, chain.parent, chain.corpus, table()) for one in asked]
-    assert [changes(*pair) for pair in zip(before, after, strict=True)] == [("capabilities",), (), ()]
+    assert [changes(*pair) for pair in zip(before, after, strict=True)] == [("capabilities",), ("budget",), (), ()]
 
 
 def test_modelled_costs_are_those_of_the_target_on_any_machine(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:

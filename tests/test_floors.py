@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,25 +15,45 @@ from blocks.compute import HOST
 from blocks.errors import InfeasibleBudget, PuzzleFailure
 from blocks.estimates import mean
 from blocks.library import read_tensors
-from blocks.records import Architecture, Floor, Metric
+from blocks.records import Architecture, Floor, HeldTime, Metric
 from flows import floors as holding
 from flows.floors import Library, _Search
 from flows.run import Run
 from profiles.load import load_profile
+from profiles.schema import Budget, ScenarioBudget
 from tasks.distill.record import open_parent
 from tasks.evaluate import floors
 from tasks.evaluate.compare import contender, parent_contender
-from tasks.evaluate.floors import Chosen, Held, check, floors_of, hold, in_words, rows_of, split_of, tighter, worst
+from tasks.evaluate.floors import (
+    Chosen,
+    Held,
+    Look,
+    as_measured,
+    asked_next,
+    check,
+    floors_of,
+    hold,
+    in_words,
+    is_kept,
+    next_limit,
+    rows_of,
+    split_of,
+    tighter,
+    times_of,
+    worst,
+)
 from tasks.inputs.corpus import documents_of, weights_of
+from tasks.operating.registry import description
 from tasks.operating.run_figures import report_metrics
-from tasks.pages.report import floors_table, report_markdown
+from tasks.pages.report import floors_table, report_markdown, times_table
 from tasks.planning.effort import floors_work, shape_of
 from tasks.search import capabilities
 from tasks.search.choose import choose
 from tasks.search.mip import SolverStopped
 from tasks.search.one_type import candidates
-from tasks.search.totals import Problem, kl_on
+from tasks.search.totals import Problem, as_asked, kl_on
 from tests.chain import Chain, chosen
+from tests.test_budget import timed as timed_architecture
 from tests.test_capabilities import needles_of, problem, reported
 from tests.test_gkd import CHILD
 from tests.test_report import report_of
@@ -57,12 +78,17 @@ def held(most: float, truth: float, rounds: int = 3, se: float = 0.0) -> tuple[C
         seen.append(truth * kl_on(asked, child.layers, "retrieval"))
         return [floors_of({"retrieval": most}, found.problem, child, {"retrieval": metric(seen[-1], se)}, rounds)]
 
-    def again(floors: Sequence[Floor]) -> Chosen | None:
-        return tighter(asked, floors, 1, 1)
+    def again(looks: Sequence[Sequence[Look]]) -> Chosen | None:
+        found = tighter(asked, looks, 1, 1)
+        return None if found is None else found[1]
 
     first = Chosen(problem=asked, near=(choose(asked),))
     held = hold(first, rounds, measure, again)
-    return held.chosen, held.of(held.chosen.near[0]), seen
+    return held.chosen, floors_among(held.of(held.chosen.near[0])), seen
+
+
+def floors_among(looks: Sequence[Look]) -> tuple[Floor, ...]:
+    return tuple(look for look in looks if isinstance(look, Floor))
 
 
 def predicted(found: Chosen) -> float:
@@ -135,25 +161,27 @@ def test_of_several_children_those_race_that_keep_the_limits() -> None:
     first = Chosen(problem=asked, near=tuple(candidates(asked, 3, 1)))
     second = Chosen(problem=asked, near=tuple(candidates(asked, 4, 2))[3:])
 
-    def raced(got: Sequence[float], then: float | None = None) -> tuple[Held, list[Sequence[Floor]]]:
+    def raced(got: Sequence[float], then: float | None = None) -> tuple[Held, list[Sequence[Look]]]:
         values = dict(zip(map(id, first.near), got, strict=True)) | {id(second.near[0]): then or 0.0}
-        asked_again = list[Sequence[Floor]]()
+        asked_again = list[Sequence[Look]]()
 
         def measure(found: Chosen) -> list[tuple[Floor, ...]]:
             each = ({"retrieval": metric(9.0 * values[id(one)])} for one in found.near)
             return [floors_of({"retrieval": 9.0}, asked, *pair) for pair in zip(found.near, each, strict=True)]
 
-        def again(floors: Sequence[Floor]) -> Chosen | None:
-            asked_again.append(floors)
+        def again(looks: Sequence[Sequence[Look]]) -> Chosen | None:
+            asked_again.append(looks[-1])
             return second if then else None
 
         return hold(first, 3, measure, again), asked_again
 
     held, looked = raced((0.9, 1.2, 0.8))
     assert held.chosen.near == (first.near[0], first.near[2]) and not looked
-    assert [held.of(one)[0].at_most for one in held.chosen.near] == pytest.approx([8.1, 7.2])
+    assert [floors_among(held.of(one))[0].at_most for one in held.chosen.near] == pytest.approx([8.1, 7.2])
     held, looked = raced((1.2, 0.9, 0.8))
-    assert held.chosen.near == first.near[1:] and looked[0][0].at_most == pytest.approx(10.8), "of the best child"
+    assert held.chosen.near == first.near[1:] and floors_among(looked[0])[0].at_most == pytest.approx(10.8), (
+        "of the best child"
+    )
     assert raced((1.5, 1.1, 1.3))[0].chosen.near == (first.near[1],)
     assert raced((1.5, 1.1, 1.3), then=0.9)[0].chosen.near == second.near
     assert raced((1.5, 0.9, 1.3), then=0.9)[0].chosen.near == (first.near[1],), "it scores less than the second answer"
@@ -165,7 +193,7 @@ def test_a_solver_without_an_answer_is_no_answer(monkeypatch: pytest.MonkeyPatch
 
     _, (floor,), _ = held(1.2 * reach()[1], truth=1.5, rounds=1)
     monkeypatch.setattr(floors, "candidates", stopped)
-    assert tighter(library(SHARES), [floor], 1, 1) is None
+    assert tighter(library(SHARES), [[floor]], 1, 1) is None
 
 
 def test_what_the_budget_does_not_allow_is_come_as_near_to_as_it_does() -> None:
@@ -183,9 +211,9 @@ def test_a_limit_that_is_kept_stays_when_another_is_lowered() -> None:
     passed = Floor(
         capability="retrieval", asked=one, limit=one, predicted=0.9 * one, measured=metric(one), at_most=1.2 * one
     )
-    found = tighter(asked, [passed, kept], 1, 1)
+    found = tighter(asked, [[passed, kept]], 1, 1)
     assert found is not None
-    assert found.problem.capabilities.most == pytest.approx({"retrieval": 0.9 * one / 1.2, "code": 5.0})
+    assert found[1].problem.capabilities.most == pytest.approx({"retrieval": 0.9 * one / 1.2, "code": 5.0})
 
 
 @torch.inference_mode()
@@ -235,7 +263,8 @@ def test_what_is_chosen_in_types_under_a_lower_limit_is_scored_in_them(
     """The scores are settled under the lower limit, and the choice is made by those; a refusal is no next answer."""
     profile = load_profile("smollm2-llama-cpp", ["capabilities={general: {max_kl: 0.3}}"])
     run, asked = Bare(profile=profile, workspace=tmp_path), library(SHARES, {"general": 0.3})
-    first, told = Chosen(problem=asked, near=(choose(asked),)), list[Any]()
+    best, other = candidates(asked, 2, 1)
+    first, told = Chosen(problem=asked, near=(other,)), list[Any]()
     settled = (asked.scores[0],)
 
     def score_types(tight: Run, *_: Any) -> Any:
@@ -253,7 +282,7 @@ def test_what_is_chosen_in_types_under_a_lower_limit_is_scored_in_them(
     search = _Search(run=run, source=(None, None), capabilities=(), library=made)  # type: ignore[arg-type]
     search.choices.append((first, None))
     passed = Floor(capability="general", asked=0.3, limit=0.3, predicted=0.25, measured=metric(0.3), at_most=0.36)
-    found = search.again([passed])
+    found = search.again([[passed]])
     assert found is not None and found.scores == settled
     assert told == [pytest.approx(0.25 / 1.2), (told[0], settled)] and run.profile.capability_limits["general"] == 0.3
 
@@ -262,10 +291,14 @@ def test_what_is_chosen_in_types_under_a_lower_limit_is_scored_in_them(
 
     monkeypatch.setattr(holding, "choose_child", refuses)
     raised: Exception = InfeasibleBudget("nothing fits")
-    assert search.again([passed]) is None
+    assert search.again([[passed]]) is None
+    told.clear()
+    search.choices.append((Chosen(problem=asked, near=(best,)), None))
+    assert search.again([[passed]]) is None and not told, "that answer was there before, nothing is scored for it"
+    search.choices.pop()
     raised = PuzzleFailure("a file is damaged")
     with pytest.raises(PuzzleFailure):
-        search.again([passed])
+        search.again([[passed]])
 
 
 def test_rows_are_spread_over_a_long_text(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,3 +321,153 @@ def test_a_plan_knows_what_looks_at_children_take(chain: Chain) -> None:
     assert floors_work(shape_of(race, chain.reader), 0.5)[:2] == (6, 3 * tokens)
     off = profile.model_copy(update={"search": profile.search.model_copy(update={"floor_rounds": 0})})
     assert floors_work(shape_of(off, chain.reader), 0.5)[:2] == (0, 0) and work.flops > 0
+
+
+# --- limits on time: of a library whose children are slower, or faster, than their costs add up to
+
+
+@cache
+def fast(speedup: float) -> Problem:
+    asked = problem(SHARES, layers=6)
+    return replace(asked, budget=Budget(speedup=speedup))
+
+
+def timed(asked: Problem, slower: float, rounds: int = 3) -> tuple[Chosen, HeldTime, list[float]]:
+    """A search for speed where every child takes `slower` times its costs. Also the speeds that were measured."""
+    seen = list[float]()
+
+    def measure(found: Chosen) -> list[tuple[Look, ...]]:
+        (child,) = found.near
+        own, parents = timed_architecture(child, slower), timed_architecture(child, 1.0, parent=True)
+        looks = times_of(asked, found.problem, child, own, parents)
+        seen.append(looks[0].measured.value)
+        return [looks]
+
+    def again(looks: Sequence[Sequence[Look]]) -> Chosen | None:
+        found = tighter(asked, looks, 1, 1)
+        return None if found is None else found[1]
+
+    held = hold(Chosen(problem=asked, near=(choose(asked),)), rounds, measure, again)
+    (look,) = held.of(held.chosen.near[0])
+    assert isinstance(look, HeldTime)
+    return held.chosen, look, seen
+
+
+def test_a_child_slower_than_its_costs_is_chosen_again_for_more_speed() -> None:
+    asked = fast(1.5)
+    first, slow, _ = timed(asked, 1.1, rounds=1)
+    assert slow.measured.value < 1.5 < slow.predicted and in_words(slow).endswith("not kept before GKD")
+    found, look, seen = timed(asked, 1.1)
+    assert look.measured.value == seen[-1] >= 1.5 * (1 - 0.01) and look.asked == 1.5 < look.limit
+    assert look.predicted / look.measured.value == pytest.approx(1.1)
+    assert found.near[0].score == choose(fast(look.limit)).score > first.near[0].score
+    assert found.near[0].score <= choose(fast(1.5 * 1.1 * 1.05)).score, "no more of it than it takes"
+
+
+def test_a_child_faster_than_its_costs_gets_its_quality_back() -> None:
+    asked = fast(1.5)
+    first, quick, _ = timed(asked, 0.85, rounds=1)
+    found, look, seen = timed(asked, 0.85)
+    assert quick.measured.value > 1.6 and len(seen) > 1
+    assert 1.5 * (1 - 0.01) <= look.measured.value < quick.measured.value and look.limit < 1.5
+    assert found.near[0].score < first.near[0].score
+
+
+def test_costs_that_hold_are_left_as_they_are() -> None:
+    assert len(timed(fast(1.5), 1.0)[2]) == 1
+
+
+def test_the_next_limit_lies_between_what_kept_it_and_what_did_not() -> None:
+    def look(predicted: float, measured: float, limit: float) -> HeldTime:
+        given = {"field": "speedup", "name": "speedup", "floor": True, "asked": 2.0}
+        return HeldTime(**given, limit=limit, predicted=predicted, measured=metric(measured))  # type: ignore[arg-type]
+
+    slow, quick = look(2.0, 1.9, 2.0), look(2.3, 2.2, 2.25)
+    assert next_limit([slow]) == pytest.approx(2.0 * 2.0 / 1.9 / 0.99)
+    assert 2.0 < next_limit([slow, quick]) < 2.3 and next_limit([quick, slow]) == next_limit([slow, quick])
+    assert next_limit([look(2.0, 2.0, 2.0)]) == 2.0, "neither more nor less is needed"
+    assert next_limit([look(2.6, 2.5, 2.0)]) == 2.0, "another limit binds"
+
+
+def test_limits_of_a_scenario_and_of_the_profile_are_each_their_own() -> None:
+    asked = fast(1.5)
+    chat = asked.scenarios[0].model_copy(update={"budget": ScenarioBudget(max_latency_seconds=9.0)})
+    asked = replace(asked, scenarios=(chat,))
+    child = choose(asked)
+    own, parents = timed_architecture(child, 1.2), timed_architecture(child, 1.0, parent=True)
+    looks = times_of(asked, asked, child, own, parents)
+    assert [one.field for one in looks] == ["speedup", "max_latency_seconds of chat"]
+    late = looks[1].model_copy(update={"predicted": 8.9, "measured": metric(9.9)})
+    then = asked_next(asked, [[looks[0], late]], 1.0)
+    assert then.scenarios[0].budget.max_latency_seconds == pytest.approx(8.9 * 9.0 / 9.9 * 0.99)
+    assert then.budget.speedup == pytest.approx(next_limit([looks[0]])) and asked.budget.speedup == 1.5
+    (speed, _) = looks
+    assert isinstance(speed, HeldTime)
+    slower = speed.model_copy(update={"name": "speedup of rag", "measured": metric(0.9 * speed.measured.value)})
+    for both in ([speed, slower], [slower, speed]):
+        assert asked_next(asked, [both], 1.0).budget.speedup == next_limit([slower]) > next_limit([speed])
+    kept = asked_next(asked, [[looks[0]], [late]], 1.0)  # the second answer was measured on a busy machine
+    assert kept.budget.speedup == then.budget.speedup
+    assert as_asked(then, Asked(asked)).budget == asked.budget  # type: ignore[arg-type]
+
+
+class Asked:
+    """What a problem takes of a profile."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.budget, self.scenarios, self.capability_limits = problem.budget, problem.scenarios, dict[str, float]()
+
+
+def test_the_report_and_mlflow_have_the_limits_on_time() -> None:
+    _, look, _ = timed(fast(1.5), 1.1)
+    report = report_of().model_copy(update={"held_times": (look,)})
+    _, (row,), _ = times_table(report)
+    assert row[:2] == ["speedup", "1.5"] and "### Limits on time, before GKD" in report_markdown(report)
+    figures = report_metrics(report)
+    assert figures["floor/speedup_asked"] == 1.5 and figures["floor/speedup_measured"] == look.measured.value
+    assert figures["floor/speedup_limit"] == look.limit > 1.5
+    asked = report.model_copy(update={"request": {"limits": [{"name": "speedup", "asked": look.limit}]}})
+    assert "speedup 1.5" in description(asked, "")
+
+
+def test_the_same_blocks_in_another_batch_are_another_answer() -> None:
+    asked = fast(1.5)
+    first, late = choose(asked), metric(9.9)
+    totals = tuple(one.model_copy(update={"batch_size": 2}) for one in first.totals)
+    second = Chosen(problem=asked, near=(first.model_copy(update={"totals": totals}),))
+    given = {"field": "max_latency_seconds", "name": "max_latency_seconds", "floor": False, "asked": 9.0, "limit": 9.0}
+    looks = [HeldTime(**given, predicted=8.9, measured=one) for one in (late, metric(8.8))]  # type: ignore[arg-type]
+    found = hold(Chosen(problem=asked, near=(first,)), 3, lambda _: [(looks.pop(0),)], lambda _: second)
+    assert found.chosen is not None and found.chosen.near == second.near and not looks
+
+
+def test_an_answer_that_could_not_be_timed_takes_no_place() -> None:
+    asked, quick = fast(1.5), metric(1.9)
+    one, other = (Chosen(problem=asked, near=(each,)) for each in candidates(asked, 2, 1))
+    look = HeldTime(field="speedup", name="speedup", floor=True, asked=1.5, limit=1.5, predicted=1.5, measured=quick)
+    seen = [[(look,)], None]
+    assert hold(other, 3, lambda _: seen.pop(0), lambda _: one).chosen.near == other.near and not seen
+    assert hold(other, 3, lambda _: None, lambda _: one).looks == ((),), "the first answer stands"
+
+
+def test_an_error_decides_nothing() -> None:
+    given = {"field": "speedup", "name": "speedup", "floor": True, "asked": 2.0, "limit": 2.0, "predicted": 2.0}
+    for measured, se, kept in ((1.98, 0.03, True), (1.98, 0.001, False), (1.995, 0.0, True), (2.06, 0.03, True)):
+        look = HeldTime(**given, measured=metric(measured, se))  # type: ignore[arg-type]
+        assert is_kept(look) == kept and (next_limit([look]) == 2.0) == kept
+    sure = HeldTime(**given, measured=metric(2.06, 0.001))  # type: ignore[arg-type]
+    assert next_limit([sure]) == pytest.approx(2.0 * 2.0 / 2.06 / 0.99)
+
+
+def test_a_child_measured_to_be_faster_than_its_sum_keeps_its_budget_later() -> None:
+    asked = fast(1.5)
+    _, look, _ = timed(asked, 0.85)
+    assert look.predicted < 1.5 <= look.measured.value * 1.01
+    looser = as_measured(asked, [look]).budget.speedup
+    assert looser is not None and looser == pytest.approx(1.5 * 0.85) and looser <= 1.01 * look.predicted
+    slow = look.model_copy(update={"measured": metric(0.5 * look.predicted)})
+    assert as_measured(asked, [slow]).budget == asked.budget, "only looser: the search was asked for more of it"
+    kl = Floor(capability="retrieval", asked=1.0, limit=1.3, predicted=1.2, measured=metric(0.9), at_most=0.95)
+    limits = as_measured(library(SHARES, {"retrieval": 1.0}), [kl]).capabilities.most
+    assert limits == pytest.approx({"retrieval": 1.2 / 0.9})
+    assert as_measured(library(SHARES), [kl]).capabilities.most == {}, "it is asked no more"

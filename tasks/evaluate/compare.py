@@ -25,6 +25,8 @@ from blocks.records import (
     BlockRecord,
     Candidate,
     CorpusInfo,
+    Floor,
+    HeldTime,
     LayerChoice,
     Metric,
     OnCapability,
@@ -106,8 +108,8 @@ class Contender(Value):
 
 class Lineage(Value):
     """What a finished run writes beside its child: the parent, the text that stages saw, and every block of the child
-    by digest. rival: the best baseline. The texts of capabilities and the rival are missing where an earlier version
-    wrote it.
+    by digest. rival: the best baseline. held_times, floors: the limits that the child was measured for. They, the texts
+    of capabilities and the rival are missing where an earlier version wrote it.
     """
 
     parent: ParentInfo
@@ -115,6 +117,8 @@ class Lineage(Value):
     child: Contender
     capabilities: tuple[CorpusInfo, ...] = ()
     rival: Contender | None = None
+    held_times: tuple[HeldTime, ...] = ()
+    floors: tuple[Floor, ...] = ()
 
 
 LINEAGE = "lineage.json"

@@ -1,15 +1,17 @@
-"""The highest KL on a capability, kept by the child itself and not by the sum of its scores alone.
+"""Limits that the child keeps itself, and not by the sum of its scores and costs alone.
 
-Scores add up only roughly: the KL of a whole child was up to half above their sum (benchmarks/capabilities.md). So the
-chosen child is measured before GKD, on text of each capability that no stage has read. Where a one-sided bound of its
-KL is above what is asked, the search gets a limit that is lower by as much, and its answer is measured in turn. All
-children that may be measured share an error of 5 % (Bonferroni).
+Scores add up only roughly: the KL of a whole child was up to half above their sum (benchmarks/capabilities.md). So do
+costs, and a machine is not as fast now as it was when they were measured. So the chosen child is measured before GKD:
+its KL on text of each capability that no stage has read, its speed in turns with its parent. The search then gets other
+limits, higher or lower by what the child is beside what was asked, and its answer is measured in turn. What counts of a
+KL is a one-sided bound; all children that may be measured share an error of 5 % (Bonferroni).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +19,8 @@ from blocks.compute import Compute
 from blocks.errors import InfeasibleBudget
 from blocks.estimates import upper_bound
 from blocks.library import digest_of, made_once
-from blocks.records import Architecture, CorpusInfo, Floor, Metric, ParentInfo, Score, Value
+from blocks.records import Architecture, CorpusInfo, Floor, HeldTime, Metric, ParentInfo, Score, Throughput, Value
+from tasks.evaluate.budget import FLOORS, limits_of
 from tasks.evaluate.compare import Contender, figures_of, served, targets_on
 from tasks.evaluate.quality import mean_metric
 from tasks.inputs.corpus import documents_of, weights_of
@@ -25,17 +28,25 @@ from tasks.search.capabilities import rows_read
 from tasks.search.choose import with_most_tokens
 from tasks.search.mip import SolverStopped
 from tasks.search.one_type import candidates
-from tasks.search.totals import Problem, kl_on
+from tasks.search.totals import Problem, budget_rows, kl_on
 
-VERSION = 1
+VERSION = 2
 CONFIDENCE = 0.95  # of all children together
 EASED = (1.0, 0.5, 0.25)  # parts of the way to the limit that is wanted, on which an answer is looked for
+# shares of a limit: a child that takes less than ENOUGH gives away quality or speed, and the next one aims at AIM
+ENOUGH = {"kl": 0.85, "time": 0.98}
+AIM = {"kl": 0.925, "time": 0.99}
+NEAR = 0.005  # a time that passes its limit by so much, or by its standard error, keeps it: sittings differ by more
+TOO_UNSURE = 0.05  # a time with a larger relative error tells nothing
 
 
 class Checked(Value):
     """The KL of a child on a capability, in nats per token; its error is over documents."""
 
     kl: Metric
+
+
+Look = Floor | HeldTime  # at one limit of one child
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +63,12 @@ class Held:
     """A choice whose children were measured, and the limits of each of `chosen.near`."""
 
     chosen: Chosen
-    floors: tuple[tuple[Floor, ...], ...]
+    looks: tuple[tuple[Look, ...], ...]
 
-    def of(self, child: Architecture) -> tuple[Floor, ...]:
+    def of(self, child: Architecture) -> tuple[Look, ...]:
         """The limits of one of them."""
-        pairs = zip(self.chosen.near, self.floors, strict=True)
-        return next(floors for one, floors in pairs if (one.layers, one.head) == (child.layers, child.head))
+        pairs = zip(self.chosen.near, self.looks, strict=True)
+        return next(looks for one, looks in pairs if _served(one) == _served(child))
 
 
 def split_of(corpus: CorpusInfo) -> tuple[str, int]:
@@ -132,71 +143,244 @@ def _at_most(found: Metric, confidence: float) -> float | None:
     return upper_bound(found, confidence) if found.n > 1 else None
 
 
-def _share(floor: Floor) -> float:
-    """What a child takes of a limit; above 1 it is not kept."""
-    return (floor.measured.value if floor.at_most is None else floor.at_most) / floor.asked
+def times_of(
+    asked: Problem, problem: Problem, child: Architecture, own: Sequence[Throughput], parents: Sequence[Throughput]
+) -> tuple[HeldTime, ...]:
+    """Every limit on time beside what a child is predicted and measured to take.
+
+    asked: with the budget of the profile. problem: what the search was asked. own, parents: speeds of the child and its
+    parent, by scenario.
+    """
+    rows = budget_rows(asked, tuple(totals.batch_size for totals in child.totals))
+    found = zip(rows, limits_of(asked, child, own, parents), strict=True)
+    return tuple(
+        HeldTime(
+            field=row.field,
+            name=limit.name,
+            floor=limit.floor,
+            asked=limit.asked,
+            limit=_limit_in(problem, row.field) or limit.asked,
+            predicted=limit.got,
+            measured=limit.measured,
+        )
+        for row, limit in found
+        if limit.measured is not None
+    )
 
 
-def worst(floors: Sequence[Floor]) -> float:
+def _limit_in(problem: Problem, field: str) -> float | None:
+    """What the search was asked; None for the speed that `with_most_tokens` found."""
+    name, _, scenario = field.partition(" of ")
+    if problem.within_score is not None and name in FLOORS and not scenario:
+        return None
+    budgets = {one.name: one.budget for one in problem.scenarios}
+    found: float | None = getattr(budgets[scenario] if scenario else problem.budget, name)
+    return found
+
+
+def share(look: Look) -> float:
+    """What a child takes of a limit."""
+    if isinstance(look, Floor):
+        return (look.measured.value if look.at_most is None else look.at_most) / look.asked
+    return _load(look, look.measured.value) / _load(look, look.asked)
+
+
+def _slack(look: Look) -> float:
+    """By how much of a limit a look at it may be off; the bound of a KL has its error in it."""
+    return 0.0 if isinstance(look, Floor) else max(NEAR, look.measured.se / look.measured.value)
+
+
+def is_kept(look: Look) -> bool:
+    """Whether a child keeps a limit, as far as can be told."""
+    return share(look) <= 1 + _slack(look)
+
+
+def worst(looks: Sequence[Look]) -> float:
     """The largest share of a limit that a child takes."""
-    return max(map(_share, floors), default=0.0)
+    return max(map(share, looks), default=0.0)
 
 
-def tighter(problem: Problem, floors: Sequence[Floor], count: int, min_different: int) -> Chosen | None:
-    """The search again, each limit that was not kept lower by as much as it was passed; None where nothing is found.
+def _load(look: Look, figure: float) -> float:
+    """A figure of a limit as what is limited from above: a speed as its time."""
+    return 1 / figure if isinstance(look, HeldTime) and look.floor else figure
+
+
+def _of(each: Mapping[str, float], look: Look) -> float:
+    return each["kl" if isinstance(look, Floor) else "time"]
+
+
+def _binds(look: Look) -> bool:
+    return _load(look, look.predicted) > 0.95 * _load(look, look.limit)
+
+
+def _gives_away(look: Look) -> bool:
+    """Whether the search's limit holds a child to clearly more than was asked."""
+    return _binds(look) and share(look) < _of(ENOUGH, look) - _slack(look)
+
+
+def next_limit(looks: Sequence[Look]) -> float:
+    """What the search is asked next of a limit, from the looks at it so far, the last of which is the latest answer.
+
+    Between an answer that kept it and one that did not, by a straight line; otherwise by the latest in proportion.
+    """
+    last = looks[-1]
+    points = [(_load(one, one.predicted), share(one), is_kept(one)) for one in looks]
+    over = min((at for at in points if not at[2]), default=None)
+    under = max((at for at in points if at[2]), default=None)
+    limit, aim = _load(last, last.limit), _of(AIM, last)
+    if over and under and under[0] < over[0]:
+        part = (aim - under[1]) / (over[1] - under[1])
+        limit = under[0] + max(part, 0.0) * (over[0] - under[0])
+    elif not is_kept(last):
+        limit = min(limit, points[-1][0] or limit) / share(last)
+        limit *= 1.0 if isinstance(last, Floor) else aim  # the error of a KL is in its bound
+    elif _gives_away(last):
+        limit = points[-1][0] * aim / share(last)
+    return _load(last, limit)
+
+
+def asked_next(problem: Problem, looks: Sequence[Sequence[Look]], part: float) -> Problem:
+    """The problem of the profile with the limits that come next, or a part of the way to them.
+
+    looks: at the best child of every answer so far; one on a busy machine has none at limits on time.
+    """
+    most, times, found = dict[str, float](), dict[str, float](), dict[str, list[Look]]()
+    for look in (look for answer in looks for look in answer):
+        found.setdefault(f"{name_of(look)}, {getattr(look, 'field', '')}", []).append(look)
+    for each in found.values():
+        last, wanted = each[-1], next_limit(each)
+        limit = last.limit * (wanted / last.limit) ** part
+        if isinstance(last, Floor):
+            most[last.capability] = limit
+        else:  # one limit of the budget may hold in several scenarios
+            before = times.get(last.field, limit)
+            times[last.field] = max(before, limit) if last.floor else min(before, limit)
+    return _limited(problem, most, times)
+
+
+def as_measured(problem: Problem, looks: Sequence[Look]) -> Problem:
+    """The problem with limits that are looser where a child was measured to take less than its sum, by as much."""
+    most, times = dict(problem.capabilities.most), dict[str, float]()
+    for look in looks:
+        part = min(_load(look, look.measured.value) / _load(look, look.predicted), 1.0) if look.predicted else 1.0
+        limit = most.get(look.capability) if isinstance(look, Floor) else _limit_in(problem, look.field)
+        if limit is None:  # it is asked no more
+            continue
+        looser = _load(look, _load(look, limit) / part)
+        if isinstance(look, Floor):
+            most[look.capability] = looser
+        else:  # what it is of in one scenario is not so in another
+            before = times.get(look.field, looser)
+            times[look.field] = max(before, looser) if look.floor else min(before, looser)
+    return _limited(problem, most, times)
+
+
+def _limited(problem: Problem, most: Mapping[str, float], times: Mapping[str, float]) -> Problem:
+    """With these limits on capabilities, and of the budget on time."""
+    capabilities = replace(problem.capabilities, most={**problem.capabilities.most, **most})
+    scenarios = tuple(
+        one.model_copy(update={"budget": one.budget.model_copy(update=_own(times, one.name))})
+        for one in problem.scenarios
+    )
+    budget = problem.budget.model_copy(update=_own(times, ""))
+    return replace(problem, capabilities=capabilities, scenarios=scenarios, budget=budget)
+
+
+def _own(times: Mapping[str, float], scenario: str) -> dict[str, float]:
+    """The limits of one scenario's budget; "": of the profile's."""
+    parts = ((*field.partition(" of "), limit) for field, limit in times.items())
+    return {name: limit for name, _, whose, limit in parts if whose == scenario}
+
+
+def tighter(
+    problem: Problem, looks: Sequence[Sequence[Look]], count: int, min_different: int
+) -> tuple[Problem, Chosen] | None:
+    """What is asked next, and the answer; None where nothing is found.
 
     Where the budget does not allow so much, an answer on half or a quarter of the way is taken.
-    problem: of the profile's budget, before `with_most_tokens`.
+    problem: of the profile's budget, before `with_most_tokens`. looks: see `asked_next`.
     """
     for part in EASED:
-        most = {one.capability: _lowered(one, part) for one in floors}
+        wanted = asked_next(problem, looks, part)
         try:
-            asked = with_most_tokens(replace(problem, capabilities=replace(problem.capabilities, most=most)))
-            return Chosen(problem=asked, near=tuple(candidates(asked, count, min_different)))
+            asked = with_most_tokens(wanted)
+            return wanted, Chosen(problem=asked, near=tuple(candidates(asked, count, min_different)))
         except (InfeasibleBudget, SolverStopped):
             continue
     return None
 
 
-def _lowered(floor: Floor, part: float) -> float:
-    share = _share(floor)
-    return floor.limit if share <= 1 else min(floor.limit, floor.predicted or floor.limit) / share**part
-
-
 def hold(
     first: Chosen,
     rounds: int,
-    measure: Callable[[Chosen], Sequence[tuple[Floor, ...]]],
-    again: Callable[[Sequence[Floor]], Chosen | None],
+    measure: Callable[[Chosen], Sequence[tuple[Look, ...]] | None],
+    again: Callable[[Sequence[Sequence[Look]]], Chosen | None],
 ) -> Held:
-    """Of up to `rounds` answers, which end with the first whose best child keeps every limit itself, the one with the
-    lowest score among its children that do, and these children; where none does, the child that passes its limits
-    least.
+    """Of up to `rounds` answers, the best one among its children that keep every limit themselves, and these children;
+    where none does, the child that passes its limits least. The best has the lowest score, or where the fastest child
+    within a score is wanted, the most tokens a second. It ends with an answer whose best child keeps all limits and
+    gives nothing away, or that was there before, or that could not be measured.
 
-    measure: every child of an answer. again: see `tighter`; of the answer's best child.
+    measure: every child of an answer, None where it could not be. again: see `tighter`; of the best child of every
+    answer so far.
     """
     tried: list[tuple[bool, float, Held]] = []
+    best = list[tuple[Look, ...]]()
     found: Chosen | None = first
-    while found is not None and len(tried) < rounds:
-        floors = tuple(measure(found))
-        kept = [place for place, one in enumerate(floors) if worst(one) <= 1]
-        least = min(range(len(floors)), key=lambda place: worst(floors[place]))
-        held = _only(found, floors, kept or [least])
-        tried.append((not kept, held.chosen.near[0].score if kept else worst(floors[least]), held))
-        found = again(floors[0]) if len(tried) < rounds and 0 not in kept else None
+    while found is not None and (measured := measure(found)) is not None:
+        looks = tuple(measured)
+        kept = [place for place, one in enumerate(looks) if all(map(is_kept, one))]
+        least = min(range(len(looks)), key=lambda place: worst(looks[place]))
+        held = _only(found, looks, kept or [least])
+        tried.append((not kept, _rank(held.chosen) if kept else worst(looks[least]), held))
+        best.append(looks[0])
+        found = None if len(tried) == rounds or _settled(0 in kept, looks[0]) else again(best)
+        if found is not None and any(is_same(found, one.chosen) for *_, one in tried):
+            break
+    if not tried:
+        return Held(chosen=first, looks=((),) * len(first.near))
     return min(tried, key=lambda one: one[:2])[2]
 
 
-def _only(found: Chosen, floors: Sequence[tuple[Floor, ...]], places: Sequence[int]) -> Held:
+def _rank(chosen: Chosen) -> float:
+    """By which answers are compared, the lowest is the best."""
+    tokens = chosen.problem.budget.min_tokens_per_second
+    return chosen.near[0].score if chosen.problem.within_score is None or tokens is None else -tokens
+
+
+def _settled(kept: bool, looks: Sequence[Look]) -> bool:
+    """Whether another answer could be no better: a limit that binds is taken, or none does."""
+    binding = [look for look in looks if _binds(look)]
+    return kept and not (binding and all(map(_gives_away, binding)))
+
+
+def is_same(one: Chosen, other: Chosen) -> bool:
+    """Whether the best children of two answers are the same, served the same way."""
+    return _served(one.near[0]) == _served(other.near[0])
+
+
+def _served(child: Architecture) -> tuple[Any, ...]:
+    return child.layers, child.head, tuple(totals.batch_size for totals in child.totals)
+
+
+def _only(found: Chosen, looks: Sequence[tuple[Look, ...]], places: Sequence[int]) -> Held:
     near = tuple(found.near[place] for place in places)
-    return Held(chosen=replace(found, near=near), floors=tuple(floors[place] for place in places))
+    return Held(chosen=replace(found, near=near), looks=tuple(looks[place] for place in places))
 
 
-def in_words(floor: Floor) -> str:
+def name_of(look: Look) -> str:
+    """The limit, as the report has it."""
+    return f"max_kl of {look.capability}" if isinstance(look, Floor) else look.name
+
+
+def in_words(look: Look) -> str:
     """What came of a limit, in a sentence."""
-    words = [f"max_kl of {floor.capability}: {floor.asked:.4g} asked"]
-    words += [] if floor.limit == floor.asked else [f", of the search {floor.limit:.4g}"]
-    words += [f"; the child was predicted to have {floor.predicted:.4g}, measured {floor.measured.value:.4g}"]
-    bound = "one document shows no error" if floor.at_most is None else f"with 95 % at most {floor.at_most:.4g}"
-    words += [f", {bound}", "" if _share(floor) <= 1 else ": not kept before GKD"]
-    return "".join(words)
+    words = [f"{name_of(look)}: {look.asked:.4g} asked"]
+    words += [] if look.limit == look.asked else [f", of the search {look.limit:.4g}"]
+    words += [f"; the child was predicted to have {look.predicted:.4g}, measured {look.measured.value:.4g}"]
+    if isinstance(look, Floor):
+        bound = "one document shows no error" if look.at_most is None else f"with 95 % at most {look.at_most:.4g}"
+        words += [f", {bound}"]
+    else:
+        words += [f" +-{look.measured.se:.2g}"]
+    return "".join([*words, "" if is_kept(look) else ": not kept before GKD"])

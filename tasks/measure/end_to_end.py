@@ -54,13 +54,23 @@ def speed_key(contenders: Sequence[Contender], parent: ParentInfo, profile: Prof
 
 
 def stored_speed(
-    contenders: Sequence[Contender], parent: ParentInfo, costs: CostTable, profile: Profile, workspace: Path
+    contenders: Sequence[Contender],
+    parent: ParentInfo,
+    costs: CostTable,
+    profile: Profile,
+    workspace: Path,
+    since: str = "",
 ) -> SpeedReport | None:
     """The stored speeds of these models. None where there are none, and where they were disturbed and could be measured
     better now: nobody else uses the machine.
+
+    since: speeds that a choice hangs on. None of before that time is taken, and what was disturbed since then stays, so
+    that a run that goes on after a kill makes the same choice.
     """
     found = remember(_path(contenders, parent, profile, workspace), SpeedReport, lambda _: [], workspace)
-    if found is None or (found.disturbed and not _others_on(profile.hardware, crowd_now)):
+    if found is None or found.measured_at < since:
+        return None
+    if found.disturbed and not since and not _others_on(profile.hardware, crowd_now):
         return None
     return _with_sums(found, contenders, costs)
 
@@ -72,12 +82,13 @@ def measure_speed(
     profile: Profile,
     workspace: Path,
     progress: Progress = no_progress,
+    since: str = "",
 ) -> SpeedReport:
     """Speed of all contenders at the batch sizes that the child was chosen for, and the check of their sums.
 
     Speeds that are stored are not measured again unless `stored_speed` says so; the better measurement stays.
     """
-    stored = stored_speed(contenders, parent, costs, profile, workspace)
+    stored = stored_speed(contenders, parent, costs, profile, workspace, since)
     if stored is not None:
         return stored
     path, others = _path(contenders, parent, profile, workspace), Others()
@@ -91,7 +102,7 @@ def measure_speed(
         models=models,
     )
     before = remember(path, SpeedReport, lambda _: [], workspace)
-    if before is not None and not is_better(found, before):
+    if before is not None and before.measured_at >= since and not is_better(found, before):
         found = before
     keep(path, found, [], workspace)
     return _with_sums(found, contenders, costs)
@@ -114,8 +125,10 @@ def _with_sums(speed: SpeedReport, contenders: Sequence[Contender], costs: CostT
 
 
 def loads_of(contenders: Sequence[Contender], scenarios: Sequence[Scenario]) -> list[tuple[Scenario, int]]:
-    """Every scenario with the batch size that the child was chosen for; all contenders' costs are summed up at it."""
-    child = next(which for which in contenders if which.name == "child")
+    """Every scenario with the batch size that the child was chosen for, at which all contenders' costs are summed up.
+    Where several may become the child, it is that of the first.
+    """
+    child = next((which for which in contenders if which.name == "child"), contenders[1])
     batches: dict[str, Totals] = {totals.scenario: totals for totals in child.architecture.totals}
     return [(scenario, batches[scenario.name].batch_size) for scenario in scenarios]
 

@@ -114,6 +114,8 @@ def basis(
     if has_limits(profile.champion):  # what they are judged on
         on = profile.evaluate.model_dump(include={"sequences", "loop_prompts", "answer_tokens"})
         parts["rule"] = [parts["rule"], on]
+    if profile.limits_time and profile.search.floor_rounds and not (table and table.modelled):
+        parts["budget"] = [parts["budget"], floors.VERSION]
     if profile.capabilities:  # a later part, see LATER
         texts = {one.capability: one.fingerprint for one in capabilities}
         each = profile.capabilities.items()
@@ -221,7 +223,8 @@ def judge_against(
     if not same_tokenizer(reigning.parent, challenger.parent, workspace):
         reason = "the parent's tokenizer changed: the champion reads other tokens"
         return Judgement(outcome="moved", reason=reason, changed=changed)
-    broken = broken_budget(reigning.child.architecture, profile, workspace)
+    looks: tuple[floors.Look, ...] = (*reigning.held_times, *reigning.floors)
+    broken = broken_budget(reigning.child.architecture, profile, workspace, looks)
     if broken:
         return Judgement(outcome="moved", reason=f"the champion no longer keeps the budget: {broken}", changed=changed)
     sides, rule = (challenger, reigning), profile.champion
@@ -241,16 +244,20 @@ def same_tokenizer(first: ParentInfo, second: ParentInfo, workspace: Path) -> bo
     return digests[0] == digests[1]
 
 
-def broken_budget(choice: Architecture, profile: Profile, workspace: Path) -> str:
-    """Which limits a choice breaks under the costs, scores and budget of now; "" when none, or when nobody can tell."""
-    problem, found = last_problem(profile, workspace), list[str]()
+def broken_budget(choice: Architecture, profile: Profile, workspace: Path, looks: Sequence[floors.Look] = ()) -> str:
+    """Which limits a choice breaks under the costs, scores and budget of now; "" when none, or when nobody can tell.
+
+    looks: where it was measured to take less of a limit than its sum, it is allowed as much more in the sum.
+    """
+    asked, found = last_problem(profile, workspace), list[str]()
+    problem = floors.as_measured(asked, looks)
     # a variant that is measured or scored no more, another number of layers
     with suppress(PuzzleError, KeyError):
         if fitting_batches(problem, choice.layers, choice.head) is None:
             batches = tuple(min(scenario.batch_sizes) for scenario in problem.scenarios)
             limits = broken_limits(problem, choice.layers, batches, choice.head)
-            found += [_as_asked(problem, limit.field) for limit in limits]
-        most = problem.capabilities.most
+            found += [_as_asked(asked, limit.field) for limit in limits]
+        most = asked.capabilities.most
         found += [f"max_kl of {name} {most[name]:g}" for name in broken_kl(problem, choice.layers, choice.head)]
     return ", ".join(found)
 

@@ -70,7 +70,8 @@ def _version(found: Any) -> Version:
 def description(report: ChildReport, why: str) -> str:
     """What a version says of itself: what it is, its figures, and why it became champion or did not."""
     found = {name.partition("/")[2]: value for name, value in headlines(report).items()}
-    told = {f"max_kl of {one.capability}": one.asked for one in report.floors}  # the search may have kept less
+    told = {f"max_kl of {one.capability}": one.asked for one in report.floors}  # the search was asked something else
+    told |= {one.field: one.asked for one in report.held_times}
     limits = ", ".join(
         f"{one['name']} {told.get(one['name'], one['asked']):g}" for one in report.request.get("limits", ())
     )

@@ -17,6 +17,7 @@ from blocks.records import (
     CorpusInfo,
     Cost,
     CostTable,
+    HeldTime,
     Metric,
     NonBlockCost,
     ParentInfo,
@@ -112,11 +113,10 @@ def report_metrics(report: ChildReport) -> dict[str, float]:
         **{f"run/seen_items_{name}": float(sum(seen)) for name, seen in items.items()},
         **search_metrics(report.architecture),
     }
-    for floor in report.floors:
-        figures |= {
-            f"floor/{floor.capability}_{name}": getattr(floor, name) for name in ("asked", "limit", "predicted")
-        }
-        figures[f"floor/{floor.capability}_measured"] = floor.measured.value
+    held = {one.capability: one for one in report.floors} | {_named(one): one for one in report.held_times}
+    for limit, one in held.items():
+        figures |= {f"floor/{limit}_{name}": getattr(one, name) for name in ("asked", "limit", "predicted")}
+        figures[f"floor/{limit}_measured"] = one.measured.value
     for stage in report.stages:
         name = f"stage/{stage.name.replace(' ', '_')}_seconds"
         figures[name] = figures.get(name, 0.0) + stage.seconds
@@ -125,6 +125,12 @@ def report_metrics(report: ChildReport) -> dict[str, float]:
         prefix += "_gkd" if candidate.stage == "distilled" else ""
         figures |= {f"{prefix}/{key}": value for key, value in _candidate_figures(candidate, parent).items()}
     return figures | speed_figures(report)
+
+
+def _named(one: HeldTime) -> str:
+    """`speedup`; `speedup_of_chat` for one of that scenario; `speedup_in_chat` for one of the whole budget there."""
+    name = one.field if one.field == one.name else f"{one.field} in {one.name.rpartition(' of ')[2]}"
+    return name.replace(" ", "_")
 
 
 def headlines(report: ChildReport) -> dict[str, float]:

@@ -38,6 +38,7 @@ from tasks.pages.report import (
     shipped_column,
     speed_table,
     sums_table,
+    times_table,
 )
 from tasks.pages.svg import inline_svg
 from tasks.pages.verdict import BUDGET_HEADER, budget_rows, evidence, verdict, warnings
@@ -232,6 +233,7 @@ def render(study: Study, figures: dict[str, Figure]) -> str:
 def _folded(report: ChildReport) -> list[tuple[str, list[WordedTable]]]:
     """Tables that are opened on request, under a line each."""
     tables = {
+        "limits on time, before GKD": [times_table(report)],
         "limits on capabilities, before GKD": [floors_table(report)],
         "the race that the child won": [race_table(report)],
         "what every number of requests at a time would give": [batch_table(report)],

@@ -544,9 +544,28 @@ def floors_table(report: ChildReport) -> WordedTable:
     return header, rows, words
 
 
+def times_table(report: ChildReport) -> WordedTable:
+    """The limits on time as the chosen child keeps them before GKD; no rows where there are none."""
+    rows = [
+        [one.name, *(plain(value) for value in (one.asked, one.limit, one.predicted)), rounded(one.measured)]
+        for one in report.held_times
+    ]
+    header = ["limit", "asked", "of the search", "predicted", "measured"]
+    words = (
+        "Timed in turns with the parent right after the choice. *Of the search*: its own limit on the sum of costs, so "
+        "that the child itself keeps what was asked. The table above is of a later sitting, with all models."
+    )
+    return header, rows, words
+
+
 def _floors_markdown(report: ChildReport) -> list[str]:
-    header, rows, words = floors_table(report)
-    return ["### Limits on capabilities, before GKD", _markdown_table(header, rows), words] if rows else []
+    tables = {"time": times_table(report), "capabilities": floors_table(report)}
+    parts = (
+        [f"### Limits on {what}, before GKD", _markdown_table(*one[:2]), one[2]]
+        for what, one in tables.items()
+        if one[1]
+    )
+    return [line for part in parts for line in part]
 
 
 def _race_markdown(report: ChildReport) -> list[str]:

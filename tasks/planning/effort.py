@@ -528,12 +528,17 @@ def watched_tokens(shape: Shape) -> int:
     return shape.profile.gkd.validation_sequences * shape.length + capability_tokens(shape, "validation")
 
 
+def looked_at(profile: Profile) -> int:
+    """Answers of the search that are measured for limits: a second one where it is allowed."""
+    return min(profile.search.floor_rounds, 2)
+
+
 def floors_work(shape: Shape, share: float) -> tuple[int, int, Work]:
-    """Looks at chosen children for `max_kl`, the tokens and the work of them: two answers of the search, where a second
-    is allowed. The parent reads every text as well, again and again where there are several.
+    """Looks at chosen children for `max_kl`, the tokens and the work of them. The parent reads every text as well,
+    again and again where there are several.
     """
     profile, own = shape.profile, shape.profile.own_capabilities
-    rounds = min(profile.search.floor_rounds, 2)
+    rounds = looked_at(profile)
     children, tokens, work = rounds * profile.race.candidates, 0, Work()
     for name in profile.capability_limits if rounds else ():
         text = own.get(name)

@@ -39,6 +39,7 @@ LIKE = {
     "GKD best baseline": "GKD child",
     "answers": "evaluate",
     "hold": "evaluate",
+    "hold speed": "throughput",
     "questions": "evaluate",
 }
 STATE_BYTES = 40 << 20  # Prefect's and MLflow's databases, logs, reports
@@ -348,6 +349,7 @@ def stages_of(
     used = dict.fromkeys(("distill", "coupled", "score", "race", "GKD child", "GKD best baseline"), shape.devices)
     used |= {"record": shape.layers_at_once, "shards": shape.parts}
     bytes_of = {need.stage: need.bytes for need in needs}
+    looks = effort.looked_at(profile) * profile.race.candidates if serving and profile.limits_time else 0
     rows = [
         ("parent", 1, 0, effort.parent_work(shape)),
         ("prompts", asked, asked_tokens, effort.prompts_work(shape)),
@@ -371,6 +373,7 @@ def stages_of(
         ),
         ("score whole parents", wholes, 2 * scored * wholes, number_types.whole_types_work(shape)),
         ("choose", 1, 0, Work(fixed=2.0)),
+        ("hold speed", looks, 0, throughput_work(shape, serving, served[:2] * looks)),
         ("hold", *effort.floors_work(shape, share)),
         ("GKD parent", min(distilled, 1), stepped + effort.watched_tokens(shape), effort.teacher_work(shape)),
         (

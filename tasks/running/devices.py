@@ -16,7 +16,7 @@ from profiles.schema import Profile
 from tasks.running.progress import say
 
 WITHOUT_A_DEVICE = ("parent", "corpus", "choose", "look for items")  # these stages read files, or solve
-MEASURING = ("measure", "throughput")  # whatever else computes on the device would be in the figures
+MEASURING = ("measure", "hold speed", "throughput")  # whatever else computes on the device would be in the figures
 WAIT_SECONDS = 0.2
 
 

@@ -13,7 +13,7 @@ they are written a second time, as the check of its answers and for the searches
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -165,6 +165,18 @@ def problem_of(profile: Profile, scores: Iterable[Score], costs: CostTable) -> P
     asked = (profile.budget, profile.scenarios, profile.search, profile.scoring.metric)
     kept = Capabilities(weights=profile.capability_weights, most=profile.capability_limits)
     return make_problem(scores, costs, *asked, capabilities=kept)
+
+
+def as_asked(problem: Problem, profile: Profile) -> Problem:
+    """A problem with the limits of the profile, whatever the search was asked for instead."""
+    kept = replace(problem.capabilities, most=profile.capability_limits)
+    return replace(problem, budget=profile.budget, scenarios=profile.scenarios, capabilities=kept)
+
+
+def at_speed_of(problem: Problem, asked: Problem) -> Problem:
+    """What was asked, at the tokens a second of the fastest child within a score."""
+    found = {"min_tokens_per_second": problem.budget.min_tokens_per_second, "speedup": None}
+    return replace(asked, budget=asked.budget.model_copy(update=found))
 
 
 def _check_scores(problem: Problem) -> None:
