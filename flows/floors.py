@@ -116,7 +116,6 @@ class _Search:
         """Every child of an answer at every limit. None where it could not be timed and others were."""
         run, (parent, corpus) = self.run, self.source
         children = [contender(name, one, self.library.blocks) for name, one in named(chosen.near)]
-        children = with_files(run, children, parent, corpus)
         times: Sequence[tuple[HeldTime, ...]] = [()] * len(children)
         if run.profile.limits_time and not self.library.costs.modelled:
             found = self._times(chosen, children)
@@ -126,7 +125,9 @@ class _Search:
                     return None
             times = found or times  # without any, limits stay as they were asked, and the sums of costs decide
             self.timed.append(found is not None)
-        floors = self._floors(chosen, children) if run.profile.capability_limits else [()] * len(children)
+        floors: Sequence[tuple[Floor, ...]] = [()] * len(children)
+        if run.profile.capability_limits:
+            floors = self._floors(chosen, with_files(run, children, parent, corpus))
         return [(*one, *other) for one, other in zip(times, floors, strict=True)]
 
     def _times(self, chosen: Chosen, children: Sequence[Contender]) -> list[tuple[HeldTime, ...]] | None:

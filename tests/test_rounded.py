@@ -19,6 +19,7 @@ from tasks.engines.ggml import GgmlRounding
 from tasks.engines.llama_cpp import LlamaCpp
 from tasks.export.quantise import Recipe, quantise_layers
 from tasks.gguf.grids import BITS, Grid
+from tasks.measure.llama_cpp_costs import rounded_noise
 from tests.chain import Chain
 
 needs_llama_cpp = pytest.mark.skipif(LlamaCpp().missing() is not None, reason="llama.cpp is not installed")
@@ -112,3 +113,21 @@ def test_a_training_of_what_is_not_rounded_is_refused() -> None:
     assert load_profile("tiny", [*typed, "gkd.rounded_steps=8"]).gkd.rounded_steps == 8
     with pytest.raises(ProfileError, match="at most gkd.steps"):
         load_profile("tiny", [*typed, "gkd.rounded_steps=80"])
+
+
+@needs_llama_cpp
+def test_what_is_timed_has_the_types_and_shapes_of_what_is_served(chain: Chain) -> None:
+    recipe = Recipe(layers=(("iq4_nl", "q8_0"), ("", "q4_0"), ("q8_0", ""))).with_head("iq4_nl")
+    tokens = read_rows(chain.workspace, chain.corpus.tokens, "train", 0, 4).long()
+    stored, timed = (
+        make(open_parent(chain.workspace / chain.parent.folder, HOST).model())
+        for make in (lambda model: quantise_layers(model, tokens, recipe), lambda model: rounded_noise(model, recipe))
+    )
+    tied = set(timed) - set(stored)  # embedding and head of a tied model are one matrix with two names
+    assert tied <= {"lm_head.weight"} and set(stored) <= set(timed)
+    for name, one in stored.items():
+        assert (one.kind, one.rows.shape, one.rows.dtype) == (
+            timed[name].kind,
+            timed[name].rows.shape,
+            timed[name].rows.dtype,
+        )

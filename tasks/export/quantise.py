@@ -52,6 +52,11 @@ class Recipe:
         """The same types of the layers, and another of embedding and head."""
         return replace(self, head=head)
 
+    def type_of(self, name: str) -> str:
+        """The type of a matrix, by the name of its module."""
+        index, _, within = name.partition("layers.")[2].partition(".")
+        return self.layers[int(index)][PARTS[within.partition(".")[0]]] if index else self.head
+
     @classmethod
     def of(cls, layers: Sequence[LayerChoice], head: str) -> "Recipe":
         """The types of an architecture."""

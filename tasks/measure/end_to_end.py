@@ -25,12 +25,14 @@ from profiles.schema import Hardware, Profile, Scenario
 from tasks.engines.base import LoadOptions
 from tasks.engines.timing_in_turns import measure_throughput
 from tasks.evaluate.compare import SHIPPED, Contender, build
+from tasks.evaluate.typed_file import is_typed, recipe_of
 from tasks.export.folder import export_child
 from tasks.gguf.tokenizer_writer import NO_TOKENIZER
 from tasks.gguf.writer import write_gguf
 from tasks.measure.bench import Point, at_work, time_in_turns
 from tasks.measure.cost_sums import check_sums, clock_of
 from tasks.measure.hardware_description import hardware_description, threads_of
+from tasks.measure.llama_cpp_costs import rounded_noise
 from tasks.running.progress import Progress, no_progress
 from tasks.running.usage import Others, crowd_now
 
@@ -178,7 +180,9 @@ def _timer(
 def _exported(
     contenders: Sequence[Contender], parent: ParentInfo, hardware: Hardware, workspace: Path
 ) -> Iterator[Mapping[str, Path]]:
-    """Every contender as the engine loads it, in a folder of the workspace that is removed afterwards."""
+    """Every contender as the engine loads it, in a folder of the workspace that is removed afterwards. One in types of
+    number that has no file yet gets weights like noise, which take as long.
+    """
     with tempfile.TemporaryDirectory(prefix=".speed-", suffix=".part", dir=workspace) as temporary:
         files = {}
         for which in contenders:
@@ -188,7 +192,8 @@ def _exported(
             model, target = build(which, parent, workspace, HOST), Path(temporary) / which.name
             if known_engine(hardware.engine).format == "gguf":
                 path = target.with_suffix(".gguf")
-                files[which.name] = write_gguf(model, path, hardware.precision, NO_TOKENIZER, which.name)
+                stored = rounded_noise(model, recipe_of(which)) if is_typed(which) else {}
+                files[which.name] = write_gguf(model, path, hardware.precision, NO_TOKENIZER, which.name, stored)
             else:
                 files[which.name] = export_child(model, parent, workspace, target, f"# {which.name}\n")
             del model

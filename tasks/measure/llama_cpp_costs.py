@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.initialization import no_init_weights
 
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
@@ -14,6 +15,7 @@ from blocks.records import LayerChoice
 from tasks.engines.base import Session
 from tasks.engines.ggml import GgmlRounding
 from tasks.engines.llama_cpp import LlamaCpp
+from tasks.export.quantise import Recipe
 from tasks.gguf.tokenizer_writer import NO_TOKENIZER
 from tasks.gguf.writer import CORRECTED, PRECISIONS, Stored, write_gguf
 from tasks.measure.variant_timing import Load
@@ -33,7 +35,8 @@ class LlamaCppTimer(WholeModelTimer):
         for parameter in model.parameters():
             parameter.data.normal_(0, 0.02, generator=generator)
         precision = self.hardware.precision
-        stored = rounded_noise(model, precision) if precision in CORRECTED else {}
+        recipe = Recipe.uniform(precision, len(layers)).with_head(precision)
+        stored = rounded_noise(model, recipe) if precision in CORRECTED else {}
         path = write_gguf(model, folder / "model.gguf", precision, NO_TOKENIZER, "noise", stored)
         del model
         session = LlamaCpp().load(path, self._how(load))
@@ -41,16 +44,16 @@ class LlamaCppTimer(WholeModelTimer):
         return session
 
 
-def rounded_noise(model: Any, precision: str) -> Mapping[str, Stored]:
-    """Every matrix of a model of noise, embedding and head among them, in a type of 4 or 5 bits.
+def rounded_noise(model: Any, recipe: Recipe) -> Mapping[str, Stored]:
+    """Every matrix of a model for which a recipe has a type, embedding and head among them, as good as noise.
 
     A few rows are rounded and repeated: rounding takes long, and time does not depend on the weights.
     """
-    kind = PRECISIONS[precision][0]
-    rounding, stored = GgmlRounding(kind=kind), {}
-    for name, tensor in model.state_dict().items():
-        if tensor.dim() == 2:
-            part, _ = rounding(tensor[:ROWS], None)
-            times = -(-len(tensor) // len(part))
-            stored[name] = Stored(kind=kind, rows=torch.from_numpy(part).repeat(times, 1)[: len(tensor)])
+    stored = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding) and (precision := recipe.type_of(name)):
+            rounding = GgmlRounding(kind=PRECISIONS[precision][0])
+            part, _ = rounding(module.weight.detach()[:ROWS].float(), None)
+            rows = torch.from_numpy(part).repeat(-(-len(module.weight) // len(part)), 1)[: len(module.weight)]
+            stored[f"{name}.weight"] = Stored(kind=rounding.kind, rows=rows)
     return stored
