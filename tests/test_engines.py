@@ -115,7 +115,7 @@ def config_of(family: str, **changes: Any) -> Any:
         ("vllm-plugin", 0, "no_op", "linear", None),
         ("vllm-plugin", 1, "linear", "ffn24", None),
         ("vllm-plugin", 1, "window8", "ffn24", None),
-        ("vllm-plugin", 1, "q2", "parent", "fewer query heads"),
+        ("vllm-plugin", 1, "q2", "parent", None),
         ("vllm-plugin", 1, "ssd", "parent", "recurrent attention, a state in the place of a KV cache"),
         ("tensorrt-llm", 1, "linear", "ffn256", None),
         ("tensorrt-llm", 1, "parent", "ffn24", "FFN widths without ffn_mult"),

@@ -57,6 +57,11 @@ def wide(width: int) -> dict[str, Any]:
     return FULL | {"ffn_mult": width * 3 / 64, "intermediate_size": width}
 
 
+def heads(count: int) -> dict[str, Any]:
+    """Query heads that share one KV head."""
+    return attention(1) | {"num_attention_heads": count, "n_heads_in_group": count}
+
+
 def odd(width: int) -> dict[str, Any]:
     """A width that is no multiple of 256: without ffn_mult, as the exports write it."""
     return FULL | {"intermediate_size": width}
@@ -110,6 +115,8 @@ FREE = [
     (attention(4), LINEAR),
     (attention(1), odd(40)),
 ]
+# fewer query heads, beside as many KV heads with all of them, with and without a window
+NARROW = [(heads(2), odd(48)), (attention(1), odd(24)), (windowed(1, 6, 4) | heads(2), LINEAR), *FREE[3:]]
 PLUGIN_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "llama": ("llama", FREE, {}),
     "biases": ("llama", FREE, {"attention_bias": True, "mlp_bias": True}),
@@ -119,6 +126,8 @@ PLUGIN_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "qwen2": ("qwen2", FREE, {}),
     "qwen3": ("qwen3", FREE, {"attention_bias": True}),
     "stock": ("llama", MIXED, {}),
+    "query heads": ("llama", NARROW, {}),
+    "query heads, norms": ("qwen3", NARROW, {}),
     "windows alone": ("llama", [(windowed(2, 6, 4), odd(24))] * 6, {}),
     "no sinks": ("llama", [(windowed(2, 6, 0), odd(24)), *FREE[1:]], {}),
     "no attention": ("llama", [(NO_OP, odd(48)), (LINEAR, LINEAR), *[(NO_OP, odd(24))] * 4], {}),
@@ -127,7 +136,6 @@ PUZZLES = '{"architectures": ["PuzzleForCausalLM"]}'
 UNABLE = [
     ("gemma3_text", attention(2), "a model that is no child of one of the families llama"),
     ("llama", recurrent("ssd"), "recurrent attention"),
-    ("llama", attention(2) | {"num_attention_heads": 2}, "fewer query heads"),
     ("mistral", windowed(2, 8, 4), "a window with sink tokens as long as the parent's own"),
 ]
 PIECES = ((0, 650), (300, 480), (300, 700), (10, 50), (0, 8), (300, 640), (0, 129))
@@ -209,6 +217,18 @@ def test_the_plugin_gives_torchs_logits_and_text(case: str, models: Models, tmp_
     found = compare(session, child, ids)
     assert found.most < LOGITS_TOLERANCE / 100 and found.agreement == 1
     assert behind(child, ids, session.generate(ids[0].tolist(), 8)) == 0
+
+
+@needs_vllm
+def test_fewer_query_heads_are_no_wider(models: Models, tmp_path: Path) -> None:
+    """Where the config names no width of a head, as Qwen 2's does not, it is that of all query heads."""
+    child = child_of("qwen2", blocks=blocks_of(NARROW), **HEAD, hidden_size=128)
+    folder, ids = exported(child, tmp_path), token_ids(1, 24)
+    fields = json.loads((folder / "config.json").read_text())
+    assert fields.pop("head_dim") == 32
+    (folder / "config.json").write_text(json.dumps(fields))
+    found = compare(models.load(folder, engine=PLUGIN), child, ids)
+    assert found.most < LOGITS_TOLERANCE / 10 and found.agreement == 1  # four times wider than the others: 1e-5
 
 
 @needs_vllm

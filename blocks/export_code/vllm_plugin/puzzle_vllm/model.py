@@ -26,7 +26,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class PuzzleAttention(LlamaAttention):
-    """Llama's attention with KV heads of its own, and with head norms, biases and a window where the child has them."""
+    """Llama's attention with heads of its own, and with head norms, biases and a window where the child has them."""
 
     def __init__(self, config: Any, layer: int, cache_config: Any, quant_config: Any, prefix: str) -> None:
         entry, family = config.block_configs[layer].attention, config.base_model_type
@@ -34,7 +34,7 @@ class PuzzleAttention(LlamaAttention):
         super().__init__(
             config=config,
             hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads,
+            num_heads=entry.get("num_attention_heads") or config.num_attention_heads,
             num_kv_heads=entry.get("num_key_value_heads") or config.num_key_value_heads,
             max_position_embeddings=config.max_position_embeddings,
             quant_config=quant_config,
@@ -143,9 +143,12 @@ class PuzzleForCausalLM(DeciLMForCausalLM):
     """A child of puzzle."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        reason = refused(vllm_config.model_config.hf_config, vllm_config)
+        config = vllm_config.model_config.hf_config
+        reason = refused(config, vllm_config)
         if reason is not None:
             raise ValueError(f"puzzle's plugin for vLLM cannot run {reason}.")
+        # a layer with fewer heads would divide by its own
+        config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def _init_model(self, vllm_config: VllmConfig, prefix: str = "") -> DeciModel:
@@ -163,7 +166,6 @@ def refused(config: Any, vllm_config: VllmConfig) -> str | None:
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     reasons = {
         "recurrent attention": any(entry.get("recurrent") for entry in attentions),
-        "fewer query heads": any(entry.get("num_attention_heads") for entry in attentions),
         "an FFN with experts": any(block.ffn.get("moe") for block in blocks),
         f"rotary frequencies of the type {rope}": rope not in ROPE_TYPES,
         # vLLM would free one layer's blocks as if they were the other's
