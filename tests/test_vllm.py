@@ -117,6 +117,15 @@ FREE = [
 ]
 # fewer query heads, beside as many KV heads with all of them, with and without a window
 NARROW = [(heads(2), odd(48)), (attention(1), odd(24)), (windowed(1, 6, 4) | heads(2), LINEAR), *FREE[3:]]
+# states beside whole attention, windows and linear blocks, in the first layer and the last
+STATES = [
+    (recurrent("ssd"), odd(48)),
+    (attention(1), odd(24)),
+    (recurrent("gdn"), LINEAR),
+    (windowed(2, 6, 4), NO_OP),
+    (NO_OP, odd(40)),
+    (recurrent("gdn"), odd(24)),
+]
 PLUGIN_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "llama": ("llama", FREE, {}),
     "biases": ("llama", FREE, {"attention_bias": True, "mlp_bias": True}),
@@ -128,6 +137,11 @@ PLUGIN_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "stock": ("llama", MIXED, {}),
     "query heads": ("llama", NARROW, {}),
     "query heads, norms": ("qwen3", NARROW, {}),
+    "states": ("llama", STATES, {}),
+    "states, biases": ("qwen2", STATES, {}),
+    "states, norms": ("qwen3", STATES, {"attention_bias": True}),
+    "states, slides": ("mistral", STATES, {}),
+    "states alone": ("llama", [(recurrent("gdn"), odd(24)), (recurrent("ssd"), NO_OP)] * 3, {}),
     "windows alone": ("llama", [(windowed(2, 6, 4), odd(24))] * 6, {}),
     "no sinks": ("llama", [(windowed(2, 6, 0), odd(24)), *FREE[1:]], {}),
     "no attention": ("llama", [(NO_OP, odd(48)), (LINEAR, LINEAR), *[(NO_OP, odd(24))] * 4], {}),
@@ -244,39 +258,65 @@ def test_what_lies_between_sinks_and_window_may_go(models: Models, tmp_path: Pat
 # many requests at once, prompts in pieces, beginnings that are in the cache, and no room for all of them
 CROWD = """
 import json, sys
-import puzzle_vllm
+import puzzle_vllm, torch
 from vllm import LLM, SamplingParams
 
 puzzle_vllm.register()
-folder, steps, prompts = sys.argv[1], int(sys.argv[2]), json.load(sys.stdin)
+folder, steps, room, prompts = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.load(sys.stdin)
 llm = LLM(
     model=folder, trust_remote_code=True, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, block_size=32,
     hf_overrides={"architectures": [puzzle_vllm.ARCHITECTURE]}, max_model_len=800, max_num_seqs=4,
-    max_num_batched_tokens=200, kv_cache_memory_bytes=2_400_000, enable_prefix_caching=True,
+    max_num_batched_tokens=200, kv_cache_memory_bytes=room, enable_prefix_caching=True,
 )
 asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-greedy = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False)
-for _ in range(2):
-    found = llm.generate(asked, greedy, use_tqdm=False)
-print(json.dumps([[one.num_cached_tokens, list(one.outputs[0].token_ids)] for one in found]))
+greedy = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False, logprobs=0)
+rounds = []
+with torch.compiler.set_stance("force_eager"):
+    for some in (asked[:1], asked, asked, asked[:1]):
+        found = llm.generate(some, greedy, use_tqdm=False)
+        made = [list(one.outputs[0].token_ids) for one in found]
+        likely = [
+            [at[token].logprob for at, token in zip(one.outputs[0].logprobs, tokens)]
+            for one, tokens in zip(found, made)
+        ]
+        rounds.append(list(zip((one.num_cached_tokens for one in found), made, likely)))
+print(json.dumps(rounds))
 """
+# FREE and STATES with longer windows; bytes of the cache; whether beginnings are found in it
+CROWDS: dict[str, tuple[list[Any], int, bool]] = {
+    "windows": ([*FREE[:3], (windowed(1, 70, 4), NO_OP), FREE[4], (windowed(4, 40, 4), odd(40))], 2_400_000, True),
+    "states": ([*STATES[:3], (windowed(2, 70, 4), NO_OP), *STATES[4:]], 1_000_000, False),
+}
+
+
+@torch.inference_mode()
+def likelihoods(child: DeciLMForCausalLM, ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of tokens behind a prompt, in torch without a cache."""
+    rows = child(torch.cat([ids, tokens])[None], use_cache=False).logits[0, len(ids) - 1 : -1]
+    return rows.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
 @needs_vllm
-def test_requests_do_not_take_each_others_tokens(tmp_path: Path) -> None:
-    pairs = [*FREE[:3], (windowed(1, 70, 4), NO_OP), FREE[4], (windowed(4, 40, 4), odd(40))]
+@pytest.mark.parametrize("case", CROWDS)
+def test_requests_do_not_take_each_others_tokens(case: str, tmp_path: Path) -> None:
+    pairs, room, found_again = CROWDS[case]
     child = child_of(blocks=blocks_of(pairs), **HEAD, max_position_embeddings=1024)
     folder, ids = exported(child, tmp_path), token_ids(1, 700)[0]
     prompts = [torch.cat([ids[:shared], ids[shared + 7 : end]]) for shared, end in PIECES]
     words = json.dumps([prompt.tolist() for prompt in prompts])
-    command = [str(vllm_engine.interpreter()), "-c", CROWD, str(folder), "40"]
+    command = [str(vllm_engine.interpreter()), "-c", CROWD, str(folder), "40", str(room)]
     environment = {**os.environ, **SETTINGS}
     done = subprocess.run(command, env=environment, input=words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    cached, found = zip(*json.loads(done.stdout.splitlines()[-1]), strict=True)
-    assert any(cached)
-    for prompt, tokens in zip(prompts, found, strict=True):
+    first, _, crowd, last = json.loads(done.stdout.splitlines()[-1])
+    cached, made, likely = zip(*crowd, strict=True)
+    assert any(cached) == found_again
+    if not found_again:  # nothing of a beginning is summed in another order
+        assert first == last  # bit for bit, and the cache's blocks were the others' in between
+    for prompt, tokens, values in zip(prompts, made, likely, strict=True):
         assert behind(child, prompt[None], tokens) < LOGITS_TOLERANCE / 100
+        expected = likelihoods(child, prompt, torch.tensor(tokens))
+        torch.testing.assert_close(torch.tensor(values), expected, rtol=0, atol=LOGITS_TOLERANCE / 100)
 
 
 @needs_vllm

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.models.llama import LlamaAttention, LlamaMLP
 from vllm.model_executor.models.nemotron_nas import DeciLMForCausalLM, DeciModel
 
+from .recurrent import RecurrentAttention
 from .windows import WindowAttention
 
 # families -> whether queries, keys and values have biases; None: as the config's `attention_bias` says
@@ -25,12 +26,17 @@ HEAD_NORMS = ("qwen3",)
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
+def biases_of(config: Any) -> tuple[bool, bool]:
+    """Whether queries, keys and values have biases, and whether the output has."""
+    said, own = bool(getattr(config, "attention_bias", False)), FAMILIES[config.base_model_type]
+    return (said, said) if own is None else (own, False)
+
+
 class PuzzleAttention(LlamaAttention):
     """Llama's attention with heads of its own, and with head norms, biases and a window where the child has them."""
 
     def __init__(self, config: Any, layer: int, cache_config: Any, quant_config: Any, prefix: str) -> None:
-        entry, family = config.block_configs[layer].attention, config.base_model_type
-        said, bias = bool(getattr(config, "attention_bias", False)), FAMILIES[family]
+        entry, biases = config.block_configs[layer].attention, biases_of(config)
         super().__init__(
             config=config,
             hidden_size=config.hidden_size,
@@ -38,13 +44,13 @@ class PuzzleAttention(LlamaAttention):
             num_kv_heads=entry.get("num_key_value_heads") or config.num_key_value_heads,
             max_position_embeddings=config.max_position_embeddings,
             quant_config=quant_config,
-            bias=said if bias is None else bias,
-            bias_o_proj=said if bias is None else False,
+            bias=biases[0],
+            bias_o_proj=biases[1],
             cache_config=cache_config,
             prefix=prefix,
         )
         self.q_norm = self.k_norm = None
-        if family in HEAD_NORMS:
+        if config.base_model_type in HEAD_NORMS:
             self.q_norm, self.k_norm = (RMSNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2))
         if entry.get("window_length"):
             # Llama's has entered itself under this name
@@ -104,6 +110,8 @@ class PuzzleLayer(nn.Module):
         self._is_no_op_attention = attention.no_op  # DeciModel reads it
         if attention.replace_with_linear:
             self.self_attn = LinearBlock("linear_attn", config.hidden_size, quant_config, f"{prefix}.self_attn")
+        elif attention.get("recurrent"):
+            self.self_attn = RecurrentAttention(config, layer, biases_of(config), quant_config, f"{prefix}.self_attn")
         elif not attention.no_op:
             self.self_attn = PuzzleAttention(config, layer, cache_config, quant_config, f"{prefix}.self_attn")
         if ffn.replace_with_linear:
@@ -162,16 +170,22 @@ def refused(config: Any, vllm_config: VllmConfig) -> str | None:
         return f"a model that is no child of one of the families {', '.join(FAMILIES)}"
     attentions = [block.attention for block in blocks]
     sinks = [entry for entry in attentions if entry.get("window_length")]
+    states = any(entry.get("recurrent") for entry in attentions)
     slides = "sliding_attention" in config.layer_types
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     reasons = {
-        "recurrent attention": any(entry.get("recurrent") for entry in attentions),
+        "recurrent attention on several devices, which share out its heads": states
+        and vllm_config.parallel_config.tensor_parallel_size > 1,
+        "recurrent attention beside speculative decoding, which takes tokens back": states
+        and vllm_config.speculative_config is not None,
         "an FFN with experts": any(block.ffn.get("moe") for block in blocks),
         f"rotary frequencies of the type {rope}": rope not in ROPE_TYPES,
         # vLLM would free one layer's blocks as if they were the other's
         "a window with sink tokens as long as the parent's own": slides
         and any(entry.window_length == config.sliding_window for entry in sinks),
-        "a window beside a KV connector, which would not carry its sink tokens": bool(sinks)
+        "a window or recurrent attention beside a KV connector, which would not carry sink tokens or states": bool(
+            sinks or states
+        )
         and vllm_config.kv_transfer_config is not None,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
