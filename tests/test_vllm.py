@@ -149,7 +149,6 @@ PLUGIN_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
 PUZZLES = '{"architectures": ["PuzzleForCausalLM"]}'
 UNABLE = [
     ("gemma3_text", attention(2), "a model that is no child of one of the families llama"),
-    ("llama", recurrent("ssd"), "recurrent attention"),
     ("mistral", windowed(2, 8, 4), "a window with sink tokens as long as the parent's own"),
 ]
 PIECES = ((0, 650), (300, 480), (300, 700), (10, 50), (0, 8), (300, 640), (0, 129))
@@ -358,6 +357,42 @@ def test_what_the_plugin_does_not_run_it_refuses(
         models.load(folder, engine=PLUGIN)
 
 
+# what the plugin would have to share out, take back or carry beside keys and values
+BESIDE = """
+import json, sys
+from types import SimpleNamespace
+from puzzle_vllm.model import refused
+from transformers import AutoConfig
+
+config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
+one, two = (SimpleNamespace(tensor_parallel_size=size) for size in (1, 2))
+alone = {"parallel_config": one, "speculative_config": None, "kv_transfer_config": None}
+others = {"parallel_config": two, "speculative_config": {}, "kv_transfer_config": {}}
+asked = [alone, *(alone | {name: other} for name, other in others.items())]
+print(json.dumps([refused(config, SimpleNamespace(**one)) for one in asked]))
+"""
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        (attention(2), [None] * 4),
+        (windowed(2, 6, 4), [None, None, None, "KV connector"]),
+        (recurrent("ssd"), [None, "several devices", "speculative decoding", "KV connector"]),
+    ],
+)
+def test_what_a_window_or_a_state_cannot_stand_beside_is_refused(
+    entry: dict[str, Any], told: list[str | None], tmp_path: Path
+) -> None:
+    folder = exported(child_of(blocks=blocks_of([(entry, odd(48)), *MIXED[1:]]), **HEAD), tmp_path)
+    command = [str(vllm_engine.interpreter()), "-c", BESIDE, str(folder)]
+    environment = {**os.environ, **SETTINGS, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert all(reason is None if word is None else word in reason for reason, word in zip(found, told, strict=True))
+
+
 @needs_vllm
 def test_the_plugin_refuses_rotary_frequencies_that_vllm_computes_otherwise(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -388,6 +423,17 @@ def test_a_request_is_timed_in_both_precisions_and_with_the_threads_asked(models
         assert min(turn.prefill, turn.step, turn.prefill_cpu, turn.step_cpu) > 0
     assert session.worker.memory_bytes() > 2**20
     assert session.worker.ask({"threads": {}}) == {"threads": 1}
+
+
+@needs_vllm
+def test_states_run_in_bfloat16(models: Models, tmp_path: Path) -> None:
+    child = in_precision(child_of(blocks=blocks_of(STATES), **HEAD), torch.bfloat16)
+    how = LoadOptions(context_tokens=64, batch_size=2, precision="bfloat16")
+    session = models.load(exported(child, tmp_path), how, PLUGIN)
+    found = compare(session, in_precision(child, torch.float32), token_ids(1, 24))
+    assert 0 < found.kl < KL_TOLERANCE["bfloat16"]
+    turn = session.request(token_ids(2, 16), 4, grow=9)
+    assert min(turn.prefill, turn.step, turn.prefill_cpu, turn.step_cpu) > 0
 
 
 def in_one_process(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,16 +471,16 @@ def test_a_check_says_that_it_does_not_reach_beyond_a_window() -> None:
 @needs_vllm
 @pytest.mark.parametrize(
     ("precision", "first"),
-    [*((name, attention(1)) for name in INTEGERS), *((name, windowed(1, 6, 4)) for name in INTEGERS)],
+    [(name, first) for name in INTEGERS for first in (attention(1), windowed(1, 6, 4), recurrent("gdn"))],
 )
 def test_integers_give_torchs_logits_in_vllm(
     precision: str, first: dict[str, Any], models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layers of different shapes: vLLM multiplies what torch has of the rounded weights; other weights are refused."""
     in_one_process(models, monkeypatch)
-    windows = "window_length" in first
-    form, engine = ("vllm-plugin", PLUGIN) if windows else ("transformers", STOCK)
-    second = (LINEAR, LINEAR) if windows else (NO_OP, odd(96))
+    plugged = first != attention(1)
+    form, engine = ("vllm-plugin", PLUGIN) if plugged else ("transformers", STOCK)
+    second = (LINEAR, LINEAR) if plugged else (NO_OP, odd(96))
     pairs = [(first, odd(64)), second, (attention(2), NO_OP), (attention(4), odd(32))]
     child = in_precision(child_of(blocks=blocks_of([*pairs, *pairs[:2]]), **HEAD), torch.bfloat16)
     tokens = torch.randint(child.config.vocab_size, (16, 32), generator=torch.Generator().manual_seed(0))
@@ -585,6 +631,10 @@ def test_the_cache_holds_every_sequence() -> None:
     one = 2 * 30 * 3 * 64 * 4
     assert vllm_process.kv_bytes(config, "float32", 4, 320) >= 4 * 320 * one
     assert vllm_process.kv_bytes(config, "bfloat16", 4, 320) == vllm_process.kv_bytes(config, "float32", 4, 320) // 2
+    blocks = [{"attention": recurrent("ssd")}] + [{"attention": attention(3)}] * 29
+    states = vllm_process.kv_bytes(config | {"block_configs": blocks}, "bfloat16", 4, 320)
+    state = 4 * 9 * 64 * 64 + 2 * 3 * 15 * 64  # in a block of each layer
+    assert states - vllm_process.kv_bytes(config, "bfloat16", 4, 320) == 2 * 4 * 30 * state
 
 
 @needs_vllm
