@@ -511,20 +511,21 @@ def test_bench_measures_parent_and_child_in_vllm(tmp_path: Path) -> None:
 
 
 @needs_vllm
-def test_costs_in_vllm_are_a_cost_table(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("engine", "more"), [(STOCK, ()), (PLUGIN, ("linear", "q2", "ssd"))])
+def test_costs_in_vllm_are_a_cost_table(engine: Vllm, more: tuple[str, ...], tmp_path: Path) -> None:
     parent, _ = prepare(tmp_path, train_steps=0)
     config = tmp_path / parent.folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | HEAD))
-    space = SearchSpace(attention=("linear", "no_op"), ffn=("ffn32", "no_op"))
+    space = SearchSpace(attention=("linear", "q2", "ssd", "no_op"), ffn=("ffn32", "no_op"))
     scenarios = (Scenario(prompt_tokens=8, generated_tokens=6),)
-    hardware = Hardware(threads=1, engine="vllm", precision="bfloat16")
+    hardware = Hardware(threads=1, engine=engine.name, precision="bfloat16")
     measure = Measure(rounds=3, decode_steps=2)
     asked = CostRequest(parent=parent, space=space, scenarios=scenarios, hardware=hardware, measure=measure)
     table = measure_costs(asked, tmp_path)
-    assert table.hardware["engine"] == Vllm().version() and table.hardware["precision"] == "bfloat16"
+    assert table.hardware["engine"] == engine.version() and table.hardware["precision"] == "bfloat16"
     found = {(cost.subblock, cost.variant) for cost in table.costs}
     ffn = {("ffn", label) for label in ("parent", "ffn32", "no_op")}
-    assert found == {("attention", "parent"), ("attention", "no_op")} | ffn  # no linear: vLLM cannot run it
+    assert found == {("attention", label) for label in ("parent", "no_op", *more)} | ffn  # what the engine runs
     assert table.parent_measured[0].prefill_seconds > 0
 
 
@@ -639,10 +640,10 @@ def test_the_cache_holds_every_sequence() -> None:
 
 @needs_vllm
 def test_vllms_server_answers_under_load_and_ends_with_its_owner(tmp_path: Path) -> None:
-    """One start for all: it takes longer than the rest. The folder's own config class is run, so it was trusted, and
-    the plugin, in the engine core too.
+    """One start for all: it takes longer than the rest. The folder's own config class and rule of recurrent attention
+    are run, so it was trusted, and the plugin, in the engine core too.
     """
-    folder = exported(child_of(blocks=blocks_of(FREE), **HEAD), tmp_path)
+    folder = exported(child_of(blocks=blocks_of(STATES), **HEAD), tmp_path)
     command = [sys.executable, "-c", OWNER, "vllm-plugin", str(folder), str(tmp_path / "log")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ}, cwd=Path.cwd()) as owner:
         try:

@@ -1,4 +1,4 @@
-"""A child in vLLM: each layer has its own attention and FFN, a linear one in its place, or none.
+"""A child in vLLM: each layer has its own attention and FFN, a linear or recurrent one in its place, or none.
 
 The parts are those of vLLM's Llama. The loop over layers, embedding, head and the loading of weights are those of its
 DeciLM, which knows no linear subblocks and needs an attention in layer 0.
