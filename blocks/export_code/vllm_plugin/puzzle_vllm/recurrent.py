@@ -83,9 +83,8 @@ class RecurrentAttention(MambaBase, nn.Module):
         model, rule = vllm_config.model_config, entry.recurrent
         self.prefix, self.dtype = prefix, model.dtype
         revisions = {"revision": model.revision, "code_revision": model.code_revision}
-        code = get_class_from_dynamic_module("recurrent_decilm.RecurrentAttention", model.model, **revisions)
-        # of these `heads_out` makes what the child's own module makes of its own
-        self.heads_out = code.heads_out.__get__(self)
+        code: Any = get_class_from_dynamic_module("recurrent_decilm.RecurrentAttention", model.model, **revisions)
+        self.heads_out = code.heads_out.__get__(self)  # it reads what is set below, as of the child's own module
         self.delta, self.eps = rule.rule == "gdn", config.rms_norm_eps
         self.kernel, self.chunk = rule.conv_kernel, rule.chunk_size
         self.head_dim, self.heads = config.head_dim, config.num_attention_heads
@@ -119,10 +118,10 @@ class RecurrentAttention(MambaBase, nn.Module):
 
     def _forward(self, hidden_states: torch.Tensor, output: torch.Tensor, positions: torch.Tensor) -> None:
         """What the heads put out, into output (tokens, H C). hidden_states: q, k, v and gates (tokens, M + G H)."""
-        step = get_forward_context().attn_metadata
-        if step is None:  # vLLM measures memory
+        steps: Any = get_forward_context().attn_metadata
+        if steps is None:  # vLLM measures memory
             return
-        step, (states, tails) = step[self.prefix], self.kv_cache
+        step, (states, tails) = steps[self.prefix], self.kv_cache
         mixed, gates = hidden_states.split([sum(self.widths), hidden_states.shape[-1] - sum(self.widths)], -1)
         for part in step.parts:
             blocks = step.blocks[part.requests]
