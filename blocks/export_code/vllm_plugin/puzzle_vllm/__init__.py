@@ -33,6 +33,8 @@ def register() -> None:
         def verify_and_update_config(vllm_config: Any) -> None:
             blocks = getattr(vllm_config.model_config.hf_config, "block_configs", None) or []
             if any(block["attention"].get("recurrent") for block in blocks):
+                if vllm_config.cache_config.enable_prefix_caching:
+                    hooks.logger.warning("No prefix caching: recurrent attention keeps no state behind a beginning.")
                 vllm_config.cache_config.enable_prefix_caching = False
                 hooks.MambaModelConfig.verify_and_update_config(vllm_config)
 

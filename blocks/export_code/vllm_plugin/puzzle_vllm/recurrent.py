@@ -75,6 +75,7 @@ class StateBackend(AttentionBackend):
 class RecurrentAttention(MambaBase, nn.Module):
     """A recurrent attention. biases: whether queries, keys and values have them, and whether the output has."""
 
+    kv_cache: tuple[torch.Tensor, ...]  # the states, and what is mixed with the next tokens
     mamba_type = MambaAttentionBackendEnum.LINEAR  # vLLM starts nothing of its own for it
 
     def __init__(self, config: Any, layer: int, biases: tuple[bool, bool], quant_config: Any, prefix: str) -> None:
