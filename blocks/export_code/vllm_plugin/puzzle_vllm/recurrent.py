@@ -26,9 +26,14 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.linear import minimax_linear_attn  # noqa: F401
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
-from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, MambaSpec
+from vllm.v1.worker import cpu_model_runner
 
 from .steps import Part, parts_of
+
+# A layer with keys and values may get a block that held a state, whose float32 bits can read as NaN in 16 bits. So vLLM
+# fills new blocks with zeros; on a CPU only those of layers of this class, and layers that slide are not of it.
+cpu_model_runner.FullAttentionSpec = AttentionSpec
 
 
 @dataclass(frozen=True)

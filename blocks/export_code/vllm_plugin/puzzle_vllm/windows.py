@@ -108,7 +108,7 @@ class SinkWindowMetadata:
         there = torch.cat([first < least, recent >= 0], 1)  # no place twice
         behind = (part.first[:, None] + torch.arange(tokens, device=device))[..., None] - places[:, None]  # (R, T, N)
         mask = there[:, None] & (behind >= 0) & ((behind < size) | (places < sinks)[:, None])
-        places = places.clamp(min=0)
+        places = places.where(there, 0)  # the first is written; in others may be what reads as NaN
         blocks = self.table[part.requests].gather(1, places // room)
         return Seen(where=part.where, blocks=blocks, offsets=places % room, mask=mask[:, None])
 
