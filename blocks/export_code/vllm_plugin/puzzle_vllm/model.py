@@ -15,6 +15,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.models.llama import LlamaAttention, LlamaMLP
 from vllm.model_executor.models.nemotron_nas import DeciLMForCausalLM, DeciModel
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from .recurrent import RecurrentAttention
 from .windows import WindowAttention
@@ -163,6 +164,21 @@ class PuzzleForCausalLM(DeciLMForCausalLM):
         return DeciModel(vllm_config=vllm_config, prefix=prefix, layer_type=PuzzleLayer)
 
 
+def _shared(config: Any, block: Any, devices: int) -> bool:
+    """Whether each device gets as much of a layer as the others: of query heads, KV heads (or as many devices share
+    one), and channels of the FFN. What is no attention with heads of keys, or no FFN, is whole on each.
+    """
+    attention, ffn = block.attention, block.ffn
+    rest = 0
+    if not (attention.no_op or attention.replace_with_linear):
+        heads = attention.get("num_attention_heads") or config.num_attention_heads
+        kv_heads = attention.get("num_key_value_heads") or config.num_key_value_heads
+        rest += heads % devices + max(kv_heads, devices) % min(kv_heads, devices)
+    if not (ffn.no_op or ffn.replace_with_linear):
+        rest += (ffn.get("intermediate_size") or config.intermediate_size) % devices
+    return rest == 0
+
+
 def refused(config: Any, vllm_config: VllmConfig) -> str | None:
     """What of a child, or of what is asked of vLLM, would be left out without a word; None where nothing would."""
     blocks = getattr(config, "block_configs", None)
@@ -173,11 +189,20 @@ def refused(config: Any, vllm_config: VllmConfig) -> str | None:
     states = any(entry.get("recurrent") for entry in attentions)
     slides = "sliding_attention" in config.layer_types
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    devices, stored = vllm_config.parallel_config.tensor_parallel_size, vllm_config.cache_config.cache_dtype
     reasons = {
-        "recurrent attention on several devices, which share out its heads": states
-        and vllm_config.parallel_config.tensor_parallel_size > 1,
+        "recurrent attention without --trust-remote-code, since its rule is code of the child's folder": states
+        and not vllm_config.model_config.trust_remote_code,
+        "recurrent attention on several devices, which share out its heads": states and devices > 1,
         "recurrent attention beside speculative decoding, which takes tokens back": states
         and vllm_config.speculative_config is not None,
+        "recurrent attention with asynchronous scheduling, which takes tokens back: --no-async-scheduling": states
+        and vllm_config.scheduler_config.async_scheduling,
+        f"recurrent attention beside a KV cache of {stored}: leave --kv-cache-dtype out": states
+        and is_quantized_kv_cache(stored),
+        f"layers whose heads or FFN cannot be shared out evenly among {devices} devices": not all(
+            _shared(config, block, devices) for block in blocks
+        ),
         "an FFN with experts": any(block.ffn.get("moe") for block in blocks),
         f"rotary frequencies of the type {rope}": rope not in ROPE_TYPES,
         # vLLM would free one layer's blocks as if they were the other's
