@@ -699,6 +699,15 @@ def test_the_cache_holds_every_sequence() -> None:
 
 
 @needs_vllm
+def test_all_sequences_run_in_one_step(models: Models, tmp_path: Path) -> None:
+    """So many texts, with heads so wide, that the least cache would not do. A text that waited would be an error."""
+    child = child_of(blocks=blocks_of(STATES), **WIDE | {"head_dim": 128})
+    how = LoadOptions(context_tokens=300, batch_size=16)
+    turn = models.load(exported(child, tmp_path), how, PLUGIN).request(token_ids(16, 290), 8)
+    assert turn.step > 0
+
+
+@needs_vllm
 def test_vllms_server_answers_under_load_and_ends_with_its_owner(tmp_path: Path) -> None:
     """One start for all: it takes longer than the rest. The folder's own config class and rule of recurrent attention
     are run, so it was trusted, and the plugin, in the engine core too.
