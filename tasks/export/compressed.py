@@ -4,7 +4,8 @@
     w8a8     weights of 8 bits, a scale for every row; activations of 8 bits too, rounded per token while it runs
 
 Both are fitted to text, layer after layer, as types of GGUF are (tasks/export/quantise.py). Embedding and head stay. So
-do the gates of recurrent attention: they are few, and vLLM multiplies 4-bit matrices of 32, 64 ... rows only.
+do the gates of recurrent attention: they are few, and vLLM multiplies 4-bit matrices of 32, 64 ... rows only. In both
+precisions, so that there is one rule.
 Legend: D = outputs (rows), K = inputs (columns), s = columns of a block, G = groups of columns, C = scales tried.
 """
 
