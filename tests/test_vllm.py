@@ -8,8 +8,11 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import distributions
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,10 +21,12 @@ import torch
 
 from blocks.engine_limits import EngineLimit
 from blocks.errors import PuzzleError
+from blocks.export_code import PLUGIN as PLUGIN_FOLDER
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.kinds import kind_of, parse_label
 from blocks.parent import config_of
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
-from tasks.engines import vllm_engine, vllm_process
+from tasks.engines import vllm_engine, vllm_process, vllm_server
 from tasks.engines.base import LoadOptions
 from tasks.engines.errors import EngineFailed, EngineMissing
 from tasks.engines.openai_server import SERVERS, Served
@@ -687,15 +692,24 @@ def test_a_step_that_is_not_what_it_is_timed_as_is_refused() -> None:
             vllm_process._expect(wrong, 2, 3)
 
 
+SMOLLM2 = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
+
+
 def test_the_cache_holds_every_sequence() -> None:
-    config = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
     one = 2 * 30 * 3 * 64 * 4
-    assert vllm_process.kv_bytes(config, "float32", 4, 320) >= 4 * 320 * one
-    assert vllm_process.kv_bytes(config, "bfloat16", 4, 320) == vllm_process.kv_bytes(config, "float32", 4, 320) // 2
-    blocks = [{"attention": recurrent("ssd")}] + [{"attention": attention(3)}] * 29
-    states = vllm_process.kv_bytes(config | {"block_configs": blocks}, "bfloat16", 4, 320)
-    state = 4 * 9 * 64 * 64 + 2 * 3 * 15 * 64  # in a block of each layer
-    assert states - vllm_process.kv_bytes(config, "bfloat16", 4, 320) == 2 * 4 * 30 * state
+    assert vllm_process.kv_bytes(SMOLLM2, "float32", 4, 320) >= 4 * 320 * one
+    assert vllm_process.kv_bytes(SMOLLM2, "bfloat16", 4, 320) == vllm_process.kv_bytes(SMOLLM2, "float32", 4, 320) // 2
+
+
+@pytest.mark.parametrize("label", ["ssd", "gdn"])
+@pytest.mark.parametrize(("precision", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_the_cache_counts_a_state_as_the_plan_does(label: str, precision: str, size: int) -> None:
+    """vllm_process.py imports nothing of puzzle, so it counts by itself. A state is in a block of each layer."""
+    blocks = [{"attention": recurrent(label)}] + [{"attention": attention(3)}] * 29
+    variant = parse_label("attention", label, SimpleNamespace(**SMOLLM2))
+    state = kind_of(variant).state_bytes(variant, SimpleNamespace(**SMOLLM2), size)
+    with_states = vllm_process.kv_bytes(SMOLLM2 | {"block_configs": blocks}, precision, 4, 320)
+    assert with_states - vllm_process.kv_bytes(SMOLLM2, precision, 4, 320) == 2 * 4 * 30 * state
 
 
 @needs_vllm
@@ -731,6 +745,17 @@ def test_vllms_server_answers_under_load_and_ends_with_its_owner(tmp_path: Path)
             owner.kill()
         owner.wait(20)
         wait_until_gone(family)
+
+
+def test_the_server_finds_what_pip_would_have_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", "")
+    vllm_server.install_plugin(tmp_path)
+    (found,) = distributions(path=[str(tmp_path)])
+    package = tomllib.loads((vllm_engine.CODE / PLUGIN_FOLDER / "pyproject.toml").read_text())["project"]
+    assert (found.name, found.version) == (package["name"], package["version"])
+    (point,) = found.entry_points
+    assert {point.group: {point.name: point.value}} == package["entry-points"]
 
 
 def test_vllms_server_trusts_no_code_but_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
