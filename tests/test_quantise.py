@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -17,14 +18,15 @@ from blocks.library import read_tensors
 from tasks.engines.ggml import GgmlRounding
 from tasks.engines.llama_cpp import LlamaCpp
 from tasks.export.child_tokenizer import open_tokenizer
-from tasks.export.compressed import INTEGERS, scales_of
+from tasks.export.compressed import INTEGERS, compress, scales_of
 from tasks.export.folder import export_folder
 from tasks.export.formats import export_as
 from tasks.gguf.writer import CORRECTED, PRECISIONS
 from tasks.inputs.corpus import tokens_of_file
 from tests.chain import Chain
 from tests.test_gguf import child_of
-from tests.test_modeling import FULL
+from tests.test_modeling import FULL, attention, ffn, token_ids
+from tests.test_recurrent import recurrent
 
 needs_llama_cpp = pytest.mark.skipif(LlamaCpp().missing() is not None, reason="llama.cpp is not installed")
 
@@ -114,6 +116,18 @@ def test_a_child_in_four_bits_is_what_llama_cpp_runs(chain: Chain, tmp_path: Pat
     kinds = {info.name: info.tensor_type for info in gguf.GGUFReader(out).tensors if info.data.ndim > 1}
     inner = {kind for name, kind in kinds.items() if name.startswith("blk.")}
     assert inner == {Type.IQ4_NL} and {kinds[name] for name in kinds if not name.startswith("blk.")} == {Type.Q8_0}
+
+
+@pytest.mark.parametrize("precision", INTEGERS)
+def test_gates_of_recurrent_attention_stay_as_they_are(precision: str) -> None:
+    pairs = [(recurrent("gdn"), ffn(64)), (attention(2), ffn(32))] * 3
+    model: Any = child_of(blocks=[{"attention": first, "ffn": second} for first, second in pairs])
+    state = model.model.layers[2].self_attn
+    gates, queries = state.gates.weight.clone(), state.q_proj.weight.clone()
+    found = compress(model, token_ids(8, 16), precision, torch.bfloat16)
+    assert torch.equal(state.gates.weight, gates) and not torch.equal(state.q_proj.weight, queries)
+    assert not [name for name in found.tensors if "gates" in name]
+    assert found.config["ignore"] == ["lm_head", *(f"model.layers.{layer}.self_attn.gates" for layer in (0, 2, 4))]
 
 
 def test_without_text_it_is_refused_before_anything_is_computed(chain: Chain, tmp_path: Path) -> None:

@@ -297,7 +297,9 @@ def test_decoding_costs_the_same_after_any_text_and_memory_does_not_grow(label: 
 def test_labels_and_engines(label: str) -> None:
     config = tiny_parent("llama").config
     assert parse_label("attention", label, config).label == label
-    assert runnable("torch", config, 0, label, "parent") is None
+    for engine in ("torch", "vllm-plugin"):
+        assert runnable(engine, config, 0, label, "parent") is None
+        assert refused_label(engine, 1, [f"attention={label}"], 0, False) is None
     for engine in ("llama.cpp", "vllm", "tensorrt-llm", "sglang"):
         assert "recurrent attention" in str(runnable(engine, config, 0, label, "parent"))
         assert "recurrent attention" in str(refused_label(engine, 1, [f"attention={label}"], 0, False))

@@ -8,8 +8,11 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import distributions
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,10 +21,12 @@ import torch
 
 from blocks.engine_limits import EngineLimit
 from blocks.errors import PuzzleError
+from blocks.export_code import PLUGIN as PLUGIN_FOLDER
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.kinds import kind_of, parse_label
 from blocks.parent import config_of
 from profiles.schema import Hardware, Measure, Scenario, SearchSpace
-from tasks.engines import vllm_engine, vllm_process
+from tasks.engines import vllm_engine, vllm_process, vllm_server
 from tasks.engines.base import LoadOptions
 from tasks.engines.errors import EngineFailed, EngineMissing
 from tasks.engines.openai_server import SERVERS, Served
@@ -51,10 +56,16 @@ MISSING = STOCK.missing()
 needs_vllm = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 HOW = LoadOptions(context_tokens=64, batch_size=2)
 HEAD: dict[str, Any] = {"head_dim": 32}  # the least that vLLM has a CPU kernel for
+WIDE: dict[str, Any] = HEAD | {"max_position_embeddings": 1024}
 
 
 def wide(width: int) -> dict[str, Any]:
     return FULL | {"ffn_mult": width * 3 / 64, "intermediate_size": width}
+
+
+def heads(count: int) -> dict[str, Any]:
+    """Query heads that share one KV head."""
+    return attention(1) | {"num_attention_heads": count, "n_heads_in_group": count}
 
 
 def odd(width: int) -> dict[str, Any]:
@@ -110,6 +121,17 @@ FREE = [
     (attention(4), LINEAR),
     (attention(1), odd(40)),
 ]
+# fewer query heads, beside as many KV heads with all of them, with and without a window
+NARROW = [(heads(2), odd(48)), (attention(1), odd(24)), (windowed(1, 6, 4) | heads(2), LINEAR), *FREE[3:]]
+# states beside whole attention, windows and linear blocks, in the first layer and the last
+STATES = [
+    (recurrent("ssd"), odd(48)),
+    (attention(1), odd(24)),
+    (recurrent("gdn"), LINEAR),
+    (windowed(2, 6, 4), NO_OP),
+    (NO_OP, odd(40)),
+    (recurrent("gdn"), odd(24)),
+]
 PLUGIN_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "llama": ("llama", FREE, {}),
     "biases": ("llama", FREE, {"attention_bias": True, "mlp_bias": True}),
@@ -119,6 +141,13 @@ PLUGIN_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "qwen2": ("qwen2", FREE, {}),
     "qwen3": ("qwen3", FREE, {"attention_bias": True}),
     "stock": ("llama", MIXED, {}),
+    "query heads": ("llama", NARROW, {}),
+    "query heads, norms": ("qwen3", NARROW, {}),
+    "states": ("llama", STATES, {}),
+    "states, biases": ("qwen2", STATES, {}),
+    "states, norms": ("qwen3", STATES, {"attention_bias": True}),
+    "states, slides": ("mistral", STATES, {}),
+    "states alone": ("llama", [(recurrent("gdn"), odd(24)), (recurrent("ssd"), NO_OP)] * 3, {}),
     "windows alone": ("llama", [(windowed(2, 6, 4), odd(24))] * 6, {}),
     "no sinks": ("llama", [(windowed(2, 6, 0), odd(24)), *FREE[1:]], {}),
     "no attention": ("llama", [(NO_OP, odd(48)), (LINEAR, LINEAR), *[(NO_OP, odd(24))] * 4], {}),
@@ -126,8 +155,6 @@ PLUGIN_RUNS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
 PUZZLES = '{"architectures": ["PuzzleForCausalLM"]}'
 UNABLE = [
     ("gemma3_text", attention(2), "a model that is no child of one of the families llama"),
-    ("llama", recurrent("ssd"), "recurrent attention"),
-    ("llama", attention(2) | {"num_attention_heads": 2}, "fewer query heads"),
     ("mistral", windowed(2, 8, 4), "a window with sink tokens as long as the parent's own"),
 ]
 PIECES = ((0, 650), (300, 480), (300, 700), (10, 50), (0, 8), (300, 640), (0, 129))
@@ -212,6 +239,18 @@ def test_the_plugin_gives_torchs_logits_and_text(case: str, models: Models, tmp_
 
 
 @needs_vllm
+def test_fewer_query_heads_are_no_wider(models: Models, tmp_path: Path) -> None:
+    """Where the config names no width of a head, as Qwen 2's does not, it is that of all query heads."""
+    child = child_of("qwen2", blocks=blocks_of(NARROW), **HEAD, hidden_size=128)
+    folder, ids = exported(child, tmp_path), token_ids(1, 24)
+    fields = json.loads((folder / "config.json").read_text())
+    assert fields.pop("head_dim") == 32
+    (folder / "config.json").write_text(json.dumps(fields))
+    found = compare(models.load(folder, engine=PLUGIN), child, ids)
+    assert found.most < LOGITS_TOLERANCE / 10 and found.agreement == 1  # four times wider than the others: 1e-5
+
+
+@needs_vllm
 def test_what_lies_between_sinks_and_window_may_go(models: Models, tmp_path: Path) -> None:
     """A text over many blocks of the KV cache: those between are freed. Torch's text is computed without a cache."""
     child = child_of(blocks=blocks_of(FREE), **HEAD, max_position_embeddings=1024)
@@ -224,39 +263,100 @@ def test_what_lies_between_sinks_and_window_may_go(models: Models, tmp_path: Pat
 # many requests at once, prompts in pieces, beginnings that are in the cache, and no room for all of them
 CROWD = """
 import json, sys
-import puzzle_vllm
+import puzzle_vllm, torch
 from vllm import LLM, SamplingParams
 
 puzzle_vllm.register()
-folder, steps, prompts = sys.argv[1], int(sys.argv[2]), json.load(sys.stdin)
+folder, dtype, steps, room, prompts = *sys.argv[1:3], int(sys.argv[3]), int(sys.argv[4]), json.load(sys.stdin)
 llm = LLM(
-    model=folder, trust_remote_code=True, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, block_size=32,
+    model=folder, trust_remote_code=True, skip_tokenizer_init=True, dtype=dtype, enforce_eager=True, block_size=32,
     hf_overrides={"architectures": [puzzle_vllm.ARCHITECTURE]}, max_model_len=800, max_num_seqs=4,
-    max_num_batched_tokens=200, kv_cache_memory_bytes=2_400_000, enable_prefix_caching=True,
+    max_num_batched_tokens=200, kv_cache_memory_bytes=room, enable_prefix_caching=True, disable_log_stats=False,
 )
 asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-greedy = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False)
-for _ in range(2):
-    found = llm.generate(asked, greedy, use_tqdm=False)
-print(json.dumps([[one.num_cached_tokens, list(one.outputs[0].token_ids)] for one in found]))
+greedy = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False, logprobs=0)
+rounds = []
+with torch.compiler.set_stance("force_eager"):
+    for some in (asked[:1], asked, asked, asked[:1]):
+        found = llm.generate(some, greedy, use_tqdm=False)
+        made = [list(one.outputs[0].token_ids) for one in found]
+        likely = [
+            [at[token].logprob for at, token in zip(one.outputs[0].logprobs, tokens)]
+            for one, tokens in zip(found, made)
+        ]
+        rounds.append(list(zip((one.num_cached_tokens for one in found), made, likely)))
+(taken_back,) = (one.value for one in llm.get_metrics() if one.name == "vllm:num_preemptions")
+print(json.dumps([taken_back, *rounds]))
 """
+# FREE and STATES with longer windows; bytes of the cache; whether beginnings are found in it
+CROWDS: dict[str, tuple[list[Any], int, bool]] = {
+    "windows": ([*FREE[:3], (windowed(1, 70, 4), NO_OP), FREE[4], (windowed(4, 40, 4), odd(40))], 2_000_000, True),
+    "states": ([*STATES[:3], (windowed(2, 70, 4), NO_OP), *STATES[4:]], 600_000, False),
+}
 
 
-@needs_vllm
-def test_requests_do_not_take_each_others_tokens(tmp_path: Path) -> None:
-    pairs = [*FREE[:3], (windowed(1, 70, 4), NO_OP), FREE[4], (windowed(4, 40, 4), odd(40))]
-    child = child_of(blocks=blocks_of(pairs), **HEAD, max_position_embeddings=1024)
-    folder, ids = exported(child, tmp_path), token_ids(1, 700)[0]
-    prompts = [torch.cat([ids[:shared], ids[shared + 7 : end]]) for shared, end in PIECES]
+@torch.inference_mode()
+def likelihoods(child: DeciLMForCausalLM, ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of tokens behind a prompt, in torch without a cache."""
+    rows = child(torch.cat([ids, tokens])[None], use_cache=False).logits[0, len(ids) - 1 : -1]
+    return rows.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+
+
+def served(folder: Path, dtype: str, room: int, prompts: list[torch.Tensor]) -> Any:
+    """What CROWD prints: how often a request was put off, and in four rounds, of each: tokens found, made, likely."""
     words = json.dumps([prompt.tolist() for prompt in prompts])
-    command = [str(vllm_engine.interpreter()), "-c", CROWD, str(folder), "40"]
+    command = [str(vllm_engine.interpreter()), "-c", CROWD, str(folder), dtype, "40", str(room)]
     environment = {**os.environ, **SETTINGS}
     done = subprocess.run(command, env=environment, input=words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    cached, found = zip(*json.loads(done.stdout.splitlines()[-1]), strict=True)
-    assert any(cached)
-    for prompt, tokens in zip(prompts, found, strict=True):
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@needs_vllm
+@pytest.mark.parametrize("case", CROWDS)
+def test_requests_do_not_take_each_others_tokens(case: str, tmp_path: Path) -> None:
+    pairs, room, found_again = CROWDS[case]
+    child = child_of(blocks=blocks_of(pairs), **HEAD, max_position_embeddings=1024)
+    folder, ids = exported(child, tmp_path), token_ids(1, 700)[0]
+    prompts = [torch.cat([ids[:shared], ids[shared + 7 : end]]) for shared, end in PIECES]
+    taken_back, first, _, crowd, last = served(folder, "float32", room, prompts)
+    cached, made, likely = zip(*crowd, strict=True)
+    assert any(cached) == found_again
+    assert taken_back > 1  # there was no room for all
+    if not found_again:  # nothing of a beginning is summed in another order
+        assert first == last  # bit for bit, and the cache's blocks were the others' in between
+    for prompt, tokens, values in zip(prompts, made, likely, strict=True):
         assert behind(child, prompt[None], tokens) < LOGITS_TOLERANCE / 100
+        expected = likelihoods(child, prompt, torch.tensor(tokens))
+        torch.testing.assert_close(torch.tensor(values), expected, rtol=0, atol=LOGITS_TOLERANCE / 100)
+
+
+SLIDE, WHOLE = "sliding_attention", "full_attention"
+ONE, GDN, WINDOW = attention(1), recurrent("gdn"), windowed(2, 8, 4)
+# whether the parent's layers slide, and layers: without whole attention; with less of it than of what slides, so that
+# some blocks are shared by states and sliding layers alone
+LEFT: dict[str, tuple[list[str], list[dict[str, Any]]]] = {
+    "slides": ([SLIDE] * 4, [recurrent("ssd"), ONE, GDN, ONE]),
+    "windows": ([WHOLE] * 4, [recurrent("ssd"), WINDOW, GDN, WINDOW]),
+    "less whole": ([*[SLIDE] * 4, *[WHOLE] * 3, *[SLIDE] * 4], [*[ONE] * 7, *[GDN] * 4]),
+}
+
+
+@needs_vllm
+@pytest.mark.parametrize("case", LEFT)
+def test_what_a_state_left_in_a_block_is_no_key(case: str, tmp_path: Path) -> None:
+    """Its float32 bits can read as NaN in 16 bits. A key that is not seen counts zero times, and that is NaN again."""
+    kinds, entries = LEFT[case]
+    parent = made("ministral", WIDE | {"sliding_window": 6, "num_hidden_layers": len(kinds), "layer_types": kinds})
+    child = in_precision(child_of_any(parent, blocks_of([(entry, odd(24)) for entry in entries])), torch.bfloat16)
+    ids = token_ids(1, 300)[0]
+    prompts = [ids[start:end] for start, end in ((0, 90), (5, 7), (9, 10), (40, 240), (70, 73), (2, 4))] * 3
+    _, first, *crowds, last = served(exported(child, tmp_path), "bfloat16", 200_000 * len(kinds), prompts)
+    child = in_precision(child, torch.float32)
+    assert len(first) == len(last) == 1
+    for prompt, (_, tokens, values) in zip(prompts * 2, [*crowds[0], *crowds[1]], strict=True):
+        expected = likelihoods(child, prompt, torch.tensor(tokens))
+        torch.testing.assert_close(torch.tensor(values), expected, rtol=0, atol=0.4)  # .17 was seen
 
 
 @needs_vllm
@@ -298,6 +398,66 @@ def test_what_the_plugin_does_not_run_it_refuses(
         models.load(folder, engine=PLUGIN)
 
 
+# what the plugin would have to share out, take back or carry beside keys and values
+BESIDE = """
+import json, sys
+import puzzle_vllm
+puzzle_vllm.register()
+from puzzle_vllm.model import refused
+from vllm import EngineArgs
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+def made(**asked):
+    return EngineArgs(
+        model=sys.argv[1], max_model_len=64, trust_remote_code=True, skip_tokenizer_init=True,
+        hf_overrides={"architectures": [puzzle_vllm.ARCHITECTURE]}, **asked,
+    ).create_engine_config()
+
+untrusted, ahead, free = made(), made(), made()
+untrusted.model_config.trust_remote_code = False  # vLLM would have read no config without
+ahead.scheduler_config.async_scheduling = True  # as on a GPU where it was asked for
+free.scheduler_config.async_scheduling = None  # as on a GPU where nothing was said
+MODELS_CONFIG_MAP[puzzle_vllm.ARCHITECTURE].verify_and_update_config(free)
+asked = [
+    made(),
+    made(tensor_parallel_size=2),
+    made(speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}),
+    made(kv_transfer_config={"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}),
+    made(kv_cache_dtype="fp8"),
+    untrusted,
+    ahead,
+]
+found = [refused(one.model_config.hf_config, one) for one in asked]
+print(json.dumps([free.scheduler_config.async_scheduling, *found]))
+"""
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        (attention(2), [None] * 7),
+        (heads(1), [None, "cannot be shared out evenly among 2 devices", *[None] * 5]),
+        (windowed(2, 6, 4), [None, None, None, "KV connector", None, None, None]),
+        (
+            recurrent("ssd"),
+            [None, "several devices", "speculative", "KV connector", "fp8", "trust-remote", "--no-async-scheduling"],
+        ),
+    ],
+)
+def test_what_a_window_or_a_state_cannot_stand_beside_is_refused(
+    entry: dict[str, Any], told: list[str | None], tmp_path: Path
+) -> None:
+    folder = exported(child_of(blocks=blocks_of([(entry, odd(48)), *MIXED[1:]]), **HEAD), tmp_path)
+    command = [str(vllm_engine.interpreter()), "-c", BESIDE, str(folder)]
+    environment = {**os.environ, **SETTINGS, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ahead, *found = json.loads(done.stdout.splitlines()[-1])
+    assert ahead == (False if "recurrent" in entry else None)
+    assert all(reason is None if word is None else word in reason for reason, word in zip(found, told, strict=True))
+
+
 @needs_vllm
 def test_the_plugin_refuses_rotary_frequencies_that_vllm_computes_otherwise(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -328,6 +488,17 @@ def test_a_request_is_timed_in_both_precisions_and_with_the_threads_asked(models
         assert min(turn.prefill, turn.step, turn.prefill_cpu, turn.step_cpu) > 0
     assert session.worker.memory_bytes() > 2**20
     assert session.worker.ask({"threads": {}}) == {"threads": 1}
+
+
+@needs_vllm
+def test_states_run_in_bfloat16(models: Models, tmp_path: Path) -> None:
+    child = in_precision(child_of(blocks=blocks_of(STATES), **HEAD), torch.bfloat16)
+    how = LoadOptions(context_tokens=64, batch_size=2, precision="bfloat16")
+    session = models.load(exported(child, tmp_path), how, PLUGIN)
+    found = compare(session, in_precision(child, torch.float32), token_ids(1, 24))
+    assert 0 < found.kl < KL_TOLERANCE["bfloat16"]
+    turn = session.request(token_ids(2, 16), 4, grow=9)
+    assert min(turn.prefill, turn.step, turn.prefill_cpu, turn.step_cpu) > 0
 
 
 def in_one_process(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,16 +536,16 @@ def test_a_check_says_that_it_does_not_reach_beyond_a_window() -> None:
 @needs_vllm
 @pytest.mark.parametrize(
     ("precision", "first"),
-    [*((name, attention(1)) for name in INTEGERS), *((name, windowed(1, 6, 4)) for name in INTEGERS)],
+    [(name, first) for name in INTEGERS for first in (attention(1), windowed(1, 6, 4), recurrent("gdn"))],
 )
 def test_integers_give_torchs_logits_in_vllm(
     precision: str, first: dict[str, Any], models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layers of different shapes: vLLM multiplies what torch has of the rounded weights; other weights are refused."""
     in_one_process(models, monkeypatch)
-    windows = "window_length" in first
-    form, engine = ("vllm-plugin", PLUGIN) if windows else ("transformers", STOCK)
-    second = (LINEAR, LINEAR) if windows else (NO_OP, odd(96))
+    plugged = first != attention(1)
+    form, engine = ("vllm-plugin", PLUGIN) if plugged else ("transformers", STOCK)
+    second = (LINEAR, LINEAR) if plugged else (NO_OP, odd(96))
     pairs = [(first, odd(64)), second, (attention(2), NO_OP), (attention(4), odd(32))]
     child = in_precision(child_of(blocks=blocks_of([*pairs, *pairs[:2]]), **HEAD), torch.bfloat16)
     tokens = torch.randint(child.config.vocab_size, (16, 32), generator=torch.Generator().manual_seed(0))
@@ -405,20 +576,21 @@ def test_bench_measures_parent_and_child_in_vllm(tmp_path: Path) -> None:
 
 
 @needs_vllm
-def test_costs_in_vllm_are_a_cost_table(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("engine", "more"), [(STOCK, ()), (PLUGIN, ("linear", "q2", "ssd"))])
+def test_costs_in_vllm_are_a_cost_table(engine: Any, more: tuple[str, ...], tmp_path: Path) -> None:
     parent, _ = prepare(tmp_path, train_steps=0)
     config = tmp_path / parent.folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | HEAD))
-    space = SearchSpace(attention=("linear", "no_op"), ffn=("ffn32", "no_op"))
+    space = SearchSpace(attention=("linear", "q2", "ssd", "no_op"), ffn=("ffn32", "no_op"))
     scenarios = (Scenario(prompt_tokens=8, generated_tokens=6),)
-    hardware = Hardware(threads=1, engine="vllm", precision="bfloat16")
+    hardware = Hardware(threads=1, engine=engine.name, precision="bfloat16")
     measure = Measure(rounds=3, decode_steps=2)
     asked = CostRequest(parent=parent, space=space, scenarios=scenarios, hardware=hardware, measure=measure)
     table = measure_costs(asked, tmp_path)
-    assert table.hardware["engine"] == Vllm().version() and table.hardware["precision"] == "bfloat16"
+    assert table.hardware["engine"] == engine.version() and table.hardware["precision"] == "bfloat16"
     found = {(cost.subblock, cost.variant) for cost in table.costs}
     ffn = {("ffn", label) for label in ("parent", "ffn32", "no_op")}
-    assert found == {("attention", "parent"), ("attention", "no_op")} | ffn  # no linear: vLLM cannot run it
+    assert found == {("attention", label) for label in ("parent", "no_op", *more)} | ffn  # what the engine runs
     assert table.parent_measured[0].prefill_seconds > 0
 
 
@@ -520,19 +692,41 @@ def test_a_step_that_is_not_what_it_is_timed_as_is_refused() -> None:
             vllm_process._expect(wrong, 2, 3)
 
 
+SMOLLM2 = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
+
+
 def test_the_cache_holds_every_sequence() -> None:
-    config = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
     one = 2 * 30 * 3 * 64 * 4
-    assert vllm_process.kv_bytes(config, "float32", 4, 320) >= 4 * 320 * one
-    assert vllm_process.kv_bytes(config, "bfloat16", 4, 320) == vllm_process.kv_bytes(config, "float32", 4, 320) // 2
+    assert vllm_process.kv_bytes(SMOLLM2, "float32", 4, 320) >= 4 * 320 * one
+    assert vllm_process.kv_bytes(SMOLLM2, "bfloat16", 4, 320) == vllm_process.kv_bytes(SMOLLM2, "float32", 4, 320) // 2
+
+
+@pytest.mark.parametrize("label", ["ssd", "gdn"])
+@pytest.mark.parametrize(("precision", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_the_cache_counts_a_state_as_the_plan_does(label: str, precision: str, size: int) -> None:
+    """vllm_process.py imports nothing of puzzle, so it counts by itself. A state is in a block of each layer."""
+    blocks = [{"attention": recurrent(label)}] + [{"attention": attention(3)}] * 29
+    variant = parse_label("attention", label, SimpleNamespace(**SMOLLM2))
+    state = kind_of(variant).state_bytes(variant, SimpleNamespace(**SMOLLM2), size)
+    with_states = vllm_process.kv_bytes(SMOLLM2 | {"block_configs": blocks}, precision, 4, 320)
+    assert with_states - vllm_process.kv_bytes(SMOLLM2, precision, 4, 320) == 2 * 4 * 30 * state
+
+
+@needs_vllm
+def test_all_sequences_run_in_one_step(models: Models, tmp_path: Path) -> None:
+    """So many texts, with heads so wide, that the least cache would not do. A text that waited would be an error."""
+    child = child_of(blocks=blocks_of(STATES), **WIDE | {"head_dim": 128})
+    how = LoadOptions(context_tokens=300, batch_size=16)
+    turn = models.load(exported(child, tmp_path), how, PLUGIN).request(token_ids(16, 290), 8)
+    assert turn.step > 0
 
 
 @needs_vllm
 def test_vllms_server_answers_under_load_and_ends_with_its_owner(tmp_path: Path) -> None:
-    """One start for all: it takes longer than the rest. The folder's own config class is run, so it was trusted, and
-    the plugin, in the engine core too.
+    """One start for all: it takes longer than the rest. The folder's own config class and rule of recurrent attention
+    are run, so it was trusted, and the plugin, in the engine core too.
     """
-    folder = exported(child_of(blocks=blocks_of(FREE), **HEAD), tmp_path)
+    folder = exported(child_of(blocks=blocks_of(STATES), **HEAD), tmp_path)
     command = [sys.executable, "-c", OWNER, "vllm-plugin", str(folder), str(tmp_path / "log")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ}, cwd=Path.cwd()) as owner:
         try:
@@ -551,6 +745,17 @@ def test_vllms_server_answers_under_load_and_ends_with_its_owner(tmp_path: Path)
             owner.kill()
         owner.wait(20)
         wait_until_gone(family)
+
+
+def test_the_server_finds_what_pip_would_have_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", "")
+    vllm_server.install_plugin(tmp_path)
+    (found,) = distributions(path=[str(tmp_path)])
+    package = tomllib.loads((vllm_engine.CODE / PLUGIN_FOLDER / "pyproject.toml").read_text())["project"]
+    assert (found.name, found.version) == (package["name"], package["version"])
+    (point,) = found.entry_points
+    assert {point.group: {point.name: point.value}} == package["entry-points"]
 
 
 def test_vllms_server_trusts_no_code_but_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

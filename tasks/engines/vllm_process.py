@@ -182,12 +182,20 @@ def _expect(outputs: list[Any], sequences: int, tokens: int) -> None:
 
 
 def kv_bytes(config: dict[str, Any], precision: str, batch_size: int, tokens: int) -> int:
-    """Bytes for the sequences' KV cache, times two, because vLLM holds some blocks back."""
-    heads = config["num_attention_heads"]
-    head = config.get("head_dim") or config["hidden_size"] // heads
-    per_token = 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * head
-    blocks = batch_size * (-(-tokens // BLOCK_TOKENS) + 1)
-    return max(LEAST_KV_BYTES, 2 * blocks * BLOCK_TOKENS * per_token * (4 if precision == "float32" else 2))
+    """Bytes for the sequences' KV cache, times two, because vLLM holds some blocks back.
+
+    A block holds a state of recurrent attention whole, in all layers, and a sequence fills its last block in part.
+    """
+    heads, size = config["num_attention_heads"], 4 if precision == "float32" else 2
+    head, kv_heads = (
+        config.get("head_dim") or config["hidden_size"] // heads,
+        config.get("num_key_value_heads") or heads,
+    )
+    rules = [block["attention"].get("recurrent") for block in config.get("block_configs", ())]
+    mixed = max((rule["conv_kernel"] - 1 for rule in rules if rule), default=0) * (heads + 2 * kv_heads) * head
+    state = (4 * heads * head**2 if any(rules) else 0) + mixed * size
+    keys = (-(-tokens // BLOCK_TOKENS) + 1) * BLOCK_TOKENS * 2 * kv_heads * head * size
+    return max(LEAST_KV_BYTES, 2 * batch_size * config["num_hidden_layers"] * (keys + state))
 
 
 def resident_bytes(field: str) -> int:

@@ -26,9 +26,9 @@ def watch() -> None:
 
 def install_plugin(folder: Path) -> None:
     """Have vLLM find puzzle's plugin as if pip had installed it, in the processes that it starts too."""
-    known = folder / "puzzle_vllm-1.dist-info"
+    known = folder / "puzzle_vllm-1.1.dist-info"
     known.mkdir()
-    (known / "METADATA").write_text("Metadata-Version: 2.1\nName: puzzle-vllm\nVersion: 1\n", encoding="utf-8")
+    (known / "METADATA").write_text("Metadata-Version: 2.1\nName: puzzle-vllm\nVersion: 1.1\n", encoding="utf-8")
     (known / "entry_points.txt").write_text("[vllm.general_plugins]\npuzzle = puzzle_vllm:register\n", encoding="utf-8")
     sys.path.insert(0, str(folder))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])

@@ -3,7 +3,9 @@
     w4a16    weights of 4 bits, a scale for every 32 columns of a row; activations stay as they are
     w8a8     weights of 8 bits, a scale for every row; activations of 8 bits too, rounded per token while it runs
 
-Both are fitted to text, layer after layer, as types of GGUF are (tasks/export/quantise.py). Embedding and head stay.
+Both are fitted to text, layer after layer, as types of GGUF are (tasks/export/quantise.py). Embedding and head stay. So
+do the gates of recurrent attention: they are few, and vLLM multiplies 4-bit matrices of 32, 64 ... rows only. In both
+precisions, so that there is one rule.
 Legend: D = outputs (rows), K = inputs (columns), s = columns of a block, G = groups of columns, C = scales tried.
 """
 
@@ -19,6 +21,7 @@ from blocks.resources import BLOCK
 from tasks.export.quantise import DAMPING, fitted_layers, refuse_rows
 
 INTEGERS = ("w4a16", "w8a8")
+GATES = "self_attn.gates"
 SHRINKS = torch.linspace(0.7, 1.0, 13)  # of the scale that just holds the largest value; smaller ones clip it
 
 
@@ -59,11 +62,15 @@ def compress(model: Any, tokens: Tensor, precision: str, dtype: torch.dtype) -> 
     """
     refuse_rows(model, precision)
     found: dict[str, Tensor] = {}
+    whole = ["lm_head"]
     for index, linears, grams in fitted_layers(model, tokens):
         for name, linear in linears.items():
+            if name == GATES:
+                whole.append(f"model.layers.{index}.{name}")
+                continue
             tensors, linear.weight.data = _rounded(linear.weight.detach(), grams[name], precision, dtype)
             found |= {f"model.layers.{index}.{name}.{key}": tensor for key, tensor in tensors.items()}
-    return Compressed(tensors=found, config=_config(precision))
+    return Compressed(tensors=found, config=_config(precision, whole))
 
 
 def _rounded(
@@ -93,8 +100,8 @@ def _rounded(
     return {"weight_packed": packed, "weight_scale": scales_DG, "weight_shape": torch.tensor(weight_DK.shape)}, rounded
 
 
-def _config(precision: str) -> dict[str, Any]:
-    """config.json's `quantization_config`."""
+def _config(precision: str, whole: list[str]) -> dict[str, Any]:
+    """config.json's `quantization_config`. whole: matrices that stay as they are."""
     # loads torch's compiler, which takes a second: every command that measures an engine knows the names of precisions
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
@@ -113,5 +120,5 @@ def _config(precision: str) -> dict[str, Any]:
             "weights": QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=BLOCK)
         }
     groups = {"layers": QuantizationScheme(targets=["Linear"], format=form, **scheme)}
-    found = QuantizationConfig(config_groups=groups, format=form, ignore=["lm_head"], quantization_status="compressed")
+    found = QuantizationConfig(config_groups=groups, format=form, ignore=whole, quantization_status="compressed")
     return dict(found.model_dump(mode="json"))

@@ -1,4 +1,4 @@
-"""A child in vLLM: each layer has its own attention and FFN, a linear one in its place, or none.
+"""A child in vLLM: each layer has its own attention and FFN, a linear or recurrent one in its place, or none.
 
 The parts are those of vLLM's Llama. The loop over layers, embedding, head and the loading of weights are those of its
 DeciLM, which knows no linear subblocks and needs an attention in layer 0.
@@ -15,7 +15,9 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.models.llama import LlamaAttention, LlamaMLP
 from vllm.model_executor.models.nemotron_nas import DeciLMForCausalLM, DeciModel
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
+from .recurrent import RecurrentAttention
 from .windows import WindowAttention
 
 # families -> whether queries, keys and values have biases; None: as the config's `attention_bias` says
@@ -25,26 +27,31 @@ HEAD_NORMS = ("qwen3",)
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
+def biases_of(config: Any) -> tuple[bool, bool]:
+    """Whether queries, keys and values have biases, and whether the output has."""
+    said, own = bool(getattr(config, "attention_bias", False)), FAMILIES[config.base_model_type]
+    return (said, said) if own is None else (own, False)
+
+
 class PuzzleAttention(LlamaAttention):
-    """Llama's attention with KV heads of its own, and with head norms, biases and a window where the child has them."""
+    """Llama's attention with heads of its own, and with head norms, biases and a window where the child has them."""
 
     def __init__(self, config: Any, layer: int, cache_config: Any, quant_config: Any, prefix: str) -> None:
-        entry, family = config.block_configs[layer].attention, config.base_model_type
-        said, bias = bool(getattr(config, "attention_bias", False)), FAMILIES[family]
+        entry, biases = config.block_configs[layer].attention, biases_of(config)
         super().__init__(
             config=config,
             hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads,
+            num_heads=entry.get("num_attention_heads") or config.num_attention_heads,
             num_kv_heads=entry.get("num_key_value_heads") or config.num_key_value_heads,
             max_position_embeddings=config.max_position_embeddings,
             quant_config=quant_config,
-            bias=said if bias is None else bias,
-            bias_o_proj=said if bias is None else False,
+            bias=biases[0],
+            bias_o_proj=biases[1],
             cache_config=cache_config,
             prefix=prefix,
         )
         self.q_norm = self.k_norm = None
-        if family in HEAD_NORMS:
+        if config.base_model_type in HEAD_NORMS:
             self.q_norm, self.k_norm = (RMSNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2))
         if entry.get("window_length"):
             # Llama's has entered itself under this name
@@ -104,6 +111,8 @@ class PuzzleLayer(nn.Module):
         self._is_no_op_attention = attention.no_op  # DeciModel reads it
         if attention.replace_with_linear:
             self.self_attn = LinearBlock("linear_attn", config.hidden_size, quant_config, f"{prefix}.self_attn")
+        elif attention.get("recurrent"):
+            self.self_attn = RecurrentAttention(config, layer, biases_of(config), quant_config, f"{prefix}.self_attn")
         elif not attention.no_op:
             self.self_attn = PuzzleAttention(config, layer, cache_config, quant_config, f"{prefix}.self_attn")
         if ffn.replace_with_linear:
@@ -143,13 +152,31 @@ class PuzzleForCausalLM(DeciLMForCausalLM):
     """A child of puzzle."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        reason = refused(vllm_config.model_config.hf_config, vllm_config)
+        config = vllm_config.model_config.hf_config
+        reason = refused(config, vllm_config)
         if reason is not None:
             raise ValueError(f"puzzle's plugin for vLLM cannot run {reason}.")
+        # a layer with fewer heads would divide by its own
+        config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def _init_model(self, vllm_config: VllmConfig, prefix: str = "") -> DeciModel:
         return DeciModel(vllm_config=vllm_config, prefix=prefix, layer_type=PuzzleLayer)
+
+
+def _shared(config: Any, block: Any, devices: int) -> bool:
+    """Whether each device gets as much of a layer as the others: of query heads, KV heads (or as many devices share
+    one), and channels of the FFN. What is no attention with heads of keys, or no FFN, is whole on each.
+    """
+    attention, ffn = block.attention, block.ffn
+    rest = 0
+    if not (attention.no_op or attention.replace_with_linear):
+        heads = attention.get("num_attention_heads") or config.num_attention_heads
+        kv_heads = attention.get("num_key_value_heads") or config.num_key_value_heads
+        rest += heads % devices + max(kv_heads, devices) % min(kv_heads, devices)
+    if not (ffn.no_op or ffn.replace_with_linear):
+        rest += (ffn.get("intermediate_size") or config.intermediate_size) % devices
+    return rest == 0
 
 
 def refused(config: Any, vllm_config: VllmConfig) -> str | None:
@@ -159,17 +186,31 @@ def refused(config: Any, vllm_config: VllmConfig) -> str | None:
         return f"a model that is no child of one of the families {', '.join(FAMILIES)}"
     attentions = [block.attention for block in blocks]
     sinks = [entry for entry in attentions if entry.get("window_length")]
+    states = any(entry.get("recurrent") for entry in attentions)
     slides = "sliding_attention" in config.layer_types
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    devices, stored = vllm_config.parallel_config.tensor_parallel_size, vllm_config.cache_config.cache_dtype
     reasons = {
-        "recurrent attention": any(entry.get("recurrent") for entry in attentions),
-        "fewer query heads": any(entry.get("num_attention_heads") for entry in attentions),
+        "recurrent attention without --trust-remote-code, since its rule is code of the child's folder": states
+        and not vllm_config.model_config.trust_remote_code,
+        "recurrent attention on several devices, which share out its heads": states and devices > 1,
+        "recurrent attention beside speculative decoding, which takes tokens back": states
+        and vllm_config.speculative_config is not None,
+        "recurrent attention with asynchronous scheduling, which takes tokens back: --no-async-scheduling": states
+        and vllm_config.scheduler_config.async_scheduling,
+        f"recurrent attention beside a KV cache of {stored}: leave --kv-cache-dtype out": states
+        and is_quantized_kv_cache(stored),
+        f"layers whose heads or FFN cannot be shared out evenly among {devices} devices": not all(
+            _shared(config, block, devices) for block in blocks
+        ),
         "an FFN with experts": any(block.ffn.get("moe") for block in blocks),
         f"rotary frequencies of the type {rope}": rope not in ROPE_TYPES,
         # vLLM would free one layer's blocks as if they were the other's
         "a window with sink tokens as long as the parent's own": slides
         and any(entry.window_length == config.sliding_window for entry in sinks),
-        "a window beside a KV connector, which would not carry its sink tokens": bool(sinks)
+        "a window or recurrent attention beside a KV connector, which would not carry sink tokens or states": bool(
+            sinks or states
+        )
         and vllm_config.kv_transfer_config is not None,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

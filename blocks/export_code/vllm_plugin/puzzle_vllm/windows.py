@@ -27,7 +27,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
-QUERIES = 256  # of one prompt, whose products are made at once
+from .steps import Part, parts_of
 
 
 class SinkWindowManager(SingleTypeKVCacheManager):
@@ -66,17 +66,6 @@ class SinkWindowSpec(SlidingWindowSpec):
             isinstance(spec, SinkWindowSpec) and spec.sliding_window == self.sliding_window
             for spec in kv_cache_specs.values()
         )
-
-
-@dataclass(frozen=True)
-class Part:
-    """Queries whose products are made at once. requests: (R,). where: (R, T) among all of the step. first: (R,) the
-    place of the first one in its text.
-    """
-
-    requests: torch.Tensor
-    where: torch.Tensor
-    first: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -119,13 +108,13 @@ class SinkWindowMetadata:
         there = torch.cat([first < least, recent >= 0], 1)  # no place twice
         behind = (part.first[:, None] + torch.arange(tokens, device=device))[..., None] - places[:, None]  # (R, T, N)
         mask = there[:, None] & (behind >= 0) & ((behind < size) | (places < sinks)[:, None])
-        places = places.clamp(min=0)
+        places = places.where(there, 0)  # the first is written; in others may be what reads as NaN
         blocks = self.table[part.requests].gather(1, places // room)
         return Seen(where=part.where, blocks=blocks, offsets=places % room, mask=mask[:, None])
 
 
 class SinkWindowBuilder(AttentionMetadataBuilder[SinkWindowMetadata]):
-    """Cuts the queries of a step into parts."""
+    """Finds what a step's requests hold in the cache."""
 
     def __init__(self, *what: Any) -> None:
         super().__init__(*what)
@@ -133,27 +122,12 @@ class SinkWindowBuilder(AttentionMetadataBuilder[SinkWindowMetadata]):
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> SinkWindowMetadata:
         """See AttentionMetadataBuilder."""
         step = common_attn_metadata
-        starts = step.query_start_loc_cpu[: step.num_reqs + 1].tolist()
-        lengths = [starts[one + 1] - starts[one] for one in range(step.num_reqs)]
-        first = step.seq_lens[: step.num_reqs] - step.query_start_loc[: step.num_reqs + 1].diff()
-
-        def part(requests: list[int], begin: int, count: int) -> Part:
-            chosen = torch.tensor(requests, device=self.device)
-            offsets = torch.tensor([starts[one] + begin for one in requests], device=self.device)
-            where = offsets[:, None] + torch.arange(count, device=self.device)
-            return Part(requests=chosen, where=where, first=first[chosen] + begin)
-
-        single = [one for one, length in enumerate(lengths) if length == 1]
-        parts = [part(single, 0, 1)] if single else []
-        for one, length in enumerate(lengths):
-            if length > 1:
-                parts += [part([one], begin, min(QUERIES, length - begin)) for begin in range(0, length, QUERIES)]
         return SinkWindowMetadata(
-            tokens=starts[-1],
+            tokens=int(step.query_start_loc_cpu[step.num_reqs]),
             longest=step.max_seq_len,
             slots=step.slot_mapping,
             table=step.block_table_tensor.long(),
-            parts=parts,
+            parts=parts_of(step, self.device),
         )
 
 
