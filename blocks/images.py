@@ -12,8 +12,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor, nn
 
-TABLE = "images.safetensors"  # in a parent's folder: `features` (rows, D), and whose they are
-FEATURES = "features"
+TABLE = "images.safetensors"  # in a parent's folder
+FEATURES, DIGESTS = "features", "digests"  # (rows, D), as many rows for each image; (images, 32) sha256 of their files
 
 
 def features_in(folder: Path) -> Tensor | None:
@@ -52,3 +52,15 @@ def as_words(ids: Tensor, words: int) -> Tensor:
     nothing: which word stands for it does not matter.
     """
     return ids.clamp(max=words - 1)
+
+
+def image_ids(folder: Path, vocab_size: int) -> dict[str, range]:
+    """The ids that stand for each image of a parent's table, by the sha256 of its file; empty without a table."""
+    path = folder / TABLE
+    if not path.is_file():
+        return {}
+    with safe_open(path, framework="pt") as file:
+        digests, rows = file.get_tensor(DIGESTS), file.get_slice(FEATURES).get_shape()[0]
+    each = rows // len(digests)
+    first = range(vocab_size, vocab_size + rows, each)
+    return {bytes(digest.tolist()).hex(): range(at, at + each) for digest, at in zip(digests, first, strict=True)}

@@ -1,19 +1,29 @@
 """Parents that see: prepared, asked about images, written back, judged. Held to transformers' own LLaVA throughout."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoProcessor
 
-from blocks.errors import ParentError
-from profiles.schema import FolderParent
+from blocks.compute import HOST
+from blocks.errors import CorpusError, ParentError
+from blocks.files import sha256_of
+from blocks.images import image_ids
+from blocks.library import read_tensors
+from blocks.parent import Parent
+from blocks.records import CorpusInfo, ParentInfo
+from profiles.schema import Corpus, FolderParent, ImageQuestionsSource
+from tasks.inputs.corpus import fit_weights_of, prepare_corpus, starts_of, weights_of
 from tasks.inputs.parent import prepare_parent, write_config
-from tasks.inputs.vision import vision_tensors
-from tests.vision import prepared_llava, tiny_llava, whole_llava
+from tasks.inputs.vision import vision_tensors, with_images
+from tests.tiny import tiny_parent
+from tests.vision import IMAGE, TEMPLATE, TOKENS, coloured, prepared_llava, tiny_llava, whole_llava
 
 
 @pytest.mark.parametrize(
@@ -83,9 +93,176 @@ def test_what_is_not_carried_is_refused_in_a_sentence(tmp_path: Path) -> None:
         (source / "config.json").write_text(json.dumps(values))
     tensors = load_file(source / "model.safetensors")
     name = next(name for name in tensors if "linear_2.weight" in name)
-    from safetensors.torch import save_file
-
     save_file(tensors | {name: tensors[name][:8].clone()}, source / "model.safetensors", {"format": "pt"})
     assert "expected [32, 32]" in refusal(source, work)
     save_file(tensors | {name: tensors[name] / 0}, source / "model.safetensors", {"format": "pt"})
     assert "NaN or infinite" in refusal(source, work)
+
+
+# --- images among tokens
+
+QUESTIONS = ("what colour is it?", "is it red?")
+
+
+def asked(path: Path, **changes: Any) -> Corpus:
+    fields = {"sequence_length": 96, "train_sequences": 6, "validation_sequences": 2, "test_sequences": 3}
+    source = ImageQuestionsSource(kind="image_questions", path=str(path))
+    return Corpus(**{"sources": (source,), "prompt_weight": 0, **fields, **changes})
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A prepared LLaVA with the features of its images, and a corpus that asks about them."""
+
+    source: Path
+    workspace: Path
+    parent: ParentInfo
+    corpus: CorpusInfo
+    path: Path
+
+    def rows(self, split: str = "train") -> torch.Tensor:
+        return read_tensors(self.workspace, self.corpus.tokens, [split])[split].long()
+
+    @property
+    def reader(self) -> Parent:
+        return Parent(self.workspace / self.parent.folder, HOST)
+
+
+def seen(folder: Path, template: str = "", wanted: dict[str, Any] | None = None, **changes: Any) -> Seen:
+    source = tiny_llava(folder / "source", template=template, **changes)
+    workspace, path = folder / "work", coloured(folder / "images")
+    corpus = asked(path, **(wanted or {}))
+    plain = prepared_llava(source, workspace)
+    parent = with_images(plain, corpus.images, workspace, HOST)
+    assert with_images(plain, corpus.images, workspace, HOST) == parent and parent.fingerprint == plain.fingerprint
+    made = prepare_corpus(corpus, workspace / parent.folder, parent.fingerprint, workspace)
+    return Seen(source, workspace, parent, made, path)
+
+
+def as_transformers_reads(row: torch.Tensor, here: Seen) -> tuple[torch.Tensor, list[Path]]:
+    """A row with LLaVA's own image token in the place of features, and the images in their order."""
+    first = here.reader.config.vocab_size
+    ids = image_ids(here.workspace / here.parent.folder, first)
+    by_id = {each.start: digest for digest, each in ids.items()}
+    files = {sha256_of(path): path for path in here.path.parent.glob("*.png")}
+    found = [files[by_id[token]] for token in row.tolist() if token in by_id]
+    return torch.where(row >= first, whole_llava(here.source).config.image_token_index, row), found
+
+
+PARTS = (
+    "{% for message in messages %}{{ message.role }}: {% for part in message.content %}"
+    "{% if part.type == 'image' %}{{ '<image>\n' }}{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{{ '\n' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "tower", "template"),
+    [("llama", "clip", ""), ("qwen2", "siglip", TEMPLATE), ("gemma3_text", "clip", PARTS)],
+)
+def test_logits_are_those_of_transformers_own_llava(tmp_path: Path, family: str, tower: str, template: str) -> None:
+    here = seen(tmp_path, template, family=family, tower=tower)
+    whole, processor = whole_llava(here.source), AutoProcessor.from_pretrained(here.source)
+    embedding, model = here.reader.embedding(), here.reader.model()
+    for row in here.rows()[:3]:
+        ids, files = as_transformers_reads(row, here)
+        assert files and len(files) * TOKENS == int((ids != row).sum())
+        pixels = processor.image_processor(images=[Image.open(file) for file in files], return_tensors="pt")
+        with torch.no_grad():
+            expected = whole(input_ids=ids[None], **pixels, output_hidden_states=True, use_cache=False)
+            found = model(row[None], use_cache=False).logits
+        assert (found - expected.logits).abs().max() < 1e-5 * expected.logits.abs().max().clamp(min=1)
+        assert (embedding(row[None]) - expected.hidden_states[0]).abs().max() < 1e-5
+        blind = whole(input_ids=torch.where(ids == row, ids, 7)[None], use_cache=False).logits
+        assert (blind - expected.logits).abs().max() > 1e-2
+
+
+def test_a_row_holds_whole_documents_as_the_processor_reads_them(tmp_path: Path) -> None:
+    here = seen(tmp_path, PARTS, wanted={"sequence_length": 128})
+    processor = AutoProcessor.from_pretrained(here.source)
+    first, end = here.corpus.first_image, processor.tokenizer.eos_token_id
+    assert first == here.reader.config.vocab_size
+    weights = weights_of(here.corpus, "train", here.workspace)
+    assert weights is not None and weights.mean() == pytest.approx(1)
+    starts = set(starts_of(here.corpus, "train", here.workspace).tolist())
+    for number, row in enumerate(here.rows()):
+        ids, files = as_transformers_reads(row, here)
+        assert files and number * 128 in starts
+        place, counted = 0, torch.zeros(128, dtype=torch.bool)
+        for file in files:
+            name = json.loads(here.path.read_text().splitlines()[2 * int(file.stem)])["answer"]
+            answers = (name, "yes" if name == "red" else "no")
+            chat, spans = "", []
+            for question, answer in zip(QUESTIONS, answers, strict=True):
+                chat += f"user: {'' if chat else IMAGE + chr(10)}{question}\nassistant: "
+                spans.append((len(chat), len(chat) + len(answer) + 1))
+                chat += f"{answer}\n"
+            text = chat.rstrip()
+            own = processor(images=[Image.open(file)], text=text, return_tensors="pt")["input_ids"][0]
+            assert torch.equal(ids[place : place + len(own)], own) and ids[place + len(own)] == end
+            for start, last in spans:  # of bytes; the image takes TOKENS, its name in the text took one character each
+                shift = place + TOKENS - len(IMAGE)
+                counted[shift + start - 1 : shift + min(last, len(text)) - 1] = True
+            counted[place + len(own) - 1] = True  # the end of the document
+            place += len(own) + 1
+        assert (ids[place:] == end).all() and place > 128 - len(own) - 1
+        assert torch.equal(weights[number].bool(), counted)
+
+
+def test_images_count_where_blocks_are_fitted_and_nowhere_else(tmp_path: Path) -> None:
+    here = seen(tmp_path)
+    rows, weights = here.rows(), weights_of(here.corpus, "train", here.workspace)
+    fitted = fit_weights_of(here.corpus, "train", here.workspace, (0, len(rows)))
+    assert weights is not None and fitted is not None
+    image = rows >= here.corpus.first_image
+    assert (fitted[image] == 1).all() and torch.equal(fitted[~image], weights[~image])
+    assert not (weights[:, :-1][image[:, 1:]]).any()  # nobody foretells an image
+
+
+def test_documents_of_one_image_are_in_one_split(tmp_path: Path) -> None:
+    here = seen(tmp_path)
+    found = [
+        set(one[one >= here.corpus.first_image].tolist()) for one in map(here.rows, ("train", "validation", "test"))
+    ]
+    assert all(found) and not found[0] & found[1] and not found[0] & found[2] and not found[1] & found[2]
+
+
+def test_other_images_are_another_corpus_and_the_same_parent(tmp_path: Path) -> None:
+    here = seen(tmp_path)
+    for number, path in enumerate(here.path.parent.glob("*.png")):
+        Image.new("RGB", (20, 24), (1, 2, number)).save(path)
+    corpus = asked(here.path)
+    again = with_images(prepared_llava(here.source, here.workspace), corpus.images, here.workspace, HOST)
+    assert again.folder != here.parent.folder and again.fingerprint == here.parent.fingerprint
+    made = prepare_corpus(corpus, here.workspace / again.folder, again.fingerprint, here.workspace)
+    assert made.fingerprint != here.corpus.fingerprint
+    with pytest.raises(CorpusError, match="an image has changed"):
+        prepare_corpus(corpus, here.workspace / here.parent.folder, again.fingerprint, here.workspace)
+
+
+def test_questions_that_cannot_be_asked_are_refused(tmp_path: Path) -> None:
+    source, work, path = tiny_llava(tmp_path / "source"), tmp_path / "work", coloured(tmp_path / "images")
+    plain = prepared_llava(source, work)
+    parent = with_images(plain, asked(path).images, work, HOST)
+
+    def refused(match: str, **changes: Any) -> None:
+        with pytest.raises(CorpusError, match=match):
+            prepare_corpus(asked(path, **changes), work / parent.folder, parent.fingerprint, work)
+
+    refused("does not hold an image with a question", sequence_length=12)
+    lines = path.read_text()
+    path.write_text(lines.replace("is it red?", "is <image> red?"))
+    refused("holds the image's own token <image>")
+    path.write_text(lines.replace('"answer"', '"said"'))
+    refused("line 1 lacks one of image, question, answer")
+    path.write_text(lines.replace('.png"', '.jpg"'))
+    refused(r"names an image that is not there \(0.jpg\)")
+    path.unlink()
+    refused("are no file")
+    path.write_text(lines)
+    (path.parent / "0.png").write_text("not an image")
+    with pytest.raises(CorpusError, match="0.png is no image"):
+        with_images(plain, asked(path).images, work, HOST)
+    blind = prepare_parent(FolderParent(path=str(tiny_parent(tmp_path / "blind"))), work, None)
+    with pytest.raises(ParentError, match="has no vision tower: take a parent of model_type llava"):
+        with_images(blind, asked(path).images, work, HOST)

@@ -25,7 +25,7 @@ from tests.tiny import tiny_model
 IMAGE = "<image>"
 TOKENS = 4  # of an image: 2 x 2 patches
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230), "grey": (120, 120, 120)}
-TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ '\n' }}{% endfor %}"
 
 
 def tiny_llava(folder: Path, family: Any = "llama", tower: str = "clip", template: str = "", **changes: Any) -> Path:

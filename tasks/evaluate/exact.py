@@ -91,6 +91,9 @@ def questions_of(corpus: CorpusInfo, tokenizer: Any, workspace: Path, count: int
         earliest = first - corpus.sequence_length
         begin = max(int(starts[min(document, int(np.searchsorted(starts, earliest)))]), earliest)
         at_the_cut = cut[document] and special[last : ends[document]].all()
+        if corpus.first_image and (tokens[starts[document] : first] >= corpus.first_image).any():
+            # such a document begins with its image and is cut at its end alone; others would show other images
+            begin, at_the_cut = int(starts[document]), last == ends[document]
         if last - first > LONGEST or at_the_cut or special[max(begin, starts[document]) : first].all():
             continue
         prompt, answer = tuple(tokens[begin:first].tolist()), tokenizer.decode(tokens[first:last].tolist()).strip()

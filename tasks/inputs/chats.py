@@ -8,6 +8,7 @@ goes on.
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ SAME_DAY = (
     + " }}{%- endmacro %}"
 )
 
+# what stands for an image in a text: the sha256 of its file (tasks/inputs/image_questions.py)
+IMAGE = re.compile(r"<image ([0-9a-f]{64})>")
 Message = Mapping[str, str]
 Chat = Callable[[Sequence[Message]], str]
 THOUGHT_ENDS = "</think>"
@@ -120,11 +123,34 @@ def contents_alone(messages: Sequence[Message]) -> str:
     return "\n\n".join(message["content"] for message in messages)
 
 
-def template_of(tokenizer: "PreTrainedTokenizerBase") -> Callable[..., str]:
+def template_of(tokenizer: "PreTrainedTokenizerBase", image: str = "") -> Callable[..., str]:
     """Make the function that writes chats with the tokenizer's template; with a second argument, up to where the
-    assistant is to answer. It raises Unusable, or CorpusError.
+    assistant is to answer. It raises Unusable, or CorpusError. image: the token that stands for an image.
     """
     from jinja2 import TemplateError
+
+    def rendered(messages: Sequence[Mapping[str, Any]], to_be_answered: bool) -> str:
+        try:
+            template = tokenizer.get_chat_template()
+            return str(
+                tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    chat_template=SAME_DAY + template if "strftime_now" in template else template,
+                    tokenize=False,
+                    add_generation_prompt=to_be_answered,
+                )
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise Unusable(f"is refused by the chat template ({first_line(error, 120)})") from error
+
+    def about_images(messages: Sequence[Message], to_be_answered: bool, marks: Sequence[str]) -> str:
+        """Most templates of parents that see want parts, an image and a text; others want texts alone."""
+        with suppress(Unusable):
+            text = rendered([_in_parts(message) for message in messages], to_be_answered)
+            if text.count(image) == len(marks):
+                left = iter(marks)
+                return re.sub(re.escape(image), lambda _: next(left), text)
+        return rendered(messages, to_be_answered)
 
     def write(messages: Sequence[Message], to_be_answered: bool = False) -> str:
         if not tokenizer.chat_template:
@@ -132,19 +158,20 @@ def template_of(tokenizer: "PreTrainedTokenizerBase") -> Callable[..., str]:
                 "the corpus holds chats, but the parent's tokenizer has no chat template to write them with: take a "
                 "parent that was tuned on chats, add chat_template.jinja to its folder, or give text instead of chats."
             )
-        try:
-            template = tokenizer.get_chat_template()
-            text = tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=SAME_DAY + template if "strftime_now" in template else template,
-                tokenize=False,
-                add_generation_prompt=to_be_answered,
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise Unusable(f"is refused by the chat template ({first_line(error, 120)})") from error
+        marks = [mark[0] for message in messages for mark in IMAGE.finditer(message["content"])] if image else []
+        text = about_images(messages, to_be_answered, marks) if marks else rendered(messages, to_be_answered)
         for message in messages:  # not the assistant's: templates of reasoning models leave out earlier thoughts
-            if message["role"] != "assistant" and message["content"].strip() not in text:
+            if message["role"] != "assistant" and IMAGE.sub("", message["content"]).strip() not in text:
                 raise Unusable(f"loses a message of role {message['role']} in the chat template")
-        return str(text)
+        if any(mark not in text for mark in marks):
+            raise Unusable("loses an image in the chat template")
+        return text
 
     return write
+
+
+def _in_parts(message: Message) -> dict[str, Any]:
+    """A message whose content is a list: an image for each mark, then what else it says."""
+    images = [{"type": "image"} for _ in IMAGE.finditer(message["content"])]
+    words = {"type": "text", "text": IMAGE.sub("", message["content"]).strip()}
+    return {"role": message["role"], "content": [*images, words]}

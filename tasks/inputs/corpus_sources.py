@@ -16,6 +16,8 @@ from profiles.schema import (
     Corpus,
     CorpusSource,
     HubSource,
+    ImageQuestionsSource,
+    ImagesSource,
     NeedlesSource,
     ParentAnswersSource,
     PassagesSource,
@@ -23,6 +25,7 @@ from profiles.schema import (
     TextSource,
     WikipediaDumpSource,
 )
+from tasks.inputs import image_questions
 from tasks.inputs.chats import Chat, Conversation, contents_alone, normalise
 from tasks.inputs.installed_packages import installed_file
 from tasks.inputs.questions import folder_of, needles, passages
@@ -63,6 +66,8 @@ def check_sources(corpus: Corpus) -> None:
             _dump_file(source)
         elif isinstance(source, PassagesSource):
             folder_of(source)
+        elif isinstance(source, ImagesSource):
+            next(image_questions.questions(source, []), None)
         elif isinstance(source, TextSource):
             for path in files_of(source):
                 next(read_file(path, source, contents_alone, Tally(str(path), "line"), CHUNK), None)
@@ -139,7 +144,7 @@ def name_of(source: CorpusSource) -> str:
         return source.hub_id
     if isinstance(source, PassagesSource):
         return source.data_set
-    return Path(source.path).name if isinstance(source, TextSource) else source.kind
+    return Path(source.path).name if isinstance(source, TextSource | ImageQuestionsSource) else source.kind
 
 
 def pinned(source: CorpusSource) -> CorpusSource:
@@ -172,6 +177,8 @@ def content_of(source: CorpusSource) -> list[str]:
         return [sha256_of(path) for path in sorted(Path(folder_of(source)).glob("*.arrow"))]
     if isinstance(source, NeedlesSource):
         return [f"needles {MADE}"]
+    if isinstance(source, ImagesSource):
+        return image_questions.content_of(source)
     return [f"reader {READER}"]
 
 
@@ -183,6 +190,8 @@ def documents_of_source(source: CorpusSource, chat: Chat, tallies: list[Tally], 
         yield from (path.read_text(encoding="utf-8", errors="replace") for path in _stdlib_files(source))
     elif isinstance(source, NeedlesSource):
         yield from needles(source)
+    elif isinstance(source, ImagesSource):
+        yield from image_questions.documents(source, chat, tallies)
     elif isinstance(source, PassagesSource):
         tallies.append(Tally(source.data_set, "passage"))
         yield from texts(enumerate(passages(source), 1), lambda text: text, tallies[-1])

@@ -33,11 +33,12 @@ from tasks.gguf.header import Header, read_header, stem_of, without_vocabulary
 from tasks.gguf.parent_file import check_model, describe, dtype_of, parts_of
 from tasks.gguf.tokenizer_reader import tokenizer_of
 from tasks.inputs.companions import CARD, HUB_PATTERNS, companions, copy_companions, has_tokenizer, write_terms
+from tasks.inputs.image_questions import VISION
 from tasks.inputs.installed_packages import installed_file
 from tasks.inputs.parent_weights import INDEX, WEIGHTS, Weights, check_finite, place_weights, shards_of, weights_of
 from tasks.inputs.rotated import rotate, rotated_config
 from tasks.inputs.tiny import byte_tokenizer, family_config, make_tiny_parent, training_texts
-from tasks.inputs.vision import FOLDER, is_whole_model, place_whole, text_values
+from tasks.inputs.vision import is_whole_model, place_whole, text_values
 from tasks.running.progress import say
 
 VERSION = 2  # raise it when the same source would give another folder
@@ -304,7 +305,7 @@ def _fingerprint(folder: Path, digests: dict[str, str]) -> str:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kept = {key: value for key, value in config.items() if key != "transformers_version"}
     kinds = (".safetensors", "tokenizer.json")
-    files = {n: digest for n, digest in digests.items() if n.endswith(kinds) or n.startswith(f"{FOLDER}/")}
+    files = {n: digest for n, digest in digests.items() if n.endswith(kinds) or n.startswith(f"{VISION}/")}
     text = json.dumps({"config": kept, "files": files}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -23,19 +23,19 @@ from blocks.compute import Compute
 from blocks.errors import CorpusError, ParentError, first_line
 from blocks.export_code.families_decilm import FAMILIES
 from blocks.files import sha256_of, write_text
-from blocks.images import FEATURES, TABLE
+from blocks.images import DIGESTS, FEATURES, TABLE
 from blocks.library import digest_of, keep, remember
 from blocks.records import ParentInfo, Ref, Value
+from profiles.schema import ImagesSource
+from tasks.inputs.image_questions import VISION, images_of
 from tasks.inputs.parent_weights import Weights, check_finite, place_weights, weight_files
 from tasks.running.progress import Progress, no_progress
 
 VERSION = 1  # raise it when the same images would give other features
 CARRIED = ("llava",)  # model types whose vision part is kept, as transformers names them
 TOWERS = ("clip_vision_model", "siglip_vision_model")  # each gives equally many features of any image
-FOLDER = "vision"
 TEXT, HEAD = "model.language_model.", "lm_head."  # what the whole's weights of the text model begin with
 PIXELS = ("preprocessor_config.json", "processor_config.json")
-DIGESTS = "digests"  # in the table: (images, 32) sha256 of each file
 BATCH = 8  # images
 
 
@@ -57,18 +57,21 @@ def text_values(values: Mapping[str, Any]) -> dict[str, Any]:
     tower = values.get("vision_config", {}).get("model_type")
     if tower not in TOWERS:
         raise ParentError(
-            f"this LLaVA sees by {tower}: carried are {', '.join(TOWERS)}, which give equally many features of any image."
+            f"this LLaVA sees by {tower}: carried are {', '.join(TOWERS)}, which give equally many features of each "
+            "image."
         )
-    family, name = FAMILIES.get(text.get("model_type", "llama")), text.get("model_type", "llama")
-    if family is not None and (family.soft_caps or family.logits_divisor):
-        raise ParentError(
-            f"the text model of this LLaVA is a {name}, whose logits are scaled or capped, and transformers' LLaVA "
-            "leaves that out: take another, or save its text model alone."
-        )
+    name = text.get("model_type", "llama")
+    if name not in FAMILIES:
+        return {**text, "model_type": name}  # which is refused with the list of families
     try:
         whole: Any = CONFIG_MAPPING[kind](**{key: value for key, value in values.items() if key != "model_type"})
     except Exception as error:  # transformers raises nothing more precise
         raise ParentError(f"config.json is none of a {kind}: {first_line(error)}") from error
+    if FAMILIES[name].logits_divisor or FAMILIES[name].cap(whole.text_config) is not None:
+        raise ParentError(
+            f"the text model of this LLaVA is a {name}, whose logits are scaled or capped, and transformers' LLaVA "
+            "leaves that out: take another, or save its text model alone."
+        )
     found = {**text, "model_type": name, "tie_word_embeddings": bool(whole.tie_word_embeddings)}
     if whole.image_token_index >= whole.text_config.vocab_size:
         raise ParentError(
@@ -87,7 +90,7 @@ def place_whole(
     others = {name: found for name, found in weights.tensors.items() if name not in text}
     named = {name.replace(TEXT, "model.", 1): found for name, found in text.items()}
     place_weights(source, target, _alone(weights, named), place)
-    folder = target / FOLDER
+    folder = target / VISION
     folder.mkdir()
     place_weights(source, folder, _alone(weights, others), place)
     check_finite(folder, replace(weights, tensors={name: replace(found, name=name) for name, found in others.items()}))
@@ -104,14 +107,14 @@ def _alone(weights: Weights, tensors: Mapping[str, Any]) -> Weights:
 
 def sees(folder: Path) -> bool:
     """Whether a prepared parent has a vision tower."""
-    return (folder / FOLDER / "config.json").is_file()
+    return (folder / VISION / "config.json").is_file()
 
 
 def vision_tensors(folder: Path) -> dict[str, Tensor]:
     """Tower and projector of a prepared parent, by the whole model's names."""
     found = {}
-    for file in weight_files(folder / FOLDER):
-        with safe_open(folder / FOLDER / file, framework="pt") as opened:
+    for file in weight_files(folder / VISION):
+        with safe_open(folder / VISION / file, framework="pt") as opened:
             found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
     return found
 
@@ -127,10 +130,14 @@ class _Seeing(Value):
 
 
 def with_images(
-    parent: ParentInfo, images: Iterable[Path], workspace: Path, compute: Compute, progress: Progress = no_progress
+    parent: ParentInfo,
+    sources: Iterable[ImagesSource],
+    workspace: Path,
+    compute: Compute,
+    progress: Progress = no_progress,
 ) -> ParentInfo:
-    """The parent with the features of these images in its folder (blocks/images.py): a folder of its own, in which all
-    other files are links.
+    """The parent with the features of all images of these sources (blocks/images.py), in a folder of its own: all other
+    files in it are links.
 
     The same images give the same folder, which is used again. Raises ParentError for a parent without a vision tower,
     CorpusError for a file that is no image.
@@ -141,7 +148,7 @@ def with_images(
             f"the text asks about images, and {parent.name} has no vision tower: take a parent of model_type "
             f"{' or '.join(CARRIED)}, or leave the images out."
         )
-    paths = {sha256_of(path): path for path in images}
+    paths = {sha256_of(path): path for source in sources for path in images_of(source)}
     ordered = sorted(paths)
     key = digest_of(parent=parent.fingerprint, images=ordered, version=VERSION)
     manifest = workspace / "parent" / f"images-{key}.json"
@@ -170,19 +177,10 @@ def _link_all(source: Path, target: Path) -> None:
         if path.is_file() and path.name != TABLE:
             place = target / path.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
-            os.link(path, place)
-
-
-def image_ids(folder: Path, vocab_size: int) -> dict[str, range]:
-    """The ids that stand for each image of a parent's table, by the sha256 of its file; empty without a table."""
-    path = folder / TABLE
-    if not path.is_file():
-        return {}
-    with safe_open(path, framework="pt") as file:
-        digests, rows = file.get_tensor(DIGESTS), file.get_slice(FEATURES).get_shape()[0]
-    each = rows // len(digests)
-    first = range(vocab_size, vocab_size + rows, each)
-    return {bytes(digest.tolist()).hex(): range(at, at + each) for digest, at in zip(digests, first, strict=True)}
+            try:
+                os.link(path, place)
+            except OSError:  # a file system without links
+                shutil.copyfile(path, place)
 
 
 @torch.no_grad()
@@ -192,7 +190,7 @@ def _features(folder: Path, paths: Sequence[Path], compute: Compute, progress: P
 
     model = _tower(folder).to(compute.device)
     try:
-        pixels: Any = AutoImageProcessor.from_pretrained(folder / FOLDER)
+        pixels: Any = AutoImageProcessor.from_pretrained(folder / VISION)
     except Exception as error:  # transformers raises nothing more precise
         raise ParentError(f"nothing says how the parent's pixels are prepared: {first_line(error)}") from error
     for first in range(0, len(paths), BATCH):
@@ -206,7 +204,7 @@ def _tower(folder: Path) -> Any:
     """The whole model without its head, in float32, with a stand-in of one small layer for its text model."""
     from transformers import AutoConfig, AutoModel
 
-    config: Any = AutoConfig.from_pretrained(folder / FOLDER)
+    config: Any = AutoConfig.from_pretrained(folder / VISION)
     text = config.text_config
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = 1, 8, None
     if getattr(text, "layer_types", None):

@@ -1,0 +1,186 @@
+"""Questions about images as text: an image stands in a document as a mark that names its file's content, and as the
+ids of its features (blocks/images.py) among the tokens.
+
+A document is an image with all its questions and answers in turn, so that no image is in two splits. Where the parent
+has a chat template, the document is the chat that the template writes; else each question stands behind `Question:`.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blocks.errors import CorpusError
+from blocks.files import sha256_of
+from blocks.images import image_ids
+from profiles.schema import EasyVqaSource, ImageQuestionsSource, ImagesSource
+from tasks.inputs.chats import IMAGE, Chat, Conversation, Message, Span, Unusable, normalise
+from tasks.inputs.installed_packages import folders_of
+from tasks.inputs.questions import marked
+from tasks.inputs.text_files import Document, Tally
+
+VISION = "vision"  # the folder of what a prepared parent sees with
+FIELDS = ("image", "question", "answer")
+INSTALL = "pip install --no-deps easy-vqa==1.0"
+Asked = tuple[Path, str, str]
+Tokenize = Callable[[str, Sequence[Span]], list[int]]
+
+
+def documents(source: ImagesSource, chat: Chat, tallies: list[Tally]) -> Iterator[Document]:
+    """Each image with its questions, in the order of the first of them. chat: writes messages as text."""
+    by_image: dict[Path, list[tuple[str, str]]] = {}
+    for image, question, answer in questions(source, tallies):
+        by_image.setdefault(image, []).append((question, answer))
+    for image, asked in by_image.items():
+        messages: list[Message] = []
+        for question, answer in asked:
+            mark = "" if messages else f"{mark_of(sha256_of(image))}\n"
+            messages.append({"role": "user", "content": f"{mark}{normalise(question)}"})
+            messages.append({"role": "assistant", "content": normalise(answer)})
+        yield chat(messages)
+
+
+def images_of(source: ImagesSource) -> list[Path]:
+    """The files of all images that are asked about."""
+    return list(dict.fromkeys(image for image, _, _ in questions(source, [])))
+
+
+def questions(source: ImagesSource, tallies: list[Tally]) -> Iterator[Asked]:
+    """Image, question and answer. A line that cannot be used is counted. Raises CorpusError."""
+    if isinstance(source, EasyVqaSource):
+        yield from _easy_vqa(source)
+        return
+    path, tally = file_of(source), Tally(source.path, "line")
+    tallies.append(tally)
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            tally.read += 1
+            try:
+                yield _asked(line, path.parent)
+            except Unusable as reason:
+                tally.skip(number, str(reason))
+    tally.judge()
+
+
+def file_of(source: ImageQuestionsSource) -> Path:
+    """The JSON-lines file. Raises CorpusError."""
+    path = Path(source.path).expanduser()
+    if not path.is_file():
+        raise CorpusError(
+            f"the questions about images {source.path} are no file (current folder: {Path.cwd()}): name a JSON-lines "
+            f"file whose lines have {', '.join(FIELDS)}."
+        )
+    return path
+
+
+def _asked(line: str, folder: Path) -> Asked:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        raise Unusable("is not valid JSON") from None
+    found = [row.get(field) for field in FIELDS] if isinstance(row, Mapping) else [None]
+    if not all(isinstance(value, str) and value.strip() for value in found):
+        raise Unusable(f"lacks one of {', '.join(FIELDS)}, each a text")
+    image = folder / Path(found[0]).expanduser()
+    if not image.is_file():
+        raise Unusable(f"names an image that is not there ({found[0]})")
+    if IMAGE.search(found[1]):
+        raise Unusable("holds what stands for an image in a question")
+    return image, found[1], found[2]
+
+
+def _easy_vqa(source: EasyVqaSource) -> Iterator[Asked]:
+    folder = next((one / "data" for one in folders_of(source.package) if (one / "data").is_dir()), None)
+    if folder is None:
+        raise CorpusError(f"easy_vqa is read from the package {source.package}, which is not installed: {INSTALL}")
+    for split in ("train", "test"):
+        for question, answer, number in json.loads((folder / split / "questions.json").read_text(encoding="utf-8")):
+            yield folder / split / "images" / f"{number}.png", question, answer
+
+
+def content_of(source: ImagesSource) -> list[str]:
+    """Images by their digests, questions and answers."""
+    asked = list(questions(source, []))
+    digests = {image: sha256_of(image) for image in dict.fromkeys(image for image, _, _ in asked)}
+    return [json.dumps([digests[image], question, answer]) for image, question, answer in asked]
+
+
+# --- images among tokens
+
+
+def mark_of(digest: str) -> str:
+    """What stands for an image in a text. It is long, so that texts that ask the same of two images are not nearly the
+    same.
+    """
+    return f"<image {digest}>"
+
+
+def plain(messages: Sequence[Message]) -> Conversation:
+    """The document without a chat template."""
+
+    def parts() -> Iterator[tuple[str, bool]]:
+        for message in messages:
+            if message["role"] == "assistant":
+                yield f" {message['content']}\n", True
+            else:
+                mark = IMAGE.match(message["content"])
+                image = f"{mark[0]}\n" if mark else ""
+                yield f"{image}Question: {IMAGE.sub('', message['content']).strip()}\nAnswer:", False
+
+    return marked(parts())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageIds:
+    """The token that stands for an image in a text, and the ids of each image's features, by the sha256 of its file;
+    `first` is the least of them.
+    """
+
+    first: int
+    token: str
+    token_id: int
+    ids: Mapping[str, range]
+
+    @property
+    def all(self) -> range:
+        """The ids of all features."""
+        return range(self.first, max((one.stop for one in self.ids.values()), default=self.first))
+
+    def read(self, tokenize: Tokenize, text: str, answers: Sequence[Span]) -> list[int]:
+        """The ids of a text with images; ~id outside of the answers. tokenize: does so with a text that has `token`."""
+        marks = list(IMAGE.finditer(text))
+        longer = [(mark.end(), len(mark[0]) - len(self.token)) for mark in marks]
+
+        def moved(place: int) -> int:
+            return place - sum(by for end, by in longer if end <= place)
+
+        ids = tokenize(IMAGE.sub(lambda _: self.token, text), [(moved(first), moved(last)) for first, last in answers])
+        if not marks:
+            return ids
+        if sum(token in (self.token_id, ~self.token_id) for token in ids) != len(marks):
+            raise CorpusError(f"a question or an answer holds the image's own token {self.token}: take it out.")
+        found, left = list[int](), (mark[1] for mark in marks)
+        for token in ids:
+            if token not in (self.token_id, ~self.token_id):
+                found.append(token)
+                continue
+            image = self.ids.get(next(left))
+            if image is None:
+                raise CorpusError("an image has changed since its features were made, or is not among them: run again.")
+            found += [~one for one in image]
+        return found
+
+
+def image_ids_of(folder: Path, tokenizer: Any) -> ImageIds | None:
+    """The ids of the images in a parent's table; None for a parent without one."""
+    config = folder / VISION / "config.json"
+    if not config.is_file():
+        return None
+    values, text = (json.loads(path.read_text(encoding="utf-8")) for path in (config, folder / "config.json"))
+    token = values.get("image_token_index", values.get("image_token_id", 32000))  # transformers' default
+    ids = image_ids(folder, text["vocab_size"])
+    name = str(tokenizer.convert_ids_to_tokens(token))
+    return ImageIds(first=text["vocab_size"], token=name, token_id=token, ids=ids)
