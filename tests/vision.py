@@ -30,7 +30,7 @@ TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content 
 
 def tiny_llava(folder: Path, family: Any = "llama", tower: str = "clip", template: str = "", **changes: Any) -> Path:
     """Save a tiny LLaVA with its processor; returns the folder. changes: of the text model's config."""
-    tokenizer = byte_tokenizer()
+    tokenizer: Any = byte_tokenizer()
     tokenizer.chat_template = template or None
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -80,7 +80,7 @@ def coloured(folder: Path, count: int = 24, questions: Sequence[str] = ("what co
     lines = []
     for number in range(count):
         name = list(COLOURS)[number % len(COLOURS)]
-        Image.new("RGB", (20, 24), tuple(part + number % 17 for part in COLOURS[name])).save(folder / f"{number}.png")  # type: ignore[arg-type]
+        Image.new("RGB", (20, 24), tuple(part + number % 17 for part in COLOURS[name])).save(folder / f"{number}.png")
         for question in questions:
             answer = name if question.startswith("what") else "yes" if name == "red" else "no"
             lines.append(json.dumps({"image": f"{number}.png", "question": question, "answer": answer}))

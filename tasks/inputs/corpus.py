@@ -223,6 +223,12 @@ def weights_of(
     return read_rows(workspace, corpus.tokens, f"{split}{WEIGHTS}", first, min(last, splits_of(corpus)[split]))
 
 
+def refuse_images(corpus: CorpusInfo, what: str) -> None:
+    """Raise CorpusError where words alone can be read and a corpus asks about images. what: begins the sentence."""
+    if corpus.first_image:
+        raise CorpusError(f"{what}, and the corpus of this run asks about images, which are no words.")
+
+
 def fit_weights_of(corpus: CorpusInfo, split: str, workspace: Path, rows: tuple[int, int]) -> torch.Tensor | None:
     """How much what a block puts out at each token counts where it is fitted to the parent's, (S, T).
 

@@ -81,15 +81,17 @@ def _asked(line: str, folder: Path) -> Asked:
         row = json.loads(line)
     except ValueError:
         raise Unusable("is not valid JSON") from None
-    found = [row.get(field) for field in FIELDS] if isinstance(row, Mapping) else [None]
-    if not all(isinstance(value, str) and value.strip() for value in found):
+    there = [row.get(field) for field in FIELDS] if isinstance(row, Mapping) else []
+    found = [value for value in there if isinstance(value, str) and value.strip()]
+    if len(found) < len(FIELDS):
         raise Unusable(f"lacks one of {', '.join(FIELDS)}, each a text")
-    image = folder / Path(found[0]).expanduser()
+    name, question, answer = found
+    image = folder / Path(name).expanduser()
     if not image.is_file():
-        raise Unusable(f"names an image that is not there ({found[0]})")
-    if IMAGE.search(found[1]):
-        raise Unusable("holds what stands for an image in a question")
-    return image, found[1], found[2]
+        raise Unusable(f"names an image that is not there ({name})")
+    if IMAGE.search(question) or IMAGE.search(answer):
+        raise Unusable("holds what stands for an image")
+    return image, question, answer
 
 
 def _easy_vqa(source: EasyVqaSource) -> Iterator[Asked]:

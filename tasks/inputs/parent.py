@@ -38,7 +38,7 @@ from tasks.inputs.installed_packages import installed_file
 from tasks.inputs.parent_weights import INDEX, WEIGHTS, Weights, check_finite, place_weights, shards_of, weights_of
 from tasks.inputs.rotated import rotate, rotated_config
 from tasks.inputs.tiny import byte_tokenizer, family_config, make_tiny_parent, training_texts
-from tasks.inputs.vision import is_whole_model, place_whole, text_values
+from tasks.inputs.vision import CARRIED, is_whole_model, place_whole, text_values
 from tasks.running.progress import say
 
 VERSION = 2  # raise it when the same source would give another folder
@@ -112,6 +112,15 @@ def check_source(source: FolderParent | GgufParent) -> None:
         parts_of(_gguf_file(source))
     else:
         _checked_weights(_source_folder(source), source)
+
+
+def check_sees(source: FolderParent | GgufParent) -> None:
+    """Raise ParentError for a parent that has no vision tower, where a text asks about images."""
+    if isinstance(source, GgufParent) or not is_whole_model(_read_json(_source_folder(source) / "config.json")):
+        raise ParentError(
+            f"a text asks about images, and {source.path} has no vision tower: take a parent of model_type "
+            f"{' or '.join(CARRIED)}, or leave that text out."
+        )
 
 
 def write_config(source: ParentSource, folder: Path, download: bool = True) -> bool:

@@ -112,7 +112,7 @@ def sees(folder: Path) -> bool:
 
 def vision_tensors(folder: Path) -> dict[str, Tensor]:
     """Tower and projector of a prepared parent, by the whole model's names."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for file in weight_files(folder / VISION):
         with safe_open(folder / VISION / file, framework="pt") as opened:
             found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping

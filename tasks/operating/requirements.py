@@ -23,6 +23,7 @@ from profiles.schema import (
     FolderParent,
     GgufParent,
     Hardware,
+    ImagesSource,
     PackageParent,
     ParentAnswersSource,
     PassagesSource,
@@ -258,10 +259,12 @@ def _parent(profile: Profile) -> Iterator[str]:
     if isinstance(profile.parent, PackageParent):
         yield from _file("parent", profile.parent.package, profile.parent.file)
     elif isinstance(profile.parent, FolderParent | GgufParent):
-        from tasks.inputs.parent import check_source
+        from tasks.inputs.parent import check_sees, check_source
 
         try:
             check_source(profile.parent)
+            if profile.images:
+                check_sees(profile.parent)
         except ParentError as error:
             yield f"parent: {error}"
 
@@ -276,7 +279,7 @@ def _corpus(profile: Profile) -> Iterator[str]:
         if isinstance(source, WikipediaDumpSource):
             yield from _packages(field, "mwparserfromhell")
             yield from _file(field, source.package, source.file)
-        elif isinstance(source, TextSource | ParentAnswersSource | PassagesSource):
+        elif isinstance(source, TextSource | ParentAnswersSource | PassagesSource | ImagesSource):
             from tasks.inputs.corpus_sources import check_sources
 
             try:
