@@ -5,6 +5,8 @@ A text about an image holds such ids where the image stands, and every stage rea
 embeds ids knows better: `see` makes an embedding look those ids up here.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,16 @@ def see(embedding: nn.Embedding, features: Tensor | None) -> None:
     """
     if features is not None:
         embedding.forward = partial(_looked_up, embedding.forward, embedding.num_embeddings, features)  # type: ignore[method-assign]
+
+
+@contextmanager
+def seeing(embedding: nn.Embedding, features: Tensor) -> Iterator[None]:
+    """Within the block an embedding of words alone sees."""
+    see(embedding, features)
+    try:
+        yield
+    finally:
+        del embedding.forward
 
 
 def _looked_up(words: Any, first: int, features: Tensor, ids: Tensor) -> Tensor:

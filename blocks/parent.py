@@ -250,5 +250,11 @@ def config_of(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
         raise ChildError(f"{folder} is no child: name a folder with config.json and *.safetensors, or a .gguf file.")
-    is_child = json.loads(path.read_text(encoding="utf-8")).get("model_type") == "nemotron-nas"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    is_child = values.get("model_type") == "nemotron-nas"
+    if "text_config" in values:
+        raise ChildError(
+            f"{folder} is a whole model of text and images, and a text model is read here: name the child in its run's "
+            "folder, or the prepared parent in the workspace."
+        )
     return DeciLMConfig.from_pretrained(folder) if is_child else AutoConfig.from_pretrained(folder)

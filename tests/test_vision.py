@@ -9,16 +9,20 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from blocks.compute import HOST
-from blocks.errors import CorpusError, ParentError
+from blocks.engine_limits import EngineLimit
+from blocks.errors import ChildError, CorpusError, ParentError
 from blocks.files import sha256_of
 from blocks.images import image_ids
 from blocks.library import read_tensors
-from blocks.parent import Parent
-from blocks.records import CorpusInfo, ParentInfo
+from blocks.parent import Parent, config_of, in_dtype
+from blocks.records import CorpusInfo, LayerChoice, ParentInfo
 from profiles.schema import Corpus, FolderParent, ImageQuestionsSource
+from tasks.evaluate.answers import continued
+from tasks.export.folder import export_child
+from tasks.export.formats import export_as, refuse_blind
 from tasks.inputs.corpus import fit_weights_of, prepare_corpus, starts_of, weights_of
 from tasks.inputs.parent import prepare_parent, write_config
 from tasks.inputs.vision import vision_tensors, with_images
@@ -266,3 +270,70 @@ def test_questions_that_cannot_be_asked_are_refused(tmp_path: Path) -> None:
     blind = prepare_parent(FolderParent(path=str(tiny_parent(tmp_path / "blind"))), work, None)
     with pytest.raises(ParentError, match="has no vision tower: take a parent of model_type llava"):
         with_images(blind, asked(path).images, work, HOST)
+
+
+# --- a child written back
+
+
+def child_of(here: Seen, alike: bool = False) -> Any:
+    """The text model with layers that differ, or of which all have one KV head."""
+    layers = [LayerChoice(attention="kv1") if alike else LayerChoice()] * here.reader.depth
+    if not alike:
+        layers = [LayerChoice(attention="no_op"), LayerChoice(ffn="ffn24"), *layers[2:]]
+    model = here.reader.model(layers)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        for layer, choice in zip(model.model.layers, layers, strict=True):
+            if choice != LayerChoice():
+                for parameter in layer.parameters():
+                    torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize(("family", "alike", "dtype"), [("llama", False, "float32"), ("qwen3", True, "bfloat16")])
+def test_a_child_is_a_whole_model_again(tmp_path: Path, family: str, alike: bool, dtype: str) -> None:
+    here = seen(tmp_path, family=family)
+    model = child_of(here, alike)
+    child = export_child(model, here.parent, here.workspace, tmp_path / "run" / "child", "# A child\n")
+    assert AutoModelForCausalLM.from_pretrained(child, trust_remote_code=True) is not None
+    made = export_as(child, "transformers", dtype, tmp_path / "whole")
+    assert "vision tower and projector are the parent's bit for bit" in " ".join(made.notes)
+    whole: Any = AutoModelForImageTextToText.from_pretrained(made.path, trust_remote_code=True, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(made.path)
+    files = {name.replace("model.", ""): tensor for name, tensor in load_file(made.path / "model.safetensors").items()}
+    for name, tensor in vision_tensors(here.workspace / here.parent.folder).items():
+        assert torch.equal(files[name.replace("model.", "")], tensor)
+    assert ("auto_map" in json.loads((made.path / "config.json").read_text())) is not alike
+    assert not (made.path / "vision").exists()
+    own = in_dtype(in_dtype(model, getattr(torch, dtype)), torch.float32)
+    for row in here.rows("test"):
+        ids, images = as_transformers_reads(row[:40], here)
+        pixels = processor.image_processor(images=[Image.open(file) for file in images], return_tensors="pt")
+        with torch.no_grad():
+            assert (whole(input_ids=ids[None], **pixels).logits - own(row[None, :40]).logits).abs().max() < 1e-4
+        how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        said = whole.generate(input_ids=ids[None], attention_mask=torch.ones(1, 40).long(), **pixels, **how)
+        (expected,) = continued(own, row[None, :40], 12, frozenset())
+        assert said[0, 40:].tolist() == expected
+
+
+def test_formats_that_do_not_see_are_refused(tmp_path: Path) -> None:
+    here = seen(tmp_path)
+    child = export_child(child_of(here), here.parent, here.workspace, tmp_path / "run" / "child", "# A child\n")
+    for form, precision in (("nemotron-nas", None), ("vllm-plugin", None)):
+        with pytest.raises(EngineLimit, match="sees, and no engine that loads .* take transformers"):
+            refuse_blind(child, form, precision or "float32")
+    with pytest.raises(EngineLimit, match="loads w8a8"):
+        refuse_blind(child, "transformers", "w8a8")
+    made = export_as(child_of_kinds(here, tmp_path), "gguf", "float32", tmp_path / "child.gguf", None)
+    assert "give llama.cpp the parent's own mmproj file" in made.notes[-1]
+    whole = export_as(child, "transformers", None, tmp_path / "whole").path
+    with pytest.raises(ChildError, match="is a whole model of text and images"):
+        config_of(whole)
+    assert "child that puzzle wrote" in refusal(whole, tmp_path / "other")
+
+
+def child_of_kinds(here: Seen, folder: Path) -> Path:
+    """A child that GGUF can express."""
+    model = here.reader.model([LayerChoice(), LayerChoice(ffn="no_op"), LayerChoice()])
+    return export_child(model, here.parent, here.workspace, folder / "plain" / "child", "# A child\n")

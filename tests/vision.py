@@ -80,7 +80,7 @@ def coloured(folder: Path, count: int = 24, questions: Sequence[str] = ("what co
     lines = []
     for number in range(count):
         name = list(COLOURS)[number % len(COLOURS)]
-        Image.new("RGB", (20, 24), tuple(part + number % 17 for part in COLOURS[name])).save(folder / f"{number}.png")
+        Image.new("RGB", (20, 24), tuple(part + number % 30 for part in COLOURS[name])).save(folder / f"{number}.png")
         for question in questions:
             answer = name if question.startswith("what") else "yes" if name == "red" else "no"
             lines.append(json.dumps({"image": f"{number}.png", "question": question, "answer": answer}))

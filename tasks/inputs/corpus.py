@@ -9,10 +9,10 @@ test or validation is left out.
 Where sources have weights, each gives its share of the tokens of every split: the next document is of the source that
 is farthest behind.
 
-A document with an image is whole within a sequence, as far as one holds it; what is left of a sequence is filled.
-Others are packed one behind the other. One of these gives at most a fixed share of a split, from its middle; only train
-takes more of one, when there is too little text. After each document comes the tokenizer's eos token (and before it the
-bos token, if the tokenizer writes one).
+A document with an image is whole within a sequence, as far as one holds it, and is told from others by the image; what
+is left of a sequence is filled. Others are packed one behind the other. One of these gives at most a fixed share of a
+split, from its middle; only train takes more of one, when there is too little text. After each document comes the
+tokenizer's eos token (and before it the bos token, if the tokenizer writes one).
 """
 
 import hashlib
@@ -131,7 +131,9 @@ def _elsewhere(corpus: Corpus, others: Sequence[CorpusInfo], workspace: Path) ->
         for other in others
         for rows in read_tensors(workspace, other.tokens, ["train", "validation", "test"]).values()
     ]
-    return KnownRuns(tokens, least, min((other.sequence_length for other in others), default=sys.maxsize))
+    pairs = zip(np.repeat([other.first_image for other in others], 3), tokens, strict=True)
+    images = {one for first, ids in pairs if first for one in np.unique(ids[ids >= first]).tolist()}
+    return KnownRuns(tokens, least, min((other.sequence_length for other in others), default=sys.maxsize), images)
 
 
 def check_enough(corpus: Corpus, tokenizer_folder: Path | None) -> str:
@@ -599,9 +601,12 @@ class _Filled:
             document = self._open(number, place)
             if document is not None:
                 part = document.middle(self.tokenizer, share)
-                if self.near.elsewhere.holds(np.where(part < 0, ~part, part), queue.documents[place]):
+                text, ids = queue.documents[place], np.where(part < 0, ~part, part)
+                sees = self.tokenizer.sees(text)
+                known = self.near.elsewhere
+                if known.shows(int(ids.max()), text) if sees else known.holds(ids, text):
                     continue
-                if self.tokenizer.sees(queue.documents[place]):
+                if sees:
                     part = self._kept_whole(part)
                     there += self._filled_up(there, len(part))
                 part = part[: len(part) // self.row * self.row]
@@ -632,7 +637,9 @@ class _Filled:
         """A document of a queue; None where it is nearly the same as one that is held out."""
         if (number, place) not in self.opened:
             text = self.queues[number].documents[place]
-            self.opened[number, place] = None if self.near.seen(text, add=self.held_out) else _Document(text)
+            image = IMAGE.search(str(text)) if self.tokenizer.sees(text) else None
+            same = self.near.seen(image[0] if image else text, add=self.held_out)
+            self.opened[number, place] = None if same else _Document(text)
         return self.opened[number, place]
 
 

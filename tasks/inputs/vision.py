@@ -67,10 +67,12 @@ def text_values(values: Mapping[str, Any]) -> dict[str, Any]:
         whole: Any = CONFIG_MAPPING[kind](**{key: value for key, value in values.items() if key != "model_type"})
     except Exception as error:  # transformers raises nothing more precise
         raise ParentError(f"config.json is none of a {kind}: {first_line(error)}") from error
-    if FAMILIES[name].logits_divisor or FAMILIES[name].cap(whole.text_config) is not None:
+    family = FAMILIES[name]
+    if family.logits_divisor or family.restarts_at or family.cap(whole.text_config) is not None:
+        own = "whose cache starts anew in long texts" if family.restarts_at else "whose logits are scaled or capped"
         raise ParentError(
-            f"the text model of this LLaVA is a {name}, whose logits are scaled or capped, and transformers' LLaVA "
-            "leaves that out: take another, or save its text model alone."
+            f"the text model of this LLaVA is a {name}, {own}, and transformers' LLaVA leaves that out: take another, "
+            "or save its text model alone."
         )
     found = {**text, "model_type": name, "tie_word_embeddings": bool(whole.tie_word_embeddings)}
     if whole.image_token_index >= whole.text_config.vocab_size:
