@@ -1,7 +1,7 @@
 """Parents that see: prepared, asked about images, written back, judged. Held to transformers' own LLaVA throughout."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from blocks.compute import HOST
 from blocks.engine_limits import EngineLimit
@@ -19,13 +19,22 @@ from blocks.images import image_ids
 from blocks.library import read_tensors
 from blocks.parent import Parent, config_of, in_dtype
 from blocks.records import CorpusInfo, LayerChoice, ParentInfo
-from profiles.schema import Corpus, FolderParent, ImageQuestionsSource
+from profiles.schema import BLD, GKD, Corpus, FolderParent, ImageQuestionsSource, Record
+from tasks.distill.bld import Job, distill
+from tasks.distill.gkd_job import distill_globally, job_of
+from tasks.distill.gkd_targets import record_teacher
+from tasks.distill.record import record_layer
 from tasks.evaluate.answers import continued
+from tasks.evaluate.compare import targets_of
+from tasks.evaluate.exact import answered, questions_of, words_of
+from tasks.evaluate.quality import sequence_figures
 from tasks.export.folder import export_child
-from tasks.export.formats import export_as, refuse_blind
+from tasks.export.formats import export_as
 from tasks.inputs.corpus import fit_weights_of, prepare_corpus, starts_of, weights_of
 from tasks.inputs.parent import prepare_parent, write_config
 from tasks.inputs.vision import vision_tensors, with_images
+from tasks.score.scoring import ScoringSet, score_sequences
+from tests.chain import recording
 from tests.tiny import tiny_parent
 from tests.vision import IMAGE, TEMPLATE, TOKENS, coloured, prepared_llava, tiny_llava, whole_llava
 
@@ -134,7 +143,7 @@ class Seen:
 
 def seen(folder: Path, template: str = "", wanted: dict[str, Any] | None = None, **changes: Any) -> Seen:
     source = tiny_llava(folder / "source", template=template, **changes)
-    workspace, path = folder / "work", coloured(folder / "images")
+    workspace, path = folder / "work", coloured(folder / "images", 48)
     corpus = asked(path, **(wanted or {}))
     plain = prepared_llava(source, workspace)
     parent = with_images(plain, corpus.images, workspace, HOST)
@@ -320,11 +329,11 @@ def test_a_child_is_a_whole_model_again(tmp_path: Path, family: str, alike: bool
 def test_formats_that_do_not_see_are_refused(tmp_path: Path) -> None:
     here = seen(tmp_path)
     child = export_child(child_of(here), here.parent, here.workspace, tmp_path / "run" / "child", "# A child\n")
-    for form, precision in (("nemotron-nas", None), ("vllm-plugin", None)):
-        with pytest.raises(EngineLimit, match="sees, and no engine that loads .* take transformers"):
-            refuse_blind(child, form, precision or "float32")
-    with pytest.raises(EngineLimit, match="loads w8a8"):
-        refuse_blind(child, "transformers", "w8a8")
+    for form, precision in (("nemotron-nas", None), ("vllm-plugin", None), ("transformers", "w8a8")):
+        with pytest.raises(
+            EngineLimit, match=f"sees, and no engine that loads {precision or form} runs .* transformers"
+        ):
+            export_as(child, form, precision, tmp_path / "refused", calibration=lambda: pytest.fail("computed first"))
     made = export_as(child_of_kinds(here, tmp_path), "gguf", "float32", tmp_path / "child.gguf", None)
     assert "give llama.cpp the parent's own mmproj file" in made.notes[-1]
     whole = export_as(child, "transformers", None, tmp_path / "whole").path
@@ -337,3 +346,78 @@ def child_of_kinds(here: Seen, folder: Path) -> Path:
     """A child that GGUF can express."""
     model = here.reader.model([LayerChoice(), LayerChoice(ffn="no_op"), LayerChoice()])
     return export_child(model, here.parent, here.workspace, folder / "plain" / "child", "# A child\n")
+
+
+# --- judged
+
+
+def test_questions_are_answered_about_their_own_image(tmp_path: Path) -> None:
+    here = seen(tmp_path, wanted={"sequence_length": 192, "test_sequences": 4})
+    tokenizer, whole = AutoTokenizer.from_pretrained(here.source), whole_llava(here.source)
+    processor = AutoProcessor.from_pretrained(here.source)
+    found = questions_of(here.corpus, tokenizer, here.workspace, 100)
+    documents = starts_of(here.corpus, "test", here.workspace)
+    assert len(found) == len(QUESTIONS) * len(documents), "each of every image, the last of a filled sequence too"
+    asked_of = []
+    for question in found:
+        prompt = torch.tensor(question.prompt)
+        ids, files = as_transformers_reads(prompt, here)
+        assert len(files) == 1 and ids[0] == tokenizer.convert_tokens_to_ids(IMAGE)
+        name = json.loads(here.path.read_text().splitlines()[2 * int(files[0].stem)])["answer"]
+        last = tokenizer.decode(ids).rpartition("Question: ")[2].partition("\n")[0]
+        assert last in QUESTIONS and question.answer == (name if last == QUESTIONS[0] else ("no", "yes")[name == "red"])
+        pixels = processor.image_processor(images=[Image.open(files[0])], return_tensors="pt")
+        how = {"max_new_tokens": question.tokens + 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        said = whole.generate(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], **pixels, **how)
+        text = tokenizer.decode(said[0, len(ids) :].tolist(), skip_special_tokens=True)
+        if words_of(text):  # a random model says bytes, hardly ever words
+            asked_of.append(replace(question, answer=words_of(text)[0]))
+    right = answered(here.reader.model(), tokenizer, asked_of, frozenset(), lambda right, done: None)
+    assert len(right) > 4 and all(right)
+
+
+def test_a_child_is_scored_distilled_and_judged_about_images(tmp_path: Path) -> None:
+    """The parent against itself is at nothing everywhere; a block at its score; GKD reads images as the parent does."""
+    here = seen(tmp_path)
+    reader, corpus = here.reader, here.corpus.model_copy(update={"capability": "images"})
+    compute = HOST
+    settings = Record(statistics_sequences=4, hidden_sequences=4, validation_sequences=2)
+    asked_for = recording(here.parent, here.corpus, settings, trained=4)
+    records = [record_layer(layer, asked_for, here.workspace, compute) for layer in range(reader.depth)]
+    job = Job(
+        recording=asked_for,
+        record=records[1],
+        layer=1,
+        subblock="ffn",
+        variant="no_op",
+        settings=BLD(steps=0, batch_sequences=4),
+        seed=0,
+    )
+    block = distill(job, here.workspace, compute)
+    scored = ScoringSet(corpus=corpus, last=records[-1], count=2, length=96, general=here.corpus)
+    (score,) = score_sequences([(block, (0, 1))], records[1], scored, here.parent, here.workspace, compute)
+    layers = [LayerChoice(), LayerChoice(ffn="no_op"), LayerChoice()]
+    child = reader.model(layers)
+    tokens, weights = here.rows("validation"), weights_of(corpus, "validation", here.workspace)
+    assert weights is not None
+    whole = whole_llava(here.source)
+    processor = AutoProcessor.from_pretrained(here.source)
+    expected, losses = [], []
+    for row, counted in zip(tokens, weights, strict=True):
+        ids, files = as_transformers_reads(row, here)
+        pixels = processor.image_processor(images=[Image.open(file) for file in files], return_tensors="pt")
+        with torch.no_grad():
+            p = whole(input_ids=ids[None], **pixels, use_cache=False).logits[0].log_softmax(-1)
+            q = child(row[None], use_cache=False).logits[0].log_softmax(-1)
+        expected.append(float(((p.exp() * (p - q)).sum(-1) * counted).mean()))
+        labels = ids[1:, None]
+        losses.append(float(((p - q)[:-1].gather(1, labels)[:, 0] * counted[:-1]).mean()))
+    assert score.kl_per_sequence == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert score.lm_loss_per_sequence == pytest.approx(losses, rel=1e-3, abs=1e-5)
+    targets = targets_of(reader.model(), "validation", 2, corpus, here.workspace, compute)
+    figures = sequence_figures(child, targets, targets.tokens, compute)
+    assert figures["kl"].tolist() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    trained = GKD(steps=2, batch_sequences=2, validation_sequences=2, evaluate_every=1, learning_rate=1e-3)
+    teacher = record_teacher(here.parent, here.corpus, trained, here.workspace, compute)
+    result = distill_globally(job_of(layers, [block], teacher, trained, compute), here.workspace, compute)
+    assert result.curve[0][1] == pytest.approx(sum(expected) / 2, rel=1e-3) and result.best_kl < result.curve[0][1]

@@ -106,6 +106,7 @@ def export_as(
     """
     form = format_of(form)
     precision = precision_of(precision or own_precision(child), form)
+    refuse_blind(child, form, precision)
     fit_to = calibration() if precision in FITTED else None
     if precision in FITTED and fit_to is None:
         raise PuzzleError(
@@ -115,7 +116,6 @@ def export_as(
     step("loading the child")
     model = open_child(child, torch.float32 if form == "gguf" or fit_to is not None else getattr(torch, precision))
     refuse(model.config, form)
-    refuse_blind(child, form, precision)
     refuse_target(child, form, target)
     if fit_to is not None:
         refuse_rows(model, precision)

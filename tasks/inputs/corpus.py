@@ -609,6 +609,8 @@ class _Filled:
                 if sees:
                     part = self._kept_whole(part)
                     there += self._filled_up(there, len(part))
+                    if there >= needed:  # by what was filled, and the document is left out of all splits
+                        return True
                 part = part[: len(part) // self.row * self.row]
                 self.parts += [part] if len(part) else []
                 there += len(part)
