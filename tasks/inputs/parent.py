@@ -114,13 +114,18 @@ def check_source(source: FolderParent | GgufParent) -> None:
         _checked_weights(_source_folder(source), source)
 
 
-def check_sees(source: FolderParent | GgufParent) -> None:
+def check_sees(source: FolderParent) -> None:
     """Raise ParentError for a parent that has no vision tower, where a text asks about images."""
-    if isinstance(source, GgufParent) or not is_whole_model(_read_json(_source_folder(source) / "config.json")):
+    if not has_tower(source):
         raise ParentError(
             f"a text asks about images, and {source.path} has no vision tower: take a parent of model_type "
             f"{' or '.join(CARRIED)}, or leave that text out."
         )
+
+
+def has_tower(source: FolderParent) -> bool:
+    """Whether a folder holds a whole model of text and images. Raises ParentError."""
+    return is_whole_model(_read_json(_source_folder(source) / "config.json"))
 
 
 def write_config(source: ParentSource, folder: Path, download: bool = True) -> bool:

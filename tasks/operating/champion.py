@@ -221,6 +221,10 @@ def judge_against(
     if not same_tokenizer(reigning.parent, challenger.parent, workspace):
         reason = "the parent's tokenizer changed: the champion reads other tokens"
         return Judgement(outcome="moved", reason=reason, changed=changed)
+    seeing = any(text.first_image for text in (challenger.corpus, *challenger.capabilities))
+    if seeing and reigning.parent.fingerprint != challenger.parent.fingerprint:
+        reason = "the parent changed, which sees images otherwise: the champion cannot be compared on them"
+        return Judgement(outcome="moved", reason=reason, changed=changed)
     broken = broken_budget(reigning.child.architecture, profile, workspace)
     if broken:
         return Judgement(outcome="moved", reason=f"the champion no longer keeps the budget: {broken}", changed=changed)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -157,6 +158,7 @@ def advice(profile: Profile) -> list[str]:
             found.append(
                 f"hardware.must_run: the child is chosen by the limits of {name} and not tried in it: {reason}"
             )
+    found += _of_images(profile)
     threads, cores = profile.hardware.threads or 0, usable_cores()
     if threads > cores and profile.hardware.engine != "roofline":
         found.append(
@@ -164,6 +166,28 @@ def advice(profile: Profile) -> list[str]:
             "for each other; leave it out, or lower it."
         )
     return found
+
+
+def _of_images(profile: Profile) -> Iterator[str]:
+    """What a parent with a vision tower leads to."""
+    from tasks.inputs.parent import has_tower
+
+    sees = False
+    with suppress(ParentError):  # which is told elsewhere
+        sees = isinstance(profile.parent, FolderParent) and has_tower(profile.parent)
+    if not sees:
+        return
+    for name in dict.fromkeys((profile.hardware.engine, *profile.hardware.must_run)):
+        if name not in ("torch", "llama.cpp", "roofline"):
+            yield (
+                f"{name} runs the text model of the child alone: behind its vision tower the child is run by "
+                "transformers, and by llama.cpp with the parent's mmproj (docs/how-to/vision-language.md)."
+            )
+    if not profile.images:
+        yield (
+            "the parent sees, and no text asks about images: blocks are fitted and judged on words alone. Add a source "
+            "of kind image_questions (docs/how-to/vision-language.md)."
+        )
 
 
 def is_there(package: str) -> bool:
@@ -263,7 +287,7 @@ def _parent(profile: Profile) -> Iterator[str]:
 
         try:
             check_source(profile.parent)
-            if profile.images:
+            if profile.images and isinstance(profile.parent, FolderParent):
                 check_sees(profile.parent)
         except ParentError as error:
             yield f"parent: {error}"
