@@ -364,12 +364,12 @@ def test_questions_are_answered_about_their_own_image(tmp_path: Path) -> None:
         ids, files = as_transformers_reads(prompt, here)
         assert len(files) == 1 and ids[0] == tokenizer.convert_tokens_to_ids(IMAGE)
         name = json.loads(here.path.read_text().splitlines()[2 * int(files[0].stem)])["answer"]
-        last = tokenizer.decode(ids).rpartition("Question: ")[2].partition("\n")[0]
+        last = str(tokenizer.decode(ids)).rpartition("Question: ")[2].partition("\n")[0]
         assert last in QUESTIONS and question.answer == (name if last == QUESTIONS[0] else ("no", "yes")[name == "red"])
         pixels = processor.image_processor(images=[Image.open(files[0])], return_tensors="pt")
         how = {"max_new_tokens": question.tokens + 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         said = whole.generate(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], **pixels, **how)
-        text = tokenizer.decode(said[0, len(ids) :].tolist(), skip_special_tokens=True)
+        text = str(tokenizer.decode(said[0, len(ids) :].tolist(), skip_special_tokens=True))
         if words_of(text):  # a random model says bytes, hardly ever words
             asked_of.append(replace(question, answer=words_of(text)[0]))
     right = answered(here.reader.model(), tokenizer, asked_of, frozenset(), lambda right, done: None)
