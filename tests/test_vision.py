@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
@@ -16,25 +17,34 @@ from blocks.engine_limits import EngineLimit
 from blocks.errors import ChildError, CorpusError, ParentError
 from blocks.files import sha256_of
 from blocks.images import image_ids
-from blocks.library import read_tensors
+from blocks.library import read_tensors, write_value
 from blocks.parent import Parent, config_of, in_dtype
 from blocks.records import CorpusInfo, LayerChoice, ParentInfo
-from profiles.schema import BLD, GKD, Corpus, FolderParent, ImageQuestionsSource, Record
+from flows.serving import _calibration
+from profiles.schema import BLD, GKD, Corpus, EasyVqaSource, FolderParent, ImageQuestionsSource, Profile, Record
 from tasks.distill.bld import Job, distill
 from tasks.distill.gkd_job import distill_globally, job_of
 from tasks.distill.gkd_targets import record_teacher
 from tasks.distill.record import record_layer
 from tasks.evaluate.answers import continued
-from tasks.evaluate.compare import targets_of
+from tasks.evaluate.compare import LINEAGE, Lineage, contender, served, targets_of
 from tasks.evaluate.exact import answered, questions_of, words_of
+from tasks.evaluate.fusion import fusion_text
 from tasks.evaluate.quality import sequence_figures
 from tasks.export.folder import export_child
 from tasks.export.formats import export_as
+from tasks.inputs import image_questions
 from tasks.inputs.corpus import fit_weights_of, prepare_corpus, starts_of, weights_of
 from tasks.inputs.parent import prepare_parent, write_config
 from tasks.inputs.vision import vision_tensors, with_images
+from tasks.operating.champion import judge_against
+from tasks.operating.champion_limits import reading
+from tasks.operating.requirements import advice, lacking
+from tasks.probe.records import Asked
+from tasks.probe.sides import SeenText
+from tasks.probe.texts import own_text
 from tasks.score.scoring import ScoringSet, score_sequences
-from tests.chain import recording
+from tests.chain import chosen, recording
 from tests.tiny import tiny_parent
 from tests.vision import IMAGE, TEMPLATE, TOKENS, coloured, prepared_llava, tiny_llava, whole_llava
 
@@ -421,3 +431,127 @@ def test_a_child_is_scored_distilled_and_judged_about_images(tmp_path: Path) -> 
     teacher = record_teacher(here.parent, here.corpus, trained, here.workspace, compute)
     result = distill_globally(job_of(layers, [block], teacher, trained, compute), here.workspace, compute)
     assert result.curve[0][1] == pytest.approx(sum(expected) / 2, rel=1e-3) and result.best_kl < result.curve[0][1]
+
+
+def test_a_champion_reads_images_by_the_table_of_now(tmp_path: Path) -> None:
+    here = seen(tmp_path)
+    child = contender("child", chosen((LayerChoice(), LayerChoice(ffn="no_op"), LayerChoice())), [])
+    before = Lineage(parent=here.parent, corpus=here.corpus, child=child)
+    others = coloured(tmp_path / "others", 12)
+    for number, path in enumerate(others.parent.glob("*.png")):
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(path)
+    plain, sources = prepared_llava(here.source, here.workspace), (*asked(here.path).images, *asked(others).images)
+    both = with_images(plain, sources, here.workspace, HOST)
+    corpus = prepare_corpus(asked(here.path), here.workspace / both.folder, both.fingerprint, here.workspace)
+    now = Lineage(parent=both, corpus=corpus, child=child)
+    assert reading(before, now) == both and reading(before, before) == here.parent
+    rows = read_tensors(here.workspace, corpus.tokens, ["test"])["test"].long()
+    with torch.no_grad():
+        models = [served(child, reading(side, now), here.workspace, HOST) for side in (before, now)]
+        found = [model(rows, use_cache=False).logits for model in models]
+    assert torch.equal(*found) and not torch.equal(rows, here.rows("test"))
+    other = before.model_copy(update={"parent": here.parent.model_copy(update={"fingerprint": "another"})})
+    assert reading(other, now) == other.parent
+    elsewhere = other.model_copy(
+        update={"child": child.model_copy(update={"architecture": chosen((LayerChoice(),) * 3)})}
+    )
+    judged = judge_against(elsewhere, now, profile_of(here), here.workspace, ())
+    assert judged.outcome == "moved" and "sees images otherwise" in judged.reason
+
+
+def profile_of(here: Seen, **changes: Any) -> Profile:
+    """A profile that asks about the images."""
+    fields = {
+        "name": "seeing",
+        "parent": {"kind": "folder", "path": str(here.source)},
+        "corpus": {"sources": [{"kind": "image_questions", "path": str(here.path)}], "prompt_weight": 0},
+        "budget": {"layer_parameters_fraction": 0.5},
+    }
+    return Profile.model_validate(fields | changes)
+
+
+def test_an_image_is_in_one_text_and_like_questions_are_no_duplicates(tmp_path: Path) -> None:
+    """All documents ask the same and say nearly the same: only their images tell them apart."""
+    here = seen(tmp_path)
+    more = asked(here.path, sequence_length=96, train_sequences=3, validation_sequences=1, test_sequences=1)
+    folder = here.workspace / here.parent.folder
+    own = prepare_corpus(more, folder, here.parent.fingerprint, here.workspace, (here.corpus,))
+    splits = ("train", "validation", "test")
+    ours, theirs = (
+        {id for split in splits for id in read_tensors(here.workspace, one.tokens, [split])[split].unique().tolist()}
+        for one in (own, here.corpus)
+    )
+    first = here.corpus.first_image
+    assert {id for id in ours if id >= first} and not {id for id in ours & theirs if id >= first}
+    assert "left out: 11" in own.description and "nearly the same" not in own.description
+    with pytest.raises(CorpusError, match="too small"):
+        asking = more.model_copy(update={"train_sequences": 48})
+        prepare_corpus(asking, folder, here.parent.fingerprint, here.workspace, (here.corpus,))
+
+
+def test_what_reads_words_alone_says_so(tmp_path: Path) -> None:
+    here = seen(tmp_path)
+    seeing = SeenText(workspace=here.workspace, parent=here.parent, texts=(here.corpus,))
+    with pytest.raises(CorpusError, match="a probe changes the words .* asks about images, which are no words"):
+        own_text(seeing, Asked())
+    run = tmp_path / "work" / "runs" / "one"
+    child = contender("child", chosen((LayerChoice(),) * 3), [])
+    write_value(run / LINEAGE, Lineage(parent=here.parent, corpus=here.corpus, child=child))
+    with pytest.raises(CorpusError, match="name a text with --text FILE"):
+        fusion_text(run / "child", 2)
+    with pytest.raises(CorpusError, match="name a text with --calibrate FILE"):
+        _calibration(run / "child", None)
+
+
+def test_a_profile_that_cannot_see_is_refused_before_a_run(tmp_path: Path) -> None:
+    here = seen(tmp_path)
+    asks = {"sources": [{"kind": "image_questions", "path": str(here.path)}]}
+    for changes, expected in (
+        ({"parent": {"kind": "tiny"}}, "a parent of kind tiny has no vision tower"),
+        ({"corpus": asks}, "needs prompt_weight"),
+        ({"corpus": asks | {"prompt_weight": 0, "one_document_rows": True}}, "goes not with one_document_rows"),
+        (
+            {"hardware": {"engine": "llama.cpp", "kv_precision": "q8_0"}},
+            "judged in llama.cpp then, which is given words",
+        ),
+    ):
+        with pytest.raises(ValidationError, match=expected):
+            profile_of(here, **changes)
+    blind = {"parent": {"kind": "folder", "path": str(tiny_parent(tmp_path / "blind"))}}
+    assert any("has no vision tower: take a parent" in told for told in lacking(profile_of(here, **blind)))
+    assert not lacking(profile_of(here)) and not any("vision" in told for told in advice(profile_of(here)))
+    engine = {"hardware": {"must_run": ["vllm"]}}
+    assert any(
+        told.startswith("vllm runs the text model of the child alone") for told in advice(profile_of(here, **engine))
+    )
+    words = {"corpus": {"sources": [{"kind": "python_stdlib"}]}}
+    assert any("no text asks about images" in told for told in advice(profile_of(here, **words)))
+    here.path.unlink()
+    assert any("are no file" in told for told in lacking(profile_of(here)))
+
+
+def test_easy_vqa_is_read_out_of_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layout of easy_vqa 1.0."""
+    said: dict[str, list[tuple[str, str, int]]] = {
+        "train": [("what shape?", "circle", 7)],
+        "test": [("is it red?", "no", 0), ("big?", "yes", 0)],
+    }
+    for split, rows in said.items():
+        folder = tmp_path / "easy_vqa" / "data" / split
+        (folder / "images").mkdir(parents=True)
+        (folder / "questions.json").write_text(json.dumps(rows))
+        for _, _, number in rows:
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / "images" / f"{number}.png")
+    source = EasyVqaSource(kind="easy_vqa")
+    with pytest.raises(CorpusError, match="pip install --no-deps easy-vqa"):
+        list(image_questions.questions(source, []))
+    (tmp_path / "easy_vqa" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = list(image_questions.questions(source, []))
+    assert [(path.name, *rest) for path, *rest in found] == [
+        ("7.png", "what shape?", "circle"),
+        ("0.png", "is it red?", "no"),
+        ("0.png", "big?", "yes"),
+    ]
+    assert all(path.is_file() for path, _, _ in found) and len(image_questions.images_of(source)) == 2
+    assert len(list(image_questions.documents(source, image_questions.plain, []))) == 2
