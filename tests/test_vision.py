@@ -62,6 +62,7 @@ def test_the_text_model_is_the_parent_and_the_rest_is_kept(tmp_path: Path, famil
     with torch.no_grad():
         found = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
         assert torch.equal(found, whole(input_ids=ids).logits)
+        assert torch.equal(found, Parent(folder, HOST).model()(ids).logits)
     kept, own = vision_tensors(folder), whole.state_dict()
     assert {name for name in own if "vision_tower" in name or "projector" in name} == set(kept)
     assert all(torch.equal(tensor, own[name]) for name, tensor in kept.items())
@@ -233,7 +234,7 @@ def test_a_row_holds_whole_documents_as_the_processor_reads_them(tmp_path: Path)
 
 
 def test_images_count_where_blocks_are_fitted_and_nowhere_else(tmp_path: Path) -> None:
-    here = seen(tmp_path)
+    here = seen(tmp_path, wanted={"prompt_weight": 0.5})
     rows, weights = here.rows(), weights_of(here.corpus, "train", here.workspace)
     fitted = fit_weights_of(here.corpus, "train", here.workspace, (0, len(rows)))
     assert weights is not None and fitted is not None
@@ -473,7 +474,11 @@ def profile_of(here: Seen, **changes: Any) -> Profile:
 def test_an_image_is_in_one_text_and_like_questions_are_no_duplicates(tmp_path: Path) -> None:
     """All documents ask the same and say nearly the same: only their images tell them apart."""
     here = seen(tmp_path)
-    more = asked(here.path, sequence_length=96, train_sequences=3, validation_sequences=1, test_sequences=1)
+    lines = [json.loads(line) for line in here.path.read_text().splitlines()]
+    ask = "{0} times {0}: is it red or is it not at all red, what do you say of {0}?"
+    many = [line | {"question": ask.format(number)} for line in lines[::2] for number in range(10, 20)]
+    here.path.write_text("".join(json.dumps(line | {"answer": "no"}) + "\n" for line in many))
+    more = asked(here.path, sequence_length=1200, train_sequences=20, validation_sequences=2, test_sequences=2)
     folder = here.workspace / here.parent.folder
     own = prepare_corpus(more, folder, here.parent.fingerprint, here.workspace, (here.corpus,))
     splits = ("train", "validation", "test")
@@ -483,7 +488,8 @@ def test_an_image_is_in_one_text_and_like_questions_are_no_duplicates(tmp_path: 
     )
     first = here.corpus.first_image
     assert {id for id in ours if id >= first} and not {id for id in ours & theirs if id >= first}
-    assert "left out: 11" in own.description and "nearly the same" not in own.description
+    known = int(own.description.rpartition("left out: ")[2])
+    assert known > 2 and "nearly the same" not in own.description
     with pytest.raises(CorpusError, match="too small"):
         asking = more.model_copy(update={"train_sequences": 48})
         prepare_corpus(asking, folder, here.parent.fingerprint, here.workspace, (here.corpus,))
