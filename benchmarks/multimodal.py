@@ -252,7 +252,7 @@ def options_of() -> argparse.Namespace:
     """The command's options."""
     parser = arguments(__doc__ or "")
     parser.set_defaults(profile=PROFILE)
-    parser.add_argument("--align", type=int, default=400, help="training steps of tower and projector")
+    parser.add_argument("--align", type=int, default=600, help="training steps of tower and projector")
     parser.add_argument("--steps", type=int, default=120, help="training steps of projector and text model")
     parser.add_argument("--gkd", type=int, default=96, help="steps of GKD")
     parser.add_argument("--images", type=int, default=800, help="images of the corpus; as many are the capability's")
