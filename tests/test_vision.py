@@ -337,6 +337,20 @@ def test_a_child_is_a_whole_model_again(tmp_path: Path, family: str, alike: bool
         assert said[0, 40:].tolist() == expected
 
 
+def test_a_child_that_is_judged_by_its_file_sees(tmp_path: Path) -> None:
+    here = seen(tmp_path)
+    file = export_as(child_of_kinds(here, tmp_path), "gguf", "float32", here.workspace / "typed" / "child.gguf").path
+    layers = (LayerChoice(), LayerChoice(ffn="no_op"), LayerChoice())
+    child = contender("child", chosen(layers), [])
+    in_file = child.model_copy(update={"file": str(file.relative_to(here.workspace))})
+    with torch.no_grad():
+        own, read = (
+            served(which, here.parent, here.workspace, HOST)(here.rows("test"), use_cache=False).logits
+            for which in (child, in_file)
+        )
+    assert (own - read).abs().max() < 1e-4
+
+
 def test_formats_that_do_not_see_are_refused(tmp_path: Path) -> None:
     here = seen(tmp_path)
     child = export_child(child_of(here), here.parent, here.workspace, tmp_path / "run" / "child", "# A child\n")
