@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,11 +36,12 @@ from tasks.export.folder import export_child
 from tasks.export.formats import export_as
 from tasks.inputs import image_questions
 from tasks.inputs.corpus import fit_weights_of, prepare_corpus, starts_of, weights_of
+from tasks.inputs.image_questions import image_ids_of
 from tasks.inputs.parent import prepare_parent, write_config
 from tasks.inputs.vision import vision_tensors, with_images
 from tasks.operating.champion import judge_against
 from tasks.operating.champion_limits import reading
-from tasks.operating.requirements import advice, lacking
+from tasks.operating.requirements import MachineLacks, advice, check_profile, lacking
 from tasks.probe.records import Asked
 from tasks.probe.sides import SeenText
 from tasks.probe.texts import own_text
@@ -575,3 +577,28 @@ def test_easy_vqa_is_read_out_of_its_package(tmp_path: Path, monkeypatch: pytest
     ]
     assert all(path.is_file() for path, _, _ in found) and len(image_questions.images_of(source)) == 2
     assert len(list(image_questions.documents(source, image_questions.plain, []))) == 2
+
+
+def test_too_few_images_are_refused_before_a_run(tmp_path: Path) -> None:
+    """By a try with as many tokens of each image as its tower will give."""
+    for tower, strategy in (("clip", "default"), ("clip", "full"), ("siglip", "full")):
+        source = edit(
+            tiny_llava(tmp_path / f"{tower}-{strategy}", tower=tower), vision_feature_select_strategy=strategy
+        )
+        path, workspace = coloured(tmp_path / "images", 24), tmp_path / "work"
+        here: Any = SimpleNamespace(source=source, path=path, workspace=workspace)
+        parent = with_images(prepared_llava(source, here.workspace), asked(here.path).images, here.workspace, HOST)
+        folder = here.workspace / parent.folder
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        there, foreseen = (image_ids_of(folder, tokenizer, sources) for sources in ((), asked(here.path).images))
+        assert there == foreseen and there is not None and len(there.ids) == 24
+        fields: dict[str, Any] = {"sequence_length": 128, "validation_sequences": 1, "test_sequences": 1}
+        fields |= {"prompt_weight": 0}
+        fields |= {"sources": [{"kind": "image_questions", "path": str(here.path)}]}
+        record = {"statistics_sequences": 4, "hidden_sequences": 4, "validation_sequences": 1}
+        rest = {"record": record, "scoring": {"sequences": 1}, "gkd": {"steps": 0, "validation_sequences": 1}}
+        rest["evaluate"] = {"sequences": 1}
+        space = {"attention": ["kv1"], "ffn": ["no_op"]}
+        check_profile(profile_of(here, corpus=fields | {"train_sequences": 6}, search_space=space, **rest))
+        with pytest.raises(MachineLacks, match="the corpus is too small: train needs 40 sequences"):
+            check_profile(profile_of(here, corpus=fields | {"train_sequences": 40}, search_space=space, **rest))

@@ -145,13 +145,17 @@ def check_enough(corpus: Corpus, tokenizer_folder: Path | None) -> str:
     splits = splits_of(corpus)
     needed = sum(splits.values()) * corpus.sequence_length
     if tokenizer_folder is not None and needed <= TRIED_TOKENS:
-        tokenizer = load_tokenizer(tokenizer_folder, weighs=corpus.prompt_weight is not None)
+        tokenizer = load_tokenizer(tokenizer_folder, corpus.prompt_weight is not None, corpus.images)
+        if corpus.images and tokenizer.images is None:  # which is refused elsewhere
+            return ""
         queues = queues_of(corpus, tokenizer.chat)
         near = NearDuplicates(corpus.near_duplicates)
         packed, _ = pack_splits(queues, tokenizer, splits, corpus.sequence_length, near, _row(corpus))
         if corpus.prompt_weight is not None:
             _weights(packed, corpus.prompt_weight, tokenizer)
         _check_ids(packed, tokenizer_folder / "config.json", tokenizer)
+        return ""
+    if corpus.images:  # of which bytes tell nothing
         return ""
     there, enough = 0, min(BYTES_PER_TOKEN * needed, COUNTED_BYTES)
     for _, document in iterate_batches(corpus):
@@ -438,8 +442,10 @@ def spans_of(text: str) -> list[tuple[int, int]]:
     return [*spans, (start, len(text))]
 
 
-def load_tokenizer(folder: Path, weighs: bool = False) -> DocumentTokenizer:
-    """The parent's tokenizer; `weighs`: it marks what the assistant does not say. Raises CorpusError."""
+def load_tokenizer(folder: Path, weighs: bool = False, foreseen: Sequence[ImagesSource] = ()) -> DocumentTokenizer:
+    """The parent's tokenizer; `weighs`: it marks what the assistant does not say. foreseen: see `image_ids_of`. Raises
+    CorpusError.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -448,7 +454,7 @@ def load_tokenizer(folder: Path, weighs: bool = False) -> DocumentTokenizer:
         raise CorpusError(
             f"the tokenizer in {folder} cannot be loaded ({first_line(error)}): check the parent."
         ) from error
-    return document_tokenizer(tokenizer, weighs, image_ids_of(folder, tokenizer))
+    return document_tokenizer(tokenizer, weighs, image_ids_of(folder, tokenizer, foreseen))
 
 
 def document_tokenizer(tokenizer: Any, weighs: bool = False, images: ImageIds | None = None) -> DocumentTokenizer:

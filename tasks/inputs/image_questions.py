@@ -5,6 +5,7 @@ A document is an image with all its questions and answers in turn, so that no im
 has a chat template, the document is the chat that the template writes; else each question stands behind `Question:`.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -176,13 +177,30 @@ class ImageIds:
         return found
 
 
-def image_ids_of(folder: Path, tokenizer: Any) -> ImageIds | None:
-    """The ids of the images in a parent's table; None for a parent without one."""
+def tokens_of_an_image(values: Mapping[str, Any]) -> int:
+    """How many features an image has, by a LLaVA's config.json."""
+    from transformers import CONFIG_MAPPING
+
+    vision: Any = CONFIG_MAPPING[values["vision_config"]["model_type"]](**values["vision_config"])
+    patches = int(vision.image_size // vision.patch_size) ** 2  # CLIP's have one more before them
+    dropped = values.get("vision_feature_select_strategy", "default") == "default"
+    return patches + (vision.model_type == "clip_vision_model") - dropped
+
+
+def image_ids_of(folder: Path, tokenizer: Any, foreseen: Sequence[ImagesSource] = ()) -> ImageIds | None:
+    """The ids of the images in a parent's table; None for a parent without a vision tower.
+
+    foreseen: there is no table yet, and ids are wanted as they will be for the images of these sources.
+    """
     config = folder / VISION / "config.json"
     if not config.is_file():
         return None
     values, text = (json.loads(path.read_text(encoding="utf-8")) for path in (config, folder / "config.json"))
     token = values.get("image_token_index", values.get("image_token_id", 32000))  # transformers' default
     ids = image_ids(folder, text["vocab_size"])
+    if foreseen:
+        each, digests = tokens_of_an_image(values), {sha256_of(image) for one in foreseen for image in images_of(one)}
+        starts = itertools.count(text["vocab_size"], each)
+        ids = {digest: range(at, at + each) for digest, at in zip(sorted(digests), starts, strict=False)}
     name = str(tokenizer.convert_ids_to_tokens(token))
     return ImageIds(first=text["vocab_size"], token=name, token_id=token, ids=ids)

@@ -183,7 +183,10 @@ def _cached(source: HubParent) -> Path | None:
 def _copy_config(found: Path, folder: Path, trust_remote_code: bool, settings: Mapping[str, Any] | None = None) -> None:
     values = _read_json(found / "config.json")
     check_config(values, trust_remote_code)
-    values = text_values(values) if is_whole_model(values) else values
+    if is_whole_model(values):
+        kept = {key: value for key, value in values.items() if key not in (*_LEFT_OUT, *_PATH_KEYS)}
+        write_text(folder / VISION / "config.json", json.dumps(kept, indent=2) + "\n")
+        values = text_values(values)
     values = {key: value for key, value in {**values, **(settings or {})}.items() if key not in _LEFT_OUT}
     write_text(folder / "config.json", json.dumps(values))
 
@@ -425,10 +428,8 @@ def _copy_folder(
     copy_companions(source, target)
     if (source / CARD).is_file():
         shutil.copyfile(source / CARD, target / CARD)
-    values = _read_json(source / "config.json")
-    if is_whole_model(values):
-        kept = {key: value for key, value in values.items() if key not in (*_LEFT_OUT, *_PATH_KEYS)}
-        place_whole(source, target, weights, kept, place)
+    if is_whole_model(_read_json(source / "config.json")):
+        place_whole(source, target, weights, place)
     else:
         place_weights(source, target, weights, place)
     _copy_config(source, target, asked.trust_remote_code, weights.settings)

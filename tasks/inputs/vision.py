@@ -5,7 +5,6 @@ folder `vision`: the whole model's config, the weights of tower and projector, w
 images are made once (`with_images`), and a child is written back as a whole model (tasks/export/whole.py).
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ from torch import Tensor
 from blocks.compute import Compute
 from blocks.errors import CorpusError, ParentError, first_line
 from blocks.export_code.families_decilm import FAMILIES
-from blocks.files import sha256_of, write_text
+from blocks.files import sha256_of
 from blocks.images import DIGESTS, FEATURES, TABLE
 from blocks.library import digest_of, keep, remember
 from blocks.records import ParentInfo, Ref, Value
@@ -84,9 +83,7 @@ def text_values(values: Mapping[str, Any]) -> dict[str, Any]:
     return found if dtype is None else {"dtype": dtype, **found}
 
 
-def place_whole(
-    source: Path, target: Path, weights: Weights, values: Mapping[str, Any], place: Callable[[Path, Path], Any]
-) -> None:
+def place_whole(source: Path, target: Path, weights: Weights, place: Callable[[Path, Path], Any]) -> None:
     """Bring the text model's weights of a whole model to `target`, and all else to its folder `vision`."""
     text = {name: found for name, found in weights.tensors.items() if name.startswith((TEXT, HEAD))}
     others = {name: found for name, found in weights.tensors.items() if name not in text}
@@ -96,7 +93,6 @@ def place_whole(
     folder.mkdir()
     place_weights(source, folder, _alone(weights, others), place)
     check_finite(folder, replace(weights, tensors={name: replace(found, name=name) for name, found in others.items()}))
-    write_text(folder / "config.json", json.dumps(dict(values), indent=2) + "\n")
     for name in PIXELS:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

@@ -107,7 +107,7 @@ def _text(profile: Profile, folder: Path, doubts: list[str]) -> Iterator[str]:
     from tasks.inputs.parent import write_tokenizer
 
     for field, corpus in profile.texts.items():
-        if not all(isinstance(source, TextSource) for source in corpus.sources):
+        if not all(isinstance(source, TextSource | ImagesSource) for source in corpus.sources):
             continue
         try:
             doubt = check_enough(corpus, folder if write_tokenizer(profile.parent, folder) else None)
