@@ -60,6 +60,7 @@ def test_the_text_model_is_the_parent_and_the_rest_is_kept(tmp_path: Path, famil
         whole_llava(source).save_pretrained(source, save_original_format=False)
     info, whole = prepared_llava(source, tmp_path / "work"), whole_llava(source)
     folder = tmp_path / "work" / info.folder
+    assert "writes a whole model of text and images again" in info.notes[-1]
     ids = torch.randint(250, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found = AutoModelForCausalLM.from_pretrained(folder)(ids).logits

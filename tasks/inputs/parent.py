@@ -41,6 +41,10 @@ from tasks.inputs.tiny import byte_tokenizer, family_config, make_tiny_parent, t
 from tasks.inputs.vision import CARRIED, is_whole_model, place_whole, text_values
 from tasks.running.progress import say
 
+SEES = (
+    "it sees: its text model is the parent, and its vision tower and projector are kept as they are. `puzzle export "
+    "CHILD --format transformers` writes a whole model of text and images again"
+)
 VERSION = 2  # raise it when the same source would give another folder
 HUB_FILES = ("config.json", CARD, *HUB_PATTERNS, INDEX, "adapter_config.json")  # all of the hub's but weights
 # keys by which save_pretrained writes paths of this machine into JSON
@@ -428,12 +432,13 @@ def _copy_folder(
     copy_companions(source, target)
     if (source / CARD).is_file():
         shutil.copyfile(source / CARD, target / CARD)
-    if is_whole_model(_read_json(source / "config.json")):
+    whole = is_whole_model(_read_json(source / "config.json"))
+    if whole:
         place_whole(source, target, weights, place)
     else:
         place_weights(source, target, weights, place)
     _copy_config(source, target, asked.trust_remote_code, weights.settings)
-    return weights.notes
+    return (*weights.notes, SEES) if whole else weights.notes
 
 
 def _checked_weights(source: Path, asked: FolderParent | HubParent) -> Weights:
