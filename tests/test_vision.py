@@ -22,7 +22,7 @@ from blocks.library import read_tensors, write_value
 from blocks.parent import Parent, config_of, in_dtype
 from blocks.records import CorpusInfo, LayerChoice, ParentInfo
 from flows.serving import _calibration
-from profiles.schema import BLD, GKD, Corpus, EasyVqaSource, FolderParent, ImageQuestionsSource, Profile, Record
+from profiles.schema import BLD, GKD, Corpus, EasyVqaSource, FolderParent, ImageQuestionsSource, Profile, Record, TextSource
 from tasks.distill.bld import Job, distill
 from tasks.distill.gkd_job import distill_globally, job_of
 from tasks.distill.gkd_targets import record_teacher
@@ -234,6 +234,31 @@ def test_a_row_holds_whole_documents_as_the_processor_reads_them(tmp_path: Path)
             place += len(own) + 1
         assert (ids[place:] == end).all() and place > 128 - len(own) - 1
         assert torch.equal(weights[number].bool(), counted)
+
+
+def test_chats_without_an_image_are_written_in_parts_too(tmp_path: Path) -> None:
+    """Words and images in one corpus. The template writes nothing of a content that is a string."""
+    source, workspace, path = tiny_llava(tmp_path / "source", template=PARTS), tmp_path / "work", coloured(tmp_path)
+    chats = [f"how far is {number}?" for number in range(40)]
+    lines = [{"messages": [{"role": "user", "content": one}, {"role": "assistant", "content": "far"}]} for one in chats]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = TextSource(kind="jsonl", path=str(tmp_path / "chats.jsonl"), text_field="messages", weight=1)
+    images = ImageQuestionsSource(kind="image_questions", path=str(path), weight=1)
+    corpus = asked(path, sources=(words, images))
+    parent = with_images(prepared_llava(source, workspace), corpus.images, workspace, HOST)
+    made = prepare_corpus(corpus, workspace / parent.folder, parent.fingerprint, workspace)
+    tokenizer: Any = AutoTokenizer.from_pretrained(workspace / parent.folder)
+    rows = read_tensors(workspace, made.tokens, ["train"])["train"].long()
+    weights = weights_of(made, "train", workspace)
+    assert weights is not None and (rows >= made.first_image).any()
+    ids, counts = rows.flatten(), weights.flatten()
+    text = tokenizer.decode(ids.where(ids < made.first_image, 32))
+    whole = [one for one in chats if f"user: {one}\nassistant: far" in text]
+    assert len(whole) > 3 and "user: assistant:" not in text
+    answer = torch.tensor(tokenizer("far", add_special_tokens=False)["input_ids"])
+    places = (ids.unfold(0, len(answer), 1) == answer).all(1).nonzero().flatten().tolist()
+    said = [place for place in places if tokenizer.decode(ids[place - 2 : place].tolist()) == ": "]
+    assert len(said) >= len(whole) and all(counts[place - 1] > 0 for place in said)
 
 
 def test_images_count_where_blocks_are_fitted_and_nowhere_else(tmp_path: Path) -> None:

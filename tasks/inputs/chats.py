@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from blocks.errors import CorpusError, first_line
@@ -35,6 +36,7 @@ IMAGE = re.compile(r"<image ([0-9a-f]{64})>")
 Message = Mapping[str, str]
 Chat = Callable[[Sequence[Message]], str]
 THOUGHT_ENDS = "</think>"
+PROBE: Message = {"role": "user", "content": "Is this said?"}  # whose words show how a template wants them
 Span = tuple[int, int]
 
 
@@ -126,6 +128,9 @@ def contents_alone(messages: Sequence[Message]) -> str:
 def template_of(tokenizer: "PreTrainedTokenizerBase", image: str = "") -> Callable[..., str]:
     """Make the function that writes chats with the tokenizer's template; with a second argument, up to where the
     assistant is to answer. It raises Unusable, or CorpusError. image: the token that stands for an image.
+
+    A content is given as a string. Templates of many parents that see read lists of parts alone, and write nothing of a
+    string, not even an error: those get parts.
     """
     from jinja2 import TemplateError
 
@@ -143,6 +148,18 @@ def template_of(tokenizer: "PreTrainedTokenizerBase", image: str = "") -> Callab
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise Unusable(f"is refused by the chat template ({first_line(error, 120)})") from error
 
+    def said(message: Mapping[str, Any]) -> bool:
+        with suppress(Unusable):
+            return PROBE["content"] in rendered([message], True)
+        return False
+
+    @cache
+    def wants_parts() -> bool:
+        return not said(PROBE) and said(_in_parts(PROBE))
+
+    def in_words(messages: Sequence[Message], to_be_answered: bool) -> str:
+        return rendered([_in_parts(one) for one in messages] if wants_parts() else messages, to_be_answered)
+
     def about_images(messages: Sequence[Message], to_be_answered: bool, marks: Sequence[str]) -> str:
         """Most templates of parents that see want parts, an image and a text; others want texts alone."""
         with suppress(Unusable):
@@ -150,7 +167,7 @@ def template_of(tokenizer: "PreTrainedTokenizerBase", image: str = "") -> Callab
             if text.count(image) == len(marks):
                 left = iter(marks)
                 return re.sub(re.escape(image), lambda _: next(left), text)
-        return rendered(messages, to_be_answered)
+        return in_words(messages, to_be_answered)
 
     def write(messages: Sequence[Message], to_be_answered: bool = False) -> str:
         if not tokenizer.chat_template:
@@ -159,7 +176,7 @@ def template_of(tokenizer: "PreTrainedTokenizerBase", image: str = "") -> Callab
                 "parent that was tuned on chats, add chat_template.jinja to its folder, or give text instead of chats."
             )
         marks = [mark[0] for message in messages for mark in IMAGE.finditer(message["content"])] if image else []
-        text = about_images(messages, to_be_answered, marks) if marks else rendered(messages, to_be_answered)
+        text = about_images(messages, to_be_answered, marks) if marks else in_words(messages, to_be_answered)
         for message in messages:  # not the assistant's: templates of reasoning models leave out earlier thoughts
             if message["role"] != "assistant" and IMAGE.sub("", message["content"]).strip() not in text:
                 raise Unusable(f"loses a message of role {message['role']} in the chat template")
@@ -173,5 +190,5 @@ def template_of(tokenizer: "PreTrainedTokenizerBase", image: str = "") -> Callab
 def _in_parts(message: Message) -> dict[str, Any]:
     """A message whose content is a list: an image for each mark, then what else it says."""
     images = [{"type": "image"} for _ in IMAGE.finditer(message["content"])]
-    words = {"type": "text", "text": IMAGE.sub("", message["content"]).strip()}
-    return {"role": message["role"], "content": [*images, words]}
+    text = IMAGE.sub("", message["content"]).strip() if images else message["content"]
+    return {"role": message["role"], "content": [*images, {"type": "text", "text": text}]}
