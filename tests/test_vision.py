@@ -22,7 +22,17 @@ from blocks.library import read_tensors, write_value
 from blocks.parent import Parent, config_of, in_dtype
 from blocks.records import CorpusInfo, LayerChoice, ParentInfo
 from flows.serving import _calibration
-from profiles.schema import BLD, GKD, Corpus, EasyVqaSource, FolderParent, ImageQuestionsSource, Profile, Record, TextSource
+from profiles.schema import (
+    BLD,
+    GKD,
+    Corpus,
+    EasyVqaSource,
+    FolderParent,
+    ImageQuestionsSource,
+    Profile,
+    Record,
+    TextSource,
+)
 from tasks.distill.bld import Job, distill
 from tasks.distill.gkd_job import distill_globally, job_of
 from tasks.distill.gkd_targets import record_teacher
@@ -259,6 +269,30 @@ def test_chats_without_an_image_are_written_in_parts_too(tmp_path: Path) -> None
     places = (ids.unfold(0, len(answer), 1) == answer).all(1).nonzero().flatten().tolist()
     said = [place for place in places if tokenizer.decode(ids[place - 2 : place].tolist()) == ": "]
     assert len(said) >= len(whole) and all(counts[place - 1] > 0 for place in said)
+
+
+@pytest.mark.parametrize("kind", ["ids", "text", "chat"])
+def test_ids_beyond_the_vocabulary_are_no_image(tmp_path: Path, kind: str) -> None:
+    """Of words they are another tokenizer's, which nobody is to read as somebody's image."""
+    here = seen(tmp_path)
+    first, folder = here.corpus.first_image, here.workspace / here.parent.folder
+    said: list[Any] = [f"how far8 is {number} from here to there?" for number in range(60)]
+    if kind == "ids":
+        said = [[*range(97, 122), first + 2, number % 90 + 1] for number in range(60)]
+    else:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_tokens([f"far{number}" for number in range(9)])
+        tokenizer.chat_template = TEMPLATE
+        tokenizer.save_pretrained(folder)
+    if kind == "chat":
+        answer = {"role": "assistant", "content": "far"}
+        said = [[{"role": "user", "content": one}, answer] for one in said]
+    rows = [{"input_ids": one} for one in said]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = TextSource(kind="jsonl", path=str(tmp_path / "rows.jsonl"), text_field="input_ids", weight=1)
+    images = ImageQuestionsSource(kind="image_questions", path=str(here.path), weight=1)
+    with pytest.raises(CorpusError, match=rf"gives token {first + 2 if kind == 'ids' else '[0-9]+'}, but the parent"):
+        prepare_corpus(asked(here.path, sources=(words, images)), folder, here.parent.fingerprint, here.workspace)
 
 
 def test_images_count_where_blocks_are_fitted_and_nowhere_else(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from blocks.errors import CorpusError, first_line
@@ -125,6 +125,35 @@ def contents_alone(messages: Sequence[Message]) -> str:
     return "\n\n".join(message["content"] for message in messages)
 
 
+def _rendered(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, Any]], to_be_answered: bool) -> str:
+    """Messages as the tokenizer's template writes them, on the same day always. Raises Unusable."""
+    from jinja2 import TemplateError
+
+    try:
+        template = tokenizer.get_chat_template()
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=SAME_DAY + template if "strftime_now" in template else template,
+                tokenize=False,
+                add_generation_prompt=to_be_answered,
+            )
+        )
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        raise Unusable(f"is refused by the chat template ({first_line(error, 120)})") from error
+
+
+def _wants_parts(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the template says nothing of a content that is a string, and something of a list of parts."""
+
+    def said(message: Mapping[str, Any]) -> bool:
+        with suppress(Unusable):
+            return PROBE["content"] in _rendered(tokenizer, [message], True)
+        return False
+
+    return not said(PROBE) and said(_in_parts(PROBE))
+
+
 def template_of(tokenizer: "PreTrainedTokenizerBase", image: str = "") -> Callable[..., str]:
     """Make the function that writes chats with the tokenizer's template; with a second argument, up to where the
     assistant is to answer. It raises Unusable, or CorpusError. image: the token that stands for an image.
@@ -132,42 +161,19 @@ def template_of(tokenizer: "PreTrainedTokenizerBase", image: str = "") -> Callab
     A content is given as a string. Templates of many parents that see read lists of parts alone, and write nothing of a
     string, not even an error: those get parts.
     """
-    from jinja2 import TemplateError
+    wants_parts = cache(partial(_wants_parts, tokenizer))
 
-    def rendered(messages: Sequence[Mapping[str, Any]], to_be_answered: bool) -> str:
-        try:
-            template = tokenizer.get_chat_template()
-            return str(
-                tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
-                    chat_template=SAME_DAY + template if "strftime_now" in template else template,
-                    tokenize=False,
-                    add_generation_prompt=to_be_answered,
-                )
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise Unusable(f"is refused by the chat template ({first_line(error, 120)})") from error
-
-    def said(message: Mapping[str, Any]) -> bool:
-        with suppress(Unusable):
-            return PROBE["content"] in rendered([message], True)
-        return False
-
-    @cache
-    def wants_parts() -> bool:
-        return not said(PROBE) and said(_in_parts(PROBE))
-
-    def in_words(messages: Sequence[Message], to_be_answered: bool) -> str:
-        return rendered([_in_parts(one) for one in messages] if wants_parts() else messages, to_be_answered)
+    def rendered(messages: Sequence[Message], to_be_answered: bool) -> str:
+        return _rendered(tokenizer, [_in_parts(one) for one in messages] if wants_parts() else messages, to_be_answered)
 
     def about_images(messages: Sequence[Message], to_be_answered: bool, marks: Sequence[str]) -> str:
         """Most templates of parents that see want parts, an image and a text; others want texts alone."""
         with suppress(Unusable):
-            text = rendered([_in_parts(message) for message in messages], to_be_answered)
+            text = _rendered(tokenizer, [_in_parts(message) for message in messages], to_be_answered)
             if text.count(image) == len(marks):
                 left = iter(marks)
                 return re.sub(re.escape(image), lambda _: next(left), text)
-        return in_words(messages, to_be_answered)
+        return rendered(messages, to_be_answered)
 
     def write(messages: Sequence[Message], to_be_answered: bool = False) -> str:
         if not tokenizer.chat_template:
@@ -176,7 +182,7 @@ def template_of(tokenizer: "PreTrainedTokenizerBase", image: str = "") -> Callab
                 "parent that was tuned on chats, add chat_template.jinja to its folder, or give text instead of chats."
             )
         marks = [mark[0] for message in messages for mark in IMAGE.finditer(message["content"])] if image else []
-        text = about_images(messages, to_be_answered, marks) if marks else in_words(messages, to_be_answered)
+        text = about_images(messages, to_be_answered, marks) if marks else rendered(messages, to_be_answered)
         for message in messages:  # not the assistant's: templates of reasoning models leave out earlier thoughts
             if message["role"] != "assistant" and IMAGE.sub("", message["content"]).strip() not in text:
                 raise Unusable(f"loses a message of role {message['role']} in the chat template")

@@ -49,7 +49,7 @@ from tasks.inputs.chats import (
 )
 from tasks.inputs.companions import TOKENIZER_FILES
 from tasks.inputs.corpus_sources import check_sources, content_of, iterate_batches, name_of, pinned, source_of_file
-from tasks.inputs.image_questions import ImageIds, image_ids_of, plain
+from tasks.inputs.image_questions import ImageIds, check_words, image_ids_of, plain
 from tasks.inputs.near_duplicates import NONE, KnownRuns, NearDuplicates
 from tasks.inputs.text_files import Document
 from tasks.running.progress import say
@@ -106,7 +106,7 @@ def prepare_corpus(
     beside = {f"{split}{STARTS}": where for split, where in starts.items()}
     if corpus.prompt_weight is not None:
         beside |= _weights(packed, corpus.prompt_weight, tokenizer)
-    _check_ids(packed, tokenizer_folder / "config.json", tokenizer)
+    _check_ids(packed, tokenizer_folder / "config.json", tokenizer.images)
     info = CorpusInfo(
         tokens=write_tensors(workspace, f"corpus/{fingerprint}.safetensors", packed | beside),
         fingerprint=fingerprint,
@@ -153,7 +153,7 @@ def check_enough(corpus: Corpus, tokenizer_folder: Path | None) -> str:
         packed, _ = pack_splits(queues, tokenizer, splits, corpus.sequence_length, near, _row(corpus))
         if corpus.prompt_weight is not None:
             _weights(packed, corpus.prompt_weight, tokenizer)
-        _check_ids(packed, tokenizer_folder / "config.json", tokenizer)
+        _check_ids(packed, tokenizer_folder / "config.json", tokenizer.images)
         return ""
     if corpus.images:  # of which bytes tell nothing
         return ""
@@ -295,18 +295,12 @@ def _row(corpus: Corpus) -> int:
     return corpus.sequence_length if corpus.one_document_rows else 1
 
 
-def _check_ids(packed: Mapping[str, torch.Tensor], config: Path, tokenizer: "DocumentTokenizer") -> None:
+def _check_ids(packed: Mapping[str, torch.Tensor], config: Path, images: ImageIds | None) -> None:
     """Raise CorpusError for token ids that the model has no embedding for: the tokenizer is another model's."""
-    vocab_size = json.loads(config.read_text(encoding="utf-8"))["vocab_size"] if config.is_file() else None
-    features = range(0) if tokenizer.images is None else tokenizer.images.all
-    largest = max(
-        int(words.max()) for t in packed.values() if len(words := t[(t < features.start) | (t >= features.stop)])
-    )
-    if vocab_size is not None and largest >= vocab_size:
-        raise CorpusError(
-            f"the tokenizer gives token {largest}, but the parent knows {vocab_size} tokens: "
-            "take the tokenizer that belongs to the parent."
-        )
+    if images is None and config.is_file():  # else every document was checked when it was read
+        known = json.loads(config.read_text(encoding="utf-8"))["vocab_size"]
+        for tokens in packed.values():
+            check_words(tokens.numpy(), known)
 
 
 def _description(corpus: Corpus, starts: Mapping[str, torch.Tensor], notes: Sequence[str]) -> str:
@@ -388,9 +382,15 @@ class DocumentTokenizer:
         """The token ids of a part of a document. Those of a chat that the assistant does not say are marked: ~id."""
         part = str(text[start:end])
         if self.marked is None or not isinstance(text, Conversation):
-            return np.array(self.encode(part), dtype=np.int32)
+            return self.words(np.array(self.encode(part), dtype=np.int32))
         inside = [(max(first, start) - start, min(last, end) - start) for first, last in text.answers]
         return np.array(self.marked(part, [span for span in inside if span[0] < span[1]]), dtype=np.int32)
+
+    def words(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Ids that are words. Raises CorpusError for those that would be read as an image."""
+        if self.images is not None:
+            check_words(ids, self.images.first)
+        return ids
 
     def bare(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
         """Token ids without what stands before and after each document, which whoever made them may have written."""
@@ -415,7 +415,8 @@ class _Document:
     def middle(self, tokenizer: DocumentTokenizer, limit: int) -> NDArray[np.int32]:
         """At most `limit` tokens, with what stands before and after a document."""
         if isinstance(self.text, bytes):
-            return tokenizer.framed(tokenizer.bare(np.frombuffer(self.text, np.int32)), limit)
+            given = tokenizer.words(np.frombuffer(self.text, np.int32))
+            return tokenizer.framed(tokenizer.bare(given), limit)
         if tokenizer.sees(self.text):
             ids = tokenizer.ids_of(self.text, 0, len(self.text))
             return np.array([*tokenizer.start, *ids, *tokenizer.end], dtype=np.int32)
@@ -494,6 +495,7 @@ def document_tokenizer(tokenizer: Any, weighs: bool = False, images: ImageIds | 
     read = partial(_marked, tokenizer)
     if images is None:
         return DocumentTokenizer(encode, start, end, chat, read)
+    check_words([*start, *end], images.first)
     return DocumentTokenizer(encode, start, end, chat, partial(images.read, read), images)
 
 

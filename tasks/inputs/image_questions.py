@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from blocks.errors import CorpusError
 from blocks.files import sha256_of
 from blocks.images import image_ids
@@ -161,6 +164,7 @@ class ImageIds:
             return place - sum(by for end, by in longer if end <= place)
 
         ids = tokenize(IMAGE.sub(lambda _: self.token, text), [(moved(first), moved(last)) for first, last in answers])
+        check_words(ids, self.first)
         if not marks:
             return ids
         if sum(token in (self.token_id, ~self.token_id) for token in ids) != len(marks):
@@ -175,6 +179,19 @@ class ImageIds:
                 raise CorpusError("an image has changed since its features were made, or is not among them: run again.")
             found += [~one for one in image]
         return found
+
+
+def check_words(ids: Sequence[int] | NDArray[np.int32], known: int) -> None:
+    """Raise CorpusError for token ids of words that a model of so many has no embedding for: they would be read as
+    somebody's image. Ids are as they are, or marked: ~id.
+    """
+    read = np.asarray(ids, dtype=np.int64)
+    largest = int(np.maximum(read, ~read).max(initial=0))
+    if largest >= known:
+        raise CorpusError(
+            f"the tokenizer gives token {largest}, but the parent knows {known} tokens: "
+            "take the tokenizer that belongs to the parent."
+        )
 
 
 def tokens_of_an_image(values: Mapping[str, Any]) -> int:
