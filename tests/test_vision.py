@@ -45,7 +45,7 @@ from tasks.evaluate.quality import sequence_figures
 from tasks.export.folder import export_child
 from tasks.export.formats import export_as
 from tasks.inputs import image_questions
-from tasks.inputs.corpus import fit_weights_of, prepare_corpus, starts_of, weights_of
+from tasks.inputs.corpus import fit_weights_of, prepare_corpus, queues_of, starts_of, weights_of
 from tasks.inputs.image_questions import image_ids_of
 from tasks.inputs.parent import prepare_parent, write_config
 from tasks.inputs.vision import vision_tensors, with_images
@@ -311,6 +311,39 @@ def test_documents_of_one_image_are_in_one_split(tmp_path: Path) -> None:
         set(one[one >= here.corpus.first_image].tolist()) for one in map(here.rows, ("train", "validation", "test"))
     ]
     assert all(found) and not found[0] & found[1] and not found[0] & found[2] and not found[1] & found[2]
+
+
+@pytest.mark.parametrize("weights", [(None, None), (1, 3)])
+def test_an_image_of_two_names_or_sources_is_one_document(tmp_path: Path, weights: tuple[int | None, ...]) -> None:
+    here = seen(tmp_path)
+    lines = [json.loads(line) for line in here.path.read_text().splitlines()]
+    for number in range(24):  # of one folder, half of the other under other names, and new ones
+        image = (
+            Image.open(here.path.parent / f"{number}.png") if number % 2 else Image.new("RGB", (9, 9), (number, 9, 7))
+        )
+        image.save(here.path.parent / f"again-{number}.png")
+    more = [{"image": f"again-{number}.png", "question": "is it big?", "answer": "no"} for number in range(24)]
+    there = here.path.with_name("more.jsonl")
+    there.write_text("".join(json.dumps(line) + "\n" for line in more))
+    sources = tuple(
+        ImageQuestionsSource(kind="image_questions", path=str(path), weight=weight)
+        for path, weight in zip((here.path, there), weights, strict=True)
+    )
+    corpus = asked(here.path, sources=sources)
+    queues = queues_of(corpus, image_questions.plain)
+    found = [str(text) for queue in queues for text in queue.documents]
+    marks = [image_questions.IMAGE.findall(text) for text in found]
+    assert (
+        len(found) == 48 + 12 and all(len(one) == 1 for one in marks) and len({one[0] for one in marks}) == len(found)
+    )
+    assert sum("is it big?" in text for text in found) == 24 and sum("is it red?" in text for text in found) == 48
+    assert sum(text.count("Question:") == 3 for text in found) == 12
+    here.path.write_text("".join(json.dumps(line | {"image": "0.png"}) + "\n" for line in lines[:2]))
+    there.write_text(here.path.read_text() + json.dumps(lines[0] | {"question": "and now?"}) + "\n")
+    (text,) = queues_of(corpus.model_copy(update={"sources": sources[:1]}), image_questions.plain)[0].documents
+    assert str(text).count("Question:") == 2
+    with pytest.raises(CorpusError, match="images of the sources before it alone"):
+        queues_of(corpus, image_questions.plain)
 
 
 def test_other_images_are_another_corpus_and_the_same_parent(tmp_path: Path) -> None:

@@ -337,7 +337,7 @@ def queues_of(corpus: Corpus, chat: Chat, notes: list[str] | None = None) -> lis
         return [Queue(documents=_in_order(iterate_batches(corpus, chat, notes), known))]
     return [
         Queue(
-            documents=_in_order(iterate_batches(corpus.model_copy(update={"sources": (one,)}), chat, notes), known),
+            documents=_in_order(iterate_batches(corpus, chat, notes, one), known),
             weight=one.weight or 0.0,  # each has one where the first has: the profile was checked
             name=name_of(one),
         )

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import re
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from blocks.errors import CorpusError, first_line
@@ -84,9 +84,10 @@ def iterate_documents(corpus: Corpus, chat: Chat = contents_alone, notes: list[s
 
 
 def iterate_batches(
-    corpus: Corpus, chat: Chat = contents_alone, notes: list[str] | None = None
+    corpus: Corpus, chat: Chat = contents_alone, notes: list[str] | None = None, alone: CorpusSource | None = None
 ) -> Iterator[tuple[int, Document]]:
     """Normalised, non-empty documents of all sources, in the order of the sources. Duplicates are not yet dropped.
+    alone: the one of them that is read.
 
     Each has the number of its batch: 0 for the first 20 million characters of a source, 1 for as many more, 2 for twice
     as many, and so on. A corpus that asks for more text has the same first batches.
@@ -98,9 +99,9 @@ def iterate_batches(
     sequences = corpus.train_sequences + corpus.validation_sequences + corpus.test_sequences
     limit = max(MINIMUM_CHARACTERS, CHARACTERS_PER_TOKEN_ASKED * sequences * corpus.sequence_length)
     notes = [] if notes is None else notes
-    for source in corpus.sources:
+    for source in corpus.sources if alone is None else (alone,):
         read, long, tallies = 0, 0, list[Tally]()
-        for text in documents_of_source(source, chat, tallies, limit // LONGEST + 1):
+        for text in documents_of_source(source, chat, tallies, limit // LONGEST + 1, corpus.sources):
             long += len(text) > limit // LONGEST
             document = (
                 normalise(text[: limit // LONGEST]) if isinstance(text, str) else text[: limit // LONGEST // 4 * 4]
@@ -182,8 +183,12 @@ def content_of(source: CorpusSource) -> list[str]:
     return [f"reader {READER}"]
 
 
-def documents_of_source(source: CorpusSource, chat: Chat, tallies: list[Tally], longest: int) -> Iterator[Document]:
-    """The documents of a source as they are. A tally is added to `tallies` for every file that is opened."""
+def documents_of_source(
+    source: CorpusSource, chat: Chat, tallies: list[Tally], longest: int, beside: Sequence[CorpusSource] = ()
+) -> Iterator[Document]:
+    """The documents of a source as they are. A tally is added to `tallies` for every file that is opened. beside: all
+    sources of its corpus.
+    """
     if isinstance(source, WikipediaDumpSource):
         yield from articles_of(_dump_file(source))
     elif isinstance(source, PythonStdlibSource):
@@ -191,7 +196,7 @@ def documents_of_source(source: CorpusSource, chat: Chat, tallies: list[Tally], 
     elif isinstance(source, NeedlesSource):
         yield from needles(source)
     elif isinstance(source, ImagesSource):
-        yield from image_questions.documents(source, chat, tallies)
+        yield from image_questions.documents(source, chat, tallies, beside)
     elif isinstance(source, PassagesSource):
         tallies.append(Tally(source.data_set, "passage"))
         yield from texts(enumerate(passages(source), 1), lambda text: text, tallies[-1])

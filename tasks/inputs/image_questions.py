@@ -9,6 +9,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,46 @@ Asked = tuple[Path, str, str]
 Tokenize = Callable[[str, Sequence[Span]], list[int]]
 
 
-def documents(source: ImagesSource, chat: Chat, tallies: list[Tally]) -> Iterator[Document]:
-    """Each image with its questions, in the order of the first of them. chat: writes messages as text."""
-    by_image: dict[Path, list[tuple[str, str]]] = {}
+def documents(
+    source: ImagesSource, chat: Chat, tallies: list[Tally], beside: Sequence[object] = ()
+) -> Iterator[Document]:
+    """Each image with its questions, in the order of the first of them. chat: writes messages as text.
+
+    beside: the sources of the corpus, this one among them. Of an image that several ask about, the first of them has
+    all questions. An image is known by the content of its file. Raises CorpusError.
+    """
+    others = [one for one in beside if isinstance(one, ImagesSource)]
+    place = others.index(source) if source in others else len(others)
+    earlier = {digest_of_image(image) for one in others[:place] for image in images_of(one)}
+    by_image: dict[str, list[tuple[str, str]]] = {}
     for image, question, answer in questions(source, tallies):
-        by_image.setdefault(image, []).append((question, answer))
-    for image, asked in by_image.items():
+        if (digest := digest_of_image(image)) not in earlier:
+            by_image.setdefault(digest, []).append((question, answer))
+    if not by_image:
+        raise CorpusError(
+            "an image source asks about images of the sources before it alone: put the questions of both in one file."
+        )
+    for image, question, answer in (asked for one in others[place + 1 :] for asked in questions(one, [])):
+        if (digest := digest_of_image(image)) in by_image:
+            by_image[digest].append((question, answer))
+    for digest, asked in by_image.items():
         messages: list[Message] = []
-        for question, answer in asked:
-            mark = "" if messages else f"{mark_of(sha256_of(image))}\n"
+        for question, answer in dict.fromkeys(asked):
+            mark = "" if messages else f"{mark_of(digest)}\n"
             messages.append({"role": "user", "content": f"{mark}{normalise(question)}"})
             messages.append({"role": "assistant", "content": normalise(answer)})
         yield chat(messages)
+
+
+def digest_of_image(path: Path) -> str:
+    """sha256 of an image's file, which is read once as long as it does not change."""
+    now = path.stat()
+    return _digest(path, now.st_mtime_ns, now.st_size)
+
+
+@lru_cache(maxsize=1 << 20)
+def _digest(path: Path, changed: int, size: int) -> str:
+    return sha256_of(path)
 
 
 def images_of(source: ImagesSource) -> list[Path]:
@@ -110,8 +139,7 @@ def _easy_vqa(source: EasyVqaSource) -> Iterator[Asked]:
 def content_of(source: ImagesSource) -> list[str]:
     """Images by their digests, questions and answers."""
     asked = list(questions(source, []))
-    digests = {image: sha256_of(image) for image in dict.fromkeys(image for image, _, _ in asked)}
-    return [json.dumps([digests[image], question, answer]) for image, question, answer in asked]
+    return [json.dumps([digest_of_image(image), question, answer]) for image, question, answer in asked]
 
 
 # --- images among tokens
@@ -216,7 +244,10 @@ def image_ids_of(folder: Path, tokenizer: Any, foreseen: Sequence[ImagesSource] 
     token = values.get("image_token_index", values.get("image_token_id", 32000))  # transformers' default
     ids = image_ids(folder, text["vocab_size"])
     if foreseen:
-        each, digests = tokens_of_an_image(values), {sha256_of(image) for one in foreseen for image in images_of(one)}
+        each, digests = (
+            tokens_of_an_image(values),
+            {digest_of_image(image) for one in foreseen for image in images_of(one)},
+        )
         starts = itertools.count(text["vocab_size"], each)
         ids = {digest: range(at, at + each) for digest, at in zip(sorted(digests), starts, strict=False)}
     name = str(tokenizer.convert_ids_to_tokens(token))

@@ -26,7 +26,7 @@ from blocks.images import DIGESTS, FEATURES, TABLE
 from blocks.library import digest_of, keep, remember
 from blocks.records import ParentInfo, Ref, Value
 from profiles.schema import ImagesSource
-from tasks.inputs.image_questions import VISION, images_of
+from tasks.inputs.image_questions import VISION, digest_of_image, images_of
 from tasks.inputs.parent_weights import Weights, check_finite, place_weights, weight_files
 from tasks.running.progress import Progress, no_progress
 
@@ -146,7 +146,7 @@ def with_images(
             f"the text asks about images, and {parent.name} has no vision tower: take a parent of model_type "
             f"{' or '.join(CARRIED)}, or leave the images out."
         )
-    paths = {sha256_of(path): path for source in sources for path in images_of(source)}
+    paths = {digest_of_image(path): path for source in sources for path in images_of(source)}
     ordered = sorted(paths)
     key = digest_of(parent=parent.fingerprint, images=ordered, version=VERSION)
     manifest = workspace / "parent" / f"images-{key}.json"
