@@ -485,6 +485,7 @@ def test_questions_are_answered_about_their_own_image(tmp_path: Path) -> None:
         assert len(files) == 1 and ids[0] == tokenizer.convert_tokens_to_ids(IMAGE)
         name = json.loads(here.path.read_text().splitlines()[2 * int(files[0].stem)])["answer"]
         last = str(tokenizer.decode(ids)).rpartition("Question: ")[2].partition("\n")[0]
+        assert str(tokenizer.decode(ids[TOKENS:])) == f"\nQuestion: {last}\nAnswer:", "and no answer to another"
         assert last in QUESTIONS and question.answer == (name if last == QUESTIONS[0] else ("no", "yes")[name == "red"])
         pixels = processor.image_processor(images=[Image.open(files[0])], return_tensors="pt")
         how = {"max_new_tokens": question.tokens + 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -41,12 +41,16 @@ Span = tuple[int, int]
 
 
 class Conversation(str):
-    """A chat as text. answers: (start, end) of what the assistant says in it."""
+    """A chat as text. answers: (start, end) of what the assistant says in it. singly: each of its questions in a chat
+    of its own, where the earlier answers would tell the later ones.
+    """
 
     answers: tuple[Span, ...]
+    singly: tuple["Conversation", ...]
 
-    def __new__(cls, text: str, answers: Sequence[Span]) -> "Conversation":
+    def __new__(cls, text: str, answers: Sequence[Span], singly: Sequence["Conversation"] = ()) -> "Conversation":
         made = super().__new__(cls, text)
+        made.singly = tuple(singly)
         made.answers = tuple((start, min(end, len(text))) for start, end in answers if start < len(text))
         return made
 

@@ -49,6 +49,7 @@ from tasks.inputs.chats import (
 )
 from tasks.inputs.companions import TOKENIZER_FILES
 from tasks.inputs.corpus_sources import check_sources, content_of, iterate_batches, name_of, pinned, source_of_file
+from tasks.inputs.image_questions import VERSION as IMAGES_VERSION
 from tasks.inputs.image_questions import ImageIds, check_words, image_ids_of, plain
 from tasks.inputs.near_duplicates import NONE, KnownRuns, NearDuplicates
 from tasks.inputs.text_files import Document
@@ -63,6 +64,9 @@ BYTES_PER_TOKEN = 4
 # split -> the largest share of its sequences that one document may give is 1 / this; only train may exceed it
 SHARES = {"test": 8, "validation": 8, "train": 32}
 STARTS, WEIGHTS = "_starts", "_weights"
+# questions about test images, one behind the other, each with its image alone: tokens, those before the answer as ~id;
+# how many tokens come before each; and the document of the test split that each is of
+SINGLY = ("singly", "singly_starts", "singly_documents")
 PADDING = -(1 << 31)  # behind the last image that a sequence has room for: the end of text, which counts for nothing
 CHAT_TEMPLATE = "chat_template.jinja"  # says nothing about other sources than those that may hold chats
 
@@ -107,6 +111,8 @@ def prepare_corpus(
     if corpus.prompt_weight is not None:
         beside |= _weights(packed, corpus.prompt_weight, tokenizer)
     _check_ids(packed, tokenizer_folder / "config.json", tokenizer.images)
+    if corpus.images and tokenizer.images:
+        beside |= _singly(queues, packed["test"], starts["test"].tolist(), tokenizer, tokenizer.images)
     info = CorpusInfo(
         tokens=write_tensors(workspace, f"corpus/{fingerprint}.safetensors", packed | beside),
         fingerprint=fingerprint,
@@ -276,6 +282,30 @@ def _weights(
             "or it is 1: leave it out."
         )
     return found
+
+
+def _singly(
+    queues: Sequence["Queue"],
+    test: torch.Tensor,
+    starts: Sequence[int],
+    tokenizer: "DocumentTokenizer",
+    images: ImageIds,
+) -> dict[str, torch.Tensor]:
+    """SINGLY of a packed test split, whose documents begin at `starts`. Of questions that a sequence holds."""
+    texts = (text for queue in queues for text in queue.documents if isinstance(text, Conversation))
+    by_image = {mark[1]: text for text in texts if (mark := IMAGE.search(text))}
+    digests = {ids.start: digest for digest, ids in images.ids.items()}
+    tokens, flat, found, numbers = [*starts, test.numel()], test.flatten(), list[NDArray[np.int32]](), list[int]()
+    for number, (first, last) in enumerate(zip(tokens, tokens[1:], strict=False)):
+        features = flat[first:last][flat[first:last] >= images.first]
+        for text in by_image[digests[int(features[0])]].singly if len(features) else ():
+            ids = [*tokenizer.start, *tokenizer.ids_of(text, 0, len(text)), *tokenizer.end]
+            if len(ids) <= test.shape[1]:
+                found.append(np.array(ids, dtype=np.int32))
+                numbers.append(number)
+    begins = np.cumsum([0, *map(len, found)])[: len(found)]
+    whole = np.concatenate([np.zeros(0, np.int32), *found])
+    return dict(zip(SINGLY, (torch.from_numpy(whole), torch.from_numpy(begins), torch.tensor(numbers)), strict=True))
 
 
 def main_documents(starts: NDArray[np.int64], total: int, every: int, length: int) -> tuple[int, ...]:
@@ -687,7 +717,7 @@ def _fingerprint(
     ]
     beside: dict[str, Any] = {"others": [other.fingerprint for other in others]} if others else {}
     if corpus.images:  # ids depend on which images there are
-        beside["images"] = sha256_of(tokenizer_folder / TABLE)
+        beside |= {"images": sha256_of(tokenizer_folder / TABLE), "asked": IMAGES_VERSION}
     return digest_of(
         version=VERSION, settings=settings, sources=sources, tokenizer=tokenizer, parent=parent_fingerprint, **beside
     )

@@ -107,7 +107,7 @@ def iterate_batches(
                 normalise(text[: limit // LONGEST]) if isinstance(text, str) else text[: limit // LONGEST // 4 * 4]
             )
             if isinstance(text, Conversation):  # which is normalised already
-                document = Conversation(str(document), text.answers)
+                document = Conversation(str(document), text.answers, text.singly)
             if document:
                 yield (read // MINIMUM_CHARACTERS).bit_length(), document
                 read += len(document)

@@ -26,6 +26,7 @@ from tasks.inputs.questions import marked
 from tasks.inputs.text_files import Document, Tally
 
 VISION = "vision"  # the folder of what a prepared parent sees with
+VERSION = 1  # raise it when the same images and questions would give other tokens
 FIELDS = ("image", "question", "answer")
 INSTALL = "pip install --no-deps easy-vqa==1.0"
 Asked = tuple[Path, str, str]
@@ -55,12 +56,24 @@ def documents(
         if (digest := digest_of_image(image)) in by_image:
             by_image[digest].append((question, answer))
     for digest, asked in by_image.items():
-        messages: list[Message] = []
-        for question, answer in dict.fromkeys(asked):
-            mark = "" if messages else f"{mark_of(digest)}\n"
-            messages.append({"role": "user", "content": f"{mark}{normalise(question)}"})
-            messages.append({"role": "assistant", "content": normalise(answer)})
-        yield chat(messages)
+        yield _document(digest, list(dict.fromkeys(asked)), chat)
+
+
+def _document(digest: str, asked: Sequence[tuple[str, str]], chat: Chat) -> Document:
+    text = chat(_messages(digest, asked))
+    if not isinstance(text, Conversation):
+        return text
+    singly = [chat(_messages(digest, [one])) for one in asked]
+    return Conversation(str(text), text.answers, [one for one in singly if isinstance(one, Conversation)])
+
+
+def _messages(digest: str, asked: Sequence[tuple[str, str]]) -> list[Message]:
+    found: list[Message] = []
+    for question, answer in asked:
+        mark = "" if found else f"{mark_of(digest)}\n"
+        found.append({"role": "user", "content": f"{mark}{normalise(question)}"})
+        found.append({"role": "assistant", "content": normalise(answer)})
+    return found
 
 
 def digest_of_image(path: Path) -> str:
