@@ -6,13 +6,17 @@ The text model is SmolLM2-135M-Instruct. The vision tower is CLIP's code in a sm
 it first learns to say an image's colour and shape in the text model's own words, and then projector and text model
 learn from questions. `puzzle optimize` makes three children of it at one budget, each before and after GKD: from words
 alone, with images in the corpus that blocks are fitted to, and with images in the search and in GKD as well. Accuracy
-is of answers about test images that no stage saw, which each model gives by itself.
+is of answers about test images that no stage saw, which each model gives by itself, to one question about one image.
+Beside it stands what needs no sight: the parent shown another image, and the answer that the question mostly has.
 """
 
 import argparse
 import json
 import random
+import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,10 +26,16 @@ from PIL import Image, ImageDraw
 from torch.nn import functional
 
 from benchmarks.common import ROOT, arguments, child_of, last_report, optimize, table, write_page
+from blocks.compute import HOST
 from blocks.estimates import rounded
-from blocks.records import Candidate, ChildReport
+from blocks.files import write_text
+from blocks.library import read_value
+from blocks.records import Candidate, ChildReport, RightAnswers
 from profiles.load import load_profile
 from profiles.schema import PackageParent, ParentSource, TinyParent
+from tasks.evaluate.answers import stop_tokens
+from tasks.evaluate.compare import LINEAGE, Lineage, parent_contender, served
+from tasks.evaluate.exact import Question, answered, questions_of
 from tasks.evaluate.standing import of_right, right_beside
 from tasks.inputs.parent import prepare_parent
 
@@ -84,8 +94,9 @@ def asked(colour: str, shape: str, draw: random.Random) -> list[tuple[str, str]]
     return draw.sample(found, len(found))
 
 
-def write_questions(folder: Path, count: int, seed: str) -> Path:
-    """So many images with a JSON-lines file of questions; what is there is taken."""
+def write_questions(made: Path, count: int, seed: str) -> Path:
+    """So many images with a JSON-lines file of questions; what is there of the same count and seed is taken."""
+    folder = made / f"{seed}-{count}"
     path = folder / "questions.jsonl"
     if path.is_file():
         return path
@@ -96,23 +107,25 @@ def write_questions(folder: Path, count: int, seed: str) -> Path:
         image.save(folder / f"{number}.png")
         rows = asked(colour, shape, draw)
         lines += [json.dumps({"image": f"{number}.png", "question": q, "answer": a}) for q, a in rows]
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return write_text(path, "\n".join(lines) + "\n")  # last, and whole
 
 
 # --- the parent
 
 
-def made_llava(folder: Path, text: ParentSource, align: int, steps: int) -> Path:
-    """A small LLaVA, trained here; what is there is taken. align, steps: of both trainings."""
-    if (folder / "config.json").is_file():
+def made_llava(made: Path, text: str, align: int, steps: int) -> Path:
+    """A small LLaVA, trained here; what is there of the same options is taken. align, steps: of both trainings."""
+    folder = made / f"llava-{text}-{align}-{steps}"
+    if folder.is_dir():
         return folder
-    model, processor = fresh(prepared_text(text, folder.parent))
+    model, processor = fresh(prepared_text(SMOLLM2 if text == "smollm2" else TinyParent(train_steps=20), made))
     optimised(model, align, 1e-3, ("vision_tower", "projector"), named_by_words(model, processor))
     optimised(model, steps, 1e-4, ("projector", "language_model", "lm_head"), answers(model, processor))
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    processor.save_pretrained(part)
+    return part.replace(folder)
 
 
 def prepared_text(text: ParentSource, workspace: Path) -> Path:
@@ -231,17 +244,64 @@ def row(name: str, model: Candidate, parent: Candidate) -> list[str]:
     ]
 
 
-def figures_of(reports: dict[str, tuple[ChildReport, ChildReport]]) -> list[str]:
-    """The parent, and each child before and after GKD."""
+def without_sight(report: ChildReport, workspace: Path, count: int) -> dict[str, Candidate]:
+    """What is right of the questions without sight, each as a model beside the parent's, with the same questions."""
+    from transformers import AutoTokenizer
+
+    run, parent = (workspace / report.child_folder).parent, report.candidates[0]
+    lineage = read_value(run / LINEAGE, Lineage)
+    assert lineage is not None
+    corpus, folder = lineage.capabilities[0], workspace / lineage.parent.folder
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    questions = questions_of(corpus, tokenizer, workspace, count)
+    model = served(parent_contender(report.architecture), lineage.parent, workspace, HOST)
+    stops = stop_tokens(folder, model.config, tokenizer)
+    others = shown_others(questions, corpus.first_image)
+    right = {
+        "parent, shown another image": answered(model, tokenizer, others, stops, lambda right, done: None),
+        "the question's commonest answer": mostly_right(questions, corpus.first_image),
+    }
+    documents = tuple(one.document for one in questions)
+    answers = {name: RightAnswers(right=one, documents=documents) for name, one in right.items()}
+    return {name: parent.model_copy(update={"right_answers": {"images": one}}) for name, one in answers.items()}
+
+
+def shown_others(questions: Sequence[Question], first_image: int) -> list[Question]:
+    """Each question with the image of the next document in place of its own."""
+    images = {one.document: [token for token in one.prompt if token >= first_image] for one in questions}
+    order = sorted(images)
+    found = []
+    for one in questions:
+        other = iter(images[order[(order.index(one.document) + 1) % len(order)]])
+        prompt = tuple(next(other) if token >= first_image else token for token in one.prompt)
+        found.append(replace(one, prompt=prompt))
+    return found
+
+
+def mostly_right(questions: Sequence[Question], first_image: int) -> tuple[int, ...]:
+    """1 for a question whose answer is the commonest of the questions in the same words."""
+    words = [tuple(token for token in one.prompt if token < first_image) for one in questions]
+    counts: dict[tuple[int, ...], Counter[str]] = {}
+    for asked_in, one in zip(words, questions, strict=True):
+        counts.setdefault(asked_in, Counter())[one.answer] += 1
+    return tuple(
+        int(counts[asked_in].most_common(1)[0][0] == one.answer) for asked_in, one in zip(words, questions, strict=True)
+    )
+
+
+def figures_of(reports: dict[str, tuple[ChildReport, ChildReport]], sightless: dict[str, Candidate]) -> list[str]:
+    """The parent, what needs no sight, and each child before and after GKD."""
     first = next(iter(reports.values()))[0].candidates[0]
-    rows = [row("parent", first, first)]
+    rows = [row("parent", first, first), *([*row(name, one, first)[:3], "", ""] for name, one in sightless.items())]
     for name, (before, after) in reports.items():
         rows.append(row(f"{name}, before GKD", child_of(before), before.candidates[0]))
         rows.append(row(f"{name}, after GKD", child_of(after), after.candidates[0]))
     count = len(first.right_answers["images"].right)
     return [
-        f"{count} questions about test images; errors are over images. *kept*: right answers, as a share of the "
-        "parent's to the same questions. KL in nats per token, from the parent: on the words of answers about test "
+        f"{count} questions about test images, each of the image and the question alone; errors are over images. Two "
+        "lines need no sight: the parent, shown another image of the test in place of the question's own, and the "
+        "answer that the question mostly has there. *kept*: right answers, as a share of the parent's to the same "
+        "questions. KL in nats per token, from the parent: on the words of answers about test "
         "images, and on the test split of the corpus, which for the first child is of words alone, for the others half "
         "about images.",
         table(["", "right on images", "kept", "KL on images", "KL on the corpus"], rows),
@@ -267,11 +327,10 @@ def main() -> None:
     workspace = (options.workspace or ROOT / "workspace" / profile.name).resolve()
     made = workspace / "made"
     paths = {
-        "corpus.sources.1.path": write_questions(made / "corpus", options.images, "corpus"),
-        "capabilities.images.sources.0.path": write_questions(made / "capability", options.images, "capability"),
+        "corpus.sources.1.path": write_questions(made, options.images, "corpus"),
+        "capabilities.images.sources.0.path": write_questions(made, options.images, "capability"),
     }
-    source: ParentSource = SMOLLM2 if options.text == "smollm2" else TinyParent(train_steps=20)
-    parent = made_llava(made / "llava", source, options.align, options.steps)
+    parent = made_llava(made, options.text, options.align, options.steps)
     given = [f"parent.path={parent}", *options.set, *(f"{field}={path}" for field, path in paths.items())]
     reports = {}
     for name, settings in CHILDREN.items():
@@ -280,6 +339,9 @@ def main() -> None:
             assert not optimize(options.profile, workspace, [*given, *settings, f"gkd.steps={steps}"])
             found.append(last_report(workspace))
         reports[name] = (found[0], found[1])
+    last = next(reversed(reports.values()))[1]
+    asked_for = load_profile(options.profile, given).evaluate.answered_questions
+    figures = figures_of(reports, without_sight(last, workspace, asked_for))
     name = "SmolLM2-135M-Instruct" if options.text == "smollm2" else "A tiny text model"
     told = (
         f"{name} behind a CLIP tower of 4 layers of 192 channels, {(SIZE // PATCH) ** 2} tokens an image, trained for "
@@ -287,9 +349,9 @@ def main() -> None:
         f"layers' parameters, GKD of {options.gkd} steps."
     )
     if options.text == "smollm2":
-        write_page("multimodal", "Answers about images", [told, *figures_of(reports)])
+        write_page("multimodal", "Answers about images", [told, *figures])
     else:  # a try is no page
-        print("\n\n".join([told, *figures_of(reports)]))
+        print("\n\n".join([told, *figures]))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from benchmarks.multimodal import mostly_right, shown_others
 from blocks.compute import HOST
 from blocks.engine_limits import EngineLimit
 from blocks.errors import ChildError, CorpusError, ParentError
@@ -495,6 +496,29 @@ def test_questions_are_answered_about_their_own_image(tmp_path: Path) -> None:
             asked_of.append(replace(question, answer=words_of(text)[0]))
     right = answered(here.reader.model(), tokenizer, asked_of, frozenset(), lambda right, done: None)
     assert len(right) > 4 and all(right)
+
+
+def test_a_question_is_asked_as_the_processor_writes_it_alone(tmp_path: Path) -> None:
+    """By a template that reads parts alone. Without sight a question has another's image, or its commonest answer."""
+    begin = "{% if add_generation_prompt %}assistant: {% endif %}"
+    here = seen(tmp_path, PARTS + begin, wanted={"sequence_length": 128, "test_sequences": 6})
+    processor = AutoProcessor.from_pretrained(here.source)
+    found, first = questions_of(here.corpus, processor.tokenizer, here.workspace, 100), here.corpus.first_image
+    assert len(found) == len(QUESTIONS) * len(starts_of(here.corpus, "test", here.workspace))
+    for number, question in enumerate(found):
+        ids, (file,) = as_transformers_reads(torch.tensor(question.prompt), here)
+        parts = [{"type": "image"}, {"type": "text", "text": QUESTIONS[number % 2]}]
+        text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+        own = processor(images=[Image.open(file)], text=text, return_tensors="pt")["input_ids"][0]
+        assert ids.tolist() == own.tolist()
+    others = shown_others(found, first)
+    for one, other in zip(found, others, strict=True):
+        pairs = [(a, b) for a, b in zip(one.prompt, other.prompt, strict=True) if a != b]
+        assert len(pairs) == TOKENS and all(min(pair) >= first for pair in pairs)
+    assert {one.prompt for one in others} == {one.prompt for one in found}, "each image once"
+    commonest = mostly_right(found, first)
+    red = [one.answer == "no" for one in found[1::2]]
+    assert commonest[1::2] == tuple(int(one) for one in red) and sum(red) > len(red) / 2
 
 
 def test_a_child_is_scored_distilled_and_judged_about_images(tmp_path: Path) -> None:
