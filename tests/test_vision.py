@@ -137,6 +137,25 @@ def test_what_is_not_carried_is_refused_in_a_sentence(tmp_path: Path) -> None:
     assert "NaN or infinite" in refusal(source, work)
 
 
+def test_code_that_prepares_pixels_is_refused_and_does_not_travel(tmp_path: Path) -> None:
+    source, work = tiny_llava(tmp_path / "source"), tmp_path / "work"
+    path = source / "processor_config.json"
+    values = json.loads(path.read_text())
+    code = {"AutoImageProcessor": "pixels.Own"}
+    path.write_text(json.dumps(values | {"image_processor": values["image_processor"] | {"auto_map": code}}))
+    (source / "preprocessor_config.json").write_text(json.dumps(values["image_processor"] | {"auto_map": code}))
+    (source / "pixels.py").write_text("raise SystemExit('somebody ran it')")
+    assert "auto_map in preprocessor_config.json), which is not run here" in refusal(source, work)
+    parent = prepare_parent(FolderParent(path=str(source), trust_remote_code=True), work, None)
+    folder = work / parent.folder
+    assert not any("auto_map" in one.read_text() for one in folder.rglob("*.json"))
+    assert {one.name for one in (folder / "vision").glob("*.json")} >= {path.name, "preprocessor_config.json"}
+    (source / "preprocessor_config.json").unlink()
+    assert "auto_map in processor_config.json" in refusal(source, tmp_path / "other")
+    questions = asked(coloured(tmp_path / "images", 4)).images
+    assert with_images(parent, questions, work, HOST).fingerprint == parent.fingerprint
+
+
 # --- images among tokens
 
 QUESTIONS = ("what colour is it?", "is it red?")

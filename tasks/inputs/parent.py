@@ -38,7 +38,15 @@ from tasks.inputs.installed_packages import installed_file
 from tasks.inputs.parent_weights import INDEX, WEIGHTS, Weights, check_finite, place_weights, shards_of, weights_of
 from tasks.inputs.rotated import rotate, rotated_config
 from tasks.inputs.tiny import byte_tokenizer, family_config, make_tiny_parent, training_texts
-from tasks.inputs.vision import CARRIED, is_whole_model, place_whole, text_values
+from tasks.inputs.vision import (
+    CARRIED,
+    PIXELS,
+    brings_code,
+    is_whole_model,
+    place_whole,
+    text_values,
+    without_code,
+)
 from tasks.running.progress import say
 
 SEES = (
@@ -342,7 +350,9 @@ def _install(folder: Path, workspace: Path, made: Manifest) -> None:
 
 
 def _clean(folder: Path) -> None:
-    """Take paths of this machine out of the JSON files, and make the files that safetensors wrote readable for all."""
+    """Take paths of this machine, and code that prepares images, out of the JSON files. Make the files that safetensors
+    wrote readable for all.
+    """
     for path in folder.iterdir():
         if path.is_file() and path.stat().st_nlink == 1:  # a hard link shares its mode with the hub's cache
             path.chmod(0o644)
@@ -351,6 +361,9 @@ def _clean(folder: Path) -> None:
         if path.is_file():
             values = {key: value for key, value in _read_json(path).items() if key not in _PATH_KEYS}
             path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for path in (place / name for place in (folder, folder / VISION) for name in PIXELS):
+        if path.is_file() and brings_code(values := _read_json(path)):
+            path.write_text(json.dumps(without_code(values), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -462,9 +475,21 @@ def _checked_weights(source: Path, asked: FolderParent | HubParent) -> Weights:
             "the parent's tokenizer brings Python code of its own (auto_map in tokenizer_config.json), which is not "
             "run here: set trust_remote_code: true if tokenizer.json does without it."
         )
+    _refuse_pixel_code(source, values, trust_remote_code)
     if not has_tokenizer(source):
         raise ParentError(f"{source.name} has no tokenizer: add tokenizer.json or tokenizer.model.")
     return weights
+
+
+def _refuse_pixel_code(source: Path, values: dict[str, Any], trust_remote_code: bool) -> None:
+    if trust_remote_code or not is_whole_model(values):
+        return
+    for name in PIXELS:
+        if (source / name).is_file() and brings_code(_read_json(source / name)):
+            raise ParentError(
+                f"what prepares the parent's images brings Python code of its own (auto_map in {name}), which is not "
+                "run here: set trust_remote_code: true if transformers' own class prepares the same pixels."
+            )
 
 
 def _link(source: Path, target: Path) -> None:

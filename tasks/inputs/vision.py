@@ -98,6 +98,18 @@ def place_whole(source: Path, target: Path, weights: Weights, place: Callable[[P
             shutil.copyfile(source / name, folder / name)
 
 
+def brings_code(values: Any) -> bool:
+    """Whether a JSON object names code of its own (auto_map) for what it is of, or for a part of that."""
+    return isinstance(values, Mapping) and ("auto_map" in values or any(map(brings_code, values.values())))
+
+
+def without_code(values: Any) -> Any:
+    """A JSON object that names no code of its own."""
+    if not isinstance(values, Mapping):
+        return values
+    return {key: without_code(value) for key, value in values.items() if key != "auto_map"}
+
+
 def _alone(weights: Weights, tensors: Mapping[str, Any]) -> Weights:
     """Some of the weights; every file holds others too."""
     return replace(weights, tensors=dict(tensors), extra=frozenset(found.file for found in weights.tensors.values()))
@@ -188,7 +200,7 @@ def _features(folder: Path, paths: Sequence[Path], compute: Compute, progress: P
 
     model = _tower(folder).to(compute.device)
     try:
-        pixels: Any = AutoImageProcessor.from_pretrained(folder / VISION)
+        pixels: Any = AutoImageProcessor.from_pretrained(folder / VISION, trust_remote_code=False)
     except Exception as error:  # transformers raises nothing more precise
         raise ParentError(f"nothing says how the parent's pixels are prepared: {first_line(error)}") from error
     for first in range(0, len(paths), BATCH):
@@ -202,7 +214,7 @@ def _tower(folder: Path) -> Any:
     """The whole model without its head, in float32, with a stand-in of one small layer for its text model."""
     from transformers import AutoConfig, AutoModel
 
-    config: Any = AutoConfig.from_pretrained(folder / VISION)
+    config: Any = AutoConfig.from_pretrained(folder / VISION, trust_remote_code=False)
     text = config.text_config
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = 1, 8, None
     if getattr(text, "layer_types", None):
