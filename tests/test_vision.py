@@ -1,6 +1,7 @@
 """Parents that see: prepared, asked about images, written back, judged. Held to transformers' own LLaVA throughout."""
 
 import json
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +47,8 @@ from tasks.evaluate.quality import sequence_figures
 from tasks.export.folder import export_child
 from tasks.export.formats import export_as
 from tasks.inputs import image_questions
-from tasks.inputs.corpus import fit_weights_of, prepare_corpus, queues_of, starts_of, weights_of
+from tasks.inputs.chats import Unusable, messages_of
+from tasks.inputs.corpus import document_tokenizer, fit_weights_of, prepare_corpus, queues_of, starts_of, weights_of
 from tasks.inputs.image_questions import image_ids_of
 from tasks.inputs.parent import prepare_parent, write_config
 from tasks.inputs.vision import vision_tensors, with_images
@@ -390,8 +392,8 @@ def test_questions_that_cannot_be_asked_are_refused(tmp_path: Path) -> None:
 
     refused("does not hold an image with a question", sequence_length=12)
     lines = path.read_text()
-    path.write_text(lines.replace("is it red?", "is <image> red?"))
-    refused("holds the image's own token <image>")
+    path.write_text(lines.replace("is it red?", "is <image> red?").replace("what colour", "what <image>"))
+    refused(r"48 of 48 questions are of no use, the first: question 1 holds the parent's token for an image, <image>")
     path.write_text(lines.replace('"answer"', '"said"'))
     refused("line 1 lacks one of image, question, answer")
     path.write_text(lines.replace('.png"', '.jpg"'))
@@ -399,12 +401,70 @@ def test_questions_that_cannot_be_asked_are_refused(tmp_path: Path) -> None:
     path.unlink()
     refused("are no file")
     path.write_text(lines)
-    (path.parent / "0.png").write_text("not an image")
-    with pytest.raises(CorpusError, match="0.png is no image"):
-        with_images(plain, asked(path).images, work, HOST)
+    for content, told in (
+        (b"not an image", "0.png is no image that can be read .* PNG, JPEG, WEBP, BMP, GIF are, of up to 67 million"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "0.png is no image"),
+        ((path.parent / "1.png").read_bytes()[:60], "0.png is no image"),
+        (png_header(9000, 9000), "0.png has 81 million pixels, at most 67 million"),
+        (png_header(90000, 90000), "0.png is no image .* decompression bomb"),
+    ):
+        (path.parent / "0.png").write_bytes(content)
+        with pytest.raises(CorpusError, match=told):
+            with_images(plain, asked(path).images, work, HOST)
     blind = prepare_parent(FolderParent(path=str(tiny_parent(tmp_path / "blind"))), work, None)
     with pytest.raises(ParentError, match="has no vision tower: take a parent of model_type llava"):
         with_images(blind, asked(path).images, work, HOST)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A small file that says that it is a large image."""
+    header = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    sum_of = zlib.crc32(header).to_bytes(4, "big")
+    return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + header + sum_of + (9).to_bytes(4, "big") + b"IDAT"
+
+
+def test_lines_that_cannot_be_asked_are_counted(tmp_path: Path) -> None:
+    """One of many stops no run: not an image by name, not the image's token, nor a question that a template refuses."""
+    here = seen(tmp_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(here.source)
+    many = [{"image": f"{number}.png", "question": "is it big?", "answer": "no"} for number in range(48)]
+    odd = ["data:image/png;base64," + "A" * 5000, "x" * 300, "~nobody-at-all/a.png", "a\0b.png", "https://a.b/c.png"]
+    named = [{"image": name, "question": "is it odd?", "answer": "yes"} for name in odd]
+    worded = [{"image": "3.png", "question": one, "answer": "no"} for one in ("see <image> there", "refuse this")]
+    copied = {"image": "3.png", "question": f"<image {'0' * 64}>", "answer": "no"}
+    here.path.write_text("".join(json.dumps(line) + "\n" for line in [*many, *named, *worded, copied]))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if 'refuse' in m.content %}{{ raise_exception('no') }}{% endif %}"
+        "{{ m.role }}: {{ m.content }}{{ '\n' }}{% endfor %}"
+    )
+    ids = image_ids_of(here.workspace / here.parent.folder, tokenizer)
+    notes: list[str] = []
+    (queue,) = queues_of(asked(here.path), document_tokenizer(tokenizer, True, ids).chat, notes)
+    assert len(queue.documents) == 48 and not any("odd" in text or "refuse" in text for text in queue.documents)
+    lines, questions = notes
+    assert "6 of 56 lines" in lines and "names an image that is not there (data:image/png;base64,AAA" in lines
+    assert "2 of 50 questions of questions.jsonl were skipped" in questions and "<image>, as a word" in questions
+    chat = [{"role": "user", "content": f"copied <image {'0' * 64}>"}, {"role": "assistant", "content": "no"}]
+    with pytest.raises(Unusable, match="holds what stands for an image"):
+        messages_of(chat)
+
+
+def test_a_photo_is_seen_upright(tmp_path: Path) -> None:
+    """Its file may say that it lies on its side."""
+    upright = Image.new("RGB", (16, 16))
+    upright.paste((250, 10, 10), (0, 0, 16, 8))
+    lying, how = upright.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    how[274] = 6  # to be turned clockwise
+    lying.save(tmp_path / "lying.png", exif=how)
+    upright.save(tmp_path / "upright.png")
+    lying.save(tmp_path / "plain.png")
+    lines = [{"image": f"{name}.png", "question": "?", "answer": "a"} for name in ("lying", "upright", "plain")]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    parent, work = prepared_llava(tiny_llava(tmp_path / "source"), tmp_path / "work"), tmp_path / "work"
+    folder = work / with_images(parent, asked(tmp_path / "questions.jsonl").images, work, HOST).folder
+    ids, features = image_ids(folder, 0), load_file(folder / "images.safetensors")["features"]
+    own = {name: features[list(ids[sha256_of(tmp_path / f"{name}.png")])] for name in ("lying", "upright", "plain")}
+    assert torch.equal(own["lying"], own["upright"]) and not torch.equal(own["lying"], own["plain"])
 
 
 # --- a child written back

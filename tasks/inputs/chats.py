@@ -96,6 +96,8 @@ def messages_of(value: Sequence[Any]) -> list[Message]:
     messages = [_message(item, number) for number, item in enumerate(value, 1)]
     if not any(message["content"].strip() for message in messages):
         raise Unusable("has no text in any message")
+    if any(IMAGE.search(message["content"]) for message in messages):
+        raise Unusable("holds what stands for an image")
     return messages
 
 

@@ -42,6 +42,7 @@ from tasks.inputs.chats import (
     Conversation,
     Message,
     Span,
+    Unusable,
     answers_in,
     contents_alone,
     normalise,
@@ -507,6 +508,8 @@ def document_tokenizer(tokenizer: Any, weighs: bool = False, images: ImageIds | 
         return text.lstrip().removeprefix(tokenizer.bos_token).lstrip() if start else text.lstrip()
 
     def chat(messages: Sequence[Message]) -> str:
+        if images is not None and any(images.token in message["content"] for message in messages):
+            raise Unusable(f"holds the parent's token for an image, {images.token}, as a word")
         if not tokenizer.chat_template and IMAGE.search(messages[0]["content"]):
             return plain(messages)
         # many templates write bos and eos, which every document gets anyway

@@ -8,6 +8,7 @@ has a chat template, the document is the chat that the template writes; else eac
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -55,16 +56,31 @@ def documents(
     for image, question, answer in (asked for one in others[place + 1 :] for asked in questions(one, [])):
         if (digest := digest_of_image(image)) in by_image:
             by_image[digest].append((question, answer))
+    tally = Tally(tallies[-1].name if tallies else source.kind, "question")
     for digest, asked in by_image.items():
-        yield _document(digest, list(dict.fromkeys(asked)), chat)
+        yield from _document(digest, list(dict.fromkeys(asked)), chat, tally)
+    tallies += [tally] if tally.bad else []
+    tally.judge()
 
 
-def _document(digest: str, asked: Sequence[tuple[str, str]], chat: Chat) -> Document:
-    text = chat(_messages(digest, asked))
-    if not isinstance(text, Conversation):
-        return text
-    singly = [chat(_messages(digest, [one])) for one in asked]
-    return Conversation(str(text), text.answers, [one for one in singly if isinstance(one, Conversation)])
+def _document(digest: str, asked: Sequence[tuple[str, str]], chat: Chat, tally: Tally) -> Iterator[Document]:
+    """An image with those of its questions that the chat template writes; none where there are none."""
+    usable, singly = list[tuple[str, str]](), list[str]()
+    for one in asked:
+        tally.read += 1
+        try:
+            singly.append(chat(_messages(digest, [one])))
+            usable.append(one)
+        except Unusable as reason:
+            tally.skip(tally.read, str(reason))
+    if usable:
+        try:
+            text = chat(_messages(digest, usable))
+        except Unusable as reason:
+            tally.skip(tally.read, str(reason))
+            return
+        kept = [one for one in singly if isinstance(one, Conversation)]
+        yield Conversation(str(text), text.answers, kept) if isinstance(text, Conversation) else text
 
 
 def _messages(digest: str, asked: Sequence[tuple[str, str]]) -> list[Message]:
@@ -132,12 +148,20 @@ def _asked(line: str, folder: Path) -> Asked:
     if len(found) < len(FIELDS):
         raise Unusable(f"lacks one of {', '.join(FIELDS)}, each a text")
     name, question, answer = found
-    image = folder / Path(name).expanduser()
-    if not image.is_file():
-        raise Unusable(f"names an image that is not there ({name})")
+    image = _there(name, folder)
+    if image is None:
+        raise Unusable(f"names an image that is not there ({name[:80]}); name a file, by its path")
     if IMAGE.search(question) or IMAGE.search(answer):
         raise Unusable("holds what stands for an image")
     return image, question, answer
+
+
+def _there(name: str, folder: Path) -> Path | None:
+    """The file of an image, None where it is none: the image itself (data:...) may stand there, or any text."""
+    with suppress(OSError, RuntimeError, ValueError):  # too long a name, no such user's home, a zero byte
+        path = folder / Path(name).expanduser()
+        return path if path.is_file() else None
+    return None
 
 
 def _easy_vqa(source: EasyVqaSource) -> Iterator[Asked]:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import safe_open
@@ -36,6 +36,8 @@ TOWERS = ("clip_vision_model", "siglip_vision_model")  # each gives equally many
 TEXT, HEAD = "model.language_model.", "lm_head."  # what the whole's weights of the text model begin with
 PIXELS = ("preprocessor_config.json", "processor_config.json")
 BATCH = 8  # images
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # others, such as EPS, start programs
+MOST_PIXELS = 1 << 26  # of an image: a small file may unpack to any number
 
 
 def is_whole_model(values: Mapping[str, Any]) -> bool:
@@ -227,9 +229,24 @@ def _tower(folder: Path) -> Any:
 
 
 def _opened(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
+    """An image as people see it: a photo's orientation stands beside its pixels."""
+    from PIL import Image, ImageOps
 
     try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise CorpusError(f"{path.name} is no image that can be read ({first_line(error, 120)}).") from error
+        with Image.open(path, formats=FORMATS) as image:
+            size = image.width * image.height
+            return ImageOps.exif_transpose(image).convert("RGB") if size <= MOST_PIXELS else _too_large(path, size)
+    except CorpusError:
+        raise
+    except Exception as error:  # each format of Pillow raises what it likes
+        raise CorpusError(
+            f"{path.name} is no image that can be read ({first_line(error, 120)}): {', '.join(FORMATS)} are, of up to "
+            f"{MOST_PIXELS / 1e6:.0f} million pixels. Replace it, or take its lines out."
+        ) from error
+
+
+def _too_large(path: Path, size: int) -> NoReturn:
+    raise CorpusError(
+        f"{path.name} has {size / 1e6:,.0f} million pixels, at most {MOST_PIXELS / 1e6:.0f} million are read: make it "
+        "smaller, the tower sees a few hundred pixels a side."
+    )
