@@ -1266,6 +1266,11 @@ class Profile(Section):
                 "hardware.kv_precision: children are judged in llama.cpp then, which is given words alone, and a "
                 f"source of kind {self.images[0].kind} asks about images: leave one of the two out"
             )
+        if self.evaluate.loop_prompts and len(self.corpus.images) == len(self.corpus.sources):
+            raise ValueError(
+                "evaluate.loop_prompts goes on from words of the corpus, and all sources of it ask about images: add a "
+                "source of words, or set it to 0"
+            )
         return self
 
     @model_validator(mode="after")

@@ -43,12 +43,21 @@ from tasks.evaluate.answers import continued
 from tasks.evaluate.compare import LINEAGE, Lineage, contender, served, targets_of
 from tasks.evaluate.exact import answered, questions_of, words_of
 from tasks.evaluate.fusion import fusion_text
+from tasks.evaluate.loops import beginnings
 from tasks.evaluate.quality import sequence_figures
 from tasks.export.folder import export_child
 from tasks.export.formats import export_as
 from tasks.inputs import image_questions
 from tasks.inputs.chats import Unusable, messages_of
-from tasks.inputs.corpus import document_tokenizer, fit_weights_of, prepare_corpus, queues_of, starts_of, weights_of
+from tasks.inputs.corpus import (
+    document_tokenizer,
+    fit_weights_of,
+    prepare_corpus,
+    queues_of,
+    starts_of,
+    weights_of,
+    words_alone,
+)
 from tasks.inputs.image_questions import image_ids_of
 from tasks.inputs.parent import prepare_parent, write_config
 from tasks.inputs.vision import vision_tensors, with_images
@@ -287,6 +296,14 @@ def test_chats_without_an_image_are_written_in_parts_too(tmp_path: Path) -> None
     text = tokenizer.decode(ids.where(ids < made.first_image, 32))
     whole = [one for one in chats if f"user: {one}\nassistant: far" in text]
     assert len(whole) > 3 and "user: assistant:" not in text
+    usable, image = words_alone(made, "train", workspace), rows >= made.first_image
+    pieces, numbers = beginnings(rows, 1000, usable)
+    said_there = [tokenizer.decode(piece) for piece in pieces]
+    assert len(numbers) > 3 and all("far" in one or "how" in one for one in said_there)
+    assert not any("colour" in one or "is it" in one or "</s></s>" in one for one in said_there)
+    assert not usable[image].any() and not usable[tokenizer.eos_token_id == rows][1:].all()
+    with pytest.raises(CorpusError, match="nobody can go on from words"):
+        beginnings(rows, 9, usable & False)
     answer = torch.tensor(tokenizer("far", add_special_tokens=False)["input_ids"])
     places = (ids.unfold(0, len(answer), 1) == answer).all(1).nonzero().flatten().tolist()
     said = [place for place in places if tokenizer.decode(ids[place - 2 : place].tolist()) == ": "]
@@ -728,6 +745,7 @@ def test_a_profile_that_cannot_see_is_refused_before_a_run(tmp_path: Path) -> No
     for changes, expected in (
         ({"parent": {"kind": "tiny"}}, "a parent of kind tiny has no vision tower"),
         ({"corpus": asks}, "needs prompt_weight"),
+        ({"evaluate": {"loop_prompts": 9}}, "goes on from words of the corpus, and all sources of it ask about"),
         ({"corpus": asks | {"prompt_weight": 0, "one_document_rows": True}}, "goes not with one_document_rows"),
         (
             {"hardware": {"engine": "llama.cpp", "kv_precision": "q8_0"}},

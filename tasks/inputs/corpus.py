@@ -242,6 +242,21 @@ def refuse_images(corpus: CorpusInfo, what: str) -> None:
         raise CorpusError(f"{what}, and the corpus of this run asks about images, which are no words.")
 
 
+def words_alone(corpus: CorpusInfo, split: str, workspace: Path) -> torch.Tensor:
+    """(S, T): whether a token is of a document without an image, and no filling of a sequence."""
+    tokens = read_tensors(workspace, corpus.tokens, [split])[split]
+    found = np.ones(tokens.numel(), dtype=bool)
+    if corpus.first_image:
+        starts, flat = starts_of(corpus, split, workspace).tolist(), tokens.flatten().numpy()
+        for first, last in zip(starts, [*starts[1:], len(flat)], strict=True):
+            other = np.flatnonzero(flat[first:last] != flat[last - 1])
+            closed = first + other.max(initial=-1) + 2  # behind what closes the document stands filling
+            found[closed:last] = False
+            if (flat[first:last] >= corpus.first_image).any():
+                found[first:last] = False
+    return torch.from_numpy(found).view_as(tokens)
+
+
 def fit_weights_of(corpus: CorpusInfo, split: str, workspace: Path, rows: tuple[int, int]) -> torch.Tensor | None:
     """How much what a block puts out at each token counts where it is fitted to the parent's, (S, T).
 
