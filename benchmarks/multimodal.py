@@ -152,7 +152,12 @@ def fresh(folder: Path) -> tuple[Any, Any]:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     text: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     text.resize_token_embeddings(len(tokenizer))
-    tower = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+    tower: dict[str, Any] = {
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
     config = LlavaConfig(
         text_config=text.config,
         vision_config=CLIPVisionConfig(**tower, image_size=SIZE, patch_size=PATCH),

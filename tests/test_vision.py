@@ -69,6 +69,7 @@ from tasks.probe.records import Asked
 from tasks.probe.sides import SeenText
 from tasks.probe.texts import own_text
 from tasks.score.scoring import ScoringSet, score_sequences
+from tasks.studies.truth import other_model
 from tests.chain import chosen, recording
 from tests.tiny import tiny_parent
 from tests.vision import IMAGE, TEMPLATE, TOKENS, coloured, prepared_llava, tiny_llava, whole_llava
@@ -793,6 +794,13 @@ def test_easy_vqa_is_read_out_of_its_package(tmp_path: Path, monkeypatch: pytest
     ]
     assert all(path.is_file() for path, _, _ in found) and len(image_questions.images_of(source)) == 2
     assert len(list(image_questions.documents(source, image_questions.plain, []))) == 2
+
+
+def test_another_model_is_not_compared_about_images(tmp_path: Path) -> None:
+    here = seen(tmp_path)
+    meter: Any = SimpleNamespace(finished=SimpleNamespace(corpus=here.corpus))
+    with pytest.raises(CorpusError, match="another model is compared on words, and the corpus of this run asks about"):
+        other_model(tmp_path, meter)
 
 
 def test_too_few_images_are_refused_before_a_run(tmp_path: Path) -> None:
