@@ -730,7 +730,7 @@ def test_an_image_is_in_one_text_and_like_questions_are_no_duplicates(tmp_path: 
 def test_what_reads_words_alone_says_so(tmp_path: Path) -> None:
     here = seen(tmp_path)
     seeing = SeenText(workspace=here.workspace, parent=here.parent, texts=(here.corpus,))
-    with pytest.raises(CorpusError, match="a probe changes the words .* asks about images, which are no words"):
+    with pytest.raises(CorpusError, match="a probe compares every text .* as words, .* asks about images"):
         own_text(seeing, Asked())
     run = tmp_path / "work" / "runs" / "one"
     child = contender("child", chosen((LayerChoice(),) * 3), [])

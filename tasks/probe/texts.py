@@ -87,7 +87,7 @@ def named_files(given: Sequence[str]) -> dict[str, Path]:
 
 def own_text(seen: SeenText, asked: Asked) -> Text:
     """The run's own test text. PuzzleError where it is hardly any, or asks about images."""
-    refuse_images(seen.corpus, "a probe changes the words of the run's own test text")
+    refuse_images(seen.corpus, "a probe compares every text with the run's own test text, read as words")
     found = text_of(TEST, "the run's own test text", seen.corpus, asked.sequences, seen.workspace)
     if len(set(found.documents)) < LEAST_DOCUMENTS:
         raise PuzzleError(
