@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 
 from blocks.errors import CorpusError, TooLittleText, first_line
 from blocks.files import sha256_of
-from blocks.images import TABLE
+from blocks.images import image_ids
 from blocks.library import digest_of, keep, read_rows, read_tensors, remember, write_tensors
 from blocks.records import CorpusInfo
 from profiles.schema import Corpus, HubSource, ImagesSource, TextSource
@@ -54,6 +54,7 @@ from tasks.inputs.image_questions import VERSION as IMAGES_VERSION
 from tasks.inputs.image_questions import ImageIds, check_words, image_ids_of, plain
 from tasks.inputs.near_duplicates import NONE, KnownRuns, NearDuplicates
 from tasks.inputs.text_files import Document
+from tasks.inputs.vision import VERSION as SEEN_VERSION
 from tasks.running.progress import say
 
 VERSION = 2  # raise it when the same sources would give other tokens
@@ -735,7 +736,8 @@ def _fingerprint(
     ]
     beside: dict[str, Any] = {"others": [other.fingerprint for other in others]} if others else {}
     if corpus.images:  # ids depend on which images there are
-        beside |= {"images": sha256_of(tokenizer_folder / TABLE), "asked": IMAGES_VERSION}
+        places = {digest: ids.start for digest, ids in image_ids(tokenizer_folder, 0).items()}
+        beside |= {"images": places, "seen": SEEN_VERSION, "asked": IMAGES_VERSION}  # not bits, which devices differ in
     return digest_of(
         version=VERSION, settings=settings, sources=sources, tokenizer=tokenizer, parent=parent_fingerprint, **beside
     )
