@@ -396,6 +396,11 @@ def test_other_images_are_another_corpus_and_the_same_parent(tmp_path: Path) -> 
     assert again.folder != here.parent.folder and again.fingerprint == here.parent.fingerprint
     made = prepare_corpus(corpus, here.workspace / again.folder, again.fingerprint, here.workspace)
     assert made.fingerprint != here.corpus.fingerprint
+    table = here.workspace / again.folder / "images.safetensors"
+    bits = load_file(table)
+    save_file(bits | {"features": bits["features"] * (1 + 1e-6)}, table)  # as another device would give them
+    same = prepare_corpus(corpus, here.workspace / again.folder, again.fingerprint, here.workspace)
+    assert same.fingerprint == made.fingerprint
     with pytest.raises(CorpusError, match="an image has changed"):
         prepare_corpus(corpus, here.workspace / here.parent.folder, again.fingerprint, here.workspace)
 
