@@ -8,7 +8,6 @@ tasks/pages/report.py says how answers are shown, and how many of their characte
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from contextlib import suppress
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from blocks.library import digest_of, made_once
 from blocks.records import Answer, ParentInfo, Value
 from profiles.schema import Chat, Evaluate
 from tasks.evaluate.compare import Contender, served
-from tasks.inputs.chats import Unusable, template_of
+from tasks.inputs.parent_answers import asked_in_chat
 
 VERSION = 1
 RUN = 5  # a run is so many words, or tokens
@@ -94,8 +93,8 @@ def prompt_ids(tokenizer: Any, prompt: Chat | str) -> tuple[list[int], bool]:
     """Token ids of a prompt, and whether they are a chat. A tokenizer without a chat template reads a plain text."""
     text = prompt.chat if isinstance(prompt, Chat) else prompt
     if isinstance(prompt, Chat) and tokenizer.chat_template:
-        with suppress(Unusable):  # a template that needs more than a user's message
-            written = template_of(tokenizer)([{"role": "user", "content": text}], True)
+        written = asked_in_chat(tokenizer, text)
+        if written is not None:
             return tokenizer(written, add_special_tokens=False)["input_ids"], True
     return tokenizer(text)["input_ids"], False
 
