@@ -29,6 +29,7 @@ from tasks.evaluate.standing import Reading, final_of, of_sequences  # noqa: E40
 from tasks.inputs.corpus import prepare_corpus  # noqa: E402
 from tasks.inputs.corpus_sources import iterate_documents  # noqa: E402
 from tasks.inputs.parent import prepare_parent  # noqa: E402
+from tasks.inputs.vision import with_images  # noqa: E402
 from tasks.measure.hardware_description import processor  # noqa: E402
 from tasks.score.scoring import ScoringSet  # noqa: E402
 
@@ -73,6 +74,8 @@ def open_bench(options: argparse.Namespace) -> Bench:
     workspace.mkdir(parents=True, exist_ok=True)
     configure_torch(profile.hardware.threads)
     parent = prepare_parent(profile.parent, workspace, lambda: iterate_documents(profile.corpus))
+    if profile.images:
+        parent = with_images(parent, profile.images, workspace, HOST)
     corpus = prepare_corpus(profile.corpus, workspace / parent.folder, parent.fingerprint, workspace)
     reader = open_parent(workspace / parent.folder, HOST)
     recording = recording_of(profile, parent, corpus, HOST)

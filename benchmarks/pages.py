@@ -33,6 +33,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "hardware": ("tasks/measure/roofline.py", "profiles/hardware"),
     "headline": (*LEARNING, "tasks/evaluate", "tasks/export", "tasks/search"),
     "more_tokens": (*LEARNING, "tasks/score"),
+    "multimodal": (*LEARNING, "tasks/evaluate", "tasks/export", "tasks/score", "tasks/search"),
     "operate": ("flows", "tasks/operating", "tasks/running"),
     "peers": ("tasks/search", "tasks/studies", "tasks/score"),
     "plan": ("tasks/planning",),

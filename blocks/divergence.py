@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blocks.export_code.families_decilm import Family
+from blocks.images import as_words
 
 CHUNK = 1024  # tokens
 SLICE = 4096  # vocabulary entries: CHUNK x SLICE logits are 16 MB
@@ -37,7 +38,7 @@ class Head:
 
     def label_shift(self, parent_ND: Tensor, hidden_ND: Tensor, labels: Tensor) -> Tensor:
         """The parent's logit of every token's label less the child's, float64. (..., D), (..., D), (...) -> (...)"""
-        weight = self.weight[labels].double()
+        weight = self.weight[as_words(labels, len(self.weight))].double()
         if self.cap is None:
             return ((parent_ND - hidden_ND).double() * weight).sum(-1)
         parent, child = ((states.double() * weight).sum(-1) for states in (parent_ND, hidden_ND))

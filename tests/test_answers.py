@@ -120,6 +120,13 @@ TEMPLATE = (
 )
 
 
+# as LLaVA's templates are: of a content that is a string they write nothing
+PARTS = (
+    "{% for m in messages %}<{{ m.role }}>{% for part in m.content | selectattr('type', 'equalto', 'text') %}"
+    "{{ part.text }}{% endfor %}{% endfor %}{% if add_generation_prompt %}<me>{% endif %}"
+)
+
+
 @pytest.mark.parametrize(
     ("template", "prompt", "text", "chat"),
     [
@@ -127,6 +134,8 @@ TEMPLATE = (
         (TEMPLATE, "Hi", "Hi", False),
         (None, Chat(chat="Hi"), "Hi", False),
         ("{{ raise_exception('a system turn first') }}", Chat(chat="Hi"), "Hi", False),
+        (PARTS, Chat(chat="U"), "<user>U<me>", True),
+        ("{{ 'nothing of it' }}", Chat(chat="Hi"), "Hi", False),
     ],
 )
 def test_chats_are_asked_by_the_template(template: str | None, prompt: Any, text: str, chat: bool) -> None:

@@ -30,7 +30,7 @@ from blocks.runtime import kept_per_device
 from blocks.subblock import load_subblock, run_subblock, subblock_state
 from profiles.schema import BLD
 from tasks.distill.record import Part, Recording, Shard, StatesInUse, enter, entered, open_parent, read_states
-from tasks.inputs.corpus import weights_of
+from tasks.inputs.corpus import fit_weights_of
 from tasks.running.memory import Parts
 
 VERSION = 2
@@ -187,7 +187,7 @@ def _loaded(
 def _weights(corpus: CorpusInfo, shard: Shard, there: dict[str, Tensor], workspace: Path) -> dict[str, Tensor]:
     first = {"train": shard.train[0], "validation": shard.validation[0]}
     rows = {split: (first[split], first[split] + len(states)) for split, states in there.items()}
-    found = {split: weights_of(corpus, split, workspace, rows[split]) for split in rows}
+    found = {split: fit_weights_of(corpus, split, workspace, rows[split]) for split in rows}
     return {split: weights for split, weights in found.items() if weights is not None}
 
 

@@ -43,7 +43,7 @@ from blocks.resources import precision_name
 from blocks.runtime import kept_per_device
 from blocks.subblock import linear_of
 from profiles.schema import Profile, Record
-from tasks.inputs.corpus import weights_of
+from tasks.inputs.corpus import fit_weights_of
 from tasks.running.memory import Parts
 from tasks.running.sharing import in_use, unused
 
@@ -239,7 +239,9 @@ def record_layer(
     boundary = write_tensors(workspace, name % "boundary", kept) if recording.kept else None
     counted = min(shard.trained, recording.settings.statistics_sequences)
     rows = (shard.train[0], shard.train[0] + counted)
-    statistics = _pass(reader, module, layer, hidden, counted, weights_of(recording.corpus, "train", workspace, rows))
+    statistics = _pass(
+        reader, module, layer, hidden, counted, fit_weights_of(recording.corpus, "train", workspace, rows)
+    )
     if before is not None:
         for each, value in read_tensors(workspace, before.statistics, device=compute.device).items():
             _add(statistics, each, value)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from blocks.compute import Compute
@@ -21,6 +20,7 @@ from blocks.library import digest_of, made_once
 from blocks.records import Answer, ParentInfo, Value
 from profiles.schema import Chat, Evaluate
 from tasks.evaluate.compare import Contender, served
+from tasks.inputs.parent_answers import asked_in_chat
 
 VERSION = 1
 RUN = 5  # a run is so many words, or tokens
@@ -93,13 +93,9 @@ def prompt_ids(tokenizer: Any, prompt: Chat | str) -> tuple[list[int], bool]:
     """Token ids of a prompt, and whether they are a chat. A tokenizer without a chat template reads a plain text."""
     text = prompt.chat if isinstance(prompt, Chat) else prompt
     if isinstance(prompt, Chat) and tokenizer.chat_template:
-        turns = [{"role": "user", "content": text}]
-        try:
-            rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        except TemplateError:  # the template needs more than a user's message
-            rendered = None
-        if rendered is not None:
-            return tokenizer(rendered, add_special_tokens=False)["input_ids"], True
+        written = asked_in_chat(tokenizer, text)
+        if written is not None:
+            return tokenizer(written, add_special_tokens=False)["input_ids"], True
     return tokenizer(text)["input_ids"], False
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from blocks.child import assemble, for_passes, library_of
 from blocks.compute import Compute
 from blocks.export_code.modeling_decilm import DeciLMForCausalLM
+from blocks.images import features_in, see
 from blocks.library import digest_of, made_once, read_tensors
 from blocks.parent import in_dtype
 from blocks.records import (
@@ -177,6 +178,7 @@ def served(
     if not which.file:
         return as_written(build(which, parent, workspace, compute), dtype)
     model: Any = read_gguf(workspace / which.file)
+    see(model.model.embed_tokens, features_in(workspace / parent.folder))
     whole: DeciLMForCausalLM = in_dtype(model.to(compute.device), compute.dtype)
     return whole
 
@@ -247,8 +249,8 @@ def targets_of(
     """As `targets_on`, of a parent that is in memory."""
     wanted = slice(rows) if isinstance(rows, int) else list(rows)
     found = parent_targets(parent_model, read_tensors(workspace, corpus.tokens, [split])[split][wanted], compute)
-    # all tokens of the corpus count alike in the final comparison; of a capability those count that show it
-    weights = weights_of(corpus, split, workspace) if corpus.capability else None
+    # all words of the corpus count alike in the final comparison; of a capability those count that show it
+    weights = weights_of(corpus, split, workspace) if corpus.judged_by_weight else None
     return replace(found, weights=None if weights is None else weights[wanted])
 
 
@@ -265,7 +267,7 @@ def evaluation_path(
     formats = {"weights": dtype, "products": compute.dtype}
     asked |= {name: str(one) for name, one in formats.items() if one != torch.float32}
     asked |= {"cache": which.cache} if which.cache else {}
-    asked |= {"weighed": True} if corpus.capability and corpus.weighted else {}
+    asked |= {"weighed": True} if corpus.judged_by_weight else {}
     key = digest_of(
         model=which.served_key, parent=parent.fingerprint, corpus=corpus.fingerprint, asked=asked, v=EVALUATION_VERSION
     )

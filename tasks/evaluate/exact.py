@@ -13,7 +13,7 @@ text has the first of them alone.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from blocks.compute import Compute
 from blocks.library import digest_of, made_once, read_tensors
@@ -29,7 +30,7 @@ from profiles.schema import Evaluate
 from tasks.evaluate.answers import continued, stop_tokens
 from tasks.evaluate.compare import Contender, served
 from tasks.evaluate.loops import evenly
-from tasks.inputs.corpus import starts_of, weights_of
+from tasks.inputs.corpus import SINGLY, starts_of, weights_of
 from tasks.inputs.questions import DIGITS
 from tasks.running.progress import Progress, no_progress
 
@@ -71,36 +72,63 @@ def questions_of(corpus: CorpusInfo, tokenizer: Any, workspace: Path, count: int
 
     A prompt is at most as long as a sequence: what the document has before the answer, and before that as many whole
     documents as there is room for. They show in which form an answer is wanted, and a model that was never told says
-    whole sentences. With `one_document_rows` there is never room for another document.
+    whole sentences. With `one_document_rows` there is never room for another document. About an image the prompt is the
+    image and the question alone: earlier answers about it would tell the blind much.
 
     What is no question: an answer that may have been cut off with its document, or that has no words; and, where all
     answers are numbers of one length, of DIGITS digits or more, one that the prompt does not tell.
     """
-    weights, starts = weights_of(corpus, "test", workspace), starts_of(corpus, "test", workspace)
+    weights = weights_of(corpus, "test", workspace)
     if weights is None:
         return []
+    found = list(_asked_in_words(corpus, weights, tokenizer, workspace))
+    lengths = {len(one.answer) if one.answer.isdigit() else 0 for one in found}
+    if len(lengths) == 1 and min(lengths) >= DIGITS:
+        told = [one for one in found if one.answer in tokenizer.decode(list(one.prompt))]
+        found = [replace(one, is_code=True) for one in told]
+    if corpus.first_image:
+        found = sorted([*found, *_asked_singly(corpus, tokenizer, workspace)], key=lambda one: one.document)
+    return evenly(found, count)
+
+
+def _asked_in_words(corpus: CorpusInfo, weights: Tensor, tokenizer: Any, workspace: Path) -> Iterator[Question]:
+    """The questions of a test split that are about no image, behind documents without one."""
+    starts = starts_of(corpus, "test", workspace)
     tokens = read_tensors(workspace, corpus.tokens, ["test"])["test"].flatten().numpy()
     special = np.isin(tokens, tokenizer.all_special_ids)
     behind = weights.flatten().numpy() > 0  # a weight is of the token behind, and the first token of all has none
     marked = np.append(behind[:1], behind[:-1]) & ~special
     ends = np.append(starts[1:], len(tokens))
     cut = ((ends - starts) % corpus.sequence_length == 0) | (ends == len(tokens))
-    found = []
+    images = np.flatnonzero(tokens >= corpus.first_image) if corpus.first_image else np.zeros(0, np.int64)
     for first, last in np.flatnonzero(np.diff(marked, prepend=False, append=False)).reshape(-1, 2).tolist():
         document = int(np.searchsorted(starts, first, side="right")) - 1
-        earliest = first - corpus.sequence_length
+        seen = images[: np.searchsorted(images, first)][-1:].max(initial=-1)
+        if seen >= starts[document]:
+            continue
+        earliest = max(first - corpus.sequence_length, int(seen) + 1)
         begin = max(int(starts[min(document, int(np.searchsorted(starts, earliest)))]), earliest)
         at_the_cut = cut[document] and special[last : ends[document]].all()
         if last - first > LONGEST or at_the_cut or special[max(begin, starts[document]) : first].all():
             continue
         prompt, answer = tuple(tokens[begin:first].tolist()), tokenizer.decode(tokens[first:last].tolist()).strip()
         if words_of(answer):
-            found.append(Question(prompt=prompt, answer=answer, tokens=last - first, document=document))
-    lengths = {len(one.answer) if one.answer.isdigit() else 0 for one in found}
-    if len(lengths) == 1 and min(lengths) >= DIGITS:
-        told = [one for one in found if one.answer in tokenizer.decode(list(one.prompt))]
-        found = [replace(one, is_code=True) for one in told]
-    return evenly(found, count)
+            yield Question(prompt=prompt, answer=answer, tokens=last - first, document=document)
+
+
+def _asked_singly(corpus: CorpusInfo, tokenizer: Any, workspace: Path) -> Iterator[Question]:
+    """The questions about images of a test split, each behind its image alone."""
+    read = read_tensors(workspace, corpus.tokens, list(SINGLY))
+    tokens, starts, documents = (read[name].numpy() for name in SINGLY)
+    for document, ids in zip(documents.tolist(), np.split(tokens, starts[1:]), strict=len(documents) > 0):
+        said = np.flatnonzero((ids >= 0) & ~np.isin(ids, tokenizer.all_special_ids))
+        if not len(said) or said[-1] - said[0] >= LONGEST:
+            continue
+        first, last = int(said[0]), int(said[-1]) + 1
+        answer = tokenizer.decode(ids[first:last].tolist()).strip()
+        prompt = tuple(np.where(ids < 0, ~ids, ids)[:first].tolist())
+        if words_of(answer):
+            yield Question(prompt=prompt, answer=answer, tokens=last - first, document=document)
 
 
 def distances_of(questions: Sequence[Question], tokenizer: Any) -> tuple[int, ...]:

@@ -83,7 +83,7 @@ def rows_of(corpus: CorpusInfo, workspace: Path) -> tuple[int, ...]:
     that have tokens which count.
     """
     split, sequences = split_of(corpus)
-    weights = weights_of(corpus, split, workspace) if corpus.capability else None
+    weights = weights_of(corpus, split, workspace) if corpus.judged_by_weight else None
     able = range(sequences) if weights is None else weights.any(dim=1).nonzero().flatten().tolist()
     count = rows_read(len(able), corpus.sequence_length)
     return tuple(able[place * len(able) // count] for place in range(count))

@@ -25,7 +25,7 @@ from tasks.export.folder import export_folder, layer_sizes
 from tasks.export.formats import own_precision, refuse_target
 from tasks.export.logits_check import Step, no_step
 from tasks.inputs.children import in_precision, open_child
-from tasks.inputs.corpus import documents_of, tokens_of_file
+from tasks.inputs.corpus import documents_of, refuse_images, tokens_of_file
 from tasks.inputs.precision import as_written
 
 FILE_TOKENS = 256  # of a sequence of a text that a person names
@@ -87,6 +87,7 @@ def fusion_text(child: Path, sequences: int, file: Path | None = None) -> Fusion
             f"beside {child} lies no run whose test text would tell the loss: name a text with --text FILE."
         )
     corpus, workspace = read_value(lineage, Lineage).corpus, lineage.parents[2]
+    refuse_images(corpus, "name a text with --text FILE: the two are compared on words")
     tokens = read_tensors(workspace, corpus.tokens, ["test"])["test"][:sequences].long()
     documents = documents_of(corpus, "test", workspace)[:sequences]
     return FusionText(about="the run's test text", tokens=tokens, documents=documents)

@@ -1,7 +1,7 @@
 """How often a model loops when it goes on from the text of the test split: parent and child on the same beginnings.
 
 Six answers show how a child speaks, and no rate. Here a few hundred beginnings of one length are continued greedily,
-many at a time. tasks/evaluate/answers.py says what a loop is.
+many at a time, of documents without an image. tasks/evaluate/answers.py says what a loop is.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from blocks.compute import Compute
+from blocks.errors import CorpusError
 from blocks.library import digest_of, made_once, read_tensors
 from blocks.records import CorpusInfo, Looping, ParentInfo, Value
 from profiles.schema import Evaluate
 from tasks.evaluate.answers import continued, loops, stop_tokens
 from tasks.evaluate.compare import Contender, served
-from tasks.inputs.corpus import documents_of
+from tasks.inputs.corpus import documents_of, words_alone
 from tasks.running.progress import Progress, no_progress
 
 VERSION = 1
@@ -32,11 +33,20 @@ def evenly(things: Sequence[Thing], count: int) -> list[Thing]:
     return [things[index * len(things) // taken] for index in range(taken)]
 
 
-def beginnings(tokens: Tensor, count: int) -> tuple[Tensor, list[int]]:
-    """At most `count` pieces of BEGINNING tokens (P, BEGINNING), evenly spread over a split (S, T), and their rows."""
+def beginnings(tokens: Tensor, count: int, usable: Tensor | None = None) -> tuple[Tensor, list[int]]:
+    """At most `count` pieces of BEGINNING tokens (P, BEGINNING), evenly spread over a split (S, T), and their rows.
+    usable: (S, T), whether a token may be in one. Raises CorpusError where there is no piece.
+    """
     rows, length = tokens.shape
     size = min(BEGINNING, length)
-    taken = evenly([(row, size * piece) for row in range(rows) for piece in range(length // size)], count)
+    places = ((row, size * piece) for row in range(rows) for piece in range(length // size))
+    there = [(row, first) for row, first in places if usable is None or usable[row, first : first + size].all()]
+    if not there:
+        raise CorpusError(
+            f"nobody can go on from words of the test split: no {size} tokens of it in a row are words without an "
+            "image. Add text to the corpus, or set evaluate.loop_prompts to 0."
+        )
+    taken = evenly(there, count)
     return torch.stack([tokens[row, first : first + size] for row, first in taken]).long(), [row for row, _ in taken]
 
 
@@ -85,7 +95,7 @@ def go_on(
 
     parent, corpus = source
     tokens = read_tensors(workspace, corpus.tokens, ["test"])["test"]
-    prompts, rows = beginnings(tokens, settings.loop_prompts)
+    prompts, rows = beginnings(tokens, settings.loop_prompts, words_alone(corpus, "test", workspace))
     documents = documents_of(corpus, "test", workspace) or tuple(range(len(tokens)))
     folder = workspace / parent.folder
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -27,6 +27,7 @@ from blocks.compute import Compute
 from blocks.errors import PuzzleError
 from blocks.estimates import Estimate
 from blocks.export_code.modeling_decilm import final_logits
+from blocks.images import as_words
 from blocks.records import Metric, Value
 from tasks.engines.base import Session
 from tasks.inputs.installed_packages import folders_of
@@ -179,7 +180,8 @@ def token_figures(model: Any, targets: ParentTargets, compute: Compute, compare:
 
 def _figures_of_rows(model: Any, hidden: Tensor, targets: ParentTargets, where: slice, compare: Compared) -> Tensor:
     """(figures, s, T) of a few sequences, chunk by chunk."""
-    labels = functional.pad(targets.tokens[where, 1:].to(hidden.device).long(), (0, 1), value=-100)
+    ids = as_words(targets.tokens[where, 1:].to(hidden.device).long(), model.config.vocab_size)
+    labels = functional.pad(ids, (0, 1), value=-100)
     triples = zip(
         hidden.flatten(0, 1).split(CHUNK_TOKENS),
         targets.hidden[where].flatten(0, 1).split(CHUNK_TOKENS),

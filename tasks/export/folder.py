@@ -12,8 +12,9 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
@@ -34,6 +35,7 @@ from blocks.export_code.vllm_plugin.puzzle_vllm import ARCHITECTURE
 from blocks.families import beyond_llama
 from blocks.records import CorpusInfo, ParentInfo
 from tasks.inputs.companions import copy_companions
+from tasks.inputs.image_questions import VISION
 
 if TYPE_CHECKING:
     from tasks.export.compressed import Compressed
@@ -72,6 +74,21 @@ def export_folder(
     another name beside `target` and then renamed, so an export that fails or is killed does not change `target`.
     Raises ExportError when the logits of the reloaded folder are not exactly the model's.
     """
+
+    def write(folder: Path) -> None:
+        write_checkpoint(model, folder, form, compressed)
+        if (files_from / VISION).is_dir():  # `puzzle export` makes a whole model of it again
+            shutil.copytree(files_from / VISION, folder / VISION)
+
+    return write_folder(files_from, target, card, write, partial(verify_checkpoint, model))
+
+
+def write_folder(
+    files_from: Path, target: Path, card: str, write: Callable[[Path], None], verify: Callable[[Path], None]
+) -> Path:
+    """Have a folder written and verified beside `target`, then renamed; with what lies beside the weights in another
+    folder, and a card. See `export_folder`.
+    """
     target = target.absolute()
     part, old = target.with_name(f".{target.name}.part"), target.with_name(f".{target.name}.old")
     if old.exists() and not target.exists():  # killed between the two moves below
@@ -80,12 +97,12 @@ def export_folder(
         shutil.rmtree(leftover, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        write_checkpoint(model, part, form, compressed)
+        write(part)
         copy_companions(files_from, part)
         (part / "README.md").write_text(card, encoding="utf-8")
         for file in (path for path in part.rglob("*") if path.is_file()):
             file.chmod(0o644)  # safetensors writes for its owner alone; an engine runs as somebody else
-        verify_checkpoint(model, part)
+        verify(part)
         _sync(part)
         if target.exists():
             target.rename(old)
@@ -175,11 +192,11 @@ def write_checkpoint(
             names = [ARCHITECTURE]
             hidden = shutil.ignore_patterns("__pycache__")
             shutil.copytree(Path(export_code.__path__[0]) / PLUGIN, folder / PLUGIN, ignore=hidden)
-        _add_to_config(folder, auto_map=AUTO_MAP, architectures=names)
+        add_to_config(folder, auto_map=AUTO_MAP, architectures=names)
         for name in CODE_FILES:
             shutil.copyfile(Path(export_code.__path__[0]) / name, folder / name)
     if compressed is not None:
-        _add_to_config(folder, quantization_config=compressed.config)
+        add_to_config(folder, quantization_config=compressed.config)
 
 
 def _saved(model: DeciLMForCausalLM, native: PreTrainedConfig | None) -> Any:
@@ -195,18 +212,24 @@ def _saved(model: DeciLMForCausalLM, native: PreTrainedConfig | None) -> Any:
     return plain
 
 
-def _add_to_config(folder: Path, **more: Any) -> None:
+def add_to_config(folder: Path, **more: Any) -> None:
+    """Set fields of a folder's config.json."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | more, indent=2) + "\n")
 
 
 def verify_checkpoint(model: DeciLMForCausalLM, folder: Path, tokens: int = 32) -> None:
     """Raise ExportError unless the folder, loaded as anyone would load it, gives exactly the model's logits."""
+    verify_logits(model, _reload(folder, model), tokens)
+
+
+def verify_logits(model: DeciLMForCausalLM, reloaded: Any, tokens: int = 32) -> None:
+    """Raise ExportError unless a model that was loaded again gives exactly the model's logits."""
     config = cast(DeciLMConfig, model.config)
     length = min(max(tokens, 2 * longest_window(config)), config.max_position_embeddings)  # beyond the windows
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(model.device)
-    expected, found = _logits(model, ids), _logits(_reload(folder, model), ids)
+    expected, found = _logits(model, ids), _logits(reloaded, ids)
     if not torch.equal(expected, found):
         difference = (expected - found).abs().max().item()
         raise ExportError(
@@ -229,14 +252,14 @@ def _reload(folder: Path, model: DeciLMForCausalLM) -> Any:
     how: dict[str, Any] = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
     if "quantization_config" in json.loads((folder / "config.json").read_text()):
         how["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    with _private_code_cache(), warnings.catch_warnings():
+    with private_code_cache(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)  # `dequantize` is taken
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **how)
     return loaded.to(model.device)
 
 
 @contextmanager
-def _private_code_cache() -> Iterator[None]:
+def private_code_cache() -> Iterator[None]:
     """Have remote code loaded through a temporary folder: none of it stays on disk, in sys.path or in sys.modules."""
     dynamic_modules: Any = importlib.import_module("transformers.dynamic_module_utils")
 

@@ -8,7 +8,7 @@ logits (logits_check.py) and its tokens (tokenizer_check.py) are compared too.
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,14 @@ from tasks.export.folder import ExportError, export_folder, layer_sizes, native_
 from tasks.export.logits_check import Step, check_in_vllm, check_logits, no_step
 from tasks.export.quantise import Recipe, judged, quantise_layers, refuse_rows
 from tasks.export.tokenizer_check import check_tokenizer
+from tasks.export.whole import export_whole
 from tasks.gguf.reader import read_gguf
 from tasks.gguf.tokenizer_writer import NO_TOKENIZER, copied_tokenizer
 from tasks.gguf.writer import CORRECTED, PRECISIONS, Stored, UnknownPrecision, write_gguf
 from tasks.inputs.children import in_precision, open_child, origin_of
+from tasks.inputs.image_questions import VISION
 from tasks.inputs.precision import FOLDER_PRECISIONS
+from tasks.inputs.vision import sees
 
 FORMATS = ("gguf", "nemotron-nas", "vllm-plugin", "transformers", "native")
 FITTED = (*CORRECTED, *INTEGERS)  # to text
@@ -103,6 +106,7 @@ def export_as(
     """
     form = format_of(form)
     precision = precision_of(precision or own_precision(child), form)
+    refuse_blind(child, form, precision)
     fit_to = calibration() if precision in FITTED else None
     if precision in FITTED and fit_to is None:
         raise PuzzleError(
@@ -119,7 +123,7 @@ def export_as(
     else:
         step("writing, then reading back to compare logits")
     if form == "gguf":
-        return export_gguf(model, child, precision, target, tokenizer_from, fit_to)
+        return _with_projector(export_gguf(model, child, precision, target, tokenizer_from, fit_to), child)
     notes, compressed = ["checked: loaded again with transformers, it gives exactly the same logits"], None
     if fit_to is not None:
         dtype = getattr(torch, own_precision(child))
@@ -129,6 +133,8 @@ def export_as(
     card = child / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {origin_of(child).name}\n"
     text = text.replace(SERVED, "") + (SERVED if form == "vllm-plugin" else "")
+    if sees(child):
+        return Exported(path=target, notes=tuple(export_whole(model, child, target, text)))
     with tempfile.TemporaryDirectory(prefix="puzzle-tokenizer-") as folder:
         if child.is_file():
             notes.insert(0, write_tokenizer(child, Path(folder)))
@@ -173,6 +179,27 @@ def refuse(config: Any, form: str) -> None:
             raise EngineLimit(f"no engine that loads {form} runs {'; '.join(missing)}: take transformers.")
     if form == "native" and native_config(config) is None:
         raise EngineLimit("native needs layers that are all alike and whole, these differ: take transformers or gguf.")
+
+
+def refuse_blind(child: Path, form: str, precision: str) -> None:
+    """Raise EngineLimit for a format in which a child that sees would lose its sight without a word."""
+    if sees(child) and (form in ("nemotron-nas", "vllm-plugin") or precision in INTEGERS):
+        raise EngineLimit(
+            f"{child} sees, and no engine that loads {form if precision not in INTEGERS else precision} runs a vision "
+            "tower before layers that differ: take transformers; or gguf, beside which llama.cpp loads the parent's "
+            f"mmproj. For its text alone, take the folder {VISION} out of a copy of it."
+        )
+
+
+def _with_projector(made: Exported, child: Path) -> Exported:
+    """What llama.cpp needs besides the GGUF file of a child that sees."""
+    if not sees(child):
+        return made
+    told = (
+        "this is the text model: give llama.cpp the parent's own mmproj file too (--mmproj), which fits the child as "
+        "it is, since vision tower and projector are the parent's"
+    )
+    return replace(made, notes=(*made.notes, told))
 
 
 def _refuse_widths(config: Any) -> None:

@@ -8,7 +8,9 @@ goes on.
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from blocks.errors import CorpusError, first_line
@@ -29,19 +31,26 @@ SAME_DAY = (
     + " }}{%- endmacro %}"
 )
 
+# what stands for an image in a text: the sha256 of its file (tasks/inputs/image_questions.py)
+IMAGE = re.compile(r"<image ([0-9a-f]{64})>")
 Message = Mapping[str, str]
 Chat = Callable[[Sequence[Message]], str]
 THOUGHT_ENDS = "</think>"
+PROBE: Message = {"role": "user", "content": "Is this said?"}  # whose words show how a template wants them
 Span = tuple[int, int]
 
 
 class Conversation(str):
-    """A chat as text. answers: (start, end) of what the assistant says in it."""
+    """A chat as text. answers: (start, end) of what the assistant says in it. singly: each of its questions in a chat
+    of its own, where the earlier answers would tell the later ones.
+    """
 
     answers: tuple[Span, ...]
+    singly: tuple["Conversation", ...]
 
-    def __new__(cls, text: str, answers: Sequence[Span]) -> "Conversation":
+    def __new__(cls, text: str, answers: Sequence[Span], singly: Sequence["Conversation"] = ()) -> "Conversation":
         made = super().__new__(cls, text)
+        made.singly = tuple(singly)
         made.answers = tuple((start, min(end, len(text))) for start, end in answers if start < len(text))
         return made
 
@@ -87,6 +96,8 @@ def messages_of(value: Sequence[Any]) -> list[Message]:
     messages = [_message(item, number) for number, item in enumerate(value, 1)]
     if not any(message["content"].strip() for message in messages):
         raise Unusable("has no text in any message")
+    if any(IMAGE.search(message["content"]) for message in messages):
+        raise Unusable("holds what stands for an image")
     return messages
 
 
@@ -120,11 +131,55 @@ def contents_alone(messages: Sequence[Message]) -> str:
     return "\n\n".join(message["content"] for message in messages)
 
 
-def template_of(tokenizer: "PreTrainedTokenizerBase") -> Callable[..., str]:
-    """Make the function that writes chats with the tokenizer's template; with a second argument, up to where the
-    assistant is to answer. It raises Unusable, or CorpusError.
-    """
+def _rendered(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, Any]], to_be_answered: bool) -> str:
+    """Messages as the tokenizer's template writes them, on the same day always. Raises Unusable."""
     from jinja2 import TemplateError
+
+    try:
+        template = tokenizer.get_chat_template()
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=SAME_DAY + template if "strftime_now" in template else template,
+                tokenize=False,
+                add_generation_prompt=to_be_answered,
+            )
+        )
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        raise Unusable(f"is refused by the chat template ({first_line(error, 120)})") from error
+
+
+def _wants_parts(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the template says nothing of a content that is a string, and something of a list of parts."""
+
+    def said(message: Mapping[str, Any]) -> bool:
+        with suppress(Unusable):
+            return PROBE["content"] in _rendered(tokenizer, [message], True)
+        return False
+
+    return not said(PROBE) and said(_in_parts(PROBE))
+
+
+def template_of(tokenizer: "PreTrainedTokenizerBase", image: str = "") -> Callable[..., str]:
+    """Make the function that writes chats with the tokenizer's template; with a second argument, up to where the
+    assistant is to answer. It raises Unusable, or CorpusError. image: the token that stands for an image.
+
+    A content is given as a string. Templates of many parents that see read lists of parts alone, and write nothing of a
+    string, not even an error: those get parts.
+    """
+    wants_parts = cache(partial(_wants_parts, tokenizer))
+
+    def rendered(messages: Sequence[Message], to_be_answered: bool) -> str:
+        return _rendered(tokenizer, [_in_parts(one) for one in messages] if wants_parts() else messages, to_be_answered)
+
+    def about_images(messages: Sequence[Message], to_be_answered: bool, marks: Sequence[str]) -> str:
+        """Most templates of parents that see want parts, an image and a text; others want texts alone."""
+        with suppress(Unusable):
+            text = _rendered(tokenizer, [_in_parts(message) for message in messages], to_be_answered)
+            if text.count(image) == len(marks):
+                left = iter(marks)
+                return re.sub(re.escape(image), lambda _: next(left), text)
+        return rendered(messages, to_be_answered)
 
     def write(messages: Sequence[Message], to_be_answered: bool = False) -> str:
         if not tokenizer.chat_template:
@@ -132,19 +187,20 @@ def template_of(tokenizer: "PreTrainedTokenizerBase") -> Callable[..., str]:
                 "the corpus holds chats, but the parent's tokenizer has no chat template to write them with: take a "
                 "parent that was tuned on chats, add chat_template.jinja to its folder, or give text instead of chats."
             )
-        try:
-            template = tokenizer.get_chat_template()
-            text = tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=SAME_DAY + template if "strftime_now" in template else template,
-                tokenize=False,
-                add_generation_prompt=to_be_answered,
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise Unusable(f"is refused by the chat template ({first_line(error, 120)})") from error
+        marks = [mark[0] for message in messages for mark in IMAGE.finditer(message["content"])] if image else []
+        text = about_images(messages, to_be_answered, marks) if marks else rendered(messages, to_be_answered)
         for message in messages:  # not the assistant's: templates of reasoning models leave out earlier thoughts
-            if message["role"] != "assistant" and message["content"].strip() not in text:
+            if message["role"] != "assistant" and IMAGE.sub("", message["content"]).strip() not in text:
                 raise Unusable(f"loses a message of role {message['role']} in the chat template")
-        return str(text)
+        if any(mark not in text for mark in marks):
+            raise Unusable("loses an image in the chat template")
+        return text
 
     return write
+
+
+def _in_parts(message: Message) -> dict[str, Any]:
+    """A message whose content is a list: an image for each mark, then what else it says."""
+    images = [{"type": "image"} for _ in IMAGE.finditer(message["content"])]
+    text = IMAGE.sub("", message["content"]).strip() if images else message["content"]
+    return {"role": message["role"], "content": [*images, {"type": "text", "text": text}]}

@@ -9,9 +9,10 @@ test or validation is left out.
 Where sources have weights, each gives its share of the tokens of every split: the next document is of the source that
 is farthest behind.
 
-A document gives at most a fixed share of a split, from its middle; only train takes more of one, when there is too
-little text. After each document comes the tokenizer's eos token (and before it the bos token, if the tokenizer writes
-one).
+A document with an image is whole within a sequence, as far as one holds it, and is told from others by the image; what
+is left of a sequence is filled. Others are packed one behind the other. One of these gives at most a fixed share of a
+split, from its middle; only train takes more of one, when there is too little text. After each document comes the
+tokenizer's eos token (and before it the bos token, if the tokenizer writes one).
 """
 
 import hashlib
@@ -31,14 +32,29 @@ from safetensors import SafetensorError
 
 from blocks.errors import CorpusError, TooLittleText, first_line
 from blocks.files import sha256_of
+from blocks.images import image_ids
 from blocks.library import digest_of, keep, read_rows, read_tensors, remember, write_tensors
 from blocks.records import CorpusInfo
-from profiles.schema import Corpus, HubSource, TextSource
-from tasks.inputs.chats import Chat, Conversation, Message, Span, answers_in, contents_alone, normalise, template_of
+from profiles.schema import Corpus, HubSource, ImagesSource, TextSource
+from tasks.inputs.chats import (
+    IMAGE,
+    Chat,
+    Conversation,
+    Message,
+    Span,
+    Unusable,
+    answers_in,
+    contents_alone,
+    normalise,
+    template_of,
+)
 from tasks.inputs.companions import TOKENIZER_FILES
 from tasks.inputs.corpus_sources import check_sources, content_of, iterate_batches, name_of, pinned, source_of_file
+from tasks.inputs.image_questions import VERSION as IMAGES_VERSION
+from tasks.inputs.image_questions import ImageIds, check_words, image_ids_of, plain
 from tasks.inputs.near_duplicates import NONE, KnownRuns, NearDuplicates
 from tasks.inputs.text_files import Document
+from tasks.inputs.vision import VERSION as SEEN_VERSION
 from tasks.running.progress import say
 
 VERSION = 2  # raise it when the same sources would give other tokens
@@ -50,6 +66,10 @@ BYTES_PER_TOKEN = 4
 # split -> the largest share of its sequences that one document may give is 1 / this; only train may exceed it
 SHARES = {"test": 8, "validation": 8, "train": 32}
 STARTS, WEIGHTS = "_starts", "_weights"
+# questions about test images, one behind the other, each with its image alone: tokens, those before the answer as ~id;
+# how many tokens come before each; and the document of the test split that each is of
+SINGLY = ("singly", "singly_starts", "singly_documents")
+PADDING = -(1 << 31)  # behind the last image that a sequence has room for: the end of text, which counts for nothing
 CHAT_TEMPLATE = "chat_template.jinja"  # says nothing about other sources than those that may hold chats
 
 
@@ -91,8 +111,10 @@ def prepare_corpus(
         say(f"corpus: {note}")
     beside = {f"{split}{STARTS}": where for split, where in starts.items()}
     if corpus.prompt_weight is not None:
-        beside |= _weights(packed, corpus.prompt_weight)
-    _check_ids(packed, tokenizer_folder / "config.json")
+        beside |= _weights(packed, corpus.prompt_weight, tokenizer)
+    _check_ids(packed, tokenizer_folder / "config.json", tokenizer.images)
+    if corpus.images and tokenizer.images:
+        beside |= _singly(queues, packed["test"], starts["test"].tolist(), tokenizer, tokenizer.images)
     info = CorpusInfo(
         tokens=write_tensors(workspace, f"corpus/{fingerprint}.safetensors", packed | beside),
         fingerprint=fingerprint,
@@ -103,6 +125,7 @@ def prepare_corpus(
         documents=sum(len(queue.documents) for queue in queues),
         description=_description(corpus, starts, notes),
         weighted=corpus.prompt_weight is not None,
+        first_image=tokenizer.images.first if corpus.images and tokenizer.images else 0,
     )
     keep(manifest, info, [info.tokens], workspace)
     return info
@@ -116,7 +139,9 @@ def _elsewhere(corpus: Corpus, others: Sequence[CorpusInfo], workspace: Path) ->
         for other in others
         for rows in read_tensors(workspace, other.tokens, ["train", "validation", "test"]).values()
     ]
-    return KnownRuns(tokens, least, min((other.sequence_length for other in others), default=sys.maxsize))
+    pairs = zip(np.repeat([other.first_image for other in others], 3), tokens, strict=True)
+    images = {one for first, ids in pairs if first for one in np.unique(ids[ids >= first]).tolist()}
+    return KnownRuns(tokens, least, min((other.sequence_length for other in others), default=sys.maxsize), images)
 
 
 def check_enough(corpus: Corpus, tokenizer_folder: Path | None) -> str:
@@ -128,13 +153,17 @@ def check_enough(corpus: Corpus, tokenizer_folder: Path | None) -> str:
     splits = splits_of(corpus)
     needed = sum(splits.values()) * corpus.sequence_length
     if tokenizer_folder is not None and needed <= TRIED_TOKENS:
-        tokenizer = load_tokenizer(tokenizer_folder, weighs=corpus.prompt_weight is not None)
+        tokenizer = load_tokenizer(tokenizer_folder, corpus.prompt_weight is not None, corpus.images)
+        if corpus.images and tokenizer.images is None:  # which is refused elsewhere
+            return ""
         queues = queues_of(corpus, tokenizer.chat)
         near = NearDuplicates(corpus.near_duplicates)
         packed, _ = pack_splits(queues, tokenizer, splits, corpus.sequence_length, near, _row(corpus))
         if corpus.prompt_weight is not None:
-            _weights(packed, corpus.prompt_weight)
-        _check_ids(packed, tokenizer_folder / "config.json")
+            _weights(packed, corpus.prompt_weight, tokenizer)
+        _check_ids(packed, tokenizer_folder / "config.json", tokenizer.images)
+        return ""
+    if corpus.images:  # of which bytes tell nothing
         return ""
     there, enough = 0, min(BYTES_PER_TOKEN * needed, COUNTED_BYTES)
     for _, document in iterate_batches(corpus):
@@ -208,28 +237,92 @@ def weights_of(
     return read_rows(workspace, corpus.tokens, f"{split}{WEIGHTS}", first, min(last, splits_of(corpus)[split]))
 
 
-def _weights(packed: dict[str, torch.Tensor], prompt_weight: float) -> dict[str, torch.Tensor]:
+def refuse_images(corpus: CorpusInfo, what: str) -> None:
+    """Raise CorpusError where words alone can be read and a corpus asks about images. what: begins the sentence."""
+    if corpus.first_image:
+        raise CorpusError(f"{what}, and the corpus of this run asks about images, which are no words.")
+
+
+def words_alone(corpus: CorpusInfo, split: str, workspace: Path) -> torch.Tensor:
+    """(S, T): whether a token is of a document without an image, and no filling of a sequence."""
+    tokens = read_tensors(workspace, corpus.tokens, [split])[split]
+    found = np.ones(tokens.numel(), dtype=bool)
+    if corpus.first_image:
+        starts, flat = starts_of(corpus, split, workspace).tolist(), tokens.flatten().numpy()
+        for first, last in zip(starts, [*starts[1:], len(flat)], strict=True):
+            other = np.flatnonzero(flat[first:last] != flat[last - 1])
+            closed = first + other.max(initial=-1) + 2  # behind what closes the document stands filling
+            found[closed:last] = False
+            if (flat[first:last] >= corpus.first_image).any():
+                found[first:last] = False
+    return torch.from_numpy(found).view_as(tokens)
+
+
+def fit_weights_of(corpus: CorpusInfo, split: str, workspace: Path, rows: tuple[int, int]) -> torch.Tensor | None:
+    """How much what a block puts out at each token counts where it is fitted to the parent's, (S, T).
+
+    As `weights_of`, and 1 at the features of images: nobody foretells those, but the text behind reads what every block
+    makes of them.
+    """
+    weights = weights_of(corpus, split, workspace, rows)
+    if weights is None or not corpus.first_image:
+        return weights
+    tokens = read_rows(workspace, corpus.tokens, split, rows[0], rows[0] + len(weights))
+    return torch.where(tokens >= corpus.first_image, 1.0, weights)
+
+
+def _weights(
+    packed: dict[str, torch.Tensor], prompt_weight: float, tokenizer: "DocumentTokenizer"
+) -> dict[str, torch.Tensor]:
     """Take the marks of `DocumentTokenizer.marked` off the tokens of all splits, and make weights of them.
 
     A prediction has the weight of the token that it predicts: the one behind.
     """
     found = {}
     for split, tokens in packed.items():
-        marked = tokens < 0
-        behind = torch.cat([marked.flatten()[1:], marked.flatten()[-1:]]).view_as(marked)
-        weights = torch.where(behind, prompt_weight, 1.0)
+        counts = torch.where(tokens < 0, prompt_weight, 1.0)
+        counts[tokens == PADDING] = 0.0
+        tokens[tokens == PADDING] = tokenizer.padding
+        packed[split] = plain_ids = torch.where(tokens < 0, ~tokens, tokens)
+        if tokenizer.images is not None:
+            counts[plain_ids >= tokenizer.images.first] = 0.0
+        weights = torch.cat([counts.flatten()[1:], counts.flatten()[-1:]]).view_as(counts)
         if not weights.any():
             raise CorpusError(
                 f"in the split {split} no token is of an assistant's answer, so none would count: set "
                 "corpus.prompt_weight above 0, or give chats with longer answers, or more of them."
             )
-        packed[split], found[f"{split}{WEIGHTS}"] = torch.where(marked, ~tokens, tokens), weights / weights.mean()
+        found[f"{split}{WEIGHTS}"] = weights / weights.mean()
     if all(bool((weights == 1).all()) for weights in found.values()):
         raise CorpusError(
             "corpus.prompt_weight is for chats, and the documents hold none (text_field must name lists of messages), "
             "or it is 1: leave it out."
         )
     return found
+
+
+def _singly(
+    queues: Sequence["Queue"],
+    test: torch.Tensor,
+    starts: Sequence[int],
+    tokenizer: "DocumentTokenizer",
+    images: ImageIds,
+) -> dict[str, torch.Tensor]:
+    """SINGLY of a packed test split, whose documents begin at `starts`. Of questions that a sequence holds."""
+    texts = (text for queue in queues for text in queue.documents if isinstance(text, Conversation))
+    by_image = {mark[1]: text for text in texts if (mark := IMAGE.search(text))}
+    digests = {ids.start: digest for digest, ids in images.ids.items()}
+    tokens, flat, found, numbers = [*starts, test.numel()], test.flatten(), list[NDArray[np.int32]](), list[int]()
+    for number, (first, last) in enumerate(zip(tokens, tokens[1:], strict=False)):
+        features = flat[first:last][flat[first:last] >= images.first]
+        for text in by_image[digests[int(features[0])]].singly if len(features) else ():
+            ids = [*tokenizer.start, *tokenizer.ids_of(text, 0, len(text)), *tokenizer.end]
+            if len(ids) <= test.shape[1]:
+                found.append(np.array(ids, dtype=np.int32))
+                numbers.append(number)
+    begins = np.cumsum([0, *map(len, found)])[: len(found)]
+    whole = np.concatenate([np.zeros(0, np.int32), *found])
+    return dict(zip(SINGLY, (torch.from_numpy(whole), torch.from_numpy(begins), torch.tensor(numbers)), strict=True))
 
 
 def main_documents(starts: NDArray[np.int64], total: int, every: int, length: int) -> tuple[int, ...]:
@@ -249,15 +342,12 @@ def _row(corpus: Corpus) -> int:
     return corpus.sequence_length if corpus.one_document_rows else 1
 
 
-def _check_ids(packed: Mapping[str, torch.Tensor], config: Path) -> None:
+def _check_ids(packed: Mapping[str, torch.Tensor], config: Path, images: ImageIds | None) -> None:
     """Raise CorpusError for token ids that the model has no embedding for: the tokenizer is another model's."""
-    vocab_size = json.loads(config.read_text(encoding="utf-8"))["vocab_size"] if config.is_file() else None
-    largest = max(int(tokens.max()) for tokens in packed.values())
-    if vocab_size is not None and largest >= vocab_size:
-        raise CorpusError(
-            f"the tokenizer gives token {largest}, but the parent knows {vocab_size} tokens: "
-            "take the tokenizer that belongs to the parent."
-        )
+    if images is None and config.is_file():  # else every document was checked when it was read
+        known = json.loads(config.read_text(encoding="utf-8"))["vocab_size"]
+        for tokens in packed.values():
+            check_words(tokens.numpy(), known)
 
 
 def _description(corpus: Corpus, starts: Mapping[str, torch.Tensor], notes: Sequence[str]) -> str:
@@ -294,7 +384,7 @@ def queues_of(corpus: Corpus, chat: Chat, notes: list[str] | None = None) -> lis
         return [Queue(documents=_in_order(iterate_batches(corpus, chat, notes), known))]
     return [
         Queue(
-            documents=_in_order(iterate_batches(corpus.model_copy(update={"sources": (one,)}), chat, notes), known),
+            documents=_in_order(iterate_batches(corpus, chat, notes, one), known),
             weight=one.weight or 0.0,  # each has one where the first has: the profile was checked
             name=name_of(one),
         )
@@ -324,14 +414,30 @@ class DocumentTokenizer:
     end: tuple[int, ...] = ()
     chat: Chat = contents_alone
     marked: Callable[[str, Sequence[Span]], list[int]] | None = None
+    images: ImageIds | None = None
+
+    @property
+    def padding(self) -> int:
+        """The token that fills a sequence."""
+        return (*self.end, *self.start, 0)[0]
+
+    def sees(self, text: Document) -> bool:
+        """Whether a document begins with an image, which it is not to be cut from."""
+        return self.images is not None and isinstance(text, Conversation) and IMAGE.search(text) is not None
 
     def ids_of(self, text: Document, start: int, end: int) -> NDArray[np.int32]:
         """The token ids of a part of a document. Those of a chat that the assistant does not say are marked: ~id."""
         part = str(text[start:end])
         if self.marked is None or not isinstance(text, Conversation):
-            return np.array(self.encode(part), dtype=np.int32)
+            return self.words(np.array(self.encode(part), dtype=np.int32))
         inside = [(max(first, start) - start, min(last, end) - start) for first, last in text.answers]
         return np.array(self.marked(part, [span for span in inside if span[0] < span[1]]), dtype=np.int32)
+
+    def words(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Ids that are words. Raises CorpusError for those that would be read as an image."""
+        if self.images is not None:
+            check_words(ids, self.images.first)
+        return ids
 
     def bare(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
         """Token ids without what stands before and after each document, which whoever made them may have written."""
@@ -356,7 +462,11 @@ class _Document:
     def middle(self, tokenizer: DocumentTokenizer, limit: int) -> NDArray[np.int32]:
         """At most `limit` tokens, with what stands before and after a document."""
         if isinstance(self.text, bytes):
-            return tokenizer.framed(tokenizer.bare(np.frombuffer(self.text, np.int32)), limit)
+            given = tokenizer.words(np.frombuffer(self.text, np.int32))
+            return tokenizer.framed(tokenizer.bare(given), limit)
+        if tokenizer.sees(self.text):
+            ids = tokenizer.ids_of(self.text, 0, len(self.text))
+            return np.array([*tokenizer.start, *ids, *tokenizer.end], dtype=np.int32)
         spans = spans_of(self.text)
         taken: list[int] = []
         for part in sorted(range(len(spans)), key=lambda part: abs(2 * part - len(spans) + 1)):
@@ -380,8 +490,10 @@ def spans_of(text: str) -> list[tuple[int, int]]:
     return [*spans, (start, len(text))]
 
 
-def load_tokenizer(folder: Path, weighs: bool = False) -> DocumentTokenizer:
-    """The parent's tokenizer; `weighs`: it marks what the assistant does not say. Raises CorpusError."""
+def load_tokenizer(folder: Path, weighs: bool = False, foreseen: Sequence[ImagesSource] = ()) -> DocumentTokenizer:
+    """The parent's tokenizer; `weighs`: it marks what the assistant does not say. foreseen: see `image_ids_of`. Raises
+    CorpusError.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -390,11 +502,14 @@ def load_tokenizer(folder: Path, weighs: bool = False) -> DocumentTokenizer:
         raise CorpusError(
             f"the tokenizer in {folder} cannot be loaded ({first_line(error)}): check the parent."
         ) from error
-    return document_tokenizer(tokenizer, weighs)
+    return document_tokenizer(tokenizer, weighs, image_ids_of(folder, tokenizer, foreseen))
 
 
-def document_tokenizer(tokenizer: Any, weighs: bool = False) -> DocumentTokenizer:
-    """How a tokenizer of transformers reads documents: bos before each if it writes one by itself, and eos after it."""
+def document_tokenizer(tokenizer: Any, weighs: bool = False, images: ImageIds | None = None) -> DocumentTokenizer:
+    """How a tokenizer of transformers reads documents: bos before each if it writes one by itself, and eos after it.
+
+    images: how it reads documents with images.
+    """
     start = tuple(token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id)
     end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
@@ -403,12 +518,16 @@ def document_tokenizer(tokenizer: Any, weighs: bool = False) -> DocumentTokenize
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    write = template_of(tokenizer)
+    write = template_of(tokenizer, images.token if images else "")
 
     def begun(text: str) -> str:
         return text.lstrip().removeprefix(tokenizer.bos_token).lstrip() if start else text.lstrip()
 
     def chat(messages: Sequence[Message]) -> str:
+        if images is not None and any(images.token in message["content"] for message in messages):
+            raise Unusable(f"holds the parent's token for an image, {images.token}, as a word")
+        if not tokenizer.chat_template and IMAGE.search(messages[0]["content"]):
+            return plain(messages)
         # many templates write bos and eos, which every document gets anyway
         text = begun(write(messages)).rstrip()
         text = text.removesuffix(tokenizer.eos_token).rstrip() if end else text
@@ -422,7 +541,11 @@ def document_tokenizer(tokenizer: Any, weighs: bool = False) -> DocumentTokenize
         return DocumentTokenizer(encode, start, end, chat)
     if not tokenizer.is_fast:
         raise CorpusError("corpus.prompt_weight needs a tokenizer of the package tokenizers: leave it out.")
-    return DocumentTokenizer(encode, start, end, chat, partial(_marked, tokenizer))
+    read = partial(_marked, tokenizer)
+    if images is None:
+        return DocumentTokenizer(encode, start, end, chat, read)
+    check_words([*start, *end], images.first)
+    return DocumentTokenizer(encode, start, end, chat, partial(images.read, read), images)
 
 
 def _marked(tokenizer: Any, text: str, answers: Sequence[Span]) -> list[int]:
@@ -479,7 +602,7 @@ def _packed(
     near.clear()
     for split, sequences in wanted.items():
         share = max(1, sequences // SHARES[split]) * length
-        filled = _Filled(queues=left, tokenizer=tokenizer, near=near, held_out=split != "train", row=row)
+        filled = _Filled(queues=left, tokenizer=tokenizer, near=near, held_out=split != "train", row=row, length=length)
         filled.until(sequences * length, share)
         tokens = np.concatenate([np.zeros(0, np.int32), *filled.parts])[: sequences * length]
         if len(tokens) < sequences * length:
@@ -496,8 +619,9 @@ def _packed(
 class _Filled:
     """A split that is filled from the fronts of queues.
 
-    held_out: no document after these may be nearly the same as one of them. row: see pack_splits. places: documents
-    taken from each queue, those left out among them. empty: the queue that was to give the next document and had none.
+    held_out: no document after these may be nearly the same as one of them. row, length: see pack_splits. places:
+    documents taken from each queue, those left out among them. empty: the queue that was to give the next document and
+    had none.
     """
 
     queues: Sequence[Queue]
@@ -505,6 +629,7 @@ class _Filled:
     near: NearDuplicates
     held_out: bool
     row: int = 1
+    length: int = 1
     parts: list[NDArray[np.int32]] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
     empty: Queue | None = None
@@ -533,19 +658,47 @@ class _Filled:
             document = self._open(number, place)
             if document is not None:
                 part = document.middle(self.tokenizer, share)
-                if self.near.elsewhere.holds(np.where(part < 0, ~part, part), queue.documents[place]):
+                text, ids = queue.documents[place], np.where(part < 0, ~part, part)
+                sees = self.tokenizer.sees(text)
+                known = self.near.elsewhere
+                if known.shows(int(ids.max()), text) if sees else known.holds(ids, text):
                     continue
+                if sees:
+                    part = self._kept_whole(part)
+                    there += self._filled_up(there, len(part))
+                    if there >= needed:  # by what was filled, and the document is left out of all splits
+                        return True
                 part = part[: len(part) // self.row * self.row]
                 self.parts += [part] if len(part) else []
                 there += len(part)
                 taken[number] += len(part) / queue.weight
         return True
 
+    def _kept_whole(self, part: NDArray[np.int32]) -> NDArray[np.int32]:
+        """As much of a document with an image as a sequence holds. Raises CorpusError where that is no answer."""
+        kept = part[: self.length]
+        if not (kept[:-1] >= 0)[len(self.tokenizer.start) :].any():
+            raise CorpusError(
+                f"a sequence of {self.length} tokens does not hold an image with a question and its answer, which take "
+                f"{len(part)} with all that is asked about it: raise sequence_length."
+            )
+        return kept
+
+    def _filled_up(self, there: int, size: int) -> int:
+        """Fill what is left of a sequence where so many tokens do not fit. Returns how many it took."""
+        room = -there % self.length
+        if room >= size or not self.parts:
+            return 0
+        self.parts[-1] = np.concatenate([self.parts[-1], np.full(room, PADDING, np.int32)])
+        return room
+
     def _open(self, number: int, place: int) -> _Document | None:
         """A document of a queue; None where it is nearly the same as one that is held out."""
         if (number, place) not in self.opened:
             text = self.queues[number].documents[place]
-            self.opened[number, place] = None if self.near.seen(text, add=self.held_out) else _Document(text)
+            image = IMAGE.search(str(text)) if self.tokenizer.sees(text) else None
+            same = self.near.seen(image[0] if image else text, add=self.held_out)
+            self.opened[number, place] = None if same else _Document(text)
         return self.opened[number, place]
 
 
@@ -569,7 +722,7 @@ def _fingerprint(
     corpus: Corpus, tokenizer_folder: Path, parent_fingerprint: str, others: Sequence[CorpusInfo] = ()
 ) -> str:
     """A digest of content, settings and tokenizer. Paths of this machine are not part of it."""
-    chats = any(isinstance(source, TextSource | HubSource) for source in corpus.sources)
+    chats = any(isinstance(source, TextSource | HubSource | ImagesSource) for source in corpus.sources)
     names = (*TOKENIZER_FILES, CHAT_TEMPLATE) if chats else TOKENIZER_FILES
     tokenizer = {name: sha256_of(tokenizer_folder / name) for name in names if (tokenizer_folder / name).is_file()}
     settings = corpus.model_dump(mode="json", exclude={"sources"})
@@ -581,7 +734,10 @@ def _fingerprint(
         {"settings": source.model_dump(mode="json", exclude={"path", "file"}), "content": content_of(source)}
         for source in corpus.sources
     ]
-    beside = {"others": [other.fingerprint for other in others]} if others else {}
+    beside: dict[str, Any] = {"others": [other.fingerprint for other in others]} if others else {}
+    if corpus.images:  # ids depend on which images there are
+        places = {digest: ids.start for digest, ids in image_ids(tokenizer_folder, 0).items()}
+        beside |= {"images": places, "seen": SEEN_VERSION, "asked": IMAGES_VERSION}  # not bits, which devices differ in
     return digest_of(
         version=VERSION, settings=settings, sources=sources, tokenizer=tokenizer, parent=parent_fingerprint, **beside
     )

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import re
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from blocks.errors import CorpusError, first_line
@@ -16,6 +16,8 @@ from profiles.schema import (
     Corpus,
     CorpusSource,
     HubSource,
+    ImageQuestionsSource,
+    ImagesSource,
     NeedlesSource,
     ParentAnswersSource,
     PassagesSource,
@@ -23,6 +25,7 @@ from profiles.schema import (
     TextSource,
     WikipediaDumpSource,
 )
+from tasks.inputs import image_questions
 from tasks.inputs.chats import Chat, Conversation, contents_alone, normalise
 from tasks.inputs.installed_packages import installed_file
 from tasks.inputs.questions import folder_of, needles, passages
@@ -63,6 +66,8 @@ def check_sources(corpus: Corpus) -> None:
             _dump_file(source)
         elif isinstance(source, PassagesSource):
             folder_of(source)
+        elif isinstance(source, ImagesSource):
+            next(image_questions.questions(source, []), None)
         elif isinstance(source, TextSource):
             for path in files_of(source):
                 next(read_file(path, source, contents_alone, Tally(str(path), "line"), CHUNK), None)
@@ -79,9 +84,10 @@ def iterate_documents(corpus: Corpus, chat: Chat = contents_alone, notes: list[s
 
 
 def iterate_batches(
-    corpus: Corpus, chat: Chat = contents_alone, notes: list[str] | None = None
+    corpus: Corpus, chat: Chat = contents_alone, notes: list[str] | None = None, alone: CorpusSource | None = None
 ) -> Iterator[tuple[int, Document]]:
     """Normalised, non-empty documents of all sources, in the order of the sources. Duplicates are not yet dropped.
+    alone: the one of them that is read.
 
     Each has the number of its batch: 0 for the first 20 million characters of a source, 1 for as many more, 2 for twice
     as many, and so on. A corpus that asks for more text has the same first batches.
@@ -93,15 +99,15 @@ def iterate_batches(
     sequences = corpus.train_sequences + corpus.validation_sequences + corpus.test_sequences
     limit = max(MINIMUM_CHARACTERS, CHARACTERS_PER_TOKEN_ASKED * sequences * corpus.sequence_length)
     notes = [] if notes is None else notes
-    for source in corpus.sources:
+    for source in corpus.sources if alone is None else (alone,):
         read, long, tallies = 0, 0, list[Tally]()
-        for text in documents_of_source(source, chat, tallies, limit // LONGEST + 1):
+        for text in documents_of_source(source, chat, tallies, limit // LONGEST + 1, corpus.sources):
             long += len(text) > limit // LONGEST
             document = (
                 normalise(text[: limit // LONGEST]) if isinstance(text, str) else text[: limit // LONGEST // 4 * 4]
             )
             if isinstance(text, Conversation):  # which is normalised already
-                document = Conversation(str(document), text.answers)
+                document = Conversation(str(document), text.answers, text.singly)
             if document:
                 yield (read // MINIMUM_CHARACTERS).bit_length(), document
                 read += len(document)
@@ -139,7 +145,7 @@ def name_of(source: CorpusSource) -> str:
         return source.hub_id
     if isinstance(source, PassagesSource):
         return source.data_set
-    return Path(source.path).name if isinstance(source, TextSource) else source.kind
+    return Path(source.path).name if isinstance(source, TextSource | ImageQuestionsSource) else source.kind
 
 
 def pinned(source: CorpusSource) -> CorpusSource:
@@ -172,17 +178,25 @@ def content_of(source: CorpusSource) -> list[str]:
         return [sha256_of(path) for path in sorted(Path(folder_of(source)).glob("*.arrow"))]
     if isinstance(source, NeedlesSource):
         return [f"needles {MADE}"]
+    if isinstance(source, ImagesSource):
+        return image_questions.content_of(source)
     return [f"reader {READER}"]
 
 
-def documents_of_source(source: CorpusSource, chat: Chat, tallies: list[Tally], longest: int) -> Iterator[Document]:
-    """The documents of a source as they are. A tally is added to `tallies` for every file that is opened."""
+def documents_of_source(
+    source: CorpusSource, chat: Chat, tallies: list[Tally], longest: int, beside: Sequence[CorpusSource] = ()
+) -> Iterator[Document]:
+    """The documents of a source as they are. A tally is added to `tallies` for every file that is opened. beside: all
+    sources of its corpus.
+    """
     if isinstance(source, WikipediaDumpSource):
         yield from articles_of(_dump_file(source))
     elif isinstance(source, PythonStdlibSource):
         yield from (path.read_text(encoding="utf-8", errors="replace") for path in _stdlib_files(source))
     elif isinstance(source, NeedlesSource):
         yield from needles(source)
+    elif isinstance(source, ImagesSource):
+        yield from image_questions.documents(source, chat, tallies, beside)
     elif isinstance(source, PassagesSource):
         tallies.append(Tally(source.data_set, "passage"))
         yield from texts(enumerate(passages(source), 1), lambda text: text, tallies[-1])

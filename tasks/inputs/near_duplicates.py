@@ -6,7 +6,7 @@ through Python, which is far slower than reading the text; here numpy hashes who
 """
 
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,13 +45,21 @@ def likeness(first: Sketch, second: Sketch) -> float:
 
 class KnownRuns:
     """Runs of tokens that stand in other corpora. A part of a document is told by how many of its runs are among them,
-    or of those in its middle: of a long document the other corpus may have taken the middle alone.
+    or of those in its middle: of a long document the other corpus may have taken the middle alone. A document with an
+    image is told by the image.
     """
 
-    def __init__(self, tokens: Sequence[NDArray[np.int32]], least: float, middle: int = sys.maxsize) -> None:
+    def __init__(
+        self,
+        tokens: Sequence[NDArray[np.int32]],
+        least: float,
+        middle: int = sys.maxsize,
+        images: Collection[int] = (),
+    ) -> None:
         """least: the share of its runs from which on a part counts as known. middle: how many tokens the other corpora
-        took at least of a document that has so many.
+        took at least of a document that has so many. images: ids of all features in them.
         """
+        self._images = frozenset(images)
         self.least, self._middle = least, max(RUN, middle - 3 * RUN)  # two middles may lie a few tokens apart
         self._runs = np.unique(np.concatenate([np.zeros(0, np.uint64), *map(runs_of, tokens)]))
         self._known: set[Hashable] = set()
@@ -60,6 +68,12 @@ class KnownRuns:
     def found(self) -> int:
         """How many documents were known."""
         return len(self._known)
+
+    def shows(self, image: int, name: Hashable) -> bool:
+        """Whether an image is known, by the id of one of its features. name: of the document, for the count."""
+        known = image in self._images
+        self._known |= {name} if known else set()
+        return known
 
     def holds(self, part: NDArray[np.int32], name: Hashable) -> bool:
         """Whether a part of a document is known. name: of the document, for the count."""

@@ -33,12 +33,26 @@ from tasks.gguf.header import Header, read_header, stem_of, without_vocabulary
 from tasks.gguf.parent_file import check_model, describe, dtype_of, parts_of
 from tasks.gguf.tokenizer_reader import tokenizer_of
 from tasks.inputs.companions import CARD, HUB_PATTERNS, companions, copy_companions, has_tokenizer, write_terms
+from tasks.inputs.image_questions import VISION
 from tasks.inputs.installed_packages import installed_file
 from tasks.inputs.parent_weights import INDEX, WEIGHTS, Weights, check_finite, place_weights, shards_of, weights_of
 from tasks.inputs.rotated import rotate, rotated_config
 from tasks.inputs.tiny import byte_tokenizer, family_config, make_tiny_parent, training_texts
+from tasks.inputs.vision import (
+    CARRIED,
+    PIXELS,
+    brings_code,
+    is_whole_model,
+    place_whole,
+    text_values,
+    without_code,
+)
 from tasks.running.progress import say
 
+SEES = (
+    "it sees: its text model is the parent, and its vision tower and projector are kept as they are. `puzzle export "
+    "CHILD --format transformers` writes a whole model of text and images again"
+)
 VERSION = 2  # raise it when the same source would give another folder
 HUB_FILES = ("config.json", CARD, *HUB_PATTERNS, INDEX, "adapter_config.json")  # all of the hub's but weights
 # keys by which save_pretrained writes paths of this machine into JSON
@@ -109,7 +123,21 @@ def check_source(source: FolderParent | GgufParent) -> None:
     if isinstance(source, GgufParent):
         parts_of(_gguf_file(source))
     else:
-        _checked_weights(_source_folder(source), source.trust_remote_code)
+        _checked_weights(_source_folder(source), source)
+
+
+def check_sees(source: FolderParent) -> None:
+    """Raise ParentError for a parent that has no vision tower, where a text asks about images."""
+    if not has_tower(source):
+        raise ParentError(
+            f"a text asks about images, and {source.path} has no vision tower: take a parent of model_type "
+            f"{' or '.join(CARRIED)}, or leave that text out."
+        )
+
+
+def has_tower(source: FolderParent) -> bool:
+    """Whether a folder holds a whole model of text and images. Raises ParentError."""
+    return is_whole_model(_read_json(_source_folder(source) / "config.json"))
 
 
 def write_config(source: ParentSource, folder: Path, download: bool = True) -> bool:
@@ -167,6 +195,10 @@ def _cached(source: HubParent) -> Path | None:
 def _copy_config(found: Path, folder: Path, trust_remote_code: bool, settings: Mapping[str, Any] | None = None) -> None:
     values = _read_json(found / "config.json")
     check_config(values, trust_remote_code)
+    if is_whole_model(values):
+        kept = {key: value for key, value in values.items() if key not in (*_LEFT_OUT, *_PATH_KEYS)}
+        write_text(folder / VISION / "config.json", json.dumps(kept, indent=2) + "\n")
+        values = text_values(values)
     values = {key: value for key, value in {**values, **(settings or {})}.items() if key not in _LEFT_OUT}
     write_text(folder / "config.json", json.dumps(values))
 
@@ -253,8 +285,8 @@ def _make(source: ParentSource, folder: Path, texts: list[str]) -> tuple[str, tu
     if isinstance(source, HubParent):
         snapshot = _download(source)
         # blobs of the hub's cache never change, so a hard link is as good as a copy
-        return snapshot.name, _copy_folder(snapshot, folder, source.trust_remote_code, _link)
-    return "", _copy_folder(_source_folder(source), folder, source.trust_remote_code, shutil.copyfile)
+        return snapshot.name, _copy_folder(snapshot, folder, source, _link)
+    return "", _copy_folder(_source_folder(source), folder, source, shutil.copyfile)
 
 
 def _version_of(source: PackageParent | GgufParent) -> str:
@@ -301,7 +333,8 @@ def _fingerprint(folder: Path, digests: dict[str, str]) -> str:
     """sha256 of config (without the version of transformers), weight files and tokenizer."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kept = {key: value for key, value in config.items() if key != "transformers_version"}
-    files = {n: digest for n, digest in digests.items() if n.endswith(".safetensors") or n == "tokenizer.json"}
+    kinds = (".safetensors", "tokenizer.json")
+    files = {n: digest for n, digest in digests.items() if n.endswith(kinds) or n.startswith(f"{VISION}/")}
     text = json.dumps({"config": kept, "files": files}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -317,7 +350,9 @@ def _install(folder: Path, workspace: Path, made: Manifest) -> None:
 
 
 def _clean(folder: Path) -> None:
-    """Take paths of this machine out of the JSON files, and make the files that safetensors wrote readable for all."""
+    """Take paths of this machine, and code that prepares images, out of the JSON files. Make the files that safetensors
+    wrote readable for all.
+    """
     for path in folder.iterdir():
         if path.is_file() and path.stat().st_nlink == 1:  # a hard link shares its mode with the hub's cache
             path.chmod(0o644)
@@ -326,6 +361,9 @@ def _clean(folder: Path) -> None:
         if path.is_file():
             values = {key: value for key, value in _read_json(path).items() if key not in _PATH_KEYS}
             path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for path in (place / name for place in (folder, folder / VISION) for name in PIXELS):
+        if path.is_file() and brings_code(values := _read_json(path)):
+            path.write_text(json.dumps(without_code(values), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -346,7 +384,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def check_config(config: dict[str, Any], trust_remote_code: bool = False) -> None:
     """Raise ParentError for a config.json that no family here understands. No weights are needed for this."""
     model_type = config.get("model_type")
-    if model_type == "nemotron-nas":
+    if "nemotron-nas" in (model_type, config["text_config"].get("model_type") if is_whole_model(config) else None):
         raise ParentError(
             "this is a child that puzzle wrote, or another model of the nemotron-nas schema (model_type in its config)."
             " Its layers differ, and a parent's are all alike: name the parent that it was made from, with another "
@@ -357,8 +395,9 @@ def check_config(config: dict[str, Any], trust_remote_code: bool = False) -> Non
             "this is a multimodal Gemma 3 (model_type gemma3, with a vision tower): only its text part can be a "
             "parent. Take a text-only checkpoint (model_type gemma3_text, such as gemma-3-1b) or save the text model."
         )
-    if model_type not in FAMILIES:
-        family_of(SimpleNamespace(model_type=model_type))  # raises, with the list of families
+    text_type = text_values(config)["model_type"] if is_whole_model(config) else model_type
+    if text_type not in FAMILIES:
+        family_of(SimpleNamespace(model_type=text_type))  # raises, with the list of families
     if "auto_map" in config and not trust_remote_code:
         raise ParentError(
             "this parent brings Python code of its own (auto_map in its config), which is not run here: transformers' "
@@ -397,23 +436,33 @@ def _source_folder(source: FolderParent) -> Path:
 
 
 def _copy_folder(
-    source: Path, target: Path, trust_remote_code: bool, place: Callable[[Path, Path], Any]
+    source: Path, target: Path, asked: FolderParent | HubParent, place: Callable[[Path, Path], Any]
 ) -> tuple[str, ...]:
     """Copy tokenizer, card and the like, and bring weights to `target` with `place`; other files are left out. Returns
     notes.
     """
-    weights = _checked_weights(source, trust_remote_code)
+    weights = _checked_weights(source, asked)
     copy_companions(source, target)
     if (source / CARD).is_file():
         shutil.copyfile(source / CARD, target / CARD)
-    place_weights(source, target, weights, place)
-    _copy_config(source, target, trust_remote_code, weights.settings)
-    return weights.notes
+    whole = is_whole_model(_read_json(source / "config.json"))
+    if whole:
+        place_whole(source, target, weights, place)
+    else:
+        place_weights(source, target, weights, place)
+    _copy_config(source, target, asked.trust_remote_code, weights.settings)
+    return (*weights.notes, SEES) if whole else weights.notes
 
 
-def _checked_weights(source: Path, trust_remote_code: bool) -> Weights:
+def _checked_weights(source: Path, asked: FolderParent | HubParent) -> Weights:
     """The weights of a folder, by their headers. Raises ParentError for a folder that cannot be a parent."""
-    check_config(_read_json(source / "config.json"), trust_remote_code)
+    values, trust_remote_code = _read_json(source / "config.json"), asked.trust_remote_code
+    check_config(values, trust_remote_code)
+    if asked.rotate and is_whole_model(values):
+        raise ParentError(
+            "parent.rotate turns the states between layers, and the projector of this parent, which is kept as it is, "
+            "would not follow: leave rotate out."
+        )
     if (source / "adapter_config.json").is_file():
         raise ParentError(
             f"{source.name} holds an adapter (adapter_config.json): merge it into the weights (peft's "
@@ -426,9 +475,21 @@ def _checked_weights(source: Path, trust_remote_code: bool) -> Weights:
             "the parent's tokenizer brings Python code of its own (auto_map in tokenizer_config.json), which is not "
             "run here: set trust_remote_code: true if tokenizer.json does without it."
         )
+    _refuse_pixel_code(source, values, trust_remote_code)
     if not has_tokenizer(source):
         raise ParentError(f"{source.name} has no tokenizer: add tokenizer.json or tokenizer.model.")
     return weights
+
+
+def _refuse_pixel_code(source: Path, values: dict[str, Any], trust_remote_code: bool) -> None:
+    if trust_remote_code or not is_whole_model(values):
+        return
+    for name in PIXELS:
+        if (source / name).is_file() and brings_code(_read_json(source / name)):
+            raise ParentError(
+                f"what prepares the parent's images brings Python code of its own (auto_map in {name}), which is not "
+                "run here: set trust_remote_code: true if transformers' own class prepares the same pixels."
+            )
 
 
 def _link(source: Path, target: Path) -> None:

@@ -8,6 +8,7 @@ killed run goes on behind the last whole batch, and ends in the same file.
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,13 @@ def _asker(model: Any, tokenizer: Any, asked: ParentAnswersSource) -> Callable[[
             )
 
     return check
+
+
+def asked_in_chat(tokenizer: Any, text: str) -> str | None:
+    """A user's message as the chat template writes it, up to the answer; None for a template that needs more."""
+    with suppress(Unusable):
+        return str(template_of(tokenizer)([{"role": "user", "content": text}], True))
+    return None
 
 
 def answer_batch(

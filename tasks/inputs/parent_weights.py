@@ -177,20 +177,21 @@ def check_finite(folder: Path, weights: Weights) -> None:
 
 def model_of(folder: Path) -> Model:
     """What the config.json of a folder asks for. No memory is used for weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
     try:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        family = family_of(config)
+        text = config.get_text_config()
+        family, whole = family_of(text), text is not config  # with a vision tower, whose config checks have passed
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)
+            model: Any = (AutoModelForImageTextToText if whole else AutoModelForCausalLM).from_config(config)
     except ParentError:
         raise
     except Exception as error:  # transformers raises nothing more precise
         raise ParentError(f"no model can be built from the parent's config.json: {first_line(error)}") from error
-    changes = get_model_conversion_mapping(model, add_legacy=False) if family.experts else []
+    changes = get_model_conversion_mapping(model, add_legacy=False) if family.experts or whole else []
     patterns = [_LEFT_OVER, *(model._keys_to_ignore_on_load_unexpected or ())]
     return Model(
         shapes={name: list(tensor.shape) for name, tensor in model.state_dict().items()},

@@ -14,7 +14,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -90,8 +90,14 @@ def texts(rows: Iterable[tuple[int, Any]], parse: Callable[[Any], Document | Non
 
 
 def skipped(tallies: Iterable[Tally], origin: str) -> list[str]:
-    """One sentence about what was left out of a source, none when nothing was."""
-    there = list(tallies)
+    """A sentence about what was left out of a source, for lines, questions and so on; none when nothing was."""
+    units: dict[str, list[Tally]] = {}
+    for tally in tallies:
+        units.setdefault(tally.unit, []).append(tally)
+    return [told for there in units.values() for told in _skipped(there, origin)]
+
+
+def _skipped(there: Sequence[Tally], origin: str) -> list[str]:
     bad = [tally for tally in there if tally.bad]
     if not bad:
         return []

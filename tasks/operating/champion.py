@@ -220,6 +220,10 @@ def judge_against(
     if reigning.child.key == challenger.child.key:
         reason = "what was made is the champion itself"
         return Judgement(outcome="kept", reason=reason, changed=changed, same_child=True)
+    seeing = any(text.first_image for text in (challenger.corpus, *challenger.capabilities))
+    if seeing and reigning.parent.fingerprint != challenger.parent.fingerprint:
+        reason = "the parent changed, which sees images otherwise: the champion cannot be compared on them"
+        return Judgement(outcome="moved", reason=reason, changed=changed)
     if not same_tokenizer(reigning.parent, challenger.parent, workspace):
         reason = "the parent's tokenizer changed: the champion reads other tokens"
         return Judgement(outcome="moved", reason=reason, changed=changed)

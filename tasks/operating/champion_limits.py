@@ -181,11 +181,16 @@ def figures_of_both(
 
             @cache
             def model(child: Contender = child, side: Lineage = side) -> DeciLMForCausalLM:
-                return served(child, side.parent, workspace, compute, dtype)
+                return served(child, reading(side, now), workspace, compute, dtype)
 
             figures = {name: figures_of(child, each, workspace, compute, model) for name, each in targets.items()}
             found.append({name: each[profile.champion.metric] for name, each in figures.items()})
     return found
+
+
+def reading(side: Lineage, now: Lineage) -> ParentInfo:
+    """A side's parent as it reads the texts of now: the same parent may have known other images before."""
+    return now.parent if side.parent.fingerprint == now.parent.fingerprint else side.parent
 
 
 @contextmanager
@@ -225,6 +230,6 @@ def limits_of(
         for number, side in enumerate(sides):
             with missed(number):
                 child = served_as_now(side, profile, workspace)
-                loops.append(looping_of(child, (side.parent, sides[0].corpus), *how))
+                loops.append(looping_of(child, (reading(side, sides[0]), sides[0].corpus), *how))
         found.append(loops_limit(loops[0], loops[CHAMPION], rule.max_more_loops, confidence))
     return tuple(found)

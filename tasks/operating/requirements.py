@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from profiles.schema import (
     FolderParent,
     GgufParent,
     Hardware,
+    ImagesSource,
     PackageParent,
     ParentAnswersSource,
     PassagesSource,
@@ -105,7 +107,7 @@ def _text(profile: Profile, folder: Path, doubts: list[str]) -> Iterator[str]:
     from tasks.inputs.parent import write_tokenizer
 
     for field, corpus in profile.texts.items():
-        if not all(isinstance(source, TextSource) for source in corpus.sources):
+        if not all(isinstance(source, TextSource | ImagesSource) for source in corpus.sources):
             continue
         try:
             doubt = check_enough(corpus, folder if write_tokenizer(profile.parent, folder) else None)
@@ -156,6 +158,7 @@ def advice(profile: Profile) -> list[str]:
             found.append(
                 f"hardware.must_run: the child is chosen by the limits of {name} and not tried in it: {reason}"
             )
+    found += _of_images(profile)
     threads, cores = profile.hardware.threads or 0, usable_cores()
     if threads > cores and profile.hardware.engine != "roofline":
         found.append(
@@ -163,6 +166,28 @@ def advice(profile: Profile) -> list[str]:
             "for each other; leave it out, or lower it."
         )
     return found
+
+
+def _of_images(profile: Profile) -> Iterator[str]:
+    """What a parent with a vision tower leads to."""
+    from tasks.inputs.parent import has_tower
+
+    sees = False
+    with suppress(ParentError):  # which is told elsewhere
+        sees = isinstance(profile.parent, FolderParent) and has_tower(profile.parent)
+    if not sees:
+        return
+    for name in dict.fromkeys((profile.hardware.engine, *profile.hardware.must_run)):
+        if name not in ("torch", "llama.cpp", "roofline"):
+            yield (
+                f"{name} runs the text model of the child alone: behind its vision tower the child is run by "
+                "transformers, and by llama.cpp with the parent's mmproj (docs/how-to/vision-language.md)."
+            )
+    if not profile.images:
+        yield (
+            "the parent sees, and no text asks about images: blocks are fitted and judged on words alone. Add a source "
+            "of kind image_questions (docs/how-to/vision-language.md)."
+        )
 
 
 def is_there(package: str) -> bool:
@@ -258,10 +283,12 @@ def _parent(profile: Profile) -> Iterator[str]:
     if isinstance(profile.parent, PackageParent):
         yield from _file("parent", profile.parent.package, profile.parent.file)
     elif isinstance(profile.parent, FolderParent | GgufParent):
-        from tasks.inputs.parent import check_source
+        from tasks.inputs.parent import check_sees, check_source
 
         try:
             check_source(profile.parent)
+            if profile.images and isinstance(profile.parent, FolderParent):
+                check_sees(profile.parent)
         except ParentError as error:
             yield f"parent: {error}"
 
@@ -276,7 +303,7 @@ def _corpus(profile: Profile) -> Iterator[str]:
         if isinstance(source, WikipediaDumpSource):
             yield from _packages(field, "mwparserfromhell")
             yield from _file(field, source.package, source.file)
-        elif isinstance(source, TextSource | ParentAnswersSource | PassagesSource):
+        elif isinstance(source, TextSource | ParentAnswersSource | PassagesSource | ImagesSource):
             from tasks.inputs.corpus_sources import check_sources
 
             try:

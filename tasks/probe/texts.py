@@ -19,7 +19,7 @@ from blocks.errors import PuzzleError, TooLittleText
 from blocks.library import digest_of, keep, read_rows, remember, write_tensors
 from blocks.records import CorpusInfo, Value
 from profiles.schema import Corpus, PythonStdlibSource, TextSource
-from tasks.inputs.corpus import documents_of, main_documents, prepare_corpus
+from tasks.inputs.corpus import documents_of, main_documents, prepare_corpus, refuse_images
 from tasks.inputs.corpus_sources import source_of_file
 from tasks.probe.records import Asked
 from tasks.probe.sides import SeenText
@@ -86,7 +86,8 @@ def named_files(given: Sequence[str]) -> dict[str, Path]:
 
 
 def own_text(seen: SeenText, asked: Asked) -> Text:
-    """The run's own test text. PuzzleError where it is hardly any."""
+    """The run's own test text. PuzzleError where it is hardly any, or asks about images."""
+    refuse_images(seen.corpus, "a probe compares every text with the run's own test text, read as words")
     found = text_of(TEST, "the run's own test text", seen.corpus, asked.sequences, seen.workspace)
     if len(set(found.documents)) < LEAST_DOCUMENTS:
         raise PuzzleError(

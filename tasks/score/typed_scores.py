@@ -23,6 +23,7 @@ from blocks.child import library_of
 from blocks.compute import HOST
 from blocks.estimates import mean
 from blocks.export_code.modeling_decilm import final_logits
+from blocks.images import as_words
 from blocks.library import digest_of, keep, read_rows, remember
 from blocks.records import SUBBLOCKS, BlockRecord, CorpusInfo, CostTable, LayerRecord, ParentInfo, Score, Value
 from blocks.typed_labels import FITTED_TO, bare, type_in, typed
@@ -106,7 +107,7 @@ def _compared(model: Any, head: Any, before: Sequence[Tensor], text: ScoringSet,
             for own, hidden in ((head, states), (model.lm_head, now))
         )
         kl.append(float((token_divergences([p], [q])[0] * w).mean()))
-        rises.append(float(((p[:-1] - q[:-1]).gather(1, one[1:, None])[:, 0] * w[:-1]).mean()))
+        rises.append(float(((p[:-1] - q[:-1]).gather(1, as_words(one[1:, None], p.shape[-1]))[:, 0] * w[:-1]).mean()))
     return WholeScore(kl=tuple(kl), lm_loss=tuple(rises))
 
 

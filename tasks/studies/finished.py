@@ -15,6 +15,7 @@ from tasks.inputs.corpus import prepare_corpus
 from tasks.inputs.corpus_sources import iterate_documents
 from tasks.inputs.parent import prepare_parent
 from tasks.inputs.parent_answers import with_answers
+from tasks.inputs.vision import with_images
 from tasks.measure.costs import costs_of
 from tasks.running.progress import say
 from tasks.running.workers import compute_of
@@ -65,12 +66,15 @@ def open_finished(profile: Profile, workspace: Path) -> Finished:
             "this study judges architectures in float, and search_space.precision chooses types of number: give the "
             "command with --set search_space.precision=[] and a budget that is meant without types."
         )
+    images = profile.images  # the run's table has those of all texts
     if profile.capabilities:
         say("this study is of the corpus alone: capabilities count for nothing in it")
         profile = profile.model_copy(update={"capabilities": {}})
     if not any((workspace / "parent").glob("*.json")) or not any((workspace / "library").glob("*.json")):
         raise _unfinished(profile, workspace, "no block library")
     parent = prepare_parent(profile.parent, workspace, lambda: iterate_documents(profile.corpus))
+    if images:
+        parent = with_images(parent, images, workspace, compute_of(profile))
     corpus = prepare_corpus(
         with_answers(profile.corpus, parent, workspace, compute_of(profile)),
         workspace / parent.folder,

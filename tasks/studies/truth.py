@@ -32,7 +32,7 @@ from blocks.subblock import run_subblock
 from tasks.distill.record import open_parent
 from tasks.evaluate.compare import blocks_of
 from tasks.evaluate.quality import parent_targets, sequence_figures
-from tasks.inputs.corpus import documents_of, weights_of
+from tasks.inputs.corpus import documents_of, refuse_images, weights_of
 from tasks.running.workers import compute_of
 from tasks.score.scoring import load_variant
 from tasks.search.program import Floats
@@ -81,6 +81,7 @@ def other_model(folder: Path, meter: "Meter") -> OtherModel:
     """
     from transformers import AutoModelForCausalLM
 
+    refuse_images(meter.finished.corpus, "another model is compared on words")
     started, own = time.perf_counter(), meter.finished.workspace / meter.finished.parent.folder
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)

@@ -1,0 +1,291 @@
+"""Questions about images as text: an image stands in a document as a mark that names its file's content, and as the
+ids of its features (blocks/images.py) among the tokens.
+
+A document is an image with all its questions and answers in turn, so that no image is in two splits. Where the parent
+has a chat template, the document is the chat that the template writes; else each question stands behind `Question:`.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blocks.errors import CorpusError
+from blocks.files import sha256_of
+from blocks.images import image_ids
+from profiles.schema import EasyVqaSource, ImageQuestionsSource, ImagesSource
+from tasks.inputs.chats import IMAGE, Chat, Conversation, Message, Span, Unusable, normalise
+from tasks.inputs.installed_packages import folders_of
+from tasks.inputs.questions import marked
+from tasks.inputs.text_files import Document, Tally
+
+VISION = "vision"  # the folder of what a prepared parent sees with
+VERSION = 1  # raise it when the same images and questions would give other tokens
+FIELDS = ("image", "question", "answer")
+INSTALL = "pip install --no-deps easy-vqa==1.0"
+Asked = tuple[Path, str, str]
+Tokenize = Callable[[str, Sequence[Span]], list[int]]
+
+
+def documents(
+    source: ImagesSource, chat: Chat, tallies: list[Tally], beside: Sequence[object] = ()
+) -> Iterator[Document]:
+    """Each image with its questions, in the order of the first of them. chat: writes messages as text.
+
+    beside: the sources of the corpus, this one among them. Of an image that several ask about, the first of them has
+    all questions. An image is known by the content of its file. Raises CorpusError.
+    """
+    others = [one for one in beside if isinstance(one, ImagesSource)]
+    place = others.index(source) if source in others else len(others)
+    earlier = {digest_of_image(image) for one in others[:place] for image in images_of(one)}
+    by_image: dict[str, list[tuple[str, str]]] = {}
+    for image, question, answer in questions(source, tallies):
+        if (digest := digest_of_image(image)) not in earlier:
+            by_image.setdefault(digest, []).append((question, answer))
+    if not by_image:
+        raise CorpusError(
+            "an image source asks about images of the sources before it alone: put the questions of both in one file."
+        )
+    for image, question, answer in (asked for one in others[place + 1 :] for asked in questions(one, [])):
+        if (digest := digest_of_image(image)) in by_image:
+            by_image[digest].append((question, answer))
+    tally = Tally(tallies[-1].name if tallies else source.kind, "question")
+    for digest, asked in by_image.items():
+        yield from _document(digest, list(dict.fromkeys(asked)), chat, tally)
+    tallies += [tally] if tally.bad else []
+    tally.judge()
+
+
+def _document(digest: str, asked: Sequence[tuple[str, str]], chat: Chat, tally: Tally) -> Iterator[Document]:
+    """An image with those of its questions that the chat template writes; none where there are none."""
+    usable, singly = list[tuple[str, str]](), list[str]()
+    for one in asked:
+        tally.read += 1
+        try:
+            singly.append(chat(_messages(digest, [one])))
+            usable.append(one)
+        except Unusable as reason:
+            tally.skip(tally.read, str(reason))
+    if usable:
+        try:
+            text = chat(_messages(digest, usable))
+        except Unusable as reason:
+            tally.skip(tally.read, str(reason))
+            return
+        kept = [one for one in singly if isinstance(one, Conversation)]
+        yield Conversation(str(text), text.answers, kept) if isinstance(text, Conversation) else text
+
+
+def _messages(digest: str, asked: Sequence[tuple[str, str]]) -> list[Message]:
+    found: list[Message] = []
+    for question, answer in asked:
+        mark = "" if found else f"{mark_of(digest)}\n"
+        found.append({"role": "user", "content": f"{mark}{normalise(question)}"})
+        found.append({"role": "assistant", "content": normalise(answer)})
+    return found
+
+
+def digest_of_image(path: Path) -> str:
+    """sha256 of an image's file, which is read once as long as it does not change."""
+    now = path.stat()
+    return _digest(path, now.st_mtime_ns, now.st_size)
+
+
+@lru_cache(maxsize=1 << 20)
+def _digest(path: Path, changed: int, size: int) -> str:
+    return sha256_of(path)
+
+
+def images_of(source: ImagesSource) -> list[Path]:
+    """The files of all images that are asked about."""
+    return list(dict.fromkeys(image for image, _, _ in questions(source, [])))
+
+
+def questions(source: ImagesSource, tallies: list[Tally]) -> Iterator[Asked]:
+    """Image, question and answer. A line that cannot be used is counted. Raises CorpusError."""
+    if isinstance(source, EasyVqaSource):
+        yield from _easy_vqa(source)
+        return
+    path, tally = file_of(source), Tally(source.path, "line")
+    tallies.append(tally)
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            tally.read += 1
+            try:
+                yield _asked(line, path.parent)
+            except Unusable as reason:
+                tally.skip(number, str(reason))
+    tally.judge()
+
+
+def file_of(source: ImageQuestionsSource) -> Path:
+    """The JSON-lines file. Raises CorpusError."""
+    path = Path(source.path).expanduser()
+    if not path.is_file():
+        raise CorpusError(
+            f"the questions about images {source.path} are no file (current folder: {Path.cwd()}): name a JSON-lines "
+            f"file whose lines have {', '.join(FIELDS)}."
+        )
+    return path
+
+
+def _asked(line: str, folder: Path) -> Asked:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        raise Unusable("is not valid JSON") from None
+    there = [row.get(field) for field in FIELDS] if isinstance(row, Mapping) else []
+    found = [value for value in there if isinstance(value, str) and value.strip()]
+    if len(found) < len(FIELDS):
+        raise Unusable(f"lacks one of {', '.join(FIELDS)}, each a text")
+    name, question, answer = found
+    image = _there(name, folder)
+    if image is None:
+        raise Unusable(f"names an image that is not there ({name[:80]}); name a file, by its path")
+    if IMAGE.search(question) or IMAGE.search(answer):
+        raise Unusable("holds what stands for an image")
+    return image, question, answer
+
+
+def _there(name: str, folder: Path) -> Path | None:
+    """The file of an image, None where it is none: the image itself (data:...) may stand there, or any text."""
+    with suppress(OSError, RuntimeError, ValueError):  # too long a name, no such user's home, a zero byte
+        path = folder / Path(name).expanduser()
+        return path if path.is_file() else None
+    return None
+
+
+def _easy_vqa(source: EasyVqaSource) -> Iterator[Asked]:
+    folder = next((one / "data" for one in folders_of(source.package) if (one / "data").is_dir()), None)
+    if folder is None:
+        raise CorpusError(f"easy_vqa is read from the package {source.package}, which is not installed: {INSTALL}")
+    for split in ("train", "test"):
+        for question, answer, number in json.loads((folder / split / "questions.json").read_text(encoding="utf-8")):
+            yield folder / split / "images" / f"{number}.png", question, answer
+
+
+def content_of(source: ImagesSource) -> list[str]:
+    """Images by their digests, questions and answers."""
+    asked = list(questions(source, []))
+    return [json.dumps([digest_of_image(image), question, answer]) for image, question, answer in asked]
+
+
+# --- images among tokens
+
+
+def mark_of(digest: str) -> str:
+    """What stands for an image in a text. It is long, so that texts that ask the same of two images are not nearly the
+    same.
+    """
+    return f"<image {digest}>"
+
+
+def plain(messages: Sequence[Message]) -> Conversation:
+    """The document without a chat template."""
+
+    def parts() -> Iterator[tuple[str, bool]]:
+        for message in messages:
+            if message["role"] == "assistant":
+                yield f" {message['content']}\n", True
+            else:
+                mark = IMAGE.match(message["content"])
+                image = f"{mark[0]}\n" if mark else ""
+                yield f"{image}Question: {IMAGE.sub('', message['content']).strip()}\nAnswer:", False
+
+    return marked(parts())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageIds:
+    """The token that stands for an image in a text, and the ids of each image's features, by the sha256 of its file;
+    `first` is the least of them.
+    """
+
+    first: int
+    token: str
+    token_id: int
+    ids: Mapping[str, range]
+
+    @property
+    def all(self) -> range:
+        """The ids of all features."""
+        return range(self.first, max((one.stop for one in self.ids.values()), default=self.first))
+
+    def read(self, tokenize: Tokenize, text: str, answers: Sequence[Span]) -> list[int]:
+        """The ids of a text with images; ~id outside of the answers. tokenize: does so with a text that has `token`."""
+        marks = list(IMAGE.finditer(text))
+        longer = [(mark.end(), len(mark[0]) - len(self.token)) for mark in marks]
+
+        def moved(place: int) -> int:
+            return place - sum(by for end, by in longer if end <= place)
+
+        ids = tokenize(IMAGE.sub(lambda _: self.token, text), [(moved(first), moved(last)) for first, last in answers])
+        check_words(ids, self.first)
+        if not marks:
+            return ids
+        if sum(token in (self.token_id, ~self.token_id) for token in ids) != len(marks):
+            raise CorpusError(f"a question or an answer holds the image's own token {self.token}: take it out.")
+        found, left = list[int](), (mark[1] for mark in marks)
+        for token in ids:
+            if token not in (self.token_id, ~self.token_id):
+                found.append(token)
+                continue
+            image = self.ids.get(next(left))
+            if image is None:
+                raise CorpusError("an image has changed since its features were made, or is not among them: run again.")
+            found += [~one for one in image]
+        return found
+
+
+def check_words(ids: Sequence[int] | NDArray[np.int32], known: int) -> None:
+    """Raise CorpusError for token ids of words that a model of so many has no embedding for: they would be read as
+    somebody's image. Ids are as they are, or marked: ~id.
+    """
+    read = np.asarray(ids, dtype=np.int64)
+    largest = int(np.maximum(read, ~read).max(initial=0))
+    if largest >= known:
+        raise CorpusError(
+            f"the tokenizer gives token {largest}, but the parent knows {known} tokens: "
+            "take the tokenizer that belongs to the parent."
+        )
+
+
+def tokens_of_an_image(values: Mapping[str, Any]) -> int:
+    """How many features an image has, by a LLaVA's config.json."""
+    from transformers import CONFIG_MAPPING
+
+    vision: Any = CONFIG_MAPPING[values["vision_config"]["model_type"]](**values["vision_config"])
+    patches = int(vision.image_size // vision.patch_size) ** 2  # CLIP's have one more before them
+    dropped = values.get("vision_feature_select_strategy", "default") == "default"
+    return patches + (vision.model_type == "clip_vision_model") - dropped
+
+
+def image_ids_of(folder: Path, tokenizer: Any, foreseen: Sequence[ImagesSource] = ()) -> ImageIds | None:
+    """The ids of the images in a parent's table; None for a parent without a vision tower.
+
+    foreseen: there is no table yet, and ids are wanted as they will be for the images of these sources.
+    """
+    config = folder / VISION / "config.json"
+    if not config.is_file():
+        return None
+    values, text = (json.loads(path.read_text(encoding="utf-8")) for path in (config, folder / "config.json"))
+    token = values.get("image_token_index", values.get("image_token_id", 32000))  # transformers' default
+    ids = image_ids(folder, text["vocab_size"])
+    if foreseen:
+        each, digests = (
+            tokens_of_an_image(values),
+            {digest_of_image(image) for one in foreseen for image in images_of(one)},
+        )
+        starts = itertools.count(text["vocab_size"], each)
+        ids = {digest: range(at, at + each) for digest, at in zip(sorted(digests), starts, strict=False)}
+    name = str(tokenizer.convert_ids_to_tokens(token))
+    return ImageIds(first=text["vocab_size"], token=name, token_id=token, ids=ids)

@@ -1,0 +1,252 @@
+"""Parents that see: a text model with a vision tower and a projector before it, in one folder (LLaVA).
+
+The text model becomes the prepared parent, as any other. What else makes the whole is kept beside it as it is, in the
+folder `vision`: the whole model's config, the weights of tower and projector, what prepares pixels. Of it features of
+images are made once (`with_images`), and a child is written back as a whole model (tasks/export/whole.py).
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from blocks.compute import Compute
+from blocks.errors import CorpusError, ParentError, first_line
+from blocks.export_code.families_decilm import FAMILIES
+from blocks.files import sha256_of
+from blocks.images import DIGESTS, FEATURES, TABLE
+from blocks.library import digest_of, keep, remember
+from blocks.records import ParentInfo, Ref, Value
+from profiles.schema import ImagesSource
+from tasks.inputs.image_questions import VISION, digest_of_image, images_of
+from tasks.inputs.parent_weights import Weights, check_finite, place_weights, weight_files
+from tasks.running.progress import Progress, no_progress
+
+VERSION = 1  # raise it when the same images would give other features
+CARRIED = ("llava",)  # model types whose vision part is kept, as transformers names them
+TOWERS = ("clip_vision_model", "siglip_vision_model")  # each gives equally many features of any image
+TEXT, HEAD = "model.language_model.", "lm_head."  # what the whole's weights of the text model begin with
+PIXELS = ("preprocessor_config.json", "processor_config.json")
+BATCH = 8  # images
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # others, such as EPS, start programs
+MOST_PIXELS = 1 << 26  # of an image: a small file may unpack to any number
+
+
+def is_whole_model(values: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of a whole model with a text model in it, carried or not."""
+    return isinstance(values.get("text_config"), Mapping)
+
+
+def text_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the text model in a whole one. Raises ParentError for what is not carried."""
+    from transformers import CONFIG_MAPPING
+
+    kind, text = values.get("model_type"), values["text_config"]
+    if kind not in CARRIED:
+        raise ParentError(
+            f"this is a model of text and images (model_type {kind}): of those {', '.join(CARRIED)} is carried. "
+            "Save its text model alone, or take a LLaVA of a Llama-like text model."
+        )
+    tower = values.get("vision_config", {}).get("model_type")
+    if tower not in TOWERS:
+        raise ParentError(
+            f"this LLaVA sees by {tower}: carried are {', '.join(TOWERS)}, which give equally many features of each "
+            "image."
+        )
+    name = text.get("model_type", "llama")
+    if name not in FAMILIES:
+        return {**text, "model_type": name}  # which is refused with the list of families
+    try:
+        whole: Any = CONFIG_MAPPING[kind](**{key: value for key, value in values.items() if key != "model_type"})
+    except Exception as error:  # transformers raises nothing more precise
+        raise ParentError(f"config.json is none of a {kind}: {first_line(error)}") from error
+    family = FAMILIES[name]
+    if family.logits_divisor or family.restarts_at or family.cap(whole.text_config) is not None:
+        own = "whose cache starts anew in long texts" if family.restarts_at else "whose logits are scaled or capped"
+        raise ParentError(
+            f"the text model of this LLaVA is a {name}, {own}, and transformers' LLaVA leaves that out: take another, "
+            "or save its text model alone."
+        )
+    found = {**text, "model_type": name, "tie_word_embeddings": bool(whole.tie_word_embeddings)}
+    if whole.image_token_index >= whole.text_config.vocab_size:
+        raise ParentError(
+            f"image_token_index is {whole.image_token_index}, and the text model knows {whole.text_config.vocab_size} "
+            "words: the image's token must be one of them."
+        )
+    dtype = next((values[key] for key in ("dtype", "torch_dtype") if values.get(key)), None)
+    return found if dtype is None else {"dtype": dtype, **found}
+
+
+def place_whole(source: Path, target: Path, weights: Weights, place: Callable[[Path, Path], Any]) -> None:
+    """Bring the text model's weights of a whole model to `target`, and all else to its folder `vision`."""
+    text = {name: found for name, found in weights.tensors.items() if name.startswith((TEXT, HEAD))}
+    others = {name: found for name, found in weights.tensors.items() if name not in text}
+    named = {name.replace(TEXT, "model.", 1): found for name, found in text.items()}
+    place_weights(source, target, _alone(weights, named), place)
+    folder = target / VISION
+    folder.mkdir()
+    place_weights(source, folder, _alone(weights, others), place)
+    check_finite(folder, replace(weights, tensors={name: replace(found, name=name) for name, found in others.items()}))
+    for name in PIXELS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def brings_code(values: Any) -> bool:
+    """Whether a JSON object names code of its own (auto_map) for what it is of, or for a part of that."""
+    return isinstance(values, Mapping) and ("auto_map" in values or any(map(brings_code, values.values())))
+
+
+def without_code(values: Any) -> Any:
+    """A JSON object that names no code of its own."""
+    if not isinstance(values, Mapping):
+        return values
+    return {key: without_code(value) for key, value in values.items() if key != "auto_map"}
+
+
+def _alone(weights: Weights, tensors: Mapping[str, Any]) -> Weights:
+    """Some of the weights; every file holds others too."""
+    return replace(weights, tensors=dict(tensors), extra=frozenset(found.file for found in weights.tensors.values()))
+
+
+def sees(folder: Path) -> bool:
+    """Whether a prepared parent has a vision tower."""
+    return (folder / VISION / "config.json").is_file()
+
+
+def vision_tensors(folder: Path) -> dict[str, Tensor]:
+    """Tower and projector of a prepared parent, by the whole model's names."""
+    found: dict[str, Tensor] = {}
+    for file in weight_files(folder / VISION):
+        with safe_open(folder / VISION / file, framework="pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+    return found
+
+
+# --- the features of images
+
+
+class _Seeing(Value):
+    """A parent whose folder has a table of images, and the files of that folder."""
+
+    parent: ParentInfo
+    files: tuple[Ref, ...]
+
+
+def with_images(
+    parent: ParentInfo,
+    sources: Iterable[ImagesSource],
+    workspace: Path,
+    compute: Compute,
+    progress: Progress = no_progress,
+) -> ParentInfo:
+    """The parent with the features of all images of these sources (blocks/images.py), in a folder of its own: all other
+    files in it are links.
+
+    The same images give the same folder, which is used again. Raises ParentError for a parent without a vision tower,
+    CorpusError for a file that is no image.
+    """
+    folder = workspace / parent.folder
+    if not sees(folder):
+        raise ParentError(
+            f"the text asks about images, and {parent.name} has no vision tower: take a parent of model_type "
+            f"{' or '.join(CARRIED)}, or leave the images out."
+        )
+    paths = {digest_of_image(path): path for source in sources for path in images_of(source)}
+    ordered = sorted(paths)
+    key = digest_of(parent=parent.fingerprint, images=ordered, version=VERSION)
+    manifest = workspace / "parent" / f"images-{key}.json"
+    known = remember(manifest, _Seeing, lambda value: list(value.files), workspace, "never")
+    if known is not None:
+        return known.parent
+    target = f"{parent.folder}-{key[:16]}"
+    with tempfile.TemporaryDirectory(dir=manifest.parent, prefix=".making-") as temporary:
+        made = Path(temporary) / "parent"
+        _link_all(folder, made)
+        features = torch.stack(list(_features(folder, [paths[digest] for digest in ordered], compute, progress)))
+        digests = torch.tensor([list(bytes.fromhex(digest)) for digest in ordered], dtype=torch.uint8)
+        save_file({FEATURES: features.flatten(0, 1), DIGESTS: digests}, made / TABLE)
+        (made / TABLE).chmod(0o644)
+        shutil.rmtree(workspace / target, ignore_errors=True)
+        made.replace(workspace / target)
+    files = [path for path in sorted((workspace / target).rglob("*")) if path.is_file()]
+    refs = tuple(Ref(path=path.relative_to(workspace).as_posix(), sha256=sha256_of(path)) for path in files)
+    found = _Seeing(parent=parent.model_copy(update={"folder": target}), files=refs)
+    keep(manifest, found, refs, workspace, "never")
+    return found.parent
+
+
+def _link_all(source: Path, target: Path) -> None:
+    for path in sorted(source.rglob("*")):
+        if path.is_file() and path.name != TABLE:
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, place)
+            except OSError:  # a file system without links
+                shutil.copyfile(path, place)
+
+
+@torch.no_grad()
+def _features(folder: Path, paths: Sequence[Path], compute: Compute, progress: Progress) -> Iterator[Tensor]:
+    """The features (tokens, D) of each image in float32, as the whole model puts them among the words."""
+    from transformers import AutoImageProcessor
+
+    model = _tower(folder).to(compute.device)
+    try:
+        pixels: Any = AutoImageProcessor.from_pretrained(folder / VISION, trust_remote_code=False)
+    except Exception as error:  # transformers raises nothing more precise
+        raise ParentError(f"nothing says how the parent's pixels are prepared: {first_line(error)}") from error
+    for first in range(0, len(paths), BATCH):
+        batch = [_opened(path) for path in paths[first : first + BATCH]]
+        values = pixels(images=batch, return_tensors="pt")["pixel_values"]
+        yield from (one.cpu() for one in model.get_image_features(pixel_values=values.to(compute.device)).pooler_output)
+        progress(min(first + BATCH, len(paths)), len(paths), "images seen")
+
+
+def _tower(folder: Path) -> Any:
+    """The whole model without its head, in float32, with a stand-in of one small layer for its text model."""
+    from transformers import AutoConfig, AutoModel
+
+    config: Any = AutoConfig.from_pretrained(folder / VISION, trust_remote_code=False)
+    text = config.text_config
+    text.num_hidden_layers, text.vocab_size, text.pad_token_id = 1, 8, None
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    model: Any = AutoModel.from_config(config, dtype=torch.float32)
+    state = {name.removeprefix("model."): tensor for name, tensor in vision_tensors(folder).items()}
+    lacking, unknown = model.load_state_dict(state, strict=False)
+    assert not unknown and all(name.startswith("language_model.") for name in lacking), "checked when it was prepared"
+    return model.eval()
+
+
+def _opened(path: Path) -> Any:
+    """An image as people see it: a photo's orientation stands beside its pixels."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            size = image.width * image.height
+            return ImageOps.exif_transpose(image).convert("RGB") if size <= MOST_PIXELS else _too_large(path, size)
+    except CorpusError:
+        raise
+    except Exception as error:  # each format of Pillow raises what it likes
+        raise CorpusError(
+            f"{path.name} is no image that can be read ({first_line(error, 120)}): {', '.join(FORMATS)} are, of up to "
+            f"{MOST_PIXELS / 1e6:.0f} million pixels. Replace it, or take its lines out."
+        ) from error
+
+
+def _too_large(path: Path, size: int) -> NoReturn:
+    raise CorpusError(
+        f"{path.name} has {size / 1e6:,.0f} million pixels, at most {MOST_PIXELS / 1e6:.0f} million are read: make it "
+        "smaller, the tower sees a few hundred pixels a side."
+    )
