@@ -25,7 +25,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch.nn import functional
 
-from benchmarks.common import ROOT, arguments, child_of, last_report, optimize, table, write_page
+from benchmarks.common import ROOT, arguments, child_of, kl, last_report, optimize, table, write_page
 from blocks.compute import HOST
 from blocks.estimates import rounded
 from blocks.files import write_text
@@ -245,7 +245,7 @@ def row(name: str, model: Candidate, parent: Candidate) -> list[str]:
         "-" if right is None else f"{rounded(right.metric, 100)} %",
         "" if kept is None else f"{rounded(kept.metric, 100)} %",
         rounded(model.capabilities["images"].kl),
-        rounded(model.kl),
+        rounded(kl(model).metric),
     ]
 
 
