@@ -6,11 +6,13 @@ whose layers are all alike makes a plain LLaVA.
 
 import json
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -96,8 +98,9 @@ def _verify(model: DeciLMForCausalLM, tensors: dict[str, Tensor], folder: Path) 
         whole: Any = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **how)
     whole = whole.eval().to(model.device)
     verify_logits(model, whole)
-    own = whole.state_dict()
-    if any(not torch.equal(own[name], tensor.to(own[name])) for name, tensor in tensors.items()):
+    stored = {name.removeprefix("model."): tensor for name, tensor in _stored(folder)}  # not what a load casts
+    pairs = [(tensor, stored.get(name.removeprefix("model."))) for name, tensor in tensors.items()]
+    if any(one is None or one.dtype != tensor.dtype or not torch.equal(one, tensor) for tensor, one in pairs):
         raise ExportError(
             "the exported vision tower or projector is not the parent's: nothing was replaced. Run again."
         )
@@ -114,6 +117,13 @@ def _verify(model: DeciLMForCausalLM, tensors: dict[str, Tensor], folder: Path) 
     about = {"input_ids": words, "pixel_values": pixels, "attention_mask": torch.ones_like(words)}
     if not torch.equal(whole.generate(**about, **greedy)[:, words.shape[1] :], said):
         raise ExportError("the exported folder says other words about an image than the child: nothing was replaced.")
+
+
+def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a folder's files, as they lie there."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - no mapping
 
 
 def _about_an_image(whole: Any) -> tuple[Tensor, Tensor]:
