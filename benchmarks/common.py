@@ -74,8 +74,7 @@ def open_bench(options: argparse.Namespace) -> Bench:
     workspace.mkdir(parents=True, exist_ok=True)
     configure_torch(profile.hardware.threads)
     parent = prepare_parent(profile.parent, workspace, lambda: iterate_documents(profile.corpus))
-    if profile.images:
-        parent = with_images(parent, profile.images, workspace, HOST)
+    parent = with_images(parent, profile.images, workspace, HOST)
     corpus = prepare_corpus(profile.corpus, workspace / parent.folder, parent.fingerprint, workspace)
     reader = open_parent(workspace / parent.folder, HOST)
     recording = recording_of(profile, parent, corpus, HOST)

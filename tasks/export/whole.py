@@ -6,13 +6,11 @@ whose layers are all alike makes a plain LLaVA.
 
 import json
 import shutil
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -31,7 +29,7 @@ from tasks.export.folder import (
     write_folder,
 )
 from tasks.inputs.image_questions import VISION
-from tasks.inputs.vision import TEXT, vision_tensors
+from tasks.inputs.vision import TEXT, tensors_in, vision_tensors
 
 TOKENS = 8  # that are generated about an image to check a folder
 NOT_THE_WHOLES = ("model_type", "architectures", "text_config", "transformers_version", "dtype", "torch_dtype")
@@ -54,7 +52,6 @@ def export_whole(model: DeciLMForCausalLM, child: Path, target: Path, card: str)
     As `export_folder`, nothing of `target` changes before all checks have passed. Raises ExportError.
     """
     tensors = vision_tensors(child)
-
     write = partial(_write, model, child / VISION, tensors)
     write_folder(child, target, card.replace(SEEING, "") + SEEING, write, partial(_verify, model, tensors))
     return [
@@ -98,7 +95,9 @@ def _verify(model: DeciLMForCausalLM, tensors: dict[str, Tensor], folder: Path) 
         whole: Any = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **how)
     whole = whole.eval().to(model.device)
     verify_logits(model, whole)
-    stored = {name.removeprefix("model."): tensor for name, tensor in _stored(folder)}  # not what a load casts
+    stored = {
+        name.removeprefix("model."): tensor for name, tensor in tensors_in(folder).items()
+    }  # not what a load casts
     pairs = [(tensor, stored.get(name.removeprefix("model."))) for name, tensor in tensors.items()]
     if any(one is None or one.dtype != tensor.dtype or not torch.equal(one, tensor) for tensor, one in pairs):
         raise ExportError(
@@ -117,13 +116,6 @@ def _verify(model: DeciLMForCausalLM, tensors: dict[str, Tensor], folder: Path) 
     about = {"input_ids": words, "pixel_values": pixels, "attention_mask": torch.ones_like(words)}
     if not torch.equal(whole.generate(**about, **greedy)[:, words.shape[1] :], said):
         raise ExportError("the exported folder says other words about an image than the child: nothing was replaced.")
-
-
-def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a folder's files, as they lie there."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - no mapping
 
 
 def _about_an_image(whole: Any) -> tuple[Tensor, Tensor]:

@@ -125,9 +125,14 @@ def sees(folder: Path) -> bool:
 
 def vision_tensors(folder: Path) -> dict[str, Tensor]:
     """Tower and projector of a prepared parent, by the whole model's names."""
+    return tensors_in(folder / VISION)
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a model's folder, as its files hold it."""
     found: dict[str, Tensor] = {}
-    for file in weight_files(folder / VISION):
-        with safe_open(folder / VISION / file, framework="pt") as opened:
+    for file in weight_files(folder):
+        with safe_open(folder / file, framework="pt") as opened:
             found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
     return found
 
@@ -152,9 +157,12 @@ def with_images(
     """The parent with the features of all images of these sources (blocks/images.py), in a folder of its own: all other
     files in it are links.
 
-    The same images give the same folder, which is used again. Raises ParentError for a parent without a vision tower,
-    CorpusError for a file that is no image.
+    The same images give the same folder, which is used again. Without any source it is the parent as it is. Raises
+    ParentError for a parent without a vision tower, CorpusError for a file that is no image.
     """
+    sources = tuple(sources)
+    if not sources:
+        return parent
     folder = workspace / parent.folder
     if not sees(folder):
         raise ParentError(

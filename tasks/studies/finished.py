@@ -73,8 +73,7 @@ def open_finished(profile: Profile, workspace: Path) -> Finished:
     if not any((workspace / "parent").glob("*.json")) or not any((workspace / "library").glob("*.json")):
         raise _unfinished(profile, workspace, "no block library")
     parent = prepare_parent(profile.parent, workspace, lambda: iterate_documents(profile.corpus))
-    if images:
-        parent = with_images(parent, images, workspace, compute_of(profile))
+    parent = with_images(parent, images, workspace, compute_of(profile))
     corpus = prepare_corpus(
         with_answers(profile.corpus, parent, workspace, compute_of(profile)),
         workspace / parent.folder,
