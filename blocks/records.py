@@ -349,6 +349,11 @@ class Architecture(Value):
     evaluations: int = 0
     head: str = ""
 
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The batch size of each scenario."""
+        return tuple(totals.batch_size for totals in self.totals)
+
 
 # --- measured figures and speeds
 

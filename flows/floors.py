@@ -137,7 +137,7 @@ class _Search:
         run, costs, asked = self.run, self.library.costs, as_asked(chosen.problem, self.run.profile)
         sittings = dict[tuple[int, ...], list[Contender]]()
         for child in children:
-            sittings.setdefault(tuple(totals.batch_size for totals in child.architecture.totals), []).append(child)
+            sittings.setdefault(child.architecture.batches, []).append(child)
         speeds = dict[str, SpeedReport]()
         for together in sittings.values():
             models = [parent_contender(together[0].architecture), *together]

@@ -133,7 +133,7 @@ def _training(
 
 def references(run: Run, problem: Problem, child: Architecture, own: Contender) -> list[Contender]:
     """What a user has without a search: the parent in each type, and the file that the parent came in."""
-    space, batches = run.profile.search_space, tuple(totals.batch_size for totals in child.totals)
+    space, batches = run.profile.search_space, child.batches
     found = []
     for kind in space.precision:
         whole = LayerChoice(attention=typed("parent", kind), ffn=typed("parent", kind))

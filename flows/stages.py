@@ -479,7 +479,7 @@ def choose_baselines(run: Run, parent: ParentInfo, problem: Problem, child: Arch
     """The simple searches under the same budget, their totals at the child's batch sizes; one that cannot keep the
     budget is left out and named.
     """
-    batches = tuple(totals.batch_size for totals in child.totals)
+    batches = child.batches
     found, reader = dict[str, Architecture](), open_parent(run.workspace / parent.folder)
     for name in run.profile.evaluate.baselines:
         if name == MINITRON and run.profile.bld.tokens is not None:

@@ -24,7 +24,7 @@ def limits_of(
     problem: Problem, architecture: Architecture, own: Sequence[Throughput], parents: Sequence[Throughput]
 ) -> tuple[LimitKept, ...]:
     """Every limit of the problem's budget. own, parents: speeds of the model and its parent by scenario, if any."""
-    batches = tuple(totals.batch_size for totals in architecture.totals)
+    batches = architecture.batches
     return tuple(
         _limit(problem, row, used_of(problem, architecture.totals, row), own, parents)
         for row in budget_rows(problem, batches)

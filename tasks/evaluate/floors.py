@@ -151,7 +151,7 @@ def times_of(
     asked: with the budget of the profile. problem: what the search was asked. own, parents: speeds of the child and its
     parent, by scenario.
     """
-    rows = budget_rows(asked, tuple(totals.batch_size for totals in child.totals))
+    rows = budget_rows(asked, child.batches)
     found = zip(rows, limits_of(asked, child, own, parents), strict=True)
     return tuple(
         HeldTime(
@@ -360,7 +360,7 @@ def is_same(one: Chosen, other: Chosen) -> bool:
 
 
 def _served(child: Architecture) -> tuple[Any, ...]:
-    return child.layers, child.head, tuple(totals.batch_size for totals in child.totals)
+    return child.layers, child.head, child.batches
 
 
 def _only(found: Chosen, looks: Sequence[tuple[Look, ...]], places: Sequence[int]) -> Held:

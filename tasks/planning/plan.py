@@ -256,7 +256,7 @@ def children_of(problem: Problem) -> tuple[list[ChildPlan], str]:
         best: Architecture = choose(replace(problem, search=quick))
     except InfeasibleBudget as error:
         return found, str(error)
-    at = tuple(totals.batch_size for totals in best.totals)
+    at = best.batches
     return [_child("largest within the budget", problem, best.layers, at, best.head), *found], ""
 
 

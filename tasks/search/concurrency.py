@@ -12,7 +12,7 @@ def at_batch_sizes(problem: Problem, found: Architecture) -> tuple[AtBatchSize, 
 
     problem: what the user asks. Its budget tells what is broken at a size; of the parent only what `ABSOLUTE` names.
     """
-    chosen: Batches = tuple(totals.batch_size for totals in found.totals)
+    chosen: Batches = found.batches
     whose, rows = problem.reference or problem, list[AtBatchSize]()
     for index, scenario in enumerate(problem.scenarios):
         sizes = sorted(set(scenario.batch_sizes))

@@ -60,7 +60,7 @@ def back(problem: Problem, found: Architecture, kind: str, head: str) -> Archite
         LayerChoice(attention=typed(one.attention, kind), ffn=typed(one.ffn, kind), coupled=one.coupled)
         for one in found.layers
     ]
-    batches = tuple(totals.batch_size for totals in found.totals)
+    batches = found.batches
     again = predicted(problem, layers, found.method, batches, head)
     kept = {name: getattr(found, name) for name in ("evaluations", "solve_seconds")}
     return again.model_copy(update=kept)

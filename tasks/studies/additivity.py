@@ -163,7 +163,7 @@ def check_additivity(
     """
     if problem.metric != "kl":
         raise PuzzleError("the check sets summed KL against measured KL: set scoring.metric: kl.")
-    batches = tuple(totals.batch_size for totals in best.totals)
+    batches = best.batches
     measuring = _Measuring(
         problem=problem, truth=truth, grid=make_grid(problem, batches), tell=tell, documents=documents, found=[]
     )
