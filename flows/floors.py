@@ -40,7 +40,8 @@ from tasks.evaluate.floors import (
     hold,
     in_words,
     is_same,
-    tighter,
+    next_answer,
+    times_are_held,
     times_of,
 )
 from tasks.inputs.precision import child_dtype
@@ -49,7 +50,7 @@ from tasks.running.sharing import TaskKey, exclusive
 from tasks.running.workers import compute_of
 from tasks.search.totals import Problem, as_asked, problem_of
 
-tighter_task = task_of("choose", "choose, with other limits")(tighter)
+next_task = task_of("choose", "choose, with other limits")(next_answer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +81,7 @@ def hold_floors(
 ) -> Held:
     """The choice whose children keep every limit on time and every `max_kl` themselves, and how they do."""
     rounds = run.profile.search.floor_rounds
-    timed = run.profile.limits_time and not library.costs.modelled
-    if not rounds or not (timed or run.profile.capability_limits):
+    if not rounds or not (times_are_held(run.profile, library.costs) or run.profile.capability_limits):
         return Held(chosen=first, looks=((),) * len(first.near))
     search = _Search(run=run, source=source, capabilities=capabilities, library=library)
     search.choices.append((first, run.task_runs.get("choice")))
@@ -117,7 +117,7 @@ class _Search:
         run, (parent, corpus) = self.run, self.source
         children = [contender(name, one, self.library.blocks) for name, one in named(chosen.near)]
         times: Sequence[tuple[HeldTime, ...]] = [()] * len(children)
-        if run.profile.limits_time and not self.library.costs.modelled:
+        if times_are_held(run.profile, self.library.costs):
             found = self._times(chosen, children)
             if found is None:
                 say("the limits on time are not looked at before GKD: the machine was busy, or too unsteady")
@@ -199,20 +199,20 @@ class _Search:
         needs = [one for one in run.task_runs if one.startswith("floor ")]
         with run.stage("choose"):
             found: tuple[Problem, Chosen] | None = run.call(
-                tighter_task, "tighter choice", *values, after=needs, limited=False
+                next_task, "next choice", *values, after=needs, limited=False
             )
         if found is None:
             return None
         if typed and any(is_same(found[1], one) for one, _ in self.choices):
             return None  # it needs no scores of its own
         if not typed:
-            if "tighter choice" in run.task_runs:
-                run.task_runs["choice"] = run.task_runs["tighter choice"]
+            if "next choice" in run.task_runs:
+                run.task_runs["choice"] = run.task_runs["next choice"]
             return runnable(run, parent, replace(found[1], scores=scores))
         other = replace(run, profile=_under(profile, found[0]))
         made = (library.records, library.blocks, library.scores, library.costs)
         more = score_types(other, self.source, *made, self.capabilities)
-        return choose_child(other, parent, more, library.costs, after=["tighter choice"])
+        return choose_child(other, parent, more, library.costs, after=["next choice"])
 
     def went_on_with(self, chosen: Chosen) -> None:
         """What is made of an answer hangs on its task run in Prefect's graph."""

@@ -35,10 +35,10 @@ from tasks.evaluate.floors import (
     hold,
     in_words,
     is_kept,
+    next_answer,
     next_limit,
     rows_of,
     split_of,
-    tighter,
     times_of,
     worst,
 )
@@ -79,7 +79,7 @@ def held(most: float, truth: float, rounds: int = 3, se: float = 0.0) -> tuple[C
         return [floors_of({"retrieval": most}, found.problem, child, {"retrieval": metric(seen[-1], se)}, rounds)]
 
     def again(looks: Sequence[Sequence[Look]]) -> Chosen | None:
-        found = tighter(asked, looks, 1, 1)
+        found = next_answer(asked, looks, 1, 1)
         return None if found is None else found[1]
 
     first = Chosen(problem=asked, near=(choose(asked),))
@@ -193,7 +193,7 @@ def test_a_solver_without_an_answer_is_no_answer(monkeypatch: pytest.MonkeyPatch
 
     _, (floor,), _ = held(1.2 * reach()[1], truth=1.5, rounds=1)
     monkeypatch.setattr(floors, "candidates", stopped)
-    assert tighter(library(SHARES), [[floor]], 1, 1) is None
+    assert next_answer(library(SHARES), [[floor]], 1, 1) is None
 
 
 def test_what_the_budget_does_not_allow_is_come_as_near_to_as_it_does() -> None:
@@ -211,7 +211,7 @@ def test_a_limit_that_is_kept_stays_when_another_is_lowered() -> None:
     passed = Floor(
         capability="retrieval", asked=one, limit=one, predicted=0.9 * one, measured=metric(one), at_most=1.2 * one
     )
-    found = tighter(asked, [[passed, kept]], 1, 1)
+    found = next_answer(asked, [[passed, kept]], 1, 1)
     assert found is not None
     assert found[1].problem.capabilities.most == pytest.approx({"retrieval": 0.9 * one / 1.2, "code": 5.0})
 
@@ -344,7 +344,7 @@ def timed(asked: Problem, slower: float, rounds: int = 3) -> tuple[Chosen, HeldT
         return [looks]
 
     def again(looks: Sequence[Sequence[Look]]) -> Chosen | None:
-        found = tighter(asked, looks, 1, 1)
+        found = next_answer(asked, looks, 1, 1)
         return None if found is None else found[1]
 
     held = hold(Chosen(problem=asked, near=(choose(asked),)), rounds, measure, again)

@@ -7,7 +7,7 @@ limits, higher or lower by what the child is beside what was asked, and its answ
 KL is a one-sided bound; all children that may be measured share an error of 5 % (Bonferroni).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,19 @@ from blocks.compute import Compute
 from blocks.errors import InfeasibleBudget
 from blocks.estimates import upper_bound
 from blocks.library import digest_of, made_once
-from blocks.records import Architecture, CorpusInfo, Floor, HeldTime, Metric, ParentInfo, Score, Throughput, Value
+from blocks.records import (
+    Architecture,
+    CorpusInfo,
+    CostTable,
+    Floor,
+    HeldTime,
+    Metric,
+    ParentInfo,
+    Score,
+    Throughput,
+    Value,
+)
+from profiles.schema import Profile
 from tasks.evaluate.budget import FLOORS, limits_of
 from tasks.evaluate.compare import Contender, figures_of, served, targets_on
 from tasks.evaluate.quality import mean_metric
@@ -143,6 +155,11 @@ def _at_most(found: Metric, confidence: float) -> float | None:
     return upper_bound(found, confidence) if found.n > 1 else None
 
 
+def times_are_held(profile: Profile, costs: CostTable | None) -> bool:
+    """Whether a chosen child is timed for the limits on time; costs: None where they are not measured yet."""
+    return profile.limits_time and profile.search.floor_rounds > 0 and not (costs and costs.modelled)
+
+
 def times_of(
     asked: Problem, problem: Problem, child: Architecture, own: Sequence[Throughput], parents: Sequence[Throughput]
 ) -> tuple[HeldTime, ...]:
@@ -244,45 +261,42 @@ def asked_next(problem: Problem, looks: Sequence[Sequence[Look]], part: float) -
 
     looks: at the best child of every answer so far; one on a busy machine has none at limits on time.
     """
-    most, times, found = dict[str, float](), dict[str, float](), dict[str, list[Look]]()
+    found = dict[str, list[Look]]()
     for look in (look for answer in looks for look in answer):
         found.setdefault(f"{name_of(look)}, {getattr(look, 'field', '')}", []).append(look)
-    for each in found.values():
-        last, wanted = each[-1], next_limit(each)
-        limit = last.limit * (wanted / last.limit) ** part
-        if isinstance(last, Floor):
-            most[last.capability] = limit
-        else:  # one limit of the budget may hold in several scenarios
-            before = times.get(last.field, limit)
-            times[last.field] = max(before, limit) if last.floor else min(before, limit)
-    return _limited(problem, most, times)
+    last_of = [(each[-1], next_limit(each)) for each in found.values()]
+    return _limited(problem, [(last, last.limit * (wanted / last.limit) ** part) for last, wanted in last_of])
 
 
 def as_measured(problem: Problem, looks: Sequence[Look]) -> Problem:
     """The problem with limits that are looser where a child was measured to take less than its sum, by as much."""
-    most, times = dict(problem.capabilities.most), dict[str, float]()
+    looser = list[tuple[Look, float]]()
     for look in looks:
-        part = min(_load(look, look.measured.value) / _load(look, look.predicted), 1.0) if look.predicted else 1.0
+        most = problem.capabilities.most
         limit = most.get(look.capability) if isinstance(look, Floor) else _limit_in(problem, look.field)
-        if limit is None:  # it is asked no more
-            continue
-        looser = _load(look, _load(look, limit) / part)
+        if limit is not None:  # else it is asked no more
+            part = min(_load(look, look.measured.value) / _load(look, look.predicted), 1.0) if look.predicted else 1.0
+            looser.append((look, _load(look, _load(look, limit) / part)))
+    return _limited(problem, looser)
+
+
+def _limited(problem: Problem, limits: Iterable[tuple[Look, float]]) -> Problem:
+    """With these limits on capabilities, and of the budget on time: of one that holds in several scenarios, the
+    strictest.
+    """
+    most, times = dict(problem.capabilities.most), dict[str, float]()
+    for look, limit in limits:
         if isinstance(look, Floor):
-            most[look.capability] = looser
-        else:  # what it is of in one scenario is not so in another
-            before = times.get(look.field, looser)
-            times[look.field] = max(before, looser) if look.floor else min(before, looser)
-    return _limited(problem, most, times)
-
-
-def _limited(problem: Problem, most: Mapping[str, float], times: Mapping[str, float]) -> Problem:
-    """With these limits on capabilities, and of the budget on time."""
-    capabilities = replace(problem.capabilities, most={**problem.capabilities.most, **most})
+            most[look.capability] = limit
+        else:
+            before = times.get(look.field, limit)
+            times[look.field] = max(before, limit) if look.floor else min(before, limit)
     scenarios = tuple(
         one.model_copy(update={"budget": one.budget.model_copy(update=_own(times, one.name))})
         for one in problem.scenarios
     )
     budget = problem.budget.model_copy(update=_own(times, ""))
+    capabilities = replace(problem.capabilities, most=most)
     return replace(problem, capabilities=capabilities, scenarios=scenarios, budget=budget)
 
 
@@ -292,7 +306,7 @@ def _own(times: Mapping[str, float], scenario: str) -> dict[str, float]:
     return {name: limit for name, _, whose, limit in parts if whose == scenario}
 
 
-def tighter(
+def next_answer(
     problem: Problem, looks: Sequence[Sequence[Look]], count: int, min_different: int
 ) -> tuple[Problem, Chosen] | None:
     """What is asked next, and the answer; None where nothing is found.
@@ -321,7 +335,7 @@ def hold(
     within a score is wanted, the most tokens a second. It ends with an answer whose best child keeps all limits and
     gives nothing away, or that was there before, or that could not be measured.
 
-    measure: every child of an answer, None where it could not be. again: see `tighter`; of the best child of every
+    measure: every child of an answer, None where it could not be. again: see `next_answer`; of the best child of every
     answer so far.
     """
     tried: list[tuple[bool, float, Held]] = []

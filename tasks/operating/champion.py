@@ -114,7 +114,7 @@ def basis(
     if has_limits(profile.champion):  # what they are judged on
         on = profile.evaluate.model_dump(include={"sequences", "loop_prompts", "answer_tokens"})
         parts["rule"] = [parts["rule"], on]
-    if profile.limits_time and profile.search.floor_rounds and not (table and table.modelled):
+    if floors.times_are_held(profile, table):
         parts["budget"] = [parts["budget"], floors.VERSION]
     if profile.capabilities:  # a later part, see LATER
         texts = {one.capability: one.fingerprint for one in capabilities}
