@@ -144,6 +144,10 @@ def scan(
     A token that neither decays nor writes changes nothing: with such the last chunk is filled.
     """
     tokens = query.shape[2]
+    if state is None:
+        state = query.new_zeros(*query.shape[:2], key.shape[-1], value.shape[-1])
+    if tokens == 1:
+        return step(query, key, value, decay[..., None], write[..., None], state, delta)
     size = min(chunk, tokens)
     query, key, value, decay, write = (
         F.pad(one, (0, 0, 0, -tokens % size)).unflatten(2, (-1, size))
@@ -161,11 +165,26 @@ def scan(
     scores = (query @ key.mT) * between
     query, key = query * total.exp()[..., None], key * (total[..., -1:] - total).exp()[..., None]
     kept = total[..., -1].exp()[..., None, None]
-    if state is None:
-        state = query.new_zeros(*query.shape[:2], key.shape[-1], value.shape[-1])
     found = []
     for n in range(query.shape[2]):
         new = value[:, :, n] if erased is None else value[:, :, n] - erased[:, :, n] @ state
         found.append(scores[:, :, n] @ new + query[:, :, n] @ state)
         state = kept[:, :, n] * state + key[:, :, n].mT @ new
     return torch.stack(found, 2).flatten(2, 3)[:, :, :tokens], state
+
+
+def step(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    decay: torch.Tensor,
+    write: torch.Tensor,
+    state: torch.Tensor,
+    delta: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`scan` of a single token, as it is decoded: three passes over the state. Numbers are (B, H, 1, 1)."""
+    state = state * decay.exp()
+    if delta:
+        value = value - key @ state
+    state = state + key.mT * (value * write)
+    return query @ state, state
