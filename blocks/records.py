@@ -547,8 +547,9 @@ class HeldTime(Value):
 
     field: of the budget (`speedup`, `max_latency_seconds of chat`). name: the same with the scenario it was timed in,
     where the budget holds in several. floor: True when `asked` is the least that is allowed. asked: by the profile.
-    limit: what the search was asked, so that the child itself keeps it. predicted: by the costs of its blocks. All in
-    the unit of the limit.
+    limit: what the search was asked, so that the child itself keeps it. predicted: by the costs of its blocks.
+    at_worst: the one-sided bound of `measured` by which the limit is held, None for a single round. All in the unit of
+    the limit.
     """
 
     field: str
@@ -558,6 +559,7 @@ class HeldTime(Value):
     limit: float
     predicted: float
     measured: Metric
+    at_worst: float | None = None
 
 
 class SeenItems(Value):

@@ -866,8 +866,8 @@ class Search(Section):
         ge=0,
         description="How many answers of the search are measured, before GKD, for limits that the child itself must "
         "keep: those of the budget on time, in turns with the parent, and `max_kl` of capabilities, on their training "
-        "text, which no stage has read (`general`: the text of the scores). Where it is too slow, or a one-sided 95 % "
-        "bound of its KL above the limit, the search is asked for more; where it keeps more than was asked, for less. "
+        "text, which no stage has read (`general`: the text of the scores). Where a one-sided 95 % bound of its speed "
+        "or KL passes the limit, the search is asked for more; where it keeps more than was asked, for less. "
         "Of those that keep all, the one of the lowest score is taken. 0: the sums of costs and scores decide.",
     )
 
@@ -1010,7 +1010,12 @@ class Evaluate(Section):
     distill_best_baseline: bool = Field(
         default=True, description="Also distil the best baseline globally, on as many tokens as the child."
     )
-    throughput_rounds: int = Field(default=5, ge=1, description="Rounds in which whole models are timed in turns.")
+    throughput_rounds: int = Field(
+        default=5,
+        ge=1,
+        description="Rounds in which whole models are timed in turns; up to three times as many where the error of a "
+        "gain is above 1 %.",
+    )
     prompts: tuple[Chat | PromptText, ...] = Field(
         default=PROMPTS,
         description="What parent and child are asked: {chat: ...}, or a text to continue. When left out, six prompts "

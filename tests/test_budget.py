@@ -11,13 +11,13 @@ from tests.test_choose import CHAT, LONG, random_problem
 from tests.test_report import metric
 
 
-def timed(architecture: Architecture, slower: float, parent: bool = False) -> list[Throughput]:
-    """Speeds as the sums say, but everything takes `slower` times as long."""
+def timed(architecture: Architecture, slower: float, parent: bool = False, error: float = 0.01) -> list[Throughput]:
+    """Speeds as the sums say, but everything takes `slower` times as long. error: of the gains."""
     found = []
     for own, whole in zip(architecture.totals, architecture.parent_totals, strict=True):
         totals = whole if parent else own
-        gain = metric(whole.runtime_seconds / own.runtime_seconds / slower, 0.01)
-        first = metric(whole.prefill_seconds / own.prefill_seconds / slower, 0.01)
+        gain = metric(whole.runtime_seconds / own.runtime_seconds / slower, error)
+        first = metric(whole.prefill_seconds / own.prefill_seconds / slower, error)
         runtime, rate = metric(slower * totals.runtime_seconds, 0.001), metric(1)
         found.append(
             Throughput(

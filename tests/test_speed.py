@@ -1,6 +1,7 @@
 """Speed in the engine of the costs, the sums beside it, the calibration: oracles on made-up costs, one small run."""
 
 import math
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from blocks.records import (
 from flows.tracked_run import sum_beside_whole
 from profiles.load import load_profile
 from profiles.schema import Hardware, Scenario
-from tasks.engines.timing_in_turns import ClockTooCoarse, in_turns, median_metric, summaries
+from tasks.engines.timing_in_turns import ClockTooCoarse, in_turns, is_unsure, median_metric, summaries
 from tasks.evaluate.compare import contender, parent_contender
 from tasks.measure import end_to_end
 from tasks.measure.calibration import bias_of, calibrated, drift
@@ -257,6 +258,16 @@ def test_a_request_that_takes_no_time_is_a_sentence() -> None:
     for request, named in ((turn(0, 5), "prefill and prefill_cpu"), (turn(5, 0), "step and step_cpu")):
         with pytest.raises(ClockTooCoarse, match=f"no time for {named} of a request of child: .*prompt_tokens"):
             in_turns({"parent": lambda: turn(1, 1), "child": lambda request=request: request}, 1)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("noise", "rounds"), [([1.0], 4), ([1.0, 1.1], 12), ([1.04, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 5)])
+def test_rounds_go_on_until_a_gain_is_known(noise: list[float], rounds: int) -> None:
+    """Four rounds are asked: a steady model gets no more, one that is never sure three times as many."""
+    for asked, made in ((None, 4), (is_unsure(3), rounds)):
+        own = (turn(5 * more, 5 * more) for more in cycle(noise))
+        models = {"parent": lambda: turn(10, 10), "child": lambda own=own: next(own)}
+        found = in_turns(models, 4, unsure=asked)  # type: ignore[arg-type]
+        assert [len(turns) for turns in found.values()] == [made] * 2
 
 
 SMALL = [

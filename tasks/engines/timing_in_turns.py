@@ -1,8 +1,8 @@
 """How whole models are timed: in turns, so that whatever else a machine does falls on all of them alike.
 
 In every round each model answers one request, and every other round goes backwards. A speed is the median over the
-rounds, a gain the median of the parent's time over the model's in the same round. Requests to models in torch are made
-here too.
+rounds, a gain the median of the parent's time over the model's in the same round. Where that is unsure there are more
+rounds, up to three times as many. Requests to models in torch are made here too.
 """
 
 # B = batch, P = prompt tokens
@@ -24,7 +24,12 @@ from tasks.running.progress import Progress, no_progress
 from tasks.running.usage import resident_bytes, restart_peak
 
 MAX_DECODE_STEPS = 32  # at most this many decode steps are timed; a whole request is extrapolated from them
+SURE = 0.01  # relative standard error of a request's gain, with which no more rounds are made
+LONGEST = 3  # times as many rounds as were asked, at most
 SE_OF_MEDIAN = 1.2533  # sqrt(pi / 2): standard error of a median over that of a mean, normal samples
+
+
+Unsure = Callable[[Mapping[str, Sequence[Turn]]], bool]
 
 
 class ClockTooCoarse(PuzzleFailure):
@@ -61,7 +66,19 @@ def measure_throughput(
     memory = {name: _peak_bytes(model, prompt, scenario.generated_tokens) for name, model in models.items()}
     grow = tokens_before(scenario.generated_tokens, steps)
     requests = {name: partial(request_of, model, prompt, steps, grow) for name, model in models.items()}
-    return summaries(in_turns(requests, rounds), scenario, batch_size, memory)
+    turns = in_turns(requests, rounds, unsure=is_unsure(scenario.generated_tokens))
+    return summaries(turns, scenario, batch_size, memory)
+
+
+def is_unsure(generated_tokens: int) -> Unsure:
+    """Tells whether a gain of a request is not known well enough yet."""
+
+    def unsure(turns: Mapping[str, Sequence[Turn]]) -> bool:
+        parents = turns.get(PARENT, ())
+        gains = [gains_of(parents, own, generated_tokens).request for name, own in turns.items() if name != PARENT]
+        return any(relative_error(gain) > SURE for gain in gains if gain)
+
+    return unsure
 
 
 def timed_steps(generated_tokens: int) -> int:
@@ -98,15 +115,23 @@ def _peak_bytes(model: Any, prompt: Tensor, generated_tokens: int) -> int | None
 
 
 def in_turns(
-    requests: Mapping[str, Callable[[], Turn]], rounds: int, progress: Progress = no_progress
+    requests: Mapping[str, Callable[[], Turn]],
+    rounds: int,
+    progress: Progress = no_progress,
+    unsure: Unsure | None = None,
 ) -> dict[str, list[Turn]]:
-    """Make every request once in each round, every other round in reverse order; returns the turns of each."""
+    """Make every request once in each round, every other round in reverse order; returns the turns of each.
+
+    unsure: whether more rounds are needed, up to `LONGEST` times as many.
+    """
     order = list(requests)
     turns: dict[str, list[Turn]] = {name: [] for name in order}
-    for number in range(rounds):
+    for number in range(rounds * LONGEST):
+        if number >= rounds and (unsure is None or not unsure(turns)):
+            break
         for place, name in enumerate(reversed(order) if number % 2 else order, start=1):
             turns[name].append(_seen(requests[name](), name))
-            progress(number * len(order) + place, rounds * len(order))
+            progress(number * len(order) + place, max(rounds, number + 1) * len(order))
     return turns
 
 

@@ -3,8 +3,8 @@
 Scores add up only roughly: the KL of a whole child was up to half above their sum (benchmarks/capabilities.md). So do
 costs, and a machine is not as fast now as it was when they were measured. So the chosen child is measured before GKD:
 its KL on text of each capability that no stage has read, its speed in turns with its parent. The search then gets other
-limits, higher or lower by what the child is beside what was asked, and its answer is measured in turn. What counts of a
-KL is a one-sided bound; all children that may be measured share an error of 5 % (Bonferroni).
+limits, higher or lower by what the child is beside what was asked, and its answer is measured in turn. What counts is a
+one-sided bound; all children that may be measured share an error of 5 % (Bonferroni).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ import torch
 
 from blocks.compute import Compute
 from blocks.errors import InfeasibleBudget
-from blocks.estimates import upper_bound
+from blocks.estimates import lower_bound, upper_bound
 from blocks.library import digest_of, made_once
 from blocks.records import (
     Architecture,
@@ -40,7 +40,7 @@ from tasks.search.capabilities import rows_read
 from tasks.search.choose import with_most_tokens
 from tasks.search.mip import SolverStopped
 from tasks.search.one_type import candidates
-from tasks.search.totals import Problem, budget_rows, kl_on
+from tasks.search.totals import TOLERANCE, Problem, budget_rows, kl_on
 
 VERSION = 2
 CONFIDENCE = 0.95  # of all children together
@@ -48,7 +48,6 @@ EASED = (1.0, 0.5, 0.25)  # parts of the way to the limit that is wanted, on whi
 # shares of a limit: a child that takes less than ENOUGH gives away quality or speed, and the next one aims at AIM
 ENOUGH = {"kl": 0.85, "time": 0.98}
 AIM = {"kl": 0.925, "time": 0.99}
-NEAR = 0.005  # a time that passes its limit by so much, or by its standard error, keeps it: sittings differ by more
 TOO_UNSURE = 0.05  # a time with a larger relative error tells nothing
 
 
@@ -144,15 +143,20 @@ def floors_of(
             limit=problem.capabilities.most[name],
             predicted=kl_on(problem, child.layers, name, child.head),
             measured=measured[name],
-            at_most=_at_most(measured[name], 1 - (1 - CONFIDENCE) / children),
+            at_most=_bound(measured[name], _confidence(children)),
         )
         for name, most in asked.items()
     )
 
 
-def _at_most(found: Metric, confidence: float) -> float | None:
-    """The one-sided upper bound; None for a single document, which shows no error."""
-    return upper_bound(found, confidence) if found.n > 1 else None
+def _confidence(children: int) -> float:
+    """Of the bound of one child, so that so many share the error."""
+    return 1 - (1 - CONFIDENCE) / children
+
+
+def _bound(found: Metric, confidence: float, from_below: bool = False) -> float | None:
+    """The one-sided bound; None for a single document or round, which shows no error."""
+    return (lower_bound if from_below else upper_bound)(found, confidence) if found.n > 1 else None
 
 
 def times_are_held(profile: Profile, costs: CostTable | None) -> bool:
@@ -161,12 +165,17 @@ def times_are_held(profile: Profile, costs: CostTable | None) -> bool:
 
 
 def times_of(
-    asked: Problem, problem: Problem, child: Architecture, own: Sequence[Throughput], parents: Sequence[Throughput]
+    asked: Problem,
+    problem: Problem,
+    child: Architecture,
+    own: Sequence[Throughput],
+    parents: Sequence[Throughput],
+    children: int = 1,
 ) -> tuple[HeldTime, ...]:
     """Every limit on time beside what a child is predicted and measured to take.
 
     asked: with the budget of the profile. problem: what the search was asked. own, parents: speeds of the child and its
-    parent, by scenario.
+    parent, by scenario. children: how many may be measured.
     """
     rows = budget_rows(asked, child.batches)
     found = zip(rows, limits_of(asked, child, own, parents), strict=True)
@@ -179,6 +188,7 @@ def times_of(
             limit=_limit_in(problem, row.field) or limit.asked,
             predicted=limit.got,
             measured=limit.measured,
+            at_worst=_bound(limit.measured, _confidence(children), limit.floor),
         )
         for row, limit in found
         if limit.measured is not None
@@ -196,20 +206,14 @@ def _limit_in(problem: Problem, field: str) -> float | None:
 
 
 def share(look: Look) -> float:
-    """What a child takes of a limit."""
-    if isinstance(look, Floor):
-        return (look.measured.value if look.at_most is None else look.at_most) / look.asked
-    return _load(look, look.measured.value) / _load(look, look.asked)
-
-
-def _slack(look: Look) -> float:
-    """By how much of a limit a look at it may be off; the bound of a KL has its error in it."""
-    return 0.0 if isinstance(look, Floor) else max(NEAR, look.measured.se / look.measured.value)
+    """What a child takes of a limit, at worst."""
+    bound = look.at_most if isinstance(look, Floor) else look.at_worst
+    return _load(look, look.measured.value if bound is None else bound) / _load(look, look.asked)
 
 
 def is_kept(look: Look) -> bool:
     """Whether a child keeps a limit, as far as can be told."""
-    return share(look) <= 1 + _slack(look)
+    return share(look) <= 1 + TOLERANCE
 
 
 def worst(looks: Sequence[Look]) -> float:
@@ -232,7 +236,7 @@ def _binds(look: Look) -> bool:
 
 def _gives_away(look: Look) -> bool:
     """Whether the search's limit holds a child to clearly more than was asked."""
-    return _binds(look) and share(look) < _of(ENOUGH, look) - _slack(look)
+    return _binds(look) and share(look) < _of(ENOUGH, look)
 
 
 def next_limit(looks: Sequence[Look]) -> float:
@@ -396,5 +400,7 @@ def in_words(look: Look) -> str:
         bound = "one document shows no error" if look.at_most is None else f"with 95 % at most {look.at_most:.4g}"
         words += [f", {bound}"]
     else:
+        least = "least" if look.floor else "most"
         words += [f" +-{look.measured.se:.2g}"]
+        words += [] if look.at_worst is None else [f", with 95 % at {least} {look.at_worst:.4g}"]
     return "".join([*words, "" if is_kept(look) else ": not kept before GKD"])

@@ -25,7 +25,7 @@ from blocks.resources import BLOCK, BLOCK_BYTES
 from profiles.schema import KV_PRECISIONS, Scenario
 from tasks.engines.base import LoadOptions
 from tasks.engines.registry import installed_engine
-from tasks.engines.timing_in_turns import in_turns, summaries, timed_steps, tokens_before
+from tasks.engines.timing_in_turns import Unsure, in_turns, summaries, timed_steps, tokens_before
 from tasks.engines.worker import Worker
 from tasks.export.child_tokenizer import find_tokenizer
 from tasks.export.formats import refuse, timed_precision
@@ -254,13 +254,18 @@ def _check_length(context: int | None, name: str, points: Sequence[Point]) -> No
 
 
 def time_in_turns(
-    workers: Mapping[str, Worker], point: Point, scenario: Scenario, rounds: int, progress: Progress = no_progress
+    workers: Mapping[str, Worker],
+    point: Point,
+    scenario: Scenario,
+    rounds: int,
+    progress: Progress = no_progress,
+    unsure: Unsure | None = None,
 ) -> dict[str, Throughput]:
-    """Speed of every model under one load, by the name of the scenario."""
+    """Speed of every model under one load, by the name of the scenario. unsure: see `in_turns`."""
     shape = (point.batch_size, point.prompt_tokens)
     for worker in workers.values():
         worker.request(*shape, min(point.steps, 2), 0)  # warms caches up
     requests = {name: partial(worker.request, *shape, point.steps, 0, point.grow) for name, worker in workers.items()}
-    turns = in_turns(requests, rounds, progress)
+    turns = in_turns(requests, rounds, progress, unsure)
     memory = {name: worker.memory_bytes() for name, worker in workers.items()}
     return summaries(turns, scenario, point.batch_size, memory)

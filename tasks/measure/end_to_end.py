@@ -23,7 +23,7 @@ from blocks.library import digest_of, keep, remember
 from blocks.records import CostTable, ParentInfo, SpeedReport, Throughput, Totals
 from profiles.schema import Hardware, Profile, Scenario
 from tasks.engines.base import LoadOptions
-from tasks.engines.timing_in_turns import measure_throughput
+from tasks.engines.timing_in_turns import is_unsure, measure_throughput
 from tasks.evaluate.compare import SHIPPED, Contender, build
 from tasks.evaluate.typed_file import is_typed, recipe_of
 from tasks.export.folder import export_child
@@ -36,7 +36,7 @@ from tasks.measure.llama_cpp_costs import rounded_noise
 from tasks.running.progress import Progress, no_progress
 from tasks.running.usage import Others, crowd_now
 
-VERSION = 1
+VERSION = 2  # unsure gains get more rounds
 
 
 def speed_key(contenders: Sequence[Contender], parent: ParentInfo, profile: Profile) -> str:
@@ -173,7 +173,13 @@ def _timer(
         _exported(contenders, parent, hardware, workspace) as files,
         at_work(files, hardware.engine, points, how) as workers,
     ):
-        yield lambda scenario, batch, rounds: time_in_turns(workers, Point.of(scenario, batch), scenario, rounds)
+        yield lambda scenario, batch, rounds: time_in_turns(
+            workers,
+            Point.of(scenario, batch),
+            scenario,
+            rounds,
+            unsure=is_unsure(scenario.generated_tokens),
+        )
 
 
 @contextmanager

@@ -547,13 +547,19 @@ def floors_table(report: ChildReport) -> WordedTable:
 def times_table(report: ChildReport) -> WordedTable:
     """The limits on time as the chosen child keeps them before GKD; no rows where there are none."""
     rows = [
-        [one.name, *(plain(value) for value in (one.asked, one.limit, one.predicted)), rounded(one.measured)]
+        [
+            one.name,
+            *(plain(value) for value in (one.asked, one.limit, one.predicted)),
+            rounded(one.measured),
+            "–" if one.at_worst is None else plain(one.at_worst),
+        ]
         for one in report.held_times
     ]
-    header = ["limit", "asked", "of the search", "predicted", "measured"]
+    header = ["limit", "asked", "of the search", "predicted", "measured", "no worse than, for 95 %"]
     words = (
         "Timed in turns with the parent right after the choice. *Of the search*: its own limit on the sum of costs, so "
-        "that the child itself keeps what was asked. The table above is of a later sitting, with all models."
+        "that the child itself keeps what was asked, by the last column. The table above is of a later sitting, "
+        "with all models."
     )
     return header, rows, words
 
