@@ -80,6 +80,12 @@ def beside_one_type(child: Candidate, report: ChildReport) -> str:
     )
 
 
+def answered(model: Candidate, parent: Candidate, tasks: Sequence[str]) -> list[str]:
+    """Accuracies in percent, and what is kept of the parent's."""
+    each = [f"{100 * model.benchmarks[task].value:.1f}" for task in CHANCE]
+    return [*each, kept(model, parent, list(CHANCE)), kept(model, parent, tasks, above=True)]
+
+
 def part(asked: float, report: ChildReport) -> list[str]:
     """What the page says of one speed."""
     parent, tasks = report.candidates[0], told_apart(report.candidates[0])
@@ -89,9 +95,7 @@ def part(asked: float, report: ChildReport) -> list[str]:
             f"{one.weight_bytes / 1e6:.1f}",
             rounded(request(one)),
             rounded(kl(one).metric),
-            *(f"{100 * one.benchmarks[task].value:.1f}" for task in CHANCE),
-            kept(one, parent, list(CHANCE)),
-            kept(one, parent, tasks, above=True),
+            *(answered(one, parent, tasks) if one.benchmarks else ["–"] * (len(CHANCE) + 2)),
         ]
         for name, one in models_of(report)
     ]
@@ -154,8 +158,9 @@ def main() -> None:
         f"SmolLM2-135M-Instruct, a request of 256 + 64 tokens in llama.cpp on two cores, over the parent in bfloat16. "
         f"The paper's case is {PAPER}. *kept*: mean accuracy over the five benchmarks, over the parent's, with its "
         f"95 % interval (paired items; {asked.items} drawn items each). *above chance*: the same, less what guessing "
-        f"gives, over {', '.join(tasks)}, where the parent is two errors above guessing. KL in nats per token on "
-        f"{len(set(parent.sample_documents))} test documents. A section was timed in one sitting; sittings differ."
+        f"gives, over {', '.join(tasks)}, where the parent is two errors above guessing. A child is asked after GKD. "
+        f"KL in nats per token on {len(set(parent.sample_documents))} test documents. A section was timed in one "
+        "sitting; sittings differ."
     )
     sections = [text for one, report in found.items() for text in part(one, report)]
     first = next(iter(found))

@@ -94,7 +94,7 @@ class Judge:
         parent, corpus = self.finished.parent, self.finished.corpus
         whole = contender(name, found, self.finished.blocks)
         whole = with_file(whole, parent, corpus, self.profile.hardware.precision, self.workspace)
-        result = evaluate_contender(whole, parent, corpus, self.profile.evaluate, self.workspace, HOST)
+        result = evaluate_contender(whole, (parent, corpus), self.profile.evaluate, self.workspace, HOST)
         mine, parents = found.totals[0], found.parent_totals[0]
         size = (self.workspace / whole.file).stat().st_size if whole.file else 2 * mine.parameters
         return Judged(

@@ -78,7 +78,7 @@ def contenders(bench: Bench, problem: Problem, blocks: Sequence[BlockRecord]) ->
 
 def kl_of(bench: Bench, which: Contender, evaluate: Evaluate) -> Metric:
     """Measured KL on the test split."""
-    return evaluate_contender(which, bench.parent, bench.corpus, evaluate, bench.workspace, HOST).quality.kl
+    return evaluate_contender(which, (bench.parent, bench.corpus), evaluate, bench.workspace, HOST).quality.kl
 
 
 def before(bench: Bench, blocks: Sequence[BlockRecord], scores: Sequence[Score], evaluate: Evaluate) -> str:

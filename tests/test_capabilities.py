@@ -295,9 +295,9 @@ def test_a_child_is_judged_by_the_tokens_that_show_the_capability(chain: Chain) 
     asked = compare.on_capability(Evaluate(sequences=6, benchmarks=("piqa",)), text)
     assert asked.sequences == 4 and not asked.benchmarks
     which = compare.contender("child", chosen(CHILD), chain.blocks)
-    found = compare.evaluate_contender(which, chain.parent, text, asked, chain.workspace, HOST)
+    found = compare.evaluate_contender(which, (chain.parent, text), asked, chain.workspace, HOST)
     plain = text.model_copy(update={"capability": ""})
-    alike = compare.evaluate_contender(which, chain.parent, plain, asked, chain.workspace, HOST)
+    alike = compare.evaluate_contender(which, (chain.parent, plain), asked, chain.workspace, HOST)
     assert found.quality.kl != alike.quality.kl
     tokens = read_tensors(chain.workspace, text.tokens, ["test"])["test"]
     weights = weights_of(text, "test", chain.workspace)

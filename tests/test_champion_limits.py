@@ -156,7 +156,7 @@ def test_capabilities_and_texts_of_the_probe_are_judged_as_the_report_judges_the
     compute = compute_of(wide)
     asked, reader = on_capability(wide.evaluate, needles), chain.reader
     ours, theirs = (
-        evaluate_contender(one.child, chain.parent, needles, asked, chain.workspace, compute, reader.dtype).samples[
+        evaluate_contender(one.child, (chain.parent, needles), asked, chain.workspace, compute, reader.dtype).samples[
             "kl"
         ]
         for one in (good, bad)

@@ -96,7 +96,7 @@ def test_evaluation_computes_there(chain: Chain, workspace: Path) -> None:
     (workspace / "library").symlink_to(chain.workspace / "library")
     which, settings = contender("child", chosen(layers), chain.blocks), Evaluate(sequences=4, benchmarks=())
     places = ((workspace, THERE), (chain.workspace, HOST))
-    found, own = (evaluate_contender(which, chain.parent, chain.corpus, settings, *place) for place in places)
+    found, own = (evaluate_contender(which, (chain.parent, chain.corpus), settings, *place) for place in places)
     assert found.quality.kl.value == pytest.approx(own.quality.kl.value, rel=1e-5)
 
 
@@ -148,7 +148,7 @@ def test_a_model_without_room_on_its_device_comes_layer_by_layer(
     """Evaluation and the targets of GKD give what they give with the whole model there."""
     settings, which = Evaluate(sequences=4), contender("child", chosen(CHILD), chain.blocks)
     (workspace / "library").symlink_to(chain.workspace / "library")
-    asked = (which, chain.parent, chain.corpus, settings)
+    asked = (which, (chain.parent, chain.corpus), settings)
     whole = evaluate_contender(*asked, workspace, THERE)
     shutil.rmtree(workspace / "evaluations")
     compare.targets_on.cache_clear()

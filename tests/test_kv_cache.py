@@ -229,7 +229,7 @@ def test_children_are_judged_in_llama_cpp_with_that_cache(chain: Chain, monkeypa
     which = with_file(which, chain.parent, chain.corpus, "float32", chain.workspace)
     assert (chain.workspace / which.file).is_file() and not needs_file(which)
     settings = Evaluate(sequences=4)
-    asked = (chain.parent, chain.corpus, settings, chain.workspace, HOST)
+    asked = ((chain.parent, chain.corpus), settings, chain.workspace, HOST)
     own, engines = (evaluate_contender(one, *asked) for one in (plain, which))
     paths = {evaluation_path(one, chain.parent, chain.corpus, settings, HOST) for one in (plain, which)}
     assert len(paths) == 2

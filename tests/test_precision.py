@@ -117,7 +117,7 @@ def test_quality_is_that_of_the_weights_as_written(chain: Chain, tmp_path: Path)
     architecture: Architecture = chosen(layers)
     which = Contender(name="child", architecture=architecture, blocks=())
     settings = Evaluate(sequences=4, benchmarks=())
-    arguments = (chain.parent, chain.corpus, settings, chain.workspace, HOST)
+    arguments = ((chain.parent, chain.corpus), settings, chain.workspace, HOST)
     found = {dtype: evaluate_contender(which, *arguments, dtype).quality for dtype in DTYPES}
     tokens = load_file(chain.workspace / chain.corpus.tokens.path)["test"][:4]
     targets = parent_targets(chain.reader.model(), tokens, HOST)

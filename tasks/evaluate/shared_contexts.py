@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from blocks.export_code.families_decilm import FAMILIES
+from tasks.running.progress import Progress, no_progress
 
 ANSWERS = 2  # times as many answers as questions go through the model together: they are shorter
 Request = tuple[Any, list[int], list[int]]  # whatever lm-eval notes, tokens of the question, tokens of the answer
@@ -26,7 +27,8 @@ class SharedContexts(HFLM):
     questions of a model that keeps no cache are left to lm-eval.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int, progress: Progress = no_progress) -> None:
+        self.progress = progress
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
         field = FAMILIES[model.config.base_model_type].restarts_at  # longer texts rotate all their keys otherwise
         self.longest = min(self.max_length, getattr(model.config, field) if field else self.max_length)
@@ -40,6 +42,7 @@ class SharedContexts(HFLM):
             if answered is None:
                 break
             found |= dict(zip((place for places in batch for place in places), answered, strict=True))
+            self.progress(len(found), len(requests), f"{len(found)} of {len(requests)} answers read")
         left = [place for place in range(len(requests)) if place not in found]
         others = super()._loglikelihood_tokens([requests[place] for place in left], disable_tqdm, override_bs)
         found |= dict(zip(left, others, strict=True))

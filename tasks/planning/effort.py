@@ -559,7 +559,10 @@ def model_bytes(shape: Shape, share: float = 1.0) -> float:
 
 
 def evaluate_work(shape: Shape, shares: list[float], first: bool) -> Work:
-    """Models that keep these shares of the layers; `first`: the parent's side is made as well."""
+    """Models that keep these shares of the layers; `first`: the parent's side is made as well.
+
+    The benchmarks are asked of the child, the second of the first, only after its GKD where it has one.
+    """
     settings = shape.profile.evaluate
     tokens = settings.sequences * shape.length + capability_tokens(shape, "test")
     texts = 1 + len(shape.profile.own_capabilities)  # a model is put together for each
@@ -568,12 +571,20 @@ def evaluate_work(shape: Shape, shares: list[float], first: bool) -> Work:
     if first and items:
         work += Work(fixed=IMPORT_SECONDS)
     for share in shares:
-        work += shape.forward(tokens + items, share * shape.depth)
+        work += shape.forward(tokens, share * shape.depth)
         work += shape.head(tokens, passes=WHOLE_LOGIT_PASSES) * 2
-        work += shape.head(predicted, passes=WHOLE_LOGIT_PASSES)
         build = model_bytes(shape, share) / BUILD_BYTES_PER_SECOND
-        work += Work(fixed=(build + TASK_SECONDS) * texts + (BENCHMARK_SECONDS if items else 0.0))
+        work += Work(fixed=(build + TASK_SECONDS) * texts)
+    for share in asked_benchmarks(shape, shares, first) if items else ():
+        work += shape.forward(items, share * shape.depth)
+        work += shape.head(predicted, passes=WHOLE_LOGIT_PASSES)
+        work += Work(fixed=BENCHMARK_SECONDS)
     return work
+
+
+def asked_benchmarks(shape: Shape, shares: list[float], first: bool) -> list[float]:
+    """Those of them that are asked the benchmarks, see `evaluate_work`."""
+    return [*shares[:1], *shares[2:]] if first and shape.profile.gkd.steps else shares
 
 
 def benchmark_tokens(shape: Shape) -> tuple[int, int]:

@@ -328,7 +328,7 @@ def stages_of(
     record, corpus, gkd = profile.record, profile.corpus, profile.gkd
     sequences = record.statistics_sequences + record.validation_sequences
     own = {split: effort.capability_tokens(shape, split) for split in ("train", "validation", "test")}
-    tested = profile.evaluate.sequences * length + own["test"] + effort.benchmark_tokens(shape)[0]
+    tested, items = profile.evaluate.sequences * length + own["test"], effort.benchmark_tokens(shape)[0]
     packed = (corpus.train_sequences + corpus.validation_sequences + corpus.test_sequences) * length + sum(own.values())
     scored = sum(sequences * tokens for sequences, tokens in effort.scored_texts(profile, length))
     stepped = effort.stepped_tokens(shape, gkd.steps)
@@ -383,10 +383,20 @@ def stages_of(
             alone * raced + (judged if files else Work()),
         ),
         ("write files", files, 0, number_types.files_work(shape, share, layers, distilled)),
-        ("evaluate", len(shares), tested * len(shares), effort.evaluate_work(shape, shares, first=True)),
+        (
+            "evaluate",
+            len(shares),
+            tested * len(shares) + items * len(effort.asked_benchmarks(shape, shares, first=True)),
+            effort.evaluate_work(shape, shares, first=True),
+        ),
         ("GKD child", min(distilled, 1), round(rest * stepped), alone * rest),
         ("GKD best baseline", others, stepped * others, effort.gkd_work(shape, share) * others),
-        ("evaluate", distilled, tested * distilled, effort.evaluate_work(shape, [share] * distilled, first=False)),
+        (
+            "evaluate",
+            distilled,
+            (tested + items) * distilled,
+            effort.evaluate_work(shape, [share] * distilled, first=False),
+        ),
         ("throughput", 1 if serving else 0, 0, throughput_work(shape, serving, served)),
         ("answers", 2 if spoken else 0, 2 * spoken, effort.answers_work(shape, share)),
         ("loops", len(heard) if continued else 0, len(heard) * continued, effort.loops_work(shape, share)),

@@ -35,6 +35,15 @@ def part_of(progress: Progress, part: int, parts: int) -> Progress:
     return report
 
 
+def in_percent(progress: Progress, what: str) -> Progress:
+    """The `Progress` of a piece of work that has far more steps than the others of a stage: they count 100 in all."""
+
+    def report(done: int, total: int, text: str = "") -> None:
+        progress(100 * done // total, 100, f"{what}: {text}")
+
+    return report
+
+
 class Stage:
     """One stage on the console. Use as a context manager; call with (done, total, text)."""
 
