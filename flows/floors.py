@@ -101,11 +101,6 @@ def named(near: Sequence[Architecture]) -> list[tuple[str, Architecture]]:
     return list(zip(names, near, strict=True))
 
 
-def measured_at_most(profile: Profile) -> int:
-    """How many children may be measured for the limits."""
-    return profile.search.floor_rounds * profile.race.candidates
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Search:
     """The answers of one search under other limits, each with the task run that gave it. timed: which were timed."""
@@ -152,14 +147,7 @@ class _Search:
                 return None
             speeds |= {child.name: speed for child in together}
         found = [
-            times_of(
-                asked,
-                chosen.problem,
-                own,
-                speeds[one.name].models[one.name],
-                speeds[one.name].models[PARENT],
-                measured_at_most(run.profile),
-            )
+            times_of(asked, chosen.problem, own, speeds[one.name].models[one.name], speeds[one.name].models[PARENT])
             for one, own in zip(children, chosen.near, strict=True)
         ]
         unsure = any(one.measured.se > TOO_UNSURE * one.measured.value for looks in found for one in looks)
@@ -180,8 +168,9 @@ class _Search:
                     own[name] = run.call(floor_task, f"floor {name} {child.name}", *values, after=["choice"])
                     said = f"{child.name}'s KL on {name} {own[name].value:.3g}, asked {most:.3g}"
                     progress(sum(map(len, found)), len(asked) * len(children), said)
-        pairs, children = zip(chosen.near, found, strict=True), measured_at_most(profile)
-        return [floors_of(asked, chosen.problem, one, kl, children) for one, kl in pairs]
+        measured_at_most = profile.search.floor_rounds * profile.race.candidates
+        pairs = zip(chosen.near, found, strict=True)
+        return [floors_of(asked, chosen.problem, one, kl, measured_at_most) for one, kl in pairs]
 
     def again(self, looks: Sequence[Sequence[Look]]) -> Chosen | None:
         """The next answer; None where there is none, which ends no run: there is a child already."""

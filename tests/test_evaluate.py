@@ -3,6 +3,8 @@
 import importlib.util
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,14 @@ import torch
 from blocks.compute import HOST
 from blocks.export_code.configuration_decilm import DeciLMConfig
 from blocks.export_code.modeling_decilm import CACHE, DeciLMForCausalLM
+from blocks.records import LayerChoice, Metric
+from flows.whole_models import evaluate_all
+from profiles.load import load_profile
 from profiles.schema import Scenario
 from tasks.engines import timing_in_turns
 from tasks.engines.timing_in_turns import measure_throughput, median_metric
 from tasks.evaluate import quality as evaluate
+from tasks.evaluate.compare import Evaluation, contender
 from tasks.evaluate.quality import (
     BenchmarkResult,
     mean_metric,
@@ -26,6 +32,7 @@ from tasks.evaluate.quality import (
     run_benchmarks,
     sequence_figures,
 )
+from tests.chain import chosen
 
 SMALL = replace(HOST, micro_batch_tokens=20)
 KEPT: dict[str, Any] = {"no_op": False, "replace_with_linear": False}
@@ -174,8 +181,12 @@ def test_benchmarks_run_on_two_items(tmp_path: Path, capfd: pytest.CaptureFixtur
     model = tiny_model(0, vocab_size=byte_tokenizer(tmp_path)).train()
     names = list(evaluate.BENCHMARKS)
     state = torch.get_rng_state()
-    found = run_benchmarks(model, tmp_path, names, limit=2)
+    steps = list[tuple[int, int]]()
+    found = run_benchmarks(
+        model, tmp_path, names, limit=2, progress=lambda done, all_, _="": steps.append((done, all_))
+    )
     assert list(found) == names
+    assert steps and steps[-1] == (steps[-1][1] - 4, 32), "lm-eval reads winogrande's four by itself"
     for own in found.values():
         assert own.metric.n == len(own.correct) == 2
         assert own.metric.value == sum(own.correct) / 2
@@ -184,6 +195,38 @@ def test_benchmarks_run_on_two_items(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert capfd.readouterr().err == ""
     # 12 items: on two, normalised and plain accuracy may agree
     _check_piqa_by_hand(model, tmp_path, run_benchmarks(model, tmp_path, ["piqa"], limit=12)["piqa"])
+
+
+def test_a_child_is_asked_the_benchmarks_after_its_gkd_and_a_model_says_how_far_it_is() -> None:
+    profile = load_profile("tiny", ["evaluate.benchmarks=[piqa]"])
+    asked, shown = dict[str, tuple[str, ...]](), list[tuple[int, int, str]]()
+
+    class Run:
+        workspace = Path()
+
+        def __init__(self) -> None:
+            self.profile = profile
+
+        @contextmanager
+        def stage(self, _: str) -> Iterator[Any]:
+            yield lambda *step: shown.append(step)
+
+        def call(self, _task: Any, _makes: str, which: Any, *values: Any, **_: Any) -> Any:
+            *_, used, _, progress = values
+            asked[which.name] = used.evaluate.benchmarks
+            progress(3, 12, "a quarter")
+            kl = Metric(value=0.5, se=0.0, n=1)
+            figures = {"loss": kl, "kl": kl, "top1_agreement": kl}
+            return Evaluation(quality=evaluate.Quality(**figures), samples={}, benchmarks={})
+
+    class Text:
+        capability = where = ""
+
+    models = [contender(name, chosen((LayerChoice(),)), ()) for name in ("parent", "child")]
+    evaluate_all(Run(), models, None, Text(), (), "child")  # type: ignore[arg-type]
+    assert asked == {"parent": ("piqa",), "child": ()}
+    assert [step[:2] for step in shown] == [(25, 200), (100, 200), (125, 200), (200, 200)]
+    assert shown[0][2] == "parent: a quarter" and shown[1][2] == "parent KL 0.500"
 
 
 def test_items_are_drawn_and_a_larger_limit_keeps_those_of_a_smaller() -> None:

@@ -74,9 +74,10 @@ def is_unsure(generated_tokens: int) -> Unsure:
     """Tells whether a gain of a request is not known well enough yet."""
 
     def unsure(turns: Mapping[str, Sequence[Turn]]) -> bool:
-        parents = turns.get(PARENT, ())
-        gains = [gains_of(parents, own, generated_tokens).request for name, own in turns.items() if name != PARENT]
-        return any(relative_error(gain) > SURE for gain in gains if gain)
+        if PARENT not in turns:
+            return False
+        gains = [gains_of(turns[PARENT], own, generated_tokens).request for own in turns.values()]
+        return any(relative_error(gain) > SURE for gain in gains)
 
     return unsure
 

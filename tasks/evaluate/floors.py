@@ -4,7 +4,8 @@ Scores add up only roughly: the KL of a whole child was up to half above their s
 costs, and a machine is not as fast now as it was when they were measured. So the chosen child is measured before GKD:
 its KL on text of each capability that no stage has read, its speed in turns with its parent. The search then gets other
 limits, higher or lower by what the child is beside what was asked, and its answer is measured in turn. What counts is a
-one-sided bound; all children that may be measured share an error of 5 % (Bonferroni).
+one-sided 95 % bound. Where several children may be measured for a KL they share that error (Bonferroni): they read the
+same text, so that a child may seem to keep a limit for the text that it is. A time is measured anew for each.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,11 +44,11 @@ from tasks.search.one_type import candidates
 from tasks.search.totals import TOLERANCE, Problem, budget_rows, kl_on
 
 VERSION = 2
-CONFIDENCE = 0.95  # of all children together
+CONFIDENCE = 0.95
 EASED = (1.0, 0.5, 0.25)  # parts of the way to the limit that is wanted, on which an answer is looked for
 # shares of a limit: a child that takes less than ENOUGH gives away quality or speed, and the next one aims at AIM
-ENOUGH = {"kl": 0.85, "time": 0.98}
-AIM = {"kl": 0.925, "time": 0.99}
+ENOUGH = {"kl": 0.85, "time": 0.99}
+AIM = {"kl": 0.925, "time": 0.995}
 TOO_UNSURE = 0.05  # a time with a larger relative error tells nothing
 
 
@@ -143,15 +144,10 @@ def floors_of(
             limit=problem.capabilities.most[name],
             predicted=kl_on(problem, child.layers, name, child.head),
             measured=measured[name],
-            at_most=_bound(measured[name], _confidence(children)),
+            at_most=_bound(measured[name], 1 - (1 - CONFIDENCE) / children),
         )
         for name, most in asked.items()
     )
-
-
-def _confidence(children: int) -> float:
-    """Of the bound of one child, so that so many share the error."""
-    return 1 - (1 - CONFIDENCE) / children
 
 
 def _bound(found: Metric, confidence: float, from_below: bool = False) -> float | None:
@@ -170,12 +166,11 @@ def times_of(
     child: Architecture,
     own: Sequence[Throughput],
     parents: Sequence[Throughput],
-    children: int = 1,
 ) -> tuple[HeldTime, ...]:
     """Every limit on time beside what a child is predicted and measured to take.
 
     asked: with the budget of the profile. problem: what the search was asked. own, parents: speeds of the child and its
-    parent, by scenario. children: how many may be measured.
+    parent, by scenario.
     """
     rows = budget_rows(asked, child.batches)
     found = zip(rows, limits_of(asked, child, own, parents), strict=True)
@@ -188,7 +183,7 @@ def times_of(
             limit=_limit_in(problem, row.field) or limit.asked,
             predicted=limit.got,
             measured=limit.measured,
-            at_worst=_bound(limit.measured, _confidence(children), limit.floor),
+            at_worst=_bound(limit.measured, CONFIDENCE, limit.floor),
         )
         for row, limit in found
         if limit.measured is not None
