@@ -140,7 +140,7 @@ def _elsewhere(corpus: Corpus, others: Sequence[CorpusInfo], workspace: Path) ->
         for rows in read_tensors(workspace, other.tokens, ["train", "validation", "test"]).values()
     ]
     pairs = zip(np.repeat([other.first_image for other in others], 3), tokens, strict=True)
-    images = {one for first, ids in pairs if first for one in np.unique(ids[ids >= first]).tolist()}
+    images = np.unique(np.concatenate([np.zeros(0, np.int32), *(ids[ids >= first] for first, ids in pairs if first)]))
     return KnownRuns(tokens, least, min((other.sequence_length for other in others), default=sys.maxsize), images)
 
 
