@@ -135,7 +135,8 @@ def prepare(run: Run) -> tuple[ParentInfo, CorpusInfo]:
     profile, workspace = run.profile, run.workspace
     with exclusive(workspace, TaskKey(key="parent", what="the parent")), run.stage("parent"):
         documents = lambda: iterate_documents(profile.corpus)  # noqa: E731
-        parent: ParentInfo = run.call(parent_task, "parent", profile.parent, workspace, documents, limited=False)
+        asked = (profile.parent, workspace, documents, bool(profile.images))
+        parent: ParentInfo = run.call(parent_task, "parent", *asked, limited=False)
     reader = open_parent(workspace / parent.folder)
     check_search_space(profile, reader)
     parent = _seeing(run, parent)

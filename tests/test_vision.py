@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from PIL import Image
@@ -30,6 +31,7 @@ from profiles.schema import (
     Corpus,
     EasyVqaSource,
     FolderParent,
+    HubParent,
     ImageQuestionsSource,
     Profile,
     Record,
@@ -148,6 +150,40 @@ def test_what_is_not_carried_is_refused_in_a_sentence(tmp_path: Path) -> None:
     assert "expected [32, 32]" in refusal(source, work)
     save_file(tensors | {name: tensors[name] / 0}, source / "model.safetensors", {"format": "pt"})
     assert "NaN or infinite" in refusal(source, work)
+
+
+def test_of_the_hub_the_config_alone_tells_what_cannot_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that cannot see, or by a tower that is not carried, or is to be rotated, is refused before the rest comes."""
+    snapshot, blind, fetched = tiny_llava(tmp_path / ("c" * 40)), tiny_parent(tmp_path / "blind"), list[list[str]]()
+    config = snapshot / "config.json"
+    values = config.read_text()
+
+    def download(hub_id: str, revision: str, allow_patterns: list[str]) -> str:
+        fetched.append(allow_patterns)
+        return str(snapshot)
+
+    def refused(told: str, rotate: bool = False, **asked: bool) -> None:
+        source = HubParent(hub_id="some/llava", rotate=rotate)
+        with pytest.raises(ParentError, match=told):
+            prepare_parent(source, tmp_path / "work", None, **asked)
+        assert fetched and all(names == ["config.json"] for names in fetched)
+        fetched.clear()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    refused("leave rotate out", rotate=True)
+    edit(snapshot, vision_config={"model_type": "pixtral"})
+    refused("sees by pixtral: carried are clip_vision_model")
+    config.write_text((blind / "config.json").read_text())
+    refused("a text asks about images, and some/llava has no vision tower: take a parent of .* llava", must_see=True)
+    path = coloured(tmp_path / "images", 4)
+    here: Any = SimpleNamespace(source=snapshot, path=path)
+    wanted = profile_of(here, parent={"kind": "hub", "hub_id": "some/llava"})
+    assert not lacking(wanted) and not fetched, "nothing is known of it before a run"
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: str(config))
+    assert any("some/llava has no vision tower" in told for told in lacking(wanted)) and not fetched
+    config.write_text(values)
+    assert not lacking(wanted)
+    assert prepare_parent(HubParent(hub_id="some/llava"), tmp_path / "work", None, must_see=True).revision == "c" * 40
 
 
 def test_code_that_prepares_pixels_is_refused_and_does_not_travel(tmp_path: Path) -> None:
