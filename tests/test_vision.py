@@ -509,6 +509,41 @@ def test_lines_that_cannot_be_asked_are_counted(tmp_path: Path) -> None:
         messages_of(chat)
 
 
+def test_questions_are_read_once_as_long_as_their_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the table of images, the key of the corpus, its documents, and beside other sources."""
+    opened, plainly = list[str](), Path.open
+
+    def counted(path: Path, *arguments: Any, **options: Any) -> Any:
+        opened.append(path.name)
+        return plainly(path, *arguments, **options)
+
+    source, workspace = tiny_llava(tmp_path / "source"), tmp_path / "work"
+    path, more = coloured(tmp_path / "images", 24), coloured(tmp_path / "more", 4, ("is it small?",))
+    more = more.rename(more.with_name("more.jsonl"))
+    for number in range(4):
+        Image.new("RGB", (9, 9), (number, 9, 7)).save(more.parent / f"{number}.png")
+    sources = tuple(ImageQuestionsSource(kind="image_questions", path=str(one)) for one in (path, more))
+    corpus, plain = asked(path, sources=sources, train_sequences=2), prepared_llava(source, workspace)
+
+    def made() -> CorpusInfo:
+        opened.clear()
+        parent = with_images(plain, corpus.images, workspace, HOST)
+        return prepare_corpus(corpus, workspace / parent.folder, parent.fingerprint, workspace)
+
+    monkeypatch.setattr(Path, "open", counted)
+    first = made()
+    assert opened.count(path.name) == opened.count(more.name) == 1
+    assert made() == first and not {path.name, more.name} & set(opened)
+    with more.open("a") as file:
+        file.write(json.dumps({"image": "0.png", "question": "is it new?", "answer": "yes"}) + "\n")
+    second = made()
+    assert second.fingerprint != first.fingerprint and opened.count(more.name) == 1 and path.name not in opened
+    (path.parent / "23.png").unlink()  # of which its file, as it was, says nothing
+    third = made()
+    assert third.fingerprint != second.fingerprint and "2 of 48 lines" in third.description
+    assert not {path.name, more.name} & set(opened)
+
+
 def test_a_photo_is_seen_upright(tmp_path: Path) -> None:
     """Its file may say that it lies on its side."""
     upright = Image.new("RGB", (16, 16))
